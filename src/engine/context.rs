@@ -1,0 +1,167 @@
+//! What a running stage is given: its inputs as folders, a place for its output, and a way to tell how it goes.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Context as _, anyhow};
+use serde::Serialize;
+
+use super::{Event, Input, Level, SourcePath, World};
+
+/// Everything a [`super::Stage::run`] may use.
+pub struct Context {
+    pub(crate) stage: String,
+    pub(crate) inputs: BTreeMap<String, PathBuf>,
+    pub(crate) sources: BTreeMap<String, PathBuf>,
+    pub(crate) outside: BTreeMap<String, String>,
+    pub(crate) out: PathBuf,
+    pub(crate) scratch: PathBuf,
+    pub(crate) world: Arc<World>,
+    pub(crate) events: Sender<Event>,
+    pub(crate) cancel: Arc<AtomicBool>,
+    pub(crate) notes: Mutex<BTreeMap<String, serde_json::Value>>,
+}
+
+impl Context {
+    /// The stage's name in the recipe, for messages only: it must not change the result.
+    pub fn stage(&self) -> &str {
+        &self.stage
+    }
+
+    /// The folder of an input artifact. Read-only.
+    pub fn input<A>(&self, input: &Input<A>) -> anyhow::Result<&Path> {
+        let path = self.inputs.get(input.stage()).map(PathBuf::as_path);
+        path.ok_or_else(|| anyhow!("the input `{}` was not prepared", input.stage()))
+    }
+
+    /// The resolved place of a local file or folder of the recipe. Read-only.
+    pub fn source(&self, path: &SourcePath) -> anyhow::Result<&Path> {
+        let found = self.sources.get(path.as_written()).map(PathBuf::as_path);
+        found.ok_or_else(|| anyhow!("the file `{}` was not prepared", path.as_written()))
+    }
+
+    /// A fact that [`super::Stage::outside`] found, as it stands in the fingerprint.
+    pub fn outside(&self, name: &str) -> anyhow::Result<&str> {
+        let value = self.outside.get(name).map(String::as_str);
+        value.ok_or_else(|| anyhow!("the outside fact `{name}` was not recorded"))
+    }
+
+    /// The folder to fill. It exists and is empty; it becomes the artifact when the stage succeeds.
+    pub fn out(&self) -> &Path {
+        &self.out
+    }
+
+    /// A folder that survives a crash and is found again by the same fingerprint. Made on first use, removed on success.
+    pub fn scratch(&self) -> anyhow::Result<&Path> {
+        std::fs::create_dir_all(&self.scratch).with_context(|| {
+            format!(
+                "could not make the scratch folder `{}`",
+                self.scratch.display()
+            )
+        })?;
+        Ok(&self.scratch)
+    }
+
+    /// Settings of the run.
+    pub fn world(&self) -> &World {
+        &self.world
+    }
+
+    /// Whether the run was interrupted. Long loops ask often and return an error from [`Context::check_cancelled`].
+    pub fn cancelled(&self) -> bool {
+        self.cancel.load(Ordering::Relaxed)
+    }
+
+    /// An error when the run was interrupted.
+    pub fn check_cancelled(&self) -> anyhow::Result<()> {
+        if self.cancelled() {
+            Err(anyhow!("interrupted"))
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Tells how far the stage is. Cheap enough to call every few milliseconds, too dear for every row.
+    pub fn progress(&self, done: u64, total: Option<u64>, unit: &'static str) {
+        self.emit(Event::Progress {
+            stage: self.stage.clone(),
+            done,
+            total,
+            unit,
+        });
+    }
+
+    /// Tells the numbers of one step.
+    pub fn metrics(&self, step: u64, values: BTreeMap<String, f64>) {
+        self.emit(Event::Metrics {
+            stage: self.stage.clone(),
+            step,
+            values,
+        });
+    }
+
+    /// Tells something worth reading once.
+    pub fn info(&self, text: impl Into<String>) {
+        self.emit(Event::Message {
+            stage: self.stage.clone(),
+            level: Level::Info,
+            text: text.into(),
+        });
+    }
+
+    /// Tells something the user should act on.
+    pub fn warn(&self, text: impl Into<String>) {
+        self.emit(Event::Message {
+            stage: self.stage.clone(),
+            level: Level::Warning,
+            text: text.into(),
+        });
+    }
+
+    /// Puts a fact into the stage's record (rows read, rows dropped and why), where `show` finds it.
+    pub fn note(&self, name: &str, value: impl Serialize) {
+        if let Ok(value) = serde_json::to_value(value) {
+            let mut notes = self.notes.lock().unwrap_or_else(PoisonError::into_inner);
+            notes.insert(name.to_owned(), value);
+        }
+    }
+
+    fn emit(&self, event: Event) {
+        // Nobody listening is no reason to stop.
+        let _ = self.events.send(event);
+    }
+}
+
+#[cfg(test)]
+impl Context {
+    /// A context for testing one stage alone: `inputs` by stage name, local files by the path as written.
+    pub(crate) fn for_test(
+        folder: &Path,
+        inputs: &[(&str, &Path)],
+        sources: &[(&str, &Path)],
+    ) -> Self {
+        let out = folder.join("out");
+        std::fs::create_dir_all(&out).unwrap();
+        let owned = |pairs: &[(&str, &Path)]| {
+            pairs
+                .iter()
+                .map(|(name, path)| ((*name).to_owned(), path.to_path_buf()))
+                .collect()
+        };
+        Self {
+            stage: "test".into(),
+            inputs: owned(inputs),
+            sources: owned(sources),
+            outside: BTreeMap::new(),
+            out,
+            scratch: folder.join("scratch"),
+            world: Arc::default(),
+            events: std::sync::mpsc::channel().0,
+            cancel: Arc::default(),
+            notes: Mutex::default(),
+        }
+    }
+}

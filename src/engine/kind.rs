@@ -1,0 +1,106 @@
+//! A kind of stage as a value, and a stage of any kind behind one object-safe trait.
+
+use std::collections::BTreeMap;
+
+use schemars::{Schema, SchemaGenerator};
+use serde::de::DeserializeOwned;
+
+use super::{Artifact, Context, Problem, Stage, World};
+
+/// An entry of the list of kinds: everything that can be known without parameters.
+#[derive(Clone, Copy)]
+pub struct Kind {
+    /// The key in the recipe.
+    pub name: &'static str,
+    /// [`Stage::VERSION`].
+    pub version: u32,
+    /// The noun of what it makes.
+    pub output: &'static str,
+    /// Reads parameters.
+    pub parse: fn(serde_yaml::Value) -> Result<Box<dyn AnyStage>, ParseError>,
+    /// The JSON Schema of the parameters; its description is the kind's documentation.
+    pub schema: fn(&mut SchemaGenerator) -> Schema,
+}
+
+impl Kind {
+    /// The entry for `S`.
+    pub const fn of<S: Stage>() -> Self {
+        Self {
+            name: S::KIND,
+            version: S::VERSION,
+            output: <S::Output as Artifact>::NAME,
+            parse: parse::<S>,
+            schema: S::json_schema,
+        }
+    }
+}
+
+/// Parameters that don't fit, with the path to the offending value below the stage's parameters (`target_modules[1]`, or
+/// `.` for the whole).
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{path}: {message}")]
+pub struct ParseError {
+    /// The path, in `serde_path_to_error`'s notation.
+    pub path: String,
+    /// Serde's sentence.
+    pub message: String,
+}
+
+fn parse<S: Stage + DeserializeOwned>(
+    params: serde_yaml::Value,
+) -> Result<Box<dyn AnyStage>, ParseError> {
+    match serde_path_to_error::deserialize::<_, S>(params) {
+        Ok(stage) => Ok(Box::new(stage)),
+        Err(error) => Err(ParseError {
+            path: error.path().to_string(),
+            message: error.into_inner().to_string(),
+        }),
+    }
+}
+
+/// A stage of any kind. Implemented for every [`Stage`]; nothing else should implement it.
+pub trait AnyStage: Send + Sync {
+    /// [`Stage::KIND`].
+    fn kind(&self) -> &'static str;
+    /// [`Stage::VERSION`].
+    fn version(&self) -> u32;
+    /// The noun of what it makes.
+    fn output(&self) -> &'static str;
+    /// [`Stage::EXCLUSIVE`].
+    fn exclusive(&self) -> bool;
+    /// Every parameter with its default filled in; inputs, files and neutral settings are marked (see `engine::params`).
+    fn params(&self) -> serde_json::Result<serde_json::Value>;
+    /// [`Stage::check`].
+    fn check(&self) -> Vec<Problem>;
+    /// [`Stage::outside`].
+    fn outside(&self, world: &World) -> anyhow::Result<BTreeMap<String, String>>;
+    /// [`Stage::run`].
+    fn run(&self, cx: &Context) -> anyhow::Result<()>;
+}
+
+impl<S: Stage> AnyStage for S {
+    fn kind(&self) -> &'static str {
+        S::KIND
+    }
+    fn version(&self) -> u32 {
+        S::VERSION
+    }
+    fn output(&self) -> &'static str {
+        <S::Output as Artifact>::NAME
+    }
+    fn exclusive(&self) -> bool {
+        S::EXCLUSIVE
+    }
+    fn params(&self) -> serde_json::Result<serde_json::Value> {
+        serde_json::to_value(self)
+    }
+    fn check(&self) -> Vec<Problem> {
+        Stage::check(self)
+    }
+    fn outside(&self, world: &World) -> anyhow::Result<BTreeMap<String, String>> {
+        Stage::outside(self, world)
+    }
+    fn run(&self, cx: &Context) -> anyhow::Result<()> {
+        Stage::run(self, cx)
+    }
+}

@@ -1,0 +1,74 @@
+//! The two traits that a new kind of stage or artifact implements.
+
+use std::collections::BTreeMap;
+
+use schemars::JsonSchema;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::{Context, World};
+
+/// What a stage makes: a folder with files in an agreed layout. The type is only a name that makes wiring typed.
+pub trait Artifact: 'static {
+    /// The noun people see in errors: `dataset`, `tokens`, `model`.
+    const NAME: &'static str;
+}
+
+/// One kind of stage. The implementing struct is its parameters, and the single source of parsing, defaults, JSON Schema,
+/// reference docs, fingerprint and graph edges.
+///
+/// Parameters use three marker types that the engine finds by itself: [`super::Input`] (an edge), [`super::SourcePath`]
+/// (a local file whose content counts) and [`super::Neutral`] (a setting that can't change the result).
+pub trait Stage: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'static {
+    /// The key in the recipe, a verb in `snake_case`.
+    const KIND: &'static str;
+    /// Raised whenever the code below would make other bytes from the same parameters and inputs.
+    const VERSION: u32;
+    /// What the stage makes.
+    type Output: Artifact;
+    /// Whether the stage takes the whole machine (a training): the runner starts only one such stage at a time.
+    const EXCLUSIVE: bool = false;
+
+    /// Rules between parameters that the types can't express. Runs before anything else does, so it must not read files.
+    fn check(&self) -> Vec<Problem> {
+        Vec::new()
+    }
+
+    /// Facts from outside that decide the result, such as the commit that `main` means now. They enter the fingerprint,
+    /// and [`Context::outside`] hands them to [`Stage::run`]. Local files need no mention here.
+    fn outside(&self, _world: &World) -> anyhow::Result<BTreeMap<String, String>> {
+        Ok(BTreeMap::new())
+    }
+
+    /// Makes the artifact in [`Context::out`]. On an error nothing of it is kept but the scratch folder.
+    fn run(&self, cx: &Context) -> anyhow::Result<()>;
+}
+
+/// A parameter that breaks a rule of its stage.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    /// The parameter, as it is written in the recipe; dots for nested ones.
+    pub parameter: String,
+    /// What is wrong and what was expected: a sentence fragment without a final stop.
+    pub message: String,
+    /// What to do, when there is something to say.
+    pub hint: Option<String>,
+}
+
+impl Problem {
+    /// A problem without a hint.
+    pub fn new(parameter: impl Into<String>, message: impl Into<String>) -> Self {
+        Self {
+            parameter: parameter.into(),
+            message: message.into(),
+            hint: None,
+        }
+    }
+
+    /// The same problem with advice.
+    #[must_use]
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+}

@@ -1,0 +1,15 @@
+//! The kinds of stages, one file each. This is the only place where the engine meets data, text, the hub and `ml`.
+//!
+//! A new kind is one file plus one line in [`KINDS`]; docs/adding-a-stage.md walks through it.
+
+pub mod artifacts;
+
+use crate::engine::Kind;
+
+/// Every kind of stage, in the order of the reference docs.
+pub const KINDS: &[Kind] = &[];
+
+/// The kind called `name`.
+pub fn kind(name: &str) -> Option<&'static Kind> {
+    KINDS.iter().find(|kind| kind.name == name)
+}
