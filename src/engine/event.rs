@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
+use super::reason::Reason;
+
 /// How much a message matters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -18,6 +20,85 @@ pub enum Level {
 #[derive(Debug, Clone, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event {
+    /// A run begins.
+    RunStarted {
+        /// The recipe.
+        recipe: String,
+        /// How many stages it needs.
+        stages: usize,
+    },
+    /// A stage's result is in the store already.
+    StageFresh {
+        /// The stage's name in the recipe.
+        stage: String,
+        /// The content digest of its artifact.
+        artifact: String,
+        /// Whether it is an earlier state that came back.
+        restored: bool,
+        /// Seconds the stage took when it ran.
+        saved: f64,
+    },
+    /// A stage begins to run.
+    StageStarted {
+        /// The stage's name in the recipe.
+        stage: String,
+        /// Its kind.
+        kind: String,
+        /// Every reason for running it.
+        reasons: Vec<Reason>,
+    },
+    /// Another runner is making the same result; this one waits for it.
+    StageWaiting {
+        /// The stage's name in the recipe.
+        stage: String,
+        /// Who holds the lock.
+        holder: String,
+    },
+    /// A stage succeeded.
+    StageDone {
+        /// The stage's name in the recipe.
+        stage: String,
+        /// The content digest of its artifact.
+        artifact: String,
+        /// Whether the bytes are those of its last result, so that nothing below it changes.
+        same_bytes: bool,
+        /// Seconds it took.
+        seconds: f64,
+    },
+    /// A stage failed. Nothing of its output is kept.
+    StageFailed {
+        /// The stage's name in the recipe.
+        stage: String,
+        /// What happened, with its causes.
+        error: String,
+    },
+    /// A stage was not started because one before it failed or the run was interrupted.
+    StageSkipped {
+        /// The stage's name in the recipe.
+        stage: String,
+    },
+    /// A result was put where the recipe wants it.
+    OutputPlaced {
+        /// The stage's name in the recipe.
+        stage: String,
+        /// The place.
+        path: String,
+    },
+    /// The run is over.
+    RunFinished {
+        /// Stages whose result was there.
+        fresh: usize,
+        /// Stages that ran.
+        ran: usize,
+        /// Stages that failed.
+        failed: usize,
+        /// Stages that were not started.
+        skipped: usize,
+        /// Seconds in all.
+        seconds: f64,
+        /// Seconds that the fresh stages took when they ran.
+        saved: f64,
+    },
     /// How far a stage is, in `unit`s (`rows`, `bytes`, `steps`).
     Progress {
         /// The stage's name in the recipe.

@@ -3,16 +3,40 @@
 //! It knows stages, artifacts, fingerprints and files; it knows nothing of machine learning, YAML or terminals.
 //! A kind of stage implements [`Stage`]; the engine sees it as a `Box<dyn `[`AnyStage`]`>` made by a [`Kind`].
 
+mod canonical;
 mod context;
 mod event;
+mod files;
+mod fingerprint;
+mod graph;
 mod kind;
+mod manifest;
+mod outputs;
 mod params;
+mod plan;
+mod reason;
+mod record;
+mod run;
+mod sources;
 mod stage;
+mod store;
+#[cfg(test)]
+mod tests;
 mod world;
 
+pub use canonical::{Digest, canonical_json, digest_json};
 pub use context::Context;
 pub use event::{Event, Level};
+pub use fingerprint::{Fingerprint, Origin};
+pub use graph::{Graph, GraphError, Marker, Node, markers};
 pub use kind::{AnyStage, Kind, ParseError};
+pub use manifest::{Check, Entry, Manifest, Stat};
+pub use outputs::place;
 pub use params::{Input, Neutral, SourcePath};
+pub use plan::{Situation, State};
+pub use reason::{Reason, short};
+pub use record::Record;
+pub use run::{Summary, run};
 pub use stage::{Artifact, Problem, Stage};
+pub use store::{Found, Miss, Store};
 pub use world::World;

@@ -1,0 +1,72 @@
+//! Canonical JSON and digests: one text for one value, whatever order a map happens to have.
+//!
+//! Ours and not `serde_json`'s, because its map order changes when any dependency turns on `preserve_order`.
+
+use serde_json::Value;
+
+/// A BLAKE3 digest as 64 lower-case hex digits.
+pub type Digest = String;
+
+/// JSON with sorted keys and no white space.
+pub fn canonical_json(value: &Value) -> String {
+    let mut text = String::new();
+    write(value, &mut text);
+    text
+}
+
+/// The digest of the canonical JSON.
+pub fn digest_json(value: &Value) -> Digest {
+    blake3::hash(canonical_json(value).as_bytes())
+        .to_hex()
+        .to_string()
+}
+
+fn write(value: &Value, text: &mut String) {
+    match value {
+        Value::Object(map) => {
+            let mut entries: Vec<_> = map.iter().collect();
+            entries.sort_unstable_by(|a, b| a.0.cmp(b.0));
+            text.push('{');
+            for (index, (key, value)) in entries.into_iter().enumerate() {
+                if index > 0 {
+                    text.push(',');
+                }
+                text.push_str(&Value::String(key.clone()).to_string());
+                text.push(':');
+                write(value, text);
+            }
+            text.push('}');
+        }
+        Value::Array(items) => {
+            text.push('[');
+            for (index, item) in items.iter().enumerate() {
+                if index > 0 {
+                    text.push(',');
+                }
+                write(item, text);
+            }
+            text.push(']');
+        }
+        scalar => text.push_str(&scalar.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn keys_are_sorted_at_every_depth_and_the_digest_is_pinned() {
+        let value = json!({"b": [1, 2.5, {"z": null, "a": "é\n"}], "a": 8e-6});
+        assert_eq!(
+            canonical_json(&value),
+            r#"{"a":8e-6,"b":[1,2.5,{"a":"é\n","z":null}]}"#
+        );
+        assert_eq!(
+            digest_json(&value),
+            "f7ac8c2d11a4e91994e5ec1b9b3003cba09290c004e29b62a9a00a3c92b43d71"
+        );
+    }
+}

@@ -1,0 +1,158 @@
+//! What a stage's result depends on: all of it, and nothing else.
+//!
+//! In: kind, VERSION, every parameter with its default filled in, the content digest of each input and local file, and
+//! facts from outside. Out: names of stages, paths, neutral settings, device, threads, time. The whole is kept, not only
+//! its digest, so that a reason can always be told with its old and new value.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use super::AnyStage;
+use super::canonical::{Digest, digest_json};
+use super::graph::{Marker, child, marker};
+
+/// The key under which a content digest stands in place of an input or a local file.
+const CONTENT_KEY: &str = "$content";
+
+/// Everything that decides a stage's result.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Fingerprint {
+    /// The kind of stage.
+    pub kind: String,
+    /// The version of the kind's code.
+    pub version: u32,
+    /// Parameters, with contents in place of inputs and files.
+    pub params: Value,
+    /// Facts from outside.
+    pub outside: BTreeMap<String, String>,
+}
+
+/// Where a content digest in a fingerprint came from: for explanations only, never hashed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Origin {
+    /// The artifact of a stage.
+    Stage(String),
+    /// A local file or folder, as written.
+    File(String),
+}
+
+impl Fingerprint {
+    /// Puts a fingerprint together. `inputs` maps stage names and `sources` maps paths as written to content digests.
+    /// Also returns where each digest came from, by parameter.
+    pub fn new(
+        stage: &dyn AnyStage,
+        inputs: &BTreeMap<String, Digest>,
+        sources: &BTreeMap<String, Digest>,
+        outside: BTreeMap<String, String>,
+    ) -> anyhow::Result<(Self, BTreeMap<String, Origin>)> {
+        let mut origins = BTreeMap::new();
+        let params =
+            resolve(&stage.params()?, "", inputs, sources, &mut origins)?.unwrap_or(Value::Null);
+        let kind = stage.kind().to_owned();
+        Ok((
+            Self {
+                kind,
+                version: stage.version(),
+                params,
+                outside,
+            },
+            origins,
+        ))
+    }
+
+    /// The name of the result in the store.
+    pub fn digest(&self) -> Digest {
+        digest_json(&json!({
+            "kind": self.kind,
+            "version": self.version,
+            "params": self.params,
+            "outside": self.outside,
+        }))
+    }
+
+    /// Every scalar parameter by its path; a content digest counts as one scalar.
+    pub(crate) fn leaves(&self) -> BTreeMap<String, Value> {
+        let mut leaves = BTreeMap::new();
+        flatten(&self.params, String::new(), &mut leaves);
+        leaves
+    }
+}
+
+/// The digest in a leaf that stands for contents.
+pub(crate) fn content(leaf: &Value) -> Option<&str> {
+    leaf.as_object()?.get(CONTENT_KEY)?.as_str()
+}
+
+fn resolve(
+    value: &Value,
+    path: &str,
+    inputs: &BTreeMap<String, Digest>,
+    sources: &BTreeMap<String, Digest>,
+    origins: &mut BTreeMap<String, Origin>,
+) -> anyhow::Result<Option<Value>> {
+    let lookup = |map: &BTreeMap<String, Digest>, name: &str| match map.get(name) {
+        Some(digest) => Ok(Some(json!({ CONTENT_KEY: digest }))),
+        None => Err(anyhow::anyhow!("the content of `{name}` is not known")),
+    };
+    match marker(value) {
+        Some(Marker::Neutral) => return Ok(None),
+        Some(Marker::Stage { stage, .. }) => {
+            let resolved = lookup(inputs, &stage)?;
+            origins.insert(path.to_owned(), Origin::Stage(stage));
+            return Ok(resolved);
+        }
+        Some(Marker::File(file)) => {
+            let resolved = lookup(sources, &file)?;
+            origins.insert(path.to_owned(), Origin::File(file));
+            return Ok(resolved);
+        }
+        None => {}
+    }
+    Ok(Some(match value {
+        Value::Object(map) => {
+            let mut resolved = Map::new();
+            for (key, value) in map {
+                if let Some(value) = resolve(value, &child(path, key), inputs, sources, origins)? {
+                    resolved.insert(key.clone(), value);
+                }
+            }
+            Value::Object(resolved)
+        }
+        Value::Array(items) => {
+            let mut resolved = Vec::with_capacity(items.len());
+            for (index, item) in items.iter().enumerate() {
+                resolved.extend(resolve(
+                    item,
+                    &format!("{path}[{index}]"),
+                    inputs,
+                    sources,
+                    origins,
+                )?);
+            }
+            Value::Array(resolved)
+        }
+        scalar => scalar.clone(),
+    }))
+}
+
+fn flatten(value: &Value, path: String, leaves: &mut BTreeMap<String, Value>) {
+    match value {
+        Value::Object(map) if !map.is_empty() && content(value).is_none() => {
+            for (key, value) in map {
+                flatten(value, child(&path, key), leaves);
+            }
+        }
+        // A list of plain values reads best as one value; a list with inputs or maps in it is taken apart.
+        Value::Array(items) if items.iter().any(Value::is_object) => {
+            for (index, item) in items.iter().enumerate() {
+                flatten(item, format!("{path}[{index}]"), leaves);
+            }
+        }
+        leaf => {
+            leaves.insert(path, leaf.clone());
+        }
+    }
+}

@@ -1,0 +1,191 @@
+//! The contents of a folder: its files with sizes and digests, and a memo of their stat so that a second look reads nothing.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, Metadata};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, bail};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use super::canonical::{Digest, digest_json};
+
+/// Files above this size are hashed by mmap over all cores; below, plain reads are faster.
+const LARGE: u64 = 1 << 20;
+
+/// What a file looked like when its digest was taken. Equal stats mean an unread, equal file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stat {
+    /// Bytes.
+    pub size: u64,
+    /// Modification time in nanoseconds since 1970.
+    pub modified: i64,
+    /// The inode number.
+    pub inode: u64,
+}
+
+impl Stat {
+    /// The stat of a file.
+    pub fn of(metadata: &Metadata) -> Self {
+        let modified = metadata
+            .mtime()
+            .saturating_mul(1_000_000_000)
+            .saturating_add(metadata.mtime_nsec());
+        Self {
+            size: metadata.len(),
+            modified,
+            inode: metadata.ino(),
+        }
+    }
+}
+
+/// One file of a folder.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// BLAKE3 of the contents.
+    pub blake3: Digest,
+    /// The stat under which that digest is known to hold.
+    #[serde(flatten)]
+    pub stat: Stat,
+}
+
+/// The files of a folder by relative path, with `/` between parts.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Path to entry.
+    pub files: BTreeMap<String, Entry>,
+}
+
+/// How a folder compares with its manifest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Check {
+    /// Every file has the stat that is remembered.
+    Sound,
+    /// Some stats differ, but the contents are the same; the manifest with new stats.
+    Touched(Manifest),
+    /// The folder is not there.
+    Missing,
+    /// Something in it is not what was recorded.
+    Damaged(String),
+}
+
+impl Manifest {
+    /// Reads every file below `folder`. Links are refused: an artifact stands alone.
+    pub fn read(folder: &Path) -> anyhow::Result<Self> {
+        let mut files = BTreeMap::new();
+        for (name, path) in walk(folder)? {
+            let metadata = fs::symlink_metadata(&path).with_context(|| cannot_read(&path))?;
+            files.insert(
+                name,
+                Entry {
+                    blake3: digest_file(&path)?,
+                    stat: Stat::of(&metadata),
+                },
+            );
+        }
+        Ok(Self { files })
+    }
+
+    /// The name of the contents: paths, sizes and digests, no stats.
+    pub fn digest(&self) -> Digest {
+        let files: Vec<_> = self
+            .files
+            .iter()
+            .map(|(path, entry)| json!([path, entry.stat.size, entry.blake3]))
+            .collect();
+        digest_json(&json!(files))
+    }
+
+    /// Bytes of all files.
+    pub fn size(&self) -> u64 {
+        self.files.values().map(|entry| entry.stat.size).sum()
+    }
+
+    /// Compares a folder with this manifest. Reads only files whose stat differs, or all when `thorough`.
+    pub fn check(&self, folder: &Path, thorough: bool) -> Check {
+        if !folder.is_dir() {
+            return Check::Missing;
+        }
+        match self.compare(folder, thorough) {
+            Ok(None) => Check::Sound,
+            Ok(Some(touched)) => Check::Touched(touched),
+            Err(what) => Check::Damaged(what.to_string()),
+        }
+    }
+
+    fn compare(&self, folder: &Path, thorough: bool) -> anyhow::Result<Option<Self>> {
+        let found: BTreeMap<_, _> = walk(folder)?.into_iter().collect();
+        if let Some(extra) = found.keys().find(|name| !self.files.contains_key(*name)) {
+            bail!("`{extra}` does not belong there");
+        }
+        let mut touched = self.clone();
+        let mut changed = false;
+        for (name, entry) in &mut touched.files {
+            let Some(path) = found.get(name) else {
+                bail!("`{name}` is missing")
+            };
+            let stat = Stat::of(&fs::symlink_metadata(path).with_context(|| cannot_read(path))?);
+            if stat == entry.stat && !thorough {
+                continue;
+            }
+            if stat.size != entry.stat.size || digest_file(path)? != entry.blake3 {
+                bail!("`{name}` was changed");
+            }
+            changed |= stat != entry.stat;
+            entry.stat = stat;
+        }
+        Ok(changed.then_some(touched))
+    }
+}
+
+/// The BLAKE3 digest of a file.
+pub fn digest_file(path: &Path) -> anyhow::Result<Digest> {
+    let mut hasher = blake3::Hasher::new();
+    let size = fs::metadata(path).with_context(|| cannot_read(path))?.len();
+    if size >= LARGE {
+        hasher
+            .update_mmap_rayon(path)
+            .with_context(|| cannot_read(path))?;
+    } else {
+        let file = File::open(path).with_context(|| cannot_read(path))?;
+        hasher
+            .update_reader(file)
+            .with_context(|| cannot_read(path))?;
+    }
+    Ok(hasher.finalize().to_hex().to_string())
+}
+
+/// Every file below `folder` with its relative name, sorted by name.
+pub(crate) fn walk(folder: &Path) -> anyhow::Result<Vec<(String, PathBuf)>> {
+    let mut files = Vec::new();
+    let mut open = vec![(String::new(), folder.to_path_buf())];
+    while let Some((prefix, folder)) = open.pop() {
+        for entry in fs::read_dir(&folder).with_context(|| cannot_read(&folder))? {
+            let entry = entry.with_context(|| cannot_read(&folder))?;
+            let path = entry.path();
+            let Ok(part) = entry.file_name().into_string() else {
+                bail!("`{}` has a name that is not Unicode", path.display());
+            };
+            let name = if prefix.is_empty() {
+                part
+            } else {
+                format!("{prefix}/{part}")
+            };
+            let kind = entry.file_type().with_context(|| cannot_read(&path))?;
+            if kind.is_dir() {
+                open.push((name, path));
+            } else if kind.is_file() {
+                files.push((name, path));
+            } else {
+                bail!("`{name}` is neither a file nor a folder");
+            }
+        }
+    }
+    files.sort_unstable();
+    Ok(files)
+}
+
+fn cannot_read(path: &Path) -> String {
+    format!("could not read `{}`", path.display())
+}

@@ -1,0 +1,252 @@
+//! What would happen: one verdict a stage, from the recipe and the store alone. Writes nothing and needs no outputs.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use serde::Serialize;
+
+use super::World;
+use super::canonical::Digest;
+use super::fingerprint::{Fingerprint, Origin};
+use super::graph::{Graph, Node};
+use super::reason::{Reason, differences};
+use super::record::Record;
+use super::sources::Sources;
+use super::store::{Found, Store};
+
+/// What is true of a stage now.
+#[derive(Debug, Clone, Serialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum State {
+    /// Its result is in the store.
+    Fresh {
+        /// The content digest.
+        artifact: Digest,
+        /// Whether that result is not the last one but an earlier state, which comes back for free.
+        restored: bool,
+    },
+    /// It would run.
+    Runs {
+        /// Every reason.
+        reasons: Vec<Reason>,
+    },
+    /// It depends on the bytes that stages before it will make.
+    WaitsOn {
+        /// Those stages.
+        stages: Vec<String>,
+        /// What is known to have changed whatever they make.
+        reasons: Vec<Reason>,
+    },
+    /// It can't be told.
+    Unknown {
+        /// Why.
+        error: String,
+    },
+}
+
+/// Everything that verdicts and runs look at.
+pub struct Situation<'a> {
+    /// The graph of the recipe.
+    pub graph: &'a Graph,
+    /// The store.
+    pub store: &'a Store,
+    /// The recipe's name in the store, for its last results.
+    pub recipe: &'a str,
+    /// Settings of the run.
+    pub world: Arc<World>,
+    /// The stages to run whatever the store says.
+    pub forced: Vec<bool>,
+    /// Whether every artifact is read and compared, not only its stats.
+    pub verify: bool,
+}
+
+/// A stage whose inputs are known, ready to be looked up or run.
+pub(crate) struct Prepared {
+    pub(crate) fingerprint: Fingerprint,
+    pub(crate) digest: Digest,
+    pub(crate) origins: BTreeMap<String, Origin>,
+    pub(crate) inputs: BTreeMap<String, Digest>,
+}
+
+/// A prepared stage, looked up.
+pub(crate) enum Verdict {
+    Fresh { record: Box<Record>, restored: bool },
+    Stale(Vec<Reason>),
+}
+
+impl Situation<'_> {
+    /// The fingerprint of a stage whose inputs have these contents.
+    pub(crate) fn prepare(
+        &self,
+        index: usize,
+        contents: &[Option<Digest>],
+        sources: &mut Sources,
+    ) -> anyhow::Result<Prepared> {
+        let node = &self.graph.nodes[index];
+        let mut inputs = BTreeMap::new();
+        for &input in &self.graph.inputs[index] {
+            let content = contents[input]
+                .clone()
+                .context("an input has no contents yet")?;
+            inputs.insert(self.graph.nodes[input].name.clone(), content);
+        }
+        let mut files = BTreeMap::new();
+        for (written, path) in &node.sources {
+            files.insert(written.clone(), sources.digest(path)?);
+        }
+        let outside = self.outside(node)?;
+        let (fingerprint, origins) =
+            Fingerprint::new(node.stage.as_ref(), &inputs, &files, outside)?;
+        let digest = fingerprint.digest();
+        Ok(Prepared {
+            fingerprint,
+            digest,
+            origins,
+            inputs,
+        })
+    }
+
+    /// Facts from outside. Offline, those of the last run stand in for what can't be asked.
+    fn outside(&self, node: &Node) -> anyhow::Result<BTreeMap<String, String>> {
+        match node.stage.outside(&self.world) {
+            Err(error) if self.world.offline => self
+                .last_record(node)
+                .map(|record| record.fingerprint.outside)
+                .ok_or(error),
+            facts => facts,
+        }
+    }
+
+    pub(crate) fn judge(&self, index: usize, prepared: &Prepared) -> Verdict {
+        if self.forced[index] {
+            return Verdict::Stale(vec![Reason::Forced]);
+        }
+        let node = &self.graph.nodes[index];
+        let last = self.store.last(self.recipe, &node.name);
+        match self.store.find(&prepared.digest, self.verify) {
+            Found::Hit(record) => {
+                let restored = last.as_ref().is_some_and(|last| *last != prepared.digest);
+                Verdict::Fresh { record, restored }
+            }
+            Found::Missing(_) => Verdict::Stale(vec![Reason::ArtifactMissing]),
+            Found::Damaged(_, what) => Verdict::Stale(vec![Reason::ArtifactDamaged { what }]),
+            Found::Nothing => {
+                Verdict::Stale(match last.and_then(|last| self.store.record(&last)) {
+                    Some(record) => {
+                        let reasons = differences(
+                            &record.fingerprint,
+                            &prepared.fingerprint,
+                            &prepared.origins,
+                        );
+                        if reasons.is_empty() {
+                            vec![Reason::NeverRan]
+                        } else {
+                            reasons
+                        }
+                    }
+                    None => vec![Reason::NeverRan],
+                })
+            }
+        }
+    }
+
+    fn last_record(&self, node: &Node) -> Option<Record> {
+        self.store
+            .record(&self.store.last(self.recipe, &node.name)?)
+    }
+
+    /// The folders of a prepared stage's inputs.
+    pub(crate) fn input_folders(&self, prepared: &Prepared) -> BTreeMap<String, PathBuf> {
+        prepared
+            .inputs
+            .iter()
+            .map(|(name, content)| (name.clone(), self.store.artifact(content)))
+            .collect()
+    }
+
+    /// The state of every stage, in the order of the recipe.
+    pub fn plan(&self) -> Vec<State> {
+        let mut sources = Sources::open(self.store);
+        let mut contents: Vec<Option<Digest>> = vec![None; self.graph.nodes.len()];
+        let mut states: Vec<Option<State>> = vec![None; self.graph.nodes.len()];
+        for &index in &self.graph.order {
+            let waits: Vec<_> = self.graph.inputs[index]
+                .iter()
+                .copied()
+                .filter(|&input| contents[input].is_none())
+                .collect();
+            let state = if waits.is_empty() {
+                match self.prepare(index, &contents, &mut sources) {
+                    Err(error) => State::Unknown {
+                        error: format!("{error:#}"),
+                    },
+                    Ok(prepared) => match self.judge(index, &prepared) {
+                        Verdict::Fresh { record, restored } => State::Fresh {
+                            artifact: record.artifact,
+                            restored,
+                        },
+                        Verdict::Stale(reasons) => State::Runs { reasons },
+                    },
+                }
+            } else {
+                let stages = waits
+                    .iter()
+                    .map(|&input| self.graph.nodes[input].name.clone())
+                    .collect();
+                State::WaitsOn {
+                    stages,
+                    reasons: self.known_changes(index, &contents, &mut sources),
+                }
+            };
+            if let State::Fresh { artifact, .. } = &state {
+                contents[index] = Some(artifact.clone());
+            }
+            states[index] = Some(state);
+        }
+        states.into_iter().flatten().collect()
+    }
+
+    /// What changed in a stage besides the inputs that are not made yet.
+    fn known_changes(
+        &self,
+        index: usize,
+        contents: &[Option<Digest>],
+        sources: &mut Sources,
+    ) -> Vec<Reason> {
+        let node = &self.graph.nodes[index];
+        let Some(last) = self.last_record(node) else {
+            return vec![Reason::NeverRan];
+        };
+        // An input that is still open counts as unchanged: its last contents stand in.
+        let mut assumed = contents.to_vec();
+        for &input in &self.graph.inputs[index] {
+            if assumed[input].is_none() {
+                let name = &self.graph.nodes[input].name;
+                let parameter = last
+                    .origins
+                    .iter()
+                    .find(|(_, origin)| matches!(origin, Origin::Stage(stage) if stage == name));
+                let leaf = parameter
+                    .and_then(|(parameter, _)| last.fingerprint.leaves().get(parameter).cloned());
+                assumed[input] = leaf
+                    .as_ref()
+                    .and_then(super::fingerprint::content)
+                    .map(str::to_owned)
+                    .or(Some(String::new()));
+            }
+        }
+        match self.prepare(index, &assumed, sources) {
+            Ok(prepared) => differences(
+                &last.fingerprint,
+                &prepared.fingerprint,
+                &prepared.origins,
+            )
+            .into_iter()
+            .filter(|reason| !matches!(reason, Reason::InputChanged { new, .. } if new.is_empty()))
+            .collect(),
+            Err(_) => Vec::new(),
+        }
+    }
+}

@@ -1,0 +1,305 @@
+//! The store: artifacts by content, records by fingerprint, and the one way in.
+//!
+//! ```text
+//! v1/artifacts/<content>/       the files, read-only
+//! v1/artifacts/<content>.json   their manifest with stats
+//! v1/records/<fingerprint>.json
+//! v1/last/<recipe>/<stage>      the fingerprint of that stage's last result, for reasons
+//! v1/partial/<fingerprint>/     what a running stage writes into
+//! v1/scratch/<fingerprint>/     what survives a crash
+//! v1/locks/<fingerprint>
+//! ```
+//!
+//! A stage's result comes in by one rename, and only through a [`Miss`], which holds the stage's lock.
+
+use std::fs::{self, File, Permissions, TryLockError};
+use std::io::{Read as _, Seek as _, Write as _};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+
+use super::canonical::Digest;
+use super::files::{remove, sync_folder, write_atomically};
+use super::manifest::{Check, Manifest, walk};
+use super::record::{FORMAT, Record};
+
+/// The folder of one format of the store.
+const VERSION: &str = "v1";
+
+/// A folder with artifacts and records, possibly shared with other runners.
+#[derive(Debug, Clone)]
+pub struct Store {
+    root: PathBuf,
+}
+
+/// What the store says about a fingerprint.
+#[derive(Debug)]
+pub enum Found {
+    /// A record, and its artifact as recorded.
+    Hit(Box<Record>),
+    /// No record.
+    Nothing,
+    /// A record whose artifact is not there.
+    Missing(Box<Record>),
+    /// A record whose artifact is not what was recorded.
+    Damaged(Box<Record>, String),
+}
+
+impl Store {
+    /// The store in `folder`. Nothing is made until something is written.
+    pub fn new(folder: &Path) -> Self {
+        Self {
+            root: folder.join(VERSION),
+        }
+    }
+
+    /// The folder of an artifact.
+    pub fn artifact(&self, content: &str) -> PathBuf {
+        self.root.join("artifacts").join(content)
+    }
+
+    /// The manifest of an artifact.
+    pub fn manifest(&self, content: &str) -> Option<Manifest> {
+        serde_json::from_slice(&fs::read(self.manifest_path(content)).ok()?).ok()
+    }
+
+    /// The record of a fingerprint, whatever became of its artifact. An unreadable record is no record.
+    pub fn record(&self, fingerprint: &str) -> Option<Record> {
+        let record: Record =
+            serde_json::from_slice(&fs::read(self.record_path(fingerprint)).ok()?).ok()?;
+        // A record under another fingerprint's name was moved or altered.
+        (record.format == FORMAT && record.fingerprint.digest() == fingerprint).then_some(record)
+    }
+
+    /// Looks a fingerprint up and checks its artifact. Reads file contents only where a stat differs, or all when
+    /// `thorough`. Writes nothing.
+    pub fn find(&self, fingerprint: &str, thorough: bool) -> Found {
+        let Some(record) = self.record(fingerprint) else {
+            return Found::Nothing;
+        };
+        let record = Box::new(record);
+        match self.check(&record.artifact, thorough) {
+            Check::Sound | Check::Touched(_) => Found::Hit(record),
+            Check::Missing => Found::Missing(record),
+            Check::Damaged(what) => Found::Damaged(record, what),
+        }
+    }
+
+    fn check(&self, content: &str, thorough: bool) -> Check {
+        let Some(manifest) = self.manifest(content) else {
+            return Check::Missing;
+        };
+        if manifest.digest() != content {
+            return Check::Damaged("its manifest was changed".into());
+        }
+        manifest.check(&self.artifact(content), thorough)
+    }
+
+    /// Remembers new stats of an artifact whose files were touched but not changed.
+    pub fn refresh(&self, content: &str) -> anyhow::Result<()> {
+        if let Check::Touched(manifest) = self.check(content, false) {
+            self.write_manifest(content, &manifest)?;
+        }
+        Ok(())
+    }
+
+    /// The fingerprint of the last result of a recipe's stage.
+    pub fn last(&self, recipe: &str, stage: &str) -> Option<Digest> {
+        fs::read_to_string(self.last_path(recipe, stage)).ok()
+    }
+
+    /// Remembers the last result of a recipe's stage.
+    pub fn set_last(&self, recipe: &str, stage: &str, fingerprint: &str) -> anyhow::Result<()> {
+        if self.last(recipe, stage).as_deref() == Some(fingerprint) {
+            return Ok(());
+        }
+        write_atomically(&self.last_path(recipe, stage), fingerprint.as_bytes())
+    }
+
+    /// A place for small state of our own, such as the memo of local files.
+    pub(crate) fn state(&self, name: &str) -> PathBuf {
+        self.root.join("state").join(name)
+    }
+
+    /// The scratch folder of a fingerprint.
+    pub fn scratch(&self, fingerprint: &str) -> PathBuf {
+        self.root.join("scratch").join(fingerprint)
+    }
+
+    /// Takes the lock of a fingerprint. `waiting` is called once, with the holder, when somebody else has it.
+    pub fn lock(
+        &self,
+        fingerprint: &str,
+        waiting: &mut dyn FnMut(&str),
+    ) -> anyhow::Result<Miss<'_>> {
+        let path = self.lock_path(fingerprint);
+        let mut file = open_lock(&path)?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                let mut holder = String::new();
+                // Only for the message: the holder may be writing it this moment.
+                let _ = file.read_to_string(&mut holder);
+                waiting(holder.trim());
+                file.lock()
+                    .with_context(|| format!("could not lock `{}`", path.display()))?;
+            }
+            Err(TryLockError::Error(error)) => {
+                return Err(error).with_context(|| format!("could not lock `{}`", path.display()));
+            }
+        }
+        let holder = format!("process {}", std::process::id());
+        let written = file
+            .set_len(0)
+            .and_then(|()| file.rewind())
+            .and_then(|()| file.write_all(holder.as_bytes()));
+        written.with_context(|| format!("could not write `{}`", path.display()))?;
+        Ok(Miss {
+            store: self,
+            fingerprint: fingerprint.to_owned(),
+            _lock: file,
+        })
+    }
+
+    /// Removes what crashed runners left half-written: every partial folder whose lock nobody holds.
+    pub fn sweep(&self) {
+        let Ok(entries) = fs::read_dir(self.root.join("partial")) else {
+            return;
+        };
+        for entry in entries.flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let Ok(lock) = open_lock(&self.lock_path(&name)) else {
+                continue;
+            };
+            if lock.try_lock().is_ok() {
+                // A folder that can't be removed now is tried again at the next start.
+                let _ = remove(&entry.path());
+            }
+        }
+    }
+
+    fn write_manifest(&self, content: &str, manifest: &Manifest) -> anyhow::Result<()> {
+        write_atomically(&self.manifest_path(content), &serde_json::to_vec(manifest)?)
+    }
+
+    fn manifest_path(&self, content: &str) -> PathBuf {
+        self.root.join("artifacts").join(format!("{content}.json"))
+    }
+
+    fn record_path(&self, fingerprint: &str) -> PathBuf {
+        self.root
+            .join("records")
+            .join(format!("{fingerprint}.json"))
+    }
+
+    fn lock_path(&self, fingerprint: &str) -> PathBuf {
+        self.root.join("locks").join(fingerprint)
+    }
+
+    fn last_path(&self, recipe: &str, stage: &str) -> PathBuf {
+        self.root.join("last").join(recipe).join(file_name(stage))
+    }
+}
+
+/// The right to make one fingerprint's result: whoever holds it is alone.
+pub struct Miss<'a> {
+    store: &'a Store,
+    fingerprint: Digest,
+    // Dropping the file frees the lock, and so does the kernel when the process dies.
+    _lock: File,
+}
+
+impl Miss<'_> {
+    /// An empty folder to write the result into.
+    pub fn partial(&self) -> anyhow::Result<PathBuf> {
+        let folder = self.store.root.join("partial").join(&self.fingerprint);
+        remove(&folder)?;
+        fs::create_dir_all(&folder)
+            .with_context(|| format!("could not make `{}`", folder.display()))?;
+        Ok(folder)
+    }
+
+    /// Removes what a failed stage wrote. Its scratch stays.
+    pub fn discard(&self) -> anyhow::Result<()> {
+        remove(&self.store.root.join("partial").join(&self.fingerprint))
+    }
+
+    /// Takes the partial folder into the store and writes the record, whose `artifact` is filled in. Returns whether the
+    /// contents were new.
+    pub fn commit(self, mut record: Record) -> anyhow::Result<(Record, bool)> {
+        let store = self.store;
+        let partial = store.root.join("partial").join(&self.fingerprint);
+        for (_, path) in walk(&partial)? {
+            seal(&path).with_context(|| format!("could not seal `{}`", path.display()))?;
+        }
+        let manifest = Manifest::read(&partial)?;
+        let content = manifest.digest();
+        let target = store.artifact(&content);
+        // Two stages may make the same bytes at the same time.
+        let content_lock = open_lock(&store.lock_path(&content))?;
+        content_lock
+            .lock()
+            .with_context(|| format!("could not lock `{}`", target.display()))?;
+        let new = !matches!(
+            store.check(&content, false),
+            Check::Sound | Check::Touched(_)
+        );
+        if new {
+            remove(&target)?;
+            store.write_manifest(&content, &manifest)?;
+            fs::rename(&partial, &target)
+                .with_context(|| format!("could not commit `{}`", target.display()))?;
+            sync_folder(&store.root.join("artifacts"))?;
+        } else {
+            remove(&partial)?;
+        }
+        drop(content_lock);
+        record.artifact = content;
+        write_atomically(
+            &store.record_path(&self.fingerprint),
+            &serde_json::to_vec_pretty(&record)?,
+        )?;
+        remove(&store.scratch(&self.fingerprint))?;
+        Ok((record, new))
+    }
+}
+
+/// Makes a file durable and read-only.
+fn seal(path: &Path) -> std::io::Result<()> {
+    File::open(path)?.sync_all()?;
+    let mode = fs::metadata(path)?.permissions().mode();
+    fs::set_permissions(path, Permissions::from_mode(mode & !0o222))
+}
+
+fn open_lock(path: &Path) -> anyhow::Result<File> {
+    let open = || {
+        fs::create_dir_all(path.parent().unwrap_or_else(|| Path::new(".")))?;
+        File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path)
+    };
+    open().with_context(|| format!("could not open the lock `{}`", path.display()))
+}
+
+/// Two hex digits.
+fn hex(byte: u8) -> String {
+    format!("{byte:02x}")
+}
+
+/// A stage's name as a file name: what is not plain is written as hex.
+fn file_name(stage: &str) -> String {
+    let mut name = String::with_capacity(stage.len());
+    for byte in stage.bytes() {
+        if byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-' {
+            name.push(char::from(byte));
+        } else {
+            name.push('%');
+            name.push_str(&hex(byte));
+        }
+    }
+    name
+}
