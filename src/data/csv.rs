@@ -56,7 +56,7 @@ pub(super) fn batches(
                     .as_string_opt::<i32>()
                     .context("a column is no text")?;
                 let texts = texts.iter().map(|text| Some(text.unwrap_or_default()));
-                Ok(Arc::new(StringArray::from_iter(texts)) as ArrayRef)
+                Ok(Arc::new(texts.collect::<StringArray>()) as ArrayRef)
             })
             .collect();
         Ok(RecordBatch::try_new(batch.schema(), columns?)?)

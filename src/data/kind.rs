@@ -103,29 +103,35 @@ impl Kind {
     pub(super) fn build(&self, cells: &[&Cell]) -> Result<ArrayRef> {
         Ok(match self {
             Self::Null => Arc::new(NullArray::new(cells.len())),
-            Self::Bool => Arc::new(BooleanArray::from_iter(cells.iter().map(
-                |cell| match cell {
+            Self::Bool => {
+                let value = |cell: &&Cell| match cell {
                     Cell::Bool(value) => Some(*value),
                     _ => None,
-                },
-            ))),
-            Self::Int => Arc::new(Int64Array::from_iter(cells.iter().map(|cell| match cell {
-                Cell::Int(value) => Some(*value),
-                _ => None,
-            }))),
-            Self::Float => Arc::new(Float64Array::from_iter(cells.iter().map(
-                |cell| match cell {
+                };
+                Arc::new(cells.iter().map(value).collect::<BooleanArray>())
+            }
+            Self::Int => {
+                let value = |cell: &&Cell| match cell {
+                    Cell::Int(value) => Some(*value),
+                    _ => None,
+                };
+                Arc::new(cells.iter().map(value).collect::<Int64Array>())
+            }
+            Self::Float => {
+                let value = |cell: &&Cell| match cell {
                     Cell::Float(value) => Some(*value),
                     Cell::Int(value) => Some(*value as f64),
                     _ => None,
-                },
-            ))),
-            Self::Text => Arc::new(StringArray::from_iter(cells.iter().map(
-                |cell| match cell {
+                };
+                Arc::new(cells.iter().map(value).collect::<Float64Array>())
+            }
+            Self::Text => {
+                let texts = cells.iter().map(|cell| match cell {
                     Cell::Text(value) => Some(value.as_str()),
                     _ => None,
-                },
-            ))),
+                });
+                Arc::new(texts.collect::<StringArray>())
+            }
             Self::Json => json_texts(cells)?,
             Self::Map(entries) if entries.is_empty() => json_texts(cells)?,
             Self::List(item) => {

@@ -21,10 +21,13 @@ const GROUP_ROWS: usize = 64 * BATCH_ROWS;
 /// A row group ends when its rows take this many bytes in memory.
 const GROUP_BYTES: usize = 64 << 20;
 
+/// Which file of a split, and of how many.
+type Part = (usize, usize);
+
 /// The splits of a folder and the files of each, in order. `train.parquet` and `train-00000-of-00002.parquet` both belong to
 /// `train`. A split with missing parts is an error.
 pub fn splits(folder: &Path) -> Result<BTreeMap<String, Vec<PathBuf>>> {
-    let mut found: BTreeMap<String, Vec<(Option<(usize, usize)>, PathBuf)>> = BTreeMap::new();
+    let mut found: BTreeMap<String, Vec<(Option<Part>, PathBuf)>> = BTreeMap::new();
     let entries = std::fs::read_dir(folder)
         .with_context(|| format!("could not list the folder `{}`", folder.display()))?;
     for entry in entries {
@@ -62,7 +65,7 @@ pub fn splits(folder: &Path) -> Result<BTreeMap<String, Vec<PathBuf>>> {
 }
 
 /// The split's name in a file's name without its extension, and which part of how many it is.
-pub(super) fn split_of(stem: &str) -> (&str, Option<(usize, usize)>) {
+pub(super) fn split_of(stem: &str) -> (&str, Option<Part>) {
     let part = |text: &str| {
         let digits = text.len() == 5 && text.bytes().all(|byte| byte.is_ascii_digit());
         digits.then(|| text.parse::<usize>().ok()).flatten()
@@ -208,7 +211,7 @@ pub(super) fn plain(schema: &Schema) -> SchemaRef {
 
 /// Writes one split as `<name>.parquet`. The bytes depend on the rows alone, not on the batches they arrive in.
 pub struct Writer {
-    writer: ArrowWriter<File>,
+    parquet: ArrowWriter<File>,
     schema: SchemaRef,
     pending: Vec<RecordBatch>,
     pending_rows: usize,
@@ -237,7 +240,7 @@ impl Writer {
         let writer = ArrowWriter::try_new(file, schema.clone(), Some(properties))
             .with_context(|| format!("could not write `{}`", path.display()))?;
         Ok(Self {
-            writer,
+            parquet: writer,
             schema,
             pending: Vec::new(),
             pending_rows: 0,
@@ -266,7 +269,7 @@ impl Writer {
     /// Completes the file; returns the number of rows.
     pub fn finish(mut self) -> Result<usize> {
         self.pass_on()?;
-        let finished = self.writer.close();
+        let finished = self.parquet.close();
         finished.with_context(|| format!("could not write `{}`", self.path.display()))?;
         Ok(self.rows)
     }
@@ -285,10 +288,10 @@ impl Writer {
         for size in sizes {
             self.group_bytes += size?;
         }
-        let written = self.writer.write(&batch).and_then(|()| {
+        let written = self.parquet.write(&batch).and_then(|()| {
             if self.group_bytes >= GROUP_BYTES {
                 self.group_bytes = 0;
-                self.writer.flush()?;
+                self.parquet.flush()?;
             }
             Ok(())
         });

@@ -141,7 +141,7 @@ fn draw(rows: usize, held_out: usize, seed: u64, shuffle: bool) -> Vec<bool> {
     is_test
 }
 
-/// SplitMix64 (Steele, Lea, Flood 2014): small, well mixed, and the same on every machine.
+/// `SplitMix64` (Steele, Lea, Flood 2014): small, well mixed, and the same on every machine.
 struct SplitMix(u64);
 
 impl SplitMix {

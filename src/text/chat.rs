@@ -91,7 +91,7 @@ impl Renderer {
     pub fn render(&self, row: ChatRow) -> Result<Rendered> {
         let notice = self.notice(&row);
         if notice == Notice::AlreadyRendered
-            && let Some(rendered) = self.already_rendered(&row)?
+            && let Some(rendered) = self.already_rendered(&row)
         {
             return Ok(rendered);
         }
@@ -240,14 +240,12 @@ impl Renderer {
     }
 
     /// Prompt and answers of a row whose texts are rendered already; none when it can't be told where the answers begin.
-    fn already_rendered(&self, row: &ChatRow) -> Result<Option<Rendered>> {
+    fn already_rendered(&self, row: &ChatRow) -> Option<Rendered> {
         let text = |side: &Option<Side>| match side {
             Some(Side::Text(text)) => Some(text.clone()),
             _ => None,
         };
-        let Some(chosen) = text(&row.chosen) else {
-            return Ok(None);
-        };
+        let chosen = text(&row.chosen)?;
         let rejected = text(&row.rejected);
         let prompt = text(&row.prompt).unwrap_or_default();
         let rendered = |prompt: &str, border: usize| Rendered {
@@ -264,14 +262,14 @@ impl Renderer {
                 .any(|marker| strip(text).starts_with(marker.as_str()))
         };
         if begins(&prompt) && !begins(&chosen) {
-            return Ok(Some(rendered(&prompt, 0)));
+            return Some(rendered(&prompt, 0));
         }
         let both = |start: &str| {
             chosen.starts_with(start)
                 && rejected.as_ref().is_none_or(|text| text.starts_with(start))
         };
         if begins(&prompt) && both(&prompt) {
-            return Ok(Some(rendered(&prompt, prompt.len())));
+            return Some(rendered(&prompt, prompt.len()));
         }
         // Both answers hold the whole conversation: it ends where the template lets the assistant begin.
         let common = rejected
@@ -279,11 +277,9 @@ impl Renderer {
             .map_or(chosen.len(), |rejected| common_prefix(&chosen, rejected));
         let start = (!self.generation_prompt.is_empty())
             .then(|| chosen[..common].rfind(&self.generation_prompt));
-        let Some(start) = start.flatten().filter(|_| begins(&chosen)) else {
-            return Ok(None);
-        };
+        let start = start.flatten().filter(|_| begins(&chosen))?;
         let border = start + self.generation_prompt.len();
-        Ok(Some(rendered(&chosen[..border], border)))
+        Some(rendered(&chosen[..border], border))
     }
 }
 

@@ -95,9 +95,61 @@ fn string_method(text: &str, name: &str, args: &[Value]) -> Result<Option<Value>
             Value::from(text.strip_suffix(suffix).unwrap_or(text))
         }
         "title" => Value::from(title(text)),
+        "index" => {
+            let (part,): (&str,) = from_args(args)?;
+            let place = text
+                .find(part)
+                .ok_or_else(|| Error::new(ErrorKind::InvalidOperation, "substring not found"))?;
+            Value::from(text[..place].chars().count())
+        }
+        "swapcase" => {
+            let swap = |c: char| -> String {
+                if c.is_lowercase() {
+                    c.to_uppercase().collect()
+                } else {
+                    c.to_lowercase().collect()
+                }
+            };
+            Value::from(text.chars().map(swap).collect::<String>())
+        }
+        "zfill" => {
+            let (width,): (usize,) = from_args(args)?;
+            let digits = text.strip_prefix(['+', '-']).unwrap_or(text);
+            let sign = &text[..text.len() - digits.len()];
+            Value::from(format!("{sign}{}{digits}", fill(text, width, '0')?))
+        }
+        "ljust" | "rjust" | "center" => {
+            let (width, with): (usize, Option<char>) = from_args(args)?;
+            let filled = fill(text, width, with.unwrap_or(' '))?;
+            let count = filled.chars().count();
+            // As in Python, an odd place goes to the left only when the width is odd, too.
+            let left = match name {
+                "ljust" => 0,
+                "rjust" => count,
+                _ => count / 2 + (count & width & 1),
+            };
+            let split = filled
+                .char_indices()
+                .nth(left)
+                .map_or(filled.len(), |(place, _)| place);
+            let (before, after) = filled.split_at(split);
+            Value::from(format!("{before}{text}{after}"))
+        }
         "casefold" => Value::from(text.to_lowercase()),
         _ => return Ok(None),
     }))
+}
+
+/// What is missing for `text` to be `width` characters wide.
+fn fill(text: &str, width: usize, with: char) -> Result<String, Error> {
+    if width > 10_000 {
+        return Err(Error::new(
+            ErrorKind::InvalidOperation,
+            "a width above 10000 is not supported",
+        ));
+    }
+    let missing = width.saturating_sub(text.chars().count());
+    Ok(std::iter::repeat_n(with, missing).collect())
 }
 
 fn non_empty(separator: &str) -> Result<(), Error> {
@@ -124,6 +176,10 @@ fn title(text: &str) -> String {
 
 /// Python's `json.dumps(value, ensure_ascii=False, indent=.., separators=.., sort_keys=..)`, as transformers gives it to
 /// templates: no HTML escapes, `", "` and `": "` unless told otherwise.
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "minijinja asks for this shape"
+)]
 pub(super) fn tojson(value: &Value, args: Rest<Value>, kwargs: Kwargs) -> Result<Value, Error> {
     // The parameters in transformers' order; a template may pass them by place.
     let by_place = |place: usize, name: &str| -> Result<Option<Value>, Error> {

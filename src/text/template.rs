@@ -153,10 +153,13 @@ fn explain(error: &Error, source: &str) -> anyhow::Error {
             },
         ),
     };
-    let causes: String =
-        std::iter::successors(std::error::Error::source(error), |cause| cause.source())
-            .map(|cause| format!(": {cause}"))
-            .collect();
+    let mut causes = String::new();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        causes.push_str(": ");
+        causes.push_str(&error.to_string());
+        cause = error.source();
+    }
     match error.line() {
         None => anyhow!("{detail}{causes}"),
         Some(number) => {

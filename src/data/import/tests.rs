@@ -166,9 +166,10 @@ fn several_files_follow_one_another_up_to_the_limit() {
 
 #[test]
 fn more_rows_than_a_batch_survive() {
-    let lines: String = (0..3000)
+    let lines: Vec<String> = (0..3000)
         .map(|row| format!("{{\"prompt\": \"{row}\", \"chosen\": \"c\"}}\n"))
         .collect();
+    let lines = lines.concat();
     let (report, _) = import(&[("a.jsonl", &lines)], &ImportOptions::default()).unwrap();
     assert_eq!(report.rows, 3000);
     let list = format!("[{}]", lines.trim_end().replace('\n', ","));

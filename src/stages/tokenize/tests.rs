@@ -175,3 +175,59 @@ fn rules_between_parameters() {
         1
     );
 }
+
+/// Prints speed and peak memory: `cargo test --lib a_million_rows -- --ignored --nocapture`.
+#[test]
+#[ignore = "takes minutes; measures memory of the whole process"]
+fn a_million_rows_take_less_than_a_gigabyte() {
+    use std::io::Write as _;
+    use std::time::Instant;
+
+    use super::super::{apply_chat_template::ApplyChatTemplate, import_dataset::ImportDataset};
+
+    const MILLION: usize = 1_000_000;
+    let folder = tempfile::tempdir().unwrap();
+    let source = folder.path().join("rows.jsonl");
+    let mut file = std::io::BufWriter::new(std::fs::File::create(&source).unwrap());
+    for row in 0..MILLION {
+        let text =
+            format!("Question {row}: what is {row} + 1, and why does it matter to anybody at all?");
+        let answer = row + 1;
+        writeln!(file, r#"{{"system": "Be brief.", "prompt": "{text}", "chosen": "It is {answer}, because one more than {row} is {answer}.", "rejected": "It is {row}."}}"#).unwrap();
+    }
+    file.into_inner().unwrap();
+    let mut place = source.clone();
+    let mut started = Instant::now();
+    let mut stage = |name: &str, run: &dyn Fn(&Context) -> Result<()>| {
+        let out = folder.path().join(name);
+        let template = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes/templates/llama3.jinja");
+        let sources = [
+            ("rows.jsonl", source.as_path()),
+            ("llama3.jinja", template.as_path()),
+        ];
+        let cx = Context::for_test(
+            &out,
+            &[("base", Path::new(MODEL)), ("before", place.as_path())],
+            &sources,
+        );
+        run(&cx).unwrap();
+        let seconds = started.elapsed().as_secs_f64();
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let peak = status
+            .lines()
+            .find(|line| line.starts_with("VmHWM"))
+            .unwrap();
+        println!("{name}: {:.0} rows/s, {peak}", MILLION as f64 / seconds);
+        let kilobytes: u64 = peak.split_whitespace().nth(1).unwrap().parse().unwrap();
+        assert!(kilobytes < 1_000_000, "{name}: {peak}");
+        place = out.join("out");
+        started = Instant::now();
+    };
+    let import: ImportDataset = serde_yaml::from_str("{path: rows.jsonl}").unwrap();
+    stage("import", &|cx| import.run(cx));
+    let template: ApplyChatTemplate =
+        serde_yaml::from_str("{dataset: before, template: llama3.jinja, tokenizer: base}").unwrap();
+    stage("template", &|cx| template.run(cx));
+    let tokenize: Tokenize = serde_yaml::from_str("{dataset: before, tokenizer: base}").unwrap();
+    stage("tokenize", &|cx| tokenize.run(cx));
+}

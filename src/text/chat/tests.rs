@@ -23,10 +23,12 @@ fn renderer(source: &str, keep_empty_system: bool) -> Renderer {
     )
 }
 
+#[expect(clippy::unnecessary_wraps, reason = "as the fields are")]
 fn text(text: &str) -> Option<Side> {
     Some(Side::Text(text.to_owned()))
 }
 
+#[expect(clippy::unnecessary_wraps, reason = "as the fields are")]
 fn list(messages: &[(&str, &str)]) -> Option<Side> {
     Some(Side::Messages(
         messages

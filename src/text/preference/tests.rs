@@ -119,13 +119,13 @@ fn a_merge_across_the_border_moves_one_token_into_the_answer() {
     let tokenizer = tokenizer("<|eot_id|>");
     let truncation = Truncation::Answers { max_length: 100 };
     // `in` + `d` merge to one token, `in` + `5` don't.
-    let row = encode(&tokenizer, "x in", "d", Some("5"), truncation)
+    let row = encode(&tokenizer, "in", "d", Some("5"), truncation)
         .unwrap()
         .unwrap();
     let rejected = row.rejected.unwrap();
     assert_eq!(row.chosen.prompt.len() + 1, rejected.prompt.len());
-    assert_eq!(tokenizer.decode(&ids(&row.chosen), true).unwrap(), "x ind");
-    assert_eq!(tokenizer.decode(&ids(&rejected), true).unwrap(), "x in5");
+    assert_eq!(tokenizer.decode(&ids(&row.chosen), true).unwrap(), "ind");
+    assert_eq!(tokenizer.decode(&ids(&rejected), true).unwrap(), "in5");
 }
 
 #[test]
