@@ -3,11 +3,24 @@
 //! A new kind is one file plus one line in [`KINDS`]; docs/adding-a-stage.md walks through it.
 
 pub mod artifacts;
+pub mod download_model;
+mod from_hub;
+mod glob;
+pub mod import_model;
+mod model_files;
+
+#[cfg(test)]
+#[path = "../../tests/it/support/hub.rs"]
+#[expect(dead_code, reason = "the integration tests use the rest of it")]
+mod test_hub;
 
 use crate::engine::Kind;
 
 /// Every kind of stage, in the order of the reference docs.
-pub const KINDS: &[Kind] = &[];
+pub const KINDS: &[Kind] = &[
+    Kind::of::<download_model::DownloadModel>(),
+    Kind::of::<import_model::ImportModel>(),
+];
 
 /// The kind called `name`.
 pub fn kind(name: &str) -> Option<&'static Kind> {
