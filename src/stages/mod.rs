@@ -2,12 +2,16 @@
 //!
 //! A new kind is one file plus one line in [`KINDS`]; docs/adding-a-stage.md walks through it.
 
+pub mod apply_chat_template;
 pub mod artifacts;
 pub mod download_model;
 mod from_hub;
 mod glob;
+pub mod import_dataset;
 pub mod import_model;
 mod model_files;
+pub mod split_dataset;
+pub mod tokenize;
 
 #[cfg(test)]
 #[path = "../../tests/it/support/hub.rs"]
@@ -19,7 +23,11 @@ use crate::engine::Kind;
 /// Every kind of stage, in the order of the reference docs.
 pub const KINDS: &[Kind] = &[
     Kind::of::<download_model::DownloadModel>(),
+    Kind::of::<import_dataset::ImportDataset>(),
     Kind::of::<import_model::ImportModel>(),
+    Kind::of::<split_dataset::SplitDataset>(),
+    Kind::of::<apply_chat_template::ApplyChatTemplate>(),
+    Kind::of::<tokenize::Tokenize>(),
 ];
 
 /// The kind called `name`.
