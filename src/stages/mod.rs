@@ -4,6 +4,8 @@
 
 pub mod apply_chat_template;
 pub mod artifacts;
+mod dataset_files;
+pub mod download_dataset;
 pub mod download_model;
 mod from_hub;
 mod glob;
@@ -22,6 +24,7 @@ use crate::engine::Kind;
 
 /// Every kind of stage, in the order of the reference docs.
 pub const KINDS: &[Kind] = &[
+    Kind::of::<download_dataset::DownloadDataset>(),
     Kind::of::<download_model::DownloadModel>(),
     Kind::of::<import_dataset::ImportDataset>(),
     Kind::of::<import_model::ImportModel>(),

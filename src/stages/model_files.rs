@@ -35,9 +35,10 @@ const MAX_HEADER: u64 = 100_000_000;
 
 /// Whether `path` is one of the files beside the weights.
 pub(super) fn is_beside(path: &str) -> bool {
-    let template = path.strip_prefix(TEMPLATES);
-    BESIDE.contains(&path)
-        || template.is_some_and(|name| !name.contains('/') && name.ends_with(".jinja"))
+    let template = path
+        .strip_prefix(TEMPLATES)
+        .and_then(|name| name.strip_suffix(".jinja"));
+    BESIDE.contains(&path) || template.is_some_and(|name| !name.contains('/'))
 }
 
 #[derive(Deserialize)]

@@ -257,7 +257,7 @@ fn serve(stream: &TcpStream, state: &Mutex<State>, cdn: bool) -> std::io::Result
         };
         (answer, fault)
     };
-    send(stream, &method, &path, answer, range, fault)
+    send(stream, &method, &path, answer, range, fault.as_ref())
 }
 
 fn send(
@@ -266,9 +266,9 @@ fn send(
     path: &str,
     mut answer: Answer,
     range: Option<u64>,
-    fault: Option<Fault>,
+    fault: Option<&Fault>,
 ) -> std::io::Result<()> {
-    match &fault {
+    match fault {
         Some(Fault::Page(status, text)) => answer = Answer::text(*status, text),
         Some(Fault::RedirectNowhere) => answer = Answer::text(302, ""),
         Some(Fault::RedirectForever) => answer = Answer::text(302, "").with("Location", path),
@@ -297,7 +297,7 @@ fn send(
         }
     }
     let mut announce = true;
-    match &fault {
+    match fault {
         Some(Fault::WrongBytes) if !body.is_empty() => body[0] ^= 1,
         Some(Fault::Longer(more)) => body.resize(body.len() + more, 0),
         Some(Fault::LongerUnannounced(more)) => {
@@ -319,9 +319,9 @@ fn send(
         return Ok(());
     }
     match fault {
-        Some(Fault::CutAfter(bytes)) => stream.write_all(&body[..bytes.min(body.len())]),
+        Some(Fault::CutAfter(bytes)) => stream.write_all(&body[..body.len().min(*bytes)]),
         Some(Fault::Silence(bytes)) => {
-            stream.write_all(&body[..bytes.min(body.len())])?;
+            stream.write_all(&body[..body.len().min(*bytes)])?;
             // Until the other side gives up.
             stream.read(&mut [0]).map(|_| ())
         }
