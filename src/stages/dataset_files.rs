@@ -115,7 +115,7 @@ fn by_split(
             let splits = declared(files).with_context(|| {
                 format!(
                     "its README describes the configuration `{}` oddly",
-                    config.config_name
+                    config.name
                 )
             })?;
             let Some(patterns) = splits.get(wanted.split) else {
@@ -254,7 +254,8 @@ struct Card {
 
 #[derive(Debug, Deserialize)]
 struct Config {
-    config_name: String,
+    #[serde(rename = "config_name")]
+    name: String,
     #[serde(default)]
     default: bool,
     data_files: Option<Value>,
@@ -276,9 +277,9 @@ fn configs(readme: &str) -> anyhow::Result<Vec<Config>> {
 }
 
 fn pick<'a>(configs: &'a [Config], name: Option<&str>) -> anyhow::Result<&'a Config> {
-    let names: Vec<_> = configs.iter().map(|config| &config.config_name).collect();
+    let names: Vec<_> = configs.iter().map(|config| &config.name).collect();
     if let Some(name) = name {
-        let found = configs.iter().find(|config| config.config_name == name);
+        let found = configs.iter().find(|config| config.name == name);
         return found.with_context(|| {
             format!(
                 "it has no configuration `{name}`; there are {}",
@@ -292,11 +293,7 @@ fn pick<'a>(configs: &'a [Config], name: Option<&str>) -> anyhow::Result<&'a Con
     configs
         .iter()
         .find(|config| config.default)
-        .or_else(|| {
-            configs
-                .iter()
-                .find(|config| config.config_name == "default")
-        })
+        .or_else(|| configs.iter().find(|config| config.name == "default"))
         .with_context(|| {
             format!(
                 "it has several configurations: choose one of {} by `name`",

@@ -260,6 +260,47 @@ mod tests {
     }
 
     #[test]
+    fn shards_come_by_the_index() {
+        let server = HubServer::start();
+        let mut files = golden();
+        let single = files
+            .iter()
+            .position(|(name, _)| name == "model.safetensors")
+            .unwrap();
+        let (_, whole) = files.remove(single);
+        let tensors = safetensors::SafeTensors::deserialize(&whole).unwrap();
+        let mut names = tensors.names();
+        names.sort();
+        let mut map = BTreeMap::new();
+        for (number, part) in names.chunks(names.len().div_ceil(2)).enumerate() {
+            let shard = format!("model-0000{}-of-00002.safetensors", number + 1);
+            let views = part
+                .iter()
+                .map(|name| (*name, tensors.tensor(name).unwrap()));
+            files.push((shard.clone(), safetensors::serialize(views, None).unwrap()));
+            map.extend(part.iter().map(|name| ((*name).to_owned(), shard.clone())));
+        }
+        let index = serde_json::json!({ "metadata": {}, "weight_map": map });
+        files.push((INDEX.into(), index.to_string().into_bytes()));
+        files.push(("consolidated.00.safetensors".into(), b"odd".to_vec()));
+        serve(&server, &files);
+        let folder = tempfile::tempdir().unwrap();
+        let world = world(&server, folder.path());
+        let names = run(&stage("repo: some/model"), &world, folder.path()).unwrap();
+        let expected = [
+            "chat_template.jinja",
+            "config.json",
+            "generation_config.json",
+            "model-00001-of-00002.safetensors",
+            "model-00002-of-00002.safetensors",
+            INDEX,
+            "tokenizer.json",
+            "tokenizer_config.json",
+        ];
+        assert_eq!(names, expected);
+    }
+
+    #[test]
     fn an_interrupted_stage_ends() {
         let server = HubServer::start();
         let commit = serve(&server, &golden());

@@ -604,6 +604,17 @@ fn no_hub_at_the_address_is_an_error() {
 }
 
 #[test]
+fn https_to_a_server_without_it_is_an_error() {
+    let scene = plain();
+    let mut settings = scene.settings();
+    settings.endpoint = Some(scene.server.endpoint.replace("http://", "https://"));
+    settings.timeout = Duration::from_secs(2);
+    let hub = Hub::new(settings).unwrap();
+    let error = hub.resolve(RepoKind::Model, REPO, "main").unwrap_err();
+    assert!(error.to_string().contains("could not fetch"), "{error}");
+}
+
+#[test]
 fn listings_that_lie_are_errors() {
     let scene = plain();
     for name in ["../evil", "/etc/passwd", "a\\b", "C:evil"] {
