@@ -4,15 +4,30 @@
 
 pub mod apply_chat_template;
 pub mod artifacts;
+mod dataset_files;
+pub mod download_dataset;
+pub mod download_model;
+mod from_hub;
+mod glob;
 pub mod import_dataset;
+pub mod import_model;
+mod model_files;
 pub mod split_dataset;
 pub mod tokenize;
+
+#[cfg(test)]
+#[path = "../../tests/it/support/hub.rs"]
+#[expect(dead_code, reason = "the integration tests use the rest of it")]
+mod test_hub;
 
 use crate::engine::Kind;
 
 /// Every kind of stage, in the order of the reference docs.
 pub const KINDS: &[Kind] = &[
+    Kind::of::<download_dataset::DownloadDataset>(),
+    Kind::of::<download_model::DownloadModel>(),
     Kind::of::<import_dataset::ImportDataset>(),
+    Kind::of::<import_model::ImportModel>(),
     Kind::of::<split_dataset::SplitDataset>(),
     Kind::of::<apply_chat_template::ApplyChatTemplate>(),
     Kind::of::<tokenize::Tokenize>(),

@@ -1,1 +1,6 @@
 //! The one integration-test binary: drives the real program in temporary folders, without a network.
+
+#[cfg(test)]
+mod hub;
+#[cfg(test)]
+mod support;

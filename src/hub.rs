@@ -1,1 +1,0 @@
-//! The Hugging Face hub behind one struct.

@@ -1,0 +1,334 @@
+//! One file into the shared cache: resumed, verified, renamed.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, anyhow, bail, ensure};
+use ureq::http::{HeaderMap, HeaderValue, Uri, header};
+
+use super::client::TRIES;
+use super::digest::{Hasher, feed, is_file};
+use super::http::{Failure, wait};
+use super::names::{check_file, check_repo, escape, is_commit};
+use super::{Hub, RemoteFile, Snapshot};
+
+/// Called with the bytes that are there; an error ends the download, which the next one resumes.
+type Progress<'a> = &'a mut dyn FnMut(u64) -> anyhow::Result<()>;
+
+impl Hub {
+    /// The file of `snapshot` in the cache, under its own name; fetched when it is not there, and verified in any case.
+    ///
+    /// `progress` gets the number of bytes of this file that are there, and ends the work by an error.
+    pub fn fetch(
+        &self,
+        snapshot: &Snapshot,
+        file: &RemoteFile,
+        progress: Progress<'_>,
+    ) -> anyhow::Result<PathBuf> {
+        check_repo(&snapshot.repo)?;
+        check_file(&file.path)?;
+        ensure!(
+            is_commit(&snapshot.commit),
+            "`{}` is no commit",
+            snapshot.commit
+        );
+        let (_, cache) = self.repo(snapshot);
+        let pointer = cache.pointer_path(&snapshot.commit).join(&file.path);
+        let blob = file.etag().map(|etag| cache.blob_path(etag));
+        if self.find(file, &pointer, blob.as_deref(), progress)? {
+            progress(file.size)?;
+            return Ok(pointer);
+        }
+        let (Some(blob), Some(etag), false) = (blob, file.etag(), self.settings.offline) else {
+            bail!(
+                "`{}` of the {} `{}` at commit {} is not in the cache `{}` or is damaged there, and `--offline` or `HF_HUB_OFFLINE` \
+                 forbids to fetch it; run once with a network",
+                file.path,
+                snapshot.kind.noun(),
+                snapshot.repo,
+                snapshot.commit,
+                self.settings.cache.display()
+            );
+        };
+        let writing = || {
+            format!(
+                "could not write to the hub's cache `{}`",
+                self.settings.cache.display()
+            )
+        };
+        make_parent(&blob).with_context(writing)?;
+        // The lock that `huggingface_hub` takes for the same file.
+        let locks = self.folder(snapshot.kind, &snapshot.repo);
+        let locks = self
+            .settings
+            .cache
+            .join(".locks")
+            .join(locks.file_name().unwrap_or_default());
+        std::fs::create_dir_all(&locks).with_context(writing)?;
+        let lock = File::create(locks.join(format!("{etag}.lock"))).with_context(writing)?;
+        while let Err(TryLockError::WouldBlock) = lock.try_lock() {
+            wait(Duration::from_millis(100), &mut || progress(0))?;
+        }
+        if !is_file(&blob, file, &mut || progress(0))? {
+            self.download(snapshot, file, &blob, progress)?;
+        }
+        link(&pointer, &blob, &file.path).with_context(writing)?;
+        Ok(pointer)
+    }
+
+    /// Whether the cache has the file, sound; what is damaged is deleted.
+    fn find(
+        &self,
+        file: &RemoteFile,
+        pointer: &Path,
+        blob: Option<&Path>,
+        progress: Progress<'_>,
+    ) -> anyhow::Result<bool> {
+        if is_file(pointer, file, &mut || progress(0))? {
+            return Ok(true);
+        }
+        if self.settings.offline && blob.is_none() {
+            return Ok(false);
+        }
+        if std::fs::symlink_metadata(pointer).is_ok() {
+            std::fs::remove_file(pointer).with_context(|| {
+                format!(
+                    "`{}` is damaged and could not be removed",
+                    pointer.display()
+                )
+            })?;
+        }
+        let Some(blob) = blob else { return Ok(false) };
+        if !blob.exists() {
+            return Ok(false);
+        }
+        if is_file(blob, file, &mut || progress(0))? {
+            link(pointer, blob, &file.path)
+                .with_context(|| format!("could not write `{}`", pointer.display()))?;
+            return Ok(true);
+        }
+        std::fs::remove_file(blob)
+            .with_context(|| format!("`{}` is damaged and could not be removed", blob.display()))?;
+        Ok(false)
+    }
+
+    fn download(
+        &self,
+        snapshot: &Snapshot,
+        file: &RemoteFile,
+        blob: &Path,
+        progress: Progress<'_>,
+    ) -> anyhow::Result<()> {
+        let uri = self.repo(snapshot).0.url(&escape(&file.path));
+        let uri: Uri = uri
+            .parse()
+            .with_context(|| format!("`{uri}` is no address"))?;
+        let mut part = blob.as_os_str().to_owned();
+        part.push(".incomplete");
+        let part = PathBuf::from(part);
+        let mut found = String::new();
+        for _ in 0..2 {
+            found = self.complete(snapshot, file, &uri, &part, progress)?;
+            if Some(found.as_str()) == file.etag() {
+                return std::fs::rename(&part, blob)
+                    .with_context(|| format!("could not write `{}`", blob.display()));
+            }
+            std::fs::remove_file(&part)
+                .with_context(|| format!("could not remove `{}`", part.display()))?;
+        }
+        bail!(
+            "`{}` of the {} `{}` arrived twice with the wrong content: expected the hash {}, got {found}; {} or a proxy before it \
+             serves something else, and nothing of it was kept",
+            file.path,
+            snapshot.kind.noun(),
+            snapshot.repo,
+            file.etag().unwrap_or_default(),
+            self.settings.endpoint(),
+        )
+    }
+
+    /// Fills `part` up to the file's size over as many requests as it takes; gives the hash of what is there.
+    fn complete(
+        &self,
+        snapshot: &Snapshot,
+        file: &RemoteFile,
+        uri: &Uri,
+        part: &Path,
+        progress: Progress<'_>,
+    ) -> anyhow::Result<String> {
+        let (mut best, mut tried) = (0, 0);
+        loop {
+            let (failure, reached) = match self.stream(file, uri, part, progress)? {
+                Streamed::Whole(hash) => return Ok(hash),
+                Streamed::Broken(failure, reached) => (failure, reached),
+            };
+            // A server that sends a little each time is slow, not broken.
+            tried = if reached > best { 1 } else { tried + 1 };
+            best = best.max(reached);
+            if !failure.may_pass() || tried >= TRIES {
+                return Err(self.explain(
+                    snapshot.kind,
+                    &snapshot.repo,
+                    &snapshot.commit,
+                    Some(&file.path),
+                    &failure,
+                ));
+            }
+            let pause = self.settings.retry_wait * (1 << (tried - 1));
+            wait(pause, &mut || progress(reached))?;
+        }
+    }
+
+    /// One request for what is missing in `part`.
+    fn stream(
+        &self,
+        file: &RemoteFile,
+        uri: &Uri,
+        part: &Path,
+        progress: Progress<'_>,
+    ) -> anyhow::Result<Streamed> {
+        let writing = || format!("could not write `{}`", part.display());
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false);
+        let mut target = options.open(part).with_context(writing)?;
+        let mut hasher = Hasher::of(file);
+        let mut have = feed(&mut target, &mut hasher, &mut || progress(0))?;
+        if have > file.size {
+            (have, hasher) = restart(&mut target, file).with_context(writing)?;
+        }
+        progress(have)?;
+        if have < file.size {
+            let response = match self.http.get(uri, have) {
+                Ok(response) => response,
+                Err(Failure::Status { status: 416, .. }) if have > 0 => {
+                    restart(&mut target, file).with_context(writing)?;
+                    let reason = "it refuses to go on where the last download ended";
+                    return Ok(Streamed::Broken(Failure::Connection(reason.into()), 0));
+                }
+                Err(failure) => return Ok(Streamed::Broken(failure, have)),
+            };
+            let partial = response.status().as_u16() == 206;
+            if !partial {
+                // All of it, asked or not: what is there would stand twice.
+                if have > 0 {
+                    (have, hasher) = restart(&mut target, file).with_context(writing)?;
+                }
+            } else if content_start(response.headers()) != Some(have) {
+                restart(&mut target, file).with_context(writing)?;
+                let reason = "it sends another range than was asked for";
+                return Ok(Streamed::Broken(Failure::Connection(reason.into()), 0));
+            }
+            if let Some(length) = content_length(response.headers())
+                && have.checked_add(length) != Some(file.size)
+            {
+                let reason = format!(
+                    "it announces {length} bytes where {} are missing",
+                    file.size - have
+                );
+                return Ok(Streamed::Broken(Failure::Connection(reason), have));
+            }
+            let mut body = response.into_body().into_reader();
+            let mut buffer = vec![0; 1 << 18];
+            while have <= file.size {
+                let read = match body.read(&mut buffer) {
+                    Ok(0) => break,
+                    Ok(read) => read,
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                    Err(error) => {
+                        let reason =
+                            format!("it broke off after {have} of {} bytes ({error})", file.size);
+                        return Ok(Streamed::Broken(Failure::Connection(reason), have));
+                    }
+                };
+                let bytes = &buffer[..read];
+                have += read as u64;
+                if have > file.size {
+                    break;
+                }
+                target.write_all(bytes).with_context(writing)?;
+                hasher.update(bytes);
+                progress(have)?;
+            }
+            if have != file.size {
+                let reason = if have > file.size {
+                    restart(&mut target, file).with_context(writing)?;
+                    have = 0;
+                    format!("it sends more than the {} bytes it listed", file.size)
+                } else {
+                    format!("it broke off after {have} of {} bytes", file.size)
+                };
+                return Ok(Streamed::Broken(Failure::Connection(reason), have));
+            }
+        }
+        target.sync_all().with_context(writing)?;
+        Ok(Streamed::Whole(hasher.finish()))
+    }
+}
+
+enum Streamed {
+    /// The file has its size; this is its hash.
+    Whole(String),
+    /// Not yet, with the number of bytes that are there.
+    Broken(Failure, u64),
+}
+
+fn restart(target: &mut File, file: &RemoteFile) -> io::Result<(u64, Hasher)> {
+    target.set_len(0)?;
+    target.seek(SeekFrom::Start(0))?;
+    Ok((0, Hasher::of(file)))
+}
+
+fn text<'a>(headers: &'a HeaderMap<HeaderValue>, name: &header::HeaderName) -> Option<&'a str> {
+    headers.get(name).and_then(|value| value.to_str().ok())
+}
+
+fn content_length(headers: &HeaderMap<HeaderValue>) -> Option<u64> {
+    text(headers, &header::CONTENT_LENGTH)?.trim().parse().ok()
+}
+
+/// The first byte of `Content-Range: bytes 5-9/10`.
+fn content_start(headers: &HeaderMap<HeaderValue>) -> Option<u64> {
+    let range = text(headers, &header::CONTENT_RANGE)?.trim();
+    let (start, _) = range.strip_prefix("bytes")?.trim().split_once('-')?;
+    start.trim().parse().ok()
+}
+
+fn make_parent(path: &Path) -> io::Result<()> {
+    path.parent().map_or(Ok(()), std::fs::create_dir_all)
+}
+
+/// Makes the snapshot's entry for a blob: a relative link, so that the cache can be moved.
+fn link(pointer: &Path, blob: &Path, path: &str) -> anyhow::Result<()> {
+    make_parent(pointer)?;
+    let name = blob
+        .file_name()
+        .ok_or_else(|| anyhow!("a blob has no name"))?;
+    let mut target = PathBuf::from("../..");
+    for _ in 0..path.matches('/').count() {
+        target.push("..");
+    }
+    target.push("blobs");
+    target.push(name);
+    if std::fs::symlink_metadata(pointer).is_ok() {
+        std::fs::remove_file(pointer)?;
+    }
+    match symlink(&target, pointer) {
+        // Somebody else was faster with the same link.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        // No links on this file system: the cache of other programs holds plain copies there, too.
+        Err(_) => std::fs::copy(blob, pointer).map(|_| ()).map_err(Into::into),
+        Ok(()) => Ok(()),
+    }
+}
+
+#[cfg(unix)]
+fn symlink(target: &Path, link: &Path) -> io::Result<()> {
+    std::os::unix::fs::symlink(target, link)
+}
+
+#[cfg(not(unix))]
+fn symlink(_: &Path, _: &Path) -> io::Result<()> {
+    Err(io::ErrorKind::Unsupported.into())
+}

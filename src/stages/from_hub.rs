@@ -1,0 +1,163 @@
+//! What the stages that download share: the hub of a run, its pinned commit, and files with progress.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+
+use crate::engine::{Context, Problem, World};
+use crate::hub::{Hub, HubSettings, Listing, RemoteFile, RepoKind, Snapshot};
+
+/// The outside fact that pins a revision.
+const COMMIT: &str = "commit";
+
+pub(super) fn main_revision() -> String {
+    "main".into()
+}
+
+/// The hub as the run's settings say.
+fn hub(world: &World) -> anyhow::Result<Hub> {
+    let variable = |name: &str| world.variable(name).map(str::to_owned);
+    let mut settings = HubSettings::from_variables(&variable, world.home.as_deref())?;
+    settings.offline |= world.offline;
+    Hub::new(settings)
+}
+
+/// The commit that `revision` means now.
+pub(super) fn pin(
+    world: &World,
+    kind: RepoKind,
+    repo: &str,
+    revision: &str,
+) -> anyhow::Result<BTreeMap<String, String>> {
+    let commit = hub(world)?.resolve(kind, repo, revision)?;
+    Ok([(COMMIT.to_owned(), commit)].into())
+}
+
+/// Rules that both stages share.
+pub(super) fn check(repo: &str, revision: &str) -> Vec<Problem> {
+    let mut problems = Vec::new();
+    if repo.trim().is_empty() {
+        problems.push(
+            Problem::new(
+                "repo",
+                "expected a repository of the hub, such as `owner/name`",
+            )
+            .hint("for local files there are `import_dataset` and `import_model`"),
+        );
+    }
+    if revision.trim().is_empty() {
+        problems.push(Problem::new(
+            "revision",
+            "expected a branch, a tag or a commit",
+        ));
+    }
+    problems
+}
+
+/// One repository at the pinned commit.
+pub(super) struct Source<'a> {
+    cx: &'a Context,
+    hub: Hub,
+    snapshot: Snapshot,
+    /// Its files.
+    pub(super) listing: Listing,
+    done: u64,
+    total: u64,
+}
+
+impl<'a> Source<'a> {
+    pub(super) fn open(
+        cx: &'a Context,
+        kind: RepoKind,
+        repo: &str,
+        revision: &str,
+    ) -> anyhow::Result<Self> {
+        let hub = hub(cx.world())?;
+        let snapshot = Snapshot {
+            kind,
+            repo: repo.to_owned(),
+            commit: cx.outside(COMMIT)?.to_owned(),
+        };
+        let listing = hub.list(&snapshot)?;
+        if let Err(error) = hub.remember(&snapshot, revision) {
+            cx.warn(format!(
+                "{error:#}; later runs with `--offline` need a full commit"
+            ));
+        }
+        if !listing.complete {
+            cx.warn(format!(
+                "offline: of `{repo}` only what another program left in the cache is known, {} files",
+                listing.files.len()
+            ));
+        }
+        cx.note(COMMIT, &snapshot.commit);
+        Ok(Self {
+            cx,
+            hub,
+            snapshot,
+            listing,
+            done: 0,
+            total: 0,
+        })
+    }
+
+    /// Announces how many bytes will be fetched in all.
+    pub(super) fn expect(&mut self, files: &[&RemoteFile]) {
+        self.total = files.iter().map(|file| file.size).sum();
+        self.cx.note("bytes", self.total);
+    }
+
+    pub(super) fn file(&self, path: &str) -> Option<RemoteFile> {
+        self.listing
+            .files
+            .iter()
+            .find(|file| file.path == path)
+            .cloned()
+    }
+
+    /// The file in the cache, verified.
+    pub(super) fn fetch(&mut self, file: &RemoteFile) -> anyhow::Result<PathBuf> {
+        let (cx, before) = (self.cx, self.done);
+        let total = (self.total > 0).then_some(self.total);
+        let mut told: Option<Instant> = None;
+        let path = self.hub.fetch(&self.snapshot, file, &mut |bytes| {
+            cx.check_cancelled()?;
+            if told.is_none_or(|told| told.elapsed() > Duration::from_millis(100)) {
+                told = Some(Instant::now());
+                cx.progress(before + bytes, total, "bytes");
+            }
+            Ok(())
+        })?;
+        if total.is_some() {
+            self.done += file.size;
+        }
+        cx.progress(self.done, total, "bytes");
+        Ok(path)
+    }
+}
+
+/// Puts a file of the cache into an artifact without copying it, where the file system can.
+pub(super) fn place(source: &Path, target: &Path) -> anyhow::Result<()> {
+    let real = source
+        .canonicalize()
+        .with_context(|| format!("could not read `{}`", source.display()))?;
+    if let Some(parent) = target.parent() {
+        std::fs::create_dir_all(parent)?;
+    }
+    if std::fs::hard_link(&real, target).is_ok() {
+        return Ok(());
+    }
+    copy(&real, target)
+}
+
+/// Copies a file; on file systems with shared extents that costs no space.
+pub(super) fn copy(source: &Path, target: &Path) -> anyhow::Result<()> {
+    if let Some(parent) = target.parent() {
+        std::fs::create_dir_all(parent)?;
+    }
+    std::fs::copy(source, target)
+        .map(|_| ())
+        .with_context(|| format!("could not copy `{}`", source.display()))
+}

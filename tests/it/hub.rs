@@ -1,0 +1,725 @@
+//! The hub client against a hub on this machine, for each way in which the real one or something before it misbehaves.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use pipeline::hub::{Hub, HubSettings, RemoteFile, RepoKind, Snapshot};
+use tempfile::TempDir;
+
+use crate::support::hub::{Fault, Gate, HubServer, TOKEN, git_sha1, sha256};
+
+const ALWAYS: usize = usize::MAX;
+const REPO: &str = "some/model";
+const WEIGHTS: &str = "model.safetensors";
+
+fn weights() -> Vec<u8> {
+    (0..600_000_u32)
+        .flat_map(|i| (i ^ (i >> 7)).to_le_bytes())
+        .collect()
+}
+
+struct Scene {
+    server: HubServer,
+    cache: TempDir,
+    snapshot: Snapshot,
+}
+
+/// A hub with one model of a small and a large file.
+fn scene(server: HubServer) -> Scene {
+    let commit = server.model(
+        REPO,
+        &[("config.json", b"{\"a\": 1}\n"), (WEIGHTS, &weights())],
+    );
+    Scene {
+        server,
+        cache: tempfile::tempdir().unwrap(),
+        snapshot: model_at(&commit),
+    }
+}
+
+fn model_at(commit: &str) -> Snapshot {
+    Snapshot {
+        kind: RepoKind::Model,
+        repo: REPO.into(),
+        commit: commit.into(),
+    }
+}
+
+impl Scene {
+    fn settings(&self) -> HubSettings {
+        let mut settings = HubSettings::new(self.cache.path());
+        settings.endpoint = Some(self.server.endpoint.clone());
+        settings.retry_wait = Duration::from_millis(1);
+        settings.timeout = Duration::from_secs(10);
+        settings
+    }
+
+    fn hub(&self) -> Hub {
+        Hub::new(self.settings()).unwrap()
+    }
+
+    fn with_token(&self, token: &str) -> Hub {
+        let mut settings = self.settings();
+        settings.token = Some(token.into());
+        Hub::new(settings).unwrap()
+    }
+
+    fn offline(&self) -> Hub {
+        let mut settings = self.settings();
+        settings.offline = true;
+        Hub::new(settings).unwrap()
+    }
+
+    fn file(&self, hub: &Hub, name: &str) -> RemoteFile {
+        let listing = hub.list(&self.snapshot).unwrap();
+        listing
+            .files
+            .into_iter()
+            .find(|file| file.path == name)
+            .unwrap()
+    }
+
+    fn fetch(&self, name: &str) -> anyhow::Result<PathBuf> {
+        self.fetch_by(&self.hub(), name)
+    }
+
+    fn fetch_by(&self, hub: &Hub, name: &str) -> anyhow::Result<PathBuf> {
+        hub.fetch(&self.snapshot, &self.file(hub, name), &mut |_| Ok(()))
+    }
+
+    fn fetch_error(&self, name: &str) -> String {
+        format!("{:#}", self.fetch(name).unwrap_err())
+    }
+
+    fn folder(&self) -> PathBuf {
+        self.cache.path().join("models--some--model")
+    }
+
+    /// Nothing that could be taken for the file.
+    fn assert_nothing_kept(&self) {
+        assert!(
+            !self
+                .folder()
+                .join("blobs")
+                .join(sha256(&weights()))
+                .exists()
+        );
+        assert!(
+            !self
+                .folder()
+                .join("snapshots")
+                .join(&self.snapshot.commit)
+                .join(WEIGHTS)
+                .exists()
+        );
+    }
+
+    /// How often the body of `name` was asked for, with the first byte of each.
+    fn bodies(&self, name: &str) -> Vec<Option<u64>> {
+        let requests = self.server.requests().into_iter();
+        let requests =
+            requests.filter(|asked| asked.path.contains("/resolve/") && asked.path.ends_with(name));
+        requests.map(|asked| asked.range).collect()
+    }
+}
+
+fn plain() -> Scene {
+    scene(HubServer::start())
+}
+
+#[test]
+fn files_arrive_in_the_layout_that_other_programs_share() {
+    let scene = plain();
+    let hub = scene.hub();
+    assert_eq!(
+        hub.resolve(RepoKind::Model, REPO, "main").unwrap(),
+        scene.snapshot.commit
+    );
+    hub.remember(&scene.snapshot, "main").unwrap();
+    let mut last = 0;
+    let file = scene.file(&hub, WEIGHTS);
+    let path = hub
+        .fetch(&scene.snapshot, &file, &mut |done| {
+            last = done;
+            Ok(())
+        })
+        .unwrap();
+    assert_eq!(last, weights().len() as u64);
+    assert_eq!(
+        path,
+        scene
+            .folder()
+            .join("snapshots")
+            .join(&scene.snapshot.commit)
+            .join(WEIGHTS)
+    );
+    assert_eq!(std::fs::read(&path).unwrap(), weights());
+    let target = std::fs::read_link(&path).unwrap();
+    assert_eq!(target, Path::new("../../blobs").join(sha256(&weights())));
+    let config = scene.fetch("config.json").unwrap();
+    let target = std::fs::read_link(config).unwrap();
+    assert_eq!(
+        target,
+        Path::new("../../blobs").join(git_sha1(b"{\"a\": 1}\n"))
+    );
+    let kept = std::fs::read_to_string(scene.folder().join("refs/main")).unwrap();
+    assert_eq!(kept, scene.snapshot.commit);
+
+    // hf-hub's own reader finds it, too.
+    let cache = hf_hub::Cache::new(scene.cache.path().to_path_buf());
+    assert_eq!(cache.model(REPO.into()).get(WEIGHTS), Some(path));
+}
+
+#[test]
+fn what_is_in_the_cache_is_not_fetched_again() {
+    let scene = plain();
+    scene.fetch(WEIGHTS).unwrap();
+    let before = scene.server.requests().len();
+    scene.fetch(WEIGHTS).unwrap();
+    assert_eq!(scene.server.requests().len(), before);
+}
+
+#[test]
+fn a_moving_branch_is_followed_and_a_commit_stays() {
+    let scene = plain();
+    let hub = scene.hub();
+    let old = hub.resolve(RepoKind::Model, REPO, "main").unwrap();
+    let new = scene.server.model(REPO, &[("config.json", b"{}")]);
+    assert_ne!(old, new);
+    assert_eq!(hub.resolve(RepoKind::Model, REPO, "main").unwrap(), new);
+    let before = scene.server.requests().len();
+    assert_eq!(hub.resolve(RepoKind::Model, REPO, &old).unwrap(), old);
+    assert_eq!(
+        scene.server.requests().len(),
+        before,
+        "a commit needs no network"
+    );
+    scene.fetch(WEIGHTS).unwrap();
+}
+
+#[test]
+fn revisions_and_files_with_odd_names_are_reached() {
+    let scene = plain();
+    let commit = scene.server.commit(
+        "models/some/model",
+        "refs/pr/1",
+        &[("a dir/b #1?.json", b"{}")],
+    );
+    let hub = scene.hub();
+    assert_eq!(
+        hub.resolve(RepoKind::Model, REPO, "refs/pr/1").unwrap(),
+        commit
+    );
+    let snapshot = model_at(&commit);
+    let listing = hub.list(&snapshot).unwrap();
+    let path = hub
+        .fetch(&snapshot, &listing.files[0], &mut |_| Ok(()))
+        .unwrap();
+    assert_eq!(std::fs::read(&path).unwrap(), b"{}");
+    assert!(
+        std::fs::read_link(&path)
+            .unwrap()
+            .starts_with("../../../blobs")
+    );
+}
+
+#[test]
+fn datasets_have_their_own_address() {
+    let scene = plain();
+    let commit = scene
+        .server
+        .dataset("some/pairs", &[("data.jsonl", b"{}\n")]);
+    let hub = scene.hub();
+    let snapshot = Snapshot {
+        kind: RepoKind::Dataset,
+        repo: "some/pairs".into(),
+        commit: hub
+            .resolve(RepoKind::Dataset, "some/pairs", "main")
+            .unwrap(),
+    };
+    assert_eq!(snapshot.commit, commit);
+    let listing = hub.list(&snapshot).unwrap();
+    let path = hub
+        .fetch(&snapshot, &listing.files[0], &mut |_| Ok(()))
+        .unwrap();
+    assert!(path.starts_with(scene.cache.path().join("datasets--some--pairs/snapshots")));
+}
+
+#[test]
+fn an_error_page_is_never_a_file() {
+    for status in [404, 500, 403, 401] {
+        let scene = plain();
+        scene.file(&scene.hub(), WEIGHTS);
+        scene.server.fault(
+            "/resolve/",
+            Fault::Page(status, "<html>no</html>".into()),
+            ALWAYS,
+        );
+        let error = scene.fetch_error(WEIGHTS);
+        assert!(
+            error.contains(&status.to_string()) && error.contains(REPO),
+            "{error}"
+        );
+        scene.assert_nothing_kept();
+    }
+}
+
+#[test]
+fn an_error_page_that_says_200_is_never_a_file() {
+    let scene = plain();
+    scene.server.fault(
+        "/resolve/",
+        Fault::Page(200, "<html>log in to the wifi</html>".into()),
+        ALWAYS,
+    );
+    let error = scene.fetch_error(WEIGHTS);
+    assert!(error.contains("announces"), "{error}");
+    scene.assert_nothing_kept();
+}
+
+#[test]
+fn a_server_that_stumbles_once_is_asked_again() {
+    let scene = plain();
+    scene
+        .server
+        .fault("/resolve/", Fault::Page(503, "busy".into()), 2);
+    scene
+        .server
+        .fault("/api/", Fault::Page(500, "busy".into()), 2);
+    assert_eq!(
+        std::fs::read(scene.fetch(WEIGHTS).unwrap()).unwrap(),
+        weights()
+    );
+}
+
+#[test]
+fn a_cut_download_goes_on_where_it_ended() {
+    let scene = plain();
+    scene
+        .server
+        .fault("/resolve/", Fault::CutAfter(1_000_000), 1);
+    assert_eq!(
+        std::fs::read(scene.fetch(WEIGHTS).unwrap()).unwrap(),
+        weights()
+    );
+    assert_eq!(scene.bodies(WEIGHTS), [None, Some(1_000_000)]);
+}
+
+#[test]
+fn a_download_that_is_cut_each_time_still_ends() {
+    let scene = plain();
+    scene
+        .server
+        .fault("/resolve/", Fault::CutAfter(300_000), ALWAYS);
+    assert_eq!(
+        std::fs::read(scene.fetch(WEIGHTS).unwrap()).unwrap(),
+        weights()
+    );
+    assert_eq!(scene.bodies(WEIGHTS).len(), weights().len() / 300_000);
+
+    let scene = plain();
+    scene.server.fault("/resolve/", Fault::CutAfter(0), ALWAYS);
+    let error = scene.fetch_error(WEIGHTS);
+    assert!(
+        error.contains("broke off after 0 of 2400000 bytes"),
+        "{error}"
+    );
+    scene.assert_nothing_kept();
+}
+
+#[test]
+fn a_stopped_download_goes_on_in_the_next_process() {
+    let scene = plain();
+    let hub = scene.hub();
+    let file = scene.file(&hub, WEIGHTS);
+    let error = hub
+        .fetch(&scene.snapshot, &file, &mut |done| {
+            anyhow::ensure!(done < 700_000, "interrupted");
+            Ok(())
+        })
+        .unwrap_err();
+    assert_eq!(error.to_string(), "interrupted");
+    scene.assert_nothing_kept();
+    assert_eq!(
+        std::fs::read(scene.fetch(WEIGHTS).unwrap()).unwrap(),
+        weights()
+    );
+    let bodies = scene.bodies(WEIGHTS);
+    assert_eq!(bodies.len(), 2);
+    assert!(
+        bodies[1].is_some_and(|start| start >= 700_000),
+        "{bodies:?}"
+    );
+}
+
+#[test]
+fn a_damaged_beginning_is_thrown_away() {
+    for left in [vec![9; 5000], vec![9; 2_400_000], vec![9; 3_000_000]] {
+        let scene = plain();
+        let blobs = scene.folder().join("blobs");
+        std::fs::create_dir_all(&blobs).unwrap();
+        let part = blobs.join(format!("{}.incomplete", sha256(&weights())));
+        std::fs::write(&part, left).unwrap();
+        assert_eq!(
+            std::fs::read(scene.fetch(WEIGHTS).unwrap()).unwrap(),
+            weights()
+        );
+        assert!(!part.exists());
+    }
+}
+
+#[test]
+fn a_server_without_ranges_does_no_harm() {
+    for fault in [Fault::IgnoreRange, Fault::WrongRange] {
+        let scene = plain();
+        scene
+            .server
+            .fault("/resolve/", Fault::CutAfter(1_000_000), 1);
+        scene.server.fault("/resolve/", fault, 1);
+        assert_eq!(
+            std::fs::read(scene.fetch(WEIGHTS).unwrap()).unwrap(),
+            weights()
+        );
+    }
+}
+
+#[test]
+fn wrong_content_is_fetched_once_more_and_never_kept() {
+    let scene = plain();
+    scene.server.fault("/resolve/", Fault::WrongBytes, 1);
+    assert_eq!(
+        std::fs::read(scene.fetch(WEIGHTS).unwrap()).unwrap(),
+        weights()
+    );
+
+    let scene = plain();
+    scene.server.fault("/resolve/", Fault::WrongBytes, ALWAYS);
+    for name in [WEIGHTS, "config.json"] {
+        let error = scene.fetch_error(name);
+        assert!(error.contains("twice with the wrong content"), "{error}");
+        assert_eq!(scene.bodies(name).len(), 2);
+    }
+    scene.assert_nothing_kept();
+    let left = std::fs::read_dir(scene.folder().join("blobs"))
+        .unwrap()
+        .count();
+    assert_eq!(left, 0);
+}
+
+#[test]
+fn another_size_than_listed_is_an_error() {
+    for fault in [Fault::Longer(3), Fault::LongerUnannounced(3)] {
+        let scene = plain();
+        scene.server.fault("/resolve/", fault.clone(), ALWAYS);
+        let error = scene.fetch_error(WEIGHTS);
+        assert!(
+            error.contains("announces") || error.contains("sends more"),
+            "{error}"
+        );
+        scene.assert_nothing_kept();
+    }
+}
+
+#[test]
+fn silence_counts_as_broken() {
+    let scene = plain();
+    let mut settings = scene.settings();
+    settings.timeout = Duration::from_millis(300);
+    let hub = Hub::new(settings).unwrap();
+    scene
+        .server
+        .fault("/resolve/", Fault::Silence(1_000_000), 1);
+    let path = scene.fetch_by(&hub, WEIGHTS).unwrap();
+    assert_eq!(std::fs::read(path).unwrap(), weights());
+    assert_eq!(scene.bodies(WEIGHTS), [None, Some(1_000_000)]);
+}
+
+#[test]
+fn bad_redirects_are_errors() {
+    for fault in [Fault::RedirectNowhere, Fault::RedirectForever] {
+        let scene = plain();
+        scene.server.fault("/resolve/", fault, ALWAYS);
+        let error = scene.fetch_error(WEIGHTS);
+        assert!(error.contains("redirects"), "{error}");
+        scene.assert_nothing_kept();
+    }
+}
+
+#[test]
+fn damage_in_the_cache_is_noticed_and_mended() {
+    for name in [WEIGHTS, "config.json"] {
+        let scene = plain();
+        let path = scene.fetch(name).unwrap();
+        let whole = std::fs::read(&path).unwrap();
+        let mut bytes = whole.clone();
+        bytes[3] ^= 1;
+        std::fs::write(&path, bytes).unwrap();
+        let offline = scene.offline();
+        let file = scene.file(&offline, name);
+        let copy = path.with_extension("copy");
+        std::fs::copy(&path, &copy).unwrap();
+        assert_eq!(std::fs::read(scene.fetch(name).unwrap()).unwrap(), whole);
+        std::fs::copy(&copy, &path).unwrap();
+        let error = offline
+            .fetch(&scene.snapshot, &file, &mut |_| Ok(()))
+            .unwrap_err();
+        assert!(error.to_string().contains("damaged"), "{error}");
+    }
+}
+
+#[test]
+fn the_token_goes_to_the_hub_and_nowhere_else() {
+    let scene = scene(HubServer::start().with_cdn());
+    scene.server.gate("models/some/model", Gate::Gated);
+    let hub = scene.with_token(TOKEN);
+    let path = scene.fetch_by(&hub, WEIGHTS).unwrap();
+    assert_eq!(std::fs::read(path).unwrap(), weights());
+    let requests = scene.server.requests();
+    let (cdn, own): (Vec<_>, Vec<_>) = requests.iter().partition(|asked| asked.cdn);
+    assert!(own.iter().all(|asked| asked.token));
+    assert_eq!(cdn.len(), 1);
+    assert!(!cdn[0].token);
+    assert!(!format!("{hub:?}").contains(TOKEN));
+}
+
+#[test]
+fn a_cut_download_goes_on_behind_a_redirect() {
+    let scene = scene(HubServer::start().with_cdn());
+    scene.server.fault("/blob/", Fault::CutAfter(1_000_000), 1);
+    assert_eq!(
+        std::fs::read(scene.fetch(WEIGHTS).unwrap()).unwrap(),
+        weights()
+    );
+    let requests = scene
+        .server
+        .requests()
+        .into_iter()
+        .filter(|asked| asked.cdn);
+    let ranges: Vec<_> = requests.map(|asked| asked.range).collect();
+    assert_eq!(ranges, [None, Some(1_000_000)]);
+}
+
+#[test]
+fn closed_doors_say_what_to_do() {
+    let scene = plain();
+    let page = format!("{}/{REPO}", scene.server.endpoint);
+    scene.server.gate("models/some/model", Gate::Gated);
+    let error = scene.fetch_error("config.json");
+    assert!(
+        error.contains("gated") && error.contains("HF_TOKEN") && error.contains(&page),
+        "{error}"
+    );
+
+    let wrong = scene.with_token("hf_wrong");
+    let error = format!("{:#}", scene.fetch_by(&wrong, "config.json").unwrap_err());
+    assert!(
+        error.contains("refuses the token") && !error.contains("hf_wrong"),
+        "{error}"
+    );
+
+    scene.server.gate("models/some/model", Gate::Refused);
+    let error = format!(
+        "{:#}",
+        scene
+            .fetch_by(&scene.with_token(TOKEN), "config.json")
+            .unwrap_err()
+    );
+    assert!(
+        error.contains("accept its licence") && error.contains(&page),
+        "{error}"
+    );
+    assert!(!error.contains(TOKEN), "{error}");
+
+    scene.server.gate("models/some/model", Gate::Private);
+    let error = scene
+        .hub()
+        .resolve(RepoKind::Model, REPO, "main")
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("401") && error.contains("HF_TOKEN"),
+        "{error}"
+    );
+    let token = scene.with_token(TOKEN);
+    assert_eq!(
+        token.resolve(RepoKind::Model, REPO, "main").unwrap(),
+        scene.snapshot.commit
+    );
+    scene.fetch_by(&token, "config.json").unwrap();
+}
+
+#[test]
+fn what_is_not_there_is_named() {
+    let scene = plain();
+    let token = scene.with_token(TOKEN);
+    let error = token
+        .resolve(RepoKind::Model, "some/modle", "main")
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("404") && error.contains("some/modle"),
+        "{error}"
+    );
+    let error = token
+        .resolve(RepoKind::Model, REPO, "mian")
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("no revision `mian`"), "{error}");
+    let error = token
+        .resolve(RepoKind::Model, "../etc", "main")
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("no repository"), "{error}");
+}
+
+#[test]
+fn no_hub_at_the_address_is_an_error() {
+    let cache = tempfile::tempdir().unwrap();
+    // Bound and closed again: nobody listens there.
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut settings = HubSettings::new(cache.path());
+    settings.endpoint = Some(format!("http://{}", listener.local_addr().unwrap()));
+    settings.retry_wait = Duration::from_millis(1);
+    drop(listener);
+    let hub = Hub::new(settings.clone()).unwrap();
+    let error = hub
+        .resolve(RepoKind::Model, REPO, "main")
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("HF_ENDPOINT") && error.contains("--offline"),
+        "{error}"
+    );
+    for endpoint in ["", "huggingface.co", "ftp://x", "http://", "no address"] {
+        settings.endpoint = Some(endpoint.into());
+        let error = format!("{:#}", Hub::new(settings.clone()).unwrap_err());
+        assert!(error.contains("HF_ENDPOINT"), "{endpoint}: {error}");
+    }
+    settings.token = Some("two\nlines".into());
+    let error = Hub::new(settings).unwrap_err().to_string();
+    assert!(
+        error.contains("token") && !error.contains("lines"),
+        "{error}"
+    );
+}
+
+#[test]
+fn https_to_a_server_without_it_is_an_error() {
+    let scene = plain();
+    let mut settings = scene.settings();
+    settings.endpoint = Some(scene.server.endpoint.replace("http://", "https://"));
+    settings.timeout = Duration::from_secs(2);
+    let hub = Hub::new(settings).unwrap();
+    let error = hub.resolve(RepoKind::Model, REPO, "main").unwrap_err();
+    assert!(error.to_string().contains("could not fetch"), "{error}");
+}
+
+#[test]
+fn listings_that_lie_are_errors() {
+    let scene = plain();
+    for name in ["../evil", "/etc/passwd", "a\\b", "C:evil"] {
+        let commit = scene.server.model(REPO, &[(name, b"x")]);
+        let error = format!("{:#}", scene.hub().list(&model_at(&commit)).unwrap_err());
+        assert!(error.contains("unsafe name"), "{error}");
+    }
+    let other = "0123456789012345678901234567890123456789";
+    let answers = [
+        ("<html>".to_owned(), "no description"),
+        (
+            format!("{{\"sha\": \"{other}\", \"siblings\": []}}"),
+            "answered with",
+        ),
+        ("{}".to_owned(), "answered with"),
+        (
+            format!(
+                "{{\"sha\": \"{}\", \"siblings\": [{{\"rfilename\": \"x\"}}]}}",
+                scene.snapshot.commit
+            ),
+            "could not be verified",
+        ),
+        (
+            format!(
+                "{{\"sha\": \"{}\", \"siblings\": [{{\"rfilename\": \"x\", \"size\": 1, \"blobId\": \"../../x\"}}]}}",
+                scene.snapshot.commit
+            ),
+            "could not be verified",
+        ),
+    ];
+    for (answer, expected) in answers {
+        scene.server.fault("/api/", Fault::Page(200, answer), 1);
+        let error = format!("{:#}", scene.hub().list(&scene.snapshot).unwrap_err());
+        assert!(error.contains(expected), "{error}");
+    }
+    scene
+        .server
+        .fault("/api/", Fault::Page(200, "{\"sha\": \"main\"}".into()), 1);
+    let error = scene
+        .hub()
+        .resolve(RepoKind::Model, REPO, "main")
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("names no commit"), "{error}");
+    assert!(!scene.cache.path().join("evil").exists());
+}
+
+#[test]
+fn offline_uses_the_cache_and_asks_nobody() {
+    let scene = plain();
+    let offline = scene.offline();
+    let error = offline
+        .resolve(RepoKind::Model, REPO, "main")
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("--offline") && error.contains("main"),
+        "{error}"
+    );
+    let error = offline.list(&scene.snapshot).unwrap_err().to_string();
+    assert!(error.contains("--offline"), "{error}");
+    assert!(scene.server.requests().is_empty());
+
+    let hub = scene.hub();
+    hub.remember(&scene.snapshot, "main").unwrap();
+    scene.fetch("config.json").unwrap();
+    let before = scene.server.requests().len();
+    assert_eq!(
+        offline.resolve(RepoKind::Model, REPO, "main").unwrap(),
+        scene.snapshot.commit
+    );
+    let listing = offline.list(&scene.snapshot).unwrap();
+    assert!(listing.complete);
+    assert_eq!(listing.files.len(), 2);
+    scene.fetch_by(&offline, "config.json").unwrap();
+    let error = scene.fetch_by(&offline, WEIGHTS).unwrap_err().to_string();
+    assert!(
+        error.contains(WEIGHTS) && error.contains("--offline"),
+        "{error}"
+    );
+
+    // What another program fetched is found by its links, and is not taken for all there is.
+    std::fs::remove_dir_all(scene.folder().join(".listings")).unwrap();
+    let listing = offline.list(&scene.snapshot).unwrap();
+    assert!(!listing.complete);
+    assert_eq!(listing.files.len(), 1);
+    assert_eq!(listing.files[0].git_sha1, Some(git_sha1(b"{\"a\": 1}\n")));
+    scene.fetch_by(&offline, "config.json").unwrap();
+    assert_eq!(scene.server.requests().len(), before);
+}
+
+#[test]
+fn two_programs_at_once_fetch_a_file_once() {
+    let scene = plain();
+    let file = scene.file(&scene.hub(), WEIGHTS);
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                let path = scene
+                    .hub()
+                    .fetch(&scene.snapshot, &file, &mut |_| Ok(()))
+                    .unwrap();
+                assert_eq!(std::fs::read(path).unwrap(), weights());
+            });
+        }
+    });
+    assert_eq!(scene.bodies(WEIGHTS).len(), 1);
+}
