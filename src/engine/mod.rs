@@ -13,6 +13,7 @@ mod world;
 pub use context::Context;
 pub use event::{Event, Level};
 pub use kind::{AnyStage, Kind, ParseError};
+pub(crate) use params::{ARTIFACT_KEY, FILE_KEY, NEUTRAL_KEY, STAGE_KEY};
 pub use params::{Input, Neutral, SourcePath};
 pub use stage::{Artifact, Problem, Stage};
 pub use world::World;
