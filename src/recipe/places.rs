@@ -120,6 +120,9 @@ impl Places {
         let mut around = path;
         while let Some((_, rest)) = around.split_last() {
             around = rest;
+            if around.is_empty() {
+                break;
+            }
             // What a merge brought in is written at the merge.
             let spot = self.0.get(&child(around, "<<"));
             if let Some(spot) = spot.or_else(|| self.0.get(around)) {

@@ -90,10 +90,21 @@ fn brackets(text: &str) -> usize {
 
 /// A sentence for an error of the YAML parser.
 fn syntax(error: &serde_yaml::Error, lines: &[&str]) -> Mistake {
-    let place = error.location().map(|location| Place {
-        line: location.line(),
-        column: location.column(),
-        length: 1,
+    // The end of the text may be told as the start of a line behind the last one.
+    let place = error.location().map(|location| {
+        if location.line() <= lines.len() {
+            Place {
+                line: location.line(),
+                column: location.column(),
+                length: 1,
+            }
+        } else {
+            Place {
+                line: lines.len(),
+                column: lines.last().map_or(0, |line| line.chars().count()) + 1,
+                length: 1,
+            }
+        }
     });
     let text = error.to_string();
     // The innermost sentence: paths come before it, the place and the parser's context behind.
@@ -126,6 +137,8 @@ fn syntax(error: &serde_yaml::Error, lines: &[&str]) -> Mistake {
     } else {
         let hint = if at == Some('\t') {
             "YAML is indented with spaces, not with tabs".to_owned()
+        } else if unquoted_var(place.and_then(|place| lines.get(place.line - 1)).copied()) {
+            "a var needs quotes inside `{ }` and `[ ]`: `\"${name}\"`".to_owned()
         } else {
             context.to_owned()
         };
@@ -136,6 +149,15 @@ fn syntax(error: &serde_yaml::Error, lines: &[&str]) -> Mistake {
         place,
         hint: Some(hint).filter(|hint| !hint.is_empty()),
     }
+}
+
+/// Whether a line has a var without quotes inside brackets, where its brace begins a map.
+fn unquoted_var(line: Option<&str>) -> bool {
+    let line = line.unwrap_or_default();
+    line.match_indices("${").any(|(at, _)| {
+        let before = line.get(..at).unwrap_or_default();
+        before.contains(['{', '[']) && !before.ends_with(['"', '\'', '$'])
+    })
 }
 
 /// Stands before our own sentences in the parser's errors; `|` parts the hint.

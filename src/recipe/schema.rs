@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use schemars::SchemaGenerator;
 use serde_json::{Map, Value, json};
 
-use crate::engine::Kind;
+use crate::engine::{FILE_KEY, Kind, NEUTRAL_KEY, STAGE_KEY};
 
 /// One parameter, as the schema tells it.
 pub(crate) struct Parameter {
@@ -21,7 +21,7 @@ pub(crate) struct Parameters(pub(crate) Vec<Parameter>);
 impl Parameters {
     /// The parameters in the order of the struct.
     pub(crate) fn of(kind: &Kind) -> Self {
-        Self::read(&(kind.schema)(&mut SchemaGenerator::default()).to_value())
+        Self::read(&params(kind, &mut SchemaGenerator::default()))
     }
 
     fn read(schema: &Value) -> Self {
@@ -48,6 +48,27 @@ impl Parameters {
     }
 }
 
+/// The schema of a kind's parameters, with defaults as people write them.
+fn params(kind: &Kind, generator: &mut SchemaGenerator) -> Value {
+    let mut schema = (kind.schema)(generator).to_value();
+    let properties = schema.get_mut("properties").and_then(Value::as_object_mut);
+    for property in properties.into_iter().flat_map(Map::values_mut) {
+        if let Some(default) = property.get_mut("default") {
+            unmark(default);
+        }
+    }
+    schema
+}
+
+/// Takes the engine's marks off a default.
+fn unmark(value: &mut Value) {
+    for key in [NEUTRAL_KEY, STAGE_KEY, FILE_KEY] {
+        if let Some(inner) = value.get_mut(key) {
+            *value = inner.take();
+        }
+    }
+}
+
 fn description(schema: &Value) -> String {
     let text = schema.get("description").and_then(Value::as_str);
     text.unwrap_or_default().to_owned()
@@ -58,7 +79,7 @@ pub fn schema(kinds: &[Kind]) -> Value {
     let mut generator = SchemaGenerator::default();
     let mut variants = Vec::new();
     for kind in kinds {
-        let mut params = (kind.schema)(&mut generator).to_value();
+        let mut params = params(kind, &mut generator);
         if let Some(properties) = params.get_mut("properties").and_then(Value::as_object_mut) {
             properties.values_mut().for_each(allow_vars);
         }
@@ -198,7 +219,7 @@ pub fn reference(kinds: &[Kind]) -> String {
     }
     for kind in kinds {
         let mut generator = SchemaGenerator::default();
-        let schema = (kind.schema)(&mut generator).to_value();
+        let schema = params(kind, &mut generator);
         let definitions = generator.take_definitions(true);
         let about = description(&schema);
         _ = writeln!(
@@ -215,7 +236,7 @@ pub fn reference(kinds: &[Kind]) -> String {
         for parameter in parameters {
             let default = match parameter.schema.get("default") {
                 Some(Value::Null) => String::new(),
-                Some(default) => format!("`{default}`"),
+                Some(default) => constant(default),
                 None if parameter.required => "*required*".to_owned(),
                 None => String::new(),
             };
@@ -243,6 +264,9 @@ fn cell(text: &str) -> String {
 
 /// A type in words.
 fn type_name(schema: &Value, definitions: &Map<String, Value>) -> String {
+    if let Some(artifact) = schema.get("x-artifact").and_then(Value::as_str) {
+        return format!("stage that makes `{artifact}`");
+    }
     if let Some(values) = schema.get("enum").and_then(Value::as_array) {
         let values = values.iter().filter(|value| !value.is_null());
         let values: Vec<String> = values.map(constant).collect();

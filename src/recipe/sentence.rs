@@ -58,8 +58,9 @@ pub(crate) fn of(parameter: &str, kind: &str, serde: &str) -> Sentence {
             Some(known) => format!("did you mean `{known}`?"),
             None => format!("known are {}", hints::list(known)),
         };
+        // The path ends with the key itself.
         return Sentence {
-            message: format!("{subject} does not know `{name}`"),
+            message: format!("unknown parameter {subject}"),
             hint: Some(hint),
         };
     }

@@ -218,7 +218,7 @@ fn kind(draft: &mut Draft, name: &str, path: &Steps, value: &Value) -> Option<&'
 }
 
 /// Types the parameters, telling every mistake in them. Wrong ones are left out and the rest is read again, so the second
-/// value says whether all are in the typed stage.
+/// value says whether all that the kind has are in the typed stage.
 fn typed(
     draft: &mut Draft,
     kind: &'static Kind,
@@ -227,13 +227,14 @@ fn typed(
 ) -> (Option<Box<dyn AnyStage>>, bool) {
     let own = Parameters::of(kind);
     let mut dropped = BTreeSet::new();
+    let mut unknown = BTreeSet::new();
     for key in params.keys().filter_map(Value::as_str) {
         let at = child(path, key);
         if !own.has(key) {
             let message = format!("unknown parameter `{key}` of `{}`", kind.name);
             let hint = hints::parameter(key, kind, draft.kinds);
             draft.key_error(&at, message, Some(hint));
-            dropped.insert(key.to_owned());
+            unknown.insert(key.to_owned());
         } else if draft.broken.iter().any(|broken| broken.starts_with(&at)) {
             dropped.insert(key.to_owned());
         }
@@ -248,7 +249,10 @@ fn typed(
         }
     }
     loop {
-        params.retain(|key, _| key.as_str().is_some_and(|key| !dropped.contains(key)));
+        params.retain(|key, _| {
+            key.as_str()
+                .is_some_and(|key| !dropped.contains(key) && !unknown.contains(key))
+        });
         let error = match (kind.parse)(Value::Mapping(params.clone())) {
             Ok(stage) => return (Some(stage), dropped.is_empty()),
             Err(error) => error,
