@@ -510,12 +510,31 @@ impl Reader<'_> {
     /// Where a value stands: scalars where the parser says, what an alias repeats at the alias, flow collections at their
     /// bracket, block collections at their key.
     fn value_place(&self, value: &Value, mark: Option<Place>, key: Option<Place>) -> Option<Place> {
-        let Some(key) = key else { return mark };
+        let Some(key) = key else {
+            return mark.map(|mark| self.opening(value, mark).unwrap_or(mark));
+        };
         let scalar = !matches!(value, Value::Sequence(_) | Value::Mapping(_) | Value::Null);
         match mark {
             Some(mark) if scalar && (mark.line, mark.column) > (key.line, key.column) => Some(mark),
             _ => Some(self.behind(key).unwrap_or(key)),
         }
+    }
+
+    /// The bracket before the first thing inside a flow collection.
+    fn opening(&self, value: &Value, first: Place) -> Option<Place> {
+        let bracket = match value {
+            Value::Sequence(_) => '[',
+            Value::Mapping(_) => '{',
+            _ => return None,
+        };
+        let before = self.rest(first.line, 1).take(first.column - 1);
+        let before: Vec<char> = before.collect();
+        let at = before.iter().rposition(|c| !c.is_whitespace())?;
+        (before.get(at) == Some(&bracket)).then_some(Place {
+            line: first.line,
+            column: at + 1,
+            length: 1,
+        })
     }
 
     /// What stands on the same line behind a key.

@@ -55,7 +55,7 @@ fn the_text_itself() {
     wrong(
         &train("dataset: tokens, seed: ${seed}, beta: 1"),
         &[
-            "r.yaml:11:50: this is not valid YAML: did not find expected ',' or '}' (a var needs quotes inside `{ }` and `[ ]`: `\"${name}\"`)",
+            "r.yaml:11:49: this is not valid YAML: did not find expected ',' or '}' (a var needs quotes inside `{ }` and `[ ]`: `\"${name}\"`)",
         ],
     );
     wrong(
