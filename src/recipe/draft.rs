@@ -21,6 +21,7 @@ pub(crate) struct Draft<'a> {
     lines: Vec<&'a str>,
     pub(crate) kinds: &'static [Kind],
     pub(crate) places: Places,
+    pub(crate) description: Option<String>,
     pub(crate) errors: Vec<RecipeError>,
     /// What `--set` replaced, with the argument.
     pub(crate) set: BTreeMap<Steps, String>,
@@ -37,6 +38,7 @@ impl<'a> Draft<'a> {
             lines: lines(text),
             kinds,
             places: Places::default(),
+            description: None,
             errors: Vec::new(),
             set: BTreeMap::new(),
             through_vars: BTreeMap::new(),
@@ -87,12 +89,12 @@ impl<'a> Draft<'a> {
     }
 
     /// Whether the value at `path` was given, wholly or in part, on the command line.
-    pub(crate) fn from_command_line(&self, path: &Steps) -> bool {
+    pub(crate) fn is_from_command_line(&self, path: &Steps) -> bool {
         around(&self.set, path).is_some() || around(&self.through_vars, path).is_some()
     }
 
-    /// Checks the keys at the top. `None` when there is nothing to go on with; else the description.
-    pub(crate) fn top(&mut self, value: &Value) -> Option<Option<String>> {
+    /// Checks the keys at the top. Whether there is something to go on with.
+    pub(crate) fn top(&mut self, value: &Value) -> bool {
         let Value::Mapping(map) = value else {
             let (message, place) = match value {
                 Value::Null => ("the recipe is empty", None),
@@ -100,7 +102,7 @@ impl<'a> Draft<'a> {
             };
             let hint = "begin with `version: 1`, then `stages:`".to_owned();
             self.push(message.to_owned(), place, None, Some(hint));
-            return None;
+            return false;
         };
         for key in map.keys().filter_map(Value::as_str) {
             if !TOP.contains(&key) {
@@ -132,10 +134,9 @@ impl<'a> Draft<'a> {
                 self.value_error(&version, message, hint);
             }
         }
-        let mut description = None;
         match map.get("description") {
             None => {}
-            Some(Value::String(text)) => description = Some(text.clone()),
+            Some(Value::String(text)) => self.description = Some(text.clone()),
             Some(_) => {
                 self.value_error(
                     &keys(&["description"]),
@@ -144,7 +145,7 @@ impl<'a> Draft<'a> {
                 );
             }
         }
-        Some(description)
+        true
     }
 
     /// The map under a top key, empty when the key is missing; other values are mistakes.

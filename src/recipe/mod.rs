@@ -189,9 +189,9 @@ pub fn parse(
             return Err(draft.into_errors());
         }
     };
-    let Some(description) = draft.top(&value) else {
+    if !draft.top(&value) {
         return Err(draft.into_errors());
-    };
+    }
     set::apply(&mut draft, &mut value, overrides);
     vars::substitute(&mut draft, &mut value);
     let stages = stage::read(&mut draft, &value);
@@ -223,7 +223,7 @@ pub fn parse(
     Ok(Recipe {
         path: path.to_owned(),
         text: text.to_owned(),
-        description,
+        description: draft.description,
         stages,
         outputs: wired
             .outputs

@@ -53,16 +53,16 @@ pub(crate) fn read(draft: &mut Draft, recipe: &Value) -> Vec<Staged> {
     }
     section
         .into_iter()
-        .map(|(name, path, value)| stage(draft, name, path, value))
+        .map(|(name, path, value)| stage(draft, name, &path, value))
         .collect()
 }
 
-fn stage(draft: &mut Draft, name: String, path: Steps, value: &Value) -> Staged {
+fn stage(draft: &mut Draft, name: String, path: &Steps, value: &Value) -> Staged {
     let plain = |c: char| c.is_alphanumeric() || matches!(c, '_' | '-');
     if name.is_empty() || !name.chars().all(plain) {
         let message = format!("`{name}` can not be the name of a stage");
         let hint = "a name is letters, digits, `_` and `-`".to_owned();
-        draft.key_error(&path, message, Some(hint));
+        draft.key_error(path, message, Some(hint));
     }
     let mut staged = Staged {
         name,
@@ -72,11 +72,11 @@ fn stage(draft: &mut Draft, name: String, path: Steps, value: &Value) -> Staged 
         edges: Vec::new(),
         files: Vec::new(),
     };
-    let Some(kind) = kind(draft, &staged.name, &path, value) else {
+    let Some(kind) = kind(draft, &staged.name, path, value) else {
         return staged;
     };
     staged.kind = Some(kind);
-    staged.path = child(&path, kind.name);
+    staged.path = child(path, kind.name);
     let params = match value.get(kind.name) {
         Some(Value::Mapping(map)) => map.clone(),
         None | Some(Value::Null) => Mapping::new(),
@@ -165,53 +165,50 @@ fn kind(draft: &mut Draft, name: &str, path: &Steps, value: &Value) -> Option<&'
             (None, _) => unknown.push(*key),
         }
     }
-    match found {
-        Some(kind) => {
-            let own = Parameters::of(kind);
-            for key in unknown {
-                let message = format!("unknown key `{key}` beside `{}`", kind.name);
-                let hint = if own.has(key) {
-                    format!("it is a parameter: put it inside `{}`", kind.name)
-                } else {
-                    match key {
-                        "needs" | "depends_on" | "inputs" => {
-                            "an edge is a parameter that names a stage, such as `dataset: chats`"
-                                .to_owned()
-                        }
-                        _ => format!("the parameters stand inside `{}`", kind.name),
-                    }
-                };
-                draft.key_error(&child(path, key), message, Some(hint));
-            }
-        }
-        None => {
-            let style = ["kind", "type", "uses", "stage"];
-            if let Some(key) = unknown.iter().find(|key| style.contains(key)) {
-                let word = map.get(*key).and_then(Value::as_str).unwrap_or("its kind");
-                let hint = format!("the kind is the key: `{name}: {{ {word}: {{ .. }} }}`");
-                let message = format!("the stage `{name}` has no kind");
-                draft.key_error(&child(path, key), message, Some(hint));
-            } else if unknown.is_empty() {
-                let message = format!("the stage `{name}` has no kind");
-                draft.key_error(path, message, None);
-            } else if let [key] = unknown[..] {
-                let message = format!("unknown kind `{key}`");
-                let hint = hints::kind(key, kinds);
-                draft.key_error(&child(path, key), message, Some(hint));
+    if let Some(kind) = found {
+        let own = Parameters::of(kind);
+        for key in unknown {
+            let message = format!("unknown key `{key}` beside `{}`", kind.name);
+            let hint = if own.has(key) {
+                format!("it is a parameter: put it inside `{}`", kind.name)
             } else {
-                let likely = unknown
-                    .iter()
-                    .find_map(|key| hints::nearest(key, kinds.iter().map(|kind| kind.name)));
-                let hint = match likely {
-                    Some(known) => format!("did you mean `{known}`?"),
-                    None => hints::kind("", kinds),
-                };
-                let message = format!(
-                    "the stage `{name}` has no kind: it has {}",
-                    hints::list(unknown)
-                );
-                draft.key_error(path, message, Some(hint));
-            }
+                match key {
+                    "needs" | "depends_on" | "inputs" => {
+                        "an edge is a parameter that names a stage, such as `dataset: chats`"
+                            .to_owned()
+                    }
+                    _ => format!("the parameters stand inside `{}`", kind.name),
+                }
+            };
+            draft.key_error(&child(path, key), message, Some(hint));
+        }
+    } else {
+        let style = ["kind", "type", "uses", "stage"];
+        if let Some(key) = unknown.iter().find(|key| style.contains(key)) {
+            let word = map.get(*key).and_then(Value::as_str).unwrap_or("its kind");
+            let hint = format!("the kind is the key: `{name}: {{ {word}: {{ .. }} }}`");
+            let message = format!("the stage `{name}` has no kind");
+            draft.key_error(&child(path, key), message, Some(hint));
+        } else if unknown.is_empty() {
+            let message = format!("the stage `{name}` has no kind");
+            draft.key_error(path, message, None);
+        } else if let [key] = unknown[..] {
+            let message = format!("unknown kind `{key}`");
+            let hint = hints::kind(key, kinds);
+            draft.key_error(&child(path, key), message, Some(hint));
+        } else {
+            let likely = unknown
+                .iter()
+                .find_map(|key| hints::nearest(key, kinds.iter().map(|kind| kind.name)));
+            let hint = match likely {
+                Some(known) => format!("did you mean `{known}`?"),
+                None => hints::kind("", kinds),
+            };
+            let message = format!(
+                "the stage `{name}` has no kind: it has {}",
+                hints::list(unknown)
+            );
+            draft.key_error(path, message, Some(hint));
         }
     }
     found
@@ -299,7 +296,7 @@ fn find(draft: &Draft, staged: &mut Staged, path: &mut Steps, value: &serde_json
                 staged.files.push(SourceFile {
                     parameter: display(path),
                     path: file,
-                    from_command_line: draft.from_command_line(&whole),
+                    from_command_line: draft.is_from_command_line(&whole),
                 });
             } else if let Some(inner) = map.get(NEUTRAL_KEY) {
                 find(draft, staged, path, inner);

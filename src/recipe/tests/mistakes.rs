@@ -1,5 +1,7 @@
 //! Every kind of mistake: sentence, line, column and hint, whole.
 
+use std::fmt::Write as _;
+
 use super::*;
 
 /// Asserts all mistakes of a text.
@@ -86,7 +88,7 @@ fn too_much_is_refused() {
     let mut bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n".to_owned();
     for level in 1..10 {
         let aliases = vec![format!("*a{}", level - 1); 10].join(", ");
-        bomb += &format!("a{level}: &a{level} [{aliases}]\n");
+        writeln!(bomb, "a{level}: &a{level} [{aliases}]").unwrap();
     }
     assert!(mistakes(read(&bomb)).contains("aliases expand to too much"));
     assert!(mistakes(read("a: &a [*a]")).contains("nested too deeply"));
