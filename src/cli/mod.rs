@@ -1,5 +1,7 @@
 //! The command line: one file a subcommand.
 
+pub mod error;
+
 use std::process::ExitCode;
 
 /// Runs the program.

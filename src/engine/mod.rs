@@ -32,6 +32,7 @@ pub use graph::{Graph, GraphError, Marker, Node, markers};
 pub use kind::{AnyStage, Kind, ParseError};
 pub use manifest::{Check, Entry, Manifest, Stat};
 pub use outputs::place;
+pub(crate) use params::{ARTIFACT_KEY, FILE_KEY, NEUTRAL_KEY, STAGE_KEY};
 pub use params::{Input, Neutral, SourcePath};
 pub use plan::{Situation, State};
 pub use reason::{Reason, short};

@@ -1,1 +1,243 @@
-//! recipe
+//! The recipe: YAML text to typed stages, with the place of every mistake.
+//!
+//! The way: text, then a YAML value ([`read`](self::read)), then `--set` ([`set`](self::set)), then `${vars}`
+//! ([`vars`](self::vars)), then typed stages ([`stage`](self::stage)), then edges and outputs ([`wiring`](self::wiring)).
+//! Every step goes on after a mistake, so that [`load`] tells all of them at once. It knows the list of kinds only as a
+//! value, and nothing of what a stage does. [`schema`] and [`reference`] describe recipes; [`graph`] draws one.
+
+mod draft;
+mod error;
+pub mod graph;
+mod hints;
+mod places;
+mod read;
+mod schema;
+mod sentence;
+mod set;
+mod stage;
+#[cfg(test)]
+mod tests;
+mod vars;
+mod wiring;
+
+use std::path::{Path, PathBuf};
+
+use crate::engine::{AnyStage, Kind};
+
+use draft::Draft;
+pub use error::{RecipeError, RecipeErrors};
+pub use places::{Place, Step, Steps, display as display_path, parse as parse_path};
+use places::{Places, keys};
+pub use schema::{reference, schema};
+
+/// A value given on the command line: `--set stages.tuned.train_orpo.beta=0.2`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Override {
+    /// The path of the value in the recipe.
+    pub path: String,
+    /// The value, as YAML.
+    pub value: String,
+}
+
+/// A recipe that can be planned: typed, wired, without a cycle.
+pub struct Recipe {
+    /// The file.
+    pub path: PathBuf,
+    /// The file's text.
+    pub text: String,
+    /// The description, if it has one.
+    pub description: Option<String>,
+    /// The stages, in the order of the recipe.
+    pub stages: Vec<RecipeStage>,
+    /// What is put where for people to use, in the order of the recipe.
+    pub outputs: Vec<Output>,
+    places: Places,
+    order: Vec<usize>,
+}
+
+/// One stage of a recipe.
+pub struct RecipeStage {
+    /// The name in the recipe.
+    pub name: String,
+    /// The kind.
+    pub kind: &'static Kind,
+    /// The typed parameters.
+    pub stage: Box<dyn AnyStage>,
+    /// The stages it takes from, in the order of the parameters.
+    pub edges: Vec<Edge>,
+    /// The local files it reads.
+    pub files: Vec<SourceFile>,
+    /// Where its name is written.
+    pub place: Place,
+}
+
+/// A parameter that takes another stage's artifact.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Edge {
+    /// The parameter, in the notation of [`display_path`].
+    pub parameter: String,
+    /// The stage that makes the artifact.
+    pub stage: String,
+    /// The noun of the artifact.
+    pub artifact: String,
+}
+
+/// A parameter that names a local file or folder.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SourceFile {
+    /// The parameter, in the notation of [`display_path`].
+    pub parameter: String,
+    /// The path as it was written.
+    pub path: String,
+    /// Whether the path came from `--set`, so that it starts at the current folder and not at the recipe's.
+    pub from_command_line: bool,
+}
+
+/// A stage's result that is put where people use it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Output {
+    /// The stage.
+    pub stage: String,
+    /// The path: relative, and inside the folder it starts at.
+    pub path: String,
+    /// Where it is written; the start of the file when it came from `--set`.
+    pub place: Place,
+}
+
+impl Recipe {
+    /// The indices of the stages so that each comes after all it takes from; otherwise in the order of the recipe.
+    pub fn order(&self) -> Vec<usize> {
+        self.order.clone()
+    }
+
+    /// The stage called `name`.
+    pub fn stage(&self, name: &str) -> Option<&RecipeStage> {
+        self.stages.iter().find(|stage| stage.name == name)
+    }
+
+    /// Where the value at a path such as `stages.tuned.train_orpo.beta` is written, or the nearest thing around it.
+    pub fn place_of(&self, path: &str) -> Option<Place> {
+        self.places.value(&places::parse(path).ok()?)
+    }
+
+    /// The stage name that is most like `name`, for a did-you-mean.
+    pub fn suggest(&self, name: &str) -> Option<&str> {
+        hints::nearest(name, self.stages.iter().map(|stage| stage.name.as_str()))
+    }
+}
+
+/// Reads a recipe file, applies `overrides`, and types and wires it. All mistakes come back at once.
+pub fn load(
+    path: &Path,
+    overrides: &[Override],
+    kinds: &'static [Kind],
+) -> Result<Recipe, RecipeErrors> {
+    let whole = |message: String, hint: Option<&str>| {
+        RecipeErrors(vec![RecipeError {
+            file: path.to_owned(),
+            message,
+            place: None,
+            origin: None,
+            hint: hint.map(str::to_owned),
+            source_line: None,
+        }])
+    };
+    let bytes = std::fs::read(path).map_err(|error| {
+        let hint = match error.kind() {
+            std::io::ErrorKind::NotFound => Some("give the path of a recipe, a YAML file"),
+            std::io::ErrorKind::IsADirectory => Some("give the path of a file in that folder"),
+            _ => None,
+        };
+        whole(format!("could not read the recipe: {error}"), hint)
+    })?;
+    let text = String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        let line = error
+            .as_bytes()
+            .iter()
+            .take(at)
+            .filter(|b| **b == b'\n')
+            .count()
+            + 1;
+        whole(
+            format!("the recipe is not UTF-8: a wrong byte in line {line}"),
+            Some("save the file as UTF-8"),
+        )
+    })?;
+    parse(path, &text, overrides, kinds)
+}
+
+/// [`load`] for a text that is already read; `path` is for messages.
+pub fn parse(
+    path: &Path,
+    text: &str,
+    overrides: &[Override],
+    kinds: &'static [Kind],
+) -> Result<Recipe, RecipeErrors> {
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    let mut draft = Draft::new(path, text, kinds);
+    let mut value = match read::read(text) {
+        Ok(read) => {
+            draft.places = read.places;
+            for mistake in read.mistakes {
+                draft.push(mistake.message, mistake.place, None, mistake.hint);
+            }
+            read.value
+        }
+        Err(mistake) => {
+            draft.push(mistake.message, mistake.place, None, mistake.hint);
+            return Err(draft.into_errors());
+        }
+    };
+    if !draft.top(&value) {
+        return Err(draft.into_errors());
+    }
+    set::apply(&mut draft, &mut value, overrides);
+    vars::substitute(&mut draft, &mut value);
+    let stages = stage::read(&mut draft, &value);
+    let wired = wiring::wire(&mut draft, stages, &value);
+    if !draft.errors.is_empty() {
+        return Err(draft.into_errors());
+    }
+    let start = Place {
+        line: 1,
+        column: 1,
+        length: 1,
+    };
+    let mut stages = Vec::with_capacity(wired.stages.len());
+    for stage in wired.stages {
+        let place = draft.places.key(&keys(&["stages", &stage.name]));
+        // Every stage has its parts when there is no error.
+        let (Some(kind), Some(typed)) = (stage.kind, stage.typed) else {
+            continue;
+        };
+        stages.push(RecipeStage {
+            name: stage.name,
+            kind,
+            stage: typed,
+            edges: stage.edges,
+            files: stage.files,
+            place: place.unwrap_or(start),
+        });
+    }
+    Ok(Recipe {
+        path: path.to_owned(),
+        text: text.to_owned(),
+        description: draft.description,
+        stages,
+        outputs: wired
+            .outputs
+            .into_iter()
+            .map(|(stage, path)| Output {
+                place: draft
+                    .places
+                    .value(&keys(&["outputs", &stage]))
+                    .unwrap_or(start),
+                stage,
+                path,
+            })
+            .collect(),
+        places: draft.places,
+        order: wired.order,
+    })
+}

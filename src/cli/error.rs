@@ -1,0 +1,176 @@
+//! The one place where mistakes are rendered: the sentence, the place, the line with a caret, and what to do.
+
+use std::fmt::Write as _;
+
+use crate::recipe::{RecipeError, RecipeErrors};
+
+const RED: &str = "\x1b[1;31m";
+const BLUE: &str = "\x1b[1;34m";
+const CYAN: &str = "\x1b[1;36m";
+const PLAIN: &str = "\x1b[0m";
+/// Lines longer than this are shown in part, around the place.
+const MAX_LINE: usize = 160;
+
+/// All mistakes of a recipe, a blank line between two.
+pub fn render(errors: &RecipeErrors, colour: bool) -> String {
+    let all: Vec<String> = errors.0.iter().map(|error| one(error, colour)).collect();
+    all.join("\n")
+}
+
+fn one(error: &RecipeError, colour: bool) -> String {
+    let paint = |code: &str, text: &str| {
+        if colour {
+            format!("{code}{text}{PLAIN}")
+        } else {
+            text.to_owned()
+        }
+    };
+    let mut text = format!("{} {}\n", paint(RED, "error:"), safe(&error.message));
+    let file = error.file.display();
+    match (&error.origin, error.place, &error.source_line) {
+        (Some(origin), ..) => {
+            _ = writeln!(text, "  {} from {}", paint(BLUE, "-->"), safe(origin));
+        }
+        (None, Some(place), Some(line)) => {
+            let number = place.line.to_string();
+            let margin = " ".repeat(number.len());
+            let bar = paint(BLUE, "|");
+            let (line, start, length) = window(line, place.column, place.length);
+            let (before, marked) = caret(&line, start, length);
+            let carets = paint(RED, &"^".repeat(marked));
+            _ = writeln!(text, "{margin} {} {file}:{place}", paint(BLUE, "-->"));
+            _ = writeln!(text, "{margin}  {bar}");
+            _ = writeln!(text, " {} {bar} {}", paint(BLUE, &number), expand(&line));
+            _ = writeln!(text, "{margin}  {bar} {}{carets}", " ".repeat(before));
+        }
+        (None, Some(place), None) => {
+            _ = writeln!(text, "  {} {file}:{place}", paint(BLUE, "-->"));
+        }
+        (None, None, _) => _ = writeln!(text, "  {} {file}", paint(BLUE, "-->")),
+    }
+    if let Some(hint) = &error.hint {
+        _ = writeln!(text, "{} {}", paint(CYAN, "hint:"), safe(hint));
+    }
+    text
+}
+
+/// Text of a recipe must not steer the terminal.
+fn safe(text: &str) -> String {
+    let keep = |c: char| {
+        if c.is_control() && c != '\n' {
+            '\u{fffd}'
+        } else {
+            c
+        }
+    };
+    text.chars().map(keep).collect()
+}
+
+/// The part of a line around a place: the part, the place's index in it from 0, and its length.
+fn window(line: &str, column: usize, length: usize) -> (String, usize, usize) {
+    let at = column.saturating_sub(1);
+    let count = line.chars().count();
+    let skip = if count > MAX_LINE {
+        at.saturating_sub(MAX_LINE / 2).min(count - MAX_LINE)
+    } else {
+        0
+    };
+    let part: String = line.chars().skip(skip).take(MAX_LINE).collect();
+    let start = at.saturating_sub(skip);
+    let room = part.chars().count().saturating_sub(start);
+    (part, start, length.min(room).max(1))
+}
+
+/// A line as it is printed: tabs are four spaces.
+fn expand(line: &str) -> String {
+    safe(&line.replace('\t', "    "))
+}
+
+/// The columns before a place and under it.
+fn caret(line: &str, start: usize, length: usize) -> (usize, usize) {
+    let before = line.chars().take(start).map(width).sum();
+    let marked: usize = line.chars().skip(start).take(length).map(width).sum();
+    (before, marked.max(1))
+}
+
+/// The columns of a character: East Asian wide ones and emoji take two, combining marks none.
+fn width(character: char) -> usize {
+    match u32::from(character) {
+        0x09 => 4,
+        0x0300..=0x036f | 0x200b..=0x200f | 0xfe00..=0xfe0f => 0,
+        0x1100..=0x115f
+        | 0x2e80..=0xa4cf
+        | 0xac00..=0xd7a3
+        | 0xf900..=0xfaff
+        | 0xfe30..=0xfe6f
+        | 0xff00..=0xff60
+        | 0xffe0..=0xffe6
+        | 0x1f300..=0x1f64f
+        | 0x1f900..=0x1f9ff
+        | 0x20000..=0x3fffd => 2,
+        _ => 1,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::recipe::Place;
+
+    fn error(line: &str, place: Place) -> RecipeErrors {
+        RecipeErrors(vec![RecipeError {
+            file: "r.yaml".into(),
+            message: "there is no stage `b`".into(),
+            place: Some(place),
+            origin: None,
+            hint: Some("did you mean `a`?".into()),
+            source_line: Some(line.into()),
+        }])
+    }
+
+    fn place(line: usize, column: usize, length: usize) -> Place {
+        Place {
+            line,
+            column,
+            length,
+        }
+    }
+
+    #[test]
+    fn a_mistake_is_shown_with_its_line() {
+        let shown = render(&error("  x: { dataset: bbb }", place(12, 17, 3)), false);
+        let expected = "\
+error: there is no stage `b`
+   --> r.yaml:12:17
+    |
+ 12 |   x: { dataset: bbb }
+    |                 ^^^
+hint: did you mean `a`?
+";
+        assert_eq!(shown, expected);
+    }
+
+    #[test]
+    fn carets_stand_right_behind_tabs_and_wide_characters() {
+        let shown = render(&error("\t\u{65e5}: x\u{1b}", place(1, 5, 1)), false);
+        assert!(
+            shown.contains(" 1 |     \u{65e5}: x\u{fffd}\n   |         ^\n"),
+            "{shown}"
+        );
+    }
+
+    #[test]
+    fn long_lines_are_cut_around_the_place() {
+        let line = format!("{}bad{}", "x".repeat(1000), "y".repeat(1000));
+        let shown = render(&error(&line, place(1, 1001, 3)), false);
+        let lines: Vec<&str> = shown.lines().collect();
+        let at = lines[4].find('^').unwrap();
+        assert_eq!(&lines[3][at..at + 3], "bad");
+        assert!(lines[3].len() < 200);
+    }
+
+    #[test]
+    fn a_place_beyond_the_line_still_has_a_caret() {
+        assert!(render(&error("", place(1, 9, 5)), true).contains('^'));
+    }
+}

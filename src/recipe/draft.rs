@@ -1,0 +1,197 @@
+//! A recipe on its way: what is known so far, and the mistakes found.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use serde_yaml::Value;
+
+use crate::engine::Kind;
+
+use super::error::{RecipeError, RecipeErrors};
+use super::hints;
+use super::places::{Place, Places, Steps, child, keys, lines};
+
+/// The keys a recipe may have.
+pub(crate) const TOP: [&str; 5] = ["version", "description", "vars", "stages", "outputs"];
+/// More mistakes than anybody reads.
+const MAX_ERRORS: usize = 100;
+
+pub(crate) struct Draft<'a> {
+    file: &'a Path,
+    lines: Vec<&'a str>,
+    pub(crate) kinds: &'static [Kind],
+    pub(crate) places: Places,
+    pub(crate) description: Option<String>,
+    pub(crate) errors: Vec<RecipeError>,
+    /// What `--set` replaced, with the argument.
+    pub(crate) set: BTreeMap<Steps, String>,
+    /// Values that took in a var that `--set` replaced, with the argument.
+    pub(crate) through_vars: BTreeMap<Steps, String>,
+    /// Values that are known to be wrong, so that their types are not looked at.
+    pub(crate) broken: BTreeSet<Steps>,
+}
+
+impl<'a> Draft<'a> {
+    pub(crate) fn new(file: &'a Path, text: &'a str, kinds: &'static [Kind]) -> Self {
+        Self {
+            file,
+            lines: lines(text),
+            kinds,
+            places: Places::default(),
+            description: None,
+            errors: Vec::new(),
+            set: BTreeMap::new(),
+            through_vars: BTreeMap::new(),
+            broken: BTreeSet::new(),
+        }
+    }
+
+    pub(crate) fn push(
+        &mut self,
+        message: String,
+        place: Option<Place>,
+        origin: Option<String>,
+        hint: Option<String>,
+    ) {
+        let line = place.and_then(|place| self.lines.get(place.line.checked_sub(1)?));
+        self.errors.push(RecipeError {
+            file: self.file.to_owned(),
+            message,
+            place,
+            origin,
+            hint,
+            source_line: line.map(|line| (*line).to_owned()),
+        });
+    }
+
+    /// A mistake in the value at `path`.
+    pub(crate) fn value_error(&mut self, path: &Steps, message: String, hint: Option<String>) {
+        self.error(path, self.places.value(path), message, hint);
+    }
+
+    /// A mistake in the key at `path`.
+    pub(crate) fn key_error(&mut self, path: &Steps, message: String, hint: Option<String>) {
+        self.error(path, self.places.key(path), message, hint);
+    }
+
+    fn error(&mut self, path: &Steps, place: Option<Place>, message: String, hint: Option<String>) {
+        if let Some(origin) = around(&self.set, path) {
+            let origin = origin.clone();
+            return self.push(message, None, Some(origin), hint);
+        }
+        let through = around(&self.through_vars, path);
+        let hint = match (hint, through) {
+            (Some(hint), Some(origin)) => Some(format!("{hint}; the value comes from `{origin}`")),
+            (None, Some(origin)) => Some(format!("the value comes from `{origin}`")),
+            (hint, None) => hint,
+        };
+        self.push(message, place, None, hint);
+    }
+
+    /// Whether the value at `path` was given, wholly or in part, on the command line.
+    pub(crate) fn is_from_command_line(&self, path: &Steps) -> bool {
+        around(&self.set, path).is_some() || around(&self.through_vars, path).is_some()
+    }
+
+    /// Checks the keys at the top. Whether there is something to go on with.
+    pub(crate) fn top(&mut self, value: &Value) -> bool {
+        let Value::Mapping(map) = value else {
+            let (message, place) = match value {
+                Value::Null => ("the recipe is empty", None),
+                _ => ("a recipe is a map", self.places.value(&Vec::new())),
+            };
+            let hint = "begin with `version: 1`, then `stages:`".to_owned();
+            self.push(message.to_owned(), place, None, Some(hint));
+            return false;
+        };
+        for key in map.keys().filter_map(Value::as_str) {
+            if !TOP.contains(&key) {
+                let message = format!("unknown key `{key}`");
+                let hint = match hints::nearest(key, TOP) {
+                    Some(known) => format!("did you mean `{known}`?"),
+                    None if self.kinds.iter().any(|kind| kind.name == key) => {
+                        format!(
+                            "put it under `stages:` and a name, as in `my_stage: {{ {key}: {{ .. }} }}`"
+                        )
+                    }
+                    None => format!("a recipe has {}", hints::list(TOP)),
+                };
+                self.key_error(&keys(&[key]), message, Some(hint));
+            }
+        }
+        let version = keys(&["version"]);
+        match map.get("version") {
+            None => self.push(
+                "the recipe does not say its version".to_owned(),
+                None,
+                None,
+                Some("begin with `version: 1`".to_owned()),
+            ),
+            Some(one) if one.as_u64() == Some(1) => {}
+            Some(other) => {
+                let message = format!("unknown version {}", super::sentence::show(other));
+                let hint = Some("this program reads `version: 1`".to_owned());
+                self.value_error(&version, message, hint);
+            }
+        }
+        match map.get("description") {
+            None => {}
+            Some(Value::String(text)) => self.description = Some(text.clone()),
+            Some(_) => {
+                self.value_error(
+                    &keys(&["description"]),
+                    "`description` must be a text".to_owned(),
+                    None,
+                );
+            }
+        }
+        true
+    }
+
+    /// The map under a top key, empty when the key is missing; other values are mistakes.
+    pub(crate) fn section<'v>(
+        &mut self,
+        value: &'v Value,
+        name: &str,
+    ) -> Vec<(String, Steps, &'v Value)> {
+        let path = keys(&[name]);
+        match value.get(name) {
+            None | Some(Value::Null) => Vec::new(),
+            Some(Value::Mapping(map)) => map
+                .iter()
+                .filter_map(|(key, value)| Some((key.as_str()?.to_owned(), value)))
+                .map(|(key, value)| (key.clone(), child(&path, &key), value))
+                .collect(),
+            Some(other) => {
+                let found = super::sentence::noun(other);
+                self.value_error(&path, format!("`{name}` must be a map, not {found}"), None);
+                Vec::new()
+            }
+        }
+    }
+
+    /// All mistakes, by line.
+    pub(crate) fn into_errors(mut self) -> RecipeErrors {
+        self.errors.sort_by_key(|error| {
+            let place = error.place.map(|place| (place.line, place.column));
+            (error.origin.is_some(), place)
+        });
+        let mut seen = BTreeSet::new();
+        self.errors.retain(|error| {
+            seen.insert((error.place, error.origin.clone(), error.message.clone()))
+        });
+        let more = self.errors.len().saturating_sub(MAX_ERRORS);
+        if more > 0 {
+            self.errors.truncate(MAX_ERRORS);
+            self.push(format!("and {more} more mistakes"), None, None, None);
+        }
+        RecipeErrors(self.errors)
+    }
+}
+
+/// The entry of `map` at `path` or above it.
+fn around<'m>(map: &'m BTreeMap<Steps, String>, path: &Steps) -> Option<&'m String> {
+    (1..=path.len())
+        .rev()
+        .find_map(|length| map.get(path.get(..length)?))
+}

@@ -1,0 +1,569 @@
+//! Text to a YAML value, with the place of everything.
+//!
+//! `serde_yaml` tells a line and column only in errors, so each scalar is read by a visitor that keeps the value and fails
+//! on purpose: the error carries the place, and the parser stands behind the scalar and goes on. One pass finds all places
+//! (style: no second YAML parser). Duplicate keys and merges are dealt with on the way, because a plain typed read keeps
+//! the last of two equal keys.
+
+use std::cell::{Cell, RefCell};
+
+use serde::de::{DeserializeSeed, EnumAccess, Error as _, MapAccess, SeqAccess, Visitor};
+use serde_yaml::{Mapping, Value};
+
+use super::places::{Place, Places, Spot, Step, Steps, lines};
+
+/// The largest recipe, in bytes.
+const MAX_BYTES: usize = 1 << 20;
+/// The most values after aliases and merges are expanded.
+const MAX_VALUES: usize = 200_000;
+/// The deepest nesting of brackets; YAML's own limit of 128 levels is told later, but reading deeper costs too much.
+const MAX_BRACKETS: usize = 500;
+/// What the failing visitor says.
+const MARK: &str = "$place";
+
+/// A mistake in the text itself.
+pub(crate) struct Mistake {
+    pub(crate) message: String,
+    pub(crate) place: Option<Place>,
+    pub(crate) hint: Option<String>,
+}
+
+/// What reading gives.
+pub(crate) struct Read {
+    pub(crate) value: Value,
+    pub(crate) places: Places,
+    pub(crate) mistakes: Vec<Mistake>,
+}
+
+/// Reads a recipe's text. The error is a mistake after which nothing can be read.
+pub(crate) fn read(text: &str) -> Result<Read, Mistake> {
+    let whole = |message: String, hint: &str| Mistake {
+        message,
+        place: None,
+        hint: Some(hint.to_owned()),
+    };
+    if text.len() > MAX_BYTES {
+        let message = format!("the recipe has {} bytes; the limit is 1 MiB", text.len());
+        return Err(whole(
+            message,
+            "keep data and long texts in files of their own",
+        ));
+    }
+    if brackets(text) > MAX_BRACKETS {
+        let message = "the recipe is nested too deeply".to_owned();
+        return Err(whole(message, "the limit is 128 levels"));
+    }
+    let reader = Reader {
+        lines: lines(text),
+        places: RefCell::default(),
+        mistakes: RefCell::default(),
+        values: Cell::new(0),
+    };
+    let node = Node {
+        reader: &reader,
+        path: Vec::new(),
+        key: None,
+    };
+    match node.deserialize(serde_yaml::Deserializer::from_str(text)) {
+        Ok((value, _)) => Ok(Read {
+            value,
+            places: Places(reader.places.into_inner()),
+            mistakes: reader.mistakes.into_inner(),
+        }),
+        Err(error) => Err(syntax(&error, &reader.lines)),
+    }
+}
+
+/// How deep the brackets of a text are nested at most, quoted or not.
+fn brackets(text: &str) -> usize {
+    let (mut depth, mut most) = (0_usize, 0);
+    for byte in text.bytes() {
+        match byte {
+            b'[' | b'{' => depth += 1,
+            b']' | b'}' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        most = most.max(depth);
+    }
+    most
+}
+
+/// A sentence for an error of the YAML parser.
+fn syntax(error: &serde_yaml::Error, lines: &[&str]) -> Mistake {
+    // The end of the text may be told as the start of a line behind the last one.
+    let place = error.location().map(|location| {
+        if location.line() <= lines.len() {
+            Place {
+                line: location.line(),
+                column: location.column(),
+                length: 1,
+            }
+        } else {
+            Place {
+                line: lines.len(),
+                column: lines.last().map_or(0, |line| line.chars().count()) + 1,
+                length: 1,
+            }
+        }
+    });
+    let text = error.to_string();
+    // The innermost sentence: paths come before it, the place and the parser's context behind.
+    let (problem, context) = text.split_once(", ").unwrap_or((&text, ""));
+    let problem = problem.split(" at line ").next().unwrap_or_default();
+    let at = place.and_then(|place| lines.get(place.line - 1)?.chars().nth(place.column - 1));
+    let (message, hint) = if let Some((_, ours)) = problem.split_once(OURS) {
+        let (message, hint) = ours.split_once('|').unwrap_or((ours, ""));
+        (message.to_owned(), hint.to_owned())
+    } else if problem.contains("more than one document") {
+        (
+            "the file holds more than one YAML document".to_owned(),
+            "one recipe a file: remove the `---` between them".to_owned(),
+        )
+    } else if problem.contains("recursion limit") {
+        (
+            "the recipe is nested too deeply".to_owned(),
+            "the limit is 128 levels; an alias must not contain itself".to_owned(),
+        )
+    } else if problem.contains("repetition limit") {
+        (
+            "the recipe's aliases expand to too much".to_owned(),
+            "the limit is 200000 values".to_owned(),
+        )
+    } else if problem.contains("unknown anchor") {
+        (
+            "the alias has no anchor".to_owned(),
+            "write `&name` before the value that `*name` repeats; a text that begins with `*` needs quotes".to_owned(),
+        )
+    } else {
+        let hint = if at == Some('\t') {
+            "YAML is indented with spaces, not with tabs".to_owned()
+        } else if unquoted_var(place.and_then(|place| lines.get(place.line - 1)).copied()) {
+            "a var needs quotes inside `{ }` and `[ ]`: `\"${name}\"`".to_owned()
+        } else {
+            context.to_owned()
+        };
+        (format!("this is not valid YAML: {problem}"), hint)
+    };
+    Mistake {
+        message,
+        place,
+        hint: Some(hint).filter(|hint| !hint.is_empty()),
+    }
+}
+
+/// Whether a line has a var without quotes inside brackets, where its brace begins a map.
+fn unquoted_var(line: Option<&str>) -> bool {
+    let line = line.unwrap_or_default();
+    line.match_indices("${").any(|(at, _)| {
+        let before = line.get(..at).unwrap_or_default();
+        before.contains(['{', '[']) && !before.ends_with(['"', '\'', '$'])
+    })
+}
+
+/// Stands before our own sentences in the parser's errors; `|` parts the hint.
+const OURS: &str = "$ours ";
+
+struct Reader<'text> {
+    lines: Vec<&'text str>,
+    places: RefCell<std::collections::BTreeMap<Steps, Spot>>,
+    mistakes: RefCell<Vec<Mistake>>,
+    values: Cell<usize>,
+}
+
+/// One value to read.
+struct Node<'a, 'text> {
+    reader: &'a Reader<'text>,
+    path: Steps,
+    /// Where the key is, or `None` for an element of a list and the whole.
+    key: Option<Place>,
+}
+
+/// Reads a scalar or a container; a scalar lands in `kept`.
+struct Visit<'a, 'text> {
+    node: &'a Node<'a, 'text>,
+    kept: &'a RefCell<Option<Value>>,
+}
+
+impl<'de> DeserializeSeed<'de> for Node<'_, '_> {
+    type Value = (Value, Option<Place>);
+
+    fn deserialize<D: serde::Deserializer<'de>>(
+        self,
+        deserializer: D,
+    ) -> Result<Self::Value, D::Error> {
+        let values = self.reader.values.get() + 1;
+        self.reader.values.set(values);
+        if values > MAX_VALUES {
+            return Err(D::Error::custom(format!(
+                "{OURS}the recipe's aliases expand to too much|the limit is {MAX_VALUES} values"
+            )));
+        }
+        let kept = RefCell::new(None);
+        let visit = Visit {
+            node: &self,
+            kept: &kept,
+        };
+        let result = deserializer.deserialize_any(visit);
+        let scalar = kept.into_inner();
+        let (value, mark) = match (result, scalar) {
+            (Ok((value, first)), _) => (value, first),
+            (Err(error), Some(value)) => {
+                let mark = self.reader.mark(&error.to_string(), &value);
+                (value, Some(mark))
+            }
+            (Err(error), None) => return Err(error),
+        };
+        let place = self.reader.value_place(&value, mark, self.key);
+        if let Some(place) = place {
+            let key = self.key.unwrap_or(place);
+            let spot = Spot { key, value: place };
+            self.reader.places.borrow_mut().insert(self.path, spot);
+        }
+        Ok((value, self.key.or(place)))
+    }
+}
+
+impl Visit<'_, '_> {
+    fn keep<E: serde::de::Error>(
+        self,
+        value: impl Into<Value>,
+    ) -> Result<(Value, Option<Place>), E> {
+        *self.kept.borrow_mut() = Some(value.into());
+        Err(E::custom(MARK))
+    }
+}
+
+impl<'de> Visitor<'de> for Visit<'_, '_> {
+    type Value = (Value, Option<Place>);
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("any YAML value")
+    }
+    fn visit_bool<E: serde::de::Error>(self, value: bool) -> Result<Self::Value, E> {
+        self.keep(value)
+    }
+    fn visit_i64<E: serde::de::Error>(self, value: i64) -> Result<Self::Value, E> {
+        self.keep(value)
+    }
+    fn visit_u64<E: serde::de::Error>(self, value: u64) -> Result<Self::Value, E> {
+        self.keep(value)
+    }
+    fn visit_i128<E: serde::de::Error>(self, value: i128) -> Result<Self::Value, E> {
+        self.keep(value.to_string())
+    }
+    fn visit_u128<E: serde::de::Error>(self, value: u128) -> Result<Self::Value, E> {
+        self.keep(value.to_string())
+    }
+    fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<Self::Value, E> {
+        self.keep(value)
+    }
+    fn visit_str<E: serde::de::Error>(self, value: &str) -> Result<Self::Value, E> {
+        self.keep(value)
+    }
+    fn visit_unit<E: serde::de::Error>(self) -> Result<Self::Value, E> {
+        self.keep(Value::Null)
+    }
+    fn visit_none<E: serde::de::Error>(self) -> Result<Self::Value, E> {
+        self.keep(Value::Null)
+    }
+
+    fn visit_enum<A: EnumAccess<'de>>(self, data: A) -> Result<Self::Value, A::Error> {
+        let (tag, _) = data.variant::<String>()?;
+        Err(A::Error::custom(format!(
+            "{OURS}the tag `{tag}` means nothing here|write the value without it; a text that begins with `!` needs quotes"
+        )))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut data: A) -> Result<Self::Value, A::Error> {
+        let mut elements = Vec::new();
+        let mut first = None;
+        loop {
+            let mut path = self.node.path.clone();
+            path.push(Step::Index(elements.len()));
+            let node = Node {
+                reader: self.node.reader,
+                path,
+                key: None,
+            };
+            match data.next_element_seed(node)? {
+                Some((value, place)) => {
+                    first = first.or(place);
+                    elements.push(value);
+                }
+                None => return Ok((Value::Sequence(elements), first)),
+            }
+        }
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut data: A) -> Result<Self::Value, A::Error> {
+        let reader = self.node.reader;
+        let mut map = Mapping::new();
+        let mut merges = Vec::new();
+        let mut first = None;
+        while let Some((key, place)) = data.next_key_seed(KeySeed(reader))? {
+            first = first.or(Some(place));
+            let Some(key) = key else {
+                let message = "a key must be a text".to_owned();
+                let hint = Some("write it in quotes".to_owned());
+                reader.mistake(message, place, hint);
+                data.next_value::<serde::de::IgnoredAny>()?;
+                continue;
+            };
+            if map.contains_key(&key) || (key == "<<" && !merges.is_empty()) {
+                let other = self.node.reader.places.borrow();
+                let other = other.get(&super::places::child(&self.node.path, &key));
+                let hint = other.map(|spot| {
+                    format!(
+                        "it is written first in line {}; keep one of them",
+                        spot.key.line
+                    )
+                });
+                reader.mistake(format!("the key `{key}` is written twice"), place, hint);
+                data.next_value::<serde::de::IgnoredAny>()?;
+                continue;
+            }
+            let node = Node {
+                reader,
+                path: super::places::child(&self.node.path, &key),
+                key: Some(place),
+            };
+            let (value, _) = data.next_value_seed(node)?;
+            if key == "<<" {
+                merges.push((value, place));
+            } else {
+                map.insert(key.into(), value);
+            }
+        }
+        for (value, place) in merges {
+            let sources = match value {
+                Value::Sequence(sources) => sources,
+                one => vec![one],
+            };
+            for source in sources {
+                match source {
+                    Value::Mapping(source) => {
+                        for (key, value) in source {
+                            map.entry(key).or_insert(value);
+                        }
+                    }
+                    _ => reader.mistake(
+                        "`<<` wants a map, or a list of maps".to_owned(),
+                        place,
+                        Some("`<<: *name` brings in what `&name` stands before".to_owned()),
+                    ),
+                }
+            }
+        }
+        Ok((Value::Mapping(map), first))
+    }
+}
+
+/// Reads a key: its text, or `None` for anything that is no text.
+struct KeySeed<'a, 'text>(&'a Reader<'text>);
+
+struct KeyVisitor<'a>(&'a RefCell<Option<Value>>);
+
+impl<'de> DeserializeSeed<'de> for KeySeed<'_, '_> {
+    type Value = (Option<String>, Place);
+
+    fn deserialize<D: serde::Deserializer<'de>>(
+        self,
+        deserializer: D,
+    ) -> Result<Self::Value, D::Error> {
+        let kept = RefCell::new(None);
+        let Err(error) = deserializer.deserialize_any(KeyVisitor(&kept)) else {
+            return Err(D::Error::custom("a key was not kept"));
+        };
+        let Some(value) = kept.into_inner() else {
+            return Err(error);
+        };
+        let place = self.0.mark(&error.to_string(), &value);
+        let key = match value {
+            Value::String(key) => Some(key),
+            _ => None,
+        };
+        Ok((key, place))
+    }
+}
+
+impl KeyVisitor<'_> {
+    fn keep<E: serde::de::Error>(self, value: impl Into<Value>) -> Result<(), E> {
+        *self.0.borrow_mut() = Some(value.into());
+        Err(E::custom(MARK))
+    }
+}
+
+impl<'de> Visitor<'de> for KeyVisitor<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("a key")
+    }
+    fn visit_bool<E: serde::de::Error>(self, value: bool) -> Result<(), E> {
+        self.keep(value)
+    }
+    fn visit_i64<E: serde::de::Error>(self, value: i64) -> Result<(), E> {
+        self.keep(value)
+    }
+    fn visit_u64<E: serde::de::Error>(self, value: u64) -> Result<(), E> {
+        self.keep(value)
+    }
+    fn visit_i128<E: serde::de::Error>(self, _: i128) -> Result<(), E> {
+        self.keep(Value::Null)
+    }
+    fn visit_u128<E: serde::de::Error>(self, _: u128) -> Result<(), E> {
+        self.keep(Value::Null)
+    }
+    fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<(), E> {
+        self.keep(value)
+    }
+    fn visit_str<E: serde::de::Error>(self, value: &str) -> Result<(), E> {
+        self.keep(value)
+    }
+    fn visit_unit<E: serde::de::Error>(self) -> Result<(), E> {
+        self.keep(Value::Null)
+    }
+    fn visit_none<E: serde::de::Error>(self) -> Result<(), E> {
+        self.keep(Value::Null)
+    }
+    // A container as a key: nothing is kept, so that the error ends the reading.
+    fn visit_seq<A: SeqAccess<'de>>(self, _: A) -> Result<(), A::Error> {
+        Err(A::Error::custom(format!(
+            "{OURS}a key must be a text, not a list"
+        )))
+    }
+    fn visit_map<A: MapAccess<'de>>(self, _: A) -> Result<(), A::Error> {
+        Err(A::Error::custom(format!(
+            "{OURS}a key must be a text, not a map|a text that begins with `{{` needs quotes"
+        )))
+    }
+    fn visit_enum<A: EnumAccess<'de>>(self, data: A) -> Result<(), A::Error> {
+        let (tag, _) = data.variant::<String>()?;
+        Err(A::Error::custom(format!(
+            "{OURS}the tag `{tag}` means nothing here|write the key without it"
+        )))
+    }
+}
+
+impl Reader<'_> {
+    fn mistake(&self, message: String, place: Place, hint: Option<String>) {
+        self.mistakes.borrow_mut().push(Mistake {
+            message,
+            place: Some(place),
+            hint,
+        });
+    }
+
+    /// The place in the text of a deliberate error; the parser says none for the very first character.
+    fn mark(&self, error: &str, value: &Value) -> Place {
+        let numbers = error.rsplit_once(" at line ").and_then(|(_, place)| {
+            let (line, column) = place.split_once(" column ")?;
+            Some((line.parse().ok()?, column.parse().ok()?))
+        });
+        let (line, column) = numbers.unwrap_or((1, 1));
+        Place {
+            line,
+            column,
+            length: self.length(line, column, value),
+        }
+    }
+
+    /// The text from a place to the end of its line.
+    fn rest(&self, line: usize, column: usize) -> impl Iterator<Item = char> + Clone + '_ {
+        let line = self.lines.get(line.wrapping_sub(1)).copied();
+        line.unwrap_or_default()
+            .chars()
+            .skip(column.saturating_sub(1))
+    }
+
+    /// How many characters a scalar covers on its first line.
+    fn length(&self, line: usize, column: usize, value: &Value) -> usize {
+        let mut rest = self.rest(line, column).peekable();
+        let length = match (rest.peek(), value) {
+            (Some(&quote @ ('"' | '\'')), _) => {
+                let mut length = 1;
+                let mut escaped = false;
+                for character in rest.skip(1) {
+                    length += 1;
+                    if character == quote && !escaped {
+                        break;
+                    }
+                    escaped = quote == '"' && character == '\\' && !escaped;
+                }
+                length
+            }
+            (_, Value::String(text)) => {
+                let same = rest.zip(text.chars()).take_while(|(a, b)| a == b).count();
+                if same == text.chars().count() {
+                    same
+                } else {
+                    1
+                }
+            }
+            _ => rest
+                .take_while(|c| !c.is_whitespace() && !matches!(c, ',' | ']' | '}' | ':'))
+                .count(),
+        };
+        length.max(1)
+    }
+
+    /// Where a value stands: scalars where the parser says, what an alias repeats at the alias, flow collections at their
+    /// bracket, block collections at their key.
+    fn value_place(&self, value: &Value, mark: Option<Place>, key: Option<Place>) -> Option<Place> {
+        let Some(key) = key else {
+            return mark.map(|mark| self.opening(value, mark).unwrap_or(mark));
+        };
+        let scalar = !matches!(value, Value::Sequence(_) | Value::Mapping(_) | Value::Null);
+        match mark {
+            Some(mark) if scalar && (mark.line, mark.column) > (key.line, key.column) => Some(mark),
+            _ => Some(self.behind(key).unwrap_or(key)),
+        }
+    }
+
+    /// The bracket before the first thing inside a flow collection.
+    fn opening(&self, value: &Value, first: Place) -> Option<Place> {
+        let bracket = match value {
+            Value::Sequence(_) => '[',
+            Value::Mapping(_) => '{',
+            _ => return None,
+        };
+        let before = self.rest(first.line, 1).take(first.column - 1);
+        let before: Vec<char> = before.collect();
+        let at = before.iter().rposition(|c| !c.is_whitespace())?;
+        (before.get(at) == Some(&bracket)).then_some(Place {
+            line: first.line,
+            column: at + 1,
+            length: 1,
+        })
+    }
+
+    /// What stands on the same line behind a key.
+    fn behind(&self, key: Place) -> Option<Place> {
+        let rest: Vec<char> = self.rest(key.line, key.column).skip(key.length).collect();
+        let colon = rest.iter().position(|c| !c.is_whitespace())?;
+        if rest.get(colon) != Some(&':') {
+            return None;
+        }
+        let start = colon
+            + 1
+            + rest
+                .iter()
+                .skip(colon + 1)
+                .position(|c| !c.is_whitespace())?;
+        let first = *rest.get(start)?;
+        let length = match first {
+            '#' => return None,
+            '[' | '{' | '|' | '>' => 1,
+            _ => rest
+                .iter()
+                .skip(start)
+                .take_while(|c| !c.is_whitespace() && !matches!(c, ',' | ']' | '}'))
+                .count(),
+        };
+        Some(Place {
+            line: key.line,
+            column: key.column + key.length + start,
+            length: length.max(1),
+        })
+    }
+}

@@ -1,0 +1,152 @@
+//! `--set path=value`, applied to the YAML value.
+
+use serde_yaml::{Mapping, Value};
+
+use super::Override;
+use super::draft::{Draft, TOP};
+use super::hints;
+use super::places::{Step, Steps, display, parse};
+use super::read::read;
+
+/// Applies the overrides in their order.
+pub(crate) fn apply(draft: &mut Draft, recipe: &mut Value, overrides: &[Override]) {
+    for Override { path, value } in overrides {
+        let origin = format!("--set {path}={value}");
+        if let Err((message, hint)) = one(draft, recipe, path, value, &origin) {
+            draft.push(message, None, Some(origin), hint);
+        }
+    }
+}
+
+type Refusal = (String, Option<String>);
+
+fn one(
+    draft: &mut Draft,
+    recipe: &mut Value,
+    path: &str,
+    value: &str,
+    origin: &str,
+) -> Result<(), Refusal> {
+    let example = || Some("as in `--set stages.tuned.train_orpo.beta=0.2`".to_owned());
+    let steps = parse(path).map_err(|message| (message, example()))?;
+    let value = match read(value) {
+        Ok(read) => match read.mistakes.into_iter().next() {
+            None => read.value,
+            Some(mistake) => return Err((mistake.message, mistake.hint)),
+        },
+        // An empty text has no YAML document in it.
+        Err(_) if value.trim().is_empty() => Value::Null,
+        Err(mistake) => return Err((mistake.message, mistake.hint)),
+    };
+    check(draft, recipe, &steps)?;
+    put(recipe, &steps, value).map_err(|message| (message, None))?;
+    // What an earlier override put inside is replaced too.
+    draft.set.retain(|path, _| !path.starts_with(&steps));
+    draft.set.insert(steps, origin.to_owned());
+    Ok(())
+}
+
+/// Refuses paths to nowhere: only parameters may be new.
+fn check(draft: &Draft, recipe: &Value, steps: &Steps) -> Result<(), Refusal> {
+    let mut names = steps.iter().map(|step| match step {
+        Step::Key(key) => Some(key.as_str()),
+        Step::Index(_) => None,
+    });
+    let top = names.next().flatten().unwrap_or_default();
+    if !matches!(top, "vars" | "stages" | "outputs" | "description")
+        || steps.len() < 2 && top != "description"
+    {
+        let hint = match hints::nearest(top, TOP) {
+            Some(known) => format!("did you mean `{known}`?"),
+            None => "a path begins with `stages.`, `vars.` or `outputs.`".to_owned(),
+        };
+        let message = format!("`{}` can not be set", display(steps));
+        return Err((message, Some(hint)));
+    }
+    if top == "outputs" || top == "description" {
+        return Ok(());
+    }
+    let Some(Some(name)) = names.next() else {
+        return Err((format!("`{}` can not be set", display(steps)), None));
+    };
+    let known = recipe.get(top).and_then(Value::as_mapping);
+    let known: Vec<&str> = known
+        .into_iter()
+        .flat_map(Mapping::keys)
+        .filter_map(Value::as_str)
+        .collect();
+    if !known.contains(&name) {
+        let word = if top == "vars" { "var" } else { "stage" };
+        let hint = match hints::nearest(name, known.iter().copied()) {
+            Some(known) => format!("did you mean `{known}`?"),
+            None if known.is_empty() => format!("the recipe has no {word}s"),
+            None => format!("the recipe has {}", hints::list(known)),
+        };
+        return Err((format!("there is no {word} `{name}`"), Some(hint)));
+    }
+    if let ("stages", Some(Some(kind))) = (top, names.next()) {
+        let stage = recipe.get(top).and_then(|stages| stages.get(name));
+        let map = stage.and_then(Value::as_mapping);
+        let there: Vec<&str> = map
+            .into_iter()
+            .flat_map(Mapping::keys)
+            .filter_map(Value::as_str)
+            .collect();
+        if !there.contains(&kind) {
+            let own = there
+                .iter()
+                .find(|key| draft.kinds.iter().any(|kind| kind.name == **key));
+            let Some(own) = own else {
+                // The stage itself is wrong; that is told elsewhere.
+                return Err((format!("the stage `{name}` has no `{kind}`"), None));
+            };
+            let rest = display(steps.get(2..).unwrap_or_default());
+            let hint = if draft.kinds.iter().any(|known| known.name == kind)
+                || hints::nearest(kind, [*own]).is_some()
+            {
+                let rest = display(steps.get(3..).unwrap_or_default());
+                format!("did you mean `stages.{name}.{own}.{rest}`?")
+            } else {
+                format!("did you mean `stages.{name}.{own}.{rest}`?")
+            };
+            let message = format!("the stage `{name}` is a `{own}`, and has no `{kind}`");
+            return Err((message, Some(hint)));
+        }
+    }
+    Ok(())
+}
+
+/// Puts a value at a path, making the maps on the way.
+fn put(recipe: &mut Value, steps: &[Step], value: Value) -> Result<(), String> {
+    let mut at = recipe;
+    for (depth, step) in steps.iter().enumerate() {
+        let so_far = display(steps.get(..depth).unwrap_or_default());
+        match step {
+            Step::Key(key) => {
+                if at.is_null() {
+                    *at = Value::Mapping(Mapping::new());
+                }
+                let Value::Mapping(map) = at else {
+                    return Err(format!("`{so_far}` is not a map, so it has no `{key}`"));
+                };
+                at = map.entry(key.as_str().into()).or_insert(Value::Null);
+            }
+            Step::Index(index) => {
+                let Value::Sequence(list) = at else {
+                    return Err(format!(
+                        "`{so_far}` is not a list, so it has no `[{index}]`"
+                    ));
+                };
+                let length = list.len();
+                if *index == length {
+                    list.push(Value::Null);
+                }
+                at = list.get_mut(*index).ok_or_else(|| {
+                    format!("`{so_far}` has {length} elements, so it has no `[{index}]`")
+                })?;
+            }
+        }
+    }
+    *at = value;
+    Ok(())
+}

@@ -1,0 +1,320 @@
+//! The stages of a recipe, each typed on its own, so that a mistake in one hides none in another.
+
+use std::collections::BTreeSet;
+
+use serde_yaml::{Mapping, Value};
+
+use crate::engine::{AnyStage, Kind};
+
+use super::draft::Draft;
+use super::hints;
+use super::places::{Steps, child, display, keys, parse};
+use super::schema::Parameters;
+use super::sentence::{self, noun};
+use super::{Edge, SourceFile};
+
+/// The engine's own keys beside the kind, kept free for what is to come.
+const RESERVED: [&str; 11] = [
+    "cache",
+    "description",
+    "env",
+    "for_each",
+    "launch",
+    "matrix",
+    "resources",
+    "retries",
+    "timeout",
+    "when",
+    "where",
+];
+
+/// A stage as far as it could be read.
+pub(crate) struct Staged {
+    pub(crate) name: String,
+    /// The path of its parameters.
+    pub(crate) path: Steps,
+    pub(crate) kind: Option<&'static Kind>,
+    pub(crate) typed: Option<Box<dyn AnyStage>>,
+    pub(crate) edges: Vec<Edge>,
+    pub(crate) files: Vec<SourceFile>,
+}
+
+/// Reads every stage.
+pub(crate) fn read(draft: &mut Draft, recipe: &Value) -> Vec<Staged> {
+    let before = draft.errors.len();
+    let section = draft.section(recipe, "stages");
+    if section.is_empty() && draft.errors.len() == before {
+        let hint = "as in `stages: { pairs: { import_dataset: { path: pairs.jsonl } } }`";
+        draft.key_error(
+            &keys(&["stages"]),
+            "the recipe has no stages".to_owned(),
+            Some(hint.to_owned()),
+        );
+    }
+    section
+        .into_iter()
+        .map(|(name, path, value)| stage(draft, name, &path, value))
+        .collect()
+}
+
+fn stage(draft: &mut Draft, name: String, path: &Steps, value: &Value) -> Staged {
+    let plain = |c: char| c.is_alphanumeric() || matches!(c, '_' | '-');
+    if name.is_empty() || !name.chars().all(plain) {
+        let message = format!("`{name}` can not be the name of a stage");
+        let hint = "a name is letters, digits, `_` and `-`".to_owned();
+        draft.key_error(path, message, Some(hint));
+    }
+    let mut staged = Staged {
+        name,
+        path: path.clone(),
+        kind: None,
+        typed: None,
+        edges: Vec::new(),
+        files: Vec::new(),
+    };
+    let Some(kind) = kind(draft, &staged.name, path, value) else {
+        return staged;
+    };
+    staged.kind = Some(kind);
+    staged.path = child(path, kind.name);
+    let params = match value.get(kind.name) {
+        Some(Value::Mapping(map)) => map.clone(),
+        None | Some(Value::Null) => Mapping::new(),
+        Some(other) => {
+            let message = format!(
+                "the parameters of `{}` must be a map, not {}",
+                kind.name,
+                noun(other)
+            );
+            draft.value_error(&staged.path, message, None);
+            return staged;
+        }
+    };
+    let (typed, clean) = typed(draft, kind, &staged.path, params);
+    if let Some(typed) = typed {
+        if clean {
+            for problem in typed.check() {
+                let path = below(&staged.path, &problem.parameter);
+                let message = format!(
+                    "`{}` of `{}`: {}",
+                    problem.parameter, kind.name, problem.message
+                );
+                draft.value_error(&path, message, problem.hint);
+            }
+        }
+        match typed.params() {
+            Ok(params) => find(draft, &mut staged, &mut Vec::new(), &params),
+            Err(error) => {
+                let message = format!("the parameters of `{}` can not be kept: {error}", kind.name);
+                draft.value_error(&staged.path, message, None);
+            }
+        }
+        staged.typed = Some(typed);
+    }
+    staged
+}
+
+/// The path of a parameter as a stage names it.
+fn below(stage: &Steps, parameter: &str) -> Steps {
+    let mut path = stage.clone();
+    match parse(parameter) {
+        Ok(steps) => path.extend(steps),
+        Err(_) if parameter.is_empty() || parameter == "." => {}
+        Err(_) => path.extend(keys(&[parameter])),
+    }
+    path
+}
+
+/// Finds the one kind of a stage; everything else beside it is a mistake.
+fn kind(draft: &mut Draft, name: &str, path: &Steps, value: &Value) -> Option<&'static Kind> {
+    let kinds = draft.kinds;
+    let by_name = |name: &str| kinds.iter().find(|kind| kind.name == name);
+    let map = match value {
+        Value::Mapping(map) if !map.is_empty() => map,
+        other => {
+            let hint = match other.as_str().and_then(by_name) {
+                Some(kind) => format!("write `{name}: {{ {}: {{ .. }} }}`", kind.name),
+                None => "a stage is its kind and the kind's parameters, as in `chats: { apply_chat_template: { dataset: pairs } }`".to_owned(),
+            };
+            let message = match other {
+                Value::Mapping(_) | Value::Null => format!("the stage `{name}` has no kind"),
+                other => format!("the stage `{name}` must be a map, not {}", noun(other)),
+            };
+            draft.value_error(path, message, Some(hint));
+            return None;
+        }
+    };
+    let there: Vec<&str> = map.keys().filter_map(Value::as_str).collect();
+    let mut found: Option<&'static Kind> = None;
+    let mut unknown = Vec::new();
+    for key in &there {
+        match (by_name(key), found) {
+            (Some(kind), None) => found = Some(kind),
+            (Some(kind), Some(first)) => {
+                let message = format!(
+                    "the stage `{name}` has two kinds, `{}` and `{}`",
+                    first.name, kind.name
+                );
+                let hint = "a stage has one kind; make two stages".to_owned();
+                draft.key_error(&child(path, key), message, Some(hint));
+            }
+            (None, _) if RESERVED.contains(key) => {
+                let message = format!("`{key}` is not supported yet");
+                draft.key_error(&child(path, key), message, None);
+            }
+            (None, _) => unknown.push(*key),
+        }
+    }
+    if let Some(kind) = found {
+        let own = Parameters::of(kind);
+        for key in unknown {
+            let message = format!("unknown key `{key}` beside `{}`", kind.name);
+            let hint = if own.has(key) {
+                format!("it is a parameter: put it inside `{}`", kind.name)
+            } else {
+                match key {
+                    "needs" | "depends_on" | "inputs" => {
+                        "an edge is a parameter that names a stage, such as `dataset: chats`"
+                            .to_owned()
+                    }
+                    _ => format!("the parameters stand inside `{}`", kind.name),
+                }
+            };
+            draft.key_error(&child(path, key), message, Some(hint));
+        }
+    } else {
+        let style = ["kind", "type", "uses", "stage"];
+        if let Some(key) = unknown.iter().find(|key| style.contains(key)) {
+            let word = map.get(*key).and_then(Value::as_str).unwrap_or("its kind");
+            let hint = format!("the kind is the key: `{name}: {{ {word}: {{ .. }} }}`");
+            let message = format!("the stage `{name}` has no kind");
+            draft.key_error(&child(path, key), message, Some(hint));
+        } else if unknown.is_empty() {
+            let message = format!("the stage `{name}` has no kind");
+            draft.key_error(path, message, None);
+        } else if let [key] = unknown[..] {
+            let message = format!("unknown kind `{key}`");
+            let hint = hints::kind(key, kinds);
+            draft.key_error(&child(path, key), message, Some(hint));
+        } else {
+            let likely = unknown
+                .iter()
+                .find_map(|key| hints::nearest(key, kinds.iter().map(|kind| kind.name)));
+            let hint = match likely {
+                Some(known) => format!("did you mean `{known}`?"),
+                None => hints::kind("", kinds),
+            };
+            let message = format!(
+                "the stage `{name}` has no kind: it has {}",
+                hints::list(unknown)
+            );
+            draft.key_error(path, message, Some(hint));
+        }
+    }
+    found
+}
+
+/// Types the parameters, telling every mistake in them. Wrong ones are left out and the rest is read again, so the second
+/// value says whether all that the kind has are in the typed stage.
+fn typed(
+    draft: &mut Draft,
+    kind: &'static Kind,
+    path: &Steps,
+    mut params: Mapping,
+) -> (Option<Box<dyn AnyStage>>, bool) {
+    let own = Parameters::of(kind);
+    let mut dropped = BTreeSet::new();
+    let mut unknown = BTreeSet::new();
+    for key in params.keys().filter_map(Value::as_str) {
+        let at = child(path, key);
+        if !own.has(key) {
+            let message = format!("unknown parameter `{key}` of `{}`", kind.name);
+            let hint = hints::parameter(key, kind, draft.kinds);
+            draft.key_error(&at, message, Some(hint));
+            unknown.insert(key.to_owned());
+        } else if draft.broken.iter().any(|broken| broken.starts_with(&at)) {
+            dropped.insert(key.to_owned());
+        }
+    }
+    for parameter in &own.0 {
+        if parameter.required && !params.contains_key(&parameter.name) {
+            let message = format!("`{}` needs `{}`", kind.name, parameter.name);
+            let first = parameter.description.lines().next().unwrap_or_default();
+            let hint = (!first.is_empty()).then(|| format!("`{}`: {first}", parameter.name));
+            draft.key_error(path, message, hint);
+            dropped.insert(parameter.name.clone());
+        }
+    }
+    loop {
+        params.retain(|key, _| {
+            key.as_str()
+                .is_some_and(|key| !dropped.contains(key) && !unknown.contains(key))
+        });
+        let error = match (kind.parse)(Value::Mapping(params.clone())) {
+            Ok(stage) => return (Some(stage), dropped.is_empty()),
+            Err(error) => error,
+        };
+        let missing = error.message.strip_prefix("missing field `");
+        let missing = missing.and_then(|rest| rest.split('`').next());
+        if error.path == "." && missing.is_some_and(|name| dropped.contains(name)) {
+            return (None, false);
+        }
+        let at = below(path, &error.path);
+        let parameter = at.get(path.len()..).unwrap_or_default();
+        let sentence = sentence::of(&display(parameter), kind.name, &error.message);
+        if error.message.starts_with("unknown field") {
+            draft.key_error(&at, sentence.message, sentence.hint);
+        } else {
+            draft.value_error(&at, sentence.message, sentence.hint);
+        }
+        let culprit = match parameter.first() {
+            Some(super::Step::Key(key)) if params.contains_key(key) => key.clone(),
+            _ => return (None, false),
+        };
+        dropped.insert(culprit);
+    }
+}
+
+/// Finds edges and files in serialised parameters.
+fn find(draft: &Draft, staged: &mut Staged, path: &mut Steps, value: &serde_json::Value) {
+    use crate::engine::{ARTIFACT_KEY, FILE_KEY, NEUTRAL_KEY, STAGE_KEY};
+    let text =
+        |value: Option<&serde_json::Value>| value.and_then(|v| v.as_str()).map(str::to_owned);
+    match value {
+        serde_json::Value::Object(map) => {
+            if let (Some(stage), Some(artifact)) =
+                (text(map.get(STAGE_KEY)), text(map.get(ARTIFACT_KEY)))
+            {
+                staged.edges.push(Edge {
+                    parameter: display(path),
+                    stage,
+                    artifact,
+                });
+            } else if let Some(file) = text(map.get(FILE_KEY)) {
+                let mut whole = staged.path.clone();
+                whole.extend_from_slice(path);
+                staged.files.push(SourceFile {
+                    parameter: display(path),
+                    path: file,
+                    from_command_line: draft.is_from_command_line(&whole),
+                });
+            } else if let Some(inner) = map.get(NEUTRAL_KEY) {
+                find(draft, staged, path, inner);
+            } else {
+                for (key, value) in map {
+                    path.push(super::Step::Key(key.clone()));
+                    find(draft, staged, path, value);
+                    path.pop();
+                }
+            }
+        }
+        serde_json::Value::Array(list) => {
+            for (index, value) in list.iter().enumerate() {
+                path.push(super::Step::Index(index));
+                find(draft, staged, path, value);
+                path.pop();
+            }
+        }
+        _ => {}
+    }
+}

@@ -1,0 +1,121 @@
+//! Right recipes: types, vars, merges, overrides, places, schema.
+
+use super::*;
+
+fn params(recipe: &Recipe, stage: &str) -> serde_json::Value {
+    recipe.stage(stage).unwrap().stage.params().unwrap()
+}
+
+#[test]
+fn a_recipe_is_typed_and_wired() {
+    let recipe = read(GOOD).unwrap();
+    assert_eq!(recipe.order(), [0, 1, 2]);
+    assert_eq!(params(&recipe, "tuned")["seed"], 3407);
+    assert_eq!(recipe.stages[0].files[0].path, "data/a.txt");
+    assert!(!recipe.stages[0].files[0].from_command_line);
+    let edge = &recipe.stages[2].edges[0];
+    assert_eq!(
+        (&*edge.parameter, &*edge.stage, &*edge.artifact),
+        ("dataset", "tokens", "tokens")
+    );
+    assert_eq!(recipe.stages[1].place.to_string(), "7:3");
+    assert_eq!(
+        recipe
+            .place_of("stages.tokens.tokenize.max_length")
+            .unwrap()
+            .to_string(),
+        "10:19"
+    );
+}
+
+#[test]
+fn producers_come_first() {
+    let text =
+        "version: 1\nstages:\n  t: {tokenize: {dataset: r}}\n  r: {import_text: {path: x}}\n";
+    assert_eq!(read(text).unwrap().order(), [1, 0]);
+}
+
+#[test]
+fn overrides_keep_types_and_remember_where_they_come_from() {
+    let recipe = set(
+        GOOD,
+        &[
+            ("stages.tuned.train_toy.logging_steps", "5"),
+            ("stages.tuned.train_toy.target_modules[0]", "v"),
+            ("vars.dir", "/tmp"),
+            ("vars.seed", "7"),
+        ],
+    )
+    .unwrap();
+    let tuned = params(&recipe, "tuned");
+    assert_eq!(tuned["logging_steps"]["$neutral"], 5);
+    assert_eq!(tuned["target_modules"], serde_json::json!(["v", "k"]));
+    assert_eq!(tuned["seed"], 7);
+    assert!(recipe.stages[0].files[0].from_command_line);
+}
+
+#[test]
+fn merges_bring_in_what_is_not_written() {
+    let text = "version: 1\nstages:\n  r: {import_text: {path: x}}\n  a: {tokenize: &t {dataset: r, max_length: 7}}\n  \
+                b: {tokenize: &u {<<: *t, max_length: 8}}\n  c: {tokenize: {<<: *u}}\n";
+    let recipe = read(text).unwrap();
+    assert_eq!(params(&recipe, "c")["max_length"], 8);
+    assert_eq!(params(&recipe, "a")["max_length"], 7);
+    let wrong = text.replace("max_length: 8", "max_len: 8");
+    assert!(
+        mistakes(read(&wrong)).starts_with("r.yaml:5:29: unknown parameter `max_len`"),
+        "{}",
+        mistakes(read(&wrong))
+    );
+}
+
+#[test]
+fn escapes_and_line_ends() {
+    let recipe = read(&GOOD.replace("${dir}/a.txt", "$${dir}/a.txt")).unwrap();
+    assert_eq!(recipe.stages[0].files[0].path, "${dir}/a.txt");
+    let windows = format!("\u{feff}{}", GOOD.replace('\n', "\r\n"));
+    assert_eq!(read(&windows).unwrap().stages[1].place.to_string(), "7:3");
+}
+
+#[test]
+fn recipes_fit_the_schema() {
+    let schema = schema(KINDS);
+    let validator = jsonschema::validator_for(&schema).unwrap();
+    let json = |text: &str| -> serde_json::Value { serde_yaml::from_str(text).unwrap() };
+    assert!(validator.is_valid(&json(GOOD)));
+    for wrong in [
+        "beta: fast, dataset: tokens",
+        "beta: 1",
+        "dataset: tokens, betta: 1",
+    ] {
+        assert!(!validator.is_valid(&json(&train(wrong))), "{wrong}");
+    }
+    let reference = reference(KINDS);
+    assert!(
+        reference.contains("| `beta` | number | `0.1` | Weight of the odds ratio. |"),
+        "{reference}"
+    );
+    assert!(reference.contains("| `logging_steps` | whole number | `0` | Steps between two lines of the log. *Neutral.* |"), "{reference}");
+}
+
+#[test]
+fn the_graph_is_drawn() {
+    let recipe = read(GOOD).unwrap();
+    let text = graph::draw(&recipe, graph::Format::Text, |stage| {
+        (stage.name == "raw").then(|| "fresh".into())
+    });
+    assert_eq!(
+        text,
+        "raw     import_text    [fresh]\ntokens  tokenize     <- raw\ntuned   train_toy    <- tokens\ntuned => out/tuned\n"
+    );
+    let mermaid = graph::draw(&recipe, graph::Format::Mermaid, |_| None);
+    assert!(
+        mermaid.contains("    s1 -->|\"dataset\"| s2\n"),
+        "{mermaid}"
+    );
+    let dot = graph::draw(&recipe, graph::Format::Dot, |_| None);
+    assert!(
+        dot.contains("    \"tokens\" -> \"tuned\" [label=\"dataset\"];\n"),
+        "{dot}"
+    );
+}

@@ -1,0 +1,235 @@
+//! Edges and outputs: every name names a stage, every stage makes what is wanted from it, and nothing waits on itself.
+
+use std::collections::BTreeMap;
+use std::path::Component;
+
+use serde_yaml::Value;
+
+use super::draft::Draft;
+use super::hints;
+use super::places::{Steps, parse};
+use super::sentence::noun;
+use super::stage::Staged;
+
+/// Stages and outputs after checking.
+pub(crate) struct Wired {
+    pub(crate) stages: Vec<Staged>,
+    /// Stage and path.
+    pub(crate) outputs: Vec<(String, String)>,
+    /// Indices, producers first.
+    pub(crate) order: Vec<usize>,
+}
+
+/// Checks edges and outputs.
+pub(crate) fn wire(draft: &mut Draft, stages: Vec<Staged>, recipe: &Value) -> Wired {
+    for stage in &stages {
+        edges(draft, &stages, stage);
+    }
+    let order = order(draft, &stages);
+    let outputs = outputs(draft, &stages, recipe);
+    Wired {
+        stages,
+        outputs,
+        order,
+    }
+}
+
+fn parameter_path(stage: &Staged, parameter: &str) -> Steps {
+    let mut path = stage.path.clone();
+    path.extend(parse(parameter).unwrap_or_default());
+    path
+}
+
+fn edges(draft: &mut Draft, stages: &[Staged], stage: &Staged) {
+    for edge in &stage.edges {
+        let path = parameter_path(stage, &edge.parameter);
+        let makers = |wanted: &str| -> Vec<&str> {
+            stages
+                .iter()
+                .filter(|other| other.name != stage.name)
+                .filter(|other| other.kind.is_some_and(|kind| kind.output == wanted))
+                .map(|other| other.name.as_str())
+                .collect()
+        };
+        let Some(producer) = stages.iter().find(|other| other.name == edge.stage) else {
+            let names = stages.iter().map(|other| other.name.as_str());
+            let hint = match hints::nearest(&edge.stage, names) {
+                Some(known) => format!("did you mean `{known}`?"),
+                None => match makers(&edge.artifact)[..] {
+                    [] => format!("no stage of the recipe makes `{}`", edge.artifact),
+                    ref makers => made_by(makers, &edge.artifact),
+                },
+            };
+            let message = format!("there is no stage `{}`", edge.stage);
+            draft.value_error(&path, message, Some(hint));
+            continue;
+        };
+        if producer.name == stage.name {
+            let message = format!("the stage `{}` takes its own result", stage.name);
+            let hint = match makers(&edge.artifact)[..] {
+                [] => None,
+                ref makers => Some(made_by(makers, &edge.artifact)),
+            };
+            draft.value_error(&path, message, hint);
+        } else if let Some(kind) = producer.kind
+            && kind.output != edge.artifact
+        {
+            let message = format!(
+                "the stage `{}` wants `{}`, but `{}` makes `{}`",
+                stage.name, edge.artifact, producer.name, kind.output
+            );
+            let hint = match makers(&edge.artifact)[..] {
+                [] => {
+                    let kinds = draft.kinds.iter();
+                    let kinds = kinds.filter(|kind| kind.output == edge.artifact);
+                    format!(
+                        "`{}` is made by {}",
+                        edge.artifact,
+                        hints::either(kinds.map(|kind| kind.name))
+                    )
+                }
+                ref makers => made_by(makers, &edge.artifact),
+            };
+            draft.value_error(&path, message, Some(hint));
+        }
+    }
+}
+
+fn made_by(makers: &[&str], artifact: &str) -> String {
+    let verb = if makers.len() == 1 { "makes" } else { "make" };
+    format!(
+        "{} {verb} `{artifact}`",
+        hints::list(makers.iter().copied())
+    )
+}
+
+/// Sorts the stages so that producers come first, without recursion; each cycle is told once.
+fn order(draft: &mut Draft, stages: &[Staged]) -> Vec<usize> {
+    let index: BTreeMap<&str, usize> = stages
+        .iter()
+        .enumerate()
+        .map(|(index, stage)| (stage.name.as_str(), index))
+        .collect();
+    // (producer, edge) of each stage; taking one's own result is told elsewhere.
+    let needs: Vec<Vec<(usize, usize)>> = stages
+        .iter()
+        .enumerate()
+        .map(|(consumer, stage)| {
+            let edges = stage.edges.iter().enumerate();
+            edges
+                .filter_map(|(edge, to)| Some((*index.get(to.stage.as_str())?, edge)))
+                .filter(|(producer, _)| *producer != consumer)
+                .collect()
+        })
+        .collect();
+    let mut order = Vec::with_capacity(stages.len());
+    // 0: not seen, 1: on the way, 2: done.
+    let mut state = vec![0_u8; stages.len()];
+    for start in 0..stages.len() {
+        // The stage, and how many of its edges were followed.
+        let mut way = vec![(start, 0_usize)];
+        if state[start] != 0 {
+            continue;
+        }
+        state[start] = 1;
+        while let Some((at, next)) = way.last_mut() {
+            let at = *at;
+            let Some(&(producer, edge)) = needs[at].get(*next) else {
+                state[at] = 2;
+                order.push(at);
+                way.pop();
+                continue;
+            };
+            *next += 1;
+            match state[producer] {
+                0 => {
+                    state[producer] = 1;
+                    way.push((producer, 0));
+                }
+                1 => {
+                    let ring = way.iter().skip_while(|(stage, _)| *stage != producer);
+                    let mut names: Vec<String> = ring
+                        .map(|(stage, _)| format!("`{}`", stages[*stage].name))
+                        .collect();
+                    names.push(format!("`{}`", stages[producer].name));
+                    let message = format!("the stages wait on each other: {}", names.join(" -> "));
+                    let parameter = &stages[at].edges[edge].parameter;
+                    let path = parameter_path(&stages[at], parameter);
+                    let hint = "each arrow reads \"takes the result of\"; one of them must go";
+                    draft.value_error(&path, message, Some(hint.to_owned()));
+                }
+                _ => {}
+            }
+        }
+    }
+    order
+}
+
+fn outputs(draft: &mut Draft, stages: &[Staged], recipe: &Value) -> Vec<(String, String)> {
+    let mut outputs: Vec<(String, String)> = Vec::new();
+    let mut folders: Vec<(Vec<String>, String)> = Vec::new();
+    for (stage, path, value) in draft.section(recipe, "outputs") {
+        if !stages.iter().any(|other| other.name == stage) {
+            let names = stages.iter().map(|other| other.name.as_str());
+            let hint = match hints::nearest(&stage, names.clone()) {
+                Some(known) => format!("did you mean `{known}`?"),
+                None => format!("the stages are {}", hints::list(names)),
+            };
+            draft.key_error(&path, format!("there is no stage `{stage}`"), Some(hint));
+        }
+        if draft.broken.contains(&path) {
+            continue;
+        }
+        let Value::String(written) = value else {
+            let message = format!(
+                "the output of `{stage}` must be a path, not {}",
+                noun(value)
+            );
+            draft.value_error(&path, message, None);
+            continue;
+        };
+        let folder = match inside(written) {
+            Ok(folder) => folder,
+            Err(why) => {
+                let hint = "outputs are folders inside the project, as in `out/merged`".to_owned();
+                draft.value_error(&path, format!("the output `{written}` {why}"), Some(hint));
+                continue;
+            }
+        };
+        let other = folders
+            .iter()
+            .find(|(other, _)| other.starts_with(&folder) || folder.starts_with(other));
+        if let Some((_, other)) = other {
+            let message = format!("the outputs of `{other}` and `{stage}` lie in each other");
+            let hint = "give each a folder of its own".to_owned();
+            draft.value_error(&path, message, Some(hint));
+            continue;
+        }
+        folders.push((folder, stage.clone()));
+        outputs.push((stage, written.clone()));
+    }
+    outputs
+}
+
+/// The parts of a relative path, when it stays inside the folder it starts at; else why not.
+fn inside(path: &str) -> Result<Vec<String>, &'static str> {
+    let mut parts = Vec::new();
+    if path.contains('\0') {
+        return Err("is no path");
+    }
+    for component in std::path::Path::new(path).components() {
+        match component {
+            Component::CurDir => {}
+            Component::Normal(part) => parts.push(part.to_string_lossy().into_owned()),
+            Component::ParentDir if parts.pop().is_some() => {}
+            Component::ParentDir => return Err("leaves the project"),
+            Component::RootDir | Component::Prefix(_) => return Err("is an absolute path"),
+        }
+    }
+    match parts.first().map(String::as_str) {
+        None => Err("is the project itself"),
+        Some(".pipeline") => Err("lies in the store"),
+        Some("~") => Err("begins with `~`, which is not expanded"),
+        Some(_) => Ok(parts),
+    }
+}
