@@ -1,1 +1,17 @@
-//! data
+//! Tables of rows: folders with Parquet files per split. Knows no chat template, no tokenizer and no cache.
+//!
+//! [`table`] reads and writes splits, [`import`] brings other people's files in, [`tokens`] is the layout of token ids,
+//! [`show`] is a look at the head of a folder, [`cell`] the values between JSON and Arrow.
+
+pub mod cell;
+mod csv;
+pub mod import;
+mod json;
+mod kind;
+pub mod show;
+pub mod table;
+pub mod tokens;
+
+pub use import::{Format, ImportOptions, ImportReport};
+pub use show::{Summary, head, summary};
+pub use table::{Split, Writer, splits};

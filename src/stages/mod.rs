@@ -2,12 +2,21 @@
 //!
 //! A new kind is one file plus one line in [`KINDS`]; docs/adding-a-stage.md walks through it.
 
+pub mod apply_chat_template;
 pub mod artifacts;
+pub mod import_dataset;
+pub mod split_dataset;
+pub mod tokenize;
 
 use crate::engine::Kind;
 
 /// Every kind of stage, in the order of the reference docs.
-pub const KINDS: &[Kind] = &[];
+pub const KINDS: &[Kind] = &[
+    Kind::of::<import_dataset::ImportDataset>(),
+    Kind::of::<split_dataset::SplitDataset>(),
+    Kind::of::<apply_chat_template::ApplyChatTemplate>(),
+    Kind::of::<tokenize::Tokenize>(),
+];
 
 /// The kind called `name`.
 pub fn kind(name: &str) -> Option<&'static Kind> {

@@ -1,1 +1,12 @@
-//! text
+//! Chat templates and tokenizers, exactly as transformers and TRL use them. Knows no tables and no cache.
+//!
+//! A row's way: [`chat`] renders it through a [`template`], [`preference`] turns the texts into token ids with a
+//! [`tokenizer`]; [`bpe`] trains a new tokenizer.
+
+pub mod bpe;
+pub mod chat;
+mod filters;
+mod generation;
+pub mod preference;
+pub mod template;
+pub mod tokenizer;

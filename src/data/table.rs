@@ -1,0 +1,401 @@
+//! Splits of a folder as Parquet files: reading them as a stream, and writing one with the same bytes every time.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use arrow::array::RecordBatch;
+use arrow::compute::concat_batches;
+use arrow::datatypes::{Schema, SchemaRef};
+use parquet::arrow::ArrowWriter;
+use parquet::arrow::arrow_reader::{ArrowReaderOptions, ParquetRecordBatchReaderBuilder};
+use parquet::basic::{Compression, ZstdLevel};
+use parquet::file::properties::{EnabledStatistics, WriterProperties};
+
+/// Rows that are read, worked on and written at once. Part of the written bytes: it decides where pages may end.
+pub const BATCH_ROWS: usize = 1024;
+/// Most rows of a row group.
+const GROUP_ROWS: usize = 64 * BATCH_ROWS;
+/// A row group ends when its rows take this many bytes in memory.
+const GROUP_BYTES: usize = 64 << 20;
+
+/// Which file of a split, and of how many.
+type Part = (usize, usize);
+
+/// The splits of a folder and the files of each, in order. `train.parquet` and `train-00000-of-00002.parquet` both belong to
+/// `train`. A split with missing parts is an error.
+pub fn splits(folder: &Path) -> Result<BTreeMap<String, Vec<PathBuf>>> {
+    let mut found: BTreeMap<String, Vec<(Option<Part>, PathBuf)>> = BTreeMap::new();
+    let entries = std::fs::read_dir(folder)
+        .with_context(|| format!("could not list the folder `{}`", folder.display()))?;
+    for entry in entries {
+        let path = entry?.path();
+        let Some(stem) = path.file_name().and_then(|name| name.to_str()) else {
+            continue;
+        };
+        if let Some(stem) = stem.strip_suffix(".parquet") {
+            let (split, part) = split_of(stem);
+            found
+                .entry(split.to_owned())
+                .or_default()
+                .push((part, path.clone()));
+        }
+    }
+    let mut splits = BTreeMap::new();
+    for (split, mut files) in found {
+        files.sort();
+        let whole = files
+            .iter()
+            .enumerate()
+            .all(|(index, (part, _))| match part {
+                None => files.len() == 1,
+                Some((number, count)) => *number == index && *count == files.len(),
+            });
+        ensure!(
+            whole,
+            "the files of the split `{split}` in `{}` don't make a whole: expected one `{split}.parquet`, or all parts \
+             `{split}-00000-of-NNNNN.parquet`",
+            folder.display()
+        );
+        splits.insert(split, files.into_iter().map(|(_, path)| path).collect());
+    }
+    Ok(splits)
+}
+
+/// The split's name in a file's name without its extension, and which part of how many it is.
+pub(super) fn split_of(stem: &str) -> (&str, Option<Part>) {
+    let part = |text: &str| {
+        let digits = text.len() == 5 && text.bytes().all(|byte| byte.is_ascii_digit());
+        digits.then(|| text.parse::<usize>().ok()).flatten()
+    };
+    let parsed = stem.rsplit_once("-of-").and_then(|(rest, count)| {
+        let (split, number) = rest.rsplit_once('-')?;
+        Some((split, (part(number)?, part(count)?)))
+    });
+    match parsed {
+        Some((split, part)) if !split.is_empty() => (split, Some(part)),
+        _ => (stem, None),
+    }
+}
+
+/// One split of a folder, open for reading.
+#[derive(Debug, Clone)]
+pub struct Split {
+    name: String,
+    files: Vec<PathBuf>,
+    schema: SchemaRef,
+    rows: usize,
+}
+
+impl Split {
+    /// Opens `name` in `folder`: reads only the files' footers.
+    pub fn open(folder: &Path, name: &str) -> Result<Self> {
+        let mut all = splits(folder)?;
+        let Some(files) = all.remove(name) else {
+            let names: Vec<_> = all.keys().map(|name| format!("`{name}`")).collect();
+            bail!(
+                "there is no split `{name}` in `{}`: found {}",
+                folder.display(),
+                if names.is_empty() {
+                    "none".to_owned()
+                } else {
+                    names.join(", ")
+                }
+            );
+        };
+        Self::of_files(name, files)
+    }
+
+    /// The same from Parquet files anywhere.
+    pub fn of_files(name: &str, files: Vec<PathBuf>) -> Result<Self> {
+        let mut schema: Option<SchemaRef> = None;
+        let mut rows = 0;
+        for file in &files {
+            let reader = reader(file)?;
+            let count = reader.metadata().file_metadata().num_rows();
+            rows += usize::try_from(count)
+                .map_err(|_| anyhow!("`{}` says it has {count} rows", file.display()))?;
+            let found = plain(reader.schema());
+            match &schema {
+                None => schema = Some(found),
+                Some(first) => ensure!(
+                    *first == found,
+                    "`{}` has other columns or types than `{}`",
+                    file.display(),
+                    files[0].display()
+                ),
+            }
+        }
+        let schema = schema.ok_or_else(|| anyhow!("the split `{name}` has no file"))?;
+        Ok(Self {
+            name: name.to_owned(),
+            files,
+            schema,
+            rows,
+        })
+    }
+
+    /// The split's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its columns, without metadata.
+    pub fn schema(&self) -> &SchemaRef {
+        &self.schema
+    }
+
+    /// The number of rows, from the files' footers.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Its files, in order.
+    pub fn files(&self) -> &[PathBuf] {
+        &self.files
+    }
+
+    /// The rows from the first to the last, in batches of at most `batch_rows`.
+    pub fn batches(&self, batch_rows: usize) -> impl Iterator<Item = Result<RecordBatch>> + use<> {
+        let schema = self.schema.clone();
+        self.files.clone().into_iter().flat_map(move |file| {
+            let schema = schema.clone();
+            let opened = reader(&file).and_then(|reader| {
+                let batches = reader.with_batch_size(batch_rows).build();
+                batches.with_context(|| format!("could not read `{}`", file.display()))
+            });
+            let batches: Box<dyn Iterator<Item = Result<RecordBatch>>> = match opened {
+                Err(error) => Box::new(std::iter::once(Err(error))),
+                Ok(batches) => Box::new(batches.map(move |batch| {
+                    let batch =
+                        batch.with_context(|| format!("could not read `{}`", file.display()))?;
+                    Ok(RecordBatch::try_new(
+                        schema.clone(),
+                        batch.columns().to_vec(),
+                    )?)
+                })),
+            };
+            batches
+        })
+    }
+}
+
+fn reader(file: &Path) -> Result<ParquetRecordBatchReaderBuilder<File>> {
+    let open = || -> Result<_> {
+        // The types come from Parquet itself: an Arrow schema kept beside them may ask for exotic ones.
+        let options = ArrowReaderOptions::new().with_skip_arrow_metadata(true);
+        let reader =
+            ParquetRecordBatchReaderBuilder::try_new_with_options(File::open(file)?, options)?;
+        Ok(reader)
+    };
+    open().with_context(|| format!("could not read `{}` as Parquet", file.display()))
+}
+
+/// A schema without metadata, which differs between programs that write the same rows.
+pub(super) fn plain(schema: &Schema) -> SchemaRef {
+    let fields: Vec<_> = schema
+        .fields()
+        .iter()
+        .map(|field| {
+            field
+                .as_ref()
+                .clone()
+                .with_metadata(HashMap::new())
+                .with_nullable(true)
+        })
+        .collect();
+    Arc::new(Schema::new(fields))
+}
+
+/// Writes one split as `<name>.parquet`. The bytes depend on the rows alone, not on the batches they arrive in.
+pub struct Writer {
+    parquet: ArrowWriter<File>,
+    schema: SchemaRef,
+    pending: Vec<RecordBatch>,
+    pending_rows: usize,
+    group_bytes: usize,
+    rows: usize,
+    path: PathBuf,
+}
+
+impl Writer {
+    /// Creates the file of the split `name` in `folder`.
+    pub fn create(folder: &Path, name: &str, schema: SchemaRef) -> Result<Self> {
+        Self::create_file(&folder.join(format!("{name}.parquet")), schema)
+    }
+
+    /// Creates a file anywhere.
+    pub fn create_file(path: &Path, schema: SchemaRef) -> Result<Self> {
+        let properties = WriterProperties::builder()
+            .set_created_by("pipeline".to_owned())
+            .set_compression(Compression::ZSTD(ZstdLevel::try_new(3)?))
+            .set_max_row_group_row_count(Some(GROUP_ROWS))
+            // Page statistics of long texts would cost space and help nobody.
+            .set_statistics_enabled(EnabledStatistics::Chunk)
+            .build();
+        let file =
+            File::create(path).with_context(|| format!("could not create `{}`", path.display()))?;
+        let writer = ArrowWriter::try_new(file, schema.clone(), Some(properties))
+            .with_context(|| format!("could not write `{}`", path.display()))?;
+        Ok(Self {
+            parquet: writer,
+            schema,
+            pending: Vec::new(),
+            pending_rows: 0,
+            group_bytes: 0,
+            rows: 0,
+            path: path.to_owned(),
+        })
+    }
+
+    /// Adds rows at the end.
+    pub fn write(&mut self, batch: &RecordBatch) -> Result<()> {
+        self.rows += batch.num_rows();
+        let mut start = 0;
+        while start < batch.num_rows() {
+            let length = (BATCH_ROWS - self.pending_rows).min(batch.num_rows() - start);
+            self.pending.push(batch.slice(start, length));
+            self.pending_rows += length;
+            start += length;
+            if self.pending_rows == BATCH_ROWS {
+                self.pass_on()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Completes the file; returns the number of rows.
+    pub fn finish(mut self) -> Result<usize> {
+        self.pass_on()?;
+        let finished = self.parquet.close();
+        finished.with_context(|| format!("could not write `{}`", self.path.display()))?;
+        Ok(self.rows)
+    }
+
+    fn pass_on(&mut self) -> Result<()> {
+        if self.pending_rows == 0 {
+            return Ok(());
+        }
+        let batch = concat_batches(&self.schema, &self.pending)?;
+        self.pending.clear();
+        self.pending_rows = 0;
+        let sizes = batch
+            .columns()
+            .iter()
+            .map(|column| column.to_data().get_slice_memory_size());
+        for size in sizes {
+            self.group_bytes += size?;
+        }
+        let written = self.parquet.write(&batch).and_then(|()| {
+            if self.group_bytes >= GROUP_BYTES {
+                self.group_bytes = 0;
+                self.parquet.flush()?;
+            }
+            Ok(())
+        });
+        written.with_context(|| format!("could not write `{}`", self.path.display()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use arrow::array::{ArrayRef, Int64Array, StringArray};
+
+    use super::*;
+
+    fn batch(range: std::ops::Range<i64>) -> RecordBatch {
+        let numbers: ArrayRef = Arc::new(Int64Array::from_iter_values(range.clone()));
+        let texts: ArrayRef = Arc::new(StringArray::from_iter_values(
+            range.map(|n| format!("row {n}")),
+        ));
+        RecordBatch::try_from_iter([("n", numbers), ("text", texts)]).unwrap()
+    }
+
+    fn written(sizes: &[i64]) -> Vec<u8> {
+        let folder = tempfile::tempdir().unwrap();
+        let mut writer =
+            Writer::create(folder.path(), "train", plain(&batch(0..1).schema())).unwrap();
+        let mut start = 0;
+        for size in sizes {
+            writer.write(&batch(start..start + size)).unwrap();
+            start += size;
+        }
+        assert_eq!(writer.finish().unwrap(), usize::try_from(start).unwrap());
+        std::fs::read(folder.path().join("train.parquet")).unwrap()
+    }
+
+    #[test]
+    fn bytes_do_not_depend_on_the_batches() {
+        let whole = written(&[5000]);
+        assert_eq!(whole, written(&[1, 1023, 2000, 0, 1976]));
+        assert_eq!(whole, written(&[1024, 1024, 1024, 1024, 904]));
+        assert_ne!(whole, written(&[4999]));
+    }
+
+    #[test]
+    fn parts_of_a_split_are_read_in_order() {
+        let folder = tempfile::tempdir().unwrap();
+        for (name, range) in [
+            ("train-00001-of-00002", 3..5),
+            ("train-00000-of-00002", 0..3),
+            ("test", 9..10),
+        ] {
+            let mut writer =
+                Writer::create(folder.path(), name, plain(&batch(0..1).schema())).unwrap();
+            writer.write(&batch(range)).unwrap();
+            writer.finish().unwrap();
+        }
+        let names: Vec<_> = splits(folder.path()).unwrap().into_keys().collect();
+        assert_eq!(names, ["test", "train"]);
+        let split = Split::open(folder.path(), "train").unwrap();
+        assert_eq!(split.rows(), 5);
+        let batches: Result<Vec<_>> = split.batches(2).collect();
+        let all = concat_batches(split.schema(), &batches.unwrap()).unwrap();
+        assert_eq!(
+            all,
+            RecordBatch::try_new(split.schema().clone(), batch(0..5).columns().to_vec()).unwrap()
+        );
+        std::fs::remove_file(folder.path().join("train-00000-of-00002.parquet")).unwrap();
+        assert!(
+            splits(folder.path())
+                .unwrap_err()
+                .to_string()
+                .contains("don't make a whole")
+        );
+    }
+
+    #[test]
+    fn an_unknown_split_is_named_beside_those_there_are() {
+        let folder = tempfile::tempdir().unwrap();
+        Writer::create(folder.path(), "train", plain(&batch(0..1).schema()))
+            .unwrap()
+            .finish()
+            .unwrap();
+        let error = Split::open(folder.path(), "test").unwrap_err().to_string();
+        assert!(
+            error.contains("no split `test`") && error.contains("found `train`"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_file_that_is_no_parquet_is_an_error_with_its_name() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(
+            folder.path().join("train.parquet"),
+            b"<html>not found</html>",
+        )
+        .unwrap();
+        let error = Split::open(folder.path(), "train").unwrap_err();
+        assert!(format!("{error:#}").contains("train.parquet"));
+    }
+
+    #[test]
+    fn names_of_splits() {
+        assert_eq!(split_of("train"), ("train", None));
+        assert_eq!(split_of("a-b-00001-of-00012"), ("a-b", Some((1, 12))));
+        assert_eq!(split_of("train-of-thought"), ("train-of-thought", None));
+    }
+}

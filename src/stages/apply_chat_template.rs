@@ -1,0 +1,281 @@
+//! `apply_chat_template`: rows to text.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use arrow::array::{ArrayRef, RecordBatch, StringArray};
+use arrow::datatypes::{DataType, Field, Schema};
+use chrono::NaiveDate;
+use minijinja::Value;
+use minijinja::value::Serde;
+use rayon::prelude::*;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+
+use super::artifacts::{Chats, Dataset, Model};
+use crate::data::cell::Cell;
+use crate::data::table::{BATCH_ROWS, Split, Writer, splits};
+use crate::engine::{Context, Input, Problem, SourcePath, Stage};
+use crate::text::chat::{ChatRow, Notice, Rendered, Renderer, Side};
+use crate::text::template::ChatTemplate;
+use crate::text::tokenizer::{chat_template, special_tokens};
+
+/// Renders rows to text with a chat template, as transformers and TRL do: `prompt`, `chosen` and, for preferences, `rejected`
+/// join to exactly what the template prints for the whole conversation.
+///
+/// The template is a file, a text in the recipe, or else the tokenizer's own. Rows whose texts were rendered before are taken as
+/// they are, and counted.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ApplyChatTemplate {
+    /// The rows to render; every split of it.
+    dataset: Input<Dataset>,
+    /// A file with the template.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    template: Option<SourcePath>,
+    /// The template itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    chat_template: Option<String>,
+    /// The model whose special tokens (`bos_token`, ..) and, unless another is given, whose template is used.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    tokenizer: Option<Input<Model>>,
+    /// Render a system message that is empty, too. Otherwise it is left out.
+    #[serde(default)]
+    keep_empty_system: bool,
+    /// What `strftime_now` tells the template, as `YYYY-MM-DD`: a result must not depend on the day it was made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    date: Option<String>,
+}
+
+/// Rows rendered at once, on all cores.
+const ROWS: usize = 4 * BATCH_ROWS;
+
+impl Stage for ApplyChatTemplate {
+    const KIND: &'static str = "apply_chat_template";
+    const VERSION: u32 = 1;
+    type Output = Chats;
+
+    fn check(&self) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        if self.template.is_some() && self.chat_template.is_some() {
+            let problem = Problem::new(
+                "chat_template",
+                "`template` and `chat_template` are both given",
+            );
+            problems.push(problem.hint("keep one of them"));
+        }
+        if self.template.is_none() && self.chat_template.is_none() && self.tokenizer.is_none() {
+            let problem = Problem::new("template", "there is no chat template");
+            problems.push(problem.hint("name a file with `template`, or a model with `tokenizer`"));
+        }
+        if let Err(problem) = self.parsed_date() {
+            problems.push(problem);
+        }
+        problems
+    }
+
+    fn run(&self, cx: &Context) -> Result<()> {
+        let renderer = self.renderer(cx)?;
+        let folder = cx.input(&self.dataset)?;
+        let splits: Result<Vec<Split>> = splits(folder)?
+            .into_iter()
+            .map(|(name, files)| Split::of_files(&name, files))
+            .collect();
+        let splits = splits?;
+        ensure!(!splits.is_empty(), "the dataset holds no split");
+        let total: usize = splits.iter().map(Split::rows).sum();
+        let mut counts = Counts::default();
+        for split in &splits {
+            render_split(cx, &renderer, split, total as u64, &mut counts)?;
+        }
+        counts.tell(cx);
+        Ok(())
+    }
+}
+
+impl ApplyChatTemplate {
+    fn parsed_date(&self) -> Result<Option<NaiveDate>, Problem> {
+        let parse = |date: &String| NaiveDate::parse_from_str(date, "%Y-%m-%d");
+        self.date.as_ref().map(parse).transpose().map_err(|_| {
+            Problem::new("date", "expected a date as YYYY-MM-DD").hint("for example \"2024-07-26\"")
+        })
+    }
+
+    fn renderer(&self, cx: &Context) -> Result<Renderer> {
+        let model = self
+            .tokenizer
+            .as_ref()
+            .map(|tokenizer| cx.input(tokenizer))
+            .transpose()?;
+        let source = match (&self.chat_template, &self.template) {
+            (Some(source), _) => source.clone(),
+            (None, Some(file)) => {
+                let text = std::fs::read_to_string(cx.source(file)?);
+                text.with_context(|| {
+                    format!("could not read the template `{}`", file.as_written())
+                })?
+            }
+            (None, None) => {
+                let model = model.context("there is no chat template")?;
+                chat_template(model)?.ok_or_else(|| {
+                    anyhow!("the tokenizer has no chat template; hint: name a file with `template`, as templates/llama3.jinja")
+                })?
+            }
+        };
+        let tokens = model.map(special_tokens).transpose()?.unwrap_or_default();
+        let date = self
+            .parsed_date()
+            .map_err(|problem| anyhow!(problem.message))?;
+        Ok(Renderer::new(
+            ChatTemplate::new(&source, tokens, date)?,
+            self.keep_empty_system,
+        ))
+    }
+}
+
+/// What goes into the record.
+#[derive(Default)]
+struct Counts {
+    rows: BTreeMap<String, usize>,
+    all: usize,
+    already_rendered: usize,
+    special_tokens: usize,
+}
+
+impl Counts {
+    fn tell(&self, cx: &Context) {
+        cx.note("rows", &self.rows);
+        if self.already_rendered > 0 {
+            cx.note("rows_already_rendered", self.already_rendered);
+            cx.warn(format!(
+                "{} of {} rows were rendered by a chat template before, and were taken as they are",
+                self.already_rendered, self.all
+            ));
+        }
+        if self.special_tokens > 0 {
+            cx.note("rows_with_special_tokens", self.special_tokens);
+            cx.warn(format!(
+                "{} of {} rows hold special tokens in their own text; the tokenizer will read them as such",
+                self.special_tokens, self.all
+            ));
+        }
+    }
+}
+
+fn render_split(
+    cx: &Context,
+    renderer: &Renderer,
+    split: &Split,
+    total: u64,
+    counts: &mut Counts,
+) -> Result<()> {
+    let has = |name: &str| split.schema().field_with_name(name).is_ok();
+    ensure!(
+        has("chosen") || has("messages"),
+        "the split `{}` has neither a column `chosen` nor `messages`; hint: name them with `columns:` where the data is imported",
+        split.name()
+    );
+    let preferences = has("rejected");
+    let mut names = vec!["prompt", "chosen"];
+    names.extend(preferences.then_some("rejected"));
+    let fields: Vec<_> = names
+        .iter()
+        .map(|name| Field::new(*name, DataType::Utf8, true))
+        .collect();
+    let schema = Arc::new(Schema::new(fields));
+    let mut writer = Writer::create(cx.out(), split.name(), schema.clone())?;
+    let mut done = 0;
+    for batch in split.batches(ROWS) {
+        let batch = batch?;
+        let rendered: Result<Vec<Rendered>> = (0..batch.num_rows())
+            .into_par_iter()
+            .with_min_len(16)
+            .map(|row| {
+                let rendered = chat_row(&batch, row)
+                    .and_then(|row| renderer.render(row))
+                    .and_then(|rendered| {
+                        ensure!(
+                            !preferences || rendered.rejected.is_some(),
+                            "the row has no `rejected`"
+                        );
+                        Ok(rendered)
+                    });
+                rendered.with_context(|| {
+                    format!("row {} of the split `{}`", done + row + 1, split.name())
+                })
+            })
+            .collect();
+        let rendered = rendered?;
+        for row in &rendered {
+            counts.already_rendered += usize::from(row.notice == Notice::AlreadyRendered);
+            counts.special_tokens += usize::from(row.notice == Notice::SpecialTokens);
+        }
+        let column = |text: fn(&Rendered) -> Option<&str>| -> ArrayRef {
+            Arc::new(rendered.iter().map(text).collect::<StringArray>())
+        };
+        let mut columns = vec![
+            column(|row| Some(&row.prompt)),
+            column(|row| Some(&row.chosen)),
+        ];
+        if preferences {
+            columns.push(column(|row| row.rejected.as_deref()));
+        }
+        writer.write(&RecordBatch::try_new(schema.clone(), columns)?)?;
+        done += batch.num_rows();
+        cx.progress((counts.all + done) as u64, Some(total), "rows");
+        cx.check_cancelled()?;
+    }
+    counts.all += done;
+    counts
+        .rows
+        .insert(split.name().to_owned(), writer.finish()?);
+    Ok(())
+}
+
+fn chat_row(batch: &RecordBatch, row: usize) -> Result<ChatRow> {
+    let cell = |name: &str| match batch.column_by_name(name) {
+        None => Ok(Cell::Null),
+        Some(column) => Cell::from_arrow(column, row),
+    };
+    let side = |name: &str| match cell(name)? {
+        Cell::Null => Ok(None),
+        Cell::Text(text) => Ok(Some(Side::Text(text))),
+        Cell::List(items) => Ok(Some(Side::Messages(messages(name, items)?))),
+        other => bail!(
+            "`{name}` is {}: expected text or a list of messages",
+            other.noun()
+        ),
+    };
+    let system = match cell("system")? {
+        Cell::Null => None,
+        Cell::Text(text) => Some(text),
+        other => bail!("`system` is {}: expected text", other.noun()),
+    };
+    let messages = match side("messages")? {
+        None => None,
+        Some(Side::Messages(messages)) => Some(messages),
+        Some(Side::Text(_)) => bail!("`messages` is text: expected a list of messages"),
+    };
+    Ok(ChatRow {
+        system,
+        prompt: side("prompt")?,
+        chosen: side("chosen")?,
+        rejected: side("rejected")?,
+        messages,
+    })
+}
+
+fn messages(name: &str, items: Vec<Cell>) -> Result<Vec<Value>> {
+    let message = |item: Cell| {
+        ensure!(
+            item.get("role").is_some(),
+            "a message of `{name}` has no `role`"
+        );
+        Ok(Value::from(Serde(item.without_nulls())))
+    };
+    items.into_iter().map(message).collect()
+}
+
+#[cfg(test)]
+mod tests;

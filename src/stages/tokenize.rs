@@ -1,0 +1,275 @@
+//! `tokenize`: text to token ids.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context as _, Result, anyhow, ensure};
+use arrow::array::{Array, AsArray, RecordBatch, StringArray};
+use rayon::prelude::*;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::artifacts::{Chats, Model, Tokens};
+use crate::data::table::{BATCH_ROWS, Split, Writer, splits};
+use crate::data::tokens::{TokenRow, batch, schema};
+use crate::engine::{Context, Input, Problem, Stage};
+use crate::text::preference::{Drop, RowIds, Truncation, encode};
+use crate::text::tokenizer::Tokenizer;
+
+/// Turns texts into token ids as TRL's preference trainers do: one BOS, one EOS, and the answer apart from its prompt.
+///
+/// A row that is left without an answer token is dropped and counted in the record; TRL would train on a NaN.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Tokenize {
+    /// The texts; every split of them.
+    dataset: Input<Chats>,
+    /// The model whose tokenizer is used.
+    tokenizer: Input<Model>,
+    /// Longest sequence of prompt and answer, in tokens.
+    #[serde(default = "default_max_length")]
+    max_length: usize,
+    /// With it, a prompt that doesn't fit beside its longer answer is cut to so many tokens before the answers are cut, as TRL
+    /// did until 0.24. Without it, only answers are cut and prompts never, as in TRL 1.16.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    max_prompt_length: Option<usize>,
+    /// Which end of a prompt is kept when it is cut. Counts only with `max_prompt_length`.
+    #[serde(default)]
+    truncation_mode: TruncationMode,
+}
+
+/// Which end of a prompt is kept.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum TruncationMode {
+    /// The end; the BOS is lost.
+    #[default]
+    KeepEnd,
+    /// The start.
+    KeepStart,
+}
+
+fn default_max_length() -> usize {
+    1024
+}
+
+/// Rows tokenized at once, on all cores.
+const ROWS: usize = 4 * BATCH_ROWS;
+
+impl Stage for Tokenize {
+    const KIND: &'static str = "tokenize";
+    const VERSION: u32 = 1;
+    type Output = Tokens;
+
+    fn check(&self) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        if self.max_length < 2 {
+            problems.push(Problem::new("max_length", "expected at least 2 tokens"));
+        }
+        if let Some(most) = self.max_prompt_length
+            && (most == 0 || most >= self.max_length)
+        {
+            let message = format!(
+                "expected a number above 0 and below `max_length` ({})",
+                self.max_length
+            );
+            problems.push(Problem::new("max_prompt_length", message));
+        }
+        problems
+    }
+
+    fn run(&self, cx: &Context) -> Result<()> {
+        let tokenizer = Tokenizer::load(cx.input(&self.tokenizer)?)?;
+        let folder = cx.input(&self.dataset)?;
+        let splits: Result<Vec<Split>> = splits(folder)?
+            .into_iter()
+            .map(|(name, files)| Split::of_files(&name, files))
+            .collect();
+        let splits = splits?;
+        ensure!(!splits.is_empty(), "there is no split to tokenize");
+        let total: usize = splits.iter().map(Split::rows).sum();
+        let mut counts = Counts::default();
+        for split in &splits {
+            self.tokenize_split(cx, &tokenizer, split, total as u64, &mut counts)?;
+        }
+        counts.tell(cx);
+        Ok(())
+    }
+}
+
+/// What goes into the record.
+#[derive(Default)]
+struct Counts {
+    rows: BTreeMap<String, usize>,
+    read: usize,
+    tokens: u64,
+    longest: usize,
+    dropped: BTreeMap<Drop, usize>,
+    prompts_cut: usize,
+    answers_cut: usize,
+    equal_answers: usize,
+}
+
+impl Counts {
+    fn add(&mut self, row: &RowIds) {
+        self.prompts_cut += usize::from(row.prompt_cut);
+        self.answers_cut += usize::from(row.answer_cut);
+        for side in std::iter::once(&row.chosen).chain(&row.rejected) {
+            let length = side.prompt.len() + side.answer.len();
+            self.tokens += length as u64;
+            self.longest = self.longest.max(length);
+        }
+        let equal = row
+            .rejected
+            .as_ref()
+            .is_some_and(|rejected| *rejected == row.chosen);
+        self.equal_answers += usize::from(equal);
+    }
+
+    fn tell(&self, cx: &Context) {
+        cx.note("rows", &self.rows);
+        cx.note("tokens", self.tokens);
+        cx.note("longest_sequence", self.longest);
+        let all = self.read;
+        let dropped: usize = self.dropped.values().sum();
+        if dropped > 0 {
+            let named = |(cause, count): (&Drop, &usize)| (cause.name(), *count);
+            let causes: BTreeMap<_, _> = self.dropped.iter().map(named).collect();
+            let text: Vec<_> = causes
+                .iter()
+                .map(|(cause, count)| format!("{cause}: {count}"))
+                .collect();
+            cx.warn(format!(
+                "{dropped} of {all} rows were dropped ({})",
+                text.join(", ")
+            ));
+            cx.note("rows_dropped", causes);
+        }
+        for (name, count) in [
+            ("prompts_cut", self.prompts_cut),
+            ("answers_cut", self.answers_cut),
+        ] {
+            if count > 0 {
+                cx.note(name, count);
+            }
+        }
+        if self.equal_answers > 0 {
+            cx.note("rows_with_equal_answers", self.equal_answers);
+            cx.warn(format!(
+                "{} of {all} rows have the same tokens as chosen and rejected answer, so they teach no preference",
+                self.equal_answers
+            ));
+        }
+    }
+}
+
+impl Tokenize {
+    fn truncation(&self) -> Truncation {
+        match self.max_prompt_length {
+            None => Truncation::Answers {
+                max_length: self.max_length,
+            },
+            Some(max_prompt_length) => Truncation::PromptThenAnswers {
+                max_length: self.max_length,
+                max_prompt_length,
+                keep_end: self.truncation_mode == TruncationMode::KeepEnd,
+            },
+        }
+    }
+
+    fn tokenize_split(
+        &self,
+        cx: &Context,
+        tokenizer: &Tokenizer,
+        split: &Split,
+        total: u64,
+        counts: &mut Counts,
+    ) -> Result<()> {
+        let preferences = split.schema().field_with_name("rejected").is_ok();
+        let mut writer = Writer::create(cx.out(), split.name(), schema(preferences))?;
+        let mut done = 0;
+        for texts in split.batches(ROWS) {
+            let texts = texts?;
+            let prompt = column(&texts, "prompt")?;
+            let chosen = column(&texts, "chosen")?;
+            let rejected = preferences
+                .then(|| column(&texts, "rejected"))
+                .transpose()?;
+            let rows: Result<Vec<Result<RowIds, Drop>>> = (0..texts.num_rows())
+                .into_par_iter()
+                .with_min_len(8)
+                .map(|row| {
+                    let rejected = rejected
+                        .map(|rejected| text(rejected, row, "rejected"))
+                        .transpose();
+                    let ids = rejected.and_then(|rejected| {
+                        let prompt = text(prompt, row, "prompt")?;
+                        encode(
+                            tokenizer,
+                            prompt,
+                            text(chosen, row, "chosen")?,
+                            rejected,
+                            self.truncation(),
+                        )
+                    });
+                    ids.with_context(|| {
+                        format!("row {} of the split `{}`", done + row + 1, split.name())
+                    })
+                })
+                .collect();
+            let mut kept = Vec::with_capacity(texts.num_rows());
+            for row in rows? {
+                match row {
+                    Ok(row) => {
+                        counts.add(&row);
+                        kept.push(token_row(row));
+                    }
+                    Err(cause) => *counts.dropped.entry(cause).or_default() += 1,
+                }
+            }
+            writer.write(&batch(&kept, preferences)?)?;
+            done += texts.num_rows();
+            cx.progress((counts.read + done) as u64, Some(total), "rows");
+            cx.check_cancelled()?;
+        }
+        let rows = writer.finish()?;
+        ensure!(
+            rows > 0 || done == 0,
+            "no row of the split `{}` has an answer token left within `max_length` {}; hint: raise it",
+            split.name(),
+            self.max_length
+        );
+        counts.read += done;
+        counts.rows.insert(split.name().to_owned(), rows);
+        Ok(())
+    }
+}
+
+fn token_row(row: RowIds) -> TokenRow {
+    let (rejected_ids, rejected_prompt_ids) = match row.rejected {
+        None => (None, None),
+        Some(side) => (
+            Some(side.answer),
+            (side.prompt != row.chosen.prompt).then_some(side.prompt),
+        ),
+    };
+    TokenRow {
+        prompt_ids: row.chosen.prompt,
+        chosen_ids: row.chosen.answer,
+        rejected_ids,
+        rejected_prompt_ids,
+    }
+}
+
+fn column<'a>(batch: &'a RecordBatch, name: &str) -> Result<&'a StringArray> {
+    let column = batch.column_by_name(name);
+    let column = column.and_then(|column| column.as_string_opt::<i32>());
+    column.ok_or_else(|| anyhow!("the chats have no text column `{name}`"))
+}
+
+fn text<'a>(column: &'a StringArray, row: usize, name: &str) -> Result<&'a str> {
+    ensure!(column.is_valid(row), "the row has no `{name}`");
+    Ok(column.value(row))
+}
+
+#[cfg(test)]
+mod tests;

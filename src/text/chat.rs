@@ -1,0 +1,356 @@
+//! From a row as people wrote it to prompt and answers as text, by TRL's rules: everything is rendered as whole conversations,
+//! and the prompt is what they have in common with the rendered prompt, so prompt and answer always join to exactly what the
+//! template prints. Its one entry is [`Renderer::render`].
+
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use minijinja::Value;
+
+use super::filters::strip;
+use super::template::ChatTemplate;
+
+/// A side of a row: one text, or messages.
+#[derive(Debug, Clone)]
+pub enum Side {
+    /// The content of one message (or a whole conversation that somebody rendered already).
+    Text(String),
+    /// Messages with `role` and `content`.
+    Messages(Vec<Value>),
+}
+
+/// The columns of a row that matter here.
+#[derive(Debug, Clone, Default)]
+pub struct ChatRow {
+    /// The system message.
+    pub system: Option<String>,
+    /// What comes before the answers.
+    pub prompt: Option<Side>,
+    /// The (better) answer.
+    pub chosen: Option<Side>,
+    /// The worse answer.
+    pub rejected: Option<Side>,
+    /// A whole conversation, used when there is no `chosen`.
+    pub messages: Option<Vec<Value>>,
+}
+
+/// A row as text.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rendered {
+    /// The conversation up to where the answer begins.
+    pub prompt: String,
+    /// The (better) answer.
+    pub chosen: String,
+    /// The worse answer, for preferences.
+    pub rejected: Option<String>,
+    /// What was noticed about the row.
+    pub notice: Notice,
+}
+
+/// What was noticed about a row's own text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Notice {
+    /// Nothing.
+    Plain,
+    /// It holds special tokens, which the tokenizer will read as such.
+    SpecialTokens,
+    /// It was rendered by a chat template already, and was taken as it is.
+    AlreadyRendered,
+}
+
+/// Renders rows with one template.
+#[derive(Debug)]
+pub struct Renderer {
+    template: ChatTemplate,
+    markers: Vec<String>,
+    /// What the template puts before an answer.
+    generation_prompt: String,
+    keep_empty_system: bool,
+}
+
+impl Renderer {
+    /// A renderer; an empty system message is left out unless `keep_empty_system`.
+    pub fn new(template: ChatTemplate, keep_empty_system: bool) -> Self {
+        let user = [message("user", "x")];
+        // A template may refuse such a short conversation; then nothing is known about its generation prompt.
+        let with = template.render(&user, true).unwrap_or_default();
+        let without = template.render(&user, false).unwrap_or_default();
+        let generation_prompt = with.strip_prefix(&without).unwrap_or_default().to_owned();
+        Self {
+            markers: template.markers(),
+            template,
+            generation_prompt,
+            keep_empty_system,
+        }
+    }
+
+    /// The template.
+    pub fn template(&self) -> &ChatTemplate {
+        &self.template
+    }
+
+    /// The row as text.
+    pub fn render(&self, row: ChatRow) -> Result<Rendered> {
+        let notice = self.notice(&row);
+        if notice == Notice::AlreadyRendered
+            && let Some(rendered) = self.already_rendered(&row)
+        {
+            return Ok(rendered);
+        }
+        let (prompt, chosen, rejected) = self.conversation(row)?;
+        ensure!(!prompt.is_empty(), "the row has an answer but no prompt");
+        let opening = self
+            .opening(&prompt)
+            .context("the prompt could not be rendered")?;
+        let whole = |answer: &[Value]| {
+            let messages: Vec<Value> = prompt.iter().chain(answer).cloned().collect();
+            self.template.render(&messages, false)
+        };
+        let chosen = whole(&chosen).context("`chosen` could not be rendered")?;
+        let rejected = rejected
+            .map(|answer| whole(&answer))
+            .transpose()
+            .context("`rejected` could not be rendered")?;
+        let mut border = common_prefix(&opening, &chosen);
+        if let Some(rejected) = &rejected {
+            border = border.min(common_prefix(&opening, rejected));
+        }
+        Ok(Rendered {
+            prompt: chosen[..border].to_owned(),
+            rejected: rejected.map(|rejected| rejected[border..].to_owned()),
+            chosen: chosen[border..].to_owned(),
+            notice,
+        })
+    }
+
+    /// The prompt alone, up to where the answer begins.
+    fn opening(&self, prompt: &[Value]) -> Result<String> {
+        let last = prompt.last();
+        if last.and_then(|last| attribute(last, "role")).as_deref() != Some("assistant") {
+            return self.template.render(prompt, true);
+        }
+        // The answer continues the last message: what the template prints after that message's text is no part of the prompt.
+        let text = self.template.render(prompt, false)?;
+        let content = last
+            .and_then(|last| attribute(last, "content"))
+            .unwrap_or_default();
+        let content = strip(&content);
+        Ok(match text.rfind(content) {
+            Some(start) => text[..start + content.len()].to_owned(),
+            None => text,
+        })
+    }
+
+    /// Prompt and answers as messages.
+    #[expect(clippy::type_complexity, reason = "used once")]
+    fn conversation(&self, row: ChatRow) -> Result<(Vec<Value>, Vec<Value>, Option<Vec<Value>>)> {
+        let ChatRow {
+            system,
+            prompt,
+            chosen,
+            rejected,
+            messages,
+        } = row;
+        let (mut prompt, chosen, rejected) = match (chosen, rejected) {
+            (Some(Side::Text(chosen)), rejected) => {
+                let rejected = match rejected {
+                    Some(Side::Messages(_)) => bail!("`chosen` is text and `rejected` is messages"),
+                    Some(Side::Text(text)) => Some(vec![message("assistant", &text)]),
+                    None => None,
+                };
+                let prompt = prompt.ok_or_else(|| anyhow!("the row has no `prompt`"))?;
+                (
+                    prompt.into_messages("user"),
+                    vec![message("assistant", &chosen)],
+                    rejected,
+                )
+            }
+            (Some(Side::Messages(chosen)), Some(Side::Messages(rejected))) => {
+                let (prompt, chosen, rejected) = split_pair(prompt, chosen, rejected);
+                (prompt, chosen, Some(rejected))
+            }
+            (Some(Side::Messages(_)), Some(Side::Text(_))) => {
+                bail!("`chosen` is messages and `rejected` is text")
+            }
+            (Some(Side::Messages(chosen)), None) => {
+                let (prompt, chosen) = match prompt.map(|prompt| prompt.into_messages("user")) {
+                    Some(prompt) if chosen.starts_with(&prompt) => {
+                        let answer = chosen[prompt.len()..].to_vec();
+                        (prompt, answer)
+                    }
+                    Some(prompt) => (prompt, chosen),
+                    None => split_last(chosen)?,
+                };
+                (prompt, chosen, None)
+            }
+            (None, Some(_)) => bail!("the row has `rejected` but no `chosen`"),
+            (None, None) => {
+                let messages = messages
+                    .ok_or_else(|| anyhow!("the row has neither `chosen` nor `messages`"))?;
+                let (prompt, chosen) = split_last(messages)?;
+                (prompt, chosen, None)
+            }
+        };
+        ensure!(
+            !chosen.is_empty(),
+            "`chosen` has no message after the prompt"
+        );
+        ensure!(
+            rejected
+                .as_ref()
+                .is_none_or(|rejected| !rejected.is_empty()),
+            "`rejected` has no message after the prompt"
+        );
+        let system = system.filter(|system| self.keep_empty_system || !system.is_empty());
+        let has_system = prompt
+            .first()
+            .and_then(|first| attribute(first, "role"))
+            .as_deref()
+            == Some("system");
+        if let Some(system) = system.filter(|_| !has_system) {
+            prompt.insert(0, message("system", &system));
+        }
+        Ok((prompt, chosen, rejected))
+    }
+
+    fn notice(&self, row: &ChatRow) -> Notice {
+        let sides = [&row.prompt, &row.chosen, &row.rejected];
+        let texts = sides.into_iter().flatten().filter_map(|side| match side {
+            Side::Text(text) => Some(text.as_str()),
+            Side::Messages(_) => None,
+        });
+        let notice = |text: &str| {
+            let found: Vec<&String> = self
+                .markers
+                .iter()
+                .filter(|m| text.contains(m.as_str()))
+                .collect();
+            if found.is_empty() {
+                return Notice::Plain;
+            }
+            // A conversation begins with a marker and has others; a text about markers only mentions them.
+            let begins = found
+                .iter()
+                .any(|marker| strip(text).starts_with(marker.as_str()));
+            if begins && found.len() > 1 {
+                Notice::AlreadyRendered
+            } else {
+                Notice::SpecialTokens
+            }
+        };
+        texts.map(notice).max().unwrap_or(Notice::Plain)
+    }
+
+    /// Prompt and answers of a row whose texts are rendered already; none when it can't be told where the answers begin.
+    fn already_rendered(&self, row: &ChatRow) -> Option<Rendered> {
+        let text = |side: &Option<Side>| match side {
+            Some(Side::Text(text)) => Some(text.clone()),
+            _ => None,
+        };
+        let chosen = text(&row.chosen)?;
+        let rejected = text(&row.rejected);
+        let prompt = text(&row.prompt).unwrap_or_default();
+        let rendered = |prompt: &str, border: usize| Rendered {
+            prompt: prompt.to_owned(),
+            chosen: chosen[border..].to_owned(),
+            rejected: rejected
+                .as_ref()
+                .map(|rejected| rejected[border..].to_owned()),
+            notice: Notice::AlreadyRendered,
+        };
+        let begins = |text: &str| {
+            self.markers
+                .iter()
+                .any(|marker| strip(text).starts_with(marker.as_str()))
+        };
+        if begins(&prompt) && !begins(&chosen) {
+            return Some(rendered(&prompt, 0));
+        }
+        let both = |start: &str| {
+            chosen.starts_with(start)
+                && rejected.as_ref().is_none_or(|text| text.starts_with(start))
+        };
+        if begins(&prompt) && both(&prompt) {
+            return Some(rendered(&prompt, prompt.len()));
+        }
+        // Both answers hold the whole conversation: it ends where the template lets the assistant begin.
+        let common = rejected
+            .as_ref()
+            .map_or(chosen.len(), |rejected| common_prefix(&chosen, rejected));
+        let start = (!self.generation_prompt.is_empty())
+            .then(|| chosen[..common].rfind(&self.generation_prompt));
+        let start = start.flatten().filter(|_| begins(&chosen))?;
+        let border = start + self.generation_prompt.len();
+        Some(rendered(&chosen[..border], border))
+    }
+}
+
+impl Side {
+    fn into_messages(self, role: &str) -> Vec<Value> {
+        match self {
+            Self::Text(text) => vec![message(role, &text)],
+            Self::Messages(messages) => messages,
+        }
+    }
+}
+
+/// The prompt of two lists that may hold the whole conversation: what they begin with alike.
+fn split_pair(
+    prompt: Option<Side>,
+    mut chosen: Vec<Value>,
+    mut rejected: Vec<Value>,
+) -> (Vec<Value>, Vec<Value>, Vec<Value>) {
+    if let Some(Side::Messages(prompt)) = prompt {
+        if !prompt.is_empty() && chosen.starts_with(&prompt) && rejected.starts_with(&prompt) {
+            chosen.drain(..prompt.len());
+            rejected.drain(..prompt.len());
+        }
+        return (prompt, chosen, rejected);
+    }
+    let whole = chosen
+        .first()
+        .and_then(|first| attribute(first, "role"))
+        .is_some_and(|role| role != "assistant");
+    if let (Some(Side::Text(text)), false) = (&prompt, whole) {
+        return (vec![message("user", text)], chosen, rejected);
+    }
+    // Equal lists still leave an answer.
+    let most = chosen.len().min(rejected.len()).saturating_sub(1);
+    let alike = chosen
+        .iter()
+        .zip(&rejected)
+        .take(most)
+        .take_while(|(a, b)| a == b)
+        .count();
+    let prompt = chosen.drain(..alike).collect();
+    rejected.drain(..alike);
+    (prompt, chosen, rejected)
+}
+
+/// A conversation up to its last answer; what comes after that is of no use in training.
+fn split_last(mut messages: Vec<Value>) -> Result<(Vec<Value>, Vec<Value>)> {
+    let last = messages
+        .iter()
+        .rposition(|message| attribute(message, "role").as_deref() == Some("assistant"))
+        .ok_or_else(|| anyhow!("the conversation has no message of the role `assistant`"))?;
+    messages.truncate(last + 1);
+    let answer = messages.split_off(last);
+    Ok((messages, answer))
+}
+
+/// A message with two fields.
+pub fn message(role: &str, content: &str) -> Value {
+    Value::from_pairs([("role", role), ("content", content)])
+}
+
+fn attribute(message: &Value, name: &str) -> Option<String> {
+    let value = message.get_attr(name).ok()?;
+    value.as_str().map(str::to_owned)
+}
+
+/// How many bytes the longest common start of whole characters has.
+fn common_prefix(a: &str, b: &str) -> usize {
+    let alike = a.chars().zip(b.chars()).take_while(|(a, b)| a == b);
+    alike.map(|(c, _)| c.len_utf8()).sum()
+}
+
+#[cfg(test)]
+mod tests;

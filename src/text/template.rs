@@ -1,0 +1,177 @@
+//! A chat template in the environment that transformers gives it, so that real templates print the same here. Its one entry
+//! is [`ChatTemplate`].
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context as _, Result, anyhow};
+use chrono::NaiveDate;
+use chrono::format::{Item, StrftimeItems};
+use minijinja::syntax::SyntaxConfig;
+use minijinja::{AutoEscape, Environment, Error, ErrorKind, UndefinedBehavior, Value};
+
+use super::{filters, generation};
+
+/// The Llama 3 template in our own words.
+pub const LLAMA3: &str = include_str!("../../recipes/templates/llama3.jinja");
+
+/// Steps that one rendering may take. Real templates take some dozens a message; an endless one is stopped within a second.
+const FUEL: u64 = 10_000_000;
+const NAME: &str = "chat template";
+
+/// A compiled chat template with the tokenizer's special tokens.
+#[derive(Debug)]
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+    source: String,
+    special_tokens: BTreeMap<String, String>,
+}
+
+impl ChatTemplate {
+    /// Compiles `source`. `special_tokens` become variables (`bos_token`, ..); `date` is what `strftime_now` says, without it
+    /// a template that calls it fails: a result must not depend on the day it was made.
+    pub fn new(
+        source: &str,
+        special_tokens: BTreeMap<String, String>,
+        date: Option<NaiveDate>,
+    ) -> Result<Self> {
+        let mut environment = Environment::new();
+        let mut syntax = SyntaxConfig::builder();
+        syntax.trim_blocks(true).lstrip_blocks(true);
+        environment.set_syntax(syntax.build()?);
+        environment.set_auto_escape_callback(|_| AutoEscape::None);
+        environment.set_undefined_behavior(UndefinedBehavior::Lenient);
+        environment.set_fuel(Some(FUEL));
+        environment.set_unknown_method_callback(filters::method);
+        environment.add_filter("tojson", filters::tojson);
+        environment.add_filter("trim", filters::trim);
+        environment.add_function(
+            "raise_exception",
+            |message: &Value| -> Result<Value, Error> {
+                Err(Error::new(
+                    ErrorKind::InvalidOperation,
+                    format!("{RAISED}{message}"),
+                ))
+            },
+        );
+        environment.add_function("strftime_now", move |format: &str| strftime(date, format));
+        environment.add_function("cycler", minijinja_contrib::globals::cycler);
+        environment.add_function("joiner", minijinja_contrib::globals::joiner);
+        environment
+            .add_template_owned(NAME, generation::replace_tags(source))
+            .map_err(|error| explain(&error, source))
+            .context("the chat template can't be read")?;
+        Ok(Self {
+            environment,
+            source: source.to_owned(),
+            special_tokens,
+        })
+    }
+
+    /// The conversation as text.
+    pub fn render(&self, messages: &[Value], add_generation_prompt: bool) -> Result<String> {
+        let tokens = self.special_tokens.iter();
+        let mut variables: BTreeMap<&str, Value> = tokens
+            .map(|(name, token)| (name.as_str(), Value::from(token.as_str())))
+            .collect();
+        variables.insert("messages", Value::from(messages.to_vec()));
+        variables.insert("tools", Value::from(()));
+        variables.insert("documents", Value::from(()));
+        variables.insert("add_generation_prompt", Value::from(add_generation_prompt));
+        let template = self
+            .environment
+            .get_template(NAME)
+            .map_err(|error| explain(&error, &self.source))?;
+        template
+            .render(Value::from_pairs(variables))
+            .map_err(|error| explain(&error, &self.source))
+    }
+
+    /// What a rendered conversation is known by: the special tokens, and everything like `<|..|>` in the template's source.
+    pub fn markers(&self) -> Vec<String> {
+        let mut markers: Vec<String> = self
+            .special_tokens
+            .values()
+            .filter(|token| token.len() > 2)
+            .cloned()
+            .collect();
+        let mut rest = self.source.as_str();
+        while let Some(start) = rest.find("<|") {
+            rest = &rest[start..];
+            let marker = rest.find("|>").map(|end| &rest[..end + 2]);
+            match marker.filter(|marker| !marker.contains(char::is_whitespace)) {
+                Some(marker) => {
+                    markers.push(marker.to_owned());
+                    rest = &rest[marker.len()..];
+                }
+                None => rest = &rest[2..],
+            }
+        }
+        markers.extend(
+            ["[INST]", "<start_of_turn>"]
+                .iter()
+                .filter(|m| self.source.contains(**m))
+                .map(|m| (*m).to_owned()),
+        );
+        markers.sort();
+        markers.dedup();
+        markers
+    }
+}
+
+/// Marks an error that the template raised on purpose.
+const RAISED: &str = "raise_exception: ";
+
+fn strftime(date: Option<NaiveDate>, format: &str) -> Result<String, Error> {
+    let fail = |text: String| Error::new(ErrorKind::InvalidOperation, text);
+    let date = date.ok_or_else(|| {
+        fail("`strftime_now` asks for today's date, which would make the result change every day; hint: set `date: \"2024-07-26\"` beside the template".to_owned())
+    })?;
+    let items: Vec<Item<'_>> = StrftimeItems::new(format).collect();
+    let time = date
+        .and_hms_opt(0, 0, 0)
+        .filter(|_| !items.contains(&Item::Error));
+    let time =
+        time.ok_or_else(|| fail(format!("`strftime_now` can't use the format `{format}`")))?;
+    let mut output = String::new();
+    let written = std::fmt::Write::write_fmt(
+        &mut output,
+        format_args!("{}", time.format_with_items(items.iter())),
+    );
+    written.map_err(|_| fail(format!("`strftime_now` can't use the format `{format}`")))?;
+    Ok(output)
+}
+
+/// The error as a sentence with the place and the line of the template.
+fn explain(error: &Error, source: &str) -> anyhow::Error {
+    let detail = match error.kind() {
+        ErrorKind::OutOfFuel => format!("it took more than {FUEL} steps and was stopped"),
+        kind => error.detail().map_or_else(
+            || kind.to_string(),
+            |detail| match detail.strip_prefix(RAISED) {
+                Some(message) => format!("the template refuses the row: {message}"),
+                None => format!("{kind}: {detail}"),
+            },
+        ),
+    };
+    let mut causes = String::new();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        causes.push_str(": ");
+        causes.push_str(&error.to_string());
+        cause = error.source();
+    }
+    match error.line() {
+        None => anyhow!("{detail}{causes}"),
+        Some(number) => {
+            let line = source
+                .lines()
+                .nth(number.saturating_sub(1))
+                .unwrap_or_default();
+            let line: String = line.chars().take(160).collect();
+            anyhow!("line {number} of the chat template: {detail}{causes}\n  {number} | {line}")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,361 @@
+//! The tokenizer of a model folder: `tokenizer.json`, the special tokens, and the chat template that lies beside them.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use serde_json::Value;
+
+/// A special token with its id.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SpecialToken {
+    /// The text.
+    pub text: String,
+    /// The id.
+    pub id: u32,
+}
+
+/// A loaded tokenizer. Cheap to share between threads.
+#[derive(Debug, Clone)]
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    /// The beginning of a text, when the model has such a token.
+    pub bos: Option<SpecialToken>,
+    /// The end of an answer.
+    pub eos: Option<SpecialToken>,
+    /// What fills short sequences.
+    pub pad: Option<SpecialToken>,
+}
+
+impl Tokenizer {
+    /// Loads the tokenizer of a model folder.
+    pub fn load(folder: &Path) -> Result<Self> {
+        let path = folder.join("tokenizer.json");
+        if !path.is_file() {
+            bail!(
+                "the model in `{}` has no `tokenizer.json`; hint: a model with only `tokenizer.model` needs it converted once \
+                 with transformers' `AutoTokenizer(..).save_pretrained`",
+                folder.display()
+            );
+        }
+        let mut inner = tokenizers::Tokenizer::from_file(&path)
+            .map_err(|error| anyhow!("`{}` can't be read: {error}", path.display()))?;
+        inner.with_padding(None);
+        inner
+            .with_truncation(None)
+            .map_err(|error| anyhow!("`{}` can't be used: {error}", path.display()))?;
+        let mut tokenizer = Self {
+            inner,
+            bos: None,
+            eos: None,
+            pad: None,
+        };
+        let names = special_tokens(folder)?;
+        tokenizer.bos = tokenizer.special(folder, &names, "bos")?;
+        tokenizer.eos = tokenizer.special(folder, &names, "eos")?;
+        tokenizer.pad = tokenizer.special(folder, &names, "pad")?;
+        Ok(tokenizer)
+    }
+
+    fn special(
+        &self,
+        folder: &Path,
+        names: &BTreeMap<String, String>,
+        which: &str,
+    ) -> Result<Option<SpecialToken>> {
+        if let Some(text) = names.get(&format!("{which}_token")) {
+            return self.token(text).map(Some);
+        }
+        // A folder without tokenizer_config.json may still say the id.
+        for file in ["generation_config.json", "config.json"] {
+            let Some(config) = json(&folder.join(file))? else {
+                continue;
+            };
+            let id = match config.get(format!("{which}_token_id")) {
+                Some(Value::Array(ids)) => ids.first().and_then(Value::as_u64),
+                Some(id) => id.as_u64(),
+                None => None,
+            };
+            let id = id.and_then(|id| u32::try_from(id).ok());
+            if let Some(token) = id.and_then(|id| {
+                Some(SpecialToken {
+                    text: self.inner.id_to_token(id)?,
+                    id,
+                })
+            }) {
+                return Ok(Some(token));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The token with exactly this text.
+    pub fn token(&self, text: &str) -> Result<SpecialToken> {
+        let id = self.inner.token_to_id(text);
+        let id = id.ok_or_else(|| {
+            anyhow!("the special token `{text}` is not in the tokenizer's vocabulary")
+        })?;
+        Ok(SpecialToken {
+            text: text.to_owned(),
+            id,
+        })
+    }
+
+    /// The ids of a text as it stands: no BOS or EOS is added, special tokens inside the text become their ids.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        self.encode_with(text, false)
+    }
+
+    /// The ids of a text with what the tokenizer adds by itself (usually a BOS).
+    pub fn encode_with_special(&self, text: &str) -> Result<Vec<u32>> {
+        self.encode_with(text, true)
+    }
+
+    /// The ids of many texts, on all cores, in order.
+    pub fn encode_batch(&self, texts: &[&str]) -> Result<Vec<Vec<u32>>> {
+        use rayon::prelude::*;
+        texts.par_iter().map(|text| self.encode(text)).collect()
+    }
+
+    fn encode_with(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
+        let encoding = self.inner.encode_fast(text, add_special);
+        let encoding =
+            encoding.map_err(|error| anyhow!("a text could not be tokenized: {error}"))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The text of ids.
+    pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
+        let decoded = self.inner.decode(ids, skip_special);
+        decoded.map_err(|error| anyhow!("token ids could not be decoded: {error}"))
+    }
+
+    /// The number of tokens, special ones included.
+    pub fn vocab_size(&self) -> usize {
+        self.inner.get_vocab_size(true)
+    }
+}
+
+/// The special tokens that the files of a model folder name, as variables of a chat template (`bos_token`, ..).
+pub fn special_tokens(folder: &Path) -> Result<BTreeMap<String, String>> {
+    let mut tokens = BTreeMap::new();
+    for file in ["special_tokens_map.json", "tokenizer_config.json"] {
+        let Some(config) = json(&folder.join(file))? else {
+            continue;
+        };
+        for name in [
+            "bos_token",
+            "eos_token",
+            "unk_token",
+            "sep_token",
+            "pad_token",
+            "cls_token",
+            "mask_token",
+        ] {
+            let text = match config.get(name) {
+                Some(Value::String(text)) => Some(text),
+                Some(Value::Object(token)) => match token.get("content") {
+                    Some(Value::String(text)) => Some(text),
+                    _ => None,
+                },
+                _ => None,
+            };
+            if let Some(text) = text {
+                tokens.insert(name.to_owned(), text.clone());
+            }
+        }
+    }
+    Ok(tokens)
+}
+
+/// The chat template of a model folder: `chat_template.jinja`, or the one in `tokenizer_config.json` (one text, or a list of
+/// named ones of which `default` counts).
+pub fn chat_template(folder: &Path) -> Result<Option<String>> {
+    let path = folder.join("chat_template.jinja");
+    if path.is_file() {
+        let text = std::fs::read_to_string(&path);
+        return text
+            .with_context(|| format!("could not read `{}`", path.display()))
+            .map(Some);
+    }
+    let Some(config) = json(&folder.join("tokenizer_config.json"))? else {
+        return Ok(None);
+    };
+    Ok(match config.get("chat_template") {
+        Some(Value::String(text)) => Some(text.clone()),
+        Some(Value::Array(named)) => {
+            let name = |entry: &Value| entry.get("name").and_then(Value::as_str).map(str::to_owned);
+            let text = |entry: &Value| {
+                entry
+                    .get("template")
+                    .and_then(Value::as_str)
+                    .map(str::to_owned)
+            };
+            let default = named
+                .iter()
+                .find(|entry| name(entry).as_deref() == Some("default"));
+            let Some(text) = default.and_then(text) else {
+                let names: Vec<_> = named.iter().filter_map(name).collect();
+                bail!(
+                    "the tokenizer in `{}` has several chat templates ({}) and none called `default`; hint: give the one to \
+                     use with `template`",
+                    folder.display(),
+                    names.join(", ")
+                );
+            };
+            Some(text)
+        }
+        _ => None,
+    })
+}
+
+fn json(path: &Path) -> Result<Option<Value>> {
+    if !path.is_file() {
+        return Ok(None);
+    }
+    let read = || -> Result<Value> { Ok(serde_json::from_slice(&std::fs::read(path)?)?) };
+    read()
+        .with_context(|| format!("could not read `{}`", path.display()))
+        .map(Some)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde::Deserialize;
+
+    use super::*;
+
+    const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/model");
+
+    #[derive(Deserialize)]
+    struct Case {
+        text: String,
+        ids: Vec<u32>,
+        ids_with_special: Vec<u32>,
+        decoded: String,
+    }
+
+    #[test]
+    fn ids_are_the_python_tokenizers() {
+        let tokenizer = Tokenizer::load(Path::new(MODEL)).unwrap();
+        let cases = include_str!("../../tests/golden/tokenizer_cases.json");
+        let cases: Vec<Case> = serde_json::from_str(cases).unwrap();
+        assert_eq!(cases.len(), 22);
+        for case in &cases {
+            assert_eq!(
+                tokenizer.encode(&case.text).unwrap(),
+                case.ids,
+                "{:?}",
+                case.text
+            );
+            assert_eq!(
+                tokenizer.encode_with_special(&case.text).unwrap(),
+                case.ids_with_special,
+                "{:?}",
+                case.text
+            );
+            assert_eq!(tokenizer.decode(&case.ids, false).unwrap(), case.decoded);
+        }
+        let texts: Vec<&str> = cases.iter().map(|case| case.text.as_str()).collect();
+        let ids: Vec<_> = cases.iter().map(|case| case.ids.clone()).collect();
+        assert_eq!(tokenizer.encode_batch(&texts).unwrap(), ids);
+        assert_eq!(
+            tokenizer.decode(&[1018, 64, 1022], true).unwrap(),
+            tokenizer.decode(&[64], false).unwrap()
+        );
+    }
+
+    fn model_with(files: &[(&str, &str)]) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::copy(
+            Path::new(MODEL).join("tokenizer.json"),
+            folder.path().join("tokenizer.json"),
+        )
+        .unwrap();
+        for (name, text) in files {
+            std::fs::write(folder.path().join(name), text).unwrap();
+        }
+        folder
+    }
+
+    #[test]
+    fn special_tokens_are_found_in_every_place_they_live() {
+        let config = r#"{"bos_token": {"content": "<|begin_of_text|>"}, "eos_token": "<|eot_id|>", "pad_token": null}"#;
+        let folder = model_with(&[("tokenizer_config.json", config)]);
+        let tokenizer = Tokenizer::load(folder.path()).unwrap();
+        assert_eq!(tokenizer.bos.unwrap().id, 1018);
+        assert_eq!(tokenizer.eos.unwrap().id, 1022);
+        assert_eq!(tokenizer.pad, None);
+        let folder = model_with(&[
+            (
+                "special_tokens_map.json",
+                r#"{"pad_token": "<|reserved_special_token_250|>"}"#,
+            ),
+            (
+                "config.json",
+                r#"{"bos_token_id": 1018, "eos_token_id": [1019, 1022]}"#,
+            ),
+        ]);
+        let tokenizer = Tokenizer::load(folder.path()).unwrap();
+        assert_eq!(
+            tokenizer.eos,
+            Some(SpecialToken {
+                text: "<|end_of_text|>".into(),
+                id: 1019
+            })
+        );
+        assert_eq!(
+            (tokenizer.bos.unwrap().id, tokenizer.pad.unwrap().id),
+            (1018, 1023)
+        );
+        let folder = model_with(&[("tokenizer_config.json", r#"{"eos_token": "</s>"}"#)]);
+        assert!(
+            Tokenizer::load(folder.path())
+                .unwrap_err()
+                .to_string()
+                .contains("`</s>`")
+        );
+    }
+
+    #[test]
+    fn the_chat_template_may_be_a_file_a_text_or_a_list() {
+        let template = |files: &[(&str, &str)]| {
+            let folder = model_with(files);
+            chat_template(folder.path())
+        };
+        let list = r#"{"chat_template": [{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]}"#;
+        assert_eq!(template(&[]).unwrap(), None);
+        assert_eq!(
+            template(&[("tokenizer_config.json", list)])
+                .unwrap()
+                .as_deref(),
+            Some("d")
+        );
+        let text = r#"{"chat_template": "t"}"#;
+        assert_eq!(
+            template(&[("tokenizer_config.json", text)])
+                .unwrap()
+                .as_deref(),
+            Some("t")
+        );
+        let both = [
+            ("tokenizer_config.json", text),
+            ("chat_template.jinja", "file"),
+        ];
+        assert_eq!(template(&both).unwrap().as_deref(), Some("file"));
+        let none = r#"{"chat_template": [{"name": "rag", "template": "r"}]}"#;
+        assert!(
+            template(&[("tokenizer_config.json", none)])
+                .unwrap_err()
+                .to_string()
+                .contains("rag")
+        );
+    }
+
+    #[test]
+    fn a_folder_without_a_tokenizer_is_a_sentence() {
+        let folder = tempfile::tempdir().unwrap();
+        let error = Tokenizer::load(folder.path()).unwrap_err().to_string();
+        assert!(error.contains("tokenizer.json"), "{error}");
+    }
+}
