@@ -14,7 +14,7 @@ use super::schedule::Shape;
 use super::train::{Ending, Every, Log, Settings, train};
 
 /// The settings of run A.
-fn settings() -> Settings {
+pub(super) fn settings() -> Settings {
     Settings {
         objective: Objective::Orpo { beta: 0.1 },
         pad: 1023,

@@ -22,6 +22,6 @@ pub mod train;
 pub mod weights;
 
 #[cfg(test)]
-mod golden;
+pub(crate) mod golden;
 #[cfg(test)]
 mod golden_runs;

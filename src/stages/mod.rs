@@ -4,9 +4,13 @@
 
 pub mod apply_chat_template;
 pub mod artifacts;
+pub mod evaluate;
 pub mod import_dataset;
 pub mod split_dataset;
 pub mod tokenize;
+pub mod train_orpo;
+pub mod train_sft;
+mod training;
 
 use crate::engine::Kind;
 
@@ -16,6 +20,9 @@ pub const KINDS: &[Kind] = &[
     Kind::of::<split_dataset::SplitDataset>(),
     Kind::of::<apply_chat_template::ApplyChatTemplate>(),
     Kind::of::<tokenize::Tokenize>(),
+    Kind::of::<train_sft::TrainSft>(),
+    Kind::of::<train_orpo::TrainOrpo>(),
+    Kind::of::<evaluate::Evaluate>(),
 ];
 
 /// The kind called `name`.
