@@ -88,7 +88,7 @@ struct Shared {
     pass: Pass,
 }
 
-/// Keys and values of one layer, (batch, kv_heads, length, head_dim).
+/// Keys and values of one layer, each (batch, key heads, length, width of a head).
 type KeysAndValues = Option<(Tensor, Tensor)>;
 
 /// The keys and values of all layers for text generation.
@@ -633,7 +633,7 @@ fn take(store: &mut GradStore, input: &Tensor) -> Result<Tensor> {
     }
 }
 
-/// Cosines and sines (length, head_dim / 2) of the positions from `start` on, with Llama 3's scaling of long waves.
+/// Cosines and sines (length, half a head's width) of the positions from `start` on, with Llama 3's scaling of long waves.
 fn angles(
     config: &LlamaConfig,
     start: usize,

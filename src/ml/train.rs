@@ -94,12 +94,14 @@ impl Log {
     pub fn line(&self) -> String {
         let mut line = format!("{{\"step\":{},\"epoch\":{:?}", self.step, self.epoch);
         for (name, value) in &self.values {
-            let value = if value.is_finite() {
-                format!("{value:?}")
+            line.push_str(",\"");
+            line.push_str(name);
+            line.push_str("\":");
+            if value.is_finite() {
+                line.push_str(&value.to_string());
             } else {
-                "null".to_owned()
-            };
-            line.push_str(&format!(",\"{name}\":{value}"));
+                line.push_str("null");
+            }
         }
         line.push('}');
         line

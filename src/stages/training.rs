@@ -27,7 +27,7 @@ use crate::text::tokenizer::{Tokenizer, special_tokens};
 /// How the learning rate changes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
-pub enum SchedulerType {
+pub(super) enum SchedulerType {
     /// Down to 0 on a line.
     #[default]
     Linear,
@@ -45,7 +45,7 @@ pub enum SchedulerType {
 
 /// The optimiser.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub enum Optim {
+pub(super) enum Optim {
     /// AdamW with moments in f32.
     #[default]
     #[serde(rename = "adamw_torch")]
@@ -73,7 +73,7 @@ pub enum Optim {
 /// The order in which rows are seen.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
-pub enum SamplingStrategy {
+pub(super) enum SamplingStrategy {
     /// Shuffled anew in each epoch, in the order that torch gives for the seed.
     #[default]
     Random,
@@ -84,7 +84,7 @@ pub enum SamplingStrategy {
 /// When the model is evaluated in training.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
-pub enum EvalStrategy {
+pub(super) enum EvalStrategy {
     /// Never.
     #[default]
     No,
@@ -561,7 +561,8 @@ fn save_model(model: &Llama, source: &Path, out: &Path) -> anyhow::Result<()> {
         let saved = || -> anyhow::Result<()> {
             if from.extension().is_some_and(|e| e == "safetensors") {
                 let mut tensors = BTreeMap::new();
-                for (name, old) in candle_core::safetensors::load(&from, &Device::Cpu)? {
+                let old = candle_core::safetensors::load(&from, &Device::Cpu)?;
+                for (name, old) in old.into_iter().collect::<BTreeMap<_, _>>() {
                     let new = match trained.get(name.as_str()) {
                         Some(var) => var.as_detached_tensor().to_dtype(old.dtype())?,
                         None => old,

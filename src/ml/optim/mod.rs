@@ -345,7 +345,7 @@ mod tests {
                     let saved = BTreeMap::from([
                         (
                             "steps".to_owned(),
-                            Tensor::new(&[before as i64], &Device::Cpu).unwrap(),
+                            Tensor::new(&[i64::from(before)], &Device::Cpu).unwrap(),
                         ),
                         ("m.p".to_owned(), state("state1")),
                         ("v.p".to_owned(), state("state2")),
