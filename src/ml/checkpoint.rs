@@ -72,9 +72,6 @@ pub(super) fn save(
 ) -> anyhow::Result<()> {
     let write = || -> anyhow::Result<()> {
         let place = folder.join(format!("step-{:08}", state.step));
-        if place.exists() {
-            return Ok(());
-        }
         let partial = folder.join("partial");
         if partial.exists() {
             fs::remove_dir_all(&partial)?;
@@ -102,7 +99,12 @@ pub(super) fn save(
             file.write_all(&bytes)?;
             file.sync_all()?;
         }
+        if place.exists() {
+            // Damaged, or written by a run that was interrupted at the same step again.
+            fs::remove_dir_all(&place)?;
+        }
         fs::rename(&partial, &place)?;
+        File::open(folder)?.sync_all()?;
         for old in checkpoints(folder)?.iter().rev().skip(keep.max(1)) {
             fs::remove_dir_all(old)?;
         }

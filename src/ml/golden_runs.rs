@@ -308,3 +308,41 @@ fn a_stopped_training_goes_on_to_the_same_bits() {
         assert!(bits(&resumed) != bits(&fresh()));
     }
 }
+
+#[test]
+fn a_loss_that_is_no_number_stops_with_the_step_and_the_rows() {
+    let model = model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
+    let rows = rows("trl-1.16");
+    let broken = &model.parameters[0].var;
+    let nan = (broken.as_detached_tensor() * f64::NAN).unwrap();
+    broken.set(&nan).unwrap();
+    let goes_on = &mut |_: &_| ControlFlow::Continue(());
+    let error = train(&model, &rows, &[], &settings(), None, goes_on).unwrap_err();
+    let text = error.to_string();
+    assert!(text.contains("NaN in step 1 (rows [0, 1])"), "{text}");
+}
+
+#[test]
+fn an_overflow_in_f16_skips_the_step_and_halves_the_scale() {
+    let model = model("model", Some("adapter_init"), Trained::Adapter, DType::F16);
+    let before = bits(&model);
+    let rows = rows("trl-1.16");
+    // A weight this large makes gradients overflow f16 at the first scale, but not the loss.
+    let settings = Settings {
+        scaler: true,
+        warmup: 0.,
+        max_steps: Some(1),
+        objective: Objective::Orpo { beta: 1e6 },
+        ..settings()
+    };
+    let mut logs = Vec::new();
+    let ending = train(&model, &rows, &[], &settings, None, &mut |step| {
+        logs.extend(step.logs.clone());
+        ControlFlow::Continue(())
+    });
+    assert!(matches!(ending.unwrap(), Ending::Finished { .. }));
+    assert_eq!(logs.len(), 1);
+    assert!(logs[0].values["loss"].is_finite());
+    assert!(!logs[0].values["grad_norm"].is_finite());
+    assert!(bits(&model) == before);
+}
