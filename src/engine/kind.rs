@@ -14,7 +14,7 @@ pub struct Kind {
     pub name: &'static str,
     /// [`Stage::VERSION`].
     pub version: u32,
-    /// The noun of what it makes.
+    /// The noun of what it makes, unless its parameters say otherwise ([`Stage::output`]).
     pub output: &'static str,
     /// Reads parameters.
     pub parse: fn(serde_yaml::Value) -> Result<Box<dyn AnyStage>, ParseError>,
@@ -64,7 +64,7 @@ pub trait AnyStage: Send + Sync {
     fn kind(&self) -> &'static str;
     /// [`Stage::VERSION`].
     fn version(&self) -> u32;
-    /// The noun of what it makes.
+    /// [`Stage::output`].
     fn output(&self) -> &'static str;
     /// [`Stage::EXCLUSIVE`].
     fn exclusive(&self) -> bool;
@@ -86,7 +86,7 @@ impl<S: Stage> AnyStage for S {
         S::VERSION
     }
     fn output(&self) -> &'static str {
-        <S::Output as Artifact>::NAME
+        Stage::output(self)
     }
     fn exclusive(&self) -> bool {
         S::EXCLUSIVE

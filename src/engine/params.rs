@@ -78,6 +78,7 @@ impl<A: Artifact> JsonSchema for Input<A> {
         schemars::json_schema!({
             "type": "string",
             "description": format!("The name of a stage that makes: {}.", A::NAME),
+            "x-artifact": A::NAME,
         })
     }
 

@@ -29,6 +29,12 @@ pub trait Stage: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'stat
     /// Whether the stage takes the whole machine (a training): the runner starts only one such stage at a time.
     const EXCLUSIVE: bool = false;
 
+    /// The noun of what the stage makes with these parameters. Overridden where a parameter decides between two artifacts
+    /// (a training makes an adapter, or without one a model).
+    fn output(&self) -> &'static str {
+        Self::Output::NAME
+    }
+
     /// Rules between parameters that the types can't express. Runs before anything else does, so it must not read files.
     fn check(&self) -> Vec<Problem> {
         Vec::new()

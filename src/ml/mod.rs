@@ -1,1 +1,27 @@
-//! ml
+//! Models, LoRA, NF4, losses, optimisers and training loops. Knows no YAML, no cache and no tables.
+
+pub mod adapter;
+pub mod batch;
+mod checkpoint;
+pub mod config;
+pub mod evaluate;
+pub mod generate;
+pub mod head;
+pub mod linear;
+pub mod model;
+pub mod nf4;
+pub mod objective;
+pub mod ops;
+pub mod optim;
+pub mod orpo;
+pub mod sampler;
+pub mod schedule;
+pub mod sft;
+pub mod torch_rng;
+pub mod train;
+pub mod weights;
+
+#[cfg(test)]
+pub(crate) mod golden;
+#[cfg(test)]
+mod golden_runs;

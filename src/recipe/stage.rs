@@ -39,6 +39,16 @@ pub(crate) struct Staged {
     pub(crate) files: Vec<SourceFile>,
 }
 
+impl Staged {
+    /// The noun of what it makes; a stage that could not be typed counts as making what its kind usually makes.
+    pub(crate) fn output(&self) -> Option<&'static str> {
+        match &self.typed {
+            Some(stage) => Some(stage.output()),
+            None => self.kind.map(|kind| kind.output),
+        }
+    }
+}
+
 /// Reads every stage.
 pub(crate) fn read(draft: &mut Draft, recipe: &Value) -> Vec<Staged> {
     let before = draft.errors.len();

@@ -47,7 +47,7 @@ fn edges(draft: &mut Draft, stages: &[Staged], stage: &Staged) {
             stages
                 .iter()
                 .filter(|other| other.name != stage.name)
-                .filter(|other| other.kind.is_some_and(|kind| kind.output == wanted))
+                .filter(|other| other.output() == Some(wanted))
                 .map(|other| other.name.as_str())
                 .collect()
         };
@@ -71,12 +71,12 @@ fn edges(draft: &mut Draft, stages: &[Staged], stage: &Staged) {
                 ref makers => Some(made_by(makers, &edge.artifact)),
             };
             draft.value_error(&path, message, hint);
-        } else if let Some(kind) = producer.kind
-            && kind.output != edge.artifact
+        } else if let Some(output) = producer.output()
+            && output != edge.artifact
         {
             let message = format!(
                 "the stage `{}` wants `{}`, but `{}` makes `{}`",
-                stage.name, edge.artifact, producer.name, kind.output
+                stage.name, edge.artifact, producer.name, output
             );
             let hint = match makers(&edge.artifact)[..] {
                 [] => {

@@ -9,11 +9,15 @@ pub mod download_dataset;
 pub mod download_model;
 mod from_hub;
 mod glob;
+pub mod evaluate;
 pub mod import_dataset;
 pub mod import_model;
 mod model_files;
 pub mod split_dataset;
 pub mod tokenize;
+pub mod train_orpo;
+pub mod train_sft;
+mod training;
 
 #[cfg(test)]
 #[path = "../../tests/it/support/hub.rs"]
@@ -31,6 +35,9 @@ pub const KINDS: &[Kind] = &[
     Kind::of::<split_dataset::SplitDataset>(),
     Kind::of::<apply_chat_template::ApplyChatTemplate>(),
     Kind::of::<tokenize::Tokenize>(),
+    Kind::of::<train_sft::TrainSft>(),
+    Kind::of::<train_orpo::TrainOrpo>(),
+    Kind::of::<evaluate::Evaluate>(),
 ];
 
 /// The kind called `name`.

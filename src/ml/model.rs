@@ -1,0 +1,464 @@
+//! Our own differentiable Llama.
+//!
+//! The graph is cut at every layer: a layer's input is a fresh variable, and the backward goes from layer to layer by
+//! vector-Jacobian products, `d/dx sum(layer(x) * g)`. So gradient checkpointing is the same walk with the layers' graphs
+//! made again, and gives the same bits.
+//!
+//! A layer takes the hidden states (batch, length, hidden), the angles and the mask; gives the hidden states; saves its
+//! graph, or with checkpointing only its input; and recomputes everything from that input.
+
+mod load;
+
+use candle_core::backprop::GradStore;
+use candle_core::{D, DType, Device, Result, Tensor, Var};
+
+use super::batch::Batch;
+use super::config::LlamaConfig;
+use super::linear::{Linear, Pass, Weight};
+use super::ops::{masked_softmax, rms_norm, rope};
+
+/// What is trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Trained {
+    /// Nothing: inference.
+    Nothing,
+    /// The adapter.
+    Adapter,
+    /// Every weight.
+    Everything,
+}
+
+/// A trained tensor.
+#[derive(Debug, Clone)]
+pub struct Parameter {
+    /// Its name: the tensor's in a model file, or `<module path>.lora_A.weight`.
+    pub name: String,
+    /// The tensor, in f32.
+    pub var: Var,
+    /// Whether weight decay applies: not to norms and biases (transformers' rule).
+    pub decays: bool,
+}
+
+/// A Llama with an optional adapter.
+pub struct Llama {
+    /// Its shape.
+    pub config: LlamaConfig,
+    /// The trained tensors, in the modules' order.
+    pub parameters: Vec<Parameter>,
+    /// Where it lives.
+    pub device: Device,
+    embed: Weight,
+    layers: Vec<Layer>,
+    norm: Norm,
+    head: Option<Weight>,
+    compute: DType,
+    frozen_column_sum: Option<Tensor>,
+}
+
+struct Norm {
+    weight: Weight,
+    eps: f64,
+}
+
+struct Layer {
+    input_norm: Norm,
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    o: Linear,
+    post_norm: Norm,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+}
+
+/// What all layers share in one pass.
+#[derive(Clone)]
+struct Shared {
+    cos: Tensor,  // (length, head_dim / 2)
+    sin: Tensor,  // (length, head_dim / 2)
+    mask: Tensor, // (batch or 1, 1, length, keys)
+    pass: Pass,
+}
+
+/// Keys and values of one layer, each (batch, key heads, length, width of a head).
+type KeysAndValues = Option<(Tensor, Tensor)>;
+
+/// The keys and values of all layers for text generation.
+#[derive(Default)]
+pub struct Cache {
+    layers: Vec<KeysAndValues>,
+    length: usize,
+}
+
+/// A forward pass that can be gone back.
+pub struct Tape {
+    ids: Tensor,
+    shared: Shared,
+    /// Input and, unless it is to be made again, output of each layer.
+    segments: Vec<(Tensor, Option<Tensor>)>,
+    last: Var,
+    normed: Tensor,
+}
+
+impl Tape {
+    /// The final hidden states, after the norm: (batch, length, hidden).
+    pub fn hidden(&self) -> Tensor {
+        self.normed.detach()
+    }
+}
+
+/// Gradients of a model's parameters, in their order.
+#[derive(Debug, Clone)]
+pub struct Gradients(pub Vec<Option<Tensor>>);
+
+impl Gradients {
+    /// No gradients yet.
+    pub fn none(model: &Llama) -> Self {
+        Self(vec![None; model.parameters.len()])
+    }
+
+    fn add(&mut self, place: usize, gradient: &Tensor) -> Result<()> {
+        if let Some(slot) = self.0.get_mut(place) {
+            let gradient = gradient.detach();
+            *slot = Some(match slot.take() {
+                Some(sum) => (sum + gradient)?,
+                None => gradient,
+            });
+        }
+        Ok(())
+    }
+
+    fn collect(&mut self, model: &Llama, store: &mut GradStore) -> Result<()> {
+        for (place, parameter) in model.parameters.iter().enumerate() {
+            if let Some(gradient) = store.remove(parameter.var.as_tensor()) {
+                self.add(place, &gradient)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Norm {
+    fn forward(&self, x: &Tensor, pass: Pass) -> Result<Tensor> {
+        match &self.weight {
+            Weight::Frozen(weight) => rms_norm(x, weight, self.eps),
+            Weight::Trained(var) => {
+                let ones = var.as_detached_tensor().ones_like()?;
+                rms_norm(x, &ones, self.eps)?.broadcast_mul(&self.weight.tensor(pass))
+            }
+        }
+    }
+}
+
+impl Layer {
+    fn forward(&self, x: &Tensor, shared: &Shared, cache: &mut KeysAndValues) -> Result<Tensor> {
+        let pass = shared.pass;
+        let x = (x + self.attention(&self.input_norm.forward(x, pass)?, shared, cache)?)?;
+        let inner = self.post_norm.forward(&x, pass)?;
+        let gate = self.gate.forward(&inner, pass)?.silu()?;
+        let up = self.up.forward(&inner, pass)?;
+        &x + self.down.forward(&(gate * up)?, pass)?
+    }
+
+    /// Grouped-query attention: the query heads that share a key head are rows of one product, so keys and values are
+    /// never repeated.
+    fn attention(&self, x: &Tensor, shared: &Shared, cache: &mut KeysAndValues) -> Result<Tensor> {
+        let (batch, length, _) = x.dims3()?;
+        let (heads, kv_heads, width) = (self.heads, self.kv_heads, self.head_dim);
+        let group = heads / kv_heads;
+        let compute = self.q.compute;
+        let split = |linear: &Linear, heads: usize| {
+            let y = linear.forward(x, shared.pass)?;
+            y.reshape((batch, length, heads, width))?.transpose(1, 2) // (batch, heads, length, width)
+        };
+        let q = rope(&split(&self.q, heads)?, &shared.cos, &shared.sin)?;
+        let q = (q * (width as f64).powf(-0.5))?;
+        let mut k = rope(&split(&self.k, kv_heads)?, &shared.cos, &shared.sin)?;
+        let mut v = split(&self.v, kv_heads)?;
+        if let Some((keys, values)) = cache.take() {
+            k = Tensor::cat(&[&keys, &k], 2)?;
+            v = Tensor::cat(&[&values, &v], 2)?;
+        }
+        if !shared.pass.tape {
+            *cache = Some((k.clone(), v.clone()));
+        }
+        let keys = k.dim(2)?;
+        let q = q.reshape((batch, kv_heads, group * length, width))?;
+        let scores = q
+            .to_dtype(compute)?
+            .matmul(&k.to_dtype(compute)?.transpose(2, 3)?)?
+            .reshape((batch, heads, length, keys))?;
+        let p = masked_softmax(&scores, &shared.mask)?;
+        let p = p.reshape((batch, kv_heads, group * length, keys))?;
+        let y = p
+            .to_dtype(compute)?
+            .matmul(&v.contiguous()?.to_dtype(compute)?)?
+            .to_dtype(DType::F32)?
+            .reshape((batch, heads, length, width))?
+            .transpose(1, 2)?
+            .reshape((batch, length, heads * width))?;
+        self.o.forward(&y, shared.pass)
+    }
+}
+
+impl Llama {
+    /// The head's weight (vocabulary, hidden) in the compute dtype, outside any graph.
+    pub fn head_weight(&self) -> Result<Tensor> {
+        let weight = self.head.as_ref().unwrap_or(&self.embed).value();
+        weight.to_dtype(self.compute)
+    }
+
+    /// The sum of the head's rows, in f64: see [`super::head::mean_logit`].
+    pub fn column_sum(&self) -> Result<Tensor> {
+        match &self.frozen_column_sum {
+            Some(sum) => Ok(sum.clone()),
+            None => self.head_weight()?.to_dtype(DType::F64)?.sum(0),
+        }
+    }
+
+    /// Whether the head is trained.
+    pub fn trains_head(&self) -> bool {
+        matches!(
+            self.head.as_ref().unwrap_or(&self.embed),
+            Weight::Trained(_)
+        )
+    }
+
+    fn shared(&self, start: usize, length: usize, mask: Tensor, pass: Pass) -> Result<Shared> {
+        let (cos, sin) = angles(&self.config, start, length, &self.device)?;
+        Ok(Shared {
+            cos,
+            sin,
+            mask,
+            pass,
+        })
+    }
+
+    fn embed(&self, ids: &Tensor) -> Result<Tensor> {
+        let (batch, length) = ids.dims2()?;
+        let ids = ids.flatten_all()?;
+        let rows = self.embed.value().index_select(&ids, 0)?;
+        rows.to_dtype(DType::F32)?.reshape((batch, length, ()))
+    }
+
+    /// The embeddings, the output of each layer but the last, and the final hidden states after the norm, as transformers
+    /// counts `hidden_states`.
+    pub fn hidden_states(&self, batch: &Batch, pass: Pass) -> Result<Vec<Tensor>> {
+        let pass = Pass {
+            tape: false,
+            ..pass
+        };
+        let mask = batch.mask(&self.device)?;
+        let shared = self.shared(0, batch.width, mask, pass)?;
+        let mut states = vec![self.embed(&batch.ids(&self.device)?)?];
+        let mut x = states[0].clone();
+        for layer in &self.layers {
+            x = layer.forward(&x, &shared, &mut None)?;
+            states.push(x.clone());
+        }
+        states.pop();
+        states.push(self.norm.forward(&x, pass)?);
+        Ok(states)
+    }
+
+    /// The final hidden states, after the norm: (batch, length, hidden).
+    pub fn hidden(&self, batch: &Batch, pass: Pass) -> Result<Tensor> {
+        let pass = Pass {
+            tape: false,
+            ..pass
+        };
+        let mask = batch.mask(&self.device)?;
+        let shared = self.shared(0, batch.width, mask, pass)?;
+        let mut x = self.embed(&batch.ids(&self.device)?)?;
+        for layer in &self.layers {
+            x = layer.forward(&x, &shared, &mut None)?;
+        }
+        self.norm.forward(&x, pass)
+    }
+
+    /// The logits of the next token after `ids`, which follow what `cache` has seen.
+    pub fn next_logits(&self, ids: &[u32], cache: &mut Cache, pass: Pass) -> Result<Vec<f32>> {
+        let pass = Pass {
+            tape: false,
+            ..pass
+        };
+        let length = ids.len();
+        if length == 0 {
+            candle_core::bail!("there are no ids to go on from");
+        }
+        let mask: Vec<f32> = (0..length)
+            .flat_map(|from| {
+                let last = cache.length + from;
+                (0..cache.length + length)
+                    .map(move |to| if to <= last { 0. } else { f32::NEG_INFINITY })
+            })
+            .collect();
+        let keys = cache.length + length;
+        let mask = Tensor::from_vec(mask, (1, 1, length, keys), &self.device)?;
+        let shared = self.shared(cache.length, length, mask, pass)?;
+        let mut x = self.embed(&Tensor::new(ids, &self.device)?.unsqueeze(0)?)?;
+        cache.layers.resize(self.layers.len(), None);
+        for (layer, keys_and_values) in self.layers.iter().zip(&mut cache.layers) {
+            x = layer.forward(&x, &shared, keys_and_values)?;
+        }
+        cache.length += length;
+        let last = x.narrow(1, length - 1, 1)?.squeeze(1)?;
+        let last = self.norm.forward(&last, pass)?;
+        super::head::logits(&last, &self.head_weight()?)?
+            .squeeze(0)?
+            .to_vec1()
+    }
+
+    /// A forward pass that [`Llama::backward`] can go back. With `checkpointing` only the layers' inputs are kept.
+    pub fn record(&self, batch: &Batch, dropout: Option<u64>, checkpointing: bool) -> Result<Tape> {
+        let pass = Pass {
+            tape: true,
+            adapter: true,
+            dropout,
+        };
+        let mask = batch.mask(&self.device)?;
+        let shared = self.shared(0, batch.width, mask, pass)?;
+        let without = Shared {
+            pass: Pass {
+                tape: false,
+                ..pass
+            },
+            ..shared.clone()
+        };
+        let ids = batch.ids(&self.device)?;
+        let mut x = self.embed(&ids)?;
+        let mut segments = Vec::with_capacity(self.layers.len());
+        for (number, layer) in self.layers.iter().enumerate() {
+            // Nothing below the first layer is trained under LoRA, so its input needs no gradient.
+            let needed = number > 0 || matches!(self.embed, Weight::Trained(_));
+            let input = if needed {
+                Var::from_tensor(&x)?.into_inner()
+            } else {
+                x
+            };
+            if checkpointing {
+                x = layer.forward(&input.detach(), &without, &mut None)?;
+                segments.push((input, None));
+            } else {
+                let output = layer.forward(&input, &shared, &mut None)?;
+                x = output.detach();
+                segments.push((input, Some(output)));
+            }
+        }
+        let last = Var::from_tensor(&x)?;
+        let normed = self.norm.forward(&last, pass)?;
+        Ok(Tape {
+            ids,
+            shared,
+            segments,
+            last,
+            normed,
+        })
+    }
+
+    /// Adds to `gradients` what the gradients of the tape's hidden states and of the head's weight bring.
+    pub fn backward(
+        &self,
+        tape: Tape,
+        of_hidden: &Tensor,
+        of_head: Option<&Tensor>,
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        let mut store = vjp(&tape.normed, of_hidden)?;
+        gradients.collect(self, &mut store)?;
+        let mut gradient = take(&mut store, tape.last.as_tensor())?;
+        let layers = self.layers.iter().zip(tape.segments).rev();
+        for (number, (layer, (input, output))) in layers.enumerate() {
+            let output = match output {
+                Some(output) => output,
+                None => layer.forward(&input, &tape.shared, &mut None)?,
+            };
+            if !output.track_op() {
+                return Ok(()); // nothing trained from here down
+            }
+            let mut store = vjp(&output, &gradient)?;
+            drop(output);
+            gradients.collect(self, &mut store)?;
+            if number + 1 < self.layers.len() || input.track_op() {
+                gradient = take(&mut store, &input)?;
+            }
+        }
+        if let Some(of_head) = of_head {
+            let name = if self.head.is_some() {
+                "lm_head.weight"
+            } else {
+                "model.embed_tokens.weight"
+            };
+            gradients.add(self.place(name), of_head)?;
+        }
+        if let Weight::Trained(var) = &self.embed {
+            let rows = gradient.reshape(((), gradient.dim(D::Minus1)?))?;
+            let zeros = var.as_detached_tensor().zeros_like()?;
+            let of_embed = zeros.index_add(&tape.ids.flatten_all()?, &rows, 0)?;
+            gradients.add(self.place("model.embed_tokens.weight"), &of_embed)?;
+        }
+        Ok(())
+    }
+
+    fn place(&self, name: &str) -> usize {
+        let place = self.parameters.iter().position(|p| p.name == name);
+        place.unwrap_or(usize::MAX)
+    }
+}
+
+/// The vector-Jacobian product: gradients of `sum(output * gradient)`.
+fn vjp(output: &Tensor, gradient: &Tensor) -> Result<GradStore> {
+    (output * gradient.detach())?.sum_all()?.backward()
+}
+
+fn take(store: &mut GradStore, input: &Tensor) -> Result<Tensor> {
+    match store.remove(input) {
+        Some(gradient) => Ok(gradient),
+        None => candle_core::bail!("a layer's graph was cut: its input has no gradient"),
+    }
+}
+
+/// Cosines and sines (length, half a head's width) of the positions from `start` on, with Llama 3's scaling of long waves.
+fn angles(
+    config: &LlamaConfig,
+    start: usize,
+    length: usize,
+    device: &Device,
+) -> Result<(Tensor, Tensor)> {
+    let half = config.head_dim / 2;
+    let frequencies: Vec<f32> = (0..half)
+        .map(|i| {
+            let exponent = (2 * i) as f32 / config.head_dim as f32;
+            let frequency = 1. / (config.rope_theta as f32).powf(exponent);
+            match &config.rope_scaling {
+                Some(scaling) => {
+                    let wave = 2. * std::f32::consts::PI / frequency;
+                    let original = scaling.original_max_position_embeddings as f32;
+                    let (low, high) = (
+                        scaling.low_freq_factor as f32,
+                        scaling.high_freq_factor as f32,
+                    );
+                    let factor = scaling.factor as f32;
+                    if wave < original / high {
+                        frequency
+                    } else if wave > original / low {
+                        frequency / factor
+                    } else {
+                        let smooth = (original / wave - low) / (high - low);
+                        (1. - smooth) * frequency / factor + smooth * frequency
+                    }
+                }
+                None => frequency,
+            }
+        })
+        .collect();
+    let angles: Vec<f32> = (start..start + length)
+        .flat_map(|position| frequencies.iter().map(move |f| position as f32 * f))
+        .collect();
+    let angles = Tensor::from_vec(angles, (length, half), device)?;
+    Ok((angles.cos()?, angles.sin()?))
+}

@@ -1,0 +1,126 @@
+//! What a training minimises: one entry point for the losses.
+
+use std::collections::BTreeMap;
+
+use anyhow::ensure;
+use candle_core::Tensor;
+
+use super::batch::{Batch, Row, Target};
+use super::head::{self, Scored};
+use super::linear::Pass;
+use super::model::{Gradients, Llama};
+use super::{orpo, sft};
+
+/// Numbers by TRL's names.
+pub type Metrics = BTreeMap<&'static str, f64>;
+
+/// A loss.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Objective {
+    /// See [`super::orpo`].
+    Orpo {
+        /// The weight of the odds ratio.
+        beta: f64,
+    },
+    /// See [`super::sft`].
+    Sft {
+        /// Whether the prompt's tokens are left out.
+        completion_only: bool,
+    },
+}
+
+/// A micro-batch's loss, its gradient by the log-probability of each target, and its metrics.
+#[derive(Debug, Clone)]
+pub struct Outcome {
+    /// The loss.
+    pub loss: f64,
+    /// The gradient.
+    pub gradient: Vec<f32>,
+    /// What is logged beside the loss.
+    pub metrics: Metrics,
+}
+
+impl Objective {
+    /// The rows as one padded batch.
+    pub fn batch(&self, rows: &[&Row], pad: u32) -> anyhow::Result<Batch> {
+        Ok(match self {
+            Self::Orpo { .. } => Batch::pairs(rows, pad)?,
+            Self::Sft { .. } => Batch::new(rows.iter().map(|row| row.chosen()).collect(), pad)?,
+        })
+    }
+
+    /// The tokens whose log-probabilities the loss needs.
+    pub fn targets(&self, batch: &Batch) -> Vec<Target> {
+        match self {
+            Self::Orpo { .. } => orpo::targets(batch),
+            Self::Sft { completion_only } => sft::targets(batch, *completion_only),
+        }
+    }
+
+    /// How much a micro-batch weighs in its accumulation group: TRL's ORPO gives each the same weight, transformers'
+    /// language modelling counts tokens.
+    pub fn weight(&self, targets: &[Target]) -> f64 {
+        match self {
+            Self::Orpo { .. } => 1.,
+            Self::Sft { .. } => targets.len() as f64,
+        }
+    }
+
+    fn outcome(
+        &self,
+        model: &Llama,
+        batch: &Batch,
+        targets: &[Target],
+        hidden: &Tensor,
+        weight: &Tensor,
+    ) -> anyhow::Result<(Outcome, Scored)> {
+        ensure!(!targets.is_empty(), "the batch has no token to learn");
+        let scored = head::score(hidden, weight, targets)?;
+        let outcome = match self {
+            Self::Orpo { beta } => {
+                let pairs = batch.sequences.len() / 2;
+                let (sum, vocabulary) = (model.column_sum()?, model.config.vocab_size);
+                let mean = |from| head::mean_logit(hidden, &sum, vocabulary, from, pairs);
+                let means = (mean(0)?, mean(pairs)?);
+                orpo::loss(batch, targets, &scored.logps, means, *beta)?
+            }
+            Self::Sft { .. } => sft::loss(&scored.logps),
+        };
+        Ok((outcome, scored))
+    }
+
+    /// The loss without a gradient.
+    pub fn evaluate(&self, model: &Llama, batch: &Batch, pass: Pass) -> anyhow::Result<Outcome> {
+        let hidden = model.hidden(batch, pass)?;
+        let targets = self.targets(batch);
+        let weight = model.head_weight()?;
+        Ok(self.outcome(model, batch, &targets, &hidden, &weight)?.0)
+    }
+
+    /// The loss of a micro-batch; its gradient times `scale` is added to `gradients`.
+    pub fn differentiate(
+        &self,
+        model: &Llama,
+        batch: &Batch,
+        scale: f64,
+        dropout: Option<u64>,
+        checkpointing: bool,
+        gradients: &mut Gradients,
+    ) -> anyhow::Result<Outcome> {
+        let tape = model.record(batch, dropout, checkpointing)?;
+        let targets = self.targets(batch);
+        let (weight, hidden) = (model.head_weight()?, tape.hidden());
+        let (outcome, scored) = self.outcome(model, batch, &targets, &hidden, &weight)?;
+        if outcome.loss.is_finite() {
+            let scaled: Vec<f32> = outcome
+                .gradient
+                .iter()
+                .map(|g| (f64::from(*g) * scale) as f32)
+                .collect();
+            let (of_hidden, of_head) =
+                scored.backward(&scaled, &weight, &hidden, model.trains_head())?;
+            model.backward(tape, &of_hidden, of_head.as_ref(), gradients)?;
+        }
+        Ok(outcome)
+    }
+}

@@ -1,0 +1,152 @@
+//! Events for people, on standard error: a line for what happened, and a moving bar for what is happening.
+
+use std::collections::BTreeMap;
+use std::io::Write as _;
+use std::sync::mpsc::Receiver;
+use std::time::{Duration, Instant};
+
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use super::text::{bytes, duration, metrics};
+use crate::engine::{Event, Level, short};
+
+/// Without bars, a line of progress at most this often a stage.
+const QUIET: Duration = Duration::from_secs(10);
+
+pub(super) fn report(events: &Receiver<Event>, bars: bool) {
+    let mut terminal = Terminal {
+        bars: bars.then(|| MultiProgress::with_draw_target(ProgressDrawTarget::stderr())),
+        running: BTreeMap::new(),
+    };
+    for event in events {
+        terminal.show(event);
+    }
+}
+
+struct Terminal {
+    bars: Option<MultiProgress>,
+    running: BTreeMap<String, Running>,
+}
+
+struct Running {
+    bar: Option<ProgressBar>,
+    started: Instant,
+    told: Instant,
+    unit: &'static str,
+}
+
+impl Terminal {
+    fn show(&mut self, event: Event) {
+        match event {
+            Event::RunStarted { .. } | Event::StageSkipped { .. } => {}
+            Event::StageFresh { stage, artifact, restored, .. } => {
+                self.finish(&stage);
+                let state = if restored { "restored" } else { "fresh" };
+                self.line(&format!("{state:>9}  {stage}  {}", short(Some(&artifact))));
+            }
+            Event::StageStarted { stage, kind, reasons } => {
+                let reasons: Vec<_> = reasons.iter().map(ToString::to_string).collect();
+                self.line(&format!("{:>9}  {stage} ({kind}): {}", "runs", reasons.join("; ")));
+                let bar = self.bars.as_ref().map(|bars| bars.add(spinner(&stage)));
+                let now = Instant::now();
+                self.running.insert(stage, Running { bar, started: now, told: now, unit: "" });
+            }
+            Event::StageWaiting { stage, holder } => {
+                self.line(&format!("{:>9}  {stage}: {holder} is making the same result", "waits"));
+            }
+            Event::Progress { stage, done, total, unit } => self.progress(&stage, done, total, unit),
+            Event::Metrics { stage, step, values } => {
+                self.line(&format!("{:>9}  {stage} step {step}: {}", "", metrics(&values)));
+            }
+            Event::Message { stage, level, text } => {
+                let level = if level == Level::Warning { "warning" } else { "" };
+                self.line(&format!("{level:>9}  {stage}: {text}"));
+            }
+            Event::StageDone { stage, artifact, same_bytes, seconds } => {
+                self.finish(&stage);
+                let same = if same_bytes { ", same bytes as before" } else { "" };
+                self.line(&format!("{:>9}  {stage}  {} in {}{same}", "done", short(Some(&artifact)), duration(seconds)));
+            }
+            Event::StageFailed { stage, error } => {
+                self.finish(&stage);
+                self.line(&format!("{:>9}  {stage}: {error}", "failed"));
+            }
+            Event::OutputPlaced { stage, path } => self.line(&format!("{:>9}  {stage} -> {path}", "output")),
+            Event::RunFinished { fresh, ran, failed, skipped, seconds, saved } => {
+                let mut parts = vec![format!("{fresh} fresh"), format!("{ran} ran")];
+                if failed > 0 {
+                    parts.push(format!("{failed} failed"));
+                }
+                if skipped > 0 {
+                    parts.push(format!("{skipped} not started"));
+                }
+                let saved = if saved >= 1.0 { format!(", {} saved", duration(saved)) } else { String::new() };
+                let stages = fresh + ran + failed + skipped;
+                self.line(&format!("{stages} stages: {} in {}{saved}", parts.join(", "), duration(seconds)));
+            }
+        }
+    }
+
+    fn progress(&mut self, stage: &str, done: u64, total: Option<u64>, unit: &'static str) {
+        let Some(running) = self.running.get_mut(stage) else { return };
+        if let Some(bar) = &running.bar {
+            if running.unit != unit {
+                running.unit = unit;
+                bar.reset_eta();
+                bar.set_style(style(total.is_some(), unit == "bytes"));
+            }
+            if let Some(total) = total {
+                bar.set_length(total);
+            }
+            bar.set_message(unit);
+            bar.set_position(done);
+            return;
+        }
+        if running.told.elapsed() < QUIET {
+            return;
+        }
+        running.told = Instant::now();
+        let seconds = running.started.elapsed().as_secs_f64();
+        let count = |count: u64| if unit == "bytes" { bytes(count) } else { format!("{count} {unit}") };
+        let mut line = format!("{:>9}  {stage}: {}", "", count(done));
+        if let Some(total) = total.filter(|total| *total > 0 && done > 0) {
+            let left = seconds / done as f64 * total.saturating_sub(done) as f64;
+            line = format!("{line} of {}, about {} left", count(total), duration(left));
+        }
+        self.line(&line);
+    }
+
+    fn finish(&mut self, stage: &str) {
+        if let Some(bar) = self.running.remove(stage).and_then(|running| running.bar) {
+            bar.finish_and_clear();
+        }
+    }
+
+    fn line(&self, text: &str) {
+        match &self.bars {
+            // Somebody closed the terminal: the run goes on.
+            Some(bars) => bars.suspend(|| _ = writeln!(std::io::stderr(), "{text}")),
+            None => _ = writeln!(std::io::stderr(), "{text}"),
+        }
+    }
+}
+
+fn spinner(stage: &str) -> ProgressBar {
+    let bar = ProgressBar::no_length();
+    if let Ok(style) = ProgressStyle::with_template("{prefix:>20} {spinner} {elapsed}") {
+        bar.set_style(style);
+    }
+    bar.set_prefix(stage.to_owned());
+    bar.enable_steady_tick(Duration::from_millis(200));
+    bar
+}
+
+fn style(total: bool, bytes: bool) -> ProgressStyle {
+    let template = match (total, bytes) {
+        (true, false) => "{prefix:>20} {bar:30} {pos}/{len} {msg} {per_sec} {eta} left",
+        (true, true) => "{prefix:>20} {bar:30} {bytes}/{total_bytes} {bytes_per_sec} {eta} left",
+        (false, true) => "{prefix:>20} {spinner} {bytes} {bytes_per_sec}",
+        (false, false) => "{prefix:>20} {spinner} {pos} {msg} {per_sec}",
+    };
+    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
+}

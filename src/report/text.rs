@@ -1,0 +1,73 @@
+//! Numbers as people read them.
+
+use std::collections::BTreeMap;
+
+/// Seconds as `0.4 s`, `12 s`, `3 min 5 s`, `2 h 14 min`.
+pub fn duration(seconds: f64) -> String {
+    let whole = seconds.round() as u64;
+    match whole {
+        _ if seconds < 9.95 => format!("{seconds:.1} s"),
+        0..60 => format!("{whole} s"),
+        60..3600 => format!("{} min {} s", whole / 60, whole % 60),
+        _ => format!("{} h {} min", whole / 3600, whole % 3600 / 60),
+    }
+}
+
+/// Bytes as `512 B`, `1.5 MB`, in powers of 1000.
+pub fn bytes(bytes: u64) -> String {
+    let mut value = bytes as f64;
+    for unit in ["B", "kB", "MB", "GB"] {
+        if value < 999.5 {
+            return if unit == "B" { format!("{bytes} B") } else { format!("{value:.1} {unit}") };
+        }
+        value /= 1000.0;
+    }
+    format!("{value:.1} TB")
+}
+
+/// The metrics of a step in one line: the ones people watch, with four significant digits.
+pub(super) fn metrics(values: &BTreeMap<String, f64>) -> String {
+    const WATCHED: [&str; 9] = [
+        "loss",
+        "eval_loss",
+        "rewards/accuracies",
+        "eval_rewards/accuracies",
+        "rewards/margins",
+        "log_odds_chosen",
+        "nll_loss",
+        "grad_norm",
+        "learning_rate",
+    ];
+    let watched = WATCHED.iter().filter_map(|name| values.get_key_value(*name));
+    let shown: Vec<_> = watched.map(|(name, value)| format!("{name} {}", significant(*value))).collect();
+    shown.join("  ")
+}
+
+fn significant(value: f64) -> String {
+    if value == 0.0 || !value.is_finite() {
+        return format!("{value}");
+    }
+    let exponent = value.abs().log10().floor();
+    if (-4.0..5.0).contains(&exponent) {
+        let digits = (3.0 - exponent).max(0.0) as usize;
+        return format!("{value:.digits$}");
+    }
+    format!("{value:.3e}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_read_well() {
+        assert_eq!(duration(0.04), "0.0 s");
+        assert_eq!(duration(12.3), "12 s");
+        assert_eq!(duration(185.0), "3 min 5 s");
+        assert_eq!(duration(8040.0), "2 h 14 min");
+        assert_eq!(bytes(999), "999 B");
+        assert_eq!(bytes(1_500_000), "1.5 MB");
+        assert_eq!(significant(0.000_008), "8.000e-6");
+        assert_eq!(significant(7.515_888), "7.516");
+    }
+}

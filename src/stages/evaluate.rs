@@ -1,0 +1,277 @@
+//! `evaluate`: how well a model prefers the chosen answers, with and without an adapter.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use anyhow::Context as _;
+use candle_core::Device;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::artifacts::{Adapter, Model, Scores, Tokens};
+use super::training::{Rules, has_split, pad_id, rows};
+use crate::engine::{Context, Input, Problem, Stage};
+use crate::ml::adapter::Adapter as LoraAdapter;
+use crate::ml::batch::Row;
+use crate::ml::config::LlamaConfig;
+use crate::ml::linear::Pass;
+use crate::ml::model::{Llama, Trained};
+use crate::ml::train::compute_dtype;
+use crate::ml::weights::Weights;
+use crate::ml::{evaluate, generate};
+use crate::text::tokenizer::Tokenizer;
+
+/// Scores a model on preference rows: `scores.json` with TRL's numbers, and `answers.jsonl` with greedy answers to the first
+/// prompts.
+///
+/// With `adapter` both the base alone and the base with the adapter are scored, and the differences stand beside them.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Evaluate {
+    /// The model to score.
+    model: Input<Model>,
+    /// The adapter to score beside the model alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    adapter: Option<Input<Adapter>>,
+    /// The preference rows.
+    dataset: Input<Tokens>,
+    /// The split to read. By default `test`, or `train` where there is no `test`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    split: Option<String>,
+    /// Rows in a batch.
+    #[serde(default = "default_batch_size")]
+    per_device_eval_batch_size: usize,
+    /// The weight of the odds ratio in `loss`, and the scale of `rewards/*`.
+    #[serde(default = "default_beta")]
+    beta: f64,
+    /// How many prompts are answered greedily.
+    #[serde(default = "default_num_answers")]
+    num_answers: usize,
+    /// The most tokens of an answer.
+    #[serde(default = "default_max_new_tokens")]
+    max_new_tokens: usize,
+    /// Whether matrix products run in bf16.
+    #[serde(default)]
+    bf16: bool,
+    /// Whether matrix products run in f16.
+    #[serde(default)]
+    fp16: bool,
+}
+
+fn default_batch_size() -> usize {
+    8
+}
+
+fn default_beta() -> f64 {
+    0.1
+}
+
+fn default_num_answers() -> usize {
+    4
+}
+
+fn default_max_new_tokens() -> usize {
+    64
+}
+
+/// The contents of `scores.json`.
+#[derive(Serialize)]
+struct Report {
+    split: String,
+    rows: usize,
+    /// The model alone.
+    base: BTreeMap<&'static str, f64>,
+    /// The model with the adapter.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    adapter: Option<BTreeMap<&'static str, f64>>,
+    /// `adapter` minus `base`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    difference: Option<BTreeMap<&'static str, f64>>,
+}
+
+/// A line of `answers.jsonl`.
+#[derive(Serialize)]
+struct Answer {
+    prompt: String,
+    chosen: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rejected: Option<String>,
+    /// What the model alone answers.
+    base: String,
+    /// What it answers with the adapter.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    adapter: Option<String>,
+}
+
+impl Evaluate {
+    fn scores(&self, scores: &evaluate::Scores) -> BTreeMap<&'static str, f64> {
+        BTreeMap::from([
+            ("loss", scores.nll - self.beta * scores.log_odds_ratio),
+            ("nll_loss", scores.nll),
+            ("log_odds_ratio", scores.log_odds_ratio),
+            ("log_odds_chosen", scores.log_odds_chosen),
+            ("logps/chosen", scores.logps_chosen),
+            ("logps/rejected", scores.logps_rejected),
+            ("rewards/chosen", self.beta * scores.logps_chosen),
+            ("rewards/rejected", self.beta * scores.logps_rejected),
+            ("rewards/margins", self.beta * scores.margin),
+            ("rewards/accuracies", scores.accuracy),
+            ("margin", scores.margin),
+            ("perplexity", scores.perplexity),
+        ])
+    }
+
+    fn split(&self, dataset: &Path) -> anyhow::Result<String> {
+        Ok(match &self.split {
+            Some(split) => split.clone(),
+            None if has_split(dataset, "test")? => "test".into(),
+            None => "train".into(),
+        })
+    }
+
+    fn answers(
+        &self,
+        cx: &Context,
+        model: &Llama,
+        tokenizer: &Tokenizer,
+        rows: &[Row],
+        stops: &[u32],
+    ) -> anyhow::Result<String> {
+        let mut lines = String::new();
+        for row in rows.iter().take(self.num_answers) {
+            let answer = |pass| {
+                let mut tell = || cx.check_cancelled();
+                let limit = self.max_new_tokens;
+                let ids = generate::greedy(model, &row.prompt, limit, stops, pass, &mut tell)?;
+                tokenizer.decode(&ids, true)
+            };
+            let line = Answer {
+                prompt: tokenizer.decode(&row.prompt, false)?,
+                chosen: tokenizer.decode(&row.chosen, true)?,
+                rejected: match &row.rejected {
+                    Some(ids) => Some(tokenizer.decode(ids, true)?),
+                    None => None,
+                },
+                base: answer(Pass::BASE)?,
+                adapter: match &self.adapter {
+                    Some(_) => Some(answer(Pass::INFER)?),
+                    None => None,
+                },
+            };
+            lines.push_str(&serde_json::to_string(&line)?);
+            lines.push('\n');
+        }
+        Ok(lines)
+    }
+}
+
+/// The ids that end an answer: those of `config.json` and of `generation_config.json`.
+fn stop_ids(folder: &Path, config: &LlamaConfig) -> anyhow::Result<Vec<u32>> {
+    let mut stops = config.eos_token_ids.clone();
+    let path = folder.join("generation_config.json");
+    if path.is_file() {
+        let read = || -> anyhow::Result<serde_json::Value> {
+            Ok(serde_json::from_slice(&fs::read(&path)?)?)
+        };
+        let value = read().with_context(|| format!("could not read `{}`", path.display()))?;
+        let eos = value.get("eos_token_id");
+        let many = eos.and_then(serde_json::Value::as_array);
+        let all = many.map_or_else(|| eos.into_iter().collect(), |many| many.iter().collect());
+        let all: Vec<&serde_json::Value> = all;
+        let ids = all.into_iter().filter_map(serde_json::Value::as_u64);
+        stops.extend(ids.filter_map(|id| u32::try_from(id).ok()));
+    }
+    Ok(stops)
+}
+
+impl Stage for Evaluate {
+    const KIND: &'static str = "evaluate";
+    const VERSION: u32 = 1;
+    const EXCLUSIVE: bool = true;
+    type Output = Scores;
+
+    fn check(&self) -> Vec<Problem> {
+        let mut rules = Rules::default();
+        let batch = self.per_device_eval_batch_size;
+        rules.rule(
+            batch > 0,
+            "per_device_eval_batch_size",
+            "expected at least 1",
+        );
+        let beta = self.beta >= 0. && self.beta.is_finite();
+        rules.rule(beta, "beta", "expected a number not below 0");
+        let both = self.bf16 && self.fp16;
+        rules.rule(!both, "fp16", "`bf16` and `fp16` exclude each other");
+        rules.0
+    }
+
+    fn run(&self, cx: &Context) -> anyhow::Result<()> {
+        let folder = cx.input(&self.model)?;
+        let dataset = cx.input(&self.dataset)?;
+        let config = LlamaConfig::read(folder)?;
+        let split = self.split(dataset)?;
+        let rows = rows(dataset, &split, config.vocab_size)?;
+        let answered = |ids: Option<&Vec<u32>>| ids.is_some_and(|ids| !ids.is_empty());
+        for (number, row) in rows.iter().enumerate() {
+            anyhow::ensure!(
+                answered(Some(&row.chosen)) && answered(row.rejected.as_ref()),
+                "row {number} of `{split}` lacks a chosen or rejected answer; `evaluate` compares the two"
+            );
+        }
+        let adapter = match &self.adapter {
+            Some(adapter) => Some(LoraAdapter::load(cx.input(adapter)?)?),
+            None => None,
+        };
+        let model = Llama::load(
+            &config,
+            &Weights::open(folder)?,
+            adapter.as_ref(),
+            Trained::Nothing,
+            compute_dtype(self.bf16, self.fp16),
+            &Device::Cpu,
+        )?;
+        let pad = pad_id(folder, &config);
+
+        let passes = if adapter.is_some() { 2 } else { 1 };
+        let total = Some((rows.len() * passes) as u64);
+        let score = |pass, before: usize| -> anyhow::Result<_> {
+            let size = self.per_device_eval_batch_size;
+            let scores = evaluate::preferences(&model, &rows, size, pad, pass, &mut |done| {
+                cx.progress((before + done) as u64, total, "rows");
+                cx.check_cancelled()
+            })?;
+            Ok(self.scores(&scores))
+        };
+        let base = score(Pass::BASE, 0)?;
+        let with_adapter = match &adapter {
+            Some(_) => Some(score(Pass::INFER, rows.len())?),
+            None => None,
+        };
+        let difference = with_adapter.as_ref().map(|scores| {
+            let pairs = scores.iter().zip(&base);
+            pairs.map(|((name, a), (_, b))| (*name, a - b)).collect()
+        });
+        let shown = with_adapter.as_ref().unwrap_or(&base);
+        for name in ["rewards/accuracies", "margin", "perplexity"] {
+            cx.note(name, shown.get(name));
+        }
+        let report = Report {
+            split,
+            rows: rows.len(),
+            base,
+            adapter: with_adapter,
+            difference,
+        };
+        let text = serde_json::to_string_pretty(&report)? + "\n";
+        fs::write(cx.out().join("scores.json"), text).context("could not write `scores.json`")?;
+        if self.num_answers > 0 {
+            let tokenizer = Tokenizer::load(folder)?;
+            let stops = stop_ids(folder, &config)?;
+            let lines = self.answers(cx, &model, &tokenizer, &rows, &stops)?;
+            fs::write(cx.out().join("answers.jsonl"), lines)
+                .context("could not write `answers.jsonl`")?;
+        }
+        Ok(())
+    }
+}

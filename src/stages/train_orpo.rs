@@ -1,0 +1,85 @@
+//! `train_orpo`: preference training by odds ratio.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::artifacts::{Adapter, Model, Tokens};
+use super::training::{
+    self, EvalStrategy, Job, Optim, SamplingStrategy, SchedulerType, defaults, training_parameters,
+};
+use crate::engine::{Artifact, Context, Input, Neutral, Problem, Stage};
+use crate::ml::objective::Objective;
+use crate::ml::optim;
+use crate::ml::train::{Settings, compute_dtype};
+
+training_parameters! {
+    /// Trains on preferences by the odds ratio (ORPO, arXiv 2403.07691), with the numbers of TRL's `ORPOTrainer`.
+    ///
+    /// With `adapter` it trains the adapter on the frozen model and makes an adapter; without, it trains every weight and
+    /// makes a model. Beside it lies `metrics.jsonl` with TRL's metrics of every step. Parameters have TRL's names and
+    /// defaults but one: `bf16` is off.
+    pub struct TrainOrpo {
+        /// The weight of the odds ratio beside the likelihood (lambda in the paper).
+        #[serde(default = "default_beta")]
+        beta: f64,
+        /// Whether the adapter's dropout is off in training, as TRL does it.
+        #[serde(default = "default_disable_dropout")]
+        disable_dropout: bool,
+    }
+    learning_rate = 1e-6;
+}
+
+fn default_beta() -> f64 {
+    0.1
+}
+
+fn default_disable_dropout() -> bool {
+    true
+}
+
+impl Stage for TrainOrpo {
+    const KIND: &'static str = "train_orpo";
+    const VERSION: u32 = 1;
+    const EXCLUSIVE: bool = true;
+    type Output = Adapter;
+
+    fn output(&self) -> &'static str {
+        if self.adapter.is_some() {
+            Adapter::NAME
+        } else {
+            Model::NAME
+        }
+    }
+
+    fn check(&self) -> Vec<Problem> {
+        let mut rules = self.common_rules();
+        let beta = self.beta >= 0. && self.beta.is_finite();
+        rules.rule(beta, "beta", "expected a number not below 0");
+        rules.0
+    }
+
+    fn run(&self, cx: &Context) -> anyhow::Result<()> {
+        let job = Job {
+            model: cx.input(&self.model)?,
+            adapter: self.adapter.as_ref().map(|a| cx.input(a)).transpose()?,
+            dataset: cx.input(&self.dataset)?,
+            train_split: &self.train_split,
+            eval_split: &self.eval_split,
+            compute: compute_dtype(self.bf16, self.fp16),
+        };
+        let objective = Objective::Orpo { beta: self.beta };
+        let settings = self.settings(objective, !self.disable_dropout);
+        training::run(cx, &job, settings, &|rows| {
+            for (number, row) in rows.iter().enumerate() {
+                let answers = [Some(&row.chosen), row.rejected.as_ref()];
+                anyhow::ensure!(
+                    answers
+                        .iter()
+                        .all(|ids| ids.is_some_and(|ids| !ids.is_empty())),
+                    "row {number} of the tokens lacks a chosen or rejected answer; `train_orpo` needs both"
+                );
+            }
+            Ok(rows)
+        })
+    }
+}
