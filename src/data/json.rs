@@ -13,7 +13,7 @@ use arrow::datatypes::{Field, Schema};
 use serde::de::{DeserializeSeed, Deserializer, SeqAccess, Visitor};
 
 use super::cell::Cell;
-use super::import::check_kind;
+use super::import::fits;
 use super::kind::Kind;
 use super::table::BATCH_ROWS;
 
@@ -65,25 +65,23 @@ pub(super) fn columns(
             let Some(ours) = ours.get(name.as_str()) else {
                 continue;
             };
-            if let Err(expected) = check_kind(ours, known) {
-                let holds = value.noun();
-                if check_kind(ours, &before).is_ok() && check_kind(ours, &kind).is_ok() {
-                    bail!(
-                        "{place}: the column `{name}` holds {holds}, unlike the rows before: expected the same in every row"
-                    );
-                }
+            if fits(ours, known) {
+                continue;
+            }
+            let holds = value.noun();
+            if fits(ours, &before) && fits(ours, &kind) {
                 bail!(
-                    "{place}: the column `{name}` holds {holds}: {}",
-                    match *ours {
-                        "system" => "expected text",
-                        "messages" => "expected a list of messages with `role` and `content`",
-                        _ if expected.is_empty() => "",
-                        _ => "expected text, or a list of messages with `role` and `content`",
-                    }
+                    "{place}: the column `{name}` holds {holds}, unlike the rows before: expected the same in every row"
                 );
             }
+            let expected = match *ours {
+                "system" => "text",
+                "messages" => "a list of messages with `role` and `content`",
+                _ => "text, or a list of messages with `role` and `content`",
+            };
+            bail!("{place}: the column `{name}` holds {holds}: expected {expected}");
         }
-        left -= 1;
+        left = left.saturating_sub(1);
         Ok(left > 0)
     })?;
     Ok(columns)

@@ -48,9 +48,6 @@ pub struct ApplyChatTemplate {
     date: Option<String>,
 }
 
-/// Rows rendered at once, on all cores.
-const ROWS: usize = 4 * BATCH_ROWS;
-
 impl Stage for ApplyChatTemplate {
     const KIND: &'static str = "apply_chat_template";
     const VERSION: u32 = 1;
@@ -186,7 +183,7 @@ fn render_split(
     let schema = Arc::new(Schema::new(fields));
     let mut writer = Writer::create(cx.out(), split.name(), schema.clone())?;
     let mut done = 0;
-    for batch in split.batches(ROWS) {
+    for batch in split.batches(BATCH_ROWS) {
         let batch = batch?;
         let rendered: Result<Vec<Rendered>> = (0..batch.num_rows())
             .into_par_iter()

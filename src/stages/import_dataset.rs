@@ -25,7 +25,7 @@ pub struct ImportDataset {
     #[serde(default = "train")]
     split: String,
     /// Which column of the file is which of ours, as in `{prompt: question, chosen: good, rejected: bad}`. Columns that are
-    /// called as ours are need no mention.
+    /// called like ours need no mention.
     #[serde(default)]
     columns: BTreeMap<String, String>,
     /// Take only so many rows of each split.

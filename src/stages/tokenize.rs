@@ -52,9 +52,6 @@ fn default_max_length() -> usize {
     1024
 }
 
-/// Rows tokenized at once, on all cores.
-const ROWS: usize = 4 * BATCH_ROWS;
-
 impl Stage for Tokenize {
     const KIND: &'static str = "tokenize";
     const VERSION: u32 = 1;
@@ -187,7 +184,7 @@ impl Tokenize {
         let preferences = split.schema().field_with_name("rejected").is_ok();
         let mut writer = Writer::create(cx.out(), split.name(), schema(preferences))?;
         let mut done = 0;
-        for texts in split.batches(ROWS) {
+        for texts in split.batches(BATCH_ROWS) {
             let texts = texts?;
             let prompt = column(&texts, "prompt")?;
             let chosen = column(&texts, "chosen")?;

@@ -95,6 +95,7 @@ impl Renderer {
         {
             return Ok(rendered);
         }
+        let notice = notice.min(Notice::SpecialTokens);
         let (prompt, chosen, rejected) = self.conversation(row)?;
         ensure!(!prompt.is_empty(), "the row has an answer but no prompt");
         let opening = self
@@ -226,11 +227,12 @@ impl Renderer {
             if found.is_empty() {
                 return Notice::Plain;
             }
-            // A conversation begins with a marker and has others; a text about markers only mentions them.
+            // A conversation begins with a marker, has others, and lets the assistant begin; a text about markers mentions them.
             let begins = found
                 .iter()
                 .any(|marker| strip(text).starts_with(marker.as_str()));
-            if begins && found.len() > 1 {
+            let answers = text.contains(strip(&self.generation_prompt));
+            if begins && answers && found.len() > 1 {
                 Notice::AlreadyRendered
             } else {
                 Notice::SpecialTokens

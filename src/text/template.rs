@@ -107,7 +107,7 @@ impl ChatTemplate {
             }
         }
         markers.extend(
-            ["[INST]", "<start_of_turn>"]
+            ["[INST]", "[/INST]", "<start_of_turn>", "<end_of_turn>"]
                 .iter()
                 .filter(|m| self.source.contains(**m))
                 .map(|m| (*m).to_owned()),

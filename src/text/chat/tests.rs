@@ -252,14 +252,19 @@ fn text_that_was_rendered_already_is_not_rendered_twice() {
             }
         );
     }
-    let mention = ChatRow {
-        prompt: text("<|eot_id|> ends a turn"),
-        ..row()
-    };
-    assert_eq!(
-        renderer.render(mention).unwrap().notice,
-        Notice::SpecialTokens
-    );
+    for mention in ["<|eot_id|> ends a turn", "<|eot_id|> or <|end_header_id|>?"] {
+        let rendered = renderer
+            .render(ChatRow {
+                prompt: text(mention),
+                ..row()
+            })
+            .unwrap();
+        assert_eq!(rendered.notice, Notice::SpecialTokens);
+        assert_eq!(
+            rendered.prompt,
+            once.prompt.replace("\n\nq<", &format!("\n\n{mention}<"))
+        );
+    }
 }
 
 #[test]

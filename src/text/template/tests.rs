@@ -95,28 +95,15 @@ fn a_qwen_like_template_uses_namespace_and_tojson() {
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\n' }}{{ ns.last }}
 {%- endif %}"#;
-    let rows = json!([
-        {"role": "user", "content": "wo?"},
-        {"role": "assistant", "content": "<think>x</think>\n\nhier", "tool_calls": [{"arguments": {"stadt": "Köln", "n": 1.0, "a": [true, null, "<&'\">"]}}]},
-    ]);
+    // Text, because `json!` doesn't keep the order of keys and a template prints it.
+    let rows = r#"[{"role": "user", "content": "wo?"},
+        {"role": "assistant", "content": "<think>x</think>\n\nhier",
+         "tool_calls": [{"arguments": {"stadt": "Köln", "n": 1.0, "a": [true, null, "<&'\">"]}}]}]"#;
+    let rows: serde_yaml::Value = serde_yaml::from_str(rows).unwrap();
+    let rows: Vec<Value> = Value::from(Serde(&rows)).try_iter().unwrap().collect();
     let expected = "<|im_start|>user\nwo?<|im_end|>\n<|im_start|>assistant\nhier\n\
         <call>{\"stadt\": \"Köln\", \"n\": 1.0, \"a\": [true, null, \"<&'\\\">\"]}</call><|im_end|>\n<|im_start|>assistant\n0";
-    // Keys in the order in which the row has them, which `json!` doesn't keep.
-    let text = rows.to_string();
-    let rows: crate::data::cell::Cell = serde_json::from_str(&text).unwrap();
-    let rows: Vec<Value> = Value::from(Serde(&rows)).try_iter().unwrap().collect();
-    let printed = template(source).render(&rows, true).unwrap();
-    if text.contains(r#""stadt":"Köln","n""#) {
-        assert_eq!(printed, expected);
-    } else {
-        let sorted = "{\"a\": [true, null, \"<&'\\\">\"], \"n\": 1.0, \"stadt\": \"Köln\"}";
-        let start = expected.find('{').unwrap();
-        let end = expected.rfind('}').unwrap();
-        assert_eq!(
-            printed,
-            format!("{}{sorted}{}", &expected[..start], &expected[end + 1..])
-        );
-    }
+    assert_eq!(template(source).render(&rows, true).unwrap(), expected);
 }
 
 #[test]
