@@ -248,4 +248,4 @@ impl QuantState {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -54,6 +54,7 @@ struct Place {
 pub struct Weights {
     place: PathBuf,
     shards: Vec<Shard>,
+    sharded: bool,
     tensors: BTreeMap<String, Place>,
 }
 
@@ -96,12 +97,14 @@ impl Weights {
         let mut weights = Self {
             place: folder.to_path_buf(),
             shards: Vec::new(),
+            sharded: false,
             tensors: BTreeMap::new(),
         };
         let Some(map) = weight_map(folder)? else {
             weights.add(&folder.join(SINGLE))?;
             return Ok(weights);
         };
+        weights.sharded = true;
         let mut files: Vec<&String> = map.values().collect();
         files.sort_unstable();
         files.dedup();
@@ -137,6 +140,7 @@ impl Weights {
         let mut weights = Self {
             place: path.to_path_buf(),
             shards: Vec::new(),
+            sharded: false,
             tensors: BTreeMap::new(),
         };
         weights.add(path)?;
@@ -200,6 +204,11 @@ impl Weights {
     /// All names, sorted.
     pub fn names(&self) -> Vec<&str> {
         self.tensors.keys().map(String::as_str).collect()
+    }
+
+    /// Whether an index says which file holds which tensor.
+    pub fn sharded(&self) -> bool {
+        self.sharded
     }
 
     /// The names of the files, sorted.

@@ -4,8 +4,13 @@
 
 pub mod apply_chat_template;
 pub mod artifacts;
+pub mod attach_lora;
+pub mod create_model;
+mod dtype;
 pub mod evaluate;
 pub mod import_dataset;
+pub mod merge;
+pub mod quantize;
 pub mod split_dataset;
 pub mod tokenize;
 pub mod train_orpo;
@@ -18,11 +23,15 @@ use crate::engine::Kind;
 pub const KINDS: &[Kind] = &[
     Kind::of::<import_dataset::ImportDataset>(),
     Kind::of::<split_dataset::SplitDataset>(),
+    Kind::of::<create_model::CreateModel>(),
     Kind::of::<apply_chat_template::ApplyChatTemplate>(),
     Kind::of::<tokenize::Tokenize>(),
+    Kind::of::<quantize::Quantize>(),
+    Kind::of::<attach_lora::AttachLora>(),
     Kind::of::<train_sft::TrainSft>(),
     Kind::of::<train_orpo::TrainOrpo>(),
     Kind::of::<evaluate::Evaluate>(),
+    Kind::of::<merge::Merge>(),
 ];
 
 /// The kind called `name`.
