@@ -130,11 +130,11 @@ fn quantize_by(
     Ok(report)
 }
 
-/// The weights to quantise, each with its shape and type.
-fn wanted(
-    config: &LlamaConfig,
-    weights: &Weights,
-) -> anyhow::Result<BTreeMap<String, ((usize, usize), Float)>> {
+/// Names of weights, each with its shape and type.
+type Wanted = BTreeMap<String, ((usize, usize), Float)>;
+
+/// The weights to quantise.
+fn wanted(config: &LlamaConfig, weights: &Weights) -> anyhow::Result<Wanted> {
     let mut wanted = BTreeMap::new();
     for layer in 0..config.num_hidden_layers {
         for projection in projections(config) {
@@ -173,6 +173,7 @@ mod tests {
         compute_dtype: None,
     };
 
+    #[expect(clippy::unnecessary_wraps, reason = "the type of a progress callback")]
     fn ignore(_: u64, _: u64) -> anyhow::Result<()> {
         Ok(())
     }

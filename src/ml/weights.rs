@@ -161,7 +161,8 @@ impl Weights {
             let (header, metadata) = SafeTensors::read_metadata(&map)
                 .context("it is damaged or not a safetensors file")?;
             let shard = self.shards.len();
-            for (name, info) in metadata.tensors() {
+            let tensors: BTreeMap<_, _> = metadata.tensors().into_iter().collect();
+            for (name, info) in tensors {
                 let (start, end) = info.data_offsets;
                 let range = (8 + header + start, 8 + header + end);
                 let place = Place {

@@ -5,6 +5,8 @@
 //! of the nearest. The mean of the magnitudes is rounded once; torch's has a last bit that depends on the order of its sum.
 //! The tests put the CPU's ways in their place, and then meet its files byte for byte.
 
+use std::fmt::Write as _;
+
 use anyhow::{Context as _, ensure};
 use rayon::prelude::*;
 use safetensors::Dtype;
@@ -30,7 +32,7 @@ const fn midpoints() -> [f32; 16] {
     let mut midpoints = [f32::INFINITY; 16];
     let mut code = 0;
     while code < 15 {
-        midpoints[code] = (CODE[code] + CODE[code + 1]) / 2.;
+        midpoints[code] = f32::midpoint(CODE[code], CODE[code + 1]);
         code += 1;
     }
     midpoints
@@ -225,9 +227,11 @@ pub fn parts(
             parts.push(part(".absmax", Dtype::U8, codes.clone()));
             parts.push(part(".nested_absmax", Dtype::F32, floats(absmax)));
             parts.push(part(".nested_quant_map", Dtype::F32, floats(map)));
-            state += &format!(
-                ", \"nested_blocksize\": {NESTED_BLOCK}, \"nested_dtype\": \"float32\", \"nested_offset\": {}",
-                python_float(f64::from(*offset))
+            let offset = python_float(f64::from(*offset));
+            // Writing to a string never fails.
+            let _ = write!(
+                state,
+                ", \"nested_blocksize\": {NESTED_BLOCK}, \"nested_dtype\": \"float32\", \"nested_offset\": {offset}"
             );
         }
     }
