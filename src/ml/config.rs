@@ -6,6 +6,8 @@ use anyhow::{Context as _, bail, ensure};
 use candle_core::DType;
 use serde_json::Value;
 
+use super::float::Float;
+
 /// Llama 3's scaling of the rotation's long waves.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Llama3Rope {
@@ -54,14 +56,58 @@ pub struct LlamaConfig {
     pub pad_token_id: Option<u32>,
     /// The dtype the weights are meant to have.
     pub dtype: Option<DType>,
+    /// How the weights are quantised, if they are.
+    pub quantization: Option<Quantization>,
+}
+
+/// What `quantization_config` says about weights in bitsandbytes' NF4.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Quantization {
+    /// Whether the magnitudes are quantised too.
+    pub double_quant: bool,
+    /// The dtype that transformers computes products in.
+    pub compute_dtype: Option<DType>,
+}
+
+/// The largest number accepted for a size: products of two of them can't overflow.
+const LARGEST: u64 = u32::MAX as u64;
+
+fn dtype(value: Option<&Value>) -> Option<DType> {
+    let name = value.and_then(Value::as_str)?;
+    let name = name.strip_prefix("torch.").unwrap_or(name);
+    Some(Float::named(name)?.dtype())
+}
+
+fn quantization(config: &Value) -> anyhow::Result<Quantization> {
+    let method = config.get("quant_method").and_then(Value::as_str);
+    ensure!(
+        method.is_none_or(|method| method == "bitsandbytes"),
+        "weights quantised by `{}` are not supported, expected plain ones or bitsandbytes' nf4",
+        method.unwrap_or_default()
+    );
+    let on = |name: &str| config.get(name).and_then(Value::as_bool) == Some(true);
+    let kind = config.get("bnb_4bit_quant_type").and_then(Value::as_str);
+    ensure!(
+        on("load_in_4bit") && kind == Some("nf4"),
+        "bitsandbytes' {} is not supported, expected nf4",
+        if on("load_in_8bit") {
+            "8 bits"
+        } else {
+            kind.unwrap_or("quantisation of an unnamed type")
+        }
+    );
+    Ok(Quantization {
+        double_quant: on("bnb_4bit_use_double_quant"),
+        compute_dtype: dtype(config.get("bnb_4bit_compute_dtype")),
+    })
 }
 
 fn size(config: &Value, name: &str) -> anyhow::Result<usize> {
     let value = config.get(name).and_then(Value::as_u64);
     let value = value.and_then(|value| usize::try_from(value).ok());
     match value {
-        Some(value) if value > 0 => Ok(value),
-        _ => bail!("`{name}` is missing or not a number above 0"),
+        Some(value) if value > 0 && value as u64 <= LARGEST => Ok(value),
+        _ => bail!("`{name}` is missing or not a whole number from 1 to {LARGEST}"),
     }
 }
 
@@ -77,10 +123,62 @@ fn number(config: &Value, name: &str) -> anyhow::Result<f64> {
     value.with_context(|| format!("`{name}` is missing or not a number"))
 }
 
-fn id(value: Option<&Value>) -> Option<u32> {
-    value
-        .and_then(Value::as_u64)
-        .and_then(|id| u32::try_from(id).ok())
+/// A token id; `null`, and -1 in old files, mean that there is none.
+fn id(value: &Value, name: &str) -> anyhow::Result<Option<u32>> {
+    if value.is_null() || value.as_i64() == Some(-1) {
+        return Ok(None);
+    }
+    let id = value.as_u64().and_then(|id| u32::try_from(id).ok());
+    let id = id.with_context(|| format!("`{name}` is {value}, expected a token id"))?;
+    Ok(Some(id))
+}
+
+fn id_of(config: &Value, name: &str) -> anyhow::Result<Option<u32>> {
+    config.get(name).map_or(Ok(None), |value| id(value, name))
+}
+
+fn eos_ids(config: &Value) -> anyhow::Result<Vec<u32>> {
+    let name = "eos_token_id";
+    let ids = match config.get(name) {
+        Some(Value::Array(ids)) => ids.iter().collect(),
+        one => one.into_iter().collect::<Vec<_>>(),
+    };
+    let ids: Vec<_> = ids
+        .into_iter()
+        .map(|one| id(one, name))
+        .collect::<anyhow::Result<_>>()?;
+    Ok(ids.into_iter().flatten().collect())
+}
+
+/// transformers 5 keeps both in `rope_parameters`; before, there were `rope_theta` and `rope_scaling`.
+fn rope(config: &Value) -> anyhow::Result<(f64, Option<Llama3Rope>)> {
+    let some = |name: &str| config.get(name).filter(|value| !value.is_null());
+    let positive = |value: f64| value > 0. && value.is_finite();
+    let parameters = some("rope_parameters");
+    let theta = match parameters.and_then(|rope| rope.get("rope_theta")) {
+        Some(theta) => Some(theta),
+        None => some("rope_theta"),
+    };
+    let theta = match theta {
+        Some(theta) => theta
+            .as_f64()
+            .filter(|theta| positive(*theta))
+            .with_context(|| format!("`rope_theta` is {theta}, expected a number above 0"))?,
+        // The only guess: transformers' own, for the first Llamas, whose files have neither key.
+        None if parameters.is_none() => 10_000.,
+        None => bail!("`rope_parameters` has no `rope_theta`"),
+    };
+    let scaling = parameters.or_else(|| some("rope_scaling"));
+    let scaling = scaling.map_or(Ok(None), rope_scaling)?;
+    if let Some(rope) = &scaling {
+        ensure!(
+            positive(rope.factor)
+                && positive(rope.low_freq_factor)
+                && rope.high_freq_factor > rope.low_freq_factor,
+            "the factors of the rope type `llama3` are out of order"
+        );
+    }
+    Ok((theta, scaling))
 }
 
 fn rope_scaling(scaling: &Value) -> anyhow::Result<Option<Llama3Rope>> {
@@ -140,18 +238,10 @@ impl LlamaConfig {
             "the width of a head is {head_dim}, expected an even number"
         );
         let some = |name: &str| config.get(name).filter(|value| !value.is_null());
-        // transformers 5 keeps both in `rope_parameters`; before, there were `rope_theta` and `rope_scaling`.
-        let rope = some("rope_parameters");
-        let scaling = rope.or_else(|| some("rope_scaling"));
-        let theta = rope
-            .and_then(|rope| rope.get("rope_theta"))
-            .or_else(|| some("rope_theta"));
-        let eos = some("eos_token_id");
-        let eos_token_ids = match eos {
-            Some(Value::Array(ids)) => ids.iter().filter_map(|value| id(Some(value))).collect(),
-            one => id(one).into_iter().collect(),
-        };
-        let dtype = some("dtype").or_else(|| some("torch_dtype"));
+        let (rope_theta, rope_scaling) = rope(config)?;
+        let quantized = some("quantization_config").map(quantization).transpose()?;
+        let rms_norm_eps =
+            some("rms_norm_eps").map_or(Ok(1e-6), |_| number(config, "rms_norm_eps"))?;
         Ok(Self {
             vocab_size: size(config, "vocab_size")?,
             hidden_size,
@@ -160,27 +250,25 @@ impl LlamaConfig {
             num_attention_heads,
             num_key_value_heads,
             head_dim,
-            rms_norm_eps: some("rms_norm_eps")
-                .map_or(Ok(1e-6), |_| number(config, "rms_norm_eps"))?,
-            rope_theta: theta.and_then(Value::as_f64).unwrap_or(10_000.),
-            rope_scaling: scaling.map_or(Ok(None), rope_scaling)?,
+            rms_norm_eps,
+            rope_theta,
+            rope_scaling,
             max_position_embeddings: size_or(config, "max_position_embeddings", 2048)?,
             tie_word_embeddings: some("tie_word_embeddings") == Some(&Value::Bool(true)),
-            bos_token_id: id(some("bos_token_id")),
-            eos_token_ids,
-            pad_token_id: id(some("pad_token_id")),
-            dtype: match dtype.and_then(Value::as_str) {
-                Some("float32") => Some(DType::F32),
-                Some("bfloat16") => Some(DType::BF16),
-                Some("float16") => Some(DType::F16),
-                _ => None,
-            },
+            bos_token_id: id_of(config, "bos_token_id")?,
+            eos_token_ids: eos_ids(config)?,
+            pad_token_id: id_of(config, "pad_token_id")?,
+            dtype: dtype(some("dtype").or_else(|| some("torch_dtype"))),
+            quantization: quantized,
         })
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+
     use super::*;
 
     #[test]
@@ -195,20 +283,106 @@ mod tests {
         assert_eq!(new.eos_token_ids, [1019]);
     }
 
+    fn golden_with(changes: &[(&str, Value)]) -> anyhow::Result<LlamaConfig> {
+        let text = include_str!("../../tests/golden/model/config.json");
+        let mut config: Value = serde_json::from_str(text).unwrap();
+        for (name, value) in changes {
+            config[*name] = value.clone();
+        }
+        LlamaConfig::parse(&config)
+    }
+
     #[test]
-    fn what_is_not_computed_is_refused() {
-        let golden = include_str!("../../tests/golden/model/config.json");
-        for (name, value) in [
-            ("model_type", serde_json::json!("mistral")),
-            ("attention_bias", serde_json::json!(true)),
-            ("hidden_act", serde_json::json!("gelu")),
-            ("rope_parameters", serde_json::json!({"rope_type": "yarn"})),
-            ("num_key_value_heads", serde_json::json!(3)),
-            ("vocab_size", serde_json::json!(-1)),
+    fn what_is_not_computed_is_refused_by_name() {
+        for (name, value, expected) in [
+            ("model_type", json!("mistral"), "`mistral`"),
+            ("attention_bias", json!(true), "`attention_bias: true`"),
+            ("mlp_bias", json!(true), "`mlp_bias: true`"),
+            ("hidden_act", json!("gelu"), "`gelu`"),
+            (
+                "rope_parameters",
+                json!({"rope_type": "yarn", "rope_theta": 1e4}),
+                "`yarn`",
+            ),
+            (
+                "rope_parameters",
+                json!({"rope_type": "default"}),
+                "no `rope_theta`",
+            ),
+            (
+                "rope_parameters",
+                json!({"rope_theta": "1e4"}),
+                "`rope_theta` is \"1e4\"",
+            ),
+            (
+                "rope_parameters",
+                json!({"rope_type": "llama3", "rope_theta": 1e4}),
+                "`factor`",
+            ),
+            ("num_key_value_heads", json!(3), "3 key heads"),
+            ("head_dim", json!(15), "even number"),
+            ("vocab_size", json!(-1), "`vocab_size`"),
+            ("vocab_size", json!(1u64 << 40), "`vocab_size`"),
+            ("hidden_size", json!(null), "`hidden_size`"),
+            ("eos_token_id", json!(["a"]), "`eos_token_id`"),
+            ("bos_token_id", json!(1.5), "`bos_token_id`"),
+            (
+                "quantization_config",
+                json!({"quant_method": "gptq", "bits": 4}),
+                "`gptq`",
+            ),
+            (
+                "quantization_config",
+                json!({"quant_method": "bitsandbytes", "load_in_8bit": true}),
+                "8 bits",
+            ),
+            (
+                "quantization_config",
+                json!({"quant_method": "bitsandbytes", "load_in_4bit": true, "bnb_4bit_quant_type": "fp4"}),
+                "fp4",
+            ),
         ] {
-            let mut config: Value = serde_json::from_str(golden).unwrap();
-            config[name] = value;
-            assert!(LlamaConfig::parse(&config).is_err(), "{name}");
+            let error = golden_with(&[(name, value.clone())]).expect_err(name);
+            assert!(
+                error.to_string().contains(expected),
+                "{name} {value}: {error}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_first_llamas_and_many_ends_are_read() {
+        let old = golden_with(&[("rope_parameters", Value::Null)]).unwrap();
+        assert!((old.rope_theta - 10_000.).abs() < 1e-9);
+        let many = golden_with(&[
+            ("eos_token_id", json!([1, 2])),
+            ("pad_token_id", json!(-1)),
+            ("dtype", json!("torch.bfloat16")),
+        ])
+        .unwrap();
+        assert_eq!((many.eos_token_ids, many.pad_token_id), (vec![1, 2], None));
+        assert_eq!(many.dtype, Some(DType::BF16));
+    }
+
+    #[test]
+    fn a_quantised_model_says_so() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/model_nf4");
+        let config = LlamaConfig::read(&folder).unwrap();
+        let expected = Quantization {
+            double_quant: true,
+            compute_dtype: Some(DType::F32),
+        };
+        assert_eq!(config.quantization, Some(expected));
+        assert_eq!(golden_with(&[]).unwrap().quantization, None);
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_read_or_refused(text in ".{0,60}", key in 0usize..8, number in any::<i64>()) {
+            let _ = serde_json::from_str(&text).map(|value: Value| LlamaConfig::parse(&value));
+            let key = ["vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+                "eos_token_id", "rope_theta", "max_position_embeddings"][key];
+            let _ = golden_with(&[(key, json!(number))]);
         }
     }
 }

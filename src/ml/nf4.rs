@@ -1,21 +1,24 @@
 //! 4-bit weights as bitsandbytes stores them: NF4 codes in blocks of 64 with one largest magnitude each, which may be
-//! quantised itself (Dettmers, Pagnoni, Holtzman and Zettlemoyer 2023, arXiv 2305.14314).
+//! quantised itself (Dettmers, Pagnoni, Holtzman and Zettlemoyer 2023, arXiv 2305.14314). Reading is here, writing in
+//! [`encode`].
+
+pub mod encode;
 
 use std::ops::Range;
 
 use anyhow::{Context as _, bail, ensure};
 use candle_core::{DType, Device, Result, Tensor};
-use half::{bf16, f16};
 use rayon::prelude::*;
 use serde::Deserialize;
 
+use super::float::Float;
 use super::weights::Weights;
 
 /// Values that share a largest magnitude.
-const BLOCK: usize = 64;
+pub(super) const BLOCK: usize = 64;
 
 /// The 16 values: quantiles of a normal distribution.
-const CODE: [f32; 16] = [
+pub(super) const CODE: [f32; 16] = [
     -1.0,
     -0.696_192_8,
     -0.525_073_05,
@@ -34,6 +37,18 @@ const CODE: [f32; 16] = [
     1.0,
 ];
 
+/// Behind a 4-bit weight's name, the names of the tensors that belong to it.
+pub(super) const PARTS: [&str; 6] = [
+    ".absmax",
+    ".nested_absmax",
+    ".nested_quant_map",
+    ".quant_map",
+    ".quant_state.bitsandbytes__nf4",
+    ".quant_state.bitsandbytes__fp4",
+];
+/// The tensor that says how a weight is quantised.
+const STATE: &str = PARTS[4];
+
 /// A 4-bit weight.
 #[derive(Debug, Clone)]
 pub struct Nf4 {
@@ -43,7 +58,7 @@ pub struct Nf4 {
     pub absmax: Vec<f32>,
     /// (out, in).
     pub shape: (usize, usize),
-    /// What the values are rounded to.
+    /// What the values are rounded to: f32, bf16 or f16.
     pub dtype: DType,
 }
 
@@ -61,11 +76,15 @@ struct QuantState {
 impl Nf4 {
     /// Reads the weight called `name` (`...q_proj.weight`); none if it is not stored in 4 bits.
     pub fn load(weights: &Weights, name: &str) -> anyhow::Result<Option<Self>> {
-        if !weights.contains(&format!("{name}.quant_state.bitsandbytes__nf4")) {
-            ensure!(
-                !weights.contains(&format!("{name}.quant_state.bitsandbytes__fp4")),
-                "`{name}` is stored as fp4; only nf4 is supported"
-            );
+        if !weights.contains(&format!("{name}{STATE}")) {
+            let other = PARTS
+                .iter()
+                .find(|part| weights.contains(&format!("{name}{part}")));
+            if let Some(part) = other {
+                bail!(
+                    "`{name}` is quantised in a way that is not supported (it has a `{part}`), expected nf4"
+                );
+            }
             return Ok(None);
         }
         let read = || Self::read(weights, name);
@@ -74,44 +93,41 @@ impl Nf4 {
             .map(Some)
     }
 
+    /// The shape and dtype of the 4-bit weight called `name`, without reading its values.
+    pub fn shape_of(
+        weights: &Weights,
+        name: &str,
+    ) -> anyhow::Result<Option<((usize, usize), Float)>> {
+        if !weights.contains(&format!("{name}{STATE}")) {
+            return Ok(None);
+        }
+        let read = || -> anyhow::Result<_> {
+            let (_, shape, float) = QuantState::read(weights, name)?;
+            Ok((shape, float))
+        };
+        let found = read().with_context(|| format!("could not read the 4-bit tensor `{name}`"))?;
+        Ok(Some(found))
+    }
+
     fn read(weights: &Weights, name: &str) -> anyhow::Result<Self> {
         let part = |suffix: &str| {
             let tensor = weights.tensor(&format!("{name}{suffix}"), &Device::Cpu)?;
             anyhow::Ok(tensor.flatten_all()?)
         };
-        let state = part(".quant_state.bitsandbytes__nf4")?.to_vec1::<u8>()?;
-        let state: QuantState = serde_json::from_slice(&state)?;
-        ensure!(
-            state.quant_type == "nf4",
-            "its type is `{}`",
-            state.quant_type
-        );
-        ensure!(
-            state.blocksize == BLOCK,
-            "its blocks have {} values, expected {BLOCK}",
-            state.blocksize
-        );
-        let [rows, columns] = state.shape[..] else {
-            bail!("its shape is {:?}, expected two numbers", state.shape);
-        };
-        let dtype = match state.dtype.as_str() {
-            "float32" => DType::F32,
-            "bfloat16" => DType::BF16,
-            "float16" => DType::F16,
-            other => bail!("its dtype is `{other}`"),
-        };
-        let count = rows
-            .checked_mul(columns)
-            .context("its shape is too large")?;
+        let (state, (rows, columns), float) = QuantState::read(weights, name)?;
+        let count = rows * columns;
         let blocks = count.div_ceil(BLOCK);
         let packed = part("")?.to_vec1::<u8>()?;
         ensure!(
             packed.len() == count.div_ceil(2),
-            "it has {} bytes",
-            packed.len()
+            "it has {} bytes, expected {} for the shape ({rows}, {columns})",
+            packed.len(),
+            count.div_ceil(2)
         );
+        let map = part(".quant_map")?.to_vec1::<f32>()?;
+        ensure!(map == CODE, "its `quant_map` is not that of nf4");
         let absmax = if let Some(offset) = state.nested_offset {
-            let nested = state.nested_blocksize.unwrap_or(256);
+            let nested = state.nested_blocksize.unwrap_or(encode::NESTED_BLOCK);
             let codes = part(".absmax")?.to_vec1::<u8>()?;
             let scales = part(".nested_absmax")?.to_vec1::<f32>()?;
             let map = part(".nested_quant_map")?.to_vec1::<f32>()?;
@@ -142,7 +158,7 @@ impl Nf4 {
             packed,
             absmax,
             shape: (rows, columns),
-            dtype,
+            dtype: float.dtype(),
         })
     }
 
@@ -155,27 +171,44 @@ impl Nf4 {
 
     /// The values of some rows, as many as `out` has room for.
     pub fn dequantise_rows(&self, rows: Range<usize>, out: &mut [f32]) {
-        const SPAN: usize = 1 << 14; // a multiple of the block
-        let start = rows.start * self.shape.1;
-        let count = rows.len() * self.shape.1;
+        const SPAN: usize = 1 << 14;
+        let all = self.shape.0 * self.shape.1;
+        let start = rows.start.saturating_mul(self.shape.1).min(all);
+        let count = rows.len().saturating_mul(self.shape.1).min(all - start);
         let count = count.min(out.len());
         let out = out.get_mut(..count).unwrap_or_default();
-        out.par_chunks_mut(SPAN)
-            .enumerate()
-            .for_each(|(span, out)| {
-                let first = start + span * SPAN;
-                for (place, out) in (first..).zip(out) {
-                    let byte = self.packed.get(place / 2).copied().unwrap_or(0x77);
-                    let code = if place % 2 == 0 { byte >> 4 } else { byte & 15 };
-                    let absmax = self.absmax.get(place / BLOCK).copied().unwrap_or(0.);
-                    let value = CODE[usize::from(code)] * absmax;
-                    *out = match self.dtype {
-                        DType::BF16 => bf16::from_f32(value).to_f32(),
-                        DType::F16 => f16::from_f32(value).to_f32(),
-                        _ => value,
-                    };
+        let spans = out.par_chunks_mut(SPAN).enumerate();
+        spans.for_each(|(span, out)| self.span(start + span * SPAN, out));
+    }
+
+    /// The values from `first` on.
+    fn span(&self, mut first: usize, mut out: &mut [f32]) {
+        let float = Float::of_candle(self.dtype).unwrap_or(Float::F32);
+        while !out.is_empty() {
+            let block = first / BLOCK;
+            let count = (BLOCK - first % BLOCK).min(out.len());
+            let (now, rest) = out.split_at_mut(count);
+            let absmax = self.absmax.get(block).copied().unwrap_or(0.);
+            // The 16 values of the block, rounded once: each of its 64 is one of them.
+            let values = CODE.map(|code| float.round(code * absmax));
+            let packed = self.packed.get(first / 2..(first + count).div_ceil(2));
+            let packed = packed.unwrap_or_default();
+            if first.is_multiple_of(2) {
+                for (out, byte) in now.chunks_mut(2).zip(packed) {
+                    out[0] = values[usize::from(byte >> 4)];
+                    if let Some(out) = out.get_mut(1) {
+                        *out = values[usize::from(byte & 15)];
+                    }
                 }
-            });
+            } else {
+                let codes = packed.iter().flat_map(|byte| [byte >> 4, byte & 15]);
+                for (out, code) in now.iter_mut().zip(codes.skip(1)) {
+                    *out = values[usize::from(code)];
+                }
+            }
+            first += count;
+            out = rest;
+        }
     }
 
     /// All values as a tensor (out, in).
@@ -184,31 +217,35 @@ impl Nf4 {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use std::path::Path;
-
-    use super::*;
-
-    #[test]
-    fn values_are_those_of_bitsandbytes() {
-        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
-        let theirs = golden.join("nf4_model_outputs.safetensors");
-        let theirs = candle_core::safetensors::load(theirs, &Device::Cpu).unwrap();
-        let theirs: Vec<f32> = theirs["dequantised.layers.0.q_proj.weight"]
-            .flatten_all()
-            .unwrap()
-            .to_vec1()
-            .unwrap();
-        let weights = Weights::open(&golden.join("model_nf4")).unwrap();
-        let name = "model.layers.0.self_attn.q_proj.weight";
-        let nf4 = Nf4::load(&weights, name).unwrap().unwrap();
-        assert_eq!(nf4.shape, (64, 64));
-        let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-        assert_eq!(bits(&nf4.dequantise()), bits(&theirs));
-        let mut rows = vec![0.; 3 * 64];
-        nf4.dequantise_rows(5..8, &mut rows);
-        assert_eq!(bits(&rows), bits(&theirs[5 * 64..8 * 64]));
-        assert!(Nf4::load(&weights, "lm_head.weight").unwrap().is_none());
+impl QuantState {
+    /// The state of a weight, its shape and the type of its values.
+    fn read(weights: &Weights, name: &str) -> anyhow::Result<(Self, (usize, usize), Float)> {
+        let text = weights.raw(&format!("{name}{STATE}"))?;
+        let state: Self = serde_json::from_slice(text.bytes)
+            .with_context(|| format!("its `{STATE}` is damaged"))?;
+        ensure!(
+            state.quant_type == "nf4",
+            "its type is `{}`, expected `nf4`",
+            state.quant_type
+        );
+        ensure!(
+            state.blocksize == BLOCK,
+            "its blocks have {} values, expected {BLOCK}",
+            state.blocksize
+        );
+        let [rows, columns] = state.shape[..] else {
+            bail!("its shape is {:?}, expected two numbers", state.shape);
+        };
+        ensure!(
+            rows.checked_mul(columns)
+                .is_some_and(|count| count <= isize::MAX as usize / 4),
+            "its shape ({rows}, {columns}) is too large"
+        );
+        let float = Float::named(&state.dtype)
+            .with_context(|| format!("its dtype is `{}`, expected a float", state.dtype))?;
+        Ok((state, (rows, columns), float))
     }
 }
+
+#[cfg(test)]
+pub(super) mod tests;

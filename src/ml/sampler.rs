@@ -13,15 +13,10 @@ pub enum Sampling {
 
 /// The order of `count` rows in an epoch (from 0).
 pub fn order(sampling: Sampling, count: usize, seed: u64, epoch: u64) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..count).collect();
-    if sampling == Sampling::Random {
-        let mut rng = TorchRng::new(seed.wrapping_add(epoch));
-        for i in 0..count.saturating_sub(1) {
-            let z = rng.next_u32() as usize % (count - i);
-            order.swap(i, i + z);
-        }
+    match sampling {
+        Sampling::Random => TorchRng::new(seed.wrapping_add(epoch)).permutation(count),
+        Sampling::Sequential => (0..count).collect(),
     }
-    order
 }
 
 #[cfg(test)]

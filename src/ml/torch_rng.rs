@@ -1,10 +1,35 @@
 //! torch's random numbers on the CPU: the Mersenne twister MT19937 (Matsumoto and Nishimura 1998).
 
-/// The stream of `torch.Generator().manual_seed(seed)`.
-#[derive(Debug, Clone)]
+use anyhow::ensure;
+use serde::{Deserialize, Serialize};
+
+/// The stream of `torch.Generator().manual_seed(seed)`. Its state can be saved and taken up again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Saved")]
 pub struct TorchRng {
     state: Vec<u32>,
     next: usize,
+}
+
+/// A state that was read and is not checked yet.
+#[derive(Deserialize)]
+struct Saved {
+    state: Vec<u32>,
+    next: usize,
+}
+
+impl TryFrom<Saved> for TorchRng {
+    type Error = anyhow::Error;
+
+    fn try_from(saved: Saved) -> anyhow::Result<Self> {
+        let Saved { state, next } = saved;
+        ensure!(
+            state.len() == SIZE && next <= SIZE,
+            "a random generator's state has {} numbers, of which {next} are used, expected {SIZE}",
+            state.len()
+        );
+        Ok(Self { state, next })
+    }
 }
 
 const SIZE: usize = 624;
@@ -42,6 +67,32 @@ impl TorchRng {
         y ^= (y << 15) & 0xefc6_0000;
         y ^ (y >> 18)
     }
+
+    /// `count` numbers of `tensor.uniform_(low, high)` in f32. The last step is a fused multiply-add, as in torch's builds for
+    /// processors that have one; rounded twice, half of the numbers differ unless the width is a power of two.
+    pub fn uniform(&mut self, count: usize, low: f32, high: f32) -> Vec<f32> {
+        const UNIT: f32 = 1. / (1 << 24) as f32;
+        let width = high - low;
+        let draw = |_| ((self.next_u32() & 0x00ff_ffff) as f32 * UNIT).mul_add(width, low);
+        (0..count).map(draw).collect()
+    }
+
+    /// Drops `count` numbers.
+    pub fn skip(&mut self, count: usize) {
+        for _ in 0..count {
+            self.next_u32();
+        }
+    }
+
+    /// `torch.randperm(count)`, for fewer than 2^32 / 20 items.
+    pub fn permutation(&mut self, count: usize) -> Vec<usize> {
+        let mut order: Vec<usize> = (0..count).collect();
+        for place in 0..count.saturating_sub(1) {
+            let other = self.next_u32() as usize % (count - place);
+            order.swap(place, place + other);
+        }
+        order
+    }
 }
 
 #[cfg(test)]
@@ -53,9 +104,19 @@ mod tests {
         // The first number of the reference implementation for its seed 5489, and its ten-thousandth.
         let mut rng = TorchRng::new(5489);
         assert_eq!(rng.next_u32(), 3_499_211_612);
-        for _ in 0..9_998 {
-            rng.next_u32();
-        }
+        rng.skip(9_998);
         assert_eq!(rng.next_u32(), 4_123_659_995);
+    }
+
+    #[test]
+    fn a_saved_stream_goes_on() {
+        let mut rng = TorchRng::new(3407);
+        rng.skip(1000);
+        let saved = serde_json::to_string(&rng).unwrap();
+        let mut again: TorchRng = serde_json::from_str(&saved).unwrap();
+        assert_eq!(again.uniform(700, -1., 1.), rng.uniform(700, -1., 1.));
+        assert!(serde_json::from_str::<TorchRng>(r#"{"state": [1, 2], "next": 0}"#).is_err());
+        let late = saved.replace(r#""next":376"#, r#""next":625"#);
+        assert!(late != saved && serde_json::from_str::<TorchRng>(&late).is_err());
     }
 }

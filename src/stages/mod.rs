@@ -4,15 +4,20 @@
 
 pub mod apply_chat_template;
 pub mod artifacts;
+pub mod attach_lora;
+pub mod create_model;
 mod dataset_files;
 pub mod download_dataset;
 pub mod download_model;
+mod dtype;
+pub mod evaluate;
 mod from_hub;
 mod glob;
-pub mod evaluate;
 pub mod import_dataset;
 pub mod import_model;
+pub mod merge;
 mod model_files;
+pub mod quantize;
 pub mod split_dataset;
 pub mod tokenize;
 pub mod train_orpo;
@@ -33,11 +38,15 @@ pub const KINDS: &[Kind] = &[
     Kind::of::<import_dataset::ImportDataset>(),
     Kind::of::<import_model::ImportModel>(),
     Kind::of::<split_dataset::SplitDataset>(),
+    Kind::of::<create_model::CreateModel>(),
     Kind::of::<apply_chat_template::ApplyChatTemplate>(),
     Kind::of::<tokenize::Tokenize>(),
+    Kind::of::<quantize::Quantize>(),
+    Kind::of::<attach_lora::AttachLora>(),
     Kind::of::<train_sft::TrainSft>(),
     Kind::of::<train_orpo::TrainOrpo>(),
     Kind::of::<evaluate::Evaluate>(),
+    Kind::of::<merge::Merge>(),
 ];
 
 /// The kind called `name`.

@@ -1,70 +1,13 @@
 //! Moments in 8 bits: blocks of 256 values with one largest magnitude each, and a code into a table that is dense near 0
 //! (Dettmers, Lewis, Shleifer and Zettlemoyer 2022, "8-bit optimizers via block-wise quantization"; bitsandbytes' tables).
 
-use std::sync::LazyLock;
-
 use candle_core::{Device, Result, Tensor};
 use rayon::prelude::*;
 
+use crate::ml::dynamic_map::Table;
+
 /// Values that share a largest magnitude.
 pub(super) const BLOCK: usize = 256;
-
-/// A table of 256 values in rising order, and the midpoints between neighbours.
-struct Table {
-    values: Vec<f32>,
-    midpoints: Vec<f32>,
-    zero: u8,
-}
-
-static SIGNED: LazyLock<Table> = LazyLock::new(|| Table::new(true));
-static UNSIGNED: LazyLock<Table> = LazyLock::new(|| Table::new(false));
-
-impl Table {
-    /// For each power of ten from 1e-6 to 1: evenly spaced fractions, twice as many as for the power below.
-    fn new(signed: bool) -> Self {
-        let mut values = vec![0f32, 1.];
-        for power in 0..7i32 {
-            let count = (1usize << (power + i32::from(!signed))) + 1;
-            let step = (1f32 - 0.1) / (count - 1) as f32;
-            let edge = |i: usize| {
-                // torch's `linspace`: from both ends, each value rounded once (fused multiply-add).
-                if i < count / 2 {
-                    step.mul_add(i as f32, 0.1)
-                } else {
-                    (-step).mul_add((count - 1 - i) as f32, 1.)
-                }
-            };
-            for i in 0..count - 1 {
-                let middle = f32::midpoint(edge(i), edge(i + 1));
-                let value = (10f64.powi(power - 6) as f32) * middle;
-                values.push(value);
-                if signed {
-                    values.push(-value);
-                }
-            }
-        }
-        values.sort_by(f32::total_cmp);
-        let midpoints = values
-            .windows(2)
-            .map(|pair| f32::midpoint(pair[0], pair[1]))
-            .collect();
-        let zero = values.iter().position(|value| *value == 0.).unwrap_or(0) as u8;
-        Self {
-            values,
-            midpoints,
-            zero,
-        }
-    }
-
-    fn of(signed: bool) -> &'static Self {
-        if signed { &SIGNED } else { &UNSIGNED }
-    }
-
-    /// The code of the nearest value.
-    fn code(&self, x: f32) -> u8 {
-        self.midpoints.partition_point(|midpoint| *midpoint < x) as u8
-    }
-}
 
 /// A moment of one parameter.
 #[derive(Debug)]
@@ -152,25 +95,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tables_are_those_of_bitsandbytes() {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/nf4.safetensors");
-        let golden = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
-        for (name, signed) in [("signed", true), ("unsigned", false)] {
-            let theirs: Vec<f32> = golden[&format!("dynamic_map_{name}")].to_vec1().unwrap();
-            let ours = &Table::of(signed).values;
-            for (code, (ours, theirs)) in ours.iter().zip(&theirs).enumerate() {
-                assert_eq!(ours.to_bits(), theirs.to_bits(), "{name} {code}");
-            }
-            assert_eq!(theirs.len(), 256);
-        }
-    }
-
-    #[test]
     fn codes_are_the_nearest() {
-        let table = Table::of(true);
-        for (code, value) in table.values.iter().enumerate() {
-            assert_eq!(usize::from(table.code(*value)), code);
-        }
         let mut moment = Moment8::zero(300, true);
         let values: Vec<f32> = (0..300).map(|i| (i as f32 * 0.37).sin()).collect();
         let mut blocks: Vec<Block<'_>> = moment.blocks().collect();

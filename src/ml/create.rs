@@ -1,0 +1,260 @@
+//! A Llama with random weights, as transformers initialises one: normal for matrices, ones for norms.
+//!
+//! Every value depends only on the seed, the tensor's name and its place in it, so neither threads nor the order of tensors
+//! matter; and it is made from whole numbers, additions, multiplications, divisions and square roots, which every machine
+//! rounds alike, so neither do machines.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{Context as _, ensure};
+use rayon::prelude::*;
+use serde_json::json;
+
+use super::config::LlamaConfig;
+use super::float::Float;
+use super::folder::{self, CONFIG};
+use super::linear::mix;
+use super::lora_init::projections;
+use super::rewrite::{Index, Output, write_file};
+use super::weights::{Entry, SINGLE};
+
+/// Values that a thread takes at once; even, for they come in pairs.
+const SPAN: usize = 1 << 14;
+
+/// What a new model is made of beside its shape.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Settings {
+    /// The standard deviation of the matrices' values.
+    pub initializer_range: f64,
+    /// The type that they are stored in.
+    pub float: Float,
+    /// The seed.
+    pub seed: u64,
+    /// Above so many bytes, weights go into several files.
+    pub max_shard_size: u64,
+}
+
+/// Writes `config.json` and the weights. In memory at a time is one tensor. `progress` is told the bytes written so far, of all,
+/// and may stop. Returns the number of parameters.
+pub fn create(
+    config: &LlamaConfig,
+    settings: Settings,
+    out: &Path,
+    progress: &mut dyn FnMut(u64, u64) -> anyhow::Result<()>,
+) -> anyhow::Result<u64> {
+    let entries = entries(config, settings.float);
+    let size = |entry: &Entry| -> anyhow::Result<u64> { Ok(entry.size()? as u64) };
+    let mut total = 0u64;
+    for entry in &entries {
+        let sum = total.checked_add(size(entry)?);
+        total = sum.context("the model is too large")?;
+    }
+    write_config(config, settings, out)?;
+
+    // As in transformers: a file is closed when the next tensor would take it above the limit.
+    let mut files: Vec<Vec<Entry>> = vec![Vec::new()];
+    let mut filled = 0u64;
+    for entry in entries {
+        let size = size(&entry)?;
+        if filled > 0 && filled + size > settings.max_shard_size {
+            files.push(Vec::new());
+            filled = 0;
+        }
+        filled += size;
+        if let Some(last) = files.last_mut() {
+            last.push(entry);
+        }
+    }
+    let mut index = Index::default();
+    let mut done = 0;
+    let count = files.len();
+    for (number, entries) in files.into_iter().enumerate() {
+        let file = if count == 1 {
+            SINGLE.to_owned()
+        } else {
+            format!("model-{:05}-of-{count:05}.safetensors", number + 1)
+        };
+        let mut sizes = BTreeMap::new();
+        let mut outputs = Vec::new();
+        for entry in entries {
+            index.add(&entry, &file)?;
+            sizes.insert(entry.name.clone(), size(&entry)?);
+            let name = entry.name.clone();
+            let values = entry.shape.iter().product();
+            outputs.push(Output {
+                entry,
+                bytes: Box::new(move || Ok(Cow::Owned(tensor(&name, values, settings)))),
+            });
+        }
+        write_file(&out.join(file), outputs, &mut |name| {
+            done += sizes.get(name).copied().unwrap_or(0);
+            progress(done, total)
+        })?;
+    }
+    if count > 1 {
+        index.write(out)?;
+    }
+    Ok(total / settings.float.size() as u64)
+}
+
+/// All tensors, in the order of torch's modules.
+fn entries(config: &LlamaConfig, float: Float) -> Vec<Entry> {
+    let (vocabulary, hidden) = (config.vocab_size, config.hidden_size);
+    let matrix = |name: String, (rows, columns)| Entry::new(name, float.stored(), [rows, columns]);
+    let norm = |name: String| Entry::new(name, float.stored(), [hidden]);
+    let mut entries = vec![matrix(
+        "model.embed_tokens.weight".into(),
+        (vocabulary, hidden),
+    )];
+    for layer in 0..config.num_hidden_layers {
+        let path = format!("model.layers.{layer}");
+        for projection in projections(config) {
+            entries.push(matrix(
+                format!("{path}.{}.weight", projection.path),
+                projection.shape,
+            ));
+        }
+        entries.push(norm(format!("{path}.input_layernorm.weight")));
+        entries.push(norm(format!("{path}.post_attention_layernorm.weight")));
+    }
+    entries.push(norm("model.norm.weight".into()));
+    if !config.tie_word_embeddings {
+        entries.push(matrix("lm_head.weight".into(), (vocabulary, hidden)));
+    }
+    entries
+}
+
+fn tensor(name: &str, count: usize, settings: Settings) -> Vec<u8> {
+    let size = settings.float.size();
+    let mut bytes = vec![0; count * size];
+    let is_norm = name.ends_with("norm.weight");
+    let key = key(settings.seed, name);
+    bytes
+        .par_chunks_mut(SPAN * size)
+        .enumerate()
+        .for_each(|(span, bytes)| {
+            let mut values = vec![1f32; bytes.len() / size];
+            if !is_norm {
+                let first = (span * SPAN / 2) as u64;
+                for (pair, values) in (first..).zip(values.chunks_mut(2)) {
+                    let normal = normal_pair(key, pair);
+                    for (value, normal) in values.iter_mut().zip(normal) {
+                        *value = (normal * settings.initializer_range) as f32;
+                    }
+                }
+            }
+            settings.float.write(&values, bytes);
+        });
+    bytes
+}
+
+/// A tensor's own number: FNV-1a of its name, mixed with the seed.
+fn key(seed: u64, name: &str) -> u64 {
+    let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    });
+    let mut state = seed;
+    let mixed = mix(&mut state);
+    let mut state = mixed ^ hash;
+    mix(&mut state)
+}
+
+/// The pair number `pair` of standard normal values: Marsaglia's polar method (1964), with a random stream of its own.
+fn normal_pair(key: u64, pair: u64) -> [f64; 2] {
+    let mut counter = pair;
+    let mut state = key ^ mix(&mut counter);
+    let mut uniform = || {
+        let bits = mix(&mut state) >> 11;
+        bits as f64 * (2. / (1u64 << 53) as f64) - 1.
+    };
+    loop {
+        let (x, y) = (uniform(), uniform());
+        let square = x * x + y * y;
+        if square > 0. && square < 1. {
+            let factor = (-2. * ln(square) / square).sqrt();
+            return [x * factor, y * factor];
+        }
+    }
+}
+
+/// The natural logarithm of a normal number above 0, to about 1e-13. The standard library's is the platform's, whose last bits
+/// differ.
+fn ln(x: f64) -> f64 {
+    // x = m 2^e with m around 1, and ln m = 2 atanh((m - 1) / (m + 1)) by its series.
+    let bits = x.to_bits();
+    let mut exponent = (bits >> 52) as i64 - 1023;
+    let mut m = f64::from_bits((bits & ((1 << 52) - 1)) | (1023 << 52));
+    if m > std::f64::consts::SQRT_2 {
+        m /= 2.;
+        exponent += 1;
+    }
+    let z = (m - 1.) / (m + 1.);
+    let square = z * z;
+    let mut series = 0.;
+    for power in (0..9).rev() {
+        series = series * square + 1. / f64::from(2 * power + 1);
+    }
+    2. * z * series + exponent as f64 * std::f64::consts::LN_2
+}
+
+/// `config.json` in the spelling of transformers 4, which 5 reads too.
+fn write_config(config: &LlamaConfig, settings: Settings, out: &Path) -> anyhow::Result<()> {
+    let eos = match config.eos_token_ids[..] {
+        [] => json!(null),
+        [one] => json!(one),
+        _ => json!(config.eos_token_ids),
+    };
+    let scaling = config.rope_scaling.as_ref().map(|rope| {
+        json!({
+            "rope_type": "llama3",
+            "factor": rope.factor,
+            "low_freq_factor": rope.low_freq_factor,
+            "high_freq_factor": rope.high_freq_factor,
+            "original_max_position_embeddings": rope.original_max_position_embeddings,
+        })
+    });
+    let raw = json!({
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": false,
+        "attention_dropout": 0.0,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": eos,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": config.hidden_size,
+        "initializer_range": settings.initializer_range,
+        "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "mlp_bias": false,
+        "model_type": "llama",
+        "num_attention_heads": config.num_attention_heads,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_key_value_heads": config.num_key_value_heads,
+        "pad_token_id": config.pad_token_id,
+        "pretraining_tp": 1,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_scaling": scaling,
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "torch_dtype": settings.float.name(),
+        "use_cache": true,
+        "vocab_size": config.vocab_size,
+    });
+    let serde_json::Value::Object(raw) = raw else {
+        return Ok(());
+    };
+    folder::write_config(out, raw)?;
+    // What we write must be what we read, or the shape was never possible.
+    let read = LlamaConfig::read(out)?;
+    let expected = LlamaConfig {
+        dtype: Some(settings.float.dtype()),
+        ..config.clone()
+    };
+    ensure!(read == expected, "`{CONFIG}` would not describe the model");
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

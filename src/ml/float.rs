@@ -1,0 +1,160 @@
+//! The three kinds of numbers in which weights are stored, between little-endian bytes and f32.
+
+use candle_core::DType;
+use half::{bf16, f16};
+use safetensors::Dtype;
+
+/// A floating-point type that weights may be stored in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Float {
+    /// IEEE single precision.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// The upper half of single precision.
+    BF16,
+}
+
+impl Float {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::F32, Self::F16, Self::BF16];
+
+    /// The type under its name in safetensors; none for whole numbers and rarer types.
+    pub fn of(dtype: Dtype) -> Option<Self> {
+        Self::ALL.into_iter().find(|float| float.stored() == dtype)
+    }
+
+    /// The type under torch's name (`bfloat16`).
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|float| float.name() == name)
+    }
+
+    /// The type under candle's name.
+    pub fn of_candle(dtype: DType) -> Option<Self> {
+        Self::ALL.into_iter().find(|float| float.dtype() == dtype)
+    }
+
+    /// torch's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "float32",
+            Self::F16 => "float16",
+            Self::BF16 => "bfloat16",
+        }
+    }
+
+    /// safetensors' name.
+    pub fn stored(self) -> Dtype {
+        match self {
+            Self::F32 => Dtype::F32,
+            Self::F16 => Dtype::F16,
+            Self::BF16 => Dtype::BF16,
+        }
+    }
+
+    /// candle's name.
+    pub fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::F16 => DType::F16,
+            Self::BF16 => DType::BF16,
+        }
+    }
+
+    /// Bytes of one value.
+    pub fn size(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::BF16 => 2,
+        }
+    }
+
+    /// The nearest value of this type, ties to even.
+    pub fn round(self, value: f32) -> f32 {
+        match self {
+            Self::F32 => value,
+            Self::F16 => f16::from_f32(value).to_f32(),
+            Self::BF16 => bf16::from_f32(value).to_f32(),
+        }
+    }
+
+    /// Bytes to values, as many as both sides have room for.
+    pub fn read(self, bytes: &[u8], out: &mut [f32]) {
+        let pairs = bytes
+            .as_chunks::<2>()
+            .0
+            .iter()
+            .map(|b| u16::from_le_bytes(*b));
+        match self {
+            Self::F32 => {
+                let values = bytes.as_chunks::<4>().0.iter();
+                for (out, bytes) in out.iter_mut().zip(values) {
+                    *out = f32::from_le_bytes(*bytes);
+                }
+            }
+            Self::F16 => {
+                for (out, bits) in out.iter_mut().zip(pairs) {
+                    *out = f16::from_bits(bits).to_f32();
+                }
+            }
+            Self::BF16 => {
+                for (out, bits) in out.iter_mut().zip(pairs) {
+                    *out = f32::from_bits(u32::from(bits) << 16);
+                }
+            }
+        }
+    }
+
+    /// Values to bytes, rounded to the nearest with ties to even; as many as both sides have room for.
+    pub fn write(self, values: &[f32], out: &mut [u8]) {
+        match self {
+            Self::F32 => {
+                for (out, value) in out.as_chunks_mut::<4>().0.iter_mut().zip(values) {
+                    *out = value.to_le_bytes();
+                }
+            }
+            Self::F16 => {
+                for (out, value) in out.as_chunks_mut::<2>().0.iter_mut().zip(values) {
+                    *out = f16::from_f32(*value).to_le_bytes();
+                }
+            }
+            Self::BF16 => {
+                for (out, value) in out.as_chunks_mut::<2>().0.iter_mut().zip(values) {
+                    *out = bf16::from_f32(*value).to_le_bytes();
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn bytes_and_values_agree(values in prop::collection::vec(-1e4f32..1e4, 0..40)) {
+            for float in Float::ALL {
+                let mut bytes = vec![0; values.len() * float.size()];
+                float.write(&values, &mut bytes);
+                let mut read = vec![0.; values.len()];
+                float.read(&bytes, &mut read);
+                for (read, value) in read.iter().zip(&values) {
+                    prop_assert_eq!(read.to_bits(), float.round(*value).to_bits());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn names_lead_back() {
+        for float in Float::ALL {
+            assert_eq!(Float::named(float.name()), Some(float));
+            assert_eq!(Float::of(float.stored()), Some(float));
+            assert_eq!(Float::of_candle(float.dtype()), Some(float));
+        }
+        assert_eq!(Float::of(Dtype::U8), None);
+    }
+}

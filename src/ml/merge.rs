@@ -1,0 +1,411 @@
+//! A model with its adapter added into the weights: W + s B A (Hu et al. 2021, arXiv 2106.09685, section 4.1).
+
+use std::borrow::Cow;
+use std::cell::RefCell;
+use std::path::Path;
+
+use anyhow::{Context as _, ensure};
+use candle_core::{DType, Tensor};
+use rayon::prelude::*;
+
+use super::adapter::{Adapter, LoraPair};
+use super::config::LlamaConfig;
+use super::float::Float;
+use super::folder::{self, CONFIG};
+use super::nf4::{Nf4, PARTS};
+use super::rewrite::{Output, rewrite};
+use super::weights::{Entry, Weights};
+
+/// Values that a thread takes at once.
+const SPAN: usize = 1 << 14;
+
+/// What was done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Report {
+    /// Weights that the adapter changed.
+    pub merged: usize,
+    /// 4-bit weights that are dense now.
+    pub dequantised: usize,
+    /// Bytes of all tensors of the result.
+    pub bytes: u64,
+}
+
+/// Merges `adapter` into the model in `source` and writes the folder `out`: the same files, with the same types. Sums are made
+/// in f32 and rounded once. All that is in memory at a time is one tensor and its sum.
+///
+/// The weights of a 4-bit model become dense, in the type that they were quantised from, and `quantization_config` goes: what
+/// Unsloth calls `merged_16bit`. `progress` is told the weights' bytes used so far, of all that there are, and may stop.
+pub fn merge(
+    source: &Path,
+    adapter: &Adapter,
+    out: &Path,
+    progress: &mut dyn FnMut(u64, u64) -> anyhow::Result<()>,
+) -> anyhow::Result<Report> {
+    let config = LlamaConfig::read(source)?;
+    let weights = Weights::open(source)?;
+    check(adapter, &weights)?;
+    let total = weights.bytes();
+    let progress = RefCell::new((0u64, progress));
+    let mut report = Report {
+        merged: adapter.tensors.len(),
+        dequantised: 0,
+        bytes: 0,
+    };
+    let scaling = adapter.config.scaling();
+    let outputs = |name: &str| -> anyhow::Result<Vec<Output<'_>>> {
+        if is_part(&weights, name) {
+            return Ok(Vec::new());
+        }
+        let pair = name
+            .strip_suffix(".weight")
+            .and_then(|path| adapter.tensors.get(path));
+        let weights = &weights;
+        let owned = name.to_owned();
+        if let Some(((rows, columns), float)) = Nf4::shape_of(weights, name)? {
+            report.dequantised += 1;
+            return Ok(vec![Output {
+                entry: Entry::new(name, float.stored(), [rows, columns]),
+                bytes: Box::new(move || {
+                    let nf4 = Nf4::load(weights, &owned)?;
+                    let values = nf4
+                        .with_context(|| format!("`{owned}` is not 4-bit"))?
+                        .dequantise();
+                    Ok(Cow::Owned(sum(values, pair, scaling, float)?))
+                }),
+            }]);
+        }
+        let Some(pair) = pair else {
+            return Ok(vec![Output::same(weights, name)?]);
+        };
+        let raw = weights.raw(name)?;
+        let float = float_of(name, raw.dtype)?;
+        Ok(vec![Output {
+            entry: Entry::new(name, raw.dtype, raw.shape),
+            bytes: Box::new(move || {
+                let mut values = vec![0.; raw.bytes.len() / float.size()];
+                let spans = values
+                    .par_chunks_mut(SPAN)
+                    .zip(raw.bytes.par_chunks(SPAN * float.size()));
+                spans.for_each(|(values, bytes)| float.read(bytes, values));
+                Ok(Cow::Owned(sum(values, Some(pair), scaling, float)?))
+            }),
+        }])
+    };
+    let mut written = |name: &str| {
+        let (done, progress) = &mut *progress.borrow_mut();
+        *done += weights.raw(name).map_or(0, |raw| raw.bytes.len() as u64);
+        for part in PARTS {
+            let part = weights.raw(&format!("{name}{part}"));
+            *done += part.map_or(0, |raw| raw.bytes.len() as u64);
+        }
+        progress(*done, total)
+    };
+    rewrite(&weights, out, outputs, &mut written)?;
+    report.bytes = Weights::open(out)?.bytes();
+
+    if config.quantization.is_none() {
+        folder::carry(source, out, &[])?;
+    } else {
+        folder::carry(source, out, &[CONFIG])?;
+        let mut raw = folder::config(source)?;
+        raw.remove("quantization_config");
+        folder::write_config(out, raw)?;
+    }
+    Ok(report)
+}
+
+/// Whether a tensor belongs to a 4-bit weight.
+fn is_part(weights: &Weights, name: &str) -> bool {
+    PARTS.iter().any(|part| {
+        name.strip_suffix(part)
+            .is_some_and(|owner| weights.contains(owner))
+    })
+}
+
+fn float_of(name: &str, dtype: safetensors::Dtype) -> anyhow::Result<Float> {
+    let float = Float::of(dtype);
+    float.with_context(|| {
+        format!("the tensor `{name}` is stored as {dtype:?}, expected F32, F16 or BF16")
+    })
+}
+
+/// Every pair of the adapter must have a weight of its shape in the model.
+fn check(adapter: &Adapter, weights: &Weights) -> anyhow::Result<()> {
+    for (path, pair) in &adapter.tensors {
+        let name = format!("{path}.weight");
+        ensure!(
+            weights.contains(&name),
+            "the adapter changes `{path}`, which the model does not have; was it trained for another model?"
+        );
+        let shape = if let Some(((rows, columns), _)) = Nf4::shape_of(weights, &name)? {
+            vec![rows, columns]
+        } else {
+            let raw = weights.raw(&name)?;
+            float_of(&name, raw.dtype)?;
+            raw.shape.to_vec()
+        };
+        let fits = matches!(
+            (pair.b.dims(), pair.a.dims(), &shape[..]),
+            ([out, r], [rank, input], [rows, columns]) if out == rows && input == columns && r == rank
+        );
+        ensure!(
+            fits,
+            "the adapter's matrices for `{path}` have the shapes {:?} and {:?}, but the model's weight has {shape:?}; was it \
+             trained for another model?",
+            pair.b.dims(),
+            pair.a.dims()
+        );
+    }
+    Ok(())
+}
+
+/// The bytes of W + s B A.
+fn sum(
+    mut values: Vec<f32>,
+    pair: Option<&LoraPair>,
+    scaling: f64,
+    float: Float,
+) -> anyhow::Result<Vec<u8>> {
+    let mut bytes = vec![0; values.len() * float.size()];
+    if let Some(LoraPair { a, b }) = pair {
+        let (a, b) = (a.to_dtype(DType::F32)?, b.to_dtype(DType::F32)?);
+        let delta: Tensor = b.matmul(&a)?;
+        let delta = delta.flatten_all()?.to_vec1::<f32>()?;
+        ensure!(
+            delta.len() == values.len(),
+            "the sum's sides differ in size"
+        );
+        let scaling = scaling as f32;
+        let spans = values.par_chunks_mut(SPAN).zip(delta.par_chunks(SPAN));
+        spans.for_each(|(values, delta)| {
+            for (value, delta) in values.iter_mut().zip(delta) {
+                *value += delta * scaling;
+            }
+        });
+    }
+    let spans = values
+        .par_chunks(SPAN)
+        .zip(bytes.par_chunks_mut(SPAN * float.size()));
+    let finite = spans.map(|(values, bytes)| {
+        float.write(values, bytes);
+        values.iter().all(|value| float.round(*value).is_finite())
+    });
+    let finite = finite.reduce(|| true, |a, b| a && b);
+    ensure!(
+        finite,
+        "a NaN or infinity comes out in {}; the adapter may have diverged in its training",
+        float.name()
+    );
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::fs;
+
+    use candle_core::Device;
+
+    use super::*;
+    use crate::ml::golden;
+    use crate::ml::weights::save;
+
+    #[expect(clippy::unnecessary_wraps, reason = "the type of a progress callback")]
+    fn ignore(_: u64, _: u64) -> anyhow::Result<()> {
+        Ok(())
+    }
+
+    fn final_adapter() -> Adapter {
+        Adapter::load(&golden::folder("adapter_final")).unwrap()
+    }
+
+    fn values(weights: &Weights, name: &str) -> Vec<f32> {
+        let tensor = weights.tensor(name, &Device::Cpu).unwrap();
+        tensor
+            .to_dtype(DType::F32)
+            .unwrap()
+            .flatten_all()
+            .unwrap()
+            .to_vec1()
+            .unwrap()
+    }
+
+    fn far(a: &[f32], b: &[f32]) -> f32 {
+        assert_eq!(a.len(), b.len());
+        a.iter()
+            .zip(b)
+            .fold(0., |most, (a, b)| most.max((a - b).abs()))
+    }
+
+    #[test]
+    fn the_merged_model_is_that_of_peft() {
+        let out = tempfile::tempdir().unwrap();
+        let source = golden::folder("model");
+        let mut last = (0, 0);
+        let mut progress = |done, total| {
+            last = (done, total);
+            Ok(())
+        };
+        let report = merge(&source, &final_adapter(), out.path(), &mut progress).unwrap();
+        assert_eq!((report.merged, report.dequantised), (21, 0));
+        assert_eq!(last, (1_115_904, 1_115_904));
+        let ours = Weights::open(out.path()).unwrap();
+        let theirs = Weights::open_file(&golden::folder("merged_model.safetensors")).unwrap();
+        assert_eq!(ours.names(), theirs.names());
+        for name in ours.names() {
+            let far = far(&values(&ours, name), &values(&theirs, name));
+            assert!(far < 1e-6, "{name} {far}");
+        }
+        // The header is theirs byte for byte; all other files are the base's.
+        let head = |path: &Path| fs::read(path).unwrap()[..3096].to_vec();
+        assert!(
+            head(&out.path().join("model.safetensors"))
+                == head(&golden::folder("merged_model.safetensors"))
+        );
+        for entry in fs::read_dir(&source).unwrap() {
+            let name = entry.unwrap().file_name();
+            if name != "model.safetensors" {
+                let read = |folder: &Path| fs::read(folder.join(&name)).unwrap();
+                assert!(read(&source) == read(out.path()), "{}", name.display());
+            }
+        }
+    }
+
+    #[test]
+    fn a_4_bit_base_becomes_dense() {
+        let out = tempfile::tempdir().unwrap();
+        let source = golden::folder("model_nf4");
+        let mut last = (0, 0);
+        let mut progress = |done, total| {
+            last = (done, total);
+            Ok(())
+        };
+        let report = merge(&source, &final_adapter(), out.path(), &mut progress).unwrap();
+        assert_eq!((report.dequantised, report.bytes), (21, 1_115_904));
+        assert_eq!(last.0, last.1);
+        let ours = Weights::open(out.path()).unwrap();
+        let theirs = golden::tensors("nf4_model_outputs.safetensors");
+        let theirs = theirs["dequant_merged.layers.0.q_proj.weight"]
+            .flatten_all()
+            .unwrap();
+        let ours_q = values(&ours, "model.layers.0.self_attn.q_proj.weight");
+        assert!(far(&ours_q, &theirs.to_vec1().unwrap()) < 1e-6);
+        let dense = Weights::open(&golden::folder("model")).unwrap();
+        assert_eq!(ours.names(), dense.names());
+        let config = LlamaConfig::read(out.path()).unwrap();
+        assert_eq!(config.quantization, None);
+        assert_eq!(config, LlamaConfig::read(&golden::folder("model")).unwrap());
+    }
+
+    #[test]
+    fn rank_stabilised_scaling_is_that_of_peft() {
+        let out = tempfile::tempdir().unwrap();
+        let mut adapter = Adapter::load(&golden::folder("adapter_init")).unwrap();
+        adapter.config.use_rslora = true;
+        merge(&golden::folder("model"), &adapter, out.path(), &mut ignore).unwrap();
+        let name = "model.layers.0.self_attn.q_proj.weight";
+        let ours = values(&Weights::open(out.path()).unwrap(), name);
+        let base = values(&Weights::open(&golden::folder("model")).unwrap(), name);
+        let delta: Vec<f32> = ours.iter().zip(&base).map(|(a, b)| a - b).collect();
+        let theirs = golden::tensors("rslora_delta.safetensors");
+        let theirs = theirs["layers.0.self_attn.q_proj.delta"]
+            .flatten_all()
+            .unwrap();
+        assert!(far(&delta, &theirs.to_vec1().unwrap()) < 1e-6);
+    }
+
+    #[test]
+    fn an_untrained_adapter_changes_no_byte() {
+        let out = tempfile::tempdir().unwrap();
+        let mut adapter = final_adapter();
+        for pair in adapter.tensors.values_mut() {
+            pair.b = pair.b.zeros_like().unwrap();
+        }
+        let source = golden::folder("model");
+        merge(&source, &adapter, out.path(), &mut ignore).unwrap();
+        let read = |folder: &Path| fs::read(folder.join("model.safetensors")).unwrap();
+        assert!(read(&source) == read(out.path()));
+    }
+
+    #[test]
+    fn what_does_not_fit_is_told() {
+        let out = tempfile::tempdir().unwrap();
+        let source = golden::folder("model");
+        let fails = |adapter: &Adapter| {
+            let error = merge(&source, adapter, out.path(), &mut ignore).unwrap_err();
+            format!("{error:#}")
+        };
+        let mut deep = final_adapter();
+        let pair = deep.tensors["model.layers.2.mlp.up_proj"].clone();
+        deep.tensors
+            .insert("model.layers.3.mlp.up_proj".into(), pair.clone());
+        assert!(fails(&deep).contains("`model.layers.3.mlp.up_proj`"));
+        let mut wide = final_adapter();
+        wide.tensors
+            .insert("model.layers.2.mlp.down_proj".into(), pair);
+        assert!(fails(&wide).contains("another model"));
+
+        let path = "model.layers.0.self_attn.q_proj";
+        let mut wild = final_adapter();
+        let pair = wild.tensors.get_mut(path).unwrap();
+        pair.b = (pair.b.ones_like().unwrap() * f64::from(f32::MAX)).unwrap();
+        let error = fails(&wild);
+        assert!(
+            error.contains("q_proj.weight") && error.contains("NaN or infinity"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn half_precision_is_rounded_once_and_overflow_noticed() {
+        let pair = LoraPair {
+            a: Tensor::new(&[[1f32, 2.]], &Device::Cpu).unwrap(),
+            b: Tensor::new(&[[0.001f32], [3.]], &Device::Cpu).unwrap(),
+        };
+        let values = vec![1f32, 2., 3., 4.];
+        let bytes = sum(values.clone(), Some(&pair), 0.5, Float::BF16).unwrap();
+        let mut read = [0.; 4];
+        Float::BF16.read(&bytes, &mut read);
+        let exact = [1.0005, 2.001, 4.5, 7.].map(|x| Float::BF16.round(x));
+        assert_eq!(read.map(f32::to_bits), exact.map(f32::to_bits));
+        let large = LoraPair {
+            b: (&pair.b * 1e5).unwrap(),
+            ..pair
+        };
+        assert!(sum(values.clone(), Some(&large), 0.5, Float::F32).is_ok());
+        assert!(sum(values, Some(&large), 0.5, Float::F16).is_err());
+    }
+
+    #[test]
+    fn a_folder_s_own_adapter_of_another_dtype_is_taken() {
+        // PEFT saves adapters of 16-bit models in f32; others may not.
+        let folder = tempfile::tempdir().unwrap();
+        let out = tempfile::tempdir().unwrap();
+        let theirs = golden::folder("adapter_final");
+        let tensors = golden::tensors("adapter_final/adapter_model.safetensors");
+        let half = tensors
+            .into_iter()
+            .map(|(name, tensor)| (name, tensor.to_dtype(DType::BF16).unwrap()));
+        save(
+            &folder.path().join("adapter_model.safetensors"),
+            &half.collect::<BTreeMap<_, _>>(),
+            &[],
+        )
+        .unwrap();
+        fs::copy(
+            theirs.join("adapter_config.json"),
+            folder.path().join("adapter_config.json"),
+        )
+        .unwrap();
+        let adapter = Adapter::load(folder.path()).unwrap();
+        merge(&golden::folder("model"), &adapter, out.path(), &mut ignore).unwrap();
+        let ours = Weights::open(out.path()).unwrap();
+        let exact = Weights::open_file(&golden::folder("merged_model.safetensors")).unwrap();
+        for name in ours.names() {
+            assert!(
+                far(&values(&ours, name), &values(&exact, name)) < 1e-2,
+                "{name}"
+            );
+        }
+    }
+}

@@ -1,0 +1,323 @@
+//! From weights to NF4, with the bits of bitsandbytes.
+//!
+//! In double quantisation its devices differ, and we take the exact way. The 8-bit codes of the magnitudes are the *nearest* of
+//! the table, as on CUDA; on a CPU, bitsandbytes 0.50 looks them up in a coarse grid, and about one code in 200 is a neighbour
+//! of the nearest. The mean of the magnitudes is rounded once; torch's has a last bit that depends on the order of its sum.
+//! The tests put the CPU's ways in their place, and then meet its files byte for byte.
+
+use std::fmt::Write as _;
+
+use anyhow::{Context as _, ensure};
+use rayon::prelude::*;
+use safetensors::Dtype;
+use serde_json::json;
+
+use super::{BLOCK, CODE};
+use crate::ml::dynamic_map::Table;
+use crate::ml::float::Float;
+use crate::ml::weights::Entry;
+
+/// Magnitudes that share a largest one, when they are quantised too.
+pub(super) const NESTED_BLOCK: usize = 256;
+/// Blocks that a thread takes at once.
+const SPAN: usize = 256;
+
+/// Between neighbouring values; the last one is never passed.
+const MIDPOINTS: [f32; 16] = midpoints();
+/// The range -1 to 1 in equal cells narrower than any two midpoints are apart: the code at each cell's start.
+const CELLS: usize = 64;
+const START: [u8; CELLS + 1] = starts();
+
+const fn midpoints() -> [f32; 16] {
+    let mut midpoints = [f32::INFINITY; 16];
+    let mut code = 0;
+    while code < 15 {
+        midpoints[code] = f32::midpoint(CODE[code], CODE[code + 1]);
+        code += 1;
+    }
+    midpoints
+}
+
+const fn starts() -> [u8; CELLS + 1] {
+    let mut starts = [0; CELLS + 1];
+    let mut cell = 0;
+    while cell <= CELLS {
+        // A little below the edge, for what rounding puts into this cell.
+        let edge = cell as f32 * (2. / CELLS as f32) - 1. - 1e-4;
+        let mut code = 0;
+        while MIDPOINTS[code as usize] < edge {
+            code += 1;
+        }
+        starts[cell] = code;
+        cell += 1;
+    }
+    starts
+}
+
+/// The number of midpoints below `t`, which lies in -1 to 1: the nearest code, halfway the lower one.
+fn code(t: f32) -> u8 {
+    let cell = ((t + 1.) * (CELLS as f32 / 2.)) as usize;
+    let start = START[cell.min(CELLS)];
+    // At most one midpoint lies in a cell.
+    start + u8::from(t > MIDPOINTS[usize::from(start)])
+}
+
+/// The largest magnitude of each block. NaN and infinity have no code and are errors.
+pub fn block_absmax(float: Float, bytes: &[u8]) -> anyhow::Result<Vec<f32>> {
+    let size = float.size();
+    let blocks = bytes.par_chunks(BLOCK * SPAN * size);
+    let absmax: Vec<f32> = blocks
+        .flat_map_iter(|span| {
+            span.chunks(BLOCK * size).map(move |block| {
+                let mut values = [0f32; BLOCK];
+                float.read(block, &mut values);
+                largest(&values)
+            })
+        })
+        .collect();
+    if let Some(block) = absmax.iter().position(|x| !x.is_finite()) {
+        let first = block * BLOCK;
+        ensure!(
+            false,
+            "a NaN or infinity is among the values from {first} to {}, and nf4 can't store it",
+            first + BLOCK - 1
+        );
+    }
+    Ok(absmax)
+}
+
+/// Two codes a byte. An odd last value is followed by the code of 0.
+pub fn pack(float: Float, bytes: &[u8]) -> Vec<u8> {
+    let size = float.size();
+    let mut packed = vec![0; (bytes.len() / size).div_ceil(2)];
+    let spans = packed.par_chunks_mut(BLOCK / 2 * SPAN);
+    spans
+        .zip(bytes.par_chunks(BLOCK * SPAN * size))
+        .for_each(|(packed, bytes)| {
+            let blocks = packed.chunks_mut(BLOCK / 2).zip(bytes.chunks(BLOCK * size));
+            for (packed, bytes) in blocks {
+                let mut values = [0f32; BLOCK];
+                float.read(bytes, &mut values);
+                let absmax = largest(&values).max(1e-38);
+                if bytes.len() == BLOCK * size {
+                    let inverse = 1. / absmax;
+                    for value in &mut values {
+                        *value = (*value * inverse).clamp(-1., 1.);
+                    }
+                } else {
+                    // Only a ragged last block is divided, as on bitsandbytes' CPU path.
+                    for value in &mut values {
+                        *value = (*value / absmax).clamp(-1., 1.);
+                    }
+                }
+                for (byte, pair) in packed.iter_mut().zip(values.as_chunks::<2>().0) {
+                    *byte = code(pair[0]) << 4 | code(pair[1]);
+                }
+            }
+        });
+    packed
+}
+
+/// The largest magnitude. As bits, a larger magnitude is a larger whole number, with infinity and NaN above all.
+fn largest(values: &[f32]) -> f32 {
+    let bits = values.iter().map(|x| x.to_bits() & 0x7fff_ffff);
+    f32::from_bits(bits.max().unwrap_or(0))
+}
+
+/// How the magnitudes of a weight are stored.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Magnitudes {
+    /// As they are.
+    Plain(Vec<f32>),
+    /// In 8 bits with magnitudes of their own, after their mean is taken away.
+    Nested {
+        /// The code of each magnitude.
+        codes: Vec<u8>,
+        /// The largest of each 256 of them.
+        absmax: Vec<f32>,
+        /// Their mean.
+        offset: f32,
+    },
+}
+
+impl Magnitudes {
+    /// Double quantisation, with the nearest codes.
+    pub fn nested(absmax: &[f32]) -> Self {
+        let table = Table::of(true);
+        Self::nested_by(absmax, mean(absmax), |x| table.code(x))
+    }
+
+    /// Double quantisation with the mean given, and a choice of the code for a value in -1 to 1.
+    pub(in crate::ml) fn nested_by(absmax: &[f32], offset: f32, code: impl Fn(f32) -> u8) -> Self {
+        let mut codes = Vec::with_capacity(absmax.len());
+        let mut largest = Vec::with_capacity(absmax.len().div_ceil(NESTED_BLOCK));
+        for block in absmax.chunks(NESTED_BLOCK) {
+            let above = block.iter().map(|x| x - offset);
+            let most = above.clone().fold(0f32, |most, x| most.max(x.abs()));
+            let inverse = 1. / most.max(f32::MIN_POSITIVE);
+            codes.extend(above.map(|x| code(x * inverse)));
+            largest.push(most);
+        }
+        Self::Nested {
+            codes,
+            absmax: largest,
+            offset,
+        }
+    }
+}
+
+/// The mean, rounded once. torch sums in f32, in an order that depends on the device, so its last bit may differ.
+fn mean(values: &[f32]) -> f32 {
+    let sum: f64 = values.iter().map(|x| f64::from(*x)).sum();
+    (sum / values.len().max(1) as f64) as f32
+}
+
+/// One tensor of a quantised weight.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Part {
+    /// Where it belongs.
+    pub entry: Entry,
+    /// Its values; none for the packed codes, which are made by [`pack`] when they are written.
+    pub bytes: Option<Vec<u8>>,
+}
+
+/// The tensors that the weight `name` of a shape (out, in) becomes.
+pub fn parts(
+    name: &str,
+    float: Float,
+    shape: (usize, usize),
+    magnitudes: &Magnitudes,
+) -> anyhow::Result<Vec<Part>> {
+    let (rows, columns) = shape;
+    let count = rows
+        .checked_mul(columns)
+        .context("its shape is too large")?;
+    let part = |suffix: &str, dtype: Dtype, bytes: Vec<u8>| {
+        let count = bytes.len() * 8 / dtype.bitsize();
+        Part {
+            entry: Entry::new(format!("{name}{suffix}"), dtype, [count]),
+            bytes: Some(bytes),
+        }
+    };
+    let floats = |values: &[f32]| {
+        values
+            .iter()
+            .flat_map(|x| x.to_le_bytes())
+            .collect::<Vec<u8>>()
+    };
+    let mut state = format!(
+        "{{\"quant_type\": \"nf4\", \"blocksize\": {BLOCK}, \"dtype\": \"{}\", \"shape\": [{rows}, {columns}]",
+        float.name()
+    );
+    let mut parts = vec![
+        Part {
+            entry: Entry::new(name, Dtype::U8, [count.div_ceil(2), 1]),
+            bytes: None,
+        },
+        part(".quant_map", Dtype::F32, floats(&CODE)),
+    ];
+    match magnitudes {
+        Magnitudes::Plain(absmax) => parts.push(part(".absmax", Dtype::F32, floats(absmax))),
+        Magnitudes::Nested {
+            codes,
+            absmax,
+            offset,
+        } => {
+            let map = &Table::of(true).values;
+            parts.push(part(".absmax", Dtype::U8, codes.clone()));
+            parts.push(part(".nested_absmax", Dtype::F32, floats(absmax)));
+            parts.push(part(".nested_quant_map", Dtype::F32, floats(map)));
+            let offset = python_float(f64::from(*offset));
+            // Writing to a string never fails.
+            let _ = write!(
+                state,
+                ", \"nested_blocksize\": {NESTED_BLOCK}, \"nested_dtype\": \"float32\", \"nested_offset\": {offset}"
+            );
+        }
+    }
+    state.push('}');
+    parts.push(part(super::STATE, Dtype::U8, state.into_bytes()));
+    Ok(parts)
+}
+
+/// A number as Python's `repr` writes it: the fewest digits that lead back, with an exponent only far from 1.
+fn python_float(x: f64) -> String {
+    let magnitude = x.abs();
+    if magnitude != 0. && !(1e-4..1e16).contains(&magnitude) {
+        let text = format!("{x:e}");
+        if let Some((digits, exponent)) = text.split_once('e') {
+            let (sign, exponent) = match exponent.strip_prefix('-') {
+                Some(exponent) => ('-', exponent),
+                None => ('+', exponent),
+            };
+            return format!("{digits}e{sign}{exponent:0>2}");
+        }
+    }
+    json!(x).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn by_search(t: f32) -> u8 {
+        MIDPOINTS.iter().filter(|midpoint| **midpoint < t).count() as u8
+    }
+
+    #[test]
+    fn cells_lead_to_the_code_that_a_search_finds() {
+        for midpoint in MIDPOINTS.iter().chain(&CODE).filter(|x| x.is_finite()) {
+            for t in [midpoint.next_down(), *midpoint, midpoint.next_up()] {
+                let t = t.clamp(-1., 1.);
+                assert_eq!(code(t), by_search(t), "{t}");
+            }
+        }
+        for cell in 0..=CELLS * 1000 {
+            let t = cell as f32 / (CELLS * 500) as f32 - 1.;
+            for t in [t.next_down(), t, t.next_up()] {
+                let t = t.clamp(-1., 1.);
+                assert_eq!(code(t), by_search(t), "{t}");
+            }
+        }
+    }
+
+    #[test]
+    fn numbers_are_written_as_python_does() {
+        for (number, text) in [
+            (0.306_928_038_597_106_93, "0.30692803859710693"),
+            (1., "1.0"),
+            (0., "0.0"),
+            (1e-4, "0.0001"),
+            (1.5e-5, "1.5e-05"),
+            (-3e-7, "-3e-07"),
+            (1e16, "1e+16"),
+            (2.5e-101, "2.5e-101"),
+            (123_456.75, "123456.75"),
+        ] {
+            assert_eq!(python_float(number), text);
+        }
+    }
+
+    #[test]
+    fn what_has_no_code_is_refused() {
+        let mut values = vec![1f32; 200];
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            values[130] = bad;
+            let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+            let error = block_absmax(Float::F32, &bytes).unwrap_err();
+            assert!(error.to_string().contains("from 128 to 191"), "{error}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_value_has_the_nearest_code(t in -1f32..=1.) {
+            prop_assert_eq!(code(t), by_search(t));
+            let far = |code: u8| (CODE[usize::from(code)] - t).abs();
+            let nearest = (0..16u8).map(far).fold(f32::MAX, f32::min);
+            prop_assert!(far(code(t)) <= nearest + 1e-6);
+        }
+    }
+}

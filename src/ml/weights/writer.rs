@@ -1,0 +1,208 @@
+//! Writing safetensors files tensor by tensor, with the bytes that the safetensors library itself would make.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{BufWriter, Write as _};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, anyhow, ensure};
+use candle_core::{DType, Tensor};
+use half::{bf16, f16};
+use safetensors::Dtype;
+use serde_json::json;
+
+/// A tensor that will be written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// Its name.
+    pub name: String,
+    /// The type of its values.
+    pub dtype: Dtype,
+    /// Its shape.
+    pub shape: Vec<usize>,
+}
+
+impl Entry {
+    /// A tensor's name, type and shape.
+    pub fn new(name: impl Into<String>, dtype: Dtype, shape: impl Into<Vec<usize>>) -> Self {
+        Self {
+            name: name.into(),
+            dtype,
+            shape: shape.into(),
+        }
+    }
+
+    /// The number of its bytes.
+    pub fn size(&self) -> anyhow::Result<usize> {
+        let count = self
+            .shape
+            .iter()
+            .try_fold(1usize, |count, side| count.checked_mul(*side));
+        let bits = count.and_then(|count| count.checked_mul(self.dtype.bitsize()));
+        let bits = bits.with_context(|| format!("the tensor `{}` is too large", self.name))?;
+        ensure!(
+            bits.is_multiple_of(8),
+            "the tensor `{}` ends within a byte",
+            self.name
+        );
+        Ok(bits / 8)
+    }
+}
+
+/// A safetensors file that is being written. All tensors are declared first; then their bytes follow in the file's order.
+#[derive(Debug)]
+pub struct Writer {
+    path: PathBuf,
+    file: BufWriter<File>,
+    entries: Vec<Entry>,
+    next: usize,
+}
+
+impl Writer {
+    /// Starts a file with the header for `entries` and torch's note of the format. The order of the tensors is the
+    /// library's: wide types first, so that all are aligned, then by name. It is found in [`Writer::order`].
+    pub fn create(path: &Path, entries: Vec<Entry>) -> anyhow::Result<Self> {
+        Self::with_metadata(path, entries, &[("format", "pt")])
+    }
+
+    /// The same with other notes.
+    pub fn with_metadata(
+        path: &Path,
+        mut entries: Vec<Entry>,
+        metadata: &[(&str, &str)],
+    ) -> anyhow::Result<Self> {
+        entries.sort_by(|a, b| b.dtype.cmp(&a.dtype).then_with(|| a.name.cmp(&b.name)));
+        let start = || -> anyhow::Result<BufWriter<File>> {
+            let header = header(&entries, metadata)?;
+            let mut file = BufWriter::with_capacity(1 << 20, File::create(path)?);
+            file.write_all(&(header.len() as u64).to_le_bytes())?;
+            file.write_all(&header)?;
+            Ok(file)
+        };
+        let file = start().with_context(|| format!("could not write `{}`", path.display()))?;
+        Ok(Self {
+            path: path.to_path_buf(),
+            file,
+            entries,
+            next: 0,
+        })
+    }
+
+    /// The tensors in the order in which they have to be written.
+    pub fn order(&self) -> &[Entry] {
+        &self.entries
+    }
+
+    /// Writes the next tensor, which has to be `name`.
+    pub fn write(&mut self, name: &str, bytes: &[u8]) -> anyhow::Result<()> {
+        let path = self.path.display();
+        let entry = self.entries.get(self.next);
+        let entry = entry.ok_or_else(|| anyhow!("`{name}` was not declared for `{path}`"))?;
+        ensure!(
+            entry.name == name,
+            "`{name}` comes out of order in `{path}`, expected `{}`",
+            entry.name
+        );
+        let size = entry.size()?;
+        ensure!(
+            bytes.len() == size,
+            "`{name}` has {} bytes, expected {size} in `{path}`",
+            bytes.len()
+        );
+        self.next += 1;
+        let written = self.file.write_all(bytes);
+        written.with_context(|| format!("could not write `{}`", self.path.display()))
+    }
+
+    /// Ends the file. Every declared tensor must have been written.
+    pub fn finish(mut self) -> anyhow::Result<()> {
+        if let Some(entry) = self.entries.get(self.next) {
+            return Err(anyhow!(
+                "`{}` was not written to `{}`",
+                entry.name,
+                self.path.display()
+            ));
+        }
+        let flushed = self.file.flush();
+        flushed.with_context(|| format!("could not write `{}`", self.path.display()))
+    }
+}
+
+/// Compact JSON, padded with spaces to a multiple of 8 bytes.
+fn header(entries: &[Entry], metadata: &[(&str, &str)]) -> anyhow::Result<Vec<u8>> {
+    let mut members = Vec::with_capacity(entries.len() + 1);
+    if !metadata.is_empty() {
+        let sorted: BTreeMap<_, _> = metadata.iter().copied().collect();
+        members.push(format!(
+            "\"__metadata__\":{}",
+            serde_json::to_string(&sorted)?
+        ));
+    }
+    let mut start = 0usize;
+    let mut names = std::collections::BTreeSet::new();
+    for entry in entries {
+        ensure!(
+            names.insert(&entry.name),
+            "the tensor `{}` is declared twice",
+            entry.name
+        );
+        let end = start
+            .checked_add(entry.size()?)
+            .context("the tensors are too large")?;
+        members.push(format!(
+            "{}:{{\"dtype\":{},\"shape\":{},\"data_offsets\":[{start},{end}]}}",
+            json!(entry.name),
+            serde_json::to_string(&entry.dtype)?,
+            json!(entry.shape),
+        ));
+        start = end;
+    }
+    let mut header = format!("{{{}}}", members.join(",")).into_bytes();
+    header.resize(header.len().next_multiple_of(8), b' ');
+    Ok(header)
+}
+
+/// Writes a small safetensors file. Notes are sorted, so the same tensors make the same bytes.
+pub fn save(
+    path: &Path,
+    tensors: &BTreeMap<String, Tensor>,
+    metadata: &[(&str, &str)],
+) -> anyhow::Result<()> {
+    let entry = |(name, tensor): (&String, &Tensor)| {
+        Entry::new(name.clone(), tensor.dtype().into(), tensor.dims())
+    };
+    let entries = tensors.iter().map(entry).collect();
+    let mut writer = Writer::with_metadata(path, entries, metadata)?;
+    let order: Vec<String> = writer
+        .order()
+        .iter()
+        .map(|entry| entry.name.clone())
+        .collect();
+    for name in order {
+        if let Some(tensor) = tensors.get(&name) {
+            writer.write(&name, &bytes(tensor)?)?;
+        }
+    }
+    writer.finish()
+}
+
+/// The values of a tensor, little-endian and in row-major order.
+fn bytes(tensor: &Tensor) -> anyhow::Result<Vec<u8>> {
+    fn all<T: candle_core::WithDType, const N: usize>(
+        tensor: &Tensor,
+        bytes: impl Fn(T) -> [u8; N],
+    ) -> candle_core::Result<Vec<u8>> {
+        let values = tensor.flatten_all()?.to_vec1::<T>()?;
+        Ok(values.into_iter().flat_map(bytes).collect())
+    }
+    Ok(match tensor.dtype() {
+        DType::U8 => tensor.flatten_all()?.to_vec1::<u8>()?,
+        DType::U32 => all(tensor, u32::to_le_bytes)?,
+        DType::I64 => all(tensor, i64::to_le_bytes)?,
+        DType::F16 => all(tensor, f16::to_le_bytes)?,
+        DType::BF16 => all(tensor, bf16::to_le_bytes)?,
+        DType::F32 => all(tensor, f32::to_le_bytes)?,
+        DType::F64 => all(tensor, f64::to_le_bytes)?,
+        other => return Err(anyhow!("a tensor of the type {other:?} can't be written")),
+    })
+}
