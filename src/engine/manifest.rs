@@ -140,7 +140,7 @@ impl Manifest {
 }
 
 /// The BLAKE3 digest of a file.
-pub fn digest_file(path: &Path) -> anyhow::Result<Digest> {
+pub(super) fn digest_file(path: &Path) -> anyhow::Result<Digest> {
     let mut hasher = blake3::Hasher::new();
     let size = fs::metadata(path).with_context(|| cannot_read(path))?.len();
     if size >= LARGE {

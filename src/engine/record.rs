@@ -9,7 +9,7 @@ use super::canonical::Digest;
 use super::fingerprint::{Fingerprint, Origin};
 
 /// The format of the records below; another format is another folder.
-pub const FORMAT: u32 = 1;
+pub(super) const FORMAT: u32 = 1;
 
 /// What is kept of a finished stage. A few KB, under the fingerprint's digest.
 #[derive(Debug, Clone, Serialize, Deserialize)]

@@ -18,7 +18,7 @@ use super::store::Store;
 const SETTLING: i64 = 2_000_000_000;
 
 /// Digests of local files, with a memo in the store.
-pub struct Sources {
+pub(crate) struct Sources {
     path: PathBuf,
     memo: Memo,
     changed: bool,
@@ -31,7 +31,7 @@ struct Memo {
 
 impl Sources {
     /// The memo of a store; an unreadable one is empty.
-    pub fn open(store: &Store) -> Self {
+    pub(crate) fn open(store: &Store) -> Self {
         let path = store.state("sources.json");
         let memo = fs::read(&path)
             .ok()
@@ -45,7 +45,7 @@ impl Sources {
     }
 
     /// The digest of a file's contents, or of a folder's files and names. Hidden files in a folder don't count.
-    pub fn digest(&mut self, path: &Path) -> anyhow::Result<Digest> {
+    pub(crate) fn digest(&mut self, path: &Path) -> anyhow::Result<Digest> {
         let metadata =
             fs::metadata(path).with_context(|| format!("could not read `{}`", path.display()))?;
         if metadata.is_file() {
@@ -92,7 +92,7 @@ impl Sources {
     }
 
     /// Writes the memo back, if there is anything new in it.
-    pub fn save(&mut self) -> anyhow::Result<()> {
+    pub(crate) fn save(&mut self) -> anyhow::Result<()> {
         if std::mem::take(&mut self.changed) {
             write_atomically(&self.path, &serde_json::to_vec(&self.memo)?)?;
         }

@@ -8,7 +8,9 @@ use crate::engine::Event;
 pub(super) fn report(events: &Receiver<Event>) {
     let mut out = std::io::stdout().lock();
     for event in events {
-        let Ok(line) = serde_json::to_string(&event) else { continue };
+        let Ok(line) = serde_json::to_string(&event) else {
+            continue;
+        };
         // A reader that went away is no reason to stop the run.
         let _ = writeln!(out, "{line}");
         let _ = out.flush();

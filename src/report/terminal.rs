@@ -39,40 +39,104 @@ impl Terminal {
     fn show(&mut self, event: Event) {
         match event {
             Event::RunStarted { .. } | Event::StageSkipped { .. } => {}
-            Event::StageFresh { stage, artifact, restored, .. } => {
+            Event::StageFresh {
+                stage,
+                artifact,
+                restored,
+                ..
+            } => {
                 self.finish(&stage);
                 let state = if restored { "restored" } else { "fresh" };
                 self.line(&format!("{state:>9}  {stage}  {}", short(Some(&artifact))));
             }
-            Event::StageStarted { stage, kind, reasons } => {
+            Event::StageStarted {
+                stage,
+                kind,
+                reasons,
+            } => {
                 let reasons: Vec<_> = reasons.iter().map(ToString::to_string).collect();
-                self.line(&format!("{:>9}  {stage} ({kind}): {}", "runs", reasons.join("; ")));
+                self.line(&format!(
+                    "{:>9}  {stage} ({kind}): {}",
+                    "runs",
+                    reasons.join("; ")
+                ));
                 let bar = self.bars.as_ref().map(|bars| bars.add(spinner(&stage)));
                 let now = Instant::now();
-                self.running.insert(stage, Running { bar, started: now, told: now, unit: "" });
+                self.running.insert(
+                    stage,
+                    Running {
+                        bar,
+                        started: now,
+                        told: now,
+                        unit: "",
+                    },
+                );
             }
             Event::StageWaiting { stage, holder } => {
-                self.line(&format!("{:>9}  {stage}: {holder} is making the same result", "waits"));
+                self.line(&format!(
+                    "{:>9}  {stage}: {holder} is making the same result",
+                    "waits"
+                ));
             }
-            Event::Progress { stage, done, total, unit } => self.progress(&stage, done, total, unit),
-            Event::Metrics { stage, step, values } => {
-                self.line(&format!("{:>9}  {stage} step {step}: {}", "", metrics(&values)));
+            Event::Progress {
+                stage,
+                done,
+                total,
+                unit,
+            } => self.progress(&stage, done, total, unit),
+            Event::Metrics {
+                stage,
+                step,
+                values,
+            } => {
+                self.line(&format!(
+                    "{:>9}  {stage} step {step}: {}",
+                    "",
+                    metrics(&values)
+                ));
             }
             Event::Message { stage, level, text } => {
-                let level = if level == Level::Warning { "warning" } else { "" };
+                let level = if level == Level::Warning {
+                    "warning"
+                } else {
+                    ""
+                };
                 self.line(&format!("{level:>9}  {stage}: {text}"));
             }
-            Event::StageDone { stage, artifact, same_bytes, seconds } => {
+            Event::StageDone {
+                stage,
+                artifact,
+                same_bytes,
+                seconds,
+            } => {
                 self.finish(&stage);
-                let same = if same_bytes { ", same bytes as before" } else { "" };
-                self.line(&format!("{:>9}  {stage}  {} in {}{same}", "done", short(Some(&artifact)), duration(seconds)));
+                let same = if same_bytes {
+                    ", same bytes as before"
+                } else {
+                    ""
+                };
+                self.line(&format!(
+                    "{:>9}  {stage}  {} in {}{same}",
+                    "done",
+                    short(Some(&artifact)),
+                    duration(seconds)
+                ));
             }
             Event::StageFailed { stage, error } => {
                 self.finish(&stage);
                 self.line(&format!("{:>9}  {stage}: {error}", "failed"));
             }
-            Event::OutputPlaced { stage, path } => self.line(&format!("{:>9}  {stage} -> {path}", "output")),
-            Event::RunFinished { fresh, ran, failed, skipped, seconds, saved } => {
+            Event::OutputPlaced { stage, path } => {
+                self.line(&format!("{:>9}  {stage} -> {path}", "output"))
+            }
+            Event::RunFinished {
+                fresh,
+                ran,
+                failed,
+                skipped,
+                seconds,
+                saved,
+            } => {
                 let mut parts = vec![format!("{fresh} fresh"), format!("{ran} ran")];
                 if failed > 0 {
                     parts.push(format!("{failed} failed"));
@@ -80,15 +144,25 @@ impl Terminal {
                 if skipped > 0 {
                     parts.push(format!("{skipped} not started"));
                 }
-                let saved = if saved >= 1.0 { format!(", {} saved", duration(saved)) } else { String::new() };
+                let saved = if saved >= 1.0 {
+                    format!(", {} saved", duration(saved))
+                } else {
+                    String::new()
+                };
                 let stages = fresh + ran + failed + skipped;
-                self.line(&format!("{stages} stages: {} in {}{saved}", parts.join(", "), duration(seconds)));
+                self.line(&format!(
+                    "{stages} stages: {} in {}{saved}",
+                    parts.join(", "),
+                    duration(seconds)
+                ));
             }
         }
     }
 
     fn progress(&mut self, stage: &str, done: u64, total: Option<u64>, unit: &'static str) {
-        let Some(running) = self.running.get_mut(stage) else { return };
+        let Some(running) = self.running.get_mut(stage) else {
+            return;
+        };
         if let Some(bar) = &running.bar {
             if running.unit != unit {
                 running.unit = unit;
@@ -107,7 +181,13 @@ impl Terminal {
         }
         running.told = Instant::now();
         let seconds = running.started.elapsed().as_secs_f64();
-        let count = |count: u64| if unit == "bytes" { bytes(count) } else { format!("{count} {unit}") };
+        let count = |count: u64| {
+            if unit == "bytes" {
+                bytes(count)
+            } else {
+                format!("{count} {unit}")
+            }
+        };
         let mut line = format!("{:>9}  {stage}: {}", "", count(done));
         if let Some(total) = total.filter(|total| *total > 0 && done > 0) {
             let left = seconds / done as f64 * total.saturating_sub(done) as f64;

@@ -18,7 +18,11 @@ pub fn bytes(bytes: u64) -> String {
     let mut value = bytes as f64;
     for unit in ["B", "kB", "MB", "GB"] {
         if value < 999.5 {
-            return if unit == "B" { format!("{bytes} B") } else { format!("{value:.1} {unit}") };
+            return if unit == "B" {
+                format!("{bytes} B")
+            } else {
+                format!("{value:.1} {unit}")
+            };
         }
         value /= 1000.0;
     }
@@ -38,8 +42,12 @@ pub(super) fn metrics(values: &BTreeMap<String, f64>) -> String {
         "grad_norm",
         "learning_rate",
     ];
-    let watched = WATCHED.iter().filter_map(|name| values.get_key_value(*name));
-    let shown: Vec<_> = watched.map(|(name, value)| format!("{name} {}", significant(*value))).collect();
+    let watched = WATCHED
+        .iter()
+        .filter_map(|name| values.get_key_value(*name));
+    let shown: Vec<_> = watched
+        .map(|(name, value)| format!("{name} {}", significant(*value)))
+        .collect();
     shown.join("  ")
 }
 
