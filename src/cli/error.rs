@@ -17,6 +17,26 @@ pub fn render(errors: &RecipeErrors, colour: bool) -> String {
     all.join("\n")
 }
 
+/// A mistake outside recipes.
+pub(super) fn plain(message: &str, colour: bool) -> String {
+    let label = if colour {
+        format!("{RED}error:{PLAIN}")
+    } else {
+        "error:".to_owned()
+    };
+    format!("{label} {}\n", safe(message))
+}
+
+/// The same with what to do.
+pub(super) fn with_hint(message: &str, hint: &str, colour: bool) -> String {
+    let label = if colour {
+        format!("{CYAN}hint:{PLAIN}")
+    } else {
+        "hint:".to_owned()
+    };
+    format!("{}{label} {}\n", plain(message, colour), safe(hint))
+}
+
 fn one(error: &RecipeError, colour: bool) -> String {
     let paint = |code: &str, text: &str| {
         if colour {

@@ -1,10 +1,141 @@
 //! The command line: one file a subcommand.
+//!
+//! This is the only place where the environment is read, where something is printed, and where a process ends.
 
 pub mod error;
+mod graph;
+mod plan;
+mod project;
+mod reference;
+mod run;
+mod schema;
+mod show;
+mod validate;
+mod why;
 
+use std::io::{IsTerminal as _, Write as _};
 use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+pub use reference::reference;
+
+/// Runs LLM fine-tuning recipes: a cached graph of stages, of which only what is stale is executed.
+#[derive(Parser)]
+#[command(name = "pipeline", version, propagate_version = true)]
+#[command(
+    after_help = "Exit codes: 0 all went well, 1 a stage failed, 2 the recipe or the command line is wrong, 130 interrupted."
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Makes stale stages fresh and puts results in their places
+    Run(run::Args),
+    /// Shows what `run` would do, one line a stage; writes nothing
+    Plan(plan::Args),
+    /// Tells every reason why a stage runs, or since when its result is there
+    Why(why::Args),
+    /// Checks a recipe without running anything
+    Validate(validate::Args),
+    /// Draws the graph of a recipe
+    Graph(graph::Args),
+    /// Shows a stage's result: where it is, its record, and a look inside
+    Show(show::Args),
+    /// Prints the JSON Schema of recipes, for editors
+    Schema(schema::Args),
+}
+
+/// How a command ended, if not with its work done.
+enum Failure {
+    /// A stage or the runner failed: 1.
+    Failed(anyhow::Error),
+    /// A stage failed and said so: 1.
+    Told,
+    /// The recipe or the command line is wrong: 2. The text is rendered.
+    Wrong(String),
+    /// Ctrl-C: 130.
+    Interrupted,
+}
+
+impl From<anyhow::Error> for Failure {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Failed(error)
+    }
+}
 
 /// Runs the program.
 pub fn main() -> ExitCode {
-    ExitCode::SUCCESS
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are no errors.
+            let code = if error.use_stderr() { 2 } else { 0 };
+            // A closed pipe is no reason for another error.
+            let _ = error.print();
+            return ExitCode::from(code);
+        }
+    };
+    let result = match cli.command {
+        Command::Run(args) => run::run(&args),
+        Command::Plan(args) => plan::run(&args),
+        Command::Why(args) => why::run(&args),
+        Command::Validate(args) => validate::run(&args),
+        Command::Graph(args) => graph::run(&args),
+        Command::Show(args) => show::run(&args),
+        Command::Schema(args) => schema::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure::Failed(error)) => {
+            tell(&error::plain(&format!("{error:#}"), colour()));
+            ExitCode::from(1)
+        }
+        Err(Failure::Told) => ExitCode::from(1),
+        Err(Failure::Wrong(text)) => {
+            tell(&text);
+            ExitCode::from(2)
+        }
+        Err(Failure::Interrupted) => ExitCode::from(130),
+    }
+}
+
+/// Writes to standard output. A reader that has seen enough (`| head`) is no error.
+fn print(text: &str) {
+    let _ = std::io::stdout().lock().write_all(text.as_bytes());
+}
+
+/// Writes to standard error.
+fn tell(text: &str) {
+    let _ = std::io::stderr().lock().write_all(text.as_bytes());
+}
+
+/// Whether errors are coloured: for people at a terminal who have not asked otherwise (<https://no-color.org>).
+fn colour() -> bool {
+    std::io::stderr().is_terminal()
+        && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+}
+
+/// Columns of equal width, two spaces between them, nothing behind the last.
+fn table(rows: &[Vec<String>]) -> String {
+    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |column: usize| {
+        let cells = rows.iter().filter_map(|row| row.get(column));
+        cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..columns).map(width).collect();
+    let mut text = String::new();
+    for row in rows {
+        let cells: Vec<String> = row
+            .iter()
+            .zip(&widths)
+            .map(|(cell, width)| format!("{cell:width$}"))
+            .collect();
+        text.push_str(cells.join("  ").trim_end());
+        text.push('\n');
+    }
+    text
 }

@@ -83,6 +83,8 @@ pub enum Event {
         stage: String,
         /// The place.
         path: String,
+        /// Whether it was not there yet.
+        changed: bool,
     },
     /// The run is over.
     RunFinished {

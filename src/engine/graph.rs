@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use serde_json::Value;
 
@@ -13,7 +14,7 @@ pub struct Node {
     /// Its name in the recipe.
     pub name: String,
     /// What it does.
-    pub stage: Box<dyn AnyStage>,
+    pub stage: Arc<dyn AnyStage>,
     /// Where each local file among its parameters really is, by the path as written.
     pub sources: BTreeMap<String, PathBuf>,
 }

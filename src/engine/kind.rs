@@ -1,6 +1,7 @@
 //! A kind of stage as a value, and a stage of any kind behind one object-safe trait.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use schemars::{Schema, SchemaGenerator};
 use serde::de::DeserializeOwned;
@@ -17,7 +18,7 @@ pub struct Kind {
     /// The noun of what it makes, unless its parameters say otherwise ([`Stage::output`]).
     pub output: &'static str,
     /// Reads parameters.
-    pub parse: fn(serde_yaml::Value) -> Result<Box<dyn AnyStage>, ParseError>,
+    pub parse: fn(serde_yaml::Value) -> Result<Arc<dyn AnyStage>, ParseError>,
     /// The JSON Schema of the parameters; its description is the kind's documentation.
     pub schema: fn(&mut SchemaGenerator) -> Schema,
 }
@@ -48,9 +49,9 @@ pub struct ParseError {
 
 fn parse<S: Stage + DeserializeOwned>(
     params: serde_yaml::Value,
-) -> Result<Box<dyn AnyStage>, ParseError> {
+) -> Result<Arc<dyn AnyStage>, ParseError> {
     match serde_path_to_error::deserialize::<_, S>(params) {
-        Ok(stage) => Ok(Box::new(stage)),
+        Ok(stage) => Ok(Arc::new(stage)),
         Err(error) => Err(ParseError {
             path: error.path().to_string(),
             message: error.into_inner().to_string(),

@@ -166,6 +166,11 @@ impl Situation<'_> {
             .collect()
     }
 
+    /// The record of a stage's last result, if it has one.
+    pub fn record(&self, index: usize) -> Option<Record> {
+        self.last_record(self.graph.nodes.get(index)?)
+    }
+
     /// The state of every stage, in the order of the recipe.
     pub fn plan(&self) -> Vec<State> {
         let mut sources = Sources::open(self.store);

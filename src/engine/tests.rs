@@ -120,7 +120,7 @@ impl Toy {
     fn graph(&self, separator: &str, fail: &str) -> Graph {
         let read = |name: &str| Node {
             name: name.to_owned(),
-            stage: Box::new(Read {
+            stage: Arc::new(Read {
                 file: SourcePath::new(name),
                 upper: false,
                 counter: Neutral(self.counter),
@@ -129,7 +129,7 @@ impl Toy {
         };
         let join = |name: &str, inputs: &[&str], fail: &str| Node {
             name: name.to_owned(),
-            stage: Box::new(Join {
+            stage: Arc::new(Join {
                 inputs: inputs.iter().copied().map(Input::new).collect(),
                 separator: separator.to_owned(),
                 fail: Neutral(fail.to_owned()),
@@ -399,7 +399,7 @@ fn two_runners_make_each_result_once() {
 fn cycles_and_unknown_stages_are_refused() {
     let join = |name: &str, input: &str| Node {
         name: name.to_owned(),
-        stage: Box::new(Join {
+        stage: Arc::new(Join {
             inputs: vec![Input::new(input)],
             separator: String::new(),
             fail: Neutral::default(),

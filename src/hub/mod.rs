@@ -16,3 +16,4 @@ mod settings;
 pub use client::{Hub, Listing};
 pub use names::{RemoteFile, RepoKind, Snapshot};
 pub use settings::HubSettings;
+pub(crate) use settings::is_true;

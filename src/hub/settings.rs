@@ -92,7 +92,7 @@ impl fmt::Debug for HubSettings {
     }
 }
 
-fn is_true(value: &str) -> bool {
+pub(crate) fn is_true(value: &str) -> bool {
     ["1", "ON", "YES", "TRUE"].contains(&value.trim().to_uppercase().as_str())
 }
 

@@ -99,6 +99,12 @@ pub fn create(
     Ok(total / settings.float.size() as u64)
 }
 
+/// The number of weights that a model of this shape has; a tied head counts once.
+pub fn parameters(config: &LlamaConfig) -> u64 {
+    let values = |entry: &Entry| entry.shape.iter().product::<usize>() as u64;
+    entries(config, Float::F32).iter().map(values).sum()
+}
+
 /// All tensors, in the order of torch's modules.
 fn entries(config: &LlamaConfig, float: Float) -> Vec<Entry> {
     let (vocabulary, hidden) = (config.vocab_size, config.hidden_size);

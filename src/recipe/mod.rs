@@ -21,6 +21,7 @@ mod vars;
 mod wiring;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::engine::{AnyStage, Kind};
 
@@ -62,7 +63,7 @@ pub struct RecipeStage {
     /// The kind.
     pub kind: &'static Kind,
     /// The typed parameters.
-    pub stage: Box<dyn AnyStage>,
+    pub stage: Arc<dyn AnyStage>,
     /// The stages it takes from, in the order of the parameters.
     pub edges: Vec<Edge>,
     /// The local files it reads.

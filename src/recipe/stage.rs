@@ -1,6 +1,7 @@
 //! The stages of a recipe, each typed on its own, so that a mistake in one hides none in another.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use serde_yaml::{Mapping, Value};
 
@@ -34,7 +35,7 @@ pub(crate) struct Staged {
     /// The path of its parameters.
     pub(crate) path: Steps,
     pub(crate) kind: Option<&'static Kind>,
-    pub(crate) typed: Option<Box<dyn AnyStage>>,
+    pub(crate) typed: Option<Arc<dyn AnyStage>>,
     pub(crate) edges: Vec<Edge>,
     pub(crate) files: Vec<SourceFile>,
 }
@@ -231,7 +232,7 @@ fn typed(
     kind: &'static Kind,
     path: &Steps,
     mut params: Mapping,
-) -> (Option<Box<dyn AnyStage>>, bool) {
+) -> (Option<Arc<dyn AnyStage>>, bool) {
     let own = Parameters::of(kind);
     let mut dropped = BTreeSet::new();
     let mut unknown = BTreeSet::new();

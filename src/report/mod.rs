@@ -10,7 +10,7 @@ use std::sync::mpsc::Receiver;
 
 use crate::engine::Event;
 
-pub use text::{bytes, duration};
+pub use text::{ago, bytes, duration};
 
 /// How to report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -126,8 +126,13 @@ impl Terminal {
                 self.finish(&stage);
                 self.line(&format!("{:>9}  {stage}: {error}", "failed"));
             }
-            Event::OutputPlaced { stage, path } => {
-                self.line(&format!("{:>9}  {stage} -> {path}", "output"))
+            Event::OutputPlaced {
+                stage,
+                path,
+                changed,
+            } => {
+                let same = if changed { "" } else { " (unchanged)" };
+                self.line(&format!("{:>9}  {stage} -> {path}{same}", "output"));
             }
             Event::RunFinished {
                 fresh,

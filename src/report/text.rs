@@ -13,6 +13,19 @@ pub fn duration(seconds: f64) -> String {
     }
 }
 
+/// How long ago a moment was, in seconds since 1970.
+pub fn ago(moment: u64) -> String {
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |now| now.as_secs());
+    match now.saturating_sub(moment) {
+        seconds @ 0..60 => format!("{seconds} s ago"),
+        seconds @ 60..3600 => format!("{} min ago", seconds / 60),
+        seconds @ 3600..86_400 => format!("{} h ago", seconds / 3600),
+        seconds => format!("{} days ago", seconds / 86_400),
+    }
+}
+
 /// Bytes as `512 B`, `1.5 MB`, in powers of 1000.
 pub fn bytes(bytes: u64) -> String {
     let mut value = bytes as f64;

@@ -1,0 +1,246 @@
+//! A recipe with its surroundings: the project it belongs to, its store, and the settings of the process.
+
+use std::collections::BTreeMap;
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+
+use clap::Args;
+
+use super::{Failure, colour, error};
+use crate::engine::{Graph, Node, Record, Situation, State, Store, World};
+use crate::recipe::{Override, Recipe, RecipeStage};
+use crate::stages::KINDS;
+
+/// What every command that reads a recipe takes.
+#[derive(Args)]
+pub(super) struct RecipeArgs {
+    /// The recipe, a YAML file
+    pub(super) recipe: PathBuf,
+    /// Sets a value of the recipe, such as `stages.tuned.train_orpo.beta=0.2` or `vars.seed=1`; may be repeated
+    #[arg(long = "set", value_name = "PATH=VALUE", value_parser = assignment)]
+    pub(super) set: Vec<Override>,
+}
+
+/// What every command that looks into the store takes.
+#[derive(Args)]
+pub(super) struct StoreArgs {
+    /// The folder of results [default: `.pipeline` in the project]
+    #[arg(long, value_name = "DIR")]
+    pub(super) store: Option<PathBuf>,
+    /// Never touches the network
+    #[arg(long)]
+    pub(super) offline: bool,
+    /// Reads every result and compares it with its record, instead of trusting unchanged times and sizes
+    #[arg(long)]
+    pub(super) verify: bool,
+}
+
+fn assignment(text: &str) -> Result<Override, String> {
+    let (path, value) = text
+        .split_once('=')
+        .ok_or("expected PATH=VALUE, such as `vars.seed=1`")?;
+    Ok(Override {
+        path: path.trim().to_owned(),
+        value: value.to_owned(),
+    })
+}
+
+/// Reads a recipe; all its mistakes are rendered.
+pub(super) fn load(args: &RecipeArgs) -> Result<Recipe, Failure> {
+    crate::recipe::load(&args.recipe, &args.set, KINDS)
+        .map_err(|errors| Failure::Wrong(error::render(&errors, colour())))
+}
+
+/// A recipe in its project.
+pub(super) struct Project {
+    pub(super) recipe: Recipe,
+    pub(super) graph: Graph,
+    pub(super) store: Store,
+    pub(super) world: Arc<World>,
+    /// The folder that outputs are relative to.
+    pub(super) root: PathBuf,
+    /// The name of the recipe in the store.
+    key: String,
+    verify: bool,
+}
+
+impl Project {
+    pub(super) fn open(args: &RecipeArgs, settings: &StoreArgs) -> Result<Self, Failure> {
+        let recipe = load(args)?;
+        let here = std::env::current_dir()
+            .map_err(|error| anyhow::anyhow!("there is no current folder: {error}"))?;
+        let file = normal(&here.join(&recipe.path));
+        let folder = file.parent().unwrap_or(&here).to_owned();
+        let root = root(&folder);
+        let nodes = recipe
+            .stages
+            .iter()
+            .map(|stage| Node {
+                name: stage.name.clone(),
+                stage: Arc::clone(&stage.stage),
+                sources: sources(stage, &folder, &here),
+            })
+            .collect();
+        // A loaded recipe has no cycle and no open edge.
+        let graph = Graph::new(nodes).map_err(anyhow::Error::from)?;
+        let store = match &settings.store {
+            Some(store) => here.join(store),
+            None => root.join(".pipeline"),
+        };
+        Ok(Self {
+            key: key(file.strip_prefix(&root).unwrap_or(&file)),
+            recipe,
+            graph,
+            store: Store::new(&store),
+            world: Arc::new(world(settings.offline)),
+            root,
+            verify: settings.verify,
+        })
+    }
+
+    /// The situation that plans and runs look at.
+    pub(super) fn situation(&self, forced: &[usize]) -> Situation<'_> {
+        let mut force = vec![false; self.graph.nodes.len()];
+        for &index in forced {
+            force[index] = true;
+        }
+        Situation {
+            graph: &self.graph,
+            store: &self.store,
+            recipe: &self.key,
+            world: Arc::clone(&self.world),
+            forced: force,
+            verify: self.verify,
+        }
+    }
+
+    /// The state of every stage.
+    pub(super) fn plan(&self) -> Vec<State> {
+        self.situation(&[]).plan()
+    }
+
+    /// The position of a stage that was named on the command line.
+    pub(super) fn find(&self, name: &str) -> Result<usize, Failure> {
+        self.graph.find(name).ok_or_else(|| {
+            let hint = self.recipe.suggest(name).map_or_else(
+                || {
+                    let names = self.graph.nodes.iter().map(|node| node.name.as_str());
+                    format!("its stages are {}", names.collect::<Vec<_>>().join(", "))
+                },
+                |near| format!("did you mean `{near}`?"),
+            );
+            let message = format!("`{}` has no stage `{name}`", self.recipe.path.display());
+            Failure::Wrong(error::with_hint(&message, &hint, colour()))
+        })
+    }
+
+    /// The record of a stage's result now, or of its last one when it is stale.
+    pub(super) fn record_of(&self, index: usize) -> Option<Record> {
+        self.situation(&[]).record(index)
+    }
+
+    pub(super) fn find_all(&self, names: &[String]) -> Result<Vec<usize>, Failure> {
+        names.iter().map(|name| self.find(name)).collect()
+    }
+}
+
+/// Where the files of a stage are: those written in the recipe start at its folder, those of `--set` at the current one.
+fn sources(stage: &RecipeStage, folder: &Path, here: &Path) -> BTreeMap<String, PathBuf> {
+    let start = |from_command_line| if from_command_line { here } else { folder };
+    stage
+        .files
+        .iter()
+        .map(|file| {
+            let path = normal(&start(file.from_command_line).join(&file.path));
+            (file.path.clone(), path)
+        })
+        .collect()
+}
+
+/// The project of a recipe: the nearest folder around it with a store or a repository, else its own folder.
+fn root(folder: &Path) -> PathBuf {
+    let marked = |folder: &&Path| folder.join(".pipeline").is_dir() || folder.join(".git").exists();
+    folder.ancestors().find(marked).unwrap_or(folder).to_owned()
+}
+
+/// A readable name for a recipe's file that no other file of the project has.
+fn key(file: &Path) -> String {
+    let stem = file.file_stem().unwrap_or_default().to_string_lossy();
+    let stem: String = stem
+        .chars()
+        .map(|c| {
+            if c.is_ascii_alphanumeric() || c == '-' {
+                c
+            } else {
+                '_'
+            }
+        })
+        .take(40)
+        .collect();
+    let digest = blake3::hash(file.as_os_str().as_encoded_bytes()).to_hex();
+    format!("{stem}-{}", &digest[..8])
+}
+
+/// The path without `.` and `..`, by its text alone.
+fn normal(path: &Path) -> PathBuf {
+    let mut normal = PathBuf::new();
+    for part in path.components() {
+        match part {
+            Component::CurDir => {}
+            Component::ParentDir => _ = normal.pop(),
+            part => normal.push(part),
+        }
+    }
+    normal
+}
+
+/// The variables that `huggingface_hub` documents and the hub's settings read.
+fn world(offline: bool) -> World {
+    const VARIABLES: [&str; 9] = [
+        "HF_ENDPOINT",
+        "HF_HOME",
+        "HF_HUB_CACHE",
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN",
+        "HF_HUB_DOWNLOAD_TIMEOUT",
+        "HF_HUB_OFFLINE",
+        "HF_TOKEN",
+        "HF_TOKEN_PATH",
+        "XDG_CACHE_HOME",
+    ];
+    let environment: BTreeMap<String, String> = VARIABLES
+        .iter()
+        .filter_map(|name| Some(((*name).to_owned(), std::env::var(name).ok()?)))
+        .collect();
+    let variable = environment.get("HF_HUB_OFFLINE").map(String::as_str);
+    World {
+        offline: offline || variable.is_some_and(crate::hub::is_true),
+        home: std::env::home_dir(),
+        environment,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_are_made_plain() {
+        assert_eq!(normal(Path::new("/a/./b/../c")), Path::new("/a/c"));
+        assert_eq!(normal(Path::new("/../a")), Path::new("/a"));
+    }
+
+    #[test]
+    fn recipes_of_one_name_have_different_keys() {
+        assert_ne!(key(Path::new("a/orpo.yaml")), key(Path::new("b/orpo.yaml")));
+        assert!(key(Path::new("a/über x.yaml")).starts_with("_ber_x-"));
+    }
+
+    #[test]
+    fn a_project_is_marked_by_a_store_or_a_repository() {
+        let folder = tempfile::tempdir().unwrap();
+        let recipes = folder.path().join("recipes");
+        std::fs::create_dir_all(&recipes).unwrap();
+        std::fs::create_dir_all(folder.path().join(".pipeline")).unwrap();
+        assert_eq!(root(&recipes), folder.path());
+    }
+}

@@ -1,0 +1,131 @@
+//! `run`: makes stale stages fresh and puts results in their places.
+
+use std::collections::BTreeSet;
+use std::io::IsTerminal as _;
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Sender, channel};
+
+use anyhow::Context as _;
+
+use super::project::{Project, RecipeArgs, StoreArgs};
+use super::{Failure, tell};
+use crate::engine::{Event, Summary, place};
+use crate::report::{Style, report};
+
+#[derive(clap::Args)]
+pub(super) struct Args {
+    #[command(flatten)]
+    recipe: RecipeArgs,
+    /// The stages to make, with all they need [default: all]
+    stages: Vec<String>,
+    /// Runs this stage even if its result is there; may be repeated
+    #[arg(long, value_name = "STAGE")]
+    force: Vec<String>,
+    /// Events as JSON, one a line, on standard output
+    #[arg(long)]
+    json: bool,
+    /// Stages that may run at a time; trainings and evaluations always go one by one [default: the number of cores]
+    #[arg(long, value_name = "N")]
+    jobs: Option<NonZeroUsize>,
+    /// Replaces files at the places of outputs that pipeline did not put there
+    #[arg(long)]
+    overwrite_outputs: bool,
+    #[command(flatten)]
+    store: StoreArgs,
+}
+
+pub(super) fn run(args: &Args) -> Result<(), Failure> {
+    let project = Project::open(&args.recipe, &args.store)?;
+    let targets = project.find_all(&args.stages)?;
+    let forced = project.find_all(&args.force)?;
+    let jobs = args
+        .jobs
+        .or_else(|| std::thread::available_parallelism().ok())
+        .map_or(1, NonZeroUsize::get);
+    let style = match (args.json, std::io::stderr().is_terminal()) {
+        (true, _) => Style::Json,
+        (false, true) => Style::Bars,
+        (false, false) => Style::Lines,
+    };
+    let cancel = Arc::new(AtomicBool::new(false));
+    stop_on_signal(&cancel)?;
+    let (events, received) = channel();
+    let summary = std::thread::scope(|scope| {
+        scope.spawn(move || report(&received, style));
+        // The sender goes when this is done, and with it the reporter.
+        let events = events;
+        let situation = project.situation(&forced);
+        let summary = crate::engine::run(&situation, &targets, jobs, &events, &cancel)?;
+        if summary.failed == 0 && !summary.interrupted {
+            put_outputs(
+                &project,
+                &summary,
+                &targets,
+                args.overwrite_outputs,
+                &events,
+            )?;
+        }
+        anyhow::Ok(summary)
+    })?;
+    if summary.interrupted {
+        return Err(Failure::Interrupted);
+    }
+    if summary.failed > 0 {
+        return Err(Failure::Told);
+    }
+    Ok(())
+}
+
+/// The first Ctrl-C (or SIGTERM) lets stages stop by themselves; the second ends the process, which the store survives.
+fn stop_on_signal(cancel: &Arc<AtomicBool>) -> anyhow::Result<()> {
+    let cancel = Arc::clone(cancel);
+    ctrlc::set_handler(move || {
+        if cancel.swap(true, Ordering::Relaxed) {
+            #[expect(clippy::exit, reason = "the user asked twice")]
+            std::process::exit(130);
+        }
+        tell("interrupted: stages are stopping; once more to stop at once\n");
+    })
+    .context("could not listen to Ctrl-C")
+}
+
+fn put_outputs(
+    project: &Project,
+    summary: &Summary,
+    targets: &[usize],
+    overwrite: bool,
+    events: &Sender<Event>,
+) -> anyhow::Result<()> {
+    let targets: BTreeSet<usize> = targets.iter().copied().collect();
+    for output in &project.recipe.outputs {
+        let Some(index) = project.graph.find(&output.stage) else {
+            continue;
+        };
+        if !targets.is_empty() && !targets.contains(&index) {
+            continue;
+        }
+        let Some(artifact) = summary.artifacts.get(index).and_then(Option::as_ref) else {
+            continue;
+        };
+        let to = project.root.join(&output.path);
+        let changed = place(&project.store, artifact, &to, overwrite).with_context(|| {
+            format!(
+                "could not put the result of `{}` in its place",
+                output.stage
+            )
+        })?;
+        let shown = std::env::current_dir()
+            .ok()
+            .and_then(|here| Some(to.strip_prefix(here).ok()?.to_owned()))
+            .unwrap_or(to);
+        // A reporter that is gone misses nothing else.
+        let _ = events.send(Event::OutputPlaced {
+            stage: output.stage.clone(),
+            path: shown.display().to_string(),
+            changed,
+        });
+    }
+    Ok(())
+}
