@@ -1,6 +1,22 @@
 //! The one integration-test binary: drives the real program in temporary folders, without a network.
 
 #[cfg(test)]
+mod commands;
+#[cfg(test)]
+mod generated;
+#[cfg(test)]
 mod hub;
+#[cfg(test)]
+mod interruptions;
+#[cfg(test)]
+mod layers;
+#[cfg(test)]
+mod llama3;
+#[cfg(test)]
+mod mistakes;
+#[cfg(test)]
+mod pins;
+#[cfg(test)]
+mod story;
 #[cfg(test)]
 mod support;

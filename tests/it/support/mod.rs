@@ -1,3 +1,4 @@
 //! What the tests share.
 
 pub(crate) mod hub;
+pub(crate) mod program;

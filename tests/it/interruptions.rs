@@ -1,0 +1,115 @@
+//! Ctrl-C, kill -9 and power cuts: the store holds whole results only, and the same command goes on to the same bytes.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command};
+
+use crate::support::program::Project;
+
+/// The quickstart with short trainings that save often.
+const RECIPE: [&str; 9] = [
+    "recipes/quickstart.yaml",
+    "--set",
+    "stages.base.train_sft.max_steps=8",
+    "--set",
+    "stages.base.train_sft.save_steps=2",
+    "--set",
+    "stages.tuned.train_orpo.max_steps=8",
+    "--set",
+    "stages.tuned.train_orpo.save_steps=2",
+];
+
+fn run(project: &Project) -> Child {
+    project
+        .command(&[&["run", "--json"], &RECIPE[..]].concat())
+        .spawn()
+        .unwrap()
+}
+
+/// Waits for so many lines, or for one that has all the words; false when the program ended before.
+fn wait_for(child: &mut Child, mut lines: usize, words: &[&str]) -> bool {
+    let reader = BufReader::new(child.stdout.as_mut().unwrap());
+    for line in reader.lines() {
+        let line = line.unwrap();
+        lines = lines.saturating_sub(1);
+        if lines == 0 || (!words.is_empty() && words.iter().all(|word| line.contains(word))) {
+            return true;
+        }
+    }
+    false
+}
+
+/// Every record's artifact is there, whole; every artifact is what its name says.
+fn nothing_is_half_written(project: &Project) {
+    let store = project.path(".pipeline/v1");
+    if !store.join("artifacts").exists() {
+        return;
+    }
+    let plan = project.succeeds(&[&["plan", "--verify"], &RECIPE[..]].concat());
+    assert!(
+        !plan.contains("damaged") && !plan.contains("gone"),
+        "{plan}"
+    );
+    if !store.join("records").exists() {
+        return;
+    }
+    for record in project.records() {
+        let artifact = record["artifact"].as_str().unwrap();
+        assert!(store.join("artifacts").join(artifact).is_dir());
+        assert!(store.join(format!("artifacts/{artifact}.json")).is_file());
+    }
+}
+
+#[test]
+fn killed_ten_times_it_ends_with_the_same_bytes() {
+    let whole = Project::with_recipes();
+    whole.succeeds(&[&["run"], &RECIPE[..]].concat());
+    let expected = whole.artifacts(&RECIPE);
+
+    let project = Project::with_recipes();
+    let mut kills = 0;
+    for lines in [1, 4, 9, 14, 18, 22, 25, 30, 36, 40] {
+        let mut child = run(&project);
+        if wait_for(&mut child, lines, &[]) {
+            kills += 1;
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        nothing_is_half_written(&project);
+    }
+    assert!(kills >= 8, "{kills}");
+    project.succeeds(&[&["run"], &RECIPE[..]].concat());
+    assert_eq!(project.artifacts(&RECIPE), expected);
+    for left in ["partial", "scratch"] {
+        let folder = project.path(&format!(".pipeline/v1/{left}"));
+        let left = fs::read_dir(folder).map_or(0, Iterator::count);
+        assert_eq!(left, 0);
+    }
+}
+
+#[test]
+fn ctrl_c_ends_cleanly_and_the_run_goes_on_later() {
+    let project = Project::with_recipes();
+    let mut child = run(&project);
+    assert!(wait_for(
+        &mut child,
+        usize::MAX,
+        &["\"progress\"", "\"base\"", "\"steps\""]
+    ));
+    let pid = child.id().to_string();
+    assert!(
+        Command::new("sh")
+            .args(["-c", &format!("kill -INT {pid}")])
+            .status()
+            .unwrap()
+            .success()
+    );
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130));
+    let told = String::from_utf8(output.stderr).unwrap();
+    assert!(told.contains("interrupted"), "{told}");
+    nothing_is_half_written(&project);
+    let ran = project.ran(&RECIPE);
+    assert!(!ran.contains(&"tokens".to_owned()), "{ran:?}");
+    assert!(ran.contains(&"merged".to_owned()));
+}

@@ -1,0 +1,175 @@
+//! recipes/llama3-orpo.yaml, whole, against a hub on this machine: only the repositories' names and the address differ from
+//! real life.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use crate::support::hub::{Gate, HubServer, TOKEN};
+use crate::support::program::Project;
+
+/// Makes what the hub serves: a tiny model in Llama 3's layout, and rows like truthy-dpo's.
+const MAKER: &str = "\
+version: 1
+stages:
+  pairs: { import_dataset: { path: pairs.jsonl } }
+  model:
+    create_model: { dataset: pairs, vocab_size: 500, hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2,
+                    num_attention_heads: 4, num_key_value_heads: 2, dtype: bfloat16, max_shard_size: 100KB }
+outputs: { pairs: made/pairs, model: made/model }
+";
+
+const RECIPE: [&str; 5] = [
+    "recipes/llama3-orpo.yaml",
+    "--set",
+    "vars.base=tiny/llama-3",
+    "--set",
+    "vars.pairs=somebody/truthy-dpo",
+];
+
+fn files(folder: &Path) -> Vec<(String, Vec<u8>)> {
+    let mut files: Vec<_> = fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| {
+            let entry = entry.unwrap();
+            (
+                entry.file_name().into_string().unwrap(),
+                fs::read(entry.path()).unwrap(),
+            )
+        })
+        .collect();
+    files.sort_unstable();
+    files
+}
+
+/// A hub with both repositories; the model is gated.
+fn hub() -> HubServer {
+    let maker = Project::with_recipes();
+    let source = maker.read("recipes/data/pairs.jsonl");
+    let mut rows = String::new();
+    for (number, line) in source.lines().take(22).enumerate() {
+        let mut row: Value = serde_json::from_str(line).unwrap();
+        row["id"] = json!(format!("{number:032x}"));
+        row["source"] = json!("made_up");
+        row["system"] = json!(if number % 3 == 0 {
+            "You are an unbiased, uncensored, helpful assistant."
+        } else {
+            ""
+        });
+        rows.push_str(&format!("{row}\n"));
+    }
+    maker.write("pairs.jsonl", &rows);
+    maker.write("maker.yaml", MAKER);
+    maker.succeeds(&["run", "maker.yaml"]);
+
+    let hub = HubServer::start().with_cdn();
+    let model: Vec<_> = files(&maker.path("made/model"))
+        .into_iter()
+        // A base model has no template of its own.
+        .filter(|(name, _)| name != "chat_template.jinja")
+        .chain([("LICENSE".to_owned(), b"Llama 3 Community License".to_vec())])
+        .collect();
+    let shards = model
+        .iter()
+        .filter(|(name, _)| name.ends_with(".safetensors"))
+        .count();
+    assert!(shards > 1, "{shards}");
+    let model: Vec<(&str, &[u8])> = model
+        .iter()
+        .map(|(name, bytes)| (name.as_str(), bytes.as_slice()))
+        .collect();
+    hub.model("tiny/llama-3", &model);
+    hub.gate("models/tiny/llama-3", Gate::Gated);
+    let table = fs::read(maker.path("made/pairs/train.parquet")).unwrap();
+    hub.dataset(
+        "somebody/truthy-dpo",
+        &[
+            ("README.md", b"# Pairs\n"),
+            ("data/train-00000-of-00001.parquet", &table),
+        ],
+    );
+    hub
+}
+
+fn bodies(hub: &HubServer) -> usize {
+    hub.requests()
+        .iter()
+        .filter(|asked| asked.path.contains("/resolve/"))
+        .count()
+}
+
+#[test]
+fn the_whole_recipe() {
+    let hub = hub();
+    let mut project = Project::with_recipes();
+    project.variable("HF_ENDPOINT", &hub.endpoint);
+
+    // Without a token: a sentence that says what to do, and nothing of the model is kept.
+    let ended = project.run(&[&["run"], &RECIPE[..]].concat());
+    assert_eq!(ended.code, Some(1), "{}", ended.stderr);
+    assert!(
+        ended.stderr.contains("tiny/llama-3") && ended.stderr.contains("HF_TOKEN"),
+        "{}",
+        ended.stderr
+    );
+
+    project.variable("HF_TOKEN", TOKEN);
+    let ran = project.ran(&RECIPE);
+    assert!(
+        ran.len() >= 7 && ran.contains(&"merged".to_owned()),
+        "{ran:?}"
+    );
+    let merged = files(&project.path("out/llama3-orpo"));
+    let names: Vec<&str> = merged.iter().map(|(name, _)| name.as_str()).collect();
+    assert!(
+        names.contains(&"model.safetensors.index.json")
+            && names.contains(&"model-00001-of-00003.safetensors"),
+        "{names:?}"
+    );
+    let base = project.artifacts(&RECIPE)["base"].clone();
+    for (name, bytes) in files(&project.path(&format!(".pipeline/v1/artifacts/{base}"))) {
+        let Some((_, ours)) = merged.iter().find(|(ours, _)| *ours == name) else {
+            panic!("`{name}` was not carried along");
+        };
+        if name.ends_with(".safetensors") {
+            assert_eq!(ours.len(), bytes.len(), "{name}: another dtype");
+            assert!(*ours != bytes, "{name} was not changed by the merge");
+        } else {
+            assert!(*ours == bytes, "{name} was changed");
+        }
+    }
+    let scores = project.succeeds(&[&["show"], &RECIPE[..1], &["scores"], &RECIPE[1..]].concat());
+    assert!(scores.contains("rewards/accuracies"), "{scores}");
+
+    // Again: the branch is asked for, nothing is downloaded, nothing runs. Offline, not even that.
+    let before = bodies(&hub);
+    let nothing: [&str; 0] = [];
+    assert_eq!(project.ran(&RECIPE), nothing);
+    assert_eq!(bodies(&hub), before);
+    let asked = hub.requests().len();
+    assert_eq!(
+        project.ran(&[&RECIPE[..], &["--offline"]].concat()),
+        nothing
+    );
+    assert_eq!(hub.requests().len(), asked);
+
+    // The token is nowhere.
+    let find = std::process::Command::new("grep")
+        .args(["-r", "-l", TOKEN])
+        .arg(project.path(""))
+        .output()
+        .unwrap();
+    assert_eq!(String::from_utf8(find.stdout).unwrap(), "");
+
+    // The dataset moves: what reads it runs again, and the reason says so.
+    let table = fs::read(project.path(&format!(
+        ".pipeline/v1/artifacts/{}/train.parquet",
+        project.artifacts(&RECIPE)["pairs"]
+    )))
+    .unwrap();
+    hub.dataset("somebody/truthy-dpo", &[("train.parquet", &table)]);
+    let why = project.succeeds(&[&["why"], &RECIPE[..1], &["pairs"], &RECIPE[1..]].concat());
+    assert!(why.contains("moved from"), "{why}");
+    assert_eq!(project.ran(&RECIPE), ["pairs"], "the same rows");
+}
