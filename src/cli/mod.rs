@@ -113,10 +113,18 @@ fn tell(text: &str) {
     let _ = std::io::stderr().lock().write_all(text.as_bytes());
 }
 
+/// An environment variable, if it is set and is text.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the one place that reads the environment"
+)]
+fn variable(name: &str) -> Option<String> {
+    std::env::var(name).ok()
+}
+
 /// Whether errors are coloured: for people at a terminal who have not asked otherwise (<https://no-color.org>).
 fn colour() -> bool {
-    std::io::stderr().is_terminal()
-        && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+    std::io::stderr().is_terminal() && variable("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
 /// Columns of equal width, two spaces between them, nothing behind the last.

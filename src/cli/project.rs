@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use clap::Args;
 
-use super::{Failure, colour, error};
+use super::{Failure, colour, error, variable};
 use crate::engine::{Graph, Node, Record, Situation, State, Store, World};
 use crate::recipe::{Override, Recipe, RecipeStage};
 use crate::stages::KINDS;
@@ -209,11 +209,11 @@ fn world(offline: bool) -> World {
     ];
     let environment: BTreeMap<String, String> = VARIABLES
         .iter()
-        .filter_map(|name| Some(((*name).to_owned(), std::env::var(name).ok()?)))
+        .filter_map(|name| Some(((*name).to_owned(), variable(name)?)))
         .collect();
-    let variable = environment.get("HF_HUB_OFFLINE").map(String::as_str);
+    let forced = environment.get("HF_HUB_OFFLINE").map(String::as_str);
     World {
-        offline: offline || variable.is_some_and(crate::hub::is_true),
+        offline: offline || forced.is_some_and(crate::hub::is_true),
         home: std::env::home_dir(),
         environment,
     }

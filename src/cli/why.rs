@@ -79,11 +79,11 @@ fn explain(project: &Project, states: &[State], index: usize, text: &mut String)
 fn list(project: &Project, stage: &RecipeStage, reasons: &[Reason], text: &mut String) {
     for reason in reasons {
         _ = writeln!(text, "  - {reason}");
-        let parameter = match reason {
-            Reason::ParameterChanged { parameter, .. }
-            | Reason::InputChanged { parameter, .. }
-            | Reason::FileChanged { parameter, .. } => parameter,
-            _ => continue,
+        let (Reason::ParameterChanged { parameter, .. }
+        | Reason::InputChanged { parameter, .. }
+        | Reason::FileChanged { parameter, .. }) = reason
+        else {
+            continue;
         };
         let path = format!("stages.{}.{}.{parameter}", stage.name, stage.kind.name);
         if let Some(place) = project.recipe.place_of(&path) {

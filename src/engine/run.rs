@@ -355,22 +355,22 @@ impl Worker<'_, '_> {
                 },
             );
         })?;
-        if waited || !self.situation.forced[self.index] {
-            if let Found::Hit(record) = store.find(&prepared.digest, *verify) {
-                store.set_last(recipe, name, &prepared.digest)?;
-                let artifact = record.artifact;
-                let saved = record.seconds;
-                send(
-                    &self.events,
-                    Event::StageFresh {
-                        stage: name.to_owned(),
-                        artifact: artifact.clone(),
-                        restored: false,
-                        saved,
-                    },
-                );
-                return Ok((artifact, false));
-            }
+        if (waited || !self.situation.forced[self.index])
+            && let Found::Hit(record) = store.find(&prepared.digest, *verify)
+        {
+            store.set_last(recipe, name, &prepared.digest)?;
+            let artifact = record.artifact;
+            let saved = record.seconds;
+            send(
+                &self.events,
+                Event::StageFresh {
+                    stage: name.to_owned(),
+                    artifact: artifact.clone(),
+                    restored: false,
+                    saved,
+                },
+            );
+            return Ok((artifact, false));
         }
         send(
             &self.events,

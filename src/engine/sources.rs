@@ -103,10 +103,10 @@ impl Sources {
         let stat = || fs::metadata(path).map(|metadata| Stat::of(&metadata));
         let before = stat().with_context(|| format!("could not read `{}`", path.display()))?;
         let name = path.to_string_lossy().into_owned();
-        if let Some(entry) = self.memo.files.get(&name) {
-            if entry.stat == before {
-                return Ok(entry.blake3.clone());
-            }
+        if let Some(entry) = self.memo.files.get(&name)
+            && entry.stat == before
+        {
+            return Ok(entry.blake3.clone());
         }
         let blake3 = digest_file(path)?;
         let after = stat().with_context(|| format!("could not read `{}`", path.display()))?;

@@ -147,7 +147,7 @@ impl Toy {
         .unwrap()
     }
 
-    fn situation<'a>(&self, graph: &'a Graph, store: &'a Store, forced: &[&str]) -> Situation<'a> {
+    fn situation<'a>(graph: &'a Graph, store: &'a Store, forced: &[&str]) -> Situation<'a> {
         let forced = graph
             .nodes
             .iter()
@@ -167,7 +167,7 @@ impl Toy {
         let (graph, store) = (self.graph(separator, fail), self.store());
         let (events, received) = channel();
         let summary = run(
-            &self.situation(&graph, &store, forced),
+            &Self::situation(&graph, &store, forced),
             &[],
             2,
             &events,
@@ -188,7 +188,7 @@ impl Toy {
 
     fn plan(&self, separator: &str) -> Vec<State> {
         let (graph, store) = (self.graph(separator, ""), self.store());
-        self.situation(&graph, &store, &[]).plan()
+        Self::situation(&graph, &store, &[]).plan()
     }
 }
 

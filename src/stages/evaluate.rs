@@ -256,6 +256,22 @@ impl Stage for Evaluate {
         for name in ["rewards/accuracies", "margin", "perplexity"] {
             cx.note(name, shown.get(name));
         }
+        let accuracy = |scores: &BTreeMap<_, f64>| {
+            100. * scores
+                .get("rewards/accuracies")
+                .copied()
+                .unwrap_or(f64::NAN)
+        };
+        let prefers = "the chosen answer is preferred in";
+        cx.info(match &with_adapter {
+            Some(with) => format!(
+                "{prefers} {:.0} % of {} rows with the adapter, in {:.0} % without",
+                accuracy(with),
+                rows.len(),
+                accuracy(&base)
+            ),
+            None => format!("{prefers} {:.0} % of {} rows", accuracy(&base), rows.len()),
+        });
         let report = Report {
             split,
             rows: rows.len(),

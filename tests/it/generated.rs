@@ -5,7 +5,7 @@ use std::fs;
 use pipeline::stages::KINDS;
 use serde_json::Value;
 
-use crate::support::program::repository;
+use crate::support::program::{repository, update_wanted};
 
 fn files() -> [(&'static str, String); 3] {
     let schema = serde_json::to_string_pretty(&pipeline::recipe::schema(KINDS)).unwrap();
@@ -23,7 +23,7 @@ fn files() -> [(&'static str, String); 3] {
 fn generated_files_are_current() {
     for (name, text) in files() {
         let path = repository().join(name);
-        if std::env::var_os("UPDATE_GENERATED").is_some() {
+        if update_wanted() {
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(&path, &text).unwrap();
         }

@@ -57,7 +57,8 @@ fn hub() -> HubServer {
         } else {
             ""
         });
-        rows.push_str(&format!("{row}\n"));
+        rows += &row.to_string();
+        rows.push('\n');
     }
     maker.write("pairs.jsonl", &rows);
     maker.write("maker.yaml", MAKER);

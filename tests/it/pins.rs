@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
-use crate::support::program::{Project, repository};
+use crate::support::program::{Project, repository, update_wanted};
 
 /// Trainings are left out: their last bits depend on the processor.
 const RECIPE: &str = "\
@@ -45,7 +45,7 @@ fn other_bytes_need_another_version() {
         })
         .collect();
     let path = repository().join("tests/it/pins.json");
-    if std::env::var_os("UPDATE_GENERATED").is_some() {
+    if update_wanted() {
         std::fs::write(&path, serde_json::to_string_pretty(&made).unwrap() + "\n").unwrap();
     }
     let pinned: BTreeMap<String, Value> =

@@ -1,3 +1,5 @@
+//! Tests of `import`.
+
 use super::*;
 use crate::data::{head, summary};
 

@@ -1,3 +1,5 @@
+//! Tests of `create`.
+
 use std::fs;
 
 use super::*;

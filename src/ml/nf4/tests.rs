@@ -1,3 +1,5 @@
+//! Tests of `nf4`.
+
 use candle_core::Device;
 use proptest::prelude::*;
 

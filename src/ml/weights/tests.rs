@@ -1,3 +1,5 @@
+//! Tests of `weights`.
+
 use std::fs;
 
 use candle_core::DType;

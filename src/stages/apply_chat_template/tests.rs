@@ -1,3 +1,5 @@
+//! Tests of `apply_chat_template`.
+
 use std::path::{Path, PathBuf};
 
 use super::*;

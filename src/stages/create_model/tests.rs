@@ -1,3 +1,5 @@
+//! Tests of `create_model`.
+
 use std::path::Path;
 use std::sync::Arc;
 

@@ -1,3 +1,5 @@
+//! Tests of `tokenize`.
+
 use std::path::Path;
 
 use super::*;

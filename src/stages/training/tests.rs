@@ -1,3 +1,5 @@
+//! Tests of `training`.
+
 use std::sync::atomic::Ordering;
 
 use super::*;

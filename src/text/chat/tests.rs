@@ -1,3 +1,5 @@
+//! Tests of `chat`.
+
 use std::collections::BTreeMap;
 
 use minijinja::Value;

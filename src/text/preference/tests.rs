@@ -1,3 +1,5 @@
+//! Tests of `preference`.
+
 use std::path::Path;
 
 use proptest::prelude::*;

@@ -1,3 +1,5 @@
+//! Tests of `template`.
+
 use minijinja::value::Serde;
 use serde_json::json;
 

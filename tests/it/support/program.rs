@@ -90,10 +90,7 @@ impl Project {
     #[track_caller]
     pub(crate) fn ran(&self, arguments: &[&str]) -> Vec<String> {
         let events = events(&self.succeeds(&[&["run", "--json"], arguments].concat()));
-        let mut ran: Vec<String> = stages(&events, "stage_done")
-            .into_iter()
-            .map(|(name, _)| name)
-            .collect();
+        let mut ran: Vec<String> = stages(&events, "stage_done").into_keys().collect();
         ran.sort_unstable();
         ran
     }
@@ -137,6 +134,12 @@ impl From<Output> for Ended {
 /// The folder of this repository.
 pub(crate) fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Whether generated files are to be written anew.
+#[expect(clippy::disallowed_methods, reason = "a switch of the tests")]
+pub(crate) fn update_wanted() -> bool {
+    std::env::var("UPDATE_GENERATED").is_ok()
 }
 
 /// The events of a run with `--json`.
