@@ -63,3 +63,23 @@ fn every_recipe_fits_the_schema() {
         serde_yaml::from_str("{version: 1, stages: {a: {merge: {modle: b}}}}").unwrap();
     assert!(!validator.is_valid(&wrong));
 }
+
+/// The recipes in the documentation are recipes.
+#[test]
+fn every_recipe_in_the_docs_is_one() {
+    let mut seen = 0;
+    for name in [
+        "README.md",
+        "docs/architecture.md",
+        "docs/adding-a-stage.md",
+    ] {
+        let text = fs::read_to_string(repository().join(name)).unwrap();
+        for block in text.split("```yaml\n").skip(1) {
+            let recipe = block.split("```").next().unwrap();
+            pipeline::recipe::parse(name.as_ref(), recipe, &[], KINDS)
+                .unwrap_or_else(|errors| panic!("{errors}"));
+            seen += 1;
+        }
+    }
+    assert!(seen > 0);
+}

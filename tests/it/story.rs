@@ -53,7 +53,7 @@ fn only_what_is_stale_runs() {
     assert_eq!(
         project.ran(&short(&[])),
         [
-            "base", "base4", "chats", "merged", "scores", "tokens", "tuned"
+            "adapter", "base", "base4", "chats", "merged", "scores", "tokens", "tuned"
         ]
     );
     project.write(template, &text);
