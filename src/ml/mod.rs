@@ -23,6 +23,7 @@ pub mod orpo;
 pub mod quantize;
 mod rewrite;
 pub mod sampler;
+pub mod save;
 pub mod schedule;
 pub mod sft;
 pub mod torch_rng;

@@ -14,6 +14,7 @@ use candle_core::{DType, Device, Tensor};
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
 
+pub(in crate::ml) use writer::bytes;
 pub use writer::{Entry, Writer, save};
 
 /// The name of a model's only file of weights.

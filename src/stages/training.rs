@@ -1,6 +1,5 @@
 //! What the trainings share: parameters by transformers' names, and the way from folders to a trained artifact.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -13,12 +12,13 @@ use serde::{Deserialize, Serialize};
 use crate::data::table::splits;
 use crate::data::tokens::{self, TokenRow};
 use crate::engine::{Context, Problem};
-use crate::ml::adapter::{Adapter, LoraPair};
+use crate::ml::adapter::Adapter;
 use crate::ml::batch::Row;
 use crate::ml::config::LlamaConfig;
 use crate::ml::model::{Llama, Trained};
 use crate::ml::optim;
 use crate::ml::sampler::Sampling;
+use crate::ml::save::{save_adapter, save_model};
 use crate::ml::schedule::Shape;
 use crate::ml::train::{Ending, Every, Settings, train};
 use crate::ml::weights::Weights;
@@ -525,60 +525,6 @@ pub(super) fn run(
     }
     let metrics = history.join("\n") + "\n";
     fs::write(cx.out().join("metrics.jsonl"), metrics).context("could not write `metrics.jsonl`")
-}
-
-fn save_adapter(model: &Llama, mut adapter: Adapter, out: &Path) -> anyhow::Result<()> {
-    let trained: BTreeMap<_, _> = model
-        .parameters
-        .iter()
-        .map(|parameter| (parameter.name.as_str(), parameter.var.as_detached_tensor()))
-        .collect();
-    for (path, pair) in &mut adapter.tensors {
-        let get = |letter: &str| {
-            let name = format!("{path}.lora_{letter}.weight");
-            let found = trained.get(name.as_str()).cloned();
-            found.ok_or_else(|| anyhow!("`{name}` was not trained"))
-        };
-        *pair = LoraPair {
-            a: get("A")?,
-            b: get("B")?,
-        };
-    }
-    adapter.save(out)
-}
-
-/// A trained model: the source's folder with new weights of the same names, dtypes and files.
-fn save_model(model: &Llama, source: &Path, out: &Path) -> anyhow::Result<()> {
-    let trained: BTreeMap<_, _> = model
-        .parameters
-        .iter()
-        .map(|parameter| (parameter.name.as_str(), &parameter.var))
-        .collect();
-    let mut entries = fs::read_dir(source)?.collect::<Result<Vec<_>, _>>()?;
-    entries.sort_by_key(fs::DirEntry::file_name);
-    for entry in entries {
-        let (from, to) = (entry.path(), out.join(entry.file_name()));
-        let saved = || -> anyhow::Result<()> {
-            if from.extension().is_some_and(|e| e == "safetensors") {
-                let mut tensors = BTreeMap::new();
-                let old = candle_core::safetensors::load(&from, &Device::Cpu)?;
-                for (name, old) in old.into_iter().collect::<BTreeMap<_, _>>() {
-                    let new = match trained.get(name.as_str()) {
-                        Some(var) => var.as_detached_tensor().to_dtype(old.dtype())?,
-                        None => old,
-                    };
-                    tensors.insert(name, new);
-                }
-                let format = [("format".to_owned(), "pt".to_owned())].into();
-                safetensors::serialize_to_file(&tensors, Some(format), &to)?;
-            } else if from.is_file() && entry.file_name() != "metrics.jsonl" {
-                fs::copy(&from, &to)?;
-            }
-            Ok(())
-        };
-        saved().with_context(|| format!("could not write `{}`", to.display()))?;
-    }
-    Ok(())
 }
 
 #[cfg(test)]

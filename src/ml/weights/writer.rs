@@ -187,7 +187,7 @@ pub fn save(
 }
 
 /// The values of a tensor, little-endian and in row-major order.
-fn bytes(tensor: &Tensor) -> anyhow::Result<Vec<u8>> {
+pub(in crate::ml) fn bytes(tensor: &Tensor) -> anyhow::Result<Vec<u8>> {
     fn all<T: candle_core::WithDType, const N: usize>(
         tensor: &Tensor,
         bytes: impl Fn(T) -> [u8; N],

@@ -1,0 +1,58 @@
+//! What a training made, written in the layout that it was read from.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::anyhow;
+use candle_core::Tensor;
+
+use super::adapter::{Adapter, LoraPair};
+use super::folder;
+use super::model::Llama;
+use super::rewrite::{Output, rewrite};
+use super::weights::{Entry, Weights, bytes};
+
+fn trained(model: &Llama) -> BTreeMap<&str, Tensor> {
+    let parameters = model.parameters.iter();
+    parameters
+        .map(|parameter| (parameter.name.as_str(), parameter.var.as_detached_tensor()))
+        .collect()
+}
+
+/// Writes the adapter that was trained, with the settings it had before.
+pub fn save_adapter(model: &Llama, mut adapter: Adapter, out: &Path) -> anyhow::Result<()> {
+    let trained = trained(model);
+    for (path, pair) in &mut adapter.tensors {
+        let get = |letter: &str| {
+            let name = format!("{path}.lora_{letter}.weight");
+            let found = trained.get(name.as_str()).cloned();
+            found.ok_or_else(|| anyhow!("`{name}` was not trained"))
+        };
+        *pair = LoraPair {
+            a: get("A")?,
+            b: get("B")?,
+        };
+    }
+    adapter.save(out)
+}
+
+/// Writes a model of which every weight was trained: the source's folder with new weights of the same names, types and files.
+/// In memory beside the model is one tensor.
+pub fn save_model(model: &Llama, source: &Path, out: &Path) -> anyhow::Result<()> {
+    let trained = trained(model);
+    let weights = Weights::open(source)?;
+    let outputs = |name: &str| {
+        let Some(tensor) = trained.get(name) else {
+            return Ok(vec![Output::same(&weights, name)?]);
+        };
+        let raw = weights.raw(name)?;
+        let dtype = raw.dtype.try_into()?;
+        Ok(vec![Output {
+            entry: Entry::new(name, raw.dtype, raw.shape),
+            bytes: Box::new(move || Ok(Cow::Owned(bytes(&tensor.to_dtype(dtype)?)?))),
+        }])
+    };
+    rewrite(&weights, out, outputs, &mut |_| Ok(()))?;
+    folder::carry(source, out, &[])
+}
