@@ -1,7 +1,7 @@
 //! Checkpoints of a training: everything that its next step depends on.
 //!
-//! A checkpoint is a folder `step-00000042` with `state.safetensors` (parameters and moments) and `state.json` (the rest,
-//! and the digest of the first). It is written under another name and renamed, so it is whole or absent; one that is
+//! A checkpoint is a folder `step-00000042` with `state.safetensors` (parameters and moments), `state.json` (the rest, and
+//! the digest of the first) and `digest` (that of the second). It is written under another name and renamed, so it is whole or absent; one that is
 //! damaged all the same is passed over. The order of rows and the dropout follow from seed and step.
 
 use std::collections::BTreeMap;
@@ -15,10 +15,13 @@ use serde::{Deserialize, Serialize};
 
 use super::model::Llama;
 use super::optim::Optimizer;
-use super::train::Window;
+use super::train::Log;
+use super::train::best::{self, Best};
+use super::train::log::Window;
+use super::train::scaler::Scaler;
 
 /// Raised when the files' meaning changes; other versions are ignored.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Where a training stands, apart from its tensors.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -27,14 +30,16 @@ pub(super) struct State {
     pub(super) step: u64,
     /// Finished steps that the schedule counts (not those skipped on overflow).
     pub(super) scheduled: u64,
+    /// Steps left out because they were not finite.
+    pub(super) skipped: u64,
     /// The loss scale.
-    pub(super) scale: f64,
-    /// Steps since the scale changed.
-    pub(super) good: u64,
+    pub(super) scaler: Scaler,
     /// What has not been logged yet.
     pub(super) window: Window,
-    /// One line for each step and evaluation.
-    pub(super) history: Vec<String>,
+    /// The numbers of each step and evaluation.
+    pub(super) history: Vec<Log>,
+    /// The best evaluation.
+    pub(super) best: Best,
 }
 
 /// `state.json`. Floats are kept as bits, so that nothing is rounded.
@@ -44,10 +49,44 @@ struct Stored {
     digest: String,
     step: u64,
     scheduled: u64,
+    skipped: u64,
     scale: u64,
     good: u64,
     window: BTreeMap<String, (u64, u64)>,
-    history: Vec<String>,
+    history: Vec<Line>,
+    best: best::Stored,
+}
+
+/// A [`Log`] in `state.json`.
+#[derive(Serialize, Deserialize)]
+struct Line {
+    step: u64,
+    epoch: u64,
+    values: BTreeMap<String, u64>,
+}
+
+impl Line {
+    fn of(log: &Log) -> Self {
+        let values = log.values.iter();
+        Self {
+            step: log.step,
+            epoch: log.epoch.to_bits(),
+            values: values
+                .map(|(name, value)| (name.clone(), value.to_bits()))
+                .collect(),
+        }
+    }
+
+    fn log(self) -> Log {
+        let values = self.values.into_iter();
+        Log {
+            step: self.step,
+            epoch: f64::from_bits(self.epoch),
+            values: values
+                .map(|(name, bits)| (name, f64::from_bits(bits)))
+                .collect(),
+        }
+    }
 }
 
 fn tensors(model: &Llama, optimizer: &Optimizer) -> anyhow::Result<BTreeMap<String, Tensor>> {
@@ -84,16 +123,21 @@ pub(super) fn save(
             digest: blake3::hash(&bytes).to_string(),
             step: state.step,
             scheduled: state.scheduled,
-            scale: state.scale.to_bits(),
-            good: state.good,
+            skipped: state.skipped,
+            scale: state.scaler.scale.to_bits(),
+            good: state.scaler.good,
             window: window
                 .map(|(name, (sum, count))| (name.clone(), (sum.to_bits(), *count)))
                 .collect(),
-            history: state.history.clone(),
+            history: state.history.iter().map(Line::of).collect(),
+            best: state.best.stored(),
         };
+        let json = serde_json::to_vec(&stored)?;
+        let digest = blake3::hash(&json).to_string();
         for (name, bytes) in [
             ("state.safetensors", bytes),
-            ("state.json", serde_json::to_vec(&stored)?),
+            ("state.json", json),
+            ("digest", digest.into_bytes()),
         ] {
             let mut file = File::create(partial.join(name))?;
             file.write_all(&bytes)?;
@@ -108,7 +152,11 @@ pub(super) fn save(
         for old in checkpoints(folder)?.iter().rev().skip(keep.max(1)) {
             fs::remove_dir_all(old)?;
         }
-        Ok(())
+        // The weights of every best step that a checkpoint may go on from.
+        let kept = checkpoints(folder)?;
+        let kept = kept.iter().filter_map(|place| read_stored(place).ok());
+        let wanted: Vec<u64> = kept.filter_map(|stored| stored.best.step()).collect();
+        best::prune(folder, &wanted)
     };
     write().with_context(|| format!("could not write a checkpoint to `{}`", folder.display()))
 }
@@ -129,9 +177,23 @@ fn checkpoints(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-fn load(place: &Path, model: &Llama, optimizer: &mut Optimizer) -> anyhow::Result<State> {
-    let stored: Stored = serde_json::from_slice(&fs::read(place.join("state.json"))?)?;
+fn read_stored(place: &Path) -> anyhow::Result<Stored> {
+    let json = fs::read(place.join("state.json"))?;
+    let digest = fs::read_to_string(place.join("digest"))?;
+    ensure!(blake3::hash(&json).to_string() == digest, "damaged");
+    let stored: Stored = serde_json::from_slice(&json)?;
     ensure!(stored.version == VERSION, "another version");
+    Ok(stored)
+}
+
+fn load(place: &Path, model: &Llama, optimizer: &mut Optimizer) -> anyhow::Result<State> {
+    let stored = read_stored(place)?;
+    let best = stored.best.best();
+    let folder = place.parent().context("no folder")?;
+    ensure!(
+        best::is_sound(folder, &best),
+        "the best weights are damaged"
+    );
     let bytes = fs::read(place.join("state.safetensors"))?;
     ensure!(blake3::hash(&bytes).to_string() == stored.digest, "damaged");
     let tensors = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu)?;
@@ -159,14 +221,18 @@ fn load(place: &Path, model: &Llama, optimizer: &mut Optimizer) -> anyhow::Resul
     Ok(State {
         step: stored.step,
         scheduled: stored.scheduled,
-        scale: f64::from_bits(stored.scale),
-        good: stored.good,
+        skipped: stored.skipped,
+        scaler: Scaler {
+            scale: f64::from_bits(stored.scale),
+            good: stored.good,
+        },
         window: Window {
             sums: window
                 .map(|(name, (sum, count))| (name, (f64::from_bits(sum), count)))
                 .collect(),
         },
-        history: stored.history,
+        history: stored.history.into_iter().map(Line::log).collect(),
+        best,
     })
 }
 

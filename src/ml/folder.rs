@@ -10,7 +10,9 @@ use serde_json::{Map, Value};
 /// The model's configuration.
 pub const CONFIG: &str = "config.json";
 /// What a training leaves beside its weights; it tells of that training only.
-const METRICS: &str = "metrics.jsonl";
+pub const METRICS: &str = "metrics.jsonl";
+/// The same in transformers' form.
+pub const TRAINER_STATE: &str = "trainer_state.json";
 
 /// Copies a model folder's other files unchanged: tokenizer, chat template, generation config. Weights of any kind and their
 /// indexes stay behind, and so does what `skip` names.
@@ -27,7 +29,10 @@ pub fn carry(source: &Path, out: &Path, skip: &[&str]) -> anyhow::Result<()> {
                 // Named chat templates are one folder deeper (`additional_chat_templates/`).
                 fs::create_dir(&to)?;
                 carry(&from, &to, skip)
-            } else if skip.contains(&text.as_ref()) || text == METRICS || is_weights(&text) {
+            } else if skip.contains(&text.as_ref())
+                || [METRICS, TRAINER_STATE].contains(&text.as_ref())
+                || is_weights(&text)
+            {
                 Ok(())
             } else {
                 // Read and written, so that the copy has its own permissions.

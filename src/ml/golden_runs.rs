@@ -44,6 +44,10 @@ pub(super) fn settings() -> Settings {
         log_every: 1,
         save_every: 1000,
         keep: 2,
+        watch: None,
+        skip_nan_steps: 0,
+        split: "train".into(),
+        rows_each: 1,
     }
 }
 
@@ -55,7 +59,7 @@ fn run(model: &Llama, semantics: &str, settings: &Settings) -> Vec<Log> {
         ControlFlow::Continue(())
     })
     .unwrap();
-    let Ending::Finished { history } = ending else {
+    let Ending::Finished { history, .. } = ending else {
         panic!("interrupted")
     };
     assert_eq!(history.len(), logs.len());
@@ -319,7 +323,10 @@ fn a_loss_that_is_no_number_stops_with_the_step_and_the_rows() {
     let goes_on = &mut |_: &_| ControlFlow::Continue(());
     let error = train(&model, &rows, &[], &settings(), None, goes_on).unwrap_err();
     let text = error.to_string();
-    assert!(text.contains("NaN in step 1 (rows [0, 1])"), "{text}");
+    assert!(
+        text.contains("NaN in step 1 (rows [0, 1] of `train`)"),
+        "{text}"
+    );
 }
 
 #[test]

@@ -10,13 +10,14 @@ use super::training::{
 use crate::engine::{Artifact, Context, Input, Neutral, Problem, Stage};
 use crate::ml::objective::Objective;
 use crate::ml::optim;
-use crate::ml::train::{Settings, compute_dtype};
+use crate::ml::train::{Settings, Watch, compute_dtype};
 
 training_parameters! {
     /// Trains on preferences by the odds ratio (ORPO, arXiv 2403.07691), with the numbers of TRL's `ORPOTrainer`.
     ///
     /// With `adapter` it trains the adapter on the frozen model and makes an adapter; without, it trains every weight and
-    /// makes a model. Beside it lies `metrics.jsonl` with TRL's metrics of every step. Parameters have TRL's names and
+    /// makes a model. Beside it lie `metrics.jsonl` and transformers' `trainer_state.json` with TRL's
+    /// metrics of every step. Parameters have TRL's names and
     /// defaults but one: `bf16` is off.
     pub struct TrainOrpo {
         /// The weight of the odds ratio beside the likelihood (lambda in the paper).
@@ -39,7 +40,7 @@ fn default_disable_dropout() -> bool {
 
 impl Stage for TrainOrpo {
     const KIND: &'static str = "train_orpo";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const EXCLUSIVE: bool = true;
     type Output = Adapter;
 

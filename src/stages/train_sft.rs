@@ -9,14 +9,15 @@ use super::training::{
 };
 use crate::engine::{Artifact, Context, Input, Neutral, Problem, Stage};
 use crate::ml::objective::Objective;
-use crate::ml::train::{Settings, compute_dtype};
+use crate::ml::train::{Settings, Watch, compute_dtype};
 use crate::ml::{optim, sft};
 
 training_parameters! {
     /// Trains on answers by their likelihood, with the numbers of TRL's `SFTTrainer`.
     ///
     /// With `adapter` it trains the adapter on the frozen model and makes an adapter; without, it trains every weight and
-    /// makes a model. Beside it lies `metrics.jsonl` with the metrics of every step. Parameters have TRL's names and
+    /// makes a model. Beside it lie `metrics.jsonl` and transformers' `trainer_state.json` with
+    /// the metrics of every step. Parameters have TRL's names and
     /// defaults but one: `bf16` is off.
     pub struct TrainSft {
         /// Whether only the answer's tokens count in the loss, and not the prompt's.
@@ -48,7 +49,7 @@ fn default_completion_only_loss() -> bool {
 
 impl Stage for TrainSft {
     const KIND: &'static str = "train_sft";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const EXCLUSIVE: bool = true;
     type Output = Model;
 
@@ -79,7 +80,10 @@ impl Stage for TrainSft {
             Answers::Rejected => sft::Answers::Rejected,
             Answers::Both => sft::Answers::Both,
         };
-        let settings = self.settings(Objective::Sft { completion_only }, true);
+        let mut settings = self.settings(Objective::Sft { completion_only }, true);
+        if answers == sft::Answers::Both {
+            settings.rows_each = 2;
+        }
         training::run(cx, &job, settings, &|rows| {
             let rows = sft::rows(&rows, answers)?;
             for (number, row) in rows.iter().enumerate() {

@@ -1,11 +1,15 @@
 //! Tests of `training`.
 
+use std::fs;
+use std::path::Path;
 use std::sync::atomic::Ordering;
 
-use super::*;
+use candle_core::Device;
+
 use crate::data::table::Writer;
-use crate::data::tokens::{batch, schema};
-use crate::engine::{AnyStage, Stage};
+use crate::data::tokens::{TokenRow, batch, schema};
+use crate::engine::{AnyStage, Context, Stage};
+use crate::ml::adapter::Adapter;
 use crate::ml::golden;
 use crate::stages::evaluate::Evaluate;
 use crate::stages::train_orpo::TrainOrpo;

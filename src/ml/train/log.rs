@@ -1,0 +1,102 @@
+//! What a training tells: numbers, and how it ended.
+
+use std::collections::BTreeMap;
+
+use super::best::Best;
+use super::fault::Fault;
+
+/// Numbers at a step, by TRL's names.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Log {
+    /// Finished steps.
+    pub step: u64,
+    /// Epochs seen, with fraction.
+    pub epoch: f64,
+    /// The numbers.
+    pub values: BTreeMap<String, f64>,
+}
+
+impl Log {
+    /// One line of JSON, with the numbers to the last digit.
+    pub fn line(&self) -> String {
+        let mut line = format!("{{\"step\":{},\"epoch\":{:?}", self.step, self.epoch);
+        for (name, value) in &self.values {
+            line.push_str(",\"");
+            line.push_str(name);
+            line.push_str("\":");
+            if value.is_finite() {
+                line.push_str(&value.to_string());
+            } else {
+                line.push_str("null");
+            }
+        }
+        line.push('}');
+        line
+    }
+}
+
+/// What the callback is told: before the first step, after each micro-batch, and with logs after a step.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Step {
+    /// Finished steps.
+    pub step: u64,
+    /// All steps.
+    pub total: u64,
+    /// Finished micro-batches of the step in progress; 0 after a step.
+    pub micro_batches: usize,
+    /// Tokens of this micro-batch, without padding.
+    pub tokens: usize,
+    /// What is to be logged.
+    pub logs: Vec<Log>,
+    /// Why this step's update was left out.
+    pub skipped: Option<Fault>,
+}
+
+/// How a training ended.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Ending {
+    /// All steps are done, or no better result was to be expected.
+    Finished {
+        /// The numbers of each step and of each evaluation.
+        history: Vec<Log>,
+        /// Finished steps.
+        step: u64,
+        /// Steps left out because they were not finite.
+        skipped: u64,
+        /// The best evaluation.
+        best: Best,
+    },
+    /// The callback stopped it after so many steps; a checkpoint was written if there is a folder for it.
+    Interrupted {
+        /// Finished steps.
+        step: u64,
+    },
+}
+
+/// Sums of numbers that are logged as means.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(in crate::ml) struct Window {
+    /// By name: sum and count.
+    pub(in crate::ml) sums: BTreeMap<String, (f64, u64)>,
+}
+
+impl Window {
+    pub(super) fn add(&mut self, name: &str, value: f64) {
+        let sum = self.sums.entry(name.to_owned()).or_default();
+        *sum = (sum.0 + value, sum.1 + 1);
+    }
+
+    pub(super) fn merge(&mut self, other: &Self) {
+        for (name, (sum, count)) in &other.sums {
+            let own = self.sums.entry(name.clone()).or_default();
+            *own = (own.0 + sum, own.1 + count);
+        }
+    }
+
+    pub(super) fn means(&self) -> BTreeMap<String, f64> {
+        let means = self.sums.iter();
+        means
+            .map(|(name, (sum, count))| (name.clone(), sum / *count as f64))
+            .collect()
+    }
+}

@@ -1,0 +1,201 @@
+//! From the folders of the inputs to a trained artifact.
+
+use std::fs;
+use std::ops::ControlFlow;
+use std::path::Path;
+
+use anyhow::{Context as _, anyhow, ensure};
+use candle_core::{DType, Device};
+
+use crate::data::table::splits;
+use crate::data::tokens::{self, TokenRow};
+use crate::engine::Context;
+use crate::ml::adapter::Adapter;
+use crate::ml::batch::Row;
+use crate::ml::config::LlamaConfig;
+use crate::ml::folder::{METRICS, TRAINER_STATE};
+use crate::ml::model::{Llama, Trained};
+use crate::ml::save::{save_adapter, save_model};
+use crate::ml::train::{Ending, Settings, train, trainer_state};
+use crate::ml::weights::Weights;
+use crate::text::tokenizer::{Tokenizer, special_tokens};
+
+/// The folders and splits of one training.
+pub(in crate::stages) struct Job<'a> {
+    pub(in crate::stages) model: &'a Path,
+    pub(in crate::stages) adapter: Option<&'a Path>,
+    pub(in crate::stages) dataset: &'a Path,
+    pub(in crate::stages) train_split: &'a str,
+    pub(in crate::stages) eval_split: &'a str,
+    pub(in crate::stages) compute: DType,
+}
+
+/// The rows of a split, as `ml` knows them.
+pub(in crate::stages) fn rows(
+    dataset: &Path,
+    split: &str,
+    vocabulary: usize,
+) -> anyhow::Result<Vec<Row>> {
+    let read = tokens::read(dataset, split)?;
+    let mut rows = Vec::with_capacity(read.len());
+    for (number, row) in read.into_iter().enumerate() {
+        let TokenRow {
+            prompt_ids,
+            chosen_ids,
+            rejected_ids,
+            rejected_prompt_ids,
+        } = row;
+        let all = [
+            Some(&prompt_ids),
+            Some(&chosen_ids),
+            rejected_ids.as_ref(),
+            rejected_prompt_ids.as_ref(),
+        ];
+        let largest = all.into_iter().flatten().flatten().max();
+        ensure!(
+            largest.is_none_or(|id| (*id as usize) < vocabulary),
+            "row {number} of `{split}` has the token id {}, but the model knows only {vocabulary} ids; was it tokenized for another model?",
+            largest.copied().unwrap_or_default(),
+        );
+        rows.push(Row {
+            prompt: prompt_ids,
+            chosen: chosen_ids,
+            rejected: rejected_ids,
+            rejected_prompt: rejected_prompt_ids,
+        });
+    }
+    ensure!(!rows.is_empty(), "the split `{split}` has no rows");
+    Ok(rows)
+}
+
+/// Whether a dataset has a split.
+pub(in crate::stages) fn has_split(dataset: &Path, split: &str) -> anyhow::Result<bool> {
+    Ok(splits(dataset)?.contains_key(split))
+}
+
+/// The id that fills batches up: the tokenizer's pad token, or what the model's config names.
+pub(in crate::stages) fn pad_id(model: &Path, config: &LlamaConfig) -> u32 {
+    let named = || {
+        let special = special_tokens(model).ok()?;
+        let pad = special.get("pad_token")?;
+        Some(Tokenizer::load(model).ok()?.token(pad).ok()?.id)
+    };
+    let eos = config.eos_token_ids.first().copied();
+    let pad = named().or(config.pad_token_id).or(eos).unwrap_or(0);
+    if (pad as usize) < config.vocab_size {
+        pad
+    } else {
+        0
+    }
+}
+
+/// Trains, and fills the stage's output folder. `prepare` turns rows as they are stored into rows to train on.
+pub(in crate::stages) fn run(
+    cx: &Context,
+    job: &Job<'_>,
+    mut settings: Settings,
+    prepare: &dyn Fn(Vec<Row>) -> anyhow::Result<Vec<Row>>,
+) -> anyhow::Result<()> {
+    let config = LlamaConfig::read(job.model)?;
+    settings.pad = pad_id(job.model, &config);
+    settings.split = job.train_split.to_owned();
+    let weights = Weights::open(job.model)?;
+    let adapter = job.adapter.map(Adapter::load).transpose()?;
+    let trained = if adapter.is_some() {
+        Trained::Adapter
+    } else {
+        Trained::Everything
+    };
+    let device = Device::Cpu;
+    let model = Llama::load(
+        &config,
+        &weights,
+        adapter.as_ref(),
+        trained,
+        job.compute,
+        &device,
+    )?;
+    drop(weights);
+    let read = |split| rows(job.dataset, split, config.vocab_size).and_then(prepare);
+    let train_rows = read(job.train_split)?;
+    let eval_rows = if settings.eval_every.is_some() {
+        read(job.eval_split)?
+    } else {
+        Vec::new()
+    };
+    cx.note("rows", train_rows.len());
+    let count = model.parameters.iter().map(|p| p.var.elem_count());
+    cx.note("trained_parameters", count.sum::<usize>());
+    cx.note("steps", settings.total_steps(train_rows.len()));
+
+    let (mut tokens, mut began) = (0u64, false);
+    let ending = train(
+        &model,
+        &train_rows,
+        &eval_rows,
+        &settings,
+        Some(cx.scratch()?),
+        &mut |step| {
+            if !began {
+                began = true;
+                cx.info(match step.step {
+                    0 => format!("starts at the beginning, {} steps to go", step.total),
+                    done => format!(
+                        "goes on after step {done} of {}, from a checkpoint",
+                        step.total
+                    ),
+                });
+            }
+            if let Some(fault) = &step.skipped {
+                cx.warn(format!("left out an update: {fault}"));
+            }
+            tokens += step.tokens as u64;
+            cx.progress(step.step, Some(step.total), "steps");
+            for log in &step.logs {
+                let mut values = log.values.clone();
+                values.insert("epoch".into(), log.epoch);
+                cx.metrics(log.step, values);
+            }
+            if cx.cancelled() {
+                ControlFlow::Break(())
+            } else {
+                ControlFlow::Continue(())
+            }
+        },
+    )?;
+    cx.note("tokens", tokens);
+    let Ending::Finished {
+        history,
+        step,
+        skipped,
+        best,
+    } = &ending
+    else {
+        cx.check_cancelled()?;
+        return Err(anyhow!("interrupted"));
+    };
+    cx.note("skipped_nan_steps", skipped);
+    if let Some(watch) = &settings.watch {
+        cx.note("finished_steps", step);
+        cx.note("best_step", best.step);
+        cx.note("best_metric", best.metric);
+        let total = settings.total_steps(train_rows.len());
+        if *step < total {
+            cx.info(format!(
+                "stopped early after step {step} of {total}: `{}` has not become better for {} evaluations",
+                watch.metric, best.worse
+            ));
+        }
+    }
+    match adapter {
+        Some(adapter) => save_adapter(&model, adapter, cx.out())?,
+        None => save_model(&model, job.model, cx.out())?,
+    }
+    let metrics: String = history.iter().map(|log| log.line() + "\n").collect();
+    let state = trainer_state(&ending, &settings, train_rows.len())?;
+    for (name, text) in [(METRICS, metrics), (TRAINER_STATE, state)] {
+        fs::write(cx.out().join(name), text)
+            .with_context(|| format!("could not write `{name}`"))?;
+    }
+    Ok(())
+}
