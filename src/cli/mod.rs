@@ -2,8 +2,10 @@
 //!
 //! This is the only place where the environment is read, where something is printed, and where a process ends.
 
+mod diff;
 pub mod error;
 mod graph;
+mod history;
 mod plan;
 mod project;
 mod reference;
@@ -39,6 +41,10 @@ enum Command {
     Plan(plan::Args),
     /// Tells every reason why a stage runs, or since when its result is there
     Why(why::Args),
+    /// Lists the runs of a recipe
+    History(history::Args),
+    /// Tells what differs between two runs, with old and new values
+    Diff(diff::Args),
     /// Checks a recipe without running anything
     Validate(validate::Args),
     /// Draws the graph of a recipe
@@ -83,6 +89,8 @@ pub fn main() -> ExitCode {
         Command::Run(args) => run::run(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Why(args) => why::run(&args),
+        Command::History(args) => history::run(&args),
+        Command::Diff(args) => diff::run(&args),
         Command::Validate(args) => validate::run(&args),
         Command::Graph(args) => graph::run(&args),
         Command::Show(args) => show::run(&args),

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use clap::Args;
 
 use super::{Failure, colour, error, variable};
-use crate::engine::{Graph, Node, Record, Situation, State, Store, World};
+use crate::engine::{Graph, Node, Record, Run, Situation, State, Store, World, canonical_json};
 use crate::recipe::{Override, Recipe, RecipeStage};
 use crate::stages::KINDS;
 
@@ -137,6 +137,33 @@ impl Project {
     /// The record of a stage's result now, or of its last one when it is stale.
     pub(super) fn record_of(&self, index: usize) -> Option<Record> {
         self.situation(&[]).record(index)
+    }
+
+    /// The runs of the recipe, the oldest first.
+    pub(super) fn runs(&self) -> Vec<Run> {
+        self.store.runs(&self.key)
+    }
+
+    /// The text of a file that a stage reads now.
+    pub(super) fn file(&self, stage: &str, written: &str) -> Option<String> {
+        let node = self.graph.nodes.get(self.graph.find(stage)?)?;
+        std::fs::read_to_string(node.sources.get(written)?).ok()
+    }
+
+    /// What a stage noted about the rows of one of its results.
+    pub(super) fn rows_of(&self, stage: &str, content: &str) -> Option<String> {
+        let of_stage = |run: &Run| run.stages.get(stage).cloned();
+        let stages = self
+            .runs()
+            .iter()
+            .rev()
+            .filter_map(of_stage)
+            .collect::<Vec<_>>();
+        let made = stages
+            .into_iter()
+            .find(|made| made.artifact.as_deref() == Some(content))?;
+        let record = self.store.record(&made.fingerprint)?;
+        Some(canonical_json(record.notes.get("rows")?))
     }
 
     pub(super) fn find_all(&self, names: &[String]) -> Result<Vec<usize>, Failure> {

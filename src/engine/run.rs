@@ -12,6 +12,8 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use anyhow::anyhow;
 
 use super::canonical::Digest;
+use super::fingerprint::Origin;
+use super::history::{Outcome, Run, stages};
 use super::plan::{Prepared, Situation, Verdict};
 use super::reason::Reason;
 use super::record::{FORMAT, Record};
@@ -77,6 +79,9 @@ pub fn run(
             jobs: jobs.max(1),
             done,
             running: Vec::new(),
+            started: (seconds_now(), started),
+            fingerprints: vec![None; situation.graph.nodes.len()],
+            ran: vec![false; situation.graph.nodes.len()],
             summary: Summary::default(),
         }
         .drive(scope, &needed, &results)
@@ -110,6 +115,10 @@ struct Runner<'a, 'b> {
     jobs: usize,
     done: Sender<Done>,
     running: Vec<usize>,
+    /// When the run began, in seconds since 1970 and by the clock that only goes forward.
+    started: (u64, Instant),
+    fingerprints: Vec<Option<Digest>>,
+    ran: Vec<bool>,
     summary: Summary,
 }
 
@@ -169,6 +178,7 @@ impl<'a> Runner<'a, '_> {
             match result {
                 None => self.summary.failed += 1,
                 Some((content, ran)) => {
+                    self.ran[index] = ran;
                     if ran {
                         self.summary.ran += 1;
                     } else {
@@ -190,8 +200,35 @@ impl<'a> Runner<'a, '_> {
             - self.summary.ran
             - self.summary.failed;
         self.summary.skipped = left;
+        self.remember(&contents);
         self.summary.artifacts = contents;
         Ok(self.summary)
+    }
+
+    /// Keeps what was run, for `history` and `diff`. A store that can't be written has no history, and still serves.
+    fn remember(&self, contents: &[Option<Digest>]) {
+        let Situation {
+            graph,
+            store,
+            recipe,
+            ..
+        } = self.situation;
+        let outcome = match &self.summary {
+            Summary {
+                interrupted: true, ..
+            } => Outcome::Interrupted,
+            Summary { failed: 1.., .. } => Outcome::Failed,
+            _ => Outcome::Done,
+        };
+        let run = Run {
+            format: FORMAT,
+            number: 0,
+            started: self.started.0,
+            seconds: self.started.1.elapsed().as_secs_f64(),
+            outcome,
+            stages: stages(graph, &self.fingerprints, contents, &self.ran),
+        };
+        let _ = store.remember(recipe, run);
     }
 
     /// Asks the store about a stage whose inputs are known.
@@ -216,6 +253,7 @@ impl<'a> Runner<'a, '_> {
                 return Lookup::Failed;
             }
         };
+        self.fingerprints[index] = Some(prepared.digest.clone());
         match self.situation.judge(index, &prepared) {
             Verdict::Stale(reasons) => Lookup::Stale(Box::new(prepared), reasons),
             Verdict::Fresh { record, restored } => {
@@ -380,9 +418,7 @@ impl Worker<'_, '_> {
                 reasons,
             },
         );
-        let started = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |now| now.as_secs());
+        let started = seconds_now();
         let clock = Instant::now();
         let context = Context {
             stage: name.to_owned(),
@@ -424,6 +460,16 @@ impl Worker<'_, '_> {
             pipeline: env!("CARGO_PKG_VERSION").to_owned(),
         };
         let (record, _) = miss.commit(record)?;
+        for (parameter, origin) in &record.origins {
+            let leaf = record.fingerprint.leaves().get(parameter).cloned();
+            let content = leaf.as_ref().and_then(super::fingerprint::content);
+            if let (Origin::File(written), Some(content)) = (origin, content)
+                && let Some(file) = node.sources.get(written)
+            {
+                // Only for telling a later change by its lines.
+                let _ = store.keep_text(file, content);
+            }
+        }
         store.set_last(recipe, name, &prepared.digest)?;
         let same_bytes = previous.as_ref() == Some(&record.artifact);
         let artifact = record.artifact;
@@ -438,6 +484,13 @@ impl Worker<'_, '_> {
         );
         Ok((artifact, true))
     }
+}
+
+/// Seconds since 1970.
+fn seconds_now() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |now| now.as_secs())
 }
 
 fn panicked(panic: &(dyn Any + Send)) -> anyhow::Error {

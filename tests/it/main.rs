@@ -5,6 +5,8 @@ mod commands;
 #[cfg(test)]
 mod generated;
 #[cfg(test)]
+mod history;
+#[cfg(test)]
 mod hub;
 #[cfg(test)]
 mod interruptions;
