@@ -4,6 +4,7 @@
 
 mod diff;
 pub mod error;
+mod gc;
 mod graph;
 mod history;
 mod plan;
@@ -51,6 +52,8 @@ enum Command {
     Graph(graph::Args),
     /// Shows a stage's result: where it is, its record, and a look inside
     Show(show::Args),
+    /// Removes results that nobody needs any more
+    Gc(gc::Args),
     /// Prints the JSON Schema of recipes, for editors
     Schema(schema::Args),
 }
@@ -94,6 +97,7 @@ pub fn main() -> ExitCode {
         Command::Validate(args) => validate::run(&args),
         Command::Graph(args) => graph::run(&args),
         Command::Show(args) => show::run(&args),
+        Command::Gc(args) => gc::run(&args),
         Command::Schema(args) => schema::run(&args),
     };
     match result {

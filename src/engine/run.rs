@@ -60,6 +60,7 @@ pub fn run(
     cancel: &Arc<AtomicBool>,
 ) -> anyhow::Result<Summary> {
     let started = Instant::now();
+    let _in_use = situation.store.use_results()?;
     situation.store.sweep();
     let needed = situation.graph.needed(targets);
     let stages = needed.iter().filter(|needed| **needed).count();

@@ -28,7 +28,7 @@ use super::record::{FORMAT, Record};
 const VERSION: &str = "v1";
 
 /// A folder with artifacts and records, possibly shared with other runners.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Store {
     root: PathBuf,
 }
@@ -117,6 +117,11 @@ impl Store {
         write_atomically(&self.last_path(recipe, stage), fingerprint.as_bytes())
     }
 
+    /// One of the folders above.
+    pub(super) fn folder(&self, name: &str) -> PathBuf {
+        self.root.join(name)
+    }
+
     /// A place for small state of our own, such as the memo of local files.
     pub(crate) fn state(&self, name: &str) -> PathBuf {
         self.root.join("state").join(name)
@@ -193,7 +198,7 @@ impl Store {
             .join(format!("{fingerprint}.json"))
     }
 
-    fn lock_path(&self, fingerprint: &str) -> PathBuf {
+    pub(super) fn lock_path(&self, fingerprint: &str) -> PathBuf {
         self.root.join("locks").join(fingerprint)
     }
 
@@ -272,7 +277,7 @@ fn seal(path: &Path) -> std::io::Result<()> {
     fs::set_permissions(path, Permissions::from_mode(mode & !0o222))
 }
 
-fn open_lock(path: &Path) -> anyhow::Result<File> {
+pub(super) fn open_lock(path: &Path) -> anyhow::Result<File> {
     let open = || {
         fs::create_dir_all(path.parent().unwrap_or_else(|| Path::new(".")))?;
         File::options()

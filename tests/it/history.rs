@@ -15,9 +15,8 @@ const TEMPLATE: &str = "{%- for message in messages %}
 {% endfor %}";
 
 fn rows(count: usize) -> String {
-    (0..count)
-        .map(|n| format!("{{\"prompt\": \"p{n}\", \"chosen\": \"c\", \"rejected\": \"r\"}}\n"))
-        .collect()
+    let row = |n| format!("{{\"prompt\": \"p{n}\", \"chosen\": \"c\", \"rejected\": \"r\"}}");
+    (0..count).map(row).collect::<Vec<_>>().join("\n")
 }
 
 #[test]

@@ -3,6 +3,8 @@
 #[cfg(test)]
 mod commands;
 #[cfg(test)]
+mod gc;
+#[cfg(test)]
 mod generated;
 #[cfg(test)]
 mod history;
