@@ -7,6 +7,7 @@ pub mod error;
 mod gc;
 mod graph;
 mod history;
+mod lock;
 mod plan;
 mod project;
 mod reference;
@@ -42,6 +43,8 @@ enum Command {
     Plan(plan::Args),
     /// Tells every reason why a stage runs, or since when its result is there
     Why(why::Args),
+    /// Pins the commits of branches and the contents of local files in a file beside the recipe
+    Lock(lock::Args),
     /// Lists the runs of a recipe
     History(history::Args),
     /// Tells what differs between two runs, with old and new values
@@ -92,6 +95,7 @@ pub fn main() -> ExitCode {
         Command::Run(args) => run::run(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Why(args) => why::run(&args),
+        Command::Lock(args) => lock::run(&args),
         Command::History(args) => history::run(&args),
         Command::Diff(args) => diff::run(&args),
         Command::Validate(args) => validate::run(&args),

@@ -7,7 +7,9 @@ use std::sync::Arc;
 use clap::Args;
 
 use super::{Failure, colour, error, variable};
-use crate::engine::{Graph, Node, Record, Run, Situation, State, Store, World, canonical_json};
+use crate::engine::{
+    Graph, Node, Pins, Record, Run, Situation, State, Store, World, canonical_json,
+};
 use crate::recipe::{Override, Recipe, RecipeStage};
 use crate::stages::KINDS;
 
@@ -59,6 +61,8 @@ pub(super) struct Project {
     pub(super) world: Arc<World>,
     /// The folder that outputs are relative to.
     pub(super) root: PathBuf,
+    /// What the lock file pins; nothing without one.
+    pub(super) pins: Pins,
     /// The name of the recipe in the store.
     key: String,
     verify: bool,
@@ -87,7 +91,9 @@ impl Project {
             Some(store) => here.join(store),
             None => root.join(".pipeline"),
         };
+        let pins = super::lock::read(&args.recipe)?.unwrap_or_default();
         Ok(Self {
+            pins,
             key: key(file.strip_prefix(&root).unwrap_or(&file)),
             recipe,
             graph,
@@ -110,6 +116,7 @@ impl Project {
             recipe: &self.key,
             world: Arc::clone(&self.world),
             forced: force,
+            pins: self.pins.clone(),
             verify: self.verify,
         }
     }

@@ -10,7 +10,7 @@ use std::sync::mpsc::{Sender, channel};
 use anyhow::Context as _;
 
 use super::project::{Project, RecipeArgs, StoreArgs};
-use super::{Failure, tell};
+use super::{Failure, colour, error, lock, tell};
 use crate::engine::{Event, Summary, place};
 use crate::report::{Style, report};
 
@@ -29,6 +29,9 @@ pub(super) struct Args {
     /// Stages that may run at a time; trainings and evaluations always go one by one [default: the number of cores]
     #[arg(long, value_name = "N")]
     jobs: Option<NonZeroUsize>,
+    /// Refuses to run when something would not be as the lock file pins it
+    #[arg(long)]
+    locked: bool,
     /// Replaces files at the places of outputs that pipeline did not put there
     #[arg(long)]
     overwrite_outputs: bool,
@@ -40,6 +43,7 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
     let project = Project::open(&args.recipe, &args.store)?;
     let targets = project.find_all(&args.stages)?;
     let forced = project.find_all(&args.force)?;
+    check_lock(&project, args)?;
     let jobs = args
         .jobs
         .or_else(|| std::thread::available_parallelism().ok())
@@ -75,6 +79,30 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
     if summary.failed > 0 {
         return Err(Failure::Told);
     }
+    Ok(())
+}
+
+/// With `--locked` nothing may move. Without, a lock file that is behind is worth a sentence.
+fn check_lock(project: &Project, args: &Args) -> Result<(), Failure> {
+    let path = lock::path(&args.recipe.recipe);
+    if !args.locked && !path.exists() {
+        return Ok(());
+    }
+    let moves = project.situation(&[]).moves()?;
+    if moves.is_empty() {
+        return Ok(());
+    }
+    let list = lock::list(&moves);
+    let message = format!(
+        "`{}` pins other inputs than those at hand:\n{}",
+        path.display(),
+        list.trim_end()
+    );
+    if args.locked {
+        let hint = "`pipeline lock --update` moves the pins";
+        return Err(Failure::Wrong(error::with_hint(&message, hint, colour())));
+    }
+    tell(&format!("note: {message}\n"));
     Ok(())
 }
 

@@ -11,6 +11,7 @@ use super::World;
 use super::canonical::Digest;
 use super::fingerprint::{Fingerprint, Origin};
 use super::graph::{Graph, Node};
+use super::lock::Pins;
 use super::reason::{Reason, differences};
 use super::record::Record;
 use super::sources::Sources;
@@ -58,6 +59,8 @@ pub struct Situation<'a> {
     pub world: Arc<World>,
     /// The stages to run whatever the store says.
     pub forced: Vec<bool>,
+    /// What is pinned of the inputs that can move.
+    pub pins: Pins,
     /// Whether every artifact is read and compared, not only its stats.
     pub verify: bool,
 }
@@ -108,8 +111,11 @@ impl Situation<'_> {
         })
     }
 
-    /// Facts from outside. Offline, those of the last run stand in for what can't be asked.
+    /// Facts from outside: those that are pinned, or as they are now. Offline, those of the last run stand in for what can't be asked.
     fn outside(&self, node: &Node) -> anyhow::Result<BTreeMap<String, String>> {
+        if let Some(pinned) = self.pinned(node)? {
+            return Ok(pinned.clone());
+        }
         match node.stage.outside(&self.world) {
             Err(error) if self.world.offline => self
                 .last_record(node)

@@ -159,6 +159,7 @@ impl Toy {
             recipe: "toy",
             world: Arc::default(),
             forced,
+            pins: Pins::new(),
             verify: false,
         }
     }

@@ -17,6 +17,8 @@ mod layers;
 #[cfg(test)]
 mod llama3;
 #[cfg(test)]
+mod lock;
+#[cfg(test)]
 mod mistakes;
 #[cfg(test)]
 mod pins;
