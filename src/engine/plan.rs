@@ -12,6 +12,7 @@ use super::canonical::Digest;
 use super::fingerprint::{Fingerprint, Origin};
 use super::graph::{Graph, Node};
 use super::lock::Pins;
+use super::manifest::Manifest;
 use super::reason::{Reason, differences};
 use super::record::Record;
 use super::sources::Sources;
@@ -75,7 +76,14 @@ pub(crate) struct Prepared {
 
 /// A prepared stage, looked up.
 pub(crate) enum Verdict {
-    Fresh { record: Box<Record>, restored: bool },
+    Fresh {
+        record: Box<Record>,
+        restored: bool,
+        /// Whether it is already known as the stage's last result.
+        last: bool,
+        /// New stats to remember.
+        touched: Option<Manifest>,
+    },
     Stale(Vec<Reason>),
 }
 
@@ -132,10 +140,12 @@ impl Situation<'_> {
         let node = &self.graph.nodes[index];
         let last = self.store.last(self.recipe, &node.name);
         match self.store.find(&prepared.digest, self.verify) {
-            Found::Hit(record) => {
-                let restored = last.as_ref().is_some_and(|last| *last != prepared.digest);
-                Verdict::Fresh { record, restored }
-            }
+            Found::Hit(record, touched) => Verdict::Fresh {
+                record,
+                restored: last.as_ref().is_some_and(|last| *last != prepared.digest),
+                last: last.as_ref() == Some(&prepared.digest),
+                touched,
+            },
             Found::Missing(_) => Verdict::Stale(vec![Reason::ArtifactMissing]),
             Found::Damaged(_, what) => Verdict::Stale(vec![Reason::ArtifactDamaged { what }]),
             Found::Nothing => {
@@ -194,7 +204,9 @@ impl Situation<'_> {
                         error: format!("{error:#}"),
                     },
                     Ok(prepared) => match self.judge(index, &prepared) {
-                        Verdict::Fresh { record, restored } => State::Fresh {
+                        Verdict::Fresh {
+                            record, restored, ..
+                        } => State::Fresh {
                             artifact: record.artifact,
                             restored,
                         },

@@ -257,13 +257,20 @@ impl<'a> Runner<'a, '_> {
         self.fingerprints[index] = Some(prepared.digest.clone());
         match self.situation.judge(index, &prepared) {
             Verdict::Stale(reasons) => Lookup::Stale(Box::new(prepared), reasons),
-            Verdict::Fresh { record, restored } => {
+            Verdict::Fresh {
+                record,
+                restored,
+                last,
+                touched,
+            } => {
+                let Situation { store, recipe, .. } = self.situation;
                 // Both only spare work next time: a store that can't be written still serves.
-                let _ = self.situation.store.refresh(&record.artifact);
-                let _ =
-                    self.situation
-                        .store
-                        .set_last(self.situation.recipe, name, &prepared.digest);
+                if let Some(manifest) = touched {
+                    let _ = store.write_manifest(&record.artifact, &manifest);
+                }
+                if !last {
+                    let _ = store.set_last(recipe, name, &prepared.digest);
+                }
                 self.summary.fresh += 1;
                 self.summary.saved += record.seconds;
                 let artifact = record.artifact;
@@ -395,7 +402,7 @@ impl Worker<'_, '_> {
             );
         })?;
         if (waited || !self.situation.forced[self.index])
-            && let Found::Hit(record) = store.find(&prepared.digest, *verify)
+            && let Found::Hit(record, _) = store.find(&prepared.digest, *verify)
         {
             store.set_last(recipe, name, &prepared.digest)?;
             let artifact = record.artifact;

@@ -36,8 +36,8 @@ pub struct Store {
 /// What the store says about a fingerprint.
 #[derive(Debug)]
 pub enum Found {
-    /// A record, and its artifact as recorded.
-    Hit(Box<Record>),
+    /// A record, and its artifact as recorded; with the manifest to remember where only times changed.
+    Hit(Box<Record>, Option<Manifest>),
     /// No record.
     Nothing,
     /// A record whose artifact is not there.
@@ -80,7 +80,8 @@ impl Store {
         };
         let record = Box::new(record);
         match self.check(&record.artifact, thorough) {
-            Check::Sound | Check::Touched(_) => Found::Hit(record),
+            Check::Sound => Found::Hit(record, None),
+            Check::Touched(manifest) => Found::Hit(record, Some(manifest)),
             Check::Missing => Found::Missing(record),
             Check::Damaged(what) => Found::Damaged(record, what),
         }
@@ -94,14 +95,6 @@ impl Store {
             return Check::Damaged("its manifest was changed".into());
         }
         manifest.check(&self.artifact(content), thorough)
-    }
-
-    /// Remembers new stats of an artifact whose files were touched but not changed.
-    pub fn refresh(&self, content: &str) -> anyhow::Result<()> {
-        if let Check::Touched(manifest) = self.check(content, false) {
-            self.write_manifest(content, &manifest)?;
-        }
-        Ok(())
     }
 
     /// The fingerprint of the last result of a recipe's stage.
@@ -184,7 +177,8 @@ impl Store {
         }
     }
 
-    fn write_manifest(&self, content: &str, manifest: &Manifest) -> anyhow::Result<()> {
+    /// Writes the manifest of an artifact, which may remember new stats.
+    pub(super) fn write_manifest(&self, content: &str, manifest: &Manifest) -> anyhow::Result<()> {
         write_atomically(&self.manifest_path(content), &serde_json::to_vec(manifest)?)
     }
 
