@@ -175,7 +175,13 @@ mod tests {
         for case in cases {
             let number = |name: &str| case[name].as_f64().unwrap();
             let odds = odds(number("chosen_logp"), number("rejected_logp"));
-            let near = |a: f64, b: f64| (a - b).abs() <= 2e-5 * b.abs().max(1e-2);
+            let near = |a: f64, b: f64| (a - b).abs() <= (2e-5 * b.abs()).max(1e-6);
+            let far = (odds.log_odds - number("log_odds_chosen")).abs();
+            let far = far.max((odds.ratio - number("log_odds_ratio")).abs());
+            println!(
+                "| odds ratio | {:?} | {far:.1e} | | 2e-5 relative or 1e-6 |",
+                (number("chosen_logp"), number("rejected_logp"))
+            );
             assert!(
                 near(odds.log_odds, number("log_odds_chosen")),
                 "{case} {odds:?}"
