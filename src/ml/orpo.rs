@@ -207,10 +207,7 @@ mod tests {
 
     #[test]
     fn gradient_is_the_difference_quotient() {
-        let sequence = |ids: &[u32], prompt| Sequence {
-            ids: ids.to_vec(),
-            prompt,
-        };
+        let sequence = |ids: &[u32], prompt| Sequence::new(ids.to_vec(), prompt);
         let batch = Batch::new(
             vec![
                 sequence(&[1, 2, 3, 4, 5], 2),
