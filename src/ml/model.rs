@@ -473,3 +473,6 @@ fn angles(
     let angles = Tensor::from_vec(angles, ((), half), device)?;
     Ok((angles.cos()?, angles.sin()?))
 }
+
+#[cfg(test)]
+mod tests;
