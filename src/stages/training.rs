@@ -424,6 +424,7 @@ pub(super) fn rows(dataset: &Path, split: &str, vocabulary: usize) -> anyhow::Re
             chosen: chosen_ids,
             rejected: rejected_ids,
             rejected_prompt: rejected_prompt_ids,
+            packed: Vec::new(),
         });
     }
     ensure!(!rows.is_empty(), "the split `{split}` has no rows");
