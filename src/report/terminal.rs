@@ -122,9 +122,24 @@ impl Terminal {
                     duration(seconds)
                 ));
             }
-            Event::StageFailed { stage, error } => {
+            Event::StageRetried {
+                stage,
+                error,
+                pause,
+                ..
+            } => {
+                self.line(&format!(
+                    "{:>9}  {stage}: {error}; another try in {}",
+                    "failed",
+                    duration(pause)
+                ));
+            }
+            Event::StageFailed { stage, error, kept } => {
                 self.finish(&stage);
                 self.line(&format!("{:>9}  {stage}: {error}", "failed"));
+                if let Some(kept) = kept {
+                    self.line(&format!("{:>9}  what it left is in {kept}", ""));
+                }
             }
             Event::OutputPlaced {
                 stage,
