@@ -13,6 +13,7 @@ mod graph;
 mod handling;
 mod history;
 mod kind;
+mod lasts;
 mod lock;
 mod manifest;
 mod outputs;

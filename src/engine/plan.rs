@@ -11,6 +11,7 @@ use super::World;
 use super::canonical::Digest;
 use super::fingerprint::{Fingerprint, Origin};
 use super::graph::{Graph, Node};
+use super::lasts::Lasts;
 use super::lock::Pins;
 use super::manifest::Manifest;
 use super::reason::{Reason, differences};
@@ -133,12 +134,12 @@ impl Situation<'_> {
         }
     }
 
-    pub(crate) fn judge(&self, index: usize, prepared: &Prepared) -> Verdict {
+    pub(super) fn judge(&self, index: usize, prepared: &Prepared, lasts: &Lasts) -> Verdict {
         if self.forced[index] {
             return Verdict::Stale(vec![Reason::Forced]);
         }
         let node = &self.graph.nodes[index];
-        let last = self.store.last(self.recipe, &node.name);
+        let last = lasts.get(&node.name);
         match self.store.find(&prepared.digest, self.verify) {
             Found::Hit(record, touched) => Verdict::Fresh {
                 record,
@@ -190,6 +191,7 @@ impl Situation<'_> {
     /// The state of every stage, in the order of the recipe.
     pub fn plan(&self) -> Vec<State> {
         let mut sources = Sources::open(self.store);
+        let lasts = Lasts::open(self.store, self.recipe);
         let mut contents: Vec<Option<Digest>> = vec![None; self.graph.nodes.len()];
         let mut states: Vec<Option<State>> = vec![None; self.graph.nodes.len()];
         for &index in &self.graph.order {
@@ -203,7 +205,7 @@ impl Situation<'_> {
                     Err(error) => State::Unknown {
                         error: format!("{error:#}"),
                     },
-                    Ok(prepared) => match self.judge(index, &prepared) {
+                    Ok(prepared) => match self.judge(index, &prepared, &lasts) {
                         Verdict::Fresh {
                             record, restored, ..
                         } => State::Fresh {

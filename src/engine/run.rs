@@ -11,6 +11,7 @@ use super::Event;
 use super::canonical::Digest;
 use super::handling::{Free, Machine};
 use super::history::{Outcome, Run, stages};
+use super::lasts::Lasts;
 use super::plan::{Prepared, Situation, Verdict};
 use super::reason::Reason;
 use super::record::FORMAT;
@@ -96,6 +97,7 @@ pub fn run(
             events,
             cancel,
             options,
+            lasts: Lasts::open(situation.store, situation.recipe),
             free: Free::all(&options.machine),
             done,
             running: BTreeMap::new(),
@@ -133,6 +135,7 @@ struct Runner<'a, 'b> {
     events: &'a Sender<Event>,
     cancel: &'a Arc<AtomicBool>,
     options: &'a Options,
+    lasts: Lasts,
     free: Free,
     done: Sender<Done>,
     /// The running stages with the ids of their devices.
@@ -216,6 +219,10 @@ impl<'a> Runner<'a, '_> {
             }
         }
         sources.save()?;
+        // Only spares work next time.
+        let _ = self
+            .lasts
+            .save(graph.nodes.iter().map(|node| node.name.as_str()));
         self.summary.interrupted = self.cancel.load(Ordering::Relaxed);
         if self.summary.interrupted {
             // A stage that stops because it was told to has not failed.
@@ -281,7 +288,7 @@ impl<'a> Runner<'a, '_> {
             }
         };
         self.fingerprints[index] = Some(prepared.digest.clone());
-        match self.situation.judge(index, &prepared) {
+        match self.situation.judge(index, &prepared, &self.lasts) {
             Verdict::Stale(reasons) => Lookup::Stale(Box::new(prepared), reasons),
             Verdict::Fresh {
                 record,

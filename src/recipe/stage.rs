@@ -10,7 +10,6 @@ use crate::engine::{AnyStage, Handling, Kind};
 use super::draft::Draft;
 use super::hints;
 use super::places::{Steps, child, display, keys, parse};
-use super::schema::Parameters;
 use super::sentence::{self, noun};
 use super::{Edge, SourceFile};
 
@@ -212,7 +211,7 @@ fn kind(draft: &mut Draft, name: &str, path: &Steps, value: &Value) -> Option<&'
         }
     }
     if let Some(kind) = found {
-        let own = Parameters::of(kind);
+        let own = draft.parameters(kind);
         for key in unknown {
             let message = format!("unknown key `{key}` beside `{}`", kind.name);
             let hint = if own.has(key) {
@@ -268,7 +267,7 @@ fn typed(
     path: &Steps,
     mut params: Mapping,
 ) -> (Option<Arc<dyn AnyStage>>, bool) {
-    let own = Parameters::of(kind);
+    let own = draft.parameters(kind);
     let mut dropped = BTreeSet::new();
     let mut unknown = BTreeSet::new();
     for key in params.keys().filter_map(Value::as_str) {
