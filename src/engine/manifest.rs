@@ -93,6 +93,11 @@ impl Manifest {
         Ok(Self { files, folders })
     }
 
+    /// Remembers the folders of a copy in `folder`.
+    pub(super) fn remember_folders(&mut self, folder: &Path) {
+        self.folders = folders(folder, self.files.keys().map(String::as_str));
+    }
+
     /// The name of the contents: paths, sizes and digests, no stats.
     pub fn digest(&self) -> Digest {
         let files: Vec<_> = self
@@ -151,7 +156,7 @@ impl Manifest {
             bail!("`{extra}` does not belong there");
         }
         let mut touched = self.clone();
-        touched.folders = folders(folder, self.files.keys().map(String::as_str));
+        touched.remember_folders(folder);
         let mut changed = touched.folders != self.folders;
         for (name, entry) in &mut touched.files {
             let Some(path) = found.get(name) else {

@@ -154,11 +154,11 @@ impl Store {
             }
         }
         let holder = format!("process {}{}", std::process::id(), host());
-        let written = file
+        // Only for others' messages; another user's lock file can be taken, but not written.
+        let _ = file
             .set_len(0)
             .and_then(|()| file.rewind())
             .and_then(|()| file.write_all(holder.as_bytes()));
-        written.with_context(|| format!("could not write `{}`", path.display()))?;
         Ok(Miss {
             store: self,
             fingerprint: fingerprint.to_owned(),
@@ -263,8 +263,9 @@ impl Miss<'_> {
         content_lock
             .lock()
             .with_context(|| format!("could not lock `{}`", target.display()))?;
+        // Read whole: the stage may have run because somebody asked to verify, and found what no time tells.
         let new = !matches!(
-            store.check(&content, false),
+            store.check(&content, true),
             Check::Sound | Check::Touched(_)
         );
         if new {
@@ -305,7 +306,10 @@ pub(super) fn open_lock(path: &Path) -> anyhow::Result<File> {
             .truncate(false)
             .open(path)
     };
-    open().with_context(|| format!("could not open the lock `{}`", path.display()))
+    // A file that may only be read can be locked all the same: it belongs to another user of the store.
+    open()
+        .or_else(|error| File::open(path).map_err(|_| error))
+        .with_context(|| format!("could not open the lock `{}`", path.display()))
 }
 
 /// ` on <host>`, where the system tells its name: two machines may share a store.

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::*;
 
+mod damage;
 mod failures;
 
 struct Text;
