@@ -2,8 +2,13 @@
 //!
 //! This is the only place where the environment is read, where something is printed, and where a process ends.
 
+mod diff;
 pub mod error;
+mod gc;
 mod graph;
+mod history;
+mod lock;
+mod machine;
 mod plan;
 mod project;
 mod reference;
@@ -39,12 +44,20 @@ enum Command {
     Plan(plan::Args),
     /// Tells every reason why a stage runs, or since when its result is there
     Why(why::Args),
+    /// Pins the commits of branches and the contents of local files in a file beside the recipe
+    Lock(lock::Args),
+    /// Lists the runs of a recipe
+    History(history::Args),
+    /// Tells what differs between two runs, with old and new values
+    Diff(diff::Args),
     /// Checks a recipe without running anything
     Validate(validate::Args),
     /// Draws the graph of a recipe
     Graph(graph::Args),
     /// Shows a stage's result: where it is, its record, and a look inside
     Show(show::Args),
+    /// Removes results that nobody needs any more
+    Gc(gc::Args),
     /// Prints the JSON Schema of recipes, for editors
     Schema(schema::Args),
 }
@@ -83,9 +96,13 @@ pub fn main() -> ExitCode {
         Command::Run(args) => run::run(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Why(args) => why::run(&args),
+        Command::Lock(args) => lock::run(&args),
+        Command::History(args) => history::run(&args),
+        Command::Diff(args) => diff::run(&args),
         Command::Validate(args) => validate::run(&args),
         Command::Graph(args) => graph::run(&args),
         Command::Show(args) => show::run(&args),
+        Command::Gc(args) => gc::run(&args),
         Command::Schema(args) => schema::run(&args),
     };
     match result {

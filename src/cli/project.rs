@@ -7,7 +7,9 @@ use std::sync::Arc;
 use clap::Args;
 
 use super::{Failure, colour, error, variable};
-use crate::engine::{Graph, Node, Record, Situation, State, Store, World};
+use crate::engine::{
+    Graph, Node, Pins, Record, Run, Situation, State, Store, World, canonical_json,
+};
 use crate::recipe::{Override, Recipe, RecipeStage};
 use crate::stages::KINDS;
 
@@ -59,6 +61,8 @@ pub(super) struct Project {
     pub(super) world: Arc<World>,
     /// The folder that outputs are relative to.
     pub(super) root: PathBuf,
+    /// What the lock file pins; nothing without one.
+    pub(super) pins: Pins,
     /// The name of the recipe in the store.
     key: String,
     verify: bool,
@@ -79,6 +83,7 @@ impl Project {
                 name: stage.name.clone(),
                 stage: Arc::clone(&stage.stage),
                 sources: sources(stage, &folder, &here),
+                handling: stage.handling.clone(),
             })
             .collect();
         // A loaded recipe has no cycle and no open edge.
@@ -87,7 +92,9 @@ impl Project {
             Some(store) => here.join(store),
             None => root.join(".pipeline"),
         };
+        let pins = super::lock::read(&args.recipe)?.unwrap_or_default();
         Ok(Self {
+            pins,
             key: key(file.strip_prefix(&root).unwrap_or(&file)),
             recipe,
             graph,
@@ -110,6 +117,7 @@ impl Project {
             recipe: &self.key,
             world: Arc::clone(&self.world),
             forced: force,
+            pins: self.pins.clone(),
             verify: self.verify,
         }
     }
@@ -137,6 +145,33 @@ impl Project {
     /// The record of a stage's result now, or of its last one when it is stale.
     pub(super) fn record_of(&self, index: usize) -> Option<Record> {
         self.situation(&[]).record(index)
+    }
+
+    /// The runs of the recipe, the oldest first.
+    pub(super) fn runs(&self) -> Vec<Run> {
+        self.store.runs(&self.key)
+    }
+
+    /// The text of a file that a stage reads now.
+    pub(super) fn file(&self, stage: &str, written: &str) -> Option<String> {
+        let node = self.graph.nodes.get(self.graph.find(stage)?)?;
+        std::fs::read_to_string(node.sources.get(written)?).ok()
+    }
+
+    /// What a stage noted about the rows of one of its results.
+    pub(super) fn rows_of(&self, stage: &str, content: &str) -> Option<String> {
+        let of_stage = |run: &Run| run.stages.get(stage).cloned();
+        let stages = self
+            .runs()
+            .iter()
+            .rev()
+            .filter_map(of_stage)
+            .collect::<Vec<_>>();
+        let made = stages
+            .into_iter()
+            .find(|made| made.artifact.as_deref() == Some(content))?;
+        let record = self.store.record(&made.fingerprint)?;
+        Some(canonical_json(record.notes.get("rows")?))
     }
 
     pub(super) fn find_all(&self, names: &[String]) -> Result<Vec<usize>, Failure> {

@@ -10,8 +10,8 @@ use std::sync::mpsc::{Sender, channel};
 use anyhow::Context as _;
 
 use super::project::{Project, RecipeArgs, StoreArgs};
-use super::{Failure, tell};
-use crate::engine::{Event, Summary, place};
+use super::{Failure, colour, error, lock, machine, tell};
+use crate::engine::{Bytes, Event, Machine, Options, Summary, place};
 use crate::report::{Style, report};
 
 #[derive(clap::Args)]
@@ -29,6 +29,21 @@ pub(super) struct Args {
     /// Stages that may run at a time; trainings and evaluations always go one by one [default: the number of cores]
     #[arg(long, value_name = "N")]
     jobs: Option<NonZeroUsize>,
+    /// Cores that stages may take together, by their `resources` [default: all]
+    #[arg(long, value_name = "N")]
+    cpus: Option<NonZeroUsize>,
+    /// Memory that stages may take together, by their `resources`, such as `20GiB` [default: the machine's]
+    #[arg(long, value_name = "SIZE")]
+    memory: Option<Bytes>,
+    /// Ids of the devices that stages may take, such as `0,1` [default: all]
+    #[arg(long, value_name = "IDS", value_delimiter = ',')]
+    gpus: Option<Vec<usize>>,
+    /// After a failure, goes on with the stages that don't need the failed one
+    #[arg(long)]
+    keep_going: bool,
+    /// Refuses to run when something would not be as the lock file pins it
+    #[arg(long)]
+    locked: bool,
     /// Replaces files at the places of outputs that pipeline did not put there
     #[arg(long)]
     overwrite_outputs: bool,
@@ -40,10 +55,17 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
     let project = Project::open(&args.recipe, &args.store)?;
     let targets = project.find_all(&args.stages)?;
     let forced = project.find_all(&args.force)?;
-    let jobs = args
-        .jobs
-        .or_else(|| std::thread::available_parallelism().ok())
-        .map_or(1, NonZeroUsize::get);
+    check_lock(&project, args)?;
+    let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    let options = Options {
+        jobs: args.jobs.map_or(cores, NonZeroUsize::get),
+        machine: Machine {
+            cpus: args.cpus.map_or(cores, NonZeroUsize::get),
+            memory: args.memory.or_else(machine::memory),
+            gpus: args.gpus.clone().unwrap_or_else(machine::gpus),
+        },
+        keep_going: args.keep_going,
+    };
     let style = match (args.json, std::io::stderr().is_terminal()) {
         (true, _) => Style::Json,
         (false, true) => Style::Bars,
@@ -57,7 +79,7 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
         // The sender goes when this is done, and with it the reporter.
         let events = events;
         let situation = project.situation(&forced);
-        let summary = crate::engine::run(&situation, &targets, jobs, &events, &cancel)?;
+        let summary = crate::engine::run(&situation, &targets, &options, &events, &cancel)?;
         if summary.failed == 0 && !summary.interrupted {
             put_outputs(
                 &project,
@@ -75,6 +97,30 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
     if summary.failed > 0 {
         return Err(Failure::Told);
     }
+    Ok(())
+}
+
+/// With `--locked` nothing may move. Without, a lock file that is behind is worth a sentence.
+fn check_lock(project: &Project, args: &Args) -> Result<(), Failure> {
+    let path = lock::path(&args.recipe.recipe);
+    if !args.locked && !path.exists() {
+        return Ok(());
+    }
+    let moves = project.situation(&[]).moves()?;
+    if moves.is_empty() {
+        return Ok(());
+    }
+    let list = lock::list(&moves);
+    let message = format!(
+        "`{}` pins other inputs than those at hand:\n{}",
+        path.display(),
+        list.trim_end()
+    );
+    if args.locked {
+        let hint = "`pipeline lock --update` moves the pins";
+        return Err(Failure::Wrong(error::with_hint(&message, hint, colour())));
+    }
+    tell(&format!("note: {message}\n"));
     Ok(())
 }
 

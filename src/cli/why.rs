@@ -2,11 +2,12 @@
 
 use std::fmt::Write as _;
 
+use similar::{ChangeTag, TextDiff};
+
 use super::plan::describe;
 use super::project::{Project, RecipeArgs, StoreArgs};
 use super::{Failure, print};
 use crate::engine::{Reason, State};
-use crate::recipe::RecipeStage;
 use crate::report::{ago, duration};
 
 #[derive(clap::Args)]
@@ -67,16 +68,17 @@ fn explain(project: &Project, states: &[State], index: usize, text: &mut String)
         State::Unknown { error } => _ = writeln!(text, "`{name}` can't be told: {error}"),
         State::Runs { reasons } => {
             _ = writeln!(text, "`{name}` {word}:");
-            list(project, stage, reasons, text);
+            list(project, name, reasons, text);
         }
         State::WaitsOn { stages, reasons } => {
             _ = writeln!(text, "`{name}` {word} on {}", stages.join(", "));
-            list(project, stage, reasons, text);
+            list(project, name, reasons, text);
         }
     }
 }
 
-fn list(project: &Project, stage: &RecipeStage, reasons: &[Reason], text: &mut String) {
+/// Reasons with the places of their parameters and, for small text files, the changed lines.
+pub(super) fn list(project: &Project, stage: &str, reasons: &[Reason], text: &mut String) {
     for reason in reasons {
         _ = writeln!(text, "  - {reason}");
         let (Reason::ParameterChanged { parameter, .. }
@@ -85,9 +87,60 @@ fn list(project: &Project, stage: &RecipeStage, reasons: &[Reason], text: &mut S
         else {
             continue;
         };
-        let path = format!("stages.{}.{}.{parameter}", stage.name, stage.kind.name);
-        if let Some(place) = project.recipe.place_of(&path) {
-            _ = writeln!(text, "    {}:{place}", project.recipe.path.display());
+        if let Some(stage) = project.recipe.stage(stage) {
+            let path = format!("stages.{}.{}.{parameter}", stage.name, stage.kind.name);
+            if let Some(place) = project.recipe.place_of(&path) {
+                _ = writeln!(text, "    {}:{place}", project.recipe.path.display());
+            }
         }
+        match reason {
+            Reason::FileChanged {
+                path,
+                old: Some(old),
+                new,
+                ..
+            } => {
+                let old = project.store.text(old);
+                let new = project
+                    .store
+                    .text(new)
+                    .or_else(|| project.file(stage, path));
+                if let (Some(old), Some(new)) = (old, new) {
+                    changed_lines(&old, &new, text);
+                }
+            }
+            Reason::InputChanged {
+                stage,
+                old: Some(old),
+                new,
+                ..
+            } => {
+                let rows = [old, new].map(|content| project.rows_of(stage, content));
+                if let [Some(old), Some(new)] = rows {
+                    _ = writeln!(text, "    rows {old} -> {new}");
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+fn changed_lines(old: &str, new: &str, text: &mut String) {
+    const MOST: usize = 40;
+    let difference = TextDiff::from_lines(old, new);
+    let changes = difference
+        .iter_all_changes()
+        .filter(|change| change.tag() != ChangeTag::Equal);
+    for (number, change) in changes.enumerate() {
+        if number == MOST {
+            text.push_str("    ..\n");
+            return;
+        }
+        let (sign, line) = match change.tag() {
+            ChangeTag::Delete => ('-', change.old_index()),
+            _ => ('+', change.new_index()),
+        };
+        let line = line.map_or(0, |line| line + 1);
+        _ = writeln!(text, "    {sign} {line:>4} | {}", change.value().trim_end());
     }
 }

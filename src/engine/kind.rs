@@ -69,6 +69,8 @@ pub trait AnyStage: Send + Sync {
     fn output(&self) -> &'static str;
     /// [`Stage::EXCLUSIVE`].
     fn exclusive(&self) -> bool;
+    /// [`Stage::MOVES`].
+    fn moves(&self) -> bool;
     /// Every parameter with its default filled in; inputs, files and neutral settings are marked (see `engine::params`).
     fn params(&self) -> serde_json::Result<serde_json::Value>;
     /// [`Stage::check`].
@@ -91,6 +93,9 @@ impl<S: Stage> AnyStage for S {
     }
     fn exclusive(&self) -> bool {
         S::EXCLUSIVE
+    }
+    fn moves(&self) -> bool {
+        S::MOVES
     }
     fn params(&self) -> serde_json::Result<serde_json::Value> {
         serde_json::to_value(self)

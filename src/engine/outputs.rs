@@ -38,6 +38,17 @@ pub fn place(store: &Store, artifact: &str, place: &Path, overwrite: bool) -> an
             )
         };
         before = known.into_iter().find(ours);
+        if before.is_none()
+            && let Some(manifest) = holds(place, store, artifact)
+        {
+            // Put there from another store, or by a copy of the whole project: it is what is wanted.
+            let placed = Placed {
+                artifact: artifact.to_owned(),
+                manifest,
+            };
+            write_atomically(&state, &serde_json::to_vec(&[placed])?)?;
+            return Ok(false);
+        }
         match &before {
             Some(placed) if placed.artifact == artifact => return Ok(false),
             None if !overwrite && !is_empty_folder(place) => bail!(
@@ -80,6 +91,19 @@ pub fn place(store: &Store, artifact: &str, place: &Path, overwrite: bool) -> an
     Ok(true)
 }
 
+/// The manifest of a folder that has exactly the artifact's files. Reads them only where all sizes agree.
+fn holds(place: &Path, store: &Store, artifact: &str) -> Option<Manifest> {
+    let same_size = |(name, entry): (&String, &super::manifest::Entry)| {
+        fs::metadata(place.join(name)).is_ok_and(|found| found.len() == entry.stat.size)
+    };
+    if !store.manifest(artifact)?.files.iter().all(same_size) {
+        return None;
+    }
+    Manifest::read(place)
+        .ok()
+        .filter(|found| found.digest() == artifact)
+}
+
 fn fill(store: &Store, artifact: &str, folder: &Path) -> anyhow::Result<Manifest> {
     let from = store.artifact(artifact);
     let manifest = store
@@ -98,6 +122,7 @@ fn fill(store: &Store, artifact: &str, folder: &Path) -> anyhow::Result<Manifest
             .with_context(|| format!("could not read `{}`", to.display()))?;
         entry.stat = super::manifest::Stat::of(&metadata);
     }
+    placed.remember_folders(folder);
     Ok(placed)
 }
 

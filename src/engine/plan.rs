@@ -11,6 +11,9 @@ use super::World;
 use super::canonical::Digest;
 use super::fingerprint::{Fingerprint, Origin};
 use super::graph::{Graph, Node};
+use super::lasts::Lasts;
+use super::lock::Pins;
+use super::manifest::Manifest;
 use super::reason::{Reason, differences};
 use super::record::Record;
 use super::sources::Sources;
@@ -58,6 +61,8 @@ pub struct Situation<'a> {
     pub world: Arc<World>,
     /// The stages to run whatever the store says.
     pub forced: Vec<bool>,
+    /// What is pinned of the inputs that can move.
+    pub pins: Pins,
     /// Whether every artifact is read and compared, not only its stats.
     pub verify: bool,
 }
@@ -72,7 +77,14 @@ pub(crate) struct Prepared {
 
 /// A prepared stage, looked up.
 pub(crate) enum Verdict {
-    Fresh { record: Box<Record>, restored: bool },
+    Fresh {
+        record: Box<Record>,
+        restored: bool,
+        /// Whether it is already known as the stage's last result.
+        last: bool,
+        /// New stats to remember.
+        touched: Option<Manifest>,
+    },
     Stale(Vec<Reason>),
 }
 
@@ -108,8 +120,11 @@ impl Situation<'_> {
         })
     }
 
-    /// Facts from outside. Offline, those of the last run stand in for what can't be asked.
+    /// Facts from outside: those that are pinned, or as they are now. Offline, those of the last run stand in for what can't be asked.
     fn outside(&self, node: &Node) -> anyhow::Result<BTreeMap<String, String>> {
+        if let Some(pinned) = self.pinned(node)? {
+            return Ok(pinned.clone());
+        }
         match node.stage.outside(&self.world) {
             Err(error) if self.world.offline => self
                 .last_record(node)
@@ -119,17 +134,19 @@ impl Situation<'_> {
         }
     }
 
-    pub(crate) fn judge(&self, index: usize, prepared: &Prepared) -> Verdict {
+    pub(super) fn judge(&self, index: usize, prepared: &Prepared, lasts: &Lasts) -> Verdict {
         if self.forced[index] {
             return Verdict::Stale(vec![Reason::Forced]);
         }
         let node = &self.graph.nodes[index];
-        let last = self.store.last(self.recipe, &node.name);
+        let last = lasts.get(&node.name);
         match self.store.find(&prepared.digest, self.verify) {
-            Found::Hit(record) => {
-                let restored = last.as_ref().is_some_and(|last| *last != prepared.digest);
-                Verdict::Fresh { record, restored }
-            }
+            Found::Hit(record, touched) => Verdict::Fresh {
+                record,
+                restored: last.as_ref().is_some_and(|last| *last != prepared.digest),
+                last: last.as_ref() == Some(&prepared.digest),
+                touched,
+            },
             Found::Missing(_) => Verdict::Stale(vec![Reason::ArtifactMissing]),
             Found::Damaged(_, what) => Verdict::Stale(vec![Reason::ArtifactDamaged { what }]),
             Found::Nothing => {
@@ -174,6 +191,7 @@ impl Situation<'_> {
     /// The state of every stage, in the order of the recipe.
     pub fn plan(&self) -> Vec<State> {
         let mut sources = Sources::open(self.store);
+        let lasts = Lasts::open(self.store, self.recipe);
         let mut contents: Vec<Option<Digest>> = vec![None; self.graph.nodes.len()];
         let mut states: Vec<Option<State>> = vec![None; self.graph.nodes.len()];
         for &index in &self.graph.order {
@@ -187,8 +205,10 @@ impl Situation<'_> {
                     Err(error) => State::Unknown {
                         error: format!("{error:#}"),
                     },
-                    Ok(prepared) => match self.judge(index, &prepared) {
-                        Verdict::Fresh { record, restored } => State::Fresh {
+                    Ok(prepared) => match self.judge(index, &prepared, &lasts) {
+                        Verdict::Fresh {
+                            record, restored, ..
+                        } => State::Fresh {
                             artifact: record.artifact,
                             restored,
                         },

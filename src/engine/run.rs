@@ -1,23 +1,33 @@
 //! Makes stale stages fresh: starts what is ready, one exclusive stage at a time, and commits each result by itself.
 
-use std::any::Any;
 use std::collections::BTreeMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::Scope;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::anyhow;
-
+use super::Event;
 use super::canonical::Digest;
+use super::handling::{Free, Machine};
+use super::history::{Outcome, Run, stages};
+use super::lasts::Lasts;
 use super::plan::{Prepared, Situation, Verdict};
 use super::reason::Reason;
-use super::record::{FORMAT, Record};
+use super::record::FORMAT;
 use super::sources::Sources;
-use super::store::Found;
-use super::{Context, Event};
+use super::worker::{Made, Worker};
+
+/// How to go about a run.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Stages that may run at a time.
+    pub jobs: usize,
+    /// What they may take together.
+    pub machine: Machine,
+    /// After a failure, goes on with what does not need the failed stage.
+    pub keep_going: bool,
+}
 
 /// How a run went.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -46,20 +56,32 @@ enum Lookup {
 }
 
 /// What a worker sends back: the stage's index and its result, or `None` when it failed (and said so).
-type Done = (usize, Option<(Digest, bool)>);
+type Done = (usize, Option<Made>);
 
 /// Runs what `targets` need (everything when empty). Errors of stages are events and counts; an `Err` is an error of the
 /// runner itself.
 pub fn run(
     situation: &Situation<'_>,
     targets: &[usize],
-    jobs: usize,
+    options: &Options,
     events: &Sender<Event>,
     cancel: &Arc<AtomicBool>,
 ) -> anyhow::Result<Summary> {
     let started = Instant::now();
-    situation.store.sweep();
     let needed = situation.graph.needed(targets);
+    for (node, _) in situation
+        .graph
+        .nodes
+        .iter()
+        .zip(&needed)
+        .filter(|(_, needed)| **needed)
+    {
+        options
+            .machine
+            .check(&node.name, &node.handling.resources)?;
+    }
+    let _in_use = situation.store.use_results()?;
+    situation.store.sweep();
     let stages = needed.iter().filter(|needed| **needed).count();
     send(
         events,
@@ -74,9 +96,14 @@ pub fn run(
             situation,
             events,
             cancel,
-            jobs: jobs.max(1),
+            options,
+            lasts: Lasts::open(situation.store, situation.recipe),
+            free: Free::all(&options.machine),
             done,
-            running: Vec::new(),
+            running: BTreeMap::new(),
+            started: (seconds_now(), started),
+            fingerprints: vec![None; situation.graph.nodes.len()],
+            ran: vec![false; situation.graph.nodes.len()],
             summary: Summary::default(),
         }
         .drive(scope, &needed, &results)
@@ -107,9 +134,16 @@ struct Runner<'a, 'b> {
     situation: &'a Situation<'b>,
     events: &'a Sender<Event>,
     cancel: &'a Arc<AtomicBool>,
-    jobs: usize,
+    options: &'a Options,
+    lasts: Lasts,
+    free: Free,
     done: Sender<Done>,
-    running: Vec<usize>,
+    /// The running stages with the ids of their devices.
+    running: BTreeMap<usize, Vec<usize>>,
+    /// When the run began, in seconds since 1970 and by the clock that only goes forward.
+    started: (u64, Instant),
+    fingerprints: Vec<Option<Digest>>,
+    ran: Vec<bool>,
     summary: Summary,
 }
 
@@ -142,7 +176,8 @@ impl<'a> Runner<'a, '_> {
         let mut stale: BTreeMap<usize, (usize, Prepared, Vec<Reason>)> = BTreeMap::new();
         let mut finished = Vec::new();
         loop {
-            let stopped = self.cancel.load(Ordering::Relaxed) || self.summary.failed > 0;
+            let stopped = self.cancel.load(Ordering::Relaxed)
+                || (self.summary.failed > 0 && !self.options.keep_going);
             if !stopped {
                 while let Some((_, index)) = ready.pop_first() {
                     match self.look_up(index, &contents, &mut sources) {
@@ -165,21 +200,29 @@ impl<'a> Runner<'a, '_> {
             let Ok((index, result)) = results.recv() else {
                 break;
             };
-            self.running.retain(|&running| running != index);
+            if let Some(gpus) = self.running.remove(&index) {
+                let handling = &graph.nodes[index].handling;
+                self.free.give(&handling.resources, &gpus);
+            }
             match result {
                 None => self.summary.failed += 1,
-                Some((content, ran)) => {
-                    if ran {
+                Some(made) => {
+                    self.ran[index] = made.ran;
+                    if made.ran {
                         self.summary.ran += 1;
                     } else {
                         self.summary.fresh += 1;
                     }
-                    contents[index] = Some(content);
+                    contents[index] = Some(made.artifact);
                     release(&readers[index], needed, &mut open, &rank, &mut ready);
                 }
             }
         }
         sources.save()?;
+        // Only spares work next time.
+        let _ = self
+            .lasts
+            .save(graph.nodes.iter().map(|node| node.name.as_str()));
         self.summary.interrupted = self.cancel.load(Ordering::Relaxed);
         if self.summary.interrupted {
             // A stage that stops because it was told to has not failed.
@@ -190,8 +233,35 @@ impl<'a> Runner<'a, '_> {
             - self.summary.ran
             - self.summary.failed;
         self.summary.skipped = left;
+        self.remember(&contents);
         self.summary.artifacts = contents;
         Ok(self.summary)
+    }
+
+    /// Keeps what was run, for `history` and `diff`. A store that can't be written has no history, and still serves.
+    fn remember(&self, contents: &[Option<Digest>]) {
+        let Situation {
+            graph,
+            store,
+            recipe,
+            ..
+        } = self.situation;
+        let outcome = match &self.summary {
+            Summary {
+                interrupted: true, ..
+            } => Outcome::Interrupted,
+            Summary { failed: 1.., .. } => Outcome::Failed,
+            _ => Outcome::Done,
+        };
+        let run = Run {
+            format: FORMAT,
+            number: 0,
+            started: self.started.0,
+            seconds: self.started.1.elapsed().as_secs_f64(),
+            outcome,
+            stages: stages(graph, &self.fingerprints, contents, &self.ran),
+        };
+        let _ = store.remember(recipe, run);
     }
 
     /// Asks the store about a stage whose inputs are known.
@@ -210,21 +280,30 @@ impl<'a> Runner<'a, '_> {
                     Event::StageFailed {
                         stage: name.clone(),
                         error: format!("{error:#}"),
+                        kept: None,
                     },
                 );
                 self.summary.failed += 1;
                 return Lookup::Failed;
             }
         };
-        match self.situation.judge(index, &prepared) {
+        self.fingerprints[index] = Some(prepared.digest.clone());
+        match self.situation.judge(index, &prepared, &self.lasts) {
             Verdict::Stale(reasons) => Lookup::Stale(Box::new(prepared), reasons),
-            Verdict::Fresh { record, restored } => {
+            Verdict::Fresh {
+                record,
+                restored,
+                last,
+                touched,
+            } => {
+                let Situation { store, recipe, .. } = self.situation;
                 // Both only spare work next time: a store that can't be written still serves.
-                let _ = self.situation.store.refresh(&record.artifact);
-                let _ =
-                    self.situation
-                        .store
-                        .set_last(self.situation.recipe, name, &prepared.digest);
+                if let Some(manifest) = touched {
+                    let _ = store.write_manifest(&record.artifact, &manifest);
+                }
+                if !last {
+                    let _ = store.set_last(recipe, name, &prepared.digest);
+                }
                 self.summary.fresh += 1;
                 self.summary.saved += record.seconds;
                 let artifact = record.artifact;
@@ -242,7 +321,7 @@ impl<'a> Runner<'a, '_> {
         }
     }
 
-    /// Starts stale stages while there is a free place. Exclusive ones go one at a time.
+    /// Starts stale stages while there is a free place and what they take is free. Exclusive ones go one at a time.
     fn start<'scope>(
         &mut self,
         scope: &'scope Scope<'scope, 'a>,
@@ -253,25 +332,29 @@ impl<'a> Runner<'a, '_> {
         let graph = self.situation.graph;
         let ranks: Vec<usize> = stale.keys().copied().collect();
         for rank in ranks {
-            if self.running.len() >= self.jobs {
+            if self.running.len() >= self.options.jobs.max(1) {
                 return;
             }
-            let Some((index, ..)) = stale.get(&rank) else {
+            let Some(&(index, ..)) = stale.get(&rank) else {
                 continue;
             };
             let exclusive = |index: usize| graph.nodes[index].stage.exclusive();
-            if exclusive(*index) && self.running.iter().any(|&running| exclusive(running)) {
+            if exclusive(index) && self.running.keys().any(|&running| exclusive(running)) {
                 continue;
             }
-            let Some((index, prepared, reasons)) = stale.remove(&rank) else {
+            let Some(gpus) = self.free.take(&graph.nodes[index].handling.resources) else {
                 continue;
             };
-            self.running.push(index);
+            let Some((_, prepared, reasons)) = stale.remove(&rank) else {
+                continue;
+            };
+            self.running.insert(index, gpus.clone());
             let worker = Worker {
                 situation: self.situation,
                 events: self.events.clone(),
                 cancel: Arc::clone(self.cancel),
                 index,
+                gpus,
             };
             let done = self.done.clone();
             scope.spawn(move || {
@@ -298,160 +381,14 @@ fn release(
     }
 }
 
-/// One stage on its own thread.
-struct Worker<'a, 'b> {
-    situation: &'a Situation<'b>,
-    events: Sender<Event>,
-    cancel: Arc<AtomicBool>,
-    index: usize,
+/// Seconds since 1970.
+pub(super) fn seconds_now() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |now| now.as_secs())
 }
 
-impl Worker<'_, '_> {
-    /// The content and whether the stage ran (another runner may have made the result meanwhile).
-    fn work(&self, prepared: &Prepared, reasons: Vec<Reason>) -> Option<(Digest, bool)> {
-        let name = &self.situation.graph.nodes[self.index].name;
-        match self.make(name, prepared, reasons) {
-            Ok(result) => Some(result),
-            Err(error) => {
-                let error = if self.cancel.load(Ordering::Relaxed) {
-                    "interrupted".into()
-                } else {
-                    format!("{error:#}")
-                };
-                send(
-                    &self.events,
-                    Event::StageFailed {
-                        stage: name.clone(),
-                        error,
-                    },
-                );
-                None
-            }
-        }
-    }
-
-    fn make(
-        &self,
-        name: &str,
-        prepared: &Prepared,
-        reasons: Vec<Reason>,
-    ) -> anyhow::Result<(Digest, bool)> {
-        let Situation {
-            graph,
-            store,
-            recipe,
-            verify,
-            ..
-        } = self.situation;
-        let node = &graph.nodes[self.index];
-        let mut waited = false;
-        let miss = store.lock(&prepared.digest, &mut |holder| {
-            waited = true;
-            send(
-                &self.events,
-                Event::StageWaiting {
-                    stage: name.to_owned(),
-                    holder: holder.to_owned(),
-                },
-            );
-        })?;
-        if (waited || !self.situation.forced[self.index])
-            && let Found::Hit(record) = store.find(&prepared.digest, *verify)
-        {
-            store.set_last(recipe, name, &prepared.digest)?;
-            let artifact = record.artifact;
-            let saved = record.seconds;
-            send(
-                &self.events,
-                Event::StageFresh {
-                    stage: name.to_owned(),
-                    artifact: artifact.clone(),
-                    restored: false,
-                    saved,
-                },
-            );
-            return Ok((artifact, false));
-        }
-        send(
-            &self.events,
-            Event::StageStarted {
-                stage: name.to_owned(),
-                kind: node.stage.kind().to_owned(),
-                reasons,
-            },
-        );
-        let started = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |now| now.as_secs());
-        let clock = Instant::now();
-        let context = Context {
-            stage: name.to_owned(),
-            inputs: self.situation.input_folders(prepared),
-            sources: node.sources.clone(),
-            outside: prepared.fingerprint.outside.clone(),
-            out: miss.partial()?,
-            scratch: store.scratch(&prepared.digest),
-            world: Arc::clone(&self.situation.world),
-            events: self.events.clone(),
-            cancel: Arc::clone(&self.cancel),
-            notes: Mutex::default(),
-        };
-        let result = catch_unwind(AssertUnwindSafe(|| node.stage.run(&context)))
-            .unwrap_or_else(|panic| Err(panicked(&*panic)));
-        if let Err(error) = result.and_then(|()| context.check_cancelled()) {
-            miss.discard()?;
-            return Err(error);
-        }
-        let seconds = clock.elapsed().as_secs_f64();
-        let previous = store
-            .last(recipe, name)
-            .and_then(|last| store.record(&last))
-            .map(|record| record.artifact);
-        let record = Record {
-            format: FORMAT,
-            stage: name.to_owned(),
-            fingerprint: prepared.fingerprint.clone(),
-            origins: prepared.origins.clone(),
-            output: node.stage.output().to_owned(),
-            artifact: String::new(),
-            notes: context
-                .notes
-                .into_inner()
-                .unwrap_or_else(PoisonError::into_inner),
-            params: node.stage.params()?,
-            started,
-            seconds,
-            pipeline: env!("CARGO_PKG_VERSION").to_owned(),
-        };
-        let (record, _) = miss.commit(record)?;
-        store.set_last(recipe, name, &prepared.digest)?;
-        let same_bytes = previous.as_ref() == Some(&record.artifact);
-        let artifact = record.artifact;
-        send(
-            &self.events,
-            Event::StageDone {
-                stage: name.to_owned(),
-                artifact: artifact.clone(),
-                same_bytes,
-                seconds,
-            },
-        );
-        Ok((artifact, true))
-    }
-}
-
-fn panicked(panic: &(dyn Any + Send)) -> anyhow::Error {
-    let text = panic
-        .downcast_ref::<String>()
-        .map(String::as_str)
-        .or_else(|| panic.downcast_ref::<&str>().copied());
-    anyhow!(
-        "the stage panicked, which is a bug in pipeline: {}",
-        text.unwrap_or("no message")
-    )
-}
-
-fn send(events: &Sender<Event>, event: Event) {
+pub(super) fn send(events: &Sender<Event>, event: Event) {
     // Nobody listening is no reason to stop.
     let _ = events.send(event);
 }

@@ -29,6 +29,9 @@ pub trait Stage: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'stat
     /// Whether the stage takes the whole machine (a training): the runner starts only one such stage at a time.
     const EXCLUSIVE: bool = false;
 
+    /// Whether [`Stage::outside`] gives facts that can move.
+    const MOVES: bool = false;
+
     /// The noun of what the stage makes with these parameters. Overridden where a parameter decides between two artifacts
     /// (a training makes an adapter, or without one a model).
     fn output(&self) -> &'static str {

@@ -7,6 +7,7 @@
 //! v1/last/<recipe>/<stage>      the fingerprint of that stage's last result, for reasons
 //! v1/partial/<fingerprint>/     what a running stage writes into
 //! v1/scratch/<fingerprint>/     what survives a crash
+//! v1/failed/<fingerprint>/      what a failed stage wrote and told, until it succeeds
 //! v1/locks/<fingerprint>
 //! ```
 //!
@@ -28,7 +29,7 @@ use super::record::{FORMAT, Record};
 const VERSION: &str = "v1";
 
 /// A folder with artifacts and records, possibly shared with other runners.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Store {
     root: PathBuf,
 }
@@ -36,8 +37,8 @@ pub struct Store {
 /// What the store says about a fingerprint.
 #[derive(Debug)]
 pub enum Found {
-    /// A record, and its artifact as recorded.
-    Hit(Box<Record>),
+    /// A record, and its artifact as recorded; with the manifest to remember where only times changed.
+    Hit(Box<Record>, Option<Manifest>),
     /// No record.
     Nothing,
     /// A record whose artifact is not there.
@@ -80,7 +81,8 @@ impl Store {
         };
         let record = Box::new(record);
         match self.check(&record.artifact, thorough) {
-            Check::Sound | Check::Touched(_) => Found::Hit(record),
+            Check::Sound => Found::Hit(record, None),
+            Check::Touched(manifest) => Found::Hit(record, Some(manifest)),
             Check::Missing => Found::Missing(record),
             Check::Damaged(what) => Found::Damaged(record, what),
         }
@@ -96,14 +98,6 @@ impl Store {
         manifest.check(&self.artifact(content), thorough)
     }
 
-    /// Remembers new stats of an artifact whose files were touched but not changed.
-    pub fn refresh(&self, content: &str) -> anyhow::Result<()> {
-        if let Check::Touched(manifest) = self.check(content, false) {
-            self.write_manifest(content, &manifest)?;
-        }
-        Ok(())
-    }
-
     /// The fingerprint of the last result of a recipe's stage.
     pub fn last(&self, recipe: &str, stage: &str) -> Option<Digest> {
         fs::read_to_string(self.last_path(recipe, stage)).ok()
@@ -117,9 +111,19 @@ impl Store {
         write_atomically(&self.last_path(recipe, stage), fingerprint.as_bytes())
     }
 
+    /// One of the folders above.
+    pub(super) fn folder(&self, name: &str) -> PathBuf {
+        self.root.join(name)
+    }
+
     /// A place for small state of our own, such as the memo of local files.
     pub(crate) fn state(&self, name: &str) -> PathBuf {
         self.root.join("state").join(name)
+    }
+
+    /// Where the leavings of a fingerprint's last failure are.
+    fn failed(&self, fingerprint: &str) -> PathBuf {
+        self.root.join("failed").join(fingerprint)
     }
 
     /// The scratch folder of a fingerprint.
@@ -149,12 +153,12 @@ impl Store {
                 return Err(error).with_context(|| format!("could not lock `{}`", path.display()));
             }
         }
-        let holder = format!("process {}", std::process::id());
-        let written = file
+        let holder = format!("process {}{}", std::process::id(), host());
+        // Only for others' messages; another user's lock file can be taken, but not written.
+        let _ = file
             .set_len(0)
             .and_then(|()| file.rewind())
             .and_then(|()| file.write_all(holder.as_bytes()));
-        written.with_context(|| format!("could not write `{}`", path.display()))?;
         Ok(Miss {
             store: self,
             fingerprint: fingerprint.to_owned(),
@@ -179,7 +183,8 @@ impl Store {
         }
     }
 
-    fn write_manifest(&self, content: &str, manifest: &Manifest) -> anyhow::Result<()> {
+    /// Writes the manifest of an artifact, which may remember new stats.
+    pub(super) fn write_manifest(&self, content: &str, manifest: &Manifest) -> anyhow::Result<()> {
         write_atomically(&self.manifest_path(content), &serde_json::to_vec(manifest)?)
     }
 
@@ -193,7 +198,7 @@ impl Store {
             .join(format!("{fingerprint}.json"))
     }
 
-    fn lock_path(&self, fingerprint: &str) -> PathBuf {
+    pub(super) fn lock_path(&self, fingerprint: &str) -> PathBuf {
         self.root.join("locks").join(fingerprint)
     }
 
@@ -225,6 +230,23 @@ impl Miss<'_> {
         remove(&self.store.root.join("partial").join(&self.fingerprint))
     }
 
+    /// Keeps what a failed stage wrote and told, for people to look at, in the place of an earlier failure. Returns the place.
+    pub fn set_aside(&self, log: &[u8]) -> anyhow::Result<PathBuf> {
+        let partial = self.store.root.join("partial").join(&self.fingerprint);
+        let place = self.store.failed(&self.fingerprint);
+        remove(&place)?;
+        write_atomically(&place.join("log.jsonl"), log)?;
+        let wrote = fs::read_dir(&partial).is_ok_and(|mut entries| entries.next().is_some());
+        if wrote {
+            let output = place.join("output");
+            fs::rename(&partial, &output)
+                .with_context(|| format!("could not make `{}`", output.display()))?;
+        } else {
+            remove(&partial)?;
+        }
+        Ok(place)
+    }
+
     /// Takes the partial folder into the store and writes the record, whose `artifact` is filled in. Returns whether the
     /// contents were new.
     pub fn commit(self, mut record: Record) -> anyhow::Result<(Record, bool)> {
@@ -241,8 +263,9 @@ impl Miss<'_> {
         content_lock
             .lock()
             .with_context(|| format!("could not lock `{}`", target.display()))?;
+        // Read whole: the stage may have run because somebody asked to verify, and found what no time tells.
         let new = !matches!(
-            store.check(&content, false),
+            store.check(&content, true),
             Check::Sound | Check::Touched(_)
         );
         if new {
@@ -261,6 +284,7 @@ impl Miss<'_> {
             &serde_json::to_vec_pretty(&record)?,
         )?;
         remove(&store.scratch(&self.fingerprint))?;
+        remove(&store.failed(&self.fingerprint))?;
         Ok((record, new))
     }
 }
@@ -272,7 +296,7 @@ fn seal(path: &Path) -> std::io::Result<()> {
     fs::set_permissions(path, Permissions::from_mode(mode & !0o222))
 }
 
-fn open_lock(path: &Path) -> anyhow::Result<File> {
+pub(super) fn open_lock(path: &Path) -> anyhow::Result<File> {
     let open = || {
         fs::create_dir_all(path.parent().unwrap_or_else(|| Path::new(".")))?;
         File::options()
@@ -282,7 +306,21 @@ fn open_lock(path: &Path) -> anyhow::Result<File> {
             .truncate(false)
             .open(path)
     };
-    open().with_context(|| format!("could not open the lock `{}`", path.display()))
+    // A file that may only be read can be locked all the same: it belongs to another user of the store.
+    open()
+        .or_else(|error| File::open(path).map_err(|_| error))
+        .with_context(|| format!("could not open the lock `{}`", path.display()))
+}
+
+/// ` on <host>`, where the system tells its name: two machines may share a store.
+fn host() -> String {
+    let name = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let name = name.trim();
+    if name.is_empty() {
+        String::new()
+    } else {
+        format!(" on {name}")
+    }
 }
 
 /// Two hex digits.

@@ -13,28 +13,81 @@ pub struct Row {
     pub rejected: Option<Vec<u32>>,
     /// The other answer's prompt, where truncation made it differ.
     pub rejected_prompt: Option<Vec<u32>>,
+    /// Rows that follow in the same sequence; none of them sees another.
+    pub packed: Vec<Row>,
 }
 
-/// A prompt and one answer.
+/// A prompt and one answer, or several such documents one behind the other.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sequence {
     /// All ids.
     pub ids: Vec<u32>,
-    /// How many of them are the prompt.
+    /// How many of them are the prompt, of the first document.
     pub prompt: usize,
+    /// The documents behind the first: where each starts, and where its answer starts.
+    behind: Vec<(usize, usize)>,
+}
+
+/// The place of one document in a sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Document {
+    start: usize,
+    answer: usize,
+    end: usize,
+}
+
+impl Sequence {
+    /// One document, whose first `prompt` ids are the prompt.
+    pub fn new(ids: Vec<u32>, prompt: usize) -> Self {
+        Self {
+            ids,
+            prompt,
+            behind: Vec::new(),
+        }
+    }
+
+    fn append(&mut self, other: &Self) {
+        let start = self.ids.len();
+        let first = std::iter::once((0, other.prompt));
+        let places = first.chain(other.behind.iter().copied());
+        self.behind
+            .extend(places.map(|(from, answer)| (start + from, start + answer)));
+        self.ids.extend(&other.ids);
+    }
+
+    fn documents(&self) -> Vec<Document> {
+        let starts = std::iter::once((0, self.prompt)).chain(self.behind.iter().copied());
+        let ends = self.behind.iter().map(|(start, _)| *start);
+        starts
+            .zip(ends.chain(std::iter::once(self.ids.len())))
+            .map(|((start, answer), end)| Document { start, answer, end })
+            .collect()
+    }
+
+    /// For each position, padding included, the start of its document.
+    fn starts(&self, width: usize) -> Vec<usize> {
+        let mut starts = Vec::with_capacity(width);
+        for document in self.documents() {
+            starts.resize(document.end, document.start);
+        }
+        let last = self.behind.last().map_or(0, |(start, _)| *start);
+        starts.resize(width, last);
+        starts
+    }
 }
 
 impl Row {
     fn sequence(prompt: &[u32], answer: &[u32]) -> Sequence {
-        Sequence {
-            ids: [prompt, answer].concat(),
-            prompt: prompt.len(),
-        }
+        Sequence::new([prompt, answer].concat(), prompt.len())
     }
 
-    /// The prompt with the preferred answer.
+    /// The prompt with the preferred answer, and behind it those of the packed rows.
     pub fn chosen(&self) -> Sequence {
-        Self::sequence(&self.prompt, &self.chosen)
+        let mut sequence = Self::sequence(&self.prompt, &self.chosen);
+        for row in &self.packed {
+            sequence.append(&row.chosen());
+        }
+        sequence
     }
 
     /// The prompt with the other answer.
@@ -107,20 +160,38 @@ impl Batch {
         Tensor::from_vec(ids, (self.sequences.len(), self.width), device)
     }
 
-    /// What is added to the attention scores: 0 where a position may look, -inf where it may not (later ones, padding).
-    /// (batch or 1, 1, length, length)
-    pub fn mask(&self, device: &Device) -> Result<Tensor> {
-        let ragged = self.sequences.iter().any(|s| s.ids.len() < self.width);
-        let lengths: Vec<usize> = if ragged {
-            self.sequences.iter().map(|s| s.ids.len()).collect()
-        } else {
-            vec![self.width]
+    /// Whether a sequence holds more than one document.
+    fn packed(&self) -> bool {
+        self.sequences.iter().any(|s| !s.behind.is_empty())
+    }
+
+    /// The positions by which the model tells how far ids are from each other, if they are not just counted through: they
+    /// begin again with each document. (batch * length)
+    pub fn positions(&self) -> Option<Vec<usize>> {
+        let of = |sequence: &Sequence| {
+            let starts = sequence.starts(self.width);
+            let positions = starts.iter().enumerate();
+            positions.map(|(at, start)| at - start).collect::<Vec<_>>()
         };
-        let mut mask = Vec::with_capacity(lengths.len() * self.width * self.width);
-        for &length in &lengths {
-            for from in 0..self.width {
+        self.packed()
+            .then(|| self.sequences.iter().flat_map(of).collect())
+    }
+
+    /// What is added to the attention scores: 0 where a position may look, -inf where it may not (later ones, padding,
+    /// other documents). (batch or 1, 1, length, length)
+    pub fn mask(&self, device: &Device) -> Result<Tensor> {
+        let uniform = self.sequences.iter().all(|s| s.ids.len() == self.width);
+        let count = if uniform && !self.packed() {
+            1
+        } else {
+            self.sequences.len()
+        };
+        let mut mask = Vec::with_capacity(count * self.width * self.width);
+        for sequence in self.sequences.iter().take(count) {
+            let length = sequence.ids.len();
+            for (from, start) in sequence.starts(self.width).into_iter().enumerate() {
                 mask.extend((0..self.width).map(|to| {
-                    if to <= from && to < length {
+                    if start <= to && to <= from && to < length {
                         0f32
                     } else {
                         f32::NEG_INFINITY
@@ -128,21 +199,84 @@ impl Batch {
                 }));
             }
         }
-        Tensor::from_vec(mask, (lengths.len(), 1, self.width, self.width), device)
+        Tensor::from_vec(mask, (count, 1, self.width, self.width), device)
     }
 
-    /// The ids of one sequence that have a logit before them; only those of the answer if `answer_only`.
-    pub fn targets(&self, row: usize, answer_only: bool) -> impl Iterator<Item = Target> {
-        let sequence = self.sequences.get(row);
-        let ids = sequence.map_or(&[][..], |sequence| &sequence.ids);
-        let prompt = sequence.map_or(0, |sequence| sequence.prompt);
-        let first = if answer_only { prompt.max(1) } else { 1 };
-        let targets = ids.iter().enumerate().skip(first);
-        targets.map(move |(position, &id)| Target { row, position, id })
+    /// The ids of one sequence that have a logit before them in their document; only those of the answers if `answer_only`.
+    pub fn targets(&self, row: usize, answer_only: bool) -> Vec<Target> {
+        let Some(sequence) = self.sequences.get(row) else {
+            return Vec::new();
+        };
+        let mut targets = Vec::new();
+        for document in sequence.documents() {
+            let answer = if answer_only { document.answer } else { 0 };
+            let first = answer.max(document.start + 1);
+            let ids = sequence.ids.iter().enumerate();
+            let ids = ids.take(document.end).skip(first);
+            targets.extend(ids.map(|(position, &id)| Target { row, position, id }));
+        }
+        targets
     }
 
     /// How many ids the batch has without padding.
     pub fn tokens(&self) -> usize {
         self.sequences.iter().map(|s| s.ids.len()).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(prompt: &[u32], answer: &[u32]) -> Row {
+        Row {
+            prompt: prompt.to_vec(),
+            chosen: answer.to_vec(),
+            ..Row::default()
+        }
+    }
+
+    #[test]
+    fn packed_rows_keep_to_themselves() {
+        let packed = Row {
+            packed: vec![row(&[4], &[5, 6]), row(&[], &[7])],
+            ..row(&[1, 2], &[3])
+        };
+        let long = row(&[1], &[2, 3, 4, 5, 6, 7, 8]);
+        let batch = Batch::new(vec![packed.chosen(), long.chosen()], 0).unwrap();
+        assert_eq!(batch.sequences[0].ids, [1, 2, 3, 4, 5, 6, 7]);
+        let positions = [0, 1, 2, 0, 1, 2, 0, 1, 0, 1, 2, 3, 4, 5, 6, 7];
+        assert_eq!(batch.positions().unwrap(), positions);
+        let places = |row, answer_only| -> Vec<_> {
+            let targets = batch.targets(row, answer_only);
+            targets.iter().map(|t| (t.position, t.id)).collect()
+        };
+        // Nothing predicts the first id of a document.
+        assert_eq!(places(0, false), [(1, 2), (2, 3), (4, 5), (5, 6)]);
+        assert_eq!(places(0, true), [(2, 3), (4, 5), (5, 6)]);
+        assert_eq!(places(1, true).len(), 7);
+        assert_eq!(places(2, false), []);
+
+        let mask = batch.mask(&Device::Cpu).unwrap().squeeze(1).unwrap();
+        let mask: Vec<Vec<Vec<f32>>> = mask.to_vec3().unwrap();
+        let seen = |row: usize, from: usize| -> Vec<usize> {
+            (0..8).filter(|&to| mask[row][from][to] == 0.).collect()
+        };
+        assert_eq!(seen(0, 2), [0, 1, 2]);
+        assert_eq!(seen(0, 5), [3, 4, 5]);
+        assert_eq!(seen(0, 6), [6]);
+        assert_eq!(seen(0, 7), [6], "padding sees something, but no padding");
+        assert_eq!(seen(1, 7).len(), 8);
+
+        let plain = Batch::new(vec![long.chosen(), long.chosen()], 0).unwrap();
+        assert!(plain.positions().is_none());
+        assert_eq!(plain.mask(&Device::Cpu).unwrap().dims(), [1, 1, 8, 8]);
+    }
+
+    #[test]
+    fn empty_sequences_and_pairs_without_a_second_answer_are_refused() {
+        assert!(Batch::new(vec![], 0).is_err());
+        assert!(Batch::new(vec![row(&[], &[]).chosen()], 0).is_err());
+        assert!(Batch::pairs(&[&row(&[1], &[2])], 0).is_err());
     }
 }

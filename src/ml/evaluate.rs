@@ -90,7 +90,7 @@ pub fn preferences(
         let objective = Objective::Orpo { beta: 0. };
         let targets = objective.targets(&batch);
         let hidden = model.hidden(&batch, pass)?;
-        let scored = head::score(&hidden, &weight, &targets)?;
+        let scored = head::score(&hidden, &weight, &targets, false)?;
         let mut sums = vec![(0f64, 0u64); 2 * rows.len()];
         for (target, logp) in targets.iter().zip(&scored.logps) {
             let logp = f64::from(*logp);

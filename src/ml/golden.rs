@@ -94,6 +94,7 @@ pub(crate) fn rows(semantics: &str) -> Vec<Row> {
             chosen,
             rejected: Some(rejected),
             rejected_prompt: Some(rejected_prompt),
+            packed: Vec::new(),
         });
     }
     assert_eq!(rows.len(), 24);
@@ -102,7 +103,7 @@ pub(crate) fn rows(semantics: &str) -> Vec<Row> {
 
 pub(crate) fn prompt(ids: &Tensor) -> Batch {
     let ids: Vec<u32> = ids.to_dtype(DType::U32).unwrap().to_vec1().unwrap();
-    Batch::new(vec![Sequence { ids, prompt: 1 }], 0).unwrap()
+    Batch::new(vec![Sequence::new(ids, 1)], 0).unwrap()
 }
 
 pub(crate) fn logits(model: &Llama, batch: &Batch, pass: Pass) -> Tensor {

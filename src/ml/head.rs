@@ -18,6 +18,17 @@ pub struct Scored {
     ids: Tensor,   // (targets)
     /// The log-probability of each target.
     pub logps: Vec<f32>,
+    /// If asked for.
+    pub certainty: Option<Certainty>,
+}
+
+/// How sure the model is where the targets stand.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Certainty {
+    /// The sum of the entropies, in nats.
+    pub entropy: f64,
+    /// How many targets are the most probable id.
+    pub first: usize,
 }
 
 fn chunks(count: usize, vocabulary: usize) -> impl Iterator<Item = (usize, usize)> {
@@ -35,7 +46,14 @@ pub fn logits(rows: &Tensor, weight: &Tensor) -> Result<Tensor> {
 }
 
 /// Scores `targets` by the final hidden states (batch, length, hidden) and the head's weight (vocabulary, hidden).
-pub fn score(hidden: &Tensor, weight: &Tensor, targets: &[Target]) -> Result<Scored> {
+///
+/// With `certainty` it also counts up how sure the model is, which takes a softmax more.
+pub fn score(
+    hidden: &Tensor,
+    weight: &Tensor,
+    targets: &[Target],
+    certainty: bool,
+) -> Result<Scored> {
     let (batch, width, size) = hidden.dims3()?;
     let device = hidden.device();
     let places = targets
@@ -48,17 +66,29 @@ pub fn score(hidden: &Tensor, weight: &Tensor, targets: &[Target]) -> Result<Sco
         .reshape((batch * width, size))?
         .index_select(&index, 0)?;
     let mut logps = Vec::with_capacity(targets.len());
+    let mut certainty = certainty.then(Certainty::default);
     for (start, count) in chunks(targets.len(), weight.dim(0)?) {
         let logits = logits(&rows.narrow(0, start, count)?, weight)?;
-        let chosen = logits.gather(&ids.narrow(0, start, count)?.unsqueeze(1)?, 1)?;
-        let logp = (chosen.squeeze(1)? - logits.log_sum_exp(D::Minus1)?)?;
-        logps.extend(logp.to_vec1::<f32>()?);
+        let ids = ids.narrow(0, start, count)?;
+        let chosen = logits.gather(&ids.unsqueeze(1)?, 1)?;
+        let all = logits.log_sum_exp(D::Minus1)?;
+        logps.extend((chosen.squeeze(1)? - &all)?.to_vec1::<f32>()?);
+        if let Some(certainty) = &mut certainty {
+            // -sum p log p = log sum e^x - sum p x
+            let mean = (softmax(&logits)? * &logits)?.sum(D::Minus1)?;
+            let entropies = (all - mean)?.to_vec1::<f32>()?;
+            certainty.entropy += entropies.iter().map(|&e| f64::from(e)).sum::<f64>();
+            let first = logits.argmax(D::Minus1)?.to_vec1::<u32>()?;
+            let ids = ids.to_vec1::<u32>()?;
+            certainty.first += first.iter().zip(&ids).filter(|(a, b)| a == b).count();
+        }
     }
     Ok(Scored {
         rows,
         index,
         ids,
         logps,
+        certainty,
     })
 }
 

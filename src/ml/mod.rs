@@ -33,4 +33,6 @@ pub mod weights;
 #[cfg(test)]
 pub(crate) mod golden;
 #[cfg(test)]
+mod golden_compare;
+#[cfg(test)]
 mod golden_runs;

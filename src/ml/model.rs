@@ -78,8 +78,8 @@ struct Layer {
 /// What all layers share in one pass.
 #[derive(Clone)]
 struct Shared {
-    cos: Tensor,  // (length, head_dim / 2)
-    sin: Tensor,  // (length, head_dim / 2)
+    cos: Tensor,  // (length, head_dim / 2), or that for each sequence
+    sin: Tensor,  // the same
     mask: Tensor, // (batch or 1, 1, length, keys)
     pass: Pass,
 }
@@ -228,12 +228,20 @@ impl Llama {
         )
     }
 
-    fn shared(&self, start: usize, length: usize, mask: Tensor, pass: Pass) -> Result<Shared> {
-        let (cos, sin) = angles(&self.config, start, length, &self.device)?;
+    /// What all layers share for a batch.
+    fn shared(&self, batch: &Batch, pass: Pass) -> Result<Shared> {
+        let (cos, sin) = match batch.positions() {
+            None => angles(&self.config, 0..batch.width, &self.device)?,
+            Some(positions) => {
+                let (cos, sin) = angles(&self.config, positions, &self.device)?;
+                let shape = (batch.sequences.len(), batch.width, ());
+                (cos.reshape(shape)?, sin.reshape(shape)?)
+            }
+        };
         Ok(Shared {
             cos,
             sin,
-            mask,
+            mask: batch.mask(&self.device)?,
             pass,
         })
     }
@@ -252,8 +260,7 @@ impl Llama {
             tape: false,
             ..pass
         };
-        let mask = batch.mask(&self.device)?;
-        let shared = self.shared(0, batch.width, mask, pass)?;
+        let shared = self.shared(batch, pass)?;
         let mut states = vec![self.embed(&batch.ids(&self.device)?)?];
         let mut x = states[0].clone();
         for layer in &self.layers {
@@ -271,8 +278,7 @@ impl Llama {
             tape: false,
             ..pass
         };
-        let mask = batch.mask(&self.device)?;
-        let shared = self.shared(0, batch.width, mask, pass)?;
+        let shared = self.shared(batch, pass)?;
         let mut x = self.embed(&batch.ids(&self.device)?)?;
         for layer in &self.layers {
             x = layer.forward(&x, &shared, &mut None)?;
@@ -299,7 +305,13 @@ impl Llama {
             .collect();
         let keys = cache.length + length;
         let mask = Tensor::from_vec(mask, (1, 1, length, keys), &self.device)?;
-        let shared = self.shared(cache.length, length, mask, pass)?;
+        let (cos, sin) = angles(&self.config, cache.length..keys, &self.device)?;
+        let shared = Shared {
+            cos,
+            sin,
+            mask,
+            pass,
+        };
         let mut x = self.embed(&Tensor::new(ids, &self.device)?.unsqueeze(0)?)?;
         cache.layers.resize(self.layers.len(), None);
         for (layer, keys_and_values) in self.layers.iter().zip(&mut cache.layers) {
@@ -320,8 +332,7 @@ impl Llama {
             adapter: true,
             dropout,
         };
-        let mask = batch.mask(&self.device)?;
-        let shared = self.shared(0, batch.width, mask, pass)?;
+        let shared = self.shared(batch, pass)?;
         let without = Shared {
             pass: Pass {
                 tape: false,
@@ -422,11 +433,10 @@ fn take(store: &mut GradStore, input: &Tensor) -> Result<Tensor> {
     }
 }
 
-/// Cosines and sines (length, half a head's width) of the positions from `start` on, with Llama 3's scaling of long waves.
+/// Cosines and sines (positions, half a head's width), with Llama 3's scaling of long waves.
 fn angles(
     config: &LlamaConfig,
-    start: usize,
-    length: usize,
+    positions: impl IntoIterator<Item = usize>,
     device: &Device,
 ) -> Result<(Tensor, Tensor)> {
     let half = config.head_dim / 2;
@@ -456,9 +466,13 @@ fn angles(
             }
         })
         .collect();
-    let angles: Vec<f32> = (start..start + length)
+    let angles: Vec<f32> = positions
+        .into_iter()
         .flat_map(|position| frequencies.iter().map(move |f| position as f32 * f))
         .collect();
-    let angles = Tensor::from_vec(angles, (length, half), device)?;
+    let angles = Tensor::from_vec(angles, ((), half), device)?;
     Ok((angles.cos()?, angles.sin()?))
 }
+
+#[cfg(test)]
+mod tests;

@@ -75,7 +75,8 @@ impl Objective {
         weight: &Tensor,
     ) -> anyhow::Result<(Outcome, Scored)> {
         ensure!(!targets.is_empty(), "the batch has no token to learn");
-        let scored = head::score(hidden, weight, targets)?;
+        let certainty = matches!(self, Self::Sft { .. });
+        let scored = head::score(hidden, weight, targets, certainty)?;
         let outcome = match self {
             Self::Orpo { beta } => {
                 let pairs = batch.sequences.len() / 2;
@@ -84,7 +85,7 @@ impl Objective {
                 let means = (mean(0)?, mean(pairs)?);
                 orpo::loss(batch, targets, &scored.logps, means, *beta)?
             }
-            Self::Sft { .. } => sft::loss(&scored.logps),
+            Self::Sft { .. } => sft::loss(&scored),
         };
         Ok((outcome, scored))
     }

@@ -175,7 +175,13 @@ mod tests {
         for case in cases {
             let number = |name: &str| case[name].as_f64().unwrap();
             let odds = odds(number("chosen_logp"), number("rejected_logp"));
-            let near = |a: f64, b: f64| (a - b).abs() <= 2e-5 * b.abs().max(1e-2);
+            let near = |a: f64, b: f64| (a - b).abs() <= (2e-5 * b.abs()).max(1e-6);
+            let far = (odds.log_odds - number("log_odds_chosen")).abs();
+            let far = far.max((odds.ratio - number("log_odds_ratio")).abs());
+            println!(
+                "| odds ratio | {:?} | {far:.1e} | | 2e-5 relative or 1e-6 |",
+                (number("chosen_logp"), number("rejected_logp"))
+            );
             assert!(
                 near(odds.log_odds, number("log_odds_chosen")),
                 "{case} {odds:?}"
@@ -200,11 +206,32 @@ mod tests {
     }
 
     #[test]
-    fn gradient_is_the_difference_quotient() {
-        let sequence = |ids: &[u32], prompt| Sequence {
-            ids: ids.to_vec(),
-            prompt,
+    fn an_empty_answer_is_an_error_and_equal_ones_a_tie() {
+        let outcome = |chosen: &[u32], rejected: &[u32]| {
+            let sequences = [chosen, rejected].map(|ids| Sequence::new(ids.to_vec(), 2));
+            let batch = Batch::new(sequences.to_vec(), 0).unwrap();
+            let targets = targets(&batch);
+            loss(&batch, &targets, &vec![-1.5; targets.len()], (0., 0.), 0.1)
         };
+        let error = outcome(&[1, 2], &[1, 2, 3]).unwrap_err().to_string();
+        assert!(error.contains("an answer has no token"), "{error}");
+        assert!(outcome(&[1, 2, 3], &[1, 2]).is_err());
+        // One token each, the same: neither is preferred, and the slopes cancel out.
+        let tie = outcome(&[1, 2, 3], &[1, 2, 3]).unwrap();
+        let ratio = tie.metrics["log_odds_ratio"];
+        assert!((ratio + std::f64::consts::LN_2).abs() < 1e-12, "{ratio}");
+        assert!(tie.metrics["rewards/accuracies"].abs() < 1e-12);
+        assert!(tie.gradient.iter().all(|g| g.is_finite()));
+        let slope = tie.gradient.iter().sum::<f32>();
+        assert!(
+            (slope + 1.).abs() < 1e-6,
+            "of the likelihood alone: {slope}"
+        );
+    }
+
+    #[test]
+    fn gradient_is_the_difference_quotient() {
+        let sequence = |ids: &[u32], prompt| Sequence::new(ids.to_vec(), prompt);
         let batch = Batch::new(
             vec![
                 sequence(&[1, 2, 3, 4, 5], 2),

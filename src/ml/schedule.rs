@@ -73,6 +73,7 @@ mod tests {
         let golden: std::collections::BTreeMap<String, Vec<f64>> =
             serde_json::from_str(text).unwrap();
         assert_eq!(golden.len(), 8);
+        let mut largest = 0f64;
         for (name, factors) in golden {
             let (shape, warmup) = name.rsplit_once("_warmup").unwrap();
             let shape = match shape {
@@ -89,12 +90,49 @@ mod tests {
                 total: 20,
             };
             for (step, factor) in (0..).zip(factors) {
-                assert!(
-                    (schedule.factor(step) - factor).abs() < 1e-7,
-                    "{name} {step}"
-                );
+                let far = (schedule.factor(step) - factor).abs();
+                assert!(far < 1e-7, "{name} {step}");
+                largest = largest.max(far);
             }
         }
+        println!("| schedules | cosine, linear, constant | {largest:.1e} | | 1e-7 |");
+    }
+
+    #[test]
+    fn the_other_factors_are_those_of_transformers() {
+        let text = include_str!("../../tests/golden/lr_schedules_more.json");
+        let golden: Vec<serde_json::Value> = serde_json::from_str(text).unwrap();
+        assert_eq!(golden.len(), 15);
+        let mut largest = 0f64;
+        for case in golden {
+            let kwargs = case["kwargs"].as_object().unwrap();
+            let shape = match case["kind"].as_str().unwrap() {
+                "cosine" => Shape::Cosine,
+                "cosine_with_restarts" => {
+                    let cycles = kwargs.get("num_cycles").map_or(1, |n| n.as_u64().unwrap());
+                    Shape::CosineWithRestarts {
+                        cycles: cycles as u32,
+                    }
+                }
+                "inverse_sqrt" => Shape::InverseSqrt,
+                other => panic!("{other}"),
+            };
+            let number = |name: &str| case[name].as_u64().unwrap();
+            let (warmup, total) = (number("warmup"), number("total"));
+            let schedule = Schedule {
+                shape,
+                warmup,
+                total,
+            };
+            let factors = case["factors"].as_array().unwrap();
+            assert_eq!(factors.len() as u64, total + 1);
+            for (step, factor) in (0..).zip(factors) {
+                let far = (schedule.factor(step) - factor.as_f64().unwrap()).abs();
+                assert!(far < 1e-7, "{shape:?} warmup {warmup} step {step}: {far}");
+                largest = largest.max(far);
+            }
+        }
+        println!("| schedules | cosine_with_restarts, inverse_sqrt | {largest:.1e} | | 1e-7 |");
     }
 
     #[test]

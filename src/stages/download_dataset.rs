@@ -51,6 +51,7 @@ fn train() -> String {
 impl Stage for DownloadDataset {
     const KIND: &'static str = "download_dataset";
     const VERSION: u32 = 1;
+    const MOVES: bool = true;
     type Output = Dataset;
 
     fn check(&self) -> Vec<Problem> {

@@ -36,6 +36,7 @@ pub struct DownloadModel {
 impl Stage for DownloadModel {
     const KIND: &'static str = "download_model";
     const VERSION: u32 = 1;
+    const MOVES: bool = true;
     type Output = Model;
 
     fn check(&self) -> Vec<Problem> {

@@ -25,6 +25,8 @@ pub mod train_sft;
 mod training;
 
 #[cfg(test)]
+mod bad_data;
+#[cfg(test)]
 #[path = "../../tests/it/support/hub.rs"]
 #[expect(dead_code, reason = "the integration tests use the rest of it")]
 mod test_hub;

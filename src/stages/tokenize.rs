@@ -104,22 +104,32 @@ struct Counts {
     prompts_cut: usize,
     answers_cut: usize,
     equal_answers: usize,
+    empty_answers: usize,
 }
 
+/// An answer of no more tokens may be one that only ends the turn and the text.
+const SHORT: usize = 3;
+
 impl Counts {
-    fn add(&mut self, row: &RowIds) {
+    fn add(&mut self, row: &RowIds, tokenizer: &Tokenizer) -> Result<()> {
+        let mut empty = false;
         self.prompts_cut += usize::from(row.prompt_cut);
         self.answers_cut += usize::from(row.answer_cut);
         for side in std::iter::once(&row.chosen).chain(&row.rejected) {
             let length = side.prompt.len() + side.answer.len();
             self.tokens += length as u64;
             self.longest = self.longest.max(length);
+            if side.answer.len() <= SHORT {
+                empty |= tokenizer.decode(&side.answer, true)?.trim().is_empty();
+            }
         }
+        self.empty_answers += usize::from(empty);
         let equal = row
             .rejected
             .as_ref()
             .is_some_and(|rejected| *rejected == row.chosen);
         self.equal_answers += usize::from(equal);
+        Ok(())
     }
 
     fn tell(&self, cx: &Context) {
@@ -148,6 +158,13 @@ impl Counts {
             if count > 0 {
                 cx.note(name, count);
             }
+        }
+        if self.empty_answers > 0 {
+            cx.note("rows_with_empty_answers", self.empty_answers);
+            cx.warn(format!(
+                "{} of {all} rows have an answer of special tokens alone; they teach the model to say nothing",
+                self.empty_answers
+            ));
         }
         if self.equal_answers > 0 {
             cx.note("rows_with_equal_answers", self.equal_answers);
@@ -217,7 +234,7 @@ impl Tokenize {
             for row in rows? {
                 match row {
                     Ok(row) => {
-                        counts.add(&row);
+                        counts.add(&row, tokenizer)?;
                         kept.push(token_row(row));
                     }
                     Err(cause) => *counts.dropped.entry(cause).or_default() += 1,

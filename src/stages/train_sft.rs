@@ -1,5 +1,7 @@
 //! `train_sft`: supervised fine-tuning.
 
+use std::cell::Cell;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -26,6 +28,15 @@ training_parameters! {
         /// Which answers of a preference dataset are learnt.
         #[serde(default)]
         answers: Answers,
+        /// Whether rows are packed into sequences of up to `max_length` tokens, so that little is padding. Rows in one
+        /// sequence don't see each other, and positions begin again with each. Which rows go together is decided as by TRL's
+        /// `packing_strategy: bfd`; `per_device_train_batch_size` then counts sequences.
+        #[serde(default)]
+        packing: bool,
+        /// Longest sequence that `packing` makes, in tokens; longer rows lose their end. Without `packing` it doesn't count:
+        /// rows are as long as `tokenize` made them.
+        #[serde(default = "default_max_length")]
+        max_length: usize,
     }
     learning_rate = 2e-5;
 }
@@ -47,6 +58,10 @@ fn default_completion_only_loss() -> bool {
     true
 }
 
+fn default_max_length() -> usize {
+    1024
+}
+
 impl Stage for TrainSft {
     const KIND: &'static str = "train_sft";
     const VERSION: u32 = 2;
@@ -62,7 +77,13 @@ impl Stage for TrainSft {
     }
 
     fn check(&self) -> Vec<Problem> {
-        self.common_rules().0
+        let mut rules = self.common_rules();
+        rules.rule(
+            self.max_length >= 2,
+            "max_length",
+            "expected at least 2 tokens",
+        );
+        rules.0
     }
 
     fn run(&self, cx: &Context) -> anyhow::Result<()> {
@@ -84,6 +105,7 @@ impl Stage for TrainSft {
         if answers == sft::Answers::Both {
             settings.rows_each = 2;
         }
+        let noted = Cell::new(false);
         training::run(cx, &job, settings, &|rows| {
             let rows = sft::rows(&rows, answers)?;
             for (number, row) in rows.iter().enumerate() {
@@ -92,7 +114,27 @@ impl Stage for TrainSft {
                     "row {number} has no answer to learn"
                 );
             }
-            Ok(rows)
+            if !self.packing {
+                return Ok(rows);
+            }
+            let count = rows.len();
+            let pack = sft::pack(rows, self.max_length, completion_only);
+            anyhow::ensure!(
+                !pack.rows.is_empty(),
+                "no row has a token left to learn within `max_length` {}; hint: raise it",
+                self.max_length
+            );
+            // The rows to train on are prepared first; those to evaluate on are not counted.
+            if !noted.replace(true) {
+                cx.note("rows_packed", count - pack.dropped);
+                if pack.cut > 0 {
+                    cx.note("rows_cut", pack.cut);
+                }
+                if pack.dropped > 0 {
+                    cx.note("rows_dropped", pack.dropped);
+                }
+            }
+            Ok(pack.rows)
         })
     }
 }

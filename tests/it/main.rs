@@ -3,7 +3,12 @@
 #[cfg(test)]
 mod commands;
 #[cfg(test)]
+mod faults;
+mod gc;
+#[cfg(test)]
 mod generated;
+#[cfg(test)]
+mod history;
 #[cfg(test)]
 mod hub;
 #[cfg(test)]
@@ -12,6 +17,8 @@ mod interruptions;
 mod layers;
 #[cfg(test)]
 mod llama3;
+#[cfg(test)]
+mod lock;
 #[cfg(test)]
 mod mistakes;
 #[cfg(test)]

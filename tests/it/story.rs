@@ -151,4 +151,7 @@ fn outputs_never_replace_what_people_put_there() {
     project.succeeds(&[&["run"], &short(&["--overwrite-outputs"])[..]].concat());
     assert!(!project.path("out/quickstart/notes.txt").exists());
     assert!(project.path("out/quickstart/config.json").is_file());
+
+    // From another store comes the same: there is nothing to replace.
+    project.succeeds(&[&["run"], &short(&["--store", "other"])[..]].concat());
 }

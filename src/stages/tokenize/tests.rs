@@ -114,6 +114,7 @@ fn the_files_rows_are_trls_sequences_and_labels() {
         }
         // Edge row 26 has the same answer twice, row 27 two that are empty once trimmed.
         assert_eq!(note(&cx, "rows_with_equal_answers"), Some(2.into()));
+        assert_eq!(note(&cx, "rows_with_empty_answers"), Some(1.into()));
     }
 }
 

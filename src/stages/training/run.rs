@@ -62,6 +62,7 @@ pub(in crate::stages) fn rows(
             chosen: chosen_ids,
             rejected: rejected_ids,
             rejected_prompt: rejected_prompt_ids,
+            packed: Vec::new(),
         });
     }
     ensure!(!rows.is_empty(), "the split `{split}` has no rows");

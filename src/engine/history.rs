@@ -1,0 +1,221 @@
+//! What was run when: the fingerprints of each run's stages, so that any two runs can be compared afterwards.
+//!
+//! A run that changed nothing since the last one leaves no trace. Small text files that stages read (templates) are kept by
+//! content, so that a change can be told by its lines.
+
+use std::collections::BTreeMap;
+use std::fs;
+
+use anyhow::Context as _;
+use serde::{Deserialize, Serialize};
+
+use super::canonical::Digest;
+use super::files::write_atomically;
+use super::graph::Graph;
+use super::reason::{Reason, differences};
+use super::record::{FORMAT, Record};
+use super::store::Store;
+
+/// Files above this size are not kept for their lines.
+const LONGEST_TEXT: u64 = 64 * 1024;
+
+/// How a run ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// Everything that was asked for is there.
+    Done,
+    /// A stage failed.
+    Failed,
+    /// It was stopped.
+    Interrupted,
+}
+
+/// A stage in a run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunStage {
+    /// The digest of its fingerprint, which names its record.
+    pub fingerprint: Digest,
+    /// The content digest of its result; none if it failed or was stopped.
+    pub artifact: Option<Digest>,
+    /// Whether it ran, and was not fresh.
+    pub ran: bool,
+}
+
+/// One run of a recipe.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Run {
+    /// The format of this record.
+    pub format: u32,
+    /// The number of the run, from 1.
+    pub number: u64,
+    /// Seconds since 1970 when it started.
+    pub started: u64,
+    /// Seconds it took.
+    pub seconds: f64,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// The stages whose fingerprint became known.
+    pub stages: BTreeMap<String, RunStage>,
+}
+
+/// How a stage differs between two runs.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(tag = "difference", rename_all = "snake_case")]
+pub enum Difference {
+    /// Only the second run has it.
+    Added,
+    /// Only the first run has it.
+    Removed,
+    /// Its result has other contents, or its fingerprint differs.
+    Changed {
+        /// What differs in the fingerprint.
+        reasons: Vec<Reason>,
+        /// Whether the results have the same bytes all the same.
+        same_bytes: bool,
+    },
+}
+
+impl Store {
+    /// The runs of a recipe, the oldest first. Unreadable ones are left out.
+    pub fn runs(&self, recipe: &str) -> Vec<Run> {
+        let Ok(entries) = fs::read_dir(self.runs_folder(recipe)) else {
+            return Vec::new();
+        };
+        let mut runs: Vec<Run> = entries
+            .flatten()
+            .filter_map(|entry| serde_json::from_slice(&fs::read(entry.path()).ok()?).ok())
+            .filter(|run: &Run| run.format == FORMAT)
+            .collect();
+        runs.sort_by_key(|run| run.number);
+        runs
+    }
+
+    /// Keeps a run, unless nothing changed since the last one. Its number is set.
+    pub(crate) fn remember(&self, recipe: &str, mut run: Run) -> anyhow::Result<()> {
+        let folder = self.runs_folder(recipe);
+        let last = self.last_run(recipe);
+        if let Some(last) = &last {
+            let same = |(name, stage): (&String, &RunStage)| {
+                last.stages.get(name).is_some_and(|old| {
+                    old.fingerprint == stage.fingerprint && old.artifact == stage.artifact
+                })
+            };
+            let ran = run.stages.values().any(|stage| stage.ran);
+            if !ran && run.outcome == last.outcome && run.stages.iter().all(same) {
+                return Ok(());
+            }
+        }
+        run.number = last.map_or(1, |last| last.number + 1);
+        // Two runs that end at once: the file of one number belongs to the first.
+        loop {
+            let path = folder.join(format!("{:06}.json", run.number));
+            if !path.exists() {
+                return write_atomically(&path, &serde_json::to_vec_pretty(&run)?);
+            }
+            run.number += 1;
+        }
+    }
+
+    /// The newest run, found by its number in the file's name.
+    fn last_run(&self, recipe: &str) -> Option<Run> {
+        let entries = fs::read_dir(self.runs_folder(recipe)).ok()?;
+        let names = entries.flatten().map(|entry| entry.file_name());
+        let last = self.runs_folder(recipe).join(names.max()?);
+        serde_json::from_slice(&fs::read(last).ok()?).ok()
+    }
+
+    fn runs_folder(&self, recipe: &str) -> std::path::PathBuf {
+        self.state("runs").join(recipe)
+    }
+
+    /// The text with this content digest, if it was kept.
+    pub fn text(&self, content: &str) -> Option<String> {
+        fs::read_to_string(self.state("texts").join(content)).ok()
+    }
+
+    /// Keeps the text of a small file under its content digest.
+    pub(crate) fn keep_text(&self, file: &std::path::Path, content: &str) -> anyhow::Result<()> {
+        let kept = self.state("texts").join(content);
+        let small =
+            fs::metadata(file).is_ok_and(|found| found.is_file() && found.len() <= LONGEST_TEXT);
+        if !small || kept.exists() {
+            return Ok(());
+        }
+        let bytes =
+            fs::read(file).with_context(|| format!("could not read `{}`", file.display()))?;
+        // Changed this moment, or no text: it is only for showing.
+        if blake3::hash(&bytes).to_hex().as_str() != content || std::str::from_utf8(&bytes).is_err()
+        {
+            return Ok(());
+        }
+        write_atomically(&kept, &bytes)
+    }
+
+    /// What differs between two runs, by stage. Stages that are alike are left out.
+    pub fn compare(&self, old: &Run, new: &Run) -> BTreeMap<String, Difference> {
+        let mut found = BTreeMap::new();
+        for name in old
+            .stages
+            .keys()
+            .filter(|name| !new.stages.contains_key(*name))
+        {
+            found.insert(name.clone(), Difference::Removed);
+        }
+        for (name, stage) in &new.stages {
+            let Some(before) = old.stages.get(name) else {
+                found.insert(name.clone(), Difference::Added);
+                continue;
+            };
+            let same_bytes = before.artifact == stage.artifact;
+            if before.fingerprint == stage.fingerprint && same_bytes {
+                continue;
+            }
+            let records = (
+                self.record(&before.fingerprint),
+                self.record(&stage.fingerprint),
+            );
+            // A stage that failed has no record, only the digest of its fingerprint.
+            let reasons = match records {
+                (Some(before), Some(after)) => differences_of(&before, &after),
+                _ => Vec::new(),
+            };
+            found.insert(
+                name.clone(),
+                Difference::Changed {
+                    reasons,
+                    same_bytes,
+                },
+            );
+        }
+        found
+    }
+}
+
+/// What differs between two records of a stage.
+fn differences_of(old: &Record, new: &Record) -> Vec<Reason> {
+    differences(&old.fingerprint, &new.fingerprint, &new.origins)
+}
+
+/// The stages of a run that became known, by name.
+pub(crate) fn stages(
+    graph: &Graph,
+    fingerprints: &[Option<Digest>],
+    artifacts: &[Option<Digest>],
+    ran: &[bool],
+) -> BTreeMap<String, RunStage> {
+    graph
+        .nodes
+        .iter()
+        .zip(fingerprints.iter().zip(artifacts))
+        .zip(ran)
+        .filter_map(|((node, (fingerprint, artifact)), ran)| {
+            let stage = RunStage {
+                fingerprint: fingerprint.clone()?,
+                artifact: artifact.clone(),
+                ran: *ran,
+            };
+            Some((node.name.clone(), stage))
+        })
+        .collect()
+}
