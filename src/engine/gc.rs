@@ -114,7 +114,7 @@ impl Store {
             }
             garbage.push(result);
         }
-        for kind in ["partial", "scratch"] {
+        for kind in ["partial", "scratch", "incoming"] {
             for name in self.names(kind) {
                 let path = self.folder(kind).join(&name);
                 if remove_it {
@@ -145,7 +145,7 @@ impl Store {
         made
     }
 
-    fn names(&self, folder: &str) -> Vec<String> {
+    pub(super) fn names(&self, folder: &str) -> Vec<String> {
         let entries = fs::read_dir(self.folder(folder))
             .into_iter()
             .flatten()

@@ -71,9 +71,19 @@ pub fn run(
             stages,
         },
     );
-    let summary = std::thread::scope(|scope| {
+    let (shared, queued) = situation.shared.open(situation.store, events);
+    situation.fetch(&needed, targets, events, cancel)?;
+    let (summary, _shared) = std::thread::scope(|scope| {
+        // Moved here, so that a panic ends the sender, too.
+        let shared = shared;
         let (done, results) = channel();
-        Runner {
+        let Situation {
+            store,
+            shared: sender,
+            ..
+        } = *situation;
+        scope.spawn(move || sender.send_all(store, &queued, events, cancel));
+        let summary = Runner {
             situation,
             events,
             cancel,
@@ -85,7 +95,9 @@ pub fn run(
             ran: vec![false; situation.graph.nodes.len()],
             summary: Summary::default(),
         }
-        .drive(scope, &needed, &results)
+        .drive(scope, &needed, &results);
+        shared.close();
+        anyhow::Ok((summary?, shared))
     })?;
     let Summary {
         fresh,
@@ -106,6 +118,7 @@ pub fn run(
             saved,
         },
     );
+    situation.shared.check()?;
     Ok(summary)
 }
 
@@ -257,6 +270,30 @@ impl<'a> Runner<'a, '_> {
         self.fingerprints[index] = Some(prepared.digest.clone());
         match self.situation.judge(index, &prepared) {
             Verdict::Stale(reasons) => Lookup::Stale(Box::new(prepared), reasons),
+            Verdict::Away {
+                record, restored, ..
+            } if self.situation.shared.is_left_out(&prepared.digest) => {
+                let Situation { store, recipe, .. } = self.situation;
+                // Both only spare work next time, as below.
+                let _ = store.leave(&prepared.digest, &record);
+                let _ = store.set_last(recipe, name, &prepared.digest);
+                self.summary.fresh += 1;
+                self.summary.saved += record.seconds;
+                let artifact = record.artifact;
+                send(
+                    self.events,
+                    Event::StageFresh {
+                        stage: name.clone(),
+                        artifact: artifact.clone(),
+                        restored,
+                        remote: true,
+                        saved: record.seconds,
+                    },
+                );
+                Lookup::Fresh(artifact)
+            }
+            // Its files may be needed: a worker fetches them, or runs the stage.
+            Verdict::Away { reasons, .. } => Lookup::Stale(Box::new(prepared), reasons),
             Verdict::Fresh {
                 record,
                 restored,
@@ -280,6 +317,7 @@ impl<'a> Runner<'a, '_> {
                         stage: name.clone(),
                         artifact: artifact.clone(),
                         restored,
+                        remote: false,
                         saved: record.seconds,
                     },
                 );
@@ -387,6 +425,7 @@ impl Worker<'_, '_> {
             store,
             recipe,
             verify,
+            shared,
             ..
         } = self.situation;
         let node = &graph.nodes[self.index];
@@ -401,8 +440,14 @@ impl Worker<'_, '_> {
                 },
             );
         })?;
+        let there = || match store.find(&prepared.digest, *verify) {
+            Found::Hit(record, _) => Some((*record, false)),
+            _ => shared
+                .restore(store, &prepared.digest, (name, &self.events), &self.cancel)
+                .map(|record| (record, true)),
+        };
         if (waited || !self.situation.forced[self.index])
-            && let Found::Hit(record, _) = store.find(&prepared.digest, *verify)
+            && let Some((record, remote)) = there()
         {
             store.set_last(recipe, name, &prepared.digest)?;
             let artifact = record.artifact;
@@ -413,6 +458,7 @@ impl Worker<'_, '_> {
                     stage: name.to_owned(),
                     artifact: artifact.clone(),
                     restored: false,
+                    remote,
                     saved,
                 },
             );
@@ -468,6 +514,7 @@ impl Worker<'_, '_> {
             pipeline: env!("CARGO_PKG_VERSION").to_owned(),
         };
         let (record, _) = miss.commit(record)?;
+        shared.made(store, &prepared.digest);
         for (parameter, origin) in &record.origins {
             let leaf = record.fingerprint.leaves().get(parameter).cloned();
             let content = leaf.as_ref().and_then(super::fingerprint::content);

@@ -7,6 +7,9 @@
 //! v1/last/<recipe>/<stage>      the fingerprint of that stage's last result, for reasons
 //! v1/partial/<fingerprint>/     what a running stage writes into
 //! v1/scratch/<fingerprint>/     what survives a crash
+//! v1/incoming/<content>/        files on their way from a remote
+//! v1/left/<fingerprint>         a result of which only the record was taken from a remote
+//! v1/unsent/<remote>/<fingerprint>
 //! v1/locks/<fingerprint>
 //! ```
 //!
@@ -182,6 +185,45 @@ impl Store {
         write_atomically(&self.manifest_path(content), &serde_json::to_vec(manifest)?)
     }
 
+    /// Takes a folder of sealed files, of which this is the manifest, as an artifact. Returns its content digest and whether it
+    /// was new.
+    pub(super) fn admit(
+        &self,
+        folder: &Path,
+        manifest: &Manifest,
+    ) -> anyhow::Result<(Digest, bool)> {
+        let content = manifest.digest();
+        let target = self.artifact(&content);
+        // Two stages may make the same bytes at the same time.
+        let content_lock = open_lock(&self.lock_path(&content))?;
+        content_lock
+            .lock()
+            .with_context(|| format!("could not lock `{}`", target.display()))?;
+        let new = !self.is_sound(&content);
+        if new {
+            remove(&target)?;
+            self.write_manifest(&content, manifest)?;
+            fs::rename(folder, &target)
+                .with_context(|| format!("could not commit `{}`", target.display()))?;
+            sync_folder(&self.root.join("artifacts"))?;
+        } else {
+            remove(folder)?;
+        }
+        Ok((content, new))
+    }
+
+    /// Whether an artifact is here as recorded, by its stats.
+    pub(super) fn is_sound(&self, content: &str) -> bool {
+        matches!(self.check(content, false), Check::Sound | Check::Touched(_))
+    }
+
+    pub(super) fn write_record(&self, fingerprint: &str, record: &Record) -> anyhow::Result<()> {
+        write_atomically(
+            &self.record_path(fingerprint),
+            &serde_json::to_vec_pretty(record)?,
+        )
+    }
+
     fn manifest_path(&self, content: &str) -> PathBuf {
         self.root.join("artifacts").join(format!("{content}.json"))
     }
@@ -233,39 +275,16 @@ impl Miss<'_> {
             seal(&path).with_context(|| format!("could not seal `{}`", path.display()))?;
         }
         let manifest = Manifest::read(&partial)?;
-        let content = manifest.digest();
-        let target = store.artifact(&content);
-        // Two stages may make the same bytes at the same time.
-        let content_lock = open_lock(&store.lock_path(&content))?;
-        content_lock
-            .lock()
-            .with_context(|| format!("could not lock `{}`", target.display()))?;
-        let new = !matches!(
-            store.check(&content, false),
-            Check::Sound | Check::Touched(_)
-        );
-        if new {
-            remove(&target)?;
-            store.write_manifest(&content, &manifest)?;
-            fs::rename(&partial, &target)
-                .with_context(|| format!("could not commit `{}`", target.display()))?;
-            sync_folder(&store.root.join("artifacts"))?;
-        } else {
-            remove(&partial)?;
-        }
-        drop(content_lock);
+        let (content, new) = store.admit(&partial, &manifest)?;
         record.artifact = content;
-        write_atomically(
-            &store.record_path(&self.fingerprint),
-            &serde_json::to_vec_pretty(&record)?,
-        )?;
+        store.write_record(&self.fingerprint, &record)?;
         remove(&store.scratch(&self.fingerprint))?;
         Ok((record, new))
     }
 }
 
 /// Makes a file durable and read-only.
-fn seal(path: &Path) -> std::io::Result<()> {
+pub(super) fn seal(path: &Path) -> std::io::Result<()> {
     File::open(path)?.sync_all()?;
     let mode = fs::metadata(path)?.permissions().mode();
     fs::set_permissions(path, Permissions::from_mode(mode & !0o222))

@@ -8,6 +8,7 @@ use std::sync::mpsc::channel;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::remote::Shared;
 use super::*;
 
 struct Text;
@@ -147,7 +148,12 @@ impl Toy {
         .unwrap()
     }
 
-    fn situation<'a>(graph: &'a Graph, store: &'a Store, forced: &[&str]) -> Situation<'a> {
+    fn situation<'a>(
+        graph: &'a Graph,
+        store: &'a Store,
+        shared: &'a Shared,
+        forced: &[&str],
+    ) -> Situation<'a> {
         let forced = graph
             .nodes
             .iter()
@@ -161,6 +167,8 @@ impl Toy {
             forced,
             pins: Pins::new(),
             verify: false,
+            placed: Vec::new(),
+            shared,
         }
     }
 
@@ -168,7 +176,7 @@ impl Toy {
         let (graph, store) = (self.graph(separator, fail), self.store());
         let (events, received) = channel();
         let summary = run(
-            &Self::situation(&graph, &store, forced),
+            &Self::situation(&graph, &store, &Shared::none(), forced),
             &[],
             2,
             &events,
@@ -189,7 +197,7 @@ impl Toy {
 
     fn plan(&self, separator: &str) -> Vec<State> {
         let (graph, store) = (self.graph(separator, ""), self.store());
-        Self::situation(&graph, &store, &[]).plan()
+        Self::situation(&graph, &store, &Shared::none(), &[]).plan()
     }
 }
 
