@@ -15,6 +15,8 @@ mod layout;
 mod pull;
 mod push;
 mod shared;
+#[cfg(test)]
+mod tests;
 mod upkeep;
 
 use std::io::Read;
