@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use super::project::{Project, RecipeArgs, StoreArgs};
 use super::{Failure, print, table};
-use crate::engine::{Limits, State};
+use crate::engine::{Bytes, Limits, State};
 use crate::report::bytes;
 
 #[derive(clap::Args)]
@@ -17,30 +17,13 @@ pub(super) struct Args {
     #[arg(long, value_name = "N", default_value_t = 1)]
     keep_runs: usize,
     /// Keeps so many bytes of other results, the newest, such as `20GB`
-    #[arg(long, value_name = "SIZE", value_parser = size, default_value = "0")]
-    max_size: u64,
+    #[arg(long, value_name = "SIZE", default_value = "0")]
+    max_size: Bytes,
     /// Says what would go, and removes nothing
     #[arg(long)]
     dry_run: bool,
     #[command(flatten)]
     store: StoreArgs,
-}
-
-/// Bytes, with a unit in powers of 1000.
-fn size(text: &str) -> Result<u64, String> {
-    let digits = text.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
-    let unit: u64 = match text.get(digits.len()..).unwrap_or_default() {
-        "" | "B" => 1,
-        "kB" | "KB" => 1_000,
-        "MB" => 1_000_000,
-        "GB" => 1_000_000_000,
-        "TB" => 1_000_000_000_000,
-        _ => return Err("expected a size such as `500MB` or `20GB`".into()),
-    };
-    let count = digits.trim().parse::<u64>().ok();
-    count
-        .and_then(|count| count.checked_mul(unit))
-        .ok_or_else(|| "expected a size such as `500MB` or `20GB`".into())
 }
 
 pub(super) fn run(args: &Args) -> Result<(), Failure> {
@@ -74,7 +57,7 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
     };
     let limits = Limits {
         keep_runs: args.keep_runs,
-        max_size: args.max_size,
+        max_size: args.max_size.0,
     };
     let garbage = store.collect(&needed, limits, !args.dry_run)?;
     let rows: Vec<Vec<String>> = garbage

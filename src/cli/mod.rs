@@ -9,6 +9,7 @@ mod gc;
 mod graph;
 mod history;
 mod lock;
+mod machine;
 mod plan;
 mod project;
 mod reference;

@@ -87,6 +87,7 @@ impl Project {
                 name: stage.name.clone(),
                 stage: Arc::clone(&stage.stage),
                 sources: sources(stage, &folder, &here),
+                handling: stage.handling.clone(),
             })
             .collect();
         // A loaded recipe has no cycle and no open edge.

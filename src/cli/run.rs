@@ -11,8 +11,8 @@ use anyhow::Context as _;
 
 use super::project::{Project, RecipeArgs, StoreArgs};
 use super::remote::RemoteArgs;
-use super::{Failure, colour, error, lock, tell};
-use crate::engine::{Event, Summary, place};
+use super::{Failure, colour, error, lock, machine, tell};
+use crate::engine::{Bytes, Event, Machine, Options, Summary, place};
 use crate::report::{Style, report};
 
 #[derive(clap::Args)]
@@ -30,6 +30,18 @@ pub(super) struct Args {
     /// Stages that may run at a time; trainings and evaluations always go one by one [default: the number of cores]
     #[arg(long, value_name = "N")]
     jobs: Option<NonZeroUsize>,
+    /// Cores that stages may take together, by their `resources` [default: all]
+    #[arg(long, value_name = "N")]
+    cpus: Option<NonZeroUsize>,
+    /// Memory that stages may take together, by their `resources`, such as `20GiB` [default: the machine's]
+    #[arg(long, value_name = "SIZE")]
+    memory: Option<Bytes>,
+    /// Ids of the devices that stages may take, such as `0,1` [default: all]
+    #[arg(long, value_name = "IDS", value_delimiter = ',')]
+    gpus: Option<Vec<usize>>,
+    /// After a failure, goes on with the stages that don't need the failed one
+    #[arg(long)]
+    keep_going: bool,
     /// Refuses to run when something would not be as the lock file pins it
     #[arg(long)]
     locked: bool,
@@ -51,10 +63,16 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
     let targets = project.find_all(&args.stages)?;
     let forced = project.find_all(&args.force)?;
     check_lock(&project, args)?;
-    let jobs = args
-        .jobs
-        .or_else(|| std::thread::available_parallelism().ok())
-        .map_or(1, NonZeroUsize::get);
+    let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    let options = Options {
+        jobs: args.jobs.map_or(cores, NonZeroUsize::get),
+        machine: Machine {
+            cpus: args.cpus.map_or(cores, NonZeroUsize::get),
+            memory: args.memory.or_else(machine::memory),
+            gpus: args.gpus.clone().unwrap_or_else(machine::gpus),
+        },
+        keep_going: args.keep_going,
+    };
     let style = match (args.json, std::io::stderr().is_terminal()) {
         (true, _) => Style::Json,
         (false, true) => Style::Bars,
@@ -68,7 +86,7 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
         // The sender goes when this is done, and with it the reporter.
         let events = events;
         let situation = project.situation(&forced);
-        let summary = crate::engine::run(&situation, &targets, jobs, &events, &cancel)?;
+        let summary = crate::engine::run(&situation, &targets, &options, &events, &cancel)?;
         if summary.failed == 0 && !summary.interrupted {
             put_outputs(
                 &project,

@@ -2,6 +2,7 @@
 //!
 //! Ours and not `serde_json`'s, because its map order changes when any dependency turns on `preserve_order`.
 
+use serde::Serialize;
 use serde_json::Value;
 
 /// A BLAKE3 digest as 64 lower-case hex digits.
@@ -9,46 +10,54 @@ pub type Digest = String;
 
 /// JSON with sorted keys and no white space.
 pub fn canonical_json(value: &Value) -> String {
-    let mut text = String::new();
+    String::from_utf8(bytes(value)).unwrap_or_default()
+}
+
+fn bytes(value: &Value) -> Vec<u8> {
+    let mut text = Vec::with_capacity(512);
     write(value, &mut text);
     text
 }
 
 /// The digest of the canonical JSON.
 pub fn digest_json(value: &Value) -> Digest {
-    blake3::hash(canonical_json(value).as_bytes())
-        .to_hex()
-        .to_string()
+    blake3::hash(&bytes(value)).to_hex().to_string()
 }
 
-fn write(value: &Value, text: &mut String) {
+fn write(value: &Value, text: &mut Vec<u8>) {
     match value {
         Value::Object(map) => {
             let mut entries: Vec<_> = map.iter().collect();
             entries.sort_unstable_by(|a, b| a.0.cmp(b.0));
-            text.push('{');
+            text.push(b'{');
             for (index, (key, value)) in entries.into_iter().enumerate() {
                 if index > 0 {
-                    text.push(',');
+                    text.push(b',');
                 }
-                text.push_str(&Value::String(key.clone()).to_string());
-                text.push(':');
+                scalar(key, text);
+                text.push(b':');
                 write(value, text);
             }
-            text.push('}');
+            text.push(b'}');
         }
         Value::Array(items) => {
-            text.push('[');
+            text.push(b'[');
             for (index, item) in items.iter().enumerate() {
                 if index > 0 {
-                    text.push(',');
+                    text.push(b',');
                 }
                 write(item, text);
             }
-            text.push(']');
+            text.push(b']');
         }
-        scalar => text.push_str(&scalar.to_string()),
+        other => scalar(other, text),
     }
+}
+
+/// As `serde_json` writes it.
+fn scalar(value: &(impl Serialize + ?Sized), text: &mut Vec<u8>) {
+    // Neither a value nor a vector can fail.
+    let _ = serde_json::to_writer(text, value);
 }
 
 #[cfg(test)]

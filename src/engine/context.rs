@@ -1,15 +1,19 @@
 //! What a running stage is given: its inputs as folders, a place for its output, and a way to tell how it goes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
-use anyhow::{Context as _, anyhow};
+use anyhow::{Context as _, anyhow, bail};
 use serde::Serialize;
 
-use super::{Event, Input, Level, SourcePath, World};
+use super::{Event, Input, Level, SourcePath, Span, World};
+
+/// The most events in the log of a failure.
+const LONGEST_LOG: usize = 10_000;
 
 /// Everything a [`super::Stage::run`] may use.
 pub struct Context {
@@ -22,7 +26,12 @@ pub struct Context {
     pub(crate) world: Arc<World>,
     pub(crate) events: Sender<Event>,
     pub(crate) cancel: Arc<AtomicBool>,
+    /// When the stage has to be done, and how long it had.
+    pub(crate) deadline: Option<(Instant, Span)>,
+    pub(crate) gpus: Vec<usize>,
     pub(crate) notes: Mutex<BTreeMap<String, serde_json::Value>>,
+    /// The last things it told, for the log of a failure.
+    pub(crate) told: Mutex<VecDeque<Event>>,
 }
 
 impl Context {
@@ -70,17 +79,26 @@ impl Context {
         &self.world
     }
 
-    /// Whether the run was interrupted. Long loops ask often and return an error from [`Context::check_cancelled`].
-    pub fn cancelled(&self) -> bool {
-        self.cancel.load(Ordering::Relaxed)
+    /// The ids of the devices that the stage has to itself (`resources: { gpus: n }`).
+    pub fn gpus(&self) -> &[usize] {
+        &self.gpus
     }
 
-    /// An error when the run was interrupted.
+    /// Whether the run was interrupted or the stage's time is over. Long loops ask often and return an error from [`Context::check_cancelled`].
+    pub fn cancelled(&self) -> bool {
+        self.check_cancelled().is_err()
+    }
+
+    /// An error when the run was interrupted or the stage's time is over.
     pub fn check_cancelled(&self) -> anyhow::Result<()> {
-        if self.cancelled() {
-            Err(anyhow!("interrupted"))
-        } else {
-            Ok(())
+        if self.cancel.load(Ordering::Relaxed) {
+            bail!("interrupted");
+        }
+        match self.deadline {
+            Some((deadline, span)) if Instant::now() >= deadline => {
+                bail!("it took longer than its `timeout` of {span}")
+            }
+            _ => Ok(()),
         }
     }
 
@@ -129,7 +147,32 @@ impl Context {
         }
     }
 
+    /// What the stage told and how it ended, as JSON lines.
+    pub(crate) fn log(&self, error: &anyhow::Error) -> Vec<u8> {
+        let failed = Event::StageFailed {
+            stage: self.stage.clone(),
+            error: format!("{error:#}"),
+            kept: None,
+        };
+        let told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut log = Vec::new();
+        for event in told.iter().chain([&failed]) {
+            // Events are plain data, and a log with a hole is better than none.
+            if serde_json::to_writer(&mut log, event).is_ok() {
+                log.push(b'\n');
+            }
+        }
+        log
+    }
+
     fn emit(&self, event: Event) {
+        if !matches!(event, Event::Progress { .. }) {
+            let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+            if told.len() == LONGEST_LOG {
+                told.pop_front();
+            }
+            told.push_back(event.clone());
+        }
         // Nobody listening is no reason to stop.
         let _ = self.events.send(event);
     }
@@ -161,7 +204,10 @@ impl Context {
             world: Arc::default(),
             events: std::sync::mpsc::channel().0,
             cancel: Arc::default(),
+            deadline: None,
+            gpus: Vec::new(),
             notes: Mutex::default(),
+            told: Mutex::default(),
         }
     }
 }

@@ -67,12 +67,25 @@ pub enum Event {
         /// Seconds it took.
         seconds: f64,
     },
-    /// A stage failed. Nothing of its output is kept.
+    /// A try of a stage failed, and there is another after a pause.
+    StageRetried {
+        /// The stage's name in the recipe.
+        stage: String,
+        /// What happened, with its causes.
+        error: String,
+        /// Seconds until the next try.
+        pause: f64,
+        /// Further tries after the next one.
+        left: u32,
+    },
+    /// A stage failed. Nothing of its output counts.
     StageFailed {
         /// The stage's name in the recipe.
         stage: String,
         /// What happened, with its causes.
         error: String,
+        /// The folder with what it wrote and told, until it succeeds or `gc` runs.
+        kept: Option<String>,
     },
     /// A stage was not started because one before it failed or the run was interrupted.
     StageSkipped {

@@ -114,7 +114,7 @@ impl Store {
             }
             garbage.push(result);
         }
-        for kind in ["partial", "scratch", "incoming"] {
+        for kind in ["partial", "scratch", "failed", "incoming"] {
             for name in self.names(kind) {
                 let path = self.folder(kind).join(&name);
                 if remove_it {

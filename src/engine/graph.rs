@@ -7,6 +7,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use super::AnyStage;
+use super::handling::Handling;
 use super::params::{ARTIFACT_KEY, FILE_KEY, NEUTRAL_KEY, STAGE_KEY};
 
 /// A stage in a graph.
@@ -17,6 +18,8 @@ pub struct Node {
     pub stage: Arc<dyn AnyStage>,
     /// Where each local file among its parameters really is, by the path as written.
     pub sources: BTreeMap<String, PathBuf>,
+    /// How the runner treats it.
+    pub handling: Handling,
 }
 
 /// What is marked in serialised parameters (see `engine::params`).

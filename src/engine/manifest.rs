@@ -1,6 +1,6 @@
 //! The contents of a folder: its files with sizes and digests, and a memo of their stat so that a second look reads nothing.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, Metadata};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -55,6 +55,10 @@ pub struct Entry {
 pub struct Manifest {
     /// Path to entry.
     pub files: BTreeMap<String, Entry>,
+    /// The modification time of each folder, by path, the whole under the empty one: while they stand, no name was added or
+    /// removed, and nothing need be listed.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub folders: BTreeMap<String, i64>,
 }
 
 /// How a folder compares with its manifest.
@@ -74,7 +78,9 @@ impl Manifest {
     /// Reads every file below `folder`. Links are refused: an artifact stands alone.
     pub fn read(folder: &Path) -> anyhow::Result<Self> {
         let mut files = BTreeMap::new();
-        for (name, path) in walk(folder)? {
+        let found = walk(folder)?;
+        let folders = folders(folder, found.iter().map(|(name, _)| name.as_str()));
+        for (name, path) in found {
             let metadata = fs::symlink_metadata(&path).with_context(|| cannot_read(&path))?;
             files.insert(
                 name,
@@ -84,7 +90,7 @@ impl Manifest {
                 },
             );
         }
-        Ok(Self { files })
+        Ok(Self { files, folders })
     }
 
     /// The name of the contents: paths, sizes and digests, no stats.
@@ -107,11 +113,36 @@ impl Manifest {
         if !folder.is_dir() {
             return Check::Missing;
         }
+        if !thorough && self.is_as_remembered(folder) {
+            return Check::Sound;
+        }
         match self.compare(folder, thorough) {
             Ok(None) => Check::Sound,
             Ok(Some(touched)) => Check::Touched(touched),
             Err(what) => Check::Damaged(what.to_string()),
         }
+    }
+
+    /// Whether every folder and file has the stat that is remembered.
+    fn is_as_remembered(&self, folder: &Path) -> bool {
+        let mut path = folder.to_path_buf();
+        let mut metadata = |name: &str| {
+            path.clear();
+            path.push(folder);
+            if !name.is_empty() {
+                path.push(name);
+            }
+            fs::symlink_metadata(&path).ok()
+        };
+        !self.folders.is_empty()
+            && self.folders.iter().all(|(name, modified)| {
+                metadata(name)
+                    .is_some_and(|found| found.is_dir() && Stat::of(&found).modified == *modified)
+            })
+            && self.files.iter().all(|(name, entry)| {
+                metadata(name)
+                    .is_some_and(|found| found.is_file() && Stat::of(&found) == entry.stat)
+            })
     }
 
     fn compare(&self, folder: &Path, thorough: bool) -> anyhow::Result<Option<Self>> {
@@ -120,7 +151,8 @@ impl Manifest {
             bail!("`{extra}` does not belong there");
         }
         let mut touched = self.clone();
-        let mut changed = false;
+        touched.folders = folders(folder, self.files.keys().map(String::as_str));
+        let mut changed = touched.folders != self.folders;
         for (name, entry) in &mut touched.files {
             let Some(path) = found.get(name) else {
                 bail!("`{name}` is missing")
@@ -137,6 +169,29 @@ impl Manifest {
         }
         Ok(changed.then_some(touched))
     }
+}
+
+/// The modification times of a folder and of all folders that hold the files. What can't be read is left out, and then
+/// remembered by no manifest as it is.
+pub(super) fn folders<'n>(
+    folder: &Path,
+    files: impl Iterator<Item = &'n str>,
+) -> BTreeMap<String, i64> {
+    let mut names: BTreeSet<&str> = [""].into();
+    for name in files {
+        let ends = name.match_indices('/').map(|(end, _)| end);
+        names.extend(ends.filter_map(|end| name.get(..end)));
+    }
+    let modified = |name: &str| {
+        let path = if name.is_empty() {
+            folder.to_path_buf()
+        } else {
+            folder.join(name)
+        };
+        let metadata = fs::symlink_metadata(path).ok()?;
+        Some((name.to_owned(), Stat::of(&metadata).modified))
+    };
+    names.into_iter().filter_map(modified).collect()
 }
 
 /// The BLAKE3 digest of a file.

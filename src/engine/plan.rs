@@ -11,6 +11,7 @@ use super::World;
 use super::canonical::Digest;
 use super::fingerprint::{Fingerprint, Origin};
 use super::graph::{Graph, Node};
+use super::lasts::Lasts;
 use super::lock::Pins;
 use super::manifest::Manifest;
 use super::reason::{Reason, differences};
@@ -157,12 +158,12 @@ impl Situation<'_> {
         }
     }
 
-    pub(crate) fn judge(&self, index: usize, prepared: &Prepared) -> Verdict {
+    pub(super) fn judge(&self, index: usize, prepared: &Prepared, lasts: &Lasts) -> Verdict {
         if self.forced[index] {
             return Verdict::Stale(vec![Reason::Forced]);
         }
         let node = &self.graph.nodes[index];
-        let last = self.store.last(self.recipe, &node.name);
+        let last = lasts.get(&node.name);
         let restored = last.as_ref().is_some_and(|last| *last != prepared.digest);
         let (missing, reasons) = match self.store.find(&prepared.digest, self.verify) {
             Found::Hit(record, touched) => {
@@ -271,6 +272,7 @@ impl Situation<'_> {
 
     /// Looks at every stage that is needed.
     pub(crate) fn look(&self, needed: &[bool], sources: &mut Sources) -> Vec<Option<Look>> {
+        let lasts = Lasts::open(self.store, self.recipe);
         let mut contents: Vec<Option<Digest>> = vec![None; self.graph.nodes.len()];
         let mut looks: Vec<Option<Look>> = Vec::new();
         looks.resize_with(self.graph.nodes.len(), || None);
@@ -288,7 +290,7 @@ impl Situation<'_> {
                         error: format!("{error:#}"),
                     },
                     Ok(prepared) => {
-                        let verdict = self.judge(index, &prepared);
+                        let verdict = self.judge(index, &prepared, &lasts);
                         fingerprint = Some(prepared.digest);
                         away = matches!(verdict, Verdict::Away { .. });
                         match verdict {

@@ -1,25 +1,33 @@
 //! Makes stale stages fresh: starts what is ready, one exclusive stage at a time, and commits each result by itself.
 
-use std::any::Any;
 use std::collections::BTreeMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::Scope;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::anyhow;
-
+use super::Event;
 use super::canonical::Digest;
-use super::fingerprint::Origin;
+use super::handling::{Free, Machine};
 use super::history::{Outcome, Run, stages};
+use super::lasts::Lasts;
 use super::plan::{Prepared, Situation, Verdict};
 use super::reason::Reason;
-use super::record::{FORMAT, Record};
+use super::record::FORMAT;
 use super::sources::Sources;
-use super::store::Found;
-use super::{Context, Event};
+use super::worker::{Made, Worker};
+
+/// How to go about a run.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Stages that may run at a time.
+    pub jobs: usize,
+    /// What they may take together.
+    pub machine: Machine,
+    /// After a failure, goes on with what does not need the failed stage.
+    pub keep_going: bool,
+}
 
 /// How a run went.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -48,21 +56,32 @@ enum Lookup {
 }
 
 /// What a worker sends back: the stage's index and its result, or `None` when it failed (and said so).
-type Done = (usize, Option<(Digest, bool)>);
+type Done = (usize, Option<Made>);
 
 /// Runs what `targets` need (everything when empty). Errors of stages are events and counts; an `Err` is an error of the
 /// runner itself.
 pub fn run(
     situation: &Situation<'_>,
     targets: &[usize],
-    jobs: usize,
+    options: &Options,
     events: &Sender<Event>,
     cancel: &Arc<AtomicBool>,
 ) -> anyhow::Result<Summary> {
     let started = Instant::now();
+    let needed = situation.graph.needed(targets);
+    for (node, _) in situation
+        .graph
+        .nodes
+        .iter()
+        .zip(&needed)
+        .filter(|(_, needed)| **needed)
+    {
+        options
+            .machine
+            .check(&node.name, &node.handling.resources)?;
+    }
     let _in_use = situation.store.use_results()?;
     situation.store.sweep();
-    let needed = situation.graph.needed(targets);
     let stages = needed.iter().filter(|needed| **needed).count();
     send(
         events,
@@ -87,9 +106,11 @@ pub fn run(
             situation,
             events,
             cancel,
-            jobs: jobs.max(1),
+            options,
+            lasts: Lasts::open(situation.store, situation.recipe),
+            free: Free::all(&options.machine),
             done,
-            running: Vec::new(),
+            running: BTreeMap::new(),
             started: (seconds_now(), started),
             fingerprints: vec![None; situation.graph.nodes.len()],
             ran: vec![false; situation.graph.nodes.len()],
@@ -126,9 +147,12 @@ struct Runner<'a, 'b> {
     situation: &'a Situation<'b>,
     events: &'a Sender<Event>,
     cancel: &'a Arc<AtomicBool>,
-    jobs: usize,
+    options: &'a Options,
+    lasts: Lasts,
+    free: Free,
     done: Sender<Done>,
-    running: Vec<usize>,
+    /// The running stages with the ids of their devices.
+    running: BTreeMap<usize, Vec<usize>>,
     /// When the run began, in seconds since 1970 and by the clock that only goes forward.
     started: (u64, Instant),
     fingerprints: Vec<Option<Digest>>,
@@ -165,7 +189,8 @@ impl<'a> Runner<'a, '_> {
         let mut stale: BTreeMap<usize, (usize, Prepared, Vec<Reason>)> = BTreeMap::new();
         let mut finished = Vec::new();
         loop {
-            let stopped = self.cancel.load(Ordering::Relaxed) || self.summary.failed > 0;
+            let stopped = self.cancel.load(Ordering::Relaxed)
+                || (self.summary.failed > 0 && !self.options.keep_going);
             if !stopped {
                 while let Some((_, index)) = ready.pop_first() {
                     match self.look_up(index, &contents, &mut sources) {
@@ -188,22 +213,29 @@ impl<'a> Runner<'a, '_> {
             let Ok((index, result)) = results.recv() else {
                 break;
             };
-            self.running.retain(|&running| running != index);
+            if let Some(gpus) = self.running.remove(&index) {
+                let handling = &graph.nodes[index].handling;
+                self.free.give(&handling.resources, &gpus);
+            }
             match result {
                 None => self.summary.failed += 1,
-                Some((content, ran)) => {
-                    self.ran[index] = ran;
-                    if ran {
+                Some(made) => {
+                    self.ran[index] = made.ran;
+                    if made.ran {
                         self.summary.ran += 1;
                     } else {
                         self.summary.fresh += 1;
                     }
-                    contents[index] = Some(content);
+                    contents[index] = Some(made.artifact);
                     release(&readers[index], needed, &mut open, &rank, &mut ready);
                 }
             }
         }
         sources.save()?;
+        // Only spares work next time.
+        let _ = self
+            .lasts
+            .save(graph.nodes.iter().map(|node| node.name.as_str()));
         self.summary.interrupted = self.cancel.load(Ordering::Relaxed);
         if self.summary.interrupted {
             // A stage that stops because it was told to has not failed.
@@ -261,6 +293,7 @@ impl<'a> Runner<'a, '_> {
                     Event::StageFailed {
                         stage: name.clone(),
                         error: format!("{error:#}"),
+                        kept: None,
                     },
                 );
                 self.summary.failed += 1;
@@ -268,7 +301,7 @@ impl<'a> Runner<'a, '_> {
             }
         };
         self.fingerprints[index] = Some(prepared.digest.clone());
-        match self.situation.judge(index, &prepared) {
+        match self.situation.judge(index, &prepared, &self.lasts) {
             Verdict::Stale(reasons) => Lookup::Stale(Box::new(prepared), reasons),
             Verdict::Away {
                 record, restored, ..
@@ -326,7 +359,7 @@ impl<'a> Runner<'a, '_> {
         }
     }
 
-    /// Starts stale stages while there is a free place. Exclusive ones go one at a time.
+    /// Starts stale stages while there is a free place and what they take is free. Exclusive ones go one at a time.
     fn start<'scope>(
         &mut self,
         scope: &'scope Scope<'scope, 'a>,
@@ -337,25 +370,29 @@ impl<'a> Runner<'a, '_> {
         let graph = self.situation.graph;
         let ranks: Vec<usize> = stale.keys().copied().collect();
         for rank in ranks {
-            if self.running.len() >= self.jobs {
+            if self.running.len() >= self.options.jobs.max(1) {
                 return;
             }
-            let Some((index, ..)) = stale.get(&rank) else {
+            let Some(&(index, ..)) = stale.get(&rank) else {
                 continue;
             };
             let exclusive = |index: usize| graph.nodes[index].stage.exclusive();
-            if exclusive(*index) && self.running.iter().any(|&running| exclusive(running)) {
+            if exclusive(index) && self.running.keys().any(|&running| exclusive(running)) {
                 continue;
             }
-            let Some((index, prepared, reasons)) = stale.remove(&rank) else {
+            let Some(gpus) = self.free.take(&graph.nodes[index].handling.resources) else {
                 continue;
             };
-            self.running.push(index);
+            let Some((_, prepared, reasons)) = stale.remove(&rank) else {
+                continue;
+            };
+            self.running.insert(index, gpus.clone());
             let worker = Worker {
                 situation: self.situation,
                 events: self.events.clone(),
                 cancel: Arc::clone(self.cancel),
                 index,
+                gpus,
             };
             let done = self.done.clone();
             scope.spawn(move || {
@@ -382,184 +419,14 @@ fn release(
     }
 }
 
-/// One stage on its own thread.
-struct Worker<'a, 'b> {
-    situation: &'a Situation<'b>,
-    events: Sender<Event>,
-    cancel: Arc<AtomicBool>,
-    index: usize,
-}
-
-impl Worker<'_, '_> {
-    /// The content and whether the stage ran (another runner may have made the result meanwhile).
-    fn work(&self, prepared: &Prepared, reasons: Vec<Reason>) -> Option<(Digest, bool)> {
-        let name = &self.situation.graph.nodes[self.index].name;
-        match self.make(name, prepared, reasons) {
-            Ok(result) => Some(result),
-            Err(error) => {
-                let error = if self.cancel.load(Ordering::Relaxed) {
-                    "interrupted".into()
-                } else {
-                    format!("{error:#}")
-                };
-                send(
-                    &self.events,
-                    Event::StageFailed {
-                        stage: name.clone(),
-                        error,
-                    },
-                );
-                None
-            }
-        }
-    }
-
-    fn make(
-        &self,
-        name: &str,
-        prepared: &Prepared,
-        reasons: Vec<Reason>,
-    ) -> anyhow::Result<(Digest, bool)> {
-        let Situation {
-            graph,
-            store,
-            recipe,
-            verify,
-            shared,
-            ..
-        } = self.situation;
-        let node = &graph.nodes[self.index];
-        let mut waited = false;
-        let miss = store.lock(&prepared.digest, &mut |holder| {
-            waited = true;
-            send(
-                &self.events,
-                Event::StageWaiting {
-                    stage: name.to_owned(),
-                    holder: holder.to_owned(),
-                },
-            );
-        })?;
-        let there = || match store.find(&prepared.digest, *verify) {
-            Found::Hit(record, _) => Some((*record, false)),
-            _ => shared
-                .restore(store, &prepared.digest, (name, &self.events), &self.cancel)
-                .map(|record| (record, true)),
-        };
-        if (waited || !self.situation.forced[self.index])
-            && let Some((record, remote)) = there()
-        {
-            store.set_last(recipe, name, &prepared.digest)?;
-            let artifact = record.artifact;
-            let saved = record.seconds;
-            send(
-                &self.events,
-                Event::StageFresh {
-                    stage: name.to_owned(),
-                    artifact: artifact.clone(),
-                    restored: false,
-                    remote,
-                    saved,
-                },
-            );
-            return Ok((artifact, false));
-        }
-        send(
-            &self.events,
-            Event::StageStarted {
-                stage: name.to_owned(),
-                kind: node.stage.kind().to_owned(),
-                reasons,
-            },
-        );
-        let started = seconds_now();
-        let clock = Instant::now();
-        let context = Context {
-            stage: name.to_owned(),
-            inputs: self.situation.input_folders(prepared),
-            sources: node.sources.clone(),
-            outside: prepared.fingerprint.outside.clone(),
-            out: miss.partial()?,
-            scratch: store.scratch(&prepared.digest),
-            world: Arc::clone(&self.situation.world),
-            events: self.events.clone(),
-            cancel: Arc::clone(&self.cancel),
-            notes: Mutex::default(),
-        };
-        let result = catch_unwind(AssertUnwindSafe(|| node.stage.run(&context)))
-            .unwrap_or_else(|panic| Err(panicked(&*panic)));
-        if let Err(error) = result.and_then(|()| context.check_cancelled()) {
-            miss.discard()?;
-            return Err(error);
-        }
-        let seconds = clock.elapsed().as_secs_f64();
-        let previous = store
-            .last(recipe, name)
-            .and_then(|last| store.record(&last))
-            .map(|record| record.artifact);
-        let record = Record {
-            format: FORMAT,
-            stage: name.to_owned(),
-            fingerprint: prepared.fingerprint.clone(),
-            origins: prepared.origins.clone(),
-            output: node.stage.output().to_owned(),
-            artifact: String::new(),
-            notes: context
-                .notes
-                .into_inner()
-                .unwrap_or_else(PoisonError::into_inner),
-            params: node.stage.params()?,
-            started,
-            seconds,
-            pipeline: env!("CARGO_PKG_VERSION").to_owned(),
-        };
-        let (record, _) = miss.commit(record)?;
-        shared.made(store, &prepared.digest);
-        for (parameter, origin) in &record.origins {
-            let leaf = record.fingerprint.leaves().get(parameter).cloned();
-            let content = leaf.as_ref().and_then(super::fingerprint::content);
-            if let (Origin::File(written), Some(content)) = (origin, content)
-                && let Some(file) = node.sources.get(written)
-            {
-                // Only for telling a later change by its lines.
-                let _ = store.keep_text(file, content);
-            }
-        }
-        store.set_last(recipe, name, &prepared.digest)?;
-        let same_bytes = previous.as_ref() == Some(&record.artifact);
-        let artifact = record.artifact;
-        send(
-            &self.events,
-            Event::StageDone {
-                stage: name.to_owned(),
-                artifact: artifact.clone(),
-                same_bytes,
-                seconds,
-            },
-        );
-        Ok((artifact, true))
-    }
-}
-
 /// Seconds since 1970.
-fn seconds_now() -> u64 {
+pub(super) fn seconds_now() -> u64 {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, |now| now.as_secs())
 }
 
-fn panicked(panic: &(dyn Any + Send)) -> anyhow::Error {
-    let text = panic
-        .downcast_ref::<String>()
-        .map(String::as_str)
-        .or_else(|| panic.downcast_ref::<&str>().copied());
-    anyhow!(
-        "the stage panicked, which is a bug in pipeline: {}",
-        text.unwrap_or("no message")
-    )
-}
-
-fn send(events: &Sender<Event>, event: Event) {
+pub(super) fn send(events: &Sender<Event>, event: Event) {
     // Nobody listening is no reason to stop.
     let _ = events.send(event);
 }

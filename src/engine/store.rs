@@ -7,6 +7,7 @@
 //! v1/last/<recipe>/<stage>      the fingerprint of that stage's last result, for reasons
 //! v1/partial/<fingerprint>/     what a running stage writes into
 //! v1/scratch/<fingerprint>/     what survives a crash
+//! v1/failed/<fingerprint>/      what a failed stage wrote and told, until it succeeds
 //! v1/incoming/<content>/        files on their way from a remote
 //! v1/left/<fingerprint>         a result of which only the record was taken from a remote
 //! v1/unsent/<remote>/<fingerprint>
@@ -123,6 +124,11 @@ impl Store {
         self.root.join("state").join(name)
     }
 
+    /// Where the leavings of a fingerprint's last failure are.
+    fn failed(&self, fingerprint: &str) -> PathBuf {
+        self.root.join("failed").join(fingerprint)
+    }
+
     /// The scratch folder of a fingerprint.
     pub fn scratch(&self, fingerprint: &str) -> PathBuf {
         self.root.join("scratch").join(fingerprint)
@@ -150,7 +156,7 @@ impl Store {
                 return Err(error).with_context(|| format!("could not lock `{}`", path.display()));
             }
         }
-        let holder = format!("process {}", std::process::id());
+        let holder = format!("process {}{}", std::process::id(), host());
         let written = file
             .set_len(0)
             .and_then(|()| file.rewind())
@@ -266,6 +272,23 @@ impl Miss<'_> {
         remove(&self.store.root.join("partial").join(&self.fingerprint))
     }
 
+    /// Keeps what a failed stage wrote and told, for people to look at, in the place of an earlier failure. Returns the place.
+    pub fn set_aside(&self, log: &[u8]) -> anyhow::Result<PathBuf> {
+        let partial = self.store.root.join("partial").join(&self.fingerprint);
+        let place = self.store.failed(&self.fingerprint);
+        remove(&place)?;
+        write_atomically(&place.join("log.jsonl"), log)?;
+        let wrote = fs::read_dir(&partial).is_ok_and(|mut entries| entries.next().is_some());
+        if wrote {
+            let output = place.join("output");
+            fs::rename(&partial, &output)
+                .with_context(|| format!("could not make `{}`", output.display()))?;
+        } else {
+            remove(&partial)?;
+        }
+        Ok(place)
+    }
+
     /// Takes the partial folder into the store and writes the record, whose `artifact` is filled in. Returns whether the
     /// contents were new.
     pub fn commit(self, mut record: Record) -> anyhow::Result<(Record, bool)> {
@@ -279,6 +302,7 @@ impl Miss<'_> {
         record.artifact = content;
         store.write_record(&self.fingerprint, &record)?;
         remove(&store.scratch(&self.fingerprint))?;
+        remove(&store.failed(&self.fingerprint))?;
         Ok((record, new))
     }
 }
@@ -301,6 +325,17 @@ pub(super) fn open_lock(path: &Path) -> anyhow::Result<File> {
             .open(path)
     };
     open().with_context(|| format!("could not open the lock `{}`", path.display()))
+}
+
+/// ` on <host>`, where the system tells its name: two machines may share a store.
+fn host() -> String {
+    let name = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let name = name.trim();
+    if name.is_empty() {
+        String::new()
+    } else {
+        format!(" on {name}")
+    }
 }
 
 /// Two hex digits.

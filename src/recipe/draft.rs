@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::rc::Rc;
 
 use serde_yaml::Value;
 
@@ -10,6 +11,7 @@ use crate::engine::Kind;
 use super::error::{RecipeError, RecipeErrors};
 use super::hints;
 use super::places::{Place, Places, Steps, child, keys, lines};
+use super::schema::Parameters;
 
 /// The keys a recipe may have.
 pub(crate) const TOP: [&str; 5] = ["version", "description", "vars", "stages", "outputs"];
@@ -29,6 +31,8 @@ pub(crate) struct Draft<'a> {
     pub(crate) through_vars: BTreeMap<Steps, String>,
     /// Values that are known to be wrong, so that their types are not looked at.
     pub(crate) broken: BTreeSet<Steps>,
+    /// What is known of kinds that occurred.
+    parameters: BTreeMap<&'static str, Rc<Parameters>>,
 }
 
 impl<'a> Draft<'a> {
@@ -43,7 +47,14 @@ impl<'a> Draft<'a> {
             set: BTreeMap::new(),
             through_vars: BTreeMap::new(),
             broken: BTreeSet::new(),
+            parameters: BTreeMap::new(),
         }
+    }
+
+    /// The parameters of a kind, made once.
+    pub(crate) fn parameters(&mut self, kind: &Kind) -> Rc<Parameters> {
+        let own = self.parameters.entry(kind.name);
+        Rc::clone(own.or_insert_with(|| Rc::new(Parameters::of(kind))))
     }
 
     pub(crate) fn push(

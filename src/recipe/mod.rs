@@ -23,7 +23,7 @@ mod wiring;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::engine::{AnyStage, Kind};
+use crate::engine::{AnyStage, Handling, Kind};
 
 use draft::Draft;
 pub use error::{RecipeError, RecipeErrors};
@@ -64,6 +64,8 @@ pub struct RecipeStage {
     pub kind: &'static Kind,
     /// The typed parameters.
     pub stage: Arc<dyn AnyStage>,
+    /// How the runner treats it.
+    pub handling: Handling,
     /// The stages it takes from, in the order of the parameters.
     pub edges: Vec<Edge>,
     /// The local files it reads.
@@ -216,6 +218,7 @@ pub fn parse(
             name: stage.name,
             kind,
             stage: typed,
+            handling: stage.handling,
             edges: stage.edges,
             files: stage.files,
             place: place.unwrap_or(start),

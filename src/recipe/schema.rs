@@ -2,10 +2,10 @@
 
 use std::fmt::Write as _;
 
-use schemars::SchemaGenerator;
+use schemars::{JsonSchema as _, SchemaGenerator};
 use serde_json::{Map, Value, json};
 
-use crate::engine::{FILE_KEY, Kind, NEUTRAL_KEY, STAGE_KEY};
+use crate::engine::{FILE_KEY, Handling, Kind, NEUTRAL_KEY, Resources, STAGE_KEY};
 
 /// One parameter, as the schema tells it.
 pub(crate) struct Parameter {
@@ -78,6 +78,10 @@ fn description(schema: &Value) -> String {
 pub fn schema(kinds: &[Kind]) -> Value {
     let mut generator = SchemaGenerator::default();
     let mut variants = Vec::new();
+    let handling = Handling::json_schema(&mut generator).to_value();
+    let handling = handling.get("properties").and_then(Value::as_object);
+    let mut handling = handling.cloned().unwrap_or_default();
+    handling.values_mut().for_each(allow_vars);
     for kind in kinds {
         let mut params = params(kind, &mut generator);
         if let Some(properties) = params.get_mut("properties").and_then(Value::as_object_mut) {
@@ -91,10 +95,12 @@ pub fn schema(kinds: &[Kind]) -> Value {
         } else {
             params
         };
+        let mut properties = handling.clone();
+        properties.insert(kind.name.to_owned(), params);
         variants.push(json!({
             "type": "object",
             "description": format!("{about} Makes: {}.", kind.output),
-            "properties": { kind.name: params },
+            "properties": properties,
             "required": [kind.name],
             "additionalProperties": false,
         }));
@@ -217,6 +223,23 @@ pub fn reference(kinds: &[Kind]) -> String {
         let name = kind.name;
         _ = writeln!(text, "- [`{name}`](#{name}) makes `{}`", kind.output);
     }
+    text.push_str("\n## Beside the kind\n\n");
+    text.push_str(
+        "How the runner treats a stage stands beside its kind, and makes nothing stale: ",
+    );
+    text.push_str(
+        "`tuned: { train_orpo: { .. }, retries: 2, timeout: 8h, resources: { memory: 20GiB } }`.\n",
+    );
+    let mut generator = SchemaGenerator::default();
+    let handling = Handling::json_schema(&mut generator).to_value();
+    let resources = Resources::json_schema(&mut generator).to_value();
+    let definitions = generator.take_definitions(true);
+    text.push_str("\n| key | type | default | meaning |\n|---|---|---|---|\n");
+    for (prefix, schema) in [("", handling), ("resources.", resources)] {
+        for parameter in Parameters::read(&schema).0 {
+            row(&mut text, prefix, &parameter, &definitions);
+        }
+    }
     for kind in kinds {
         let mut generator = SchemaGenerator::default();
         let schema = params(kind, &mut generator);
@@ -234,28 +257,33 @@ pub fn reference(kinds: &[Kind]) -> String {
         }
         text.push_str("\n| parameter | type | default | meaning |\n|---|---|---|---|\n");
         for parameter in parameters {
-            let default = match parameter.schema.get("default") {
-                Some(Value::Null) => String::new(),
-                Some(default) => constant(default),
-                None if parameter.required => "*required*".to_owned(),
-                None => String::new(),
-            };
-            let neutral = parameter.schema.get("x-neutral").is_some();
-            let mut meaning = parameter.description.replace('\n', " ");
-            if neutral {
-                meaning.push_str(" *Neutral.*");
-            }
-            _ = writeln!(
-                text,
-                "| `{}` | {} | {} | {} |",
-                parameter.name,
-                cell(&type_name(&parameter.schema, &definitions)),
-                cell(&default),
-                cell(meaning.trim()),
-            );
+            row(&mut text, "", &parameter, &definitions);
         }
     }
     text
+}
+
+/// One row of a table of parameters.
+fn row(text: &mut String, prefix: &str, parameter: &Parameter, definitions: &Map<String, Value>) {
+    let default = match parameter.schema.get("default") {
+        Some(Value::Null | Value::Object(_)) => String::new(),
+        Some(default) => constant(default),
+        None if parameter.required => "*required*".to_owned(),
+        None => String::new(),
+    };
+    let neutral = parameter.schema.get("x-neutral").is_some();
+    let mut meaning = parameter.description.replace('\n', " ");
+    if neutral {
+        meaning.push_str(" *Neutral.*");
+    }
+    _ = writeln!(
+        text,
+        "| `{prefix}{}` | {} | {} | {} |",
+        parameter.name,
+        cell(&type_name(&parameter.schema, definitions)),
+        cell(&default),
+        cell(meaning.trim()),
+    );
 }
 
 fn cell(text: &str) -> String {

@@ -5,29 +5,28 @@ use std::sync::Arc;
 
 use serde_yaml::{Mapping, Value};
 
-use crate::engine::{AnyStage, Kind};
+use crate::engine::{AnyStage, Handling, Kind};
 
 use super::draft::Draft;
 use super::hints;
 use super::places::{Steps, child, display, keys, parse};
-use super::schema::Parameters;
 use super::sentence::{self, noun};
 use super::{Edge, SourceFile};
 
-/// The engine's own keys beside the kind, kept free for what is to come.
-const RESERVED: [&str; 11] = [
+/// Keys beside the kind that are kept free for what is to come.
+const RESERVED: [&str; 8] = [
     "cache",
     "description",
     "env",
     "for_each",
     "launch",
     "matrix",
-    "resources",
-    "retries",
-    "timeout",
     "when",
     "where",
 ];
+
+/// The fields of [`Handling`].
+pub(super) const HANDLING: [&str; 3] = ["resources", "retries", "timeout"];
 
 /// A stage as far as it could be read.
 pub(crate) struct Staged {
@@ -36,6 +35,7 @@ pub(crate) struct Staged {
     pub(crate) path: Steps,
     pub(crate) kind: Option<&'static Kind>,
     pub(crate) typed: Option<Arc<dyn AnyStage>>,
+    pub(crate) handling: Handling,
     pub(crate) edges: Vec<Edge>,
     pub(crate) files: Vec<SourceFile>,
 }
@@ -80,6 +80,7 @@ fn stage(draft: &mut Draft, name: String, path: &Steps, value: &Value) -> Staged
         path: path.clone(),
         kind: None,
         typed: None,
+        handling: Handling::default(),
         edges: Vec::new(),
         files: Vec::new(),
     };
@@ -87,6 +88,7 @@ fn stage(draft: &mut Draft, name: String, path: &Steps, value: &Value) -> Staged
         return staged;
     };
     staged.kind = Some(kind);
+    staged.handling = handling(draft, &staged.name, path, value);
     staged.path = child(path, kind.name);
     let params = match value.get(kind.name) {
         Some(Value::Mapping(map)) => map.clone(),
@@ -123,6 +125,37 @@ fn stage(draft: &mut Draft, name: String, path: &Steps, value: &Value) -> Staged
         staged.typed = Some(typed);
     }
     staged
+}
+
+/// Reads the runner's own keys beside the kind. Each is read alone, so that a mistake in one hides none in another.
+fn handling(draft: &mut Draft, name: &str, path: &Steps, value: &Value) -> Handling {
+    let mut handling = Handling::default();
+    for key in HANDLING {
+        let Some(setting) = value.get(key) else {
+            continue;
+        };
+        let mut alone = Mapping::new();
+        alone.insert(key.into(), setting.clone());
+        match serde_path_to_error::deserialize::<_, Handling>(Value::Mapping(alone)) {
+            Ok(read) => match key {
+                "resources" => handling.resources = read.resources,
+                "retries" => handling.retries = read.retries,
+                _ => handling.timeout = read.timeout,
+            },
+            Err(error) => {
+                let at = below(path, &error.path().to_string());
+                let parameter = at.get(path.len()..).unwrap_or_default();
+                let told = error.into_inner().to_string();
+                let sentence = sentence::of(&display(parameter), name, &told);
+                if told.starts_with("unknown field") {
+                    draft.key_error(&at, sentence.message, sentence.hint);
+                } else {
+                    draft.value_error(&at, sentence.message, sentence.hint);
+                }
+            }
+        }
+    }
+    handling
 }
 
 /// The path of a parameter as a stage names it.
@@ -173,11 +206,12 @@ fn kind(draft: &mut Draft, name: &str, path: &Steps, value: &Value) -> Option<&'
                 let message = format!("`{key}` is not supported yet");
                 draft.key_error(&child(path, key), message, None);
             }
+            (None, _) if HANDLING.contains(key) => {}
             (None, _) => unknown.push(*key),
         }
     }
     if let Some(kind) = found {
-        let own = Parameters::of(kind);
+        let own = draft.parameters(kind);
         for key in unknown {
             let message = format!("unknown key `{key}` beside `{}`", kind.name);
             let hint = if own.has(key) {
@@ -233,7 +267,7 @@ fn typed(
     path: &Steps,
     mut params: Mapping,
 ) -> (Option<Arc<dyn AnyStage>>, bool) {
-    let own = Parameters::of(kind);
+    let own = draft.parameters(kind);
     let mut dropped = BTreeSet::new();
     let mut unknown = BTreeSet::new();
     for key in params.keys().filter_map(Value::as_str) {

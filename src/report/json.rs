@@ -1,18 +1,19 @@
 //! Events as JSON lines on standard output.
 
-use std::io::Write as _;
+use std::io::{BufWriter, Write};
 use std::sync::mpsc::Receiver;
 
 use crate::engine::Event;
 
 pub(super) fn report(events: &Receiver<Event>) {
-    let mut out = std::io::stdout().lock();
-    for event in events {
-        let Ok(line) = serde_json::to_string(&event) else {
-            continue;
-        };
+    let out = std::io::stdout().lock();
+    let mut out = BufWriter::new(out);
+    super::each(events, &mut out, show, |out| _ = out.flush());
+}
+
+fn show(out: &mut impl Write, event: Event) {
+    if let Ok(line) = serde_json::to_string(&event) {
         // A reader that went away is no reason to stop the run.
         let _ = writeln!(out, "{line}");
-        let _ = out.flush();
     }
 }

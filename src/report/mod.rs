@@ -7,6 +7,7 @@ mod terminal;
 mod text;
 
 use std::sync::mpsc::Receiver;
+use std::time::Duration;
 
 use crate::engine::Event;
 
@@ -21,6 +22,21 @@ pub enum Style {
     Lines,
     /// One JSON object a line, for programs.
     Json,
+}
+
+/// How long events may gather before they are shown: to wake for each would cost more than to show it.
+const GATHERING: Duration = Duration::from_millis(3);
+
+/// Calls `show` with every event, and `flush` whenever none is left for now, until the sender is gone.
+fn each<T>(events: &Receiver<Event>, to: &mut T, show: fn(&mut T, Event), flush: fn(&mut T)) {
+    while let Ok(first) = events.recv() {
+        show(to, first);
+        std::thread::sleep(GATHERING);
+        for event in events.try_iter() {
+            show(to, event);
+        }
+        flush(to);
+    }
 }
 
 /// Writes events until the sender is gone.

@@ -17,15 +17,16 @@ pub(super) fn report(events: &Receiver<Event>, bars: bool) {
     let mut terminal = Terminal {
         bars: bars.then(|| MultiProgress::with_draw_target(ProgressDrawTarget::stderr())),
         running: BTreeMap::new(),
+        lines: String::new(),
     };
-    for event in events {
-        terminal.show(event);
-    }
+    super::each(events, &mut terminal, Terminal::show, Terminal::flush);
 }
 
 struct Terminal {
     bars: Option<MultiProgress>,
     running: BTreeMap<String, Running>,
+    /// What is still to be written.
+    lines: String,
 }
 
 struct Running {
@@ -144,9 +145,24 @@ impl Terminal {
                     duration(seconds)
                 ));
             }
-            Event::StageFailed { stage, error } => {
+            Event::StageRetried {
+                stage,
+                error,
+                pause,
+                ..
+            } => {
+                self.line(&format!(
+                    "{:>9}  {stage}: {error}; another try in {}",
+                    "failed",
+                    duration(pause)
+                ));
+            }
+            Event::StageFailed { stage, error, kept } => {
                 self.finish(&stage);
                 self.line(&format!("{:>9}  {stage}: {error}", "failed"));
+                if let Some(kept) = kept {
+                    self.line(&format!("{:>9}  what it left is in {kept}", ""));
+                }
             }
             Event::OutputPlaced {
                 stage,
@@ -242,11 +258,21 @@ impl Terminal {
         }
     }
 
-    fn line(&self, text: &str) {
+    fn line(&mut self, text: &str) {
+        self.lines.push_str(text);
+        self.lines.push('\n');
+    }
+
+    fn flush(&mut self) {
+        let lines = std::mem::take(&mut self.lines);
+        if lines.is_empty() {
+            return;
+        }
+        // Somebody closed the terminal: the run goes on.
+        let write = || _ = std::io::stderr().write_all(lines.as_bytes());
         match &self.bars {
-            // Somebody closed the terminal: the run goes on.
-            Some(bars) => bars.suspend(|| _ = writeln!(std::io::stderr(), "{text}")),
-            None => _ = writeln!(std::io::stderr(), "{text}"),
+            Some(bars) => bars.suspend(write),
+            None => write(),
         }
     }
 }

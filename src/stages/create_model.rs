@@ -12,7 +12,7 @@ use super::artifacts::{Dataset, Model};
 use super::dtype::Dtype;
 use crate::data::cell::Cell;
 use crate::data::table::{BATCH_ROWS, Split};
-use crate::engine::{Context, Input, Problem, SourcePath, Stage};
+use crate::engine::{Bytes, Context, Input, Problem, SourcePath, Stage};
 use crate::ml::config::LlamaConfig;
 use crate::ml::create;
 use crate::ml::folder::{self, CONFIG, sorted_json};
@@ -110,30 +110,18 @@ fn default_shard() -> String {
     "5GB".into()
 }
 
+impl CreateModel {
+    /// Bytes; a number without a unit is more likely a mistake than a size.
+    fn shard_size(&self) -> Option<u64> {
+        let unit = self.max_shard_size.ends_with('B');
+        let size: Bytes = self.max_shard_size.parse().ok().filter(|_| unit)?;
+        Some(size.0).filter(|size| *size > 0)
+    }
+}
+
 /// The columns whose texts teach the tokenizer.
 const COLUMNS: [&str; 6] = ["system", "prompt", "chosen", "rejected", "messages", "text"];
 const GENERATION_CONFIG: &str = "generation_config.json";
-
-/// A size as transformers writes it: `5GB`, `300MB`, `1GiB`.
-fn bytes(size: &str) -> Option<u64> {
-    let digits = size.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
-    let unit = match size.get(digits.len()..)?.trim() {
-        "B" => 1,
-        "KB" => 1000,
-        "MB" => 1_000_000,
-        "GB" => 1_000_000_000,
-        "KiB" => 1 << 10,
-        "MiB" => 1 << 20,
-        "GiB" => 1 << 30,
-        _ => return None,
-    };
-    digits
-        .trim()
-        .parse::<u64>()
-        .ok()?
-        .checked_mul(unit)
-        .filter(|size| *size > 0)
-}
 
 /// What the model needs to know of its tokenizer.
 struct Vocabulary {
@@ -224,7 +212,7 @@ impl Stage for CreateModel {
             "initializer_range",
             "expected a number above 0",
         );
-        let size = bytes(&self.max_shard_size).is_some();
+        let size = self.shard_size().is_some();
         rule(
             size,
             "max_shard_size",
@@ -244,7 +232,7 @@ impl Stage for CreateModel {
             initializer_range: self.initializer_range,
             float: self.dtype.float(),
             seed: self.seed,
-            max_shard_size: bytes(&self.max_shard_size).unwrap_or(u64::MAX),
+            max_shard_size: self.shard_size().unwrap_or(u64::MAX),
         };
         let parameters = create::create(&config, settings, cx.out(), &mut |done, total| {
             cx.progress(done, Some(total), "bytes");

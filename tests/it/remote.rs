@@ -114,7 +114,14 @@ fn a_second_machine_runs_nothing() {
     assert_eq!(names(&events, "stage_sent"), ["chats", "pairs", "split"]);
 
     // A plan asks for records, and fetches nothing.
-    let told = second.succeeds(&[&["plan"], &at("elsewhere/deep/r.yaml")[..1], &["--remote", &url]].concat());
+    let told = second.succeeds(
+        &[
+            &["plan"],
+            &at("elsewhere/deep/r.yaml")[..1],
+            &["--remote", &url],
+        ]
+        .concat(),
+    );
     assert_eq!(told.matches("(in the remote)").count(), 3, "{told}");
     assert!(told.ends_with("3 fresh, 0 to run, 0 waiting\n"), "{told}");
     let why = second.succeeds(&["why", "elsewhere/deep/r.yaml", "split", "--remote", &url]);
@@ -140,7 +147,10 @@ fn a_second_machine_runs_nothing() {
     assert_eq!(fs::read_dir(&artifacts).unwrap().count(), 2);
 
     // With nothing to do, nobody is asked: not even whether the remote is there.
-    let (events, _) = run(&second, &["elsewhere/deep/r.yaml", "--remote", "http://127.0.0.1:1/"]);
+    let (events, _) = run(
+        &second,
+        &["elsewhere/deep/r.yaml", "--remote", "http://127.0.0.1:1/"],
+    );
     assert_eq!(names(&events, "stage_done"), NOTHING);
     assert_eq!(warnings(&events), NOTHING);
     // And without any remote it is the same.
@@ -220,13 +230,22 @@ fn the_project_says_where_the_remote_is() {
     assert_eq!(project.succeeds(&["cache", "ls"]), "0 results, 0 B\n");
     project.succeeds(&["cache", "push", "here/r.yaml"]);
     let list = project.succeeds(&["cache", "ls"]);
-    assert!(list.contains("split_dataset") && list.contains("3 results, "), "{list}");
+    assert!(
+        list.contains("split_dataset") && list.contains("3 results, "),
+        "{list}"
+    );
 
     for (text, hint) in [
         ("version: 1\nremote: { uri: team }\n", "unknown field `uri`"),
         ("version: 2\n", "version 2 is not known"),
-        ("version: 1\nremote: { url: 'ftp://host/x' }\n", "expected a folder"),
-        ("version: 1\nremote: { url: 'https://me:hush@host/x' }\n", "holds credentials"),
+        (
+            "version: 1\nremote: { url: 'ftp://host/x' }\n",
+            "expected a folder",
+        ),
+        (
+            "version: 1\nremote: { url: 'https://me:hush@host/x' }\n",
+            "holds credentials",
+        ),
     ] {
         settings(text);
         let ended = project.run(&["run", "here/r.yaml"]);
@@ -237,7 +256,11 @@ fn the_project_says_where_the_remote_is() {
     settings("version: 1\nremote: { url: nowhere, required: true }\n");
     let ended = project.run(&["run", "here/r.yaml"]);
     assert_eq!(ended.code, Some(1));
-    assert!(ended.stderr.contains("there is no folder"), "{}", ended.stderr);
+    assert!(
+        ended.stderr.contains("there is no folder"),
+        "{}",
+        ended.stderr
+    );
     // The command line is asked first.
     let ended = project.run(&["run", "here/r.yaml", "--remote", "team"]);
     assert_eq!(ended.code, Some(0), "{}", ended.stderr);
@@ -278,7 +301,12 @@ fn a_remote_is_listed_checked_and_cleaned() {
 
     // Results of another template that nobody needs any more, months later.
     let old = fs::FileTimes::new().set_modified(std::time::UNIX_EPOCH);
-    project.succeeds(&["run", "here/r.yaml", "--set", "stages.split.split_dataset.seed=2"]);
+    project.succeeds(&[
+        "run",
+        "here/r.yaml",
+        "--set",
+        "stages.split.split_dataset.seed=2",
+    ]);
     for file in files(remote.path()) {
         let file = fs::File::options().append(true).open(file).unwrap();
         file.set_times(old).unwrap();
@@ -316,7 +344,9 @@ stages:
     let blobs = || files(&remote.path().join("v1/blobs")).len();
     let (events, ended) = run(&project, &["r.yaml"]);
     assert_eq!(ended.code, Some(0), "{}", ended.stderr);
-    let first = stages(&events, "stage_sent")["model"]["files"].as_u64().unwrap();
+    let first = stages(&events, "stage_sent")["model"]["files"]
+        .as_u64()
+        .unwrap();
     assert!(first > 2, "weights, a configuration, a tokenizer");
     let before = blobs();
     let set = "stages.model.create_model.seed=2";

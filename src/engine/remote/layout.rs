@@ -92,7 +92,8 @@ pub(super) fn parse_manifest(content: &str, bytes: &[u8]) -> anyhow::Result<Mani
         let blake3 = file.blake3;
         files.insert(path, Entry { blake3, stat });
     }
-    let manifest = Manifest { files };
+    let folders = BTreeMap::new();
+    let manifest = Manifest { files, folders };
     ensure!(
         manifest.digest() == content,
         "it is the manifest of other contents"

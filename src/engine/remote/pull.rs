@@ -16,7 +16,7 @@ use anyhow::{Context as _, anyhow, ensure};
 use super::super::Event;
 use super::super::canonical::Digest;
 use super::super::files::{link_or_copy, remove};
-use super::super::manifest::{Manifest, Stat, digest_file};
+use super::super::manifest::{Manifest, Stat, digest_file, folders};
 use super::super::record::Record;
 use super::super::store::{Store, open_lock};
 use super::layout::{blob_key, get, manifest_key, parse_manifest};
@@ -370,6 +370,7 @@ fn assemble(folder: &Path, manifest: &Manifest) -> anyhow::Result<Manifest> {
             .with_context(|| format!("could not read `{}`", to.display()))?;
         entry.stat = Stat::of(&metadata);
     }
+    whole.folders = folders(&files, whole.files.keys().map(String::as_str));
     Ok(whole)
 }
 

@@ -43,7 +43,11 @@ impl Memory {
 
     fn keys(&self, part: &str) -> Vec<String> {
         let objects = self.objects.lock().unwrap();
-        objects.keys().filter(|key| key.contains(part)).cloned().collect()
+        objects
+            .keys()
+            .filter(|key| key.contains(part))
+            .cloned()
+            .collect()
     }
 
     fn change(&self, key: &str, change: impl FnOnce(&mut Vec<u8>)) {
@@ -303,7 +307,11 @@ fn a_transfer_that_breaks_goes_on_where_it_was() {
     here.push(&made);
     remote.breaks.store(20, Ordering::SeqCst);
     there.pull(&made).unwrap();
-    let offsets: BTreeSet<u64> = remote.blob_reads().into_iter().map(|(_, from)| from).collect();
+    let offsets: BTreeSet<u64> = remote
+        .blob_reads()
+        .into_iter()
+        .map(|(_, from)| from)
+        .collect();
     assert_eq!(offsets, [0, 20, 40].into());
 
     // The rest of an earlier attempt, right or wrong.
@@ -379,9 +387,18 @@ fn names_that_lead_outside_are_refused() {
         content
     };
     let fine = wrong("config.json");
-    for content in [wrong("../escaped"), wrong("/tmp/escaped"), "../../escaped".to_owned(), fine.clone()] {
+    for content in [
+        wrong("../escaped"),
+        wrong("/tmp/escaped"),
+        "../../escaped".to_owned(),
+        fine.clone(),
+    ] {
         let changed = text.replace(&artifact, &content).into_bytes();
-        remote.objects.lock().unwrap().insert(record.clone(), changed);
+        remote
+            .objects
+            .lock()
+            .unwrap()
+            .insert(record.clone(), changed);
         let there = Machine::new(&remote);
         assert_eq!(there.pull(&made).is_some(), content == fine, "{content}");
         assert!(!there.folder.path().join("escaped").exists());
@@ -430,7 +447,11 @@ fn results_that_could_not_be_sent_are_sent_by_the_next_run() {
     assert_eq!(remote.keys("records").len(), 2);
     let calls = remote.calls.load(Ordering::SeqCst);
     run(&Machine::new(&remote).shared, None);
-    assert_eq!(calls, remote.calls.load(Ordering::SeqCst), "nothing is left");
+    assert_eq!(
+        calls,
+        remote.calls.load(Ordering::SeqCst),
+        "nothing is left"
+    );
 }
 
 #[test]
@@ -440,7 +461,10 @@ fn whoever_publishes_first_stays() {
     let made = here.make("a", &FILES);
     assert_eq!(there.make("a", &[("config.json", "other")]), made);
     remote.loses_answers.store(true, Ordering::SeqCst);
-    assert!(!here.push(&made).record, "it was there when it was asked for");
+    assert!(
+        !here.push(&made).record,
+        "it was there when it was asked for"
+    );
     remote.loses_answers.store(false, Ordering::SeqCst);
     assert!(!there.push(&made).record);
     let told = there.shared.take_warnings();
@@ -475,7 +499,10 @@ fn a_result_altered_here_is_never_sent() {
         .shared
         .push(&here.store, &made, true, &cancel)
         .unwrap_err();
-    assert!(format!("{error:#}").contains("was changed since"), "{error:#}");
+    assert!(
+        format!("{error:#}").contains("was changed since"),
+        "{error:#}"
+    );
     assert!(remote.keys("records").is_empty());
     assert_eq!(here.shared.verify().unwrap().0, []);
 }

@@ -97,15 +97,15 @@ fn too_much_is_refused() {
 #[test]
 fn stages_and_kinds() {
     wrong(
-        "version: 1\nstages: {a: import_text, b: {}, c: {kind: tokenize}, d: {tokenise: {}}, e: {tokenize: 5, retries: 2, import_text: {}}}",
+        "version: 1\nstages: {a: import_text, b: {}, c: {kind: tokenize}, d: {tokenise: {}}, e: {tokenize: 5, retries: two, import_text: {}}}",
         &[
             "r.yaml:2:13: the stage `a` must be a map, not a text (write `a: { import_text: { .. } }`)",
             "r.yaml:2:29: the stage `b` has no kind (a stage is its kind and the kind's parameters, as in `chats: { apply_chat_template: { dataset: pairs } }`)",
             "r.yaml:2:37: the stage `c` has no kind (the kind is the key: `c: { tokenize: { .. } }`)",
             "r.yaml:2:58: unknown kind `tokenise` (did you mean `tokenize`?)",
             "r.yaml:2:87: the parameters of `tokenize` must be a map, not a number",
-            "r.yaml:2:90: `retries` is not supported yet",
-            "r.yaml:2:102: the stage `e` has two kinds, `tokenize` and `import_text` (a stage has one kind; make two stages)",
+            "r.yaml:2:99: `retries` of `e` must be a whole number, 0 or more, not the text \"two\" (write the number without quotes and without a unit)",
+            "r.yaml:2:104: the stage `e` has two kinds, `tokenize` and `import_text` (a stage has one kind; make two stages)",
         ],
     );
     wrong(

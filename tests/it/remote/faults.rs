@@ -47,7 +47,10 @@ fn damaged_files_are_made_again_and_healed() {
     assert_eq!(names(&events, "stage_done"), ["chats", "pairs", "split"]);
     let told = warnings(&events);
     assert!(
-        !told.is_empty() && told.iter().all(|text| text.contains("is damaged and counts as absent")),
+        !told.is_empty()
+            && told
+                .iter()
+                .all(|text| text.contains("is damaged and counts as absent")),
         "{told:?}"
     );
     assert_eq!(
@@ -63,7 +66,10 @@ fn damaged_files_are_made_again_and_healed() {
     // A damaged result here comes back from the remote.
     let file = files(&second.path(".pipeline/v1/artifacts"))
         .into_iter()
-        .find(|file| file.extension().is_some_and(|extension| extension == "parquet"))
+        .find(|file| {
+            file.extension()
+                .is_some_and(|extension| extension == "parquet")
+        })
         .unwrap();
     fs::remove_file(&file).unwrap();
     fs::write(&file, "rubbish").unwrap();
@@ -79,24 +85,39 @@ fn a_dead_remote_is_one_warning() {
         let ended = project.run(&["run", "here/r.yaml", "--remote-required"]);
         assert_eq!(ended.code, Some(1));
         assert!(ended.stderr.contains("can't be used"), "{}", ended.stderr);
-        assert!(ended.stderr.contains("--remote-required"), "{}", ended.stderr);
+        assert!(
+            ended.stderr.contains("--remote-required"),
+            "{}",
+            ended.stderr
+        );
         assert!(!ended.stderr.contains("done"), "{}", ended.stderr);
 
         let plain = project.run(&["plan", "here/r.yaml"]);
         assert_eq!(plain.code, Some(0));
-        assert_eq!(plain.stderr.matches("warning:").count(), 1, "{}", plain.stderr);
+        assert_eq!(
+            plain.stderr.matches("warning:").count(),
+            1,
+            "{}",
+            plain.stderr
+        );
 
         let (events, ended) = run(&project, &["here/r.yaml"]);
         assert_eq!(ended.code, Some(0), "{}", ended.stderr);
         assert_eq!(names(&events, "stage_done").len(), 3);
         let told = warnings(&events);
         assert_eq!(told.len(), 1, "{told:?}");
-        assert!(!told[0].contains(SECRET) && !told[0].contains("me:"), "{told:?}");
+        assert!(
+            !told[0].contains(SECRET) && !told[0].contains("me:"),
+            "{told:?}"
+        );
         assert!(!ended.stdout.contains(SECRET));
         hushed(&project);
 
         let offline = project.run(&["run", "here/r.yaml", "--offline"]);
-        assert_eq!((offline.code, offline.stderr.contains("warning")), (Some(0), false));
+        assert_eq!(
+            (offline.code, offline.stderr.contains("warning")),
+            (Some(0), false)
+        );
     }
 }
 
@@ -118,7 +139,12 @@ fn a_read_only_remote_serves_and_is_one_warning() {
     assert!(told[0].contains("can't be written"), "{told:?}");
     let (events, ended) = run(
         &second,
-        &["here/r.yaml", "--set", "stages.split.split_dataset.seed=3", "--remote-required"],
+        &[
+            "here/r.yaml",
+            "--set",
+            "stages.split.split_dataset.seed=3",
+            "--remote-required",
+        ],
     );
     assert_eq!(ended.code, Some(1));
     assert_eq!(names(&events, "stage_done").len(), 2, "what was made stays");
@@ -127,7 +153,12 @@ fn a_read_only_remote_serves_and_is_one_warning() {
     hushed(&first);
     hushed(&second);
     assert!(!server.text().contains(SECRET));
-    assert!(server.asked().iter().all(|asked| !asked.headers.contains(SECRET)));
+    assert!(
+        server
+            .asked()
+            .iter()
+            .all(|asked| !asked.headers.contains(SECRET))
+    );
 
     // The same files behind plain HTTP: nothing is ever written there.
     let mut web = member(&format!("{}/bucket/team", server.endpoint));
@@ -139,7 +170,12 @@ fn a_read_only_remote_serves_and_is_one_warning() {
     let (events, _) = run(&web, &["here/r.yaml"]);
     assert_eq!(names(&events, "stage_done"), ["chats"]);
     assert_eq!(warnings(&events), NOTHING);
-    assert!(server.asked().iter().all(|asked| ["GET", "HEAD"].contains(&asked.method.as_str())));
+    assert!(
+        server
+            .asked()
+            .iter()
+            .all(|asked| ["GET", "HEAD"].contains(&asked.method.as_str()))
+    );
     let refused = web.run(&["cache", "push", "here/r.yaml"]);
     assert!(refused.stderr.contains("read-only"), "{}", refused.stderr);
 }

@@ -39,7 +39,9 @@ impl Moto {
             .stderr(Stdio::null())
             .spawn();
         let Ok(process) = process else {
-            println!("skipped: no `{program}`; `pip install 'moto[s3,server]==5.2.5'` and set MOTO_SERVER to test against S3");
+            println!(
+                "skipped: no `{program}`; `pip install 'moto[s3,server]==5.2.5'` and set MOTO_SERVER to test against S3"
+            );
             return None;
         };
         let moto = Self {
@@ -144,19 +146,30 @@ fn keeps_its_promises(url: &str, variables: &BTreeMap<String, String>) {
             .write(&broken, size, &mut Failing(&bytes))
             .unwrap_err();
         assert!(format!("{error:#}").contains("the disk broke"), "{error:#}");
-        assert!(remote.write(&broken, size + 1, &mut bytes.as_slice()).is_err());
+        assert!(
+            remote
+                .write(&broken, size + 1, &mut bytes.as_slice())
+                .is_err()
+        );
         assert_eq!(remote.size(&broken).unwrap(), None);
     }
     let listed = remote.list("v1/blobs").unwrap();
     assert_eq!(listed.len(), 4);
-    assert!(listed.iter().all(|object| object.key.starts_with("v1/blobs/x/")));
+    assert!(
+        listed
+            .iter()
+            .all(|object| object.key.starts_with("v1/blobs/x/"))
+    );
     // Whoever listens may stop listening.
     let mut pieces = 0;
     let stopped = remote.read("v1/blobs/x/20000000", 0, &mut |_| {
         pieces += 1;
         anyhow::bail!("enough")
     });
-    assert_eq!((stopped.unwrap_err().to_string().as_str(), pieces), ("enough", 1));
+    assert_eq!(
+        (stopped.unwrap_err().to_string().as_str(), pieces),
+        ("enough", 1)
+    );
 
     // Of many that publish at once, one does.
     for round in 0..8 {
@@ -176,7 +189,12 @@ fn keeps_its_promises(url: &str, variables: &BTreeMap<String, String>) {
         });
         assert_eq!(winners.load(Ordering::SeqCst), 1, "round {round}");
     }
-    let keys: Vec<String> = remote.list("v1").unwrap().into_iter().map(|object| object.key).collect();
+    let keys: Vec<String> = remote
+        .list("v1")
+        .unwrap()
+        .into_iter()
+        .map(|object| object.key)
+        .collect();
     assert_eq!(keys.len(), 12);
     remote.delete(&keys).unwrap();
     remote.delete(&keys).unwrap();
@@ -208,11 +226,18 @@ fn machines_share_a_bucket() {
             .iter()
             .map(|project| scope.spawn(|| project.run(&["cache", "push", "--all"])))
             .collect();
-        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap())
+            .collect()
     });
     for ended in &pushed {
         assert_eq!(ended.code, Some(0), "{}", ended.stderr);
-        assert!(ended.stdout.contains("3 results are there"), "{}", ended.stdout);
+        assert!(
+            ended.stdout.contains("3 results are there"),
+            "{}",
+            ended.stdout
+        );
         assert_eq!(ended.stderr, "");
     }
     let list = pushers[0].succeeds(&["cache", "ls"]);
@@ -243,7 +268,11 @@ fn machines_share_a_bucket() {
     for project in pushers.iter().chain([&third, &wrong]) {
         for (name, bytes) in contents(&project.path("")) {
             let text = String::from_utf8_lossy(&bytes);
-            assert!(!text.contains(SECRET), "{} holds the secret", name.display());
+            assert!(
+                !text.contains(SECRET),
+                "{} holds the secret",
+                name.display()
+            );
         }
     }
     assert!(!ended.stdout.contains(SECRET) && !ended.stderr.contains(SECRET));

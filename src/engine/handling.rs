@@ -1,0 +1,177 @@
+//! How the runner treats a stage: what it takes of the machine, how often it is tried, how long a try may take. It stands
+//! beside the kind in a recipe and is never part of a fingerprint.
+
+use std::num::NonZeroUsize;
+
+use anyhow::bail;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::units::{Bytes, Span};
+
+/// The runner's own settings of one stage.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Handling {
+    /// What the stage takes of the machine while it runs.
+    #[serde(default)]
+    pub resources: Resources,
+    /// How often a failed stage is tried again, with a growing pause.
+    #[serde(default)]
+    pub retries: u32,
+    /// The longest one try may take; a stage that takes longer is stopped and counts as failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout: Option<Span>,
+}
+
+/// What a stage takes of the machine while it runs. Stages that run at a time never take more than there is.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Resources {
+    /// Threads the stage may compute with; without it the stage counts as one and may use all cores.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpus: Option<NonZeroUsize>,
+    /// Memory to keep free for the stage. It is reckoned with, not enforced.
+    #[serde(default)]
+    pub memory: Bytes,
+    /// Devices the stage has to itself.
+    #[serde(default)]
+    pub gpus: usize,
+}
+
+/// What the stages of a run may take together.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Machine {
+    /// Cores.
+    pub cpus: usize,
+    /// Memory in bytes; unlimited when unknown.
+    pub memory: Option<Bytes>,
+    /// The ids of devices.
+    pub gpus: Vec<usize>,
+}
+
+impl Resources {
+    fn cpus(&self) -> usize {
+        self.cpus.map_or(1, NonZeroUsize::get)
+    }
+}
+
+/// What is free while stages run.
+pub(super) struct Free {
+    cpus: usize,
+    memory: Option<u64>,
+    gpus: Vec<usize>,
+}
+
+impl Free {
+    pub(super) fn all(machine: &Machine) -> Self {
+        Self {
+            cpus: machine.cpus,
+            memory: machine.memory.map(|memory| memory.0),
+            gpus: machine.gpus.clone(),
+        }
+    }
+
+    /// Takes what a stage needs and gives the ids of its devices, the smallest free ones; `None` when it does not fit now.
+    pub(super) fn take(&mut self, wanted: &Resources) -> Option<Vec<usize>> {
+        let cpus = self.cpus.checked_sub(wanted.cpus())?;
+        let memory = match self.memory {
+            Some(free) => Some(free.checked_sub(wanted.memory.0)?),
+            None => None,
+        };
+        if self.gpus.len() < wanted.gpus {
+            return None;
+        }
+        self.cpus = cpus;
+        self.memory = memory;
+        Some(self.gpus.drain(..wanted.gpus).collect())
+    }
+
+    /// Gives back what a stage took.
+    pub(super) fn give(&mut self, wanted: &Resources, gpus: &[usize]) {
+        self.cpus += wanted.cpus();
+        self.memory = self.memory.map(|free| free + wanted.memory.0);
+        self.gpus.extend(gpus);
+        self.gpus.sort_unstable();
+    }
+}
+
+impl Machine {
+    /// An error when a stage wants more than there is: it could never start.
+    pub fn check(&self, stage: &str, wanted: &Resources) -> anyhow::Result<()> {
+        if Free::all(self).take(wanted).is_some() {
+            return Ok(());
+        }
+        let more = |what: &str, wanted: String, have: String, flag: &str| {
+            format!(
+                "`{stage}` wants {wanted} {what}, and this run has {have}; lower its `resources` or give more with `{flag}`"
+            )
+        };
+        if wanted.cpus() > self.cpus {
+            let (want, have) = (wanted.cpus().to_string(), self.cpus.to_string());
+            bail!(more("cpus", want, have, "--cpus"));
+        }
+        if wanted.gpus > self.gpus.len() {
+            let (want, have) = (wanted.gpus.to_string(), self.gpus.len().to_string());
+            bail!(more("gpus", want, have, "--gpus"));
+        }
+        let have = self.memory.unwrap_or_default().to_string();
+        bail!(more(
+            "of memory",
+            wanted.memory.to_string(),
+            have,
+            "--memory"
+        ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wants(cpus: usize, memory: u64, gpus: usize) -> Resources {
+        Resources {
+            cpus: NonZeroUsize::new(cpus),
+            memory: Bytes(memory),
+            gpus,
+        }
+    }
+
+    #[test]
+    fn what_is_taken_comes_back_and_never_runs_over() {
+        let machine = Machine {
+            cpus: 3,
+            memory: Some(Bytes(100)),
+            gpus: vec![0, 2, 5],
+        };
+        let mut free = Free::all(&machine);
+        let first = wants(1, 60, 2);
+        let ids = free.take(&first).unwrap();
+        assert_eq!(ids, [0, 2]);
+        assert_eq!(free.take(&wants(1, 41, 0)), None, "memory");
+        assert_eq!(free.take(&wants(1, 0, 2)), None, "gpus");
+        assert_eq!(free.take(&wants(3, 0, 0)), None, "cpus");
+        assert_eq!(free.take(&wants(2, 40, 1)), Some(vec![5]));
+        assert_eq!(free.take(&wants(0, 0, 0)), None, "a stage counts as one");
+        free.give(&first, &ids);
+        assert_eq!(free.take(&wants(1, 60, 1)), Some(vec![0]));
+    }
+
+    #[test]
+    fn what_could_never_start_is_told_with_the_flag_that_helps() {
+        let machine = Machine {
+            cpus: 2,
+            memory: Some(Bytes(8_000_000_000)),
+            gpus: Vec::new(),
+        };
+        let told = |wanted| machine.check("tuned", &wanted).unwrap_err().to_string();
+        assert!(told(wants(3, 0, 0)).contains("wants 3 cpus, and this run has 2"));
+        assert!(told(wants(1, 0, 1)).contains("wants 1 gpus, and this run has 0"));
+        let memory = told(wants(1, 9_000_000_000, 0));
+        assert!(
+            memory.contains("9.0 GB of memory") && memory.contains("--memory"),
+            "{memory}"
+        );
+        assert!(machine.check("tuned", &wants(2, 1, 0)).is_ok());
+    }
+}

@@ -1,0 +1,84 @@
+//! The fingerprints of a recipe's last results in one file, so that a run with nothing to do reads one file and not one a stage.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::canonical::Digest;
+use super::files::write_atomically;
+use super::manifest::Stat;
+use super::store::Store;
+
+/// The last results of a recipe's stages, as they were when this was opened.
+pub(crate) struct Lasts {
+    store: Store,
+    recipe: String,
+    /// What is in the memo, if it still holds.
+    memo: Option<Memo>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Memo {
+    /// The modification time of the folder with a file a stage: any new result changes it.
+    modified: i64,
+    stages: BTreeMap<String, Digest>,
+}
+
+impl Lasts {
+    /// Reads the memo; one that is behind is not used.
+    pub(crate) fn open(store: &Store, recipe: &str) -> Self {
+        let mut lasts = Self {
+            store: store.clone(),
+            recipe: recipe.to_owned(),
+            memo: None,
+        };
+        let read = || -> Option<Memo> {
+            let memo: Memo = serde_json::from_slice(&fs::read(lasts.path()).ok()?).ok()?;
+            (Some(memo.modified) == lasts.modified()).then_some(memo)
+        };
+        lasts.memo = read();
+        lasts
+    }
+
+    /// The fingerprint of a stage's last result.
+    pub(crate) fn get(&self, stage: &str) -> Option<Digest> {
+        match &self.memo {
+            Some(memo) => memo.stages.get(stage).cloned(),
+            None => self.store.last(&self.recipe, stage),
+        }
+    }
+
+    /// Writes a new memo for these stages if the one that was opened does not hold any more.
+    pub(super) fn save<'n>(&self, stages: impl Iterator<Item = &'n str>) -> anyhow::Result<()> {
+        // Taken before reading: what is set meanwhile makes the memo behind, never wrong.
+        let Some(modified) = self.modified() else {
+            return Ok(());
+        };
+        if self
+            .memo
+            .as_ref()
+            .is_some_and(|memo| memo.modified == modified)
+        {
+            return Ok(());
+        }
+        let last = |stage: &str| Some((stage.to_owned(), self.store.last(&self.recipe, stage)?));
+        let stages = stages.filter_map(last).collect();
+        write_atomically(
+            &self.path(),
+            &serde_json::to_vec(&Memo { modified, stages })?,
+        )
+    }
+
+    fn path(&self) -> PathBuf {
+        self.store
+            .state("last")
+            .join(format!("{}.json", self.recipe))
+    }
+
+    fn modified(&self) -> Option<i64> {
+        let folder = self.store.folder("last").join(&self.recipe);
+        Some(Stat::of(&fs::metadata(folder).ok()?).modified)
+    }
+}

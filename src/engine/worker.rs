@@ -1,0 +1,281 @@
+//! One stale stage on its own thread: lock, tries, commit; what a failure leaves is set aside.
+
+use std::any::Any;
+use std::io::ErrorKind;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, anyhow};
+
+use super::canonical::Digest;
+use super::fingerprint::Origin;
+use super::graph::Node;
+use super::plan::{Prepared, Situation};
+use super::reason::Reason;
+use super::record::{FORMAT, Record};
+use super::run::{seconds_now, send};
+use super::store::{Found, Miss};
+use super::{Context, Event};
+
+/// The pause before the first retry; each further one is twice as long, up to [`LONGEST_PAUSE`].
+const PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_mins(5);
+
+/// One stage on its own thread.
+pub(super) struct Worker<'a, 'b> {
+    pub(super) situation: &'a Situation<'b>,
+    pub(super) events: Sender<Event>,
+    pub(super) cancel: Arc<AtomicBool>,
+    pub(super) index: usize,
+    /// The ids of the devices it has to itself.
+    pub(super) gpus: Vec<usize>,
+}
+
+/// A result that is there.
+pub(super) struct Made {
+    pub(super) artifact: Digest,
+    /// Whether the stage ran: another runner may have made the result meanwhile.
+    pub(super) ran: bool,
+}
+
+struct Failed {
+    error: anyhow::Error,
+    /// Where its output and log are kept.
+    kept: Option<PathBuf>,
+}
+
+impl From<anyhow::Error> for Failed {
+    fn from(error: anyhow::Error) -> Self {
+        Self { error, kept: None }
+    }
+}
+
+impl Worker<'_, '_> {
+    /// Makes the result, or tells why not.
+    pub(super) fn work(&self, prepared: &Prepared, reasons: Vec<Reason>) -> Option<Made> {
+        match self.make(prepared, reasons) {
+            Ok(made) => Some(made),
+            Err(Failed { error, kept }) => {
+                let error = if self.cancel.load(Ordering::Relaxed) {
+                    "interrupted".into()
+                } else {
+                    format!("{error:#}")
+                };
+                self.send(Event::StageFailed {
+                    stage: self.node().name.clone(),
+                    error,
+                    kept: kept.map(|path| path.display().to_string()),
+                });
+                None
+            }
+        }
+    }
+
+    fn node(&self) -> &Node {
+        &self.situation.graph.nodes[self.index]
+    }
+
+    fn send(&self, event: Event) {
+        send(&self.events, event);
+    }
+
+    fn make(&self, prepared: &Prepared, reasons: Vec<Reason>) -> Result<Made, Failed> {
+        let Situation {
+            store,
+            recipe,
+            verify,
+            shared,
+            ..
+        } = self.situation;
+        let node = self.node();
+        let mut waited = false;
+        let miss = store.lock(&prepared.digest, &mut |holder| {
+            waited = true;
+            self.send(Event::StageWaiting {
+                stage: node.name.clone(),
+                holder: holder.to_owned(),
+            });
+        })?;
+        let there = || match store.find(&prepared.digest, *verify) {
+            Found::Hit(record, _) => Some((*record, false)),
+            _ => shared
+                .restore(
+                    store,
+                    &prepared.digest,
+                    (&node.name, &self.events),
+                    &self.cancel,
+                )
+                .map(|record| (record, true)),
+        };
+        if (waited || !self.situation.forced[self.index])
+            && let Some((record, remote)) = there()
+        {
+            store.set_last(recipe, &node.name, &prepared.digest)?;
+            self.send(Event::StageFresh {
+                stage: node.name.clone(),
+                artifact: record.artifact.clone(),
+                restored: false,
+                remote,
+                saved: record.seconds,
+            });
+            return Ok(Made {
+                artifact: record.artifact,
+                ran: false,
+            });
+        }
+        self.send(Event::StageStarted {
+            stage: node.name.clone(),
+            kind: node.stage.kind().to_owned(),
+            reasons,
+        });
+        let started = seconds_now();
+        let clock = Instant::now();
+        let context = self.try_it(prepared, &miss)?;
+        let seconds = clock.elapsed().as_secs_f64();
+        let previous = store
+            .last(recipe, &node.name)
+            .and_then(|last| store.record(&last))
+            .map(|record| record.artifact);
+        let record = Record {
+            format: FORMAT,
+            stage: node.name.clone(),
+            fingerprint: prepared.fingerprint.clone(),
+            origins: prepared.origins.clone(),
+            output: node.stage.output().to_owned(),
+            artifact: String::new(),
+            notes: context
+                .notes
+                .into_inner()
+                .unwrap_or_else(PoisonError::into_inner),
+            params: node.stage.params().map_err(anyhow::Error::from)?,
+            started,
+            seconds,
+            pipeline: env!("CARGO_PKG_VERSION").to_owned(),
+        };
+        let (record, _) = miss.commit(record)?;
+        shared.made(store, &prepared.digest);
+        self.keep_texts(&record);
+        store.set_last(recipe, &node.name, &prepared.digest)?;
+        self.send(Event::StageDone {
+            stage: node.name.clone(),
+            artifact: record.artifact.clone(),
+            same_bytes: previous.as_ref() == Some(&record.artifact),
+            seconds,
+        });
+        Ok(Made {
+            artifact: record.artifact,
+            ran: true,
+        })
+    }
+
+    /// Runs the stage until it succeeds or has failed as often as it may.
+    fn try_it(&self, prepared: &Prepared, miss: &Miss<'_>) -> Result<Context, Failed> {
+        let node = self.node();
+        let mut pause = PAUSE;
+        let mut left = node.handling.retries;
+        loop {
+            let context = self.context(prepared, miss)?;
+            let result = catch_unwind(AssertUnwindSafe(|| run_stage(node, &context)))
+                .unwrap_or_else(|panic| Err(panicked(&*panic)));
+            let Err(error) = result.and_then(|()| context.check_cancelled()) else {
+                return Ok(context);
+            };
+            if self.cancel.load(Ordering::Relaxed) {
+                miss.discard()?;
+                return Err(error.into());
+            }
+            if left == 0 {
+                let kept = set_aside(miss, &context, &error);
+                return Err(Failed { error, kept });
+            }
+            left -= 1;
+            miss.discard()?;
+            self.send(Event::StageRetried {
+                stage: node.name.clone(),
+                error: format!("{error:#}"),
+                pause: pause.as_secs_f64(),
+                left,
+            });
+            let until = Instant::now() + pause;
+            while Instant::now() < until && !self.cancel.load(Ordering::Relaxed) {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    fn context(&self, prepared: &Prepared, miss: &Miss<'_>) -> anyhow::Result<Context> {
+        let node = self.node();
+        let timeout = node.handling.timeout;
+        Ok(Context {
+            stage: node.name.clone(),
+            inputs: self.situation.input_folders(prepared),
+            sources: node.sources.clone(),
+            outside: prepared.fingerprint.outside.clone(),
+            out: miss.partial()?,
+            scratch: self.situation.store.scratch(&prepared.digest),
+            world: Arc::clone(&self.situation.world),
+            events: self.events.clone(),
+            cancel: Arc::clone(&self.cancel),
+            deadline: timeout.and_then(|span| Some((Instant::now().checked_add(span.0)?, span))),
+            gpus: self.gpus.clone(),
+            notes: Mutex::default(),
+            told: Mutex::default(),
+        })
+    }
+
+    /// Keeps small text files that the stage read, only for telling a later change by its lines.
+    fn keep_texts(&self, record: &Record) {
+        for (parameter, origin) in &record.origins {
+            let leaf = record.fingerprint.leaves().get(parameter).cloned();
+            let content = leaf.as_ref().and_then(super::fingerprint::content);
+            if let (Origin::File(written), Some(content)) = (origin, content)
+                && let Some(file) = self.node().sources.get(written)
+            {
+                let _ = self.situation.store.keep_text(file, content);
+            }
+        }
+    }
+}
+
+/// Runs a stage with as many threads as it declares.
+fn run_stage(node: &Node, context: &Context) -> anyhow::Result<()> {
+    let Some(cpus) = node.handling.resources.cpus else {
+        return node.stage.run(context);
+    };
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(cpus.get());
+    let pool = pool.build().context("could not start threads")?;
+    pool.install(|| node.stage.run(context))
+}
+
+/// Keeps what a failed stage wrote and told. Where that is not possible nothing is kept; on a full disk only the log is.
+fn set_aside(miss: &Miss<'_>, context: &Context, error: &anyhow::Error) -> Option<PathBuf> {
+    let full = error.chain().any(|cause| {
+        let cause = cause.downcast_ref::<std::io::Error>();
+        cause.is_some_and(|cause| cause.kind() == ErrorKind::StorageFull)
+    });
+    if full {
+        // Best done first: it makes room.
+        let _ = miss.discard();
+    }
+    let kept = miss.set_aside(&context.log(error));
+    if kept.is_err() {
+        let _ = miss.discard();
+    }
+    kept.ok()
+}
+
+fn panicked(panic: &(dyn Any + Send)) -> anyhow::Error {
+    let text = panic
+        .downcast_ref::<String>()
+        .map(String::as_str)
+        .or_else(|| panic.downcast_ref::<&str>().copied());
+    anyhow!(
+        "the stage panicked, which is a bug in pipeline: {}",
+        text.unwrap_or("no message")
+    )
+}
