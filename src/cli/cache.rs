@@ -1,7 +1,7 @@
 //! `cache`: looks after the remote that machines share.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
@@ -143,9 +143,9 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
     }
 }
 
-fn project(recipe: &PathBuf, store: &StoreArgs, which: &Which) -> Result<Project, Failure> {
+fn project(recipe: &Path, store: &StoreArgs, which: &Which) -> Result<Project, Failure> {
     let recipe = RecipeArgs {
-        recipe: recipe.clone(),
+        recipe: recipe.to_owned(),
         set: Vec::new(),
     };
     let mut project = Project::open(&recipe, store)?;

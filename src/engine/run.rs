@@ -301,39 +301,19 @@ impl<'a> Runner<'a, '_> {
             }
         };
         self.fingerprints[index] = Some(prepared.digest.clone());
-        match self.situation.judge(index, &prepared, &self.lasts) {
-            Verdict::Stale(reasons) => Lookup::Stale(Box::new(prepared), reasons),
-            Verdict::Away {
-                record, restored, ..
-            } if self.situation.shared.is_left_out(&prepared.digest) => {
-                let Situation { store, recipe, .. } = self.situation;
-                // Both only spare work next time, as below.
-                let _ = store.leave(&prepared.digest, &record);
-                let _ = store.set_last(recipe, name, &prepared.digest);
-                self.summary.fresh += 1;
-                self.summary.saved += record.seconds;
-                let artifact = record.artifact;
-                send(
-                    self.events,
-                    Event::StageFresh {
-                        stage: name.clone(),
-                        artifact: artifact.clone(),
-                        restored,
-                        remote: true,
-                        saved: record.seconds,
-                    },
-                );
-                Lookup::Fresh(artifact)
-            }
-            // Its files may be needed: a worker fetches them, or runs the stage.
-            Verdict::Away { reasons, .. } => Lookup::Stale(Box::new(prepared), reasons),
+        let Situation {
+            store,
+            recipe,
+            shared,
+            ..
+        } = self.situation;
+        let (record, restored, remote) = match self.situation.judge(index, &prepared, &self.lasts) {
             Verdict::Fresh {
                 record,
                 restored,
                 last,
                 touched,
             } => {
-                let Situation { store, recipe, .. } = self.situation;
                 // Both only spare work next time: a store that can't be written still serves.
                 if let Some(manifest) = touched {
                     let _ = store.write_manifest(&record.artifact, &manifest);
@@ -341,22 +321,35 @@ impl<'a> Runner<'a, '_> {
                 if !last {
                     let _ = store.set_last(recipe, name, &prepared.digest);
                 }
-                self.summary.fresh += 1;
-                self.summary.saved += record.seconds;
-                let artifact = record.artifact;
-                send(
-                    self.events,
-                    Event::StageFresh {
-                        stage: name.clone(),
-                        artifact: artifact.clone(),
-                        restored,
-                        remote: false,
-                        saved: record.seconds,
-                    },
-                );
-                Lookup::Fresh(artifact)
+                (record, restored, false)
             }
-        }
+            Verdict::Away {
+                record, restored, ..
+            } if shared.is_left_out(&prepared.digest) => {
+                // So do these.
+                let _ = store.leave(&prepared.digest, &record);
+                let _ = store.set_last(recipe, name, &prepared.digest);
+                (record, restored, true)
+            }
+            // The files of what is away may be needed: a worker fetches them, or runs the stage.
+            Verdict::Stale(reasons) | Verdict::Away { reasons, .. } => {
+                return Lookup::Stale(Box::new(prepared), reasons);
+            }
+        };
+        self.summary.fresh += 1;
+        self.summary.saved += record.seconds;
+        let artifact = record.artifact;
+        send(
+            self.events,
+            Event::StageFresh {
+                stage: name.clone(),
+                artifact: artifact.clone(),
+                restored,
+                remote,
+                saved: record.seconds,
+            },
+        );
+        Lookup::Fresh(artifact)
     }
 
     /// Starts stale stages while there is a free place and what they take is free. Exclusive ones go one at a time.

@@ -132,7 +132,7 @@ impl Address {
                 )))
                 .with_allow_http(plain)
                 .with_connect_timeout(Duration::from_secs(5))
-                .with_read_timeout(Duration::from_secs(60))
+                .with_read_timeout(Duration::from_mins(1))
                 .with_pool_idle_timeout(Duration::from_secs(20))
                 // A large file takes as long as it takes; a stalled one ends by the read timeout.
                 .with_timeout_disabled()

@@ -1,6 +1,6 @@
-//! A shared cache in a folder, S3, Google Cloud Storage, Azure or behind plain HTTP, by object_store.
+//! A shared cache in a folder, S3, Google Cloud Storage, Azure or behind plain HTTP, by `object_store`.
 //!
-//! It knows named objects and nothing of what is in them. object_store is asynchronous; here it lives on one thread of its own, and
+//! It knows named objects and nothing of what is in them. `object_store` is asynchronous; here it lives on one thread of its own, and
 //! callers wait. What travels is handed over in pieces, so that memory stays bounded however large the files are.
 
 mod address;
@@ -29,9 +29,9 @@ pub use address::Address;
 /// The longest that a request without much of a body may take, all tries together.
 const SHORT: Duration = Duration::from_secs(40);
 /// The longest that a listing or a removal may take.
-const LONG: Duration = Duration::from_secs(600);
+const LONG: Duration = Duration::from_mins(10);
 
-/// A remote by object_store.
+/// A remote by `object_store`.
 pub struct ObjectRemote {
     client: Client,
     stop: Option<oneshot::Sender<()>>,
@@ -111,8 +111,7 @@ impl Drop for ObjectRemote {
 impl Client {
     /// The place of a key in the store.
     fn path(&self, key: &str) -> Path {
-        key.split('/')
-            .fold(self.folder.clone(), |path, part| path.join(part))
+        key.split('/').fold(self.folder.clone(), Path::join)
     }
 
     /// An error as it may be shown.

@@ -25,7 +25,7 @@ pub(super) const PIECES: usize = 12;
 /// Parts of one file on the wire.
 const IN_FLIGHT: usize = 3;
 /// The longest that one part may take, all tries together.
-const LIMIT: Duration = Duration::from_secs(300);
+const LIMIT: Duration = Duration::from_mins(5);
 
 /// What comes from the thread of the remote.
 enum Piece {

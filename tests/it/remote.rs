@@ -20,7 +20,7 @@ stages:
 outputs:
   chats: out/chats
 ";
-const TEMPLATE: &str = "{%- for message in messages %}{{ message.content }}{% endfor %}";
+const TEMPLATE: &str = "{%- for message in messages %}[{{ message.content }}]{% endfor %}";
 
 fn rows(count: usize) -> String {
     let row = |n| format!("{{\"prompt\": \"p{n}\", \"chosen\": \"c\", \"rejected\": \"r\"}}\n");

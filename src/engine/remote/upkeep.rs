@@ -18,7 +18,7 @@ use super::pull::in_parallel;
 use super::{Object, Remote, Shared};
 
 /// Files without a record are spared for so long: somebody may be sending them this moment.
-const GRACE: Duration = Duration::from_secs(24 * 3600);
+const GRACE: Duration = Duration::from_hours(24);
 
 /// A result in a remote.
 #[derive(Debug, Clone, Serialize)]
@@ -237,13 +237,11 @@ fn examine(remote: &dyn Remote, digest: &str) -> anyhow::Result<Option<String>> 
 }
 
 fn records(remote: &dyn Remote, objects: &[Object]) -> anyhow::Result<Records> {
-    read_all(remote, objects, |digest, bytes| parse_record(digest, bytes))
+    read_all(remote, objects, parse_record)
 }
 
 fn manifests(remote: &dyn Remote, objects: &[Object]) -> anyhow::Result<Manifests> {
-    read_all(remote, objects, |digest, bytes| {
-        parse_manifest(digest, bytes)
-    })
+    read_all(remote, objects, parse_manifest)
 }
 
 fn read_all<T: Send>(
