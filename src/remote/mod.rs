@@ -27,7 +27,7 @@ use crate::engine::remote::{Object, Remote};
 pub use address::Address;
 
 /// The longest that a request without much of a body may take, all tries together.
-const SHORT: Duration = Duration::from_secs(40);
+const SHORT: Duration = Duration::from_secs(30);
 /// The longest that a listing or a removal may take.
 const LONG: Duration = Duration::from_mins(10);
 

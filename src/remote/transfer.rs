@@ -27,6 +27,9 @@ const IN_FLIGHT: usize = 3;
 /// The longest that one part may take, all tries together.
 const LIMIT: Duration = Duration::from_mins(5);
 
+/// The longest pause in the middle of a file.
+const STALL: Duration = Duration::from_mins(1);
+
 /// What comes from the thread of the remote.
 enum Piece {
     Bytes(Bytes),
@@ -89,7 +92,7 @@ async fn fetch(store: Arc<dyn ObjectStore>, path: Path, from: u64, pieces: mpsc:
         Ok(Ok(found)) => match found.payload {
             GetResultPayload::File(file, _) => Piece::File(file, found.range.start),
             GetResultPayload::Stream(mut stream) => loop {
-                match tokio::time::timeout(LIMIT, stream.next()).await {
+                match tokio::time::timeout(STALL, stream.next()).await {
                     Ok(Some(Ok(bytes))) => {
                         if pieces.send(Piece::Bytes(bytes)).await.is_err() {
                             return;
@@ -97,7 +100,7 @@ async fn fetch(store: Arc<dyn ObjectStore>, path: Path, from: u64, pieces: mpsc:
                     }
                     Ok(Some(Err(error))) => break Piece::Failed(error.to_string()),
                     Ok(None) => break Piece::End,
-                    Err(_) => break Piece::Failed(format!("nothing for {} s", LIMIT.as_secs())),
+                    Err(_) => break Piece::Failed(format!("nothing for {} s", STALL.as_secs())),
                 }
             },
         },

@@ -51,7 +51,9 @@ impl Shared {
     ) -> Option<Record> {
         let record = self.offer(store, fingerprint, store.record(fingerprint).as_ref())?;
         if let Err(trouble) = self.pull(store, &record, (stage, events), cancel) {
-            self.tell(stage, &record.artifact, trouble);
+            if !cancel.load(Ordering::Relaxed) {
+                self.tell(stage, &record.artifact, trouble);
+            }
             self.distrust(fingerprint);
             return None;
         }

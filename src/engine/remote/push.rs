@@ -131,8 +131,14 @@ impl Departure<'_> {
             .map(|(name, entry)| (&entry.blake3, (name, entry.stat.size)))
             .collect();
         let blobs: Vec<_> = blobs.into_iter().collect();
+        // Where one file is damaged, others may be that nobody has looked at.
+        let suspect = self.is_bad(content);
         let trouble = in_parallel(&blobs, |(blake3, (name, size))| {
-            self.blob(blake3, &self.folder.join(name), *size)
+            let key = blob_key(blake3);
+            if !suspect && self.remote.size(&key)? == Some(*size) {
+                return Ok(());
+            }
+            self.blob(&key, blake3, &self.folder.join(name), *size)
         });
         if let Some(error) = trouble {
             return Err(error);
@@ -142,11 +148,7 @@ impl Departure<'_> {
             .write(&key, bytes.len() as u64, &mut bytes.as_slice())
     }
 
-    fn blob(&self, blake3: &str, path: &Path, size: u64) -> anyhow::Result<()> {
-        let key = blob_key(blake3);
-        if !self.is_bad(blake3) && self.remote.size(&key)? == Some(size) {
-            return Ok(());
-        }
+    fn blob(&self, key: &str, blake3: &str, path: &Path, size: u64) -> anyhow::Result<()> {
         let file =
             File::open(path).with_context(|| format!("could not read `{}`", path.display()))?;
         let mut source = Checked {
@@ -155,7 +157,7 @@ impl Departure<'_> {
             blake3,
             cancel: self.cancel,
         };
-        self.remote.write(&key, size, &mut source)?;
+        self.remote.write(key, size, &mut source)?;
         self.files.fetch_add(1, Ordering::Relaxed);
         self.bytes.fetch_add(size, Ordering::Relaxed);
         Ok(())

@@ -342,7 +342,7 @@ fn what_is_damaged_is_told_and_counts_as_absent() {
     let flip = |bytes: &mut Vec<u8>| bytes[5] ^= 1;
     let cut = |bytes: &mut Vec<u8>| bytes.truncate(9);
     let grow = |bytes: &mut Vec<u8>| bytes.extend([b'x'; 4096]);
-    let changes: [&dyn Fn(&mut Vec<u8>); 3] = [&flip, &cut, &grow];
+    let changes: [fn(&mut Vec<u8>); 3] = [flip, cut, grow];
     for key in [&blob, &manifest, &record] {
         for change in changes {
             remote.change(key, change);
@@ -518,7 +518,7 @@ fn old_results_and_loose_files_go() {
     here.push(&old);
     here.push(&new);
     let keep = BTreeSet::from([new.clone()]);
-    let day = Duration::from_secs(24 * 3600);
+    let day = Duration::from_hours(24);
     let would = here.shared.collect(&keep, day, false).unwrap();
     let mut what: Vec<_> = would.iter().map(|waste| waste.what).collect();
     what.sort_unstable();

@@ -58,7 +58,11 @@ fn damaged_files_are_made_again_and_healed() {
         contents(&second.path("out/chats"))
     );
     for (blob, whole) in blobs.iter().zip(&whole) {
-        assert_eq!(&fs::read(blob).unwrap(), whole, "what was sent healed it");
+        assert!(
+            &fs::read(blob).unwrap() == whole,
+            "what was sent did not heal {}",
+            blob.display()
+        );
     }
     second.succeeds(&["cache", "verify"]);
     assert_eq!(member(&url).ran(&["here/r.yaml"]), NOTHING);
