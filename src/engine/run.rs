@@ -272,7 +272,7 @@ impl<'a> Runner<'a, '_> {
         sources: &mut Sources,
     ) -> Lookup {
         let name = &self.situation.graph.nodes[index].name;
-        let prepared = match self.situation.prepare(index, contents, sources) {
+        let mut prepared = match self.situation.prepare(index, contents, sources) {
             Ok(prepared) => prepared,
             Err(error) => {
                 send(
@@ -289,7 +289,11 @@ impl<'a> Runner<'a, '_> {
         };
         self.fingerprints[index] = Some(prepared.digest.clone());
         match self.situation.judge(index, &prepared, &self.lasts) {
-            Verdict::Stale(reasons) => Lookup::Stale(Box::new(prepared), reasons),
+            Verdict::Stale(reasons) => {
+                let files = self.situation.graph.nodes[index].sources.values();
+                prepared.known = files.flat_map(|path| sources.known(path)).collect();
+                Lookup::Stale(Box::new(prepared), reasons)
+            }
             Verdict::Fresh {
                 record,
                 restored,

@@ -13,6 +13,7 @@
 //!
 //! A stage's result comes in by one rename, and only through a [`Miss`], which holds the stage's lock.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, Permissions, TryLockError};
 use std::io::{Read as _, Seek as _, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
@@ -22,7 +23,7 @@ use anyhow::Context as _;
 
 use super::canonical::Digest;
 use super::files::{remove, sync_folder, write_atomically};
-use super::manifest::{Check, Manifest, walk};
+use super::manifest::{Check, Entry, Manifest, walk};
 use super::record::{FORMAT, Record};
 
 /// The folder of one format of the store.
@@ -247,15 +248,19 @@ impl Miss<'_> {
         Ok(place)
     }
 
-    /// Takes the partial folder into the store and writes the record, whose `artifact` is filled in. Returns whether the
-    /// contents were new.
-    pub fn commit(self, mut record: Record) -> anyhow::Result<(Record, bool)> {
+    /// Takes the partial folder into the store and writes the record, whose `artifact` is filled in. Files with
+    /// `known` digests are not read. Returns whether the contents were new.
+    pub fn commit(
+        self,
+        mut record: Record,
+        known: &BTreeMap<String, Entry>,
+    ) -> anyhow::Result<(Record, bool)> {
         let store = self.store;
         let partial = store.root.join("partial").join(&self.fingerprint);
         for (_, path) in walk(&partial)? {
             seal(&path).with_context(|| format!("could not seal `{}`", path.display()))?;
         }
-        let manifest = Manifest::read(&partial)?;
+        let manifest = Manifest::read_with(&partial, known)?;
         let content = manifest.digest();
         let target = store.artifact(&content);
         // Two stages may make the same bytes at the same time.
