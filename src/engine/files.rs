@@ -1,23 +1,46 @@
 //! Small operations on files that either happen whole or not at all.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
 use anyhow::Context as _;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 /// Writes a file through a temporary neighbour: afterwards it has the old contents or the new ones, also after a power cut.
 pub fn write_atomically(path: &Path, contents: &[u8]) -> anyhow::Result<()> {
     let folder = path.parent().unwrap_or_else(|| Path::new("."));
     let write = || -> std::io::Result<()> {
         fs::create_dir_all(folder)?;
-        let mut file = tempfile::NamedTempFile::new_in(folder)?;
+        // As any new file, not for us alone: a store may be shared.
+        let mut file = tempfile::Builder::new()
+            .permissions(Permissions::from_mode(0o666))
+            .tempfile_in(folder)?;
         file.write_all(contents)?;
         file.as_file().sync_all()?;
         file.persist(path).map_err(|error| error.error)?;
         sync_folder(folder)
     };
     write().with_context(|| format!("could not write `{}`", path.display()))
+}
+
+/// Writes a memo of ours with its own digest, so that damage is noticed.
+pub(super) fn write_sealed(path: &Path, memo: &impl Serialize) -> anyhow::Result<()> {
+    let memo = serde_json::to_vec(memo)?;
+    let mut sealed = blake3::hash(&memo).to_hex().as_bytes().to_vec();
+    sealed.push(b'\n');
+    sealed.extend(memo);
+    write_atomically(path, &sealed)
+}
+
+/// Reads what [`write_sealed`] wrote; a damaged memo is none.
+pub(super) fn read_sealed<T: DeserializeOwned>(path: &Path) -> Option<T> {
+    let sealed = fs::read(path).ok()?;
+    let (seal, memo) = sealed.split_at_checked(65)?;
+    let whole = seal.strip_suffix(b"\n")? == blake3::hash(memo).to_hex().as_bytes();
+    serde_json::from_slice(memo).ok().filter(|_| whole)
 }
 
 /// Makes the entries of a folder durable.
@@ -38,7 +61,7 @@ pub(crate) fn remove(path: &Path) -> anyhow::Result<()> {
 
 /// Gives `to` the contents of `from` without copying bytes where the file system can link, else by copying.
 pub(crate) fn link_or_copy(from: &Path, to: &Path) -> anyhow::Result<()> {
-    if fs::hard_link(from, to).is_ok() {
+    if reflink_copy::reflink(from, to).is_ok() || fs::hard_link(from, to).is_ok() {
         return Ok(());
     }
     fs::copy(from, to)

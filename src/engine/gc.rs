@@ -37,14 +37,19 @@ pub struct Garbage {
 }
 
 /// The right to use a store's results: many runs share it, a collection has it alone.
-pub(crate) struct InUse(#[expect(dead_code, reason = "dropping the file frees the lock")] File);
+pub(crate) struct InUse(
+    #[expect(dead_code, reason = "dropping the file frees the lock")] Option<File>,
+);
 
 impl Store {
-    /// Taken by a run, so that nothing is collected under it.
+    /// Taken by a run, so that nothing is collected under it. A store that can't be written can't be locked, and still serves
+    /// what it has.
     pub(crate) fn use_results(&self) -> anyhow::Result<InUse> {
-        let file = self.use_lock()?;
+        let Ok(file) = self.use_lock() else {
+            return Ok(InUse(None));
+        };
         file.lock_shared().context("could not lock the store")?;
-        Ok(InUse(file))
+        Ok(InUse(Some(file)))
     }
 
     fn use_lock(&self) -> anyhow::Result<File> {

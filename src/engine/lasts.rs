@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::canonical::Digest;
-use super::files::write_atomically;
+use super::files::{read_sealed, write_sealed};
 use super::manifest::Stat;
 use super::store::Store;
 
@@ -34,11 +34,9 @@ impl Lasts {
             recipe: recipe.to_owned(),
             memo: None,
         };
-        let read = || -> Option<Memo> {
-            let memo: Memo = serde_json::from_slice(&fs::read(lasts.path()).ok()?).ok()?;
-            (Some(memo.modified) == lasts.modified()).then_some(memo)
-        };
-        lasts.memo = read();
+        let modified = lasts.modified();
+        lasts.memo =
+            read_sealed(&lasts.path()).filter(|memo: &Memo| Some(memo.modified) == modified);
         lasts
     }
 
@@ -65,10 +63,7 @@ impl Lasts {
         }
         let last = |stage: &str| Some((stage.to_owned(), self.store.last(&self.recipe, stage)?));
         let stages = stages.filter_map(last).collect();
-        write_atomically(
-            &self.path(),
-            &serde_json::to_vec(&Memo { modified, stages })?,
-        )
+        write_sealed(&self.path(), &Memo { modified, stages })
     }
 
     fn path(&self) -> PathBuf {

@@ -77,20 +77,32 @@ pub enum Check {
 impl Manifest {
     /// Reads every file below `folder`. Links are refused: an artifact stands alone.
     pub fn read(folder: &Path) -> anyhow::Result<Self> {
+        Self::read_with(folder, &BTreeMap::new())
+    }
+
+    /// [`Manifest::read`], but for files whose digest is known under the stat they have.
+    pub(super) fn read_with(
+        folder: &Path,
+        known: &BTreeMap<String, Entry>,
+    ) -> anyhow::Result<Self> {
         let mut files = BTreeMap::new();
         let found = walk(folder)?;
         let folders = folders(folder, found.iter().map(|(name, _)| name.as_str()));
         for (name, path) in found {
             let metadata = fs::symlink_metadata(&path).with_context(|| cannot_read(&path))?;
-            files.insert(
-                name,
-                Entry {
-                    blake3: digest_file(&path)?,
-                    stat: Stat::of(&metadata),
-                },
-            );
+            let stat = Stat::of(&metadata);
+            let blake3 = match known.get(&name) {
+                Some(known) if known.stat == stat => known.blake3.clone(),
+                _ => digest_file(&path)?,
+            };
+            files.insert(name, Entry { blake3, stat });
         }
         Ok(Self { files, folders })
+    }
+
+    /// Remembers the folders of a copy in `folder`.
+    pub(super) fn remember_folders(&mut self, folder: &Path) {
+        self.folders = folders(folder, self.files.keys().map(String::as_str));
     }
 
     /// The name of the contents: paths, sizes and digests, no stats.
@@ -151,7 +163,7 @@ impl Manifest {
             bail!("`{extra}` does not belong there");
         }
         let mut touched = self.clone();
-        touched.folders = folders(folder, self.files.keys().map(String::as_str));
+        touched.remember_folders(folder);
         let mut changed = touched.folders != self.folders;
         for (name, entry) in &mut touched.files {
             let Some(path) = found.get(name) else {

@@ -122,6 +122,7 @@ fn fill(store: &Store, artifact: &str, folder: &Path) -> anyhow::Result<Manifest
             .with_context(|| format!("could not read `{}`", to.display()))?;
         entry.stat = super::manifest::Stat::of(&metadata);
     }
+    placed.remember_folders(folder);
     Ok(placed)
 }
 

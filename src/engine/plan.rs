@@ -13,7 +13,7 @@ use super::fingerprint::{Fingerprint, Origin};
 use super::graph::{Graph, Node};
 use super::lasts::Lasts;
 use super::lock::Pins;
-use super::manifest::Manifest;
+use super::manifest::{Entry, Manifest};
 use super::reason::{Reason, differences};
 use super::record::Record;
 use super::remote::Shared;
@@ -80,6 +80,8 @@ pub(crate) struct Prepared {
     pub(crate) digest: Digest,
     pub(crate) origins: BTreeMap<String, Origin>,
     pub(crate) inputs: BTreeMap<String, Digest>,
+    /// Digests of local files that need not be taken again when the files are copied.
+    pub(crate) known: BTreeMap<PathBuf, Entry>,
 }
 
 /// A prepared stage, looked up.
@@ -141,6 +143,7 @@ impl Situation<'_> {
             digest,
             origins,
             inputs,
+            known: BTreeMap::new(),
         })
     }
 

@@ -285,7 +285,7 @@ impl<'a> Runner<'a, '_> {
         sources: &mut Sources,
     ) -> Lookup {
         let name = &self.situation.graph.nodes[index].name;
-        let prepared = match self.situation.prepare(index, contents, sources) {
+        let mut prepared = match self.situation.prepare(index, contents, sources) {
             Ok(prepared) => prepared,
             Err(error) => {
                 send(
@@ -333,6 +333,8 @@ impl<'a> Runner<'a, '_> {
             }
             // The files of what is away may be needed: a worker fetches them, or runs the stage.
             Verdict::Stale(reasons) | Verdict::Away { reasons, .. } => {
+                let files = self.situation.graph.nodes[index].sources.values();
+                prepared.known = files.flat_map(|path| sources.known(path)).collect();
                 return Lookup::Stale(Box::new(prepared), reasons);
             }
         };

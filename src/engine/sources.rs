@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::canonical::{Digest, digest_json};
-use super::files::write_atomically;
+use super::files::{read_sealed, write_sealed};
 use super::manifest::{Entry, Stat, digest_file};
 use super::store::Store;
 
@@ -33,10 +33,7 @@ impl Sources {
     /// The memo of a store; an unreadable one is empty.
     pub(crate) fn open(store: &Store) -> Self {
         let path = store.state("sources.json");
-        let memo = fs::read(&path)
-            .ok()
-            .and_then(|bytes| serde_json::from_slice(&bytes).ok())
-            .unwrap_or_default();
+        let memo = read_sealed(&path).unwrap_or_default();
         Self {
             path,
             memo,
@@ -91,10 +88,21 @@ impl Sources {
         Ok(digest_json(&json!(files)))
     }
 
+    /// What is remembered of a file, or of the files in a folder: digests with the stats under which they hold.
+    pub(crate) fn known(&self, path: &Path) -> BTreeMap<PathBuf, Entry> {
+        let start = path.to_string_lossy().into_owned();
+        let below = self.memo.files.range(start..);
+        below
+            .map(|(name, entry)| (PathBuf::from(name), entry))
+            .take_while(|(name, _)| name.starts_with(path))
+            .map(|(name, entry)| (name, entry.clone()))
+            .collect()
+    }
+
     /// Writes the memo back, if there is anything new in it.
     pub(crate) fn save(&mut self) -> anyhow::Result<()> {
         if std::mem::take(&mut self.changed) {
-            write_atomically(&self.path, &serde_json::to_vec(&self.memo)?)?;
+            write_sealed(&self.path, &self.memo)?;
         }
         Ok(())
     }

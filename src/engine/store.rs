@@ -16,6 +16,7 @@
 //!
 //! A stage's result comes in by one rename, and only through a [`Miss`], which holds the stage's lock.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, Permissions, TryLockError};
 use std::io::{Read as _, Seek as _, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
@@ -25,7 +26,7 @@ use anyhow::Context as _;
 
 use super::canonical::Digest;
 use super::files::{remove, sync_folder, write_atomically};
-use super::manifest::{Check, Manifest, walk};
+use super::manifest::{Check, Entry, Manifest, walk};
 use super::record::{FORMAT, Record};
 
 /// The folder of one format of the store.
@@ -157,11 +158,11 @@ impl Store {
             }
         }
         let holder = format!("process {}{}", std::process::id(), host());
-        let written = file
+        // Only for others' messages; another user's lock file can be taken, but not written.
+        let _ = file
             .set_len(0)
             .and_then(|()| file.rewind())
             .and_then(|()| file.write_all(holder.as_bytes()));
-        written.with_context(|| format!("could not write `{}`", path.display()))?;
         Ok(Miss {
             store: self,
             fingerprint: fingerprint.to_owned(),
@@ -205,7 +206,8 @@ impl Store {
         content_lock
             .lock()
             .with_context(|| format!("could not lock `{}`", target.display()))?;
-        let new = !self.is_sound(&content);
+        // Read whole: the stage may have run because somebody asked to verify, and found what no time tells.
+        let new = !matches!(self.check(&content, true), Check::Sound | Check::Touched(_));
         if new {
             remove(&target)?;
             self.write_manifest(&content, manifest)?;
@@ -289,15 +291,19 @@ impl Miss<'_> {
         Ok(place)
     }
 
-    /// Takes the partial folder into the store and writes the record, whose `artifact` is filled in. Returns whether the
-    /// contents were new.
-    pub fn commit(self, mut record: Record) -> anyhow::Result<(Record, bool)> {
+    /// Takes the partial folder into the store and writes the record, whose `artifact` is filled in. Files with
+    /// `known` digests are not read. Returns whether the contents were new.
+    pub fn commit(
+        self,
+        mut record: Record,
+        known: &BTreeMap<String, Entry>,
+    ) -> anyhow::Result<(Record, bool)> {
         let store = self.store;
         let partial = store.root.join("partial").join(&self.fingerprint);
         for (_, path) in walk(&partial)? {
             seal(&path).with_context(|| format!("could not seal `{}`", path.display()))?;
         }
-        let manifest = Manifest::read(&partial)?;
+        let manifest = Manifest::read_with(&partial, known)?;
         let (content, new) = store.admit(&partial, &manifest)?;
         record.artifact = content;
         store.write_record(&self.fingerprint, &record)?;
@@ -324,7 +330,10 @@ pub(super) fn open_lock(path: &Path) -> anyhow::Result<File> {
             .truncate(false)
             .open(path)
     };
-    open().with_context(|| format!("could not open the lock `{}`", path.display()))
+    // A file that may only be read can be locked all the same: it belongs to another user of the store.
+    open()
+        .or_else(|error| File::open(path).map_err(|_| error))
+        .with_context(|| format!("could not open the lock `{}`", path.display()))
 }
 
 /// ` on <host>`, where the system tells its name: two machines may share a store.

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::remote::Shared;
 use super::*;
 
+mod damage;
 mod failures;
 
 struct Text;

@@ -156,7 +156,8 @@ impl Worker<'_, '_> {
             seconds,
             pipeline: env!("CARGO_PKG_VERSION").to_owned(),
         };
-        let (record, _) = miss.commit(record)?;
+        let copied = context.copied.into_inner();
+        let (record, _) = miss.commit(record, &copied.unwrap_or_else(PoisonError::into_inner))?;
         shared.made(store, &prepared.digest);
         self.keep_texts(&record);
         store.set_last(recipe, &node.name, &prepared.digest)?;
@@ -225,6 +226,8 @@ impl Worker<'_, '_> {
             gpus: self.gpus.clone(),
             notes: Mutex::default(),
             told: Mutex::default(),
+            known: prepared.known.clone(),
+            copied: Mutex::default(),
         })
     }
 

@@ -28,7 +28,12 @@ pub enum Style {
 const GATHERING: Duration = Duration::from_millis(3);
 
 /// Calls `show` with every event, and `flush` whenever none is left for now, until the sender is gone.
-fn each<T>(events: &Receiver<Event>, to: &mut T, show: fn(&mut T, Event), flush: fn(&mut T)) {
+fn each<T>(
+    events: &Receiver<Event>,
+    to: &mut T,
+    mut show: impl FnMut(&mut T, Event),
+    flush: fn(&mut T),
+) {
     while let Ok(first) = events.recv() {
         show(to, first);
         std::thread::sleep(GATHERING);

@@ -3,6 +3,7 @@
 #[cfg(test)]
 mod commands;
 #[cfg(test)]
+mod faults;
 mod gc;
 #[cfg(test)]
 mod generated;
