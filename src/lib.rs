@@ -6,6 +6,7 @@
 //! - [`ml`]: models, LoRA, NF4, losses, optimisers, training loops. Knows no YAML and no cache.
 //! - [`data`] and [`text`]: Parquet tables; chat templates and tokenizers.
 //! - [`hub`]: the Hugging Face hub behind one struct.
+//! - [`remote`]: shared caches (folders, S3, Google Cloud Storage, Azure, HTTP) behind one struct.
 //! - [`stages`]: one file a kind of stage; the only place where the layers above meet.
 //! - [`recipe`]: YAML text to a typed recipe, with places for every error.
 //! - [`report`]: consumers of the engine's events (terminal, JSON lines).
@@ -17,6 +18,7 @@ pub mod engine;
 pub mod hub;
 pub mod ml;
 pub mod recipe;
+pub mod remote;
 pub mod report;
 pub mod stages;
 pub mod text;

@@ -2,6 +2,7 @@
 //!
 //! This is the only place where the environment is read, where something is printed, and where a process ends.
 
+mod cache;
 mod diff;
 pub mod error;
 mod gc;
@@ -12,6 +13,7 @@ mod machine;
 mod plan;
 mod project;
 mod reference;
+mod remote;
 mod run;
 mod schema;
 mod show;
@@ -58,6 +60,8 @@ enum Command {
     Show(show::Args),
     /// Removes results that nobody needs any more
     Gc(gc::Args),
+    /// Looks after the remote that machines share: send, fetch, list, clean, check
+    Cache(cache::Args),
     /// Prints the JSON Schema of recipes, for editors
     Schema(schema::Args),
 }
@@ -103,6 +107,7 @@ pub fn main() -> ExitCode {
         Command::Graph(args) => graph::run(&args),
         Command::Show(args) => show::run(&args),
         Command::Gc(args) => gc::run(&args),
+        Command::Cache(args) => cache::run(&args),
         Command::Schema(args) => schema::run(&args),
     };
     match result {

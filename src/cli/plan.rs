@@ -3,6 +3,7 @@
 use serde_json::json;
 
 use super::project::{Project, RecipeArgs, StoreArgs};
+use super::remote::RemoteArgs;
 use super::{Failure, print, table};
 use crate::engine::{State, short};
 
@@ -15,11 +16,15 @@ pub(super) struct Args {
     json: bool,
     #[command(flatten)]
     store: StoreArgs,
+    #[command(flatten)]
+    remote: RemoteArgs,
 }
 
 pub(super) fn run(args: &Args) -> Result<(), Failure> {
-    let project = Project::open(&args.recipe, &args.store)?;
+    let mut project = Project::open(&args.recipe, &args.store)?;
+    project.connect(&args.remote, true)?;
     let states = project.plan();
+    project.tell_warnings()?;
     let order = project.recipe.order();
     let planned = || {
         let pairs = order
@@ -69,8 +74,17 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
 /// One word for a state, and a line for each thing to say about it.
 pub(super) fn describe(state: &State) -> (&'static str, Vec<String>) {
     match state {
-        State::Fresh { artifact, restored } => {
-            let from = if *restored { " (an earlier state)" } else { "" };
+        State::Fresh {
+            artifact,
+            restored,
+            remote,
+        } => {
+            let from = match (restored, remote) {
+                (true, true) => " (an earlier state, in the remote)",
+                (true, false) => " (an earlier state)",
+                (false, true) => " (in the remote)",
+                (false, false) => "",
+            };
             ("fresh", vec![format!("{}{from}", short(Some(artifact)))])
         }
         State::Runs { reasons } => ("runs", reasons.iter().map(ToString::to_string).collect()),

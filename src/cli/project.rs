@@ -6,7 +6,9 @@ use std::sync::Arc;
 
 use clap::Args;
 
+use super::remote::{self, RemoteArgs};
 use super::{Failure, colour, error, variable};
+use crate::engine::remote::Shared;
 use crate::engine::{
     Graph, Node, Pins, Record, Run, Situation, State, Store, World, canonical_json,
 };
@@ -66,6 +68,8 @@ pub(super) struct Project {
     /// The name of the recipe in the store.
     key: String,
     verify: bool,
+    /// The remote; none until one is connected.
+    pub(super) shared: Shared,
 }
 
 impl Project {
@@ -102,7 +106,19 @@ impl Project {
             world: Arc::new(world(settings.offline)),
             root,
             verify: settings.verify,
+            shared: Shared::none(),
         })
+    }
+
+    /// Uses the remote that the command line, the environment or the project names, if any.
+    pub(super) fn connect(&mut self, args: &RemoteArgs, no_push: bool) -> Result<(), Failure> {
+        self.shared = args.open(&self.root, self.world.offline, !no_push)?;
+        Ok(())
+    }
+
+    /// What there is to say of the remote; an error if it is required and failed.
+    pub(super) fn tell_warnings(&self) -> Result<(), Failure> {
+        remote::tell_warnings(&self.shared)
     }
 
     /// The situation that plans and runs look at.
@@ -119,6 +135,13 @@ impl Project {
             forced: force,
             pins: self.pins.clone(),
             verify: self.verify,
+            placed: self
+                .recipe
+                .outputs
+                .iter()
+                .filter_map(|output| self.graph.find(&output.stage))
+                .collect(),
+            shared: &self.shared,
         }
     }
 
@@ -192,9 +215,13 @@ fn sources(stage: &RecipeStage, folder: &Path, here: &Path) -> BTreeMap<String, 
         .collect()
 }
 
-/// The project of a recipe: the nearest folder around it with a store or a repository, else its own folder.
-fn root(folder: &Path) -> PathBuf {
-    let marked = |folder: &&Path| folder.join(".pipeline").is_dir() || folder.join(".git").exists();
+/// The project of a recipe: the nearest folder around it with a store, settings or a repository, else its own folder.
+pub(super) fn root(folder: &Path) -> PathBuf {
+    let marked = |folder: &&Path| {
+        folder.join(".pipeline").is_dir()
+            || folder.join(remote::SETTINGS).is_file()
+            || folder.join(".git").exists()
+    };
     folder.ancestors().find(marked).unwrap_or(folder).to_owned()
 }
 

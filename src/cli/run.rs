@@ -10,6 +10,7 @@ use std::sync::mpsc::{Sender, channel};
 use anyhow::Context as _;
 
 use super::project::{Project, RecipeArgs, StoreArgs};
+use super::remote::RemoteArgs;
 use super::{Failure, colour, error, lock, machine, tell};
 use crate::engine::{Bytes, Event, Machine, Options, Summary, place};
 use crate::report::{Style, report};
@@ -49,10 +50,16 @@ pub(super) struct Args {
     overwrite_outputs: bool,
     #[command(flatten)]
     store: StoreArgs,
+    #[command(flatten)]
+    remote: RemoteArgs,
+    /// Sends no new results to the remote
+    #[arg(long)]
+    no_push: bool,
 }
 
 pub(super) fn run(args: &Args) -> Result<(), Failure> {
-    let project = Project::open(&args.recipe, &args.store)?;
+    let mut project = Project::open(&args.recipe, &args.store)?;
+    project.connect(&args.remote, args.no_push)?;
     let targets = project.find_all(&args.stages)?;
     let forced = project.find_all(&args.force)?;
     check_lock(&project, args)?;
@@ -91,6 +98,7 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
         }
         anyhow::Ok(summary)
     })?;
+    project.tell_warnings()?;
     if summary.interrupted {
         return Err(Failure::Interrupted);
     }
@@ -125,7 +133,7 @@ fn check_lock(project: &Project, args: &Args) -> Result<(), Failure> {
 }
 
 /// The first Ctrl-C (or SIGTERM) lets stages stop by themselves; the second ends the process, which the store survives.
-fn stop_on_signal(cancel: &Arc<AtomicBool>) -> anyhow::Result<()> {
+pub(super) fn stop_on_signal(cancel: &Arc<AtomicBool>) -> anyhow::Result<()> {
     let cancel = Arc::clone(cancel);
     ctrlc::set_handler(move || {
         if cancel.swap(true, Ordering::Relaxed) {

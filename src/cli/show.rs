@@ -53,6 +53,16 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
             "\nThis is the last result; the stage is stale now: `{hint}` tells why."
         );
     }
+    if !folder.is_dir() {
+        _ = writeln!(
+            text,
+            "\nIts files are not here: `pipeline cache pull {} {}` fetches them, if a remote has them.",
+            project.recipe.path.display(),
+            args.stage
+        );
+        print(&text);
+        return Ok(());
+    }
     look(&record.output, &folder, args.rows, &mut text)
         .with_context(|| format!("could not look into `{}`", folder.display()))?;
     print(&text);

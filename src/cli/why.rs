@@ -6,6 +6,7 @@ use similar::{ChangeTag, TextDiff};
 
 use super::plan::describe;
 use super::project::{Project, RecipeArgs, StoreArgs};
+use super::remote::RemoteArgs;
 use super::{Failure, print};
 use crate::engine::{Reason, State};
 use crate::report::{ago, duration};
@@ -18,12 +19,16 @@ pub(super) struct Args {
     stage: String,
     #[command(flatten)]
     store: StoreArgs,
+    #[command(flatten)]
+    remote: RemoteArgs,
 }
 
 pub(super) fn run(args: &Args) -> Result<(), Failure> {
-    let project = Project::open(&args.recipe, &args.store)?;
+    let mut project = Project::open(&args.recipe, &args.store)?;
+    project.connect(&args.remote, true)?;
     let index = project.find(&args.stage)?;
     let states = project.plan();
+    project.tell_warnings()?;
     let mut text = String::new();
     explain(&project, &states, index, &mut text);
     // What it waits on, and what that waits on: each once, nearest first.
@@ -53,8 +58,18 @@ fn explain(project: &Project, states: &[State], index: usize, text: &mut String)
     let name = &stage.name;
     let (word, lines) = describe(state);
     match state {
-        State::Fresh { artifact, .. } => {
+        State::Fresh {
+            artifact, remote, ..
+        } => {
             _ = writeln!(text, "`{name}` is fresh: {}", lines.join(" "));
+            if *remote {
+                let address = project.shared.address().unwrap_or("a remote");
+                _ = writeln!(
+                    text,
+                    "  made elsewhere from the same parameters and contents; its files come from {address} when they are needed"
+                );
+                return;
+            }
             if let Some(record) = project.record_of(index) {
                 _ = writeln!(
                     text,

@@ -10,6 +10,7 @@ use std::time::Instant;
 use anyhow::{Context as _, anyhow, bail};
 use serde::Serialize;
 
+use super::manifest::{Entry, Stat};
 use super::{Event, Input, Level, SourcePath, Span, World};
 
 /// The most events in the log of a failure.
@@ -30,6 +31,10 @@ pub struct Context {
     pub(crate) deadline: Option<(Instant, Span)>,
     pub(crate) gpus: Vec<usize>,
     pub(crate) notes: Mutex<BTreeMap<String, serde_json::Value>>,
+    /// Digests of local files by path.
+    pub(crate) known: BTreeMap<PathBuf, Entry>,
+    /// Digests of copies of such files, by their names in the output.
+    pub(crate) copied: Mutex<BTreeMap<String, Entry>>,
     /// The last things it told, for the log of a failure.
     pub(crate) told: Mutex<VecDeque<Event>>,
 }
@@ -61,6 +66,33 @@ impl Context {
     /// The folder to fill. It exists and is empty; it becomes the artifact when the stage succeeds.
     pub fn out(&self) -> &Path {
         &self.out
+    }
+
+    /// Copies a local file of the recipe into the output, under a relative `name`; on file systems with shared extents that
+    /// costs no space. Its digest is known already, so a large file is read once less.
+    pub fn copy_in(&self, source: &Path, name: &str) -> anyhow::Result<()> {
+        let target = self.out.join(name);
+        let copy = || -> std::io::Result<()> {
+            if let Some(parent) = target.parent() {
+                std::fs::create_dir_all(parent)?;
+            }
+            let stat = |path: &Path| std::fs::metadata(path).map(|found| Stat::of(&found));
+            let before = stat(source)?;
+            std::fs::copy(source, &target)?;
+            if let Some(known) = self.known.get(source)
+                && known.stat == before
+                && known.stat == stat(source)?
+            {
+                let entry = Entry {
+                    blake3: known.blake3.clone(),
+                    stat: stat(&target)?,
+                };
+                let mut copied = self.copied.lock().unwrap_or_else(PoisonError::into_inner);
+                copied.insert(name.to_owned(), entry);
+            }
+            Ok(())
+        };
+        copy().with_context(|| format!("could not copy `{}`", source.display()))
     }
 
     /// A folder that survives a crash and is found again by the same fingerprint. Made on first use, removed on success.
@@ -206,6 +238,8 @@ impl Context {
             cancel: Arc::default(),
             deadline: None,
             gpus: Vec::new(),
+            known: BTreeMap::new(),
+            copied: Mutex::default(),
             notes: Mutex::default(),
             told: Mutex::default(),
         }

@@ -35,6 +35,8 @@ pub enum Event {
         artifact: String,
         /// Whether it is an earlier state that came back.
         restored: bool,
+        /// Whether it was made elsewhere and is in the remote; its files are here only if they are needed.
+        remote: bool,
         /// Seconds the stage took when it ran.
         saved: f64,
     },
@@ -89,6 +91,38 @@ pub enum Event {
     StageSkipped {
         /// The stage's name in the recipe.
         stage: String,
+    },
+    /// The files of a result begin to come from the remote.
+    StageFetching {
+        /// The stage's name in the recipe.
+        stage: String,
+    },
+    /// The files of a result are here.
+    StageFetched {
+        /// The stage's name in the recipe.
+        stage: String,
+        /// The content digest of its artifact.
+        artifact: String,
+        /// The files that came over; those that another artifact here has did not.
+        files: usize,
+        /// Their bytes.
+        bytes: u64,
+    },
+    /// A result is in the remote.
+    StageSent {
+        /// The stage's name when it ran.
+        stage: String,
+        /// The content digest of its artifact.
+        artifact: String,
+        /// The files that went over; those that the remote has did not.
+        files: usize,
+        /// Their bytes.
+        bytes: u64,
+    },
+    /// Something about the whole run to act on; it goes on.
+    Warning {
+        /// The sentence.
+        text: String,
     },
     /// A result was put where the recipe wants it.
     OutputPlaced {

@@ -119,7 +119,7 @@ impl Store {
             }
             garbage.push(result);
         }
-        for kind in ["partial", "scratch", "failed"] {
+        for kind in ["partial", "scratch", "failed", "incoming"] {
             for name in self.names(kind) {
                 let path = self.folder(kind).join(&name);
                 if remove_it {
@@ -150,7 +150,7 @@ impl Store {
         made
     }
 
-    fn names(&self, folder: &str) -> Vec<String> {
+    pub(super) fn names(&self, folder: &str) -> Vec<String> {
         let entries = fs::read_dir(self.folder(folder))
             .into_iter()
             .flatten()

@@ -77,18 +77,25 @@ pub enum Check {
 impl Manifest {
     /// Reads every file below `folder`. Links are refused: an artifact stands alone.
     pub fn read(folder: &Path) -> anyhow::Result<Self> {
+        Self::read_with(folder, &BTreeMap::new())
+    }
+
+    /// [`Manifest::read`], but for files whose digest is known under the stat they have.
+    pub(super) fn read_with(
+        folder: &Path,
+        known: &BTreeMap<String, Entry>,
+    ) -> anyhow::Result<Self> {
         let mut files = BTreeMap::new();
         let found = walk(folder)?;
         let folders = folders(folder, found.iter().map(|(name, _)| name.as_str()));
         for (name, path) in found {
             let metadata = fs::symlink_metadata(&path).with_context(|| cannot_read(&path))?;
-            files.insert(
-                name,
-                Entry {
-                    blake3: digest_file(&path)?,
-                    stat: Stat::of(&metadata),
-                },
-            );
+            let stat = Stat::of(&metadata);
+            let blake3 = match known.get(&name) {
+                Some(known) if known.stat == stat => known.blake3.clone(),
+                _ => digest_file(&path)?,
+            };
+            files.insert(name, Entry { blake3, stat });
         }
         Ok(Self { files, folders })
     }
@@ -178,7 +185,10 @@ impl Manifest {
 
 /// The modification times of a folder and of all folders that hold the files. What can't be read is left out, and then
 /// remembered by no manifest as it is.
-fn folders<'n>(folder: &Path, files: impl Iterator<Item = &'n str>) -> BTreeMap<String, i64> {
+pub(super) fn folders<'n>(
+    folder: &Path,
+    files: impl Iterator<Item = &'n str>,
+) -> BTreeMap<String, i64> {
     let mut names: BTreeSet<&str> = [""].into();
     for name in files {
         let ends = name.match_indices('/').map(|(end, _)| end);

@@ -21,6 +21,7 @@ mod params;
 mod plan;
 mod reason;
 mod record;
+pub mod remote;
 mod run;
 mod sources;
 mod stage;

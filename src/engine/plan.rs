@@ -1,6 +1,6 @@
 //! What would happen: one verdict a stage, from the recipe and the store alone. Writes nothing and needs no outputs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -13,9 +13,10 @@ use super::fingerprint::{Fingerprint, Origin};
 use super::graph::{Graph, Node};
 use super::lasts::Lasts;
 use super::lock::Pins;
-use super::manifest::Manifest;
+use super::manifest::{Entry, Manifest};
 use super::reason::{Reason, differences};
 use super::record::Record;
+use super::remote::Shared;
 use super::sources::Sources;
 use super::store::{Found, Store};
 
@@ -23,12 +24,14 @@ use super::store::{Found, Store};
 #[derive(Debug, Clone, Serialize)]
 #[serde(tag = "state", rename_all = "snake_case")]
 pub enum State {
-    /// Its result is in the store.
+    /// Its result is in the store, or in the remote.
     Fresh {
         /// The content digest.
         artifact: Digest,
         /// Whether that result is not the last one but an earlier state, which comes back for free.
         restored: bool,
+        /// Whether it was made elsewhere: its record is in the remote, and its files are fetched when they are needed.
+        remote: bool,
     },
     /// It would run.
     Runs {
@@ -65,6 +68,10 @@ pub struct Situation<'a> {
     pub pins: Pins,
     /// Whether every artifact is read and compared, not only its stats.
     pub verify: bool,
+    /// The stages whose results are put in places of outputs.
+    pub placed: Vec<usize>,
+    /// The remote, if there is one.
+    pub shared: &'a Shared,
 }
 
 /// A stage whose inputs are known, ready to be looked up or run.
@@ -73,6 +80,8 @@ pub(crate) struct Prepared {
     pub(crate) digest: Digest,
     pub(crate) origins: BTreeMap<String, Origin>,
     pub(crate) inputs: BTreeMap<String, Digest>,
+    /// Digests of local files that need not be taken again when the files are copied.
+    pub(crate) known: BTreeMap<PathBuf, Entry>,
 }
 
 /// A prepared stage, looked up.
@@ -85,7 +94,24 @@ pub(crate) enum Verdict {
         /// New stats to remember.
         touched: Option<Manifest>,
     },
+    /// The result was made elsewhere; the reasons to run if its files can't be had.
+    Away {
+        record: Box<Record>,
+        restored: bool,
+        reasons: Vec<Reason>,
+    },
     Stale(Vec<Reason>),
+}
+
+/// A stage as it is now.
+pub(crate) struct Look {
+    pub(crate) state: State,
+    /// What its result contains, if that is known.
+    pub(crate) content: Option<Digest>,
+    /// The digest of its fingerprint, if that is known.
+    pub(crate) fingerprint: Option<Digest>,
+    /// Whether the result was made elsewhere and its files are not here.
+    pub(crate) away: bool,
 }
 
 impl Situation<'_> {
@@ -117,6 +143,7 @@ impl Situation<'_> {
             digest,
             origins,
             inputs,
+            known: BTreeMap::new(),
         })
     }
 
@@ -140,32 +167,47 @@ impl Situation<'_> {
         }
         let node = &self.graph.nodes[index];
         let last = lasts.get(&node.name);
-        match self.store.find(&prepared.digest, self.verify) {
-            Found::Hit(record, touched) => Verdict::Fresh {
-                record,
-                restored: last.as_ref().is_some_and(|last| *last != prepared.digest),
-                last: last.as_ref() == Some(&prepared.digest),
-                touched,
-            },
-            Found::Missing(_) => Verdict::Stale(vec![Reason::ArtifactMissing]),
-            Found::Damaged(_, what) => Verdict::Stale(vec![Reason::ArtifactDamaged { what }]),
-            Found::Nothing => {
-                Verdict::Stale(match last.and_then(|last| self.store.record(&last)) {
-                    Some(record) => {
-                        let reasons = differences(
-                            &record.fingerprint,
-                            &prepared.fingerprint,
-                            &prepared.origins,
-                        );
-                        if reasons.is_empty() {
-                            vec![Reason::NeverRan]
-                        } else {
-                            reasons
-                        }
-                    }
-                    None => vec![Reason::NeverRan],
-                })
+        let restored = last.as_ref().is_some_and(|last| *last != prepared.digest);
+        let (missing, reasons) = match self.store.find(&prepared.digest, self.verify) {
+            Found::Hit(record, touched) => {
+                return Verdict::Fresh {
+                    record,
+                    restored,
+                    last: last.as_ref() == Some(&prepared.digest),
+                    touched,
+                };
             }
+            Found::Missing(record) => (Some(record), vec![Reason::ArtifactMissing]),
+            Found::Damaged(_, what) => (None, vec![Reason::ArtifactDamaged { what }]),
+            Found::Nothing => (None, self.changes(last.as_deref(), prepared)),
+        };
+        match self
+            .shared
+            .offer(self.store, &prepared.digest, missing.as_deref())
+        {
+            Some(record) => Verdict::Away {
+                record: Box::new(record),
+                restored,
+                reasons,
+            },
+            None => Verdict::Stale(reasons),
+        }
+    }
+
+    /// What changed since the last result.
+    fn changes(&self, last: Option<&str>, prepared: &Prepared) -> Vec<Reason> {
+        let reasons = match last.and_then(|last| self.store.record(last)) {
+            Some(record) => differences(
+                &record.fingerprint,
+                &prepared.fingerprint,
+                &prepared.origins,
+            ),
+            None => Vec::new(),
+        };
+        if reasons.is_empty() {
+            vec![Reason::NeverRan]
+        } else {
+            reasons
         }
     }
 
@@ -188,32 +230,86 @@ impl Situation<'_> {
         self.last_record(self.graph.nodes.get(index)?)
     }
 
-    /// The state of every stage, in the order of the recipe.
+    /// The state of every stage, in the order of the recipe. Of a remote it asks records only.
     pub fn plan(&self) -> Vec<State> {
+        let needed = vec![true; self.graph.nodes.len()];
+        let wanted = self.wanted(&needed, &[]);
         let mut sources = Sources::open(self.store);
+        loop {
+            let looks = self.look(&needed, &mut sources);
+            let mut lacking = Vec::new();
+            if !self.shared.pulls() {
+                lacking = self.lacking(&looks, &wanted, false);
+            }
+            for fingerprint in lacking.iter().filter_map(|&index| known(&looks, index)) {
+                self.shared.distrust(fingerprint);
+            }
+            if lacking.is_empty() {
+                return looks.into_iter().flatten().map(|look| look.state).collect();
+            }
+        }
+    }
+
+    /// The fingerprints of these stages' results (all stages when empty) that are here.
+    pub fn results(&self, targets: &[usize]) -> Vec<Digest> {
+        let needed = self.graph.needed(targets);
+        let looks = self.look(&needed, &mut Sources::open(self.store));
+        let looks = looks.into_iter().enumerate();
+        looks
+            .filter(|(index, _)| targets.is_empty() || targets.contains(index))
+            .filter_map(|(_, look)| look.filter(|look| look.content.is_some() && !look.away))
+            .filter_map(|look| look.fingerprint)
+            .collect()
+    }
+
+    /// The digests of all fingerprints that are known now.
+    pub fn fingerprints(&self) -> BTreeSet<Digest> {
+        let needed = vec![true; self.graph.nodes.len()];
+        let looks = self.look(&needed, &mut Sources::open(self.store));
+        let known = looks
+            .into_iter()
+            .flatten()
+            .filter_map(|look| look.fingerprint);
+        known.collect()
+    }
+
+    /// Looks at every stage that is needed.
+    pub(crate) fn look(&self, needed: &[bool], sources: &mut Sources) -> Vec<Option<Look>> {
         let lasts = Lasts::open(self.store, self.recipe);
         let mut contents: Vec<Option<Digest>> = vec![None; self.graph.nodes.len()];
-        let mut states: Vec<Option<State>> = vec![None; self.graph.nodes.len()];
-        for &index in &self.graph.order {
+        let mut looks: Vec<Option<Look>> = Vec::new();
+        looks.resize_with(self.graph.nodes.len(), || None);
+        for &index in self.graph.order.iter().filter(|&&index| needed[index]) {
             let waits: Vec<_> = self.graph.inputs[index]
                 .iter()
                 .copied()
                 .filter(|&input| contents[input].is_none())
                 .collect();
+            let mut away = false;
+            let mut fingerprint = None;
             let state = if waits.is_empty() {
-                match self.prepare(index, &contents, &mut sources) {
+                match self.prepare(index, &contents, sources) {
                     Err(error) => State::Unknown {
                         error: format!("{error:#}"),
                     },
-                    Ok(prepared) => match self.judge(index, &prepared, &lasts) {
-                        Verdict::Fresh {
-                            record, restored, ..
-                        } => State::Fresh {
-                            artifact: record.artifact,
-                            restored,
-                        },
-                        Verdict::Stale(reasons) => State::Runs { reasons },
-                    },
+                    Ok(prepared) => {
+                        let verdict = self.judge(index, &prepared, &lasts);
+                        fingerprint = Some(prepared.digest);
+                        away = matches!(verdict, Verdict::Away { .. });
+                        match verdict {
+                            Verdict::Fresh {
+                                record, restored, ..
+                            }
+                            | Verdict::Away {
+                                record, restored, ..
+                            } => State::Fresh {
+                                artifact: record.artifact,
+                                restored,
+                                remote: away,
+                            },
+                            Verdict::Stale(reasons) => State::Runs { reasons },
+                        }
+                    }
                 }
             } else {
                 let stages = waits
@@ -222,15 +318,21 @@ impl Situation<'_> {
                     .collect();
                 State::WaitsOn {
                     stages,
-                    reasons: self.known_changes(index, &contents, &mut sources),
+                    reasons: self.known_changes(index, &contents, sources),
                 }
             };
             if let State::Fresh { artifact, .. } = &state {
                 contents[index] = Some(artifact.clone());
             }
-            states[index] = Some(state);
+            let content = contents[index].clone();
+            looks[index] = Some(Look {
+                state,
+                content,
+                fingerprint,
+                away,
+            });
         }
-        states.into_iter().flatten().collect()
+        looks
     }
 
     /// What changed in a stage besides the inputs that are not made yet.
@@ -274,4 +376,9 @@ impl Situation<'_> {
             Err(_) => Vec::new(),
         }
     }
+}
+
+/// The fingerprint of a stage that was looked at.
+pub(crate) fn known(looks: &[Option<Look>], index: usize) -> Option<&Digest> {
+    looks[index].as_ref()?.fingerprint.as_ref()
 }

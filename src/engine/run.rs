@@ -90,9 +90,19 @@ pub fn run(
             stages,
         },
     );
-    let summary = std::thread::scope(|scope| {
+    let (shared, queued) = situation.shared.open(situation.store, events);
+    situation.fetch(&needed, targets, events, cancel)?;
+    let (summary, _shared) = std::thread::scope(|scope| {
+        // Moved here, so that a panic ends the sender, too.
+        let shared = shared;
         let (done, results) = channel();
-        Runner {
+        let Situation {
+            store,
+            shared: sender,
+            ..
+        } = *situation;
+        scope.spawn(move || sender.send_all(store, &queued, events, cancel));
+        let summary = Runner {
             situation,
             events,
             cancel,
@@ -106,7 +116,9 @@ pub fn run(
             ran: vec![false; situation.graph.nodes.len()],
             summary: Summary::default(),
         }
-        .drive(scope, &needed, &results)
+        .drive(scope, &needed, &results);
+        shared.close();
+        anyhow::Ok((summary?, shared))
     })?;
     let Summary {
         fresh,
@@ -127,6 +139,7 @@ pub fn run(
             saved,
         },
     );
+    situation.shared.check()?;
     Ok(summary)
 }
 
@@ -272,7 +285,7 @@ impl<'a> Runner<'a, '_> {
         sources: &mut Sources,
     ) -> Lookup {
         let name = &self.situation.graph.nodes[index].name;
-        let prepared = match self.situation.prepare(index, contents, sources) {
+        let mut prepared = match self.situation.prepare(index, contents, sources) {
             Ok(prepared) => prepared,
             Err(error) => {
                 send(
@@ -288,15 +301,19 @@ impl<'a> Runner<'a, '_> {
             }
         };
         self.fingerprints[index] = Some(prepared.digest.clone());
-        match self.situation.judge(index, &prepared, &self.lasts) {
-            Verdict::Stale(reasons) => Lookup::Stale(Box::new(prepared), reasons),
+        let Situation {
+            store,
+            recipe,
+            shared,
+            ..
+        } = self.situation;
+        let (record, restored, remote) = match self.situation.judge(index, &prepared, &self.lasts) {
             Verdict::Fresh {
                 record,
                 restored,
                 last,
                 touched,
             } => {
-                let Situation { store, recipe, .. } = self.situation;
                 // Both only spare work next time: a store that can't be written still serves.
                 if let Some(manifest) = touched {
                     let _ = store.write_manifest(&record.artifact, &manifest);
@@ -304,21 +321,37 @@ impl<'a> Runner<'a, '_> {
                 if !last {
                     let _ = store.set_last(recipe, name, &prepared.digest);
                 }
-                self.summary.fresh += 1;
-                self.summary.saved += record.seconds;
-                let artifact = record.artifact;
-                send(
-                    self.events,
-                    Event::StageFresh {
-                        stage: name.clone(),
-                        artifact: artifact.clone(),
-                        restored,
-                        saved: record.seconds,
-                    },
-                );
-                Lookup::Fresh(artifact)
+                (record, restored, false)
             }
-        }
+            Verdict::Away {
+                record, restored, ..
+            } if shared.is_left_out(&prepared.digest) => {
+                // So do these.
+                let _ = store.leave(&prepared.digest, &record);
+                let _ = store.set_last(recipe, name, &prepared.digest);
+                (record, restored, true)
+            }
+            // The files of what is away may be needed: a worker fetches them, or runs the stage.
+            Verdict::Stale(reasons) | Verdict::Away { reasons, .. } => {
+                let files = self.situation.graph.nodes[index].sources.values();
+                prepared.known = files.flat_map(|path| sources.known(path)).collect();
+                return Lookup::Stale(Box::new(prepared), reasons);
+            }
+        };
+        self.summary.fresh += 1;
+        self.summary.saved += record.seconds;
+        let artifact = record.artifact;
+        send(
+            self.events,
+            Event::StageFresh {
+                stage: name.clone(),
+                artifact: artifact.clone(),
+                restored,
+                remote,
+                saved: record.seconds,
+            },
+        );
+        Lookup::Fresh(artifact)
     }
 
     /// Starts stale stages while there is a free place and what they take is free. Exclusive ones go one at a time.

@@ -88,6 +88,17 @@ impl Sources {
         Ok(digest_json(&json!(files)))
     }
 
+    /// What is remembered of a file, or of the files in a folder: digests with the stats under which they hold.
+    pub(crate) fn known(&self, path: &Path) -> BTreeMap<PathBuf, Entry> {
+        let start = path.to_string_lossy().into_owned();
+        let below = self.memo.files.range(start..);
+        below
+            .map(|(name, entry)| (PathBuf::from(name), entry))
+            .take_while(|(name, _)| name.starts_with(path))
+            .map(|(name, entry)| (name, entry.clone()))
+            .collect()
+    }
+
     /// Writes the memo back, if there is anything new in it.
     pub(crate) fn save(&mut self) -> anyhow::Result<()> {
         if std::mem::take(&mut self.changed) {

@@ -8,11 +8,15 @@
 //! v1/partial/<fingerprint>/     what a running stage writes into
 //! v1/scratch/<fingerprint>/     what survives a crash
 //! v1/failed/<fingerprint>/      what a failed stage wrote and told, until it succeeds
+//! v1/incoming/<content>/        files on their way from a remote
+//! v1/left/<fingerprint>         a result of which only the record was taken from a remote
+//! v1/unsent/<remote>/<fingerprint>
 //! v1/locks/<fingerprint>
 //! ```
 //!
 //! A stage's result comes in by one rename, and only through a [`Miss`], which holds the stage's lock.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, Permissions, TryLockError};
 use std::io::{Read as _, Seek as _, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
@@ -22,7 +26,7 @@ use anyhow::Context as _;
 
 use super::canonical::Digest;
 use super::files::{remove, sync_folder, write_atomically};
-use super::manifest::{Check, Manifest, walk};
+use super::manifest::{Check, Entry, Manifest, walk};
 use super::record::{FORMAT, Record};
 
 /// The folder of one format of the store.
@@ -188,6 +192,46 @@ impl Store {
         write_atomically(&self.manifest_path(content), &serde_json::to_vec(manifest)?)
     }
 
+    /// Takes a folder of sealed files, of which this is the manifest, as an artifact. Returns its content digest and whether it
+    /// was new.
+    pub(super) fn admit(
+        &self,
+        folder: &Path,
+        manifest: &Manifest,
+    ) -> anyhow::Result<(Digest, bool)> {
+        let content = manifest.digest();
+        let target = self.artifact(&content);
+        // Two stages may make the same bytes at the same time.
+        let content_lock = open_lock(&self.lock_path(&content))?;
+        content_lock
+            .lock()
+            .with_context(|| format!("could not lock `{}`", target.display()))?;
+        // Read whole: the stage may have run because somebody asked to verify, and found what no time tells.
+        let new = !matches!(self.check(&content, true), Check::Sound | Check::Touched(_));
+        if new {
+            remove(&target)?;
+            self.write_manifest(&content, manifest)?;
+            fs::rename(folder, &target)
+                .with_context(|| format!("could not commit `{}`", target.display()))?;
+            sync_folder(&self.root.join("artifacts"))?;
+        } else {
+            remove(folder)?;
+        }
+        Ok((content, new))
+    }
+
+    /// Whether an artifact is here as recorded, by its stats.
+    pub(super) fn is_sound(&self, content: &str) -> bool {
+        matches!(self.check(content, false), Check::Sound | Check::Touched(_))
+    }
+
+    pub(super) fn write_record(&self, fingerprint: &str, record: &Record) -> anyhow::Result<()> {
+        write_atomically(
+            &self.record_path(fingerprint),
+            &serde_json::to_vec_pretty(record)?,
+        )
+    }
+
     fn manifest_path(&self, content: &str) -> PathBuf {
         self.root.join("artifacts").join(format!("{content}.json"))
     }
@@ -247,42 +291,22 @@ impl Miss<'_> {
         Ok(place)
     }
 
-    /// Takes the partial folder into the store and writes the record, whose `artifact` is filled in. Returns whether the
-    /// contents were new.
-    pub fn commit(self, mut record: Record) -> anyhow::Result<(Record, bool)> {
+    /// Takes the partial folder into the store and writes the record, whose `artifact` is filled in. Files with
+    /// `known` digests are not read. Returns whether the contents were new.
+    pub fn commit(
+        self,
+        mut record: Record,
+        known: &BTreeMap<String, Entry>,
+    ) -> anyhow::Result<(Record, bool)> {
         let store = self.store;
         let partial = store.root.join("partial").join(&self.fingerprint);
         for (_, path) in walk(&partial)? {
             seal(&path).with_context(|| format!("could not seal `{}`", path.display()))?;
         }
-        let manifest = Manifest::read(&partial)?;
-        let content = manifest.digest();
-        let target = store.artifact(&content);
-        // Two stages may make the same bytes at the same time.
-        let content_lock = open_lock(&store.lock_path(&content))?;
-        content_lock
-            .lock()
-            .with_context(|| format!("could not lock `{}`", target.display()))?;
-        // Read whole: the stage may have run because somebody asked to verify, and found what no time tells.
-        let new = !matches!(
-            store.check(&content, true),
-            Check::Sound | Check::Touched(_)
-        );
-        if new {
-            remove(&target)?;
-            store.write_manifest(&content, &manifest)?;
-            fs::rename(&partial, &target)
-                .with_context(|| format!("could not commit `{}`", target.display()))?;
-            sync_folder(&store.root.join("artifacts"))?;
-        } else {
-            remove(&partial)?;
-        }
-        drop(content_lock);
+        let manifest = Manifest::read_with(&partial, known)?;
+        let (content, new) = store.admit(&partial, &manifest)?;
         record.artifact = content;
-        write_atomically(
-            &store.record_path(&self.fingerprint),
-            &serde_json::to_vec_pretty(&record)?,
-        )?;
+        store.write_record(&self.fingerprint, &record)?;
         remove(&store.scratch(&self.fingerprint))?;
         remove(&store.failed(&self.fingerprint))?;
         Ok((record, new))
@@ -290,7 +314,7 @@ impl Miss<'_> {
 }
 
 /// Makes a file durable and read-only.
-fn seal(path: &Path) -> std::io::Result<()> {
+pub(super) fn seal(path: &Path) -> std::io::Result<()> {
     File::open(path)?.sync_all()?;
     let mode = fs::metadata(path)?.permissions().mode();
     fs::set_permissions(path, Permissions::from_mode(mode & !0o222))

@@ -8,6 +8,7 @@ use std::sync::mpsc::channel;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::remote::Shared;
 use super::*;
 
 mod damage;
@@ -166,7 +167,12 @@ impl Toy {
         .unwrap()
     }
 
-    fn situation<'a>(graph: &'a Graph, store: &'a Store, forced: &[&str]) -> Situation<'a> {
+    fn situation<'a>(
+        graph: &'a Graph,
+        store: &'a Store,
+        shared: &'a Shared,
+        forced: &[&str],
+    ) -> Situation<'a> {
         let forced = graph
             .nodes
             .iter()
@@ -180,6 +186,8 @@ impl Toy {
             forced,
             pins: Pins::new(),
             verify: false,
+            placed: Vec::new(),
+            shared,
         }
     }
 
@@ -187,7 +195,7 @@ impl Toy {
         let (graph, store) = (self.graph(separator, fail), self.store());
         let (events, received) = channel();
         let summary = run(
-            &Self::situation(&graph, &store, forced),
+            &Self::situation(&graph, &store, &Shared::none(), forced),
             &[],
             &Options::for_test(2),
             &events,
@@ -208,7 +216,7 @@ impl Toy {
 
     fn plan(&self, separator: &str) -> Vec<State> {
         let (graph, store) = (self.graph(separator, ""), self.store());
-        Self::situation(&graph, &store, &[]).plan()
+        Self::situation(&graph, &store, &Shared::none(), &[]).plan()
     }
 }
 

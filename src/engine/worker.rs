@@ -88,6 +88,7 @@ impl Worker<'_, '_> {
             store,
             recipe,
             verify,
+            shared,
             ..
         } = self.situation;
         let node = self.node();
@@ -99,14 +100,26 @@ impl Worker<'_, '_> {
                 holder: holder.to_owned(),
             });
         })?;
+        let there = || match store.find(&prepared.digest, *verify) {
+            Found::Hit(record, _) => Some((*record, false)),
+            _ => shared
+                .restore(
+                    store,
+                    &prepared.digest,
+                    (&node.name, &self.events),
+                    &self.cancel,
+                )
+                .map(|record| (record, true)),
+        };
         if (waited || !self.situation.forced[self.index])
-            && let Found::Hit(record, _) = store.find(&prepared.digest, *verify)
+            && let Some((record, remote)) = there()
         {
             store.set_last(recipe, &node.name, &prepared.digest)?;
             self.send(Event::StageFresh {
                 stage: node.name.clone(),
                 artifact: record.artifact.clone(),
                 restored: false,
+                remote,
                 saved: record.seconds,
             });
             return Ok(Made {
@@ -143,7 +156,9 @@ impl Worker<'_, '_> {
             seconds,
             pipeline: env!("CARGO_PKG_VERSION").to_owned(),
         };
-        let (record, _) = miss.commit(record)?;
+        let copied = context.copied.into_inner();
+        let (record, _) = miss.commit(record, &copied.unwrap_or_else(PoisonError::into_inner))?;
+        shared.made(store, &prepared.digest);
         self.keep_texts(&record);
         store.set_last(recipe, &node.name, &prepared.digest)?;
         self.send(Event::StageDone {
@@ -211,6 +226,8 @@ impl Worker<'_, '_> {
             gpus: self.gpus.clone(),
             notes: Mutex::default(),
             told: Mutex::default(),
+            known: prepared.known.clone(),
+            copied: Mutex::default(),
         })
     }
 

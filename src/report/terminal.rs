@@ -44,12 +44,44 @@ impl Terminal {
                 stage,
                 artifact,
                 restored,
+                remote,
                 ..
             } => {
                 self.finish(&stage);
                 let state = if restored { "restored" } else { "fresh" };
-                self.line(&format!("{state:>9}  {stage}  {}", short(Some(&artifact))));
+                let from = if remote { " (from the remote)" } else { "" };
+                self.line(&format!(
+                    "{state:>9}  {stage}  {}{from}",
+                    short(Some(&artifact))
+                ));
             }
+            Event::StageFetching { stage } => self.begin(stage),
+            Event::StageFetched {
+                stage,
+                files,
+                bytes: size,
+                ..
+            } => {
+                self.finish(&stage);
+                self.line(&format!(
+                    "{:>9}  {stage}: {files} files, {}",
+                    "fetched",
+                    bytes(size)
+                ));
+            }
+            Event::StageSent {
+                stage,
+                files,
+                bytes: size,
+                ..
+            } => {
+                self.line(&format!(
+                    "{:>9}  {stage}: {files} files, {}",
+                    "sent",
+                    bytes(size)
+                ));
+            }
+            Event::Warning { text } => self.line(&format!("{:>9}  {text}", "warning")),
             Event::StageStarted {
                 stage,
                 kind,
@@ -61,17 +93,7 @@ impl Terminal {
                     "runs",
                     reasons.join("; ")
                 ));
-                let bar = self.bars.as_ref().map(|bars| bars.add(spinner(&stage)));
-                let now = Instant::now();
-                self.running.insert(
-                    stage,
-                    Running {
-                        bar,
-                        started: now,
-                        told: now,
-                        unit: "",
-                    },
-                );
+                self.begin(stage);
             }
             Event::StageWaiting { stage, holder } => {
                 self.line(&format!(
@@ -178,6 +200,19 @@ impl Terminal {
                 ));
             }
         }
+    }
+
+    fn begin(&mut self, stage: String) {
+        self.finish(&stage);
+        let bar = self.bars.as_ref().map(|bars| bars.add(spinner(&stage)));
+        let now = Instant::now();
+        let running = Running {
+            bar,
+            started: now,
+            told: now,
+            unit: "",
+        };
+        self.running.insert(stage, running);
     }
 
     fn progress(&mut self, stage: &str, done: u64, total: Option<u64>, unit: &'static str) {

@@ -8,7 +8,6 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::artifacts::Model;
-use super::from_hub::copy;
 use super::model_files::{self, Checked, INDEX};
 use crate::engine::{Context, Problem, SourcePath, Stage};
 
@@ -52,7 +51,7 @@ impl Stage for ImportModel {
         for (done, name) in chosen.iter().enumerate() {
             cx.check_cancelled()?;
             cx.progress(done as u64, Some(chosen.len() as u64), "files");
-            copy(&folder.join(name), &cx.out().join(name))?;
+            cx.copy_in(&folder.join(name), name)?;
         }
         let checked = model_files::check(cx.out()).with_context(refused)?;
         tell(cx, &checked);

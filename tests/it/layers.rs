@@ -6,19 +6,20 @@ use std::path::{Path, PathBuf};
 use crate::support::program::repository;
 
 /// A layer and those it may use (docs/architecture.md).
-const LAYERS: [(&str, &[&str]); 9] = [
+const LAYERS: [(&str, &[&str]); 10] = [
     ("engine", &[]),
     ("ml", &[]),
     ("data", &[]),
     ("text", &[]),
     ("hub", &[]),
+    ("remote", &["engine"]),
     ("stages", &["engine", "ml", "data", "text", "hub"]),
     ("recipe", &["engine"]),
     ("report", &["engine"]),
     (
         "cli",
         &[
-            "engine", "ml", "data", "text", "hub", "stages", "recipe", "report",
+            "engine", "ml", "data", "text", "hub", "stages", "recipe", "remote", "report",
         ],
     ),
 ];

@@ -24,6 +24,8 @@ mod mistakes;
 #[cfg(test)]
 mod pins;
 #[cfg(test)]
+mod remote;
+#[cfg(test)]
 mod story;
 #[cfg(test)]
 mod support;

@@ -75,7 +75,8 @@ fn ten_thousand_damaged_bits_make_no_wrong_result() {
             flips += 1;
         }
         let (graph, store) = (toy.graph("+", ""), toy.store());
-        let mut situation = Toy::situation(&graph, &store, &[]);
+        let shared = remote::Shared::none();
+        let mut situation = Toy::situation(&graph, &store, &shared, &[]);
         situation.verify = hidden;
         situation.plan();
         let runs = store.runs("toy");

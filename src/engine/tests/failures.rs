@@ -91,7 +91,8 @@ fn odd(name: &str, counter: usize, fails: usize, milliseconds: u64, inputs: &[&s
 fn run_nodes(toy: &Toy, nodes: Vec<Node>, options: &Options) -> (Summary, Vec<Event>) {
     let (graph, store) = (Graph::new(nodes).unwrap(), toy.store());
     let (events, received) = channel();
-    let situation = Toy::situation(&graph, &store, &[]);
+    let shared = remote::Shared::none();
+    let situation = Toy::situation(&graph, &store, &shared, &[]);
     let summary = run(&situation, &[], options, &events, &Arc::default()).unwrap();
     drop(events);
     (summary, received.into_iter().collect())
@@ -212,7 +213,8 @@ fn what_could_never_start_is_an_error_before_anything_runs() {
     greedy.handling.resources.gpus = 1;
     let graph = Graph::new(vec![odd("first", 27, 0, 0, &[]), greedy]).unwrap();
     let (store, events) = (toy.store(), channel().0);
-    let situation = Toy::situation(&graph, &store, &[]);
+    let shared = remote::Shared::none();
+    let situation = Toy::situation(&graph, &store, &shared, &[]);
     let error = run(
         &situation,
         &[],

@@ -1,0 +1,136 @@
+//! Decides which files have to come from the remote before a run, and which may stay there.
+//!
+//! A result that nobody reads here needs no files here: its record tells its contents, and those decide what is fresh below it.
+//! Files are wanted of the last stages, of outputs, and of whatever a stage reads that will run.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Sender;
+
+use super::super::Event;
+use super::super::plan::{Look, Situation, known};
+use super::super::sources::Sources;
+
+impl Situation<'_> {
+    /// Before a run: fetches the files it needs, and notes which results are fresh without theirs. A result that can't be had
+    /// counts as absent, and what it is made from is looked at again.
+    pub(crate) fn fetch(
+        &self,
+        needed: &[bool],
+        targets: &[usize],
+        events: &Sender<Event>,
+        cancel: &AtomicBool,
+    ) -> anyhow::Result<()> {
+        if !self.shared.pulls() && !self.store.has_left() {
+            return self.shared.check();
+        }
+        let wanted = self.wanted(needed, targets);
+        let mut sources = Sources::open(self.store);
+        loop {
+            let looks = self.look(needed, &mut sources);
+            // What was read for this is not read again by the run.
+            let _ = sources.save();
+            let mut missed = false;
+            let obtainable = self.shared.pulls();
+            for index in self.lacking(&looks, &wanted, obtainable) {
+                let Some(away) = known(&looks, index) else {
+                    continue;
+                };
+                if cancel.load(Ordering::Relaxed) {
+                    return Ok(());
+                }
+                if !self.shared.pulls() {
+                    self.shared.distrust(away);
+                    missed = true;
+                    continue;
+                }
+                let name = &self.graph.nodes[index].name;
+                // A reporter that is gone misses nothing else.
+                let _ = events.send(Event::StageFetching {
+                    stage: name.clone(),
+                });
+                missed |= self
+                    .shared
+                    .restore(self.store, away, (name, events), cancel)
+                    .is_none();
+            }
+            self.shared.check()?;
+            if missed && !cancel.load(Ordering::Relaxed) {
+                continue;
+            }
+            for look in looks.into_iter().flatten() {
+                if let Some(fingerprint) = look.fingerprint.filter(|_| look.away) {
+                    self.shared.leave_out(&fingerprint);
+                }
+            }
+            return Ok(());
+        }
+    }
+
+    /// Fetches the files of these stages' results, and of no others. Gives for each stage whether its files are here now.
+    pub fn pull(
+        &self,
+        targets: &[usize],
+        events: &Sender<Event>,
+        cancel: &AtomicBool,
+    ) -> anyhow::Result<Vec<bool>> {
+        let _in_use = self.store.use_results()?;
+        let (shared, _) = self.shared.open(self.store, events);
+        let needed = self.graph.needed(targets);
+        let all: Vec<usize> = (0..needed.len()).collect();
+        let targets = if targets.is_empty() { &all } else { targets };
+        self.fetch(&needed, targets, events, cancel)?;
+        drop(shared);
+        let looks = self.look(&needed, &mut Sources::open(self.store));
+        let here =
+            |look: Option<&Look>| look.is_some_and(|look| look.content.is_some() && !look.away);
+        Ok((0..needed.len())
+            .map(|index| here(looks[index].as_ref()))
+            .collect())
+    }
+
+    /// The stages whose files are wanted whoever reads them.
+    pub(crate) fn wanted(&self, needed: &[bool], targets: &[usize]) -> Vec<bool> {
+        let mut wanted = vec![false; self.graph.nodes.len()];
+        if targets.is_empty() {
+            for (index, readers) in self.graph.readers().iter().enumerate() {
+                wanted[index] = readers.is_empty();
+            }
+            for &index in &self.placed {
+                wanted[index] = true;
+            }
+        }
+        for &index in targets {
+            wanted[index] = true;
+        }
+        for (wanted, needed) in wanted.iter_mut().zip(needed) {
+            *wanted &= needed;
+        }
+        wanted
+    }
+
+    /// The stages whose files are not here but needed: wanted, or read by a stage that may run. If they can't be obtained, they
+    /// have to run themselves, and need what they read.
+    pub(crate) fn lacking(
+        &self,
+        looks: &[Option<Look>],
+        wanted: &[bool],
+        obtainable: bool,
+    ) -> Vec<usize> {
+        let mut read = wanted.to_vec();
+        let mut lacking = Vec::new();
+        for &index in self.graph.order.iter().rev() {
+            let Some(look) = &looks[index] else { continue };
+            let away = look.away;
+            if away && read[index] {
+                lacking.push(index);
+            }
+            if look.content.is_none() || (away && read[index] && !obtainable) {
+                for &input in &self.graph.inputs[index] {
+                    read[input] = true;
+                }
+            }
+        }
+        lacking.reverse();
+        lacking
+    }
+}

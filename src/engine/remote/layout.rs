@@ -1,0 +1,170 @@
+//! The names of objects in a remote, and what their contents must be to count.
+
+use std::collections::BTreeMap;
+use std::path::{Component, Path};
+
+use anyhow::{Context as _, bail, ensure};
+use serde::{Deserialize, Serialize};
+
+use super::super::canonical::Digest;
+use super::super::manifest::{Entry, Manifest, Stat};
+use super::super::record::{FORMAT, Record};
+use super::Remote;
+
+/// Records are a few KB, manifests some hundred bytes a file.
+const LONGEST_RECORD: usize = 16 << 20;
+const LONGEST_MANIFEST: usize = 256 << 20;
+
+pub(super) const RECORDS: &str = "v1/records";
+pub(super) const MANIFESTS: &str = "v1/manifests";
+pub(super) const BLOBS: &str = "v1/blobs";
+
+pub(super) fn record_key(fingerprint: &str) -> String {
+    format!("{RECORDS}/{fingerprint}.json")
+}
+
+pub(super) fn manifest_key(content: &str) -> String {
+    format!("{MANIFESTS}/{content}.json")
+}
+
+pub(super) fn blob_key(blake3: &str) -> String {
+    format!("{BLOBS}/{}/{blake3}", blake3.get(..2).unwrap_or("__"))
+}
+
+/// The digest in the name of a record, a manifest or a blob.
+pub(super) fn digest_of(key: &str) -> Option<&str> {
+    let name = key.rsplit('/').next()?;
+    let name = name.strip_suffix(".json").unwrap_or(name);
+    is_digest(name).then_some(name)
+}
+
+/// 64 lower-case hex digits, which are safe in a path.
+pub(super) fn is_digest(text: &str) -> bool {
+    text.len() == 64
+        && text
+            .bytes()
+            .all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+}
+
+#[derive(Serialize, Deserialize)]
+struct Wire {
+    files: BTreeMap<String, WireFile>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct WireFile {
+    blake3: Digest,
+    size: u64,
+}
+
+/// A manifest as it travels: without the times and inodes of this machine.
+pub(super) fn manifest_bytes(manifest: &Manifest) -> anyhow::Result<Vec<u8>> {
+    let file = |(path, entry): (&String, &Entry)| {
+        let file = WireFile {
+            blake3: entry.blake3.clone(),
+            size: entry.stat.size,
+        };
+        (path.clone(), file)
+    };
+    let files = manifest.files.iter().map(file).collect();
+    Ok(serde_json::to_vec(&Wire { files })?)
+}
+
+/// The manifest of an artifact, if these bytes are it. Its stats are not those of any file yet.
+pub(super) fn parse_manifest(content: &str, bytes: &[u8]) -> anyhow::Result<Manifest> {
+    let wire: Wire = serde_json::from_slice(bytes).context("it is no manifest")?;
+    let mut files = BTreeMap::new();
+    for (path, file) in wire.files {
+        ensure!(
+            is_inside(&path),
+            "it names the file `{}`, which is outside",
+            path.escape_debug()
+        );
+        ensure!(
+            is_digest(&file.blake3),
+            "the digest of `{path}` is no digest"
+        );
+        let stat = Stat {
+            size: file.size,
+            modified: 0,
+            inode: 0,
+        };
+        let blake3 = file.blake3;
+        files.insert(path, Entry { blake3, stat });
+    }
+    let folders = BTreeMap::new();
+    let manifest = Manifest { files, folders };
+    ensure!(
+        manifest.digest() == content,
+        "it is the manifest of other contents"
+    );
+    Ok(manifest)
+}
+
+/// Whether a name from elsewhere is that of a file below its folder.
+fn is_inside(path: &str) -> bool {
+    let plain = |part: Component<'_>| matches!(part, Component::Normal(_));
+    !path.is_empty()
+        && !path.contains('\0')
+        && Path::new(path).components().all(plain)
+        // Components skip these.
+        && path.split('/').all(|part| !part.is_empty() && part != ".")
+}
+
+/// The record of a fingerprint, if these bytes are it.
+pub(super) fn parse_record(fingerprint: &str, bytes: &[u8]) -> anyhow::Result<Record> {
+    let record: Record = serde_json::from_slice(bytes).context("it is no record")?;
+    ensure!(
+        record.format == FORMAT,
+        "its format is {}, and {FORMAT} is known here",
+        record.format
+    );
+    ensure!(
+        record.fingerprint.digest() == fingerprint,
+        "it is the record of another fingerprint"
+    );
+    ensure!(
+        is_digest(&record.artifact),
+        "what it names as its artifact is no digest"
+    );
+    Ok(record)
+}
+
+/// A small object, whole.
+pub(super) fn get(remote: &dyn Remote, key: &str) -> anyhow::Result<Option<Vec<u8>>> {
+    let longest = if key.starts_with(RECORDS) {
+        LONGEST_RECORD
+    } else {
+        LONGEST_MANIFEST
+    };
+    let mut bytes = Vec::new();
+    let found = remote.read(key, 0, &mut |piece| {
+        if bytes.len() + piece.len() > longest {
+            bail!("`{key}` is longer than {longest} bytes");
+        }
+        bytes.extend_from_slice(piece);
+        Ok(())
+    })?;
+    Ok(found.then_some(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_from_elsewhere_stay_inside() {
+        for good in ["a", "a/b.json", "..a/b", "über"] {
+            assert!(is_inside(good), "{good}");
+        }
+        for bad in [
+            "", "/a", "..", "a/../b", "a//b", "./a", "a/.", "a/", "a\0b", "../a",
+        ] {
+            assert!(!is_inside(bad), "{bad}");
+        }
+        let digest = "ab".repeat(32);
+        assert_eq!(digest_of(&format!("v1/blobs/ab/{digest}")), Some(&*digest));
+        assert_eq!(digest_of("v1/records/../x.json"), None);
+        assert!(!is_digest(&digest.to_uppercase()));
+    }
+}

@@ -1,0 +1,406 @@
+//! Takes an artifact from the remote: its manifest, then only the files that no artifact here has, each checked against its digest.
+//!
+//! Files arrive in `incoming/<content>/`, which survives an interruption: what is whole is not fetched again, and what is half
+//! goes on where it stopped.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::Sender;
+
+use anyhow::{Context as _, anyhow, ensure};
+
+use super::super::Event;
+use super::super::canonical::Digest;
+use super::super::files::{link_or_copy, remove};
+use super::super::manifest::{Manifest, Stat, digest_file, folders};
+use super::super::record::Record;
+use super::super::store::{Store, open_lock};
+use super::layout::{blob_key, get, manifest_key, parse_manifest};
+use super::{Remote, Shared};
+
+/// Files that travel at a time.
+pub(super) const PARALLEL: usize = 8;
+/// How often a file that broke off goes on before the remote counts as unreachable.
+const TRIES: usize = 3;
+
+/// Why an artifact could not be had.
+enum Trouble {
+    /// What is there is not what it should be, or not all of it: another result has to do.
+    Damaged {
+        digest: Digest,
+        error: anyhow::Error,
+    },
+    /// The remote does not answer.
+    Unreachable(anyhow::Error),
+    /// The trouble is on this side: a full disk, an interruption.
+    Here(anyhow::Error),
+}
+
+impl Shared {
+    /// Makes the result of a fingerprint whole here, from what the remote has. `None` if that can't be.
+    pub(crate) fn restore(
+        &self,
+        store: &Store,
+        fingerprint: &str,
+        (stage, events): (&str, &Sender<Event>),
+        cancel: &AtomicBool,
+    ) -> Option<Record> {
+        let record = self.offer(store, fingerprint, store.record(fingerprint).as_ref())?;
+        if let Err(trouble) = self.pull(store, &record, (stage, events), cancel) {
+            if !cancel.load(Ordering::Relaxed) {
+                self.tell(stage, &record.artifact, trouble);
+            }
+            self.distrust(fingerprint);
+            return None;
+        }
+        match store.adopt(fingerprint, &record) {
+            Ok(()) => Some(record),
+            Err(error) => {
+                self.warn(&format!(
+                    "`{stage}` from the remote was not kept: {error:#}"
+                ));
+                None
+            }
+        }
+    }
+
+    fn tell(&self, stage: &str, content: &str, trouble: Trouble) {
+        match trouble {
+            Trouble::Damaged { digest, error } => {
+                self.bad(&digest, &format!("the result of `{stage}`"), &error);
+                self.state().bad.insert(content.to_owned());
+            }
+            Trouble::Unreachable(error) => self.unreachable(&error),
+            Trouble::Here(error) => self.warn(&format!("could not fetch `{stage}`: {error:#}")),
+        }
+    }
+
+    fn pull(
+        &self,
+        store: &Store,
+        record: &Record,
+        (stage, events): (&str, &Sender<Event>),
+        cancel: &AtomicBool,
+    ) -> Result<(), Trouble> {
+        let content = &record.artifact;
+        // Two runners that want the same files: the second finds them.
+        let lock =
+            open_lock(&store.lock_path(&format!("{content}.pull"))).map_err(Trouble::Here)?;
+        lock.lock()
+            .context("could not lock the files that arrive")
+            .map_err(Trouble::Here)?;
+        if store.is_sound(content) {
+            return Ok(());
+        }
+        let Some(remote) = self.remote.as_ref().filter(|_| self.pulls()) else {
+            let error =
+                anyhow!("the files of `{stage}` are elsewhere, and there is no remote to ask");
+            return Err(Trouble::Here(error));
+        };
+        let damaged = |error| Trouble::Damaged {
+            digest: content.clone(),
+            error,
+        };
+        let manifest = get(remote.as_ref(), &manifest_key(content))
+            .map_err(Trouble::Unreachable)?
+            .context("its manifest is missing")
+            .and_then(|bytes| parse_manifest(content, &bytes).context("its manifest"))
+            .map_err(damaged)?;
+        let folder = store.folder("incoming").join(content);
+        let arrival = Arrival {
+            shared: self,
+            remote: remote.as_ref(),
+            folder: &folder,
+            cancel,
+            stage,
+            events,
+            fetched: AtomicU64::new(0),
+            files: AtomicUsize::new(0),
+            size: manifest.size(),
+        };
+        fs::create_dir_all(&folder)
+            .with_context(|| format!("could not make `{}`", folder.display()))
+            .map_err(Trouble::Here)?;
+        let mut blobs = BTreeMap::new();
+        for entry in manifest.files.values() {
+            blobs.insert(entry.blake3.clone(), entry.stat.size);
+        }
+        let here = self.here(store);
+        arrival.all(&blobs, &here)?;
+        let ready = assemble(&folder, &manifest)
+            .and_then(|whole| store.admit(&folder.join("files"), &whole))
+            .map_err(Trouble::Here)?;
+        debug_assert!(ready.0 == *content);
+        // What is left there is only the empty folder.
+        let _ = remove(&folder);
+        self.remember(store, content, &manifest);
+        // A reporter that is gone misses nothing else.
+        let _ = events.send(Event::StageFetched {
+            stage: stage.to_owned(),
+            artifact: content.clone(),
+            files: arrival.files.into_inner(),
+            bytes: arrival.fetched.into_inner(),
+        });
+        Ok(())
+    }
+
+    /// The files of this store's artifacts by digest, read from their manifests once.
+    fn here(&self, store: &Store) -> BTreeMap<Digest, PathBuf> {
+        if let Some(here) = &self.state().here {
+            return here.clone();
+        }
+        let here = store.blobs();
+        self.state().here = Some(here.clone());
+        here
+    }
+
+    fn remember(&self, store: &Store, content: &str, manifest: &Manifest) {
+        let folder = store.artifact(content);
+        if let Some(here) = &mut self.state().here {
+            for (name, entry) in &manifest.files {
+                here.insert(entry.blake3.clone(), folder.join(name));
+            }
+        }
+    }
+}
+
+/// Files on their way into `folder`.
+struct Arrival<'a> {
+    shared: &'a Shared,
+    remote: &'a dyn Remote,
+    folder: &'a Path,
+    cancel: &'a AtomicBool,
+    stage: &'a str,
+    events: &'a Sender<Event>,
+    fetched: AtomicU64,
+    files: AtomicUsize,
+    size: u64,
+}
+
+impl Arrival<'_> {
+    fn all(
+        &self,
+        blobs: &BTreeMap<Digest, u64>,
+        here: &BTreeMap<Digest, PathBuf>,
+    ) -> Result<(), Trouble> {
+        // The largest first, so that the end is not one slow file.
+        let mut order: Vec<_> = blobs.iter().collect();
+        order.sort_by(|a, b| b.1.cmp(a.1));
+        let trouble = in_parallel(&order, |(blake3, size)| {
+            let known = here.get(*blake3).map(PathBuf::as_path);
+            self.one(blake3, **size, known)
+        });
+        trouble.map_or(Ok(()), Err)
+    }
+
+    fn one(&self, blake3: &str, size: u64, known: Option<&Path>) -> Result<(), Trouble> {
+        let whole = self.folder.join(blake3);
+        let is = |path: &Path| digest_file(path).is_ok_and(|found| found == blake3);
+        if whole.exists() {
+            if is(&whole) {
+                return Ok(());
+            }
+            remove(&whole).map_err(Trouble::Here)?;
+        }
+        if let Some(known) = known
+            && is(known)
+        {
+            return link_or_copy(known, &whole).map_err(Trouble::Here);
+        }
+        if !self.shared.pulls() {
+            return Err(Trouble::Here(anyhow!("the remote is not asked any more")));
+        }
+        let mut part =
+            Part::open(&self.folder.join(format!("{blake3}.part"))).map_err(Trouble::Here)?;
+        self.fill(&mut part, blake3, size)?;
+        fs::rename(&part.path, &whole)
+            .with_context(|| format!("could not keep `{}`", whole.display()))
+            .map_err(Trouble::Here)?;
+        self.files.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Fetches what a part lacks, and checks the whole.
+    fn fill(&self, part: &mut Part, blake3: &str, size: u64) -> Result<(), Trouble> {
+        let damaged = |error| Trouble::Damaged {
+            digest: blake3.to_owned(),
+            error,
+        };
+        if part.length > size {
+            part.restart().map_err(Trouble::Here)?;
+        }
+        let mut resumed = part.length > 0;
+        let mut tries = 0;
+        loop {
+            let before = part.length;
+            let mut mine = None;
+            let result = if part.length == size && size > 0 {
+                Ok(true)
+            } else {
+                self.remote
+                    .read(&blob_key(blake3), part.length, &mut |piece| {
+                        let written = self.piece(part, piece, size);
+                        written.map_err(|error| {
+                            let text = format!("{error:#}");
+                            mine = Some(error);
+                            anyhow!(text)
+                        })
+                    })
+            };
+            if let Some(error) = mine {
+                if part.length > size {
+                    remove(&part.path).map_err(Trouble::Here)?;
+                    return Err(damaged(anyhow!("the file `{blake3}` is too long")));
+                }
+                return Err(Trouble::Here(error));
+            }
+            match result {
+                Ok(true) if part.length == size && part.digest() == blake3 => return Ok(()),
+                Ok(true) if resumed => {
+                    // What lay here may be of another time; once more from the start.
+                    resumed = false;
+                    part.restart().map_err(Trouble::Here)?;
+                }
+                Ok(true) => {
+                    // Nothing of it is of any use.
+                    remove(&part.path).map_err(Trouble::Here)?;
+                    return Err(damaged(anyhow!("the file `{blake3}` has other contents")));
+                }
+                Ok(false) => return Err(damaged(anyhow!("the file `{blake3}` is missing"))),
+                Err(error) => {
+                    tries = if part.length > before { 0 } else { tries + 1 };
+                    if tries == TRIES || !self.shared.pulls() {
+                        return Err(Trouble::Unreachable(error));
+                    }
+                }
+            }
+        }
+    }
+
+    fn piece(&self, part: &mut Part, piece: &[u8], size: u64) -> anyhow::Result<()> {
+        ensure!(!self.cancel.load(Ordering::Relaxed), "interrupted");
+        // A file that is too long is found out without filling the disk.
+        let room = size.saturating_add(1).saturating_sub(part.length);
+        let piece = &piece[..piece.len().min(room as usize)];
+        part.append(piece)?;
+        ensure!(part.length <= size, "too long");
+        let done = self
+            .fetched
+            .fetch_add(piece.len() as u64, Ordering::Relaxed);
+        // Some times a second would do; a message a megabyte is cheap enough.
+        if done >> 20 != (done + piece.len() as u64) >> 20 {
+            let _ = self.events.send(Event::Progress {
+                stage: self.stage.to_owned(),
+                done: done + piece.len() as u64,
+                total: Some(self.size),
+                unit: "bytes",
+            });
+        }
+        Ok(())
+    }
+}
+
+/// A file that is not whole yet, with the digest of what there is.
+struct Part {
+    path: PathBuf,
+    file: File,
+    length: u64,
+    hasher: blake3::Hasher,
+}
+
+impl Part {
+    fn open(path: &Path) -> anyhow::Result<Self> {
+        let open = || -> std::io::Result<Self> {
+            let mut hasher = blake3::Hasher::new();
+            if path.exists() {
+                hasher.update_reader(File::open(path)?)?;
+            }
+            let file = File::options().append(true).create(true).open(path)?;
+            Ok(Self {
+                path: path.to_owned(),
+                file,
+                length: hasher.count(),
+                hasher,
+            })
+        };
+        open().with_context(|| format!("could not open `{}`", path.display()))
+    }
+
+    fn append(&mut self, piece: &[u8]) -> anyhow::Result<()> {
+        self.file
+            .write_all(piece)
+            .with_context(|| format!("could not write `{}`", self.path.display()))?;
+        self.hasher.update(piece);
+        self.length += piece.len() as u64;
+        Ok(())
+    }
+
+    fn restart(&mut self) -> anyhow::Result<()> {
+        self.file
+            .set_len(0)
+            .with_context(|| format!("could not write `{}`", self.path.display()))?;
+        self.hasher.reset();
+        self.length = 0;
+        Ok(())
+    }
+
+    fn digest(&self) -> Digest {
+        self.hasher.finalize().to_hex().to_string()
+    }
+}
+
+/// Gives the blobs in a folder the names that the manifest has for them, below `files`; returns the manifest with their stats.
+fn assemble(folder: &Path, manifest: &Manifest) -> anyhow::Result<Manifest> {
+    let files = folder.join("files");
+    remove(&files)?;
+    fs::create_dir_all(&files).with_context(|| format!("could not make `{}`", files.display()))?;
+    let mut whole = manifest.clone();
+    for (name, entry) in &mut whole.files {
+        let to = files.join(name);
+        let parent = to.parent().unwrap_or(&files);
+        fs::create_dir_all(parent)
+            .with_context(|| format!("could not make `{}`", parent.display()))?;
+        // Not a rename: two names may have the same contents, and an interrupted attempt starts from here again.
+        link_or_copy(&folder.join(&entry.blake3), &to)?;
+        super::super::store::seal(&to)
+            .with_context(|| format!("could not seal `{}`", to.display()))?;
+        let metadata = fs::symlink_metadata(&to)
+            .with_context(|| format!("could not read `{}`", to.display()))?;
+        entry.stat = Stat::of(&metadata);
+    }
+    whole.folders = folders(&files, whole.files.keys().map(String::as_str));
+    Ok(whole)
+}
+
+/// Works on items with some threads until all are done or one is in trouble; the first trouble.
+pub(super) fn in_parallel<T: Sync, E: Send>(
+    items: &[T],
+    work: impl Fn(&T) -> Result<(), E> + Sync,
+) -> Option<E> {
+    let next = AtomicUsize::new(0);
+    let trouble = Mutex::new(None);
+    let told = || {
+        let trouble = trouble.lock();
+        trouble.map_or(true, |trouble| trouble.is_some())
+    };
+    std::thread::scope(|scope| {
+        for _ in 0..PARALLEL.min(items.len()) {
+            scope.spawn(|| {
+                while let Some(item) = items.get(next.fetch_add(1, Ordering::Relaxed))
+                    && !told()
+                {
+                    if let Err(error) = work(item)
+                        && let Ok(mut trouble) = trouble.lock()
+                    {
+                        trouble.get_or_insert(error);
+                    }
+                }
+            });
+        }
+    });
+    trouble.into_inner().ok().flatten()
+}
