@@ -147,6 +147,7 @@ fn project(recipe: &Path, store: &StoreArgs, which: &Which) -> Result<Project, F
     let recipe = RecipeArgs {
         recipe: recipe.to_owned(),
         set: Vec::new(),
+        allow_path: Vec::new(),
     };
     let mut project = Project::open(&recipe, store)?;
     project.connect(&which.args(), false)?;

@@ -33,6 +33,7 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
         let recipe = RecipeArgs {
             recipe: recipe.clone(),
             set: Vec::new(),
+            allow_path: Vec::new(),
         };
         let project = Project::open(&recipe, &args.store)?;
         for state in project.plan() {

@@ -3,6 +3,7 @@
 //! This is the only place where the environment is read, where something is printed, and where a process ends.
 
 mod cache;
+mod confine;
 mod diff;
 pub mod error;
 mod gc;

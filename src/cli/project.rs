@@ -7,7 +7,7 @@ use std::sync::Arc;
 use clap::Args;
 
 use super::remote::{self, RemoteArgs};
-use super::{Failure, colour, error, variable};
+use super::{Failure, colour, confine, error, variable};
 use crate::engine::remote::Shared;
 use crate::engine::{
     Graph, Node, Pins, Record, Run, Situation, State, Store, World, canonical_json,
@@ -23,6 +23,9 @@ pub(super) struct RecipeArgs {
     /// Sets a value of the recipe, such as `stages.tuned.train_orpo.beta=0.2` or `vars.seed=1`; may be repeated
     #[arg(long = "set", value_name = "PATH=VALUE", value_parser = assignment)]
     pub(super) set: Vec<Override>,
+    /// Lets the recipe read files of a folder outside its project; may be repeated
+    #[arg(long, value_name = "DIR")]
+    pub(super) allow_path: Vec<PathBuf>,
 }
 
 /// What every command that looks into the store takes.
@@ -51,8 +54,15 @@ fn assignment(text: &str) -> Result<Override, String> {
 
 /// Reads a recipe; all its mistakes are rendered.
 pub(super) fn load(args: &RecipeArgs) -> Result<Recipe, Failure> {
+    let here = here()?;
     crate::recipe::load(&args.recipe, &args.set, KINDS)
+        .and_then(|recipe| confine::check(&recipe, args, &here).map(|()| recipe))
         .map_err(|errors| Failure::Wrong(error::render(&errors, colour())))
+}
+
+fn here() -> Result<PathBuf, Failure> {
+    let here = std::env::current_dir();
+    Ok(here.map_err(|error| anyhow::anyhow!("there is no current folder: {error}"))?)
 }
 
 /// A recipe in its project.
@@ -75,8 +85,7 @@ pub(super) struct Project {
 impl Project {
     pub(super) fn open(args: &RecipeArgs, settings: &StoreArgs) -> Result<Self, Failure> {
         let recipe = load(args)?;
-        let here = std::env::current_dir()
-            .map_err(|error| anyhow::anyhow!("there is no current folder: {error}"))?;
+        let here = here()?;
         let file = normal(&here.join(&recipe.path));
         let folder = file.parent().unwrap_or(&here).to_owned();
         let root = root(&folder);
@@ -244,7 +253,7 @@ fn key(file: &Path) -> String {
 }
 
 /// The path without `.` and `..`, by its text alone.
-fn normal(path: &Path) -> PathBuf {
+pub(super) fn normal(path: &Path) -> PathBuf {
     let mut normal = PathBuf::new();
     for part in path.components() {
         match part {

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::canonical::Digest;
 use super::files::{link_or_copy, remove, write_atomically};
 use super::manifest::{Check, Manifest};
-use super::store::Store;
+use super::store::{Store, open_lock};
 
 /// What was put in a place, so that it can be told from what people put there.
 #[derive(Serialize, Deserialize)]
@@ -25,6 +25,11 @@ pub fn place(store: &Store, artifact: &str, place: &Path, overwrite: bool) -> an
         "outputs/{}.json",
         blake3::hash(place.as_os_str().as_encoded_bytes()).to_hex()
     ));
+    // One at a time: another runner of the same recipe would take what this one is putting there for somebody else's. A store
+    // that can't be written has no lock, and no output to put anywhere either.
+    let _held = open_lock(&state.with_extension("lock"))
+        .ok()
+        .map(|lock| lock.lock().map(|()| lock));
     let known: Vec<Placed> = fs::read(&state)
         .ok()
         .and_then(|bytes| serde_json::from_slice(&bytes).ok())

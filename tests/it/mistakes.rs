@@ -97,3 +97,53 @@ fn bad_data_fails_its_stage_and_keeps_nothing() {
     let partial = project.path(".pipeline/v1/partial");
     assert_eq!(fs::read_dir(partial).unwrap().count(), 0);
 }
+
+#[test]
+fn a_recipe_reads_nothing_outside_its_project() {
+    let outside = tempfile::tempdir().unwrap();
+    let secret = outside.path().join("secret.jsonl");
+    let row = r#"{"prompt": "a", "chosen": "b", "rejected": "c"}"#;
+    fs::write(&secret, row).unwrap();
+    let project = Project::empty();
+    fs::create_dir(project.path("folder")).unwrap();
+    std::os::unix::fs::symlink(&secret, project.path("link.jsonl")).unwrap();
+    std::os::unix::fs::symlink(&secret, project.path("folder/inner.jsonl")).unwrap();
+    let recipe = |path: &str| {
+        project.write(
+            "r.yaml",
+            &format!(
+                "version: 1\nvars: {{ file: \"{path}\" }}\nstages:\n  pairs: {{ import_dataset: {{ path: \"${{file}}\" }} }}\n"
+            ),
+        );
+    };
+    let folder = outside.path().to_str().unwrap();
+    let absolute = secret.to_str().unwrap();
+    for (path, told) in [
+        (absolute, "leaves the project"),
+        ("../secret.jsonl", "`../secret.jsonl` leaves the project"),
+        ("a/../../secret.jsonl", "leaves the project"),
+        (
+            "link.jsonl",
+            "`link.jsonl` is a link that leaves the project",
+        ),
+        ("folder", "`folder/inner.jsonl` is a link that leaves"),
+    ] {
+        recipe(path);
+        for command in ["run", "plan", "validate", "lock"] {
+            let error = wrong(&project, &[command, "r.yaml"]);
+            assert!(error.contains(told), "{path} {command}: {error}");
+            assert!(error.contains("r.yaml:4:"), "{error}");
+            assert!(error.contains("--allow-path"), "{error}");
+        }
+    }
+    assert_eq!(fs::read_dir(project.path(".pipeline")).unwrap().count(), 0);
+    let run = |arguments: &[&str]| {
+        let ended = project.run(arguments);
+        assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+    };
+    recipe("link.jsonl");
+    run(&["run", "r.yaml", "--allow-path", folder]);
+    recipe(absolute);
+    run(&["run", "r.yaml", "--allow-path", folder]);
+    run(&["run", "r.yaml", "--set", &format!("vars.file={absolute}")]);
+}

@@ -226,3 +226,25 @@ fn what_could_never_start_is_an_error_before_anything_runs() {
     assert!(error.contains("`greedy` wants 1 gpus"), "{error}");
     assert_eq!(RUNS[27].load(Ordering::SeqCst), 0);
 }
+
+#[test]
+fn many_runners_put_one_result_in_its_place() {
+    let toy = Toy::new(31);
+    let (summary, _) = toy.run_with("+", "", &[]);
+    let artifact = summary.artifacts[0].clone().unwrap();
+    let store = toy.store();
+    for round in 0..50 {
+        let to = toy.path(&format!("out{round}"));
+        let start = std::sync::Barrier::new(4);
+        std::thread::scope(|scope| {
+            let put = || {
+                start.wait();
+                place(&store, &artifact, &to, false).unwrap()
+            };
+            let placers: Vec<_> = (0..4).map(|_| scope.spawn(put)).collect();
+            let changed = placers.into_iter().map(|placer| placer.join().unwrap());
+            assert_eq!(changed.filter(|changed| *changed).count(), 1);
+        });
+        assert_eq!(std::fs::read_to_string(to.join("text")).unwrap(), "one+two");
+    }
+}
