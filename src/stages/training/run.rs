@@ -99,7 +99,7 @@ pub(in crate::stages) fn run(
 ) -> anyhow::Result<()> {
     let config = LlamaConfig::read(job.model)?;
     settings.pad = pad_id(job.model, &config);
-    settings.split = job.train_split.to_owned();
+    job.train_split.clone_into(&mut settings.split);
     let weights = Weights::open(job.model)?;
     let adapter = job.adapter.map(Adapter::load).transpose()?;
     let trained = if adapter.is_some() {
