@@ -64,7 +64,7 @@ fn default_max_length() -> usize {
 
 impl Stage for TrainSft {
     const KIND: &'static str = "train_sft";
-    const VERSION: u32 = 2;
+    const VERSION: u32 = 3;
     const EXCLUSIVE: bool = true;
     type Output = Model;
 
