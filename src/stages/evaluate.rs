@@ -187,7 +187,7 @@ fn stop_ids(folder: &Path, config: &LlamaConfig) -> anyhow::Result<Vec<u32>> {
 
 impl Stage for Evaluate {
     const KIND: &'static str = "evaluate";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const EXCLUSIVE: bool = true;
     type Output = Scores;
 
