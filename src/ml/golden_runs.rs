@@ -5,10 +5,10 @@ use std::ops::ControlFlow;
 
 use candle_core::{DType, Tensor};
 
-use super::golden::{far, model, rows, tensors};
-use super::golden_compare::{EXACT, Tolerance, compare, json};
 use super::forward::Path;
 use super::fused::Packing;
+use super::golden::{far, model, rows, tensors};
+use super::golden_compare::{EXACT, Tolerance, compare, json};
 use super::model::{Llama, Trained};
 use super::objective::Objective;
 use super::optim;

@@ -14,8 +14,8 @@ use candle_core::{D, DType, Device, Result, Tensor, Var};
 
 use super::batch::Batch;
 use super::config::LlamaConfig;
-use super::fused::Pool;
 use super::forward::Path;
+use super::fused::Pool;
 use super::linear::{Linear, Pass, Weight};
 use super::ops::{masked_softmax, rms_norm, rope};
 

@@ -43,7 +43,9 @@ fn gather(forward: &Forward<'_>, tokens: &[usize], out: &mut [f32]) {
         .iter()
         .map(|&token| column(&forward.hidden, hidden, token).collect())
         .collect();
-    fill(out, hidden, tokens.len(), |row| rows.get(row).map_or(&[], Vec::as_slice));
+    fill(out, hidden, tokens.len(), |row| {
+        rows.get(row).map_or(&[], Vec::as_slice)
+    });
 }
 
 /// Tokens of one chunk.
@@ -163,7 +165,10 @@ impl Scored {
         let ids: Vec<u32> = self.rows.iter().map(|(_, id)| *id).collect();
         let ids = Tensor::from_vec(ids, self.rows.len(), &model.device)?;
         let at_id = head.value().index_select(&ids, 0)?;
-        let at_id = at_id.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        let at_id = at_id
+            .to_dtype(DType::F32)?
+            .flatten_all()?
+            .to_vec1::<f32>()?;
         for ((row, _), g) in self.rows.iter().zip(of_logps) {
             sums[*row] += g;
         }
@@ -227,7 +232,12 @@ impl Scored {
                     }
                 }
             }
-            outer((&logits, vocabulary), (&x, hidden), &mut total, Order::Straight);
+            outer(
+                (&logits, vocabulary),
+                (&x, hidden),
+                &mut total,
+                Order::Straight,
+            );
             drop(wide);
             pool.give(x);
             pool.give(logits);

@@ -43,7 +43,8 @@ impl Shape {
             let rows = angles.flatten_all()?.to_vec1::<f32>()?;
             let mut out = vec![0.; size(half, tokens)];
             fill(&mut out, half, tokens, |token| {
-                rows.get(token * half..(token + 1) * half).unwrap_or_default()
+                rows.get(token * half..(token + 1) * half)
+                    .unwrap_or_default()
             });
             Ok(out)
         };
@@ -271,7 +272,14 @@ pub(super) fn backward(
     let mut of_normed = shape.take(pool, hidden);
     let slopes = set.backward(&[&gate, &up], &mut of_normed, false, pool)?;
     let linears = [&layer.gate, &layer.up];
-    set.gradients(&linears, &[&gate, &up], &normed, &narrow3, &slopes, trainable)?;
+    set.gradients(
+        &linears,
+        &[&gate, &up],
+        &normed,
+        &narrow3,
+        &slopes,
+        trainable,
+    )?;
     set.give_back(pool, narrow3, slopes);
     pool.give(gate);
     pool.give(up);
@@ -286,7 +294,14 @@ pub(super) fn backward(
     let set = Set::new(&[&held.o], shape.q_width(), shape);
     let mut of_attended = shape.take_clean(pool, shape.q_width());
     let slopes = set.backward(&[of_x], &mut of_attended, false, pool)?;
-    set.gradients(&[&layer.o], &[of_x], &attended, &narrow2, &slopes, trainable)?;
+    set.gradients(
+        &[&layer.o],
+        &[of_x],
+        &attended,
+        &narrow2,
+        &slopes,
+        trainable,
+    )?;
     set.give_back(pool, narrow2, slopes);
     let mut of_q = shape.take_clean(pool, shape.q_width());
     let mut of_k = shape.take_clean(pool, shape.kv_width());

@@ -88,7 +88,12 @@ impl Layout {
 
     /// Two sequences that begin alike: what is common, the rest of the one, the rest of the other.
     fn pair(&mut self, batch: &Batch, one: usize, other: usize) {
-        let ids = |row: usize| batch.sequences.get(row).map_or(&[][..], |s: &Sequence| &s.ids);
+        let ids = |row: usize| {
+            batch
+                .sequences
+                .get(row)
+                .map_or(&[][..], |s: &Sequence| &s.ids)
+        };
         let (first, second) = (ids(one), ids(other));
         let common = first.iter().zip(second).take_while(|(a, b)| a == b).count();
         let start = self.ids.len();

@@ -24,8 +24,8 @@ use super::linear::{Pass, Weight};
 use super::model::{self, Gradients, Llama};
 pub use head::Scored;
 use layer::{Both, Saved, Shape, Trainable};
-pub use layout::Packing;
 use layout::Layout;
+pub use layout::Packing;
 pub(super) use pool::Pool;
 use weights::{Held, Layer};
 
@@ -39,7 +39,10 @@ pub(super) fn supports(model: &Llama) -> bool {
 /// Whether a pass of such a model can: dropout goes the plain way.
 pub(super) fn takes(model: &Llama, pass: Pass) -> bool {
     let drops = |layer: &model::Layer| {
-        let loras = layer.linears().into_iter().filter_map(|linear| linear.lora.as_ref());
+        let loras = layer
+            .linears()
+            .into_iter()
+            .filter_map(|linear| linear.lora.as_ref());
         loras.into_iter().any(|lora| lora.dropout > 0.)
     };
     supports(model) && (pass.dropout.is_none() || !model.layers.iter().any(drops))
@@ -232,7 +235,8 @@ fn embed(model: &Llama, layout: &Layout, x: &mut [f32]) -> Result<()> {
     let rows = model.embed.value().index_select(&ids, 0)?;
     let rows = rows.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
     fill(x, width, layout.ids.len(), |token| {
-        rows.get(token * width..(token + 1) * width).unwrap_or_default()
+        rows.get(token * width..(token + 1) * width)
+            .unwrap_or_default()
     });
     Ok(())
 }

@@ -147,7 +147,11 @@ impl<'a> Set<'a> {
         let slopes = self.slopes(of_outs, pool)?;
         let mut wide = Vec::new();
         for (projection, of_out) in self.all.iter().zip(of_outs) {
-            wide.push(factor(self.shape.half, of_out, projection.matrix()?.height()));
+            wide.push(factor(
+                self.shape.half,
+                of_out,
+                projection.matrix()?.height(),
+            ));
         }
         let narrow: Vec<Factor<'_>> = slopes.iter().map(|x| Factor::F32(x)).collect();
         let mut terms = Vec::new();
