@@ -172,16 +172,19 @@ impl<'a> Matrix<'a> {
     /// last row.
     pub(crate) fn pack(&self, rows: Range<usize>, depths: Range<usize>, out: &mut Vec<f32>) {
         let depth = depths.len();
-        let tiles = rows.len().div_ceil(TILE);
-        out.clear();
-        out.resize(tiles * depth * TILE, 0.);
+        sized(out, rows.len(), depth);
         let mut buffer = Vec::new();
         if self.turned {
             for (k, row) in depths.enumerate() {
                 let values = self.row(row, rows.clone(), &mut buffer);
-                for (tile, values) in values.chunks(TILE).enumerate() {
-                    let place = (tile * depth + k) * TILE;
-                    out[place..place + values.len()].copy_from_slice(values);
+                let (whole, rest) = values.as_chunks::<TILE>();
+                let mut place = k * TILE;
+                for values in whole {
+                    out[place..place + TILE].copy_from_slice(values);
+                    place += depth * TILE;
+                }
+                if !rest.is_empty() {
+                    out[place..place + rest.len()].copy_from_slice(rest);
                 }
             }
         } else {
@@ -199,9 +202,7 @@ impl<'a> Matrix<'a> {
     /// The same in pairs of bf16: `[rows / TILE][depth / 2][TILE]`. `depths` starts at an even number.
     pub(crate) fn pack_pairs(&self, rows: Range<usize>, depths: Range<usize>, out: &mut Vec<u32>) {
         let depth = depths.len().div_ceil(2);
-        let tiles = rows.len().div_ceil(TILE);
-        out.clear();
-        out.resize(tiles * depth * TILE, 0);
+        sized(out, rows.len(), depth);
         let (mut buffer, mut bits) = (Vec::new(), Vec::new());
         let (mut second_buffer, mut second_bits) = (Vec::new(), Vec::new());
         if self.turned {
@@ -233,6 +234,15 @@ impl<'a> Matrix<'a> {
                 }
             }
         }
+    }
+}
+
+/// Makes a buffer as large as a block of so many rows, with zeros in the tile that the rows may not fill.
+fn sized<T: Copy + Default>(out: &mut Vec<T>, rows: usize, depth: usize) {
+    let size = rows.div_ceil(TILE) * depth * TILE;
+    out.resize(size, T::default());
+    if !rows.is_multiple_of(TILE) {
+        out[size - depth * TILE..].fill(T::default());
     }
 }
 

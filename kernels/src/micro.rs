@@ -157,8 +157,22 @@ mod wide {
             // SAFETY: at most one step behind the last one read.
             (a, b) = unsafe { (a.add(KS), b.add(V * 16)) };
         }
-        // SAFETY: the promised rows of `c`.
-        unsafe { store(&sums, tile.c, tile.rows, tile.add) };
+        for (i, sums) in sums.iter().enumerate() {
+            if i < tile.rows {
+                for (at, sum) in sums.iter().enumerate() {
+                    // SAFETY: one of the promised rows of `c`.
+                    unsafe {
+                        let c = tile.c.add((i * V + at) * 16);
+                        let sum = if tile.add {
+                            _mm512_add_ps(_mm512_loadu_ps(c), *sum)
+                        } else {
+                            *sum
+                        };
+                        _mm512_storeu_ps(c, sum);
+                    }
+                }
+            }
+        }
     }
 
     /// # Safety
@@ -180,8 +194,22 @@ mod wide {
             // SAFETY: at most one step behind the last one read.
             (a, b) = unsafe { (a.add(M), b.add(LANES)) };
         }
-        // SAFETY: the promised rows of `c`.
-        unsafe { store(&sums, tile.c, tile.rows, tile.add) };
+        for (i, sums) in sums.iter().enumerate() {
+            if i < tile.rows {
+                for (at, sum) in sums.iter().enumerate() {
+                    // SAFETY: one of the promised rows of `c`.
+                    unsafe {
+                        let c = tile.c.add((i * 2 + at) * 16);
+                        let sum = if tile.add {
+                            _mm512_add_ps(_mm512_loadu_ps(c), *sum)
+                        } else {
+                            *sum
+                        };
+                        _mm512_storeu_ps(c, sum);
+                    }
+                }
+            }
+        }
     }
 
     #[target_feature(enable = "avx512f")]
@@ -194,31 +222,5 @@ mod wide {
     fn of_integers(value: __m512i) -> __m512bh {
         // SAFETY: 512 bits either way, and every bit pattern is a value.
         unsafe { std::mem::transmute(value) }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    unsafe fn store<const M: usize, const V: usize>(
-        sums: &[[__m512; V]; M],
-        c: *mut f32,
-        rows: usize,
-        add: bool,
-    ) {
-        for (i, sums) in sums.iter().enumerate() {
-            if i < rows {
-                for (at, sum) in sums.iter().enumerate() {
-                    // SAFETY: one of the wanted rows.
-                    unsafe {
-                        let c = c.add((i * V + at) * 16);
-                        let sum = if add {
-                            _mm512_add_ps(_mm512_loadu_ps(c), *sum)
-                        } else {
-                            *sum
-                        };
-                        _mm512_storeu_ps(c, sum);
-                    }
-                }
-            }
-        }
     }
 }

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, anyhow, bail, ensure};
 use candle_core::{DType, Device, Tensor};
-use memmap2::Mmap;
+use memmap2::{Mmap, UncheckedAdvice};
 use safetensors::{Dtype, SafeTensors};
 
 pub(in crate::ml) use writer::bytes;
@@ -260,6 +260,18 @@ impl Weights {
             shape: &place.shape,
             bytes: bytes.ok_or_else(missing)?,
         })
+    }
+
+    /// Takes what was read of the files out of this process's memory; it is read again when it is wanted again. Only the
+    /// system's file cache still has it.
+    pub fn release(&self) {
+        for shard in &self.shards {
+            #[expect(unsafe_code, reason = "a model must not be in memory twice")]
+            // SAFETY: the pages of a file mapped read-only come back from the file, with the same contents.
+            let result = unsafe { shard.map.unchecked_advise(UncheckedAdvice::DontNeed) };
+            // A system that can't do this only keeps more memory.
+            drop(result);
+        }
     }
 
     /// A tensor in its stored dtype.

@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Tensor, Var};
 
 use super::super::adapter::Adapter;
 use super::super::config::LlamaConfig;
+use super::super::float::Float;
 use super::super::forward::Path;
 use super::super::fused::{self, Packing, Pool};
 use super::super::linear::{Base, Linear, Lora, Weight};
@@ -172,11 +173,15 @@ impl Llama {
         };
         let vocabulary = [config.vocab_size, config.hidden_size];
         let tied = config.tie_word_embeddings;
-        let embed_dtype = if tied { compute } else { DType::F32 };
-        let embed = loader.weight("model.embed_tokens.weight", &vocabulary, embed_dtype)?;
+        // Only rows of it are used, made f32 one by one; a tied one is the head's weight too.
+        let embed = "model.embed_tokens.weight";
+        let stored = Float::of(weights.raw(embed)?.dtype).map(Float::dtype);
+        let embed_dtype = stored.filter(|_| !tied).unwrap_or(compute);
+        let embed = loader.weight(embed, &vocabulary, embed_dtype)?;
         let layers: Vec<_> = (0..config.num_hidden_layers)
             .map(|number| {
                 let layer = loader.layer(number);
+                weights.release();
                 layer.with_context(|| format!("could not load layer {number}"))
             })
             .collect::<anyhow::Result<_>>()?;
