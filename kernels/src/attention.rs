@@ -129,7 +129,7 @@ pub fn attention_backward(
     heads: Heads,
     spans: &[Span],
     (out, log_sums, of_out): (&[f32], &[f32], &[f32]),
-    gradients: Gradients<'_>,
+    gradients: &mut Gradients<'_>,
 ) {
     let (of_q, of_k, of_v) = (
         Shared::new(gradients.q),
@@ -297,7 +297,7 @@ impl Work {
             product_turned(values, &self.of_result, slopes);
             run(Slopes {
                 p,
-                slopes,
+                values: slopes,
                 log_sum: &self.log_sum,
                 along: &along,
                 lanes,
@@ -499,7 +499,7 @@ impl Loop for Dot<'_> {
 /// Scores to probabilities in place, and the gradients of the probabilities to those of the scores.
 struct Slopes<'a> {
     p: &'a mut [f32],
-    slopes: &'a mut [f32],
+    values: &'a mut [f32],
     log_sum: &'a [f32],
     along: &'a Row,
     lanes: usize,
@@ -515,7 +515,7 @@ impl Loop for Slopes<'_> {
         };
         let kept: Row = std::array::from_fn(|lane| f32::from(u8::from(lane < self.lanes)));
         let rows = self.p.as_chunks_mut::<LANES>().0.iter_mut();
-        for (p, slope) in rows.zip(self.slopes.as_chunks_mut::<LANES>().0) {
+        for (p, slope) in rows.zip(self.values.as_chunks_mut::<LANES>().0) {
             for lane in 0..LANES {
                 let value = exp::<FMA>(p[lane] - log_sum[lane]) * kept[lane];
                 p[lane] = value;

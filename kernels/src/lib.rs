@@ -10,16 +10,20 @@
     unsafe_code,
     reason = "vector instructions and rows shared among threads; each block says why it holds"
 )]
+#![expect(
+    clippy::inline_always,
+    clippy::needless_range_loop,
+    clippy::needless_bitwise_bool,
+    reason = "loops over lanes must be compiled for their caller's instruction set, index several arrays, and have no branch"
+)]
 
+pub mod attention;
 pub mod dispatch;
-
+pub mod elementwise;
+pub mod exp;
 pub mod matrix;
 mod micro;
 pub mod panels;
 pub mod product;
-
-pub mod attention;
-pub mod elementwise;
-pub mod exp;
 pub mod reduce;
 pub mod vocabulary;

@@ -37,10 +37,10 @@ enum Way<'m> {
     Plain {
         hidden: candle_core::Tensor,
         tape: Option<Tape>,
-        scored: Option<head::Scored>,
+        scored: Option<Box<head::Scored>>,
     },
     Fused {
-        pass: fused::Forward<'m>,
+        pass: Box<fused::Forward<'m>>,
         scored: Option<fused::Scored>,
     },
 }
@@ -51,7 +51,13 @@ impl<'m> Forward<'m> {
     pub fn new(model: &'m Llama, batch: &Batch, pass: Pass, checkpointing: bool) -> Result<Self> {
         let way = match model.path {
             Path::Fused(packing) if fused::takes(model, pass) => Way::Fused {
-                pass: fused::Forward::new(model, batch, packing, pass, checkpointing)?,
+                pass: Box::new(fused::Forward::new(
+                    model,
+                    batch,
+                    packing,
+                    pass,
+                    checkpointing,
+                )?),
                 scored: None,
             },
             _ if pass.tape => {
@@ -85,7 +91,7 @@ impl<'m> Forward<'m> {
                     logps: new.logps.clone(),
                     certainty: new.certainty,
                 };
-                *scored = Some(new);
+                *scored = Some(Box::new(new));
                 Ok(scores)
             }
             Way::Fused { pass, scored } => {

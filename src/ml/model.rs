@@ -231,21 +231,19 @@ impl Llama {
 
     /// The sum of the head's rows, in f64: see [`super::head::mean_logit`].
     pub fn column_sum(&self) -> Result<Tensor> {
-        match &self.frozen_column_sum {
-            Some(sum) => Ok(sum.clone()),
-            None => {
-                // In parts: all of it in f64 would be the largest tensor of all.
-                let weight = self.head.as_ref().unwrap_or(&self.embed).value();
-                let (rows, columns) = weight.dims2()?;
-                let mut total = Tensor::zeros(columns, DType::F64, &self.device)?;
-                for start in (0..rows).step_by(1 << 12) {
-                    let part = weight.narrow(0, start, (rows - start).min(1 << 12))?;
-                    let part = part.to_dtype(self.compute)?.to_dtype(DType::F64)?;
-                    total = (total + part.sum(0)?)?;
-                }
-                Ok(total)
-            }
+        if let Some(sum) = &self.frozen_column_sum {
+            return Ok(sum.clone());
         }
+        // In parts: all of it in f64 would be the largest tensor of all.
+        let weight = self.head.as_ref().unwrap_or(&self.embed).value();
+        let (rows, columns) = weight.dims2()?;
+        let mut total = Tensor::zeros(columns, DType::F64, &self.device)?;
+        for start in (0..rows).step_by(1 << 12) {
+            let part = weight.narrow(0, start, (rows - start).min(1 << 12))?;
+            let part = part.to_dtype(self.compute)?.to_dtype(DType::F64)?;
+            total = (total + part.sum(0)?)?;
+        }
+        Ok(total)
     }
 
     /// Whether the head is trained.

@@ -145,7 +145,7 @@ fn values_and_slopes_are_those_of_plain_loops() {
                 heads,
                 &case.spans,
                 (&out, &log_sums, &g),
-                Gradients {
+                &mut Gradients {
                     q: &mut of_q,
                     k: &mut of_k,
                     v: &mut of_v,

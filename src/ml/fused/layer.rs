@@ -129,6 +129,14 @@ impl Saved {
     }
 }
 
+/// What a pass works with.
+#[derive(Clone, Copy)]
+pub(super) struct Work<'a> {
+    pub(super) shape: &'a Shape,
+    pub(super) layout: &'a Layout,
+    pub(super) pool: &'a Pool,
+}
+
 /// Where gradients go.
 pub(super) struct Trainable<'a> {
     pub(super) model: &'a Llama,
@@ -150,10 +158,12 @@ impl Trainable<'_> {
 /// Runs the layer. Without `whole`, for a backward alone, the last product is left out and the second result is empty.
 pub(super) fn forward(
     layer: &Layer<'_>,
-    shape: &Shape,
-    layout: &Layout,
+    Work {
+        shape,
+        layout,
+        pool,
+    }: Work<'_>,
     x: Vec<f32>,
-    pool: &Pool,
     whole: bool,
 ) -> Result<(Saved, Vec<f32>)> {
     let (hidden, inner) = (shape.hidden, shape.inner);
@@ -233,12 +243,14 @@ pub(super) struct Both<'a, 'b> {
 /// Goes back through the layer: `of_x`, the gradient of what it gave, becomes that of what it took, if `wanted`.
 pub(super) fn backward(
     Both { held, layer }: Both<'_, '_>,
-    shape: &Shape,
-    layout: &Layout,
+    Work {
+        shape,
+        layout,
+        pool,
+    }: Work<'_>,
     saved: Saved,
     of_x: &mut [f32],
     wanted: bool,
-    pool: &Pool,
     trainable: &mut Trainable<'_>,
 ) -> Result<()> {
     let (hidden, inner) = (shape.hidden, shape.inner);
@@ -263,7 +275,7 @@ pub(super) fn backward(
     let slopes = set.backward(&[of_x], &mut unit, false, pool)?;
     swiglu_backward(&mut gate, &mut up, &mut unit); // gate and up are their gradients now, and unit itself
     set.gradients(&[&layer.down], &[of_x], &unit, &narrow4, &slopes, trainable)?;
-    set.give_back(pool, narrow4, slopes);
+    pool.give_all(narrow4.into_iter().chain(slopes));
     pool.give(unit);
     let mut normed = shape.take(pool, hidden);
     let weight = held.post_norm.floats()?;
@@ -280,7 +292,7 @@ pub(super) fn backward(
         &slopes,
         trainable,
     )?;
-    set.give_back(pool, narrow3, slopes);
+    pool.give_all(narrow3.into_iter().chain(slopes));
     pool.give(gate);
     pool.give(up);
     trainable.add(&layer.post_norm.weight, |sum| {
@@ -302,7 +314,7 @@ pub(super) fn backward(
         &slopes,
         trainable,
     )?;
-    set.give_back(pool, narrow2, slopes);
+    pool.give_all(narrow2.into_iter().chain(slopes));
     let mut of_q = shape.take_clean(pool, shape.q_width());
     let mut of_k = shape.take_clean(pool, shape.kv_width());
     let mut of_v = shape.take_clean(pool, shape.kv_width());
@@ -316,7 +328,7 @@ pub(super) fn backward(
         shape.heads,
         &layout.spans,
         (&attended, &log_sums, &of_attended),
-        HeadGradients {
+        &mut HeadGradients {
             q: &mut of_q,
             k: &mut of_k,
             v: &mut of_v,
@@ -342,7 +354,7 @@ pub(super) fn backward(
     };
     let linears = [&layer.q, &layer.k, &layer.v];
     set.gradients(&linears, &outs, &normed, &narrow1, &slopes, trainable)?;
-    set.give_back(pool, narrow1, slopes);
+    pool.give_all(narrow1.into_iter().chain(slopes));
     if needed {
         trainable.add(&layer.input_norm.weight, |sum| {
             rms_norm_weight(&x, &inverse1, &of_normed, sum);

@@ -23,7 +23,7 @@ use super::batch::{Batch, Target};
 use super::linear::{Pass, Weight};
 use super::model::{self, Gradients, Llama};
 pub use head::Scored;
-use layer::{Both, Saved, Shape, Trainable};
+use layer::{Both, Saved, Shape, Trainable, Work};
 use layout::Layout;
 pub use layout::Packing;
 pub(super) use pool::Pool;
@@ -90,7 +90,12 @@ impl<'m> Forward<'m> {
                 input.copy_from_slice(&x);
                 saved.push(Kept::Input(input));
             }
-            let (kept, out) = layer::forward(&layer, &shape, &layout, x, pool, true)?;
+            let work = Work {
+                shape: &shape,
+                layout: &layout,
+                pool,
+            };
+            let (kept, out) = layer::forward(&layer, work, x, true)?;
             x = out;
             if pass.tape && !checkpointing {
                 saved.push(Kept::All(Box::new(kept)));
@@ -175,11 +180,15 @@ impl<'m> Forward<'m> {
                 continue;
             };
             let held = Layer::hold(layer, self.pass)?;
+            let work = Work {
+                shape: &self.shape,
+                layout: &self.layout,
+                pool,
+            };
             let saved = match kept {
                 Kept::All(saved) => *saved,
                 Kept::Input(x) => {
-                    let (saved, out) =
-                        layer::forward(&held, &self.shape, &self.layout, x, pool, false)?;
+                    let (saved, out) = layer::forward(&held, work, x, false)?;
                     pool.give(out);
                     saved
                 }
@@ -187,12 +196,10 @@ impl<'m> Forward<'m> {
             let wanted = number > 0 || trains_embed;
             layer::backward(
                 Both { held: &held, layer },
-                &self.shape,
-                &self.layout,
+                work,
                 saved,
                 &mut of_x,
                 wanted,
-                pool,
                 &mut trainable,
             )?;
         }

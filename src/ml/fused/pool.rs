@@ -38,6 +38,11 @@ impl Pool {
         }
     }
 
+    /// Takes several back.
+    pub(super) fn give_all(&self, buffers: impl IntoIterator<Item = Vec<f32>>) {
+        buffers.into_iter().for_each(|buffer| self.give(buffer));
+    }
+
     /// How many buffers are free.
     #[cfg(test)]
     pub(super) fn count(&self) -> usize {

@@ -209,10 +209,4 @@ impl<'a> Set<'a> {
         }
         Ok(())
     }
-
-    pub(super) fn give_back(&self, pool: &Pool, narrow: Vec<Vec<f32>>, slopes: Vec<Vec<f32>>) {
-        for buffer in narrow.into_iter().chain(slopes) {
-            pool.give(buffer);
-        }
-    }
 }
