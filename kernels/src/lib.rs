@@ -27,3 +27,7 @@ pub mod exp;
 pub mod reduce;
 pub mod vocabulary;
 pub mod attention;
+
+pub mod merge;
+pub mod nf4;
+pub mod normal;

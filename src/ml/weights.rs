@@ -262,6 +262,26 @@ impl Weights {
         })
     }
 
+    /// Gives the memory under a tensor back to the system, which reads it from the file again if it is used once more: going
+    /// through a large model then takes the memory of what is in use.
+    pub fn let_go(&self, name: &str) {
+        #[cfg(unix)]
+        if let Some(place) = self.tensors.get(name)
+            && let Some(shard) = self.shards.get(place.shard)
+        {
+            let (start, end) = place.range;
+            #[expect(unsafe_code, reason = "the advice is unchecked in general")]
+            // SAFETY: the map is shared and read-only and nobody changes its file (see `add`), so a page that was given back
+            // has the same bytes when it is read again; nothing can be lost or seen to change.
+            let advised = unsafe {
+                let advice = memmap2::UncheckedAdvice::DontNeed;
+                shard.map.unchecked_advise_range(advice, start, end - start)
+            };
+            // It is only advice.
+            let _ = advised;
+        }
+    }
+
     /// A tensor in its stored dtype.
     pub fn tensor(&self, name: &str, device: &Device) -> anyhow::Result<Tensor> {
         let raw = self.raw(name)?;
