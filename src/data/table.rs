@@ -12,6 +12,7 @@ use arrow::array::RecordBatch;
 use arrow::datatypes::{Schema, SchemaRef};
 use parquet::arrow::arrow_reader::{ArrowReaderOptions, ParquetRecordBatchReaderBuilder};
 
+pub(in crate::data) use writer::pass_batches;
 pub use writer::{Writer, pass};
 
 /// Rows that are read, worked on and written at once. Part of the written bytes: it decides where pages may end.
