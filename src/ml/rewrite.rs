@@ -198,3 +198,83 @@ impl Index {
             .with_context(|| format!("could not write `{INDEX}` to `{}`", out.display()))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use anyhow::bail;
+    use safetensors::Dtype;
+
+    use super::*;
+
+    const LARGE: usize = 2 * PIECE + 1000;
+
+    fn byte(place: usize) -> u8 {
+        (place % 251) as u8
+    }
+
+    fn outputs(in_pieces: bool) -> Vec<Output<'static>> {
+        let large = Entry::new("large", Dtype::U8, [LARGE]);
+        let large = if in_pieces {
+            Output::pieces(large, |first, bytes| {
+                for (place, out) in bytes.iter_mut().enumerate() {
+                    *out = byte(first + place);
+                }
+                Ok(())
+            })
+        } else {
+            Output::whole(large, || Ok(Cow::Owned((0..LARGE).map(byte).collect())))
+        };
+        let small = Entry::new("small", Dtype::U8, [3]);
+        let none = Entry::new("none", Dtype::U8, [0]);
+        vec![
+            Output::whole(small, || Ok(Cow::Borrowed(b"abc"))),
+            large,
+            Output::pieces(none, |_, _| bail!("there is nothing to make")),
+        ]
+    }
+
+    #[test]
+    fn pieces_make_the_bytes_of_the_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let written = |name: &str, in_pieces: bool| {
+            let path = folder.path().join(name);
+            let mut names = Vec::new();
+            let mut note = |name: &str| {
+                names.push(name.to_owned());
+                Ok(())
+            };
+            write_file(&path, outputs(in_pieces), &mut note).unwrap();
+            assert_eq!(names, ["large", "none", "small"]);
+            fs::read(path).unwrap()
+        };
+        let whole = written("whole", false);
+        assert!(whole.len() > LARGE && whole == written("pieces", true));
+    }
+
+    #[test]
+    fn a_tensor_that_cannot_be_made_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        let fails = |output: Output<'_>| {
+            let error = write_file(&path, vec![output], &mut |_| Ok(())).unwrap_err();
+            format!("{error:#}")
+        };
+        let entry = || Entry::new("x.weight", Dtype::U8, [LARGE]);
+        let error = fails(Output::pieces(entry(), |first, _| {
+            anyhow::ensure!(first == 0, "the second piece");
+            Ok(())
+        }));
+        assert!(error.contains("`x.weight`: the second piece"), "{error}");
+        // Fewer bytes than were declared are noticed by the writer.
+        let error = fails(Output::whole(entry(), || Ok(Cow::Borrowed(&[1, 2]))));
+        assert!(error.contains("`x.weight` lacks"), "{error}");
+        let long = vec![0; LARGE + 1];
+        let error = fails(Output::whole(entry(), || Ok(Cow::Borrowed(&long))));
+        assert!(error.contains("1 bytes too many"), "{error}");
+        let mut stop = |_: &str| bail!("interrupted");
+        let error = write_file(&path, outputs(true), &mut stop).unwrap_err();
+        assert_eq!(error.to_string(), "interrupted");
+    }
+}
