@@ -210,7 +210,7 @@ fn sum(
             update.add(first, values);
         }
         float.write(values, bytes);
-        values.iter().all(|value| float.round(*value).is_finite())
+        float.all_finite(bytes)
     });
     let finite = finite.reduce(|| true, |a, b| a && b);
     ensure!(

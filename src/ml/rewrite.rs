@@ -61,10 +61,11 @@ impl<'a> Output<'a> {
     }
 }
 
-/// What the writing thread is given: the name of the next tensor, or bytes of this one.
+/// What the writing thread is given: the name of the next tensor, or bytes of this one. Pieces come back to be filled again.
 enum Order<'a> {
     Start(String),
     Bytes(Cow<'a, [u8]>),
+    Piece(Vec<u8>),
 }
 
 /// Writes a file with `outputs`; `written` is told the name of each tensor after it.
@@ -87,12 +88,11 @@ pub(super) fn write_file(
             for order in received {
                 match order {
                     Order::Start(name) => writer.start(&name)?,
-                    Order::Bytes(bytes) => {
-                        writer.append(&bytes)?;
-                        if let Cow::Owned(bytes) = bytes {
-                            // The maker may be done already.
-                            let _ = free.send(bytes);
-                        }
+                    Order::Bytes(bytes) => writer.append(&bytes)?,
+                    Order::Piece(piece) => {
+                        writer.append(&piece)?;
+                        // The maker may be done already.
+                        let _ = free.send(piece);
                     }
                 }
             }
@@ -140,7 +140,7 @@ fn send<'a>(
                 let mut piece = used.try_recv().unwrap_or_default();
                 piece.resize(PIECE.min(size - first), 0);
                 fill(first, &mut piece).with_context(failed)?;
-                if orders.send(Order::Bytes(Cow::Owned(piece))).is_err() {
+                if orders.send(Order::Piece(piece)).is_err() {
                     return Ok(false);
                 }
             }
