@@ -13,7 +13,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::kind::Kind;
-use super::table::{BATCH_ROWS, Split, Writer, split_of};
+use super::table::{BATCH_ROWS, Split, Writer, pass_batches, split_of};
 use super::{csv, json};
 
 /// The columns that later stages know. `system` is text; the others are text or messages, `messages` is always messages.
@@ -76,13 +76,13 @@ pub fn split_of_file(path: &Path) -> String {
     split_of(&stem).0.to_owned()
 }
 
-type Batches = Box<dyn Iterator<Item = Result<RecordBatch>>>;
+type Batches<'a> = Box<dyn Iterator<Item = Result<RecordBatch>> + 'a>;
 
 /// One file: its columns, and its rows as often as they are asked for.
 struct Source {
     path: PathBuf,
     schema: SchemaRef,
-    batches: Box<dyn Fn() -> Result<Batches>>,
+    batches: Box<dyn Fn() -> Result<Batches<'static>> + Sync>,
 }
 
 /// Imports `sources`, one after the other, as the Parquet file `destination`. `progress` hears the number of rows so far and
@@ -109,33 +109,43 @@ pub fn import_files(
         .collect();
     let sources = sources?;
     let schema = unite(&sources, options)?;
-    let mut writer = Writer::create_file(destination, schema.clone())?;
-    let mut left = options.max_rows.unwrap_or(usize::MAX);
-    let mut rows = 0;
-    for source in &sources {
-        if left == 0 {
-            break;
-        }
-        for batch in (source.batches)()? {
-            let batch =
-                batch.with_context(|| format!("could not import `{}`", source.path.display()))?;
-            let batch = batch.slice(0, batch.num_rows().min(left));
-            writer.write(&fit(&batch, &schema, options)?)?;
-            left -= batch.num_rows();
-            rows += batch.num_rows();
-            progress(rows as u64)?;
-            if left == 0 {
-                break;
-            }
-        }
-    }
-    writer.finish()?;
+    let writer = Writer::create_file(destination, schema.clone())?;
+    let most = options.max_rows.unwrap_or(usize::MAX);
+    let mut done = 0;
+    let rows = pass_batches(|| first_rows(&sources, most), writer, &mut |batch| {
+        done += batch.num_rows();
+        progress(done as u64)?;
+        fit(&batch, &schema, options)
+    })?;
     let columns = schema
         .fields()
         .iter()
         .map(|field| field.name().clone())
         .collect();
     Ok(ImportReport { rows, columns })
+}
+
+/// The first `left` rows of all files.
+fn first_rows(sources: &[Source], mut left: usize) -> impl Iterator<Item = Result<RecordBatch>> {
+    let mut batches = sources.iter().flat_map(|source| {
+        let named = || format!("could not import `{}`", source.path.display());
+        let batches: Batches<'_> = match (source.batches)() {
+            Ok(batches) => Box::new(batches.map(move |batch| batch.with_context(named))),
+            Err(error) => Box::new(std::iter::once(Err(error))),
+        };
+        batches
+    });
+    std::iter::from_fn(move || {
+        if left == 0 {
+            return None;
+        }
+        let batch = batches.next()?;
+        Some(batch.map(|batch| {
+            let batch = batch.slice(0, batch.num_rows().min(left));
+            left -= batch.num_rows();
+            batch
+        }))
+    })
 }
 
 fn open(path: &Path, options: &ImportOptions) -> Result<Source> {

@@ -1,6 +1,7 @@
 //! Rows from JSON lines and JSON lists, streamed twice: once for the columns' types, once for the rows.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
@@ -10,12 +11,17 @@ use std::sync::mpsc::{Receiver, sync_channel};
 use anyhow::{Context as _, Result, anyhow, bail};
 use arrow::array::{ArrayRef, RecordBatch};
 use arrow::datatypes::{Field, Schema};
+use rayon::prelude::*;
 use serde::de::{DeserializeSeed, Deserializer, SeqAccess, Visitor};
 
 use super::cell::Cell;
 use super::import::fits;
 use super::kind::Kind;
 use super::table::BATCH_ROWS;
+
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+/// Lines are parsed together until they have so many bytes.
+const BLOCK_BYTES: usize = 8 << 20;
 
 /// Columns in the order in which they first appear.
 pub(super) type Columns = Vec<(String, Kind)>;
@@ -25,7 +31,7 @@ pub(super) fn is_list(path: &Path) -> Result<bool> {
     let mut first = [0; 256];
     let count = File::open(path)?.read(&mut first)?;
     let text = first.get(..count).unwrap_or_default();
-    let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text);
+    let text = text.strip_prefix(BYTE_ORDER_MARK).unwrap_or(text);
     Ok(text.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'['))
 }
 
@@ -44,22 +50,32 @@ pub(super) fn columns(
         .zip(super::import::CANONICAL)
         .collect();
     let mut left = max_rows.unwrap_or(usize::MAX);
-    rows(path, as_list, &mut |row, place| {
-        let Cell::Map(entries) = row else {
-            bail!(
-                "{place}: expected an object with columns, found {}",
-                row.noun()
-            );
-        };
-        for (name, value) in entries {
-            let kind = Kind::of(&value);
-            let index = *places.entry(name.clone()).or_insert_with(|| {
-                columns.push((name.clone(), Kind::Null));
-                columns.len() - 1
-            });
+    // Values are only needed for their types, and are dropped where they were read.
+    let kinds = |row: Cell| match row {
+        Cell::Map(entries) => Ok(entries
+            .into_iter()
+            .map(|(name, value)| (name, Kind::of(&value)))
+            .collect::<Vec<_>>()),
+        row => Err(row.noun()),
+    };
+    rows(path, as_list, &kinds, &mut |row, place| {
+        let entries =
+            row.map_err(|noun| anyhow!("{place}: expected an object with columns, found {noun}"))?;
+        for (name, kind) in entries {
+            let index = match places.get(&name) {
+                Some(index) => *index,
+                None => {
+                    columns.push((name.clone(), Kind::Null));
+                    places.insert(name.clone(), columns.len() - 1);
+                    columns.len() - 1
+                }
+            };
             let Some((_, known)) = columns.get_mut(index) else {
                 continue;
             };
+            if *known == kind {
+                continue;
+            }
             let before = known.clone();
             *known = before.clone().merge(kind.clone());
             let Some(ours) = ours.get(name.as_str()) else {
@@ -68,7 +84,7 @@ pub(super) fn columns(
             if fits(ours, known) {
                 continue;
             }
-            let holds = value.noun();
+            let holds = kind.noun();
             if fits(ours, &before) && fits(ours, &kind) {
                 bail!(
                     "{place}: the column `{name}` holds {holds}, unlike the rows before: expected the same in every row"
@@ -99,7 +115,7 @@ pub(super) fn batches(
         .name("json".to_owned())
         .spawn(move || {
             let mut pending = Vec::with_capacity(BATCH_ROWS);
-            let read = rows(&path, as_list, &mut |row, _| {
+            let read = rows(&path, as_list, &|row| row, &mut |row, _| {
                 pending.push(row);
                 if pending.len() < BATCH_ROWS {
                     return Ok(true);
@@ -133,60 +149,124 @@ fn receive(
     })
 }
 
-/// Calls `each` with every row and its place, until it says false.
-fn rows(
+/// Where a row stands, for messages.
+struct Place<'a> {
+    file: &'a str,
+    number: u64,
+    is_line: bool,
+}
+
+impl fmt::Display for Place<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let between = if self.is_line { ":" } else { ": row " };
+        write!(f, "{}{between}{}", self.file, self.number)
+    }
+}
+
+/// Calls `each` with what `of` makes of every row, and its place, until it says false. Rows come in order; lines are parsed and
+/// given to `of` on all cores.
+fn rows<T: Send>(
     path: &Path,
     as_list: bool,
-    each: &mut dyn FnMut(Cell, &str) -> Result<bool>,
+    of: &(dyn Fn(Cell) -> T + Sync),
+    each: &mut dyn FnMut(T, &Place<'_>) -> Result<bool>,
 ) -> Result<()> {
     let file = File::open(path).with_context(|| format!("could not read `{}`", path.display()))?;
     let reader = BufReader::with_capacity(1 << 20, file);
     let name = path.display().to_string();
     if as_list {
-        list(reader, &name, each)
+        list(reader, &name, &mut |row, place| each(of(row), place))
     } else {
-        lines(reader, &name, each)
+        lines(reader, &name, of, each)
     }
 }
 
-fn lines(
+/// Lines of a file that are parsed together.
+#[derive(Default)]
+struct Block {
+    bytes: Vec<u8>,
+    /// The number of each line that is not blank, and its end in the bytes.
+    lines: Vec<(u64, usize)>,
+    last_number: u64,
+}
+
+impl Block {
+    /// Reads the next lines; false at the end of the file.
+    fn read(&mut self, reader: &mut impl BufRead, name: &str) -> Result<bool> {
+        self.bytes.clear();
+        self.lines.clear();
+        while self.lines.len() < BATCH_ROWS && self.bytes.len() < BLOCK_BYTES {
+            let start = self.bytes.len();
+            let number = self.last_number + 1;
+            let count = reader
+                .read_until(b'\n', &mut self.bytes)
+                .with_context(|| format!("{name}:{number}"))?;
+            if count == 0 {
+                return Ok(!self.lines.is_empty());
+            }
+            self.last_number = number;
+            if number == 1 && self.bytes.starts_with(BYTE_ORDER_MARK) {
+                self.bytes.drain(..BYTE_ORDER_MARK.len());
+            }
+            if self.bytes[start..].iter().all(u8::is_ascii_whitespace) {
+                self.bytes.truncate(start);
+            } else {
+                self.lines.push((number, self.bytes.len()));
+            }
+        }
+        Ok(true)
+    }
+
+    /// The lines with their numbers.
+    fn texts(&self) -> Vec<(u64, &[u8])> {
+        let mut start = 0;
+        let text = |(number, end): &(u64, usize)| {
+            let text = &self.bytes[start..*end];
+            start = *end;
+            (*number, text)
+        };
+        self.lines.iter().map(text).collect()
+    }
+}
+
+fn lines<T: Send>(
     mut reader: impl BufRead,
     name: &str,
-    each: &mut dyn FnMut(Cell, &str) -> Result<bool>,
+    of: &(dyn Fn(Cell) -> T + Sync),
+    each: &mut dyn FnMut(T, &Place<'_>) -> Result<bool>,
 ) -> Result<()> {
-    let mut line = Vec::new();
-    for number in 1_u64.. {
-        line.clear();
-        let place = format!("{name}:{number}");
-        if reader
-            .read_until(b'\n', &mut line)
-            .with_context(|| place.clone())?
-            == 0
-        {
-            break;
-        }
-        let text = if number == 1 {
-            line.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&line)
-        } else {
-            &line
-        };
-        if text.iter().all(u8::is_ascii_whitespace) {
-            continue;
-        }
-        let row = serde_json::from_slice(text).map_err(|error| {
-            let text = String::from_utf8_lossy(text);
-            let shown: String = text.trim_end().chars().take(80).collect();
-            anyhow!(
-                "{place}:{}: this line is no JSON: {}\n  {shown}",
-                error.column(),
-                reason(&error)
-            )
-        })?;
-        if !each(row, &place)? {
-            break;
+    let mut block = Block::default();
+    while block.read(&mut reader, name)? {
+        let parsed: Vec<(u64, Result<T>)> = block
+            .texts()
+            .into_par_iter()
+            .with_min_len(32)
+            .map(|(number, text)| (number, line(text, name, number).map(of)))
+            .collect();
+        for (number, row) in parsed {
+            let place = Place {
+                file: name,
+                number,
+                is_line: true,
+            };
+            if !each(row?, &place)? {
+                return Ok(());
+            }
         }
     }
     Ok(())
+}
+
+fn line(text: &[u8], name: &str, number: u64) -> Result<Cell> {
+    serde_json::from_slice(text).map_err(|error| {
+        let text = String::from_utf8_lossy(text);
+        let shown: String = text.trim_end().chars().take(80).collect();
+        anyhow!(
+            "{name}:{number}:{}: this line is no JSON: {}\n  {shown}",
+            error.column(),
+            reason(&error)
+        )
+    })
 }
 
 /// Serde's sentence without its own place, which would say "line 1" of every line.
@@ -199,11 +279,11 @@ fn reason(error: &serde_json::Error) -> String {
 fn list(
     mut reader: impl BufRead,
     name: &str,
-    each: &mut dyn FnMut(Cell, &str) -> Result<bool>,
+    each: &mut dyn FnMut(Cell, &Place<'_>) -> Result<bool>,
 ) -> Result<()> {
     let start = reader.fill_buf()?;
-    if start.starts_with(b"\xef\xbb\xbf") {
-        reader.consume(3);
+    if start.starts_with(BYTE_ORDER_MARK) {
+        reader.consume(BYTE_ORDER_MARK.len());
     }
     let mut outcome = Ok(());
     let mut stopped = false;
@@ -234,7 +314,7 @@ fn list(
 /// Hands on the elements of a list as they are parsed, so that the list is never held whole.
 struct Rows<'a> {
     name: &'a str,
-    each: &'a mut dyn FnMut(Cell, &str) -> Result<bool>,
+    each: &'a mut dyn FnMut(Cell, &Place<'_>) -> Result<bool>,
     outcome: &'a mut Result<()>,
     stopped: &'a mut bool,
 }
@@ -250,7 +330,12 @@ impl<'de> Visitor<'de> for Rows<'_> {
         let mut number = 0_u64;
         while let Some(row) = access.next_element_seed(CellSeed)? {
             number += 1;
-            match (self.each)(row, &format!("{}: row {number}", self.name)) {
+            let place = Place {
+                file: self.name,
+                number,
+                is_line: false,
+            };
+            match (self.each)(row, &place) {
                 Ok(true) => {}
                 Ok(false) => {
                     *self.stopped = true;

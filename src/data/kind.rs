@@ -50,6 +50,18 @@ impl Kind {
         }
     }
 
+    /// The noun for messages, as [`Cell::noun`] has it for a value of this type.
+    pub(super) fn noun(&self) -> &'static str {
+        match self {
+            Self::Null => "null",
+            Self::Bool => "a boolean",
+            Self::Int | Self::Float => "a number",
+            Self::Text | Self::Json => "text",
+            Self::List(_) => "a list",
+            Self::Map(_) => "an object",
+        }
+    }
+
     /// The type of a column that holds both; [`Kind::Json`] when nothing closer fits.
     pub(super) fn merge(self, other: Self) -> Self {
         match (self, other) {

@@ -1,5 +1,7 @@
 //! Splits of a folder as Parquet files: reading them as a stream, and writing one with the same bytes every time.
 
+mod writer;
+
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -7,19 +9,14 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use arrow::array::RecordBatch;
-use arrow::compute::concat_batches;
 use arrow::datatypes::{Schema, SchemaRef};
-use parquet::arrow::ArrowWriter;
 use parquet::arrow::arrow_reader::{ArrowReaderOptions, ParquetRecordBatchReaderBuilder};
-use parquet::basic::{Compression, ZstdLevel};
-use parquet::file::properties::{EnabledStatistics, WriterProperties};
+
+pub(in crate::data) use writer::pass_batches;
+pub use writer::{Writer, pass};
 
 /// Rows that are read, worked on and written at once. Part of the written bytes: it decides where pages may end.
 pub const BATCH_ROWS: usize = 1024;
-/// Most rows of a row group.
-const GROUP_ROWS: usize = 64 * BATCH_ROWS;
-/// A row group ends when its rows take this many bytes in memory.
-const GROUP_BYTES: usize = 64 << 20;
 
 /// Which file of a split, and of how many.
 type Part = (usize, usize);
@@ -209,99 +206,10 @@ pub(super) fn plain(schema: &Schema) -> SchemaRef {
     Arc::new(Schema::new(fields))
 }
 
-/// Writes one split as `<name>.parquet`. The bytes depend on the rows alone, not on the batches they arrive in.
-pub struct Writer {
-    parquet: ArrowWriter<File>,
-    schema: SchemaRef,
-    pending: Vec<RecordBatch>,
-    pending_rows: usize,
-    group_bytes: usize,
-    rows: usize,
-    path: PathBuf,
-}
-
-impl Writer {
-    /// Creates the file of the split `name` in `folder`.
-    pub fn create(folder: &Path, name: &str, schema: SchemaRef) -> Result<Self> {
-        Self::create_file(&folder.join(format!("{name}.parquet")), schema)
-    }
-
-    /// Creates a file anywhere.
-    pub fn create_file(path: &Path, schema: SchemaRef) -> Result<Self> {
-        let properties = WriterProperties::builder()
-            .set_created_by("pipeline".to_owned())
-            .set_compression(Compression::ZSTD(ZstdLevel::try_new(3)?))
-            .set_max_row_group_row_count(Some(GROUP_ROWS))
-            // Page statistics of long texts would cost space and help nobody.
-            .set_statistics_enabled(EnabledStatistics::Chunk)
-            .build();
-        let file =
-            File::create(path).with_context(|| format!("could not create `{}`", path.display()))?;
-        let writer = ArrowWriter::try_new(file, schema.clone(), Some(properties))
-            .with_context(|| format!("could not write `{}`", path.display()))?;
-        Ok(Self {
-            parquet: writer,
-            schema,
-            pending: Vec::new(),
-            pending_rows: 0,
-            group_bytes: 0,
-            rows: 0,
-            path: path.to_owned(),
-        })
-    }
-
-    /// Adds rows at the end.
-    pub fn write(&mut self, batch: &RecordBatch) -> Result<()> {
-        self.rows += batch.num_rows();
-        let mut start = 0;
-        while start < batch.num_rows() {
-            let length = (BATCH_ROWS - self.pending_rows).min(batch.num_rows() - start);
-            self.pending.push(batch.slice(start, length));
-            self.pending_rows += length;
-            start += length;
-            if self.pending_rows == BATCH_ROWS {
-                self.pass_on()?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Completes the file; returns the number of rows.
-    pub fn finish(mut self) -> Result<usize> {
-        self.pass_on()?;
-        let finished = self.parquet.close();
-        finished.with_context(|| format!("could not write `{}`", self.path.display()))?;
-        Ok(self.rows)
-    }
-
-    fn pass_on(&mut self) -> Result<()> {
-        if self.pending_rows == 0 {
-            return Ok(());
-        }
-        let batch = concat_batches(&self.schema, &self.pending)?;
-        self.pending.clear();
-        self.pending_rows = 0;
-        let sizes = batch
-            .columns()
-            .iter()
-            .map(|column| column.to_data().get_slice_memory_size());
-        for size in sizes {
-            self.group_bytes += size?;
-        }
-        let written = self.parquet.write(&batch).and_then(|()| {
-            if self.group_bytes >= GROUP_BYTES {
-                self.group_bytes = 0;
-                self.parquet.flush()?;
-            }
-            Ok(())
-        });
-        written.with_context(|| format!("could not write `{}`", self.path.display()))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use arrow::array::{ArrayRef, Int64Array, StringArray};
+    use arrow::compute::concat_batches;
 
     use super::*;
 
@@ -311,27 +219,6 @@ mod tests {
             range.map(|n| format!("row {n}")),
         ));
         RecordBatch::try_from_iter([("n", numbers), ("text", texts)]).unwrap()
-    }
-
-    fn written(sizes: &[i64]) -> Vec<u8> {
-        let folder = tempfile::tempdir().unwrap();
-        let mut writer =
-            Writer::create(folder.path(), "train", plain(&batch(0..1).schema())).unwrap();
-        let mut start = 0;
-        for size in sizes {
-            writer.write(&batch(start..start + size)).unwrap();
-            start += size;
-        }
-        assert_eq!(writer.finish().unwrap(), usize::try_from(start).unwrap());
-        std::fs::read(folder.path().join("train.parquet")).unwrap()
-    }
-
-    #[test]
-    fn bytes_do_not_depend_on_the_batches() {
-        let whole = written(&[5000]);
-        assert_eq!(whole, written(&[1, 1023, 2000, 0, 1976]));
-        assert_eq!(whole, written(&[1024, 1024, 1024, 1024, 904]));
-        assert_ne!(whole, written(&[4999]));
     }
 
     #[test]

@@ -4,11 +4,11 @@
 //! matter; and it is made from whole numbers, additions, multiplications, divisions and square roots, which every machine
 //! rounds alike, so neither do machines.
 
-use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context as _, ensure};
+use pipeline_kernels::normal;
 use rayon::prelude::*;
 use serde_json::json;
 
@@ -21,7 +21,7 @@ use super::rewrite::{Index, Output, write_file};
 use super::weights::{Entry, SINGLE};
 
 /// Values that a thread takes at once; even, for they come in pairs.
-const SPAN: usize = 1 << 14;
+const SPAN: usize = 1 << 12;
 
 /// What a new model is made of beside its shape.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -36,7 +36,7 @@ pub struct Settings {
     pub max_shard_size: u64,
 }
 
-/// Writes `config.json` and the weights. In memory at a time is one tensor. `progress` is told the bytes written so far, of all,
+/// Writes `config.json` and the weights. In memory are a few MiB at a time. `progress` is told the bytes written so far, of all,
 /// and may stop. Returns the number of parameters.
 pub fn create(
     config: &LlamaConfig,
@@ -82,11 +82,10 @@ pub fn create(
             index.add(&entry, &file)?;
             sizes.insert(entry.name.clone(), size(&entry)?);
             let name = entry.name.clone();
-            let values = entry.shape.iter().product();
-            outputs.push(Output {
-                entry,
-                bytes: Box::new(move || Ok(Cow::Owned(tensor(&name, values, settings)))),
-            });
+            outputs.push(Output::pieces(entry, move |first, bytes| {
+                tensor(&name, first / settings.float.size(), bytes, settings);
+                Ok(())
+            }));
         }
         write_file(&out.join(file), outputs, &mut |name| {
             done += sizes.get(name).copied().unwrap_or(0);
@@ -132,28 +131,21 @@ fn entries(config: &LlamaConfig, float: Float) -> Vec<Entry> {
     entries
 }
 
-fn tensor(name: &str, count: usize, settings: Settings) -> Vec<u8> {
+/// The values of a tensor from number `first` on, which is even.
+fn tensor(name: &str, first: usize, bytes: &mut [u8], settings: Settings) {
     let size = settings.float.size();
-    let mut bytes = vec![0; count * size];
     let is_norm = name.ends_with("norm.weight");
     let key = key(settings.seed, name);
-    bytes
-        .par_chunks_mut(SPAN * size)
-        .enumerate()
-        .for_each(|(span, bytes)| {
-            let mut values = vec![1f32; bytes.len() / size];
-            if !is_norm {
-                let first = (span * SPAN / 2) as u64;
-                for (pair, values) in (first..).zip(values.chunks_mut(2)) {
-                    let normal = normal_pair(key, pair);
-                    for (value, normal) in values.iter_mut().zip(normal) {
-                        *value = (normal * settings.initializer_range) as f32;
-                    }
-                }
-            }
-            settings.float.write(&values, bytes);
-        });
-    bytes
+    let spans = bytes.par_chunks_mut(SPAN * size).enumerate();
+    spans.for_each(|(span, bytes)| {
+        let mut values = [1f32; SPAN];
+        let values = &mut values[..bytes.len() / size];
+        if !is_norm {
+            let pair = ((first + span * SPAN) / 2) as u64;
+            normal::fill(key, pair, settings.initializer_range, values);
+        }
+        settings.float.write(values, bytes);
+    });
 }
 
 /// A tensor's own number: FNV-1a of its name, mixed with the seed.
@@ -165,44 +157,6 @@ fn key(seed: u64, name: &str) -> u64 {
     let mixed = mix(&mut state);
     let mut state = mixed ^ hash;
     mix(&mut state)
-}
-
-/// The pair number `pair` of standard normal values: Marsaglia's polar method (1964), with a random stream of its own.
-fn normal_pair(key: u64, pair: u64) -> [f64; 2] {
-    let mut counter = pair;
-    let mut state = key ^ mix(&mut counter);
-    let mut uniform = || {
-        let bits = mix(&mut state) >> 11;
-        bits as f64 * (2. / (1u64 << 53) as f64) - 1.
-    };
-    loop {
-        let (x, y) = (uniform(), uniform());
-        let square = x * x + y * y;
-        if square > 0. && square < 1. {
-            let factor = (-2. * ln(square) / square).sqrt();
-            return [x * factor, y * factor];
-        }
-    }
-}
-
-/// The natural logarithm of a normal number above 0, to about 1e-13. The standard library's is the platform's, whose last bits
-/// differ.
-fn ln(x: f64) -> f64 {
-    // x = m 2^e with m around 1, and ln m = 2 atanh((m - 1) / (m + 1)) by its series.
-    let bits = x.to_bits();
-    let mut exponent = (bits >> 52) as i64 - 1023;
-    let mut m = f64::from_bits((bits & ((1 << 52) - 1)) | (1023 << 52));
-    if m > std::f64::consts::SQRT_2 {
-        m /= 2.;
-        exponent += 1;
-    }
-    let z = (m - 1.) / (m + 1.);
-    let square = z * z;
-    let mut series = 0.;
-    for power in (0..9).rev() {
-        series = series * square + 1. / f64::from(2 * power + 1);
-    }
-    2. * z * series + exponent as f64 * std::f64::consts::LN_2
 }
 
 /// `config.json` in the spelling of transformers 4, which 5 reads too.

@@ -105,6 +105,23 @@ impl Float {
         }
     }
 
+    /// Whether bytes hold neither a NaN nor an infinity.
+    pub fn all_finite(self, bytes: &[u8]) -> bool {
+        let halves = |exponent: u16| {
+            let bits = bytes.as_chunks::<2>().0.iter();
+            bits.fold(true, |all, bits| {
+                all & (u16::from_le_bytes(*bits) & exponent != exponent)
+            })
+        };
+        match self {
+            Self::F32 => bytes.as_chunks::<4>().0.iter().fold(true, |all, bits| {
+                all & (u32::from_le_bytes(*bits) & 0x7f80_0000 != 0x7f80_0000)
+            }),
+            Self::F16 => halves(0x7c00),
+            Self::BF16 => halves(0x7f80),
+        }
+    }
+
     /// Values to bytes, rounded to the nearest with ties to even; as many as both sides have room for.
     pub fn write(self, values: &[f32], out: &mut [u8]) {
         match self {
@@ -145,6 +162,26 @@ mod tests {
                     prop_assert_eq!(read.to_bits(), float.round(*value).to_bits());
                 }
             }
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_is_found() {
+        for float in Float::ALL {
+            let is_finite = |value: f32| {
+                let mut bytes = vec![0; 3 * float.size()];
+                float.write(&[1., value, -0.], &mut bytes);
+                float.all_finite(&bytes)
+            };
+            for value in [0., -3., 1e-30, 6e4, f32::MIN_POSITIVE / 8.] {
+                assert!(is_finite(value), "{float:?} {value}");
+            }
+            for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                assert!(!is_finite(value), "{float:?} {value}");
+            }
+            // Rounding can lead there.
+            assert_eq!(is_finite(1e5), float != Float::F16);
+            assert_eq!(is_finite(f32::MAX), float == Float::F32);
         }
     }
 

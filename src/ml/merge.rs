@@ -1,11 +1,11 @@
 //! A model with its adapter added into the weights: W + s B A (Hu et al. 2021, arXiv 2106.09685, section 4.1).
 
-use std::borrow::Cow;
 use std::cell::RefCell;
 use std::path::Path;
 
 use anyhow::{Context as _, ensure};
 use candle_core::{DType, Tensor};
+use pipeline_kernels::merge as kernel;
 use rayon::prelude::*;
 
 use super::adapter::{Adapter, LoraPair};
@@ -17,7 +17,7 @@ use super::rewrite::{Output, rewrite};
 use super::weights::{Entry, Weights};
 
 /// Values that a thread takes at once.
-const SPAN: usize = 1 << 14;
+const SPAN: usize = 1 << 13;
 
 /// What was done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,7 +31,7 @@ pub struct Report {
 }
 
 /// Merges `adapter` into the model in `source` and writes the folder `out`: the same files, with the same types. Sums are made
-/// in f32 and rounded once. All that is in memory at a time is one tensor and its sum.
+/// in f32 and rounded once. In memory are a few MiB of the result at a time, or one 4-bit tensor.
 ///
 /// The weights of a 4-bit model become dense, in the type that they were quantised from, and `quantization_config` goes: what
 /// Unsloth calls `merged_16bit`. `progress` is told the weights' bytes used so far, of all that there are, and may stop.
@@ -63,33 +63,33 @@ pub fn merge(
         let owned = name.to_owned();
         if let Some(((rows, columns), float)) = Nf4::shape_of(weights, name)? {
             report.dequantised += 1;
-            return Ok(vec![Output {
-                entry: Entry::new(name, float.stored(), [rows, columns]),
-                bytes: Box::new(move || {
-                    let nf4 = Nf4::load(weights, &owned)?;
-                    let values = nf4
-                        .with_context(|| format!("`{owned}` is not 4-bit"))?
-                        .dequantise();
-                    Ok(Cow::Owned(sum(values, pair, scaling, float)?))
-                }),
-            }]);
+            let update = pair.map(|pair| Update::of(pair, scaling)).transpose()?;
+            let entry = Entry::new(name, float.stored(), [rows, columns]);
+            let mut nf4 = None;
+            return Ok(vec![Output::pieces(entry, move |first, bytes| {
+                if nf4.is_none() {
+                    nf4 = Nf4::load(weights, &owned)?;
+                }
+                let nf4 = nf4.as_ref();
+                let nf4 = nf4.with_context(|| format!("`{owned}` is not 4-bit"))?;
+                let read = |first: usize, values: &mut [f32]| nf4.dequantise_from(first, values);
+                sum(first / float.size(), bytes, float, update.as_ref(), &read)
+            })]);
         }
         let Some(pair) = pair else {
             return Ok(vec![Output::same(weights, name)?]);
         };
         let raw = weights.raw(name)?;
         let float = float_of(name, raw.dtype)?;
-        Ok(vec![Output {
-            entry: Entry::new(name, raw.dtype, raw.shape),
-            bytes: Box::new(move || {
-                let mut values = vec![0.; raw.bytes.len() / float.size()];
-                let spans = values
-                    .par_chunks_mut(SPAN)
-                    .zip(raw.bytes.par_chunks(SPAN * float.size()));
-                spans.for_each(|(values, bytes)| float.read(bytes, values));
-                Ok(Cow::Owned(sum(values, Some(pair), scaling, float)?))
-            }),
-        }])
+        let update = Update::of(pair, scaling)?;
+        let entry = Entry::new(name, raw.dtype, raw.shape);
+        Ok(vec![Output::pieces(entry, move |first, bytes| {
+            let read = |first: usize, values: &mut [f32]| {
+                let bytes = raw.bytes.get(first * float.size()..);
+                float.read(bytes.unwrap_or_default(), values);
+            };
+            sum(first / float.size(), bytes, float, Some(&update), &read)
+        })])
     };
     let mut written = |name: &str| {
         let (done, progress) = &mut *progress.borrow_mut();
@@ -159,36 +159,58 @@ fn check(adapter: &Adapter, weights: &Weights) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The bytes of W + s B A.
-fn sum(
-    mut values: Vec<f32>,
-    pair: Option<&LoraPair>,
-    scaling: f64,
-    float: Float,
-) -> anyhow::Result<Vec<u8>> {
-    let mut bytes = vec![0; values.len() * float.size()];
-    if let Some(LoraPair { a, b }) = pair {
-        let (a, b) = (a.to_dtype(DType::F32)?, b.to_dtype(DType::F32)?);
-        let delta: Tensor = b.matmul(&a)?;
-        let delta = delta.flatten_all()?.to_vec1::<f32>()?;
-        ensure!(
-            delta.len() == values.len(),
-            "the sum's sides differ in size"
-        );
-        let scaling = scaling as f32;
-        let spans = values.par_chunks_mut(SPAN).zip(delta.par_chunks(SPAN));
-        spans.for_each(|(values, delta)| {
-            for (value, delta) in values.iter_mut().zip(delta) {
-                *value += delta * scaling;
-            }
-        });
+/// s B A of one weight, ready for sums.
+struct Update {
+    a: Vec<f32>,
+    b: Vec<f32>,
+    columns: usize,
+    scaling: f32,
+}
+
+impl Update {
+    fn of(pair: &LoraPair, scaling: f64) -> anyhow::Result<Self> {
+        let values = |matrix: &Tensor| -> anyhow::Result<Vec<f32>> {
+            Ok(matrix.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+        };
+        Ok(Self {
+            a: values(&pair.a)?,
+            b: values(&pair.b)?,
+            columns: pair.a.dim(1)?,
+            scaling: scaling as f32,
+        })
     }
-    let spans = values
-        .par_chunks(SPAN)
-        .zip(bytes.par_chunks_mut(SPAN * float.size()));
-    let finite = spans.map(|(values, bytes)| {
+
+    /// Adds it to the values from number `first` on.
+    fn add(&self, first: usize, values: &mut [f32]) {
+        let update = kernel::Update {
+            a: &self.a,
+            b: &self.b,
+            columns: self.columns,
+            scaling: self.scaling,
+        };
+        kernel::add(update, first, values);
+    }
+}
+
+/// Makes the bytes of W + s B A from value number `first` on. `read` gives those of W.
+fn sum(
+    first: usize,
+    bytes: &mut [u8],
+    float: Float,
+    update: Option<&Update>,
+    read: &(dyn Fn(usize, &mut [f32]) + Sync),
+) -> anyhow::Result<()> {
+    let spans = bytes.par_chunks_mut(SPAN * float.size()).enumerate();
+    let finite = spans.map(|(span, bytes)| {
+        let mut values = [0f32; SPAN];
+        let values = &mut values[..bytes.len() / float.size()];
+        let first = first + span * SPAN;
+        read(first, values);
+        if let Some(update) = update {
+            update.add(first, values);
+        }
         float.write(values, bytes);
-        values.iter().all(|value| float.round(*value).is_finite())
+        float.all_finite(bytes)
     });
     let finite = finite.reduce(|| true, |a, b| a && b);
     ensure!(
@@ -196,7 +218,7 @@ fn sum(
         "a NaN or infinity comes out in {}; the adapter may have diverged in its training",
         float.name()
     );
-    Ok(bytes)
+    Ok(())
 }
 
 #[cfg(test)]
@@ -362,8 +384,13 @@ mod tests {
             a: Tensor::new(&[[1f32, 2.]], &Device::Cpu).unwrap(),
             b: Tensor::new(&[[0.001f32], [3.]], &Device::Cpu).unwrap(),
         };
-        let values = vec![1f32, 2., 3., 4.];
-        let bytes = sum(values.clone(), Some(&pair), 0.5, Float::BF16).unwrap();
+        let summed = |pair: &LoraPair, float: Float| {
+            let update = Update::of(pair, 0.5).unwrap();
+            let mut bytes = vec![0; 4 * float.size()];
+            let read = |_: usize, values: &mut [f32]| values.copy_from_slice(&[1f32, 2., 3., 4.]);
+            sum(0, &mut bytes, float, Some(&update), &read).map(|()| bytes)
+        };
+        let bytes = summed(&pair, Float::BF16).unwrap();
         let mut read = [0.; 4];
         Float::BF16.read(&bytes, &mut read);
         let exact = [1.0005, 2.001, 4.5, 7.].map(|x| Float::BF16.round(x));
@@ -372,8 +399,8 @@ mod tests {
             b: (&pair.b * 1e5).unwrap(),
             ..pair
         };
-        assert!(sum(values.clone(), Some(&large), 0.5, Float::F32).is_ok());
-        assert!(sum(values, Some(&large), 0.5, Float::F16).is_err());
+        assert!(summed(&large, Float::F32).is_ok());
+        assert!(summed(&large, Float::F16).is_err());
     }
 
     #[test]

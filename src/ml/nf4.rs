@@ -8,34 +8,12 @@ use std::ops::Range;
 
 use anyhow::{Context as _, bail, ensure};
 use candle_core::{DType, Device, Result, Tensor};
+pub(super) use pipeline_kernels::nf4::{BLOCK, CODE};
 use rayon::prelude::*;
 use serde::Deserialize;
 
 use super::float::Float;
 use super::weights::Weights;
-
-/// Values that share a largest magnitude.
-pub(super) const BLOCK: usize = 64;
-
-/// The 16 values: quantiles of a normal distribution.
-pub(super) const CODE: [f32; 16] = [
-    -1.0,
-    -0.696_192_8,
-    -0.525_073_05,
-    -0.394_917_5,
-    -0.284_441_38,
-    -0.184_773_43,
-    -0.091_050_036,
-    0.0,
-    0.079_580_3,
-    0.160_930_2,
-    0.246_112_3,
-    0.337_915_24,
-    0.440_709_83,
-    0.562_617,
-    0.722_956_84,
-    1.0,
-];
 
 /// Behind a 4-bit weight's name, the names of the tensors that belong to it.
 pub(super) const PARTS: [&str; 6] = [
@@ -179,6 +157,13 @@ impl Nf4 {
         let out = out.get_mut(..count).unwrap_or_default();
         let spans = out.par_chunks_mut(SPAN).enumerate();
         spans.for_each(|(span, out)| self.span(start + span * SPAN, out));
+    }
+
+    /// The values from number `first` on, on this thread, as many as `out` has room for.
+    pub fn dequantise_from(&self, first: usize, out: &mut [f32]) {
+        let all = self.shape.0 * self.shape.1;
+        let count = out.len().min(all.saturating_sub(first));
+        self.span(first, out.get_mut(..count).unwrap_or_default());
     }
 
     /// The values from `first` on.

@@ -80,18 +80,20 @@ fn quantize_by(
         };
         let raw = weights.raw(name)?;
         let absmax = block_absmax(float, raw.bytes)?;
+        weights.let_go(name);
         tick(0)?;
         let magnitudes = if settings.double_quant {
             nested(&absmax)
         } else {
             Magnitudes::Plain(absmax)
         };
-        let output = |part: Part| Output {
-            entry: part.entry,
-            bytes: Box::new(move || {
-                Ok(Cow::Owned(
-                    part.bytes.unwrap_or_else(|| pack(float, raw.bytes)),
-                ))
+        let output = |part: Part| match part.bytes {
+            Some(bytes) => Output::whole(part.entry, move || Ok(Cow::Owned(bytes))),
+            None => Output::pieces(part.entry, move |first, packed| {
+                // Two values a byte.
+                let values = raw.bytes.get(2 * first * float.size()..);
+                pack(float, values.unwrap_or_default(), packed);
+                Ok(())
             }),
         };
         Ok(parts(name, float, shape, &magnitudes)?

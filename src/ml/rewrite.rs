@@ -1,30 +1,71 @@
 //! Writing a model's weights anew, file by file and tensor by tensor, in the same files as before.
+//!
+//! Tensors are made in pieces and written on a thread of its own, so that the next piece is made while the last one is written,
+//! and memory holds a few pieces, however large a tensor is.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, anyhow};
 use serde_json::json;
 
 use super::folder::sorted_json;
 use super::weights::{Entry, INDEX, Weights, Writer};
 
-/// A tensor to write. Its bytes are made when its turn comes, and dropped when they are written.
+/// Bytes that are made at once: whole numbers of any type, and whole blocks of 4-bit weights.
+const PIECE: usize = 8 << 20;
+/// Pieces that may wait for the disk.
+const QUEUE: usize = 2;
+
+/// A tensor to write.
 pub(super) struct Output<'a> {
     pub(super) entry: Entry,
-    pub(super) bytes: Box<dyn FnOnce() -> anyhow::Result<Cow<'a, [u8]>> + 'a>,
+    source: Source<'a>,
 }
 
+/// Where bytes come from when a tensor's turn has come.
+enum Source<'a> {
+    Whole(Box<dyn FnOnce() -> anyhow::Result<Cow<'a, [u8]>> + 'a>),
+    Pieces(Box<Fill<'a>>),
+}
+
+/// Fills a piece whose first byte is the one of a number in the tensor.
+type Fill<'a> = dyn FnMut(usize, &mut [u8]) -> anyhow::Result<()> + 'a;
+
 impl<'a> Output<'a> {
+    /// A tensor that is made at once.
+    pub(super) fn whole(
+        entry: Entry,
+        bytes: impl FnOnce() -> anyhow::Result<Cow<'a, [u8]>> + 'a,
+    ) -> Self {
+        let source = Source::Whole(Box::new(bytes));
+        Self { entry, source }
+    }
+
+    /// A tensor that is made in pieces: `fill(first, bytes)` makes those from number `first` on, a multiple of 8 MiB.
+    pub(super) fn pieces(
+        entry: Entry,
+        fill: impl FnMut(usize, &mut [u8]) -> anyhow::Result<()> + 'a,
+    ) -> Self {
+        let source = Source::Pieces(Box::new(fill));
+        Self { entry, source }
+    }
+
     /// A tensor as it is.
     pub(super) fn same(weights: &'a Weights, name: &str) -> anyhow::Result<Self> {
         let raw = weights.raw(name)?;
-        Ok(Self {
-            entry: Entry::new(name, raw.dtype, raw.shape),
-            bytes: Box::new(move || Ok(Cow::Borrowed(raw.bytes))),
-        })
+        let entry = Entry::new(name, raw.dtype, raw.shape);
+        Ok(Self::whole(entry, move || Ok(Cow::Borrowed(raw.bytes))))
     }
+}
+
+/// What the writing thread is given: the name of the next tensor, or bytes of this one. Pieces come back to be filled again.
+enum Order<'a> {
+    Start(String),
+    Bytes(Cow<'a, [u8]>),
+    Piece(Vec<u8>),
 }
 
 /// Writes a file with `outputs`; `written` is told the name of each tensor after it.
@@ -35,25 +76,77 @@ pub(super) fn write_file(
 ) -> anyhow::Result<()> {
     let entries = outputs.iter().map(|output| output.entry.clone()).collect();
     let mut writer = Writer::create(path, entries)?;
-    let order: Vec<String> = writer
-        .order()
-        .iter()
-        .map(|entry| entry.name.clone())
-        .collect();
+    let order: Vec<Entry> = writer.order().to_vec();
     let mut outputs: BTreeMap<String, Output<'_>> = outputs
         .into_iter()
         .map(|output| (output.entry.name.clone(), output))
         .collect();
-    for name in order {
-        let output = outputs
-            .remove(&name)
-            .with_context(|| format!("`{name}` was lost"))?;
-        let bytes =
-            (output.bytes)().with_context(|| format!("could not make the tensor `{name}`"))?;
-        writer.write(&name, &bytes)?;
-        written(&name)?;
+    std::thread::scope(|scope| {
+        let (orders, received) = sync_channel(QUEUE);
+        let (free, used) = channel();
+        let writing = scope.spawn(move || -> anyhow::Result<()> {
+            for order in received {
+                match order {
+                    Order::Start(name) => writer.start(&name)?,
+                    Order::Bytes(bytes) => writer.append(&bytes)?,
+                    Order::Piece(piece) => {
+                        writer.append(&piece)?;
+                        // The maker may be done already.
+                        let _ = free.send(piece);
+                    }
+                }
+            }
+            writer.finish()
+        });
+        let make = || -> anyhow::Result<()> {
+            for entry in order {
+                let output = outputs.remove(&entry.name);
+                let output = output.with_context(|| format!("`{}` was lost", entry.name))?;
+                if !send(output, &orders, &used)? {
+                    break;
+                }
+                written(&entry.name)?;
+            }
+            Ok(())
+        };
+        let made = make();
+        drop(orders);
+        let wrote = writing.join();
+        // A writer that failed tells the cause; one that misses tensors only repeats what the maker says.
+        made?;
+        wrote.map_err(|_| anyhow!("the writer of `{}` stopped", path.display()))?
+    })
+}
+
+/// Makes a tensor's bytes for the writer; false when that has stopped.
+fn send<'a>(
+    output: Output<'a>,
+    orders: &SyncSender<Order<'a>>,
+    used: &Receiver<Vec<u8>>,
+) -> anyhow::Result<bool> {
+    let Output { entry, source } = output;
+    let size = entry.size()?;
+    let failed = || format!("could not make the tensor `{}`", entry.name);
+    if orders.send(Order::Start(entry.name.clone())).is_err() {
+        return Ok(false);
     }
-    writer.finish()
+    match source {
+        Source::Whole(bytes) => {
+            let bytes = bytes().with_context(failed)?;
+            Ok(orders.send(Order::Bytes(bytes)).is_ok())
+        }
+        Source::Pieces(mut fill) => {
+            for first in (0..size).step_by(PIECE) {
+                let mut piece = used.try_recv().unwrap_or_default();
+                piece.resize(PIECE.min(size - first), 0);
+                fill(first, &mut piece).with_context(failed)?;
+                if orders.send(Order::Piece(piece)).is_err() {
+                    return Ok(false);
+                }
+            }
+            Ok(true)
+        }
+    }
 }
 
 /// Writes all files of a model anew: each with what `outputs` makes of its tensors. A sharded model gets a new index.
@@ -74,7 +167,10 @@ pub(super) fn rewrite<'a>(
         for output in &all {
             index.add(&output.entry, file)?;
         }
-        write_file(&out.join(file), all, written)?;
+        write_file(&out.join(file), all, &mut |name| {
+            weights.let_go(name);
+            written(name)
+        })?;
     }
     if weights.sharded() {
         index.write(out)?;
@@ -100,5 +196,85 @@ impl Index {
         let index = json!({"metadata": {"total_size": self.size}, "weight_map": self.files});
         std::fs::write(out.join(INDEX), sorted_json(&index)?)
             .with_context(|| format!("could not write `{INDEX}` to `{}`", out.display()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use anyhow::bail;
+    use safetensors::Dtype;
+
+    use super::*;
+
+    const LARGE: usize = 2 * PIECE + 1000;
+
+    fn byte(place: usize) -> u8 {
+        (place % 251) as u8
+    }
+
+    fn outputs(in_pieces: bool) -> Vec<Output<'static>> {
+        let large = Entry::new("large", Dtype::U8, [LARGE]);
+        let large = if in_pieces {
+            Output::pieces(large, |first, bytes| {
+                for (place, out) in bytes.iter_mut().enumerate() {
+                    *out = byte(first + place);
+                }
+                Ok(())
+            })
+        } else {
+            Output::whole(large, || Ok(Cow::Owned((0..LARGE).map(byte).collect())))
+        };
+        let small = Entry::new("small", Dtype::U8, [3]);
+        let none = Entry::new("none", Dtype::U8, [0]);
+        vec![
+            Output::whole(small, || Ok(Cow::Borrowed(b"abc"))),
+            large,
+            Output::pieces(none, |_, _| bail!("there is nothing to make")),
+        ]
+    }
+
+    #[test]
+    fn pieces_make_the_bytes_of_the_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let written = |name: &str, in_pieces: bool| {
+            let path = folder.path().join(name);
+            let mut names = Vec::new();
+            let mut note = |name: &str| {
+                names.push(name.to_owned());
+                Ok(())
+            };
+            write_file(&path, outputs(in_pieces), &mut note).unwrap();
+            assert_eq!(names, ["large", "none", "small"]);
+            fs::read(path).unwrap()
+        };
+        let whole = written("whole", false);
+        assert!(whole.len() > LARGE && whole == written("pieces", true));
+    }
+
+    #[test]
+    fn a_tensor_that_cannot_be_made_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        let fails = |output: Output<'_>| {
+            let error = write_file(&path, vec![output], &mut |_| Ok(())).unwrap_err();
+            format!("{error:#}")
+        };
+        let entry = || Entry::new("x.weight", Dtype::U8, [LARGE]);
+        let error = fails(Output::pieces(entry(), |first, _| {
+            anyhow::ensure!(first == 0, "the second piece");
+            Ok(())
+        }));
+        assert!(error.contains("`x.weight`: the second piece"), "{error}");
+        // Fewer bytes than were declared are noticed by the writer.
+        let error = fails(Output::whole(entry(), || Ok(Cow::Borrowed(&[1, 2]))));
+        assert!(error.contains("`x.weight` lacks"), "{error}");
+        let long = vec![0; LARGE + 1];
+        let error = fails(Output::whole(entry(), || Ok(Cow::Borrowed(&long))));
+        assert!(error.contains("1 bytes too many"), "{error}");
+        let mut stop = |_: &str| bail!("interrupted");
+        let error = write_file(&path, outputs(true), &mut stop).unwrap_err();
+        assert_eq!(error.to_string(), "interrupted");
     }
 }

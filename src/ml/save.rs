@@ -48,10 +48,9 @@ pub fn save_model(model: &Llama, source: &Path, out: &Path) -> anyhow::Result<()
         };
         let raw = weights.raw(name)?;
         let dtype = raw.dtype.try_into()?;
-        Ok(vec![Output {
-            entry: Entry::new(name, raw.dtype, raw.shape),
-            bytes: Box::new(move || Ok(Cow::Owned(bytes(&tensor.to_dtype(dtype)?)?))),
-        }])
+        let entry = Entry::new(name, raw.dtype, raw.shape);
+        let bytes = move || Ok(Cow::Owned(bytes(&tensor.to_dtype(dtype)?)?));
+        Ok(vec![Output::whole(entry, bytes)])
     };
     rewrite(&weights, out, outputs, &mut |_| Ok(()))?;
     folder::carry(source, out, &[])

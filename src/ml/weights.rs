@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, anyhow, bail, ensure};
 use candle_core::{DType, Device, Tensor};
-use memmap2::{Mmap, UncheckedAdvice};
+use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
 
 pub(in crate::ml) use writer::bytes;
@@ -262,16 +262,29 @@ impl Weights {
         })
     }
 
-    /// Takes what was read of the files out of this process's memory; it is read again when it is wanted again. Only the
-    /// system's file cache still has it.
-    pub fn release(&self) {
-        for shard in &self.shards {
-            #[expect(unsafe_code, reason = "a model must not be in memory twice")]
-            // SAFETY: the pages of a file mapped read-only come back from the file, with the same contents.
-            let result = unsafe { shard.map.unchecked_advise(UncheckedAdvice::DontNeed) };
-            // A system that can't do this only keeps more memory.
-            drop(result);
+    /// Gives the memory under a tensor back to the system, which reads it from the file again if it is used once more: going
+    /// through a large model then takes the memory of what is in use.
+    pub fn let_go(&self, name: &str) {
+        #[cfg(unix)]
+        if let Some(place) = self.tensors.get(name)
+            && let Some(shard) = self.shards.get(place.shard)
+        {
+            let (start, end) = place.range;
+            #[expect(unsafe_code, reason = "the advice is unchecked in general")]
+            // SAFETY: the map is shared and read-only and nobody changes its file (see `add`), so a page that was given back
+            // has the same bytes when it is read again; nothing can be lost or seen to change.
+            let advised = unsafe {
+                let advice = memmap2::UncheckedAdvice::DontNeed;
+                shard.map.unchecked_advise_range(advice, start, end - start)
+            };
+            // It is only advice.
+            let _ = advised;
         }
+    }
+
+    /// Gives the memory under all tensors back, see [`Weights::let_go`].
+    pub fn release(&self) {
+        self.tensors.keys().for_each(|name| self.let_go(name));
     }
 
     /// A tensor in its stored dtype.

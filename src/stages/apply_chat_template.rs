@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
-use arrow::array::{ArrayRef, RecordBatch, StringArray};
+use arrow::array::{ArrayRef, RecordBatch, StringBuilder};
 use arrow::datatypes::{DataType, Field, Schema};
 use chrono::NaiveDate;
 use minijinja::Value;
@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use super::artifacts::{Chats, Dataset, Model};
 use crate::data::cell::Cell;
-use crate::data::table::{BATCH_ROWS, Split, Writer, splits};
+use crate::data::table::{Split, Writer, pass, splits};
 use crate::engine::{Context, Input, Problem, SourcePath, Stage};
 use crate::text::chat::{ChatRow, Notice, Rendered, Renderer, Side};
 use crate::text::template::ChatTemplate;
@@ -181,10 +181,9 @@ fn render_split(
         .map(|name| Field::new(*name, DataType::Utf8, true))
         .collect();
     let schema = Arc::new(Schema::new(fields));
-    let mut writer = Writer::create(cx.out(), split.name(), schema.clone())?;
+    let writer = Writer::create(cx.out(), split.name(), schema.clone())?;
     let mut done = 0;
-    for batch in split.batches(BATCH_ROWS) {
-        let batch = batch?;
+    let rows = pass(split, writer, |batch| {
         let rendered: Result<Vec<Rendered>> = (0..batch.num_rows())
             .into_par_iter()
             .with_min_len(16)
@@ -208,9 +207,7 @@ fn render_split(
             counts.already_rendered += usize::from(row.notice == Notice::AlreadyRendered);
             counts.special_tokens += usize::from(row.notice == Notice::SpecialTokens);
         }
-        let column = |text: fn(&Rendered) -> Option<&str>| -> ArrayRef {
-            Arc::new(rendered.iter().map(text).collect::<StringArray>())
-        };
+        let column = |text: fn(&Rendered) -> Option<&str>| texts(&rendered, text);
         let mut columns = vec![
             column(|row| Some(&row.prompt)),
             column(|row| Some(&row.chosen)),
@@ -218,16 +215,24 @@ fn render_split(
         if preferences {
             columns.push(column(|row| row.rejected.as_deref()));
         }
-        writer.write(&RecordBatch::try_new(schema.clone(), columns)?)?;
         done += batch.num_rows();
         cx.progress((counts.all + done) as u64, Some(total), "rows");
         cx.check_cancelled()?;
-    }
+        Ok(RecordBatch::try_new(schema.clone(), columns)?)
+    })?;
     counts.all += done;
-    counts
-        .rows
-        .insert(split.name().to_owned(), writer.finish()?);
+    counts.rows.insert(split.name().to_owned(), rows);
     Ok(())
+}
+
+/// A column of all rows' texts, copied once.
+fn texts(rows: &[Rendered], text: fn(&Rendered) -> Option<&str>) -> ArrayRef {
+    let bytes = rows.iter().filter_map(text).map(str::len).sum();
+    let mut column = StringBuilder::with_capacity(rows.len(), bytes);
+    for row in rows {
+        column.append_option(text(row));
+    }
+    Arc::new(column.finish())
 }
 
 fn chat_row(batch: &RecordBatch, row: usize) -> Result<ChatRow> {

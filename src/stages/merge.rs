@@ -23,7 +23,7 @@ pub struct Merge {
 
 impl Stage for Merge {
     const KIND: &'static str = "merge";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     type Output = Model;
 
     fn run(&self, cx: &Context) -> anyhow::Result<()> {

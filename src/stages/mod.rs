@@ -27,6 +27,9 @@ mod training;
 #[cfg(test)]
 mod bad_data;
 #[cfg(test)]
+mod threads;
+
+#[cfg(test)]
 #[path = "../../tests/it/support/hub.rs"]
 #[expect(dead_code, reason = "the integration tests use the rest of it")]
 mod test_hub;

@@ -9,7 +9,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::artifacts::{Chats, Model, Tokens};
-use crate::data::table::{BATCH_ROWS, Split, Writer, splits};
+use crate::data::table::{Split, Writer, pass, splits};
 use crate::data::tokens::{TokenRow, batch, schema};
 use crate::engine::{Context, Input, Problem, Stage};
 use crate::text::preference::{Drop, RowIds, Truncation, encode};
@@ -199,10 +199,9 @@ impl Tokenize {
         counts: &mut Counts,
     ) -> Result<()> {
         let preferences = split.schema().field_with_name("rejected").is_ok();
-        let mut writer = Writer::create(cx.out(), split.name(), schema(preferences))?;
+        let writer = Writer::create(cx.out(), split.name(), schema(preferences))?;
         let mut done = 0;
-        for texts in split.batches(BATCH_ROWS) {
-            let texts = texts?;
+        let rows = pass(split, writer, |texts| {
             let prompt = column(&texts, "prompt")?;
             let chosen = column(&texts, "chosen")?;
             let rejected = preferences
@@ -240,12 +239,11 @@ impl Tokenize {
                     Err(cause) => *counts.dropped.entry(cause).or_default() += 1,
                 }
             }
-            writer.write(&batch(&kept, preferences)?)?;
             done += texts.num_rows();
             cx.progress((counts.read + done) as u64, Some(total), "rows");
             cx.check_cancelled()?;
-        }
-        let rows = writer.finish()?;
+            batch(&kept, preferences)
+        })?;
         ensure!(
             rows > 0 || done == 0,
             "no row of the split `{}` has an answer token left within `max_length` {}; hint: raise it",

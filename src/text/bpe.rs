@@ -18,9 +18,8 @@ use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::{AddedToken, SplitDelimiterBehavior};
 
 use super::template::LLAMA3;
+use super::words::PATTERN;
 
-/// How Llama 3 cuts text into words before any pair is merged.
-const PATTERN: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const BOS: &str = "<|begin_of_text|>";
 const EOS: &str = "<|end_of_text|>";
 const EOT: &str = "<|eot_id|>";

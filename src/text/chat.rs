@@ -2,6 +2,8 @@
 //! and the prompt is what they have in common with the rendered prompt, so prompt and answer always join to exactly what the
 //! template prints. Its one entry is [`Renderer::render`].
 
+use std::collections::BTreeSet;
+
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use minijinja::Value;
 
@@ -61,6 +63,8 @@ pub enum Notice {
 pub struct Renderer {
     template: ChatTemplate,
     markers: Vec<String>,
+    /// The bytes that they begin with: most texts have none of them.
+    marker_begins: BTreeSet<u8>,
     /// What the template puts before an answer.
     generation_prompt: String,
     keep_empty_system: bool,
@@ -74,8 +78,11 @@ impl Renderer {
         let with = template.render(&user, true).unwrap_or_default();
         let without = template.render(&user, false).unwrap_or_default();
         let generation_prompt = with.strip_prefix(&without).unwrap_or_default().to_owned();
+        let markers = template.markers();
+        let begins = markers.iter().filter_map(|marker| marker.bytes().next());
         Self {
-            markers: template.markers(),
+            marker_begins: begins.collect(),
+            markers,
             template,
             generation_prompt,
             keep_empty_system,
@@ -219,6 +226,10 @@ impl Renderer {
             Side::Messages(_) => None,
         });
         let notice = |text: &str| {
+            let begins = |byte: &u8| text.as_bytes().contains(byte);
+            if !self.marker_begins.iter().any(begins) {
+                return Notice::Plain;
+            }
             let found: Vec<&String> = self
                 .markers
                 .iter()
@@ -350,8 +361,16 @@ fn attribute(message: &Value, name: &str) -> Option<String> {
 
 /// How many bytes the longest common start of whole characters has.
 fn common_prefix(a: &str, b: &str) -> usize {
-    let alike = a.chars().zip(b.chars()).take_while(|(a, b)| a == b);
-    alike.map(|(c, _)| c.len_utf8()).sum()
+    const STEP: usize = 32;
+    let (a_bytes, b_bytes) = (a.as_bytes(), b.as_bytes());
+    let steps = a_bytes.chunks_exact(STEP).zip(b_bytes.chunks_exact(STEP));
+    let mut alike = STEP * steps.take_while(|(a, b)| a == b).count();
+    let rest = a_bytes[alike..].iter().zip(&b_bytes[alike..]);
+    alike += rest.take_while(|(a, b)| a == b).count();
+    while !a.is_char_boundary(alike) {
+        alike -= 1;
+    }
+    alike
 }
 
 #[cfg(test)]

@@ -18,6 +18,15 @@ pub(super) fn strip(text: &str) -> &str {
 
 /// Jinja's `trim`, which is Python's `str.strip`.
 pub(super) fn trim(value: &Value, chars: Option<String>) -> Value {
+    if let (Some(text), None) = (value.as_str(), &chars) {
+        let stripped = strip(text);
+        // Most texts have nothing to lose, and long ones are not copied for it.
+        return if stripped.len() == text.len() {
+            value.clone()
+        } else {
+            Value::from(stripped)
+        };
+    }
     let text = value.to_string();
     Value::from(match chars {
         Some(chars) => text.trim_matches(|c| chars.contains(c)),

@@ -8,5 +8,7 @@ pub mod chat;
 mod filters;
 mod generation;
 pub mod preference;
+mod quick;
 pub mod template;
 pub mod tokenizer;
+mod words;

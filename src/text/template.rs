@@ -2,11 +2,13 @@
 //! is [`ChatTemplate`].
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use anyhow::{Context as _, Result, anyhow};
 use chrono::NaiveDate;
 use chrono::format::{Item, StrftimeItems};
 use minijinja::syntax::SyntaxConfig;
+use minijinja::value::Object;
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, UndefinedBehavior, Value};
 
 use super::{filters, generation};
@@ -23,7 +25,30 @@ const NAME: &str = "chat template";
 pub struct ChatTemplate {
     environment: Environment<'static>,
     source: String,
-    special_tokens: BTreeMap<String, String>,
+    special_tokens: Arc<BTreeMap<String, Value>>,
+}
+
+/// The variables of one rendering. Most templates read a few, a few times.
+#[derive(Debug)]
+struct Variables {
+    special_tokens: Arc<BTreeMap<String, Value>>,
+    messages: Value,
+    add_generation_prompt: bool,
+}
+
+impl Object for Variables {
+    fn get_value(self: &Arc<Self>, key: &Value) -> Option<Value> {
+        self.get_value_by_str(key.as_str()?)
+    }
+
+    fn get_value_by_str(self: &Arc<Self>, key: &str) -> Option<Value> {
+        match key {
+            "messages" => Some(self.messages.clone()),
+            "tools" | "documents" => Some(Value::from(())),
+            "add_generation_prompt" => Some(Value::from(self.add_generation_prompt)),
+            _ => self.special_tokens.get(key).cloned(),
+        }
+    }
 }
 
 impl ChatTemplate {
@@ -63,26 +88,28 @@ impl ChatTemplate {
         Ok(Self {
             environment,
             source: source.to_owned(),
-            special_tokens,
+            special_tokens: Arc::new(
+                special_tokens
+                    .into_iter()
+                    .map(|(name, token)| (name, Value::from(token)))
+                    .collect(),
+            ),
         })
     }
 
     /// The conversation as text.
     pub fn render(&self, messages: &[Value], add_generation_prompt: bool) -> Result<String> {
-        let tokens = self.special_tokens.iter();
-        let mut variables: BTreeMap<&str, Value> = tokens
-            .map(|(name, token)| (name.as_str(), Value::from(token.as_str())))
-            .collect();
-        variables.insert("messages", Value::from(messages.to_vec()));
-        variables.insert("tools", Value::from(()));
-        variables.insert("documents", Value::from(()));
-        variables.insert("add_generation_prompt", Value::from(add_generation_prompt));
+        let variables = Variables {
+            special_tokens: self.special_tokens.clone(),
+            messages: Value::from(messages.to_vec()),
+            add_generation_prompt,
+        };
         let template = self
             .environment
             .get_template(NAME)
             .map_err(|error| explain(&error, &self.source))?;
         template
-            .render(Value::from_pairs(variables))
+            .render(Value::from_object(variables))
             .map_err(|error| explain(&error, &self.source))
     }
 
@@ -91,8 +118,9 @@ impl ChatTemplate {
         let mut markers: Vec<String> = self
             .special_tokens
             .values()
+            .filter_map(Value::as_str)
             .filter(|token| token.len() > 2)
-            .cloned()
+            .map(str::to_owned)
             .collect();
         let mut rest = self.source.as_str();
         while let Some(start) = rest.find("<|") {

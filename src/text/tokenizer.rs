@@ -2,9 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use serde_json::Value;
+
+use super::quick::Quick;
 
 /// A special token with its id.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -19,6 +22,8 @@ pub struct SpecialToken {
 #[derive(Debug, Clone)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
+    /// The short way, for tokenizers of Llama 3's make.
+    quick: Option<Arc<Quick>>,
     /// The beginning of a text, when the model has such a token.
     pub bos: Option<SpecialToken>,
     /// The end of an answer.
@@ -45,6 +50,7 @@ impl Tokenizer {
             .with_truncation(None)
             .map_err(|error| anyhow!("`{}` can't be used: {error}", path.display()))?;
         let mut tokenizer = Self {
+            quick: Quick::of(&inner).map(Arc::new),
             inner,
             bos: None,
             eos: None,
@@ -103,7 +109,10 @@ impl Tokenizer {
 
     /// The ids of a text as it stands: no BOS or EOS is added, special tokens inside the text become their ids.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        self.encode_with(text, false)
+        match &self.quick {
+            Some(quick) => quick.encode(&self.inner, text),
+            None => self.encode_with(text, false),
+        }
     }
 
     /// The ids of a text with what the tokenizer adds by itself (usually a BOS).

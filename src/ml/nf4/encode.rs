@@ -7,7 +7,8 @@
 
 use std::fmt::Write as _;
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail};
+use pipeline_kernels::nf4::{self, Stored};
 use rayon::prelude::*;
 use safetensors::Dtype;
 use serde_json::json;
@@ -22,63 +23,26 @@ pub(super) const NESTED_BLOCK: usize = 256;
 /// Blocks that a thread takes at once.
 const SPAN: usize = 256;
 
-/// Between neighbouring values; the last one is never passed.
-const MIDPOINTS: [f32; 16] = midpoints();
-/// The range -1 to 1 in equal cells narrower than any two midpoints are apart: the code at each cell's start.
-const CELLS: usize = 64;
-const START: [u8; CELLS + 1] = starts();
-
-const fn midpoints() -> [f32; 16] {
-    let mut midpoints = [f32::INFINITY; 16];
-    let mut code = 0;
-    while code < 15 {
-        midpoints[code] = f32::midpoint(CODE[code], CODE[code + 1]);
-        code += 1;
+/// How the kernels call a type.
+fn stored(float: Float) -> Stored {
+    match float {
+        Float::F32 => Stored::F32,
+        Float::F16 => Stored::F16,
+        Float::BF16 => Stored::Bf16,
     }
-    midpoints
-}
-
-const fn starts() -> [u8; CELLS + 1] {
-    let mut starts = [0; CELLS + 1];
-    let mut cell = 0;
-    while cell <= CELLS {
-        // A little below the edge, for what rounding puts into this cell.
-        let edge = cell as f32 * (2. / CELLS as f32) - 1. - 1e-4;
-        let mut code = 0;
-        while MIDPOINTS[code as usize] < edge {
-            code += 1;
-        }
-        starts[cell] = code;
-        cell += 1;
-    }
-    starts
-}
-
-/// The number of midpoints below `t`, which lies in -1 to 1: the nearest code, halfway the lower one.
-fn code(t: f32) -> u8 {
-    let cell = ((t + 1.) * (CELLS as f32 / 2.)) as usize;
-    let start = START[cell.min(CELLS)];
-    // At most one midpoint lies in a cell.
-    start + u8::from(t > MIDPOINTS[usize::from(start)])
 }
 
 /// The largest magnitude of each block. NaN and infinity have no code and are errors.
 pub fn block_absmax(float: Float, bytes: &[u8]) -> anyhow::Result<Vec<f32>> {
     let size = float.size();
-    let blocks = bytes.par_chunks(BLOCK * SPAN * size);
-    let absmax: Vec<f32> = blocks
-        .flat_map_iter(|span| {
-            span.chunks(BLOCK * size).map(move |block| {
-                let mut values = [0f32; BLOCK];
-                float.read(block, &mut values);
-                largest(&values)
-            })
-        })
-        .collect();
+    let mut absmax = vec![0f32; (bytes.len() / size).div_ceil(BLOCK)];
+    absmax
+        .par_chunks_mut(SPAN)
+        .zip(bytes.par_chunks(BLOCK * SPAN * size))
+        .for_each(|(absmax, bytes)| nf4::largest(stored(float), bytes, absmax));
     if let Some(block) = absmax.iter().position(|x| !x.is_finite()) {
         let first = block * BLOCK;
-        ensure!(
-            false,
+        bail!(
             "a NaN or infinity is among the values from {first} to {}, and nf4 can't store it",
             first + BLOCK - 1
         );
@@ -86,42 +50,13 @@ pub fn block_absmax(float: Float, bytes: &[u8]) -> anyhow::Result<Vec<f32>> {
     Ok(absmax)
 }
 
-/// Two codes a byte. An odd last value is followed by the code of 0.
-pub fn pack(float: Float, bytes: &[u8]) -> Vec<u8> {
-    let size = float.size();
-    let mut packed = vec![0; (bytes.len() / size).div_ceil(2)];
-    let spans = packed.par_chunks_mut(BLOCK / 2 * SPAN);
-    spans
-        .zip(bytes.par_chunks(BLOCK * SPAN * size))
-        .for_each(|(packed, bytes)| {
-            let blocks = packed.chunks_mut(BLOCK / 2).zip(bytes.chunks(BLOCK * size));
-            for (packed, bytes) in blocks {
-                let mut values = [0f32; BLOCK];
-                float.read(bytes, &mut values);
-                let absmax = largest(&values).max(1e-38);
-                if bytes.len() == BLOCK * size {
-                    let inverse = 1. / absmax;
-                    for value in &mut values {
-                        *value = (*value * inverse).clamp(-1., 1.);
-                    }
-                } else {
-                    // Only a ragged last block is divided, as on bitsandbytes' CPU path.
-                    for value in &mut values {
-                        *value = (*value / absmax).clamp(-1., 1.);
-                    }
-                }
-                for (byte, pair) in packed.iter_mut().zip(values.as_chunks::<2>().0) {
-                    *byte = code(pair[0]) << 4 | code(pair[1]);
-                }
-            }
-        });
+/// Two codes a byte, into `packed`: those of the weights in `bytes`, which begin with a block. An odd last value is followed by
+/// the code of 0.
+pub fn pack(float: Float, bytes: &[u8], packed: &mut [u8]) {
     packed
-}
-
-/// The largest magnitude. As bits, a larger magnitude is a larger whole number, with infinity and NaN above all.
-fn largest(values: &[f32]) -> f32 {
-    let bits = values.iter().map(|x| x.to_bits() & 0x7fff_ffff);
-    f32::from_bits(bits.max().unwrap_or(0))
+        .par_chunks_mut(BLOCK / 2 * SPAN)
+        .zip(bytes.par_chunks(BLOCK * SPAN * float.size()))
+        .for_each(|(packed, bytes)| nf4::pack(stored(float), bytes, packed));
 }
 
 /// How the magnitudes of a weight are stored.
@@ -258,30 +193,7 @@ fn python_float(x: f64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
-
     use super::*;
-
-    fn by_search(t: f32) -> u8 {
-        MIDPOINTS.iter().filter(|midpoint| **midpoint < t).count() as u8
-    }
-
-    #[test]
-    fn cells_lead_to_the_code_that_a_search_finds() {
-        for midpoint in MIDPOINTS.iter().chain(&CODE).filter(|x| x.is_finite()) {
-            for t in [midpoint.next_down(), *midpoint, midpoint.next_up()] {
-                let t = t.clamp(-1., 1.);
-                assert_eq!(code(t), by_search(t), "{t}");
-            }
-        }
-        for cell in 0..=CELLS * 1000 {
-            let t = cell as f32 / (CELLS * 500) as f32 - 1.;
-            for t in [t.next_down(), t, t.next_up()] {
-                let t = t.clamp(-1., 1.);
-                assert_eq!(code(t), by_search(t), "{t}");
-            }
-        }
-    }
 
     #[test]
     fn numbers_are_written_as_python_does() {
@@ -308,16 +220,6 @@ mod tests {
             let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
             let error = block_absmax(Float::F32, &bytes).unwrap_err();
             assert!(error.to_string().contains("from 128 to 191"), "{error}");
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn any_value_has_the_nearest_code(t in -1f32..=1.) {
-            prop_assert_eq!(code(t), by_search(t));
-            let far = |code: u8| (CODE[usize::from(code)] - t).abs();
-            let nearest = (0..16u8).map(far).fold(f32::MAX, f32::min);
-            prop_assert!(far(code(t)) <= nearest + 1e-6);
         }
     }
 }

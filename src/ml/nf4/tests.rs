@@ -3,7 +3,7 @@
 use candle_core::Device;
 use proptest::prelude::*;
 
-use super::encode::{Magnitudes, Part, block_absmax, pack, parts};
+use super::encode::{Magnitudes, Part, block_absmax, parts};
 use super::*;
 use crate::ml::dynamic_map::Table;
 use crate::ml::golden;
@@ -77,6 +77,12 @@ fn mean_of_the_cpu(values: &[f32]) -> f32 {
 }
 
 /// All parts of a weight as bitsandbytes' CPU path makes them.
+fn pack(float: Float, bytes: &[u8]) -> Vec<u8> {
+    let mut packed = vec![0; (bytes.len() / float.size()).div_ceil(2)];
+    encode::pack(float, bytes, &mut packed);
+    packed
+}
+
 fn encode_as_the_cpu(
     name: &str,
     float: Float,

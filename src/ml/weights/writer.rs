@@ -56,6 +56,8 @@ pub struct Writer {
     file: BufWriter<File>,
     entries: Vec<Entry>,
     next: usize,
+    /// Bytes of the tensor that was begun last which are still to come.
+    missing: usize,
 }
 
 impl Writer {
@@ -85,6 +87,7 @@ impl Writer {
             file,
             entries,
             next: 0,
+            missing: 0,
         })
     }
 
@@ -95,6 +98,22 @@ impl Writer {
 
     /// Writes the next tensor, which has to be `name`.
     pub fn write(&mut self, name: &str, bytes: &[u8]) -> anyhow::Result<()> {
+        if let Some(entry) = self.entries.get(self.next).filter(|e| e.name == name) {
+            let size = entry.size()?;
+            ensure!(
+                bytes.len() == size,
+                "`{name}` has {} bytes, expected {size} in `{}`",
+                bytes.len(),
+                self.path.display()
+            );
+        }
+        self.start(name)?;
+        self.append(bytes)
+    }
+
+    /// Begins the next tensor, which has to be `name`. Its bytes follow by [`Writer::append`].
+    pub fn start(&mut self, name: &str) -> anyhow::Result<()> {
+        self.complete()?;
         let path = self.path.display();
         let entry = self.entries.get(self.next);
         let entry = entry.ok_or_else(|| anyhow!("`{name}` was not declared for `{path}`"))?;
@@ -103,19 +122,49 @@ impl Writer {
             "`{name}` comes out of order in `{path}`, expected `{}`",
             entry.name
         );
-        let size = entry.size()?;
-        ensure!(
-            bytes.len() == size,
-            "`{name}` has {} bytes, expected {size} in `{path}`",
-            bytes.len()
-        );
+        self.missing = entry.size()?;
         self.next += 1;
+        Ok(())
+    }
+
+    /// Writes the next bytes of the tensor that was begun last.
+    pub fn append(&mut self, bytes: &[u8]) -> anyhow::Result<()> {
+        let left = self.missing.checked_sub(bytes.len());
+        self.missing = left.with_context(|| {
+            format!(
+                "`{}` has {} bytes too many for `{}`",
+                self.current(),
+                bytes.len() - self.missing,
+                self.path.display()
+            )
+        })?;
         let written = self.file.write_all(bytes);
         written.with_context(|| format!("could not write `{}`", self.path.display()))
     }
 
+    fn current(&self) -> &str {
+        let entry = self
+            .next
+            .checked_sub(1)
+            .and_then(|last| self.entries.get(last));
+        entry.map_or("a tensor", |entry| entry.name.as_str())
+    }
+
+    /// The tensor that was begun last must be whole.
+    fn complete(&self) -> anyhow::Result<()> {
+        ensure!(
+            self.missing == 0,
+            "`{}` lacks {} bytes in `{}`",
+            self.current(),
+            self.missing,
+            self.path.display()
+        );
+        Ok(())
+    }
+
     /// Ends the file. Every declared tensor must have been written.
     pub fn finish(mut self) -> anyhow::Result<()> {
+        self.complete()?;
         if let Some(entry) = self.entries.get(self.next) {
             return Err(anyhow!(
                 "`{}` was not written to `{}`",

@@ -1,0 +1,326 @@
+//! From weights to NF4 codes, in blocks of 64 with one largest magnitude each, with the bits of bitsandbytes.
+
+use crate::dispatch::{self, Loop};
+
+/// Values that share a largest magnitude.
+pub const BLOCK: usize = 64;
+
+/// The 16 values: quantiles of a normal distribution.
+pub const CODE: [f32; 16] = [
+    -1.0,
+    -0.696_192_8,
+    -0.525_073_05,
+    -0.394_917_5,
+    -0.284_441_38,
+    -0.184_773_43,
+    -0.091_050_036,
+    0.0,
+    0.079_580_3,
+    0.160_930_2,
+    0.246_112_3,
+    0.337_915_24,
+    0.440_709_83,
+    0.562_617,
+    0.722_956_84,
+    1.0,
+];
+
+/// Between neighbouring values.
+const MIDPOINTS: [f32; 15] = midpoints();
+
+const fn midpoints() -> [f32; 15] {
+    let mut midpoints = [0.; 15];
+    let mut code = 0;
+    while code < 15 {
+        midpoints[code] = f32::midpoint(CODE[code], CODE[code + 1]);
+        code += 1;
+    }
+    midpoints
+}
+
+/// How values are stored, little-endian.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stored {
+    /// IEEE single precision.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// The upper half of single precision.
+    Bf16,
+}
+
+impl Stored {
+    /// Bytes of one value.
+    pub const fn size(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        }
+    }
+}
+
+/// Writes the largest magnitude of each block of `bytes` to `out`. If a block holds a NaN or an infinity, so is the result.
+pub fn largest(stored: Stored, bytes: &[u8], out: &mut [f32]) {
+    dispatch::run(Largest { stored, bytes, out });
+}
+
+/// Writes two codes a byte to `packed`: of each value's share in its block's largest magnitude the nearest code, halfway the
+/// lower one. An odd last value is followed by the code of 0. The values are finite.
+pub fn pack(stored: Stored, bytes: &[u8], packed: &mut [u8]) {
+    dispatch::run(Pack {
+        stored,
+        bytes,
+        packed,
+    });
+}
+
+struct Largest<'a> {
+    stored: Stored,
+    bytes: &'a [u8],
+    out: &'a mut [f32],
+}
+
+impl Loop for Largest<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        largest_plain(self.stored, self.bytes, self.out);
+    }
+}
+
+struct Pack<'a> {
+    stored: Stored,
+    bytes: &'a [u8],
+    packed: &'a mut [u8],
+}
+
+impl Loop for Pack<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        pack_plain(self.stored, self.bytes, self.packed);
+    }
+}
+
+#[inline(always)]
+fn largest_plain(stored: Stored, bytes: &[u8], out: &mut [f32]) {
+    for (block, out) in bytes.chunks(BLOCK * stored.size()).zip(out) {
+        *out = most(&match stored {
+            Stored::F32 => singles(block),
+            Stored::F16 => halves(block),
+            Stored::Bf16 => uppers(block),
+        });
+    }
+}
+
+#[inline(always)]
+fn pack_plain(stored: Stored, bytes: &[u8], packed: &mut [u8]) {
+    let blocks = bytes
+        .chunks(BLOCK * stored.size())
+        .zip(packed.chunks_mut(BLOCK / 2));
+    for (block, packed) in blocks {
+        let mut values = match stored {
+            Stored::F32 => singles(block),
+            Stored::F16 => halves(block),
+            Stored::Bf16 => uppers(block),
+        };
+        let absmax = most(&values).max(1e-38);
+        if block.len() == BLOCK * stored.size() {
+            let inverse = 1. / absmax;
+            for value in &mut values {
+                *value *= inverse;
+            }
+        } else {
+            // Only a ragged last block is divided, as on bitsandbytes' CPU path.
+            for value in &mut values {
+                *value /= absmax;
+            }
+        }
+        let counts = counts(&values);
+        for (byte, pair) in packed.iter_mut().zip(counts.as_chunks::<2>().0) {
+            *byte = (pair[0] << 4 | pair[1]) as u8;
+        }
+    }
+}
+
+/// The values of a block; behind a ragged one's, zeros.
+#[inline(always)]
+fn singles(block: &[u8]) -> [f32; BLOCK] {
+    let mut values = [0f32; BLOCK];
+    for (value, bytes) in values.iter_mut().zip(block.as_chunks::<4>().0) {
+        *value = f32::from_le_bytes(*bytes);
+    }
+    values
+}
+
+#[inline(always)]
+fn uppers(block: &[u8]) -> [f32; BLOCK] {
+    let mut values = [0f32; BLOCK];
+    for (value, bytes) in values.iter_mut().zip(block.as_chunks::<2>().0) {
+        *value = f32::from_bits(u32::from(u16::from_le_bytes(*bytes)) << 16);
+    }
+    values
+}
+
+#[inline(always)]
+fn halves(block: &[u8]) -> [f32; BLOCK] {
+    // An exponent in its new place is 112 too low. The product is exact, denormal halves become normal.
+    const LIFT: f32 = f32::from_bits((127 + 112) << 23);
+    let mut values = [0f32; BLOCK];
+    for (value, bytes) in values.iter_mut().zip(block.as_chunks::<2>().0) {
+        let bits = u32::from(u16::from_le_bytes(*bytes));
+        let lifted = (f32::from_bits((bits & 0x7fff) << 13) * LIFT).to_bits();
+        let infinite = if bits & 0x7c00 == 0x7c00 {
+            0x7f80_0000
+        } else {
+            0
+        };
+        *value = f32::from_bits((bits & 0x8000) << 16 | lifted | infinite);
+    }
+    values
+}
+
+/// The largest magnitude. As bits, a larger magnitude is a larger whole number, with infinity and NaN above all.
+#[inline(always)]
+fn most(values: &[f32; BLOCK]) -> f32 {
+    let mut most = 0u32;
+    for value in values {
+        most = most.max(value.to_bits() & 0x7fff_ffff);
+    }
+    f32::from_bits(most)
+}
+
+/// The number of midpoints below each value, which is its code: no branches, so that many are counted at once.
+#[inline(always)]
+fn counts(values: &[f32; BLOCK]) -> [u32; BLOCK] {
+    let mut counts = [0u32; BLOCK];
+    for (count, value) in counts.iter_mut().zip(values) {
+        let mut below = 0;
+        for midpoint in MIDPOINTS {
+            below += u32::from(*value > midpoint);
+        }
+        *count = below;
+    }
+    counts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dispatch::tests::with_each;
+
+    fn code_by_search(t: f32) -> u8 {
+        MIDPOINTS.iter().filter(|midpoint| **midpoint < t).count() as u8
+    }
+
+    /// Some numbers of all sizes.
+    fn number(i: usize) -> f32 {
+        let x = ((i * 7919 % 10007) as f32 - 5003.) / 5003.;
+        x * x * x * [1., 1e-3, 1e4, 1e-30][i / 640 % 4]
+    }
+
+    fn bytes(stored: Stored, values: &[f32]) -> Vec<u8> {
+        let write = |value: &f32| match stored {
+            Stored::F32 => value.to_le_bytes().to_vec(),
+            Stored::Bf16 => ((value.to_bits() >> 16) as u16).to_le_bytes().to_vec(),
+            Stored::F16 => half(*value).to_le_bytes().to_vec(),
+        };
+        values.iter().flat_map(write).collect()
+    }
+
+    /// A half, cut off.
+    fn half(value: f32) -> u16 {
+        let bits = value.to_bits();
+        let sign = (bits >> 16) as u16 & 0x8000;
+        let scaled = (value.abs().min(60000.) * f32::from_bits((127 - 112) << 23)).to_bits();
+        sign | (scaled >> 13) as u16
+    }
+
+    #[test]
+    fn codes_are_found_by_counting() {
+        let mut edges: Vec<f32> = MIDPOINTS.iter().chain(&CODE).copied().collect();
+        edges.extend(MIDPOINTS.iter().flat_map(|m| [m.next_down(), m.next_up()]));
+        edges.extend([1. + 1e-7, -1. - 1e-7, 0., -0.]);
+        for chunk in edges.chunks(BLOCK) {
+            let mut values = [0f32; BLOCK];
+            values[..chunk.len()].copy_from_slice(chunk);
+            let found = counts(&values);
+            for (value, code) in values.iter().zip(found) {
+                assert_eq!(code, u32::from(code_by_search(*value)), "{value}");
+            }
+        }
+    }
+
+    #[test]
+    fn blocks_are_packed_as_by_a_plain_loop() {
+        let values: Vec<f32> = (0..64 * 40 + 21).map(number).collect();
+        for stored in [Stored::F32, Stored::F16, Stored::Bf16] {
+            let bytes = bytes(stored, &values);
+            let mut magnitudes = vec![0f32; values.len().div_ceil(BLOCK)];
+            largest(stored, &bytes, &mut magnitudes);
+            let mut packed = vec![0u8; values.len().div_ceil(2)];
+            pack(stored, &bytes, &mut packed);
+            with_each(|isa| {
+                let (mut again, mut most) = (packed.clone(), magnitudes.clone());
+                pack(stored, &bytes, &mut again);
+                largest(stored, &bytes, &mut most);
+                assert!(again == packed && most == magnitudes, "{isa:?}");
+            });
+            for (number, block) in bytes.chunks(BLOCK * stored.size()).enumerate() {
+                let values = match stored {
+                    Stored::F32 => singles(block),
+                    Stored::F16 => halves(block),
+                    Stored::Bf16 => uppers(block),
+                };
+                let most = values.iter().fold(0f32, |most, x| most.max(x.abs()));
+                assert_eq!(magnitudes[number].to_bits(), most.to_bits());
+                let whole = block.len() == BLOCK * stored.size();
+                let count = block.len() / stored.size();
+                for (i, value) in values[..count].iter().enumerate() {
+                    let most = most.max(1e-38);
+                    let t = if whole {
+                        value * (1. / most)
+                    } else {
+                        value / most
+                    };
+                    let byte = packed[(number * BLOCK + i) / 2];
+                    let code = if i % 2 == 0 { byte >> 4 } else { byte & 15 };
+                    assert_eq!(code, code_by_search(t), "{stored:?} {number} {i}");
+                }
+            }
+            assert_eq!(packed.last().map(|byte| byte & 15), Some(7));
+        }
+    }
+
+    #[test]
+    fn every_half_is_read() {
+        for bits in 0..=u16::MAX {
+            let read = halves(&bits.to_le_bytes())[0];
+            let (exponent, fraction) = (bits >> 10 & 31, f64::from(bits & 1023));
+            let magnitude = match exponent {
+                0 => fraction * 2f64.powi(-24),
+                31 if fraction == 0. => f64::INFINITY,
+                31 => f64::NAN,
+                _ => (1024. + fraction) * 2f64.powi(i32::from(exponent) - 25),
+            };
+            let exact = if bits >> 15 == 1 {
+                -magnitude
+            } else {
+                magnitude
+            };
+            let same = f64::from(read).to_bits() == exact.to_bits();
+            assert!(same || (read.is_nan() && exact.is_nan()), "{bits:x} {read}");
+        }
+    }
+
+    #[test]
+    fn what_has_no_code_shows_in_the_largest_magnitude() {
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut values = vec![1f32; 200];
+            values[130] = bad;
+            let mut out = [0f32; 4];
+            largest(Stored::F32, &bytes(Stored::F32, &values), &mut out);
+            assert_eq!(out.map(f32::is_finite), [true, true, false, true]);
+        }
+    }
+}

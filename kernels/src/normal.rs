@@ -1,0 +1,166 @@
+//! Normal random numbers by Marsaglia's polar method (1964). Each pair has a random stream of its own, so it depends on nothing but
+//! a key and its number; and it is made from whole numbers, additions, multiplications, divisions and square roots, which every
+//! machine rounds alike.
+
+use crate::dispatch::{self, Loop};
+
+/// Pairs that go through the logarithm together.
+const PAIRS: usize = 128;
+
+/// The next number of a splitmix64 stream (Steele, Lea and Flood 2014).
+fn mix(state: &mut u64) -> u64 {
+    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let mut z = *state;
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+/// Fills `values` with normal numbers of the standard deviation `scale`, of pair number `first` and those that follow.
+pub fn fill(key: u64, mut first: u64, scale: f64, values: &mut [f32]) {
+    for values in values.chunks_mut(2 * PAIRS) {
+        let mut points = [[0f64; PAIRS]; 2];
+        let mut squares = [1f64; PAIRS];
+        let count = values.len().div_ceil(2);
+        for place in 0..count {
+            let (point, square) = point(key, first + place as u64);
+            [points[0][place], points[1][place]] = point;
+            squares[place] = square;
+        }
+        stretch(&mut points, &squares);
+        for (place, pair) in values.chunks_mut(2).enumerate() {
+            for (value, points) in pair.iter_mut().zip(&points) {
+                *value = (points[place] * scale) as f32;
+            }
+        }
+        first += count as u64;
+    }
+}
+
+/// A random point inside the unit circle and the square of its distance from the middle, which is not 0.
+fn point(key: u64, pair: u64) -> ([f64; 2], f64) {
+    let mut counter = pair;
+    let mut state = key ^ mix(&mut counter);
+    let mut uniform = || {
+        let bits = mix(&mut state) >> 11;
+        bits as f64 * (2. / (1u64 << 53) as f64) - 1.
+    };
+    loop {
+        let (x, y) = (uniform(), uniform());
+        let square = x * x + y * y;
+        if square > 0. && square < 1. {
+            return ([x, y], square);
+        }
+    }
+}
+
+/// Points to normal numbers.
+fn stretch(points: &mut [[f64; PAIRS]; 2], squares: &[f64; PAIRS]) {
+    dispatch::run(Stretch { points, squares });
+}
+
+struct Stretch<'a> {
+    points: &'a mut [[f64; PAIRS]; 2],
+    squares: &'a [f64; PAIRS],
+}
+
+impl Loop for Stretch<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        // Never fused: bits must not depend on the machine.
+        stretch_plain(self.points, self.squares);
+    }
+}
+
+#[inline(always)]
+fn stretch_plain(points: &mut [[f64; PAIRS]; 2], squares: &[f64; PAIRS]) {
+    let [x, y] = points;
+    for ((x, y), square) in x.iter_mut().zip(y).zip(squares) {
+        let factor = (-2. * ln(*square) / square).sqrt();
+        *x *= factor;
+        *y *= factor;
+    }
+}
+
+/// The natural logarithm of a normal number above 0, to about 1e-13. The standard library's is the platform's, whose last bits
+/// differ.
+#[inline(always)]
+fn ln(x: f64) -> f64 {
+    // x = m 2^e with m around 1, and ln m = 2 atanh((m - 1) / (m + 1)) by its series.
+    let bits = x.to_bits();
+    let exponent = (bits >> 52) as i32 - 1023;
+    let m = f64::from_bits((bits & ((1 << 52) - 1)) | (1023 << 52));
+    let large = m > std::f64::consts::SQRT_2;
+    let exponent = exponent + i32::from(large);
+    let m = if large { m * 0.5 } else { m };
+    let z = (m - 1.) / (m + 1.);
+    let square = z * z;
+    let mut series = 0.;
+    let mut power = 9;
+    while power > 0 {
+        power -= 1;
+        series = series * square + 1. / f64::from(2 * power + 1);
+    }
+    2. * z * series + f64::from(exponent) * std::f64::consts::LN_2
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dispatch::tests::with_each;
+
+    /// Made by another implementation of the same formulas, with the standard logarithm.
+    const PINNED: [f32; 4] = [-0.263_139_96, 2.046_340_5, -0.153_952_1, -0.420_198_83];
+    /// The key of the tensor `x` with the seed 7.
+    const KEY: u64 = 0x2bf6_3774_41cb_c71f;
+
+    #[test]
+    fn numbers_are_those_of_the_formulas() {
+        let mut values = [0f32; 4];
+        fill(KEY, 0, 1., &mut values);
+        assert_eq!(values, PINNED);
+    }
+
+    #[test]
+    fn a_number_depends_on_its_place_alone() {
+        let mut whole = vec![0f32; 1001];
+        fill(KEY, 5, 0.02, &mut whole);
+        for cut in [2, 100, 256, 300] {
+            let mut parts = vec![0f32; 1001];
+            for (number, part) in parts.chunks_mut(cut).enumerate() {
+                fill(KEY, 5 + (number * cut / 2) as u64, 0.02, part);
+            }
+            assert!(parts == whole, "{cut}");
+        }
+    }
+
+    #[test]
+    fn the_wide_way_has_the_bits_of_the_plain_one() {
+        let mut points = [[0f64; PAIRS]; 2];
+        let mut squares = [0f64; PAIRS];
+        for place in 0..PAIRS {
+            let (point, square) = point(KEY, 1000 + place as u64);
+            [points[0][place], points[1][place]] = point;
+            squares[place] = square;
+        }
+        squares[0] = f64::MIN_POSITIVE;
+        let mut plain = points;
+        stretch_plain(&mut plain, &squares);
+        with_each(|isa| {
+            let mut again = points;
+            stretch(&mut again, &squares);
+            assert!(plain == again, "{isa:?}");
+        });
+    }
+
+    #[test]
+    fn the_logarithm_is_right() {
+        for x in [1e-300, 1e-9, 0.1, 0.5, 0.707, 0.708, 1., 1.5, 2., 1e5] {
+            assert!(
+                (ln(x) - f64::ln(x)).abs() < 1e-12 * f64::ln(x).abs().max(1.),
+                "{x}"
+            );
+        }
+    }
+}
