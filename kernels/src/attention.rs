@@ -1,0 +1,493 @@
+//! Grouped-query attention over spans of tokens, forward and backward, without ever holding all scores.
+//!
+//! A span is a run of tokens that may see each other: a sequence, or a prompt and the two answers that share it. One task
+//! takes the query heads that share a key head of one span. Its keys and values are put into panels of their own, and 32
+//! queries at a time go over them: scores, softmax, weighted values. The backward makes the scores again from the queries,
+//! the keys and the logarithm of each softmax's sum (Dao et al. 2022, arXiv 2205.14135, section 3.1).
+
+mod local;
+
+use rayon::prelude::*;
+
+use crate::dispatch::{Loop, run};
+use crate::exp::exp;
+use crate::micro::{Tile, multiply};
+use crate::panels::LANES;
+use local::{Shared, gather, scatter, scatter_turned};
+
+/// What one token may see of its span: keys before `to` that are before `prefix` or not before `from`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Visible {
+    /// The end of what all branches share.
+    pub prefix: u32,
+    /// The start of the token's own branch.
+    pub from: u32,
+    /// The end of what it may see; at least 1.
+    pub to: u32,
+}
+
+/// A run of tokens that may see each other.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Span {
+    /// The first token.
+    pub start: usize,
+    /// One entry a token.
+    pub visible: Vec<Visible>,
+}
+
+/// The shape of the heads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Heads {
+    /// Query heads.
+    pub queries: usize,
+    /// Key and value heads; each serves `queries / keys` query heads.
+    pub keys: usize,
+    /// Features of one head.
+    pub width: usize,
+}
+
+/// Queries, keys and values, in panels.
+#[derive(Debug, Clone, Copy)]
+pub struct Inputs<'a> {
+    /// `queries * width` features.
+    pub q: &'a [f32],
+    /// `keys * width` features.
+    pub k: &'a [f32],
+    /// `keys * width` features.
+    pub v: &'a [f32],
+}
+
+/// Gradients of [`Inputs`].
+pub struct Gradients<'a> {
+    /// Of the queries.
+    pub q: &'a mut [f32],
+    /// Of the keys.
+    pub k: &'a mut [f32],
+    /// Of the values.
+    pub v: &'a mut [f32],
+}
+
+/// Rows of a tile.
+const ROWS: usize = 8;
+/// A panel of one feature a row.
+type Row = [f32; LANES];
+
+fn tasks(spans: &[Span], heads: Heads) -> Vec<(&Span, usize)> {
+    let mut tasks: Vec<_> = spans
+        .iter()
+        .filter(|span| !span.visible.is_empty())
+        .flat_map(|span| (0..heads.keys).map(move |head| (span, head)))
+        .collect();
+    // The longest first, so that cores end together.
+    tasks.sort_by_key(|(span, _)| std::cmp::Reverse(span.visible.len()));
+    tasks
+}
+
+/// `softmax(q k^T / sqrt(width)) v` of each head, into panels of `queries * width` features. `log_sums`, panels of `queries`
+/// features, gets the logarithm of each softmax's sum. Tokens outside all spans are left alone.
+pub fn attention(
+    inputs: Inputs<'_>,
+    heads: Heads,
+    spans: &[Span],
+    out: &mut [f32],
+    log_sums: &mut [f32],
+) {
+    let (out, log_sums) = (Shared::new(out), Shared::new(log_sums));
+    tasks(spans, heads)
+        .into_par_iter()
+        .for_each_init(Work::default, |work, (span, head)| {
+            work.load(inputs, heads, span, head);
+            let group = heads.queries / heads.keys;
+            for query_head in head * group..(head + 1) * group {
+                for block in 0..span.visible.len().div_ceil(LANES) {
+                    work.forward(inputs.q, heads, span, query_head, block);
+                    scatter(&work.result, out, heads.queries * heads.width, query_head * heads.width, span, block);
+                    scatter(&work.log_sum, log_sums, heads.queries, query_head, span, block);
+                }
+            }
+        });
+}
+
+/// The backward of [`attention`]: writes the gradients of all tokens in spans. `out` and `log_sums` are what it gave, `of_out`
+/// the gradient of `out`.
+pub fn attention_backward(
+    inputs: Inputs<'_>,
+    heads: Heads,
+    spans: &[Span],
+    (out, log_sums, of_out): (&[f32], &[f32], &[f32]),
+    gradients: Gradients<'_>,
+) {
+    let (of_q, of_k, of_v) = (
+        Shared::new(gradients.q),
+        Shared::new(gradients.k),
+        Shared::new(gradients.v),
+    );
+    tasks(spans, heads)
+        .into_par_iter()
+        .for_each_init(Work::default, |work, (span, head)| {
+            work.load(inputs, heads, span, head);
+            work.clear(heads);
+            let group = heads.queries / heads.keys;
+            for query_head in head * group..(head + 1) * group {
+                for block in 0..span.visible.len().div_ceil(LANES) {
+                    work.backward(
+                        inputs.q,
+                        (out, log_sums, of_out),
+                        heads,
+                        span,
+                        query_head,
+                        block,
+                    );
+                    scatter(&work.result, of_q, heads.queries * heads.width, query_head * heads.width, span, block);
+                }
+            }
+            let place = (heads.keys * heads.width, head * heads.width, heads.width);
+            scatter_turned(&work.of_k, of_k, place, span);
+            scatter_turned(&work.of_v, of_v, place, span);
+        });
+}
+
+/// One task's buffers.
+#[derive(Default)]
+struct Work {
+    keys: Vec<f32>,   // [panel][width][32 keys]
+    values: Vec<f32>, // the same
+    query: Vec<f32>,  // [width][32 queries], times the scale
+    scores: Vec<f32>, // [seen panel][32 keys][32 queries]
+    seen: Vec<usize>, // which panels of keys these are
+    result: Vec<f32>, // [width][32 queries]
+    log_sum: Vec<f32>,
+    slopes: Vec<f32>,   // like scores
+    of_result: Vec<f32>, // [width][32 queries]
+    turned: Vec<f32>,    // [chunk of 32 features][32 queries][32 features]
+    of_k: Vec<f32>,      // [chunk of 32 features][keys][32 features]
+    of_v: Vec<f32>,      // the same
+}
+
+impl Work {
+    fn load(&mut self, inputs: Inputs<'_>, heads: Heads, span: &Span, head: usize) {
+        let (features, first) = (heads.keys * heads.width, head * heads.width);
+        let blocks = span.visible.len().div_ceil(LANES);
+        let size = heads.width * LANES;
+        for (data, out) in [(inputs.k, &mut self.keys), (inputs.v, &mut self.values)] {
+            out.resize(blocks * size, 0.);
+            for (block, out) in out.chunks_mut(size).enumerate() {
+                gather(data, features, first, span, block, out);
+            }
+        }
+    }
+
+    fn clear(&mut self, heads: Heads) {
+        let keys = self.keys.len() / heads.width;
+        let size = heads.width.div_ceil(LANES) * keys * LANES;
+        for sums in [&mut self.of_k, &mut self.of_v] {
+            sums.clear();
+            sums.resize(size, 0.);
+        }
+    }
+
+    /// The scores of 32 queries, masked with -inf.
+    fn scores(&mut self, q: &[f32], heads: Heads, span: &Span, query_head: usize, block: usize) {
+        let width = heads.width;
+        self.query.resize(width * LANES, 0.);
+        let first = query_head * width;
+        gather(q, heads.queries * width, first, span, block, &mut self.query);
+        let scale = (width as f32).sqrt().recip();
+        for x in &mut self.query {
+            *x *= scale;
+        }
+        // Behind the last query, lanes see what the last one does.
+        let limits: [Visible; LANES] = std::array::from_fn(|lane| {
+            let place = (block * LANES + lane).min(span.visible.len() - 1);
+            span.visible[place]
+        });
+        let limits = Limits::of(&limits);
+        self.seen.clear();
+        let blocks = self.keys.len() / (width * LANES);
+        self.seen.extend((0..blocks).filter(|block| limits.sees(block * LANES)));
+        self.scores.resize(self.seen.len() * LANES * LANES, 0.);
+        let scores = self.scores.chunks_exact_mut(LANES * LANES);
+        for (&panel, scores) in self.seen.iter().zip(scores) {
+            let keys = &self.keys[panel * width * LANES..][..width * LANES];
+            product_turned(keys, &self.query, scores);
+            if !limits.sees_all(panel * LANES) {
+                run(Mask(scores, &limits, panel * LANES));
+            }
+        }
+    }
+
+    fn forward(&mut self, q: &[f32], heads: Heads, span: &Span, query_head: usize, block: usize) {
+        self.scores(q, heads, span, query_head, block);
+        let (log_sum, inverse) = run(Softmax(&mut self.scores));
+        self.log_sum.clear();
+        self.log_sum.extend(log_sum);
+        let width = heads.width;
+        self.result.resize(width * LANES, 0.);
+        let scores = self.scores.chunks_exact(LANES * LANES);
+        for (number, (&panel, p)) in self.seen.iter().zip(scores).enumerate() {
+            let values = &self.values[panel * width * LANES..][..width * LANES];
+            product(values, width, p, &mut self.result, number > 0);
+        }
+        run(ScaleLanes(&mut self.result, &inverse));
+    }
+
+    fn backward(
+        &mut self,
+        q: &[f32],
+        (out, log_sums, of_out): (&[f32], &[f32], &[f32]),
+        heads: Heads,
+        span: &Span,
+        query_head: usize,
+        block: usize,
+    ) {
+        let width = heads.width;
+        let (features, first) = (heads.queries * width, query_head * width);
+        self.scores(q, heads, span, query_head, block);
+        self.log_sum.resize(LANES, 0.);
+        gather(log_sums, heads.queries, query_head, span, block, &mut self.log_sum);
+        self.result.resize(width * LANES, 0.);
+        gather(out, features, first, span, block, &mut self.result);
+        self.of_result.resize(width * LANES, 0.);
+        gather(of_out, features, first, span, block, &mut self.of_result);
+        // sum over keys of p * (v . of_out) = out . of_out
+        let along = run(Dot(&self.result, &self.of_result));
+        self.slopes.resize(self.scores.len(), 0.);
+        let slopes = self.slopes.chunks_exact_mut(LANES * LANES);
+        let scores = self.scores.chunks_exact_mut(LANES * LANES);
+        // Lanes behind the last query bring nothing.
+        let lanes = (span.visible.len() - block * LANES).min(LANES);
+        for ((&panel, p), slopes) in self.seen.iter().zip(scores).zip(slopes) {
+            let values = &self.values[panel * width * LANES..][..width * LANES];
+            product_turned(values, &self.of_result, slopes);
+            run(Slopes {
+                p,
+                slopes,
+                log_sum: &self.log_sum,
+                along: &along,
+                lanes,
+            });
+        }
+        let keys = self.keys.len() / width;
+        for (data, left, sums) in [
+            (&self.of_result, &self.scores, &mut self.of_v),
+            (&self.query, &self.slopes, &mut self.of_k),
+        ] {
+            turn(data, width, &mut self.turned);
+            let left = left.chunks_exact(LANES * LANES);
+            for (&panel, left) in self.seen.iter().zip(left) {
+                let chunks = self.turned.chunks_exact(LANES * LANES).enumerate();
+                for (chunk, right) in chunks {
+                    let place = (chunk * keys + panel * LANES) * LANES;
+                    let out = &mut sums[place..place + LANES * LANES];
+                    product(left, LANES, right, out, true);
+                }
+            }
+        }
+        let slopes = self.slopes.chunks_exact(LANES * LANES);
+        for (number, (&panel, slopes)) in self.seen.iter().zip(slopes).enumerate() {
+            let keys = &self.keys[panel * width * LANES..][..width * LANES];
+            product(keys, width, slopes, &mut self.result, number > 0);
+        }
+        let scale = [(width as f32).sqrt().recip(); LANES];
+        run(ScaleLanes(&mut self.result, &scale));
+    }
+}
+
+/// `out[i][lane] (+)= sum over k < 32 of a[i][k] * b[k][lane]`, all rows being 32 long.
+fn product(a: &[f32], rows: usize, b: &[f32], out: &mut [f32], add: bool) {
+    assert!(a.len() >= rows * LANES && b.len() >= LANES * LANES && out.len() >= rows * LANES);
+    for row in (0..rows).step_by(ROWS) {
+        // SAFETY: as asserted; rows that are wanted are there.
+        unsafe {
+            multiply::<ROWS, 2, LANES, 1>(Tile {
+                a: a[row * LANES..].as_ptr(),
+                b: b.as_ptr(),
+                depth: LANES,
+                c: out[row * LANES..].as_mut_ptr(),
+                rows: ROWS.min(rows - row),
+                add,
+            });
+        }
+    }
+}
+
+/// `out[i][lane] = sum over k of a[k][i] * b[k][lane]` for `i < 32`, all rows being 32 long.
+fn product_turned(a: &[f32], b: &[f32], out: &mut [f32]) {
+    let depth = a.len() / LANES;
+    assert!(b.len() >= depth * LANES && out.len() >= LANES * LANES);
+    for row in (0..LANES).step_by(ROWS) {
+        // SAFETY: as asserted; `a` has `depth` rows of 32, and `row + ROWS <= 32`.
+        unsafe {
+            multiply::<ROWS, 2, 1, LANES>(Tile {
+                a: a[row..].as_ptr(),
+                b: b.as_ptr(),
+                depth,
+                c: out[row * LANES..].as_mut_ptr(),
+                rows: ROWS,
+                add: false,
+            });
+        }
+    }
+}
+
+/// `[width][32]` to `[chunk of 32 features][32][32 features]`, with zeros behind the last feature.
+fn turn(data: &[f32], width: usize, out: &mut Vec<f32>) {
+    out.resize(width.div_ceil(LANES) * LANES * LANES, 0.);
+    if !width.is_multiple_of(LANES) {
+        out.fill(0.);
+    }
+    for (feature, row) in data.as_chunks::<LANES>().0.iter().take(width).enumerate() {
+        let out = &mut out[feature / LANES * LANES * LANES..][..LANES * LANES];
+        for (lane, value) in row.iter().enumerate() {
+            out[lane * LANES + feature % LANES] = *value;
+        }
+    }
+}
+
+/// What 32 queries may see, each in its lane.
+struct Limits {
+    prefix: [i32; LANES],
+    from: [i32; LANES],
+    to: [i32; LANES],
+}
+
+impl Limits {
+    fn of(visible: &[Visible; LANES]) -> Self {
+        Self {
+            prefix: visible.map(|v| v.prefix.cast_signed()),
+            from: visible.map(|v| v.from.cast_signed()),
+            to: visible.map(|v| v.to.cast_signed()),
+        }
+    }
+
+    fn lanes(&self) -> impl Iterator<Item = (i32, i32, i32)> + '_ {
+        (0..LANES).map(|lane| (self.prefix[lane], self.from[lane], self.to[lane]))
+    }
+
+    /// Whether any query sees any of the 32 keys from `key` on.
+    fn sees(&self, key: usize) -> bool {
+        let (start, end) = (key as i32, (key + LANES) as i32);
+        self.lanes()
+            .any(|(prefix, from, to)| start < prefix.min(to) || (end > from && start < to))
+    }
+
+    /// Whether all see all of them.
+    fn sees_all(&self, key: usize) -> bool {
+        let (start, end) = (key as i32, (key + LANES) as i32);
+        self.lanes().all(|(prefix, from, to)| {
+            end <= to && (end <= prefix || start >= from || prefix >= from)
+        })
+    }
+}
+
+struct Mask<'a>(&'a mut [f32], &'a Limits, usize);
+
+impl Loop for Mask<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        let limits = self.1;
+        let rows = self.0.as_chunks_mut::<LANES>().0.iter_mut();
+        for (key, row) in (self.2 as i32..).zip(rows) {
+            for lane in 0..LANES {
+                let ours = (key < limits.prefix[lane]) | (key >= limits.from[lane]);
+                let seen = ours & (key < limits.to[lane]);
+                row[lane] = if seen { row[lane] } else { f32::NEG_INFINITY };
+            }
+        }
+    }
+}
+
+/// Scores to `e^(score - largest)`; gives the logarithm of the sums with the largest, and what to multiply by.
+struct Softmax<'a>(&'a mut [f32]);
+
+impl Loop for Softmax<'_> {
+    type Output = (Row, Row);
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) -> (Row, Row) {
+        let (rows, _) = self.0.as_chunks_mut::<LANES>();
+        let mut largest: Row = [f32::NEG_INFINITY; LANES];
+        for row in rows.iter() {
+            for lane in 0..LANES {
+                largest[lane] = largest[lane].max(row[lane]);
+            }
+        }
+        let mut sum: Row = [0.; LANES];
+        for row in rows {
+            for lane in 0..LANES {
+                row[lane] = exp::<FMA>(row[lane] - largest[lane]);
+                sum[lane] += row[lane];
+            }
+        }
+        let log_sum = std::array::from_fn(|lane| largest[lane] + sum[lane].ln());
+        (log_sum, sum.map(f32::recip))
+    }
+}
+
+struct ScaleLanes<'a>(&'a mut [f32], &'a Row);
+
+impl Loop for ScaleLanes<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        for row in self.0.as_chunks_mut::<LANES>().0 {
+            for lane in 0..LANES {
+                row[lane] *= self.1[lane];
+            }
+        }
+    }
+}
+
+/// The sum over features of a product.
+struct Dot<'a>(&'a [f32], &'a [f32]);
+
+impl Loop for Dot<'_> {
+    type Output = Row;
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) -> Row {
+        let mut sum: Row = [0.; LANES];
+        let rows = self.0.as_chunks::<LANES>().0.iter();
+        for (a, b) in rows.zip(self.1.as_chunks::<LANES>().0) {
+            for lane in 0..LANES {
+                sum[lane] += a[lane] * b[lane];
+            }
+        }
+        sum
+    }
+}
+
+/// Scores to probabilities in place, and the gradients of the probabilities to those of the scores.
+struct Slopes<'a> {
+    p: &'a mut [f32],
+    slopes: &'a mut [f32],
+    log_sum: &'a [f32],
+    along: &'a Row,
+    lanes: usize,
+}
+
+impl Loop for Slopes<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        let Some(log_sum) = self.log_sum.as_chunks::<LANES>().0.first() else {
+            return;
+        };
+        let kept: Row = std::array::from_fn(|lane| f32::from(u8::from(lane < self.lanes)));
+        let rows = self.p.as_chunks_mut::<LANES>().0.iter_mut();
+        for (p, slope) in rows.zip(self.slopes.as_chunks_mut::<LANES>().0) {
+            for lane in 0..LANES {
+                let value = exp::<FMA>(p[lane] - log_sum[lane]) * kept[lane];
+                p[lane] = value;
+                slope[lane] = value * (slope[lane] - self.along[lane]);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

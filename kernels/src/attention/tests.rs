@@ -1,0 +1,196 @@
+//! Attention against plain loops in f64, and its gradients against differences.
+
+use super::*;
+use crate::dispatch::tests::with_each;
+use crate::panels::size;
+use crate::product::tests::numbers;
+
+fn causal(start: usize, count: u32) -> Span {
+    let visible = (0..count).map(|at| Visible {
+        prefix: 0,
+        from: 0,
+        to: at + 1,
+    });
+    Span {
+        start,
+        visible: visible.collect(),
+    }
+}
+
+/// A prompt of `p` tokens with answers of `c` and `r`.
+fn shared(start: usize, p: u32, c: u32, r: u32) -> Span {
+    let at = |token: u32| {
+        let from = if token < p {
+            0
+        } else if token < p + c {
+            p
+        } else {
+            p + c
+        };
+        Visible {
+            prefix: p,
+            from,
+            to: token + 1,
+        }
+    };
+    Span {
+        start,
+        visible: (0..p + c + r).map(at).collect(),
+    }
+}
+
+fn plain(q: &[f64], k: &[f64], v: &[f64], heads: Heads, spans: &[Span]) -> Vec<f64> {
+    let w = heads.width;
+    let place = |features: usize, token: usize, f: usize| {
+        (token / LANES * features + f) * LANES + token % LANES
+    };
+    let mut out = vec![0.; q.len()];
+    for span in spans {
+        for (t, visible) in span.visible.iter().enumerate() {
+            for h in 0..heads.queries {
+                let kh = h / (heads.queries / heads.keys);
+                let seen = |key: &usize| {
+                    let key = *key as u32;
+                    key < visible.to && (key < visible.prefix || key >= visible.from)
+                };
+                let keys: Vec<usize> = (0..span.visible.len()).filter(seen).collect();
+                let at = |data: &[f64], count: usize, head: usize, token: usize, f: usize| {
+                    data[place(count * w, span.start + token, head * w + f)]
+                };
+                let score = |key: &usize| {
+                    let dot = (0..w).map(|f| {
+                        at(q, heads.queries, h, t, f) * at(k, heads.keys, kh, *key, f)
+                    });
+                    (dot.sum::<f64>() / (w as f64).sqrt()).exp()
+                };
+                let p: Vec<f64> = keys.iter().map(score).collect();
+                let sum: f64 = p.iter().sum();
+                for f in 0..w {
+                    let values = keys.iter().zip(&p);
+                    let value = values.map(|(key, p)| p / sum * at(v, heads.keys, kh, *key, f));
+                    out[place(heads.queries * w, span.start + t, h * w + f)] = value.sum();
+                }
+            }
+        }
+    }
+    out
+}
+
+fn wide(x: &[f32]) -> Vec<f64> {
+    x.iter().map(|x| f64::from(*x)).collect()
+}
+
+struct Case {
+    heads: Heads,
+    spans: Vec<Span>,
+    tokens: usize,
+}
+
+fn cases() -> Vec<Case> {
+    let heads = |queries, keys, width| Heads {
+        queries,
+        keys,
+        width,
+    };
+    vec![
+        Case {
+            heads: heads(4, 2, 16),
+            spans: vec![causal(0, 5), causal(5, 40), causal(50, 20)],
+            tokens: 70,
+        },
+        Case {
+            heads: heads(2, 1, 12),
+            spans: vec![shared(3, 37, 30, 45), causal(115, 1)],
+            tokens: 116,
+        },
+        Case {
+            heads: heads(3, 3, 64),
+            spans: vec![shared(0, 64, 33, 70)],
+            tokens: 167,
+        },
+    ]
+}
+
+#[test]
+fn values_and_slopes_are_those_of_plain_loops() {
+    for case in cases() {
+        let heads = case.heads;
+        let q = numbers(size(heads.queries * heads.width, case.tokens), 1);
+        let q: Vec<f32> = q.iter().map(|x| x * 3.).collect();
+        let k = numbers(size(heads.keys * heads.width, case.tokens), 2);
+        let v = numbers(k.len(), 3);
+        let g = numbers(q.len(), 4);
+        let (wq, wk, wv) = (wide(&q), wide(&k), wide(&v));
+        let exact = plain(&wq, &wk, &wv, heads, &case.spans);
+        let loss = |q: &[f64], k: &[f64], v: &[f64]| -> f64 {
+            let out = plain(q, k, v, heads, &case.spans);
+            out.iter().zip(&g).map(|(a, b)| a * f64::from(*b)).sum()
+        };
+        let random = |count: usize, seed: u64| wide(&numbers(count, seed));
+        with_each(|isa| {
+            let inputs = Inputs {
+                q: &q,
+                k: &k,
+                v: &v,
+            };
+            let mut out = vec![0.; q.len()];
+            let mut log_sums = vec![0.; size(heads.queries, case.tokens)];
+            attention(inputs, heads, &case.spans, &mut out, &mut log_sums);
+            for (place, (a, b)) in out.iter().zip(&exact).enumerate() {
+                assert!((f64::from(*a) - b).abs() < 2e-6, "{isa:?} {place}: {a} {b}");
+            }
+            let (mut of_q, mut of_k, mut of_v) =
+                (vec![0.; q.len()], vec![0.; k.len()], vec![0.; v.len()]);
+            attention_backward(
+                inputs,
+                heads,
+                &case.spans,
+                (&out, &log_sums, &g),
+                Gradients {
+                    q: &mut of_q,
+                    k: &mut of_k,
+                    v: &mut of_v,
+                },
+            );
+            let moved = |x: &[f64], direction: &[f64], by: f64| -> Vec<f64> {
+                let both = x.iter().zip(direction);
+                both.map(|(x, d)| x + d * by).collect()
+            };
+            for seed in 0..3 {
+                let (dq, dk, dv) = (
+                    random(q.len(), 10 + seed),
+                    random(k.len(), 20 + seed),
+                    random(v.len(), 30 + seed),
+                );
+                let slope = |of: &[f32], d: &[f64]| -> f64 {
+                    of.iter().zip(d).map(|(a, b)| f64::from(*a) * b).sum()
+                };
+                let by = 1e-4;
+                for (name, ours, exact) in [
+                    (
+                        "q",
+                        slope(&of_q, &dq),
+                        loss(&moved(&wq, &dq, by), &wk, &wv)
+                            - loss(&moved(&wq, &dq, -by), &wk, &wv),
+                    ),
+                    (
+                        "k",
+                        slope(&of_k, &dk),
+                        loss(&wq, &moved(&wk, &dk, by), &wv)
+                            - loss(&wq, &moved(&wk, &dk, -by), &wv),
+                    ),
+                    (
+                        "v",
+                        slope(&of_v, &dv),
+                        loss(&wq, &wk, &moved(&wv, &dv, by))
+                            - loss(&wq, &wk, &moved(&wv, &dv, -by)),
+                    ),
+                ] {
+                    let exact = exact / (2. * by);
+                    let far = (ours - exact).abs();
+                    assert!(far < 2e-4 * (1. + exact.abs()), "{isa:?} {name}: {ours} {exact}");
+                }
+            }
+        });
+    }
+}

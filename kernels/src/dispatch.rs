@@ -1,0 +1,142 @@
+//! One loop, compiled for several instruction sets, and chosen when the program runs.
+//!
+//! A loop is written once, over arrays of 16 or 32 floats, as [`Loop::run`]. [`run`] calls it compiled for AVX-512, for
+//! AVX2 with FMA, or for what every processor of the architecture has.
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+/// An instruction set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum Isa {
+    /// What every processor has.
+    Portable = 1,
+    /// 256-bit vectors with fused multiply-add.
+    Avx2 = 2,
+    /// 512-bit vectors.
+    Avx512 = 3,
+    /// 512-bit vectors with products of pairs of bf16.
+    Avx512Bf16 = 4,
+}
+
+impl Isa {
+    /// All of them, the plainest first.
+    pub const ALL: [Self; 4] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Bf16];
+
+    /// The best this processor has.
+    pub fn best() -> Self {
+        static BEST: OnceLock<Isa> = OnceLock::new();
+        *BEST.get_or_init(detect)
+    }
+
+    /// The one in use: [`Isa::best`], unless [`limit`] allowed less.
+    pub fn current() -> Self {
+        let limit = LIMIT.load(Ordering::Relaxed);
+        let best = Self::best();
+        Self::ALL
+            .into_iter()
+            .rfind(|isa| *isa <= best && *isa as u8 <= limit)
+            .unwrap_or(Self::Portable)
+    }
+}
+
+static LIMIT: AtomicU8 = AtomicU8::new(u8::MAX);
+
+/// Allows no instruction set above this one, in the whole process: for tests and measurements.
+pub fn limit(isa: Isa) {
+    LIMIT.store(isa as u8, Ordering::Relaxed);
+}
+
+#[cfg(target_arch = "x86_64")]
+fn detect() -> Isa {
+    let wide = is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512vl")
+        && is_x86_feature_detected!("avx512dq");
+    if wide && is_x86_feature_detected!("avx512bf16") {
+        Isa::Avx512Bf16
+    } else if wide {
+        Isa::Avx512
+    } else if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+        Isa::Avx2
+    } else {
+        Isa::Portable
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn detect() -> Isa {
+    Isa::Portable
+}
+
+/// A loop over floats. `FMA` says whether a fused multiply-add is one instruction.
+pub trait Loop {
+    /// What it gives.
+    type Output;
+    /// Runs it; to be marked `#[inline(always)]`, so that it is compiled for the caller's instruction set.
+    fn run<const FMA: bool>(self) -> Self::Output;
+}
+
+/// Runs a loop with the instruction set in use.
+pub fn run<L: Loop>(body: L) -> L::Output {
+    #[cfg(target_arch = "x86_64")]
+    match Isa::current() {
+        // SAFETY: `current` gives only what the processor was found to have.
+        Isa::Avx512 | Isa::Avx512Bf16 => return unsafe { avx512(body) },
+        // SAFETY: the same.
+        Isa::Avx2 => return unsafe { avx2(body) },
+        Isa::Portable => {}
+    }
+    // A 64-bit Arm has fused multiply-adds always.
+    #[cfg(target_arch = "aarch64")]
+    return body.run::<true>();
+    #[cfg(not(target_arch = "aarch64"))]
+    body.run::<false>()
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
+fn avx512<L: Loop>(body: L) -> L::Output {
+    body.run::<true>()
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn avx2<L: Loop>(body: L) -> L::Output {
+    body.run::<true>()
+}
+
+/// `a * b + c`, fused where that is one instruction.
+#[inline(always)]
+pub fn fma<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
+    if FMA { a.mul_add(b, c) } else { a * b + c }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::sync::{Mutex, MutexGuard};
+
+    use super::*;
+
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+    /// Calls `check` with every instruction set that this processor has in use.
+    pub(crate) fn with_each(mut check: impl FnMut(Isa)) {
+        let _guard: MutexGuard<'_, ()> = match ONE_AT_A_TIME.lock() {
+            Ok(guard) => guard,
+            Err(poisoned) => poisoned.into_inner(),
+        };
+        for isa in Isa::ALL.into_iter().filter(|isa| *isa <= Isa::best()) {
+            limit(isa);
+            check(isa);
+        }
+        limit(Isa::Avx512Bf16);
+    }
+
+    #[test]
+    fn a_limit_is_kept() {
+        with_each(|isa| assert_eq!(Isa::current(), isa));
+        assert_eq!(Isa::current(), Isa::best());
+    }
+}

@@ -1,0 +1,423 @@
+//! What stands between the products of a layer, over panels: norms, rotations, the gated unit, sums. Each with its backward.
+
+use rayon::prelude::*;
+
+use crate::dispatch::{Loop, fma, run};
+use crate::exp::sigmoid;
+use crate::panels::LANES;
+
+/// One feature of a panel's tokens.
+type Row = [f32; LANES];
+
+/// Rows summed up before their sum joins the total, so that rounding errors don't grow with the number of features.
+const SUMMED: usize = 64;
+
+/// `x / sqrt(mean(x^2) + eps) * weight` over the features; `inverse` gets `1 / sqrt(..)` of each token, panels of one
+/// feature.
+pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32], inverse: &mut [f32]) {
+    let size = weight.len().max(1) * LANES;
+    let panels = x.par_chunks(size).zip(out.par_chunks_mut(size));
+    panels
+        .zip(inverse.par_chunks_mut(LANES))
+        .for_each(|((x, out), inverse)| {
+            run(Norm {
+                x,
+                weight,
+                eps,
+                out,
+                inverse,
+            });
+        });
+}
+
+struct Norm<'a> {
+    x: &'a [f32],
+    weight: &'a [f32],
+    eps: f32,
+    out: &'a mut [f32],
+    inverse: &'a mut [f32],
+}
+
+impl Loop for Norm<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        let (x, _) = self.x.as_chunks::<LANES>();
+        let (out, _) = self.out.as_chunks_mut::<LANES>();
+        let Some(inverse) = self.inverse.as_chunks_mut::<LANES>().0.first_mut() else {
+            return;
+        };
+        let mut total: Row = [0.; LANES];
+        for rows in x.chunks(SUMMED) {
+            let mut sum: Row = [0.; LANES];
+            for row in rows {
+                for lane in 0..LANES {
+                    sum[lane] = fma::<FMA>(row[lane], row[lane], sum[lane]);
+                }
+            }
+            for lane in 0..LANES {
+                total[lane] += sum[lane];
+            }
+        }
+        let count = self.weight.len() as f32;
+        for lane in 0..LANES {
+            inverse[lane] = 1. / (total[lane] / count + self.eps).sqrt();
+        }
+        for ((x, out), weight) in x.iter().zip(out).zip(self.weight) {
+            for lane in 0..LANES {
+                out[lane] = x[lane] * inverse[lane] * weight;
+            }
+        }
+    }
+}
+
+/// `x * inverse * weight`: the norm again, when `inverse` is known.
+pub fn rms_norm_again(x: &[f32], weight: &[f32], inverse: &[f32], out: &mut [f32]) {
+    struct Again<'a>(&'a [f32], &'a [f32], &'a [f32], &'a mut [f32]);
+    impl Loop for Again<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<const FMA: bool>(self) {
+            let (x, _) = self.0.as_chunks::<LANES>();
+            let (out, _) = self.3.as_chunks_mut::<LANES>();
+            let Some(inverse) = self.2.as_chunks::<LANES>().0.first() else {
+                return;
+            };
+            for ((x, out), weight) in x.iter().zip(out).zip(self.1) {
+                for lane in 0..LANES {
+                    out[lane] = x[lane] * inverse[lane] * weight;
+                }
+            }
+        }
+    }
+    let size = weight.len().max(1) * LANES;
+    let panels = x.par_chunks(size).zip(out.par_chunks_mut(size));
+    panels
+        .zip(inverse.par_chunks(LANES))
+        .for_each(|((x, out), inverse)| run(Again(x, weight, inverse, out)));
+}
+
+/// Adds to `of_x` the gradient that `of_out` brings through [`rms_norm`].
+pub fn rms_norm_backward(
+    x: &[f32],
+    weight: &[f32],
+    inverse: &[f32],
+    of_out: &[f32],
+    of_x: &mut [f32],
+) {
+    let size = weight.len().max(1) * LANES;
+    let panels = x.par_chunks(size).zip(of_out.par_chunks(size));
+    panels
+        .zip(inverse.par_chunks(LANES))
+        .zip(of_x.par_chunks_mut(size))
+        .for_each(|(((x, of_out), inverse), of_x)| {
+            run(NormBack {
+                x,
+                weight,
+                inverse,
+                of_out,
+                of_x,
+            });
+        });
+}
+
+struct NormBack<'a> {
+    x: &'a [f32],
+    weight: &'a [f32],
+    inverse: &'a [f32],
+    of_out: &'a [f32],
+    of_x: &'a mut [f32],
+}
+
+impl Loop for NormBack<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        let (x, _) = self.x.as_chunks::<LANES>();
+        let (of_out, _) = self.of_out.as_chunks::<LANES>();
+        let (of_x, _) = self.of_x.as_chunks_mut::<LANES>();
+        let Some(inverse) = self.inverse.as_chunks::<LANES>().0.first() else {
+            return;
+        };
+        let mut along: Row = [0.; LANES];
+        for ((x, g), w) in x.iter().zip(of_out).zip(self.weight) {
+            for lane in 0..LANES {
+                along[lane] = fma::<FMA>(x[lane] * g[lane], *w, along[lane]);
+            }
+        }
+        let count = self.weight.len() as f32;
+        let mut back: Row = [0.; LANES];
+        for lane in 0..LANES {
+            let i = inverse[lane];
+            back[lane] = along[lane] * i * i * i / count;
+        }
+        for (((x, g), w), of_x) in x.iter().zip(of_out).zip(self.weight).zip(of_x) {
+            for lane in 0..LANES {
+                of_x[lane] += g[lane] * w * inverse[lane] - x[lane] * back[lane];
+            }
+        }
+    }
+}
+
+/// Adds to `of_weight` the gradient of the norm's weight: the sum over tokens of `of_out * x * inverse`.
+pub fn rms_norm_weight(x: &[f32], inverse: &[f32], of_out: &[f32], of_weight: &mut [f32]) {
+    let features = of_weight.len();
+    of_weight.par_iter_mut().enumerate().for_each(|(feature, sum)| {
+        let mut total = 0f64;
+        for (panel, inverse) in inverse.as_chunks::<LANES>().0.iter().enumerate() {
+            let place = (panel * features + feature) * LANES;
+            let rows = x[place..place + LANES].iter().zip(&of_out[place..]);
+            let part = rows.zip(inverse).map(|((x, g), i)| x * g * i);
+            total += f64::from(part.sum::<f32>());
+        }
+        *sum += total as f32;
+    });
+}
+
+/// Turns each head's halves by the angles of its tokens: `features` is a multiple of `2 * half`, `cos` and `sin` are panels
+/// of `half` features. `back` turns the other way, which is the backward.
+pub fn rope(x: &mut [f32], features: usize, cos: &[f32], sin: &[f32], half: usize, back: bool) {
+    struct Rope<'a>(&'a mut [f32], &'a [f32], &'a [f32], usize, f32);
+    impl Loop for Rope<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<const FMA: bool>(self) {
+            let (x, _) = self.0.as_chunks_mut::<LANES>();
+            let (cos, _) = self.1.as_chunks::<LANES>();
+            let (sin, _) = self.2.as_chunks::<LANES>();
+            for head in x.chunks_exact_mut(2 * self.3) {
+                let (low, high) = head.split_at_mut(self.3);
+                for (((a, b), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
+                    for lane in 0..LANES {
+                        let (x, y) = (a[lane], b[lane]);
+                        let s = sin[lane] * self.4;
+                        a[lane] = x * cos[lane] - y * s;
+                        b[lane] = y * cos[lane] + x * s;
+                    }
+                }
+            }
+        }
+    }
+    let sign = if back { -1. } else { 1. };
+    let angles = cos.par_chunks(half.max(1) * LANES).zip(sin.par_chunks(half.max(1) * LANES));
+    x.par_chunks_mut(features.max(1) * LANES)
+        .zip(angles)
+        .for_each(|(x, (cos, sin))| run(Rope(x, cos, sin, half, sign)));
+}
+
+/// Values of one task where tokens don't matter.
+const SPAN: usize = 1 << 13;
+
+/// `silu(gate) * up`.
+pub fn swiglu(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    struct Gated<'a>(&'a [f32], &'a [f32], &'a mut [f32]);
+    impl Loop for Gated<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<const FMA: bool>(self) {
+            let (gate, _) = self.0.as_chunks::<16>();
+            let (up, _) = self.1.as_chunks::<16>();
+            let (out, _) = self.2.as_chunks_mut::<16>();
+            for ((g, u), out) in gate.iter().zip(up).zip(out) {
+                for lane in 0..16 {
+                    out[lane] = g[lane] * sigmoid::<FMA>(g[lane]) * u[lane];
+                }
+            }
+        }
+    }
+    let parts = gate.par_chunks(SPAN).zip(up.par_chunks(SPAN));
+    parts
+        .zip(out.par_chunks_mut(SPAN))
+        .for_each(|((gate, up), out)| run(Gated(gate, up, out)));
+}
+
+/// The backward of [`swiglu`], in place: `gate` and `up` become their gradients, and `of_out`, the gradient that comes in,
+/// becomes the value `silu(gate) * up` again.
+pub fn swiglu_backward(gate: &mut [f32], up: &mut [f32], of_out: &mut [f32]) {
+    struct Back<'a>(&'a mut [f32], &'a mut [f32], &'a mut [f32]);
+    impl Loop for Back<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<const FMA: bool>(self) {
+            let (gate, _) = self.0.as_chunks_mut::<16>();
+            let (up, _) = self.1.as_chunks_mut::<16>();
+            let (of_out, _) = self.2.as_chunks_mut::<16>();
+            for ((gate, up), of_out) in gate.iter_mut().zip(up).zip(of_out) {
+                for lane in 0..16 {
+                    let (g, u, d) = (gate[lane], up[lane], of_out[lane]);
+                    let s = sigmoid::<FMA>(g);
+                    let silu = g * s;
+                    gate[lane] = d * u * s * (1. + g * (1. - s));
+                    up[lane] = d * silu;
+                    of_out[lane] = silu * u;
+                }
+            }
+        }
+    }
+    let parts = gate.par_chunks_mut(SPAN).zip(up.par_chunks_mut(SPAN));
+    parts
+        .zip(of_out.par_chunks_mut(SPAN))
+        .for_each(|((gate, up), of_out)| run(Back(gate, up, of_out)));
+}
+
+/// `x += y * factor`.
+pub fn add(x: &mut [f32], y: &[f32], factor: f32) {
+    struct Add<'a>(&'a mut [f32], &'a [f32], f32);
+    impl Loop for Add<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<const FMA: bool>(self) {
+            for (x, y) in self.0.iter_mut().zip(self.1) {
+                *x = fma::<FMA>(*y, self.2, *x);
+            }
+        }
+    }
+    x.par_chunks_mut(SPAN)
+        .zip(y.par_chunks(SPAN))
+        .for_each(|(x, y)| run(Add(x, y, factor)));
+}
+
+/// `x *= factor`.
+pub fn scale(x: &mut [f32], factor: f32) {
+    x.par_chunks_mut(SPAN).for_each(|x| {
+        for x in x {
+            *x *= factor;
+        }
+    });
+}
+
+/// `x *= y`.
+pub fn multiply(x: &mut [f32], y: &[f32]) {
+    x.par_chunks_mut(SPAN)
+        .zip(y.par_chunks(SPAN))
+        .for_each(|(x, y)| {
+            for (x, y) in x.iter_mut().zip(y) {
+                *x *= y;
+            }
+        });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dispatch::tests::with_each;
+    use crate::panels::size;
+    use crate::product::tests::numbers;
+
+    /// The slope of `sum(f(x) * g)` in each direction of `x`, by differences in f64.
+    fn slopes(x: &[f32], g: &[f32], f: impl Fn(&[f64]) -> Vec<f64>) -> Vec<f64> {
+        let x: Vec<f64> = x.iter().map(|x| f64::from(*x)).collect();
+        let at = |place: usize, by: f64| {
+            let mut x = x.clone();
+            x[place] += by;
+            let y = f(&x);
+            y.iter().zip(g).map(|(y, g)| y * f64::from(*g)).sum::<f64>()
+        };
+        (0..x.len())
+            .map(|place| (at(place, 1e-5) - at(place, -1e-5)) / 2e-5)
+            .collect()
+    }
+
+    fn near(ours: &[f32], exact: &[f64], bound: f64) {
+        assert_eq!(ours.len(), exact.len());
+        for (place, (a, b)) in ours.iter().zip(exact).enumerate() {
+            assert!((f64::from(*a) - b).abs() < bound, "{place}: {a} {b}");
+        }
+    }
+
+    fn plain_norm(x: &[f64], w: &[f32]) -> Vec<f64> {
+        let features = w.len();
+        let mut out = vec![0.; x.len()];
+        for lane in 0..LANES {
+            let at = |f: usize| x[f * LANES + lane];
+            let mean = (0..features).map(|f| at(f) * at(f)).sum::<f64>() / features as f64;
+            for f in 0..features {
+                out[f * LANES + lane] = at(f) / (mean + 1e-5).sqrt() * f64::from(w[f]);
+            }
+        }
+        out
+    }
+
+    #[test]
+    fn norms_and_their_gradients() {
+        with_each(|_| {
+            let (x, w) = (numbers(size(5, 20), 1), numbers(5, 2));
+            let g = numbers(x.len(), 3);
+            let wide: Vec<f64> = x.iter().map(|x| f64::from(*x)).collect();
+            let mut out = vec![0.; x.len()];
+            let mut inverse = vec![0.; LANES];
+            rms_norm(&x, &w, 1e-5, &mut out, &mut inverse);
+            near(&out, &plain_norm(&wide, &w), 1e-6);
+            let mut again = vec![0.; x.len()];
+            rms_norm_again(&x, &w, &inverse, &mut again);
+            assert_eq!(out, again);
+            let mut of_x = vec![0.; x.len()];
+            rms_norm_backward(&x, &w, &inverse, &g, &mut of_x);
+            near(&of_x, &slopes(&x, &g, |x| plain_norm(x, &w)), 1e-4);
+            let mut of_w = vec![0.; 5];
+            rms_norm_weight(&x, &inverse, &g, &mut of_w);
+            for (f, of_w) in of_w.iter().enumerate() {
+                let exact: f32 = (0..LANES)
+                    .map(|lane| x[f * LANES + lane] * inverse[lane] * g[f * LANES + lane])
+                    .sum();
+                assert!((of_w - exact).abs() < 1e-5);
+            }
+        });
+    }
+
+    #[test]
+    fn gates_and_their_gradients() {
+        with_each(|_| {
+            let (gate, up, g) = (numbers(64, 1), numbers(64, 2), numbers(64, 3));
+            let plain = |gate: &[f64], up: &[f64]| -> Vec<f64> {
+                let both = gate.iter().zip(up);
+                both.map(|(g, u)| g / (1. + (-g).exp()) * u).collect()
+            };
+            let wide = |x: &[f32]| -> Vec<f64> { x.iter().map(|x| f64::from(*x)).collect() };
+            let mut out = vec![0.; 64];
+            swiglu(&gate, &up, &mut out);
+            near(&out, &plain(&wide(&gate), &wide(&up)), 1e-6);
+            let of_gate = slopes(&gate, &g, |gate| plain(gate, &wide(&up)));
+            let of_up = slopes(&up, &g, |up| plain(&wide(&gate), up));
+            let (mut a, mut b, mut c) = (gate.clone(), up.clone(), g.clone());
+            swiglu_backward(&mut a, &mut b, &mut c);
+            near(&a, &of_gate, 1e-6);
+            near(&b, &of_up, 1e-6);
+            near(&c, &wide(&out), 1e-6);
+        });
+    }
+
+    #[test]
+    fn rotations_turn_and_turn_back() {
+        with_each(|_| {
+            let x = numbers(size(12, 40), 1);
+            let angles = numbers(size(3, 40), 2);
+            let cos: Vec<f32> = angles.iter().map(|a| a.cos()).collect();
+            let sin: Vec<f32> = angles.iter().map(|a| a.sin()).collect();
+            let mut y = x.clone();
+            rope(&mut y, 12, &cos, &sin, 3, false);
+            // Token 35, second head, first pair of features.
+            let at = |data: &[f32], f: usize| data[(12 + f) * LANES + 3];
+            let place = 3 * LANES + 3;
+            let expected = at(&x, 6) * cos[place] - at(&x, 9) * sin[place];
+            assert!((at(&y, 6) - expected).abs() < 1e-6);
+            let expected = at(&x, 9) * cos[place] + at(&x, 6) * sin[place];
+            assert!((at(&y, 9) - expected).abs() < 1e-6);
+            rope(&mut y, 12, &cos, &sin, 3, true);
+            for (x, y) in x.iter().zip(&y) {
+                assert!((x - y).abs() < 1e-6);
+            }
+        });
+    }
+
+    #[test]
+    fn sums() {
+        let mut x = vec![1., 2.];
+        add(&mut x, &[10., 20.], 0.5);
+        scale(&mut x, 2.);
+        multiply(&mut x, &[1., -1.]);
+        assert_eq!(x, [12., -24.]);
+    }
+}

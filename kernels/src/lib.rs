@@ -1,0 +1,29 @@
+//! The arithmetic of a Llama's training step on plain slices of floats: products of matrices, norms, rotations,
+//! attention and the loss over the vocabulary, each with its backward. Knows no tensors, no files and no model.
+//!
+//! Activations live in *panels*: 32 tokens side by side for each feature (see [`panels`]). Every loop then runs over 32
+//! tokens at once, products need no packing of activations, and padding is at most 31 tokens a batch.
+//!
+//! What a function computes does not depend on the number of threads: work is cut by sizes alone.
+
+#![expect(
+    unsafe_code,
+    reason = "vector instructions and rows shared among threads; each block says why it holds"
+)]
+
+
+
+pub mod dispatch;
+
+
+pub mod matrix;
+mod micro;
+pub mod panels;
+pub mod product;
+
+
+pub mod elementwise;
+pub mod exp;
+pub mod reduce;
+pub mod vocabulary;
+pub mod attention;

@@ -1,0 +1,221 @@
+//! The innermost loops of products: a tile of a few rows by 32 lanes, summed up in registers.
+//!
+//! `c[i][lane] = sum over k of a(i, k) * b[k][lane]`, where `b` and `c` have `V` times 16 lanes a row (of floats, or of pairs
+//! of bf16) and `a(i, k)` lies at `a[i * RS + k * KS]`. Rows of `a` that are packed have `RS = 1, KS = TILE`; those of a
+//! panel have `RS = 32, KS = 1`, and a panel turned around `RS = 1, KS = 32`.
+
+use crate::dispatch::{Isa, Loop, fma, run};
+use crate::panels::LANES;
+
+/// Rows of a tile of packed weights.
+pub(crate) const TILE: usize = 12;
+
+/// One tile's operands.
+///
+/// # Safety
+/// Whoever makes one has to see to it that `a` may be read at every `i * RS + k * KS` for `k < depth` and `i < rows`, or
+/// `i < M` where `RS` is 1; `b` over `depth` rows; and `c` written over `rows` rows, by nobody else at the time.
+#[derive(Clone, Copy)]
+pub(crate) struct Tile<A, B> {
+    pub(crate) a: *const A,
+    pub(crate) b: *const B,
+    pub(crate) depth: usize,
+    pub(crate) c: *mut f32,
+    /// How many of the rows are wanted.
+    pub(crate) rows: usize,
+    /// Whether `c` is added to.
+    pub(crate) add: bool,
+}
+
+/// A tile of `M` rows in f32.
+///
+/// # Safety
+/// See [`Tile`].
+#[inline]
+pub(crate) unsafe fn multiply<
+    const M: usize,
+    const V: usize,
+    const RS: usize,
+    const KS: usize,
+>(
+    tile: Tile<f32, f32>,
+) {
+    #[cfg(target_arch = "x86_64")]
+    if Isa::current() >= Isa::Avx512 && (RS == 1 || tile.rows >= M) {
+        // SAFETY: the processor has AVX-512; the rest is the caller's promise.
+        unsafe { wide::multiply::<M, V, RS, KS>(tile) };
+        return;
+    }
+    run(Plain::<M, V, RS, KS>(tile));
+}
+
+/// A tile of [`TILE`] packed rows of pairs of bf16, with sums in f32. `depth` counts pairs.
+///
+/// # Safety
+/// See [`Tile`]; besides, [`Isa::current`] must be [`Isa::Avx512Bf16`].
+#[cfg(target_arch = "x86_64")]
+#[inline]
+pub(crate) unsafe fn multiply_pairs(tile: Tile<u32, u32>) {
+    // SAFETY: the caller's promise.
+    unsafe { wide::multiply_pairs::<TILE>(tile) };
+}
+
+/// Other architectures have no such instruction, and [`Isa::current`] never says so.
+///
+/// # Safety
+/// None needed.
+#[cfg(not(target_arch = "x86_64"))]
+pub(crate) unsafe fn multiply_pairs(_: Tile<u32, u32>) {}
+
+/// The tile by loops that the compiler makes vectors of: four rows and half the lanes at a time, so that 16 registers do.
+struct Plain<const M: usize, const V: usize, const RS: usize, const KS: usize>(Tile<f32, f32>);
+
+/// Lanes of a vector.
+const VECTOR: usize = 16;
+
+impl<const M: usize, const V: usize, const RS: usize, const KS: usize> Loop for Plain<M, V, RS, KS> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        for row in (0..self.0.rows.min(M)).step_by(4) {
+            for lane in (0..V * VECTOR).step_by(VECTOR) {
+                // SAFETY: within the tile by the maker's promise; rows from `M` on are neither read nor written.
+                unsafe { self.part::<FMA>(row, lane) };
+            }
+        }
+    }
+}
+
+impl<const M: usize, const V: usize, const RS: usize, const KS: usize> Plain<M, V, RS, KS> {
+    #[inline(always)]
+    unsafe fn part<const FMA: bool>(&self, row: usize, lane: usize) {
+        let tile = self.0;
+        let count = tile.rows.min(M) - row;
+        let mut sums = [[0f32; VECTOR]; 4];
+        // Rows that are not wanted repeat the last one.
+        let places: [usize; 4] = std::array::from_fn(|i| (row + i.min(count - 1)) * RS);
+        for k in 0..tile.depth {
+            // SAFETY: inside row `k` of `b`.
+            let b = unsafe { tile.b.add(k * V * VECTOR + lane).cast::<[f32; VECTOR]>().read_unaligned() };
+            for (sums, place) in sums.iter_mut().zip(places) {
+                // SAFETY: one of the `a(i, k)`.
+                let a = unsafe { *tile.a.add(place + k * KS) };
+                for (sum, b) in sums.iter_mut().zip(b) {
+                    *sum = fma::<FMA>(a, b, *sum);
+                }
+            }
+        }
+        for (i, sums) in sums.iter().enumerate().take(count) {
+            for (at, sum) in sums.iter().enumerate() {
+                // SAFETY: a wanted row of `c`.
+                unsafe {
+                    let c = tile.c.add((row + i) * V * VECTOR + lane + at);
+                    *c = if tile.add { *c + sum } else { *sum };
+                }
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod wide {
+    use std::arch::x86_64::{
+        __m512, __m512bh, __m512i, _mm512_add_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps,
+        _mm512_loadu_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps,
+        _mm512_storeu_ps,
+    };
+
+    use super::{LANES, Tile};
+
+    /// # Safety
+    /// See [`Tile`]; the processor must have AVX-512.
+    #[target_feature(enable = "avx512f")]
+    pub(super) unsafe fn multiply<
+        const M: usize,
+        const V: usize,
+        const RS: usize,
+        const KS: usize,
+    >(
+        tile: Tile<f32, f32>,
+    ) {
+        let mut sums = [[_mm512_setzero_ps(); V]; M];
+        let (mut a, mut b) = (tile.a, tile.b);
+        for _ in 0..tile.depth {
+            // SAFETY: the maker of the tile promised `depth` rows.
+            let row: [__m512; V] = std::array::from_fn(|at| unsafe { _mm512_loadu_ps(b.add(at * 16)) });
+            for (i, sums) in sums.iter_mut().enumerate() {
+                // SAFETY: one of the promised `a(i, k)`.
+                let value = _mm512_set1_ps(unsafe { *a.add(i * RS) });
+                for (sum, b) in sums.iter_mut().zip(row) {
+                    *sum = _mm512_fmadd_ps(value, b, *sum);
+                }
+            }
+            // SAFETY: at most one step behind the last one read.
+            (a, b) = unsafe { (a.add(KS), b.add(V * 16)) };
+        }
+        // SAFETY: the promised rows of `c`.
+        unsafe { store(&sums, tile.c, tile.rows, tile.add) };
+    }
+
+    /// # Safety
+    /// See [`Tile`]; the processor must have AVX-512 with bf16.
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    pub(super) unsafe fn multiply_pairs<const M: usize>(tile: Tile<u32, u32>) {
+        let mut sums = [[_mm512_setzero_ps(); 2]; M];
+        let (mut a, mut b) = (tile.a, tile.b);
+        for _ in 0..tile.depth {
+            // SAFETY: the maker of the tile promised `depth` rows of 32 pairs.
+            let (low, high) = unsafe { (load(b), load(b.add(16))) };
+            for (i, sums) in sums.iter_mut().enumerate() {
+                // SAFETY: one of the promised pairs.
+                let value = unsafe { *a.add(i) }.cast_signed();
+                let value = of_integers(_mm512_set1_epi32(value));
+                sums[0] = _mm512_dpbf16_ps(sums[0], value, low);
+                sums[1] = _mm512_dpbf16_ps(sums[1], value, high);
+            }
+            // SAFETY: at most one step behind the last one read.
+            (a, b) = unsafe { (a.add(M), b.add(LANES)) };
+        }
+        // SAFETY: the promised rows of `c`.
+        unsafe { store(&sums, tile.c, tile.rows, tile.add) };
+    }
+
+    #[target_feature(enable = "avx512f")]
+    unsafe fn load(from: *const u32) -> __m512bh {
+        // SAFETY: the caller's promise.
+        of_integers(unsafe { _mm512_loadu_si512(from.cast()) })
+    }
+
+    #[inline(always)]
+    fn of_integers(value: __m512i) -> __m512bh {
+        // SAFETY: 512 bits either way, and every bit pattern is a value.
+        unsafe { std::mem::transmute(value) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn store<const M: usize, const V: usize>(
+        sums: &[[__m512; V]; M],
+        c: *mut f32,
+        rows: usize,
+        add: bool,
+    ) {
+        for (i, sums) in sums.iter().enumerate() {
+            if i < rows {
+                for (at, sum) in sums.iter().enumerate() {
+                    // SAFETY: one of the wanted rows.
+                    unsafe {
+                        let c = c.add((i * V + at) * 16);
+                        let sum = if add {
+                            _mm512_add_ps(_mm512_loadu_ps(c), *sum)
+                        } else {
+                            *sum
+                        };
+                        _mm512_storeu_ps(c, sum);
+                    }
+                }
+            }
+        }
+    }
+}

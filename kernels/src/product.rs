@@ -1,0 +1,228 @@
+//! Products of weights and activations: `out = W1 x1 + W2 x2 + ..`, over all cores.
+//!
+//! The rows of all products of a call are dealt out in tasks. A task makes a block of a weight ready, as deep as fits into
+//! the cache, and goes with it over all panels.
+
+use rayon::prelude::*;
+
+use crate::dispatch::Isa;
+use crate::matrix::Matrix;
+use crate::micro::{TILE, Tile, multiply, multiply_pairs};
+use crate::panels::{LANES, pairs, round_to_bf16};
+
+/// The depth of a block, in features: its 32 tokens and its rows both stay in the second cache.
+const DEPTH: usize = 512;
+/// The most tiles of one task.
+const TILES: usize = 12;
+
+/// Activations as one factor of a product.
+#[derive(Debug, Clone)]
+pub enum Factor<'a> {
+    /// Panels in f32.
+    F32(&'a [f32]),
+    /// Panels of pairs of bf16, see [`pairs`]: the other factor is rounded to bf16 too.
+    Pairs(Pairs),
+}
+
+/// Activations rounded to bf16.
+#[derive(Debug, Clone)]
+pub enum Pairs {
+    /// For processors that multiply them.
+    Bits(Vec<u32>),
+    /// For others: the rounded values in f32.
+    Rounded(Vec<f32>),
+}
+
+impl Pairs {
+    /// Rounds panels of so many features, into a buffer of the right kind.
+    pub fn of(data: &[f32], features: usize) -> Self {
+        if Isa::current() >= Isa::Avx512Bf16 {
+            let panels = data.len() / (features.max(1) * LANES);
+            let mut out = vec![0; panels * features.div_ceil(2) * LANES];
+            pairs(data, features, &mut out);
+            Self::Bits(out)
+        } else {
+            let mut rounded = data.to_vec();
+            round_to_bf16(&mut rounded);
+            Self::Rounded(rounded)
+        }
+    }
+}
+
+/// One summand: a weight and what it is multiplied by.
+#[derive(Debug, Clone)]
+pub struct Term<'a> {
+    /// The weight.
+    pub weight: Matrix<'a>,
+    /// Panels with as many features as the weight is deep.
+    pub x: &'a Factor<'a>,
+}
+
+/// One product: `out (+)= sum of terms`.
+pub struct Product<'a> {
+    /// Panels with as many features as each weight is high.
+    pub out: &'a mut [f32],
+    /// The summands.
+    pub terms: Vec<Term<'a>>,
+    /// Whether the sum is added to what is there.
+    pub add: bool,
+}
+
+#[derive(Clone, Copy)]
+struct Shared(*mut f32);
+// SAFETY: tasks write disjoint rows.
+unsafe impl Send for Shared {}
+// SAFETY: the same.
+unsafe impl Sync for Shared {}
+
+struct Task {
+    product: usize,
+    rows: std::ops::Range<usize>,
+}
+
+/// Computes some products that don't depend on each other.
+///
+/// # Panics
+/// If a factor has not as many features as its weight is deep, or a weight not the height of its output.
+pub fn products(mut all: Vec<Product<'_>>) {
+    let mut tasks = Vec::new();
+    let threads = rayon::current_num_threads().max(1);
+    for (product, each) in all.iter().enumerate() {
+        let Some(height) = each.terms.first().map(|term| term.weight.height()) else {
+            continue;
+        };
+        check(each, height);
+        let tiles = height.div_ceil(TILE);
+        let count = tiles.div_ceil(TILES).next_multiple_of(threads).min(tiles);
+        for task in 0..count {
+            let from = tiles * task / count * TILE;
+            let to = (tiles * (task + 1) / count * TILE).min(height);
+            tasks.push(Task {
+                product,
+                rows: from..to,
+            });
+        }
+    }
+    let outs: Vec<Shared> = all
+        .iter_mut()
+        .map(|each| Shared(each.out.as_mut_ptr()))
+        .collect();
+    let all = &all;
+    tasks.into_par_iter().for_each_init(Buffers::default, |buffers, task| {
+        let each = &all[task.product];
+        // SAFETY: `check` saw that the output has room; no two tasks have a row in common.
+        unsafe { rows_of(each, outs[task.product], task.rows, buffers) };
+    });
+}
+
+/// Computes one product.
+pub fn product(out: &mut [f32], terms: Vec<Term<'_>>, add: bool) {
+    products(vec![Product { out, terms, add }]);
+}
+
+fn check(product: &Product<'_>, height: usize) {
+    let panels = product.out.len() / (height.max(1) * LANES);
+    assert_eq!(product.out.len(), panels * height * LANES, "the output's size");
+    for term in &product.terms {
+        assert_eq!(term.weight.height(), height, "heights of the weights");
+        let depth = term.weight.depth();
+        let (found, wanted) = match term.x {
+            Factor::F32(x) => (x.len(), panels * depth * LANES),
+            Factor::Pairs(Pairs::Rounded(x)) => (x.len(), panels * depth * LANES),
+            Factor::Pairs(Pairs::Bits(x)) => (x.len(), panels * depth.div_ceil(2) * LANES),
+        };
+        assert_eq!(found, wanted, "the factor's size");
+    }
+}
+
+#[derive(Default)]
+struct Buffers {
+    floats: Vec<f32>,
+    pairs: Vec<u32>,
+}
+
+/// # Safety
+/// Nobody else may use `rows` of the output, which must be as large as [`check`] wants it.
+unsafe fn rows_of(
+    product: &Product<'_>,
+    out: Shared,
+    rows: std::ops::Range<usize>,
+    buffers: &mut Buffers,
+) {
+    let mut add = product.add;
+    for term in &product.terms {
+        let (height, all) = (term.weight.height(), term.weight.depth());
+        let panels = product.out.len() / (height * LANES);
+        for start in (0..all).step_by(DEPTH) {
+            let depths = start..(start + DEPTH).min(all);
+            let depth = depths.len();
+            // SAFETY: row `row` of panel `panel` is inside the output.
+            let place = |panel: usize, row: usize| unsafe {
+                out.0.add((panel * height + row) * LANES)
+            };
+            match term.x {
+                Factor::Pairs(Pairs::Bits(x)) => {
+                    term.weight
+                        .pack_pairs(rows.clone(), depths, &mut buffers.pairs);
+                    let depth = depth.div_ceil(2);
+                    let blocks = buffers.pairs.chunks_exact(depth * TILE);
+                    for (panel, x) in x.chunks_exact(all.div_ceil(2) * LANES).enumerate() {
+                        let b = &x[start / 2 * LANES..][..depth * LANES];
+                        for (tile, a) in blocks.clone().enumerate() {
+                            let row = rows.start + tile * TILE;
+                            // SAFETY: `a` and `b` were cut to size, `c` is this task's; bits are made
+                            // only where the processor has the instruction.
+                            unsafe {
+                                multiply_pairs(Tile {
+                                    a: a.as_ptr(),
+                                    b: b.as_ptr(),
+                                    depth,
+                                    c: place(panel, row),
+                                    rows: TILE.min(rows.end - row),
+                                    add,
+                                });
+                            }
+                        }
+                    }
+                }
+                Factor::F32(_) | Factor::Pairs(Pairs::Rounded(_)) => {
+                    let x = match term.x {
+                        Factor::F32(x) => x,
+                        Factor::Pairs(Pairs::Rounded(x)) => x.as_slice(),
+                        Factor::Pairs(Pairs::Bits(_)) => &[],
+                    };
+                    term.weight
+                        .pack(rows.clone(), depths, &mut buffers.floats);
+                    if matches!(term.x, Factor::Pairs(_)) && !term.weight.is_bf16() {
+                        for x in &mut buffers.floats {
+                            *x = f32::from_bits(crate::panels::bf16_bits(*x) << 16);
+                        }
+                    }
+                    let blocks = buffers.floats.chunks_exact(depth * TILE);
+                    debug_assert_eq!(x.len(), panels * all * LANES);
+                    for (panel, x) in x.chunks_exact(all * LANES).enumerate() {
+                        let b = &x[start * LANES..][..depth * LANES];
+                        for (tile, a) in blocks.clone().enumerate() {
+                            let row = rows.start + tile * TILE;
+                            // SAFETY: `a` and `b` were cut to size, `c` is this task's.
+                            unsafe {
+                                multiply::<TILE, 2, 1, TILE>(Tile {
+                                    a: a.as_ptr(),
+                                    b: b.as_ptr(),
+                                    depth,
+                                    c: place(panel, row),
+                                    rows: TILE.min(rows.end - row),
+                                    add,
+                                });
+                            }
+                        }
+                    }
+                }
+            }
+            add = true;
+        }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -1,0 +1,178 @@
+//! Sums over tokens: the gradients of weights.
+
+use rayon::prelude::*;
+
+use crate::micro::{Tile, multiply};
+use crate::panels::{LANES, panels};
+
+/// Rows of a tile.
+const ROWS: usize = 8;
+
+/// Where a sum goes in the result.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    /// `out[i][j]`.
+    Straight,
+    /// `out[j][i]`.
+    Turned,
+}
+
+/// Adds `sum over tokens of a[i] * b[j]` to `out`, for `i < rows` features of `a` and `j < columns` of `b`. `b` should be
+/// the one with fewer features: it is turned around.
+///
+/// # Panics
+/// If sizes don't fit.
+pub fn outer(
+    (a, rows): (&[f32], usize),
+    (b, columns): (&[f32], usize),
+    out: &mut [f32],
+    order: Order,
+) {
+    let count = a.len() / (rows.max(1) * LANES);
+    assert_eq!(a.len(), count * rows * LANES, "the size of a");
+    assert_eq!(b.len(), count * columns * LANES, "the size of b");
+    assert_eq!(out.len(), rows * columns, "the size of the result");
+    if rows == 0 || columns == 0 {
+        return;
+    }
+    // [chunk of columns][panel][token][lane]
+    let chunks = columns.div_ceil(LANES);
+    let mut turned = vec![0f32; chunks * count * LANES * LANES];
+    let blocks = turned.par_chunks_mut(LANES * LANES).enumerate();
+    blocks.for_each(|(block, out)| {
+        let (chunk, panel) = (block / count, block % count);
+        let first = chunk * LANES;
+        for (column, feature) in (first..columns.min(first + LANES)).enumerate() {
+            let row = &b[(panel * columns + feature) * LANES..][..LANES];
+            for (token, value) in row.iter().enumerate() {
+                out[token * LANES + column] = *value;
+            }
+        }
+    });
+    // [chunk][row][lane]
+    let mut sums = vec![0f32; chunks * rows * LANES];
+    let parts = sums.par_chunks_mut(ROWS * 4 * LANES);
+    if rows % (ROWS * 4) == 0 || chunks == 1 {
+        let per_chunk = rows.div_ceil(ROWS * 4);
+        parts.enumerate().for_each(|(part, sums)| {
+            let (chunk, first) = (part / per_chunk, part % per_chunk * ROWS * 4);
+            sum_rows((a, rows), first, &turned[chunk * count * LANES * LANES..], sums);
+        });
+    } else {
+        let chunked = sums.par_chunks_mut(rows * LANES).enumerate();
+        chunked.for_each(|(chunk, sums)| {
+            sum_rows((a, rows), 0, &turned[chunk * count * LANES * LANES..], sums);
+        });
+    }
+    match order {
+        Order::Straight => {
+            let each = out.par_chunks_mut(columns).enumerate();
+            each.for_each(|(i, out)| {
+                for (chunk, out) in out.chunks_mut(LANES).enumerate() {
+                    let sums = &sums[(chunk * rows + i) * LANES..];
+                    for (out, sum) in out.iter_mut().zip(sums) {
+                        *out += sum;
+                    }
+                }
+            });
+        }
+        Order::Turned => {
+            let each = out.par_chunks_mut(rows).enumerate();
+            each.for_each(|(j, out)| {
+                let sums = &sums[j / LANES * rows * LANES + j % LANES..];
+                for (out, sum) in out.iter_mut().zip(sums.iter().step_by(LANES)) {
+                    *out += sum;
+                }
+            });
+        }
+    }
+}
+
+/// Sums of the rows from `first` on, as many as `sums` has, for one chunk of columns.
+fn sum_rows((a, rows): (&[f32], usize), first: usize, turned: &[f32], sums: &mut [f32]) {
+    for (tile, sums) in sums.chunks_mut(ROWS * LANES).enumerate() {
+        let row = first + tile * ROWS;
+        let wanted = sums.len() / LANES;
+        let panels = a.chunks_exact(rows * LANES);
+        for (panel, (a, b)) in panels.zip(turned.chunks_exact(LANES * LANES)).enumerate() {
+            // SAFETY: `wanted` rows from `row` on are in this panel of `a`, as `outer` cut `sums` to that; `b` has 32
+            // rows of 32; `sums` has `wanted`.
+            unsafe {
+                multiply::<ROWS, 2, LANES, 1>(Tile {
+                    a: a[row * LANES..].as_ptr(),
+                    b: b.as_ptr(),
+                    depth: LANES,
+                    c: sums.as_mut_ptr(),
+                    rows: wanted,
+                    add: panel > 0,
+                });
+            }
+        }
+    }
+}
+
+/// The sum over tokens of each feature, added to `out`: the gradient of a bias.
+pub fn over_tokens(data: &[f32], tokens: usize, out: &mut [f32]) {
+    let features = out.len();
+    let count = panels(tokens);
+    out.par_iter_mut().enumerate().for_each(|(feature, out)| {
+        let mut sum = 0f64;
+        for panel in 0..count {
+            let row = &data[(panel * features + feature) * LANES..][..LANES];
+            sum += row.iter().map(|x| f64::from(*x)).sum::<f64>();
+        }
+        *out += sum as f32;
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dispatch::tests::with_each;
+    use crate::panels::{column, size};
+    use crate::product::tests::numbers;
+
+    #[test]
+    fn sums_are_those_of_a_plain_loop() {
+        with_each(|_| {
+            for (rows, columns, tokens) in [(1, 1, 1), (13, 16, 70), (64, 40, 33), (40, 70, 64)] {
+                let mut a = numbers(size(rows, tokens), 1);
+                let b = numbers(size(columns, tokens), 2);
+                // Behind the last token `a` is zero.
+                for (place, x) in a.iter_mut().enumerate() {
+                    let token = place / (rows * LANES) * LANES + place % LANES;
+                    if token >= tokens {
+                        *x = 0.;
+                    }
+                }
+                let mut straight = vec![1.; rows * columns];
+                let mut turned = vec![1.; rows * columns];
+                outer((&a, rows), (&b, columns), &mut straight, Order::Straight);
+                outer((&a, rows), (&b, columns), &mut turned, Order::Turned);
+                let mut exact = vec![1f64; rows * columns];
+                for token in 0..tokens {
+                    let b: Vec<f32> = column(&b, columns, token).collect();
+                    for (i, x) in column(&a, rows, token).enumerate() {
+                        for (j, y) in b.iter().enumerate() {
+                            exact[i * columns + j] += f64::from(x) * f64::from(*y);
+                        }
+                    }
+                }
+                for i in 0..rows {
+                    for j in 0..columns {
+                        let exact = exact[i * columns + j];
+                        for ours in [straight[i * columns + j], turned[j * rows + i]] {
+                            assert!((f64::from(ours) - exact).abs() < 1e-5, "{rows} {i} {j}");
+                        }
+                    }
+                }
+                let mut sums = vec![0.; rows];
+                over_tokens(&a, tokens, &mut sums);
+                for (i, sum) in sums.iter().enumerate() {
+                    let exact: f32 = (0..tokens).filter_map(|t| column(&a, rows, t).nth(i)).sum();
+                    assert!((sum - exact).abs() < 1e-5);
+                }
+            }
+        });
+    }
+}
