@@ -97,7 +97,7 @@ def rounds(args, theirs, ours):
 
 
 def show(results, *lines):
-    """A table of the named results; `better` tells which way the ratio is put."""
+    """A table: each line has a title, what it is called in theirs and in ours, and its form."""
     rows = [["", "theirs", "ours", "ours / theirs"]]
     for title, theirs, ours, form in lines:
         mine = [result[ours] for result in results["ours"]]
@@ -111,16 +111,15 @@ def prep(args):
     data = args.ours_data or args.data
     project = Project(args.pipeline, stages(args, data), args.threads)
     project.run("tokens")
-    count = None
 
     def ours():
         templated, seconds = project.stage("chats")
         tokenised, more = project.stage("tokens")
         done = [event["done"] for _, _, event in tokenised.events() if event["event"] == "progress"]
-        rows = count or max(done)
+        rows = max(done)
         return {
             "template": rows / seconds, "tokenise": rows / more, "template_cpu": rows / templated.cpu, "tokenise_cpu": rows / tokenised.cpu,
-            "peak_mb": max(templated.peak_mb, tokenised.peak_mb), "rows": rows,
+            "peak_mb": max(templated.peak_mb, tokenised.peak_mb), "rows": rows, "seconds": [seconds, more],
         }
 
     def theirs():

@@ -84,10 +84,9 @@ class Project:
         return measured, done[0]["seconds"]
 
 
-def kinds(pipeline):
-    """The kinds of stages that this `pipeline` knows, by its schema."""
-    schema = subprocess.run([pipeline, "schema"], capture_output=True, text=True, check=True).stdout
-    return schema
+def schema(pipeline):
+    """The recipe's JSON Schema of this `pipeline`, as text."""
+    return subprocess.run([Path(pipeline).resolve(), "schema"], capture_output=True, text=True, check=True).stdout
 
 
 def median(values):

@@ -23,7 +23,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from pairs import Measured, Project, kinds, median, spread, table
+from pairs import Measured, Project, median, schema, spread, table
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -74,7 +74,7 @@ def save_model(args, folder):
 def recipe(args, model):
     """The same training as `trl_bench.py train`."""
     adapter_init = model / "adapter_init"
-    if '"import_adapter"' in kinds(args.pipeline):
+    if '"import_adapter"' in schema(args.pipeline):
         lora = {"import_adapter": {"path": str(adapter_init)}}
     else:
         # B is 0 either way, so the first losses agree; later ones differ by another A.

@@ -27,3 +27,4 @@ pub mod exp;
 pub mod reduce;
 pub mod vocabulary;
 pub mod attention;
+pub mod vectors;
