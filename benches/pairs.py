@@ -73,7 +73,7 @@ class Project:
         (self.folder / "recipe.yaml").write_text(json.dumps(recipe, indent=1))
 
     def run(self, *arguments):
-        return Measured([self.pipeline, "run", "recipe.yaml", "--json", *arguments], self.folder, self.threads)
+        return Measured([self.pipeline, "run", "recipe.yaml", "--json", "--allow-path", "/", *arguments], self.folder, self.threads)
 
     def stage(self, name):
         """Runs one stage whose inputs are fresh: (the process, the seconds that the stage told)."""

@@ -61,7 +61,9 @@ pub fn vector_products(mut all: Vec<VectorProduct<'_>>) {
     };
     if tasks.len() == 1 {
         let mut buffer = Vec::new();
-        tasks.into_iter().for_each(|task| work(&mut buffer, task));
+        for task in tasks {
+            work(&mut buffer, task);
+        }
     } else {
         tasks.into_par_iter().for_each_init(Vec::new, work);
     }

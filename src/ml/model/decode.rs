@@ -247,7 +247,9 @@ impl<'a> Decoder<'a> {
             let scale = (layer.head_dim as f64).powf(-0.5) as f32;
             self.rotate(&mut q, layer.heads * layer.head_dim, &positions);
             self.rotate(&mut k, layer.kv_heads * layer.head_dim, &positions);
-            q.iter_mut().for_each(|q| *q *= scale);
+            for q in &mut q {
+                *q *= scale;
+            }
             for values in [&mut q, &mut k, &mut v] {
                 self.round(values);
             }
