@@ -101,8 +101,22 @@ pub fn attention(
             for query_head in head * group..(head + 1) * group {
                 for block in 0..span.visible.len().div_ceil(LANES) {
                     work.forward(inputs.q, heads, span, query_head, block);
-                    scatter(&work.result, out, heads.queries * heads.width, query_head * heads.width, span, block);
-                    scatter(&work.log_sum, log_sums, heads.queries, query_head, span, block);
+                    scatter(
+                        &work.result,
+                        out,
+                        heads.queries * heads.width,
+                        query_head * heads.width,
+                        span,
+                        block,
+                    );
+                    scatter(
+                        &work.log_sum,
+                        log_sums,
+                        heads.queries,
+                        query_head,
+                        span,
+                        block,
+                    );
                 }
             }
         });
@@ -138,7 +152,14 @@ pub fn attention_backward(
                         query_head,
                         block,
                     );
-                    scatter(&work.result, of_q, heads.queries * heads.width, query_head * heads.width, span, block);
+                    scatter(
+                        &work.result,
+                        of_q,
+                        heads.queries * heads.width,
+                        query_head * heads.width,
+                        span,
+                        block,
+                    );
                 }
             }
             let place = (heads.keys * heads.width, head * heads.width, heads.width);
@@ -157,7 +178,7 @@ struct Work {
     seen: Vec<usize>, // which panels of keys these are
     result: Vec<f32>, // [width][32 queries]
     log_sum: Vec<f32>,
-    slopes: Vec<f32>,   // like scores
+    slopes: Vec<f32>,    // like scores
     of_result: Vec<f32>, // [width][32 queries]
     turned: Vec<f32>,    // [chunk of 32 features][32 queries][32 features]
     of_k: Vec<f32>,      // [chunk of 32 features][keys][32 features]
@@ -191,7 +212,14 @@ impl Work {
         let width = heads.width;
         self.query.resize(width * LANES, 0.);
         let first = query_head * width;
-        gather(q, heads.queries * width, first, span, block, &mut self.query);
+        gather(
+            q,
+            heads.queries * width,
+            first,
+            span,
+            block,
+            &mut self.query,
+        );
         let scale = (width as f32).sqrt().recip();
         for x in &mut self.query {
             *x *= scale;
@@ -204,7 +232,8 @@ impl Work {
         let limits = Limits::of(&limits);
         self.seen.clear();
         let blocks = self.keys.len() / (width * LANES);
-        self.seen.extend((0..blocks).filter(|block| limits.sees(block * LANES)));
+        self.seen
+            .extend((0..blocks).filter(|block| limits.sees(block * LANES)));
         self.scores.resize(self.seen.len() * LANES * LANES, 0.);
         let scores = self.scores.chunks_exact_mut(LANES * LANES);
         for (&panel, scores) in self.seen.iter().zip(scores) {
@@ -244,7 +273,14 @@ impl Work {
         let (features, first) = (heads.queries * width, query_head * width);
         self.scores(q, heads, span, query_head, block);
         self.log_sum.resize(LANES, 0.);
-        gather(log_sums, heads.queries, query_head, span, block, &mut self.log_sum);
+        gather(
+            log_sums,
+            heads.queries,
+            query_head,
+            span,
+            block,
+            &mut self.log_sum,
+        );
         self.result.resize(width * LANES, 0.);
         gather(out, features, first, span, block, &mut self.result);
         self.of_result.resize(width * LANES, 0.);

@@ -164,16 +164,19 @@ impl Loop for NormBack<'_> {
 /// Adds to `of_weight` the gradient of the norm's weight: the sum over tokens of `of_out * x * inverse`.
 pub fn rms_norm_weight(x: &[f32], inverse: &[f32], of_out: &[f32], of_weight: &mut [f32]) {
     let features = of_weight.len();
-    of_weight.par_iter_mut().enumerate().for_each(|(feature, sum)| {
-        let mut total = 0f64;
-        for (panel, inverse) in inverse.as_chunks::<LANES>().0.iter().enumerate() {
-            let place = (panel * features + feature) * LANES;
-            let rows = x[place..place + LANES].iter().zip(&of_out[place..]);
-            let part = rows.zip(inverse).map(|((x, g), i)| x * g * i);
-            total += f64::from(part.sum::<f32>());
-        }
-        *sum += total as f32;
-    });
+    of_weight
+        .par_iter_mut()
+        .enumerate()
+        .for_each(|(feature, sum)| {
+            let mut total = 0f64;
+            for (panel, inverse) in inverse.as_chunks::<LANES>().0.iter().enumerate() {
+                let place = (panel * features + feature) * LANES;
+                let rows = x[place..place + LANES].iter().zip(&of_out[place..]);
+                let part = rows.zip(inverse).map(|((x, g), i)| x * g * i);
+                total += f64::from(part.sum::<f32>());
+            }
+            *sum += total as f32;
+        });
 }
 
 /// Turns each head's halves by the angles of its tokens: `features` is a multiple of `2 * half`, `cos` and `sin` are panels
@@ -201,7 +204,9 @@ pub fn rope(x: &mut [f32], features: usize, cos: &[f32], sin: &[f32], half: usiz
         }
     }
     let sign = if back { -1. } else { 1. };
-    let angles = cos.par_chunks(half.max(1) * LANES).zip(sin.par_chunks(half.max(1) * LANES));
+    let angles = cos
+        .par_chunks(half.max(1) * LANES)
+        .zip(sin.par_chunks(half.max(1) * LANES));
     x.par_chunks_mut(features.max(1) * LANES)
         .zip(angles)
         .for_each(|(x, (cos, sin))| run(Rope(x, cos, sin, half, sign)));

@@ -78,6 +78,8 @@ mod tests {
             assert_eq!(exp::<false>(x).to_bits(), f32::to_bits(y), "{x}");
         }
         assert!(exp::<true>(f32::NAN).is_nan());
-        assert!((sigmoid::<true>(-100.)).abs() < 1e-30 && (sigmoid::<true>(100.) - 1.).abs() < 1e-7);
+        assert!(
+            (sigmoid::<true>(-100.)).abs() < 1e-30 && (sigmoid::<true>(100.) - 1.).abs() < 1e-7
+        );
     }
 }

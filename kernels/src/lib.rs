@@ -11,20 +11,16 @@
     reason = "vector instructions and rows shared among threads; each block says why it holds"
 )]
 
-
-
 pub mod dispatch;
-
 
 pub mod matrix;
 mod micro;
 pub mod panels;
 pub mod product;
 
-
+pub mod attention;
 pub mod elementwise;
 pub mod exp;
 pub mod reduce;
-pub mod vocabulary;
-pub mod attention;
 pub mod vectors;
+pub mod vocabulary;

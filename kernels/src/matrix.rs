@@ -219,12 +219,7 @@ impl<'a> Matrix<'a> {
                 let row = depths.start + 2 * k;
                 let first = self.row_bf16(row, rows.clone(), &mut buffer, &mut bits);
                 let second = if row + 1 < depths.end {
-                    self.row_bf16(
-                        row + 1,
-                        rows.clone(),
-                        &mut second_buffer,
-                        &mut second_bits,
-                    )
+                    self.row_bf16(row + 1, rows.clone(), &mut second_buffer, &mut second_bits)
                 } else {
                     Cow::Owned(vec![0; first.len()])
                 };
@@ -269,7 +264,10 @@ impl Nf4<'_> {
             if first.is_multiple_of(2) {
                 let (pairs, last) = now.as_chunks_mut::<2>();
                 for (out, byte) in pairs.iter_mut().zip(packed) {
-                    *out = [values[usize::from(byte >> 4)], values[usize::from(byte & 15)]];
+                    *out = [
+                        values[usize::from(byte >> 4)],
+                        values[usize::from(byte & 15)],
+                    ];
                 }
                 if let (Some(out), Some(byte)) = (last.first_mut(), packed.last()) {
                     *out = values[usize::from(byte >> 4)];

@@ -32,12 +32,7 @@ pub(crate) struct Tile<A, B> {
 /// # Safety
 /// See [`Tile`].
 #[inline]
-pub(crate) unsafe fn multiply<
-    const M: usize,
-    const V: usize,
-    const RS: usize,
-    const KS: usize,
->(
+pub(crate) unsafe fn multiply<const M: usize, const V: usize, const RS: usize, const KS: usize>(
     tile: Tile<f32, f32>,
 ) {
     #[cfg(target_arch = "x86_64")]
@@ -73,7 +68,9 @@ struct Plain<const M: usize, const V: usize, const RS: usize, const KS: usize>(T
 /// Lanes of a vector.
 const VECTOR: usize = 16;
 
-impl<const M: usize, const V: usize, const RS: usize, const KS: usize> Loop for Plain<M, V, RS, KS> {
+impl<const M: usize, const V: usize, const RS: usize, const KS: usize> Loop
+    for Plain<M, V, RS, KS>
+{
     type Output = ();
 
     #[inline(always)]
@@ -97,7 +94,12 @@ impl<const M: usize, const V: usize, const RS: usize, const KS: usize> Plain<M, 
         let places: [usize; 4] = std::array::from_fn(|i| (row + i.min(count - 1)) * RS);
         for k in 0..tile.depth {
             // SAFETY: inside row `k` of `b`.
-            let b = unsafe { tile.b.add(k * V * VECTOR + lane).cast::<[f32; VECTOR]>().read_unaligned() };
+            let b = unsafe {
+                tile.b
+                    .add(k * V * VECTOR + lane)
+                    .cast::<[f32; VECTOR]>()
+                    .read_unaligned()
+            };
             for (sums, place) in sums.iter_mut().zip(places) {
                 // SAFETY: one of the `a(i, k)`.
                 let a = unsafe { *tile.a.add(place + k * KS) };
@@ -143,7 +145,8 @@ mod wide {
         let (mut a, mut b) = (tile.a, tile.b);
         for _ in 0..tile.depth {
             // SAFETY: the maker of the tile promised `depth` rows.
-            let row: [__m512; V] = std::array::from_fn(|at| unsafe { _mm512_loadu_ps(b.add(at * 16)) });
+            let row: [__m512; V] =
+                std::array::from_fn(|at| unsafe { _mm512_loadu_ps(b.add(at * 16)) });
             for (i, sums) in sums.iter_mut().enumerate() {
                 // SAFETY: one of the promised `a(i, k)`.
                 let value = _mm512_set1_ps(unsafe { *a.add(i * RS) });

@@ -54,7 +54,11 @@ pub fn bf16_bits(x: f32) -> u32 {
     let bits = x.to_bits();
     let rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     let nan = (bits >> 16) | 0x40;
-    if bits & 0x7fff_ffff > 0x7f80_0000 { nan } else { rounded }
+    if bits & 0x7fff_ffff > 0x7f80_0000 {
+        nan
+    } else {
+        rounded
+    }
 }
 
 /// Two neighbouring features of each token as a pair of bf16: `[panel][feature / 2][lane]`, the first in the low half.
@@ -105,7 +109,8 @@ pub fn round_to_bf16(data: &mut [f32]) {
             }
         }
     }
-    data.par_chunks_mut(1 << 14).for_each(|data| run(Round(data)));
+    data.par_chunks_mut(1 << 14)
+        .for_each(|data| run(Round(data)));
 }
 
 #[cfg(test)]

@@ -108,11 +108,13 @@ pub fn products(mut all: Vec<Product<'_>>) {
         .map(|each| Shared(each.out.as_mut_ptr()))
         .collect();
     let all = &all;
-    tasks.into_par_iter().for_each_init(Buffers::default, |buffers, task| {
-        let each = &all[task.product];
-        // SAFETY: `check` saw that the output has room; no two tasks have a row in common.
-        unsafe { rows_of(each, outs[task.product], task.rows, buffers) };
-    });
+    tasks
+        .into_par_iter()
+        .for_each_init(Buffers::default, |buffers, task| {
+            let each = &all[task.product];
+            // SAFETY: `check` saw that the output has room; no two tasks have a row in common.
+            unsafe { rows_of(each, outs[task.product], task.rows, buffers) };
+        });
 }
 
 /// Computes one product.
@@ -122,7 +124,11 @@ pub fn product(out: &mut [f32], terms: Vec<Term<'_>>, add: bool) {
 
 fn check(product: &Product<'_>, height: usize) {
     let panels = product.out.len() / (height.max(1) * LANES);
-    assert_eq!(product.out.len(), panels * height * LANES, "the output's size");
+    assert_eq!(
+        product.out.len(),
+        panels * height * LANES,
+        "the output's size"
+    );
     for term in &product.terms {
         assert_eq!(term.weight.height(), height, "heights of the weights");
         let depth = term.weight.depth();
@@ -157,9 +163,8 @@ unsafe fn rows_of(
             let depths = start..(start + DEPTH).min(all);
             let depth = depths.len();
             // SAFETY: row `row` of panel `panel` is inside the output.
-            let place = |panel: usize, row: usize| unsafe {
-                out.0.add((panel * height + row) * LANES)
-            };
+            let place =
+                |panel: usize, row: usize| unsafe { out.0.add((panel * height + row) * LANES) };
             match term.x {
                 Factor::Pairs(Pairs::Bits(x)) => {
                     term.weight
@@ -191,8 +196,7 @@ unsafe fn rows_of(
                         Factor::Pairs(Pairs::Rounded(x)) => x.as_slice(),
                         Factor::Pairs(Pairs::Bits(_)) => &[],
                     };
-                    term.weight
-                        .pack(rows.clone(), depths, &mut buffers.floats);
+                    term.weight.pack(rows.clone(), depths, &mut buffers.floats);
                     if matches!(term.x, Factor::Pairs(_)) && !term.weight.is_bf16() {
                         for x in &mut buffers.floats {
                             *x = f32::from_bits(crate::panels::bf16_bits(*x) << 16);

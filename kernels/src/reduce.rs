@@ -56,7 +56,12 @@ pub fn outer(
         let per_chunk = rows.div_ceil(ROWS * 4);
         parts.enumerate().for_each(|(part, sums)| {
             let (chunk, first) = (part / per_chunk, part % per_chunk * ROWS * 4);
-            sum_rows((a, rows), first, &turned[chunk * count * LANES * LANES..], sums);
+            sum_rows(
+                (a, rows),
+                first,
+                &turned[chunk * count * LANES * LANES..],
+                sums,
+            );
         });
     } else {
         let chunked = sums.par_chunks_mut(rows * LANES).enumerate();

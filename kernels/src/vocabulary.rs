@@ -106,7 +106,8 @@ mod tests {
             assert_eq!(summaries.len(), 2);
             for (panel, summary) in summaries.iter().enumerate() {
                 for lane in 0..LANES {
-                    let at = |id: usize| f64::from(before[(panel * vocabulary + id) * LANES + lane]);
+                    let at =
+                        |id: usize| f64::from(before[(panel * vocabulary + id) * LANES + lane]);
                     let sum: f64 = (0..vocabulary).map(|id| at(id).exp()).sum();
                     assert!((summary.log_sum(lane) - sum.ln()).abs() < 1e-5);
                     let p = |id: usize| at(id).exp() / sum;

@@ -65,7 +65,7 @@ impl Sequence {
     }
 
     /// For each position, padding included, the start of its document.
-    fn starts(&self, width: usize) -> Vec<usize> {
+    pub(super) fn starts(&self, width: usize) -> Vec<usize> {
         let mut starts = Vec::with_capacity(width);
         for document in self.documents() {
             starts.resize(document.end, document.start);
@@ -118,6 +118,7 @@ pub struct Batch {
     /// The common length.
     pub width: usize,
     pad: u32,
+    pairs: bool,
 }
 
 impl Batch {
@@ -134,6 +135,7 @@ impl Batch {
             sequences,
             width,
             pad,
+            pairs: false,
         })
     }
 
@@ -146,7 +148,20 @@ impl Batch {
                 None => bail!("a preference row has no rejected answer"),
             }
         }
-        Self::new(sequences, pad)
+        Ok(Self {
+            pairs: true,
+            ..Self::new(sequences, pad)?
+        })
+    }
+
+    /// Whether the second half of the sequences belongs to the first, one by one.
+    pub(super) fn is_pairs(&self) -> bool {
+        self.pairs
+    }
+
+    /// The id that fills up.
+    pub(super) fn pad(&self) -> u32 {
+        self.pad
     }
 
     /// The ids, (batch, length).

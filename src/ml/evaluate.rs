@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::ensure;
 
 use super::batch::{Batch, Row};
-use super::head;
+use super::forward::Forward;
 use super::linear::Pass;
 use super::model::Llama;
 use super::objective::Objective;
@@ -78,7 +78,6 @@ pub fn preferences(
     };
     let (mut all_nll, mut all_count, mut answer_nll, mut answer_count) = (0f64, 0u64, 0f64, 0u64);
     let mut done = 0;
-    let weight = model.head_weight()?;
     // The numbers don't depend on the order: rows of like length go together, so that little is padding.
     let mut sorted: Vec<&Row> = rows.iter().collect();
     sorted.sort_by_key(|row| {
@@ -89,8 +88,8 @@ pub fn preferences(
         let batch = Batch::pairs(rows, pad)?;
         let objective = Objective::Orpo { beta: 0. };
         let targets = objective.targets(&batch);
-        let hidden = model.hidden(&batch, pass)?;
-        let scored = head::score(&hidden, &weight, &targets, false)?;
+        let mut forward = Forward::new(model, &batch, pass, false)?;
+        let scored = forward.score(&targets, false)?;
         let mut sums = vec![(0f64, 0u64); 2 * rows.len()];
         for (target, logp) in targets.iter().zip(&scored.logps) {
             let logp = f64::from(*logp);

@@ -5,6 +5,8 @@ use std::ops::ControlFlow;
 
 use candle_core::{DType, Tensor};
 
+use super::forward::Path;
+use super::fused::Packing;
 use super::golden::{far, model, rows, tensors};
 use super::golden_compare::{EXACT, Tolerance, compare, json};
 use super::model::{Llama, Trained};
@@ -52,6 +54,23 @@ pub(super) fn settings() -> Settings {
     }
 }
 
+/// Every way a training can go.
+const PATHS: [Path; 4] = [
+    Path::Plain,
+    Path::Fused(Packing {
+        padding_free: false,
+        share_prompts: false,
+    }),
+    Path::Fused(Packing {
+        padding_free: true,
+        share_prompts: false,
+    }),
+    Path::Fused(Packing {
+        padding_free: true,
+        share_prompts: true,
+    }),
+];
+
 fn run(model: &Llama, semantics: &str, settings: &Settings) -> Vec<Log> {
     let rows = rows(semantics);
     let mut logs = Vec::new();
@@ -97,7 +116,14 @@ fn adapter_far(model: &Llama, golden: &BTreeMap<String, Tensor>) -> f64 {
 
 #[test]
 fn run_a_is_that_of_trl() {
-    let model = model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
+    for path in PATHS {
+        run_a(path);
+    }
+}
+
+fn run_a(path: Path) {
+    let mut model = model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
+    model.path = path;
     let settings = Settings {
         eval_every: Some(Every::Epoch),
         ..settings()
@@ -115,7 +141,7 @@ fn run_a_is_that_of_trl() {
     });
     assert!(matches!(ending.unwrap(), Ending::Finished { .. }));
 
-    let mut comparison = compare("a_f32", &logs, EXACT);
+    let mut comparison = compare("a_f32", &logs, EXACT, path);
     // TRL evaluated at the end.
     let eval = logs
         .iter()
@@ -139,14 +165,21 @@ fn run_a_is_that_of_trl() {
 
 #[test]
 fn run_b_with_checkpointing_is_run_a_to_the_bit() {
+    for path in PATHS {
+        run_b(path);
+    }
+}
+
+fn run_b(path: Path) {
     let runs = [false, true].map(|checkpointing| {
-        let model = model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
+        let mut model = model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
+        model.path = path;
         let settings = Settings {
             checkpointing,
             ..settings()
         };
         let logs = run(&model, "trl-1.16", &settings);
-        compare("b_f32_gradient_checkpointing", &logs, EXACT).end();
+        compare("b_f32_gradient_checkpointing", &logs, EXACT, path).end();
         let bits_of =
             |log: &Log| -> Vec<u64> { log.values.values().map(|x| x.to_bits()).collect() };
         (logs.iter().map(bits_of).collect::<Vec<_>>(), bits(&model))
@@ -156,7 +189,6 @@ fn run_b_with_checkpointing_is_run_a_to_the_bit() {
 
 #[test]
 fn run_c_with_a_ragged_group_is_that_of_trl() {
-    let model = model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
     let settings = Settings {
         accumulation: 5,
         epochs: 1.,
@@ -164,20 +196,26 @@ fn run_c_with_a_ragged_group_is_that_of_trl() {
         warmup: 0.,
         ..settings()
     };
-    let logs = run(&model, "trl-0.24", &settings);
-    compare("c_f32_legacy_truncation_ragged_accum", &logs, EXACT).end();
+    for path in PATHS {
+        let mut model = model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
+        model.path = path;
+        let logs = run(&model, "trl-0.24", &settings);
+        compare("c_f32_legacy_truncation_ragged_accum", &logs, EXACT, path).end();
+    }
 }
 
 #[test]
 fn run_d_in_bf16_is_near_that_of_trl() {
-    let model = model("model", Some("adapter_init"), Trained::Adapter, DType::BF16);
-    let logs = run(&model, "trl-1.16", &settings());
-    compare("d_bf16_autocast", &logs, HALF).end();
+    for path in PATHS {
+        let mut model = model("model", Some("adapter_init"), Trained::Adapter, DType::BF16);
+        model.path = path;
+        let logs = run(&model, "trl-1.16", &settings());
+        compare("d_bf16_autocast", &logs, HALF, path).end();
+    }
 }
 
 #[test]
 fn run_e_with_rslora_and_adamw_8bit_is_that_of_trl() {
-    let model = super::golden::rslora_model();
     let settings = Settings {
         epochs: 1.,
         optimizer: optim::Settings {
@@ -186,24 +224,27 @@ fn run_e_with_rslora_and_adamw_8bit_is_that_of_trl() {
         },
         ..settings()
     };
-    let logs = run(&model, "trl-1.16", &settings);
-    compare("e_f32_rslora_adamw8bit", &logs, LOOSE).end();
+    for path in PATHS {
+        let mut model = super::golden::rslora_model();
+        model.path = path;
+        let logs = run(&model, "trl-1.16", &settings);
+        compare("e_f32_rslora_adamw8bit", &logs, LOOSE, path).end();
+    }
 }
 
 #[test]
 fn run_g_on_a_4_bit_base_is_that_of_trl() {
-    let model = model(
-        "model_nf4",
-        Some("adapter_init"),
-        Trained::Adapter,
-        DType::F32,
-    );
     let settings = Settings {
         epochs: 1.,
         ..settings()
     };
-    let logs = run(&model, "trl-1.16", &settings);
-    compare("g_qlora_nf4_f32", &logs, LOOSE).end();
+    for path in PATHS {
+        let adapter = Some("adapter_init");
+        let mut model = model("model_nf4", adapter, Trained::Adapter, DType::F32);
+        model.path = path;
+        let logs = run(&model, "trl-1.16", &settings);
+        compare("g_qlora_nf4_f32", &logs, LOOSE, path).end();
+    }
 }
 
 #[test]
@@ -214,7 +255,7 @@ fn f16_with_a_loss_scale_learns_the_same() {
         ..settings()
     };
     let logs = run(&model, "trl-1.16", &settings);
-    compare("a_f32", &logs, HALF).end();
+    compare("a_f32", &logs, HALF, model.path).end();
 }
 
 fn bits(model: &Llama) -> Vec<Vec<u32>> {

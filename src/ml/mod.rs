@@ -9,6 +9,8 @@ mod dynamic_map;
 pub mod evaluate;
 pub mod float;
 pub mod folder;
+pub mod forward;
+pub mod fused;
 pub mod generate;
 pub mod head;
 pub mod linear;

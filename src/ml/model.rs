@@ -15,6 +15,8 @@ use candle_core::{D, DType, Device, Result, Tensor, Var};
 
 use super::batch::Batch;
 use super::config::LlamaConfig;
+use super::forward::Path;
+use super::fused::Pool;
 use super::linear::{Linear, Pass, Weight};
 use super::ops::{masked_softmax, rms_norm, rope};
 
@@ -48,32 +50,35 @@ pub struct Llama {
     pub parameters: Vec<Parameter>,
     /// Where it lives.
     pub device: Device,
-    embed: Weight,
-    layers: Vec<Layer>,
-    norm: Norm,
-    head: Option<Weight>,
-    compute: DType,
+    pub(super) embed: Weight,
+    pub(super) layers: Vec<Layer>,
+    pub(super) norm: Norm,
+    pub(super) head: Option<Weight>,
+    pub(super) compute: DType,
     frozen_column_sum: Option<Tensor>,
+    /// Which way passes go.
+    pub path: Path,
+    pub(super) pool: Pool,
 }
 
-struct Norm {
-    weight: Weight,
-    eps: f64,
+pub(super) struct Norm {
+    pub(super) weight: Weight,
+    pub(super) eps: f64,
 }
 
-struct Layer {
-    input_norm: Norm,
-    q: Linear,
-    k: Linear,
-    v: Linear,
-    o: Linear,
-    post_norm: Norm,
-    gate: Linear,
-    up: Linear,
-    down: Linear,
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
+pub(super) struct Layer {
+    pub(super) input_norm: Norm,
+    pub(super) q: Linear,
+    pub(super) k: Linear,
+    pub(super) v: Linear,
+    pub(super) o: Linear,
+    pub(super) post_norm: Norm,
+    pub(super) gate: Linear,
+    pub(super) up: Linear,
+    pub(super) down: Linear,
+    pub(super) heads: usize,
+    pub(super) kv_heads: usize,
+    pub(super) head_dim: usize,
 }
 
 /// What all layers share in one pass.
@@ -131,6 +136,18 @@ impl Gradients {
             });
         }
         Ok(())
+    }
+
+    /// Adds values to the gradient of a variable of the model.
+    pub(super) fn add_values(&mut self, model: &Llama, var: &Var, values: Vec<f32>) -> Result<()> {
+        let same = |p: &Parameter| p.var.as_tensor().id() == var.as_tensor().id();
+        match model.parameters.iter().position(same) {
+            Some(place) => {
+                let gradient = Tensor::from_vec(values, var.shape(), var.device())?;
+                self.add(place, &gradient)
+            }
+            None => candle_core::bail!("a trained tensor is no parameter of its model"),
+        }
     }
 
     fn collect(&mut self, model: &Llama, store: &mut GradStore) -> Result<()> {
@@ -217,7 +234,18 @@ impl Llama {
     pub fn column_sum(&self) -> Result<Tensor> {
         match &self.frozen_column_sum {
             Some(sum) => Ok(sum.clone()),
-            None => self.head_weight()?.to_dtype(DType::F64)?.sum(0),
+            None => {
+                // In parts: all of it in f64 would be the largest tensor of all.
+                let weight = self.head.as_ref().unwrap_or(&self.embed).value();
+                let (rows, columns) = weight.dims2()?;
+                let mut total = Tensor::zeros(columns, DType::F64, &self.device)?;
+                for start in (0..rows).step_by(1 << 12) {
+                    let part = weight.narrow(0, start, (rows - start).min(1 << 12))?;
+                    let part = part.to_dtype(self.compute)?.to_dtype(DType::F64)?;
+                    total = (total + part.sum(0)?)?;
+                }
+                Ok(total)
+            }
         }
     }
 
@@ -435,7 +463,7 @@ fn take(store: &mut GradStore, input: &Tensor) -> Result<Tensor> {
 }
 
 /// Cosines and sines (positions, half a head's width), with Llama 3's scaling of long waves.
-fn angles(
+pub(super) fn angles(
     config: &LlamaConfig,
     positions: impl IntoIterator<Item = usize>,
     device: &Device,

@@ -3,10 +3,9 @@
 use std::collections::BTreeMap;
 
 use anyhow::ensure;
-use candle_core::Tensor;
 
 use super::batch::{Batch, Row, Target};
-use super::head::{self, Scored};
+use super::forward::Forward;
 use super::linear::Pass;
 use super::model::{Gradients, Llama};
 use super::{orpo, sft};
@@ -68,34 +67,30 @@ impl Objective {
 
     fn outcome(
         &self,
-        model: &Llama,
+        forward: &mut Forward<'_>,
         batch: &Batch,
         targets: &[Target],
-        hidden: &Tensor,
-        weight: &Tensor,
-    ) -> anyhow::Result<(Outcome, Scored)> {
+    ) -> anyhow::Result<Outcome> {
         ensure!(!targets.is_empty(), "the batch has no token to learn");
         let certainty = matches!(self, Self::Sft { .. });
-        let scored = head::score(hidden, weight, targets, certainty)?;
-        let outcome = match self {
+        let scores = forward.score(targets, certainty)?;
+        match self {
             Self::Orpo { beta } => {
                 let pairs = batch.sequences.len() / 2;
-                let (sum, vocabulary) = (model.column_sum()?, model.config.vocab_size);
-                let mean = |from| head::mean_logit(hidden, &sum, vocabulary, from, pairs);
-                let means = (mean(0)?, mean(pairs)?);
-                orpo::loss(batch, targets, &scored.logps, means, *beta)?
+                let means = (
+                    forward.mean_logit(0, pairs)?,
+                    forward.mean_logit(pairs, pairs)?,
+                );
+                orpo::loss(batch, targets, &scores.logps, means, *beta)
             }
-            Self::Sft { .. } => sft::loss(&scored),
-        };
-        Ok((outcome, scored))
+            Self::Sft { .. } => Ok(sft::loss(&scores)),
+        }
     }
 
     /// The loss without a gradient.
     pub fn evaluate(&self, model: &Llama, batch: &Batch, pass: Pass) -> anyhow::Result<Outcome> {
-        let hidden = model.hidden(batch, pass)?;
-        let targets = self.targets(batch);
-        let weight = model.head_weight()?;
-        Ok(self.outcome(model, batch, &targets, &hidden, &weight)?.0)
+        let mut forward = Forward::new(model, batch, pass, false)?;
+        self.outcome(&mut forward, batch, &self.targets(batch))
     }
 
     /// The loss of a micro-batch; its gradient times `scale` is added to `gradients`.
@@ -108,19 +103,20 @@ impl Objective {
         checkpointing: bool,
         gradients: &mut Gradients,
     ) -> anyhow::Result<Outcome> {
-        let tape = model.record(batch, dropout, checkpointing)?;
-        let targets = self.targets(batch);
-        let (weight, hidden) = (model.head_weight()?, tape.hidden());
-        let (outcome, scored) = self.outcome(model, batch, &targets, &hidden, &weight)?;
+        let pass = Pass {
+            tape: true,
+            adapter: true,
+            dropout,
+        };
+        let mut forward = Forward::new(model, batch, pass, checkpointing)?;
+        let outcome = self.outcome(&mut forward, batch, &self.targets(batch))?;
         if outcome.loss.is_finite() {
             let scaled: Vec<f32> = outcome
                 .gradient
                 .iter()
                 .map(|g| (f64::from(*g) * scale) as f32)
                 .collect();
-            let (of_hidden, of_head) =
-                scored.backward(&scaled, &weight, &hidden, model.trains_head())?;
-            model.backward(tape, &of_hidden, of_head.as_ref(), gradients)?;
+            forward.backward(&scaled, gradients)?;
         }
         Ok(outcome)
     }

@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use super::batch::{Batch, Row, Target};
-use super::head::Scored;
+use super::forward::Scores;
 use super::objective::{Metrics, Outcome};
 
 /// TRL packs so many rows at a time: the batch size of `Dataset.map`.
@@ -56,7 +56,7 @@ pub fn targets(batch: &Batch, completion_only: bool) -> Vec<Target> {
 }
 
 /// The mean negative log-likelihood, and how sure and how right the model is of the targets.
-pub fn loss(scored: &Scored) -> Outcome {
+pub fn loss(scored: &Scores) -> Outcome {
     let logps = &scored.logps;
     let count = logps.len() as f64;
     let total: f64 = logps.iter().map(|&logp| f64::from(logp)).sum();

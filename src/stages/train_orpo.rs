@@ -8,6 +8,7 @@ use super::training::{
     self, EvalStrategy, Job, Optim, SamplingStrategy, SchedulerType, defaults, training_parameters,
 };
 use crate::engine::{Artifact, Context, Input, Neutral, Problem, Stage};
+use crate::ml::fused::Packing;
 use crate::ml::objective::Objective;
 use crate::ml::optim;
 use crate::ml::train::{Settings, Watch, compute_dtype};
@@ -26,6 +27,10 @@ training_parameters! {
         /// Whether the adapter's dropout is off in training, as TRL does it.
         #[serde(default = "default_disable_dropout")]
         disable_dropout: bool,
+        /// Whether what the two answers' sequences begin with is computed once for both, where `padding_free` is on: the same
+        /// numbers in less time.
+        #[serde(default = "default_share_prompts")]
+        share_prompts: bool,
     }
     learning_rate = 1e-6;
 }
@@ -34,13 +39,17 @@ fn default_beta() -> f64 {
     0.1
 }
 
+fn default_share_prompts() -> bool {
+    true
+}
+
 fn default_disable_dropout() -> bool {
     true
 }
 
 impl Stage for TrainOrpo {
     const KIND: &'static str = "train_orpo";
-    const VERSION: u32 = 2;
+    const VERSION: u32 = 3;
     const EXCLUSIVE: bool = true;
     type Output = Adapter;
 
@@ -67,6 +76,10 @@ impl Stage for TrainOrpo {
             train_split: &self.train_split,
             eval_split: &self.eval_split,
             compute: compute_dtype(self.bf16, self.fp16),
+            packing: Packing {
+                padding_free: self.padding_free,
+                share_prompts: self.share_prompts,
+            },
         };
         let objective = Objective::Orpo { beta: self.beta };
         let settings = self.settings(objective, !self.disable_dropout);

@@ -10,6 +10,7 @@ use super::training::{
     self, EvalStrategy, Job, Optim, SamplingStrategy, SchedulerType, defaults, training_parameters,
 };
 use crate::engine::{Artifact, Context, Input, Neutral, Problem, Stage};
+use crate::ml::fused::Packing;
 use crate::ml::objective::Objective;
 use crate::ml::train::{Settings, Watch, compute_dtype};
 use crate::ml::{optim, sft};
@@ -64,7 +65,7 @@ fn default_max_length() -> usize {
 
 impl Stage for TrainSft {
     const KIND: &'static str = "train_sft";
-    const VERSION: u32 = 3;
+    const VERSION: u32 = 4;
     const EXCLUSIVE: bool = true;
     type Output = Model;
 
@@ -94,6 +95,10 @@ impl Stage for TrainSft {
             train_split: &self.train_split,
             eval_split: &self.eval_split,
             compute: compute_dtype(self.bf16, self.fp16),
+            packing: Packing {
+                padding_free: self.padding_free,
+                ..Packing::default()
+            },
         };
         let completion_only = self.completion_only_loss;
         let answers = match self.answers {

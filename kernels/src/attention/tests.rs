@@ -58,9 +58,8 @@ fn plain(q: &[f64], k: &[f64], v: &[f64], heads: Heads, spans: &[Span]) -> Vec<f
                     data[place(count * w, span.start + token, head * w + f)]
                 };
                 let score = |key: &usize| {
-                    let dot = (0..w).map(|f| {
-                        at(q, heads.queries, h, t, f) * at(k, heads.keys, kh, *key, f)
-                    });
+                    let dot = (0..w)
+                        .map(|f| at(q, heads.queries, h, t, f) * at(k, heads.keys, kh, *key, f));
                     (dot.sum::<f64>() / (w as f64).sqrt()).exp()
                 };
                 let p: Vec<f64> = keys.iter().map(score).collect();
@@ -188,7 +187,10 @@ fn values_and_slopes_are_those_of_plain_loops() {
                 ] {
                     let exact = exact / (2. * by);
                     let far = (ours - exact).abs();
-                    assert!(far < 2e-4 * (1. + exact.abs()), "{isa:?} {name}: {ours} {exact}");
+                    assert!(
+                        far < 2e-4 * (1. + exact.abs()),
+                        "{isa:?} {name}: {ours} {exact}"
+                    );
                 }
             }
         });

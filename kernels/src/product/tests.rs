@@ -58,7 +58,11 @@ fn dense(matrix: Matrix<'_>, rows: usize, columns: usize, round: bool) -> Vec<f6
     for row in 0..rows {
         let values = matrix.row(row, 0..columns, &mut buffer);
         all.extend(values.iter().map(|x| {
-            let x = if round { bf16::from_f32(*x).to_f32() } else { *x };
+            let x = if round {
+                bf16::from_f32(*x).to_f32()
+            } else {
+                *x
+            };
             f64::from(x)
         }));
     }

@@ -7,6 +7,8 @@ use candle_core::{DType, Device, Tensor, Var};
 
 use super::super::adapter::Adapter;
 use super::super::config::LlamaConfig;
+use super::super::forward::Path;
+use super::super::fused::{self, Packing, Pool};
 use super::super::linear::{Base, Linear, Lora, Weight};
 use super::super::nf4::Nf4;
 use super::super::weights::Weights;
@@ -208,7 +210,12 @@ impl Llama {
             head,
             compute,
             frozen_column_sum: None,
+            path: Path::Plain,
+            pool: Pool::default(),
         };
+        if fused::supports(&model) {
+            model.path = Path::Fused(Packing::default());
+        }
         if trained != Trained::Everything {
             model.frozen_column_sum = Some(model.column_sum()?);
         }
@@ -217,7 +224,7 @@ impl Llama {
 }
 
 impl Layer {
-    fn linears(&self) -> [&Linear; 7] {
+    pub(in crate::ml) fn linears(&self) -> [&Linear; 7] {
         [
             &self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down,
         ]

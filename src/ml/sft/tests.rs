@@ -5,11 +5,13 @@ use std::ops::ControlFlow;
 use candle_core::DType;
 
 use super::*;
+use crate::ml::forward::Path;
+use crate::ml::fused::Packing;
 use crate::ml::golden::{far, model, rows as golden_rows};
 use crate::ml::golden_compare::{Comparison, EXACT, json};
 use crate::ml::golden_runs::settings;
 use crate::ml::linear::Pass;
-use crate::ml::model::{Gradients, Trained};
+use crate::ml::model::{Gradients, Llama, Trained};
 use crate::ml::objective::Objective;
 use crate::ml::train::{Ending, Settings, train};
 
@@ -47,9 +49,18 @@ fn run(name: &str, completion_only: bool, packing: Option<usize>) {
         batch_size: if packing.is_some() { 1 } else { 2 },
         ..settings()
     };
-    let model = model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
+    let path = Path::Fused(Packing::default());
+    for path in [Path::Plain, path] {
+        let mut model = model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
+        model.path = path;
+        train_and_compare(name, &model, &rows, &settings);
+    }
+}
+
+fn train_and_compare(name: &str, model: &Llama, rows: &[Row], settings: &Settings) {
+    let golden = &json("sft/sft.json")[name];
     let mut logs = Vec::new();
-    let ending = train(&model, &rows, &[], &settings, None, &mut |step| {
+    let ending = train(model, rows, &[], settings, None, &mut |step| {
         logs.extend(step.logs.clone());
         ControlFlow::Continue(())
     });
@@ -59,7 +70,7 @@ fn run(name: &str, completion_only: bool, packing: Option<usize>) {
         // A count of all tokens so far, which the program keeps elsewhere.
         log.as_object_mut().unwrap().remove("num_tokens").unwrap();
     }
-    let mut comparison = Comparison::new(&format!("sft {name}"), EXACT);
+    let mut comparison = Comparison::new(&format!("sft {name}"), EXACT, model.path);
     comparison.logs(&logs, &theirs);
     comparison.end();
 }

@@ -193,6 +193,10 @@ macro_rules! training_parameters {
             /// Whether layers are computed a second time instead of being kept for the backward: less memory, the same numbers.
             #[serde(default = "defaults::yes")]
             gradient_checkpointing: Neutral<bool>,
+            /// Whether padding is left out of the computation. Losses and gradients are the same; only `logits/chosen` and
+            /// `logits/rejected` differ, because TRL's means go over the padding too.
+            #[serde(default = "defaults::padding_free")]
+            padding_free: bool,
             /// Whether matrix products run in bf16; all else stays in f32. TRL's default is true; here f32 is, which a CPU
             /// computes faster.
             #[serde(default)]
@@ -391,6 +395,9 @@ pub(in crate::stages) mod defaults {
     }
     pub(in crate::stages) fn yes() -> Neutral<bool> {
         Neutral(true)
+    }
+    pub(in crate::stages) fn padding_free() -> bool {
+        true
     }
     pub(in crate::stages) fn seed() -> u64 {
         42

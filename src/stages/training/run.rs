@@ -14,6 +14,8 @@ use crate::ml::adapter::Adapter;
 use crate::ml::batch::Row;
 use crate::ml::config::LlamaConfig;
 use crate::ml::folder::{METRICS, TRAINER_STATE};
+use crate::ml::forward::Path as Way;
+use crate::ml::fused::Packing;
 use crate::ml::model::{Llama, Trained};
 use crate::ml::save::{save_adapter, save_model};
 use crate::ml::train::{Ending, Settings, train, trainer_state};
@@ -28,6 +30,7 @@ pub(in crate::stages) struct Job<'a> {
     pub(in crate::stages) train_split: &'a str,
     pub(in crate::stages) eval_split: &'a str,
     pub(in crate::stages) compute: DType,
+    pub(in crate::stages) packing: Packing,
 }
 
 /// The rows of a split, as `ml` knows them.
@@ -108,7 +111,7 @@ pub(in crate::stages) fn run(
         Trained::Everything
     };
     let device = Device::Cpu;
-    let model = Llama::load(
+    let mut model = Llama::load(
         &config,
         &weights,
         adapter.as_ref(),
@@ -117,6 +120,9 @@ pub(in crate::stages) fn run(
         &device,
     )?;
     drop(weights);
+    if let Way::Fused(packing) = &mut model.path {
+        *packing = job.packing;
+    }
     let read = |split| rows(job.dataset, split, config.vocab_size).and_then(prepare);
     let train_rows = read(job.train_split)?;
     let eval_rows = if settings.eval_every.is_some() {

@@ -1,0 +1,134 @@
+//! One batch through a model, by the plain path or by the fast one: what losses need, and the way back.
+
+use candle_core::Result;
+
+use super::batch::{Batch, Target};
+use super::fused::{self, Packing};
+use super::head::{self, Certainty};
+use super::linear::Pass;
+use super::model::{Gradients, Llama, Tape};
+
+/// Which way passes of a model go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Path {
+    /// On candle's operations, over padded batches: written for reading, and the measure of the other.
+    Plain,
+    /// By [`super::fused`].
+    Fused(Packing),
+}
+
+/// Targets' scores.
+#[derive(Debug, Clone, Default)]
+pub struct Scores {
+    /// The log-probability of each target.
+    pub logps: Vec<f32>,
+    /// If asked for.
+    pub certainty: Option<Certainty>,
+}
+
+/// A batch that went through a model.
+pub struct Forward<'m> {
+    model: &'m Llama,
+    gradient: bool,
+    way: Way<'m>,
+}
+
+enum Way<'m> {
+    Plain {
+        hidden: candle_core::Tensor,
+        tape: Option<Tape>,
+        scored: Option<head::Scored>,
+    },
+    Fused {
+        pass: fused::Forward<'m>,
+        scored: Option<fused::Scored>,
+    },
+}
+
+impl<'m> Forward<'m> {
+    /// Runs the model on a batch. With a tape, [`Forward::backward`] is possible; with `checkpointing` it computes the layers
+    /// again.
+    pub fn new(model: &'m Llama, batch: &Batch, pass: Pass, checkpointing: bool) -> Result<Self> {
+        let way = match model.path {
+            Path::Fused(packing) if fused::takes(model, pass) => Way::Fused {
+                pass: fused::Forward::new(model, batch, packing, pass, checkpointing)?,
+                scored: None,
+            },
+            _ if pass.tape => {
+                let tape = model.record(batch, pass.dropout, checkpointing)?;
+                Way::Plain {
+                    hidden: tape.hidden(),
+                    tape: Some(tape),
+                    scored: None,
+                }
+            }
+            _ => Way::Plain {
+                hidden: model.hidden(batch, pass)?,
+                tape: None,
+                scored: None,
+            },
+        };
+        Ok(Self {
+            model,
+            gradient: pass.tape,
+            way,
+        })
+    }
+
+    /// Scores targets; with `certainty` it also counts up how sure the model is.
+    pub fn score(&mut self, targets: &[Target], certainty: bool) -> Result<Scores> {
+        match &mut self.way {
+            Way::Plain { hidden, scored, .. } => {
+                let weight = self.model.head_weight()?;
+                let new = head::score(hidden, &weight, targets, certainty)?;
+                let scores = Scores {
+                    logps: new.logps.clone(),
+                    certainty: new.certainty,
+                };
+                *scored = Some(new);
+                Ok(scores)
+            }
+            Way::Fused { pass, scored } => {
+                let new = pass.score(targets, certainty, self.gradient)?;
+                let scores = Scores {
+                    logps: new.logps.clone(),
+                    certainty: new.certainty,
+                };
+                *scored = Some(new);
+                Ok(scores)
+            }
+        }
+    }
+
+    /// The mean of all logits of some sequences, see [`head::mean_logit`].
+    pub fn mean_logit(&self, from: usize, count: usize) -> Result<f64> {
+        match &self.way {
+            Way::Plain { hidden, .. } => {
+                let sum = self.model.column_sum()?;
+                head::mean_logit(hidden, &sum, self.model.config.vocab_size, from, count)
+            }
+            Way::Fused { pass, .. } => pass.mean_logit(from, count),
+        }
+    }
+
+    /// Adds to `gradients` what the gradients of the scored log-probabilities bring.
+    pub fn backward(self, of_logps: &[f32], gradients: &mut Gradients) -> Result<()> {
+        match self.way {
+            Way::Plain {
+                hidden,
+                tape: Some(tape),
+                scored: Some(scored),
+            } => {
+                let (model, weight) = (self.model, self.model.head_weight()?);
+                let (of_hidden, of_head) =
+                    scored.backward(of_logps, &weight, &hidden, model.trains_head())?;
+                model.backward(tape, &of_hidden, of_head.as_ref(), gradients)
+            }
+            Way::Fused {
+                pass,
+                scored: Some(scored),
+            } => pass.backward(scored, of_logps, gradients),
+            _ => candle_core::bail!("there is no way back: nothing was recorded or scored"),
+        }
+    }
+}

@@ -1,0 +1,245 @@
+//! The fast path of a Llama on the CPU: forward and backward of each layer written by hand over [`pipeline_kernels`].
+//!
+//! It takes, gives and means what the plain path in [`super::model`] does, which every result here is tested against. What it
+//! saves: tokens that need not be computed (padding, prompts that two answers share), gradients of frozen weights, most
+//! intermediate values, and every pass over memory that can be folded into another one. Activations live in panels of 32
+//! tokens, all sequences of a batch one behind the other.
+//!
+//! A layer takes hidden states, keeps what its backward can't make again cheaply ([`layer::Saved`]), or with checkpointing
+//! only its input, and gives hidden states.
+
+mod head;
+mod layer;
+mod layout;
+mod pool;
+mod projection;
+mod weights;
+
+use candle_core::{DType, Result, Tensor};
+use pipeline_kernels::elementwise::{rms_norm, rms_norm_backward, rms_norm_weight};
+use pipeline_kernels::panels::{LANES, fill, size};
+
+use super::batch::{Batch, Target};
+use super::linear::{Pass, Weight};
+use super::model::{self, Gradients, Llama};
+pub use head::Scored;
+use layer::{Both, Saved, Shape, Trainable};
+use layout::Layout;
+pub use layout::Packing;
+pub(super) use pool::Pool;
+use weights::{Held, Layer};
+
+/// Whether a model can go the fast way.
+pub(super) fn supports(model: &Llama) -> bool {
+    model.device.is_cpu()
+        && matches!(model.compute, DType::F32 | DType::BF16)
+        && model.config.head_dim.is_multiple_of(2)
+}
+
+/// Whether a pass of such a model can: dropout goes the plain way.
+pub(super) fn takes(model: &Llama, pass: Pass) -> bool {
+    let drops = |layer: &model::Layer| {
+        let loras = layer
+            .linears()
+            .into_iter()
+            .filter_map(|linear| linear.lora.as_ref());
+        loras.into_iter().any(|lora| lora.dropout > 0.)
+    };
+    supports(model) && (pass.dropout.is_none() || !model.layers.iter().any(drops))
+}
+
+/// A forward pass.
+pub struct Forward<'m> {
+    model: &'m Llama,
+    layout: Layout,
+    shape: Shape,
+    pass: Pass,
+    saved: Vec<Kept>,
+    last: Vec<f32>,
+    inverse: Vec<f32>,
+    /// The final hidden states after the norm, in panels.
+    hidden: Vec<f32>,
+}
+
+/// What is kept of a layer.
+enum Kept {
+    Input(Vec<f32>),
+    All(Box<Saved>),
+}
+
+impl<'m> Forward<'m> {
+    /// Runs the model on a batch. With a tape the layers keep what [`Forward::backward`] needs, with `checkpointing` only
+    /// their inputs.
+    pub fn new(
+        model: &'m Llama,
+        batch: &Batch,
+        packing: Packing,
+        pass: Pass,
+        checkpointing: bool,
+    ) -> Result<Self> {
+        let layout = Layout::new(batch, packing);
+        let shape = Shape::new(model, &layout)?;
+        let pool = &model.pool;
+        let mut x = pool.take(size(shape.hidden, shape.tokens));
+        embed(model, &layout, &mut x)?;
+        let mut saved = Vec::new();
+        for layer in &model.layers {
+            let layer = Layer::hold(layer, pass)?;
+            if pass.tape && checkpointing {
+                let mut input = pool.take(x.len());
+                input.copy_from_slice(&x);
+                saved.push(Kept::Input(input));
+            }
+            let (kept, out) = layer::forward(&layer, &shape, &layout, x, pool, true)?;
+            x = out;
+            if pass.tape && !checkpointing {
+                saved.push(Kept::All(Box::new(kept)));
+            } else {
+                kept.give_back(pool);
+            }
+        }
+        let norm = Held::weight(&model.norm.weight)?;
+        let mut hidden = pool.take(x.len());
+        let mut inverse = pool.take(size(1, shape.tokens));
+        let eps = model.norm.eps as f32;
+        rms_norm(&x, norm.floats()?, eps, &mut hidden, &mut inverse);
+        Ok(Self {
+            model,
+            layout,
+            shape,
+            pass,
+            saved,
+            last: x,
+            inverse,
+            hidden,
+        })
+    }
+
+    /// Scores targets. With `gradient` it keeps what [`Forward::backward`] needs.
+    pub fn score(&self, targets: &[Target], certainty: bool, gradient: bool) -> Result<Scored> {
+        head::score(self, targets, certainty, gradient)
+    }
+
+    /// See [`super::head::mean_logit`]. Without padding the mean goes over the positions that there are.
+    pub fn mean_logit(&self, from: usize, count: usize) -> Result<f64> {
+        let sequences = self.layout.places.iter().skip(from).take(count);
+        let mut weights = vec![0f32; self.hidden.len() / self.shape.hidden];
+        let mut all = 0usize;
+        for places in sequences {
+            for &token in places.iter().take(places.len().saturating_sub(1)) {
+                weights[token] += 1.;
+                all += 1;
+            }
+        }
+        if all == 0 {
+            return Ok(f64::NAN);
+        }
+        let sums = self.model.column_sum()?.to_vec1::<f64>()?;
+        let mut total = 0f64;
+        let panels = self.hidden.chunks_exact(self.shape.hidden * LANES);
+        for (panel, weights) in panels.zip(weights.chunks_exact(LANES)) {
+            for (row, sum) in panel.chunks_exact(LANES).zip(&sums) {
+                let row = row.iter().zip(weights).map(|(x, w)| x * w);
+                total += f64::from(row.sum::<f32>()) * sum;
+            }
+        }
+        Ok(total / (self.model.config.vocab_size * all) as f64)
+    }
+
+    /// Adds to `gradients` what the gradients of the scored log-probabilities bring.
+    pub fn backward(
+        mut self,
+        scored: Scored,
+        of_logps: &[f32],
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        let (model, pool) = (self.model, &self.model.pool);
+        let mut of_hidden = pool.take(self.hidden.len());
+        scored.backward(&self, of_logps, &mut of_hidden, gradients)?;
+        let mut of_x = pool.take(self.last.len());
+        of_x.fill(0.);
+        let norm = Held::weight(&model.norm.weight)?;
+        let weight = norm.floats()?;
+        rms_norm_backward(&self.last, weight, &self.inverse, &of_hidden, &mut of_x);
+        if let Weight::Trained(var) = &model.norm.weight {
+            let mut of_weight = vec![0.; weight.len()];
+            rms_norm_weight(&self.last, &self.inverse, &of_hidden, &mut of_weight);
+            gradients.add_values(model, var, of_weight)?;
+        }
+        pool.give(of_hidden);
+        let trains_embed = matches!(model.embed, Weight::Trained(_));
+        let mut trainable = Trainable { model, gradients };
+        while let Some(kept) = self.saved.pop() {
+            let number = self.saved.len();
+            let Some(layer) = model.layers.get(number) else {
+                continue;
+            };
+            let held = Layer::hold(layer, self.pass)?;
+            let saved = match kept {
+                Kept::All(saved) => *saved,
+                Kept::Input(x) => {
+                    let (saved, out) =
+                        layer::forward(&held, &self.shape, &self.layout, x, pool, false)?;
+                    pool.give(out);
+                    saved
+                }
+            };
+            let wanted = number > 0 || trains_embed;
+            layer::backward(
+                Both { held: &held, layer },
+                &self.shape,
+                &self.layout,
+                saved,
+                &mut of_x,
+                wanted,
+                pool,
+                &mut trainable,
+            )?;
+        }
+        if let Weight::Trained(var) = &model.embed {
+            let (rows, width) = (model.config.vocab_size, self.shape.hidden);
+            let mut of_embed = vec![0f32; rows * width];
+            for (token, &id) in self.layout.ids.iter().enumerate() {
+                let row = &mut of_embed[id as usize * width..][..width];
+                let column = pipeline_kernels::panels::column(&of_x, width, token);
+                for (sum, g) in row.iter_mut().zip(column) {
+                    *sum += g;
+                }
+            }
+            gradients.add_values(model, var, of_embed)?;
+        }
+        pool.give(of_x);
+        Ok(())
+    }
+}
+
+impl Drop for Forward<'_> {
+    fn drop(&mut self) {
+        let pool = &self.model.pool;
+        for buffer in [&mut self.last, &mut self.inverse, &mut self.hidden] {
+            pool.give(std::mem::take(buffer));
+        }
+        for kept in self.saved.drain(..) {
+            match kept {
+                Kept::Input(x) => pool.give(x),
+                Kept::All(saved) => saved.give_back(pool),
+            }
+        }
+    }
+}
+
+/// The tokens' rows of the embedding.
+fn embed(model: &Llama, layout: &Layout, x: &mut [f32]) -> Result<()> {
+    let width = model.config.hidden_size;
+    let ids = Tensor::from_slice(&layout.ids, layout.ids.len(), &model.device)?;
+    let rows = model.embed.value().index_select(&ids, 0)?;
+    let rows = rows.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+    fill(x, width, layout.ids.len(), |token| {
+        rows.get(token * width..(token + 1) * width)
+            .unwrap_or_default()
+    });
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

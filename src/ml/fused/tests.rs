@@ -1,0 +1,165 @@
+//! The fast path beside the plain one: losses, metrics and gradients.
+
+use candle_core::Tensor;
+
+use super::*;
+use crate::ml::forward::Path;
+use crate::ml::golden::{self, rows};
+use crate::ml::model::Trained;
+use crate::ml::objective::{Metrics, Objective};
+
+const PADDED: Packing = Packing {
+    padding_free: false,
+    share_prompts: false,
+};
+const FREE: Packing = Packing {
+    padding_free: true,
+    share_prompts: false,
+};
+const SHARED: Packing = Packing {
+    padding_free: true,
+    share_prompts: true,
+};
+
+struct Result {
+    loss: f64,
+    metrics: Metrics,
+    gradients: Vec<Option<Tensor>>,
+    evaluated: f64,
+}
+
+fn run(model: &mut Llama, path: Path, objective: Objective, checkpointing: bool) -> Result {
+    model.path = path;
+    let rows = rows("trl-1.16");
+    // Of unlike lengths, and more than one panel of tokens.
+    let batch = objective.batch(&[&rows[2], &rows[7], &rows[9]], 1023);
+    let batch = batch.unwrap();
+    let mut gradients = Gradients::none(model);
+    let outcome = objective
+        .differentiate(model, &batch, 1.5, None, checkpointing, &mut gradients)
+        .unwrap();
+    let evaluated = objective.evaluate(model, &batch, Pass::INFER).unwrap();
+    Result {
+        loss: outcome.loss,
+        metrics: outcome.metrics,
+        gradients: gradients.0,
+        evaluated: evaluated.loss,
+    }
+}
+
+/// The distance of two gradients, relative to the size of the second.
+fn far(a: &Tensor, b: &Tensor) -> f64 {
+    let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let (a, b) = (values(a), values(b));
+    let both = a.iter().zip(&b);
+    let difference: f64 = both.map(|(a, b)| f64::from(a - b).powi(2)).sum();
+    let size: f64 = b.iter().map(|b| f64::from(*b).powi(2)).sum();
+    (difference / size.max(1e-30)).sqrt()
+}
+
+fn compare(ours: &Result, plain: &Result, packing: Packing, bound: f64, of_gradient: f64) {
+    // Differences of larger numbers have those numbers' errors.
+    let floor = if bound > 1e-4 { 2. } else { 0.1 };
+    let near = |name: &str, a: f64, b: f64| {
+        let far = (a - b).abs();
+        assert!(
+            far <= bound * b.abs().max(floor),
+            "{packing:?} {name}: {a} {b}"
+        );
+    };
+    near("loss", ours.loss, plain.loss);
+    near("evaluated", ours.evaluated, plain.evaluated);
+    assert_eq!(ours.metrics.len(), plain.metrics.len());
+    for (name, value) in &ours.metrics {
+        // Without padding these two are means over other positions.
+        if !packing.padding_free || !name.starts_with("logits/") {
+            near(name, *value, plain.metrics[name]);
+        }
+        assert!(value.is_finite());
+    }
+    for (place, (a, b)) in ours.gradients.iter().zip(&plain.gradients).enumerate() {
+        let (a, b) = (a.as_ref().unwrap(), b.as_ref().unwrap());
+        let far = far(a, b);
+        assert!(
+            far < of_gradient,
+            "{packing:?}, the gradient of {place}: {far}"
+        );
+    }
+}
+
+#[test]
+fn the_fast_path_is_the_plain_one() {
+    let orpo = Objective::Orpo { beta: 0.1 };
+    let sft = |completion_only| Objective::Sft { completion_only };
+    for (base, adapter, trained) in [
+        ("model", true, Trained::Adapter),
+        ("model_nf4", true, Trained::Adapter),
+        ("model", false, Trained::Everything),
+    ] {
+        let adapter = adapter.then_some("adapter_init");
+        let mut model = golden::model(base, adapter, trained, DType::F32);
+        for objective in [orpo, sft(false), sft(true)] {
+            let plain = run(&mut model, Path::Plain, objective, false);
+            for packing in [PADDED, FREE, SHARED] {
+                let fused = Path::Fused(packing);
+                let once = run(&mut model, fused, objective, false);
+                compare(&once, &plain, packing, 1e-5, 1e-5);
+                let again = run(&mut model, fused, objective, true);
+                compare(&again, &once, packing, 0., 1e-30);
+            }
+        }
+    }
+}
+
+#[test]
+fn in_bf16_the_fast_path_is_as_near_as_the_plain_one() {
+    let objective = Objective::Orpo { beta: 0.1 };
+    let mut exact = golden::model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
+    let exact = run(&mut exact, Path::Plain, objective, false);
+    for base in ["model", "model_nf4"] {
+        let mut model = golden::model(base, Some("adapter_init"), Trained::Adapter, DType::BF16);
+        let plain = run(&mut model, Path::Plain, objective, false);
+        let ours = run(&mut model, Path::Fused(SHARED), objective, false);
+        compare(&ours, &plain, SHARED, 2e-3, 3e-2);
+        if base == "model" {
+            compare(&ours, &exact, SHARED, 2e-3, 3e-2);
+        }
+    }
+}
+
+#[test]
+fn packed_rows_keep_to_themselves() {
+    let mut rows = rows("trl-1.16");
+    for row in &mut rows {
+        row.rejected = None;
+    }
+    let objective = Objective::Sft {
+        completion_only: true,
+    };
+    let packed = crate::ml::sft::pack(rows[..6].to_vec(), 192, true);
+    let rows: Vec<_> = packed.rows.iter().collect();
+    let batch = objective.batch(&rows, 1023).unwrap();
+    assert!(batch.positions().is_some());
+    let mut model = golden::model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
+    let loss = |model: &Llama| objective.evaluate(model, &batch, Pass::INFER).unwrap().loss;
+    model.path = Path::Plain;
+    let plain = loss(&model);
+    for packing in [PADDED, FREE, SHARED] {
+        model.path = Path::Fused(packing);
+        let far = (loss(&model) - plain).abs();
+        assert!(far < 1e-5 * plain, "{far}");
+    }
+}
+
+#[test]
+fn buffers_do_not_pile_up() {
+    let mut model = golden::model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
+    let objective = Objective::Orpo { beta: 0.1 };
+    run(&mut model, Path::Fused(SHARED), objective, false);
+    let after = model.pool.count();
+    for _ in 0..3 {
+        run(&mut model, Path::Fused(SHARED), objective, false);
+    }
+    assert!(after > 0);
+    assert_eq!(model.pool.count(), after);
+}

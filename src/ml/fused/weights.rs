@@ -1,0 +1,175 @@
+//! The weights of a layer as slices, held for the time of a pass.
+
+use candle_core::{CpuStorage, Layout, Result, Storage, StorageRef, Tensor, bail};
+use pipeline_kernels::matrix::{Matrix, Nf4, Rounding, Values};
+
+use crate::ml::float::Float;
+use crate::ml::linear::{Base, Linear, Pass, Weight};
+use crate::ml::nf4;
+
+/// A tensor's values.
+pub(super) struct Held<'a> {
+    storage: StorageRef<'a>,
+    layout: &'a Layout,
+}
+
+impl<'a> Held<'a> {
+    pub(super) fn tensor(tensor: &'a Tensor) -> Self {
+        let (storage, layout) = tensor.storage_and_layout();
+        Self { storage, layout }
+    }
+
+    pub(super) fn weight(weight: &'a Weight) -> Result<Self> {
+        let held = Self::tensor(match weight {
+            Weight::Frozen(tensor) => tensor,
+            Weight::Trained(var) => var.as_tensor(),
+        });
+        held.values()?;
+        Ok(held)
+    }
+
+    fn values(&self) -> Result<Values<'_>> {
+        let Some((start, end)) = self.layout.contiguous_offsets() else {
+            bail!("a weight is not contiguous")
+        };
+        let values = match &*self.storage {
+            Storage::Cpu(CpuStorage::F32(values)) => values.get(start..end).map(Values::F32),
+            Storage::Cpu(CpuStorage::BF16(values)) => values.get(start..end).map(Values::Bf16),
+            _ => None,
+        };
+        match values {
+            Some(values) => Ok(values),
+            None => bail!("a weight is neither f32 nor bf16 on the cpu"),
+        }
+    }
+
+    pub(super) fn floats(&self) -> Result<&[f32]> {
+        match self.values()? {
+            Values::F32(values) => Ok(values),
+            _ => bail!("a norm's weight is not f32"),
+        }
+    }
+
+    pub(super) fn matrix(&self) -> Result<Matrix<'_>> {
+        let (rows, columns) = self.layout.shape().dims2()?;
+        match Matrix::new(self.values()?, rows, columns) {
+            Some(matrix) => Ok(matrix),
+            None => bail!("a weight has another size than its shape ({rows}, {columns})"),
+        }
+    }
+}
+
+/// One projection's weights.
+pub(super) struct Projection<'a> {
+    base: Source<'a>,
+    pub(super) lora: Option<Pair<'a>>,
+}
+
+enum Source<'a> {
+    Dense(Held<'a>),
+    Nf4(&'a nf4::Nf4),
+}
+
+/// A LoRA pair.
+pub(super) struct Pair<'a> {
+    a: Held<'a>,
+    b: Held<'a>,
+    pub(super) rank: usize,
+    pub(super) scaling: f32,
+}
+
+impl<'a> Projection<'a> {
+    fn hold(linear: &'a Linear, pass: Pass) -> Result<Self> {
+        let base = match &linear.base {
+            Base::Dense(weight) => Source::Dense(Held::weight(weight)?),
+            Base::Nf4(weight) => Source::Nf4(weight),
+        };
+        let lora = match &linear.lora {
+            Some(lora) if pass.adapter => {
+                let (a, b) = (Held::weight(&lora.a)?, Held::weight(&lora.b)?);
+                let rank = a.layout.shape().dims2()?.0;
+                Some(Pair {
+                    a,
+                    b,
+                    rank,
+                    scaling: lora.scaling as f32,
+                })
+            }
+            _ => None,
+        };
+        Ok(Self { base, lora })
+    }
+
+    /// The base's weight (out, in).
+    pub(super) fn matrix(&self) -> Result<Matrix<'_>> {
+        match &self.base {
+            Source::Dense(held) => held.matrix(),
+            Source::Nf4(weight) => {
+                let values = Values::Nf4(Nf4 {
+                    packed: &weight.packed,
+                    absmax: &weight.absmax,
+                    code: &nf4::CODE,
+                    rounding: match Float::of_candle(weight.dtype) {
+                        Some(Float::BF16) => Rounding::Bf16,
+                        Some(Float::F16) => Rounding::F16,
+                        _ => Rounding::F32,
+                    },
+                });
+                let (rows, columns) = weight.shape;
+                match Matrix::new(values, rows, columns) {
+                    Some(matrix) => Ok(matrix),
+                    None => bail!("a 4-bit weight has another size than its shape"),
+                }
+            }
+        }
+    }
+
+    /// The rank of the adapter's pair, 0 without one.
+    pub(super) fn rank(&self) -> usize {
+        self.lora.as_ref().map_or(0, |pair| pair.rank)
+    }
+}
+
+impl Pair<'_> {
+    /// A, (r, in).
+    pub(super) fn a(&self) -> Result<Matrix<'_>> {
+        self.a.matrix()
+    }
+
+    /// B, (out, r).
+    pub(super) fn b(&self) -> Result<Matrix<'_>> {
+        self.b.matrix()
+    }
+}
+
+/// A layer's weights.
+pub(super) struct Layer<'a> {
+    pub(super) q: Projection<'a>,
+    pub(super) k: Projection<'a>,
+    pub(super) v: Projection<'a>,
+    pub(super) o: Projection<'a>,
+    pub(super) gate: Projection<'a>,
+    pub(super) up: Projection<'a>,
+    pub(super) down: Projection<'a>,
+    pub(super) input_norm: Held<'a>,
+    pub(super) post_norm: Held<'a>,
+    pub(super) eps: (f32, f32),
+}
+
+impl<'a> Layer<'a> {
+    pub(super) fn hold(layer: &'a crate::ml::model::Layer, pass: Pass) -> Result<Self> {
+        let hold = |linear| Projection::hold(linear, pass);
+        Ok(Self {
+            q: hold(&layer.q)?,
+            k: hold(&layer.k)?,
+            v: hold(&layer.v)?,
+            o: hold(&layer.o)?,
+            gate: hold(&layer.gate)?,
+            up: hold(&layer.up)?,
+            down: hold(&layer.down)?,
+            input_norm: Held::weight(&layer.input_norm.weight)?,
+            post_norm: Held::weight(&layer.post_norm.weight)?,
+            eps: (layer.input_norm.eps as f32, layer.post_norm.eps as f32),
+        })
+    }
+}
