@@ -29,4 +29,5 @@ pub mod normal;
 pub mod panels;
 pub mod product;
 pub mod reduce;
+pub mod vectors;
 pub mod vocabulary;

@@ -112,6 +112,16 @@ impl<'a> Matrix<'a> {
         if self.turned { self.rows } else { self.columns }
     }
 
+    /// Whether it is turned around.
+    pub(crate) fn is_turned(&self) -> bool {
+        self.turned
+    }
+
+    /// Its values as they are stored.
+    pub(crate) fn values(&self) -> Values<'a> {
+        self.values
+    }
+
     /// Whether its values are bf16 as they are.
     pub(crate) fn is_bf16(&self) -> bool {
         matches!(self.values, Values::Bf16(_))

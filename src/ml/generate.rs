@@ -3,11 +3,108 @@
 use anyhow::ensure;
 
 use super::linear::Pass;
+use super::model::decode::{Decoder, Token};
 use super::model::{Cache, Llama};
 
-/// The most probable continuation of `prompt`, at most `limit` ids, up to and without the first id of `stops`. `tell` is
-/// called before each id and may stop with an error.
+/// Tokens of prompts that go through the model at a time.
+const CHUNK: usize = 32;
+
+/// The most probable continuation of each prompt, at most `limit` ids, up to and without the first id of `stops`. `tell` is
+/// called before each step and may stop with an error.
+///
+/// Each prompt gets the answer that it gets alone: no sum depends on the other prompts.
 pub fn greedy(
+    model: &Llama,
+    prompts: &[&[u32]],
+    limit: usize,
+    stops: &[u32],
+    pass: Pass,
+    tell: &mut dyn FnMut() -> anyhow::Result<()>,
+) -> anyhow::Result<Vec<Vec<u32>>> {
+    let mut longest = 0;
+    for prompt in prompts {
+        ensure!(!prompt.is_empty(), "the prompt has no tokens");
+        longest = longest.max(prompt.len());
+    }
+    match Decoder::new(model, prompts.len(), longest + limit, pass)? {
+        Some(decoder) => together(
+            decoder,
+            model.config.vocab_size,
+            prompts,
+            limit,
+            stops,
+            tell,
+        ),
+        None => prompts
+            .iter()
+            .map(|prompt| alone(model, prompt, limit, stops, pass, tell))
+            .collect(),
+    }
+}
+
+/// The id of the largest logit, the first one of equals.
+fn best(logits: &[f32]) -> u32 {
+    let mut best = (0u32, f32::NEG_INFINITY);
+    for (id, &logit) in (0u32..).zip(logits) {
+        if logit > best.1 {
+            best = (id, logit);
+        }
+    }
+    best.0
+}
+
+fn together(
+    mut decoder: Decoder<'_>,
+    vocabulary: usize,
+    prompts: &[&[u32]],
+    limit: usize,
+    stops: &[u32],
+    tell: &mut dyn FnMut() -> anyhow::Result<()>,
+) -> anyhow::Result<Vec<Vec<u32>>> {
+    let mut answers = vec![Vec::new(); prompts.len()];
+    let mut next = Vec::new();
+    if limit == 0 {
+        return Ok(answers);
+    }
+    // The id that follows, unless the answer ends.
+    let mut follow = |token: Token, logits: &[f32]| {
+        let answer: &mut Vec<u32> = &mut answers[token.text];
+        let id = best(logits);
+        if stops.contains(&id) {
+            return None;
+        }
+        answer.push(id);
+        let text = token.text;
+        (answer.len() < limit).then_some(Token { text, id })
+    };
+    let all = prompts.iter().enumerate().flat_map(|(text, prompt)| {
+        let tokens = prompt.iter().enumerate();
+        tokens.map(move |(at, &id)| (Token { text, id }, at + 1 == prompt.len()))
+    });
+    let all: Vec<(Token, bool)> = all.collect();
+    for chunk in all.chunks(CHUNK) {
+        tell()?;
+        let tokens: Vec<Token> = chunk.iter().map(|(token, _)| *token).collect();
+        let last = chunk.iter().enumerate().filter(|(_, (_, last))| *last);
+        let last: Vec<usize> = last.map(|(at, _)| at).collect();
+        let logits = decoder.step(&tokens, &last)?;
+        let rows = last.iter().zip(logits.chunks_exact(vocabulary));
+        next.extend(rows.filter_map(|(&at, logits)| follow(tokens[at], logits)));
+    }
+    while !next.is_empty() {
+        tell()?;
+        let places: Vec<usize> = (0..next.len()).collect();
+        let logits = decoder.step(&next, &places)?;
+        let rows = next.iter().zip(logits.chunks_exact(vocabulary));
+        next = rows
+            .filter_map(|(&token, logits)| follow(token, logits))
+            .collect();
+    }
+    Ok(answers)
+}
+
+/// One answer by the plain path.
+fn alone(
     model: &Llama,
     prompt: &[u32],
     limit: usize,
@@ -15,24 +112,17 @@ pub fn greedy(
     pass: Pass,
     tell: &mut dyn FnMut() -> anyhow::Result<()>,
 ) -> anyhow::Result<Vec<u32>> {
-    ensure!(!prompt.is_empty(), "the prompt has no tokens");
     let mut cache = Cache::default();
     let mut answer: Vec<u32> = Vec::new();
     let mut next = prompt.to_vec();
     while answer.len() < limit {
         tell()?;
-        let logits = model.next_logits(&next, &mut cache, pass)?;
-        let mut best = (0u32, f32::NEG_INFINITY);
-        for (id, &logit) in (0u32..).zip(&logits) {
-            if logit > best.1 {
-                best = (id, logit);
-            }
-        }
-        if stops.contains(&best.0) {
+        let id = best(&model.next_logits(&next, &mut cache, pass)?);
+        if stops.contains(&id) {
             break;
         }
-        answer.push(best.0);
-        next = vec![best.0];
+        answer.push(id);
+        next = vec![id];
     }
     Ok(answer)
 }

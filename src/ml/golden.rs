@@ -361,10 +361,15 @@ fn greedy_tokens_are_those_of_transformers() {
     let model = model("model", Some("adapter_final"), Trained::Nothing, DType::F32);
     for (pass, name) in [(Pass::BASE, "base_ids"), (Pass::INFER, "merged_ids")] {
         let go_on = &mut || Ok(());
-        let answer = generate::greedy(&model, &prompt, 20, &[], pass, go_on).unwrap();
-        assert_eq!(answer, ids(name));
-        let stops = [answer[3]];
-        let stopped = generate::greedy(&model, &prompt, 20, &stops, pass, go_on).unwrap();
-        assert_eq!(stopped, answer[..3]);
+        // Beside a shorter prompt, which ends another time.
+        let prompts = [prompt.as_slice(), &prompt[..5]];
+        let answers = generate::greedy(&model, &prompts, 20, &[], pass, go_on).unwrap();
+        assert_eq!(answers[0], ids(name));
+        assert_eq!(answers[1].len(), 20);
+        let stops = [answers[0][3]];
+        let stopped = generate::greedy(&model, &prompts, 20, &stops, pass, go_on).unwrap();
+        assert_eq!(stopped[0], answers[0][..3]);
+        let alone = generate::greedy(&model, &prompts[1..], 20, &stops, pass, go_on).unwrap();
+        assert_eq!(stopped[1], alone[0]);
     }
 }

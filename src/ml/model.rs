@@ -7,6 +7,7 @@
 //! A layer takes the hidden states (batch, length, hidden), the angles and the mask; gives the hidden states; saves its
 //! graph, or with checkpointing only its input; and recomputes everything from that input.
 
+pub mod decode;
 mod load;
 
 use candle_core::backprop::GradStore;

@@ -1,0 +1,224 @@
+"""The other pairs: preparing rows, NF4, merging and generating text, by the Python packages and by `pipeline`.
+
+    cargo build --release
+    python3 benches/other_pairs.py prep --pipeline target/release/pipeline --python VENV/bin/python --trl PATH/trl_bench.py \
+        --model MODEL --data rows.jsonl
+    python3 benches/other_pairs.py nf4 ..            (no --data)
+    python3 benches/other_pairs.py merge ..          (no --data; --preset and --dtype are those of MODEL)
+    python3 benches/other_pairs.py generate ..       (--data gives the prompts)
+
+VENV, `trl_bench.py` and MODEL are those of `train_pair.py`. Each round measures both sides once, in turn; the medians of the rounds
+are shown. Ours are whole stages: the seconds that the runner tells, reading, writing and digests included.
+
+* prep: rows a second through `apply_chat_template` and `tokenize`, against datasets.map with two processes. `--ours-data` may give
+  our side more rows of the same kind: a stage of a few milliseconds measures the disk.
+* nf4: bytes of the projections' weights a second of CPU time through `quantize`, against bitsandbytes' quantise alone, on one thread.
+* merge: seconds and the process's peak memory, against merge_and_unload and save_pretrained; their memory includes the interpreter.
+* generate: greedy tokens a second with a cache of keys and values, prompts included; ours is the difference of `evaluate` with
+  answers and without. The answers must be the same texts.
+
+Standard library only.
+"""
+
+import argparse
+import json
+import struct
+from pathlib import Path
+
+from pairs import Measured, Project, median, spread, table
+
+# Greedy answers by transformers, run by the venv's Python.
+GENERATE = """
+import json, sys, time, torch, pyarrow.parquet as pq
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, tokens, answers, limit, threads = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
+torch.set_num_threads(threads)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+prompts = [row["prompt_ids"] for row in pq.read_table(tokens).to_pylist()[:answers]]
+ask = lambda ids, limit: model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), max_new_tokens=limit, do_sample=False)
+with torch.inference_mode():
+    ask(prompts[0], 4)
+    began, cpu = time.perf_counter(), time.process_time()
+    made = [ask(ids, limit)[0, len(ids):].tolist() for ids in prompts]
+    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+print(json.dumps(dict(tokens=sum(map(len, made)), seconds=seconds, cpu_s=cpu, texts=[tokenizer.decode(ids, skip_special_tokens=True) for ids in made])))
+"""
+
+LORA = {"model": "base", "r": 16, "lora_alpha": 16, "target_modules": "all-linear", "init_lora_weights": False, "seed": 3407}
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=["prep", "nf4", "merge", "generate"])
+    parser.add_argument("--pipeline", required=True, type=Path)
+    parser.add_argument("--python", required=True, type=Path)
+    parser.add_argument("--trl", required=True, type=Path, help="trl_bench.py")
+    parser.add_argument("--model", required=True, type=Path, help="a folder of save-model")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--ours-data", type=Path)
+    parser.add_argument("--preset", default="135m")
+    parser.add_argument("--dtype", default="f32", choices=["f32", "bf16"])
+    parser.add_argument("--max-length", type=int, default=2048)
+    parser.add_argument("--answers", type=int, default=4)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="only our side")
+    args = parser.parse_args()
+    if args.what in ("prep", "generate") and not args.data:
+        parser.error(f"{args.what} needs --data")
+    return args
+
+
+def reference(args, command, *options):
+    return Measured([args.python, args.trl.resolve(), command, *options], None)
+
+
+def stages(args, data=None, **more):
+    base = {"base": {"import_model": {"path": str(args.model.resolve())}}}
+    if data:
+        base["pairs"] = {"import_dataset": {"path": str(data.resolve()), **({"max_rows": args.answers} if args.what == "generate" else {})}}
+        base["chats"] = {"apply_chat_template": {"dataset": "pairs", "tokenizer": "base"}}
+        base["tokens"] = {"tokenize": {"dataset": "chats", "tokenizer": "base", "max_length": args.max_length}}
+    return {"version": 1, "stages": {**base, **more}, "outputs": {"tokens": "out/tokens"} if data else {}}
+
+
+def rounds(args, theirs, ours):
+    """Both sides' results by round."""
+    results = {"theirs": [], "ours": []}
+    for _ in range(args.rounds):
+        for side, work in [("theirs", theirs), ("ours", ours)]:
+            if side == "theirs" and args.quick:
+                continue
+            results[side].append(work())
+            print(json.dumps({"side": side, **{k: v for k, v in results[side][-1].items() if k != "texts"}}), flush=True)
+    return results
+
+
+def show(results, *lines):
+    """A table: each line has a title, what it is called in theirs and in ours, and its form."""
+    rows = [["", "theirs", "ours", "ours / theirs"]]
+    for title, theirs, ours, form in lines:
+        mine = [result[ours] for result in results["ours"]]
+        other = [result[theirs] for result in results["theirs"]]
+        rows.append([title, spread(other, form) if other else "-", spread(mine, form), f"{median(mine) / median(other):.2f}" if other else "-"])
+    print()
+    table(rows)
+
+
+def prep(args):
+    data = args.ours_data or args.data
+    project = Project(args.pipeline, stages(args, data), args.threads)
+    project.run("tokens")
+
+    def ours():
+        templated, seconds = project.stage("chats")
+        tokenised, more = project.stage("tokens")
+        done = [event["done"] for _, _, event in tokenised.events() if event["event"] == "progress"]
+        rows = max(done)
+        return {
+            "template": rows / seconds, "tokenise": rows / more, "template_cpu": rows / templated.cpu, "tokenise_cpu": rows / tokenised.cpu,
+            "peak_mb": max(templated.peak_mb, tokenised.peak_mb), "rows": rows, "seconds": [seconds, more],
+        }
+
+    def theirs():
+        told = reference(args, "prep", "--data", args.data.resolve(), "--num-proc", args.threads, "--max-length", args.max_length).last_object()
+        return {
+            "template": told["template_rows_per_s"], "trl_template": told["trl_template_rows_per_s"], "tokenise": told["tokenise_rows_per_s"],
+            "tokens_a_pair": told["tokens_per_row_pair"], "peak_mb": told["peak_rss_mb"],
+        }
+
+    results = rounds(args, theirs, ours)
+    show(
+        results, ("chat template, rows/s", "template", "template", "{:.0f}"), ("the same by TRL's own step", "trl_template", "template", "{:.0f}"),
+        ("tokenise, rows/s", "tokenise", "tokenise", "{:.0f}"), ("peak MB", "peak_mb", "peak_mb", "{:.0f}"),
+    )
+
+
+def projections(model):
+    """Bytes of the projections' weights, by the heads of the safetensors files."""
+    total = 0
+    for path in model.glob("*.safetensors"):
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            head = json.loads(file.read(length))
+        for name, tensor in head.items():
+            if name.endswith("_proj.weight"):
+                begin, end = tensor["data_offsets"]
+                total += end - begin
+    return total
+
+
+def nf4(args):
+    project = Project(args.pipeline, stages(args, base4={"quantize": {"model": "base", "double_quant": True}}), 1)
+    project.run("base")
+    project.run("base4")
+    read = projections(args.model)
+
+    def ours():
+        measured, seconds = project.stage("base4")
+        return {"cpu": read / measured.cpu / 1e9, "wall": read / seconds / 1e9, "peak_mb": measured.peak_mb}
+
+    def theirs():
+        measured = reference(args, "nf4", "--threads", 1)
+        told = measured.last_object()[args.dtype]
+        return {"cpu": told["quantise_in_GBps"], "wall": told["quantise_in_GBps"], "peak_mb": measured.peak_mb}
+
+    results = rounds(args, theirs, ours)
+    show(results, ("GB/s of input a CPU second", "cpu", "cpu", "{:.3f}"), ("GB/s of input, elapsed", "wall", "wall", "{:.3f}"), ("peak MB", "peak_mb", "peak_mb", "{:.0f}"))
+
+
+def merge(args):
+    project = Project(args.pipeline, stages(args, lora={"attach_lora": LORA}, merged={"merge": {"model": "base", "adapter": "lora"}}), args.threads)
+    project.run("lora")
+    project.run("merged")
+
+    def ours():
+        measured, seconds = project.stage("merged")
+        return {"seconds": seconds, "cpu": measured.cpu, "peak_mb": measured.peak_mb}
+
+    def theirs():
+        measured = reference(args, "merge", "--preset", args.preset, "--dtype", args.dtype, "--threads", args.threads)
+        told = measured.last_object()
+        return {"seconds": told["merge_s"] + told["save_s"], "peak_mb": measured.peak_mb}
+
+    results = rounds(args, theirs, ours)
+    shards = [path.stat().st_size / 2**20 for path in args.model.glob("*.safetensors")]
+    show(results, ("seconds", "seconds", "seconds", "{:.2f}"), ("peak MB", "peak_mb", "peak_mb", "{:.0f}"))
+    print(f"\nThe largest shard has {max(shards):.0f} MB.")
+
+
+def generate(args):
+    score = {"model": "base", "dataset": "tokens", "max_new_tokens": args.max_new_tokens}
+    recipe = stages(args, args.data, without={"evaluate": {**score, "num_answers": 0}}, scores={"evaluate": {**score, "num_answers": args.answers}})
+    recipe["outputs"]["scores"] = "out/scores"
+    project = Project(args.pipeline, recipe, args.threads)
+    project.run()
+    answers = [json.loads(line)["base"] for line in (project.folder / "out/scores/answers.jsonl").read_text().splitlines()]
+    most = args.answers * args.max_new_tokens
+    made = {}
+
+    def theirs():
+        tokens = project.folder / "out/tokens/train.parquet"
+        command = [args.python, "-c", GENERATE, args.model.resolve(), tokens, args.answers, args.max_new_tokens, args.threads]
+        told = Measured(command, None, args.threads).last_object()
+        made.update(count=told["tokens"], texts=told["texts"])
+        return {"rate": told["tokens"] / told["seconds"], "cpu": told["cpu_s"] / told["tokens"] * 1000}
+
+    def ours():
+        without, seconds = project.stage("without")
+        with_answers, more = project.stage("scores")
+        count = made.get("count", most)
+        return {"rate": count / (more - seconds), "cpu": (with_answers.cpu - without.cpu) / count * 1000}
+
+    results = rounds(args, theirs, ours)
+    show(results, ("tokens/s", "rate", "rate", "{:.1f}"), ("CPU ms a token", "cpu", "cpu", "{:.1f}"))
+    if made:
+        same = sum(a == b for a, b in zip(answers, made["texts"]))
+        print(f"\n{same} of {len(answers)} answers are the same texts; {made['count']} tokens of at most {most}.")
+
+
+if __name__ == "__main__":
+    given = arguments()
+    {"prep": prep, "nf4": nf4, "merge": merge, "generate": generate}[given.what](given)
