@@ -7,6 +7,7 @@
 //! A layer takes the hidden states (batch, length, hidden), the angles and the mask; gives the hidden states; saves its
 //! graph, or with checkpointing only its input; and recomputes everything from that input.
 
+mod layerwise;
 mod load;
 
 use candle_core::backprop::GradStore;
@@ -16,6 +17,7 @@ use super::batch::Batch;
 use super::config::LlamaConfig;
 use super::linear::{Linear, Pass, Weight};
 use super::ops::{masked_softmax, rms_norm, rope};
+pub use layerwise::logits_by_layer;
 
 /// What is trained.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

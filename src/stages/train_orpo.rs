@@ -40,8 +40,9 @@ fn default_disable_dropout() -> bool {
 
 impl Stage for TrainOrpo {
     const KIND: &'static str = "train_orpo";
-    const VERSION: u32 = 2;
+    const VERSION: u32 = 3;
     const EXCLUSIVE: bool = true;
+    const GROWS: &'static [&'static str] = training::GROWS;
     type Output = Adapter;
 
     fn output(&self) -> &'static str {

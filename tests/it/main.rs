@@ -19,6 +19,7 @@ mod layers;
 mod llama3;
 #[cfg(test)]
 mod lock;
+mod longer;
 #[cfg(test)]
 mod mistakes;
 #[cfg(test)]

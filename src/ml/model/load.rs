@@ -13,7 +13,7 @@ use super::super::weights::Weights;
 use super::{Layer, Llama, Norm, Parameter, Trained};
 
 /// Reads a model's tensors into the places where they are wanted.
-struct Loader<'a> {
+pub(super) struct Loader<'a> {
     config: &'a LlamaConfig,
     weights: &'a Weights,
     adapter: Option<&'a Adapter>,
@@ -24,8 +24,28 @@ struct Loader<'a> {
     linears: u64,
 }
 
-impl Loader<'_> {
-    fn shaped(&self, name: &str, shape: &[usize]) -> anyhow::Result<Tensor> {
+impl<'a> Loader<'a> {
+    pub(super) fn new(
+        config: &'a LlamaConfig,
+        weights: &'a Weights,
+        adapter: Option<&'a Adapter>,
+        trained: Trained,
+        compute: DType,
+        device: &'a Device,
+    ) -> Self {
+        Self {
+            config,
+            weights,
+            adapter,
+            trained,
+            compute,
+            device,
+            parameters: Vec::new(),
+            linears: 0,
+        }
+    }
+
+    pub(super) fn shaped(&self, name: &str, shape: &[usize]) -> anyhow::Result<Tensor> {
         let tensor = self.weights.tensor(name, self.device)?;
         anyhow::ensure!(
             tensor.dims() == shape,
@@ -54,7 +74,7 @@ impl Loader<'_> {
         Ok(Weight::Frozen(tensor.to_dtype(dtype)?))
     }
 
-    fn norm(&mut self, name: &str) -> anyhow::Result<Norm> {
+    pub(super) fn norm(&mut self, name: &str) -> anyhow::Result<Norm> {
         Ok(Norm {
             weight: self.weight(
                 &format!("{name}.weight"),
@@ -125,7 +145,7 @@ impl Loader<'_> {
         })
     }
 
-    fn layer(&mut self, number: usize) -> anyhow::Result<Layer> {
+    pub(super) fn layer(&mut self, number: usize) -> anyhow::Result<Layer> {
         let config = self.config;
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
         let q_width = config.num_attention_heads * config.head_dim;
@@ -158,16 +178,7 @@ impl Llama {
         compute: DType,
         device: &Device,
     ) -> anyhow::Result<Self> {
-        let mut loader = Loader {
-            config,
-            weights,
-            adapter,
-            trained,
-            compute,
-            device,
-            parameters: Vec::new(),
-            linears: 0,
-        };
+        let mut loader = Loader::new(config, weights, adapter, trained, compute, device);
         let vocabulary = [config.vocab_size, config.hidden_size];
         let tied = config.tie_word_embeddings;
         let embed_dtype = if tied { compute } else { DType::F32 };
@@ -217,7 +228,7 @@ impl Llama {
 }
 
 impl Layer {
-    fn linears(&self) -> [&Linear; 7] {
+    pub(super) fn linears(&self) -> [&Linear; 7] {
         [
             &self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down,
         ]
