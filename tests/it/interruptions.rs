@@ -118,7 +118,7 @@ fn ctrl_c_ends_cleanly_and_the_run_goes_on_later() {
 }
 
 /// One ORPO training with an adapter on a 4-bit model; its base is hardly trained.
-const TRAINING: [&str; 11] = [
+const TRAINING: [&str; 15] = [
     "recipes/quickstart.yaml",
     "tuned",
     "--force",
@@ -127,7 +127,11 @@ const TRAINING: [&str; 11] = [
     "--set",
     "stages.base.train_sft.max_steps=2",
     "--set",
-    "stages.tuned.train_orpo.max_steps=64",
+    "stages.tuned.train_orpo.max_steps=80",
+    "--set",
+    "stages.tuned.train_orpo.per_device_train_batch_size=1",
+    "--set",
+    "stages.tuned.train_orpo.gradient_accumulation_steps=1",
     "--set",
     "stages.tuned.train_orpo.save_steps=1",
 ];

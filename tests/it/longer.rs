@@ -23,6 +23,8 @@ fn tuned(project: &Project, schedule: &str, steps: u64, more: &[&str]) -> Outcom
         "--set",
         "stages.base.train_sft.max_steps=1",
         "--set",
+        "stages.tuned.train_orpo.per_device_train_batch_size=1",
+        "--set",
         &schedule,
         "--set",
         &steps,
@@ -90,15 +92,15 @@ fn more_steps_go_on_where_fewer_ended_to_the_bytes_of_a_fresh_training() {
     assert_eq!(ends(), 0);
 
     // A cosine's steps are others, so it starts at the beginning and says why.
-    tuned(&project, "cosine", 2, &[]);
-    let longer = tuned(&project, "cosine", 3, &[]);
+    tuned(&project, "cosine", 3, &[]);
+    let longer = tuned(&project, "cosine", 4, &[]);
     assert!(
         longer
             .told
-            .contains("the earlier training of 2 steps can't be gone on from"),
+            .contains("the earlier training of 3 steps can't be gone on from"),
         "{}",
         longer.told
     );
     assert!(longer.note.as_str().unwrap().contains("lr_scheduler_type"));
-    assert_eq!(longer.artifact, tuned(&fresh, "cosine", 3, &[]).artifact);
+    assert_eq!(longer.artifact, tuned(&fresh, "cosine", 4, &[]).artifact);
 }

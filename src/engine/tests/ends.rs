@@ -60,7 +60,7 @@ fn count(toy: &Toy, to: u64, unit: &str, forced: &[&str]) -> (Option<Digest>, us
     let cancel = Arc::new(AtomicBool::new(false));
     run(&situation, &[], &Options::for_test(1), &events, &cancel).unwrap();
     let made = RUNS[toy.counter].load(Ordering::SeqCst) - before;
-    let artifact = match situation.plan().pop() {
+    let artifact = match Toy::situation(&graph, &store, &shared, &[]).plan().pop() {
         Some(State::Fresh { artifact, .. }) => Some(artifact),
         _ => None,
     };
