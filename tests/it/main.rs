@@ -19,6 +19,7 @@ mod layers;
 mod llama3;
 #[cfg(test)]
 mod lock;
+#[cfg(test)]
 mod longer;
 #[cfg(test)]
 mod mistakes;
