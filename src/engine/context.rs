@@ -11,6 +11,7 @@ use anyhow::{Context as _, anyhow, bail};
 use serde::Serialize;
 
 use super::manifest::{Entry, Stat};
+use super::store::END;
 use super::{Event, Input, Level, SourcePath, Span, World};
 
 /// The most events in the log of a failure.
@@ -24,6 +25,8 @@ pub struct Context {
     pub(crate) outside: BTreeMap<String, String>,
     pub(crate) out: PathBuf,
     pub(crate) scratch: PathBuf,
+    /// What finished stages of the family left, if it has one.
+    pub(crate) ends: Option<PathBuf>,
     pub(crate) world: Arc<World>,
     pub(crate) events: Sender<Event>,
     pub(crate) cancel: Arc<AtomicBool>,
@@ -104,6 +107,32 @@ impl Context {
             )
         })?;
         Ok(&self.scratch)
+    }
+
+    /// A folder for what a stage of the same family that goes further could start from (see [`super::Stage::GROWS`]). Made on
+    /// first use; kept when the stage succeeds, until another of the family does or `gc` removes the result.
+    pub fn end(&self) -> anyhow::Result<PathBuf> {
+        let end = self.scratch.join(END);
+        std::fs::create_dir_all(&end)
+            .with_context(|| format!("could not make the folder `{}`", end.display()))?;
+        Ok(end)
+    }
+
+    /// What finished stages of the same family left. It may be damaged, and may be gone at any time. Read-only.
+    pub fn ends(&self) -> Vec<PathBuf> {
+        let entries = self
+            .ends
+            .iter()
+            .filter_map(|ends| std::fs::read_dir(ends).ok());
+        let own = self.scratch.file_name();
+        let mut ends: Vec<PathBuf> = entries
+            .flatten()
+            .flatten()
+            .map(|entry| entry.path())
+            .filter(|path| path.file_name() != own)
+            .collect();
+        ends.sort_unstable();
+        ends
     }
 
     /// Settings of the run.
@@ -233,6 +262,7 @@ impl Context {
             outside: BTreeMap::new(),
             out,
             scratch: folder.join("scratch"),
+            ends: None,
             world: Arc::default(),
             events: std::sync::mpsc::channel().0,
             cancel: Arc::default(),

@@ -73,6 +73,19 @@ impl Fingerprint {
         }))
     }
 
+    /// What this fingerprint has in common with those that differ from it only in the parameters of [`super::Stage::GROWS`];
+    /// none where there are no such parameters.
+    pub(crate) fn family(&self, grows: &[&str]) -> Option<Digest> {
+        if grows.is_empty() {
+            return None;
+        }
+        let mut family = self.clone();
+        if let Value::Object(params) = &mut family.params {
+            params.retain(|name, _| !grows.contains(&name.as_str()));
+        }
+        Some(family.digest())
+    }
+
     /// Every scalar parameter by its path; a content digest counts as one scalar.
     pub(crate) fn leaves(&self) -> BTreeMap<String, Value> {
         let mut leaves = BTreeMap::new();

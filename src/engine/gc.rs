@@ -26,7 +26,7 @@ pub struct Limits {
 /// Something that can go.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Garbage {
-    /// What it is: `result`, `unfinished work`.
+    /// What it is: `result`, `unfinished work`, `end state` (what a finished stage left).
     pub what: &'static str,
     /// The stage that made it, if a record tells.
     pub stage: Option<String>,
@@ -118,6 +118,32 @@ impl Store {
                 remove(&result.path)?;
             }
             garbage.push(result);
+        }
+        for family in self.names("ends") {
+            let ends = self.ends(&family);
+            for fingerprint in self.names(&format!("ends/{family}")) {
+                let record = self.record(&fingerprint);
+                if record
+                    .as_ref()
+                    .is_some_and(|record| keep.contains(&record.artifact))
+                {
+                    continue;
+                }
+                let path = ends.join(&fingerprint);
+                garbage.push(Garbage {
+                    what: "end state",
+                    stage: record.map(|record| record.stage),
+                    size: size(&path),
+                    path: path.clone(),
+                });
+                if remove_it {
+                    remove(&path)?;
+                }
+            }
+            if remove_it {
+                // Only when nothing is left in it.
+                let _ = fs::remove_dir(&ends);
+            }
         }
         for kind in ["partial", "scratch", "failed", "incoming"] {
             for name in self.names(kind) {

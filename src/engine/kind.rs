@@ -71,6 +71,8 @@ pub trait AnyStage: Send + Sync {
     fn exclusive(&self) -> bool;
     /// [`Stage::MOVES`].
     fn moves(&self) -> bool;
+    /// [`Stage::GROWS`].
+    fn grows(&self) -> &'static [&'static str];
     /// Every parameter with its default filled in; inputs, files and neutral settings are marked (see `engine::params`).
     fn params(&self) -> serde_json::Result<serde_json::Value>;
     /// [`Stage::check`].
@@ -96,6 +98,9 @@ impl<S: Stage> AnyStage for S {
     }
     fn moves(&self) -> bool {
         S::MOVES
+    }
+    fn grows(&self) -> &'static [&'static str] {
+        S::GROWS
     }
     fn params(&self) -> serde_json::Result<serde_json::Value> {
         serde_json::to_value(self)

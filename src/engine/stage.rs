@@ -32,6 +32,10 @@ pub trait Stage: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'stat
     /// Whether [`Stage::outside`] gives facts that can move.
     const MOVES: bool = false;
 
+    /// Parameters that only say how far the stage goes, such as a number of epochs. Stages whose fingerprints differ in
+    /// nothing else are a family: what one of them left in [`Context::end`] is found by the others in [`Context::ends`].
+    const GROWS: &'static [&'static str] = &[];
+
     /// The noun of what the stage makes with these parameters. Overridden where a parameter decides between two artifacts
     /// (a training makes an adapter, or without one a model).
     fn output(&self) -> &'static str {

@@ -7,6 +7,7 @@
 //! v1/last/<recipe>/<stage>      the fingerprint of that stage's last result, for reasons
 //! v1/partial/<fingerprint>/     what a running stage writes into
 //! v1/scratch/<fingerprint>/     what survives a crash
+//! v1/ends/<family>/<fingerprint>/   what a finished stage left for one that goes further
 //! v1/failed/<fingerprint>/      what a failed stage wrote and told, until it succeeds
 //! v1/incoming/<content>/        files on their way from a remote
 //! v1/left/<fingerprint>         a result of which only the record was taken from a remote
@@ -31,6 +32,9 @@ use super::record::{FORMAT, Record};
 
 /// The folder of one format of the store.
 const VERSION: &str = "v1";
+
+/// The folder in a scratch folder that outlives the stage's success.
+pub(super) const END: &str = "end";
 
 /// A folder with artifacts and records, possibly shared with other runners.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -133,6 +137,11 @@ impl Store {
     /// The scratch folder of a fingerprint.
     pub fn scratch(&self, fingerprint: &str) -> PathBuf {
         self.root.join("scratch").join(fingerprint)
+    }
+
+    /// The folder with what finished stages of a family left (see [`super::Stage::GROWS`]).
+    pub(super) fn ends(&self, family: &str) -> PathBuf {
+        self.root.join("ends").join(family)
     }
 
     /// Takes the lock of a fingerprint. `waiting` is called once, with the holder, when somebody else has it.
@@ -289,6 +298,27 @@ impl Miss<'_> {
             remove(&partial)?;
         }
         Ok(place)
+    }
+
+    /// Keeps what the stage left in its scratch for one of its family that goes further, in place of what others left: only
+    /// the last one is kept, because it may be large.
+    pub(super) fn keep_end(&self, family: &str) -> anyhow::Result<()> {
+        let left = self.store.scratch(&self.fingerprint).join(END);
+        if !left.is_dir() {
+            return Ok(());
+        }
+        let ends = self.store.ends(family);
+        let kept = ends.join(&self.fingerprint);
+        remove(&kept)?;
+        fs::create_dir_all(&ends)
+            .and_then(|()| fs::rename(&left, &kept))
+            .with_context(|| format!("could not make `{}`", kept.display()))?;
+        for entry in fs::read_dir(&ends).into_iter().flatten().flatten() {
+            if entry.path() != kept {
+                remove(&entry.path())?;
+            }
+        }
+        Ok(())
     }
 
     /// Takes the partial folder into the store and writes the record, whose `artifact` is filled in. Files with

@@ -12,6 +12,7 @@ use super::remote::Shared;
 use super::*;
 
 mod damage;
+mod ends;
 mod failures;
 
 struct Text;

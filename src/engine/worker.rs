@@ -156,6 +156,10 @@ impl Worker<'_, '_> {
             seconds,
             pipeline: env!("CARGO_PKG_VERSION").to_owned(),
         };
+        if let Some(family) = self.family(prepared) {
+            // The result is worth more than what a later stage might start from.
+            let _ = miss.keep_end(&family);
+        }
         let copied = context.copied.into_inner();
         let (record, _) = miss.commit(record, &copied.unwrap_or_else(PoisonError::into_inner))?;
         shared.made(store, &prepared.digest);
@@ -209,6 +213,10 @@ impl Worker<'_, '_> {
         }
     }
 
+    fn family(&self, prepared: &Prepared) -> Option<Digest> {
+        prepared.fingerprint.family(self.node().stage.grows())
+    }
+
     fn context(&self, prepared: &Prepared, miss: &Miss<'_>) -> anyhow::Result<Context> {
         let node = self.node();
         let timeout = node.handling.timeout;
@@ -219,6 +227,10 @@ impl Worker<'_, '_> {
             outside: prepared.fingerprint.outside.clone(),
             out: miss.partial()?,
             scratch: self.situation.store.scratch(&prepared.digest),
+            // Who forces a stage wants it made from its inputs alone.
+            ends: (self.family(prepared))
+                .filter(|_| !self.situation.forced[self.index])
+                .map(|family| self.situation.store.ends(&family)),
             world: Arc::clone(&self.situation.world),
             events: self.events.clone(),
             cancel: Arc::clone(&self.cancel),

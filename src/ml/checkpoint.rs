@@ -21,7 +21,12 @@ use super::train::log::Window;
 use super::train::scaler::Scaler;
 
 /// Raised when the files' meaning changes; other versions are ignored.
-const VERSION: u32 = 2;
+pub(super) const VERSION: u32 = 2;
+
+/// The files of a checkpoint.
+const TENSORS: &str = "state.safetensors";
+const STATE: &str = "state.json";
+const DIGEST: &str = "digest";
 
 /// Where a training stands, apart from its tensors.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -101,21 +106,14 @@ fn tensors(model: &Llama, optimizer: &Optimizer) -> anyhow::Result<BTreeMap<Stri
     Ok(tensors)
 }
 
-/// Writes a checkpoint and removes all but the newest `keep`.
-pub(super) fn save(
+/// Writes a checkpoint into a folder.
+pub(super) fn write(
     folder: &Path,
     model: &Llama,
     optimizer: &Optimizer,
     state: &State,
-    keep: usize,
 ) -> anyhow::Result<()> {
     let write = || -> anyhow::Result<()> {
-        let place = folder.join(format!("step-{:08}", state.step));
-        let partial = folder.join("partial");
-        if partial.exists() {
-            fs::remove_dir_all(&partial)?;
-        }
-        fs::create_dir_all(&partial)?;
         let bytes = safetensors::serialize(tensors(model, optimizer)?, None)?;
         let window = state.window.sums.iter();
         let stored = Stored {
@@ -134,21 +132,75 @@ pub(super) fn save(
         };
         let json = serde_json::to_vec(&stored)?;
         let digest = blake3::hash(&json).to_string();
-        for (name, bytes) in [
-            ("state.safetensors", bytes),
-            ("state.json", json),
-            ("digest", digest.into_bytes()),
-        ] {
-            let mut file = File::create(partial.join(name))?;
-            file.write_all(&bytes)?;
-            file.sync_all()?;
-        }
-        if place.exists() {
-            // Damaged, or written by a run that was interrupted at the same step again.
-            fs::remove_dir_all(&place)?;
-        }
-        fs::rename(&partial, &place)?;
-        File::open(folder)?.sync_all()?;
+        put(
+            folder,
+            state.step,
+            &[
+                (TENSORS, &bytes),
+                (STATE, &json),
+                (DIGEST, digest.as_bytes()),
+            ],
+        )
+    };
+    write().with_context(|| format!("could not write a checkpoint to `{}`", folder.display()))
+}
+
+fn place(folder: &Path, step: u64) -> PathBuf {
+    folder.join(format!("step-{step:08}"))
+}
+
+/// Puts the files of a checkpoint in their place, all or none.
+fn put(folder: &Path, step: u64, files: &[(&str, &[u8])]) -> anyhow::Result<()> {
+    let place = place(folder, step);
+    let partial = folder.join("partial");
+    if partial.exists() {
+        fs::remove_dir_all(&partial)?;
+    }
+    fs::create_dir_all(&partial)?;
+    for (name, bytes) in files {
+        let mut file = File::create(partial.join(name))?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+    }
+    if place.exists() {
+        // Damaged, or written by a run that was interrupted at the same step again.
+        fs::remove_dir_all(&place)?;
+    }
+    fs::rename(&partial, &place)?;
+    File::open(folder)?.sync_all()?;
+    Ok(())
+}
+
+/// Copies a checkpoint from one folder to another, if it is sound.
+pub(super) fn copy(from: &Path, step: u64, to: &Path) -> anyhow::Result<()> {
+    let from = place(from, step);
+    let stored = read_stored(&from)?;
+    ensure!(stored.step == step, "another step");
+    let bytes = fs::read(from.join(TENSORS))?;
+    ensure!(blake3::hash(&bytes).to_string() == stored.digest, "damaged");
+    let (json, digest) = (fs::read(from.join(STATE))?, fs::read(from.join(DIGEST))?);
+    put(
+        to,
+        step,
+        &[(TENSORS, &bytes), (STATE, &json), (DIGEST, &digest)],
+    )
+}
+
+/// Whether there is a checkpoint, sound or not.
+pub(super) fn any(folder: &Path) -> anyhow::Result<bool> {
+    Ok(!checkpoints(folder)?.is_empty())
+}
+
+/// Writes a checkpoint and removes all but the newest `keep`.
+pub(super) fn save(
+    folder: &Path,
+    model: &Llama,
+    optimizer: &Optimizer,
+    state: &State,
+    keep: usize,
+) -> anyhow::Result<()> {
+    write(folder, model, optimizer, state)?;
+    let tidy = || -> anyhow::Result<()> {
         for old in checkpoints(folder)?.iter().rev().skip(keep.max(1)) {
             fs::remove_dir_all(old)?;
         }
@@ -158,7 +210,7 @@ pub(super) fn save(
         let wanted: Vec<u64> = kept.filter_map(|stored| stored.best.step()).collect();
         best::prune(folder, &wanted)
     };
-    write().with_context(|| format!("could not write a checkpoint to `{}`", folder.display()))
+    tidy().with_context(|| format!("could not remove old checkpoints of `{}`", folder.display()))
 }
 
 /// The checkpoints in a folder, oldest first.
@@ -178,8 +230,8 @@ fn checkpoints(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
 }
 
 fn read_stored(place: &Path) -> anyhow::Result<Stored> {
-    let json = fs::read(place.join("state.json"))?;
-    let digest = fs::read_to_string(place.join("digest"))?;
+    let json = fs::read(place.join(STATE))?;
+    let digest = fs::read_to_string(place.join(DIGEST))?;
     ensure!(blake3::hash(&json).to_string() == digest, "damaged");
     let stored: Stored = serde_json::from_slice(&json)?;
     ensure!(stored.version == VERSION, "another version");
@@ -194,7 +246,7 @@ fn load(place: &Path, model: &Llama, optimizer: &mut Optimizer) -> anyhow::Resul
         best::is_sound(folder, &best),
         "the best weights are damaged"
     );
-    let bytes = fs::read(place.join("state.safetensors"))?;
+    let bytes = fs::read(place.join(TENSORS))?;
     ensure!(blake3::hash(&bytes).to_string() == stored.digest, "damaged");
     let tensors = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu)?;
     let mut moments = BTreeMap::new();

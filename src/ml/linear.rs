@@ -144,7 +144,7 @@ impl Linear {
 
     /// Drops each value with probability `p` and scales the others up. The mask depends on the seed and this projection
     /// only, so that a recomputed layer drops the same values.
-    fn drop(&self, x: &Tensor, p: f64, seed: u64) -> Result<Tensor> {
+    pub(super) fn drop(&self, x: &Tensor, p: f64, seed: u64) -> Result<Tensor> {
         let mut state = seed ^ (self.index + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         let scale = (1. / (1. - p)) as f32;
         let limit = (p * 2f64.powi(64)) as u64;

@@ -22,6 +22,7 @@ pub mod objective;
 pub mod ops;
 pub mod optim;
 pub mod orpo;
+pub mod prove;
 pub mod quantize;
 mod rewrite;
 pub mod sampler;
@@ -32,6 +33,8 @@ pub mod torch_rng;
 pub mod train;
 pub mod weights;
 
+#[cfg(test)]
+mod counting;
 #[cfg(test)]
 pub(crate) mod golden;
 #[cfg(test)]

@@ -8,6 +8,7 @@
 //! graph, or with checkpointing only its input; and recomputes everything from that input.
 
 pub mod decode;
+mod layerwise;
 mod load;
 
 use candle_core::backprop::GradStore;
@@ -19,6 +20,7 @@ use super::forward::Path;
 use super::fused::Pool;
 use super::linear::{Linear, Pass, Weight};
 use super::ops::{masked_softmax, rms_norm, rope};
+pub use layerwise::logits_by_layer;
 
 /// What is trained.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -4,6 +4,7 @@
 //! checkpoints, a stopped or killed training goes on where it was and ends with the same bits.
 
 pub(super) mod best;
+mod end;
 mod fault;
 pub(super) mod log;
 pub(super) mod scaler;
@@ -24,6 +25,7 @@ use super::model::{Gradients, Llama};
 use super::optim::{self, Optimizer};
 use super::sampler;
 pub use best::{Best, Watch};
+pub use end::{Start, take_up};
 pub use fault::Fault;
 pub use log::{Ending, Log, Step};
 pub use settings::{Every, Settings};
@@ -205,11 +207,14 @@ pub fn train(
             state.history.push(entry);
             let is_last = state.step == total;
             let due = match settings.eval_every {
-                Some(Every::Steps(steps)) => is_last || state.step.is_multiple_of(steps.max(1)),
-                Some(Every::Epoch) => is_last || number + 1 == per_epoch as usize,
+                Some(Every::Steps(steps)) => state.step.is_multiple_of(steps.max(1)),
+                Some(Every::Epoch) => number + 1 == per_epoch as usize,
                 None => false,
             };
-            if due && !eval_rows.is_empty() {
+            if is_last && !due {
+                end::leave(model, &optimizer, &state, settings, total)?;
+            }
+            if (due || is_last && settings.eval_every.is_some()) && !eval_rows.is_empty() {
                 let metrics = evaluate::metrics(model, eval_rows, settings)?;
                 if let Some(watch) = watch
                     && let Some(value) = metrics.get(&watch.metric)
@@ -230,6 +235,9 @@ pub fn train(
                 state.history.push(log.clone());
                 logs.push(log);
             }
+            if is_last && due {
+                end::leave(model, &optimizer, &state, settings, total)?;
+            }
 
             let told = Step {
                 step: state.step,
@@ -248,6 +256,9 @@ pub fn train(
                 checkpoint::save(scratch, model, &optimizer, &state, settings.keep)?;
             }
         }
+    }
+    if state.step < total {
+        end::leave_stopped(settings, state.step, total)?;
     }
     if let (Some(Watch { load: true, .. }), Some(scratch)) = (watch, scratch) {
         best::restore(scratch, model, &state.best)?;

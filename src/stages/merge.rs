@@ -1,17 +1,34 @@
 //! `merge`: an adapter into its model.
 
+use std::path::Path;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::artifacts::{Adapter, Model};
 use crate::engine::{Context, Input, Stage};
 use crate::ml::adapter::Adapter as LoraAdapter;
-use crate::ml::merge;
+use crate::ml::config::LlamaConfig;
+use crate::ml::{merge, prove};
+use crate::text::tokenizer::Tokenizer;
+
+/// What the merged model is asked, beside the base with the adapter.
+const PROMPTS: [&str; 3] = [
+    "What is the capital of France, and why did it become the capital?",
+    "Write a function that returns the n-th Fibonacci number.\n\n```python\ndef fibonacci(n):",
+    "Is it true that goldfish forget everything after three seconds?",
+];
+/// Tokens of a prompt that are asked.
+const LONGEST: usize = 24;
+/// The share of what the adapter changes above which its loss is worth a warning.
+const MUCH: f64 = 0.5;
 
 /// Adds an adapter's update into the weights of a model: a model folder that needs no adapter any more.
 ///
 /// Weights keep their types and files; tokenizer, chat template and generation config are carried along untouched. A model in
 /// 4 bits becomes dense (Unsloth's `merged_16bit`), but merging into the dense model that it was made from loses less.
+/// At the end the result proves itself: its logits on a few fixed prompts are compared with those of the model with the adapter
+/// (both in f32, a layer at a time). The difference is in the record, and where it is more than rounding explains the stage fails.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Merge {
@@ -42,12 +59,60 @@ impl Stage for Merge {
                 report.dequantised
             ));
         }
+        let proof = prove::prove(
+            model,
+            &adapter,
+            cx.out(),
+            &prompts(model)?,
+            &mut |done, total| {
+                cx.progress(done, Some(total), "layers");
+                cx.check_cancelled()
+            },
+        )?;
+        cx.note("compared_logits_of_tokens", proof.positions);
+        cx.note("largest_logit_difference", proof.largest);
+        cx.note("logit_difference", proof.relative);
+        cx.note("logit_difference_allowed", proof.bound);
+        cx.note("logit_change_by_adapter", proof.effect);
+        if proof.lost() > MUCH {
+            cx.warn(format!(
+                "rounding took {:.0} % of what the adapter changes, which is little (its logits change by {:.0e} of their size); \
+                 keep the adapter beside the model, or merge into weights of more bits",
+                100. * proof.lost(),
+                proof.effect
+            ));
+        }
         Ok(())
     }
 }
 
+/// The prompts as ids: those of the model's tokenizer, or, where there is none, ids from all over the vocabulary.
+fn prompts(model: &Path) -> anyhow::Result<Vec<Vec<u32>>> {
+    let config = LlamaConfig::read(model)?;
+    let longest = LONGEST.min(config.max_position_embeddings).max(1);
+    let vocabulary = config.vocab_size.max(1);
+    let tokenizer = Tokenizer::load(model).ok();
+    let prompts = PROMPTS.iter().zip(1..).map(|(text, number)| {
+        let ids = tokenizer
+            .as_ref()
+            .and_then(|t| t.encode_with_special(text).ok());
+        let mut ids = ids.unwrap_or_default();
+        ids.truncate(longest);
+        let known = ids.iter().all(|&id| (id as usize) < vocabulary);
+        if ids.is_empty() || !known {
+            // Steps that share no divisor with the usual sizes of vocabularies.
+            let steps = (0..longest).map(|at| (at * 10_007 + number * 7_919) % vocabulary);
+            ids = steps.map(|id| id as u32).collect();
+        }
+        ids
+    });
+    Ok(prompts.collect())
+}
+
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use candle_core::{DType, Device};
 
     use super::*;
@@ -74,7 +139,34 @@ mod tests {
             let cx = Context::for_test(folder.path(), &inputs, &[]);
             let stage: Merge = serde_yaml::from_str("{model: base, adapter: tuned}").unwrap();
             stage.run(&cx).unwrap();
-            assert_eq!(cx.notes.lock().unwrap()["merged_weights"], 21);
+            let note = |name: &str| cx.notes.lock().unwrap()[name].as_f64().unwrap();
+            assert_eq!(note("merged_weights").to_bits(), 21f64.to_bits());
+            // The proof is in the record.
+            assert!(note("compared_logits_of_tokens") > 40.);
+            assert!(note("logit_difference") < 5e-6);
+            assert!(note("logit_difference") < note("logit_difference_allowed"));
+            assert!(note("largest_logit_difference") < 1e-4);
+            assert!(note("logit_change_by_adapter") > 0.1);
+            // Tokenizer, template and generation config are the base's, byte for byte.
+            let mut names = Vec::new();
+            for entry in fs::read_dir(&model).unwrap() {
+                let name = entry.unwrap().file_name().into_string().unwrap();
+                let read = |folder: &Path| fs::read(folder.join(&name)).unwrap();
+                if name != "model.safetensors" && (base == "model" || name != "config.json") {
+                    assert!(read(&model) == read(cx.out()), "{name}");
+                }
+                names.push(name);
+            }
+            assert_eq!(fs::read_dir(cx.out()).unwrap().count(), names.len());
+            assert!(names.contains(&"generation_config.json".to_owned()));
+            // And of its config nothing but the way of storing is gone: eos and pad stay.
+            let config = |folder: &Path| -> serde_json::Value {
+                serde_json::from_slice(&fs::read(folder.join("config.json")).unwrap()).unwrap()
+            };
+            let mut kept = config(&model);
+            kept.as_object_mut().unwrap().remove("quantization_config");
+            assert_eq!(config(cx.out()), kept);
+            assert!(kept["eos_token_id"].is_number() && kept["pad_token_id"].is_number());
 
             let config = LlamaConfig::read(cx.out()).unwrap();
             let weights = Weights::open(cx.out()).unwrap();

@@ -51,6 +51,7 @@ impl Stage for TrainOrpo {
     const KIND: &'static str = "train_orpo";
     const VERSION: u32 = 3;
     const EXCLUSIVE: bool = true;
+    const GROWS: &'static [&'static str] = training::GROWS;
     type Output = Adapter;
 
     fn output(&self) -> &'static str {

@@ -67,6 +67,7 @@ impl Stage for TrainSft {
     const KIND: &'static str = "train_sft";
     const VERSION: u32 = 4;
     const EXCLUSIVE: bool = true;
+    const GROWS: &'static [&'static str] = training::GROWS;
     type Output = Model;
 
     fn output(&self) -> &'static str {

@@ -3,8 +3,11 @@
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command};
+use std::time::Duration;
 
-use crate::support::program::Project;
+use serde_json::Value;
+
+use crate::support::program::{Project, events, stages};
 
 /// The quickstart with short trainings that save often.
 const RECIPE: [&str; 9] = [
@@ -112,4 +115,89 @@ fn ctrl_c_ends_cleanly_and_the_run_goes_on_later() {
     let ran = project.ran(&RECIPE);
     assert!(!ran.contains(&"tokens".to_owned()), "{ran:?}");
     assert!(ran.contains(&"merged".to_owned()));
+}
+
+/// One ORPO training with an adapter on a 4-bit model; its base is hardly trained.
+const TRAINING: [&str; 15] = [
+    "recipes/quickstart.yaml",
+    "tuned",
+    "--force",
+    "tuned",
+    "--json",
+    "--set",
+    "stages.base.train_sft.max_steps=2",
+    "--set",
+    "stages.tuned.train_orpo.max_steps=80",
+    "--set",
+    "stages.tuned.train_orpo.per_device_train_batch_size=1",
+    "--set",
+    "stages.tuned.train_orpo.gradient_accumulation_steps=1",
+    "--set",
+    "stages.tuned.train_orpo.save_steps=1",
+];
+
+/// The next number of a splitmix64 stream, below `limit`.
+fn random(state: &mut u64, limit: u64) -> u64 {
+    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let mut z = *state;
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    (z ^ (z >> 31)) % limit
+}
+
+/// What the trained adapter contains, if the training is done.
+fn trained(events: &[Value]) -> Option<String> {
+    let done = stages(events, "stage_done");
+    Some(done.get("tuned")?["artifact"].as_str()?.to_owned())
+}
+
+/// Twenty kills at random moments of the training: after a random number of steps and a random pause, so that they hit steps,
+/// the writing of checkpoints and the commit alike. Wherever they hit, the outcome has to be the same; where the training was
+/// done before the kill it starts over.
+#[test]
+fn a_training_killed_twenty_times_at_random_ends_with_the_same_bytes() {
+    let project = Project::with_recipes();
+    let arguments = [&["run"], &TRAINING[..]].concat();
+    let whole = events(&project.succeeds(&arguments));
+    let expected = trained(&whole).unwrap();
+
+    let (mut seed, mut kills, mut resumed, mut reached) = (3407, 0, 0, 0);
+    while kills < 20 {
+        let steps = reached + random(&mut seed, 5);
+        let pause = Duration::from_micros(random(&mut seed, 30_000));
+        let mut child = project.command(&arguments).spawn().unwrap();
+        let (mut seen, mut waiting) = (Vec::new(), true);
+        for line in BufReader::new(child.stdout.take().unwrap()).lines() {
+            // The last line may be cut.
+            let Ok(event) = serde_json::from_str::<Value>(&line.unwrap()) else {
+                break;
+            };
+            let done = event["done"].as_u64().filter(|_| event["unit"] == "steps");
+            reached = done.unwrap_or(reached);
+            seen.push(event);
+            if waiting && done.is_some_and(|done| done >= steps) {
+                waiting = false;
+                std::thread::sleep(pause);
+                child.kill().unwrap();
+            }
+        }
+        let went_on = |event: &Value| {
+            let text = event["text"].as_str().unwrap_or_default();
+            text.contains("from a checkpoint")
+        };
+        resumed += usize::from(seen.iter().any(went_on));
+        match child.wait().unwrap().code() {
+            None => kills += 1,
+            code => assert_eq!(code, Some(0), "{:?}", seen.last()),
+        }
+        if let Some(artifact) = trained(&seen) {
+            assert_eq!(artifact, expected);
+            reached = 0;
+        }
+    }
+    assert!(resumed > 0);
+    let last = events(&project.succeeds(&arguments));
+    assert_eq!(trained(&last).unwrap(), expected);
+    let plan = project.succeeds(&[&["plan", "--verify"], &TRAINING[..1], &TRAINING[5..]].concat());
+    assert!(!plan.contains("damaged"), "{plan}");
 }

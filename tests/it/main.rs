@@ -20,6 +20,8 @@ mod llama3;
 #[cfg(test)]
 mod lock;
 #[cfg(test)]
+mod longer;
+#[cfg(test)]
 mod mistakes;
 #[cfg(test)]
 mod pins;

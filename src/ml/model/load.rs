@@ -16,7 +16,7 @@ use super::super::weights::Weights;
 use super::{Layer, Llama, Norm, Parameter, Trained};
 
 /// Reads a model's tensors into the places where they are wanted.
-struct Loader<'a> {
+pub(super) struct Loader<'a> {
     config: &'a LlamaConfig,
     weights: &'a Weights,
     adapter: Option<&'a Adapter>,
@@ -27,8 +27,28 @@ struct Loader<'a> {
     linears: u64,
 }
 
-impl Loader<'_> {
-    fn shaped(&self, name: &str, shape: &[usize]) -> anyhow::Result<Tensor> {
+impl<'a> Loader<'a> {
+    pub(super) fn new(
+        config: &'a LlamaConfig,
+        weights: &'a Weights,
+        adapter: Option<&'a Adapter>,
+        trained: Trained,
+        compute: DType,
+        device: &'a Device,
+    ) -> Self {
+        Self {
+            config,
+            weights,
+            adapter,
+            trained,
+            compute,
+            device,
+            parameters: Vec::new(),
+            linears: 0,
+        }
+    }
+
+    pub(super) fn shaped(&self, name: &str, shape: &[usize]) -> anyhow::Result<Tensor> {
         let tensor = self.weights.tensor(name, self.device)?;
         anyhow::ensure!(
             tensor.dims() == shape,
@@ -57,7 +77,7 @@ impl Loader<'_> {
         Ok(Weight::Frozen(tensor.to_dtype(dtype)?))
     }
 
-    fn norm(&mut self, name: &str) -> anyhow::Result<Norm> {
+    pub(super) fn norm(&mut self, name: &str) -> anyhow::Result<Norm> {
         Ok(Norm {
             weight: self.weight(
                 &format!("{name}.weight"),
@@ -128,7 +148,7 @@ impl Loader<'_> {
         })
     }
 
-    fn layer(&mut self, number: usize) -> anyhow::Result<Layer> {
+    pub(super) fn layer(&mut self, number: usize) -> anyhow::Result<Layer> {
         let config = self.config;
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
         let q_width = config.num_attention_heads * config.head_dim;
@@ -161,16 +181,7 @@ impl Llama {
         compute: DType,
         device: &Device,
     ) -> anyhow::Result<Self> {
-        let mut loader = Loader {
-            config,
-            weights,
-            adapter,
-            trained,
-            compute,
-            device,
-            parameters: Vec::new(),
-            linears: 0,
-        };
+        let mut loader = Loader::new(config, weights, adapter, trained, compute, device);
         let vocabulary = [config.vocab_size, config.hidden_size];
         let tied = config.tie_word_embeddings;
         // Only rows of it are used, made f32 one by one; a tied one is the head's weight too.

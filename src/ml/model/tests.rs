@@ -3,8 +3,12 @@
 use std::collections::BTreeSet;
 
 use super::*;
+use crate::ml::adapter::Adapter;
+use crate::ml::batch::Row;
+use crate::ml::counting::peak;
 use crate::ml::golden::{self, rows};
 use crate::ml::objective::Objective;
+use crate::ml::weights::{Weights, save};
 
 #[test]
 fn adapters_alone_have_gradients() {
@@ -183,4 +187,193 @@ fn decoding_gives_the_logits_of_the_plain_path() {
     let half = golden::model("model", None, Trained::Nothing, DType::F16);
     let none = decode::Decoder::new(&half, 1, 1, Pass::BASE).unwrap();
     assert!(none.is_none(), "the kernels don't multiply in f16");
+}
+
+/// The golden model, with its last layer repeated until it has so many; the adapter too.
+fn deeper(layers: usize) -> (LlamaConfig, tempfile::TempDir, Adapter) {
+    let copies = |name: &str| -> Vec<String> {
+        match name.split_once("model.layers.2.") {
+            Some((before, after)) => (2..layers)
+                .map(|number| format!("{before}model.layers.{number}.{after}"))
+                .collect(),
+            None => vec![name.to_owned()],
+        }
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let tensors = golden::tensors("model/model.safetensors");
+    let tensors = tensors
+        .iter()
+        .flat_map(|(name, tensor)| copies(name).into_iter().map(|name| (name, tensor.clone())));
+    let tensors = tensors.collect();
+    save(&folder.path().join("model.safetensors"), &tensors, &[]).unwrap();
+    let mut adapter = Adapter::load(&golden::folder("adapter_init")).unwrap();
+    let pairs = adapter.tensors.iter();
+    adapter.tensors = pairs
+        .flat_map(|(name, pair)| copies(name).into_iter().map(|name| (name, pair.clone())))
+        .collect();
+    let config = LlamaConfig {
+        num_hidden_layers: layers,
+        ..LlamaConfig::read(&golden::folder("model")).unwrap()
+    };
+    (config, folder, adapter)
+}
+
+#[test]
+fn layer_by_layer_a_deep_model_takes_no_more_memory_than_a_flat_one() {
+    let batch = golden::prompt(&Tensor::new(&[1i64, 2, 3, 4, 5], &Device::Cpu).unwrap());
+    let used = |layers: usize| {
+        let (config, folder, adapter) = deeper(layers);
+        let weights = Weights::open(folder.path()).unwrap();
+        let passes = [Pass::BASE, Pass::INFER];
+        let (adapter, done) = (Some(&adapter), &mut |_| Ok(()));
+        let work = || logits_by_layer(&config, &weights, adapter, &batch, &passes, done);
+        let (logits, most) = peak(work);
+        assert_eq!(logits.unwrap().len(), 2);
+        most
+    };
+    used(3); // what a thread takes once, such as the buffers of matrix products
+    let (few, many) = (used(4), used(12));
+    println!("| one layer at a time | 4 layers {few} bytes | 12 layers {many} | |");
+    assert!(many < few + few / 20, "{few} {many}");
+}
+
+#[test]
+fn checkpointing_holds_the_activations_of_one_layer() {
+    let ids = |seed: u32, count: u32| (0..count).map(|at| (at * 37 + seed) % 1000).collect();
+    let row = Row {
+        prompt: ids(1, 150),
+        chosen: ids(2, 100),
+        rejected: Some(ids(3, 100)),
+        ..Row::default()
+    };
+    let objective = Objective::Orpo { beta: 0.1 };
+    let batch = objective.batch(&[&row], 1023).unwrap();
+    // The most bytes held while a loss and its gradient are made, and the gradients' own.
+    let used = |layers: usize, checkpointing: bool| {
+        let (config, folder, adapter) = deeper(layers);
+        let weights = Weights::open(folder.path()).unwrap();
+        let (adapter, trained, device) = (Some(&adapter), Trained::Adapter, Device::Cpu);
+        let model = Llama::load(&config, &weights, adapter, trained, DType::F32, &device).unwrap();
+        let mut gradients = Gradients::none(&model);
+        let add = &mut gradients;
+        let work = || objective.differentiate(&model, &batch, 1., None, checkpointing, add);
+        let (outcome, most) = peak(work);
+        outcome.unwrap();
+        let sizes = gradients.0.iter().flatten().map(|g| g.elem_count() * 4);
+        (most, sizes.sum::<usize>())
+    };
+    used(3, true); // what a thread takes once, such as the buffers of matrix products
+    let ((few, few_gradients), (many, many_gradients)) = (used(4, true), used(12, true));
+    let ((plain_few, _), (plain_many, _)) = (used(4, false), used(12, false));
+    let states = 2 * 250 * 64 * 4; // of two sequences, in f32
+    // What a layer more costs: its input and its gradients, which are no activations.
+    let gradients = (many_gradients - few_gradients) / 8;
+    let layer = (many - few) / 8;
+    let plain_layer = (plain_many - plain_few) / 8;
+    println!(
+        "| checkpointing | a layer more | {layer} bytes, of which {gradients} are gradients and {states} its input | without {plain_layer} |"
+    );
+    let bookkeeping = 16 << 10;
+    assert!(layer <= states + gradients + bookkeeping);
+    assert!(plain_layer > 20 * layer, "{plain_layer} {layer}");
+    // Twelve layers take what two or three do without checkpointing: the one that is gone back through, twice.
+    assert!(many < 3 * plain_layer, "{many} {plain_layer}");
+}
+
+/// The golden model and adapter, with dropout.
+fn dropping(p: f64, trained: Trained) -> Llama {
+    let mut adapter = Adapter::load(&golden::folder("adapter_init")).unwrap();
+    adapter.config.lora_dropout = p;
+    Llama::load(
+        &LlamaConfig::read(&golden::folder("model")).unwrap(),
+        &Weights::open(&golden::folder("model")).unwrap(),
+        Some(&adapter),
+        trained,
+        DType::F32,
+        &Device::Cpu,
+    )
+    .unwrap()
+}
+
+#[test]
+fn dropout_follows_its_seed_and_nothing_else() {
+    let rows = rows("trl-1.16");
+    let objective = Objective::Orpo { beta: 0.1 };
+    let batch = objective.batch(&[&rows[0], &rows[1]], 1023).unwrap();
+    let model = dropping(0.3, Trained::Adapter);
+    let learn = |seed: Option<u64>, checkpointing: bool| {
+        let mut gradients = Gradients::none(&model);
+        let add = &mut gradients;
+        let outcome = objective.differentiate(&model, &batch, 1., seed, checkpointing, add);
+        let bits = gradients.0.iter().flatten().flat_map(|gradient| {
+            let values: Vec<f32> = gradient.flatten_all().unwrap().to_vec1().unwrap();
+            values.into_iter().map(f32::to_bits)
+        });
+        (outcome.unwrap().loss.to_bits(), bits.collect::<Vec<_>>())
+    };
+    let first = learn(Some(1), false);
+    assert!(learn(Some(1), false) == first);
+    assert!(
+        learn(Some(1), true) == first,
+        "a layer made again drops the same values"
+    );
+    assert!(learn(Some(2), false) != first);
+    // Off: what a model without dropout learns, and what an evaluation measures.
+    let off = learn(None, false);
+    assert_ne!(off.0, first.0);
+    let evaluated = objective.evaluate(&model, &batch, Pass::INFER).unwrap();
+    assert!((f64::from_bits(off.0) - evaluated.loss).abs() < 1e-12);
+}
+
+#[test]
+fn dropout_keeps_the_mean_and_drops_its_share() {
+    let p = 0.3;
+    let model = dropping(p, Trained::Nothing);
+    let linears: Vec<&Linear> = model.layers.iter().flat_map(Layer::linears).collect();
+    let (count, width) = (400, 64);
+    let ones = Tensor::ones((1, count, width), DType::F32, &Device::Cpu).unwrap();
+    let mut masks = Vec::new();
+    for linear in linears
+        .iter()
+        .filter(|linear| linear.lora.as_ref().unwrap().a.value().dims()[1] == width)
+    {
+        let dropped = linear.drop(&ones, p, 7).unwrap();
+        let values: Vec<f32> = dropped.flatten_all().unwrap().to_vec1().unwrap();
+        let zeros = values.iter().filter(|value| **value == 0.).count() as f64;
+        let share = zeros / values.len() as f64;
+        // Five standard deviations.
+        let deviation = (p * (1. - p) / values.len() as f64).sqrt();
+        assert!((share - p).abs() < 5. * deviation, "{share}");
+        let kept = ((1. / (1. - p)) as f32).to_bits();
+        assert!(values.iter().all(|x| [0, kept].contains(&x.to_bits())));
+        masks.push(values);
+    }
+    // Each projection drops values of its own.
+    assert_eq!(masks.len(), 18);
+    for (number, mask) in masks.iter().enumerate() {
+        assert!(!masks[..number].contains(mask));
+    }
+}
+
+#[test]
+fn norms_do_not_decay() {
+    let decays = |adapter: Option<&str>, trained| {
+        let model = golden::model("model", adapter, trained, DType::F32);
+        let parameters = model.parameters.iter();
+        parameters
+            .map(|parameter| (parameter.name.clone(), parameter.decays))
+            .collect::<Vec<_>>()
+    };
+    // transformers counts 42 tensors with decay and none without.
+    let adapter = decays(Some("adapter_init"), Trained::Adapter);
+    assert_eq!(adapter.len(), 42);
+    assert!(adapter.iter().all(|(_, decays)| *decays));
+    let all = decays(None, Trained::Everything);
+    let without: Vec<&str> = all
+        .iter()
+        .filter(|(_, decays)| !decays)
+        .map(|(name, _)| name.as_str())
+        .collect();
+    assert_eq!((all.len(), without.len()), (30, 7));
+    assert!(without.iter().all(|name| name.ends_with("norm.weight")));
 }

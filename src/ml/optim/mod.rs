@@ -15,7 +15,7 @@ use eight_bit::Moment8;
 pub enum Kind {
     /// torch's AdamW with states in f32.
     AdamW,
-    /// bitsandbytes' AdamW: states in blockwise 8 bits for tensors of at least 4096 values.
+    /// bitsandbytes' AdamW: states in blockwise 8 bits for tensors of at least 4096 values but embeddings.
     AdamW8bit,
     /// Plain gradient descent with decoupled weight decay.
     Sgd,
@@ -38,6 +38,8 @@ pub struct Settings {
 
 /// Tensors with fewer values keep their moments in 32 bits (bitsandbytes' `min_8bit_size`).
 const SMALLEST_8BIT: usize = 4096;
+/// Embeddings too, whatever their size: transformers' trainer sees to that (`register_module_override`).
+const EMBEDDINGS: &str = "embed_tokens.weight";
 /// Values updated by one task; a multiple of the 8-bit block.
 const SPAN: usize = 1 << 14;
 
@@ -81,9 +83,10 @@ impl Optimizer {
     pub fn new(settings: Settings, parameters: &[Parameter]) -> Self {
         let states = parameters.iter().map(|parameter| {
             let count = parameter.var.elem_count();
+            let small = count < SMALLEST_8BIT || parameter.name.ends_with(EMBEDDINGS);
             match settings.kind {
                 Kind::Sgd => State::None,
-                Kind::AdamW8bit if count >= SMALLEST_8BIT => State::Eight {
+                Kind::AdamW8bit if !small => State::Eight {
                     m: Moment8::zero(count, true),
                     v: Moment8::zero(count, false),
                 },
@@ -320,6 +323,41 @@ mod tests {
             println!("| adamw_torch | parameters | {far:.1e} | | 1e-6 |");
             assert!(far < 1e-6, "{far}");
         }
+    }
+
+    /// torch 2.15's `SGD` with a learning rate of 0.05 and a weight decay of 0.1 on the first of two groups.
+    #[test]
+    fn sgd_is_that_of_torch_and_decays_by_group() {
+        let tensor = |values: &[f32]| Tensor::new(values, &Device::Cpu).unwrap();
+        let parameter = |values: &[f32], decays| Parameter {
+            name: "p".into(),
+            var: Var::from_tensor(&tensor(values)).unwrap(),
+            decays,
+        };
+        let parameters = [
+            parameter(&[0.5, -1.25, 3., 1e-3], true),
+            parameter(&[2., -0.75], false),
+        ];
+        let settings = Settings {
+            weight_decay: 0.1,
+            ..settings(Kind::Sgd)
+        };
+        let mut optimizer = Optimizer::new(settings, &parameters);
+        let gradients: [(&[f32], &[f32]); 3] = [
+            (&[0.1, -0.2, 0.3, 4.], &[1., -2.]),
+            (&[-1., 0.5, 0., 2.], &[0.5, 0.25]),
+            (&[0.7, 0.7, -0.7, 0.], &[0., -1.]),
+        ];
+        for (first, second) in gradients {
+            let gradients = [Some(tensor(first)), Some(tensor(second))];
+            optimizer.step(&parameters, &gradients, 0.05).unwrap();
+        }
+        let far =
+            |at: usize, theirs: &[f32]| largest(parameters[at].var.as_tensor(), &tensor(theirs));
+        let first = far(0, &[0.502_337_34, -1.281_318_3, 2.975_374_5, -0.296_519_94]);
+        let second = far(1, &[1.925_000_1, -0.612_499_95]);
+        println!("| sgd | parameters | {:.1e} | | 1e-6 |", first.max(second));
+        assert!(first < 1e-6 && second < 1e-6, "{first} {second}");
     }
 
     #[test]

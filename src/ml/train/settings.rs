@@ -1,5 +1,7 @@
 //! The settings of a training, and what follows from them.
 
+use std::path::PathBuf;
+
 use super::best::Watch;
 use crate::ml::objective::Objective;
 use crate::ml::optim;
@@ -59,6 +61,8 @@ pub struct Settings {
     pub skip_nan_steps: u64,
     /// The name of the rows' split, for messages.
     pub split: String,
+    /// Where the last state is left for a training with more steps: see [`super::take_up`].
+    pub leave: Option<PathBuf>,
     /// How many rows to train on were made of each row of the split.
     pub rows_each: usize,
 }

@@ -40,7 +40,7 @@ pub(in crate::stages) enum Optim {
     /// The same; where the moments live makes no difference here.
     #[serde(rename = "paged_adamw_32bit")]
     PagedAdamw32bit,
-    /// AdamW with moments in blockwise 8 bits (bitsandbytes).
+    /// AdamW with moments in blockwise 8 bits (bitsandbytes); those of embeddings and of small tensors stay in f32.
     #[serde(rename = "adamw_8bit")]
     Adamw8bit,
     /// The same under its other name.
@@ -147,11 +147,13 @@ macro_rules! training_parameters {
             /// The highest learning rate.
             #[serde(default = "default_learning_rate")]
             learning_rate: f64,
-            /// How often all rows are seen; may have a fraction. With another number the training starts at the beginning: the
-            /// optimiser's state is kept only until a training has finished, and most schedules depend on the number.
+            /// How often all rows are seen; may have a fraction. With a higher number the training goes on where it ended, if
+            /// that is exactly the same as starting at the beginning: if the learning rate doesn't depend on the number of all
+            /// steps (`constant`; `constant_with_warmup` and `inverse_sqrt` with `warmup_steps` of 1 or more, or 0), and it did not
+            /// stop early or take its best weights. It says which it does.
             #[serde(default = "defaults::epochs")]
             num_train_epochs: f64,
-            /// The number of steps; -1 leaves it to `num_train_epochs`.
+            /// The number of steps; -1 leaves it to `num_train_epochs`, and a higher one goes on as there.
             #[serde(default = "defaults::max_steps")]
             max_steps: i64,
             /// Rows in a micro-batch.
@@ -348,6 +350,7 @@ macro_rules! training_parameters {
                     }),
                     skip_nan_steps: self.skip_nan_steps,
                     split: String::new(),
+                    leave: None,
                     rows_each: 1,
                 }
             }

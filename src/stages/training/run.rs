@@ -18,7 +18,7 @@ use crate::ml::forward::Path as Way;
 use crate::ml::fused::Packing;
 use crate::ml::model::{Llama, Trained};
 use crate::ml::save::{save_adapter, save_model};
-use crate::ml::train::{Ending, Settings, train, trainer_state};
+use crate::ml::train::{Ending, Settings, Start, take_up, train, trainer_state};
 use crate::ml::weights::Weights;
 use crate::text::tokenizer::{Tokenizer, special_tokens};
 
@@ -93,6 +93,29 @@ pub(in crate::stages) fn pad_id(model: &Path, config: &LlamaConfig) -> u32 {
     }
 }
 
+/// Says where the training starts, and puts it into the record.
+fn tell_start(cx: &Context, start: &Start, done: u64, total: u64) {
+    if let Start::After(step) = start
+        && done >= *step
+    {
+        cx.note("continued_after_step", step);
+    }
+    cx.info(match (start, done) {
+        (Start::After(step), done) if done == *step => format!(
+            "goes on after step {done} of {total}, where an earlier training ended that differs in nothing but its length; \
+             its steps are the same"
+        ),
+        (_, done) if done > 0 => format!("goes on after step {done} of {total}, from a checkpoint"),
+        (Start::Not(step, why), _) => {
+            cx.note("not_continued", why);
+            format!(
+                "starts at the beginning, {total} steps to go; the earlier training of {step} steps can't be gone on from: {why}"
+            )
+        }
+        _ => format!("starts at the beginning, {total} steps to go"),
+    });
+}
+
 /// Trains, and fills the stage's output folder. `prepare` turns rows as they are stored into rows to train on.
 pub(in crate::stages) fn run(
     cx: &Context,
@@ -135,6 +158,8 @@ pub(in crate::stages) fn run(
     cx.note("trained_parameters", count.sum::<usize>());
     cx.note("steps", settings.total_steps(train_rows.len()));
 
+    settings.leave = Some(cx.end()?);
+    let start = take_up(cx.scratch()?, &cx.ends(), &settings, train_rows.len())?;
     let (mut tokens, mut began) = (0u64, false);
     let ending = train(
         &model,
@@ -145,13 +170,7 @@ pub(in crate::stages) fn run(
         &mut |step| {
             if !began {
                 began = true;
-                cx.info(match step.step {
-                    0 => format!("starts at the beginning, {} steps to go", step.total),
-                    done => format!(
-                        "goes on after step {done} of {}, from a checkpoint",
-                        step.total
-                    ),
-                });
+                tell_start(cx, &start, step.step, step.total);
             }
             if let Some(fault) = &step.skipped {
                 cx.warn(format!("left out an update: {fault}"));

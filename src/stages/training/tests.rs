@@ -8,9 +8,9 @@ use candle_core::Device;
 
 use crate::data::table::Writer;
 use crate::data::tokens::{TokenRow, batch, schema};
-use crate::engine::{AnyStage, Context, Stage};
+use crate::engine::{AnyStage, Context, Event, Stage};
 use crate::ml::adapter::Adapter;
-use crate::ml::golden;
+use crate::ml::{golden, optim};
 use crate::stages::evaluate::Evaluate;
 use crate::stages::train_orpo::TrainOrpo;
 use crate::stages::train_sft::TrainSft;
@@ -216,4 +216,256 @@ fn mistakes_are_told() {
     let stage: TrainOrpo = serde_yaml::from_str(&text).unwrap();
     let error = Stage::run(&stage, &place.context("odd", None)).unwrap_err();
     assert!(error.to_string().contains("token id 70000"), "{error:#}");
+}
+
+/// What a training told when it began, and the notes on it.
+fn beginning(cx: &Context) -> (String, serde_json::Value) {
+    let told = cx.told.lock().unwrap();
+    let text = told.iter().find_map(|event| match event {
+        Event::Message { text, .. } => Some(text.clone()),
+        _ => None,
+    });
+    let notes = cx.notes.lock().unwrap();
+    let note = |name: &str| notes.get(name).cloned().unwrap_or_default();
+    let note = match note("continued_after_step") {
+        serde_json::Value::Null => note("not_continued"),
+        step => step,
+    };
+    (text.unwrap(), note)
+}
+
+/// Trains twice with different lengths, the second with what the first left, and once more alone. The second's beginning;
+/// whatever that is, it makes the bytes of the third.
+fn lengthened(short: &str, long: &str, damage: &dyn Fn(&Path)) -> (String, serde_json::Value) {
+    let place = Place::new();
+    let run = |name: &str, length: &str, before: Option<&Context>| {
+        let mut cx = place.context(name, None);
+        cx.ends = before.map(|before| before.scratch().unwrap().to_path_buf());
+        let yaml = format!(
+            "{{model: model, adapter: adapter, dataset: tokens, learning_rate: 2.0e-3, seed: 5,
+              disable_dropout: false, {length}}}"
+        );
+        let stage: TrainOrpo = serde_yaml::from_str(&yaml).unwrap();
+        assert_eq!(Stage::check(&stage), []);
+        Stage::run(&stage, &cx).unwrap();
+        cx
+    };
+    let first = run("first", short, None);
+    damage(&first.end().unwrap());
+    let second = run("second", long, Some(&first));
+    let alone = run("alone", long, None);
+    let names = fs::read_dir(alone.out())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name());
+    let names: Vec<_> = names.collect();
+    assert_eq!(names.len(), 4);
+    for name in names {
+        let read = |cx: &Context| fs::read(cx.out().join(&name)).unwrap();
+        assert!(read(&second) == read(&alone), "{}", name.display());
+    }
+    beginning(&second)
+}
+
+#[test]
+fn more_epochs_start_where_fewer_ended_if_that_is_the_same() {
+    // The evaluation at the very end of the shorter one is none of the longer one's, unless it is due anyway.
+    for (more, short, long, steps) in [
+        (
+            "lr_scheduler_type: constant, optim: adamw_8bit, eval_strategy: steps, eval_steps: 2,
+             per_device_train_batch_size: 2",
+            "max_steps: 3",
+            "max_steps: 5",
+            3,
+        ),
+        (
+            "lr_scheduler_type: constant_with_warmup, warmup_steps: 2, eval_strategy: epoch, early_stopping_patience: 9,
+             per_device_train_batch_size: 3",
+            "num_train_epochs: 0.25",
+            "num_train_epochs: 0.4",
+            2,
+        ),
+        (
+            "lr_scheduler_type: inverse_sqrt, warmup_steps: 4, optim: sgd, eval_strategy: epoch,
+             per_device_train_batch_size: 12",
+            "num_train_epochs: 1",
+            "max_steps: 3",
+            2,
+        ),
+    ] {
+        let with = |length: &str| format!("{more}, {length}");
+        let (text, note) = lengthened(&with(short), &with(long), &|_| ());
+        assert!(
+            text.contains(&format!("goes on after step {steps} of")),
+            "{text}"
+        );
+        assert!(text.contains("an earlier training ended"), "{text}");
+        assert_eq!(note, steps);
+    }
+}
+
+#[test]
+fn more_epochs_start_at_the_beginning_if_anything_would_differ() {
+    let best = "lr_scheduler_type: constant, eval_strategy: epoch, load_best_model_at_end: true";
+    let impatient = "lr_scheduler_type: constant, eval_strategy: steps, eval_steps: 1, early_stopping_patience: 1,
+                     greater_is_better: true";
+    let share = "lr_scheduler_type: constant_with_warmup, warmup_ratio: 0.5";
+    let by_schedule = "its learning rate depends on the number of all steps";
+    for (more, short, long, why) in [
+        ("lr_scheduler_type: cosine", 2, 3, by_schedule),
+        ("lr_scheduler_type: linear", 2, 3, by_schedule),
+        (share, 3, 5, by_schedule),
+        (best, 2, 3, "its weights are those of its best step"),
+        (
+            "lr_scheduler_type: constant",
+            3,
+            2,
+            "it did not have fewer steps",
+        ),
+        (impatient, 4, 5, "it was stopped early"),
+    ] {
+        let with =
+            |steps: u64| format!("{more}, per_device_train_batch_size: 2, max_steps: {steps}");
+        let (text, note) = lengthened(&with(short), &with(long), &|_| ());
+        let done = if more == impatient { 2 } else { short };
+        let start = format!(
+            "starts at the beginning, {long} steps to go; the earlier training of {done} steps"
+        );
+        assert!(text.contains(&start) && text.contains(why), "{text}");
+        assert!(note.as_str().unwrap().starts_with(why), "{note}");
+    }
+}
+
+#[test]
+fn what_says_how_far_a_training_goes_are_parameters() {
+    let text = "{model: a, dataset: b}";
+    let (orpo, sft): (TrainOrpo, TrainSft) = (
+        serde_yaml::from_str(text).unwrap(),
+        serde_yaml::from_str(text).unwrap(),
+    );
+    for stage in [&orpo as &dyn AnyStage, &sft] {
+        let params = stage.params().unwrap();
+        assert_eq!(stage.grows().len(), 2);
+        assert!(stage.grows().iter().all(|name| params.get(name).is_some()));
+    }
+}
+
+#[test]
+fn a_damaged_end_is_not_started_from() {
+    let change = |path: &Path| {
+        let mut bytes = fs::read(path).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        fs::write(path, bytes).unwrap();
+    };
+    let constant = |steps: u64| {
+        format!("lr_scheduler_type: constant, per_device_train_batch_size: 2, max_steps: {steps}")
+    };
+    let with = |damage: &dyn Fn(&Path)| lengthened(&constant(3), &constant(4), damage).0;
+    for name in ["state.safetensors", "state.json"] {
+        let text = with(&|end| change(&end.join("step-00000003").join(name)));
+        assert!(
+            text.contains("its state could not be read (damaged)"),
+            "{text}"
+        );
+    }
+    let text = with(&|end| change(&end.join("end.json")));
+    assert_eq!(text, "starts at the beginning, 4 steps to go");
+}
+
+#[test]
+fn optimisers_have_the_names_of_transformers() {
+    for (name, kind) in [
+        ("adamw_torch", optim::Kind::AdamW),
+        ("adamw_torch_fused", optim::Kind::AdamW),
+        ("paged_adamw_32bit", optim::Kind::AdamW),
+        ("adamw_8bit", optim::Kind::AdamW8bit),
+        ("adamw_bnb_8bit", optim::Kind::AdamW8bit),
+        ("paged_adamw_8bit", optim::Kind::AdamW8bit),
+        ("sgd", optim::Kind::Sgd),
+    ] {
+        let optim: super::Optim = serde_yaml::from_str(name).unwrap();
+        assert_eq!(optim.kind(), kind);
+    }
+    let unknown: Result<super::Optim, _> = serde_yaml::from_str("adafactor");
+    assert!(unknown.unwrap_err().to_string().contains("adamw_torch"));
+}
+
+#[test]
+fn the_trainer_s_state_is_that_of_transformers() {
+    let place = Place::new();
+    let cx = place.context("tuned", None);
+    let text = RUN_A.replace('}', ", eval_strategy: epoch, early_stopping_patience: 5}");
+    let stage: TrainOrpo = serde_yaml::from_str(&text).unwrap();
+    Stage::run(&stage, &cx).unwrap();
+    let read = |path: &Path| -> serde_json::Value {
+        serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
+    };
+    let state = read(&cx.out().join("trainer_state.json"));
+    // Its keys but `save_steps`, which is none of the result, and `total_flos`, an estimate.
+    let keys: Vec<&str> = state
+        .as_object()
+        .unwrap()
+        .keys()
+        .map(String::as_str)
+        .collect();
+    assert_eq!(
+        keys,
+        [
+            "best_global_step",
+            "best_metric",
+            "best_model_checkpoint",
+            "epoch",
+            "eval_steps",
+            "global_step",
+            "is_hyper_param_search",
+            "is_local_process_zero",
+            "is_world_process_zero",
+            "log_history",
+            "logging_steps",
+            "max_steps",
+            "num_input_tokens_seen",
+            "num_train_epochs",
+            "stateful_callbacks",
+            "train_batch_size",
+            "trial_name",
+            "trial_params"
+        ]
+    );
+    for (name, value) in [
+        ("global_step", 12),
+        ("max_steps", 12),
+        ("num_train_epochs", 2),
+        ("train_batch_size", 2),
+    ] {
+        assert_eq!(state[name], value, "{name}");
+    }
+    assert_eq!(state["epoch"], 2.);
+    assert_eq!(state["best_global_step"], 12);
+    // The lines of the reference, with the same names in each, and an evaluation after each epoch.
+    let golden = read(&golden::folder("runs/a_f32.json"));
+    let theirs = golden["log_history"].as_array().unwrap();
+    let ours = state["log_history"].as_array().unwrap();
+    let evaluated = |log: &&serde_json::Value| log.get("eval_loss").is_some();
+    let steps: Vec<_> = ours
+        .iter()
+        .filter(evaluated)
+        .map(|log| log["step"].clone())
+        .collect();
+    assert_eq!(steps, [6, 12]);
+    let names = |log: &serde_json::Value| -> Vec<String> {
+        let mut names: Vec<String> = log.as_object().unwrap().keys().cloned().collect();
+        names.sort_unstable();
+        names
+    };
+    let ours = ours.iter().filter(|log| log.get("loss").is_some());
+    let theirs = theirs.iter().filter(|log| log.get("loss").is_some());
+    let both: Vec<_> = ours.zip(theirs).collect();
+    assert_eq!(both.len(), 12);
+    for (ours, theirs) in both {
+        assert_eq!(names(ours), names(theirs));
+        assert_eq!(
+            (&ours["step"], &ours["epoch"]),
+            (&theirs["step"], &theirs["epoch"])
+        );
+    }
 }

@@ -1,0 +1,83 @@
+//! A forward pass with one layer in memory at a time, for models that are too large to hold.
+
+use candle_core::{DType, Device, Tensor};
+
+use super::super::adapter::Adapter;
+use super::super::batch::Batch;
+use super::super::config::LlamaConfig;
+use super::super::head;
+use super::super::linear::Pass;
+use super::super::weights::Weights;
+use super::load::Loader;
+use super::{Shared, Trained, angles};
+
+/// Rows of the head that are in f32 at a time.
+const HEAD_ROWS: usize = 1 << 14;
+
+/// The logits (batch, length, vocabulary) of a batch in f32, one tensor for each of `passes`: what [`super::Llama::load`] and
+/// [`super::Llama::hidden`] lead to. `layer_done` is told the number of layers that are done, and may stop.
+pub fn logits_by_layer(
+    config: &LlamaConfig,
+    weights: &Weights,
+    adapter: Option<&Adapter>,
+    batch: &Batch,
+    passes: &[Pass],
+    layer_done: &mut dyn FnMut(usize) -> anyhow::Result<()>,
+) -> anyhow::Result<Vec<Tensor>> {
+    let device = Device::Cpu;
+    let mut loader = Loader::new(
+        config,
+        weights,
+        adapter,
+        Trained::Nothing,
+        DType::F32,
+        &device,
+    );
+    let (cos, sin) = angles(config, 0..batch.width, &device)?;
+    let mask = batch.mask(&device)?;
+    let shared = passes.iter().map(|&pass| Shared {
+        cos: cos.clone(),
+        sin: sin.clone(),
+        mask: mask.clone(),
+        pass: Pass {
+            tape: false,
+            ..pass
+        },
+    });
+    let shared: Vec<Shared> = shared.collect();
+
+    let vocabulary = [config.vocab_size, config.hidden_size];
+    let embed = "model.embed_tokens.weight";
+    let ids = batch.ids(&device)?;
+    let rows = loader
+        .shaped(embed, &vocabulary)?
+        .index_select(&ids.flatten_all()?, 0)?;
+    let start = rows
+        .to_dtype(DType::F32)?
+        .reshape((ids.dim(0)?, batch.width, ()))?;
+    let mut states = vec![start; passes.len()];
+    for number in 0..config.num_hidden_layers {
+        let layer = loader.layer(number)?;
+        for (state, shared) in states.iter_mut().zip(&shared) {
+            *state = layer.forward(state, shared, &mut None)?;
+        }
+        layer_done(number + 1)?;
+    }
+    let norm = loader.norm("model.norm")?;
+    let name = if config.tie_word_embeddings {
+        embed
+    } else {
+        "lm_head.weight"
+    };
+    let weight = loader.shaped(name, &vocabulary)?;
+    let logits = states.iter().zip(&shared).map(|(state, shared)| {
+        let state = norm.forward(state, shared.pass)?.flatten_to(1)?;
+        let parts = (0..config.vocab_size).step_by(HEAD_ROWS).map(|from| {
+            let rows = weight.narrow(0, from, HEAD_ROWS.min(config.vocab_size - from))?;
+            head::logits(&state, &rows.to_dtype(DType::F32)?)
+        });
+        let logits = Tensor::cat(&parts.collect::<candle_core::Result<Vec<_>>>()?, 1)?;
+        Ok(logits.reshape((ids.dim(0)?, batch.width, ()))?)
+    });
+    logits.collect()
+}
