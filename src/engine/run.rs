@@ -327,6 +327,8 @@ impl<'a> Runner<'a, '_> {
                 record, restored, ..
             } if shared.is_left_out(&prepared.digest) => {
                 // So do these.
+                self.situation
+                    .keep_texts(&self.situation.graph.nodes[index], &prepared);
                 let _ = store.leave(&prepared.digest, &record);
                 let _ = store.set_last(recipe, name, &prepared.digest);
                 (record, restored, true)
