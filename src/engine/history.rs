@@ -195,8 +195,8 @@ impl Store {
 }
 
 impl Situation<'_> {
-    /// Keeps the small text files that a stage reads, only for telling a later change by its lines: those of a stage that ran here,
-    /// or whose result was made elsewhere.
+    /// Keeps the small text files that a stage reads, only for telling a later change by its lines: those of a stage that ran
+    /// here, or whose result was made elsewhere or by an earlier recipe.
     pub(super) fn keep_texts(&self, node: &Node, prepared: &Prepared) {
         let leaves = prepared.fingerprint.leaves();
         for (parameter, origin) in &prepared.origins {
