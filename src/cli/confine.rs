@@ -3,6 +3,7 @@
 //!
 //! What the person at the keyboard names, by `--set`, `--allow-path` or `PIPELINE_ALLOW_PATHS`, may be anywhere.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use super::project::{RecipeArgs, normal, root};
@@ -41,10 +42,12 @@ pub(super) fn check(recipe: &Recipe, args: &RecipeArgs, here: &Path) -> Result<(
         besides,
     };
     let mut errors = Vec::new();
+    let mut judged = BTreeMap::new();
     for stage in &recipe.stages {
-        for file in &stage.files {
-            if let Some(message) = bounds.leaves(file) {
-                errors.push(bounds.error(recipe, stage, file, message));
+        for file in stage.files.iter().filter(|file| !file.from_command_line) {
+            let leaves = judged.entry(file.path.as_str());
+            if let Some(message) = leaves.or_insert_with(|| bounds.leaves(&file.path)) {
+                errors.push(bounds.error(recipe, stage, file, message.clone()));
             }
         }
     }
@@ -58,14 +61,11 @@ pub(super) fn check(recipe: &Recipe, args: &RecipeArgs, here: &Path) -> Result<(
 
 impl Bounds {
     /// How the file leaves the project, if it does.
-    fn leaves(&self, file: &SourceFile) -> Option<String> {
-        if file.from_command_line {
-            return None;
-        }
-        let path = normal(&self.folder.join(&file.path));
+    fn leaves(&self, file: &str) -> Option<String> {
+        let path = normal(&self.folder.join(file));
         let mut allowed = std::iter::once(&self.root).chain(&self.besides);
         if !allowed.any(|folder| path.starts_with(folder)) {
-            return Some(format!("`{}` leaves the project", file.path));
+            return Some(format!("`{file}` leaves the project"));
         }
         // What does not exist is the stage's to tell; a link that leads nowhere reads nothing.
         let link = self.link_out(&path)?;

@@ -8,6 +8,14 @@ use serde_json::Value;
 /// A BLAKE3 digest as 64 lower-case hex digits.
 pub type Digest = String;
 
+/// 64 lower-case hex digits, which are safe in a path.
+pub(super) fn is_digest(text: &str) -> bool {
+    text.len() == 64
+        && text
+            .bytes()
+            .all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+}
+
 /// JSON with sorted keys and no white space.
 pub fn canonical_json(value: &Value) -> String {
     String::from_utf8(bytes(value)).unwrap_or_default()
@@ -24,21 +32,39 @@ pub fn digest_json(value: &Value) -> Digest {
     blake3::hash(&bytes(value)).to_hex().to_string()
 }
 
+/// [`digest_json`] of a map with these entries, without building it.
+pub(super) fn digest_entries(mut entries: Vec<(&str, &Value)>) -> Digest {
+    let mut text = Vec::with_capacity(512);
+    map(&mut entries, &mut text);
+    blake3::hash(&text).to_hex().to_string()
+}
+
+/// [`digest_json`] of what has no maps in it.
+pub(super) fn digest_list(list: &impl Serialize) -> Digest {
+    let mut text = Vec::with_capacity(512);
+    scalar(list, &mut text);
+    blake3::hash(&text).to_hex().to_string()
+}
+
+fn map(entries: &mut [(&str, &Value)], text: &mut Vec<u8>) {
+    entries.sort_unstable_by(|a, b| a.0.cmp(b.0));
+    text.push(b'{');
+    for (index, (key, value)) in entries.iter().enumerate() {
+        if index > 0 {
+            text.push(b',');
+        }
+        scalar(key, text);
+        text.push(b':');
+        write(value, text);
+    }
+    text.push(b'}');
+}
+
 fn write(value: &Value, text: &mut Vec<u8>) {
     match value {
-        Value::Object(map) => {
-            let mut entries: Vec<_> = map.iter().collect();
-            entries.sort_unstable_by(|a, b| a.0.cmp(b.0));
-            text.push(b'{');
-            for (index, (key, value)) in entries.into_iter().enumerate() {
-                if index > 0 {
-                    text.push(b',');
-                }
-                scalar(key, text);
-                text.push(b':');
-                write(value, text);
-            }
-            text.push(b'}');
+        Value::Object(entries) => {
+            let mut entries: Vec<_> = entries.iter().map(|(key, value)| (&**key, value)).collect();
+            map(&mut entries, text);
         }
         Value::Array(items) => {
             text.push(b'[');
@@ -77,5 +103,10 @@ mod tests {
             digest_json(&value),
             "f7ac8c2d11a4e91994e5ec1b9b3003cba09290c004e29b62a9a00a3c92b43d71"
         );
+        let entries = value.as_object().unwrap().iter().rev();
+        let entries = entries.map(|(key, value)| (key.as_str(), value)).collect();
+        assert_eq!(digest_entries(entries), digest_json(&value));
+        let list = [("é", 1, "x\n")];
+        assert_eq!(digest_list(&list), digest_json(&json!(list)));
     }
 }

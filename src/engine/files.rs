@@ -1,7 +1,7 @@
 //! Small operations on files that either happen whole or not at all.
 
 use std::fs::{self, File, Permissions};
-use std::io::Write;
+use std::io::{ErrorKind, Read as _, Write};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
@@ -43,6 +43,20 @@ pub(super) fn read_sealed<T: DeserializeOwned>(path: &Path) -> Option<T> {
     serde_json::from_slice(memo).ok().filter(|_| whole)
 }
 
+/// Reads a file of at most so many bytes. Unlike [`fs::read`], it does not ask for the size first: a no-op run reads two files a
+/// stage.
+pub(super) fn read_small(path: &Path, longest: usize) -> std::io::Result<Vec<u8>> {
+    let mut contents = Vec::with_capacity(4096);
+    let one_more = (longest as u64).saturating_add(1);
+    File::open(path)?
+        .take(one_more)
+        .read_to_end(&mut contents)?;
+    if contents.len() > longest {
+        return Err(ErrorKind::FileTooLarge.into());
+    }
+    Ok(contents)
+}
+
 /// Makes the entries of a folder durable.
 pub(crate) fn sync_folder(folder: &Path) -> std::io::Result<()> {
     File::open(folder)?.sync_all()
@@ -53,7 +67,7 @@ pub(crate) fn remove(path: &Path) -> anyhow::Result<()> {
     let result = match fs::symlink_metadata(path) {
         Ok(metadata) if metadata.is_dir() => fs::remove_dir_all(path),
         Ok(_) => fs::remove_file(path),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
         Err(error) => Err(error),
     };
     result.with_context(|| format!("could not remove `{}`", path.display()))

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::AnyStage;
-use super::canonical::{Digest, digest_json};
+use super::canonical::{Digest, digest_entries};
 use super::graph::{Marker, child, marker};
 
 /// The key under which a content digest stands in place of an input or a local file.
@@ -65,12 +65,12 @@ impl Fingerprint {
 
     /// The name of the result in the store.
     pub fn digest(&self) -> Digest {
-        digest_json(&json!({
-            "kind": self.kind,
-            "version": self.version,
-            "params": self.params,
-            "outside": self.outside,
-        }))
+        digest_entries(vec![
+            ("kind", &json!(self.kind)),
+            ("outside", &json!(self.outside)),
+            ("params", &self.params),
+            ("version", &json!(self.version)),
+        ])
     }
 
     /// What this fingerprint has in common with those that differ from it only in the parameters of [`super::Stage::GROWS`];

@@ -148,15 +148,15 @@ impl Store {
         for kind in ["partial", "scratch", "failed", "incoming"] {
             for name in self.names(kind) {
                 let path = self.folder(kind).join(&name);
-                if remove_it {
-                    remove(&path)?;
-                }
                 garbage.push(Garbage {
                     what: "unfinished work",
                     stage: None,
                     size: size(&path),
-                    path,
+                    path: path.clone(),
                 });
+                if remove_it {
+                    remove(&path)?;
+                }
             }
         }
         Ok(garbage)

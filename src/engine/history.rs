@@ -11,7 +11,9 @@ use serde::{Deserialize, Serialize};
 
 use super::canonical::Digest;
 use super::files::write_atomically;
-use super::graph::Graph;
+use super::fingerprint::{Origin, content};
+use super::graph::{Graph, Node};
+use super::plan::{Prepared, Situation};
 use super::reason::{Reason, differences};
 use super::record::{FORMAT, Record};
 use super::store::Store;
@@ -189,6 +191,22 @@ impl Store {
             );
         }
         found
+    }
+}
+
+impl Situation<'_> {
+    /// Keeps the small text files that a stage reads, only for telling a later change by its lines: those of a stage that ran
+    /// here, or whose result was made elsewhere or by an earlier recipe.
+    pub(super) fn keep_texts(&self, node: &Node, prepared: &Prepared) {
+        let leaves = prepared.fingerprint.leaves();
+        for (parameter, origin) in &prepared.origins {
+            let content = leaves.get(parameter).and_then(content);
+            if let (Origin::File(written), Some(content)) = (origin, content)
+                && let Some(file) = node.sources.get(written)
+            {
+                let _ = self.store.keep_text(file, content);
+            }
+        }
     }
 }
 

@@ -130,6 +130,15 @@ impl Situation<'_> {
                 .context("an input has no contents yet")?;
             inputs.insert(self.graph.nodes[input].name.clone(), content);
         }
+        self.prepare_with(node, inputs, sources)
+    }
+
+    fn prepare_with(
+        &self,
+        node: &Node,
+        inputs: BTreeMap<String, Digest>,
+        sources: &mut Sources,
+    ) -> anyhow::Result<Prepared> {
         let mut files = BTreeMap::new();
         for (written, path) in &node.sources {
             files.insert(written.clone(), sources.digest(path)?);
@@ -347,24 +356,22 @@ impl Situation<'_> {
             return vec![Reason::NeverRan];
         };
         // An input that is still open counts as unchanged: its last contents stand in.
-        let mut assumed = contents.to_vec();
-        for &input in &self.graph.inputs[index] {
-            if assumed[input].is_none() {
-                let name = &self.graph.nodes[input].name;
-                let parameter = last
+        let assumed = |input: usize| {
+            let name = &self.graph.nodes[input].name;
+            let content = contents[input].clone().or_else(|| {
+                let (parameter, _) = last
                     .origins
                     .iter()
-                    .find(|(_, origin)| matches!(origin, Origin::Stage(stage) if stage == name));
-                let leaf = parameter
-                    .and_then(|(parameter, _)| last.fingerprint.leaves().get(parameter).cloned());
-                assumed[input] = leaf
-                    .as_ref()
+                    .find(|(_, origin)| matches!(origin, Origin::Stage(stage) if stage == name))?;
+                let leaf = last.fingerprint.leaves().get(parameter).cloned();
+                leaf.as_ref()
                     .and_then(super::fingerprint::content)
                     .map(str::to_owned)
-                    .or(Some(String::new()));
-            }
-        }
-        match self.prepare(index, &assumed, sources) {
+            });
+            (name.clone(), content.unwrap_or_default())
+        };
+        let inputs = self.graph.inputs[index].iter().copied().map(assumed);
+        match self.prepare_with(node, inputs.collect(), sources) {
             Ok(prepared) => differences(
                 &last.fingerprint,
                 &prepared.fingerprint,

@@ -11,6 +11,9 @@ use super::fingerprint::{Fingerprint, Origin};
 /// The format of the records below; another format is another folder.
 pub(super) const FORMAT: u32 = 1;
 
+/// The most bytes of a record; usual are a few KB. A longer file is none.
+pub(super) const LONGEST_RECORD: usize = 16 << 20;
+
 /// What is kept of a finished stage. A few KB, under the fingerprint's digest.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Record {

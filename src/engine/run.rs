@@ -284,7 +284,8 @@ impl<'a> Runner<'a, '_> {
         contents: &[Option<Digest>],
         sources: &mut Sources,
     ) -> Lookup {
-        let name = &self.situation.graph.nodes[index].name;
+        let node = &self.situation.graph.nodes[index];
+        let name = &node.name;
         let mut prepared = match self.situation.prepare(index, contents, sources) {
             Ok(prepared) => prepared,
             Err(error) => {
@@ -319,6 +320,7 @@ impl<'a> Runner<'a, '_> {
                     let _ = store.write_manifest(&record.artifact, &manifest);
                 }
                 if !last {
+                    self.situation.keep_texts(node, &prepared);
                     let _ = store.set_last(recipe, name, &prepared.digest);
                 }
                 (record, restored, false)
@@ -327,13 +329,14 @@ impl<'a> Runner<'a, '_> {
                 record, restored, ..
             } if shared.is_left_out(&prepared.digest) => {
                 // So do these.
+                self.situation.keep_texts(node, &prepared);
                 let _ = store.leave(&prepared.digest, &record);
                 let _ = store.set_last(recipe, name, &prepared.digest);
                 (record, restored, true)
             }
             // The files of what is away may be needed: a worker fetches them, or runs the stage.
             Verdict::Stale(reasons) | Verdict::Away { reasons, .. } => {
-                let files = self.situation.graph.nodes[index].sources.values();
+                let files = node.sources.values();
                 prepared.known = files.flat_map(|path| sources.known(path)).collect();
                 return Lookup::Stale(Box::new(prepared), reasons);
             }

@@ -1,7 +1,7 @@
 //! Content digests of local files and folders, remembered by stat so that an unchanged file is not read again.
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, Metadata};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -46,7 +46,7 @@ impl Sources {
         let metadata =
             fs::metadata(path).with_context(|| format!("could not read `{}`", path.display()))?;
         if metadata.is_file() {
-            return self.file(path);
+            return self.file(path, &metadata);
         }
         let mut files = Vec::new();
         let mut open = vec![(String::new(), path.to_path_buf())];
@@ -80,7 +80,7 @@ impl Sources {
                     }
                     open.push((name, path));
                 } else if metadata.is_file() {
-                    files.push((name, self.file(&path)?));
+                    files.push((name, self.file(&path, &metadata)?));
                 }
             }
         }
@@ -107,23 +107,23 @@ impl Sources {
         Ok(())
     }
 
-    fn file(&mut self, path: &Path) -> anyhow::Result<Digest> {
-        let stat = || fs::metadata(path).map(|metadata| Stat::of(&metadata));
-        let before = stat().with_context(|| format!("could not read `{}`", path.display()))?;
-        let name = path.to_string_lossy().into_owned();
-        if let Some(entry) = self.memo.files.get(&name)
+    fn file(&mut self, path: &Path, metadata: &Metadata) -> anyhow::Result<Digest> {
+        let before = Stat::of(metadata);
+        let name = path.to_string_lossy();
+        if let Some(entry) = self.memo.files.get(&*name)
             && entry.stat == before
         {
             return Ok(entry.blake3.clone());
         }
         let blake3 = digest_file(path)?;
-        let after = stat().with_context(|| format!("could not read `{}`", path.display()))?;
+        let after = fs::metadata(path).map(|metadata| Stat::of(&metadata));
+        let after = after.with_context(|| format!("could not read `{}`", path.display()))?;
         let now = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .map_or(0, |now| now.as_nanos() as i64);
         if before == after && after.modified + SETTLING < now {
             self.memo.files.insert(
-                name,
+                name.into_owned(),
                 Entry {
                     blake3: blake3.clone(),
                     stat: after,

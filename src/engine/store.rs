@@ -23,12 +23,12 @@ use std::io::{Read as _, Seek as _, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 
-use super::canonical::Digest;
-use super::files::{remove, sync_folder, write_atomically};
-use super::manifest::{Check, Entry, Manifest, walk};
-use super::record::{FORMAT, Record};
+use super::canonical::{Digest, is_digest};
+use super::files::{read_small, remove, sync_folder, write_atomically};
+use super::manifest::{Check, Entry, LONGEST_MANIFEST, Manifest, walk};
+use super::record::{FORMAT, LONGEST_RECORD, Record};
 
 /// The folder of one format of the store.
 const VERSION: &str = "v1";
@@ -70,15 +70,19 @@ impl Store {
 
     /// The manifest of an artifact.
     pub fn manifest(&self, content: &str) -> Option<Manifest> {
-        serde_json::from_slice(&fs::read(self.manifest_path(content)).ok()?).ok()
+        let bytes = read_small(&self.manifest_path(content), LONGEST_MANIFEST).ok()?;
+        serde_json::from_slice(&bytes).ok()
     }
 
     /// The record of a fingerprint, whatever became of its artifact. An unreadable record is no record.
     pub fn record(&self, fingerprint: &str) -> Option<Record> {
-        let record: Record =
-            serde_json::from_slice(&fs::read(self.record_path(fingerprint)).ok()?).ok()?;
-        // A record under another fingerprint's name was moved or altered.
-        (record.format == FORMAT && record.fingerprint.digest() == fingerprint).then_some(record)
+        let bytes = read_small(&self.record_path(fingerprint), LONGEST_RECORD).ok()?;
+        let record: Record = serde_json::from_slice(&bytes).ok()?;
+        // A record under another fingerprint's name was moved or altered; what names no digest must not become a path.
+        let sound = record.format == FORMAT
+            && record.fingerprint.digest() == fingerprint
+            && is_digest(&record.artifact);
+        sound.then_some(record)
     }
 
     /// Looks a fingerprint up and checks its artifact. Reads file contents only where a stat differs, or all when
@@ -198,7 +202,13 @@ impl Store {
 
     /// Writes the manifest of an artifact, which may remember new stats.
     pub(super) fn write_manifest(&self, content: &str, manifest: &Manifest) -> anyhow::Result<()> {
-        write_atomically(&self.manifest_path(content), &serde_json::to_vec(manifest)?)
+        let bytes = serde_json::to_vec(manifest)?;
+        ensure!(
+            bytes.len() <= LONGEST_MANIFEST,
+            "the result has {} files, which are more than one result may have; write fewer and larger ones",
+            manifest.files.len()
+        );
+        write_atomically(&self.manifest_path(content), &bytes)
     }
 
     /// Takes a folder of sealed files, of which this is the manifest, as an artifact. Returns its content digest and whether it

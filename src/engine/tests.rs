@@ -406,6 +406,76 @@ fn two_runners_make_each_result_once() {
 }
 
 #[test]
+fn who_waits_says_for_whom_and_goes_on_when_the_holder_is_gone() {
+    let (other, toy) = (Toy::new(14), Toy::new(15));
+    other.run();
+    // Contents decide: the same stage has the same fingerprint in both.
+    let fingerprint = other.store().last("toy", "a").unwrap();
+    let (graph, store) = (toy.graph("+", ""), toy.store());
+    let miss = store.lock(&fingerprint, &mut |_| {}).unwrap();
+    std::thread::scope(|scope| {
+        let (events, received) = channel();
+        let (graph, store) = (&graph, &store);
+        let runner = scope.spawn(move || {
+            let shared = Shared::none();
+            let situation = Toy::situation(graph, store, &shared, &[]);
+            run(
+                &situation,
+                &[],
+                &Options::for_test(2),
+                &events,
+                &Arc::default(),
+            )
+            .unwrap()
+        });
+        let holder = received.iter().find_map(|event| match event {
+            Event::StageWaiting { stage, holder } if stage == "a" => Some(holder),
+            _ => None,
+        });
+        let process = format!("process {}", std::process::id());
+        let holder = holder.unwrap();
+        assert!(holder.starts_with(&process), "{holder}");
+        drop(miss);
+        assert_eq!(ran(&runner.join().unwrap()), (4, 0));
+    });
+    assert_eq!(ran(&toy.run()), (0, 4));
+}
+
+#[test]
+fn a_graph_may_be_deeper_than_any_stack() {
+    const STAGES: usize = 20_000;
+    let toy = Toy::new(16);
+    let node = |index: usize| Node {
+        name: format!("s{index}"),
+        stage: Arc::new(Join {
+            inputs: (index > 0)
+                .then(|| Input::new(format!("s{}", index - 1)))
+                .into_iter()
+                .collect(),
+            separator: String::new(),
+            fail: Neutral::default(),
+            counter: Neutral(toy.counter),
+        }),
+        sources: [].into(),
+        handling: Handling::default(),
+    };
+    // The last first, so that the order has to be found.
+    let nodes = (0..STAGES).rev().map(node).collect();
+    let store = toy.store();
+    std::thread::scope(|scope| {
+        let look = move || {
+            let graph = Graph::new(nodes).unwrap();
+            assert_eq!(graph.needed(&[0]), vec![true; STAGES]);
+            let states = Toy::situation(&graph, &store, &Shared::none(), &[]).plan();
+            let waits = |state: &&State| matches!(state, State::WaitsOn { .. });
+            assert_eq!(states.iter().filter(waits).count(), STAGES - 1);
+        };
+        let small = std::thread::Builder::new().stack_size(256 << 10);
+        small.spawn_scoped(scope, look).unwrap().join().unwrap();
+    });
+}
+
+#[test]
 fn cycles_and_unknown_stages_are_refused() {
     let join = |name: &str, input: &str| Node {
         name: name.to_owned(),

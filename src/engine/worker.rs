@@ -12,7 +12,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, anyhow};
 
 use super::canonical::Digest;
-use super::fingerprint::Origin;
 use super::graph::Node;
 use super::plan::{Prepared, Situation};
 use super::reason::Reason;
@@ -114,6 +113,9 @@ impl Worker<'_, '_> {
         if (waited || !self.situation.forced[self.index])
             && let Some((record, remote)) = there()
         {
+            if remote {
+                self.situation.keep_texts(node, prepared);
+            }
             store.set_last(recipe, &node.name, &prepared.digest)?;
             self.send(Event::StageFresh {
                 stage: node.name.clone(),
@@ -163,7 +165,7 @@ impl Worker<'_, '_> {
         let copied = context.copied.into_inner();
         let (record, _) = miss.commit(record, &copied.unwrap_or_else(PoisonError::into_inner))?;
         shared.made(store, &prepared.digest);
-        self.keep_texts(&record);
+        self.situation.keep_texts(node, prepared);
         store.set_last(recipe, &node.name, &prepared.digest)?;
         self.send(Event::StageDone {
             stage: node.name.clone(),
@@ -241,19 +243,6 @@ impl Worker<'_, '_> {
             known: prepared.known.clone(),
             copied: Mutex::default(),
         })
-    }
-
-    /// Keeps small text files that the stage read, only for telling a later change by its lines.
-    fn keep_texts(&self, record: &Record) {
-        for (parameter, origin) in &record.origins {
-            let leaf = record.fingerprint.leaves().get(parameter).cloned();
-            let content = leaf.as_ref().and_then(super::fingerprint::content);
-            if let (Origin::File(written), Some(content)) = (origin, content)
-                && let Some(file) = self.node().sources.get(written)
-            {
-                let _ = self.situation.store.keep_text(file, content);
-            }
-        }
     }
 }
 

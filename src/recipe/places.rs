@@ -98,11 +98,50 @@ pub(crate) struct Spot {
     pub(crate) value: Place,
 }
 
-/// The places of a whole recipe.
+/// The places of a whole recipe, as a tree: the root is the first branch.
+#[derive(Debug, Clone)]
+pub(crate) struct Places(Vec<Branch>);
+
+/// The index of a branch.
+pub(crate) type Id = usize;
+
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Places(pub(crate) BTreeMap<Steps, Spot>);
+struct Branch {
+    spot: Option<Spot>,
+    below: BTreeMap<Step, Id>,
+}
+
+impl Default for Places {
+    fn default() -> Self {
+        Self(vec![Branch::default()])
+    }
+}
 
 impl Places {
+    /// The root of the tree.
+    pub(crate) const ROOT: Id = 0;
+
+    /// The branch one step below another, made if it is not there.
+    pub(crate) fn grow(&mut self, above: Id, step: Step) -> Id {
+        let next = self.0.len();
+        let id = *self.0[above].below.entry(step).or_insert(next);
+        if id == next {
+            self.0.push(Branch::default());
+        }
+        id
+    }
+
+    /// Notes where a branch is written.
+    pub(crate) fn note(&mut self, id: Id, spot: Spot) {
+        self.0[id].spot = Some(spot);
+    }
+
+    /// Where a key below a branch is written.
+    pub(crate) fn below(&self, above: Id, key: &str) -> Option<Spot> {
+        let id = *self.0[above].below.get(&Step::Key(key.to_owned()))?;
+        self.0[id].spot
+    }
+
     /// Where the key at `path` is written, or the nearest thing around it.
     pub(crate) fn key(&self, path: &[Step]) -> Option<Place> {
         self.find(path, |spot| spot.key)
@@ -114,22 +153,21 @@ impl Places {
     }
 
     fn find(&self, path: &[Step], pick: fn(&Spot) -> Place) -> Option<Place> {
-        if let Some(spot) = self.0.get(path) {
-            return Some(pick(spot));
-        }
-        let mut around = path;
-        while let Some((_, rest)) = around.split_last() {
-            around = rest;
-            if around.is_empty() {
-                break;
-            }
+        let (mut id, mut around) = (Self::ROOT, None);
+        for step in path {
+            let branch = &self.0[id];
             // What a merge brought in is written at the merge.
-            let spot = self.0.get(&child(around, "<<"));
-            if let Some(spot) = spot.or_else(|| self.0.get(around)) {
-                return Some(spot.key);
+            if id != Self::ROOT {
+                let merge = self.below(id, "<<");
+                around = merge.or(branch.spot).or(around);
+            }
+            match branch.below.get(step) {
+                Some(&below) => id = below,
+                None => return around.map(|spot| spot.key),
             }
         }
-        None
+        let spot = self.0[id].spot;
+        spot.map(|spot| pick(&spot)).or(around.map(|spot| spot.key))
     }
 }
 

@@ -10,7 +10,7 @@ use std::cell::{Cell, RefCell};
 use serde::de::{DeserializeSeed, EnumAccess, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_yaml::{Mapping, Value};
 
-use super::places::{Place, Places, Spot, Step, Steps, lines};
+use super::places::{Id, Place, Places, Spot, Step, lines};
 
 /// The largest recipe, in bytes.
 const MAX_BYTES: usize = 1 << 20;
@@ -61,13 +61,13 @@ pub(crate) fn read(text: &str) -> Result<Read, Mistake> {
     };
     let node = Node {
         reader: &reader,
-        path: Vec::new(),
+        id: Places::ROOT,
         key: None,
     };
     match node.deserialize(serde_yaml::Deserializer::from_str(text)) {
         Ok((value, _)) => Ok(Read {
             value,
-            places: Places(reader.places.into_inner()),
+            places: reader.places.into_inner(),
             mistakes: reader.mistakes.into_inner(),
         }),
         Err(error) => Err(syntax(&error, &reader.lines)),
@@ -165,7 +165,7 @@ const OURS: &str = "$ours ";
 
 struct Reader<'text> {
     lines: Vec<&'text str>,
-    places: RefCell<std::collections::BTreeMap<Steps, Spot>>,
+    places: RefCell<Places>,
     mistakes: RefCell<Vec<Mistake>>,
     values: Cell<usize>,
 }
@@ -173,7 +173,7 @@ struct Reader<'text> {
 /// One value to read.
 struct Node<'a, 'text> {
     reader: &'a Reader<'text>,
-    path: Steps,
+    id: Id,
     /// Where the key is, or `None` for an element of a list and the whole.
     key: Option<Place>,
 }
@@ -217,7 +217,7 @@ impl<'de> DeserializeSeed<'de> for Node<'_, '_> {
         if let Some(place) = place {
             let key = self.key.unwrap_or(place);
             let spot = Spot { key, value: place };
-            self.reader.places.borrow_mut().insert(self.path, spot);
+            self.reader.places.borrow_mut().note(self.id, spot);
         }
         Ok((value, self.key.or(place)))
     }
@@ -278,11 +278,11 @@ impl<'de> Visitor<'de> for Visit<'_, '_> {
         let mut elements = Vec::new();
         let mut first = None;
         loop {
-            let mut path = self.node.path.clone();
-            path.push(Step::Index(elements.len()));
+            let reader = self.node.reader;
+            let id = reader.grow(self.node.id, Step::Index(elements.len()));
             let node = Node {
-                reader: self.node.reader,
-                path,
+                reader,
+                id,
                 key: None,
             };
             match data.next_element_seed(node)? {
@@ -310,8 +310,7 @@ impl<'de> Visitor<'de> for Visit<'_, '_> {
                 continue;
             };
             if map.contains_key(&key) || (key == "<<" && !merges.is_empty()) {
-                let other = self.node.reader.places.borrow();
-                let other = other.get(&super::places::child(&self.node.path, &key));
+                let other = reader.places.borrow().below(self.node.id, &key);
                 let hint = other.map(|spot| {
                     format!(
                         "it is written first in line {}; keep one of them",
@@ -324,7 +323,7 @@ impl<'de> Visitor<'de> for Visit<'_, '_> {
             }
             let node = Node {
                 reader,
-                path: super::places::child(&self.node.path, &key),
+                id: reader.grow(self.node.id, Step::Key(key.clone())),
                 key: Some(place),
             };
             let (value, _) = data.next_value_seed(node)?;
@@ -446,6 +445,10 @@ impl<'de> Visitor<'de> for KeyVisitor<'_> {
 }
 
 impl Reader<'_> {
+    fn grow(&self, above: Id, step: Step) -> Id {
+        self.places.borrow_mut().grow(above, step)
+    }
+
     fn mistake(&self, message: String, place: Place, hint: Option<String>) {
         self.mistakes.borrow_mut().push(Mistake {
             message,
@@ -528,9 +531,11 @@ impl Reader<'_> {
             _ => return None,
         };
         let before = self.rest(first.line, 1).take(first.column - 1);
-        let before: Vec<char> = before.collect();
-        let at = before.iter().rposition(|c| !c.is_whitespace())?;
-        (before.get(at) == Some(&bracket)).then_some(Place {
+        let (at, last) = before
+            .enumerate()
+            .filter(|(_, c)| !c.is_whitespace())
+            .last()?;
+        (last == bracket).then_some(Place {
             line: first.line,
             column: at + 1,
             length: 1,
@@ -539,23 +544,16 @@ impl Reader<'_> {
 
     /// What stands on the same line behind a key.
     fn behind(&self, key: Place) -> Option<Place> {
-        let rest: Vec<char> = self.rest(key.line, key.column).skip(key.length).collect();
-        let colon = rest.iter().position(|c| !c.is_whitespace())?;
-        if rest.get(colon) != Some(&':') {
+        let rest = self.rest(key.line, key.column).skip(key.length);
+        let mut marks = rest.clone().enumerate().filter(|(_, c)| !c.is_whitespace());
+        if !matches!(marks.next(), Some((_, ':'))) {
             return None;
         }
-        let start = colon
-            + 1
-            + rest
-                .iter()
-                .skip(colon + 1)
-                .position(|c| !c.is_whitespace())?;
-        let first = *rest.get(start)?;
+        let (start, first) = marks.next()?;
         let length = match first {
             '#' => return None,
             '[' | '{' | '|' | '>' => 1,
             _ => rest
-                .iter()
                 .skip(start)
                 .take_while(|c| !c.is_whitespace() && !matches!(c, ',' | ']' | '}'))
                 .count(),

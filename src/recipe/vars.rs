@@ -26,9 +26,19 @@ pub(crate) fn substitute(draft: &mut Draft, recipe: &mut Value) {
         vars.insert(name, value.clone());
     }
     for section in ["stages", "outputs"] {
-        if let Some(value) = recipe.get_mut(section) {
+        if let Some(value) = recipe.get_mut(section).filter(|value| has_dollar(value)) {
             walk(draft, &vars, &mut keys(&[section]), value);
         }
+    }
+}
+
+/// Whether there is anything to put in.
+fn has_dollar(value: &Value) -> bool {
+    match value {
+        Value::String(text) => text.contains("${"),
+        Value::Sequence(list) => list.iter().any(has_dollar),
+        Value::Mapping(map) => map.values().any(has_dollar),
+        _ => false,
     }
 }
 

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use anyhow::{Context as _, Result, anyhow};
+use anyhow::{Context as _, Result, anyhow, ensure};
 use chrono::NaiveDate;
 use chrono::format::{Item, StrftimeItems};
 use minijinja::syntax::SyntaxConfig;
@@ -16,8 +16,11 @@ use super::{filters, generation};
 /// The Llama 3 template in our own words.
 pub const LLAMA3: &str = include_str!("../../recipes/templates/llama3.jinja");
 
-/// Steps that one rendering may take. Real templates take some dozens a message; an endless one is stopped within a second.
+/// Steps that one rendering may take; 64 bytes that it makes count as one. Real templates take some dozens a message; an endless
+/// one is stopped within a second.
 const FUEL: u64 = 10_000_000;
+/// The longest template, in bytes; the longest real ones have some ten thousand.
+const LONGEST: usize = 1 << 20;
 const NAME: &str = "chat template";
 
 /// A compiled chat template with the tokenizer's special tokens.
@@ -59,6 +62,11 @@ impl ChatTemplate {
         special_tokens: BTreeMap<String, String>,
         date: Option<NaiveDate>,
     ) -> Result<Self> {
+        ensure!(
+            source.len() <= LONGEST,
+            "the chat template has {} bytes; the limit is 1 MiB",
+            source.len()
+        );
         let mut environment = Environment::new();
         let mut syntax = SyntaxConfig::builder();
         syntax.trim_blocks(true).lstrip_blocks(true);

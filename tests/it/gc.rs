@@ -1,6 +1,7 @@
 //! `gc`: what nobody needs goes, what recipes and the last runs need stays.
 
 use std::fs;
+use std::io::{BufRead as _, BufReader};
 
 use crate::support::program::Project;
 
@@ -23,6 +24,7 @@ fn what_nobody_needs_is_removed() {
     }
     let scratch = project.path(".pipeline/v1/scratch/left");
     fs::create_dir_all(&scratch).unwrap();
+    fs::write(scratch.join("checkpoint"), vec![0; 5_000_000]).unwrap();
     let count = || {
         let entries = fs::read_dir(project.path(".pipeline/v1/artifacts")).unwrap();
         entries
@@ -37,7 +39,8 @@ fn what_nobody_needs_is_removed() {
         "{told}"
     );
     assert_eq!((count(), scratch.exists()), (6, true));
-    project.succeeds(&["gc", "r.yaml", "--keep-runs", "3"]);
+    let told = project.succeeds(&["gc", "r.yaml", "--keep-runs", "3"]);
+    assert!(told.ends_with("5.0 MB freed\n"), "{told}");
     assert_eq!((count(), scratch.exists()), (6, false));
     project.succeeds(&["gc", "r.yaml", "--max-size", "1GB"]);
     assert_eq!(count(), 6);
@@ -52,4 +55,38 @@ fn what_nobody_needs_is_removed() {
     assert!(why.contains("its result is gone from the store"), "{why}");
     assert_eq!(project.ran(&["r.yaml"]), ["pairs", "split"]);
     assert!(project.run(&["gc", "r.yaml", "--max-size", "lots"]).code == Some(2));
+}
+
+#[test]
+fn what_a_running_runner_uses_stays() {
+    let project = Project::with_recipes();
+    let recipe = "recipes/quickstart.yaml";
+    let mut runner = project
+        .command(&["run", recipe, "base", "--json"])
+        .spawn()
+        .unwrap();
+    // The training has begun: what it reads, and what was made so far, is nobody's last run yet.
+    let lines = BufReader::new(runner.stdout.take().unwrap()).lines();
+    let begun = |line: &String| line.contains("stage_started") && line.contains("\"base\"");
+    assert!(lines.map_while(Result::ok).any(|line| begun(&line)));
+    let results = || {
+        let entries = fs::read_dir(project.path(".pipeline/v1/artifacts")).unwrap();
+        entries.count()
+    };
+    let before = results();
+    assert!(before > 0);
+    let ended = project.run(&["gc", recipe, "--keep-runs", "0"]);
+    let running = runner.try_wait().unwrap().is_none();
+    runner.kill().unwrap();
+    runner.wait().unwrap();
+    assert!(running, "the training was over too early to show anything");
+    assert_eq!(ended.code, Some(1), "{}", ended.stdout);
+    assert!(
+        ended.stderr.contains("a run uses the store"),
+        "{}",
+        ended.stderr
+    );
+    assert_eq!(results(), before);
+    // A runner that is dead uses nothing.
+    project.succeeds(&["gc", recipe, "--keep-runs", "0"]);
 }

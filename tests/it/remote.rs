@@ -160,6 +160,44 @@ fn a_second_machine_runs_nothing() {
 }
 
 #[test]
+fn reasons_are_told_from_what_another_machine_made() {
+    let remote = tempfile::tempdir().unwrap();
+    let url = remote.path().display().to_string();
+    let (first, mut second) = (member(&url), member(&url));
+    first.succeeds(&["run", "here/r.yaml"]);
+    assert_eq!(second.ran(&["here/r.yaml"]), NOTHING);
+
+    // The second machine never ran these stages, and knows them as the first one ran them.
+    let edit = "!{{ message.content }}!";
+    second.write(
+        "here/chat.jinja",
+        &TEMPLATE.replace("[{{ message.content }}]", edit),
+    );
+    second.write("here/pairs.jsonl", &rows(12));
+    let set = ["--set", "stages.split.split_dataset.seed=2"];
+    second.variable("PIPELINE_REMOTE", "");
+    let why = |stage: &str| {
+        let told = second.succeeds(&[&["why", "here/r.yaml", stage], &set[..]].concat());
+        told.split("\n\n").next().unwrap().to_owned()
+    };
+    let told = why("split");
+    assert!(told.contains("`seed` changed from 1 to 2"), "{told}");
+    let told = why("chats");
+    assert!(told.contains("-    1 | {%- for"), "{told}");
+    assert!(told.contains(edit), "{told}");
+    second.succeeds(&[&["run", "here/r.yaml"], &set[..]].concat());
+    let diff = second.succeeds(&["diff", "here/r.yaml"]);
+    for expected in [
+        "run 1 -> run 2\n",
+        "`seed` changed from 1 to 2",
+        "    rows {\"train\":8} -> {\"train\":12}\n",
+        edit,
+    ] {
+        assert!(diff.contains(expected), "no `{expected}` in\n{diff}");
+    }
+}
+
+#[test]
 fn files_are_fetched_when_a_stage_needs_them() {
     let remote = tempfile::tempdir().unwrap();
     let url = remote.path().display().to_string();

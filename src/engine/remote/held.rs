@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use super::super::canonical::Digest;
+use super::super::canonical::is_digest;
 use super::super::files::{remove, write_atomically};
 use super::super::record::Record;
 use super::super::store::Store;
-use super::layout::is_digest;
 
 impl Store {
     /// Whether only the record of this fingerprint was taken from a remote, because nobody needed the files here.

@@ -6,14 +6,10 @@ use std::path::{Component, Path};
 use anyhow::{Context as _, bail, ensure};
 use serde::{Deserialize, Serialize};
 
-use super::super::canonical::Digest;
-use super::super::manifest::{Entry, Manifest, Stat};
-use super::super::record::{FORMAT, Record};
+use super::super::canonical::{Digest, is_digest};
+use super::super::manifest::{Entry, LONGEST_MANIFEST, Manifest, Stat};
+use super::super::record::{FORMAT, LONGEST_RECORD, Record};
 use super::Remote;
-
-/// Records are a few KB, manifests some hundred bytes a file.
-const LONGEST_RECORD: usize = 16 << 20;
-const LONGEST_MANIFEST: usize = 256 << 20;
 
 pub(super) const RECORDS: &str = "v1/records";
 pub(super) const MANIFESTS: &str = "v1/manifests";
@@ -36,14 +32,6 @@ pub(super) fn digest_of(key: &str) -> Option<&str> {
     let name = key.rsplit('/').next()?;
     let name = name.strip_suffix(".json").unwrap_or(name);
     is_digest(name).then_some(name)
-}
-
-/// 64 lower-case hex digits, which are safe in a path.
-pub(super) fn is_digest(text: &str) -> bool {
-    text.len() == 64
-        && text
-            .bytes()
-            .all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }
 
 #[derive(Serialize, Deserialize)]
@@ -70,8 +58,8 @@ pub(super) fn manifest_bytes(manifest: &Manifest) -> anyhow::Result<Vec<u8>> {
     Ok(serde_json::to_vec(&Wire { files })?)
 }
 
-/// The manifest of an artifact, if these bytes are it. Its stats are not those of any file yet.
-pub(super) fn parse_manifest(content: &str, bytes: &[u8]) -> anyhow::Result<Manifest> {
+/// The manifest of an artifact, if these bytes from elsewhere are it. Its stats are not those of any file yet.
+pub fn parse_manifest(content: &str, bytes: &[u8]) -> anyhow::Result<Manifest> {
     let wire: Wire = serde_json::from_slice(bytes).context("it is no manifest")?;
     let mut files = BTreeMap::new();
     for (path, file) in wire.files {
@@ -111,8 +99,8 @@ fn is_inside(path: &str) -> bool {
         && path.split('/').all(|part| !part.is_empty() && part != ".")
 }
 
-/// The record of a fingerprint, if these bytes are it.
-pub(super) fn parse_record(fingerprint: &str, bytes: &[u8]) -> anyhow::Result<Record> {
+/// The record of a fingerprint, if these bytes from elsewhere are it.
+pub fn parse_record(fingerprint: &str, bytes: &[u8]) -> anyhow::Result<Record> {
     let record: Record = serde_json::from_slice(bytes).context("it is no record")?;
     ensure!(
         record.format == FORMAT,

@@ -22,6 +22,7 @@ mod upkeep;
 use std::io::Read;
 use std::time::SystemTime;
 
+pub use layout::{parse_manifest, parse_record};
 pub use push::Sent;
 pub use shared::{Settings, Shared};
 pub use upkeep::{Damage, Listed, Waste};

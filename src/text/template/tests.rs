@@ -155,6 +155,12 @@ fn errors_name_the_line_and_show_it() {
 fn a_template_without_an_end_is_stopped() {
     let nested = "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}{% endfor %}{% endfor %}";
     assert!(fails(nested).contains("steps and was stopped"));
+    let growing = "{% set ns = namespace(text='abcdefgh') %}{% for _ in range(60) %}{% set ns.text = ns.text + ns.text %}{% endfor %}";
+    assert!(fails(growing).contains("steps and was stopped"));
+    let wide = "{% for a in range(9999) %}{% for b in range(9999) %}{{ 'abcdefgh' * 9999 }}{% endfor %}{% endfor %}";
+    assert!(fails(wide).contains("steps and was stopped"));
+    let long = "x".repeat(2 << 20);
+    assert!(fails(&long).contains("the limit is 1 MiB"));
     let recursive = "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}";
     assert!(!fails(recursive).is_empty());
 }
@@ -169,4 +175,18 @@ fn formats_of_dates_that_do_not_exist_are_errors() {
             .to_string()
             .contains("can't use the format")
     );
+}
+
+#[test]
+fn a_template_reads_no_other_file() {
+    for source in [
+        "{% include '/etc/hostname' %}",
+        "{% include '../secret.jinja' %}",
+        "{% extends 'base.jinja' %}",
+        "{% import 'macros.jinja' as macros %}{{ macros.one() }}",
+        "{% from 'macros.jinja' import one %}{{ one() }}",
+    ] {
+        let error = fails(source);
+        assert!(error.contains("template not found"), "{source}: {error}");
+    }
 }
