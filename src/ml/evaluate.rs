@@ -78,7 +78,7 @@ pub fn preferences(
     };
     let (mut all_nll, mut all_count, mut answer_nll, mut answer_count) = (0f64, 0u64, 0f64, 0u64);
     let mut done = 0;
-    let weight = model.head_weight()?;
+    let weight = model.head_weight(pass)?;
     // The numbers don't depend on the order: rows of like length go together, so that little is padding.
     let mut sorted: Vec<&Row> = rows.iter().collect();
     sorted.sort_by_key(|row| {

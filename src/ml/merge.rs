@@ -16,6 +16,8 @@ use super::nf4::{Nf4, PARTS};
 use super::rewrite::{Output, rewrite};
 use super::weights::{Entry, Weights};
 
+const EMBEDDINGS: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
 /// Values that a thread takes at once.
 const SPAN: usize = 1 << 14;
 
@@ -24,6 +26,8 @@ const SPAN: usize = 1 << 14;
 pub struct Report {
     /// Weights that the adapter changed.
     pub merged: usize,
+    /// Tensors that the adapter replaced: modules trained whole, and biases.
+    pub replaced: usize,
     /// 4-bit weights that are dense now.
     pub dequantised: usize,
     /// Bytes of all tensors of the result.
@@ -32,6 +36,9 @@ pub struct Report {
 
 /// Merges `adapter` into the model in `source` and writes the folder `out`: the same files, with the same types. Sums are made
 /// in f32 and rounded once. All that is in memory at a time is one tensor and its sum.
+///
+/// `DoRA` scales the rows of the sum. Tensors that the adapter replaces take the type of the model's; where the head of a model
+/// was its embeddings and these are replaced, it becomes a tensor of its own, as in PEFT.
 ///
 /// The weights of a 4-bit model become dense, in the type that they were quantised from, and `quantization_config` goes: what
 /// Unsloth calls `merged_16bit`. `progress` is told the weights' bytes used so far, of all that there are, and may stop.
@@ -48,17 +55,20 @@ pub fn merge(
     let progress = RefCell::new((0u64, progress));
     let mut report = Report {
         merged: adapter.tensors.len(),
+        replaced: adapter.saved.len(),
         dequantised: 0,
         bytes: 0,
     };
-    let scaling = adapter.config.scaling();
+    let untied = config.tie_word_embeddings
+        && !adapter.config.ensure_weight_tying
+        && adapter.saved.contains_key(EMBEDDINGS);
     let outputs = |name: &str| -> anyhow::Result<Vec<Output<'_>>> {
         if is_part(&weights, name) {
             return Ok(Vec::new());
         }
-        let pair = name
+        let update = name
             .strip_suffix(".weight")
-            .and_then(|path| adapter.tensors.get(path));
+            .and_then(|path| Update::of(adapter, path));
         let weights = &weights;
         let owned = name.to_owned();
         if let Some(((rows, columns), float)) = Nf4::shape_of(weights, name)? {
@@ -70,13 +80,22 @@ pub fn merge(
                     let values = nf4
                         .with_context(|| format!("`{owned}` is not 4-bit"))?
                         .dequantise();
-                    Ok(Cow::Owned(sum(values, pair, scaling, float)?))
+                    Ok(Cow::Owned(sum(values, update, float)?))
                 }),
             }]);
         }
-        let Some(pair) = pair else {
+        if let Some(tensor) = adapter.saved.get(name) {
+            let mut outputs = vec![replaced(weights, name, tensor)?];
+            if untied && name == EMBEDDINGS {
+                let mut head = Output::same(weights, name)?;
+                head.entry.name = HEAD.into();
+                outputs.push(head);
+            }
+            return Ok(outputs);
+        }
+        if update.is_none() {
             return Ok(vec![Output::same(weights, name)?]);
-        };
+        }
         let raw = weights.raw(name)?;
         let float = float_of(name, raw.dtype)?;
         Ok(vec![Output {
@@ -87,7 +106,7 @@ pub fn merge(
                     .par_chunks_mut(SPAN)
                     .zip(raw.bytes.par_chunks(SPAN * float.size()));
                 spans.for_each(|(values, bytes)| float.read(bytes, values));
-                Ok(Cow::Owned(sum(values, Some(pair), scaling, float)?))
+                Ok(Cow::Owned(sum(values, update, float)?))
             }),
         }])
     };
@@ -103,15 +122,31 @@ pub fn merge(
     rewrite(&weights, out, outputs, &mut written)?;
     report.bytes = Weights::open(out)?.bytes();
 
-    if config.quantization.is_none() {
+    if config.quantization.is_none() && !untied {
         folder::carry(source, out, &[])?;
     } else {
         folder::carry(source, out, &[CONFIG])?;
         let mut raw = folder::config(source)?;
         raw.remove("quantization_config");
+        if untied {
+            raw.insert("tie_word_embeddings".into(), false.into());
+        }
         folder::write_config(out, raw)?;
     }
     Ok(report)
+}
+
+/// A tensor of the adapter in the place and type of the model's.
+fn replaced<'a>(weights: &Weights, name: &str, tensor: &'a Tensor) -> anyhow::Result<Output<'a>> {
+    let raw = weights.raw(name)?;
+    let float = float_of(name, raw.dtype)?;
+    Ok(Output {
+        entry: Entry::new(name, raw.dtype, raw.shape),
+        bytes: Box::new(move || {
+            let values = tensor.to_dtype(DType::F32)?.flatten_all()?;
+            Ok(Cow::Owned(sum(values.to_vec1()?, None, float)?))
+        }),
+    })
 }
 
 /// Whether a tensor belongs to a 4-bit weight.
@@ -129,8 +164,26 @@ fn float_of(name: &str, dtype: safetensors::Dtype) -> anyhow::Result<Float> {
     })
 }
 
-/// Every pair of the adapter must have a weight of its shape in the model.
+/// Every pair of the adapter must have a weight of its shape in the model, and so must all that it replaces.
 fn check(adapter: &Adapter, weights: &Weights) -> anyhow::Result<()> {
+    for (name, tensor) in &adapter.saved {
+        ensure!(
+            weights.contains(name),
+            "the adapter replaces `{name}`, which the model does not have; was it trained for another model?"
+        );
+        ensure!(
+            Nf4::shape_of(weights, name)?.is_none(),
+            "the adapter replaces `{name}`, which the model stores in 4 bits; merge it into the dense model"
+        );
+        let raw = weights.raw(name)?;
+        float_of(name, raw.dtype)?;
+        ensure!(
+            raw.shape == tensor.dims(),
+            "the adapter's `{name}` has the shape {:?}, but the model's has {:?}; was it trained for another model?",
+            tensor.dims(),
+            raw.shape
+        );
+    }
     for (path, pair) in &adapter.tensors {
         let name = format!("{path}.weight");
         ensure!(
@@ -159,17 +212,28 @@ fn check(adapter: &Adapter, weights: &Weights) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The bytes of W + s B A.
-fn sum(
-    mut values: Vec<f32>,
-    pair: Option<&LoraPair>,
+/// What is added to a weight.
+#[derive(Clone, Copy)]
+struct Update<'a> {
+    pair: &'a LoraPair,
     scaling: f64,
-    float: Float,
-) -> anyhow::Result<Vec<u8>> {
+}
+
+impl<'a> Update<'a> {
+    fn of(adapter: &'a Adapter, path: &str) -> Option<Self> {
+        let pair = adapter.tensors.get(path)?;
+        let scaling = adapter.config.scaling(path);
+        Some(Self { pair, scaling })
+    }
+}
+
+/// The bytes of W + s B A, with the lengths that `DoRA` gives to its rows.
+fn sum(mut values: Vec<f32>, update: Option<Update<'_>>, float: Float) -> anyhow::Result<Vec<u8>> {
     let mut bytes = vec![0; values.len() * float.size()];
-    if let Some(LoraPair { a, b }) = pair {
-        let (a, b) = (a.to_dtype(DType::F32)?, b.to_dtype(DType::F32)?);
+    if let Some(Update { pair, scaling }) = update {
+        let (a, b) = (pair.a.to_dtype(DType::F32)?, pair.b.to_dtype(DType::F32)?);
         let delta: Tensor = b.matmul(&a)?;
+        let columns = delta.dim(1)?.max(1);
         let delta = delta.flatten_all()?.to_vec1::<f32>()?;
         ensure!(
             delta.len() == values.len(),
@@ -182,6 +246,19 @@ fn sum(
                 *value += delta * scaling;
             }
         });
+        if let Some(lengths) = &pair.magnitude {
+            let lengths = lengths.to_dtype(DType::F32)?.to_vec1::<f32>()?;
+            let rows = values.par_chunks_mut(columns).zip(&lengths);
+            rows.for_each(|(row, length)| {
+                let own = row
+                    .iter()
+                    .map(|x| f64::from(*x).powi(2))
+                    .sum::<f64>()
+                    .sqrt();
+                let factor = (f64::from(*length) / own) as f32;
+                row.iter_mut().for_each(|x| *x *= factor);
+            });
+        }
     }
     let spans = values
         .par_chunks(SPAN)
@@ -361,9 +438,14 @@ mod tests {
         let pair = LoraPair {
             a: Tensor::new(&[[1f32, 2.]], &Device::Cpu).unwrap(),
             b: Tensor::new(&[[0.001f32], [3.]], &Device::Cpu).unwrap(),
+            magnitude: None,
+        };
+        let half = |pair| {
+            let scaling = 0.5;
+            Some(Update { pair, scaling })
         };
         let values = vec![1f32, 2., 3., 4.];
-        let bytes = sum(values.clone(), Some(&pair), 0.5, Float::BF16).unwrap();
+        let bytes = sum(values.clone(), half(&pair), Float::BF16).unwrap();
         let mut read = [0.; 4];
         Float::BF16.read(&bytes, &mut read);
         let exact = [1.0005, 2.001, 4.5, 7.].map(|x| Float::BF16.round(x));
@@ -372,8 +454,8 @@ mod tests {
             b: (&pair.b * 1e5).unwrap(),
             ..pair
         };
-        assert!(sum(values.clone(), Some(&large), 0.5, Float::F32).is_ok());
-        assert!(sum(values, Some(&large), 0.5, Float::F16).is_err());
+        assert!(sum(values.clone(), half(&large), Float::F32).is_ok());
+        assert!(sum(values, half(&large), Float::F16).is_err());
     }
 
     #[test]

@@ -73,6 +73,7 @@ impl Objective {
         targets: &[Target],
         hidden: &Tensor,
         weight: &Tensor,
+        pass: Pass,
     ) -> anyhow::Result<(Outcome, Scored)> {
         ensure!(!targets.is_empty(), "the batch has no token to learn");
         let certainty = matches!(self, Self::Sft { .. });
@@ -80,7 +81,7 @@ impl Objective {
         let outcome = match self {
             Self::Orpo { beta } => {
                 let pairs = batch.sequences.len() / 2;
-                let (sum, vocabulary) = (model.column_sum()?, model.config.vocab_size);
+                let (sum, vocabulary) = (model.column_sum(pass)?, model.config.vocab_size);
                 let mean = |from| head::mean_logit(hidden, &sum, vocabulary, from, pairs);
                 let means = (mean(0)?, mean(pairs)?);
                 orpo::loss(batch, targets, &scored.logps, means, *beta)?
@@ -94,8 +95,10 @@ impl Objective {
     pub fn evaluate(&self, model: &Llama, batch: &Batch, pass: Pass) -> anyhow::Result<Outcome> {
         let hidden = model.hidden(batch, pass)?;
         let targets = self.targets(batch);
-        let weight = model.head_weight()?;
-        Ok(self.outcome(model, batch, &targets, &hidden, &weight)?.0)
+        let weight = model.head_weight(pass)?;
+        Ok(self
+            .outcome(model, batch, &targets, &hidden, &weight, pass)?
+            .0)
     }
 
     /// The loss of a micro-batch; its gradient times `scale` is added to `gradients`.
@@ -110,8 +113,9 @@ impl Objective {
     ) -> anyhow::Result<Outcome> {
         let tape = model.record(batch, dropout, checkpointing)?;
         let targets = self.targets(batch);
-        let (weight, hidden) = (model.head_weight()?, tape.hidden());
-        let (outcome, scored) = self.outcome(model, batch, &targets, &hidden, &weight)?;
+        let (weight, hidden) = (model.head_weight(Pass::INFER)?, tape.hidden());
+        let (outcome, scored) =
+            self.outcome(model, batch, &targets, &hidden, &weight, Pass::INFER)?;
         if outcome.loss.is_finite() {
             let scaled: Vec<f32> = outcome
                 .gradient
