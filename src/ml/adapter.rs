@@ -9,7 +9,7 @@ use anyhow::{Context as _, bail, ensure};
 use candle_core::{Device, Tensor};
 use serde_json::Value;
 
-pub use config::{AdapterConfig, Bias, NewAdapter, Patterns};
+pub use config::{AdapterConfig, Bias, NewAdapter, Patterns, is_meant};
 
 use super::folder::sorted_json;
 use super::weights::{self, Weights};
@@ -92,15 +92,11 @@ impl Adapter {
             );
         }
         for name in &self.config.modules_to_save {
-            let path = |tensor: &String| tensor.rsplit_once('.').map(|(path, _)| path.to_owned());
-            let mut paths = self.saved.keys().filter_map(path);
-            // The name may mean a module that holds others.
-            let found = paths.any(|path| {
-                path.ends_with(name)
-                    || path
-                        .match_indices('.')
-                        .any(|(end, _)| path[..end].ends_with(name))
-            });
+            let path = |tensor: &str| tensor.rsplit_once('.').map_or(0, |(path, _)| path.len());
+            let found = self
+                .saved
+                .keys()
+                .any(|tensor| is_meant(name, &tensor[..path(tensor)]));
             ensure!(
                 found,
                 "`modules_to_save` names `{name}`, but `{FILE}` has no tensor of it"

@@ -3,7 +3,7 @@
 use anyhow::{Context as _, ensure};
 use candle_core::{DType, Device, Tensor};
 
-use super::adapter::{Adapter, Bias, LoraPair, NewAdapter};
+use super::adapter::{Adapter, Bias, LoraPair, NewAdapter, is_meant};
 use super::config::LlamaConfig;
 use super::linear::row_lengths;
 use super::lora_init;
@@ -88,7 +88,7 @@ fn copy_whole(
              `embed_tokens` or a norm"
         );
         let path = name.rsplit_once('.').map_or(name, |(path, _)| path);
-        unused.retain(|module| !path.ends_with(module.as_str()));
+        unused.retain(|module| !is_meant(module, path));
         let tensor = weights.tensor(name, &Device::Cpu)?;
         adapter.saved.insert(name.to_owned(), tensor);
     }

@@ -433,16 +433,17 @@ mod tests {
         );
     }
 
+    fn half(pair: &LoraPair) -> Option<Update<'_>> {
+        let scaling = 0.5;
+        Some(Update { pair, scaling })
+    }
+
     #[test]
     fn half_precision_is_rounded_once_and_overflow_noticed() {
         let pair = LoraPair {
             a: Tensor::new(&[[1f32, 2.]], &Device::Cpu).unwrap(),
             b: Tensor::new(&[[0.001f32], [3.]], &Device::Cpu).unwrap(),
             magnitude: None,
-        };
-        let half = |pair| {
-            let scaling = 0.5;
-            Some(Update { pair, scaling })
         };
         let values = vec![1f32, 2., 3., 4.];
         let bytes = sum(values.clone(), half(&pair), Float::BF16).unwrap();
@@ -452,7 +453,7 @@ mod tests {
         assert_eq!(read.map(f32::to_bits), exact.map(f32::to_bits));
         let large = LoraPair {
             b: (&pair.b * 1e5).unwrap(),
-            ..pair
+            ..pair.clone()
         };
         assert!(sum(values.clone(), half(&large), Float::F32).is_ok());
         assert!(sum(values, half(&large), Float::F16).is_err());

@@ -69,14 +69,19 @@ fn apart(x: &mut [f64], others: &[Vec<f64>]) -> f64 {
     dot(x, x).sqrt()
 }
 
-/// Appends `x` as a vector of length 1 orthogonal to `others`, and gives its length before. Where nothing of it is left, a
-/// random one stands in, if there is room.
-fn append(others: &mut Vec<Vec<f64>>, mut x: Vec<f64>, small: f64, random: &mut u64) -> f64 {
+/// Appends `x` as a vector of length 1 orthogonal to `others`, and gives its length before. Where nothing of it is left, another
+/// stands in, if there is room.
+fn append(
+    others: &mut Vec<Vec<f64>>,
+    mut x: Vec<f64>,
+    small: f64,
+    another: impl FnOnce() -> Vec<f64>,
+) -> f64 {
     let length = apart(&mut x, others);
     let found = if length > small {
         length
     } else {
-        x = noise(x.len(), random);
+        x = another();
         apart(&mut x, others)
     };
     let scale = if found > small { 1. / found } else { 0. };
@@ -111,16 +116,18 @@ pub fn largest(
     let small = norm.sqrt() * 1e-14;
     let mut random = 0;
     let (mut left, mut right) = (Vec::new(), Vec::new());
-    let start = noise(columns, &mut random);
-    append(&mut right, start, 0., &mut random);
+    // Vectors on the right are sums of rows from the first, so that as many of them as there are rows are enough.
+    let start = matrix.before(&noise(rows, &mut random));
+    append(&mut right, start, small, || noise(columns, &mut random));
     // A's form in these vectors: a diagonal, and beside it the entries of the next column.
     let (mut diagonal, mut beside) = (Vec::new(), Vec::new());
     let mut check = (2 * rank + 16).min(most);
     loop {
         let next = right.last().map(|v| matrix.times(v)).unwrap_or_default();
-        diagonal.push(append(&mut left, next, small, &mut random));
+        diagonal.push(append(&mut left, next, small, || noise(rows, &mut random)));
         let next = left.last().map(|u| matrix.before(u)).unwrap_or_default();
-        beside.push(append(&mut right, next, small, &mut random));
+        let another = || matrix.before(&noise(rows, &mut random));
+        beside.push(append(&mut right, next, small, another));
         let steps = diagonal.len();
         if steps < check {
             continue;
@@ -272,7 +279,7 @@ mod tests {
             let mut vectors = Vec::new();
             for _ in 0..3 {
                 let x = noise(length, &mut random);
-                append(&mut vectors, x, 0., &mut 1);
+                append(&mut vectors, x, 0., Vec::new);
             }
             vectors
         };

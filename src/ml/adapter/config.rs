@@ -168,6 +168,13 @@ impl Default for NewAdapter {
     }
 }
 
+/// Whether a name of `modules_to_save` means the module at `path` or one around it. PEFT compares letters, not parts of the
+/// path: `norm` means every norm.
+pub fn is_meant(name: &str, path: &str) -> bool {
+    let mut around = path.match_indices('.').map(|(end, _)| &path[..end]);
+    path.ends_with(name) || around.any(|around| around.ends_with(name))
+}
+
 /// A whole number without a fraction, as people give it to PEFT.
 fn plain(number: f64) -> Value {
     if number.fract() == 0. && number.abs() < 1e15 {
@@ -235,11 +242,10 @@ impl AdapterConfig {
         alpha / if self.use_rslora { r.sqrt() } else { r }
     }
 
-    /// Whether the module at `path` is trained whole.
+    /// Whether the module at `path` is trained whole, by itself or with one that holds it.
     pub fn saves(&self, path: &str) -> bool {
-        // PEFT compares letters, not parts of the path: `norm` means every norm.
-        let names = self.modules_to_save.iter();
-        names.into_iter().any(|name| path.ends_with(name.as_str()))
+        let mut names = self.modules_to_save.iter();
+        names.any(|name| is_meant(name, path))
     }
 
     /// Whether the adapter was begun by `LoftQ`, which is beside a quantised base only.

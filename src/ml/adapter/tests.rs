@@ -203,3 +203,60 @@ fn tensors_that_make_no_pairs_are_told() {
         assert!(error.contains(expected), "{error}");
     }
 }
+
+#[test]
+fn settings_and_tensors_have_to_tell_the_same() {
+    let fails = |case: &str, key: &str, value: Value, extra: Option<&str>| {
+        let folder = tempfile::tempdir().unwrap();
+        let theirs = golden::folder("adapters").join(case);
+        let mut raw: Value =
+            serde_json::from_slice(&fs::read(theirs.join(CONFIG)).unwrap()).unwrap();
+        raw[key] = value;
+        fs::write(folder.path().join(CONFIG), raw.to_string()).unwrap();
+        let mut tensors = golden::tensors(&format!("adapters/{case}/{FILE}"));
+        if let Some(name) = extra {
+            let tensor = Tensor::zeros(4, DType::F32, &Device::Cpu).unwrap();
+            tensors.insert(format!("base_model.model.{name}"), tensor);
+        }
+        weights::save(&folder.path().join(FILE), &tensors, &[]).unwrap();
+        format!("{:#}", Adapter::load(folder.path()).unwrap_err())
+    };
+    let error = fails("dora", "use_dora", false.into(), None);
+    assert!(error.contains("has a `lora_magnitude_vector`"), "{error}");
+    let error = fails("plain", "use_dora", true.into(), None);
+    assert!(error.contains("lacks a `lora_magnitude_vector`"), "{error}");
+    let error = fails("plain", "modules_to_save", json!(["lm_head"]), None);
+    assert!(error.contains("no tensor of it"), "{error}");
+    let error = fails(
+        "rslora_patterns",
+        "rank_pattern",
+        json!({"v_proj": 4}),
+        None,
+    );
+    assert!(error.contains("expected the rank 4"), "{error}");
+    for (name, expected) in [
+        (
+            "model.embed_tokens.lora_embedding_A",
+            "matrix of embeddings",
+        ),
+        ("model.norm.running_mean", "is no LoRA matrix"),
+        ("transformer.h.0.weight", "no module of a Llama"),
+        (
+            "model.layers.0.self_attn.q_proj.weight",
+            "both LoRA matrices and a weight",
+        ),
+    ] {
+        let error = fails("plain", "r", 2.into(), Some(name));
+        assert!(error.contains(expected), "{error}");
+    }
+}
+
+#[test]
+fn whole_modules_are_meant_by_letters_as_in_peft() {
+    let path = "model.layers.0.post_attention_layernorm";
+    for (name, means) in [("norm", true), ("layernorm", true), ("layers.0", true)] {
+        assert_eq!(is_meant(name, path), means, "{name}");
+    }
+    assert!(!is_meant("post_attention", path) && !is_meant("input_layernorm", path));
+    assert!(is_meant("mlp", "model.layers.1.mlp.up_proj"));
+}

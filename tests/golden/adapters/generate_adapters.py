@@ -2,6 +2,7 @@
 """Recreates the files of this folder: adapters of every supported kind by PEFT, on a tiny Llama with biases.
 
 pins: torch 2.15.0, transformers 5.23.0, peft 0.21.2, bitsandbytes 0.50.2. usage: python generate_adapters.py
+Widths are multiples of 64, for bitsandbytes 0.50 on a CPU dequantises blocks that cross rows to other values than on CUDA.
 Matrices are random on both sides, so that every adapter changes the logits. For each: the folder as `save_pretrained` leaves it, and in
 outputs.safetensors the logits, the logits after `merge_and_unload`, and the gradients of the loss of the whole sequence.
 """
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 HERE = os.path.dirname(os.path.abspath(__file__)); P = lambda *a: os.path.join(HERE, *a)
 SEED = 3407
-IDS = torch.tensor([[(7 * i * i + 3 * i + 5) % 96 for i in range(24)]])
+IDS = torch.tensor([[(7 * i * i + 3 * i + 5) % 64 for i in range(24)]])
 out = {"input_ids": IDS[0]}
 
 def shake(model, seed=1, size=0.1):
@@ -27,8 +28,8 @@ def shake(model, seed=1, size=0.1):
 
 def make_model():
     torch.manual_seed(SEED)
-    config = LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=64, rms_norm_eps=1e-5, rope_theta=10000.0, initializer_range=0.2, attention_bias=True, mlp_bias=True,
+    config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=64, rms_norm_eps=1e-5, rope_theta=10000.0, initializer_range=0.15, attention_bias=True, mlp_bias=True,
         tie_word_embeddings=False, bos_token_id=0, eos_token_id=1, pad_token_id=2)
     model = LlamaForCausalLM(config).float(); shake(model); model.save_pretrained(P("model"))
 
