@@ -387,6 +387,28 @@ fn what_does_not_fit_a_model_is_told() {
 }
 
 #[test]
+fn a_model_tells_whether_it_has_more_than_pairs() {
+    let pairs = Adapter::load(&folder("adapter_final")).unwrap();
+    for base in ["model", "model_nf4"] {
+        let base = folder(base);
+        assert!(pairs.is_plain());
+        assert!(load(&base, None, Trained::Nothing).unwrap().is_plain());
+        assert!(
+            load(&base, Some(&pairs), Trained::Adapter)
+                .unwrap()
+                .is_plain()
+        );
+    }
+    let all = load(&folder("model"), None, Trained::Everything).unwrap();
+    assert!(!all.is_plain());
+    for (case, _) in CASES {
+        let adapter = Adapter::load(&golden(case)).unwrap();
+        let plain = ["plain", "rslora_patterns"].contains(&case);
+        assert_eq!(adapter.is_plain(), plain, "{case}");
+    }
+}
+
+#[test]
 fn some_projections_of_a_4_bit_model_may_be_dense() {
     // As in models quantised with `llm_int8_skip_modules`.
     let scratch = tempfile::tempdir().unwrap();
