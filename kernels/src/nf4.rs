@@ -283,7 +283,7 @@ mod tests {
                     } else {
                         value / most
                     };
-                    let byte = packed[(number * BLOCK + i) / 2];
+                    let byte = packed[number * BLOCK / 2 + i / 2];
                     let code = if i % 2 == 0 { byte >> 4 } else { byte & 15 };
                     assert_eq!(code, code_by_search(t), "{stored:?} {number} {i}");
                 }

@@ -62,13 +62,12 @@ pub(super) fn columns(
         let entries =
             row.map_err(|noun| anyhow!("{place}: expected an object with columns, found {noun}"))?;
         for (name, kind) in entries {
-            let index = match places.get(&name) {
-                Some(index) => *index,
-                None => {
-                    columns.push((name.clone(), Kind::Null));
-                    places.insert(name.clone(), columns.len() - 1);
-                    columns.len() - 1
-                }
+            let index = if let Some(index) = places.get(&name) {
+                *index
+            } else {
+                columns.push((name.clone(), Kind::Null));
+                places.insert(name.clone(), columns.len() - 1);
+                columns.len() - 1
             };
             let Some((_, known)) = columns.get_mut(index) else {
                 continue;

@@ -48,6 +48,10 @@ pub struct LlamaConfig {
     pub max_position_embeddings: usize,
     /// Whether the head is the embeddings.
     pub tie_word_embeddings: bool,
+    /// Whether the attention's projections add a bias.
+    pub attention_bias: bool,
+    /// Whether those of the feed-forward part do.
+    pub mlp_bias: bool,
     /// The first id of a text.
     pub bos_token_id: Option<u32>,
     /// The ids that end a text.
@@ -221,10 +225,6 @@ impl LlamaConfig {
                 "the activation `{act}` is not supported, expected `silu`"
             );
         }
-        for name in ["attention_bias", "mlp_bias"] {
-            let on = config.get(name).and_then(Value::as_bool) == Some(true);
-            ensure!(!on, "`{name}: true` is not supported");
-        }
         let hidden_size = size(config, "hidden_size")?;
         let num_attention_heads = size(config, "num_attention_heads")?;
         let num_key_value_heads = size_or(config, "num_key_value_heads", num_attention_heads)?;
@@ -238,6 +238,7 @@ impl LlamaConfig {
             "the width of a head is {head_dim}, expected an even number"
         );
         let some = |name: &str| config.get(name).filter(|value| !value.is_null());
+        let on = |name: &str| some(name) == Some(&Value::Bool(true));
         let (rope_theta, rope_scaling) = rope(config)?;
         let quantized = some("quantization_config").map(quantization).transpose()?;
         let rms_norm_eps =
@@ -254,7 +255,9 @@ impl LlamaConfig {
             rope_theta,
             rope_scaling,
             max_position_embeddings: size_or(config, "max_position_embeddings", 2048)?,
-            tie_word_embeddings: some("tie_word_embeddings") == Some(&Value::Bool(true)),
+            tie_word_embeddings: on("tie_word_embeddings"),
+            attention_bias: on("attention_bias"),
+            mlp_bias: on("mlp_bias"),
             bos_token_id: id_of(config, "bos_token_id")?,
             eos_token_ids: eos_ids(config)?,
             pad_token_id: id_of(config, "pad_token_id")?,
@@ -296,8 +299,6 @@ mod tests {
     fn what_is_not_computed_is_refused_by_name() {
         for (name, value, expected) in [
             ("model_type", json!("mistral"), "`mistral`"),
-            ("attention_bias", json!(true), "`attention_bias: true`"),
-            ("mlp_bias", json!(true), "`mlp_bias: true`"),
             ("hidden_act", json!("gelu"), "`gelu`"),
             (
                 "rope_parameters",

@@ -141,7 +141,7 @@ fn tensor(name: &str, first: usize, bytes: &mut [u8], settings: Settings) {
         let mut values = [1f32; SPAN];
         let values = &mut values[..bytes.len() / size];
         if !is_norm {
-            let pair = ((first + span * SPAN) / 2) as u64;
+            let pair = (first as u64 + (span * SPAN) as u64) >> 1;
             normal::fill(key, pair, settings.initializer_range, values);
         }
         settings.float.write(values, bytes);

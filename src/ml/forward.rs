@@ -29,7 +29,7 @@ pub struct Scores {
 /// A batch that went through a model.
 pub struct Forward<'m> {
     model: &'m Llama,
-    gradient: bool,
+    pass: Pass,
     way: Way<'m>,
 }
 
@@ -74,18 +74,14 @@ impl<'m> Forward<'m> {
                 scored: None,
             },
         };
-        Ok(Self {
-            model,
-            gradient: pass.tape,
-            way,
-        })
+        Ok(Self { model, pass, way })
     }
 
     /// Scores targets; with `certainty` it also counts up how sure the model is.
     pub fn score(&mut self, targets: &[Target], certainty: bool) -> Result<Scores> {
         match &mut self.way {
             Way::Plain { hidden, scored, .. } => {
-                let weight = self.model.head_weight()?;
+                let weight = self.model.head_weight(self.pass)?;
                 let new = head::score(hidden, &weight, targets, certainty)?;
                 let scores = Scores {
                     logps: new.logps.clone(),
@@ -95,7 +91,7 @@ impl<'m> Forward<'m> {
                 Ok(scores)
             }
             Way::Fused { pass, scored } => {
-                let new = pass.score(targets, certainty, self.gradient)?;
+                let new = pass.score(targets, certainty, self.pass.tape)?;
                 let scores = Scores {
                     logps: new.logps.clone(),
                     certainty: new.certainty,
@@ -110,7 +106,7 @@ impl<'m> Forward<'m> {
     pub fn mean_logit(&self, from: usize, count: usize) -> Result<f64> {
         match &self.way {
             Way::Plain { hidden, .. } => {
-                let sum = self.model.column_sum()?;
+                let sum = self.model.column_sum(self.pass)?;
                 head::mean_logit(hidden, &sum, self.model.config.vocab_size, from, count)
             }
             Way::Fused { pass, .. } => pass.mean_logit(from, count),
@@ -125,7 +121,7 @@ impl<'m> Forward<'m> {
                 tape: Some(tape),
                 scored: Some(scored),
             } => {
-                let (model, weight) = (self.model, self.model.head_weight()?);
+                let (model, weight) = (self.model, self.model.head_weight(self.pass)?);
                 let (of_hidden, of_head) =
                     scored.backward(of_logps, &weight, &hidden, model.trains_head())?;
                 model.backward(tape, &of_hidden, of_head.as_ref(), gradients)

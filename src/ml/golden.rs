@@ -110,7 +110,7 @@ pub(crate) fn prompt(ids: &Tensor) -> Batch {
 
 pub(crate) fn logits(model: &Llama, batch: &Batch, pass: Pass) -> Tensor {
     let hidden = model.hidden(batch, pass).unwrap().squeeze(0).unwrap();
-    head::logits(&hidden, &model.head_weight().unwrap()).unwrap()
+    head::logits(&hidden, &model.head_weight(pass).unwrap()).unwrap()
 }
 
 #[test]

@@ -289,7 +289,7 @@ fn run_h_on_every_weight_is_that_of_trl() {
             ControlFlow::Continue(())
         });
         assert!(matches!(ending.unwrap(), Ending::Finished { .. }));
-        let mut comparison = Comparison::new(&format!("h_full {optim}"), tolerance);
+        let mut comparison = Comparison::new(&format!("h_full {optim}"), tolerance, model.path);
         comparison.logs(&logs, golden["log_history"].as_array().unwrap());
         let mut largest = 0f64;
         for (parameter, before) in model.parameters.iter().zip(&before) {

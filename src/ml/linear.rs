@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Result, Tensor, Var};
+use candle_core::{DType, Device, Result, Tensor, Var};
 
 use super::nf4::Nf4;
 use super::ops::{frozen_linear, matmul_rows};
@@ -43,6 +43,13 @@ pub enum Weight {
     Frozen(Tensor),
     /// A trained tensor, in f32.
     Trained(Var),
+    /// A tensor of the base and what an adapter puts in its place.
+    Replaced {
+        /// What counts without the adapter.
+        base: Tensor,
+        /// What counts with it, frozen or trained.
+        own: Box<Weight>,
+    },
 }
 
 impl Weight {
@@ -51,15 +58,50 @@ impl Weight {
         match self {
             Self::Frozen(tensor) => tensor.clone(),
             Self::Trained(var) => on_tape(var, pass),
+            Self::Replaced { own, .. } if pass.adapter => own.tensor(pass),
+            Self::Replaced { base, .. } => base.clone(),
         }
     }
 
     /// The tensor outside any graph.
-    pub fn value(&self) -> Tensor {
+    pub fn value(&self, pass: Pass) -> Tensor {
+        self.tensor(Pass {
+            tape: false,
+            ..pass
+        })
+    }
+
+    /// The tensor that counts in a pass, where it lies.
+    pub fn stored(&self, pass: Pass) -> &Tensor {
         match self {
-            Self::Frozen(tensor) => tensor.clone(),
-            Self::Trained(var) => var.as_detached_tensor(),
+            Self::Frozen(tensor) => tensor,
+            Self::Trained(var) => var.as_tensor(),
+            Self::Replaced { own, .. } if pass.adapter => own.stored(pass),
+            Self::Replaced { base, .. } => base,
         }
+    }
+
+    /// The trained tensor, if it is one.
+    pub fn trained(&self) -> Option<&Var> {
+        match self {
+            Self::Frozen(_) => None,
+            Self::Trained(var) => Some(var),
+            Self::Replaced { own, .. } => own.trained(),
+        }
+    }
+
+    /// Whether what counts in a pass is trained.
+    fn is_trained(&self, pass: Pass) -> bool {
+        match self {
+            Self::Frozen(_) => false,
+            Self::Trained(_) => true,
+            Self::Replaced { own, .. } => pass.adapter && own.is_trained(pass),
+        }
+    }
+
+    /// Whether it is a constant of the base, whatever the pass.
+    pub fn is_frozen(&self) -> bool {
+        matches!(self, Self::Frozen(_))
     }
 }
 
@@ -87,6 +129,8 @@ pub struct Lora {
     pub a: Weight,
     /// B, (out, r).
     pub b: Weight,
+    /// The lengths (out) that the rows of W + scaling B A get, in `DoRA` (Liu et al. 2024, arXiv 2402.09353).
+    pub magnitude: Option<Weight>,
     /// alpha / r, or alpha / sqrt(r).
     pub scaling: f64,
     /// The probability of dropping an input value, in training.
@@ -98,6 +142,8 @@ pub struct Lora {
 pub struct Linear {
     /// The weight.
     pub base: Base,
+    /// What is added to the product, (out).
+    pub bias: Option<Weight>,
     /// The adapter's part.
     pub lora: Option<Lora>,
     /// The dtype of the products.
@@ -107,33 +153,83 @@ pub struct Linear {
 }
 
 impl Linear {
+    /// Whether there is nothing beside a weight and a pair of matrices: no bias, no `DoRA`.
+    pub fn has_kernels(&self) -> bool {
+        let lora = self.lora.as_ref();
+        self.bias.is_none() && lora.is_none_or(|lora| lora.magnitude.is_none())
+    }
+
+    /// Whether it is a frozen weight with at most a pair of matrices: no bias, no `DoRA`, nothing replaced.
+    pub fn is_plain(&self) -> bool {
+        let base = match &self.base {
+            Base::Dense(weight) => weight.is_frozen(),
+            Base::Nf4(_) => true,
+        };
+        let lora = self.lora.as_ref();
+        base && self.bias.is_none() && lora.is_none_or(|lora| lora.magnitude.is_none())
+    }
+
     /// `x` (batch, length, in) to (batch, length, out), both f32.
     pub fn forward(&self, x: &Tensor, pass: Pass) -> Result<Tensor> {
+        let plain = self.base_product(x, pass)?;
+        let y = match &self.bias {
+            Some(bias) => plain.broadcast_add(&bias.tensor(pass))?,
+            None => plain.clone(),
+        };
+        let Some(lora) = self.lora.as_ref().filter(|_| pass.adapter) else {
+            return Ok(y);
+        };
+        let dropped = match pass.dropout {
+            Some(seed) if lora.dropout > 0. => Some(self.drop(x, lora.dropout, seed)?),
+            _ => None,
+        };
+        let low = self.product(dropped.as_ref().unwrap_or(x), &lora.a.tensor(pass))?; // (batch, length, r)
+        let high = self.product(&low, &lora.b.tensor(pass))?;
+        let update = (high.to_dtype(DType::F32)? * lora.scaling)?;
+        let Some(magnitude) = &lora.magnitude else {
+            return y + update;
+        };
+        // Rows scaled from their own length to the trained one. The length is a constant to the gradient (section 4.3), and
+        // as in PEFT it is the dropped input that is scaled.
+        let plain = match &dropped {
+            Some(x) => self.base_product(x, pass)?,
+            None => plain,
+        };
+        let scale = (magnitude.tensor(pass) / self.lengths(lora, pass, x.device())?)?; // (out)
+        y + (plain.broadcast_mul(&(&scale - 1.)?)? + update.broadcast_mul(&scale)?)?
+    }
+
+    /// The product with the base's weight, in f32 and without the bias.
+    fn base_product(&self, x: &Tensor, pass: Pass) -> Result<Tensor> {
         let y = match &self.base {
-            Base::Dense(Weight::Frozen(weight)) => {
-                let weight = weight.clone();
+            Base::Dense(weight) if weight.is_trained(pass) => {
+                self.product(x, &weight.tensor(pass))?
+            }
+            Base::Dense(weight) => {
+                let weight = weight.value(pass);
                 frozen_linear(x, move || Ok(weight.clone()))?
             }
-            Base::Dense(Weight::Trained(var)) => self.product(x, &on_tape(var, pass))?,
             Base::Nf4(weight) => {
                 let (weight, compute) = (Arc::clone(weight), self.compute);
                 let device = x.device().clone();
                 frozen_linear(x, move || weight.to_tensor(compute, &device))?
             }
         };
-        let y = y.to_dtype(DType::F32)?;
-        match &self.lora {
-            Some(lora) if pass.adapter => {
-                let x = match pass.dropout {
-                    Some(seed) if lora.dropout > 0. => self.drop(x, lora.dropout, seed)?,
-                    _ => x.clone(),
-                };
-                let low = self.product(&x, &lora.a.tensor(pass))?; // (batch, length, r)
-                let high = self.product(&low, &lora.b.tensor(pass))?;
-                y + (high.to_dtype(DType::F32)? * lora.scaling)?
-            }
-            _ => Ok(y),
-        }
+        y.to_dtype(DType::F32)
+    }
+
+    /// The lengths (out) of the rows of W + scaling B A, in f32 and outside any graph.
+    fn lengths(&self, lora: &Lora, pass: Pass, device: &Device) -> Result<Tensor> {
+        let base = match &self.base {
+            Base::Dense(weight) => weight.value(pass).to_dtype(DType::F32)?,
+            Base::Nf4(weight) => weight.to_tensor(DType::F32, device)?,
+        };
+        row_lengths(
+            &base,
+            &lora.a.value(pass),
+            &lora.b.value(pass),
+            lora.scaling,
+        )
     }
 
     /// `x W^T` in the compute dtype, with gradients of both.
@@ -153,6 +249,12 @@ impl Linear {
             .collect();
         x * Tensor::from_vec(mask, x.shape(), x.device())?
     }
+}
+
+/// The lengths (out) of the rows of W + scaling B A.
+pub fn row_lengths(base: &Tensor, a: &Tensor, b: &Tensor, scaling: f64) -> Result<Tensor> {
+    let sum = (base + (b.matmul(a)? * scaling)?)?;
+    sum.sqr()?.sum(1)?.sqrt()
 }
 
 /// The next number of a splitmix64 stream (Steele, Lea and Flood 2014).

@@ -49,6 +49,7 @@ pub fn projections(config: &LlamaConfig) -> [Projection; 7] {
 /// torch's generator is used up as PEFT does it, module after module: `nn.Linear` draws A, then B; then A is drawn again
 /// and B becomes 0. Without `init_lora_weights` the first draws of both stay.
 pub fn adapter(config: &LlamaConfig, new: &NewAdapter, seed: u64) -> anyhow::Result<Adapter> {
+    let settings = AdapterConfig::new(new)?;
     let projections = projections(config);
     let meets = |path: &str, target: &str| {
         path == target
@@ -66,6 +67,9 @@ pub fn adapter(config: &LlamaConfig, new: &NewAdapter, seed: u64) -> anyhow::Res
     for layer in 0..config.num_hidden_layers {
         for projection in &projections {
             let path = format!("model.layers.{layer}.{}", projection.path);
+            if settings.saves(&path) {
+                continue; // trained whole, so it gets no matrices
+            }
             let mut wanted = false;
             for (used, target) in used.iter_mut().zip(&new.target_modules) {
                 if meets(&path, target) {
@@ -73,7 +77,7 @@ pub fn adapter(config: &LlamaConfig, new: &NewAdapter, seed: u64) -> anyhow::Res
                 }
             }
             if wanted {
-                let pair = pair(&mut rng, projection.shape, new)
+                let pair = pair(&mut rng, projection.shape, settings.rank(&path), new)
                     .with_context(|| format!("could not make the matrices of `{path}`"))?;
                 tensors.insert(path, pair);
             }
@@ -94,12 +98,19 @@ pub fn adapter(config: &LlamaConfig, new: &NewAdapter, seed: u64) -> anyhow::Res
             known.join(", ")
         );
     }
-    let config = AdapterConfig::new(new)?;
-    Ok(Adapter { config, tensors })
+    Ok(Adapter {
+        config: settings,
+        tensors,
+        saved: BTreeMap::new(),
+    })
 }
 
-fn pair(rng: &mut TorchRng, shape: (usize, usize), new: &NewAdapter) -> anyhow::Result<LoraPair> {
-    let ((out, input), r) = (shape, new.r);
+fn pair(
+    rng: &mut TorchRng,
+    (out, input): (usize, usize),
+    r: usize,
+    new: &NewAdapter,
+) -> anyhow::Result<LoraPair> {
     let too_large = "it is too large";
     let a_count = r.checked_mul(input).context(too_large)?;
     let b_count = r.checked_mul(out).context(too_large)?;
@@ -122,6 +133,7 @@ fn pair(rng: &mut TorchRng, shape: (usize, usize), new: &NewAdapter) -> anyhow::
     Ok(LoraPair {
         a: Tensor::from_vec(a, (r, input), &Device::Cpu)?,
         b: Tensor::from_vec(b, (out, r), &Device::Cpu)?,
+        magnitude: None,
     })
 }
 
@@ -132,16 +144,12 @@ mod tests {
 
     fn new(target_modules: &[&str]) -> NewAdapter {
         NewAdapter {
-            r: 8,
             lora_alpha: 16.,
-            lora_dropout: 0.,
-            use_rslora: false,
-            init_lora_weights: true,
             target_modules: target_modules
                 .iter()
                 .map(|name| (*name).to_owned())
                 .collect(),
-            base_model_name_or_path: None,
+            ..NewAdapter::default()
         }
     }
 
@@ -189,7 +197,7 @@ mod tests {
             let most = values.iter().copied().fold(f32::MIN, f32::max);
             assert_eq!((least, most), (extreme("min"), extreme("max")), "{name}");
         }
-        assert!(ours.config.scaling() > 1.99);
+        assert!(ours.config.scaling("model.layers.0.mlp.up_proj") > 1.99);
     }
 
     #[test]
@@ -201,7 +209,9 @@ mod tests {
         }
         let mut raw = theirs.config.raw;
         raw["target_modules"] = serde_json::json!(ALL);
-        assert_eq!(ours.config.raw, raw);
+        for (key, value) in &ours.config.raw {
+            assert_eq!(*value, raw[key], "{key}");
+        }
     }
 
     #[test]

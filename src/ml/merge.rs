@@ -1,5 +1,6 @@
 //! A model with its adapter added into the weights: W + s B A (Hu et al. 2021, arXiv 2106.09685, section 4.1).
 
+use std::borrow::Cow;
 use std::cell::RefCell;
 use std::path::Path;
 
@@ -16,14 +17,18 @@ use super::nf4::{Nf4, PARTS};
 use super::rewrite::{Output, rewrite};
 use super::weights::{Entry, Weights};
 
+const EMBEDDINGS: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
 /// Values that a thread takes at once.
-const SPAN: usize = 1 << 13;
+const SPAN: usize = 1 << 12;
 
 /// What was done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Report {
     /// Weights that the adapter changed.
     pub merged: usize,
+    /// Tensors that the adapter replaced: modules trained whole, and biases.
+    pub replaced: usize,
     /// 4-bit weights that are dense now.
     pub dequantised: usize,
     /// Bytes of all tensors of the result.
@@ -32,6 +37,9 @@ pub struct Report {
 
 /// Merges `adapter` into the model in `source` and writes the folder `out`: the same files, with the same types. Sums are made
 /// in f32 and rounded once. In memory are a few MiB of the result at a time, or one 4-bit tensor.
+///
+/// `DoRA` scales the rows of the sum. Tensors that the adapter replaces take the type of the model's; where the head of a model
+/// was its embeddings and these are replaced, it becomes a tensor of its own, as in PEFT.
 ///
 /// The weights of a 4-bit model become dense, in the type that they were quantised from, and `quantization_config` goes: what
 /// Unsloth calls `merged_16bit`. `progress` is told the weights' bytes used so far, of all that there are, and may stop.
@@ -48,48 +56,56 @@ pub fn merge(
     let progress = RefCell::new((0u64, progress));
     let mut report = Report {
         merged: adapter.tensors.len(),
+        replaced: adapter.saved.len(),
         dequantised: 0,
         bytes: 0,
     };
-    let scaling = adapter.config.scaling();
+    let untied = config.tie_word_embeddings
+        && !adapter.config.ensure_weight_tying
+        && adapter.saved.contains_key(EMBEDDINGS);
     let outputs = |name: &str| -> anyhow::Result<Vec<Output<'_>>> {
         if is_part(&weights, name) {
             return Ok(Vec::new());
         }
-        let pair = name
-            .strip_suffix(".weight")
-            .and_then(|path| adapter.tensors.get(path));
+        let update = name.strip_suffix(".weight").and_then(|path| {
+            let pair = adapter.tensors.get(path)?;
+            Some(Update::of(pair, adapter.config.scaling(path)))
+        });
+        let update = update.transpose()?;
         let weights = &weights;
         let owned = name.to_owned();
         if let Some(((rows, columns), float)) = Nf4::shape_of(weights, name)? {
             report.dequantised += 1;
-            let update = pair.map(|pair| Update::of(pair, scaling)).transpose()?;
             let entry = Entry::new(name, float.stored(), [rows, columns]);
-            let mut nf4 = None;
-            return Ok(vec![Output::pieces(entry, move |first, bytes| {
-                if nf4.is_none() {
-                    nf4 = Nf4::load(weights, &owned)?;
-                }
-                let nf4 = nf4.as_ref();
+            let load = move || {
+                let nf4 = Nf4::load(weights, &owned)?;
                 let nf4 = nf4.with_context(|| format!("`{owned}` is not 4-bit"))?;
-                let read = |first: usize, values: &mut [f32]| nf4.dequantise_from(first, values);
-                sum(first / float.size(), bytes, float, update.as_ref(), &read)
-            })]);
+                Ok(move |first: usize, values: &mut [f32]| nf4.dequantise_from(first, values))
+            };
+            return Ok(vec![summed(entry, float, update, load)]);
         }
-        let Some(pair) = pair else {
+        if let Some(tensor) = adapter.saved.get(name) {
+            let mut outputs = vec![replaced(weights, name, tensor)?];
+            if untied && name == EMBEDDINGS {
+                let mut head = Output::same(weights, name)?;
+                head.entry.name = HEAD.into();
+                outputs.push(head);
+            }
+            return Ok(outputs);
+        }
+        if update.is_none() {
             return Ok(vec![Output::same(weights, name)?]);
-        };
+        }
         let raw = weights.raw(name)?;
         let float = float_of(name, raw.dtype)?;
-        let update = Update::of(pair, scaling)?;
         let entry = Entry::new(name, raw.dtype, raw.shape);
-        Ok(vec![Output::pieces(entry, move |first, bytes| {
-            let read = |first: usize, values: &mut [f32]| {
+        let load = move || {
+            Ok(move |first: usize, values: &mut [f32]| {
                 let bytes = raw.bytes.get(first * float.size()..);
                 float.read(bytes.unwrap_or_default(), values);
-            };
-            sum(first / float.size(), bytes, float, Some(&update), &read)
-        })])
+            })
+        };
+        Ok(vec![summed(entry, float, update, load)])
     };
     let mut written = |name: &str| {
         let (done, progress) = &mut *progress.borrow_mut();
@@ -103,15 +119,35 @@ pub fn merge(
     rewrite(&weights, out, outputs, &mut written)?;
     report.bytes = Weights::open(out)?.bytes();
 
-    if config.quantization.is_none() {
+    if config.quantization.is_none() && !untied {
         folder::carry(source, out, &[])?;
     } else {
         folder::carry(source, out, &[CONFIG])?;
         let mut raw = folder::config(source)?;
         raw.remove("quantization_config");
+        if untied {
+            raw.insert("tie_word_embeddings".into(), false.into());
+        }
         folder::write_config(out, raw)?;
     }
     Ok(report)
+}
+
+/// A tensor of the adapter in the place and type of the model's.
+fn replaced<'a>(weights: &Weights, name: &str, tensor: &'a Tensor) -> anyhow::Result<Output<'a>> {
+    let raw = weights.raw(name)?;
+    let float = float_of(name, raw.dtype)?;
+    let load = move || {
+        let values = tensor
+            .to_dtype(DType::F32)?
+            .flatten_all()?
+            .to_vec1::<f32>()?;
+        Ok(move |first: usize, out: &mut [f32]| {
+            out.copy_from_slice(&values[first..first + out.len()]);
+        })
+    };
+    let entry = Entry::new(name, raw.dtype, raw.shape);
+    Ok(summed(entry, float, None, load))
 }
 
 /// Whether a tensor belongs to a 4-bit weight.
@@ -129,8 +165,26 @@ fn float_of(name: &str, dtype: safetensors::Dtype) -> anyhow::Result<Float> {
     })
 }
 
-/// Every pair of the adapter must have a weight of its shape in the model.
+/// Every pair of the adapter must have a weight of its shape in the model, and so must all that it replaces.
 fn check(adapter: &Adapter, weights: &Weights) -> anyhow::Result<()> {
+    for (name, tensor) in &adapter.saved {
+        ensure!(
+            weights.contains(name),
+            "the adapter replaces `{name}`, which the model does not have; was it trained for another model?"
+        );
+        ensure!(
+            Nf4::shape_of(weights, name)?.is_none(),
+            "the adapter replaces `{name}`, which the model stores in 4 bits; merge it into the dense model"
+        );
+        let raw = weights.raw(name)?;
+        float_of(name, raw.dtype)?;
+        ensure!(
+            raw.shape == tensor.dims(),
+            "the adapter's `{name}` has the shape {:?}, but the model's has {:?}; was it trained for another model?",
+            tensor.dims(),
+            raw.shape
+        );
+    }
     for (path, pair) in &adapter.tensors {
         let name = format!("{path}.weight");
         ensure!(
@@ -165,6 +219,8 @@ struct Update {
     b: Vec<f32>,
     columns: usize,
     scaling: f32,
+    /// What lengths the rows of the sum get, in `DoRA`.
+    lengths: Option<Vec<f32>>,
 }
 
 impl Update {
@@ -177,7 +233,21 @@ impl Update {
             b: values(&pair.b)?,
             columns: pair.a.dim(1)?,
             scaling: scaling as f32,
+            lengths: pair.magnitude.as_ref().map(values).transpose()?,
         })
+    }
+
+    /// Gives the rows of a whole sum their lengths.
+    fn lengthen(&self, values: &mut [f32]) {
+        let lengths = self.lengths.as_deref().unwrap_or_default();
+        let rows = values.par_chunks_mut(self.columns.max(1)).zip(lengths);
+        rows.for_each(|(row, length)| {
+            let squares = row.iter().map(|x| f64::from(*x).powi(2));
+            let factor = (f64::from(*length) / squares.sum::<f64>().sqrt()) as f32;
+            for x in row {
+                *x *= factor;
+            }
+        });
     }
 
     /// Adds it to the values from number `first` on.
@@ -190,6 +260,53 @@ impl Update {
         };
         kernel::add(update, first, values);
     }
+}
+
+/// W + s B A of one weight, in pieces; at once where rows are scaled. `load` gives what reads values of W.
+fn summed<'a, R>(
+    entry: Entry,
+    float: Float,
+    update: Option<Update>,
+    mut load: impl FnMut() -> anyhow::Result<R> + 'a,
+) -> Output<'a>
+where
+    R: Fn(usize, &mut [f32]) + Sync + 'a,
+{
+    if update
+        .as_ref()
+        .is_some_and(|update| update.lengths.is_some())
+    {
+        let count = entry.shape.iter().product();
+        return Output::whole(entry, move || {
+            let update = update.as_ref();
+            let mut values = vec![0f32; count];
+            let read = load()?;
+            let spans = values.par_chunks_mut(SPAN).enumerate();
+            spans.for_each(|(span, values)| {
+                read(span * SPAN, values);
+                if let Some(update) = update {
+                    update.add(span * SPAN, values);
+                }
+            });
+            if let Some(update) = update {
+                update.lengthen(&mut values);
+            }
+            let mut bytes = vec![0; count * float.size()];
+            let read = |first: usize, out: &mut [f32]| {
+                out.copy_from_slice(&values[first..first + out.len()]);
+            };
+            sum(0, &mut bytes, float, None, &read)?;
+            Ok(Cow::Owned(bytes))
+        });
+    }
+    let mut read = None;
+    Output::pieces(entry, move |first, bytes| {
+        let read = match &mut read {
+            Some(read) => read,
+            none => none.insert(load()?),
+        };
+        sum(first / float.size(), bytes, float, update.as_ref(), read)
+    })
 }
 
 /// Makes the bytes of W + s B A from value number `first` on. `read` gives those of W.
@@ -383,6 +500,7 @@ mod tests {
         let pair = LoraPair {
             a: Tensor::new(&[[1f32, 2.]], &Device::Cpu).unwrap(),
             b: Tensor::new(&[[0.001f32], [3.]], &Device::Cpu).unwrap(),
+            magnitude: None,
         };
         let summed = |pair: &LoraPair, float: Float| {
             let update = Update::of(pair, 0.5).unwrap();
@@ -397,7 +515,7 @@ mod tests {
         assert_eq!(read.map(f32::to_bits), exact.map(f32::to_bits));
         let large = LoraPair {
             b: (&pair.b * 1e5).unwrap(),
-            ..pair
+            ..pair.clone()
         };
         assert!(summed(&large, Float::F32).is_ok());
         assert!(summed(&large, Float::F16).is_err());

@@ -1,6 +1,7 @@
 //! Models, LoRA, NF4, losses, optimisers and training loops. Knows no YAML, no cache and no tables.
 
 pub mod adapter;
+pub mod attach;
 pub mod batch;
 mod checkpoint;
 pub mod config;
@@ -29,6 +30,7 @@ pub mod sampler;
 pub mod save;
 pub mod schedule;
 pub mod sft;
+pub mod svd;
 pub mod torch_rng;
 pub mod train;
 pub mod weights;
@@ -37,6 +39,8 @@ pub mod weights;
 mod counting;
 #[cfg(test)]
 pub(crate) mod golden;
+#[cfg(test)]
+mod golden_adapters;
 #[cfg(test)]
 mod golden_compare;
 #[cfg(test)]

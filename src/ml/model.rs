@@ -164,13 +164,12 @@ impl Gradients {
 
 impl Norm {
     fn forward(&self, x: &Tensor, pass: Pass) -> Result<Tensor> {
-        match &self.weight {
-            Weight::Frozen(weight) => rms_norm(x, weight, self.eps),
-            Weight::Trained(var) => {
-                let ones = var.as_detached_tensor().ones_like()?;
-                rms_norm(x, &ones, self.eps)?.broadcast_mul(&self.weight.tensor(pass))
-            }
+        let weight = self.weight.tensor(pass);
+        if self.weight.trained().is_none() {
+            return rms_norm(x, &weight, self.eps);
         }
+        let ones = weight.detach().ones_like()?;
+        rms_norm(x, &ones, self.eps)?.broadcast_mul(&weight)
     }
 }
 
@@ -226,19 +225,22 @@ impl Layer {
 }
 
 impl Llama {
+    pub(super) fn head(&self) -> &Weight {
+        self.head.as_ref().unwrap_or(&self.embed)
+    }
+
     /// The head's weight (vocabulary, hidden) in the compute dtype, outside any graph.
-    pub fn head_weight(&self) -> Result<Tensor> {
-        let weight = self.head.as_ref().unwrap_or(&self.embed).value();
-        weight.to_dtype(self.compute)
+    pub fn head_weight(&self, pass: Pass) -> Result<Tensor> {
+        self.head().value(pass).to_dtype(self.compute)
     }
 
     /// The sum of the head's rows, in f64: see [`super::head::mean_logit`].
-    pub fn column_sum(&self) -> Result<Tensor> {
+    pub fn column_sum(&self, pass: Pass) -> Result<Tensor> {
         if let Some(sum) = &self.frozen_column_sum {
             return Ok(sum.clone());
         }
         // In parts: all of it in f64 would be the largest tensor of all.
-        let weight = self.head.as_ref().unwrap_or(&self.embed).value();
+        let weight = self.head().value(pass);
         let (rows, columns) = weight.dims2()?;
         let mut total = Tensor::zeros(columns, DType::F64, &self.device)?;
         for start in (0..rows).step_by(1 << 12) {
@@ -251,10 +253,24 @@ impl Llama {
 
     /// Whether the head is trained.
     pub fn trains_head(&self) -> bool {
-        matches!(
-            self.head.as_ref().unwrap_or(&self.embed),
-            Weight::Trained(_)
-        )
+        self.head().trained().is_some()
+    }
+
+    /// Whether it is a frozen base with LoRA pairs at most: no biases, no `DoRA`, no tensor trained or replaced.
+    pub fn is_plain(&self) -> bool {
+        let norms = self
+            .layers
+            .iter()
+            .flat_map(|layer| [&layer.input_norm, &layer.post_norm]);
+        self.embed.is_frozen()
+            && self.head().is_frozen()
+            && norms
+                .chain([&self.norm])
+                .all(|norm| norm.weight.is_frozen())
+            && self
+                .layers
+                .iter()
+                .all(|layer| layer.linears().into_iter().all(Linear::is_plain))
     }
 
     /// What all layers share for a batch.
@@ -275,10 +291,10 @@ impl Llama {
         })
     }
 
-    fn embed(&self, ids: &Tensor) -> Result<Tensor> {
+    fn embed(&self, ids: &Tensor, pass: Pass) -> Result<Tensor> {
         let (batch, length) = ids.dims2()?;
         let ids = ids.flatten_all()?;
-        let rows = self.embed.value().index_select(&ids, 0)?;
+        let rows = self.embed.value(pass).index_select(&ids, 0)?;
         rows.to_dtype(DType::F32)?.reshape((batch, length, ()))
     }
 
@@ -290,7 +306,7 @@ impl Llama {
             ..pass
         };
         let shared = self.shared(batch, pass)?;
-        let mut states = vec![self.embed(&batch.ids(&self.device)?)?];
+        let mut states = vec![self.embed(&batch.ids(&self.device)?, pass)?];
         let mut x = states[0].clone();
         for layer in &self.layers {
             x = layer.forward(&x, &shared, &mut None)?;
@@ -308,7 +324,7 @@ impl Llama {
             ..pass
         };
         let shared = self.shared(batch, pass)?;
-        let mut x = self.embed(&batch.ids(&self.device)?)?;
+        let mut x = self.embed(&batch.ids(&self.device)?, pass)?;
         for layer in &self.layers {
             x = layer.forward(&x, &shared, &mut None)?;
         }
@@ -341,7 +357,7 @@ impl Llama {
             mask,
             pass,
         };
-        let mut x = self.embed(&Tensor::new(ids, &self.device)?.unsqueeze(0)?)?;
+        let mut x = self.embed(&Tensor::new(ids, &self.device)?.unsqueeze(0)?, pass)?;
         cache.layers.resize(self.layers.len(), None);
         for (layer, keys_and_values) in self.layers.iter().zip(&mut cache.layers) {
             x = layer.forward(&x, &shared, keys_and_values)?;
@@ -349,7 +365,7 @@ impl Llama {
         cache.length += length;
         let last = x.narrow(1, length - 1, 1)?.squeeze(1)?;
         let last = self.norm.forward(&last, pass)?;
-        super::head::logits(&last, &self.head_weight()?)?
+        super::head::logits(&last, &self.head_weight(pass)?)?
             .squeeze(0)?
             .to_vec1()
     }
@@ -370,11 +386,11 @@ impl Llama {
             ..shared.clone()
         };
         let ids = batch.ids(&self.device)?;
-        let mut x = self.embed(&ids)?;
+        let mut x = self.embed(&ids, pass)?;
         let mut segments = Vec::with_capacity(self.layers.len());
         for (number, layer) in self.layers.iter().enumerate() {
             // Nothing below the first layer is trained under LoRA, so its input needs no gradient.
-            let needed = number > 0 || matches!(self.embed, Weight::Trained(_));
+            let needed = number > 0 || self.embed.trained().is_some();
             let input = if needed {
                 Var::from_tensor(&x)?.into_inner()
             } else {
@@ -408,6 +424,14 @@ impl Llama {
         of_head: Option<&Tensor>,
         gradients: &mut Gradients,
     ) -> Result<()> {
+        if let Some(of_head) = of_head {
+            let name = if self.head.is_some() {
+                "lm_head.weight"
+            } else {
+                "model.embed_tokens.weight"
+            };
+            gradients.add(self.place(name), of_head)?;
+        }
         let mut store = vjp(&tape.normed, of_hidden)?;
         gradients.collect(self, &mut store)?;
         let mut gradient = take(&mut store, tape.last.as_tensor())?;
@@ -427,15 +451,7 @@ impl Llama {
                 gradient = take(&mut store, &input)?;
             }
         }
-        if let Some(of_head) = of_head {
-            let name = if self.head.is_some() {
-                "lm_head.weight"
-            } else {
-                "model.embed_tokens.weight"
-            };
-            gradients.add(self.place(name), of_head)?;
-        }
-        if let Weight::Trained(var) = &self.embed {
+        if let Some(var) = self.embed.trained() {
             let rows = gradient.reshape(((), gradient.dim(D::Minus1)?))?;
             let zeros = var.as_detached_tensor().zeros_like()?;
             let of_embed = zeros.index_add(&tape.ids.flatten_all()?, &rows, 0)?;

@@ -6,8 +6,10 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context as _, ensure};
+use candle_core::DType;
 use serde_json::json;
 
+use super::adapter::{Adapter, LoraPair};
 use super::config::LlamaConfig;
 use super::float::Float;
 use super::folder::{self, CONFIG};
@@ -38,20 +40,25 @@ pub struct Report {
 
 /// Quantises the projections of the layers of the model in `source` into the folder `out`. Embeddings, norms and the head
 /// stay as they are, and so do the files beside the weights. Each file is gone through twice: magnitudes first, for the header
-/// tells their sizes, then the codes. `progress` is told the weights' bytes read so far, of all that there are, and may stop.
+/// tells their sizes, then the codes.
+///
+/// With `loftq`, an adapter that was begun from the error of an earlier quantisation of the same model, what it adds is taken
+/// away first: the next iteration of `LoftQ` (Li et al. 2023, arXiv 2310.08659). `progress` is told the weights' bytes read so far, of all that there are, and may stop.
 pub fn quantize(
     source: &Path,
     out: &Path,
     settings: Settings,
+    loftq: Option<&Adapter>,
     progress: &mut dyn FnMut(u64, u64) -> anyhow::Result<()>,
 ) -> anyhow::Result<Report> {
-    quantize_by(source, out, settings, &Magnitudes::nested, progress)
+    quantize_by(source, out, settings, loftq, &Magnitudes::nested, progress)
 }
 
 fn quantize_by(
     source: &Path,
     out: &Path,
     settings: Settings,
+    loftq: Option<&Adapter>,
     nested: &dyn Fn(&[f32]) -> Magnitudes,
     progress: &mut dyn FnMut(u64, u64) -> anyhow::Result<()>,
 ) -> anyhow::Result<Report> {
@@ -62,6 +69,9 @@ fn quantize_by(
     );
     let weights = Weights::open(source)?;
     let wanted = wanted(&config, &weights)?;
+    if let Some(adapter) = loftq {
+        can_be_taken(adapter, &wanted)?;
+    }
     let total = weights.bytes();
     let progress = RefCell::new((0u64, progress));
     let tick = |bytes: u64| {
@@ -79,7 +89,15 @@ fn quantize_by(
             return Ok(vec![Output::same(&weights, name)?]);
         };
         let raw = weights.raw(name)?;
-        let absmax = block_absmax(float, raw.bytes)?;
+        let pair = loftq
+            .zip(name.strip_suffix(".weight"))
+            .and_then(|(adapter, path)| adapter.tensors.get(path));
+        let absmax = if pair.is_some() {
+            let (stored, bytes) = rest(raw.bytes, float, pair)?;
+            block_absmax(stored, &bytes)?
+        } else {
+            block_absmax(float, raw.bytes)?
+        };
         weights.let_go(name);
         tick(0)?;
         let magnitudes = if settings.double_quant {
@@ -89,6 +107,12 @@ fn quantize_by(
         };
         let output = |part: Part| match part.bytes {
             Some(bytes) => Output::whole(part.entry, move || Ok(Cow::Owned(bytes))),
+            None if pair.is_some() => Output::whole(part.entry, move || {
+                let (stored, bytes) = rest(raw.bytes, float, pair)?;
+                let mut packed = vec![0; (bytes.len() / stored.size()).div_ceil(2)];
+                pack(stored, &bytes, &mut packed);
+                Ok(Cow::Owned(packed))
+            }),
             None => Output::pieces(part.entry, move |first, packed| {
                 // Two values a byte.
                 let values = raw.bytes.get(2 * first * float.size()..);
@@ -130,6 +154,52 @@ fn quantize_by(
     );
     folder::write_config(out, raw)?;
     Ok(report)
+}
+
+/// What is to be quantised of a weight, and its type: the weight, or in f32 what an adapter leaves of it.
+fn rest<'a>(
+    bytes: &'a [u8],
+    float: Float,
+    pair: Option<&LoraPair>,
+) -> anyhow::Result<(Float, Cow<'a, [u8]>)> {
+    let Some(pair) = pair else {
+        return Ok((float, Cow::Borrowed(bytes)));
+    };
+    let mut values = vec![0f32; bytes.len() / float.size()];
+    float.read(bytes, &mut values);
+    let (a, b) = (pair.a.to_dtype(DType::F32)?, pair.b.to_dtype(DType::F32)?);
+    let update = b.matmul(&a)?.flatten_all()?.to_vec1::<f32>()?;
+    let rest = values
+        .iter()
+        .zip(&update)
+        .map(|(value, update)| value - update);
+    let rest: Vec<u8> = rest.flat_map(f32::to_le_bytes).collect();
+    Ok((Float::F32, Cow::Owned(rest)))
+}
+
+/// Every pair has to have its weight, and nothing but pairs has a meaning here.
+fn can_be_taken(adapter: &Adapter, wanted: &Wanted) -> anyhow::Result<()> {
+    ensure!(
+        adapter.is_plain(),
+        "the adapter of `loftq` has more than LoRA matrices (`DoRA`, biases or modules trained whole), expected one fresh from \
+         `attach_lora` with `init_lora_weights: loftq`"
+    );
+    for (path, pair) in &adapter.tensors {
+        let shape = wanted
+            .get(&format!("{path}.weight"))
+            .map(|(shape, _)| *shape);
+        let own = (pair.b.dim(0)?, pair.a.dim(1)?);
+        ensure!(
+            shape == Some(own),
+            "the adapter of `loftq` has matrices of the shape {own:?} for `{path}`, where the model has {}; expected an adapter of \
+             this model",
+            shape.map_or_else(
+                || "nothing to quantise".into(),
+                |shape| format!("{shape:?}")
+            )
+        );
+    }
+    Ok(())
 }
 
 /// Names of weights, each with its shape and type.
@@ -194,6 +264,7 @@ mod tests {
             &source,
             out.path(),
             SETTINGS,
+            None,
             &nested_of_the_cpu,
             &mut progress,
         )
@@ -257,7 +328,7 @@ mod tests {
             fs::create_dir(&source).unwrap();
             fs::create_dir(&out).unwrap();
             sharded(&source, float);
-            quantize(&source, &out, SETTINGS, &mut ignore).unwrap();
+            quantize(&source, &out, SETTINGS, None, &mut ignore).unwrap();
             let (before, after) = (
                 Weights::open(&source).unwrap(),
                 Weights::open(&out).unwrap(),
@@ -301,7 +372,7 @@ mod tests {
     fn what_is_quantised_already_or_damaged_is_told() {
         let out = tempfile::tempdir().unwrap();
         let fails = |source: &Path| {
-            let error = quantize(source, out.path(), SETTINGS, &mut ignore).unwrap_err();
+            let error = quantize(source, out.path(), SETTINGS, None, &mut ignore).unwrap_err();
             format!("{error:#}")
         };
         let error = fails(&golden::folder("model_nf4"));
@@ -335,8 +406,14 @@ mod tests {
     fn a_stop_is_obeyed() {
         let out = tempfile::tempdir().unwrap();
         let mut stop = |_, _| anyhow::bail!("interrupted");
-        let error =
-            quantize(&golden::folder("model"), out.path(), SETTINGS, &mut stop).unwrap_err();
+        let error = quantize(
+            &golden::folder("model"),
+            out.path(),
+            SETTINGS,
+            None,
+            &mut stop,
+        )
+        .unwrap_err();
         assert!(format!("{error:#}").contains("interrupted"));
     }
 }

@@ -4,10 +4,10 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use anyhow::anyhow;
+use anyhow::Context as _;
 use candle_core::Tensor;
 
-use super::adapter::{Adapter, LoraPair};
+use super::adapter::Adapter;
 use super::folder;
 use super::model::Llama;
 use super::rewrite::{Output, rewrite};
@@ -22,17 +22,19 @@ fn trained(model: &Llama) -> BTreeMap<&str, Tensor> {
 
 /// Writes the adapter that was trained, with the settings it had before.
 pub fn save_adapter(model: &Llama, mut adapter: Adapter, out: &Path) -> anyhow::Result<()> {
-    let trained = trained(model);
-    for (path, pair) in &mut adapter.tensors {
-        let get = |letter: &str| {
-            let name = format!("{path}.lora_{letter}.weight");
-            let found = trained.get(name.as_str()).cloned();
-            found.ok_or_else(|| anyhow!("`{name}` was not trained"))
+    for parameter in &model.parameters {
+        let tensor = parameter.var.as_detached_tensor();
+        let Some((path, part)) = parameter.name.split_once(".lora_") else {
+            adapter.saved.insert(parameter.name.clone(), tensor);
+            continue;
         };
-        *pair = LoraPair {
-            a: get("A")?,
-            b: get("B")?,
-        };
+        let pair = adapter.tensors.get_mut(path);
+        let pair = pair.with_context(|| format!("`{path}` was trained without being there"))?;
+        match part {
+            "A.weight" => pair.a = tensor,
+            "B.weight" => pair.b = tensor,
+            _ => pair.magnitude = Some(tensor),
+        }
     }
     adapter.save(out)
 }

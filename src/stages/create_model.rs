@@ -272,6 +272,8 @@ impl CreateModel {
             rope_scaling: None,
             max_position_embeddings: self.max_position_embeddings,
             tie_word_embeddings: self.tie_word_embeddings,
+            attention_bias: false,
+            mlp_bias: false,
             bos_token_id: vocabulary.bos,
             eos_token_ids: vocabulary.eos.into_iter().collect(),
             pad_token_id: vocabulary.pad,

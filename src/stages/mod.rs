@@ -2,17 +2,20 @@
 //!
 //! A new kind is one file plus one line in [`KINDS`]; docs/adding-a-stage.md walks through it.
 
+mod adapter_files;
 pub mod apply_chat_template;
 pub mod artifacts;
 pub mod attach_lora;
 pub mod create_model;
 mod dataset_files;
+pub mod download_adapter;
 pub mod download_dataset;
 pub mod download_model;
 mod dtype;
 pub mod evaluate;
 mod from_hub;
 mod glob;
+pub mod import_adapter;
 pub mod import_dataset;
 pub mod import_model;
 pub mod merge;
@@ -27,6 +30,8 @@ mod training;
 #[cfg(test)]
 mod bad_data;
 #[cfg(test)]
+mod formats;
+#[cfg(test)]
 mod threads;
 
 #[cfg(test)]
@@ -40,8 +45,10 @@ use crate::engine::Kind;
 pub const KINDS: &[Kind] = &[
     Kind::of::<download_dataset::DownloadDataset>(),
     Kind::of::<download_model::DownloadModel>(),
+    Kind::of::<download_adapter::DownloadAdapter>(),
     Kind::of::<import_dataset::ImportDataset>(),
     Kind::of::<import_model::ImportModel>(),
+    Kind::of::<import_adapter::ImportAdapter>(),
     Kind::of::<split_dataset::SplitDataset>(),
     Kind::of::<create_model::CreateModel>(),
     Kind::of::<apply_chat_template::ApplyChatTemplate>(),

@@ -86,7 +86,8 @@ pub(super) fn weights(
     };
     if names.contains("adapter_model.safetensors") {
         bail!(
-            "it holds an adapter (`adapter_model.safetensors`), not a model; name its base model instead"
+            "it holds an adapter (`adapter_model.safetensors`), not a model; name its base model instead, and take the adapter by \
+             `import_adapter` or `download_adapter`"
         );
     }
     if let Some(odd) = with(&["safetensors"]) {

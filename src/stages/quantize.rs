@@ -3,9 +3,10 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::artifacts::Model;
+use super::artifacts::{Adapter, Model};
 use super::dtype::Dtype;
 use crate::engine::{Context, Input, Problem, Stage};
+use crate::ml::adapter::Adapter as LoraAdapter;
 use crate::ml::quantize;
 
 /// Quantises the projections of a model to bitsandbytes' 4-bit NF4, as transformers' `load_in_4bit` does; embeddings, norms and
@@ -31,6 +32,10 @@ pub struct Quantize {
     /// Trainings here have settings of their own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     compute_dtype: Option<Dtype>,
+    /// An adapter that `attach_lora` began by `init_lora_weights: loftq` beside an earlier 4-bit version of the model: what it
+    /// adds is taken away before quantising, which is LoftQ's next iteration. A new adapter follows, begun beside the result.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    loftq: Option<Input<Adapter>>,
 }
 
 /// The data type of the 4-bit values.
@@ -72,10 +77,18 @@ impl Stage for Quantize {
             compute_dtype: self.compute_dtype.map(Dtype::float),
         };
         let model = cx.input(&self.model)?;
-        let report = quantize::quantize(model, cx.out(), settings, &mut |done, total| {
-            cx.progress(done, Some(total), "bytes");
-            cx.check_cancelled()
-        })?;
+        let loftq = self.loftq.as_ref().map(|adapter| cx.input(adapter));
+        let loftq = loftq.transpose()?.map(LoraAdapter::load).transpose()?;
+        let report = quantize::quantize(
+            model,
+            cx.out(),
+            settings,
+            loftq.as_ref(),
+            &mut |done, total| {
+                cx.progress(done, Some(total), "bytes");
+                cx.check_cancelled()
+            },
+        )?;
         cx.note("quantised_weights", report.quantised);
         cx.note("bytes_before", report.bytes_before);
         cx.note("bytes_after", report.bytes_after);

@@ -14,4 +14,4 @@ pub(super) use rules::Rules;
 pub(super) use run::{Job, has_split, pad_id, rows, run};
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

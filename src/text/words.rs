@@ -144,8 +144,7 @@ fn contraction(rest: &[u8]) -> Option<usize> {
     let lower = |place: usize| rest.get(place).map(u8::to_ascii_lowercase);
     match (lower(0)?, lower(1)) {
         (b's' | b't' | b'm' | b'd', _) => Some(1),
-        (b'r' | b'v', Some(b'e')) | (b'l', Some(b'l')) => Some(2),
-        (0xc5, Some(0xbf)) => Some(2),
+        (b'r' | b'v', Some(b'e')) | (b'l', Some(b'l')) | (0xc5, Some(0xbf)) => Some(2),
         _ => None,
     }
 }

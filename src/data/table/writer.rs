@@ -241,10 +241,9 @@ mod tests {
     /// Numbers, texts, some of them null, and lists.
     fn batch(range: std::ops::Range<i64>) -> RecordBatch {
         let numbers: ArrayRef = Arc::new(Int64Array::from_iter_values(range.clone()));
-        let texts: ArrayRef =
-            Arc::new(StringArray::from_iter(range.clone().map(|n| {
-                (n % 7 != 0).then(|| format!("row {n} {}", "x".repeat(n as usize % 50)))
-            })));
+        let text =
+            |n: i64| (n % 7 != 0).then(|| format!("row {n} {}", "x".repeat(n as usize % 50)));
+        let texts: ArrayRef = Arc::new(range.clone().map(text).collect::<StringArray>());
         let lists: ArrayRef = Arc::new(ListArray::from_iter_primitive::<Int32Type, _, _>(
             range.map(|n| Some((0..n as i32 % 5).map(Some))),
         ));

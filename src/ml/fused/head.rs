@@ -79,8 +79,7 @@ pub(super) fn score(
     for (target, (row, _)) in rows.iter().enumerate() {
         by_row[*row].push(target);
     }
-    let head = model.head.as_ref().unwrap_or(&model.embed);
-    let weight = Held::weight(head)?;
+    let weight = Held::weight(model.head(), forward.pass)?;
     let weight = weight.matrix()?;
     let (vocabulary, hidden) = (weight.height(), shape.hidden);
     let (pool, half) = (&model.pool, shape.half);
@@ -160,11 +159,10 @@ impl Scored {
     ) -> Result<()> {
         let (model, hidden) = (forward.model, forward.shape.hidden);
         of_hidden.fill(0.);
-        let head = model.head.as_ref().unwrap_or(&model.embed);
         let mut sums = vec![0f32; self.tokens.len()];
         let ids: Vec<u32> = self.rows.iter().map(|(_, id)| *id).collect();
         let ids = Tensor::from_vec(ids, self.rows.len(), &model.device)?;
-        let at_id = head.value().index_select(&ids, 0)?;
+        let at_id = model.head().value(forward.pass).index_select(&ids, 0)?;
         let at_id = at_id
             .to_dtype(DType::F32)?
             .flatten_all()?
@@ -204,11 +202,10 @@ impl Scored {
     ) -> Result<()> {
         let (model, shape) = (forward.model, &forward.shape);
         let (pool, hidden) = (&model.pool, shape.hidden);
-        let head = model.head.as_ref().unwrap_or(&model.embed);
-        let crate::ml::linear::Weight::Trained(var) = head else {
+        let Some(var) = model.head().trained() else {
             return Ok(());
         };
-        let held = Held::weight(head)?;
+        let held = Held::weight(model.head(), forward.pass)?;
         let weight = held.matrix()?;
         let vocabulary = weight.height();
         let mut total = vec![0f32; vocabulary * hidden];

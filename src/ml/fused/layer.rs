@@ -146,7 +146,7 @@ pub(super) struct Trainable<'a> {
 impl Trainable<'_> {
     /// Adds a gradient if the weight is trained; `make` adds it to zeros of the weight's size.
     pub(super) fn add(&mut self, weight: &Weight, make: impl FnOnce(&mut [f32])) -> Result<()> {
-        if let Weight::Trained(var) = weight {
+        if let Some(var) = weight.trained() {
             let mut values = vec![0.; var.elem_count()];
             make(&mut values);
             self.gradients.add_values(self.model, var, values)?;
@@ -346,7 +346,7 @@ pub(super) fn backward(
     rms_norm_again(&x, weight, &inverse1, &mut normed);
     let set = Set::new(&[&held.q, &held.k, &held.v], hidden, shape);
     let outs: [&[f32]; 3] = [&of_q, &of_k, &of_v];
-    let needed = wanted || matches!(layer.input_norm.weight, Weight::Trained(_));
+    let needed = wanted || layer.input_norm.weight.trained().is_some();
     let slopes = if needed {
         set.backward(&outs, &mut of_normed, false, pool)?
     } else {

@@ -20,7 +20,7 @@ use pipeline_kernels::elementwise::{rms_norm, rms_norm_backward, rms_norm_weight
 use pipeline_kernels::panels::{LANES, fill, size};
 
 use super::batch::{Batch, Target};
-use super::linear::{Pass, Weight};
+use super::linear::{Linear, Pass};
 use super::model::{self, Gradients, Llama};
 pub use head::Scored;
 use layer::{Both, Saved, Shape, Trainable, Work};
@@ -34,6 +34,10 @@ pub(super) fn supports(model: &Llama) -> bool {
     model.device.is_cpu()
         && matches!(model.compute, DType::F32 | DType::BF16)
         && model.config.head_dim.is_multiple_of(2)
+        && model
+            .layers
+            .iter()
+            .all(|layer| layer.linears().into_iter().all(Linear::has_kernels))
 }
 
 /// Whether a pass of such a model can: dropout goes the plain way.
@@ -81,7 +85,7 @@ impl<'m> Forward<'m> {
         let shape = Shape::new(model, &layout)?;
         let pool = &model.pool;
         let mut x = pool.take(size(shape.hidden, shape.tokens));
-        embed(model, &layout, &mut x)?;
+        embed(model, &layout, pass, &mut x)?;
         let mut saved = Vec::new();
         for layer in &model.layers {
             let layer = Layer::hold(layer, pass)?;
@@ -103,7 +107,7 @@ impl<'m> Forward<'m> {
                 kept.give_back(pool);
             }
         }
-        let norm = Held::weight(&model.norm.weight)?;
+        let norm = Held::weight(&model.norm.weight, pass)?;
         let mut hidden = pool.take(x.len());
         let mut inverse = pool.take(size(1, shape.tokens));
         let eps = model.norm.eps as f32;
@@ -139,7 +143,7 @@ impl<'m> Forward<'m> {
         if all == 0 {
             return Ok(f64::NAN);
         }
-        let sums = self.model.column_sum()?.to_vec1::<f64>()?;
+        let sums = self.model.column_sum(self.pass)?.to_vec1::<f64>()?;
         let mut total = 0f64;
         let panels = self.hidden.chunks_exact(self.shape.hidden * LANES);
         for (panel, weights) in panels.zip(weights.chunks_exact(LANES)) {
@@ -163,16 +167,16 @@ impl<'m> Forward<'m> {
         scored.backward(&self, of_logps, &mut of_hidden, gradients)?;
         let mut of_x = pool.take(self.last.len());
         of_x.fill(0.);
-        let norm = Held::weight(&model.norm.weight)?;
+        let norm = Held::weight(&model.norm.weight, self.pass)?;
         let weight = norm.floats()?;
         rms_norm_backward(&self.last, weight, &self.inverse, &of_hidden, &mut of_x);
-        if let Weight::Trained(var) = &model.norm.weight {
+        if let Some(var) = model.norm.weight.trained() {
             let mut of_weight = vec![0.; weight.len()];
             rms_norm_weight(&self.last, &self.inverse, &of_hidden, &mut of_weight);
             gradients.add_values(model, var, of_weight)?;
         }
         pool.give(of_hidden);
-        let trains_embed = matches!(model.embed, Weight::Trained(_));
+        let trains_embed = model.embed.trained().is_some();
         let mut trainable = Trainable { model, gradients };
         while let Some(kept) = self.saved.pop() {
             let number = self.saved.len();
@@ -203,7 +207,7 @@ impl<'m> Forward<'m> {
                 &mut trainable,
             )?;
         }
-        if let Weight::Trained(var) = &model.embed {
+        if let Some(var) = model.embed.trained() {
             let (rows, width) = (model.config.vocab_size, self.shape.hidden);
             let mut of_embed = vec![0f32; rows * width];
             for (token, &id) in self.layout.ids.iter().enumerate() {
@@ -236,10 +240,10 @@ impl Drop for Forward<'_> {
 }
 
 /// The tokens' rows of the embedding.
-fn embed(model: &Llama, layout: &Layout, x: &mut [f32]) -> Result<()> {
+fn embed(model: &Llama, layout: &Layout, pass: Pass, x: &mut [f32]) -> Result<()> {
     let width = model.config.hidden_size;
     let ids = Tensor::from_slice(&layout.ids, layout.ids.len(), &model.device)?;
-    let rows = model.embed.value().index_select(&ids, 0)?;
+    let rows = model.embed.value(pass).index_select(&ids, 0)?;
     let rows = rows.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
     fill(x, width, layout.ids.len(), |token| {
         rows.get(token * width..(token + 1) * width)

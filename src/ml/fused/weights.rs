@@ -19,11 +19,8 @@ impl<'a> Held<'a> {
         Self { storage, layout }
     }
 
-    pub(super) fn weight(weight: &'a Weight) -> Result<Self> {
-        let held = Self::tensor(match weight {
-            Weight::Frozen(tensor) => tensor,
-            Weight::Trained(var) => var.as_tensor(),
-        });
+    pub(super) fn weight(weight: &'a Weight, pass: Pass) -> Result<Self> {
+        let held = Self::tensor(weight.stored(pass));
         held.values()?;
         Ok(held)
     }
@@ -81,12 +78,12 @@ pub(super) struct Pair<'a> {
 impl<'a> Projection<'a> {
     fn hold(linear: &'a Linear, pass: Pass) -> Result<Self> {
         let base = match &linear.base {
-            Base::Dense(weight) => Source::Dense(Held::weight(weight)?),
+            Base::Dense(weight) => Source::Dense(Held::weight(weight, pass)?),
             Base::Nf4(weight) => Source::Nf4(weight),
         };
         let lora = match &linear.lora {
             Some(lora) if pass.adapter => {
-                let (a, b) = (Held::weight(&lora.a)?, Held::weight(&lora.b)?);
+                let (a, b) = (Held::weight(&lora.a, pass)?, Held::weight(&lora.b, pass)?);
                 let rank = a.layout.shape().dims2()?.0;
                 Some(Pair {
                     a,
@@ -167,8 +164,8 @@ impl<'a> Layer<'a> {
             gate: hold(&layer.gate)?,
             up: hold(&layer.up)?,
             down: hold(&layer.down)?,
-            input_norm: Held::weight(&layer.input_norm.weight)?,
-            post_norm: Held::weight(&layer.post_norm.weight)?,
+            input_norm: Held::weight(&layer.input_norm.weight, pass)?,
+            post_norm: Held::weight(&layer.post_norm.weight, pass)?,
             eps: (layer.input_norm.eps as f32, layer.post_norm.eps as f32),
         })
     }

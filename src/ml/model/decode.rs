@@ -12,7 +12,7 @@ use pipeline_kernels::vectors::{Attention, VectorProduct, vector_products};
 use rayon::prelude::*;
 
 use super::{Layer, Llama, angles};
-use crate::ml::linear::{Base, Linear, Pass, Weight};
+use crate::ml::linear::{Base, Linear, Pass};
 use crate::ml::nf4::{CODE, Nf4};
 
 /// A token that follows what its text has so far.
@@ -26,6 +26,7 @@ pub struct Token {
 
 /// Texts that a model goes on with.
 pub struct Decoder<'a> {
+    pass: Pass,
     layers: Vec<Plain<'a>>,
     model: &'a Llama,
     /// The final norm's weight.
@@ -62,6 +63,7 @@ struct Plain<'a> {
 
 struct Projection<'a> {
     base: &'a Base,
+    pass: Pass,
     out: usize,
     pair: Option<Pair>,
 }
@@ -81,11 +83,7 @@ enum Held<'a> {
 }
 
 impl<'a> Held<'a> {
-    fn of(weight: &'a Weight) -> Result<Self> {
-        let tensor = match weight {
-            Weight::Frozen(tensor) => tensor,
-            Weight::Trained(var) => var.as_tensor(),
-        };
+    fn of(tensor: &'a Tensor) -> Result<Self> {
         let (rows, columns) = tensor.dims2()?;
         let (storage, layout) = tensor.storage_and_layout();
         if !layout.is_contiguous() {
@@ -141,20 +139,21 @@ fn values(tensor: &Tensor, compute: DType) -> Result<Vec<f32>> {
 impl<'a> Projection<'a> {
     fn new(linear: &'a Linear, pass: Pass) -> Result<Self> {
         let (out, _) = match &linear.base {
-            Base::Dense(weight) => weight.value().dims2()?,
+            Base::Dense(weight) => weight.stored(pass).dims2()?,
             Base::Nf4(nf4) => nf4.shape,
         };
         let pair = match &linear.lora {
             Some(lora) if pass.adapter => Some(Pair {
-                a: values(&lora.a.value(), linear.compute)?,
-                b: values(&lora.b.value(), linear.compute)?,
-                r: lora.a.value().dim(0)?,
+                a: values(&lora.a.value(pass), linear.compute)?,
+                b: values(&lora.b.value(pass), linear.compute)?,
+                r: lora.a.value(pass).dim(0)?,
                 scaling: lora.scaling as f32,
             }),
             _ => None,
         };
         Ok(Self {
             base: &linear.base,
+            pass,
             out,
             pair,
         })
@@ -162,7 +161,7 @@ impl<'a> Projection<'a> {
 
     fn held(&self) -> Result<Held<'a>> {
         match self.base {
-            Base::Dense(weight) => Held::of(weight),
+            Base::Dense(weight) => Held::of(weight.stored(self.pass)),
             Base::Nf4(nf4) => Ok(Held::Nf4(nf4)),
         }
     }
@@ -170,7 +169,7 @@ impl<'a> Projection<'a> {
     /// Whether the kernels can read the weight as it is stored.
     fn is_plain(&self, compute: DType) -> bool {
         match self.base {
-            Base::Dense(weight) => weight.value().dtype() == compute,
+            Base::Dense(weight) => weight.stored(self.pass).dtype() == compute,
             Base::Nf4(nf4) => compute == DType::F32 || nf4.dtype == compute,
         }
     }
@@ -180,8 +179,8 @@ impl<'a> Plain<'a> {
     fn new(layer: &'a Layer, pass: Pass) -> Result<Self> {
         Ok(Self {
             layer,
-            input_norm: values(&layer.input_norm.weight.value(), DType::F32)?,
-            post_norm: values(&layer.post_norm.weight.value(), DType::F32)?,
+            input_norm: values(&layer.input_norm.weight.value(pass), DType::F32)?,
+            post_norm: values(&layer.post_norm.weight.value(pass), DType::F32)?,
             q: Projection::new(&layer.q, pass)?,
             k: Projection::new(&layer.k, pass)?,
             v: Projection::new(&layer.v, pass)?,
@@ -207,11 +206,15 @@ impl<'a> Decoder<'a> {
         if !model.device.is_cpu() || !matches!(compute, DType::F32 | DType::BF16) {
             return Ok(None);
         }
+        let linears = model.layers.iter().flat_map(Layer::linears);
+        if !{ linears }.all(Linear::has_kernels) {
+            return Ok(None);
+        }
         let layers = model.layers.iter().map(|layer| Plain::new(layer, pass));
         let layers = layers.collect::<Result<Vec<_>>>()?;
         let all = layers.iter().flat_map(Plain::projections);
-        let head = model.head.as_ref().unwrap_or(&model.embed);
-        if head.value().dtype() != compute || !{ all }.all(|one| one.is_plain(compute)) {
+        if model.head().stored(pass).dtype() != compute || !{ all }.all(|one| one.is_plain(compute))
+        {
             return Ok(None);
         }
         let (cos, sin) = angles(&model.config, 0..longest, &model.device)?;
@@ -222,9 +225,10 @@ impl<'a> Decoder<'a> {
             values: vec![Vec::new(); count],
         };
         Ok(Some(Self {
+            pass,
             layers,
             model,
-            norm: values(&model.norm.weight.value(), DType::F32)?,
+            norm: values(&model.norm.weight.value(pass), DType::F32)?,
             cos: values(&cos, DType::F32)?,
             sin: values(&sin, DType::F32)?,
             texts: std::iter::repeat_with(text).take(texts).collect(),
@@ -238,7 +242,7 @@ impl<'a> Decoder<'a> {
         let positions = self.places(tokens)?;
         let ids: Vec<u32> = tokens.iter().map(|token| token.id).collect();
         let ids = Tensor::new(ids, &self.model.device)?.unsqueeze(0)?;
-        let mut x = values(&self.model.embed(&ids)?, DType::F32)?;
+        let mut x = values(&self.model.embed(&ids, self.pass)?, DType::F32)?;
         for number in 0..self.layers.len() {
             let plain = &self.layers[number];
             let layer = plain.layer;
@@ -284,7 +288,7 @@ impl<'a> Decoder<'a> {
             }
         }
         let last = norm(&last, &self.norm, self.model.norm.eps);
-        let head = Held::of(self.model.head.as_ref().unwrap_or(&self.model.embed))?;
+        let head = Held::of(self.model.head().stored(self.pass))?;
         let mut logits = vec![0.; wanted.len() * self.model.config.vocab_size];
         vector_products(vec![VectorProduct {
             weight: head.matrix()?,

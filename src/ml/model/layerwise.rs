@@ -49,13 +49,15 @@ pub fn logits_by_layer(
     let vocabulary = [config.vocab_size, config.hidden_size];
     let embed = "model.embed_tokens.weight";
     let ids = batch.ids(&device)?;
-    let rows = loader
-        .shaped(embed, &vocabulary)?
-        .index_select(&ids.flatten_all()?, 0)?;
-    let start = rows
-        .to_dtype(DType::F32)?
-        .reshape((ids.dim(0)?, batch.width, ()))?;
-    let mut states = vec![start; passes.len()];
+    let table = loader.stored(embed, &vocabulary)?;
+    let states = shared.iter().map(|shared| {
+        let rows = table.value(shared.pass);
+        let rows = rows.index_select(&ids.flatten_all()?, 0)?;
+        let rows = rows.to_dtype(DType::F32)?;
+        Ok(rows.reshape((ids.dim(0)?, batch.width, ()))?)
+    });
+    let mut states = states.collect::<anyhow::Result<Vec<Tensor>>>()?;
+    drop(table);
     for number in 0..config.num_hidden_layers {
         let layer = loader.layer(number)?;
         for (state, shared) in states.iter_mut().zip(&shared) {
@@ -69,9 +71,10 @@ pub fn logits_by_layer(
     } else {
         "lm_head.weight"
     };
-    let weight = loader.shaped(name, &vocabulary)?;
+    let weight = loader.stored(name, &vocabulary)?;
     let logits = states.iter().zip(&shared).map(|(state, shared)| {
         let state = norm.forward(state, shared.pass)?.flatten_to(1)?;
+        let weight = weight.value(shared.pass);
         let parts = (0..config.vocab_size).step_by(HEAD_ROWS).map(|from| {
             let rows = weight.narrow(0, from, HEAD_ROWS.min(config.vocab_size - from))?;
             head::logits(&state, &rows.to_dtype(DType::F32)?)

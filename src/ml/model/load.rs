@@ -1,16 +1,17 @@
 //! From a model folder's tensors and an adapter's pairs to a [`Llama`].
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use anyhow::Context as _;
 use candle_core::{DType, Device, Tensor, Var};
 
-use super::super::adapter::Adapter;
+use super::super::adapter::{Adapter, LoraPair};
 use super::super::config::LlamaConfig;
 use super::super::float::Float;
 use super::super::forward::Path;
 use super::super::fused::{self, Packing, Pool};
-use super::super::linear::{Base, Linear, Lora, Weight};
+use super::super::linear::{Base, Linear, Lora, Pass, Weight};
 use super::super::nf4::Nf4;
 use super::super::weights::Weights;
 use super::{Layer, Llama, Norm, Parameter, Trained};
@@ -25,6 +26,13 @@ pub(super) struct Loader<'a> {
     device: &'a Device,
     parameters: Vec<Parameter>,
     linears: u64,
+    /// The adapter's modules and tensors that found their places.
+    used: BTreeSet<String>,
+}
+
+/// What transformers spares from weight decay.
+fn decays(name: &str) -> bool {
+    !name.contains("norm") && !name.ends_with(".bias")
 }
 
 impl<'a> Loader<'a> {
@@ -45,6 +53,7 @@ impl<'a> Loader<'a> {
             device,
             parameters: Vec::new(),
             linears: 0,
+            used: BTreeSet::new(),
         }
     }
 
@@ -68,13 +77,45 @@ impl<'a> Loader<'a> {
         Ok(Weight::Trained(var))
     }
 
-    /// A weight of the base; a frozen one is held in `dtype`.
+    /// A weight of the base, or what the adapter puts in its place; a frozen one is held in `dtype`.
     fn weight(&mut self, name: &str, shape: &[usize], dtype: DType) -> anyhow::Result<Weight> {
         let tensor = self.shaped(name, shape)?;
         if self.trained == Trained::Everything {
-            return self.train(name.to_owned(), &tensor, !name.contains("norm"));
+            return self.train(name.to_owned(), &tensor, decays(name));
         }
-        Ok(Weight::Frozen(tensor.to_dtype(dtype)?))
+        let Some(adapter) = self.adapter else {
+            return Ok(Weight::Frozen(tensor.to_dtype(dtype)?));
+        };
+        let own = adapter.saved.get(name);
+        if own.is_some() {
+            self.used.insert(name.to_owned());
+        }
+        let trains = self.trained == Trained::Adapter && adapter.trains(name);
+        let own = match own {
+            Some(own) => own.to_device(self.device)?,
+            None if trains => tensor.clone(),
+            None => return Ok(Weight::Frozen(tensor.to_dtype(dtype)?)),
+        };
+        anyhow::ensure!(
+            own.dims() == shape,
+            "the adapter's `{name}` has the shape {:?}, expected {shape:?} from config.json",
+            own.dims()
+        );
+        let own = if trains {
+            self.train(name.to_owned(), &own, decays(name))?
+        } else {
+            Weight::Frozen(own.to_dtype(dtype)?)
+        };
+        Ok(Weight::Replaced {
+            base: tensor.to_dtype(dtype)?,
+            own: Box::new(own),
+        })
+    }
+
+    /// A weight in the type in which it is stored.
+    pub(super) fn stored(&mut self, name: &str, shape: &[usize]) -> anyhow::Result<Weight> {
+        let stored = Float::of(self.weights.raw(name)?.dtype).map(Float::dtype);
+        self.weight(name, shape, stored.unwrap_or(DType::F32))
     }
 
     pub(super) fn norm(&mut self, name: &str) -> anyhow::Result<Norm> {
@@ -88,7 +129,12 @@ impl<'a> Loader<'a> {
         })
     }
 
-    fn linear(&mut self, path: &str, out: usize, input: usize) -> anyhow::Result<Linear> {
+    fn linear(
+        &mut self,
+        path: &str,
+        (out, input): (usize, usize),
+        bias: bool,
+    ) -> anyhow::Result<Linear> {
         let name = format!("{path}.weight");
         let base = if let Some(nf4) = Nf4::load(self.weights, &name)? {
             anyhow::ensure!(
@@ -101,50 +147,76 @@ impl<'a> Loader<'a> {
                 nf4.shape,
                 (out, input)
             );
+            let saved = self
+                .adapter
+                .is_some_and(|adapter| adapter.config.saves(path));
+            anyhow::ensure!(
+                !saved
+                    && !self
+                        .adapter
+                        .is_some_and(|adapter| adapter.saved.contains_key(&name)),
+                "the adapter trains `{path}` whole, but it is stored in 4 bits; take the dense model"
+            );
             Base::Nf4(Arc::new(nf4))
         } else {
             Base::Dense(self.weight(&name, &[out, input], self.compute)?)
         };
-        let lora = match self
-            .adapter
-            .and_then(|adapter| Some((adapter, adapter.tensors.get(path)?)))
-        {
-            Some((adapter, pair)) => {
-                let config = &adapter.config;
-                anyhow::ensure!(
-                    pair.a.dims() == [config.r, input] && pair.b.dims() == [out, config.r],
-                    "the adapter's pair for `{path}` has the shapes {:?} and {:?}, expected {:?} and {:?}",
-                    pair.a.dims(),
-                    pair.b.dims(),
-                    [config.r, input],
-                    [out, config.r]
-                );
-                let a = pair.a.to_device(self.device)?.to_dtype(DType::F32)?;
-                let b = pair.b.to_device(self.device)?.to_dtype(DType::F32)?;
-                let (scaling, dropout) = (config.scaling(), config.lora_dropout);
-                let (a, b) = if self.trained == Trained::Adapter {
-                    (
-                        self.train(format!("{path}.lora_A.weight"), &a, true)?,
-                        self.train(format!("{path}.lora_B.weight"), &b, true)?,
-                    )
-                } else {
-                    (Weight::Frozen(a), Weight::Frozen(b))
-                };
-                Some(Lora {
-                    a,
-                    b,
-                    scaling,
-                    dropout,
-                })
-            }
+        let bias = if bias {
+            Some(self.weight(&format!("{path}.bias"), &[out], DType::F32)?)
+        } else {
+            None
+        };
+        let pair = self.adapter.and_then(|adapter| adapter.tensors.get(path));
+        let lora = match pair {
+            Some(pair) => Some(self.lora(path, pair, (out, input))?),
             None => None,
         };
         self.linears += 1;
         Ok(Linear {
             base,
+            bias,
             lora,
             compute: self.compute,
             index: self.linears,
+        })
+    }
+
+    fn lora(
+        &mut self,
+        path: &str,
+        pair: &LoraPair,
+        (out, input): (usize, usize),
+    ) -> anyhow::Result<Lora> {
+        let config = &self.adapter.context("there is no adapter")?.config;
+        let r = config.rank(path);
+        anyhow::ensure!(
+            pair.a.dims() == [r, input] && pair.b.dims() == [out, r],
+            "the adapter's pair for `{path}` has the shapes {:?} and {:?}, expected {:?} and {:?}",
+            pair.a.dims(),
+            pair.b.dims(),
+            [r, input],
+            [out, r]
+        );
+        self.used.insert(path.to_owned());
+        let (scaling, dropout) = (config.scaling(path), config.lora_dropout);
+        let mut weight = |suffix: &str, tensor: &Tensor| -> anyhow::Result<Weight> {
+            let tensor = tensor.to_device(self.device)?.to_dtype(DType::F32)?;
+            if self.trained == Trained::Adapter {
+                self.train(format!("{path}.{suffix}"), &tensor, true)
+            } else {
+                Ok(Weight::Frozen(tensor))
+            }
+        };
+        let a = weight("lora_A.weight", &pair.a)?;
+        let b = weight("lora_B.weight", &pair.b)?;
+        let magnitude = pair.magnitude.as_ref();
+        let magnitude = magnitude.map(|lengths| weight("lora_magnitude_vector", lengths));
+        Ok(Lora {
+            a,
+            b,
+            magnitude: magnitude.transpose()?,
+            scaling,
+            dropout,
         })
     }
 
@@ -154,14 +226,18 @@ impl<'a> Loader<'a> {
         let q_width = config.num_attention_heads * config.head_dim;
         let kv_width = config.num_key_value_heads * config.head_dim;
         let path = format!("model.layers.{number}");
+        let mut linear = |name: &str, out, input, bias| {
+            self.linear(&format!("{path}.{name}"), (out, input), bias)
+        };
+        let (attention, mlp) = (config.attention_bias, config.mlp_bias);
         Ok(Layer {
-            q: self.linear(&format!("{path}.self_attn.q_proj"), q_width, hidden)?,
-            k: self.linear(&format!("{path}.self_attn.k_proj"), kv_width, hidden)?,
-            v: self.linear(&format!("{path}.self_attn.v_proj"), kv_width, hidden)?,
-            o: self.linear(&format!("{path}.self_attn.o_proj"), hidden, q_width)?,
-            gate: self.linear(&format!("{path}.mlp.gate_proj"), inner, hidden)?,
-            up: self.linear(&format!("{path}.mlp.up_proj"), inner, hidden)?,
-            down: self.linear(&format!("{path}.mlp.down_proj"), hidden, inner)?,
+            q: linear("self_attn.q_proj", q_width, hidden, attention)?,
+            k: linear("self_attn.k_proj", kv_width, hidden, attention)?,
+            v: linear("self_attn.v_proj", kv_width, hidden, attention)?,
+            o: linear("self_attn.o_proj", hidden, q_width, attention)?,
+            gate: linear("mlp.gate_proj", inner, hidden, mlp)?,
+            up: linear("mlp.up_proj", inner, hidden, mlp)?,
+            down: linear("mlp.down_proj", hidden, inner, mlp)?,
             input_norm: self.norm(&format!("{path}.input_layernorm"))?,
             post_norm: self.norm(&format!("{path}.post_attention_layernorm"))?,
             heads: config.num_attention_heads,
@@ -182,6 +258,9 @@ impl Llama {
         device: &Device,
     ) -> anyhow::Result<Self> {
         let mut loader = Loader::new(config, weights, adapter, trained, compute, device);
+        if let Some(adapter) = adapter {
+            fits(adapter, config)?;
+        }
         let vocabulary = [config.vocab_size, config.hidden_size];
         let tied = config.tie_word_embeddings;
         // Only rows of it are used, made f32 one by one; a tied one is the head's weight too.
@@ -197,20 +276,27 @@ impl Llama {
             })
             .collect::<anyhow::Result<_>>()?;
         let norm = loader.norm("model.norm")?;
-        let head = if tied {
-            None
-        } else {
+        let head = if !tied {
             Some(loader.weight("lm_head.weight", &vocabulary, compute)?)
+        } else if let (Weight::Replaced { base, .. }, Some(false)) = (
+            &embed,
+            adapter.map(|adapter| adapter.config.ensure_weight_tying),
+        ) {
+            // As in PEFT, the head stays what it was when embeddings of their own come.
+            Some(Weight::Frozen(base.clone()))
+        } else {
+            None
         };
-        let parameters = loader.parameters;
+        let (parameters, used) = (loader.parameters, loader.used);
         if let Some(adapter) = adapter {
-            let used = layers.iter().flat_map(Layer::linears);
-            let used = used.filter(|linear| linear.lora.is_some()).count();
-            anyhow::ensure!(
-                used == adapter.tensors.len(),
-                "the adapter has pairs for {} modules, but the model has only {used} of them",
-                adapter.tensors.len()
-            );
+            let all = adapter.tensors.keys().chain(adapter.saved.keys());
+            if let Some(lost) = all.clone().find(|name| !used.contains(*name)) {
+                anyhow::bail!(
+                    "the adapter has tensors for {} modules, but the model has no place for `{lost}`; was it trained for another \
+                     model?",
+                    all.count()
+                );
+            }
         }
         anyhow::ensure!(
             trained == Trained::Nothing || !parameters.is_empty(),
@@ -232,11 +318,24 @@ impl Llama {
         if fused::supports(&model) {
             model.path = Path::Fused(Packing::default());
         }
-        if trained != Trained::Everything {
-            model.frozen_column_sum = Some(model.column_sum()?);
+        if model.head().is_frozen() {
+            model.frozen_column_sum = Some(model.column_sum(Pass::BASE)?);
         }
         Ok(model)
     }
+}
+
+/// Whether a model of this shape can bear the adapter at all.
+fn fits(adapter: &Adapter, config: &LlamaConfig) -> anyhow::Result<()> {
+    anyhow::ensure!(
+        !adapter.config.is_loftq() || config.quantization.is_some(),
+        "the adapter was begun by LoftQ for a 4-bit model, but this one is dense; hint: `quantize` it with `double_quant: false`"
+    );
+    anyhow::ensure!(
+        !config.tie_word_embeddings || !adapter.config.saves("lm_head"),
+        "the adapter trains `lm_head`, but the model's head is its embeddings (`tie_word_embeddings`); expected `embed_tokens`"
+    );
+    Ok(())
 }
 
 impl Layer {

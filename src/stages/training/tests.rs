@@ -16,7 +16,7 @@ use crate::stages::train_orpo::TrainOrpo;
 use crate::stages::train_sft::TrainSft;
 
 /// The golden rows as an artifact with `train` (24 rows) and `test` (5 rows).
-fn write_tokens(folder: &Path) {
+pub(in crate::stages) fn write_tokens(folder: &Path) {
     let rows: Vec<TokenRow> = golden::rows("trl-1.16")
         .into_iter()
         .map(|row| TokenRow {

@@ -1,0 +1,392 @@
+//! `adapter_config.json`: what changes the numbers is understood or refused, all else is kept as it was.
+
+use anyhow::{Context as _, bail, ensure};
+use regex::Regex;
+use serde_json::{Map, Value, json};
+
+/// Settings that change what an adapter computes in a way that this program does not: they have to be off.
+const OFF: [&str; 10] = [
+    "alora_invocation_tokens",
+    "arrow_config",
+    "fan_in_fan_out",
+    "kasa_config",
+    "layer_replication",
+    "lora_bias",
+    "megatron_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_qalora",
+];
+/// More of them, of which PEFT writes an object or nothing.
+const EMPTY: [&str; 3] = ["monteclora_config", "use_bdlora", "velora_config"];
+
+/// Which biases are trained with an adapter.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Bias {
+    /// None.
+    #[default]
+    None,
+    /// All that the model has.
+    All,
+    /// Those of the modules with a pair of matrices.
+    LoraOnly,
+}
+
+impl Bias {
+    /// PEFT's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::All => "all",
+            Self::LoraOnly => "lora_only",
+        }
+    }
+
+    fn named(name: &str) -> Option<Self> {
+        [Self::None, Self::All, Self::LoraOnly]
+            .into_iter()
+            .find(|bias| bias.name() == name)
+    }
+}
+
+/// Numbers for the modules whose paths end with a pattern (`rank_pattern`, `alpha_pattern`).
+///
+/// The patterns are regular expressions, as in PEFT, which takes the first that fits; it writes them sorted.
+#[derive(Debug, Clone, Default)]
+pub struct Patterns<T>(Vec<(String, Regex, T)>);
+
+impl<T: PartialEq> PartialEq for Patterns<T> {
+    fn eq(&self, other: &Self) -> bool {
+        let same =
+            |((a, _, x), (b, _, y)): (&(String, Regex, T), &(String, Regex, T))| a == b && x == y;
+        self.0.len() == other.0.len() && self.0.iter().zip(&other.0).all(same)
+    }
+}
+
+impl<T: Copy> Patterns<T> {
+    /// Patterns in the order in which they are tried; what is no regular expression is an error.
+    pub fn new(items: impl IntoIterator<Item = (String, T)>) -> anyhow::Result<Self> {
+        let items = items.into_iter().map(|(pattern, value)| {
+            let regex = Regex::new(&format!(r"^(?:.*\.)?(?:{pattern})$"));
+            let regex = regex.with_context(|| {
+                format!(
+                    "`{pattern}` is neither the end of a module's path nor a regular expression"
+                )
+            })?;
+            Ok((pattern, regex, value))
+        });
+        Ok(Self(items.collect::<anyhow::Result<_>>()?))
+    }
+
+    /// The number of the first pattern that fits a module's path.
+    pub fn find(&self, path: &str) -> Option<T> {
+        let found = self.0.iter().find(|(_, regex, _)| regex.is_match(path));
+        found.map(|(_, _, value)| *value)
+    }
+
+    /// The first pattern that fits none of `paths`.
+    pub fn unused<'a>(&self, paths: &(impl Iterator<Item = &'a str> + Clone)) -> Option<&str> {
+        let unused = |regex: &Regex| !paths.clone().any(|path| regex.is_match(path));
+        let found = self.0.iter().find(|(_, regex, _)| unused(regex));
+        found.map(|(pattern, _, _)| pattern.as_str())
+    }
+}
+
+/// What `adapter_config.json` says, and all its keys to write back.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AdapterConfig {
+    /// The rank, where no pattern gives another.
+    pub r: usize,
+    /// The scaling's numerator, where no pattern gives another.
+    pub lora_alpha: f64,
+    /// The probability of dropping an input value in training.
+    pub lora_dropout: f64,
+    /// Whether the scaling divides by the root of the rank.
+    pub use_rslora: bool,
+    /// Whether the rows of the sum of weight and update get trained lengths (Liu et al. 2024, arXiv 2402.09353).
+    pub use_dora: bool,
+    /// Which biases are trained.
+    pub bias: Bias,
+    /// Modules that are trained whole, by the ends of their paths.
+    pub modules_to_save: Vec<String>,
+    /// The ranks of some modules.
+    pub rank_pattern: Patterns<usize>,
+    /// The numerators of some modules.
+    pub alpha_pattern: Patterns<f64>,
+    /// Whether a head that is the embeddings stays them, when they are trained whole.
+    pub ensure_weight_tying: bool,
+    /// The file as it was read.
+    pub raw: Map<String, Value>,
+}
+
+/// The settings of a new adapter.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NewAdapter {
+    /// The rank.
+    pub r: usize,
+    /// The scaling's numerator.
+    pub lora_alpha: f64,
+    /// The probability of dropping an input value in training.
+    pub lora_dropout: f64,
+    /// Whether the scaling divides by the root of the rank.
+    pub use_rslora: bool,
+    /// Whether rows get trained lengths.
+    pub use_dora: bool,
+    /// Which biases are trained.
+    pub bias: Bias,
+    /// Whether A is drawn anew and B is zero, so that the adapter changes nothing before it is trained.
+    pub init_lora_weights: bool,
+    /// The names of the modules it stands beside (`q_proj`).
+    pub target_modules: Vec<String>,
+    /// Modules that are trained whole.
+    pub modules_to_save: Vec<String>,
+    /// The ranks of some modules, by pattern.
+    pub rank_pattern: Vec<(String, usize)>,
+    /// The numerators of some modules, by pattern.
+    pub alpha_pattern: Vec<(String, f64)>,
+    /// Where PEFT finds the base.
+    pub base_model_name_or_path: Option<String>,
+}
+
+impl Default for NewAdapter {
+    /// PEFT's defaults, for no module.
+    fn default() -> Self {
+        Self {
+            r: 8,
+            lora_alpha: 8.,
+            lora_dropout: 0.,
+            use_rslora: false,
+            use_dora: false,
+            bias: Bias::None,
+            init_lora_weights: true,
+            target_modules: Vec::new(),
+            modules_to_save: Vec::new(),
+            rank_pattern: Vec::new(),
+            alpha_pattern: Vec::new(),
+            base_model_name_or_path: None,
+        }
+    }
+}
+
+/// Whether a name of `modules_to_save` means the module at `path` or one around it. PEFT compares letters, not parts of the
+/// path: `norm` means every norm.
+pub fn is_meant(name: &str, path: &str) -> bool {
+    let mut around = path.match_indices('.').map(|(end, _)| &path[..end]);
+    path.ends_with(name) || around.any(|around| around.ends_with(name))
+}
+
+/// A whole number without a fraction, as people give it to PEFT.
+fn plain(number: f64) -> Value {
+    if number.fract() == 0. && number.abs() < 1e15 {
+        json!(number as i64)
+    } else {
+        json!(number)
+    }
+}
+
+impl AdapterConfig {
+    /// The configuration of a new adapter: the keys that every PEFT since 0.4 knows, and those of later ones only where they are
+    /// needed, for PEFT before 0.14 refuses keys that it does not know.
+    pub fn new(new: &NewAdapter) -> anyhow::Result<Self> {
+        let save = &new.modules_to_save;
+        let raw = json!({
+            "auto_mapping": null,
+            "base_model_name_or_path": new.base_model_name_or_path,
+            "bias": new.bias.name(),
+            "fan_in_fan_out": false,
+            "inference_mode": true,
+            "init_lora_weights": new.init_lora_weights,
+            "layers_pattern": null,
+            "layers_to_transform": null,
+            "lora_alpha": plain(new.lora_alpha),
+            "lora_dropout": new.lora_dropout,
+            "modules_to_save": (!save.is_empty()).then_some(save),
+            "peft_type": "LORA",
+            "r": new.r,
+            "revision": null,
+            "target_modules": new.target_modules,
+            "task_type": "CAUSAL_LM",
+        });
+        let Value::Object(mut raw) = raw else {
+            bail!("an adapter's settings are an object");
+        };
+        let mut later = |name: &str, value: Value| raw.insert(name.into(), value);
+        if !new.rank_pattern.is_empty() {
+            let ranks = new.rank_pattern.iter();
+            let ranks = ranks.map(|(pattern, rank)| (pattern.clone(), json!(rank)));
+            later("rank_pattern", Value::Object(ranks.collect())); // 0.5
+        }
+        if !new.alpha_pattern.is_empty() {
+            let alphas = new.alpha_pattern.iter();
+            let alphas = alphas.map(|(pattern, alpha)| (pattern.clone(), plain(*alpha)));
+            later("alpha_pattern", Value::Object(alphas.collect())); // 0.5
+        }
+        if new.use_rslora {
+            later("use_rslora", true.into()); // 0.8
+        }
+        if new.use_dora {
+            later("use_dora", true.into()); // 0.9
+        }
+        Self::parse(raw)
+    }
+
+    /// The rank beside the module at `path` (`model.layers.0.self_attn.q_proj`).
+    pub fn rank(&self, path: &str) -> usize {
+        self.rank_pattern.find(path).unwrap_or(self.r)
+    }
+
+    /// What B A is multiplied by beside the module at `path`: alpha / r, or alpha / sqrt(r).
+    pub fn scaling(&self, path: &str) -> f64 {
+        let r = self.rank(path) as f64;
+        let alpha = self.alpha_pattern.find(path).unwrap_or(self.lora_alpha);
+        alpha / if self.use_rslora { r.sqrt() } else { r }
+    }
+
+    /// Whether the module at `path` is trained whole, by itself or with one that holds it.
+    pub fn saves(&self, path: &str) -> bool {
+        let mut names = self.modules_to_save.iter();
+        names.any(|name| is_meant(name, path))
+    }
+
+    /// Whether the adapter was begun by `LoftQ`, which is beside a quantised base only.
+    pub fn is_loftq(&self) -> bool {
+        self.raw.get("init_lora_weights").and_then(Value::as_str) == Some("loftq")
+    }
+
+    /// Understands the keys of `adapter_config.json`.
+    pub(super) fn parse(raw: Map<String, Value>) -> anyhow::Result<Self> {
+        let kind = raw.get("peft_type").and_then(Value::as_str);
+        ensure!(
+            kind == Some("LORA"),
+            "its type is `{}`, expected `LORA`",
+            kind.unwrap_or("not named")
+        );
+        refuse(&raw)?;
+        let r = raw.get("r").and_then(Value::as_u64).filter(|r| *r > 0);
+        let r = r.context("`r` is missing or not a whole number above 0")?;
+        let lora_dropout = number(&raw, "lora_dropout")?.unwrap_or(0.);
+        ensure!(
+            (0. ..1.).contains(&lora_dropout),
+            "`lora_dropout` is {lora_dropout}, expected a number from 0 to below 1"
+        );
+        let on = |name: &str| raw.get(name).and_then(Value::as_bool) == Some(true);
+        Ok(Self {
+            r: usize::try_from(r)?,
+            lora_alpha: number(&raw, "lora_alpha")?.context("`lora_alpha` is missing")?,
+            lora_dropout,
+            use_rslora: on("use_rslora"),
+            use_dora: on("use_dora"),
+            bias: bias(&raw)?,
+            modules_to_save: modules_to_save(&raw)?,
+            rank_pattern: patterns(&raw, "rank_pattern", |value| {
+                let rank = value.as_u64().filter(|rank| *rank > 0)?;
+                usize::try_from(rank).ok()
+            })?,
+            alpha_pattern: patterns(&raw, "alpha_pattern", |value| {
+                value.as_f64().filter(|alpha| alpha.is_finite())
+            })?,
+            ensure_weight_tying: on("ensure_weight_tying"),
+            raw,
+        })
+    }
+}
+
+/// What would change the numbers unseen.
+fn refuse(raw: &Map<String, Value>) -> anyhow::Result<()> {
+    let off = |value: &Value| match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Array(items) => items.is_empty(),
+        _ => false,
+    };
+    for name in OFF {
+        let is_off = raw.get(name).is_none_or(off);
+        ensure!(is_off, "`{name}` is not supported, expected it to be off");
+    }
+    for name in EMPTY {
+        let empty = raw
+            .get(name)
+            .is_none_or(|value| off(value) || value.as_object().is_some_and(Map::is_empty));
+        ensure!(empty, "`{name}` is not supported, expected it to be empty");
+    }
+    // These begin by changing the base, so that the adapter is worth nothing beside the base as it is.
+    let init = raw.get("init_lora_weights").and_then(Value::as_str);
+    let init = init.unwrap_or_default();
+    for changes in ["pissa", "olora", "corda", "lora_ga"] {
+        ensure!(
+            !init.to_lowercase().starts_with(changes),
+            "`init_lora_weights: {init}` changes the base model and is not supported; convert the adapter by PEFT's \
+             `path_initial_model_for_weight_conversion`"
+        );
+    }
+    if init == "loftq" {
+        let loftq = raw.get("loftq_config");
+        let setting = |name: &str| {
+            loftq
+                .and_then(|loftq| loftq.get(name))
+                .and_then(Value::as_u64)
+        };
+        let (bits, iterations) = (setting("loftq_bits"), setting("loftq_iter"));
+        ensure!(
+            bits.is_none_or(|bits| bits == 4)
+                && iterations.is_none_or(|iterations| iterations == 1),
+            "`init_lora_weights: loftq` with {} bits and {} iterations changes the base model in a way that can't be made again; \
+             expected 4 bits and 1 iteration, or an adapter saved with `init_lora_weights: true` beside its own base",
+            bits.unwrap_or(4),
+            iterations.unwrap_or(1)
+        );
+    }
+    Ok(())
+}
+
+fn number(raw: &Map<String, Value>, name: &str) -> anyhow::Result<Option<f64>> {
+    let Some(value) = raw.get(name).filter(|value| !value.is_null()) else {
+        return Ok(None);
+    };
+    let number = value.as_f64().filter(|number| number.is_finite());
+    let number = number.with_context(|| format!("`{name}` is {value}, expected a number"))?;
+    Ok(Some(number))
+}
+
+fn bias(raw: &Map<String, Value>) -> anyhow::Result<Bias> {
+    let Some(value) = raw.get("bias").filter(|value| !value.is_null()) else {
+        return Ok(Bias::None);
+    };
+    let bias = value.as_str().and_then(Bias::named);
+    bias.with_context(|| format!("`bias` is {value}, expected `none`, `all` or `lora_only`"))
+}
+
+fn modules_to_save(raw: &Map<String, Value>) -> anyhow::Result<Vec<String>> {
+    let name = "modules_to_save";
+    let modules = match raw.get(name) {
+        None | Some(Value::Null) => return Ok(Vec::new()),
+        Some(Value::Array(modules)) => modules
+            .iter()
+            .map(Value::as_str)
+            .collect::<Option<Vec<_>>>(),
+        Some(_) => None,
+    };
+    let modules = modules.filter(|modules| !modules.contains(&""));
+    let modules = modules.with_context(|| format!("`{name}` is no list of modules' names"))?;
+    Ok(modules.into_iter().map(str::to_owned).collect())
+}
+
+fn patterns<T: Copy>(
+    raw: &Map<String, Value>,
+    name: &str,
+    value: impl Fn(&Value) -> Option<T>,
+) -> anyhow::Result<Patterns<T>> {
+    let items = match raw.get(name) {
+        None | Some(Value::Null) => return Patterns::new([]),
+        Some(Value::Object(items)) => items,
+        Some(_) => bail!("`{name}` is no object of patterns and numbers"),
+    };
+    let items = items.iter().map(|(pattern, number)| {
+        let value = value(number);
+        let value = value.with_context(|| {
+            format!("`{name}` gives {number} to `{pattern}`, expected a number above 0")
+        })?;
+        Ok((pattern.clone(), value))
+    });
+    let items = items.collect::<anyhow::Result<Vec<_>>>()?;
+    Patterns::new(items).with_context(|| format!("could not use `{name}`"))
+}

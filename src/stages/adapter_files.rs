@@ -1,0 +1,72 @@
+//! What belongs to an adapter folder, wherever it comes from, and whether it can be used.
+
+use std::path::Path;
+
+use anyhow::{Context as _, bail};
+
+use crate::engine::Context;
+use crate::ml::adapter::{Adapter, Bias, CONFIG, FILE};
+
+/// The files of an adapter, if `names` has them all. Whatever else lies there tells of its training or of its base.
+pub(super) fn choose(names: &[&str]) -> anyhow::Result<[&'static str; 2]> {
+    let has = |name: &str| names.contains(&name);
+    if !has(CONFIG) {
+        let hint = if has("config.json") {
+            "; it holds a whole model, for which there are `import_model` and `download_model`"
+        } else {
+            ""
+        };
+        bail!("it has no `{CONFIG}`, expected a folder that PEFT saved{hint}");
+    }
+    if !has(FILE) {
+        let hint = if has("adapter_model.bin") {
+            "; its matrices are only there as `adapter_model.bin`: load it once by PEFT and save it by `save_pretrained`"
+        } else {
+            ""
+        };
+        bail!("it has no `{FILE}`{hint}");
+    }
+    Ok([CONFIG, FILE])
+}
+
+/// Reads the adapter that is in the stage's output, and notes what it holds.
+pub(super) fn check(cx: &Context) -> anyhow::Result<()> {
+    let adapter = Adapter::load(cx.out()).context("the adapter can't be used")?;
+    let config = &adapter.config;
+    let pairs = adapter.tensors.values();
+    let count = pairs.map(|pair| pair.a.elem_count() + pair.b.elem_count());
+    cx.note("modules", adapter.tensors.len());
+    cx.note("parameters", count.sum::<usize>());
+    cx.note("r", config.r);
+    if !adapter.saved.is_empty() {
+        cx.note("whole_tensors", adapter.saved.len());
+    }
+    if config.use_dora {
+        cx.note("use_dora", true);
+    }
+    if config.bias != Bias::None && !adapter.saved.keys().any(|name| name.ends_with(".bias")) {
+        cx.warn(format!(
+            "`bias` is `{}`, but the adapter has no biases; older versions of PEFT did not save them",
+            config.bias.name()
+        ));
+    }
+    Ok(())
+}
+
+/// The files in a folder, sorted.
+pub(super) fn names_in(folder: &Path) -> anyhow::Result<Vec<String>> {
+    let entries = std::fs::read_dir(folder)
+        .with_context(|| format!("could not list `{}`", folder.display()))?;
+    let mut names = Vec::new();
+    for entry in entries {
+        let entry = entry?;
+        // Through links: folders of the hub's cache consist of them.
+        if let Ok(name) = entry.file_name().into_string()
+            && entry.path().is_file()
+        {
+            names.push(name);
+        }
+    }
+    names.sort();
+    Ok(names)
+}

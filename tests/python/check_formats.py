@@ -1,0 +1,214 @@
+#!/usr/bin/env python3
+"""Checks by hand that PEFT, transformers and bitsandbytes load what we write, that we load what they write, and that all agree.
+
+    pip install torch transformers peft bitsandbytes pyarrow
+    cargo build
+    python tests/python/check_formats.py target/debug/pipeline
+
+Adapters of every kind are trained here and scored there, and the other way about; 4-bit models and merged ones likewise. The
+numbers are mean log-probabilities of answers, which every logit of the model goes into.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+ROOT = Path(__file__).parents[2]
+TOLERANCE = 2e-5
+failed = []
+
+START = """\
+version: 1
+stages:
+  pairs: { import_dataset: { path: pairs.jsonl, max_rows: 100 } }
+  split: { split_dataset: { dataset: pairs, test_size: 0.1 } }
+  base: { create_model: { dataset: split, vocab_size: 400, hidden_size: 64, intermediate_size: 192, num_hidden_layers: 2,
+                          num_attention_heads: 4, num_key_value_heads: 2, initializer_range: 0.1 } }
+  chats: { apply_chat_template: { dataset: split, tokenizer: base } }
+  tokens: { tokenize: { dataset: chats, tokenizer: base, max_length: 96, max_prompt_length: 48 } }
+  base4: { quantize: { model: base } }
+  single: { quantize: { model: base, double_quant: false } }
+"""
+
+# Name, base, and what `attach_lora` is told beside the model.
+OURS = [
+    ("plain", "base", "target_modules: all-linear"),
+    ("rslora", "base", "target_modules: all-linear, use_rslora: true, lora_alpha: 4"),
+    ("patterns", "base", "target_modules: all-linear, rank_pattern: { q_proj: 2, 'layers.1.mlp.down_proj': 5 }, alpha_pattern: { '.*mlp.*': 3 }"),
+    ("saved", "base", "target_modules: [q_proj], modules_to_save: [embed_tokens, lm_head, norm]"),
+    ("dora", "base", "target_modules: all-linear, use_dora: true"),
+    ("plain4", "base4", "target_modules: all-linear"),
+    ("saved4", "base4", "target_modules: [q_proj, up_proj], modules_to_save: [lm_head]"),
+    ("dora4", "base4", "target_modules: all-linear, use_dora: true"),
+    ("loftq", "single", "target_modules: all-linear, init_lora_weights: loftq, loftq_from: base"),
+]
+THEIRS = [
+    ("their_plain", dict(target_modules="all-linear")),
+    ("their_rslora", dict(target_modules="all-linear", use_rslora=True, lora_alpha=3)),
+    ("their_patterns", dict(target_modules="all-linear", rank_pattern={r"layers\.1\..*q_proj": 5}, alpha_pattern={"down_proj": 9})),
+    ("their_saved", dict(target_modules=["v_proj"], modules_to_save=["embed_tokens", "lm_head"])),
+    ("their_dora", dict(target_modules="all-linear", use_dora=True)),
+]
+TRAIN = "dataset: tokens, max_steps: 6, learning_rate: 5.0e-3, per_device_train_batch_size: 4, lr_scheduler_type: constant"
+
+
+def recipe():
+    """What is made here alone."""
+    text = START
+    for name, base, settings in OURS:
+        text += f"  {name}_new: {{ attach_lora: {{ model: {base}, r: 4, {settings} }} }}\n"
+        text += trained(name, base, f"{name}_new")
+    return text
+
+
+def trained(name, base, start):
+    return f"""\
+  {name}: {{ train_orpo: {{ model: {base}, adapter: {start}, {TRAIN} }} }}
+  {name}_scores: {{ evaluate: {{ model: {base}, adapter: {name}, dataset: tokens, num_answers: 0 }} }}
+  {name}_merged: {{ merge: {{ model: {base}, adapter: {name} }} }}
+  {name}_again: {{ evaluate: {{ model: {name}_merged, dataset: tokens, num_answers: 0 }} }}
+"""
+
+
+def run(folder, text):
+    """The folders of all stages' results."""
+    (folder / "recipe.yaml").write_text(text)
+    command = [Path(sys.argv[1]).resolve(), "run", "--json", "recipe.yaml"]
+    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(done.stdout[-3000:] + done.stderr[-3000:])
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    return {e["stage"]: folder / ".pipeline/v1/artifacts" / e["artifact"] for e in events if "artifact" in e}
+
+
+def check(what, ours, theirs, tolerance=TOLERANCE):
+    difference = abs(ours - theirs) / max(abs(theirs), 1e-6)
+    verdict = "ok" if difference <= tolerance else "DIFFERS"
+    print(f"{verdict:>7}  {what}: {ours:.7f} here, {theirs:.7f} there, {difference:.1e} apart", flush=True)
+    if not difference <= tolerance:
+        failed.append(what)
+
+
+def claim(what, holds):
+    print(f"{'ok' if holds else 'DIFFERS':>7}  {what}", flush=True)
+    if not holds:
+        failed.append(what)
+
+
+def load(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    for module in model.modules():
+        # On processors with AVX512-BF16 bitsandbytes would compute in bf16, whatever the compute dtype.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+@torch.no_grad()
+def logps(model, rows, answer):
+    means = []
+    for row in rows:
+        prompt, ids = row["prompt_ids"], row[f"{answer}_ids"]
+        logits = model.eval()(torch.tensor([prompt + ids])).logits[0].float()
+        scored = torch.log_softmax(logits[len(prompt) - 1:-1], dim=-1)
+        means.append(scored.gather(1, torch.tensor(ids)[:, None]).mean().item())
+    return sum(means) / len(means)
+
+
+def agree(what, folder, side, model, rows):
+    scores = json.loads((folder / "scores.json").read_text())[side]
+    for answer in ("chosen", "rejected"):
+        check(f"{what}, logps/{answer}", scores[f"logps/{answer}"], logps(model, rows, answer))
+
+
+def adapter_agrees(name, base, made, rows):
+    """An adapter of ours beside its base, and merged into it."""
+    alone = load(made[base])
+    agree(f"{name}: base alone", made[f"{name}_scores"], "base", alone, rows)
+    adapted = PeftModel.from_pretrained(alone, made[name])
+    agree(f"{name}: PEFT with our adapter", made[f"{name}_scores"], "adapter", adapted, rows)
+    merged = load(made[f"{name}_merged"])
+    agree(f"{name}: transformers with our merged model", made[f"{name}_again"], "base", merged, rows)
+    agree(f"{name}: our merged model, PEFT's adapter", made[f"{name}_again"], "base", adapted, rows)
+    if base == "base":
+        theirs = adapted.merge_and_unload().state_dict()
+        ours = merged.state_dict()
+        far = max((ours[key] - theirs[key]).abs().max().item() for key in ours)
+        print(f"         {name}: merged weights are {far:.1e} apart at most")
+        claim(f"{name}: merged weights have PEFT's names and values", ours.keys() == theirs.keys() and far < 1e-5)
+
+
+def adapter_of_peft(folder, base, name, settings):
+    """A folder that PEFT saved, of an adapter that changes the model."""
+    torch.manual_seed(1)
+    model = get_peft_model(load(base), LoraConfig(**(dict(r=3, lora_alpha=6, init_lora_weights=False, task_type="CAUSAL_LM") | settings)))
+    for _, parameter in sorted(model.named_parameters()):
+        if parameter.requires_grad:
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    model.save_pretrained(folder / name)
+
+
+def models_of_bitsandbytes(folder, made):
+    """The base in 4 bits by bitsandbytes, saved by transformers; ours has to be the same."""
+    for name, double in (("bnb", True), ("bnb_single", False)):
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double,
+                                    bnb_4bit_compute_dtype=torch.float32)
+        AutoModelForCausalLM.from_pretrained(made["base"], dtype=torch.float32, quantization_config=config, device_map="cpu").save_pretrained(folder / name)
+        theirs = load_file(folder / name / "model.safetensors")
+        ours = load_file(made["base4" if double else "single"] / "model.safetensors")
+        claim(f"{name}: the tensors have the same names", ours.keys() == theirs.keys())
+        other = [key for key in ours if ours[key].shape != theirs[key].shape or not torch.equal(ours[key], theirs[key])]
+        if double:
+            # On a CPU bitsandbytes looks the 8-bit codes of magnitudes up in a coarse grid.
+            near = [key for key in other if not key.endswith((".absmax", ".nested_absmax", ".bitsandbytes__nf4"))]
+            codes = [(ours[key].int() - theirs[key].int()).abs() for key in other if key.endswith(".absmax")]
+            share = sum((c > 0).sum().item() for c in codes) / sum(v.numel() for key, v in ours.items() if key.endswith(".absmax"))
+            print(f"         {name}: {share:.2%} of the magnitudes have a neighbouring code")
+            claim(f"{name}: all but the magnitudes' codes is the same to the bit", not near and all(c.max() <= 1 for c in codes))
+        else:
+            claim(f"{name}: every tensor is the same to the bit", not other)
+
+
+def main():
+    folder = Path(tempfile.mkdtemp())
+    (folder / ".git").mkdir()
+    (folder / "pairs.jsonl").write_text((ROOT / "recipes/data/pairs.jsonl").read_text())
+    made = run(folder, recipe())
+    rows = pq.read_table(made["tokens"] / "test.parquet").to_pylist()
+
+    for name, base, _ in OURS:
+        adapter_agrees(name, base, made, rows)
+
+    for name, settings in THEIRS:
+        adapter_of_peft(folder, made["base"], name, settings)
+    models_of_bitsandbytes(folder, made)
+    text = recipe()
+    for name, _ in THEIRS:
+        text += f"  {name}_in: {{ import_adapter: {{ path: {name} }} }}\n"
+        text += f"  {name}_first: {{ evaluate: {{ model: base, adapter: {name}_in, dataset: tokens, num_answers: 0 }} }}\n"
+        text += trained(name, "base", f"{name}_in")
+    for name in ("bnb", "bnb_single"):
+        text += f"  {name}: {{ import_model: {{ path: {name} }} }}\n"
+        text += f"  {name}_lora_new: {{ attach_lora: {{ model: {name}, r: 4, target_modules: all-linear }} }}\n"
+        text += trained(f"{name}_lora", name, f"{name}_lora_new")
+    made = run(folder, text)
+    for name, _ in THEIRS:
+        loaded = PeftModel.from_pretrained(load(made["base"]), folder / name)
+        agree(f"{name}: PEFT's adapter here", made[f"{name}_first"], "adapter", loaded, rows)
+        adapter_agrees(name, "base", made, rows)
+    for name in ("bnb", "bnb_single"):
+        adapter_agrees(f"{name}_lora", name, made, rows)
+    print(f"\n{len(failed)} differences" if failed else "\nno difference")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
