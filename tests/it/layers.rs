@@ -98,6 +98,7 @@ fn files_are_short_and_say_what_they_are() {
     let mut files = Vec::new();
     sources(&repository().join("src"), &mut files);
     sources(&repository().join("tests/it"), &mut files);
+    sources(&repository().join("kernels/src"), &mut files);
     for path in files {
         let text = fs::read_to_string(&path).unwrap();
         assert!(
