@@ -19,6 +19,7 @@
 
 pub mod attention;
 pub mod dispatch;
+pub mod dropout;
 pub mod elementwise;
 pub mod exp;
 pub mod matrix;

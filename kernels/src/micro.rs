@@ -44,15 +44,15 @@ pub(crate) unsafe fn multiply<const M: usize, const V: usize, const RS: usize, c
     run(Plain::<M, V, RS, KS>(tile));
 }
 
-/// A tile of [`TILE`] packed rows of pairs of bf16, with sums in f32. `depth` counts pairs.
+/// A tile of `M` of [`TILE`] packed rows of pairs of bf16, with sums in f32. `depth` counts pairs.
 ///
 /// # Safety
 /// See [`Tile`]; besides, [`Isa::current`] must be [`Isa::Avx512Bf16`].
 #[cfg(target_arch = "x86_64")]
 #[inline]
-pub(crate) unsafe fn multiply_pairs(tile: Tile<u32, u32>) {
+pub(crate) unsafe fn multiply_pairs<const M: usize>(tile: Tile<u32, u32>) {
     // SAFETY: the caller's promise.
-    unsafe { wide::multiply_pairs::<TILE>(tile) };
+    unsafe { wide::multiply_pairs::<M>(tile) };
 }
 
 /// Other architectures have no such instruction, and [`Isa::current`] never says so.
@@ -60,7 +60,7 @@ pub(crate) unsafe fn multiply_pairs(tile: Tile<u32, u32>) {
 /// # Safety
 /// None needed.
 #[cfg(not(target_arch = "x86_64"))]
-pub(crate) unsafe fn multiply_pairs(_: Tile<u32, u32>) {}
+pub(crate) unsafe fn multiply_pairs<const M: usize>(_: Tile<u32, u32>) {}
 
 /// The tile by loops that the compiler makes vectors of: four rows and half the lanes at a time, so that 16 registers do.
 struct Plain<const M: usize, const V: usize, const RS: usize, const KS: usize>(Tile<f32, f32>);
@@ -128,7 +128,7 @@ mod wide {
         _mm512_storeu_ps,
     };
 
-    use super::{LANES, Tile};
+    use super::{LANES, TILE, Tile};
 
     /// # Safety
     /// See [`Tile`]; the processor must have AVX-512.
@@ -192,7 +192,7 @@ mod wide {
                 sums[1] = _mm512_dpbf16_ps(sums[1], value, high);
             }
             // SAFETY: at most one step behind the last one read.
-            (a, b) = unsafe { (a.add(M), b.add(LANES)) };
+            (a, b) = unsafe { (a.add(TILE), b.add(LANES)) };
         }
         for (i, sums) in sums.iter().enumerate() {
             if i < tile.rows {

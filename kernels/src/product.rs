@@ -178,7 +178,7 @@ unsafe fn rows_of(
                             // SAFETY: `a` and `b` were cut to size, `c` is this task's; bits are made
                             // only where the processor has the instruction.
                             unsafe {
-                                multiply_pairs(Tile {
+                                packed_pairs(Tile {
                                     a: a.as_ptr(),
                                     b: b.as_ptr(),
                                     depth,
@@ -210,7 +210,7 @@ unsafe fn rows_of(
                             let row = rows.start + tile * TILE;
                             // SAFETY: `a` and `b` were cut to size, `c` is this task's.
                             unsafe {
-                                multiply::<TILE, 2, 1, TILE>(Tile {
+                                packed(Tile {
                                     a: a.as_ptr(),
                                     b: b.as_ptr(),
                                     depth,
@@ -224,6 +224,38 @@ unsafe fn rows_of(
                 }
             }
             add = true;
+        }
+    }
+}
+
+/// A tile of packed rows, no more of them than needed.
+///
+/// # Safety
+/// See [`Tile`].
+#[inline]
+unsafe fn packed(tile: Tile<f32, f32>) {
+    // SAFETY: the caller's promise; the rows of a packed tile are all there.
+    unsafe {
+        match tile.rows {
+            0..=4 => multiply::<4, 2, 1, TILE>(tile),
+            5..=8 => multiply::<8, 2, 1, TILE>(tile),
+            _ => multiply::<TILE, 2, 1, TILE>(tile),
+        }
+    }
+}
+
+/// The same for pairs.
+///
+/// # Safety
+/// See [`multiply_pairs`].
+#[inline]
+unsafe fn packed_pairs(tile: Tile<u32, u32>) {
+    // SAFETY: as above.
+    unsafe {
+        match tile.rows {
+            0..=4 => multiply_pairs::<4>(tile),
+            5..=8 => multiply_pairs::<8>(tile),
+            _ => multiply_pairs::<TILE>(tile),
         }
     }
 }

@@ -7,6 +7,8 @@ use crate::panels::{LANES, panels};
 
 /// Rows of a tile.
 const ROWS: usize = 8;
+/// Rows of one task, a multiple of any tile's.
+const PART: usize = 32;
 
 /// Where a sum goes in the result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,7 +24,16 @@ pub enum Order {
 ///
 /// # Panics
 /// If sizes don't fit.
-pub fn outer(
+pub fn outer(a: (&[f32], usize), b: (&[f32], usize), out: &mut [f32], order: Order) {
+    if b.1 <= 16 {
+        outer_by::<1, 16>(a, b, out, order);
+    } else {
+        outer_by::<2, ROWS>(a, b, out, order);
+    }
+}
+
+/// [`outer`] with `V` times 16 columns at a time, in tiles of `M` rows.
+fn outer_by<const V: usize, const M: usize>(
     (a, rows): (&[f32], usize),
     (b, columns): (&[f32], usize),
     out: &mut [f32],
@@ -36,45 +47,41 @@ pub fn outer(
         return;
     }
     // [chunk of columns][panel][token][lane]
-    let chunks = columns.div_ceil(LANES);
-    let mut turned = vec![0f32; chunks * count * LANES * LANES];
-    let blocks = turned.par_chunks_mut(LANES * LANES).enumerate();
+    let width = V * 16;
+    let chunks = columns.div_ceil(width);
+    let mut turned = vec![0f32; chunks * count * LANES * width];
+    let blocks = turned.par_chunks_mut(LANES * width).enumerate();
     blocks.for_each(|(block, out)| {
         let (chunk, panel) = (block / count, block % count);
-        let first = chunk * LANES;
-        for (column, feature) in (first..columns.min(first + LANES)).enumerate() {
+        let first = chunk * width;
+        for (column, feature) in (first..columns.min(first + width)).enumerate() {
             let row = &b[(panel * columns + feature) * LANES..][..LANES];
             for (token, value) in row.iter().enumerate() {
-                out[token * LANES + column] = *value;
+                out[token * width + column] = *value;
             }
         }
     });
     // [chunk][row][lane]
-    let mut sums = vec![0f32; chunks * rows * LANES];
-    let parts = sums.par_chunks_mut(ROWS * 4 * LANES);
-    if rows % (ROWS * 4) == 0 || chunks == 1 {
-        let per_chunk = rows.div_ceil(ROWS * 4);
-        parts.enumerate().for_each(|(part, sums)| {
-            let (chunk, first) = (part / per_chunk, part % per_chunk * ROWS * 4);
-            sum_rows(
-                (a, rows),
-                first,
-                &turned[chunk * count * LANES * LANES..],
-                sums,
-            );
-        });
+    let part = |chunk: usize, first: usize, sums: &mut [f32]| {
+        let turned = &turned[chunk * count * LANES * width..];
+        sum_rows::<V, M>((a, rows), first, turned, sums);
+    };
+    let mut sums = vec![0f32; chunks * rows * width];
+    let at_once = PART * width;
+    if rows % PART == 0 || chunks == 1 {
+        let per_chunk = rows.div_ceil(PART);
+        let parts = sums.par_chunks_mut(at_once).enumerate();
+        parts.for_each(|(number, sums)| part(number / per_chunk, number % per_chunk * PART, sums));
     } else {
-        let chunked = sums.par_chunks_mut(rows * LANES).enumerate();
-        chunked.for_each(|(chunk, sums)| {
-            sum_rows((a, rows), 0, &turned[chunk * count * LANES * LANES..], sums);
-        });
+        let chunked = sums.par_chunks_mut(rows * width).enumerate();
+        chunked.for_each(|(chunk, sums)| part(chunk, 0, sums));
     }
     match order {
         Order::Straight => {
             let each = out.par_chunks_mut(columns).enumerate();
             each.for_each(|(i, out)| {
-                for (chunk, out) in out.chunks_mut(LANES).enumerate() {
-                    let sums = &sums[(chunk * rows + i) * LANES..];
+                for (chunk, out) in out.chunks_mut(width).enumerate() {
+                    let sums = &sums[(chunk * rows + i) * width..];
                     for (out, sum) in out.iter_mut().zip(sums) {
                         *out += sum;
                     }
@@ -84,8 +91,8 @@ pub fn outer(
         Order::Turned => {
             let each = out.par_chunks_mut(rows).enumerate();
             each.for_each(|(j, out)| {
-                let sums = &sums[j / LANES * rows * LANES + j % LANES..];
-                for (out, sum) in out.iter_mut().zip(sums.iter().step_by(LANES)) {
+                let sums = &sums[j / width * rows * width + j % width..];
+                for (out, sum) in out.iter_mut().zip(sums.iter().step_by(width)) {
                     *out += sum;
                 }
             });
@@ -94,16 +101,22 @@ pub fn outer(
 }
 
 /// Sums of the rows from `first` on, as many as `sums` has, for one chunk of columns.
-fn sum_rows((a, rows): (&[f32], usize), first: usize, turned: &[f32], sums: &mut [f32]) {
-    for (tile, sums) in sums.chunks_mut(ROWS * LANES).enumerate() {
-        let row = first + tile * ROWS;
-        let wanted = sums.len() / LANES;
+fn sum_rows<const V: usize, const M: usize>(
+    (a, rows): (&[f32], usize),
+    first: usize,
+    turned: &[f32],
+    sums: &mut [f32],
+) {
+    let width = V * 16;
+    for (tile, sums) in sums.chunks_mut(M * width).enumerate() {
+        let row = first + tile * M;
+        let wanted = sums.len() / width;
         let panels = a.chunks_exact(rows * LANES);
-        for (panel, (a, b)) in panels.zip(turned.chunks_exact(LANES * LANES)).enumerate() {
+        for (panel, (a, b)) in panels.zip(turned.chunks_exact(LANES * width)).enumerate() {
             // SAFETY: `wanted` rows from `row` on are in this panel of `a`, as `outer` cut `sums` to that; `b` has 32
-            // rows of 32; `sums` has `wanted`.
+            // rows; `sums` has `wanted`.
             unsafe {
-                multiply::<ROWS, 2, LANES, 1>(Tile {
+                multiply::<M, V, LANES, 1>(Tile {
                     a: a[row * LANES..].as_ptr(),
                     b: b.as_ptr(),
                     depth: LANES,

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context as _, ensure};
+use pipeline_kernels::dropout::mix;
 use pipeline_kernels::normal;
 use rayon::prelude::*;
 use serde_json::json;
@@ -15,7 +16,6 @@ use serde_json::json;
 use super::config::LlamaConfig;
 use super::float::Float;
 use super::folder::{self, CONFIG};
-use super::linear::mix;
 use super::lora_init::projections;
 use super::rewrite::{Index, Output, write_file};
 use super::weights::{Entry, SINGLE};

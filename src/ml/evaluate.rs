@@ -8,7 +8,7 @@ use super::batch::{Batch, Row};
 use super::forward::Forward;
 use super::linear::Pass;
 use super::model::Llama;
-use super::objective::Objective;
+use super::objective::{Objective, in_pool};
 use super::train::Settings;
 
 /// TRL's evaluation during training: metrics are the mean of the batches' means, the loss is weighted by rows.
@@ -88,8 +88,7 @@ pub fn preferences(
         let batch = Batch::pairs(rows, pad)?;
         let objective = Objective::Orpo { beta: 0. };
         let targets = objective.targets(&batch);
-        let mut forward = Forward::new(model, &batch, pass, false)?;
-        let scored = forward.score(&targets, false)?;
+        let scored = in_pool(|| Forward::new(model, &batch, pass, false)?.score(&targets, false))?;
         let mut sums = vec![(0f64, 0u64); 2 * rows.len()];
         for (target, logp) in targets.iter().zip(&scored.logps) {
             let logp = f64::from(*logp);

@@ -50,7 +50,7 @@ impl<'m> Forward<'m> {
     /// again.
     pub fn new(model: &'m Llama, batch: &Batch, pass: Pass, checkpointing: bool) -> Result<Self> {
         let way = match model.path {
-            Path::Fused(packing) if fused::takes(model, pass) => Way::Fused {
+            Path::Fused(packing) if fused::supports(model) => Way::Fused {
                 pass: Box::new(fused::Forward::new(
                     model,
                     batch,

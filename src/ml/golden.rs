@@ -44,6 +44,21 @@ pub(crate) fn model(base: &str, adapter: Option<&str>, trained: Trained, compute
     .unwrap()
 }
 
+/// The golden model and adapter, with dropout.
+pub(crate) fn dropping(p: f64, trained: Trained) -> Llama {
+    let mut adapter = Adapter::load(&folder("adapter_init")).unwrap();
+    adapter.config.lora_dropout = p;
+    Llama::load(
+        &LlamaConfig::read(&folder("model")).unwrap(),
+        &Weights::open(&folder("model")).unwrap(),
+        Some(&adapter),
+        trained,
+        DType::F32,
+        &Device::Cpu,
+    )
+    .unwrap()
+}
+
 /// `adapter_init` with rank-stabilised scaling.
 pub(crate) fn rslora_model() -> Llama {
     let mut adapter = Adapter::load(&folder("adapter_init")).unwrap();

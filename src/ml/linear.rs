@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
+use pipeline_kernels::dropout::Dropout;
 
 use super::nf4::Nf4;
 use super::ops::{frozen_linear, matmul_rows};
@@ -179,10 +180,8 @@ impl Linear {
         let Some(lora) = self.lora.as_ref().filter(|_| pass.adapter) else {
             return Ok(y);
         };
-        let dropped = match pass.dropout {
-            Some(seed) if lora.dropout > 0. => Some(self.drop(x, lora.dropout, seed)?),
-            _ => None,
-        };
+        let dropped = self.dropout(pass).map(|dropout| drop(x, dropout));
+        let dropped = dropped.transpose()?;
         let low = self.product(dropped.as_ref().unwrap_or(x), &lora.a.tensor(pass))?; // (batch, length, r)
         let high = self.product(&low, &lora.b.tensor(pass))?;
         let update = (high.to_dtype(DType::F32)? * lora.scaling)?;
@@ -238,30 +237,25 @@ impl Linear {
         matmul_rows(&x.to_dtype(self.compute)?, &weight.t()?)
     }
 
-    /// Drops each value with probability `p` and scales the others up. The mask depends on the seed and this projection
-    /// only, so that a recomputed layer drops the same values.
-    pub(super) fn drop(&self, x: &Tensor, p: f64, seed: u64) -> Result<Tensor> {
-        let mut state = seed ^ (self.index + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        let scale = (1. / (1. - p)) as f32;
-        let limit = (p * 2f64.powi(64)) as u64;
-        let mask: Vec<f32> = (0..x.elem_count())
-            .map(|_| if mix(&mut state) < limit { 0. } else { scale })
-            .collect();
-        x * Tensor::from_vec(mask, x.shape(), x.device())?
+    /// The masks of this projection in a pass, if its input is dropped at all. They depend on the seed and the projection only,
+    /// so that a recomputed layer drops the same values.
+    pub(super) fn dropout(&self, pass: Pass) -> Option<Dropout> {
+        let (seed, lora) = (pass.dropout?, self.lora.as_ref()?);
+        (pass.adapter && lora.dropout > 0.).then(|| Dropout {
+            start: seed ^ (self.index + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15),
+            p: lora.dropout,
+        })
     }
+}
+
+/// Drops values and scales the others up.
+pub(super) fn drop(x: &Tensor, dropout: Dropout) -> Result<Tensor> {
+    let mask: Vec<f32> = dropout.factors(0).take(x.elem_count()).collect();
+    x * Tensor::from_vec(mask, x.shape(), x.device())?
 }
 
 /// The lengths (out) of the rows of W + scaling B A.
 pub fn row_lengths(base: &Tensor, a: &Tensor, b: &Tensor, scaling: f64) -> Result<Tensor> {
     let sum = (base + (b.matmul(a)? * scaling)?)?;
     sum.sqr()?.sum(1)?.sqrt()
-}
-
-/// The next number of a splitmix64 stream (Steele, Lea and Flood 2014).
-pub(crate) fn mix(state: &mut u64) -> u64 {
-    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let mut z = *state;
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
 }

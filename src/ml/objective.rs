@@ -89,8 +89,10 @@ impl Objective {
 
     /// The loss without a gradient.
     pub fn evaluate(&self, model: &Llama, batch: &Batch, pass: Pass) -> anyhow::Result<Outcome> {
-        let mut forward = Forward::new(model, batch, pass, false)?;
-        self.outcome(&mut forward, batch, &self.targets(batch))
+        in_pool(|| {
+            let mut forward = Forward::new(model, batch, pass, false)?;
+            self.outcome(&mut forward, batch, &self.targets(batch))
+        })
     }
 
     /// The loss of a micro-batch; its gradient times `scale` is added to `gradients`.
@@ -108,16 +110,23 @@ impl Objective {
             adapter: true,
             dropout,
         };
-        let mut forward = Forward::new(model, batch, pass, checkpointing)?;
-        let outcome = self.outcome(&mut forward, batch, &self.targets(batch))?;
-        if outcome.loss.is_finite() {
-            let scaled: Vec<f32> = outcome
-                .gradient
-                .iter()
-                .map(|g| (f64::from(*g) * scale) as f32)
-                .collect();
-            forward.backward(&scaled, gradients)?;
-        }
-        Ok(outcome)
+        in_pool(|| {
+            let mut forward = Forward::new(model, batch, pass, checkpointing)?;
+            let outcome = self.outcome(&mut forward, batch, &self.targets(batch))?;
+            if outcome.loss.is_finite() {
+                let scaled: Vec<f32> = outcome
+                    .gradient
+                    .iter()
+                    .map(|g| (f64::from(*g) * scale) as f32)
+                    .collect();
+                forward.backward(&scaled, gradients)?;
+            }
+            Ok(outcome)
+        })
     }
+}
+
+/// Runs something on one of the threads that share its work: called from another, each operation would wake and wait for them.
+pub(super) fn in_pool<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    rayon::scope(|_| work())
 }

@@ -5,9 +5,8 @@
 //! powers of the matrix would, and cost two products with a vector each, not a whole decomposition.
 
 use anyhow::ensure;
+use pipeline_kernels::dropout::mix;
 use rayon::prelude::*;
-
-use super::linear::mix;
 
 /// How far a pair of vectors may be from a singular one, in parts of the largest singular value.
 const TOLERANCE: f64 = 1e-7;

@@ -16,11 +16,11 @@ use std::path::Path;
 
 use anyhow::{Context as _, bail, ensure};
 use candle_core::DType;
+use pipeline_kernels::dropout::mix;
 
 use super::batch::Row;
 use super::checkpoint::{self, State};
 use super::evaluate;
-use super::linear::mix;
 use super::model::{Gradients, Llama};
 use super::optim::{self, Optimizer};
 use super::sampler;

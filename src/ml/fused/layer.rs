@@ -28,6 +28,8 @@ pub(super) struct Shape {
     heads: Heads,
     cos: Vec<f32>,
     sin: Vec<f32>,
+    /// For each token its place in the padded batch.
+    pub(super) places: Vec<usize>,
     /// Whether products with the base's weights are in bf16.
     pub(super) half: bool,
 }
@@ -59,6 +61,7 @@ impl Shape {
             },
             cos: panels(cos)?,
             sin: panels(sin)?,
+            places: layout.flat.clone(),
             half: model.compute == candle_core::DType::BF16,
         })
     }
@@ -274,7 +277,15 @@ pub(super) fn backward(
     let set = Set::new(&[&held.down], inner, shape);
     let slopes = set.backward(&[of_x], &mut unit, false, pool)?;
     swiglu_backward(&mut gate, &mut up, &mut unit); // gate and up are their gradients now, and unit itself
-    set.gradients(&[&layer.down], &[of_x], &unit, &narrow4, &slopes, trainable)?;
+    set.gradients(
+        &[&layer.down],
+        &[of_x],
+        &unit,
+        &narrow4,
+        &slopes,
+        pool,
+        trainable,
+    )?;
     pool.give_all(narrow4.into_iter().chain(slopes));
     pool.give(unit);
     let mut normed = shape.take(pool, hidden);
@@ -290,6 +301,7 @@ pub(super) fn backward(
         &normed,
         &narrow3,
         &slopes,
+        pool,
         trainable,
     )?;
     pool.give_all(narrow3.into_iter().chain(slopes));
@@ -312,6 +324,7 @@ pub(super) fn backward(
         &attended,
         &narrow2,
         &slopes,
+        pool,
         trainable,
     )?;
     pool.give_all(narrow2.into_iter().chain(slopes));
@@ -353,7 +366,7 @@ pub(super) fn backward(
         set.slopes(&outs, pool)?
     };
     let linears = [&layer.q, &layer.k, &layer.v];
-    set.gradients(&linears, &outs, &normed, &narrow1, &slopes, trainable)?;
+    set.gradients(&linears, &outs, &normed, &narrow1, &slopes, pool, trainable)?;
     pool.give_all(narrow1.into_iter().chain(slopes));
     if needed {
         trainable.add(&layer.input_norm.weight, |sum| {

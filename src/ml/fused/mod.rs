@@ -40,18 +40,6 @@ pub(super) fn supports(model: &Llama) -> bool {
             .all(|layer| layer.linears().into_iter().all(Linear::has_kernels))
 }
 
-/// Whether a pass of such a model can: dropout goes the plain way.
-pub(super) fn takes(model: &Llama, pass: Pass) -> bool {
-    let drops = |layer: &model::Layer| {
-        let loras = layer
-            .linears()
-            .into_iter()
-            .filter_map(|linear| linear.lora.as_ref());
-        loras.into_iter().any(|lora| lora.dropout > 0.)
-    };
-    supports(model) && (pass.dropout.is_none() || !model.layers.iter().any(drops))
-}
-
 /// A forward pass.
 pub struct Forward<'m> {
     model: &'m Llama,
@@ -81,6 +69,15 @@ impl<'m> Forward<'m> {
         pass: Pass,
         checkpointing: bool,
     ) -> Result<Self> {
+        // Each copy of a prompt drops values of its own.
+        let drops = |layer: &model::Layer| {
+            let mut linears = layer.linears().into_iter();
+            linears.any(|linear| linear.dropout(pass).is_some())
+        };
+        let packing = Packing {
+            share_prompts: packing.share_prompts && !model.layers.iter().any(drops),
+            ..packing
+        };
         let layout = Layout::new(batch, packing);
         let shape = Shape::new(model, &layout)?;
         let pool = &model.pool;

@@ -1,9 +1,9 @@
 //! Projections that share their input: `y_i = W_i x + s_i B_i A_i x`, and back.
 
 use candle_core::Result;
-use pipeline_kernels::elementwise::scale;
+use pipeline_kernels::elementwise::{self, scale};
 use pipeline_kernels::panels::size;
-use pipeline_kernels::product::{Factor, Pairs, Product, Term, products};
+use pipeline_kernels::product::{Factor, Pairs, Product, Term, product, products};
 use pipeline_kernels::reduce::{Order, outer};
 use rayon::prelude::*;
 
@@ -54,24 +54,40 @@ impl<'a> Set<'a> {
             .collect()
     }
 
+    /// The input of a projection's pair, where dropout makes it another one.
+    fn dropped(&self, projection: &Projection<'_>, x: &[f32], pool: &Pool) -> Option<Vec<f32>> {
+        let dropout = projection.dropout?;
+        let mut dropped = pool.take(x.len());
+        copy(x, &mut dropped);
+        dropout.apply(&mut dropped, self.features, &self.shape.places);
+        Some(dropped)
+    }
+
     /// `s_i A_i x` of each pair.
     pub(super) fn narrow(&self, x: &[f32], pool: &Pool) -> Result<Vec<Vec<f32>>> {
         let mut narrow = self.ranks(pool);
-        let plain = Factor::F32(x);
+        let dropped = self.all.iter().map(|p| self.dropped(p, x, pool));
+        let dropped: Vec<Option<Vec<f32>>> = dropped.collect();
+        let inputs = dropped
+            .iter()
+            .map(|own| Factor::F32(own.as_deref().unwrap_or(x)));
+        let inputs: Vec<Factor<'_>> = inputs.collect();
         let mut all = Vec::new();
-        for (projection, out) in self.all.iter().zip(&mut narrow) {
+        for ((projection, out), x) in self.all.iter().zip(&mut narrow).zip(&inputs) {
             if let Some(pair) = &projection.lora {
                 all.push(Product {
                     out,
                     terms: vec![Term {
                         weight: pair.a()?,
-                        x: &plain,
+                        x,
                     }],
                     add: false,
                 });
             }
         }
         products(all);
+        drop(inputs);
+        pool.give_all(dropped.into_iter().flatten());
         self.scale(&mut narrow);
         Ok(narrow)
     }
@@ -160,7 +176,7 @@ impl<'a> Set<'a> {
                 weight: projection.matrix()?.turned(),
                 x: wide,
             });
-            if let Some(pair) = &projection.lora {
+            if let (Some(pair), None) = (&projection.lora, projection.dropout) {
                 terms.push(Term {
                     weight: pair.a()?.turned(),
                     x: narrow,
@@ -172,6 +188,19 @@ impl<'a> Set<'a> {
             terms,
             add,
         }]);
+        for (projection, narrow) in self.all.iter().zip(&narrow) {
+            if let (Some(pair), Some(dropout)) = (&projection.lora, projection.dropout) {
+                let mut own = pool.take(of_x.len());
+                let term = Term {
+                    weight: pair.a()?.turned(),
+                    x: narrow,
+                };
+                product(&mut own, vec![term], false);
+                dropout.apply(&mut own, self.features, &self.shape.places);
+                elementwise::add(of_x, &own, 1.);
+                pool.give(own);
+            }
+        }
         drop(narrow);
         Ok(slopes)
     }
@@ -184,6 +213,7 @@ impl<'a> Set<'a> {
         x: &[f32],
         narrow: &[Vec<f32>],
         slopes: &[Vec<f32>],
+        pool: &Pool,
         trainable: &mut Trainable<'_>,
     ) -> Result<()> {
         for (number, (projection, linear)) in self.all.iter().zip(linears).enumerate() {
@@ -199,9 +229,17 @@ impl<'a> Set<'a> {
                 })?;
             }
             if let (Some(pair), Some(lora)) = (&projection.lora, &linear.lora) {
+                let dropped = self.dropped(projection, x, pool);
+                let input = dropped.as_deref().unwrap_or(x);
                 trainable.add(&lora.a, |sum| {
-                    outer((x, self.features), (slope, pair.rank), sum, Order::Turned);
+                    outer(
+                        (input, self.features),
+                        (slope, pair.rank),
+                        sum,
+                        Order::Turned,
+                    );
                 })?;
+                pool.give_all(dropped);
                 trainable.add(&lora.b, |sum| {
                     outer((of_out, height), (narrow, pair.rank), sum, Order::Straight);
                 })?;

@@ -29,6 +29,16 @@ struct Result {
 }
 
 fn run(model: &mut Llama, path: Path, objective: Objective, checkpointing: bool) -> Result {
+    run_dropping(model, path, objective, checkpointing, None)
+}
+
+fn run_dropping(
+    model: &mut Llama,
+    path: Path,
+    objective: Objective,
+    checkpointing: bool,
+    dropout: Option<u64>,
+) -> Result {
     model.path = path;
     let rows = rows("trl-1.16");
     // Of unlike lengths, and more than one panel of tokens.
@@ -36,7 +46,7 @@ fn run(model: &mut Llama, path: Path, objective: Objective, checkpointing: bool)
     let batch = batch.unwrap();
     let mut gradients = Gradients::none(model);
     let outcome = objective
-        .differentiate(model, &batch, 1.5, None, checkpointing, &mut gradients)
+        .differentiate(model, &batch, 1.5, dropout, checkpointing, &mut gradients)
         .unwrap();
     let evaluated = objective.evaluate(model, &batch, Pass::INFER).unwrap();
     Result {
@@ -109,6 +119,24 @@ fn the_fast_path_is_the_plain_one() {
             }
         }
     }
+}
+
+#[test]
+fn both_paths_drop_the_same_values() {
+    let objective = Objective::Orpo { beta: 0.1 };
+    let mut model = golden::dropping(0.3, Trained::Adapter);
+    let mut learn = |path, checkpointing, seed| {
+        run_dropping(&mut model, path, objective, checkpointing, Some(seed))
+    };
+    let plain = learn(Path::Plain, false, 7);
+    for packing in [PADDED, FREE, SHARED] {
+        let once = learn(Path::Fused(packing), false, 7);
+        compare(&once, &plain, packing, 1e-5, 1e-5);
+        let again = learn(Path::Fused(packing), true, 7);
+        compare(&again, &once, packing, 0., 1e-30);
+    }
+    let other = learn(Path::Fused(SHARED), false, 8);
+    assert!((other.loss - plain.loss).abs() > 1e-5);
 }
 
 #[test]

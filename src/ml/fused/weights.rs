@@ -1,6 +1,7 @@
 //! The weights of a layer as slices, held for the time of a pass.
 
 use candle_core::{CpuStorage, Layout, Result, Storage, StorageRef, Tensor, bail};
+use pipeline_kernels::dropout::Dropout;
 use pipeline_kernels::matrix::{Matrix, Nf4, Rounding, Values};
 
 use crate::ml::float::Float;
@@ -60,6 +61,8 @@ impl<'a> Held<'a> {
 pub(super) struct Projection<'a> {
     base: Source<'a>,
     pub(super) lora: Option<Pair<'a>>,
+    /// What the pair's input loses.
+    pub(super) dropout: Option<Dropout>,
 }
 
 enum Source<'a> {
@@ -94,7 +97,12 @@ impl<'a> Projection<'a> {
             }
             _ => None,
         };
-        Ok(Self { base, lora })
+        let dropout = linear.dropout(pass);
+        Ok(Self {
+            base,
+            lora,
+            dropout,
+        })
     }
 
     /// The base's weight (out, in).

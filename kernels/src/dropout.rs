@@ -1,0 +1,81 @@
+//! Dropout whose mask is a function of a seed and a place, so that it can be made again anywhere.
+
+use rayon::prelude::*;
+
+use crate::panels::LANES;
+
+/// What splitmix64 adds from one number to the next.
+const GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// The next number of a splitmix64 stream (Steele, Lea and Flood 2014).
+#[inline(always)]
+pub fn mix(state: &mut u64) -> u64 {
+    *state = state.wrapping_add(GAMMA);
+    let mut z = *state;
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+/// A stream of masks.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Dropout {
+    /// Where the stream starts.
+    pub start: u64,
+    /// The probability of dropping a value.
+    pub p: f64,
+}
+
+impl Dropout {
+    /// What a value that is kept is multiplied by.
+    pub fn scale(self) -> f32 {
+        (1. / (1. - self.p)) as f32
+    }
+
+    /// The factors of the values number `first` and on of the stream: 0 or [`Dropout::scale`].
+    pub fn factors(self, first: u64) -> impl Iterator<Item = f32> {
+        let (scale, limit) = (self.scale(), (self.p * 2f64.powi(64)) as u64);
+        let mut state = self.start.wrapping_add(first.wrapping_mul(GAMMA));
+        std::iter::repeat_with(move || if mix(&mut state) < limit { 0. } else { scale })
+    }
+
+    /// Multiplies panels by the factors. Token `t` has the numbers `places[t] * features` and on.
+    pub fn apply(self, panels: &mut [f32], features: usize, places: &[usize]) {
+        let tokens = places.par_chunks(LANES);
+        let panels = panels.par_chunks_mut(features.max(1) * LANES);
+        panels.zip(tokens).for_each(|(panel, places)| {
+            for (lane, &place) in places.iter().enumerate() {
+                let column = panel.iter_mut().skip(lane).step_by(LANES);
+                let factors = self.factors(place as u64 * features as u64);
+                for (value, factor) in column.zip(factors) {
+                    *value *= factor;
+                }
+            }
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::panels::{column, size};
+
+    #[test]
+    fn a_mask_depends_on_the_place_alone() {
+        let dropout = Dropout { start: 7, p: 0.3 };
+        let all: Vec<f32> = dropout.factors(0).take(500).collect();
+        assert_eq!(
+            dropout.factors(123).take(50).collect::<Vec<_>>(),
+            all[123..173]
+        );
+        let zeros = all.iter().filter(|x| **x == 0.).count();
+        assert!((100..200).contains(&zeros));
+        let places: Vec<usize> = (0..40).map(|token| (token * 7) % 41).collect();
+        let mut panels = vec![1.; size(5, 40)];
+        dropout.apply(&mut panels, 5, &places);
+        for (token, place) in places.iter().enumerate() {
+            let ours: Vec<f32> = column(&panels, 5, token).collect();
+            assert_eq!(ours, all[place * 5..place * 5 + 5]);
+        }
+    }
+}
