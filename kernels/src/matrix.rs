@@ -8,6 +8,7 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 
+use crate::dispatch::{Loop, run};
 use crate::micro::TILE;
 use crate::panels::bf16_bits;
 
@@ -197,6 +198,18 @@ impl<'a> Matrix<'a> {
                     out[place..place + rest.len()].copy_from_slice(rest);
                 }
             }
+        } else if let Values::F32(values) = self.values {
+            let columns = self.columns;
+            let tiles = out.chunks_exact_mut((depth * TILE).max(1));
+            for (first, tile) in rows.clone().step_by(TILE).zip(tiles) {
+                let count = (rows.end - first).min(TILE);
+                run(Turn {
+                    values: &values[first * columns + depths.start..],
+                    stride: columns,
+                    count,
+                    tile,
+                });
+            }
         } else {
             for (i, row) in rows.enumerate() {
                 let values = self.row(row, depths.clone(), &mut buffer);
@@ -241,6 +254,44 @@ impl<'a> Matrix<'a> {
                 for (out, pair) in places.zip(values.chunks(2)) {
                     let second = pair.get(1).copied().unwrap_or(0);
                     *out = u32::from(pair[0]) | (u32::from(second) << 16);
+                }
+            }
+        }
+    }
+}
+
+/// Turns `count` rows, `stride` values apart, into a tile: 16 columns at a time, which stay in the registers' reach.
+struct Turn<'a> {
+    values: &'a [f32],
+    stride: usize,
+    count: usize,
+    tile: &'a mut [f32],
+}
+
+impl Loop for Turn<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        const BLOCK: usize = 16;
+        let row = |i: usize| &self.values[i.min(self.count - 1) * self.stride..];
+        let rows: [&[f32]; TILE] = std::array::from_fn(row);
+        let (columns, _) = self.tile.as_chunks_mut::<TILE>();
+        for (block, columns) in columns.chunks_mut(BLOCK).enumerate() {
+            let first = block * BLOCK;
+            let mut part = [[0f32; BLOCK]; TILE];
+            for (part, row) in part.iter_mut().zip(rows).take(self.count) {
+                if let Some(whole) = row.get(first..).and_then(|row| row.first_chunk::<BLOCK>()) {
+                    *part = *whole;
+                } else {
+                    for (part, value) in part.iter_mut().zip(&row[first..]) {
+                        *part = *value;
+                    }
+                }
+            }
+            for (k, column) in columns.iter_mut().enumerate() {
+                for i in 0..TILE {
+                    column[i] = part[i][k];
                 }
             }
         }
