@@ -19,7 +19,7 @@ const PROMPTS: [&str; 3] = [
     "Is it true that goldfish forget everything after three seconds?",
 ];
 /// Tokens of a prompt that are asked.
-const LONGEST: usize = 8;
+const LONGEST: usize = 16;
 /// The share of what the adapter changes above which its loss is worth a warning.
 const MUCH: f64 = 0.5;
 
