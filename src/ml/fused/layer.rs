@@ -277,15 +277,7 @@ pub(super) fn backward(
     let set = Set::new(&[&held.down], inner, shape);
     let slopes = set.backward(&[of_x], &mut unit, false, pool)?;
     swiglu_backward(&mut gate, &mut up, &mut unit); // gate and up are their gradients now, and unit itself
-    set.gradients(
-        &[&layer.down],
-        &[of_x],
-        &unit,
-        &narrow4,
-        &slopes,
-        pool,
-        trainable,
-    )?;
+    set.gradients(&[&layer.down], &[of_x], &unit, &narrow4, &slopes, trainable)?;
     pool.give_all(narrow4.into_iter().chain(slopes));
     pool.give(unit);
     let mut normed = shape.take(pool, hidden);
@@ -301,7 +293,6 @@ pub(super) fn backward(
         &normed,
         &narrow3,
         &slopes,
-        pool,
         trainable,
     )?;
     pool.give_all(narrow3.into_iter().chain(slopes));
@@ -324,7 +315,6 @@ pub(super) fn backward(
         &attended,
         &narrow2,
         &slopes,
-        pool,
         trainable,
     )?;
     pool.give_all(narrow2.into_iter().chain(slopes));
@@ -366,7 +356,7 @@ pub(super) fn backward(
         set.slopes(&outs, pool)?
     };
     let linears = [&layer.q, &layer.k, &layer.v];
-    set.gradients(&linears, &outs, &normed, &narrow1, &slopes, pool, trainable)?;
+    set.gradients(&linears, &outs, &normed, &narrow1, &slopes, trainable)?;
     pool.give_all(narrow1.into_iter().chain(slopes));
     if needed {
         trainable.add(&layer.input_norm.weight, |sum| {

@@ -213,9 +213,10 @@ impl<'a> Set<'a> {
         x: &[f32],
         narrow: &[Vec<f32>],
         slopes: &[Vec<f32>],
-        pool: &Pool,
         trainable: &mut Trainable<'_>,
     ) -> Result<()> {
+        let model = trainable.model;
+        let pool = &model.pool;
         for (number, (projection, linear)) in self.all.iter().zip(linears).enumerate() {
             let (Some(of_out), Some(narrow), Some(slope)) =
                 (of_outs.get(number), narrow.get(number), slopes.get(number))
