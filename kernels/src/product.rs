@@ -167,28 +167,14 @@ unsafe fn rows_of(
                 |panel: usize, row: usize| unsafe { out.0.add((panel * height + row) * LANES) };
             match term.x {
                 Factor::Pairs(Pairs::Bits(x)) => {
-                    term.weight
-                        .pack_pairs(rows.clone(), depths, &mut buffers.pairs);
-                    let depth = depth.div_ceil(2);
-                    let blocks = buffers.pairs.chunks_exact(depth * TILE);
-                    for (panel, x) in x.chunks_exact(all.div_ceil(2) * LANES).enumerate() {
-                        let b = &x[start / 2 * LANES..][..depth * LANES];
-                        for (tile, a) in blocks.clone().enumerate() {
-                            let row = rows.start + tile * TILE;
-                            // SAFETY: `a` and `b` were cut to size, `c` is this task's; bits are made
-                            // only where the processor has the instruction.
-                            unsafe {
-                                packed_pairs(Tile {
-                                    a: a.as_ptr(),
-                                    b: b.as_ptr(),
-                                    depth,
-                                    c: place(panel, row),
-                                    rows: TILE.min(rows.end - row),
-                                    add,
-                                });
-                            }
-                        }
-                    }
+                    let block = &mut buffers.pairs;
+                    term.weight.pack_pairs(rows.clone(), depths, block);
+                    let (depth, all) = (depth.div_ceil(2), all.div_ceil(2));
+                    let x = x.chunks_exact(all * LANES);
+                    let x = x.map(|x| &x[start / 2 * LANES..][..depth * LANES]);
+                    // SAFETY: the rows are this task's; bits are made only where the processor has the instruction.
+                    let multiply = |tile| unsafe { packed_pairs(tile) };
+                    over_panels(block, x, &rows, place, add, multiply);
                 }
                 Factor::F32(_) | Factor::Pairs(Pairs::Rounded(_)) => {
                     let x = match term.x {
@@ -196,34 +182,49 @@ unsafe fn rows_of(
                         Factor::Pairs(Pairs::Rounded(x)) => x.as_slice(),
                         Factor::Pairs(Pairs::Bits(_)) => &[],
                     };
-                    term.weight.pack(rows.clone(), depths, &mut buffers.floats);
+                    let block = &mut buffers.floats;
+                    term.weight.pack(rows.clone(), depths, block);
                     if matches!(term.x, Factor::Pairs(_)) && !term.weight.is_bf16() {
-                        for x in &mut buffers.floats {
+                        for x in block.iter_mut() {
                             *x = f32::from_bits(crate::panels::bf16_bits(*x) << 16);
                         }
                     }
-                    let blocks = buffers.floats.chunks_exact(depth * TILE);
                     debug_assert_eq!(x.len(), panels * all * LANES);
-                    for (panel, x) in x.chunks_exact(all * LANES).enumerate() {
-                        let b = &x[start * LANES..][..depth * LANES];
-                        for (tile, a) in blocks.clone().enumerate() {
-                            let row = rows.start + tile * TILE;
-                            // SAFETY: `a` and `b` were cut to size, `c` is this task's.
-                            unsafe {
-                                packed(Tile {
-                                    a: a.as_ptr(),
-                                    b: b.as_ptr(),
-                                    depth,
-                                    c: place(panel, row),
-                                    rows: TILE.min(rows.end - row),
-                                    add,
-                                });
-                            }
-                        }
-                    }
+                    let x = x.chunks_exact(all * LANES);
+                    let x = x.map(|x| &x[start * LANES..][..depth * LANES]);
+                    // SAFETY: the rows are this task's.
+                    let multiply = |tile| unsafe { packed(tile) };
+                    over_panels(block, x, &rows, place, add, multiply);
                 }
             }
             add = true;
+        }
+    }
+}
+
+/// Goes with a block of packed rows over the panels of `x`, each cut to the block's depth; `place(panel, row)` is where a row
+/// of the result is.
+#[inline(always)]
+fn over_panels<'x, T: 'x>(
+    block: &[T],
+    x: impl Iterator<Item = &'x [T]>,
+    rows: &std::ops::Range<usize>,
+    place: impl Fn(usize, usize) -> *mut f32,
+    add: bool,
+    multiply: impl Fn(Tile<T, T>),
+) {
+    for (panel, b) in x.enumerate() {
+        let depth = b.len() / LANES;
+        let tiles = block.chunks_exact(depth * TILE);
+        for (a, row) in tiles.zip(rows.clone().step_by(TILE)) {
+            multiply(Tile {
+                a: a.as_ptr(),
+                b: b.as_ptr(),
+                depth,
+                c: place(panel, row),
+                rows: TILE.min(rows.end - row),
+                add,
+            });
         }
     }
 }

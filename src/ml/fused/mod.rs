@@ -13,7 +13,7 @@ mod layer;
 mod layout;
 mod pool;
 mod projection;
-mod weights;
+pub(super) mod weights;
 
 use candle_core::{DType, Result, Tensor};
 use pipeline_kernels::elementwise::{rms_norm, rms_norm_backward, rms_norm_weight};

@@ -9,13 +9,13 @@ use crate::ml::linear::{Base, Linear, Pass, Weight};
 use crate::ml::nf4;
 
 /// A tensor's values.
-pub(super) struct Held<'a> {
+pub(in crate::ml) struct Held<'a> {
     storage: StorageRef<'a>,
     layout: &'a Layout,
 }
 
 impl<'a> Held<'a> {
-    pub(super) fn tensor(tensor: &'a Tensor) -> Self {
+    pub(in crate::ml) fn tensor(tensor: &'a Tensor) -> Self {
         let (storage, layout) = tensor.storage_and_layout();
         Self { storage, layout }
     }
@@ -48,7 +48,7 @@ impl<'a> Held<'a> {
         }
     }
 
-    pub(super) fn matrix(&self) -> Result<Matrix<'_>> {
+    pub(in crate::ml) fn matrix(&self) -> Result<Matrix<'_>> {
         let (rows, columns) = self.layout.shape().dims2()?;
         match Matrix::new(self.values()?, rows, columns) {
             Some(matrix) => Ok(matrix),
@@ -65,9 +65,43 @@ pub(super) struct Projection<'a> {
     pub(super) dropout: Option<Dropout>,
 }
 
-enum Source<'a> {
+/// The base's weight of a projection.
+pub(in crate::ml) enum Source<'a> {
     Dense(Held<'a>),
     Nf4(&'a nf4::Nf4),
+}
+
+impl<'a> Source<'a> {
+    pub(in crate::ml) fn hold(base: &'a Base, pass: Pass) -> Result<Self> {
+        Ok(match base {
+            Base::Dense(weight) => Self::Dense(Held::weight(weight, pass)?),
+            Base::Nf4(weight) => Self::Nf4(weight),
+        })
+    }
+
+    /// The weight (out, in).
+    pub(in crate::ml) fn matrix(&self) -> Result<Matrix<'_>> {
+        match self {
+            Self::Dense(held) => held.matrix(),
+            Self::Nf4(weight) => {
+                let values = Values::Nf4(Nf4 {
+                    packed: &weight.packed,
+                    absmax: &weight.absmax,
+                    code: &nf4::CODE,
+                    rounding: match Float::of_candle(weight.dtype) {
+                        Some(Float::BF16) => Rounding::Bf16,
+                        Some(Float::F16) => Rounding::F16,
+                        _ => Rounding::F32,
+                    },
+                });
+                let (rows, columns) = weight.shape;
+                match Matrix::new(values, rows, columns) {
+                    Some(matrix) => Ok(matrix),
+                    None => bail!("a 4-bit weight has another size than its shape"),
+                }
+            }
+        }
+    }
 }
 
 /// A LoRA pair.
@@ -80,10 +114,7 @@ pub(super) struct Pair<'a> {
 
 impl<'a> Projection<'a> {
     fn hold(linear: &'a Linear, pass: Pass) -> Result<Self> {
-        let base = match &linear.base {
-            Base::Dense(weight) => Source::Dense(Held::weight(weight, pass)?),
-            Base::Nf4(weight) => Source::Nf4(weight),
-        };
+        let base = Source::hold(&linear.base, pass)?;
         let lora = match &linear.lora {
             Some(lora) if pass.adapter => {
                 let (a, b) = (Held::weight(&lora.a, pass)?, Held::weight(&lora.b, pass)?);
@@ -107,26 +138,7 @@ impl<'a> Projection<'a> {
 
     /// The base's weight (out, in).
     pub(super) fn matrix(&self) -> Result<Matrix<'_>> {
-        match &self.base {
-            Source::Dense(held) => held.matrix(),
-            Source::Nf4(weight) => {
-                let values = Values::Nf4(Nf4 {
-                    packed: &weight.packed,
-                    absmax: &weight.absmax,
-                    code: &nf4::CODE,
-                    rounding: match Float::of_candle(weight.dtype) {
-                        Some(Float::BF16) => Rounding::Bf16,
-                        Some(Float::F16) => Rounding::F16,
-                        _ => Rounding::F32,
-                    },
-                });
-                let (rows, columns) = weight.shape;
-                match Matrix::new(values, rows, columns) {
-                    Some(matrix) => Ok(matrix),
-                    None => bail!("a 4-bit weight has another size than its shape"),
-                }
-            }
-        }
+        self.base.matrix()
     }
 
     /// The rank of the adapter's pair, 0 without one.

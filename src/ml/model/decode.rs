@@ -5,15 +5,15 @@
 
 use std::borrow::Cow;
 
-use candle_core::{CpuStorage, DType, Result, Storage, StorageRef, Tensor, bail};
+use candle_core::{DType, Result, Tensor, bail};
 use half::bf16;
-use pipeline_kernels::matrix::{self, Matrix, Rounding, Values};
+use pipeline_kernels::matrix::Matrix;
 use pipeline_kernels::vectors::{Attention, VectorProduct, vector_products};
 use rayon::prelude::*;
 
 use super::{Layer, Llama, angles};
+use crate::ml::fused::weights::{Held, Source};
 use crate::ml::linear::{Base, Linear, Pass};
-use crate::ml::nf4::{CODE, Nf4};
 
 /// A token that follows what its text has so far.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,60 +76,6 @@ struct Pair {
     scaling: f32,
 }
 
-/// A weight while it is being read.
-enum Held<'a> {
-    Dense(StorageRef<'a>, (usize, usize, usize)),
-    Nf4(&'a Nf4),
-}
-
-impl<'a> Held<'a> {
-    fn of(tensor: &'a Tensor) -> Result<Self> {
-        let (rows, columns) = tensor.dims2()?;
-        let (storage, layout) = tensor.storage_and_layout();
-        if !layout.is_contiguous() {
-            bail!("a weight is not contiguous");
-        }
-        Ok(Self::Dense(storage, (layout.start_offset(), rows, columns)))
-    }
-
-    fn matrix(&self) -> Result<Matrix<'_>> {
-        let (matrix, rows, columns) = match self {
-            Self::Dense(storage, (start, rows, columns)) => {
-                let span = *start..start + rows * columns;
-                let values = match &**storage {
-                    Storage::Cpu(CpuStorage::F32(values)) => values.get(span).map(Values::F32),
-                    Storage::Cpu(CpuStorage::BF16(values)) => values.get(span).map(Values::Bf16),
-                    _ => bail!("a weight is neither f32 nor bf16 on the cpu"),
-                };
-                let matrix = values.and_then(|values| Matrix::new(values, *rows, *columns));
-                (matrix, *rows, *columns)
-            }
-            Self::Nf4(nf4) => {
-                let (rows, columns) = nf4.shape;
-                let values = matrix::Nf4 {
-                    packed: &nf4.packed,
-                    absmax: &nf4.absmax,
-                    code: &CODE,
-                    rounding: match nf4.dtype {
-                        DType::BF16 => Rounding::Bf16,
-                        DType::F16 => Rounding::F16,
-                        _ => Rounding::F32,
-                    },
-                };
-                (
-                    Matrix::new(Values::Nf4(values), rows, columns),
-                    rows,
-                    columns,
-                )
-            }
-        };
-        match matrix {
-            Some(matrix) => Ok(matrix),
-            None => bail!("a weight has not ({rows}, {columns}) values"),
-        }
-    }
-}
-
 /// A tensor's values, rounded to the compute dtype.
 fn values(tensor: &Tensor, compute: DType) -> Result<Vec<f32>> {
     let rounded = tensor.to_dtype(compute)?.to_dtype(DType::F32)?;
@@ -159,11 +105,8 @@ impl<'a> Projection<'a> {
         })
     }
 
-    fn held(&self) -> Result<Held<'a>> {
-        match self.base {
-            Base::Dense(weight) => Held::of(weight.stored(self.pass)),
-            Base::Nf4(nf4) => Ok(Held::Nf4(nf4)),
-        }
+    fn held(&self) -> Result<Source<'a>> {
+        Source::hold(self.base, self.pass)
     }
 
     /// Whether the kernels can read the weight as it is stored.
@@ -288,7 +231,7 @@ impl<'a> Decoder<'a> {
             }
         }
         let last = norm(&last, &self.norm, self.model.norm.eps);
-        let head = Held::of(self.model.head().stored(self.pass))?;
+        let head = Held::tensor(self.model.head().stored(self.pass));
         let mut logits = vec![0.; wanted.len() * self.model.config.vocab_size];
         vector_products(vec![VectorProduct {
             weight: head.matrix()?,
