@@ -32,21 +32,30 @@ impl Dropout {
         (1. / (1. - self.p)) as f32
     }
 
+    /// The same stream from number `first` on.
+    #[must_use]
+    pub fn skip(self, first: u64) -> Self {
+        Self {
+            start: self.start.wrapping_add(first.wrapping_mul(GAMMA)),
+            ..self
+        }
+    }
+
     /// The factors of the values number `first` and on of the stream: 0 or [`Dropout::scale`].
     pub fn factors(self, first: u64) -> impl Iterator<Item = f32> {
         let (scale, limit) = (self.scale(), (self.p * 2f64.powi(64)) as u64);
-        let mut state = self.start.wrapping_add(first.wrapping_mul(GAMMA));
+        let mut state = self.skip(first).start;
         std::iter::repeat_with(move || if mix(&mut state) < limit { 0. } else { scale })
     }
 
     /// Multiplies panels by the factors. Token `t` has the numbers `places[t] * features` and on.
-    pub fn apply(self, panels: &mut [f32], features: usize, places: &[usize]) {
+    pub fn apply(self, panels: &mut [f32], features: usize, places: &[u64]) {
         let tokens = places.par_chunks(LANES);
         let panels = panels.par_chunks_mut(features.max(1) * LANES);
         panels.zip(tokens).for_each(|(panel, places)| {
             for (lane, &place) in places.iter().enumerate() {
                 let column = panel.iter_mut().skip(lane).step_by(LANES);
-                let factors = self.factors(place as u64 * features as u64);
+                let factors = self.factors(place.wrapping_mul(features as u64));
                 for (value, factor) in column.zip(factors) {
                     *value *= factor;
                 }
@@ -70,12 +79,14 @@ mod tests {
         );
         let zeros = all.iter().filter(|x| **x == 0.).count();
         assert!((100..200).contains(&zeros));
-        let places: Vec<usize> = (0..40).map(|token| (token * 7) % 41).collect();
+        let skipped = dropout.skip(123).factors(2);
+        assert_eq!(skipped.take(5).collect::<Vec<_>>(), all[125..130]);
+        let places: Vec<u64> = (0..40).map(|token| (token * 7) % 41).collect();
         let mut panels = vec![1.; size(5, 40)];
         dropout.apply(&mut panels, 5, &places);
         for (token, place) in places.iter().enumerate() {
             let ours: Vec<f32> = column(&panels, 5, token).collect();
-            assert_eq!(ours, all[place * 5..place * 5 + 5]);
+            assert_eq!(ours, all[*place as usize * 5..][..5]);
         }
     }
 }

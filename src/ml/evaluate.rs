@@ -88,7 +88,8 @@ pub fn preferences(
         let batch = Batch::pairs(rows, pad)?;
         let objective = Objective::Orpo { beta: 0. };
         let targets = objective.targets(&batch);
-        let scored = in_pool(|| Forward::new(model, &batch, pass, false)?.score(&targets, false))?;
+        let scored =
+            in_pool(|| Forward::new(model, &[&batch], pass, false)?.score(&targets, false))?;
         let mut sums = vec![(0f64, 0u64); 2 * rows.len()];
         for (target, logp) in targets.iter().zip(&scored.logps) {
             let logp = f64::from(*logp);

@@ -1,4 +1,4 @@
-//! One batch through a model, by the plain path or by the fast one: what losses need, and the way back.
+//! Batches through a model, by the plain path or by the fast one: what losses need, and the way back.
 
 use candle_core::Result;
 
@@ -22,11 +22,21 @@ pub enum Path {
 pub struct Scores {
     /// The log-probability of each target.
     pub logps: Vec<f32>,
-    /// If asked for.
-    pub certainty: Option<Certainty>,
+    /// How sure the model is of each, if asked for.
+    pub certainty: Option<Vec<Certainty>>,
 }
 
-/// A batch that went through a model.
+/// How many of the first of these micro-batches are best put through the model in one pass, at least one.
+pub fn together(model: &Llama, batches: &[&Batch], checkpointing: bool) -> usize {
+    match model.path {
+        Path::Fused(packing) if fused::supports(model) => {
+            fused::together(model, batches, packing, checkpointing)
+        }
+        _ => 1,
+    }
+}
+
+/// Batches that went through a model.
 pub struct Forward<'m> {
     model: &'m Llama,
     pass: Pass,
@@ -46,14 +56,23 @@ enum Way<'m> {
 }
 
 impl<'m> Forward<'m> {
-    /// Runs the model on a batch. With a tape, [`Forward::backward`] is possible; with `checkpointing` it computes the layers
-    /// again.
-    pub fn new(model: &'m Llama, batch: &Batch, pass: Pass, checkpointing: bool) -> Result<Self> {
+    /// Runs the model on batches, no more than [`together`] says. With a tape, [`Forward::backward`] is possible; with
+    /// `checkpointing` it computes the layers again.
+    pub fn new(
+        model: &'m Llama,
+        batches: &[&Batch],
+        pass: Pass,
+        checkpointing: bool,
+    ) -> Result<Self> {
+        let only = || match batches {
+            [batch] => Ok(*batch),
+            _ => candle_core::bail!("{} batches at once", batches.len()),
+        };
         let way = match model.path {
             Path::Fused(packing) if fused::supports(model) => Way::Fused {
                 pass: Box::new(fused::Forward::new(
                     model,
-                    batch,
+                    batches,
                     packing,
                     pass,
                     checkpointing,
@@ -61,7 +80,7 @@ impl<'m> Forward<'m> {
                 scored: None,
             },
             _ if pass.tape => {
-                let tape = model.record(batch, pass.dropout, checkpointing)?;
+                let tape = model.record(only()?, pass.dropout, checkpointing)?;
                 Way::Plain {
                     hidden: tape.hidden(),
                     tape: Some(tape),
@@ -69,7 +88,7 @@ impl<'m> Forward<'m> {
                 }
             }
             _ => Way::Plain {
-                hidden: model.hidden(batch, pass)?,
+                hidden: model.hidden(only()?, pass)?,
                 tape: None,
                 scored: None,
             },
@@ -77,7 +96,7 @@ impl<'m> Forward<'m> {
         Ok(Self { model, pass, way })
     }
 
-    /// Scores targets; with `certainty` it also counts up how sure the model is.
+    /// Scores targets, whose rows count all batches' sequences; with `certainty` it also tells how sure the model is.
     pub fn score(&mut self, targets: &[Target], certainty: bool) -> Result<Scores> {
         match &mut self.way {
             Way::Plain { hidden, scored, .. } => {
@@ -85,7 +104,7 @@ impl<'m> Forward<'m> {
                 let new = head::score(hidden, &weight, targets, certainty)?;
                 let scores = Scores {
                     logps: new.logps.clone(),
-                    certainty: new.certainty,
+                    certainty: new.certainty.clone(),
                 };
                 *scored = Some(Box::new(new));
                 Ok(scores)
@@ -94,7 +113,7 @@ impl<'m> Forward<'m> {
                 let new = pass.score(targets, certainty, self.pass.tape)?;
                 let scores = Scores {
                     logps: new.logps.clone(),
-                    certainty: new.certainty,
+                    certainty: new.certainty.clone(),
                 };
                 *scored = Some(new);
                 Ok(scores)

@@ -288,7 +288,8 @@ fn gradients_of_the_first_step_are_those_of_trl() {
         for rows in [[&rows[0], &rows[1]], [&rows[2], &rows[3]]] {
             let batch = objective.batch(&rows, 1023).unwrap();
             let add = &mut gradients;
-            let outcome = objective.differentiate(&model, &batch, 0.5, None, checkpointing, add);
+            let outcome =
+                objective.differentiate(&model, &[(&batch, 0.5)], None, checkpointing, add);
             outcome.unwrap();
         }
         gradients
@@ -328,7 +329,7 @@ fn every_trained_tensor_has_the_gradient_of_the_difference_quotient() {
         let batch = objective.batch(&[&rows[0], &rows[1]], 1023).unwrap();
         let mut gradients = Gradients::none(&model);
         let add = &mut gradients;
-        let outcome = objective.differentiate(&model, &batch, 1., None, true, add);
+        let outcome = objective.differentiate(&model, &[(&batch, 1.)], None, true, add);
         outcome.unwrap();
         assert_eq!(
             model.parameters.len(),

@@ -150,9 +150,10 @@ fn gradients_are_those_of_peft() {
         for checkpointing in [false, true] {
             let mut gradients = Gradients::none(&model);
             let add = &mut gradients;
-            let outcome = objective.differentiate(&model, &batch(), 1., None, checkpointing, add);
+            let outcome =
+                objective.differentiate(&model, &[(&batch(), 1.)], None, checkpointing, add);
             let loss = theirs[&format!("{case}.loss")].to_scalar::<f32>().unwrap();
-            let relative = (outcome.unwrap().loss / f64::from(loss) - 1.).abs();
+            let relative = (outcome.unwrap()[0].loss / f64::from(loss) - 1.).abs();
             row("loss, relative", case, relative, 2e-5);
             let prefix = format!("{case}.grad.");
             let all = theirs.iter().filter_map(|(name, gradient)| {

@@ -18,17 +18,17 @@ pub struct Scored {
     ids: Tensor,   // (targets)
     /// The log-probability of each target.
     pub logps: Vec<f32>,
-    /// If asked for.
-    pub certainty: Option<Certainty>,
+    /// How sure the model is of each, if asked for.
+    pub certainty: Option<Vec<Certainty>>,
 }
 
-/// How sure the model is where the targets stand.
+/// How sure the model is where a target stands.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Certainty {
-    /// The sum of the entropies, in nats.
+    /// The entropy of the distribution over ids, in nats.
     pub entropy: f64,
-    /// How many targets are the most probable id.
-    pub first: usize,
+    /// Whether the target is the most probable id.
+    pub is_first: bool,
 }
 
 fn chunks(count: usize, vocabulary: usize) -> impl Iterator<Item = (usize, usize)> {
@@ -47,7 +47,7 @@ pub fn logits(rows: &Tensor, weight: &Tensor) -> Result<Tensor> {
 
 /// Scores `targets` by the final hidden states (batch, length, hidden) and the head's weight (vocabulary, hidden).
 ///
-/// With `certainty` it also counts up how sure the model is, which takes a softmax more.
+/// With `certainty` it also tells how sure the model is, which takes a softmax more.
 pub fn score(
     hidden: &Tensor,
     weight: &Tensor,
@@ -66,7 +66,7 @@ pub fn score(
         .reshape((batch * width, size))?
         .index_select(&index, 0)?;
     let mut logps = Vec::with_capacity(targets.len());
-    let mut certainty = certainty.then(Certainty::default);
+    let mut certainty = certainty.then(Vec::new);
     for (start, count) in chunks(targets.len(), weight.dim(0)?) {
         let logits = logits(&rows.narrow(0, start, count)?, weight)?;
         let ids = ids.narrow(0, start, count)?;
@@ -77,10 +77,12 @@ pub fn score(
             // -sum p log p = log sum e^x - sum p x
             let mean = (softmax(&logits)? * &logits)?.sum(D::Minus1)?;
             let entropies = (all - mean)?.to_vec1::<f32>()?;
-            certainty.entropy += entropies.iter().map(|&e| f64::from(e)).sum::<f64>();
             let first = logits.argmax(D::Minus1)?.to_vec1::<u32>()?;
-            let ids = ids.to_vec1::<u32>()?;
-            certainty.first += first.iter().zip(&ids).filter(|(a, b)| a == b).count();
+            let all = entropies.iter().zip(first).zip(ids.to_vec1::<u32>()?);
+            certainty.extend(all.map(|((&entropy, first), id)| Certainty {
+                entropy: f64::from(entropy),
+                is_first: first == id,
+            }));
         }
     }
     Ok(Scored {

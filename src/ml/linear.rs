@@ -18,9 +18,21 @@ pub struct Pass {
     pub tape: bool,
     /// Whether the adapter takes part.
     pub adapter: bool,
-    /// The seed of this pass's dropout; none without dropout.
-    pub dropout: Option<u64>,
+    /// What this pass's dropout depends on; none without dropout.
+    pub dropout: Option<Drops>,
 }
+
+/// What is dropped: a function of a step's seed, of the micro-batch's number in the step, and of the place in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Drops {
+    /// The step's seed.
+    pub seed: u64,
+    /// The number of the pass's first micro-batch.
+    pub batch: usize,
+}
+
+/// How far the places of one micro-batch are from those of the next.
+pub const BATCH_STRIDE: u64 = 1 << 32;
 
 impl Pass {
     /// Inference, with the adapter if there is one.
@@ -237,13 +249,18 @@ impl Linear {
         matmul_rows(&x.to_dtype(self.compute)?, &weight.t()?)
     }
 
-    /// The masks of this projection in a pass, if its input is dropped at all. They depend on the seed and the projection only,
-    /// so that a recomputed layer drops the same values.
+    /// The masks of this projection in a pass, from its first micro-batch on, if its input is dropped at all. They depend on the
+    /// pass's [`Drops`] and the projection only, so that a recomputed layer drops the same values.
     pub(super) fn dropout(&self, pass: Pass) -> Option<Dropout> {
-        let (seed, lora) = (pass.dropout?, self.lora.as_ref()?);
-        (pass.adapter && lora.dropout > 0.).then(|| Dropout {
-            start: seed ^ (self.index + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15),
-            p: lora.dropout,
+        let (drops, lora) = (pass.dropout?, self.lora.as_ref()?);
+        (pass.adapter && lora.dropout > 0.).then(|| {
+            let all = Dropout {
+                start: drops.seed ^ (self.index + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15),
+                p: lora.dropout,
+            };
+            let features = lora.a.stored(pass).dims().last().copied().unwrap_or(0) as u64;
+            let first = (drops.batch as u64).wrapping_mul(BATCH_STRIDE);
+            all.skip(first.wrapping_mul(features))
         })
     }
 }

@@ -18,7 +18,7 @@ use super::batch::Batch;
 use super::config::LlamaConfig;
 use super::forward::Path;
 use super::fused::Pool;
-use super::linear::{Linear, Pass, Weight};
+use super::linear::{Drops, Linear, Pass, Weight};
 use super::ops::{masked_softmax, rms_norm, rope};
 pub use layerwise::logits_by_layer;
 
@@ -371,7 +371,12 @@ impl Llama {
     }
 
     /// A forward pass that [`Llama::backward`] can go back. With `checkpointing` only the layers' inputs are kept.
-    pub fn record(&self, batch: &Batch, dropout: Option<u64>, checkpointing: bool) -> Result<Tape> {
+    pub fn record(
+        &self,
+        batch: &Batch,
+        dropout: Option<Drops>,
+        checkpointing: bool,
+    ) -> Result<Tape> {
         let pass = Pass {
             tape: true,
             adapter: true,

@@ -2,11 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
 
 use super::batch::{Batch, Row, Target};
 use super::forward::Forward;
-use super::linear::Pass;
+use super::linear::{Drops, Pass};
 use super::model::{Gradients, Llama};
 use super::{orpo, sft};
 
@@ -65,63 +65,85 @@ impl Objective {
         }
     }
 
-    fn outcome(
+    /// The outcome of each of the batches that went through the model.
+    fn outcomes(
         &self,
         forward: &mut Forward<'_>,
-        batch: &Batch,
-        targets: &[Target],
-    ) -> anyhow::Result<Outcome> {
-        ensure!(!targets.is_empty(), "the batch has no token to learn");
-        let certainty = matches!(self, Self::Sft { .. });
-        let scores = forward.score(targets, certainty)?;
-        match self {
-            Self::Orpo { beta } => {
-                let pairs = batch.sequences.len() / 2;
-                let means = (
-                    forward.mean_logit(0, pairs)?,
-                    forward.mean_logit(pairs, pairs)?,
-                );
-                orpo::loss(batch, targets, &scores.logps, means, *beta)
-            }
-            Self::Sft { .. } => Ok(sft::loss(&scores)),
+        batches: &[&Batch],
+    ) -> anyhow::Result<Vec<Outcome>> {
+        let mut all = Vec::new();
+        let mut parts = Vec::new();
+        let mut first = 0;
+        for &batch in batches {
+            let targets = self.targets(batch);
+            ensure!(!targets.is_empty(), "the batch has no token to learn");
+            let start = all.len();
+            all.extend(targets.iter().map(|target| Target {
+                row: first + target.row,
+                ..*target
+            }));
+            parts.push((batch, first, targets, start));
+            first += batch.sequences.len();
         }
+        let certainty = matches!(self, Self::Sft { .. });
+        let scores = forward.score(&all, certainty)?;
+        let outcomes = parts.into_iter().map(|(batch, first, targets, start)| {
+            let span = start..start + targets.len();
+            let logps = scores.logps.get(span.clone()).unwrap_or_default();
+            match self {
+                Self::Orpo { beta } => {
+                    let pairs = batch.sequences.len() / 2;
+                    let means = (
+                        forward.mean_logit(first, pairs)?,
+                        forward.mean_logit(first + pairs, pairs)?,
+                    );
+                    orpo::loss(batch, &targets, logps, means, *beta)
+                }
+                Self::Sft { .. } => {
+                    let certainty = scores.certainty.as_ref().and_then(|all| all.get(span));
+                    Ok(sft::loss(logps, certainty))
+                }
+            }
+        });
+        outcomes.collect()
     }
 
     /// The loss without a gradient.
     pub fn evaluate(&self, model: &Llama, batch: &Batch, pass: Pass) -> anyhow::Result<Outcome> {
         in_pool(|| {
-            let mut forward = Forward::new(model, batch, pass, false)?;
-            self.outcome(&mut forward, batch, &self.targets(batch))
+            let mut forward = Forward::new(model, &[batch], pass, false)?;
+            let outcomes = self.outcomes(&mut forward, &[batch])?;
+            outcomes.into_iter().next().context("no outcome")
         })
     }
 
-    /// The loss of a micro-batch; its gradient times `scale` is added to `gradients`.
+    /// The losses of some micro-batches, no more than [`super::forward::together`] says; of each the gradient times its scale is
+    /// added to `gradients`, unless a loss is not finite.
     pub fn differentiate(
         &self,
         model: &Llama,
-        batch: &Batch,
-        scale: f64,
-        dropout: Option<u64>,
+        batches: &[(&Batch, f64)],
+        dropout: Option<Drops>,
         checkpointing: bool,
         gradients: &mut Gradients,
-    ) -> anyhow::Result<Outcome> {
+    ) -> anyhow::Result<Vec<Outcome>> {
         let pass = Pass {
             tape: true,
             adapter: true,
             dropout,
         };
         in_pool(|| {
-            let mut forward = Forward::new(model, batch, pass, checkpointing)?;
-            let outcome = self.outcome(&mut forward, batch, &self.targets(batch))?;
-            if outcome.loss.is_finite() {
-                let scaled: Vec<f32> = outcome
-                    .gradient
-                    .iter()
-                    .map(|g| (f64::from(*g) * scale) as f32)
-                    .collect();
-                forward.backward(&scaled, gradients)?;
+            let (batches, scales): (Vec<&Batch>, Vec<f64>) = batches.iter().copied().unzip();
+            let mut forward = Forward::new(model, &batches, pass, checkpointing)?;
+            let outcomes = self.outcomes(&mut forward, &batches)?;
+            if outcomes.iter().all(|outcome| outcome.loss.is_finite()) {
+                let scaled = outcomes.iter().zip(scales).flat_map(|(outcome, scale)| {
+                    let gradient = outcome.gradient.iter();
+                    gradient.map(move |g| (f64::from(*g) * scale) as f32)
+                });
+                forward.backward(&scaled.collect::<Vec<f32>>(), gradients)?;
             }
-            Ok(outcome)
+            Ok(outcomes)
         })
     }
 }

@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use super::batch::{Batch, Row, Target};
-use super::forward::Scores;
+use super::head::Certainty;
 use super::objective::{Metrics, Outcome};
 
 /// TRL packs so many rows at a time: the batch size of `Dataset.map`.
@@ -56,14 +56,15 @@ pub fn targets(batch: &Batch, completion_only: bool) -> Vec<Target> {
 }
 
 /// The mean negative log-likelihood, and how sure and how right the model is of the targets.
-pub fn loss(scored: &Scores) -> Outcome {
-    let logps = &scored.logps;
+pub fn loss(logps: &[f32], certainty: Option<&[Certainty]>) -> Outcome {
     let count = logps.len() as f64;
     let total: f64 = logps.iter().map(|&logp| f64::from(logp)).sum();
     let mut metrics = Metrics::new();
-    if let Some(certainty) = scored.certainty {
-        metrics.insert("entropy", certainty.entropy / count);
-        metrics.insert("mean_token_accuracy", certainty.first as f64 / count);
+    if let Some(certainty) = certainty {
+        let entropy: f64 = certainty.iter().map(|of| of.entropy).sum();
+        let first = certainty.iter().filter(|of| of.is_first).count();
+        metrics.insert("entropy", entropy / count);
+        metrics.insert("mean_token_accuracy", first as f64 / count);
     }
     Outcome {
         loss: -total / count,

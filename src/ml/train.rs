@@ -18,9 +18,11 @@ use anyhow::{Context as _, bail, ensure};
 use candle_core::DType;
 use pipeline_kernels::dropout::mix;
 
-use super::batch::Row;
+use super::batch::{Batch, Row};
 use super::checkpoint::{self, State};
 use super::evaluate;
+use super::forward::together;
+use super::linear::Drops;
 use super::model::{Gradients, Llama};
 use super::optim::{self, Optimizer};
 use super::sampler;
@@ -106,50 +108,59 @@ pub fn train(
                 settings.objective.batch(&rows, settings.pad)
             });
             let batches = batches.collect::<anyhow::Result<Vec<_>>>()?;
-            let weight = |batch| {
+            let weight = |batch: &Batch| {
                 settings
                     .objective
                     .weight(&settings.objective.targets(batch))
             };
             let weights: f64 = batches.iter().map(weight).sum();
+            let share = |batch: &Batch| weight(batch) / weights;
             let mut loss = 0.;
             let mut found = None;
-            for (micro, (batch, places)) in batches.iter().zip(group).enumerate() {
-                let share = weight(batch) / weights;
-                let dropout = settings
-                    .dropout
-                    .then(|| dropout_seed(settings.seed, state.step, micro));
-                let outcome = settings
+            let mut first = 0;
+            while first < batches.len() && found.is_none() {
+                let rest: Vec<&Batch> = batches[first..].iter().collect();
+                let count = together(model, &rest, settings.checkpointing);
+                let scaled = rest.iter().take(count);
+                let scaled = scaled.map(|batch| (*batch, share(batch) * state.scaler.scale));
+                let dropout = settings.dropout.then(|| Drops {
+                    seed: dropout_seed(settings.seed, state.step),
+                    batch: first,
+                });
+                let outcomes = settings
                     .objective
                     .differentiate(
                         model,
-                        batch,
-                        share * state.scaler.scale,
+                        &scaled.collect::<Vec<_>>(),
                         dropout,
                         settings.checkpointing,
                         &mut gradients,
                     )
                     .with_context(|| {
                         let (step, split) = (state.step + 1, &settings.split);
+                        let places = group[first..first + count].concat();
                         format!("step {step}, rows {places:?} of `{split}`")
                     })?;
-                loss += share * outcome.loss;
-                for (name, value) in &outcome.metrics {
-                    window.add(name, *value);
-                }
-                if !outcome.loss.is_finite() {
-                    found = Some(fault("loss", outcome.loss, places)?);
-                    break;
-                }
-                let told = Step {
-                    step: state.step,
-                    total,
-                    micro_batches: micro + 1,
-                    tokens: batch.tokens(),
-                    ..Step::default()
-                };
-                if tell(&told).is_break() {
-                    return interrupted(scratch, model, &optimizer, &state, settings);
+                for ((batch, places), outcome) in rest.iter().zip(&group[first..]).zip(outcomes) {
+                    first += 1;
+                    loss += share(batch) * outcome.loss;
+                    for (name, value) in &outcome.metrics {
+                        window.add(name, *value);
+                    }
+                    if !outcome.loss.is_finite() {
+                        found = Some(fault("loss", outcome.loss, places)?);
+                        break;
+                    }
+                    let told = Step {
+                        step: state.step,
+                        total,
+                        micro_batches: first,
+                        tokens: batch.tokens(),
+                        ..Step::default()
+                    };
+                    if tell(&told).is_break() {
+                        return interrupted(scratch, model, &optimizer, &state, settings);
+                    }
                 }
             }
 
@@ -321,11 +332,10 @@ fn interrupted(
     Ok(Ending::Interrupted { step: state.step })
 }
 
-/// A seed for one micro-batch that does not depend on what ran before it.
-fn dropout_seed(seed: u64, step: u64, micro: usize) -> u64 {
+/// A seed for one step that does not depend on what ran before it.
+fn dropout_seed(seed: u64, step: u64) -> u64 {
     let mut state = seed;
     let mut state = mix(&mut state) ^ step;
-    let mut state = mix(&mut state) ^ micro as u64;
     mix(&mut state)
 }
 

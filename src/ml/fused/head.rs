@@ -26,8 +26,8 @@ const CHUNK: usize = 1 << 24;
 pub struct Scored {
     /// The log-probability of each target.
     pub logps: Vec<f32>,
-    /// If asked for.
-    pub certainty: Option<Certainty>,
+    /// How sure the model is of each, if asked for.
+    pub certainty: Option<Vec<Certainty>>,
     /// Tokens whose hidden states were scored.
     tokens: Vec<usize>,
     /// For each target, which of those, and its id.
@@ -85,7 +85,7 @@ pub(super) fn score(
     let (pool, half) = (&model.pool, shape.half);
     let mut scored = Scored {
         logps: vec![0.; targets.len()],
-        certainty: certainty.then(Certainty::default),
+        certainty: certainty.then(|| vec![Certainty::default(); targets.len()]),
         spread: Vec::new(),
         tokens,
         rows,
@@ -116,8 +116,10 @@ pub(super) fn score(
             let lane = row % LANES;
             scored.logps[target] = (f64::from(logit) - summary.log_sum(lane)) as f32;
             if let Some(certainty) = &mut scored.certainty {
-                certainty.entropy += summary.entropy(lane);
-                certainty.first += usize::from(summary.first[lane] == scored.rows[target].1);
+                certainty[target] = Certainty {
+                    entropy: summary.entropy(lane),
+                    is_first: summary.first[lane] == scored.rows[target].1,
+                };
             }
         }
         if gradient {

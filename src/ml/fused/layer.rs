@@ -17,7 +17,7 @@ use super::layout::Layout;
 use super::pool::Pool;
 use super::projection::{self, Set};
 use super::weights::Layer;
-use crate::ml::linear::Weight;
+use crate::ml::linear::{Pass, Weight};
 use crate::ml::model::{self, Gradients, Llama};
 
 /// The sizes of a pass and what all layers share.
@@ -28,8 +28,8 @@ pub(super) struct Shape {
     heads: Heads,
     cos: Vec<f32>,
     sin: Vec<f32>,
-    /// For each token its place in the padded batch.
-    pub(super) places: Vec<usize>,
+    /// For each token its place in the padded batches.
+    pub(super) places: Vec<u64>,
     /// Whether products with the base's weights are in bf16.
     pub(super) half: bool,
 }
@@ -90,6 +90,27 @@ impl Shape {
         let half = self.heads.width / 2;
         rope(x, features, &self.cos, &self.sin, half, back);
     }
+}
+
+/// Bytes that a pass keeps of each token for its backward.
+pub(super) fn kept(model: &Llama, checkpointing: bool) -> usize {
+    let config = &model.config;
+    let (queries, keys) = (config.num_attention_heads, config.num_key_value_heads);
+    let input = config.hidden_size;
+    let all = |layer: &model::Layer| {
+        let linears = layer.linears().into_iter();
+        let pairs = linears.filter_map(|linear| linear.lora.as_ref());
+        let narrow = pairs.filter_map(|pair| pair.a.stored(Pass::INFER).dims().first());
+        let attention = 2 * (queries + keys) * config.head_dim;
+        2 * input + attention + 2 * config.intermediate_size + narrow.sum::<usize>()
+    };
+    let all = model.layers.iter().map(all);
+    let floats = if checkpointing {
+        input * model.layers.len() + all.max().unwrap_or(0)
+    } else {
+        all.sum()
+    };
+    floats * size_of::<f32>()
 }
 
 /// What a layer's backward needs.

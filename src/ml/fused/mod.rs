@@ -3,7 +3,7 @@
 //! It takes, gives and means what the plain path in [`super::model`] does, which every result here is tested against. What it
 //! saves: tokens that need not be computed (padding, prompts that two answers share), gradients of frozen weights, most
 //! intermediate values, and every pass over memory that can be folded into another one. Activations live in panels of 32
-//! tokens, all sequences of a batch one behind the other.
+//! tokens, all sequences of all batches of a pass one behind the other.
 //!
 //! A layer takes hidden states, keeps what its backward can't make again cheaply ([`layer::Saved`]), or with checkpointing
 //! only its input, and gives hidden states.
@@ -40,6 +40,28 @@ pub(super) fn supports(model: &Llama) -> bool {
             .all(|layer| layer.linears().into_iter().all(Linear::has_kernels))
 }
 
+/// The most tokens of several micro-batches in one pass: more would save nothing.
+const TOKENS: usize = 2048;
+/// The most bytes that a pass of several micro-batches keeps for its backward.
+const KEPT: usize = 1 << 29;
+
+/// How many of the first of these micro-batches go through the model together, at least one. It saves time: each block of a
+/// weight is made ready once for all of them, and fewer panels are part empty. It costs memory, so there is a bound.
+pub(super) fn together(
+    model: &Llama,
+    batches: &[&Batch],
+    packing: Packing,
+    checkpointing: bool,
+) -> usize {
+    let each = layer::kept(model, checkpointing).max(1);
+    let most = TOKENS.min(KEPT / each);
+    let sums = batches.iter().scan(0, |sum, batch| {
+        *sum += packing.tokens(batch);
+        Some(*sum)
+    });
+    sums.take_while(|sum| *sum <= most).count().max(1)
+}
+
 /// A forward pass.
 pub struct Forward<'m> {
     model: &'m Llama,
@@ -60,11 +82,11 @@ enum Kept {
 }
 
 impl<'m> Forward<'m> {
-    /// Runs the model on a batch. With a tape the layers keep what [`Forward::backward`] needs, with `checkpointing` only
+    /// Runs the model on some batches. With a tape the layers keep what [`Forward::backward`] needs, with `checkpointing` only
     /// their inputs.
     pub fn new(
         model: &'m Llama,
-        batch: &Batch,
+        batches: &[&Batch],
         packing: Packing,
         pass: Pass,
         checkpointing: bool,
@@ -78,7 +100,7 @@ impl<'m> Forward<'m> {
             share_prompts: packing.share_prompts && !model.layers.iter().any(drops),
             ..packing
         };
-        let layout = Layout::new(batch, packing);
+        let layout = Layout::new(batches, packing);
         let shape = Shape::new(model, &layout)?;
         let pool = &model.pool;
         let mut x = pool.take(size(shape.hidden, shape.tokens));
@@ -126,7 +148,8 @@ impl<'m> Forward<'m> {
         head::score(self, targets, certainty, gradient)
     }
 
-    /// See [`super::head::mean_logit`]. Without padding the mean goes over the positions that there are.
+    /// See [`super::head::mean_logit`]; `from` counts all batches' sequences. Without padding the mean goes over the positions
+    /// that there are.
     pub fn mean_logit(&self, from: usize, count: usize) -> Result<f64> {
         let sequences = self.layout.places.iter().skip(from).take(count);
         let mut weights = vec![0f32; self.hidden.len() / self.shape.hidden];

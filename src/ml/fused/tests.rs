@@ -3,10 +3,11 @@
 use candle_core::Tensor;
 
 use super::*;
-use crate::ml::forward::Path;
+use crate::ml::forward::{Path, together};
 use crate::ml::golden::{self, rows};
+use crate::ml::linear::Drops;
 use crate::ml::model::Trained;
-use crate::ml::objective::{Metrics, Objective};
+use crate::ml::objective::{Objective, Outcome};
 
 const PADDED: Packing = Packing {
     padding_free: false,
@@ -21,9 +22,9 @@ const SHARED: Packing = Packing {
     share_prompts: true,
 };
 
+/// Of two micro-batches.
 struct Result {
-    loss: f64,
-    metrics: Metrics,
+    outcomes: Vec<Outcome>,
     gradients: Vec<Option<Tensor>>,
     evaluated: f64,
 }
@@ -42,18 +43,32 @@ fn run_dropping(
     model.path = path;
     let rows = rows("trl-1.16");
     // Of unlike lengths, and more than one panel of tokens.
-    let batch = objective.batch(&[&rows[2], &rows[7], &rows[9]], 1023);
-    let batch = batch.unwrap();
+    let batches = [&[2, 7, 9][..], &[3, 4]].map(|places| {
+        let rows: Vec<_> = places.iter().map(|&place: &usize| &rows[place]).collect();
+        objective.batch(&rows, 1023).unwrap()
+    });
     let mut gradients = Gradients::none(model);
-    let outcome = objective
-        .differentiate(model, &batch, 1.5, dropout, checkpointing, &mut gradients)
-        .unwrap();
-    let evaluated = objective.evaluate(model, &batch, Pass::INFER).unwrap();
+    let mut outcomes = Vec::new();
+    let count = together(model, &batches.each_ref(), checkpointing);
+    assert_eq!(count, if path == Path::Plain { 1 } else { 2 });
+    for (number, batches) in batches.chunks(count).enumerate() {
+        let drops = dropout.map(|seed| Drops {
+            seed,
+            batch: number,
+        });
+        let scaled: Vec<_> = batches
+            .iter()
+            .zip([1.5, 0.5].into_iter().skip(number))
+            .collect();
+        let add = &mut gradients;
+        let some = objective.differentiate(model, &scaled, drops, checkpointing, add);
+        outcomes.extend(some.unwrap());
+    }
+    let evaluated = objective.evaluate(model, &batches[0], Pass::INFER);
     Result {
-        loss: outcome.loss,
-        metrics: outcome.metrics,
+        outcomes,
         gradients: gradients.0,
-        evaluated: evaluated.loss,
+        evaluated: evaluated.unwrap().loss,
     }
 }
 
@@ -77,15 +92,18 @@ fn compare(ours: &Result, plain: &Result, packing: Packing, bound: f64, of_gradi
             "{packing:?} {name}: {a} {b}"
         );
     };
-    near("loss", ours.loss, plain.loss);
     near("evaluated", ours.evaluated, plain.evaluated);
-    assert_eq!(ours.metrics.len(), plain.metrics.len());
-    for (name, value) in &ours.metrics {
-        // Without padding these two are means over other positions.
-        if !packing.padding_free || !name.starts_with("logits/") {
-            near(name, *value, plain.metrics[name]);
+    assert_eq!((ours.outcomes.len(), plain.outcomes.len()), (2, 2));
+    for (ours, plain) in ours.outcomes.iter().zip(&plain.outcomes) {
+        near("loss", ours.loss, plain.loss);
+        assert_eq!(ours.metrics.len(), plain.metrics.len());
+        for (name, value) in &ours.metrics {
+            // Without padding these two are means over other positions.
+            if !packing.padding_free || !name.starts_with("logits/") {
+                near(name, *value, plain.metrics[name]);
+            }
+            assert!(value.is_finite());
         }
-        assert!(value.is_finite());
     }
     for (place, (a, b)) in ours.gradients.iter().zip(&plain.gradients).enumerate() {
         let (a, b) = (a.as_ref().unwrap(), b.as_ref().unwrap());
@@ -136,7 +154,9 @@ fn both_paths_drop_the_same_values() {
         compare(&again, &once, packing, 0., 1e-30);
     }
     let other = learn(Path::Fused(SHARED), false, 8);
-    assert!((other.loss - plain.loss).abs() > 1e-5);
+    for (other, plain) in other.outcomes.iter().zip(&plain.outcomes) {
+        assert!((other.loss - plain.loss).abs() > 1e-5);
+    }
 }
 
 #[test]
@@ -153,6 +173,33 @@ fn in_bf16_the_fast_path_is_as_near_as_the_plain_one() {
             compare(&ours, &exact, SHARED, 2e-3, 3e-2);
         }
     }
+}
+
+#[test]
+fn a_pass_of_micro_batches_has_a_bound() {
+    let mut model = golden::model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
+    let rows = rows("trl-1.16");
+    let objective = Objective::Orpo { beta: 0.1 };
+    let batch = objective
+        .batch(&[&rows[2], &rows[7], &rows[9]], 1023)
+        .unwrap();
+    let many = vec![&batch; 100];
+    let count = |model: &Llama| together(model, &many, false);
+    let shared = count(&model);
+    let tokens = SHARED.tokens(&batch);
+    assert_eq!(shared, TOKENS / tokens);
+    model.path = Path::Fused(PADDED);
+    assert!((1..shared).contains(&count(&model)));
+    model.path = Path::Plain;
+    assert_eq!(count(&model), 1);
+    // A larger model keeps more of each token, and less with checkpointing.
+    let (all, inputs) = (layer::kept(&model, false), layer::kept(&model, true));
+    model.config.intermediate_size *= 1000;
+    assert!(layer::kept(&model, false) > 100 * all && inputs < all);
+    model.path = Path::Fused(SHARED);
+    assert!(count(&model) < shared);
+    model.config.intermediate_size *= 1000;
+    assert_eq!(count(&model), 1, "one goes through in any case");
 }
 
 #[test]

@@ -96,7 +96,7 @@ fn the_whole_loss_has_the_slope_of_its_gradient_in_random_directions() {
         let batch = objective.batch(&[&rows[2], &rows[3]], 1023).unwrap();
         let mut gradients = Gradients::none(&model);
         let add = &mut gradients;
-        let outcome = objective.differentiate(&model, &batch, 1., None, checkpointing, add);
+        let outcome = objective.differentiate(&model, &[(&batch, 1.)], None, checkpointing, add);
         outcome.unwrap();
         let gradients: Vec<Tensor> = gradients.0.into_iter().map(Option::unwrap).collect();
         let start: Vec<Tensor> = model
@@ -266,7 +266,7 @@ fn holds_one_layer(path: Path, times: usize) {
         model.path = path;
         let mut gradients = Gradients::none(&model);
         let add = &mut gradients;
-        let work = || objective.differentiate(&model, &batch, 1., None, checkpointing, add);
+        let work = || objective.differentiate(&model, &[(&batch, 1.)], None, checkpointing, add);
         // What a thread allocates is counted, so one has to do it all.
         let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build();
         let (outcome, most) = pool.unwrap().install(|| peak(work));
@@ -301,12 +301,13 @@ fn dropout_follows_its_seed_and_nothing_else() {
     let learn = |seed: Option<u64>, checkpointing: bool| {
         let mut gradients = Gradients::none(&model);
         let add = &mut gradients;
-        let outcome = objective.differentiate(&model, &batch, 1., seed, checkpointing, add);
+        let seed = seed.map(|seed| Drops { seed, batch: 0 });
+        let outcome = objective.differentiate(&model, &[(&batch, 1.)], seed, checkpointing, add);
         let bits = gradients.0.iter().flatten().flat_map(|gradient| {
             let values: Vec<f32> = gradient.flatten_all().unwrap().to_vec1().unwrap();
             values.into_iter().map(f32::to_bits)
         });
-        (outcome.unwrap().loss.to_bits(), bits.collect::<Vec<_>>())
+        (outcome.unwrap()[0].loss.to_bits(), bits.collect::<Vec<_>>())
     };
     let first = learn(Some(1), false);
     assert!(learn(Some(1), false) == first);
@@ -330,7 +331,7 @@ fn dropout_keeps_the_mean_and_drops_its_share() {
     let (count, width) = (400, 64);
     let ones = Tensor::ones((1, count, width), DType::F32, &Device::Cpu).unwrap();
     let pass = Pass {
-        dropout: Some(7),
+        dropout: Some(Drops { seed: 7, batch: 0 }),
         ..Pass::INFER
     };
     let mut masks = Vec::new();

@@ -143,8 +143,8 @@ fn packed_gradients_are_the_sum_of_those_alone() {
                 let batch = objective.batch(&[row], 1023).unwrap();
                 let count = objective.weight(&objective.targets(&batch));
                 let add = &mut gradients;
-                let outcome = objective.differentiate(&model, &batch, count, None, false, add);
-                loss += count * outcome.unwrap().loss;
+                let outcome = objective.differentiate(&model, &[(&batch, count)], None, false, add);
+                loss += count * outcome.unwrap()[0].loss;
             }
             (loss, gradients)
         };
