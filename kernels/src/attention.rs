@@ -333,15 +333,16 @@ impl Work {
 fn product(a: &[f32], rows: usize, b: &[f32], out: &mut [f32], add: bool) {
     assert!(a.len() >= rows * LANES && b.len() >= LANES * LANES && out.len() >= rows * LANES);
     for row in (0..rows).step_by(ROWS) {
+        let c = out[row * LANES..].as_mut_ptr();
         // SAFETY: as asserted; rows that are wanted are there.
         unsafe {
             multiply::<ROWS, 2, LANES, 1>(Tile {
                 a: a[row * LANES..].as_ptr(),
                 b: b.as_ptr(),
                 depth: LANES,
-                c: out[row * LANES..].as_mut_ptr(),
+                c,
+                from: add.then_some(c.cast_const()),
                 rows: ROWS.min(rows - row),
-                add,
             });
         }
     }
@@ -359,8 +360,8 @@ fn product_turned(a: &[f32], b: &[f32], out: &mut [f32]) {
                 b: b.as_ptr(),
                 depth,
                 c: out[row * LANES..].as_mut_ptr(),
+                from: None,
                 rows: ROWS,
-                add: false,
             });
         }
     }

@@ -14,7 +14,7 @@ pub(crate) const TILE: usize = 12;
 ///
 /// # Safety
 /// Whoever makes one has to see to it that `a` may be read at every `i * RS + k * KS` for `k < depth` and `i < rows`, or
-/// `i < M` where `RS` is 1; `b` over `depth` rows; and `c` written over `rows` rows, by nobody else at the time.
+/// `i < M` where `RS` is 1; `b` over `depth` rows; `from` over `rows` rows; and `c` written over `rows` rows, by nobody else at the time.
 #[derive(Clone, Copy)]
 pub(crate) struct Tile<A, B> {
     pub(crate) a: *const A,
@@ -23,8 +23,8 @@ pub(crate) struct Tile<A, B> {
     pub(crate) c: *mut f32,
     /// How many of the rows are wanted.
     pub(crate) rows: usize,
-    /// Whether `c` is added to.
-    pub(crate) add: bool,
+    /// What the sum is added to, if anything: rows like those of `c`, or `c` itself.
+    pub(crate) from: Option<*const f32>,
 }
 
 /// A tile of `M` rows in f32.
@@ -112,8 +112,9 @@ impl<const M: usize, const V: usize, const RS: usize, const KS: usize> Plain<M, 
             for (at, sum) in sums.iter().enumerate() {
                 // SAFETY: a wanted row of `c`.
                 unsafe {
-                    let c = tile.c.add((row + i) * V * VECTOR + lane + at);
-                    *c = if tile.add { *c + sum } else { *sum };
+                    let place = (row + i) * V * VECTOR + lane + at;
+                    let sum = tile.from.map_or(*sum, |from| *from.add(place) + sum);
+                    *tile.c.add(place) = sum;
                 }
             }
         }
@@ -162,13 +163,12 @@ mod wide {
                 for (at, sum) in sums.iter().enumerate() {
                     // SAFETY: one of the promised rows of `c`.
                     unsafe {
-                        let c = tile.c.add((i * V + at) * 16);
-                        let sum = if tile.add {
-                            _mm512_add_ps(_mm512_loadu_ps(c), *sum)
-                        } else {
-                            *sum
+                        let place = (i * V + at) * 16;
+                        let sum = match tile.from {
+                            Some(from) => _mm512_add_ps(_mm512_loadu_ps(from.add(place)), *sum),
+                            None => *sum,
                         };
-                        _mm512_storeu_ps(c, sum);
+                        _mm512_storeu_ps(tile.c.add(place), sum);
                     }
                 }
             }
@@ -199,13 +199,12 @@ mod wide {
                 for (at, sum) in sums.iter().enumerate() {
                     // SAFETY: one of the promised rows of `c`.
                     unsafe {
-                        let c = tile.c.add((i * 2 + at) * 16);
-                        let sum = if tile.add {
-                            _mm512_add_ps(_mm512_loadu_ps(c), *sum)
-                        } else {
-                            *sum
+                        let place = (i * 2 + at) * 16;
+                        let sum = match tile.from {
+                            Some(from) => _mm512_add_ps(_mm512_loadu_ps(from.add(place)), *sum),
+                            None => *sum,
                         };
-                        _mm512_storeu_ps(c, sum);
+                        _mm512_storeu_ps(tile.c.add(place), sum);
                     }
                 }
             }

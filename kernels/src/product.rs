@@ -1,19 +1,26 @@
 //! Products of weights and activations: `out = W1 x1 + W2 x2 + ..`, over all cores.
 //!
 //! The rows of all products of a call are dealt out in tasks. A task makes a block of a weight ready, as deep as fits into
-//! the cache, and goes with it over all panels.
+//! the cache, and goes with it over all panels. Where there are few rows, as in LoRA's first product, panels are dealt out.
+
+use std::cell::RefCell;
+use std::ops::Range;
 
 use rayon::prelude::*;
 
 use crate::dispatch::Isa;
 use crate::matrix::Matrix;
 use crate::micro::{TILE, Tile, multiply, multiply_pairs};
-use crate::panels::{LANES, pairs, round_to_bf16};
+use crate::panels::{LANES, bf16_bits, pairs, round_to_bf16};
 
 /// The depth of a block, in features: its 32 tokens and its rows both stay in the second cache.
 const DEPTH: usize = 512;
-/// The most tiles of one task.
+/// The most of a term's last block, and of a block with shallow ones of other terms behind it.
+const DEEPEST: usize = 640;
+/// The most tiles made ready at once.
 const TILES: usize = 12;
+/// Tiles that are too few to be dealt out.
+const NARROW: usize = 4;
 
 /// Activations as one factor of a product.
 #[derive(Debug, Clone)]
@@ -34,11 +41,11 @@ pub enum Pairs {
 }
 
 impl Pairs {
-    /// Rounds panels of so many features, into a buffer of the right kind.
-    pub fn of(data: &[f32], features: usize) -> Self {
+    /// Rounds panels of so many features, into a buffer of the right kind. `take` gives one of a length, with anything in it.
+    pub fn of(data: &[f32], features: usize, take: impl FnOnce(usize) -> Vec<u32>) -> Self {
         if Isa::current() >= Isa::Avx512Bf16 {
             let panels = data.len() / (features.max(1) * LANES);
-            let mut out = vec![0; panels * features.div_ceil(2) * LANES];
+            let mut out = take(panels * features.div_ceil(2) * LANES);
             pairs(data, features, &mut out);
             Self::Bits(out)
         } else {
@@ -58,26 +65,65 @@ pub struct Term<'a> {
     pub x: &'a Factor<'a>,
 }
 
-/// One product: `out (+)= sum of terms`.
+/// What the sum of a product's terms is added to.
+#[derive(Debug, Clone, Copy)]
+pub enum Onto<'a> {
+    /// Nothing.
+    Zero,
+    /// What is in the output.
+    Out,
+    /// Other panels of the output's size.
+    Values(&'a [f32]),
+}
+
+/// One product: `out = onto + sum of terms`.
 pub struct Product<'a> {
     /// Panels with as many features as each weight is high.
     pub out: &'a mut [f32],
     /// The summands.
     pub terms: Vec<Term<'a>>,
-    /// Whether the sum is added to what is there.
-    pub add: bool,
+    /// What the sum is added to.
+    pub onto: Onto<'a>,
 }
 
 #[derive(Clone, Copy)]
 struct Shared(*mut f32);
-// SAFETY: tasks write disjoint rows.
+// SAFETY: tasks write disjoint rows or panels.
 unsafe impl Send for Shared {}
 // SAFETY: the same.
 unsafe impl Sync for Shared {}
 
+/// A part of a product's output: some rows of some panels.
 struct Task {
     product: usize,
-    rows: std::ops::Range<usize>,
+    rows: Range<usize>,
+    panels: Range<usize>,
+}
+
+/// The tasks of a product: rows dealt out, or, where there are few, panels.
+fn deal(product: usize, height: usize, panels: usize, tasks: &mut Vec<Task>) {
+    let threads = rayon::current_num_threads().max(1);
+    let tiles = height.div_ceil(TILE);
+    let few = tiles <= NARROW;
+    let (parts, count) = if few {
+        (panels, (2 * threads).min(panels))
+    } else {
+        let count = tiles.div_ceil(TILES).next_multiple_of(threads);
+        (tiles, count.min(tiles))
+    };
+    for task in 0..count {
+        let part = parts * task / count..parts * (task + 1) / count;
+        let (rows, panels) = if few {
+            (0..height, part)
+        } else {
+            (part.start * TILE..(part.end * TILE).min(height), 0..panels)
+        };
+        tasks.push(Task {
+            product,
+            rows,
+            panels,
+        });
+    }
 }
 
 /// Computes some products that don't depend on each other.
@@ -86,49 +132,39 @@ struct Task {
 /// If a factor has not as many features as its weight is deep, or a weight not the height of its output.
 pub fn products(mut all: Vec<Product<'_>>) {
     let mut tasks = Vec::new();
-    let threads = rayon::current_num_threads().max(1);
     for (product, each) in all.iter().enumerate() {
         let Some(height) = each.terms.first().map(|term| term.weight.height()) else {
             continue;
         };
-        check(each, height);
-        let tiles = height.div_ceil(TILE);
-        let count = tiles.div_ceil(TILES).next_multiple_of(threads).min(tiles);
-        for task in 0..count {
-            let from = tiles * task / count * TILE;
-            let to = (tiles * (task + 1) / count * TILE).min(height);
-            tasks.push(Task {
-                product,
-                rows: from..to,
-            });
-        }
+        let panels = each.out.len() / (height.max(1) * LANES);
+        check(each, height, panels);
+        deal(product, height, panels, &mut tasks);
     }
     let outs: Vec<Shared> = all
         .iter_mut()
         .map(|each| Shared(each.out.as_mut_ptr()))
         .collect();
     let all = &all;
-    tasks
-        .into_par_iter()
-        .for_each_init(Buffers::default, |buffers, task| {
-            let each = &all[task.product];
-            // SAFETY: `check` saw that the output has room; no two tasks have a row in common.
-            unsafe { rows_of(each, outs[task.product], task.rows, buffers) };
+    tasks.into_par_iter().for_each(|task| {
+        let each = &all[task.product];
+        BLOCKS.with_borrow_mut(|blocks| {
+            // SAFETY: `check` saw that the output has room; no two tasks have a row of a panel in common.
+            unsafe { part_of(each, outs[task.product], task.rows, task.panels, blocks) };
         });
+    });
 }
 
 /// Computes one product.
-pub fn product(out: &mut [f32], terms: Vec<Term<'_>>, add: bool) {
-    products(vec![Product { out, terms, add }]);
+pub fn product(out: &mut [f32], terms: Vec<Term<'_>>, onto: Onto<'_>) {
+    products(vec![Product { out, terms, onto }]);
 }
 
-fn check(product: &Product<'_>, height: usize) {
-    let panels = product.out.len() / (height.max(1) * LANES);
-    assert_eq!(
-        product.out.len(),
-        panels * height * LANES,
-        "the output's size"
-    );
+fn check(product: &Product<'_>, height: usize, panels: usize) {
+    let size = panels * height * LANES;
+    assert_eq!(product.out.len(), size, "the output's size");
+    if let Onto::Values(values) = product.onto {
+        assert_eq!(values.len(), size, "the size of what is added to");
+    }
     for term in &product.terms {
         assert_eq!(term.weight.height(), height, "heights of the weights");
         let depth = term.weight.depth();
@@ -141,90 +177,176 @@ fn check(product: &Product<'_>, height: usize) {
     }
 }
 
+/// Some of the depth of a term.
+struct Piece<'a> {
+    term: &'a Term<'a>,
+    depths: Range<usize>,
+}
+
+/// The depths of all terms in pieces, and these in groups that go over the panels together: a shallow piece (of a LoRA pair)
+/// finds the sums of the deep one before it in the first cache.
+fn groups<'a>(terms: &'a [Term<'a>]) -> Vec<Vec<Piece<'a>>> {
+    let mut groups: Vec<Vec<Piece<'a>>> = Vec::new();
+    let mut room = 0;
+    for term in terms {
+        let all = term.weight.depth();
+        let mut start = 0;
+        while start < all {
+            let deep = if all - start <= DEEPEST {
+                DEEPEST
+            } else {
+                DEPTH
+            };
+            let depths = start..(start + deep).min(all);
+            start = depths.end;
+            let depth = depths.len();
+            let piece = Piece { term, depths };
+            match groups.last_mut() {
+                Some(group) if depth <= room => {
+                    room -= depth;
+                    group.push(piece);
+                }
+                _ => {
+                    room = DEEPEST.saturating_sub(depth);
+                    groups.push(vec![piece]);
+                }
+            }
+        }
+    }
+    groups
+}
+
+/// A piece of some rows, ready for the innermost loop.
 #[derive(Default)]
-struct Buffers {
+struct Block {
     floats: Vec<f32>,
     pairs: Vec<u32>,
 }
 
-/// # Safety
-/// Nobody else may use `rows` of the output, which must be as large as [`check`] wants it.
-unsafe fn rows_of(
-    product: &Product<'_>,
-    out: Shared,
-    rows: std::ops::Range<usize>,
-    buffers: &mut Buffers,
-) {
-    let mut add = product.add;
-    for term in &product.terms {
-        let (height, all) = (term.weight.height(), term.weight.depth());
-        let panels = product.out.len() / (height * LANES);
-        for start in (0..all).step_by(DEPTH) {
-            let depths = start..(start + DEPTH).min(all);
-            let depth = depths.len();
-            // SAFETY: row `row` of panel `panel` is inside the output.
-            let place =
-                |panel: usize, row: usize| unsafe { out.0.add((panel * height + row) * LANES) };
-            match term.x {
-                Factor::Pairs(Pairs::Bits(x)) => {
-                    let block = &mut buffers.pairs;
-                    term.weight.pack_pairs(rows.clone(), depths, block);
-                    let (depth, all) = (depth.div_ceil(2), all.div_ceil(2));
-                    let x = x.chunks_exact(all * LANES);
-                    let x = x.map(|x| &x[start / 2 * LANES..][..depth * LANES]);
-                    // SAFETY: the rows are this task's; bits are made only where the processor has the instruction.
-                    let multiply = |tile| unsafe { packed_pairs(tile) };
-                    over_panels(block, x, &rows, place, add, multiply);
-                }
-                Factor::F32(_) | Factor::Pairs(Pairs::Rounded(_)) => {
-                    let x = match term.x {
-                        Factor::F32(x) => x,
-                        Factor::Pairs(Pairs::Rounded(x)) => x.as_slice(),
-                        Factor::Pairs(Pairs::Bits(_)) => &[],
-                    };
-                    let block = &mut buffers.floats;
-                    term.weight.pack(rows.clone(), depths, block);
-                    if matches!(term.x, Factor::Pairs(_)) && !term.weight.is_bf16() {
-                        for x in block.iter_mut() {
-                            *x = f32::from_bits(crate::panels::bf16_bits(*x) << 16);
-                        }
+thread_local! {
+    static BLOCKS: RefCell<Vec<Block>> = const { RefCell::new(Vec::new()) };
+}
+
+impl Piece<'_> {
+    fn pack(&self, rows: &Range<usize>, block: &mut Block) {
+        let (rows, depths, weight) = (rows.clone(), self.depths.clone(), &self.term.weight);
+        match self.term.x {
+            Factor::Pairs(Pairs::Bits(_)) => weight.pack_pairs(rows, depths, &mut block.pairs),
+            Factor::F32(_) => weight.pack(rows, depths, &mut block.floats),
+            Factor::Pairs(Pairs::Rounded(_)) => {
+                weight.pack(rows, depths, &mut block.floats);
+                if !weight.is_bf16() {
+                    for x in &mut block.floats {
+                        *x = f32::from_bits(bf16_bits(*x) << 16);
                     }
-                    debug_assert_eq!(x.len(), panels * all * LANES);
-                    let x = x.chunks_exact(all * LANES);
-                    let x = x.map(|x| &x[start * LANES..][..depth * LANES]);
-                    // SAFETY: the rows are this task's.
-                    let multiply = |tile| unsafe { packed(tile) };
-                    over_panels(block, x, &rows, place, add, multiply);
                 }
             }
-            add = true;
         }
+    }
+
+    /// Multiplies tile number `tile` of the packed rows by a panel.
+    ///
+    /// # Safety
+    /// `rows` rows of 32 floats from `c` on are nobody else's, and may be read from `from` on.
+    unsafe fn multiply(
+        &self,
+        block: &Block,
+        (tile, panel): (usize, usize),
+        (c, from): (*mut f32, Option<*const f32>),
+        rows: usize,
+    ) {
+        let all = self.term.weight.depth();
+        match self.term.x {
+            Factor::Pairs(Pairs::Bits(x)) => {
+                let (first, depth) = (self.depths.start / 2, self.depths.len().div_ceil(2));
+                let a = &block.pairs[tile * depth * TILE..][..depth * TILE];
+                let b = &x[(panel * all.div_ceil(2) + first) * LANES..][..depth * LANES];
+                let (a, b) = (a.as_ptr(), b.as_ptr());
+                // SAFETY: the slices are as long as the tile reads; bits are made only where the processor multiplies them.
+                unsafe {
+                    packed_pairs(Tile {
+                        a,
+                        b,
+                        depth,
+                        c,
+                        from,
+                        rows,
+                    })
+                };
+            }
+            Factor::F32(x) => {
+                // SAFETY: the caller's promise.
+                unsafe { self.multiply_floats(x, block, (tile, panel), (c, from), rows) };
+            }
+            Factor::Pairs(Pairs::Rounded(x)) => {
+                // SAFETY: the same.
+                unsafe { self.multiply_floats(x, block, (tile, panel), (c, from), rows) };
+            }
+        }
+    }
+
+    /// # Safety
+    /// See [`Piece::multiply`].
+    unsafe fn multiply_floats(
+        &self,
+        x: &[f32],
+        block: &Block,
+        (tile, panel): (usize, usize),
+        (c, from): (*mut f32, Option<*const f32>),
+        rows: usize,
+    ) {
+        let (first, depth) = (self.depths.start, self.depths.len());
+        let a = &block.floats[tile * depth * TILE..][..depth * TILE];
+        let b = &x[(panel * self.term.weight.depth() + first) * LANES..][..depth * LANES];
+        let (a, b) = (a.as_ptr(), b.as_ptr());
+        // SAFETY: the slices are as long as the tile reads; the rest is the caller's promise.
+        unsafe {
+            packed(Tile {
+                a,
+                b,
+                depth,
+                c,
+                from,
+                rows,
+            })
+        };
     }
 }
 
-/// Goes with a block of packed rows over the panels of `x`, each cut to the block's depth; `place(panel, row)` is where a row
-/// of the result is.
-#[inline(always)]
-fn over_panels<'x, T: 'x>(
-    block: &[T],
-    x: impl Iterator<Item = &'x [T]>,
-    rows: &std::ops::Range<usize>,
-    place: impl Fn(usize, usize) -> *mut f32,
-    add: bool,
-    multiply: impl Fn(Tile<T, T>),
+/// # Safety
+/// Nobody else may use `rows` of the output's `panels`, which must be as large as [`check`] wants it.
+unsafe fn part_of(
+    product: &Product<'_>,
+    out: Shared,
+    rows: Range<usize>,
+    panels: Range<usize>,
+    blocks: &mut Vec<Block>,
 ) {
-    for (panel, b) in x.enumerate() {
-        let depth = b.len() / LANES;
-        let tiles = block.chunks_exact(depth * TILE);
-        for (a, row) in tiles.zip(rows.clone().step_by(TILE)) {
-            multiply(Tile {
-                a: a.as_ptr(),
-                b: b.as_ptr(),
-                depth,
-                c: place(panel, row),
-                rows: TILE.min(rows.end - row),
-                add,
-            });
+    let height = product.terms.first().map_or(0, |term| term.weight.height());
+    for (number, pieces) in groups(&product.terms).iter().enumerate() {
+        if blocks.len() < pieces.len() {
+            blocks.resize_with(pieces.len(), Block::default);
+        }
+        for (piece, block) in pieces.iter().zip(blocks.iter_mut()) {
+            piece.pack(&rows, block);
+        }
+        for panel in panels.clone() {
+            for (tile, row) in rows.clone().step_by(TILE).enumerate() {
+                let place = (panel * height + row) * LANES;
+                // SAFETY: row `row` of panel `panel` is inside the output.
+                let c = unsafe { out.0.add(place) };
+                let mut from = match product.onto {
+                    Onto::Zero if number == 0 => None,
+                    Onto::Values(values) if number == 0 => Some(values[place..].as_ptr()),
+                    _ => Some(c.cast_const()),
+                };
+                let count = TILE.min(rows.end - row);
+                for (piece, block) in pieces.iter().zip(blocks.iter()) {
+                    // SAFETY: the rows are the caller's, and `Values` are as many as the output's.
+                    unsafe { piece.multiply(block, (tile, panel), (c, from), count) };
+                    from = Some(c.cast_const());
+                }
+            }
         }
     }
 }

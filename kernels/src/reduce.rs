@@ -113,6 +113,7 @@ fn sum_rows<const V: usize, const M: usize>(
         let wanted = sums.len() / width;
         let panels = a.chunks_exact(rows * LANES);
         for (panel, (a, b)) in panels.zip(turned.chunks_exact(LANES * width)).enumerate() {
+            let c = sums.as_mut_ptr();
             // SAFETY: `wanted` rows from `row` on are in this panel of `a`, as `outer` cut `sums` to that; `b` has 32
             // rows; `sums` has `wanted`.
             unsafe {
@@ -120,9 +121,9 @@ fn sum_rows<const V: usize, const M: usize>(
                     a: a[row * LANES..].as_ptr(),
                     b: b.as_ptr(),
                     depth: LANES,
-                    c: sums.as_mut_ptr(),
+                    c,
+                    from: (panel > 0).then_some(c.cast_const()),
                     rows: wanted,
-                    add: panel > 0,
                 });
             }
         }

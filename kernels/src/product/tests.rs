@@ -91,7 +91,7 @@ fn every_kind_of_weight_is_multiplied() {
                         let mut panels = vec![0.; size(depth, tokens)];
                         fill(&mut panels, depth, tokens, |t| &x[t]);
                         let factor = if half {
-                            Factor::Pairs(Pairs::of(&panels, depth))
+                            Factor::Pairs(Pairs::of(&panels, depth, |length| vec![9; length]))
                         } else {
                             Factor::F32(&panels)
                         };
@@ -100,8 +100,8 @@ fn every_kind_of_weight_is_multiplied() {
                             weight: matrix,
                             x: &factor,
                         };
-                        product(&mut out, vec![term.clone()], false);
-                        product(&mut out, vec![term], true);
+                        product(&mut out, vec![term.clone()], Onto::Zero);
+                        product(&mut out, vec![term], Onto::Out);
                         for (t, x) in x.iter().enumerate() {
                             let ours = column(&out, height, t);
                             for (i, ours) in ours.enumerate() {
@@ -149,18 +149,18 @@ fn terms_add_up_and_threads_change_nothing() {
         pool.build().unwrap().install(|| {
             let mut both = vec![0.; size(50, 90)];
             let terms = vec![Term { weight: w, x: &x }, Term { weight: v, x: &y }];
-            product(&mut both, terms, false);
+            product(&mut both, terms, Onto::Zero);
             let (mut one, mut other) = (vec![0.; size(50, 90)], vec![0.; size(50, 90)]);
             products(vec![
                 Product {
                     out: &mut one,
                     terms: vec![Term { weight: w, x: &x }],
-                    add: false,
+                    onto: Onto::Zero,
                 },
                 Product {
                     out: &mut other,
                     terms: vec![Term { weight: v, x: &y }],
-                    add: false,
+                    onto: Onto::Zero,
                 },
             ]);
             for ((both, one), other) in both.iter().zip(&one).zip(&other) {

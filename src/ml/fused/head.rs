@@ -8,12 +8,11 @@ use std::collections::HashMap;
 
 use candle_core::{DType, Result, Tensor};
 use pipeline_kernels::panels::{LANES, column, fill, size};
-use pipeline_kernels::product::{Term, product};
+use pipeline_kernels::product::{Onto, Term, product};
 use pipeline_kernels::reduce::{Order, outer};
 use pipeline_kernels::vocabulary::{Summary, exponentials};
 
 use super::Forward;
-use super::projection::factor;
 use super::weights::Held;
 use crate::ml::batch::Target;
 use crate::ml::head::Certainty;
@@ -97,10 +96,10 @@ pub(super) fn score(
         let first = number * chunk(vocabulary);
         let mut x = pool.take(size(hidden, part.len()));
         gather(forward, part, &mut x);
-        let wide = factor(half, &x, hidden);
+        let wide = pool.factor(half, &x, hidden);
         let mut logits = pool.take(size(vocabulary, part.len()));
-        product(&mut logits, vec![Term { weight, x: &wide }], false);
-        drop(wide);
+        product(&mut logits, vec![Term { weight, x: &wide }], Onto::Zero);
+        pool.give_factors([wide]);
         pool.give(x);
         let at = |row: usize, id: u32| {
             let place = (row / LANES * vocabulary + id as usize) * LANES + row % LANES;
@@ -125,11 +124,13 @@ pub(super) fn score(
         if gradient {
             let start = first / LANES * hidden * LANES;
             let spread = &mut scored.spread[start..start + size(hidden, part.len())];
+            let wide = pool.factor(half, &logits, vocabulary);
             let term = Term {
                 weight: weight.turned(),
-                x: &factor(half, &logits, vocabulary),
+                x: &wide,
             };
-            product(spread, vec![term], false);
+            product(spread, vec![term], Onto::Zero);
+            pool.give_factors([wide]);
             divide(spread, hidden, &summaries);
         }
         pool.give(logits);
@@ -216,8 +217,8 @@ impl Scored {
             let mut x = pool.take(size(hidden, part.len()));
             gather(forward, part, &mut x);
             let mut logits = pool.take(size(vocabulary, part.len()));
-            let wide = factor(shape.half, &x, hidden);
-            product(&mut logits, vec![Term { weight, x: &wide }], false);
+            let wide = pool.factor(shape.half, &x, hidden);
+            product(&mut logits, vec![Term { weight, x: &wide }], Onto::Zero);
             let summaries = exponentials(&mut logits, vocabulary);
             let panels = logits.chunks_mut(vocabulary * LANES).zip(&summaries);
             for (panel, (logits, summary)) in panels.enumerate() {
@@ -237,7 +238,7 @@ impl Scored {
                 &mut total,
                 Order::Straight,
             );
-            drop(wide);
+            pool.give_factors([wide]);
             pool.give(x);
             pool.give(logits);
         }

@@ -12,10 +12,11 @@ use pipeline_kernels::elementwise::{
     rms_norm, rms_norm_again, rms_norm_backward, rms_norm_weight, rope, swiglu, swiglu_backward,
 };
 use pipeline_kernels::panels::{LANES, fill, size};
+use pipeline_kernels::product::Onto;
 
 use super::layout::Layout;
 use super::pool::Pool;
-use super::projection::{self, Set};
+use super::projection::Set;
 use super::weights::Layer;
 use crate::ml::linear::{Pass, Weight};
 use crate::ml::model::{self, Gradients, Llama};
@@ -199,7 +200,7 @@ pub(super) fn forward(
     let mut k = shape.take(pool, shape.kv_width());
     let mut v = shape.take(pool, shape.kv_width());
     let set = Set::new(&[&layer.q, &layer.k, &layer.v], hidden, shape);
-    let narrow1 = set.forward(&normed, vec![&mut q, &mut k, &mut v], false, pool)?;
+    let narrow1 = set.forward(&normed, vec![&mut q, &mut k, &mut v], Onto::Zero, pool)?;
     shape.rope(&mut q, shape.q_width(), false);
     shape.rope(&mut k, shape.kv_width(), false);
     let mut attended = shape.take_clean(pool, shape.q_width());
@@ -217,9 +218,8 @@ pub(super) fn forward(
         &mut log_sums,
     );
     let mut middle = shape.take(pool, hidden);
-    projection::copy(&x, &mut middle);
     let set = Set::new(&[&layer.o], shape.q_width(), shape);
-    let narrow2 = set.forward(&attended, vec![&mut middle], true, pool)?;
+    let narrow2 = set.forward(&attended, vec![&mut middle], Onto::Values(&x), pool)?;
 
     let mut inverse2 = shape.take(pool, 1);
     let weight = layer.post_norm.floats()?;
@@ -227,15 +227,15 @@ pub(super) fn forward(
     let mut gate = shape.take(pool, inner);
     let mut up = shape.take(pool, inner);
     let set = Set::new(&[&layer.gate, &layer.up], hidden, shape);
-    let narrow3 = set.forward(&normed, vec![&mut gate, &mut up], false, pool)?;
+    let narrow3 = set.forward(&normed, vec![&mut gate, &mut up], Onto::Zero, pool)?;
     pool.give(normed);
     let mut unit = shape.take(pool, inner);
     swiglu(&gate, &up, &mut unit);
     let set = Set::new(&[&layer.down], inner, shape);
     let (narrow4, out) = if whole {
         let mut out = shape.take(pool, hidden);
-        projection::copy(&middle, &mut out);
-        (set.forward(&unit, vec![&mut out], true, pool)?, out)
+        let onto = Onto::Values(&middle);
+        (set.forward(&unit, vec![&mut out], onto, pool)?, out)
     } else {
         (set.narrow(&unit, pool)?, Vec::new())
     };
@@ -296,7 +296,7 @@ pub(super) fn backward(
     // The gated unit.
     let mut unit = shape.take(pool, inner);
     let set = Set::new(&[&held.down], inner, shape);
-    let slopes = set.backward(&[of_x], &mut unit, false, pool)?;
+    let slopes = set.backward(&[of_x], &mut unit, pool)?;
     swiglu_backward(&mut gate, &mut up, &mut unit); // gate and up are their gradients now, and unit itself
     set.gradients(&[&layer.down], &[of_x], &unit, &narrow4, &slopes, trainable)?;
     pool.give_all(narrow4.into_iter().chain(slopes));
@@ -306,7 +306,7 @@ pub(super) fn backward(
     rms_norm_again(&middle, weight, &inverse2, &mut normed);
     let set = Set::new(&[&held.gate, &held.up], hidden, shape);
     let mut of_normed = shape.take(pool, hidden);
-    let slopes = set.backward(&[&gate, &up], &mut of_normed, false, pool)?;
+    let slopes = set.backward(&[&gate, &up], &mut of_normed, pool)?;
     let linears = [&layer.gate, &layer.up];
     set.gradients(
         &linears,
@@ -329,7 +329,7 @@ pub(super) fn backward(
     // Attention.
     let set = Set::new(&[&held.o], shape.q_width(), shape);
     let mut of_attended = shape.take_clean(pool, shape.q_width());
-    let slopes = set.backward(&[of_x], &mut of_attended, false, pool)?;
+    let slopes = set.backward(&[of_x], &mut of_attended, pool)?;
     set.gradients(
         &[&layer.o],
         &[of_x],
@@ -372,7 +372,7 @@ pub(super) fn backward(
     let outs: [&[f32]; 3] = [&of_q, &of_k, &of_v];
     let needed = wanted || layer.input_norm.weight.trained().is_some();
     let slopes = if needed {
-        set.backward(&outs, &mut of_normed, false, pool)?
+        set.backward(&outs, &mut of_normed, pool)?
     } else {
         set.slopes(&outs, pool)?
     };

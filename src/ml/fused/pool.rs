@@ -1,18 +1,74 @@
 //! Buffers that are used again: fresh memory would have to be cleared by the system, page by page, at every operation.
 
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard};
 
-/// Free buffers, the smallest first.
+use pipeline_kernels::product::{Factor, Pairs};
+
+/// Free buffers.
 #[derive(Debug, Default)]
-pub(in crate::ml) struct Pool(Mutex<Vec<Vec<f32>>>);
+pub(in crate::ml) struct Pool {
+    floats: Free<f32>,
+    bits: Free<u32>,
+}
 
 impl Pool {
     /// A buffer of this length, with anything in it.
     pub(super) fn take(&self, length: usize) -> Vec<f32> {
-        let mut free = self.free();
+        self.floats.take(length)
+    }
+
+    /// Takes a buffer back.
+    pub(super) fn give(&self, buffer: Vec<f32>) {
+        self.floats.give(buffer);
+    }
+
+    /// Takes several back.
+    pub(super) fn give_all(&self, buffers: impl IntoIterator<Item = Vec<f32>>) {
+        buffers.into_iter().for_each(|buffer| self.give(buffer));
+    }
+
+    /// Values as a factor of a product, which is in bf16 if `half`.
+    pub(super) fn factor<'a>(&self, half: bool, x: &'a [f32], features: usize) -> Factor<'a> {
+        if half {
+            Factor::Pairs(Pairs::of(x, features, |length| self.bits.take(length)))
+        } else {
+            Factor::F32(x)
+        }
+    }
+
+    /// Takes the buffers of factors back.
+    pub(super) fn give_factors<'a>(&self, factors: impl IntoIterator<Item = Factor<'a>>) {
+        for factor in factors {
+            match factor {
+                Factor::Pairs(Pairs::Bits(buffer)) => self.bits.give(buffer),
+                Factor::Pairs(Pairs::Rounded(_)) | Factor::F32(_) => {}
+            }
+        }
+    }
+
+    /// How many buffers are free.
+    #[cfg(test)]
+    pub(super) fn count(&self) -> usize {
+        self.floats.lock().len() + self.bits.lock().len()
+    }
+}
+
+/// Free buffers of one type, the smallest first.
+#[derive(Debug)]
+struct Free<T>(Mutex<Vec<Vec<T>>>);
+
+impl<T> Default for Free<T> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<T: Copy + Default> Free<T> {
+    fn take(&self, length: usize) -> Vec<T> {
+        let mut free = self.lock();
         let place = free.partition_point(|buffer| buffer.capacity() < length);
         // One much too large would be missed where it is needed.
-        let fits = |buffer: &Vec<f32>| buffer.capacity() <= 2 * length.max(1 << 10);
+        let fits = |buffer: &Vec<T>| buffer.capacity() <= 2 * length.max(1 << 10);
         let mut buffer = match free.get(place) {
             Some(buffer) if fits(buffer) => free.remove(place),
             // None is large enough: the largest of about this size makes room for it.
@@ -25,31 +81,19 @@ impl Pool {
             },
         };
         drop(free);
-        buffer.resize(length, 0.);
+        buffer.resize(length, T::default());
         buffer
     }
 
-    /// Takes a buffer back.
-    pub(super) fn give(&self, buffer: Vec<f32>) {
+    fn give(&self, buffer: Vec<T>) {
         if buffer.capacity() > 0 {
-            let mut free = self.free();
+            let mut free = self.lock();
             let place = free.partition_point(|other| other.capacity() < buffer.capacity());
             free.insert(place, buffer);
         }
     }
 
-    /// Takes several back.
-    pub(super) fn give_all(&self, buffers: impl IntoIterator<Item = Vec<f32>>) {
-        buffers.into_iter().for_each(|buffer| self.give(buffer));
-    }
-
-    /// How many buffers are free.
-    #[cfg(test)]
-    pub(super) fn count(&self) -> usize {
-        self.free().len()
-    }
-
-    fn free(&self) -> std::sync::MutexGuard<'_, Vec<Vec<f32>>> {
+    fn lock(&self) -> MutexGuard<'_, Vec<Vec<T>>> {
         match self.0.lock() {
             Ok(free) => free,
             Err(poisoned) => poisoned.into_inner(),

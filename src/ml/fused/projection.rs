@@ -2,8 +2,9 @@
 
 use candle_core::Result;
 use pipeline_kernels::elementwise::{self, scale};
+use pipeline_kernels::matrix::Matrix;
 use pipeline_kernels::panels::size;
-use pipeline_kernels::product::{Factor, Pairs, Product, Term, product, products};
+use pipeline_kernels::product::{Factor, Onto, Product, Term, product, products};
 use pipeline_kernels::reduce::{Order, outer};
 use rayon::prelude::*;
 
@@ -21,19 +22,19 @@ pub(super) struct Set<'a> {
 }
 
 /// Copies over all cores.
-pub(super) fn copy(from: &[f32], to: &mut [f32]) {
+fn copy(from: &[f32], to: &mut [f32]) {
     const SPAN: usize = 1 << 14;
     to.par_chunks_mut(SPAN)
         .zip(from.par_chunks(SPAN))
         .for_each(|(to, from)| to.copy_from_slice(from));
 }
 
-/// Values as a factor of a product with the base's weights, which is in bf16 if `half`.
-pub(super) fn factor(half: bool, x: &[f32], features: usize) -> Factor<'_> {
-    if half {
-        Factor::Pairs(Pairs::of(x, features))
-    } else {
-        Factor::F32(x)
+/// A product of one term.
+fn alone<'a>(out: &'a mut [f32], weight: Matrix<'a>, x: &'a Factor<'a>) -> Product<'a> {
+    Product {
+        out,
+        terms: vec![Term { weight, x }],
+        onto: Onto::Zero,
     }
 }
 
@@ -65,28 +66,31 @@ impl<'a> Set<'a> {
 
     /// `s_i A_i x` of each pair.
     pub(super) fn narrow(&self, x: &[f32], pool: &Pool) -> Result<Vec<Vec<f32>>> {
+        let wide = pool.factor(self.shape.half, x, self.features);
+        let narrow = self.narrow_of(x, &wide, pool)?;
+        pool.give_factors([wide]);
+        Ok(narrow)
+    }
+
+    /// The same; `wide` is `x` as a factor.
+    fn narrow_of(&self, x: &[f32], wide: &Factor<'_>, pool: &Pool) -> Result<Vec<Vec<f32>>> {
         let mut narrow = self.ranks(pool);
         let dropped = self.all.iter().map(|p| self.dropped(p, x, pool));
         let dropped: Vec<Option<Vec<f32>>> = dropped.collect();
-        let inputs = dropped
-            .iter()
-            .map(|own| Factor::F32(own.as_deref().unwrap_or(x)));
-        let inputs: Vec<Factor<'_>> = inputs.collect();
+        let own = dropped.iter().map(|own| {
+            let own = own.as_ref()?;
+            Some(pool.factor(self.shape.half, own, self.features))
+        });
+        let own: Vec<Option<Factor<'_>>> = own.collect();
         let mut all = Vec::new();
-        for ((projection, out), x) in self.all.iter().zip(&mut narrow).zip(&inputs) {
+        for ((projection, out), own) in self.all.iter().zip(&mut narrow).zip(&own) {
             if let Some(pair) = &projection.lora {
-                all.push(Product {
-                    out,
-                    terms: vec![Term {
-                        weight: pair.a()?,
-                        x,
-                    }],
-                    add: false,
-                });
+                let (weight, x) = (pair.a()?, own.as_ref().unwrap_or(wide));
+                all.push(alone(out, weight, x));
             }
         }
         products(all);
-        drop(inputs);
+        pool.give_factors(own.into_iter().flatten());
         pool.give_all(dropped.into_iter().flatten());
         self.scale(&mut narrow);
         Ok(narrow)
@@ -100,17 +104,24 @@ impl<'a> Set<'a> {
         }
     }
 
-    /// Puts `y_i` into `outs`, or adds it to what is there. Gives each pair's narrow values.
+    /// The narrow values as factors.
+    fn factors<'v>(&self, narrow: &'v [Vec<f32>], pool: &Pool) -> Vec<Factor<'v>> {
+        let each = self.all.iter().zip(narrow);
+        each.map(|(projection, x)| pool.factor(self.shape.half, x, projection.rank()))
+            .collect()
+    }
+
+    /// Puts `y_i` into `outs`, added to `onto`. Gives each pair's narrow values.
     pub(super) fn forward(
         &self,
         x: &[f32],
         outs: Vec<&mut Vec<f32>>,
-        add: bool,
+        onto: Onto<'_>,
         pool: &Pool,
     ) -> Result<Vec<Vec<f32>>> {
-        let narrow = self.narrow(x, pool)?;
-        let wide = factor(self.shape.half, x, self.features);
-        let factors: Vec<Factor<'_>> = narrow.iter().map(|x| Factor::F32(x)).collect();
+        let wide = pool.factor(self.shape.half, x, self.features);
+        let narrow = self.narrow_of(x, &wide, pool)?;
+        let factors = self.factors(&narrow, pool);
         let mut all = Vec::new();
         for ((projection, out), low) in self.all.iter().zip(outs).zip(&factors) {
             let mut terms = vec![Term {
@@ -123,28 +134,37 @@ impl<'a> Set<'a> {
                     x: low,
                 });
             }
-            all.push(Product { out, terms, add });
+            all.push(Product { out, terms, onto });
         }
         products(all);
-        drop(factors);
+        pool.give_factors(factors);
+        pool.give_factors([wide]);
         Ok(narrow)
+    }
+
+    /// The gradients of what comes out, as factors.
+    fn wide<'v>(&self, of_outs: &[&'v [f32]], pool: &Pool) -> Result<Vec<Factor<'v>>> {
+        let each = self.all.iter().zip(of_outs);
+        each.map(|(projection, of_out)| {
+            Ok(pool.factor(self.shape.half, of_out, projection.matrix()?.height()))
+        })
+        .collect()
     }
 
     /// `s_i B_i^T of_y_i`: the gradients of the narrow values before they were scaled.
     pub(super) fn slopes(&self, of_outs: &[&[f32]], pool: &Pool) -> Result<Vec<Vec<f32>>> {
+        let wide = self.wide(of_outs, pool)?;
+        let slopes = self.slopes_of(&wide, pool)?;
+        pool.give_factors(wide);
+        Ok(slopes)
+    }
+
+    fn slopes_of(&self, wide: &[Factor<'_>], pool: &Pool) -> Result<Vec<Vec<f32>>> {
         let mut slopes = self.ranks(pool);
-        let plain: Vec<Factor<'_>> = of_outs.iter().map(|x| Factor::F32(x)).collect();
         let mut all = Vec::new();
-        for ((projection, out), x) in self.all.iter().zip(&mut slopes).zip(&plain) {
+        for ((projection, out), x) in self.all.iter().zip(&mut slopes).zip(wide) {
             if let Some(pair) = &projection.lora {
-                all.push(Product {
-                    out,
-                    terms: vec![Term {
-                        weight: pair.b()?.turned(),
-                        x,
-                    }],
-                    add: false,
-                });
+                all.push(alone(out, pair.b()?.turned(), x));
             }
         }
         products(all);
@@ -157,19 +177,11 @@ impl<'a> Set<'a> {
         &self,
         of_outs: &[&[f32]],
         of_x: &mut [f32],
-        add: bool,
         pool: &Pool,
     ) -> Result<Vec<Vec<f32>>> {
-        let slopes = self.slopes(of_outs, pool)?;
-        let mut wide = Vec::new();
-        for (projection, of_out) in self.all.iter().zip(of_outs) {
-            wide.push(factor(
-                self.shape.half,
-                of_out,
-                projection.matrix()?.height(),
-            ));
-        }
-        let narrow: Vec<Factor<'_>> = slopes.iter().map(|x| Factor::F32(x)).collect();
+        let wide = self.wide(of_outs, pool)?;
+        let slopes = self.slopes_of(&wide, pool)?;
+        let narrow = self.factors(&slopes, pool);
         let mut terms = Vec::new();
         for ((projection, wide), narrow) in self.all.iter().zip(&wide).zip(&narrow) {
             terms.push(Term {
@@ -183,25 +195,18 @@ impl<'a> Set<'a> {
                 });
             }
         }
-        products(vec![Product {
-            out: of_x,
-            terms,
-            add,
-        }]);
+        product(of_x, terms, Onto::Zero);
         for (projection, narrow) in self.all.iter().zip(&narrow) {
             if let (Some(pair), Some(dropout)) = (&projection.lora, projection.dropout) {
                 let mut own = pool.take(of_x.len());
-                let term = Term {
-                    weight: pair.a()?.turned(),
-                    x: narrow,
-                };
-                product(&mut own, vec![term], false);
+                products(vec![alone(&mut own, pair.a()?.turned(), narrow)]);
                 dropout.apply(&mut own, self.features, &self.shape.places);
                 elementwise::add(of_x, &own, 1.);
                 pool.give(own);
             }
         }
-        drop(narrow);
+        pool.give_factors(narrow);
+        pool.give_factors(wide);
         Ok(slopes)
     }
 
