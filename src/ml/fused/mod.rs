@@ -17,7 +17,7 @@ pub(super) mod weights;
 
 use candle_core::{DType, Result, Tensor};
 use pipeline_kernels::elementwise::{rms_norm, rms_norm_backward, rms_norm_weight};
-use pipeline_kernels::panels::{LANES, fill, size};
+use pipeline_kernels::panels::{LANES, fill, panels, size};
 
 use super::batch::{Batch, Target};
 use super::linear::{Linear, Pass};
@@ -53,13 +53,16 @@ pub(super) fn together(
     packing: Packing,
     checkpointing: bool,
 ) -> usize {
-    let each = layer::kept(model, checkpointing).max(1);
-    let most = TOKENS.min(KEPT / each);
+    let most = TOKENS.min(KEPT / layer::kept(model, checkpointing).max(1));
     let sums = batches.iter().scan(0, |sum, batch| {
         *sum += packing.tokens(batch);
         Some(*sum)
     });
-    sums.take_while(|sum| *sum <= most).count().max(1)
+    let count = sums.take_while(|sum| *sum <= most).count();
+    if count > 1 {
+        model.pool.expect(panels(most));
+    }
+    count.max(1)
 }
 
 /// A forward pass.
@@ -103,6 +106,7 @@ impl<'m> Forward<'m> {
         let layout = Layout::new(batches, packing);
         let shape = Shape::new(model, &layout)?;
         let pool = &model.pool;
+        pool.begin(panels(shape.tokens));
         let mut x = pool.take(size(shape.hidden, shape.tokens));
         embed(model, &layout, pass, &mut x)?;
         let mut saved = Vec::new();

@@ -1,5 +1,9 @@
 //! Buffers that are used again: fresh memory would have to be cleared by the system, page by page, at every operation.
+//!
+//! Passes have unlike numbers of tokens, and buffers that grow leave holes behind them. So each gets the capacity for the longest
+//! pass to come; the system gives memory only to what is written.
 
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard};
 
 use pipeline_kernels::product::{Factor, Pairs};
@@ -9,12 +13,36 @@ use pipeline_kernels::product::{Factor, Pairs};
 pub(in crate::ml) struct Pool {
     floats: Free<f32>,
     bits: Free<u32>,
+    /// Panels of this pass, and of the longest one.
+    panels: AtomicUsize,
+    most: AtomicUsize,
 }
 
 impl Pool {
+    /// Passes of up to so many panels are to come.
+    pub(super) fn expect(&self, panels: usize) {
+        self.most.fetch_max(panels, Relaxed);
+    }
+
+    /// A pass of so many panels begins.
+    pub(super) fn begin(&self, panels: usize) {
+        self.panels.store(panels, Relaxed);
+        self.expect(panels);
+    }
+
+    /// What a buffer of this length may grow to.
+    fn capacity(&self, length: usize) -> usize {
+        let panels = self.panels.load(Relaxed);
+        if panels > 0 && length.is_multiple_of(panels) {
+            length / panels * self.most.load(Relaxed)
+        } else {
+            length
+        }
+    }
+
     /// A buffer of this length, with anything in it.
     pub(super) fn take(&self, length: usize) -> Vec<f32> {
-        self.floats.take(length)
+        self.floats.take(length, self.capacity(length))
     }
 
     /// Takes a buffer back.
@@ -30,7 +58,9 @@ impl Pool {
     /// Values as a factor of a product, which is in bf16 if `half`.
     pub(super) fn factor<'a>(&self, half: bool, x: &'a [f32], features: usize) -> Factor<'a> {
         if half {
-            Factor::Pairs(Pairs::of(x, features, |length| self.bits.take(length)))
+            Factor::Pairs(Pairs::of(x, features, |length| {
+                self.bits.take(length, self.capacity(length))
+            }))
         } else {
             Factor::F32(x)
         }
@@ -64,20 +94,20 @@ impl<T> Default for Free<T> {
 }
 
 impl<T: Copy + Default> Free<T> {
-    fn take(&self, length: usize) -> Vec<T> {
+    fn take(&self, length: usize, capacity: usize) -> Vec<T> {
         let mut free = self.lock();
-        let place = free.partition_point(|buffer| buffer.capacity() < length);
+        let place = free.partition_point(|buffer| buffer.capacity() < capacity);
         // One much too large would be missed where it is needed.
-        let fits = |buffer: &Vec<T>| buffer.capacity() <= 2 * length.max(1 << 10);
+        let fits = |buffer: &Vec<T>| buffer.capacity() <= 2 * capacity.max(1 << 10);
         let mut buffer = match free.get(place) {
             Some(buffer) if fits(buffer) => free.remove(place),
             // None is large enough: the largest of about this size makes room for it.
             _ => match place.checked_sub(1) {
-                Some(before) if free[before].capacity() > length / 2 => {
+                Some(before) if free[before].capacity() > capacity / 2 => {
                     drop(free.remove(before));
-                    Vec::with_capacity(length)
+                    Vec::with_capacity(capacity)
                 }
-                _ => Vec::with_capacity(length),
+                _ => Vec::with_capacity(capacity),
             },
         };
         drop(free);
@@ -116,5 +146,19 @@ mod tests {
         assert_eq!((again.as_ptr(), again.len()), (place, 4000));
         pool.give(again);
         assert_eq!(pool.take(6000).len(), 6000);
+    }
+
+    #[test]
+    fn a_longer_pass_finds_room_in_the_buffers_of_a_shorter_one() {
+        let pool = Pool::default();
+        pool.expect(10);
+        pool.begin(3);
+        let buffers = [64, 512].map(|width| pool.take(3 * width));
+        let places = buffers.each_ref().map(|buffer| buffer.as_ptr());
+        pool.give_all(buffers);
+        pool.begin(10);
+        let longer = [512, 64].map(|width| pool.take(10 * width));
+        assert_eq!(longer[0].as_ptr(), places[1]);
+        assert_eq!(longer[1].as_ptr(), places[0]);
     }
 }
