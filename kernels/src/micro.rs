@@ -62,6 +62,28 @@ pub(crate) unsafe fn multiply_pairs<const M: usize>(tile: Tile<u32, u32>) {
 #[cfg(not(target_arch = "x86_64"))]
 pub(crate) unsafe fn multiply_pairs<const M: usize>(_: Tile<u32, u32>) {}
 
+/// Two rows, rounded to bf16, as pairs: the first in the low halves. Denormal numbers become 0, which products take them for.
+///
+/// # Safety
+/// [`Isa::current`] must be [`Isa::Avx512Bf16`].
+#[cfg(target_arch = "x86_64")]
+#[inline]
+pub(crate) unsafe fn pair_rows(
+    first: &[f32; LANES],
+    second: &[f32; LANES],
+    out: &mut [u32; LANES],
+) {
+    // SAFETY: the caller's promise.
+    unsafe { wide::pair_rows(first, second, out) };
+}
+
+/// See [`multiply_pairs`].
+///
+/// # Safety
+/// None needed.
+#[cfg(not(target_arch = "x86_64"))]
+pub(crate) unsafe fn pair_rows(_: &[f32; LANES], _: &[f32; LANES], _: &mut [u32; LANES]) {}
+
 /// The tile by loops that the compiler makes vectors of: four rows and half the lanes at a time, so that 16 registers do.
 struct Plain<const M: usize, const V: usize, const RS: usize, const KS: usize>(Tile<f32, f32>);
 
@@ -124,9 +146,10 @@ impl<const M: usize, const V: usize, const RS: usize, const KS: usize> Plain<M, 
 #[cfg(target_arch = "x86_64")]
 mod wide {
     use std::arch::x86_64::{
-        __m512, __m512bh, __m512i, _mm512_add_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps,
-        _mm512_loadu_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps,
-        _mm512_storeu_ps,
+        __m512, __m512bh, __m512i, _mm512_add_ps, _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps,
+        _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_permutexvar_epi16,
+        _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
+        _mm512_storeu_si512,
     };
 
     use super::{LANES, TILE, Tile};
@@ -211,10 +234,34 @@ mod wide {
         }
     }
 
+    /// # Safety
+    /// The processor must have AVX-512 with bf16.
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    pub(super) fn pair_rows(first: &[f32; LANES], second: &[f32; LANES], out: &mut [u32; LANES]) {
+        // Word 2 i is word i, word 2 i + 1 is word 16 + i.
+        let words: [i16; 32] = std::array::from_fn(|at| (at / 2 + at % 2 * 16) as i16);
+        // SAFETY: 512 bits.
+        let words = unsafe { _mm512_loadu_si512(words.as_ptr().cast()) };
+        for at in (0..LANES).step_by(16) {
+            // SAFETY: both halves of a row are there.
+            let row = |row: &[f32; LANES]| unsafe { _mm512_loadu_ps(row.as_ptr().add(at)) };
+            let both = to_integers(_mm512_cvtne2ps_pbh(row(second), row(first)));
+            let pairs = _mm512_permutexvar_epi16(words, both);
+            // SAFETY: and so are those of the result.
+            unsafe { _mm512_storeu_si512(out.as_mut_ptr().add(at).cast(), pairs) };
+        }
+    }
+
     #[target_feature(enable = "avx512f")]
     unsafe fn load(from: *const u32) -> __m512bh {
         // SAFETY: the caller's promise.
         of_integers(unsafe { _mm512_loadu_si512(from.cast()) })
+    }
+
+    #[inline(always)]
+    fn to_integers(value: __m512bh) -> __m512i {
+        // SAFETY: 512 bits either way, and every bit pattern is a value.
+        unsafe { std::mem::transmute(value) }
     }
 
     #[inline(always)]

@@ -4,7 +4,8 @@
 
 use rayon::prelude::*;
 
-use crate::dispatch::{Loop, run};
+use crate::dispatch::{Isa, Loop, run};
+use crate::micro::pair_rows;
 
 /// Tokens in a panel.
 pub const LANES: usize = 32;
@@ -65,9 +66,21 @@ pub fn bf16_bits(x: f32) -> u32 {
 /// With an odd number of features the last pair's second is 0.
 pub fn pairs(data: &[f32], features: usize, out: &mut [u32]) {
     let half = features.div_ceil(2);
+    let wide = Isa::current() >= Isa::Avx512Bf16;
     out.par_chunks_mut(half.max(1) * LANES)
         .zip(data.par_chunks(features.max(1) * LANES))
-        .for_each(|(out, data)| run(Pairs { data, out }));
+        .for_each(|(out, data)| {
+            if !wide {
+                return run(Pairs { data, out });
+            }
+            let (out, _) = out.as_chunks_mut::<LANES>();
+            let (rows, _) = data.as_chunks::<LANES>();
+            for (out, rows) in out.iter_mut().zip(rows.chunks(2)) {
+                let second = rows.get(1).unwrap_or(&[0.; LANES]);
+                // SAFETY: the instruction set is there.
+                unsafe { pair_rows(&rows[0], second, out) };
+            }
+        });
 }
 
 struct Pairs<'a> {
