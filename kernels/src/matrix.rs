@@ -10,6 +10,7 @@ use half::{bf16, f16};
 
 use crate::dispatch::{Loop, run};
 use crate::micro::TILE;
+use crate::nf4::Stored;
 use crate::panels::bf16_bits;
 
 /// Values of an NF4 weight that share a largest magnitude.
@@ -24,6 +25,29 @@ pub enum Values<'a> {
     Bf16(&'a [bf16]),
     /// bitsandbytes' NF4.
     Nf4(Nf4<'a>),
+}
+
+impl<'a> Values<'a> {
+    /// Numbers where they lie in a file that is mapped into memory. `None` where they don't lie as the processor wants them, or
+    /// are of a type that no product takes as it is.
+    pub fn in_place(stored: Stored, bytes: &'a [u8]) -> Option<Self> {
+        if cfg!(target_endian = "big") {
+            return None;
+        }
+        match stored {
+            Stored::F32 => {
+                // SAFETY: every pattern of bits is a float.
+                let (before, values, behind) = unsafe { bytes.align_to::<f32>() };
+                (before.is_empty() && behind.is_empty()).then_some(Self::F32(values))
+            }
+            Stored::Bf16 => {
+                // SAFETY: a `bf16` is its bits (`repr(transparent)`), and every pattern is one.
+                let (before, values, behind) = unsafe { bytes.align_to::<bf16>() };
+                (before.is_empty() && behind.is_empty()).then_some(Self::Bf16(values))
+            }
+            Stored::F16 => None,
+        }
+    }
 }
 
 /// A weight in NF4: `code[nibble] * absmax[place / 64]`, rounded.

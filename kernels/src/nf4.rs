@@ -373,7 +373,10 @@ mod tests {
                 let (mut out, most) = ([0f32], most(&halves(&block)));
                 largest(Stored::F16, &block, &mut out);
                 let same = out[0].to_bits() == most.to_bits();
-                assert!(same || (out[0].is_nan() && most.is_nan()), "{isa:?} {bits:x}");
+                assert!(
+                    same || (out[0].is_nan() && most.is_nan()),
+                    "{isa:?} {bits:x}"
+                );
             }
         });
     }

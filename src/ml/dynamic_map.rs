@@ -11,7 +11,12 @@ pub(super) struct Table {
     pub(super) midpoints: Vec<f32>,
     /// The code of 0.
     pub(super) zero: u8,
+    /// For the upper bits of a number, the code of the smallest number that has them.
+    first: Vec<u8>,
 }
+
+/// Upper bits of a number that say about which code it has: sign, exponent and five of its fraction.
+const UPPER: u32 = 14;
 
 static SIGNED: LazyLock<Table> = LazyLock::new(|| Table::new(true));
 static UNSIGNED: LazyLock<Table> = LazyLock::new(|| Table::new(false));
@@ -41,15 +46,30 @@ impl Table {
             }
         }
         values.sort_by(f32::total_cmp);
-        let midpoints = values
+        let midpoints: Vec<f32> = values
             .windows(2)
             .map(|pair| f32::midpoint(pair[0], pair[1]))
             .collect();
+        let first = (0..1u32 << UPPER).map(|upper| {
+            let bits = upper << (32 - UPPER);
+            // Of negative numbers the smallest has all lower bits set.
+            let negative = bits >> 31 == 1;
+            let smallest = f32::from_bits(bits | if negative { u32::MAX >> UPPER } else { 0 });
+            // Where infinity is, there are NaNs, which are above nothing.
+            let smallest = if smallest.is_finite() {
+                smallest
+            } else {
+                f32::MIN
+            };
+            midpoints.partition_point(|midpoint| *midpoint < smallest) as u8
+        });
+        let first = first.collect();
         let zero = values.iter().position(|value| *value == 0.).unwrap_or(0) as u8;
         Self {
             values,
             midpoints,
             zero,
+            first,
         }
     }
 
@@ -60,7 +80,12 @@ impl Table {
 
     /// The code of the nearest value; halfway, of the lower one.
     pub(super) fn code(&self, x: f32) -> u8 {
-        self.midpoints.partition_point(|midpoint| *midpoint < x) as u8
+        let upper = (x.to_bits() >> (32 - UPPER)) as usize;
+        let first = self.first.get(upper).copied().unwrap_or_default();
+        let above = self.midpoints.get(usize::from(first)..).unwrap_or_default();
+        // One or two, seldom more.
+        let further = above.iter().take_while(|midpoint| **midpoint < x).count();
+        first + further as u8
     }
 }
 
@@ -81,6 +106,21 @@ mod tests {
                 assert_eq!(ours.to_bits(), theirs.to_bits(), "{name} {code}");
             }
             assert_eq!(theirs.len(), 256);
+        }
+    }
+
+    #[test]
+    fn codes_are_those_of_a_plain_search() {
+        for signed in [true, false] {
+            let table = Table::of(signed);
+            let edges = table.midpoints.iter().chain(&table.values);
+            let near = edges.flat_map(|x| [x.next_down(), *x, x.next_up()]);
+            let all = (0..1u32 << 18).map(|upper| f32::from_bits(upper << 14));
+            let special = [f32::MAX, f32::MIN, f32::INFINITY, f32::NEG_INFINITY, -0.];
+            for x in near.chain(all).chain(special) {
+                let code = table.midpoints.partition_point(|midpoint| *midpoint < x);
+                assert_eq!(usize::from(table.code(x)), code, "{x}");
+            }
         }
     }
 

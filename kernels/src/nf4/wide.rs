@@ -4,13 +4,13 @@
 //! is the number of midpoints in lower cells, and one more if it is above the midpoint in its own.
 
 use std::arch::x86_64::{
-    __m256i, __m512, __m512i, _mm256_loadu_si256, _mm256_permutexvar_epi16, _mm256_set_epi16,
-    _mm256_storeu_si256, _mm512_and_si512, _mm512_castps_si512, _mm512_castsi512_ps,
-    _mm512_cmp_ps_mask, _mm512_cvtepi16_epi8, _mm512_cvtepu16_epi32, _mm512_cvtph_ps,
-    _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_maddubs_epi16, _mm512_mask_add_epi32,
+    __m256i, __m512, __m512i, _CMP_GT_OQ, _mm256_loadu_si256, _mm256_permutexvar_epi16,
+    _mm256_set_epi16, _mm256_storeu_si256, _mm512_and_si512, _mm512_castps_si512,
+    _mm512_castsi512_ps, _mm512_cmp_ps_mask, _mm512_cvtepi16_epi8, _mm512_cvtepu16_epi32,
+    _mm512_cvtph_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_maddubs_epi16, _mm512_mask_add_epi32,
     _mm512_max_epu32, _mm512_mul_ps, _mm512_packs_epi32, _mm512_packus_epi16,
     _mm512_permutex2var_epi32, _mm512_permutex2var_ps, _mm512_reduce_max_epu32, _mm512_set1_epi16,
-    _mm512_set1_epi32, _mm512_set1_ps, _mm512_slli_epi32, _CMP_GT_OQ,
+    _mm512_set1_epi32, _mm512_set1_ps, _mm512_slli_epi32,
 };
 
 use super::{BLOCK, MIDPOINTS, Stored, share};
@@ -126,7 +126,12 @@ impl Tables {
     fn new() -> Self {
         let (own, below) = &CELLS;
         // SAFETY: either half of 32 values.
-        let own = unsafe { [_mm512_loadu_ps(own.as_ptr()), _mm512_loadu_ps(own.as_ptr().add(16))] };
+        let own = unsafe {
+            [
+                _mm512_loadu_ps(own.as_ptr()),
+                _mm512_loadu_ps(own.as_ptr().add(16)),
+            ]
+        };
         let below = below.as_ptr().cast::<f32>();
         // SAFETY: the same.
         let below = unsafe { [_mm512_loadu_ps(below), _mm512_loadu_ps(below.add(16))] };
