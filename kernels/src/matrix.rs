@@ -368,3 +368,32 @@ impl Nf4<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_used_where_they_lie_if_they_lie_well() {
+        let numbers = [1f32, -2.5, f32::MIN_POSITIVE, 3e38];
+        let floats: Vec<u8> = numbers.iter().flat_map(|x| x.to_le_bytes()).collect();
+        // Bytes at a place that is right for floats.
+        let mut room = vec![0f32; 6];
+        // SAFETY: floats are bytes.
+        let room = unsafe { room.align_to_mut::<u8>().1 };
+        room[4..20].copy_from_slice(&floats);
+        let Some(Values::F32(found)) = Values::in_place(Stored::F32, &room[4..20]) else {
+            panic!("they lie well");
+        };
+        assert_eq!(found, numbers);
+        for wrong in [&room[3..19], &room[4..19], &room[5..20]] {
+            assert!(Values::in_place(Stored::F32, wrong).is_none());
+        }
+        let Some(Values::Bf16(found)) = Values::in_place(Stored::Bf16, &room[6..8]) else {
+            panic!("they lie well");
+        };
+        assert_eq!(found, [bf16::from_f32(1.)]);
+        assert!(Values::in_place(Stored::Bf16, &room[5..9]).is_none());
+        assert!(Values::in_place(Stored::F16, &room[4..8]).is_none());
+    }
+}

@@ -14,10 +14,13 @@ use serde_json::json;
 use super::folder::sorted_json;
 use super::weights::{Entry, INDEX, Weights, Writer};
 
-/// Bytes that are made at once: whole numbers of any type, and whole blocks of 4-bit weights.
-const PIECE: usize = 8 << 20;
-/// Pieces that may wait for the disk.
-const QUEUE: usize = 2;
+/// Bytes that are made at once: whole numbers of any type, and whole blocks of 4-bit weights. Few enough to be in the cache still
+/// when they are digested and written.
+const PIECE: usize = 2 << 20;
+/// Bytes of smaller tensors that go to the writing thread together.
+const TOGETHER: usize = 1 << 20;
+/// How often as many may wait for the disk.
+const QUEUE: usize = 4;
 
 /// A tensor to write.
 pub(super) struct Output<'a> {
@@ -44,7 +47,7 @@ impl<'a> Output<'a> {
         Self { entry, source }
     }
 
-    /// A tensor that is made in pieces: `fill(first, bytes)` makes those from number `first` on, a multiple of 8 MiB.
+    /// A tensor that is made in pieces: `fill(first, bytes)` makes those from number `first` on, a multiple of 2 MiB.
     pub(super) fn pieces(
         entry: Entry,
         fill: impl FnMut(usize, &mut [u8]) -> anyhow::Result<()> + 'a,
@@ -96,7 +99,7 @@ impl<'a> Orders<'a> {
             Order::Bytes(Cow::Owned(bytes)) | Order::Piece(bytes) => bytes.len(),
         };
         self.waiting.push(order);
-        if self.bytes >= PIECE {
+        if self.bytes >= TOGETHER {
             self.send()?;
         }
         Ok(())

@@ -11,8 +11,10 @@ use half::{bf16, f16};
 use safetensors::Dtype;
 use serde_json::json;
 
-/// Bytes that are written at once.
+/// Bytes that are written and digested at once.
 const PIECE: usize = 1 << 19;
+/// Less is put together first.
+const SMALL: usize = 1 << 16;
 
 /// A tensor that will be written.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -103,7 +105,7 @@ impl Writer {
                 file: File::create(path)?,
                 blake3: blake3::Hasher::new(),
             };
-            let mut file = BufWriter::with_capacity(PIECE, file);
+            let mut file = BufWriter::with_capacity(SMALL, file);
             file.write_all(&(header.len() as u64).to_le_bytes())?;
             file.write_all(&header)?;
             Ok(file)
