@@ -378,7 +378,7 @@ mod tests {
         let numbers = [1f32, -2.5, f32::MIN_POSITIVE, 3e38];
         let floats: Vec<u8> = numbers.iter().flat_map(|x| x.to_le_bytes()).collect();
         // Bytes at a place that is right for floats.
-        let mut room = vec![0f32; 6];
+        let mut room = [0f32; 6];
         // SAFETY: floats are bytes.
         let room = unsafe { room.align_to_mut::<u8>().1 };
         room[4..20].copy_from_slice(&floats);
