@@ -1,5 +1,10 @@
 //! From weights to NF4 codes, in blocks of 64 with one largest magnitude each, with the bits of bitsandbytes.
 
+#[cfg(target_arch = "x86_64")]
+mod wide;
+
+#[cfg(target_arch = "x86_64")]
+use crate::dispatch::Isa;
 use crate::dispatch::{self, Loop};
 
 /// Values that share a largest magnitude.
@@ -61,12 +66,31 @@ impl Stored {
 
 /// Writes the largest magnitude of each block of `bytes` to `out`. If a block holds a NaN or an infinity, so is the result.
 pub fn largest(stored: Stored, bytes: &[u8], out: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    let (bytes, out) = if Isa::current() >= Isa::Avx512 {
+        // SAFETY: the processor has AVX-512.
+        let done = unsafe { wide::largest(stored, bytes, out) };
+        (&bytes[done * BLOCK * stored.size()..], &mut out[done..])
+    } else {
+        (bytes, out)
+    };
     dispatch::run(Largest { stored, bytes, out });
 }
 
 /// Writes two codes a byte to `packed`: of each value's share in its block's largest magnitude the nearest code, halfway the
 /// lower one. An odd last value is followed by the code of 0. The values are finite.
 pub fn pack(stored: Stored, bytes: &[u8], packed: &mut [u8]) {
+    #[cfg(target_arch = "x86_64")]
+    let (bytes, packed) = if Isa::current() >= Isa::Avx512 {
+        // SAFETY: the processor has AVX-512.
+        let done = unsafe { wide::pack(stored, bytes, packed) };
+        (
+            &bytes[done * BLOCK * stored.size()..],
+            &mut packed[done * BLOCK / 2..],
+        )
+    } else {
+        (bytes, packed)
+    };
     dispatch::run(Pack {
         stored,
         bytes,
@@ -124,14 +148,14 @@ fn pack_plain(stored: Stored, bytes: &[u8], packed: &mut [u8]) {
             Stored::F16 => halves(block),
             Stored::Bf16 => uppers(block),
         };
-        let absmax = most(&values).max(1e-38);
         if block.len() == BLOCK * stored.size() {
-            let inverse = 1. / absmax;
+            let inverse = share(most(&values));
             for value in &mut values {
                 *value *= inverse;
             }
         } else {
             // Only a ragged last block is divided, as on bitsandbytes' CPU path.
+            let absmax = most(&values).max(1e-38);
             for value in &mut values {
                 *value /= absmax;
             }
@@ -188,6 +212,12 @@ fn most(values: &[f32; BLOCK]) -> f32 {
         most = most.max(value.to_bits() & 0x7fff_ffff);
     }
     f32::from_bits(most)
+}
+
+/// What the values of a whole block are multiplied by.
+#[inline(always)]
+fn share(most: f32) -> f32 {
+    1. / most.max(1e-38)
 }
 
 /// The number of midpoints below each value, which is its code: no branches, so that many are counted at once.
@@ -261,7 +291,7 @@ mod tests {
             let mut packed = vec![0u8; values.len().div_ceil(2)];
             pack(stored, &bytes, &mut packed);
             with_each(|isa| {
-                let (mut again, mut most) = (packed.clone(), magnitudes.clone());
+                let (mut again, mut most) = (vec![9; packed.len()], vec![9.; magnitudes.len()]);
                 pack(stored, &bytes, &mut again);
                 largest(stored, &bytes, &mut most);
                 assert!(again == packed && most == magnitudes, "{isa:?}");
@@ -293,6 +323,32 @@ mod tests {
     }
 
     #[test]
+    fn shares_at_every_edge_have_the_same_code_everywhere() {
+        let near = |x: f32| [x.next_down(), x, x.next_up()];
+        let midpoints = MIDPOINTS.iter().chain(&CODE).copied();
+        // Where the looked-up cells end.
+        let cells = (-31..=31).map(|cell| cell as f32 / 2. / 15.4);
+        let even = (-512..=512).map(|step| step as f32 / 512.);
+        let all = midpoints.chain(cells).chain(even).flat_map(near);
+        let all: Vec<f32> = all.filter(|x| x.abs() <= 1.).collect();
+        // With a 1 in each block, a value is its share.
+        let mut values: Vec<f32> = all
+            .chunks(BLOCK - 1)
+            .flat_map(|part| part.iter().copied().chain([1.]))
+            .collect();
+        values.resize(values.len().next_multiple_of(BLOCK), 1.);
+        let bytes = bytes(Stored::F32, &values);
+        with_each(|isa| {
+            let mut packed = vec![0; values.len() / 2];
+            pack(Stored::F32, &bytes, &mut packed);
+            for (byte, pair) in packed.iter().zip(values.as_chunks::<2>().0) {
+                let codes = [byte >> 4, byte & 15];
+                assert_eq!(codes, pair.map(code_by_search), "{isa:?} {pair:?}");
+            }
+        });
+    }
+
+    #[test]
     fn every_half_is_read() {
         for bits in 0..=u16::MAX {
             let read = halves(&bits.to_le_bytes())[0];
@@ -311,6 +367,18 @@ mod tests {
             let same = f64::from(read).to_bits() == exact.to_bits();
             assert!(same || (read.is_nan() && exact.is_nan()), "{bits:x} {read}");
         }
+        with_each(|isa| {
+            for bits in 0..=u16::MAX {
+                let block = [bits.to_le_bytes(); BLOCK].concat();
+                let (mut out, most) = ([0f32], most(&halves(&block)));
+                largest(Stored::F16, &block, &mut out);
+                let same = out[0].to_bits() == most.to_bits();
+                assert!(
+                    same || (out[0].is_nan() && most.is_nan()),
+                    "{isa:?} {bits:x}"
+                );
+            }
+        });
     }
 
     #[test]

@@ -269,10 +269,10 @@ impl Piece<'_> {
                         b,
                         depth,
                         c,
-                        from,
                         rows,
-                    })
-                };
+                        from,
+                    });
+                }
             }
             Factor::F32(x) => {
                 // SAFETY: the caller's promise.
@@ -306,10 +306,10 @@ impl Piece<'_> {
                 b,
                 depth,
                 c,
-                from,
                 rows,
-            })
-        };
+                from,
+            });
+        }
     }
 }
 

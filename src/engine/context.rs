@@ -10,6 +10,7 @@ use std::time::Instant;
 use anyhow::{Context as _, anyhow, bail};
 use serde::Serialize;
 
+use super::canonical::{Digest, is_digest};
 use super::manifest::{Entry, Stat};
 use super::store::END;
 use super::{Event, Input, Level, SourcePath, Span, World};
@@ -36,8 +37,8 @@ pub struct Context {
     pub(crate) notes: Mutex<BTreeMap<String, serde_json::Value>>,
     /// Digests of local files by path.
     pub(crate) known: BTreeMap<PathBuf, Entry>,
-    /// Digests of copies of such files, by their names in the output.
-    pub(crate) copied: Mutex<BTreeMap<String, Entry>>,
+    /// Digests of files that are known already, by their names in the output.
+    pub(crate) written: Mutex<BTreeMap<String, Entry>>,
     /// The last things it told, for the log of a failure.
     pub(crate) told: Mutex<VecDeque<Event>>,
 }
@@ -86,16 +87,28 @@ impl Context {
                 && known.stat == before
                 && known.stat == stat(source)?
             {
-                let entry = Entry {
-                    blake3: known.blake3.clone(),
-                    stat: stat(&target)?,
-                };
-                let mut copied = self.copied.lock().unwrap_or_else(PoisonError::into_inner);
-                copied.insert(name.to_owned(), entry);
+                self.remember(name, known.blake3.clone(), stat(&target)?);
             }
             Ok(())
         };
         copy().with_context(|| format!("could not copy `{}`", source.display()))
+    }
+
+    /// Tells the BLAKE3 digest, in hex, of a file that the stage wrote into the output under a relative `name`. It must have
+    /// been made of the very bytes that were written, and the file must be complete: then it is read once less.
+    pub fn written(&self, name: &str, blake3: &str) -> anyhow::Result<()> {
+        let path = self.out.join(name);
+        let metadata = std::fs::symlink_metadata(&path);
+        let metadata = metadata.with_context(|| format!("could not read `{}`", path.display()))?;
+        if is_digest(blake3) {
+            self.remember(name, blake3.to_owned(), Stat::of(&metadata));
+        }
+        Ok(())
+    }
+
+    fn remember(&self, name: &str, blake3: Digest, stat: Stat) {
+        let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
+        written.insert(name.to_owned(), Entry { blake3, stat });
     }
 
     /// A folder that survives a crash and is found again by the same fingerprint. Made on first use, removed on success.
@@ -269,7 +282,7 @@ impl Context {
             deadline: None,
             gpus: Vec::new(),
             known: BTreeMap::new(),
-            copied: Mutex::default(),
+            written: Mutex::default(),
             notes: Mutex::default(),
             told: Mutex::default(),
         }

@@ -162,8 +162,8 @@ impl Worker<'_, '_> {
             // The result is worth more than what a later stage might start from.
             let _ = miss.keep_end(&family);
         }
-        let copied = context.copied.into_inner();
-        let (record, _) = miss.commit(record, &copied.unwrap_or_else(PoisonError::into_inner))?;
+        let written = context.written.into_inner();
+        let (record, _) = miss.commit(record, &written.unwrap_or_else(PoisonError::into_inner))?;
         shared.made(store, &prepared.digest);
         self.situation.keep_texts(node, prepared);
         store.set_last(recipe, &node.name, &prepared.digest)?;
@@ -241,7 +241,7 @@ impl Worker<'_, '_> {
             notes: Mutex::default(),
             told: Mutex::default(),
             known: prepared.known.clone(),
-            copied: Mutex::default(),
+            written: Mutex::default(),
         })
     }
 }

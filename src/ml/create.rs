@@ -17,7 +17,7 @@ use super::config::LlamaConfig;
 use super::float::Float;
 use super::folder::{self, CONFIG};
 use super::lora_init::projections;
-use super::rewrite::{Index, Output, write_file};
+use super::rewrite::{Index, Output, Written, write_file};
 use super::weights::{Entry, SINGLE};
 
 /// Values that a thread takes at once; even, for they come in pairs.
@@ -36,14 +36,23 @@ pub struct Settings {
     pub max_shard_size: u64,
 }
 
+/// What was made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Report {
+    /// The number of values.
+    pub parameters: u64,
+    /// The files of weights.
+    pub files: Vec<Written>,
+}
+
 /// Writes `config.json` and the weights. In memory are a few MiB at a time. `progress` is told the bytes written so far, of all,
-/// and may stop. Returns the number of parameters.
+/// and may stop.
 pub fn create(
     config: &LlamaConfig,
     settings: Settings,
     out: &Path,
     progress: &mut dyn FnMut(u64, u64) -> anyhow::Result<()>,
-) -> anyhow::Result<u64> {
+) -> anyhow::Result<Report> {
     let entries = entries(config, settings.float);
     let size = |entry: &Entry| -> anyhow::Result<u64> { Ok(entry.size()? as u64) };
     let mut total = 0u64;
@@ -69,6 +78,7 @@ pub fn create(
     }
     let mut index = Index::default();
     let mut done = 0;
+    let mut written = Vec::new();
     let count = files.len();
     for (number, entries) in files.into_iter().enumerate() {
         let file = if count == 1 {
@@ -87,15 +97,19 @@ pub fn create(
                 Ok(())
             }));
         }
-        write_file(&out.join(file), outputs, &mut |name| {
+        let blake3 = write_file(&out.join(&file), outputs, &mut |name| {
             done += sizes.get(name).copied().unwrap_or(0);
             progress(done, total)
         })?;
+        written.push(Written { name: file, blake3 });
     }
     if count > 1 {
         index.write(out)?;
     }
-    Ok(total / settings.float.size() as u64)
+    Ok(Report {
+        parameters: total / settings.float.size() as u64,
+        files: written,
+    })
 }
 
 /// The number of weights that a model of this shape has; a tied head counts once.

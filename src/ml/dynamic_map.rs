@@ -11,6 +11,28 @@ pub(super) struct Table {
     pub(super) midpoints: Vec<f32>,
     /// The code of 0.
     pub(super) zero: u8,
+    /// See [`first_codes`].
+    first: Vec<u8>,
+}
+
+/// For all upper halves of numbers, the code of the smallest number that has it. Those halves are so fine that no two midpoints
+/// have one in common.
+fn first_codes(midpoints: &[f32]) -> Vec<u8> {
+    let mut first = vec![0; 1 << 16];
+    let mut code = 0;
+    // In rising order, without NaNs; of negative numbers the smallest has all lower bits set.
+    let negative = (0x8000..0xff80u32).rev().map(|half| half << 16 | 0xffff);
+    let positive = (0..=0x7f80u32).map(|half| half << 16);
+    for bits in negative.chain(positive) {
+        while midpoints
+            .get(code)
+            .is_some_and(|midpoint| *midpoint < f32::from_bits(bits))
+        {
+            code += 1;
+        }
+        first[(bits >> 16) as usize] = code as u8;
+    }
+    first
 }
 
 static SIGNED: LazyLock<Table> = LazyLock::new(|| Table::new(true));
@@ -41,15 +63,17 @@ impl Table {
             }
         }
         values.sort_by(f32::total_cmp);
-        let midpoints = values
+        let midpoints: Vec<f32> = values
             .windows(2)
             .map(|pair| f32::midpoint(pair[0], pair[1]))
             .collect();
+        let first = first_codes(&midpoints);
         let zero = values.iter().position(|value| *value == 0.).unwrap_or(0) as u8;
         Self {
             values,
             midpoints,
             zero,
+            first,
         }
     }
 
@@ -60,7 +84,10 @@ impl Table {
 
     /// The code of the nearest value; halfway, of the lower one.
     pub(super) fn code(&self, x: f32) -> u8 {
-        self.midpoints.partition_point(|midpoint| *midpoint < x) as u8
+        let first = self.first.get((x.to_bits() >> 16) as usize);
+        let first = first.copied().unwrap_or_default();
+        let above = self.midpoints.get(usize::from(first));
+        first + u8::from(above.is_some_and(|midpoint| *midpoint < x))
     }
 }
 
@@ -81,6 +108,22 @@ mod tests {
                 assert_eq!(ours.to_bits(), theirs.to_bits(), "{name} {code}");
             }
             assert_eq!(theirs.len(), 256);
+        }
+    }
+
+    #[test]
+    fn codes_are_those_of_a_plain_search() {
+        for signed in [true, false] {
+            let table = Table::of(signed);
+            let edges = table.midpoints.iter().chain(&table.values);
+            let near = edges.flat_map(|x| [x.next_down(), *x, x.next_up()]);
+            let all = (0..1u32 << 18).map(|upper| f32::from_bits(upper << 14));
+            let special = [f32::MAX, f32::MIN, f32::INFINITY, f32::NEG_INFINITY, -0.];
+            let all = near.chain(all).chain(special);
+            for x in all.filter(|x| !x.is_nan()) {
+                let code = table.midpoints.partition_point(|midpoint| *midpoint < x);
+                assert_eq!(usize::from(table.code(x)), code, "{x}");
+            }
         }
     }
 

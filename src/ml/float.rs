@@ -2,6 +2,7 @@
 
 use candle_core::DType;
 use half::{bf16, f16};
+use pipeline_kernels::nf4::Stored;
 use safetensors::Dtype;
 
 /// A floating-point type that weights may be stored in.
@@ -58,6 +59,15 @@ impl Float {
             Self::F32 => DType::F32,
             Self::F16 => DType::F16,
             Self::BF16 => DType::BF16,
+        }
+    }
+
+    /// The kernels' name.
+    pub fn kernel(self) -> Stored {
+        match self {
+            Self::F32 => Stored::F32,
+            Self::F16 => Stored::F16,
+            Self::BF16 => Stored::Bf16,
         }
     }
 

@@ -14,7 +14,7 @@ use super::config::LlamaConfig;
 use super::float::Float;
 use super::folder::{self, CONFIG};
 use super::nf4::{Nf4, PARTS};
-use super::rewrite::{Output, rewrite};
+use super::rewrite::{Output, Written, rewrite};
 use super::weights::{Entry, Weights};
 
 const EMBEDDINGS: &str = "model.embed_tokens.weight";
@@ -23,7 +23,7 @@ const HEAD: &str = "lm_head.weight";
 const SPAN: usize = 1 << 12;
 
 /// What was done.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Report {
     /// Weights that the adapter changed.
     pub merged: usize,
@@ -33,6 +33,8 @@ pub struct Report {
     pub dequantised: usize,
     /// Bytes of all tensors of the result.
     pub bytes: u64,
+    /// The files of weights.
+    pub files: Vec<Written>,
 }
 
 /// Merges `adapter` into the model in `source` and writes the folder `out`: the same files, with the same types. Sums are made
@@ -59,6 +61,7 @@ pub fn merge(
         replaced: adapter.saved.len(),
         dequantised: 0,
         bytes: 0,
+        files: Vec::new(),
     };
     let untied = config.tie_word_embeddings
         && !adapter.config.ensure_weight_tying
@@ -109,14 +112,13 @@ pub fn merge(
     };
     let mut written = |name: &str| {
         let (done, progress) = &mut *progress.borrow_mut();
-        *done += weights.raw(name).map_or(0, |raw| raw.bytes.len() as u64);
+        *done += weights.size_of(name);
         for part in PARTS {
-            let part = weights.raw(&format!("{name}{part}"));
-            *done += part.map_or(0, |raw| raw.bytes.len() as u64);
+            *done += weights.size_of(&format!("{name}{part}"));
         }
         progress(*done, total)
     };
-    rewrite(&weights, out, outputs, &mut written)?;
+    report.files = rewrite(&weights, out, outputs, &mut written)?;
     report.bytes = Weights::open(out)?.bytes();
 
     if config.quantization.is_none() && !untied {

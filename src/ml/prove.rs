@@ -5,14 +5,21 @@ use std::path::Path;
 
 use anyhow::{Context as _, ensure};
 use candle_core::Tensor;
+use pipeline_kernels::panels::{column, size};
+use pipeline_kernels::product::{Factor, Onto, Product, Term, products};
+use rayon::prelude::*;
 
 use super::adapter::Adapter;
 use super::batch::{Batch, Sequence};
 use super::config::LlamaConfig;
 use super::float::Float;
+use super::fused::layerwise::Walk;
 use super::linear::Pass;
 use super::model::logits_by_layer;
 use super::weights::Weights;
+
+/// Rows of the head whose logits are made at a time; they stay in the cache.
+const HEAD_ROWS: usize = 1 << 11;
 
 /// How near the merged model is.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -62,58 +69,38 @@ pub fn prove(
 ) -> anyhow::Result<Proof> {
     let sequences = prompts.iter().map(|ids| Sequence::new(ids.clone(), 0));
     let batch = Batch::new(sequences.collect(), 0)?;
-    let config = LlamaConfig::read(base)?;
-    let layers = config.num_hidden_layers;
-    let mut done = |number: usize| progress(number as u64, 2 * layers as u64);
-
-    let weights = Weights::open(base)?;
-    let passes = [Pass::BASE, Pass::INFER];
-    let adapter = Some(adapter);
-    let logits = logits_by_layer(&config, &weights, adapter, &batch, &passes, &mut done)?;
-    let [without, with] = &logits[..] else {
-        anyhow::bail!("there are not two passes");
+    let (config, weights) = (LlamaConfig::read(base)?, Weights::open(base)?);
+    let base = Walk {
+        config: &config,
+        weights: &weights,
+        adapter: Some(adapter),
     };
-    let weights = Weights::open(merged)?;
-    let config = LlamaConfig::read(merged)?;
-    let mut done = |number| done(layers + number);
-    let logits = logits_by_layer(&config, &weights, None, &batch, &[Pass::BASE], &mut done)?;
-    let merged = logits.first().context("there is no pass")?;
-
-    let mut proof = Proof {
-        positions: batch.tokens(),
-        largest: 0.,
-        relative: 0.,
-        effect: 0.,
-        bound: bound(coarsest(&weights)?),
+    let (config, weights) = (LlamaConfig::read(merged)?, Weights::open(merged)?);
+    let merged = Walk {
+        config: &config,
+        weights: &weights,
+        adapter: None,
     };
-    let (mut length, mut apart, mut effect) = (0f64, 0f64, 0f64);
-    for (row, prompt) in prompts.iter().enumerate() {
-        for position in 0..prompt.len() {
-            let read = |logits: &Tensor| logits.get(row)?.get(position)?.to_vec1::<f32>();
-            let (without, with, merged) = (read(without)?, read(with)?, read(merged)?);
-            for (a, b) in merged.iter().zip(&with) {
-                let far = (f64::from(*a) - f64::from(*b)).abs();
-                // Not `max`, which drops a NaN.
-                let within = far <= proof.largest;
-                if !within {
-                    proof.largest = far;
-                }
-            }
-            length += spread(with.iter().map(|&x| f64::from(x)));
-            let between = |other: &[f32]| {
-                let pairs = other.iter().zip(&with);
-                spread(pairs.map(|(a, b)| f64::from(*a) - f64::from(*b)))
-            };
-            apart += between(&merged);
-            effect += between(&without);
-        }
-    }
+    let positions = if base.is_possible() && merged.is_possible() {
+        by_kernels(base, merged, &batch, progress)?
+    } else {
+        plainly(base, merged, &batch, progress)?
+    };
+
+    let length: f64 = positions.iter().map(|p| p.with.spread(p.count)).sum();
+    let apart: f64 = positions.iter().map(|p| p.apart.spread(p.count)).sum();
+    let effect: f64 = positions.iter().map(|p| p.effect.spread(p.count)).sum();
     ensure!(
         length.is_finite() && length > 0.,
         "the base with the adapter gives no finite logits; the adapter may have diverged in its training"
     );
-    proof.relative = (apart / length).sqrt();
-    proof.effect = (effect / length).sqrt();
+    let proof = Proof {
+        positions: positions.len(),
+        largest: positions.iter().fold(0., |most, p| larger(most, p.largest)),
+        relative: (apart / length).sqrt(),
+        effect: (effect / length).sqrt(),
+        bound: bound(coarsest(&weights)?),
+    };
     ensure!(
         proof.relative <= proof.bound,
         "the merged model is not the base with the adapter: its logits differ by {:.1e} of their size (at most {:.1e} in one \
@@ -127,11 +114,139 @@ pub fn prove(
     Ok(proof)
 }
 
-/// The squared distance of all values from their mean.
-fn spread(values: impl Iterator<Item = f64> + Clone) -> f64 {
-    let count = values.clone().count().max(1) as f64;
-    let mean = values.clone().sum::<f64>() / count;
-    values.map(|value| (value - mean).powi(2)).sum()
+/// The larger of two differences; a NaN stays.
+fn larger(most: f64, far: f64) -> f64 {
+    if most.is_nan() || far <= most {
+        most
+    } else {
+        far
+    }
+}
+
+/// Sums over the logits of one position.
+#[derive(Default)]
+struct Position {
+    count: usize,
+    with: Moments,
+    apart: Moments,
+    effect: Moments,
+    largest: f64,
+}
+
+impl Position {
+    /// Adds some logits of the base without the adapter, of it with the adapter, and of the merged model.
+    fn add(&mut self, logits: impl Iterator<Item = ((f32, f32), f32)>) {
+        for ((without, with), merged) in logits {
+            let (with, apart) = (f64::from(with), f64::from(merged) - f64::from(with));
+            self.count += 1;
+            self.with.add(with);
+            self.apart.add(apart);
+            self.effect.add(f64::from(without) - with);
+            self.largest = larger(self.largest, apart.abs());
+        }
+    }
+}
+
+/// The sum of some values and that of their squares.
+#[derive(Default)]
+struct Moments {
+    sum: f64,
+    squares: f64,
+}
+
+impl Moments {
+    fn add(&mut self, value: f64) {
+        self.sum += value;
+        self.squares += value * value;
+    }
+
+    /// The squared distance of all values from their mean.
+    fn spread(&self, count: usize) -> f64 {
+        let spread = self.squares - self.sum * self.sum / count.max(1) as f64;
+        // What is left of equal values may be a little below 0; a NaN stays.
+        if spread < 0. { 0. } else { spread }
+    }
+}
+
+/// The fast way: tokens with the adapter and tokens without go through the base together, and logits are made some at a time.
+fn by_kernels(
+    base: Walk<'_>,
+    merged: Walk<'_>,
+    batch: &Batch,
+    progress: &mut dyn FnMut(u64, u64) -> anyhow::Result<()>,
+) -> anyhow::Result<Vec<Position>> {
+    let tokens = batch.tokens();
+    let layers = base.config.num_hidden_layers;
+    let mut done = |number: usize| progress(number as u64, 2 * layers as u64);
+    let both = base.hidden(&[batch, batch], tokens, &mut done)?;
+    let own = merged.hidden(&[batch], tokens, &mut |number| done(layers + number))?;
+    let (both, own) = (Factor::F32(&both), Factor::F32(&own));
+    let mut positions: Vec<Position> = (0..tokens).map(|_| Position::default()).collect();
+    let vocabulary = base.config.vocab_size;
+    let (mut of_both, mut of_own) = (Vec::new(), Vec::new());
+    for start in (0..vocabulary).step_by(HEAD_ROWS) {
+        let rows = start..(start + HEAD_ROWS).min(vocabulary);
+        let count = rows.len();
+        let heads = (base.head(rows.clone())?, merged.head(rows)?);
+        of_both.resize(size(count, 2 * tokens), 0f32);
+        of_own.resize(size(count, tokens), 0f32);
+        let product = |out, weight, x| Product {
+            out,
+            terms: vec![Term { weight, x }],
+            onto: Onto::Zero,
+        };
+        products(vec![
+            product(&mut of_both[..], heads.0.matrix()?, &both),
+            product(&mut of_own[..], heads.1.matrix()?, &own),
+        ]);
+        base.let_head_go();
+        merged.let_head_go();
+        let all = positions.par_iter_mut().enumerate();
+        all.for_each(|(token, position)| {
+            let with = column(&of_both, count, token);
+            let without = column(&of_both, count, tokens + token);
+            position.add(without.zip(with).zip(column(&of_own, count, token)));
+        });
+    }
+    Ok(positions)
+}
+
+/// The plain path, for what the kernels lack.
+fn plainly(
+    base: Walk<'_>,
+    merged: Walk<'_>,
+    batch: &Batch,
+    progress: &mut dyn FnMut(u64, u64) -> anyhow::Result<()>,
+) -> anyhow::Result<Vec<Position>> {
+    let layers = base.config.num_hidden_layers;
+    let mut done = |number: usize| progress(number as u64, 2 * layers as u64);
+    let Walk {
+        config,
+        weights,
+        adapter,
+    } = base;
+    let passes = [Pass::BASE, Pass::INFER];
+    let logits = logits_by_layer(config, weights, adapter, batch, &passes, &mut done)?;
+    let [without, with] = &logits[..] else {
+        anyhow::bail!("there are not two passes");
+    };
+    let Walk {
+        config, weights, ..
+    } = merged;
+    let mut done = |number| done(layers + number);
+    let logits = logits_by_layer(config, weights, None, batch, &[Pass::BASE], &mut done)?;
+    let merged = logits.first().context("there is no pass")?;
+    let mut positions = Vec::with_capacity(batch.tokens());
+    for (row, sequence) in batch.sequences.iter().enumerate() {
+        for place in 0..sequence.ids.len() {
+            let read = |logits: &Tensor| logits.get(row)?.get(place)?.to_vec1::<f32>();
+            let (without, with) = (read(without)?, read(with)?);
+            let mut position = Position::default();
+            position.add(without.into_iter().zip(with).zip(read(merged)?));
+            positions.push(position);
+        }
+    }
+    Ok(positions)
 }
 
 /// The least precise type of a model's weights.

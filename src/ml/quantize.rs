@@ -15,7 +15,7 @@ use super::float::Float;
 use super::folder::{self, CONFIG};
 use super::lora_init::projections;
 use super::nf4::encode::{Magnitudes, Part, block_absmax, pack, parts};
-use super::rewrite::{Output, rewrite};
+use super::rewrite::{Output, Written, rewrite};
 use super::weights::Weights;
 
 /// How to quantise.
@@ -28,7 +28,7 @@ pub struct Settings {
 }
 
 /// What was done.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Report {
     /// Weights that are 4-bit now.
     pub quantised: usize,
@@ -36,6 +36,8 @@ pub struct Report {
     pub bytes_before: u64,
     /// Bytes of all tensors after.
     pub bytes_after: u64,
+    /// The files of weights.
+    pub files: Vec<Written>,
 }
 
 /// Quantises the projections of the layers of the model in `source` into the folder `out`. Embeddings, norms and the head
@@ -83,6 +85,7 @@ fn quantize_by(
         quantised: wanted.len(),
         bytes_before: total,
         bytes_after: 0,
+        files: Vec::new(),
     };
     let outputs = |name: &str| -> anyhow::Result<Vec<Output<'_>>> {
         let Some((shape, float)) = wanted.get(name).copied() else {
@@ -126,8 +129,8 @@ fn quantize_by(
             .collect())
     };
     // Codes bear the name of the weight they are made from.
-    let mut written = |name: &str| tick(weights.raw(name).map_or(0, |raw| raw.bytes.len() as u64));
-    rewrite(&weights, out, outputs, &mut written)?;
+    let mut written = |name: &str| tick(weights.size_of(name));
+    report.files = rewrite(&weights, out, outputs, &mut written)?;
     report.bytes_after = Weights::open(out)?.bytes();
 
     folder::carry(source, out, &[CONFIG])?;

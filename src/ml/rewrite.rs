@@ -14,10 +14,13 @@ use serde_json::json;
 use super::folder::sorted_json;
 use super::weights::{Entry, INDEX, Weights, Writer};
 
-/// Bytes that are made at once: whole numbers of any type, and whole blocks of 4-bit weights.
-const PIECE: usize = 8 << 20;
-/// Pieces that may wait for the disk.
-const QUEUE: usize = 2;
+/// Bytes that are made at once: whole numbers of any type, and whole blocks of 4-bit weights. Few enough to be in the cache still
+/// when they are digested and written.
+const PIECE: usize = 2 << 20;
+/// Bytes of smaller tensors that go to the writing thread together.
+const TOGETHER: usize = 1 << 20;
+/// How often as many may wait for the disk.
+const QUEUE: usize = 4;
 
 /// A tensor to write.
 pub(super) struct Output<'a> {
@@ -44,7 +47,7 @@ impl<'a> Output<'a> {
         Self { entry, source }
     }
 
-    /// A tensor that is made in pieces: `fill(first, bytes)` makes those from number `first` on, a multiple of 8 MiB.
+    /// A tensor that is made in pieces: `fill(first, bytes)` makes those from number `first` on, a multiple of 2 MiB.
     pub(super) fn pieces(
         entry: Entry,
         fill: impl FnMut(usize, &mut [u8]) -> anyhow::Result<()> + 'a,
@@ -61,6 +64,15 @@ impl<'a> Output<'a> {
     }
 }
 
+/// A file that was written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Written {
+    /// Its name in the folder.
+    pub name: String,
+    /// The BLAKE3 digest of its bytes, made while they were written.
+    pub blake3: String,
+}
+
 /// What the writing thread is given: the name of the next tensor, or bytes of this one. Pieces come back to be filled again.
 enum Order<'a> {
     Start(String),
@@ -68,12 +80,44 @@ enum Order<'a> {
     Piece(Vec<u8>),
 }
 
-/// Writes a file with `outputs`; `written` is told the name of each tensor after it.
+/// Orders on their way to the writing thread. They go together, for tensors may be small, and threads that wait for each other
+/// at each one take longer than the writing.
+struct Orders<'a> {
+    waiting: Vec<Order<'a>>,
+    /// The bytes of the pieces among them.
+    bytes: usize,
+    out: SyncSender<Vec<Order<'a>>>,
+}
+
+/// The writing thread has stopped.
+struct Stopped;
+
+impl<'a> Orders<'a> {
+    fn add(&mut self, order: Order<'a>) -> Result<(), Stopped> {
+        self.bytes += match &order {
+            Order::Start(_) | Order::Bytes(Cow::Borrowed(_)) => 0,
+            Order::Bytes(Cow::Owned(bytes)) | Order::Piece(bytes) => bytes.len(),
+        };
+        self.waiting.push(order);
+        if self.bytes >= TOGETHER {
+            self.send()?;
+        }
+        Ok(())
+    }
+
+    fn send(&mut self) -> Result<(), Stopped> {
+        self.bytes = 0;
+        let orders = std::mem::take(&mut self.waiting);
+        self.out.send(orders).map_err(|_| Stopped)
+    }
+}
+
+/// Writes a file with `outputs` and gives its digest; `written` is told the name of each tensor that was made.
 pub(super) fn write_file(
     path: &Path,
     outputs: Vec<Output<'_>>,
     written: &mut dyn FnMut(&str) -> anyhow::Result<()>,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<String> {
     let entries = outputs.iter().map(|output| output.entry.clone()).collect();
     let mut writer = Writer::create(path, entries)?;
     let order: Vec<Entry> = writer.order().to_vec();
@@ -84,8 +128,8 @@ pub(super) fn write_file(
     std::thread::scope(|scope| {
         let (orders, received) = sync_channel(QUEUE);
         let (free, used) = channel();
-        let writing = scope.spawn(move || -> anyhow::Result<()> {
-            for order in received {
+        let writing = scope.spawn(move || -> anyhow::Result<String> {
+            for order in received.into_iter().flatten() {
                 match order {
                     Order::Start(name) => writer.start(&name)?,
                     Order::Bytes(bytes) => writer.append(&bytes)?,
@@ -98,15 +142,22 @@ pub(super) fn write_file(
             }
             writer.finish()
         });
+        let mut orders = Orders {
+            waiting: Vec::new(),
+            bytes: 0,
+            out: orders,
+        };
         let make = || -> anyhow::Result<()> {
             for entry in order {
                 let output = outputs.remove(&entry.name);
                 let output = output.with_context(|| format!("`{}` was lost", entry.name))?;
-                if !send(output, &orders, &used)? {
-                    break;
+                if send(output, &mut orders, &used)?.is_err() {
+                    return Ok(());
                 }
                 written(&entry.name)?;
             }
+            // One that has stopped tells why.
+            let _ = orders.send();
             Ok(())
         };
         let made = make();
@@ -118,45 +169,47 @@ pub(super) fn write_file(
     })
 }
 
-/// Makes a tensor's bytes for the writer; false when that has stopped.
+/// Makes a tensor's bytes for the writer.
 fn send<'a>(
     output: Output<'a>,
-    orders: &SyncSender<Order<'a>>,
+    orders: &mut Orders<'a>,
     used: &Receiver<Vec<u8>>,
-) -> anyhow::Result<bool> {
+) -> anyhow::Result<Result<(), Stopped>> {
     let Output { entry, source } = output;
     let size = entry.size()?;
     let failed = || format!("could not make the tensor `{}`", entry.name);
-    if orders.send(Order::Start(entry.name.clone())).is_err() {
-        return Ok(false);
+    if orders.add(Order::Start(entry.name.clone())).is_err() {
+        return Ok(Err(Stopped));
     }
     match source {
         Source::Whole(bytes) => {
             let bytes = bytes().with_context(failed)?;
-            Ok(orders.send(Order::Bytes(bytes)).is_ok())
+            Ok(orders.add(Order::Bytes(bytes)))
         }
         Source::Pieces(mut fill) => {
             for first in (0..size).step_by(PIECE) {
                 let mut piece = used.try_recv().unwrap_or_default();
                 piece.resize(PIECE.min(size - first), 0);
                 fill(first, &mut piece).with_context(failed)?;
-                if orders.send(Order::Piece(piece)).is_err() {
-                    return Ok(false);
+                if orders.add(Order::Piece(piece)).is_err() {
+                    return Ok(Err(Stopped));
                 }
             }
-            Ok(true)
+            Ok(Ok(()))
         }
     }
 }
 
-/// Writes all files of a model anew: each with what `outputs` makes of its tensors. A sharded model gets a new index.
+/// Writes all files of a model anew: each with what `outputs` makes of its tensors. A sharded model gets a new index. Gives the
+/// files of weights.
 pub(super) fn rewrite<'a>(
     weights: &'a Weights,
     out: &Path,
     mut outputs: impl FnMut(&str) -> anyhow::Result<Vec<Output<'a>>>,
     written: &mut dyn FnMut(&str) -> anyhow::Result<()>,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<Vec<Written>> {
     let mut index = Index::default();
+    let mut files = Vec::new();
     for file in weights.files() {
         let mut all = Vec::new();
         for name in weights.names_in(file) {
@@ -167,15 +220,17 @@ pub(super) fn rewrite<'a>(
         for output in &all {
             index.add(&output.entry, file)?;
         }
-        write_file(&out.join(file), all, &mut |name| {
+        let blake3 = write_file(&out.join(file), all, &mut |name| {
             weights.let_go(name);
             written(name)
         })?;
+        let name = file.to_owned();
+        files.push(Written { name, blake3 });
     }
     if weights.sharded() {
         index.write(out)?;
     }
-    Ok(())
+    Ok(files)
 }
 
 /// Which file holds which tensor.
@@ -245,9 +300,11 @@ mod tests {
                 names.push(name.to_owned());
                 Ok(())
             };
-            write_file(&path, outputs(in_pieces), &mut note).unwrap();
+            let digest = write_file(&path, outputs(in_pieces), &mut note).unwrap();
             assert_eq!(names, ["large", "none", "small"]);
-            fs::read(path).unwrap()
+            let bytes = fs::read(path).unwrap();
+            assert_eq!(digest, blake3::hash(&bytes).to_hex().as_str());
+            bytes
         };
         let whole = written("whole", false);
         assert!(whole.len() > LARGE && whole == written("pieces", true));

@@ -249,6 +249,12 @@ impl Weights {
         sizes.map(|size| size as u64).sum()
     }
 
+    /// The bytes of a tensor; 0 if it is not there.
+    pub fn size_of(&self, name: &str) -> u64 {
+        let place = self.tensors.get(name);
+        place.map_or(0, |place| (place.range.1 - place.range.0) as u64)
+    }
+
     /// A tensor where it lies.
     pub fn raw(&self, name: &str) -> anyhow::Result<RawTensor<'_>> {
         let missing = || anyhow!("`{}` has no tensor `{name}`", self.place.display());

@@ -234,7 +234,7 @@ impl Stage for CreateModel {
             seed: self.seed,
             max_shard_size: self.shard_size().unwrap_or(u64::MAX),
         };
-        let parameters = create::create(&config, settings, cx.out(), &mut |done, total| {
+        let report = create::create(&config, settings, cx.out(), &mut |done, total| {
             cx.progress(done, Some(total), "bytes");
             cx.check_cancelled()
         })?;
@@ -246,7 +246,10 @@ impl Stage for CreateModel {
         });
         fs::write(cx.out().join(GENERATION_CONFIG), sorted_json(&generation)?)
             .with_context(|| format!("could not write `{GENERATION_CONFIG}`"))?;
-        cx.note("parameters", parameters);
+        for file in &report.files {
+            cx.written(&file.name, &file.blake3)?;
+        }
+        cx.note("parameters", report.parameters);
         cx.note("vocab_size", config.vocab_size);
         Ok(())
     }

@@ -50,6 +50,9 @@ impl Stage for Merge {
             cx.progress(done, Some(total), "bytes");
             cx.check_cancelled()
         })?;
+        for file in &report.files {
+            cx.written(&file.name, &file.blake3)?;
+        }
         cx.note("merged_weights", report.merged);
         cx.note("weight_bytes", report.bytes);
         if report.dequantised > 0 {

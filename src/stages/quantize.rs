@@ -89,6 +89,9 @@ impl Stage for Quantize {
                 cx.check_cancelled()
             },
         )?;
+        for file in &report.files {
+            cx.written(&file.name, &file.blake3)?;
+        }
         cx.note("quantised_weights", report.quantised);
         cx.note("bytes_before", report.bytes_before);
         cx.note("bytes_after", report.bytes_after);

@@ -35,7 +35,8 @@ fn values(weights: &Weights, name: &str) -> Vec<f32> {
 #[test]
 fn a_model_has_the_tensors_of_transformers() {
     let out = tempfile::tempdir().unwrap();
-    let count = create(&config(), SETTINGS, out.path(), &mut ignore).unwrap();
+    let report = create(&config(), SETTINGS, out.path(), &mut ignore).unwrap();
+    let count = report.parameters;
     assert_eq!(count, 1_115_904 / 4);
     let ours = Weights::open(out.path()).unwrap();
     let theirs = Weights::open(&golden::folder("model")).unwrap();

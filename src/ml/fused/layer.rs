@@ -4,7 +4,7 @@
 //! `u = silu(Wg n2) * Wu n2`, the layer gives `m + Wd u`. Kept are `x`, `q`, `k`, `v`, `a`, `m`, the gate, the up projection and
 //! each LoRA pair's narrow values; the norms and `u` are made again.
 
-use candle_core::Result;
+use candle_core::{DType, Device, Result};
 use pipeline_kernels::attention::{
     Gradients as HeadGradients, Heads, Inputs, attention, attention_backward,
 };
@@ -18,6 +18,7 @@ use super::layout::Layout;
 use super::pool::Pool;
 use super::projection::Set;
 use super::weights::Layer;
+use crate::ml::config::LlamaConfig;
 use crate::ml::linear::{Pass, Weight};
 use crate::ml::model::{self, Gradients, Llama};
 
@@ -33,15 +34,26 @@ pub(super) struct Shape {
     pub(super) places: Vec<u64>,
     /// Whether products with the base's weights are in bf16.
     pub(super) half: bool,
+    /// The tokens in front of this one are the adapter's; the others see the base alone.
+    pub(super) adapted: usize,
 }
 
 impl Shape {
     pub(super) fn new(model: &Llama, layout: &Layout) -> Result<Self> {
-        let config = &model.config;
+        let half = model.compute == DType::BF16;
+        Self::of(&model.config, layout, &model.device, half)
+    }
+
+    pub(super) fn of(
+        config: &LlamaConfig,
+        layout: &Layout,
+        device: &Device,
+        in_bf16: bool,
+    ) -> Result<Self> {
         let tokens = layout.ids.len();
         let half = config.head_dim / 2;
         let positions = layout.positions.iter().copied();
-        let (cos, sin) = model::angles(config, positions, &model.device)?;
+        let (cos, sin) = model::angles(config, positions, device)?;
         let panels = |angles: candle_core::Tensor| -> Result<Vec<f32>> {
             let rows = angles.flatten_all()?.to_vec1::<f32>()?;
             let mut out = vec![0.; size(half, tokens)];
@@ -63,7 +75,8 @@ impl Shape {
             cos: panels(cos)?,
             sin: panels(sin)?,
             places: layout.flat.clone(),
-            half: model.compute == candle_core::DType::BF16,
+            half: in_bf16,
+            adapted: tokens,
         })
     }
 

@@ -10,6 +10,7 @@
 
 mod head;
 mod layer;
+pub(super) mod layerwise;
 mod layout;
 mod pool;
 mod projection;

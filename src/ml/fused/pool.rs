@@ -154,7 +154,7 @@ mod tests {
         pool.expect(10);
         pool.begin(3);
         let buffers = [64, 512].map(|width| pool.take(3 * width));
-        let places = buffers.each_ref().map(|buffer| buffer.as_ptr());
+        let places = buffers.each_ref().map(Vec::as_ptr);
         pool.give_all(buffers);
         pool.begin(10);
         let longer = [512, 64].map(|width| pool.take(10 * width));

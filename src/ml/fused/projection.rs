@@ -3,7 +3,7 @@
 use candle_core::Result;
 use pipeline_kernels::elementwise::{self, scale};
 use pipeline_kernels::matrix::Matrix;
-use pipeline_kernels::panels::size;
+use pipeline_kernels::panels::{LANES, size};
 use pipeline_kernels::product::{Factor, Onto, Product, Term, product, products};
 use pipeline_kernels::reduce::{Order, outer};
 use rayon::prelude::*;
@@ -100,6 +100,11 @@ impl<'a> Set<'a> {
         for (projection, narrow) in self.all.iter().zip(narrow) {
             if let Some(pair) = &projection.lora {
                 scale(narrow, pair.scaling);
+                for token in self.shape.adapted..self.shape.tokens {
+                    let start = token / LANES * pair.rank * LANES + token % LANES;
+                    let column = narrow.iter_mut().skip(start).step_by(LANES);
+                    column.take(pair.rank).for_each(|x| *x = 0.);
+                }
             }
         }
     }

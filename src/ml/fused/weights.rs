@@ -69,6 +69,8 @@ pub(super) struct Projection<'a> {
 pub(in crate::ml) enum Source<'a> {
     Dense(Held<'a>),
     Nf4(&'a nf4::Nf4),
+    /// One that no tensor holds.
+    Bare(Matrix<'a>),
 }
 
 impl<'a> Source<'a> {
@@ -83,6 +85,7 @@ impl<'a> Source<'a> {
     pub(in crate::ml) fn matrix(&self) -> Result<Matrix<'_>> {
         match self {
             Self::Dense(held) => held.matrix(),
+            Self::Bare(matrix) => Ok(*matrix),
             Self::Nf4(weight) => {
                 let values = Values::Nf4(Nf4 {
                     packed: &weight.packed,
@@ -112,19 +115,34 @@ pub(super) struct Pair<'a> {
     pub(super) scaling: f32,
 }
 
+impl<'a> Pair<'a> {
+    /// The pair of A (r, in) and B (out, r), both in f32.
+    pub(super) fn new(a: &'a Tensor, b: &'a Tensor, scaling: f32) -> Result<Self> {
+        Ok(Self {
+            rank: a.dim(0)?,
+            a: Held::tensor(a),
+            b: Held::tensor(b),
+            scaling,
+        })
+    }
+}
+
 impl<'a> Projection<'a> {
+    /// A weight and a pair, without dropout.
+    pub(super) fn new(base: Source<'a>, lora: Option<Pair<'a>>) -> Self {
+        Self {
+            base,
+            lora,
+            dropout: None,
+        }
+    }
+
     fn hold(linear: &'a Linear, pass: Pass) -> Result<Self> {
         let base = Source::hold(&linear.base, pass)?;
         let lora = match &linear.lora {
             Some(lora) if pass.adapter => {
-                let (a, b) = (Held::weight(&lora.a, pass)?, Held::weight(&lora.b, pass)?);
-                let rank = a.layout.shape().dims2()?.0;
-                Some(Pair {
-                    a,
-                    b,
-                    rank,
-                    scaling: lora.scaling as f32,
-                })
+                let (a, b) = (lora.a.stored(pass), lora.b.stored(pass));
+                Some(Pair::new(a, b, lora.scaling as f32)?)
             }
             _ => None,
         };

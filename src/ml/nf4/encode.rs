@@ -8,7 +8,7 @@
 use std::fmt::Write as _;
 
 use anyhow::{Context as _, bail};
-use pipeline_kernels::nf4::{self, Stored};
+use pipeline_kernels::nf4;
 use rayon::prelude::*;
 use safetensors::Dtype;
 use serde_json::json;
@@ -23,23 +23,18 @@ pub(super) const NESTED_BLOCK: usize = 256;
 /// Blocks that a thread takes at once.
 const SPAN: usize = 256;
 
-/// How the kernels call a type.
-fn stored(float: Float) -> Stored {
-    match float {
-        Float::F32 => Stored::F32,
-        Float::F16 => Stored::F16,
-        Float::BF16 => Stored::Bf16,
-    }
-}
-
 /// The largest magnitude of each block. NaN and infinity have no code and are errors.
 pub fn block_absmax(float: Float, bytes: &[u8]) -> anyhow::Result<Vec<f32>> {
     let size = float.size();
     let mut absmax = vec![0f32; (bytes.len() / size).div_ceil(BLOCK)];
-    absmax
-        .par_chunks_mut(SPAN)
-        .zip(bytes.par_chunks(BLOCK * SPAN * size))
-        .for_each(|(absmax, bytes)| nf4::largest(stored(float), bytes, absmax));
+    if is_alone() {
+        nf4::largest(float.kernel(), bytes, &mut absmax);
+    } else {
+        absmax
+            .par_chunks_mut(SPAN)
+            .zip(bytes.par_chunks(BLOCK * SPAN * size))
+            .for_each(|(absmax, bytes)| nf4::largest(float.kernel(), bytes, absmax));
+    }
     if let Some(block) = absmax.iter().position(|x| !x.is_finite()) {
         let first = block * BLOCK;
         bail!(
@@ -53,10 +48,19 @@ pub fn block_absmax(float: Float, bytes: &[u8]) -> anyhow::Result<Vec<f32>> {
 /// Two codes a byte, into `packed`: those of the weights in `bytes`, which begin with a block. An odd last value is followed by
 /// the code of 0.
 pub fn pack(float: Float, bytes: &[u8], packed: &mut [u8]) {
-    packed
-        .par_chunks_mut(BLOCK / 2 * SPAN)
-        .zip(bytes.par_chunks(BLOCK * SPAN * float.size()))
-        .for_each(|(packed, bytes)| nf4::pack(stored(float), bytes, packed));
+    if is_alone() {
+        nf4::pack(float.kernel(), bytes, packed);
+    } else {
+        packed
+            .par_chunks_mut(BLOCK / 2 * SPAN)
+            .zip(bytes.par_chunks(BLOCK * SPAN * float.size()))
+            .for_each(|(packed, bytes)| nf4::pack(float.kernel(), bytes, packed));
+    }
+}
+
+/// Whether there is one thread to work on: to wait for it takes longer than the work on a small tensor.
+fn is_alone() -> bool {
+    rayon::current_num_threads() == 1
 }
 
 /// How the magnitudes of a weight are stored.

@@ -94,6 +94,83 @@ fn layer_by_layer_the_logits_are_those_of_the_whole_model() {
 }
 
 #[test]
+fn the_fast_way_and_the_plain_one_tell_the_same() {
+    let made = [DType::BF16, DType::F16].map(in_dtype);
+    let halves = made.each_ref().map(|folder| folder.path().to_path_buf());
+    let bases = [golden::folder("model"), golden::folder("model_nf4")];
+    let adapter = adapter(1.);
+    for base in bases.iter().chain(&halves) {
+        let out = tempfile::tempdir().unwrap();
+        merge(base, &adapter, out.path(), &mut ignore).unwrap();
+        let open = |folder: &Path| {
+            let config = LlamaConfig::read(folder).unwrap();
+            (config, Weights::open(folder).unwrap())
+        };
+        let (first, second) = (open(base), open(out.path()));
+        let walk = |(config, weights), adapter| Walk {
+            config,
+            weights,
+            adapter,
+        };
+        let of_base = walk((&first.0, &first.1), Some(&adapter));
+        let of_merged = walk((&second.0, &second.1), None);
+        assert!(of_base.is_possible() && of_merged.is_possible());
+        let sequences = prompts().into_iter().map(|ids| Sequence::new(ids, 0));
+        let batch = Batch::new(sequences.collect(), 0).unwrap();
+        let fast = by_kernels(of_base, of_merged, &batch, &mut ignore).unwrap();
+        let plain = plainly(of_base, of_merged, &batch, &mut ignore).unwrap();
+        assert_eq!((fast.len(), plain.len()), (9, 9));
+        for (fast, plain) in fast.iter().zip(&plain) {
+            assert_eq!((fast.count, plain.count), (1024, 1024));
+            let size = plain.with.squares.sqrt();
+            let near = |ours: &Moments, theirs: &Moments| {
+                (ours.spread(1024).sqrt() - theirs.spread(1024).sqrt()).abs() < 1e-5 * size
+                    && (ours.sum - theirs.sum).abs() < 1e-4 * size
+            };
+            assert!(near(&fast.with, &plain.with));
+            assert!(near(&fast.apart, &plain.apart));
+            assert!(near(&fast.effect, &plain.effect));
+            assert!((fast.largest - plain.largest).abs() < 1e-5 * size);
+            assert!(plain.effect.spread(1024).sqrt() > 0.01 * size);
+        }
+    }
+}
+
+#[test]
+fn what_the_kernels_lack_goes_the_plain_way() {
+    let golden = golden::folder("model");
+    let config = LlamaConfig::read(&golden).unwrap();
+    let biased = LlamaConfig {
+        mlp_bias: true,
+        ..config.clone()
+    };
+    let weights = Weights::open(&golden).unwrap();
+    let mut dora = adapter(1.);
+    dora.config.use_dora = true;
+    let possible = |config, adapter| {
+        let weights = &weights;
+        Walk {
+            config,
+            weights,
+            adapter,
+        }
+        .is_possible()
+    };
+    let plain = adapter(1.);
+    assert!(possible(&config, None) && possible(&config, Some(&plain)));
+    assert!(!possible(&biased, None) && !possible(&config, Some(&dora)));
+}
+
+#[test]
+fn a_difference_that_is_no_number_is_the_largest() {
+    let mut position = Position::default();
+    let logits = [(0., 1., 1.5), (0., 2., f32::NAN), (0., 3., 9.)];
+    position.add(logits.into_iter().map(|(a, b, c)| ((a, b), c)));
+    assert!(position.largest.is_nan() && position.apart.spread(3).is_nan());
+    assert!((position.with.spread(3) - 2.).abs() < 1e-12);
+}
+
+#[test]
 fn a_merged_model_is_as_near_as_its_type_allows() {
     for (dtype, at_most) in [(DType::F32, 5e-6), (DType::F16, 2e-3), (DType::BF16, 2e-2)] {
         let base = in_dtype(dtype);

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{BufWriter, Write as _};
+use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, anyhow, ensure};
@@ -10,6 +10,11 @@ use candle_core::{DType, Tensor};
 use half::{bf16, f16};
 use safetensors::Dtype;
 use serde_json::json;
+
+/// Bytes that are written and digested at once.
+const PIECE: usize = 1 << 19;
+/// Less is put together first.
+const SMALL: usize = 1 << 16;
 
 /// A tensor that will be written.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,11 +54,31 @@ impl Entry {
     }
 }
 
+/// A file that is being written, and the digest of what was. A piece is digested while it is still in the cache.
+#[derive(Debug)]
+struct Digesting {
+    file: File,
+    blake3: blake3::Hasher,
+}
+
+impl Write for Digesting {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let bytes = bytes.get(..PIECE).unwrap_or(bytes);
+        let count = self.file.write(bytes)?;
+        self.blake3.update(bytes.get(..count).unwrap_or_default());
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
 /// A safetensors file that is being written. All tensors are declared first; then their bytes follow in the file's order.
 #[derive(Debug)]
 pub struct Writer {
     path: PathBuf,
-    file: BufWriter<File>,
+    file: BufWriter<Digesting>,
     entries: Vec<Entry>,
     next: usize,
     /// Bytes of the tensor that was begun last which are still to come.
@@ -74,9 +99,13 @@ impl Writer {
         metadata: &[(&str, &str)],
     ) -> anyhow::Result<Self> {
         entries.sort_by(|a, b| b.dtype.cmp(&a.dtype).then_with(|| a.name.cmp(&b.name)));
-        let start = || -> anyhow::Result<BufWriter<File>> {
+        let start = || -> anyhow::Result<BufWriter<Digesting>> {
             let header = header(&entries, metadata)?;
-            let mut file = BufWriter::with_capacity(1 << 20, File::create(path)?);
+            let file = Digesting {
+                file: File::create(path)?,
+                blake3: blake3::Hasher::new(),
+            };
+            let mut file = BufWriter::with_capacity(SMALL, file);
             file.write_all(&(header.len() as u64).to_le_bytes())?;
             file.write_all(&header)?;
             Ok(file)
@@ -162,8 +191,8 @@ impl Writer {
         Ok(())
     }
 
-    /// Ends the file. Every declared tensor must have been written.
-    pub fn finish(mut self) -> anyhow::Result<()> {
+    /// Ends the file and gives the BLAKE3 digest of its bytes. Every declared tensor must have been written.
+    pub fn finish(mut self) -> anyhow::Result<String> {
         self.complete()?;
         if let Some(entry) = self.entries.get(self.next) {
             return Err(anyhow!(
@@ -173,7 +202,8 @@ impl Writer {
             ));
         }
         let flushed = self.file.flush();
-        flushed.with_context(|| format!("could not write `{}`", self.path.display()))
+        flushed.with_context(|| format!("could not write `{}`", self.path.display()))?;
+        Ok(self.file.get_ref().blake3.finalize().to_hex().to_string())
     }
 }
 
@@ -232,7 +262,7 @@ pub fn save(
             writer.write(&name, &bytes(tensor)?)?;
         }
     }
-    writer.finish()
+    writer.finish().map(drop)
 }
 
 /// The values of a tensor, little-endian and in row-major order.

@@ -1,0 +1,282 @@
+//! A forward pass over a model folder, a layer at a time, for models that are too large to hold.
+//!
+//! Weights are used where their files are mapped, without a copy; only f16, for which there is no product, is read into f32.
+//! Everything is in f32. The plain path's counterpart is [`crate::ml::model::logits_by_layer`].
+
+use std::ops::Range;
+
+use anyhow::{Context as _, ensure};
+use candle_core::{DType, Device, Tensor};
+use pipeline_kernels::elementwise::rms_norm;
+use pipeline_kernels::matrix::{Matrix, Values};
+use pipeline_kernels::panels::{fill, size};
+use rayon::prelude::*;
+
+use super::layer::{self, Shape, Work};
+use super::layout::Layout;
+use super::weights::{Held, Layer, Pair, Projection, Source};
+use super::{Packing, Pool};
+use crate::ml::adapter::Adapter;
+use crate::ml::batch::Batch;
+use crate::ml::config::LlamaConfig;
+use crate::ml::float::Float;
+use crate::ml::nf4::Nf4;
+use crate::ml::weights::Weights;
+
+const EMBED: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
+/// Values that a thread converts at once.
+const SPAN: usize = 1 << 14;
+
+/// A model folder and the adapter beside it.
+#[derive(Clone, Copy)]
+pub(in crate::ml) struct Walk<'a> {
+    pub(in crate::ml) config: &'a LlamaConfig,
+    pub(in crate::ml) weights: &'a Weights,
+    pub(in crate::ml) adapter: Option<&'a Adapter>,
+}
+
+/// A weight of a folder.
+pub(in crate::ml) enum Kept<'a> {
+    InPlace(Matrix<'a>),
+    Floats(Vec<f32>, (usize, usize)),
+    Nf4(Nf4),
+}
+
+impl Kept<'_> {
+    fn source(&self) -> anyhow::Result<Source<'_>> {
+        Ok(match self {
+            Self::InPlace(matrix) => Source::Bare(*matrix),
+            Self::Floats(values, (rows, columns)) => {
+                let matrix = Matrix::f32(values, *rows, *columns);
+                Source::Bare(matrix.context("a weight has another size than its shape")?)
+            }
+            Self::Nf4(weight) => Source::Nf4(weight),
+        })
+    }
+
+    /// The matrix (out, in).
+    pub(in crate::ml) fn matrix(&self) -> anyhow::Result<Matrix<'_>> {
+        match self {
+            Self::InPlace(matrix) => Ok(*matrix),
+            other => match other.source()? {
+                Source::Bare(matrix) => Ok(matrix),
+                _ => anyhow::bail!("a weight in 4 bits is not expected here"),
+            },
+        }
+    }
+}
+
+/// A projection's weight, and its pair with the factor.
+struct Module<'a> {
+    base: Kept<'a>,
+    pair: Option<(Tensor, Tensor, f32)>,
+}
+
+impl Module<'_> {
+    fn hold(&self) -> anyhow::Result<Projection<'_>> {
+        let pair = self.pair.as_ref();
+        let pair = pair.map(|(a, b, scaling)| Pair::new(a, b, *scaling));
+        Ok(Projection::new(self.base.source()?, pair.transpose()?))
+    }
+}
+
+impl<'a> Walk<'a> {
+    /// Whether there is nothing that the kernels lack: biases, `DoRA`, modules trained whole.
+    pub(in crate::ml) fn is_possible(&self) -> bool {
+        let config = self.config;
+        let plain = !config.attention_bias && !config.mlp_bias;
+        plain && config.head_dim.is_multiple_of(2) && self.adapter.is_none_or(Adapter::is_plain)
+    }
+
+    /// The final hidden states after the norm, in panels: the tokens of all `batches`, one behind the other without padding.
+    /// Those in front of token number `adapted` see the adapter. `layer_done` is told the number of layers that are done, and
+    /// may stop.
+    pub(in crate::ml) fn hidden(
+        &self,
+        batches: &[&Batch],
+        adapted: usize,
+        layer_done: &mut dyn FnMut(usize) -> anyhow::Result<()>,
+    ) -> anyhow::Result<Vec<f32>> {
+        let packing = Packing {
+            padding_free: true,
+            share_prompts: false,
+        };
+        let layout = Layout::new(batches, packing);
+        let mut shape = Shape::of(self.config, &layout, &Device::Cpu, false)?;
+        shape.adapted = adapted;
+        let pool = Pool::default();
+        let work = Work {
+            shape: &shape,
+            layout: &layout,
+            pool: &pool,
+        };
+        let mut x = self.embed(&layout.ids)?;
+        for number in 0..self.config.num_hidden_layers {
+            x = self.layer(number, work, x)?;
+            layer_done(number + 1)?;
+        }
+        let norm = self.norm("model.norm")?;
+        let (mut hidden, mut inverse) = (vec![0.; x.len()], vec![0.; size(1, shape.tokens)]);
+        let eps = self.config.rms_norm_eps as f32;
+        let weight = Held::tensor(&norm);
+        rms_norm(&x, weight.floats()?, eps, &mut hidden, &mut inverse);
+        Ok(hidden)
+    }
+
+    fn layer(&self, number: usize, work: Work<'_>, x: Vec<f32>) -> anyhow::Result<Vec<f32>> {
+        let config = self.config;
+        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+        let q_width = config.num_attention_heads * config.head_dim;
+        let kv_width = config.num_key_value_heads * config.head_dim;
+        let path = format!("model.layers.{number}");
+        let shapes = [
+            ("self_attn.q_proj", (q_width, hidden)),
+            ("self_attn.k_proj", (kv_width, hidden)),
+            ("self_attn.v_proj", (kv_width, hidden)),
+            ("self_attn.o_proj", (hidden, q_width)),
+            ("mlp.gate_proj", (inner, hidden)),
+            ("mlp.up_proj", (inner, hidden)),
+            ("mlp.down_proj", (hidden, inner)),
+        ];
+        let modules = shapes.map(|(name, shape)| self.module(&format!("{path}.{name}"), shape));
+        let [q, k, v, o, gate, up, down] = modules;
+        let (q, k, v, o, gate, up, down) = (q?, k?, v?, o?, gate?, up?, down?);
+        let input_norm = self.norm(&format!("{path}.input_layernorm"))?;
+        let post_norm = self.norm(&format!("{path}.post_attention_layernorm"))?;
+        let eps = config.rms_norm_eps as f32;
+        let layer = Layer {
+            q: q.hold()?,
+            k: k.hold()?,
+            v: v.hold()?,
+            o: o.hold()?,
+            gate: gate.hold()?,
+            up: up.hold()?,
+            down: down.hold()?,
+            input_norm: Held::tensor(&input_norm),
+            post_norm: Held::tensor(&post_norm),
+            eps: (eps, eps),
+        };
+        let (saved, out) = layer::forward(&layer, work, x, true)?;
+        saved.give_back(work.pool);
+        for (name, _) in shapes {
+            self.weights.let_go(&format!("{path}.{name}.weight"));
+        }
+        Ok(out)
+    }
+
+    fn module(&self, path: &str, shape: (usize, usize)) -> anyhow::Result<Module<'a>> {
+        let name = format!("{path}.weight");
+        let base = match Nf4::load(self.weights, &name)? {
+            Some(nf4) => {
+                ensure!(
+                    nf4.shape == shape,
+                    "the tensor `{name}` has the shape {:?}, expected {shape:?} from config.json",
+                    nf4.shape
+                );
+                Kept::Nf4(nf4)
+            }
+            None => self.rows(&name, shape, 0..shape.0)?,
+        };
+        let adapter = self.adapter.and_then(|adapter| {
+            let pair = adapter.tensors.get(path)?;
+            Some((pair, adapter.config.scaling(path) as f32))
+        });
+        let pair = adapter.map(|(pair, scaling)| -> candle_core::Result<_> {
+            let f32 = |tensor: &Tensor| tensor.to_dtype(DType::F32)?.contiguous();
+            Ok((f32(&pair.a)?, f32(&pair.b)?, scaling))
+        });
+        Ok(Module {
+            base,
+            pair: pair.transpose()?,
+        })
+    }
+
+    fn shaped(&self, name: &str, shape: &[usize]) -> anyhow::Result<(Float, &'a [u8])> {
+        let raw = self.weights.raw(name)?;
+        ensure!(
+            raw.shape == shape,
+            "the tensor `{name}` has the shape {:?}, expected {shape:?} from config.json",
+            raw.shape
+        );
+        let float = Float::of(raw.dtype).with_context(|| {
+            let dtype = raw.dtype;
+            format!("the tensor `{name}` is stored as {dtype:?}, expected F32, F16 or BF16")
+        })?;
+        Ok((float, raw.bytes))
+    }
+
+    /// Some rows of a dense weight.
+    fn rows(
+        &self,
+        name: &str,
+        (height, depth): (usize, usize),
+        rows: Range<usize>,
+    ) -> anyhow::Result<Kept<'a>> {
+        let (float, bytes) = self.shaped(name, &[height, depth])?;
+        let row = depth * float.size();
+        let bytes = bytes.get(rows.start * row..rows.end * row);
+        let bytes = bytes.with_context(|| format!("`{name}` lacks rows"))?;
+        let shape = (rows.len(), depth);
+        let in_place = Values::in_place(float.kernel(), bytes);
+        if let Some(matrix) = in_place.and_then(|values| Matrix::new(values, shape.0, shape.1)) {
+            return Ok(Kept::InPlace(matrix));
+        }
+        let mut values = vec![0f32; shape.0 * shape.1];
+        values
+            .par_chunks_mut(SPAN)
+            .zip(bytes.par_chunks(SPAN * float.size()))
+            .for_each(|(values, bytes)| float.read(bytes, values));
+        Ok(Kept::Floats(values, shape))
+    }
+
+    /// Some rows of the head's weight (vocabulary, hidden).
+    pub(in crate::ml) fn head(&self, rows: Range<usize>) -> anyhow::Result<Kept<'a>> {
+        let shape = (self.config.vocab_size, self.config.hidden_size);
+        self.rows(self.head_name(), shape, rows)
+    }
+
+    /// Gives the memory under the head back.
+    pub(in crate::ml) fn let_head_go(&self) {
+        self.weights.let_go(self.head_name());
+    }
+
+    fn head_name(&self) -> &'static str {
+        if self.config.tie_word_embeddings {
+            EMBED
+        } else {
+            HEAD
+        }
+    }
+
+    fn norm(&self, path: &str) -> anyhow::Result<Tensor> {
+        let name = format!("{path}.weight");
+        self.shaped(&name, &[self.config.hidden_size])?;
+        let tensor = self.weights.tensor(&name, &Device::Cpu)?;
+        Ok(tensor.to_dtype(DType::F32)?)
+    }
+
+    /// The tokens' rows of the embedding, in panels.
+    fn embed(&self, ids: &[u32]) -> anyhow::Result<Vec<f32>> {
+        let width = self.config.hidden_size;
+        let (float, bytes) = self.shaped(EMBED, &[self.config.vocab_size, width])?;
+        let mut rows = vec![0f32; ids.len() * width];
+        for (row, &id) in rows.chunks_mut(width.max(1)).zip(ids) {
+            let start = id as usize * width * float.size();
+            let bytes = bytes.get(start..start + width * float.size());
+            let bytes = bytes.with_context(|| {
+                format!(
+                    "the id {id} lies outside the vocabulary of {}",
+                    self.config.vocab_size
+                )
+            })?;
+            float.read(bytes, row);
+        }
+        let mut out = vec![0f32; size(width, ids.len())];
+        fill(&mut out, width, ids.len(), |token| {
+            rows.get(token * width..(token + 1) * width)
+                .unwrap_or_default()
+        });
+        Ok(out)
+    }
+}
