@@ -19,7 +19,7 @@ use crate::ml::head::Certainty;
 use crate::ml::model::Gradients;
 
 /// The number of logits in one chunk.
-const CHUNK: usize = 1 << 23;
+const CHUNK: usize = 1 << 24;
 
 /// Scored targets.
 pub struct Scored {
