@@ -256,7 +256,7 @@ impl Piece<'_> {
         rows: usize,
     ) {
         let all = self.term.weight.depth();
-        match self.term.x {
+        let x = match self.term.x {
             Factor::Pairs(Pairs::Bits(x)) => {
                 let (first, depth) = (self.depths.start / 2, self.depths.len().div_ceil(2));
                 let a = &block.pairs[tile * depth * TILE..][..depth * TILE];
@@ -273,31 +273,14 @@ impl Piece<'_> {
                         from,
                     });
                 }
+                return;
             }
-            Factor::F32(x) => {
-                // SAFETY: the caller's promise.
-                unsafe { self.multiply_floats(x, block, (tile, panel), (c, from), rows) };
-            }
-            Factor::Pairs(Pairs::Rounded(x)) => {
-                // SAFETY: the same.
-                unsafe { self.multiply_floats(x, block, (tile, panel), (c, from), rows) };
-            }
-        }
-    }
-
-    /// # Safety
-    /// See [`Piece::multiply`].
-    unsafe fn multiply_floats(
-        &self,
-        x: &[f32],
-        block: &Block,
-        (tile, panel): (usize, usize),
-        (c, from): (*mut f32, Option<*const f32>),
-        rows: usize,
-    ) {
+            Factor::F32(x) => *x,
+            Factor::Pairs(Pairs::Rounded(x)) => x,
+        };
         let (first, depth) = (self.depths.start, self.depths.len());
         let a = &block.floats[tile * depth * TILE..][..depth * TILE];
-        let b = &x[(panel * self.term.weight.depth() + first) * LANES..][..depth * LANES];
+        let b = &x[(panel * all + first) * LANES..][..depth * LANES];
         let (a, b) = (a.as_ptr(), b.as_ptr());
         // SAFETY: the slices are as long as the tile reads; the rest is the caller's promise.
         unsafe {

@@ -101,19 +101,19 @@ impl<'m> Forward<'m> {
         match &mut self.way {
             Way::Plain { hidden, scored, .. } => {
                 let weight = self.model.head_weight(self.pass)?;
-                let new = head::score(hidden, &weight, targets, certainty)?;
+                let mut new = head::score(hidden, &weight, targets, certainty)?;
                 let scores = Scores {
                     logps: new.logps.clone(),
-                    certainty: new.certainty.clone(),
+                    certainty: new.certainty.take(),
                 };
                 *scored = Some(Box::new(new));
                 Ok(scores)
             }
             Way::Fused { pass, scored } => {
-                let new = pass.score(targets, certainty, self.pass.tape)?;
+                let mut new = pass.score(targets, certainty, self.pass.tape)?;
                 let scores = Scores {
                     logps: new.logps.clone(),
-                    certainty: new.certainty.clone(),
+                    certainty: new.certainty.take(),
                 };
                 *scored = Some(new);
                 Ok(scores)

@@ -113,16 +113,17 @@ pub fn train(
                     .objective
                     .weight(&settings.objective.targets(batch))
             };
-            let weights: f64 = batches.iter().map(weight).sum();
-            let share = |batch: &Batch| weight(batch) / weights;
+            let weights: Vec<f64> = batches.iter().map(weight).collect();
+            let all: f64 = weights.iter().sum();
+            let shares: Vec<f64> = weights.iter().map(|weight| weight / all).collect();
             let mut loss = 0.;
             let mut found = None;
             let mut first = 0;
             while first < batches.len() && found.is_none() {
                 let rest: Vec<&Batch> = batches[first..].iter().collect();
                 let count = together(model, &rest, settings.checkpointing);
-                let scaled = rest.iter().take(count);
-                let scaled = scaled.map(|batch| (*batch, share(batch) * state.scaler.scale));
+                let scaled = rest.iter().zip(&shares[first..]).take(count);
+                let scaled = scaled.map(|(batch, share)| (*batch, share * state.scaler.scale));
                 let dropout = settings.dropout.then(|| Drops {
                     seed: dropout_seed(settings.seed, state.step),
                     batch: first,
@@ -142,8 +143,8 @@ pub fn train(
                         format!("step {step}, rows {places:?} of `{split}`")
                     })?;
                 for ((batch, places), outcome) in rest.iter().zip(&group[first..]).zip(outcomes) {
+                    loss += shares[first] * outcome.loss;
                     first += 1;
-                    loss += share(batch) * outcome.loss;
                     for (name, value) in &outcome.metrics {
                         window.add(name, *value);
                     }
