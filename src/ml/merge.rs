@@ -15,7 +15,7 @@ use super::float::Float;
 use super::folder::{self, CONFIG};
 use super::nf4::{Nf4, PARTS};
 use super::rewrite::{Output, Written, rewrite};
-use super::weights::{Entry, Weights};
+use super::weights::{Entry, RawTensor, Weights};
 
 const EMBEDDINGS: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
@@ -83,9 +83,12 @@ pub fn merge(
             let load = move || {
                 let nf4 = Nf4::load(weights, &owned)?;
                 let nf4 = nf4.with_context(|| format!("`{owned}` is not 4-bit"))?;
-                Ok(move |first: usize, values: &mut [f32]| nf4.dequantise_from(first, values))
+                let read = move |first: usize, _: &[u8], values: &mut [f32]| {
+                    nf4.dequantise_from(first, values);
+                };
+                Ok(read)
             };
-            return Ok(vec![summed(entry, float, update, load)]);
+            return Ok(vec![summed(entry, float, update, None, load)]);
         }
         if let Some(tensor) = adapter.saved.get(name) {
             let mut outputs = vec![replaced(weights, name, tensor)?];
@@ -103,12 +106,9 @@ pub fn merge(
         let float = float_of(name, raw.dtype)?;
         let entry = Entry::new(name, raw.dtype, raw.shape);
         let load = move || {
-            Ok(move |first: usize, values: &mut [f32]| {
-                let bytes = raw.bytes.get(first * float.size()..);
-                float.read(bytes.unwrap_or_default(), values);
-            })
+            Ok(move |_: usize, stored: &[u8], values: &mut [f32]| float.read(stored, values))
         };
-        Ok(vec![summed(entry, float, update, load)])
+        Ok(vec![summed(entry, float, update, Some(raw), load)])
     };
     let mut written = |name: &str| {
         let (done, progress) = &mut *progress.borrow_mut();
@@ -144,12 +144,12 @@ fn replaced<'a>(weights: &Weights, name: &str, tensor: &'a Tensor) -> anyhow::Re
             .to_dtype(DType::F32)?
             .flatten_all()?
             .to_vec1::<f32>()?;
-        Ok(move |first: usize, out: &mut [f32]| {
+        Ok(move |first: usize, _: &[u8], out: &mut [f32]| {
             out.copy_from_slice(&values[first..first + out.len()]);
         })
     };
     let entry = Entry::new(name, raw.dtype, raw.shape);
-    Ok(summed(entry, float, None, load))
+    Ok(summed(entry, float, None, None, load))
 }
 
 /// Whether a tensor belongs to a 4-bit weight.
@@ -264,15 +264,17 @@ impl Update {
     }
 }
 
-/// W + s B A of one weight, in pieces; at once where rows are scaled. `load` gives what reads values of W.
+/// W + s B A of one weight, in pieces; at once where rows are scaled. `load` gives what makes values of W: from the number of
+/// the first and, where W is `stored` in the type `float`, its bytes.
 fn summed<'a, R>(
     entry: Entry,
     float: Float,
     update: Option<Update>,
+    stored: Option<RawTensor<'a>>,
     mut load: impl FnMut() -> anyhow::Result<R> + 'a,
 ) -> Output<'a>
 where
-    R: Fn(usize, &mut [f32]) + Sync + 'a,
+    R: Fn(usize, &[u8], &mut [f32]) + Sync + 'a,
 {
     if update
         .as_ref()
@@ -281,11 +283,16 @@ where
         let count = entry.shape.iter().product();
         return Output::whole(entry, move || {
             let update = update.as_ref();
-            let mut values = vec![0f32; count];
             let read = load()?;
-            let spans = values.par_chunks_mut(SPAN).enumerate();
-            spans.for_each(|(span, values)| {
-                read(span * SPAN, values);
+            let mut bytes = vec![0; count * float.size()];
+            if let Some(stored) = stored {
+                stored.read(0, &mut bytes)?;
+            }
+            let mut values = vec![0f32; count];
+            let stored = bytes.par_chunks(SPAN * float.size());
+            let spans = values.par_chunks_mut(SPAN).zip(stored).enumerate();
+            spans.for_each(|(span, (values, stored))| {
+                read(span * SPAN, stored, values);
                 if let Some(update) = update {
                     update.add(span * SPAN, values);
                 }
@@ -293,8 +300,7 @@ where
             if let Some(update) = update {
                 update.lengthen(&mut values);
             }
-            let mut bytes = vec![0; count * float.size()];
-            let read = |first: usize, out: &mut [f32]| {
+            let read = |first: usize, _: &[u8], out: &mut [f32]| {
                 out.copy_from_slice(&values[first..first + out.len()]);
             };
             sum(0, &mut bytes, float, None, &read)?;
@@ -307,24 +313,27 @@ where
             Some(read) => read,
             none => none.insert(load()?),
         };
+        if let Some(stored) = stored {
+            stored.read(first, bytes)?;
+        }
         sum(first / float.size(), bytes, float, update.as_ref(), read)
     })
 }
 
-/// Makes the bytes of W + s B A from value number `first` on. `read` gives those of W.
+/// Makes the bytes of W + s B A from value number `first` on. `read` makes those of W, of which the bytes may be in `bytes`.
 fn sum(
     first: usize,
     bytes: &mut [u8],
     float: Float,
     update: Option<&Update>,
-    read: &(dyn Fn(usize, &mut [f32]) + Sync),
+    read: &(dyn Fn(usize, &[u8], &mut [f32]) + Sync),
 ) -> anyhow::Result<()> {
     let spans = bytes.par_chunks_mut(SPAN * float.size()).enumerate();
     let finite = spans.map(|(span, bytes)| {
         let mut values = [0f32; SPAN];
         let values = &mut values[..bytes.len() / float.size()];
         let first = first + span * SPAN;
-        read(first, values);
+        read(first, bytes, values);
         if let Some(update) = update {
             update.add(first, values);
         }
@@ -507,7 +516,9 @@ mod tests {
         let summed = |pair: &LoraPair, float: Float| {
             let update = Update::of(pair, 0.5).unwrap();
             let mut bytes = vec![0; 4 * float.size()];
-            let read = |_: usize, values: &mut [f32]| values.copy_from_slice(&[1f32, 2., 3., 4.]);
+            let read = |_: usize, _: &[u8], values: &mut [f32]| {
+                values.copy_from_slice(&[1f32, 2., 3., 4.]);
+            };
             sum(0, &mut bytes, float, Some(&update), &read).map(|()| bytes)
         };
         let bytes = summed(&pair, Float::BF16).unwrap();

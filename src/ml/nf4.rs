@@ -206,7 +206,7 @@ impl QuantState {
     /// The state of a weight, its shape and the type of its values.
     fn read(weights: &Weights, name: &str) -> anyhow::Result<(Self, (usize, usize), Float)> {
         let text = weights.raw(&format!("{name}{STATE}"))?;
-        let state: Self = serde_json::from_slice(text.bytes)
+        let state: Self = serde_json::from_slice(&text.bytes()?)
             .with_context(|| format!("its `{STATE}` is damaged"))?;
         ensure!(
             state.quant_type == "nf4",

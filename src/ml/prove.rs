@@ -199,8 +199,6 @@ fn by_kernels(
             product(&mut of_both[..], heads.0.matrix()?, &both),
             product(&mut of_own[..], heads.1.matrix()?, &own),
         ]);
-        base.let_head_go();
-        merged.let_head_go();
         let all = positions.par_iter_mut().enumerate();
         all.for_each(|(token, position)| {
             let with = column(&of_both, count, token);

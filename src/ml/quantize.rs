@@ -14,9 +14,9 @@ use super::config::LlamaConfig;
 use super::float::Float;
 use super::folder::{self, CONFIG};
 use super::lora_init::projections;
-use super::nf4::encode::{Magnitudes, Part, block_absmax, pack, parts};
+use super::nf4::encode::{Magnitudes, Part, block_absmax, from_memory, pack, parts};
 use super::rewrite::{Output, Written, rewrite};
-use super::weights::Weights;
+use super::weights::{RawTensor, Weights};
 
 /// How to quantise.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -95,13 +95,12 @@ fn quantize_by(
         let pair = loftq
             .zip(name.strip_suffix(".weight"))
             .and_then(|(adapter, path)| adapter.tensors.get(path));
-        let absmax = if pair.is_some() {
-            let (stored, bytes) = rest(raw.bytes, float, pair)?;
-            block_absmax(stored, &bytes)?
+        let absmax = if let Some(pair) = pair {
+            let bytes = rest(raw, float, pair)?;
+            block_absmax(Float::F32, bytes.len(), from_memory(&bytes))?
         } else {
-            block_absmax(float, raw.bytes)?
+            block_absmax(float, raw.size(), |first, out| raw.read(first, out))?
         };
-        weights.let_go(name);
         tick(0)?;
         let magnitudes = if settings.double_quant {
             nested(&absmax)
@@ -110,18 +109,26 @@ fn quantize_by(
         };
         let output = |part: Part| match part.bytes {
             Some(bytes) => Output::whole(part.entry, move || Ok(Cow::Owned(bytes))),
-            None if pair.is_some() => Output::whole(part.entry, move || {
-                let (stored, bytes) = rest(raw.bytes, float, pair)?;
-                let mut packed = vec![0; (bytes.len() / stored.size()).div_ceil(2)];
-                pack(stored, &bytes, &mut packed);
-                Ok(Cow::Owned(packed))
-            }),
-            None => Output::pieces(part.entry, move |first, packed| {
-                // Two values a byte.
-                let values = raw.bytes.get(2 * first * float.size()..);
-                pack(float, values.unwrap_or_default(), packed);
-                Ok(())
-            }),
+            None => match pair {
+                Some(pair) => Output::whole(part.entry, move || {
+                    let bytes = rest(raw, float, pair)?;
+                    let mut packed = vec![0; (bytes.len() / Float::F32.size()).div_ceil(2)];
+                    pack(Float::F32, &bytes, &mut packed);
+                    Ok(Cow::Owned(packed))
+                }),
+                None => {
+                    let mut bytes = Vec::new();
+                    Output::pieces(part.entry, move |first, packed| {
+                        // Two values a byte, and one in the last if their number is odd.
+                        let first = 2 * first * float.size();
+                        let count = (2 * packed.len() * float.size()).min(raw.size() - first);
+                        bytes.resize(count, 0);
+                        raw.read(first, &mut bytes)?;
+                        pack(float, &bytes, packed);
+                        Ok(())
+                    })
+                }
+            },
         };
         Ok(parts(name, float, shape, &magnitudes)?
             .into_iter()
@@ -159,25 +166,18 @@ fn quantize_by(
     Ok(report)
 }
 
-/// What is to be quantised of a weight, and its type: the weight, or in f32 what an adapter leaves of it.
-fn rest<'a>(
-    bytes: &'a [u8],
-    float: Float,
-    pair: Option<&LoraPair>,
-) -> anyhow::Result<(Float, Cow<'a, [u8]>)> {
-    let Some(pair) = pair else {
-        return Ok((float, Cow::Borrowed(bytes)));
-    };
+/// What a pair leaves of a weight to be quantised, in f32.
+fn rest(raw: RawTensor<'_>, float: Float, pair: &LoraPair) -> anyhow::Result<Vec<u8>> {
+    let bytes = raw.bytes()?;
     let mut values = vec![0f32; bytes.len() / float.size()];
-    float.read(bytes, &mut values);
+    float.read(&bytes, &mut values);
     let (a, b) = (pair.a.to_dtype(DType::F32)?, pair.b.to_dtype(DType::F32)?);
     let update = b.matmul(&a)?.flatten_all()?.to_vec1::<f32>()?;
     let rest = values
         .iter()
         .zip(&update)
         .map(|(value, update)| value - update);
-    let rest: Vec<u8> = rest.flat_map(f32::to_le_bytes).collect();
-    Ok((Float::F32, Cow::Owned(rest)))
+    Ok(rest.flat_map(f32::to_le_bytes).collect())
 }
 
 /// Every pair has to have its weight, and nothing but pairs has a meaning here.
@@ -308,9 +308,9 @@ mod tests {
             let entries = names.iter().map(entry).collect();
             let mut writer = Writer::create(&folder.join(file), entries).unwrap();
             for name in names {
-                let raw = weights.raw(name).unwrap().bytes;
+                let raw = weights.raw(name).unwrap().bytes().unwrap();
                 let mut values = vec![0.; raw.len() / 4];
-                Float::F32.read(raw, &mut values);
+                Float::F32.read(&raw, &mut values);
                 let mut bytes = vec![0; values.len() * float.size()];
                 float.write(&values, &mut bytes);
                 writer.write(name, &bytes).unwrap();
@@ -342,12 +342,15 @@ mod tests {
                 assert_eq!(before.file_of(weight), after.file_of(weight));
                 let raw = before.raw(weight).unwrap();
                 let Some(nf4) = Nf4::load(&after, weight).unwrap() else {
-                    assert!(raw.bytes == after.raw(weight).unwrap().bytes, "{weight}");
+                    assert!(
+                        raw.bytes().unwrap() == after.raw(weight).unwrap().bytes().unwrap(),
+                        "{weight}"
+                    );
                     continue;
                 };
                 assert_eq!(nf4.dtype, float.dtype());
-                let mut values = vec![0.; raw.bytes.len() / 2];
-                float.read(raw.bytes, &mut values);
+                let mut values = vec![0.; raw.size() / 2];
+                float.read(&raw.bytes().unwrap(), &mut values);
                 let square = |x: f32| x * x;
                 let error: f32 = nf4
                     .dequantise()

@@ -60,7 +60,9 @@ impl<'a> Output<'a> {
     pub(super) fn same(weights: &'a Weights, name: &str) -> anyhow::Result<Self> {
         let raw = weights.raw(name)?;
         let entry = Entry::new(name, raw.dtype, raw.shape);
-        Ok(Self::whole(entry, move || Ok(Cow::Borrowed(raw.bytes))))
+        Ok(Self::pieces(entry, move |first, bytes| {
+            raw.read(first, bytes)
+        }))
     }
 }
 
@@ -220,10 +222,7 @@ pub(super) fn rewrite<'a>(
         for output in &all {
             index.add(&output.entry, file)?;
         }
-        let blake3 = write_file(&out.join(file), all, &mut |name| {
-            weights.let_go(name);
-            written(name)
-        })?;
+        let blake3 = write_file(&out.join(file), all, written)?;
         let name = file.to_owned();
         files.push(Written { name, blake3 });
     }

@@ -27,8 +27,8 @@ fn config() -> LlamaConfig {
 fn values(weights: &Weights, name: &str) -> Vec<f32> {
     let raw = weights.raw(name).unwrap();
     let float = Float::of(raw.dtype).unwrap();
-    let mut values = vec![0.; raw.bytes.len() / float.size()];
-    float.read(raw.bytes, &mut values);
+    let mut values = vec![0.; raw.size() / float.size()];
+    float.read(&raw.bytes().unwrap(), &mut values);
     values
 }
 
@@ -162,7 +162,7 @@ fn large_models_are_sharded_and_16_bit_ones_are_rounded() {
         let names = parts.names_in(file);
         let size: usize = names
             .iter()
-            .map(|name| parts.raw(name).unwrap().bytes.len())
+            .map(|name| parts.raw(name).unwrap().size())
             .sum();
         assert!(size <= 150_000, "{file} {size}");
     }

@@ -63,7 +63,6 @@ pub fn logits_by_layer(
         for (state, shared) in states.iter_mut().zip(&shared) {
             *state = layer.forward(state, shared, &mut None)?;
         }
-        weights.release();
         layer_done(number + 1)?;
     }
     let norm = loader.norm("model.norm")?;

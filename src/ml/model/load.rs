@@ -271,7 +271,6 @@ impl Llama {
         let layers: Vec<_> = (0..config.num_hidden_layers)
             .map(|number| {
                 let layer = loader.layer(number);
-                weights.release();
                 layer.with_context(|| format!("could not load layer {number}"))
             })
             .collect::<anyhow::Result<_>>()?;

@@ -110,7 +110,10 @@ fn a_written_file_has_the_bytes_of_the_reference() {
         let mut writer = Writer::create(&path, entries).unwrap();
         for entry in writer.order().to_vec() {
             writer
-                .write(&entry.name, weights.raw(&entry.name).unwrap().bytes)
+                .write(
+                    &entry.name,
+                    &weights.raw(&entry.name).unwrap().bytes().unwrap(),
+                )
                 .unwrap();
         }
         writer.finish().unwrap();
@@ -234,7 +237,7 @@ fn read_all(bytes: &[u8]) {
     if let Ok(weights) = opened(bytes) {
         for name in weights.names() {
             let raw = weights.raw(name).unwrap();
-            assert!(raw.bytes.len() <= bytes.len());
+            assert!(raw.bytes().unwrap().len() <= bytes.len());
             let _ = weights.tensor(name, &Device::Cpu);
             let _ = crate::ml::nf4::Nf4::load(&weights, name);
         }
