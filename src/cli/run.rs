@@ -82,7 +82,9 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
     stop_on_signal(&cancel)?;
     let (events, received) = channel();
     let summary = std::thread::scope(|scope| {
-        scope.spawn(move || report(&received, style));
+        std::thread::Builder::new()
+            .spawn_scoped(scope, move || report(&received, style))
+            .context("could not start a thread")?;
         // The sender goes when this is done, and with it the reporter.
         let events = events;
         let situation = project.situation(&forced);

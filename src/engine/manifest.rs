@@ -10,6 +10,7 @@ use anyhow::{Context as _, bail};
 use serde::{Deserialize, Serialize};
 
 use super::canonical::{Digest, digest_list};
+use super::threads;
 
 /// Files above this size are hashed over all cores, pieces of [`PIECE`] bytes at a time; below, one core is faster.
 const LARGE: u64 = 1 << 20;
@@ -242,12 +243,13 @@ pub(super) fn folders<'n>(
 
 /// The BLAKE3 digest of a file. It is read and not mapped: whoever cuts a mapped file ends the process.
 pub(super) fn digest_file(path: &Path) -> anyhow::Result<Digest> {
-    let digest = || -> std::io::Result<Digest> {
+    let digest = || -> anyhow::Result<Digest> {
         let mut hasher = blake3::Hasher::new();
         let mut file = File::open(path)?;
         if file.metadata()?.len() < LARGE {
             hasher.update_reader(file)?;
         } else {
+            threads::start()?;
             let mut piece = vec![0; PIECE];
             loop {
                 let read = fill(&mut file, &mut piece)?;

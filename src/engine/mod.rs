@@ -28,6 +28,7 @@ mod stage;
 mod store;
 #[cfg(test)]
 mod tests;
+mod threads;
 mod units;
 mod worker;
 mod world;

@@ -18,7 +18,7 @@ use super::reason::Reason;
 use super::record::{FORMAT, Record};
 use super::run::{seconds_now, send};
 use super::store::{Found, Miss};
-use super::{Context, Event};
+use super::{Context, Event, threads};
 
 /// The pause before the first retry; each further one is twice as long, up to [`LONGEST_PAUSE`].
 const PAUSE: Duration = Duration::from_secs(1);
@@ -188,7 +188,8 @@ impl Worker<'_, '_> {
             let context = self.context(prepared, miss)?;
             let result = catch_unwind(AssertUnwindSafe(|| run_stage(node, &context)))
                 .unwrap_or_else(|panic| Err(panicked(&*panic)));
-            let Err(error) = result.and_then(|()| context.check_cancelled()) else {
+            let result = result.and_then(|()| context.check_cancelled());
+            let Err(error) = result.and_then(|()| self.check_inputs(prepared)) else {
                 return Ok(context);
             };
             if self.cancel.load(Ordering::Relaxed) {
@@ -213,6 +214,20 @@ impl Worker<'_, '_> {
             }
             pause = (pause * 2).min(LONGEST_PAUSE);
         }
+    }
+
+    /// Whether the inputs still are what the stage was started for. Their files may have other names elsewhere (hard links to a
+    /// cache of another program, or placed outputs), under which somebody may have changed them while the stage read.
+    fn check_inputs(&self, prepared: &Prepared) -> anyhow::Result<()> {
+        let store = self.situation.store;
+        for (name, content) in &prepared.inputs {
+            anyhow::ensure!(
+                store.is_sound(content),
+                "the input `{name}` changed while it was read; its files are in `{}`, and may be linked from other folders",
+                store.artifact(content).display()
+            );
+        }
+        Ok(())
     }
 
     fn family(&self, prepared: &Prepared) -> Option<Digest> {
@@ -249,6 +264,7 @@ impl Worker<'_, '_> {
 /// Runs a stage with as many threads as it declares.
 fn run_stage(node: &Node, context: &Context) -> anyhow::Result<()> {
     let Some(cpus) = node.handling.resources.cpus else {
+        threads::start()?;
         return node.stage.run(context);
     };
     let pool = rayon::ThreadPoolBuilder::new().num_threads(cpus.get());

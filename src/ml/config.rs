@@ -73,8 +73,25 @@ pub struct Quantization {
     pub compute_dtype: Option<DType>,
 }
 
-/// The largest number accepted for a size: products of two of them can't overflow.
-const LARGEST: u64 = u32::MAX as u64;
+/// The largest numbers that are accepted. They are far above any model's, and the bytes of all weights of the largest such model
+/// can be counted in 63 bits.
+const LARGEST: [(&str, usize); 7] = [
+    ("vocab_size", 1 << 26),
+    ("hidden_size", 1 << 20),
+    ("intermediate_size", 1 << 24),
+    ("num_hidden_layers", 1 << 14),
+    ("num_attention_heads", 1 << 16),
+    ("num_key_value_heads", 1 << 16),
+    ("head_dim", 1 << 16),
+];
+/// The largest product of `num_attention_heads` and `head_dim`.
+const WIDEST: usize = 1 << 24;
+
+/// The largest number that is accepted for a size of `config.json`.
+pub fn largest(name: &str) -> usize {
+    let own = LARGEST.iter().find(|(own, _)| *own == name);
+    own.map_or(u32::MAX as usize, |(_, largest)| *largest)
+}
 
 fn dtype(value: Option<&Value>) -> Option<DType> {
     let name = value.and_then(Value::as_str)?;
@@ -109,9 +126,10 @@ fn quantization(config: &Value) -> anyhow::Result<Quantization> {
 fn size(config: &Value, name: &str) -> anyhow::Result<usize> {
     let value = config.get(name).and_then(Value::as_u64);
     let value = value.and_then(|value| usize::try_from(value).ok());
+    let largest = largest(name);
     match value {
-        Some(value) if value > 0 && value as u64 <= LARGEST => Ok(value),
-        _ => bail!("`{name}` is missing or not a whole number from 1 to {LARGEST}"),
+        Some(value) if value > 0 && value <= largest => Ok(value),
+        _ => bail!("`{name}` is missing or not a whole number from 1 to {largest}"),
     }
 }
 
@@ -237,6 +255,11 @@ impl LlamaConfig {
             head_dim > 0 && head_dim.is_multiple_of(2),
             "the width of a head is {head_dim}, expected an even number"
         );
+        let width = num_attention_heads * head_dim;
+        ensure!(
+            width <= WIDEST,
+            "{num_attention_heads} heads of the width {head_dim} are {width} wide, expected at most {WIDEST}"
+        );
         let some = |name: &str| config.get(name).filter(|value| !value.is_null());
         let on = |name: &str| some(name) == Some(&Value::Bool(true));
         let (rope_theta, rope_scaling) = rope(config)?;
@@ -322,6 +345,14 @@ mod tests {
             ),
             ("num_key_value_heads", json!(3), "3 key heads"),
             ("head_dim", json!(15), "even number"),
+            ("head_dim", json!(1 << 23), "`head_dim`"),
+            ("num_hidden_layers", json!(4_000_000_000u64), "`num_hidden_layers`"),
+            ("num_hidden_layers", json!(1u64 << 62), "`num_hidden_layers`"),
+            ("vocab_size", json!(1u64 << 62), "`vocab_size`"),
+            ("hidden_size", json!(u64::MAX), "`hidden_size`"),
+            ("hidden_size", json!(4_000_000_000u64), "`hidden_size`"),
+            ("intermediate_size", json!(1u64 << 31), "`intermediate_size`"),
+            ("num_attention_heads", json!(65_536), "wide, expected"),
             ("vocab_size", json!(-1), "`vocab_size`"),
             ("vocab_size", json!(1u64 << 40), "`vocab_size`"),
             ("hidden_size", json!(null), "`hidden_size`"),

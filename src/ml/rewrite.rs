@@ -130,7 +130,7 @@ pub(super) fn write_file(
     std::thread::scope(|scope| {
         let (orders, received) = sync_channel(QUEUE);
         let (free, used) = channel();
-        let writing = scope.spawn(move || -> anyhow::Result<String> {
+        let write = move || -> anyhow::Result<String> {
             for order in received.into_iter().flatten() {
                 match order {
                     Order::Start(name) => writer.start(&name)?,
@@ -143,7 +143,10 @@ pub(super) fn write_file(
                 }
             }
             writer.finish()
-        });
+        };
+        let writing = std::thread::Builder::new()
+            .spawn_scoped(scope, write)
+            .context("could not start a thread")?;
         let mut orders = Orders {
             waiting: Vec::new(),
             bytes: 0,

@@ -387,20 +387,23 @@ pub(super) fn in_parallel<T: Sync, E: Send>(
         let trouble = trouble.lock();
         trouble.map_or(true, |trouble| trouble.is_some())
     };
-    std::thread::scope(|scope| {
-        for _ in 0..PARALLEL.min(items.len()) {
-            scope.spawn(|| {
-                while let Some(item) = items.get(next.fetch_add(1, Ordering::Relaxed))
-                    && !told()
-                {
-                    if let Err(error) = work(item)
-                        && let Ok(mut trouble) = trouble.lock()
-                    {
-                        trouble.get_or_insert(error);
-                    }
-                }
-            });
+    let all = || {
+        while let Some(item) = items.get(next.fetch_add(1, Ordering::Relaxed))
+            && !told()
+        {
+            if let Err(error) = work(item)
+                && let Ok(mut trouble) = trouble.lock()
+            {
+                trouble.get_or_insert(error);
+            }
         }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..PARALLEL.min(items.len()) {
+            // Without it there are fewer.
+            let _ = std::thread::Builder::new().spawn_scoped(scope, all);
+        }
+        all();
     });
     trouble.into_inner().ok().flatten()
 }
