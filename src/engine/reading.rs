@@ -20,7 +20,7 @@ pub struct ParseError {
     pub fault: Fault,
 }
 
-/// Reads a `T` out of a YAML value.
+/// Reads a `T` out of a YAML value, or says what keeps it from being one.
 pub fn read_parameters<T: DeserializeOwned>(value: Value) -> Result<T, ParseError> {
     serde_path_to_error::deserialize(Parameters(value)).map_err(|error| ParseError {
         path: error.path().to_string(),
