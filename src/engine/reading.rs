@@ -100,9 +100,12 @@ impl From<Unexpected<'_>> for FoundValue {
             Unexpected::Char(value) => Self::Text(value.to_string()),
             Unexpected::Str(value) => Self::Text(value.to_owned()),
             Unexpected::Seq | Unexpected::TupleVariant | Unexpected::Bytes(_) => Self::List,
-            Unexpected::Map | Unexpected::StructVariant => Self::Map,
             Unexpected::Unit | Unexpected::Option | Unexpected::UnitVariant => Self::Nothing,
-            Unexpected::NewtypeStruct | Unexpected::NewtypeVariant | Unexpected::Enum => Self::Map,
+            Unexpected::Map
+            | Unexpected::StructVariant
+            | Unexpected::NewtypeStruct
+            | Unexpected::NewtypeVariant
+            | Unexpected::Enum => Self::Map,
             Unexpected::Other(other) => Self::Scalar(other.to_owned()),
         }
     }
@@ -154,7 +157,7 @@ impl de::Error for Fault {
 /// A YAML value to read parameters from.
 struct Parameters(Value);
 
-impl<'de> IntoDeserializer<'de, Fault> for Parameters {
+impl IntoDeserializer<'_, Fault> for Parameters {
     type Deserializer = Self;
 
     fn into_deserializer(self) -> Self {
