@@ -269,7 +269,7 @@ impl Piece<'_> {
         let (rows, depths, weight) = (rows.clone(), self.depths.clone(), &self.term.weight);
         match self.term.x {
             Factor::Pairs(Pairs(Kind::Bits(_))) => {
-                weight.pack_pairs(rows, depths, &mut block.pairs)
+                weight.pack_pairs(rows, depths, &mut block.pairs);
             }
             Factor::F32(_) => weight.pack(rows, depths, &mut block.floats),
             Factor::Pairs(Pairs(Kind::Rounded(_))) => {

@@ -346,13 +346,24 @@ mod tests {
             ("num_key_value_heads", json!(3), "3 key heads"),
             ("head_dim", json!(15), "even number"),
             ("head_dim", json!(1 << 23), "`head_dim`"),
-            ("num_hidden_layers", json!(4_000_000_000u64), "`num_hidden_layers`"),
-            ("num_hidden_layers", json!(1u64 << 62), "`num_hidden_layers`"),
+            (
+                "num_hidden_layers",
+                json!(4_000_000_000u64),
+                "`num_hidden_layers`",
+            ),
+            (
+                "num_hidden_layers",
+                json!(1u64 << 62),
+                "`num_hidden_layers`",
+            ),
             ("vocab_size", json!(1u64 << 62), "`vocab_size`"),
             ("hidden_size", json!(u64::MAX), "`hidden_size`"),
             ("hidden_size", json!(4_000_000_000u64), "`hidden_size`"),
-            ("intermediate_size", json!(1u64 << 31), "`intermediate_size`"),
-            ("num_attention_heads", json!(65_536), "wide, expected"),
+            (
+                "intermediate_size",
+                json!(1u64 << 31),
+                "`intermediate_size`",
+            ),
             ("vocab_size", json!(-1), "`vocab_size`"),
             ("vocab_size", json!(1u64 << 40), "`vocab_size`"),
             ("hidden_size", json!(null), "`hidden_size`"),
@@ -380,6 +391,17 @@ mod tests {
                 "{name} {value}: {error}"
             );
         }
+    }
+
+    #[test]
+    fn many_wide_heads_are_refused() {
+        let wide = [
+            ("num_attention_heads", json!(1 << 16)),
+            ("num_key_value_heads", json!(1 << 16)),
+            ("head_dim", json!(512)),
+        ];
+        let error = golden_with(&wide).unwrap_err().to_string();
+        assert!(error.contains("33554432 wide, expected"), "{error}");
     }
 
     #[test]

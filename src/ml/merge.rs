@@ -320,13 +320,16 @@ where
     })
 }
 
+/// Makes values of W from the number of the first and, where W is stored as plain numbers, their bytes.
+type Read<'a> = dyn Fn(usize, &[u8], &mut [f32]) + Sync + 'a;
+
 /// Makes the bytes of W + s B A from value number `first` on. `read` makes those of W, of which the bytes may be in `bytes`.
 fn sum(
     first: usize,
     bytes: &mut [u8],
     float: Float,
     update: Option<&Update>,
-    read: &(dyn Fn(usize, &[u8], &mut [f32]) + Sync),
+    read: &Read<'_>,
 ) -> anyhow::Result<()> {
     let spans = bytes.par_chunks_mut(SPAN * float.size()).enumerate();
     let finite = spans.map(|(span, bytes)| {

@@ -107,28 +107,28 @@ fn quantize_by(
         } else {
             Magnitudes::Plain(absmax)
         };
-        let output = |part: Part| match part.bytes {
-            Some(bytes) => Output::whole(part.entry, move || Ok(Cow::Owned(bytes))),
-            None => match pair {
-                Some(pair) => Output::whole(part.entry, move || {
+        let output = |part: Part| {
+            if let Some(bytes) = part.bytes {
+                return Output::whole(part.entry, move || Ok(Cow::Owned(bytes)));
+            }
+            if let Some(pair) = pair {
+                return Output::whole(part.entry, move || {
                     let bytes = rest(raw, float, pair)?;
                     let mut packed = vec![0; (bytes.len() / Float::F32.size()).div_ceil(2)];
                     pack(Float::F32, &bytes, &mut packed);
                     Ok(Cow::Owned(packed))
-                }),
-                None => {
-                    let mut bytes = Vec::new();
-                    Output::pieces(part.entry, move |first, packed| {
-                        // Two values a byte, and one in the last if their number is odd.
-                        let first = 2 * first * float.size();
-                        let count = (2 * packed.len() * float.size()).min(raw.size() - first);
-                        bytes.resize(count, 0);
-                        raw.read(first, &mut bytes)?;
-                        pack(float, &bytes, packed);
-                        Ok(())
-                    })
-                }
-            },
+                });
+            }
+            let mut bytes = Vec::new();
+            Output::pieces(part.entry, move |first, packed| {
+                // Two values a byte, and one in the last if their number is odd.
+                let first = 2 * first * float.size();
+                let count = (2 * packed.len() * float.size()).min(raw.size() - first);
+                bytes.resize(count, 0);
+                raw.read(first, &mut bytes)?;
+                pack(float, &bytes, packed);
+                Ok(())
+            })
         };
         Ok(parts(name, float, shape, &magnitudes)?
             .into_iter()

@@ -182,11 +182,10 @@ pub(super) fn check(folder: &Path) -> anyhow::Result<Checked> {
 
 /// Whether the weights are those of which `config.json` speaks, as far as they are stored as plain numbers.
 fn compare(config: &LlamaConfig, tensors: &BTreeMap<String, Tensor>) -> anyhow::Result<()> {
-    let layers = (0u64..)
-        .take_while(|layer| {
-            tensors.contains_key(&format!("model.layers.{layer}.input_layernorm.weight"))
-        })
-        .count();
+    let is_there = |layer: &usize| {
+        tensors.contains_key(&format!("model.layers.{layer}.input_layernorm.weight"))
+    };
+    let layers = (0..tensors.len()).take_while(is_there).count();
     ensure!(
         layers == config.num_hidden_layers,
         "`{CONFIG}` speaks of {} layers, but its weights have {layers}",
@@ -339,9 +338,17 @@ mod tests {
         std::fs::copy(Path::new(GOLDEN).join(SINGLE), at(SINGLE)).unwrap();
         let text = std::fs::read_to_string(Path::new(GOLDEN).join(CONFIG)).unwrap();
         for (key, value, expected) in [
-            ("num_hidden_layers", 16_000, "16000 layers, but its weights have 3"),
+            (
+                "num_hidden_layers",
+                16_000,
+                "16000 layers, but its weights have 3",
+            ),
             ("num_hidden_layers", 2, "2 layers"),
-            ("vocab_size", 1_025, "`model.embed_tokens.weight` has the shape"),
+            (
+                "vocab_size",
+                1_025,
+                "`model.embed_tokens.weight` has the shape",
+            ),
             ("intermediate_size", 7, "mlp."),
         ] {
             let mut config: serde_json::Value = serde_json::from_str(&text).unwrap();

@@ -246,7 +246,11 @@ fn a_file_that_is_cut_while_it_is_open_is_an_error() {
     for error in [
         weights.tensor("a", &Device::Cpu).unwrap_err(),
         weights.raw("b").unwrap().bytes().unwrap_err(),
-        weights.raw("a").unwrap().values_from::<f32>(2_999_999, 1).unwrap_err(),
+        weights
+            .raw("a")
+            .unwrap()
+            .values_from::<f32>(2_999_999, 1)
+            .unwrap_err(),
     ] {
         let error = message(&error);
         assert!(error.contains("became shorter"), "{error}");
@@ -255,7 +259,11 @@ fn a_file_that_is_cut_while_it_is_open_is_an_error() {
     // What is left can be read.
     let read: Vec<f32> = weights.raw("a").unwrap().values_from(10, 2).unwrap();
     assert_eq!(read, [10., 11.]);
-    let error = weights.raw("a").unwrap().values_from::<f32>(2_999_999, 2).unwrap_err();
+    let error = weights
+        .raw("a")
+        .unwrap()
+        .values_from::<f32>(2_999_999, 2)
+        .unwrap_err();
     assert!(message(&error).contains("fewer than are wanted"), "{error}");
 }
 
