@@ -7,7 +7,7 @@ use std::sync::Arc;
 use clap::Args;
 
 use super::remote::{self, RemoteArgs};
-use super::{Failure, colour, confine, error, variable};
+use super::{Failure, colour, confine, error, tell, variable};
 use crate::engine::remote::Shared;
 use crate::engine::{
     Graph, Node, Pins, Record, Run, Situation, State, Store, World, canonical_json,
@@ -265,28 +265,19 @@ pub(super) fn normal(path: &Path) -> PathBuf {
     normal
 }
 
-/// The variables that `huggingface_hub` documents and the hub's settings read.
+/// The surroundings of a run, with the variables that the hub's settings read.
 fn world(offline: bool) -> World {
-    const VARIABLES: [&str; 9] = [
-        "HF_ENDPOINT",
-        "HF_HOME",
-        "HF_HUB_CACHE",
-        "HF_HUB_DISABLE_IMPLICIT_TOKEN",
-        "HF_HUB_DOWNLOAD_TIMEOUT",
-        "HF_HUB_OFFLINE",
-        "HF_TOKEN",
-        "HF_TOKEN_PATH",
-        "XDG_CACHE_HOME",
-    ];
-    let environment: BTreeMap<String, String> = VARIABLES
+    let environment: BTreeMap<String, String> = crate::hub::VARIABLES
         .iter()
         .filter_map(|name| Some(((*name).to_owned(), variable(name)?)))
         .collect();
-    let forced = environment.get("HF_HUB_OFFLINE").map(String::as_str);
+    let forced = crate::hub::is_offline(&|name| environment.get(name).cloned());
     World {
-        offline: offline || forced.is_some_and(crate::hub::is_true),
+        offline: offline || forced,
         home: std::env::home_dir(),
         environment,
+        teller: Some(|text| tell(&format!("warning: {text}\n"))),
+        ..World::default()
     }
 }
 

@@ -59,12 +59,16 @@ impl Stage for DownloadAdapter {
             .filter_map(|file| file.path.strip_prefix(folder.as_str()))
             .collect();
         let chosen = adapter_files::choose(&names).with_context(refused)?;
-        let files = chosen.map(|name| (name, source.file(&format!("{folder}{name}"))));
-        let announced: Vec<_> = files.iter().filter_map(|(_, file)| file.as_ref()).collect();
-        source.expect(&announced);
-        for (name, file) in &files {
+        let mut files = chosen
+            .iter()
+            .map(|name| {
+                let file = source.file(&format!("{folder}{name}"));
+                file.with_context(|| format!("`{name}` is gone"))
+            })
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        source.expect(&mut files)?;
+        for (name, file) in chosen.iter().zip(&files) {
             cx.check_cancelled()?;
-            let file = file.as_ref().with_context(|| format!("`{name}` is gone"))?;
             let path = source.fetch(file)?;
             place(&path, &cx.out().join(name))?;
         }

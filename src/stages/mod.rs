@@ -35,7 +35,7 @@ mod formats;
 mod threads;
 
 #[cfg(test)]
-#[path = "../../tests/it/support/hub.rs"]
+#[path = "../../tests/it/support/hub/mod.rs"]
 #[expect(dead_code, reason = "the integration tests use the rest of it")]
 mod test_hub;
 

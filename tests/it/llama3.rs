@@ -64,7 +64,7 @@ fn hub() -> HubServer {
     maker.write("maker.yaml", MAKER);
     maker.succeeds(&["run", "maker.yaml"]);
 
-    let hub = HubServer::start().with_cdn();
+    let hub = HubServer::start();
     let model: Vec<_> = files(&maker.path("made/model"))
         .into_iter()
         // A base model has no template of its own.
