@@ -2,6 +2,7 @@
 
 mod manners;
 mod mirrors;
+mod proxies;
 mod refusals;
 mod tls;
 
