@@ -302,11 +302,14 @@ impl Http {
     fn ask_byte(&self, uri: &Uri) -> Result<Facts, Failure> {
         let mut uri = uri.clone();
         let mut facts = Facts::default();
+        let mut range = Some("bytes=0-0");
         for _ in 0..=MAX_REDIRECTS {
-            let response = self.send(&uri, "GET", Some("bytes=0-0"), false)?;
+            let response = self.send(&uri, "GET", range, false)?;
             let headers = response.headers();
             match response.status().as_u16() {
-                200 | 206 | 416 => {
+                // An empty file has no first byte, and costs nothing whole.
+                416 if range.is_some() => range = None,
+                200 | 206 => {
                     let own = Origin::of(&uri).as_ref() == Some(&self.endpoint.origin);
                     return Ok(finish(facts, headers, own));
                 }

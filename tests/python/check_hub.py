@@ -67,7 +67,9 @@ def theirs():
                 folder = path[: -len(name)].rstrip("/")
         print("THEIRS " + json.dumps({"folder": folder}))
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
-        print("THEIRS " + json.dumps({"refused": type(error).__name__}))
+        # "Not in the cache either" has the hub's refusal behind it.
+        behind = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else None
+        print("THEIRS " + json.dumps({"refused": type(behind or error).__name__}))
 
 
 class Case:
