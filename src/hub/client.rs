@@ -20,7 +20,7 @@ use super::{HubSettings, RepoKind, Snapshot};
 /// Tries of a request whose failure may pass.
 const TRIES: u32 = 5;
 /// The longest wait that a server may ask for: the hub's own count starts anew every five minutes.
-const LONGEST_WAIT: Duration = Duration::from_secs(15 * 60);
+const LONGEST_WAIT: Duration = Duration::from_mins(15);
 /// A wait from here on is told.
 const WORTH_TELLING: Duration = Duration::from_secs(2);
 /// The longest description of a repository that is read, over all its pages.

@@ -122,9 +122,12 @@ pub(super) struct Http {
     headers: HeaderMap<HeaderValue>,
     authorization: Option<HeaderValue>,
     endpoint: Endpoint,
-    /// By scheme, proxy and whether a file is awaited; made when first needed.
-    agents: Mutex<BTreeMap<(bool, Option<String>, bool), Agent>>,
+    /// Made when first needed.
+    agents: Mutex<BTreeMap<AgentKind, Agent>>,
 }
+
+/// Whether it is for https, through which proxy, and whether a file is awaited.
+type AgentKind = (bool, Option<String>, bool);
 
 impl Http {
     /// A client that sends `headers` (hf-hub's) to the hub at `endpoint`.

@@ -191,15 +191,14 @@ pub(super) fn unescape(text: &str) -> Vec<u8> {
     let mut rest = text.as_bytes();
     while let [first, tail @ ..] = rest {
         let digit = |at: usize| tail.get(at).and_then(|byte| char::from(*byte).to_digit(16));
-        match (*first, digit(0), digit(1), tail.get(2..)) {
-            (b'%', Some(high), Some(low), Some(after)) => {
-                bytes.push((high * 16 + low) as u8);
-                rest = after;
-            }
-            _ => {
-                bytes.push(*first);
-                rest = tail;
-            }
+        if let (b'%', Some(high), Some(low), Some(after)) =
+            (*first, digit(0), digit(1), tail.get(2..))
+        {
+            bytes.push((high * 16 + low) as u8);
+            rest = after;
+        } else {
+            bytes.push(*first);
+            rest = tail;
         }
     }
     bytes

@@ -155,12 +155,10 @@ impl<'a> Source<'a> {
                 files.len()
             ));
         }
-        let sizes = files.iter().filter_map(|file| file.size);
-        self.total = sizes
-            .fold(Some(0_u64), |total, size| total?.checked_add(size))
-            .with_context(|| {
-                format!("the hub lists sizes of the files of `{repo}` that no disk holds")
-            })?;
+        let mut sizes = files.iter().filter_map(|file| file.size);
+        self.total = sizes.try_fold(0_u64, u64::checked_add).with_context(|| {
+            format!("the hub lists sizes of the files of `{repo}` that no disk holds")
+        })?;
         self.cx.note("bytes", self.total);
         Ok(())
     }

@@ -167,16 +167,16 @@ impl HubServer {
 
     /// The same by https, under a name of the certificate.
     pub(crate) fn start_tls(config: ServerConfig, host: &str) -> Self {
-        Self::listen(Some(Arc::new(config)), host)
+        Self::listen(Some(&Arc::new(config)), host)
     }
 
-    fn listen(tls: Option<Arc<ServerConfig>>, host: &str) -> Self {
+    fn listen(tls: Option<&Arc<ServerConfig>>, host: &str) -> Self {
         let state = Arc::new(Mutex::new(State {
             page: 1000,
             ..State::default()
         }));
-        let endpoint = listen(&state, false, tls.as_ref(), host);
-        let cdn = listen(&state, true, tls.as_ref(), host);
+        let endpoint = listen(&state, false, tls, host);
+        let cdn = listen(&state, true, tls, host);
         let mut held = state.lock().unwrap();
         held.endpoint.clone_from(&endpoint);
         held.cdn = cdn;

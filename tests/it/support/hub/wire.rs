@@ -286,7 +286,7 @@ fn send<S: Read + Write>(
                 stream.write_all(&body[..body.len().min(*bytes)])?;
                 stream.flush()?;
                 // Until the other side gives up.
-                stream.read(&mut [0])?;
+                let _ = stream.read(&mut [0])?;
             }
             _ => stream.write_all(&body)?,
         }
