@@ -85,9 +85,20 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
         scope.spawn(move || report(&received, style));
         // The sender goes when this is done, and with it the reporter.
         let events = events;
+        // Also until the outputs are in their places: nothing they are made of may go before.
+        let in_use = project.store.use_results(&cancel, &mut |holder| {
+            let holder = holder.to_owned();
+            // A reporter that is gone misses nothing else.
+            let _ = events.send(Event::RunWaiting { holder });
+        });
+        if in_use.is_err() && cancel.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
+        let _in_use = in_use?;
         let situation = project.situation(&forced);
         let summary = crate::engine::run(&situation, &targets, &options, &events, &cancel)?;
-        if summary.failed == 0 && !summary.interrupted {
+        // After a failure only who wants to go on gets what is finished.
+        if !summary.interrupted && (summary.failed == 0 || args.keep_going) {
             put_outputs(
                 &project,
                 &summary,
@@ -96,9 +107,12 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
                 &events,
             )?;
         }
-        anyhow::Ok(summary)
+        anyhow::Ok(Some(summary))
     })?;
     project.tell_warnings()?;
+    let Some(summary) = summary else {
+        return Err(Failure::Interrupted);
+    };
     if summary.interrupted {
         return Err(Failure::Interrupted);
     }

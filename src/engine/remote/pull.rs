@@ -16,9 +16,9 @@ use anyhow::{Context as _, anyhow, ensure};
 use super::super::Event;
 use super::super::canonical::Digest;
 use super::super::files::{link_or_copy, remove};
-use super::super::manifest::{Manifest, Stat, digest_file, folders};
+use super::super::manifest::{Manifest, Stat, digest_file};
 use super::super::record::Record;
-use super::super::store::{Store, open_lock};
+use super::super::store::{Store, seal, take_lock};
 use super::layout::{blob_key, get, manifest_key, parse_manifest};
 use super::{Remote, Shared};
 
@@ -88,11 +88,15 @@ impl Shared {
     ) -> Result<(), Trouble> {
         let content = &record.artifact;
         // Two runners that want the same files: the second finds them.
-        let lock =
-            open_lock(&store.lock_path(&format!("{content}.pull"))).map_err(Trouble::Here)?;
-        lock.lock()
-            .context("could not lock the files that arrive")
-            .map_err(Trouble::Here)?;
+        let waiting = &mut |holder: &str| {
+            // A reporter that is gone misses nothing else.
+            let _ = events.send(Event::StageWaiting {
+                stage: stage.to_owned(),
+                holder: holder.to_owned(),
+            });
+        };
+        let path = store.lock_path(&format!("{content}.pull"));
+        let _held = take_lock(&path, cancel, waiting).map_err(Trouble::Here)?;
         if store.is_sound(content) {
             return Ok(());
         }
@@ -132,7 +136,7 @@ impl Shared {
         let here = self.here(store);
         arrival.all(&blobs, &here)?;
         let ready = assemble(&folder, &manifest)
-            .and_then(|whole| store.admit(&folder.join("files"), &whole))
+            .and_then(|whole| store.admit(&folder.join("files"), whole, cancel, waiting))
             .map_err(Trouble::Here)?;
         debug_assert!(ready.0 == *content);
         // What is left there is only the empty folder.
@@ -359,20 +363,28 @@ fn assemble(folder: &Path, manifest: &Manifest) -> anyhow::Result<Manifest> {
     remove(&files)?;
     fs::create_dir_all(&files).with_context(|| format!("could not make `{}`", files.display()))?;
     let mut whole = manifest.clone();
-    for (name, entry) in &mut whole.files {
+    for (name, entry) in &manifest.files {
         let to = files.join(name);
         let parent = to.parent().unwrap_or(&files);
         fs::create_dir_all(parent)
             .with_context(|| format!("could not make `{}`", parent.display()))?;
         // Not a rename: two names may have the same contents, and an interrupted attempt starts from here again.
-        link_or_copy(&folder.join(&entry.blake3), &to)?;
-        super::super::store::seal(&to)
-            .with_context(|| format!("could not seal `{}`", to.display()))?;
+        let blob = folder.join(&entry.blake3);
+        // Before it gets a second name: files with several may be somebody else's.
+        seal(&blob).with_context(|| format!("could not seal `{}`", blob.display()))?;
+        link_or_copy(&blob, &to)?;
+    }
+    // Each name taken from a file changes its times.
+    for entry in manifest.files.values() {
+        remove(&folder.join(&entry.blake3))?;
+    }
+    for (name, entry) in &mut whole.files {
+        let to = files.join(name);
+        seal(&to).with_context(|| format!("could not seal `{}`", to.display()))?;
         let metadata = fs::symlink_metadata(&to)
             .with_context(|| format!("could not read `{}`", to.display()))?;
         entry.stat = Stat::of(&metadata);
     }
-    whole.folders = folders(&files, whole.files.keys().map(String::as_str));
     Ok(whole)
 }
 
