@@ -201,7 +201,15 @@ fn send(
     fingerprints: &[String],
     cancel: &AtomicBool,
 ) -> Result<(), Failure> {
-    let _in_use = store.use_results()?;
+    let in_use = store.use_results(cancel, &mut |holder| {
+        super::tell(&format!(
+            "{holder} has the store to itself; waiting for it\n"
+        ));
+    });
+    if in_use.is_err() && cancel.load(Ordering::Relaxed) {
+        return Err(Failure::Interrupted);
+    }
+    let _in_use = in_use?;
     let mut all = Sent::default();
     let mut results = 0;
     for fingerprint in fingerprints {
@@ -261,6 +269,11 @@ fn pull(args: &Pull) -> Result<(), Failure> {
                 bytes(size)
             )),
             Event::Warning { text } => super::tell(&format!("warning: {text}\n")),
+            Event::RunWaiting { holder } => {
+                super::tell(&format!(
+                    "{holder} has the store to itself; waiting for it\n"
+                ));
+            }
             _ => {}
         }
     }

@@ -1,6 +1,7 @@
 //! `lock`: pins what can move, in a file beside the recipe; and what the other commands do with that file.
 
 use std::fmt::Write as _;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -101,7 +102,15 @@ pub(super) fn read(recipe: &Path) -> Result<Option<Pins>, Failure> {
     let path = path(recipe);
     let text = match read_text(&path, LONGEST) {
         Ok(text) => text,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        // A recipe whose name leaves no room for `.lock` has none.
+        Err(error)
+            if matches!(
+                error.kind(),
+                ErrorKind::NotFound | ErrorKind::InvalidFilename
+            ) =>
+        {
+            return Ok(None);
+        }
         Err(error) => {
             return Err(anyhow::anyhow!("could not read `{}`: {error}", path.display()).into());
         }

@@ -85,18 +85,32 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
         scope.spawn(move || report(&received, style));
         // The sender goes when this is done, and with it the reporter.
         let events = events;
+        // Also until the outputs are in their places: nothing they are made of may go before.
+        let in_use = project.store.use_results(&cancel, &mut |holder| {
+            let holder = holder.to_owned();
+            // A reporter that is gone misses nothing else.
+            let _ = events.send(Event::RunWaiting { holder });
+        });
+        if in_use.is_err() && cancel.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
+        let _in_use = in_use?;
         let situation = project.situation(&forced);
         let summary = crate::engine::run(&situation, &targets, &options, &events, &cancel)?;
-        if summary.failed == 0 && !summary.interrupted {
+        // After a failure only who wants to go on gets what is finished.
+        if !summary.interrupted && (summary.failed == 0 || args.keep_going) {
             let how = Placing {
                 overwrite: args.overwrite_outputs,
                 verify: args.store.verify,
             };
-            put_outputs(&project, &summary, &targets, how, &events)?;
+            put_outputs(&project, &summary, &targets, how, &events, &cancel)?;
         }
-        anyhow::Ok(summary)
+        anyhow::Ok(Some(summary))
     })?;
     project.tell_warnings()?;
+    let Some(summary) = summary else {
+        return Err(Failure::Interrupted);
+    };
     if summary.interrupted {
         return Err(Failure::Interrupted);
     }
@@ -149,6 +163,7 @@ fn put_outputs(
     targets: &[usize],
     how: Placing,
     events: &Sender<Event>,
+    cancel: &AtomicBool,
 ) -> anyhow::Result<()> {
     let targets: BTreeSet<usize> = targets.iter().copied().collect();
     for output in &project.recipe.outputs {
@@ -162,9 +177,9 @@ fn put_outputs(
             continue;
         };
         let to = project.root.join(&output.path);
-        let mut waiting = || {
+        let mut waiting = |holder: &str| {
             let text = format!(
-                "another run is putting something in `{}`; waiting for it",
+                "{holder} is putting something in `{}`; waiting for it",
                 output.path
             );
             // A reporter that is gone misses nothing else.
@@ -172,7 +187,7 @@ fn put_outputs(
         };
         // Looked at again: a run takes its time, and somebody may have turned a link elsewhere.
         let put = match project.bounds.output(output) {
-            Ok(real) => place(&project.store, artifact, &real, how, &mut waiting),
+            Ok(real) => place(&project.store, artifact, &real, how, cancel, &mut waiting),
             Err((message, hint)) => Err(anyhow::anyhow!("it {message}; {hint}")),
         };
         let Put { changed, links } = put.with_context(|| {

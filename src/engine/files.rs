@@ -4,11 +4,17 @@ use std::fs::{self, File, Permissions};
 use std::io::{self, ErrorKind, Read as _, Write};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use rayon::prelude::*;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+
+use super::manifest::Stat;
+
+/// How the names of files begin that are still being written; a killed program leaves them.
+pub(super) const TEMPORARY: &str = ".tmp";
 
 /// Writes a file through a temporary neighbour: afterwards it has the old contents or the new ones, also after a power cut.
 pub fn write_atomically(path: &Path, contents: &[u8]) -> anyhow::Result<()> {
@@ -17,6 +23,7 @@ pub fn write_atomically(path: &Path, contents: &[u8]) -> anyhow::Result<()> {
         fs::create_dir_all(folder)?;
         // As any new file, not for us alone: a store may be shared.
         let mut file = tempfile::Builder::new()
+            .prefix(TEMPORARY)
             .permissions(Permissions::from_mode(0o666))
             .tempfile_in(folder)?;
         file.write_all(contents)?;
@@ -56,6 +63,46 @@ pub(super) fn read_small(path: &Path, longest: usize) -> std::io::Result<Vec<u8>
         return Err(ErrorKind::FileTooLarge.into());
     }
     Ok(contents)
+}
+
+/// Whether an error is no word about what is there: a permission, a disk or a server that fails. What is missing, cut short or
+/// something else than it should be is damage, and can be made again; this has to be told.
+pub(super) fn is_trouble(error: &anyhow::Error) -> bool {
+    let mut causes = error.chain();
+    causes.any(|cause| cause.downcast_ref().is_some_and(is_io_trouble))
+}
+
+/// [`is_trouble`] of one system error.
+pub(super) fn is_io_trouble(error: &std::io::Error) -> bool {
+    !matches!(
+        error.kind(),
+        ErrorKind::NotFound
+            | ErrorKind::NotADirectory
+            | ErrorKind::IsADirectory
+            | ErrorKind::FileTooLarge
+            | ErrorKind::InvalidData
+            | ErrorKind::InvalidInput
+            | ErrorKind::InvalidFilename
+            | ErrorKind::UnexpectedEof
+    )
+}
+
+/// The time by the clock of the file system that holds `folder`, in nanoseconds since 1970: what a file changed now would get.
+pub(super) fn clock(folder: &Path) -> std::io::Result<i64> {
+    // Without a name, so that nothing is left and no folder changes.
+    let file = tempfile::tempfile_in(folder)?;
+    Ok(Stat::of(&file.metadata()?).changed)
+}
+
+/// Waits until whatever changes now gets a later time than `newest`, by the file system's clock: two changes within one tick of it
+/// can't be told apart.
+pub(super) fn outlast(folder: &Path, newest: i64) -> std::io::Result<()> {
+    // The coarsest clocks tick every two seconds; a time that is further ahead was set wrong.
+    let end = Instant::now() + Duration::from_secs(3);
+    while clock(folder)? <= newest && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
 }
 
 /// Makes the entries of a folder durable.

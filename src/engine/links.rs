@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 
 use super::canonical::Digest;
+use super::files::outlast;
 use super::manifest::{Manifest, Stat};
 use super::store::Store;
 
@@ -46,8 +47,9 @@ impl<'a> Linked<'a> {
                     changed = true;
                 }
             }
-            if changed {
-                // Only spares work.
+            // Only spares work.
+            let artifacts = self.store.folder("artifacts");
+            if changed && outlast(&artifacts, manifest.newest()).is_ok() {
                 let _ = self.store.write_manifest(&artifact, &manifest);
             }
         }

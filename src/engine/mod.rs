@@ -39,7 +39,7 @@ pub use context::Context;
 pub use event::{Event, Level};
 pub use files::write_atomically;
 pub use fingerprint::{Fingerprint, Origin};
-pub use gc::{Garbage, Limits};
+pub use gc::{Garbage, Limits, Needs};
 pub use graph::{Graph, GraphError, Marker, Node, markers};
 pub use handling::{Handling, Machine, Resources};
 pub use history::{Difference, Outcome, Run, RunStage};

@@ -8,7 +8,7 @@
 //! links to the store's read-only files, because a model must not lie on the disk twice.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File, Permissions, TryLockError};
+use std::fs::{self, File, Permissions};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
@@ -20,11 +20,11 @@ use serde::{Deserialize, Serialize};
 
 use super::canonical::Digest;
 use super::files::{
-    exchange, read_sealed, remove, rename_new, sync_files, sync_folder, write_sealed,
+    exchange, outlast, read_sealed, remove, rename_new, sync_files, sync_folder, write_sealed,
 };
 use super::links::{Linked, unedited};
 use super::manifest::{Check, Manifest, Stat, digest_file, walk};
-use super::store::{Store, open_lock};
+use super::store::{Store, take_lock};
 
 /// Larger files are hard links where they can't share blocks. Configurations, logs and tokenizers are smaller (the largest
 /// `tokenizer.json` in wide use has 34 MB) and copied in a blink; weights, whose second copy would cost, are larger.
@@ -83,15 +83,19 @@ enum Found {
 }
 
 /// Puts the artifact's files into the folder `place`, whose parent folders are real ones. What the runner did not put there stays, with
-/// an error, unless it may be overwritten. `waiting` is called when another run is at the same place.
+/// an error, unless it may be overwritten. `waiting` is called, with the holder, when another run is at the same place; `cancel` ends the
+/// waiting.
 pub fn place(
     store: &Store,
     artifact: &str,
     place: &Path,
     how: Placing,
-    waiting: &mut dyn FnMut(),
+    cancel: &AtomicBool,
+    waiting: &mut dyn FnMut(&str),
 ) -> anyhow::Result<Put> {
-    Slot::open(store, place)?.put(artifact, how, waiting, exchange)
+    let slot = Slot::open(store, place)?;
+    let lock = slot.lock(cancel, waiting);
+    slot.put(artifact, how, lock, exchange)
 }
 
 /// A place and what is known of it.
@@ -128,11 +132,9 @@ impl<'a> Slot<'a> {
         mut self,
         artifact: &str,
         how: Placing,
-        waiting: &mut dyn FnMut(),
+        lock: anyhow::Result<File>,
         swap: impl Fn(&Path, &Path) -> io::Result<()>,
     ) -> anyhow::Result<Put> {
-        // One at a time: another run would take what this one is putting there for somebody else's.
-        let lock = self.lock(waiting);
         self.state = read_sealed(&self.path).unwrap_or_default();
         self.written = self.state.clone();
         if lock.is_ok() {
@@ -174,19 +176,9 @@ impl<'a> Slot<'a> {
         })
     }
 
-    fn lock(&self, waiting: &mut dyn FnMut()) -> anyhow::Result<File> {
-        let path = self.path.with_extension("lock");
-        let lock = open_lock(&path)?;
-        let locked = match lock.try_lock() {
-            Ok(()) => Ok(()),
-            Err(TryLockError::WouldBlock) => {
-                waiting();
-                lock.lock()
-            }
-            Err(TryLockError::Error(error)) => Err(error),
-        };
-        locked.with_context(|| format!("could not lock `{}`", path.display()))?;
-        Ok(lock)
+    /// One at a time: another run would take what this one is putting there for somebody else's.
+    fn lock(&self, cancel: &AtomicBool, waiting: &mut dyn FnMut(&str)) -> anyhow::Result<File> {
+        take_lock(&self.path.with_extension("lock"), cancel, waiting)
     }
 
     /// Clears away what a run that was killed left beside the place. Where it was killed between two renames the whole result goes
@@ -233,6 +225,7 @@ impl<'a> Slot<'a> {
                 Check::Touched(manifest) => return Ok(Found::Ours(placed.now(manifest))),
                 Check::Damaged(what) => change = change.or(Some(what)),
                 Check::Missing => {}
+                Check::Unreadable(error) => bail!("{error}"),
             }
         }
         if let Some(placed) = self
@@ -313,6 +306,11 @@ impl<'a> Slot<'a> {
             }
             _ => remove(&next)?,
         }
+        let mut placed = placed;
+        // From this time on every change shows.
+        placed.manifest.remember_folders(self.place);
+        outlast(self.parent, placed.manifest.newest())
+            .with_context(|| format!("could not read `{}`", self.parent.display()))?;
         self.settle(placed.clone())?;
         Ok(placed)
     }

@@ -19,7 +19,7 @@ use candle_core::DType;
 use pipeline_kernels::dropout::mix;
 
 use super::batch::{Batch, Row};
-use super::checkpoint::{self, State};
+use super::checkpoint::{self, Resumed, State};
 use super::evaluate;
 use super::forward::together;
 use super::linear::Drops;
@@ -59,14 +59,17 @@ pub fn train(
         scaler: Scaler::new(settings.scaler),
         ..State::default()
     };
-    if let Some(scratch) = scratch
-        && let Some(found) = checkpoint::resume(scratch, model, &mut optimizer)?
-    {
+    let mut resumed = Resumed::default();
+    if let Some(scratch) = scratch {
+        resumed = checkpoint::resume(scratch, model, &mut optimizer)?;
+    }
+    if let Some(found) = resumed.state {
         state = found;
     }
     let told = Step {
         step: state.step,
         total,
+        passed_over: resumed.passed_over,
         ..Step::default()
     };
     if tell(&told).is_break() {

@@ -95,6 +95,9 @@ impl Terminal {
                 ));
                 self.begin(stage);
             }
+            Event::RunWaiting { holder } => {
+                self.line(&format!("{:>9}  {holder} has the store to itself", "waits"));
+            }
             Event::StageWaiting { stage, holder } => {
                 self.line(&format!(
                     "{:>9}  {stage}: {holder} is making the same result",

@@ -14,6 +14,8 @@ struct Toy {
     store: Store,
 }
 
+static NEVER: AtomicBool = AtomicBool::new(false);
+
 type Swap<'a> = &'a dyn Fn(&Path, &Path) -> io::Result<()>;
 
 impl Toy {
@@ -33,7 +35,10 @@ impl Toy {
             params: json!({ "text": text, "large": large }),
             outside: [].into(),
         };
-        let miss = self.store.lock(&fingerprint.digest(), &mut |_| {}).unwrap();
+        let miss = self
+            .store
+            .lock(&fingerprint.digest(), &NEVER, &mut |_| {})
+            .unwrap();
         let partial = miss.partial().unwrap();
         fs::create_dir(partial.join("below")).unwrap();
         fs::write(partial.join("below/text"), text).unwrap();
@@ -54,7 +59,8 @@ impl Toy {
             seconds: 1.0,
             pipeline: "0".into(),
         };
-        miss.commit(record, &[].into()).unwrap().0.artifact
+        let made = miss.commit(record, &[].into(), &NEVER, &mut |_| {});
+        made.unwrap().0.artifact
     }
 
     fn place(&self) -> PathBuf {
@@ -70,13 +76,21 @@ impl Toy {
     }
 
     fn put_so(&self, artifact: &str, how: Placing) -> anyhow::Result<Put> {
-        place(&self.store, artifact, &self.place(), how, &mut || {})
+        place(
+            &self.store,
+            artifact,
+            &self.place(),
+            how,
+            &NEVER,
+            &mut |_| {},
+        )
     }
 
     fn put_by(&self, artifact: &str, swap: Swap<'_>) -> anyhow::Result<Put> {
         let place = self.place();
         let slot = Slot::open(&self.store, &place).unwrap();
-        slot.put(artifact, Placing::default(), &mut || {}, swap)
+        let lock = slot.lock(&NEVER, &mut |_| {});
+        slot.put(artifact, Placing::default(), lock, swap)
     }
 
     #[track_caller]
@@ -353,19 +367,19 @@ fn runs_at_one_place_wait_for_each_other_or_say_why_not() {
     let place_at = toy.place();
     let slot = Slot::open(&toy.store, &place_at).unwrap();
     let path = slot.path.with_extension("lock");
-    let held = open_lock(&path).unwrap();
-    held.lock().unwrap();
+    let held = take_lock(&path, &NEVER, &mut |_| {}).unwrap();
     std::thread::scope(|scope| {
         let (told, waits) = std::sync::mpsc::channel();
         let second = toy.make("two", 0);
         let (toy, place_at) = (&toy, &place_at);
         let putting = scope.spawn(move || {
-            let mut waiting = || told.send(()).unwrap();
+            let mut waiting = |_: &str| told.send(()).unwrap();
             place(
                 &toy.store,
                 &second,
                 place_at,
                 Placing::default(),
+                &NEVER,
                 &mut waiting,
             )
         });

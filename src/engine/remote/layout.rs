@@ -83,6 +83,7 @@ pub fn parse_manifest(content: &str, bytes: &[u8]) -> anyhow::Result<Manifest> {
         let stat = Stat {
             size: file.size,
             modified: 0,
+            changed: 0,
             inode: 0,
         };
         let blake3 = file.blake3;

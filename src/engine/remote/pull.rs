@@ -20,9 +20,9 @@ use super::super::Event;
 use super::super::canonical::Digest;
 use super::super::files::{link_or_copy, remove, sync_files, sync_folder};
 use super::super::links::Linked;
-use super::super::manifest::{Manifest, Stat, digest_file, folders};
+use super::super::manifest::{Manifest, Stat, digest_file};
 use super::super::record::Record;
-use super::super::store::{Store, open_lock};
+use super::super::store::{Store, take_lock};
 use super::layout::{blob_key, get, manifest_key, parse_manifest};
 use super::{Remote, Shared};
 
@@ -98,11 +98,15 @@ impl Shared {
     ) -> Result<(), Trouble> {
         let content = &record.artifact;
         // Two runners that want the same files: the second finds them.
-        let lock =
-            open_lock(&store.lock_path(&format!("{content}.pull"))).map_err(Trouble::Here)?;
-        lock.lock()
-            .context("could not lock the files that arrive")
-            .map_err(Trouble::Here)?;
+        let waiting = &mut |holder: &str| {
+            // A reporter that is gone misses nothing else.
+            let _ = events.send(Event::StageWaiting {
+                stage: stage.to_owned(),
+                holder: holder.to_owned(),
+            });
+        };
+        let path = store.lock_path(&format!("{content}.pull"));
+        let _held = take_lock(&path, cancel, waiting).map_err(Trouble::Here)?;
         if store.is_sound(content) {
             return Ok(());
         }
@@ -142,9 +146,9 @@ impl Shared {
         take_apart(&folder, &manifest).map_err(Trouble::Here)?;
         let here = self.here(store);
         let lent = Linked::before(store, lenders(store, &blobs, &here));
-        let put_together = || -> anyhow::Result<_> {
+        let mut put_together = || -> anyhow::Result<_> {
             let whole = assemble(&folder, &manifest)?;
-            store.admit(&folder.join("files"), &whole)
+            store.admit(&folder.join("files"), whole, cancel, waiting)
         };
         let arrived = arrival.all(&blobs, &here);
         let ready = arrived.and_then(|()| put_together().map_err(Trouble::Here));
@@ -518,7 +522,6 @@ fn assemble(folder: &Path, manifest: &Manifest) -> anyhow::Result<Manifest> {
             .with_context(|| format!("could not read `{}`", path.display()))?;
         entry.stat = Stat::of(&metadata);
     }
-    whole.folders = folders(&files, whole.files.keys().map(String::as_str));
     Ok(whole)
 }
 

@@ -239,7 +239,15 @@ fn many_runners_put_one_result_in_its_place() {
         std::thread::scope(|scope| {
             let put = || {
                 start.wait();
-                place(&store, &artifact, &to, Placing::default(), &mut || {}).unwrap()
+                place(
+                    &store,
+                    &artifact,
+                    &to,
+                    Placing::default(),
+                    &AtomicBool::new(false),
+                    &mut |_| {},
+                )
+                .unwrap()
             };
             let placers: Vec<_> = (0..4).map(|_| scope.spawn(put)).collect();
             let changed = placers.into_iter().map(|placer| placer.join().unwrap());

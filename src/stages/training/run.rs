@@ -159,7 +159,7 @@ pub(in crate::stages) fn run(
     cx.note("steps", settings.total_steps(train_rows.len()));
 
     settings.leave = Some(cx.end()?);
-    let start = take_up(cx.scratch()?, &cx.ends(), &settings, train_rows.len())?;
+    let start = take_up(cx.scratch()?, &cx.ends()?, &settings, train_rows.len())?;
     let (mut tokens, mut began) = (0u64, false);
     let ending = train(
         &model,
@@ -168,6 +168,9 @@ pub(in crate::stages) fn run(
         &settings,
         Some(cx.scratch()?),
         &mut |step| {
+            for passed_over in &step.passed_over {
+                cx.warn(passed_over);
+            }
             if !began {
                 began = true;
                 tell_start(cx, &start, step.step, step.total);
