@@ -208,9 +208,8 @@ impl Manifest {
         let there = fs::metadata(folder).with_context(|| cannot_read(folder));
         let compared = match there {
             Ok(found) if found.is_dir() => self.compare(folder, thorough),
-            Ok(_) => return Check::Missing,
             Err(error) if is_trouble(&error) => Err(error),
-            Err(_) => return Check::Missing,
+            Ok(_) | Err(_) => return Check::Missing,
         };
         match compared {
             Ok(None) => Check::Sound,

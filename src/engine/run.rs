@@ -126,8 +126,8 @@ pub fn run(
         }
         .drive(scope, &needed, &mut sources, &results);
         shared.close();
-        anyhow::Ok((summary?, shared))
-    })?;
+        (summary, shared)
+    });
     let Summary {
         fresh,
         ran,
@@ -177,7 +177,7 @@ impl<'a> Runner<'a, '_> {
         needed: &[bool],
         sources: &mut Sources,
         results: &Receiver<Done>,
-    ) -> anyhow::Result<Summary>
+    ) -> Summary
     where
         'a: 'scope,
     {
@@ -274,7 +274,7 @@ impl<'a> Runner<'a, '_> {
         self.summary.skipped = left;
         self.remember(&contents);
         self.summary.artifacts = contents;
-        Ok(self.summary)
+        self.summary
     }
 
     /// Keeps what was run, for `history` and `diff`. A store that can't be written has no history, and still serves.

@@ -152,7 +152,8 @@ fn error_of(events: &[Event]) -> &str {
 
 #[test]
 fn what_changes_while_it_is_read_fails_the_stage_and_leaves_no_result() {
-    let cases: [(&str, fn(&Path) -> Then); 11] = [
+    type Case = (&'static str, fn(&Path) -> Then);
+    let cases: [Case; 11] = [
         ("a", |at| Then::Append(at.join("a"))),
         ("a", |at| Then::Edit(at.join("a"))),
         ("a", |at| Then::EditAndBack(at.join("a"))),
