@@ -137,6 +137,8 @@ pub enum Event {
         path: String,
         /// Whether it was not there yet.
         changed: bool,
+        /// How many of its files are read-only links into the store.
+        links: usize,
     },
     /// The run is over.
     RunFinished {

@@ -76,8 +76,9 @@ fn choose(folder: &Path) -> anyhow::Result<Vec<String>> {
         };
         for entry in entries {
             let entry = entry?;
-            // Through links: folders of the hub's cache consist of them.
+            // Through links: folders of the hub's cache consist of them. Hidden files are no part of what a recipe reads.
             if let Ok(name) = entry.file_name().into_string()
+                && !name.starts_with('.')
                 && entry.path().is_file()
             {
                 found.push(format!("{below}{name}"));

@@ -26,6 +26,8 @@ mod longer;
 #[cfg(test)]
 mod mistakes;
 #[cfg(test)]
+mod outputs;
+#[cfg(test)]
 mod pins;
 #[cfg(test)]
 mod remote;
