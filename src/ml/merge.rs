@@ -11,10 +11,12 @@ use rayon::prelude::*;
 
 use super::adapter::{Adapter, LoraPair};
 use super::config::LlamaConfig;
+use super::finite;
 use super::float::Float;
 use super::folder::{self, CONFIG};
 use super::nf4::{Nf4, PARTS};
 use super::rewrite::{Output, Written, rewrite};
+use super::tensors::is_used;
 use super::weights::{Entry, Weights};
 
 const EMBEDDINGS: &str = "model.embed_tokens.weight";
@@ -97,7 +99,11 @@ pub fn merge(
             return Ok(outputs);
         }
         if update.is_none() {
-            return Ok(vec![Output::same(weights, name)?]);
+            return Ok(vec![if is_used(&config, name) {
+                Output::finite(weights, name)?
+            } else {
+                Output::same(weights, name)?
+            }]);
         }
         let raw = weights.raw(name)?;
         let float = float_of(name, raw.dtype)?;
@@ -334,10 +340,43 @@ fn sum(
     let finite = finite.reduce(|| true, |a, b| a && b);
     ensure!(
         finite,
-        "a NaN or infinity comes out in {}; the adapter may have diverged in its training",
-        float.name()
+        "{}",
+        why_not_finite(first, bytes, float, update, read)
     );
     Ok(())
+}
+
+/// Why W + s B A is not finite, from value number `first` on.
+fn why_not_finite(
+    first: usize,
+    bytes: &[u8],
+    float: Float,
+    update: Option<&Update>,
+    read: &(dyn Fn(usize, &mut [f32]) + Sync),
+) -> String {
+    let at = first + finite::first_in(float, bytes).map_or(0, |(at, _)| at);
+    let mut value = [0f32];
+    read(at, &mut value);
+    if !value[0].is_finite() {
+        let found = finite::named(value[0]);
+        return format!(
+            "the model holds {found} there (value {at}, from 0) before anything is added; look at where the model comes from"
+        );
+    }
+    if let Some(update) = update {
+        update.add(at, &mut value);
+    }
+    if !value[0].is_finite() {
+        return format!(
+            "adding the adapter's update leads to {} (value {at}, from 0); the adapter may have diverged in its training",
+            finite::named(value[0])
+        );
+    }
+    format!(
+        "value {at} (from 0) becomes {:e}, which {} can't hold; hint: merge into weights in bfloat16 or float32",
+        value[0],
+        float.name()
+    )
 }
 
 #[cfg(test)]
@@ -492,7 +531,7 @@ mod tests {
         pair.b = (pair.b.ones_like().unwrap() * f64::from(f32::MAX)).unwrap();
         let error = fails(&wild);
         assert!(
-            error.contains("q_proj.weight") && error.contains("NaN or infinity"),
+            error.contains("q_proj.weight") && error.contains("the adapter's update leads to"),
             "{error}"
         );
     }
@@ -507,7 +546,9 @@ mod tests {
         let summed = |pair: &LoraPair, float: Float| {
             let update = Update::of(pair, 0.5).unwrap();
             let mut bytes = vec![0; 4 * float.size()];
-            let read = |_: usize, values: &mut [f32]| values.copy_from_slice(&[1f32, 2., 3., 4.]);
+            let read = |first: usize, values: &mut [f32]| {
+                values.copy_from_slice(&[1f32, 2., 3., 4.][first..first + values.len()]);
+            };
             sum(0, &mut bytes, float, Some(&update), &read).map(|()| bytes)
         };
         let bytes = summed(&pair, Float::BF16).unwrap();
@@ -520,7 +561,11 @@ mod tests {
             ..pair.clone()
         };
         assert!(summed(&large, Float::F32).is_ok());
-        assert!(summed(&large, Float::F16).is_err());
+        let error = summed(&large, Float::F16).unwrap_err().to_string();
+        assert!(
+            error.contains("value 2 (from 0) becomes 1.50003e5, which float16"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -8,13 +8,14 @@ use serde::{Deserialize, Serialize};
 
 use super::adapter_files;
 use super::artifacts::Adapter;
+use super::chat_template;
 use super::from_hub::{Source, check, main_revision, pin, place};
 use crate::engine::{Context, Problem, Stage, World};
 use crate::hub::RepoKind;
 
 /// Downloads a LoRA adapter from the Hugging Face hub: to go on training it, to score it, or to merge it.
 ///
-/// The revision is resolved to a commit, and a moved branch makes the stage run again. Settings that would change the adapter's
+/// The chat template comes along, if there is one beside it (TRL saves it). The revision is resolved to a commit, and a moved branch makes the stage run again. Settings that would change the adapter's
 /// numbers in a way that this program does not compute are refused.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -31,7 +32,7 @@ pub struct DownloadAdapter {
 
 impl Stage for DownloadAdapter {
     const KIND: &'static str = "download_adapter";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const MOVES: bool = true;
     type Output = Adapter;
 
@@ -67,6 +68,11 @@ impl Stage for DownloadAdapter {
             let file = file.as_ref().with_context(|| format!("`{name}` is gone"))?;
             let path = source.fetch(file)?;
             place(&path, &cx.out().join(name))?;
+        }
+        let template = source.file(&format!("{folder}{}", chat_template::FILE));
+        if let Some(template) = template {
+            let path = source.fetch(&template)?;
+            place(&path, &cx.out().join(chat_template::FILE))?;
         }
         adapter_files::check(cx).with_context(refused)
     }

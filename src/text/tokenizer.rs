@@ -107,6 +107,24 @@ impl Tokenizer {
         })
     }
 
+    /// The longest added token (`<|eot_id|>`) that `text` begins with.
+    pub fn added_token_at(&self, text: &str) -> Option<SpecialToken> {
+        let added = self.inner.get_added_tokens_decoder();
+        let mut found: Option<SpecialToken> = None;
+        for (id, token) in added {
+            let longer = found
+                .as_ref()
+                .is_none_or(|found| token.content.len() > found.text.len());
+            if longer && !token.content.is_empty() && text.starts_with(&token.content) {
+                found = Some(SpecialToken {
+                    text: token.content,
+                    id,
+                });
+            }
+        }
+        found
+    }
+
     /// The ids of a text as it stands: no BOS or EOS is added, special tokens inside the text become their ids.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         match &self.quick {

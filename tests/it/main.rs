@@ -3,6 +3,8 @@
 #[cfg(test)]
 mod commands;
 #[cfg(test)]
+mod defaults;
+#[cfg(test)]
 mod faults;
 mod gc;
 #[cfg(test)]
