@@ -7,7 +7,6 @@ use anyhow::{Context as _, bail};
 use super::chat_template;
 use crate::engine::Context;
 use crate::ml::adapter::{Adapter, Bias, CONFIG, FILE};
-use crate::text::tokenizer;
 
 /// The files of an adapter, if `names` has them all. Whatever else lies there tells of its training or of its base.
 pub(super) fn choose(names: &[&str]) -> anyhow::Result<[&'static str; 2]> {
@@ -31,16 +30,13 @@ pub(super) fn choose(names: &[&str]) -> anyhow::Result<[&'static str; 2]> {
     Ok([CONFIG, FILE])
 }
 
-/// Takes the chat template that lies beside an adapter, as a file or in the tokenizer's settings. What can't be read is told, for
-/// an adapter works without.
-pub(super) fn take_template(cx: &Context, folder: &Path) {
-    let took = || -> anyhow::Result<()> {
-        match tokenizer::chat_template(folder)? {
-            Some(template) => chat_template::write(&template, cx.out()),
-            None => Ok(()),
-        }
-    };
-    if let Err(error) = took() {
+/// Takes the chat template that lies beside an adapter. What can't be read is told, for an adapter works without.
+pub(super) fn take_template(cx: &Context, read: impl FnOnce() -> anyhow::Result<Option<String>>) {
+    let took = read().and_then(|template| match template {
+        Some(template) => chat_template::write(&template, cx.out()),
+        None => Ok(()),
+    });
+    if let Err(error) = took {
         cx.warn(format!(
             "the chat template beside the adapter was left behind: {error:#}"
         ));

@@ -14,7 +14,7 @@ use crate::text::turn_end::turn_end;
 
 /// The file, which transformers reads before all others and TRL saves beside an adapter too.
 pub(super) const FILE: &str = "chat_template.jinja";
-const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+pub(super) const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 const GENERATION_CONFIG: &str = "generation_config.json";
 /// Named templates; with them transformers may choose another one than the default.
 const NAMED: &str = "additional_chat_templates";

@@ -12,6 +12,7 @@ use super::chat_template;
 use super::from_hub::{Source, check, main_revision, pin, place};
 use crate::engine::{Context, Problem, Stage, World};
 use crate::hub::RepoKind;
+use crate::text::tokenizer;
 
 /// Downloads a LoRA adapter from the Hugging Face hub: to go on training it, to score it, or to merge it.
 ///
@@ -69,10 +70,15 @@ impl Stage for DownloadAdapter {
             let path = source.fetch(file)?;
             place(&path, &cx.out().join(name))?;
         }
+        // Beside it TRL saves the template: in a file of its own, and in older versions among the tokenizer's settings.
         let template = source.file(&format!("{folder}{}", chat_template::FILE));
+        let settings = source.file(&format!("{folder}{}", chat_template::TOKENIZER_CONFIG));
         if let Some(template) = template {
             let path = source.fetch(&template)?;
             place(&path, &cx.out().join(chat_template::FILE))?;
+        } else if let Some(settings) = settings {
+            let path = source.fetch(&settings)?;
+            adapter_files::take_template(cx, || tokenizer::template_in(&path));
         }
         adapter_files::check(cx).with_context(refused)
     }
@@ -98,6 +104,15 @@ mod tests {
             (at("", "README.md"), b"odd".to_vec()),
             (at("second/", CONFIG), config.clone()),
             (at("second/", FILE), weights.clone()),
+            (at("old/", CONFIG), config.clone()),
+            (at("old/", FILE), weights.clone()),
+            (
+                at("old/", "tokenizer_config.json"),
+                br#"{"chat_template": "t"}"#.to_vec(),
+            ),
+            (at("new/", CONFIG), config.clone()),
+            (at("new/", FILE), weights.clone()),
+            (at("new/", "chat_template.jinja"), b"t".to_vec()),
         ];
         let files: Vec<_> = files
             .iter()
@@ -130,6 +145,11 @@ mod tests {
         };
         let second = "{ repo: some/adapter, subfolder: second/ }";
         assert_eq!(run(second).unwrap(), [CONFIG, FILE]);
+        // With the template of its training.
+        for folder in ["old", "new"] {
+            let yaml = format!("{{ repo: some/adapter, subfolder: {folder} }}");
+            assert_eq!(run(&yaml).unwrap(), [CONFIG, FILE, chat_template::FILE]);
+        }
         let error = format!("{:#}", run("{ repo: some/adapter }").unwrap_err());
         assert!(error.contains("`adapter_config.json`"), "{error}");
     }

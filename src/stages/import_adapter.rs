@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::adapter_files;
 use super::artifacts::Adapter;
 use crate::engine::{Context, Problem, SourcePath, Stage};
+use crate::text::tokenizer;
 
 /// Takes a LoRA adapter from a local folder that PEFT saved: to go on training it, to score it, or to merge it.
 ///
@@ -46,7 +47,7 @@ impl Stage for ImportAdapter {
             cx.check_cancelled()?;
             cx.copy_in(&folder.join(name), name)?;
         }
-        adapter_files::take_template(cx, folder);
+        adapter_files::take_template(cx, || tokenizer::chat_template(folder));
         adapter_files::check(cx).with_context(refused)
     }
 }

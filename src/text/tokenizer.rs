@@ -205,7 +205,12 @@ pub fn chat_template(folder: &Path) -> Result<Option<String>> {
             .with_context(|| format!("could not read `{}`", path.display()))
             .map(Some);
     }
-    let Some(config) = json(&folder.join("tokenizer_config.json"))? else {
+    template_in(&folder.join("tokenizer_config.json"))
+}
+
+/// The chat template in the file `tokenizer_config.json`, if there are both.
+pub fn template_in(settings: &Path) -> Result<Option<String>> {
+    let Some(config) = json(settings)? else {
         return Ok(None);
     };
     Ok(match config.get("chat_template") {
@@ -224,9 +229,8 @@ pub fn chat_template(folder: &Path) -> Result<Option<String>> {
             let Some(text) = default.and_then(text) else {
                 let names: Vec<_> = named.iter().filter_map(name).collect();
                 bail!(
-                    "the tokenizer in `{}` has several chat templates ({}) and none called `default`; hint: give the one to \
-                     use with `template`",
-                    folder.display(),
+                    "`{}` has several chat templates ({}) and none called `default`; hint: give the one to use with `template`",
+                    settings.display(),
                     names.join(", ")
                 );
             };

@@ -1,3 +1,5 @@
+//! Tests of the chat template's way.
+
 use std::path::PathBuf;
 
 use super::*;

@@ -223,16 +223,13 @@ pub(in crate::stages) fn run(
             ));
         }
     }
-    match adapter {
-        Some(adapter) => {
-            save_adapter(&model, adapter, cx.out())?;
-            chat_template::carry(job.dataset, cx.out())?;
-        }
-        None => {
-            save_model(&model, job.model, cx.out())?;
-            if let Some(template) = chat_template::read(job.dataset)? {
-                chat_template::install(cx, &template)?;
-            }
+    if let Some(adapter) = adapter {
+        save_adapter(&model, adapter, cx.out())?;
+        chat_template::carry(job.dataset, cx.out())?;
+    } else {
+        save_model(&model, job.model, cx.out())?;
+        if let Some(template) = chat_template::read(job.dataset)? {
+            chat_template::install(cx, &template)?;
         }
     }
     let metrics: String = history.iter().map(|log| log.line() + "\n").collect();
