@@ -1,5 +1,7 @@
 //! A model with its adapter added into the weights: W + s B A (Hu et al. 2021, arXiv 2106.09685, section 4.1).
 
+mod not_finite;
+
 use std::borrow::Cow;
 use std::cell::RefCell;
 use std::path::Path;
@@ -11,7 +13,6 @@ use rayon::prelude::*;
 
 use super::adapter::{Adapter, LoraPair};
 use super::config::LlamaConfig;
-use super::finite;
 use super::float::Float;
 use super::folder::{self, CONFIG};
 use super::nf4::{Nf4, PARTS};
@@ -341,42 +342,9 @@ fn sum(
     ensure!(
         finite,
         "{}",
-        why_not_finite(first, bytes, float, update, read)
+        not_finite::why(first, bytes, float, update, read)
     );
     Ok(())
-}
-
-/// Why W + s B A is not finite, from value number `first` on.
-fn why_not_finite(
-    first: usize,
-    bytes: &[u8],
-    float: Float,
-    update: Option<&Update>,
-    read: &(dyn Fn(usize, &mut [f32]) + Sync),
-) -> String {
-    let at = first + finite::first_in(float, bytes).map_or(0, |(at, _)| at);
-    let mut value = [0f32];
-    read(at, &mut value);
-    if !value[0].is_finite() {
-        let found = finite::named(value[0]);
-        return format!(
-            "the model holds {found} there (value {at}, from 0) before anything is added; look at where the model comes from"
-        );
-    }
-    if let Some(update) = update {
-        update.add(at, &mut value);
-    }
-    if !value[0].is_finite() {
-        return format!(
-            "adding the adapter's update leads to {} (value {at}, from 0); the adapter may have diverged in its training",
-            finite::named(value[0])
-        );
-    }
-    format!(
-        "value {at} (from 0) becomes {:e}, which {} can't hold; hint: merge into weights in bfloat16 or float32",
-        value[0],
-        float.name()
-    )
 }
 
 #[cfg(test)]

@@ -7,8 +7,12 @@ use serde_json::Value;
 
 use crate::support::program::repository;
 
-/// Kinds, the class that has their parameters, whose it is, and parameters that have another name there.
-const CLASSES: [(&str, &str, &str, &[(&str, &str)]); 6] = [
+/// A parameter's name here and in the class.
+type Renamed = (&'static str, &'static str);
+/// A kind, the class that has its parameters, whose it is, and parameters that have another name there.
+type Class = (&'static str, &'static str, &'static str, &'static [Renamed]);
+
+const CLASSES: [Class; 6] = [
     ("train_orpo", "ORPOConfig", "TRL", &[]),
     ("train_sft", "SFTConfig", "TRL", &[]),
     ("evaluate", "ORPOConfig", "TRL", &[]),

@@ -43,7 +43,7 @@ impl Place {
         let mut place = Self::new();
         place.model = place.folder.path().join("broken");
         golden::altered("model", &place.model, |tensors| {
-            golden::put(tensors, name, at, value)
+            golden::put(tensors, name, at, value);
         });
         place
     }
