@@ -14,17 +14,19 @@ use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
 use super::artifacts::{Chats, Dataset, Model};
+use super::chat_template;
 use crate::data::cell::Cell;
 use crate::data::table::{Split, Writer, pass, splits};
 use crate::engine::{Context, Input, Problem, SourcePath, Stage};
 use crate::text::chat::{ChatRow, Notice, Rendered, Renderer, Side};
 use crate::text::template::ChatTemplate;
-use crate::text::tokenizer::{chat_template, special_tokens};
+use crate::text::tokenizer::{self, special_tokens};
 
 /// Renders rows to text with a chat template, as transformers and TRL do: `prompt`, `chosen` and, for preferences, `rejected`
 /// join to exactly what the template prints for the whole conversation.
 ///
-/// The template is a file, a text in the recipe, or else the tokenizer's own. Rows whose texts were rendered before are taken as
+/// The template is a file, a text in the recipe, or else the tokenizer's own. It goes with the chats, and from them into what is
+/// trained on them. Rows whose texts were rendered before are taken as
 /// they are, and counted.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -50,7 +52,7 @@ pub struct ApplyChatTemplate {
 
 impl Stage for ApplyChatTemplate {
     const KIND: &'static str = "apply_chat_template";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     type Output = Chats;
 
     fn check(&self) -> Vec<Problem> {
@@ -74,6 +76,7 @@ impl Stage for ApplyChatTemplate {
 
     fn run(&self, cx: &Context) -> Result<()> {
         let renderer = self.renderer(cx)?;
+        chat_template::write(renderer.template().source(), cx.out())?;
         let folder = cx.input(&self.dataset)?;
         let splits: Result<Vec<Split>> = splits(folder)?
             .into_iter()
@@ -115,7 +118,7 @@ impl ApplyChatTemplate {
             }
             (None, None) => {
                 let model = model.context("there is no chat template")?;
-                chat_template(model)?.ok_or_else(|| {
+                tokenizer::chat_template(model)?.ok_or_else(|| {
                     anyhow!("the tokenizer has no chat template; hint: name a file with `template`, as templates/llama3.jinja")
                 })?
             }

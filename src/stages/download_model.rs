@@ -58,8 +58,7 @@ impl Stage for DownloadModel {
             place(&path, &cx.out().join(&file.path))?;
         }
         let checked = model_files::check(cx.out()).with_context(refused)?;
-        super::import_model::tell(cx, &checked);
-        Ok(())
+        super::import_model::tell(cx, &checked).with_context(refused)
     }
 }
 

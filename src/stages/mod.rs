@@ -6,6 +6,7 @@ mod adapter_files;
 pub mod apply_chat_template;
 pub mod artifacts;
 pub mod attach_lora;
+mod chat_template;
 pub mod create_model;
 mod dataset_files;
 pub mod download_adapter;

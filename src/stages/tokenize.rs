@@ -9,6 +9,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::artifacts::{Chats, Model, Tokens};
+use super::chat_template;
 use crate::data::table::{Split, Writer, pass, splits};
 use crate::data::tokens::{TokenRow, batch, schema};
 use crate::engine::{Context, Input, Problem, Stage};
@@ -54,7 +55,7 @@ fn default_max_length() -> usize {
 
 impl Stage for Tokenize {
     const KIND: &'static str = "tokenize";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     type Output = Tokens;
 
     fn check(&self) -> Vec<Problem> {
@@ -89,7 +90,7 @@ impl Stage for Tokenize {
             self.tokenize_split(cx, &tokenizer, split, total as u64, &mut counts)?;
         }
         counts.tell(cx);
-        Ok(())
+        chat_template::carry(folder, cx.out())
     }
 }
 

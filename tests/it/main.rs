@@ -5,6 +5,8 @@ mod changes;
 #[cfg(test)]
 mod commands;
 #[cfg(test)]
+mod defaults;
+#[cfg(test)]
 mod faults;
 mod gc;
 #[cfg(test)]
