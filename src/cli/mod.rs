@@ -20,6 +20,7 @@ mod schema;
 mod show;
 mod validate;
 mod why;
+mod work;
 
 use std::io::{IsTerminal as _, Write as _};
 use std::process::ExitCode;
@@ -65,6 +66,9 @@ enum Command {
     Cache(cache::Args),
     /// Prints the JSON Schema of recipes, for editors
     Schema(schema::Args),
+    /// Runs one stage for another process of this program
+    #[command(hide = true)]
+    Work(work::Args),
 }
 
 /// How a command ended, if not with its work done.
@@ -110,6 +114,7 @@ pub fn main() -> ExitCode {
         Command::Gc(args) => gc::run(&args),
         Command::Cache(args) => cache::run(&args),
         Command::Schema(args) => schema::run(&args),
+        Command::Work(args) => work::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

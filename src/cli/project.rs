@@ -266,7 +266,7 @@ pub(super) fn normal(path: &Path) -> PathBuf {
 }
 
 /// The variables that `huggingface_hub` documents and the hub's settings read.
-fn world(offline: bool) -> World {
+pub(super) fn world(offline: bool) -> World {
     const VARIABLES: [&str; 9] = [
         "HF_ENDPOINT",
         "HF_HOME",
@@ -287,7 +287,17 @@ fn world(offline: bool) -> World {
         offline: offline || forced.is_some_and(crate::hub::is_true),
         home: std::env::home_dir(),
         environment,
+        program: own_program(),
     }
+}
+
+/// The running program, to be started once more for each stage: on Linux the very file, wherever it was moved since.
+fn own_program() -> Option<PathBuf> {
+    let own = PathBuf::from("/proc/self/exe");
+    if own.exists() {
+        return Some(own);
+    }
+    std::env::current_exe().ok()
 }
 
 #[cfg(test)]

@@ -12,6 +12,9 @@ pub struct World {
     pub home: Option<PathBuf>,
     /// Chosen environment variables (`HF_ENDPOINT`, `HF_TOKEN`, ...). May hold secrets: never logged, recorded or hashed.
     pub environment: BTreeMap<String, String>,
+    /// The program that runs a stage in a process of its own (`pipeline work`), so that whatever ends it ends only this
+    /// stage. Without one stages run in this process.
+    pub program: Option<PathBuf>,
 }
 
 impl World {

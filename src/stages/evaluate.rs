@@ -10,6 +10,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::artifacts::{Adapter, Model, Scores, Tokens};
+use super::tokenizers;
 use super::training::{Rules, has_split, pad_id, rows};
 use crate::engine::{Context, Input, Problem, Stage};
 use crate::ml::adapter::Adapter as LoraAdapter;
@@ -292,7 +293,7 @@ impl Stage for Evaluate {
         let text = serde_json::to_string_pretty(&report)? + "\n";
         fs::write(cx.out().join("scores.json"), text).context("could not write `scores.json`")?;
         if self.num_answers > 0 {
-            let tokenizer = Tokenizer::load(folder)?;
+            let tokenizer = tokenizers::load(folder)?;
             let stops = stop_ids(folder, &config)?;
             let lines = self.answers(cx, &model, &tokenizer, &rows, &stops)?;
             fs::write(cx.out().join("answers.jsonl"), lines)
