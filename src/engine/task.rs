@@ -20,6 +20,9 @@ use super::{Level, Resources};
 /// ([`super::Stage::BOUNDED`]), unless its `resources` say more. Many times what real data takes.
 const BOUNDED_MEMORY: u64 = 4 << 30;
 
+/// The most characters of a text that a stage tells.
+const LONGEST_TEXT: usize = 8000;
+
 /// One try of one stage, without secrets: those come with the environment.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Task {
@@ -143,9 +146,21 @@ fn unmarked(params: Value) -> Value {
     }
 }
 
-/// The causes of an error as texts.
+/// The causes of an error as texts, none so long that nobody would read it: a template may raise any text.
 pub(super) fn causes(error: &anyhow::Error) -> Vec<String> {
-    error.chain().map(ToString::to_string).collect()
+    error
+        .chain()
+        .map(|cause| short(cause.to_string()))
+        .collect()
+}
+
+/// A text of at most some pages.
+pub(super) fn short(mut text: String) -> String {
+    if let Some((end, _)) = text.char_indices().nth(LONGEST_TEXT) {
+        text.truncate(end);
+        text.push_str(" ..");
+    }
+    text
 }
 
 /// The error of texts.
@@ -208,6 +223,16 @@ mod tests {
         assert_eq!(format!("{came:#}"), format!("{sent:#}"));
         assert!(is_full(&came));
         assert!(!is_full(&error(vec!["a".into(), "b".into()], false)));
+    }
+
+    #[test]
+    fn no_text_is_longer_than_anybody_reads() {
+        let error = anyhow!("é".repeat(1_000_000)).context("row 3");
+        let [row, text] = &causes(&error)[..] else {
+            panic!("two causes")
+        };
+        assert_eq!(row, "row 3");
+        assert!(text.chars().count() == LONGEST_TEXT + 3 && text.ends_with("é .."));
     }
 
     #[test]

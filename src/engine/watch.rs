@@ -35,7 +35,7 @@ thread_local! {
 pub struct Row {
     /// Its number, from 1; 0 where there is nothing to count.
     pub number: u64,
-    /// What it is part of: `of the split `train``; or what is worked on, where there is no number.
+    /// What it is part of, such as the words "of the split `train`"; or what is worked on, where there is no number.
     pub of: Arc<str>,
 }
 

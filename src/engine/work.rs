@@ -13,7 +13,7 @@ use nix::sys::resource::{Resource, setrlimit};
 
 use super::child::CANCEL;
 use super::context::Context;
-use super::task::{Said, Task, causes, is_full, path};
+use super::task::{Said, Task, causes, is_full, path, short};
 use super::watch::look_on;
 use super::{Event, Kind, World};
 
@@ -179,7 +179,10 @@ fn hand_on(events: &Receiver<Event>, output: &Output) {
                     values: values.collect(),
                 }
             }
-            Event::Message { level, text, .. } => Said::Message { level, text },
+            Event::Message { level, text, .. } => Said::Message {
+                level,
+                text: short(text),
+            },
             // A stage tells nothing else.
             _ => continue,
         };

@@ -77,6 +77,18 @@ pub(crate) fn read(text: &str) -> Result<Read, Mistake> {
     }
 }
 
+/// Reads another YAML file of a project, with the same bounds: the parser takes time by the square of the nesting. Errors are a
+/// sentence.
+pub fn yaml<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
+    if text.len() > MAX_TEXT || brackets(text) > MAX_BRACKETS {
+        return Err(format!(
+            "it has more than {} MiB or {MAX_BRACKETS} brackets in each other",
+            MAX_TEXT >> 20
+        ));
+    }
+    serde_yaml::from_str(text).map_err(|error| error.to_string())
+}
+
 /// How deep the brackets of a text are nested at most, quoted or not.
 fn brackets(text: &str) -> usize {
     let (mut depth, mut most) = (0_usize, 0);

@@ -55,7 +55,7 @@ pub(super) fn too_deep(source: &str) -> Option<usize> {
                             }
                         }
                         Some("endif") => {
-                            all_branches -= branches.pop().unwrap_or(0).min(all_branches)
+                            all_branches -= branches.pop().unwrap_or(0).min(all_branches);
                         }
                         _ => {}
                     }

@@ -7,6 +7,7 @@ mod templates;
 mod tokenizers;
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
 use nix::sys::resource::{UsageWho, getrusage};
@@ -37,7 +38,7 @@ impl Attack {
 fn run(project: &Project, before: &str, attacks: &[Attack]) {
     let mut recipe = format!("version: 1\nstages:\n{before}");
     for attack in attacks {
-        recipe += &format!("  {}: {}\n", attack.name, attack.stage);
+        let _ = writeln!(recipe, "  {}: {}", attack.name, attack.stage);
     }
     recipe += "  harmless: { import_dataset: { path: harmless.jsonl } }\n";
     project.write("attacks.yaml", &recipe);

@@ -224,7 +224,6 @@ pub struct Made<'a> {
 
 impl Made<'_> {
     /// Hands rows to the writer.
-    #[expect(clippy::unnecessary_wraps, reason = "an answer to `work` as it is")]
     pub fn send(&mut self, batch: RecordBatch) -> Result<()> {
         self.gone |= self.queue.send(batch).is_err();
         Ok(())

@@ -94,18 +94,20 @@ fn texts_are_refused_with_their_place() {
         row(&format!("{{{}}}", keys.join(", "))).as_bytes(),
         "2000 keys",
     );
-    let rows: String = (0..5000)
+    let rows = (0..5000)
         .map(|n| format!("{{\"prompt\": \"a\", \"chosen\": \"b\", \"k{n}\": 1}}\n"))
-        .collect();
+        .collect::<Vec<_>>()
+        .concat();
     add(
         "columns_of_rows",
         "jsonl",
         rows.as_bytes(),
         "more than 2000 columns",
     );
-    let rows: String = (0..5000)
+    let rows = (0..5000)
         .map(|n| format!("{{\"prompt\": \"a\", \"chosen\": \"b\", \"m\": {{\"k{n}\": 1}}}}\n"))
-        .collect();
+        .collect::<Vec<_>>()
+        .concat();
     add(
         "keys_of_rows",
         "jsonl",

@@ -72,6 +72,25 @@ fn set_has_the_same_budget() {
 }
 
 #[test]
+fn other_files_of_a_project_have_bounds_too() {
+    for (name, words) in [
+        ("pipeline.config.yaml", "brackets"),
+        ("recipe.yaml.lock", "brackets"),
+    ] {
+        let project = Project::empty();
+        project.write(
+            "recipe.yaml",
+            "version: 1\nstages: { s: { import_dataset: { path: rows.jsonl } } }\n",
+        );
+        project.write("rows.jsonl", "");
+        project.write(name, &"[".repeat(1 << 20));
+        let ended = project.run(&["plan", "recipe.yaml"]);
+        assert_eq!(ended.code, Some(2), "{name}: {:.2000}", ended.stderr);
+        assert!(ended.stderr.contains(words), "{:.2000}", ended.stderr);
+    }
+}
+
+#[test]
 fn nesting_and_many_mistakes_are_told_shortly() {
     for (open, close) in [("[", "]"), ("{a: ", "}")] {
         let recipe = format!(

@@ -1,8 +1,18 @@
 //! Chat templates.
 
+use std::io::{BufRead as _, BufReader};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
 use super::{Attack, run};
 use crate::support::program::Project;
 
+const FUEL: &str = "steps and was stopped";
+/// Whichever comes first on this machine.
+const STOPPED: &str = "and was stopped";
+const TIME: &str = "took longer than 5 s and was stopped";
 const DEEP: &str = "nested too deeply";
 const ROW: &str = "{\"prompt\": \"a\", \"chosen\": \"b\"}\n";
 const PAIRS: &str = "  pairs: { import_dataset: { path: row.jsonl } }\n";
@@ -175,15 +185,17 @@ fn what_grows_is_stopped() {
             "{{% set n = namespace(x='a') %}}{{% for i in range(60) %}}{{% set n.x = {step} %}}{{% endfor %}}{{{{ n.x }}}}"
         )
     };
-    const FUEL: &str = "steps and was stopped";
-    const TIME: &str = "took longer than 5 s and was stopped";
     all(
         vec![
             attack("lists_as_json", &lists("{{ n.x | tojson }}"), FUEL),
-            attack("lists_printed", &lists("{{ n.x }}"), FUEL),
-            attack("lists_joined", &lists("{{ ''.join(n.x) }}"), FUEL),
-            attack("lists_filtered", &lists("{{ n.x | join }}"), FUEL),
-            attack("lists_as_text", &lists("{{ n.x | string | length }}"), FUEL),
+            attack("lists_printed", &lists("{{ n.x }}"), STOPPED),
+            attack("lists_joined", &lists("{{ ''.join(n.x) }}"), STOPPED),
+            attack("lists_filtered", &lists("{{ n.x | join }}"), STOPPED),
+            attack(
+                "lists_as_text",
+                &lists("{{ n.x | string | length }}"),
+                STOPPED,
+            ),
             attack("lists_compared", &lists("{{ n.x == n.y }}"), TIME),
             attack("lists_sorted", &lists("{{ [n.x, n.y] | sort }}"), TIME),
             attack("lists_found", &lists("{{ n.x in [n.y] }}"), TIME),
@@ -206,7 +218,7 @@ fn what_grows_is_stopped() {
             attack(
                 "lists_added",
                 "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
-                FUEL,
+                STOPPED,
             ),
             attack(
                 "wide",
@@ -223,6 +235,11 @@ fn what_grows_is_stopped() {
                 "wide_star",
                 "{{ '%*d' | format(1000000000, 1) }}",
                 "invalid conversion type",
+            ),
+            attack(
+                "raised",
+                "{{ raise_exception('x' * 100000000) }}",
+                "the template refuses the row: xxx",
             ),
             attack("repeated", "{{ 'x' * 1000000000 }}", FUEL),
             attack(
@@ -247,11 +264,34 @@ fn what_grows_is_stopped() {
     );
 }
 
+/// Compares two values that have 2^60 leaves each.
+const STUCK: &str = "{% set n = namespace(x=['a'], y=['a']) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}\
+    {% set n.y = [n.y, n.y] %}{% endfor %}{{ n.x == n.y }}";
+
 /// Neither `timeout:` nor Ctrl-C waits for a template.
 #[test]
 fn a_template_ends_with_its_timeout() {
-    let stuck = "{% set n = namespace(x=['a'], y=['a']) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}\
-                 {% set n.y = [n.y, n.y] %}{% endfor %}{{ n.x == n.y }}";
-    let template = attack("stuck", stuck, "longer than its `timeout` of 1s");
+    let template = attack("stuck", STUCK, "longer than its `timeout` of 1s");
     all(vec![template], ", timeout: 1s");
+}
+
+#[test]
+fn a_template_ends_with_ctrl_c() {
+    let project = Project::empty();
+    project.write("row.jsonl", ROW);
+    project.write("stuck.jinja", STUCK);
+    let recipe = format!(
+        "version: 1\nstages:\n{PAIRS}  stuck: {{ apply_chat_template: {{ dataset: pairs, template: stuck.jinja }} }}\n"
+    );
+    project.write("recipe.yaml", &recipe);
+    let mut run = project.command(&["run", "recipe.yaml", "--json"]);
+    let mut child = run.spawn().unwrap();
+    let lines = BufReader::new(child.stdout.as_mut().unwrap()).lines();
+    let started = |line: &String| line.contains("stage_started") && line.contains("\"stuck\"");
+    assert!(lines.map_while(Result::ok).any(|line| started(&line)));
+    // It is at the template by now, or will be: either way it has to end.
+    std::thread::sleep(Duration::from_millis(300));
+    kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGINT).unwrap();
+    let ended = child.wait_with_output().unwrap();
+    assert_eq!(ended.status.code(), Some(130));
 }

@@ -1,5 +1,6 @@
 //! What a model folder holds beside its weights, and the headers of those.
 
+use std::fmt::Write as _;
 use std::fs;
 
 use serde_json::{Value, json};
@@ -54,7 +55,10 @@ impl Models {
         let mut json: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
         change(&mut json);
         fs::write(path, json.to_string()).unwrap();
-        self.before += &format!("  m_{name}: {{ import_model: {{ path: {name} }} }}\n");
+        let _ = writeln!(
+            self.before,
+            "  m_{name}: {{ import_model: {{ path: {name} }} }}"
+        );
         self.attacks.push(Attack::new(
             name,
             format!("{{ tokenize: {{ dataset: chats, tokenizer: m_{name} }} }}"),
@@ -244,7 +248,10 @@ fn odd_templates_of_tokenizers_are_told() {
         let folder = models.folder(name);
         fs::remove_file(folder.join("chat_template.jinja")).unwrap();
         fs::write(folder.join("tokenizer_config.json"), config).unwrap();
-        models.before += &format!("  m_{name}: {{ import_model: {{ path: {name} }} }}\n");
+        let _ = writeln!(
+            models.before,
+            "  m_{name}: {{ import_model: {{ path: {name} }} }}"
+        );
         models.attacks.push(Attack::new(
             name,
             format!("{{ apply_chat_template: {{ dataset: pairs, tokenizer: m_{name} }} }}"),
