@@ -292,7 +292,7 @@ pub(super) fn normal(path: &Path) -> PathBuf {
 }
 
 /// The surroundings of a run, with the variables that the hub's settings read.
-fn world(offline: bool) -> World {
+pub(super) fn world(offline: bool) -> World {
     let environment: BTreeMap<String, String> = crate::hub::VARIABLES
         .iter()
         .filter_map(|name| Some(((*name).to_owned(), variable(name)?)))
@@ -303,8 +303,18 @@ fn world(offline: bool) -> World {
         home: std::env::home_dir(),
         environment,
         teller: Some(|text| tell(&format!("warning: {text}\n"))),
+        program: own_program(),
         ..World::default()
     }
+}
+
+/// The running program, to be started once more for each stage: on Linux the very file, wherever it was moved since.
+fn own_program() -> Option<PathBuf> {
+    let own = PathBuf::from("/proc/self/exe");
+    if own.exists() {
+        return Some(own);
+    }
+    std::env::current_exe().ok()
 }
 
 #[cfg(test)]

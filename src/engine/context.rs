@@ -217,19 +217,19 @@ impl Context {
 
     /// Tells something worth reading once.
     pub fn info(&self, text: impl Into<String>) {
-        self.emit(Event::Message {
-            stage: self.stage.clone(),
-            level: Level::Info,
-            text: text.into(),
-        });
+        self.tell(Level::Info, text.into());
     }
 
     /// Tells something the user should act on.
     pub fn warn(&self, text: impl Into<String>) {
+        self.tell(Level::Warning, text.into());
+    }
+
+    pub(super) fn tell(&self, level: Level, text: String) {
         self.emit(Event::Message {
             stage: self.stage.clone(),
-            level: Level::Warning,
-            text: text.into(),
+            level,
+            text,
         });
     }
 

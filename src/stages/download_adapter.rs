@@ -36,6 +36,7 @@ impl Stage for DownloadAdapter {
     const VERSION: u32 = 2;
     const MOVES: bool = true;
     type Output = Adapter;
+    const BOUNDED: bool = true;
 
     fn check(&self) -> Vec<Problem> {
         check(&self.repo, &self.revision)

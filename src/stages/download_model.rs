@@ -38,6 +38,7 @@ impl Stage for DownloadModel {
     const VERSION: u32 = 1;
     const MOVES: bool = true;
     type Output = Model;
+    const BOUNDED: bool = true;
 
     fn check(&self) -> Vec<Problem> {
         check(&self.repo, &self.revision)

@@ -10,7 +10,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::artifacts::{Adapter, Model, Scores, Tokens};
-use super::chat_template;
+use super::{chat_template, tokenizers};
 use super::training::{Rules, has_split, pad_id, rows};
 use crate::engine::{Context, Input, Problem, Stage};
 use crate::ml::adapter::{Adapter as LoraAdapter, FILE};
@@ -329,7 +329,7 @@ impl Stage for Evaluate {
         let text = serde_json::to_string_pretty(&report)? + "\n";
         fs::write(cx.out().join("scores.json"), text).context("could not write `scores.json`")?;
         if self.num_answers > 0 {
-            let tokenizer = Tokenizer::load(folder)?;
+            let tokenizer = tokenizers::load(folder)?;
             let mut stops = stop_ids(folder, &config)?;
             stops.extend(chat_template::stop_token(cx, dataset, folder)?.map(|stop| stop.id));
             let lines = self.answers(cx, &model, &tokenizer, &rows, &stops)?;

@@ -24,6 +24,7 @@ impl Stage for ImportAdapter {
     const KIND: &'static str = "import_adapter";
     const VERSION: u32 = 2;
     type Output = Adapter;
+    const BOUNDED: bool = true;
 
     fn check(&self) -> Vec<Problem> {
         if self.path.as_written().trim().is_empty() {

@@ -29,6 +29,7 @@ impl Stage for ImportModel {
     const KIND: &'static str = "import_model";
     const VERSION: u32 = 1;
     type Output = Model;
+    const BOUNDED: bool = true;
 
     fn check(&self) -> Vec<Problem> {
         if self.path.as_written().trim().is_empty() {

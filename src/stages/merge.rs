@@ -6,12 +6,11 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::artifacts::{Adapter, Model};
-use super::chat_template;
+use super::{chat_template, tokenizers};
 use crate::engine::{Context, Input, Stage};
 use crate::ml::adapter::Adapter as LoraAdapter;
 use crate::ml::config::LlamaConfig;
 use crate::ml::{merge, prove};
-use crate::text::tokenizer::Tokenizer;
 
 /// What the merged model is asked, beside the base with the adapter.
 const PROMPTS: [&str; 3] = [
@@ -101,7 +100,7 @@ fn prompts(model: &Path) -> anyhow::Result<Vec<Vec<u32>>> {
     let config = LlamaConfig::read(model)?;
     let longest = LONGEST.min(config.max_position_embeddings).max(1);
     let vocabulary = config.vocab_size.max(1);
-    let tokenizer = Tokenizer::load(model).ok();
+    let tokenizer = tokenizers::load(model).ok();
     let prompts = PROMPTS.iter().zip(1..).map(|(text, number)| {
         let ids = tokenizer
             .as_ref()

@@ -24,6 +24,7 @@ mod model_files;
 pub mod quantize;
 pub mod split_dataset;
 pub mod tokenize;
+mod tokenizers;
 pub mod train_orpo;
 pub mod train_sft;
 mod training;

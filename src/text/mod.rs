@@ -5,6 +5,7 @@
 
 pub mod bpe;
 pub mod chat;
+mod depth;
 mod filters;
 mod generation;
 pub mod preference;

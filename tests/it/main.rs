@@ -1,6 +1,8 @@
 //! The one integration-test binary: drives the real program in temporary folders, without a network.
 
 #[cfg(test)]
+mod attacks;
+#[cfg(test)]
 mod changes;
 #[cfg(test)]
 mod commands;

@@ -21,7 +21,7 @@ use crate::ml::model::{Llama, Trained};
 use crate::ml::save::{save_adapter, save_model};
 use crate::ml::train::{Ending, Settings, Start, take_up, train, trainer_state};
 use crate::ml::weights::Weights;
-use crate::text::tokenizer::{Tokenizer, special_tokens};
+use crate::text::tokenizer::special_tokens;
 
 /// The folders and splits of one training.
 pub(in crate::stages) struct Job<'a> {
@@ -83,7 +83,13 @@ pub(in crate::stages) fn pad_id(model: &Path, config: &LlamaConfig) -> u32 {
     let named = || {
         let special = special_tokens(model).ok()?;
         let pad = special.get("pad_token")?;
-        Some(Tokenizer::load(model).ok()?.token(pad).ok()?.id)
+        Some(
+            crate::stages::tokenizers::load(model)
+                .ok()?
+                .token(pad)
+                .ok()?
+                .id,
+        )
     };
     let eos = config.eos_token_ids.first().copied();
     let pad = named().or(config.pad_token_id).or(eos).unwrap_or(0);
