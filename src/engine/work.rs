@@ -144,6 +144,7 @@ fn context(
         outside: task.outside.clone(),
         out: path(&task.out),
         scratch: path(&task.scratch),
+        scratch_note: task.scratch_note.clone(),
         ends: task.ends.as_ref().map(path),
         world: Arc::new(world),
         events,

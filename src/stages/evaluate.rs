@@ -10,8 +10,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::artifacts::{Adapter, Model, Scores, Tokens};
-use super::{chat_template, tokenizers};
 use super::training::{Rules, has_split, pad_id, rows};
+use super::{chat_template, tokenizers};
 use crate::engine::{Context, Input, Problem, Stage};
 use crate::ml::adapter::{Adapter as LoraAdapter, FILE};
 use crate::ml::batch::Row;
