@@ -5,20 +5,20 @@ use std::sync::OnceLock;
 
 use rayon::ThreadPoolBuilder;
 
-/// Starts them, one a core, if nobody has. Without this they are started where the first loop needs them, and where the system
+/// Starts them, as `how` says, if nobody has. Without this they are started where the first loop needs them, and where the system
 /// gives no more threads (`ulimit -u`), the process would end.
-pub(super) fn start() -> anyhow::Result<()> {
+pub(super) fn start(how: ThreadPoolBuilder) -> anyhow::Result<()> {
     static STARTED: OnceLock<Option<String>> = OnceLock::new();
     let failed = STARTED.get_or_init(|| {
-        let error = ThreadPoolBuilder::new().build_global().err()?;
+        let error = how.build_global().err()?;
         // An error without a source says that they run already.
         error.source().map(ToString::to_string)
     });
     match failed {
         None => Ok(()),
         Some(why) => anyhow::bail!(
-            "could not start a thread for each core: {why}; hint: allow more processes (`ulimit -u`), or ask for fewer threads by the \
-             environment's `RAYON_NUM_THREADS`"
+            "could not start a thread for each core: {why}; hint: allow more processes (`ulimit -u`), or fewer threads by \
+             `resources: {{cpus: 1}}` beside the stage's kind"
         ),
     }
 }

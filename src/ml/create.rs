@@ -146,13 +146,6 @@ pub fn parameters(config: &LlamaConfig) -> u64 {
     sizes.fold(0, u64::saturating_add)
 }
 
-/// The names and shapes of a dense model's tensors. A config may speak of many layers that no file has: see that there are so
-/// many first.
-pub fn shapes(config: &LlamaConfig) -> impl Iterator<Item = (String, Vec<usize>)> {
-    let entries = entries(config, Float::F32).into_iter();
-    entries.map(|entry| (entry.name, entry.shape))
-}
-
 /// All tensors, in the order of torch's modules.
 fn entries(config: &LlamaConfig, float: Float) -> Vec<Entry> {
     let (vocabulary, hidden) = (config.vocab_size, config.hidden_size);

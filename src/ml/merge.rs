@@ -1,10 +1,12 @@
 //! A model with its adapter added into the weights: W + s B A (Hu et al. 2021, arXiv 2106.09685, section 4.1).
 
+mod not_finite;
+
 use std::borrow::Cow;
 use std::cell::RefCell;
 use std::path::Path;
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 use candle_core::{DType, Tensor};
 use pipeline_kernels::merge as kernel;
 use rayon::prelude::*;
@@ -15,6 +17,7 @@ use super::float::Float;
 use super::folder::{self, CONFIG};
 use super::nf4::{Nf4, PARTS};
 use super::rewrite::{Output, Written, rewrite};
+use super::tensors::is_used;
 use super::weights::{Entry, RawTensor, Weights};
 
 const EMBEDDINGS: &str = "model.embed_tokens.weight";
@@ -100,7 +103,11 @@ pub fn merge(
             return Ok(outputs);
         }
         if update.is_none() {
-            return Ok(vec![Output::same(weights, name)?]);
+            return Ok(vec![if is_used(&config, name) {
+                Output::finite(weights, name)?
+            } else {
+                Output::same(weights, name)?
+            }]);
         }
         let raw = weights.raw(name)?;
         let float = float_of(name, raw.dtype)?;
@@ -303,7 +310,7 @@ where
             let read = |first: usize, _: &[u8], out: &mut [f32]| {
                 out.copy_from_slice(&values[first..first + out.len()]);
             };
-            sum(0, &mut bytes, float, None, &read)?;
+            sum(0, &mut bytes, float, None, None, &read)?;
             Ok(Cow::Owned(bytes))
         });
     }
@@ -316,19 +323,22 @@ where
         if let Some(stored) = stored {
             stored.read(first, bytes)?;
         }
-        sum(first / float.size(), bytes, float, update.as_ref(), read)
+        let first = first / float.size();
+        sum(first, bytes, float, update.as_ref(), stored, read)
     })
 }
 
 /// Makes values of W from the number of the first and, where W is stored as plain numbers, their bytes.
 type Read<'a> = dyn Fn(usize, &[u8], &mut [f32]) + Sync + 'a;
 
-/// Makes the bytes of W + s B A from value number `first` on. `read` makes those of W, of which the bytes may be in `bytes`.
+/// Makes the bytes of W + s B A from value number `first` on. `read` makes those of W, whose bytes are in `bytes` if it is
+/// `stored` as plain numbers.
 fn sum(
     first: usize,
     bytes: &mut [u8],
     float: Float,
     update: Option<&Update>,
+    stored: Option<RawTensor<'_>>,
     read: &Read<'_>,
 ) -> anyhow::Result<()> {
     let spans = bytes.par_chunks_mut(SPAN * float.size()).enumerate();
@@ -344,12 +354,18 @@ fn sum(
         float.all_finite(bytes)
     });
     let finite = finite.reduce(|| true, |a, b| a && b);
-    ensure!(
-        finite,
-        "a NaN or infinity comes out in {}; the adapter may have diverged in its training",
-        float.name()
-    );
-    Ok(())
+    if finite {
+        return Ok(());
+    }
+    let one = |at: usize| -> anyhow::Result<f32> {
+        let (mut bytes, mut value) = (vec![0; float.size()], [0f32]);
+        if let Some(stored) = stored {
+            stored.read(at * float.size(), &mut bytes)?;
+        }
+        read(at, &bytes, &mut value);
+        Ok(value[0])
+    };
+    bail!(not_finite::why(first, bytes, float, update, &one)?)
 }
 
 #[cfg(test)]
@@ -504,7 +520,7 @@ mod tests {
         pair.b = (pair.b.ones_like().unwrap() * f64::from(f32::MAX)).unwrap();
         let error = fails(&wild);
         assert!(
-            error.contains("q_proj.weight") && error.contains("NaN or infinity"),
+            error.contains("q_proj.weight") && error.contains("the adapter's update leads to"),
             "{error}"
         );
     }
@@ -519,10 +535,10 @@ mod tests {
         let summed = |pair: &LoraPair, float: Float| {
             let update = Update::of(pair, 0.5).unwrap();
             let mut bytes = vec![0; 4 * float.size()];
-            let read = |_: usize, _: &[u8], values: &mut [f32]| {
-                values.copy_from_slice(&[1f32, 2., 3., 4.]);
+            let read = |first: usize, _: &[u8], values: &mut [f32]| {
+                values.copy_from_slice(&[1f32, 2., 3., 4.][first..first + values.len()]);
             };
-            sum(0, &mut bytes, float, Some(&update), &read).map(|()| bytes)
+            sum(0, &mut bytes, float, Some(&update), None, &read).map(|()| bytes)
         };
         let bytes = summed(&pair, Float::BF16).unwrap();
         let mut read = [0.; 4];
@@ -534,7 +550,11 @@ mod tests {
             ..pair.clone()
         };
         assert!(summed(&large, Float::F32).is_ok());
-        assert!(summed(&large, Float::F16).is_err());
+        let error = summed(&large, Float::F16).unwrap_err().to_string();
+        assert!(
+            error.contains("value 2 (from 0) becomes 1.50003e5, which float16"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -8,10 +8,13 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
 
-use anyhow::{Context as _, anyhow};
+use anyhow::{Context as _, anyhow, bail};
 use serde_json::json;
 
+use super::finite;
+use super::float::Float;
 use super::folder::sorted_json;
+use super::nf4::Nf4;
 use super::weights::{Entry, INDEX, Weights, Writer};
 
 /// Bytes that are made at once: whole numbers of any type, and whole blocks of 4-bit weights. Few enough to be in the cache still
@@ -54,6 +57,24 @@ impl<'a> Output<'a> {
     ) -> Self {
         let source = Source::Pieces(Box::new(fill));
         Self { entry, source }
+    }
+
+    /// A tensor of the model as it is; a NaN or an infinity in it is an error when its turn comes.
+    pub(super) fn finite(weights: &'a Weights, name: &str) -> anyhow::Result<Self> {
+        let raw = weights.raw(name)?;
+        let entry = Entry::new(name, raw.dtype, raw.shape);
+        let owned = name.to_owned();
+        let codes = Nf4::shape_of(weights, name)?.is_some();
+        let float = Float::of(raw.dtype).filter(|_| !codes);
+        Ok(Self::pieces(entry, move |first, bytes| {
+            raw.read(first, bytes)?;
+            if float.is_some_and(|float| !float.all_finite(bytes))
+                && let Some(found) = finite::check(weights, &owned)?
+            {
+                bail!("{found}; look at where the model comes from");
+            }
+            Ok(())
+        }))
     }
 
     /// A tensor as it is.
@@ -260,7 +281,6 @@ impl Index {
 mod tests {
     use std::fs;
 
-    use anyhow::bail;
     use safetensors::Dtype;
 
     use super::*;
