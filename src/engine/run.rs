@@ -132,8 +132,8 @@ pub fn run(
         }
         .drive(scope, &needed, &mut sources, &results);
         shared.close();
-        (summary, shared)
-    });
+        anyhow::Ok((summary, shared))
+    })?;
     let Summary {
         fresh,
         ran,
@@ -447,7 +447,7 @@ impl<'a> Runner<'a, '_> {
                     kept: None,
                 };
                 send(self.events, failed);
-                let _ = self.done.send((index, None));
+                let _ = self.done.send((index, Work::Failed));
             }
         }
     }
