@@ -31,6 +31,7 @@ pub mod save;
 pub mod schedule;
 pub mod sft;
 pub mod svd;
+pub mod tied;
 pub mod torch_rng;
 pub mod train;
 pub mod weights;
@@ -43,5 +44,7 @@ pub(crate) mod golden;
 mod golden_adapters;
 #[cfg(test)]
 mod golden_compare;
+#[cfg(test)]
+mod golden_ends;
 #[cfg(test)]
 mod golden_runs;

@@ -50,6 +50,22 @@ pub(super) fn check(cx: &Context) -> anyhow::Result<()> {
             config.bias.name()
         ));
     }
+    let paths = adapter.tensors.keys().map(String::as_str);
+    for (name, unused) in [
+        ("rank_pattern", config.rank_pattern.unused(&paths)),
+        ("alpha_pattern", config.alpha_pattern.unused(&paths)),
+    ] {
+        for pattern in unused {
+            cx.warn(format!(
+                "`{name}` has the pattern `{pattern}`, which fits none of the modules with matrices and changes nothing"
+            ));
+        }
+    }
+    for name in config.unknown() {
+        cx.warn(format!(
+            "`{CONFIG}` has the setting `{name}`, which is not known here; if it changes what the adapter computes, its numbers are wrong"
+        ));
+    }
     Ok(())
 }
 

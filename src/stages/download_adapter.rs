@@ -31,7 +31,7 @@ pub struct DownloadAdapter {
 
 impl Stage for DownloadAdapter {
     const KIND: &'static str = "download_adapter";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const MOVES: bool = true;
     type Output = Adapter;
 

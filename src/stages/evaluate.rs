@@ -17,8 +17,8 @@ use crate::ml::batch::Row;
 use crate::ml::config::LlamaConfig;
 use crate::ml::linear::Pass;
 use crate::ml::model::{Llama, Trained};
+use crate::ml::tied;
 use crate::ml::train::compute_dtype;
-use crate::ml::weights::Weights;
 use crate::ml::{evaluate, generate};
 use crate::text::tokenizer::Tokenizer;
 
@@ -197,7 +197,7 @@ fn stop_ids(folder: &Path, config: &LlamaConfig) -> anyhow::Result<Vec<u32>> {
 
 impl Stage for Evaluate {
     const KIND: &'static str = "evaluate";
-    const VERSION: u32 = 2;
+    const VERSION: u32 = 3;
     const EXCLUSIVE: bool = true;
     type Output = Scores;
 
@@ -219,7 +219,7 @@ impl Stage for Evaluate {
     fn run(&self, cx: &Context) -> anyhow::Result<()> {
         let folder = cx.input(&self.model)?;
         let dataset = cx.input(&self.dataset)?;
-        let config = LlamaConfig::read(folder)?;
+        let (config, weights) = tied::open(folder)?;
         let split = self.split(dataset)?;
         let rows = rows(dataset, &split, config.vocab_size)?;
         let answered = |ids: Option<&Vec<u32>>| ids.is_some_and(|ids| !ids.is_empty());
@@ -235,12 +235,13 @@ impl Stage for Evaluate {
         };
         let model = Llama::load(
             &config,
-            &Weights::open(folder)?,
+            &weights,
             adapter.as_ref(),
             Trained::Nothing,
             compute_dtype(self.bf16, self.fp16),
             &Device::Cpu,
         )?;
+        drop(weights);
         let pad = pad_id(folder, &config);
 
         let passes = if adapter.is_some() { 2 } else { 1 };

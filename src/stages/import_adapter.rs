@@ -21,7 +21,7 @@ pub struct ImportAdapter {
 
 impl Stage for ImportAdapter {
     const KIND: &'static str = "import_adapter";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     type Output = Adapter;
 
     fn check(&self) -> Vec<Problem> {

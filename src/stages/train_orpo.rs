@@ -49,7 +49,7 @@ fn default_disable_dropout() -> bool {
 
 impl Stage for TrainOrpo {
     const KIND: &'static str = "train_orpo";
-    const VERSION: u32 = 4;
+    const VERSION: u32 = 5;
     const EXCLUSIVE: bool = true;
     const GROWS: &'static [&'static str] = training::GROWS;
     type Output = Adapter;

@@ -65,7 +65,7 @@ fn default_max_length() -> usize {
 
 impl Stage for TrainSft {
     const KIND: &'static str = "train_sft";
-    const VERSION: u32 = 5;
+    const VERSION: u32 = 6;
     const EXCLUSIVE: bool = true;
     const GROWS: &'static [&'static str] = training::GROWS;
     type Output = Model;
