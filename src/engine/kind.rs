@@ -6,6 +6,7 @@ use std::sync::Arc;
 use schemars::{Schema, SchemaGenerator};
 use serde::de::DeserializeOwned;
 
+use super::reading::{ParseError, read_parameters};
 use super::{Artifact, Context, Problem, Stage, World};
 
 /// An entry of the list of kinds: everything that can be known without parameters.
@@ -36,27 +37,10 @@ impl Kind {
     }
 }
 
-/// Parameters that don't fit, with the path to the offending value below the stage's parameters (`target_modules[1]`, or
-/// `.` for the whole).
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{path}: {message}")]
-pub struct ParseError {
-    /// The path, in `serde_path_to_error`'s notation.
-    pub path: String,
-    /// Serde's sentence.
-    pub message: String,
-}
-
 fn parse<S: Stage + DeserializeOwned>(
     params: serde_yaml::Value,
 ) -> Result<Arc<dyn AnyStage>, ParseError> {
-    match serde_path_to_error::deserialize::<_, S>(params) {
-        Ok(stage) => Ok(Arc::new(stage)),
-        Err(error) => Err(ParseError {
-            path: error.path().to_string(),
-            message: error.into_inner().to_string(),
-        }),
-    }
+    read_parameters::<S>(params).map(|stage| Arc::new(stage) as Arc<dyn AnyStage>)
 }
 
 /// A stage of any kind. Implemented for every [`Stage`]; nothing else should implement it.

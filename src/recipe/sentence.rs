@@ -1,8 +1,9 @@
-//! Serde's sentences in words for people.
+//! What is wrong with a parameter, in words for people.
 
 use serde_yaml::Value;
 
 use super::hints;
+use crate::engine::{Fault, FoundValue};
 
 /// A message and what to do.
 pub(crate) struct Sentence {
@@ -11,63 +12,44 @@ pub(crate) struct Sentence {
 }
 
 /// Says that `parameter` of `kind` can't be read.
-pub(crate) fn of(parameter: &str, kind: &str, serde: &str) -> Sentence {
+pub(crate) fn of(parameter: &str, kind: &str, fault: &Fault) -> Sentence {
     let subject = if parameter.is_empty() {
         format!("`{kind}`")
     } else {
         format!("`{parameter}` of `{kind}`")
     };
-    let serde = serde.split(" at line ").next().unwrap_or(serde);
-    let after = |prefix: &str| serde.strip_prefix(prefix);
-    if let Some(rest) = after("invalid type: ").or_else(|| after("invalid value: ")) {
-        let (found, expected) = rest.rsplit_once(", expected ").unwrap_or((rest, "another"));
-        let text_number = matches!(expected, "f64" | "f32") && found.starts_with("string")
-            || expected.starts_with(['u', 'i']) && found.starts_with("string");
-        let hint =
-            text_number.then(|| "write the number without quotes and without a unit".to_owned());
-        return Sentence {
-            message: format!(
-                "{subject} must be {}, not {}",
-                expectation(expected),
-                finding(found)
-            ),
-            hint,
-        };
-    }
-    if let Some(rest) = after("unknown variant `") {
-        let (found, expected) = rest.split_once("`, ").unwrap_or((rest, ""));
-        let known: Vec<&str> = expected.split('`').skip(1).step_by(2).collect();
-        let message = format!(
-            "{subject} must be {}, not `{found}`",
-            hints::either(known.iter().copied())
-        );
-        let hint = hints::nearest(found, known).map(|known| format!("did you mean `{known}`?"));
-        return Sentence { message, hint };
-    }
-    if let Some(rest) = after("missing field `") {
-        let name = rest.split('`').next().unwrap_or(rest);
-        return Sentence {
-            message: format!("{subject} needs `{name}`"),
-            hint: None,
-        };
-    }
-    if let Some(rest) = after("unknown field `") {
-        let (name, expected) = rest.split_once("`, ").unwrap_or((rest, ""));
-        let known: Vec<&str> = expected.split('`').skip(1).step_by(2).collect();
-        let hint = match hints::nearest(name, known.iter().copied()) {
-            Some(known) => format!("did you mean `{known}`?"),
-            None => format!("known are {}", hints::list(known)),
-        };
+    let (message, hint) = match fault {
+        Fault::Unfit { found, expected } => {
+            let number =
+                matches!(expected.as_str(), "f64" | "f32") || expected.starts_with(['u', 'i']);
+            let hint = (number && matches!(found, FoundValue::Text(_)))
+                .then(|| "write the number without quotes and without a unit".to_owned());
+            let message = format!("{subject} must be {}, not {found}", expectation(expected));
+            (message, hint)
+        }
+        Fault::Word { found, known } => {
+            let message = format!(
+                "{subject} must be {}, not `{found}`",
+                hints::either(known.iter().copied())
+            );
+            let hint = hints::nearest(found, known.iter().copied());
+            (
+                message,
+                hint.map(|known| format!("did you mean `{known}`?")),
+            )
+        }
+        Fault::Missing(name) => (format!("{subject} needs `{name}`"), None),
         // The path ends with the key itself.
-        return Sentence {
-            message: format!("unknown parameter {subject}"),
-            hint: Some(hint),
-        };
-    }
-    Sentence {
-        message: format!("{subject} is wrong: {serde}"),
-        hint: None,
-    }
+        Fault::Unknown { field, known } => {
+            let hint = match hints::nearest(field, known.iter().copied()) {
+                Some(known) => format!("did you mean `{known}`?"),
+                None => format!("known are {}", hints::list(known.iter().copied())),
+            };
+            (format!("unknown parameter {subject}"), Some(hint))
+        }
+        Fault::Other(told) => (format!("{subject} is wrong: {told}"), None),
+    };
+    Sentence { message, hint }
 }
 
 fn expectation(expected: &str) -> String {
@@ -81,25 +63,6 @@ fn expectation(expected: &str) -> String {
         "unit" => "nothing",
         other if other.starts_with("struct ") || other == "a map" => "a map",
         other if other.starts_with("enum ") => "one of the known words",
-        other => other,
-    }
-    .to_owned()
-}
-
-fn finding(found: &str) -> String {
-    for prefix in ["string ", "integer ", "floating point ", "boolean "] {
-        if let Some(value) = found.strip_prefix(prefix) {
-            let value = value.trim_matches('`');
-            if prefix == "string " {
-                return format!("the text {value}");
-            }
-            return value.to_owned();
-        }
-    }
-    match found {
-        "map" => "a map",
-        "sequence" => "a list",
-        "unit value" | "null" | "Option value" => "nothing",
         other => other,
     }
     .to_owned()

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use serde_yaml::{Mapping, Value};
 
-use crate::engine::{AnyStage, Handling, Kind};
+use crate::engine::{AnyStage, Fault, Handling, Kind, read_parameters};
 
 use super::draft::Draft;
 use super::hints;
@@ -136,18 +136,17 @@ fn handling(draft: &mut Draft, name: &str, path: &Steps, value: &Value) -> Handl
         };
         let mut alone = Mapping::new();
         alone.insert(key.into(), setting.clone());
-        match serde_path_to_error::deserialize::<_, Handling>(Value::Mapping(alone)) {
+        match read_parameters::<Handling>(Value::Mapping(alone)) {
             Ok(read) => match key {
                 "resources" => handling.resources = read.resources,
                 "retries" => handling.retries = read.retries,
                 _ => handling.timeout = read.timeout,
             },
             Err(error) => {
-                let at = below(path, &error.path().to_string());
+                let at = below(path, &error.path);
                 let parameter = at.get(path.len()..).unwrap_or_default();
-                let told = error.into_inner().to_string();
-                let sentence = sentence::of(&display(parameter), name, &told);
-                if told.starts_with("unknown field") {
+                let sentence = sentence::of(&display(parameter), name, &error.fault);
+                if matches!(error.fault, Fault::Unknown { .. }) {
                     draft.key_error(&at, sentence.message, sentence.hint);
                 } else {
                     draft.value_error(&at, sentence.message, sentence.hint);
@@ -299,15 +298,16 @@ fn typed(
             Ok(stage) => return (Some(stage), dropped.is_empty()),
             Err(error) => error,
         };
-        let missing = error.message.strip_prefix("missing field `");
-        let missing = missing.and_then(|rest| rest.split('`').next());
-        if error.path == "." && missing.is_some_and(|name| dropped.contains(name)) {
+        if let Fault::Missing(name) = error.fault
+            && error.path == "."
+            && dropped.contains(name)
+        {
             return (None, false);
         }
         let at = below(path, &error.path);
         let parameter = at.get(path.len()..).unwrap_or_default();
-        let sentence = sentence::of(&display(parameter), kind.name, &error.message);
-        if error.message.starts_with("unknown field") {
+        let sentence = sentence::of(&display(parameter), kind.name, &error.fault);
+        if matches!(error.fault, Fault::Unknown { .. }) {
             draft.key_error(&at, sentence.message, sentence.hint);
         } else {
             draft.value_error(&at, sentence.message, sentence.hint);

@@ -109,7 +109,7 @@ impl Bias {
 }
 
 /// How the matrices begin.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(untagged)]
 pub(super) enum Init {
     /// B = 0, or both random.
@@ -119,11 +119,36 @@ pub(super) enum Init {
 }
 
 /// A way to begin.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Method {
     /// From the error of quantisation.
     Loftq,
+}
+
+impl<'de> Deserialize<'de> for Init {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Either;
+        impl Visitor<'_> for Either {
+            type Value = Init;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("`true`, `false` or `loftq`")
+            }
+
+            fn visit_bool<E: serde::de::Error>(self, zero: bool) -> Result<Init, E> {
+                Ok(Init::Zero(zero))
+            }
+
+            fn visit_str<E: serde::de::Error>(self, name: &str) -> Result<Init, E> {
+                match name {
+                    "loftq" => Ok(Init::Named(Method::Loftq)),
+                    _ => Err(E::unknown_variant(name, &["true", "false", "loftq"])),
+                }
+            }
+        }
+        deserializer.deserialize_any(Either)
+    }
 }
 
 impl Default for Init {

@@ -1,0 +1,316 @@
+//! Reads parameters out of a YAML value. What does not fit is told as data ([`Fault`]), so that the sentence for the reader
+//! is made from facts and not from another library's English.
+
+use std::fmt::Display;
+
+use serde::de::value::{MapDeserializer, SeqDeserializer, StrDeserializer};
+use serde::de::{
+    self, DeserializeOwned, Deserializer, Expected, IntoDeserializer, Unexpected, Visitor,
+};
+use serde_yaml::Value;
+
+/// Parameters that don't fit, with the path to the offending value below the stage's parameters (`target_modules[1]`, or
+/// `.` for the whole).
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{path}: {fault}")]
+pub struct ParseError {
+    /// The path, in `serde_path_to_error`'s notation.
+    pub path: String,
+    /// What is wrong there.
+    pub fault: Fault,
+}
+
+/// Reads a `T` out of a YAML value, or says what keeps it from being one.
+pub fn read_parameters<T: DeserializeOwned>(value: Value) -> Result<T, ParseError> {
+    serde_path_to_error::deserialize(Parameters(value)).map_err(|error| ParseError {
+        path: error.path().to_string(),
+        fault: error.into_inner(),
+    })
+}
+
+/// Why a value is no parameter.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Fault {
+    /// A value of another type, or one out of range.
+    #[error("expected {expected}, found {found}")]
+    Unfit {
+        /// What stands there.
+        found: FoundValue,
+        /// What was wanted, in the words of serde's visitors (`f64`, `a string`, `struct Name`).
+        expected: String,
+    },
+    /// A word that is none of the known ones.
+    #[error("`{found}` is none of {}", .known.join(", "))]
+    Word {
+        /// What stands there.
+        found: String,
+        /// The words there are.
+        known: &'static [&'static str],
+    },
+    /// A field that has to be there.
+    #[error("`{0}` is missing")]
+    Missing(&'static str),
+    /// A field that does not exist.
+    #[error("`{field}` is unknown")]
+    Unknown {
+        /// What stands there.
+        field: String,
+        /// The fields there are.
+        known: &'static [&'static str],
+    },
+    /// What a type's own reading says.
+    #[error("{0}")]
+    Other(String),
+}
+
+/// A value, as far as a sentence about it needs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum FoundValue {
+    /// A text.
+    Text(String),
+    /// A number or a truth value, as it is written.
+    Scalar(String),
+    /// A list.
+    List,
+    /// A map.
+    Map,
+    /// `null`, or no value at all.
+    Nothing,
+}
+
+impl Display for FoundValue {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Text(text) => write!(f, "the text {text:?}"),
+            Self::Scalar(text) => f.write_str(text),
+            Self::List => f.write_str("a list"),
+            Self::Map => f.write_str("a map"),
+            Self::Nothing => f.write_str("nothing"),
+        }
+    }
+}
+
+impl From<Unexpected<'_>> for FoundValue {
+    fn from(unexpected: Unexpected<'_>) -> Self {
+        match unexpected {
+            Unexpected::Bool(value) => Self::Scalar(value.to_string()),
+            Unexpected::Unsigned(value) => Self::Scalar(value.to_string()),
+            Unexpected::Signed(value) => Self::Scalar(value.to_string()),
+            Unexpected::Float(value) => Self::Scalar(serde_yaml::Number::from(value).to_string()),
+            Unexpected::Char(value) => Self::Text(value.to_string()),
+            Unexpected::Str(value) => Self::Text(value.to_owned()),
+            Unexpected::Seq | Unexpected::TupleVariant | Unexpected::Bytes(_) => Self::List,
+            Unexpected::Unit | Unexpected::Option | Unexpected::UnitVariant => Self::Nothing,
+            Unexpected::Map
+            | Unexpected::StructVariant
+            | Unexpected::NewtypeStruct
+            | Unexpected::NewtypeVariant
+            | Unexpected::Enum => Self::Map,
+            Unexpected::Other(other) => Self::Scalar(other.to_owned()),
+        }
+    }
+}
+
+impl From<&Value> for FoundValue {
+    fn from(value: &Value) -> Self {
+        match value {
+            Value::Null => Self::Nothing,
+            Value::Bool(value) => Self::Scalar(value.to_string()),
+            Value::Number(value) => Self::Scalar(value.to_string()),
+            Value::String(value) => Self::Text(value.clone()),
+            Value::Sequence(_) => Self::List,
+            Value::Mapping(_) | Value::Tagged(_) => Self::Map,
+        }
+    }
+}
+
+impl de::Error for Fault {
+    fn custom<T: Display>(message: T) -> Self {
+        Self::Other(message.to_string())
+    }
+    fn invalid_type(found: Unexpected<'_>, expected: &dyn Expected) -> Self {
+        Self::Unfit {
+            found: found.into(),
+            expected: expected.to_string(),
+        }
+    }
+    fn invalid_value(found: Unexpected<'_>, expected: &dyn Expected) -> Self {
+        Self::invalid_type(found, expected)
+    }
+    fn unknown_variant(found: &str, known: &'static [&'static str]) -> Self {
+        Self::Word {
+            found: found.to_owned(),
+            known,
+        }
+    }
+    fn unknown_field(field: &str, known: &'static [&'static str]) -> Self {
+        Self::Unknown {
+            field: field.to_owned(),
+            known,
+        }
+    }
+    fn missing_field(field: &'static str) -> Self {
+        Self::Missing(field)
+    }
+}
+
+/// A YAML value to read parameters from.
+struct Parameters(Value);
+
+impl IntoDeserializer<'_, Fault> for Parameters {
+    type Deserializer = Self;
+
+    fn into_deserializer(self) -> Self {
+        self
+    }
+}
+
+impl<'de> Deserializer<'de> for Parameters {
+    type Error = Fault;
+
+    fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+        match self.0 {
+            Value::Null => visitor.visit_unit(),
+            Value::Bool(value) => visitor.visit_bool(value),
+            Value::Number(value) => match (value.as_u64(), value.as_i64(), value.as_f64()) {
+                (Some(value), ..) => visitor.visit_u64(value),
+                (_, Some(value), _) => visitor.visit_i64(value),
+                (.., Some(value)) => visitor.visit_f64(value),
+                (None, None, None) => Err(Fault::Other(format!("`{value}` is no number"))),
+            },
+            Value::String(value) => visitor.visit_string(value),
+            Value::Sequence(elements) => {
+                let mut elements = SeqDeserializer::new(elements.into_iter().map(Parameters));
+                let value = visitor.visit_seq(&mut elements)?;
+                elements.end()?;
+                Ok(value)
+            }
+            Value::Mapping(entries) => {
+                let entries = entries
+                    .into_iter()
+                    .map(|(key, value)| (Parameters(key), Parameters(value)));
+                let mut entries = MapDeserializer::new(entries);
+                let value = visitor.visit_map(&mut entries)?;
+                entries.end()?;
+                Ok(value)
+            }
+            Value::Tagged(tagged) => Err(Fault::Other(format!(
+                "the tag `{}` means nothing here",
+                tagged.tag
+            ))),
+        }
+    }
+
+    fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+        match self.0 {
+            Value::Null => visitor.visit_none(),
+            _ => visitor.visit_some(self),
+        }
+    }
+
+    fn deserialize_newtype_struct<V: Visitor<'de>>(
+        self,
+        _: &'static str,
+        visitor: V,
+    ) -> Result<V::Value, Fault> {
+        visitor.visit_newtype_struct(self)
+    }
+
+    fn deserialize_enum<V: Visitor<'de>>(
+        self,
+        _: &'static str,
+        known: &'static [&'static str],
+        visitor: V,
+    ) -> Result<V::Value, Fault> {
+        // Words with values of their own would come as maps; no kind has any.
+        match &self.0 {
+            Value::String(word) => visitor.visit_enum(StrDeserializer::new(word)),
+            other => Err(Fault::Unfit {
+                found: other.into(),
+                expected: format!("one of `{}`", known.join("`, `")),
+            }),
+        }
+    }
+
+    serde::forward_to_deserialize_any! {
+        bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf unit unit_struct seq tuple
+        tuple_struct map struct identifier ignored_any
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde::Deserialize;
+
+    use super::*;
+
+    #[derive(Debug, PartialEq, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Toy {
+        r: u32,
+        #[serde(default)]
+        rate: Option<f64>,
+        #[serde(default)]
+        words: Vec<Word>,
+    }
+
+    #[derive(Debug, PartialEq, Deserialize)]
+    #[serde(rename_all = "snake_case")]
+    enum Word {
+        Cosine,
+        Linear,
+    }
+
+    fn toy(text: &str) -> Result<Toy, ParseError> {
+        read_parameters(serde_yaml::from_str(text).unwrap())
+    }
+
+    #[track_caller]
+    fn wrong(text: &str, path: &str, fault: &Fault) {
+        let error = toy(text).unwrap_err();
+        assert_eq!((error.path.as_str(), &error.fault), (path, fault));
+    }
+
+    #[test]
+    fn what_fits_is_read() {
+        let read = toy("{r: 8, rate: 1, words: [linear, cosine]}").unwrap();
+        let words = vec![Word::Linear, Word::Cosine];
+        let rate = Some(1.0);
+        assert_eq!(read, Toy { r: 8, rate, words });
+        assert_eq!(toy("{r: 8, rate: null}").unwrap().rate, None);
+        assert_eq!(toy("{r: 8, rate: .inf}").unwrap().rate, Some(f64::INFINITY));
+    }
+
+    #[test]
+    fn a_fault_is_told_as_data() {
+        let unfit = |found: FoundValue, expected: &str| Fault::Unfit {
+            found,
+            expected: expected.to_owned(),
+        };
+        wrong("{}", ".", &Fault::Missing("r"));
+        let text = FoundValue::Text("eight".to_owned());
+        wrong("{r: eight}", "r", &unfit(text, "u32"));
+        let negative = FoundValue::Scalar("-1".to_owned());
+        wrong("{r: -1}", "r", &unfit(negative, "u32"));
+        let large = FoundValue::Scalar("4294967296".to_owned());
+        wrong("{r: 4294967296}", "r", &unfit(large, "u32"));
+        wrong("{r: null}", "r", &unfit(FoundValue::Nothing, "u32"));
+        wrong("{r: [1]}", "r", &unfit(FoundValue::List, "u32"));
+        wrong("{r: {}}", "r", &unfit(FoundValue::Map, "u32"));
+        let word = Fault::Word {
+            found: "cosin".to_owned(),
+            known: &["cosine", "linear"],
+        };
+        wrong("{r: 1, words: [linear, cosin]}", "words[1]", &word);
+        let one = FoundValue::Scalar("1".to_owned());
+        let expected = "one of `cosine`, `linear`";
+        wrong("{r: 1, words: [1]}", "words[0]", &unfit(one, expected));
+        let unknown = Fault::Unknown {
+            field: "s".to_owned(),
+            known: &["r", "rate", "words"],
+        };
+        wrong("{r: 1, s: 2}", "s", &unknown);
+        let tag = Fault::Other("the tag `!x` means nothing here".to_owned());
+        wrong("{r: !x 1}", "r", &tag);
+    }
+}
