@@ -60,6 +60,16 @@ pub fn open(folder: &Path) -> anyhow::Result<(LlamaConfig, Weights)> {
     Ok((config, weights))
 }
 
+/// What to say of a folder whose `config.json` and tensors say different things; nothing of a folder that can't be used.
+pub fn told(folder: &Path) -> Option<&'static str> {
+    let says = LlamaConfig::read(folder).ok()?.tie_word_embeddings;
+    let (config, _) = open(folder).ok()?;
+    (says && !config.tie_word_embeddings).then_some(
+        "`config.json` says `tie_word_embeddings: true`, but the files have an `lm_head.weight` with other values: the head is its own, as \
+         in transformers 5; other programs may take the embeddings for it",
+    )
+}
+
 /// Whether two tensors have the same values.
 fn equal(a: RawTensor<'_>, b: RawTensor<'_>) -> bool {
     if a.shape != b.shape {
@@ -102,6 +112,3 @@ pub fn carry(
     folder::carry(source, out, &[CONFIG])?;
     folder::write_config(out, raw)
 }
-
-#[cfg(test)]
-pub(super) mod tests;

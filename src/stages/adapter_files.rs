@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context as _, bail};
 
 use crate::engine::Context;
-use crate::ml::adapter::{Adapter, Bias, CONFIG, FILE};
+use crate::ml::adapter::{Adapter, Bias, CONFIG, ENDS, FILE};
 
 /// The files of an adapter, if `names` has them all. Whatever else lies there tells of its training or of its base.
 pub(super) fn choose(names: &[&str]) -> anyhow::Result<[&'static str; 2]> {
@@ -60,6 +60,15 @@ pub(super) fn check(cx: &Context) -> anyhow::Result<()> {
                 "`{name}` has the pattern `{pattern}`, which fits none of the modules with matrices and changes nothing"
             ));
         }
+    }
+    let own = adapter.saved.keys().filter(|name| {
+        let path = name.strip_suffix(".weight").unwrap_or(name);
+        !adapter.trains(name) && !ENDS.contains(&path)
+    });
+    for name in own {
+        cx.warn(format!(
+            "`{FILE}` has `{name}`, of which its settings say nothing; as with PEFT it takes the place of the model's"
+        ));
     }
     for name in config.unknown() {
         cx.warn(format!(

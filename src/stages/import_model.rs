@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::artifacts::Model;
 use super::model_files::{self, Checked, INDEX};
 use crate::engine::{Context, Problem, SourcePath, Stage};
+use crate::ml::tied;
 
 /// Takes a model from a local Hugging Face folder: configuration, safetensors weights, tokenizer and chat template.
 ///
@@ -63,6 +64,9 @@ impl Stage for ImportModel {
 pub(super) fn tell(cx: &Context, checked: &Checked) {
     cx.note("tensors", checked.tensors);
     cx.note("weight_bytes", checked.bytes);
+    if let Some(told) = tied::told(cx.out()) {
+        cx.warn(told);
+    }
     if !checked.tokenizer {
         cx.warn("the model has no `tokenizer.json`: `tokenize` needs another model's");
     }

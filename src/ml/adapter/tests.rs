@@ -309,7 +309,7 @@ fn a_folder_of_an_old_peft_gets_no_keys_that_it_would_refuse() {
     let folder = plain_with(|raw| {
         raw.as_object_mut()
             .unwrap()
-            .retain(|key, _| known.contains(key))
+            .retain(|key, _| known.contains(key));
     });
     let out = tempfile::tempdir().unwrap();
     Adapter::load(folder.path())

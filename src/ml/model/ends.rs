@@ -33,16 +33,16 @@ impl Llama {
     pub fn column_sum(&self, pass: Pass) -> Result<Tensor> {
         let total = match &self.frozen_column_sum {
             Some(sum) => sum.clone(),
-            None => self.sum_of_rows(self.head().value(pass))?,
+            None => self.sum_of_rows(&self.head().value(pass))?,
         };
         match self.head_lora.as_ref().filter(|_| pass.adapter) {
-            Some(lora) => Tensor::cat(&[total, self.sum_of_rows(lora.b.value(pass))?], 0),
+            Some(lora) => Tensor::cat(&[total, self.sum_of_rows(&lora.b.value(pass))?], 0),
             None => Ok(total),
         }
     }
 
     /// In parts: all of it in f64 would be the largest tensor of all.
-    fn sum_of_rows(&self, weight: Tensor) -> Result<Tensor> {
+    fn sum_of_rows(&self, weight: &Tensor) -> Result<Tensor> {
         let (rows, columns) = weight.dims2()?;
         let mut total = Tensor::zeros(columns, DType::F64, &self.device)?;
         for start in (0..rows).step_by(1 << 12) {

@@ -91,13 +91,13 @@ impl<'a> Loader<'a> {
     /// A weight of the base, or what the adapter puts in its place; a frozen one is held in `dtype`.
     fn weight(&mut self, name: &str, shape: &[usize], dtype: DType) -> anyhow::Result<Weight> {
         let tensor = self.shaped(name, shape)?;
-        self.placed(name, tensor, dtype)
+        self.placed(name, &tensor, dtype)
     }
 
     /// What counts where `tensor` of the base has the place `name`.
-    fn placed(&mut self, name: &str, tensor: Tensor, dtype: DType) -> anyhow::Result<Weight> {
+    fn placed(&mut self, name: &str, tensor: &Tensor, dtype: DType) -> anyhow::Result<Weight> {
         if self.trained == Trained::Everything {
-            return self.train(name.to_owned(), &tensor, decays(name));
+            return self.train(name.to_owned(), tensor, decays(name));
         }
         let Some(adapter) = self.adapter else {
             return Ok(Weight::Frozen(tensor.to_dtype(dtype)?));
@@ -147,7 +147,7 @@ impl<'a> Loader<'a> {
             return Ok(None);
         }
         let embeddings = self.shaped(EMBEDDINGS, &shape)?;
-        Ok(Some(self.placed(HEAD, embeddings, dtype)?))
+        Ok(Some(self.placed(HEAD, &embeddings, dtype)?))
     }
 
     /// The pair beside the embeddings or the head, if the adapter has one.
