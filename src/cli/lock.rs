@@ -119,7 +119,7 @@ pub(super) fn read(recipe: &Path) -> Result<Option<Pins>, Failure> {
         let hint = "remove it and make it anew by `pipeline lock`";
         Failure::Wrong(error::with_hint(&message, hint, colour()))
     };
-    let file: LockFile = serde_yaml::from_str(&text)
+    let file: LockFile = crate::recipe::yaml(&text)
         .map_err(|error| wrong(format!("`{}` is no lock file: {error}", path.display())))?;
     if file.version != VERSION {
         return Err(wrong(format!(

@@ -21,6 +21,7 @@ mod show;
 mod trust;
 mod validate;
 mod why;
+mod work;
 
 use std::io::{ErrorKind, IsTerminal as _, Read as _, Write as _};
 use std::path::Path;
@@ -69,6 +70,9 @@ enum Command {
     Cache(cache::Args),
     /// Prints the JSON Schema of recipes, for editors
     Schema(schema::Args),
+    /// Runs one stage for another process of this program
+    #[command(hide = true)]
+    Work(work::Args),
 }
 
 /// How a command ended, if not with its work done.
@@ -120,6 +124,7 @@ pub fn main() -> ExitCode {
         Command::Gc(args) => gc::run(&args),
         Command::Cache(args) => cache::run(&args),
         Command::Schema(args) => schema::run(&args),
+        Command::Work(args) => work::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -8,7 +8,7 @@ use clap::Args;
 
 use super::confine::{self, Bounds};
 use super::remote::{self, RemoteArgs};
-use super::{Failure, colour, error, variable};
+use super::{Failure, colour, error, tell, variable};
 use crate::engine::remote::Shared;
 use crate::engine::{
     Graph, Node, Pins, Record, Run, Situation, State, Store, World, canonical_json,
@@ -291,29 +291,30 @@ pub(super) fn normal(path: &Path) -> PathBuf {
     normal
 }
 
-/// The variables that `huggingface_hub` documents and the hub's settings read.
-fn world(offline: bool) -> World {
-    const VARIABLES: [&str; 9] = [
-        "HF_ENDPOINT",
-        "HF_HOME",
-        "HF_HUB_CACHE",
-        "HF_HUB_DISABLE_IMPLICIT_TOKEN",
-        "HF_HUB_DOWNLOAD_TIMEOUT",
-        "HF_HUB_OFFLINE",
-        "HF_TOKEN",
-        "HF_TOKEN_PATH",
-        "XDG_CACHE_HOME",
-    ];
-    let environment: BTreeMap<String, String> = VARIABLES
+/// The surroundings of a run, with the variables that the hub's settings read.
+pub(super) fn world(offline: bool) -> World {
+    let environment: BTreeMap<String, String> = crate::hub::VARIABLES
         .iter()
         .filter_map(|name| Some(((*name).to_owned(), variable(name)?)))
         .collect();
-    let forced = environment.get("HF_HUB_OFFLINE").map(String::as_str);
+    let forced = crate::hub::is_offline(&|name| environment.get(name).cloned());
     World {
-        offline: offline || forced.is_some_and(crate::hub::is_true),
+        offline: offline || forced,
         home: std::env::home_dir(),
         environment,
+        teller: Some(|text| tell(&format!("warning: {text}\n"))),
+        program: own_program(),
+        ..World::default()
     }
+}
+
+/// The running program, to be started once more for each stage: on Linux the very file, wherever it was moved since.
+fn own_program() -> Option<PathBuf> {
+    let own = PathBuf::from("/proc/self/exe");
+    if own.exists() {
+        return Some(own);
+    }
+    std::env::current_exe().ok()
 }
 
 #[cfg(test)]

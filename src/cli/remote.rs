@@ -157,7 +157,7 @@ fn read(root: &Path) -> Result<Option<Written>, Failure> {
             )));
         }
     };
-    let file: File = serde_yaml::from_str(&text)
+    let file: File = crate::recipe::yaml(&text)
         .map_err(|error| wrong(&format!("`{}`: {error}", path.display())))?;
     if file.version != 1 {
         return Err(wrong(&format!(

@@ -78,7 +78,7 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
         (false, true) => Style::Bars,
         (false, false) => Style::Lines,
     };
-    let cancel = Arc::new(AtomicBool::new(false));
+    let cancel = Arc::clone(&project.world.cancel);
     stop_on_signal(&cancel)?;
     let (events, received) = channel();
     let summary = std::thread::scope(|scope| {

@@ -4,6 +4,7 @@
 //! A kind of stage implements [`Stage`]; the engine sees it as a `Box<dyn `[`AnyStage`]`>` made by a [`Kind`].
 
 mod canonical;
+mod child;
 mod context;
 mod event;
 mod files;
@@ -28,9 +29,12 @@ mod run;
 mod sources;
 mod stage;
 mod store;
+mod task;
 #[cfg(test)]
 mod tests;
 mod units;
+mod watch;
+pub mod work;
 mod worker;
 mod world;
 
@@ -56,5 +60,7 @@ pub use record::Record;
 pub use run::{Options, Summary, run};
 pub use stage::{Artifact, Problem, Stage};
 pub use store::{Found, Miss, Store};
+pub use task::Task;
 pub use units::{Bytes, Span};
+pub use watch::{Row, watched};
 pub use world::World;

@@ -30,6 +30,7 @@ use draft::Draft;
 pub use error::{RecipeError, RecipeErrors};
 pub use places::{Place, Step, Steps, display as display_path, parse as parse_path};
 use places::{Places, keys};
+pub use read::yaml;
 pub use schema::{reference, schema};
 
 /// A value given on the command line: `--set stages.tuned.train_orpo.beta=0.2`.

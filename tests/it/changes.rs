@@ -337,7 +337,7 @@ outputs: { base: out/base, merged: out/merged }
     let large = below(&cache)
         .into_iter()
         .map(|path| fs::metadata(path).unwrap())
-        .max_by_key(MetadataExt::size)
+        .max_by_key(std::fs::Metadata::len)
         .unwrap();
     let shares = below(&project.path(".pipeline/v1/artifacts"))
         .into_iter()
