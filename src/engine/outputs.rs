@@ -174,7 +174,7 @@ impl<'a> Slot<'a> {
                 self.place.display()
             );
         }
-        let placed = self.replace(artifact, found, how.overwrite, swap)?;
+        let placed = self.replace(artifact, &found, how.overwrite, swap)?;
         Ok(Put {
             changed: true,
             links: placed.links.len(),
@@ -290,18 +290,18 @@ impl<'a> Slot<'a> {
     fn replace(
         &mut self,
         artifact: &str,
-        found: Found,
+        found: &Found,
         overwrite: bool,
         swap: impl Fn(&Path, &Path) -> io::Result<()>,
     ) -> anyhow::Result<Placed> {
         let next = self.reserve(|path| fs::create_dir(path))?;
-        let done = self.exchange(artifact, &next, &found, overwrite, swap);
+        let done = self.exchange(artifact, &next, found, overwrite, swap);
         if done.is_err() {
             // The error that is told is the first one; what stays is known, and removed by the next run.
             let _ = remove(&next);
         }
         let placed = done?;
-        match &found {
+        match found {
             Found::Ours(old) | Found::Damaged(old) => {
                 let links = [(old.artifact.clone(), old.links.clone())];
                 let links = Linked::before(self.store, links.into());
