@@ -20,6 +20,7 @@ mod tests;
 mod vars;
 mod wiring;
 
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -146,7 +147,15 @@ pub fn load(
             source_line: None,
         }])
     };
-    let bytes = std::fs::read(path).map_err(|error| {
+    // One byte more than is allowed tells that there are too many, whatever else there is.
+    let read = || -> std::io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        let file = std::fs::File::open(path)?;
+        file.take(read::MAX_BYTES as u64 + 1)
+            .read_to_end(&mut bytes)?;
+        Ok(bytes)
+    };
+    let bytes = read().map_err(|error| {
         let hint = match error.kind() {
             std::io::ErrorKind::NotFound => Some("give the path of a recipe, a YAML file"),
             std::io::ErrorKind::IsADirectory => Some("give the path of a file in that folder"),
@@ -154,6 +163,13 @@ pub fn load(
         };
         whole(format!("could not read the recipe: {error}"), hint)
     })?;
+    if bytes.len() > read::MAX_BYTES {
+        let message = "the recipe has more than 1 MiB".to_owned();
+        return Err(whole(
+            message,
+            Some("keep data and long texts in files of their own"),
+        ));
+    }
     let text = String::from_utf8(bytes).map_err(|error| {
         let at = error.utf8_error().valid_up_to();
         let line = error
