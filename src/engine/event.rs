@@ -27,6 +27,11 @@ pub enum Event {
         /// How many stages it needs.
         stages: usize,
     },
+    /// Nothing can begin: somebody has the store to themselves, and the run waits for them.
+    RunWaiting {
+        /// Who holds the lock.
+        holder: String,
+    },
     /// A stage's result is in the store already.
     StageFresh {
         /// The stage's name in the recipe.
@@ -132,6 +137,8 @@ pub enum Event {
         path: String,
         /// Whether it was not there yet.
         changed: bool,
+        /// How many of its files are read-only links into the store.
+        links: usize,
     },
     /// The run is over.
     RunFinished {

@@ -50,6 +50,8 @@ pub struct Task {
     pub out: OsString,
     /// The folder that survives a crash.
     pub scratch: OsString,
+    /// What to write beside the scratch folder when it is made.
+    pub scratch_note: Vec<u8>,
     /// What finished stages of its family left.
     pub ends: Option<OsString>,
     /// Digests of local files by path.
@@ -109,6 +111,7 @@ impl Task {
             outside: context.outside.clone(),
             out: context.out.clone().into_os_string(),
             scratch: context.scratch.clone().into_os_string(),
+            scratch_note: context.scratch_note.clone(),
             ends: context.ends.clone().map(PathBuf::into_os_string),
             known: known
                 .map(|(path, entry)| (path.clone().into_os_string(), entry.clone()))

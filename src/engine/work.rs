@@ -99,7 +99,9 @@ pub fn serve(
     let (events, received) = channel();
     let voice = Arc::clone(&output);
     let speaker = start("voice").spawn(move || hand_on(&received, &voice))?;
-    let context = context(&task, world(task.offline), events, cancel);
+    let mut world = world(task.offline);
+    world.cancel = Arc::clone(&cancel);
+    let context = context(&task, world, events, cancel);
     let worker = start("stage").stack_size(STACK).spawn(move || {
         let result = catch_unwind(AssertUnwindSafe(|| stage.run(&context)));
         let result = result.unwrap_or_else(|_| Err(panicked()));
@@ -142,6 +144,7 @@ fn context(
         outside: task.outside.clone(),
         out: path(&task.out),
         scratch: path(&task.scratch),
+        scratch_note: task.scratch_note.clone(),
         ends: task.ends.as_ref().map(path),
         world: Arc::new(world),
         events,

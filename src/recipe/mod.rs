@@ -147,15 +147,7 @@ pub fn load(
             source_line: None,
         }])
     };
-    // One byte more than is allowed tells that there are too many, whatever else there is.
-    let read = || -> std::io::Result<Vec<u8>> {
-        let mut bytes = Vec::new();
-        let file = std::fs::File::open(path)?;
-        file.take(read::MAX_BYTES as u64 + 1)
-            .read_to_end(&mut bytes)?;
-        Ok(bytes)
-    };
-    let bytes = read().map_err(|error| {
+    let bytes = read_bounded(path).map_err(|error| {
         let hint = match error.kind() {
             std::io::ErrorKind::NotFound => Some("give the path of a recipe, a YAML file"),
             std::io::ErrorKind::IsADirectory => Some("give the path of a file in that folder"),
@@ -163,13 +155,6 @@ pub fn load(
         };
         whole(format!("could not read the recipe: {error}"), hint)
     })?;
-    if bytes.len() > read::MAX_BYTES {
-        let message = "the recipe has more than 1 MiB".to_owned();
-        return Err(whole(
-            message,
-            Some("keep data and long texts in files of their own"),
-        ));
-    }
     let text = String::from_utf8(bytes).map_err(|error| {
         let at = error.utf8_error().valid_up_to();
         let line = error
@@ -185,6 +170,20 @@ pub fn load(
         )
     })?;
     parse(path, &text, overrides, kinds)
+}
+
+/// The longest recipe, in bytes. Longer is only what never ends, such as a device.
+const LONGEST: u64 = 64 << 20;
+
+fn read_bounded(path: &Path) -> std::io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    std::fs::File::open(path)?
+        .take(LONGEST + 1)
+        .read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > LONGEST {
+        return Err(std::io::ErrorKind::FileTooLarge.into());
+    }
+    Ok(bytes)
 }
 
 /// [`load`] for a text that is already read; `path` is for messages.

@@ -13,7 +13,7 @@ use serde_yaml::{Mapping, Value};
 use super::places::{Id, Place, Places, Spot, Step, lines};
 
 /// The largest recipe, in bytes.
-pub(crate) const MAX_BYTES: usize = 1 << 20;
+const MAX_BYTES: usize = 1 << 20;
 /// The most values after aliases and merges are expanded.
 const MAX_VALUES: usize = 200_000;
 /// The most bytes of texts after aliases and merges are expanded.

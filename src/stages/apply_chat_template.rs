@@ -15,12 +15,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::artifacts::{Chats, Dataset, Model};
+use super::chat_template;
 use crate::data::cell::Cell;
 use crate::data::table::{BATCH_ROWS, Split, Writer, pass_pieces, splits};
 use crate::engine::{Context, Input, Problem, Row, SourcePath, Stage, watched};
 use crate::text::chat::{ChatRow, Notice, Rendered, Renderer, Side};
 use crate::text::template::ChatTemplate;
-use crate::text::tokenizer::{chat_template, read_template, special_tokens};
+use crate::text::tokenizer::{self, read_template, special_tokens};
 
 /// The longest that one row may take; real ones take less than a thousandth of it.
 const LONGEST: Duration = Duration::from_secs(5);
@@ -30,7 +31,8 @@ const AT_ONCE: usize = 16 << 20;
 /// Renders rows to text with a chat template, as transformers and TRL do: `prompt`, `chosen` and, for preferences, `rejected`
 /// join to exactly what the template prints for the whole conversation.
 ///
-/// The template is a file, a text in the recipe, or else the tokenizer's own. Rows whose texts were rendered before are taken as
+/// The template is a file, a text in the recipe, or else the tokenizer's own. It goes with the chats, and from them into what is
+/// trained on them. Rows whose texts were rendered before are taken as
 /// they are, and counted.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -56,7 +58,7 @@ pub struct ApplyChatTemplate {
 
 impl Stage for ApplyChatTemplate {
     const KIND: &'static str = "apply_chat_template";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     type Output = Chats;
     const BOUNDED: bool = true;
 
@@ -85,6 +87,7 @@ impl Stage for ApplyChatTemplate {
             of: Arc::from("the chat template"),
         };
         let renderer = watched(template, LONGEST, || self.renderer(cx))?;
+        chat_template::write(renderer.template().source(), cx.out())?;
         let folder = cx.input(&self.dataset)?;
         let splits: Result<Vec<Split>> = splits(folder)?
             .into_iter()
@@ -127,7 +130,7 @@ impl ApplyChatTemplate {
             }
             (None, None) => {
                 let model = model.context("there is no chat template")?;
-                chat_template(model)?.ok_or_else(|| {
+                tokenizer::chat_template(model)?.ok_or_else(|| {
                     anyhow!("the tokenizer has no chat template; hint: name a file with `template`, as templates/llama3.jinja")
                 })?
             }

@@ -277,6 +277,7 @@ impl CreateModel {
             tie_word_embeddings: self.tie_word_embeddings,
             attention_bias: false,
             mlp_bias: false,
+            attention_dropout: 0.,
             bos_token_id: vocabulary.bos,
             eos_token_ids: vocabulary.eos.into_iter().collect(),
             pad_token_id: vocabulary.pad,

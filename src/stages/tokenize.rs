@@ -11,6 +11,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::artifacts::{Chats, Model, Tokens};
+use super::chat_template;
 use super::tokenizers::load;
 use crate::data::table::{Split, Writer, pass, splits};
 use crate::data::tokens::{TokenRow, batch, schema};
@@ -57,7 +58,7 @@ fn default_max_length() -> usize {
 
 impl Stage for Tokenize {
     const KIND: &'static str = "tokenize";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     type Output = Tokens;
     const BOUNDED: bool = true;
 
@@ -94,7 +95,7 @@ impl Stage for Tokenize {
             self.tokenize_split(cx, &tokenizer, split, total as u64, &mut counts)?;
         }
         counts.tell(cx);
-        Ok(())
+        chat_template::carry(folder, cx.out())
     }
 }
 

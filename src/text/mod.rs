@@ -12,4 +12,5 @@ pub mod preference;
 mod quick;
 pub mod template;
 pub mod tokenizer;
+pub mod turn_end;
 mod words;

@@ -110,6 +110,11 @@ impl ChatTemplate {
         })
     }
 
+    /// The template as it was written.
+    pub fn source(&self) -> &str {
+        &self.source
+    }
+
     /// The conversation as text.
     pub fn render(&self, messages: &[Value], add_generation_prompt: bool) -> Result<String> {
         let variables = Variables {

@@ -119,6 +119,24 @@ impl Tokenizer {
         })
     }
 
+    /// The longest added token (`<|eot_id|>`) that `text` begins with.
+    pub fn added_token_at(&self, text: &str) -> Option<SpecialToken> {
+        let added = self.inner.get_added_tokens_decoder();
+        let mut found: Option<SpecialToken> = None;
+        for (id, token) in added {
+            let longer = found
+                .as_ref()
+                .is_none_or(|found| token.content.len() > found.text.len());
+            if longer && !token.content.is_empty() && text.starts_with(&token.content) {
+                found = Some(SpecialToken {
+                    text: token.content,
+                    id,
+                });
+            }
+        }
+        found
+    }
+
     /// The ids of a text as it stands: no BOS or EOS is added, special tokens inside the text become their ids.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         match &self.quick {
@@ -212,7 +230,12 @@ pub fn chat_template(folder: &Path) -> Result<Option<String>> {
             .with_context(|| format!("could not read `{}`", path.display()))
             .map(Some);
     }
-    let Some(config) = json(&folder.join("tokenizer_config.json"))? else {
+    template_in(&folder.join("tokenizer_config.json"))
+}
+
+/// The chat template in the file `tokenizer_config.json`, if there are both.
+pub fn template_in(settings: &Path) -> Result<Option<String>> {
+    let Some(config) = json(settings)? else {
         return Ok(None);
     };
     Ok(match config.get("chat_template") {
@@ -231,9 +254,8 @@ pub fn chat_template(folder: &Path) -> Result<Option<String>> {
             let Some(text) = default.and_then(text) else {
                 let names: Vec<_> = named.iter().filter_map(name).collect();
                 bail!(
-                    "the tokenizer in `{}` has several chat templates ({}) and none called `default`; hint: give the one to \
-                     use with `template`",
-                    folder.display(),
+                    "`{}` has several chat templates ({}) and none called `default`; hint: give the one to use with `template`",
+                    settings.display(),
                     names.join(", ")
                 );
             };

@@ -3,7 +3,11 @@
 #[cfg(test)]
 mod attacks;
 #[cfg(test)]
+mod changes;
+#[cfg(test)]
 mod commands;
+#[cfg(test)]
+mod defaults;
 #[cfg(test)]
 mod faults;
 mod gc;
@@ -25,6 +29,8 @@ mod lock;
 mod longer;
 #[cfg(test)]
 mod mistakes;
+#[cfg(test)]
+mod outputs;
 #[cfg(test)]
 mod pins;
 #[cfg(test)]
