@@ -166,7 +166,7 @@ impl Split {
     /// The rows from the first to the last, in batches of at most `batch_rows`, and of at most some MiB unless one row has more.
     pub fn batches(&self, batch_rows: usize) -> impl Iterator<Item = Result<RecordBatch>> + use<> {
         let schema = self.schema.clone();
-        self.files.clone().into_iter().flat_map(move |file| {
+        self.files.clone().into_iter().flat_map(move |file| -> Batches {
             let schema = schema.clone();
             let opened = viewer(&file, batch_rows).and_then(|batches| {
                 let held = std::fs::metadata(&file)?.len();
@@ -177,7 +177,7 @@ impl Split {
                 Ok(opened) => opened,
             };
             let mut bytes = 0;
-            Box::new(batches.flat_map(move |batch| {
+            Box::new(batches.flat_map(move |batch| -> Batches {
                 let read = || format!("could not read `{}`", file.display());
                 let batch = match batch.with_context(read) {
                     Err(error) => return one(Err(error)),
