@@ -1,11 +1,10 @@
 //! `gc`: removes results that nobody needs any more.
 
-use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use super::project::{Project, RecipeArgs, StoreArgs};
 use super::{Failure, print, table};
-use crate::engine::{Bytes, Limits, State};
+use crate::engine::{Bytes, Limits, Needs};
 use crate::report::bytes;
 
 #[derive(clap::Args)]
@@ -27,7 +26,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Result<(), Failure> {
-    let mut needed = BTreeSet::new();
+    let mut needs = Needs::default();
     let mut store = None;
     for recipe in &args.recipes {
         let recipe = RecipeArgs {
@@ -36,11 +35,7 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
             allow_path: Vec::new(),
         };
         let project = Project::open(&recipe, &args.store)?;
-        for state in project.plan() {
-            if let State::Fresh { artifact, .. } = state {
-                needed.insert(artifact);
-            }
-        }
+        project.situation(&[]).needs(&mut needs);
         // The recipes of one call belong to one store.
         match &store {
             None => store = Some(project.store),
@@ -60,7 +55,7 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
         keep_runs: args.keep_runs,
         max_size: args.max_size.0,
     };
-    let garbage = store.collect(&needed, limits, !args.dry_run)?;
+    let garbage = store.collect(&needs, limits, !args.dry_run)?;
     let rows: Vec<Vec<String>> = garbage
         .iter()
         .map(|garbage| {

@@ -1,16 +1,19 @@
 //! `lock`: pins what can move, in a file beside the recipe; and what the other commands do with that file.
 
 use std::fmt::Write as _;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use super::project::{Project, RecipeArgs, StoreArgs};
-use super::{Failure, colour, error, print};
+use super::{Failure, colour, error, print, read_text};
 use crate::engine::{Move, Pins, moved, short, write_atomically};
 
 /// The format of the file.
 const VERSION: u32 = 1;
+/// More than any recipe pins.
+const LONGEST: u64 = 64 << 20;
 
 #[derive(clap::Args)]
 pub(super) struct Args {
@@ -97,9 +100,17 @@ pub(super) fn path(recipe: &Path) -> PathBuf {
 /// The pins of a recipe; none without a lock file.
 pub(super) fn read(recipe: &Path) -> Result<Option<Pins>, Failure> {
     let path = path(recipe);
-    let text = match std::fs::read_to_string(&path) {
+    let text = match read_text(&path, LONGEST) {
         Ok(text) => text,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        // A recipe whose name leaves no room for `.lock` has none.
+        Err(error)
+            if matches!(
+                error.kind(),
+                ErrorKind::NotFound | ErrorKind::InvalidFilename
+            ) =>
+        {
+            return Ok(None);
+        }
         Err(error) => {
             return Err(anyhow::anyhow!("could not read `{}`: {error}", path.display()).into());
         }
@@ -108,7 +119,7 @@ pub(super) fn read(recipe: &Path) -> Result<Option<Pins>, Failure> {
         let hint = "remove it and make it anew by `pipeline lock`";
         Failure::Wrong(error::with_hint(&message, hint, colour()))
     };
-    let file: LockFile = serde_yaml::from_str(&text)
+    let file: LockFile = crate::recipe::yaml(&text)
         .map_err(|error| wrong(format!("`{}` is no lock file: {error}", path.display())))?;
     if file.version != VERSION {
         return Err(wrong(format!(

@@ -12,7 +12,7 @@ use anyhow::Context as _;
 use super::project::{Project, RecipeArgs, StoreArgs};
 use super::remote::RemoteArgs;
 use super::{Failure, colour, error, lock, machine, tell};
-use crate::engine::{Bytes, Event, Machine, Options, Summary, place};
+use crate::engine::{Bytes, Event, Machine, Options, Placing, Put, Summary, place};
 use crate::report::{Style, report};
 
 #[derive(clap::Args)]
@@ -45,7 +45,7 @@ pub(super) struct Args {
     /// Refuses to run when something would not be as the lock file pins it
     #[arg(long)]
     locked: bool,
-    /// Replaces files at the places of outputs that pipeline did not put there
+    /// Replaces files at the places of outputs that pipeline did not put there, or that were changed since
     #[arg(long)]
     overwrite_outputs: bool,
     #[command(flatten)]
@@ -85,20 +85,32 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
         scope.spawn(move || report(&received, style));
         // The sender goes when this is done, and with it the reporter.
         let events = events;
+        // Also until the outputs are in their places: nothing they are made of may go before.
+        let in_use = project.store.use_results(&cancel, &mut |holder| {
+            let holder = holder.to_owned();
+            // A reporter that is gone misses nothing else.
+            let _ = events.send(Event::RunWaiting { holder });
+        });
+        if in_use.is_err() && cancel.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
+        let _in_use = in_use?;
         let situation = project.situation(&forced);
         let summary = crate::engine::run(&situation, &targets, &options, &events, &cancel)?;
-        if summary.failed == 0 && !summary.interrupted {
-            put_outputs(
-                &project,
-                &summary,
-                &targets,
-                args.overwrite_outputs,
-                &events,
-            )?;
+        // After a failure only who wants to go on gets what is finished.
+        if !summary.interrupted && (summary.failed == 0 || args.keep_going) {
+            let how = Placing {
+                overwrite: args.overwrite_outputs,
+                verify: args.store.verify,
+            };
+            put_outputs(&project, &summary, &targets, how, &events, &cancel)?;
         }
-        anyhow::Ok(summary)
+        anyhow::Ok(Some(summary))
     })?;
     project.tell_warnings()?;
+    let Some(summary) = summary else {
+        return Err(Failure::Interrupted);
+    };
     if summary.interrupted {
         return Err(Failure::Interrupted);
     }
@@ -149,8 +161,9 @@ fn put_outputs(
     project: &Project,
     summary: &Summary,
     targets: &[usize],
-    overwrite: bool,
+    how: Placing,
     events: &Sender<Event>,
+    cancel: &AtomicBool,
 ) -> anyhow::Result<()> {
     let targets: BTreeSet<usize> = targets.iter().copied().collect();
     for output in &project.recipe.outputs {
@@ -164,7 +177,20 @@ fn put_outputs(
             continue;
         };
         let to = project.root.join(&output.path);
-        let changed = place(&project.store, artifact, &to, overwrite).with_context(|| {
+        let mut waiting = |holder: &str| {
+            let text = format!(
+                "{holder} is putting something in `{}`; waiting for it",
+                output.path
+            );
+            // A reporter that is gone misses nothing else.
+            let _ = events.send(Event::Warning { text });
+        };
+        // Looked at again: a run takes its time, and somebody may have turned a link elsewhere.
+        let put = match project.bounds.output(output) {
+            Ok(real) => place(&project.store, artifact, &real, how, cancel, &mut waiting),
+            Err((message, hint)) => Err(anyhow::anyhow!("it {message}; {hint}")),
+        };
+        let Put { changed, links } = put.with_context(|| {
             format!(
                 "could not put the result of `{}` in its place",
                 output.stage
@@ -179,6 +205,7 @@ fn put_outputs(
             stage: output.stage.clone(),
             path: shown.display().to_string(),
             changed,
+            links,
         });
     }
     Ok(())

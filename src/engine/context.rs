@@ -1,6 +1,7 @@
 //! What a running stage is given: its inputs as folders, a place for its output, and a way to tell how it goes.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
@@ -26,6 +27,8 @@ pub struct Context {
     pub(crate) outside: BTreeMap<String, String>,
     pub(crate) out: PathBuf,
     pub(crate) scratch: PathBuf,
+    /// What to write beside the scratch folder when it is made: whose it is.
+    pub(crate) scratch_note: Vec<u8>,
     /// What finished stages of the family left, if it has one.
     pub(crate) ends: Option<PathBuf>,
     pub(crate) world: Arc<World>,
@@ -119,6 +122,7 @@ impl Context {
                 self.scratch.display()
             )
         })?;
+        self.note_scratch();
         Ok(&self.scratch)
     }
 
@@ -128,24 +132,40 @@ impl Context {
         let end = self.scratch.join(END);
         std::fs::create_dir_all(&end)
             .with_context(|| format!("could not make the folder `{}`", end.display()))?;
+        self.note_scratch();
         Ok(end)
     }
 
+    /// Without the note `gc` knows less of whose the folder is, and keeps it longer.
+    fn note_scratch(&self) {
+        let note = self.scratch.with_extension("json");
+        if !self.scratch_note.is_empty() && !note.exists() {
+            let _ = std::fs::write(note, &self.scratch_note);
+        }
+    }
+
     /// What finished stages of the same family left. It may be damaged, and may be gone at any time. Read-only.
-    pub fn ends(&self) -> Vec<PathBuf> {
-        let entries = self
-            .ends
-            .iter()
-            .filter_map(|ends| std::fs::read_dir(ends).ok());
-        let own = self.scratch.file_name();
-        let mut ends: Vec<PathBuf> = entries
-            .flatten()
-            .flatten()
-            .map(|entry| entry.path())
-            .filter(|path| path.file_name() != own)
-            .collect();
-        ends.sort_unstable();
-        ends
+    pub fn ends(&self) -> anyhow::Result<Vec<PathBuf>> {
+        let Some(folder) = &self.ends else {
+            return Ok(Vec::new());
+        };
+        let list = || -> std::io::Result<Vec<PathBuf>> {
+            let entries = match std::fs::read_dir(folder) {
+                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+                entries => entries?,
+            };
+            let own = self.scratch.file_name();
+            let mut ends = Vec::new();
+            for entry in entries {
+                let path = entry?.path();
+                if path.file_name() != own {
+                    ends.push(path);
+                }
+            }
+            ends.sort_unstable();
+            Ok(ends)
+        };
+        list().with_context(|| format!("could not read `{}`", folder.display()))
     }
 
     /// Settings of the run.
@@ -197,19 +217,19 @@ impl Context {
 
     /// Tells something worth reading once.
     pub fn info(&self, text: impl Into<String>) {
-        self.emit(Event::Message {
-            stage: self.stage.clone(),
-            level: Level::Info,
-            text: text.into(),
-        });
+        self.tell(Level::Info, text.into());
     }
 
     /// Tells something the user should act on.
     pub fn warn(&self, text: impl Into<String>) {
+        self.tell(Level::Warning, text.into());
+    }
+
+    pub(super) fn tell(&self, level: Level, text: String) {
         self.emit(Event::Message {
             stage: self.stage.clone(),
-            level: Level::Warning,
-            text: text.into(),
+            level,
+            text,
         });
     }
 
@@ -255,6 +275,16 @@ impl Context {
 #[cfg(test)]
 impl Context {
     /// A context for testing one stage alone: `inputs` by stage name, local files by the path as written.
+    /// What it warned of and what it told, each in order.
+    pub(crate) fn messages(&self, wanted: Level) -> Vec<String> {
+        let told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let texts = told.iter().filter_map(|event| match event {
+            Event::Message { level, text, .. } if *level == wanted => Some(text.clone()),
+            _ => None,
+        });
+        texts.collect()
+    }
+
     pub(crate) fn for_test(
         folder: &Path,
         inputs: &[(&str, &Path)],
@@ -275,6 +305,7 @@ impl Context {
             outside: BTreeMap::new(),
             out,
             scratch: folder.join("scratch"),
+            scratch_note: Vec::new(),
             ends: None,
             world: Arc::default(),
             events: std::sync::mpsc::channel().0,

@@ -1,18 +1,28 @@
 //! Frees space: removes results that nobody needs any more.
 //!
 //! Records and the history stay (a few KB each), so reasons can still be told, and a removed result is made again when it is
-//! wanted. A run in progress and a collection exclude each other.
+//! wanted. Work that a stopped run left unfinished stays where a recipe at hand would go on with it, or might. A run in progress and a
+//! collection exclude each other.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, TryLockError};
-use std::path::PathBuf;
-use std::time::UNIX_EPOCH;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, UNIX_EPOCH};
 
 use anyhow::{Context as _, bail};
 
 use super::canonical::Digest;
-use super::files::remove;
-use super::store::Store;
+use super::files::{TEMPORARY, read_small, remove};
+use super::fingerprint::{Fingerprint, Origin};
+use super::plan::{Situation, State};
+use super::reason::{Reason, differences};
+use super::record::LONGEST_RECORD;
+use super::store::{Store, sign, wait_for};
+
+/// How long a run waits for a collection before it says so.
+const QUIET: Duration = Duration::from_millis(500);
 
 /// What to keep beside the results that are named.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -21,6 +31,80 @@ pub struct Limits {
     pub keep_runs: usize,
     /// Results that nobody needs may stay up to so many bytes, the newest first.
     pub max_size: u64,
+}
+
+/// What recipes need of a store.
+#[derive(Debug, Default)]
+pub struct Needs {
+    /// Contents of results.
+    pub(super) results: BTreeSet<Digest>,
+    /// Fingerprints whose unfinished work would be gone on with.
+    pub(super) fingerprints: BTreeSet<Digest>,
+    /// What is known of the fingerprints of stages that wait for others.
+    pub(super) open: Vec<(Fingerprint, BTreeMap<String, Origin>)>,
+    /// The kinds of stages of whose fingerprints nothing is known.
+    pub(super) open_kinds: BTreeSet<String>,
+}
+
+impl Needs {
+    /// Whether unfinished work may be that of a stage whose fingerprint can't be known yet.
+    fn may_need(&self, work: Option<&Fingerprint>) -> bool {
+        let Some(work) = work else {
+            // Nobody knows whose it is.
+            return !(self.open.is_empty() && self.open_kinds.is_empty());
+        };
+        self.open_kinds.contains(&work.kind)
+            || self
+                .open
+                .iter()
+                .any(|(open, origins)| differences(work, open, origins).iter().all(is_open))
+    }
+}
+
+/// Whether a difference is only that an input is not known yet.
+fn is_open(difference: &Reason) -> bool {
+    matches!(difference, Reason::InputChanged { new, .. } if new.is_empty())
+}
+
+impl Situation<'_> {
+    /// Adds what the recipe needs: the results that are fresh, those that may be fresh again when what they wait for is made, and
+    /// the unfinished work of stages that would run, or might.
+    pub fn needs(&self, needs: &mut Needs) {
+        let everything = vec![true; self.graph.nodes.len()];
+        let mut sources = self.sources();
+        let looks = self.look(&everything, &mut sources);
+        let content = |index: usize| looks[index].as_ref()?.content.clone();
+        for (index, look) in looks.iter().enumerate() {
+            let Some(look) = look else { continue };
+            needs.fingerprints.extend(look.fingerprint.clone());
+            let node = &self.graph.nodes[index];
+            let undecided = match &look.state {
+                State::Fresh { artifact, .. } => {
+                    needs.results.insert(artifact.clone());
+                    false
+                }
+                State::Runs { .. } => false,
+                State::WaitsOn { reasons, .. } => {
+                    let inputs = self.graph.inputs[index].iter().map(|&input| {
+                        let name = self.graph.nodes[input].name.clone();
+                        (name, content(input).unwrap_or_default())
+                    });
+                    match self.prepare_with(index, inputs.collect(), &mut sources) {
+                        Ok(open) => needs.open.push((open.fingerprint, open.origins)),
+                        Err(_) => _ = needs.open_kinds.insert(node.stage.kind().to_owned()),
+                    }
+                    reasons.is_empty()
+                }
+                State::Unknown { .. } => {
+                    needs.open_kinds.insert(node.stage.kind().to_owned());
+                    true
+                }
+            };
+            if undecided && let Some(record) = self.record(index) {
+                needs.results.insert(record.artifact);
+            }
+        }
+    }
 }
 
 /// Something that can go.
@@ -43,28 +127,36 @@ pub(crate) struct InUse(
 
 impl Store {
     /// Taken by a run, so that nothing is collected under it. A store that can't be written can't be locked, and still serves
-    /// what it has.
-    pub(crate) fn use_results(&self) -> anyhow::Result<InUse> {
-        let Ok(file) = self.use_lock() else {
-            return Ok(InUse(None));
+    /// what it has. `waiting` hears who collects, when that takes long; `cancel` ends the waiting.
+    pub(crate) fn use_results(
+        &self,
+        cancel: &AtomicBool,
+        waiting: &mut dyn FnMut(&str),
+    ) -> anyhow::Result<InUse> {
+        let mut file = match self.use_lock() {
+            Ok(file) => file,
+            Err(error) if is_unwritable(&error) => return Ok(InUse(None)),
+            Err(error) => return Err(error),
         };
-        file.lock_shared().context("could not lock the store")?;
+        let path = self.lock_path(IN_USE);
+        let shared = File::try_lock_shared;
+        wait_for(&mut file, &path, shared, QUIET, cancel, waiting)?;
         Ok(InUse(Some(file)))
     }
 
     fn use_lock(&self) -> anyhow::Result<File> {
-        super::store::open_lock(&self.lock_path("in-use"))
+        super::store::open_lock(&self.lock_path(IN_USE))
     }
 
     /// Finds what can go, and with `remove_it` removes it. Kept are the results in `needed`, those of the last runs, and the
     /// newest of the rest up to a size. Fails while a run uses the store.
     pub fn collect(
         &self,
-        needed: &BTreeSet<Digest>,
+        needs: &Needs,
         limits: Limits,
         remove_it: bool,
     ) -> anyhow::Result<Vec<Garbage>> {
-        let lock = self.use_lock()?;
+        let mut lock = self.use_lock()?;
         match lock.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
@@ -74,20 +166,22 @@ impl Store {
                 return Err(error).context("could not lock the store");
             }
         }
-        let mut keep = needed.clone();
-        for recipe in self.names("state/runs") {
-            let runs = self.runs(&recipe);
+        sign(&mut lock, "`pipeline gc`, ");
+        let mut keep = needs.results.clone();
+        let mut unfinished = needs.fingerprints.clone();
+        // What can't be read keeps nothing: then nothing may be removed.
+        for recipe in self.list("state/runs")? {
+            let runs = self.read_runs(&recipe)?;
             for run in runs.iter().rev().take(limits.keep_runs) {
-                keep.extend(
-                    run.stages
-                        .values()
-                        .filter_map(|stage| stage.artifact.clone()),
-                );
+                for stage in run.stages.values() {
+                    keep.extend(stage.artifact.clone());
+                    unfinished.insert(stage.fingerprint.clone());
+                }
             }
         }
         let made_by = self.made_by();
         let mut results = Vec::new();
-        for content in self.names("artifacts") {
+        for content in self.list("artifacts")? {
             if content.contains('.') || keep.contains(&content) {
                 continue;
             }
@@ -146,7 +240,19 @@ impl Store {
             }
         }
         for kind in ["partial", "scratch", "failed", "incoming"] {
-            for name in self.names(kind) {
+            for name in self.list(kind)? {
+                let kept = match kind {
+                    "scratch" => {
+                        let name = name.strip_suffix(".json").unwrap_or(&name);
+                        unfinished.contains(name)
+                            || needs.may_need(self.whole_fingerprint(name).as_ref())
+                    }
+                    "incoming" => keep.contains(&name),
+                    _ => false,
+                };
+                if kept {
+                    continue;
+                }
                 let path = self.folder(kind).join(&name);
                 garbage.push(Garbage {
                     what: "unfinished work",
@@ -159,7 +265,47 @@ impl Store {
                 }
             }
         }
+        // Nobody writes now: these are of programs that were killed.
+        for path in self.temporary() {
+            garbage.push(Garbage {
+                what: "unfinished work",
+                stage: None,
+                size: size(&path),
+                path: path.clone(),
+            });
+            if remove_it {
+                remove(&path)?;
+            }
+        }
         Ok(garbage)
+    }
+
+    /// Files of ours that were not finished: beside results, never in them.
+    fn temporary(&self) -> Vec<PathBuf> {
+        let mut found = Vec::new();
+        let mut open = vec![self.folder("artifacts"), self.folder("records")];
+        let deep = ["left", "last", "state", "unsent", "locks"];
+        open.extend(deep.map(|name| self.folder(name)));
+        while let Some(folder) = open.pop() {
+            for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
+                let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
+                let name = entry.file_name();
+                if is_folder && folder != self.folder("artifacts") {
+                    open.push(entry.path());
+                } else if !is_folder && name.to_string_lossy().starts_with(TEMPORARY) {
+                    found.push(entry.path());
+                }
+            }
+        }
+        found.sort_unstable();
+        found
+    }
+
+    /// The fingerprint of which this is the unfinished work, if it was noted.
+    fn whole_fingerprint(&self, fingerprint: &str) -> Option<Fingerprint> {
+        let bytes = read_small(&self.scratch_note(fingerprint), LONGEST_RECORD).ok()?;
+        let found: Fingerprint = serde_json::from_slice(&bytes).ok()?;
+        (found.digest() == fingerprint).then_some(found)
     }
 
     /// The stage that made each content, from the records.
@@ -176,21 +322,50 @@ impl Store {
         made
     }
 
+    /// The names in one of the store's folders, as far as they can be read.
     pub(super) fn names(&self, folder: &str) -> Vec<String> {
-        let entries = fs::read_dir(self.folder(folder))
-            .into_iter()
-            .flatten()
-            .flatten();
-        let mut names: Vec<String> = entries
-            .filter_map(|entry| entry.file_name().into_string().ok())
-            .collect();
-        names.sort_unstable();
-        names
+        self.list(folder).unwrap_or_default()
+    }
+
+    /// The names in one of the store's folders; none where it is not there.
+    fn list(&self, folder: &str) -> anyhow::Result<Vec<String>> {
+        let folder = self.folder(folder);
+        let list = || -> std::io::Result<Vec<String>> {
+            let entries = match fs::read_dir(&folder) {
+                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+                entries => entries?,
+            };
+            let mut names = Vec::new();
+            for entry in entries {
+                names.extend(entry?.file_name().into_string().ok());
+            }
+            names.sort_unstable();
+            Ok(names)
+        };
+        list().with_context(|| format!("could not list `{}`", folder.display()))
     }
 }
 
+/// The lock that runs share.
+const IN_USE: &str = "in-use";
+
+/// Whether a lock can't be had because nothing can be written there.
+fn is_unwritable(error: &anyhow::Error) -> bool {
+    let kind = |cause: &std::io::Error| {
+        matches!(
+            cause.kind(),
+            ErrorKind::PermissionDenied
+                | ErrorKind::ReadOnlyFilesystem
+                | ErrorKind::NotFound
+                | ErrorKind::StorageFull
+        )
+    };
+    let mut causes = error.chain();
+    causes.any(|cause| cause.downcast_ref().is_some_and(kind))
+}
+
 /// The bytes of all files below a path.
-fn size(path: &std::path::Path) -> u64 {
+fn size(path: &Path) -> u64 {
     let mut size = 0;
     let mut open = vec![path.to_owned()];
     while let Some(path) = open.pop() {

@@ -10,7 +10,7 @@ use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
 
 use super::canonical::Digest;
-use super::files::write_atomically;
+use super::files::{is_io_trouble, write_atomically};
 use super::fingerprint::{Origin, content};
 use super::graph::{Graph, Node};
 use super::plan::{Prepared, Situation};
@@ -81,16 +81,38 @@ pub enum Difference {
 impl Store {
     /// The runs of a recipe, the oldest first. Unreadable ones are left out.
     pub fn runs(&self, recipe: &str) -> Vec<Run> {
-        let Ok(entries) = fs::read_dir(self.runs_folder(recipe)) else {
-            return Vec::new();
+        self.collect_runs(recipe, |path| Ok(fs::read(path).unwrap_or_default()))
+            .unwrap_or_default()
+    }
+
+    /// The runs of a recipe, the oldest first. Damaged ones are left out; what can't be read is an error.
+    pub(super) fn read_runs(&self, recipe: &str) -> anyhow::Result<Vec<Run>> {
+        self.collect_runs(recipe, fs::read)
+            .with_context(|| format!("could not read the history of `{recipe}`"))
+    }
+
+    fn collect_runs(
+        &self,
+        recipe: &str,
+        read: impl Fn(std::path::PathBuf) -> std::io::Result<Vec<u8>>,
+    ) -> std::io::Result<Vec<Run>> {
+        let entries = match fs::read_dir(self.runs_folder(recipe)) {
+            Ok(entries) => entries,
+            Err(error) if is_io_trouble(&error) => return Err(error),
+            Err(_) => return Ok(Vec::new()),
         };
-        let mut runs: Vec<Run> = entries
-            .flatten()
-            .filter_map(|entry| serde_json::from_slice(&fs::read(entry.path()).ok()?).ok())
-            .filter(|run: &Run| run.format == FORMAT)
-            .collect();
+        let mut runs = Vec::new();
+        for entry in entries {
+            let bytes = match read(entry?.path()) {
+                Ok(bytes) => bytes,
+                Err(error) if is_io_trouble(&error) => return Err(error),
+                Err(_) => continue,
+            };
+            let run = serde_json::from_slice(&bytes).ok();
+            runs.extend(run.filter(|run: &Run| run.format == FORMAT));
+        }
         runs.sort_by_key(|run| run.number);
-        runs
+        Ok(runs)
     }
 
     /// Keeps a run, unless nothing changed since the last one. Its number is set.

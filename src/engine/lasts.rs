@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 
+use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
 
 use super::canonical::Digest;
-use super::files::{read_sealed, write_sealed};
+use super::files::{outlast, read_sealed, write_sealed};
 use super::manifest::Stat;
 use super::store::Store;
 
@@ -21,8 +22,8 @@ pub(crate) struct Lasts {
 
 #[derive(Serialize, Deserialize)]
 struct Memo {
-    /// The modification time of the folder with a file a stage: any new result changes it.
-    modified: i64,
+    /// The time of the last change of the folder with a file a stage: any new result changes it.
+    changed: i64,
     stages: BTreeMap<String, Digest>,
 }
 
@@ -34,9 +35,8 @@ impl Lasts {
             recipe: recipe.to_owned(),
             memo: None,
         };
-        let modified = lasts.modified();
-        lasts.memo =
-            read_sealed(&lasts.path()).filter(|memo: &Memo| Some(memo.modified) == modified);
+        let changed = lasts.changed();
+        lasts.memo = read_sealed(&lasts.path()).filter(|memo: &Memo| Some(memo.changed) == changed);
         lasts
     }
 
@@ -51,19 +51,22 @@ impl Lasts {
     /// Writes a new memo for these stages if the one that was opened does not hold any more.
     pub(super) fn save<'n>(&self, stages: impl Iterator<Item = &'n str>) -> anyhow::Result<()> {
         // Taken before reading: what is set meanwhile makes the memo behind, never wrong.
-        let Some(modified) = self.modified() else {
+        let Some(changed) = self.changed() else {
             return Ok(());
         };
         if self
             .memo
             .as_ref()
-            .is_some_and(|memo| memo.modified == modified)
+            .is_some_and(|memo| memo.changed == changed)
         {
             return Ok(());
         }
+        // What is set after this has another time.
+        let folder = self.store.folder("last");
+        outlast(&folder, changed).with_context(|| format!("no clock in `{}`", folder.display()))?;
         let last = |stage: &str| Some((stage.to_owned(), self.store.last(&self.recipe, stage)?));
         let stages = stages.filter_map(last).collect();
-        write_sealed(&self.path(), &Memo { modified, stages })
+        write_sealed(&self.path(), &Memo { changed, stages })
     }
 
     fn path(&self) -> PathBuf {
@@ -72,8 +75,8 @@ impl Lasts {
             .join(format!("{}.json", self.recipe))
     }
 
-    fn modified(&self) -> Option<i64> {
+    fn changed(&self) -> Option<i64> {
         let folder = self.store.folder("last").join(&self.recipe);
-        Some(Stat::of(&fs::metadata(folder).ok()?).modified)
+        Some(Stat::of(&fs::metadata(folder).ok()?).changed)
     }
 }

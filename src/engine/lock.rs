@@ -80,7 +80,8 @@ impl Situation<'_> {
 
     /// Pins for all moving inputs: `fresh(stage)` says which are looked up anew, and not taken from the pins at hand.
     pub fn pin(&self, fresh: &dyn Fn(&str) -> bool) -> anyhow::Result<Pins> {
-        let mut sources = Sources::open(self.store);
+        // A lock file is kept for long: what it says is read, whatever is remembered.
+        let mut sources = Sources::open(self.store, true);
         let mut pins = Pins::new();
         for node in &self.graph.nodes {
             let asked = asked(node)?;
@@ -105,7 +106,7 @@ impl Situation<'_> {
 
     /// What a run would take that is not pinned so: changed files, and stages without a pin that holds. Asks nobody outside.
     pub fn moves(&self) -> anyhow::Result<Vec<Move>> {
-        let mut sources = Sources::open(self.store);
+        let mut sources = self.sources();
         let mut moves = Vec::new();
         for node in &self.graph.nodes {
             let pin = self.pins.get(&node.name);
@@ -141,7 +142,7 @@ impl Situation<'_> {
 fn files(node: &Node, sources: &mut Sources) -> anyhow::Result<BTreeMap<String, Digest>> {
     let files = node.sources.iter();
     files
-        .map(|(written, path)| Ok((written.clone(), sources.digest(path)?)))
+        .map(|(written, path)| Ok((written.clone(), sources.digest(path, false)?.0)))
         .collect()
 }
 

@@ -4,11 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, Metadata};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::canonical::{Digest, digest_list};
+use super::files::is_trouble;
 
 /// Files above this size are hashed by mmap over all cores; below, plain reads are faster.
 const LARGE: u64 = 1 << 20;
@@ -16,30 +18,56 @@ const LARGE: u64 = 1 << 20;
 /// The most bytes of a manifest, which has some hundred a file. A longer file is none.
 pub(super) const LONGEST_MANIFEST: usize = 256 << 20;
 
-/// What a file looked like when its digest was taken. Equal stats mean an unread, equal file.
+/// What a file looked like when its digest was taken. Equal stats mean an unread, equal file: whoever writes to a file can set its
+/// modification time back, but not the time of its last change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stat {
     /// Bytes.
     pub size: u64,
     /// Modification time in nanoseconds since 1970.
     pub modified: i64,
+    /// The time of the last change to contents, mode, owner, times or number of links (ctime), in nanoseconds since 1970.
+    pub changed: i64,
     /// The inode number.
     pub inode: u64,
 }
 
+/// A file changed within this many nanoseconds may change again without getting a new time, on file systems that count in
+/// seconds; what was read of it is not remembered.
+const SETTLING: i64 = 2_000_000_000;
+
 impl Stat {
     /// The stat of a file.
     pub fn of(metadata: &Metadata) -> Self {
-        let modified = metadata
-            .mtime()
-            .saturating_mul(1_000_000_000)
-            .saturating_add(metadata.mtime_nsec());
+        let nanoseconds = |seconds: i64, rest: i64| {
+            let whole = seconds.saturating_mul(1_000_000_000);
+            whole.saturating_add(rest)
+        };
         Self {
             size: metadata.len(),
-            modified,
+            modified: nanoseconds(metadata.mtime(), metadata.mtime_nsec()),
+            changed: nanoseconds(metadata.ctime(), metadata.ctime_nsec()),
             inode: metadata.ino(),
         }
     }
+
+    /// Whether the file's last change was long enough before `time` that every later one has another time. Then what was read since
+    /// `time` holds as long as the stat does.
+    pub(super) fn settled_at(&self, time: i64) -> bool {
+        is_settled(self.changed, time)
+    }
+}
+
+fn is_settled(changed: i64, time: i64) -> bool {
+    changed.saturating_add(SETTLING) < time
+}
+
+/// The system's time in nanoseconds since 1970.
+pub(super) fn now() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |since| {
+        i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
+    })
 }
 
 /// One file of a folder.
@@ -58,6 +86,9 @@ struct Written {
     blake3: Digest,
     size: u64,
     modified: i64,
+    // Not in manifests of earlier versions: no file has this time, so that they are read once.
+    #[serde(default)]
+    changed: i64,
     inode: u64,
 }
 
@@ -68,6 +99,7 @@ impl From<Written> for Entry {
             stat: Stat {
                 size: written.size,
                 modified: written.modified,
+                changed: written.changed,
                 inode: written.inode,
             },
         }
@@ -80,6 +112,7 @@ impl From<Entry> for Written {
             blake3: entry.blake3,
             size: entry.stat.size,
             modified: entry.stat.modified,
+            changed: entry.stat.changed,
             inode: entry.stat.inode,
         }
     }
@@ -90,9 +123,13 @@ impl From<Entry> for Written {
 pub struct Manifest {
     /// Path to entry.
     pub files: BTreeMap<String, Entry>,
-    /// The modification time of each folder, by path, the whole under the empty one: while they stand, no name was added or
+    /// The time of the last change of each folder, by path, the whole under the empty one: while they stand, no name was added or
     /// removed, and nothing need be listed.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(
+        default,
+        rename = "folders_changed",
+        skip_serializing_if = "BTreeMap::is_empty"
+    )]
     pub folders: BTreeMap<String, i64>,
 }
 
@@ -107,6 +144,8 @@ pub enum Check {
     Missing,
     /// Something in it is not what was recorded.
     Damaged(String),
+    /// It could not be read for a reason that is no damage: a permission, a failing disk.
+    Unreadable(String),
 }
 
 impl Manifest {
@@ -115,22 +154,23 @@ impl Manifest {
         Self::read_with(folder, &BTreeMap::new())
     }
 
-    /// [`Manifest::read`], but for files whose digest is known under the stat they have.
+    /// [`Manifest::read`], but for files whose digest is known.
     pub(super) fn read_with(
         folder: &Path,
-        known: &BTreeMap<String, Entry>,
+        known: &BTreeMap<String, Digest>,
     ) -> anyhow::Result<Self> {
         let mut files = BTreeMap::new();
         let found = walk(folder)?;
         let folders = folders(folder, found.iter().map(|(name, _)| name.as_str()));
         for (name, path) in found {
-            let metadata = fs::symlink_metadata(&path).with_context(|| cannot_read(&path))?;
-            let stat = Stat::of(&metadata);
-            let blake3 = match known.get(&name) {
-                Some(known) if known.stat == stat => known.blake3.clone(),
-                _ => digest_file(&path)?,
+            let entry = match known.get(&name) {
+                Some(known) => Entry {
+                    blake3: known.clone(),
+                    stat: stat_of(&path)?,
+                },
+                None => read_entry(&path)?,
             };
-            files.insert(name, Entry { blake3, stat });
+            files.insert(name, entry);
         }
         Ok(Self { files, folders })
     }
@@ -140,6 +180,13 @@ impl Manifest {
         self.folders = folders(folder, self.files.keys().map(String::as_str));
     }
 
+    /// The newest time of a change to a file or folder.
+    pub(super) fn newest(&self) -> i64 {
+        let files = self.files.values().map(|entry| entry.stat.changed);
+        let all = files.chain(self.folders.values().copied());
+        all.max().unwrap_or(i64::MIN)
+    }
+
     /// The name of the contents: paths, sizes and digests, no stats.
     pub fn digest(&self) -> Digest {
         let files = self.files.iter();
@@ -147,9 +194,10 @@ impl Manifest {
         digest_list(&files.collect::<Vec<_>>())
     }
 
-    /// Bytes of all files.
+    /// Bytes of all files. A manifest that was tampered with may speak of more than can be counted.
     pub fn size(&self) -> u64 {
-        self.files.values().map(|entry| entry.stat.size).sum()
+        let sizes = self.files.values().map(|entry| entry.stat.size);
+        sizes.fold(0, u64::saturating_add)
     }
 
     /// Compares a folder with this manifest. Reads only files whose stat differs, or all when `thorough`.
@@ -157,12 +205,16 @@ impl Manifest {
         if !thorough && self.is_as_remembered(folder) {
             return Check::Sound;
         }
-        if !folder.is_dir() {
-            return Check::Missing;
-        }
-        match self.compare(folder, thorough) {
+        let there = fs::metadata(folder).with_context(|| cannot_read(folder));
+        let compared = match there {
+            Ok(found) if found.is_dir() => self.compare(folder, thorough),
+            Err(error) if is_trouble(&error) => Err(error),
+            Ok(_) | Err(_) => return Check::Missing,
+        };
+        match compared {
             Ok(None) => Check::Sound,
             Ok(Some(touched)) => Check::Touched(touched),
+            Err(error) if is_trouble(&error) => Check::Unreadable(format!("{error:#}")),
             Err(what) => Check::Damaged(what.to_string()),
         }
     }
@@ -179,9 +231,9 @@ impl Manifest {
             fs::symlink_metadata(&path).ok()
         };
         !self.folders.is_empty()
-            && self.folders.iter().all(|(name, modified)| {
+            && self.folders.iter().all(|(name, changed)| {
                 metadata(name)
-                    .is_some_and(|found| found.is_dir() && Stat::of(&found).modified == *modified)
+                    .is_some_and(|found| found.is_dir() && Stat::of(&found).changed == *changed)
             })
             && self.files.iter().all(|(name, entry)| {
                 metadata(name)
@@ -190,32 +242,45 @@ impl Manifest {
     }
 
     fn compare(&self, folder: &Path, thorough: bool) -> anyhow::Result<Option<Self>> {
+        let time = now();
+        // Taken before the names are read: what is added meanwhile changes them again.
+        let times = folders(folder, self.files.keys().map(String::as_str));
         let found: BTreeMap<_, _> = walk(folder)?.into_iter().collect();
         if let Some(extra) = found.keys().find(|name| !self.files.contains_key(*name)) {
             bail!("`{extra}` does not belong there");
         }
         let mut touched = self.clone();
-        touched.remember_folders(folder);
+        for (name, time_of_it) in times {
+            // One that may still change unseen is looked at again next time.
+            if is_settled(time_of_it, time) {
+                touched.folders.insert(name, time_of_it);
+            }
+        }
         let mut changed = touched.folders != self.folders;
         for (name, entry) in &mut touched.files {
             let Some(path) = found.get(name) else {
                 bail!("`{name}` is missing")
             };
-            let stat = Stat::of(&fs::symlink_metadata(path).with_context(|| cannot_read(path))?);
+            let stat = stat_of(path)?;
             if stat == entry.stat && !thorough {
                 continue;
             }
-            if stat.size != entry.stat.size || digest_file(path)? != entry.blake3 {
+            if stat.size != entry.stat.size
+                || digest_file(path)? != entry.blake3
+                || stat_of(path)? != stat
+            {
                 bail!("`{name}` was changed");
             }
-            changed |= stat != entry.stat;
-            entry.stat = stat;
+            if stat != entry.stat && stat.settled_at(time) {
+                changed = true;
+                entry.stat = stat;
+            }
         }
         Ok(changed.then_some(touched))
     }
 }
 
-/// The modification times of a folder and of all folders that hold the files. What can't be read is left out, and then
+/// The times of the last change of a folder and of all folders that hold the files. What can't be read is left out, and then
 /// remembered by no manifest as it is.
 pub(super) fn folders<'n>(
     folder: &Path,
@@ -226,16 +291,33 @@ pub(super) fn folders<'n>(
         let ends = name.match_indices('/').map(|(end, _)| end);
         names.extend(ends.filter_map(|end| name.get(..end)));
     }
-    let modified = |name: &str| {
+    let changed = |name: &str| {
         let path = if name.is_empty() {
             folder.to_path_buf()
         } else {
             folder.join(name)
         };
         let metadata = fs::symlink_metadata(path).ok()?;
-        Some((name.to_owned(), Stat::of(&metadata).modified))
+        Some((name.to_owned(), Stat::of(&metadata).changed))
     };
-    names.into_iter().filter_map(modified).collect()
+    names.into_iter().filter_map(changed).collect()
+}
+
+fn stat_of(path: &Path) -> anyhow::Result<Stat> {
+    let metadata = fs::symlink_metadata(path).with_context(|| cannot_read(path))?;
+    Ok(Stat::of(&metadata))
+}
+
+/// The digest of a file with the stat it has before and after.
+fn read_entry(path: &Path) -> anyhow::Result<Entry> {
+    let stat = stat_of(path)?;
+    let blake3 = digest_file(path)?;
+    ensure!(
+        stat_of(path)? == stat,
+        "`{}` was changed while it was read",
+        path.display()
+    );
+    Ok(Entry { blake3, stat })
 }
 
 /// The BLAKE3 digest of a file.

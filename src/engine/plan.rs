@@ -1,7 +1,7 @@
 //! What would happen: one verdict a stage, from the recipe and the store alone. Writes nothing and needs no outputs.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Context as _;
@@ -17,7 +17,7 @@ use super::manifest::{Entry, Manifest};
 use super::reason::{Reason, differences};
 use super::record::Record;
 use super::remote::Shared;
-use super::sources::Sources;
+use super::sources::{Seen, Sources};
 use super::store::{Found, Store};
 
 /// What is true of a stage now.
@@ -82,6 +82,31 @@ pub(crate) struct Prepared {
     pub(crate) inputs: BTreeMap<String, Digest>,
     /// Digests of local files that need not be taken again when the files are copied.
     pub(crate) known: BTreeMap<PathBuf, Entry>,
+    /// What the local files and folders looked like, by the path as written.
+    seen: BTreeMap<String, Seen>,
+}
+
+impl Prepared {
+    /// The first local file that is not as it was when the stage was prepared: by its times alone, or by the contents as well where times
+    /// don't tell.
+    pub(crate) fn changed(&self, node: &Node, contents: bool) -> Option<PathBuf> {
+        self.seen.iter().find_map(|(written, seen)| {
+            let source = node.sources.get(written)?;
+            let found = if contents {
+                seen.changed(source)
+            } else {
+                seen.moved(source)
+            };
+            // As the recipe has it, and what lies below.
+            let found = found?;
+            let below = found.strip_prefix(source).ok().map(Path::to_owned);
+            Some(match below {
+                Some(below) if below.as_os_str().is_empty() => PathBuf::from(written),
+                Some(below) => Path::new(written).join(below),
+                None => found,
+            })
+        })
+    }
 }
 
 /// A prepared stage, looked up.
@@ -122,7 +147,6 @@ impl Situation<'_> {
         contents: &[Option<Digest>],
         sources: &mut Sources,
     ) -> anyhow::Result<Prepared> {
-        let node = &self.graph.nodes[index];
         let mut inputs = BTreeMap::new();
         for &input in &self.graph.inputs[index] {
             let content = contents[input]
@@ -130,18 +154,21 @@ impl Situation<'_> {
                 .context("an input has no contents yet")?;
             inputs.insert(self.graph.nodes[input].name.clone(), content);
         }
-        self.prepare_with(node, inputs, sources)
+        self.prepare_with(index, inputs, sources)
     }
 
-    fn prepare_with(
+    pub(super) fn prepare_with(
         &self,
-        node: &Node,
+        index: usize,
         inputs: BTreeMap<String, Digest>,
         sources: &mut Sources,
     ) -> anyhow::Result<Prepared> {
-        let mut files = BTreeMap::new();
+        let node = &self.graph.nodes[index];
+        let (mut files, mut seen) = (BTreeMap::new(), BTreeMap::new());
         for (written, path) in &node.sources {
-            files.insert(written.clone(), sources.digest(path)?);
+            let (digest, looked) = sources.digest(path, self.forced[index])?;
+            files.insert(written.clone(), digest);
+            seen.insert(written.clone(), looked);
         }
         let outside = self.outside(node)?;
         let (fingerprint, origins) =
@@ -153,7 +180,13 @@ impl Situation<'_> {
             origins,
             inputs,
             known: BTreeMap::new(),
+            seen,
         })
+    }
+
+    /// The digests of local files. Who wants to verify reads them all.
+    pub(crate) fn sources(&self) -> Sources {
+        Sources::open(self.store, self.verify)
     }
 
     /// Facts from outside: those that are pinned, or as they are now. Offline, those of the last run stand in for what can't be asked.
@@ -170,37 +203,43 @@ impl Situation<'_> {
         }
     }
 
-    pub(super) fn judge(&self, index: usize, prepared: &Prepared, lasts: &Lasts) -> Verdict {
+    /// What the store and the remote say. An error where the store can't be read: making everything anew is no answer to that.
+    pub(super) fn judge(
+        &self,
+        index: usize,
+        prepared: &Prepared,
+        lasts: &Lasts,
+    ) -> anyhow::Result<Verdict> {
         if self.forced[index] {
-            return Verdict::Stale(vec![Reason::Forced]);
+            return Ok(Verdict::Stale(vec![Reason::Forced]));
         }
         let node = &self.graph.nodes[index];
         let last = lasts.get(&node.name);
         let restored = last.as_ref().is_some_and(|last| *last != prepared.digest);
-        let (missing, reasons) = match self.store.find(&prepared.digest, self.verify) {
+        let (missing, reasons) = match self.store.find(&prepared.digest, self.verify)? {
             Found::Hit(record, touched) => {
-                return Verdict::Fresh {
+                return Ok(Verdict::Fresh {
                     record,
                     restored,
                     last: last.as_ref() == Some(&prepared.digest),
                     touched,
-                };
+                });
             }
             Found::Missing(record) => (Some(record), vec![Reason::ArtifactMissing]),
             Found::Damaged(_, what) => (None, vec![Reason::ArtifactDamaged { what }]),
             Found::Nothing => (None, self.changes(last.as_deref(), prepared)),
         };
-        match self
+        let offered = self
             .shared
-            .offer(self.store, &prepared.digest, missing.as_deref())
-        {
+            .offer(self.store, &prepared.digest, missing.as_deref());
+        Ok(match offered {
             Some(record) => Verdict::Away {
                 record: Box::new(record),
                 restored,
                 reasons,
             },
             None => Verdict::Stale(reasons),
-        }
+        })
     }
 
     /// What changed since the last result.
@@ -243,7 +282,7 @@ impl Situation<'_> {
     pub fn plan(&self) -> Vec<State> {
         let needed = vec![true; self.graph.nodes.len()];
         let wanted = self.wanted(&needed, &[]);
-        let mut sources = Sources::open(self.store);
+        let mut sources = self.sources();
         loop {
             let looks = self.look(&needed, &mut sources);
             let mut lacking = Vec::new();
@@ -262,7 +301,7 @@ impl Situation<'_> {
     /// The fingerprints of these stages' results (all stages when empty) that are here.
     pub fn results(&self, targets: &[usize]) -> Vec<Digest> {
         let needed = self.graph.needed(targets);
-        let looks = self.look(&needed, &mut Sources::open(self.store));
+        let looks = self.look(&needed, &mut self.sources());
         let looks = looks.into_iter().enumerate();
         looks
             .filter(|(index, _)| targets.is_empty() || targets.contains(index))
@@ -274,7 +313,7 @@ impl Situation<'_> {
     /// The digests of all fingerprints that are known now.
     pub fn fingerprints(&self) -> BTreeSet<Digest> {
         let needed = vec![true; self.graph.nodes.len()];
-        let looks = self.look(&needed, &mut Sources::open(self.store));
+        let looks = self.look(&needed, &mut self.sources());
         let known = looks
             .into_iter()
             .flatten()
@@ -297,13 +336,17 @@ impl Situation<'_> {
             let mut away = false;
             let mut fingerprint = None;
             let state = if waits.is_empty() {
-                match self.prepare(index, &contents, sources) {
+                let judged = self
+                    .prepare(index, &contents, sources)
+                    .and_then(|prepared| {
+                        fingerprint = Some(prepared.digest.clone());
+                        self.judge(index, &prepared, &lasts)
+                    });
+                match judged {
                     Err(error) => State::Unknown {
                         error: format!("{error:#}"),
                     },
-                    Ok(prepared) => {
-                        let verdict = self.judge(index, &prepared, &lasts);
-                        fingerprint = Some(prepared.digest);
+                    Ok(verdict) => {
                         away = matches!(verdict, Verdict::Away { .. });
                         match verdict {
                             Verdict::Fresh {
@@ -371,7 +414,7 @@ impl Situation<'_> {
             (name.clone(), content.unwrap_or_default())
         };
         let inputs = self.graph.inputs[index].iter().copied().map(assumed);
-        match self.prepare_with(node, inputs.collect(), sources) {
+        match self.prepare_with(index, inputs.collect(), sources) {
             Ok(prepared) => differences(
                 &last.fingerprint,
                 &prepared.fingerprint,

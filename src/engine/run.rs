@@ -16,7 +16,7 @@ use super::plan::{Prepared, Situation, Verdict};
 use super::reason::Reason;
 use super::record::FORMAT;
 use super::sources::Sources;
-use super::worker::{Made, Worker};
+use super::worker::{Work, Worker};
 
 /// How to go about a run.
 #[derive(Debug, Clone)]
@@ -55,8 +55,11 @@ enum Lookup {
     Failed,
 }
 
-/// What a worker sends back: the stage's index and its result, or `None` when it failed (and said so).
-type Done = (usize, Option<Made>);
+/// What a worker sends back: the stage's index and what became of it.
+type Done = (usize, Work);
+
+/// How often a stage is looked at again because a local file changed before it was read.
+const LOOKS: usize = 3;
 
 /// Runs what `targets` need (everything when empty). Errors of stages are events and counts; an `Err` is an error of the
 /// runner itself.
@@ -80,7 +83,10 @@ pub fn run(
             .machine
             .check(&node.name, &node.handling.resources)?;
     }
-    let _in_use = situation.store.use_results()?;
+    let _in_use = situation.store.use_results(cancel, &mut |holder| {
+        let holder = holder.to_owned();
+        send(events, Event::RunWaiting { holder });
+    })?;
     situation.store.sweep();
     let stages = needed.iter().filter(|needed| **needed).count();
     send(
@@ -91,7 +97,8 @@ pub fn run(
         },
     );
     let (shared, queued) = situation.shared.open(situation.store, events);
-    situation.fetch(&needed, targets, events, cancel)?;
+    let mut sources = situation.sources();
+    situation.fetch(&needed, targets, &mut sources, events, cancel)?;
     let (summary, _shared) = std::thread::scope(|scope| {
         // Moved here, so that a panic ends the sender, too.
         let shared = shared;
@@ -114,12 +121,13 @@ pub fn run(
             started: (seconds_now(), started),
             fingerprints: vec![None; situation.graph.nodes.len()],
             ran: vec![false; situation.graph.nodes.len()],
+            looks: vec![0; situation.graph.nodes.len()],
             summary: Summary::default(),
         }
-        .drive(scope, &needed, &results);
+        .drive(scope, &needed, &mut sources, &results);
         shared.close();
-        anyhow::Ok((summary?, shared))
-    })?;
+        (summary, shared)
+    });
     let Summary {
         fresh,
         ran,
@@ -157,6 +165,8 @@ struct Runner<'a, 'b> {
     started: (u64, Instant),
     fingerprints: Vec<Option<Digest>>,
     ran: Vec<bool>,
+    /// How often each stage was looked at again.
+    looks: Vec<usize>,
     summary: Summary,
 }
 
@@ -165,14 +175,14 @@ impl<'a> Runner<'a, '_> {
         mut self,
         scope: &'scope Scope<'scope, 'a>,
         needed: &[bool],
+        sources: &mut Sources,
         results: &Receiver<Done>,
-    ) -> anyhow::Result<Summary>
+    ) -> Summary
     where
         'a: 'scope,
     {
         let graph = self.situation.graph;
         let readers = graph.readers();
-        let mut sources = Sources::open(self.situation.store);
         let mut contents: Vec<Option<Digest>> = vec![None; graph.nodes.len()];
         let mut open: Vec<usize> = graph.inputs.iter().map(Vec::len).collect();
         let mut rank = vec![0; graph.nodes.len()];
@@ -193,7 +203,7 @@ impl<'a> Runner<'a, '_> {
                 || (self.summary.failed > 0 && !self.options.keep_going);
             if !stopped {
                 while let Some((_, index)) = ready.pop_first() {
-                    match self.look_up(index, &contents, &mut sources) {
+                    match self.look_up(index, &contents, sources) {
                         Lookup::Fresh(content) => finished.push((index, content)),
                         Lookup::Failed => {}
                         Lookup::Stale(prepared, reasons) => {
@@ -218,8 +228,24 @@ impl<'a> Runner<'a, '_> {
                 self.free.give(&handling.resources, &gpus);
             }
             match result {
-                None => self.summary.failed += 1,
-                Some(made) => {
+                Work::Failed => self.summary.failed += 1,
+                Work::Again(path) => {
+                    self.looks[index] += 1;
+                    if self.looks[index] > LOOKS {
+                        self.fail(
+                            &graph.nodes[index].name,
+                            format!(
+                                "`{}` changes all the time: {LOOKS} times it was looked at, and it was another before it could be \
+                                 read; run again when nothing writes there any more",
+                                path.display()
+                            ),
+                        );
+                    } else {
+                        sources.look_again();
+                        ready.insert(rank[index], index);
+                    }
+                }
+                Work::Made(made) => {
                     self.ran[index] = made.ran;
                     if made.ran {
                         self.summary.ran += 1;
@@ -231,8 +257,8 @@ impl<'a> Runner<'a, '_> {
                 }
             }
         }
-        sources.save()?;
-        // Only spares work next time.
+        // Both only spare work next time.
+        let _ = sources.save();
         let _ = self
             .lasts
             .save(graph.nodes.iter().map(|node| node.name.as_str()));
@@ -248,7 +274,7 @@ impl<'a> Runner<'a, '_> {
         self.summary.skipped = left;
         self.remember(&contents);
         self.summary.artifacts = contents;
-        Ok(self.summary)
+        self.summary
     }
 
     /// Keeps what was run, for `history` and `diff`. A store that can't be written has no history, and still serves.
@@ -277,6 +303,17 @@ impl<'a> Runner<'a, '_> {
         let _ = store.remember(recipe, run);
     }
 
+    /// Tells that a stage failed before it ran.
+    fn fail(&mut self, stage: &str, error: String) {
+        let failed = Event::StageFailed {
+            stage: stage.to_owned(),
+            error,
+            kept: None,
+        };
+        send(self.events, failed);
+        self.summary.failed += 1;
+    }
+
     /// Asks the store about a stage whose inputs are known.
     fn look_up(
         &mut self,
@@ -289,15 +326,7 @@ impl<'a> Runner<'a, '_> {
         let mut prepared = match self.situation.prepare(index, contents, sources) {
             Ok(prepared) => prepared,
             Err(error) => {
-                send(
-                    self.events,
-                    Event::StageFailed {
-                        stage: name.clone(),
-                        error: format!("{error:#}"),
-                        kept: None,
-                    },
-                );
-                self.summary.failed += 1;
+                self.fail(name, format!("{error:#}"));
                 return Lookup::Failed;
             }
         };
@@ -308,7 +337,14 @@ impl<'a> Runner<'a, '_> {
             shared,
             ..
         } = self.situation;
-        let (record, restored, remote) = match self.situation.judge(index, &prepared, &self.lasts) {
+        let verdict = match self.situation.judge(index, &prepared, &self.lasts) {
+            Ok(verdict) => verdict,
+            Err(error) => {
+                self.fail(name, format!("{error:#}"));
+                return Lookup::Failed;
+            }
+        };
+        let (record, restored, remote) = match verdict {
             Verdict::Fresh {
                 record,
                 restored,

@@ -1,62 +1,175 @@
 //! Content digests of local files and folders, remembered by stat so that an unchanged file is not read again.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, Metadata};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::canonical::{Digest, digest_json};
-use super::files::{read_sealed, write_sealed};
-use super::manifest::{Entry, Stat, digest_file};
+use super::files::{clock, read_sealed, write_sealed};
+use super::manifest::{Entry, Stat, digest_file, now};
 use super::store::Store;
 
-/// A file changed within this many nanoseconds may change again without a new time: it is not remembered.
-const SETTLING: i64 = 2_000_000_000;
+/// The deepest folder below a source.
+const DEEPEST: usize = 32;
 
 /// Digests of local files, with a memo in the store.
 pub(crate) struct Sources {
     path: PathBuf,
     memo: Memo,
-    changed: bool,
+    /// Whether what earlier runs remembered is not trusted.
+    anew: bool,
+    /// The files that were read since this was opened.
+    read: BTreeSet<String>,
+    /// The links on the way to folders that were looked at since.
+    ways: BTreeMap<PathBuf, Vec<(PathBuf, Identity)>>,
 }
 
 #[derive(Default, Serialize, Deserialize)]
 struct Memo {
-    files: BTreeMap<String, Entry>,
+    files: BTreeMap<String, Known>,
 }
 
-impl Sources {
-    /// The memo of a store; an unreadable one is empty.
-    pub(crate) fn open(store: &Store) -> Self {
-        let path = store.state("sources.json");
-        let memo = read_sealed(&path).unwrap_or_default();
+/// The digest of a file, and what the file has to look like for it to hold.
+#[derive(Clone, Serialize, Deserialize)]
+struct Known {
+    entry: Entry,
+    device: u64,
+    /// When it was read, in nanoseconds since 1970; told only of what was read since the memo was opened.
+    #[serde(skip)]
+    read: i64,
+}
+
+/// Which file it is, and in which state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Identity {
+    stat: Stat,
+    device: u64,
+}
+
+impl Identity {
+    fn of(metadata: &Metadata) -> Self {
         Self {
-            path,
-            memo,
-            changed: false,
+            stat: Stat::of(metadata),
+            device: metadata.dev(),
         }
     }
 
-    /// The digest of a file's contents, or of a folder's files and names. Hidden files in a folder don't count.
-    pub(crate) fn digest(&mut self, path: &Path) -> anyhow::Result<Digest> {
-        let metadata =
-            fs::metadata(path).with_context(|| format!("could not read `{}`", path.display()))?;
-        if metadata.is_file() {
-            return self.file(path, &metadata);
+    /// What every change changes.
+    fn state(&self) -> (u64, i64, i64) {
+        (self.stat.size, self.stat.modified, self.stat.changed)
+    }
+}
+
+/// What a source looked like before its contents were digested: its files, and the links on the way to them.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Seen {
+    files: BTreeMap<PathBuf, SeenFile>,
+    links: BTreeMap<PathBuf, Identity>,
+}
+
+#[derive(Debug, Clone)]
+struct SeenFile {
+    identity: Identity,
+    blake3: Digest,
+    /// Whether it had not been changed so shortly before that a further change may not show.
+    settled: bool,
+}
+
+impl Seen {
+    /// The first path below or on the way to a source at which something is not as it was, if there is one. Reads only what was
+    /// written just before it was digested, and what got another number on its file system.
+    pub(crate) fn changed(&self, source: &Path) -> Option<PathBuf> {
+        let (moved, found) = self.compare(source);
+        moved.or_else(|| {
+            let differs = |(path, identity): &(&PathBuf, &Identity)| {
+                self.files.get(*path).is_none_or(|seen| {
+                    let proven = seen.settled && seen.identity == **identity;
+                    !proven && digest_file(path).map_or(true, |now| now != seen.blake3)
+                })
+            };
+            Some(found.iter().find(differs)?.0.clone())
+        })
+    }
+
+    /// [`Seen::changed`] by sizes and times alone.
+    pub(crate) fn moved(&self, source: &Path) -> Option<PathBuf> {
+        self.compare(source).0
+    }
+
+    /// The first path at which something is not as it was by sizes and times, and the files there are.
+    fn compare(&self, source: &Path) -> (Option<PathBuf>, BTreeMap<PathBuf, Identity>) {
+        let Ok(listed) = Listed::of(source) else {
+            return (Some(source.to_owned()), BTreeMap::new());
+        };
+        let mut links = listed.links;
+        links.extend(links_on_the_way(source));
+        let files = listed.files.into_iter();
+        let files: BTreeMap<_, _> = files.map(|(_, path, identity)| (path, identity)).collect();
+        let paths = self.files.keys().chain(files.keys());
+        let moved = paths.filter(|path| {
+            let (old, new) = (self.files.get(*path), files.get(*path));
+            // The number alone may change on file systems of other machines.
+            old.map(|old| old.identity.state()) != new.map(Identity::state)
+        });
+        let turned = self.links.keys().chain(links.keys());
+        let turned = turned.filter(|path| self.links.get(*path) != links.get(*path));
+        let first = moved.min().cloned();
+        (first.or_else(|| turned.min().cloned()), files)
+    }
+}
+
+/// The links among a path and the folders above it, as they are themselves.
+fn links_on_the_way(path: &Path) -> Vec<(PathBuf, Identity)> {
+    let link = |path: &Path| {
+        let metadata = fs::symlink_metadata(path).ok()?;
+        let is_link = metadata.is_symlink();
+        is_link.then(|| (path.to_owned(), Identity::of(&metadata)))
+    };
+    path.ancestors().filter_map(link).collect()
+}
+
+/// The files of a source.
+struct Listed {
+    is_file: bool,
+    /// Name below the source, path, and which file it is; sorted by name.
+    files: Vec<(String, PathBuf, Identity)>,
+    /// The links below the source, as they are themselves.
+    links: BTreeMap<PathBuf, Identity>,
+}
+
+impl Listed {
+    /// Lists a file, or the files in a folder and those below it. Hidden ones in a folder don't count. Links are followed, so that a
+    /// snapshot folder of links reads as the files it stands for.
+    fn of(path: &Path) -> anyhow::Result<Self> {
+        let cannot_read = |path: &Path| format!("could not read `{}`", path.display());
+        let metadata = fs::metadata(path).with_context(|| cannot_read(path))?;
+        let mut listed = Self {
+            is_file: metadata.is_file(),
+            files: Vec::new(),
+            links: BTreeMap::new(),
+        };
+        if listed.is_file {
+            let identity = Identity::of(&metadata);
+            listed
+                .files
+                .push((String::new(), path.to_owned(), identity));
+            return Ok(listed);
         }
-        let mut files = Vec::new();
+        ensure!(
+            metadata.is_dir(),
+            "`{}` is neither a file nor a folder",
+            path.display()
+        );
         let mut open = vec![(String::new(), path.to_path_buf())];
         while let Some((prefix, folder)) = open.pop() {
-            for entry in fs::read_dir(&folder)
-                .with_context(|| format!("could not read `{}`", folder.display()))?
-            {
-                let path = entry
-                    .with_context(|| format!("could not read `{}`", folder.display()))?
-                    .path();
+            for entry in fs::read_dir(&folder).with_context(|| cannot_read(&folder))? {
+                let entry = entry.with_context(|| cannot_read(&folder))?;
+                let path = entry.path();
                 let Some(part) = path.file_name().and_then(|name| name.to_str()) else {
                     bail!("`{}` has a name that is not Unicode", path.display());
                 };
@@ -68,24 +181,81 @@ impl Sources {
                 } else {
                     format!("{prefix}/{part}")
                 };
-                // Links are followed, so that a snapshot folder of links reads as the files it stands for.
-                let metadata = fs::metadata(&path)
-                    .with_context(|| format!("could not read `{}`", path.display()))?;
+                let kind = entry.file_type().with_context(|| cannot_read(&path))?;
+                if kind.is_symlink() {
+                    let link = fs::symlink_metadata(&path).with_context(|| cannot_read(&path))?;
+                    listed.links.insert(path.clone(), Identity::of(&link));
+                }
+                let metadata = fs::metadata(&path).with_context(|| cannot_read(&path))?;
                 if metadata.is_dir() {
-                    if prefix.matches('/').count() > 32 {
-                        bail!(
-                            "`{}` is nested too deeply; is there a link to a folder above it?",
-                            path.display()
-                        );
-                    }
+                    ensure!(
+                        prefix.matches('/').count() <= DEEPEST,
+                        "`{}` is nested too deeply; is there a link to a folder above it?",
+                        path.display()
+                    );
                     open.push((name, path));
                 } else if metadata.is_file() {
-                    files.push((name, self.file(&path, &metadata)?));
+                    listed.files.push((name, path, Identity::of(&metadata)));
                 }
             }
         }
-        files.sort_unstable();
-        Ok(digest_json(&json!(files)))
+        listed.files.sort_unstable_by(|a, b| a.0.cmp(&b.0));
+        Ok(listed)
+    }
+}
+
+impl Sources {
+    /// The memo of a store; an unreadable one is empty. With `anew` every file is read, whatever earlier runs remembered.
+    pub(crate) fn open(store: &Store, anew: bool) -> Self {
+        let path = store.state("sources.json");
+        let memo = read_sealed(&path).unwrap_or_default();
+        Self {
+            path,
+            memo,
+            anew,
+            read: BTreeSet::new(),
+            ways: BTreeMap::new(),
+        }
+    }
+
+    /// The digest of a file's contents, or of a folder's files and names, and what they looked like before they were read. With
+    /// `anew` every file is read.
+    pub(crate) fn digest(&mut self, path: &Path, anew: bool) -> anyhow::Result<(Digest, Seen)> {
+        let mut seen = Seen::default();
+        let folder = path.parent().unwrap_or(path);
+        if !self.ways.contains_key(folder) {
+            let links = links_on_the_way(folder);
+            self.ways.insert(folder.to_owned(), links);
+        }
+        let links = self.ways.get(folder).into_iter().flatten();
+        seen.links.extend(links.cloned());
+        if let Ok(metadata) = fs::symlink_metadata(path)
+            && metadata.is_symlink()
+        {
+            let identity = Identity::of(&metadata);
+            seen.links.insert(path.to_owned(), identity);
+        }
+        let listed = Listed::of(path)?;
+        seen.links.extend(listed.links);
+        let mut digests = Vec::with_capacity(listed.files.len());
+        for (name, path, identity) in listed.files {
+            let (blake3, settled) = self.file(&path, identity, anew)?;
+            digests.push((name, blake3.clone()));
+            let file = SeenFile {
+                identity,
+                blake3,
+                settled,
+            };
+            seen.files.insert(path, file);
+        }
+        let digest = match digests.pop() {
+            Some((_, digest)) if listed.is_file => digest,
+            last => {
+                digests.extend(last);
+                digest_json(&json!(digests))
+            }
+        };
+        Ok((digest, seen))
     }
 
     /// What is remembered of a file, or of the files in a folder: digests with the stats under which they hold.
@@ -93,44 +263,85 @@ impl Sources {
         let start = path.to_string_lossy().into_owned();
         let below = self.memo.files.range(start..);
         below
-            .map(|(name, entry)| (PathBuf::from(name), entry))
+            .map(|(name, known)| (PathBuf::from(name), known))
             .take_while(|(name, _)| name.starts_with(path))
-            .map(|(name, entry)| (name, entry.clone()))
+            .map(|(name, known)| (name, known.entry.clone()))
             .collect()
+    }
+
+    /// Remembers a digest of a file as it looks now.
+    #[cfg(test)]
+    pub(crate) fn pretend(&mut self, path: &Path, digest: &str) {
+        let identity = Identity::of(&fs::metadata(path).unwrap());
+        let known = Known {
+            entry: Entry {
+                blake3: digest.into(),
+                stat: identity.stat,
+            },
+            device: identity.device,
+            read: i64::MAX,
+        };
+        let name = path.to_string_lossy().into_owned();
+        self.memo.files.insert(name.clone(), known);
+        self.read.insert(name);
+    }
+
+    /// Forgets where links led: something changed, and is looked at again.
+    pub(crate) fn look_again(&mut self) {
+        self.ways.clear();
     }
 
     /// Writes the memo back, if there is anything new in it.
     pub(crate) fn save(&mut self) -> anyhow::Result<()> {
-        if std::mem::take(&mut self.changed) {
-            write_sealed(&self.path, &self.memo)?;
+        if self.read.is_empty() {
+            return Ok(());
         }
-        Ok(())
+        // Files beside the store have its clock, which may be a server's and behind ours.
+        let folder = self.path.parent().unwrap_or(Path::new("."));
+        fs::create_dir_all(folder)
+            .with_context(|| format!("could not make `{}`", folder.display()))?;
+        let device = fs::metadata(folder).map(|found| found.dev()).ok();
+        let behind = clock(folder).map_or(0, |theirs| now().saturating_sub(theirs).max(0));
+        let read = std::mem::take(&mut self.read);
+        self.memo.files.retain(|name, known| {
+            let settled = known.entry.stat.settled_at(known.read - behind);
+            settled || Some(known.device) != device || !read.contains(name)
+        });
+        write_sealed(&self.path, &self.memo)
     }
 
-    fn file(&mut self, path: &Path, metadata: &Metadata) -> anyhow::Result<Digest> {
-        let before = Stat::of(metadata);
+    /// The digest of a file, and whether every later change to it will show.
+    fn file(
+        &mut self,
+        path: &Path,
+        before: Identity,
+        anew: bool,
+    ) -> anyhow::Result<(Digest, bool)> {
         let name = path.to_string_lossy();
-        if let Some(entry) = self.memo.files.get(&*name)
-            && entry.stat == before
+        let trusted = !(anew || self.anew) || self.read.contains(&*name);
+        if let Some(known) = self.memo.files.get(&*name).filter(|_| trusted)
+            && (known.entry.stat, known.device) == (before.stat, before.device)
         {
-            return Ok(entry.blake3.clone());
+            return Ok((known.entry.blake3.clone(), true));
         }
+        let time = now();
         let blake3 = digest_file(path)?;
-        let after = fs::metadata(path).map(|metadata| Stat::of(&metadata));
-        let after = after.with_context(|| format!("could not read `{}`", path.display()))?;
-        let now = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |now| now.as_nanos() as i64);
-        if before == after && after.modified + SETTLING < now {
-            self.memo.files.insert(
-                name.into_owned(),
-                Entry {
-                    blake3: blake3.clone(),
-                    stat: after,
-                },
-            );
-            self.changed = true;
+        let after =
+            fs::metadata(path).with_context(|| format!("could not read `{}`", path.display()))?;
+        let settled = before == Identity::of(&after) && before.stat.settled_at(time);
+        if settled {
+            let entry = Entry {
+                blake3: blake3.clone(),
+                stat: before.stat,
+            };
+            let known = Known {
+                entry,
+                device: before.device,
+                read: time,
+            };
+            self.memo.files.insert(name.clone().into_owned(), known);
+            self.read.insert(name.into_owned());
         }
-        Ok(blake3)
+        Ok((blake3, settled))
     }
 }

@@ -7,6 +7,7 @@
 //! v1/last/<recipe>/<stage>      the fingerprint of that stage's last result, for reasons
 //! v1/partial/<fingerprint>/     what a running stage writes into
 //! v1/scratch/<fingerprint>/     what survives a crash
+//! v1/scratch/<fingerprint>.json the whole fingerprint, for `gc`
 //! v1/ends/<family>/<fingerprint>/   what a finished stage left for one that goes further
 //! v1/failed/<fingerprint>/      what a failed stage wrote and told, until it succeeds
 //! v1/incoming/<content>/        files on their way from a remote
@@ -20,14 +21,16 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File, Permissions, TryLockError};
 use std::io::{Read as _, Seek as _, Write as _};
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 
 use super::canonical::{Digest, is_digest};
-use super::files::{read_small, remove, sync_folder, write_atomically};
-use super::manifest::{Check, Entry, LONGEST_MANIFEST, Manifest, walk};
+use super::files::{is_io_trouble, outlast, read_small, remove, sync_folder, write_atomically};
+use super::manifest::{Check, Entry, LONGEST_MANIFEST, Manifest, Stat, walk};
 use super::record::{FORMAT, LONGEST_RECORD, Record};
 
 /// The folder of one format of the store.
@@ -68,41 +71,74 @@ impl Store {
         self.root.join("artifacts").join(content)
     }
 
-    /// The manifest of an artifact.
+    /// The manifest of an artifact. An unreadable one is none.
     pub fn manifest(&self, content: &str) -> Option<Manifest> {
-        let bytes = read_small(&self.manifest_path(content), LONGEST_MANIFEST).ok()?;
-        serde_json::from_slice(&bytes).ok()
+        self.read_manifest(content).ok()?
+    }
+
+    fn read_manifest(&self, content: &str) -> anyhow::Result<Option<Manifest>> {
+        let bytes = read_or_absent(&self.manifest_path(content), LONGEST_MANIFEST)?;
+        Ok(bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok()))
     }
 
     /// The record of a fingerprint, whatever became of its artifact. An unreadable record is no record.
     pub fn record(&self, fingerprint: &str) -> Option<Record> {
-        let bytes = read_small(&self.record_path(fingerprint), LONGEST_RECORD).ok()?;
-        let record: Record = serde_json::from_slice(&bytes).ok()?;
+        self.read_record(fingerprint).ok()?
+    }
+
+    /// The record of a fingerprint. A damaged one is none; one that is there and can't be read is an error.
+    fn read_record(&self, fingerprint: &str) -> anyhow::Result<Option<Record>> {
+        let bytes = read_or_absent(&self.record_path(fingerprint), LONGEST_RECORD)?;
+        let record = bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok());
         // A record under another fingerprint's name was moved or altered; what names no digest must not become a path.
-        let sound = record.format == FORMAT
-            && record.fingerprint.digest() == fingerprint
-            && is_digest(&record.artifact);
-        sound.then_some(record)
+        Ok(record.filter(|record: &Record| {
+            record.format == FORMAT
+                && record.fingerprint.digest() == fingerprint
+                && is_digest(&record.artifact)
+        }))
     }
 
     /// Looks a fingerprint up and checks its artifact. Reads file contents only where a stat differs, or all when
-    /// `thorough`. Writes nothing.
-    pub fn find(&self, fingerprint: &str, thorough: bool) -> Found {
-        let Some(record) = self.record(fingerprint) else {
-            return Found::Nothing;
+    /// `thorough`. Writes nothing. An error where something is there and can't be read, for a reason that is no damage: to make
+    /// it again would be no answer to that.
+    pub fn find(&self, fingerprint: &str, thorough: bool) -> anyhow::Result<Found> {
+        let Some(record) = self.read_record(fingerprint)? else {
+            return Ok(Found::Nothing);
         };
         let record = Box::new(record);
-        match self.check(&record.artifact, thorough) {
+        Ok(match self.check(&record.artifact, thorough) {
             Check::Sound => Found::Hit(record, None),
             Check::Touched(manifest) => Found::Hit(record, Some(manifest)),
             Check::Missing => Found::Missing(record),
             Check::Damaged(what) => Found::Damaged(record, what),
+            Check::Unreadable(why) => bail!(
+                "the result of `{}` is in the store but can't be read: {why}; when it is lost for good, remove `{1}` and `{1}.json`, \
+                 and it is made again",
+                record.stage,
+                self.artifact(&record.artifact).display()
+            ),
+        })
+    }
+
+    /// Makes sure that an artifact still is what it was: reads files whose stat differs, and remembers new stats.
+    pub(super) fn still_holds(&self, content: &str) -> Result<(), String> {
+        match self.check(content, false) {
+            Check::Sound => Ok(()),
+            Check::Touched(manifest) => {
+                // Only spares work next time.
+                let _ = self.write_manifest(content, &manifest);
+                Ok(())
+            }
+            Check::Missing => Err("it is gone".into()),
+            Check::Damaged(what) | Check::Unreadable(what) => Err(what),
         }
     }
 
     fn check(&self, content: &str, thorough: bool) -> Check {
-        let Some(manifest) = self.manifest(content) else {
-            return Check::Missing;
+        let manifest = match self.read_manifest(content) {
+            Ok(Some(manifest)) => manifest,
+            Ok(None) => return Check::Missing,
+            Err(error) => return Check::Unreadable(format!("{error:#}")),
         };
         if manifest.digest() != content {
             return Check::Damaged("its manifest was changed".into());
@@ -143,43 +179,30 @@ impl Store {
         self.root.join("scratch").join(fingerprint)
     }
 
+    /// Where the whole fingerprint of a scratch folder stands.
+    pub(super) fn scratch_note(&self, fingerprint: &str) -> PathBuf {
+        self.root
+            .join("scratch")
+            .join(format!("{fingerprint}.json"))
+    }
+
     /// The folder with what finished stages of a family left (see [`super::Stage::GROWS`]).
     pub(super) fn ends(&self, family: &str) -> PathBuf {
         self.root.join("ends").join(family)
     }
 
-    /// Takes the lock of a fingerprint. `waiting` is called once, with the holder, when somebody else has it.
+    /// Takes the lock of a fingerprint. `waiting` is called once, with the holder, when somebody else has it; `cancel` ends the
+    /// waiting.
     pub fn lock(
         &self,
         fingerprint: &str,
+        cancel: &AtomicBool,
         waiting: &mut dyn FnMut(&str),
     ) -> anyhow::Result<Miss<'_>> {
-        let path = self.lock_path(fingerprint);
-        let mut file = open_lock(&path)?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                let mut holder = String::new();
-                // Only for the message: the holder may be writing it this moment.
-                let _ = file.read_to_string(&mut holder);
-                waiting(holder.trim());
-                file.lock()
-                    .with_context(|| format!("could not lock `{}`", path.display()))?;
-            }
-            Err(TryLockError::Error(error)) => {
-                return Err(error).with_context(|| format!("could not lock `{}`", path.display()));
-            }
-        }
-        let holder = format!("process {}{}", std::process::id(), host());
-        // Only for others' messages; another user's lock file can be taken, but not written.
-        let _ = file
-            .set_len(0)
-            .and_then(|()| file.rewind())
-            .and_then(|()| file.write_all(holder.as_bytes()));
         Ok(Miss {
             store: self,
             fingerprint: fingerprint.to_owned(),
-            _lock: file,
+            _lock: take_lock(&self.lock_path(fingerprint), cancel, waiting)?,
         })
     }
 
@@ -216,23 +239,27 @@ impl Store {
     pub(super) fn admit(
         &self,
         folder: &Path,
-        manifest: &Manifest,
+        mut manifest: Manifest,
+        cancel: &AtomicBool,
+        waiting: &mut dyn FnMut(&str),
     ) -> anyhow::Result<(Digest, bool)> {
         let content = manifest.digest();
         let target = self.artifact(&content);
         // Two stages may make the same bytes at the same time.
-        let content_lock = open_lock(&self.lock_path(&content))?;
-        content_lock
-            .lock()
-            .with_context(|| format!("could not lock `{}`", target.display()))?;
+        let _held = take_lock(&self.lock_path(&content), cancel, waiting)?;
         // Read whole: the stage may have run because somebody asked to verify, and found what no time tells.
         let new = !matches!(self.check(&content, true), Check::Sound | Check::Touched(_));
         if new {
+            let artifacts = self.root.join("artifacts");
+            let commit = || format!("could not commit `{}`", target.display());
             remove(&target)?;
-            self.write_manifest(&content, manifest)?;
-            fs::rename(folder, &target)
-                .with_context(|| format!("could not commit `{}`", target.display()))?;
-            sync_folder(&self.root.join("artifacts"))?;
+            fs::create_dir_all(&artifacts).with_context(commit)?;
+            fs::rename(folder, &target).with_context(commit)?;
+            sync_folder(&artifacts).with_context(commit)?;
+            // With the manifest it becomes a result, and from its time on every change shows.
+            manifest.remember_folders(&target);
+            outlast(&artifacts, manifest.newest()).with_context(commit)?;
+            self.write_manifest(&content, &manifest)?;
         } else {
             remove(folder)?;
         }
@@ -337,27 +364,131 @@ impl Miss<'_> {
         self,
         mut record: Record,
         known: &BTreeMap<String, Entry>,
+        cancel: &AtomicBool,
+        waiting: &mut dyn FnMut(&str),
     ) -> anyhow::Result<(Record, bool)> {
         let store = self.store;
         let partial = store.root.join("partial").join(&self.fingerprint);
-        for (_, path) in walk(&partial)? {
-            seal(&path).with_context(|| format!("could not seal `{}`", path.display()))?;
+        let mut digests = BTreeMap::new();
+        for (name, path) in walk(&partial)? {
+            let sealing = || format!("could not seal `{}`", path.display());
+            let found = fs::symlink_metadata(&path).with_context(sealing)?;
+            // Before sealing, which changes the stat.
+            let holds = known
+                .get(&name)
+                .filter(|known| known.stat == Stat::of(&found));
+            if let Some(known) = holds {
+                digests.insert(name, known.blake3.clone());
+            }
+            seal(&path).with_context(sealing)?;
         }
-        let manifest = Manifest::read_with(&partial, known)?;
-        let (content, new) = store.admit(&partial, &manifest)?;
+        let manifest = Manifest::read_with(&partial, &digests)?;
+        let (content, new) = store.admit(&partial, manifest, cancel, waiting)?;
         record.artifact = content;
         store.write_record(&self.fingerprint, &record)?;
         remove(&store.scratch(&self.fingerprint))?;
+        remove(&store.scratch_note(&self.fingerprint))?;
         remove(&store.failed(&self.fingerprint))?;
         Ok((record, new))
     }
 }
 
-/// Makes a file durable and read-only.
+/// Makes a file durable, and read-only unless it has another name: then it is a link to somebody else's file, such as one of the
+/// hub's shared cache, and its mode is theirs.
 pub(super) fn seal(path: &Path) -> std::io::Result<()> {
-    File::open(path)?.sync_all()?;
-    let mode = fs::metadata(path)?.permissions().mode();
+    let file = File::open(path)?;
+    file.sync_all()?;
+    let found = file.metadata()?;
+    let mode = found.permissions().mode();
+    if found.nlink() > 1 || mode & 0o222 == 0 {
+        return Ok(());
+    }
     fs::set_permissions(path, Permissions::from_mode(mode & !0o222))
+}
+
+/// A small file of the store; none where there is no such file, or something else.
+fn read_or_absent(path: &Path, longest: usize) -> anyhow::Result<Option<Vec<u8>>> {
+    match read_small(path, longest) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if is_io_trouble(&error) => {
+            Err(error).with_context(|| format!("could not read `{}`", path.display()))
+        }
+        Err(_) => Ok(None),
+    }
+}
+
+/// How often a lock that somebody else holds is tried.
+const PATIENCE: Duration = Duration::from_millis(20);
+
+/// Takes a lock alone, and writes into it who has it. `waiting` is called once, with the holder, when somebody else has it.
+pub(super) fn take_lock(
+    path: &Path,
+    cancel: &AtomicBool,
+    waiting: &mut dyn FnMut(&str),
+) -> anyhow::Result<File> {
+    let mut file = open_lock(path)?;
+    wait_for(
+        &mut file,
+        path,
+        File::try_lock,
+        Duration::ZERO,
+        cancel,
+        waiting,
+    )?;
+    sign(&mut file, "");
+    Ok(file)
+}
+
+/// Tries a lock until it is there. After `quiet`, `waiting` hears once who holds it; `cancel` ends the waiting with an error.
+pub(super) fn wait_for(
+    file: &mut File,
+    path: &Path,
+    attempt: impl Fn(&File) -> Result<(), TryLockError>,
+    quiet: Duration,
+    cancel: &AtomicBool,
+    waiting: &mut dyn FnMut(&str),
+) -> anyhow::Result<()> {
+    let start = Instant::now();
+    let mut told = false;
+    loop {
+        match attempt(file) {
+            Ok(()) => return Ok(()),
+            Err(TryLockError::WouldBlock) => {}
+            Err(TryLockError::Error(error)) => {
+                return Err(error).with_context(|| format!("could not lock `{}`", path.display()));
+            }
+        }
+        if !told && start.elapsed() >= quiet {
+            told = true;
+            let mut holder = String::new();
+            // Only for the message: the holder may be writing it this moment.
+            let _ = file
+                .rewind()
+                .and_then(|()| file.read_to_string(&mut holder));
+            let holder = holder.trim();
+            waiting(if holder.is_empty() {
+                "another process"
+            } else {
+                holder
+            });
+        }
+        ensure!(
+            !cancel.load(Ordering::Relaxed),
+            "interrupted while it waited for the lock `{}`",
+            path.display()
+        );
+        std::thread::sleep(PATIENCE);
+    }
+}
+
+/// Writes into a lock who holds it.
+pub(super) fn sign(file: &mut File, what: &str) {
+    let holder = format!("{what}process {}{}", std::process::id(), host());
+    // Only for others' messages; another user's lock file can be taken, but not written.
+    let _ = file
+        .set_len(0)
+        .and_then(|()| file.rewind())
+        .and_then(|()| file.write_all(holder.as_bytes()));
 }
 
 pub(super) fn open_lock(path: &Path) -> anyhow::Result<File> {
@@ -392,7 +523,10 @@ fn hex(byte: u8) -> String {
     format!("{byte:02x}")
 }
 
-/// A stage's name as a file name: what is not plain is written as hex.
+/// The longest name of a file that is made of a stage's name; file systems have 255 bytes.
+const LONGEST_NAME: usize = 200;
+
+/// A stage's name as a file name: what is not plain is written as hex, and of what is too long there is the beginning and a digest.
 fn file_name(stage: &str) -> String {
     let mut name = String::with_capacity(stage.len());
     for byte in stage.bytes() {
@@ -402,6 +536,11 @@ fn file_name(stage: &str) -> String {
             name.push('%');
             name.push_str(&hex(byte));
         }
+    }
+    if name.len() > LONGEST_NAME {
+        // All of it is ASCII. No short name has a `.`.
+        name.truncate(100);
+        name = format!("{name}.{}", blake3::hash(stage.as_bytes()).to_hex());
     }
     name
 }

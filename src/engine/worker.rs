@@ -1,7 +1,6 @@
 //! One stale stage on its own thread: lock, tries, commit; what a failure leaves is set aside.
 
 use std::any::Any;
-use std::io::ErrorKind;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,15 +8,17 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, anyhow};
+use anyhow::{Context as _, anyhow, bail};
 
 use super::canonical::Digest;
+use super::child;
 use super::graph::Node;
 use super::plan::{Prepared, Situation};
 use super::reason::Reason;
 use super::record::{FORMAT, Record};
 use super::run::{seconds_now, send};
 use super::store::{Found, Miss};
+use super::task::is_full;
 use super::{Context, Event};
 
 /// The pause before the first retry; each further one is twice as long, up to [`LONGEST_PAUSE`].
@@ -32,6 +33,16 @@ pub(super) struct Worker<'a, 'b> {
     pub(super) index: usize,
     /// The ids of the devices it has to itself.
     pub(super) gpus: Vec<usize>,
+}
+
+/// What became of a stage.
+pub(super) enum Work {
+    /// Its result is there.
+    Made(Made),
+    /// A local file is not as it was when the stage was looked at, and nothing has read it yet: the stage has to be looked at again.
+    Again(PathBuf),
+    /// It failed, and said so.
+    Failed,
 }
 
 /// A result that is there.
@@ -55,9 +66,9 @@ impl From<anyhow::Error> for Failed {
 
 impl Worker<'_, '_> {
     /// Makes the result, or tells why not.
-    pub(super) fn work(&self, prepared: &Prepared, reasons: Vec<Reason>) -> Option<Made> {
+    pub(super) fn work(&self, prepared: &Prepared, reasons: Vec<Reason>) -> Work {
         match self.make(prepared, reasons) {
-            Ok(made) => Some(made),
+            Ok(work) => work,
             Err(Failed { error, kept }) => {
                 let error = if self.cancel.load(Ordering::Relaxed) {
                     "interrupted".into()
@@ -69,7 +80,7 @@ impl Worker<'_, '_> {
                     error,
                     kept: kept.map(|path| path.display().to_string()),
                 });
-                None
+                Work::Failed
             }
         }
     }
@@ -82,7 +93,14 @@ impl Worker<'_, '_> {
         send(&self.events, event);
     }
 
-    fn make(&self, prepared: &Prepared, reasons: Vec<Reason>) -> Result<Made, Failed> {
+    fn wait(&self, holder: &str) {
+        self.send(Event::StageWaiting {
+            stage: self.node().name.clone(),
+            holder: holder.to_owned(),
+        });
+    }
+
+    fn make(&self, prepared: &Prepared, reasons: Vec<Reason>) -> Result<Work, Failed> {
         let Situation {
             store,
             recipe,
@@ -92,26 +110,20 @@ impl Worker<'_, '_> {
         } = self.situation;
         let node = self.node();
         let mut waited = false;
-        let miss = store.lock(&prepared.digest, &mut |holder| {
+        let miss = store.lock(&prepared.digest, &self.cancel, &mut |holder| {
             waited = true;
-            self.send(Event::StageWaiting {
-                stage: node.name.clone(),
-                holder: holder.to_owned(),
-            });
+            self.wait(holder);
         })?;
-        let there = || match store.find(&prepared.digest, *verify) {
-            Found::Hit(record, _) => Some((*record, false)),
-            _ => shared
-                .restore(
-                    store,
-                    &prepared.digest,
-                    (&node.name, &self.events),
-                    &self.cancel,
-                )
-                .map(|record| (record, true)),
+        let there = || -> anyhow::Result<Option<(Record, bool)>> {
+            if let Found::Hit(record, _) = store.find(&prepared.digest, *verify)? {
+                return Ok(Some((*record, false)));
+            }
+            let events = (node.name.as_str(), &self.events);
+            let restored = shared.restore(store, &prepared.digest, events, &self.cancel);
+            Ok(restored.map(|record| (record, true)))
         };
         if (waited || !self.situation.forced[self.index])
-            && let Some((record, remote)) = there()
+            && let Some((record, remote)) = there()?
         {
             if remote {
                 self.situation.keep_texts(node, prepared);
@@ -124,10 +136,14 @@ impl Worker<'_, '_> {
                 remote,
                 saved: record.seconds,
             });
-            return Ok(Made {
+            return Ok(Work::Made(Made {
                 artifact: record.artifact,
                 ran: false,
-            });
+            }));
+        }
+        // It may have waited long for its turn.
+        if let Some(changed) = prepared.changed(node, false) {
+            return Ok(Work::Again(changed));
         }
         self.send(Event::StageStarted {
             stage: node.name.clone(),
@@ -163,7 +179,9 @@ impl Worker<'_, '_> {
             let _ = miss.keep_end(&family);
         }
         let written = context.written.into_inner();
-        let (record, _) = miss.commit(record, &written.unwrap_or_else(PoisonError::into_inner))?;
+        let written = written.unwrap_or_else(PoisonError::into_inner);
+        let waiting = &mut |holder: &str| self.wait(holder);
+        let (record, _) = miss.commit(record, &written, &self.cancel, waiting)?;
         shared.made(store, &prepared.digest);
         self.situation.keep_texts(node, prepared);
         store.set_last(recipe, &node.name, &prepared.digest)?;
@@ -173,10 +191,29 @@ impl Worker<'_, '_> {
             same_bytes: previous.as_ref() == Some(&record.artifact),
             seconds,
         });
-        Ok(Made {
+        Ok(Work::Made(Made {
             artifact: record.artifact,
             ran: true,
-        })
+        }))
+    }
+
+    /// Makes sure that what the stage read is still what it was looked at for: else its result would go under a wrong fingerprint.
+    fn check_what_was_read(&self, prepared: &Prepared) -> anyhow::Result<()> {
+        if let Some(path) = prepared.changed(self.node(), true) {
+            bail!(
+                "`{}` changed while it was read, so that the result is not kept; run again when nothing writes there any more",
+                path.display()
+            );
+        }
+        for (input, content) in &prepared.inputs {
+            if let Err(what) = self.situation.store.still_holds(content) {
+                bail!(
+                    "the result of `{input}` changed while it was read ({what}), so that nothing made of it is kept; run again, and it \
+                     is made anew"
+                );
+            }
+        }
+        Ok(())
     }
 
     /// Runs the stage until it succeeds or has failed as often as it may.
@@ -188,13 +225,24 @@ impl Worker<'_, '_> {
             let context = self.context(prepared, miss)?;
             let result = catch_unwind(AssertUnwindSafe(|| run_stage(node, &context)))
                 .unwrap_or_else(|panic| Err(panicked(&*panic)));
-            let Err(error) = result.and_then(|()| context.check_cancelled()) else {
-                return Ok(context);
-            };
-            if self.cancel.load(Ordering::Relaxed) {
+            let mut result = result.and_then(|()| context.check_cancelled());
+            if self.cancel.load(Ordering::Relaxed)
+                && let Err(error) = result
+            {
                 miss.discard()?;
                 return Err(error.into());
             }
+            if let Err(changed) = self.check_what_was_read(prepared) {
+                // Another try would read the same.
+                left = 0;
+                result = Err(match result {
+                    Ok(()) => changed,
+                    Err(error) => changed.context(format!("{error:#}")),
+                });
+            }
+            let Err(error) = result else {
+                return Ok(context);
+            };
             if left == 0 {
                 let kept = set_aside(miss, &context, &error);
                 return Err(Failed { error, kept });
@@ -229,6 +277,7 @@ impl Worker<'_, '_> {
             outside: prepared.fingerprint.outside.clone(),
             out: miss.partial()?,
             scratch: self.situation.store.scratch(&prepared.digest),
+            scratch_note: serde_json::to_vec(&prepared.fingerprint)?,
             // Who forces a stage wants it made from its inputs alone.
             ends: (self.family(prepared))
                 .filter(|_| !self.situation.forced[self.index])
@@ -246,8 +295,11 @@ impl Worker<'_, '_> {
     }
 }
 
-/// Runs a stage with as many threads as it declares.
+/// Runs a stage with as many threads as it declares: in a process of its own where there is a program for that.
 fn run_stage(node: &Node, context: &Context) -> anyhow::Result<()> {
+    if let Some(program) = &context.world.program {
+        return child::run(node, context, program);
+    }
     let Some(cpus) = node.handling.resources.cpus else {
         return node.stage.run(context);
     };
@@ -258,11 +310,7 @@ fn run_stage(node: &Node, context: &Context) -> anyhow::Result<()> {
 
 /// Keeps what a failed stage wrote and told. Where that is not possible nothing is kept; on a full disk only the log is.
 fn set_aside(miss: &Miss<'_>, context: &Context, error: &anyhow::Error) -> Option<PathBuf> {
-    let full = error.chain().any(|cause| {
-        let cause = cause.downcast_ref::<std::io::Error>();
-        cause.is_some_and(|cause| cause.kind() == ErrorKind::StorageFull)
-    });
-    if full {
+    if is_full(error) {
         // Best done first: it makes room.
         let _ = miss.discard();
     }

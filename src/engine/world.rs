@@ -22,6 +22,9 @@ pub struct World {
     pub teller: Option<fn(&str)>,
     /// The warnings so far.
     pub told: Arc<Mutex<BTreeSet<String>>>,
+    /// The program that runs a stage in a process of its own (`pipeline work`), so that whatever ends it ends only this
+    /// stage. Without one stages run in this process.
+    pub program: Option<PathBuf>,
 }
 
 impl World {

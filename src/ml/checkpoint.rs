@@ -2,11 +2,12 @@
 //!
 //! A checkpoint is a folder `step-00000042` with `state.safetensors` (parameters and moments), `state.json` (the rest, and
 //! the digest of the first) and `digest` (that of the second). It is written under another name and renamed, so it is whole or absent; one that is
-//! damaged all the same is passed over. The order of rows and the dropout follow from seed and step.
+//! damaged all the same is passed over; one that can't be read for another reason ends the training, because days of work may
+//! be in it. The order of rows and the dropout follow from seed and step.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::Write as _;
+use std::io::{ErrorKind, Write as _};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, ensure};
@@ -205,9 +206,15 @@ pub(super) fn save(
             fs::remove_dir_all(old)?;
         }
         // The weights of every best step that a checkpoint may go on from.
-        let kept = checkpoints(folder)?;
-        let kept = kept.iter().filter_map(|place| read_stored(place).ok());
-        let wanted: Vec<u64> = kept.filter_map(|stored| stored.best.step()).collect();
+        let mut wanted = Vec::new();
+        for kept in checkpoints(folder)? {
+            match read_stored(&kept) {
+                Ok(stored) => wanted.extend(stored.best.step()),
+                Err(error) if is_damage(&error) => {}
+                // It may still be good.
+                Err(_) => return Ok(()),
+            }
+        }
         best::prune(folder, &wanted)
     };
     tidy().with_context(|| format!("could not remove old checkpoints of `{}`", folder.display()))
@@ -215,14 +222,17 @@ pub(super) fn save(
 
 /// The checkpoints in a folder, oldest first.
 fn checkpoints(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    let cannot_list = || format!("could not list `{}`", folder.display());
+    let entries = match fs::read_dir(folder) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.with_context(cannot_list)?,
+    };
     let mut found = Vec::new();
-    if folder.is_dir() {
-        for entry in fs::read_dir(folder)? {
-            let path = entry?.path();
-            let name = path.file_name().and_then(|name| name.to_str());
-            if name.is_some_and(|name| name.starts_with("step-")) {
-                found.push(path);
-            }
+    for entry in entries {
+        let path = entry.with_context(cannot_list)?.path();
+        let name = path.file_name().and_then(|name| name.to_str());
+        if name.is_some_and(|name| name.starts_with("step-")) {
+            found.push(path);
         }
     }
     found.sort();
@@ -238,12 +248,35 @@ fn read_stored(place: &Path) -> anyhow::Result<Stored> {
     Ok(stored)
 }
 
-fn load(place: &Path, model: &Llama, optimizer: &mut Optimizer) -> anyhow::Result<State> {
+/// Whether an error says that something is missing, cut short or altered. Anything else, such as a permission or a failing disk,
+/// says nothing about what is there.
+pub(super) fn is_damage(error: &anyhow::Error) -> bool {
+    let mut causes = error.chain();
+    let trouble = |error: &std::io::Error| {
+        !matches!(
+            error.kind(),
+            ErrorKind::NotFound
+                | ErrorKind::NotADirectory
+                | ErrorKind::InvalidData
+                | ErrorKind::UnexpectedEof
+        )
+    };
+    !causes.any(|cause| cause.downcast_ref().is_some_and(trouble))
+}
+
+/// A checkpoint as it was read.
+struct Read {
+    state: State,
+    moments: BTreeMap<String, Tensor>,
+    values: BTreeMap<String, Tensor>,
+}
+
+fn read(place: &Path, model: &Llama) -> anyhow::Result<Read> {
     let stored = read_stored(place)?;
     let best = stored.best.best();
     let folder = place.parent().context("no folder")?;
     ensure!(
-        best::is_sound(folder, &best),
+        best::is_sound(folder, &best)?,
         "the best weights are damaged"
     );
     let bytes = fs::read(place.join(TENSORS))?;
@@ -263,14 +296,8 @@ fn load(place: &Path, model: &Llama, optimizer: &mut Optimizer) -> anyhow::Resul
         let fits = value.is_some_and(|value| value.dims() == parameter.var.dims());
         ensure!(fits, "no fitting `{}`", parameter.name);
     }
-    optimizer.restore(&model.parameters, &moments)?;
-    for parameter in &model.parameters {
-        if let Some(value) = values.get(&parameter.name) {
-            parameter.var.set(&value.to_device(&model.device)?)?;
-        }
-    }
     let window = stored.window.into_iter();
-    Ok(State {
+    let state = State {
         step: stored.step,
         scheduled: stored.scheduled,
         skipped: stored.skipped,
@@ -285,19 +312,57 @@ fn load(place: &Path, model: &Llama, optimizer: &mut Optimizer) -> anyhow::Resul
         },
         history: stored.history.into_iter().map(Line::log).collect(),
         best,
+    };
+    Ok(Read {
+        state,
+        moments,
+        values,
     })
 }
 
-/// Takes up the newest sound checkpoint, if there is one.
+/// Where a training goes on.
+#[derive(Default)]
+pub(super) struct Resumed {
+    /// The state of the newest sound checkpoint, if there is one.
+    pub(super) state: Option<State>,
+    /// What is to be said of newer ones.
+    pub(super) passed_over: Vec<String>,
+}
+
+/// Takes up the newest sound checkpoint, if there is one. Damaged ones are passed over; one that can't be read for another reason is
+/// an error. Model and optimiser are as they were or wholly those of the checkpoint, unless there is an error.
 pub(super) fn resume(
     folder: &Path,
     model: &Llama,
     optimizer: &mut Optimizer,
-) -> anyhow::Result<Option<State>> {
-    let found = checkpoints(folder)?;
-    let sound = found
-        .iter()
-        .rev()
-        .find_map(|place| load(place, model, optimizer).ok());
-    Ok(sound)
+) -> anyhow::Result<Resumed> {
+    let mut resumed = Resumed::default();
+    for place in checkpoints(folder)?.iter().rev() {
+        let restored = read(place, model).and_then(|read| {
+            optimizer.restore(&model.parameters, &read.moments)?;
+            Ok(read)
+        });
+        match restored {
+            Ok(read) => {
+                for parameter in &model.parameters {
+                    if let Some(value) = read.values.get(&parameter.name) {
+                        parameter.var.set(&value.to_device(&model.device)?)?;
+                    }
+                }
+                resumed.state = Some(read.state);
+                break;
+            }
+            Err(error) if is_damage(&error) => resumed.passed_over.push(format!(
+                "the checkpoint `{}` can't be used ({error:#}); the one before it is looked for",
+                place.display()
+            )),
+            Err(error) => {
+                return Err(error.context(format!(
+                    "could not read the checkpoint `{}`; make it readable and run again, or remove it to go on from the one before it",
+                    place.display()
+                )));
+            }
+        }
+    }
+    Ok(resumed)
 }

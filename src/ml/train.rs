@@ -19,7 +19,7 @@ use candle_core::DType;
 use pipeline_kernels::dropout::mix;
 
 use super::batch::{Batch, Row};
-use super::checkpoint::{self, State};
+use super::checkpoint::{self, Resumed, State};
 use super::evaluate;
 use super::forward::together;
 use super::linear::Drops;
@@ -59,20 +59,24 @@ pub fn train(
         scaler: Scaler::new(settings.scaler),
         ..State::default()
     };
-    if let Some(scratch) = scratch
-        && let Some(found) = checkpoint::resume(scratch, model, &mut optimizer)?
-    {
+    let mut resumed = Resumed::default();
+    if let Some(scratch) = scratch {
+        resumed = checkpoint::resume(scratch, model, &mut optimizer)?;
+    }
+    if let Some(found) = resumed.state {
         state = found;
     }
     let told = Step {
         step: state.step,
         total,
+        passed_over: resumed.passed_over,
         ..Step::default()
     };
     if tell(&told).is_break() {
         return interrupted(scratch, model, &optimizer, &state, settings);
     }
 
+    let search = fault::Search::default();
     let stops = |state: &State| watch.is_some_and(|watch| watch.stops(&state.best));
     while state.step < total && !stops(&state) {
         let epoch = state.step / per_epoch;
@@ -96,7 +100,7 @@ pub fn train(
                     value,
                     rows,
                     split: settings.split.clone(),
-                    cause: fault::cause(model, settings, state.step)?,
+                    cause: search.cause(model, &optimizer, settings, state.step)?,
                 })
             };
 
@@ -275,13 +279,7 @@ pub fn train(
     if let (Some(Watch { load: true, .. }), Some(scratch)) = (watch, scratch) {
         best::restore(scratch, model, &state.best)?;
     }
-    if let Some(name) = fault::broken(model)? {
-        bail!(
-            "`{name}` is not finite after step {}; the learning_rate {} is too high, try a tenth",
-            state.step,
-            settings.learning_rate
-        );
-    }
+    search.check_end(model, settings, state.step)?;
     Ok(Ending::Finished {
         history: state.history,
         step: state.step,

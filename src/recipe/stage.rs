@@ -103,11 +103,16 @@ fn stage(draft: &mut Draft, name: String, path: &Steps, value: &Value) -> Staged
             return staged;
         }
     };
+    let given = Value::Mapping(params.clone());
     let (typed, clean) = typed(draft, kind, &staged.path, params);
     if let Some(typed) = typed {
+        let empty = empty(draft, kind, &staged.path, &given);
         if clean {
             for problem in typed.check() {
                 let path = below(&staged.path, &problem.parameter);
+                if empty.contains(&path) {
+                    continue;
+                }
                 let message = format!(
                     "`{}` of `{}`: {}",
                     problem.parameter, kind.name, problem.message
@@ -273,8 +278,9 @@ fn typed(
         let at = child(path, key);
         if !own.has(key) {
             let message = format!("unknown parameter `{key}` of `{}`", kind.name);
-            let hint = hints::parameter(key, kind, draft.kinds);
-            draft.key_error(&at, message, Some(hint));
+            let advice = draft.gives_advice();
+            let hint = advice.then(|| hints::parameter(key, kind, draft.kinds));
+            draft.key_error(&at, message, hint);
             unknown.insert(key.to_owned());
         } else if draft.broken.iter().any(|broken| broken.starts_with(&at)) {
             dropped.insert(key.to_owned());
@@ -318,6 +324,50 @@ fn typed(
         };
         dropped.insert(culprit);
     }
+}
+
+/// Tells every empty text and name among the parameters: none of them means anything. Returns where they are.
+fn empty(draft: &mut Draft, kind: &Kind, path: &Steps, value: &Value) -> Vec<Steps> {
+    let mut found = Vec::new();
+    let mut open = vec![(path.clone(), value)];
+    while let Some((at, value)) = open.pop() {
+        match value {
+            Value::String(text) if text.trim().is_empty() => found.push(at),
+            Value::Sequence(values) => {
+                let values = values.iter().enumerate();
+                open.extend(values.map(|(index, value)| {
+                    let mut at = at.clone();
+                    at.push(super::Step::Index(index));
+                    (at, value)
+                }));
+            }
+            Value::Mapping(map) => {
+                for (key, value) in map {
+                    let Some(key) = key.as_str() else { continue };
+                    let at = child(&at, key);
+                    if key.trim().is_empty() {
+                        let parameter = display(at.get(path.len()..).unwrap_or_default());
+                        let message = format!("an empty name in `{}`: `{parameter}`", kind.name);
+                        draft.key_error(&at, message, None);
+                    }
+                    open.push((at, value));
+                }
+            }
+            _ => {}
+        }
+    }
+    found.sort_unstable();
+    for at in &found {
+        let parameter = display(at.get(path.len()..).unwrap_or_default());
+        let message = format!("`{parameter}` of `{}` is empty", kind.name);
+        let own = draft.parameters(kind);
+        let first = parameter.split(['.', '[']).next().unwrap_or_default();
+        let meaning = own.0.iter().find(|own| own.name == first);
+        let hint = meaning.and_then(|own| own.description.lines().next());
+        let hint = hint.map(|line| format!("`{first}`: {line}"));
+        draft.value_error(at, message, hint);
+    }
+    found
 }
 
 /// Finds edges and files in serialised parameters.

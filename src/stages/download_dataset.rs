@@ -53,6 +53,7 @@ impl Stage for DownloadDataset {
     const VERSION: u32 = 1;
     const MOVES: bool = true;
     type Output = Dataset;
+    const BOUNDED: bool = true;
 
     fn check(&self) -> Vec<Problem> {
         let mut problems = check(&self.repo, &self.revision);

@@ -38,6 +38,7 @@ impl Stage for DownloadModel {
     const VERSION: u32 = 1;
     const MOVES: bool = true;
     type Output = Model;
+    const BOUNDED: bool = true;
 
     fn check(&self) -> Vec<Problem> {
         check(&self.repo, &self.revision)
@@ -58,8 +59,7 @@ impl Stage for DownloadModel {
             place(&path, &cx.out().join(&file.path))?;
         }
         let checked = model_files::check(cx.out()).with_context(refused)?;
-        super::import_model::tell(cx, &checked);
-        Ok(())
+        super::import_model::tell(cx, &checked).with_context(refused)
     }
 }
 

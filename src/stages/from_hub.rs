@@ -192,7 +192,11 @@ impl<'a> Source<'a> {
     }
 }
 
-/// Puts a file of the cache into an artifact without copying it, where the file system can.
+/// Files up to this size are copied: that costs nothing, and leaves the cache's file alone.
+const SMALL: u64 = 1 << 20;
+
+/// Puts a file of the cache into an artifact. A large one is not copied, where the file system can share its blocks or else link
+/// it: then it is another program's file as well, whose mode stays theirs, and which is noticed when they change it.
 pub(super) fn place(source: &Path, target: &Path) -> anyhow::Result<()> {
     let real = source
         .canonicalize()
@@ -200,7 +204,11 @@ pub(super) fn place(source: &Path, target: &Path) -> anyhow::Result<()> {
     if let Some(parent) = target.parent() {
         std::fs::create_dir_all(parent)?;
     }
-    if std::fs::hard_link(&real, target).is_ok() {
+    let small = std::fs::metadata(&real).is_ok_and(|found| found.len() <= SMALL);
+    if !small
+        && (reflink_copy::reflink(&real, target).is_ok()
+            || std::fs::hard_link(&real, target).is_ok())
+    {
         return Ok(());
     }
     copy(&real, target)

@@ -44,6 +44,7 @@ impl Stage for ImportDataset {
     const KIND: &'static str = "import_dataset";
     const VERSION: u32 = 1;
     type Output = Dataset;
+    const BOUNDED: bool = true;
 
     fn check(&self) -> Vec<Problem> {
         let mut problems = Vec::new();
@@ -67,7 +68,7 @@ impl Stage for ImportDataset {
         if !is_split(&self.split) {
             problems.push(Problem::new(
                 "split",
-                "expected a name of letters, digits, `_`, `-` and `.`",
+                "expected a name of at most 200 letters, digits, `_`, `-` and `.`",
             ));
         }
         problems
@@ -112,10 +113,14 @@ impl Stage for ImportDataset {
     }
 }
 
+/// The longest name of a split.
+const LONGEST_SPLIT: usize = 200;
+
 /// Whether `name` can be a file's name everywhere.
 pub(super) fn is_split(name: &str) -> bool {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
-    !name.is_empty() && !name.starts_with('.') && name.chars().all(plain)
+    // With an extension behind it, it has to be a file's name.
+    (1..=LONGEST_SPLIT).contains(&name.len()) && !name.starts_with('.') && name.chars().all(plain)
 }
 
 fn files_by_split(folder: &Path, format: Option<Format>) -> Result<BTreeMap<String, Vec<PathBuf>>> {

@@ -130,10 +130,10 @@ fn a_full_disk_is_told_and_with_more_room_the_next_run_carries_on() {
 }
 
 /// A user and group that own nothing.
-const NOBODY: u32 = 65534;
+pub(crate) const NOBODY: u32 = 65534;
 
 /// Whether this process may act as another user, and the other user may run the program from here.
-fn may_be_nobody(project: &Project) -> bool {
+pub(crate) fn may_be_nobody(project: &Project) -> bool {
     let mut command = project.command(&["--version"]);
     let may = command.uid(NOBODY).gid(NOBODY).status();
     let may = may.is_ok_and(|status| status.success());
@@ -144,13 +144,13 @@ fn may_be_nobody(project: &Project) -> bool {
 }
 
 /// Opens a folder and all above it in the temporary project to everybody.
-fn open_to_all(project: &Project, mode: u32) {
+pub(crate) fn open_to_all(project: &Project, mode: u32) {
     for path in [project.path(""), project.path(".pipeline")] {
         fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
     }
 }
 
-fn as_nobody(project: &Project, arguments: &[&str]) -> Ended {
+pub(crate) fn as_nobody(project: &Project, arguments: &[&str]) -> Ended {
     let mut command = project.command(arguments);
     command.uid(NOBODY).gid(NOBODY).output().unwrap().into()
 }

@@ -20,6 +20,8 @@ stages:
 outputs: { pairs: made/pairs, model: made/model }
 ";
 
+const GENERATION: &str = "generation_config.json";
+
 const RECIPE: [&str; 5] = [
     "recipes/llama3-orpo.yaml",
     "--set",
@@ -69,6 +71,16 @@ fn hub() -> HubServer {
         .into_iter()
         // A base model has no template of its own.
         .filter(|(name, _)| name != "chat_template.jinja")
+        // And it ends its texts with `<|end_of_text|>` alone.
+        .map(|(name, bytes)| match name.as_str() {
+            GENERATION => {
+                let mut config: Value = serde_json::from_slice(&bytes).unwrap();
+                config["eos_token_id"] = config["eos_token_id"][0].clone();
+                assert!(config["eos_token_id"].is_u64(), "{config}");
+                (name, config.to_string().into_bytes())
+            }
+            _ => (name, bytes),
+        })
         .chain([("LICENSE".to_owned(), b"Llama 3 Community License".to_vec())])
         .collect();
     let shards = model
@@ -136,10 +148,26 @@ fn the_whole_recipe() {
         if name.ends_with(".safetensors") {
             assert_eq!(ours.len(), bytes.len(), "{name}: another dtype");
             assert!(*ours != bytes, "{name} was not changed by the merge");
-        } else {
+        } else if name != GENERATION {
             assert!(*ours == bytes, "{name} was changed");
         }
     }
+    // It speaks as it was trained, and stops where its answers end.
+    let template = project.read("out/llama3-orpo/chat_template.jinja");
+    assert_eq!(template, project.read("recipes/templates/llama3.jinja"));
+    let config: Value =
+        serde_json::from_str(&project.read("out/llama3-orpo/generation_config.json")).unwrap();
+    let tokenizer: Value =
+        serde_json::from_str(&project.read("out/llama3-orpo/tokenizer.json")).unwrap();
+    let id = |text: &str| {
+        let added = tokenizer["added_tokens"].as_array().unwrap();
+        let found = added.iter().find(|token| token["content"] == text);
+        found.unwrap()["id"].clone()
+    };
+    assert_eq!(
+        config["eos_token_id"],
+        json!([id("<|end_of_text|>"), id("<|eot_id|>")])
+    );
     let scores = project.succeeds(&[&["show"], &RECIPE[..1], &["scores"], &RECIPE[1..]].concat());
     assert!(scores.contains("rewards/accuracies"), "{scores}");
 

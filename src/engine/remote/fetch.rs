@@ -17,6 +17,7 @@ impl Situation<'_> {
         &self,
         needed: &[bool],
         targets: &[usize],
+        sources: &mut Sources,
         events: &Sender<Event>,
         cancel: &AtomicBool,
     ) -> anyhow::Result<()> {
@@ -24,11 +25,8 @@ impl Situation<'_> {
             return self.shared.check();
         }
         let wanted = self.wanted(needed, targets);
-        let mut sources = Sources::open(self.store);
         loop {
-            let looks = self.look(needed, &mut sources);
-            // What was read for this is not read again by the run.
-            let _ = sources.save();
+            let looks = self.look(needed, sources);
             let mut missed = false;
             let obtainable = self.shared.pulls();
             for index in self.lacking(&looks, &wanted, obtainable) {
@@ -73,14 +71,21 @@ impl Situation<'_> {
         events: &Sender<Event>,
         cancel: &AtomicBool,
     ) -> anyhow::Result<Vec<bool>> {
-        let _in_use = self.store.use_results()?;
+        let _in_use = self.store.use_results(cancel, &mut |holder| {
+            let holder = holder.to_owned();
+            // A reporter that is gone misses nothing else.
+            let _ = events.send(Event::RunWaiting { holder });
+        })?;
         let (shared, _) = self.shared.open(self.store, events);
         let needed = self.graph.needed(targets);
         let all: Vec<usize> = (0..needed.len()).collect();
         let targets = if targets.is_empty() { &all } else { targets };
-        self.fetch(&needed, targets, events, cancel)?;
+        let mut sources = self.sources();
+        self.fetch(&needed, targets, &mut sources, events, cancel)?;
         drop(shared);
-        let looks = self.look(&needed, &mut Sources::open(self.store));
+        // Only spares work next time.
+        let _ = sources.save();
+        let looks = self.look(&needed, &mut sources);
         let here =
             |look: Option<&Look>| look.is_some_and(|look| look.content.is_some() && !look.away);
         Ok((0..needed.len())

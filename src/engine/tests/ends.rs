@@ -18,7 +18,7 @@ impl Stage for Count {
     type Output = Text;
 
     fn run(&self, cx: &Context) -> anyhow::Result<()> {
-        let ends = cx.ends();
+        let ends = cx.ends()?;
         assert!(ends.len() <= 1, "only the last end is kept");
         let read = |end: &PathBuf| std::fs::read_to_string(end.join("text"));
         let mut text = ends.first().map(read).transpose()?.unwrap_or_default();
@@ -98,7 +98,10 @@ fn an_end_goes_with_its_result() {
     count(&toy, 3, "pears", &[]);
     let ends = |toy: &Toy| toy.store().names("ends").len();
     assert_eq!(ends(&toy), 2);
-    let needed = apples.into_iter().collect();
+    let needed = gc::Needs {
+        results: apples.into_iter().collect(),
+        ..gc::Needs::default()
+    };
     let collect = |remove_it| {
         let garbage = toy
             .store()

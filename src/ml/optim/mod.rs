@@ -194,7 +194,19 @@ impl Optimizer {
         Ok(tensors)
     }
 
-    /// Takes back what [`Optimizer::save`] gave.
+    /// The first of its parameters with moments that are not finite.
+    pub fn broken<'a>(&self, parameters: &'a [Parameter]) -> Option<&'a str> {
+        let finite = |values: &[f32]| values.iter().all(|value| value.is_finite());
+        let mut all = parameters.iter().zip(&self.states);
+        let broken = all.find(|(_, state)| match state {
+            State::Full { m, v } => !finite(m) || !finite(v),
+            State::Eight { m, v } => !m.is_finite() || !v.is_finite(),
+            State::None => false,
+        });
+        broken.map(|(parameter, _)| parameter.name.as_str())
+    }
+
+    /// Takes back what [`Optimizer::save`] gave: all of it, or with an error nothing.
     pub fn restore(
         &mut self,
         parameters: &[Parameter],
@@ -202,20 +214,22 @@ impl Optimizer {
     ) -> Result<()> {
         let get = |name: &str, dtype: DType, count: usize| -> Result<&Tensor> {
             match tensors.get(name) {
-                Some(tensor) if tensor.dtype() == dtype && tensor.elem_count() == count => {
-                    Ok(tensor)
-                }
+                Some(tensor) if tensor.dtype() == dtype && tensor.dims() == [count] => Ok(tensor),
                 _ => bail!("the checkpoint has no fitting `{name}`"),
             }
         };
         let steps = get("steps", DType::I64, 1)?.to_vec1::<i64>()?;
-        self.steps = steps.first().copied().unwrap_or(0) as u64;
+        let steps = steps.first().copied().unwrap_or(0) as u64;
+        // Everything is found before anything is taken.
+        let mut found = Vec::new();
         for (parameter, state) in parameters.iter().zip(&mut self.states) {
             let name = &parameter.name;
             match state {
                 State::Full { m, v } => {
-                    *m = get(&format!("m.{name}"), DType::F32, m.len())?.to_vec1()?;
-                    *v = get(&format!("v.{name}"), DType::F32, v.len())?.to_vec1()?;
+                    for (letter, moment) in [("m", m), ("v", v)] {
+                        let values = get(&format!("{letter}.{name}"), DType::F32, moment.len())?;
+                        found.push((Moment::Full(moment), values, None));
+                    }
                 }
                 State::Eight { m, v } => {
                     for (letter, moment) in [("m", m), ("v", v)] {
@@ -223,14 +237,28 @@ impl Optimizer {
                         let codes = get(&format!("{letter}.{name}"), DType::U8, count)?;
                         let blocks = count.div_ceil(eight_bit::BLOCK);
                         let absmax = get(&format!("{letter}.{name}.absmax"), DType::F32, blocks)?;
-                        moment.restore(codes, absmax)?;
+                        found.push((Moment::Eight(moment), codes, Some(absmax)));
                     }
                 }
                 State::None => {}
             }
         }
+        for (moment, values, absmax) in found {
+            match (moment, absmax) {
+                (Moment::Full(moment), _) => *moment = values.to_vec1()?,
+                (Moment::Eight(moment), Some(absmax)) => moment.restore(values, absmax)?,
+                (Moment::Eight(_), None) => {}
+            }
+        }
+        self.steps = steps;
         Ok(())
     }
+}
+
+/// One moment of one parameter.
+enum Moment<'a> {
+    Full(&'a mut Vec<f32>),
+    Eight(&'a mut Moment8),
 }
 
 /// The L2 norm of all gradients together, as torch takes it: the norm of the tensors' norms.
@@ -434,5 +462,24 @@ mod tests {
         assert!((norm(&gradients).unwrap() - 1.).abs() < 1e-5);
         assert!((clip(&mut gradients, 2.).unwrap() - 1.).abs() < 1e-5);
         assert!((norm(&gradients).unwrap() - 1.).abs() < 1e-5);
+    }
+
+    #[test]
+    fn moments_that_overflow_are_found() {
+        for kind in [Kind::AdamW, Kind::AdamW8bit] {
+            let value = Tensor::zeros(5000, DType::F32, &Device::Cpu).unwrap();
+            let parameters = parameter(&value);
+            let mut optimizer = Optimizer::new(settings(kind), &parameters);
+            let mut step = |gradient: f64| {
+                let gradient = (value.ones_like().unwrap() * gradient).unwrap();
+                optimizer
+                    .step(&parameters, &[Some(gradient)], 1e-3)
+                    .unwrap();
+                optimizer.broken(&parameters).map(str::to_owned)
+            };
+            assert_eq!(step(1e3), None, "{kind:?}");
+            // Finite, but its square is not.
+            assert_eq!(step(1e30).as_deref(), Some("p"), "{kind:?}");
+        }
     }
 }

@@ -133,13 +133,13 @@ pub(super) fn keep(folder: &Path, model: &Llama, step: u64) -> anyhow::Result<St
     write().with_context(|| format!("could not write the best weights to `{}`", folder.display()))
 }
 
-/// Whether the file of the best weights is there, whole.
-pub(in crate::ml) fn is_sound(folder: &Path, best: &Best) -> bool {
-    match (best.step, &best.digest) {
-        (Some(step), Some(digest)) => fs::read(place(folder, step))
-            .is_ok_and(|bytes| blake3::hash(&bytes).to_string() == *digest),
-        _ => true,
-    }
+/// Whether the file of the best weights is whole. An error where it can't be read.
+pub(in crate::ml) fn is_sound(folder: &Path, best: &Best) -> anyhow::Result<bool> {
+    let (Some(step), Some(digest)) = (best.step, &best.digest) else {
+        return Ok(true);
+    };
+    let bytes = fs::read(place(folder, step)).context("the best weights")?;
+    Ok(blake3::hash(&bytes).to_string() == *digest)
 }
 
 /// Gives the model the best weights.

@@ -132,11 +132,22 @@ pub fn take_up(
     }
     let total = settings.total_steps(rows);
     let mut start = Start::Alone;
-    // An end that can't be read is as good as none.
-    let mut known: Vec<_> = ends
-        .iter()
-        .filter_map(|path| Some((path, read(path).ok()?)))
-        .collect();
+    let unreadable = |folder: &Path, error: anyhow::Error| {
+        error.context(format!(
+            "could not read what an earlier training left in `{}`; make it readable and run again, or run with --force to start at \
+             the beginning",
+            folder.display()
+        ))
+    };
+    let mut known = Vec::new();
+    for path in ends {
+        match read(path) {
+            Ok(end) => known.push((path, end)),
+            // A damaged end is as good as none.
+            Err(error) if checkpoint::is_damage(&error) => {}
+            Err(error) => return Err(unreadable(path, error)),
+        }
+    }
     known.sort_by_key(|(_, end)| end.step);
     for (folder, end) in known.into_iter().rev() {
         let obstacle = if let Some(obstacle) = end.obstacle {
@@ -146,10 +157,13 @@ pub fn take_up(
         } else if !same_rates(settings, end.step, end.total, total) {
             Some(BY_SCHEDULE.into())
         } else {
-            let copied = checkpoint::copy(folder, end.step, scratch);
-            copied
-                .err()
-                .map(|error| format!("its state could not be read ({error:#})"))
+            match checkpoint::copy(folder, end.step, scratch) {
+                Ok(()) => None,
+                Err(error) if checkpoint::is_damage(&error) => {
+                    Some(format!("its state could not be read ({error:#})"))
+                }
+                Err(error) => return Err(unreadable(folder, error)),
+            }
         };
         match obstacle {
             None => {

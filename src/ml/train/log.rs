@@ -50,6 +50,8 @@ pub struct Step {
     pub logs: Vec<Log>,
     /// Why this step's update was left out.
     pub skipped: Option<Fault>,
+    /// In the first of a training: checkpoints that could not be used, and why.
+    pub passed_over: Vec<String>,
 }
 
 /// How a training ended.

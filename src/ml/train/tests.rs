@@ -1,5 +1,6 @@
 //! Tests of `train`.
 
+use std::collections::BTreeMap;
 use std::fs;
 
 use candle_core::{Device, Tensor};
@@ -333,7 +334,7 @@ fn an_overflow_halves_the_scale_and_the_schedule_waits() {
     let resume = |model: &Llama| {
         let mut optimizer = Optimizer::new(settings.optimizer, &model.parameters);
         let state = checkpoint::resume(scratch.path(), model, &mut optimizer).unwrap();
-        (state.unwrap(), optimizer)
+        (state.state.unwrap(), optimizer)
     };
     let (state, optimizer) = resume(&trained);
     // Steps are counted and logged; updates, schedule and good steps are not, as with accelerate.
@@ -410,14 +411,14 @@ fn a_damaged_checkpoint_is_passed_over() {
             &settings,
             Some(scratch.path()),
             &mut |at| {
-                first = first.or(Some(at.step));
+                first.get_or_insert_with(|| at.clone());
                 ControlFlow::Continue(())
             },
         );
         (first, ending.unwrap(), bits(&trained))
     };
     let (first, ending, whole) = made(&|_| ());
-    assert_eq!(first, Some(3));
+    assert_eq!(first.unwrap().step, 3);
     let change = |place: &Path, name: &str, change: &dyn Fn(&mut Vec<u8>)| {
         let mut bytes = fs::read(place.join(name)).unwrap();
         change(&mut bytes);
@@ -437,8 +438,76 @@ fn a_damaged_checkpoint_is_passed_over() {
     ];
     for (number, damage) in damages.iter().enumerate() {
         let (first, again, bits) = made(damage);
-        assert_eq!(first, Some(2), "damage {number}");
+        let step = first.as_ref().unwrap();
+        assert_eq!(step.passed_over.len(), 1, "damage {number}");
+        assert!(step.passed_over[0].contains("step-00000003"));
+        assert_eq!(step.step, 2, "damage {number}");
         assert_eq!(again, ending);
         assert!(bits == whole);
+    }
+}
+
+/// Reading fails with an I/O error, whoever asks: that says nothing about what is there, so the training does not start over.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_checkpoint_that_can_not_be_read_stops_the_training() {
+    let rows = rows("trl-1.16");
+    let settings = Settings {
+        save_every: 1,
+        keep: 3,
+        max_steps: Some(3),
+        ..settings()
+    };
+    let scratch = tempfile::tempdir().unwrap();
+    let go = |model: &Llama| {
+        let scratch = Some(scratch.path());
+        train(model, &rows, &[], &settings, scratch, &mut goes_on())
+    };
+    go(&model(DType::F32)).unwrap();
+    let newest = scratch.path().join("step-00000002");
+    for name in ["state.safetensors", "state.json", "digest"] {
+        let (path, aside) = (newest.join(name), newest.join("aside"));
+        fs::rename(&path, &aside).unwrap();
+        std::os::unix::fs::symlink("/proc/self/mem", &path).unwrap();
+        let untouched = model(DType::F32);
+        let before = bits(&untouched);
+        let error = format!("{:#}", go(&untouched).unwrap_err());
+        assert!(
+            error.contains("could not read the checkpoint"),
+            "{name}: {error}"
+        );
+        assert!(error.contains("step-00000002"), "{name}: {error}");
+        assert!(bits(&untouched) == before);
+        fs::remove_file(&path).unwrap();
+        fs::rename(&aside, &path).unwrap();
+    }
+    go(&model(DType::F32)).unwrap();
+}
+
+#[test]
+fn an_optimiser_takes_all_of_a_checkpoint_or_nothing() {
+    let model = model(DType::F32);
+    let mut optimizer = Optimizer::new(settings().optimizer, &model.parameters);
+    let start = optimizer.save(&model.parameters).unwrap();
+    let ones = |tensor: &Tensor| match tensor.dtype() {
+        DType::I64 => Tensor::new(&[7i64], &Device::Cpu),
+        _ => tensor.ones_like(),
+    };
+    let mut other: BTreeMap<String, Tensor> = start
+        .iter()
+        .map(|(name, tensor)| (name.clone(), ones(tensor).unwrap()))
+        .collect();
+    let last = other.keys().rfind(|name| *name != "steps").unwrap().clone();
+    other.remove(&last);
+    assert!(optimizer.restore(&model.parameters, &other).is_err());
+    for (name, tensor) in &optimizer.save(&model.parameters).unwrap() {
+        let as_f64 = |tensor: &Tensor| {
+            tensor
+                .to_dtype(DType::F64)
+                .unwrap()
+                .to_vec1::<f64>()
+                .unwrap()
+        };
+        assert_eq!(as_f64(tensor), as_f64(&start[name]), "{name}");
     }
 }
