@@ -10,9 +10,9 @@ use std::time::Duration;
 use clap::Subcommand;
 
 use super::project::{Project, RecipeArgs, StoreArgs, root};
-use super::remote::{RemoteArgs, tell_warnings};
+use super::remote::{RemoteArgs, set_trust, tell_warnings};
 use super::run::stop_on_signal;
-use super::{Failure, print, table};
+use super::{Failure, print, print_json, table};
 use crate::engine::remote::{Sent, Shared};
 use crate::engine::{Event, Store, short};
 use crate::report::{ago, bytes, duration};
@@ -35,6 +35,8 @@ enum Command {
     Gc(Collect),
     /// Reads everything in the remote and compares it with the digests that name it
     Verify(Verify),
+    /// Allows the remote that the project's `pipeline.config.yaml` names, on this machine and for this project
+    Trust(Trust),
 }
 
 #[derive(clap::Args)]
@@ -103,6 +105,13 @@ struct Verify {
 }
 
 #[derive(clap::Args)]
+struct Trust {
+    /// Allows it no longer
+    #[arg(long)]
+    revoke: bool,
+}
+
+#[derive(clap::Args)]
 struct Which {
     /// The remote: a folder, or a URL such as `s3://bucket/folder` [default: `PIPELINE_REMOTE`, or the `remote` of
     /// `pipeline.config.yaml`]
@@ -140,7 +149,20 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
         Command::Ls(args) => list(args),
         Command::Gc(args) => collect(args),
         Command::Verify(args) => verify(args),
+        Command::Trust(args) => trust(args),
     }
+}
+
+fn trust(args: &Trust) -> Result<(), Failure> {
+    let root = root(&here()?);
+    let remote = set_trust(&root, !args.revoke)?;
+    let root = root.display();
+    print(&if args.revoke {
+        format!("`{remote}` is not used for `{root}` any more\n")
+    } else {
+        format!("results of `{root}` are sent to `{remote}` and taken from there from now on\n")
+    });
+    Ok(())
 }
 
 fn project(recipe: &Path, store: &StoreArgs, which: &Which) -> Result<Project, Failure> {
@@ -267,12 +289,15 @@ fn pull(args: &Pull) -> Result<(), Failure> {
     Ok(())
 }
 
+/// A sum of sizes, which somebody else may have made up.
+fn total(sizes: impl Iterator<Item = u64>) -> u64 {
+    sizes.fold(0, u64::saturating_add)
+}
+
 fn list(args: &List) -> Result<(), Failure> {
     let listed = args.remote.open()?.list()?;
     if args.json {
-        let text = serde_json::to_string_pretty(&listed).map_err(anyhow::Error::from)?;
-        print(&format!("{text}\n"));
-        return Ok(());
+        return print_json(&listed);
     }
     let rows: Vec<Vec<String>> = listed
         .iter()
@@ -291,7 +316,7 @@ fn list(args: &List) -> Result<(), Failure> {
         .iter()
         .map(|result| (&result.artifact, result.bytes))
         .collect();
-    let all = contents.iter().filter_map(|(_, bytes)| *bytes).sum();
+    let all = total(contents.iter().filter_map(|(_, bytes)| *bytes));
     print(&format!(
         "{}{} results, {}\n",
         table(&rows),
@@ -321,7 +346,7 @@ fn collect(args: &Collect) -> Result<(), Failure> {
             ]
         })
         .collect();
-    let all = bytes(waste.iter().map(|waste| waste.object.size).sum());
+    let all = bytes(total(waste.iter().map(|waste| waste.object.size)));
     let would = if args.dry_run {
         "would be freed"
     } else {
@@ -335,8 +360,7 @@ fn verify(args: &Verify) -> Result<(), Failure> {
     let shared = args.remote.open()?;
     let (damage, files, size) = shared.verify()?;
     if args.json {
-        let text = serde_json::to_string_pretty(&damage).map_err(anyhow::Error::from)?;
-        print(&format!("{text}\n"));
+        print_json(&damage)?;
     } else {
         for damage in &damage {
             print(&format!("damaged  {}: {}\n", damage.key, damage.what));

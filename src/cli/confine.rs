@@ -1,54 +1,58 @@
-//! Keeps the files that a recipe reads inside its project: a recipe from somebody else must not carry the rest of the disk
-//! into results that are then shown, pushed or shared.
+//! Keeps what a recipe reads and writes inside its project: a recipe from somebody else must not carry the rest of the disk into results
+//! that are then shown, pushed or shared, nor write over what is not a result.
 //!
 //! What the person at the keyboard names, by `--set`, `--allow-path` or `PIPELINE_ALLOW_PATHS`, may be anywhere.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use super::project::{RecipeArgs, normal, root};
-use super::variable;
-use crate::recipe::{Recipe, RecipeError, RecipeErrors, RecipeStage, SourceFile};
+use super::{lock, remote, variable};
+use crate::recipe::{Output, Recipe, RecipeError, RecipeErrors};
 
 /// The variable with more folders that recipes may read, separated as in `PATH`.
 const VARIABLE: &str = "PIPELINE_ALLOW_PATHS";
 
-/// The folders that a recipe may read.
-struct Bounds {
+/// Where a recipe may read and write.
+pub(super) struct Bounds {
     root: PathBuf,
+    /// The recipe's folder.
     folder: PathBuf,
+    here: PathBuf,
     /// The project and what is allowed besides, with links resolved.
     real: Vec<PathBuf>,
     /// What is allowed besides the project, as text.
     besides: Vec<PathBuf>,
+    /// What no output may touch, and what it is; as written and with links resolved.
+    kept: Vec<(PathBuf, String)>,
 }
 
-/// Refuses the recipe if one of its files lies outside the project.
-pub(super) fn check(recipe: &Recipe, args: &RecipeArgs, here: &Path) -> Result<(), RecipeErrors> {
-    let file = normal(&here.join(&recipe.path));
-    let folder = file.parent().unwrap_or(here).to_owned();
-    let root = root(&folder);
-    let variable = variable(VARIABLE).unwrap_or_default();
-    let besides = args.allow_path.iter().cloned();
-    let besides: Vec<PathBuf> = besides
-        .chain(std::env::split_paths(&variable).filter(|path| !path.as_os_str().is_empty()))
-        .map(|path| normal(&here.join(path)))
-        .collect();
-    let real = std::iter::once(&root).chain(&besides);
-    let bounds = Bounds {
-        real: real.filter_map(|path| path.canonicalize().ok()).collect(),
-        root,
-        folder,
-        besides,
-    };
+/// Refuses the recipe if it reads a file outside its project, or puts a result outside or where it would do harm.
+pub(super) fn check(recipe: &Recipe, bounds: &Bounds) -> Result<(), RecipeErrors> {
     let mut errors = Vec::new();
     let mut judged = BTreeMap::new();
     for stage in &recipe.stages {
         for file in stage.files.iter().filter(|file| !file.from_command_line) {
             let leaves = judged.entry(file.path.as_str());
             if let Some(message) = leaves.or_insert_with(|| bounds.leaves(&file.path)) {
-                errors.push(bounds.error(recipe, stage, file, message.clone()));
+                let kind = stage.kind.name;
+                let path = format!("stages.{}.{kind}.{}", stage.name, file.parameter);
+                let hint = format!(
+                    "{}; name the file by `--set {path}=..` or allow its folder by `--allow-path DIR` or {VARIABLE}",
+                    bounds.project()
+                );
+                errors.push(error(recipe, &path, message.clone(), hint));
             }
+        }
+    }
+    for output in &recipe.outputs {
+        if let Err((message, hint)) = bounds.output(output) {
+            let path = format!("outputs.{}", output.stage);
+            let message = format!("the output `{}` {message}", output.path);
+            errors.push(error(recipe, &path, message, hint));
         }
     }
     errors.sort_by_key(|error| error.place.map(|place| (place.line, place.column)));
@@ -60,6 +64,77 @@ pub(super) fn check(recipe: &Recipe, args: &RecipeArgs, here: &Path) -> Result<(
 }
 
 impl Bounds {
+    /// The bounds of a recipe; `store` is the folder of results that somebody named.
+    pub(super) fn new(
+        recipe: &Recipe,
+        args: &RecipeArgs,
+        here: &Path,
+        store: Option<&Path>,
+    ) -> Self {
+        let file = normal(&here.join(&recipe.path));
+        let folder = file.parent().unwrap_or(here).to_owned();
+        let root = root(&folder);
+        let variable = variable(VARIABLE).unwrap_or_default();
+        let besides = args.allow_path.iter().cloned();
+        let besides: Vec<PathBuf> = besides
+            .chain(std::env::split_paths(&variable).filter(|path| !path.as_os_str().is_empty()))
+            .map(|path| normal(&here.join(path)))
+            .collect();
+        let real = std::iter::once(&root).chain(&besides);
+        let mut bounds = Self {
+            real: real.filter_map(|path| path.canonicalize().ok()).collect(),
+            folder,
+            here: here.to_owned(),
+            besides,
+            kept: Vec::new(),
+            root,
+        };
+        let store = store.map_or_else(|| bounds.root.join(".pipeline"), |store| here.join(store));
+        bounds.keep(&normal(&store), "the store");
+        let root = bounds.root.clone();
+        bounds.keep(&root.join(".git"), "the repository");
+        bounds.keep(&root.join(remote::SETTINGS), "the project's settings");
+        bounds.keep(&lock::path(&file), "the lock file");
+        bounds.keep(&file, "the recipe");
+        for file in recipe.stages.iter().flat_map(|stage| &stage.files) {
+            let start = if file.from_command_line {
+                &bounds.here
+            } else {
+                &bounds.folder
+            };
+            let path = normal(&start.join(&file.path));
+            bounds.keep(&path, &format!("`{}`, which the recipe reads", file.path));
+        }
+        bounds
+    }
+
+    fn keep(&mut self, path: &Path, what: &str) {
+        let real = path.canonicalize().ok().filter(|real| real != path);
+        for path in real.into_iter().chain([path.to_owned()]) {
+            self.kept.push((path, what.to_owned()));
+        }
+    }
+
+    /// Whether a folder, with links resolved, lies in the project or in what is allowed besides.
+    pub(super) fn allows(&self, real: &Path) -> bool {
+        self.real.iter().any(|folder| real.starts_with(folder))
+    }
+
+    /// How to go on with what lies outside.
+    pub(super) fn advice(&self) -> String {
+        format!(
+            "{}; allow its folder by `--allow-path DIR` or {VARIABLE}",
+            self.project()
+        )
+    }
+
+    fn project(&self) -> String {
+        format!(
+            "the project is `{}`, the nearest folder with `.pipeline`, `pipeline.config.yaml` or `.git`, else the recipe's own",
+            self.root.display()
+        )
+    }
+
     /// How the file leaves the project, if it does.
     fn leaves(&self, file: &str) -> Option<String> {
         let path = normal(&self.folder.join(file));
@@ -74,22 +149,37 @@ impl Bounds {
         Some(format!("`{link}` is a link that leaves the project"))
     }
 
-    /// A link at the path, or in the folder at the path, that leads out.
+    /// A link at the path, or anywhere in the folder at the path and in the folders that its links lead to, that leads out. Hidden files of
+    /// a folder are no part of it.
     fn link_out(&self, path: &Path) -> Option<PathBuf> {
         let is_out = |path: &Path| {
             let real = path.canonicalize().ok();
-            real.is_some_and(|real| !self.real.iter().any(|folder| real.starts_with(folder)))
+            real.is_some_and(|real| !self.allows(&real))
         };
         if is_out(path) {
             return Some(path.to_owned());
         }
+        let mut seen = BTreeSet::new();
         let mut folders = vec![path.to_owned()];
         while let Some(folder) = folders.pop() {
-            for entry in std::fs::read_dir(&folder).into_iter().flatten().flatten() {
+            let id = fs::metadata(&folder).map(|found| (found.dev(), found.ino()));
+            if !id.is_ok_and(|id| seen.insert(id)) {
+                continue;
+            }
+            for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
+                if entry.file_name().as_encoded_bytes().starts_with(b".") {
+                    continue;
+                }
+                let path = entry.path();
                 match entry.file_type() {
-                    Ok(kind) if kind.is_dir() => folders.push(entry.path()),
-                    Ok(kind) if kind.is_symlink() && is_out(&entry.path()) => {
-                        return Some(entry.path());
+                    Ok(kind) if kind.is_dir() => folders.push(path),
+                    Ok(kind) if kind.is_symlink() => {
+                        if is_out(&path) {
+                            return Some(path);
+                        }
+                        if path.is_dir() {
+                            folders.push(path);
+                        }
                     }
                     _ => {}
                 }
@@ -98,29 +188,74 @@ impl Bounds {
         None
     }
 
-    fn error(
-        &self,
-        recipe: &Recipe,
-        stage: &RecipeStage,
-        file: &SourceFile,
-        message: String,
-    ) -> RecipeError {
-        let kind = stage.kind.name;
-        let path = format!("stages.{}.{kind}.{}", stage.name, file.parameter);
-        let hint = format!(
-            "the project is `{}`, the nearest folder with `.pipeline`, `pipeline.config.yaml` or `.git`, else the recipe's own; \
-             name the file by `--set {path}=..` or allow its folder by `--allow-path DIR` or {VARIABLE}",
-            self.root.display(),
-        );
-        let place = recipe.place_of(&path);
-        let line = place.and_then(|place| recipe.text.lines().nth(place.line.checked_sub(1)?));
-        RecipeError {
-            file: recipe.path.clone(),
-            message,
-            place,
-            origin: None,
-            hint: Some(hint),
-            source_line: line.map(str::to_owned),
+    /// Where an output goes, with the links before it resolved; or why it can't go there, and what to do.
+    pub(super) fn output(&self, output: &Output) -> Result<PathBuf, (String, String)> {
+        let path = normal(&self.root.join(&output.path));
+        let inside = "outputs are folders inside the project, as in `out/merged`";
+        let refuse = |message: String| Err((message, inside.to_owned()));
+        let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+            return refuse("is no folder".into());
+        };
+        let there = parent
+            .ancestors()
+            .find(|folder| fs::symlink_metadata(folder).is_ok());
+        let there = there.unwrap_or(parent);
+        let shown = there.strip_prefix(&self.root).unwrap_or(there).display();
+        let real = match there.canonicalize() {
+            Ok(real) if real.is_dir() => real,
+            Ok(_) => return refuse(format!("lies in `{shown}`, which is no folder")),
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                return refuse(format!("lies in `{shown}`, a link that leads nowhere"));
+            }
+            Err(error) => return refuse(format!("lies in `{shown}`: {error}")),
+        };
+        if !self.allows(&real) {
+            let link = parent
+                .ancestors()
+                .take_while(|folder| folder.starts_with(&self.root))
+                .find(|folder| fs::symlink_metadata(folder).is_ok_and(|found| found.is_symlink()))
+                .unwrap_or(there);
+            let shown = link.strip_prefix(&self.root).unwrap_or(link).display();
+            let message = format!("lies behind `{shown}`, a link that leaves the project");
+            return Err((message, self.advice()));
         }
+        // What follows is not there, and so no link.
+        let rest = parent.strip_prefix(there).unwrap_or(Path::new(""));
+        let real = real.join(rest).join(name);
+        for (kept, what) in &self.kept {
+            for path in [&path, &real] {
+                if starts_with(path, kept) {
+                    let is = if starts_with(kept, path) {
+                        "is"
+                    } else {
+                        "lies in"
+                    };
+                    return refuse(format!("{is} {what}"));
+                }
+                if starts_with(kept, path) {
+                    return refuse(format!("holds {what}"));
+                }
+            }
+        }
+        Ok(real)
+    }
+}
+
+/// Whether a path lies in a folder or is it, also where the file system does not tell capitals.
+fn starts_with(path: &Path, folder: &Path) -> bool {
+    let lower = |path: &Path| PathBuf::from(path.to_string_lossy().to_lowercase());
+    path.starts_with(folder) || lower(path).starts_with(lower(folder))
+}
+
+fn error(recipe: &Recipe, path: &str, message: String, hint: String) -> RecipeError {
+    let place = recipe.place_of(path);
+    let line = place.and_then(|place| recipe.text.lines().nth(place.line.checked_sub(1)?));
+    RecipeError {
+        file: recipe.path.clone(),
+        message,
+        place,
+        origin: None,
+        hint: Some(hint),
+        source_line: line.map(str::to_owned),
     }
 }

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use super::project::{Project, RecipeArgs, StoreArgs};
 use super::why::list;
-use super::{Failure, colour, error, print};
+use super::{Failure, colour, error, print, print_json};
 use crate::engine::{Difference, Run, short};
 
 #[derive(clap::Args)]
@@ -34,9 +34,7 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
     let old = find(&runs, args.old.or(before).unwrap_or(0))?;
     let differences = project.store.compare(old, new);
     if args.json {
-        let text = serde_json::to_string_pretty(&differences).map_err(anyhow::Error::from)?;
-        print(&format!("{text}\n"));
-        return Ok(());
+        return print_json(&differences);
     }
     let mut text = format!("run {} -> run {}\n", old.number, new.number);
     if differences.is_empty() {

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use crate::recipe::{RecipeError, RecipeErrors};
+use crate::report::{harmless, steers};
 
 const RED: &str = "\x1b[1;31m";
 const BLUE: &str = "\x1b[1;34m";
@@ -24,7 +25,7 @@ pub(super) fn plain(message: &str, colour: bool) -> String {
     } else {
         "error:".to_owned()
     };
-    format!("{label} {}\n", safe(message))
+    format!("{label} {}\n", harmless(message))
 }
 
 /// The same with what to do.
@@ -34,7 +35,7 @@ pub(super) fn with_hint(message: &str, hint: &str, colour: bool) -> String {
     } else {
         "hint:".to_owned()
     };
-    format!("{}{label} {}\n", plain(message, colour), safe(hint))
+    format!("{}{label} {}\n", plain(message, colour), harmless(hint))
 }
 
 fn one(error: &RecipeError, colour: bool) -> String {
@@ -45,11 +46,12 @@ fn one(error: &RecipeError, colour: bool) -> String {
             text.to_owned()
         }
     };
-    let mut text = format!("{} {}\n", paint(RED, "error:"), safe(&error.message));
-    let file = error.file.display();
+    let mut text = format!("{} {}\n", paint(RED, "error:"), harmless(&error.message));
+    let file = error.file.display().to_string();
+    let file = harmless(&file);
     match (&error.origin, error.place, &error.source_line) {
         (Some(origin), ..) => {
-            _ = writeln!(text, "  {} from {}", paint(BLUE, "-->"), safe(origin));
+            _ = writeln!(text, "  {} from {}", paint(BLUE, "-->"), harmless(origin));
         }
         (None, Some(place), Some(line)) => {
             let number = place.line.to_string();
@@ -69,21 +71,9 @@ fn one(error: &RecipeError, colour: bool) -> String {
         (None, None, _) => _ = writeln!(text, "  {} {file}", paint(BLUE, "-->")),
     }
     if let Some(hint) = &error.hint {
-        _ = writeln!(text, "{} {}", paint(CYAN, "hint:"), safe(hint));
+        _ = writeln!(text, "{} {}", paint(CYAN, "hint:"), harmless(hint));
     }
     text
-}
-
-/// Text of a recipe must not steer the terminal.
-fn safe(text: &str) -> String {
-    let keep = |c: char| {
-        if c.is_control() && c != '\n' {
-            '\u{fffd}'
-        } else {
-            c
-        }
-    };
-    text.chars().map(keep).collect()
 }
 
 /// The part of a line around a place: the part, the place's index in it from 0, and its length.
@@ -101,9 +91,11 @@ fn window(line: &str, column: usize, length: usize) -> (String, usize, usize) {
     (part, start, length.min(room).max(1))
 }
 
-/// A line as it is printed: tabs are four spaces.
+/// A line as it is printed: tabs are four spaces, and what would steer the terminal is one sign, so that carets stay under their
+/// place.
 fn expand(line: &str) -> String {
-    safe(&line.replace('\t', "    "))
+    let keep = |c: char| if steers(c) { '\u{fffd}' } else { c };
+    line.replace('\t', "    ").chars().map(keep).collect()
 }
 
 /// The columns before a place and under it.
@@ -117,7 +109,7 @@ fn caret(line: &str, start: usize, length: usize) -> (usize, usize) {
 fn width(character: char) -> usize {
     match u32::from(character) {
         0x09 => 4,
-        0x0300..=0x036f | 0x200b..=0x200f | 0xfe00..=0xfe0f => 0,
+        0x0300..=0x036f | 0x200b..=0x200d | 0xfe00..=0xfe0f => 0,
         0x1100..=0x115f
         | 0x2e80..=0xa4cf
         | 0xac00..=0xd7a3

@@ -1,7 +1,7 @@
 //! `history`: the runs of a recipe.
 
 use super::project::{Project, RecipeArgs, StoreArgs};
-use super::{Failure, print, table};
+use super::{Failure, print, print_json, table};
 use crate::engine::{Outcome, Run, RunStage};
 use crate::report::{ago, duration};
 
@@ -20,9 +20,7 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
     let project = Project::open(&args.recipe, &args.store)?;
     let runs = project.runs();
     if args.json {
-        let text = serde_json::to_string_pretty(&runs).map_err(anyhow::Error::from)?;
-        print(&format!("{text}\n"));
-        return Ok(());
+        return print_json(&runs);
     }
     if runs.is_empty() {
         print("no runs yet\n");

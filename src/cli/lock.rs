@@ -7,11 +7,13 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::project::{Project, RecipeArgs, StoreArgs};
-use super::{Failure, colour, error, print};
+use super::{Failure, colour, error, print, read_text};
 use crate::engine::{Move, Pins, moved, short, write_atomically};
 
 /// The format of the file.
 const VERSION: u32 = 1;
+/// More than any recipe pins.
+const LONGEST: u64 = 64 << 20;
 
 #[derive(clap::Args)]
 pub(super) struct Args {
@@ -98,7 +100,7 @@ pub(super) fn path(recipe: &Path) -> PathBuf {
 /// The pins of a recipe; none without a lock file.
 pub(super) fn read(recipe: &Path) -> Result<Option<Pins>, Failure> {
     let path = path(recipe);
-    let text = match std::fs::read_to_string(&path) {
+    let text = match read_text(&path, LONGEST) {
         Ok(text) => text,
         // A recipe whose name leaves no room for `.lock` has none.
         Err(error)
@@ -117,7 +119,7 @@ pub(super) fn read(recipe: &Path) -> Result<Option<Pins>, Failure> {
         let hint = "remove it and make it anew by `pipeline lock`";
         Failure::Wrong(error::with_hint(&message, hint, colour()))
     };
-    let file: LockFile = serde_yaml::from_str(&text)
+    let file: LockFile = crate::recipe::yaml(&text)
         .map_err(|error| wrong(format!("`{}` is no lock file: {error}", path.display())))?;
     if file.version != VERSION {
         return Err(wrong(format!(

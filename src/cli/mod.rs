@@ -18,14 +18,19 @@ mod remote;
 mod run;
 mod schema;
 mod show;
+mod trust;
 mod validate;
 mod why;
+mod work;
 
-use std::io::{IsTerminal as _, Write as _};
+use std::io::{ErrorKind, IsTerminal as _, Read as _, Write as _};
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use serde::Serialize;
 
+use crate::report::{harmless, harmless_json, steers};
 pub use reference::reference;
 
 /// Runs LLM fine-tuning recipes: a cached graph of stages, of which only what is stale is executed.
@@ -65,6 +70,9 @@ enum Command {
     Cache(cache::Args),
     /// Prints the JSON Schema of recipes, for editors
     Schema(schema::Args),
+    /// Runs one stage for another process of this program
+    #[command(hide = true)]
+    Work(work::Args),
 }
 
 /// How a command ended, if not with its work done.
@@ -87,13 +95,19 @@ impl From<anyhow::Error> for Failure {
 
 /// Runs the program.
 pub fn main() -> ExitCode {
+    std::panic::set_hook(Box::new(|panic| tell(&format!("{panic}\n"))));
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
             // Help and version are no errors.
             let code = if error.use_stderr() { 2 } else { 0 };
-            // A closed pipe is no reason for another error.
-            let _ = error.print();
+            let text = error.render().to_string();
+            if error.use_stderr() && text.contains(steers) {
+                tell(&text);
+            } else {
+                // A closed pipe is no reason for another error.
+                let _ = error.print();
+            }
             return ExitCode::from(code);
         }
     };
@@ -110,30 +124,70 @@ pub fn main() -> ExitCode {
         Command::Gc(args) => gc::run(&args),
         Command::Cache(args) => cache::run(&args),
         Command::Schema(args) => schema::run(&args),
+        Command::Work(args) => work::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure::Failed(error)) => {
-            tell(&error::plain(&format!("{error:#}"), colour()));
+            tell_rendered(&error::plain(&format!("{error:#}"), colour()));
             ExitCode::from(1)
         }
         Err(Failure::Told) => ExitCode::from(1),
         Err(Failure::Wrong(text)) => {
-            tell(&text);
+            tell_rendered(&text);
             ExitCode::from(2)
         }
         Err(Failure::Interrupted) => ExitCode::from(130),
     }
 }
 
-/// Writes to standard output. A reader that has seen enough (`| head`) is no error.
+/// Writes to standard output, where nothing steers the terminal. A reader that has seen enough (`| head`) is no error.
 fn print(text: &str) {
-    let _ = std::io::stdout().lock().write_all(text.as_bytes());
+    let _ = std::io::stdout()
+        .lock()
+        .write_all(harmless(text).as_bytes());
 }
 
-/// Writes to standard error.
+/// Writes JSON to standard output.
+fn print_json(value: &impl Serialize) -> Result<(), Failure> {
+    let text = serde_json::to_string_pretty(value).map_err(anyhow::Error::from)?;
+    let text = format!("{}\n", harmless_json(&text));
+    let _ = std::io::stdout().lock().write_all(text.as_bytes());
+    Ok(())
+}
+
+/// Writes to standard error, where nothing steers the terminal.
 fn tell(text: &str) {
+    tell_rendered(&harmless(text));
+}
+
+/// Writes to standard error what is rendered already, colours and all.
+fn tell_rendered(text: &str) {
     let _ = std::io::stderr().lock().write_all(text.as_bytes());
+}
+
+/// Reads a text file of at most so many bytes. What is no file (a device, a pipe) is not opened: reading it might never end. Nor is a
+/// link out of its folder, which might lead to what must not be told.
+fn read_text(path: &Path, longest: u64) -> std::io::Result<String> {
+    if !std::fs::metadata(path)?.is_file() {
+        return Err(std::io::Error::other("it is not a file"));
+    }
+    let folder = path.parent().map(|folder| match folder.as_os_str() {
+        empty if empty.is_empty() => Path::new("."),
+        _ => folder,
+    });
+    if let Some(folder) = folder
+        && !path.canonicalize()?.starts_with(folder.canonicalize()?)
+    {
+        return Err(std::io::Error::other("it is a link out of its folder"));
+    }
+    let mut text = String::new();
+    let mut file = std::fs::File::open(path)?.take(longest.saturating_add(1));
+    file.read_to_string(&mut text)?;
+    if text.len() as u64 > longest {
+        return Err(ErrorKind::FileTooLarge.into());
+    }
+    Ok(text)
 }
 
 /// An environment variable, if it is set and is text.

@@ -4,7 +4,7 @@ use serde_json::json;
 
 use super::project::{Project, RecipeArgs, StoreArgs};
 use super::remote::RemoteArgs;
-use super::{Failure, print, table};
+use super::{Failure, print, print_json, table};
 use crate::engine::{State, short};
 
 #[derive(clap::Args)]
@@ -36,9 +36,7 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
         let stages: Vec<_> = planned()
             .map(|(stage, state)| json!({ "stage": stage.name, "kind": stage.kind.name, "plan": state }))
             .collect();
-        let text = serde_json::to_string_pretty(&stages).map_err(anyhow::Error::from)?;
-        print(&format!("{text}\n"));
-        return Ok(());
+        return print_json(&stages);
     }
     let rows: Vec<Vec<String>> = planned()
         .flat_map(|(stage, state)| {

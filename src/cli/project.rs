@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use clap::Args;
 
+use super::confine::{self, Bounds};
 use super::remote::{self, RemoteArgs};
-use super::{Failure, colour, confine, error, variable};
+use super::{Failure, colour, error, tell, variable};
 use crate::engine::remote::Shared;
 use crate::engine::{
     Graph, Node, Pins, Record, Run, Situation, State, Store, World, canonical_json,
@@ -23,7 +24,7 @@ pub(super) struct RecipeArgs {
     /// Sets a value of the recipe, such as `stages.tuned.train_orpo.beta=0.2` or `vars.seed=1`; may be repeated
     #[arg(long = "set", value_name = "PATH=VALUE", value_parser = assignment)]
     pub(super) set: Vec<Override>,
-    /// Lets the recipe read files of a folder outside its project; may be repeated
+    /// Lets the recipe read files of a folder outside its project, and links lead there; may be repeated
     #[arg(long, value_name = "DIR")]
     pub(super) allow_path: Vec<PathBuf>,
 }
@@ -54,9 +55,17 @@ fn assignment(text: &str) -> Result<Override, String> {
 
 /// Reads a recipe; all its mistakes are rendered.
 pub(super) fn load(args: &RecipeArgs) -> Result<Recipe, Failure> {
+    Ok(load_with(args, None)?.0)
+}
+
+/// The same with what it may read and write, when its results go to `store`.
+fn load_with(args: &RecipeArgs, store: Option<&Path>) -> Result<(Recipe, Bounds), Failure> {
     let here = here()?;
     crate::recipe::load(&args.recipe, &args.set, KINDS)
-        .and_then(|recipe| confine::check(&recipe, args, &here).map(|()| recipe))
+        .and_then(|recipe| {
+            let bounds = Bounds::new(&recipe, args, &here, store);
+            confine::check(&recipe, &bounds).map(|()| (recipe, bounds))
+        })
         .map_err(|errors| Failure::Wrong(error::render(&errors, colour())))
 }
 
@@ -71,8 +80,10 @@ pub(super) struct Project {
     pub(super) graph: Graph,
     pub(super) store: Store,
     pub(super) world: Arc<World>,
-    /// The folder that outputs are relative to.
+    /// The project's folder.
     pub(super) root: PathBuf,
+    /// Where it may read and write.
+    pub(super) bounds: Bounds,
     /// What the lock file pins; nothing without one.
     pub(super) pins: Pins,
     /// The name of the recipe in the store.
@@ -84,7 +95,7 @@ pub(super) struct Project {
 
 impl Project {
     pub(super) fn open(args: &RecipeArgs, settings: &StoreArgs) -> Result<Self, Failure> {
-        let recipe = load(args)?;
+        let (recipe, bounds) = load_with(args, settings.store.as_deref())?;
         let here = here()?;
         let file = normal(&here.join(&recipe.path));
         let folder = file.parent().unwrap_or(&here).to_owned();
@@ -103,7 +114,7 @@ impl Project {
         let graph = Graph::new(nodes).map_err(anyhow::Error::from)?;
         let store = match &settings.store {
             Some(store) => here.join(store),
-            None => root.join(".pipeline"),
+            None => own_store(&root, &bounds)?,
         };
         let pins = super::lock::read(&args.recipe)?.unwrap_or_default();
         Ok(Self {
@@ -114,6 +125,7 @@ impl Project {
             store: Store::new(&store),
             world: Arc::new(world(settings.offline)),
             root,
+            bounds,
             verify: settings.verify,
             shared: Shared::none(),
         })
@@ -211,6 +223,18 @@ impl Project {
     }
 }
 
+/// The store of a project. One behind a link that somebody else may have made is asked for by name.
+fn own_store(root: &Path, bounds: &Bounds) -> Result<PathBuf, Failure> {
+    let store = root.join(".pipeline");
+    let leaves = store.canonicalize().is_ok_and(|real| !bounds.allows(&real));
+    if leaves || (store.is_symlink() && !store.exists()) {
+        let message = format!("`{}` is a link that leaves the project", store.display());
+        let hint = format!("name the store by `--store DIR`, or {}", bounds.advice());
+        return Err(Failure::Wrong(error::with_hint(&message, &hint, colour())));
+    }
+    Ok(store)
+}
+
 /// Where the files of a stage are: those written in the recipe start at its folder, those of `--set` at the current one.
 fn sources(stage: &RecipeStage, folder: &Path, here: &Path) -> BTreeMap<String, PathBuf> {
     let start = |from_command_line| if from_command_line { here } else { folder };
@@ -219,6 +243,8 @@ fn sources(stage: &RecipeStage, folder: &Path, here: &Path) -> BTreeMap<String, 
         .iter()
         .map(|file| {
             let path = normal(&start(file.from_command_line).join(&file.path));
+            // A link that is turned elsewhere from now on changes nothing.
+            let path = path.canonicalize().unwrap_or(path);
             (file.path.clone(), path)
         })
         .collect()
@@ -265,29 +291,30 @@ pub(super) fn normal(path: &Path) -> PathBuf {
     normal
 }
 
-/// The variables that `huggingface_hub` documents and the hub's settings read.
-fn world(offline: bool) -> World {
-    const VARIABLES: [&str; 9] = [
-        "HF_ENDPOINT",
-        "HF_HOME",
-        "HF_HUB_CACHE",
-        "HF_HUB_DISABLE_IMPLICIT_TOKEN",
-        "HF_HUB_DOWNLOAD_TIMEOUT",
-        "HF_HUB_OFFLINE",
-        "HF_TOKEN",
-        "HF_TOKEN_PATH",
-        "XDG_CACHE_HOME",
-    ];
-    let environment: BTreeMap<String, String> = VARIABLES
+/// The surroundings of a run, with the variables that the hub's settings read.
+pub(super) fn world(offline: bool) -> World {
+    let environment: BTreeMap<String, String> = crate::hub::VARIABLES
         .iter()
         .filter_map(|name| Some(((*name).to_owned(), variable(name)?)))
         .collect();
-    let forced = environment.get("HF_HUB_OFFLINE").map(String::as_str);
+    let forced = crate::hub::is_offline(&|name| environment.get(name).cloned());
     World {
-        offline: offline || forced.is_some_and(crate::hub::is_true),
+        offline: offline || forced,
         home: std::env::home_dir(),
         environment,
+        teller: Some(|text| tell(&format!("warning: {text}\n"))),
+        program: own_program(),
+        ..World::default()
     }
+}
+
+/// The running program, to be started once more for each stage: on Linux the very file, wherever it was moved since.
+fn own_program() -> Option<PathBuf> {
+    let own = PathBuf::from("/proc/self/exe");
+    if own.exists() {
+        return Some(own);
+    }
+    std::env::current_exe().ok()
 }
 
 #[cfg(test)]

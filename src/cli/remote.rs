@@ -1,20 +1,21 @@
 //! Which remote is meant: by flag, environment, or the project's settings, in this order.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
 use clap::Args;
 use serde::Deserialize;
 
-use super::{Failure, colour, error, tell, variable};
+use super::{Failure, colour, error, read_text, tell, trust, variable};
 use crate::engine::remote::{Settings, Shared};
 use crate::remote::{Address, ObjectRemote};
 
 /// The settings of a project, at its top.
 pub(super) const SETTINGS: &str = "pipeline.config.yaml";
 const VARIABLE: &str = "PIPELINE_REMOTE";
+/// More than anybody writes into the settings.
+const LONGEST: u64 = 1 << 20;
 /// Where the clouds' own tools look for settings and credentials.
 const CLOUDS: [&str; 4] = ["AWS_", "GOOGLE_", "AZURE_", "SERVICE_ACCOUNT"];
 
@@ -22,7 +23,7 @@ const CLOUDS: [&str; 4] = ["AWS_", "GOOGLE_", "AZURE_", "SERVICE_ACCOUNT"];
 #[derive(Args)]
 pub(super) struct RemoteArgs {
     /// A cache that machines share: a folder, or a URL such as `s3://bucket/folder`; empty for none [default: `PIPELINE_REMOTE`,
-    /// or the `remote` of `pipeline.config.yaml`]
+    /// or the `remote` of `pipeline.config.yaml` once `pipeline cache trust` has allowed it]
     #[arg(long, value_name = "URL")]
     pub(super) remote: Option<String>,
     /// Takes no results from the remote
@@ -74,6 +75,7 @@ impl RemoteArgs {
         let here = std::env::current_dir()
             .map_err(|error| anyhow::anyhow!("there is no current folder: {error}"))?;
         let url = self.remote.clone().or_else(|| variable(VARIABLE));
+        let asked = url.is_some();
         let (url, folder) = match (url, &written) {
             (Some(url), _) => (url, here.as_path()),
             (None, Some(written)) => (written.url.clone(), root),
@@ -83,13 +85,31 @@ impl RemoteArgs {
             return Ok(Shared::none());
         }
         let address = Address::parse(&url, folder).map_err(|error| wrong(&format!("{error:#}")))?;
-        if written.is_some_and(|written| written.url == url) && address.has_credentials() {
-            return Err(wrong(&format!(
-                "`{SETTINGS}` holds credentials, and is read by many; set {VARIABLE} in the environment instead"
-            )));
+        if written.as_ref().is_some_and(|written| written.url == url) {
+            without_credentials(&address)?;
         }
         if offline && address.is_far() {
             return Ok(Shared::none());
+        }
+        if !asked {
+            let shown = address.shown();
+            if !trust::is_trusted(root, &shown)? {
+                let message = format!(
+                    "`{SETTINGS}` in `{}` names the remote `{shown}`, which nobody allowed on this machine",
+                    root.display()
+                );
+                let hint = format!(
+                    "results would be sent there and taken from there: `pipeline cache trust` in that folder allows it for good, \
+                     `--remote` or {VARIABLE} name a remote for now, and `--remote \"\"` means none"
+                );
+                return Err(Failure::Wrong(error::with_hint(&message, &hint, colour())));
+            }
+        }
+        if address.is_exposed() {
+            let shown = address.shown();
+            tell(&format!(
+                "warning: whoever listens can read the password for `{shown}`: it goes over plain HTTP\n"
+            ));
         }
         Ok(match ObjectRemote::open(&address, &variables()) {
             Ok(remote) => Shared::new(Arc::new(remote), settings),
@@ -98,13 +118,36 @@ impl RemoteArgs {
     }
 }
 
+/// Allows the remote that a project's own file names, or no longer. Gives the remote as it is shown.
+pub(super) fn set_trust(root: &Path, trusted: bool) -> Result<String, Failure> {
+    let Some(written) = read(root)? else {
+        let message = format!("`{}` names no remote", root.join(SETTINGS).display());
+        return Err(wrong(&message));
+    };
+    let address =
+        Address::parse(&written.url, root).map_err(|error| wrong(&format!("{error:#}")))?;
+    without_credentials(&address)?;
+    let shown = address.shown();
+    trust::set(root, &shown, trusted)?;
+    Ok(shown)
+}
+
+fn without_credentials(address: &Address) -> Result<(), Failure> {
+    if address.has_credentials() {
+        return Err(wrong(&format!(
+            "`{SETTINGS}` holds credentials, and is read by many; set {VARIABLE} in the environment instead"
+        )));
+    }
+    Ok(())
+}
+
 fn wrong(message: &str) -> Failure {
     Failure::Wrong(error::plain(message, colour()))
 }
 
 fn read(root: &Path) -> Result<Option<Written>, Failure> {
     let path = root.join(SETTINGS);
-    let text = match fs::read_to_string(&path) {
+    let text = match read_text(&path, LONGEST) {
         Ok(text) => text,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(error) => {
@@ -114,7 +157,7 @@ fn read(root: &Path) -> Result<Option<Written>, Failure> {
             )));
         }
     };
-    let file: File = serde_yaml::from_str(&text)
+    let file: File = crate::recipe::yaml(&text)
         .map_err(|error| wrong(&format!("`{}`: {error}", path.display())))?;
     if file.version != 1 {
         return Err(wrong(&format!(

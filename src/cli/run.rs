@@ -12,7 +12,7 @@ use anyhow::Context as _;
 use super::project::{Project, RecipeArgs, StoreArgs};
 use super::remote::RemoteArgs;
 use super::{Failure, colour, error, lock, machine, tell};
-use crate::engine::{Bytes, Event, Machine, Options, Summary, place};
+use crate::engine::{Bytes, Event, Machine, Options, Placing, Put, Summary, place};
 use crate::report::{Style, report};
 
 #[derive(clap::Args)]
@@ -45,7 +45,7 @@ pub(super) struct Args {
     /// Refuses to run when something would not be as the lock file pins it
     #[arg(long)]
     locked: bool,
-    /// Replaces files at the places of outputs that pipeline did not put there
+    /// Replaces files at the places of outputs that pipeline did not put there, or that were changed since
     #[arg(long)]
     overwrite_outputs: bool,
     #[command(flatten)]
@@ -78,7 +78,7 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
         (false, true) => Style::Bars,
         (false, false) => Style::Lines,
     };
-    let cancel = Arc::new(AtomicBool::new(false));
+    let cancel = Arc::clone(&project.world.cancel);
     stop_on_signal(&cancel)?;
     let (events, received) = channel();
     let summary = std::thread::scope(|scope| {
@@ -99,13 +99,11 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
         let summary = crate::engine::run(&situation, &targets, &options, &events, &cancel)?;
         // After a failure only who wants to go on gets what is finished.
         if !summary.interrupted && (summary.failed == 0 || args.keep_going) {
-            put_outputs(
-                &project,
-                &summary,
-                &targets,
-                args.overwrite_outputs,
-                &events,
-            )?;
+            let how = Placing {
+                overwrite: args.overwrite_outputs,
+                verify: args.store.verify,
+            };
+            put_outputs(&project, &summary, &targets, how, &events, &cancel)?;
         }
         anyhow::Ok(Some(summary))
     })?;
@@ -163,8 +161,9 @@ fn put_outputs(
     project: &Project,
     summary: &Summary,
     targets: &[usize],
-    overwrite: bool,
+    how: Placing,
     events: &Sender<Event>,
+    cancel: &AtomicBool,
 ) -> anyhow::Result<()> {
     let targets: BTreeSet<usize> = targets.iter().copied().collect();
     for output in &project.recipe.outputs {
@@ -178,7 +177,20 @@ fn put_outputs(
             continue;
         };
         let to = project.root.join(&output.path);
-        let changed = place(&project.store, artifact, &to, overwrite).with_context(|| {
+        let mut waiting = |holder: &str| {
+            let text = format!(
+                "{holder} is putting something in `{}`; waiting for it",
+                output.path
+            );
+            // A reporter that is gone misses nothing else.
+            let _ = events.send(Event::Warning { text });
+        };
+        // Looked at again: a run takes its time, and somebody may have turned a link elsewhere.
+        let put = match project.bounds.output(output) {
+            Ok(real) => place(&project.store, artifact, &real, how, cancel, &mut waiting),
+            Err((message, hint)) => Err(anyhow::anyhow!("it {message}; {hint}")),
+        };
+        let Put { changed, links } = put.with_context(|| {
             format!(
                 "could not put the result of `{}` in its place",
                 output.stage
@@ -193,6 +205,7 @@ fn put_outputs(
             stage: output.stage.clone(),
             path: shown.display().to_string(),
             changed,
+            links,
         });
     }
     Ok(())

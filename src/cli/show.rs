@@ -74,12 +74,8 @@ fn about(project: &Project, record: &Record, folder: &Path) -> String {
         "{} ({}) made {}\n\n",
         record.stage, record.fingerprint.kind, record.output
     );
-    let size: u64 = project
-        .store
-        .manifest(&record.artifact)
-        .map_or(0, |manifest| {
-            manifest.files.values().map(|file| file.stat.size).sum()
-        });
+    let manifest = project.store.manifest(&record.artifact);
+    let size = manifest.map_or(0, |manifest| manifest.size());
     let mut rows = vec![
         vec!["artifact".into(), folder.display().to_string()],
         vec!["size".into(), bytes(size)],

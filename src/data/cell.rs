@@ -10,9 +10,11 @@ use arrow::datatypes::{
     UInt16Type, UInt32Type, UInt64Type,
 };
 use arrow::util::display::{ArrayFormatter, FormatOptions};
-use serde::de::{MapAccess, SeqAccess, Visitor};
+use serde::de::{Error as _, MapAccess, SeqAccess, Visitor};
 use serde::ser::{SerializeMap, SerializeSeq};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use super::size::MOST_FIELDS;
 
 /// A value of any type a row may hold.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -42,6 +44,20 @@ impl Cell {
                 .iter()
                 .find_map(|(name, value)| (name == key).then_some(value)),
             _ => None,
+        }
+    }
+
+    /// About how many bytes it takes in memory.
+    pub(super) fn bytes(&self) -> usize {
+        let own = size_of::<Self>();
+        match self {
+            Self::Text(text) => own + text.len(),
+            Self::List(items) => own + items.iter().map(Self::bytes).sum::<usize>(),
+            Self::Map(entries) => {
+                let entry = |(name, value): &(String, Self)| name.len() + 24 + value.bytes();
+                own + entries.iter().map(entry).sum::<usize>()
+            }
+            _ => own,
         }
     }
 
@@ -215,6 +231,11 @@ impl<'de> Visitor<'de> for CellVisitor {
     fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<Cell, A::Error> {
         let mut entries: Vec<(String, Cell)> = Vec::new();
         while let Some((name, value)) = access.next_entry::<String, Cell>()? {
+            if entries.len() == MOST_FIELDS {
+                return Err(A::Error::custom(format_args!(
+                    "an object has more than {MOST_FIELDS} keys"
+                )));
+            }
             // As in Python, the last of two equal keys counts and keeps the first one's place.
             match entries.iter_mut().find(|(earlier, _)| *earlier == name) {
                 Some(entry) => entry.1 = value,

@@ -1,7 +1,7 @@
 //! Bringing other people's files into the project's own columns: Parquet, JSON lines, JSON and CSV become one Parquet file.
 //! Its one entry is [`import_files`]. Memory is bounded by a few thousand rows.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -112,10 +112,10 @@ pub fn import_files(
     let writer = Writer::create_file(destination, schema.clone())?;
     let most = options.max_rows.unwrap_or(usize::MAX);
     let mut done = 0;
-    let rows = pass_batches(|| first_rows(&sources, most), writer, &mut |batch| {
+    let rows = pass_batches(|| first_rows(&sources, most), writer, &mut |batch, made| {
         done += batch.num_rows();
         progress(done as u64)?;
-        fit(&batch, &schema, options)
+        made.send(fit(&batch, &schema, options)?)
     })?;
     let columns = schema
         .fields()
@@ -316,15 +316,17 @@ fn canonical_type(name: &str, data_type: &DataType) -> Result<DataType> {
 /// A batch of a file under our names and types.
 fn fit(batch: &RecordBatch, schema: &SchemaRef, options: &ImportOptions) -> Result<RecordBatch> {
     let source = batch.schema();
+    let theirs = source.fields().iter().enumerate();
+    let places: HashMap<&str, usize> = theirs
+        .rev()
+        .filter_map(|(place, theirs)| Some((our_name(theirs.name(), options)?, place)))
+        .collect();
     let columns: Result<Vec<_>> = schema
         .fields()
         .iter()
         .map(|field| {
-            let place = source
-                .fields()
-                .iter()
-                .position(|theirs| our_name(theirs.name(), options) == Some(field.name().as_str()));
-            let Some(column) = place.map(|place| batch.column(place)) else {
+            let place = places.get(field.name().as_str());
+            let Some(column) = place.map(|place| batch.column(*place)) else {
                 return Ok(new_null_array(field.data_type(), batch.num_rows()));
             };
             if column.data_type() == field.data_type() {

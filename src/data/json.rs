@@ -1,5 +1,6 @@
 //! Rows from JSON lines and JSON lists, streamed twice: once for the columns' types, once for the rows.
 
+use std::cell::Cell as Counter;
 use std::collections::HashMap;
 use std::fmt;
 use std::fs::File;
@@ -16,7 +17,8 @@ use serde::de::{DeserializeSeed, Deserializer, SeqAccess, Visitor};
 
 use super::cell::Cell;
 use super::import::fits;
-use super::kind::Kind;
+use super::kind::{Kind, Lookup};
+use super::size::{BATCH_BYTES, LONGEST_ROW, MOST_FIELDS};
 use super::table::BATCH_ROWS;
 
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
@@ -50,6 +52,7 @@ pub(super) fn columns(
         .zip(super::import::CANONICAL)
         .collect();
     let mut left = max_rows.unwrap_or(usize::MAX);
+    let mut width = 0_usize;
     // Values are only needed for their types, and are dropped where they were read.
     let kinds = |row: Cell| match row {
         Cell::Map(entries) => Ok(entries
@@ -66,17 +69,27 @@ pub(super) fn columns(
                 *index
             } else {
                 columns.push((name.clone(), Kind::Null));
+                width += 1;
                 places.insert(name.clone(), columns.len() - 1);
                 columns.len() - 1
             };
             let Some((_, known)) = columns.get_mut(index) else {
                 continue;
             };
-            if *known == kind {
+            if *known == kind && width <= MOST_FIELDS {
                 continue;
             }
             let before = known.clone();
             *known = before.clone().merge(kind.clone());
+            width = width
+                .saturating_add(known.columns())
+                .saturating_sub(before.columns());
+            if width > MOST_FIELDS {
+                bail!(
+                    "{place}: the rows up to this one have more than {MOST_FIELDS} columns and fields of objects, which each become a \
+                     column; hint: leave out those that no stage needs, or write such an object as text"
+                );
+            }
             let Some(ours) = ours.get(name.as_str()) else {
                 continue;
             };
@@ -114,11 +127,15 @@ pub(super) fn batches(
         .name("json".to_owned())
         .spawn(move || {
             let mut pending = Vec::with_capacity(BATCH_ROWS);
-            let read = rows(&path, as_list, &|row| row, &mut |row, _| {
+            let mut bytes = 0;
+            let sized = |row: Cell| (row.bytes() as u64, row);
+            let read = rows(&path, as_list, &sized, &mut |(size, row), _| {
                 pending.push(row);
-                if pending.len() < BATCH_ROWS {
+                bytes += size;
+                if pending.len() < BATCH_ROWS && bytes < BATCH_BYTES {
                     return Ok(true);
                 }
+                bytes = 0;
                 Ok(sender.send(Ok(std::mem::take(&mut pending))).is_ok())
             });
             let last = read.map(|()| pending);
@@ -136,11 +153,9 @@ fn receive(
         let rows = rows?;
         let mut fields = Vec::with_capacity(columns.len());
         let mut arrays: Vec<ArrayRef> = Vec::with_capacity(columns.len());
+        let named: Vec<Lookup<'_>> = rows.iter().map(Lookup::of).collect();
         for (name, kind) in columns.iter() {
-            let cells: Vec<&Cell> = rows
-                .iter()
-                .map(|row| row.get(name).unwrap_or(&Cell::Null))
-                .collect();
+            let cells: Vec<&Cell> = named.iter().map(|row| row.get(name)).collect();
             fields.push(Field::new(name, kind.data_type(), true));
             arrays.push(kind.build(&cells)?);
         }
@@ -197,9 +212,16 @@ impl Block {
         while self.lines.len() < BATCH_ROWS && self.bytes.len() < BLOCK_BYTES {
             let start = self.bytes.len();
             let number = self.last_number + 1;
-            let count = reader
+            let count = (&mut *reader)
+                .take(LONGEST_ROW as u64 + 1)
                 .read_until(b'\n', &mut self.bytes)
                 .with_context(|| format!("{name}:{number}"))?;
+            if count > LONGEST_ROW {
+                bail!(
+                    "{name}:{number}: this line has more than {} MiB; a row may not be longer; hint: is this JSON lines, with a row a line?",
+                    LONGEST_ROW >> 20
+                );
+            }
             if count == 0 {
                 return Ok(!self.lines.is_empty());
             }
@@ -286,9 +308,14 @@ fn list(
     }
     let mut outcome = Ok(());
     let mut stopped = false;
-    let mut deserializer = serde_json::Deserializer::from_reader(reader);
+    let left = Counter::new(LONGEST_ROW);
+    let mut deserializer = serde_json::Deserializer::from_reader(Metered {
+        inner: reader,
+        left: &left,
+    });
     let visitor = Rows {
         name,
+        left: &left,
         each,
         outcome: &mut outcome,
         stopped: &mut stopped,
@@ -310,9 +337,28 @@ fn list(
     })
 }
 
+/// A reader that ends with an error when too much is read of it at once.
+struct Metered<'a, R> {
+    inner: R,
+    left: &'a Counter<usize>,
+}
+
+impl<R: Read> Read for Metered<'_, R> {
+    fn read(&mut self, bytes: &mut [u8]) -> std::io::Result<usize> {
+        let count = self.inner.read(bytes)?;
+        let left = self.left.get().checked_sub(count);
+        let left = left.ok_or_else(|| {
+            std::io::Error::other(format!("a row has more than {} MiB", LONGEST_ROW >> 20))
+        })?;
+        self.left.set(left);
+        Ok(count)
+    }
+}
+
 /// Hands on the elements of a list as they are parsed, so that the list is never held whole.
 struct Rows<'a> {
     name: &'a str,
+    left: &'a Counter<usize>,
     each: &'a mut dyn FnMut(Cell, &Place<'_>) -> Result<bool>,
     outcome: &'a mut Result<()>,
     stopped: &'a mut bool,
@@ -329,6 +375,7 @@ impl<'de> Visitor<'de> for Rows<'_> {
         let mut number = 0_u64;
         while let Some(row) = access.next_element_seed(CellSeed)? {
             number += 1;
+            self.left.set(LONGEST_ROW);
             let place = Place {
                 file: self.name,
                 number,

@@ -1,5 +1,6 @@
 //! Column types found by looking at values, and Arrow arrays built from values of such a type.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use anyhow::Result;
@@ -50,6 +51,15 @@ impl Kind {
         }
     }
 
+    /// How many columns it takes, nested ones included.
+    pub(super) fn columns(&self) -> usize {
+        match self {
+            Self::List(item) => item.columns(),
+            Self::Map(entries) => entries.iter().map(|(_, kind)| kind.columns()).sum(),
+            _ => 1,
+        }
+    }
+
     /// The noun for messages, as [`Cell::noun`] has it for a value of this type.
     pub(super) fn noun(&self) -> &'static str {
         match self {
@@ -69,8 +79,15 @@ impl Kind {
             (Self::Int, Self::Float) | (Self::Float, Self::Int) => Self::Float,
             (Self::List(a), Self::List(b)) => Self::List(Box::new(a.merge(*b))),
             (Self::Map(mut a), Self::Map(b)) => {
-                for (name, kind) in b {
-                    match a.iter_mut().find(|(earlier, _)| *earlier == name) {
+                for (place, (name, kind)) in b.into_iter().enumerate() {
+                    // Most objects have their keys in one order.
+                    let same = a.get(place).is_some_and(|(earlier, _)| *earlier == name);
+                    let found = if same {
+                        Some(place)
+                    } else {
+                        a.iter().position(|(earlier, _)| *earlier == name)
+                    };
+                    match found.and_then(|place| a.get_mut(place)) {
                         Some(entry) => {
                             let earlier = std::mem::replace(&mut entry.1, Self::Null);
                             entry.1 = earlier.merge(kind);
@@ -168,13 +185,11 @@ impl Kind {
                 )?)
             }
             Self::Map(entries) => {
+                let rows: Vec<Lookup<'_>> = cells.iter().map(|cell| Lookup::of(cell)).collect();
                 let columns: Result<Vec<ArrayRef>> = entries
                     .iter()
                     .map(|(name, kind)| {
-                        let values: Vec<&Cell> = cells
-                            .iter()
-                            .map(|cell| cell.get(name).unwrap_or(&Cell::Null))
-                            .collect();
+                        let values: Vec<&Cell> = rows.iter().map(|row| row.get(name)).collect();
                         kind.build(&values)
                     })
                     .collect();
@@ -182,6 +197,37 @@ impl Kind {
                 Arc::new(StructArray::try_new(fields(entries), columns?, nulls)?)
             }
         })
+    }
+}
+
+/// The fields of a value, to be looked up one after the other.
+pub(super) enum Lookup<'a> {
+    Few(&'a Cell),
+    Many(HashMap<&'a str, &'a Cell>),
+}
+
+impl<'a> Lookup<'a> {
+    pub(super) fn of(cell: &'a Cell) -> Self {
+        match cell {
+            Cell::Map(entries) if entries.len() > 32 => {
+                let entries = entries.iter();
+                Self::Many(
+                    entries
+                        .map(|(name, value)| (name.as_str(), value))
+                        .collect(),
+                )
+            }
+            cell => Self::Few(cell),
+        }
+    }
+
+    /// The field called `name`, or null.
+    pub(super) fn get(&self, name: &str) -> &'a Cell {
+        let found = match self {
+            Self::Few(cell) => cell.get(name),
+            Self::Many(entries) => entries.get(name).copied(),
+        };
+        found.unwrap_or(&Cell::Null)
     }
 }
 

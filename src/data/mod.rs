@@ -9,6 +9,7 @@ pub mod import;
 mod json;
 mod kind;
 pub mod show;
+mod size;
 pub mod table;
 pub mod tokens;
 

@@ -9,11 +9,18 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use arrow::array::RecordBatch;
-use arrow::datatypes::{Schema, SchemaRef};
-use parquet::arrow::arrow_reader::{ArrowReaderOptions, ParquetRecordBatchReaderBuilder};
+use arrow::compute::cast;
+use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+use arrow::error::ArrowError;
+use parquet::arrow::arrow_reader::{
+    ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReader,
+    ParquetRecordBatchReaderBuilder,
+};
+use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader, RowGroupMetaData};
 
+use super::size::{BATCH_BYTES, DEEPEST, MOST_FIELDS, pieces};
 pub(in crate::data) use writer::pass_batches;
-pub use writer::{Writer, pass};
+pub use writer::{Made, Writer, pass, pass_pieces};
 
 /// Rows that are read, worked on and written at once. Part of the written bytes: it decides where pages may end.
 pub const BATCH_ROWS: usize = 1024;
@@ -112,8 +119,10 @@ impl Split {
         for file in &files {
             let reader = reader(file)?;
             let count = reader.metadata().file_metadata().num_rows();
-            rows += usize::try_from(count)
-                .map_err(|_| anyhow!("`{}` says it has {count} rows", file.display()))?;
+            rows = usize::try_from(count)
+                .ok()
+                .and_then(|count| count.checked_add(rows))
+                .ok_or_else(|| anyhow!("`{}` says it has {count} rows", file.display()))?;
             let found = plain(reader.schema());
             match &schema {
                 None => schema = Some(found),
@@ -154,24 +163,23 @@ impl Split {
         &self.files
     }
 
-    /// The rows from the first to the last, in batches of at most `batch_rows`.
+    /// The rows from the first to the last, in batches of at most `batch_rows`, and of at most some MiB unless one row has more.
     pub fn batches(&self, batch_rows: usize) -> impl Iterator<Item = Result<RecordBatch>> + use<> {
         let schema = self.schema.clone();
         self.files.clone().into_iter().flat_map(move |file| {
             let schema = schema.clone();
-            let opened = reader(&file).and_then(|reader| {
-                let batches = reader.with_batch_size(batch_rows).build();
-                batches.with_context(|| format!("could not read `{}`", file.display()))
-            });
+            let opened = viewer(&file, batch_rows);
             let batches: Box<dyn Iterator<Item = Result<RecordBatch>>> = match opened {
                 Err(error) => Box::new(std::iter::once(Err(error))),
-                Ok(batches) => Box::new(batches.map(move |batch| {
-                    let batch =
-                        batch.with_context(|| format!("could not read `{}`", file.display()))?;
-                    Ok(RecordBatch::try_new(
-                        schema.clone(),
-                        batch.columns().to_vec(),
-                    )?)
+                Ok(batches) => Box::new(batches.flat_map(move |batch| {
+                    let read = || format!("could not read `{}`", file.display());
+                    match batch.with_context(read) {
+                        Err(error) => vec![Err(error)],
+                        Ok(batch) => {
+                            let pieces = pieces(batch, BATCH_BYTES).into_iter();
+                            pieces.map(|piece| as_declared(&piece, &schema)).collect()
+                        }
+                    }
                 })),
             };
             batches
@@ -181,13 +189,104 @@ impl Split {
 
 fn reader(file: &Path) -> Result<ParquetRecordBatchReaderBuilder<File>> {
     let open = || -> Result<_> {
+        let opened = File::open(file)?;
+        let bytes = opened.metadata()?.len();
+        let metadata = ParquetMetaDataReader::new().parse_and_finish(&opened)?;
+        check(&metadata, bytes)?;
         // The types come from Parquet itself: an Arrow schema kept beside them may ask for exotic ones.
         let options = ArrowReaderOptions::new().with_skip_arrow_metadata(true);
-        let reader =
-            ParquetRecordBatchReaderBuilder::try_new_with_options(File::open(file)?, options)?;
-        Ok(reader)
+        let metadata = ArrowReaderMetadata::try_new(Arc::new(metadata), options)?;
+        Ok(ParquetRecordBatchReaderBuilder::new_with_metadata(
+            opened, metadata,
+        ))
     };
     open().with_context(|| format!("could not read `{}` as Parquet", file.display()))
+}
+
+/// Refuses what would cost more than it can be worth: a footer can say anything.
+fn check(metadata: &ParquetMetaData, bytes: u64) -> Result<()> {
+    let columns = metadata.file_metadata().schema_descr().columns();
+    ensure!(
+        columns.len() <= MOST_FIELDS,
+        "it has {} columns, nested ones included; at most {MOST_FIELDS} are read; hint: leave out those that no stage needs",
+        columns.len()
+    );
+    let depth = columns
+        .iter()
+        .map(|column| column.path().parts().len())
+        .max();
+    ensure!(
+        depth.unwrap_or(0) <= DEEPEST,
+        "its columns are nested {} deep; at most {DEEPEST} levels are read",
+        depth.unwrap_or(0)
+    );
+    let rows = metadata.row_groups().iter().map(RowGroupMetaData::num_rows);
+    let rows = rows.fold(0_u64, |all, rows| {
+        all.saturating_add(u64::try_from(rows).unwrap_or(u64::MAX))
+    });
+    ensure!(
+        rows <= 1_000_000 + bytes.saturating_mul(4096),
+        "it says that it holds {rows} rows in {bytes} bytes"
+    );
+    Ok(())
+}
+
+/// The rows of a file with texts as views, which share the bytes of a page: a text that stands once in a file and a thousand times
+/// in a batch takes no more memory than in the file.
+fn viewer(file: &Path, batch_rows: usize) -> Result<ParquetRecordBatchReader> {
+    let reader = reader(file)?;
+    let open = || -> Result<_> {
+        let options = ArrowReaderOptions::new()
+            .with_skip_arrow_metadata(true)
+            .with_schema(viewed(reader.schema()));
+        let metadata = ArrowReaderMetadata::try_new(reader.metadata().clone(), options)?;
+        let batch_rows = batch_rows.min(most_rows(reader.metadata()));
+        let reader =
+            ParquetRecordBatchReaderBuilder::new_with_metadata(File::open(file)?, metadata);
+        Ok(reader.with_batch_size(batch_rows).build()?)
+    };
+    open().with_context(|| format!("could not read `{}`", file.display()))
+}
+
+/// Rows that may be read at once for their number of values.
+fn most_rows(metadata: &ParquetMetaData) -> usize {
+    const MOST_VALUES: i64 = 8 << 20;
+    let groups = metadata.row_groups().iter().flat_map(|group| {
+        let rows = group.num_rows().max(1);
+        let columns = group.columns().iter();
+        columns.map(move |column| column.num_values() / rows)
+    });
+    let values = groups.max().unwrap_or(0).max(1);
+    usize::try_from(MOST_VALUES / values).unwrap_or(1).max(1)
+}
+
+/// A schema with views in place of texts.
+fn viewed(schema: &Schema) -> SchemaRef {
+    Arc::new(Schema::new(
+        schema.fields().iter().map(viewed_field).collect::<Vec<_>>(),
+    ))
+}
+
+fn viewed_field(field: &Arc<Field>) -> Arc<Field> {
+    let data_type = match field.data_type() {
+        DataType::Utf8 => DataType::Utf8View,
+        DataType::Binary => DataType::BinaryView,
+        DataType::List(item) => DataType::List(viewed_field(item)),
+        DataType::Struct(fields) => DataType::Struct(fields.iter().map(viewed_field).collect()),
+        other => other.clone(),
+    };
+    Arc::new(field.as_ref().clone().with_data_type(data_type))
+}
+
+/// A batch with the columns' own types.
+fn as_declared(batch: &RecordBatch, schema: &SchemaRef) -> Result<RecordBatch> {
+    let columns: Result<Vec<_>, ArrowError> = batch
+        .columns()
+        .iter()
+        .zip(schema.fields())
+        .map(|(column, field)| cast(column, field.data_type()))
+        .collect();
+    Ok(RecordBatch::try_new(schema.clone(), columns?)?)
 }
 
 /// A schema without metadata, which differs between programs that write the same rows.

@@ -217,19 +217,19 @@ impl Context {
 
     /// Tells something worth reading once.
     pub fn info(&self, text: impl Into<String>) {
-        self.emit(Event::Message {
-            stage: self.stage.clone(),
-            level: Level::Info,
-            text: text.into(),
-        });
+        self.tell(Level::Info, text.into());
     }
 
     /// Tells something the user should act on.
     pub fn warn(&self, text: impl Into<String>) {
+        self.tell(Level::Warning, text.into());
+    }
+
+    pub(super) fn tell(&self, level: Level, text: String) {
         self.emit(Event::Message {
             stage: self.stage.clone(),
-            level: Level::Warning,
-            text: text.into(),
+            level,
+            text,
         });
     }
 
@@ -275,6 +275,16 @@ impl Context {
 #[cfg(test)]
 impl Context {
     /// A context for testing one stage alone: `inputs` by stage name, local files by the path as written.
+    /// What it warned of and what it told, each in order.
+    pub(crate) fn messages(&self, wanted: Level) -> Vec<String> {
+        let told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let texts = told.iter().filter_map(|event| match event {
+            Event::Message { level, text, .. } if *level == wanted => Some(text.clone()),
+            _ => None,
+        });
+        texts.collect()
+    }
+
     pub(crate) fn for_test(
         folder: &Path,
         inputs: &[(&str, &Path)],

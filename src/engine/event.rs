@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::reason::Reason;
 
 /// How much a message matters.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Level {
     /// Worth reading once.
@@ -137,6 +137,8 @@ pub enum Event {
         path: String,
         /// Whether it was not there yet.
         changed: bool,
+        /// How many of its files are read-only links into the store.
+        links: usize,
     },
     /// The run is over.
     RunFinished {

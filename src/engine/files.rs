@@ -1,12 +1,13 @@
 //! Small operations on files that either happen whole or not at all.
 
 use std::fs::{self, File, Permissions};
-use std::io::{ErrorKind, Read as _, Write};
+use std::io::{self, ErrorKind, Read as _, Write};
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use rayon::prelude::*;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -107,6 +108,77 @@ pub(super) fn outlast(folder: &Path, newest: i64) -> std::io::Result<()> {
 /// Makes the entries of a folder durable.
 pub(crate) fn sync_folder(folder: &Path) -> std::io::Result<()> {
     File::open(folder)?.sync_all()
+}
+
+/// With more new files than this, one call for the whole file system is cheaper than one for each of them.
+const MANY: usize = 64;
+
+/// Makes new files in a folder durable: one by one, or, where there are many, by one call for their whole file system.
+pub(crate) fn sync_files(folder: &Path, files: &[PathBuf]) -> anyhow::Result<()> {
+    if files.len() > MANY && sync_file_system(folder) {
+        return Ok(());
+    }
+    files.par_iter().try_for_each(|path| {
+        let synced = File::open(path).and_then(|file| file.sync_all());
+        synced.with_context(|| format!("could not make `{}` durable", path.display()))
+    })
+}
+
+/// Makes everything durable that was written to the file system of a folder. `false` where that can't be done by one call.
+#[cfg(any(target_os = "linux", target_os = "android"))]
+fn sync_file_system(folder: &Path) -> bool {
+    File::open(folder).is_ok_and(|folder| rustix::fs::syncfs(folder).is_ok())
+}
+
+#[cfg(not(any(target_os = "linux", target_os = "android")))]
+fn sync_file_system(_: &Path) -> bool {
+    false
+}
+
+/// Exchanges what two paths name, in one step. An error of the kind [`ErrorKind::Unsupported`] where the system or the file
+/// system has no such step.
+pub(super) fn exchange(one: &Path, other: &Path) -> io::Result<()> {
+    rename_with(one, other, Step::Exchange)
+}
+
+/// Gives `from` the name `to`, which must be free.
+pub(super) fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
+    match rename_with(from, to, Step::New) {
+        Err(error) if error.kind() == ErrorKind::Unsupported => {
+            if fs::symlink_metadata(to).is_ok() {
+                return Err(ErrorKind::AlreadyExists.into());
+            }
+            fs::rename(from, to)
+        }
+        result => result,
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Step {
+    Exchange,
+    New,
+}
+
+#[cfg(any(target_os = "linux", target_os = "android", target_vendor = "apple"))]
+fn rename_with(from: &Path, to: &Path, step: Step) -> io::Result<()> {
+    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    use rustix::io::Errno;
+
+    let flags = match step {
+        Step::Exchange => RenameFlags::EXCHANGE,
+        Step::New => RenameFlags::NOREPLACE,
+    };
+    match renameat_with(CWD, from, CWD, to, flags) {
+        Ok(()) => Ok(()),
+        Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => Err(ErrorKind::Unsupported.into()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+#[cfg(not(any(target_os = "linux", target_os = "android", target_vendor = "apple")))]
+fn rename_with(_: &Path, _: &Path, _: Step) -> io::Result<()> {
+    Err(ErrorKind::Unsupported.into())
 }
 
 /// Removes a folder or file if it is there.

@@ -31,7 +31,8 @@ pub struct Resources {
     /// Threads the stage may compute with; without it the stage counts as one and may use all cores.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpus: Option<NonZeroUsize>,
-    /// Memory to keep free for the stage. It is reckoned with, not enforced.
+    /// Memory to keep free for the stage. It is reckoned with, not enforced; but stages that read data, templates and models may
+    /// take no more than 4 GiB, or this if it is more.
     #[serde(default)]
     pub memory: Bytes,
     /// Devices the stage has to itself.

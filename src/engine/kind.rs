@@ -53,6 +53,8 @@ pub trait AnyStage: Send + Sync {
     fn output(&self) -> &'static str;
     /// [`Stage::EXCLUSIVE`].
     fn exclusive(&self) -> bool;
+    /// [`Stage::BOUNDED`].
+    fn bounded(&self) -> bool;
     /// [`Stage::MOVES`].
     fn moves(&self) -> bool;
     /// [`Stage::GROWS`].
@@ -79,6 +81,9 @@ impl<S: Stage> AnyStage for S {
     }
     fn exclusive(&self) -> bool {
         S::EXCLUSIVE
+    }
+    fn bounded(&self) -> bool {
+        S::BOUNDED
     }
     fn moves(&self) -> bool {
         S::MOVES

@@ -194,9 +194,10 @@ impl Manifest {
         digest_list(&files.collect::<Vec<_>>())
     }
 
-    /// Bytes of all files.
+    /// Bytes of all files. A manifest that was tampered with may speak of more than can be counted.
     pub fn size(&self) -> u64 {
-        self.files.values().map(|entry| entry.stat.size).sum()
+        let sizes = self.files.values().map(|entry| entry.stat.size);
+        sizes.fold(0, u64::saturating_add)
     }
 
     /// Compares a folder with this manifest. Reads only files whose stat differs, or all when `thorough`.

@@ -4,6 +4,7 @@
 //! A kind of stage implements [`Stage`]; the engine sees it as a `Box<dyn `[`AnyStage`]`>` made by a [`Kind`].
 
 mod canonical;
+mod child;
 mod context;
 mod event;
 mod files;
@@ -14,6 +15,7 @@ mod handling;
 mod history;
 mod kind;
 mod lasts;
+mod links;
 mod lock;
 mod manifest;
 mod outputs;
@@ -27,9 +29,12 @@ mod run;
 mod sources;
 mod stage;
 mod store;
+mod task;
 #[cfg(test)]
 mod tests;
 mod units;
+mod watch;
+pub mod work;
 mod worker;
 mod world;
 
@@ -45,7 +50,7 @@ pub use history::{Difference, Outcome, Run, RunStage};
 pub use kind::{AnyStage, Kind};
 pub use lock::{Move, Pin, Pins, moved};
 pub use manifest::{Check, Entry, Manifest, Stat};
-pub use outputs::place;
+pub use outputs::{Placing, Put, place};
 pub(crate) use params::{ARTIFACT_KEY, FILE_KEY, NEUTRAL_KEY, STAGE_KEY};
 pub use params::{Input, Neutral, SourcePath};
 pub use plan::{Situation, State};
@@ -55,5 +60,7 @@ pub use record::Record;
 pub use run::{Options, Summary, run};
 pub use stage::{Artifact, Problem, Stage};
 pub use store::{Found, Miss, Store};
+pub use task::Task;
 pub use units::{Bytes, Span};
+pub use watch::{Row, watched};
 pub use world::World;

@@ -1,136 +1,536 @@
-//! Puts results where people want them: linked or copied, whole or not at all, and never over somebody's own files.
+//! Puts results where people want them: whole or not at all, and never over somebody's own files.
+//!
+//! A result is made ready beside its place, under a name nobody can guess, and then exchanged with what is there in one step. The
+//! store remembers for each place what was put there and the names in use beside it, before anything happens under them: whatever
+//! is left after a kill is known as ours, and nothing else is ever removed.
+//!
+//! Files that people edit are copies. Large files are copies only where the file system shares their blocks; elsewhere they are hard
+//! links to the store's read-only files, because a model must not lie on the disk twice.
 
-use std::fs;
-use std::path::Path;
+use std::collections::BTreeSet;
+use std::fs::{self, File, Permissions};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context as _, bail};
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::canonical::Digest;
-use super::files::{link_or_copy, remove, write_atomically};
-use super::manifest::{Check, Manifest};
-use super::store::{Store, open_lock};
+use super::files::{
+    exchange, outlast, read_sealed, remove, rename_new, sync_files, sync_folder, write_sealed,
+};
+use super::links::{Linked, unedited};
+use super::manifest::{Check, Manifest, Stat, digest_file, walk};
+use super::store::{Store, take_lock};
+
+/// Larger files are hard links where they can't share blocks. Configurations, logs and tokenizers are smaller (the largest
+/// `tokenizer.json` in wide use has 34 MB) and copied in a blink; weights, whose second copy would cost, are larger.
+const LARGE: u64 = 64 << 20;
+
+/// What names beside a place begin with.
+const PREFIX: &str = ".pipeline-";
+
+/// How a result is put in its place.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Placing {
+    /// Replaces whatever is there.
+    pub overwrite: bool,
+    /// Reads what is there and compares it, instead of trusting unchanged times and sizes.
+    pub verify: bool,
+}
+
+/// A result in its place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Put {
+    /// Whether anything was changed there.
+    pub changed: bool,
+    /// How many of its files are read-only links into the store.
+    pub links: usize,
+}
+
+/// What the store knows of a place.
+#[derive(Clone, Default, PartialEq, Serialize, Deserialize)]
+struct State {
+    /// What was put there last. During an exchange also what was there before, so that a crash in the middle locks nobody out.
+    placed: Vec<Placed>,
+    /// Names beside the place that are ours.
+    beside: BTreeSet<String>,
+}
 
 /// What was put in a place, so that it can be told from what people put there.
-#[derive(Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Serialize, Deserialize)]
 struct Placed {
     artifact: Digest,
     manifest: Manifest,
+    /// The files that are hard links into the store.
+    links: BTreeSet<String>,
 }
 
-/// Puts the artifact's files into `place`. Returns whether anything changed. A place that holds what the runner did not
-/// put there is an error, unless `overwrite`.
-pub fn place(store: &Store, artifact: &str, place: &Path, overwrite: bool) -> anyhow::Result<bool> {
-    let state = store.state(&format!(
-        "outputs/{}.json",
-        blake3::hash(place.as_os_str().as_encoded_bytes()).to_hex()
-    ));
-    // One at a time: another runner of the same recipe would take what this one is putting there for somebody else's. A store
-    // that can't be written has no lock, and no output to put anywhere either.
-    let _held = open_lock(&state.with_extension("lock"))
-        .ok()
-        .map(|lock| lock.lock().map(|()| lock));
-    let known: Vec<Placed> = fs::read(&state)
-        .ok()
-        .and_then(|bytes| serde_json::from_slice(&bytes).ok())
-        .unwrap_or_default();
-    let mut before = None;
-    if fs::symlink_metadata(place).is_ok() {
-        let ours = |placed: &Placed| {
-            matches!(
-                placed.manifest.check(place, false),
-                Check::Sound | Check::Touched(_)
-            )
+/// What is in a place.
+enum Found {
+    Nothing,
+    /// A folder without contents, which nobody misses.
+    Empty,
+    /// What was put there.
+    Ours(Placed),
+    /// The same, but bytes that it shares with the store were damaged.
+    Damaged(Placed),
+    /// Something else; what to say of it.
+    Theirs(String),
+}
+
+/// Puts the artifact's files into the folder `place`, whose parent folders are real ones. What the runner did not put there stays, with
+/// an error, unless it may be overwritten. `waiting` is called, with the holder, when another run is at the same place; `cancel` ends the
+/// waiting.
+pub fn place(
+    store: &Store,
+    artifact: &str,
+    place: &Path,
+    how: Placing,
+    cancel: &AtomicBool,
+    waiting: &mut dyn FnMut(&str),
+) -> anyhow::Result<Put> {
+    let slot = Slot::open(store, place)?;
+    let lock = slot.lock(cancel, waiting);
+    slot.put(artifact, how, lock, exchange)
+}
+
+/// A place and what is known of it.
+struct Slot<'a> {
+    store: &'a Store,
+    place: &'a Path,
+    /// The folder around it.
+    parent: &'a Path,
+    /// The file of `state`.
+    path: PathBuf,
+    state: State,
+    /// The same as it is in that file.
+    written: State,
+}
+
+impl<'a> Slot<'a> {
+    fn open(store: &'a Store, place: &'a Path) -> anyhow::Result<Self> {
+        let (Some(parent), Some(_)) = (place.parent(), place.file_name()) else {
+            bail!("`{}` is no place for an output", place.display());
         };
-        before = known.into_iter().find(ours);
-        if before.is_none()
-            && let Some(manifest) = holds(place, store, artifact)
+        let key = blake3::hash(place.as_os_str().as_encoded_bytes()).to_hex();
+        let path = store.state(&format!("outputs/{key}.json"));
+        Ok(Self {
+            store,
+            place,
+            parent,
+            path,
+            state: State::default(),
+            written: State::default(),
+        })
+    }
+
+    fn put(
+        mut self,
+        artifact: &str,
+        how: Placing,
+        lock: anyhow::Result<File>,
+        swap: impl Fn(&Path, &Path) -> io::Result<()>,
+    ) -> anyhow::Result<Put> {
+        self.state = read_sealed(&self.path).unwrap_or_default();
+        self.written = self.state.clone();
+        if lock.is_ok() {
+            self.recover()?;
+        }
+        let found = self.look(artifact, how.verify)?;
+        if let Found::Ours(placed) = &found
+            && placed.artifact == artifact
         {
-            // Put there from another store, or by a copy of the whole project: it is what is wanted.
-            let placed = Placed {
-                artifact: artifact.to_owned(),
-                manifest,
-            };
-            write_atomically(&state, &serde_json::to_vec(&[placed])?)?;
-            return Ok(false);
+            let links = placed.links.len();
+            if lock.is_ok() {
+                // New times only spare work next time.
+                let _ = self.settle(placed.clone());
+            }
+            return Ok(Put {
+                changed: false,
+                links,
+            });
         }
-        match &before {
-            Some(placed) if placed.artifact == artifact => return Ok(false),
-            None if !overwrite && !is_empty_folder(place) => bail!(
-                "`{}` holds files that pipeline did not put there, or that were changed since; move them away, or run with \
-                 --overwrite-outputs",
+        // A store that can't be written has no lock. What it put in place is good all the same, but nothing new can be.
+        let _lock = lock.with_context(|| {
+            format!(
+                "could not reserve `{}`, which other runs may want to fill as well",
+                self.place.display()
+            )
+        })?;
+        if let Found::Theirs(what) = &found
+            && !how.overwrite
+        {
+            bail!(
+                "`{}` {what}; move it away, or run with --overwrite-outputs",
+                self.place.display()
+            );
+        }
+        let placed = self.replace(artifact, found, how.overwrite, swap)?;
+        Ok(Put {
+            changed: true,
+            links: placed.links.len(),
+        })
+    }
+
+    /// One at a time: another run would take what this one is putting there for somebody else's.
+    fn lock(&self, cancel: &AtomicBool, waiting: &mut dyn FnMut(&str)) -> anyhow::Result<File> {
+        take_lock(&self.path.with_extension("lock"), cancel, waiting)
+    }
+
+    /// Clears away what a run that was killed left beside the place. Where it was killed between two renames the whole result goes
+    /// (back) into its place.
+    fn recover(&mut self) -> anyhow::Result<()> {
+        for name in std::mem::take(&mut self.state.beside) {
+            // Sealed, and still not to be trusted with a path.
+            if !name.starts_with(PREFIX) || name.contains('/') {
+                continue;
+            }
+            let left = self.parent.join(&name);
+            let whole = |placed: &Placed| placed.is_in(&left);
+            if fs::symlink_metadata(self.place).is_err() && self.state.placed.iter().any(whole) {
+                rename_new(&left, self.place)
+                    .with_context(|| format!("could not make `{}`", self.place.display()))?;
+            } else {
+                remove(&left)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn look(&self, artifact: &str, verify: bool) -> anyhow::Result<Found> {
+        let place = self.place;
+        match fs::symlink_metadata(place) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Found::Nothing),
+            Err(error) => {
+                return Err(error).with_context(|| format!("could not read `{}`", place.display()));
+            }
+            Ok(found) if found.is_symlink() => {
+                return Ok(Found::Theirs("is a link that pipeline did not make".into()));
+            }
+            Ok(found) if !found.is_dir() => {
+                return Ok(Found::Theirs(
+                    "is a file that pipeline did not put there".into(),
+                ));
+            }
+            Ok(_) => {}
+        }
+        let mut change = None;
+        for placed in &self.state.placed {
+            match placed.manifest.check(place, verify) {
+                Check::Sound => return Ok(Found::Ours(placed.clone())),
+                Check::Touched(manifest) => return Ok(Found::Ours(placed.now(manifest))),
+                Check::Damaged(what) => change = change.or(Some(what)),
+                Check::Missing => {}
+                Check::Unreadable(error) => bail!("{error}"),
+            }
+        }
+        if let Some(placed) = self
+            .state
+            .placed
+            .iter()
+            .find(|it| only_links_rot(it, place))
+        {
+            return Ok(Found::Damaged(placed.clone()));
+        }
+        if is_empty_folder(place) {
+            return Ok(Found::Empty);
+        }
+        // Put there from another store, or by a copy of the whole project: it is what is wanted.
+        if let Some(placed) = holds(place, self.store, artifact) {
+            return Ok(Found::Ours(placed));
+        }
+        let what = "holds files that pipeline did not put there, or that were changed since";
+        Ok(Found::Theirs(match change {
+            Some(change) => format!("{what} ({change})"),
+            None => what.into(),
+        }))
+    }
+
+    /// Remembers that only this is in the place, and nothing beside it.
+    fn settle(&mut self, placed: Placed) -> anyhow::Result<()> {
+        self.state.placed = vec![placed];
+        self.state.beside.clear();
+        self.save()
+    }
+
+    fn save(&mut self) -> anyhow::Result<()> {
+        if self.state != self.written {
+            write_sealed(&self.path, &self.state)?;
+            self.written = self.state.clone();
+        }
+        Ok(())
+    }
+
+    /// A new name beside the place, known as ours before anything is there.
+    fn reserve(&mut self, make: impl Fn(&Path) -> io::Result<()>) -> anyhow::Result<PathBuf> {
+        fs::create_dir_all(self.parent)
+            .with_context(|| format!("could not make `{}`", self.parent.display()))?;
+        let (place, parent) = (self.place, self.parent);
+        let mut names = tempfile::Builder::new();
+        let reserved = names.prefix(PREFIX).rand_bytes(16).make_in(parent, |path| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            self.state.beside.insert(name.into_owned());
+            self.save().map_err(io::Error::other)?;
+            make(path)
+        });
+        let reserved =
+            reserved.with_context(|| format!("could not write beside `{}`", place.display()))?;
+        Ok(reserved.into_temp_path().keep()?)
+    }
+
+    fn replace(
+        &mut self,
+        artifact: &str,
+        found: Found,
+        overwrite: bool,
+        swap: impl Fn(&Path, &Path) -> io::Result<()>,
+    ) -> anyhow::Result<Placed> {
+        let next = self.reserve(|path| fs::create_dir(path))?;
+        let done = self.exchange(artifact, &next, &found, overwrite, swap);
+        if done.is_err() {
+            // The error that is told is the first one; what stays is known, and removed by the next run.
+            let _ = remove(&next);
+        }
+        let placed = done?;
+        match &found {
+            Found::Ours(old) | Found::Damaged(old) => {
+                let links = [(old.artifact.clone(), old.links.clone())];
+                let links = Linked::before(self.store, links.into());
+                let removed = remove(&next);
+                links.after();
+                removed?;
+            }
+            _ => remove(&next)?,
+        }
+        let mut placed = placed;
+        // From this time on every change shows.
+        placed.manifest.remember_folders(self.place);
+        outlast(self.parent, placed.manifest.newest())
+            .with_context(|| format!("could not read `{}`", self.parent.display()))?;
+        self.settle(placed.clone())?;
+        Ok(placed)
+    }
+
+    /// Fills `next` and puts it in the place. Afterwards `next` is what was there before, or nothing.
+    fn exchange(
+        &mut self,
+        artifact: &str,
+        next: &Path,
+        found: &Found,
+        overwrite: bool,
+        swap: impl Fn(&Path, &Path) -> io::Result<()>,
+    ) -> anyhow::Result<Placed> {
+        let placed = fill(self.store, artifact, next)?;
+        self.state.placed = vec![placed.clone()];
+        if let Found::Ours(old) | Found::Damaged(old) = found {
+            self.state.placed.push(old.clone());
+        }
+        self.save()?;
+        let place = self.place;
+        let cannot = || format!("could not make `{}`", place.display());
+        if matches!(found, Found::Nothing) {
+            rename_new(next, place).with_context(cannot)?;
+            sync_folder(self.parent).with_context(cannot)?;
+            return Ok(placed);
+        }
+        match swap(next, place) {
+            Ok(()) => {}
+            Err(error) if error.kind() == ErrorKind::Unsupported => {
+                self.exchange_slowly(next)?;
+            }
+            Err(error) => return Err(error).with_context(cannot),
+        }
+        sync_folder(self.parent).with_context(cannot)?;
+        // What somebody put there in the meantime goes back.
+        let as_found = match found {
+            Found::Empty => is_empty_folder(next),
+            Found::Ours(old) => old.is_in(next),
+            Found::Damaged(old) => old.is_in(next) || only_links_rot(old, next),
+            Found::Nothing | Found::Theirs(_) => true,
+        };
+        if !as_found && !overwrite {
+            match swap(next, place) {
+                Err(error) if error.kind() == ErrorKind::Unsupported => {
+                    self.exchange_slowly(next)?;
+                }
+                result => result.with_context(cannot)?,
+            }
+            bail!(
+                "`{}` was changed while the result was put there; it stays as it is",
                 place.display()
-            ),
-            _ => {}
+            );
         }
+        Ok(placed)
     }
-    let Some(name) = place
-        .file_name()
-        .map(|name| name.to_string_lossy().into_owned())
-    else {
-        bail!("`{}` is no place for an output", place.display());
-    };
-    let (next, old) = (
-        place.with_file_name(format!(".{name}.next")),
-        place.with_file_name(format!(".{name}.old")),
-    );
-    remove(&next)?;
-    remove(&old)?;
-    let manifest = fill(store, artifact, &next).inspect_err(|_| {
-        // The error that is told is the first one.
-        let _ = remove(&next);
-    })?;
-    // Before the exchange both states are known as ours, so that a crash in the middle locks nobody out.
-    let mut known = vec![Placed {
-        artifact: artifact.to_owned(),
-        manifest,
-    }];
-    known.extend(before);
-    write_atomically(&state, &serde_json::to_vec(&known)?)?;
-    if fs::symlink_metadata(place).is_ok() {
-        fs::rename(place, &old)
-            .with_context(|| format!("could not replace `{}`", place.display()))?;
+
+    /// Where there is no exchange: the place is empty between two renames, and [`Slot::recover`] knows what to do after a kill.
+    fn exchange_slowly(&mut self, next: &Path) -> anyhow::Result<()> {
+        let place = self.place;
+        let cannot = || format!("could not replace `{}`", place.display());
+        // Only a free name: it is made by the rename.
+        let old = self.reserve(|path| match fs::symlink_metadata(path) {
+            Ok(_) => Err(ErrorKind::AlreadyExists.into()),
+            Err(_) => Ok(()),
+        })?;
+        rename_new(place, &old).with_context(cannot)?;
+        if let Err(error) = rename_new(next, place) {
+            // The error that is told is the first one.
+            let _ = rename_new(&old, place);
+            return Err(error).with_context(cannot);
+        }
+        rename_new(&old, next).with_context(cannot)
     }
-    fs::rename(&next, place).with_context(|| format!("could not make `{}`", place.display()))?;
-    remove(&old)?;
-    Ok(true)
 }
 
-/// The manifest of a folder that has exactly the artifact's files. Reads them only where all sizes agree.
-fn holds(place: &Path, store: &Store, artifact: &str) -> Option<Manifest> {
-    let same_size = |(name, entry): (&String, &super::manifest::Entry)| {
-        fs::metadata(place.join(name)).is_ok_and(|found| found.len() == entry.stat.size)
+impl Placed {
+    /// The same with new stats.
+    fn now(&self, manifest: Manifest) -> Self {
+        Self {
+            manifest,
+            ..self.clone()
+        }
+    }
+
+    /// Whether a folder has exactly what was placed.
+    fn is_in(&self, folder: &Path) -> bool {
+        let check = self.manifest.check(folder, false);
+        matches!(check, Check::Sound | Check::Touched(_))
+    }
+}
+
+/// Whether the folder differs from what was placed only in the bytes of links, and in no size, time or inode of theirs: nobody edited
+/// them, so the store's own bytes were damaged. An edit leaves a new time, and a copy belongs to whoever edits it.
+fn only_links_rot(placed: &Placed, folder: &Path) -> bool {
+    let Ok(files) = walk(folder) else {
+        return false;
     };
-    if !store.manifest(artifact)?.files.iter().all(same_size) {
+    let expected = &placed.manifest.files;
+    files.len() == expected.len()
+        && files.iter().all(|(name, path)| {
+            let Some(entry) = expected.get(name) else {
+                return false;
+            };
+            let unedited = fs::symlink_metadata(path)
+                .is_ok_and(|found| unedited(&Stat::of(&found), &entry.stat));
+            (placed.links.contains(name) && unedited)
+                || digest_file(path).is_ok_and(|found| found == entry.blake3)
+        })
+}
+
+/// A folder that has exactly the artifact's files. Reads them only where all sizes agree.
+fn holds(place: &Path, store: &Store, artifact: &str) -> Option<Placed> {
+    let kept = store.manifest(artifact)?;
+    let same_size = |(name, entry): (&String, &super::manifest::Entry)| {
+        fs::symlink_metadata(place.join(name)).is_ok_and(|found| found.len() == entry.stat.size)
+    };
+    if !kept.files.iter().all(same_size) {
         return None;
     }
-    Manifest::read(place)
-        .ok()
-        .filter(|found| found.digest() == artifact)
+    let manifest = Manifest::read(place).ok()?;
+    if manifest.digest() != artifact {
+        return None;
+    }
+    let folder = store.artifact(artifact);
+    let id = |path: &Path| {
+        let found = fs::symlink_metadata(path).ok()?;
+        Some((found.dev(), found.ino()))
+    };
+    let linked = |name: &&String| {
+        let mine = id(&place.join(name));
+        mine.is_some() && mine == id(&folder.join(name))
+    };
+    Some(Placed {
+        artifact: artifact.to_owned(),
+        links: manifest.files.keys().filter(linked).cloned().collect(),
+        manifest,
+    })
 }
 
-fn fill(store: &Store, artifact: &str, folder: &Path) -> anyhow::Result<Manifest> {
+/// Makes the artifact's files in an empty folder, and makes them durable.
+fn fill(store: &Store, artifact: &str, folder: &Path) -> anyhow::Result<Placed> {
     let from = store.artifact(artifact);
-    let manifest = store
+    let kept = store
         .manifest(artifact)
         .context("the artifact's manifest is gone")?;
-    fs::create_dir_all(folder).with_context(|| format!("could not make `{}`", folder.display()))?;
-    let mut placed = manifest.clone();
-    for (name, entry) in &mut placed.files {
-        let to = folder.join(name);
-        if let Some(parent) = to.parent() {
-            fs::create_dir_all(parent)
-                .with_context(|| format!("could not make `{}`", parent.display()))?;
-        }
-        link_or_copy(&from.join(name), &to)?;
-        let metadata = fs::symlink_metadata(&to)
-            .with_context(|| format!("could not read `{}`", to.display()))?;
-        entry.stat = super::manifest::Stat::of(&metadata);
+    let names: Vec<&String> = kept.files.keys().collect();
+    let parents: BTreeSet<PathBuf> = names
+        .iter()
+        .filter_map(|name| Some(folder.join(name).parent()?.to_owned()))
+        .collect();
+    for parent in &parents {
+        fs::create_dir_all(parent)
+            .with_context(|| format!("could not make `{}`", parent.display()))?;
     }
-    placed.remember_folders(folder);
-    Ok(placed)
+    let large = |name: &&&String| kept.files[**name].stat.size > LARGE;
+    let maybe_links = names.iter().filter(large).map(|name| (**name).clone());
+    let maybe_links: BTreeSet<String> = maybe_links.collect();
+    let shares = AtomicBool::new(true);
+    let linking = [(artifact.to_owned(), maybe_links.clone())];
+    let linking = Linked::before(store, linking.into());
+    let made = names.par_iter().map(|name| {
+        let (source, target) = (from.join(name), folder.join(name));
+        let linked = give(&source, &target, maybe_links.contains(*name), &shares)
+            .and_then(|linked| Ok((linked, Stat::of(&fs::symlink_metadata(&target)?))));
+        linked.with_context(|| {
+            format!(
+                "could not copy `{}` to `{}`",
+                source.display(),
+                target.display()
+            )
+        })
+    });
+    let made: anyhow::Result<Vec<(bool, Stat)>> = made.collect();
+    linking.after();
+    let made = made?;
+    let mut copies: Vec<PathBuf> = Vec::new();
+    let mut manifest = kept.clone();
+    let mut links = BTreeSet::new();
+    for ((name, entry), (linked, stat)) in manifest.files.iter_mut().zip(made) {
+        entry.stat = stat;
+        if linked {
+            links.insert(name.clone());
+        } else {
+            copies.push(folder.join(name));
+        }
+    }
+    sync_files(folder, &copies)?;
+    for parent in &parents {
+        sync_folder(parent).with_context(|| format!("could not write `{}`", parent.display()))?;
+    }
+    manifest.remember_folders(folder);
+    Ok(Placed {
+        artifact: artifact.to_owned(),
+        manifest,
+        links,
+    })
+}
+
+/// Gives `to` the contents of `from`: a writable copy, or a link if it may be one. Whether it is a link.
+fn give(from: &Path, to: &Path, may_link: bool, shares: &AtomicBool) -> io::Result<bool> {
+    let mode = fs::metadata(from)?.permissions().mode();
+    // Asked until it fails once: all files of an artifact are on one file system.
+    let shared = shares.load(Ordering::Relaxed) && reflink_copy::reflink(from, to).is_ok();
+    if !shared {
+        shares.store(false, Ordering::Relaxed);
+        // What can be written may be somebody else's, such as the hub's cache; an edit here must not reach it.
+        if may_link && mode & 0o222 == 0 && fs::hard_link(from, to).is_ok() {
+            return Ok(true);
+        }
+        let mut source = File::open(from)?;
+        let mut target = File::create_new(to)?;
+        io::copy(&mut source, &mut target)?;
+    }
+    fs::set_permissions(to, Permissions::from_mode(mode | 0o200))?;
+    Ok(false)
 }
 
 fn is_empty_folder(path: &Path) -> bool {
     fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_none())
 }
+
+#[cfg(test)]
+mod tests;

@@ -29,6 +29,10 @@ pub trait Stage: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'stat
     /// Whether the stage takes the whole machine (a training): the runner starts only one such stage at a time.
     const EXCLUSIVE: bool = false;
 
+    /// Whether the stage reads rows, texts or models that anybody may have written, and never needs to hold more than a few
+    /// of them: its process may then take no more than a few GiB of memory (see [`super::Task`]).
+    const BOUNDED: bool = false;
+
     /// Whether [`Stage::outside`] gives facts that can move.
     const MOVES: bool = false;
 

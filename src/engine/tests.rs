@@ -501,31 +501,3 @@ fn cycles_and_unknown_stages_are_refused() {
         Err(GraphError::Cycle(_))
     ));
 }
-
-#[test]
-fn outputs_are_placed_once_and_never_over_other_files() {
-    let toy = Toy::new(13);
-    let first = toy.run();
-    let (store, place_at) = (toy.store(), toy.path("out/result"));
-    let artifact = |summary: &Summary| summary.artifacts[0].clone().unwrap();
-    assert!(place(&store, &artifact(&first), &place_at, false).unwrap());
-    assert!(!place(&store, &artifact(&first), &place_at, false).unwrap());
-    assert_eq!(
-        std::fs::read_to_string(place_at.join("text")).unwrap(),
-        "one+two"
-    );
-    let second = toy.run_with("-", "", &[]).0;
-    assert!(place(&store, &artifact(&second), &place_at, false).unwrap());
-    assert_eq!(
-        std::fs::read_to_string(place_at.join("text")).unwrap(),
-        "one-two"
-    );
-    std::fs::write(place_at.join("mine"), "keep").unwrap();
-    let error = place(&store, &artifact(&first), &place_at, false)
-        .unwrap_err()
-        .to_string();
-    assert!(error.contains("did not put there"), "{error}");
-    assert!(Path::new(&place_at.join("mine")).exists());
-    assert!(place(&store, &artifact(&first), &place_at, true).unwrap());
-    assert!(!place_at.join("mine").exists());
-}

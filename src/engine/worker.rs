@@ -1,7 +1,6 @@
 //! One stale stage on its own thread: lock, tries, commit; what a failure leaves is set aside.
 
 use std::any::Any;
-use std::io::ErrorKind;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,12 +11,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, anyhow, bail};
 
 use super::canonical::Digest;
+use super::child;
 use super::graph::Node;
 use super::plan::{Prepared, Situation};
 use super::reason::Reason;
 use super::record::{FORMAT, Record};
 use super::run::{seconds_now, send};
 use super::store::{Found, Miss};
+use super::task::is_full;
 use super::{Context, Event};
 
 /// The pause before the first retry; each further one is twice as long, up to [`LONGEST_PAUSE`].
@@ -294,8 +295,11 @@ impl Worker<'_, '_> {
     }
 }
 
-/// Runs a stage with as many threads as it declares.
+/// Runs a stage with as many threads as it declares: in a process of its own where there is a program for that.
 fn run_stage(node: &Node, context: &Context) -> anyhow::Result<()> {
+    if let Some(program) = &context.world.program {
+        return child::run(node, context, program);
+    }
     let Some(cpus) = node.handling.resources.cpus else {
         return node.stage.run(context);
     };
@@ -306,11 +310,7 @@ fn run_stage(node: &Node, context: &Context) -> anyhow::Result<()> {
 
 /// Keeps what a failed stage wrote and told. Where that is not possible nothing is kept; on a full disk only the log is.
 fn set_aside(miss: &Miss<'_>, context: &Context, error: &anyhow::Error) -> Option<PathBuf> {
-    let full = error.chain().any(|cause| {
-        let cause = cause.downcast_ref::<std::io::Error>();
-        cause.is_some_and(|cause| cause.kind() == ErrorKind::StorageFull)
-    });
-    if full {
+    if is_full(error) {
         // Best done first: it makes room.
         let _ = miss.discard();
     }

@@ -12,20 +12,17 @@ use super::RemoteFile;
 pub(super) enum Hasher {
     Sha256(sha2::Sha256),
     Git(sha1::Sha1),
-    /// Nothing is known but the size (files that another program put into the cache without links).
-    Nothing,
 }
 
 impl Hasher {
-    pub(super) fn of(file: &RemoteFile) -> Self {
-        if file.sha256.is_some() {
-            Self::Sha256(sha2::Sha256::new())
-        } else if file.git_sha1.is_some() {
+    /// For a file of `size` bytes. What has no hash is hashed as a large file.
+    pub(super) fn of(file: &RemoteFile, size: u64) -> Self {
+        if file.sha256.is_none() && file.git_sha1.is_some() {
             let mut hasher = sha1::Sha1::new();
-            hasher.update(format!("blob {}\0", file.size));
+            hasher.update(format!("blob {size}\0"));
             Self::Git(hasher)
         } else {
-            Self::Nothing
+            Self::Sha256(sha2::Sha256::new())
         }
     }
 
@@ -33,21 +30,19 @@ impl Hasher {
         match self {
             Self::Sha256(hasher) => hasher.update(bytes),
             Self::Git(hasher) => hasher.update(bytes),
-            Self::Nothing => {}
         }
     }
 
-    /// The hash in hexadecimal digits; empty when there is none.
+    /// The hash in hexadecimal digits.
     pub(super) fn finish(self) -> String {
         match self {
             Self::Sha256(hasher) => hex(&hasher.finalize()),
             Self::Git(hasher) => hex(&hasher.finalize()),
-            Self::Nothing => String::new(),
         }
     }
 }
 
-/// Whether the file at `path` is `file`: size and hash. `tick` is called now and then and may end the reading.
+/// Whether the file at `path` is `file`: size and hash, as far as they are known. `tick` is called now and then and may end the reading.
 pub(super) fn is_file(
     path: &Path,
     file: &RemoteFile,
@@ -62,12 +57,16 @@ pub(super) fn is_file(
             );
         }
     };
-    if source.metadata()?.len() != file.size {
+    let metadata = source.metadata()?;
+    if !metadata.is_file() || file.size.is_some_and(|size| size != metadata.len()) {
         return Ok(false);
     }
-    let mut hasher = Hasher::of(file);
+    let Some(expected) = file.etag() else {
+        return Ok(file.size.is_some());
+    };
+    let mut hasher = Hasher::of(file, metadata.len());
     feed(&mut source, &mut hasher, tick)?;
-    Ok(hasher.finish() == file.etag().unwrap_or_default())
+    Ok(hasher.finish() == expected)
 }
 
 /// Puts all of `source` into `hasher`; gives the number of bytes.
@@ -106,7 +105,7 @@ mod tests {
     fn git_names_a_blob_as_git_does() {
         let mut file = RemoteFile {
             path: "x".into(),
-            size: 6,
+            size: Some(6),
             sha256: None,
             git_sha1: Some("ce013625030ba8dba906f756967f9e9ca394464a".into()), // printf 'hello\n' | git hash-object --stdin
         };

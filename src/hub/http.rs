@@ -1,14 +1,20 @@
-//! One GET: redirects followed by hand so that the token stays with the hub, time limits set, answers judged by status.
+//! One request: redirects followed by hand so that the token stays with the hub, time limits set, answers judged by status.
 
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context as _;
+use serde::de::DeserializeOwned;
 use ureq::http::{HeaderMap, HeaderValue, Response, Uri, header};
-use ureq::{Agent, Body};
+use ureq::{Agent, Body, Proxy};
 
-use super::HubSettings;
+use super::endpoint::{Endpoint, Origin};
+use super::{HubSettings, tls};
 
 const MAX_REDIRECTS: usize = 10;
+/// The longest sentence of a server that is passed on.
+const LONGEST_SENTENCE: usize = 300;
 
 /// Why a request brought nothing.
 #[derive(Debug)]
@@ -18,9 +24,15 @@ pub(super) enum Failure {
         status: u16,
         /// The hub's own word for it: `GatedRepo`, `RepoNotFound`, `RevisionNotFound`, `EntryNotFound`.
         code: Option<String>,
+        /// The hub's sentence.
+        says: Option<String>,
+        /// How long it asks to wait.
+        wait: Option<Duration>,
     },
     /// The connection failed or fell silent; another try may work.
     Connection(String),
+    /// The server's certificate is not trusted.
+    Certificate(String),
     /// An answer that makes no sense.
     Nonsense(String),
 }
@@ -31,43 +43,153 @@ impl Failure {
         match self {
             Self::Status { status, .. } => *status == 408 || *status == 429 || *status >= 500,
             Self::Connection(_) => true,
-            Self::Nonsense(_) => false,
+            Self::Certificate(_) | Self::Nonsense(_) => false,
+        }
+    }
+
+    /// Whether it looks as if the server knew nothing of such addresses at all: a mirror of a part of the hub.
+    pub(super) fn is_unknown_page(&self) -> bool {
+        match self {
+            Self::Status { status, code, .. } => {
+                [400, 404, 405, 501].contains(status) && code.is_none()
+            }
+            Self::Nonsense(_) => true,
+            Self::Connection(_) | Self::Certificate(_) => false,
+        }
+    }
+
+    fn of(status: u16, headers: &HeaderMap<HeaderValue>) -> Self {
+        Self::Status {
+            status,
+            code: text(headers, "x-error-code").map(str::to_owned),
+            says: text(headers, "x-error-message").map(str::to_owned),
+            wait: told_wait(status, headers),
         }
     }
 }
 
-/// The HTTP client: hf-hub's headers on our own agent, because hf-hub's has no time limits.
-pub(super) struct Http {
-    agent: Agent,
-    headers: HeaderMap<HeaderValue>,
-    authorization: Option<HeaderValue>,
-    origin: Origin,
+/// An answer with a body, and the headers of the redirects before it.
+pub(super) struct Reply {
+    pub(super) response: Response<Body>,
+    hops: Vec<HeaderMap<HeaderValue>>,
 }
 
+impl Reply {
+    /// What the hub says of the file, before it sends one elsewhere.
+    pub(super) fn facts(&self) -> Facts {
+        let mut facts = Facts::default();
+        for headers in self.hops.iter().chain([self.response.headers()]) {
+            facts.add(headers);
+        }
+        facts
+    }
+}
+
+/// What headers say of a file.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub(super) struct Facts {
+    /// The commit that the file is of.
+    pub(super) commit: Option<String>,
+    /// The size of the file behind a redirect.
+    pub(super) size: Option<u64>,
+    /// The hash of the file, without quotes.
+    pub(super) etag: Option<String>,
+}
+
+impl Facts {
+    fn add(&mut self, headers: &HeaderMap<HeaderValue>) {
+        let set = |name| text(headers, name).map(str::to_owned);
+        self.commit = self.commit.take().or_else(|| set("x-repo-commit"));
+        let size = || text(headers, "x-linked-size")?.trim().parse().ok();
+        self.size = self.size.or_else(size);
+        let etag = || text(headers, "x-linked-etag").and_then(plain_etag);
+        self.etag = self.etag.take().or_else(etag);
+    }
+
+    /// Those of the answer that stands for the file itself.
+    fn last(mut self, headers: &HeaderMap<HeaderValue>) -> Self {
+        self.add(headers);
+        let etag = || text(headers, "etag").and_then(plain_etag);
+        self.etag = self.etag.take().or_else(etag);
+        self.size = self.size.or_else(|| whole_length(headers));
+        self
+    }
+}
+
+/// The HTTP client: hf-hub's headers on our own agents, because hf-hub's has no time limits.
+pub(super) struct Http {
+    settings: HubSettings,
+    headers: HeaderMap<HeaderValue>,
+    authorization: Option<HeaderValue>,
+    endpoint: Endpoint,
+    /// Made when first needed.
+    agents: Mutex<BTreeMap<AgentKind, Agent>>,
+}
+
+/// Whether it is for https, through which proxy, and whether a file is awaited.
+type AgentKind = (bool, Option<String>, bool);
+
 impl Http {
-    /// A client that sends `headers` (hf-hub's) to the hub of `settings`.
+    /// A client that sends `headers` (hf-hub's) to the hub at `endpoint`.
     pub(super) fn new(
         settings: &HubSettings,
+        endpoint: &Endpoint,
         mut headers: HeaderMap<HeaderValue>,
     ) -> anyhow::Result<Self> {
-        let endpoint = settings.endpoint();
-        let origin = endpoint
-            .parse::<Uri>()
-            .ok()
-            .and_then(|uri| Origin::of(&uri));
-        let origin = origin.with_context(|| {
-            format!("`HF_ENDPOINT` is `{endpoint}`, expected an address such as `https://huggingface.co`")
-        })?;
-        let authorization = headers.remove(header::AUTHORIZATION).map(|mut value| {
+        let mut authorization = headers.remove(header::AUTHORIZATION);
+        // As in huggingface_hub, the name and password of the address come first: there is one header for both.
+        if let Some(login) = &endpoint.login {
+            let login = HeaderValue::from_str(login);
+            authorization =
+                Some(login.context("`HF_ENDPOINT` holds a password that can't be sent")?);
+        }
+        if let Some(value) = &mut authorization {
             value.set_sensitive(true);
-            value
-        });
+        }
         // Compressed bodies would make sizes and ranges meaningless.
         headers.insert(
             header::ACCEPT_ENCODING,
             HeaderValue::from_static("identity"),
         );
-        let limit = Some(settings.timeout);
+        let http = Self {
+            settings: settings.clone(),
+            headers,
+            authorization,
+            endpoint: endpoint.clone(),
+            agents: Mutex::default(),
+        };
+        if !settings.offline {
+            // What is wrong with certificates or proxies is told before anything is asked.
+            http.agent(&endpoint.origin, false)?;
+        }
+        Ok(http)
+    }
+
+    /// Whether anything that lets people in is sent.
+    pub(super) fn has_token(&self) -> bool {
+        self.authorization.is_some()
+    }
+
+    fn agent(&self, origin: &Origin, for_file: bool) -> anyhow::Result<Agent> {
+        let secure = origin.scheme == "https";
+        let proxy = self.settings.proxies.choose(&origin.scheme, &origin.host);
+        let key = (secure, proxy.map(str::to_owned), for_file);
+        let mut agents = self.agents.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(agent) = agents.get(&key) {
+            return Ok(agent.clone());
+        }
+        let proxy = match proxy {
+            None => None,
+            // The address may hold a password.
+            Some(address) => Some(Proxy::new(address).ok().context(
+                "the address of the proxy (`HTTPS_PROXY`, `HTTP_PROXY` or `ALL_PROXY`) makes no sense",
+            )?),
+        };
+        let limit = Some(if for_file {
+            self.settings.timeout
+        } else {
+            self.settings.answer_timeout
+        });
         let mut config = Agent::config_builder()
             .http_status_as_error(false)
             .max_redirects(0)
@@ -76,66 +198,159 @@ impl Http {
             .timeout_connect(limit)
             .timeout_send_request(limit)
             .timeout_recv_response(limit)
-            .timeout_per_read(limit);
-        if ["127.0.0.1", "localhost", "[::1]"].contains(&origin.host.as_str()) {
-            config = config.proxy(None);
+            .timeout_per_read(limit)
+            .proxy(proxy);
+        if secure {
+            config = config.tls_config(tls::config(&self.settings)?);
         }
-        Ok(Self {
-            agent: config.build().into(),
-            headers,
-            authorization,
-            origin,
-        })
-    }
-
-    pub(super) fn has_token(&self) -> bool {
-        self.authorization.is_some()
+        let agent: Agent = config.build().into();
+        agents.insert(key, agent.clone());
+        Ok(agent)
     }
 
     /// The answer to `GET uri`, from byte `start` on. Only 200 and 206 are answers.
-    pub(super) fn get(&self, uri: &Uri, start: u64) -> Result<Response<Body>, Failure> {
-        let mut uri = uri.clone();
-        for _ in 0..=MAX_REDIRECTS {
-            let response = self.send(&uri, start)?;
-            let status = response.status().as_u16();
-            match status {
-                200 | 206 => return Ok(response),
-                301 | 302 | 303 | 307 | 308 => {
-                    let target = response.headers().get(header::LOCATION);
-                    let target = target.and_then(|value| value.to_str().ok());
-                    uri = target
-                        .and_then(|target| follow(&uri, target))
-                        .ok_or_else(|| {
-                            Failure::Nonsense(format!(
-                                "it redirects ({status}) without a usable `Location`"
-                            ))
-                        })?;
-                }
-                _ => {
-                    let code = response.headers().get("x-error-code");
-                    let code = code.and_then(|value| value.to_str().ok());
-                    return Err(Failure::Status {
-                        status,
-                        code: code.map(str::to_owned),
-                    });
-                }
-            }
-        }
-        Err(Failure::Nonsense(format!(
-            "it redirects more than {MAX_REDIRECTS} times"
-        )))
+    pub(super) fn get(&self, uri: &Uri, start: u64) -> Result<Reply, Failure> {
+        let range = (start > 0).then(|| format!("bytes={start}-"));
+        self.follow(uri, range.as_deref(), true)
     }
 
-    fn send(&self, uri: &Uri, start: u64) -> Result<Response<Body>, Failure> {
-        let mut request = self.agent.get(uri);
+    fn follow(&self, uri: &Uri, range: Option<&str>, for_file: bool) -> Result<Reply, Failure> {
+        let mut uri = uri.clone();
+        let mut hops = Vec::new();
+        for _ in 0..=MAX_REDIRECTS {
+            let response = self.send(&uri, "GET", range, for_file)?;
+            match response.status().as_u16() {
+                200 | 206 => {
+                    check_encoding(response.headers())?;
+                    return Ok(Reply { response, hops });
+                }
+                status @ (301 | 302 | 303 | 307 | 308) => {
+                    uri = target(&uri, status, response.headers())?;
+                    hops.push(response.headers().clone());
+                }
+                status => return Err(Failure::of(status, response.headers())),
+            }
+        }
+        Err(too_many())
+    }
+
+    /// A description, and the address of its next page. At most `left` bytes of it are read.
+    pub(super) fn read<T: DeserializeOwned>(
+        &self,
+        uri: &Uri,
+        left: &mut u64,
+    ) -> Result<(T, Option<Uri>), Failure> {
+        let mut response = self.follow(uri, None, false)?.response;
+        let link = text(response.headers(), "link").unwrap_or_default();
+        let next = next_page(link, uri, &self.endpoint)?;
+        let body = response.body_mut().with_config().limit(*left);
+        let text = body.read_to_vec().map_err(|error| match error {
+            ureq::Error::BodyExceedsLimit(_) => {
+                Failure::Nonsense("it answers with a list of files that is too long".into())
+            }
+            error => Failure::Connection(error.to_string()),
+        })?;
+        *left = left.saturating_sub(text.len() as u64);
+        let read = serde_json::from_slice(&text).map_err(|_| {
+            Failure::Nonsense(
+                "it answers with something that is no description of a repository".into(),
+            )
+        })?;
+        Ok((read, next))
+    }
+
+    /// What the hub says of a file without sending it: by `HEAD`, or by a range of one byte where that is refused.
+    pub(super) fn head(&self, uri: &Uri) -> Result<Facts, Failure> {
+        match self.ask_head(uri) {
+            Err(Failure::Status {
+                status: 400 | 403 | 405 | 501,
+                code: None,
+                ..
+            }) => self.ask_byte(uri),
+            Ok(facts) if facts.size.is_none() => self.ask_byte(uri).map(|more| Facts {
+                commit: facts.commit.or(more.commit),
+                size: more.size,
+                etag: facts.etag.or(more.etag),
+            }),
+            asked => asked,
+        }
+    }
+
+    fn ask_head(&self, uri: &Uri) -> Result<Facts, Failure> {
+        let mut uri = uri.clone();
+        let mut facts = Facts::default();
+        for _ in 0..=MAX_REDIRECTS {
+            let response = self.send(&uri, "HEAD", None, false)?;
+            let headers = response.headers();
+            match response.status().as_u16() {
+                200 => {
+                    let own = Origin::of(&uri).as_ref() == Some(&self.endpoint.origin);
+                    return Ok(finish(facts, headers, own));
+                }
+                status @ (301 | 302 | 303 | 307 | 308) => {
+                    facts.add(headers);
+                    uri = target(&uri, status, headers)?;
+                    let away = Origin::of(&uri).as_ref() != Some(&self.endpoint.origin);
+                    // A signed address is good for one GET.
+                    if away && facts.size.is_some() {
+                        return Ok(facts);
+                    }
+                }
+                status => return Err(Failure::of(status, headers)),
+            }
+        }
+        Err(too_many())
+    }
+
+    fn ask_byte(&self, uri: &Uri) -> Result<Facts, Failure> {
+        let mut uri = uri.clone();
+        let mut facts = Facts::default();
+        let mut range = Some("bytes=0-0");
+        for _ in 0..=MAX_REDIRECTS {
+            let response = self.send(&uri, "GET", range, false)?;
+            let headers = response.headers();
+            match response.status().as_u16() {
+                // An empty file has no first byte, and costs nothing whole.
+                416 if range.is_some() => range = None,
+                200 | 206 => {
+                    let own = Origin::of(&uri).as_ref() == Some(&self.endpoint.origin);
+                    return Ok(finish(facts, headers, own));
+                }
+                status @ (301 | 302 | 303 | 307 | 308) => {
+                    facts.add(headers);
+                    uri = target(&uri, status, headers)?;
+                }
+                status => return Err(Failure::of(status, headers)),
+            }
+        }
+        Err(too_many())
+    }
+
+    fn send(
+        &self,
+        uri: &Uri,
+        method: &str,
+        range: Option<&str>,
+        for_file: bool,
+    ) -> Result<Response<Body>, Failure> {
+        let origin = Origin::of(uri)
+            .ok_or_else(|| Failure::Nonsense("it names an address that is none".into()))?;
+        let agent = self
+            .agent(&origin, for_file)
+            .map_err(|error| Failure::Nonsense(format!("{error:#}")))?;
+        let mut request = if method == "HEAD" {
+            agent.head(uri)
+        } else {
+            agent.get(uri)
+        };
         for (name, value) in &self.headers {
             request = request.header(name, value);
         }
-        if start > 0 {
-            request = request.header(header::RANGE, format!("bytes={start}-"));
+        if let Some(range) = range {
+            request = request.header(header::RANGE, range);
         }
         if let Some(authorization) = &self.authorization
-            && Origin::of(uri).as_ref() == Some(&self.origin)
+            && origin == self.endpoint.origin
         {
             request = request.header(header::AUTHORIZATION, authorization);
         }
@@ -143,39 +358,147 @@ impl Http {
             ureq::Error::BadUri(_) | ureq::Error::Http(_) => {
                 Failure::Nonsense("it names an address that is none".into())
             }
-            error => Failure::Connection(error.to_string()),
+            error => match tls::refusal(&error, &origin.host) {
+                Some(reason) => Failure::Certificate(reason),
+                None => Failure::Connection(error.to_string()),
+            },
         })
+    }
+
+    /// A server's sentence as people may read it: no control characters, no end of a page, no token.
+    pub(super) fn quotable(&self, says: &str) -> String {
+        let plain: String = says
+            .chars()
+            .filter(|c| !c.is_control())
+            .take(LONGEST_SENTENCE)
+            .collect();
+        let token = self.settings.token.as_deref().unwrap_or_default();
+        // A token of a letter or two is none, and would be found in every word.
+        if token.len() >= 8 {
+            plain.replace(token, "(token)")
+        } else {
+            plain
+        }
     }
 }
 
-/// Scheme, host and port: what the token belongs to.
-#[derive(PartialEq, Eq)]
-struct Origin {
-    scheme: String,
-    host: String,
-    port: u16,
+fn too_many() -> Failure {
+    Failure::Nonsense(format!("it redirects more than {MAX_REDIRECTS} times"))
 }
 
-impl Origin {
-    fn of(uri: &Uri) -> Option<Self> {
-        let scheme = uri.scheme_str()?.to_lowercase();
-        let default = match scheme.as_str() {
-            "https" => 443,
-            "http" => 80,
-            _ => return None,
-        };
-        Some(Self {
-            host: uri.host()?.to_lowercase(),
-            port: uri.port_u16().unwrap_or(default),
-            scheme,
+fn target(from: &Uri, status: u16, headers: &HeaderMap<HeaderValue>) -> Result<Uri, Failure> {
+    text(headers, "location")
+        .and_then(|target| follow(from, target))
+        .ok_or_else(|| {
+            Failure::Nonsense(format!(
+                "it redirects ({status}) without a usable `Location`"
+            ))
         })
+}
+
+/// The facts of a last answer. The etag of another host is no hash of the hub's.
+fn finish(facts: Facts, headers: &HeaderMap<HeaderValue>, own: bool) -> Facts {
+    let etag = facts.etag.clone();
+    let mut facts = facts.last(headers);
+    if !own {
+        facts.etag = etag;
+    }
+    facts
+}
+
+pub(super) fn text<'a>(headers: &'a HeaderMap<HeaderValue>, name: &str) -> Option<&'a str> {
+    headers.get(name).and_then(|value| value.to_str().ok())
+}
+
+/// The file's size: behind the slash of `Content-Range: bytes 0-0/5`, or the length of the whole body.
+fn whole_length(headers: &HeaderMap<HeaderValue>) -> Option<u64> {
+    let found = match text(headers, "content-range") {
+        Some(range) => range.rsplit_once('/')?.1,
+        None => text(headers, "content-length")?,
+    };
+    found.trim().parse().ok()
+}
+
+/// The etag without quotes and without the mark of a weak one.
+fn plain_etag(etag: &str) -> Option<String> {
+    let etag = etag.trim();
+    let etag = etag.strip_prefix("W/").unwrap_or(etag).trim_matches('"');
+    (!etag.is_empty()).then(|| etag.to_owned())
+}
+
+/// A body that is packed all the same has another size and other bytes.
+fn check_encoding(headers: &HeaderMap<HeaderValue>) -> Result<(), Failure> {
+    match text(headers, "content-encoding").map(str::trim) {
+        None | Some("" | "identity") => Ok(()),
+        Some(other) => {
+            let other: String = other.chars().take(20).collect();
+            Err(Failure::Nonsense(format!(
+                "it sends a packed body (`{other}`) though none was asked for"
+            )))
+        }
+    }
+}
+
+/// How long a server asks to wait: until its count starts anew, if that is used up, or as `Retry-After` says in seconds.
+fn told_wait(status: u16, headers: &HeaderMap<HeaderValue>) -> Option<Duration> {
+    let used_up = || {
+        let limit = text(headers, "ratelimit")?;
+        let of = |name: &str| -> Option<u64> {
+            let mut parts = limit.split(';').filter_map(|part| part.split_once('='));
+            let (_, value) = parts.find(|(found, _)| found.trim() == name)?;
+            value.trim().parse().ok()
+        };
+        (of("r") == Some(0)).then(|| of("t")).flatten()
+    };
+    let after = || text(headers, "retry-after")?.trim().parse().ok();
+    let seconds = if status == 429 { used_up() } else { None };
+    seconds.or_else(after).map(Duration::from_secs)
+}
+
+/// The next page of `Link: <..>; rel="next"`. A mirror passes on the hub's own address: it is asked for at the mirror. A next
+/// page that can't be asked for is an error, since the list would end there without a word.
+fn next_page(link: &str, asked: &Uri, endpoint: &Endpoint) -> Result<Option<Uri>, Failure> {
+    let mut rest = link;
+    loop {
+        let found = rest
+            .split_once('<')
+            .and_then(|(_, start)| start.split_once('>'));
+        let Some((address, after)) = found else {
+            return Ok(None);
+        };
+        let end = after.find('<').unwrap_or(after.len());
+        let is_next = after[..end]
+            .split([';', ','])
+            .filter_map(|part| part.split_once('='))
+            .any(|(name, value)| {
+                name.trim().eq_ignore_ascii_case("rel") && value.trim().trim_matches('"') == "next"
+            });
+        if is_next {
+            let next = address_of(asked, address).and_then(|next| {
+                if Origin::of(&next)? == endpoint.origin {
+                    return Some(next);
+                }
+                let path = next.path_and_query()?;
+                format!("{}{path}", endpoint.address).parse().ok()
+            });
+            let nonsense = || Failure::Nonsense("its list of files goes on nowhere".into());
+            return next.ok_or_else(nonsense).map(Some);
+        }
+        rest = &after[end..];
     }
 }
 
 /// The address that a redirect from `from` to `target` means; `None` when it is none, or leaves https for http.
 fn follow(from: &Uri, target: &str) -> Option<Uri> {
+    let uri = address_of(from, target)?;
+    let downgrade = from.scheme_str() == Some("https") && uri.scheme_str() != Some("https");
+    (!downgrade).then_some(uri)
+}
+
+/// The address that `target` means on the page `from`.
+fn address_of(from: &Uri, target: &str) -> Option<Uri> {
     let scheme = from.scheme_str()?;
-    let address = if target.contains("://") {
+    let address = if target.contains("://") && !target.starts_with('/') {
         target.to_owned()
     } else if target.starts_with("//") {
         format!("{scheme}:{target}")
@@ -189,9 +512,7 @@ fn follow(from: &Uri, target: &str) -> Option<Uri> {
         format!("{scheme}://{}{folder}/{target}", from.authority()?)
     };
     let uri: Uri = address.parse().ok()?;
-    Origin::of(&uri)?;
-    let downgrade = scheme == "https" && uri.scheme_str() != Some("https");
-    (!downgrade).then_some(uri)
+    Origin::of(&uri).map(|_| uri)
 }
 
 /// Waits, but looks up often: `tick` ends the wait by an error.
@@ -232,10 +553,63 @@ mod tests {
     }
 
     #[test]
-    fn another_port_is_another_origin() {
-        let origin = |text: &str| Origin::of(&text.parse().unwrap());
-        assert!(origin("https://a/x") == origin("https://A:443/y"));
-        assert!(origin("http://a:1/") != origin("http://a:2/"));
-        assert!(origin("http://a/") != origin("https://a/"));
+    fn a_told_wait_is_read() {
+        let told = |pairs: &[(&'static str, &'static str)]| {
+            let mut headers = HeaderMap::new();
+            for (name, value) in pairs {
+                headers.insert(*name, HeaderValue::from_static(value));
+            }
+            told_wait(429, &headers).map(|wait| wait.as_secs())
+        };
+        assert_eq!(told(&[("retry-after", " 7 ")]), Some(7));
+        assert_eq!(told(&[("ratelimit", "\"api\";r=0;t=55")]), Some(55));
+        let both = [
+            ("ratelimit", "\"api\"; r = 0 ; t = 55"),
+            ("retry-after", "7"),
+        ];
+        assert_eq!(told(&both), Some(55));
+        // There is still something left: that is not the reason.
+        let left = [("ratelimit", "\"api\";r=3;t=55"), ("retry-after", "7")];
+        assert_eq!(told(&left), Some(7));
+        assert_eq!(told(&[("ratelimit", "\"api\";r=3;t=55")]), None);
+        assert_eq!(
+            told(&[("retry-after", "Wed, 21 Oct 2015 07:28:00 GMT")]),
+            None
+        );
+        assert_eq!(told(&[("retry-after", "-1")]), None);
+    }
+
+    #[test]
+    fn the_next_page_is_found_and_never_on_another_host() {
+        let endpoint = Endpoint::parse("https://mirror.example/hub").unwrap();
+        let asked: Uri = "https://mirror.example/hub/api/models/a/b/tree/c?recursive=true"
+            .parse()
+            .unwrap();
+        let next = |link| {
+            let next = next_page(link, &asked, &endpoint).unwrap();
+            next.map(|uri| uri.to_string())
+        };
+        assert_eq!(
+            next("<https://huggingface.co/api/models/a/b/tree/c?cursor=x>; rel=\"next\"")
+                .as_deref(),
+            Some("https://mirror.example/hub/api/models/a/b/tree/c?cursor=x")
+        );
+        assert_eq!(
+            next("<https://mirror.example/hub/api/x?cursor=y>; rel=next").as_deref(),
+            Some("https://mirror.example/hub/api/x?cursor=y")
+        );
+        assert_eq!(
+            next("<https://a/b?x=1,2>; rel=\"prev\", </hub/api/x?cursor=z>; rel=\"next\"")
+                .as_deref(),
+            Some("https://mirror.example/hub/api/x?cursor=z")
+        );
+        assert_eq!(next("<https://a/b>; rel=\"last\""), None);
+        assert_eq!(next("nonsense"), None);
+        // The mirror is behind something that ends https.
+        assert_eq!(
+            next("<http://mirror.example/api/x?cursor=y>; rel=\"next\"").as_deref(),
+            Some("https://mirror.example/hub/api/x?cursor=y")
+        );
+        next_page("<ftp://x>; rel=\"next\"", &asked, &endpoint).unwrap_err();
     }
 }

@@ -22,6 +22,14 @@ impl RepoKind {
         }
     }
 
+    /// The part of the API that describes repositories of this kind.
+    pub(super) fn plural(self) -> &'static str {
+        match self {
+            Self::Model => "models",
+            Self::Dataset => "datasets",
+        }
+    }
+
     /// The repository's page below the endpoint.
     pub(super) fn page(self, repo: &str) -> String {
         match self {
@@ -54,8 +62,8 @@ pub struct Snapshot {
 pub struct RemoteFile {
     /// The path below the repository's root, with `/`.
     pub path: String,
-    /// Bytes.
-    pub size: u64,
+    /// Bytes; `None` where the listing does not say (some mirrors).
+    pub size: Option<u64>,
     /// The hash of the bytes, for large files.
     pub sha256: Option<String>,
     /// The git blob's hash, for small files.
@@ -63,6 +71,31 @@ pub struct RemoteFile {
 }
 
 impl RemoteFile {
+    /// A file as a server describes it. What can't be a hash counts as none.
+    pub(super) fn described(
+        path: String,
+        size: Option<u64>,
+        sha256: Option<String>,
+        git_sha1: Option<String>,
+    ) -> Self {
+        Self {
+            path,
+            size,
+            git_sha1: git_sha1.filter(|hash| sha256.is_none() && is_hex(hash, 40)),
+            sha256: sha256.filter(|hash| is_hex(hash, 64)),
+        }
+    }
+
+    /// Whether the file has a hash, so that its contents can be verified.
+    pub fn has_hash(&self) -> bool {
+        self.etag().is_some()
+    }
+
+    /// Whether nothing is missing that a download needs to be verified.
+    pub(super) fn is_whole(&self) -> bool {
+        self.size.is_some() && self.has_hash()
+    }
+
     /// The file's name in the cache: the hash that the hub sends as its etag.
     pub(super) fn etag(&self) -> Option<&str> {
         self.sha256.as_deref().or(self.git_sha1.as_deref())
@@ -129,18 +162,46 @@ pub(super) fn check_file(path: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The path as part of a URL: hf-hub puts it there as it is.
+/// A path as part of a URL: its slashes stay.
 pub(super) fn escape(path: &str) -> String {
+    escape_but(path, b"-_.~/+=@,")
+}
+
+/// A revision as one part of a URL's path.
+pub(super) fn escape_revision(revision: &str) -> String {
+    escape_but(revision, b"-_.~")
+}
+
+fn escape_but(text: &str, kept: &[u8]) -> String {
     use std::fmt::Write as _;
-    let mut escaped = String::with_capacity(path.len());
-    for byte in path.bytes() {
-        if byte.is_ascii_alphanumeric() || b"-_.~/+=@,".contains(&byte) {
+    let mut escaped = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        if byte.is_ascii_alphanumeric() || kept.contains(&byte) {
             escaped.push(char::from(byte));
         } else {
             let _ = write!(escaped, "%{byte:02X}");
         }
     }
     escaped
+}
+
+/// The bytes that an escaped text means; what is not well formed stays as it is.
+pub(super) fn unescape(text: &str) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let [first, tail @ ..] = rest {
+        let digit = |at: usize| tail.get(at).and_then(|byte| char::from(*byte).to_digit(16));
+        if let (b'%', Some(high), Some(low), Some(after)) =
+            (*first, digit(0), digit(1), tail.get(2..))
+        {
+            bytes.push((high * 16 + low) as u8);
+            rest = after;
+        } else {
+            bytes.push(*first);
+            rest = tail;
+        }
+    }
+    bytes
 }
 
 #[cfg(test)]
@@ -203,5 +264,7 @@ mod tests {
     fn urls_are_escaped() {
         assert_eq!(escape("data/a b#1?.json"), "data/a%20b%231%3F.json");
         assert_eq!(escape("ü%"), "%C3%BC%25");
+        assert_eq!(escape_revision("refs/pr/1"), "refs%2Fpr%2F1");
+        assert_eq!(unescape("p%40ss%2"), b"p@ss%2");
     }
 }

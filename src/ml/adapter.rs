@@ -11,6 +11,7 @@ use serde_json::Value;
 
 pub use config::{AdapterConfig, Bias, NewAdapter, Patterns, is_meant};
 
+use super::finite;
 use super::folder::sorted_json;
 use super::weights::{self, Weights};
 
@@ -61,6 +62,9 @@ impl Adapter {
                 .and_then(AdapterConfig::parse);
             let config = config.with_context(|| format!("could not use `{CONFIG}`"))?;
             let weights = Weights::open_file(&folder.join(FILE))?;
+            if let Some(found) = finite::find(&weights)? {
+                bail!("{found}; the adapter may have diverged in its training");
+            }
             let (tensors, saved) = tensors(&weights, &config)?;
             let adapter = Self {
                 config,

@@ -1,10 +1,11 @@
 //! A new adapter beside a model: its first matrices, and what it takes from the model's weights.
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 use candle_core::{DType, Device, Tensor};
 
 use super::adapter::{Adapter, Bias, LoraPair, NewAdapter, is_meant};
 use super::config::LlamaConfig;
+use super::finite;
 use super::linear::row_lengths;
 use super::lora_init;
 use super::nf4::Nf4;
@@ -89,6 +90,7 @@ fn copy_whole(
         );
         let path = name.rsplit_once('.').map_or(name, |(path, _)| path);
         unused.retain(|module| !is_meant(module, path));
+        is_finite(weights, name)?;
         let tensor = weights.tensor(name, &Device::Cpu)?;
         adapter.saved.insert(name.to_owned(), tensor);
     }
@@ -107,12 +109,28 @@ fn copy_whole(
     Ok(())
 }
 
-/// A weight as products see it, (out, in) in f32.
+/// A weight as products see it, (out, in) in f32; one with a NaN or an infinity can't begin anything.
 fn base(weights: &Weights, name: &str) -> anyhow::Result<Tensor> {
+    for part in [
+        name.to_owned(),
+        format!("{name}.absmax"),
+        format!("{name}.nested_absmax"),
+    ] {
+        if weights.contains(&part) {
+            is_finite(weights, &part)?;
+        }
+    }
     Ok(match Nf4::load(weights, name)? {
         Some(nf4) => nf4.to_tensor(DType::F32, &Device::Cpu)?,
         None => weights.tensor(name, &Device::Cpu)?.to_dtype(DType::F32)?,
     })
+}
+
+fn is_finite(weights: &Weights, name: &str) -> anyhow::Result<()> {
+    if let Some(found) = finite::check(weights, name)? {
+        bail!("{found}; look at where the model comes from");
+    }
+    Ok(())
 }
 
 /// The matrices A (r, in) and B (out, r) whose product is nearest to what quantisation took from a weight.

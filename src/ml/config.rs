@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context as _, bail, ensure};
 use candle_core::DType;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::float::Float;
 
@@ -52,6 +52,8 @@ pub struct LlamaConfig {
     pub attention_bias: bool,
     /// Whether those of the feed-forward part do.
     pub mlp_bias: bool,
+    /// The probability of dropping an attention weight in training, which is not computed here.
+    pub attention_dropout: f64,
     /// The first id of a text.
     pub bos_token_id: Option<u32>,
     /// The ids that end a text.
@@ -154,11 +156,27 @@ fn eos_ids(config: &Value) -> anyhow::Result<Vec<u32>> {
     Ok(ids.into_iter().flatten().collect())
 }
 
-/// transformers 5 keeps both in `rope_parameters`; before, there were `rope_theta` and `rope_scaling`.
+/// Yes or no; a key that is not there means no.
+fn flag(config: &Value, name: &str) -> anyhow::Result<bool> {
+    match config.get(name) {
+        None | Some(Value::Null) => Ok(false),
+        Some(Value::Bool(on)) => Ok(*on),
+        Some(other) => bail!("`{name}` is {other}, expected true or false"),
+    }
+}
+
+/// transformers 5 keeps both in `rope_parameters`; before, there were `rope_theta` and `rope_scaling`. Where a file has both
+/// spellings, `rope_scaling` counts, as in transformers.
 fn rope(config: &Value) -> anyhow::Result<(f64, Option<Llama3Rope>)> {
     let some = |name: &str| config.get(name).filter(|value| !value.is_null());
+    let filled = |name: &str| some(name).filter(|value| *value != &json!({}));
     let positive = |value: f64| value > 0. && value.is_finite();
-    let parameters = some("rope_parameters");
+    let name = if filled("rope_scaling").is_some() {
+        "rope_scaling"
+    } else {
+        "rope_parameters"
+    };
+    let parameters = filled(name);
     let theta = match parameters.and_then(|rope| rope.get("rope_theta")) {
         Some(theta) => Some(theta),
         None => some("rope_theta"),
@@ -168,12 +186,15 @@ fn rope(config: &Value) -> anyhow::Result<(f64, Option<Llama3Rope>)> {
             .as_f64()
             .filter(|theta| positive(*theta))
             .with_context(|| format!("`rope_theta` is {theta}, expected a number above 0"))?,
-        // The only guess: transformers' own, for the first Llamas, whose files have neither key.
-        None if parameters.is_none() => 10_000.,
-        None => bail!("`rope_parameters` has no `rope_theta`"),
+        // The only guess: transformers' own, for the first Llamas, whose files don't say it.
+        None => 10_000.,
     };
-    let scaling = parameters.or_else(|| some("rope_scaling"));
-    let scaling = scaling.map_or(Ok(None), rope_scaling)?;
+    let full = some("partial_rotary_factor").is_none_or(|factor| factor.as_f64() == Some(1.));
+    ensure!(
+        full,
+        "`partial_rotary_factor` is not 1; the heads of a Llama are rotated whole"
+    );
+    let scaling = parameters.map_or(Ok(None), |rope| rope_scaling(config, name, rope))?;
     if let Some(rope) = &scaling {
         ensure!(
             positive(rope.factor)
@@ -185,20 +206,92 @@ fn rope(config: &Value) -> anyhow::Result<(f64, Option<Llama3Rope>)> {
     Ok((theta, scaling))
 }
 
-fn rope_scaling(scaling: &Value) -> anyhow::Result<Option<Llama3Rope>> {
-    let kind = scaling.get("rope_type").or_else(|| scaling.get("type"));
-    match kind.and_then(Value::as_str) {
-        None | Some("default") => Ok(None),
-        Some("llama3") => Ok(Some(Llama3Rope {
-            factor: number(scaling, "factor")?,
-            low_freq_factor: number(scaling, "low_freq_factor")?,
-            high_freq_factor: number(scaling, "high_freq_factor")?,
-            original_max_position_embeddings: size(scaling, "original_max_position_embeddings")?,
-        })),
-        Some(other) => {
-            bail!("the rope type `{other}` is not supported, expected `default` or `llama3`")
-        }
+/// The parameters of the rope types that are computed.
+const ROPE_KEYS: [(&str, &[&str]); 2] = [
+    ("default", &[]),
+    ("llama3", &["factor", "low_freq_factor", "high_freq_factor"]),
+];
+
+fn rope_scaling(config: &Value, name: &str, scaling: &Value) -> anyhow::Result<Option<Llama3Rope>> {
+    let keys = scaling.as_object();
+    let keys = keys.with_context(|| format!("`{name}` is {scaling}, expected an object"))?;
+    let kind = match scaling.get("rope_type").or_else(|| scaling.get("type")) {
+        None => "default",
+        Some(kind) => kind
+            .as_str()
+            .with_context(|| format!("the `rope_type` is {kind}, expected a text"))?,
+    };
+    let found = ROPE_KEYS.iter().find(|(known, _)| *known == kind);
+    let Some((_, own)) = found else {
+        bail!("the rope type `{kind}` is not supported, expected `default` or `llama3`");
+    };
+    let common = [
+        "rope_type",
+        "type",
+        "rope_theta",
+        "original_max_position_embeddings",
+    ];
+    // Factors that change nothing.
+    let neutral = |key: &str, value: &Value| {
+        value.is_null() || key.ends_with("factor") && value.as_f64() == Some(1.)
+    };
+    for (key, value) in keys {
+        let known = common.contains(&key.as_str()) || own.contains(&key.as_str());
+        ensure!(
+            known || neutral(key, value),
+            "`{name}` has `{key}`, which the rope type `{kind}` doesn't know; was another `rope_type` meant? transformers \
+             warns of it and goes on without; hint: remove the key if that is right"
+        );
     }
+    if kind == "default" {
+        return Ok(None);
+    }
+    // As in transformers: the file's own, else the rope's, else the model's length.
+    let original = "original_max_position_embeddings";
+    let some = |place: &Value| place.get(original).is_some_and(|value| !value.is_null());
+    let original_max_position_embeddings = if some(config) {
+        size(config, original)?
+    } else if some(scaling) {
+        size(scaling, original)?
+    } else {
+        size_or(config, "max_position_embeddings", 2048)?
+    };
+    Ok(Some(Llama3Rope {
+        factor: number(scaling, "factor")?,
+        low_freq_factor: number(scaling, "low_freq_factor")?,
+        high_freq_factor: number(scaling, "high_freq_factor")?,
+        original_max_position_embeddings,
+    }))
+}
+
+/// Keys that change the numbers of other model types; a Llama has none of them.
+const OF_OTHERS: [&str; 14] = [
+    "attention_multiplier",
+    "attn_logit_softcapping",
+    "clip_qkv",
+    "embedding_multiplier",
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "no_rope_layers",
+    "num_experts",
+    "num_local_experts",
+    "query_pre_attn_scalar",
+    "residual_multiplier",
+    "sliding_window",
+    "use_qk_norm",
+];
+
+/// The keys of a folder's `config.json` that change the numbers of other model types, but have no effect on a Llama, here as in
+/// transformers.
+pub fn without_effect(folder: &Path) -> anyhow::Result<Vec<&'static str>> {
+    let config = Value::Object(super::folder::config(folder)?);
+    let is_set = |name: &&'static str| {
+        let value = config.get(*name).unwrap_or(&Value::Null);
+        let neutral = [json!(null), json!(false), json!(0), json!([])].contains(value);
+        !neutral && value.as_f64() != Some(1.)
+    };
+    Ok(OF_OTHERS.into_iter().filter(is_set).collect())
 }
 
 impl LlamaConfig {
@@ -213,22 +306,28 @@ impl LlamaConfig {
     }
 
     fn parse(config: &Value) -> anyhow::Result<Self> {
-        if let Some(kind) = config.get("model_type").and_then(Value::as_str) {
+        let kind = config.get("model_type").and_then(Value::as_str);
+        let kind = kind.context("`model_type` is missing, expected `llama`")?;
+        ensure!(
+            kind == "llama",
+            "the model type `{kind}` is not supported, expected `llama`"
+        );
+        if let Some(act) = config.get("hidden_act") {
+            // Two names of one function.
             ensure!(
-                kind == "llama",
-                "the model type `{kind}` is not supported, expected `llama`"
-            );
-        }
-        if let Some(act) = config.get("hidden_act").and_then(Value::as_str) {
-            ensure!(
-                act == "silu",
-                "the activation `{act}` is not supported, expected `silu`"
+                act == "silu" || act == "swish",
+                "the activation `{}` (`hidden_act`) is not supported, expected `silu`",
+                act.as_str().map_or_else(|| act.to_string(), str::to_owned)
             );
         }
         let hidden_size = size(config, "hidden_size")?;
         let num_attention_heads = size(config, "num_attention_heads")?;
         let num_key_value_heads = size_or(config, "num_key_value_heads", num_attention_heads)?;
         let head_dim = size_or(config, "head_dim", hidden_size / num_attention_heads)?;
+        ensure!(
+            hidden_size.is_multiple_of(num_attention_heads),
+            "`hidden_size` {hidden_size} is no multiple of the {num_attention_heads} attention heads, which transformers refuses"
+        );
         ensure!(
             num_attention_heads.is_multiple_of(num_key_value_heads),
             "{num_attention_heads} query heads can't share {num_key_value_heads} key heads evenly"
@@ -238,11 +337,16 @@ impl LlamaConfig {
             "the width of a head is {head_dim}, expected an even number"
         );
         let some = |name: &str| config.get(name).filter(|value| !value.is_null());
-        let on = |name: &str| some(name) == Some(&Value::Bool(true));
         let (rope_theta, rope_scaling) = rope(config)?;
         let quantized = some("quantization_config").map(quantization).transpose()?;
         let rms_norm_eps =
             some("rms_norm_eps").map_or(Ok(1e-6), |_| number(config, "rms_norm_eps"))?;
+        ensure!(
+            rms_norm_eps >= 0.,
+            "`rms_norm_eps` is {rms_norm_eps}, expected a number not below 0"
+        );
+        let attention_dropout =
+            some("attention_dropout").map_or(Ok(0.), |_| number(config, "attention_dropout"))?;
         Ok(Self {
             vocab_size: size(config, "vocab_size")?,
             hidden_size,
@@ -255,9 +359,10 @@ impl LlamaConfig {
             rope_theta,
             rope_scaling,
             max_position_embeddings: size_or(config, "max_position_embeddings", 2048)?,
-            tie_word_embeddings: on("tie_word_embeddings"),
-            attention_bias: on("attention_bias"),
-            mlp_bias: on("mlp_bias"),
+            tie_word_embeddings: flag(config, "tie_word_embeddings")?,
+            attention_bias: flag(config, "attention_bias")?,
+            mlp_bias: flag(config, "mlp_bias")?,
+            attention_dropout,
             bos_token_id: id_of(config, "bos_token_id")?,
             eos_token_ids: eos_ids(config)?,
             pad_token_id: id_of(config, "pad_token_id")?,
@@ -270,7 +375,6 @@ impl LlamaConfig {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use serde_json::json;
 
     use super::*;
 
@@ -305,11 +409,43 @@ mod tests {
                 json!({"rope_type": "yarn", "rope_theta": 1e4}),
                 "`yarn`",
             ),
+            ("model_type", json!(null), "`model_type` is missing"),
+            ("hidden_act", json!(null), "`hidden_act`"),
+            ("attention_bias", json!(1), "`attention_bias` is 1"),
+            (
+                "tie_word_embeddings",
+                json!("true"),
+                "`tie_word_embeddings`",
+            ),
+            ("num_attention_heads", json!(6), "no multiple of the 6"),
+            (
+                "partial_rotary_factor",
+                json!(0.5),
+                "`partial_rotary_factor`",
+            ),
+            ("attention_dropout", json!("0.1"), "`attention_dropout`"),
+            ("rms_norm_eps", json!(-1), "`rms_norm_eps`"),
             (
                 "rope_parameters",
-                json!({"rope_type": "default"}),
-                "no `rope_theta`",
+                json!({"rope_theta": 1e4, "factor": 4.0}),
+                "has `factor`",
             ),
+            (
+                "rope_parameters",
+                json!({"rope_type": null, "rope_theta": 1e4}),
+                "`rope_type` is null",
+            ),
+            (
+                "rope_scaling",
+                json!({"type": "linear", "factor": 2.0}),
+                "`linear`",
+            ),
+            (
+                "rope_parameters",
+                json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "mscale": 0.7}),
+                "has `mscale`",
+            ),
+            ("rope_scaling", json!([1]), "expected an object"),
             (
                 "rope_parameters",
                 json!({"rope_theta": "1e4"}),
@@ -363,6 +499,75 @@ mod tests {
         .unwrap();
         assert_eq!((many.eos_token_ids, many.pad_token_id), (vec![1, 2], None));
         assert_eq!(many.dtype, Some(DType::BF16));
+    }
+
+    #[test]
+    fn both_spellings_of_rope_count_as_in_transformers() {
+        let llama3 = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64});
+        let rope = |changes: &[(&str, Value)]| {
+            let config = golden_with(changes).unwrap();
+            let original = config
+                .rope_scaling
+                .map(|rope| rope.original_max_position_embeddings);
+            (config.rope_theta, original)
+        };
+        // `rope_scaling` counts, and then not the other's theta.
+        assert_eq!(rope(&[("rope_scaling", llama3.clone())]), (1e4, Some(64)));
+        let both = [
+            ("rope_scaling", llama3.clone()),
+            ("rope_theta", json!(7777.0)),
+        ];
+        assert_eq!(rope(&both), (7777., Some(64)));
+        assert_eq!(rope(&[("rope_scaling", json!({}))]), (5e5, None));
+        let inside = json!({"rope_type": "default", "rope_theta": 5.0});
+        let both = [("rope_parameters", inside), ("rope_theta", json!(123.0))];
+        assert_eq!(rope(&both), (5., None));
+        let bare = ("rope_parameters", json!({"rope_type": "default"}));
+        assert_eq!(
+            rope(&[bare.clone(), ("rope_theta", json!(123))]),
+            (123., None)
+        );
+        assert_eq!(rope(&[bare]), (1e4, None));
+        let top = ("original_max_position_embeddings", json!(128));
+        assert_eq!(
+            rope(&[("rope_scaling", llama3.clone()), top]),
+            (1e4, Some(128))
+        );
+        let mut short = llama3;
+        short
+            .as_object_mut()
+            .unwrap()
+            .remove("original_max_position_embeddings");
+        assert_eq!(rope(&[("rope_scaling", short)]), (1e4, Some(512)));
+        let neutral = json!({"rope_type": "default", "rope_theta": 1e4, "factor": 1.0, "attention_factor": null});
+        assert_eq!(rope(&[("rope_parameters", neutral)]), (1e4, None));
+        let other = [
+            ("hidden_act", json!("swish")),
+            ("attention_dropout", json!(0.1)),
+        ];
+        assert!((golden_with(&other).unwrap().attention_dropout - 0.1).abs() < 1e-12);
+    }
+
+    #[test]
+    fn keys_of_other_model_types_are_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let text = include_str!("../../tests/golden/model/config.json");
+        let mut config: Value = serde_json::from_str(text).unwrap();
+        for (name, value) in [
+            ("sliding_window", json!(4096)),
+            ("logit_scale", json!(0.25)),
+            ("residual_multiplier", json!(1.0)),
+            ("use_qk_norm", json!(false)),
+            ("num_experts", json!(null)),
+        ] {
+            config[name] = value;
+        }
+        std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+        assert_eq!(
+            without_effect(folder.path()).unwrap(),
+            ["logit_scale", "sliding_window"]
+        );
     }
 
     #[test]

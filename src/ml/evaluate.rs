@@ -1,8 +1,9 @@
 //! Numbers of a model on rows it is not trained on.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 
-use anyhow::ensure;
+use anyhow::{bail, ensure};
 
 use super::batch::{Batch, Row};
 use super::forward::Forward;
@@ -61,7 +62,27 @@ pub struct Scores {
     pub log_odds_ratio: f64,
 }
 
-/// Scores preference rows, `batch_size` at a time. `tell` is called with the number of rows done, and may stop with an
+/// Rows whose scores are no numbers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NotFinite {
+    /// Their numbers, from 0.
+    pub rows: Vec<usize>,
+}
+
+impl fmt::Display for NotFinite {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "the log-probabilities of the rows {:?} are not finite",
+            self.rows
+        )
+    }
+}
+
+impl std::error::Error for NotFinite {}
+
+/// Scores preference rows, `batch_size` at a time. Where a score is a NaN or infinite the error is a [`NotFinite`] with the rows
+/// of that batch: compared with anything, a NaN would count as a chosen answer that is not preferred. `tell` is called with the number of rows done, and may stop with an
 /// error.
 pub fn preferences(
     model: &Llama,
@@ -79,19 +100,25 @@ pub fn preferences(
     let (mut all_nll, mut all_count, mut answer_nll, mut answer_count) = (0f64, 0u64, 0f64, 0u64);
     let mut done = 0;
     // The numbers don't depend on the order: rows of like length go together, so that little is padding.
-    let mut sorted: Vec<&Row> = rows.iter().collect();
-    sorted.sort_by_key(|row| {
+    let mut sorted: Vec<(usize, &Row)> = rows.iter().enumerate().collect();
+    sorted.sort_by_key(|(_, row)| {
         let rejected = row.rejected.as_ref().map_or(0, Vec::len);
         row.prompt.len() + row.chosen.len().max(rejected)
     });
-    for rows in sorted.chunks(batch_size.max(1)) {
-        let batch = Batch::pairs(rows, pad)?;
+    for numbered in sorted.chunks(batch_size.max(1)) {
+        let rows: Vec<&Row> = numbered.iter().map(|(_, row)| *row).collect();
+        let batch = Batch::pairs(&rows, pad)?;
         let objective = Objective::Orpo { beta: 0. };
         let targets = objective.targets(&batch);
         let scored =
             in_pool(|| Forward::new(model, &[&batch], pass, false)?.score(&targets, false))?;
         let mut sums = vec![(0f64, 0u64); 2 * rows.len()];
+        let mut odd = BTreeSet::new();
         for (target, logp) in targets.iter().zip(&scored.logps) {
+            if !logp.is_finite() {
+                let row = numbered.get(target.row % rows.len());
+                odd.extend(row.map(|(number, _)| *number));
+            }
             let logp = f64::from(*logp);
             let prompt = batch.sequences.get(target.row).map_or(0, |s| s.prompt);
             if target.row < rows.len() {
@@ -102,6 +129,11 @@ pub fn preferences(
             {
                 *sum = (sum.0 + logp, sum.1 + 1);
             }
+        }
+        if !odd.is_empty() {
+            bail!(NotFinite {
+                rows: odd.into_iter().collect()
+            });
         }
         ensure!(
             sums.iter().all(|(_, count)| *count > 0),

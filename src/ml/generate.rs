@@ -42,15 +42,19 @@ pub fn greedy(
     }
 }
 
-/// The id of the largest logit, the first one of equals.
-fn best(logits: &[f32]) -> u32 {
+/// The id of the largest logit, the first one of equals. A NaN or an infinity among them is an error.
+fn best(logits: &[f32]) -> anyhow::Result<u32> {
+    ensure!(
+        logits.iter().all(|logit| logit.is_finite()),
+        "a NaN or an infinity comes out of the model where it answers a prompt"
+    );
     let mut best = (0u32, f32::NEG_INFINITY);
     for (id, &logit) in (0u32..).zip(logits) {
         if logit > best.1 {
             best = (id, logit);
         }
     }
-    best.0
+    Ok(best.0)
 }
 
 fn together(
@@ -67,15 +71,15 @@ fn together(
         return Ok(answers);
     }
     // The id that follows, unless the answer ends.
-    let mut follow = |token: Token, logits: &[f32]| {
+    let mut follow = |token: Token, logits: &[f32]| -> anyhow::Result<Option<Token>> {
         let answer: &mut Vec<u32> = &mut answers[token.text];
-        let id = best(logits);
+        let id = best(logits)?;
         if stops.contains(&id) {
-            return None;
+            return Ok(None);
         }
         answer.push(id);
         let text = token.text;
-        (answer.len() < limit).then_some(Token { text, id })
+        Ok((answer.len() < limit).then_some(Token { text, id }))
     };
     let all = prompts.iter().enumerate().flat_map(|(text, prompt)| {
         let tokens = prompt.iter().enumerate();
@@ -89,7 +93,8 @@ fn together(
         let last: Vec<usize> = last.map(|(at, _)| at).collect();
         let logits = decoder.step(&tokens, &last)?;
         let rows = last.iter().zip(logits.chunks_exact(vocabulary));
-        next.extend(rows.filter_map(|(&at, logits)| follow(tokens[at], logits)));
+        let followers = rows.filter_map(|(&at, logits)| follow(tokens[at], logits).transpose());
+        next.extend(followers.collect::<anyhow::Result<Vec<_>>>()?);
     }
     while !next.is_empty() {
         tell()?;
@@ -97,8 +102,8 @@ fn together(
         let logits = decoder.step(&next, &places)?;
         let rows = next.iter().zip(logits.chunks_exact(vocabulary));
         next = rows
-            .filter_map(|(&token, logits)| follow(token, logits))
-            .collect();
+            .filter_map(|(&token, logits)| follow(token, logits).transpose())
+            .collect::<anyhow::Result<_>>()?;
     }
     Ok(answers)
 }
@@ -117,7 +122,7 @@ fn alone(
     let mut next = prompt.to_vec();
     while answer.len() < limit {
         tell()?;
-        let id = best(&model.next_logits(&next, &mut cache, pass)?);
+        let id = best(&model.next_logits(&next, &mut cache, pass)?)?;
         if stops.contains(&id) {
             break;
         }

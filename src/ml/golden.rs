@@ -28,6 +28,33 @@ pub(crate) fn tensors(name: &str) -> BTreeMap<String, Tensor> {
     tensors.into_iter().collect()
 }
 
+/// A copy of a golden model folder in `out`, with other tensors.
+pub(crate) fn altered(
+    base: &str,
+    out: &std::path::Path,
+    change: impl FnOnce(&mut BTreeMap<String, Tensor>),
+) {
+    std::fs::create_dir_all(out).unwrap();
+    for entry in std::fs::read_dir(folder(base)).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), out.join(entry.file_name())).unwrap();
+    }
+    let mut all = tensors(&format!("{base}/model.safetensors"));
+    change(&mut all);
+    super::weights::save(&out.join("model.safetensors"), &all, &[("format", "pt")]).unwrap();
+}
+
+/// Puts `value` in the place of a tensor's value number `at`.
+pub(crate) fn put(tensors: &mut BTreeMap<String, Tensor>, name: &str, at: usize, value: f32) {
+    let old = &tensors[name];
+    let (dtype, shape) = (old.dtype(), old.dims().to_vec());
+    let flat = old.to_dtype(DType::F32).unwrap().flatten_all().unwrap();
+    let mut values: Vec<f32> = flat.to_vec1().unwrap();
+    values[at] = value;
+    let new = Tensor::from_vec(values, shape, &Device::Cpu).unwrap();
+    tensors.insert(name.into(), new.to_dtype(dtype).unwrap());
+}
+
 pub(crate) fn model(base: &str, adapter: Option<&str>, trained: Trained, compute: DType) -> Llama {
     let config = LlamaConfig::read(&folder(base)).unwrap();
     let weights = Weights::open(&folder(base)).unwrap();

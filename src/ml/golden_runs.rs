@@ -52,6 +52,7 @@ pub(super) fn settings() -> Settings {
         split: "train".into(),
         leave: None,
         rows_each: 1,
+        sources: Vec::new(),
     }
 }
 
@@ -202,6 +203,53 @@ fn run_c_with_a_ragged_group_is_that_of_trl() {
         model.path = path;
         let logs = run(&model, "trl-0.24", &settings);
         compare("c_f32_legacy_truncation_ragged_accum", &logs, EXACT, path).end();
+    }
+}
+
+#[test]
+fn a_smaller_last_micro_batch_cuts_none_of_the_others() {
+    let golden = json("runs/i_ragged.json");
+    let settings = Settings {
+        epochs: 1.,
+        warmup: 0.,
+        ..settings()
+    };
+    for path in PATHS {
+        let mut model = model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
+        model.path = path;
+        let (rows, mut logs) = (&rows("trl-1.16")[..7], Vec::new());
+        train(&model, rows, &[], &settings, None, &mut |step| {
+            logs.extend(step.logs.clone());
+            ControlFlow::Continue(())
+        })
+        .unwrap();
+        // What TRL would log if accelerate cut nothing.
+        let mut comparison = Comparison::new("i_ragged", EXACT, path);
+        comparison.logs(&logs, golden["whole"].as_array().unwrap());
+        comparison.end();
+        // What it logs: the same, but for what goes through `gather_for_metrics` row by row in the last step.
+        let cut = golden["log_history"].as_array().unwrap();
+        let far = |log: &Log, name: &str| {
+            let theirs = cut[log.step as usize - 1][name].as_f64().unwrap();
+            (log.values[name] - theirs).abs() / theirs.abs().max(1e-3)
+        };
+        for log in &logs {
+            for name in log
+                .values
+                .keys()
+                .filter(|name| !name.starts_with("logits/"))
+            {
+                let is_cut =
+                    log.step == 2 && (name.starts_with("logps/") || name.starts_with("rewards/"));
+                let may_be_equal = name == "rewards/accuracies";
+                let far = far(log, name);
+                assert!(
+                    may_be_equal || is_cut == (far > 1e-3),
+                    "step {}, {name}: {far}",
+                    log.step
+                );
+            }
+        }
     }
 }
 

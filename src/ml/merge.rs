@@ -1,5 +1,7 @@
 //! A model with its adapter added into the weights: W + s B A (Hu et al. 2021, arXiv 2106.09685, section 4.1).
 
+mod not_finite;
+
 use std::borrow::Cow;
 use std::cell::RefCell;
 use std::path::Path;
@@ -15,6 +17,7 @@ use super::float::Float;
 use super::folder::{self, CONFIG};
 use super::nf4::{Nf4, PARTS};
 use super::rewrite::{Output, Written, rewrite};
+use super::tensors::is_used;
 use super::weights::{Entry, Weights};
 
 const EMBEDDINGS: &str = "model.embed_tokens.weight";
@@ -97,7 +100,11 @@ pub fn merge(
             return Ok(outputs);
         }
         if update.is_none() {
-            return Ok(vec![Output::same(weights, name)?]);
+            return Ok(vec![if is_used(&config, name) {
+                Output::finite(weights, name)?
+            } else {
+                Output::same(weights, name)?
+            }]);
         }
         let raw = weights.raw(name)?;
         let float = float_of(name, raw.dtype)?;
@@ -334,8 +341,8 @@ fn sum(
     let finite = finite.reduce(|| true, |a, b| a && b);
     ensure!(
         finite,
-        "a NaN or infinity comes out in {}; the adapter may have diverged in its training",
-        float.name()
+        "{}",
+        not_finite::why(first, bytes, float, update, read)
     );
     Ok(())
 }
@@ -492,7 +499,7 @@ mod tests {
         pair.b = (pair.b.ones_like().unwrap() * f64::from(f32::MAX)).unwrap();
         let error = fails(&wild);
         assert!(
-            error.contains("q_proj.weight") && error.contains("NaN or infinity"),
+            error.contains("q_proj.weight") && error.contains("the adapter's update leads to"),
             "{error}"
         );
     }
@@ -507,7 +514,9 @@ mod tests {
         let summed = |pair: &LoraPair, float: Float| {
             let update = Update::of(pair, 0.5).unwrap();
             let mut bytes = vec![0; 4 * float.size()];
-            let read = |_: usize, values: &mut [f32]| values.copy_from_slice(&[1f32, 2., 3., 4.]);
+            let read = |first: usize, values: &mut [f32]| {
+                values.copy_from_slice(&[1f32, 2., 3., 4.][first..first + values.len()]);
+            };
             sum(0, &mut bytes, float, Some(&update), &read).map(|()| bytes)
         };
         let bytes = summed(&pair, Float::BF16).unwrap();
@@ -520,7 +529,11 @@ mod tests {
             ..pair.clone()
         };
         assert!(summed(&large, Float::F32).is_ok());
-        assert!(summed(&large, Float::F16).is_err());
+        let error = summed(&large, Float::F16).unwrap_err().to_string();
+        assert!(
+            error.contains("value 2 (from 0) becomes 1.50003e5, which float16"),
+            "{error}"
+        );
     }
 
     #[test]

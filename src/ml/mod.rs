@@ -8,6 +8,7 @@ pub mod config;
 pub mod create;
 mod dynamic_map;
 pub mod evaluate;
+pub mod finite;
 pub mod float;
 pub mod folder;
 pub mod forward;
@@ -31,6 +32,7 @@ pub mod save;
 pub mod schedule;
 pub mod sft;
 pub mod svd;
+pub mod tensors;
 pub mod torch_rng;
 pub mod train;
 pub mod weights;
@@ -43,5 +45,7 @@ pub(crate) mod golden;
 mod golden_adapters;
 #[cfg(test)]
 mod golden_compare;
+#[cfg(test)]
+mod golden_four_bit;
 #[cfg(test)]
 mod golden_runs;

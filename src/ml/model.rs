@@ -10,6 +10,7 @@
 pub mod decode;
 mod layerwise;
 mod load;
+mod overflow;
 
 use candle_core::backprop::GradStore;
 use candle_core::{D, DType, Device, Result, Tensor, Var};
@@ -459,7 +460,15 @@ impl Llama {
         if let Some(var) = self.embed.trained() {
             let rows = gradient.reshape(((), gradient.dim(D::Minus1)?))?;
             let zeros = var.as_detached_tensor().zeros_like()?;
-            let of_embed = zeros.index_add(&tape.ids.flatten_all()?, &rows, 0)?;
+            let ids = tape.ids.flatten_all()?;
+            let rows = match self.config.pad_token_id {
+                // As in transformers (`padding_idx`), the row of the padding is not learnt from where it is looked up.
+                Some(pad) => {
+                    rows.broadcast_mul(&ids.ne(pad)?.to_dtype(DType::F32)?.unsqueeze(1)?)?
+                }
+                None => rows,
+            };
+            let of_embed = zeros.index_add(&ids, &rows, 0)?;
             gradients.add(self.place("model.embed_tokens.weight"), &of_embed)?;
         }
         Ok(())

@@ -27,6 +27,11 @@ pub(super) const PARTS: [&str; 6] = [
 /// The tensor that says how a weight is quantised.
 const STATE: &str = PARTS[4];
 
+/// The 4-bit weight that a tensor of this name belongs to, if its name is that of such a part.
+pub(super) fn owner_of(name: &str) -> Option<&str> {
+    PARTS.iter().find_map(|part| name.strip_suffix(part))
+}
+
 /// A 4-bit weight.
 #[derive(Debug, Clone)]
 pub struct Nf4 {
@@ -60,7 +65,7 @@ impl Nf4 {
                 .find(|part| weights.contains(&format!("{name}{part}")));
             if let Some(part) = other {
                 bail!(
-                    "`{name}` is quantised in a way that is not supported (it has a `{part}`), expected nf4"
+                    "`{name}` is quantised in a way that is not supported (it has a `{part}`), expected bitsandbytes' nf4"
                 );
             }
             return Ok(None);
@@ -95,7 +100,8 @@ impl Nf4 {
         let (state, (rows, columns), float) = QuantState::read(weights, name)?;
         let count = rows * columns;
         let blocks = count.div_ceil(BLOCK);
-        let packed = part("")?.to_vec1::<u8>()?;
+        // Codes are bytes in a tensor of any type (`bnb_4bit_quant_storage`), which is chosen for sharding and means nothing.
+        let packed = weights.raw(name)?.bytes.to_vec();
         ensure!(
             packed.len() == count.div_ceil(2),
             "it has {} bytes, expected {} for the shape ({rows}, {columns})",

@@ -183,11 +183,15 @@ fn by_kernels(
     let (both, own) = (Factor::F32(&both), Factor::F32(&own));
     let mut positions: Vec<Position> = (0..tokens).map(|_| Position::default()).collect();
     let vocabulary = base.config.vocab_size;
+    let packed = (base.head_in_4_bits()?, merged.head_in_4_bits()?);
     let (mut of_both, mut of_own) = (Vec::new(), Vec::new());
     for start in (0..vocabulary).step_by(HEAD_ROWS) {
         let rows = start..(start + HEAD_ROWS).min(vocabulary);
         let count = rows.len();
-        let heads = (base.head(rows.clone())?, merged.head(rows)?);
+        let heads = (
+            base.head(packed.0.as_ref(), rows.clone())?,
+            merged.head(packed.1.as_ref(), rows)?,
+        );
         of_both.resize(size(count, 2 * tokens), 0f32);
         of_own.resize(size(count, tokens), 0f32);
         let product = |out, weight, x| Product {

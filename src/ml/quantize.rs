@@ -16,6 +16,7 @@ use super::folder::{self, CONFIG};
 use super::lora_init::projections;
 use super::nf4::encode::{Magnitudes, Part, block_absmax, pack, parts};
 use super::rewrite::{Output, Written, rewrite};
+use super::tensors::is_used;
 use super::weights::Weights;
 
 /// How to quantise.
@@ -89,7 +90,11 @@ fn quantize_by(
     };
     let outputs = |name: &str| -> anyhow::Result<Vec<Output<'_>>> {
         let Some((shape, float)) = wanted.get(name).copied() else {
-            return Ok(vec![Output::same(&weights, name)?]);
+            return Ok(vec![if is_used(&config, name) {
+                Output::finite(&weights, name)?
+            } else {
+                Output::same(&weights, name)?
+            }]);
         };
         let raw = weights.raw(name)?;
         let pair = loftq

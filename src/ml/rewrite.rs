@@ -8,9 +8,10 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
 
-use anyhow::{Context as _, anyhow};
+use anyhow::{Context as _, anyhow, bail};
 use serde_json::json;
 
+use super::finite;
 use super::folder::sorted_json;
 use super::weights::{Entry, INDEX, Weights, Writer};
 
@@ -54,6 +55,19 @@ impl<'a> Output<'a> {
     ) -> Self {
         let source = Source::Pieces(Box::new(fill));
         Self { entry, source }
+    }
+
+    /// A tensor of the model as it is; a NaN or an infinity in it is an error when its turn comes.
+    pub(super) fn finite(weights: &'a Weights, name: &str) -> anyhow::Result<Self> {
+        let raw = weights.raw(name)?;
+        let entry = Entry::new(name, raw.dtype, raw.shape);
+        let owned = name.to_owned();
+        Ok(Self::whole(entry, move || {
+            if let Some(found) = finite::check(weights, &owned)? {
+                bail!("{found}; look at where the model comes from");
+            }
+            Ok(Cow::Borrowed(raw.bytes))
+        }))
     }
 
     /// A tensor as it is.
@@ -258,7 +272,6 @@ impl Index {
 mod tests {
     use std::fs;
 
-    use anyhow::bail;
     use safetensors::Dtype;
 
     use super::*;

@@ -4,10 +4,12 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use candle_core::Tensor;
 
 use super::adapter::Adapter;
+use super::finite;
+use super::float::Float;
 use super::folder;
 use super::model::Llama;
 use super::rewrite::{Output, rewrite};
@@ -50,8 +52,22 @@ pub fn save_model(model: &Llama, source: &Path, out: &Path) -> anyhow::Result<()
         };
         let raw = weights.raw(name)?;
         let dtype = raw.dtype.try_into()?;
+        let float = Float::of(raw.dtype);
         let entry = Entry::new(name, raw.dtype, raw.shape);
-        let bytes = move || Ok(Cow::Owned(bytes(&tensor.to_dtype(dtype)?)?));
+        let bytes = move || {
+            let bytes = bytes(&tensor.to_dtype(dtype)?)?;
+            if let Some(float) = float
+                && let Some((at, _)) = finite::first_in(float, &bytes)
+            {
+                let value = tensor.flatten_all()?.get(at)?.to_scalar::<f32>()?;
+                bail!(
+                    "value {at} was trained to {value:e}, which {} can't hold; hint: store the model in bfloat16 or float32 before it is \
+                     trained",
+                    float.name()
+                );
+            }
+            Ok(Cow::Owned(bytes))
+        };
         Ok(vec![Output::whole(entry, bytes)])
     };
     rewrite(&weights, out, outputs, &mut |_| Ok(()))?;

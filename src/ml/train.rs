@@ -76,6 +76,7 @@ pub fn train(
         return interrupted(scratch, model, &optimizer, &state, settings);
     }
 
+    let search = fault::Search::default();
     let stops = |state: &State| watch.is_some_and(|watch| watch.stops(&state.best));
     while state.step < total && !stops(&state) {
         let epoch = state.step / per_epoch;
@@ -99,7 +100,7 @@ pub fn train(
                     value,
                     rows,
                     split: settings.split.clone(),
-                    cause: fault::cause(model, settings, state.step)?,
+                    cause: search.cause(model, &optimizer, settings, state.step)?,
                 })
             };
 
@@ -278,13 +279,7 @@ pub fn train(
     if let (Some(Watch { load: true, .. }), Some(scratch)) = (watch, scratch) {
         best::restore(scratch, model, &state.best)?;
     }
-    if let Some(name) = fault::broken(model)? {
-        bail!(
-            "`{name}` is not finite after step {}; the learning_rate {} is too high, try a tenth",
-            state.step,
-            settings.learning_rate
-        );
-    }
+    search.check_end(model, settings, state.step)?;
     Ok(Ending::Finished {
         history: state.history,
         step: state.step,

@@ -17,6 +17,8 @@ use super::schema::Parameters;
 pub(crate) const TOP: [&str; 5] = ["version", "description", "vars", "stages", "outputs"];
 /// More mistakes than anybody reads.
 const MAX_ERRORS: usize = 100;
+/// The most that vars and `--set` may put in altogether: values, and bytes of texts.
+const MOST_PUT_IN: (usize, usize) = (200_000, 16 << 20);
 
 pub(crate) struct Draft<'a> {
     file: &'a Path,
@@ -31,6 +33,8 @@ pub(crate) struct Draft<'a> {
     pub(crate) through_vars: BTreeMap<Steps, String>,
     /// Values that are known to be wrong, so that their types are not looked at.
     pub(crate) broken: BTreeSet<Steps>,
+    /// What vars and `--set` may still put in.
+    left: (usize, usize),
     /// What is known of kinds that occurred.
     parameters: BTreeMap<&'static str, Rc<Parameters>>,
 }
@@ -47,7 +51,39 @@ impl<'a> Draft<'a> {
             set: BTreeMap::new(),
             through_vars: BTreeMap::new(),
             broken: BTreeSet::new(),
+            left: MOST_PUT_IN,
             parameters: BTreeMap::new(),
+        }
+    }
+
+    /// Whether there are so few mistakes that advice is worth its time.
+    pub(crate) fn gives_advice(&self) -> bool {
+        self.errors.len() < 10 * MAX_ERRORS
+    }
+
+    /// Takes what a value costs from what may still be put in; a sentence when that is not enough.
+    pub(crate) fn spend(&mut self, value: &Value) -> Result<(), String> {
+        let (mut values, mut bytes) = (0, 0);
+        cost(value, &mut values, &mut bytes);
+        self.spend_on(values, bytes)
+    }
+
+    /// [`Draft::spend`] on so many values and bytes of texts.
+    pub(crate) fn spend_on(&mut self, values: usize, bytes: usize) -> Result<(), String> {
+        let (values_left, bytes_left) = self.left;
+        match (
+            values_left.checked_sub(values),
+            bytes_left.checked_sub(bytes),
+        ) {
+            (Some(values), Some(bytes)) => {
+                self.left = (values, bytes);
+                Ok(())
+            }
+            _ => Err(format!(
+                "vars and `--set` put in more than {} values or {} MiB of text",
+                MOST_PUT_IN.0,
+                MOST_PUT_IN.1 >> 20
+            )),
         }
     }
 
@@ -64,14 +100,13 @@ impl<'a> Draft<'a> {
         origin: Option<String>,
         hint: Option<String>,
     ) {
-        let line = place.and_then(|place| self.lines.get(place.line.checked_sub(1)?));
         self.errors.push(RecipeError {
             file: self.file.to_owned(),
             message,
             place,
             origin,
             hint,
-            source_line: line.map(|line| (*line).to_owned()),
+            source_line: None,
         });
     }
 
@@ -196,7 +231,30 @@ impl<'a> Draft<'a> {
             self.errors.truncate(MAX_ERRORS);
             self.push(format!("and {more} more mistakes"), None, None, None);
         }
+        // Only now: thousands of mistakes may stand in one long line.
+        for error in &mut self.errors {
+            let line = error
+                .place
+                .and_then(|place| self.lines.get(place.line.checked_sub(1)?));
+            error.source_line = line.map(|line| (*line).to_owned());
+        }
         RecipeErrors(self.errors)
+    }
+}
+
+/// Counts a value's nodes and the bytes of its texts.
+fn cost(value: &Value, values: &mut usize, bytes: &mut usize) {
+    *values += 1;
+    match value {
+        Value::String(text) => *bytes += text.len(),
+        Value::Sequence(list) => list.iter().for_each(|value| cost(value, values, bytes)),
+        Value::Mapping(map) => {
+            for (key, value) in map {
+                cost(key, values, bytes);
+                cost(value, values, bytes);
+            }
+        }
+        _ => {}
     }
 }
 

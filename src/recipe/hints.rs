@@ -4,6 +4,12 @@ use crate::engine::Kind;
 
 use super::schema::Parameters;
 
+/// The most names that a sentence lists, and the most characters of each.
+const MOST_LISTED: usize = 100;
+const LONGEST_NAME: usize = 100;
+/// The most names that one is compared with.
+const MOST_COMPARED: usize = 1000;
+
 /// Spellings of axolotl, LLaMA-Factory, torchtune, AutoTrain, TRL and older versions, with ours. A stage's parameter is
 /// suggested only when the stage has it.
 const SPELLINGS: &[(&str, &[&str])] = &[
@@ -224,6 +230,9 @@ pub(crate) fn nearest<'n>(name: &str, known: impl IntoIterator<Item = &'n str>) 
     };
     known
         .into_iter()
+        .take(MOST_COMPARED)
+        // Bytes may be four a character, and lower case may be longer.
+        .filter(|known| known.len() <= 4 * lower.len() + 12)
         .map(|known| {
             let other = known.to_lowercase();
             (strsim::damerau_levenshtein(&lower, &other), known)
@@ -244,8 +253,17 @@ pub(crate) fn either<'n>(names: impl IntoIterator<Item = &'n str>) -> String {
 }
 
 fn joined<'n>(names: impl IntoIterator<Item = &'n str>, word: &str) -> String {
-    let names: Vec<String> = names.into_iter().map(|name| format!("`{name}`")).collect();
-    match names.split_last() {
+    let mut names = names.into_iter();
+    let quoted = |name: &str| match name.char_indices().nth(LONGEST_NAME) {
+        Some((end, _)) => format!("`{}..`", name.get(..end).unwrap_or_default()),
+        None => format!("`{name}`"),
+    };
+    let mut shown: Vec<String> = names.by_ref().take(MOST_LISTED).map(quoted).collect();
+    match names.count() {
+        0 => {}
+        more => shown.push(format!("{more} more")),
+    }
+    match shown.split_last() {
         None => "nothing".to_owned(),
         Some((one, [])) => one.clone(),
         Some((last, rest)) => format!("{} {word} {last}", rest.join(", ")),

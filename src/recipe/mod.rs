@@ -20,6 +20,7 @@ mod tests;
 mod vars;
 mod wiring;
 
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -29,6 +30,7 @@ use draft::Draft;
 pub use error::{RecipeError, RecipeErrors};
 pub use places::{Place, Step, Steps, display as display_path, parse as parse_path};
 use places::{Places, keys};
+pub use read::yaml;
 pub use schema::{reference, schema};
 
 /// A value given on the command line: `--set stages.tuned.train_orpo.beta=0.2`.
@@ -145,7 +147,7 @@ pub fn load(
             source_line: None,
         }])
     };
-    let bytes = std::fs::read(path).map_err(|error| {
+    let bytes = read_bounded(path).map_err(|error| {
         let hint = match error.kind() {
             std::io::ErrorKind::NotFound => Some("give the path of a recipe, a YAML file"),
             std::io::ErrorKind::IsADirectory => Some("give the path of a file in that folder"),
@@ -168,6 +170,20 @@ pub fn load(
         )
     })?;
     parse(path, &text, overrides, kinds)
+}
+
+/// The longest recipe, in bytes. Longer is only what never ends, such as a device.
+const LONGEST: u64 = 64 << 20;
+
+fn read_bounded(path: &Path) -> std::io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    std::fs::File::open(path)?
+        .take(LONGEST + 1)
+        .read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > LONGEST {
+        return Err(std::io::ErrorKind::FileTooLarge.into());
+    }
+    Ok(bytes)
 }
 
 /// [`load`] for a text that is already read; `path` is for messages.

@@ -16,6 +16,8 @@ use super::places::{Id, Place, Places, Spot, Step, lines};
 const MAX_BYTES: usize = 1 << 20;
 /// The most values after aliases and merges are expanded.
 const MAX_VALUES: usize = 200_000;
+/// The most bytes of texts after aliases and merges are expanded.
+const MAX_TEXT: usize = 16 << 20;
 /// The deepest nesting of brackets; YAML's own limit of 128 levels is told later, but reading deeper costs too much.
 const MAX_BRACKETS: usize = 500;
 /// What the failing visitor says.
@@ -58,6 +60,7 @@ pub(crate) fn read(text: &str) -> Result<Read, Mistake> {
         places: RefCell::default(),
         mistakes: RefCell::default(),
         values: Cell::new(0),
+        text: Cell::new(0),
     };
     let node = Node {
         reader: &reader,
@@ -72,6 +75,18 @@ pub(crate) fn read(text: &str) -> Result<Read, Mistake> {
         }),
         Err(error) => Err(syntax(&error, &reader.lines)),
     }
+}
+
+/// Reads another YAML file of a project, with the same bounds: the parser takes time by the square of the nesting. Errors are a
+/// sentence.
+pub fn yaml<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
+    if text.len() > MAX_TEXT || brackets(text) > MAX_BRACKETS {
+        return Err(format!(
+            "it has more than {} MiB or {MAX_BRACKETS} brackets in each other",
+            MAX_TEXT >> 20
+        ));
+    }
+    serde_yaml::from_str(text).map_err(|error| error.to_string())
 }
 
 /// How deep the brackets of a text are nested at most, quoted or not.
@@ -168,6 +183,8 @@ struct Reader<'text> {
     places: RefCell<Places>,
     mistakes: RefCell<Vec<Mistake>>,
     values: Cell<usize>,
+    /// Bytes of the texts so far.
+    text: Cell<usize>,
 }
 
 /// One value to read.
@@ -205,6 +222,9 @@ impl<'de> DeserializeSeed<'de> for Node<'_, '_> {
         };
         let result = deserializer.deserialize_any(visit);
         let scalar = kept.into_inner();
+        self.reader
+            .count(scalar.as_ref())
+            .map_err(D::Error::custom)?;
         let (value, mark) = match (result, scalar) {
             (Ok((value, first)), _) => (value, first),
             (Err(error), Some(value)) => {
@@ -376,6 +396,7 @@ impl<'de> DeserializeSeed<'de> for KeySeed<'_, '_> {
         let Some(value) = kept.into_inner() else {
             return Err(error);
         };
+        self.0.count(Some(&value)).map_err(D::Error::custom)?;
         let place = self.0.mark(&error.to_string(), &value);
         let key = match value {
             Value::String(key) => Some(key),
@@ -447,6 +468,19 @@ impl<'de> Visitor<'de> for KeyVisitor<'_> {
 impl Reader<'_> {
     fn grow(&self, above: Id, step: Step) -> Id {
         self.places.borrow_mut().grow(above, step)
+    }
+
+    /// Counts a text, which may be an alias's.
+    fn count(&self, scalar: Option<&Value>) -> Result<(), String> {
+        let text = scalar.and_then(Value::as_str).map_or(0, str::len);
+        self.text.set(self.text.get() + text);
+        if self.text.get() > MAX_TEXT {
+            return Err(format!(
+                "{OURS}the recipe's aliases expand to too much|the limit is {} MiB of text",
+                MAX_TEXT >> 20
+            ));
+        }
+        Ok(())
     }
 
     fn mistake(&self, message: String, place: Place, hint: Option<String>) {

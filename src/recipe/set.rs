@@ -39,6 +39,12 @@ fn one(
         Err(mistake) => return Err((mistake.message, mistake.hint)),
     };
     check(draft, recipe, &steps)?;
+    draft.spend(&value).map_err(|message| {
+        (
+            message,
+            Some("keep data and long texts in files of their own".to_owned()),
+        )
+    })?;
     put(recipe, &steps, value).map_err(|message| (message, None))?;
     // What an earlier override put inside is replaced too.
     draft.set.retain(|path, _| !path.starts_with(&steps));

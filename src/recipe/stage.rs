@@ -278,8 +278,9 @@ fn typed(
         let at = child(path, key);
         if !own.has(key) {
             let message = format!("unknown parameter `{key}` of `{}`", kind.name);
-            let hint = hints::parameter(key, kind, draft.kinds);
-            draft.key_error(&at, message, Some(hint));
+            let advice = draft.gives_advice();
+            let hint = advice.then(|| hints::parameter(key, kind, draft.kinds));
+            draft.key_error(&at, message, hint);
             unknown.insert(key.to_owned());
         } else if draft.broken.iter().any(|broken| broken.starts_with(&at)) {
             dropped.insert(key.to_owned());

@@ -114,7 +114,10 @@ fn replace(
             return None;
         };
         let Some(value) = vars.get(name) else {
-            let hint = match hints::nearest(name, vars.keys().map(String::as_str)) {
+            let nearest = draft
+                .gives_advice()
+                .then(|| hints::nearest(name, vars.keys().map(String::as_str)));
+            let hint = match nearest.flatten() {
                 Some(known) => format!("did you mean `${{{known}}}`?"),
                 None if vars.is_empty() => {
                     format!("the recipe has no vars; {escape}")
@@ -130,7 +133,15 @@ fn replace(
         if let Some(origin) = draft.set.get(&keys(&["vars", name])).cloned() {
             draft.through_vars.insert(path.clone(), origin);
         }
+        let too_much = |draft: &mut Draft, message| {
+            let hint = "keep data and long texts in files of their own".to_owned();
+            draft.value_error(path, message, Some(hint));
+        };
         if before.is_empty() && after.is_empty() && made.is_empty() {
+            if let Err(message) = draft.spend(value) {
+                too_much(draft, message);
+                return None;
+            }
             return Some(unescape(value));
         }
         let Some(value) = scalar(value) else {
@@ -142,6 +153,10 @@ fn replace(
             draft.value_error(path, message, Some(hint));
             return None;
         };
+        if let Err(message) = draft.spend_on(0, value.len()) {
+            too_much(draft, message);
+            return None;
+        }
         made.push_str(&value.replace("$${", "${"));
         rest = after;
     }

@@ -196,40 +196,62 @@ fn outputs(draft: &mut Draft, stages: &[Staged], recipe: &Value) -> Vec<(String,
                 continue;
             }
         };
+        // Not every file system tells `A` from `a`.
+        let lower: Vec<String> = folder.iter().map(|part| part.to_lowercase()).collect();
         let other = folders
             .iter()
-            .find(|(other, _)| other.starts_with(&folder) || folder.starts_with(other));
+            .find(|(other, _)| other.starts_with(&lower) || lower.starts_with(other));
         if let Some((_, other)) = other {
             let message = format!("the outputs of `{other}` and `{stage}` lie in each other");
-            let hint = "give each a folder of its own".to_owned();
-            draft.value_error(&path, message, Some(hint));
+            let hint = "give each a folder of its own, which differs in more than capital letters";
+            draft.value_error(&path, message, Some(hint.to_owned()));
             continue;
         }
-        folders.push((folder, stage.clone()));
+        folders.push((lower, stage.clone()));
         outputs.push((stage, written.clone()));
     }
     outputs
 }
 
+/// Folders that belong to other programs, or to this one.
+const RESERVED: [&str; 6] = [".git", "git~1", ".hg", ".svn", ".jj", ".pipeline"];
+/// The longest name of a folder on usual file systems, in bytes.
+const LONGEST: usize = 255;
+
 /// The parts of a relative path, when it stays inside the folder it starts at; else why not.
-fn inside(path: &str) -> Result<Vec<String>, &'static str> {
+fn inside(path: &str) -> Result<Vec<String>, String> {
     let mut parts = Vec::new();
-    if path.contains('\0') {
-        return Err("is no path");
+    if path.chars().any(char::is_control) {
+        return Err("has a control character in it".into());
+    }
+    if path.contains('\\') {
+        return Err("has a backslash in it, where folders are divided by `/`".into());
     }
     for component in std::path::Path::new(path).components() {
         match component {
             Component::CurDir => {}
             Component::Normal(part) => parts.push(part.to_string_lossy().into_owned()),
             Component::ParentDir if parts.pop().is_some() => {}
-            Component::ParentDir => return Err("leaves the project"),
-            Component::RootDir | Component::Prefix(_) => return Err("is an absolute path"),
+            Component::ParentDir => return Err("leaves the project".into()),
+            Component::RootDir | Component::Prefix(_) => return Err("is an absolute path".into()),
+        }
+    }
+    for part in &parts {
+        if part.len() > LONGEST {
+            return Err(format!("has a part of more than {LONGEST} bytes"));
+        }
+        // As file systems read it that don't tell capitals, or drop dots and spaces at the end.
+        let plain = part.trim_end_matches(['.', ' ']).to_lowercase();
+        if plain == ".pipeline" {
+            return Err("lies in the store".into());
+        }
+        if RESERVED.contains(&plain.as_str()) {
+            return Err(format!("lies in `{part}`, which is not for results"));
         }
     }
     match parts.first().map(String::as_str) {
-        None => Err("is the project itself"),
-        Some(".pipeline") => Err("lies in the store"),
-        Some("~") => Err("begins with `~`, which is not expanded"),
+        None => Err("is the project itself".into()),
+        Some("~") => Err("begins with `~`, which is not expanded".into()),
         Some(_) => Ok(parts),
     }
 }

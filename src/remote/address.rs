@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
@@ -13,10 +13,20 @@ use object_store::http::HttpBuilder;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
 use object_store::{BackoffConfig, ClientOptions, ObjectStore, ObjectStoreScheme, RetryConfig};
+use regex::Regex;
 use url::{Position, Url};
 
 /// The parts of names of variables whose values are secret.
 const SECRET: [&str; 6] = ["KEY", "SECRET", "TOKEN", "SAS", "PASSWORD", "CREDENTIAL"];
+/// Paths to secrets, which are none.
+const PATHS: [&str; 2] = [
+    "GOOGLE_APPLICATION_CREDENTIALS",
+    "AZURE_FEDERATED_TOKEN_FILE",
+];
+/// Shorter secrets are hidden only where they stand alone: elsewhere they would be letters of other words.
+const SHORT: usize = 8;
+/// Even shorter ones are no secrets but words, or less. In addresses they are hidden by their place.
+const SHORTEST: usize = 4;
 /// The longest part of a server's answer that is shown.
 const LONGEST: usize = 600;
 
@@ -46,7 +56,10 @@ impl Address {
         };
         if url.scheme() == "file" {
             let Ok(path) = url.to_file_path() else {
-                bail!("`{url}` is no folder of this machine; {KNOWN}");
+                bail!(
+                    "`{}` is no folder of this machine; {KNOWN}",
+                    without_credentials(url.as_str())
+                );
             };
             let place = Place::Folder(path);
             return Ok(Self { place });
@@ -75,9 +88,31 @@ impl Address {
         }
     }
 
+    /// Whether a password in it would travel for everybody to read: over plain HTTP, and not only within this machine.
+    pub fn is_exposed(&self) -> bool {
+        let Place::Url(ObjectStoreScheme::Http, url) = &self.place else {
+            return false;
+        };
+        let here = match url.host() {
+            Some(url::Host::Ipv4(address)) => address.is_loopback(),
+            Some(url::Host::Ipv6(address)) => address.is_loopback(),
+            Some(url::Host::Domain(name)) => name == "localhost" || name.ends_with(".localhost"),
+            None => false,
+        };
+        url.scheme() == "http" && self.has_credentials() && !here
+    }
+
     /// Whether reaching it needs the network.
     pub fn is_far(&self) -> bool {
         matches!(self.place, Place::Url(..))
+    }
+
+    /// The folder, if it is one of this machine.
+    pub(super) fn folder(&self) -> Option<&std::path::Path> {
+        match &self.place {
+            Place::Folder(folder) => Some(folder),
+            Place::Url(..) => None,
+        }
     }
 
     pub(super) fn is_read_only(&self) -> bool {
@@ -87,7 +122,12 @@ impl Address {
     /// As it may be shown: without credentials.
     pub fn shown(&self) -> String {
         match &self.place {
-            Place::Folder(path) => path.display().to_string(),
+            Place::Folder(path) => {
+                let path = path.display().to_string();
+                // An address that lacks its beginning counts as a folder.
+                let hidden = USER.replace_all(&path, "$1:***@");
+                hidden.into_owned()
+            }
             Place::Url(scheme, url) => {
                 let mut url = url.clone();
                 url.set_query(None);
@@ -110,10 +150,10 @@ impl Address {
         let (scheme, url) = match &self.place {
             Place::Folder(folder) => {
                 if !folder.is_dir() {
-                    bail!("there is no folder `{}`; make it first", folder.display());
+                    bail!("there is no folder `{}`; make it first", self.shown());
                 }
                 let store = LocalFileSystem::new_with_prefix(folder)
-                    .with_context(|| format!("could not open `{}`", folder.display()))?;
+                    .with_context(|| format!("could not open `{}`", self.shown()))?;
                 return Ok((Arc::new(store.with_fsync(true)), Path::default()));
             }
             Place::Url(scheme, url) => (scheme, url),
@@ -199,35 +239,52 @@ impl Address {
 
     /// Every text that must not be shown.
     pub(super) fn secrets(&self, variables: &BTreeMap<String, String>) -> Vec<String> {
-        let secret = |name: &str| SECRET.iter().any(|part| name.contains(part));
-        let mut secrets: Vec<String> = variables
-            .iter()
-            .filter(|(name, value)| secret(name) && value.len() >= 4)
-            .map(|(_, value)| value.clone())
-            .collect();
-        if let Place::Url(_, url) = &self.place {
-            secrets.extend(url.password().map(str::to_owned));
-            secrets.extend(url.query().map(str::to_owned));
-            if self.has_credentials() && !url.username().is_empty() {
+        let secret =
+            |name: &str| SECRET.iter().any(|part| name.contains(part)) && !PATHS.contains(&name);
+        let mut secrets = Vec::new();
+        for (name, value) in variables {
+            if secret(name) {
+                secrets.push(value.clone());
+            } else if let Ok(url) = Url::parse(value) {
+                // An endpoint, say.
+                secrets.extend(secrets_of(&url));
+            }
+        }
+        if let Place::Url(scheme, url) = &self.place {
+            secrets.extend(secrets_of(url));
+            if *scheme != ObjectStoreScheme::MicrosoftAzure && url.password().is_none() {
+                // A token may stand where others have a name.
                 secrets.push(url.username().to_owned());
             }
         }
-        secrets.retain(|secret| !secret.is_empty());
+        secrets.retain(|secret| secret.len() >= SHORTEST);
         // Longest first, should one be part of another.
         secrets.sort_by_key(|secret| std::cmp::Reverse(secret.len()));
+        secrets.dedup();
         secrets
     }
 }
 
+/// The password and the query of a URL, as they are written and as they are meant.
+fn secrets_of(url: &Url) -> Vec<String> {
+    let mut secrets = Vec::new();
+    if let Some(password) = url.password() {
+        let escaped = password.replace('+', "%2B").replace('&', "%26");
+        let decoded = url::form_urlencoded::parse(escaped.as_bytes());
+        secrets.extend(decoded.map(|(decoded, _)| decoded.into_owned()));
+        secrets.push(password.to_owned());
+    }
+    secrets.extend(url.query().map(str::to_owned));
+    secrets.extend(url.query_pairs().map(|(_, value)| value.into_owned()));
+    secrets
+}
+
 /// A sentence of a server or a library, without secrets, in one line.
 pub(super) fn clean(text: &str, secrets: &[String]) -> String {
-    let mut text = text
-        .split_whitespace()
-        .map(without_query)
-        .collect::<Vec<_>>()
-        .join(" ");
+    let text: Vec<_> = text.split_whitespace().collect();
+    let mut text = without_credentials(&text.join(" "));
     for secret in secrets {
-        text = text.replace(secret, "***");
+        text = hide(&text, secret);
     }
     if text.chars().count() > LONGEST {
         text = text.chars().take(LONGEST).chain(['…']).collect();
@@ -235,18 +292,52 @@ pub(super) fn clean(text: &str, secrets: &[String]) -> String {
     text
 }
 
-/// A word that is a URL loses its user and its query, which may be a signature.
-fn without_query(word: &str) -> String {
-    let Some((scheme, rest)) = word.split_once("://") else {
-        return word.to_owned();
+fn hide(text: &str, secret: &str) -> String {
+    if secret.len() >= SHORT {
+        return text.replace(secret, "***");
+    }
+    let mut hidden = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(at) = rest.find(secret) {
+        let (before, found) = rest.split_at(at);
+        let after = &found[secret.len()..];
+        let last = before.chars().next_back().or(hidden.chars().next_back());
+        let is_word = |c: Option<char>| c.is_some_and(char::is_alphanumeric);
+        let part = is_word(last) || is_word(after.chars().next());
+        hidden.push_str(before);
+        hidden.push_str(if part { secret } else { "***" });
+        rest = after;
+    }
+    hidden + rest
+}
+
+/// A URL in a text, and a user with a password.
+static URL: LazyLock<Regex> = LazyLock::new(|| pattern(r#"[A-Za-z][A-Za-z0-9+.-]*://[^\s"'`<>]*"#));
+static USER: LazyLock<Regex> = LazyLock::new(|| pattern(r"([^/\s:@]+):([^/\s@]+)@"));
+
+#[expect(
+    clippy::expect_used,
+    reason = "constant patterns, which a test compiles"
+)]
+fn pattern(pattern: &str) -> Regex {
+    Regex::new(pattern).expect("a pattern")
+}
+
+/// URLs in a text lose their users and their queries, which may be signatures.
+fn without_credentials(text: &str) -> String {
+    let bare = |url: &regex::Captures<'_>| {
+        let Some((scheme, rest)) = url[0].split_once("://") else {
+            return url[0].to_owned();
+        };
+        let (rest, cut) = match rest.split_once('?') {
+            Some((rest, _)) => (rest, "?***"),
+            None => (rest, ""),
+        };
+        let (host, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+        let host = host.rsplit_once('@').map_or(host, |(_, host)| host);
+        format!("{scheme}://{host}{}{cut}", without_credentials(path))
     };
-    let (rest, cut) = match rest.split_once('?') {
-        Some((rest, _)) => (rest, "?***"),
-        None => (rest, ""),
-    };
-    let (host, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
-    let host = host.rsplit_once('@').map_or(host, |(_, host)| host);
-    format!("{scheme}://{host}{path}{cut}")
+    URL.replace_all(text, bare).into_owned()
 }
 
 #[cfg(test)]
@@ -276,6 +367,15 @@ mod tests {
         assert!(url.has_credentials());
         assert_eq!(url.shown(), "https://host/cache");
         assert!(!address("az://container@account/x").has_credentials());
+        assert!(address("http://me:hush@host/x").is_exposed());
+        for safe in [
+            "http://host/x",
+            "https://me:hush@host/x",
+            "http://me:hush@127.0.0.1/x",
+            "http://me:hush@[::1]/x",
+        ] {
+            assert!(!address(safe).is_exposed(), "{safe}");
+        }
         let variables = BTreeMap::from([
             ("AWS_SECRET_ACCESS_KEY".to_owned(), "very-secret".to_owned()),
             ("AWS_REGION".to_owned(), "here".to_owned()),
@@ -286,5 +386,50 @@ mod tests {
             &secrets,
         );
         assert_eq!(text, "GET https://host/a?*** here: <Key>***</Key> ***");
+    }
+
+    #[test]
+    fn short_secrets_leave_messages_readable() {
+        let secrets = |url: &str, key: &str| {
+            let variables = BTreeMap::from([("AWS_SECRET_ACCESS_KEY".to_owned(), key.to_owned())]);
+            address(url).secrets(&variables)
+        };
+        let text = "a test of the testers: test, attest a";
+        let told = |secrets: &[String]| clean(text, secrets);
+        assert_eq!(told(&secrets("s3://bucket/x", "a")), text);
+        assert_eq!(told(&secrets("https://u:t@host/x", "te")), text);
+        assert_eq!(
+            told(&secrets("s3://bucket/x", "test")),
+            "a *** of the testers: ***, attest a"
+        );
+        // By its place even a short one is hidden, wherever the address stands.
+        assert_eq!(
+            clean(
+                "(https://u:t@host/x?a=b) and \"http://t@host\"->http://h/http://u:t@i/",
+                &[]
+            ),
+            "(https://host/x?*** and \"http://host\"->http://h/http://i/"
+        );
+    }
+
+    #[test]
+    fn passwords_are_hidden_as_written_and_as_meant() {
+        let url = address("https://me:hush%20hush@host/x?sig=long-signature&n=1");
+        let secrets = url.secrets(&BTreeMap::from([(
+            "AWS_ENDPOINT_URL".to_owned(),
+            "http://me:end-point-word@host".to_owned(),
+        )]));
+        let text = "hush%20hush or hush hush, long-signature, end-point-word";
+        assert_eq!(clean(text, &secrets), "*** or ***, ***, ***");
+        let path = BTreeMap::from([(PATHS[0].to_owned(), "/keys/service.json".to_owned())]);
+        assert_eq!(address("gs://bucket/x").secrets(&path), [""; 0]);
+        // Addresses that are none.
+        assert_eq!(
+            address("me:hush-hush@host/x").shown(),
+            "/project/me:***@host/x"
+        );
+        let root = std::path::Path::new("/");
+        let error = Address::parse("file://me:hush-hush@host/x", root).unwrap_err();
+        assert!(!error.to_string().contains("hush"), "{error}");
     }
 }

@@ -9,7 +9,8 @@ mod transfer;
 use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::future::Future;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
@@ -22,7 +23,7 @@ use object_store::{ObjectStore, ObjectStoreExt as _, PutMode, PutOptions};
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, oneshot};
 
-use crate::engine::remote::{Object, Remote};
+use crate::engine::remote::{Object, Remote, is_unfinished};
 
 pub use address::Address;
 
@@ -38,6 +39,8 @@ pub struct ObjectRemote {
     thread: Option<JoinHandle<()>>,
     shown: String,
     read_only: bool,
+    /// The folder, if it is one of this machine.
+    folder: Option<PathBuf>,
 }
 
 /// What calls need.
@@ -92,6 +95,7 @@ impl ObjectRemote {
             thread: Some(thread),
             shown: address.shown(),
             read_only: address.is_read_only(),
+            folder: address.folder().map(std::path::Path::to_owned),
         })
     }
 }
@@ -159,7 +163,11 @@ impl Remote for ObjectRemote {
         from: u64,
         sink: &mut dyn FnMut(&[u8]) -> anyhow::Result<()>,
     ) -> anyhow::Result<bool> {
-        transfer::read(&self.client, key, from, sink)
+        match &self.folder {
+            // A file of this machine needs no thread to wait for: that is most of the time of a small one.
+            Some(folder) => transfer::read_file(&folder.join(key), from, sink),
+            None => transfer::read(&self.client, key, from, sink),
+        }
     }
 
     fn size(&self, key: &str) -> anyhow::Result<Option<u64>> {
@@ -226,5 +234,67 @@ impl Remote for ObjectRemote {
             }
             Ok(())
         })
+    }
+
+    /// `object_store` writes a file of a folder under its name and `#1`, and hides such files from its lists. Object stores
+    /// have rules of their own for uploads that were not finished.
+    fn unfinished(&self) -> anyhow::Result<Vec<Object>> {
+        let Some(root) = &self.folder else {
+            return Ok(Vec::new());
+        };
+        let mut found = Vec::new();
+        let mut open = vec![root.join("v1")];
+        while let Some(folder) = open.pop() {
+            let entries = match std::fs::read_dir(&folder) {
+                Ok(entries) => entries,
+                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                Err(error) => {
+                    return Err(error)
+                        .with_context(|| format!("could not read `{}`", folder.display()));
+                }
+            };
+            for entry in entries.flatten() {
+                let path = entry.path();
+                // What is gone meanwhile was finished.
+                let Ok(metadata) = std::fs::symlink_metadata(&path) else {
+                    continue;
+                };
+                let key = path.strip_prefix(root).ok().and_then(|key| key.to_str());
+                if metadata.is_dir() {
+                    open.push(path);
+                } else if let Some(key) = key.filter(|key| is_unfinished(key))
+                    && metadata.is_file()
+                    && let Ok(modified) = metadata.modified()
+                {
+                    found.push(Object {
+                        key: key.to_owned(),
+                        size: metadata.len(),
+                        modified,
+                    });
+                }
+            }
+        }
+        found.sort_by(|a, b| a.key.cmp(&b.key));
+        Ok(found)
+    }
+
+    fn discard(&self, unfinished: &[&Object]) -> anyhow::Result<()> {
+        let Some(root) = &self.folder else {
+            return Ok(());
+        };
+        for object in unfinished
+            .iter()
+            .filter(|object| is_unfinished(&object.key))
+        {
+            let path = root.join(&object.key);
+            match std::fs::remove_file(&path) {
+                Err(error) if error.kind() != ErrorKind::NotFound => {
+                    return Err(error)
+                        .with_context(|| format!("could not remove `{}`", path.display()));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
     }
 }

@@ -33,8 +33,8 @@ const STALL: Duration = Duration::from_mins(1);
 /// What comes from the thread of the remote.
 enum Piece {
     Bytes(Bytes),
-    /// A file of this machine, to be read from an offset on.
-    File(std::fs::File, u64),
+    /// A file of this machine, to be read from an offset on, and its size.
+    File(std::fs::File, u64, u64),
     Absent,
     Failed(String),
     End,
@@ -52,7 +52,9 @@ pub(super) fn read(
     loop {
         match received.blocking_recv() {
             Some(Piece::Bytes(bytes)) => sink(&bytes)?,
-            Some(Piece::File(file, from)) => return copy(file, from, sink).map(|()| true),
+            Some(Piece::File(file, from, size)) => {
+                return copy(file, from, size, sink).map(|()| true);
+            }
             Some(Piece::Absent) => return Ok(false),
             Some(Piece::End) => return Ok(true),
             Some(Piece::Failed(why)) => return Err(client.error(&why)),
@@ -61,14 +63,38 @@ pub(super) fn read(
     }
 }
 
+/// [`read`] for a remote that is a folder of this machine.
+pub(super) fn read_file(
+    path: &std::path::Path,
+    from: u64,
+    sink: &mut dyn FnMut(&[u8]) -> anyhow::Result<()>,
+) -> anyhow::Result<bool> {
+    let cannot = || format!("could not read `{}`", path.display());
+    let found = match std::fs::metadata(path) {
+        Ok(found) => found,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(error).with_context(cannot),
+    };
+    // A pipe or a device has no end.
+    if !found.is_file() {
+        return Ok(false);
+    }
+    let file = std::fs::File::open(path).with_context(cannot)?;
+    copy(file, from, found.len(), sink).map(|()| true)
+}
+
 fn copy(
     mut file: std::fs::File,
     from: u64,
+    size: u64,
     sink: &mut dyn FnMut(&[u8]) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
-    file.seek(SeekFrom::Start(from))
-        .context("could not read a file of the remote")?;
-    let mut buffer = vec![0; 1 << 20];
+    if from > 0 {
+        file.seek(SeekFrom::Start(from))
+            .context("could not read a file of the remote")?;
+    }
+    // One byte more than there should be, to meet the end with the first look.
+    let mut buffer = vec![0; size.saturating_add(1).min(1 << 20) as usize];
     loop {
         let count = file
             .read(&mut buffer)
@@ -90,7 +116,9 @@ async fn fetch(store: Arc<dyn ObjectStore>, path: Path, from: u64, pieces: mpsc:
         Ok(Err(object_store::Error::NotFound { .. })) => Piece::Absent,
         Ok(Err(error)) => Piece::Failed(error.to_string()),
         Ok(Ok(found)) => match found.payload {
-            GetResultPayload::File(file, _) => Piece::File(file, found.range.start),
+            GetResultPayload::File(file, _) => {
+                Piece::File(file, found.range.start, found.meta.size)
+            }
             GetResultPayload::Stream(mut stream) => loop {
                 match tokio::time::timeout(STALL, stream.next()).await {
                     Ok(Some(Ok(bytes))) => {

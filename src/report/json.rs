@@ -3,6 +3,7 @@
 use std::io::{BufWriter, Write};
 use std::sync::mpsc::Receiver;
 
+use super::text::harmless_json;
 use crate::engine::Event;
 
 pub(super) fn report(events: &Receiver<Event>) {
@@ -19,6 +20,6 @@ pub(super) fn report(events: &Receiver<Event>) {
 fn show(out: &mut impl Write, event: &Event) {
     if let Ok(line) = serde_json::to_string(event) {
         // A reader that went away is no reason to stop the run.
-        let _ = writeln!(out, "{line}");
+        let _ = writeln!(out, "{}", harmless_json(&line));
     }
 }

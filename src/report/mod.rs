@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use crate::engine::Event;
 
-pub use text::{ago, bytes, duration};
+pub use text::{ago, bytes, duration, harmless, harmless_json, steers};
 
 /// How to report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

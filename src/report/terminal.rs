@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use super::text::{bytes, duration, metrics};
+use super::text::{bytes, duration, harmless, metrics};
 use crate::engine::{Event, Level, short};
 
 /// Without bars, a line of progress at most this often a stage.
@@ -171,9 +171,14 @@ impl Terminal {
                 stage,
                 path,
                 changed,
+                links,
             } => {
                 let same = if changed { "" } else { " (unchanged)" };
-                self.line(&format!("{:>9}  {stage} -> {path}{same}", "output"));
+                let links = match links {
+                    0 => "",
+                    _ => "; its large files are read-only links into the store",
+                };
+                self.line(&format!("{:>9}  {stage} -> {path}{same}{links}", "output"));
             }
             Event::RunFinished {
                 fresh,
@@ -261,9 +266,19 @@ impl Terminal {
         }
     }
 
+    /// Adds a line. What has several goes on indented, so that no text from elsewhere looks like another event.
     fn line(&mut self, text: &str) {
-        self.lines.push_str(text);
-        self.lines.push('\n');
+        for (index, line) in harmless(text)
+            .trim_end_matches('\n')
+            .split('\n')
+            .enumerate()
+        {
+            if index > 0 {
+                self.lines.push_str("           ");
+            }
+            self.lines.push_str(line);
+            self.lines.push('\n');
+        }
     }
 
     fn flush(&mut self) {
@@ -285,7 +300,7 @@ fn spinner(stage: &str) -> ProgressBar {
     if let Ok(style) = ProgressStyle::with_template("{prefix:>20} {spinner} {elapsed}") {
         bar.set_style(style);
     }
-    bar.set_prefix(stage.to_owned());
+    bar.set_prefix(harmless(&stage.replace('\n', " ")).into_owned());
     bar.enable_steady_tick(Duration::from_millis(200));
     bar
 }

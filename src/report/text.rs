@@ -1,6 +1,41 @@
-//! Numbers as people read them.
+//! Numbers as people read them, and text from elsewhere that can't steer the terminal.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+/// Whether a character moves the cursor, hides text or turns its direction around. Ends of lines and tabs don't count.
+pub fn steers(c: char) -> bool {
+    (c.is_control() && c != '\n' && c != '\t')
+        || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
+/// Text for a terminal, in which characters that would steer it are written out, as in `\u{1b}`. Everything that comes from data, files,
+/// recipes and remotes goes through this.
+pub fn harmless(text: &str) -> Cow<'_, str> {
+    written_out(text, |text, c| _ = write!(text, "{}", c.escape_unicode()))
+}
+
+/// The same for JSON: its own escapes, so that it still says the same. `serde_json` writes out only what JSON demands.
+pub fn harmless_json(json: &str) -> Cow<'_, str> {
+    // Outside of strings JSON has none of these characters, and all of them have four digits.
+    written_out(json, |json, c| _ = write!(json, "\\u{:04x}", u32::from(c)))
+}
+
+fn written_out(text: &str, write_out: impl Fn(&mut String, char)) -> Cow<'_, str> {
+    if !text.contains(steers) {
+        return Cow::Borrowed(text);
+    }
+    let mut safe = String::with_capacity(text.len() + 16);
+    for c in text.chars() {
+        if steers(c) {
+            write_out(&mut safe, c);
+        } else {
+            safe.push(c);
+        }
+    }
+    Cow::Owned(safe)
+}
 
 /// Seconds as `0.4 s`, `12 s`, `3 min 5 s`, `2 h 14 min`.
 pub fn duration(seconds: f64) -> String {
@@ -79,6 +114,23 @@ fn significant(value: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn text_from_elsewhere_does_not_steer_the_terminal() {
+        let text = "a\u{1b}[2J\u{7}\r\u{9b}1m\u{202e}b\u{7f}\n\tc\u{e9}";
+        assert_eq!(
+            harmless(text),
+            "a\\u{1b}[2J\\u{7}\\u{d}\\u{9b}1m\\u{202e}b\\u{7f}\n\tc\u{e9}"
+        );
+        assert!(matches!(
+            harmless("pl\u{e4}in \u{1f600}\n"),
+            Cow::Borrowed(_)
+        ));
+        let json = serde_json::to_string(&text).unwrap();
+        let safe = harmless_json(&json);
+        assert!(!safe.contains(steers));
+        assert_eq!(serde_json::from_str::<String>(&safe).unwrap(), text);
+    }
 
     #[test]
     fn numbers_read_well() {

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context as _, bail};
 
+use super::chat_template;
 use crate::engine::Context;
 use crate::ml::adapter::{Adapter, Bias, CONFIG, FILE};
 
@@ -27,6 +28,19 @@ pub(super) fn choose(names: &[&str]) -> anyhow::Result<[&'static str; 2]> {
         bail!("it has no `{FILE}`{hint}");
     }
     Ok([CONFIG, FILE])
+}
+
+/// Takes the chat template that lies beside an adapter. What can't be read is told, for an adapter works without.
+pub(super) fn take_template(cx: &Context, read: impl FnOnce() -> anyhow::Result<Option<String>>) {
+    let took = read().and_then(|template| match template {
+        Some(template) => chat_template::write(&template, cx.out()),
+        None => Ok(()),
+    });
+    if let Err(error) = took {
+        cx.warn(format!(
+            "the chat template beside the adapter was left behind: {error:#}"
+        ));
+    }
 }
 
 /// Reads the adapter that is in the stage's output, and notes what it holds.

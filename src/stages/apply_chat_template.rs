@@ -12,19 +12,27 @@ use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::artifacts::{Chats, Dataset, Model};
+use super::chat_template;
 use crate::data::cell::Cell;
-use crate::data::table::{Split, Writer, pass, splits};
-use crate::engine::{Context, Input, Problem, SourcePath, Stage};
+use crate::data::table::{BATCH_ROWS, Split, Writer, pass_pieces, splits};
+use crate::engine::{Context, Input, Problem, Row, SourcePath, Stage, watched};
 use crate::text::chat::{ChatRow, Notice, Rendered, Renderer, Side};
 use crate::text::template::ChatTemplate;
-use crate::text::tokenizer::{chat_template, special_tokens};
+use crate::text::tokenizer::{self, read_template, special_tokens};
+
+/// The longest that one row may take; real ones take less than a thousandth of it.
+const LONGEST: Duration = Duration::from_secs(5);
+/// Bytes of text that are about rendered at once.
+const AT_ONCE: usize = 16 << 20;
 
 /// Renders rows to text with a chat template, as transformers and TRL do: `prompt`, `chosen` and, for preferences, `rejected`
 /// join to exactly what the template prints for the whole conversation.
 ///
-/// The template is a file, a text in the recipe, or else the tokenizer's own. Rows whose texts were rendered before are taken as
+/// The template is a file, a text in the recipe, or else the tokenizer's own. It goes with the chats, and from them into what is
+/// trained on them. Rows whose texts were rendered before are taken as
 /// they are, and counted.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -50,8 +58,9 @@ pub struct ApplyChatTemplate {
 
 impl Stage for ApplyChatTemplate {
     const KIND: &'static str = "apply_chat_template";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     type Output = Chats;
+    const BOUNDED: bool = true;
 
     fn check(&self) -> Vec<Problem> {
         let mut problems = Vec::new();
@@ -73,7 +82,12 @@ impl Stage for ApplyChatTemplate {
     }
 
     fn run(&self, cx: &Context) -> Result<()> {
-        let renderer = self.renderer(cx)?;
+        let template = Row {
+            number: 0,
+            of: Arc::from("the chat template"),
+        };
+        let renderer = watched(template, LONGEST, || self.renderer(cx))?;
+        chat_template::write(renderer.template().source(), cx.out())?;
         let folder = cx.input(&self.dataset)?;
         let splits: Result<Vec<Split>> = splits(folder)?
             .into_iter()
@@ -108,14 +122,15 @@ impl ApplyChatTemplate {
         let source = match (&self.chat_template, &self.template) {
             (Some(source), _) => source.clone(),
             (None, Some(file)) => {
-                let text = std::fs::read_to_string(cx.source(file)?);
+                let path = cx.source(file)?;
+                let text = read_template(path);
                 text.with_context(|| {
                     format!("could not read the template `{}`", file.as_written())
                 })?
             }
             (None, None) => {
                 let model = model.context("there is no chat template")?;
-                chat_template(model)?.ok_or_else(|| {
+                tokenizer::chat_template(model)?.ok_or_else(|| {
                     anyhow!("the tokenizer has no chat template; hint: name a file with `template`, as templates/llama3.jinja")
                 })?
             }
@@ -183,42 +198,63 @@ fn render_split(
     let schema = Arc::new(Schema::new(fields));
     let writer = Writer::create(cx.out(), split.name(), schema.clone())?;
     let mut done = 0;
-    let rows = pass(split, writer, |batch| {
-        let rendered: Result<Vec<Rendered>> = (0..batch.num_rows())
-            .into_par_iter()
-            .with_min_len(16)
-            .map(|row| {
-                let rendered = chat_row(&batch, row)
-                    .and_then(|row| renderer.render(row))
-                    .and_then(|rendered| {
+    let of: Arc<str> = format!("of the split `{}`", split.name()).into();
+    // Rows that are rendered at once: the text that a template makes of a row can be of any size.
+    let fewest = rayon::current_num_threads();
+    let mut at_once = fewest;
+    let rows = pass_pieces(split, writer, |batch, made| {
+        let mut start = 0;
+        while start < batch.num_rows() {
+            let end = batch.num_rows().min(start + at_once);
+            let rendered: Result<Vec<Rendered>> = (start..end)
+                .into_par_iter()
+                .with_min_len(16.min((end - start).div_ceil(4 * fewest)))
+                .map(|row| {
+                    let number = done + row + 1;
+                    let watch = Row {
+                        number: number as u64,
+                        of: Arc::clone(&of),
+                    };
+                    let render = || {
+                        let rendered = renderer.render(chat_row(&batch, row)?)?;
                         ensure!(
                             !preferences || rendered.rejected.is_some(),
                             "the row has no `rejected`"
                         );
                         Ok(rendered)
-                    });
-                rendered.with_context(|| {
-                    format!("row {} of the split `{}`", done + row + 1, split.name())
+                    };
+                    watched(watch, LONGEST, render).with_context(|| format!("row {number} {of}"))
                 })
-            })
-            .collect();
-        let rendered = rendered?;
-        for row in &rendered {
-            counts.already_rendered += usize::from(row.notice == Notice::AlreadyRendered);
-            counts.special_tokens += usize::from(row.notice == Notice::SpecialTokens);
-        }
-        let column = |text: fn(&Rendered) -> Option<&str>| texts(&rendered, text);
-        let mut columns = vec![
-            column(|row| Some(&row.prompt)),
-            column(|row| Some(&row.chosen)),
-        ];
-        if preferences {
-            columns.push(column(|row| row.rejected.as_deref()));
+                .collect();
+            let rendered = rendered?;
+            for row in &rendered {
+                counts.already_rendered += usize::from(row.notice == Notice::AlreadyRendered);
+                counts.special_tokens += usize::from(row.notice == Notice::SpecialTokens);
+            }
+            let column = |text: fn(&Rendered) -> Option<&str>| texts(&rendered, text);
+            let mut columns = vec![
+                column(|row| Some(&row.prompt)),
+                column(|row| Some(&row.chosen)),
+            ];
+            if preferences {
+                columns.push(column(|row| row.rejected.as_deref()));
+            }
+            let bytes: usize = rendered.iter().map(Rendered::bytes).sum();
+            at_once = if bytes < AT_ONCE / 2 {
+                (at_once * 2).min(BATCH_ROWS)
+            } else if bytes > AT_ONCE {
+                (at_once / 2).max(fewest)
+            } else {
+                at_once
+            };
+            drop(rendered);
+            made.send(RecordBatch::try_new(schema.clone(), columns)?)?;
+            start = end;
+            cx.check_cancelled()?;
         }
         done += batch.num_rows();
         cx.progress((counts.all + done) as u64, Some(total), "rows");
-        cx.check_cancelled()?;
-        Ok(RecordBatch::try_new(schema.clone(), columns)?)
+        Ok(())
     })?;
     counts.all += done;
     counts.rows.insert(split.name().to_owned(), rows);

@@ -35,6 +35,7 @@ pub struct AttachLora {
     #[serde(default)]
     bias: Bias,
     /// The modules that get a pair of matrices, by the ends of their paths; or `all-linear` for every projection of the layers.
+    /// PEFT's default: none, which means these two for a Llama.
     #[serde(default)]
     target_modules: TargetModules,
     /// Multiply the update by `lora_alpha / sqrt(r)` instead (rank-stabilised LoRA).

@@ -10,6 +10,7 @@ use serde_json::json;
 
 use super::artifacts::{Dataset, Model};
 use super::dtype::Dtype;
+use super::tokenizers;
 use crate::data::cell::Cell;
 use crate::data::table::{BATCH_ROWS, Split};
 use crate::engine::{Bytes, Context, Input, Problem, SourcePath, Stage};
@@ -17,7 +18,6 @@ use crate::ml::config::LlamaConfig;
 use crate::ml::create;
 use crate::ml::folder::{self, CONFIG, sorted_json};
 use crate::text::bpe::train_llama3_tokenizer;
-use crate::text::tokenizer::Tokenizer;
 
 /// Makes a Llama with random weights, in the layout of a Hugging Face model folder.
 ///
@@ -277,6 +277,7 @@ impl CreateModel {
             tie_word_embeddings: self.tie_word_embeddings,
             attention_bias: false,
             mlp_bias: false,
+            attention_dropout: 0.,
             bos_token_id: vocabulary.bos,
             eos_token_ids: vocabulary.eos.into_iter().collect(),
             pad_token_id: vocabulary.pad,
@@ -288,7 +289,7 @@ impl CreateModel {
     /// Another model's tokenizer.
     fn take(&self, cx: &Context, model: &Input<Model>) -> anyhow::Result<Vocabulary> {
         let source = cx.input(model)?;
-        let tokenizer = Tokenizer::load(source)?;
+        let tokenizer = tokenizers::load(source)?;
         folder::carry(source, cx.out(), &[CONFIG, GENERATION_CONFIG])?;
         let ids = [&tokenizer.bos, &tokenizer.eos, &tokenizer.pad];
         let ids = ids.map(|token| token.as_ref().map(|token| token.id));

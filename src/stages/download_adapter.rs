@@ -8,13 +8,15 @@ use serde::{Deserialize, Serialize};
 
 use super::adapter_files;
 use super::artifacts::Adapter;
+use super::chat_template;
 use super::from_hub::{Source, check, main_revision, pin, place};
 use crate::engine::{Context, Problem, Stage, World};
 use crate::hub::RepoKind;
+use crate::text::tokenizer;
 
 /// Downloads a LoRA adapter from the Hugging Face hub: to go on training it, to score it, or to merge it.
 ///
-/// The revision is resolved to a commit, and a moved branch makes the stage run again. Settings that would change the adapter's
+/// The chat template comes along, if there is one beside it (TRL saves it). The revision is resolved to a commit, and a moved branch makes the stage run again. Settings that would change the adapter's
 /// numbers in a way that this program does not compute are refused.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -31,9 +33,10 @@ pub struct DownloadAdapter {
 
 impl Stage for DownloadAdapter {
     const KIND: &'static str = "download_adapter";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const MOVES: bool = true;
     type Output = Adapter;
+    const BOUNDED: bool = true;
 
     fn check(&self) -> Vec<Problem> {
         check(&self.repo, &self.revision)
@@ -59,14 +62,28 @@ impl Stage for DownloadAdapter {
             .filter_map(|file| file.path.strip_prefix(folder.as_str()))
             .collect();
         let chosen = adapter_files::choose(&names).with_context(refused)?;
-        let files = chosen.map(|name| (name, source.file(&format!("{folder}{name}"))));
-        let announced: Vec<_> = files.iter().filter_map(|(_, file)| file.as_ref()).collect();
-        source.expect(&announced);
-        for (name, file) in &files {
+        let mut files = chosen
+            .iter()
+            .map(|name| {
+                let file = source.file(&format!("{folder}{name}"));
+                file.with_context(|| format!("`{name}` is gone"))
+            })
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        source.expect(&mut files)?;
+        for (name, file) in chosen.iter().zip(&files) {
             cx.check_cancelled()?;
-            let file = file.as_ref().with_context(|| format!("`{name}` is gone"))?;
             let path = source.fetch(file)?;
             place(&path, &cx.out().join(name))?;
+        }
+        // Beside it TRL saves the template: in a file of its own, and in older versions among the tokenizer's settings.
+        let template = source.file(&format!("{folder}{}", chat_template::FILE));
+        let settings = source.file(&format!("{folder}{}", chat_template::TOKENIZER_CONFIG));
+        if let Some(template) = template {
+            let path = source.fetch(&template)?;
+            place(&path, &cx.out().join(chat_template::FILE))?;
+        } else if let Some(settings) = settings {
+            let path = source.fetch(&settings)?;
+            adapter_files::take_template(cx, || tokenizer::template_in(&path));
         }
         adapter_files::check(cx).with_context(refused)
     }
@@ -92,6 +109,15 @@ mod tests {
             (at("", "README.md"), b"odd".to_vec()),
             (at("second/", CONFIG), config.clone()),
             (at("second/", FILE), weights.clone()),
+            (at("old/", CONFIG), config.clone()),
+            (at("old/", FILE), weights.clone()),
+            (
+                at("old/", "tokenizer_config.json"),
+                br#"{"chat_template": "t"}"#.to_vec(),
+            ),
+            (at("new/", CONFIG), config.clone()),
+            (at("new/", FILE), weights.clone()),
+            (at("new/", "chat_template.jinja"), b"t".to_vec()),
         ];
         let files: Vec<_> = files
             .iter()
@@ -124,6 +150,11 @@ mod tests {
         };
         let second = "{ repo: some/adapter, subfolder: second/ }";
         assert_eq!(run(second).unwrap(), [CONFIG, FILE]);
+        // With the template of its training.
+        for folder in ["old", "new"] {
+            let yaml = format!("{{ repo: some/adapter, subfolder: {folder} }}");
+            assert_eq!(run(&yaml).unwrap(), [CONFIG, FILE, chat_template::FILE]);
+        }
         let error = format!("{:#}", run("{ repo: some/adapter }").unwrap_err());
         assert!(error.contains("`adapter_config.json`"), "{error}");
     }

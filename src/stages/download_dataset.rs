@@ -53,6 +53,7 @@ impl Stage for DownloadDataset {
     const VERSION: u32 = 1;
     const MOVES: bool = true;
     type Output = Dataset;
+    const BOUNDED: bool = true;
 
     fn check(&self) -> Vec<Problem> {
         let mut problems = check(&self.repo, &self.revision);
@@ -97,8 +98,8 @@ impl Stage for DownloadDataset {
     fn run(&self, cx: &Context) -> anyhow::Result<()> {
         let mut source = Source::open(cx, RepoKind::Dataset, &self.repo, &self.revision)?;
         let refused = || format!("the dataset `{}` can't be used", self.repo);
-        let files = self.choose(&mut source).with_context(refused)?;
-        source.expect(&files.iter().collect::<Vec<_>>());
+        let mut files = self.choose(&mut source).with_context(refused)?;
+        source.expect(&mut files)?;
         let mut paths = Vec::with_capacity(files.len());
         for file in &files {
             cx.check_cancelled()?;

@@ -2,24 +2,26 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, anyhow};
 use candle_core::Device;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::artifacts::{Adapter, Model, Scores, Tokens};
 use super::training::{Rules, has_split, pad_id, rows};
+use super::{chat_template, tokenizers};
 use crate::engine::{Context, Input, Problem, Stage};
-use crate::ml::adapter::Adapter as LoraAdapter;
+use crate::ml::adapter::{Adapter as LoraAdapter, FILE};
 use crate::ml::batch::Row;
 use crate::ml::config::LlamaConfig;
+use crate::ml::evaluate::{self, NotFinite};
 use crate::ml::linear::Pass;
 use crate::ml::model::{Llama, Trained};
 use crate::ml::train::compute_dtype;
 use crate::ml::weights::Weights;
-use crate::ml::{evaluate, generate};
+use crate::ml::{finite, generate};
 use crate::text::tokenizer::Tokenizer;
 
 /// Scores a model on preference rows: `scores.json` with TRL's numbers, and `answers.jsonl` with greedy answers to the first
@@ -51,7 +53,7 @@ pub struct Evaluate {
     /// The most tokens of an answer.
     #[serde(default = "default_max_new_tokens")]
     max_new_tokens: usize,
-    /// Whether matrix products run in bf16.
+    /// Whether matrix products run in bf16. TRL's default: `true`, unless `fp16` is on.
     #[serde(default)]
     bf16: bool,
     /// Whether matrix products run in f16.
@@ -176,8 +178,8 @@ impl Evaluate {
     }
 }
 
-/// The ids that end an answer: those of `config.json` and of `generation_config.json`.
-fn stop_ids(folder: &Path, config: &LlamaConfig) -> anyhow::Result<Vec<u32>> {
+/// The ids that end an answer, beside the one that ends it in the rows' chat template: those of `config.json` and of `generation_config.json`.
+pub(super) fn stop_ids(folder: &Path, config: &LlamaConfig) -> anyhow::Result<Vec<u32>> {
     let mut stops = config.eos_token_ids.clone();
     let path = folder.join("generation_config.json");
     if path.is_file() {
@@ -195,9 +197,38 @@ fn stop_ids(folder: &Path, config: &LlamaConfig) -> anyhow::Result<Vec<u32>> {
     Ok(stops)
 }
 
+/// Says which split's rows have scores that are no numbers, and which tensor is to blame.
+fn explain(
+    error: anyhow::Error,
+    model: &Llama,
+    fp16: bool,
+    split: &str,
+    sources: &[(&str, PathBuf)],
+) -> anyhow::Error {
+    let Some(NotFinite { rows }) = error.downcast_ref() else {
+        return error;
+    };
+    let sources: Vec<(&str, &Path)> = sources
+        .iter()
+        .map(|(noun, path)| (*noun, path.as_path()))
+        .collect();
+    let cause = match (finite::blame(&sources), model.overflown()) {
+        (Ok(Some(found)), _) => found,
+        (Err(failed), _) => format!("and the weights could not be looked through: {failed:#}"),
+        (_, Ok(Some(name))) => format!(
+            "`{name}` has values beyond 65504, where f16 ends; use bf16, or neither bf16 nor fp16"
+        ),
+        _ if fp16 => {
+            "f16 ends at 65504 and the model leaves it; use bf16, or neither bf16 nor fp16".into()
+        }
+        _ => "the weights are finite, so these rows lead beyond the range of numbers".into(),
+    };
+    anyhow!("the log-probabilities of the rows {rows:?} of `{split}` are not finite: {cause}")
+}
+
 impl Stage for Evaluate {
     const KIND: &'static str = "evaluate";
-    const VERSION: u32 = 2;
+    const VERSION: u32 = 3;
     const EXCLUSIVE: bool = true;
     type Output = Scores;
 
@@ -242,6 +273,10 @@ impl Stage for Evaluate {
             &Device::Cpu,
         )?;
         let pad = pad_id(folder, &config);
+        let mut sources = vec![("model", folder.to_path_buf())];
+        if let Some(adapter) = &self.adapter {
+            sources.push(("adapter", cx.input(adapter)?.join(FILE)));
+        }
 
         let passes = if adapter.is_some() { 2 } else { 1 };
         let total = Some((rows.len() * passes) as u64);
@@ -250,7 +285,9 @@ impl Stage for Evaluate {
             let scores = evaluate::preferences(&model, &rows, size, pad, pass, &mut |done| {
                 cx.progress((before + done) as u64, total, "rows");
                 cx.check_cancelled()
-            })?;
+            });
+            let scores =
+                scores.map_err(|error| explain(error, &model, self.fp16, &split, &sources))?;
             Ok(self.scores(&scores))
         };
         let base = score(Pass::BASE, 0)?;
@@ -292,8 +329,9 @@ impl Stage for Evaluate {
         let text = serde_json::to_string_pretty(&report)? + "\n";
         fs::write(cx.out().join("scores.json"), text).context("could not write `scores.json`")?;
         if self.num_answers > 0 {
-            let tokenizer = Tokenizer::load(folder)?;
-            let stops = stop_ids(folder, &config)?;
+            let tokenizer = tokenizers::load(folder)?;
+            let mut stops = stop_ids(folder, &config)?;
+            stops.extend(chat_template::stop_token(cx, dataset, folder)?.map(|stop| stop.id));
             let lines = self.answers(cx, &model, &tokenizer, &rows, &stops)?;
             fs::write(cx.out().join("answers.jsonl"), lines)
                 .context("could not write `answers.jsonl`")?;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 
 use crate::engine::{Context, Problem, World};
-use crate::hub::{Hub, HubSettings, Listing, RemoteFile, RepoKind, Snapshot};
+use crate::hub::{Hub, HubSettings, Listing, RemoteFile, RepoKind, Snapshot, Watch};
 
 /// The outside fact that pins a revision.
 const COMMIT: &str = "commit";
@@ -17,11 +17,35 @@ pub(super) fn main_revision() -> String {
 }
 
 /// The hub as the run's settings say.
-fn hub(world: &World) -> anyhow::Result<Hub> {
+fn hub<'a>(world: &World, watch: &'a dyn Watch) -> anyhow::Result<Hub<'a>> {
     let variable = |name: &str| world.variable(name).map(str::to_owned);
     let mut settings = HubSettings::from_variables(&variable, world.home.as_deref())?;
     settings.offline |= world.offline;
-    Hub::new(settings)
+    Hub::new(settings, watch)
+}
+
+/// A plan waits for the hub, and so does a run before its stages start.
+impl Watch for World {
+    fn tick(&self) -> anyhow::Result<()> {
+        self.check_cancelled()
+    }
+
+    fn tell(&self, text: &str) {
+        self.warn(text);
+    }
+}
+
+/// A stage waits for the hub. What was told when it was planned is not told again.
+impl Watch for Context {
+    fn tick(&self) -> anyhow::Result<()> {
+        self.check_cancelled()
+    }
+
+    fn tell(&self, text: &str) {
+        if self.world().is_news(text) {
+            self.warn(text);
+        }
+    }
 }
 
 /// The commit that `revision` means now.
@@ -31,7 +55,7 @@ pub(super) fn pin(
     repo: &str,
     revision: &str,
 ) -> anyhow::Result<BTreeMap<String, String>> {
-    let commit = hub(world)?.resolve(kind, repo, revision)?;
+    let commit = hub(world, world)?.resolve(kind, repo, revision)?;
     Ok([(COMMIT.to_owned(), commit)].into())
 }
 
@@ -59,7 +83,7 @@ pub(super) fn check(repo: &str, revision: &str) -> Vec<Problem> {
 /// One repository at the pinned commit.
 pub(super) struct Source<'a> {
     cx: &'a Context,
-    hub: Hub,
+    hub: Hub<'a>,
     snapshot: Snapshot,
     /// Its files.
     pub(super) listing: Listing,
@@ -74,7 +98,7 @@ impl<'a> Source<'a> {
         repo: &str,
         revision: &str,
     ) -> anyhow::Result<Self> {
-        let hub = hub(cx.world())?;
+        let hub = hub(cx.world(), cx)?;
         let snapshot = Snapshot {
             kind,
             repo: repo.to_owned(),
@@ -103,10 +127,40 @@ impl<'a> Source<'a> {
         })
     }
 
-    /// Announces how many bytes will be fetched in all.
-    pub(super) fn expect(&mut self, files: &[&RemoteFile]) {
-        self.total = files.iter().map(|file| file.size).sum();
+    /// Announces how many bytes will be fetched in all, and tells what can't be verified. Sizes and hashes that the list of files
+    /// leaves out are asked for.
+    pub(super) fn expect(&mut self, files: &mut [RemoteFile]) -> anyhow::Result<()> {
+        let repo = &self.snapshot.repo;
+        let unsized_ = files.iter().filter(|file| file.size.is_none()).count();
+        if unsized_ > 0 {
+            self.cx.warn(format!(
+                "the hub lists {unsized_} of {} files of `{repo}` without their sizes; each of them is asked for by itself",
+                files.len()
+            ));
+        }
+        for file in files.iter_mut() {
+            self.cx.check_cancelled()?;
+            *file = self.hub.measure(&self.snapshot, file)?;
+        }
+        let bare: Vec<&str> = files
+            .iter()
+            .filter(|file| !file.has_hash())
+            .map(|file| file.path.as_str())
+            .collect();
+        if let Some(first) = bare.first() {
+            self.cx.warn(format!(
+                "the hub tells no hash of {} of {} files of `{repo}` (such as `{first}`); their sizes are checked, their contents \
+                 can't be",
+                bare.len(),
+                files.len()
+            ));
+        }
+        let mut sizes = files.iter().filter_map(|file| file.size);
+        self.total = sizes.try_fold(0_u64, u64::checked_add).with_context(|| {
+            format!("the hub lists sizes of the files of `{repo}` that no disk holds")
+        })?;
         self.cx.note("bytes", self.total);
+        Ok(())
     }
 
     pub(super) fn file(&self, path: &str) -> Option<RemoteFile> {
@@ -131,7 +185,7 @@ impl<'a> Source<'a> {
             Ok(())
         })?;
         if total.is_some() {
-            self.done += file.size;
+            self.done += file.size.unwrap_or_default();
         }
         cx.progress(self.done, total, "bytes");
         Ok(path)

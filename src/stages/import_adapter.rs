@@ -7,10 +7,11 @@ use serde::{Deserialize, Serialize};
 use super::adapter_files;
 use super::artifacts::Adapter;
 use crate::engine::{Context, Problem, SourcePath, Stage};
+use crate::text::tokenizer;
 
 /// Takes a LoRA adapter from a local folder that PEFT saved: to go on training it, to score it, or to merge it.
 ///
-/// The two files of the adapter are copied, so that later edits of the folder can't reach a result. Settings that would change
+/// The two files of the adapter are copied, and the chat template beside them, if there is one (TRL saves it), so that later edits of the folder can't reach a result. Settings that would change
 /// its numbers in a way that this program does not compute are refused.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -21,8 +22,9 @@ pub struct ImportAdapter {
 
 impl Stage for ImportAdapter {
     const KIND: &'static str = "import_adapter";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     type Output = Adapter;
+    const BOUNDED: bool = true;
 
     fn check(&self) -> Vec<Problem> {
         if self.path.as_written().trim().is_empty() {
@@ -46,6 +48,7 @@ impl Stage for ImportAdapter {
             cx.check_cancelled()?;
             cx.copy_in(&folder.join(name), name)?;
         }
+        adapter_files::take_template(cx, || tokenizer::chat_template(folder));
         adapter_files::check(cx).with_context(refused)
     }
 }

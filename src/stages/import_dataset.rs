@@ -44,6 +44,7 @@ impl Stage for ImportDataset {
     const KIND: &'static str = "import_dataset";
     const VERSION: u32 = 1;
     type Output = Dataset;
+    const BOUNDED: bool = true;
 
     fn check(&self) -> Vec<Problem> {
         let mut problems = Vec::new();

@@ -10,6 +10,9 @@ use serde::{Deserialize, Serialize};
 use super::artifacts::Model;
 use super::model_files::{self, Checked, INDEX};
 use crate::engine::{Context, Problem, SourcePath, Stage};
+use crate::ml::config::{LlamaConfig, without_effect};
+use crate::ml::tensors;
+use crate::ml::weights::Weights;
 
 /// Takes a model from a local Hugging Face folder: configuration, safetensors weights, tokenizer and chat template.
 ///
@@ -26,6 +29,7 @@ impl Stage for ImportModel {
     const KIND: &'static str = "import_model";
     const VERSION: u32 = 1;
     type Output = Model;
+    const BOUNDED: bool = true;
 
     fn check(&self) -> Vec<Problem> {
         if self.path.as_written().trim().is_empty() {
@@ -54,18 +58,45 @@ impl Stage for ImportModel {
             cx.copy_in(&folder.join(name), name)?;
         }
         let checked = model_files::check(cx.out()).with_context(refused)?;
-        tell(cx, &checked);
-        Ok(())
+        tell(cx, &checked).with_context(refused)
     }
 }
 
-/// Notes what a model holds, and warns of what it lacks.
-pub(super) fn tell(cx: &Context, checked: &Checked) {
+/// Unused tensors that a warning names; of more it tells the number.
+const NAMED: usize = 8;
+
+/// Compares the weights with the configuration, notes what a model holds, and warns of what it lacks and of what counts for
+/// nothing.
+pub(super) fn tell(cx: &Context, checked: &Checked) -> anyhow::Result<()> {
     cx.note("tensors", checked.tensors);
     cx.note("weight_bytes", checked.bytes);
+    let config = LlamaConfig::read(cx.out())?;
+    let unused = tensors::compare(&config, &Weights::open(cx.out())?)?;
+    if !unused.is_empty() {
+        cx.note("unused_tensors", unused.len());
+        let named: Vec<_> = unused
+            .iter()
+            .take(NAMED)
+            .map(|name| format!("`{name}`"))
+            .collect();
+        let more = match unused.len().saturating_sub(NAMED) {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        };
+        cx.warn(format!(
+            "tensors that the model described by `config.json` doesn't have are not used, as in transformers: {}{more}",
+            named.join(", ")
+        ));
+    }
+    for key in without_effect(cx.out())? {
+        cx.warn(format!(
+            "`{key}` in `config.json` has no effect: the model type `llama` doesn't know it, here as in transformers"
+        ));
+    }
     if !checked.tokenizer {
         cx.warn("the model has no `tokenizer.json`: `tokenize` needs another model's");
     }
+    Ok(())
 }
 
 fn choose(folder: &Path) -> anyhow::Result<Vec<String>> {
@@ -76,8 +107,9 @@ fn choose(folder: &Path) -> anyhow::Result<Vec<String>> {
         };
         for entry in entries {
             let entry = entry?;
-            // Through links: folders of the hub's cache consist of them.
+            // Through links: folders of the hub's cache consist of them. Hidden files are no part of what a recipe reads.
             if let Ok(name) = entry.file_name().into_string()
+                && !name.starts_with('.')
                 && entry.path().is_file()
             {
                 found.push(format!("{below}{name}"));
@@ -94,6 +126,7 @@ fn choose(folder: &Path) -> anyhow::Result<Vec<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::Level;
 
     const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/model");
 
@@ -142,6 +175,83 @@ mod tests {
             let same =
                 std::fs::read(out.join(name)).unwrap() == std::fs::read(source.join(name)).unwrap();
             assert!(same, "{name}");
+        }
+    }
+
+    #[test]
+    fn weights_and_configuration_are_compared() {
+        let folder = tempfile::tempdir().unwrap();
+        let source = folder.path().join("source");
+        std::fs::create_dir_all(&source).unwrap();
+        for entry in std::fs::read_dir(GOLDEN).unwrap() {
+            let entry = entry.unwrap();
+            std::fs::copy(entry.path(), source.join(entry.file_name())).unwrap();
+        }
+        let config = std::fs::read_to_string(source.join("config.json")).unwrap();
+        let out = |changes: &[(&str, &str)]| {
+            let mut text = config.clone();
+            for (from, to) in changes {
+                assert!(text.contains(from));
+                text = text.replace(from, to);
+            }
+            std::fs::write(source.join("config.json"), text).unwrap();
+            let folder = tempfile::tempdir().unwrap();
+            let cx = Context::for_test(folder.path(), &[], &[("m", &source)]);
+            let stage = ImportModel {
+                path: SourcePath::new("m"),
+            };
+            let ran = stage.run(&cx).map_err(|error| format!("{error:#}"));
+            ran.map(|()| {
+                (
+                    cx.messages(Level::Warning),
+                    cx.notes.lock().unwrap().clone(),
+                )
+            })
+        };
+        let (warnings, notes) = out(&[]).unwrap();
+        assert_eq!(
+            (warnings.len(), notes.contains_key("unused_tensors")),
+            (0, false)
+        );
+        // Fewer layers than the file has: transformers reports the rest as unexpected.
+        let (warnings, notes) =
+            out(&[("\"num_hidden_layers\": 3", "\"num_hidden_layers\": 2")]).unwrap();
+        assert_eq!(notes["unused_tensors"], 9);
+        assert_eq!(warnings.len(), 1);
+        assert!(
+            warnings[0].contains("`model.layers.2.input_layernorm.weight`")
+                && warnings[0].ends_with("and 1 more"),
+            "{warnings:?}"
+        );
+        let (warnings, _) =
+            out(&[("\"use_cache\"", "\"sliding_window\": 64, \"use_cache\"")]).unwrap();
+        assert!(
+            warnings.len() == 1 && warnings[0].contains("`sliding_window`"),
+            "{warnings:?}"
+        );
+        for (from, to, expected) in [
+            (
+                "\"num_hidden_layers\": 3",
+                "\"num_hidden_layers\": 4000000000",
+                "model.layers.3.",
+            ),
+            (
+                "\"intermediate_size\": 192",
+                "\"intermediate_size\": 128",
+                "expected [128, 64]",
+            ),
+            (
+                "\"attention_bias\": false",
+                "\"attention_bias\": true",
+                "q_proj.bias",
+            ),
+            ("\"model_type\": \"llama\",", "", "`model_type` is missing"),
+        ] {
+            let error = out(&[(from, to)]).unwrap_err();
+            assert!(
+                error.contains("`m` can't be used") && error.contains(expected),
+                "{error}"
+            );
         }
     }
 

@@ -6,11 +6,11 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::artifacts::{Adapter, Model};
+use super::{chat_template, tokenizers};
 use crate::engine::{Context, Input, Stage};
 use crate::ml::adapter::Adapter as LoraAdapter;
 use crate::ml::config::LlamaConfig;
 use crate::ml::{merge, prove};
-use crate::text::tokenizer::Tokenizer;
 
 /// What the merged model is asked, beside the base with the adapter.
 const PROMPTS: [&str; 3] = [
@@ -25,7 +25,9 @@ const MUCH: f64 = 0.5;
 
 /// Adds an adapter's update into the weights of a model: a model folder that needs no adapter any more.
 ///
-/// Weights keep their types and files; tokenizer, chat template and generation config are carried along untouched. A model in
+/// Weights keep their types and files; tokenizer, chat template and generation config are carried along untouched, unless the
+/// adapter was trained by another template: then that is the result's, and the token that ends its answers is added to
+/// `eos_token_id` in `generation_config.json`. A model in
 /// 4 bits becomes dense (Unsloth's `merged_16bit`), but merging into the dense model that it was made from loses less.
 /// At the end the result proves itself: its logits on a few fixed prompts are compared with those of the model with the adapter
 /// (both in f32, a layer at a time). The difference is in the record, and where it is more than rounding explains the stage fails.
@@ -40,11 +42,12 @@ pub struct Merge {
 
 impl Stage for Merge {
     const KIND: &'static str = "merge";
-    const VERSION: u32 = 2;
+    const VERSION: u32 = 3;
     type Output = Model;
 
     fn run(&self, cx: &Context) -> anyhow::Result<()> {
-        let adapter = LoraAdapter::load(cx.input(&self.adapter)?)?;
+        let adapter_folder = cx.input(&self.adapter)?;
+        let adapter = LoraAdapter::load(adapter_folder)?;
         let model = cx.input(&self.model)?;
         let report = merge::merge(model, &adapter, cx.out(), &mut |done, total| {
             cx.progress(done, Some(total), "bytes");
@@ -52,6 +55,9 @@ impl Stage for Merge {
         })?;
         for file in &report.files {
             cx.written(&file.name, &file.blake3)?;
+        }
+        if let Some(template) = chat_template::read(adapter_folder)? {
+            chat_template::install(cx, &template)?;
         }
         cx.note("merged_weights", report.merged);
         cx.note("weight_bytes", report.bytes);
@@ -94,7 +100,7 @@ fn prompts(model: &Path) -> anyhow::Result<Vec<Vec<u32>>> {
     let config = LlamaConfig::read(model)?;
     let longest = LONGEST.min(config.max_position_embeddings).max(1);
     let vocabulary = config.vocab_size.max(1);
-    let tokenizer = Tokenizer::load(model).ok();
+    let tokenizer = tokenizers::load(model).ok();
     let prompts = PROMPTS.iter().zip(1..).map(|(text, number)| {
         let ids = tokenizer
             .as_ref()

@@ -6,6 +6,7 @@ mod adapter_files;
 pub mod apply_chat_template;
 pub mod artifacts;
 pub mod attach_lora;
+mod chat_template;
 pub mod create_model;
 mod dataset_files;
 pub mod download_adapter;
@@ -23,6 +24,7 @@ mod model_files;
 pub mod quantize;
 pub mod split_dataset;
 pub mod tokenize;
+mod tokenizers;
 pub mod train_orpo;
 pub mod train_sft;
 mod training;
@@ -35,7 +37,7 @@ mod formats;
 mod threads;
 
 #[cfg(test)]
-#[path = "../../tests/it/support/hub.rs"]
+#[path = "../../tests/it/support/hub/mod.rs"]
 #[expect(dead_code, reason = "the integration tests use the rest of it")]
 mod test_hub;
 

@@ -172,7 +172,29 @@ pub(super) fn check(folder: &Path) -> anyhow::Result<Checked> {
 
 #[derive(Deserialize)]
 struct Tensor {
+    dtype: String,
+    shape: Vec<u64>,
     data_offsets: (u64, u64),
+}
+
+impl Tensor {
+    /// Whether the bytes from `start` to `stop` are as many as its shape and type ask for.
+    fn fits(&self) -> bool {
+        let (start, stop) = self.data_offsets;
+        let Some(bytes) = stop.checked_sub(start) else {
+            return false;
+        };
+        let width: u64 = match self.dtype.as_str() {
+            "F64" | "I64" | "U64" => 8,
+            "F32" | "I32" | "U32" => 4,
+            "F16" | "BF16" | "I16" | "U16" => 2,
+            "F8_E4M3" | "F8_E5M2" | "I8" | "U8" | "BOOL" => 1,
+            // Whoever uses it knows.
+            _ => return true,
+        };
+        let sizes = self.shape.iter();
+        sizes.copied().try_fold(width, u64::checked_mul) == Some(bytes)
+    }
 }
 
 /// The names of a safetensors file's tensors and the bytes of their data; only the header is read.
@@ -192,15 +214,31 @@ fn header(path: &Path) -> anyhow::Result<(BTreeSet<String>, u64)> {
     let entries: BTreeMap<String, serde_json::Value> =
         serde_json::from_slice(&text).context("its header is not JSON")?;
     let mut names = BTreeSet::new();
-    let mut end = 0;
+    let mut places = Vec::new();
     for (name, entry) in entries {
         if name == "__metadata__" {
             continue;
         }
         let tensor: Tensor = serde_json::from_value(entry)
             .with_context(|| format!("its header says nothing usable of the tensor `{name}`"))?;
-        end = end.max(tensor.data_offsets.1);
+        let (start, stop) = tensor.data_offsets;
+        ensure!(
+            tensor.fits(),
+            "its header gives the tensor `{name}` ({} {:?}) the bytes {start} to {stop}",
+            tensor.dtype,
+            tensor.shape
+        );
+        places.push((start, stop));
         names.insert(name);
+    }
+    places.sort_unstable();
+    let mut end = 0;
+    for (start, stop) in places {
+        ensure!(
+            start == end,
+            "its header leaves a gap between two tensors, or lays one over another, at byte {end}"
+        );
+        end = stop;
     }
     let data = size - 8 - length;
     ensure!(

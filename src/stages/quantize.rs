@@ -18,18 +18,18 @@ use crate::ml::quantize;
 pub struct Quantize {
     /// The dense model, stored in float32, float16 or bfloat16.
     model: Input<Model>,
-    /// The data type of the 4-bit values.
+    /// The data type of the 4-bit values. transformers' default: `fp4`.
     #[serde(default)]
     scheme: Scheme,
-    /// Whether the magnitudes of the blocks are quantised too, to 8 bits: 0.37 bits less for each weight. In transformers it is
-    /// off unless asked for; QLoRA has it on.
+    /// Whether the magnitudes of the blocks are quantised too, to 8 bits: 0.37 bits less for each weight. QLoRA has it on.
+    /// transformers' default: `false`.
     #[serde(default = "yes")]
     double_quant: bool,
     /// Weights that share a magnitude; transformers reads only blocks of 64.
     #[serde(default = "default_blocksize")]
     blocksize: usize,
     /// What transformers is told to compute in (`bnb_4bit_compute_dtype`); the type of the dense weights if it is not given.
-    /// Trainings here have settings of their own.
+    /// Trainings here have settings of their own. transformers' default: `float32`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     compute_dtype: Option<Dtype>,
     /// An adapter that `attach_lora` began by `init_lora_weights: loftq` beside an earlier 4-bit version of the model: what it

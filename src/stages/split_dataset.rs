@@ -41,6 +41,7 @@ impl Stage for SplitDataset {
     const KIND: &'static str = "split_dataset";
     const VERSION: u32 = 1;
     type Output = Dataset;
+    const BOUNDED: bool = true;
 
     fn check(&self) -> Vec<Problem> {
         let size = self.test_size;

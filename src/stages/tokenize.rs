@@ -1,6 +1,8 @@
 //! `tokenize`: text to token ids.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use arrow::array::{Array, AsArray, RecordBatch, StringArray};
@@ -9,9 +11,11 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::artifacts::{Chats, Model, Tokens};
+use super::chat_template;
+use super::tokenizers::load;
 use crate::data::table::{Split, Writer, pass, splits};
 use crate::data::tokens::{TokenRow, batch, schema};
-use crate::engine::{Context, Input, Problem, Stage};
+use crate::engine::{Context, Input, Problem, Row, Stage, watched};
 use crate::text::preference::{Drop, RowIds, Truncation, encode};
 use crate::text::tokenizer::Tokenizer;
 
@@ -54,8 +58,9 @@ fn default_max_length() -> usize {
 
 impl Stage for Tokenize {
     const KIND: &'static str = "tokenize";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     type Output = Tokens;
+    const BOUNDED: bool = true;
 
     fn check(&self) -> Vec<Problem> {
         let mut problems = Vec::new();
@@ -75,7 +80,8 @@ impl Stage for Tokenize {
     }
 
     fn run(&self, cx: &Context) -> Result<()> {
-        let tokenizer = Tokenizer::load(cx.input(&self.tokenizer)?)?;
+        let folder = cx.input(&self.tokenizer)?;
+        let tokenizer = load(folder)?;
         let folder = cx.input(&self.dataset)?;
         let splits: Result<Vec<Split>> = splits(folder)?
             .into_iter()
@@ -89,7 +95,7 @@ impl Stage for Tokenize {
             self.tokenize_split(cx, &tokenizer, split, total as u64, &mut counts)?;
         }
         counts.tell(cx);
-        Ok(())
+        chat_template::carry(folder, cx.out())
     }
 }
 
@@ -201,6 +207,7 @@ impl Tokenize {
         let preferences = split.schema().field_with_name("rejected").is_ok();
         let writer = Writer::create(cx.out(), split.name(), schema(preferences))?;
         let mut done = 0;
+        let of: Arc<str> = format!("of the split `{}`", split.name()).into();
         let rows = pass(split, writer, |texts| {
             let prompt = column(&texts, "prompt")?;
             let chosen = column(&texts, "chosen")?;
@@ -214,19 +221,20 @@ impl Tokenize {
                     let rejected = rejected
                         .map(|rejected| text(rejected, row, "rejected"))
                         .transpose();
+                    let number = done + row + 1;
                     let ids = rejected.and_then(|rejected| {
                         let prompt = text(prompt, row, "prompt")?;
-                        encode(
-                            tokenizer,
-                            prompt,
-                            text(chosen, row, "chosen")?,
-                            rejected,
-                            self.truncation(),
-                        )
+                        let chosen = text(chosen, row, "chosen")?;
+                        let bytes = prompt.len() + chosen.len() + rejected.map_or(0, str::len);
+                        let watch = Row {
+                            number: number as u64,
+                            of: Arc::clone(&of),
+                        };
+                        watched(watch, longest(bytes), || {
+                            encode(tokenizer, prompt, chosen, rejected, self.truncation())
+                        })
                     });
-                    ids.with_context(|| {
-                        format!("row {} of the split `{}`", done + row + 1, split.name())
-                    })
+                    ids.with_context(|| format!("row {number} {of}"))
                 })
                 .collect();
             let mut kept = Vec::with_capacity(texts.num_rows());
@@ -254,6 +262,11 @@ impl Tokenize {
         counts.rows.insert(split.name().to_owned(), rows);
         Ok(())
     }
+}
+
+/// The longest that texts of so many bytes may take, many times what they do take.
+fn longest(bytes: usize) -> Duration {
+    Duration::from_secs(10 + (bytes >> 17) as u64)
 }
 
 fn token_row(row: RowIds) -> TokenRow {

@@ -18,8 +18,12 @@ training_parameters! {
     ///
     /// With `adapter` it trains the adapter on the frozen model and makes an adapter; without, it trains every weight and
     /// makes a model. Beside it lie `metrics.jsonl` and transformers' `trainer_state.json` with TRL's
-    /// metrics of every step. Parameters have TRL's names and
-    /// defaults but one: `bf16` is off.
+    /// metrics of every step. Parameters have TRL's names, and TRL's
+    /// defaults where nothing else is said.
+    ///
+    /// A metric is the mean of its micro-batches' means, each over all of its rows. TRL's log differs in one place: where an epoch's last
+    /// micro-batch has fewer rows than the others, it takes only as many rows of every micro-batch of that step for `logps/*` and
+    /// `rewards/*` (accelerate's `gather_for_metrics`). Losses, gradients and all other metrics are the same.
     pub struct TrainOrpo {
         /// The weight of the odds ratio beside the likelihood (lambda in the paper).
         #[serde(default = "default_beta")]
@@ -49,7 +53,7 @@ fn default_disable_dropout() -> bool {
 
 impl Stage for TrainOrpo {
     const KIND: &'static str = "train_orpo";
-    const VERSION: u32 = 4;
+    const VERSION: u32 = 5;
     const EXCLUSIVE: bool = true;
     const GROWS: &'static [&'static str] = training::GROWS;
     type Output = Adapter;

@@ -20,10 +20,11 @@ training_parameters! {
     ///
     /// With `adapter` it trains the adapter on the frozen model and makes an adapter; without, it trains every weight and
     /// makes a model. Beside it lie `metrics.jsonl` and transformers' `trainer_state.json` with
-    /// the metrics of every step. Parameters have TRL's names and
-    /// defaults but one: `bf16` is off.
+    /// the metrics of every step. Parameters have TRL's names, and TRL's
+    /// defaults where nothing else is said.
     pub struct TrainSft {
-        /// Whether only the answer's tokens count in the loss, and not the prompt's.
+        /// Whether only the answer's tokens count in the loss, and not the prompt's. TRL's default: none, which means `true` for rows
+        /// with a prompt of their own and `false` for whole conversations.
         #[serde(default = "default_completion_only_loss")]
         completion_only_loss: bool,
         /// Which answers of a preference dataset are learnt.
@@ -65,7 +66,7 @@ fn default_max_length() -> usize {
 
 impl Stage for TrainSft {
     const KIND: &'static str = "train_sft";
-    const VERSION: u32 = 5;
+    const VERSION: u32 = 6;
     const EXCLUSIVE: bool = true;
     const GROWS: &'static [&'static str] = training::GROWS;
     type Output = Model;

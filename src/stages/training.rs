@@ -14,4 +14,6 @@ pub(super) use rules::Rules;
 pub(super) use run::{Job, has_split, pad_id, rows, run};
 
 #[cfg(test)]
+mod not_finite;
+#[cfg(test)]
 pub(super) mod tests;

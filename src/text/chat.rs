@@ -47,6 +47,13 @@ pub struct Rendered {
     pub notice: Notice,
 }
 
+impl Rendered {
+    /// The bytes of its texts.
+    pub fn bytes(&self) -> usize {
+        self.prompt.len() + self.chosen.len() + self.rejected.as_ref().map_or(0, String::len)
+    }
+}
+
 /// What was noticed about a row's own text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Notice {

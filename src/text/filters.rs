@@ -41,12 +41,86 @@ pub(super) fn method(
     name: &str,
     args: &[Value],
 ) -> Result<Value, Error> {
-    if let (ValueKind::String, Some(text)) = (value.kind(), value.as_str())
-        && let Some(result) = string_method(text, name, args)?
-    {
-        return Ok(result);
+    if let (ValueKind::String, Some(text)) = (value.kind(), value.as_str()) {
+        match name {
+            "join" => return join(state, text, args),
+            "format" => widths(text)?,
+            _ => {}
+        }
+        if let Some(result) = string_method(text, name, args)? {
+            return Ok(result);
+        }
     }
     unknown_method_callback(state, value, name, args)
+}
+
+/// Python's `str.join`. What is joined may be a list of lists, each of which holds the next one twice.
+fn join(state: &State, separator: &str, args: &[Value]) -> Result<Value, Error> {
+    let (values,): (&Value,) = from_args(args)?;
+    let mut paid = Paid {
+        text: String::new(),
+        unpaid: 0,
+        pay: &|fuel| state.consume_fuel(fuel),
+    };
+    for (place, value) in values.try_iter()?.checked().enumerate() {
+        let value = value?;
+        let between = if place > 0 { separator } else { "" };
+        write!(paid, "{between}{value}").map_err(|_| Error::from(ErrorKind::OutOfFuel))?;
+    }
+    Ok(Value::from(paid.text))
+}
+
+/// A text in the making that costs fuel as it grows, and not once it is there.
+struct Paid<'a> {
+    text: String,
+    unpaid: usize,
+    pay: Pay<'a>,
+}
+
+/// Takes fuel, as long as there is any.
+type Pay<'a> = &'a dyn Fn(u64) -> Result<(), Error>;
+
+impl std::fmt::Write for Paid<'_> {
+    fn write_str(&mut self, text: &str) -> std::fmt::Result {
+        self.unpaid += text.len();
+        if self.unpaid >= PIECE {
+            let fuel = self.unpaid / BYTES_A_STEP;
+            self.unpaid = 0;
+            (self.pay)(fuel as u64).map_err(|_| std::fmt::Error)?;
+        }
+        self.text.push_str(text);
+        Ok(())
+    }
+}
+
+/// Bytes that cost a step, as in the template engine.
+const BYTES_A_STEP: usize = 64;
+/// The same for text that is made by walking through a value.
+const BYTES_OF_JSON_A_STEP: usize = 4;
+/// Bytes that are paid at once.
+const PIECE: usize = 4096;
+
+/// Refuses widths and precisions in a format that nobody means: `"{:1000000000}"`.
+fn widths(format: &str) -> Result<(), Error> {
+    let mut digits = 0;
+    for part in format.split('{').skip(1) {
+        let spec = part.split('}').next().unwrap_or_default();
+        for byte in spec.bytes() {
+            digits = if byte.is_ascii_digit() { digits + 1 } else { 0 };
+            if digits > 4 {
+                return Err(too_wide());
+            }
+        }
+        digits = 0;
+    }
+    Ok(())
+}
+
+fn too_wide() -> Error {
+    Error::new(
+        ErrorKind::InvalidOperation,
+        "a width above 10000 is not supported",
+    )
 }
 
 fn string_method(text: &str, name: &str, args: &[Value]) -> Result<Option<Value>, Error> {
@@ -152,10 +226,7 @@ fn string_method(text: &str, name: &str, args: &[Value]) -> Result<Option<Value>
 /// What is missing for `text` to be `width` characters wide.
 fn fill(text: &str, width: usize, with: char) -> Result<String, Error> {
     if width > 10_000 {
-        return Err(Error::new(
-            ErrorKind::InvalidOperation,
-            "a width above 10000 is not supported",
-        ));
+        return Err(too_wide());
     }
     let missing = width.saturating_sub(text.chars().count());
     Ok(std::iter::repeat_n(with, missing).collect())
@@ -189,7 +260,12 @@ fn title(text: &str) -> String {
     clippy::needless_pass_by_value,
     reason = "minijinja asks for this shape"
 )]
-pub(super) fn tojson(value: &Value, args: Rest<Value>, kwargs: Kwargs) -> Result<Value, Error> {
+pub(super) fn tojson(
+    state: &State,
+    value: &Value,
+    args: Rest<Value>,
+    kwargs: Kwargs,
+) -> Result<Value, Error> {
     // The parameters in transformers' order; a template may pass them by place.
     let by_place = |place: usize, name: &str| -> Result<Option<Value>, Error> {
         match args.get(place) {
@@ -233,6 +309,8 @@ pub(super) fn tojson(value: &Value, args: Rest<Value>, kwargs: Kwargs) -> Result
     let sort_keys = by_place(3, "sort_keys")?.is_some_and(|value| value.is_true());
     kwargs.assert_all_used()?;
     let mut json = Json {
+        pay: &|fuel| state.consume_fuel(fuel),
+        paid: 0,
         output: String::new(),
         indent,
         item,
@@ -245,7 +323,10 @@ pub(super) fn tojson(value: &Value, args: Rest<Value>, kwargs: Kwargs) -> Result
 }
 
 /// A JSON text in the making.
-struct Json {
+struct Json<'a> {
+    pay: Pay<'a>,
+    /// How much of the output has cost fuel.
+    paid: usize,
     output: String,
     indent: Option<String>,
     item: String,
@@ -254,10 +335,15 @@ struct Json {
     ensure_ascii: bool,
 }
 
-impl Json {
+impl Json<'_> {
     fn value(&mut self, value: &Value, depth: usize) -> Result<(), Error> {
         if depth > 200 {
             return Err(Error::new(ErrorKind::InvalidOperation, "too deep for JSON"));
+        }
+        let unpaid = self.output.len() - self.paid;
+        if unpaid >= PIECE {
+            self.paid = self.output.len();
+            (self.pay)((unpaid / BYTES_OF_JSON_A_STEP) as u64)?;
         }
         match value.kind() {
             ValueKind::None => self.output.push_str("null"),

@@ -5,10 +5,12 @@
 
 pub mod bpe;
 pub mod chat;
+mod depth;
 mod filters;
 mod generation;
 pub mod preference;
 mod quick;
 pub mod template;
 pub mod tokenizer;
+pub mod turn_end;
 mod words;

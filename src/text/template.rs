@@ -4,23 +4,23 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use anyhow::{Context as _, Result, anyhow, ensure};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use chrono::NaiveDate;
 use chrono::format::{Item, StrftimeItems};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Object;
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, UndefinedBehavior, Value};
 
-use super::{filters, generation};
+use super::{depth, filters, generation};
 
 /// The Llama 3 template in our own words.
 pub const LLAMA3: &str = include_str!("../../recipes/templates/llama3.jinja");
 
 /// Steps that one rendering may take; 64 bytes that it makes count as one. Real templates take some dozens a message; an endless
-/// one is stopped within a second.
-const FUEL: u64 = 10_000_000;
+/// one is stopped within a second, and holds no more than 256 MiB.
+const FUEL: u64 = 4 << 20;
 /// The longest template, in bytes; the longest real ones have some ten thousand.
-const LONGEST: usize = 1 << 20;
+pub const LONGEST: usize = 1 << 20;
 const NAME: &str = "chat template";
 
 /// A compiled chat template with the tokenizer's special tokens.
@@ -67,6 +67,11 @@ impl ChatTemplate {
             "the chat template has {} bytes; the limit is 1 MiB",
             source.len()
         );
+        if let Some(line) = depth::too_deep(source) {
+            bail!(
+                "the chat template can't be read: an expression or a chain of `elif` that begins in line {line} is nested too deeply"
+            );
+        }
         let mut environment = Environment::new();
         let mut syntax = SyntaxConfig::builder();
         syntax.trim_blocks(true).lstrip_blocks(true);
@@ -103,6 +108,11 @@ impl ChatTemplate {
                     .collect(),
             ),
         })
+    }
+
+    /// The template as it was written.
+    pub fn source(&self) -> &str {
+        &self.source
     }
 
     /// The conversation as text.
@@ -191,10 +201,15 @@ fn explain(error: &Error, source: &str) -> anyhow::Error {
     };
     let mut causes = String::new();
     let mut cause = std::error::Error::source(error);
+    // A template that includes itself has hundreds of them, all alike; the last one says why.
+    let mut last = None;
     while let Some(error) = cause {
-        causes.push_str(": ");
-        causes.push_str(&error.to_string());
+        last = Some(error.to_string());
         cause = error.source();
+    }
+    if let Some(last) = last {
+        causes.push_str(": ");
+        causes.push_str(&last);
     }
     match error.line() {
         None => anyhow!("{detail}{causes}"),

@@ -1,13 +1,22 @@
 //! The tokenizer of a model folder: `tokenizer.json`, the special tokens, and the chat template that lies beside them.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read as _;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context as _, Result, anyhow, bail};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use serde_json::Value;
 
 use super::quick::Quick;
+use super::template::LONGEST;
+
+/// The longest `tokenizer.json`, in bytes; those of the largest vocabularies have some ten million.
+const LONGEST_TOKENIZER: u64 = 512 << 20;
+/// The longest of the other files.
+const LONGEST_CONFIG: u64 = 64 << 20;
 
 /// A special token with its id.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,7 +52,10 @@ impl Tokenizer {
                 folder.display()
             );
         }
-        let mut inner = tokenizers::Tokenizer::from_file(&path)
+        let text = read_short(&path, LONGEST_TOKENIZER)
+            .with_context(|| format!("`{}` can't be read", path.display()))?;
+        let mut inner = guarded(|| tokenizers::Tokenizer::from_bytes(text))
+            .and_then(|read| read.map_err(|error| anyhow!("{error}")))
             .map_err(|error| anyhow!("`{}` can't be read: {error}", path.display()))?;
         inner.with_padding(None);
         inner
@@ -107,6 +119,24 @@ impl Tokenizer {
         })
     }
 
+    /// The longest added token (`<|eot_id|>`) that `text` begins with.
+    pub fn added_token_at(&self, text: &str) -> Option<SpecialToken> {
+        let added = self.inner.get_added_tokens_decoder();
+        let mut found: Option<SpecialToken> = None;
+        for (id, token) in added {
+            let longer = found
+                .as_ref()
+                .is_none_or(|found| token.content.len() > found.text.len());
+            if longer && !token.content.is_empty() && text.starts_with(&token.content) {
+                found = Some(SpecialToken {
+                    text: token.content,
+                    id,
+                });
+            }
+        }
+        found
+    }
+
     /// The ids of a text as it stands: no BOS or EOS is added, special tokens inside the text become their ids.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         match &self.quick {
@@ -127,7 +157,8 @@ impl Tokenizer {
     }
 
     fn encode_with(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode_fast(text, add_special);
+        let encoding = guarded(|| self.inner.encode_fast(text, add_special))
+            .and_then(|encoding| encoding.map_err(|error| anyhow!("{error}")));
         let encoding =
             encoding.map_err(|error| anyhow!("a text could not be tokenized: {error}"))?;
         Ok(encoding.get_ids().to_vec())
@@ -135,7 +166,8 @@ impl Tokenizer {
 
     /// The text of ids.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
-        let decoded = self.inner.decode(ids, skip_special);
+        let decoded = guarded(|| self.inner.decode(ids, skip_special))
+            .and_then(|decoded| decoded.map_err(|error| anyhow!("{error}")));
         decoded.map_err(|error| anyhow!("token ids could not be decoded: {error}"))
     }
 
@@ -143,6 +175,17 @@ impl Tokenizer {
     pub fn vocab_size(&self) -> usize {
         self.inner.get_vocab_size(true)
     }
+}
+
+/// Calls the library, which panics at tables and regular expressions that nobody means.
+fn guarded<R>(call: impl FnOnce() -> R) -> Result<R> {
+    // What the library leaves half done is not looked at again.
+    catch_unwind(AssertUnwindSafe(call)).map_err(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+        let text = text.unwrap_or("it does not say why");
+        anyhow!("the tokenizers library gave up: {text}; hint: `tokenizer.json` may be damaged")
+    })
 }
 
 /// The special tokens that the files of a model folder name, as variables of a chat template (`bos_token`, ..).
@@ -182,12 +225,17 @@ pub fn special_tokens(folder: &Path) -> Result<BTreeMap<String, String>> {
 pub fn chat_template(folder: &Path) -> Result<Option<String>> {
     let path = folder.join("chat_template.jinja");
     if path.is_file() {
-        let text = std::fs::read_to_string(&path);
+        let text = read_template(&path);
         return text
             .with_context(|| format!("could not read `{}`", path.display()))
             .map(Some);
     }
-    let Some(config) = json(&folder.join("tokenizer_config.json"))? else {
+    template_in(&folder.join("tokenizer_config.json"))
+}
+
+/// The chat template in the file `tokenizer_config.json`, if there are both.
+pub fn template_in(settings: &Path) -> Result<Option<String>> {
+    let Some(config) = json(settings)? else {
         return Ok(None);
     };
     Ok(match config.get("chat_template") {
@@ -206,9 +254,8 @@ pub fn chat_template(folder: &Path) -> Result<Option<String>> {
             let Some(text) = default.and_then(text) else {
                 let names: Vec<_> = named.iter().filter_map(name).collect();
                 bail!(
-                    "the tokenizer in `{}` has several chat templates ({}) and none called `default`; hint: give the one to \
-                     use with `template`",
-                    folder.display(),
+                    "`{}` has several chat templates ({}) and none called `default`; hint: give the one to use with `template`",
+                    settings.display(),
                     names.join(", ")
                 );
             };
@@ -218,11 +265,30 @@ pub fn chat_template(folder: &Path) -> Result<Option<String>> {
     })
 }
 
+/// The text of a template's file. One that is too long is not read.
+pub fn read_template(path: &Path) -> Result<String> {
+    let text = read_short(path, LONGEST as u64)?;
+    String::from_utf8(text).context("it is not UTF-8")
+}
+
+/// A file of at most `most` bytes, whatever its size was a moment ago.
+fn read_short(path: &Path, most: u64) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    File::open(path)?.take(most + 1).read_to_end(&mut bytes)?;
+    ensure!(
+        bytes.len() as u64 <= most,
+        "it has more than {} MiB",
+        most >> 20
+    );
+    Ok(bytes)
+}
+
 fn json(path: &Path) -> Result<Option<Value>> {
     if !path.is_file() {
         return Ok(None);
     }
-    let read = || -> Result<Value> { Ok(serde_json::from_slice(&std::fs::read(path)?)?) };
+    let read =
+        || -> Result<Value> { Ok(serde_json::from_slice(&read_short(path, LONGEST_CONFIG)?)?) };
     read()
         .with_context(|| format!("could not read `{}`", path.display()))
         .map(Some)

@@ -1,6 +1,10 @@
 //! The hub client against a hub on this machine, for each way in which the real one or something before it misbehaves.
 
+mod manners;
+mod mirrors;
+mod proxies;
 mod refusals;
+mod tls;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -8,6 +12,7 @@ use std::time::Duration;
 use pipeline::hub::{Hub, HubSettings, RemoteFile, RepoKind, Snapshot};
 use tempfile::TempDir;
 
+use crate::support::hub::alone::obey;
 use crate::support::hub::{Fault, Gate, HubServer, TOKEN, git_sha1, sha256};
 
 const ALWAYS: usize = usize::MAX;
@@ -56,23 +61,23 @@ impl Scene {
         settings
     }
 
-    fn hub(&self) -> Hub {
-        Hub::new(self.settings()).unwrap()
+    fn hub(&self) -> Hub<'static> {
+        Hub::new(self.settings(), &()).unwrap()
     }
 
-    fn with_token(&self, token: &str) -> Hub {
+    fn with_token(&self, token: &str) -> Hub<'static> {
         let mut settings = self.settings();
         settings.token = Some(token.into());
-        Hub::new(settings).unwrap()
+        Hub::new(settings, &()).unwrap()
     }
 
-    fn offline(&self) -> Hub {
+    fn offline(&self) -> Hub<'static> {
         let mut settings = self.settings();
         settings.offline = true;
-        Hub::new(settings).unwrap()
+        Hub::new(settings, &()).unwrap()
     }
 
-    fn file(&self, hub: &Hub, name: &str) -> RemoteFile {
+    fn file(&self, hub: &Hub<'_>, name: &str) -> RemoteFile {
         let listing = hub.list(&self.snapshot).unwrap();
         listing
             .files
@@ -85,7 +90,7 @@ impl Scene {
         self.fetch_by(&self.hub(), name)
     }
 
-    fn fetch_by(&self, hub: &Hub, name: &str) -> anyhow::Result<PathBuf> {
+    fn fetch_by(&self, hub: &Hub<'_>, name: &str) -> anyhow::Result<PathBuf> {
         hub.fetch(&self.snapshot, &self.file(hub, name), &mut |_| Ok(()))
     }
 
@@ -119,8 +124,10 @@ impl Scene {
     /// How often the body of `name` was asked for, with the first byte of each.
     fn bodies(&self, name: &str) -> Vec<Option<u64>> {
         let requests = self.server.requests().into_iter();
-        let requests =
-            requests.filter(|asked| asked.path.contains("/resolve/") && asked.path.ends_with(name));
+        let requests = requests.filter(|asked| {
+            let file = asked.file.as_deref();
+            file.is_some_and(|file| file.ends_with(name))
+        });
         requests.map(|asked| asked.range).collect()
     }
 }
@@ -279,6 +286,21 @@ fn an_error_page_that_says_200_is_never_a_file() {
     scene.assert_nothing_kept();
 }
 
+/// `tests/python/check_hub.py` gives the orders.
+#[test]
+#[ignore = "serves another program until standard input ends"]
+fn serve_another_program() {
+    let server = HubServer::start();
+    println!("HUB {}", serde_json::json!({ "endpoint": server.endpoint }));
+    for line in std::io::stdin().lines() {
+        let done = match obey(&server, &line.unwrap()) {
+            Ok(done) => done,
+            Err(error) => serde_json::json!({ "error": error }),
+        };
+        println!("HUB {done}");
+    }
+}
+
 #[test]
 fn a_server_that_stumbles_once_is_asked_again() {
     let scene = plain();
@@ -427,7 +449,7 @@ fn silence_counts_as_broken() {
     let scene = plain();
     let mut settings = scene.settings();
     settings.timeout = Duration::from_millis(300);
-    let hub = Hub::new(settings).unwrap();
+    let hub = Hub::new(settings, &()).unwrap();
     scene
         .server
         .fault("/resolve/", Fault::Silence(1_000_000), 1);
@@ -471,23 +493,25 @@ fn damage_in_the_cache_is_noticed_and_mended() {
 
 #[test]
 fn the_token_goes_to_the_hub_and_nowhere_else() {
-    let scene = scene(HubServer::start().with_cdn());
+    let scene = plain();
     scene.server.gate("models/some/model", Gate::Gated);
     let hub = scene.with_token(TOKEN);
     let path = scene.fetch_by(&hub, WEIGHTS).unwrap();
     assert_eq!(std::fs::read(path).unwrap(), weights());
     let requests = scene.server.requests();
     let (cdn, own): (Vec<_>, Vec<_>) = requests.iter().partition(|asked| asked.cdn);
-    assert!(own.iter().all(|asked| asked.token));
+    assert!(own.iter().all(|asked| asked.authorization.is_some()));
     assert_eq!(cdn.len(), 1);
-    assert!(!cdn[0].token);
+    assert_eq!(cdn[0].authorization, None);
     assert!(!format!("{hub:?}").contains(TOKEN));
 }
 
 #[test]
 fn a_cut_download_goes_on_behind_a_redirect() {
-    let scene = scene(HubServer::start().with_cdn());
-    scene.server.fault("/blob/", Fault::CutAfter(1_000_000), 1);
+    let scene = plain();
+    scene
+        .server
+        .fault("/xet-bridge-us/", Fault::CutAfter(1_000_000), 1);
     assert_eq!(
         std::fs::read(scene.fetch(WEIGHTS).unwrap()).unwrap(),
         weights()

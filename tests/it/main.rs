@@ -1,9 +1,13 @@
 //! The one integration-test binary: drives the real program in temporary folders, without a network.
 
 #[cfg(test)]
+mod attacks;
+#[cfg(test)]
 mod changes;
 #[cfg(test)]
 mod commands;
+#[cfg(test)]
+mod defaults;
 #[cfg(test)]
 mod faults;
 mod gc;
@@ -25,6 +29,8 @@ mod lock;
 mod longer;
 #[cfg(test)]
 mod mistakes;
+#[cfg(test)]
+mod outputs;
 #[cfg(test)]
 mod pins;
 #[cfg(test)]

@@ -262,6 +262,8 @@ fn the_project_says_where_the_remote_is() {
     fs::create_dir(project.path("team")).unwrap();
     let settings = |text: &str| project.write("pipeline.config.yaml", text);
     settings("version: 1\nremote: { url: team, push: false }\n");
+    let told = project.succeeds(&["cache", "trust"]);
+    assert!(told.contains("team` and taken from there"), "{told}");
     project.succeeds(&["run", "here/r.yaml"]);
     assert_eq!(files(&project.path("team")), Vec::<PathBuf>::new());
     settings("version: 1\nremote: { url: team }\n");
@@ -292,6 +294,7 @@ fn the_project_says_where_the_remote_is() {
         assert!(!ended.stderr.contains("hush"), "{}", ended.stderr);
     }
     settings("version: 1\nremote: { url: nowhere, required: true }\n");
+    project.succeeds(&["cache", "trust"]);
     let ended = project.run(&["run", "here/r.yaml"]);
     assert_eq!(ended.code, Some(1));
     assert!(
@@ -302,6 +305,91 @@ fn the_project_says_where_the_remote_is() {
     // The command line is asked first.
     let ended = project.run(&["run", "here/r.yaml", "--remote", "team"]);
     assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+}
+
+#[test]
+fn a_remote_that_a_project_brings_along_is_asked_for() {
+    let outside = tempfile::tempdir().unwrap();
+    let url = outside.path().display().to_string();
+    let project = machine("here");
+    project.write(
+        "pipeline.config.yaml",
+        &format!("version: 1\nremote: {{ url: '{url}' }}\n"),
+    );
+    let refused = |arguments: &[&str]| {
+        let ended = project.run(arguments);
+        assert_eq!(ended.code, Some(2), "{arguments:?}");
+        let told = ended.stderr;
+        assert!(told.contains("nobody allowed"), "{told}");
+        assert!(told.contains("pipeline cache trust"), "{told}");
+        assert_eq!(files(outside.path()), Vec::<PathBuf>::new());
+    };
+    refused(&["run", "here/r.yaml"]);
+    refused(&["plan", "here/r.yaml"]);
+    refused(&["cache", "push", "--all"]);
+    refused(&["cache", "verify", "--remove"]);
+    // Whoever names a remote has one, and whoever wants none has none.
+    project.succeeds(&["run", "here/r.yaml", "--remote", ""]);
+    project.succeeds(&["cache", "trust"]);
+    project.succeeds(&["cache", "push", "--all"]);
+    assert!(!files(outside.path()).is_empty());
+    project.succeeds(&["cache", "trust", "--revoke"]);
+    fs::remove_dir_all(outside.path().join("v1")).unwrap();
+    refused(&["run", "here/r.yaml"]);
+    // Another address, or another project, is another question.
+    project.succeeds(&["cache", "trust"]);
+    project.write(
+        "pipeline.config.yaml",
+        &format!("version: 1\nremote: {{ url: '{url}/v2' }}\n"),
+    );
+    refused(&["run", "here/r.yaml"]);
+    // Settings that are no file of the project are not read: they might never end, or be told.
+    let settings = project.path("pipeline.config.yaml");
+    let secret = outside.path().join("secret");
+    fs::write(&secret, "hush-hush").unwrap();
+    for target in [secret.to_str().unwrap(), "/dev/zero"] {
+        fs::remove_file(&settings).unwrap();
+        std::os::unix::fs::symlink(target, &settings).unwrap();
+        let ended = project.run(&["run", "here/r.yaml"]);
+        assert_eq!(ended.code, Some(2), "{}", ended.stderr);
+        assert!(ended.stderr.contains("pipeline.config.yaml"));
+        assert!(!ended.stderr.contains("hush"), "{}", ended.stderr);
+    }
+}
+
+#[test]
+fn what_killed_writers_left_in_a_folder_goes_when_it_is_old() {
+    let remote = tempfile::tempdir().unwrap();
+    let url = remote.path().display().to_string();
+    let project = member(&url);
+    project.succeeds(&["run", "here/r.yaml"]);
+    let whole = files(remote.path());
+    let beside = |path: &Path, end: &str| PathBuf::from(format!("{}{end}", path.display()));
+    let old = fs::FileTimes::new().set_modified(std::time::UNIX_EPOCH);
+    let write = |path: &Path, is_old: bool| {
+        fs::write(path, "half").unwrap();
+        if is_old {
+            let file = fs::File::options().append(true).open(path).unwrap();
+            file.set_times(old).unwrap();
+        }
+    };
+    // One of each sort, one that may still be written, and files of others.
+    let left: Vec<_> = whole.iter().map(|path| beside(path, "#1")).collect();
+    left.iter().for_each(|path| write(path, true));
+    let kept = [
+        beside(&whole[0], "#2"),
+        beside(&whole[0], "#mine"),
+        remote.path().join("v1/notes#1"),
+        remote.path().join("notes#1"),
+    ];
+    write(&kept[0], false);
+    kept[1..].iter().for_each(|path| write(path, true));
+    let would = project.succeeds(&["cache", "gc", "here/r.yaml", "--dry-run"]);
+    assert_eq!(would.matches("unfinished  ").count(), left.len(), "{would}");
+    assert!(left.iter().all(|path| path.exists()));
+    project.succeeds(&["cache", "gc", "here/r.yaml"]);
+    assert!(left.iter().all(|path| !path.exists()));
+    assert!(kept.iter().chain(&whole).all(|path| path.exists()));
 }
 
 #[test]

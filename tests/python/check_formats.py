@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 2e-5
@@ -57,12 +57,29 @@ THEIRS = [
     ("their_saved", dict(target_modules=["v_proj"], modules_to_save=["embed_tokens", "lm_head"])),
     ("their_dora", dict(target_modules="all-linear", use_dora=True)),
 ]
+# Layouts of bitsandbytes that `quantize` doesn't make.
+LAYOUTS = [
+    ("bnb_bf16", dict(bnb_4bit_quant_storage=torch.bfloat16)),
+    ("bnb_f32_single", dict(bnb_4bit_quant_storage=torch.float32, bnb_4bit_use_double_quant=False)),
+    ("bnb_head", dict(llm_int8_skip_modules=[])),
+    ("bnb_skip", dict(llm_int8_skip_modules=["lm_head", "down_proj", "model.layers.1.self_attn"])),
+]
+# Another way of speaking than the base's, with another end of answers.
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ '<|end_of_text|>' if m.role == 'user' else '<|eot_id|>' }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+SPOKEN = f"""\
+  spoken: {{ apply_chat_template: {{ dataset: split, tokenizer: base, chat_template: {json.dumps(TEMPLATE)} }} }}
+  spoken_tokens: {{ tokenize: {{ dataset: spoken, tokenizer: base, max_length: 96 }} }}
+  spoken_new: {{ attach_lora: {{ model: base4, r: 4 }} }}
+  spoken_tuned: {{ train_orpo: {{ model: base4, adapter: spoken_new, dataset: spoken_tokens, max_steps: 2 }} }}
+  spoken_merged: {{ merge: {{ model: base, adapter: spoken_tuned }} }}
+  spoken_full: {{ train_sft: {{ model: base, dataset: spoken_tokens, max_steps: 2 }} }}
+"""
 TRAIN = "dataset: tokens, max_steps: 6, learning_rate: 5.0e-3, per_device_train_batch_size: 4, lr_scheduler_type: constant"
 
 
 def recipe():
     """What is made here alone."""
-    text = START
+    text = START + SPOKEN
     for name, base, settings in OURS:
         text += f"  {name}_new: {{ attach_lora: {{ model: {base}, r: 4, {settings} }} }}\n"
         text += trained(name, base, f"{name}_new")
@@ -177,6 +194,34 @@ def models_of_bitsandbytes(folder, made):
             claim(f"{name}: every tensor is the same to the bit", not other)
 
 
+def layouts_of_bitsandbytes(folder, made):
+    for name, layout in LAYOUTS:
+        config = BitsAndBytesConfig(**(dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                            bnb_4bit_compute_dtype=torch.float32) | layout))
+        AutoModelForCausalLM.from_pretrained(made["base"], dtype=torch.float32, quantization_config=config, device_map="cpu").save_pretrained(folder / name)
+
+
+def speaks_as_trained(made):
+    """The template of a training is that of its model, for transformers too."""
+    chats = pq.read_table(made["spoken"] / "test.parquet").to_pylist()
+    pairs = pq.read_table(made["split"] / "test.parquet").to_pylist()
+    for name in ("spoken_merged", "spoken_full"):
+        tokenizer = AutoTokenizer.from_pretrained(made[name])
+        user = lambda pair: [{"role": "user", "content": pair["prompt"]}]
+        whole = lambda pair: user(pair) + [{"role": "assistant", "content": pair["chosen"]}]
+        same = all(
+            tokenizer.apply_chat_template(user(pair), tokenize=False, add_generation_prompt=True) == chat["prompt"]
+            and tokenizer.apply_chat_template(whole(pair), tokenize=False) == chat["prompt"] + chat["chosen"]
+            for pair, chat in zip(pairs, chats)
+        )
+        claim(f"{name}: transformers renders as we did", same and tokenizer.chat_template == TEMPLATE)
+        stops = load(made[name]).generation_config.eos_token_id
+        wanted = [tokenizer.convert_tokens_to_ids(token) for token in ("<|end_of_text|>", "<|eot_id|>")]
+        claim(f"{name}: generation stops at {stops}", sorted(stops) == sorted(wanted))
+    beside = (made["spoken_tuned"] / "chat_template.jinja").read_text()
+    claim("the adapter has the template beside it", beside == TEMPLATE)
+
+
 def main():
     folder = Path(tempfile.mkdtemp())
     (folder / ".git").mkdir()
@@ -190,12 +235,15 @@ def main():
     for name, settings in THEIRS:
         adapter_of_peft(folder, made["base"], name, settings)
     models_of_bitsandbytes(folder, made)
+    layouts_of_bitsandbytes(folder, made)
+    speaks_as_trained(made)
     text = recipe()
     for name, _ in THEIRS:
         text += f"  {name}_in: {{ import_adapter: {{ path: {name} }} }}\n"
         text += f"  {name}_first: {{ evaluate: {{ model: base, adapter: {name}_in, dataset: tokens, num_answers: 0 }} }}\n"
         text += trained(name, "base", f"{name}_in")
-    for name in ("bnb", "bnb_single"):
+    folders = ["bnb", "bnb_single"] + [name for name, _ in LAYOUTS]
+    for name in folders:
         text += f"  {name}: {{ import_model: {{ path: {name} }} }}\n"
         text += f"  {name}_lora_new: {{ attach_lora: {{ model: {name}, r: 4, target_modules: all-linear }} }}\n"
         text += trained(f"{name}_lora", name, f"{name}_lora_new")
@@ -204,7 +252,7 @@ def main():
         loaded = PeftModel.from_pretrained(load(made["base"]), folder / name)
         agree(f"{name}: PEFT's adapter here", made[f"{name}_first"], "adapter", loaded, rows)
         adapter_agrees(name, "base", made, rows)
-    for name in ("bnb", "bnb_single"):
+    for name in folders:
         adapter_agrees(f"{name}_lora", name, made, rows)
     print(f"\n{len(failed)} differences" if failed else "\nno difference")
     return 1 if failed else 0

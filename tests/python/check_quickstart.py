@@ -94,9 +94,14 @@ def main():
         == chat["prompt"]
         for pair, chat in zip(pairs, chats)
     )
-    print(f"{'ok' if rendered else 'DIFFERS':>7}  chat template")
-    if not rendered:
-        failed.append("chat template")
+    own = (ROOT / "recipes/templates/llama3.jinja").read_text()
+    written = (artifacts["merged"] / "chat_template.jinja").read_text() == own == tokenizer.chat_template
+    stops = merged.generation_config.eos_token_id
+    stops_there = tokenizer.convert_tokens_to_ids("<|eot_id|>") in (stops if isinstance(stops, list) else [stops])
+    for what, holds in (("chat template", rendered), ("the recipe's template is the model's", written), ("answers end at <|eot_id|>", stops_there)):
+        print(f"{'ok' if holds else 'DIFFERS':>7}  {what}")
+        if not holds:
+            failed.append(what)
 
     base = AutoModelForCausalLM.from_pretrained(artifacts["base"], dtype=torch.float32)
     adapted = PeftModel.from_pretrained(base, artifacts["tuned"]).eval()

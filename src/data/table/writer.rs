@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::sync_channel;
+use std::sync::mpsc::{SyncSender, sync_channel};
 
 use anyhow::{Context as _, Result, anyhow};
 use arrow::array::RecordBatch;
@@ -19,12 +19,15 @@ use parquet::file::properties::{EnabledStatistics, WriterProperties};
 use parquet::file::writer::SerializedFileWriter;
 use rayon::prelude::*;
 
+use super::super::size::batch_bytes;
 use super::{BATCH_ROWS, Split};
 
 /// Most rows of a row group.
 const GROUP_ROWS: usize = 64 * BATCH_ROWS;
 /// A row group ends when its rows take this many bytes in memory.
 const GROUP_BYTES: usize = 64 << 20;
+/// Rows that wait to be [`BATCH_ROWS`] are encoded before that when they take this many bytes.
+const PENDING_BYTES: u64 = 256 << 20;
 
 /// Writes one split as `<name>.parquet`. The bytes depend on the rows alone, not on the batches they arrive in.
 pub struct Writer {
@@ -35,6 +38,7 @@ pub struct Writer {
     schema: SchemaRef,
     pending: Vec<RecordBatch>,
     pending_rows: usize,
+    pending_bytes: u64,
     group_bytes: usize,
     rows: usize,
     path: PathBuf,
@@ -60,6 +64,7 @@ impl Writer {
             schema,
             pending: Vec::new(),
             pending_rows: 0,
+            pending_bytes: 0,
             group_bytes: 0,
             rows: 0,
             path: path.to_owned(),
@@ -72,12 +77,29 @@ impl Writer {
         let mut start = 0;
         while start < batch.num_rows() {
             let length = (BATCH_ROWS - self.pending_rows).min(batch.num_rows() - start);
-            self.pending.push(batch.slice(start, length));
-            self.pending_rows += length;
+            let piece = batch.slice(start, length);
             start += length;
-            if self.pending_rows == BATCH_ROWS {
-                self.pass_on()?;
+            let bytes = batch_bytes(&piece);
+            if self.pending_bytes + bytes < PENDING_BYTES {
+                self.add(piece, bytes)?;
+                continue;
             }
+            // Row by row, so that it depends on the rows alone where they are cut.
+            for row in 0..length {
+                let row = piece.slice(row, 1);
+                let bytes = batch_bytes(&row);
+                self.add(row, bytes)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, rows: RecordBatch, bytes: u64) -> Result<()> {
+        self.pending_rows += rows.num_rows();
+        self.pending_bytes += bytes;
+        self.pending.push(rows);
+        if self.pending_rows == BATCH_ROWS || self.pending_bytes >= PENDING_BYTES {
+            self.pass_on()?;
         }
         Ok(())
     }
@@ -105,6 +127,7 @@ impl Writer {
         };
         self.pending.clear();
         self.pending_rows = 0;
+        self.pending_bytes = 0;
         let sizes = batch
             .columns()
             .iter()
@@ -180,14 +203,38 @@ pub fn pass(
     writer: Writer,
     mut work: impl FnMut(RecordBatch) -> Result<RecordBatch>,
 ) -> Result<usize> {
+    pass_pieces(split, writer, |batch, made| made.send(work(batch)?))
+}
+
+/// The same for a `work` that makes several batches of one, because rows may grow.
+pub fn pass_pieces(
+    split: &Split,
+    writer: Writer,
+    mut work: impl FnMut(RecordBatch, &mut Made<'_>) -> Result<()>,
+) -> Result<usize> {
     pass_batches(|| split.batches(BATCH_ROWS), writer, &mut work)
+}
+
+/// Takes what was made of rows.
+pub struct Made<'a> {
+    queue: &'a SyncSender<RecordBatch>,
+    /// Whether the writer stopped, which tells why itself.
+    gone: bool,
+}
+
+impl Made<'_> {
+    /// Hands rows to the writer.
+    pub fn send(&mut self, batch: RecordBatch) -> Result<()> {
+        self.gone |= self.queue.send(batch).is_err();
+        Ok(())
+    }
 }
 
 /// The same for rows from anywhere; `open` is called on the reading thread.
 pub(in crate::data) fn pass_batches<I: Iterator<Item = Result<RecordBatch>>>(
     open: impl FnOnce() -> I + Send,
     mut writer: Writer,
-    work: &mut dyn FnMut(RecordBatch) -> Result<RecordBatch>,
+    work: &mut dyn FnMut(RecordBatch, &mut Made<'_>) -> Result<()>,
 ) -> Result<usize> {
     std::thread::scope(|scope| {
         let (reader, batches) = sync_channel(2);
@@ -199,29 +246,25 @@ pub(in crate::data) fn pass_batches<I: Iterator<Item = Result<RecordBatch>>>(
                 }
             }
         });
-        let (made, made_batches) = sync_channel::<RecordBatch>(2);
+        let (queue, made_batches) = sync_channel::<RecordBatch>(2);
         let written = scope.spawn(move || {
             for batch in made_batches {
                 writer.write(&batch)?;
             }
             writer.finish()
         });
+        let mut made = Made {
+            queue: &queue,
+            gone: false,
+        };
         let mut worked = Ok(());
         for batch in batches {
-            match batch.and_then(&mut *work) {
-                Ok(batch) => {
-                    // The writer that stopped tells why itself.
-                    if made.send(batch).is_err() {
-                        break;
-                    }
-                }
-                Err(error) => {
-                    worked = Err(error);
-                    break;
-                }
+            worked = batch.and_then(|batch| work(batch, &mut made));
+            if worked.is_err() || made.gone {
+                break;
             }
         }
-        drop(made);
+        drop(queue);
         let rows = written.join();
         worked?;
         rows.map_err(|_| anyhow!("the writer of a table stopped"))?

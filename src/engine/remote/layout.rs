@@ -27,6 +27,11 @@ pub(super) fn blob_key(blake3: &str) -> String {
     format!("{BLOBS}/{}/{blake3}", blake3.get(..2).unwrap_or("__"))
 }
 
+/// More than the bytes of any artifact.
+const LARGEST: u64 = 1 << 60;
+/// The longest name of a file on usual file systems, in bytes.
+const LONGEST_NAME: usize = 255;
+
 /// The digest in the name of a record, a manifest or a blob.
 pub(super) fn digest_of(key: &str) -> Option<&str> {
     let name = key.rsplit('/').next()?;
@@ -62,16 +67,19 @@ pub(super) fn manifest_bytes(manifest: &Manifest) -> anyhow::Result<Vec<u8>> {
 pub fn parse_manifest(content: &str, bytes: &[u8]) -> anyhow::Result<Manifest> {
     let wire: Wire = serde_json::from_slice(bytes).context("it is no manifest")?;
     let mut files = BTreeMap::new();
+    let mut all: u64 = 0;
     for (path, file) in wire.files {
         ensure!(
             is_inside(&path),
-            "it names the file `{}`, which is outside",
+            "it names the file `{}`, which is outside or can't be a name",
             path.escape_debug()
         );
         ensure!(
             is_digest(&file.blake3),
             "the digest of `{path}` is no digest"
         );
+        let sum = all.checked_add(file.size).filter(|sum| *sum <= LARGEST);
+        all = sum.context("the sizes that it names are more than any disk holds")?;
         let stat = Stat {
             size: file.size,
             modified: 0,
@@ -80,6 +88,17 @@ pub fn parse_manifest(content: &str, bytes: &[u8]) -> anyhow::Result<Manifest> {
         };
         let blake3 = file.blake3;
         files.insert(path, Entry { blake3, stat });
+    }
+    for path in files.keys() {
+        let mut folders = path
+            .match_indices('/')
+            .filter_map(|(end, _)| path.get(..end));
+        if let Some(folder) = folders.find(|folder| files.contains_key(*folder)) {
+            bail!(
+                "it names `{}` as a file and as a folder",
+                folder.escape_debug()
+            );
+        }
     }
     let folders = BTreeMap::new();
     let manifest = Manifest { files, folders };
@@ -97,7 +116,7 @@ fn is_inside(path: &str) -> bool {
         && !path.contains('\0')
         && Path::new(path).components().all(plain)
         // Components skip these.
-        && path.split('/').all(|part| !part.is_empty() && part != ".")
+        && path.split('/').all(|part| !part.is_empty() && part != "." && part.len() <= LONGEST_NAME)
 }
 
 /// The record of a fingerprint, if these bytes from elsewhere are it.
@@ -117,6 +136,19 @@ pub fn parse_record(fingerprint: &str, bytes: &[u8]) -> anyhow::Result<Record> {
         "what it names as its artifact is no digest"
     );
     Ok(record)
+}
+
+/// Whether a file below a remote's folder is what a writer that was killed left of one of our objects: its name and `#` with a number.
+pub(crate) fn is_unfinished(path: &str) -> bool {
+    let Some((key, number)) = path.rsplit_once('#') else {
+        return false;
+    };
+    let digest = digest_of(key).unwrap_or_default();
+    !number.is_empty()
+        && number.bytes().all(|byte| byte.is_ascii_digit())
+        && [record_key(digest), manifest_key(digest), blob_key(digest)]
+            .iter()
+            .any(|ours| ours == key)
 }
 
 /// A small object, whole.
@@ -154,6 +186,14 @@ mod tests {
         let digest = "ab".repeat(32);
         assert_eq!(digest_of(&format!("v1/blobs/ab/{digest}")), Some(&*digest));
         assert_eq!(digest_of("v1/records/../x.json"), None);
+        assert!(!is_inside(&"x".repeat(256)));
         assert!(!is_digest(&digest.to_uppercase()));
+        for ours in [blob_key(&digest), record_key(&digest)] {
+            assert!(is_unfinished(&format!("{ours}#12")));
+            assert!(!is_unfinished(&ours));
+            assert!(!is_unfinished(&format!("{ours}#1x")));
+            assert!(!is_unfinished(&format!("x/{ours}#1")));
+        }
+        assert!(!is_unfinished("v1/records/notes#1"));
     }
 }

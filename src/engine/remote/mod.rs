@@ -22,6 +22,7 @@ mod upkeep;
 use std::io::Read;
 use std::time::SystemTime;
 
+pub(crate) use layout::is_unfinished;
 pub use layout::{parse_manifest, parse_record};
 pub use push::Sent;
 pub use shared::{Settings, Shared};
@@ -68,4 +69,14 @@ pub trait Remote: Send + Sync {
 
     /// Removes objects; one that is gone already is no error.
     fn delete(&self, keys: &[String]) -> anyhow::Result<()>;
+
+    /// What writers that were killed left of objects (see [`layout::is_unfinished`]), where the remote doesn't clean up by itself.
+    fn unfinished(&self) -> anyhow::Result<Vec<Object>> {
+        Ok(Vec::new())
+    }
+
+    /// Removes what [`Remote::unfinished`] found.
+    fn discard(&self, _unfinished: &[&Object]) -> anyhow::Result<()> {
+        Ok(())
+    }
 }

@@ -1,29 +1,39 @@
 //! Takes an artifact from the remote: its manifest, then only the files that no artifact here has, each checked against its digest.
 //!
 //! Files arrive in `incoming/<content>/`, which survives an interruption: what is whole is not fetched again, and what is half
-//! goes on where it stopped.
+//! goes on where it stopped. A result may have very many small files: those arrive in memory, many at a time, and are made durable
+//! together.
 
-use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::Write as _;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File, Permissions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
 
 use anyhow::{Context as _, anyhow, ensure};
+use rayon::prelude::*;
 
 use super::super::Event;
 use super::super::canonical::Digest;
-use super::super::files::{link_or_copy, remove};
+use super::super::files::{link_or_copy, remove, sync_files, sync_folder};
+use super::super::links::Linked;
 use super::super::manifest::{Manifest, Stat, digest_file};
 use super::super::record::Record;
-use super::super::store::{Store, seal, take_lock};
+use super::super::store::{Store, take_lock};
 use super::layout::{blob_key, get, manifest_key, parse_manifest};
 use super::{Remote, Shared};
 
 /// Files that travel at a time.
 pub(super) const PARALLEL: usize = 8;
+/// Small files that travel at a time: almost all of their time is waiting for answers.
+const PARALLEL_SMALL: usize = 32;
+/// Files of at most so many bytes are small: they arrive in memory.
+const SMALL: u64 = 256 << 10;
+/// Of files of more bytes the size is asked for first.
+const HUGE: u64 = 64 << 20;
 /// How often a file that broke off goes on before the remote counts as unreachable.
 const TRIES: usize = 3;
 
@@ -133,11 +143,17 @@ impl Shared {
         for entry in manifest.files.values() {
             blobs.insert(entry.blake3.clone(), entry.stat.size);
         }
+        take_apart(&folder, &manifest).map_err(Trouble::Here)?;
         let here = self.here(store);
-        arrival.all(&blobs, &here)?;
-        let ready = assemble(&folder, &manifest)
-            .and_then(|whole| store.admit(&folder.join("files"), whole, cancel, waiting))
-            .map_err(Trouble::Here)?;
+        let lent = Linked::before(store, lenders(store, &blobs, &here));
+        let mut put_together = || -> anyhow::Result<_> {
+            let whole = assemble(&folder, &manifest)?;
+            store.admit(&folder.join("files"), whole, cancel, waiting)
+        };
+        let arrived = arrival.all(&blobs, &here);
+        let ready = arrived.and_then(|()| put_together().map_err(Trouble::Here));
+        lent.after();
+        let ready = ready?;
         debug_assert!(ready.0 == *content);
         // What is left there is only the empty folder.
         let _ = remove(&folder);
@@ -194,10 +210,13 @@ impl Arrival<'_> {
         // The largest first, so that the end is not one slow file.
         let mut order: Vec<_> = blobs.iter().collect();
         order.sort_by(|a, b| b.1.cmp(a.1));
-        let trouble = in_parallel(&order, |(blake3, size)| {
+        let (large, small) = order.split_at(order.partition_point(|(_, size)| **size > SMALL));
+        let one = |(blake3, size): &(&Digest, &u64)| {
             let known = here.get(*blake3).map(PathBuf::as_path);
             self.one(blake3, **size, known)
-        });
+        };
+        let trouble = in_parallel(large, PARALLEL, one);
+        let trouble = trouble.or_else(|| in_parallel(small, PARALLEL_SMALL, one));
         trouble.map_or(Ok(()), Err)
     }
 
@@ -213,17 +232,34 @@ impl Arrival<'_> {
         if let Some(known) = known
             && is(known)
         {
-            return link_or_copy(known, &whole).map_err(Trouble::Here);
+            return lend(known, &whole).map_err(Trouble::Here);
         }
         if !self.shared.pulls() {
             return Err(Trouble::Here(anyhow!("the remote is not asked any more")));
         }
-        let mut part =
-            Part::open(&self.folder.join(format!("{blake3}.part"))).map_err(Trouble::Here)?;
+        if size > HUGE {
+            // Hours later would be late to find it out.
+            let found = self.remote.size(&blob_key(blake3));
+            let found = found.map_err(Trouble::Unreachable)?;
+            if found != Some(size) {
+                return Err(Trouble::Damaged {
+                    digest: blake3.to_owned(),
+                    error: match found {
+                        Some(found) => {
+                            anyhow!("the file `{blake3}` has {found} bytes, expected {size}")
+                        }
+                        None => anyhow!("the file `{blake3}` is missing"),
+                    },
+                });
+            }
+        }
+        let mut part = if size > SMALL {
+            Part::open(&self.folder.join(format!("{blake3}.part"))).map_err(Trouble::Here)?
+        } else {
+            Part::in_memory(size)
+        };
         self.fill(&mut part, blake3, size)?;
-        fs::rename(&part.path, &whole)
-            .with_context(|| format!("could not keep `{}`", whole.display()))
-            .map_err(Trouble::Here)?;
+        part.keep(&whole).map_err(Trouble::Here)?;
         self.files.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
@@ -257,7 +293,7 @@ impl Arrival<'_> {
             };
             if let Some(error) = mine {
                 if part.length > size {
-                    remove(&part.path).map_err(Trouble::Here)?;
+                    part.discard().map_err(Trouble::Here)?;
                     return Err(damaged(anyhow!("the file `{blake3}` is too long")));
                 }
                 return Err(Trouble::Here(error));
@@ -271,7 +307,7 @@ impl Arrival<'_> {
                 }
                 Ok(true) => {
                     // Nothing of it is of any use.
-                    remove(&part.path).map_err(Trouble::Here)?;
+                    part.discard().map_err(Trouble::Here)?;
                     return Err(damaged(anyhow!("the file `{blake3}` has other contents")));
                 }
                 Ok(false) => return Err(damaged(anyhow!("the file `{blake3}` is missing"))),
@@ -310,23 +346,35 @@ impl Arrival<'_> {
 
 /// A file that is not whole yet, with the digest of what there is.
 struct Part {
-    path: PathBuf,
-    file: File,
+    bytes: Bytes,
     length: u64,
     hasher: blake3::Hasher,
 }
 
+/// Where the bytes of a part are.
+enum Bytes {
+    Memory(Vec<u8>),
+    File(PathBuf, File),
+}
+
 impl Part {
+    fn in_memory(size: u64) -> Self {
+        Self {
+            bytes: Bytes::Memory(Vec::with_capacity(size.min(SMALL) as usize)),
+            length: 0,
+            hasher: blake3::Hasher::new(),
+        }
+    }
+
     fn open(path: &Path) -> anyhow::Result<Self> {
-        let open = || -> std::io::Result<Self> {
+        let open = || -> io::Result<Self> {
             let mut hasher = blake3::Hasher::new();
             if path.exists() {
                 hasher.update_reader(File::open(path)?)?;
             }
             let file = File::options().append(true).create(true).open(path)?;
             Ok(Self {
-                path: path.to_owned(),
-                file,
+                bytes: Bytes::File(path.to_owned(), file),
                 length: hasher.count(),
                 hasher,
             })
@@ -335,21 +383,43 @@ impl Part {
     }
 
     fn append(&mut self, piece: &[u8]) -> anyhow::Result<()> {
-        self.file
-            .write_all(piece)
-            .with_context(|| format!("could not write `{}`", self.path.display()))?;
+        match &mut self.bytes {
+            Bytes::Memory(bytes) => bytes.extend_from_slice(piece),
+            Bytes::File(path, file) => file
+                .write_all(piece)
+                .with_context(|| format!("could not write `{}`", path.display()))?,
+        }
         self.hasher.update(piece);
         self.length += piece.len() as u64;
         Ok(())
     }
 
     fn restart(&mut self) -> anyhow::Result<()> {
-        self.file
-            .set_len(0)
-            .with_context(|| format!("could not write `{}`", self.path.display()))?;
+        match &mut self.bytes {
+            Bytes::Memory(bytes) => bytes.clear(),
+            Bytes::File(path, file) => file
+                .set_len(0)
+                .with_context(|| format!("could not write `{}`", path.display()))?,
+        }
         self.hasher.reset();
         self.length = 0;
         Ok(())
+    }
+
+    fn discard(&self) -> anyhow::Result<()> {
+        match &self.bytes {
+            Bytes::Memory(_) => Ok(()),
+            Bytes::File(path, _) => remove(path),
+        }
+    }
+
+    /// Gives the whole file its name. One that is cut off by a crash is noticed by its digest.
+    fn keep(self, whole: &Path) -> anyhow::Result<()> {
+        let kept = match self.bytes {
+            Bytes::Memory(bytes) => fs::write(whole, bytes),
+            Bytes::File(path, _) => fs::rename(path, whole),
+        };
+        kept.with_context(|| format!("could not keep `{}`", whole.display()))
     }
 
     fn digest(&self) -> Digest {
@@ -357,32 +427,99 @@ impl Part {
     }
 }
 
-/// Gives the blobs in a folder the names that the manifest has for them, below `files`; returns the manifest with their stats.
+/// The artifacts of this store whose files will be linked, with those files.
+fn lenders(
+    store: &Store,
+    blobs: &BTreeMap<Digest, u64>,
+    here: &BTreeMap<Digest, PathBuf>,
+) -> BTreeMap<Digest, BTreeSet<String>> {
+    let artifacts = store.folder("artifacts");
+    let mut lenders: BTreeMap<Digest, BTreeSet<String>> = BTreeMap::new();
+    for path in blobs.keys().filter_map(|blake3| here.get(blake3)) {
+        let parts = path.strip_prefix(&artifacts).ok().and_then(Path::to_str);
+        if let Some((content, name)) = parts.and_then(|parts| parts.split_once('/')) {
+            let names = lenders.entry(content.to_owned()).or_default();
+            names.insert(name.to_owned());
+        }
+    }
+    lenders
+}
+
+/// Takes a file of another artifact. What can be written may be somebody else's, such as the hub's cache: that is not linked, for it
+/// would be sealed.
+fn lend(from: &Path, to: &Path) -> anyhow::Result<()> {
+    let sealed = fs::metadata(from).is_ok_and(|found| found.permissions().mode() & 0o222 == 0);
+    if sealed {
+        return link_or_copy(from, to);
+    }
+    fs::copy(from, to)
+        .map(drop)
+        .with_context(|| format!("could not copy `{}` to `{}`", from.display(), to.display()))
+}
+
+/// Takes back the files that an attempt had put under their names when it was interrupted.
+fn take_apart(folder: &Path, manifest: &Manifest) -> anyhow::Result<()> {
+    let files = folder.join("files");
+    if !files.exists() {
+        return Ok(());
+    }
+    for (name, entry) in &manifest.files {
+        let (from, to) = (files.join(name), folder.join(&entry.blake3));
+        if !to.exists() && from.is_file() {
+            fs::rename(&from, &to).with_context(|| format!("could not keep `{}`", to.display()))?;
+        }
+    }
+    remove(&files)
+}
+
+/// Gives the blobs in a folder the names that the manifest has for them, below `files`, read-only and durable; returns the manifest
+/// with their stats.
 fn assemble(folder: &Path, manifest: &Manifest) -> anyhow::Result<Manifest> {
     let files = folder.join("files");
-    remove(&files)?;
-    fs::create_dir_all(&files).with_context(|| format!("could not make `{}`", files.display()))?;
-    let mut whole = manifest.clone();
-    for (name, entry) in &manifest.files {
-        let to = files.join(name);
-        let parent = to.parent().unwrap_or(&files);
+    let parents: BTreeSet<PathBuf> = manifest
+        .files
+        .keys()
+        .filter_map(|name| Some(files.join(name).parent()?.to_owned()))
+        .chain([files.clone()])
+        .collect();
+    for parent in &parents {
         fs::create_dir_all(parent)
             .with_context(|| format!("could not make `{}`", parent.display()))?;
-        // Not a rename: two names may have the same contents, and an interrupted attempt starts from here again.
-        let blob = folder.join(&entry.blake3);
-        // Before it gets a second name: files with several may be somebody else's.
-        seal(&blob).with_context(|| format!("could not seal `{}`", blob.display()))?;
-        link_or_copy(&blob, &to)?;
     }
-    // Each name taken from a file changes its times.
-    for entry in manifest.files.values() {
-        remove(&folder.join(&entry.blake3))?;
+    let mut names: BTreeMap<&Digest, Vec<&String>> = BTreeMap::new();
+    for (name, entry) in &manifest.files {
+        names.entry(&entry.blake3).or_default().push(name);
     }
-    for (name, entry) in &mut whole.files {
-        let to = files.join(name);
-        seal(&to).with_context(|| format!("could not seal `{}`", to.display()))?;
-        let metadata = fs::symlink_metadata(&to)
-            .with_context(|| format!("could not read `{}`", to.display()))?;
+    names.into_par_iter().try_for_each(|(blake3, names)| {
+        let blob = folder.join(blake3);
+        let seal = || -> io::Result<()> {
+            let mode = fs::metadata(&blob)?.permissions().mode();
+            // What is read-only may be a file of another artifact, which is left as it is.
+            if mode & 0o222 == 0 {
+                return Ok(());
+            }
+            fs::set_permissions(&blob, Permissions::from_mode(mode & !0o222))
+        };
+        seal().with_context(|| format!("could not seal `{}`", blob.display()))?;
+        // A rename and no link: dropping a link would change the file's ctime.
+        let Some((last, others)) = names.split_last() else {
+            return Ok(());
+        };
+        for name in others {
+            link_or_copy(&blob, &files.join(name))?;
+        }
+        let to = files.join(last);
+        fs::rename(&blob, &to).with_context(|| format!("could not make `{}`", to.display()))
+    })?;
+    let paths: Vec<PathBuf> = manifest.files.keys().map(|name| files.join(name)).collect();
+    sync_files(&files, &paths)?;
+    for parent in &parents {
+        sync_folder(parent).with_context(|| format!("could not write `{}`", parent.display()))?;
+    }
+    let mut whole = manifest.clone();
+    for (entry, path) in whole.files.values_mut().zip(&paths) {
+        let metadata = fs::symlink_metadata(path)
+            .with_context(|| format!("could not read `{}`", path.display()))?;
         entry.stat = Stat::of(&metadata);
     }
     Ok(whole)
@@ -391,6 +528,7 @@ fn assemble(folder: &Path, manifest: &Manifest) -> anyhow::Result<Manifest> {
 /// Works on items with some threads until all are done or one is in trouble; the first trouble.
 pub(super) fn in_parallel<T: Sync, E: Send>(
     items: &[T],
+    threads: usize,
     work: impl Fn(&T) -> Result<(), E> + Sync,
 ) -> Option<E> {
     let next = AtomicUsize::new(0);
@@ -400,7 +538,7 @@ pub(super) fn in_parallel<T: Sync, E: Send>(
         trouble.map_or(true, |trouble| trouble.is_some())
     };
     std::thread::scope(|scope| {
-        for _ in 0..PARALLEL.min(items.len()) {
+        for _ in 0..threads.min(items.len()) {
             scope.spawn(|| {
                 while let Some(item) = items.get(next.fetch_add(1, Ordering::Relaxed))
                     && !told()

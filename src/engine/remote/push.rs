@@ -17,7 +17,7 @@ use super::super::store::Store;
 use super::layout::{
     blob_key, get, manifest_bytes, manifest_key, parse_manifest, parse_record, record_key,
 };
-use super::pull::in_parallel;
+use super::pull::{PARALLEL, in_parallel};
 use super::{Remote, Shared};
 
 /// What went over for one result.
@@ -133,7 +133,7 @@ impl Departure<'_> {
         let blobs: Vec<_> = blobs.into_iter().collect();
         // Where one file is damaged, others may be that nobody has looked at.
         let suspect = self.is_bad(content);
-        let trouble = in_parallel(&blobs, |(blake3, (name, size))| {
+        let trouble = in_parallel(&blobs, PARALLEL, |(blake3, (name, size))| {
             let key = blob_key(blake3);
             if !suspect && self.remote.size(&key)? == Some(*size) {
                 return Ok(());

@@ -326,20 +326,82 @@ fn a_transfer_that_breaks_goes_on_where_it_was() {
         .collect();
     assert_eq!(offsets, [0, 20, 40].into());
 
-    // The rest of an earlier attempt, right or wrong.
-    let (text, content) = (FILES[2].1, there.store.record(&made).unwrap().artifact);
+    // The rest of an earlier attempt at a file that is not small, right or wrong.
+    let text = FILES[2].1.repeat(10_000);
+    let made = here.make("b", &[("model-2", &text)]);
+    here.push(&made);
+    remote.breaks.store(150_000, Ordering::SeqCst);
+    remote.blob_reads();
+    there.pull(&made).unwrap();
+    let offsets: Vec<u64> = remote.blob_reads().iter().map(|(_, from)| *from).collect();
+    assert_eq!(offsets, [0, 150_000, 300_000, 450_000]);
+    remote.breaks.store(0, Ordering::SeqCst);
+    let content = there.store.record(&made).unwrap().artifact;
     let blob = blake3::hash(text.as_bytes()).to_hex().to_string();
     for rest in [&text[..9], "something else", &text.repeat(3)] {
+        remote.blob_reads();
         let machine = Machine::new(&remote);
         let incoming = machine.store.folder("incoming").join(&content);
         fs::create_dir_all(&incoming).unwrap();
         fs::write(incoming.join(format!("{blob}.part")), rest).unwrap();
         machine.pull(&made).unwrap();
+        let from = if rest.len() < text.len() {
+            rest.len() as u64
+        } else {
+            0
+        };
+        assert_eq!(remote.blob_reads()[0].1, from);
         assert!(matches!(
             machine.store.find(&made, true),
             Ok(Found::Hit(..))
         ));
     }
+}
+
+#[test]
+fn very_many_files_arrive_and_an_interruption_loses_none() {
+    let remote = Arc::new(Memory::default());
+    let here = Machine::new(&remote);
+    // Some with the same contents, some in folders.
+    let files: Vec<(String, String)> = (0..600)
+        .map(|n| (format!("part-{}/{n}", n % 7), format!("text {}", n / 2)))
+        .collect();
+    let files: Vec<(&str, &str)> = files
+        .iter()
+        .map(|(a, b)| (a.as_str(), b.as_str()))
+        .collect();
+    let made = here.make("a", &files);
+    here.push(&made);
+    let there = Machine::new(&remote);
+    there.pull(&made).unwrap();
+    assert_eq!(remote.blob_reads().len(), 300);
+    assert_eq!(
+        texts(&there.folder_of(&made)),
+        texts(&here.folder_of(&made))
+    );
+    assert!(there.store.names("incoming").is_empty());
+
+    // Killed while the files got their names: none is fetched again.
+    let (content, again) = (
+        there.store.record(&made).unwrap().artifact,
+        Machine::new(&remote),
+    );
+    let incoming = again.store.folder("incoming").join(&content).join("files");
+    fs::create_dir_all(incoming.parent().unwrap()).unwrap();
+    let copied = std::process::Command::new("cp")
+        .arg("-r")
+        .args([there.folder_of(&made), incoming.clone()])
+        .status();
+    assert!(copied.unwrap().success());
+    fs::remove_dir_all(incoming.join("part-0")).unwrap();
+    again.pull(&made).unwrap();
+    let fetched = remote.blob_reads().len();
+    assert!(fetched <= 86, "{fetched}");
+    assert!(matches!(again.store.find(&made, true), Ok(Found::Hit(..))));
+    assert_eq!(
+        texts(&again.folder_of(&made)),
+        texts(&here.folder_of(&made))
+    );
 }
 
 #[test]
@@ -392,19 +454,37 @@ fn names_that_lead_outside_are_refused() {
     let artifact = here.store.record(&made).unwrap().artifact;
     let text = String::from_utf8(original).unwrap();
     let blob = blake3::hash(b"{}").to_hex().to_string();
-    let wrong = |name: &str| {
-        let files = json!([[name, 2, blob]]);
-        let content = super::super::digest_json(&files);
-        let manifest = json!({ "files": { name: { "blake3": blob, "size": 2 } } });
+    let wrong_files = |files: &[(&str, u64)]| {
+        let list: Vec<_> = files
+            .iter()
+            .map(|(name, size)| json!([name, size, blob]))
+            .collect();
+        let content = super::super::digest_json(&json!(list));
+        let entry = |(name, size): &(&str, u64)| {
+            let entry = json!({ "blake3": blob, "size": size });
+            ((*name).to_owned(), entry)
+        };
+        let entries: BTreeMap<_, _> = files.iter().map(entry).collect();
+        let manifest = json!({ "files": entries });
         let key = super::layout::manifest_key(&content);
         let mut objects = remote.objects.lock().unwrap();
         objects.insert(key, manifest.to_string().into_bytes());
         content
     };
+    let wrong = |name: &str| wrong_files(&[(name, 2)]);
     let fine = wrong("config.json");
     for content in [
         wrong("../escaped"),
         wrong("/tmp/escaped"),
+        wrong(&"x".repeat(300)),
+        // A file that would have to be a folder as well.
+        wrong_files(&[("a", 2), ("a/b", 2)]),
+        // Sizes that can't be added up, or that no disk has.
+        wrong_files(&[("a", u64::MAX), ("b", u64::MAX)]),
+        wrong_files(&[("a", u64::MAX)]),
+        wrong_files(&[("a", 2), ("b", 1 << 61)]),
+        // And one that the object does not have.
+        wrong_files(&[("a", 1 << 40)]),
         "../../escaped".to_owned(),
         fine.clone(),
     ] {

@@ -14,7 +14,7 @@ use super::layout::{
     BLOBS, MANIFESTS, RECORDS, blob_key, digest_of, get, manifest_key, parse_manifest,
     parse_record, record_key,
 };
-use super::pull::in_parallel;
+use super::pull::{PARALLEL, in_parallel};
 use super::{Object, Remote, Shared};
 
 /// Files without a record are spared for so long: somebody may be sending them this moment.
@@ -44,7 +44,7 @@ pub struct Listed {
 /// An object that can go.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Waste {
-    /// What it is: `record`, `manifest` or `file`.
+    /// What it is: `record`, `manifest`, `file` or `unfinished` (what a writer that was killed left).
     pub what: &'static str,
     /// The object.
     pub object: Object,
@@ -139,6 +139,8 @@ impl Shared {
             let used = digest_of(&object.key).is_some_and(|digest| blobs.contains(digest));
             !used && old(object, GRACE)
         });
+        let unfinished = remote.unfinished()?.into_iter();
+        let unfinished = unfinished.filter(|object| old(object, GRACE));
         let named = |what| move |object| Waste { what, object };
         // In this order, so that what is left after an interruption never names what is gone.
         let waste: Vec<Waste> = gone
@@ -146,6 +148,7 @@ impl Shared {
             .map(named("record"))
             .chain(unused.into_iter().map(named("manifest")))
             .chain(loose.map(named("file")))
+            .chain(unfinished.map(named("unfinished")))
             .collect();
         if remove_it {
             for what in ["record", "manifest", "file"] {
@@ -153,6 +156,9 @@ impl Shared {
                 let keys: Vec<_> = keys.map(|waste| waste.object.key.clone()).collect();
                 remote.delete(&keys)?;
             }
+            let unfinished = waste.iter().filter(|waste| waste.what == "unfinished");
+            let unfinished: Vec<_> = unfinished.map(|waste| &waste.object).collect();
+            remote.discard(&unfinished)?;
         }
         Ok(waste)
     }
@@ -196,7 +202,7 @@ impl Shared {
             }
         }
         let found = Mutex::new(Vec::new());
-        let trouble = in_parallel(&blobs, |blob| {
+        let trouble = in_parallel(&blobs, PARALLEL, |blob| {
             let what = match digest_of(&blob.key) {
                 None => Some("its name is no digest".to_owned()),
                 Some(digest) => examine(remote, digest)?,
@@ -212,7 +218,8 @@ impl Shared {
         }
         damage.extend(found.into_inner().unwrap_or_default());
         damage.sort_by(|a, b| a.key.cmp(&b.key));
-        let bytes = blobs.iter().map(|blob| blob.size).sum();
+        let sizes = blobs.iter().map(|blob| blob.size);
+        let bytes = sizes.fold(0, u64::saturating_add);
         Ok((damage, blobs.len(), bytes))
     }
 
@@ -250,7 +257,7 @@ fn read_all<T: Send>(
     parse: impl Fn(&str, &[u8]) -> anyhow::Result<T> + Sync,
 ) -> anyhow::Result<BTreeMap<Digest, Result<T, String>>> {
     let all = Mutex::new(BTreeMap::new());
-    let trouble = in_parallel(objects, |object| {
+    let trouble = in_parallel(objects, PARALLEL, |object| {
         let Some(bytes) = get(remote, &object.key)? else {
             return Ok(());
         };

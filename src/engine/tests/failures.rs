@@ -239,11 +239,19 @@ fn many_runners_put_one_result_in_its_place() {
         std::thread::scope(|scope| {
             let put = || {
                 start.wait();
-                place(&store, &artifact, &to, false).unwrap()
+                place(
+                    &store,
+                    &artifact,
+                    &to,
+                    Placing::default(),
+                    &AtomicBool::new(false),
+                    &mut |_| {},
+                )
+                .unwrap()
             };
             let placers: Vec<_> = (0..4).map(|_| scope.spawn(put)).collect();
             let changed = placers.into_iter().map(|placer| placer.join().unwrap());
-            assert_eq!(changed.filter(|changed| *changed).count(), 1);
+            assert_eq!(changed.filter(|put| put.changed).count(), 1);
         });
         assert_eq!(std::fs::read_to_string(to.join("text")).unwrap(), "one+two");
     }

@@ -230,10 +230,37 @@ impl<'a> Walk<'a> {
         Ok(Kept::Floats(values, shape))
     }
 
-    /// Some rows of the head's weight (vocabulary, hidden).
-    pub(in crate::ml) fn head(&self, rows: Range<usize>) -> anyhow::Result<Kept<'a>> {
+    /// The head's weight (vocabulary, hidden), if it is stored in 4 bits.
+    pub(in crate::ml) fn head_in_4_bits(&self) -> anyhow::Result<Option<Nf4>> {
+        let (name, shape) = (
+            self.head_name(),
+            (self.config.vocab_size, self.config.hidden_size),
+        );
+        let head = Nf4::load(self.weights, name)?;
+        if let Some(head) = &head {
+            ensure!(
+                head.shape == shape,
+                "the tensor `{name}` has the shape {:?}, expected {shape:?} from config.json",
+                head.shape
+            );
+        }
+        Ok(head)
+    }
+
+    /// Some rows of the head's weight, which is `packed` if it is stored in 4 bits.
+    pub(in crate::ml) fn head(
+        &self,
+        packed: Option<&Nf4>,
+        rows: Range<usize>,
+    ) -> anyhow::Result<Kept<'a>> {
         let shape = (self.config.vocab_size, self.config.hidden_size);
-        self.rows(self.head_name(), shape, rows)
+        let Some(packed) = packed else {
+            return self.rows(self.head_name(), shape, rows);
+        };
+        let shape = (rows.len(), shape.1);
+        let mut values = vec![0f32; shape.0 * shape.1];
+        packed.dequantise_rows(rows, &mut values);
+        Ok(Kept::Floats(values, shape))
     }
 
     /// Gives the memory under the head back.

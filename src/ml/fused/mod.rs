@@ -235,7 +235,10 @@ impl<'m> Forward<'m> {
         if let Some(var) = model.embed.trained() {
             let (rows, width) = (model.config.vocab_size, self.shape.hidden);
             let mut of_embed = vec![0f32; rows * width];
-            for (token, &id) in self.layout.ids.iter().enumerate() {
+            // As in transformers (`padding_idx`), the row of the padding is not learnt from where it is looked up.
+            let ids = self.layout.ids.iter().enumerate();
+            let learnt = ids.filter(|(_, id)| Some(**id) != model.config.pad_token_id);
+            for (token, &id) in learnt {
                 let row = &mut of_embed[id as usize * width..][..width];
                 let column = pipeline_kernels::panels::column(&of_x, width, token);
                 for (sum, g) in row.iter_mut().zip(column) {

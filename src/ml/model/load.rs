@@ -57,8 +57,23 @@ impl<'a> Loader<'a> {
         }
     }
 
-    pub(super) fn shaped(&self, name: &str, shape: &[usize]) -> anyhow::Result<Tensor> {
-        let tensor = self.weights.tensor(name, self.device)?;
+    /// A tensor of the base in its own type; one in 4 bits is dequantised, and can't be trained or replaced.
+    fn shaped(&self, name: &str, shape: &[usize]) -> anyhow::Result<Tensor> {
+        let tensor = if let Some(nf4) = Nf4::load(self.weights, name)? {
+            anyhow::ensure!(
+                self.trained != Trained::Everything,
+                "`{name}` is stored in 4 bits and can't be trained itself; give an adapter"
+            );
+            let replaced =
+                |adapter: &Adapter| adapter.saved.contains_key(name) || adapter.trains(name);
+            anyhow::ensure!(
+                !self.adapter.is_some_and(replaced),
+                "the adapter trains `{name}` whole, but it is stored in 4 bits; take the dense model"
+            );
+            nf4.to_tensor(nf4.dtype, self.device)?
+        } else {
+            self.weights.tensor(name, self.device)?
+        };
         anyhow::ensure!(
             tensor.dims() == shape,
             "the tensor `{name}` has the shape {:?}, expected {shape:?} from config.json",
@@ -114,8 +129,11 @@ impl<'a> Loader<'a> {
 
     /// A weight in the type in which it is stored.
     pub(super) fn stored(&mut self, name: &str, shape: &[usize]) -> anyhow::Result<Weight> {
-        let stored = Float::of(self.weights.raw(name)?.dtype).map(Float::dtype);
-        self.weight(name, shape, stored.unwrap_or(DType::F32))
+        let float = match Nf4::shape_of(self.weights, name)? {
+            Some((_, float)) => Some(float),
+            None => Float::of(self.weights.raw(name)?.dtype),
+        };
+        self.weight(name, shape, float.map_or(DType::F32, Float::dtype))
     }
 
     pub(super) fn norm(&mut self, name: &str) -> anyhow::Result<Norm> {

@@ -358,6 +358,39 @@ fn dropout_keeps_the_mean_and_drops_its_share() {
 }
 
 #[test]
+fn the_row_of_the_padding_is_not_learnt_from_lookups() {
+    // The id of `pad_token_id` in the midst of a text: torch's `Embedding(padding_idx=..)` gives its row no gradient.
+    let rows = rows("trl-1.16");
+    let pad = rows[0].prompt[5];
+    let objective = Objective::Sft {
+        completion_only: false,
+    };
+    let batch = objective.batch(&[&rows[0]], 1023).unwrap();
+    for path in [Path::Plain, Path::Fused(Packing::default())] {
+        let gradient = |pad: u32| {
+            let mut model = golden::model("model", None, Trained::Everything, DType::F32);
+            model.path = path;
+            model.config.pad_token_id = Some(pad);
+            let mut gradients = Gradients::none(&model);
+            let outcome =
+                objective.differentiate(&model, &[(&batch, 1.)], None, false, &mut gradients);
+            outcome.unwrap();
+            let place = model.place("model.embed_tokens.weight");
+            let all = gradients.0[place].clone().unwrap();
+            all.to_vec2::<f32>().unwrap()
+        };
+        let (with, without) = (gradient(1023), gradient(pad));
+        for (id, (with, without)) in (0u32..).zip(with.iter().zip(&without)) {
+            if id == pad {
+                assert!(with.iter().any(|g| *g != 0.) && without.iter().all(|g| *g == 0.));
+            } else {
+                assert!(with == without, "{id}");
+            }
+        }
+    }
+}
+
+#[test]
 fn norms_do_not_decay() {
     let decays = |adapter: Option<&str>, trained| {
         let model = golden::model("model", adapter, trained, DType::F32);

@@ -34,6 +34,11 @@ impl Moment8 {
         }
     }
 
+    /// Whether all values are finite.
+    pub(super) fn is_finite(&self) -> bool {
+        self.absmax.iter().all(|value| value.is_finite())
+    }
+
     /// The number of values.
     pub(super) fn count(&self) -> usize {
         self.codes.len()

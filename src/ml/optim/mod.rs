@@ -194,6 +194,18 @@ impl Optimizer {
         Ok(tensors)
     }
 
+    /// The first of its parameters with moments that are not finite.
+    pub fn broken<'a>(&self, parameters: &'a [Parameter]) -> Option<&'a str> {
+        let finite = |values: &[f32]| values.iter().all(|value| value.is_finite());
+        let mut all = parameters.iter().zip(&self.states);
+        let broken = all.find(|(_, state)| match state {
+            State::Full { m, v } => !finite(m) || !finite(v),
+            State::Eight { m, v } => !m.is_finite() || !v.is_finite(),
+            State::None => false,
+        });
+        broken.map(|(parameter, _)| parameter.name.as_str())
+    }
+
     /// Takes back what [`Optimizer::save`] gave: all of it, or with an error nothing.
     pub fn restore(
         &mut self,
@@ -450,5 +462,24 @@ mod tests {
         assert!((norm(&gradients).unwrap() - 1.).abs() < 1e-5);
         assert!((clip(&mut gradients, 2.).unwrap() - 1.).abs() < 1e-5);
         assert!((norm(&gradients).unwrap() - 1.).abs() < 1e-5);
+    }
+
+    #[test]
+    fn moments_that_overflow_are_found() {
+        for kind in [Kind::AdamW, Kind::AdamW8bit] {
+            let value = Tensor::zeros(5000, DType::F32, &Device::Cpu).unwrap();
+            let parameters = parameter(&value);
+            let mut optimizer = Optimizer::new(settings(kind), &parameters);
+            let mut step = |gradient: f64| {
+                let gradient = (value.ones_like().unwrap() * gradient).unwrap();
+                optimizer
+                    .step(&parameters, &[Some(gradient)], 1e-3)
+                    .unwrap();
+                optimizer.broken(&parameters).map(str::to_owned)
+            };
+            assert_eq!(step(1e3), None, "{kind:?}");
+            // Finite, but its square is not.
+            assert_eq!(step(1e30).as_deref(), Some("p"), "{kind:?}");
+        }
     }
 }

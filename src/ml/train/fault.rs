@@ -1,9 +1,13 @@
 //! Numbers that are none: where they came up, and what the likely cause is.
 
+use std::cell::OnceCell;
 use std::fmt;
+use std::path::Path;
 
 use super::Settings;
+use crate::ml::finite;
 use crate::ml::model::Llama;
+use crate::ml::optim::Optimizer;
 
 /// A step whose loss or gradient is NaN or infinite.
 #[derive(Debug, Clone, PartialEq)]
@@ -44,35 +48,97 @@ impl std::error::Error for Fault {}
 /// The first trained tensor with a value that is not finite.
 pub(super) fn broken(model: &Llama) -> candle_core::Result<Option<&str>> {
     for parameter in &model.parameters {
-        let values = parameter.var.as_detached_tensor().flatten_all()?;
-        if !values.to_vec1::<f32>()?.iter().all(|v| v.is_finite()) {
+        if finite::in_memory(&parameter.var.as_detached_tensor())?.is_some() {
             return Ok(Some(&parameter.name));
         }
     }
     Ok(None)
 }
 
-/// Why a step after `done` finished ones is likely not finite.
-pub(super) fn cause(model: &Llama, settings: &Settings, done: u64) -> candle_core::Result<String> {
-    let rate = settings.learning_rate;
-    Ok(match broken(model)? {
-        Some(name) if done == 0 => format!(
-            "`{name}` holds values that are not finite from the start; look at the stage that made it"
-        ),
-        Some(name) => format!(
-            "`{name}` is not finite since an earlier step; the learning_rate {rate} is too high, try a tenth"
-        ),
-        None if settings.scaler => {
+/// Looks for the cause of a number that is not finite. Stored weights are looked through once.
+#[derive(Default)]
+pub(super) struct Search {
+    stored: OnceCell<Option<String>>,
+}
+
+impl Search {
+    /// What is wrong with the stored weights that the training began with, if anything is.
+    fn stored(&self, settings: &Settings) -> anyhow::Result<Option<&str>> {
+        if self.stored.get().is_none() {
+            let sources = settings.sources.iter();
+            let sources: Vec<(&str, &Path)> = sources
+                .map(|(noun, path)| (*noun, path.as_path()))
+                .collect();
+            let found = finite::blame(&sources)?;
+            let _ = self.stored.set(found);
+        }
+        Ok(self.stored.get().and_then(Option::as_deref))
+    }
+
+    /// Why a step after `done` finished ones is likely not finite: first what is certain, then what is likely.
+    pub(super) fn cause(
+        &self,
+        model: &Llama,
+        optimizer: &Optimizer,
+        settings: &Settings,
+        done: u64,
+    ) -> anyhow::Result<String> {
+        if let Some(found) = self.stored(settings)? {
+            return Ok(found.to_owned());
+        }
+        if settings.scaler
+            && let Some(name) = model.overflown()?
+        {
+            return Ok(format!(
+                "`{name}` has values beyond 65504, where f16 ends; use bf16, or neither bf16 nor fp16"
+            ));
+        }
+        let rate = settings.learning_rate;
+        if let Some(name) = broken(model)? {
+            return Ok(if done == 0 {
+                format!(
+                    "`{name}` holds values that are not finite from the start; look at the stage that made it"
+                )
+            } else {
+                format!(
+                    "`{name}` is not finite since an earlier step; the learning_rate {rate} is too high, try a tenth"
+                )
+            });
+        }
+        if let Some(name) = optimizer.broken(&model.parameters) {
+            return Ok(format!(
+                "the optimiser's moments of `{name}` are not finite since an earlier step, whose gradient was too large; try a lower \
+                 learning_rate or `max_grad_norm`"
+            ));
+        }
+        Ok(if settings.scaler {
             "f16 ends at 65504 and the model leaves it; use bf16, or neither bf16 nor fp16".into()
+        } else if done == 0 {
+            "all weights are finite, so these rows lead beyond the range of numbers".into()
+        } else {
+            format!(
+                "the weights are finite but lead beyond the range of numbers; the learning_rate {rate} is likely too high, \
+                 try a tenth"
+            )
+        })
+    }
+
+    /// Fails if a trained tensor is not finite at the end.
+    pub(super) fn check_end(
+        &self,
+        model: &Llama,
+        settings: &Settings,
+        step: u64,
+    ) -> anyhow::Result<()> {
+        let Some(name) = broken(model)? else {
+            return Ok(());
+        };
+        match self.stored(settings)? {
+            Some(found) => anyhow::bail!("`{name}` is not finite after step {step}: {found}"),
+            None => anyhow::bail!(
+                "`{name}` is not finite after step {step}; the learning_rate {} is too high, try a tenth",
+                settings.learning_rate
+            ),
         }
-        None if done == 0 => {
-            "the trained weights are finite, so the frozen model holds values that are not, or these rows lead beyond \
-             the range of numbers"
-                .into()
-        }
-        None => format!(
-            "the trained weights are finite but lead beyond the range of numbers; the learning_rate {rate} is likely \
-             too high, try a tenth"
-        ),
-    })
+    }
 }

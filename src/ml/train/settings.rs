@@ -65,6 +65,9 @@ pub struct Settings {
     pub leave: Option<PathBuf>,
     /// How many rows to train on were made of each row of the split.
     pub rows_each: usize,
+    /// The stored weights that the training began with, each with its noun (`model`): looked through when something is not
+    /// finite.
+    pub sources: Vec<(&'static str, PathBuf)>,
 }
 
 /// How often something happens.

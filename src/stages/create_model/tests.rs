@@ -11,6 +11,7 @@ use crate::data::table::Writer;
 use crate::ml::golden;
 use crate::ml::model::{Llama, Trained};
 use crate::ml::weights::Weights;
+use crate::text::tokenizer::Tokenizer;
 use crate::text::tokenizer::chat_template;
 
 const SHAPE: &str =

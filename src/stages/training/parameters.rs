@@ -1,4 +1,4 @@
-//! The parameters that all trainings have, by transformers' names, with transformers' defaults.
+//! The parameters that all trainings have, by transformers' names, with transformers' and TRL's defaults or a word on what differs.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -175,7 +175,7 @@ macro_rules! training_parameters {
             /// The same as a share of all steps; counts where `warmup_steps` is 0.
             #[serde(default)]
             warmup_ratio: f64,
-            /// The optimiser.
+            /// The optimiser. TRL's default: `adamw_torch_fused`, which gives the same numbers.
             #[serde(default)]
             optim: Optim,
             /// Decay of AdamW's first moment.
@@ -197,11 +197,11 @@ macro_rules! training_parameters {
             #[serde(default = "defaults::yes")]
             gradient_checkpointing: Neutral<bool>,
             /// Whether padding is left out of the computation. Losses and gradients are the same; only `logits/chosen` and
-            /// `logits/rejected` differ, because TRL's means go over the padding too.
+            /// `logits/rejected` differ, because TRL's means go over the padding too. TRL's default: `false`; its `ORPOTrainer` always pads.
             #[serde(default = "defaults::padding_free")]
             padding_free: bool,
-            /// Whether matrix products run in bf16; all else stays in f32. TRL's default is true; here f32 is, which a CPU
-            /// computes faster.
+            /// Whether matrix products run in bf16; all else stays in f32. TRL's default: `true`, unless `fp16` is on; a CPU computes
+            /// faster in f32.
             #[serde(default)]
             bf16: bool,
             /// Whether matrix products run in f16, with a dynamic loss scale.
@@ -226,7 +226,7 @@ macro_rules! training_parameters {
             #[serde(default)]
             load_best_model_at_end: bool,
             /// The metric of the evaluation that tells what is best, such as `loss` or `rewards/margins`; `eval_` before it may
-            /// be left out.
+            /// be left out. TRL's default: none, which means `loss` too.
             #[serde(default = "defaults::loss")]
             metric_for_best_model: String,
             /// Whether more of the metric is better. By default yes, unless its name ends with `loss`.
@@ -248,7 +248,7 @@ macro_rules! training_parameters {
             /// Steps between checkpoints, from which an interrupted training goes on.
             #[serde(default = "defaults::save_steps")]
             save_steps: Neutral<u64>,
-            /// How many checkpoints are kept.
+            /// How many checkpoints are kept. TRL's default: none, which keeps all.
             #[serde(default = "defaults::save_total_limit")]
             save_total_limit: Neutral<usize>,
             /// Where else metrics go: only `none` so far.
@@ -353,6 +353,7 @@ macro_rules! training_parameters {
                     split: String::new(),
                     leave: None,
                     rows_each: 1,
+                    sources: Vec::new(),
                 }
             }
         }

@@ -7,10 +7,11 @@ use std::path::Path;
 use anyhow::{Context as _, anyhow, ensure};
 use candle_core::{DType, Device};
 
+use super::super::chat_template;
 use crate::data::table::splits;
 use crate::data::tokens::{self, TokenRow};
 use crate::engine::Context;
-use crate::ml::adapter::Adapter;
+use crate::ml::adapter::{Adapter, FILE};
 use crate::ml::batch::Row;
 use crate::ml::config::LlamaConfig;
 use crate::ml::folder::{METRICS, TRAINER_STATE};
@@ -20,7 +21,7 @@ use crate::ml::model::{Llama, Trained};
 use crate::ml::save::{save_adapter, save_model};
 use crate::ml::train::{Ending, Settings, Start, take_up, train, trainer_state};
 use crate::ml::weights::Weights;
-use crate::text::tokenizer::{Tokenizer, special_tokens};
+use crate::text::tokenizer::special_tokens;
 
 /// The folders and splits of one training.
 pub(in crate::stages) struct Job<'a> {
@@ -82,7 +83,13 @@ pub(in crate::stages) fn pad_id(model: &Path, config: &LlamaConfig) -> u32 {
     let named = || {
         let special = special_tokens(model).ok()?;
         let pad = special.get("pad_token")?;
-        Some(Tokenizer::load(model).ok()?.token(pad).ok()?.id)
+        Some(
+            crate::stages::tokenizers::load(model)
+                .ok()?
+                .token(pad)
+                .ok()?
+                .id,
+        )
     };
     let eos = config.eos_token_ids.first().copied();
     let pad = named().or(config.pad_token_id).or(eos).unwrap_or(0);
@@ -126,6 +133,15 @@ pub(in crate::stages) fn run(
     let config = LlamaConfig::read(job.model)?;
     settings.pad = pad_id(job.model, &config);
     job.train_split.clone_into(&mut settings.split);
+    ensure!(
+        config.attention_dropout <= 0.,
+        "the model's `config.json` has `attention_dropout` {}, which drops attention weights in trainings by transformers and is not \
+         computed here; hint: set it to 0 there if it is not meant",
+        config.attention_dropout
+    );
+    settings.sources = vec![("model", job.model.to_path_buf())];
+    let adapter_file = job.adapter.map(|adapter| ("adapter", adapter.join(FILE)));
+    settings.sources.extend(adapter_file);
     let weights = Weights::open(job.model)?;
     let adapter = job.adapter.map(Adapter::load).transpose()?;
     let trained = if adapter.is_some() {
@@ -216,9 +232,14 @@ pub(in crate::stages) fn run(
             ));
         }
     }
-    match adapter {
-        Some(adapter) => save_adapter(&model, adapter, cx.out())?,
-        None => save_model(&model, job.model, cx.out())?,
+    if let Some(adapter) = adapter {
+        save_adapter(&model, adapter, cx.out())?;
+        chat_template::carry(job.dataset, cx.out())?;
+    } else {
+        save_model(&model, job.model, cx.out())?;
+        if let Some(template) = chat_template::read(job.dataset)? {
+            chat_template::install(cx, &template)?;
+        }
     }
     let metrics: String = history.iter().map(|log| log.line() + "\n").collect();
     let state = trainer_state(&ending, &settings, train_rows.len())?;

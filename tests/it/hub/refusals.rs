@@ -1,6 +1,7 @@
 //! What can't be had from a hub: the sentences people read, and what is done without it.
 
 use super::*;
+use crate::support::hub::Mirror;
 
 #[test]
 fn closed_doors_say_what_to_do() {
@@ -84,7 +85,7 @@ fn no_hub_at_the_address_is_an_error() {
     settings.endpoint = Some(format!("http://{}", listener.local_addr().unwrap()));
     settings.retry_wait = Duration::from_millis(1);
     drop(listener);
-    let hub = Hub::new(settings.clone()).unwrap();
+    let hub = Hub::new(settings.clone(), &()).unwrap();
     let error = hub
         .resolve(RepoKind::Model, REPO, "main")
         .unwrap_err()
@@ -95,11 +96,11 @@ fn no_hub_at_the_address_is_an_error() {
     );
     for endpoint in ["", "huggingface.co", "ftp://x", "http://", "no address"] {
         settings.endpoint = Some(endpoint.into());
-        let error = format!("{:#}", Hub::new(settings.clone()).unwrap_err());
+        let error = format!("{:#}", Hub::new(settings.clone(), &()).unwrap_err());
         assert!(error.contains("HF_ENDPOINT"), "{endpoint}: {error}");
     }
     settings.token = Some("two\nlines".into());
-    let error = Hub::new(settings).unwrap_err().to_string();
+    let error = Hub::new(settings, &()).unwrap_err().to_string();
     assert!(
         error.contains("token") && !error.contains("lines"),
         "{error}"
@@ -112,7 +113,7 @@ fn https_to_a_server_without_it_is_an_error() {
     let mut settings = scene.settings();
     settings.endpoint = Some(scene.server.endpoint.replace("http://", "https://"));
     settings.timeout = Duration::from_secs(2);
-    let hub = Hub::new(settings).unwrap();
+    let hub = Hub::new(settings, &()).unwrap();
     let error = hub.resolve(RepoKind::Model, REPO, "main").unwrap_err();
     assert!(error.to_string().contains("could not fetch"), "{error}");
 }
@@ -125,6 +126,35 @@ fn listings_that_lie_are_errors() {
         let error = format!("{:#}", scene.hub().list(&model_at(&commit)).unwrap_err());
         assert!(error.contains("unsafe name"), "{error}");
     }
+    // A tree.
+    let answers = [
+        ("<html>".to_owned(), "no description"),
+        ("{}".to_owned(), "no description"),
+        (
+            "[{\"type\": \"file\", \"path\": \"x\", \"size\": -1}]".to_owned(),
+            "no description",
+        ),
+        (
+            "[{\"type\": \"file\", \"path\": \"../x\", \"size\": 1}]".to_owned(),
+            "unsafe name",
+        ),
+    ];
+    let hub = scene.hub();
+    for (answer, expected) in answers {
+        scene.server.fault("/tree/", Fault::Page(200, answer), 1);
+        // A page that is none looks like a mirror without trees; its description is none either.
+        scene
+            .server
+            .fault("/revision/", Fault::Page(200, "<html>".into()), 1);
+        let error = format!("{:#}", hub.list(&scene.snapshot).unwrap_err());
+        assert!(error.contains(expected), "{error}");
+        scene.server.forgive();
+    }
+    // A description, of a mirror without trees.
+    scene.server.mirror(Mirror {
+        no_tree: true,
+        ..Mirror::default()
+    });
     let other = "0123456789012345678901234567890123456789";
     let answers = [
         ("<html>".to_owned(), "no description"),
@@ -133,26 +163,15 @@ fn listings_that_lie_are_errors() {
             "answered with",
         ),
         ("{}".to_owned(), "answered with"),
-        (
-            format!(
-                "{{\"sha\": \"{}\", \"siblings\": [{{\"rfilename\": \"x\"}}]}}",
-                scene.snapshot.commit
-            ),
-            "could not be verified",
-        ),
-        (
-            format!(
-                "{{\"sha\": \"{}\", \"siblings\": [{{\"rfilename\": \"x\", \"size\": 1, \"blobId\": \"../../x\"}}]}}",
-                scene.snapshot.commit
-            ),
-            "could not be verified",
-        ),
     ];
     for (answer, expected) in answers {
-        scene.server.fault("/api/", Fault::Page(200, answer), 1);
-        let error = format!("{:#}", scene.hub().list(&scene.snapshot).unwrap_err());
+        scene
+            .server
+            .fault("/revision/", Fault::Page(200, answer), 1);
+        let error = format!("{:#}", hub.list(&scene.snapshot).unwrap_err());
         assert!(error.contains(expected), "{error}");
     }
+    scene.server.mirror(Mirror::default());
     scene
         .server
         .fault("/api/", Fault::Page(200, "{\"sha\": \"main\"}".into()), 1);

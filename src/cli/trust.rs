@@ -1,0 +1,102 @@
+//! Which remotes that projects name in their own files may be used: those that the person at this machine allowed, project by project.
+//!
+//! `pipeline.config.yaml` comes with a project, perhaps from somebody else; what it names would get every result and decide what
+//! counts as one.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, anyhow};
+use serde::{Deserialize, Serialize};
+
+use super::{read_text, variable};
+use crate::engine::write_atomically;
+
+/// The format of the file.
+const VERSION: u32 = 1;
+/// More than anybody allows.
+const LONGEST: u64 = 16 << 20;
+
+/// Everything that was allowed.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    version: u32,
+    trusted: BTreeSet<Pair>,
+}
+
+/// One remote for one project.
+#[derive(PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Pair {
+    project: PathBuf,
+    remote: String,
+}
+
+impl Pair {
+    /// `remote` is the address as it is shown.
+    fn new(project: &Path, remote: &str) -> Self {
+        Self {
+            project: project.canonicalize().unwrap_or(project.to_owned()),
+            remote: remote.to_owned(),
+        }
+    }
+}
+
+/// Whether the person at this machine allowed this remote for this project.
+pub(super) fn is_trusted(project: &Path, remote: &str) -> anyhow::Result<bool> {
+    let Some(path) = path() else {
+        return Ok(false);
+    };
+    Ok(read(&path)?.trusted.contains(&Pair::new(project, remote)))
+}
+
+/// Allows a remote for a project, or no longer.
+pub(super) fn set(project: &Path, remote: &str, trusted: bool) -> anyhow::Result<()> {
+    let path = path().context("there is no folder for your settings: HOME is not set")?;
+    let mut file = read(&path)?;
+    let pair = Pair::new(project, remote);
+    let changed = if trusted {
+        file.trusted.insert(pair)
+    } else {
+        file.trusted.remove(&pair)
+    };
+    if changed {
+        let text = serde_yaml::to_string(&file)?;
+        write_atomically(&path, text.as_bytes())?;
+    }
+    Ok(())
+}
+
+/// The file, among the settings of the person.
+fn path() -> Option<PathBuf> {
+    let settings = variable("XDG_CONFIG_HOME")
+        .map(PathBuf::from)
+        .filter(|folder| folder.is_absolute())
+        .or_else(|| {
+            Some(std::env::home_dir()?.join(".config")).filter(|folder| folder.is_absolute())
+        })?;
+    Some(settings.join("pipeline").join("remotes.yaml"))
+}
+
+fn read(path: &Path) -> anyhow::Result<File> {
+    let text = match read_text(path, LONGEST) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return Ok(File {
+                version: VERSION,
+                trusted: BTreeSet::new(),
+            });
+        }
+        Err(error) => return Err(anyhow!("could not read `{}`: {error}", path.display())),
+    };
+    let broken = || {
+        format!(
+            "`{}` is broken; remove it and allow remotes anew",
+            path.display()
+        )
+    };
+    let file: File = serde_yaml::from_str(&text).with_context(broken)?;
+    anyhow::ensure!(file.version == VERSION, broken());
+    Ok(file)
+}

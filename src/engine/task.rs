@@ -1,0 +1,255 @@
+//! A stage as a task for another process: what that is given on its standard input, and what it says on its standard output,
+//! both a line of JSON each.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, anyhow};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::context::Context;
+use super::graph::Node;
+use super::manifest::Entry;
+use super::params::{ARTIFACT_KEY, FILE_KEY, NEUTRAL_KEY, STAGE_KEY};
+use super::{Level, Resources};
+
+/// The most memory, in bytes, of a stage that reads what anybody may have written and holds little of it at a time
+/// ([`super::Stage::BOUNDED`]), unless its `resources` say more. Many times what real data takes.
+const BOUNDED_MEMORY: u64 = 4 << 30;
+
+/// The most characters of a text that a stage tells.
+const LONGEST_TEXT: usize = 8000;
+
+/// One try of one stage, without secrets: those come with the environment.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Task {
+    /// The stage's name in the recipe, for messages.
+    pub stage: String,
+    /// Its kind.
+    pub kind: String,
+    /// Its parameters as a recipe has them, with defaults.
+    pub params: Value,
+    /// Never touch the network.
+    pub offline: bool,
+    /// Threads it may compute with.
+    pub cpus: Option<NonZeroUsize>,
+    /// The most bytes of memory that the process may have for itself; mapped files and stacks don't count.
+    pub memory: Option<u64>,
+    /// The devices it has to itself.
+    pub gpus: Vec<usize>,
+    /// The folders of inputs by stage.
+    pub inputs: BTreeMap<String, OsString>,
+    /// Local files by the path as it was written.
+    pub sources: BTreeMap<String, OsString>,
+    /// Facts from outside.
+    pub outside: BTreeMap<String, String>,
+    /// The folder to fill.
+    pub out: OsString,
+    /// The folder that survives a crash.
+    pub scratch: OsString,
+    /// What to write beside the scratch folder when it is made.
+    pub scratch_note: Vec<u8>,
+    /// What finished stages of its family left.
+    pub ends: Option<OsString>,
+    /// Digests of local files by path.
+    pub known: Vec<(OsString, Entry)>,
+}
+
+/// What the process of a stage says.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(tag = "said", rename_all = "snake_case")]
+pub(super) enum Said {
+    /// How far it is.
+    Progress {
+        done: u64,
+        total: Option<u64>,
+        unit: String,
+    },
+    /// Numbers of a step. They travel as their bits: JSON has no infinity.
+    Metrics {
+        step: u64,
+        values: BTreeMap<String, u64>,
+    },
+    /// A sentence.
+    Message { level: Level, text: String },
+    /// The stage succeeded: what goes into its record, and the digests of files that it knows.
+    Done {
+        notes: BTreeMap<String, Value>,
+        written: BTreeMap<String, Entry>,
+    },
+    /// The stage failed: the causes from the outermost to the first, and whether the disk is full.
+    Failed { causes: Vec<String>, full: bool },
+}
+
+impl Task {
+    /// The task of a node's next try.
+    pub(super) fn of(node: &Node, context: &Context) -> anyhow::Result<Self> {
+        let params = node
+            .stage
+            .params()
+            .context("its parameters could not be handed on")?;
+        let paths = |paths: &BTreeMap<String, PathBuf>| {
+            let entries = paths.iter();
+            entries
+                .map(|(name, path)| (name.clone(), path.clone().into_os_string()))
+                .collect()
+        };
+        let known = context.known.iter();
+        Ok(Self {
+            stage: context.stage.clone(),
+            kind: node.stage.kind().to_owned(),
+            params: unmarked(params),
+            offline: context.world.offline,
+            cpus: node.handling.resources.cpus,
+            memory: memory(node.stage.bounded(), &node.handling.resources),
+            gpus: context.gpus.clone(),
+            inputs: paths(&context.inputs),
+            sources: paths(&context.sources),
+            outside: context.outside.clone(),
+            out: context.out.clone().into_os_string(),
+            scratch: context.scratch.clone().into_os_string(),
+            scratch_note: context.scratch_note.clone(),
+            ends: context.ends.clone().map(PathBuf::into_os_string),
+            known: known
+                .map(|(path, entry)| (path.clone().into_os_string(), entry.clone()))
+                .collect(),
+        })
+    }
+}
+
+/// The limit of a stage's process.
+pub(super) fn memory(bounded: bool, resources: &Resources) -> Option<u64> {
+    bounded.then(|| BOUNDED_MEMORY.max(resources.memory.0))
+}
+
+/// Parameters as a recipe has them: without the marks of edges, files and neutral settings.
+fn unmarked(params: Value) -> Value {
+    match params {
+        Value::Array(items) => items.into_iter().map(unmarked).collect(),
+        Value::Object(mut map) => {
+            let one = map.len() == 1;
+            if map.contains_key(ARTIFACT_KEY)
+                && map.len() == 2
+                && let Some(stage) = map.remove(STAGE_KEY)
+            {
+                return stage;
+            }
+            for mark in [FILE_KEY, NEUTRAL_KEY] {
+                if one && let Some(value) = map.remove(mark) {
+                    return unmarked(value);
+                }
+            }
+            let entries = map.into_iter();
+            Value::Object(entries.map(|(key, value)| (key, unmarked(value))).collect())
+        }
+        scalar => scalar,
+    }
+}
+
+/// The causes of an error as texts, none so long that nobody would read it: a template may raise any text.
+pub(super) fn causes(error: &anyhow::Error) -> Vec<String> {
+    error
+        .chain()
+        .map(|cause| short(cause.to_string()))
+        .collect()
+}
+
+/// A text of at most some pages.
+pub(super) fn short(mut text: String) -> String {
+    if let Some((end, _)) = text.char_indices().nth(LONGEST_TEXT) {
+        text.truncate(end);
+        text.push_str(" ..");
+    }
+    text
+}
+
+/// The error of texts.
+pub(super) fn error(causes: Vec<String>, full: bool) -> anyhow::Error {
+    let mut causes = causes.into_iter().rev();
+    let first = causes.next().unwrap_or_default();
+    let first = if full {
+        anyhow::Error::from(std::io::Error::new(std::io::ErrorKind::StorageFull, first))
+    } else {
+        anyhow!(first)
+    };
+    causes.fold(first, anyhow::Error::context)
+}
+
+/// Whether an error says that the disk is full.
+pub(super) fn is_full(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        let cause = cause.downcast_ref::<std::io::Error>();
+        cause.is_some_and(|cause| cause.kind() == std::io::ErrorKind::StorageFull)
+    })
+}
+
+/// A path of a task.
+pub(super) fn path(path: &OsString) -> PathBuf {
+    Path::new(path).to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn parameters_lose_their_marks_only() {
+        let params = json!({
+            "model": {STAGE_KEY: "base", ARTIFACT_KEY: "model"},
+            "files": [{FILE_KEY: "a.jsonl"}, {FILE_KEY: "b.jsonl"}],
+            "jobs": {NEUTRAL_KEY: {"n": 3}},
+            "columns": {"prompt": "question"},
+            "rate": 1e-5,
+        });
+        let expected = json!({
+            "model": "base",
+            "files": ["a.jsonl", "b.jsonl"],
+            "jobs": {"n": 3},
+            "columns": {"prompt": "question"},
+            "rate": 1e-5,
+        });
+        assert_eq!(unmarked(params), expected);
+    }
+
+    #[test]
+    fn errors_keep_their_causes_on_the_way() {
+        let first = std::io::Error::new(std::io::ErrorKind::StorageFull, "no space");
+        let sent = anyhow::Error::from(first)
+            .context("could not write")
+            .context("row 3");
+        let came = error(causes(&sent), is_full(&sent));
+        assert_eq!(format!("{came:#}"), format!("{sent:#}"));
+        assert!(is_full(&came));
+        assert!(!is_full(&error(vec!["a".into(), "b".into()], false)));
+    }
+
+    #[test]
+    fn no_text_is_longer_than_anybody_reads() {
+        let error = anyhow!("é".repeat(1_000_000)).context("row 3");
+        let [row, text] = &causes(&error)[..] else {
+            panic!("two causes")
+        };
+        assert_eq!(row, "row 3");
+        assert!(text.chars().count() == LONGEST_TEXT + 3 && text.ends_with("é .."));
+    }
+
+    #[test]
+    fn floats_travel_to_the_bit() {
+        for value in [
+            0.1_f64 + 0.2,
+            5e-324,
+            1.797_693_134_862_315_7e308,
+            8.41e21,
+            2e-4,
+        ] {
+            let text = json!({ "value": value }).to_string();
+            let back: Value = serde_json::from_str(&text).unwrap();
+            assert_eq!(back["value"].as_f64().unwrap().to_bits(), value.to_bits());
+        }
+    }
+}

@@ -1,0 +1,38 @@
+//! Why a merged weight is not finite: the model, the adapter, or the type.
+
+use super::super::finite;
+use super::super::float::Float;
+use super::Update;
+
+/// Why W + s B A is not finite, from value number `first` on.
+pub(super) fn why(
+    first: usize,
+    bytes: &[u8],
+    float: Float,
+    update: Option<&Update>,
+    read: &(dyn Fn(usize, &mut [f32]) + Sync),
+) -> String {
+    let at = first + finite::first_in(float, bytes).map_or(0, |(at, _)| at);
+    let mut value = [0f32];
+    read(at, &mut value);
+    if !value[0].is_finite() {
+        let found = finite::named(value[0]);
+        return format!(
+            "the model holds {found} there (value {at}, from 0) before anything is added; look at where the model comes from"
+        );
+    }
+    if let Some(update) = update {
+        update.add(at, &mut value);
+    }
+    if !value[0].is_finite() {
+        return format!(
+            "adding the adapter's update leads to {} (value {at}, from 0); the adapter may have diverged in its training",
+            finite::named(value[0])
+        );
+    }
+    format!(
+        "value {at} (from 0) becomes {:e}, which {} can't hold; hint: merge into weights in bfloat16 or float32",
+        value[0],
+        float.name()
+    )
+}
