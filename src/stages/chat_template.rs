@@ -9,6 +9,7 @@ use serde_json::{Map, Value, json};
 
 use crate::engine::Context;
 use crate::ml::folder::{self, sorted_json};
+use crate::text::comments::without_comments;
 use crate::text::tokenizer::{SpecialToken, chat_template};
 use crate::text::turn_end::turn_end;
 
@@ -21,9 +22,10 @@ const NAMED: &str = "additional_chat_templates";
 /// The longest template, in bytes; as for rendering.
 const LONGEST: u64 = 1 << 20;
 
-/// Puts a template into an artifact.
+/// Puts a template into an artifact, without its comments: with others nothing below is stale.
 pub(super) fn write(template: &str, out: &Path) -> anyhow::Result<()> {
-    fs::write(out.join(FILE), template).with_context(|| format!("could not write `{FILE}`"))
+    fs::write(out.join(FILE), without_comments(template))
+        .with_context(|| format!("could not write `{FILE}`"))
 }
 
 /// The template in an artifact, if there is one.
@@ -115,7 +117,8 @@ pub(super) fn install(cx: &Context, template: &str) -> anyhow::Result<()> {
 /// Whether `template` is what every version of transformers finds in a model folder.
 fn is_installed(template: &str, folder: &Path) -> anyhow::Result<bool> {
     // Several named ones without a default are another way of having another one.
-    if chat_template(folder).ok().flatten().as_deref() != Some(template) {
+    let own = chat_template(folder).ok().flatten();
+    if own.is_none_or(|own| without_comments(&own) != without_comments(template)) {
         return Ok(false);
     }
     let config = object(&folder.join(TOKENIZER_CONFIG))?;
@@ -124,7 +127,7 @@ fn is_installed(template: &str, folder: &Path) -> anyhow::Result<bool> {
             .as_ref()
             .and_then(|config| config.get("chat_template"))
         {
-            Some(Value::String(older)) => older == template,
+            Some(Value::String(older)) => without_comments(older) == without_comments(template),
             _ => true,
         },
     )

@@ -5,6 +5,7 @@
 
 pub mod bpe;
 pub mod chat;
+pub mod comments;
 mod depth;
 mod filters;
 mod generation;
