@@ -105,7 +105,11 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
                 overwrite: args.overwrite_outputs,
                 verify: args.store.verify,
             };
-            put_outputs(&project, &summary, &targets, how, &events, &cancel)?;
+            let put = put_outputs(&project, &summary, &targets, how, &events, &cancel);
+            if put.is_err() && cancel.load(Ordering::Relaxed) {
+                return Ok(None);
+            }
+            put?;
         }
         anyhow::Ok(Some(summary))
     })?;

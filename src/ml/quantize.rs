@@ -12,11 +12,12 @@ use serde_json::json;
 use super::adapter::{Adapter, LoraPair};
 use super::config::LlamaConfig;
 use super::float::Float;
-use super::folder::{self, CONFIG};
+use super::folder::CONFIG;
 use super::lora_init::projections;
 use super::nf4::encode::{Magnitudes, Part, block_absmax, from_memory, pack, parts};
 use super::rewrite::{Output, Written, rewrite};
 use super::tensors::is_used;
+use super::tied;
 use super::weights::{RawTensor, Weights};
 
 /// How to quantise.
@@ -65,12 +66,11 @@ fn quantize_by(
     nested: &dyn Fn(&[f32]) -> Magnitudes,
     progress: &mut dyn FnMut(u64, u64) -> anyhow::Result<()>,
 ) -> anyhow::Result<Report> {
-    let config = LlamaConfig::read(source)?;
+    let (config, weights) = tied::open(source)?;
     ensure!(
         config.quantization.is_none(),
         "the model is stored in 4 bits already; hint: use it as it is, without quantising it again"
     );
-    let weights = Weights::open(source)?;
     let wanted = wanted(&config, &weights)?;
     if let Some(adapter) = loftq {
         can_be_taken(adapter, &wanted)?;
@@ -145,29 +145,26 @@ fn quantize_by(
     report.files = rewrite(&weights, out, outputs, &mut written)?;
     report.bytes_after = Weights::open(out)?.bytes();
 
-    folder::carry(source, out, &[CONFIG])?;
-    let mut raw = folder::config(source)?;
     let stored = wanted.values().next().map(|(_, float)| *float);
     let compute = settings.compute_dtype.or(stored).unwrap_or(Float::F32);
-    raw.insert(
-        "quantization_config".into(),
-        json!({
-            "_load_in_4bit": true,
-            "_load_in_8bit": false,
-            "bnb_4bit_compute_dtype": compute.name(),
-            "bnb_4bit_quant_storage": "uint8",
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": settings.double_quant,
-            "llm_int8_enable_fp32_cpu_offload": false,
-            "llm_int8_has_fp16_weight": false,
-            "llm_int8_skip_modules": null,
-            "llm_int8_threshold": 6.0,
-            "load_in_4bit": true,
-            "load_in_8bit": false,
-            "quant_method": "bitsandbytes",
-        }),
-    );
-    folder::write_config(out, raw)?;
+    let quantization = json!({
+        "_load_in_4bit": true,
+        "_load_in_8bit": false,
+        "bnb_4bit_compute_dtype": compute.name(),
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": settings.double_quant,
+        "llm_int8_enable_fp32_cpu_offload": false,
+        "llm_int8_has_fp16_weight": false,
+        "llm_int8_skip_modules": null,
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": true,
+        "load_in_8bit": false,
+        "quant_method": "bitsandbytes",
+    });
+    tied::carry(source, out, config.tie_word_embeddings, |raw| {
+        raw.insert("quantization_config".into(), quantization);
+    })?;
     Ok(report)
 }
 
@@ -243,6 +240,7 @@ mod tests {
     use std::fs;
 
     use super::*;
+    use crate::ml::folder;
     use crate::ml::golden;
     use crate::ml::nf4::Nf4;
     use crate::ml::nf4::tests::nested_of_the_cpu;

@@ -243,6 +243,9 @@ pub(super) fn rewrite<'a>(
                 outputs(name).with_context(|| format!("could not use the tensor `{name}`"))?;
             all.extend(made);
         }
+        if all.is_empty() && weights.sharded() {
+            continue; // all that it held is not used
+        }
         for output in &all {
             index.add(&output.entry, file)?;
         }

@@ -266,6 +266,18 @@ impl Weights {
         self.tensors.contains_key(name)
     }
 
+    /// Leaves a tensor out, as if the file had none of the name.
+    pub fn hide(&mut self, name: &str) {
+        self.tensors.remove(name);
+    }
+
+    /// Gives a tensor another name.
+    pub fn rename(&mut self, from: &str, to: &str) {
+        if let Some(place) = self.tensors.remove(from) {
+            self.tensors.insert(to.to_owned(), place);
+        }
+    }
+
     /// All names, sorted.
     pub fn names(&self) -> Vec<&str> {
         self.tensors.keys().map(String::as_str).collect()

@@ -18,7 +18,7 @@ use rayon::prelude::*;
 
 use super::super::Event;
 use super::super::canonical::Digest;
-use super::super::files::{link_or_copy, remove, sync_files, sync_folder};
+use super::super::files::{link_or_copy, remove, rename_new, sync_files, sync_folder};
 use super::super::links::Linked;
 use super::super::manifest::{Manifest, Stat, digest_file};
 use super::super::record::Record;
@@ -509,7 +509,8 @@ fn assemble(folder: &Path, manifest: &Manifest) -> anyhow::Result<Manifest> {
             link_or_copy(&blob, &files.join(name))?;
         }
         let to = files.join(last);
-        fs::rename(&blob, &to).with_context(|| format!("could not make `{}`", to.display()))
+        // Not over another file: some file systems don't tell `A` from `a`.
+        rename_new(&blob, &to).with_context(|| format!("could not make `{}`", to.display()))
     })?;
     let paths: Vec<PathBuf> = manifest.files.keys().map(|name| files.join(name)).collect();
     sync_files(&files, &paths)?;

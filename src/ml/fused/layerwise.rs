@@ -23,10 +23,9 @@ use crate::ml::batch::Batch;
 use crate::ml::config::LlamaConfig;
 use crate::ml::float::Float;
 use crate::ml::nf4::Nf4;
+use crate::ml::tied::{EMBEDDINGS, HEAD};
 use crate::ml::weights::{RawTensor, Weights};
 
-const EMBED: &str = "model.embed_tokens.weight";
-const HEAD: &str = "lm_head.weight";
 /// Values that a thread converts at once.
 const SPAN: usize = 1 << 14;
 
@@ -262,7 +261,7 @@ impl<'a> Walk<'a> {
 
     fn head_name(&self) -> &'static str {
         if self.config.tie_word_embeddings {
-            EMBED
+            EMBEDDINGS
         } else {
             HEAD
         }
@@ -278,7 +277,7 @@ impl<'a> Walk<'a> {
     /// The tokens' rows of the embedding, in panels.
     fn embed(&self, ids: &[u32]) -> anyhow::Result<Vec<f32>> {
         let width = self.config.hidden_size;
-        let (float, raw) = self.shaped(EMBED, &[self.config.vocab_size, width])?;
+        let (float, raw) = self.shaped(EMBEDDINGS, &[self.config.vocab_size, width])?;
         let mut rows = vec![0f32; ids.len() * width];
         let mut bytes = vec![0; width * float.size()];
         for (row, &id) in rows.chunks_mut(width.max(1)).zip(ids) {
