@@ -149,6 +149,7 @@ fn main() -> anyhow::Result<()> {
         recipe: shape,
         world: Arc::new(World::default()),
         pins: Pins::new(),
+        locked: false,
         verify: false,
         placed: Vec::new(),
         shared: &shared,

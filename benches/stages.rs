@@ -246,6 +246,7 @@ fn measure(graph: &Graph, store: &Store, only: &[&str]) -> anyhow::Result<Vec<Me
         recipe: "bench",
         world: Arc::new(World::default()),
         pins: Pins::new(),
+        locked: false,
         verify: false,
         placed: Vec::new(),
         shared: &shared,

@@ -88,6 +88,8 @@ pub(super) struct Project {
     pub(super) pins: Pins,
     /// The name of the recipe in the store.
     key: String,
+    /// Whether only what the lock file pins may be read.
+    pub(super) locked: bool,
     verify: bool,
     /// The remote; none until one is connected.
     pub(super) shared: Shared,
@@ -126,6 +128,7 @@ impl Project {
             world: Arc::new(world(settings.offline)),
             root,
             bounds,
+            locked: false,
             verify: settings.verify,
             shared: Shared::none(),
         })
@@ -155,6 +158,7 @@ impl Project {
             world: Arc::clone(&self.world),
             forced: force,
             pins: self.pins.clone(),
+            locked: self.locked,
             verify: self.verify,
             placed: self
                 .recipe

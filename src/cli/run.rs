@@ -63,6 +63,7 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
     let targets = project.find_all(&args.stages)?;
     let forced = project.find_all(&args.force)?;
     check_lock(&project, args)?;
+    project.locked = args.locked;
     let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
     let options = Options {
         jobs: args.jobs.map_or(cores, NonZeroUsize::get),

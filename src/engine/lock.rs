@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 
+use anyhow::ensure;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -76,6 +77,17 @@ impl Situation<'_> {
             return Ok(None);
         };
         Ok((!pin.outside.is_empty() && asked(node)? == pin.asked).then_some(&pin.outside))
+    }
+
+    /// Makes sure that a local file is as it is pinned: it may have changed since [`Situation::moves`] looked.
+    pub(super) fn is_pinned(&self, node: &Node, written: &str, digest: &str) -> anyhow::Result<()> {
+        let pin = self.pins.get(&node.name);
+        let pinned = pin.and_then(|pin| pin.files.get(written));
+        ensure!(
+            pinned.is_some_and(|pinned| pinned == digest),
+            "`{written}` is not as the lock file pins it, and --locked asks for that"
+        );
+        Ok(())
     }
 
     /// Pins for all moving inputs: `fresh(stage)` says which are looked up anew, and not taken from the pins at hand.

@@ -66,6 +66,8 @@ pub struct Situation<'a> {
     pub forced: Vec<bool>,
     /// What is pinned of the inputs that can move.
     pub pins: Pins,
+    /// Whether a local file that is not as `pins` has it is an error.
+    pub locked: bool,
     /// Whether every artifact is read and compared, not only its stats.
     pub verify: bool,
     /// The stages whose results are put in places of outputs.
@@ -167,6 +169,9 @@ impl Situation<'_> {
         let (mut files, mut seen) = (BTreeMap::new(), BTreeMap::new());
         for (written, path) in &node.sources {
             let (digest, looked) = sources.digest(path, self.forced[index])?;
+            if self.locked {
+                self.is_pinned(node, written, &digest)?;
+            }
             files.insert(written.clone(), digest);
             seen.insert(written.clone(), looked);
         }

@@ -188,6 +188,7 @@ impl Toy {
             world: Arc::default(),
             forced,
             pins: Pins::new(),
+            locked: false,
             verify: false,
             placed: Vec::new(),
             shared,

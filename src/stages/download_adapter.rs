@@ -85,6 +85,7 @@ impl Stage for DownloadAdapter {
             let path = source.fetch(&settings)?;
             adapter_files::take_template(cx, || tokenizer::template_in(&path));
         }
+        source.unchanged()?;
         adapter_files::check(cx).with_context(refused)
     }
 }

@@ -116,6 +116,7 @@ impl Stage for DownloadDataset {
             cx.check_cancelled()
         })
         .with_context(refused)?;
+        source.unchanged()?;
         ensure!(report.rows > 0, "the dataset `{}` holds no rows", self.repo);
         cx.note(
             "files",

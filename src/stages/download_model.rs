@@ -58,6 +58,7 @@ impl Stage for DownloadModel {
             let path = source.fetch(file)?;
             place(&path, &cx.out().join(&file.path))?;
         }
+        source.unchanged()?;
         let checked = model_files::check(cx.out()).with_context(refused)?;
         super::import_model::tell(cx, &checked).with_context(refused)
     }
@@ -194,6 +195,26 @@ mod tests {
         let again = tempfile::tempdir().unwrap();
         assert_eq!(run(&stage, &offline, again.path()).unwrap(), expected);
         assert_eq!(server.requests().len(), before);
+    }
+
+    #[test]
+    fn a_file_of_the_cache_that_changes_while_it_is_read_is_no_result() {
+        let server = HubServer::start();
+        serve(&server, &golden());
+        let folder = tempfile::tempdir().unwrap();
+        let world = world(&server, folder.path());
+        let mut cx = Context::for_test(folder.path(), &[], &[]);
+        cx.outside = stage("repo: some/model").outside(&world).unwrap();
+        cx.world = Arc::new(world);
+        let mut source = Source::open(&cx, RepoKind::Model, REPO, "main").unwrap();
+        let file = source.file("config.json").unwrap();
+        let path = source.fetch(&file).unwrap();
+        source.unchanged().unwrap();
+        place(&path, &cx.out().join("config.json")).unwrap();
+        source.unchanged().unwrap();
+        std::fs::write(&path, "{}").unwrap();
+        let error = source.unchanged().unwrap_err().to_string();
+        assert!(error.contains("changed while it was read"), "{error}");
     }
 
     #[cfg(unix)]

@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 
-use crate::engine::{Context, Problem, World};
+use crate::engine::{Context, Problem, Stat, World};
 use crate::hub::{Hub, HubSettings, Listing, RemoteFile, RepoKind, Snapshot, Watch};
 
 /// The outside fact that pins a revision.
@@ -87,6 +87,8 @@ pub(super) struct Source<'a> {
     snapshot: Snapshot,
     /// Its files.
     pub(super) listing: Listing,
+    /// What was fetched, as it was when it had been verified.
+    fetched: Vec<(PathBuf, Stat)>,
     done: u64,
     total: u64,
 }
@@ -122,6 +124,7 @@ impl<'a> Source<'a> {
             hub,
             snapshot,
             listing,
+            fetched: Vec::new(),
             done: 0,
             total: 0,
         })
@@ -188,8 +191,29 @@ impl<'a> Source<'a> {
             self.done += file.size.unwrap_or_default();
         }
         cx.progress(self.done, total, "bytes");
+        self.fetched.push((path.clone(), stat(&path)?));
         Ok(path)
     }
+
+    /// Makes sure that the cache's files were what had been verified as long as they were read: other programs may write there.
+    pub(super) fn unchanged(&self) -> anyhow::Result<()> {
+        for (path, before) in &self.fetched {
+            let now = stat(path)?;
+            // The time of the last change (ctime) is another when a file was linked.
+            ensure!(
+                (now.size, now.modified, now.inode) == (before.size, before.modified, before.inode),
+                "`{}` changed while it was read; run again, and it is fetched anew where it is not what the hub has",
+                path.display()
+            );
+        }
+        Ok(())
+    }
+}
+
+fn stat(path: &Path) -> anyhow::Result<Stat> {
+    let found = std::fs::metadata(path);
+    let found = found.with_context(|| format!("could not read `{}`", path.display()))?;
+    Ok(Stat::of(&found))
 }
 
 /// Files up to this size are copied: that costs nothing, and leaves the cache's file alone.

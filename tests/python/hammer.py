@@ -67,12 +67,13 @@ def kills(project, right, count, dice):
             for name in ("artifacts", "records"):
                 shutil.rmtree(project.place / ".pipeline/v1" / name, ignore_errors=True)
         process = project.start("run", "--json")
-        time.sleep(dice.uniform(0, max(whole, 4.0)))
+        time.sleep(dice.uniform(0, min(whole, 6.0)))
         done += process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.communicate()
         if done % 8 == 7:
             assert project.results() == right, "after kills"
+            print(done, "kills", flush=True)
     assert project.results("--verify") == right
     return f"{done} kills"
 

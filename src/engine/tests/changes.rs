@@ -224,6 +224,28 @@ fn what_changes_while_a_stage_waits_for_its_turn_is_looked_at_again() {
 }
 
 #[test]
+fn nothing_but_what_is_pinned_is_read_where_that_is_asked_for() {
+    let toy = Toy::new(39);
+    let late = Then::Edit(toy.path("b"));
+    let nodes = vec![node(&toy, "a", late), node(&toy, "b", Then::Nothing)];
+    let (graph, store, shared) = (Graph::new(nodes).unwrap(), toy.store(), Shared::none());
+    let mut situation = Toy::situation(&graph, &store, &shared, &[]);
+    situation.pins = situation.pin(&|_| true).unwrap();
+    situation.locked = true;
+    let (events, received) = channel();
+    let options = Options::for_test(1);
+    let summary = run(&situation, &[], &options, &events, &Arc::default()).unwrap();
+    drop(events);
+    assert_eq!((summary.ran, summary.failed), (1, 1));
+    let events: Vec<_> = received.into_iter().collect();
+    let error = error_of(&events);
+    assert!(
+        error.contains("`b` is not as the lock file pins it"),
+        "{error}"
+    );
+}
+
+#[test]
 fn a_result_that_changes_while_it_is_read_makes_no_other() {
     let toy = Toy::new(50);
     let (first, _) = run_nodes(&toy, vec![node(&toy, "a", Then::Nothing)]);
