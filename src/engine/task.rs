@@ -1,7 +1,7 @@
 //! A stage as a task for another process: what that is given on its standard input, and what it says on its standard output,
 //! both a line of JSON each.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
@@ -56,6 +56,8 @@ pub struct Task {
     pub ends: Option<OsString>,
     /// Digests of local files by path.
     pub known: Vec<(OsString, Entry)>,
+    /// What the user was warned of already.
+    pub warned: BTreeSet<String>,
 }
 
 /// What the process of a stage says.
@@ -116,6 +118,7 @@ impl Task {
             known: known
                 .map(|(path, entry)| (path.clone().into_os_string(), entry.clone()))
                 .collect(),
+            warned: context.world.warned(),
         })
     }
 }

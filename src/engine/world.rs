@@ -42,6 +42,12 @@ impl World {
         told.insert(text.to_owned())
     }
 
+    /// The warnings so far, for another process.
+    pub(super) fn warned(&self) -> BTreeSet<String> {
+        let told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        told.clone()
+    }
+
     /// Tells a warning that belongs to no running stage, the same one once.
     pub fn warn(&self, text: &str) {
         if let Some(tell) = self.teller

@@ -60,6 +60,16 @@ impl Endpoint {
     }
 }
 
+impl Endpoint {
+    /// Whether the secret may go to an origin that this one redirects to: to itself, and a token of the hub to the hub.
+    pub(super) fn trusts(&self, origin: &Origin) -> bool {
+        let hub = ["huggingface.co", "hf.co"];
+        let is_hub = origin.scheme == "https" && origin.port == 443;
+        *origin == self.origin
+            || self.login.is_none() && is_hub && hub.contains(&origin.host.as_str())
+    }
+}
+
 /// An address for people: without a name, a password and a query, whether it makes sense or not.
 pub(super) fn shown(text: &str) -> String {
     let text = text.split(['?', '#']).next().unwrap_or_default();
@@ -133,6 +143,28 @@ mod tests {
         assert_eq!(found.address, "http://127.0.0.1:1");
         assert_eq!(found.login.as_deref(), Some("Basic eDo="));
         assert_eq!(Endpoint::parse(DEFAULT).unwrap().login, None);
+    }
+
+    #[test]
+    fn the_token_goes_to_the_hub_that_a_mirror_leads_to_and_a_password_does_not() {
+        let trusts = |endpoint: &str, origin: &str| {
+            let origin = Origin::of(&origin.parse().unwrap()).unwrap();
+            Endpoint::parse(endpoint).unwrap().trusts(&origin)
+        };
+        assert!(trusts("https://hf.co", "https://huggingface.co/x"));
+        assert!(trusts("https://mirror.example", "https://huggingface.co/x"));
+        for origin in [
+            "http://huggingface.co/x",
+            "https://huggingface.co:8443/x",
+            "https://cdn.huggingface.co/x",
+            "https://huggingface.co.evil.example/x",
+            "https://cdn.example/x",
+        ] {
+            assert!(!trusts("https://mirror.example", origin), "{origin}");
+        }
+        let login = "https://me:x@mirror.example";
+        assert!(trusts(login, "https://mirror.example/x"));
+        assert!(!trusts(login, "https://huggingface.co/x"));
     }
 
     #[test]

@@ -254,13 +254,14 @@ impl Http {
             let headers = response.headers();
             match response.status().as_u16() {
                 200 => {
-                    let own = Origin::of(&uri).as_ref() == Some(&self.endpoint.origin);
+                    let own = Origin::of(&uri).is_some_and(|origin| self.endpoint.trusts(&origin));
                     return Ok(finish(facts, headers, own));
                 }
                 status @ (301 | 302 | 303 | 307 | 308) => {
                     facts.add(headers);
                     uri = target(&uri, status, headers)?;
-                    let away = Origin::of(&uri).as_ref() != Some(&self.endpoint.origin);
+                    let away =
+                        !Origin::of(&uri).is_some_and(|origin| self.endpoint.trusts(&origin));
                     // A signed address is good for one GET.
                     if away && facts.size.is_some() {
                         return Ok(facts);
@@ -283,7 +284,7 @@ impl Http {
                 // An empty file has no first byte, and costs nothing whole.
                 416 if range.is_some() => range = None,
                 200 | 206 => {
-                    let own = Origin::of(&uri).as_ref() == Some(&self.endpoint.origin);
+                    let own = Origin::of(&uri).is_some_and(|origin| self.endpoint.trusts(&origin));
                     return Ok(finish(facts, headers, own));
                 }
                 status @ (301 | 302 | 303 | 307 | 308) => {
@@ -320,7 +321,7 @@ impl Http {
             request = request.header(header::RANGE, range);
         }
         if let Some(authorization) = &self.authorization
-            && origin == self.endpoint.origin
+            && self.endpoint.trusts(&origin)
         {
             request = request.header(header::AUTHORIZATION, authorization);
         }

@@ -1,6 +1,7 @@
 //! Where the hub is, who asks, and where files are kept: the variables that `huggingface_hub` documents.
 
 use std::fmt;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -124,10 +125,11 @@ impl HubSettings {
         .into_iter()
         .find_map(|name| Some((name, PathBuf::from(set(name)?))));
         let file = path("HF_TOKEN_PATH")?.or(hub_home.map(|home| home.join("token")));
-        let kept = || file.and_then(|file| std::fs::read_to_string(file).ok());
-        let token = set("HF_TOKEN")
-            .or_else(|| set("HUGGING_FACE_HUB_TOKEN"))
-            .or_else(kept)
+        let token = match set("HF_TOKEN").or_else(|| set("HUGGING_FACE_HUB_TOKEN")) {
+            None => file.map_or(Ok(None), |file| kept_token(&file))?,
+            token => token,
+        };
+        let token = token
             .map(|token| token.replace(['\r', '\n'], "").trim().to_owned())
             .filter(|token| !token.is_empty());
         if set("HF_HUB_DISABLE_IMPLICIT_TOKEN").is_some_and(|value| is_true(&value)) {
@@ -149,6 +151,18 @@ pub(crate) fn is_offline(variable: &dyn Fn(&str) -> Option<String>) -> bool {
     let set = |name: &str| variable(name).filter(|value| !value.is_empty());
     let found = set("HF_HUB_OFFLINE").or_else(|| set("TRANSFORMERS_OFFLINE"));
     found.is_some_and(|value| is_true(&value))
+}
+
+/// The token that `hf auth login` left, if it did.
+fn kept_token(file: &Path) -> anyhow::Result<Option<String>> {
+    match std::fs::read_to_string(file) {
+        Ok(token) => Ok(Some(token)),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) => {
+            let message = format!("could not read the hub's token in `{}`", file.display());
+            Err(anyhow::Error::new(error).context(message))
+        }
+    }
 }
 
 /// Whole seconds; 0 means the default, as in `huggingface_hub`.
@@ -305,6 +319,16 @@ mod tests {
         }
         let error = settings(&[("HF_HOME", "$SCRATCH/x")], Some(home)).unwrap_err();
         assert!(error.to_string().contains("`HF_HOME`"), "{error}");
+    }
+
+    #[test]
+    fn a_token_that_can_not_be_read_is_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().to_str().unwrap();
+        std::fs::create_dir(folder.path().join("token")).unwrap();
+        let error = settings(&[("HF_HOME", path)], None).unwrap_err();
+        assert!(error.to_string().contains("the hub's token"), "{error}");
+        settings(&[("HF_HOME", path), ("HF_TOKEN", "hf_env")], None).unwrap();
     }
 
     #[test]
