@@ -7,12 +7,14 @@
 
 mod local;
 
+use std::ops::Deref;
+
 use rayon::prelude::*;
 
 use crate::dispatch::{Loop, run};
 use crate::exp::exp;
 use crate::micro::{Tile, multiply};
-use crate::panels::LANES;
+use crate::panels::{self, LANES, count};
 use local::{Shared, gather, scatter, scatter_turned};
 
 /// What one token may see of its span: keys before `to` that are before `prefix` or not before `from`.
@@ -33,6 +35,56 @@ pub struct Span {
     pub start: usize,
     /// One entry a token.
     pub visible: Vec<Visible>,
+}
+
+/// Spans in order, of which no two have a token in common.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Spans {
+    all: Vec<Span>,
+    /// Where the last one ends.
+    end: usize,
+}
+
+impl Spans {
+    /// Adds a span.
+    ///
+    /// # Panics
+    /// If it begins before the end of the one before it, or if a token sees nothing, or something behind the span.
+    pub fn push(&mut self, span: Span) {
+        let length = span.visible.len();
+        assert!(span.start >= self.end, "a span overlaps the one before it");
+        // Twice as many tokens can still be counted in 32 bits with a sign.
+        assert!(length <= 1 << 30, "a span of {length} tokens");
+        for Visible { prefix, from, to } in &span.visible {
+            let inside = (*prefix.max(from).max(to) as usize) <= length;
+            let sees = prefix.min(to) > &0 || from < to;
+            assert!(
+                inside && sees,
+                "a token of a span of {length} sees keys before {to} that are before {prefix} or from {from} on"
+            );
+        }
+        let end = span.start.checked_add(length);
+        assert!(end.is_some(), "a span behind all memory");
+        self.end = end.unwrap_or(usize::MAX);
+        self.all.push(span);
+    }
+}
+
+impl Deref for Spans {
+    type Target = [Span];
+
+    fn deref(&self) -> &[Span] {
+        &self.all
+    }
+}
+
+impl FromIterator<Span> for Spans {
+    /// See [`Spans::push`] for what is refused.
+    fn from_iter<T: IntoIterator<Item = Span>>(all: T) -> Self {
+        let mut spans = Self::default();
+        all.into_iter().for_each(|span| spans.push(span));
+        spans
+    }
 }
 
 /// The shape of the heads.
@@ -72,6 +124,35 @@ const ROWS: usize = 8;
 /// A panel of one feature a row.
 type Row = [f32; LANES];
 
+/// Checks that all sizes are those of so many heads for the tokens of the spans; `of_queries` are panels like the queries.
+///
+/// # Panics
+/// If they are not.
+fn check(inputs: Inputs<'_>, heads: Heads, spans: &Spans, of_queries: &[&[f32]], log_sums: &[f32]) {
+    let Heads {
+        queries,
+        keys,
+        width,
+    } = heads;
+    assert!(
+        width > 0 && keys > 0 && queries > 0 && queries.is_multiple_of(keys),
+        "{queries} query heads can't share {keys} key heads of the width {width}"
+    );
+    let (of_q, of_k) = (queries.saturating_mul(width), keys.saturating_mul(width));
+    let panels = count(inputs.q.len(), of_q, "the queries");
+    panels::check(inputs.k.len(), of_k, panels, "the keys");
+    panels::check(inputs.v.len(), of_k, panels, "the values");
+    for like in of_queries {
+        panels::check(like.len(), of_q, panels, "what is like the queries");
+    }
+    panels::check(log_sums.len(), queries, panels, "the softmax's sums");
+    assert!(
+        spans.end <= panels * LANES,
+        "spans up to token {} in {panels} panels",
+        spans.end
+    );
+}
+
 fn tasks(spans: &[Span], heads: Heads) -> Vec<(&Span, usize)> {
     let mut tasks: Vec<_> = spans
         .iter()
@@ -85,13 +166,17 @@ fn tasks(spans: &[Span], heads: Heads) -> Vec<(&Span, usize)> {
 
 /// `softmax(q k^T / sqrt(width)) v` of each head, into panels of `queries * width` features. `log_sums`, panels of `queries`
 /// features, gets the logarithm of each softmax's sum. Tokens outside all spans are left alone.
+///
+/// # Panics
+/// If key heads don't divide query heads, or sizes are not those of the heads and spans.
 pub fn attention(
     inputs: Inputs<'_>,
     heads: Heads,
-    spans: &[Span],
+    spans: &Spans,
     out: &mut [f32],
     log_sums: &mut [f32],
 ) {
+    check(inputs, heads, spans, &[out], log_sums);
     let (out, log_sums) = (Shared::new(out), Shared::new(log_sums));
     tasks(spans, heads)
         .into_par_iter()
@@ -124,13 +209,20 @@ pub fn attention(
 
 /// The backward of [`attention`]: writes the gradients of all tokens in spans. `out` and `log_sums` are what it gave, `of_out`
 /// the gradient of `out`.
+///
+/// # Panics
+/// As [`attention`] does.
 pub fn attention_backward(
     inputs: Inputs<'_>,
     heads: Heads,
-    spans: &[Span],
+    spans: &Spans,
     (out, log_sums, of_out): (&[f32], &[f32], &[f32]),
     gradients: &mut Gradients<'_>,
 ) {
+    check(inputs, heads, spans, &[out, of_out, gradients.q], log_sums);
+    let (of_k, of_v) = (gradients.k.len(), gradients.v.len());
+    assert_eq!(of_k, inputs.k.len(), "the size of the keys' gradient");
+    assert_eq!(of_v, inputs.v.len(), "the size of the values' gradient");
     let (of_q, of_k, of_v) = (
         Shared::new(gradients.q),
         Shared::new(gradients.k),
@@ -527,4 +619,4 @@ impl Loop for Slopes<'_> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -34,10 +34,11 @@ impl Isa {
     pub fn current() -> Self {
         let limit = LIMIT.load(Ordering::Relaxed);
         let best = Self::best();
-        Self::ALL
-            .into_iter()
-            .rfind(|isa| *isa <= best && *isa as u8 <= limit)
-            .unwrap_or(Self::Portable)
+        if best as u8 <= limit {
+            return best;
+        }
+        let allowed = Self::ALL.into_iter().rfind(|isa| *isa as u8 <= limit);
+        allowed.unwrap_or(Self::Portable)
     }
 }
 
@@ -50,7 +51,10 @@ pub fn limit(isa: Isa) {
 
 #[cfg(target_arch = "x86_64")]
 fn detect() -> Isa {
-    let wide = is_x86_feature_detected!("avx512f")
+    // All that the functions below and those in `micro` and `nf4` enable.
+    let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+    let wide = avx2
+        && is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512vl")
         && is_x86_feature_detected!("avx512dq");
@@ -58,7 +62,7 @@ fn detect() -> Isa {
         Isa::Avx512Bf16
     } else if wide {
         Isa::Avx512
-    } else if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+    } else if avx2 {
         Isa::Avx2
     } else {
         Isa::Portable
@@ -82,7 +86,7 @@ pub trait Loop {
 pub fn run<L: Loop>(body: L) -> L::Output {
     #[cfg(target_arch = "x86_64")]
     match Isa::current() {
-        // SAFETY: `current` gives only what the processor was found to have.
+        // SAFETY: `current` gives only what the processor was found to have, and `detect` looks for each of the features.
         Isa::Avx512 | Isa::Avx512Bf16 => return unsafe { avx512(body) },
         // SAFETY: the same.
         Isa::Avx2 => return unsafe { avx2(body) },
@@ -115,13 +119,15 @@ pub fn fma<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use std::io::Write as _;
     use std::sync::{Mutex, MutexGuard};
 
     use super::*;
 
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
-    /// Calls `check` with every instruction set that this processor has in use.
+    /// Calls `check` with every instruction set that this processor has in use. Those that it lacks are left out:
+    /// `a_processor_s_instruction_sets_are_told` says which.
     pub(crate) fn with_each(mut check: impl FnMut(Isa)) {
         let _guard: MutexGuard<'_, ()> = match ONE_AT_A_TIME.lock() {
             Ok(guard) => guard,
@@ -132,6 +138,21 @@ pub(crate) mod tests {
             check(isa);
         }
         limit(Isa::Avx512Bf16);
+    }
+
+    /// Written past the test runner's capture, so that a log shows what a passed run has not tested. A machine that has to have an
+    /// instruction set says so by `KERNELS_EXPECT_ISA=Avx512Bf16`.
+    #[test]
+    #[expect(clippy::disallowed_methods, reason = "a wish of who runs the tests")]
+    fn a_processor_s_instruction_sets_are_told() {
+        let best = Isa::best();
+        let (here, lacking): (Vec<Isa>, Vec<Isa>) =
+            Isa::ALL.into_iter().partition(|isa| *isa <= best);
+        let text = format!("kernels: tested {here:?}, not on this processor {lacking:?}\n");
+        let _ = std::io::stderr().write_all(text.as_bytes());
+        if let Ok(wanted) = std::env::var("KERNELS_EXPECT_ISA") {
+            assert_eq!(format!("{best:?}"), wanted, "the best instruction set");
+        }
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use crate::panels::LANES;
+use crate::panels::{self, LANES};
 
 /// What splitmix64 adds from one number to the next.
 const GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
@@ -49,7 +49,12 @@ impl Dropout {
     }
 
     /// Multiplies panels by the factors. Token `t` has the numbers `places[t] * features` and on.
+    ///
+    /// # Panics
+    /// If there are not the panels of so many features for so many tokens.
     pub fn apply(self, panels: &mut [f32], features: usize, places: &[u64]) {
+        let count = panels::panels(places.len());
+        panels::check(panels.len(), features, count, "what is dropped from");
         let tokens = places.par_chunks(LANES);
         let panels = panels.par_chunks_mut(features.max(1) * LANES);
         panels.zip(tokens).for_each(|(panel, places)| {

@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use crate::dispatch::{Loop, fma, run};
 use crate::exp::sigmoid;
-use crate::panels::LANES;
+use crate::panels::{LANES, check, count};
 
 /// One feature of a panel's tokens.
 type Row = [f32; LANES];
@@ -12,9 +12,22 @@ type Row = [f32; LANES];
 /// Rows summed up before their sum joins the total, so that rounding errors don't grow with the number of features.
 const SUMMED: usize = 64;
 
+/// The sizes of a norm: panels of as many features as the weight has, and of one for `inverse`.
+fn check_norm(x: &[f32], weight: &[f32], inverse: &[f32], like_x: &[&[f32]]) {
+    let panels = count(x.len(), weight.len(), "what is normed");
+    check(inverse.len(), 1, panels, "the norm's factors");
+    for like in like_x {
+        assert_eq!(like.len(), x.len(), "sizes of panels of a norm");
+    }
+}
+
 /// `x / sqrt(mean(x^2) + eps) * weight` over the features; `inverse` gets `1 / sqrt(..)` of each token, panels of one
 /// feature.
+///
+/// # Panics
+/// If `x` and `out` are not panels of as many features as `weight` has, or `inverse` not as many of one.
 pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32], inverse: &mut [f32]) {
+    check_norm(x, weight, inverse, &[out]);
     let size = weight.len().max(1) * LANES;
     let panels = x.par_chunks(size).zip(out.par_chunks_mut(size));
     panels
@@ -73,6 +86,9 @@ impl Loop for Norm<'_> {
 }
 
 /// `x * inverse * weight`: the norm again, when `inverse` is known.
+///
+/// # Panics
+/// As [`rms_norm`] does.
 pub fn rms_norm_again(x: &[f32], weight: &[f32], inverse: &[f32], out: &mut [f32]) {
     struct Again<'a>(&'a [f32], &'a [f32], &'a [f32], &'a mut [f32]);
     impl Loop for Again<'_> {
@@ -91,6 +107,7 @@ pub fn rms_norm_again(x: &[f32], weight: &[f32], inverse: &[f32], out: &mut [f32
             }
         }
     }
+    check_norm(x, weight, inverse, &[out]);
     let size = weight.len().max(1) * LANES;
     let panels = x.par_chunks(size).zip(out.par_chunks_mut(size));
     panels
@@ -99,6 +116,9 @@ pub fn rms_norm_again(x: &[f32], weight: &[f32], inverse: &[f32], out: &mut [f32
 }
 
 /// Adds to `of_x` the gradient that `of_out` brings through [`rms_norm`].
+///
+/// # Panics
+/// As [`rms_norm`] does.
 pub fn rms_norm_backward(
     x: &[f32],
     weight: &[f32],
@@ -106,6 +126,7 @@ pub fn rms_norm_backward(
     of_out: &[f32],
     of_x: &mut [f32],
 ) {
+    check_norm(x, weight, inverse, &[of_out, of_x]);
     let size = weight.len().max(1) * LANES;
     let panels = x.par_chunks(size).zip(of_out.par_chunks(size));
     panels
@@ -162,7 +183,11 @@ impl Loop for NormBack<'_> {
 }
 
 /// Adds to `of_weight` the gradient of the norm's weight: the sum over tokens of `of_out * x * inverse`.
+///
+/// # Panics
+/// As [`rms_norm`] does.
 pub fn rms_norm_weight(x: &[f32], inverse: &[f32], of_out: &[f32], of_weight: &mut [f32]) {
+    check_norm(x, of_weight, inverse, &[of_out]);
     let features = of_weight.len();
     of_weight
         .par_iter_mut()
@@ -181,6 +206,9 @@ pub fn rms_norm_weight(x: &[f32], inverse: &[f32], of_out: &[f32], of_weight: &m
 
 /// Turns each head's halves by the angles of its tokens: `features` is a multiple of `2 * half`, `cos` and `sin` are panels
 /// of `half` features. `back` turns the other way, which is the backward.
+///
+/// # Panics
+/// If sizes are not such.
 pub fn rope(x: &mut [f32], features: usize, cos: &[f32], sin: &[f32], half: usize, back: bool) {
     struct Rope<'a>(&'a mut [f32], &'a [f32], &'a [f32], usize, f32);
     impl Loop for Rope<'_> {
@@ -203,6 +231,13 @@ pub fn rope(x: &mut [f32], features: usize, cos: &[f32], sin: &[f32], half: usiz
             }
         }
     }
+    assert!(
+        half > 0 && features.is_multiple_of(half.saturating_mul(2)),
+        "{features} features are no heads of twice {half}"
+    );
+    let panels = count(x.len(), features, "what is turned");
+    check(cos.len(), half, panels, "the cosines");
+    check(sin.len(), half, panels, "the sines");
     let sign = if back { -1. } else { 1. };
     let angles = cos
         .par_chunks(half.max(1) * LANES)
@@ -216,22 +251,34 @@ pub fn rope(x: &mut [f32], features: usize, cos: &[f32], sin: &[f32], half: usiz
 const SPAN: usize = 1 << 13;
 
 /// `silu(gate) * up`.
+///
+/// # Panics
+/// If lengths differ.
 pub fn swiglu(gate: &[f32], up: &[f32], out: &mut [f32]) {
     struct Gated<'a>(&'a [f32], &'a [f32], &'a mut [f32]);
     impl Loop for Gated<'_> {
         type Output = ();
         #[inline(always)]
         fn run<const FMA: bool>(self) {
-            let (gate, _) = self.0.as_chunks::<16>();
-            let (up, _) = self.1.as_chunks::<16>();
-            let (out, _) = self.2.as_chunks_mut::<16>();
+            let (gate, last_gate) = self.0.as_chunks::<16>();
+            let (up, last_up) = self.1.as_chunks::<16>();
+            let (out, last) = self.2.as_chunks_mut::<16>();
             for ((g, u), out) in gate.iter().zip(up).zip(out) {
                 for lane in 0..16 {
                     out[lane] = g[lane] * sigmoid::<FMA>(g[lane]) * u[lane];
                 }
             }
+            for ((g, u), out) in last_gate.iter().zip(last_up).zip(last) {
+                *out = g * sigmoid::<FMA>(*g) * u;
+            }
         }
     }
+    assert_eq!(
+        gate.len(),
+        up.len(),
+        "lengths of the gate and what it gates"
+    );
+    assert_eq!(gate.len(), out.len(), "lengths of the gate and the result");
     let parts = gate.par_chunks(SPAN).zip(up.par_chunks(SPAN));
     parts
         .zip(out.par_chunks_mut(SPAN))
@@ -240,34 +287,59 @@ pub fn swiglu(gate: &[f32], up: &[f32], out: &mut [f32]) {
 
 /// The backward of [`swiglu`], in place: `gate` and `up` become their gradients, and `of_out`, the gradient that comes in,
 /// becomes the value `silu(gate) * up` again.
+///
+/// # Panics
+/// If lengths differ.
 pub fn swiglu_backward(gate: &mut [f32], up: &mut [f32], of_out: &mut [f32]) {
     struct Back<'a>(&'a mut [f32], &'a mut [f32], &'a mut [f32]);
     impl Loop for Back<'_> {
         type Output = ();
         #[inline(always)]
         fn run<const FMA: bool>(self) {
-            let (gate, _) = self.0.as_chunks_mut::<16>();
-            let (up, _) = self.1.as_chunks_mut::<16>();
-            let (of_out, _) = self.2.as_chunks_mut::<16>();
+            let (gate, last_gate) = self.0.as_chunks_mut::<16>();
+            let (up, last_up) = self.1.as_chunks_mut::<16>();
+            let (of_out, last) = self.2.as_chunks_mut::<16>();
             for ((gate, up), of_out) in gate.iter_mut().zip(up).zip(of_out) {
                 for lane in 0..16 {
-                    let (g, u, d) = (gate[lane], up[lane], of_out[lane]);
-                    let s = sigmoid::<FMA>(g);
-                    let silu = g * s;
-                    gate[lane] = d * u * s * (1. + g * (1. - s));
-                    up[lane] = d * silu;
-                    of_out[lane] = silu * u;
+                    let all = (&mut gate[lane], &mut up[lane], &mut of_out[lane]);
+                    swiglu_backward_one::<FMA>(all);
                 }
+            }
+            for ((gate, up), of_out) in last_gate.iter_mut().zip(last_up).zip(last) {
+                swiglu_backward_one::<FMA>((gate, up, of_out));
             }
         }
     }
+    assert_eq!(
+        gate.len(),
+        up.len(),
+        "lengths of the gate and what it gates"
+    );
+    assert_eq!(
+        gate.len(),
+        of_out.len(),
+        "lengths of the gate and the gradient"
+    );
     let parts = gate.par_chunks_mut(SPAN).zip(up.par_chunks_mut(SPAN));
     parts
         .zip(of_out.par_chunks_mut(SPAN))
         .for_each(|((gate, up), of_out)| run(Back(gate, up, of_out)));
 }
 
+#[inline(always)]
+fn swiglu_backward_one<const FMA: bool>((gate, up, of_out): (&mut f32, &mut f32, &mut f32)) {
+    let (g, u, d) = (*gate, *up, *of_out);
+    let s = sigmoid::<FMA>(g);
+    let silu = g * s;
+    *gate = d * u * s * (1. + g * (1. - s));
+    *up = d * silu;
+    *of_out = silu * u;
+}
+
 /// `x += y * factor`.
+///
+/// # Panics
+/// If lengths differ.
 pub fn add(x: &mut [f32], y: &[f32], factor: f32) {
     struct Add<'a>(&'a mut [f32], &'a [f32], f32);
     impl Loop for Add<'_> {
@@ -279,6 +351,7 @@ pub fn add(x: &mut [f32], y: &[f32], factor: f32) {
             }
         }
     }
+    assert_eq!(x.len(), y.len(), "lengths of the summands");
     x.par_chunks_mut(SPAN)
         .zip(y.par_chunks(SPAN))
         .for_each(|(x, y)| run(Add(x, y, factor)));
@@ -294,7 +367,11 @@ pub fn scale(x: &mut [f32], factor: f32) {
 }
 
 /// `x *= y`.
+///
+/// # Panics
+/// If lengths differ.
 pub fn multiply(x: &mut [f32], y: &[f32]) {
+    assert_eq!(x.len(), y.len(), "lengths of the factors");
     x.par_chunks_mut(SPAN)
         .zip(y.par_chunks(SPAN))
         .for_each(|(x, y)| {

@@ -32,3 +32,6 @@ pub mod product;
 pub mod reduce;
 pub mod vectors;
 pub mod vocabulary;
+
+#[cfg(test)]
+mod tests;

@@ -10,7 +10,6 @@ use half::{bf16, f16};
 
 use crate::dispatch::{Loop, run};
 use crate::micro::TILE;
-use crate::nf4::Stored;
 use crate::panels::bf16_bits;
 
 /// Values of an NF4 weight that share a largest magnitude.
@@ -25,29 +24,6 @@ pub enum Values<'a> {
     Bf16(&'a [bf16]),
     /// bitsandbytes' NF4.
     Nf4(Nf4<'a>),
-}
-
-impl<'a> Values<'a> {
-    /// Numbers where they lie in a file that is mapped into memory. `None` where they don't lie as the processor wants them, or
-    /// are of a type that no product takes as it is.
-    pub fn in_place(stored: Stored, bytes: &'a [u8]) -> Option<Self> {
-        if cfg!(target_endian = "big") {
-            return None;
-        }
-        match stored {
-            Stored::F32 => {
-                // SAFETY: every pattern of bits is a float.
-                let (before, values, behind) = unsafe { bytes.align_to::<f32>() };
-                (before.is_empty() && behind.is_empty()).then_some(Self::F32(values))
-            }
-            Stored::Bf16 => {
-                // SAFETY: a `bf16` is its bits (`repr(transparent)`), and every pattern is one.
-                let (before, values, behind) = unsafe { bytes.align_to::<bf16>() };
-                (before.is_empty() && behind.is_empty()).then_some(Self::Bf16(values))
-            }
-            Stored::F16 => None,
-        }
-    }
 }
 
 /// A weight in NF4: `code[nibble] * absmax[place / 64]`, rounded.
@@ -366,34 +342,5 @@ impl Nf4<'_> {
             first += count;
             out = rest;
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn numbers_are_used_where_they_lie_if_they_lie_well() {
-        let numbers = [1f32, -2.5, f32::MIN_POSITIVE, 3e38];
-        let floats: Vec<u8> = numbers.iter().flat_map(|x| x.to_le_bytes()).collect();
-        // Bytes at a place that is right for floats.
-        let mut room = [0f32; 6];
-        // SAFETY: floats are bytes.
-        let room = unsafe { room.align_to_mut::<u8>().1 };
-        room[4..20].copy_from_slice(&floats);
-        let Some(Values::F32(found)) = Values::in_place(Stored::F32, &room[4..20]) else {
-            panic!("they lie well");
-        };
-        assert_eq!(found, numbers);
-        for wrong in [&room[3..19], &room[4..19], &room[5..20]] {
-            assert!(Values::in_place(Stored::F32, wrong).is_none());
-        }
-        let Some(Values::Bf16(found)) = Values::in_place(Stored::Bf16, &room[6..8]) else {
-            panic!("they lie well");
-        };
-        assert_eq!(found, [bf16::from_f32(1.)]);
-        assert!(Values::in_place(Stored::Bf16, &room[5..9]).is_none());
-        assert!(Values::in_place(Stored::F16, &room[4..8]).is_none());
     }
 }

@@ -22,8 +22,20 @@ pub struct Update<'a> {
 /// term to its last, so the result depends neither on the processor nor on how the matrix is cut.
 ///
 /// # Panics
-/// When `values` reach beyond the matrix.
+/// If `a` and `b` are not of one rank, or `values` reach beyond the matrix.
 pub fn add(update: Update<'_>, first: usize, values: &mut [f32]) {
+    let (columns, a, b) = (update.columns, update.a.len(), update.b.len());
+    let rank = a.checked_div(columns).unwrap_or(0);
+    assert_eq!(a, rank * columns, "the size of A");
+    match b.checked_div(rank) {
+        Some(rows) => {
+            assert_eq!(b, rows * rank, "the size of B");
+            let end = first.checked_add(values.len());
+            let size = rows.saturating_mul(columns);
+            assert!(end.is_some_and(|end| end <= size), "values of the matrix");
+        }
+        None => assert_eq!(b, 0, "the size of B of rank 0"),
+    }
     dispatch::run(Add {
         update,
         first,
@@ -54,7 +66,7 @@ fn add_plain(update: Update<'_>, mut first: usize, mut values: &mut [f32]) {
         columns,
         scaling,
     } = update;
-    if columns == 0 {
+    if columns == 0 || a.is_empty() {
         return;
     }
     let rank = a.len() / columns;

@@ -47,42 +47,35 @@ pub(crate) unsafe fn multiply<const M: usize, const V: usize, const RS: usize, c
 /// A tile of `M` of [`TILE`] packed rows of pairs of bf16, with sums in f32. `depth` counts pairs.
 ///
 /// # Safety
-/// See [`Tile`]; besides, [`Isa::current`] must be [`Isa::Avx512Bf16`].
-#[cfg(target_arch = "x86_64")]
+/// See [`Tile`].
 #[inline]
 pub(crate) unsafe fn multiply_pairs<const M: usize>(tile: Tile<u32, u32>) {
-    // SAFETY: the caller's promise.
-    unsafe { wide::multiply_pairs::<M>(tile) };
+    #[cfg(target_arch = "x86_64")]
+    if Isa::current() >= Isa::Avx512Bf16 {
+        // SAFETY: the processor has AVX-512 with bf16; the rest is the caller's promise.
+        unsafe { wide::multiply_pairs::<M>(tile) };
+        return;
+    }
+    run(PlainPairs::<M>(tile));
 }
 
-/// Other architectures have no such instruction, and [`Isa::current`] never says so.
-///
-/// # Safety
-/// None needed.
-#[cfg(not(target_arch = "x86_64"))]
-pub(crate) unsafe fn multiply_pairs<const M: usize>(_: Tile<u32, u32>) {}
-
-/// Two rows, rounded to bf16, as pairs: the first in the low halves. Denormal numbers become 0, which products take them for.
-///
-/// # Safety
-/// [`Isa::current`] must be [`Isa::Avx512Bf16`].
-#[cfg(target_arch = "x86_64")]
+/// Rounds rows to bf16 and puts each two of them together as pairs, the first in the low halves; behind an odd last row, zeros.
+/// Gives false, and does nothing, where the processor has no instruction for it. Denormal numbers become 0, which products of
+/// such a processor take them for.
 #[inline]
-pub(crate) unsafe fn pair_rows(
-    first: &[f32; LANES],
-    second: &[f32; LANES],
-    out: &mut [u32; LANES],
-) {
-    // SAFETY: the caller's promise.
-    unsafe { wide::pair_rows(first, second, out) };
+pub(crate) fn pair_rows(rows: &[[f32; LANES]], out: &mut [[u32; LANES]]) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    if Isa::current() >= Isa::Avx512Bf16 {
+        for (out, rows) in out.iter_mut().zip(rows.chunks(2)) {
+            let second = rows.get(1).unwrap_or(&[0.; LANES]);
+            // SAFETY: the processor has AVX-512 with bf16.
+            unsafe { wide::pair_rows(&rows[0], second, out) };
+        }
+        return true;
+    }
+    let _ = (rows, out);
+    false
 }
-
-/// See [`multiply_pairs`].
-///
-/// # Safety
-/// None needed.
-#[cfg(not(target_arch = "x86_64"))]
-pub(crate) unsafe fn pair_rows(_: &[f32; LANES], _: &[f32; LANES], _: &mut [u32; LANES]) {}
 
 /// The tile by loops that the compiler makes vectors of: four rows and half the lanes at a time, so that 16 registers do.
 struct Plain<const M: usize, const V: usize, const RS: usize, const KS: usize>(Tile<f32, f32>);
@@ -143,6 +136,52 @@ impl<const M: usize, const V: usize, const RS: usize, const KS: usize> Plain<M, 
     }
 }
 
+/// The tile of pairs by loops, for processors without an instruction for it.
+struct PlainPairs<const M: usize>(Tile<u32, u32>);
+
+impl<const M: usize> Loop for PlainPairs<M> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        let tile = self.0;
+        for row in 0..tile.rows.min(M) {
+            let mut sums = [0f32; LANES];
+            for k in 0..tile.depth {
+                // SAFETY: one of the `a(row, k)`, and row `k` of `b`.
+                let (a, b) = unsafe {
+                    let b = tile.b.add(k * LANES).cast::<[u32; LANES]>();
+                    (*tile.a.add(row + k * TILE), b.read_unaligned())
+                };
+                for (sum, b) in sums.iter_mut().zip(b) {
+                    *sum = fma::<FMA>(low(a), low(b), *sum);
+                    *sum = fma::<FMA>(high(a), high(b), *sum);
+                }
+            }
+            for (lane, sum) in sums.iter().enumerate() {
+                let place = row * LANES + lane;
+                // SAFETY: a wanted row of `c` and of `from`.
+                unsafe {
+                    let sum = tile.from.map_or(*sum, |from| *from.add(place) + sum);
+                    *tile.c.add(place) = sum;
+                }
+            }
+        }
+    }
+}
+
+/// The first number of a pair.
+#[inline(always)]
+fn low(pair: u32) -> f32 {
+    f32::from_bits(pair << 16)
+}
+
+/// The second number of a pair.
+#[inline(always)]
+fn high(pair: u32) -> f32 {
+    f32::from_bits(pair & 0xffff_0000)
+}
+
 #[cfg(target_arch = "x86_64")]
 mod wide {
     use std::arch::x86_64::{
@@ -178,8 +217,8 @@ mod wide {
                     *sum = _mm512_fmadd_ps(value, b, *sum);
                 }
             }
-            // SAFETY: at most one step behind the last one read.
-            (a, b) = unsafe { (a.add(KS), b.add(V * 16)) };
+            // Behind the last row these may point outside of what they came from, where nothing reads them.
+            (a, b) = (a.wrapping_add(KS), b.wrapping_add(V * 16));
         }
         for (i, sums) in sums.iter().enumerate() {
             if i < tile.rows {
@@ -214,8 +253,7 @@ mod wide {
                 sums[0] = _mm512_dpbf16_ps(sums[0], value, low);
                 sums[1] = _mm512_dpbf16_ps(sums[1], value, high);
             }
-            // SAFETY: at most one step behind the last one read.
-            (a, b) = unsafe { (a.add(TILE), b.add(LANES)) };
+            (a, b) = (a.wrapping_add(TILE), b.wrapping_add(LANES));
         }
         for (i, sums) in sums.iter().enumerate() {
             if i < tile.rows {

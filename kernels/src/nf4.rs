@@ -64,8 +64,24 @@ impl Stored {
     }
 }
 
+/// How many values `bytes` hold.
+fn count(stored: Stored, bytes: &[u8]) -> usize {
+    let size = stored.size();
+    assert!(
+        bytes.len().is_multiple_of(size),
+        "{} bytes are no values of {size}",
+        bytes.len()
+    );
+    bytes.len() / size
+}
+
 /// Writes the largest magnitude of each block of `bytes` to `out`. If a block holds a NaN or an infinity, so is the result.
+///
+/// # Panics
+/// If `bytes` end within a value, or `out` has not one place a block.
 pub fn largest(stored: Stored, bytes: &[u8], out: &mut [f32]) {
+    let blocks = count(stored, bytes).div_ceil(BLOCK);
+    assert_eq!(out.len(), blocks, "places for the largest magnitudes");
     #[cfg(target_arch = "x86_64")]
     let (bytes, out) = if Isa::current() >= Isa::Avx512 {
         // SAFETY: the processor has AVX-512.
@@ -78,8 +94,13 @@ pub fn largest(stored: Stored, bytes: &[u8], out: &mut [f32]) {
 }
 
 /// Writes two codes a byte to `packed`: of each value's share in its block's largest magnitude the nearest code, halfway the
-/// lower one. An odd last value is followed by the code of 0. The values are finite.
+/// lower one. An odd last value is followed by the code of 0. The values are finite; if not, codes are any.
+///
+/// # Panics
+/// If `bytes` end within a value, or `packed` has not one byte for two of them.
 pub fn pack(stored: Stored, bytes: &[u8], packed: &mut [u8]) {
+    let pairs = count(stored, bytes).div_ceil(2);
+    assert_eq!(packed.len(), pairs, "bytes for the codes");
     #[cfg(target_arch = "x86_64")]
     let (bytes, packed) = if Isa::current() >= Isa::Avx512 {
         // SAFETY: the processor has AVX-512.

@@ -23,7 +23,7 @@ pub fn fill(key: u64, mut first: u64, scale: f64, values: &mut [f32]) {
         let mut squares = [1f64; PAIRS];
         let count = values.len().div_ceil(2);
         for place in 0..count {
-            let (point, square) = point(key, first + place as u64);
+            let (point, square) = point(key, first.wrapping_add(place as u64));
             [points[0][place], points[1][place]] = point;
             squares[place] = square;
         }
@@ -33,7 +33,7 @@ pub fn fill(key: u64, mut first: u64, scale: f64, values: &mut [f32]) {
                 *value = (points[place] * scale) as f32;
             }
         }
-        first += count as u64;
+        first = first.wrapping_add(count as u64);
     }
 }
 

@@ -4,7 +4,7 @@
 
 use rayon::prelude::*;
 
-use crate::dispatch::{Isa, Loop, run};
+use crate::dispatch::{Loop, run};
 use crate::micro::pair_rows;
 
 /// Tokens in a panel.
@@ -15,19 +15,53 @@ pub fn panels(tokens: usize) -> usize {
     tokens.div_ceil(LANES)
 }
 
-/// How many floats hold `features` of so many tokens.
+/// How many floats hold `features` of so many tokens; `usize::MAX`, which no memory has, if they can't be counted.
 pub fn size(features: usize, tokens: usize) -> usize {
-    panels(tokens) * features * LANES
+    let rows = panels(tokens).saturating_mul(features);
+    rows.saturating_mul(LANES)
+}
+
+/// How many panels of so many features `length` floats are.
+///
+/// # Panics
+/// If they are no whole number of panels; `what` says of what.
+pub(crate) fn count(length: usize, features: usize, what: &str) -> usize {
+    let panel = features.saturating_mul(LANES);
+    let whole = length.checked_rem(panel).unwrap_or(length) == 0;
+    assert!(
+        whole,
+        "{what}: {length} floats are no panels of {features} features"
+    );
+    length.checked_div(panel).unwrap_or(0)
+}
+
+/// Checks that `length` floats (or pairs) are so many panels of so many features.
+///
+/// # Panics
+/// If they are not; `what` says of what.
+pub(crate) fn check(length: usize, features: usize, panels: usize, what: &str) {
+    let wanted = panels.saturating_mul(features).saturating_mul(LANES);
+    assert_eq!(
+        length, wanted,
+        "{what}: the size of {panels} panels of {features} features"
+    );
 }
 
 /// Writes one row of floats a token, each of `features`, into panels. `row(token)` gives the row.
+///
+/// # Panics
+/// If `out` has not [`size`]`(features, tokens)` floats, or a row not `features`.
 pub fn fill<'a>(
     out: &mut [f32],
     features: usize,
     tokens: usize,
     row: impl Fn(usize) -> &'a [f32] + Sync,
 ) {
-    let chunks = out.par_chunks_mut(features.max(1) * LANES).enumerate();
+    check(out.len(), features, panels(tokens), "the rows' panels");
+    if out.is_empty() {
+        return;
+    }
+    let chunks = out.par_chunks_mut(features * LANES).enumerate();
     chunks.for_each(|(panel, out)| {
         let last = tokens.saturating_sub(panel * LANES).min(LANES);
         if last < LANES {
@@ -35,6 +69,7 @@ pub fn fill<'a>(
         }
         for lane in 0..last {
             let row = row(panel * LANES + lane);
+            assert_eq!(row.len(), features, "a row's features");
             for (out, value) in out.iter_mut().skip(lane).step_by(LANES).zip(row) {
                 *out = *value;
             }
@@ -43,10 +78,13 @@ pub fn fill<'a>(
 }
 
 /// The features of one token.
+///
+/// # Panics
+/// If the panels don't hold the token.
 pub fn column(data: &[f32], features: usize, token: usize) -> impl Iterator<Item = f32> + '_ {
-    let start = token / LANES * features * LANES + token % LANES;
-    let values = data.get(start..).unwrap_or_default();
-    values.iter().step_by(LANES).take(features).copied()
+    let panel = features * LANES;
+    let data = &data[token / LANES * panel..][..panel];
+    data.iter().skip(token % LANES).step_by(LANES).copied()
 }
 
 /// Rounds to bf16, ties to even. A number that is none stays none.
@@ -64,28 +102,27 @@ pub fn bf16_bits(x: f32) -> u32 {
 
 /// Two neighbouring features of each token as a pair of bf16: `[panel][feature / 2][lane]`, the first in the low half.
 /// With an odd number of features the last pair's second is 0.
+///
+/// # Panics
+/// If `data` are no panels of `features`, or `out` has not as many for half of them.
 pub fn pairs(data: &[f32], features: usize, out: &mut [u32]) {
     let half = features.div_ceil(2);
-    let wide = Isa::current() >= Isa::Avx512Bf16;
+    let panels = count(data.len(), features, "the numbers to pair");
+    check(out.len(), half, panels, "the pairs");
     out.par_chunks_mut(half.max(1) * LANES)
         .zip(data.par_chunks(features.max(1) * LANES))
         .for_each(|(out, data)| {
-            if !wide {
-                return run(Pairs { data, out });
-            }
             let (out, _) = out.as_chunks_mut::<LANES>();
             let (rows, _) = data.as_chunks::<LANES>();
-            for (out, rows) in out.iter_mut().zip(rows.chunks(2)) {
-                let second = rows.get(1).unwrap_or(&[0.; LANES]);
-                // SAFETY: the instruction set is there.
-                unsafe { pair_rows(&rows[0], second, out) };
+            if !pair_rows(rows, out) {
+                run(Pairs { rows, out });
             }
         });
 }
 
 struct Pairs<'a> {
-    data: &'a [f32],
-    out: &'a mut [u32],
+    rows: &'a [[f32; LANES]],
+    out: &'a mut [[u32; LANES]],
 }
 
 impl Loop for Pairs<'_> {
@@ -93,9 +130,7 @@ impl Loop for Pairs<'_> {
 
     #[inline(always)]
     fn run<const FMA: bool>(self) {
-        let (out, _) = self.out.as_chunks_mut::<LANES>();
-        let (rows, _) = self.data.as_chunks::<LANES>();
-        for (out, rows) in out.iter_mut().zip(rows.chunks(2)) {
+        for (out, rows) in self.out.iter_mut().zip(self.rows.chunks(2)) {
             let first = &rows[0];
             if let Some(second) = rows.get(1) {
                 for lane in 0..LANES {

@@ -11,7 +11,7 @@ use rayon::prelude::*;
 use crate::dispatch::Isa;
 use crate::matrix::Matrix;
 use crate::micro::{TILE, Tile, multiply, multiply_pairs};
-use crate::panels::{LANES, bf16_bits, pairs, round_to_bf16};
+use crate::panels::{self, LANES, bf16_bits, count, pairs, round_to_bf16};
 
 /// The depth of a block, in features: its 32 tokens and its rows both stay in the second cache.
 const DEPTH: usize = 512;
@@ -33,7 +33,10 @@ pub enum Factor<'a> {
 
 /// Activations rounded to bf16.
 #[derive(Debug, Clone)]
-pub enum Pairs {
+pub struct Pairs(Kind);
+
+#[derive(Debug, Clone)]
+enum Kind {
     /// For processors that multiply them.
     Bits(Vec<u32>),
     /// For others: the rounded values in f32.
@@ -42,16 +45,27 @@ pub enum Pairs {
 
 impl Pairs {
     /// Rounds panels of so many features, into a buffer of the right kind. `take` gives one of a length, with anything in it.
+    ///
+    /// # Panics
+    /// If `data` are no such panels, or `take` gives another length.
     pub fn of(data: &[f32], features: usize, take: impl FnOnce(usize) -> Vec<u32>) -> Self {
-        if Isa::current() >= Isa::Avx512Bf16 {
-            let panels = data.len() / (features.max(1) * LANES);
+        let panels = count(data.len(), features, "the numbers to pair");
+        Self(if Isa::current() >= Isa::Avx512Bf16 {
             let mut out = take(panels * features.div_ceil(2) * LANES);
             pairs(data, features, &mut out);
-            Self::Bits(out)
+            Kind::Bits(out)
         } else {
             let mut rounded = data.to_vec();
             round_to_bf16(&mut rounded);
-            Self::Rounded(rounded)
+            Kind::Rounded(rounded)
+        })
+    }
+
+    /// The buffer that was taken, if one was.
+    pub fn into_buffer(self) -> Option<Vec<u32>> {
+        match self.0 {
+            Kind::Bits(buffer) => Some(buffer),
+            Kind::Rounded(_) => None,
         }
     }
 }
@@ -132,13 +146,20 @@ fn deal(product: usize, height: usize, panels: usize, tasks: &mut Vec<Task>) {
 /// If a factor has not as many features as its weight is deep, or a weight not the height of its output.
 pub fn products(mut all: Vec<Product<'_>>) {
     let mut tasks = Vec::new();
-    for (product, each) in all.iter().enumerate() {
-        let Some(height) = each.terms.first().map(|term| term.weight.height()) else {
-            continue;
-        };
-        let panels = each.out.len() / (height.max(1) * LANES);
-        check(each, height, panels);
-        deal(product, height, panels, &mut tasks);
+    for (product, each) in all.iter_mut().enumerate() {
+        check_onto(each);
+        let height = each.terms.first().map_or(0, |term| term.weight.height());
+        let panels = check(each, height);
+        if each.terms.iter().any(|term| term.weight.depth() > 0) {
+            deal(product, height, panels, &mut tasks);
+        } else {
+            // A sum of nothing.
+            match each.onto {
+                Onto::Zero => each.out.fill(0.),
+                Onto::Out => {}
+                Onto::Values(values) => each.out.copy_from_slice(values),
+            }
+        }
     }
     let outs: Vec<Shared> = all
         .iter_mut()
@@ -148,33 +169,49 @@ pub fn products(mut all: Vec<Product<'_>>) {
     tasks.into_par_iter().for_each(|task| {
         let each = &all[task.product];
         BLOCKS.with_borrow_mut(|blocks| {
-            // SAFETY: `check` saw that the output has room; no two tasks have a row of a panel in common.
+            // SAFETY: `check` saw that the output has `panels` panels of `height` rows, and `check_onto` that what is added to
+            // has as many; `deal` gave no two tasks a row of a panel in common.
             unsafe { part_of(each, outs[task.product], task.rows, task.panels, blocks) };
         });
     });
 }
 
 /// Computes one product.
+///
+/// # Panics
+/// As [`products`] does.
 pub fn product(out: &mut [f32], terms: Vec<Term<'_>>, onto: Onto<'_>) {
     products(vec![Product { out, terms, onto }]);
 }
 
-fn check(product: &Product<'_>, height: usize, panels: usize) {
-    let size = panels * height * LANES;
-    assert_eq!(product.out.len(), size, "the output's size");
+fn check_onto(product: &Product<'_>) {
     if let Onto::Values(values) = product.onto {
+        let size = product.out.len();
         assert_eq!(values.len(), size, "the size of what is added to");
     }
+}
+
+/// Gives the number of panels.
+fn check(product: &Product<'_>, height: usize) -> usize {
+    if product.terms.is_empty() {
+        return 0;
+    }
+    if height == 0 {
+        assert!(product.out.is_empty(), "the output of weights without rows");
+        return 0;
+    }
+    let panels = count(product.out.len(), height, "the output");
     for term in &product.terms {
         assert_eq!(term.weight.height(), height, "heights of the weights");
         let depth = term.weight.depth();
-        let (found, wanted) = match term.x {
-            Factor::F32(x) => (x.len(), panels * depth * LANES),
-            Factor::Pairs(Pairs::Rounded(x)) => (x.len(), panels * depth * LANES),
-            Factor::Pairs(Pairs::Bits(x)) => (x.len(), panels * depth.div_ceil(2) * LANES),
+        let (found, rows) = match term.x {
+            Factor::F32(x) => (x.len(), depth),
+            Factor::Pairs(Pairs(Kind::Rounded(x))) => (x.len(), depth),
+            Factor::Pairs(Pairs(Kind::Bits(x))) => (x.len(), depth.div_ceil(2)),
         };
-        assert_eq!(found, wanted, "the factor's size");
+        panels::check(found, rows, panels, "the factor");
     }
+    panels
 }
 
 /// Some of the depth of a term.
@@ -231,9 +268,11 @@ impl Piece<'_> {
     fn pack(&self, rows: &Range<usize>, block: &mut Block) {
         let (rows, depths, weight) = (rows.clone(), self.depths.clone(), &self.term.weight);
         match self.term.x {
-            Factor::Pairs(Pairs::Bits(_)) => weight.pack_pairs(rows, depths, &mut block.pairs),
+            Factor::Pairs(Pairs(Kind::Bits(_))) => {
+                weight.pack_pairs(rows, depths, &mut block.pairs);
+            }
             Factor::F32(_) => weight.pack(rows, depths, &mut block.floats),
-            Factor::Pairs(Pairs::Rounded(_)) => {
+            Factor::Pairs(Pairs(Kind::Rounded(_))) => {
                 weight.pack(rows, depths, &mut block.floats);
                 if !weight.is_bf16() {
                     for x in &mut block.floats {
@@ -257,12 +296,12 @@ impl Piece<'_> {
     ) {
         let all = self.term.weight.depth();
         let x = match self.term.x {
-            Factor::Pairs(Pairs::Bits(x)) => {
+            Factor::Pairs(Pairs(Kind::Bits(x))) => {
                 let (first, depth) = (self.depths.start / 2, self.depths.len().div_ceil(2));
                 let a = &block.pairs[tile * depth * TILE..][..depth * TILE];
                 let b = &x[(panel * all.div_ceil(2) + first) * LANES..][..depth * LANES];
                 let (a, b) = (a.as_ptr(), b.as_ptr());
-                // SAFETY: the slices are as long as the tile reads; bits are made only where the processor multiplies them.
+                // SAFETY: the slices are as long as the tile reads; the rest is the caller's promise.
                 unsafe {
                     packed_pairs(Tile {
                         a,
@@ -276,7 +315,7 @@ impl Piece<'_> {
                 return;
             }
             Factor::F32(x) => *x,
-            Factor::Pairs(Pairs::Rounded(x)) => x,
+            Factor::Pairs(Pairs(Kind::Rounded(x))) => x,
         };
         let (first, depth) = (self.depths.start, self.depths.len());
         let a = &block.floats[tile * depth * TILE..][..depth * TILE];

@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use crate::micro::{Tile, multiply};
-use crate::panels::{LANES, panels};
+use crate::panels::{LANES, check, count, panels};
 
 /// Rows of a tile.
 const ROWS: usize = 8;
@@ -39,13 +39,16 @@ fn outer_by<const V: usize, const M: usize>(
     out: &mut [f32],
     order: Order,
 ) {
-    let count = a.len() / (rows.max(1) * LANES);
-    assert_eq!(a.len(), count * rows * LANES, "the size of a");
-    assert_eq!(b.len(), count * columns * LANES, "the size of b");
-    assert_eq!(out.len(), rows * columns, "the size of the result");
+    assert_eq!(
+        Some(out.len()),
+        rows.checked_mul(columns),
+        "the size of the result"
+    );
     if rows == 0 || columns == 0 {
         return;
     }
+    let count = count(a.len(), rows, "the left factor");
+    check(b.len(), columns, count, "the right factor");
     // [chunk of columns][panel][token][lane]
     let width = V * 16;
     let chunks = columns.div_ceil(width);
@@ -131,9 +134,13 @@ fn sum_rows<const V: usize, const M: usize>(
 }
 
 /// The sum over tokens of each feature, added to `out`: the gradient of a bias.
+///
+/// # Panics
+/// If `data` are not the panels of so many tokens, each with as many features as `out` has.
 pub fn over_tokens(data: &[f32], tokens: usize, out: &mut [f32]) {
     let features = out.len();
     let count = panels(tokens);
+    check(data.len(), features, count, "what is summed");
     out.par_iter_mut().enumerate().for_each(|(feature, out)| {
         let mut sum = 0f64;
         for panel in 0..count {

@@ -39,7 +39,8 @@ pub fn vector_products(mut all: Vec<VectorProduct<'_>>) {
         let vectors = each.x.len() / depth.max(1);
         assert!(!each.weight.is_turned(), "the weight is turned");
         assert_eq!(each.x.len(), vectors * depth, "the size of x");
-        assert_eq!(each.out.len(), vectors * height, "the output's size");
+        let size = vectors.checked_mul(height);
+        assert_eq!(Some(each.out.len()), size, "the output's size");
         let rows = (TASK / depth.max(1)).next_multiple_of(ROWS).max(ROWS);
         let starts = (0..height).step_by(rows);
         tasks.extend(starts.map(|from| (product, from..(from + rows).min(height))));
@@ -71,7 +72,7 @@ pub fn vector_products(mut all: Vec<VectorProduct<'_>>) {
 
 #[derive(Clone, Copy)]
 struct Shared(*mut f32);
-// SAFETY: tasks write disjoint rows.
+// SAFETY: tasks write disjoint rows of each vector's result.
 unsafe impl Send for Shared {}
 // SAFETY: the same.
 unsafe impl Sync for Shared {}
@@ -196,7 +197,8 @@ fn sums<T: Stored, const R: usize, const V: usize, const FMA: bool>(
         for (v, (sums, x)) in sums.iter().zip(xs).enumerate() {
             let rest = row[whole..].iter().zip(&x[whole..]);
             let sum = rest.fold(total(sums), |sum, (w, x)| fma::<FMA>(w.get(), *x, sum));
-            // SAFETY: the rows are this task's alone, and `vector_products` saw that the output has room for all vectors.
+            // SAFETY: the rows are this task's alone and below `height`, as `block` takes no more than are left of them; vector
+            // `first + v` is one of `x`, and `vector_products` saw that the output has `height` values for each.
             unsafe { *{ out.first }.0.add((first + v) * out.height + out.row + r) = sum };
         }
     }
@@ -247,9 +249,13 @@ impl Attention<'_> {
     /// # Panics
     /// If sizes don't fit.
     pub fn compute(self, width: usize) {
-        assert_eq!(self.query.len(), self.out.len(), "the output's size");
-        assert_eq!(self.keys.len(), self.values.len(), "keys and values");
         assert!(self.head < self.heads && width > 0, "the key head");
+        let stride = self.heads.saturating_mul(width);
+        let (keys, values) = (self.keys.len(), self.values.len());
+        assert!(self.query.len().is_multiple_of(width), "the query heads");
+        assert_eq!(self.query.len(), self.out.len(), "the output's size");
+        assert_eq!(keys, values, "the sizes of keys and values");
+        assert!(keys > 0 && keys.is_multiple_of(stride), "the keys");
         run(Attend { all: self, width });
     }
 }

@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use crate::dispatch::{Loop, run};
 use crate::exp::exp;
-use crate::panels::LANES;
+use crate::panels::{LANES, count};
 
 type Row = [f32; LANES];
 
@@ -25,7 +25,15 @@ pub struct Summary {
 const SUMMED: usize = 256;
 
 /// Turns logits into `e^(logit - largest)` in place, panel by panel over all cores.
+///
+/// # Panics
+/// If `logits` are no panels of so many ids, or ids have no room in 32 bits.
 pub fn exponentials(logits: &mut [f32], vocabulary: usize) -> Vec<Summary> {
+    count(logits.len(), vocabulary, "the logits");
+    assert!(
+        u32::try_from(vocabulary).is_ok(),
+        "a vocabulary of {vocabulary}"
+    );
     let panels = logits.par_chunks_mut(vocabulary.max(1) * LANES);
     panels.map(|logits| run(Exponentials(logits))).collect()
 }

@@ -82,7 +82,9 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
     stop_on_signal(&cancel)?;
     let (events, received) = channel();
     let summary = std::thread::scope(|scope| {
-        scope.spawn(move || report(&received, style));
+        std::thread::Builder::new()
+            .spawn_scoped(scope, move || report(&received, style))
+            .context("could not start a thread")?;
         // The sender goes when this is done, and with it the reporter.
         let events = events;
         // Also until the outputs are in their places: nothing they are made of may go before.
@@ -103,7 +105,11 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
                 overwrite: args.overwrite_outputs,
                 verify: args.store.verify,
             };
-            put_outputs(&project, &summary, &targets, how, &events, &cancel)?;
+            let put = put_outputs(&project, &summary, &targets, how, &events, &cancel);
+            if put.is_err() && cancel.load(Ordering::Relaxed) {
+                return Ok(None);
+            }
+            put?;
         }
         anyhow::Ok(Some(summary))
     })?;

@@ -18,7 +18,7 @@ use parquet::arrow::arrow_reader::{
 };
 use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader, RowGroupMetaData};
 
-use super::size::{BATCH_BYTES, DEEPEST, MOST_FIELDS, pieces};
+use super::size::{BATCH_BYTES, DEEPEST, MOST_FIELDS, batch_bytes, pieces};
 pub(in crate::data) use writer::pass_batches;
 pub use writer::{Made, Writer, pass, pass_pieces};
 
@@ -166,25 +166,43 @@ impl Split {
     /// The rows from the first to the last, in batches of at most `batch_rows`, and of at most some MiB unless one row has more.
     pub fn batches(&self, batch_rows: usize) -> impl Iterator<Item = Result<RecordBatch>> + use<> {
         let schema = self.schema.clone();
-        self.files.clone().into_iter().flat_map(move |file| {
+        self.files.clone().into_iter().flat_map(move |file| -> Batches {
             let schema = schema.clone();
-            let opened = viewer(&file, batch_rows);
-            let batches: Box<dyn Iterator<Item = Result<RecordBatch>>> = match opened {
-                Err(error) => Box::new(std::iter::once(Err(error))),
-                Ok(batches) => Box::new(batches.flat_map(move |batch| {
-                    let read = || format!("could not read `{}`", file.display());
-                    match batch.with_context(read) {
-                        Err(error) => vec![Err(error)],
-                        Ok(batch) => {
-                            let pieces = pieces(batch, BATCH_BYTES).into_iter();
-                            pieces.map(|piece| as_declared(&piece, &schema)).collect()
-                        }
-                    }
-                })),
+            let opened = viewer(&file, batch_rows).and_then(|batches| {
+                let held = std::fs::metadata(&file)?.len();
+                Ok((batches, MOST_FOR_NOTHING.saturating_add(held.saturating_mul(MOST_A_BYTE))))
+            });
+            let (batches, most) = match opened {
+                Err(error) => return one(Err(error)),
+                Ok(opened) => opened,
             };
-            batches
+            let mut bytes = 0;
+            Box::new(batches.flat_map(move |batch| -> Batches {
+                let read = || format!("could not read `{}`", file.display());
+                let batch = match batch.with_context(read) {
+                    Err(error) => return one(Err(error)),
+                    Ok(batch) => batch,
+                };
+                bytes += batch_bytes(&batch);
+                if bytes > most {
+                    let file = file.display();
+                    return one(Err(anyhow!(
+                        "`{file}` holds {bytes} bytes of values and more, over {MOST_A_BYTE} times as much as it has itself"
+                    )));
+                }
+                let schema = schema.clone();
+                // One after the other: each is a copy, and together they may be far more than the batch was.
+                let pieces = pieces(batch, BATCH_BYTES).into_iter();
+                Box::new(pieces.map(move |piece| as_declared(&piece, &schema)))
+            }))
         })
     }
+}
+
+type Batches = Box<dyn Iterator<Item = Result<RecordBatch>>>;
+
+fn one(batch: Result<RecordBatch>) -> Batches {
+    Box::new(std::iter::once(batch))
 }
 
 fn reader(file: &Path) -> Result<ParquetRecordBatchReaderBuilder<File>> {
@@ -202,6 +220,14 @@ fn reader(file: &Path) -> Result<ParquetRecordBatchReaderBuilder<File>> {
     };
     open().with_context(|| format!("could not read `{}` as Parquet", file.display()))
 }
+
+/// The bytes that a file's values may take for each byte of the file, above a GiB: texts that repeat take little in a file.
+const MOST_A_BYTE: u64 = 4096;
+const MOST_FOR_NOTHING: u64 = 1 << 30;
+/// The most bytes of a row.
+const LONGEST: u64 = 256 << 20;
+/// The most values of a column in a row, on the average of a row group.
+const MOST_VALUES_A_ROW: i64 = 16 << 20;
 
 /// Refuses what would cost more than it can be worth: a footer can say anything.
 fn check(metadata: &ParquetMetaData, bytes: u64) -> Result<()> {
@@ -228,6 +254,11 @@ fn check(metadata: &ParquetMetaData, bytes: u64) -> Result<()> {
         rows <= 1_000_000 + bytes.saturating_mul(4096),
         "it says that it holds {rows} rows in {bytes} bytes"
     );
+    let values = values_a_row(metadata);
+    ensure!(
+        values <= MOST_VALUES_A_ROW,
+        "its rows have {values} values in one column; at most {MOST_VALUES_A_ROW} are read"
+    );
     Ok(())
 }
 
@@ -251,13 +282,19 @@ fn viewer(file: &Path, batch_rows: usize) -> Result<ParquetRecordBatchReader> {
 /// Rows that may be read at once for their number of values.
 fn most_rows(metadata: &ParquetMetaData) -> usize {
     const MOST_VALUES: i64 = 8 << 20;
+    usize::try_from(MOST_VALUES / values_a_row(metadata))
+        .unwrap_or(1)
+        .max(1)
+}
+
+/// The most values of a column in a row, on the average of a row group; at least 1.
+fn values_a_row(metadata: &ParquetMetaData) -> i64 {
     let groups = metadata.row_groups().iter().flat_map(|group| {
         let rows = group.num_rows().max(1);
         let columns = group.columns().iter();
         columns.map(move |column| column.num_values() / rows)
     });
-    let values = groups.max().unwrap_or(0).max(1);
-    usize::try_from(MOST_VALUES / values).unwrap_or(1).max(1)
+    groups.max().unwrap_or(0).max(1)
 }
 
 /// A schema with views in place of texts.
@@ -280,6 +317,12 @@ fn viewed_field(field: &Arc<Field>) -> Arc<Field> {
 
 /// A batch with the columns' own types.
 fn as_declared(batch: &RecordBatch, schema: &SchemaRef) -> Result<RecordBatch> {
+    let bytes = batch_bytes(batch);
+    ensure!(
+        batch.num_rows() > 1 || bytes <= LONGEST,
+        "a row has {bytes} bytes; at most {} MiB are read",
+        LONGEST >> 20
+    );
     let columns: Result<Vec<_>, ArrowError> = batch
         .columns()
         .iter()

@@ -57,8 +57,8 @@ pub(super) fn run(node: &Node, context: &Context, program: &Path) -> anyhow::Res
     let start = |name: &str| std::thread::Builder::new().name(name.to_owned());
     start("listener").spawn(move || {
         // What is no line of ours was printed by a library.
-        let lines = BufReader::new(output).lines().map_while(Result::ok);
-        for said in lines.filter_map(|line| serde_json::from_str::<Said>(&line).ok()) {
+        let lines = BufReader::new(output).split(b'\n').map_while(Result::ok);
+        for said in lines.filter_map(|line| serde_json::from_slice::<Said>(&line).ok()) {
             if sender.send(said).is_err() {
                 break;
             }

@@ -32,6 +32,7 @@ mod store;
 mod task;
 #[cfg(test)]
 mod tests;
+mod threads;
 mod units;
 mod watch;
 pub mod work;

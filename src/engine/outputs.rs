@@ -9,7 +9,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, Permissions};
-use std::io::{self, ErrorKind};
+use std::io::{self, ErrorKind, Read as _};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -29,6 +29,9 @@ use super::store::{Store, take_lock};
 /// Larger files are hard links where they can't share blocks. Configurations, logs and tokenizers are smaller (the largest
 /// `tokenizer.json` in wide use has 34 MB) and copied in a blink; weights, whose second copy would cost, are larger.
 const LARGE: u64 = 64 << 20;
+
+/// Bytes between two looks whether somebody wants the run to stop.
+const COPIED_AT_A_TIME: u64 = 256 << 20;
 
 /// What names beside a place begin with.
 const PREFIX: &str = ".pipeline-";
@@ -93,8 +96,8 @@ pub fn place(
     cancel: &AtomicBool,
     waiting: &mut dyn FnMut(&str),
 ) -> anyhow::Result<Put> {
-    let slot = Slot::open(store, place)?;
-    let lock = slot.lock(cancel, waiting);
+    let slot = Slot::open(store, place, cancel)?;
+    let lock = slot.lock(waiting);
     slot.put(artifact, how, lock, exchange)
 }
 
@@ -104,6 +107,7 @@ struct Slot<'a> {
     place: &'a Path,
     /// The folder around it.
     parent: &'a Path,
+    cancel: &'a AtomicBool,
     /// The file of `state`.
     path: PathBuf,
     state: State,
@@ -112,7 +116,7 @@ struct Slot<'a> {
 }
 
 impl<'a> Slot<'a> {
-    fn open(store: &'a Store, place: &'a Path) -> anyhow::Result<Self> {
+    fn open(store: &'a Store, place: &'a Path, cancel: &'a AtomicBool) -> anyhow::Result<Self> {
         let (Some(parent), Some(_)) = (place.parent(), place.file_name()) else {
             bail!("`{}` is no place for an output", place.display());
         };
@@ -122,6 +126,7 @@ impl<'a> Slot<'a> {
             store,
             place,
             parent,
+            cancel,
             path,
             state: State::default(),
             written: State::default(),
@@ -169,7 +174,7 @@ impl<'a> Slot<'a> {
                 self.place.display()
             );
         }
-        let placed = self.replace(artifact, found, how.overwrite, swap)?;
+        let placed = self.replace(artifact, &found, how.overwrite, swap)?;
         Ok(Put {
             changed: true,
             links: placed.links.len(),
@@ -177,8 +182,8 @@ impl<'a> Slot<'a> {
     }
 
     /// One at a time: another run would take what this one is putting there for somebody else's.
-    fn lock(&self, cancel: &AtomicBool, waiting: &mut dyn FnMut(&str)) -> anyhow::Result<File> {
-        take_lock(&self.path.with_extension("lock"), cancel, waiting)
+    fn lock(&self, waiting: &mut dyn FnMut(&str)) -> anyhow::Result<File> {
+        take_lock(&self.path.with_extension("lock"), self.cancel, waiting)
     }
 
     /// Clears away what a run that was killed left beside the place. Where it was killed between two renames the whole result goes
@@ -285,18 +290,18 @@ impl<'a> Slot<'a> {
     fn replace(
         &mut self,
         artifact: &str,
-        found: Found,
+        found: &Found,
         overwrite: bool,
         swap: impl Fn(&Path, &Path) -> io::Result<()>,
     ) -> anyhow::Result<Placed> {
         let next = self.reserve(|path| fs::create_dir(path))?;
-        let done = self.exchange(artifact, &next, &found, overwrite, swap);
+        let done = self.exchange(artifact, &next, found, overwrite, swap);
         if done.is_err() {
             // The error that is told is the first one; what stays is known, and removed by the next run.
             let _ = remove(&next);
         }
         let placed = done?;
-        match &found {
+        match found {
             Found::Ours(old) | Found::Damaged(old) => {
                 let links = [(old.artifact.clone(), old.links.clone())];
                 let links = Linked::before(self.store, links.into());
@@ -324,7 +329,7 @@ impl<'a> Slot<'a> {
         overwrite: bool,
         swap: impl Fn(&Path, &Path) -> io::Result<()>,
     ) -> anyhow::Result<Placed> {
-        let placed = fill(self.store, artifact, next)?;
+        let placed = fill(self.store, artifact, next, self.cancel)?;
         self.state.placed = vec![placed.clone()];
         if let Found::Ours(old) | Found::Damaged(old) = found {
             self.state.placed.push(old.clone());
@@ -451,7 +456,12 @@ fn holds(place: &Path, store: &Store, artifact: &str) -> Option<Placed> {
 }
 
 /// Makes the artifact's files in an empty folder, and makes them durable.
-fn fill(store: &Store, artifact: &str, folder: &Path) -> anyhow::Result<Placed> {
+fn fill(
+    store: &Store,
+    artifact: &str,
+    folder: &Path,
+    cancel: &AtomicBool,
+) -> anyhow::Result<Placed> {
     let from = store.artifact(artifact);
     let kept = store
         .manifest(artifact)
@@ -473,8 +483,14 @@ fn fill(store: &Store, artifact: &str, folder: &Path) -> anyhow::Result<Placed> 
     let linking = Linked::before(store, linking.into());
     let made = names.par_iter().map(|name| {
         let (source, target) = (from.join(name), folder.join(name));
-        let linked = give(&source, &target, maybe_links.contains(*name), &shares)
-            .and_then(|linked| Ok((linked, Stat::of(&fs::symlink_metadata(&target)?))));
+        let linked = give(
+            &source,
+            &target,
+            maybe_links.contains(*name),
+            &shares,
+            cancel,
+        )
+        .and_then(|linked| Ok((linked, Stat::of(&fs::symlink_metadata(&target)?))));
         linked.with_context(|| {
             format!(
                 "could not copy `{}` to `{}`",
@@ -510,7 +526,13 @@ fn fill(store: &Store, artifact: &str, folder: &Path) -> anyhow::Result<Placed> 
 }
 
 /// Gives `to` the contents of `from`: a writable copy, or a link if it may be one. Whether it is a link.
-fn give(from: &Path, to: &Path, may_link: bool, shares: &AtomicBool) -> io::Result<bool> {
+fn give(
+    from: &Path,
+    to: &Path,
+    may_link: bool,
+    shares: &AtomicBool,
+    cancel: &AtomicBool,
+) -> io::Result<bool> {
     let mode = fs::metadata(from)?.permissions().mode();
     // Asked until it fails once: all files of an artifact are on one file system.
     let shared = shares.load(Ordering::Relaxed) && reflink_copy::reflink(from, to).is_ok();
@@ -520,9 +542,13 @@ fn give(from: &Path, to: &Path, may_link: bool, shares: &AtomicBool) -> io::Resu
         if may_link && mode & 0o222 == 0 && fs::hard_link(from, to).is_ok() {
             return Ok(true);
         }
-        let mut source = File::open(from)?;
+        let source = File::open(from)?;
         let mut target = File::create_new(to)?;
-        io::copy(&mut source, &mut target)?;
+        while io::copy(&mut (&source).take(COPIED_AT_A_TIME), &mut target)? > 0 {
+            if cancel.load(Ordering::Relaxed) {
+                return Err(io::Error::other("interrupted"));
+            }
+        }
     }
     fs::set_permissions(to, Permissions::from_mode(mode | 0o200))?;
     Ok(false)

@@ -7,6 +7,8 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::Scope;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
+use anyhow::Context as _;
+
 use super::Event;
 use super::canonical::Digest;
 use super::handling::{Free, Machine};
@@ -108,7 +110,11 @@ pub fn run(
             shared: sender,
             ..
         } = *situation;
-        scope.spawn(move || sender.send_all(store, &queued, events, cancel));
+        std::thread::Builder::new()
+            .spawn_scoped(scope, move || {
+                sender.send_all(store, &queued, events, cancel);
+            })
+            .context("could not start a thread")?;
         let summary = Runner {
             situation,
             events,
@@ -126,8 +132,8 @@ pub fn run(
         }
         .drive(scope, &needed, &mut sources, &results);
         shared.close();
-        (summary, shared)
-    });
+        anyhow::Ok((summary, shared))
+    })?;
     let Summary {
         fresh,
         ran,
@@ -429,11 +435,20 @@ impl<'a> Runner<'a, '_> {
                 gpus,
             };
             let done = self.done.clone();
-            scope.spawn(move || {
+            let started = std::thread::Builder::new().spawn_scoped(scope, move || {
                 let result = worker.work(&prepared, reasons);
                 // The runner outlives its workers.
                 let _ = done.send((index, result));
             });
+            if let Err(error) = started {
+                let failed = Event::StageFailed {
+                    stage: graph.nodes[index].name.clone(),
+                    error: format!("could not start a thread: {error}"),
+                    kept: None,
+                };
+                send(self.events, failed);
+                let _ = self.done.send((index, Work::Failed));
+            }
         }
     }
 }

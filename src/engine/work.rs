@@ -10,10 +10,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context as _, anyhow};
 use nix::sys::resource::{Resource, setrlimit};
+use rayon::ThreadPoolBuilder;
 
 use super::child::CANCEL;
 use super::context::Context;
 use super::task::{Said, Task, causes, is_full, path, short};
+use super::threads;
 use super::watch::look_on;
 use super::{Event, Kind, World};
 
@@ -88,10 +90,8 @@ pub fn serve(
         });
     })?;
     // A stage may have started the pool already; then its threads are as they are.
-    let _ = rayon::ThreadPoolBuilder::new()
-        .num_threads(threads)
-        .stack_size(STACK)
-        .build_global();
+    let how = ThreadPoolBuilder::new().num_threads(threads);
+    threads::start(how.stack_size(STACK))?;
     let kind = kinds.iter().find(|kind| kind.name == task.kind);
     let kind = kind.with_context(|| format!("there is no kind `{}`", task.kind))?;
     let params = serde_yaml::to_value(&task.params)?;

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, bail};
+use rayon::ThreadPoolBuilder;
 
 use super::canonical::Digest;
 use super::child;
@@ -19,7 +20,7 @@ use super::record::{FORMAT, Record};
 use super::run::{seconds_now, send};
 use super::store::{Found, Miss};
 use super::task::is_full;
-use super::{Context, Event};
+use super::{Context, Event, threads};
 
 /// The pause before the first retry; each further one is twice as long, up to [`LONGEST_PAUSE`].
 const PAUSE: Duration = Duration::from_secs(1);
@@ -301,9 +302,10 @@ fn run_stage(node: &Node, context: &Context) -> anyhow::Result<()> {
         return child::run(node, context, program);
     }
     let Some(cpus) = node.handling.resources.cpus else {
+        threads::start(ThreadPoolBuilder::new())?;
         return node.stage.run(context);
     };
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(cpus.get());
+    let pool = ThreadPoolBuilder::new().num_threads(cpus.get());
     let pool = pool.build().context("could not start threads")?;
     pool.install(|| node.stage.run(context))
 }

@@ -9,7 +9,8 @@ use anyhow::{Context as _, anyhow, bail, ensure};
 use ureq::http::{HeaderMap, HeaderValue, Uri};
 
 use super::digest::{Hasher, feed, is_file};
-use super::http::{Failure, text, wait};
+use super::headers::text;
+use super::http::{Failure, wait};
 use super::listing::linked_hash;
 use super::names::{check_file, check_repo, is_commit};
 use super::{Hub, RemoteFile, Snapshot};

@@ -9,7 +9,8 @@ use serde::Deserialize;
 use ureq::http::Uri;
 
 use super::client::{MAX_DESCRIPTION, Sibling, write_whole};
-use super::http::{Facts, Failure};
+use super::headers::Facts;
+use super::http::Failure;
 use super::names::{check_file, check_repo, escape, is_commit, is_hex};
 use super::{Hub, RemoteFile, Snapshot};
 

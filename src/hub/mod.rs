@@ -11,6 +11,7 @@ mod digest;
 mod download;
 mod endpoint;
 mod explain;
+mod headers;
 mod http;
 mod listing;
 mod names;

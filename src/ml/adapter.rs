@@ -1,18 +1,21 @@
 //! LoRA adapters in PEFT's folder layout: `adapter_config.json` and `adapter_model.safetensors`.
 
 mod config;
+mod ends;
+mod patterns;
+mod targets;
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context as _, bail, ensure};
 use candle_core::{Device, Tensor};
-use serde_json::Value;
-
-pub use config::{AdapterConfig, Bias, NewAdapter, Patterns, is_meant};
+pub use config::{AdapterConfig, Bias, Names, NewAdapter, is_meant};
+pub use ends::ENDS;
+pub use patterns::Patterns;
+pub use targets::{ALL_LINEAR, Meant};
 
 use super::finite;
-use super::folder::sorted_json;
 use super::weights::{self, Weights};
 
 /// PEFT's prefix of every tensor name.
@@ -26,8 +29,11 @@ pub const CONFIG: &str = "adapter_config.json";
 const A: &str = ".lora_A.weight";
 const B: &str = ".lora_B.weight";
 const MAGNITUDE: &str = ".lora_magnitude_vector";
+/// The same of embeddings, whose rows are looked up: turned around, B A is added to the weight's transpose.
+const ROWS_A: &str = ".lora_embedding_A";
+const ROWS_B: &str = ".lora_embedding_B";
 
-/// The two matrices beside one projection.
+/// The two matrices beside one projection, beside the head, or beside the embeddings, whose own are turned around in the file.
 #[derive(Debug, Clone)]
 pub struct LoraPair {
     /// A, (r, in).
@@ -56,10 +62,7 @@ impl Adapter {
         let read = || -> anyhow::Result<Self> {
             let text = std::fs::read(folder.join(CONFIG))
                 .with_context(|| format!("could not read `{CONFIG}`"))?;
-            let raw = serde_json::from_slice(&text);
-            let config = raw
-                .map_err(anyhow::Error::from)
-                .and_then(AdapterConfig::parse);
+            let config = AdapterConfig::read(&text);
             let config = config.with_context(|| format!("could not use `{CONFIG}`"))?;
             let weights = Weights::open_file(&folder.join(FILE))?;
             if let Some(found) = finite::find(&weights)? {
@@ -81,8 +84,20 @@ impl Adapter {
     fn check(&self) -> anyhow::Result<()> {
         for (path, pair) in &self.tensors {
             ensure!(
-                !self.saved.contains_key(&format!("{path}.weight")),
-                "the module `{path}` has both LoRA matrices and a weight of its own"
+                !self.config.saves(path),
+                "the module `{path}` has LoRA matrices, and `modules_to_save` means it too"
+            );
+            // PEFT goes by the settings, and would leave these out without an error.
+            let tied = self.config.ensure_weight_tying && ENDS.contains(&path.as_str());
+            ensure!(
+                tied || self.config.targets.mean(path) == Meant::Yes,
+                "`{FILE}` has matrices for `{path}`, which `{CONFIG}` does not mean ({}), so that PEFT leaves them out; expected                  settings and matrices of the same modules",
+                self.config.targets.told()
+            );
+            ensure!(
+                !self.config.use_dora || !ENDS.contains(&path.as_str()),
+                "`use_dora` beside `{path}` is not supported; expected it beside projections of the layers, or the adapter merged by \
+                 PEFT's `merge_and_unload`"
             );
             let says = if self.config.use_dora {
                 "true"
@@ -110,9 +125,10 @@ impl Adapter {
         Ok(())
     }
 
-    /// Whether it is made of LoRA pairs alone.
+    /// Whether it is made of LoRA pairs beside projections of the layers alone.
     pub fn is_plain(&self) -> bool {
-        !self.config.use_dora && self.saved.is_empty()
+        let ends = ENDS.iter().any(|path| self.tensors.contains_key(*path));
+        !self.config.use_dora && self.saved.is_empty() && !ends
     }
 
     /// Whether a tensor of the model, in whose place the adapter has its own, is trained in a training of the adapter.
@@ -128,17 +144,18 @@ impl Adapter {
         }
     }
 
-    /// Writes an adapter folder; the same adapter makes the same bytes. PEFT keeps `target_modules` in a set, whose order
-    /// differs from run to run; here it is sorted.
+    /// Writes an adapter folder; the same adapter makes the same bytes.
     pub fn save(&self, folder: &Path) -> anyhow::Result<()> {
-        let mut raw = self.config.raw.clone();
-        if let Some(Value::Array(modules)) = raw.get_mut("target_modules") {
-            modules.sort_by_key(ToString::to_string);
-        }
-        std::fs::write(folder.join(CONFIG), sorted_json(&Value::Object(raw))?)
+        std::fs::write(folder.join(CONFIG), self.config.json()?)
             .with_context(|| format!("could not write `{CONFIG}` to `{}`", folder.display()))?;
         let mut tensors = BTreeMap::new();
         for (path, pair) in &self.tensors {
+            if path == ENDS[0] {
+                let turn = |tensor: &Tensor| tensor.t()?.contiguous();
+                tensors.insert(format!("{PREFIX}{path}{ROWS_A}"), turn(&pair.b)?);
+                tensors.insert(format!("{PREFIX}{path}{ROWS_B}"), turn(&pair.a)?);
+                continue;
+            }
             tensors.insert(format!("{PREFIX}{path}{A}"), pair.a.clone());
             tensors.insert(format!("{PREFIX}{path}{B}"), pair.b.clone());
             if let Some(magnitude) = &pair.magnitude {
@@ -146,9 +163,11 @@ impl Adapter {
             }
         }
         for (name, tensor) in &self.saved {
-            // PEFT wraps a module that gets matrices; its bias is in the wrapped one.
-            let name = match name.strip_suffix(".bias") {
-                Some(path) if self.tensors.contains_key(path) => format!("{path}.base_layer.bias"),
+            // PEFT wraps a module that gets matrices; its own tensors are in the wrapped one.
+            let name = match name.rsplit_once('.') {
+                Some((path, kind)) if self.tensors.contains_key(path) => {
+                    format!("{path}.base_layer.{kind}")
+                }
                 _ => name.clone(),
             };
             tensors.insert(format!("{PREFIX}{name}"), tensor.clone());
@@ -162,33 +181,111 @@ type Tensors = (BTreeMap<String, LoraPair>, BTreeMap<String, Tensor>);
 /// The tensors of a file by what they are for.
 fn tensors(weights: &Weights, config: &AdapterConfig) -> anyhow::Result<Tensors> {
     let (mut pairs, mut saved) = (BTreeMap::new(), BTreeMap::new());
+    let mut plain = Vec::new();
     for name in weights.names() {
         let own = name.strip_prefix(PREFIX).unwrap_or(name);
         let is_of_a_llama = own.starts_with("model.") || own.starts_with("lm_head.");
-        ensure!(is_of_a_llama, "`{name}` belongs to no module of a Llama");
+        ensure!(
+            is_of_a_llama,
+            "`{name}` belongs to no module of a Llama; expected a name such as `{PREFIX}model.layers.0.self_attn.q_proj{A}`, as PEFT \
+             gives it to an adapter of a whole `LlamaForCausalLM`"
+        );
         if let Some(path) = own.strip_suffix(A) {
             pairs.insert(path.to_owned(), pair(weights, name, path, config)?);
-        } else if own.contains(".lora_A.") || own.contains(".lora_B.") || own.contains(MAGNITUDE) {
-            let a = own.split(".lora_").next().unwrap_or_default();
-            let a = format!("{}{a}{A}", &name[..name.len() - own.len()]);
+        } else if let Some(path) = own.strip_suffix(ROWS_A) {
+            pairs.insert(path.to_owned(), rows(weights, name, path, config)?);
+        } else if [".lora_A.", ".lora_B.", MAGNITUDE, ROWS_B]
+            .iter()
+            .any(|part| own.contains(part))
+        {
+            let (path, part) = own.split_once(".lora_").unwrap_or_default();
+            let beside = if part.starts_with("embedding") {
+                ROWS_A
+            } else {
+                A
+            };
+            let a = format!("{}{path}{beside}", &name[..name.len() - own.len()]);
             ensure!(weights.contains(&a), "`{name}` has no `{a}` beside it");
         } else if !own.contains("lora_") && (own.ends_with(".weight") || own.ends_with(".bias")) {
-            let own = own.replace(".base_layer.bias", ".bias");
             let tensor = weights.tensor(name, &Device::Cpu)?;
             ensure!(
                 tensor.dtype().is_float(),
                 "the tensor `{name}` has no floats"
             );
-            saved.insert(own, tensor);
-        } else if own.contains("lora_embedding") {
-            bail!(
-                "the tensor `{name}` is a LoRA matrix of embeddings, which is not supported; expected one of a projection"
+            // PEFT saves the base's embeddings and head with matrices beside them.
+            let wrapped = own.replace(".base_layer.", ".");
+            let path = wrapped.rsplit_once('.').map_or("", |(path, _)| path);
+            let known = own == wrapped || own.ends_with(".bias") || ENDS.contains(&path);
+            ensure!(
+                known,
+                "the tensor `{name}` is no LoRA matrix, weight or bias"
             );
+            if own == wrapped && own.ends_with(".weight") {
+                plain.push(path.to_owned());
+            }
+            saved.insert(wrapped, tensor);
         } else {
             bail!("the tensor `{name}` is no LoRA matrix, weight or bias");
         }
     }
+    for path in plain {
+        ensure!(
+            !pairs.contains_key(&path),
+            "the module `{path}` has both LoRA matrices and a weight of its own"
+        );
+    }
     Ok((pairs, saved))
+}
+
+/// The pair of embeddings: A (r, vocabulary) and B (hidden, r), turned around.
+fn rows(
+    weights: &Weights,
+    name: &str,
+    path: &str,
+    config: &AdapterConfig,
+) -> anyhow::Result<LoraPair> {
+    ensure!(
+        path == ENDS[0],
+        "the tensor `{name}` is a LoRA matrix of embeddings, which `{path}` are not"
+    );
+    let stem = name.strip_suffix(ROWS_A).unwrap_or(name);
+    let (b, a) = two(weights, [name, &format!("{stem}{ROWS_B}")])?;
+    let pair = LoraPair {
+        a: a.t()?.contiguous()?,
+        b: b.t()?.contiguous()?,
+        magnitude: None,
+    };
+    has_rank(&pair, path, config)?;
+    Ok(pair)
+}
+
+/// Two tensors of floats that stand beside each other.
+fn two(weights: &Weights, names: [&str; 2]) -> anyhow::Result<(Tensor, Tensor)> {
+    let [first, second] = names.map(|name| -> anyhow::Result<Tensor> {
+        ensure!(
+            weights.contains(name),
+            "`{}` has no `{name}` beside it",
+            names[0]
+        );
+        let tensor = weights.tensor(name, &Device::Cpu)?;
+        ensure!(
+            tensor.dtype().is_float() && tensor.rank() == 2,
+            "`{name}` is no matrix of floats"
+        );
+        Ok(tensor)
+    });
+    Ok((first?, second?))
+}
+
+fn has_rank(pair: &LoraPair, path: &str, config: &AdapterConfig) -> anyhow::Result<()> {
+    let (a, b, r) = (&pair.a, &pair.b, config.rank(path));
+    ensure!(
+        matches!((a.dims(), b.dims()), ([rank, _], [_, also]) if *rank == r && *also == r),
+        "the matrices of `{path}` have the shapes {:?} and {:?}, expected the rank {r} of `{CONFIG}`",
+        a.dims(),
+        b.dims()
+    );
+    Ok(())
 }
 
 fn pair(
@@ -198,24 +295,11 @@ fn pair(
     config: &AdapterConfig,
 ) -> anyhow::Result<LoraPair> {
     let stem = name.strip_suffix(A).unwrap_or(name);
-    let other = format!("{stem}{B}");
     ensure!(
-        weights.contains(&other),
-        "`{name}` has no `{other}` beside it"
+        path != ENDS[0],
+        "the tensor `{name}` is no LoRA matrix of embeddings"
     );
-    let a = weights.tensor(name, &Device::Cpu)?;
-    let b = weights.tensor(&other, &Device::Cpu)?;
-    let r = config.rank(path);
-    ensure!(
-        matches!((a.dims(), b.dims()), ([rank, _], [_, also]) if *rank == r && *also == r),
-        "the matrices of `{path}` have the shapes {:?} and {:?}, expected the rank {r} of `{CONFIG}`",
-        a.dims(),
-        b.dims()
-    );
-    ensure!(
-        a.dtype().is_float() && b.dtype().is_float(),
-        "the matrices of `{path}` are no floats"
-    );
+    let (a, b) = two(weights, [name, &format!("{stem}{B}")])?;
     // Inside PEFT it is a layer's weight, and some programs write it so.
     let magnitude = [MAGNITUDE.to_owned(), format!("{MAGNITUDE}.weight")];
     let magnitude = magnitude.map(|suffix| format!("{stem}{suffix}"));
@@ -230,11 +314,13 @@ fn pair(
         );
         Ok(tensor)
     });
-    Ok(LoraPair {
+    let pair = LoraPair {
         a,
         b,
         magnitude: magnitude.transpose()?,
-    })
+    };
+    has_rank(&pair, path, config)?;
+    Ok(pair)
 }
 
 #[cfg(test)]

@@ -3,13 +3,14 @@
 use anyhow::{Context as _, bail, ensure};
 use candle_core::{DType, Device, Tensor};
 
-use super::adapter::{Adapter, Bias, LoraPair, NewAdapter, is_meant};
+use super::adapter::{Adapter, Bias, ENDS, LoraPair, NewAdapter, is_meant};
 use super::config::LlamaConfig;
 use super::finite;
 use super::linear::row_lengths;
 use super::lora_init;
 use super::nf4::Nf4;
 use super::svd;
+use super::tied::{EMBEDDINGS, HEAD};
 use super::weights::Weights;
 
 /// A new adapter for the model `weights`. Matrices are drawn from `seed` as PEFT does it; modules that are trained whole and
@@ -27,13 +28,27 @@ pub fn attach(
     tell: &mut dyn FnMut(usize, usize) -> anyhow::Result<()>,
 ) -> anyhow::Result<Adapter> {
     let mut adapter = lora_init::adapter(config, new, seed)?;
-    patterns_are_used(&adapter)?;
     copy_whole(&mut adapter, config, weights)?;
     let total = adapter.tensors.len();
     let settings = adapter.config.clone();
     for (done, (path, pair)) in adapter.tensors.iter_mut().enumerate() {
         tell(done, total)?;
-        let name = format!("{path}.weight");
+        let end = ENDS.contains(&path.as_str());
+        ensure!(
+            !end || (!settings.use_dora && loftq.is_none()),
+            "`{}` beside `{path}` is not supported; expected it beside projections of the layers",
+            if settings.use_dora {
+                "use_dora"
+            } else {
+                "init_lora_weights: loftq"
+            }
+        );
+        let tied = config.tie_word_embeddings && *path == ENDS[1];
+        let name = if tied {
+            EMBEDDINGS.to_owned()
+        } else {
+            format!("{path}.weight")
+        };
         let mut begin = || -> anyhow::Result<()> {
             if let Some(dense) = loftq {
                 (pair.a, pair.b) = error_of(weights, dense, &name, settings.rank(path))?;
@@ -50,37 +65,22 @@ pub fn attach(
     Ok(adapter)
 }
 
-/// A pattern without a module is a slip of the pen.
-fn patterns_are_used(adapter: &Adapter) -> anyhow::Result<()> {
-    let paths = adapter.tensors.keys().map(String::as_str);
-    let config = &adapter.config;
-    for (name, unused) in [
-        ("rank_pattern", config.rank_pattern.unused(&paths)),
-        ("alpha_pattern", config.alpha_pattern.unused(&paths)),
-    ] {
-        if let Some(pattern) = unused {
-            ensure!(
-                false,
-                "`{name}` has the pattern `{pattern}`, which fits none of the modules with matrices; expected the end of a path such \
-                 as `q_proj` or `layers.0.self_attn.q_proj`"
-            );
-        }
-    }
-    Ok(())
-}
-
 /// Takes in the tensors of modules that are trained whole, and biases.
 fn copy_whole(
     adapter: &mut Adapter,
     config: &LlamaConfig,
     weights: &Weights,
 ) -> anyhow::Result<()> {
-    let is_tied = config.tie_word_embeddings;
+    // As in PEFT, a head that was the embeddings gets values of its own when it is trained.
+    if config.tie_word_embeddings && adapter.trains(HEAD) {
+        let tensor = weights.tensor(EMBEDDINGS, &Device::Cpu)?;
+        adapter.saved.insert(HEAD.to_owned(), tensor);
+    }
     let mut unused = adapter.config.modules_to_save.clone();
+    unused.retain(|module| !adapter.saved.contains_key(HEAD) || !is_meant(module, ENDS[1]));
     for name in weights.names() {
         let is_own = name.ends_with(".weight") || name.ends_with(".bias");
-        let hidden = is_tied && name == "lm_head.weight";
-        if !is_own || hidden || !adapter.trains(name) {
+        if !is_own || !adapter.trains(name) {
             continue;
         }
         ensure!(
@@ -95,14 +95,9 @@ fn copy_whole(
         adapter.saved.insert(name.to_owned(), tensor);
     }
     if let Some(module) = unused.first() {
-        let tied = if is_tied && "lm_head".ends_with(module.as_str()) {
-            " of its own, for its head is its embeddings (`tie_word_embeddings`)"
-        } else {
-            ""
-        };
         ensure!(
             false,
-            "`modules_to_save` names `{module}`, but the model has no such module{tied}; expected `lm_head`, `embed_tokens`, a norm \
+            "`modules_to_save` names `{module}`, but the model has no such module; expected `lm_head`, `embed_tokens`, a norm \
              or a projection"
         );
     }

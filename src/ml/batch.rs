@@ -47,6 +47,10 @@ impl Sequence {
     }
 
     fn append(&mut self, other: &Self) {
+        // A document of nothing would be one that sees nothing.
+        if other.ids.is_empty() {
+            return;
+        }
         let start = self.ids.len();
         let first = std::iter::once((0, other.prompt));
         let places = first.chain(other.behind.iter().copied());

@@ -75,8 +75,25 @@ pub struct Quantization {
     pub compute_dtype: Option<DType>,
 }
 
-/// The largest number accepted for a size: products of two of them can't overflow.
-const LARGEST: u64 = u32::MAX as u64;
+/// The largest numbers that are accepted. They are far above any model's, and the bytes of all weights of the largest such model
+/// can be counted in 63 bits.
+const LARGEST: [(&str, usize); 7] = [
+    ("vocab_size", 1 << 26),
+    ("hidden_size", 1 << 20),
+    ("intermediate_size", 1 << 24),
+    ("num_hidden_layers", 1 << 14),
+    ("num_attention_heads", 1 << 16),
+    ("num_key_value_heads", 1 << 16),
+    ("head_dim", 1 << 16),
+];
+/// The largest product of `num_attention_heads` and `head_dim`.
+const WIDEST: usize = 1 << 24;
+
+/// The largest number that is accepted for a size of `config.json`.
+pub fn largest(name: &str) -> usize {
+    let own = LARGEST.iter().find(|(own, _)| *own == name);
+    own.map_or(u32::MAX as usize, |(_, largest)| *largest)
+}
 
 fn dtype(value: Option<&Value>) -> Option<DType> {
     let name = value.and_then(Value::as_str)?;
@@ -111,9 +128,10 @@ fn quantization(config: &Value) -> anyhow::Result<Quantization> {
 fn size(config: &Value, name: &str) -> anyhow::Result<usize> {
     let value = config.get(name).and_then(Value::as_u64);
     let value = value.and_then(|value| usize::try_from(value).ok());
+    let largest = largest(name);
     match value {
-        Some(value) if value > 0 && value as u64 <= LARGEST => Ok(value),
-        _ => bail!("`{name}` is missing or not a whole number from 1 to {LARGEST}"),
+        Some(value) if value > 0 && value <= largest => Ok(value),
+        _ => bail!("`{name}` is missing or not a whole number from 1 to {largest}"),
     }
 }
 
@@ -336,6 +354,11 @@ impl LlamaConfig {
             head_dim > 0 && head_dim.is_multiple_of(2),
             "the width of a head is {head_dim}, expected an even number"
         );
+        let width = num_attention_heads * head_dim;
+        ensure!(
+            width <= WIDEST,
+            "{num_attention_heads} heads of the width {head_dim} are {width} wide, expected at most {WIDEST}"
+        );
         let some = |name: &str| config.get(name).filter(|value| !value.is_null());
         let (rope_theta, rope_scaling) = rope(config)?;
         let quantized = some("quantization_config").map(quantization).transpose()?;
@@ -373,222 +396,4 @@ impl LlamaConfig {
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    #[test]
-    fn both_spellings_say_the_same() {
-        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/model");
-        let new = LlamaConfig::read(&golden).unwrap();
-        let text = std::fs::read_to_string(golden.join("config.v4style.json")).unwrap();
-        let old = LlamaConfig::parse(&serde_json::from_str(&text).unwrap()).unwrap();
-        assert_eq!(new, old);
-        assert!((new.rope_theta - 500_000.).abs() < 1e-9);
-        assert_eq!(new.dtype, Some(DType::F32));
-        assert_eq!(new.eos_token_ids, [1019]);
-    }
-
-    fn golden_with(changes: &[(&str, Value)]) -> anyhow::Result<LlamaConfig> {
-        let text = include_str!("../../tests/golden/model/config.json");
-        let mut config: Value = serde_json::from_str(text).unwrap();
-        for (name, value) in changes {
-            config[*name] = value.clone();
-        }
-        LlamaConfig::parse(&config)
-    }
-
-    #[test]
-    fn what_is_not_computed_is_refused_by_name() {
-        for (name, value, expected) in [
-            ("model_type", json!("mistral"), "`mistral`"),
-            ("hidden_act", json!("gelu"), "`gelu`"),
-            (
-                "rope_parameters",
-                json!({"rope_type": "yarn", "rope_theta": 1e4}),
-                "`yarn`",
-            ),
-            ("model_type", json!(null), "`model_type` is missing"),
-            ("hidden_act", json!(null), "`hidden_act`"),
-            ("attention_bias", json!(1), "`attention_bias` is 1"),
-            (
-                "tie_word_embeddings",
-                json!("true"),
-                "`tie_word_embeddings`",
-            ),
-            ("num_attention_heads", json!(6), "no multiple of the 6"),
-            (
-                "partial_rotary_factor",
-                json!(0.5),
-                "`partial_rotary_factor`",
-            ),
-            ("attention_dropout", json!("0.1"), "`attention_dropout`"),
-            ("rms_norm_eps", json!(-1), "`rms_norm_eps`"),
-            (
-                "rope_parameters",
-                json!({"rope_theta": 1e4, "factor": 4.0}),
-                "has `factor`",
-            ),
-            (
-                "rope_parameters",
-                json!({"rope_type": null, "rope_theta": 1e4}),
-                "`rope_type` is null",
-            ),
-            (
-                "rope_scaling",
-                json!({"type": "linear", "factor": 2.0}),
-                "`linear`",
-            ),
-            (
-                "rope_parameters",
-                json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "mscale": 0.7}),
-                "has `mscale`",
-            ),
-            ("rope_scaling", json!([1]), "expected an object"),
-            (
-                "rope_parameters",
-                json!({"rope_theta": "1e4"}),
-                "`rope_theta` is \"1e4\"",
-            ),
-            (
-                "rope_parameters",
-                json!({"rope_type": "llama3", "rope_theta": 1e4}),
-                "`factor`",
-            ),
-            ("num_key_value_heads", json!(3), "3 key heads"),
-            ("head_dim", json!(15), "even number"),
-            ("vocab_size", json!(-1), "`vocab_size`"),
-            ("vocab_size", json!(1u64 << 40), "`vocab_size`"),
-            ("hidden_size", json!(null), "`hidden_size`"),
-            ("eos_token_id", json!(["a"]), "`eos_token_id`"),
-            ("bos_token_id", json!(1.5), "`bos_token_id`"),
-            (
-                "quantization_config",
-                json!({"quant_method": "gptq", "bits": 4}),
-                "`gptq`",
-            ),
-            (
-                "quantization_config",
-                json!({"quant_method": "bitsandbytes", "load_in_8bit": true}),
-                "8 bits",
-            ),
-            (
-                "quantization_config",
-                json!({"quant_method": "bitsandbytes", "load_in_4bit": true, "bnb_4bit_quant_type": "fp4"}),
-                "fp4",
-            ),
-        ] {
-            let error = golden_with(&[(name, value.clone())]).expect_err(name);
-            assert!(
-                error.to_string().contains(expected),
-                "{name} {value}: {error}"
-            );
-        }
-    }
-
-    #[test]
-    fn the_first_llamas_and_many_ends_are_read() {
-        let old = golden_with(&[("rope_parameters", Value::Null)]).unwrap();
-        assert!((old.rope_theta - 10_000.).abs() < 1e-9);
-        let many = golden_with(&[
-            ("eos_token_id", json!([1, 2])),
-            ("pad_token_id", json!(-1)),
-            ("dtype", json!("torch.bfloat16")),
-        ])
-        .unwrap();
-        assert_eq!((many.eos_token_ids, many.pad_token_id), (vec![1, 2], None));
-        assert_eq!(many.dtype, Some(DType::BF16));
-    }
-
-    #[test]
-    fn both_spellings_of_rope_count_as_in_transformers() {
-        let llama3 = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64});
-        let rope = |changes: &[(&str, Value)]| {
-            let config = golden_with(changes).unwrap();
-            let original = config
-                .rope_scaling
-                .map(|rope| rope.original_max_position_embeddings);
-            (config.rope_theta, original)
-        };
-        // `rope_scaling` counts, and then not the other's theta.
-        assert_eq!(rope(&[("rope_scaling", llama3.clone())]), (1e4, Some(64)));
-        let both = [
-            ("rope_scaling", llama3.clone()),
-            ("rope_theta", json!(7777.0)),
-        ];
-        assert_eq!(rope(&both), (7777., Some(64)));
-        assert_eq!(rope(&[("rope_scaling", json!({}))]), (5e5, None));
-        let inside = json!({"rope_type": "default", "rope_theta": 5.0});
-        let both = [("rope_parameters", inside), ("rope_theta", json!(123.0))];
-        assert_eq!(rope(&both), (5., None));
-        let bare = ("rope_parameters", json!({"rope_type": "default"}));
-        assert_eq!(
-            rope(&[bare.clone(), ("rope_theta", json!(123))]),
-            (123., None)
-        );
-        assert_eq!(rope(&[bare]), (1e4, None));
-        let top = ("original_max_position_embeddings", json!(128));
-        assert_eq!(
-            rope(&[("rope_scaling", llama3.clone()), top]),
-            (1e4, Some(128))
-        );
-        let mut short = llama3;
-        short
-            .as_object_mut()
-            .unwrap()
-            .remove("original_max_position_embeddings");
-        assert_eq!(rope(&[("rope_scaling", short)]), (1e4, Some(512)));
-        let neutral = json!({"rope_type": "default", "rope_theta": 1e4, "factor": 1.0, "attention_factor": null});
-        assert_eq!(rope(&[("rope_parameters", neutral)]), (1e4, None));
-        let other = [
-            ("hidden_act", json!("swish")),
-            ("attention_dropout", json!(0.1)),
-        ];
-        assert!((golden_with(&other).unwrap().attention_dropout - 0.1).abs() < 1e-12);
-    }
-
-    #[test]
-    fn keys_of_other_model_types_are_told() {
-        let folder = tempfile::tempdir().unwrap();
-        let text = include_str!("../../tests/golden/model/config.json");
-        let mut config: Value = serde_json::from_str(text).unwrap();
-        for (name, value) in [
-            ("sliding_window", json!(4096)),
-            ("logit_scale", json!(0.25)),
-            ("residual_multiplier", json!(1.0)),
-            ("use_qk_norm", json!(false)),
-            ("num_experts", json!(null)),
-        ] {
-            config[name] = value;
-        }
-        std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
-        assert_eq!(
-            without_effect(folder.path()).unwrap(),
-            ["logit_scale", "sliding_window"]
-        );
-    }
-
-    #[test]
-    fn a_quantised_model_says_so() {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/model_nf4");
-        let config = LlamaConfig::read(&folder).unwrap();
-        let expected = Quantization {
-            double_quant: true,
-            compute_dtype: Some(DType::F32),
-        };
-        assert_eq!(config.quantization, Some(expected));
-        assert_eq!(golden_with(&[]).unwrap().quantization, None);
-    }
-
-    proptest! {
-        #[test]
-        fn any_text_is_read_or_refused(text in ".{0,60}", key in 0usize..8, number in any::<i64>()) {
-            let _ = serde_json::from_str(&text).map(|value: Value| LlamaConfig::parse(&value));
-            let key = ["vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
-                "eos_token_id", "rope_theta", "max_position_embeddings"][key];
-            let _ = golden_with(&[(key, json!(number))]);
-        }
-    }
-}
+mod tests;

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context as _, ensure};
+use bytesize::ByteSize;
 use pipeline_kernels::dropout::mix;
 use pipeline_kernels::normal;
 use rayon::prelude::*;
@@ -20,6 +21,8 @@ use super::lora_init::projections;
 use super::rewrite::{Index, Output, Written, write_file};
 use super::weights::{Entry, SINGLE};
 
+/// The most bytes of weights: some hundred times what the largest models have.
+const LARGEST: u64 = 1 << 48;
 /// Values that a thread takes at once; even, for they come in pairs.
 const SPAN: usize = 1 << 12;
 
@@ -53,6 +56,13 @@ pub fn create(
     out: &Path,
     progress: &mut dyn FnMut(u64, u64) -> anyhow::Result<()>,
 ) -> anyhow::Result<Report> {
+    let bytes = parameters(config).saturating_mul(settings.float.size() as u64);
+    ensure!(
+        bytes <= LARGEST,
+        "the model would have {} of weights, expected at most {}; are its sizes right?",
+        ByteSize(bytes),
+        ByteSize(LARGEST)
+    );
     let entries = entries(config, settings.float);
     let size = |entry: &Entry| -> anyhow::Result<u64> { Ok(entry.size()? as u64) };
     let mut total = 0u64;
@@ -112,10 +122,28 @@ pub fn create(
     })
 }
 
-/// The number of weights that a model of this shape has; a tied head counts once.
+/// The number of weights that a model of this shape has; a tied head counts once. Whatever [`LlamaConfig::read`] accepts can be
+/// counted.
 pub fn parameters(config: &LlamaConfig) -> u64 {
-    let values = |entry: &Entry| entry.shape.iter().product::<usize>() as u64;
-    entries(config, Float::F32).iter().map(values).sum()
+    let values = |entry: &Entry| {
+        let sizes = entry.shape.iter().map(|size| *size as u64);
+        sizes.fold(1, u64::saturating_mul)
+    };
+    let one = LlamaConfig {
+        num_hidden_layers: 1,
+        ..config.clone()
+    };
+    let layers = config.num_hidden_layers as u64;
+    let all = entries(&one, Float::F32);
+    let sizes = all.iter().map(|entry| {
+        let times = if entry.name.contains(".layers.") {
+            layers
+        } else {
+            1
+        };
+        values(entry).saturating_mul(times)
+    });
+    sizes.fold(0, u64::saturating_add)
 }
 
 /// All tensors, in the order of torch's modules.

@@ -12,6 +12,8 @@ use super::weights::{RawTensor, Weights};
 
 /// Bytes that a thread looks through at once; whole numbers of any type.
 const SPAN: usize = 1 << 18;
+/// Bytes that are read at once; whole spans.
+const PIECE: usize = 1 << 22;
 
 /// The first value of a tensor that is not finite.
 #[derive(Debug, Clone, PartialEq)]
@@ -68,8 +70,19 @@ pub fn first_in(float: Float, bytes: &[u8]) -> Option<(usize, f32)> {
 }
 
 /// The first value of a stored tensor that is not finite; none for whole numbers.
-fn first_of(raw: &RawTensor<'_>) -> Option<(usize, f32)> {
-    first_in(Float::of(raw.dtype)?, raw.bytes)
+fn first_of(raw: &RawTensor<'_>) -> anyhow::Result<Option<(usize, f32)>> {
+    let Some(float) = Float::of(raw.dtype) else {
+        return Ok(None);
+    };
+    let mut piece = Vec::new();
+    for first in (0..raw.size()).step_by(PIECE) {
+        piece.resize(PIECE.min(raw.size() - first), 0);
+        raw.read(first, &mut piece)?;
+        if let Some((at, value)) = first_in(float, &piece) {
+            return Ok(Some((first / float.size() + at, value)));
+        }
+    }
+    Ok(None)
 }
 
 /// Looks through one tensor. The codes of a 4-bit weight are bytes, whatever their tensor's type.
@@ -78,7 +91,7 @@ pub fn check(weights: &Weights, name: &str) -> anyhow::Result<Option<NotFinite>>
         return Ok(None);
     }
     let raw = weights.raw(name)?;
-    Ok(first_of(&raw).map(|(at, value)| NotFinite {
+    Ok(first_of(&raw)?.map(|(at, value)| NotFinite {
         tensor: name.to_owned(),
         file: weights.file_of(name).unwrap_or_default().to_owned(),
         at,
@@ -91,7 +104,6 @@ pub fn check(weights: &Weights, name: &str) -> anyhow::Result<Option<NotFinite>>
 pub fn find(weights: &Weights) -> anyhow::Result<Option<NotFinite>> {
     for name in weights.names() {
         let found = check(weights, name)?;
-        weights.let_go(name);
         if found.is_some() {
             return Ok(found);
         }

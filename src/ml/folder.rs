@@ -69,7 +69,8 @@ pub fn sorted_json(value: &Value) -> anyhow::Result<String> {
     Ok(text)
 }
 
-fn sorted(value: &Value) -> Value {
+/// A value whose objects have their keys sorted, at every depth.
+pub fn sorted(value: &Value) -> Value {
     match value {
         Value::Object(map) => {
             let sorted_map: BTreeMap<&String, &Value> = map.iter().collect();

@@ -100,8 +100,8 @@ impl<'m> Forward<'m> {
     pub fn score(&mut self, targets: &[Target], certainty: bool) -> Result<Scores> {
         match &mut self.way {
             Way::Plain { hidden, scored, .. } => {
-                let weight = self.model.head_weight(self.pass)?;
-                let mut new = head::score(hidden, &weight, targets, certainty)?;
+                let head = self.model.head_matrix(self.pass)?;
+                let mut new = head::score(hidden, &head, targets, certainty)?;
                 let scores = Scores {
                     logps: new.logps.clone(),
                     certainty: new.certainty.take(),
@@ -140,10 +140,9 @@ impl<'m> Forward<'m> {
                 tape: Some(tape),
                 scored: Some(scored),
             } => {
-                let (model, weight) = (self.model, self.model.head_weight(self.pass)?);
-                let (of_hidden, of_head) =
-                    scored.backward(of_logps, &weight, &hidden, model.trains_head())?;
-                model.backward(tape, &of_hidden, of_head.as_ref(), gradients)
+                let (model, head) = (self.model, self.model.head_matrix(self.pass)?);
+                let (of_hidden, of_head) = scored.backward(of_logps, &head, &hidden)?;
+                model.backward(tape, &of_hidden, &of_head, gradients)
             }
             Way::Fused {
                 pass,

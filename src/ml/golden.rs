@@ -11,7 +11,6 @@ use super::config::{Llama3Rope, LlamaConfig};
 use super::forward::Path;
 use super::fused::Packing;
 use super::generate;
-use super::head;
 use super::linear::Pass;
 use super::model::{Gradients, Llama, Trained};
 use super::objective::{Objective, Outcome};
@@ -152,7 +151,7 @@ pub(crate) fn prompt(ids: &Tensor) -> Batch {
 
 pub(crate) fn logits(model: &Llama, batch: &Batch, pass: Pass) -> Tensor {
     let hidden = model.hidden(batch, pass).unwrap().squeeze(0).unwrap();
-    head::logits(&hidden, &model.head_weight(pass).unwrap()).unwrap()
+    model.head_matrix(pass).unwrap().logits(&hidden).unwrap()
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 
-use super::adapter::{self, Adapter, NewAdapter};
+use super::adapter::{self, Adapter, Names, NewAdapter};
 use super::attach::attach;
 use super::batch::{Batch, Sequence};
 use super::config::LlamaConfig;
@@ -192,7 +192,7 @@ fn folders_are_written_as_peft_writes_them() {
             let (ours, theirs) = (ours.raw(name).unwrap(), theirs.raw(name).unwrap());
             let same = ours.dtype == theirs.dtype
                 && ours.shape == theirs.shape
-                && ours.bytes == theirs.bytes;
+                && ours.bytes().unwrap() == theirs.bytes().unwrap();
             assert!(same, "{case} {name}");
         }
         let json = |folder: &Path| -> serde_json::Value {
@@ -269,9 +269,11 @@ fn loftq_s_iterations_are_those_of_peft() {
     let new = NewAdapter {
         r: 4,
         lora_alpha: 4.,
-        target_modules: ["q_proj", "v_proj", "down_proj"]
-            .map(str::to_owned)
-            .to_vec(),
+        target_modules: Names::List(
+            ["q_proj", "v_proj", "down_proj"]
+                .map(str::to_owned)
+                .to_vec(),
+        ),
         ..NewAdapter::default()
     };
     let scratch = tempfile::tempdir().unwrap();
@@ -361,9 +363,6 @@ fn what_does_not_fit_a_model_is_told() {
     let (error, merged) = fails("model_nf4", &read("saved_projection"));
     assert!(error.contains("stored in 4 bits"), "{error}");
     assert!(format!("{:#}", merged.unwrap_err()).contains("4 bits"));
-    let (error, merged) = fails("tied", &read("saved"));
-    assert!(error.contains("`tie_word_embeddings`"), "{error}");
-    assert!(merged.is_err());
     let mut wide = read("saved");
     let head = wide.saved.get_mut("lm_head.weight").unwrap();
     *head = Tensor::zeros((97, 64), DType::F32, &Device::Cpu).unwrap();

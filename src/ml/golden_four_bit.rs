@@ -5,7 +5,7 @@ use std::path::Path;
 
 use candle_core::{DType, Device};
 
-use super::adapter::{Adapter, NewAdapter};
+use super::adapter::{Adapter, Names, NewAdapter};
 use super::attach::attach;
 use super::batch::{Batch, Sequence};
 use super::config::LlamaConfig;
@@ -122,7 +122,7 @@ fn adapters_are_begun_and_trained_beside_them() {
         );
         let new = NewAdapter {
             r: 2,
-            target_modules: ["q_proj", "down_proj"].map(str::to_owned).to_vec(),
+            target_modules: Names::List(["q_proj", "down_proj"].map(str::to_owned).to_vec()),
             use_dora: true,
             ..NewAdapter::default()
         };
@@ -166,7 +166,7 @@ fn a_head_in_4_bits_is_neither_trained_nor_replaced() {
     let error = format!("{error:#}");
     assert!(error.contains("`lm_head.weight` whole"), "{error}");
     let new = NewAdapter {
-        target_modules: vec!["q_proj".into()],
+        target_modules: Names::List(vec!["q_proj".into()]),
         modules_to_save: vec!["lm_head".into()],
         ..NewAdapter::default()
     };

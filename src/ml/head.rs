@@ -11,6 +11,63 @@ use super::batch::Target;
 /// The number of logits in one chunk.
 const CHUNK: usize = 1 << 24;
 
+/// The head: its weight, and B of the matrices beside it.
+///
+/// Hidden states that go through it are (.., hidden), or with matrices (.., hidden + r): the last r are scaling A h, so that the
+/// logits are `W h + B (scaling A h)` and gradients of both parts come from one walk.
+#[derive(Debug, Clone)]
+pub struct Head {
+    /// W (vocabulary, hidden), in the dtype of products.
+    pub weight: Tensor,
+    /// B (vocabulary, r), likewise.
+    pub low: Option<Tensor>,
+    /// Whether W is trained.
+    pub trains: bool,
+}
+
+/// Gradients of a [`Head`].
+#[derive(Debug, Default)]
+pub struct OfHead {
+    /// That of W, where it is trained.
+    pub weight: Option<Tensor>,
+    /// That of B, where there is one.
+    pub low: Option<Tensor>,
+}
+
+impl Head {
+    fn vocabulary(&self) -> Result<usize> {
+        self.weight.dim(0)
+    }
+
+    /// Logits in f32 (n, vocabulary) of rows (n, hidden) or (n, hidden + r).
+    pub fn logits(&self, rows: &Tensor) -> Result<Tensor> {
+        let Some(low) = &self.low else {
+            return logits(rows, &self.weight);
+        };
+        let (hidden, r) = (self.weight.dim(1)?, low.dim(1)?);
+        let high = logits(&rows.narrow(1, 0, hidden)?.contiguous()?, &self.weight)?;
+        high + logits(&rows.narrow(1, hidden, r)?.contiguous()?, low)?
+    }
+
+    /// Both parts' rows of some ids, in f32.
+    fn rows(&self, ids: &Tensor) -> Result<Tensor> {
+        let own = |part: &Tensor| part.index_select(ids, 0)?.to_dtype(DType::F32);
+        match &self.low {
+            None => own(&self.weight),
+            Some(low) => Tensor::cat(&[own(&self.weight)?, own(low)?], 1),
+        }
+    }
+
+    /// The product of numbers (n, vocabulary) with both parts, in f32.
+    fn back(&self, spread: &Tensor) -> Result<Tensor> {
+        let own = |part: &Tensor| spread.matmul(part)?.to_dtype(DType::F32);
+        match &self.low {
+            None => own(&self.weight),
+            Some(low) => Tensor::cat(&[own(&self.weight)?, own(low)?], 1),
+        }
+    }
+}
+
 /// The head's inputs for some targets.
 pub struct Scored {
     rows: Tensor,  // (targets, hidden), f32
@@ -45,15 +102,10 @@ pub fn logits(rows: &Tensor, weight: &Tensor) -> Result<Tensor> {
         .to_dtype(DType::F32)
 }
 
-/// Scores `targets` by the final hidden states (batch, length, hidden) and the head's weight (vocabulary, hidden).
+/// Scores `targets` by the final hidden states (batch, length, hidden) and the head.
 ///
 /// With `certainty` it also tells how sure the model is, which takes a softmax more.
-pub fn score(
-    hidden: &Tensor,
-    weight: &Tensor,
-    targets: &[Target],
-    certainty: bool,
-) -> Result<Scored> {
+pub fn score(hidden: &Tensor, head: &Head, targets: &[Target], certainty: bool) -> Result<Scored> {
     let (batch, width, size) = hidden.dims3()?;
     let device = hidden.device();
     let places = targets
@@ -67,8 +119,8 @@ pub fn score(
         .index_select(&index, 0)?;
     let mut logps = Vec::with_capacity(targets.len());
     let mut certainty = certainty.then(Vec::new);
-    for (start, count) in chunks(targets.len(), weight.dim(0)?) {
-        let logits = logits(&rows.narrow(0, start, count)?, weight)?;
+    for (start, count) in chunks(targets.len(), head.vocabulary()?) {
+        let logits = head.logits(&rows.narrow(0, start, count)?)?;
         let ids = ids.narrow(0, start, count)?;
         let chosen = logits.gather(&ids.unsqueeze(1)?, 1)?;
         let all = logits.log_sum_exp(D::Minus1)?;
@@ -95,49 +147,52 @@ pub fn score(
 }
 
 impl Scored {
-    /// From the gradient of each log-probability: the gradient of the hidden states (of shape `like`) and, if wanted, of
-    /// the head's weight.
+    /// From the gradient of each log-probability: the gradients of the hidden states (of shape `like`) and of the head.
     pub fn backward(
         &self,
         gradient: &[f32],
-        weight: &Tensor,
+        head: &Head,
         like: &Tensor,
-        of_weight: bool,
-    ) -> Result<(Tensor, Option<Tensor>)> {
+    ) -> Result<(Tensor, OfHead)> {
         let device = like.device();
         let (batch, width, size) = like.dims3()?;
+        let hidden = head.weight.dim(1)?;
         // Ids without a share in the loss (the prompt of a rejected answer) need no products.
         let kept: Vec<u32> = (0u32..)
             .zip(gradient)
             .filter_map(|(place, g)| (*g != 0.).then_some(place))
             .collect();
         let mut of_hidden = Tensor::zeros((batch * width, size), DType::F32, device)?;
-        let mut sum = if of_weight {
-            Some(Tensor::zeros(weight.dims(), DType::F32, device)?)
-        } else {
-            None
+        let zeros = |part: &Tensor| Tensor::zeros(part.dims(), DType::F32, device);
+        let mut of_head = OfHead {
+            weight: head.trains.then(|| zeros(&head.weight)).transpose()?,
+            low: head.low.as_ref().map(zeros).transpose()?,
         };
-        for (start, count) in chunks(kept.len(), weight.dim(0)?) {
+        for (start, count) in chunks(kept.len(), head.vocabulary()?) {
             let kept = &kept[start..start + count];
             let g: Vec<f32> = kept.iter().map(|&place| gradient[place as usize]).collect();
             let g = Tensor::from_vec(g, (count, 1), device)?;
             let kept = Tensor::from_slice(kept, count, device)?;
             let rows = self.rows.index_select(&kept, 0)?;
             let ids = self.ids.index_select(&kept, 0)?;
-            let softmax = softmax(&logits(&rows, weight)?)?;
-            let spread = softmax.broadcast_mul(&g)?.to_dtype(weight.dtype())?; // (count, vocabulary)
-            let at_id = weight.index_select(&ids, 0)?.to_dtype(DType::F32)?;
-            let of_rows =
-                (at_id.broadcast_mul(&g)? - spread.matmul(weight)?.to_dtype(DType::F32)?)?;
+            let softmax = softmax(&head.logits(&rows)?)?;
+            let spread = softmax.broadcast_mul(&g)?.to_dtype(head.weight.dtype())?; // (count, vocabulary)
+            let of_rows = (head.rows(&ids)?.broadcast_mul(&g)? - head.back(&spread)?)?;
             of_hidden = of_hidden.index_add(&self.index.index_select(&kept, 0)?, &of_rows, 0)?;
-            if let Some(total) = sum {
-                let narrow = rows.to_dtype(weight.dtype())?;
+            let add = |total: Tensor, first: usize, count: usize| -> Result<Tensor> {
+                let rows = rows.narrow(1, first, count)?.contiguous()?;
+                let narrow = rows.to_dtype(spread.dtype())?;
                 let all = spread.t()?.matmul(&narrow)?.to_dtype(DType::F32)?;
-                let total = total.index_add(&ids, &rows.broadcast_mul(&g)?, 0)?;
-                sum = Some((total - all)?);
+                total.index_add(&ids, &rows.broadcast_mul(&g)?, 0)? - all
+            };
+            if let Some(total) = of_head.weight.take() {
+                of_head.weight = Some(add(total, 0, hidden)?);
+            }
+            if let Some(total) = of_head.low.take() {
+                of_head.low = Some(add(total, hidden, size - hidden)?);
             }
         }
-        Ok((of_hidden.reshape((batch, width, size))?, sum))
+        Ok((of_hidden.reshape((batch, width, size))?, of_head))
     }
 }
 

@@ -104,7 +104,7 @@ impl Weight {
     }
 
     /// Whether what counts in a pass is trained.
-    fn is_trained(&self, pass: Pass) -> bool {
+    pub(super) fn is_trained(&self, pass: Pass) -> bool {
         match self {
             Self::Frozen(_) => false,
             Self::Trained(_) => true,
@@ -252,13 +252,21 @@ impl Linear {
     /// The masks of this projection in a pass, from its first micro-batch on, if its input is dropped at all. They depend on the
     /// pass's [`Drops`] and the projection only, so that a recomputed layer drops the same values.
     pub(super) fn dropout(&self, pass: Pass) -> Option<Dropout> {
-        let (drops, lora) = (pass.dropout?, self.lora.as_ref()?);
-        (pass.adapter && lora.dropout > 0.).then(|| {
+        self.lora.as_ref()?.dropout_of(pass, self.index)
+    }
+}
+
+impl Lora {
+    /// See [`Linear::dropout`]; `index` is the module's own number.
+    pub(super) fn dropout_of(&self, pass: Pass, index: u64) -> Option<Dropout> {
+        let drops = pass.dropout?;
+        (pass.adapter && self.dropout > 0.).then(|| {
+            let own = index.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
             let all = Dropout {
-                start: drops.seed ^ (self.index + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15),
-                p: lora.dropout,
+                start: drops.seed ^ own,
+                p: self.dropout,
             };
-            let features = lora.a.stored(pass).dims().last().copied().unwrap_or(0) as u64;
+            let features = self.a.stored(pass).dims().last().copied().unwrap_or(0) as u64;
             let first = (drops.batch as u64).wrapping_mul(BATCH_STRIDE);
             all.skip(first.wrapping_mul(features))
         })

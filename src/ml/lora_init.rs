@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 use candle_core::{Device, Tensor};
 
-use super::adapter::{Adapter, AdapterConfig, LoraPair, NewAdapter};
+use super::adapter::{Adapter, AdapterConfig, LoraPair, Meant, NewAdapter};
 use super::config::LlamaConfig;
 use super::torch_rng::TorchRng;
 
@@ -44,64 +44,148 @@ pub fn projections(config: &LlamaConfig) -> [Projection; 7] {
     .map(|(path, shape)| Projection { path, shape })
 }
 
-/// Makes an adapter for the modules that `new` names (`q_proj`, or a longer path that ends so).
-///
-/// torch's generator is used up as PEFT does it, module after module: `nn.Linear` draws A, then B; then A is drawn again
-/// and B becomes 0. Without `init_lora_weights` the first draws of both stay.
-pub fn adapter(config: &LlamaConfig, new: &NewAdapter, seed: u64) -> anyhow::Result<Adapter> {
-    let settings = AdapterConfig::new(new)?;
+/// The names of the projections.
+pub const PROJECTIONS: [&str; 7] = [
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+];
+
+/// What a module is to an adapter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Module {
+    /// A product with a weight (out, in).
+    Linear(usize, usize),
+    /// Rows of a weight (vocabulary, hidden) that are looked up.
+    Embedding(usize, usize),
+    /// What can't have matrices: a norm, or modules together.
+    Other,
+}
+
+/// All modules of a model, by their paths, in torch's order.
+pub fn modules(config: &LlamaConfig) -> Vec<(String, Module)> {
+    let (vocabulary, hidden) = (config.vocab_size, config.hidden_size);
+    let other = |path: &str| (path.to_owned(), Module::Other);
+    let mut modules = vec![
+        other("model"),
+        (
+            "model.embed_tokens".into(),
+            Module::Embedding(vocabulary, hidden),
+        ),
+        other("model.layers"),
+    ];
     let projections = projections(config);
-    let meets = |path: &str, target: &str| {
-        path == target
-            || path
-                .strip_suffix(target)
-                .is_some_and(|rest| rest.ends_with('.'))
-    };
-    ensure!(
-        !new.target_modules.is_empty(),
-        "`target_modules` names no module"
-    );
-    let mut used = vec![false; new.target_modules.len()];
-    let mut rng = TorchRng::new(seed);
-    let mut tensors = BTreeMap::new();
     for layer in 0..config.num_hidden_layers {
+        let path = format!("model.layers.{layer}");
+        let below = |name: &str| format!("{path}.{name}");
+        modules.push(other(&path));
         for projection in &projections {
-            let path = format!("model.layers.{layer}.{}", projection.path);
-            if settings.saves(&path) {
-                continue; // trained whole, so it gets no matrices
+            match projection.name() {
+                "q_proj" => modules.push(other(&below("self_attn"))),
+                "gate_proj" => modules.push(other(&below("mlp"))),
+                _ => {}
             }
-            let mut wanted = false;
-            for (used, target) in used.iter_mut().zip(&new.target_modules) {
-                if meets(&path, target) {
-                    (*used, wanted) = (true, true);
-                }
-            }
-            if wanted {
-                let pair = pair(&mut rng, projection.shape, settings.rank(&path), new)
-                    .with_context(|| format!("could not make the matrices of `{path}`"))?;
-                tensors.insert(path, pair);
-            }
+            let (out, input) = projection.shape;
+            modules.push((below(projection.path), Module::Linear(out, input)));
+        }
+        for name in ["mlp.act_fn", "input_layernorm", "post_attention_layernorm"] {
+            modules.push(other(&below(name)));
         }
     }
-    if let Some((_, target)) = used
-        .iter()
-        .zip(&new.target_modules)
-        .find(|(used, _)| !**used)
-    {
-        let known: Vec<_> = projections
-            .iter()
-            .map(|one| format!("`{}`", one.name()))
-            .collect();
+    modules.extend(["model.norm", "model.rotary_emb"].map(other));
+    modules.push(("lm_head".into(), Module::Linear(vocabulary, hidden)));
+    modules
+}
+
+/// Makes an adapter for the modules that `new` means, as PEFT chooses them.
+///
+/// torch's generator is used up as PEFT does it, module after module: `nn.Linear` draws A, then B; then A is drawn again
+/// and B becomes 0. Without `init_lora_weights` the first draws of both stay. Embeddings draw normal numbers, of which B's stay.
+pub fn adapter(config: &LlamaConfig, new: &NewAdapter, seed: u64) -> anyhow::Result<Adapter> {
+    let settings = AdapterConfig::new(new)?;
+    let mut rng = TorchRng::new(seed);
+    let mut tensors = BTreeMap::new();
+    let mut excluded = false;
+    for (path, module) in modules(config) {
+        match settings.targets.mean(&path) {
+            Meant::No => continue,
+            Meant::Excluded => {
+                excluded = true;
+                continue;
+            }
+            Meant::Yes => {}
+        }
         ensure!(
-            false,
-            "the model has no module `{target}` that an adapter can stand beside, expected some of {}, or `all-linear`",
-            known.join(", ")
+            !settings.saves(&path) || module == Module::Other,
+            "`modules_to_save` means `{path}` too, by its last letters, and `target_modules` does; expected one of both"
         );
+        let r = settings.rank(&path);
+        let pair = match module {
+            Module::Linear(out, input) => pair(&mut rng, (out, input), r, new),
+            Module::Embedding(rows, width) => embedding(&mut rng, (rows, width), r, new),
+            Module::Other => bail!(
+                "`target_modules` means `{path}` too ({}), beside which matrices can't stand; expected projections such as {}, \
+                 `embed_tokens` or `lm_head`",
+                settings.targets.told(),
+                known()
+            ),
+        };
+        let pair = pair.with_context(|| format!("could not make the matrices of `{path}`"))?;
+        tensors.insert(path, pair);
     }
+    ensure!(
+        !tensors.is_empty(),
+        "no module of the model gets matrices: `target_modules` names {}{}; expected some of {}, `embed_tokens` or `lm_head`, or \
+         `all-linear`",
+        settings.targets.told(),
+        if excluded {
+            ", and `exclude_modules` or `modules_to_save` takes what it means away"
+        } else if new.layers_to_transform.is_empty() {
+            ""
+        } else {
+            " in the layers of `layers_to_transform`"
+        },
+        known()
+    );
     Ok(Adapter {
         config: settings,
         tensors,
         saved: BTreeMap::new(),
+    })
+}
+
+fn known() -> String {
+    PROJECTIONS.map(|name| format!("`{name}`")).join(", ")
+}
+
+/// The pair of embeddings (rows, width), turned around: PEFT's A is (r, rows), its B (width, r).
+fn embedding(
+    rng: &mut TorchRng,
+    (rows, width): (usize, usize),
+    r: usize,
+    new: &NewAdapter,
+) -> anyhow::Result<LoraPair> {
+    let too_large = "it is too large";
+    let a_count = r.checked_mul(rows).context(too_large)?;
+    let b_count = r.checked_mul(width).context(too_large)?;
+    let (mut a, mut b) = (rng.normal(a_count)?, rng.normal(b_count)?);
+    if new.init_lora_weights {
+        a.fill(0.);
+        b = rng.normal(b_count)?;
+    }
+    let turned = |values, shape: (usize, usize)| -> candle_core::Result<Tensor> {
+        Tensor::from_vec(values, shape, &Device::Cpu)?
+            .t()?
+            .contiguous()
+    };
+    Ok(LoraPair {
+        a: turned(b, (width, r))?,
+        b: turned(a, (r, rows))?,
+        magnitude: None,
     })
 }
 
@@ -140,15 +224,13 @@ fn pair(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ml::adapter::Names;
     use crate::ml::golden;
 
     fn new(target_modules: &[&str]) -> NewAdapter {
         NewAdapter {
             lora_alpha: 16.,
-            target_modules: target_modules
-                .iter()
-                .map(|name| (*name).to_owned())
-                .collect(),
+            target_modules: Names::List(target_modules.iter().map(|&name| name.into()).collect()),
             ..NewAdapter::default()
         }
     }
@@ -223,15 +305,22 @@ mod tests {
         );
         let three = adapter(&config(), &new(&["mlp.up_proj"]), 1).unwrap();
         assert_eq!(three.tensors.len(), 3);
-        for wrong in ["proj", "Wqkv", "lm_head", ""] {
-            let error = adapter(&config(), &new(&["q_proj", wrong]), 1)
+        for wrong in ["proj", "Wqkv", "embed", ""] {
+            let error = adapter(&config(), &new(&[wrong]), 1)
                 .unwrap_err()
                 .to_string();
             assert!(
                 error.contains(&format!("`{wrong}`")) && error.contains("`down_proj`"),
                 "{error}"
             );
+            // As in PEFT, one that is there is enough.
+            let some = adapter(&config(), &new(&["q_proj", wrong]), 1).unwrap();
+            assert_eq!(some.tensors.len(), 3);
         }
+        let error = adapter(&config(), &new(&["layers.0"]), 1)
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("`model.layers.0` too"), "{error}");
         assert!(adapter(&config(), &new(&[]), 1).is_err());
     }
 

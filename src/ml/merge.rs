@@ -6,22 +6,19 @@ use std::borrow::Cow;
 use std::cell::RefCell;
 use std::path::Path;
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 use candle_core::{DType, Tensor};
 use pipeline_kernels::merge as kernel;
 use rayon::prelude::*;
 
 use super::adapter::{Adapter, LoraPair};
-use super::config::LlamaConfig;
 use super::float::Float;
-use super::folder::{self, CONFIG};
 use super::nf4::{Nf4, PARTS};
 use super::rewrite::{Output, Written, rewrite};
 use super::tensors::is_used;
-use super::weights::{Entry, Weights};
+use super::tied::{self, EMBEDDINGS, HEAD};
+use super::weights::{Entry, RawTensor, Weights};
 
-const EMBEDDINGS: &str = "model.embed_tokens.weight";
-const HEAD: &str = "lm_head.weight";
 /// Values that a thread takes at once.
 const SPAN: usize = 1 << 12;
 
@@ -34,6 +31,8 @@ pub struct Report {
     pub replaced: usize,
     /// 4-bit weights that are dense now.
     pub dequantised: usize,
+    /// Whether the model's head was its embeddings, and is a tensor of its own now.
+    pub untied: bool,
     /// Bytes of all tensors of the result.
     pub bytes: u64,
     /// The files of weights.
@@ -54,68 +53,73 @@ pub fn merge(
     out: &Path,
     progress: &mut dyn FnMut(u64, u64) -> anyhow::Result<()>,
 ) -> anyhow::Result<Report> {
-    let config = LlamaConfig::read(source)?;
-    let weights = Weights::open(source)?;
-    check(adapter, &weights)?;
+    let (config, weights) = tied::open(source)?;
+    let tied = config.tie_word_embeddings;
+    let adapter = &*adapter.beside(tied)?;
+    let untied = adapter.unties(tied);
+    check(adapter, &weights, tied)?;
     let total = weights.bytes();
     let progress = RefCell::new((0u64, progress));
     let mut report = Report {
         merged: adapter.tensors.len(),
         replaced: adapter.saved.len(),
         dequantised: 0,
+        untied: false,
         bytes: 0,
         files: Vec::new(),
     };
-    let untied = config.tie_word_embeddings
-        && !adapter.config.ensure_weight_tying
-        && adapter.saved.contains_key(EMBEDDINGS);
-    let outputs = |name: &str| -> anyhow::Result<Vec<Output<'_>>> {
-        if is_part(&weights, name) {
-            return Ok(Vec::new());
-        }
+    let mut dequantised = 0;
+    let mut output = |name: &str, stored: &str| -> anyhow::Result<Output<'_>> {
         let update = name.strip_suffix(".weight").and_then(|path| {
             let pair = adapter.tensors.get(path)?;
             Some(Update::of(pair, adapter.config.scaling(path)))
         });
         let update = update.transpose()?;
         let weights = &weights;
-        let owned = name.to_owned();
-        if let Some(((rows, columns), float)) = Nf4::shape_of(weights, name)? {
-            report.dequantised += 1;
+        let owned = stored.to_owned();
+        if let Some(((rows, columns), float)) = Nf4::shape_of(weights, stored)? {
+            dequantised += 1;
             let entry = Entry::new(name, float.stored(), [rows, columns]);
             let load = move || {
                 let nf4 = Nf4::load(weights, &owned)?;
                 let nf4 = nf4.with_context(|| format!("`{owned}` is not 4-bit"))?;
-                Ok(move |first: usize, values: &mut [f32]| nf4.dequantise_from(first, values))
+                let read = move |first: usize, _: &[u8], values: &mut [f32]| {
+                    nf4.dequantise_from(first, values);
+                };
+                Ok(read)
             };
-            return Ok(vec![summed(entry, float, update, load)]);
+            return Ok(summed(entry, float, update, None, load));
         }
-        if let Some(tensor) = adapter.saved.get(name) {
-            let mut outputs = vec![replaced(weights, name, tensor)?];
-            if untied && name == EMBEDDINGS {
-                let mut head = Output::same(weights, name)?;
-                head.entry.name = HEAD.into();
-                outputs.push(head);
-            }
-            return Ok(outputs);
-        }
-        if update.is_none() {
-            return Ok(vec![if is_used(&config, name) {
-                Output::finite(weights, name)?
+        let own = adapter.saved.get(name);
+        if own.is_none() && update.is_none() {
+            let mut kept = if is_used(&config, stored) {
+                Output::finite(weights, stored)?
             } else {
-                Output::same(weights, name)?
-            }]);
+                Output::same(weights, stored)?
+            };
+            name.clone_into(&mut kept.entry.name);
+            return Ok(kept);
         }
-        let raw = weights.raw(name)?;
-        let float = float_of(name, raw.dtype)?;
+        let raw = weights.raw(stored)?;
+        let float = float_of(stored, raw.dtype)?;
         let entry = Entry::new(name, raw.dtype, raw.shape);
+        if let Some(tensor) = own {
+            return Ok(replaced(entry, float, tensor, update));
+        }
         let load = move || {
-            Ok(move |first: usize, values: &mut [f32]| {
-                let bytes = raw.bytes.get(first * float.size()..);
-                float.read(bytes.unwrap_or_default(), values);
-            })
+            Ok(move |_: usize, stored: &[u8], values: &mut [f32]| float.read(stored, values))
         };
-        Ok(vec![summed(entry, float, update, load)])
+        Ok(summed(entry, float, update, Some(raw), load))
+    };
+    let outputs = |name: &str| -> anyhow::Result<Vec<Output<'_>>> {
+        if is_part(&weights, name) {
+            return Ok(Vec::new());
+        }
+        let mut outputs = vec![output(name, name)?];
+        if untied && name == EMBEDDINGS {
+            outputs.push(output(HEAD, EMBEDDINGS)?);
+        }
+        Ok(outputs)
     };
     let mut written = |name: &str| {
         let (done, progress) = &mut *progress.borrow_mut();
@@ -128,35 +132,24 @@ pub fn merge(
     report.files = rewrite(&weights, out, outputs, &mut written)?;
     report.bytes = Weights::open(out)?.bytes();
 
-    if config.quantization.is_none() && !untied {
-        folder::carry(source, out, &[])?;
-    } else {
-        folder::carry(source, out, &[CONFIG])?;
-        let mut raw = folder::config(source)?;
+    report.dequantised = dequantised;
+    report.untied = untied;
+    tied::carry(source, out, tied && !untied, |raw| {
         raw.remove("quantization_config");
-        if untied {
-            raw.insert("tie_word_embeddings".into(), false.into());
-        }
-        folder::write_config(out, raw)?;
-    }
+    })?;
     Ok(report)
 }
 
-/// A tensor of the adapter in the place and type of the model's.
-fn replaced<'a>(weights: &Weights, name: &str, tensor: &'a Tensor) -> anyhow::Result<Output<'a>> {
-    let raw = weights.raw(name)?;
-    let float = float_of(name, raw.dtype)?;
+/// A tensor of the adapter in the place and type of the model's, and an update of it.
+fn replaced(entry: Entry, float: Float, tensor: &Tensor, update: Option<Update>) -> Output<'_> {
     let load = move || {
-        let values = tensor
-            .to_dtype(DType::F32)?
-            .flatten_all()?
-            .to_vec1::<f32>()?;
-        Ok(move |first: usize, out: &mut [f32]| {
+        let values = tensor.to_dtype(DType::F32)?.flatten_all()?;
+        let values = values.to_vec1::<f32>()?;
+        Ok(move |first: usize, _: &[u8], out: &mut [f32]| {
             out.copy_from_slice(&values[first..first + out.len()]);
         })
     };
-    let entry = Entry::new(name, raw.dtype, raw.shape);
-    Ok(summed(entry, float, None, load))
+    summed(entry, float, update, None, load)
 }
 
 /// Whether a tensor belongs to a 4-bit weight.
@@ -174,9 +167,19 @@ fn float_of(name: &str, dtype: safetensors::Dtype) -> anyhow::Result<Float> {
     })
 }
 
+/// The tensor of the model that stands where the adapter names one.
+fn stored(name: &str, tied: bool) -> &str {
+    if tied && name == HEAD {
+        EMBEDDINGS
+    } else {
+        name
+    }
+}
+
 /// Every pair of the adapter must have a weight of its shape in the model, and so must all that it replaces.
-fn check(adapter: &Adapter, weights: &Weights) -> anyhow::Result<()> {
+fn check(adapter: &Adapter, weights: &Weights, tied: bool) -> anyhow::Result<()> {
     for (name, tensor) in &adapter.saved {
+        let name = stored(name, tied);
         ensure!(
             weights.contains(name),
             "the adapter replaces `{name}`, which the model does not have; was it trained for another model?"
@@ -196,15 +199,16 @@ fn check(adapter: &Adapter, weights: &Weights) -> anyhow::Result<()> {
     }
     for (path, pair) in &adapter.tensors {
         let name = format!("{path}.weight");
+        let name = stored(&name, tied);
         ensure!(
-            weights.contains(&name),
+            weights.contains(name),
             "the adapter changes `{path}`, which the model does not have; was it trained for another model?"
         );
-        let shape = if let Some(((rows, columns), _)) = Nf4::shape_of(weights, &name)? {
+        let shape = if let Some(((rows, columns), _)) = Nf4::shape_of(weights, name)? {
             vec![rows, columns]
         } else {
-            let raw = weights.raw(&name)?;
-            float_of(&name, raw.dtype)?;
+            let raw = weights.raw(name)?;
+            float_of(name, raw.dtype)?;
             raw.shape.to_vec()
         };
         let fits = matches!(
@@ -271,15 +275,17 @@ impl Update {
     }
 }
 
-/// W + s B A of one weight, in pieces; at once where rows are scaled. `load` gives what reads values of W.
+/// W + s B A of one weight, in pieces; at once where rows are scaled. `load` gives what makes values of W: from the number of
+/// the first and, where W is `stored` in the type `float`, its bytes.
 fn summed<'a, R>(
     entry: Entry,
     float: Float,
     update: Option<Update>,
+    stored: Option<RawTensor<'a>>,
     mut load: impl FnMut() -> anyhow::Result<R> + 'a,
 ) -> Output<'a>
 where
-    R: Fn(usize, &mut [f32]) + Sync + 'a,
+    R: Fn(usize, &[u8], &mut [f32]) + Sync + 'a,
 {
     if update
         .as_ref()
@@ -288,11 +294,16 @@ where
         let count = entry.shape.iter().product();
         return Output::whole(entry, move || {
             let update = update.as_ref();
-            let mut values = vec![0f32; count];
             let read = load()?;
-            let spans = values.par_chunks_mut(SPAN).enumerate();
-            spans.for_each(|(span, values)| {
-                read(span * SPAN, values);
+            let mut bytes = vec![0; count * float.size()];
+            if let Some(stored) = stored {
+                stored.read(0, &mut bytes)?;
+            }
+            let mut values = vec![0f32; count];
+            let stored = bytes.par_chunks(SPAN * float.size());
+            let spans = values.par_chunks_mut(SPAN).zip(stored).enumerate();
+            spans.for_each(|(span, (values, stored))| {
+                read(span * SPAN, stored, values);
                 if let Some(update) = update {
                     update.add(span * SPAN, values);
                 }
@@ -300,11 +311,10 @@ where
             if let Some(update) = update {
                 update.lengthen(&mut values);
             }
-            let mut bytes = vec![0; count * float.size()];
-            let read = |first: usize, out: &mut [f32]| {
+            let read = |first: usize, _: &[u8], out: &mut [f32]| {
                 out.copy_from_slice(&values[first..first + out.len()]);
             };
-            sum(0, &mut bytes, float, None, &read)?;
+            sum(0, &mut bytes, float, None, None, &read)?;
             Ok(Cow::Owned(bytes))
         });
     }
@@ -314,24 +324,33 @@ where
             Some(read) => read,
             none => none.insert(load()?),
         };
-        sum(first / float.size(), bytes, float, update.as_ref(), read)
+        if let Some(stored) = stored {
+            stored.read(first, bytes)?;
+        }
+        let first = first / float.size();
+        sum(first, bytes, float, update.as_ref(), stored, read)
     })
 }
 
-/// Makes the bytes of W + s B A from value number `first` on. `read` gives those of W.
+/// Makes values of W from the number of the first and, where W is stored as plain numbers, their bytes.
+type Read<'a> = dyn Fn(usize, &[u8], &mut [f32]) + Sync + 'a;
+
+/// Makes the bytes of W + s B A from value number `first` on. `read` makes those of W, whose bytes are in `bytes` if it is
+/// `stored` as plain numbers.
 fn sum(
     first: usize,
     bytes: &mut [u8],
     float: Float,
     update: Option<&Update>,
-    read: &(dyn Fn(usize, &mut [f32]) + Sync),
+    stored: Option<RawTensor<'_>>,
+    read: &Read<'_>,
 ) -> anyhow::Result<()> {
     let spans = bytes.par_chunks_mut(SPAN * float.size()).enumerate();
     let finite = spans.map(|(span, bytes)| {
         let mut values = [0f32; SPAN];
         let values = &mut values[..bytes.len() / float.size()];
         let first = first + span * SPAN;
-        read(first, values);
+        read(first, bytes, values);
         if let Some(update) = update {
             update.add(first, values);
         }
@@ -339,12 +358,18 @@ fn sum(
         float.all_finite(bytes)
     });
     let finite = finite.reduce(|| true, |a, b| a && b);
-    ensure!(
-        finite,
-        "{}",
-        not_finite::why(first, bytes, float, update, read)
-    );
-    Ok(())
+    if finite {
+        return Ok(());
+    }
+    let one = |at: usize| -> anyhow::Result<f32> {
+        let (mut bytes, mut value) = (vec![0; float.size()], [0f32]);
+        if let Some(stored) = stored {
+            stored.read(at * float.size(), &mut bytes)?;
+        }
+        read(at, &bytes, &mut value);
+        Ok(value[0])
+    };
+    bail!(not_finite::why(first, bytes, float, update, &one)?)
 }
 
 #[cfg(test)]
@@ -355,6 +380,7 @@ mod tests {
     use candle_core::Device;
 
     use super::*;
+    use crate::ml::config::LlamaConfig;
     use crate::ml::golden;
     use crate::ml::weights::save;
 
@@ -514,10 +540,10 @@ mod tests {
         let summed = |pair: &LoraPair, float: Float| {
             let update = Update::of(pair, 0.5).unwrap();
             let mut bytes = vec![0; 4 * float.size()];
-            let read = |first: usize, values: &mut [f32]| {
+            let read = |first: usize, _: &[u8], values: &mut [f32]| {
                 values.copy_from_slice(&[1f32, 2., 3., 4.][first..first + values.len()]);
             };
-            sum(0, &mut bytes, float, Some(&update), &read).map(|()| bytes)
+            sum(0, &mut bytes, float, Some(&update), None, &read).map(|()| bytes)
         };
         let bytes = summed(&pair, Float::BF16).unwrap();
         let mut read = [0.; 4];

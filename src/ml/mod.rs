@@ -33,6 +33,7 @@ pub mod schedule;
 pub mod sft;
 pub mod svd;
 pub mod tensors;
+pub mod tied;
 pub mod torch_rng;
 pub mod train;
 pub mod weights;
@@ -45,6 +46,8 @@ pub(crate) mod golden;
 mod golden_adapters;
 #[cfg(test)]
 mod golden_compare;
+#[cfg(test)]
+mod golden_ends;
 #[cfg(test)]
 mod golden_four_bit;
 #[cfg(test)]

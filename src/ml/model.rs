@@ -8,6 +8,7 @@
 //! graph, or with checkpointing only its input; and recomputes everything from that input.
 
 pub mod decode;
+mod ends;
 mod layerwise;
 mod load;
 mod overflow;
@@ -19,8 +20,11 @@ use super::batch::Batch;
 use super::config::LlamaConfig;
 use super::forward::Path;
 use super::fused::Pool;
-use super::linear::{Drops, Linear, Pass, Weight};
+use super::head::OfHead;
+use super::linear::{Drops, Linear, Lora, Pass, Weight};
 use super::ops::{masked_softmax, rms_norm, rope};
+use super::tied::{EMBEDDINGS, HEAD};
+use ends::looked_up;
 pub use layerwise::logits_by_layer;
 
 /// What is trained.
@@ -57,6 +61,9 @@ pub struct Llama {
     pub(super) layers: Vec<Layer>,
     pub(super) norm: Norm,
     pub(super) head: Option<Weight>,
+    /// Matrices beside the embeddings, and beside the head; `DoRA` is nowhere there.
+    pub(super) embed_lora: Option<Lora>,
+    pub(super) head_lora: Option<Lora>,
     pub(super) compute: DType,
     frozen_column_sum: Option<Tensor>,
     /// Which way passes go.
@@ -226,44 +233,14 @@ impl Layer {
 }
 
 impl Llama {
-    pub(super) fn head(&self) -> &Weight {
-        self.head.as_ref().unwrap_or(&self.embed)
-    }
-
-    /// The head's weight (vocabulary, hidden) in the compute dtype, outside any graph.
-    pub fn head_weight(&self, pass: Pass) -> Result<Tensor> {
-        self.head().value(pass).to_dtype(self.compute)
-    }
-
-    /// The sum of the head's rows, in f64: see [`super::head::mean_logit`].
-    pub fn column_sum(&self, pass: Pass) -> Result<Tensor> {
-        if let Some(sum) = &self.frozen_column_sum {
-            return Ok(sum.clone());
-        }
-        // In parts: all of it in f64 would be the largest tensor of all.
-        let weight = self.head().value(pass);
-        let (rows, columns) = weight.dims2()?;
-        let mut total = Tensor::zeros(columns, DType::F64, &self.device)?;
-        for start in (0..rows).step_by(1 << 12) {
-            let part = weight.narrow(0, start, (rows - start).min(1 << 12))?;
-            let part = part.to_dtype(self.compute)?.to_dtype(DType::F64)?;
-            total = (total + part.sum(0)?)?;
-        }
-        Ok(total)
-    }
-
-    /// Whether the head is trained.
-    pub fn trains_head(&self) -> bool {
-        self.head().trained().is_some()
-    }
-
     /// Whether it is a frozen base with LoRA pairs at most: no biases, no `DoRA`, no tensor trained or replaced.
     pub fn is_plain(&self) -> bool {
         let norms = self
             .layers
             .iter()
             .flat_map(|layer| [&layer.input_norm, &layer.post_norm]);
-        self.embed.is_frozen()
+        !self.has_pairs_at_ends()
+            && self.embed.is_frozen()
             && self.head().is_frozen()
             && norms
                 .chain([&self.norm])
@@ -295,8 +272,7 @@ impl Llama {
     fn embed(&self, ids: &Tensor, pass: Pass) -> Result<Tensor> {
         let (batch, length) = ids.dims2()?;
         let ids = ids.flatten_all()?;
-        let rows = self.embed.value(pass).index_select(&ids, 0)?;
-        rows.to_dtype(DType::F32)?.reshape((batch, length, ()))
+        looked_up(&self.embed, self.embed_lora.as_ref(), &ids, pass)?.reshape((batch, length, ()))
     }
 
     /// The embeddings, the output of each layer but the last, and the final hidden states after the norm, as transformers
@@ -318,7 +294,7 @@ impl Llama {
         Ok(states)
     }
 
-    /// The final hidden states, after the norm: (batch, length, hidden).
+    /// The final hidden states as [`Llama::head_matrix`] takes them: (batch, length, hidden and what its matrices add).
     pub fn hidden(&self, batch: &Batch, pass: Pass) -> Result<Tensor> {
         let pass = Pass {
             tape: false,
@@ -329,7 +305,7 @@ impl Llama {
         for layer in &self.layers {
             x = layer.forward(&x, &shared, &mut None)?;
         }
-        self.norm.forward(&x, pass)
+        self.widen(self.norm.forward(&x, pass)?, pass)
     }
 
     /// The logits of the next token after `ids`, which follow what `cache` has seen.
@@ -365,10 +341,9 @@ impl Llama {
         }
         cache.length += length;
         let last = x.narrow(1, length - 1, 1)?.squeeze(1)?;
-        let last = self.norm.forward(&last, pass)?;
-        super::head::logits(&last, &self.head_weight(pass)?)?
-            .squeeze(0)?
-            .to_vec1()
+        let last = self.widen(self.norm.forward(&last, pass)?, pass)?;
+        let logits = self.head_matrix(pass)?.logits(&last)?;
+        logits.squeeze(0)?.to_vec1()
     }
 
     /// A forward pass that [`Llama::backward`] can go back. With `checkpointing` only the layers' inputs are kept.
@@ -396,7 +371,7 @@ impl Llama {
         let mut segments = Vec::with_capacity(self.layers.len());
         for (number, layer) in self.layers.iter().enumerate() {
             // Nothing below the first layer is trained under LoRA, so its input needs no gradient.
-            let needed = number > 0 || self.embed.trained().is_some();
+            let needed = number > 0 || self.trains_embeddings();
             let input = if needed {
                 Var::from_tensor(&x)?.into_inner()
             } else {
@@ -412,7 +387,7 @@ impl Llama {
             }
         }
         let last = Var::from_tensor(&x)?;
-        let normed = self.norm.forward(&last, pass)?;
+        let normed = self.widen(self.norm.forward(&last, pass)?, pass)?;
         Ok(Tape {
             ids,
             shared,
@@ -422,19 +397,24 @@ impl Llama {
         })
     }
 
-    /// Adds to `gradients` what the gradients of the tape's hidden states and of the head's weight bring.
+    /// Adds to `gradients` what the gradients of the tape's hidden states and of the head bring.
     pub fn backward(
         &self,
         tape: Tape,
         of_hidden: &Tensor,
-        of_head: Option<&Tensor>,
+        of_head: &OfHead,
         gradients: &mut Gradients,
     ) -> Result<()> {
-        if let Some(of_head) = of_head {
+        if let (Some(lora), Some(of_low)) = (&self.head_lora, &of_head.low)
+            && let Some(var) = lora.b.trained()
+        {
+            gradients.add(self.place_of(var), of_low)?;
+        }
+        if let Some(of_head) = &of_head.weight {
             let name = if self.head.is_some() {
-                "lm_head.weight"
+                HEAD
             } else {
-                "model.embed_tokens.weight"
+                EMBEDDINGS
             };
             gradients.add(self.place(name), of_head)?;
         }
@@ -457,21 +437,42 @@ impl Llama {
                 gradient = take(&mut store, &input)?;
             }
         }
+        if !self.trains_embeddings() {
+            return Ok(());
+        }
+        let rows = gradient.reshape(((), gradient.dim(D::Minus1)?))?;
+        let ids = tape.ids.flatten_all()?;
+        // As in transformers (`padding_idx`), the row of the padding is not learnt from where it is looked up.
+        let learnt = |rows: &Tensor| match self.config.pad_token_id {
+            Some(pad) => rows.broadcast_mul(&ids.ne(pad)?.to_dtype(DType::F32)?.unsqueeze(1)?),
+            None => Ok(rows.clone()),
+        };
+        if let Some(lora) = &self.embed_lora
+            && let (Some(a), Some(b)) = (lora.a.trained(), lora.b.trained())
+        {
+            let scaled = (&rows * lora.scaling)?;
+            let low = b.as_detached_tensor().index_select(&ids, 0)?;
+            gradients.add(self.place_of(a), &low.t()?.matmul(&scaled)?)?;
+            let of_low = scaled.matmul(&a.as_detached_tensor().t()?)?;
+            let zeros = b.as_detached_tensor().zeros_like()?;
+            gradients.add(
+                self.place_of(b),
+                &zeros.index_add(&ids, &learnt(&of_low)?, 0)?,
+            )?;
+        }
         if let Some(var) = self.embed.trained() {
-            let rows = gradient.reshape(((), gradient.dim(D::Minus1)?))?;
             let zeros = var.as_detached_tensor().zeros_like()?;
-            let ids = tape.ids.flatten_all()?;
-            let rows = match self.config.pad_token_id {
-                // As in transformers (`padding_idx`), the row of the padding is not learnt from where it is looked up.
-                Some(pad) => {
-                    rows.broadcast_mul(&ids.ne(pad)?.to_dtype(DType::F32)?.unsqueeze(1)?)?
-                }
-                None => rows,
-            };
-            let of_embed = zeros.index_add(&ids, &rows, 0)?;
-            gradients.add(self.place("model.embed_tokens.weight"), &of_embed)?;
+            let of_embed = zeros.index_add(&ids, &learnt(&rows)?, 0)?;
+            gradients.add(self.place(EMBEDDINGS), &of_embed)?;
         }
         Ok(())
+    }
+
+    fn place_of(&self, var: &Var) -> usize {
+        let id = var.as_tensor().id();
+        let mut parameters = self.parameters.iter();
+        let place = parameters.position(|p| p.var.as_tensor().id() == id);
+        place.unwrap_or(usize::MAX)
     }
 
     fn place(&self, name: &str) -> usize {

@@ -101,7 +101,7 @@ impl Nf4 {
         let count = rows * columns;
         let blocks = count.div_ceil(BLOCK);
         // Codes are bytes in a tensor of any type (`bnb_4bit_quant_storage`), which is chosen for sharding and means nothing.
-        let packed = weights.raw(name)?.bytes.to_vec();
+        let packed = weights.raw(name)?.bytes()?;
         ensure!(
             packed.len() == count.div_ceil(2),
             "it has {} bytes, expected {} for the shape ({rows}, {columns})",
@@ -212,7 +212,7 @@ impl QuantState {
     /// The state of a weight, its shape and the type of its values.
     fn read(weights: &Weights, name: &str) -> anyhow::Result<(Self, (usize, usize), Float)> {
         let text = weights.raw(&format!("{name}{STATE}"))?;
-        let state: Self = serde_json::from_slice(text.bytes)
+        let state: Self = serde_json::from_slice(&text.bytes()?)
             .with_context(|| format!("its `{STATE}` is damaged"))?;
         ensure!(
             state.quant_type == "nf4",

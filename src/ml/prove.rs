@@ -11,11 +11,11 @@ use rayon::prelude::*;
 
 use super::adapter::Adapter;
 use super::batch::{Batch, Sequence};
-use super::config::LlamaConfig;
 use super::float::Float;
 use super::fused::layerwise::Walk;
 use super::linear::Pass;
 use super::model::logits_by_layer;
+use super::tied;
 use super::weights::Weights;
 
 /// Rows of the head whose logits are made at a time; they stay in the cache.
@@ -69,13 +69,13 @@ pub fn prove(
 ) -> anyhow::Result<Proof> {
     let sequences = prompts.iter().map(|ids| Sequence::new(ids.clone(), 0));
     let batch = Batch::new(sequences.collect(), 0)?;
-    let (config, weights) = (LlamaConfig::read(base)?, Weights::open(base)?);
+    let (config, weights) = tied::open(base)?;
     let base = Walk {
         config: &config,
         weights: &weights,
         adapter: Some(adapter),
     };
-    let (config, weights) = (LlamaConfig::read(merged)?, Weights::open(merged)?);
+    let (config, weights) = tied::open(merged)?;
     let merged = Walk {
         config: &config,
         weights: &weights,
@@ -203,8 +203,6 @@ fn by_kernels(
             product(&mut of_both[..], heads.0.matrix()?, &both),
             product(&mut of_own[..], heads.1.matrix()?, &own),
         ]);
-        base.let_head_go();
-        merged.let_head_go();
         let all = positions.par_iter_mut().enumerate();
         all.for_each(|(token, position)| {
             let with = column(&of_both, count, token);

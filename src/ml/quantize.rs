@@ -12,12 +12,13 @@ use serde_json::json;
 use super::adapter::{Adapter, LoraPair};
 use super::config::LlamaConfig;
 use super::float::Float;
-use super::folder::{self, CONFIG};
+use super::folder::CONFIG;
 use super::lora_init::projections;
-use super::nf4::encode::{Magnitudes, Part, block_absmax, pack, parts};
+use super::nf4::encode::{Magnitudes, Part, block_absmax, from_memory, pack, parts};
 use super::rewrite::{Output, Written, rewrite};
 use super::tensors::is_used;
-use super::weights::Weights;
+use super::tied;
+use super::weights::{RawTensor, Weights};
 
 /// How to quantise.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,12 +66,11 @@ fn quantize_by(
     nested: &dyn Fn(&[f32]) -> Magnitudes,
     progress: &mut dyn FnMut(u64, u64) -> anyhow::Result<()>,
 ) -> anyhow::Result<Report> {
-    let config = LlamaConfig::read(source)?;
+    let (config, weights) = tied::open(source)?;
     ensure!(
         config.quantization.is_none(),
         "the model is stored in 4 bits already; hint: use it as it is, without quantising it again"
     );
-    let weights = Weights::open(source)?;
     let wanted = wanted(&config, &weights)?;
     if let Some(adapter) = loftq {
         can_be_taken(adapter, &wanted)?;
@@ -100,33 +100,40 @@ fn quantize_by(
         let pair = loftq
             .zip(name.strip_suffix(".weight"))
             .and_then(|(adapter, path)| adapter.tensors.get(path));
-        let absmax = if pair.is_some() {
-            let (stored, bytes) = rest(raw.bytes, float, pair)?;
-            block_absmax(stored, &bytes)?
+        let absmax = if let Some(pair) = pair {
+            let bytes = rest(raw, float, pair)?;
+            block_absmax(Float::F32, bytes.len(), from_memory(&bytes))?
         } else {
-            block_absmax(float, raw.bytes)?
+            block_absmax(float, raw.size(), |first, out| raw.read(first, out))?
         };
-        weights.let_go(name);
         tick(0)?;
         let magnitudes = if settings.double_quant {
             nested(&absmax)
         } else {
             Magnitudes::Plain(absmax)
         };
-        let output = |part: Part| match part.bytes {
-            Some(bytes) => Output::whole(part.entry, move || Ok(Cow::Owned(bytes))),
-            None if pair.is_some() => Output::whole(part.entry, move || {
-                let (stored, bytes) = rest(raw.bytes, float, pair)?;
-                let mut packed = vec![0; (bytes.len() / stored.size()).div_ceil(2)];
-                pack(stored, &bytes, &mut packed);
-                Ok(Cow::Owned(packed))
-            }),
-            None => Output::pieces(part.entry, move |first, packed| {
-                // Two values a byte.
-                let values = raw.bytes.get(2 * first * float.size()..);
-                pack(float, values.unwrap_or_default(), packed);
+        let output = |part: Part| {
+            if let Some(bytes) = part.bytes {
+                return Output::whole(part.entry, move || Ok(Cow::Owned(bytes)));
+            }
+            if let Some(pair) = pair {
+                return Output::whole(part.entry, move || {
+                    let bytes = rest(raw, float, pair)?;
+                    let mut packed = vec![0; (bytes.len() / Float::F32.size()).div_ceil(2)];
+                    pack(Float::F32, &bytes, &mut packed);
+                    Ok(Cow::Owned(packed))
+                });
+            }
+            let mut bytes = Vec::new();
+            Output::pieces(part.entry, move |first, packed| {
+                // Two values a byte, and one in the last if their number is odd.
+                let first = 2 * first * float.size();
+                let count = (2 * packed.len() * float.size()).min(raw.size() - first);
+                bytes.resize(count, 0);
+                raw.read(first, &mut bytes)?;
+                pack(float, &bytes, packed);
                 Ok(())
-            }),
+            })
         };
         Ok(parts(name, float, shape, &magnitudes)?
             .into_iter()
@@ -138,51 +145,41 @@ fn quantize_by(
     report.files = rewrite(&weights, out, outputs, &mut written)?;
     report.bytes_after = Weights::open(out)?.bytes();
 
-    folder::carry(source, out, &[CONFIG])?;
-    let mut raw = folder::config(source)?;
     let stored = wanted.values().next().map(|(_, float)| *float);
     let compute = settings.compute_dtype.or(stored).unwrap_or(Float::F32);
-    raw.insert(
-        "quantization_config".into(),
-        json!({
-            "_load_in_4bit": true,
-            "_load_in_8bit": false,
-            "bnb_4bit_compute_dtype": compute.name(),
-            "bnb_4bit_quant_storage": "uint8",
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": settings.double_quant,
-            "llm_int8_enable_fp32_cpu_offload": false,
-            "llm_int8_has_fp16_weight": false,
-            "llm_int8_skip_modules": null,
-            "llm_int8_threshold": 6.0,
-            "load_in_4bit": true,
-            "load_in_8bit": false,
-            "quant_method": "bitsandbytes",
-        }),
-    );
-    folder::write_config(out, raw)?;
+    let quantization = json!({
+        "_load_in_4bit": true,
+        "_load_in_8bit": false,
+        "bnb_4bit_compute_dtype": compute.name(),
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": settings.double_quant,
+        "llm_int8_enable_fp32_cpu_offload": false,
+        "llm_int8_has_fp16_weight": false,
+        "llm_int8_skip_modules": null,
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": true,
+        "load_in_8bit": false,
+        "quant_method": "bitsandbytes",
+    });
+    tied::carry(source, out, config.tie_word_embeddings, |raw| {
+        raw.insert("quantization_config".into(), quantization);
+    })?;
     Ok(report)
 }
 
-/// What is to be quantised of a weight, and its type: the weight, or in f32 what an adapter leaves of it.
-fn rest<'a>(
-    bytes: &'a [u8],
-    float: Float,
-    pair: Option<&LoraPair>,
-) -> anyhow::Result<(Float, Cow<'a, [u8]>)> {
-    let Some(pair) = pair else {
-        return Ok((float, Cow::Borrowed(bytes)));
-    };
+/// What a pair leaves of a weight to be quantised, in f32.
+fn rest(raw: RawTensor<'_>, float: Float, pair: &LoraPair) -> anyhow::Result<Vec<u8>> {
+    let bytes = raw.bytes()?;
     let mut values = vec![0f32; bytes.len() / float.size()];
-    float.read(bytes, &mut values);
+    float.read(&bytes, &mut values);
     let (a, b) = (pair.a.to_dtype(DType::F32)?, pair.b.to_dtype(DType::F32)?);
     let update = b.matmul(&a)?.flatten_all()?.to_vec1::<f32>()?;
     let rest = values
         .iter()
         .zip(&update)
         .map(|(value, update)| value - update);
-    let rest: Vec<u8> = rest.flat_map(f32::to_le_bytes).collect();
-    Ok((Float::F32, Cow::Owned(rest)))
+    Ok(rest.flat_map(f32::to_le_bytes).collect())
 }
 
 /// Every pair has to have its weight, and nothing but pairs has a meaning here.
@@ -243,6 +240,7 @@ mod tests {
     use std::fs;
 
     use super::*;
+    use crate::ml::folder;
     use crate::ml::golden;
     use crate::ml::nf4::Nf4;
     use crate::ml::nf4::tests::nested_of_the_cpu;
@@ -313,9 +311,9 @@ mod tests {
             let entries = names.iter().map(entry).collect();
             let mut writer = Writer::create(&folder.join(file), entries).unwrap();
             for name in names {
-                let raw = weights.raw(name).unwrap().bytes;
+                let raw = weights.raw(name).unwrap().bytes().unwrap();
                 let mut values = vec![0.; raw.len() / 4];
-                Float::F32.read(raw, &mut values);
+                Float::F32.read(&raw, &mut values);
                 let mut bytes = vec![0; values.len() * float.size()];
                 float.write(&values, &mut bytes);
                 writer.write(name, &bytes).unwrap();
@@ -347,12 +345,15 @@ mod tests {
                 assert_eq!(before.file_of(weight), after.file_of(weight));
                 let raw = before.raw(weight).unwrap();
                 let Some(nf4) = Nf4::load(&after, weight).unwrap() else {
-                    assert!(raw.bytes == after.raw(weight).unwrap().bytes, "{weight}");
+                    assert!(
+                        raw.bytes().unwrap() == after.raw(weight).unwrap().bytes().unwrap(),
+                        "{weight}"
+                    );
                     continue;
                 };
                 assert_eq!(nf4.dtype, float.dtype());
-                let mut values = vec![0.; raw.bytes.len() / 2];
-                float.read(raw.bytes, &mut values);
+                let mut values = vec![0.; raw.size() / 2];
+                float.read(&raw.bytes().unwrap(), &mut values);
                 let square = |x: f32| x * x;
                 let error: f32 = nf4
                     .dequantise()

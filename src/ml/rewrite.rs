@@ -12,7 +12,9 @@ use anyhow::{Context as _, anyhow, bail};
 use serde_json::json;
 
 use super::finite;
+use super::float::Float;
 use super::folder::sorted_json;
+use super::nf4::Nf4;
 use super::weights::{Entry, INDEX, Weights, Writer};
 
 /// Bytes that are made at once: whole numbers of any type, and whole blocks of 4-bit weights. Few enough to be in the cache still
@@ -62,11 +64,16 @@ impl<'a> Output<'a> {
         let raw = weights.raw(name)?;
         let entry = Entry::new(name, raw.dtype, raw.shape);
         let owned = name.to_owned();
-        Ok(Self::whole(entry, move || {
-            if let Some(found) = finite::check(weights, &owned)? {
+        let codes = Nf4::shape_of(weights, name)?.is_some();
+        let float = Float::of(raw.dtype).filter(|_| !codes);
+        Ok(Self::pieces(entry, move |first, bytes| {
+            raw.read(first, bytes)?;
+            if float.is_some_and(|float| !float.all_finite(bytes))
+                && let Some(found) = finite::check(weights, &owned)?
+            {
                 bail!("{found}; look at where the model comes from");
             }
-            Ok(Cow::Borrowed(raw.bytes))
+            Ok(())
         }))
     }
 
@@ -74,7 +81,9 @@ impl<'a> Output<'a> {
     pub(super) fn same(weights: &'a Weights, name: &str) -> anyhow::Result<Self> {
         let raw = weights.raw(name)?;
         let entry = Entry::new(name, raw.dtype, raw.shape);
-        Ok(Self::whole(entry, move || Ok(Cow::Borrowed(raw.bytes))))
+        Ok(Self::pieces(entry, move |first, bytes| {
+            raw.read(first, bytes)
+        }))
     }
 }
 
@@ -142,7 +151,7 @@ pub(super) fn write_file(
     std::thread::scope(|scope| {
         let (orders, received) = sync_channel(QUEUE);
         let (free, used) = channel();
-        let writing = scope.spawn(move || -> anyhow::Result<String> {
+        let write = move || -> anyhow::Result<String> {
             for order in received.into_iter().flatten() {
                 match order {
                     Order::Start(name) => writer.start(&name)?,
@@ -155,7 +164,10 @@ pub(super) fn write_file(
                 }
             }
             writer.finish()
-        });
+        };
+        let writing = std::thread::Builder::new()
+            .spawn_scoped(scope, write)
+            .context("could not start a thread")?;
         let mut orders = Orders {
             waiting: Vec::new(),
             bytes: 0,
@@ -231,13 +243,13 @@ pub(super) fn rewrite<'a>(
                 outputs(name).with_context(|| format!("could not use the tensor `{name}`"))?;
             all.extend(made);
         }
+        if all.is_empty() && weights.sharded() {
+            continue; // all that it held is not used
+        }
         for output in &all {
             index.add(&output.entry, file)?;
         }
-        let blake3 = write_file(&out.join(file), all, &mut |name| {
-            weights.let_go(name);
-            written(name)
-        })?;
+        let blake3 = write_file(&out.join(file), all, written)?;
         let name = file.to_owned();
         files.push(Written { name, blake3 });
     }

@@ -10,10 +10,10 @@ use candle_core::Tensor;
 use super::adapter::Adapter;
 use super::finite;
 use super::float::Float;
-use super::folder;
 use super::model::Llama;
 use super::rewrite::{Output, rewrite};
-use super::weights::{Entry, Weights, bytes};
+use super::tied::{self, EMBEDDINGS, HEAD};
+use super::weights::{Entry, bytes};
 
 fn trained(model: &Llama) -> BTreeMap<&str, Tensor> {
     let parameters = model.parameters.iter();
@@ -38,6 +38,14 @@ pub fn save_adapter(model: &Llama, mut adapter: Adapter, out: &Path) -> anyhow::
             _ => pair.magnitude = Some(tensor),
         }
     }
+    // As PEFT writes it: a head that stays the embeddings stands beside them.
+    if model.config.tie_word_embeddings
+        && adapter.config.ensure_weight_tying
+        && adapter.saved.contains_key(HEAD)
+        && let Some(embeddings) = adapter.saved.get(EMBEDDINGS)
+    {
+        adapter.saved.insert(HEAD.into(), embeddings.clone());
+    }
     adapter.save(out)
 }
 
@@ -45,7 +53,7 @@ pub fn save_adapter(model: &Llama, mut adapter: Adapter, out: &Path) -> anyhow::
 /// In memory beside the model is one tensor.
 pub fn save_model(model: &Llama, source: &Path, out: &Path) -> anyhow::Result<()> {
     let trained = trained(model);
-    let weights = Weights::open(source)?;
+    let (config, weights) = tied::open(source)?;
     let outputs = |name: &str| {
         let Some(tensor) = trained.get(name) else {
             return Ok(vec![Output::same(&weights, name)?]);
@@ -71,5 +79,5 @@ pub fn save_model(model: &Llama, source: &Path, out: &Path) -> anyhow::Result<()
         Ok(vec![Output::whole(entry, bytes)])
     };
     rewrite(&weights, out, outputs, &mut |_| Ok(()))?;
-    folder::carry(source, out, &[])
+    tied::carry(source, out, config.tie_word_embeddings, |_| ())
 }

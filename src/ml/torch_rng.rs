@@ -77,6 +77,29 @@ impl TorchRng {
         (0..count).map(draw).collect()
     }
 
+    /// `count` numbers of `tensor.normal_()` in f32, at least 16: Box and Muller's transform of eight pairs at a time, whose last
+    /// group is drawn anew where it would be short. Within the rounding of torch's vectorised logarithm and cosine.
+    pub fn normal(&mut self, count: usize) -> anyhow::Result<Vec<f32>> {
+        ensure!(
+            count >= GROUP,
+            "torch draws {count} normal numbers, fewer than {GROUP}, in a way that is not known here"
+        );
+        let mut values = self.uniform(count, 0., 1.);
+        for group in values.as_chunks_mut::<GROUP>().0 {
+            *group = pairs(*group);
+        }
+        if !count.is_multiple_of(GROUP) {
+            let last: [f32; GROUP] = std::array::from_fn(|_| self.unit());
+            values[count - GROUP..].copy_from_slice(&pairs(last));
+        }
+        Ok(values)
+    }
+
+    /// The next number of `tensor.uniform_()`.
+    fn unit(&mut self) -> f32 {
+        self.uniform(1, 0., 1.).first().copied().unwrap_or_default()
+    }
+
     /// Drops `count` numbers.
     pub fn skip(&mut self, count: usize) {
         for _ in 0..count {
@@ -93,6 +116,21 @@ impl TorchRng {
         }
         order
     }
+}
+
+/// Normal numbers that torch makes together.
+const GROUP: usize = 16;
+
+/// Normal numbers from uniform ones, in pairs of one in the first half and one in the second.
+fn pairs(uniform: [f32; GROUP]) -> [f32; GROUP] {
+    let mut normal = [0.; GROUP];
+    for place in 0..GROUP / 2 {
+        let radius = (-2. * (1. - uniform[place]).ln()).sqrt();
+        let angle = std::f32::consts::TAU * uniform[place + GROUP / 2];
+        normal[place] = radius * angle.cos();
+        normal[place + GROUP / 2] = radius * angle.sin();
+    }
+    normal
 }
 
 #[cfg(test)]

@@ -1,18 +1,24 @@
 //! Tensors in safetensors files: a model folder with one `model.safetensors` or shards with an index, or a single file.
 //!
-//! Files are mapped, so a tensor costs memory only while it is used. Whatever is wrong with a file is an error with the
-//! file's name when it is opened, before a byte of a tensor is touched.
+//! When a file is opened, only its header is read, and whatever is wrong with it is an error with the file's name. Values are read
+//! where they are used, so a tensor costs memory only while it is held. Files are read and not mapped into memory: a file may have
+//! another name somewhere else, and whoever cuts it there would end the process (SIGBUS). Here that is an error.
 
 mod writer;
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io::ErrorKind;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, anyhow, bail, ensure};
+use bytemuck::{Pod, Zeroable, cast_slice_mut};
 use candle_core::{DType, Device, Tensor};
-use memmap2::Mmap;
-use safetensors::{Dtype, SafeTensors};
+use half::{bf16, f16};
+use rayon::prelude::*;
+use safetensors::Dtype;
+use safetensors::tensor::Metadata;
 
 pub(in crate::ml) use writer::bytes;
 pub use writer::{Entry, Writer, save};
@@ -22,22 +28,87 @@ pub const SINGLE: &str = "model.safetensors";
 /// The name of the index of a model with several.
 pub const INDEX: &str = "model.safetensors.index.json";
 
-/// A tensor as it lies in its file.
+/// The longest header that is read; the format's own limit.
+const LONGEST_HEADER: u64 = 100_000_000;
+/// Bytes that one thread reads at once.
+const PART: usize = 1 << 21;
+
+/// A tensor in its file. Its values are little-endian and in row-major order.
 #[derive(Debug, Clone, Copy)]
 pub struct RawTensor<'a> {
     /// The type of its values.
     pub dtype: Dtype,
     /// Its shape.
     pub shape: &'a [usize],
-    /// Its values, little-endian and in row-major order.
-    pub bytes: &'a [u8],
+    name: &'a str,
+    shard: &'a Shard,
+    /// Bytes of the file.
+    range: (usize, usize),
+}
+
+impl RawTensor<'_> {
+    /// The number of its bytes.
+    pub fn size(&self) -> usize {
+        self.range.1 - self.range.0
+    }
+
+    /// All its bytes.
+    pub fn bytes(&self) -> anyhow::Result<Vec<u8>> {
+        let mut bytes = vec![0; self.size()];
+        self.read(0, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Fills `out` with its bytes from number `first` on. An error if it has fewer, or if the file was cut since it was opened.
+    pub fn read(&self, first: usize, out: &mut [u8]) -> anyhow::Result<()> {
+        let inside = first.checked_add(out.len());
+        ensure!(
+            inside.is_some_and(|end| end <= self.size()),
+            "the tensor `{}` has {} bytes, fewer than are wanted",
+            self.name,
+            self.size()
+        );
+        let start = (self.range.0 + first) as u64;
+        let file = &self.shard.file;
+        let read = if out.len() <= PART {
+            file.read_exact_at(out, start)
+        } else {
+            let parts = out.par_chunks_mut(PART).enumerate();
+            parts.try_for_each(|(number, part)| {
+                file.read_exact_at(part, start + (number * PART) as u64)
+            })
+        };
+        read.map_err(|error| match error.kind() {
+            ErrorKind::UnexpectedEof => anyhow!("the file became shorter while it was read"),
+            _ => error.into(),
+        })
+        .with_context(|| {
+            format!(
+                "could not read the tensor `{}` from `{}`",
+                self.name,
+                self.shard.path.display()
+            )
+        })
+    }
+
+    /// All its values, in the type in which they are stored.
+    fn values<T: Pod>(&self) -> anyhow::Result<Vec<T>> {
+        self.values_from(0, self.size() / size_of::<T>())
+    }
+
+    /// Some of its values, from number `first` on. `T` has to be the type in which they are stored.
+    pub fn values_from<T: Pod>(&self, first: usize, count: usize) -> anyhow::Result<Vec<T>> {
+        let mut values = vec![<T as Zeroable>::zeroed(); count];
+        self.read(first * size_of::<T>(), cast_slice_mut(&mut values))?;
+        Ok(values)
+    }
 }
 
 /// One safetensors file.
 #[derive(Debug)]
 struct Shard {
     path: PathBuf,
-    map: Mmap,
+    file: File,
     metadata: BTreeMap<String, String>,
 }
 
@@ -151,21 +222,13 @@ impl Weights {
     fn add(&mut self, path: &Path) -> anyhow::Result<()> {
         let mut add = || -> anyhow::Result<()> {
             let file = File::open(path)?;
-            ensure!(file.metadata()?.is_file(), "it is not a file");
-            #[expect(
-                unsafe_code,
-                reason = "a mapped file spares a copy of the whole model in memory"
-            )]
-            // SAFETY: artifacts are read-only once committed and are replaced by renaming, never rewritten in place, so
-            // nobody changes or cuts the file under the map.
-            let map = unsafe { Mmap::map(&file) }?;
-            let (header, metadata) = SafeTensors::read_metadata(&map)
-                .context("it is damaged or not a safetensors file")?;
+            let (header, metadata) =
+                header(&file).context("it is damaged or not a safetensors file")?;
             let shard = self.shards.len();
             let tensors: BTreeMap<_, _> = metadata.tensors().into_iter().collect();
             for (name, info) in tensors {
                 let (start, end) = info.data_offsets;
-                let range = (8 + header + start, 8 + header + end);
+                let range = (header + start, header + end);
                 let place = Place {
                     shard,
                     dtype: info.dtype,
@@ -182,7 +245,7 @@ impl Weights {
             let metadata = metadata.metadata().clone().unwrap_or_default();
             self.shards.push(Shard {
                 path: path.to_path_buf(),
-                map,
+                file,
                 metadata: metadata.into_iter().collect(),
             });
             Ok(())
@@ -201,6 +264,18 @@ impl Weights {
     /// Whether a tensor is there.
     pub fn contains(&self, name: &str) -> bool {
         self.tensors.contains_key(name)
+    }
+
+    /// Leaves a tensor out, as if the file had none of the name.
+    pub fn hide(&mut self, name: &str) {
+        self.tensors.remove(name);
+    }
+
+    /// Gives a tensor another name.
+    pub fn rename(&mut self, from: &str, to: &str) {
+        if let Some(place) = self.tensors.remove(from) {
+            self.tensors.insert(to.to_owned(), place);
+        }
     }
 
     /// All names, sorted.
@@ -255,50 +330,34 @@ impl Weights {
         place.map_or(0, |place| (place.range.1 - place.range.0) as u64)
     }
 
-    /// A tensor where it lies.
+    /// A tensor in its file, of which nothing is read yet.
     pub fn raw(&self, name: &str) -> anyhow::Result<RawTensor<'_>> {
         let missing = || anyhow!("`{}` has no tensor `{name}`", self.place.display());
-        let place = self.tensors.get(name).ok_or_else(missing)?;
+        let (stored, place) = self.tensors.get_key_value(name).ok_or_else(missing)?;
         let shard = self.shards.get(place.shard).ok_or_else(missing)?;
-        let bytes = shard.map.get(place.range.0..place.range.1);
         Ok(RawTensor {
             dtype: place.dtype,
             shape: &place.shape,
-            bytes: bytes.ok_or_else(missing)?,
+            name: stored,
+            shard,
+            range: place.range,
         })
-    }
-
-    /// Gives the memory under a tensor back to the system, which reads it from the file again if it is used once more: going
-    /// through a large model then takes the memory of what is in use.
-    pub fn let_go(&self, name: &str) {
-        #[cfg(unix)]
-        if let Some(place) = self.tensors.get(name)
-            && let Some(shard) = self.shards.get(place.shard)
-        {
-            let (start, end) = place.range;
-            #[expect(unsafe_code, reason = "the advice is unchecked in general")]
-            // SAFETY: the map is shared and read-only and nobody changes its file (see `add`), so a page that was given back
-            // has the same bytes when it is read again; nothing can be lost or seen to change.
-            let advised = unsafe {
-                let advice = memmap2::UncheckedAdvice::DontNeed;
-                shard.map.unchecked_advise_range(advice, start, end - start)
-            };
-            // It is only advice.
-            let _ = advised;
-        }
-    }
-
-    /// Gives the memory under all tensors back, see [`Weights::let_go`].
-    pub fn release(&self) {
-        self.tensors.keys().for_each(|name| self.let_go(name));
     }
 
     /// A tensor in its stored dtype.
     pub fn tensor(&self, name: &str, device: &Device) -> anyhow::Result<Tensor> {
         let raw = self.raw(name)?;
-        let read = || -> candle_core::Result<Tensor> {
-            let dtype = DType::try_from(raw.dtype)?;
-            Tensor::from_raw_buffer(raw.bytes, dtype, raw.shape, device)
+        let read = || -> anyhow::Result<Tensor> {
+            Ok(match raw.dtype {
+                Dtype::F32 => Tensor::from_vec(raw.values::<f32>()?, raw.shape, device)?,
+                Dtype::BF16 => Tensor::from_vec(raw.values::<bf16>()?, raw.shape, device)?,
+                Dtype::F16 => Tensor::from_vec(raw.values::<f16>()?, raw.shape, device)?,
+                Dtype::U8 => Tensor::from_vec(raw.bytes()?, raw.shape, device)?,
+                other => {
+                    let dtype = DType::try_from(other)?;
+                    Tensor::from_raw_buffer(&raw.bytes()?, dtype, raw.shape, device)?
+                }
+            })
         };
         read().with_context(|| {
             format!(
@@ -308,6 +367,30 @@ impl Weights {
             )
         })
     }
+}
+
+/// Where a file's values begin, and what its header says. Its tensors lie one behind the other up to the file's end.
+fn header(file: &File) -> anyhow::Result<(usize, Metadata)> {
+    let metadata = file.metadata()?;
+    ensure!(metadata.is_file(), "it is not a file");
+    let mut length = [0; 8];
+    (file.read_exact_at(&mut length, 0)).context("it is shorter than a header")?;
+    let length = u64::from_le_bytes(length);
+    let room = metadata.len().saturating_sub(8);
+    ensure!(
+        length <= room.min(LONGEST_HEADER),
+        "it announces a header of {length} bytes"
+    );
+    let mut text = vec![0; usize::try_from(length)?];
+    file.read_exact_at(&mut text, 8)?;
+    let header: Metadata = serde_json::from_slice(&text)?;
+    ensure!(
+        header.data_len() as u64 == room - length,
+        "its header speaks of {} bytes of tensors, but there are {}",
+        header.data_len(),
+        room - length
+    );
+    Ok((8 + text.len(), header))
 }
 
 #[cfg(test)]

@@ -301,7 +301,10 @@ fn spinner(stage: &str) -> ProgressBar {
         bar.set_style(style);
     }
     bar.set_prefix(harmless(&stage.replace('\n', " ")).into_owned());
-    bar.enable_steady_tick(Duration::from_millis(200));
+    // The bar's own thread panics where the system gives no more; then it turns with the events alone.
+    if std::thread::Builder::new().spawn(|| ()).is_ok() {
+        bar.enable_steady_tick(Duration::from_millis(200));
+    }
     bar
 }
 

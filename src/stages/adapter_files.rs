@@ -6,7 +6,7 @@ use anyhow::{Context as _, bail};
 
 use super::chat_template;
 use crate::engine::Context;
-use crate::ml::adapter::{Adapter, Bias, CONFIG, FILE};
+use crate::ml::adapter::{Adapter, Bias, CONFIG, ENDS, FILE};
 
 /// The files of an adapter, if `names` has them all. Whatever else lies there tells of its training or of its base.
 pub(super) fn choose(names: &[&str]) -> anyhow::Result<[&'static str; 2]> {
@@ -62,6 +62,31 @@ pub(super) fn check(cx: &Context) -> anyhow::Result<()> {
         cx.warn(format!(
             "`bias` is `{}`, but the adapter has no biases; older versions of PEFT did not save them",
             config.bias.name()
+        ));
+    }
+    let paths = adapter.tensors.keys().map(String::as_str);
+    for (name, unused) in [
+        ("rank_pattern", config.rank_pattern.unused(&paths)),
+        ("alpha_pattern", config.alpha_pattern.unused(&paths)),
+    ] {
+        for pattern in unused {
+            cx.warn(format!(
+                "`{name}` has the pattern `{pattern}`, which fits none of the modules with matrices and changes nothing"
+            ));
+        }
+    }
+    let own = adapter.saved.keys().filter(|name| {
+        let path = name.strip_suffix(".weight").unwrap_or(name);
+        !adapter.trains(name) && !ENDS.contains(&path)
+    });
+    for name in own {
+        cx.warn(format!(
+            "`{FILE}` has `{name}`, of which its settings say nothing; as with PEFT it takes the place of the model's"
+        ));
+    }
+    for name in config.unknown() {
+        cx.warn(format!(
+            "`{CONFIG}` has the setting `{name}`, which is not known here; if it changes what the adapter computes, its numbers are wrong"
         ));
     }
     Ok(())

@@ -1,20 +1,21 @@
 //! `attach_lora`: a new adapter.
 
-use std::borrow::Cow;
-use std::collections::BTreeMap;
+mod modules;
+
 use std::fmt;
 
 use anyhow::{Context as _, ensure};
-use schemars::{JsonSchema, Schema, SchemaGenerator};
-use serde::de::{SeqAccess, Visitor};
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use schemars::JsonSchema;
+use serde::de::Visitor;
+use serde::{Deserialize, Deserializer, Serialize};
 
+use self::modules::{ByPattern, Modules, OneOrMany, TargetModules};
 use super::artifacts::{Adapter, Model};
 use crate::engine::{Context, Input, Problem, Stage};
-use crate::ml::adapter::{self, NewAdapter, Patterns};
+use crate::ml::adapter::{self, ENDS, Meant, Names, NewAdapter, Patterns};
 use crate::ml::config::LlamaConfig;
 use crate::ml::weights::Weights;
-use crate::ml::{attach, lora_init};
+use crate::ml::{attach, lora_init, tied};
 
 /// Makes an untrained LoRA adapter for a model: the same numbers that PEFT draws, in PEFT's folder layout.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -34,10 +35,24 @@ pub struct AttachLora {
     /// Which biases are trained beside the matrices. Most Llamas have none (`attention_bias` and `mlp_bias` in `config.json`).
     #[serde(default)]
     bias: Bias,
-    /// The modules that get a pair of matrices, by the ends of their paths; or `all-linear` for every projection of the layers.
+    /// The modules that get a pair of matrices: the ends of their paths, a regular expression that fits whole paths
+    /// (`'.*layers\.[0-7]\..*_proj'`), or `all-linear` for every projection of the layers. Beside `lm_head` and `embed_tokens` they
+    /// are possible too, but a training then takes the slower path, and merging a model whose head is its embeddings makes the head
+    /// a tensor of its own.
     /// PEFT's default: none, which means these two for a Llama.
     #[serde(default)]
     target_modules: TargetModules,
+    /// Modules that get none all the same, likewise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    exclude_modules: Option<Modules>,
+    /// The numbers of the layers whose modules are meant, with a list of `target_modules`. A module that is named by its whole path
+    /// is meant in any case, as in PEFT.
+    #[serde(default, skip_serializing_if = "OneOrMany::is_empty")]
+    layers_to_transform: OneOrMany<usize>,
+    /// With `layers_to_transform`, the names of the lists of layers whose numbers are meant (`layers` in a Llama). By default the
+    /// first number in a path counts.
+    #[serde(default, skip_serializing_if = "OneOrMany::is_empty")]
+    layers_pattern: OneOrMany<String>,
     /// Multiply the update by `lora_alpha / sqrt(r)` instead (rank-stabilised LoRA).
     #[serde(default)]
     use_rslora: bool,
@@ -45,12 +60,13 @@ pub struct AttachLora {
     /// module and step.
     #[serde(default, skip_serializing_if = "is_off")]
     use_dora: bool,
-    /// Ranks of some modules, by the ends of their paths or regular expressions; sorted, and the first that fits counts.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    rank_pattern: BTreeMap<String, usize>,
+    /// Ranks of some modules, by the ends of their paths or regular expressions. The first that fits counts, in the order in which
+    /// they are written.
+    #[serde(default, skip_serializing_if = "ByPattern::is_empty")]
+    rank_pattern: ByPattern<usize>,
     /// The `lora_alpha` of some modules, likewise.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    alpha_pattern: BTreeMap<String, f64>,
+    #[serde(default, skip_serializing_if = "ByPattern::is_empty")]
+    alpha_pattern: ByPattern<f64>,
     /// Modules that are trained whole and saved with the adapter, such as `embed_tokens` and `lm_head`, by the ends of their paths
     /// (`norm` means every norm). They need as much memory as in a full training.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -145,84 +161,6 @@ impl Default for Init {
     }
 }
 
-/// The modules that get a pair of matrices. Order means nothing, so it is not kept.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum TargetModules {
-    /// Every projection of the layers.
-    AllLinear,
-    /// Those whose paths end so.
-    Named(Vec<String>),
-}
-
-const ALL_LINEAR: &str = "all-linear";
-
-impl Default for TargetModules {
-    /// PEFT's for a Llama.
-    fn default() -> Self {
-        Self::Named(vec!["q_proj".into(), "v_proj".into()])
-    }
-}
-
-impl Serialize for TargetModules {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        match self {
-            Self::AllLinear => serializer.serialize_str(ALL_LINEAR),
-            Self::Named(names) => names.serialize(serializer),
-        }
-    }
-}
-
-impl<'de> Deserialize<'de> for TargetModules {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Names;
-        impl<'de> Visitor<'de> for Names {
-            type Value = TargetModules;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                write!(f, "a list of module names, or `{ALL_LINEAR}`")
-            }
-
-            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<TargetModules, E> {
-                if text == ALL_LINEAR {
-                    Ok(TargetModules::AllLinear)
-                } else {
-                    Err(E::invalid_value(serde::de::Unexpected::Str(text), &self))
-                }
-            }
-
-            fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<TargetModules, A::Error> {
-                let mut names = Vec::new();
-                while let Some(name) = items.next_element::<String>()? {
-                    names.push(name);
-                }
-                names.sort_unstable();
-                names.dedup();
-                Ok(TargetModules::Named(names))
-            }
-        }
-        deserializer.deserialize_any(Names)
-    }
-}
-
-impl JsonSchema for TargetModules {
-    fn schema_name() -> Cow<'static, str> {
-        "TargetModules".into()
-    }
-
-    fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        schemars::json_schema!({
-            "oneOf": [
-                { "const": ALL_LINEAR },
-                { "type": "array", "items": { "type": "string" }, "minItems": 1 },
-            ],
-        })
-    }
-
-    fn inline_schema() -> bool {
-        true
-    }
-}
-
 fn default_r() -> usize {
     8
 }
@@ -245,7 +183,7 @@ fn is_off(on: &bool) -> bool {
 
 impl Stage for AttachLora {
     const KIND: &'static str = "attach_lora";
-    const VERSION: u32 = 2;
+    const VERSION: u32 = 3;
     type Output = Adapter;
 
     fn check(&self) -> Vec<Problem> {
@@ -264,16 +202,25 @@ impl Stage for AttachLora {
             "lora_dropout",
             "expected a number from 0 to below 1",
         );
-        let some = self.target_modules != TargetModules::Named(Vec::new());
+        let some = self.target_modules != TargetModules::Some(Modules::Named(Vec::new()));
         rule(
             some,
             "target_modules",
             "expected at least one module, or `all-linear`",
         );
+        let listed = matches!(self.target_modules, TargetModules::Some(Modules::Named(_)));
+        rule(
+            listed || self.layers_to_transform.is_empty(),
+            "layers_to_transform",
+            "goes with a list of `target_modules` only; a regular expression names layers itself",
+        );
+        rule(
+            self.layers_pattern.is_empty() || !self.layers_to_transform.is_empty(),
+            "layers_pattern",
+            "needs `layers_to_transform` beside it",
+        );
         let saved = self.modules_to_save.iter().all(|name| !name.is_empty());
         rule(saved, "modules_to_save", "expected names of modules");
-        let ranks = self.rank_pattern.iter().map(|(a, b)| (a.clone(), *b));
-        let alphas = self.alpha_pattern.iter().map(|(a, b)| (a.clone(), *b));
         let positive = self.rank_pattern.values().all(|rank| *rank > 0);
         rule(positive, "rank_pattern", "expected ranks of at least 1");
         let positive = self
@@ -285,8 +232,20 @@ impl Stage for AttachLora {
             let text = error.map(|error| error.to_string());
             rule(text.is_none(), name, text.as_deref().unwrap_or_default());
         };
-        regular("rank_pattern", Patterns::new(ranks).err());
-        regular("alpha_pattern", Patterns::new(alphas).err());
+        regular(
+            "rank_pattern",
+            Patterns::new(self.rank_pattern.0.clone()).err(),
+        );
+        regular(
+            "alpha_pattern",
+            Patterns::new(self.alpha_pattern.0.clone()).err(),
+        );
+        if let TargetModules::Some(modules) = &self.target_modules {
+            regular("target_modules", modules.of_peft().check().err());
+        }
+        if let Some(modules) = &self.exclude_modules {
+            regular("exclude_modules", modules.of_peft().check().err());
+        }
         let loftq = self.init_lora_weights == Init::Named(Method::Loftq);
         rule(
             loftq == self.loftq_from.is_some(),
@@ -298,9 +257,8 @@ impl Stage for AttachLora {
 
     fn run(&self, cx: &Context) -> anyhow::Result<()> {
         let folder = cx.input(&self.model)?;
-        let config = LlamaConfig::read(folder)?;
+        let (config, weights) = tied::open(folder)?;
         let new = self.settings(&config);
-        let weights = Weights::open(folder)?;
         for layer in 0..config.num_hidden_layers {
             let name = format!("model.layers.{layer}.self_attn.q_proj.weight");
             weights
@@ -334,7 +292,7 @@ impl Stage for AttachLora {
 impl AttachLora {
     fn settings(&self, config: &LlamaConfig) -> NewAdapter {
         let target_modules = match &self.target_modules {
-            TargetModules::Named(names) => names.clone(),
+            TargetModules::Some(modules) => modules.of_peft(),
             TargetModules::AllLinear => {
                 let all = lora_init::projections(config);
                 let names = all.iter().map(|one| one.name().to_owned());
@@ -342,11 +300,9 @@ impl AttachLora {
                     let mut saved = self.modules_to_save.iter();
                     saved.any(|saved| name.ends_with(saved.as_str()))
                 };
-                names.filter(|name| !whole(name)).collect()
+                Names::List(names.filter(|name| !whole(name)).collect())
             }
         };
-        let ranks = self.rank_pattern.iter().map(|(a, b)| (a.clone(), *b));
-        let alphas = self.alpha_pattern.iter().map(|(a, b)| (a.clone(), *b));
         NewAdapter {
             r: self.r,
             lora_alpha: self.lora_alpha,
@@ -358,8 +314,11 @@ impl AttachLora {
             init_lora_weights: self.init_lora_weights != Init::Zero(false),
             target_modules,
             modules_to_save: self.modules_to_save.clone(),
-            rank_pattern: ranks.collect(),
-            alpha_pattern: alphas.collect(),
+            exclude_modules: self.exclude_modules.as_ref().map(Modules::of_peft),
+            layers_to_transform: self.layers_to_transform.0.clone(),
+            layers_pattern: self.layers_pattern.0.clone(),
+            rank_pattern: self.rank_pattern.0.clone(),
+            alpha_pattern: self.alpha_pattern.0.clone(),
             base_model_name_or_path: self.base_model_name_or_path.clone(),
         }
     }
@@ -384,6 +343,18 @@ impl AttachLora {
         if whole > 0 {
             cx.note("parameters_of_whole_tensors", whole);
         }
+        for warning in unused(config, adapter) {
+            cx.warn(warning);
+        }
+        let ends = ENDS
+            .iter()
+            .filter(|path| adapter.tensors.contains_key(**path));
+        if config.tie_word_embeddings && ends.count() > 0 {
+            cx.warn(
+                "the model's head is its embeddings, and matrices stand beside one of them: they count for that one alone, and `merge` \
+                 makes the head a tensor of its own",
+            );
+        }
         if attach::lacks_biases(config, self.bias.of_peft()) {
             cx.warn("the model has no biases, so `bias` changes nothing");
         }
@@ -404,98 +375,36 @@ impl AttachLora {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::ml::adapter::Adapter as LoraAdapter;
-    use crate::ml::golden;
-
-    fn run(yaml: &str, model: &str) -> anyhow::Result<LoraAdapter> {
-        let folder = tempfile::tempdir().unwrap();
-        let model = golden::folder(model);
-        let cx = Context::for_test(folder.path(), &[("base", &model)], &[]);
-        let stage: AttachLora = serde_yaml::from_str(yaml).unwrap();
-        assert_eq!(stage.check(), []);
-        stage.run(&cx)?;
-        let adapter = LoraAdapter::load(cx.out()).unwrap();
-        let notes = cx.notes.lock().unwrap();
-        assert_eq!(notes["modules"], adapter.tensors.len());
-        Ok(adapter)
-    }
-
-    #[test]
-    fn an_adapter_starts_with_the_numbers_of_peft() {
-        let yaml = "{model: base, r: 8, lora_alpha: 16, seed: 3407, target_modules: all-linear}";
-        let ours = run(yaml, "model").unwrap();
-        let theirs = LoraAdapter::load(&golden::folder("adapter_init")).unwrap();
-        for (path, pair) in &theirs.tensors {
-            let difference = (&ours.tensors[path].a - &pair.a).unwrap().abs().unwrap();
-            let largest = difference.flatten_all().unwrap().max(0).unwrap();
-            assert!(largest.to_scalar::<f32>().unwrap() == 0., "{path}");
+/// What was asked for and changes nothing, as PEFT warns of it.
+fn unused(config: &LlamaConfig, adapter: &adapter::Adapter) -> Vec<String> {
+    let settings = &adapter.config;
+    let with = adapter.tensors.keys().map(String::as_str);
+    let modules = lora_init::modules(config);
+    let all = modules.iter().map(|(path, _)| path.as_str());
+    let mut warnings = Vec::new();
+    for (name, unused) in [
+        ("rank_pattern", settings.rank_pattern.unused(&with)),
+        ("alpha_pattern", settings.alpha_pattern.unused(&with)),
+    ] {
+        for pattern in unused {
+            warnings.push(format!(
+                "`{name}` has the pattern `{pattern}`, which fits none of the modules with matrices and changes nothing"
+            ));
         }
-        let mut raw = theirs.config.raw;
-        raw["target_modules"]
-            .as_array_mut()
-            .unwrap()
-            .sort_by_key(ToString::to_string);
-        for (key, value) in &ours.config.raw {
-            assert_eq!(*value, raw[key], "{key}");
-        }
-        // The 4-bit model has the same shape, so the same adapter.
-        let quantised = run(yaml, "model_nf4").unwrap();
-        assert_eq!(quantised.config, ours.config);
-        assert_eq!(quantised.tensors.len(), 21);
     }
-
-    #[test]
-    fn defaults_are_those_of_peft() {
-        let adapter = run("{model: base}", "model").unwrap();
-        assert_eq!(adapter.tensors.len(), 6);
-        assert_eq!(
-            adapter.config.raw["target_modules"],
-            serde_json::json!(["q_proj", "v_proj"])
-        );
-        assert_eq!(
-            (adapter.config.r, adapter.config.raw["lora_alpha"].clone()),
-            (8, 8.into())
-        );
+    for name in settings.targets.unused(&all) {
+        warnings.push(format!(
+            "`target_modules` names `{name}`, which the model does not have"
+        ));
     }
-
-    #[test]
-    fn an_unknown_module_is_told_with_those_there_are() {
-        let error = run("{model: base, target_modules: [c_attn]}", "model")
-            .unwrap_err()
-            .to_string();
-        assert!(
-            error.contains("`c_attn`") && error.contains("`gate_proj`"),
-            "{error}"
-        );
+    let mut all = all;
+    if settings.targets.excludes()
+        && !all.any(|path| settings.targets.mean(path) == Meant::Excluded)
+    {
+        warnings.push("`exclude_modules` leaves out no module of the model".to_owned());
     }
-
-    #[test]
-    fn modules_are_a_set_and_rules_are_kept() {
-        let read = |yaml: &str| serde_yaml::from_str::<AttachLora>(yaml);
-        let one = read("{model: base, target_modules: [v_proj, q_proj, q_proj]}").unwrap();
-        assert_eq!(one.target_modules, TargetModules::default());
-        let params = serde_json::to_value(&one).unwrap();
-        assert_eq!(
-            params["target_modules"],
-            serde_json::json!(["q_proj", "v_proj"])
-        );
-        let error = read("{model: base, target_modules: '.*_proj'}")
-            .unwrap_err()
-            .to_string();
-        assert!(error.contains("or `all-linear`"), "{error}");
-        assert!(read("{model: base, bias: some}").is_err());
-        let wrong = "{model: base, r: 0, lora_alpha: 0, lora_dropout: 1, target_modules: []}";
-        let problems = read(wrong).unwrap().check();
-        let parameters: Vec<_> = problems
-            .iter()
-            .map(|problem| problem.parameter.as_str())
-            .collect();
-        assert_eq!(
-            parameters,
-            ["r", "lora_alpha", "lora_dropout", "target_modules"]
-        );
-    }
+    warnings
 }
+
+#[cfg(test)]
+mod tests;

@@ -14,7 +14,7 @@ use super::tokenizers;
 use crate::data::cell::Cell;
 use crate::data::table::{BATCH_ROWS, Split};
 use crate::engine::{Bytes, Context, Input, Problem, SourcePath, Stage};
-use crate::ml::config::LlamaConfig;
+use crate::ml::config::{LlamaConfig, largest};
 use crate::ml::create;
 use crate::ml::folder::{self, CONFIG, sorted_json};
 use crate::text::bpe::train_llama3_tokenizer;
@@ -168,12 +168,14 @@ impl Stage for CreateModel {
             ("num_hidden_layers", self.num_hidden_layers),
             ("num_attention_heads", self.num_attention_heads),
             ("num_key_value_heads", self.key_value_heads()),
+            ("head_dim", self.head_dim.unwrap_or(1)),
             ("max_position_embeddings", self.max_position_embeddings),
         ] {
+            let largest = largest(name);
             rule(
-                size > 0 && u32::try_from(size).is_ok(),
+                size > 0 && size <= largest,
                 name,
-                "expected a number from 1 to 4294967295",
+                &format!("expected a number from 1 to {largest}"),
             );
         }
         let heads = self.num_attention_heads.max(1);
@@ -184,11 +186,7 @@ impl Stage for CreateModel {
         );
         let even = |width: usize| width > 0 && width.is_multiple_of(2);
         if let Some(width) = self.head_dim {
-            rule(
-                even(width) && width <= 1 << 20,
-                "head_dim",
-                "expected an even number",
-            );
+            rule(even(width), "head_dim", "expected an even number");
             rule(
                 self.hidden_size.is_multiple_of(heads),
                 "hidden_size",
@@ -331,7 +329,9 @@ impl CreateModel {
         let asked = self.vocab_size.context("`vocab_size` is missing")?;
         let (queue, texts) = sync_channel(1024);
         let trained = std::thread::scope(|scope| {
-            let reader = scope.spawn(|| send_texts(cx, &split, queue));
+            let reader = std::thread::Builder::new()
+                .spawn_scoped(scope, || send_texts(cx, &split, queue))
+                .context("could not start a thread")?;
             let texts = texts.into_iter();
             let trained = train_llama3_tokenizer(texts, asked, cx.out(), template.as_deref());
             let read = reader

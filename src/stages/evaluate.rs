@@ -19,8 +19,8 @@ use crate::ml::config::LlamaConfig;
 use crate::ml::evaluate::{self, NotFinite};
 use crate::ml::linear::Pass;
 use crate::ml::model::{Llama, Trained};
+use crate::ml::tied;
 use crate::ml::train::compute_dtype;
-use crate::ml::weights::Weights;
 use crate::ml::{finite, generate};
 use crate::text::tokenizer::Tokenizer;
 
@@ -254,7 +254,7 @@ impl Stage for Evaluate {
     fn run(&self, cx: &Context) -> anyhow::Result<()> {
         let folder = cx.input(&self.model)?;
         let dataset = cx.input(&self.dataset)?;
-        let config = LlamaConfig::read(folder)?;
+        let (config, weights) = tied::open(folder)?;
         let split = self.split(dataset)?;
         let rows = rows(dataset, &split, config.vocab_size)?;
         let answered = |ids: Option<&Vec<u32>>| ids.is_some_and(|ids| !ids.is_empty());
@@ -270,12 +270,13 @@ impl Stage for Evaluate {
         };
         let model = Llama::load(
             &config,
-            &Weights::open(folder)?,
+            &weights,
             adapter.as_ref(),
             Trained::Nothing,
             compute_dtype(self.bf16, self.fp16),
             &Device::Cpu,
         )?;
+        drop(weights);
         let pad = pad_id(folder, &config);
         let mut sources = vec![("model", folder.to_path_buf())];
         if let Some(adapter) = &self.adapter {

@@ -10,9 +10,8 @@ use serde::{Deserialize, Serialize};
 use super::artifacts::Model;
 use super::model_files::{self, Checked, INDEX};
 use crate::engine::{Context, Problem, SourcePath, Stage};
-use crate::ml::config::{LlamaConfig, without_effect};
-use crate::ml::tensors;
-use crate::ml::weights::Weights;
+use crate::ml::config::without_effect;
+use crate::ml::{tensors, tied};
 
 /// Takes a model from a local Hugging Face folder: configuration, safetensors weights, tokenizer and chat template.
 ///
@@ -71,8 +70,8 @@ const NAMED: usize = 8;
 pub(super) fn tell(cx: &Context, checked: &Checked) -> anyhow::Result<()> {
     cx.note("tensors", checked.tensors);
     cx.note("weight_bytes", checked.bytes);
-    let config = LlamaConfig::read(cx.out())?;
-    let unused = tensors::compare(&config, &Weights::open(cx.out())?)?;
+    let (config, weights) = tied::open(cx.out())?;
+    let unused = tensors::compare(&config, &weights)?;
     if !unused.is_empty() {
         cx.note("unused_tensors", unused.len());
         let named: Vec<_> = unused
@@ -93,6 +92,9 @@ pub(super) fn tell(cx: &Context, checked: &Checked) -> anyhow::Result<()> {
         cx.warn(format!(
             "`{key}` in `config.json` has no effect: the model type `llama` doesn't know it, here as in transformers"
         ));
+    }
+    if let Some(told) = tied::told(cx.out()) {
+        cx.warn(told);
     }
     if !checked.tokenizer {
         cx.warn("the model has no `tokenizer.json`: `tokenize` needs another model's");

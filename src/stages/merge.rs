@@ -29,6 +29,9 @@ const MUCH: f64 = 0.5;
 /// adapter was trained by another template: then that is the result's, and the token that ends its answers is added to
 /// `eos_token_id` in `generation_config.json`. A model in
 /// 4 bits becomes dense (Unsloth's `merged_16bit`), but merging into the dense model that it was made from loses less.
+/// Where the head of the model is its embeddings and the adapter changes one of both, the result has both (`tie_word_embeddings: false`),
+/// as with PEFT. Matrices beside one of them count for that one alone, as they do in training; PEFT's `merge_and_unload` adds them into
+/// the tensor that both share.
 /// At the end the result proves itself: its logits on a few fixed prompts are compared with those of the model with the adapter
 /// (both in f32, a layer at a time). The difference is in the record, and where it is more than rounding explains the stage fails.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -61,6 +64,10 @@ impl Stage for Merge {
         }
         cx.note("merged_weights", report.merged);
         cx.note("weight_bytes", report.bytes);
+        if report.untied {
+            cx.note("untied", true);
+            cx.info("the head was the embeddings; it is a tensor of its own now (`tie_word_embeddings: false`)");
+        }
         if report.dequantised > 0 {
             cx.note("dequantised_weights", report.dequantised);
             cx.info(format!(

@@ -57,7 +57,7 @@ fn default_blocksize() -> usize {
 
 impl Stage for Quantize {
     const KIND: &'static str = "quantize";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     type Output = Model;
 
     fn check(&self) -> Vec<Problem> {

@@ -36,6 +36,8 @@ mod pins;
 #[cfg(test)]
 mod remote;
 #[cfg(test)]
+mod shrinking;
+#[cfg(test)]
 mod story;
 #[cfg(test)]
 mod support;

@@ -267,10 +267,9 @@ fn damage_in_an_output_is_seen_when_all_is_read() {
 #[test]
 fn an_output_is_whole_whenever_the_run_is_killed() {
     let project = Project::empty();
-    let rows: String = (0..300)
-        .map(|n| format!("{{\"prompt\": \"p{n}\", \"chosen\": \"b\", \"rejected\": \"c\"}}\n"))
-        .collect();
-    project.write("pairs.jsonl", &rows);
+    let row = |n| format!("{{\"prompt\": \"p{n}\", \"chosen\": \"b\", \"rejected\": \"c\"}}\n");
+    let rows: Vec<String> = (0..300).map(row).collect();
+    project.write("pairs.jsonl", &rows.concat());
     project.write(
         "r.yaml",
         "version: 1\nstages:\n  pairs: { import_dataset: { path: pairs.jsonl } }\n  split: { split_dataset: { dataset: pairs, test_size: \

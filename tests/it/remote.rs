@@ -375,15 +375,16 @@ fn what_killed_writers_left_in_a_folder_goes_when_it_is_old() {
     };
     // One of each sort, one that may still be written, and files of others.
     let left: Vec<_> = whole.iter().map(|path| beside(path, "#1")).collect();
-    left.iter().for_each(|path| write(path, true));
     let kept = [
         beside(&whole[0], "#2"),
         beside(&whole[0], "#mine"),
         remote.path().join("v1/notes#1"),
         remote.path().join("notes#1"),
     ];
+    for path in left.iter().chain(&kept[1..]) {
+        write(path, true);
+    }
     write(&kept[0], false);
-    kept[1..].iter().for_each(|path| write(path, true));
     let would = project.succeeds(&["cache", "gc", "here/r.yaml", "--dry-run"]);
     assert_eq!(would.matches("unfinished  ").count(), left.len(), "{would}");
     assert!(left.iter().all(|path| path.exists()));

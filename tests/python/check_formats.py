@@ -18,7 +18,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +34,9 @@ stages:
                           num_attention_heads: 4, num_key_value_heads: 2, initializer_range: 0.1 } }
   chats: { apply_chat_template: { dataset: split, tokenizer: base } }
   tokens: { tokenize: { dataset: chats, tokenizer: base, max_length: 96, max_prompt_length: 48 } }
+  tied: { create_model: { dataset: split, vocab_size: 400, hidden_size: 64, intermediate_size: 192, num_hidden_layers: 2,
+                          num_attention_heads: 4, num_key_value_heads: 2, initializer_range: 0.1, tie_word_embeddings: true } }
+  tied4: { quantize: { model: tied } }
   base4: { quantize: { model: base } }
   single: { quantize: { model: base, double_quant: false } }
 """
@@ -45,17 +48,34 @@ OURS = [
     ("patterns", "base", "target_modules: all-linear, rank_pattern: { q_proj: 2, 'layers.1.mlp.down_proj': 5 }, alpha_pattern: { '.*mlp.*': 3 }"),
     ("saved", "base", "target_modules: [q_proj], modules_to_save: [embed_tokens, lm_head, norm]"),
     ("dora", "base", "target_modules: all-linear, use_dora: true"),
+    ("ordered", "base", "target_modules: all-linear, alpha_pattern: { q_proj: 2, 'layers.1.self_attn.q_proj': 64, 'mlp.*': 1 }"),
+    ("regex", "base", "target_modules: '.*layers\\.1\\..*(?<!k)_proj', exclude_modules: [up_proj]"),
+    ("layers", "base", "target_modules: [q_proj, up_proj], layers_to_transform: 1, layers_pattern: layers"),
+    ("head", "base", "target_modules: [v_proj, lm_head]"),
+    ("both_ends", "base", "target_modules: [v_proj, lm_head, embed_tokens], use_rslora: true"),
+    ("tied_saved", "tied", "target_modules: [v_proj], modules_to_save: [embed_tokens]"),
+    ("tied_saved_head", "tied", "target_modules: [v_proj], modules_to_save: [lm_head]"),
+    ("tied_saved4", "tied4", "target_modules: [v_proj], modules_to_save: [embed_tokens]"),
+    ("tied_head", "tied", "target_modules: [v_proj, lm_head]"),
+    ("tied_both_ends", "tied", "target_modules: [v_proj, lm_head, embed_tokens]"),
     ("plain4", "base4", "target_modules: all-linear"),
     ("saved4", "base4", "target_modules: [q_proj, up_proj], modules_to_save: [lm_head]"),
     ("dora4", "base4", "target_modules: all-linear, use_dora: true"),
     ("loftq", "single", "target_modules: all-linear, init_lora_weights: loftq, loftq_from: base"),
 ]
+# Name, base, and what PEFT is told.
 THEIRS = [
-    ("their_plain", dict(target_modules="all-linear")),
-    ("their_rslora", dict(target_modules="all-linear", use_rslora=True, lora_alpha=3)),
-    ("their_patterns", dict(target_modules="all-linear", rank_pattern={r"layers\.1\..*q_proj": 5}, alpha_pattern={"down_proj": 9})),
-    ("their_saved", dict(target_modules=["v_proj"], modules_to_save=["embed_tokens", "lm_head"])),
-    ("their_dora", dict(target_modules="all-linear", use_dora=True)),
+    ("their_plain", "base", dict(target_modules="all-linear")),
+    ("their_rslora", "base", dict(target_modules="all-linear", use_rslora=True, lora_alpha=3)),
+    ("their_patterns", "base", dict(target_modules="all-linear", rank_pattern={r"layers\.1\..*q_proj": 5}, alpha_pattern={"down_proj": 9})),
+    ("their_saved", "base", dict(target_modules=["v_proj"], modules_to_save=["embed_tokens", "lm_head"])),
+    ("their_dora", "base", dict(target_modules="all-linear", use_dora=True)),
+    ("their_regex", "base", dict(target_modules=r".*layers\.[01]\..*(q|up)_proj")),
+    ("their_ends", "base", dict(target_modules=["v_proj", "lm_head", "embed_tokens"])),
+    ("their_tied_saved", "tied", dict(target_modules=["v_proj"], modules_to_save=["embed_tokens"])),
+    ("their_tied_ensure", "tied", dict(target_modules=["v_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
+    ("their_tied_whole", "tied", dict(target_modules=["v_proj"])),
+    ("their_tied_ends", "tied", dict(target_modules=["v_proj", "embed_tokens"])),
 ]
 # Layouts of bitsandbytes that `quantize` doesn't make.
 LAYOUTS = [
@@ -74,6 +94,8 @@ SPOKEN = f"""\
   spoken_merged: {{ merge: {{ model: base, adapter: spoken_tuned }} }}
   spoken_full: {{ train_sft: {{ model: base, dataset: spoken_tokens, max_steps: 2 }} }}
 """
+# PEFT adds matrices beside tied embeddings into the one tensor that both ends share, which its adapter does not compute.
+MERGED_WRONGLY = ["tied_head", "tied_both_ends", "their_tied_ends"]
 TRAIN = "dataset: tokens, max_steps: 6, learning_rate: 5.0e-3, per_device_train_batch_size: 4, lr_scheduler_type: constant"
 
 
@@ -155,12 +177,42 @@ def adapter_agrees(name, base, made, rows):
     merged = load(made[f"{name}_merged"])
     agree(f"{name}: transformers with our merged model", made[f"{name}_again"], "base", merged, rows)
     agree(f"{name}: our merged model, PEFT's adapter", made[f"{name}_again"], "base", adapted, rows)
-    if base == "base":
+    if base in ("base", "tied") and name not in MERGED_WRONGLY:
         theirs = adapted.merge_and_unload().state_dict()
         ours = merged.state_dict()
         far = max((ours[key] - theirs[key]).abs().max().item() for key in ours)
         print(f"         {name}: merged weights are {far:.1e} apart at most")
         claim(f"{name}: merged weights have PEFT's names and values", ours.keys() == theirs.keys() and far < 1e-5)
+        claim(f"{name}: the head is the embeddings as with PEFT", merged.config.tie_word_embeddings == adapted.config.tie_word_embeddings)
+
+
+def tied_models(folder, made, rows):
+    """Models whose `config.json` says that they are tied, with a head in their files: as they are, and trained whole."""
+    text = recipe()
+    names = ("copied", "different", "only_head")
+    for name in names:
+        (folder / name).mkdir()
+        for file in made["tied"].iterdir():
+            if file.suffix != ".safetensors":
+                (folder / name / file.name).write_bytes(file.read_bytes())
+        weights = load_file(made["tied"] / "model.safetensors")
+        embeddings = weights["model.embed_tokens.weight"]
+        weights["lm_head.weight"] = embeddings.clone() if name != "different" else embeddings.flip(0).contiguous()
+        if name == "only_head":
+            del weights["model.embed_tokens.weight"]
+        save_file(weights, folder / name / "model.safetensors", metadata={"format": "pt"})
+        text += f"""\
+  {name}: {{ import_model: {{ path: {name} }} }}
+  {name}_first: {{ evaluate: {{ model: {name}, dataset: tokens, num_answers: 0 }} }}
+  {name}_full: {{ train_sft: {{ model: {name}, {TRAIN} }} }}
+  {name}_scores: {{ evaluate: {{ model: {name}_full, dataset: tokens, num_answers: 0 }} }}
+"""
+    made = run(folder, text)
+    for name in names:
+        agree(f"{name}: as it is", made[f"{name}_first"], "base", load(folder / name), rows)
+        agree(f"{name}: trained whole", made[f"{name}_scores"], "base", load(made[f"{name}_full"]), rows)
+        keys = load_file(made[f"{name}_full"] / "model.safetensors").keys()
+        claim(f"{name}: a head in the file only where it is its own", ("lm_head.weight" in keys) == (name == "different"))
 
 
 def adapter_of_peft(folder, base, name, settings):
@@ -170,7 +222,7 @@ def adapter_of_peft(folder, base, name, settings):
     for _, parameter in sorted(model.named_parameters()):
         if parameter.requires_grad:
             parameter.data += 0.02 * torch.randn_like(parameter)
-    model.save_pretrained(folder / name)
+    model.save_pretrained(folder / name, save_embedding_layers=True if name == "their_tied_whole" else "auto")
 
 
 def models_of_bitsandbytes(folder, made):
@@ -232,26 +284,29 @@ def main():
     for name, base, _ in OURS:
         adapter_agrees(name, base, made, rows)
 
-    for name, settings in THEIRS:
-        adapter_of_peft(folder, made["base"], name, settings)
+    tied_models(folder, made, rows)
+    for name, base, settings in THEIRS:
+        adapter_of_peft(folder, made[base], name, settings)
     models_of_bitsandbytes(folder, made)
     layouts_of_bitsandbytes(folder, made)
     speaks_as_trained(made)
     text = recipe()
-    for name, _ in THEIRS:
+    for name, base, _ in THEIRS:
         text += f"  {name}_in: {{ import_adapter: {{ path: {name} }} }}\n"
-        text += f"  {name}_first: {{ evaluate: {{ model: base, adapter: {name}_in, dataset: tokens, num_answers: 0 }} }}\n"
-        text += trained(name, "base", f"{name}_in")
+        text += f"  {name}_first: {{ evaluate: {{ model: {base}, adapter: {name}_in, dataset: tokens, num_answers: 0 }} }}\n"
+        text += trained(name, base, f"{name}_in")
     folders = ["bnb", "bnb_single"] + [name for name, _ in LAYOUTS]
     for name in folders:
         text += f"  {name}: {{ import_model: {{ path: {name} }} }}\n"
         text += f"  {name}_lora_new: {{ attach_lora: {{ model: {name}, r: 4, target_modules: all-linear }} }}\n"
         text += trained(f"{name}_lora", name, f"{name}_lora_new")
     made = run(folder, text)
-    for name, _ in THEIRS:
-        loaded = PeftModel.from_pretrained(load(made["base"]), folder / name)
+    for name, base, _ in THEIRS:
+        loaded = PeftModel.from_pretrained(load(made[base]), folder / name)
         agree(f"{name}: PEFT's adapter here", made[f"{name}_first"], "adapter", loaded, rows)
-        adapter_agrees(name, "base", made, rows)
+        adapter_agrees(name, base, made, rows)
+        before, after = (json.loads((where / "adapter_config.json").read_text()) for where in (folder / name, made[name]))
+        claim(f"{name}: the settings have the keys that they had", before.keys() == after.keys())
     for name in folders:
         adapter_agrees(f"{name}_lora", name, made, rows)
     print(f"\n{len(failed)} differences" if failed else "\nno difference")

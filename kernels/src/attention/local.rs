@@ -7,7 +7,9 @@ use crate::panels::LANES;
 #[derive(Clone, Copy)]
 pub(super) struct Shared(*mut f32, usize);
 
-// SAFETY: tasks write disjoint places: spans don't overlap, and a task has heads of its own.
+// SAFETY: tasks write disjoint places. `super::tasks` makes one for each span and key head; no two of `Spans` have a token in
+// common, and a task writes the features of its own key head, or of the query heads that share it, which no other has because
+// `super::check` saw that key heads divide them evenly.
 unsafe impl Send for Shared {}
 // SAFETY: the same.
 unsafe impl Sync for Shared {}
@@ -18,8 +20,12 @@ impl Shared {
     }
 
     fn write(self, place: usize, values: &[f32]) {
-        assert!(place + values.len() <= self.1, "a span outside the batch");
-        // SAFETY: inside, as asserted; nobody else writes these tokens' features.
+        let end = place.checked_add(values.len());
+        assert!(
+            end.is_some_and(|end| end <= self.1),
+            "a span outside the batch"
+        );
+        // SAFETY: inside, as asserted; nobody else writes these tokens' features (see above), and `values` are a task's own.
         unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), self.0.add(place), values.len()) };
     }
 }

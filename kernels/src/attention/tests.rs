@@ -5,7 +5,7 @@ use crate::dispatch::tests::with_each;
 use crate::panels::size;
 use crate::product::tests::numbers;
 
-fn causal(start: usize, count: u32) -> Span {
+pub(crate) fn causal(start: usize, count: u32) -> Span {
     let visible = (0..count).map(|at| Visible {
         prefix: 0,
         from: 0,
@@ -18,7 +18,7 @@ fn causal(start: usize, count: u32) -> Span {
 }
 
 /// A prompt of `p` tokens with answers of `c` and `r`.
-fn shared(start: usize, p: u32, c: u32, r: u32) -> Span {
+pub(crate) fn shared(start: usize, p: u32, c: u32, r: u32) -> Span {
     let at = |token: u32| {
         let from = if token < p {
             0
@@ -81,7 +81,7 @@ fn wide(x: &[f32]) -> Vec<f64> {
 
 struct Case {
     heads: Heads,
-    spans: Vec<Span>,
+    spans: Spans,
     tokens: usize,
 }
 
@@ -94,17 +94,21 @@ fn cases() -> Vec<Case> {
     vec![
         Case {
             heads: heads(4, 2, 16),
-            spans: vec![causal(0, 5), causal(5, 40), causal(50, 20)],
+            spans: [causal(0, 5), causal(5, 40), causal(50, 20)]
+                .into_iter()
+                .collect(),
             tokens: 70,
         },
         Case {
             heads: heads(2, 1, 12),
-            spans: vec![shared(3, 37, 30, 45), causal(115, 1)],
+            spans: [shared(3, 37, 30, 45), causal(115, 1)]
+                .into_iter()
+                .collect(),
             tokens: 116,
         },
         Case {
             heads: heads(3, 3, 64),
-            spans: vec![shared(0, 64, 33, 70)],
+            spans: [shared(0, 64, 33, 70)].into_iter().collect(),
             tokens: 167,
         },
     ]

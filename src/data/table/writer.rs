@@ -238,21 +238,28 @@ pub(in crate::data) fn pass_batches<I: Iterator<Item = Result<RecordBatch>>>(
 ) -> Result<usize> {
     std::thread::scope(|scope| {
         let (reader, batches) = sync_channel(2);
-        scope.spawn(move || {
+        let read = move || {
             for batch in open() {
                 // Nobody listening is no reason to complain.
                 if reader.send(batch).is_err() {
                     break;
                 }
             }
-        });
+        };
+        let thread = || std::thread::Builder::new();
+        thread()
+            .spawn_scoped(scope, read)
+            .context("could not start a thread")?;
         let (queue, made_batches) = sync_channel::<RecordBatch>(2);
-        let written = scope.spawn(move || {
+        let write = move || {
             for batch in made_batches {
                 writer.write(&batch)?;
             }
             writer.finish()
-        });
+        };
+        let written = thread()
+            .spawn_scoped(scope, write)
+            .context("could not start a thread")?;
         let mut made = Made {
             queue: &queue,
             gone: false,

@@ -88,8 +88,8 @@ impl Toy {
 
     fn put_by(&self, artifact: &str, swap: Swap<'_>) -> anyhow::Result<Put> {
         let place = self.place();
-        let slot = Slot::open(&self.store, &place).unwrap();
-        let lock = slot.lock(&NEVER, &mut |_| {});
+        let slot = Slot::open(&self.store, &place, &NEVER).unwrap();
+        let lock = slot.lock(&mut |_| {});
         slot.put(artifact, Placing::default(), lock, swap)
     }
 
@@ -365,7 +365,7 @@ fn runs_at_one_place_wait_for_each_other_or_say_why_not() {
     let artifact = toy.make("one", 0);
     toy.put(&artifact).unwrap();
     let place_at = toy.place();
-    let slot = Slot::open(&toy.store, &place_at).unwrap();
+    let slot = Slot::open(&toy.store, &place_at, &NEVER).unwrap();
     let path = slot.path.with_extension("lock");
     let held = take_lock(&path, &NEVER, &mut |_| {}).unwrap();
     std::thread::scope(|scope| {

@@ -18,7 +18,7 @@ use rayon::prelude::*;
 
 use super::super::Event;
 use super::super::canonical::Digest;
-use super::super::files::{link_or_copy, remove, sync_files, sync_folder};
+use super::super::files::{link_or_copy, remove, rename_new, sync_files, sync_folder};
 use super::super::links::Linked;
 use super::super::manifest::{Manifest, Stat, digest_file};
 use super::super::record::Record;
@@ -509,7 +509,8 @@ fn assemble(folder: &Path, manifest: &Manifest) -> anyhow::Result<Manifest> {
             link_or_copy(&blob, &files.join(name))?;
         }
         let to = files.join(last);
-        fs::rename(&blob, &to).with_context(|| format!("could not make `{}`", to.display()))
+        // Not over another file: some file systems don't tell `A` from `a`.
+        rename_new(&blob, &to).with_context(|| format!("could not make `{}`", to.display()))
     })?;
     let paths: Vec<PathBuf> = manifest.files.keys().map(|name| files.join(name)).collect();
     sync_files(&files, &paths)?;
@@ -537,20 +538,23 @@ pub(super) fn in_parallel<T: Sync, E: Send>(
         let trouble = trouble.lock();
         trouble.map_or(true, |trouble| trouble.is_some())
     };
-    std::thread::scope(|scope| {
-        for _ in 0..threads.min(items.len()) {
-            scope.spawn(|| {
-                while let Some(item) = items.get(next.fetch_add(1, Ordering::Relaxed))
-                    && !told()
-                {
-                    if let Err(error) = work(item)
-                        && let Ok(mut trouble) = trouble.lock()
-                    {
-                        trouble.get_or_insert(error);
-                    }
-                }
-            });
+    let all = || {
+        while let Some(item) = items.get(next.fetch_add(1, Ordering::Relaxed))
+            && !told()
+        {
+            if let Err(error) = work(item)
+                && let Ok(mut trouble) = trouble.lock()
+            {
+                trouble.get_or_insert(error);
+            }
         }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..threads.min(items.len()) {
+            // Without it there are fewer.
+            let _ = std::thread::Builder::new().spawn_scoped(scope, all);
+        }
+        all();
     });
     trouble.into_inner().ok().flatten()
 }

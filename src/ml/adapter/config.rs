@@ -1,9 +1,16 @@
 //! `adapter_config.json`: what changes the numbers is understood or refused, all else is kept as it was.
 
 use anyhow::{Context as _, bail, ensure};
-use regex::Regex;
+use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::{Map, Value, json};
 
+use super::patterns::{Orders, Pattern, Patterns};
+use super::targets::Targets;
+use crate::ml::folder::sorted;
+
+/// The keys whose patterns are tried in order.
+const RANKS: &str = "rank_pattern";
+const ALPHAS: &str = "alpha_pattern";
 /// Settings that change what an adapter computes in a way that this program does not: they have to be off.
 const OFF: [&str; 10] = [
     "alora_invocation_tokens",
@@ -19,6 +26,43 @@ const OFF: [&str; 10] = [
 ];
 /// More of them, of which PEFT writes an object or nothing.
 const EMPTY: [&str; 3] = ["monteclora_config", "use_bdlora", "velora_config"];
+
+/// All other settings that PEFT knows: those that are computed, and those that change no number of a trained adapter.
+const KNOWN: [&str; 32] = [
+    "alpha_pattern",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "bias",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "modules_to_save",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "use_dora",
+    "use_rslora",
+    // Of the first versions.
+    "enable_lora",
+    "merge_weights",
+    "model_type",
+];
 
 /// Which biases are trained with an adapter.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -49,49 +93,6 @@ impl Bias {
     }
 }
 
-/// Numbers for the modules whose paths end with a pattern (`rank_pattern`, `alpha_pattern`).
-///
-/// The patterns are regular expressions, as in PEFT, which takes the first that fits; it writes them sorted.
-#[derive(Debug, Clone, Default)]
-pub struct Patterns<T>(Vec<(String, Regex, T)>);
-
-impl<T: PartialEq> PartialEq for Patterns<T> {
-    fn eq(&self, other: &Self) -> bool {
-        let same =
-            |((a, _, x), (b, _, y)): (&(String, Regex, T), &(String, Regex, T))| a == b && x == y;
-        self.0.len() == other.0.len() && self.0.iter().zip(&other.0).all(same)
-    }
-}
-
-impl<T: Copy> Patterns<T> {
-    /// Patterns in the order in which they are tried; what is no regular expression is an error.
-    pub fn new(items: impl IntoIterator<Item = (String, T)>) -> anyhow::Result<Self> {
-        let items = items.into_iter().map(|(pattern, value)| {
-            let regex = Regex::new(&format!(r"^(?:.*\.)?(?:{pattern})$"));
-            let regex = regex.with_context(|| {
-                format!(
-                    "`{pattern}` is neither the end of a module's path nor a regular expression"
-                )
-            })?;
-            Ok((pattern, regex, value))
-        });
-        Ok(Self(items.collect::<anyhow::Result<_>>()?))
-    }
-
-    /// The number of the first pattern that fits a module's path.
-    pub fn find(&self, path: &str) -> Option<T> {
-        let found = self.0.iter().find(|(_, regex, _)| regex.is_match(path));
-        found.map(|(_, _, value)| *value)
-    }
-
-    /// The first pattern that fits none of `paths`.
-    pub fn unused<'a>(&self, paths: &(impl Iterator<Item = &'a str> + Clone)) -> Option<&str> {
-        let unused = |regex: &Regex| !paths.clone().any(|path| regex.is_match(path));
-        let found = self.0.iter().find(|(_, regex, _)| unused(regex));
-        found.map(|(pattern, _, _)| pattern.as_str())
-    }
-}
-
 /// What `adapter_config.json` says, and all its keys to write back.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AdapterConfig {
@@ -115,8 +116,36 @@ pub struct AdapterConfig {
     pub alpha_pattern: Patterns<f64>,
     /// Whether a head that is the embeddings stays them, when they are trained whole.
     pub ensure_weight_tying: bool,
+    /// Which modules have a pair of matrices.
+    pub targets: Targets,
     /// The file as it was read.
     pub raw: Map<String, Value>,
+}
+
+/// Modules.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Names {
+    /// By the ends of their paths.
+    List(Vec<String>),
+    /// By a regular expression that fits the whole path.
+    Pattern(String),
+}
+
+impl Names {
+    /// Whether a pattern is a regular expression.
+    pub fn check(&self) -> anyhow::Result<()> {
+        match self {
+            Self::List(_) => Ok(()),
+            Self::Pattern(text) => Pattern::whole(text).map(|_| ()),
+        }
+    }
+
+    fn json(&self) -> Value {
+        match self {
+            Self::List(names) => json!(names),
+            Self::Pattern(pattern) => json!(pattern),
+        }
+    }
 }
 
 /// The settings of a new adapter.
@@ -136,8 +165,14 @@ pub struct NewAdapter {
     pub bias: Bias,
     /// Whether A is drawn anew and B is zero, so that the adapter changes nothing before it is trained.
     pub init_lora_weights: bool,
-    /// The names of the modules it stands beside (`q_proj`).
-    pub target_modules: Vec<String>,
+    /// The modules it stands beside.
+    pub target_modules: Names,
+    /// Modules that it does not stand beside all the same.
+    pub exclude_modules: Option<Names>,
+    /// The numbers of the layers whose modules are meant; of all, if empty.
+    pub layers_to_transform: Vec<usize>,
+    /// What the lists of layers are called, where that is asked for.
+    pub layers_pattern: Vec<String>,
     /// Modules that are trained whole.
     pub modules_to_save: Vec<String>,
     /// The ranks of some modules, by pattern.
@@ -159,7 +194,10 @@ impl Default for NewAdapter {
             use_dora: false,
             bias: Bias::None,
             init_lora_weights: true,
-            target_modules: Vec::new(),
+            target_modules: Names::List(Vec::new()),
+            exclude_modules: None,
+            layers_to_transform: Vec::new(),
+            layers_pattern: Vec::new(),
             modules_to_save: Vec::new(),
             rank_pattern: Vec::new(),
             alpha_pattern: Vec::new(),
@@ -173,6 +211,59 @@ impl Default for NewAdapter {
 pub fn is_meant(name: &str, path: &str) -> bool {
     let mut around = path.match_indices('.').map(|(end, _)| &path[..end]);
     path.ends_with(name) || around.any(|around| around.ends_with(name))
+}
+
+/// A list, or null where there is nothing in it.
+fn some<T: Serialize>(items: &[T]) -> Value {
+    if items.is_empty() {
+        Value::Null
+    } else {
+        json!(items)
+    }
+}
+
+/// The configuration on its way to a file.
+struct Written<'a>(&'a AdapterConfig);
+
+impl Serialize for Written<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let config = self.0;
+        let mut entries: Vec<_> = config.raw.iter().collect();
+        entries.sort_unstable_by_key(|(key, _)| *key);
+        let mut map = serializer.serialize_map(Some(entries.len()))?;
+        for (key, value) in entries {
+            let order: Vec<&str> = match key.as_str() {
+                RANKS => config.rank_pattern.texts().collect(),
+                ALPHAS => config.alpha_pattern.texts().collect(),
+                _ => Vec::new(),
+            };
+            match value {
+                Value::Object(items) if !order.is_empty() => {
+                    map.serialize_entry(key, &Ordered(&order, items))?;
+                }
+                Value::Array(items) if key == "target_modules" => {
+                    let mut items = items.clone();
+                    items.sort_by_key(ToString::to_string);
+                    map.serialize_entry(key, &items)?;
+                }
+                value => map.serialize_entry(key, &sorted(value))?,
+            }
+        }
+        map.end()
+    }
+}
+
+/// Entries of an object in an order of their own.
+struct Ordered<'a>(&'a [&'a str], &'a Map<String, Value>);
+
+impl Serialize for Ordered<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(Some(self.0.len()))?;
+        for key in self.0 {
+            map.serialize_entry(key, &self.1.get(*key))?;
+        }
+        map.end()
+    }
 }
 
 /// A whole number without a fraction, as people give it to PEFT.
@@ -196,15 +287,15 @@ impl AdapterConfig {
             "fan_in_fan_out": false,
             "inference_mode": true,
             "init_lora_weights": new.init_lora_weights,
-            "layers_pattern": null,
-            "layers_to_transform": null,
+            "layers_pattern": some(&new.layers_pattern),
+            "layers_to_transform": some(&new.layers_to_transform),
             "lora_alpha": plain(new.lora_alpha),
             "lora_dropout": new.lora_dropout,
             "modules_to_save": (!save.is_empty()).then_some(save),
             "peft_type": "LORA",
             "r": new.r,
             "revision": null,
-            "target_modules": new.target_modules,
+            "target_modules": new.target_modules.json(),
             "task_type": "CAUSAL_LM",
         });
         let Value::Object(mut raw) = raw else {
@@ -221,13 +312,47 @@ impl AdapterConfig {
             let alphas = alphas.map(|(pattern, alpha)| (pattern.clone(), plain(*alpha)));
             later("alpha_pattern", Value::Object(alphas.collect())); // 0.5
         }
+        if let Some(exclude) = &new.exclude_modules {
+            later("exclude_modules", exclude.json()); // 0.14
+        }
         if new.use_rslora {
             later("use_rslora", true.into()); // 0.8
         }
         if new.use_dora {
             later("use_dora", true.into()); // 0.9
         }
-        Self::parse(raw)
+        let texts = |key| -> Vec<String> {
+            match key {
+                RANKS => new
+                    .rank_pattern
+                    .iter()
+                    .map(|(text, _)| text.clone())
+                    .collect(),
+                _ => new
+                    .alpha_pattern
+                    .iter()
+                    .map(|(text, _)| text.clone())
+                    .collect(),
+            }
+        };
+        let orders = [RANKS, ALPHAS].into_iter();
+        let orders = orders.fold(Orders::default(), |orders, key| {
+            orders.with(key, texts(key).into_iter())
+        });
+        Self::parse(raw, &orders)
+    }
+
+    /// Understands `adapter_config.json`.
+    pub fn read(text: &[u8]) -> anyhow::Result<Self> {
+        Self::parse(serde_json::from_slice(text)?, &Orders::read(text)?)
+    }
+
+    /// `adapter_config.json` with its keys sorted, as PEFT writes it, but for the patterns, whose order counts. PEFT keeps
+    /// `target_modules` in a set, whose order differs from run to run; here it is sorted.
+    pub fn json(&self) -> anyhow::Result<String> {
+        let mut text = serde_json::to_string_pretty(&Written(self))?;
+        text.push('\n');
+        Ok(text)
     }
 
     /// The rank beside the module at `path` (`model.layers.0.self_attn.q_proj`).
@@ -248,13 +373,28 @@ impl AdapterConfig {
         names.any(|name| is_meant(name, path))
     }
 
+    /// Settings that no PEFT known here has, and that say something.
+    pub fn unknown(&self) -> impl Iterator<Item = &str> {
+        let entries = self.raw.iter().filter(|(key, value)| {
+            let known = [&KNOWN[..], &OFF, &EMPTY];
+            !known.iter().any(|known| known.contains(&key.as_str())) && !says_nothing(value)
+        });
+        entries.map(|(key, _)| key.as_str())
+    }
+
+    /// Whether only A is trained, and B stays as it was begun (`MiCA`).
+    pub fn keeps_b(&self) -> bool {
+        let init = self.raw.get("init_lora_weights").and_then(Value::as_str);
+        init.is_some_and(|init| init.to_lowercase() == "mica")
+    }
+
     /// Whether the adapter was begun by `LoftQ`, which is beside a quantised base only.
     pub fn is_loftq(&self) -> bool {
         self.raw.get("init_lora_weights").and_then(Value::as_str) == Some("loftq")
     }
 
     /// Understands the keys of `adapter_config.json`.
-    pub(super) fn parse(raw: Map<String, Value>) -> anyhow::Result<Self> {
+    pub(super) fn parse(raw: Map<String, Value>, orders: &Orders) -> anyhow::Result<Self> {
         let kind = raw.get("peft_type").and_then(Value::as_str);
         ensure!(
             kind == Some("LORA"),
@@ -278,26 +418,33 @@ impl AdapterConfig {
             use_dora: on("use_dora"),
             bias: bias(&raw)?,
             modules_to_save: modules_to_save(&raw)?,
-            rank_pattern: patterns(&raw, "rank_pattern", |value| {
+            rank_pattern: patterns(&raw, RANKS, orders, |value| {
                 let rank = value.as_u64().filter(|rank| *rank > 0)?;
                 usize::try_from(rank).ok()
             })?,
-            alpha_pattern: patterns(&raw, "alpha_pattern", |value| {
+            alpha_pattern: patterns(&raw, ALPHAS, orders, |value| {
                 value.as_f64().filter(|alpha| alpha.is_finite())
             })?,
             ensure_weight_tying: on("ensure_weight_tying"),
+            targets: Targets::parse(&raw)?,
             raw,
         })
     }
 }
 
-/// What would change the numbers unseen.
-fn refuse(raw: &Map<String, Value>) -> anyhow::Result<()> {
-    let off = |value: &Value| match value {
+/// Whether a setting is off.
+fn says_nothing(value: &Value) -> bool {
+    match value {
         Value::Null | Value::Bool(false) => true,
         Value::Array(items) => items.is_empty(),
+        Value::Object(items) => items.is_empty(),
         _ => false,
-    };
+    }
+}
+
+/// What would change the numbers unseen.
+fn refuse(raw: &Map<String, Value>) -> anyhow::Result<()> {
+    let off = |value: &Value| !value.is_object() && says_nothing(value);
     for name in OFF {
         let is_off = raw.get(name).is_none_or(off);
         ensure!(is_off, "`{name}` is not supported, expected it to be off");
@@ -373,14 +520,15 @@ fn modules_to_save(raw: &Map<String, Value>) -> anyhow::Result<Vec<String>> {
 fn patterns<T: Copy>(
     raw: &Map<String, Value>,
     name: &str,
+    orders: &Orders,
     value: impl Fn(&Value) -> Option<T>,
 ) -> anyhow::Result<Patterns<T>> {
     let items = match raw.get(name) {
         None | Some(Value::Null) => return Patterns::new([]),
-        Some(Value::Object(items)) => items,
+        Some(Value::Object(items)) => orders.entries(name, items),
         Some(_) => bail!("`{name}` is no object of patterns and numbers"),
     };
-    let items = items.iter().map(|(pattern, number)| {
+    let items = items.into_iter().map(|(pattern, number)| {
         let value = value(number);
         let value = value.with_context(|| {
             format!("`{name}` gives {number} to `{pattern}`, expected a number above 0")

@@ -3,8 +3,9 @@
 use std::fs;
 
 use candle_core::DType;
-use serde_json::{Map, json};
+use serde_json::{Map, Value, json};
 
+use super::patterns::Orders;
 use super::*;
 use crate::ml::golden;
 
@@ -47,7 +48,7 @@ fn an_adapter_is_written_as_peft_does() {
 fn a_new_adapter_has_keys_that_old_and_new_peft_know() {
     let new = NewAdapter {
         lora_alpha: 16.,
-        target_modules: vec!["q_proj".into()],
+        target_modules: Names::List(vec!["q_proj".into()]),
         ..NewAdapter::default()
     };
     let ours = AdapterConfig::new(&new).unwrap();
@@ -116,7 +117,7 @@ fn patterns_fit_as_in_peft() {
         let patterns = Patterns::new([(pattern.to_owned(), 3)]).unwrap();
         assert_eq!(patterns.find(path), fits.then_some(3), "{pattern}");
         let unused = patterns.unused(&[path].into_iter());
-        assert_eq!(unused, (!fits).then_some(pattern));
+        assert_eq!(unused, if fits { vec![] } else { vec![pattern] });
     }
     let two = [("q_proj".to_owned(), 1), (".*".to_owned(), 2)];
     assert_eq!(
@@ -155,7 +156,10 @@ fn what_is_not_computed_is_refused_by_name() {
         } else {
             raw[name] = value.clone();
         }
-        let error = format!("{:#}", AdapterConfig::parse(raw).expect_err(name));
+        let error = format!(
+            "{:#}",
+            AdapterConfig::parse(raw, &Orders::default()).expect_err(name)
+        );
         let named = error.contains(name) || error.contains("LOHA");
         assert!(named, "{name} {value}: {error}");
     }
@@ -165,7 +169,7 @@ fn what_is_not_computed_is_refused_by_name() {
     ] {
         let mut raw = golden_raw();
         raw[name] = value;
-        AdapterConfig::parse(raw).unwrap();
+        AdapterConfig::parse(raw, &Orders::default()).unwrap();
     }
 }
 
@@ -235,10 +239,7 @@ fn settings_and_tensors_have_to_tell_the_same() {
     );
     assert!(error.contains("expected the rank 4"), "{error}");
     for (name, expected) in [
-        (
-            "model.embed_tokens.lora_embedding_A",
-            "matrix of embeddings",
-        ),
+        ("model.embed_tokens.lora_embedding_A", "no matrix of floats"),
         ("model.norm.running_mean", "is no LoRA matrix"),
         ("transformer.h.0.weight", "no module of a Llama"),
         (
@@ -249,6 +250,116 @@ fn settings_and_tensors_have_to_tell_the_same() {
         let error = fails("plain", "r", 2.into(), Some(name));
         assert!(error.contains(expected), "{error}");
     }
+}
+
+/// A copy of PEFT's folder `plain` with other settings.
+fn plain_with(change: impl FnOnce(&mut Value)) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let theirs = golden::folder("adapters").join("plain");
+    let mut raw: Value = serde_json::from_slice(&fs::read(theirs.join(CONFIG)).unwrap()).unwrap();
+    change(&mut raw);
+    fs::write(folder.path().join(CONFIG), raw.to_string()).unwrap();
+    fs::copy(theirs.join(FILE), folder.path().join(FILE)).unwrap();
+    folder
+}
+
+#[test]
+fn matrices_that_the_settings_do_not_mean_are_refused() {
+    for (key, value) in [
+        ("target_modules", json!(["q_proj"])),
+        ("target_modules", json!(".*q_proj")),
+        ("exclude_modules", json!(["down_proj"])),
+        ("layers_to_transform", json!([0])),
+    ] {
+        let folder = plain_with(|raw| raw[key] = value.clone());
+        let error = format!("{:#}", Adapter::load(folder.path()).unwrap_err());
+        assert!(error.contains("does not mean"), "{key} {value}: {error}");
+    }
+    for (key, value) in [
+        ("target_modules", json!("all-linear")),
+        ("target_modules", json!(r".*\.(?!k_proj)\w+_proj")),
+        ("layers_to_transform", json!([0, 1])),
+        ("exclude_modules", json!([])),
+    ] {
+        let folder = plain_with(|raw| raw[key] = value.clone());
+        Adapter::load(folder.path()).unwrap();
+    }
+    for (key, value) in [
+        ("layers_pattern", json!("layers")),
+        ("target_modules", json!("(")),
+    ] {
+        let folder = plain_with(|raw| raw[key] = value);
+        let error = format!("{:#}", Adapter::load(folder.path()).unwrap_err());
+        assert!(error.contains(key), "{error}");
+    }
+}
+
+#[test]
+fn a_folder_of_an_old_peft_gets_no_keys_that_it_would_refuse() {
+    // The fields of LoraConfig in PEFT 0.4.0.
+    let known: Vec<String> = AdapterConfig::new(&NewAdapter {
+        target_modules: Names::List(vec!["q_proj".into()]),
+        ..NewAdapter::default()
+    })
+    .unwrap()
+    .raw
+    .keys()
+    .cloned()
+    .collect();
+    let folder = plain_with(|raw| {
+        raw.as_object_mut()
+            .unwrap()
+            .retain(|key, _| known.contains(key));
+    });
+    let out = tempfile::tempdir().unwrap();
+    Adapter::load(folder.path())
+        .unwrap()
+        .save(out.path())
+        .unwrap();
+    let keys = |folder: &Path| -> Vec<String> {
+        let raw: Map<String, Value> =
+            serde_json::from_slice(&fs::read(folder.join(CONFIG)).unwrap()).unwrap();
+        raw.keys().cloned().collect()
+    };
+    assert_eq!(keys(out.path()), keys(folder.path()));
+    assert_eq!(keys(out.path()).len(), known.len());
+    // Settings of a later one stay, and are told where they say something.
+    let folder = plain_with(|raw| {
+        raw["use_wings"] = json!(3);
+        raw["use_tail"] = json!(null);
+    });
+    let adapter = Adapter::load(folder.path()).unwrap();
+    assert_eq!(adapter.config.unknown().collect::<Vec<_>>(), ["use_wings"]);
+    adapter.save(out.path()).unwrap();
+    assert!(keys(out.path()).contains(&"use_tail".to_owned()));
+}
+
+#[test]
+fn patterns_keep_the_order_of_the_file() {
+    let text = r#"{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["v_proj"],
+        "alpha_pattern": {"v_proj": 2, "layers.1.self_attn.v_proj": 64, "v_proj": 3}, "rank_pattern": {"z": 1, "a": 2}}"#;
+    let config = AdapterConfig::read(text.as_bytes()).unwrap();
+    // Of two equal keys the last value counts, at the place of the first.
+    let path = "model.layers.1.self_attn.v_proj";
+    assert!((config.scaling(path) - 3. / 4.).abs() < 1e-12);
+    let written = config.json().unwrap();
+    let places = [
+        "\"v_proj\": 3",
+        "layers.1.self_attn",
+        "\"rank_pattern\"",
+        "\"z\"",
+        "\"a\"",
+    ];
+    let places = places.map(|text| {
+        written
+            .find(text)
+            .unwrap_or_else(|| panic!("{text} in {written}"))
+    });
+    assert!(places.is_sorted(), "{written}");
+    let again = AdapterConfig::read(written.as_bytes()).unwrap();
+    assert_eq!(again, config);
+    let swapped = text.replace(r#"{"z": 1, "a": 2}"#, r#"{"a": 2, "z": 1}"#);
+    assert_ne!(AdapterConfig::read(swapped.as_bytes()).unwrap(), config);
 }
 
 #[test]

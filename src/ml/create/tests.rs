@@ -27,8 +27,8 @@ fn config() -> LlamaConfig {
 fn values(weights: &Weights, name: &str) -> Vec<f32> {
     let raw = weights.raw(name).unwrap();
     let float = Float::of(raw.dtype).unwrap();
-    let mut values = vec![0.; raw.bytes.len() / float.size()];
-    float.read(raw.bytes, &mut values);
+    let mut values = vec![0.; raw.size() / float.size()];
+    float.read(&raw.bytes().unwrap(), &mut values);
     values
 }
 
@@ -162,7 +162,7 @@ fn large_models_are_sharded_and_16_bit_ones_are_rounded() {
         let names = parts.names_in(file);
         let size: usize = names
             .iter()
-            .map(|name| parts.raw(name).unwrap().bytes.len())
+            .map(|name| parts.raw(name).unwrap().size())
             .sum();
         assert!(size <= 150_000, "{file} {size}");
     }
@@ -173,4 +173,26 @@ fn large_models_are_sharded_and_16_bit_ones_are_rounded() {
             .collect();
         assert!(rounded == values(&parts, name), "{name}");
     }
+}
+
+#[test]
+fn absurd_sizes_are_refused_before_anything_is_made() {
+    let largest = LlamaConfig {
+        vocab_size: 1 << 26,
+        hidden_size: 1 << 20,
+        intermediate_size: 1 << 24,
+        num_hidden_layers: 1 << 14,
+        num_attention_heads: 1 << 16,
+        num_key_value_heads: 1 << 16,
+        head_dim: 1 << 8,
+        ..config()
+    };
+    // Counted, not wrapped.
+    let layer = 4 * (1u64 << 44) + 3 * (1 << 44) + 2 * (1 << 20);
+    let expected = (layer << 14) + 2 * (1 << 46) + (1 << 20);
+    assert_eq!(parameters(&largest), expected);
+    let out = tempfile::tempdir().unwrap();
+    let error = create(&largest, SETTINGS, out.path(), &mut ignore).unwrap_err();
+    assert!(error.to_string().contains("expected at most"), "{error}");
+    assert_eq!(fs::read_dir(out.path()).unwrap().count(), 0);
 }

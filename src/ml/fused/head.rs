@@ -81,6 +81,9 @@ pub(super) fn score(
     let weight = Held::weight(model.head(), forward.pass)?;
     let weight = weight.matrix()?;
     let (vocabulary, hidden) = (weight.height(), shape.hidden);
+    if let Some((_, id)) = rows.iter().find(|(_, id)| *id as usize >= vocabulary) {
+        candle_core::bail!("the id {id} lies outside the vocabulary of {vocabulary}")
+    }
     let (pool, half) = (&model.pool, shape.half);
     let mut scored = Scored {
         logps: vec![0.; targets.len()],
@@ -103,7 +106,7 @@ pub(super) fn score(
         pool.give(x);
         let at = |row: usize, id: u32| {
             let place = (row / LANES * vocabulary + id as usize) * LANES + row % LANES;
-            logits.get(place).copied().unwrap_or(f32::NAN)
+            logits[place]
         };
         let chosen: Vec<(usize, usize, f32)> = (0..part.len())
             .flat_map(|row| by_row[first + row].iter().map(move |&target| (row, target)))

@@ -95,7 +95,7 @@ impl Shape {
     /// A buffer whose lanes behind the last token are zero.
     fn take_clean(&self, pool: &Pool, features: usize) -> Vec<f32> {
         let mut buffer = self.take(pool, features);
-        let last = buffer.len() - features * LANES;
+        let last = buffer.len().saturating_sub(features * LANES);
         buffer[last..].fill(0.);
         buffer
     }

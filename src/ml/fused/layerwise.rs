@@ -1,12 +1,14 @@
 //! A forward pass over a model folder, a layer at a time, for models that are too large to hold.
 //!
-//! Weights are used where their files are mapped, without a copy; only f16, for which there is no product, is read into f32.
-//! Everything is in f32. The plain path's counterpart is [`crate::ml::model::logits_by_layer`].
+//! A layer's weights are read when it is their turn and used in the type in which they are stored; only f16, for which there is no
+//! product, becomes f32. Sums are in f32. The plain path's counterpart is [`crate::ml::model::logits_by_layer`].
 
 use std::ops::Range;
 
 use anyhow::{Context as _, ensure};
 use candle_core::{DType, Device, Tensor};
+use half::slice::HalfFloatSliceExt as _;
+use half::{bf16, f16};
 use pipeline_kernels::elementwise::rms_norm;
 use pipeline_kernels::matrix::{Matrix, Values};
 use pipeline_kernels::panels::{fill, size};
@@ -21,10 +23,9 @@ use crate::ml::batch::Batch;
 use crate::ml::config::LlamaConfig;
 use crate::ml::float::Float;
 use crate::ml::nf4::Nf4;
-use crate::ml::weights::Weights;
+use crate::ml::tied::{EMBEDDINGS, HEAD};
+use crate::ml::weights::{RawTensor, Weights};
 
-const EMBED: &str = "model.embed_tokens.weight";
-const HEAD: &str = "lm_head.weight";
 /// Values that a thread converts at once.
 const SPAN: usize = 1 << 14;
 
@@ -37,43 +38,40 @@ pub(in crate::ml) struct Walk<'a> {
 }
 
 /// A weight of a folder.
-pub(in crate::ml) enum Kept<'a> {
-    InPlace(Matrix<'a>),
+pub(in crate::ml) enum Kept {
     Floats(Vec<f32>, (usize, usize)),
+    Halves(Vec<bf16>, (usize, usize)),
     Nf4(Nf4),
 }
 
-impl Kept<'_> {
+impl Kept {
     fn source(&self) -> anyhow::Result<Source<'_>> {
-        Ok(match self {
-            Self::InPlace(matrix) => Source::Bare(*matrix),
-            Self::Floats(values, (rows, columns)) => {
-                let matrix = Matrix::f32(values, *rows, *columns);
-                Source::Bare(matrix.context("a weight has another size than its shape")?)
-            }
-            Self::Nf4(weight) => Source::Nf4(weight),
-        })
+        let (values, (rows, columns)) = match self {
+            Self::Floats(values, shape) => (Values::F32(values), *shape),
+            Self::Halves(values, shape) => (Values::Bf16(values), *shape),
+            Self::Nf4(weight) => return Ok(Source::Nf4(weight)),
+        };
+        let matrix = Matrix::new(values, rows, columns);
+        let matrix = matrix.context("a weight has another size than its shape")?;
+        Ok(Source::Bare(matrix))
     }
 
     /// The matrix (out, in).
     pub(in crate::ml) fn matrix(&self) -> anyhow::Result<Matrix<'_>> {
-        match self {
-            Self::InPlace(matrix) => Ok(*matrix),
-            other => match other.source()? {
-                Source::Bare(matrix) => Ok(matrix),
-                _ => anyhow::bail!("a weight in 4 bits is not expected here"),
-            },
+        match self.source()? {
+            Source::Bare(matrix) => Ok(matrix),
+            _ => anyhow::bail!("a weight in 4 bits is not expected here"),
         }
     }
 }
 
 /// A projection's weight, and its pair with the factor.
-struct Module<'a> {
-    base: Kept<'a>,
+struct Module {
+    base: Kept,
     pair: Option<(Tensor, Tensor, f32)>,
 }
 
-impl Module<'_> {
+impl Module {
     fn hold(&self) -> anyhow::Result<Projection<'_>> {
         let pair = self.pair.as_ref();
         let pair = pair.map(|(a, b, scaling)| Pair::new(a, b, *scaling));
@@ -159,13 +157,10 @@ impl<'a> Walk<'a> {
         };
         let (saved, out) = layer::forward(&layer, work, x, true)?;
         saved.give_back(work.pool);
-        for (name, _) in shapes {
-            self.weights.let_go(&format!("{path}.{name}.weight"));
-        }
         Ok(out)
     }
 
-    fn module(&self, path: &str, shape: (usize, usize)) -> anyhow::Result<Module<'a>> {
+    fn module(&self, path: &str, shape: (usize, usize)) -> anyhow::Result<Module> {
         let name = format!("{path}.weight");
         let base = match Nf4::load(self.weights, &name)? {
             Some(nf4) => {
@@ -192,7 +187,7 @@ impl<'a> Walk<'a> {
         })
     }
 
-    fn shaped(&self, name: &str, shape: &[usize]) -> anyhow::Result<(Float, &'a [u8])> {
+    fn shaped(&self, name: &str, shape: &[usize]) -> anyhow::Result<(Float, RawTensor<'a>)> {
         let raw = self.weights.raw(name)?;
         ensure!(
             raw.shape == shape,
@@ -203,7 +198,7 @@ impl<'a> Walk<'a> {
             let dtype = raw.dtype;
             format!("the tensor `{name}` is stored as {dtype:?}, expected F32, F16 or BF16")
         })?;
-        Ok((float, raw.bytes))
+        Ok((float, raw))
     }
 
     /// Some rows of a dense weight.
@@ -212,22 +207,23 @@ impl<'a> Walk<'a> {
         name: &str,
         (height, depth): (usize, usize),
         rows: Range<usize>,
-    ) -> anyhow::Result<Kept<'a>> {
-        let (float, bytes) = self.shaped(name, &[height, depth])?;
-        let row = depth * float.size();
-        let bytes = bytes.get(rows.start * row..rows.end * row);
-        let bytes = bytes.with_context(|| format!("`{name}` lacks rows"))?;
+    ) -> anyhow::Result<Kept> {
+        let (float, raw) = self.shaped(name, &[height, depth])?;
         let shape = (rows.len(), depth);
-        let in_place = Values::in_place(float.kernel(), bytes);
-        if let Some(matrix) = in_place.and_then(|values| Matrix::new(values, shape.0, shape.1)) {
-            return Ok(Kept::InPlace(matrix));
-        }
-        let mut values = vec![0f32; shape.0 * shape.1];
-        values
-            .par_chunks_mut(SPAN)
-            .zip(bytes.par_chunks(SPAN * float.size()))
-            .for_each(|(values, bytes)| float.read(bytes, values));
-        Ok(Kept::Floats(values, shape))
+        let (first, count) = (rows.start * depth, rows.len() * depth);
+        Ok(match float {
+            Float::F32 => Kept::Floats(raw.values_from(first, count)?, shape),
+            Float::BF16 => Kept::Halves(raw.values_from(first, count)?, shape),
+            Float::F16 => {
+                let halves: Vec<f16> = raw.values_from(first, count)?;
+                let mut values = vec![0f32; count];
+                values
+                    .par_chunks_mut(SPAN)
+                    .zip(halves.par_chunks(SPAN))
+                    .for_each(|(values, halves)| halves.convert_to_f32_slice(values));
+                Kept::Floats(values, shape)
+            }
+        })
     }
 
     /// The head's weight (vocabulary, hidden), if it is stored in 4 bits.
@@ -252,7 +248,7 @@ impl<'a> Walk<'a> {
         &self,
         packed: Option<&Nf4>,
         rows: Range<usize>,
-    ) -> anyhow::Result<Kept<'a>> {
+    ) -> anyhow::Result<Kept> {
         let shape = (self.config.vocab_size, self.config.hidden_size);
         let Some(packed) = packed else {
             return self.rows(self.head_name(), shape, rows);
@@ -263,14 +259,9 @@ impl<'a> Walk<'a> {
         Ok(Kept::Floats(values, shape))
     }
 
-    /// Gives the memory under the head back.
-    pub(in crate::ml) fn let_head_go(&self) {
-        self.weights.let_go(self.head_name());
-    }
-
     fn head_name(&self) -> &'static str {
         if self.config.tie_word_embeddings {
-            EMBED
+            EMBEDDINGS
         } else {
             HEAD
         }
@@ -286,18 +277,17 @@ impl<'a> Walk<'a> {
     /// The tokens' rows of the embedding, in panels.
     fn embed(&self, ids: &[u32]) -> anyhow::Result<Vec<f32>> {
         let width = self.config.hidden_size;
-        let (float, bytes) = self.shaped(EMBED, &[self.config.vocab_size, width])?;
+        let (float, raw) = self.shaped(EMBEDDINGS, &[self.config.vocab_size, width])?;
         let mut rows = vec![0f32; ids.len() * width];
+        let mut bytes = vec![0; width * float.size()];
         for (row, &id) in rows.chunks_mut(width.max(1)).zip(ids) {
-            let start = id as usize * width * float.size();
-            let bytes = bytes.get(start..start + width * float.size());
-            let bytes = bytes.with_context(|| {
-                format!(
-                    "the id {id} lies outside the vocabulary of {}",
-                    self.config.vocab_size
-                )
-            })?;
-            float.read(bytes, row);
+            ensure!(
+                (id as usize) < self.config.vocab_size,
+                "the id {id} lies outside the vocabulary of {}",
+                self.config.vocab_size
+            );
+            raw.read(id as usize * bytes.len(), &mut bytes)?;
+            float.read(&bytes, row);
         }
         let mut out = vec![0f32; size(width, ids.len())];
         fill(&mut out, width, ids.len(), |token| {

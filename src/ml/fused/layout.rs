@@ -1,6 +1,6 @@
 //! Where the tokens of some batches go: one behind the other, without padding, a prompt once for both its answers.
 
-use pipeline_kernels::attention::{Span, Visible};
+use pipeline_kernels::attention::{Span, Spans, Visible};
 
 use crate::ml::batch::{Batch, Sequence};
 use crate::ml::linear::BATCH_STRIDE;
@@ -31,7 +31,7 @@ pub(super) struct Layout {
     /// Its position, from the start of its document.
     pub(super) positions: Vec<usize>,
     /// Tokens that may see each other.
-    pub(super) spans: Vec<Span>,
+    pub(super) spans: Spans,
     /// For each sequence, all batches' one behind the other, the token at each position.
     pub(super) places: Vec<Vec<usize>>,
     /// For each token, its place in its padded batch (the first, if it is in several), with [`BATCH_STRIDE`] from one batch to

@@ -35,6 +35,7 @@ pub(super) fn supports(model: &Llama) -> bool {
     model.device.is_cpu()
         && matches!(model.compute, DType::F32 | DType::BF16)
         && model.config.head_dim.is_multiple_of(2)
+        && !model.has_pairs_at_ends()
         && model
             .layers
             .iter()

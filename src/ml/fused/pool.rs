@@ -69,9 +69,10 @@ impl Pool {
     /// Takes the buffers of factors back.
     pub(super) fn give_factors<'a>(&self, factors: impl IntoIterator<Item = Factor<'a>>) {
         for factor in factors {
-            match factor {
-                Factor::Pairs(Pairs::Bits(buffer)) => self.bits.give(buffer),
-                Factor::Pairs(Pairs::Rounded(_)) | Factor::F32(_) => {}
+            if let Factor::Pairs(pairs) = factor
+                && let Some(buffer) = pairs.into_buffer()
+            {
+                self.bits.give(buffer);
             }
         }
     }

@@ -3,11 +3,16 @@
 use candle_core::Tensor;
 
 use super::*;
+use crate::ml::batch::Row;
+use crate::ml::config::LlamaConfig;
+use crate::ml::create::{Settings, create};
+use crate::ml::float::Float;
 use crate::ml::forward::{Path, together};
 use crate::ml::golden::{self, rows};
 use crate::ml::linear::Drops;
 use crate::ml::model::Trained;
 use crate::ml::objective::{Objective, Outcome};
+use crate::ml::weights::Weights;
 
 const PADDED: Packing = Packing {
     padding_free: false,
@@ -237,4 +242,107 @@ fn buffers_do_not_pile_up() {
     }
     assert!(after > 0);
     assert_eq!(model.pool.count(), after);
+}
+
+/// A new model with heads of a shape, and widths that are no multiple of anything.
+fn of_shape(heads: usize, keys: usize, width: usize) -> Llama {
+    let folder = tempfile::tempdir().unwrap();
+    let config = LlamaConfig {
+        vocab_size: 97,
+        hidden_size: 40,
+        intermediate_size: 75,
+        num_hidden_layers: 2,
+        num_attention_heads: heads,
+        num_key_value_heads: keys,
+        head_dim: width,
+        ..LlamaConfig::read(&golden::folder("model")).unwrap()
+    };
+    let settings = Settings {
+        initializer_range: 0.2,
+        float: Float::F32,
+        seed: 3,
+        max_shard_size: u64::MAX,
+    };
+    create(&config, settings, folder.path(), &mut |_, _| Ok(())).unwrap();
+    let weights = Weights::open(folder.path()).unwrap();
+    let device = candle_core::Device::Cpu;
+    Llama::load(
+        &config,
+        &weights,
+        None,
+        Trained::Everything,
+        DType::F32,
+        &device,
+    )
+    .unwrap()
+}
+
+/// Llama 3's heads over more than 512 tokens, and heads whose width is no multiple of a vector.
+#[test]
+fn shapes_of_real_models_go_the_same_way() {
+    let objective = Objective::Orpo { beta: 0.1 };
+    for (heads, keys, width, prompt) in [
+        (8, 1, 128, 520),
+        (4, 2, 80, 40),
+        (1, 1, 96, 33),
+        (9, 3, 6, 3),
+    ] {
+        let mut model = of_shape(heads, keys, width);
+        let ids = |from: u32, count: u32| (from..from + count).map(|i| i * 31 % 97).collect();
+        let row = Row {
+            prompt: ids(1, prompt),
+            chosen: ids(50, 41),
+            rejected: Some(ids(7, 23)),
+            ..Row::default()
+        };
+        let batch = objective.batch(&[&row], 0).unwrap();
+        let mut run = |path| {
+            model.path = path;
+            let mut gradients = Gradients::none(&model);
+            let outcomes = objective
+                .differentiate(&model, &[(&batch, 1.)], None, false, &mut gradients)
+                .unwrap();
+            (outcomes[0].loss, gradients.0)
+        };
+        let (loss, gradients) = run(Path::Plain);
+        let (ours, our_gradients) = run(Path::Fused(SHARED));
+        assert!((ours - loss).abs() < 1e-5 * loss.abs(), "{ours} {loss}");
+        for (place, (a, b)) in our_gradients.iter().zip(&gradients).enumerate() {
+            let far = far(a.as_ref().unwrap(), b.as_ref().unwrap());
+            assert!(
+                far < 1e-4,
+                "{heads} {keys} {width}, the gradient of {place}: {far}"
+            );
+        }
+    }
+}
+
+#[test]
+fn an_id_outside_the_vocabulary_is_told() {
+    let model = of_shape(2, 1, 16);
+    let objective = Objective::Orpo { beta: 0.1 };
+    let row = |id: u32| Row {
+        prompt: vec![1, 2],
+        chosen: vec![3, id],
+        rejected: Some(vec![4]),
+        ..Row::default()
+    };
+    let batch = objective.batch(&[&row(96)], 0).unwrap();
+    let forward = Forward::new(&model, &[&batch], SHARED, Pass::INFER, false).unwrap();
+    let target = |id| Target {
+        row: 0,
+        position: 2,
+        id,
+    };
+    assert!(forward.score(&[target(96)], false, false).is_ok());
+    // In the first panel of logits, this would be a number of another token.
+    for id in [97, 98, u32::MAX] {
+        let error = forward.score(&[target(id)], true, true).err().unwrap();
+        assert!(
+            error.to_string().contains("outside the vocabulary of 97"),
+            "{error}"
+        );
+    }
+    let batch = objective.batch(&[&row(97)], 0).unwrap();
+    assert!(Forward::new(&model, &[&batch], SHARED, Pass::INFER, false).is_err());
 }

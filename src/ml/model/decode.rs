@@ -143,14 +143,14 @@ impl<'a> Plain<'a> {
 
 impl<'a> Decoder<'a> {
     /// So many empty texts, none of which gets longer than `longest` tokens. `None` where the kernels don't reach: on other
-    /// devices than the CPU, and for products in f16.
+    /// devices than the CPU, for products in f16, and with matrices beside embeddings or head.
     pub fn new(model: &'a Llama, texts: usize, longest: usize, pass: Pass) -> Result<Option<Self>> {
         let compute = model.compute;
         if !model.device.is_cpu() || !matches!(compute, DType::F32 | DType::BF16) {
             return Ok(None);
         }
         let linears = model.layers.iter().flat_map(Layer::linears);
-        if !{ linears }.all(Linear::has_kernels) {
+        if model.has_pairs_at_ends() || !{ linears }.all(Linear::has_kernels) {
             return Ok(None);
         }
         let layers = model.layers.iter().map(|layer| Plain::new(layer, pass));

@@ -2,12 +2,14 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use super::super::adapter::Adapter;
+use super::super::adapter::{Adapter, ENDS};
 use super::super::batch::Batch;
 use super::super::config::LlamaConfig;
-use super::super::head;
+use super::super::head::Head;
 use super::super::linear::Pass;
+use super::super::tied::{EMBEDDINGS, HEAD};
 use super::super::weights::Weights;
+use super::ends::{looked_up, widened};
 use super::load::Loader;
 use super::{Shared, Trained, angles};
 
@@ -25,6 +27,9 @@ pub fn logits_by_layer(
     layer_done: &mut dyn FnMut(usize) -> anyhow::Result<()>,
 ) -> anyhow::Result<Vec<Tensor>> {
     let device = Device::Cpu;
+    let tied = config.tie_word_embeddings;
+    let adapter = adapter.map(|adapter| adapter.beside(tied)).transpose()?;
+    let adapter = adapter.as_deref();
     let mut loader = Loader::new(
         config,
         weights,
@@ -46,14 +51,11 @@ pub fn logits_by_layer(
     });
     let shared: Vec<Shared> = shared.collect();
 
-    let vocabulary = [config.vocab_size, config.hidden_size];
-    let embed = "model.embed_tokens.weight";
     let ids = batch.ids(&device)?;
-    let table = loader.stored(embed, &vocabulary)?;
+    let stored = loader.stored(EMBEDDINGS)?;
+    let (table, pair) = (loader.embeddings(stored)?, loader.pair(ENDS[0])?);
     let states = shared.iter().map(|shared| {
-        let rows = table.value(shared.pass);
-        let rows = rows.index_select(&ids.flatten_all()?, 0)?;
-        let rows = rows.to_dtype(DType::F32)?;
+        let rows = looked_up(&table, pair.as_ref(), &ids.flatten_all()?, shared.pass)?;
         Ok(rows.reshape((ids.dim(0)?, batch.width, ()))?)
     });
     let mut states = states.collect::<anyhow::Result<Vec<Tensor>>>()?;
@@ -63,22 +65,32 @@ pub fn logits_by_layer(
         for (state, shared) in states.iter_mut().zip(&shared) {
             *state = layer.forward(state, shared, &mut None)?;
         }
-        weights.release();
         layer_done(number + 1)?;
     }
     let norm = loader.norm("model.norm")?;
-    let name = if config.tie_word_embeddings {
-        embed
-    } else {
-        "lm_head.weight"
+    let stored = loader.stored(if tied { EMBEDDINGS } else { HEAD })?;
+    let weight = match loader.head(stored)? {
+        Some(own) => own,
+        None => loader.embeddings(stored)?,
     };
-    let weight = loader.stored(name, &vocabulary)?;
+    let pair = loader.pair(ENDS[1])?;
     let logits = states.iter().zip(&shared).map(|(state, shared)| {
         let state = norm.forward(state, shared.pass)?.flatten_to(1)?;
+        let state = widened(state, pair.as_ref(), DType::F32, shared.pass)?;
         let weight = weight.value(shared.pass);
+        let low = pair.as_ref().filter(|_| shared.pass.adapter);
+        let low = low.map(|pair| pair.b.value(shared.pass));
         let parts = (0..config.vocab_size).step_by(HEAD_ROWS).map(|from| {
-            let rows = weight.narrow(0, from, HEAD_ROWS.min(config.vocab_size - from))?;
-            head::logits(&state, &rows.to_dtype(DType::F32)?)
+            let count = HEAD_ROWS.min(config.vocab_size - from);
+            let head = Head {
+                weight: weight.narrow(0, from, count)?.to_dtype(DType::F32)?,
+                low: low
+                    .as_ref()
+                    .map(|low| low.narrow(0, from, count))
+                    .transpose()?,
+                trains: false,
+            };
+            head.logits(&state)
         });
         let logits = Tensor::cat(&parts.collect::<candle_core::Result<Vec<_>>>()?, 1)?;
         Ok(logits.reshape((ids.dim(0)?, batch.width, ()))?)

@@ -6,13 +6,15 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use candle_core::{DType, Device, Tensor, Var};
 
-use super::super::adapter::{Adapter, LoraPair};
+use super::super::adapter::{Adapter, ENDS, LoraPair, Meant};
 use super::super::config::LlamaConfig;
 use super::super::float::Float;
 use super::super::forward::Path;
 use super::super::fused::{self, Packing, Pool};
 use super::super::linear::{Base, Linear, Lora, Pass, Weight};
+use super::super::lora_init::{Module, modules};
 use super::super::nf4::Nf4;
+use super::super::tied::{EMBEDDINGS, HEAD};
 use super::super::weights::Weights;
 use super::{Layer, Llama, Norm, Parameter, Trained};
 
@@ -28,6 +30,15 @@ pub(super) struct Loader<'a> {
     linears: u64,
     /// The adapter's modules and tensors that found their places.
     used: BTreeSet<String>,
+}
+
+/// What to say where a vocabulary's size differs.
+fn resized(name: &str) -> &'static str {
+    if [EMBEDDINGS, HEAD].contains(&name) {
+        "; an adapter that was trained with other tokens needs the model whose embeddings were resized for them"
+    } else {
+        ""
+    }
 }
 
 /// What transformers spares from weight decay.
@@ -95,8 +106,13 @@ impl<'a> Loader<'a> {
     /// A weight of the base, or what the adapter puts in its place; a frozen one is held in `dtype`.
     fn weight(&mut self, name: &str, shape: &[usize], dtype: DType) -> anyhow::Result<Weight> {
         let tensor = self.shaped(name, shape)?;
+        self.placed(name, &tensor, dtype)
+    }
+
+    /// What counts where `tensor` of the base has the place `name`.
+    fn placed(&mut self, name: &str, tensor: &Tensor, dtype: DType) -> anyhow::Result<Weight> {
         if self.trained == Trained::Everything {
-            return self.train(name.to_owned(), &tensor, decays(name));
+            return self.train(name.to_owned(), tensor, decays(name));
         }
         let Some(adapter) = self.adapter else {
             return Ok(Weight::Frozen(tensor.to_dtype(dtype)?));
@@ -112,9 +128,11 @@ impl<'a> Loader<'a> {
             None => return Ok(Weight::Frozen(tensor.to_dtype(dtype)?)),
         };
         anyhow::ensure!(
-            own.dims() == shape,
-            "the adapter's `{name}` has the shape {:?}, expected {shape:?} from config.json",
-            own.dims()
+            own.dims() == tensor.dims(),
+            "the adapter's `{name}` has the shape {:?}, expected {:?} from config.json{}",
+            own.dims(),
+            tensor.dims(),
+            resized(name)
         );
         let own = if trains {
             self.train(name.to_owned(), &own, decays(name))?
@@ -127,13 +145,42 @@ impl<'a> Loader<'a> {
         })
     }
 
-    /// A weight in the type in which it is stored.
-    pub(super) fn stored(&mut self, name: &str, shape: &[usize]) -> anyhow::Result<Weight> {
+    /// The embeddings' weight, in `dtype`.
+    pub(super) fn embeddings(&mut self, dtype: DType) -> anyhow::Result<Weight> {
+        let shape = [self.config.vocab_size, self.config.hidden_size];
+        self.weight(EMBEDDINGS, &shape, dtype)
+    }
+
+    /// The head's weight, in `dtype`; none where it is the embeddings, whatever these are.
+    pub(super) fn head(&mut self, dtype: DType) -> anyhow::Result<Option<Weight>> {
+        let shape = [self.config.vocab_size, self.config.hidden_size];
+        let tied = self.config.tie_word_embeddings;
+        if !tied {
+            return Ok(Some(self.weight(HEAD, &shape, dtype)?));
+        }
+        if !self.adapter.is_some_and(|adapter| adapter.unties(tied)) {
+            return Ok(None);
+        }
+        let embeddings = self.shaped(EMBEDDINGS, &shape)?;
+        Ok(Some(self.placed(HEAD, &embeddings, dtype)?))
+    }
+
+    /// The pair beside the embeddings or the head, if the adapter has one.
+    pub(super) fn pair(&mut self, path: &str) -> anyhow::Result<Option<Lora>> {
+        let Some(pair) = self.adapter.and_then(|adapter| adapter.tensors.get(path)) else {
+            return Ok(None);
+        };
+        let shape = (self.config.vocab_size, self.config.hidden_size);
+        Ok(Some(self.lora(path, pair, shape)?))
+    }
+
+    /// The type in which a tensor is stored; of one in 4 bits, the type that it is dequantised to.
+    pub(super) fn stored(&self, name: &str) -> anyhow::Result<DType> {
         let float = match Nf4::shape_of(self.weights, name)? {
             Some((_, float)) => Some(float),
             None => Float::of(self.weights.raw(name)?.dtype),
         };
-        self.weight(name, shape, float.map_or(DType::F32, Float::dtype))
+        Ok(float.map_or(DType::F32, Float::dtype))
     }
 
     pub(super) fn norm(&mut self, name: &str) -> anyhow::Result<Norm> {
@@ -275,36 +322,27 @@ impl Llama {
         compute: DType,
         device: &Device,
     ) -> anyhow::Result<Self> {
+        let tied = config.tie_word_embeddings;
+        let adapter = adapter.map(|adapter| adapter.beside(tied)).transpose()?;
+        let adapter = adapter.as_deref();
         let mut loader = Loader::new(config, weights, adapter, trained, compute, device);
         if let Some(adapter) = adapter {
-            fits(adapter, config)?;
+            fits(adapter, config, trained)?;
         }
-        let vocabulary = [config.vocab_size, config.hidden_size];
-        let tied = config.tie_word_embeddings;
-        // Only rows of it are used, made f32 one by one; a tied one is the head's weight too.
-        let embed = "model.embed_tokens.weight";
-        let stored = Float::of(weights.raw(embed)?.dtype).map(Float::dtype);
-        let embed_dtype = stored.filter(|_| !tied).unwrap_or(compute);
-        let embed = loader.weight(embed, &vocabulary, embed_dtype)?;
+        // Only rows of it are used, made f32 one by one; where it is the head's weight too, products are made with it.
+        let stored = loader.stored(EMBEDDINGS)?;
+        let own_head = !tied || adapter.is_some_and(|adapter| adapter.unties(tied));
+        let embed = loader.embeddings(if own_head { stored } else { compute })?;
+        let embed_lora = loader.pair(ENDS[0])?;
         let layers: Vec<_> = (0..config.num_hidden_layers)
             .map(|number| {
                 let layer = loader.layer(number);
-                weights.release();
                 layer.with_context(|| format!("could not load layer {number}"))
             })
             .collect::<anyhow::Result<_>>()?;
         let norm = loader.norm("model.norm")?;
-        let head = if !tied {
-            Some(loader.weight("lm_head.weight", &vocabulary, compute)?)
-        } else if let (Weight::Replaced { base, .. }, Some(false)) = (
-            &embed,
-            adapter.map(|adapter| adapter.config.ensure_weight_tying),
-        ) {
-            // As in PEFT, the head stays what it was when embeddings of their own come.
-            Some(Weight::Frozen(base.clone()))
-        } else {
-            None
-        };
+        let head = loader.head(compute)?;
+        let head_lora = loader.pair(ENDS[1])?;
         let (parameters, used) = (loader.parameters, loader.used);
         if let Some(adapter) = adapter {
             let all = adapter.tensors.keys().chain(adapter.saved.keys());
@@ -328,6 +366,8 @@ impl Llama {
             layers,
             norm,
             head,
+            embed_lora,
+            head_lora,
             compute,
             frozen_column_sum: None,
             path: Path::Plain,
@@ -344,14 +384,35 @@ impl Llama {
 }
 
 /// Whether a model of this shape can bear the adapter at all.
-fn fits(adapter: &Adapter, config: &LlamaConfig) -> anyhow::Result<()> {
+fn fits(adapter: &Adapter, config: &LlamaConfig, trained: Trained) -> anyhow::Result<()> {
+    let pairs = ENDS.iter().any(|path| adapter.tensors.contains_key(*path));
+    anyhow::ensure!(
+        trained != Trained::Adapter
+            || !(config.tie_word_embeddings && adapter.config.ensure_weight_tying && pairs),
+        "training matrices beside embeddings that the head shares (`ensure_weight_tying`) is not supported; expected the embeddings \
+         in `modules_to_save`, or `ensure_weight_tying: false`"
+    );
+    if trained == Trained::Adapter {
+        anyhow::ensure!(
+            !adapter.config.keeps_b(),
+            "`init_lora_weights: mica` trains A alone, which is not supported; the adapter can be scored and merged"
+        );
+        let modules = modules(config);
+        let meant = modules.iter().find(|(path, module)| {
+            *module != Module::Other
+                && adapter.config.targets.mean(path) == Meant::Yes
+                && !adapter.tensors.contains_key(path)
+        });
+        if let Some((path, _)) = meant {
+            anyhow::bail!(
+                "the settings of the adapter mean `{path}` too, but it has no matrices there, which PEFT would begin anew; expected \
+                 settings and matrices of the same modules"
+            );
+        }
+    }
     anyhow::ensure!(
         !adapter.config.is_loftq() || config.quantization.is_some(),
         "the adapter was begun by LoftQ for a 4-bit model, but this one is dense; hint: `quantize` it with `double_quant: false`"
-    );
-    anyhow::ensure!(
-        !config.tie_word_embeddings || !adapter.config.saves("lm_head"),
-        "the adapter trains `lm_head`, but the model's head is its embeddings (`tie_word_embeddings`); expected `embed_tokens`"
     );
     Ok(())
 }

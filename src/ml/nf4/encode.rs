@@ -22,18 +22,33 @@ use crate::ml::weights::Entry;
 pub(super) const NESTED_BLOCK: usize = 256;
 /// Blocks that a thread takes at once.
 const SPAN: usize = 256;
+/// Blocks that are read at once.
+const PIECE: usize = 1 << 15;
 
-/// The largest magnitude of each block. NaN and infinity have no code and are errors.
-pub fn block_absmax(float: Float, bytes: &[u8]) -> anyhow::Result<Vec<f32>> {
-    let size = float.size();
-    let mut absmax = vec![0f32; (bytes.len() / size).div_ceil(BLOCK)];
-    if is_alone() {
-        nf4::largest(float.kernel(), bytes, &mut absmax);
-    } else {
-        absmax
-            .par_chunks_mut(SPAN)
-            .zip(bytes.par_chunks(BLOCK * SPAN * size))
-            .for_each(|(absmax, bytes)| nf4::largest(float.kernel(), bytes, absmax));
+/// The largest magnitude of each block of a tensor of `size` bytes, which `read(first, out)` gives from a byte on, a few MiB at a
+/// time. NaN and infinity have no code and are errors.
+pub fn block_absmax(
+    float: Float,
+    size: usize,
+    mut read: impl FnMut(usize, &mut [u8]) -> anyhow::Result<()>,
+) -> anyhow::Result<Vec<f32>> {
+    let value = float.size();
+    let mut absmax = vec![0f32; (size / value).div_ceil(BLOCK)];
+    let mut bytes = Vec::new();
+    let parts = absmax
+        .chunks_mut(PIECE)
+        .zip((0..size).step_by(PIECE * BLOCK * value));
+    for (absmax, first) in parts {
+        bytes.resize((PIECE * BLOCK * value).min(size - first), 0);
+        read(first, &mut bytes)?;
+        if is_alone() {
+            nf4::largest(float.kernel(), &bytes, absmax);
+        } else {
+            absmax
+                .par_chunks_mut(SPAN)
+                .zip(bytes.par_chunks(BLOCK * SPAN * value))
+                .for_each(|(absmax, bytes)| nf4::largest(float.kernel(), bytes, absmax));
+        }
     }
     if let Some(block) = absmax.iter().position(|x| !x.is_finite()) {
         let first = block * BLOCK;
@@ -43,6 +58,14 @@ pub fn block_absmax(float: Float, bytes: &[u8]) -> anyhow::Result<Vec<f32>> {
         );
     }
     Ok(absmax)
+}
+
+/// Reads from memory, for [`block_absmax`].
+pub fn from_memory(bytes: &[u8]) -> impl FnMut(usize, &mut [u8]) -> anyhow::Result<()> {
+    |first, out| {
+        out.copy_from_slice(&bytes[first..first + out.len()]);
+        Ok(())
+    }
 }
 
 /// Two codes a byte, into `packed`: those of the weights in `bytes`, which begin with a block. An odd last value is followed by
@@ -222,7 +245,7 @@ mod tests {
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             values[130] = bad;
             let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
-            let error = block_absmax(Float::F32, &bytes).unwrap_err();
+            let error = block_absmax(Float::F32, bytes.len(), from_memory(&bytes)).unwrap_err();
             assert!(error.to_string().contains("from 128 to 191"), "{error}");
         }
     }

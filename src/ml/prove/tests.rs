@@ -6,6 +6,7 @@ use std::fs;
 use candle_core::{DType, Device};
 
 use super::*;
+use crate::ml::config::LlamaConfig;
 use crate::ml::folder::carry;
 use crate::ml::golden;
 use crate::ml::merge::merge;

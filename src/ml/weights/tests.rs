@@ -110,7 +110,10 @@ fn a_written_file_has_the_bytes_of_the_reference() {
         let mut writer = Writer::create(&path, entries).unwrap();
         for entry in writer.order().to_vec() {
             writer
-                .write(&entry.name, weights.raw(&entry.name).unwrap().bytes)
+                .write(
+                    &entry.name,
+                    &weights.raw(&entry.name).unwrap().bytes().unwrap(),
+                )
                 .unwrap();
         }
         writer.finish().unwrap();
@@ -229,12 +232,47 @@ fn damaged_files_are_told_by_name() {
     }
 }
 
+#[test]
+fn a_file_that_is_cut_while_it_is_open_is_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("x.safetensors");
+    let values: Vec<f32> = (0..3_000_000).map(|x| x as f32).collect();
+    let tensors = BTreeMap::from([("a".to_owned(), one(&values)), ("b".to_owned(), one(&[1.]))]);
+    save(&path, &tensors, &[]).unwrap();
+    let weights = Weights::open_file(&path).unwrap();
+    assert_eq!(weights.raw("a").unwrap().size(), 12_000_000);
+    let cut = fs::File::options().write(true).open(&path).unwrap();
+    cut.set_len(5_000_000).unwrap();
+    for error in [
+        weights.tensor("a", &Device::Cpu).unwrap_err(),
+        weights.raw("b").unwrap().bytes().unwrap_err(),
+        weights
+            .raw("a")
+            .unwrap()
+            .values_from::<f32>(2_999_999, 1)
+            .unwrap_err(),
+    ] {
+        let error = message(&error);
+        assert!(error.contains("became shorter"), "{error}");
+        assert!(error.contains("x.safetensors"), "{error}");
+    }
+    // What is left can be read.
+    let read: Vec<f32> = weights.raw("a").unwrap().values_from(10, 2).unwrap();
+    assert_eq!(read, [10., 11.]);
+    let error = weights
+        .raw("a")
+        .unwrap()
+        .values_from::<f32>(2_999_999, 2)
+        .unwrap_err();
+    assert!(message(&error).contains("fewer than are wanted"), "{error}");
+}
+
 /// Opens what a file was turned into and reads everything that it claims to have.
 fn read_all(bytes: &[u8]) {
     if let Ok(weights) = opened(bytes) {
         for name in weights.names() {
             let raw = weights.raw(name).unwrap();
-            assert!(raw.bytes.len() <= bytes.len());
+            assert!(raw.bytes().unwrap().len() <= bytes.len());
             let _ = weights.tensor(name, &Device::Cpu);
             let _ = crate::ml::nf4::Nf4::load(&weights, name);
         }

@@ -19,8 +19,8 @@ use crate::ml::forward::Path as Way;
 use crate::ml::fused::Packing;
 use crate::ml::model::{Llama, Trained};
 use crate::ml::save::{save_adapter, save_model};
+use crate::ml::tied;
 use crate::ml::train::{Ending, Settings, Start, take_up, train, trainer_state};
-use crate::ml::weights::Weights;
 use crate::text::tokenizer::special_tokens;
 
 /// The folders and splits of one training.
@@ -130,7 +130,7 @@ pub(in crate::stages) fn run(
     mut settings: Settings,
     prepare: &dyn Fn(Vec<Row>) -> anyhow::Result<Vec<Row>>,
 ) -> anyhow::Result<()> {
-    let config = LlamaConfig::read(job.model)?;
+    let (config, weights) = tied::open(job.model)?;
     settings.pad = pad_id(job.model, &config);
     job.train_split.clone_into(&mut settings.split);
     ensure!(
@@ -142,7 +142,6 @@ pub(in crate::stages) fn run(
     settings.sources = vec![("model", job.model.to_path_buf())];
     let adapter_file = job.adapter.map(|adapter| ("adapter", adapter.join(FILE)));
     settings.sources.extend(adapter_file);
-    let weights = Weights::open(job.model)?;
     let adapter = job.adapter.map(Adapter::load).transpose()?;
     let trained = if adapter.is_some() {
         Trained::Adapter

@@ -3,7 +3,9 @@
 use std::fs;
 use std::sync::Arc;
 
-use arrow::array::{ArrayRef, Int32Array, RecordBatch, StringArray};
+use arrow::array::{ArrayRef, Int32Array, ListArray, RecordBatch, StringArray};
+use arrow::buffer::OffsetBuffer;
+use arrow::datatypes::{DataType, Field};
 use parquet::arrow::ArrowWriter;
 use parquet::basic::{Compression, Repetition, ZstdLevel};
 use parquet::file::properties::WriterProperties;
@@ -197,9 +199,18 @@ fn tables_cost_no_more_than_they_hold() {
     write(project.path("columns.parquet"), columns.collect());
     attacks.push(import("columns", "columns.parquet", "it has 5000 columns"));
 
-    // One text of a MiB, 600 times.
+    // One text of a MiB, 100 and 700 times, in two columns.
     let text = "a".repeat(1 << 20);
-    let texts: ArrayRef = Arc::new(StringArray::from_iter_values(vec![&text; 600]));
+    let texts: ArrayRef = Arc::new(StringArray::from_iter_values(vec![&text; 700]));
+    let few = texts.slice(0, 100);
+    write(
+        project.path("few_texts.parquet"),
+        vec![
+            ("prompt".to_owned(), few.clone()),
+            ("chosen".to_owned(), few),
+        ],
+    );
+    attacks.push(import("few_texts", "few_texts.parquet", ""));
     write(
         project.path("texts.parquet"),
         vec![
@@ -209,7 +220,30 @@ fn tables_cost_no_more_than_they_hold() {
     );
     let size = fs::metadata(project.path("texts.parquet")).unwrap().len();
     assert!(size < 10_000, "{size}");
-    attacks.push(import("texts", "texts.parquet", ""));
+    attacks.push(import(
+        "texts",
+        "texts.parquet",
+        "times as much as it has itself",
+    ));
+
+    // A list of 20 million numbers.
+    let numbers = 20 << 20;
+    let list: ArrayRef = Arc::new(ListArray::new(
+        Arc::new(Field::new_list_field(DataType::Int32, true)),
+        OffsetBuffer::from_lengths([numbers]),
+        Arc::new(Int32Array::from(vec![0; numbers])),
+        None,
+    ));
+    let text: ArrayRef = Arc::new(StringArray::from_iter_values(["a"]));
+    write(
+        project.path("list.parquet"),
+        vec![
+            ("prompt".to_owned(), text.clone()),
+            ("chosen".to_owned(), text),
+            ("x".to_owned(), list),
+        ],
+    );
+    attacks.push(import("list", "list.parquet", "values in one column"));
 
     // Bytes changed at every place of a file: some are refused, some read; none ends the program.
     let few: ArrayRef = Arc::new(StringArray::from_iter_values(["a", "b", "b"]));

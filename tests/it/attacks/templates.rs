@@ -1,6 +1,8 @@
 //! Chat templates.
 
+use std::fs;
 use std::io::{BufRead as _, BufReader};
+use std::process::Child;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
@@ -275,9 +277,8 @@ fn a_template_ends_with_its_timeout() {
     all(vec![template], ", timeout: 1s");
 }
 
-#[test]
-fn a_template_ends_with_ctrl_c() {
-    let project = Project::empty();
+/// A run that has come to the template that is stuck.
+fn stuck(project: &Project) -> Child {
     project.write("row.jsonl", ROW);
     project.write("stuck.jinja", STUCK);
     let recipe = format!(
@@ -291,7 +292,47 @@ fn a_template_ends_with_ctrl_c() {
     assert!(lines.map_while(Result::ok).any(|line| started(&line)));
     // It is at the template by now, or will be: either way it has to end.
     std::thread::sleep(Duration::from_millis(300));
+    child
+}
+
+#[test]
+fn a_template_ends_with_ctrl_c() {
+    let project = Project::empty();
+    let child = stuck(&project);
     kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGINT).unwrap();
     let ended = child.wait_with_output().unwrap();
     assert_eq!(ended.status.code(), Some(130));
+}
+
+/// Its process must not go on writing once another run may have taken the stage over.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_stage_ends_with_the_run_that_was_killed() {
+    let project = Project::empty();
+    let mut child = stuck(&project);
+    let children = || -> Vec<String> {
+        let tasks = fs::read_dir(format!("/proc/{}/task", child.id())).unwrap();
+        let children = tasks.map(|task| fs::read_to_string(task.unwrap().path().join("children")));
+        let children: Vec<String> = children.map(Result::unwrap_or_default).collect();
+        let pids = children.iter().flat_map(|line| line.split_whitespace());
+        pids.map(str::to_owned).collect()
+    };
+    let mut stages = children();
+    while stages.is_empty() {
+        stages = children();
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let alive = |pid: &String| {
+        let status = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        !status.is_empty() && !status.contains(") Z ") && status.contains("(exe)")
+    };
+    // The kernel ends it; only how soon it gets to that depends on the machine.
+    for _ in 0..100 {
+        if !stages.iter().any(alive) {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    panic!("{stages:?} are alive");
 }

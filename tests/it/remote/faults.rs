@@ -226,8 +226,8 @@ fn a_damaged_or_alien_record_is_absent() {
     for (number, record) in files(&remote.path().join("v1/records")).iter().enumerate() {
         let text = fs::read_to_string(record).unwrap();
         let other = match number {
-            0 => text.replace("\"version\": 1", "\"version\": 7"),
-            1 => text.replace("\"format\": 1", "\"format\": 9"),
+            0 => text.replace("\"version\": ", "\"version\": 7"),
+            1 => text.replace("\"format\": ", "\"format\": 9"),
             _ => text[..text.len() / 2].to_owned(),
         };
         fs::write(record, other).unwrap();

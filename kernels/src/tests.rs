@@ -1,0 +1,5 @@
+//! Every function of the crate with wrong sizes, with odd shapes, and in memory whose neighbours nobody may touch.
+
+mod guard;
+mod misuse;
+mod shapes;

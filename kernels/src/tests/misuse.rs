@@ -1,0 +1,468 @@
+//! Wrong sizes end in a sentence, never in a wrong result or in somebody else's memory.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use crate::attention::{
+    Gradients, Heads, Inputs, Span, Spans, Visible, attention, attention_backward,
+};
+use crate::dropout::Dropout;
+use crate::elementwise as each;
+use crate::matrix::{Matrix, Nf4, Rounding, Values};
+use crate::merge::{self, Update};
+use crate::nf4::{self, Stored};
+use crate::panels::{self, LANES, column, fill, pairs, size};
+use crate::product::{Factor, Onto, Pairs, Product, Term, product, products};
+use crate::reduce::{Order, outer, over_tokens};
+use crate::vectors::{Attention, VectorProduct, vector_products};
+use crate::vocabulary::exponentials;
+
+/// Runs what has to panic with a message that contains `expected`.
+fn refused<T>(what: &str, expected: &str, misuse: impl FnOnce() -> T) {
+    let Err(panic) = catch_unwind(AssertUnwindSafe(misuse)) else {
+        panic!("{what} was accepted");
+    };
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+    let text = text.unwrap_or_default();
+    assert!(text.contains(expected), "{what}: {text}");
+}
+
+fn floats(count: usize) -> Vec<f32> {
+    vec![1.; count]
+}
+
+#[test]
+fn products_refuse_wrong_sizes() {
+    let (w, x) = (floats(5 * 3), floats(size(3, 40)));
+    let weight = Matrix::f32(&w, 5, 3).unwrap();
+    let factor = Factor::F32(&x);
+    let run = |out: usize, weight: Matrix<'_>, x: &Factor<'_>, onto: Onto<'_>| {
+        product(&mut floats(out), vec![Term { weight, x }], onto);
+    };
+    let good = size(5, 40);
+    run(good, weight, &factor, Onto::Zero);
+    for bad in [good - 1, good + 1, good - 5 * LANES, 0] {
+        let expected = if bad == 0 || bad == good - 5 * LANES {
+            "the factor"
+        } else {
+            "the output"
+        };
+        refused("an output", expected, || {
+            run(bad, weight, &factor, Onto::Zero);
+        });
+    }
+    refused("a turned weight", "the output", || {
+        run(good, weight.turned(), &factor, Onto::Zero);
+    });
+    let short = Factor::F32(&x[1..]);
+    refused("a short factor", "the factor", || {
+        run(good, weight, &short, Onto::Zero);
+    });
+    let values = floats(good - 1);
+    refused("what is added to", "added to", || {
+        run(good, weight, &factor, Onto::Values(&values));
+    });
+    let pairs = Factor::Pairs(Pairs::of(&floats(size(5, 40)), 5, |count| vec![0; count]));
+    refused("pairs of another width", "the factor", || {
+        run(good, weight, &pairs, Onto::Zero);
+    });
+    let other = floats(4 * 3);
+    let other = Matrix::f32(&other, 4, 3).unwrap();
+    refused("two heights", "heights of the weights", || {
+        let terms = [weight, other].map(|weight| Term { weight, x: &factor });
+        product(&mut floats(good), terms.into(), Onto::Zero);
+    });
+    let empty = Matrix::f32(&[], (1 << 59) + 1, 0).unwrap();
+    refused("a height that wraps", "the output", || {
+        run(LANES, empty, &Factor::F32(&[]), Onto::Zero);
+    });
+    assert!(Matrix::f32(&w, 3, 4).is_none());
+    assert!(Matrix::f32(&[], usize::MAX, 2).is_none());
+    let code = [0f32; 16];
+    let nf4 = Nf4 {
+        packed: &[0; 8],
+        absmax: &[],
+        code: &code,
+        rounding: Rounding::F32,
+    };
+    assert!(Matrix::new(Values::Nf4(nf4), 5, 3).is_none());
+}
+
+#[test]
+fn a_product_without_terms_or_depth_is_what_it_is_added_to() {
+    let values: Vec<f32> = (0..size(2, 3)).map(|x| x as f32).collect();
+    let empty = Matrix::f32(&[], 2, 0).unwrap();
+    let nothing = Factor::F32(&[]);
+    let term = || Term {
+        weight: empty,
+        x: &nothing,
+    };
+    for terms in [vec![], vec![term()], vec![term(), term()]] {
+        for (onto, expected) in [
+            (Onto::Zero, floats(0)),
+            (Onto::Out, vec![f32::INFINITY; values.len()]),
+            (Onto::Values(&values), values.clone()),
+        ] {
+            let mut out = vec![f32::INFINITY; values.len()];
+            products(vec![Product {
+                out: &mut out,
+                terms: terms.clone(),
+                onto,
+            }]);
+            let zeros = vec![0.; out.len()];
+            let expected = if expected.is_empty() { zeros } else { expected };
+            assert_eq!(out, expected, "{onto:?}");
+        }
+    }
+    refused("what is added to", "added to", || {
+        let out = &mut floats(values.len() - 1);
+        product(out, Vec::new(), Onto::Values(&values));
+    });
+}
+
+#[test]
+fn pairs_and_panels_refuse_wrong_sizes() {
+    let data = floats(size(3, 40));
+    refused("pairs of a part", "to pair", || {
+        Pairs::of(&data[1..], 3, |count| vec![0; count])
+    });
+    refused("pairs of other features", "to pair", || {
+        Pairs::of(&data, 7, |count| vec![0; count])
+    });
+    refused("no features", "to pair", || {
+        Pairs::of(&data, 0, |count| vec![0; count])
+    });
+    refused("too few pairs", "the pairs", || {
+        pairs(&data, 3, &mut vec![0; 2 * LANES]);
+    });
+    let row = [0f32; 3];
+    refused("a short row", "a row's features", || {
+        fill(&mut floats(size(4, 2)), 4, 2, |_| &row);
+    });
+    refused("panels of other tokens", "the rows' panels", || {
+        fill(&mut floats(size(3, 2)), 3, 33, |_| &row);
+    });
+    refused("a token behind the last panel", "range", || {
+        column(&data, 3, 64).count()
+    });
+    assert_eq!(panels::size(usize::MAX, 33), usize::MAX);
+    refused("dropout of other tokens", "dropped from", || {
+        Dropout { start: 1, p: 0.5 }.apply(&mut floats(size(3, 2)), 3, &[0; 33]);
+    });
+}
+
+#[test]
+fn loops_over_features_refuse_wrong_sizes() {
+    let panel = || floats(size(3, 40));
+    let (w, inverse) = (floats(3), floats(size(1, 40)));
+    let norm = "what is normed";
+    refused("a norm's weight", norm, || {
+        each::rms_norm(&panel(), &[1.; 7], 1., &mut panel(), &mut floats(64));
+    });
+    refused("no weight", norm, || {
+        each::rms_norm(&panel(), &[], 1., &mut panel(), &mut floats(64));
+    });
+    refused("a norm's factors", "factors", || {
+        each::rms_norm(&panel(), &w, 1., &mut panel(), &mut floats(32));
+    });
+    refused("a norm's result", "a norm", || {
+        each::rms_norm(&panel(), &w, 1., &mut floats(96), &mut floats(64));
+    });
+    refused("the same again", "a norm", || {
+        each::rms_norm_again(&panel(), &w, &inverse, &mut floats(96));
+    });
+    refused("the gradient that comes in", "a norm", || {
+        each::rms_norm_backward(&panel(), &w, &inverse, &floats(96), &mut panel());
+    });
+    refused("the gradient that goes out", "a norm", || {
+        each::rms_norm_backward(&panel(), &w, &inverse, &panel(), &mut floats(96));
+    });
+    refused("the weight's gradient", norm, || {
+        each::rms_norm_weight(&panel(), &inverse, &panel(), &mut floats(4));
+    });
+    let (x, angles) = (floats(size(12, 40)), floats(size(3, 40)));
+    let rope = |features: usize, half: usize, cos: &[f32], sin: &[f32]| {
+        each::rope(&mut x.clone(), features, cos, sin, half, false);
+    };
+    rope(12, 3, &angles, &angles);
+    refused("no half", "no heads", || rope(12, 0, &angles, &angles));
+    refused("half a head", "no heads", || rope(12, 4, &angles, &angles));
+    refused("a half that wraps", "no heads", || {
+        rope(12, usize::MAX / 2 + 4, &angles, &angles);
+    });
+    refused("other features", "is turned", || {
+        rope(18, 3, &angles, &angles);
+    });
+    refused("short cosines", "cosines", || {
+        rope(12, 3, &angles[LANES..], &angles);
+    });
+    refused("short sines", "the sines", || {
+        rope(12, 3, &angles, &angles[..LANES]);
+    });
+    let lengths = "lengths of";
+    refused("a gate", lengths, || {
+        each::swiglu(&floats(9), &floats(8), &mut floats(9));
+    });
+    refused("a gated result", lengths, || {
+        each::swiglu(&floats(9), &floats(9), &mut floats(8));
+    });
+    refused("a gate's gradient", lengths, || {
+        each::swiglu_backward(&mut floats(9), &mut floats(8), &mut floats(9));
+    });
+    refused("a gradient", lengths, || {
+        each::swiglu_backward(&mut floats(9), &mut floats(9), &mut floats(10));
+    });
+    refused("a sum", lengths, || {
+        each::add(&mut floats(2), &floats(3), 1.);
+    });
+    refused("a product", lengths, || {
+        each::multiply(&mut floats(3), &floats(2));
+    });
+    refused("logits", "the logits", || {
+        exponentials(&mut floats(size(3, 40)), 4)
+    });
+    refused("a huge vocabulary", "a vocabulary", || {
+        exponentials(&mut [], 1 << 40)
+    });
+}
+
+#[test]
+fn sums_refuse_wrong_sizes() {
+    let (a, b) = (floats(size(3, 40)), floats(size(5, 40)));
+    let run = |a: (&[f32], usize), b: (&[f32], usize), out: usize| {
+        outer(a, b, &mut floats(out), Order::Straight);
+    };
+    run((&a, 3), (&b, 5), 15);
+    refused("a result", "the result", || run((&a, 3), (&b, 5), 14));
+    refused("a result that wraps", "the result", || {
+        run((&[], (1 << 59) + 1), (&b, 32), 32);
+    });
+    refused("a", "the left", || run((&a[1..], 3), (&b, 5), 15));
+    refused("b", "the right", || run((&a, 3), (&b[LANES..], 5), 15));
+    refused("tokens", "what is summed", || {
+        over_tokens(&a, 30, &mut [0.; 3]);
+    });
+    let update = |a: usize, b: usize, columns: usize| (floats(a), floats(b), columns);
+    for (what, expected, (a, b, columns), first, count) in [
+        ("A", "of A", update(7, 4, 3), 0, 1),
+        ("B", "of B", update(6, 5, 3), 0, 1),
+        ("B of rank 0", "of B", update(0, 5, 3), 0, 1),
+        ("values behind", "values of", update(6, 4, 3), 4, 3),
+        (
+            "a place that wraps",
+            "values of",
+            update(6, 4, 3),
+            usize::MAX,
+            2,
+        ),
+    ] {
+        let update = Update {
+            a: &a,
+            b: &b,
+            columns,
+            scaling: 1.,
+        };
+        refused(what, expected, || {
+            merge::add(update, first, &mut floats(count));
+        });
+    }
+}
+
+#[test]
+fn four_bits_refuse_wrong_sizes() {
+    refused("half a value", "no values", || {
+        nf4::largest(Stored::F32, &[0; 7], &mut [0.; 1]);
+    });
+    refused("too many places", "places for", || {
+        nf4::largest(Stored::F16, &[0; 128], &mut [0.; 2]);
+    });
+    refused("too few places", "places for", || {
+        nf4::largest(Stored::F16, &[0; 130], &mut [0.; 1]);
+    });
+    refused("half a value", "no values", || {
+        nf4::pack(Stored::Bf16, &[0; 7], &mut [0; 2]);
+    });
+    for count in [31, 33] {
+        refused("codes", "bytes for", || {
+            nf4::pack(Stored::Bf16, &[0; 128], &mut vec![0; count]);
+        });
+    }
+    // What has no code gets any, and hurts nobody.
+    let infinite = [0xff; 4 * 64 * 3];
+    nf4::pack(Stored::F32, &infinite, &mut [0; 96]);
+}
+
+#[test]
+fn vectors_refuse_wrong_sizes() {
+    let w = floats(5 * 3);
+    let weight = Matrix::f32(&w, 5, 3).unwrap();
+    let run = |weight: Matrix<'_>, x: usize, out: usize| {
+        vector_products(vec![VectorProduct {
+            weight,
+            x: &floats(x),
+            out: &mut floats(out),
+        }]);
+    };
+    run(weight, 6, 10);
+    refused("a turned weight", "is turned", || {
+        run(weight.turned(), 5, 3);
+    });
+    refused("a part of a vector", "size of x", || run(weight, 7, 10));
+    refused("a result", "output's size", || run(weight, 6, 9));
+    let empty = Matrix::f32(&[], usize::MAX, 0).unwrap();
+    refused("no depth", "output's size", || run(empty, 0, 1));
+    let attend = |query: usize, keys: usize, values: usize, (head, heads, width)| {
+        let attention = Attention {
+            query: &floats(query),
+            keys: &floats(keys),
+            values: &floats(values),
+            head,
+            heads,
+            out: &mut floats(query),
+            rounded: false,
+        };
+        attention.compute(width);
+    };
+    attend(8, 24, 24, (1, 2, 4));
+    refused("a head too many", "key head", || {
+        attend(8, 24, 24, (2, 2, 4));
+    });
+    refused("no width", "key head", || attend(8, 24, 24, (1, 2, 0)));
+    refused("part of a head", "query heads", || {
+        attend(9, 24, 24, (1, 2, 4));
+    });
+    refused("other values", "keys and values", || {
+        attend(8, 24, 16, (1, 2, 4));
+    });
+    refused("no keys", "the keys", || attend(8, 0, 0, (1, 2, 4)));
+    refused("part of a key", "the keys", || {
+        attend(8, 20, 20, (1, 2, 4));
+    });
+    refused("a width that wraps", "the keys", || {
+        attend(0, 8, 8, (0, 8, usize::MAX / 8 + 2));
+    });
+}
+
+fn seen(prefix: u32, from: u32, to: u32) -> Visible {
+    Visible { prefix, from, to }
+}
+
+fn span(start: usize, visible: &[Visible]) -> Span {
+    Span {
+        start,
+        visible: visible.to_vec(),
+    }
+}
+
+#[test]
+fn spans_that_overlap_or_see_nothing_are_refused() {
+    let one = [seen(0, 0, 1)];
+    let good: Spans = [span(3, &one), span(4, &[]), span(4, &one)]
+        .into_iter()
+        .collect();
+    assert_eq!(good.len(), 3);
+    for (what, expected, bad) in [
+        (
+            "the same token",
+            "overlaps",
+            vec![span(3, &one), span(3, &one)],
+        ),
+        (
+            "another order",
+            "overlaps",
+            vec![span(3, &one), span(0, &one)],
+        ),
+        ("nothing seen", "sees keys", vec![span(0, &[seen(0, 0, 0)])]),
+        (
+            "nothing of a branch",
+            "sees keys",
+            vec![span(0, &[seen(0, 1, 1), seen(0, 0, 2)])],
+        ),
+        ("a key behind", "sees keys", vec![span(0, &[seen(0, 0, 2)])]),
+        (
+            "a prefix behind",
+            "sees keys",
+            vec![span(0, &[seen(u32::MAX, 0, 1)])],
+        ),
+        ("behind all", "all memory", vec![span(usize::MAX, &one)]),
+    ] {
+        refused(what, expected, || bad.into_iter().collect::<Spans>());
+    }
+}
+
+#[test]
+fn attention_refuses_wrong_sizes() {
+    const HEADS: Heads = Heads {
+        queries: 4,
+        keys: 2,
+        width: 8,
+    };
+    let spans: Spans = [span(2, &[seen(0, 0, 1), seen(0, 0, 2)])]
+        .into_iter()
+        .collect();
+    let (q, k, sums) = (size(32, 40), size(16, 40), size(4, 40));
+    let forward = |heads: Heads, spans: &Spans, [q, k, v, out, sums]: [usize; 5]| {
+        let (q, k, v) = (floats(q), floats(k), floats(v));
+        let inputs = Inputs {
+            q: &q,
+            k: &k,
+            v: &v,
+        };
+        attention(inputs, heads, spans, &mut floats(out), &mut floats(sums));
+    };
+    let backward = |sizes: [usize; 8]| {
+        let [q, k, v, sums, out, of_q, of_k, of_v] = sizes.map(floats);
+        let (mut of_q, mut of_k, mut of_v) = (of_q, of_k, of_v);
+        let inputs = Inputs {
+            q: &q,
+            k: &k,
+            v: &v,
+        };
+        let mut gradients = Gradients {
+            q: &mut of_q,
+            k: &mut of_k,
+            v: &mut of_v,
+        };
+        let known = (&out[..], &sums[..], &q[..]);
+        attention_backward(inputs, HEADS, &spans, known, &mut gradients);
+    };
+    let good = [q, k, k, q, sums];
+    forward(HEADS, &spans, good);
+    for (queries, keys, width) in [(3, 2, 8), (4, 0, 8), (0, 2, 8), (4, 2, 0), (2, 4, 8)] {
+        let heads = Heads {
+            queries,
+            keys,
+            width,
+        };
+        refused("heads", "can't share", || forward(heads, &spans, good));
+    }
+    let expected = [
+        "the queries",
+        "the keys",
+        "the values",
+        "like the queries",
+        "softmax's sums",
+    ];
+    for (place, expected) in expected.into_iter().enumerate() {
+        let mut bad = good;
+        bad[place] -= LANES;
+        refused("forward", expected, || forward(HEADS, &spans, bad));
+    }
+    let far: Spans = [span(64, &[seen(0, 0, 1)])].into_iter().collect();
+    refused("a span behind", "spans up to", || {
+        forward(HEADS, &far, good);
+    });
+    let good = [q, k, k, sums, q, q, k, k];
+    backward(good);
+    for (place, expected) in [
+        (3, "softmax's sums"),
+        (4, "like the queries"),
+        (5, "like the queries"),
+        (6, "keys' gradient"),
+        (7, "values' gradient"),
+    ] {
+        let mut bad = good;
+        bad[place] -= LANES;
+        refused("backward", expected, || backward(bad));
+    }
+}

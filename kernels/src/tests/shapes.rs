@@ -1,0 +1,625 @@
+//! Odd shapes against plain loops in f64, with each instruction set, in memory whose neighbours nobody may touch.
+
+use half::bf16;
+
+use super::guard::{Guarded, Side};
+use crate::attention::tests::{causal, shared};
+use crate::attention::{Gradients, Heads, Inputs, Span, Spans, attention, attention_backward};
+use crate::dispatch::tests::with_each;
+use crate::dropout::Dropout;
+use crate::elementwise as each;
+use crate::matrix::{Matrix, Nf4, Rounding, Values};
+use crate::merge::{self, Update};
+use crate::nf4::{self, Stored};
+use crate::panels::{LANES, column, fill, size};
+use crate::product::tests::numbers;
+use crate::product::{Factor, Onto, Pairs, Term, product};
+use crate::reduce::{Order, outer};
+use crate::vectors::{Attention, VectorProduct, vector_products};
+use crate::vocabulary::exponentials;
+
+/// Whole numbers that look random, the same in each run.
+struct Dice(u64);
+
+impl Dice {
+    /// One below `limit`.
+    fn throw(&mut self, limit: usize) -> usize {
+        (crate::dropout::mix(&mut self.0) % limit as u64) as usize
+    }
+
+    /// One of a few small numbers, or one below `limit`.
+    fn size(&mut self, limit: usize) -> usize {
+        match self.throw(3) {
+            0 => self.throw(4),
+            1 => [11, 12, 13, 15, 16, 17, 31, 32, 33, 48][self.throw(10)].min(limit),
+            _ => self.throw(limit),
+        }
+    }
+
+    fn side(&mut self) -> Side {
+        Side::BOTH[self.throw(2)]
+    }
+}
+
+/// Panels of rows, one a token, in guarded memory; lanes behind the last token are zero.
+fn guarded_panels(side: Side, rows: &[f32], features: usize, tokens: usize) -> Guarded<f32> {
+    let mut out = vec![f32::NAN; size(features, tokens)];
+    fill(&mut out, features, tokens, |t| {
+        &rows[t * features..][..features]
+    });
+    side.copy(&out)
+}
+
+fn near(what: &str, ours: impl IntoIterator<Item = f32>, exact: &[f64], bound: f64) {
+    let mut count = 0;
+    for (place, ours) in ours.into_iter().enumerate() {
+        let far = (f64::from(ours) - exact[place]).abs();
+        assert!(far <= bound, "{what}, {place}: {ours} {}", exact[place]);
+        count += 1;
+    }
+    assert_eq!(count, exact.len(), "{what}");
+}
+
+#[test]
+fn products_of_any_shape() {
+    let code: [f32; 16] = std::array::from_fn(|i| i as f32 / 7.5 - 1.);
+    with_each(|isa| {
+        let mut dice = Dice(1);
+        for case in 0..120u64 {
+            let (height, depth) = (dice.size(130), dice.size(700));
+            let tokens = dice.size(100);
+            let (side, count) = (dice.side(), height * depth);
+            let floats = numbers(count, case);
+            let halves: Vec<bf16> = floats.iter().map(|x| bf16::from_f32(*x)).collect();
+            let packed: Vec<u8> = (0..count.div_ceil(2)).map(|i| (i * 37) as u8).collect();
+            let absmax = numbers(count.div_ceil(64), case + 1);
+            let (w32, w16) = (side.copy(&floats), side.copy(&halves));
+            let (packed, absmax) = (side.copy(&packed), side.copy(&absmax));
+            let nf4 = Nf4 {
+                packed: &packed,
+                absmax: &absmax,
+                code: &code,
+                rounding: Rounding::Bf16,
+            };
+            let codes = packed.iter().flat_map(|byte| [byte >> 4, byte & 15]);
+            let four: Vec<f32> = codes
+                .take(count)
+                .enumerate()
+                .map(|(i, c)| bf16::from_f32(code[usize::from(c)] * absmax[i / 64]).to_f32())
+                .collect();
+            let (stored, dense): (Values<'_>, Vec<f32>) = match dice.throw(3) {
+                0 => (Values::F32(&w32), floats.clone()),
+                1 => (
+                    Values::Bf16(&w16),
+                    halves.iter().map(|x| x.to_f32()).collect(),
+                ),
+                _ => (Values::Nf4(nf4), four),
+            };
+            let (turned, half) = (dice.throw(2) == 1, dice.throw(2) == 1);
+            let round = |x: &f32| {
+                f64::from(if half {
+                    bf16::from_f32(*x).to_f32()
+                } else {
+                    *x
+                })
+            };
+            // The weight is (height, depth), or is stored turned around.
+            let weight = if turned {
+                Matrix::new(stored, depth, height).unwrap().turned()
+            } else {
+                Matrix::new(stored, height, depth).unwrap()
+            };
+            let rows = numbers(tokens * depth, case + 2);
+            let x = guarded_panels(side, &rows, depth, tokens);
+            let factor = if half {
+                Factor::Pairs(Pairs::of(&x, depth, |length| vec![9; length]))
+            } else {
+                Factor::F32(&x)
+            };
+            let start = numbers(size(height, tokens), case + 3);
+            let mut out = side.copy(&start);
+            let onto = [Onto::Zero, Onto::Out][dice.throw(2)];
+            let term = Term { weight, x: &factor };
+            product(&mut out, vec![term], onto);
+            for token in 0..tokens {
+                let start = column(&start, height, token);
+                let exact: Vec<f64> = start
+                    .enumerate()
+                    .map(|(i, start)| {
+                        let terms = (0..depth).map(|k| {
+                            let w = if turned {
+                                dense[k * height + i]
+                            } else {
+                                dense[i * depth + k]
+                            };
+                            round(&w) * round(&rows[token * depth + k])
+                        });
+                        let sum: f64 = terms.sum();
+                        match onto {
+                            Onto::Zero => sum,
+                            _ => sum + f64::from(start),
+                        }
+                    })
+                    .collect();
+                let what = format!("{isa:?} {height} x {depth}, {tokens}, {turned} {half}");
+                let bound = 1e-6 * (4. + 4. * (depth as f64).sqrt());
+                near(&what, column(&out, height, token), &exact, bound);
+            }
+        }
+    });
+}
+
+#[test]
+fn sums_over_tokens_of_any_shape() {
+    with_each(|isa| {
+        let mut dice = Dice(2);
+        for case in 0..80u64 {
+            let (rows, columns, tokens) = (dice.size(100), dice.size(70), dice.size(100));
+            let side = dice.side();
+            let (left, right) = (
+                numbers(tokens * rows, case),
+                numbers(tokens * columns, case + 1),
+            );
+            let a = guarded_panels(side, &left, rows, tokens);
+            let b = guarded_panels(side, &right, columns, tokens);
+            let order = [Order::Straight, Order::Turned][dice.throw(2)];
+            let mut out = side.copy(&vec![1.; rows * columns]);
+            outer((&a, rows), (&b, columns), &mut out, order);
+            let at = |i: usize, j: usize| {
+                let terms = (0..tokens)
+                    .map(|t| f64::from(left[t * rows + i]) * f64::from(right[t * columns + j]));
+                1. + terms.sum::<f64>()
+            };
+            let exact: Vec<f64> = match order {
+                Order::Straight => (0..rows * columns)
+                    .map(|place| at(place / columns, place % columns))
+                    .collect(),
+                Order::Turned => (0..rows * columns)
+                    .map(|place| at(place % rows, place / rows))
+                    .collect(),
+            };
+            let what = format!("{isa:?} {rows} x {columns}, {tokens}, {order:?}");
+            near(&what, out.iter().copied(), &exact, 2e-5);
+        }
+    });
+}
+
+#[test]
+fn loops_over_features_of_any_shape() {
+    with_each(|isa| {
+        let mut dice = Dice(3);
+        for case in 0..60u64 {
+            let (features, tokens) = (dice.size(150) + 1, dice.size(100));
+            let side = dice.side();
+            let what = format!("{isa:?} {features}, {tokens}");
+            let rows = numbers(tokens * features, case);
+            let wide: Vec<f64> = rows.iter().map(|x| f64::from(*x)).collect();
+            let x = guarded_panels(side, &rows, features, tokens);
+            let weight = side.copy(&numbers(features, case + 1));
+
+            let mut out = side.copy(&vec![f32::NAN; x.len()]);
+            let mut again = side.copy(&vec![f32::NAN; x.len()]);
+            let mut inverse = side.copy(&vec![f32::NAN; size(1, tokens)]);
+            each::rms_norm(&x, &weight, 1e-5, &mut out, &mut inverse);
+            each::rms_norm_again(&x, &weight, &inverse, &mut again);
+            assert!(out[..] == again[..], "{what}");
+            let gradient = numbers(tokens * features, case + 2);
+            let g = guarded_panels(side, &gradient, features, tokens);
+            let mut of_x = side.copy(&vec![0.; x.len()]);
+            each::rms_norm_backward(&x, &weight, &inverse, &g, &mut of_x);
+            let mut of_weight = side.copy(&vec![0.; features]);
+            each::rms_norm_weight(&x, &inverse, &g, &mut of_weight);
+            let mut exact_of_weight = vec![0.; features];
+            for token in 0..tokens {
+                let row = &wide[token * features..][..features];
+                let squares: f64 = row.iter().map(|x| x * x).sum();
+                let i = (squares / features as f64 + 1e-5).sqrt().recip();
+                let weighted = |f: usize| f64::from(weight[f]);
+                let g = |f: usize| f64::from(gradient[token * features + f]);
+                let exact: Vec<f64> = (0..features).map(|f| row[f] * i * weighted(f)).collect();
+                near(&what, column(&out, features, token), &exact, 1e-5);
+                let along: f64 = (0..features).map(|f| row[f] * g(f) * weighted(f)).sum();
+                let exact: Vec<f64> = (0..features)
+                    .map(|f| g(f) * weighted(f) * i - row[f] * along * i.powi(3) / features as f64)
+                    .collect();
+                // A token of few features may be near 0, and its norm's slope then is steep.
+                let bound = 1e-5 * (1. + i * i);
+                near(&what, column(&of_x, features, token), &exact, bound);
+                for (f, sum) in exact_of_weight.iter_mut().enumerate() {
+                    *sum += g(f) * row[f] * i;
+                }
+            }
+            let few = of_weight.iter().copied();
+            near(&what, few, &exact_of_weight, 1e-4);
+
+            let length = x.len() - x.len().min(dice.throw(40));
+            let (gate, up) = (side.copy(&x[..length]), side.copy(&g[..length]));
+            let mut gated = side.copy(&vec![f32::NAN; length]);
+            each::swiglu(&gate, &up, &mut gated);
+            let sigmoid = |x: f64| (1. + (-x).exp()).recip();
+            let both = gate.iter().zip(&up[..]);
+            let exact: Vec<f64> = both
+                .map(|(g, u)| f64::from(*g) * sigmoid(f64::from(*g)) * f64::from(*u))
+                .collect();
+            near(&what, gated.iter().copied(), &exact, 1e-6);
+            let incoming = numbers(length, case + 3);
+            let mut of_gate = side.copy(&gate);
+            let (mut of_up, mut back) = (side.copy(&up), side.copy(&incoming));
+            each::swiglu_backward(&mut of_gate, &mut of_up, &mut back);
+            near(&what, back.iter().copied(), &exact, 1e-6);
+            let exact: Vec<[f64; 2]> = (0..length)
+                .map(|at| {
+                    let (g, u) = (f64::from(gate[at]), f64::from(up[at]));
+                    let (s, d) = (sigmoid(g), f64::from(incoming[at]));
+                    [d * u * s * (1. + g * (1. - s)), d * g * s]
+                })
+                .collect();
+            let part = |part: usize| exact.iter().map(|x| x[part]).collect::<Vec<f64>>();
+            near(&what, of_gate.iter().copied(), &part(0), 1e-6);
+            near(&what, of_up.iter().copied(), &part(1), 1e-6);
+            each::add(&mut gated, &up, -2.);
+            each::multiply(&mut gated, &gate);
+            each::scale(&mut gated, 3.);
+            assert!(gated.iter().all(|x| x.is_finite()), "{what}");
+
+            let dropout = Dropout { start: 5, p: 0.4 };
+            let places: Vec<u64> = (0..tokens as u64).rev().collect();
+            let mut dropped = side.copy(&x);
+            dropout.apply(&mut dropped, features, &side.copy(&places));
+            for (token, place) in places.iter().enumerate() {
+                let factors = dropout.factors(place * features as u64);
+                let row = &rows[token * features..][..features];
+                let exact = row.iter().zip(factors).map(|(x, factor)| x * factor);
+                assert!(column(&dropped, features, token).eq(exact), "{what}");
+            }
+        }
+    });
+}
+
+#[test]
+fn rotations_of_any_shape() {
+    with_each(|isa| {
+        let mut dice = Dice(4);
+        for case in 0..40u64 {
+            let (half, heads, tokens) = (dice.size(70) + 1, dice.throw(4) + 1, dice.size(80));
+            let (side, features) = (dice.side(), 2 * half * heads);
+            let rows = numbers(tokens * features, case);
+            let angles = numbers(tokens * half, case + 1);
+            let cos: Vec<f32> = angles.iter().map(|a| a.cos()).collect();
+            let sin: Vec<f32> = angles.iter().map(|a| a.sin()).collect();
+            let mut x = guarded_panels(side, &rows, features, tokens);
+            let cos_panels = guarded_panels(side, &cos, half, tokens);
+            let sin_panels = guarded_panels(side, &sin, half, tokens);
+            each::rope(&mut x, features, &cos_panels, &sin_panels, half, false);
+            let what = format!("{isa:?} {heads} heads of {half}, {tokens}");
+            for token in 0..tokens {
+                let exact: Vec<f64> = (0..features)
+                    .map(|f| {
+                        let (place, upper) = (f % half, f / half % 2 == 1);
+                        let at = |f: usize| f64::from(rows[token * features + f]);
+                        let c = f64::from(cos[token * half + place]);
+                        let s = f64::from(sin[token * half + place]);
+                        if upper {
+                            at(f) * c + at(f - half) * s
+                        } else {
+                            at(f) * c - at(f + half) * s
+                        }
+                    })
+                    .collect();
+                near(&what, column(&x, features, token), &exact, 1e-6);
+            }
+        }
+    });
+}
+
+#[test]
+fn vocabularies_and_four_bits_of_any_length() {
+    with_each(|isa| {
+        let mut dice = Dice(5);
+        for case in 0..60u64 {
+            let (vocabulary, tokens) = (dice.size(600) + 1, dice.size(70));
+            let side = dice.side();
+            let rows: Vec<f32> = numbers(tokens * vocabulary, case)
+                .iter()
+                .map(|x| x * 20.)
+                .collect();
+            let mut logits = guarded_panels(side, &rows, vocabulary, tokens);
+            let summaries = exponentials(&mut logits, vocabulary);
+            assert_eq!(summaries.len(), tokens.div_ceil(LANES));
+            for (token, row) in rows.chunks_exact(vocabulary).enumerate() {
+                let (summary, lane) = (&summaries[token / LANES], token % LANES);
+                let sum: f64 = row.iter().map(|x| f64::from(*x).exp()).sum();
+                let far = (summary.log_sum(lane) - sum.ln()).abs();
+                assert!(far < 1e-5, "{isa:?} {vocabulary} {token}");
+                let most = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                assert!((row[summary.first[lane] as usize] - most).abs() < 1e-30);
+            }
+
+            let count = dice.size(400);
+            let values = numbers(count, case + 1);
+            for stored in [Stored::F32, Stored::Bf16, Stored::F16] {
+                let bytes: Vec<u8> = values
+                    .iter()
+                    .flat_map(|x| match stored {
+                        Stored::F32 => x.to_le_bytes().to_vec(),
+                        Stored::Bf16 => bf16::from_f32(*x).to_le_bytes().to_vec(),
+                        Stored::F16 => half::f16::from_f32(*x).to_le_bytes().to_vec(),
+                    })
+                    .collect();
+                let bytes = side.copy(&bytes);
+                let mut most = side.copy(&vec![f32::NAN; count.div_ceil(64)]);
+                let mut packed = side.copy(&vec![0xaa; count.div_ceil(2)]);
+                nf4::largest(stored, &bytes, &mut most);
+                nf4::pack(stored, &bytes, &mut packed);
+                for (i, x) in values.iter().enumerate() {
+                    let byte = packed[i / 2];
+                    let code = if i % 2 == 0 { byte >> 4 } else { byte & 15 };
+                    let far = (nf4::CODE[usize::from(code)] * most[i / 64] - x).abs();
+                    // Half of the widest gap between two codes.
+                    assert!(far <= 0.16 * most[i / 64] + 0.01, "{isa:?} {count} {i}");
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn merges_and_vectors_of_any_shape() {
+    with_each(|isa| {
+        let mut dice = Dice(6);
+        for case in 0..60u64 {
+            let (rows, columns, rank) = (dice.size(40) + 1, dice.size(700) + 1, dice.size(20));
+            let side = dice.side();
+            let (a, b) = (
+                numbers(rank * columns, case),
+                numbers(rows * rank, case + 1),
+            );
+            let (a, b) = (side.copy(&a), side.copy(&b));
+            let first = dice.throw(rows * columns);
+            let count = dice.throw(rows * columns - first + 1);
+            let mut values = side.copy(&vec![1f32; count]);
+            let update = Update {
+                a: &a,
+                b: &b,
+                columns,
+                scaling: 0.5,
+            };
+            merge::add(update, first, &mut values);
+            let exact: Vec<f64> = (first..first + count)
+                .map(|place| {
+                    let (row, column) = (place / columns, place % columns);
+                    let terms = (0..rank)
+                        .map(|k| f64::from(b[row * rank + k]) * f64::from(a[k * columns + column]));
+                    1. + 0.5 * terms.sum::<f64>()
+                })
+                .collect();
+            let what = format!("{isa:?} {rows} x {columns}, {rank}");
+            near(&what, values.iter().copied(), &exact, 1e-5);
+
+            let vectors = dice.size(9);
+            let weight = side.copy(&numbers(rows * columns, case + 2));
+            let x = side.copy(&numbers(vectors * columns, case + 3));
+            let mut out = side.copy(&vec![f32::NAN; vectors * rows]);
+            vector_products(vec![VectorProduct {
+                weight: Matrix::f32(&weight, rows, columns).unwrap(),
+                x: &x,
+                out: &mut out,
+            }]);
+            let exact: Vec<f64> = (0..vectors * rows)
+                .map(|place| {
+                    let (vector, row) = (place / rows, place % rows);
+                    let x = &x[vector * columns..][..columns];
+                    let w = &weight[row * columns..][..columns];
+                    x.iter()
+                        .zip(w)
+                        .map(|(x, w)| f64::from(*x) * f64::from(*w))
+                        .sum()
+                })
+                .collect();
+            near(&what, out.iter().copied(), &exact, 5e-5);
+
+            let (heads, group, width) = (dice.throw(3) + 1, dice.throw(9) + 1, dice.size(130) + 1);
+            let (length, head) = (dice.size(60) + 1, dice.throw(heads));
+            let keys = side.copy(&numbers(length * heads * width, case + 4));
+            let values = side.copy(&numbers(length * heads * width, case + 5));
+            let query = side.copy(&numbers(group * width, case + 6));
+            let mut out = side.copy(&vec![f32::NAN; group * width]);
+            let attention = Attention {
+                query: &query,
+                keys: &keys,
+                values: &values,
+                head,
+                heads,
+                out: &mut out,
+                rounded: false,
+            };
+            attention.compute(width);
+            let mut exact = Vec::new();
+            for query in query.chunks_exact(width) {
+                let at = |data: &[f32], token: usize, f: usize| {
+                    f64::from(data[(token * heads + head) * width + f])
+                };
+                let p: Vec<f64> = (0..length)
+                    .map(|t| {
+                        let dot = (0..width).map(|f| f64::from(query[f]) * at(&keys, t, f));
+                        dot.sum::<f64>().exp()
+                    })
+                    .collect();
+                let sum: f64 = p.iter().sum();
+                exact.extend((0..width).map(|f| {
+                    let values = p.iter().enumerate().map(|(t, p)| p * at(&values, t, f));
+                    values.sum::<f64>() / sum
+                }));
+            }
+            near(&what, out.iter().copied(), &exact, 2e-5);
+        }
+    });
+}
+
+/// Attention's result and the gradients of queries, keys and values, all by token.
+struct Plain {
+    out: Vec<f64>,
+    q: Vec<f64>,
+    k: Vec<f64>,
+    v: Vec<f64>,
+}
+
+/// Attention of rows by token in plain loops, and its backward from the gradient `g` of what it gives.
+fn plain([q, k, v, g]: [&[f32]; 4], heads: Heads, spans: &Spans) -> Plain {
+    let Heads {
+        queries,
+        keys,
+        width,
+    } = heads;
+    let wide = |x: &[f32]| x.iter().map(|x| f64::from(*x)).collect::<Vec<f64>>();
+    let (q, k, v, g) = (wide(q), wide(k), wide(v), wide(g));
+    let mut all = Plain {
+        out: vec![0.; q.len()],
+        q: vec![0.; q.len()],
+        k: vec![0.; k.len()],
+        v: vec![0.; v.len()],
+    };
+    let scale = (width as f64).sqrt().recip();
+    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+    for Span { start, visible } in spans.iter() {
+        for (token, seen) in visible.iter().enumerate() {
+            for head in 0..queries {
+                let own = ((start + token) * queries + head) * width;
+                let own = own..own + width;
+                let key = |key: u32| {
+                    let place = (start + key as usize) * keys + head / (queries / keys);
+                    place * width..(place + 1) * width
+                };
+                let seen: Vec<u32> = (0..seen.to)
+                    .filter(|key| *key < seen.prefix || *key >= seen.from)
+                    .collect();
+                let scores: Vec<f64> = seen
+                    .iter()
+                    .map(|at| scale * dot(&q[own.clone()], &k[key(*at)]))
+                    .collect();
+                let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let sum: f64 = scores.iter().map(|x| (x - most).exp()).sum();
+                let p: Vec<f64> = scores.iter().map(|x| (x - most).exp() / sum).collect();
+                for (at, p) in seen.iter().zip(&p) {
+                    for (out, v) in all.out[own.clone()].iter_mut().zip(&v[key(*at)]) {
+                        *out += p * v;
+                    }
+                }
+                let along = dot(&all.out[own.clone()], &g[own.clone()]);
+                for (at, p) in seen.iter().zip(&p) {
+                    let slope = p * (dot(&v[key(*at)], &g[own.clone()]) - along) * scale;
+                    for f in 0..width {
+                        let (mine, its) = (own.start + f, key(*at).start + f);
+                        all.v[its] += p * g[mine];
+                        all.k[its] += slope * q[mine];
+                        all.q[mine] += slope * k[its];
+                    }
+                }
+            }
+        }
+    }
+    all
+}
+
+fn check_attention(side: Side, heads: Heads, spans: &Spans, tokens: usize, seed: u64) {
+    let (of_q, of_k) = (heads.queries * heads.width, heads.keys * heads.width);
+    let rows = [of_q, of_k, of_k, of_q];
+    let rows: Vec<Vec<f32>> = rows
+        .iter()
+        .zip(seed..)
+        .map(|(features, seed)| numbers(tokens * features, seed))
+        .collect();
+    let [q, k, v, g] = &rows[..] else {
+        unreachable!("four")
+    };
+    let exact = plain([q, k, v, g], heads, spans);
+    let panels = |rows: &[f32], features: usize| guarded_panels(side, rows, features, tokens);
+    let (pq, pk, pv, pg) = (
+        panels(q, of_q),
+        panels(k, of_k),
+        panels(v, of_k),
+        panels(g, of_q),
+    );
+    with_each(|isa| {
+        let inputs = Inputs {
+            q: &pq,
+            k: &pk,
+            v: &pv,
+        };
+        let zeros = |features: usize| side.copy(&vec![0f32; size(features, tokens)]);
+        let (mut out, mut sums) = (zeros(of_q), zeros(heads.queries));
+        attention(inputs, heads, spans, &mut out, &mut sums);
+        let (mut gq, mut gk, mut gv) = (zeros(of_q), zeros(of_k), zeros(of_k));
+        let mut gradients = Gradients {
+            q: &mut gq,
+            k: &mut gk,
+            v: &mut gv,
+        };
+        attention_backward(inputs, heads, spans, (&out, &sums, &pg), &mut gradients);
+        for (name, ours, exact, features, bound) in [
+            ("out", &out, &exact.out, of_q, 5e-6),
+            ("q", &gq, &exact.q, of_q, 2e-5),
+            ("k", &gk, &exact.k, of_k, 1e-4),
+            ("v", &gv, &exact.v, of_k, 1e-4),
+        ] {
+            let what = format!("{isa:?} {name} {heads:?}, {tokens}");
+            for token in 0..tokens {
+                let exact = &exact[token * features..][..features];
+                near(&what, column(ours, features, token), exact, bound);
+            }
+        }
+    });
+}
+
+#[test]
+fn attention_of_any_shape() {
+    let mut dice = Dice(7);
+    for case in 0..30 {
+        let keys = dice.throw(3) + 1;
+        let heads = Heads {
+            queries: keys * (dice.throw(4) + 1),
+            keys,
+            width: dice.size(50) + 1,
+        };
+        let mut spans = Spans::default();
+        let mut tokens = 0;
+        for _ in 0..dice.throw(4) {
+            tokens += dice.throw(3);
+            let length = dice.size(80) as u32;
+            let span = if dice.throw(2) == 0 {
+                causal(tokens, length)
+            } else {
+                shared(tokens, length, dice.size(40) as u32, dice.size(40) as u32)
+            };
+            tokens += span.visible.len();
+            spans.push(span);
+        }
+        tokens += dice.throw(40);
+        check_attention(dice.side(), heads, &spans, tokens, 100 * case);
+    }
+}
+
+/// Llama 3's heads, 8 queries a key 128 wide; widths that are no multiple of a panel; one head; and more than 512 tokens.
+#[test]
+fn attention_of_real_models() {
+    for (queries, keys, width, length) in [
+        (8, 1, 128, 70),
+        (32, 8, 80, 9),
+        (4, 2, 96, 40),
+        (1, 1, 256, 33),
+        (8, 1, 16, 600),
+        (1, 1, 128, 530),
+    ] {
+        let heads = Heads {
+            queries,
+            keys,
+            width,
+        };
+        let length = length as u32;
+        let spans: Spans = [causal(1, length), shared(700, length / 2, 5, length / 3)]
+            .into_iter()
+            .collect();
+        let tokens = 705 + length as usize;
+        check_attention(Side::Behind, heads, &spans, tokens, 7);
+    }
+}

@@ -1,0 +1,67 @@
+//! What an adapter puts in the place of embeddings and head, and what that means where the base's head is its embeddings.
+
+use std::borrow::Cow;
+
+use anyhow::{Context as _, bail};
+use candle_core::{DType, Tensor};
+
+use super::Adapter;
+use crate::ml::tied::{EMBEDDINGS, HEAD};
+
+/// The paths of both modules.
+pub const ENDS: [&str; 2] = ["model.embed_tokens", "lm_head"];
+
+impl Adapter {
+    /// The adapter as it counts beside a base that is `tied`.
+    ///
+    /// PEFT's files may have a tensor for both names where the base has one: with `ensure_weight_tying` both are the trained
+    /// embeddings, and with `save_embedding_layers` both are the base's. Then the embeddings are kept alone here, and the head
+    /// follows them.
+    pub fn beside(&self, tied: bool) -> anyhow::Result<Cow<'_, Self>> {
+        let Some(head) = self.saved.get(HEAD).filter(|_| tied && !self.frees_head()) else {
+            return Ok(Cow::Borrowed(self));
+        };
+        let mut own = self.clone();
+        own.saved.remove(HEAD);
+        match self.saved.get(EMBEDDINGS) {
+            None => {
+                own.saved.insert(EMBEDDINGS.into(), head.clone());
+            }
+            Some(embeddings) => {
+                let same = equal(embeddings, head);
+                if !same.context("could not compare embeddings and head")? {
+                    bail!(
+                        "the adapter has different tensors for `{EMBEDDINGS}` and `{HEAD}` without training them apart, but the \
+                         model's head is its embeddings (`tie_word_embeddings`); was it trained for another model?"
+                    );
+                }
+            }
+        }
+        Ok(Cow::Owned(own))
+    }
+
+    /// Whether the head of a tied base stops following the embeddings, as in PEFT: one of both is trained whole, and nothing
+    /// says that they stay tied.
+    fn frees_head(&self) -> bool {
+        let config = &self.config;
+        !config.ensure_weight_tying && ENDS.iter().any(|path| config.saves(path))
+    }
+
+    /// Whether a base that is `tied` has a head of its own with this adapter: it is trained or replaced apart, or the
+    /// embeddings are without it.
+    pub fn unties(&self, tied: bool) -> bool {
+        let replaced = [EMBEDDINGS, HEAD]
+            .iter()
+            .any(|name| self.saved.contains_key(*name));
+        let pairs = ENDS.iter().any(|path| self.tensors.contains_key(*path));
+        tied && (pairs || replaced && self.frees_head())
+    }
+}
+
+fn equal(a: &Tensor, b: &Tensor) -> candle_core::Result<bool> {
+    if a.dims() != b.dims() {
+        return Ok(false);
+    }
+    let values = |tensor: &Tensor| tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>();
+    Ok(values(a)? == values(b)?)
+}
