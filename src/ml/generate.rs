@@ -1,5 +1,7 @@
 //! Greedy generation.
 
+use std::fmt;
+
 use anyhow::ensure;
 
 use super::linear::Pass;
@@ -42,12 +44,21 @@ pub fn greedy(
     }
 }
 
+/// A logit is a NaN or infinite where the next id is chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NotFinite;
+
+impl fmt::Display for NotFinite {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a NaN or an infinity comes out of the model where it answers a prompt")
+    }
+}
+
+impl std::error::Error for NotFinite {}
+
 /// The id of the largest logit, the first one of equals. A NaN or an infinity among them is an error.
 fn best(logits: &[f32]) -> anyhow::Result<u32> {
-    ensure!(
-        logits.iter().all(|logit| logit.is_finite()),
-        "a NaN or an infinity comes out of the model where it answers a prompt"
-    );
+    ensure!(logits.iter().all(|logit| logit.is_finite()), NotFinite);
     let mut best = (0u32, f32::NEG_INFINITY);
     for (id, &logit) in (0u32..).zip(logits) {
         if logit > best.1 {

@@ -85,8 +85,13 @@ fn is_made_anew(name: &str) -> bool {
 /// Compares a folder's tensors with what its config says, by their headers alone. A tensor that is missing or has another
 /// shape is an error, as is one whose values are no floats. Gives the names of those that the model doesn't use, sorted.
 pub fn compare(config: &LlamaConfig, weights: &Weights) -> anyhow::Result<Vec<String>> {
+    // A tied pair of which only the head is stored: transformers takes it for both.
+    let only_head =
+        config.tie_word_embeddings && !weights.contains(EMBEDDINGS) && weights.contains(HEAD);
     for (name, shape) in needed(config) {
-        check(weights, &name, &shape)?;
+        if !(only_head && name == EMBEDDINGS) {
+            check(weights, &name, &shape)?;
+        }
     }
     if config.tie_word_embeddings && weights.contains(HEAD) {
         check(weights, HEAD, &[config.vocab_size, config.hidden_size])?;
@@ -174,6 +179,25 @@ mod tests {
             "model.vision_tower.patch.weight",
         ];
         assert_eq!(unused, expected);
+    }
+
+    #[test]
+    fn of_a_tied_pair_either_is_enough() {
+        let mut config = golden_config();
+        config.tie_word_embeddings = true;
+        let compared = |gone: &[&str]| {
+            let folder = tempfile::tempdir().unwrap();
+            let mut tensors = golden::tensors("model/model.safetensors");
+            tensors.retain(|name, _| !gone.contains(&name.as_str()));
+            save(&folder.path().join("model.safetensors"), &tensors, &[]).unwrap();
+            compare(&config, &Weights::open(folder.path()).unwrap())
+                .map_err(|error| error.to_string())
+        };
+        for gone in [&[][..], &[HEAD], &[EMBEDDINGS]] {
+            assert_eq!(compared(gone), Ok(Vec::new()), "{gone:?}");
+        }
+        let error = compared(&[HEAD, EMBEDDINGS]).unwrap_err();
+        assert!(error.contains(EMBEDDINGS), "{error}");
     }
 
     #[test]

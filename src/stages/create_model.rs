@@ -187,6 +187,11 @@ impl Stage for CreateModel {
         let even = |width: usize| width > 0 && width.is_multiple_of(2);
         if let Some(width) = self.head_dim {
             rule(even(width), "head_dim", "expected an even number");
+            rule(
+                self.hidden_size.is_multiple_of(heads),
+                "hidden_size",
+                "expected a multiple of `num_attention_heads`, as transformers demands it beside `head_dim` too",
+            );
         } else {
             rule(
                 self.hidden_size.is_multiple_of(heads) && even(self.hidden_size / heads),
@@ -206,9 +211,9 @@ impl Stage for CreateModel {
             "expected a number above 0",
         );
         rule(
-            positive(self.initializer_range),
+            positive(self.initializer_range) && self.initializer_range <= 1.,
             "initializer_range",
-            "expected a number above 0",
+            "expected a number above 0 and not above 1, the range of transformers",
         );
         let size = self.shard_size().is_some();
         rule(

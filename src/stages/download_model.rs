@@ -15,8 +15,9 @@ use crate::hub::{RemoteFile, RepoKind};
 
 /// Downloads a model from the Hugging Face hub: configuration, safetensors weights, tokenizer and chat template.
 ///
-/// The revision is resolved to a commit, and a moved branch makes the stage run again. Every file is verified by its size
-/// and hash, and shared with other programs through the hub's cache. Gated models need `HF_TOKEN` or `hf auth login`.
+/// Weights and `config.json` have to agree, as for `import_model`. The revision is resolved to a commit, and a moved branch makes the
+/// stage run again. Every file is verified by its size and hash, and shared with other programs through the hub's cache. Gated models
+/// need `HF_TOKEN` or `hf auth login`.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DownloadModel {

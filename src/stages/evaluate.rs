@@ -197,7 +197,7 @@ pub(super) fn stop_ids(folder: &Path, config: &LlamaConfig) -> anyhow::Result<Ve
     Ok(stops)
 }
 
-/// Says which split's rows have scores that are no numbers, and which tensor is to blame.
+/// Says which split's rows have scores that are no numbers, or that answers can't be made, and which tensor is to blame.
 fn explain(
     error: anyhow::Error,
     model: &Llama,
@@ -205,7 +205,11 @@ fn explain(
     split: &str,
     sources: &[(&str, PathBuf)],
 ) -> anyhow::Error {
-    let Some(NotFinite { rows }) = error.downcast_ref() else {
+    let what = if let Some(NotFinite { rows }) = error.downcast_ref() {
+        format!("the log-probabilities of the rows {rows:?} of `{split}` are not finite")
+    } else if let Some(found) = error.downcast_ref::<generate::NotFinite>() {
+        format!("{found} of `{split}`")
+    } else {
         return error;
     };
     let sources: Vec<(&str, &Path)> = sources
@@ -223,7 +227,7 @@ fn explain(
         }
         _ => "the weights are finite, so these rows lead beyond the range of numbers".into(),
     };
-    anyhow!("the log-probabilities of the rows {rows:?} of `{split}` are not finite: {cause}")
+    anyhow!("{what}: {cause}")
 }
 
 impl Stage for Evaluate {
@@ -333,7 +337,9 @@ impl Stage for Evaluate {
             let tokenizer = tokenizers::load(folder)?;
             let mut stops = stop_ids(folder, &config)?;
             stops.extend(chat_template::stop_token(cx, dataset, folder)?.map(|stop| stop.id));
-            let lines = self.answers(cx, &model, &tokenizer, &rows, &stops)?;
+            let lines = self.answers(cx, &model, &tokenizer, &rows, &stops);
+            let lines = lines
+                .map_err(|error| explain(error, &model, self.fp16, &report.split, &sources))?;
             fs::write(cx.out().join("answers.jsonl"), lines)
                 .context("could not write `answers.jsonl`")?;
         }

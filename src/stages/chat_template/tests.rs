@@ -8,6 +8,8 @@ use crate::engine::Stage;
 use crate::ml::golden;
 use crate::stages::evaluate::stop_ids;
 use crate::stages::merge::Merge;
+use crate::stages::train_sft::TrainSft;
+use crate::stages::training::tests::write_tokens;
 use crate::text::chat::message;
 use crate::text::template::{ChatTemplate, LLAMA3};
 use crate::text::tokenizer::special_tokens;
@@ -213,4 +215,49 @@ fn generation_stops_where_the_template_ends_answers() {
     let config = crate::ml::config::LlamaConfig::read(&model).unwrap();
     let known = stop_ids(&model, &config).unwrap();
     assert!(stop.id == 1022 && !known.contains(&1022), "{known:?}");
+}
+
+#[test]
+fn a_training_takes_the_template_of_its_rows() {
+    let folder = tempfile::tempdir().unwrap();
+    let tokens = folder.path().join("tokens");
+    fs::create_dir(&tokens).unwrap();
+    write_tokens(&tokens);
+    write(OTHER, &tokens).unwrap();
+    let (model, adapter) = (golden::folder("model"), golden::folder("adapter_init"));
+    let inputs = [
+        ("model", model.as_path()),
+        ("adapter", adapter.as_path()),
+        ("tokens", tokens.as_path()),
+    ];
+    let trained = |name: &str, more: &str| {
+        let cx = Context::for_test(&folder.path().join(name), &inputs, &[]);
+        let yaml = format!(
+            "{{model: model, dataset: tokens, max_steps: 1, per_device_train_batch_size: 1{more}}}"
+        );
+        let stage: TrainSft = serde_yaml::from_str(&yaml).unwrap();
+        stage.run(&cx).unwrap();
+        assert_eq!(read(cx.out()).unwrap().as_deref(), Some(OTHER));
+        cx
+    };
+    let cx = trained("full", "");
+    assert!(
+        json_in(cx.out(), TOKENIZER_CONFIG)
+            .get("chat_template")
+            .is_none()
+    );
+    assert_eq!(
+        json_in(cx.out(), GENERATION_CONFIG)["eos_token_id"],
+        json!([1019, 1022])
+    );
+    assert_eq!(
+        cx.messages(Level::Info)
+            .iter()
+            .filter(|text| text.contains(FILE))
+            .count(),
+        1
+    );
+    let cx = trained("adapter", ", adapter: adapter");
+    crate::ml::adapter::Adapter::load(cx.out()).unwrap();
+    assert!(!cx.out().join(GENERATION_CONFIG).exists());
 }

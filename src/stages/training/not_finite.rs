@@ -1,12 +1,16 @@
 //! NaN, infinities and overflow in every stage that reads weights: told by the tensor's name and its file.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Tensor};
 
 use super::tests::write_tokens;
 use crate::engine::{Context, Level, Stage};
+use crate::ml::generate::greedy;
 use crate::ml::golden;
+use crate::ml::linear::Pass;
+use crate::ml::model::Trained;
 use crate::stages::attach_lora::AttachLora;
 use crate::stages::evaluate::Evaluate;
 use crate::stages::import_adapter::ImportAdapter;
@@ -311,5 +315,34 @@ fn merging_into_f16_tells_what_it_cannot_hold() {
     holds(
         &error,
         &[Q, "value 0 (from 0) becomes", "float16 can't hold"],
+    );
+}
+
+#[test]
+fn an_answer_that_meets_a_broken_token_is_not_made() {
+    // Ids that the model answers with, but no row has: all scores are finite.
+    let model = golden::model("model", None, Trained::Nothing, DType::F32);
+    let rows = &golden::rows("trl-1.16")[..5];
+    let ids = rows.iter().flat_map(|row| {
+        row.prompt
+            .iter()
+            .chain(&row.chosen)
+            .chain(row.rejected.iter().flatten())
+    });
+    let known: BTreeSet<u32> = ids.copied().collect();
+    let prompts: Vec<&[u32]> = rows.iter().map(|row| row.prompt.as_slice()).collect();
+    let answers = greedy(&model, &prompts, 8, &[], Pass::BASE, &mut || Ok(())).unwrap();
+    // The last id of an answer is not looked up any more.
+    let looked_up = answers.iter().flat_map(|answer| &answer[..7]);
+    let id = looked_up.copied().find(|id| !known.contains(id)).unwrap();
+    let place = Place::with("model.embed_tokens.weight", id as usize * 64 + 1, f32::NAN);
+    let error = place
+        .fails::<Evaluate>("{model: model, dataset: tokens, num_answers: 5, max_new_tokens: 8}");
+    holds(
+        &error,
+        &[
+            "answers a prompt of `test`",
+            "`model.embed_tokens.weight` in `model.safetensors`",
+        ],
     );
 }
