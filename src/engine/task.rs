@@ -1,10 +1,11 @@
 //! A stage as a task for another process: what that is given on its standard input, and what it says on its standard output,
 //! both a line of JSON each.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
+use std::sync::PoisonError;
 
 use anyhow::{Context as _, anyhow};
 use serde::{Deserialize, Serialize};
@@ -34,6 +35,8 @@ pub struct Task {
     pub params: Value,
     /// Never touch the network.
     pub offline: bool,
+    /// Warnings of the run that were told already.
+    pub told: BTreeSet<String>,
     /// Threads it may compute with.
     pub cpus: Option<NonZeroUsize>,
     /// The most bytes of memory that the process may have for itself; mapped files and stacks don't count.
@@ -103,6 +106,12 @@ impl Task {
             kind: node.stage.kind().to_owned(),
             params: unmarked(params),
             offline: context.world.offline,
+            told: context
+                .world
+                .told
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .clone(),
             cpus: node.handling.resources.cpus,
             memory: memory(node.stage.bounded(), &node.handling.resources),
             gpus: context.gpus.clone(),

@@ -101,6 +101,7 @@ pub fn serve(
     let speaker = start("voice").spawn(move || hand_on(&received, &voice))?;
     let mut world = world(task.offline);
     world.cancel = Arc::clone(&cancel);
+    world.told = Arc::new(Mutex::new(task.told.clone()));
     let context = context(&task, world, events, cancel);
     let worker = start("stage").stack_size(STACK).spawn(move || {
         let result = catch_unwind(AssertUnwindSafe(|| stage.run(&context)));
