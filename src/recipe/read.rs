@@ -2,8 +2,7 @@
 //!
 //! `serde_yaml` tells a line and column only in errors, so each scalar is read by a visitor that keeps the value and fails
 //! on purpose: the error carries the place, and the parser stands behind the scalar and goes on. One pass finds all places
-//! (style: no second YAML parser). Duplicate keys and merges are dealt with on the way, because a plain typed read keeps
-//! the last of two equal keys.
+//! (style: no second YAML parser). Duplicate keys and merges are dealt with on the way, because a plain typed read keeps the last of two equal keys.
 
 use std::cell::{Cell, RefCell};
 

@@ -234,7 +234,7 @@ mod tests {
         for (from, to, expected) in [
             (
                 "\"num_hidden_layers\": 3",
-                "\"num_hidden_layers\": 4000000000",
+                "\"num_hidden_layers\": 16000",
                 "model.layers.3.",
             ),
             (

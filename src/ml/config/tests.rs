@@ -135,6 +135,7 @@ fn what_is_not_computed_is_refused_by_name() {
 #[test]
 fn many_wide_heads_are_refused() {
     let wide = [
+        ("hidden_size", json!(1 << 16)),
         ("num_attention_heads", json!(1 << 16)),
         ("num_key_value_heads", json!(1 << 16)),
         ("head_dim", json!(512)),

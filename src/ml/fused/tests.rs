@@ -285,7 +285,7 @@ fn shapes_of_real_models_go_the_same_way() {
         (8, 1, 128, 520),
         (4, 2, 80, 40),
         (1, 1, 96, 33),
-        (9, 3, 6, 3),
+        (10, 5, 6, 3),
     ] {
         let mut model = of_shape(heads, keys, width);
         let ids = |from: u32, count: u32| (from..from + count).map(|i| i * 31 % 97).collect();
