@@ -24,16 +24,13 @@ pub fn without_comments(source: &str) -> String {
             break;
         };
         let (inner, after) = (&rest[2..end], &rest[end + 2..]);
-        match trimmed(&out, text, inner, after) {
-            Some((before, after)) => {
-                out.truncate(before);
-                rest = after;
-            }
-            None => {
-                out.push_str(&rest[..end + 2]);
-                rest = after;
-                text = out.len();
-            }
+        if let Some((before, after)) = trimmed(&out, text, inner, after) {
+            out.truncate(before);
+            rest = after;
+        } else {
+            out.push_str(&rest[..end + 2]);
+            rest = after;
+            text = out.len();
         }
     }
     out.push_str(rest);
@@ -97,14 +94,18 @@ fn close_of(rest: &str, close: &str) -> Option<usize> {
     let mut quote = None;
     let mut escaped = false;
     for (at, character) in rest.char_indices().skip(2) {
-        match quote {
-            Some(_) if escaped => escaped = false,
-            Some(_) if character == '\\' => escaped = true,
-            Some(open) if character == open => quote = None,
-            Some(_) => {}
-            None if rest[at..].starts_with(close) => return Some(at + close.len()),
-            None if matches!(character, '"' | '\'') => quote = Some(character),
-            None => {}
+        if let Some(open) = quote {
+            if escaped {
+                escaped = false;
+            } else if character == '\\' {
+                escaped = true;
+            } else if character == open {
+                quote = None;
+            }
+        } else if rest[at..].starts_with(close) {
+            return Some(at + close.len());
+        } else if matches!(character, '"' | '\'') {
+            quote = Some(character);
         }
     }
     None

@@ -3,8 +3,6 @@
 use half::bf16;
 
 use super::guard::{Guarded, Side};
-use crate::attention::tests::{causal, shared};
-use crate::attention::{Gradients, Heads, Inputs, Span, Spans, attention, attention_backward};
 use crate::dispatch::tests::with_each;
 use crate::dropout::Dropout;
 use crate::elementwise as each;
@@ -19,16 +17,16 @@ use crate::vectors::{Attention, VectorProduct, vector_products};
 use crate::vocabulary::exponentials;
 
 /// Whole numbers that look random, the same in each run.
-struct Dice(u64);
+pub(super) struct Dice(pub(super) u64);
 
 impl Dice {
     /// One below `limit`.
-    fn throw(&mut self, limit: usize) -> usize {
+    pub(super) fn throw(&mut self, limit: usize) -> usize {
         (crate::dropout::mix(&mut self.0) % limit as u64) as usize
     }
 
     /// One of a few small numbers, or one below `limit`.
-    fn size(&mut self, limit: usize) -> usize {
+    pub(super) fn size(&mut self, limit: usize) -> usize {
         match self.throw(3) {
             0 => self.throw(4),
             1 => [11, 12, 13, 15, 16, 17, 31, 32, 33, 48][self.throw(10)].min(limit),
@@ -36,13 +34,18 @@ impl Dice {
         }
     }
 
-    fn side(&mut self) -> Side {
+    pub(super) fn side(&mut self) -> Side {
         Side::BOTH[self.throw(2)]
     }
 }
 
 /// Panels of rows, one a token, in guarded memory; lanes behind the last token are zero.
-fn guarded_panels(side: Side, rows: &[f32], features: usize, tokens: usize) -> Guarded<f32> {
+pub(super) fn guarded_panels(
+    side: Side,
+    rows: &[f32],
+    features: usize,
+    tokens: usize,
+) -> Guarded<f32> {
     let mut out = vec![f32::NAN; size(features, tokens)];
     fill(&mut out, features, tokens, |t| {
         &rows[t * features..][..features]
@@ -50,7 +53,7 @@ fn guarded_panels(side: Side, rows: &[f32], features: usize, tokens: usize) -> G
     side.copy(&out)
 }
 
-fn near(what: &str, ours: impl IntoIterator<Item = f32>, exact: &[f64], bound: f64) {
+pub(super) fn near(what: &str, ours: impl IntoIterator<Item = f32>, exact: &[f64], bound: f64) {
     let mut count = 0;
     for (place, ours) in ours.into_iter().enumerate() {
         let far = (f64::from(ours) - exact[place]).abs();
@@ -454,172 +457,4 @@ fn merges_and_vectors_of_any_shape() {
             near(&what, out.iter().copied(), &exact, 2e-5);
         }
     });
-}
-
-/// Attention's result and the gradients of queries, keys and values, all by token.
-struct Plain {
-    out: Vec<f64>,
-    q: Vec<f64>,
-    k: Vec<f64>,
-    v: Vec<f64>,
-}
-
-/// Attention of rows by token in plain loops, and its backward from the gradient `g` of what it gives.
-fn plain([q, k, v, g]: [&[f32]; 4], heads: Heads, spans: &Spans) -> Plain {
-    let Heads {
-        queries,
-        keys,
-        width,
-    } = heads;
-    let wide = |x: &[f32]| x.iter().map(|x| f64::from(*x)).collect::<Vec<f64>>();
-    let (q, k, v, g) = (wide(q), wide(k), wide(v), wide(g));
-    let mut all = Plain {
-        out: vec![0.; q.len()],
-        q: vec![0.; q.len()],
-        k: vec![0.; k.len()],
-        v: vec![0.; v.len()],
-    };
-    let scale = (width as f64).sqrt().recip();
-    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
-    for Span { start, visible } in spans.iter() {
-        for (token, seen) in visible.iter().enumerate() {
-            for head in 0..queries {
-                let own = ((start + token) * queries + head) * width;
-                let own = own..own + width;
-                let key = |key: u32| {
-                    let place = (start + key as usize) * keys + head / (queries / keys);
-                    place * width..(place + 1) * width
-                };
-                let seen: Vec<u32> = (0..seen.to)
-                    .filter(|key| *key < seen.prefix || *key >= seen.from)
-                    .collect();
-                let scores: Vec<f64> = seen
-                    .iter()
-                    .map(|at| scale * dot(&q[own.clone()], &k[key(*at)]))
-                    .collect();
-                let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-                let sum: f64 = scores.iter().map(|x| (x - most).exp()).sum();
-                let p: Vec<f64> = scores.iter().map(|x| (x - most).exp() / sum).collect();
-                for (at, p) in seen.iter().zip(&p) {
-                    for (out, v) in all.out[own.clone()].iter_mut().zip(&v[key(*at)]) {
-                        *out += p * v;
-                    }
-                }
-                let along = dot(&all.out[own.clone()], &g[own.clone()]);
-                for (at, p) in seen.iter().zip(&p) {
-                    let slope = p * (dot(&v[key(*at)], &g[own.clone()]) - along) * scale;
-                    for f in 0..width {
-                        let (mine, its) = (own.start + f, key(*at).start + f);
-                        all.v[its] += p * g[mine];
-                        all.k[its] += slope * q[mine];
-                        all.q[mine] += slope * k[its];
-                    }
-                }
-            }
-        }
-    }
-    all
-}
-
-fn check_attention(side: Side, heads: Heads, spans: &Spans, tokens: usize, seed: u64) {
-    let (of_q, of_k) = (heads.queries * heads.width, heads.keys * heads.width);
-    let rows = [of_q, of_k, of_k, of_q];
-    let rows: Vec<Vec<f32>> = rows
-        .iter()
-        .zip(seed..)
-        .map(|(features, seed)| numbers(tokens * features, seed))
-        .collect();
-    let [q, k, v, g] = &rows[..] else {
-        unreachable!("four")
-    };
-    let exact = plain([q, k, v, g], heads, spans);
-    let panels = |rows: &[f32], features: usize| guarded_panels(side, rows, features, tokens);
-    let (pq, pk, pv, pg) = (
-        panels(q, of_q),
-        panels(k, of_k),
-        panels(v, of_k),
-        panels(g, of_q),
-    );
-    with_each(|isa| {
-        let inputs = Inputs {
-            q: &pq,
-            k: &pk,
-            v: &pv,
-        };
-        let zeros = |features: usize| side.copy(&vec![0f32; size(features, tokens)]);
-        let (mut out, mut sums) = (zeros(of_q), zeros(heads.queries));
-        attention(inputs, heads, spans, &mut out, &mut sums);
-        let (mut gq, mut gk, mut gv) = (zeros(of_q), zeros(of_k), zeros(of_k));
-        let mut gradients = Gradients {
-            q: &mut gq,
-            k: &mut gk,
-            v: &mut gv,
-        };
-        attention_backward(inputs, heads, spans, (&out, &sums, &pg), &mut gradients);
-        for (name, ours, exact, features, bound) in [
-            ("out", &out, &exact.out, of_q, 5e-6),
-            ("q", &gq, &exact.q, of_q, 2e-5),
-            ("k", &gk, &exact.k, of_k, 1e-4),
-            ("v", &gv, &exact.v, of_k, 1e-4),
-        ] {
-            let what = format!("{isa:?} {name} {heads:?}, {tokens}");
-            for token in 0..tokens {
-                let exact = &exact[token * features..][..features];
-                near(&what, column(ours, features, token), exact, bound);
-            }
-        }
-    });
-}
-
-#[test]
-fn attention_of_any_shape() {
-    let mut dice = Dice(7);
-    for case in 0..30 {
-        let keys = dice.throw(3) + 1;
-        let heads = Heads {
-            queries: keys * (dice.throw(4) + 1),
-            keys,
-            width: dice.size(50) + 1,
-        };
-        let mut spans = Spans::default();
-        let mut tokens = 0;
-        for _ in 0..dice.throw(4) {
-            tokens += dice.throw(3);
-            let length = dice.size(80) as u32;
-            let span = if dice.throw(2) == 0 {
-                causal(tokens, length)
-            } else {
-                shared(tokens, length, dice.size(40) as u32, dice.size(40) as u32)
-            };
-            tokens += span.visible.len();
-            spans.push(span);
-        }
-        tokens += dice.throw(40);
-        check_attention(dice.side(), heads, &spans, tokens, 100 * case);
-    }
-}
-
-/// Llama 3's heads, 8 queries a key 128 wide; widths that are no multiple of a panel; one head; and more than 512 tokens.
-#[test]
-fn attention_of_real_models() {
-    for (queries, keys, width, length) in [
-        (8, 1, 128, 70),
-        (32, 8, 80, 9),
-        (4, 2, 96, 40),
-        (1, 1, 256, 33),
-        (8, 1, 16, 600),
-        (1, 1, 128, 530),
-    ] {
-        let heads = Heads {
-            queries,
-            keys,
-            width,
-        };
-        let length = length as u32;
-        let spans: Spans = [causal(1, length), shared(700, length / 2, 5, length / 3)]
-            .into_iter()
-            .collect();
-        let tokens = 705 + length as usize;
-        check_attention(Side::Behind, heads, &spans, tokens, 7);
-    }
 }
