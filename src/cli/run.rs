@@ -151,17 +151,26 @@ fn check_lock(project: &Project, args: &Args) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Calls `act` at every Ctrl-C (or SIGTERM).
+pub(super) fn on_interrupt(act: impl FnMut() + Send + 'static) -> anyhow::Result<()> {
+    let listening = ctrlc::set_handler(act).map_err(|error| match error {
+        // Its own sentence leaves out what the system says.
+        ctrlc::Error::System(error) => anyhow::Error::from(error),
+        error => error.into(),
+    });
+    listening.context("could not listen to Ctrl-C")
+}
+
 /// The first Ctrl-C (or SIGTERM) lets stages stop by themselves; the second ends the process, which the store survives.
 pub(super) fn stop_on_signal(cancel: &Arc<AtomicBool>) -> anyhow::Result<()> {
     let cancel = Arc::clone(cancel);
-    ctrlc::set_handler(move || {
+    on_interrupt(move || {
         if cancel.swap(true, Ordering::Relaxed) {
             #[expect(clippy::exit, reason = "the user asked twice")]
             std::process::exit(130);
         }
         tell("interrupted: stages are stopping; once more to stop at once\n");
     })
-    .context("could not listen to Ctrl-C")
 }
 
 fn put_outputs(

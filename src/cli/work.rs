@@ -3,8 +3,7 @@
 
 use std::io::{BufReader, stdin, stdout};
 
-use anyhow::Context as _;
-
+use super::run::on_interrupt;
 use super::{Failure, project};
 use crate::engine::work::{begin, serve};
 use crate::stages::KINDS;
@@ -15,7 +14,7 @@ pub(super) struct Args {}
 pub(super) fn run(_: &Args) -> Result<(), Failure> {
     begin();
     // Ctrl-C at a terminal goes to all its processes; the one that started this one decides.
-    ctrlc::set_handler(|| {}).context("could not listen to Ctrl-C")?;
+    on_interrupt(|| {})?;
     serve(
         BufReader::new(stdin()),
         stdout(),

@@ -26,8 +26,8 @@ const MUCH: f64 = 0.5;
 /// Adds an adapter's update into the weights of a model: a model folder that needs no adapter any more.
 ///
 /// Weights keep their types and files; tokenizer, chat template and generation config are carried along untouched, unless the
-/// adapter was trained by another template: then that is the result's, and the token that ends its answers is added to
-/// `eos_token_id` in `generation_config.json`. A model in
+/// adapter was trained by another template: then that is the result's, without its comments, and the token that ends its answers is
+/// added to `eos_token_id` in `generation_config.json`. A model in
 /// 4 bits becomes dense (Unsloth's `merged_16bit`), but merging into the dense model that it was made from loses less.
 /// Where the head of the model is its embeddings and the adapter changes one of both, the result has both (`tie_word_embeddings: false`),
 /// as with PEFT. Matrices beside one of them count for that one alone, as they do in training; PEFT's `merge_and_unload` adds them into

@@ -66,7 +66,8 @@ fn trimmed<'a>(before: &str, text: usize, inner: &str, after: &'a str) -> Option
         .iter()
         .any(|tag| next.starts_with(tag));
     let spaced = kept.ends_with(char::is_whitespace);
-    (bare && !(trims && spaced)).then_some((text + kept.len(), next))
+    // A brace before it may not become the first of a tag.
+    (bare && !(trims && spaced) && !kept.ends_with('{')).then_some((text + kept.len(), next))
 }
 
 /// The length of the tag at the beginning of `rest`; that of `raw` reaches to its end.

@@ -10,6 +10,9 @@ use serde_json::Value;
 
 use crate::support::program::Project;
 
+const ROW: &str =
+    "{\"prompt\": \"some words\", \"chosen\": \"more of them\", \"rejected\": \"none\"}\n";
+
 /// Cuts a file, whatever its mode.
 fn cut(path: &std::path::Path, length: u64) {
     let mode = std::fs::Permissions::from_mode(0o644);
@@ -32,7 +35,7 @@ stages:
   base4: { quantize: { model: base } }
 ",
     );
-    project.write("rows.jsonl", &"{\"text\": \"some words\"}\n".repeat(50));
+    project.write("rows.jsonl", &ROW.repeat(50));
     project.succeeds(&["run", "recipe.yaml", "base"]);
     let records = project.records();
     let made = |record: &&Value| record["stage"] == "base";
@@ -89,10 +92,7 @@ fn a_source_that_is_cut_while_it_is_digested_ends_no_process() {
     );
     let path = project.path("rows.jsonl");
     for wait in [1, 3, 6, 10, 15, 20] {
-        project.write(
-            "rows.jsonl",
-            &"{\"text\": \"some words\"}\n".repeat(1 << 21),
-        );
+        project.write("rows.jsonl", &ROW.repeat(1 << 21));
         let mut child = project.command(&["plan", "recipe.yaml"]).spawn().unwrap();
         std::thread::sleep(Duration::from_millis(wait));
         cut(&path, 100);
@@ -109,10 +109,7 @@ fn without_threads_there_is_a_sentence() {
         "recipe.yaml",
         "version: 1\nstages:\n  rows: { import_dataset: { path: rows.jsonl } }\n",
     );
-    project.write(
-        "rows.jsonl",
-        &"{\"text\": \"some words\"}\n".repeat(1 << 17),
-    );
+    project.write("rows.jsonl", &ROW.repeat(1 << 17));
     project.variable("RUST_MIN_STACK", &(1u64 << 47).to_string());
     for arguments in [["plan", "recipe.yaml"], ["run", "recipe.yaml"]] {
         let ended = project.run(&arguments);
@@ -172,7 +169,7 @@ stages:
          num_attention_heads: 4611686018427387904 } }
 ",
     );
-    project.write("rows.jsonl", "{\"text\": \"some words\"}\n");
+    project.write("rows.jsonl", ROW);
     let ended = project.run(&["validate", "create.yaml"]);
     assert_eq!(ended.code, Some(2), "{}", ended.stderr);
     for (name, largest) in [
