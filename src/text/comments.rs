@@ -147,6 +147,8 @@ mod tests {
                 "{% if true %}{# c #}\n\nx{% endif %}",
                 "{% if true %}{# c #}\n\nx{% endif %}",
             ),
+            ("{ {#- c #}{# c #}", "{ {#- c #}{# c #}"),
+            ("{#-#} {#+ c #}", "{#-#} {#+ c #}"),
             ("a{# never closed", "a{# never closed"),
             ("{#}", "{#}"),
         ] {
