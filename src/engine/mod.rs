@@ -62,6 +62,8 @@ pub use run::{Options, Summary, run};
 pub use stage::{Artifact, Problem, Stage};
 pub use store::{Found, Miss, Store};
 pub use task::Task;
+#[cfg(test)]
+pub(crate) use task::unmarked;
 pub use units::{Bytes, Span};
 pub use watch::{Row, watched};
 pub use world::World;

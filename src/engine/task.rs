@@ -129,7 +129,7 @@ pub(super) fn memory(bounded: bool, resources: &Resources) -> Option<u64> {
 }
 
 /// Parameters as a recipe has them: without the marks of edges, files and neutral settings.
-fn unmarked(params: Value) -> Value {
+pub(crate) fn unmarked(params: Value) -> Value {
     match params {
         Value::Array(items) => items.into_iter().map(unmarked).collect(),
         Value::Object(mut map) => {

@@ -264,8 +264,17 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for ByPattern<T> {
                 }
                 Ok(ByPattern(entries))
             }
+
+            // As it is written here, for the process that runs the stage.
+            fn visit_seq<A: SeqAccess<'de>>(self, mut pairs: A) -> Result<ByPattern<T>, A::Error> {
+                let mut entries = Vec::new();
+                while let Some(entry) = pairs.next_element()? {
+                    entries.push(entry);
+                }
+                Ok(ByPattern(entries))
+            }
         }
-        deserializer.deserialize_map(Reader(PhantomData))
+        deserializer.deserialize_any(Reader(PhantomData))
     }
 }
 

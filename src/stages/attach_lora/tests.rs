@@ -193,3 +193,21 @@ fn modules_are_a_set_and_rules_are_kept() {
         ["r", "lora_alpha", "lora_dropout", "target_modules"]
     );
 }
+
+/// What the process of a stage is told is what the recipe said.
+#[test]
+fn parameters_survive_the_way_to_another_process() {
+    for yaml in [
+        "{model: base, rank_pattern: {q_proj: 2, '.*mlp.*': 5}, alpha_pattern: {v_proj: 0.5}, init_lora_weights: false}",
+        "{model: base, target_modules: '.*(q|v)_proj', exclude_modules: [k_proj], init_lora_weights: true}",
+        "{model: base, target_modules: all-linear, modules_to_save: [norm], init_lora_weights: loftq, loftq_from: base}",
+        "{model: base, target_modules: [q_proj], layers_to_transform: [0, 1], layers_pattern: layers, lora_alpha: 0.1}",
+        "{model: base, target_modules: q_proj, layers_to_transform: 1, exclude_modules: '.*k'}",
+    ] {
+        let stage: AttachLora = serde_yaml::from_str(yaml).unwrap();
+        let params = serde_json::to_value(&stage).unwrap();
+        let told = serde_yaml::to_value(crate::engine::unmarked(params.clone())).unwrap();
+        let read: AttachLora = crate::engine::read_parameters(told).unwrap();
+        assert_eq!(serde_json::to_value(&read).unwrap(), params, "{yaml}");
+    }
+}
