@@ -213,6 +213,18 @@ impl Store {
             }
             garbage.push(result);
         }
+        let mut discard = |what, stage, path: PathBuf| -> anyhow::Result<()> {
+            garbage.push(Garbage {
+                what,
+                stage,
+                size: size(&path),
+                path: path.clone(),
+            });
+            if remove_it {
+                remove(&path)?;
+            }
+            Ok(())
+        };
         for family in self.names("ends") {
             let ends = self.ends(&family);
             for fingerprint in self.names(&format!("ends/{family}")) {
@@ -223,16 +235,8 @@ impl Store {
                 {
                     continue;
                 }
-                let path = ends.join(&fingerprint);
-                garbage.push(Garbage {
-                    what: "end state",
-                    stage: record.map(|record| record.stage),
-                    size: size(&path),
-                    path: path.clone(),
-                });
-                if remove_it {
-                    remove(&path)?;
-                }
+                let stage = record.map(|record| record.stage);
+                discard("end state", stage, ends.join(&fingerprint))?;
             }
             if remove_it {
                 // Only when nothing is left in it.
@@ -253,29 +257,12 @@ impl Store {
                 if kept {
                     continue;
                 }
-                let path = self.folder(kind).join(&name);
-                garbage.push(Garbage {
-                    what: "unfinished work",
-                    stage: None,
-                    size: size(&path),
-                    path: path.clone(),
-                });
-                if remove_it {
-                    remove(&path)?;
-                }
+                discard("unfinished work", None, self.folder(kind).join(&name))?;
             }
         }
         // Nobody writes now: these are of programs that were killed.
         for path in self.temporary() {
-            garbage.push(Garbage {
-                what: "unfinished work",
-                stage: None,
-                size: size(&path),
-                path: path.clone(),
-            });
-            if remove_it {
-                remove(&path)?;
-            }
+            discard("unfinished work", None, path)?;
         }
         Ok(garbage)
     }

@@ -55,14 +55,13 @@ pub fn open(folder: &Path) -> anyhow::Result<(LlamaConfig, Weights)> {
     Ok((config, weights))
 }
 
-/// What to say of a folder whose `config.json` and tensors say different things; nothing of a folder that can't be used.
-pub fn told(folder: &Path) -> Option<&'static str> {
-    let says = LlamaConfig::read(folder).ok()?.tie_word_embeddings;
-    let (config, _) = open(folder).ok()?;
-    (says && !config.tie_word_embeddings).then_some(
+/// What to say of a folder whose `config.json` and tensors say different things. `config` is what [`open`] made of both.
+pub fn told(folder: &Path, config: &LlamaConfig) -> anyhow::Result<Option<&'static str>> {
+    let says = LlamaConfig::read(folder)?.tie_word_embeddings;
+    Ok((says && !config.tie_word_embeddings).then_some(
         "`config.json` says `tie_word_embeddings: true`, but the files have an `lm_head.weight` with other values: the head is its own, as \
          in transformers 5; other programs may take the embeddings for it",
-    )
+    ))
 }
 
 /// Whether two tensors have the same values.

@@ -93,7 +93,7 @@ pub(super) fn tell(cx: &Context, checked: &Checked) -> anyhow::Result<()> {
             "`{key}` in `config.json` has no effect: the model type `llama` doesn't know it, here as in transformers"
         ));
     }
-    if let Some(told) = tied::told(cx.out()) {
+    if let Some(told) = tied::told(cx.out(), &config)? {
         cx.warn(told);
     }
     if !checked.tokenizer {
