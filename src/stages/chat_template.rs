@@ -4,13 +4,13 @@
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, anyhow};
 use serde_json::{Map, Value, json};
 
 use crate::engine::Context;
 use crate::ml::folder::{self, sorted_json};
 use crate::text::comments::without_comments;
-use crate::text::tokenizer::{SpecialToken, chat_template};
+use crate::text::tokenizer::{SpecialToken, chat_template, read_template};
 use crate::text::turn_end::turn_end;
 
 /// The file, which transformers reads before all others and TRL saves beside an adapter too.
@@ -19,8 +19,6 @@ pub(super) const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 const GENERATION_CONFIG: &str = "generation_config.json";
 /// Named templates; with them transformers may choose another one than the default.
 const NAMED: &str = "additional_chat_templates";
-/// The longest template, in bytes; as for rendering.
-const LONGEST: u64 = 1 << 20;
 
 /// Puts a template into an artifact, without its comments: with others nothing below is stale.
 pub(super) fn write(template: &str, out: &Path) -> anyhow::Result<()> {
@@ -34,13 +32,9 @@ pub(super) fn read(artifact: &Path) -> anyhow::Result<Option<String>> {
     if !path.is_file() {
         return Ok(None);
     }
-    let failed = || format!("could not read `{}`", path.display());
-    let size = fs::metadata(&path).with_context(failed)?.len();
-    ensure!(
-        size <= LONGEST,
-        "`{FILE}` has {size} bytes; the limit is 1 MiB"
-    );
-    fs::read_to_string(&path).with_context(failed).map(Some)
+    let text = read_template(&path);
+    let text = text.map_err(|error| anyhow!("could not read `{}`: {error:#}", path.display()));
+    text.map(Some)
 }
 
 /// Puts the template of one artifact, if it has one, into another.

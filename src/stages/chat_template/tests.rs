@@ -11,7 +11,7 @@ use crate::stages::merge::Merge;
 use crate::stages::train_sft::TrainSft;
 use crate::stages::training::tests::write_tokens;
 use crate::text::chat::message;
-use crate::text::template::{ChatTemplate, LLAMA3};
+use crate::text::template::{ChatTemplate, LLAMA3, LONGEST};
 use crate::text::tokenizer::special_tokens;
 
 /// Another way of speaking than the golden model's.
@@ -175,7 +175,7 @@ fn a_template_that_cannot_be_rendered_is_no_obstacle() {
     );
     assert_eq!(read(cx.out()).unwrap().as_deref(), Some("{% for %}"));
     // Far too long a one is an error before it is read.
-    fs::write(cx.out().join(FILE), vec![b' '; LONGEST as usize + 1]).unwrap();
+    fs::write(cx.out().join(FILE), vec![b' '; LONGEST + 1]).unwrap();
     assert!(read(cx.out()).unwrap_err().to_string().contains("1 MiB"));
 }
 
