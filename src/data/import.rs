@@ -5,33 +5,20 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use arrow::array::{RecordBatch, new_null_array};
 use arrow::compute::{can_cast_types, cast};
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
 
 use super::kind::Kind;
-use super::table::{BATCH_ROWS, Split, Writer, pass_batches, split_of};
-use super::{csv, json};
+use super::table::{Writer, pass_batches};
+pub use source::{Format, split_of_file};
+use source::{Source, first_rows, open};
+
+mod source;
 
 /// The columns that later stages know. `system` is text; the others are text or messages, `messages` is always messages.
 pub const CANONICAL: [&str; 5] = ["system", "prompt", "chosen", "rejected", "messages"];
-
-/// A file format.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Format {
-    /// Apache Parquet.
-    Parquet,
-    /// One JSON object a line.
-    Jsonl,
-    /// One JSON list of objects.
-    Json,
-    /// Comma-separated values with a header line.
-    Csv,
-}
 
 /// What to import.
 #[derive(Debug, Clone, Default)]
@@ -51,38 +38,6 @@ pub struct ImportReport {
     pub rows: usize,
     /// The columns of the new file.
     pub columns: Vec<String>,
-}
-
-impl Format {
-    /// The format that a file's extension stands for.
-    pub fn of(path: &Path) -> Option<Self> {
-        let extension = path.extension()?.to_str()?.to_lowercase();
-        match extension.as_str() {
-            "parquet" => Some(Self::Parquet),
-            "jsonl" | "ndjson" => Some(Self::Jsonl),
-            "json" => Some(Self::Json),
-            "csv" => Some(Self::Csv),
-            _ => None,
-        }
-    }
-}
-
-/// The split that a file's name stands for: `train` for `train.jsonl` and for `train-00000-of-00002.parquet`.
-pub fn split_of_file(path: &Path) -> String {
-    let stem = path
-        .file_stem()
-        .map(|stem| stem.to_string_lossy().into_owned())
-        .unwrap_or_default();
-    split_of(&stem).0.to_owned()
-}
-
-type Batches<'a> = Box<dyn Iterator<Item = Result<RecordBatch>> + 'a>;
-
-/// One file: its columns, and its rows as often as they are asked for.
-struct Source {
-    path: PathBuf,
-    schema: SchemaRef,
-    batches: Box<dyn Fn() -> Result<Batches<'static>> + Sync>,
 }
 
 /// Imports `sources`, one after the other, as the Parquet file `destination`. `progress` hears the number of rows so far and
@@ -123,69 +78,6 @@ pub fn import_files(
         .map(|field| field.name().clone())
         .collect();
     Ok(ImportReport { rows, columns })
-}
-
-/// The first `left` rows of all files.
-fn first_rows(sources: &[Source], mut left: usize) -> impl Iterator<Item = Result<RecordBatch>> {
-    let mut batches = sources.iter().flat_map(|source| {
-        let named = || format!("could not import `{}`", source.path.display());
-        let batches: Batches<'_> = match (source.batches)() {
-            Ok(batches) => Box::new(batches.map(move |batch| batch.with_context(named))),
-            Err(error) => Box::new(std::iter::once(Err(error))),
-        };
-        batches
-    });
-    std::iter::from_fn(move || {
-        if left == 0 {
-            return None;
-        }
-        let batch = batches.next()?;
-        Some(batch.map(|batch| {
-            let batch = batch.slice(0, batch.num_rows().min(left));
-            left -= batch.num_rows();
-            batch
-        }))
-    })
-}
-
-fn open(path: &Path, options: &ImportOptions) -> Result<Source> {
-    let format = options.format.or_else(|| Format::of(path)).ok_or_else(|| {
-        anyhow!("its extension is not known; hint: say `format: parquet`, `jsonl`, `json` or `csv`")
-    })?;
-    let path = path.to_owned();
-    Ok(match format {
-        Format::Parquet => {
-            let split = Split::of_files("source", vec![path.clone()])?;
-            Source {
-                path,
-                schema: split.schema().clone(),
-                batches: Box::new(move || Ok(Box::new(split.batches(BATCH_ROWS)))),
-            }
-        }
-        Format::Jsonl | Format::Json => {
-            let as_list = format == Format::Json && json::is_list(&path)?;
-            let columns =
-                json::columns(&path, as_list, options.max_rows, &canonical_names(options))?;
-            let fields: Vec<_> = columns
-                .iter()
-                .map(|(name, kind)| Field::new(name, kind.data_type(), true))
-                .collect();
-            let columns = Arc::new(columns);
-            Source {
-                path: path.clone(),
-                schema: Arc::new(Schema::new(fields)),
-                batches: Box::new(move || json::batches(&path, as_list, columns.clone())),
-            }
-        }
-        Format::Csv => {
-            let schema = csv::header(&path)?;
-            Source {
-                path: path.clone(),
-                schema: schema.clone(),
-                batches: Box::new(move || csv::batches(&path, &schema)),
-            }
-        }
-    })
 }
 
 /// The names that the canonical columns have in the files.
