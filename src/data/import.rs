@@ -11,10 +11,13 @@ use arrow::compute::{can_cast_types, cast};
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 
 use super::kind::Kind;
+use super::reading::Encoding;
 use super::table::{Writer, pass_batches};
+pub use mix::{Mix, StoppingStrategy, mix_rows};
 pub use source::{Format, split_of_file};
-use source::{Source, first_rows, open};
+use source::{Source, first_rows, open_all};
 
+mod mix;
 mod source;
 
 /// The columns that later stages know. `system` is text; the others are text or messages, `messages` is always messages.
@@ -29,6 +32,20 @@ pub struct ImportOptions {
     pub max_rows: Option<usize>,
     /// The format, when the files' extensions don't tell.
     pub format: Option<Format>,
+    /// What stands between the values of a line, when the format doesn't tell.
+    pub delimiter: Option<u8>,
+    /// The encoding of files of text, when it is not UTF-8.
+    pub encoding: Option<Encoding>,
+    /// What messages call files, when it is not their paths.
+    pub names: BTreeMap<PathBuf, String>,
+}
+
+impl ImportOptions {
+    /// What messages call a file.
+    fn shown(&self, path: &Path) -> String {
+        let name = self.names.get(path).cloned();
+        name.unwrap_or_else(|| path.display().to_string())
+    }
 }
 
 /// What was imported.
@@ -55,14 +72,7 @@ pub fn import_files(
             list(CANONICAL)
         );
     }
-    let sources: Result<Vec<Source>> = sources
-        .iter()
-        .map(|path| {
-            let source = open(path, options);
-            source.with_context(|| format!("could not import `{}`", path.display()))
-        })
-        .collect();
-    let sources = sources?;
+    let sources = open_all(sources, options)?;
     let schema = unite(&sources, options)?;
     let writer = Writer::create_file(destination, schema.clone())?;
     let most = options.max_rows.unwrap_or(usize::MAX);

@@ -3,13 +3,11 @@
 use std::cell::Cell as Counter;
 use std::collections::HashMap;
 use std::fmt;
-use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
-use std::path::Path;
+use std::io::{BufRead, Read};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
 
-use anyhow::{Context as _, Result, anyhow, bail};
+use anyhow::{Result, anyhow, bail};
 use arrow::array::{ArrayRef, RecordBatch};
 use arrow::datatypes::{Field, Schema};
 use rayon::prelude::*;
@@ -18,10 +16,10 @@ use serde::de::{DeserializeSeed, Deserializer, SeqAccess, Visitor};
 use super::cell::Cell;
 use super::import::fits;
 use super::kind::{Kind, Lookup};
+use super::reading::TextFile;
 use super::size::{BATCH_BYTES, LONGEST_ROW, MOST_FIELDS};
 use super::table::BATCH_ROWS;
 
-const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 /// Lines are parsed together until they have so many bytes.
 const BLOCK_BYTES: usize = 8 << 20;
 
@@ -29,17 +27,20 @@ const BLOCK_BYTES: usize = 8 << 20;
 pub(super) type Columns = Vec<(String, Kind)>;
 
 /// Whether the file's first character begins a list. Many files called `.json` hold JSON lines.
-pub(super) fn is_list(path: &Path) -> Result<bool> {
-    let mut first = [0; 256];
-    let count = File::open(path)?.read(&mut first)?;
-    let text = first.get(..count).unwrap_or_default();
-    let text = text.strip_prefix(BYTE_ORDER_MARK).unwrap_or(text);
-    Ok(text.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'['))
+pub(super) fn is_list(file: &TextFile) -> Result<bool> {
+    let mut first = Vec::new();
+    let read = file.open()?.take(256).read_to_end(&mut first);
+    // A mistake behind the first character is told with its place when the rows are read.
+    let start = first.iter().find(|byte| !byte.is_ascii_whitespace());
+    match (start, read) {
+        (None, Err(error)) => Err(anyhow!("{}:1: {error}", file.display())),
+        (start, _) => Ok(start == Some(&b'[')),
+    }
 }
 
 /// Reads the whole file for its columns. `canonical` are the names that must hold text or messages.
 pub(super) fn columns(
-    path: &Path,
+    path: &TextFile,
     as_list: bool,
     max_rows: Option<usize>,
     canonical: &[String],
@@ -115,23 +116,38 @@ pub(super) fn columns(
     Ok(columns)
 }
 
+/// The number of rows, but not above `most`.
+pub(super) fn count(file: &TextFile, as_list: bool, most: usize) -> Result<usize> {
+    let mut count = 0;
+    rows(file, as_list, &|_| (), &mut |(), _| {
+        count += 1;
+        Ok(count < most)
+    })?;
+    Ok(count)
+}
+
 /// The rows as batches. They are read on a thread of their own, which ends when the iterator is dropped.
 pub(super) fn batches(
-    path: &Path,
+    path: &TextFile,
     as_list: bool,
+    most: usize,
     columns: Arc<Columns>,
 ) -> Result<Box<dyn Iterator<Item = Result<RecordBatch>>>> {
     let (sender, receiver) = sync_channel::<Result<Vec<Cell>>>(2);
-    let path = path.to_owned();
+    let path = path.clone();
     std::thread::Builder::new()
         .name("json".to_owned())
         .spawn(move || {
             let mut pending = Vec::with_capacity(BATCH_ROWS);
-            let mut bytes = 0;
+            let (mut bytes, mut left) = (0, most);
             let sized = |row: Cell| (row.bytes() as u64, row);
             let read = rows(&path, as_list, &sized, &mut |(size, row), _| {
                 pending.push(row);
                 bytes += size;
+                left = left.saturating_sub(1);
+                if left == 0 {
+                    return Ok(false);
+                }
                 if pending.len() < BATCH_ROWS && bytes < BATCH_BYTES {
                     return Ok(true);
                 }
@@ -180,14 +196,13 @@ impl fmt::Display for Place<'_> {
 /// Calls `each` with what `of` makes of every row, and its place, until it says false. Rows come in order; lines are parsed and
 /// given to `of` on all cores.
 fn rows<T: Send>(
-    path: &Path,
+    path: &TextFile,
     as_list: bool,
     of: &(dyn Fn(Cell) -> T + Sync),
     each: &mut dyn FnMut(T, &Place<'_>) -> Result<bool>,
 ) -> Result<()> {
-    let file = File::open(path).with_context(|| format!("could not read `{}`", path.display()))?;
-    let reader = BufReader::with_capacity(1 << 20, file);
-    let name = path.display().to_string();
+    let reader = path.open()?;
+    let name = path.display().to_owned();
     if as_list {
         list(reader, &name, &mut |row, place| each(of(row), place))
     } else {
@@ -215,7 +230,16 @@ impl Block {
             let count = (&mut *reader)
                 .take(LONGEST_ROW as u64 + 1)
                 .read_until(b'\n', &mut self.bytes)
-                .with_context(|| format!("{name}:{number}"))?;
+                .map_err(|error| anyhow!("{name}:{number}: {error}"));
+            let count = match count {
+                Ok(count) => count,
+                // The rows before it come first: no more of them may be wanted.
+                Err(_) if !self.lines.is_empty() => {
+                    self.bytes.truncate(start);
+                    return Ok(true);
+                }
+                Err(error) => return Err(error),
+            };
             if count > LONGEST_ROW {
                 bail!(
                     "{name}:{number}: this line has more than {} MiB; a row may not be longer; hint: is this JSON lines, with a row a line?",
@@ -226,9 +250,6 @@ impl Block {
                 return Ok(!self.lines.is_empty());
             }
             self.last_number = number;
-            if number == 1 && self.bytes.starts_with(BYTE_ORDER_MARK) {
-                self.bytes.drain(..BYTE_ORDER_MARK.len());
-            }
             if self.bytes[start..].iter().all(u8::is_ascii_whitespace) {
                 self.bytes.truncate(start);
             } else {
@@ -298,14 +319,10 @@ fn reason(error: &serde_json::Error) -> String {
 }
 
 fn list(
-    mut reader: impl BufRead,
+    reader: impl BufRead,
     name: &str,
     each: &mut dyn FnMut(Cell, &Place<'_>) -> Result<bool>,
 ) -> Result<()> {
-    let start = reader.fill_buf()?;
-    if start.starts_with(BYTE_ORDER_MARK) {
-        reader.consume(BYTE_ORDER_MARK.len());
-    }
     let mut outcome = Ok(());
     let mut stopped = false;
     let left = Counter::new(LONGEST_ROW);

@@ -105,10 +105,15 @@ impl Stage for DownloadDataset {
             cx.check_cancelled()?;
             paths.push(source.fetch(file)?);
         }
+        let names = files.iter().zip(&paths);
+        let names = names
+            .map(|(file, path)| (path.clone(), format!("{}/{}", self.repo, file.path)))
+            .collect();
         let options = ImportOptions {
             columns: self.columns.clone(),
             max_rows: self.max_rows,
-            format: None,
+            names,
+            ..ImportOptions::default()
         };
         let destination = cx.out().join("train.parquet");
         let report = import_files(&paths, &options, &destination, &mut |rows| {
