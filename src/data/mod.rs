@@ -6,9 +6,12 @@
 mod arrow_file;
 pub mod cell;
 mod csv;
+mod expression;
+mod forms;
 pub mod import;
 mod json;
 mod kind;
+mod messages;
 mod reading;
 pub mod show;
 mod size;

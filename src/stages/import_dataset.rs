@@ -11,6 +11,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::artifacts::Dataset;
+use super::row_format::RowFormats;
 use crate::data::Encoding;
 use crate::data::import::{
     CANONICAL, Format, ImportOptions, ImportReport, Mix, StoppingStrategy, import_files, mix_rows,
@@ -26,7 +27,7 @@ use paths::Paths;
 /// `datasets` takes several datasets instead, one behind the other or interleaved.
 ///
 /// A row has `prompt`, `chosen` and, for preferences, `rejected`, each of them text or a list of messages, and perhaps a
-/// `system` text; or it has `messages`. Other columns are carried along.
+/// `system` text; or it has `messages`; or another of the forms that data sets have (docs/data.md). Other columns are carried along.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ImportDataset {
@@ -50,15 +51,19 @@ pub struct ImportDataset {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     name: Option<String>,
     /// Which column of the file is which of ours, as in `{prompt: question, chosen: good, rejected: bad}`. Columns that are
-    /// called like ours need no mention.
+    /// called like ours need no mention. In place of a column's name there may be a way into one (`answers[0].text`) or a text made of
+    /// several (`"${instruction}\n\n${input}"`, with minijinja's expressions).
     #[serde(default)]
     columns: BTreeMap<String, String>,
     /// Take only so many rows of each split. Nothing behind them is read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     max_rows: Option<usize>,
-    /// The files' format, when their extension doesn't tell.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    format: Option<Format>,
+    /// The files' format, when their extension doesn't tell; the form of the rows, when their columns don't; or a list of both.
+    #[serde(default, skip_serializing_if = "RowFormats::is_empty")]
+    format: RowFormats,
+    /// Leave out up to so many rows that can't be used, and name them. Without it the first one is an error.
+    #[serde(default)]
+    skip_invalid_rows: u64,
     /// What stands between the values of a line of CSV, when it is neither a comma nor, in TSV, a tab: `";"`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     delimiter: Option<String>,
@@ -85,9 +90,9 @@ struct Part {
     /// Take only so many of its rows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     max_rows: Option<usize>,
-    /// Its files' format.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    format: Option<Format>,
+    /// The format of its files, the form of its rows, or both.
+    #[serde(default, skip_serializing_if = "RowFormats::is_empty")]
+    format: RowFormats,
     /// What stands between the values of its lines.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     delimiter: Option<String>,
@@ -112,7 +117,7 @@ impl Stage for ImportDataset {
             at: String::new(),
             columns: Some(&self.columns),
             max_rows: self.max_rows,
-            format: self.format,
+            format: &self.format,
             delimiter: self.delimiter.as_deref(),
             encoding: self.encoding.as_deref(),
         };
@@ -122,7 +127,7 @@ impl Stage for ImportDataset {
                 at: format!("datasets[{number}]."),
                 columns: part.columns.as_ref(),
                 max_rows: part.max_rows,
-                format: part.format,
+                format: &part.format,
                 delimiter: part.delimiter.as_deref(),
                 encoding: part.encoding.as_deref(),
             };
@@ -145,6 +150,7 @@ impl Stage for ImportDataset {
             for (split, files) in &found.splits {
                 let destination = cx.out().join(format!("{split}.parquet"));
                 let report = read(cx, files, &options, &destination, &mut before)?;
+                tell(cx, split, &report);
                 counts.insert(split.clone(), report.rows);
             }
         } else {
@@ -240,7 +246,9 @@ impl ImportDataset {
         paths: &Paths,
         part: Option<&Part>,
     ) -> Result<(Found, ImportOptions)> {
-        let format = part.and_then(|part| part.format).or(self.format);
+        let of_part = part.map(|part| &part.format);
+        let format = of_part.and_then(RowFormats::file).or(self.format.file());
+        let form = of_part.and_then(RowFormats::form).or(self.format.form());
         let name = part.and_then(|part| part.name.as_deref());
         let asked = Asked {
             split: &self.split,
@@ -261,6 +269,8 @@ impl ImportDataset {
             columns: columns.unwrap_or(&self.columns).clone(),
             max_rows: rows.into_iter().flatten().min(),
             format,
+            form,
+            skip_invalid_rows: self.skip_invalid_rows,
             delimiter: delimiter
                 .map(|text| delimiter_of(text).map_err(anyhow::Error::msg))
                 .transpose()?,
@@ -286,7 +296,9 @@ impl ImportDataset {
         let destination = cx.out().join(format!("{split}.parquet"));
         let mut read_rows = 0;
         if let [(_, files, options)] = parts.as_slice() {
-            return Ok(read(cx, files, options, &destination, &mut read_rows)?.rows);
+            let report = read(cx, files, options, &destination, &mut read_rows)?;
+            tell(cx, split, &report);
+            return Ok(report.rows);
         }
         // Each is read by itself first, for it may have columns and a form of its own.
         let scratch = cx.scratch()?;
@@ -294,7 +306,9 @@ impl ImportDataset {
         let mut names = BTreeMap::new();
         for (number, (part, of_part, options)) in parts.iter().enumerate() {
             let file = scratch.join(format!("{split}-{number}.parquet"));
-            lengths.push(read(cx, of_part, options, &file, &mut read_rows)?.rows);
+            let report = read(cx, of_part, options, &file, &mut read_rows)?;
+            tell(cx, split, &report);
+            lengths.push(report.rows);
             names.insert(file.clone(), written(&part.path));
             files.push(file);
         }
@@ -383,7 +397,7 @@ struct Place<'a> {
     at: String,
     columns: Option<&'a BTreeMap<String, String>>,
     max_rows: Option<usize>,
-    format: Option<Format>,
+    format: &'a RowFormats,
     delimiter: Option<&'a str>,
     encoding: Option<&'a str>,
 }
@@ -412,8 +426,9 @@ impl Place<'_> {
             let problem = Problem::new(format!("{at}delimiter"), why);
             problems.push(problem.hint(r#"as in `delimiter: ";"` or `delimiter: "\t"`"#));
         }
+        self.format.check(at, problems);
         if self.delimiter.is_some()
-            && let Some(format) = self.format
+            && let Some(format) = self.format.file()
             && !matches!(format, Format::Csv | Format::Tsv)
         {
             problems.push(Problem::new(
@@ -437,6 +452,21 @@ fn delimiter_of(text: &str) -> Result<u8, String> {
         [one] => Ok(*one),
         b"\\t" => Ok(b'\t'),
         _ => Err("expected one character of ASCII".to_owned()),
+    }
+}
+
+/// Says how the rows of a split were read, and which were left out.
+pub(super) fn tell(cx: &Context, split: &str, report: &ImportReport) {
+    for told in &report.told {
+        cx.info(format!("`{split}`: {told}"));
+    }
+    if !report.skipped.is_empty() {
+        let rows = report.rows_skipped;
+        cx.warn(format!(
+            "`{split}`: {rows} rows can't be used and were left out:\n  {}",
+            report.skipped.join("\n  ")
+        ));
+        cx.note(&format!("rows_skipped_{split}"), rows);
     }
 }
 

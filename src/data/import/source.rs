@@ -1,17 +1,19 @@
 //! One file of rows, opened: its columns, and its rows in batches as often as they are asked for.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context as _, Error, Result, anyhow};
 use arrow::array::RecordBatch;
-use arrow::datatypes::{Field, Schema, SchemaRef};
+use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use parquet::errors::ParquetError;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{ImportOptions, canonical_names};
+use super::ImportOptions;
 use crate::data::arrow_file::ArrowFile;
+use crate::data::json::BROKEN;
 use crate::data::reading::{TextFile, head_of, starts_as};
 use crate::data::table::{BATCH_ROWS, Split, split_of};
 use crate::data::{csv, json};
@@ -103,44 +105,34 @@ pub(super) struct Source {
     /// As messages have it.
     pub(super) path: PathBuf,
     pub(super) schema: SchemaRef,
+    /// Columns that hold NaN or an infinity where JSON has no such thing, and the first row that does.
+    pub(super) not_finite: BTreeMap<String, u64>,
     batches: Box<dyn Fn() -> Result<Batches<'static>> + Sync>,
 }
 
-/// The first `left` rows of all files.
-pub(super) fn first_rows(
-    sources: &[Source],
-    mut left: usize,
-) -> impl Iterator<Item = Result<RecordBatch>> {
-    let mut batches = sources.iter().flat_map(|source| {
-        let batches: Batches<'_> = match (source.batches)() {
-            Ok(batches) => Box::new(batches),
+impl Source {
+    /// The rows from the first to the last.
+    pub(super) fn batches(&self) -> Batches<'static> {
+        match (self.batches)() {
+            Ok(batches) => batches,
             Err(error) => Box::new(std::iter::once(Err(error))),
-        };
-        batches
-    });
-    std::iter::from_fn(move || {
-        if left == 0 {
-            return None;
         }
-        let batch = batches.next()?;
-        Some(batch.map(|batch| {
-            let batch = batch.slice(0, batch.num_rows().min(left));
-            left -= batch.num_rows();
-            batch
-        }))
-    })
+    }
 }
 
 /// Opens files for their first rows: none behind those that have as many as `options` asks for.
 pub(super) fn open_all(paths: &[PathBuf], options: &ImportOptions) -> Result<Vec<Source>> {
     let mut left = options.max_rows.unwrap_or(usize::MAX);
     let mut sources = Vec::with_capacity(paths.len());
+    // How many of its rows can be used is not known before they are read.
+    let is_counted = options.max_rows.is_some() && options.skip_invalid_rows == 0;
+    let more = usize::try_from(options.skip_invalid_rows).unwrap_or(usize::MAX);
     for (place, path) in paths.iter().enumerate() {
         if left == 0 {
             break;
         }
-        let is_counted = options.max_rows.is_some() && place + 1 < paths.len();
-        let (source, rows) = open(path, options, left, is_counted)?;
+        let is_counted = is_counted && place + 1 < paths.len();
+        let (source, rows) = open(path, options, left.saturating_add(more), is_counted)?;
         sources.push(source);
         left -= rows.min(left);
     }
@@ -165,25 +157,28 @@ fn open(
         anyhow!("the extension of `{shown}` is not known; hint: say its format, `format:` with one of `{names}`")
     })?;
     let file = TextFile::new(path, &shown, options.encoding.as_ref());
+    let skips = options.skip_invalid_rows > 0;
     let named = PathBuf::from(&shown);
-    let count = |rows: usize| if is_counted { rows.min(most) } else { 0 };
-    Ok(match format {
+    let source = |schema, batches| Source {
+        path: named.clone(),
+        schema,
+        not_finite: BTreeMap::new(),
+        batches,
+    };
+    let (source, rows) = match format {
         Format::Parquet => {
             let split = parquet(path, &shown)?;
-            let rows = count(split.rows());
+            let rows = split.rows();
             let path = path.to_owned();
-            let source = Source {
-                path: named,
-                schema: split.schema().clone(),
-                batches: Box::new(move || {
-                    let (path, shown) = (path.clone(), shown.clone());
-                    let batches = split.batches(BATCH_ROWS.min(most));
-                    Ok(Box::new(batches.map(move |batch| {
-                        batch.map_err(|error| plainly(&error, &path, &shown))
-                    })))
-                }),
+            let schema = split.schema().clone();
+            let batches = move || -> Result<Batches<'static>> {
+                let (path, shown) = (path.clone(), shown.clone());
+                let batches = split.batches(BATCH_ROWS.min(most));
+                Ok(Box::new(batches.map(move |batch| {
+                    batch.map_err(|error| plainly(&error, &path, &shown))
+                })))
             };
-            (source, rows)
+            (source(schema, Box::new(batches)), rows)
         }
         Format::Arrow => {
             let file = ArrowFile::open(path, &shown)?;
@@ -196,50 +191,41 @@ fn open(
                     }
                 }
             }
-            let source = Source {
-                path: named,
-                schema: file.schema().clone(),
-                batches: Box::new(move || file.batches()),
-            };
-            (source, rows)
+            let schema = file.schema().clone();
+            (source(schema, Box::new(move || file.batches())), rows)
         }
         Format::Jsonl | Format::Json => {
-            let as_list = format == Format::Json && json::is_list(&file)?;
-            let columns = json::columns(&file, as_list, Some(most), &canonical_names(options))?;
-            let rows = if is_counted {
-                json::count(&file, as_list, most)?
-            } else {
-                0
-            };
-            let fields: Vec<_> = columns
-                .iter()
-                .map(|(name, kind)| Field::new(name, kind.data_type(), true))
-                .collect();
-            let columns = Arc::new(columns);
+            let layout = json::layout(&file)?;
+            let skip = options.skip_invalid_rows;
+            let columns = Arc::new(json::columns(&file, layout, Some(most), skip)?);
+            let rows = columns.rows;
             let source = Source {
-                path: named,
-                schema: Arc::new(Schema::new(fields)),
-                batches: Box::new(move || json::batches(&file, as_list, most, columns.clone())),
+                path: named.clone(),
+                schema: Arc::new(Schema::new(json::fields(&columns))),
+                not_finite: columns.not_finite.clone(),
+                batches: Box::new(move || json::batches(&file, layout, columns.clone())),
             };
             (source, rows)
         }
         Format::Csv | Format::Tsv => {
             let plain = if format == Format::Csv { b',' } else { b'\t' };
             let delimiter = options.delimiter.unwrap_or(plain);
-            let schema = csv::header(&file, delimiter)?;
+            let header = csv::header(&file, delimiter)?;
             let rows = if is_counted {
                 csv::count(&file, delimiter, most)?
             } else {
                 0
             };
-            let source = Source {
-                path: named,
-                schema,
-                batches: Box::new(move || csv::batches(&file, delimiter, most)),
-            };
-            (source, rows)
+            let mut fields: Vec<_> = header.fields().iter().cloned().collect();
+            if skips {
+                fields.push(Arc::new(Field::new(BROKEN, DataType::Utf8, true)));
+            }
+            let schema = Arc::new(Schema::new(fields));
+            let batches = move || csv::batches(&file, delimiter, most, skips);
+            (source(schema, Box::new(batches)), rows)
         }
-    })
+    };
+    Ok((source, if is_counted { rows } else { 0 }))
 }
 
 /// A Parquet file by itself: what another file beside it has is compared column by column.
