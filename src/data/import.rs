@@ -16,8 +16,8 @@ use super::table::{Writer, pass_batches};
 use columns::Union;
 pub use mix::{Mix, StoppingStrategy, mix_rows};
 use rows::Rows;
+use source::open_all;
 pub use source::{Format, split_of_file};
-use source::{Source, open_all};
 
 mod columns;
 mod mix;
@@ -76,7 +76,7 @@ pub fn import_files(
     destination: &Path,
     progress: &mut dyn FnMut(u64) -> Result<()>,
 ) -> Result<ImportReport> {
-    let opened: Vec<Source> = open_all(sources, options)?;
+    let opened = open_all(sources, options)?;
     let Some(first) = opened.first() else {
         bail!("there is no file to import");
     };
@@ -90,7 +90,7 @@ pub fn import_files(
     let batches = || {
         let batches = opened.iter().enumerate().flat_map(|(number, source)| {
             let mut start = 0;
-            source.batches().map(move |batch| {
+            source.rows().map(move |batch| {
                 let batch = batch?;
                 let first_row = start + 1;
                 start += batch.num_rows() as u64;

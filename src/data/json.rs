@@ -54,16 +54,16 @@ pub(super) struct Columns {
 }
 
 /// How a file that is called JSON is written. Many files called `.json` hold JSON lines, and the other way round.
-pub(super) fn layout(path: &TextFile) -> Result<Layout> {
-    let mut reader = path.open()?;
+pub(super) fn layout(file: &TextFile) -> Result<Layout> {
+    let mut reader = file.open()?;
     let start = reader
         .fill_buf()
-        .with_context(|| format!("{}:1", path.display()))?;
+        .map_err(|error| anyhow!("{}:1: {error}", file.display()))?;
     if start.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'[') {
         return Ok(Layout::List);
     }
     let mut block = Block::default();
-    block.read(&mut reader, path.display(), 1)?;
+    block.read(&mut reader, "", 1)?;
     let first = block.texts().first().map(|(_, text)| text.to_vec());
     // An object that goes on in the next line.
     let goes_on = first.is_some_and(|line| {
@@ -76,17 +76,12 @@ pub(super) fn layout(path: &TextFile) -> Result<Layout> {
     })
 }
 
-/// Reads the whole file, or the first `max_rows`, for its columns. Up to `skip` rows may be broken.
-pub(super) fn columns(
-    path: &TextFile,
-    layout: Layout,
-    max_rows: Option<usize>,
-    skip: u64,
-) -> Result<Columns> {
+/// Reads the whole file, or its first `most` rows, for its columns. Up to `skip` rows may be broken.
+pub(super) fn columns(file: &TextFile, layout: Layout, most: usize, skip: u64) -> Result<Columns> {
     let mut columns: Vec<(String, Kind)> = Vec::new();
     let mut places: HashMap<String, usize> = HashMap::new();
     let mut not_finite = BTreeMap::new();
-    let mut left = max_rows.unwrap_or(usize::MAX);
+    let mut read = 0_usize;
     let mut broken = 0;
     // Values are only needed for their types, and are dropped where they were read.
     let kinds = |row: Row| {
@@ -103,7 +98,7 @@ pub(super) fn columns(
         let kinds = kinds.collect::<Result<Vec<_>>>()?;
         Ok((kinds, row.not_finite))
     };
-    rows(path, layout, &kinds, &mut |row, place| {
+    rows(file, layout, &kinds, &mut |row, place| {
         let (kinds, odd) = match row {
             Ok(row) => row,
             Err(_) if broken < skip => {
@@ -129,14 +124,14 @@ pub(super) fn columns(
         for name in odd {
             not_finite.entry(name).or_insert(place.row);
         }
-        left = left.saturating_sub(1);
-        Ok(left > 0)
+        read += 1;
+        Ok(read < most)
     })?;
     Ok(Columns {
         columns,
         not_finite,
         broken,
-        rows: max_rows.unwrap_or(usize::MAX) - left,
+        rows: read,
     })
 }
 
@@ -152,27 +147,32 @@ pub(super) fn fields(columns: &Columns) -> Vec<Field> {
 
 /// The rows as batches. They are read on a thread of their own, which ends when the iterator is dropped.
 pub(super) fn batches(
-    path: &TextFile,
+    file: &TextFile,
     layout: Layout,
+    most: usize,
     columns: Arc<Columns>,
 ) -> Result<Box<dyn Iterator<Item = Result<RecordBatch>>>> {
     let (sender, receiver) = sync_channel::<Result<Vec<Result<Row, String>>>>(2);
-    let path = path.clone();
+    let file = file.clone();
     let skips = columns.broken > 0;
     std::thread::Builder::new()
         .name("json".to_owned())
         .spawn(move || {
             let mut pending = Vec::with_capacity(BATCH_ROWS);
-            let mut bytes = 0;
+            let (mut bytes, mut left) = (0, most);
             let keep = |row: Row| Ok(row);
-            let read = rows(&path, layout, &keep, &mut |row, _| {
+            let read = rows(&file, layout, &keep, &mut |row, _| {
                 let row = match row {
                     Ok(row) => Ok(row),
                     Err(error) if skips => Err(format!("{error:#}")),
                     Err(error) => return Err(error),
                 };
                 bytes += row.as_ref().map_or(0, Row::bytes);
+                left = left.saturating_sub(usize::from(row.is_ok()));
                 pending.push(row);
+                if left == 0 {
+                    return Ok(false);
+                }
                 if pending.len() < BATCH_ROWS && bytes < BATCH_BYTES {
                     return Ok(true);
                 }
@@ -238,13 +238,13 @@ impl fmt::Display for Place<'_> {
 /// Calls `each` with what `of` makes of every row, and its place, until it says false. Rows come in order; lines are parsed and
 /// given to `of` on all cores.
 fn rows<T: Send>(
-    path: &TextFile,
+    file: &TextFile,
     layout: Layout,
     of: &(dyn Fn(Row) -> Result<T> + Sync),
     each: &mut dyn FnMut(Result<T>, &Place<'_>) -> Result<bool>,
 ) -> Result<()> {
-    let reader = path.open()?;
-    let name = path.display().to_owned();
+    let reader = file.open()?;
+    let name = file.display().to_owned();
     match layout {
         Layout::Lines => lines(reader, &name, of, each),
         Layout::List => list(reader, &name, of, each),
@@ -272,7 +272,7 @@ impl Block {
             let count = (&mut *reader)
                 .take(LONGEST_ROW as u64 + 1)
                 .read_until(b'\n', &mut self.bytes)
-                .with_context(|| format!("{name}:{number}"));
+                .map_err(|error| anyhow!("{name}:{number}: {error}"));
             let count = match count {
                 Ok(count) => count,
                 // The rows before it come first: no more of them may be wanted.
@@ -428,9 +428,6 @@ fn objects<T>(
 }
 
 fn no_json(name: &str, error: &serde_json::Error) -> anyhow::Error {
-    if error.is_io() {
-        return anyhow!("{name}: {error}");
-    }
     anyhow!(
         "{name}:{}:{}: this is no JSON: {}",
         error.line(),

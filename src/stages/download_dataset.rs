@@ -135,7 +135,7 @@ impl Stage for DownloadDataset {
         })
         .with_context(refused)?;
         source.unchanged()?;
-        tell(cx, "train", &report);
+        tell(cx, "`train`", &report);
         ensure!(report.rows > 0, "the dataset `{}` holds no rows", self.repo);
         cx.note(
             "files",

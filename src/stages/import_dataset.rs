@@ -90,7 +90,7 @@ struct Part {
     /// Take only so many of its rows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     max_rows: Option<usize>,
-    /// The format of its files, the form of its rows, or both.
+    /// Its files' format, and the form of its rows.
     #[serde(default, skip_serializing_if = "RowFormats::is_empty")]
     format: RowFormats,
     /// What stands between the values of its lines.
@@ -144,13 +144,15 @@ impl Stage for ImportDataset {
 
     fn run(&self, cx: &Context) -> Result<()> {
         let mut counts = BTreeMap::new();
+        let mut skipped = 0;
         if let Some(path) = &self.path {
             let (found, options) = self.found(cx, path, None)?;
             let mut before = 0;
             for (split, files) in &found.splits {
                 let destination = cx.out().join(format!("{split}.parquet"));
                 let report = read(cx, files, &options, &destination, &mut before)?;
-                tell(cx, split, &report);
+                tell(cx, &format!("`{split}`"), &report);
+                skipped += report.rows_skipped;
                 counts.insert(split.clone(), report.rows);
             }
         } else {
@@ -161,13 +163,16 @@ impl Stage for ImportDataset {
             let splits = parts.iter().flat_map(|(_, (found, _))| found.splits.keys());
             let splits: BTreeSet<String> = splits.cloned().collect();
             for split in splits {
-                let rows = self.several(cx, &split, &parts)?;
+                let rows = self.several(cx, &split, &parts, &mut skipped)?;
                 counts.insert(split, rows);
             }
         }
         let rows: usize = counts.values().sum();
         ensure!(rows > 0, "{} holds no rows", self.written());
         cx.note("rows", counts);
+        if skipped > 0 {
+            cx.note("rows_skipped", skipped);
+        }
         Ok(())
     }
 }
@@ -246,9 +251,9 @@ impl ImportDataset {
         paths: &Paths,
         part: Option<&Part>,
     ) -> Result<(Found, ImportOptions)> {
-        let of_part = part.map(|part| &part.format);
-        let format = of_part.and_then(RowFormats::file).or(self.format.file());
-        let form = of_part.and_then(RowFormats::form).or(self.format.form());
+        let format = part.and_then(|part| part.format.file());
+        let format = format.or(self.format.file());
+        let form = part.and_then(|part| part.format.form());
         let name = part.and_then(|part| part.name.as_deref());
         let asked = Asked {
             split: &self.split,
@@ -269,7 +274,7 @@ impl ImportDataset {
             columns: columns.unwrap_or(&self.columns).clone(),
             max_rows: rows.into_iter().flatten().min(),
             format,
-            form,
+            form: form.or(self.format.form()),
             skip_invalid_rows: self.skip_invalid_rows,
             delimiter: delimiter
                 .map(|text| delimiter_of(text).map_err(anyhow::Error::msg))
@@ -288,6 +293,7 @@ impl ImportDataset {
         cx: &Context,
         split: &str,
         parts: &[(&Part, (Found, ImportOptions))],
+        skipped: &mut u64,
     ) -> Result<usize> {
         let parts: Vec<_> = parts
             .iter()
@@ -297,7 +303,8 @@ impl ImportDataset {
         let mut read_rows = 0;
         if let [(_, files, options)] = parts.as_slice() {
             let report = read(cx, files, options, &destination, &mut read_rows)?;
-            tell(cx, split, &report);
+            tell(cx, &format!("`{split}`"), &report);
+            *skipped += report.rows_skipped;
             return Ok(report.rows);
         }
         // Each is read by itself first, for it may have columns and a form of its own.
@@ -307,7 +314,12 @@ impl ImportDataset {
         for (number, (part, of_part, options)) in parts.iter().enumerate() {
             let file = scratch.join(format!("{split}-{number}.parquet"));
             let report = read(cx, of_part, options, &file, &mut read_rows)?;
-            tell(cx, split, &report);
+            tell(
+                cx,
+                &format!("`{split}` of {}", written(&part.path)),
+                &report,
+            );
+            *skipped += report.rows_skipped;
             lengths.push(report.rows);
             names.insert(file.clone(), written(&part.path));
             files.push(file);
@@ -384,6 +396,20 @@ fn read(
     Ok(report)
 }
 
+/// Says how rows were read, and which were left out. `of` names them in front of each sentence.
+pub(super) fn tell(cx: &Context, of: &str, report: &ImportReport) {
+    for told in &report.told {
+        cx.info(format!("{of}: {told}"));
+    }
+    if report.rows_skipped > 0 {
+        cx.warn(format!(
+            "{of}: {} rows can't be used and were left out:\n  {}",
+            report.rows_skipped,
+            report.skipped.join("\n  ")
+        ));
+    }
+}
+
 fn written(paths: &Paths) -> String {
     let names = paths
         .0
@@ -422,11 +448,11 @@ impl Place<'_> {
                 "expected a number above 0",
             ));
         }
+        self.format.check(at, problems);
         if let Some(Err(why)) = self.delimiter.map(delimiter_of) {
             let problem = Problem::new(format!("{at}delimiter"), why);
             problems.push(problem.hint(r#"as in `delimiter: ";"` or `delimiter: "\t"`"#));
         }
-        self.format.check(at, problems);
         if self.delimiter.is_some()
             && let Some(format) = self.format.file()
             && !matches!(format, Format::Csv | Format::Tsv)
@@ -452,21 +478,6 @@ fn delimiter_of(text: &str) -> Result<u8, String> {
         [one] => Ok(*one),
         b"\\t" => Ok(b'\t'),
         _ => Err("expected one character of ASCII".to_owned()),
-    }
-}
-
-/// Says how the rows of a split were read, and which were left out.
-pub(super) fn tell(cx: &Context, split: &str, report: &ImportReport) {
-    for told in &report.told {
-        cx.info(format!("`{split}`: {told}"));
-    }
-    if !report.skipped.is_empty() {
-        let rows = report.rows_skipped;
-        cx.warn(format!(
-            "`{split}`: {rows} rows can't be used and were left out:\n  {}",
-            report.skipped.join("\n  ")
-        ));
-        cx.note(&format!("rows_skipped_{split}"), rows);
     }
 }
 

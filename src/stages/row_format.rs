@@ -95,7 +95,7 @@ impl RowFormats {
         self.0.iter().find_map(|format| format.form())
     }
 
-    /// What is wrong with it; `at` comes before its name.
+    /// What is wrong with it; `at` is the way to it.
     pub fn check(&self, at: &str, problems: &mut Vec<Problem>) {
         let files = self
             .0

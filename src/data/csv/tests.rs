@@ -11,7 +11,7 @@ fn read(text: &[u8], delimiter: u8, most: usize) -> Result<Vec<Value>, String> {
     let file = TextFile::new(file.path(), "a.csv", None);
     let read = || -> Result<Vec<Value>> {
         let mut rows = Vec::new();
-        for batch in batches(&file, delimiter, most, false)? {
+        for batch in batches(&file, delimiter, most)? {
             let batch = batch?;
             for row in 0..batch.num_rows() {
                 let mut object = serde_json::Map::new();

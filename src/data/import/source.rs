@@ -6,14 +6,13 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, Error, Result, anyhow};
 use arrow::array::RecordBatch;
-use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+use arrow::datatypes::{Schema, SchemaRef};
 use parquet::errors::ParquetError;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::ImportOptions;
 use crate::data::arrow_file::ArrowFile;
-use crate::data::json::BROKEN;
 use crate::data::reading::{TextFile, head_of, starts_as};
 use crate::data::table::{BATCH_ROWS, Split, split_of};
 use crate::data::{csv, json};
@@ -112,11 +111,8 @@ pub(super) struct Source {
 
 impl Source {
     /// The rows from the first to the last.
-    pub(super) fn batches(&self) -> Batches<'static> {
-        match (self.batches)() {
-            Ok(batches) => batches,
-            Err(error) => Box::new(std::iter::once(Err(error))),
-        }
+    pub(super) fn rows(&self) -> Batches<'static> {
+        (self.batches)().unwrap_or_else(|error| Box::new(std::iter::once(Err(error))))
     }
 }
 
@@ -124,15 +120,12 @@ impl Source {
 pub(super) fn open_all(paths: &[PathBuf], options: &ImportOptions) -> Result<Vec<Source>> {
     let mut left = options.max_rows.unwrap_or(usize::MAX);
     let mut sources = Vec::with_capacity(paths.len());
-    // How many of its rows can be used is not known before they are read.
-    let is_counted = options.max_rows.is_some() && options.skip_invalid_rows == 0;
-    let more = usize::try_from(options.skip_invalid_rows).unwrap_or(usize::MAX);
     for (place, path) in paths.iter().enumerate() {
         if left == 0 {
             break;
         }
-        let is_counted = is_counted && place + 1 < paths.len();
-        let (source, rows) = open(path, options, left.saturating_add(more), is_counted)?;
+        let is_counted = options.max_rows.is_some() && place + 1 < paths.len();
+        let (source, rows) = open(path, options, left, is_counted)?;
         sources.push(source);
         left -= rows.min(left);
     }
@@ -157,28 +150,26 @@ fn open(
         anyhow!("the extension of `{shown}` is not known; hint: say its format, `format:` with one of `{names}`")
     })?;
     let file = TextFile::new(path, &shown, options.encoding.as_ref());
-    let skips = options.skip_invalid_rows > 0;
     let named = PathBuf::from(&shown);
-    let source = |schema, batches| Source {
-        path: named.clone(),
-        schema,
-        not_finite: BTreeMap::new(),
-        batches,
-    };
-    let (source, rows) = match format {
+    let count = |rows: usize| if is_counted { rows.min(most) } else { 0 };
+    Ok(match format {
         Format::Parquet => {
             let split = parquet(path, &shown)?;
-            let rows = split.rows();
+            let rows = count(split.rows());
             let path = path.to_owned();
-            let schema = split.schema().clone();
-            let batches = move || -> Result<Batches<'static>> {
-                let (path, shown) = (path.clone(), shown.clone());
-                let batches = split.batches(BATCH_ROWS.min(most));
-                Ok(Box::new(batches.map(move |batch| {
-                    batch.map_err(|error| plainly(&error, &path, &shown))
-                })))
+            let source = Source {
+                path: named,
+                schema: split.schema().clone(),
+                not_finite: BTreeMap::new(),
+                batches: Box::new(move || {
+                    let (path, shown) = (path.clone(), shown.clone());
+                    let batches = split.batches(BATCH_ROWS.min(most));
+                    Ok(Box::new(batches.map(move |batch| {
+                        batch.map_err(|error| plainly(&error, &path, &shown))
+                    })))
+                }),
             };
-            (source(schema, Box::new(batches)), rows)
+            (source, rows)
         }
         Format::Arrow => {
             let file = ArrowFile::open(path, &shown)?;
@@ -191,41 +182,45 @@ fn open(
                     }
                 }
             }
-            let schema = file.schema().clone();
-            (source(schema, Box::new(move || file.batches())), rows)
+            let source = Source {
+                path: named,
+                schema: file.schema().clone(),
+                not_finite: BTreeMap::new(),
+                batches: Box::new(move || file.batches()),
+            };
+            (source, rows)
         }
         Format::Jsonl | Format::Json => {
             let layout = json::layout(&file)?;
             let skip = options.skip_invalid_rows;
-            let columns = Arc::new(json::columns(&file, layout, Some(most), skip)?);
-            let rows = columns.rows;
+            let columns = Arc::new(json::columns(&file, layout, most, skip)?);
+            let rows = count(columns.rows);
             let source = Source {
-                path: named.clone(),
+                path: named,
                 schema: Arc::new(Schema::new(json::fields(&columns))),
                 not_finite: columns.not_finite.clone(),
-                batches: Box::new(move || json::batches(&file, layout, columns.clone())),
+                batches: Box::new(move || json::batches(&file, layout, most, columns.clone())),
             };
             (source, rows)
         }
         Format::Csv | Format::Tsv => {
             let plain = if format == Format::Csv { b',' } else { b'\t' };
             let delimiter = options.delimiter.unwrap_or(plain);
-            let header = csv::header(&file, delimiter)?;
+            let schema = csv::header(&file, delimiter)?;
             let rows = if is_counted {
                 csv::count(&file, delimiter, most)?
             } else {
                 0
             };
-            let mut fields: Vec<_> = header.fields().iter().cloned().collect();
-            if skips {
-                fields.push(Arc::new(Field::new(BROKEN, DataType::Utf8, true)));
-            }
-            let schema = Arc::new(Schema::new(fields));
-            let batches = move || csv::batches(&file, delimiter, most, skips);
-            (source(schema, Box::new(batches)), rows)
+            let source = Source {
+                path: named,
+                schema,
+                not_finite: BTreeMap::new(),
+                batches: Box::new(move || csv::batches(&file, delimiter, most)),
+            };
+            (source, rows)
         }
-    };
-    Ok((source, if is_counted { rows } else { 0 }))
+    })
 }
 
 /// A Parquet file by itself: what another file beside it has is compared column by column.
