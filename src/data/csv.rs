@@ -8,11 +8,12 @@ use std::io::{BufRead, Read};
 use std::rc::Rc;
 use std::sync::Arc;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Error, Result, bail, ensure};
 use arrow::array::{ArrayRef, RecordBatch, StringBuilder};
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use csv::{ErrorKind, Reader, ReaderBuilder, StringRecord};
 
+use super::json::BROKEN;
 use super::reading::TextFile;
 use super::size::{BATCH_BYTES, LONGEST_ROW, MOST_FIELDS};
 use super::table::BATCH_ROWS;
@@ -32,21 +33,24 @@ pub(super) fn count(file: &TextFile, delimiter: u8, most: usize) -> Result<usize
     let mut records = Records::open(file, delimiter)?;
     let mut count = 0;
     while count < most && records.next()? {
+        records.width()?;
         count += 1;
     }
     Ok(count)
 }
 
-/// The first `most` rows as batches. Nothing behind them is looked at.
+/// The first `most` rows as batches. Nothing behind them is looked at. With `skips` a row of another width is there with its mistake in
+/// the column [`BROKEN`].
 pub(super) fn batches(
     file: &TextFile,
     delimiter: u8,
     most: usize,
+    skips: bool,
 ) -> Result<Box<dyn Iterator<Item = Result<RecordBatch>>>> {
     let mut records = Records::open(file, delimiter)?;
     let mut left = most;
     Ok(Box::new(std::iter::from_fn(move || {
-        let batch = records.batch(left.min(BATCH_ROWS)).transpose()?;
+        let batch = records.batch(left.min(BATCH_ROWS), skips).transpose()?;
         left = batch.as_ref().map_or(0, |batch| left - batch.num_rows());
         Some(batch)
     })))
@@ -62,6 +66,8 @@ struct Records {
     record: StringRecord,
     /// The number of the current row, from 1.
     row: u64,
+    /// What is wrong behind the rows that were handed on.
+    failed: Option<Error>,
 }
 
 impl Records {
@@ -84,6 +90,7 @@ impl Records {
             read,
             record: StringRecord::new(),
             row: 0,
+            failed: None,
         };
         ensure!(
             records.advance()?,
@@ -134,6 +141,12 @@ impl Records {
             }
         }
         self.row += 1;
+        Ok(true)
+    }
+
+    /// Makes sure that the row has as many fields as the header.
+    fn width(&self) -> Result<()> {
+        let columns = self.schema.fields().len();
         let found = self.record.len();
         if found != columns {
             let (line, row) = (self.line(), self.row);
@@ -148,7 +161,7 @@ impl Records {
                 if found == 1 { "" } else { "s" }
             );
         }
-        Ok(true)
+        Ok(())
     }
 
     /// The line at which the record begins. The reader's own count is from before the blank lines above it.
@@ -165,14 +178,43 @@ impl Records {
             .max(1)
     }
 
-    /// At most `most` rows.
-    fn batch(&mut self, most: usize) -> Result<Option<RecordBatch>> {
+    /// At most `most` rows. Those before a mistake come before it.
+    fn batch(&mut self, most: usize, skips: bool) -> Result<Option<RecordBatch>> {
+        if let Some(error) = self.failed.take() {
+            return Err(error);
+        }
         let mut columns: Vec<StringBuilder> = Vec::new();
         columns.resize_with(self.schema.fields().len(), StringBuilder::new);
+        let mut broken = StringBuilder::new();
         let (mut rows, mut bytes) = (0, 0);
-        while rows < most && bytes < BATCH_BYTES && self.next()? {
-            for (column, field) in columns.iter_mut().zip(self.record.iter()) {
-                column.append_option(Some(field).filter(|field| !field.is_empty()));
+        while rows < most && bytes < BATCH_BYTES {
+            let next = self.next().and_then(|there| {
+                let width = if there { self.width() } else { Ok(()) };
+                match width {
+                    Err(error) if !skips => Err(error),
+                    width => Ok(there.then_some(width)),
+                }
+            });
+            let width = match next {
+                Ok(Some(width)) => width,
+                Ok(None) => break,
+                Err(error) if rows == 0 => return Err(error),
+                Err(error) => {
+                    self.failed = Some(error);
+                    break;
+                }
+            };
+            match width {
+                Ok(()) => {
+                    for (column, field) in columns.iter_mut().zip(self.record.iter()) {
+                        column.append_option(Some(field).filter(|field| !field.is_empty()));
+                    }
+                    broken.append_null();
+                }
+                Err(error) => {
+                    columns.iter_mut().for_each(StringBuilder::append_null);
+                    broken.append_value(format!("{error:#}"));
+                }
             }
             bytes += self.record.as_slice().len() as u64;
             rows += 1;
@@ -180,10 +222,15 @@ impl Records {
         if rows == 0 {
             return Ok(None);
         }
+        let mut fields: Vec<_> = self.schema.fields().iter().cloned().collect();
+        if skips {
+            fields.push(Arc::new(Field::new(BROKEN, DataType::Utf8, true)));
+            columns.push(broken);
+        }
         let columns = columns
             .iter_mut()
             .map(|column| Arc::new(column.finish()) as ArrayRef);
-        let batch = RecordBatch::try_new(self.schema.clone(), columns.collect())?;
+        let batch = RecordBatch::try_new(Arc::new(Schema::new(fields)), columns.collect())?;
         Ok(Some(batch))
     }
 }

@@ -63,7 +63,7 @@ pub(super) fn layout(file: &TextFile) -> Result<Layout> {
         return Ok(Layout::List);
     }
     let mut block = Block::default();
-    block.read(&mut reader, "", 1)?;
+    block.read(&mut reader, file.display(), 1)?;
     let first = block.texts().first().map(|(_, text)| text.to_vec());
     // An object that goes on in the next line.
     let goes_on = first.is_some_and(|line| {
@@ -428,6 +428,10 @@ fn objects<T>(
 }
 
 fn no_json(name: &str, error: &serde_json::Error) -> anyhow::Error {
+    if error.is_io() {
+        // What the reader says, which has no line.
+        return anyhow!("{name}: {error}");
+    }
     anyhow!(
         "{name}:{}:{}: this is no JSON: {}",
         error.line(),

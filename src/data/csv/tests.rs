@@ -11,7 +11,7 @@ fn read(text: &[u8], delimiter: u8, most: usize) -> Result<Vec<Value>, String> {
     let file = TextFile::new(file.path(), "a.csv", None);
     let read = || -> Result<Vec<Value>> {
         let mut rows = Vec::new();
-        for batch in batches(&file, delimiter, most)? {
+        for batch in batches(&file, delimiter, most, false)? {
             let batch = batch?;
             for row in 0..batch.num_rows() {
                 let mut object = serde_json::Map::new();
@@ -112,4 +112,17 @@ fn no_more_is_read_than_is_wanted() {
         error.contains("a.csv:3: the byte 0xff at offset 8"),
         "{error}"
     );
+}
+
+#[test]
+fn a_row_of_another_width_can_be_left_out() {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(b"a,b\n1,2\n3\n4,5\n").unwrap();
+    let file = TextFile::new(file.path(), "a.csv", None);
+    let read: Result<Vec<_>> = batches(&file, b',', 9, true).unwrap().collect();
+    let read = read.unwrap();
+    let broken = read[0].column_by_name(BROKEN).unwrap().as_string::<i32>();
+    let broken: Vec<_> = broken.iter().collect();
+    assert_eq!((broken[0], broken[2]), (None, None));
+    assert!(broken[1].unwrap().starts_with("a.csv:3: row 2 has 1 field"));
 }

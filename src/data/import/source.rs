@@ -6,13 +6,14 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, Error, Result, anyhow};
 use arrow::array::RecordBatch;
-use arrow::datatypes::{Schema, SchemaRef};
+use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use parquet::errors::ParquetError;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::ImportOptions;
 use crate::data::arrow_file::ArrowFile;
+use crate::data::json::BROKEN;
 use crate::data::reading::{TextFile, head_of, starts_as};
 use crate::data::table::{BATCH_ROWS, Split, split_of};
 use crate::data::{csv, json};
@@ -120,12 +121,15 @@ impl Source {
 pub(super) fn open_all(paths: &[PathBuf], options: &ImportOptions) -> Result<Vec<Source>> {
     let mut left = options.max_rows.unwrap_or(usize::MAX);
     let mut sources = Vec::with_capacity(paths.len());
+    // How many rows of a file can be used is not known before they are read.
+    let is_counted = options.max_rows.is_some() && options.skip_invalid_rows == 0;
+    let more = usize::try_from(options.skip_invalid_rows).unwrap_or(usize::MAX);
     for (place, path) in paths.iter().enumerate() {
         if left == 0 {
             break;
         }
-        let is_counted = options.max_rows.is_some() && place + 1 < paths.len();
-        let (source, rows) = open(path, options, left, is_counted)?;
+        let is_counted = is_counted && place + 1 < paths.len();
+        let (source, rows) = open(path, options, left.saturating_add(more), is_counted)?;
         sources.push(source);
         left -= rows.min(left);
     }
@@ -206,17 +210,22 @@ fn open(
         Format::Csv | Format::Tsv => {
             let plain = if format == Format::Csv { b',' } else { b'\t' };
             let delimiter = options.delimiter.unwrap_or(plain);
-            let schema = csv::header(&file, delimiter)?;
+            let header = csv::header(&file, delimiter)?;
             let rows = if is_counted {
                 csv::count(&file, delimiter, most)?
             } else {
                 0
             };
+            let skips = options.skip_invalid_rows > 0;
+            let mut fields: Vec<_> = header.fields().iter().cloned().collect();
+            if skips {
+                fields.push(Arc::new(Field::new(BROKEN, DataType::Utf8, true)));
+            }
             let source = Source {
                 path: named,
-                schema,
+                schema: Arc::new(Schema::new(fields)),
                 not_finite: BTreeMap::new(),
-                batches: Box::new(move || csv::batches(&file, delimiter, most)),
+                batches: Box::new(move || csv::batches(&file, delimiter, most, skips)),
             };
             (source, rows)
         }

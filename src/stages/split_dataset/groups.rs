@@ -8,11 +8,9 @@ use arrow::datatypes::{DataType, Schema};
 use arrow::util::display::{ArrayFormatter, FormatOptions};
 use serde_json::Value;
 
+use crate::data::cell::is_json;
 use crate::data::table::{BATCH_ROWS, Split};
 use crate::engine::{Context, canonical_json};
-
-/// The key and the value by which Arrow marks a column of JSON.
-const EXTENSION: (&str, &str) = ("ARROW:extension:name", "arrow.json");
 
 /// What rows are put together by.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -119,12 +117,8 @@ impl<'a> Values<'a> {
             let schema = batch.schema_ref();
             let field = schema.field_with_name(name)?;
             let column = batch.column(schema.index_of(name)?);
-            let is_json = field
-                .metadata()
-                .get(EXTENSION.0)
-                .is_some_and(|found| found == EXTENSION.1);
             Ok(match column.data_type() {
-                DataType::Utf8 if is_json => Column::Json(column),
+                DataType::Utf8 if is_json(field) => Column::Json(column),
                 DataType::Utf8 => Column::Text(column),
                 _ => Column::Other(
                     ArrayFormatter::try_new(column.as_ref(), &FormatOptions::default())?,
