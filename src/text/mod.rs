@@ -6,6 +6,7 @@
 pub mod bpe;
 pub mod chat;
 pub mod comments;
+mod declared;
 mod depth;
 mod dialect;
 mod expressions;

@@ -1,0 +1,341 @@
+//! What the files beside `tokenizer.json` say of tokens, read as transformers 5 reads them: special tokens by name, tokens to add, and
+//! a class that builds its tokenizer anew. Its one entry is [`Declared::read`].
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use serde_json::{Map, Value, json};
+use tokenizers::AddedToken;
+
+use super::tokenizer::json_file;
+
+/// The names that every tokenizer may have, in transformers' order.
+const NAMES: [&str; 7] = [
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+];
+
+/// What is said of tokens.
+#[derive(Debug, Default)]
+pub(super) struct Declared {
+    /// Special tokens by their names (`bos_token`, ..), those of the model's own names behind the usual ones.
+    pub(super) named: Vec<(String, AddedToken)>,
+    /// Tokens with the places where they were written down, in the order of these places.
+    listed: BTreeMap<i64, AddedToken>,
+    /// Special tokens without a name.
+    extra: Vec<AddedToken>,
+    /// Whether special tokens in a text are text.
+    pub(super) split_special_tokens: bool,
+    /// The class builds the tokenizer from vocabulary and merges alone.
+    pub(super) rebuilt: Option<Rebuilt>,
+}
+
+/// How transformers' `LlamaTokenizer` begins a text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Rebuilt {
+    /// `first`, `always` or `never`.
+    prepend_scheme: &'static str,
+}
+
+impl Declared {
+    /// Reads the files of a model folder.
+    pub(super) fn read(folder: &Path) -> Result<Self> {
+        let config = json_file(&folder.join("tokenizer_config.json"))?;
+        let config = object(config, "tokenizer_config.json")?;
+        let mut declared = Self {
+            split_special_tokens: config
+                .get("split_special_tokens")
+                .and_then(Value::as_bool)
+                .unwrap_or(false),
+            rebuilt: rebuilt(folder, &config)?,
+            ..Self::default()
+        };
+        let mut settings = config;
+        let truthy = |value: Option<&Value>| match value {
+            None | Some(Value::Null) => false,
+            Some(Value::Array(items)) => !items.is_empty(),
+            Some(Value::Object(items)) => !items.is_empty(),
+            Some(_) => true,
+        };
+        // The older name of a list of tokens.
+        if !truthy(settings.get("extra_special_tokens"))
+            && let Some(tokens) = settings.remove("additional_special_tokens")
+        {
+            settings.insert("extra_special_tokens".to_owned(), tokens);
+        }
+        match settings.remove("added_tokens_decoder") {
+            Some(listed) => declared.list(&listed)?,
+            // Files of older versions, which count only where the newer list is missing.
+            None => declared.read_older(folder, &mut settings)?,
+        }
+        declared.name(&settings)?;
+        Ok(declared)
+    }
+
+    /// Special tokens by name, as a chat template sees them.
+    pub(super) fn texts(&self) -> BTreeMap<String, String> {
+        let named = self.named.iter();
+        named
+            .map(|(name, token)| (name.clone(), token.content.clone()))
+            .collect()
+    }
+
+    fn list(&mut self, listed: &Value) -> Result<()> {
+        let listed = listed.as_object().ok_or_else(|| {
+            anyhow!("`added_tokens_decoder` of `tokenizer_config.json` is no object")
+        })?;
+        for (id, entry) in listed {
+            let id: i64 = id
+                .parse()
+                .map_err(|_| anyhow!("`added_tokens_decoder` of `tokenizer_config.json` has `{id}` in the place of an id"))?;
+            ensure!(
+                entry.is_object(),
+                "`added_tokens_decoder` of `tokenizer_config.json` has no object for the id {id}"
+            );
+            let token = token(entry, false).with_context(|| {
+                format!("`added_tokens_decoder` of `tokenizer_config.json`, id {id}")
+            })?;
+            self.listed.insert(id, token);
+        }
+        Ok(())
+    }
+
+    /// `special_tokens_map.json` outweighs `tokenizer_config.json`, and `added_tokens.json` names more tokens.
+    fn read_older(&mut self, folder: &Path, settings: &mut Map<String, Value>) -> Result<()> {
+        let map = json_file(&folder.join("special_tokens_map.json"))?;
+        for (name, value) in object(map, "special_tokens_map.json")? {
+            let value = match (name.as_str(), value) {
+                ("extra_special_tokens", Value::Array(more)) => {
+                    let mut all = match settings.remove("extra_special_tokens") {
+                        Some(Value::Array(all)) => all,
+                        _ => Vec::new(),
+                    };
+                    all.extend(more);
+                    Value::Array(all)
+                }
+                ("additional_special_tokens", value) => {
+                    if !settings.contains_key("extra_special_tokens") {
+                        settings.insert("extra_special_tokens".to_owned(), value);
+                    }
+                    continue;
+                }
+                (_, Value::Object(mut token)) if name != "extra_special_tokens" => {
+                    token.insert("special".to_owned(), true.into());
+                    Value::Object(token)
+                }
+                (_, value) => value,
+            };
+            settings.insert(name, value);
+        }
+        let added = json_file(&folder.join("added_tokens.json"))?;
+        let added = object(added, "added_tokens.json")?;
+        let special: BTreeSet<String> = NAMES
+            .iter()
+            .filter_map(|name| content(settings.get(*name)?))
+            .chain(
+                settings
+                    .get("extra_special_tokens")
+                    .and_then(Value::as_array)
+                    .into_iter()
+                    .flatten()
+                    .filter_map(content),
+            )
+            .collect();
+        for (text, id) in added {
+            let id = id
+                .as_i64()
+                .ok_or_else(|| anyhow!("`added_tokens.json` has no id for `{text}`"))?;
+            let special = special.contains(&text);
+            self.listed.insert(id, AddedToken::from(text, special));
+        }
+        Ok(())
+    }
+
+    /// Tokens by name and lists without names.
+    fn name(&mut self, settings: &Map<String, Value>) -> Result<()> {
+        let flags: BTreeMap<String, AddedToken> = self
+            .listed
+            .values()
+            .map(|token| (token.content.clone(), token.clone()))
+            .collect();
+        let mut put = |name: &str, value: &Value| -> Result<()> {
+            if value.is_null() {
+                return Ok(());
+            }
+            let token = token(value, true)
+                .with_context(|| format!("`{name}` of the tokenizer's settings"))?;
+            let token = match flags.get(&token.content) {
+                Some(listed) if NAMES.contains(&name) => listed.clone(),
+                _ => token,
+            };
+            self.named.retain(|(known, _)| known != name);
+            self.named.push((name.to_owned(), token));
+            Ok(())
+        };
+        for name in NAMES {
+            if let Some(value) = settings.get(name) {
+                put(name, value)?;
+            }
+        }
+        // Names of the model's own, as `image_token`.
+        for (name, value) in settings {
+            let token = value.is_string()
+                || value.get("__type").and_then(Value::as_str) == Some("AddedToken");
+            if name.ends_with("_token") && !NAMES.contains(&name.as_str()) && token {
+                put(name, value)?;
+            }
+        }
+        match settings.get("extra_special_tokens") {
+            None | Some(Value::Null) => {}
+            Some(Value::Object(tokens)) => {
+                for (name, value) in tokens {
+                    put(name, value)?;
+                }
+            }
+            Some(Value::Array(tokens)) => {
+                let tokens = tokens.iter().map(|value| token(value, true));
+                let tokens: Result<Vec<AddedToken>> = tokens.collect();
+                self.extra =
+                    tokens.context("`extra_special_tokens` of the tokenizer's settings")?;
+            }
+            Some(_) => bail!(
+                "`extra_special_tokens` of the tokenizer's settings is neither a list nor an object"
+            ),
+        }
+        Ok(())
+    }
+
+    /// Adds to a tokenizer what it doesn't have. Ids are those of the vocabulary, or the next free ones.
+    pub(super) fn add_to(&self, tokenizer: &mut tokenizers::Tokenizer) -> Result<()> {
+        let mut tokens: Vec<AddedToken> = self.listed.values().cloned().collect();
+        let mut known: BTreeSet<String> = tokenizer
+            .get_added_tokens_decoder()
+            .into_values()
+            .chain(tokens.iter().cloned())
+            .map(|token| token.content)
+            .collect();
+        let named = self.named.iter().map(|(_, token)| token);
+        for token in named.clone().chain(&self.extra) {
+            if known.insert(token.content.clone()) {
+                tokens.push(token.clone());
+            }
+        }
+        let names: BTreeSet<&str> = named.map(|token| token.content.as_str()).collect();
+        for token in &mut tokens {
+            token.special |= names.contains(token.content.as_str());
+        }
+        let added = tokenizer.add_tokens(tokens);
+        added.map_err(|error| {
+            anyhow!("the tokens named beside `tokenizer.json` can't be added: {error}")
+        })?;
+        Ok(())
+    }
+}
+
+impl Rebuilt {
+    /// `tokenizer.json` as transformers' `LlamaTokenizer` makes it of vocabulary, merges and post-processor.
+    pub(super) fn apply(self, tokenizer: &mut Value) -> Result<()> {
+        let kind = tokenizer.pointer("/model/type").and_then(Value::as_str);
+        ensure!(
+            kind == Some("BPE"),
+            "`tokenizer_class` is LlamaTokenizer, which transformers builds anew for byte-pair vocabularies, and the vocabulary of \
+             `tokenizer.json` is of another type; hint: set `tokenizer_class` to PreTrainedTokenizerFast to take it as it is"
+        );
+        let mut model = |name: &str| {
+            tokenizer
+                .pointer_mut(&format!("/model/{name}"))
+                .map(Value::take)
+        };
+        let (vocab, merges) = (model("vocab"), model("merges"));
+        let added = tokenizer
+            .get_mut("added_tokens")
+            .map(Value::take)
+            .unwrap_or_else(|| json!([]));
+        let mut decoders = vec![
+            json!({"type": "Replace", "pattern": {"String": "▁"}, "content": " "}),
+            json!({"type": "ByteFallback"}),
+            json!({"type": "Fuse"}),
+        ];
+        if self.prepend_scheme != "never" {
+            decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
+        }
+        let post_processor = tokenizer.get_mut("post_processor").map(Value::take);
+        *tokenizer = json!({
+            "version": "1.0",
+            "truncation": null,
+            "padding": null,
+            "added_tokens": added,
+            "normalizer": null,
+            "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": self.prepend_scheme, "split": false},
+            "post_processor": post_processor,
+            "decoder": {"type": "Sequence", "decoders": decoders},
+            "model": {
+                "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null, "end_of_word_suffix": null,
+                "fuse_unk": true, "byte_fallback": true, "ignore_merges": false, "vocab": vocab, "merges": merges,
+            },
+        });
+        Ok(())
+    }
+}
+
+/// What the class named in the settings does to `tokenizer.json`. Byte-level ones are taken as they are.
+fn rebuilt(folder: &Path, config: &Map<String, Value>) -> Result<Option<Rebuilt>> {
+    let mut class = config
+        .get("tokenizer_class")
+        .and_then(Value::as_str)
+        .map(str::to_owned);
+    if class.is_none() {
+        let model = json_file(&folder.join("config.json"))?;
+        class = model.and_then(|model| Some(model.get("tokenizer_class")?.as_str()?.to_owned()));
+    }
+    let class = class.unwrap_or_default();
+    if class.strip_suffix("Fast").unwrap_or(&class) != "LlamaTokenizer" {
+        return Ok(None);
+    }
+    let flag = |name: &str| config.get(name).and_then(Value::as_bool);
+    let prepend_scheme = match (
+        flag("add_prefix_space").unwrap_or(true),
+        flag("legacy").unwrap_or(false),
+    ) {
+        (false, _) => "never",
+        (true, true) => "always",
+        (true, false) => "first",
+    };
+    Ok(Some(Rebuilt { prepend_scheme }))
+}
+
+fn object(value: Option<Value>, file: &str) -> Result<Map<String, Value>> {
+    match value {
+        None => Ok(Map::new()),
+        Some(Value::Object(object)) => Ok(object),
+        Some(_) => bail!("`{file}` holds no object"),
+    }
+}
+
+/// The text of a token, which is written as such or as an object.
+fn content(value: &Value) -> Option<String> {
+    let text = value.as_str().or_else(|| value.get("content")?.as_str());
+    text.map(str::to_owned)
+}
+
+/// A token written as a text or as an object with its flags.
+fn token(value: &Value, special: bool) -> Result<AddedToken> {
+    let text = content(value)
+        .ok_or_else(|| anyhow!("a token is neither a text nor an object with `content`"))?;
+    let flag = |name: &str| value.get(name).and_then(Value::as_bool);
+    let special = flag("special").unwrap_or(special);
+    Ok(AddedToken::from(text, special)
+        .single_word(flag("single_word").unwrap_or(false))
+        .lstrip(flag("lstrip").unwrap_or(false))
+        .rstrip(flag("rstrip").unwrap_or(false))
+        .normalized(flag("normalized").unwrap_or(!special)))
+}
+
+#[cfg(test)]
+mod tests;
