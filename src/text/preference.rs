@@ -134,6 +134,10 @@ pub fn encode_alone(
             }
             _ => tokenizer.encode_with_special(answer)?,
         };
+        // Of a single token nothing is predicted.
+        if ids.len() < 2 {
+            return Ok(Err(Drop::NoAnswer));
+        }
         SideIds {
             prompt: Vec::new(),
             answer: ids,
