@@ -13,6 +13,7 @@ mod expressions;
 mod filters;
 pub mod preference;
 mod quick;
+mod rendered;
 pub mod template;
 pub mod tokenizer;
 pub mod turn_end;
