@@ -224,9 +224,18 @@ fn explain(error: &Error, source: &str) -> anyhow::Error {
         ErrorKind::OutOfFuel => format!("it took more than {FUEL} steps and was stopped"),
         kind => error.detail().map_or_else(
             || kind.to_string(),
-            |detail| match detail.strip_prefix(RAISED) {
-                Some(message) => format!("the template refuses the row: {message}"),
-                None => format!("{kind}: {detail}"),
+            |detail| match (detail.strip_prefix(RAISED), kind) {
+                (Some(message), _) => format!("the template refuses the row: {message}"),
+                // These say everything already.
+                (
+                    None,
+                    ErrorKind::InvalidOperation
+                    | ErrorKind::UnknownFilter
+                    | ErrorKind::UnknownFunction
+                    | ErrorKind::UnknownMethod
+                    | ErrorKind::UnknownTest,
+                ) => detail.to_owned(),
+                (None, kind) => format!("{kind}: {detail}"),
             },
         ),
     };
