@@ -18,13 +18,17 @@ use minijinja::value::{Kwargs, Rest, ValueKind, ValueOrKwargs, from_args};
 use minijinja::{AutoEscape, Environment, Error, Output, State, Value};
 
 use arguments::bind;
-use characters::is_space;
 use python::fail;
 
 /// Filters of the engine that jinja2 does not have.
 const FOREIGN_FILTERS: [&str; 5] = ["bool", "chain", "lines", "split", "zip"];
 /// Filters of jinja2 that have no place in a chat, or whose result would be another one each time.
 const REFUSED_FILTERS: [&str; 4] = ["filesizeformat", "random", "urlize", "xmlattr"];
+
+/// Python's `str.isspace` of a character.
+pub(super) fn is_space(c: char) -> bool {
+    characters::is_space(c)
+}
 
 /// Python's `str.strip()`.
 pub(super) fn strip(text: &str) -> &str {

@@ -148,11 +148,11 @@ impl ChatTemplate {
             messages: Value::from(messages.to_vec()),
             add_generation_prompt,
         };
-        self.render_with(Value::from_object(variables))
+        self.text(Value::from_object(variables))
     }
 
     /// The template's text with these variables.
-    fn render_with(&self, variables: Value) -> Result<String> {
+    fn text(&self, variables: Value) -> Result<String> {
         let template = self
             .environment
             .get_template(NAME)

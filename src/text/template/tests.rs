@@ -219,7 +219,7 @@ fn constructs() -> Constructs {
 
 fn printed(source: &str, variables: Value) -> Result<String> {
     let date = NaiveDate::from_ymd_opt(2024, 7, 6);
-    ChatTemplate::new(source, BTreeMap::new(), date)?.render_with(variables)
+    ChatTemplate::new(source, BTreeMap::new(), date)?.text(variables)
 }
 
 #[test]
