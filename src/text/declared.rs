@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use serde_json::{Map, Value, json};
 use tokenizers::AddedToken;
 
-use super::tokenizer::json_file;
+use super::tokenizer::{LONGEST_TOKENIZER, json_file, read_short};
 
 /// The names that every tokenizer may have, in transformers' order.
 const NAMES: [&str; 7] = [
@@ -20,6 +20,9 @@ const NAMES: [&str; 7] = [
     "cls_token",
     "mask_token",
 ];
+
+/// How transformers' `Qwen2Tokenizer` cuts a text into words.
+const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 /// What is said of tokens.
 #[derive(Debug, Default)]
@@ -36,11 +39,15 @@ pub(super) struct Declared {
     pub(super) rebuilt: Option<Rebuilt>,
 }
 
-/// How transformers' `LlamaTokenizer` begins a text.
+/// A class that makes its tokenizer of vocabulary and merges alone, whatever else `tokenizer.json` says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Rebuilt {
-    /// `first`, `always` or `never`.
-    prepend_scheme: &'static str,
+pub(super) enum Rebuilt {
+    /// `LlamaTokenizer`: a text begins with a blank `first`, `always` or `never`.
+    Llama(&'static str),
+    /// `GPT2Tokenizer`, with or without a blank at the beginning of a text.
+    Gpt2(bool),
+    /// `Qwen2Tokenizer`, as well.
+    Qwen2(bool),
 }
 
 impl Declared {
@@ -53,7 +60,7 @@ impl Declared {
                 .get("split_special_tokens")
                 .and_then(Value::as_bool)
                 .unwrap_or(false),
-            rebuilt: rebuilt(folder, &config)?,
+            rebuilt: Rebuilt::of(folder, &config)?,
             ..Self::default()
         };
         let mut settings = config;
@@ -73,6 +80,9 @@ impl Declared {
             Some(listed) => declared.list(&listed)?,
             // Files of older versions, which count only where the newer list is missing.
             None => declared.read_older(folder, &mut settings)?,
+        }
+        for (name, token) in declared.rebuilt.into_iter().flat_map(Rebuilt::defaults) {
+            settings.entry(*name).or_insert_with(|| json!(token));
         }
         declared.name(&settings)?;
         Ok(declared)
@@ -239,13 +249,73 @@ impl Declared {
 }
 
 impl Rebuilt {
-    /// `tokenizer.json` as transformers' `LlamaTokenizer` makes it of vocabulary, merges and post-processor.
+    /// The class that the settings of a model folder name.
+    fn of(folder: &Path, config: &Map<String, Value>) -> Result<Option<Self>> {
+        let mut class = config
+            .get("tokenizer_class")
+            .and_then(Value::as_str)
+            .map(str::to_owned);
+        if class.is_none() {
+            let model = json_file(&folder.join("config.json"))?;
+            class =
+                model.and_then(|model| Some(model.get("tokenizer_class")?.as_str()?.to_owned()));
+        }
+        let class = class.unwrap_or_default();
+        let flag = |name: &str| config.get(name).and_then(Value::as_bool);
+        let prefix = flag("add_prefix_space");
+        Ok(match class.strip_suffix("Fast").unwrap_or(&class) {
+            // Byte-level ones are taken as they are.
+            "LlamaTokenizer" if !byte_level(folder)? => Some(Self::Llama(
+                match (prefix.unwrap_or(true), flag("legacy").unwrap_or(false)) {
+                    (false, _) => "never",
+                    (true, true) => "always",
+                    (true, false) => "first",
+                },
+            )),
+            "GPT2Tokenizer" => Some(Self::Gpt2(prefix.unwrap_or(false))),
+            "Qwen2Tokenizer" => Some(Self::Qwen2(prefix.unwrap_or(false))),
+            _ => None,
+        })
+    }
+
+    /// Its name.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Llama(_) => "LlamaTokenizer",
+            Self::Gpt2(_) => "GPT2Tokenizer",
+            Self::Qwen2(_) => "Qwen2Tokenizer",
+        }
+    }
+
+    /// Special tokens that it has where the settings don't name them.
+    fn defaults(self) -> &'static [(&'static str, &'static str)] {
+        match self {
+            Self::Llama(_) => &[
+                ("unk_token", "<unk>"),
+                ("bos_token", "<s>"),
+                ("eos_token", "</s>"),
+            ],
+            Self::Gpt2(_) => &[
+                ("unk_token", "<|endoftext|>"),
+                ("bos_token", "<|endoftext|>"),
+                ("eos_token", "<|endoftext|>"),
+            ],
+            Self::Qwen2(_) => &[
+                ("unk_token", "<|endoftext|>"),
+                ("eos_token", "<|endoftext|>"),
+                ("pad_token", "<|endoftext|>"),
+            ],
+        }
+    }
+
+    /// `tokenizer.json` as the class makes it of vocabulary, merges and post-processor.
     pub(super) fn apply(self, tokenizer: &mut Value) -> Result<()> {
         let kind = tokenizer.pointer("/model/type").and_then(Value::as_str);
         ensure!(
             kind == Some("BPE"),
-            "`tokenizer_class` is LlamaTokenizer, which transformers builds anew for byte-pair vocabularies, and the vocabulary of \
-             `tokenizer.json` is of another type; hint: set `tokenizer_class` to PreTrainedTokenizerFast to take it as it is"
+            "`tokenizer_class` is {}, which transformers builds anew for byte-pair vocabularies, and the vocabulary of \
+             `tokenizer.json` is of another type; hint: set `tokenizer_class` to PreTrainedTokenizerFast to take it as it is",
+            self.name()
         );
         let mut model = |name: &str| {
             tokenizer
@@ -253,61 +323,64 @@ impl Rebuilt {
                 .map(Value::take)
         };
         let (vocab, merges) = (model("vocab"), model("merges"));
-        let added = tokenizer
-            .get_mut("added_tokens")
-            .map(Value::take)
-            .unwrap_or_else(|| json!([]));
-        let mut decoders = vec![
-            json!({"type": "Replace", "pattern": {"String": "▁"}, "content": " "}),
-            json!({"type": "ByteFallback"}),
-            json!({"type": "Fuse"}),
-        ];
-        if self.prepend_scheme != "never" {
-            decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
-        }
-        let post_processor = tokenizer.get_mut("post_processor").map(Value::take);
+        let bytes = |prefix: bool, regex: bool| json!({"type": "ByteLevel", "add_prefix_space": prefix, "trim_offsets": true, "use_regex": regex});
+        let (normalizer, pre_tokenizer, decoder) = match self {
+            Self::Llama(prepend_scheme) => {
+                let mut decoders = vec![
+                    json!({"type": "Replace", "pattern": {"String": "▁"}, "content": " "}),
+                    json!({"type": "ByteFallback"}),
+                    json!({"type": "Fuse"}),
+                ];
+                if prepend_scheme != "never" {
+                    decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
+                }
+                (
+                    Value::Null,
+                    json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": prepend_scheme, "split": false}),
+                    json!({"type": "Sequence", "decoders": decoders}),
+                )
+            }
+            Self::Gpt2(prefix) => (Value::Null, bytes(prefix, true), bytes(true, true)),
+            Self::Qwen2(prefix) => {
+                let split = json!({"type": "Split", "pattern": {"Regex": QWEN2}, "behavior": "Isolated", "invert": false});
+                (
+                    json!({"type": "NFC"}),
+                    json!({"type": "Sequence", "pretokenizers": [split, bytes(prefix, false)]}),
+                    bytes(true, true),
+                )
+            }
+        };
+        let llama = matches!(self, Self::Llama(_));
+        let affix = if llama { Value::Null } else { json!("") };
+        let take = |tokenizer: &mut Value, name: &str| tokenizer.get_mut(name).map(Value::take);
         *tokenizer = json!({
             "version": "1.0",
             "truncation": null,
             "padding": null,
-            "added_tokens": added,
-            "normalizer": null,
-            "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": self.prepend_scheme, "split": false},
-            "post_processor": post_processor,
-            "decoder": {"type": "Sequence", "decoders": decoders},
+            "added_tokens": take(tokenizer, "added_tokens").unwrap_or_else(|| json!([])),
+            "normalizer": normalizer,
+            "pre_tokenizer": pre_tokenizer,
+            "post_processor": take(tokenizer, "post_processor"),
+            "decoder": decoder,
             "model": {
-                "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null, "end_of_word_suffix": null,
-                "fuse_unk": true, "byte_fallback": true, "ignore_merges": false, "vocab": vocab, "merges": merges,
+                "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": affix, "end_of_word_suffix": affix,
+                "fuse_unk": llama, "byte_fallback": llama, "ignore_merges": false, "vocab": vocab, "merges": merges,
             },
         });
         Ok(())
     }
 }
 
-/// What the class named in the settings does to `tokenizer.json`. Byte-level ones are taken as they are.
-fn rebuilt(folder: &Path, config: &Map<String, Value>) -> Result<Option<Rebuilt>> {
-    let mut class = config
-        .get("tokenizer_class")
-        .and_then(Value::as_str)
-        .map(str::to_owned);
-    if class.is_none() {
-        let model = json_file(&folder.join("config.json"))?;
-        class = model.and_then(|model| Some(model.get("tokenizer_class")?.as_str()?.to_owned()));
+/// Whether transformers takes a `tokenizer.json` for a byte-level one.
+fn byte_level(folder: &Path) -> Result<bool> {
+    let path = folder.join("tokenizer.json");
+    if !path.is_file() {
+        return Ok(true);
     }
-    let class = class.unwrap_or_default();
-    if class.strip_suffix("Fast").unwrap_or(&class) != "LlamaTokenizer" {
-        return Ok(None);
-    }
-    let flag = |name: &str| config.get(name).and_then(Value::as_bool);
-    let prepend_scheme = match (
-        flag("add_prefix_space").unwrap_or(true),
-        flag("legacy").unwrap_or(false),
-    ) {
-        (false, _) => "never",
-        (true, true) => "always",
-        (true, false) => "first",
-    };
-    Ok(Some(Rebuilt { prepend_scheme }))
+    let text = read_short(&path, LONGEST_TOKENIZER)
+        .with_context(|| format!("`{}` can't be read", path.display()))?;
+    let part = b"\"ByteLevel\"";
+    Ok(text.windows(part.len()).any(|window| window == part))
 }
 
 fn object(value: Option<Value>, file: &str) -> Result<Map<String, Value>> {

@@ -15,7 +15,7 @@ use super::quick::Quick;
 use super::template::LONGEST;
 
 /// The longest `tokenizer.json`, in bytes; those of the largest vocabularies have some ten million.
-const LONGEST_TOKENIZER: u64 = 512 << 20;
+pub(super) const LONGEST_TOKENIZER: u64 = 512 << 20;
 /// The longest of the other files.
 const LONGEST_CONFIG: u64 = 64 << 20;
 
@@ -57,8 +57,7 @@ impl Tokenizer {
             .with_context(|| format!("the tokenizer in `{}` can't be read", folder.display()))?;
         let mut text = read_short(&path, LONGEST_TOKENIZER)
             .with_context(|| format!("`{}` can't be read", path.display()))?;
-        let byte_level = contains(&text, b"\"ByteLevel\"");
-        if let Some(rebuilt) = declared.rebuilt.filter(|_| !byte_level) {
+        if let Some(rebuilt) = declared.rebuilt {
             let mut json = serde_json::from_slice(&text)
                 .with_context(|| format!("`{}` can't be read", path.display()))?;
             rebuilt.apply(&mut json)?;
@@ -264,12 +263,8 @@ pub fn read_template(path: &Path) -> Result<String> {
     String::from_utf8(text).context("it is not UTF-8")
 }
 
-fn contains(text: &[u8], part: &[u8]) -> bool {
-    text.windows(part.len()).any(|window| window == part)
-}
-
 /// A file of at most `most` bytes, whatever its size was a moment ago.
-fn read_short(path: &Path, most: u64) -> Result<Vec<u8>> {
+pub(super) fn read_short(path: &Path, most: u64) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     File::open(path)?.take(most + 1).read_to_end(&mut bytes)?;
     ensure!(

@@ -30,6 +30,7 @@ TEXTS = [
     " leading and trailing ",
     "",
     "tree",
+    "It's 12345 e\u0301 don'T",
 ]
 
 
@@ -108,6 +109,13 @@ CASES = [
     ("llama prefix null", "metaspace", {"tokenizer_config.json": {**LLAMA, "legacy": False, "add_prefix_space": None}}),
     ("llama tokens", "metaspace", {"tokenizer_config.json": {**LLAMA, "legacy": False, "added_tokens_decoder": {**DECODER, "420": token("<tool>"), "421": token("</tool>", normalized=True, special=False)}}}),
     ("llama add eos", "metaspace", {"tokenizer_config.json": {**LLAMA, "legacy": False, "add_bos_token": False, "add_eos_token": True}}),
+    ("llama without tokens", "metaspace", {"tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer"}}),
+    ("llama bos null", "metaspace", {"tokenizer_config.json": {**LLAMA, "bos_token": None}}),
+    ("gpt2", "model", {"tokenizer_config.json": {**NAMED, "tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}}),
+    ("gpt2 prefix", "model", {"tokenizer_config.json": {"tokenizer_class": "GPT2TokenizerFast", "add_prefix_space": True}}),
+    ("qwen2", "model", {"tokenizer_config.json": {**NAMED, "tokenizer_class": "Qwen2Tokenizer"}}),
+    ("qwen2 without tokens", "model", {"tokenizer_config.json": {"tokenizer_class": "Qwen2TokenizerFast"}}),
+    ("qwen2 metaspace", "metaspace", {"tokenizer_config.json": {**LLAMA, "tokenizer_class": "Qwen2Tokenizer"}}),
     ("llama without class", "metaspace", {"tokenizer_config.json": {"bos_token": "<s>", "eos_token": "</s>"}}),
 ]
 
