@@ -1,6 +1,9 @@
 //! jinja2's filters of lists and dicts that the engine doesn't have or has in another way.
 
-use minijinja::value::ValueKind;
+use std::borrow::Cow;
+
+use minijinja::filters;
+use minijinja::value::{Rest, ValueKind, ValueOrKwargs};
 use minijinja::{Environment, Error, State, Value};
 
 use super::add;
@@ -8,6 +11,38 @@ use super::arguments::{bind, flag, integer_or, text};
 use super::python::{self, comparable, compare, fail, is_dict, type_name};
 
 pub(super) fn install(environment: &mut Environment<'static>) {
+    // What counts as false has no items for these, whatever it is.
+    environment.add_filter(
+        "select",
+        |state: &mut State, value: Value, test: Test, args: More| {
+            some(value, |value| filters::select(state, value, test, args))
+        },
+    );
+    environment.add_filter(
+        "reject",
+        |state: &mut State, value: Value, test: Test, args: More| {
+            some(value, |value| filters::reject(state, value, test, args))
+        },
+    );
+    environment.add_filter(
+        "selectattr",
+        |state: &mut State, value: Value, name: Name, test: Test, args: More| {
+            some(value, |value| {
+                filters::selectattr(state, value, name, test, args)
+            })
+        },
+    );
+    environment.add_filter(
+        "rejectattr",
+        |state: &mut State, value: Value, name: Name, test: Test, args: More| {
+            some(value, |value| {
+                filters::rejectattr(state, value, name, test, args)
+            })
+        },
+    );
+    environment.add_filter("map", |state: &mut State, value: Value, args: More| {
+        some(value, |value| filters::map(state, value, args))
+    });
     add(environment, "dictsort", dictsort);
     add(environment, "join", join);
     add(environment, "length", length);
@@ -25,6 +60,22 @@ pub(super) fn install(environment: &mut Environment<'static>) {
     add(environment, "int", int);
     add(environment, "float", float);
     add(environment, "round", round);
+}
+
+type Name<'a> = Cow<'a, str>;
+type Test<'a> = Option<Cow<'a, str>>;
+type More = Rest<ValueOrKwargs>;
+
+/// What a filter makes of a value that counts as true, and an empty list for any other.
+fn some(
+    value: Value,
+    filter: impl FnOnce(Value) -> Result<Vec<Value>, Error>,
+) -> Result<Vec<Value>, Error> {
+    if value.is_true() {
+        filter(value)
+    } else {
+        Ok(Vec::new())
+    }
 }
 
 /// The items of a value. Nothing is no empty list in Python.
