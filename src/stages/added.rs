@@ -42,7 +42,7 @@ impl Added {
             return Ok(Self::default());
         }
         let read = || -> anyhow::Result<_> { Ok(serde_json::from_slice(&fs::read(&path)?)?) };
-        read().with_context(|| format!("could not read `{}`", path.display()))
+        read().with_context(|| format!("could not read `{FILE}`"))
     }
 
     /// A preference row without what was added. A row that was cut has lost its EOS already.

@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use serde_json::{Map, Value, json};
 use tokenizers::AddedToken;
 
-use super::tokenizer::{LONGEST_TOKENIZER, json_file, read_short};
+use super::tokenizer::{LONGEST_TOKENIZER, file_name, json_file, read_short};
 
 /// The names that every tokenizer may have, in transformers' order.
 const NAMES: [&str; 7] = [
@@ -378,7 +378,7 @@ fn byte_level(folder: &Path) -> Result<bool> {
         return Ok(true);
     }
     let text = read_short(&path, LONGEST_TOKENIZER)
-        .with_context(|| format!("`{}` can't be read", path.display()))?;
+        .with_context(|| format!("`{}` can't be read", file_name(&path)))?;
     let part = b"\"ByteLevel\"";
     Ok(text.windows(part.len()).any(|window| window == part))
 }

@@ -92,6 +92,9 @@ fn statement(tag: &str, blocks: &mut Vec<Block>, line: usize) -> Result<String> 
             "line {line} of the chat template: `{name}` reads another template, which transformers does not allow; hint: put its \
              text into this one"
         ),
+        "do" => bail!(
+            "line {line} of the chat template: transformers does not know the tag `do`; hint: `set` keeps what an expression gives"
+        ),
         "break" | "continue" => {
             for block in blocks.iter().rev() {
                 match block {

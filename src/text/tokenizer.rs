@@ -48,30 +48,28 @@ impl Tokenizer {
         let path = folder.join("tokenizer.json");
         if !path.is_file() {
             bail!(
-                "the model in `{}` has no `tokenizer.json`; hint: a model with only `tokenizer.model` needs it converted once \
-                 with transformers' `AutoTokenizer(..).save_pretrained`",
-                folder.display()
+                "the model has no `tokenizer.json`; hint: a model with only `tokenizer.model` needs it converted once with \
+                 transformers' `AutoTokenizer(..).save_pretrained`"
             );
         }
-        let declared = Declared::read(folder)
-            .with_context(|| format!("the tokenizer in `{}` can't be read", folder.display()))?;
+        let declared = Declared::read(folder).context("the tokenizer's settings can't be used")?;
         let mut text = read_short(&path, LONGEST_TOKENIZER)
-            .with_context(|| format!("`{}` can't be read", path.display()))?;
+            .with_context(|| format!("`{}` can't be read", file_name(&path)))?;
         if let Some(rebuilt) = declared.rebuilt {
             let mut json = serde_json::from_slice(&text)
-                .with_context(|| format!("`{}` can't be read", path.display()))?;
+                .with_context(|| format!("`{}` can't be read", file_name(&path)))?;
             rebuilt.apply(&mut json)?;
             text = serde_json::to_vec(&json)?;
         }
         let mut inner = guarded(|| tokenizers::Tokenizer::from_bytes(text))
             .and_then(|read| read.map_err(|error| anyhow!("{error}")))
-            .map_err(|error| anyhow!("`{}` can't be read: {error}", path.display()))?;
+            .map_err(|error| anyhow!("`{}` can't be read: {error}", file_name(&path)))?;
         guarded(|| declared.add_to(&mut inner)).and_then(|added| added)?;
         inner.set_encode_special_tokens(declared.split_special_tokens);
         inner.with_padding(None);
         inner
             .with_truncation(None)
-            .map_err(|error| anyhow!("`{}` can't be used: {error}", path.display()))?;
+            .map_err(|error| anyhow!("`{}` can't be used: {error}", file_name(&path)))?;
         let mut tokenizer = Self {
             quick: Quick::of(&inner).map(Arc::new),
             inner,
@@ -219,7 +217,7 @@ pub fn chat_template(folder: &Path) -> Result<Option<String>> {
     if path.is_file() {
         let text = read_template(&path);
         return text
-            .with_context(|| format!("could not read `{}`", path.display()))
+            .with_context(|| format!("could not read `{}`", file_name(&path)))
             .map(Some);
     }
     template_in(&folder.join("tokenizer_config.json"))
@@ -247,7 +245,7 @@ pub fn template_in(settings: &Path) -> Result<Option<String>> {
                 let names: Vec<_> = named.iter().filter_map(name).collect();
                 bail!(
                     "`{}` has several chat templates ({}) and none called `default`; hint: give the one to use with `template`",
-                    settings.display(),
+                    file_name(settings),
                     names.join(", ")
                 );
             };
@@ -261,6 +259,12 @@ pub fn template_in(settings: &Path) -> Result<Option<String>> {
 pub fn read_template(path: &Path) -> Result<String> {
     let text = read_short(path, LONGEST as u64)?;
     String::from_utf8(text).context("it is not UTF-8")
+}
+
+/// A file's own name: where the store keeps it is nobody's concern.
+pub(super) fn file_name(path: &Path) -> String {
+    let name = path.file_name().unwrap_or(path.as_os_str());
+    name.to_string_lossy().into_owned()
 }
 
 /// A file of at most `most` bytes, whatever its size was a moment ago.
@@ -283,7 +287,7 @@ pub(super) fn json_file(path: &Path) -> Result<Option<Value>> {
     let read =
         || -> Result<Value> { Ok(serde_json::from_slice(&read_short(path, LONGEST_CONFIG)?)?) };
     read()
-        .with_context(|| format!("could not read `{}`", path.display()))
+        .with_context(|| format!("could not read `{}`", file_name(path)))
         .map(Some)
 }
 

@@ -2,6 +2,7 @@
 
 /// Constructs that are refused, each with words of its error. jinja2 prints something.
 pub(super) const REFUSED: &[(&str, &str)] = &[
+    ("{% print 1 %}", "unknown statement print"),
     ("{{ 123456789 | filesizeformat }}", "`filesizeformat`"),
     ("{{ 1000 | filesizeformat }}", "`filesizeformat`"),
     ("{{ 1023 | filesizeformat(true) }}", "`filesizeformat`"),
