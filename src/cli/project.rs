@@ -9,6 +9,7 @@ use clap::Args;
 use super::confine::{self, Bounds};
 use super::remote::{self, RemoteArgs};
 use super::{Failure, colour, error, tell, variable};
+use crate::engine::glob::Pattern;
 use crate::engine::remote::Shared;
 use crate::engine::{
     Graph, Node, Pins, Record, Run, Situation, State, Store, World, canonical_json,
@@ -248,7 +249,13 @@ fn sources(stage: &RecipeStage, folder: &Path, here: &Path) -> BTreeMap<String, 
         .map(|file| {
             let path = normal(&start(file.from_command_line).join(&file.path));
             // A link that is turned elsewhere from now on changes nothing.
-            let path = path.canonicalize().unwrap_or(path);
+            let path = match Pattern::of(&path) {
+                None => path.canonicalize().unwrap_or(path),
+                Some(pattern) => match pattern.folder().canonicalize() {
+                    Ok(folder) => pattern.below(&folder),
+                    Err(_) => path,
+                },
+            };
             (file.path.clone(), path)
         })
         .collect()

@@ -10,6 +10,9 @@ mod commands;
 mod defaults;
 #[cfg(test)]
 mod faults;
+#[cfg(test)]
+mod files;
+#[cfg(test)]
 mod gc;
 #[cfg(test)]
 mod generated;
