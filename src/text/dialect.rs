@@ -25,14 +25,17 @@ pub(super) fn translate(source: &str) -> Result<String> {
     let mut output = String::with_capacity(source.len());
     let mut blocks: Vec<Block> = Vec::new();
     let mut rest = source.as_str();
+    let (mut line, mut counted) = (1, 0);
     while let Some(start) = rest.find('{') {
         let (before, here) = rest.split_at(start);
         output.push_str(before);
+        let at = source.len() - here.len();
+        line += source[counted..at].matches('\n').count();
+        counted = at;
         let length = if here.starts_with("{#") {
             here.find("#}").map_or(here.len(), |end| end + 2)
         } else if here.starts_with("{{") {
             let length = end_of_code(here, "}}");
-            let line = 1 + source[..source.len() - here.len()].matches('\n').count();
             output.push_str(&printed(&here[..length], &blocks, line)?);
             rest = &here[length..];
             continue;
@@ -41,7 +44,6 @@ pub(super) fn translate(source: &str) -> Result<String> {
             let tag = &here[..length];
             // A tag that never ends is the parser's to complain about.
             if tag.ends_with("%}") {
-                let line = 1 + source[..source.len() - here.len()].matches('\n').count();
                 if word(tag) == "raw" {
                     let whole = end_of_raw(here, length);
                     output.push_str(&raw(tag));
@@ -375,17 +377,22 @@ fn word(tag: &str) -> &str {
     let end = inner.find(|c: char| !c.is_alphanumeric() && c != '_');
     &inner[..end.unwrap_or(inner.len())]
 }
-/// Where the code that begins here ends, strings skipped; everything when it never does (the template's parser complains).
+/// Where the code that begins here ends, outside of strings and brackets; everything when it never does (the template's parser
+/// complains).
 fn end_of_code(here: &str, end: &str) -> usize {
     let bytes = here.as_bytes();
-    let mut quote = None;
+    let (mut quote, mut depth) = (None, 0_usize);
     let mut place = 2;
     while place < bytes.len() {
         match (quote, bytes[place]) {
             (Some(_), b'\\') => place += 1,
             (Some(open), byte) if byte == open => quote = None,
             (None, byte @ (b'"' | b'\'')) => quote = Some(byte),
-            (None, _) if bytes[place..].starts_with(end.as_bytes()) => return place + end.len(),
+            (None, _) if depth == 0 && bytes[place..].starts_with(end.as_bytes()) => {
+                return place + end.len();
+            }
+            (None, b'(' | b'[' | b'{') => depth += 1,
+            (None, b')' | b']' | b'}') => depth = depth.saturating_sub(1),
             _ => {}
         }
         place += 1;
