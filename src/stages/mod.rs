@@ -3,6 +3,7 @@
 //! A new kind is one file plus one line in [`KINDS`]; docs/adding-a-stage.md walks through it.
 
 mod adapter_files;
+mod added;
 pub mod apply_chat_template;
 pub mod artifacts;
 pub mod attach_lora;
