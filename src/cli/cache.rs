@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use clap::Subcommand;
 
-use super::project::{Project, RecipeArgs, StoreArgs, root};
+use super::project::{Project, RecipeArgs, StoreArgs, own_store, root};
 use super::remote::{RemoteArgs, set_trust, tell_warnings};
 use super::run::stop_on_signal;
 use super::{Failure, print, print_json, table};
@@ -188,7 +188,11 @@ fn push(args: &Push) -> Result<(), Failure> {
     }
     let store = match &args.store.store {
         Some(store) => here()?.join(store),
-        None => root(&here()?).join(".pipeline"),
+        None => {
+            let root = root(&here()?);
+            let real = root.canonicalize().unwrap_or_else(|_| root.clone());
+            own_store(&root, &|path| path.starts_with(&real), "")?
+        }
     };
     let store = Store::new(&store);
     let fingerprints = store.fingerprints()?;
