@@ -15,6 +15,7 @@ allow a refusal, with the words that it has to say.
 import argparse
 import base64
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,9 @@ from data_cases import arguments, content, files, forms, reference, roles, stage
 GOLDEN = Path(__file__).parents[1] / "golden" / "data" / "cases.json"
 MODULES = (content, arguments, roles, forms, files, stages)
 # What no error may hold: words of bugs, escape bytes, places in the store.
-CRUDE = ("bug in pipeline", "panicked", "by signal", "\x1b", "\\u001b", ".pipeline/v1")
+CRUDE = ("bug in pipeline", "panicked", "by signal", "\x1b", "\\u001b", ".pipeline/v1", "Csv error", "Parquet error", "Arrow error", "EOF while parsing")
+# What the recipe may not say where a parameter is meant to be there.
+UNKNOWN = ("unknown parameter", "must be a text, not a list")
 
 
 def all_cases():
@@ -131,17 +134,24 @@ def write_files(files, place):
         path.write_bytes(data if isinstance(data, bytes) else data.encode())
 
 
-def prefixed(case, value, key=None):
-    """A stage's parameters with the names of stages and the paths of a case."""
+def prefixed(number, value, key=None):
+    """A stage's parameters with the names of stages and the paths of a case. They are numbers, so that no word of an error comes
+    from a case's name."""
     if isinstance(value, dict):
-        return {name: prefixed(case, inner, name) for name, inner in value.items()}
+        return {name: prefixed(number, inner, name) for name, inner in value.items()}
     if isinstance(value, list) and key in ("path", "datasets"):
-        return [prefixed(case, inner, key) for inner in value]
+        return [prefixed(number, inner, key) for inner in value]
     if key == "path":
-        return f"{case['name']}/{value}"
+        return f"c{number}/{value}"
     if key in ("dataset", "tokenizer") and value != "base":
-        return f"{case['name']}-{value}"
+        return f"c{number}-{value}"
     return value
+
+
+def without_excerpts(error):
+    """A refusal of the recipe without the lines that it quotes."""
+    quotes = re.compile(r"\s*(\d*\s*\||-->)")
+    return "\n".join(line for line in error.splitlines() if not quotes.match(line))
 
 
 class Ours:
@@ -159,44 +169,45 @@ class Ours:
 
     def recipe(self, name, cases):
         named = {"base": {"import_model": {"path": "model"}}}
-        for case in cases:
+        for number, case in cases:
             if "model" in case:
-                named[f"{case['name']}-model"] = {"import_model": {"path": f"{case['name']}/model"}}
+                named[f"c{number}-model"] = {"import_model": {"path": f"c{number}/model"}}
             for stage, does in case["stages"].items():
-                named[f"{case['name']}-{stage}"] = prefixed(case, does)
+                named[f"c{number}-{stage}"] = prefixed(number, does)
         recipe = {"version": 1, "stages": named}
         (self.place / name).write_text(json.dumps(recipe, ensure_ascii=False), encoding="utf-8")
 
     def outcomes(self, cases, sources):
         """What came of each case: rows by split and what was told, or the words of the refusal."""
-        for case in cases:
-            write_files(sources[case["name"]].files, self.place / case["name"])
-            if "model" in case:
-                reference.model_folder(case["model"], self.place / case["name"] / "model")
         made, fine = {}, []
-        for case in cases:
+        for number, case in enumerate(cases):
+            write_files(sources[case["name"]].files, self.place / f"c{number}")
+            if "model" in case:
+                reference.model_folder(case["model"], self.place / f"c{number}/model")
             # A recipe with a mistake stops all of it, so these are found first.
-            self.recipe("one.yaml", [case])
+            self.recipe("one.yaml", [(number, case)])
             code, _, error = self.run("plan", "one.yaml")
             if code == 0:
-                fine.append(case)
+                fine.append((number, case))
             else:
-                made[case["name"]] = {"refused": error}
+                made[case["name"]] = {"refused": without_excerpts(error)}
         self.recipe("all.yaml", fine)
         code, out, error = self.run("run", "all.yaml", "--keep-going", "--json", "--jobs", "2")
-        events = [json.loads(line) for line in out.splitlines()]
+        events = {}
+        for line in out.splitlines():
+            event = json.loads(line)
+            events.setdefault(event.get("stage", "").split("-")[0], []).append(event)
         if not events:
             raise SystemExit(f"the run said nothing: {error}")
-        for case in fine:
-            made[case["name"]] = self.outcome(case, events)
+        for number, case in fine:
+            made[case["name"]] = self.outcome(events[f"c{number}"])
         return made
 
-    def outcome(self, case, events):
-        mine = [event for event in events if event.get("stage", "").rsplit("-", 1)[0] == case["name"]]
+    def outcome(self, mine):
         failed = [event["error"] for event in mine if event["event"] == "stage_failed"]
         if failed:
             return {"refused": "\n".join(failed)}
-        artifacts = {event["stage"].rsplit("-", 1)[1]: event["artifact"] for event in mine if event["event"] in ("stage_done", "stage_fresh")}
+        artifacts = {event["stage"].split("-")[1]: event["artifact"] for event in mine if event["event"] in ("stage_done", "stage_fresh")}
         told = "\n".join(event["text"] for event in mine if event["event"] == "message")
         return {"told": told, "splits": {stage: self.splits(artifact) for stage, artifact in artifacts.items() if stage != "model"}}
 
@@ -234,7 +245,7 @@ def judge(case, ours):
     """Verdict and, where it differs, the reason."""
     if "refused" in ours:
         text = ours["refused"]
-        crude = [word for word in CRUDE if word in text]
+        crude = [word for word in CRUDE + UNKNOWN if word in text]
         allowed = [outcome for outcome in case["outcomes"] if "refused" in outcome]
         if crude:
             return "DIFFERS", f"the error holds {crude[0]!r}"
@@ -263,7 +274,7 @@ def differs(outcome, ours):
             made = row_of(splits, number, row)
             for name in made:
                 if made[name] != row.get(name):
-                    return f"row {number + 1}, {name}: {shorter(made[name])} instead of {shorter(row.get(name))}"
+                    return f"row {number + 1}, {name}: {apart(made[name], row.get(name))}"
     for split, count in outcome.get("counts", {}).items():
         if len(splits["chats"].get(split, [])) != count:
             return f"{len(splits['chats'].get(split, []))} rows of {split} instead of {count}"
@@ -280,9 +291,14 @@ def differs(outcome, ours):
     return None
 
 
-def shorter(value, length=90):
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= length else text[: length // 2] + " .. " + text[-length // 2 :]
+def apart(ours, right, around=40):
+    """Where two values begin to differ."""
+    if not isinstance(ours, (str, list)) or type(ours) is not type(right):
+        return f"{json.dumps(ours, ensure_ascii=False)[:80]} instead of {json.dumps(right, ensure_ascii=False)[:80]}"
+    start = next((at for at, (one, other) in enumerate(zip(ours, right)) if one != other), min(len(ours), len(right)))
+    begin = max(0, start - 8)
+    cut = lambda value: (".." if begin else "") + json.dumps(value[begin : start + around], ensure_ascii=False) + (".." if start + around < len(value) else "")
+    return f"{cut(ours)} instead of {cut(right)}"
 
 
 def main():

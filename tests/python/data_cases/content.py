@@ -51,7 +51,7 @@ def content():
         jsonl("missing_content", [exchange("hi"), {"messages": [user("hi"), {"role": "assistant"}]}], rows=meant("hi", ("hi", "")), told=["content|empty"], refused=["row 2|jsonl:2", "content"]),
         jsonl("number_as_content", [exchange("hi"), exchange(5)], rows=meant("hi", "5"), refused=["row 2|jsonl:2", "content"]),
         jsonl("numbers_as_contents", [exchange(5), exchange(6)], rows=meant("5", "6"), refused=["row 1|jsonl:1", "content"]),
-        jsonl("true_as_content", [exchange("hi"), exchange(True)], refused=["row 2|jsonl:2", "content"], rows=None),
+        jsonl("true_as_content", [exchange("hi"), exchange(True)], refused=["row 2|jsonl:2", "content"]),
         refused("object_as_content", [exchange({"a": 1})], ["row 1|jsonl:1", "content"]),
         chat("empty_question", "oak", ""),
         chat("empty_answer", ""),

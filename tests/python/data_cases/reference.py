@@ -49,6 +49,11 @@ def tokenizer(case):
 def as_messages(row):
     """Texts as contents of messages, and `system` as the first of them: our reading of rows of plain texts."""
     row = dict(row)
+    chosen = row.get("chosen")
+    whole = isinstance(chosen, list) and chosen and isinstance(chosen[0], dict) and chosen[0].get("role") not in (None, "assistant")
+    if whole and isinstance(row.get("prompt"), str):
+        # The answers hold the question as well, and TRL finds it there.
+        del row["prompt"]
     for column, role in [("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant"), ("completion", "assistant")]:
         if isinstance(row.get(column), str):
             row[column] = [{"role": role, "content": row[column]}]
@@ -123,13 +128,12 @@ def orpo_ids(rows, case):
 def right(case, rows):
     """What becomes of rows in TRL's forms: a list of rows with texts, whole texts or ids."""
     tok = tokenizer(case)
-    if case.compare == "plain":
-        return [{name: row[name] for name in ("prompt", "chosen", "rejected") if row.get(name) is not None} for row in rows]
     if case.compare == "orpo":
         return orpo_ids([as_messages(row) for row in rows], case)
     if case.compare == "sft":
         return sft_ids(rows, case)
-    made = [texts(row, tok) for row in rows]
+    as_it_is = lambda row: {name: row[name] for name in ("prompt", "chosen", "rejected") if row.get(name) is not None}
+    made = [as_it_is(row) if case.compare == "plain" or row.get("as_it_is") else texts(row, tok) for row in rows]
     if case.compare == "text":
         return [{"text": row["prompt"] + row["chosen"]} for row in made]
     return made
