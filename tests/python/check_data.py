@@ -85,17 +85,17 @@ def golden(case):
     if isinstance(case.stages, dict):
         made.update(case.stages)
     else:
-        chats = {"dataset": "pairs", "tokenizer": base}
+        chats = {"dataset": "pairs", "tokenizer": base, **case.chats}
         if case.template is not None:
             chats["chat_template"] = case.template
         made["chats"] = {"apply_chat_template": chats}
     if case.compare in ("sft", "orpo") or case.stages == "tokens":
         made["tokens"] = {"tokenize": {"dataset": "chats", "tokenizer": base}}
     outcomes = []
-    for rows in case.meanings():
-        rows = once(reference.right(case, rows))
-        if not any(outcome["rows"] == rows for outcome in outcomes):
-            outcomes.append({"rows": rows, "told": case.told})
+    for rows, told in case.meanings():
+        outcome = {"rows": once(reference.right(case, rows)), "told": told}
+        if outcome not in outcomes:
+            outcomes.append(outcome)
     if case.holds:
         outcomes = [{**outcome, **case.holds} for outcome in outcomes] or [{**case.holds, "told": case.told}]
     if case.refused is not None:
@@ -148,12 +148,6 @@ def prefixed(number, value, key=None):
     return value
 
 
-def without_excerpts(error):
-    """A refusal of the recipe without the lines that it quotes."""
-    quotes = re.compile(r"\s*(\d*\s*\||-->)")
-    return "\n".join(line for line in error.splitlines() if not quotes.match(line))
-
-
 class Ours:
     """The program in a project of its own, where all cases are stages of few recipes."""
 
@@ -167,31 +161,45 @@ class Ours:
         done = subprocess.run([self.program, *arguments], cwd=self.place, capture_output=True, timeout=1200, env={"HOME": str(self.place)})
         return done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
 
-    def recipe(self, name, cases):
-        named = {"base": {"import_model": {"path": "model"}}}
+    def recipe(self, cases):
+        """The recipe of many cases, a stage a line, and whose the lines are."""
+        written, owners = ["version: 1", "stages:", "  base: { import_model: { path: model } }"], {}
         for number, case in cases:
-            if "model" in case:
-                named[f"c{number}-model"] = {"import_model": {"path": f"c{number}/model"}}
-            for stage, does in case["stages"].items():
-                named[f"c{number}-{stage}"] = prefixed(number, does)
-        recipe = {"version": 1, "stages": named}
-        (self.place / name).write_text(json.dumps(recipe, ensure_ascii=False), encoding="utf-8")
+            model = {"model": {"import_model": {"path": "model"}}} if "model" in case else {}
+            for stage, does in {**model, **case["stages"]}.items():
+                written.append(f"  c{number}-{stage}: {json.dumps(prefixed(number, does), ensure_ascii=False)}")
+                owners[len(written)] = number
+        (self.place / "all.yaml").write_text("\n".join(written) + "\n", encoding="utf-8")
+        return owners
+
+    def mistakes(self, owners, error):
+        """The mistakes of a recipe by the number of their case, without the lines that are quoted."""
+        found = {}
+        for mistake in error.split("\n\n"):
+            place = re.search(r"--> all\.yaml:(\d+):", mistake)
+            if place and int(place[1]) in owners:
+                words = "\n".join(line for line in mistake.splitlines() if not re.match(r"\s*(\d*\s*\||-->)", line))
+                found.setdefault(owners[int(place[1])], []).append(words)
+        return {number: "\n".join(words) for number, words in found.items()}
 
     def outcomes(self, cases, sources):
         """What came of each case: rows by split and what was told, or the words of the refusal."""
-        made, fine = {}, []
-        for number, case in enumerate(cases):
+        made, left = {}, list(enumerate(cases))
+        for number, case in left:
             write_files(sources[case["name"]].files, self.place / f"c{number}")
             if "model" in case:
                 reference.model_folder(case["model"], self.place / f"c{number}/model")
+        while True:
             # A recipe with a mistake stops all of it, so these are found first.
-            self.recipe("one.yaml", [(number, case)])
-            code, _, error = self.run("plan", "one.yaml")
+            owners = self.recipe(left)
+            code, _, error = self.run("validate", "all.yaml")
             if code == 0:
-                fine.append((number, case))
-            else:
-                made[case["name"]] = {"refused": without_excerpts(error)}
-        self.recipe("all.yaml", fine)
+                break
+            mistakes = self.mistakes(owners, error)
+            if not mistakes:
+                raise SystemExit(f"the recipe is refused: {error}")
+            made.update({cases[number]["name"]: {"refused": words} for number, words in mistakes.items()})
+            left = [(number, case) for number, case in left if number not in mistakes]
         code, out, error = self.run("run", "all.yaml", "--keep-going", "--json", "--jobs", "2")
         events = {}
         for line in out.splitlines():
@@ -199,7 +207,7 @@ class Ours:
             events.setdefault(event.get("stage", "").split("-")[0], []).append(event)
         if not events:
             raise SystemExit(f"the run said nothing: {error}")
-        for number, case in fine:
+        for number, case in left:
             made[case["name"]] = self.outcome(events[f"c{number}"])
         return made
 
@@ -306,6 +314,7 @@ def main():
     parser.add_argument("program", nargs="?")
     parser.add_argument("names", nargs="*")
     parser.add_argument("--write", action="store_true", help="write the goldens")
+    parser.add_argument("--known", action="store_true", help="write the names of what differs to tests/golden/data/differs.txt")
     parser.add_argument("--no-loading", action="store_true", help="leave out what datasets makes of the files")
     options = parser.parse_args()
     cases = list(all_cases())
@@ -343,6 +352,9 @@ def main():
         counts.setdefault(case["kind"], Counter())[verdict] += 1
         if options.names:
             print(json.dumps(case, indent=1, ensure_ascii=False), "\n", mine.get("told", ""))
+    if options.known:
+        names = [name for _, name, _, _, verdict, _ in table if verdict == "DIFFERS"]
+        (GOLDEN.parent / "differs.txt").write_text("".join(f"{name}\n" for name in sorted(names)), encoding="utf-8")
     print("kind | case | reference | ours | verdict")
     for kind, name, they, shown, verdict, reason in table:
         print(f"{kind} | {name} | {they} | {shown} | {verdict}{': ' + reason if reason else ''}")

@@ -146,7 +146,7 @@ def in_files():
     apart = objects('{"a": 1}', '{"b": 2}')
     contents = [{"messages": [user("name a fruit"), assistant("pear")]}, {"messages": [user([{"type": "text", "text": "hi"}]), assistant("oak")]}]
     flat = [{"messages": user_row["messages"]} for user_row in [{"messages": [user("name a fruit"), assistant("pear")]}, {"messages": [user("hi"), assistant("oak")]}]]
-    texts = [{"prompt": "name a fruit", "chosen": "pear", "rejected": "5"}, {"prompt": "hi", "chosen": '"oak"', "rejected": "true"}]
+    texts = [{"prompt": "name a fruit", "chosen": "pear", "rejected": "5"}, {"prompt": "hi", "chosen": 'o"ak', "rejected": "true"}]
     json_column = datasets.Features({"prompt": datasets.Json(), "chosen": datasets.Json(), "rejected": datasets.Value("string")})
     tools = [{"messages": flat[0]["messages"], "tools": [{"type": "function", "function": {"name": "f", "parameters": {"a": 1}}}]},
              {"messages": flat[0]["messages"], "tools": [{"type": "function", "function": {"name": "g", "parameters": {"a": "x"}}}]}]

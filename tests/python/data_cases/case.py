@@ -74,9 +74,9 @@ def lines(rows):
 class Case:
     """One input: its files, the stages it goes through, and what may come of it.
 
-    `rows` are the rows as they are meant, in TRL's forms; the right texts are what TRL makes of them. Several meanings are
-    several lists of rows (`readings`). `refused` are words of an error that is right as well, or alone where no reading is
-    given; `a|b` stands for either word. `told` are words of a message that has to come with the rows.
+    `rows` are the rows as they are meant, in TRL's forms; the right texts are what TRL makes of them, and `told` are words of a
+    message that has to come with them. `readings` are other meanings that are right, each rows and what is told. `refused` are words of an error that is right as well, or alone where no reading is
+    given; `a|b` stands for either word.
     """
 
     name: str
@@ -85,7 +85,9 @@ class Case:
     readings: list = field(default_factory=list)
     refused: list | None = None
     told: list = field(default_factory=list)
+    # Parameters of `import_dataset` and `apply_chat_template` beside the usual ones.
     pairs: dict = field(default_factory=dict)
+    chats: dict = field(default_factory=dict)
     stages: dict | None = None
     template: str | None = None
     model: dict | None = None
@@ -100,7 +102,8 @@ class Case:
     kind: str = ""
 
     def meanings(self):
-        return ([self.rows] if self.rows is not None else []) + self.readings
+        first = [(self.rows, self.told)] if self.rows is not None else []
+        return first + [reading if isinstance(reading, tuple) else (reading, self.told) for reading in self.readings]
 
 
 def jsonl(name, written, **more):

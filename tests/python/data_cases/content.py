@@ -114,7 +114,9 @@ def around():
         jsonl("kwargs_in_some_rows", [{"messages": hi, "chat_template_kwargs": {"level": 1}}, {"messages": hi}, {"messages": hi, "chat_template_kwargs": {}}], template=KWARGS),
         jsonl("kwargs_with_a_preference", [{**pair, "chat_template_kwargs": {"enable_thinking": False}}], template=KWARGS),
         refused("kwargs_that_are_text", [{"messages": hi, "chat_template_kwargs": "x"}], ["row 1|jsonl:1", "chat_template_kwargs"], template=KWARGS),
-        jsonl("documents", [{"messages": hi, "documents": [{"title": "Trees", "text": "Oaks are trees."}]}, {"messages": hi, "documents": None}], template=KWARGS, told=[]),
+        # transformers knows documents; TRL hands them on only in `chat_template_kwargs`.
+        jsonl("documents", [{"messages": hi, "documents": [{"title": "Trees", "text": "Oaks are trees."}]}, {"messages": hi, "documents": None}], template=KWARGS, readings=[([{"messages": hi}] * 2, ["documents"])]),
+        jsonl("kwargs_documents", [{"messages": hi, "chat_template_kwargs": {"documents": [{"title": "Trees", "text": "Oaks are trees."}]}}], template=KWARGS),
         jsonl("column_nobody_uses", [{"messages": hi, "source": "web"}], told=["source"], template=EXACT),
         chat("reasoning_content", assistant("4", reasoning_content="add the two"), template=THINK),
         chat("thinking", assistant("4", thinking="add the two"), template=THINK),

@@ -6,8 +6,8 @@ import io
 import json
 import lzma
 
-from .arguments import by_datasets, parquet
-from .case import EXACT, Case, assistant, jsonl, lines, refused, user
+from .arguments import by_datasets, objects, parquet
+from .case import EXACT, TOOLS, Case, assistant, jsonl, lines, refused, user
 
 ROWS = [{"prompt": "hi", "chosen": "oak", "rejected": "a"}, {"prompt": "café?", "chosen": "thé", "rejected": "b"}]
 LINES = lines(ROWS)
@@ -169,6 +169,7 @@ def folders():
     import pyarrow as pa
 
     first, second = lines(ROWS[:1]), lines(ROWS[1:])
+    mixed = objects('{"a": "noon"}', '{"a": 5, "b": {}}', '{"a": [1, 2.5]}')
     messages = lambda order, **more: pa.array([[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "oak"}]], pa.list_(pa.field(more.get("item", "element"), pa.struct([pa.field(name, pa.string(), more.get("null", True)) for name in order]))))
     shard = lambda order, **more: parquet(pa.table({"messages": messages(order, **more), "n": pa.array([1], more.get("width", pa.int64()))}))
     oak = {"messages": [user("hi"), assistant("oak")]}
@@ -203,6 +204,11 @@ def folders():
         folder("shards_one_has_more_fields", shards(shard(plain), shard([*plain, "name"])), [oak, oak], refused=["train-00001|name"]),
         folder("shards_text_and_large_text", {"train-00000-of-00002.parquet": parquet(pa.table({name: pa.array([ROWS[0][name]], pa.string()) for name in ROWS[0]})), "train-00001-of-00002.parquet": parquet(pa.table({name: pa.array([ROWS[1][name]], pa.large_string()) for name in ROWS[0]}))}, ROWS),
         folder("folder_without_data", {"README.md": "# Rows\n"}, refused=["data"]),
+        Case("two_files_of_other_types", {"a.jsonl": lines(mixed[:1]), "b.jsonl": lines(mixed[1:])}, rows=mixed, pairs={"path": ["a.jsonl", "b.jsonl"]}, template=TOOLS, loader=None),
+        folder("splits_of_other_types", {"train.jsonl": lines(mixed[:2]), "test.jsonl": lines(mixed[2:])}, mixed[:2], template=TOOLS, holds={"counts": {"train": 2, "test": 1}}),
+        folder("shards_of_other_types", {"train-00000-of-00002.parquet": by_datasets(mixed[:1]), "train-00001-of-00002.parquet": by_datasets(mixed[1:])}, mixed, template=TOOLS),
+        saved("saved_to_disk_mixed", mixed, template=TOOLS),
+        one("gz_of_mixed", "rows.jsonl.gz", gzip.compress(lines(mixed).encode(), mtime=0), mixed, template=TOOLS),
         saved("saved_to_disk", ROWS),
         saved("saved_to_disk_in_shards", ROWS * 5, num_shards=3),
         arrow("arrow_file", False),
@@ -211,20 +217,20 @@ def folders():
     ]
 
 
-def saved(name, rows, **more):
+def saved(name, rows, template=None, **more):
     import tempfile
     from pathlib import Path
 
     import datasets
 
     with tempfile.TemporaryDirectory() as place:
-        datasets.Dataset.from_list(rows).save_to_disk(place, **more)
+        datasets.Dataset.from_list(rows, on_mixed_types="use_json").save_to_disk(place, **more)
         files = {path.name: path.read_bytes() for path in sorted(Path(place).iterdir())}
     # What differs from one writing to the next is no part of the case.
     state = json.loads(files["state.json"])
     state["_fingerprint"] = "0" * 16
     files["state.json"] = json.dumps(state, indent=2)
-    return folder(name, files, rows, loader=("disk", {"path": "data"}))
+    return folder(name, files, rows, template=template, loader=("disk", {"path": "data"}))
 
 
 def arrow(name, stream):

@@ -76,7 +76,7 @@ def alpaca():
         jsonl("alpaca_history", [row(history=[["say one", "1"], ["say two", "2"]]), row(history=[])], rows=[meant(before=[user("say one"), assistant("1"), user("say two"), assistant("2")]), meant()], refused=["history"]),
         jsonl("alpaca_text_column", [row(text_="x") | {"text": "Below is an instruction. add 2 3 5"}], rows=[meant()], told=["text"], refused=["text"]),
         jsonl("alpaca_exact", [row("add ", " 2 3")], rows=[meant("add \n\n 2 3")], template=EXACT),
-        jsonl("alpaca_columns", [row()], rows=[meant()], readings=[[meant("add")]], pairs={"columns": {"prompt": "instruction", "chosen": "output"}}, told=["input"], refused=["input"]),
+        jsonl("alpaca_columns", [row()], rows=[meant()], pairs={"columns": {"prompt": "instruction", "chosen": "output"}}, readings=[([meant("add")], ["input"])], refused=["input"]),
         jsonl("alpaca_columns_joined", [row(), row("sum", "4 5", "9")], rows=[meant(), meant("sum\n\n4 5", "9")], pairs={"columns": {"prompt": "${instruction}\n\n${input}", "chosen": "output"}}),
         jsonl("alpaca_pair", [{"instruction": "add", "input": "2 3", "chosen": "5", "rejected": "6"}], rows=[pair("add\n\n2 3", "5", "6")]),
         jsonl("alpaca_response", [{"instruction": "say five", "context": "", "response": "5", "category": "x"}], rows=[meant("say five")], refused=["context", "columns"]),
@@ -120,7 +120,8 @@ def preferences():
         refused("completion_null", [{"prompt": "hi", "completion": "oak"}, {"prompt": "hi", "completion": None}], ["row 2|jsonl:2", "completion|chosen"]),
         jsonl("preference_named", [{"prompt": "hi", "chosen": "a", "rejected": "b"}], pairs={"format": "preference"}),
         jsonl("messages_named", [{"messages": HI}], pairs={"format": "messages"}),
-        refused("form_that_does_not_fit", [{"messages": HI}], ["conversations", "messages"], pairs={"format": "sharegpt"}),
+        jsonl("form_that_does_not_fit", [{"messages": HI}], refused=["conversations", "messages"], pairs={"format": "sharegpt"}),
+        refused("form_that_does_not_fit_at_all", [{"prompt": "hi", "completion": "oak"}], ["conversations", "prompt"], pairs={"format": "sharegpt"}),
         refused("form_that_lacks_a_column", [{"instruction": "add"}], ["output"], pairs={"format": "alpaca"}),
         refused("form_unknown", [{"messages": HI}], ["sharegpt", "alpaca"], pairs={"format": "chatml"}),
         # KTO: an answer with a label. A bad answer is none to learn.

@@ -55,8 +55,8 @@ def turns():
     pair = {"prompt": [user("hi")], "chosen": [assistant("a")], "rejected": [assistant("b")]}
     two = {"messages": [user("one"), assistant("1"), user("two"), assistant("2")]}
     return [
-        jsonl("turns_two", [two]),
-        jsonl("turns_two_with_system", [{"messages": [system("Count."), *two["messages"]]}]),
+        jsonl("turns_two", [{"messages": HI}, two], told=["1", "answer|turn"]),
+        jsonl("turns_two_with_system", [{"messages": [system("Count."), *two["messages"]]}], told=["1", "answer|turn"]),
         jsonl("turns_many", [{"messages": [message for n in range(20) for message in (user(f"say {n}"), assistant(f"{n}"))]}]),
         jsonl("turns_no_answer_at_the_end", [{"messages": HI}, {"messages": [*HI, user("and?")]}], rows=[{"messages": HI}, {"messages": HI}], told=["1|row 2"], refused=["row 2|jsonl:2", "assistant|answer"]),
         jsonl("turns_system_at_the_end", [{"messages": HI}, {"messages": [*HI, system("x")]}], rows=[{"messages": HI}, {"messages": HI}], told=["1|row 2"], refused=["row 2|jsonl:2", "assistant|answer"]),

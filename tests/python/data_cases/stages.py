@@ -2,6 +2,7 @@
 
 import json
 
+from .arguments import objects
 from .case import CHATML, EXACT, KWARGS, NO_PROMPT, TOOLS, Case, assistant, jsonl, lines, refused, system, user
 from .reference import MODEL
 
@@ -36,7 +37,8 @@ def columns():
         no("of_ours_unknown", {"promt": "q", **rest}, ["promt", "prompt"]),
         no("broken_expression", {"prompt": "{{ q", **rest}, ["columns.prompt|prompt"]),
         no("number", {"prompt": "n", **rest}, ["row 1|jsonl:1|prompt"]),
-        jsonl("columns_null_joined", [{"q": "hi", "hint": None, "a": "oak"}], rows=None, refused=["row 1|jsonl:1", "hint"], pairs={"columns": {"prompt": "${q}\n\n${hint}", "chosen": "a"}}),
+        jsonl("columns_null_joined", [{"q": "hi", "hint": None, "a": "oak"}], rows=[{"prompt": "hi\n\n", "chosen": "oak"}], refused=["row 1|jsonl:1", "hint"], pairs={"columns": {"prompt": "${q}\n\n${hint}", "chosen": "a"}}),
+        jsonl("columns_absent_joined", [{"q": "hi", "hint": "tall", "a": "oak"}, {"q": "hi", "a": "elm"}], rows=[{"prompt": "hi\n\ntall", "chosen": "oak"}, {"prompt": "hi\n\n", "chosen": "elm"}], refused=["row 2|jsonl:2", "hint"], pairs={"columns": {"prompt": "${q}\n\n${hint}", "chosen": "a"}}),
         jsonl("columns_with_dots_in_names", [{"meta.question": "hi", "chosen": "a", "rejected": "b"}], rows=[PAIR], pairs={"columns": {"prompt": "meta.question"}}),
         jsonl("columns_over_ours", [{"prompt": "x", "q": "hi", "chosen": "a", "rejected": "b"}], rows=[PAIR], pairs={"columns": {"prompt": "q"}}, refused=["prompt"]),
         jsonl("columns_swapped", [{"prompt": "hi", "chosen": "b", "rejected": "a"}], rows=[PAIR], pairs={"columns": {"chosen": "rejected", "rejected": "chosen"}}),
@@ -50,7 +52,11 @@ def split():
     def made(name, rows, holds, **more):
         stages = {"split": {"split_dataset": {"dataset": "pairs", "seed": 7, **more}}, "chats": {"apply_chat_template": {"dataset": "split", "tokenizer": "base"}}}
         return Case(name, {"rows.jsonl": lines(rows)}, stages=stages, holds=holds, loader=None)
+    # Types below a message have to come through the split as well.
+    mixed = objects('{"a": "noon"}', '{"a": 5, "b": {}}', '{"a": [1, 2.5]}')
+    through = {"split": {"split_dataset": {"dataset": "pairs", "test_size": 1, "shuffle": False}}, "chats": {"apply_chat_template": {"dataset": "split", "tokenizer": "base", "chat_template": TOOLS}}}
     return [
+        Case("split_carries_messages", {"rows.jsonl": lines(mixed)}, rows=mixed[:2], stages=through, template=TOOLS, holds={"counts": {"train": 2, "test": 1}}),
         made("split_pairs", pairs, {"apart": "prompt", "all": 100, "test": [8, 12]}, test_size=0.1),
         made("split_pairs_by_number", pairs, {"apart": "prompt", "all": 100, "test": [18, 22]}, test_size=20),
         made("split_pairs_in_order", pairs, {"apart": "prompt", "all": 100, "test": [8, 12]}, test_size=0.1, shuffle=False),
@@ -109,6 +115,8 @@ def rendered():
         jsonl("empty_generation_prompt_and_markers", [{"prompt": "<|start_header_id|> and <|eot_id|>?", "chosen": "markers", "rejected": "b"}], template="{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n{{ m.content }}<|eot_id|>\n{% endfor %}", told=["special"]),
         jsonl("special_tokens_mentioned", [PAIR, mention], told=["special", "row 2|jsonl:2"]),
         jsonl("special_tokens_in_messages", [{"messages": [user("What is <|eot_id|>?"), assistant("An end.")]}], told=["special", "1"]),
+        refused("special_tokens_refused", [PAIR, mention], ["row 2|jsonl:2", "<|eot_id|>"], chats={"special_tokens": "refuse"}),
+        jsonl("special_tokens_none_to_refuse", [PAIR], chats={"special_tokens": "refuse"}),
         jsonl("special_tokens_first", [{"prompt": "<|begin_of_text|> is what?", "chosen": "a start", "rejected": "b"}], told=["special"]),
         jsonl("special_tokens_in_system", [{"system": "Never say <|eot_id|>.", **PAIR}], told=["special"]),
         jsonl("template_that_adds_a_thought", [PAIR], template="{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n{{ m.content }}<|eot_id|>\n{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n<think>\n{% endif %}"),
