@@ -38,8 +38,8 @@ struct Case {
     name: String,
     kind: String,
     files: BTreeMap<String, File>,
-    /// Files of the tiny model that are replaced, or left out.
-    model: Option<BTreeMap<String, Option<String>>>,
+    /// Files of the tiny model that are changed, or left out.
+    model: Option<BTreeMap<String, Option<Change>>>,
     stages: BTreeMap<String, Value>,
     /// Any of these is right.
     outcomes: Vec<Outcome>,
@@ -51,6 +51,14 @@ enum File {
     Text(String),
     Base64(String),
     Pieces(Vec<Piece>),
+}
+
+/// A file's other text, or keys of its JSON that have other values.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Change {
+    Text(String),
+    Keys { set: Row },
 }
 
 #[derive(Deserialize)]
@@ -210,16 +218,21 @@ fn run(project: &Project, cases: &[Case]) -> Vec<Made> {
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(path, file.bytes()).unwrap();
         }
-        for (name, text) in case.model.iter().flatten() {
+        if let Some(changes) = &case.model {
             let folder = project.path(&format!("c{number}/model"));
             copy(&golden, &folder);
-            match text {
-                Some(text) => fs::write(folder.join(name), text).unwrap(),
-                None => fs::remove_file(folder.join(name)).unwrap(),
+            for (name, change) in changes {
+                let path = folder.join(name);
+                match change {
+                    Some(Change::Text(text)) => fs::write(path, text).unwrap(),
+                    Some(Change::Keys { set }) => {
+                        let mut json: Row = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+                        json.extend(set.clone());
+                        fs::write(path, serde_json::to_vec(&json).unwrap()).unwrap();
+                    }
+                    None => fs::remove_file(path).unwrap(),
+                }
             }
-        }
-        if case.model.as_ref().is_some_and(BTreeMap::is_empty) {
-            copy(&golden, &project.path(&format!("c{number}/model")));
         }
     }
     let mut made: Vec<Made> = cases.iter().map(|_| Made::default()).collect();

@@ -26,13 +26,16 @@ _tokenizers = {}
 
 
 def model_folder(files, folder):
-    """The tiny model with some of its files replaced (or, where the value is none, left out)."""
+    """The tiny model with some of its files replaced by a text, left out (none), or with keys set anew."""
     shutil.copytree(MODEL, folder, dirs_exist_ok=True)
-    for name, text in (files or {}).items():
-        if text is None:
-            (folder / name).unlink()
+    for name, change in (files or {}).items():
+        path = folder / name
+        if change is None:
+            path.unlink()
+        elif isinstance(change, dict):
+            path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **change["set"]}), encoding="utf-8")
         else:
-            (folder / name).write_text(text, encoding="utf-8")
+            path.write_text(change, encoding="utf-8")
     return folder
 
 

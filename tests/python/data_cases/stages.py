@@ -3,8 +3,7 @@
 import json
 
 from .arguments import objects
-from .case import CHATML, EXACT, KWARGS, NO_PROMPT, TOOLS, Case, assistant, jsonl, lines, refused, system, user
-from .reference import MODEL
+from .case import CHATML, EXACT, NO_PROMPT, TOOLS, Case, assistant, jsonl, lines, refused, system, user
 
 PAIR = {"prompt": "hi", "chosen": "a", "rejected": "b"}
 HI = [user("hi"), assistant("oak")]
@@ -128,9 +127,8 @@ def rendered():
 
 
 def config(**changes):
-    made = json.loads((MODEL / "tokenizer_config.json").read_text())
-    made.update(changes)
-    return json.dumps(made, indent=1)
+    """tokenizer_config.json with other values."""
+    return {"tokenizer_config.json": {"set": changes}}
 
 
 def ids():
@@ -150,12 +148,12 @@ def ids():
         sft("template_that_ends_with_eos", [{"messages": HI}], template=EXACT.replace("<|eot_id|>{% endfor %}", "{{ eos_token if m.role == 'assistant' else '' }}{% endfor %}")),
         sft("template_with_newline_at_the_end", [{"messages": HI}], template=TOOLS),
         sft("special_tokens_in_text", [{"messages": [user("What is <|eot_id|>?"), assistant("x")]}]),
-        sft("eos_is_end_of_turn", [{"messages": HI}], model={"tokenizer_config.json": config(eos_token="<|eot_id|>")}),
+        sft("eos_is_end_of_turn", [{"messages": HI}], model=config(eos_token="<|eot_id|>")),
         sft("sharegpt", [{"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "oak"}]}], rows=[{"messages": HI}]),
         orpo("pairs", pairs),
         orpo("texts", texts),
         orpo("template_without_bos", pairs, template=CHATML),
-        orpo("eos_is_end_of_turn", pairs, model={"tokenizer_config.json": config(eos_token="<|eot_id|>")}),
+        orpo("eos_is_end_of_turn", pairs, model=config(eos_token="<|eot_id|>")),
         orpo("template_that_ends_with_eos", pairs, template=EXACT.replace("<|eot_id|>{% endfor %}", "{{ eos_token if m.role == 'assistant' else '' }}{% endfor %}")),
         orpo("implicit", [{"chosen": [user("hi"), assistant("a")], "rejected": [user("hi"), assistant("b")]}]),
         orpo("words_that_merge_at_the_border", [{"prompt": [user("hi")], "chosen": [assistant("\n\noak")], "rejected": [assistant(" b")]}], template="{% for m in messages %}{{ m.content }} {% endfor %}"),
@@ -168,24 +166,39 @@ def tokenizers():
     def case(name, files, **more):
         more.setdefault("template", plain)
         return jsonl(f"tokenizer_{name}", pairs, compare="orpo", model=files, **more)
+    def texts(name, files):
+        return jsonl(f"tokenizer_text_{name}", [{"text": "An oak"}], compare="sft", model=files)
     added = {"1024": {"content": "<|tool|>", "special": True, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}}
     return [
         case("as_it_is", {}),
-        case("bos_null", {"tokenizer_config.json": config(bos_token=None)}),
-        case("pad_null", {"tokenizer_config.json": config(pad_token=None)}),
-        case("additional_special_tokens", {"tokenizer_config.json": config(additional_special_tokens=["<|tool|>"])}),
-        case("extra_special_tokens", {"tokenizer_config.json": config(extra_special_tokens=["<|tool|>"])}),
-        case("extra_special_tokens_by_name", {"tokenizer_config.json": config(extra_special_tokens={"tool_token": "<|tool|>"})}, template="{{ tool_token }}" + plain),
-        case("added_tokens_decoder", {"tokenizer_config.json": config(added_tokens_decoder=added)}),
+        case("bos_null", config(bos_token=None)),
+        case("pad_null", config(pad_token=None)),
+        case("additional_special_tokens", config(additional_special_tokens=["<|tool|>"])),
+        case("extra_special_tokens", config(extra_special_tokens=["<|tool|>"])),
+        case("extra_special_tokens_by_name", config(extra_special_tokens={"tool_token": "<|tool|>"}), template="{{ tool_token }}" + plain),
+        case("added_tokens_decoder", config(added_tokens_decoder=added)),
         case("added_tokens_json", {"added_tokens.json": json.dumps({"<|tool|>": 1024})}),
         case("special_tokens_map", {"special_tokens_map.json": json.dumps({"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"})}),
         case("special_tokens_map_adds", {"special_tokens_map.json": json.dumps({"additional_special_tokens": ["<|tool|>"]})}),
-        case("bos_as_object", {"tokenizer_config.json": config(bos_token={"content": "<|begin_of_text|>", "__type": "AddedToken", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False})}),
-        case("add_bos_token_false", {"tokenizer_config.json": config(add_bos_token=False)}),
-        case("add_eos_token", {"tokenizer_config.json": config(add_eos_token=True)}),
+        case("bos_as_object", config(bos_token={"content": "<|begin_of_text|>", "__type": "AddedToken", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False})),
+        case("add_bos_token_false", config(add_bos_token=False)),
+        case("add_eos_token", config(add_eos_token=True)),
+        case("class_llama", config(tokenizer_class="LlamaTokenizer", legacy=True)),
+        case("class_llama_not_legacy", config(tokenizer_class="LlamaTokenizerFast", legacy=False), refused=["tokenizer_class|legacy"]),
+        case("class_gpt2", config(tokenizer_class="GPT2Tokenizer"), refused=["tokenizer_class"]),
+        case("class_qwen2", config(tokenizer_class="Qwen2Tokenizer"), refused=["tokenizer_class"]),
+        case("split_special_tokens", config(split_special_tokens=True), refused=["split_special_tokens"]),
+        case("token_that_strips", config(added_tokens_decoder={"1024": {**added["1024"], "lstrip": True, "rstrip": True}})),
+        case("token_that_is_not_special", config(added_tokens_decoder={"1024": {**added["1024"], "special": False}})),
+        case("two_more_tokens", config(additional_special_tokens=["<|tool|>", "there"])),
+        texts("post_processor", {}),
+        texts("no_post_processor", {"tokenizer.json": {"set": {"post_processor": None}}}),
+        texts("bos_null", config(bos_token=None)),
+        texts("add_bos_token_false", config(add_bos_token=False)),
+        texts("add_eos_token", config(add_eos_token=True)),
         case("crlf_in_template_file", {"chat_template.jinja": plain.replace("\n", "\r\n")}, template=None),
         case("template_in_config_only", {"chat_template.jinja": None}, template=None),
-        case("bos_in_template", {"tokenizer_config.json": config(bos_token=None)}, template="{{ bos_token }}" + plain),
+        case("bos_in_template", config(bos_token=None), template="{{ bos_token }}" + plain),
     ]
 
 
