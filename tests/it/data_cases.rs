@@ -93,6 +93,15 @@ struct Made {
     rows: BTreeMap<String, BTreeMap<String, Vec<Row>>>,
 }
 
+impl Made {
+    fn split(&self, stage: &str, split: &str) -> &[Row] {
+        let splits = self.rows.get(stage);
+        splits
+            .and_then(|splits| splits.get(split))
+            .map_or(&[], Vec::as_slice)
+    }
+}
+
 impl File {
     fn bytes(&self) -> Vec<u8> {
         match self {
@@ -113,12 +122,15 @@ impl File {
 fn prefixed(number: usize, value: &Value, key: &str) -> Value {
     match value {
         Value::Object(map) => {
-            let inner = map.iter().map(|(name, value)| (name.clone(), prefixed(number, value, name)));
+            let inner = map
+                .iter()
+                .map(|(name, value)| (name.clone(), prefixed(number, value, name)));
             Value::Object(inner.collect())
         }
-        Value::Array(items) if ["path", "datasets"].contains(&key) => {
-            items.iter().map(|item| prefixed(number, item, key)).collect()
-        }
+        Value::Array(items) if ["path", "datasets"].contains(&key) => items
+            .iter()
+            .map(|item| prefixed(number, item, key))
+            .collect(),
         Value::String(text) if key == "path" => json!(format!("c{number}/{text}")),
         Value::String(text) if ["dataset", "tokenizer"].contains(&key) && text != "base" => {
             json!(format!("c{number}-{text}"))
@@ -136,7 +148,10 @@ fn recipe(cases: &[Case], left: &BTreeSet<usize>) -> (String, BTreeMap<usize, us
         let case = &cases[number];
         let model = json!({ "import_model": { "path": "model" } });
         let model = case.model.is_some().then_some(("model", &model));
-        let stages = case.stages.iter().map(|(name, stage)| (name.as_str(), stage));
+        let stages = case
+            .stages
+            .iter()
+            .map(|(name, stage)| (name.as_str(), stage));
         for (name, stage) in model.into_iter().chain(stages) {
             let _ = writeln!(text, "  c{number}-{name}: {}", prefixed(number, stage, ""));
             line += 1;
@@ -157,7 +172,9 @@ fn mistakes(owners: &BTreeMap<usize, usize>, error: &str) -> BTreeMap<usize, Str
         };
         let quoted = |line: &&str| {
             let rest = line.trim_start();
-            let rest = rest.trim_start_matches(|c: char| c.is_ascii_digit()).trim_start();
+            let rest = rest
+                .trim_start_matches(|c: char| c.is_ascii_digit())
+                .trim_start();
             !rest.starts_with('|') && !line.trim_start().starts_with("-->")
         };
         let words: Vec<&str> = mistake.lines().filter(quoted).collect();
@@ -174,7 +191,10 @@ fn cell(column: &dyn Array, row: usize) -> Value {
         DataType::Utf8 => json!(column.as_string::<i32>().value(row)),
         DataType::List(_) => {
             let ids = column.as_list::<i32>().value(row);
-            json!(ids.as_primitive_opt::<Int32Type>().map(|ids| ids.values().to_vec()))
+            json!(
+                ids.as_primitive_opt::<Int32Type>()
+                    .map(|ids| ids.values().to_vec())
+            )
         }
         other => json!(other.to_string()),
     }
@@ -182,12 +202,17 @@ fn cell(column: &dyn Array, row: usize) -> Value {
 
 fn rows(path: &Path) -> Vec<Row> {
     let file = fs::File::open(path).unwrap();
-    let reader = ParquetRecordBatchReaderBuilder::try_new(file).unwrap().build().unwrap();
+    let reader = ParquetRecordBatchReaderBuilder::try_new(file)
+        .unwrap()
+        .build()
+        .unwrap();
     let of_batch = |batch: RecordBatch| -> Vec<Row> {
         let schema = batch.schema();
         let row = |row: usize| {
             let cells = schema.fields().iter().zip(batch.columns());
-            cells.map(|(field, column)| (field.name().clone(), cell(column, row))).collect()
+            cells
+                .map(|(field, column)| (field.name().clone(), cell(column.as_ref(), row)))
+                .collect()
         };
         (0..batch.num_rows()).map(row).collect()
     };
@@ -196,13 +221,17 @@ fn rows(path: &Path) -> Vec<Row> {
 
 /// The splits of an artifact.
 fn splits(folder: &Path) -> BTreeMap<String, Vec<Row>> {
-    let mut found = BTreeMap::new();
-    for entry in fs::read_dir(folder).unwrap() {
-        let path = entry.unwrap().path();
-        if path.extension().is_some_and(|extension| extension == "parquet") {
+    let entries = fs::read_dir(folder).unwrap();
+    let paths: BTreeSet<_> = entries.map(|entry| entry.unwrap().path()).collect();
+    let mut found: BTreeMap<String, Vec<Row>> = BTreeMap::new();
+    for path in paths {
+        if path
+            .extension()
+            .is_some_and(|extension| extension == "parquet")
+        {
             let stem = path.file_stem().unwrap().to_str().unwrap();
             let split = stem.split("-0000").next().unwrap().to_owned();
-            found.entry(split).or_insert_with(Vec::new).extend(rows(&path));
+            found.entry(split).or_default().extend(rows(&path));
         }
     }
     found
@@ -226,7 +255,8 @@ fn run(project: &Project, cases: &[Case]) -> Vec<Made> {
                 match change {
                     Some(Change::Text(text)) => fs::write(path, text).unwrap(),
                     Some(Change::Keys { set }) => {
-                        let mut json: Row = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+                        let mut json: Row =
+                            serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
                         json.extend(set.clone());
                         fs::write(path, serde_json::to_vec(&json).unwrap()).unwrap();
                     }
@@ -256,7 +286,10 @@ fn run(project: &Project, cases: &[Case]) -> Vec<Made> {
     assert!(matches!(ended.code, Some(0 | 1)), "{}", ended.stderr);
     assert!(!ended.stderr.contains("panicked"), "{}", ended.stderr);
     for event in events(&ended.stdout) {
-        let Some((number, stage)) = event["stage"].as_str().and_then(|name| name.split_once('-')) else {
+        let Some((number, stage)) = event["stage"]
+            .as_str()
+            .and_then(|name| name.split_once('-'))
+        else {
             continue;
         };
         let made = &mut made[number[1..].parse::<usize>().unwrap()];
@@ -289,14 +322,23 @@ fn lacking(words: &[String], text: &str) -> Vec<String> {
 /// Why what came of a case is not right, if it is not.
 fn differs(case: &Case, made: &Made) -> Option<String> {
     if let Some(error) = &made.refused {
-        if let Some(word) = CRUDE.iter().chain(&UNKNOWN).find(|word| error.contains(**word)) {
+        if let Some(word) = CRUDE
+            .iter()
+            .chain(&UNKNOWN)
+            .find(|word| error.contains(**word))
+        {
             return Some(format!("the error holds `{word}`: {error}"));
         }
-        let Some(words) = case.outcomes.iter().find_map(|outcome| outcome.refused.as_ref()) else {
+        let Some(words) = case
+            .outcomes
+            .iter()
+            .find_map(|outcome| outcome.refused.as_ref())
+        else {
             return Some(format!("refused, and should be read: {error}"));
         };
         let lacking = lacking(words, error);
-        return (!lacking.is_empty()).then(|| format!("the error doesn't say {}: {error}", lacking.join(", ")));
+        return (!lacking.is_empty())
+            .then(|| format!("the error doesn't say {}: {error}", lacking.join(", ")));
     }
     let mut reasons = case.outcomes.iter().map(|outcome| unlike(outcome, made));
     let first = reasons.next()?;
@@ -307,16 +349,15 @@ fn unlike(outcome: &Outcome, made: &Made) -> Option<String> {
     if outcome.refused.is_some() {
         return Some("read, and should be refused".to_owned());
     }
-    let none = Vec::new();
-    let of = |stage: &str, split: &str| -> &Vec<Row> {
-        let splits = made.rows.get(stage);
-        splits.and_then(|splits| splits.get(split)).unwrap_or(&none)
-    };
     if let Some(right) = &outcome.rows {
-        let times = |row: &Row| row.get("times").map_or(1, |times| times.as_u64().unwrap()) as usize;
-        let right: Vec<&Row> = right.iter().flat_map(|row| std::iter::repeat_n(row, times(row))).collect();
+        let times =
+            |row: &Row| row.get("times").map_or(1, |times| times.as_u64().unwrap()) as usize;
+        let right: Vec<&Row> = right
+            .iter()
+            .flat_map(|row| std::iter::repeat_n(row, times(row)))
+            .collect();
         let ids = right.first().is_some_and(|row| row.contains_key("ids"));
-        let (chats, tokens) = (of("chats", "train"), of("tokens", "train"));
+        let (chats, tokens) = (made.split("chats", "train"), made.split("tokens", "train"));
         let count = if ids { tokens.len() } else { chats.len() };
         if count != right.len() {
             return Some(format!("{count} rows instead of {}", right.len()));
@@ -325,28 +366,40 @@ fn unlike(outcome: &Outcome, made: &Made) -> Option<String> {
             for (name, value) in right.iter().filter(|(name, _)| *name != "times") {
                 let ours = value_of(name, chats.get(number), tokens.get(number));
                 if ours != *value {
-                    return Some(format!("row {}, `{name}`: {ours} instead of {value}", number + 1));
+                    return Some(format!(
+                        "row {}, `{name}`: {ours} instead of {value}",
+                        number + 1
+                    ));
                 }
             }
             let rejected = value_of("rejected", chats.get(number), None);
-            if right.contains_key("prompt") && !right.contains_key("rejected") && !rejected.is_null() {
+            if right.contains_key("prompt")
+                && !right.contains_key("rejected")
+                && !rejected.is_null()
+            {
                 return Some(format!("row {} has a `rejected`: {rejected}", number + 1));
             }
         }
     }
     for (split, count) in &outcome.counts {
-        let ours = of("chats", split).len();
+        let ours = made.split("chats", split).len();
         if ours != *count {
             return Some(format!("{ours} rows of `{split}` instead of {count}"));
         }
     }
     if let Some(all) = outcome.all {
-        let (train, test) = (of("chats", "train"), of("chats", "test"));
+        let (train, test) = (made.split("chats", "train"), made.split("chats", "test"));
         let [fewest, most] = outcome.test;
         if train.len() + test.len() != all || !(fewest..=most).contains(&test.len()) {
-            return Some(format!("{} rows of train and {} of test", train.len(), test.len()));
+            return Some(format!(
+                "{} rows of train and {} of test",
+                train.len(),
+                test.len()
+            ));
         }
-        let prompts = |rows: &[Row]| -> BTreeSet<String> { rows.iter().map(|row| row["prompt"].to_string()).collect() };
+        let prompts = |rows: &[Row]| -> BTreeSet<String> {
+            rows.iter().map(|row| row["prompt"].to_string()).collect()
+        };
         let shared = prompts(train).intersection(&prompts(test)).count();
         if outcome.apart.is_some() && shared > 0 {
             return Some(format!("{shared} prompts are in train and in test"));
@@ -358,7 +411,11 @@ fn unlike(outcome: &Outcome, made: &Made) -> Option<String> {
 
 /// The value of ours that a right row names.
 fn value_of(name: &str, chats: Option<&Row>, tokens: Option<&Row>) -> Value {
-    let get = |row: Option<&Row>, name: &str| row.and_then(|row| row.get(name)).cloned().unwrap_or(Value::Null);
+    let get = |row: Option<&Row>, name: &str| {
+        row.and_then(|row| row.get(name))
+            .cloned()
+            .unwrap_or(Value::Null)
+    };
     let joined = |prompt: Value, answer: Value| match (prompt, answer) {
         (Value::Array(mut prompt), Value::Array(answer)) => {
             prompt.extend(answer);
@@ -371,7 +428,11 @@ fn value_of(name: &str, chats: Option<&Row>, tokens: Option<&Row>) -> Value {
         "ids" => joined(get(tokens, "prompt_ids"), get(tokens, "chosen_ids")),
         "rejected_ids" => {
             let own = get(tokens, "rejected_prompt_ids");
-            let prompt = if own.is_null() { get(tokens, "prompt_ids") } else { own };
+            let prompt = if own.is_null() {
+                get(tokens, "prompt_ids")
+            } else {
+                own
+            };
             joined(prompt, get(tokens, "rejected_ids"))
         }
         "text" => joined(get(chats, "prompt"), get(chats, "chosen")),
@@ -400,7 +461,13 @@ fn data_is_read_as_the_python_stack_reads_it_or_refused_with_a_sentence() {
             }
         }
     }
-    let right: Vec<&&str> = known.iter().filter(|name| !different.contains(**name)).collect();
+    let right: Vec<&&str> = known
+        .iter()
+        .filter(|name| !different.contains(**name))
+        .collect();
     assert!(wrong.is_empty(), "{wrong}");
-    assert!(right.is_empty(), "these are right now, or no cases: take them out of tests/golden/data/differs.txt: {right:?}");
+    assert!(
+        right.is_empty(),
+        "these are right now, or no cases: take them out of tests/golden/data/differs.txt: {right:?}"
+    );
 }

@@ -222,8 +222,10 @@ class Ours:
     def splits(self, artifact):
         import pyarrow.parquet as pq
 
-        folder = self.place / ".pipeline/v1/artifacts" / artifact
-        return {path.stem.split("-0000")[0]: pq.read_table(path).to_pylist() for path in sorted(folder.glob("*.parquet"))}
+        made = {}
+        for path in sorted((self.place / ".pipeline/v1/artifacts" / artifact).glob("*.parquet")):
+            made.setdefault(path.stem.split("-0000")[0], []).extend(pq.read_table(path).to_pylist())
+        return made
 
 
 def row_of(stages_rows, number, wanted):
