@@ -446,6 +446,18 @@ fn data_is_read_as_the_python_stack_reads_it_or_refused_with_a_sentence() {
     let text = fs::read_to_string(folder.join("cases.json")).unwrap();
     let cases: Vec<Case> = serde_json::from_str(&text).unwrap();
     assert!(cases.len() > 600, "{}", cases.len());
+    let documentation = fs::read_to_string(repository().join("docs/data.md")).unwrap();
+    let documented = cases
+        .iter()
+        .filter(|case| case.kind == "the table of forms");
+    for case in documented {
+        let row = String::from_utf8(case.files["rows.jsonl"].bytes()).unwrap();
+        let there = documentation.contains(row.trim());
+        assert!(
+            there,
+            "docs/data.md no longer has the row {row}; write the cases anew"
+        );
+    }
     // What is known to differ, a name a line; the list may only become shorter.
     let known = fs::read_to_string(folder.join("differs.txt")).unwrap();
     let known: BTreeSet<&str> = known.lines().filter(|line| !line.is_empty()).collect();

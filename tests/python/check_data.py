@@ -23,10 +23,10 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from data_cases import arguments, content, files, forms, reference, roles, stages
+from data_cases import arguments, content, documented, files, forms, reference, roles, stages
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "data" / "cases.json"
-MODULES = (content, arguments, roles, forms, files, stages)
+MODULES = (content, arguments, roles, forms, files, stages, documented)
 # What no error may hold: words of bugs, escape bytes, places in the store.
 CRUDE = ("bug in pipeline", "panicked", "by signal", "\x1b", "\\u001b", ".pipeline/v1", "Csv error", "Parquet error", "Arrow error", "EOF while parsing")
 # What the recipe may not say where a parameter is meant to be there.
