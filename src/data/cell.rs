@@ -1,18 +1,20 @@
 //! One value of a table as a tree, between JSON and Arrow. Unlike `serde_json::Value` it keeps the order of keys whatever
 //! features other crates turn on: a chat template may print a message, so the order can reach a result.
 
+use std::collections::HashMap;
 use std::fmt;
 
 use anyhow::{Result, anyhow, bail};
 use arrow::array::{Array, ArrayRef, AsArray, StructArray};
 use arrow::datatypes::{
-    DataType, Float32Type, Float64Type, Int8Type, Int16Type, Int32Type, Int64Type, UInt8Type,
-    UInt16Type, UInt32Type, UInt64Type,
+    DataType, Field, Float32Type, Float64Type, Int8Type, Int16Type, Int32Type, Int64Type,
+    UInt8Type, UInt16Type, UInt32Type, UInt64Type,
 };
 use arrow::util::display::{ArrayFormatter, FormatOptions};
 use serde::de::{Error as _, MapAccess, SeqAccess, Visitor};
 use serde::ser::{SerializeMap, SerializeSeq};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::value::RawValue;
 
 use super::size::MOST_FIELDS;
 
@@ -24,8 +26,8 @@ pub enum Cell {
     Null,
     /// True or false.
     Bool(bool),
-    /// A whole number.
-    Int(i64),
+    /// A whole number; of more than 38 digits there is none.
+    Int(i128),
     /// Any other number.
     Float(f64),
     /// Text.
@@ -47,20 +49,6 @@ impl Cell {
         }
     }
 
-    /// About how many bytes it takes in memory.
-    pub(super) fn bytes(&self) -> usize {
-        let own = size_of::<Self>();
-        match self {
-            Self::Text(text) => own + text.len(),
-            Self::List(items) => own + items.iter().map(Self::bytes).sum::<usize>(),
-            Self::Map(entries) => {
-                let entry = |(name, value): &(String, Self)| name.len() + 24 + value.bytes();
-                own + entries.iter().map(entry).sum::<usize>()
-            }
-            _ => own,
-        }
-    }
-
     /// The noun for messages.
     pub fn noun(&self) -> &'static str {
         match self {
@@ -70,23 +58,6 @@ impl Cell {
             Self::Text(_) => "text",
             Self::List(_) => "a list",
             Self::Map(_) => "an object",
-        }
-    }
-
-    /// The same value without keys that hold null: Parquet gives every message of a list the same fields, and a chat template
-    /// must not see those that its author never wrote.
-    #[must_use]
-    pub fn without_nulls(self) -> Self {
-        match self {
-            Self::List(items) => Self::List(items.into_iter().map(Self::without_nulls).collect()),
-            Self::Map(entries) => Self::Map(
-                entries
-                    .into_iter()
-                    .filter(|(_, value)| *value != Self::Null)
-                    .map(|(name, value)| (name, value.without_nulls()))
-                    .collect(),
-            ),
-            other => other,
         }
     }
 
@@ -112,22 +83,21 @@ impl Cell {
             DataType::Int8 => Self::Int(array.as_primitive::<Int8Type>().value(row).into()),
             DataType::Int16 => Self::Int(array.as_primitive::<Int16Type>().value(row).into()),
             DataType::Int32 => Self::Int(array.as_primitive::<Int32Type>().value(row).into()),
-            DataType::Int64 => Self::Int(array.as_primitive::<Int64Type>().value(row)),
+            DataType::Int64 => Self::Int(array.as_primitive::<Int64Type>().value(row).into()),
             DataType::UInt8 => Self::Int(array.as_primitive::<UInt8Type>().value(row).into()),
             DataType::UInt16 => Self::Int(array.as_primitive::<UInt16Type>().value(row).into()),
             DataType::UInt32 => Self::Int(array.as_primitive::<UInt32Type>().value(row).into()),
-            DataType::UInt64 => {
-                let value = array.as_primitive::<UInt64Type>().value(row);
-                i64::try_from(value).map_or(Self::Float(value as f64), Self::Int)
-            }
+            DataType::UInt64 => Self::Int(array.as_primitive::<UInt64Type>().value(row).into()),
             DataType::Float32 => Self::Float(array.as_primitive::<Float32Type>().value(row).into()),
             DataType::Float64 => Self::Float(array.as_primitive::<Float64Type>().value(row)),
             DataType::Utf8 => Self::Text(array.as_string::<i32>().value(row).to_owned()),
             DataType::LargeUtf8 => Self::Text(array.as_string::<i64>().value(row).to_owned()),
             DataType::Utf8View => Self::Text(array.as_string_view().value(row).to_owned()),
-            DataType::List(_) => Self::list(&array.as_list::<i32>().value(row))?,
-            DataType::LargeList(_) => Self::list(&array.as_list::<i64>().value(row))?,
-            DataType::FixedSizeList(..) => Self::list(&array.as_fixed_size_list().value(row))?,
+            DataType::List(item) => Self::list(item, &array.as_list::<i32>().value(row))?,
+            DataType::LargeList(item) => Self::list(item, &array.as_list::<i64>().value(row))?,
+            DataType::FixedSizeList(item, _) => {
+                Self::list(item, &array.as_fixed_size_list().value(row))?
+            }
             DataType::Struct(_) => Self::map(array.as_struct(), row)?,
             DataType::Dictionary(..) => {
                 let dictionary = array
@@ -144,20 +114,143 @@ impl Cell {
         })
     }
 
-    fn list(items: &ArrayRef) -> Result<Self> {
+    /// The value at `row` of a column. Text of a column that is marked as JSON is parsed.
+    pub fn of_column(field: &Field, array: &dyn Array, row: usize) -> Result<Self> {
+        match Self::from_arrow(array, row)? {
+            Self::Text(text) if is_json(field) => Self::parse(&text),
+            value => Ok(value),
+        }
+    }
+
+    /// The value that JSON text stands for, with whole numbers of up to 38 digits as they are written.
+    pub fn parse(text: &str) -> Result<Self> {
+        let value: Self = serde_json::from_str(text)
+            .map_err(|error| anyhow!("it is no JSON that can be read: {}", reason(&error)))?;
+        if has_long_number(text.as_bytes()) {
+            return exact(serde_json::from_str(text)?);
+        }
+        Ok(value)
+    }
+
+    fn list(item: &Field, items: &ArrayRef) -> Result<Self> {
         let items: Result<_> = (0..items.len())
-            .map(|row| Self::from_arrow(items, row))
+            .map(|row| Self::of_column(item, items, row))
             .collect();
         items.map(Self::List)
     }
 
+    /// Without fields that hold null: Parquet and Arrow give all objects of a column the same fields, and nobody must see those that
+    /// were never written.
     fn map(array: &StructArray, row: usize) -> Result<Self> {
         let columns = array.fields().iter().zip(array.columns());
-        let entries: Result<_> = columns
-            .map(|(field, column)| Ok((field.name().clone(), Self::from_arrow(column, row)?)))
+        let written = columns
+            .filter(|(_, column)| !column.is_null(row) && *column.data_type() != DataType::Null);
+        let entries: Result<_> = written
+            .map(|(field, column)| Ok((field.name().clone(), Self::of_column(field, column, row)?)))
             .collect();
         entries.map(Self::Map)
     }
+}
+
+/// The extension type by which Arrow and Parquet know text that is JSON.
+const EXTENSION: &str = "ARROW:extension:name";
+const JSON: &str = "arrow.json";
+
+/// Whether a column's texts are JSON.
+pub fn is_json(field: &Field) -> bool {
+    field
+        .metadata()
+        .get(EXTENSION)
+        .is_some_and(|name| name == JSON)
+}
+
+/// A column of JSON, as `datasets` writes values of several types.
+pub fn json_field(name: &str) -> Field {
+    let mark = HashMap::from([
+        (EXTENSION.to_owned(), JSON.to_owned()),
+        ("ARROW:extension:metadata".to_owned(), String::new()),
+    ]);
+    Field::new(name, DataType::Utf8, true).with_metadata(mark)
+}
+
+/// Serde's sentence without its own place, which would say "line 1" of every line.
+pub(super) fn reason(error: &serde_json::Error) -> String {
+    let text = error.to_string();
+    text.rsplit_once(" at line ")
+        .map_or(text.clone(), |(reason, _)| reason.to_owned())
+}
+
+/// Whether there are as many digits in a row as a number of more than 64 bits has.
+fn has_long_number(text: &[u8]) -> bool {
+    text.chunk_by(|a, b| a.is_ascii_digit() && b.is_ascii_digit())
+        .any(|run| run.len() >= 19)
+}
+
+/// The same value read level by level, because serde makes a float of each long number. The text was read before, so it is not deep.
+fn exact(raw: &RawValue) -> Result<Cell> {
+    let text = raw.get();
+    Ok(match text.as_bytes().first() {
+        Some(b'[') => {
+            let items: Vec<&RawValue> = serde_json::from_str(text)?;
+            Cell::List(items.into_iter().map(exact).collect::<Result<_>>()?)
+        }
+        Some(b'{') => {
+            let Entries(entries) = serde_json::from_str(text)?;
+            let entries = entries
+                .into_iter()
+                .map(|(name, value)| Ok((name, exact(&value)?)));
+            Cell::Map(entries.collect::<Result<_>>()?)
+        }
+        Some(b'-' | b'0'..=b'9') if !text.contains(['.', 'e', 'E']) => {
+            let number = text.parse().map_err(|_| {
+                anyhow!(
+                    "the number {text:.60} has more digits than can be kept; hint: write it as text"
+                )
+            })?;
+            Cell::Int(number)
+        }
+        _ => serde_json::from_str(text)?,
+    })
+}
+
+/// The entries of an object, each value as it was written. As in Python, the last of two equal keys counts and keeps the first
+/// one's place.
+pub(super) struct Entries(pub(super) Vec<(String, Box<RawValue>)>);
+
+impl<'de> Deserialize<'de> for Entries {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct EntriesVisitor;
+        impl<'de> Visitor<'de> for EntriesVisitor {
+            type Value = Entries;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, access: A) -> Result<Entries, A::Error> {
+                entries(access).map(Entries)
+            }
+        }
+        deserializer.deserialize_map(EntriesVisitor)
+    }
+}
+
+/// The entries of a map; the last of two equal keys counts and keeps the first one's place.
+pub(super) fn entries<'de, A: MapAccess<'de>, T: Deserialize<'de>>(
+    mut access: A,
+) -> Result<Vec<(String, T)>, A::Error> {
+    let mut entries: Vec<(String, T)> = Vec::new();
+    while let Some((name, value)) = access.next_entry::<String, T>()? {
+        if entries.len() == MOST_FIELDS {
+            return Err(A::Error::custom(format_args!(
+                "an object has more than {MOST_FIELDS} keys"
+            )));
+        }
+        match entries.iter_mut().find(|(earlier, _)| *earlier == name) {
+            Some(entry) => entry.1 = value,
+            None => entries.push((name, value)),
+        }
+    }
+    Ok(entries)
 }
 
 impl Serialize for Cell {
@@ -165,7 +258,10 @@ impl Serialize for Cell {
         match self {
             Self::Null => serializer.serialize_unit(),
             Self::Bool(value) => serializer.serialize_bool(*value),
-            Self::Int(value) => serializer.serialize_i64(*value),
+            Self::Int(value) => match i64::try_from(*value) {
+                Ok(value) => serializer.serialize_i64(value),
+                Err(_) => serializer.serialize_i128(*value),
+            },
             Self::Float(value) => serializer.serialize_f64(*value),
             Self::Text(value) => serializer.serialize_str(value),
             Self::List(items) => {
@@ -207,10 +303,13 @@ impl<'de> Visitor<'de> for CellVisitor {
         Ok(Cell::Bool(value))
     }
     fn visit_i64<E>(self, value: i64) -> Result<Cell, E> {
-        Ok(Cell::Int(value))
+        Ok(Cell::Int(value.into()))
     }
     fn visit_u64<E>(self, value: u64) -> Result<Cell, E> {
-        Ok(i64::try_from(value).map_or(Cell::Float(value as f64), Cell::Int))
+        Ok(Cell::Int(value.into()))
+    }
+    fn visit_i128<E>(self, value: i128) -> Result<Cell, E> {
+        Ok(Cell::Int(value))
     }
     fn visit_f64<E>(self, value: f64) -> Result<Cell, E> {
         Ok(Cell::Float(value))
@@ -228,21 +327,8 @@ impl<'de> Visitor<'de> for CellVisitor {
         }
         Ok(Cell::List(items))
     }
-    fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<Cell, A::Error> {
-        let mut entries: Vec<(String, Cell)> = Vec::new();
-        while let Some((name, value)) = access.next_entry::<String, Cell>()? {
-            if entries.len() == MOST_FIELDS {
-                return Err(A::Error::custom(format_args!(
-                    "an object has more than {MOST_FIELDS} keys"
-                )));
-            }
-            // As in Python, the last of two equal keys counts and keeps the first one's place.
-            match entries.iter_mut().find(|(earlier, _)| *earlier == name) {
-                Some(entry) => entry.1 = value,
-                None => entries.push((name, value)),
-            }
-        }
-        Ok(Cell::Map(entries))
+    fn visit_map<A: MapAccess<'de>>(self, access: A) -> Result<Cell, A::Error> {
+        entries(access).map(Cell::Map)
     }
 }
 
@@ -261,9 +347,31 @@ mod tests {
     }
 
     #[test]
-    fn fields_that_hold_null_disappear_at_every_depth() {
-        let cell: Cell = serde_json::from_str(r#"[{"role": "user", "name": null}]"#).unwrap();
-        let expected: Cell = serde_json::from_str(r#"[{"role": "user"}]"#).unwrap();
-        assert_eq!(cell.without_nulls(), expected);
+    fn whole_numbers_of_any_usual_length_are_exact() {
+        for number in [
+            "0",
+            "-7",
+            "9223372036854775808",
+            "18446744073709551616",
+            "-123456789012345678901234567890",
+        ] {
+            let text = format!(r#"{{"a":[{number},1.0,1e5],"b":"18446744073709551616"}}"#);
+            let cell = Cell::parse(&text).unwrap();
+            let expected = text.replace("1e5", "100000.0");
+            assert_eq!(serde_json::to_string(&cell).unwrap(), expected);
+        }
+        let digits = "9".repeat(45);
+        let error = Cell::parse(&format!("[{digits}]")).unwrap_err().to_string();
+        assert!(error.contains("more digits"), "{error}");
+    }
+
+    #[test]
+    fn text_of_a_json_column_is_parsed_and_other_text_is_not() {
+        let array = arrow::array::StringArray::from(vec![r#"{"a": 1}"#, r#""pear""#]);
+        let cell = |field: &Field, row| Cell::of_column(field, &array, row).unwrap();
+        assert_eq!(cell(&json_field("x"), 1), Cell::Text("pear".into()));
+        assert_eq!(cell(&json_field("x"), 0).get("a"), Some(&Cell::Int(1)));
+        let text = Field::new("x", DataType::Utf8, true);
+        assert_eq!(cell(&text, 1), Cell::Text(r#""pear""#.into()));
     }
 }

@@ -1,34 +1,39 @@
-//! Bringing other people's files into the project's own columns: Parquet, JSON lines, JSON and CSV become one Parquet file.
+//! Bringing other people's files into the project's own columns: they become one Parquet file.
 //! Its one entry is [`import_files`]. Memory is bounded by a few thousand rows.
+//!
+//! Plain values keep their types. Whatever has parts (messages, tools, objects) is JSON as it was written, in a column that Parquet
+//! knows as JSON, until a chat template reads it.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use arrow::array::{RecordBatch, new_null_array};
-use arrow::compute::{can_cast_types, cast};
-use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 
-use super::kind::Kind;
+use super::forms::recognise;
+pub use super::forms::{CANONICAL, Form};
 use super::table::{Writer, pass_batches};
+use columns::Union;
+use rows::Rows;
 pub use source::{Format, split_of_file};
-use source::{Source, first_rows, open};
+use source::{Source, open};
 
+mod columns;
+mod rows;
 mod source;
-
-/// The columns that later stages know. `system` is text; the others are text or messages, `messages` is always messages.
-pub const CANONICAL: [&str; 5] = ["system", "prompt", "chosen", "rejected", "messages"];
 
 /// What to import.
 #[derive(Debug, Clone, Default)]
 pub struct ImportOptions {
-    /// From our column's name to the file's.
+    /// From our column's name to the file's, or to an expression on the file's columns.
     pub columns: BTreeMap<String, String>,
     /// Stop after so many rows.
     pub max_rows: Option<usize>,
     /// The format, when the files' extensions don't tell.
     pub format: Option<Format>,
+    /// The form of the rows, when their columns don't tell.
+    pub form: Option<Form>,
+    /// Leave out up to so many rows that can't be used.
+    pub skip_invalid_rows: u64,
 }
 
 /// What was imported.
@@ -38,227 +43,88 @@ pub struct ImportReport {
     pub rows: usize,
     /// The columns of the new file.
     pub columns: Vec<String>,
+    /// What the user should know of how the rows were read.
+    pub told: Vec<String>,
+    /// The number of rows that can't be used and were left out.
+    pub rows_skipped: u64,
+    /// Why they can't be used; of many only the first.
+    pub skipped: Vec<String>,
 }
 
 /// Imports `sources`, one after the other, as the Parquet file `destination`. `progress` hears the number of rows so far and
-/// may stop by an error. Later files may lack columns of earlier ones, which become null.
+/// may stop by an error. Columns that a file lacks become null.
 pub fn import_files(
     sources: &[PathBuf],
     options: &ImportOptions,
     destination: &Path,
     progress: &mut dyn FnMut(u64) -> Result<()>,
 ) -> Result<ImportReport> {
-    for ours in options.columns.keys() {
-        ensure!(
-            CANONICAL.contains(&ours.as_str()),
-            "`columns` maps to `{ours}`, which is no column of ours: expected one of {}",
-            list(CANONICAL)
-        );
+    let mut opened: Vec<Source> = Vec::with_capacity(sources.len());
+    for path in sources {
+        let source = open(path, options);
+        opened.push(source.with_context(|| format!("could not import `{}`", path.display()))?);
     }
-    let sources: Result<Vec<Source>> = sources
-        .iter()
-        .map(|path| {
-            let source = open(path, options);
-            source.with_context(|| format!("could not import `{}`", path.display()))
-        })
-        .collect();
-    let sources = sources?;
-    let schema = unite(&sources, options)?;
-    let writer = Writer::create_file(destination, schema.clone())?;
-    let most = options.max_rows.unwrap_or(usize::MAX);
-    let mut done = 0;
-    let rows = pass_batches(|| first_rows(&sources, most), writer, &mut |batch, made| {
-        done += batch.num_rows();
-        progress(done as u64)?;
-        made.send(fit(&batch, &schema, options)?)
-    })?;
-    let columns = schema
-        .fields()
-        .iter()
-        .map(|field| field.name().clone())
-        .collect();
-    Ok(ImportReport { rows, columns })
-}
-
-/// The names that the canonical columns have in the files.
-fn canonical_names(options: &ImportOptions) -> Vec<String> {
-    let name = |ours: &&str| {
-        options
-            .columns
-            .get(*ours)
-            .cloned()
-            .unwrap_or_else(|| (*ours).to_owned())
+    let Some(first) = opened.first() else {
+        bail!("there is no file to import");
     };
-    CANONICAL.iter().map(name).collect()
-}
-
-/// Our name of a file's column; none when another column was given that name by `columns`.
-fn our_name<'a>(theirs: &'a str, options: &'a ImportOptions) -> Option<&'a str> {
-    let mapped = options.columns.iter().find(|(_, source)| *source == theirs);
-    match mapped {
-        Some((ours, _)) => Some(ours),
-        None if options.columns.contains_key(theirs) => None,
-        None => Some(theirs),
-    }
-}
-
-/// The columns of the new file.
-fn unite(sources: &[Source], options: &ImportOptions) -> Result<SchemaRef> {
-    let mut fields: Vec<Field> = Vec::new();
-    let mut found: Vec<String> = Vec::new();
-    for source in sources {
-        for field in source.schema.fields() {
-            if !found.contains(field.name()) {
-                found.push(field.name().clone());
-            }
-            let Some(name) = our_name(field.name(), options) else {
-                continue;
-            };
-            let data_type = canonical_type(name, field.data_type())
-                .with_context(|| format!("could not import `{}`", source.path.display()))?;
-            match fields.iter_mut().find(|known| known.name() == name) {
-                None => fields.push(Field::new(name, data_type, true)),
-                Some(known) if *known.data_type() == data_type => {}
-                Some(known) if *known.data_type() == DataType::Null => {
-                    *known = Field::new(name, data_type, true);
-                }
-                Some(_) if data_type == DataType::Null => {}
-                Some(known) => bail!(
-                    "the column `{name}` is {} in `{}` and {data_type} in `{}`",
-                    known.data_type(),
-                    sources[0].path.display(),
-                    source.path.display(),
-                ),
-            }
+    let union = Union::of(&opened);
+    let reading = recognise(&union.names(), &options.columns, options.form)
+        .with_context(|| format!("could not import `{}`", first.path.display()))?;
+    let rows = Rows::new(reading, union, options)?;
+    let writer = Writer::create_file(destination, rows.schema().clone())?;
+    let mut left = options.max_rows.unwrap_or(usize::MAX);
+    let mut done = 0;
+    let batches = || {
+        let batches = opened.iter().enumerate().flat_map(|(number, source)| {
+            let mut start = 0;
+            source.batches().map(move |batch| {
+                let batch = batch?;
+                let first_row = start + 1;
+                start += batch.num_rows() as u64;
+                Ok((number, first_row, batch))
+            })
+        });
+        let mut read = 0_usize;
+        let most = options.max_rows.unwrap_or(usize::MAX);
+        // More may be read than are taken where rows are left out.
+        let enough = usize::try_from(options.skip_invalid_rows)
+            .unwrap_or(usize::MAX)
+            .saturating_add(most);
+        batches.take_while(move |batch| {
+            let more = read < enough;
+            read += batch.as_ref().map_or(0, |(_, _, batch)| batch.num_rows());
+            more
+        })
+    };
+    let written = pass_batches(batches, writer, &mut |(number, first_row, batch), made| {
+        if left == 0 {
+            return Ok(());
         }
-    }
-    for theirs in options.columns.values() {
-        ensure!(
-            found.contains(theirs),
-            "`columns` names `{theirs}`, which is not there: found {}",
-            list(&found)
-        );
-    }
-    let usable = fields
-        .iter()
-        .any(|field| CANONICAL[1..].contains(&field.name().as_str()));
-    if !usable {
-        let path = sources
-            .first()
+        let path = opened
+            .get(number)
             .map(|source| source.path.display().to_string())
             .unwrap_or_default();
-        bail!(
-            "`{path}` has no column that can be used: found {}, expected `prompt`, `chosen` and `rejected`, or `messages`; hint: \
-             say which is which, as in `columns: {{prompt: question, chosen: good, rejected: bad}}`",
-            list(&found)
-        );
-    }
-    // A column without any value has no type of its own.
-    let fields: Vec<Field> = fields
-        .into_iter()
-        .map(|field| match field.data_type() {
-            DataType::Null => field.with_data_type(DataType::Utf8),
-            _ => field,
-        })
-        .collect();
-    Ok(Arc::new(Schema::new(fields)))
-}
-
-/// The type under which a column is kept.
-fn canonical_type(name: &str, data_type: &DataType) -> Result<DataType> {
-    let text = |data_type: &DataType| {
-        matches!(
-            data_type,
-            DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View
-        )
-    };
-    let plain = match data_type {
-        other if text(other) => DataType::Utf8,
-        DataType::Dictionary(_, values) if text(values) => DataType::Utf8,
-        other => other.clone(),
-    };
-    if !CANONICAL.contains(&name) || plain == DataType::Null {
-        return Ok(plain);
-    }
-    let messages = match &plain {
-        DataType::List(item) | DataType::LargeList(item) => match item.data_type() {
-            DataType::Struct(fields) => fields.iter().any(|field| field.name() == "role"),
-            DataType::Null => true,
-            _ => false,
-        },
-        _ => false,
-    };
-    match name {
-        "system" => ensure!(
-            plain == DataType::Utf8,
-            "the column `system` holds {plain}: expected text"
-        ),
-        "messages" => ensure!(
-            messages,
-            "the column `messages` holds {plain}: expected lists of messages with `role` and `content`"
-        ),
-        _ => ensure!(
-            messages || plain == DataType::Utf8,
-            "the column `{name}` holds {plain}: expected text, or lists of messages with `role` and `content`"
-        ),
-    }
-    Ok(plain)
-}
-
-/// A batch of a file under our names and types.
-fn fit(batch: &RecordBatch, schema: &SchemaRef, options: &ImportOptions) -> Result<RecordBatch> {
-    let source = batch.schema();
-    let theirs = source.fields().iter().enumerate();
-    let places: HashMap<&str, usize> = theirs
-        .rev()
-        .filter_map(|(place, theirs)| Some((our_name(theirs.name(), options)?, place)))
-        .collect();
-    let columns: Result<Vec<_>> = schema
-        .fields()
-        .iter()
-        .map(|field| {
-            let place = places.get(field.name().as_str());
-            let Some(column) = place.map(|place| batch.column(*place)) else {
-                return Ok(new_null_array(field.data_type(), batch.num_rows()));
-            };
-            if column.data_type() == field.data_type() {
-                return Ok(column.clone());
-            }
-            if column.data_type() == &DataType::Null {
-                return Ok(new_null_array(field.data_type(), batch.num_rows()));
-            }
-            ensure!(
-                can_cast_types(column.data_type(), field.data_type()),
-                "the column `{}` can't be read as {}",
-                field.name(),
-                field.data_type()
-            );
-            Ok(cast(column, field.data_type())?)
-        })
-        .collect();
-    Ok(RecordBatch::try_new(schema.clone(), columns?)?)
-}
-
-fn list<T: AsRef<str>>(names: impl IntoIterator<Item = T>) -> String {
-    let names: Vec<_> = names
-        .into_iter()
-        .map(|name| format!("`{}`", name.as_ref()))
-        .collect();
-    if names.is_empty() {
-        "none".to_owned()
-    } else {
-        names.join(", ")
-    }
-}
-
-/// Whether values of a type fit a canonical column.
-pub(super) fn fits(name: &str, kind: &Kind) -> bool {
-    match (name, kind) {
-        (_, Kind::Null) => true,
-        ("system", kind) => *kind == Kind::Text,
-        ("messages", kind) => kind.is_messages(),
-        (_, kind) => *kind == Kind::Text || kind.is_messages(),
-    }
+        let batch = rows.of(&batch, &path, first_row, left)?;
+        left -= batch.num_rows();
+        done += batch.num_rows() as u64;
+        progress(done)?;
+        made.send(batch)
+    })?;
+    let columns = rows.schema().fields().iter();
+    let columns = columns.map(|field| field.name().clone()).collect();
+    let (told, rows_skipped, skipped) = rows.end();
+    ensure!(
+        written > 0 || skipped.is_empty(),
+        "no row can be used; {}",
+        skipped.first().map_or("", String::as_str)
+    );
+    Ok(ImportReport {
+        rows: written,
+        columns,
+        told,
+        rows_skipped,
+        skipped,
+    })
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! Rows from JSON lines and JSON lists, streamed twice: once for the columns' types, once for the rows.
 
 use std::cell::Cell as Counter;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
@@ -10,170 +10,225 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
 
 use anyhow::{Context as _, Result, anyhow, bail};
-use arrow::array::{ArrayRef, RecordBatch};
-use arrow::datatypes::{Field, Schema};
+use arrow::array::{ArrayRef, RecordBatch, RecordBatchOptions, StringArray};
+use arrow::datatypes::{DataType, Field, Schema};
 use rayon::prelude::*;
-use serde::de::{DeserializeSeed, Deserializer, SeqAccess, Visitor};
+use serde::de::{Deserializer as _, SeqAccess, Visitor};
+use serde_json::value::RawValue;
 
-use super::cell::Cell;
-use super::import::fits;
-use super::kind::{Kind, Lookup};
+use super::cell::{Cell, reason};
+use super::kind::Kind;
 use super::size::{BATCH_BYTES, LONGEST_ROW, MOST_FIELDS};
 use super::table::BATCH_ROWS;
+use row::{DEEPEST_JSON, Lookup, Parsed, Row, WithoutNan, too_deep, without_nan};
+
+mod row;
 
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 /// Lines are parsed together until they have so many bytes.
 const BLOCK_BYTES: usize = 8 << 20;
 
-/// Columns in the order in which they first appear.
-pub(super) type Columns = Vec<(String, Kind)>;
-
-/// Whether the file's first character begins a list. Many files called `.json` hold JSON lines.
-pub(super) fn is_list(path: &Path) -> Result<bool> {
-    let mut first = [0; 256];
-    let count = File::open(path)?.read(&mut first)?;
-    let text = first.get(..count).unwrap_or_default();
-    let text = text.strip_prefix(BYTE_ORDER_MARK).unwrap_or(text);
-    Ok(text.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'['))
+/// The name of the column that says of a row that can't be read why not. No JSON key or header is likely to be called so, and one
+/// that is would only make its row invalid.
+pub(super) const BROKEN: &str = "\u{0}broken";
+/// How the rows of a file are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Layout {
+    /// One object a line.
+    Lines,
+    /// One list of objects.
+    List,
+    /// Objects one behind the other, over as many lines as they like.
+    Objects,
 }
 
-/// Reads the whole file for its columns. `canonical` are the names that must hold text or messages.
+/// What a file holds.
+#[derive(Debug)]
+pub(super) struct Columns {
+    /// In the order in which they first appear.
+    pub(super) columns: Vec<(String, Kind)>,
+    /// The columns that hold NaN or an infinity, and the first row that does.
+    pub(super) not_finite: BTreeMap<String, u64>,
+    /// The rows that can't be read.
+    pub(super) broken: u64,
+}
+
+/// How a file that is called JSON is written. Many files called `.json` hold JSON lines, and the other way round.
+pub(super) fn layout(path: &Path) -> Result<Layout> {
+    let mut reader = open(path)?;
+    let start = skip_mark(&mut reader)?;
+    if start.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'[') {
+        return Ok(Layout::List);
+    }
+    let mut block = Block::default();
+    block.read(&mut reader, "", 1)?;
+    let first = block.texts().first().map(|(_, text)| text.to_vec());
+    // An object that goes on in the next line.
+    let goes_on = first.is_some_and(|line| {
+        serde_json::from_slice::<Parsed>(&line).is_err_and(|error| error.is_eof())
+    });
+    Ok(if goes_on {
+        Layout::Objects
+    } else {
+        Layout::Lines
+    })
+}
+
+/// Reads the whole file, or the first `max_rows`, for its columns. Up to `skip` rows may be broken.
 pub(super) fn columns(
     path: &Path,
-    as_list: bool,
+    layout: Layout,
     max_rows: Option<usize>,
-    canonical: &[String],
+    skip: u64,
 ) -> Result<Columns> {
-    let mut columns: Columns = Vec::new();
+    let mut columns: Vec<(String, Kind)> = Vec::new();
     let mut places: HashMap<String, usize> = HashMap::new();
-    let ours: HashMap<&str, &str> = canonical
-        .iter()
-        .map(String::as_str)
-        .zip(super::import::CANONICAL)
-        .collect();
+    let mut not_finite = BTreeMap::new();
     let mut left = max_rows.unwrap_or(usize::MAX);
-    let mut width = 0_usize;
+    let mut broken = 0;
     // Values are only needed for their types, and are dropped where they were read.
-    let kinds = |row: Cell| match row {
-        Cell::Map(entries) => Ok(entries
-            .into_iter()
-            .map(|(name, value)| (name, Kind::of(&value)))
-            .collect::<Vec<_>>()),
-        row => Err(row.noun()),
+    let kinds = |row: Row| {
+        let kinds = row.values.iter().map(|(name, value)| {
+            let text = value.get();
+            if too_deep(text) {
+                bail!("the column `{name}` is nested more than {DEEPEST_JSON} levels deep");
+            }
+            if text.contains("\\u") {
+                Cell::parse(text).with_context(|| format!("the column `{name}` can't be read"))?;
+            }
+            Ok((name.clone(), Kind::of(value)))
+        });
+        let kinds = kinds.collect::<Result<Vec<_>>>()?;
+        Ok((kinds, row.not_finite))
     };
-    rows(path, as_list, &kinds, &mut |row, place| {
-        let entries =
-            row.map_err(|noun| anyhow!("{place}: expected an object with columns, found {noun}"))?;
-        for (name, kind) in entries {
-            let index = if let Some(index) = places.get(&name) {
-                *index
-            } else {
-                columns.push((name.clone(), Kind::Null));
-                width += 1;
-                places.insert(name.clone(), columns.len() - 1);
-                columns.len() - 1
-            };
-            let Some((_, known)) = columns.get_mut(index) else {
-                continue;
-            };
-            if *known == kind && width <= MOST_FIELDS {
+    rows(path, layout, &kinds, &mut |row, place| {
+        let (kinds, odd) = match row {
+            Ok(row) => row,
+            Err(_) if broken < skip => {
+                broken += 1;
+                return Ok(true);
+            }
+            Err(error) => return Err(error),
+        };
+        for (name, kind) in kinds {
+            if let Some((_, known)) = places.get(&name).and_then(|at| columns.get_mut(*at)) {
+                *known = known.merge(kind);
                 continue;
             }
-            let before = known.clone();
-            *known = before.clone().merge(kind.clone());
-            width = width
-                .saturating_add(known.columns())
-                .saturating_sub(before.columns());
-            if width > MOST_FIELDS {
+            if columns.len() == MOST_FIELDS {
                 bail!(
-                    "{place}: the rows up to this one have more than {MOST_FIELDS} columns and fields of objects, which each become a \
-                     column; hint: leave out those that no stage needs, or write such an object as text"
+                    "{place}: the rows up to this one have more than {MOST_FIELDS} columns; hint: leave out those that no stage needs, or \
+                     keep them in an object"
                 );
             }
-            let Some(ours) = ours.get(name.as_str()) else {
-                continue;
-            };
-            if fits(ours, known) {
-                continue;
-            }
-            let holds = kind.noun();
-            if fits(ours, &before) && fits(ours, &kind) {
-                bail!(
-                    "{place}: the column `{name}` holds {holds}, unlike the rows before: expected the same in every row"
-                );
-            }
-            let expected = match *ours {
-                "system" => "text",
-                "messages" => "a list of messages with `role` and `content`",
-                _ => "text, or a list of messages with `role` and `content`",
-            };
-            bail!("{place}: the column `{name}` holds {holds}: expected {expected}");
+            places.insert(name.clone(), columns.len());
+            columns.push((name, kind));
+        }
+        for name in odd {
+            not_finite.entry(name).or_insert(place.row);
         }
         left = left.saturating_sub(1);
         Ok(left > 0)
     })?;
-    Ok(columns)
+    Ok(Columns {
+        columns,
+        not_finite,
+        broken,
+    })
+}
+
+/// The fields of a file's rows, and, where some can't be read, the one that says why.
+pub(super) fn fields(columns: &Columns) -> Vec<Field> {
+    let known = columns.columns.iter();
+    let mut fields: Vec<Field> = known.map(|(name, kind)| kind.field(name)).collect();
+    if columns.broken > 0 {
+        fields.push(Field::new(BROKEN, DataType::Utf8, true));
+    }
+    fields
 }
 
 /// The rows as batches. They are read on a thread of their own, which ends when the iterator is dropped.
 pub(super) fn batches(
     path: &Path,
-    as_list: bool,
+    layout: Layout,
     columns: Arc<Columns>,
 ) -> Result<Box<dyn Iterator<Item = Result<RecordBatch>>>> {
-    let (sender, receiver) = sync_channel::<Result<Vec<Cell>>>(2);
+    let (sender, receiver) = sync_channel::<Result<Vec<Result<Row, String>>>>(2);
     let path = path.to_owned();
+    let skips = columns.broken > 0;
     std::thread::Builder::new()
         .name("json".to_owned())
         .spawn(move || {
             let mut pending = Vec::with_capacity(BATCH_ROWS);
             let mut bytes = 0;
-            let sized = |row: Cell| (row.bytes() as u64, row);
-            let read = rows(&path, as_list, &sized, &mut |(size, row), _| {
+            let keep = |row: Row| Ok(row);
+            let read = rows(&path, layout, &keep, &mut |row, _| {
+                let row = match row {
+                    Ok(row) => Ok(row),
+                    Err(error) if skips => Err(format!("{error:#}")),
+                    Err(error) => return Err(error),
+                };
+                bytes += row.as_ref().map_or(0, Row::bytes);
                 pending.push(row);
-                bytes += size;
                 if pending.len() < BATCH_ROWS && bytes < BATCH_BYTES {
                     return Ok(true);
                 }
                 bytes = 0;
                 Ok(sender.send(Ok(std::mem::take(&mut pending))).is_ok())
             });
-            let last = read.map(|()| pending);
             // Nobody listening is no reason to complain.
-            let _ = sender.send(last);
+            let _ = sender.send(Ok(pending));
+            if let Err(error) = read {
+                let _ = sender.send(Err(error));
+            }
         })?;
     Ok(Box::new(receive(receiver, columns)))
 }
 
 fn receive(
-    receiver: Receiver<Result<Vec<Cell>>>,
+    receiver: Receiver<Result<Vec<Result<Row, String>>>>,
     columns: Arc<Columns>,
 ) -> impl Iterator<Item = Result<RecordBatch>> {
+    let schema = Arc::new(Schema::new(fields(&columns)));
     receiver.into_iter().map(move |rows| {
         let rows = rows?;
-        let mut fields = Vec::with_capacity(columns.len());
-        let mut arrays: Vec<ArrayRef> = Vec::with_capacity(columns.len());
-        let named: Vec<Lookup<'_>> = rows.iter().map(Lookup::of).collect();
-        for (name, kind) in columns.iter() {
-            let cells: Vec<&Cell> = named.iter().map(|row| row.get(name)).collect();
-            fields.push(Field::new(name, kind.data_type(), true));
-            arrays.push(kind.build(&cells)?);
+        let named: Vec<_> = rows
+            .iter()
+            .map(|row| Lookup::of(row.as_ref().ok()))
+            .collect();
+        let mut arrays: Vec<ArrayRef> = Vec::with_capacity(schema.fields().len());
+        for (name, kind) in &columns.columns {
+            let values: Vec<Option<&RawValue>> = named.iter().map(|row| row.get(name)).collect();
+            arrays.push(kind.build(&values)?);
         }
-        Ok(RecordBatch::try_new(Arc::new(Schema::new(fields)), arrays)?)
+        if columns.broken > 0 {
+            let reasons = rows.iter().map(|row| row.as_ref().err());
+            arrays.push(Arc::new(reasons.collect::<StringArray>()));
+        }
+        let options = RecordBatchOptions::new().with_row_count(Some(rows.len()));
+        Ok(RecordBatch::try_new_with_options(
+            schema.clone(),
+            arrays,
+            &options,
+        )?)
     })
 }
 
 /// Where a row stands, for messages.
 struct Place<'a> {
     file: &'a str,
-    number: u64,
-    is_line: bool,
+    /// Counted from 1, blank lines left out.
+    row: u64,
+    line: Option<u64>,
 }
 
 impl fmt::Display for Place<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let between = if self.is_line { ":" } else { ": row " };
-        write!(f, "{}{between}{}", self.file, self.number)
+        match self.line {
+            Some(line) if line != self.row => write!(f, "{}:{line}: row {}", self.file, self.row),
+            Some(line) => write!(f, "{}:{line}", self.file),
+            None => write!(f, "{}: row {}", self.file, self.row),
+        }
     }
 }
 
@@ -181,18 +236,30 @@ impl fmt::Display for Place<'_> {
 /// given to `of` on all cores.
 fn rows<T: Send>(
     path: &Path,
-    as_list: bool,
-    of: &(dyn Fn(Cell) -> T + Sync),
-    each: &mut dyn FnMut(T, &Place<'_>) -> Result<bool>,
+    layout: Layout,
+    of: &(dyn Fn(Row) -> Result<T> + Sync),
+    each: &mut dyn FnMut(Result<T>, &Place<'_>) -> Result<bool>,
 ) -> Result<()> {
-    let file = File::open(path).with_context(|| format!("could not read `{}`", path.display()))?;
-    let reader = BufReader::with_capacity(1 << 20, file);
+    let reader = open(path)?;
     let name = path.display().to_string();
-    if as_list {
-        list(reader, &name, &mut |row, place| each(of(row), place))
-    } else {
-        lines(reader, &name, of, each)
+    match layout {
+        Layout::Lines => lines(reader, &name, of, each),
+        Layout::List => list(reader, &name, of, each),
+        Layout::Objects => objects(reader, &name, of, each),
     }
+}
+
+fn open(path: &Path) -> Result<impl BufRead + Send + use<>> {
+    let file = File::open(path).with_context(|| format!("could not read `{}`", path.display()))?;
+    Ok(BufReader::with_capacity(1 << 20, file))
+}
+
+/// Skips a byte order mark, and shows what is behind it.
+fn skip_mark(reader: &mut impl BufRead) -> std::io::Result<&[u8]> {
+    if reader.fill_buf()?.starts_with(BYTE_ORDER_MARK) {
+        reader.consume(BYTE_ORDER_MARK.len());
+    }
+    reader.fill_buf()
 }
 
 /// Lines of a file that are parsed together.
@@ -206,10 +273,10 @@ struct Block {
 
 impl Block {
     /// Reads the next lines; false at the end of the file.
-    fn read(&mut self, reader: &mut impl BufRead, name: &str) -> Result<bool> {
+    fn read(&mut self, reader: &mut impl BufRead, name: &str, most: usize) -> Result<bool> {
         self.bytes.clear();
         self.lines.clear();
-        while self.lines.len() < BATCH_ROWS && self.bytes.len() < BLOCK_BYTES {
+        while self.lines.len() < most && self.bytes.len() < BLOCK_BYTES {
             let start = self.bytes.len();
             let number = self.last_number + 1;
             let count = (&mut *reader)
@@ -253,24 +320,30 @@ impl Block {
 fn lines<T: Send>(
     mut reader: impl BufRead,
     name: &str,
-    of: &(dyn Fn(Cell) -> T + Sync),
-    each: &mut dyn FnMut(T, &Place<'_>) -> Result<bool>,
+    of: &(dyn Fn(Row) -> Result<T> + Sync),
+    each: &mut dyn FnMut(Result<T>, &Place<'_>) -> Result<bool>,
 ) -> Result<()> {
     let mut block = Block::default();
-    while block.read(&mut reader, name)? {
+    let mut number = 0;
+    while block.read(&mut reader, name, BATCH_ROWS)? {
         let parsed: Vec<(u64, Result<T>)> = block
             .texts()
             .into_par_iter()
             .with_min_len(32)
-            .map(|(number, text)| (number, line(text, name, number).map(of)))
+            .map(|(line_number, text)| {
+                let at = || format!("{name}:{line_number}");
+                let row = line(text, name, line_number);
+                (line_number, row.and_then(|row| of(row).with_context(at)))
+            })
             .collect();
-        for (number, row) in parsed {
+        for (line, row) in parsed {
+            number += 1;
             let place = Place {
                 file: name,
-                number,
-                is_line: true,
+                row: number,
+                line: Some(line),
             };
-            if !each(row?, &place)? {
+            if !each(row, &place)? {
                 return Ok(());
             }
         }
@@ -278,45 +351,46 @@ fn lines<T: Send>(
     Ok(())
 }
 
-fn line(text: &[u8], name: &str, number: u64) -> Result<Cell> {
-    serde_json::from_slice(text).map_err(|error| {
-        let text = String::from_utf8_lossy(text);
-        let shown: String = text.trim_end().chars().take(80).collect();
-        anyhow!(
-            "{name}:{number}:{}: this line is no JSON: {}\n  {shown}",
-            error.column(),
-            reason(&error)
-        )
-    })
+fn line(text: &[u8], name: &str, number: u64) -> Result<Row> {
+    let at = || format!("{name}:{number}");
+    let error = match serde_json::from_slice::<Parsed>(text) {
+        Ok(parsed) => return parsed.row().with_context(at),
+        Err(error) => error,
+    };
+    let marked = without_nan(text).and_then(|text| serde_json::from_slice::<Parsed>(&text).ok());
+    if let Some(parsed) = marked {
+        return parsed.marked_row().with_context(at);
+    }
+    let text = String::from_utf8_lossy(text);
+    let shown: String = text.trim_end().chars().take(80).collect();
+    Err(anyhow!(
+        "{name}:{number}:{}: this line is no JSON: {}\n  {shown}",
+        error.column(),
+        reason(&error)
+    ))
 }
 
-/// Serde's sentence without its own place, which would say "line 1" of every line.
-fn reason(error: &serde_json::Error) -> String {
-    let text = error.to_string();
-    text.rsplit_once(" at line ")
-        .map_or(text.clone(), |(reason, _)| reason.to_owned())
-}
-
-fn list(
+fn list<T>(
     mut reader: impl BufRead,
     name: &str,
-    each: &mut dyn FnMut(Cell, &Place<'_>) -> Result<bool>,
+    of: &dyn Fn(Row) -> Result<T>,
+    each: &mut dyn FnMut(Result<T>, &Place<'_>) -> Result<bool>,
 ) -> Result<()> {
-    let start = reader.fill_buf()?;
-    if start.starts_with(BYTE_ORDER_MARK) {
-        reader.consume(BYTE_ORDER_MARK.len());
-    }
+    skip_mark(&mut reader)?;
     let mut outcome = Ok(());
     let mut stopped = false;
     let left = Counter::new(LONGEST_ROW);
     let mut deserializer = serde_json::Deserializer::from_reader(Metered {
-        inner: reader,
+        inner: WithoutNan::new(reader),
         left: &left,
     });
     let visitor = Rows {
         name,
         left: &left,
-        each,
+        each: &mut |row, place| {
+            let at = || place.to_string();
+            each(row.marked_row().and_then(of).with_context(at), place)
+        },
         outcome: &mut outcome,
         stopped: &mut stopped,
     };
@@ -327,14 +401,45 @@ fn list(
     if stopped {
         return Ok(());
     }
-    read.map_err(|error| {
-        anyhow!(
-            "{name}:{}:{}: this is no JSON: {}",
-            error.line(),
-            error.column(),
-            reason(&error)
-        )
-    })
+    read.map_err(|error| no_json(name, &error))
+}
+
+fn objects<T>(
+    mut reader: impl BufRead,
+    name: &str,
+    of: &dyn Fn(Row) -> Result<T>,
+    each: &mut dyn FnMut(Result<T>, &Place<'_>) -> Result<bool>,
+) -> Result<()> {
+    skip_mark(&mut reader)?;
+    let left = Counter::new(LONGEST_ROW);
+    let reader = Metered {
+        inner: WithoutNan::new(reader),
+        left: &left,
+    };
+    let parsed = serde_json::Deserializer::from_reader(reader).into_iter::<Parsed>();
+    for (number, parsed) in (1..).zip(parsed) {
+        left.set(LONGEST_ROW);
+        let place = Place {
+            file: name,
+            row: number,
+            line: None,
+        };
+        let parsed = parsed.map_err(|error| no_json(name, &error))?;
+        let row = parsed.marked_row().and_then(of);
+        if !each(row.with_context(|| place.to_string()), &place)? {
+            return Ok(());
+        }
+    }
+    Ok(())
+}
+
+fn no_json(name: &str, error: &serde_json::Error) -> anyhow::Error {
+    anyhow!(
+        "{name}:{}:{}: this is no JSON: {}",
+        error.line(),
+        error.column(),
+        reason(error)
+    )
 }
 
 /// A reader that ends with an error when too much is read of it at once.
@@ -359,7 +464,7 @@ impl<R: Read> Read for Metered<'_, R> {
 struct Rows<'a> {
     name: &'a str,
     left: &'a Counter<usize>,
-    each: &'a mut dyn FnMut(Cell, &Place<'_>) -> Result<bool>,
+    each: &'a mut dyn FnMut(Parsed, &Place<'_>) -> Result<bool>,
     outcome: &'a mut Result<()>,
     stopped: &'a mut bool,
 }
@@ -373,13 +478,13 @@ impl<'de> Visitor<'de> for Rows<'_> {
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut access: A) -> Result<(), A::Error> {
         let mut number = 0_u64;
-        while let Some(row) = access.next_element_seed(CellSeed)? {
+        while let Some(row) = access.next_element()? {
             number += 1;
             self.left.set(LONGEST_ROW);
             let place = Place {
                 file: self.name,
-                number,
-                is_line: false,
+                row: number,
+                line: None,
             };
             match (self.each)(row, &place) {
                 Ok(true) => {}
@@ -394,15 +499,5 @@ impl<'de> Visitor<'de> for Rows<'_> {
             }
         }
         Ok(())
-    }
-}
-
-struct CellSeed;
-
-impl<'de> DeserializeSeed<'de> for CellSeed {
-    type Value = Cell;
-
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Cell, D::Error> {
-        serde::Deserialize::deserialize(deserializer)
     }
 }

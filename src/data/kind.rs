@@ -1,20 +1,17 @@
-//! Column types found by looking at values, and Arrow arrays built from values of such a type.
+//! Column types found by looking at values, and Arrow arrays built from values of such a type. Only plain values have types of
+//! their own: whatever has parts, and whatever differs between rows, stays JSON as it was written.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
-use anyhow::Result;
-use arrow::array::{
-    ArrayRef, BooleanArray, Float64Array, Int64Array, ListArray, NullArray, StringArray,
-    StructArray,
-};
-use arrow::buffer::{NullBuffer, OffsetBuffer};
-use arrow::datatypes::{DataType, Field, Fields};
+use anyhow::{Result, anyhow};
+use arrow::array::{ArrayRef, BooleanArray, Float64Array, Int64Array, NullArray, StringBuilder};
+use arrow::datatypes::{DataType, Field};
+use serde_json::value::RawValue;
 
-use super::cell::Cell;
+use super::cell::{json_field, reason};
 
 /// The type that all values of a column share.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
     /// Only null so far.
     Null,
@@ -22,298 +19,144 @@ pub(super) enum Kind {
     Int,
     Float,
     Text,
-    List(Box<Kind>),
-    Map(Vec<(String, Kind)>),
-    /// Values that don't agree, kept as JSON text.
+    /// Lists, objects, and values that don't agree.
     Json,
 }
 
 impl Kind {
-    pub(super) fn of(cell: &Cell) -> Self {
-        match cell {
-            Cell::Null => Self::Null,
-            Cell::Bool(_) => Self::Bool,
-            Cell::Int(_) => Self::Int,
-            Cell::Float(_) => Self::Float,
-            Cell::Text(_) => Self::Text,
-            Cell::List(items) => {
-                let kind = items
-                    .iter()
-                    .fold(Self::Null, |kind, item| kind.merge(Self::of(item)));
-                Self::List(Box::new(kind))
-            }
-            Cell::Map(entries) => Self::Map(
-                entries
-                    .iter()
-                    .map(|(name, value)| (name.clone(), Self::of(value)))
-                    .collect(),
-            ),
+    pub(super) fn of(value: &RawValue) -> Self {
+        let text = value.get();
+        match text.as_bytes().first() {
+            Some(b'n') | None => Self::Null,
+            Some(b't' | b'f') => Self::Bool,
+            Some(b'"') => Self::Text,
+            Some(b'[' | b'{') => Self::Json,
+            Some(_) if text.contains(['.', 'e', 'E']) => Self::Float,
+            Some(_) if text.parse::<i64>().is_ok() => Self::Int,
+            Some(_) => Self::Json,
         }
     }
 
-    /// How many columns it takes, nested ones included.
-    pub(super) fn columns(&self) -> usize {
-        match self {
-            Self::List(item) => item.columns(),
-            Self::Map(entries) => entries.iter().map(|(_, kind)| kind.columns()).sum(),
-            _ => 1,
-        }
-    }
-
-    /// The noun for messages, as [`Cell::noun`] has it for a value of this type.
-    pub(super) fn noun(&self) -> &'static str {
-        match self {
-            Self::Null => "null",
-            Self::Bool => "a boolean",
-            Self::Int | Self::Float => "a number",
-            Self::Text | Self::Json => "text",
-            Self::List(_) => "a list",
-            Self::Map(_) => "an object",
-        }
-    }
-
-    /// The type of a column that holds both; [`Kind::Json`] when nothing closer fits.
+    /// The type of a column that holds both.
     pub(super) fn merge(self, other: Self) -> Self {
         match (self, other) {
             (Self::Null, kind) | (kind, Self::Null) => kind,
-            (Self::Int, Self::Float) | (Self::Float, Self::Int) => Self::Float,
-            (Self::List(a), Self::List(b)) => Self::List(Box::new(a.merge(*b))),
-            (Self::Map(mut a), Self::Map(b)) => {
-                for (place, (name, kind)) in b.into_iter().enumerate() {
-                    // Most objects have their keys in one order.
-                    let same = a.get(place).is_some_and(|(earlier, _)| *earlier == name);
-                    let found = if same {
-                        Some(place)
-                    } else {
-                        a.iter().position(|(earlier, _)| *earlier == name)
-                    };
-                    match found.and_then(|place| a.get_mut(place)) {
-                        Some(entry) => {
-                            let earlier = std::mem::replace(&mut entry.1, Self::Null);
-                            entry.1 = earlier.merge(kind);
-                        }
-                        None => a.push((name, kind)),
-                    }
-                }
-                Self::Map(a)
-            }
             (a, b) if a == b => a,
             _ => Self::Json,
         }
     }
 
-    /// Whether this is a list of messages (objects with a `role`), or may become one.
-    pub(super) fn is_messages(&self) -> bool {
-        match self {
-            Self::List(item) => match item.as_ref() {
-                Self::Null => true,
-                Self::Map(entries) => entries.iter().any(|(name, _)| name == "role"),
-                _ => false,
-            },
-            _ => false,
-        }
-    }
-
-    pub(super) fn data_type(&self) -> DataType {
-        match self {
+    pub(super) fn field(self, name: &str) -> Field {
+        let data_type = match self {
             Self::Null => DataType::Null,
             Self::Bool => DataType::Boolean,
             Self::Int => DataType::Int64,
             Self::Float => DataType::Float64,
-            Self::Text | Self::Json => DataType::Utf8,
-            Self::List(item) => DataType::List(item_field(item)),
-            // Parquet has no type for an object without fields.
-            Self::Map(entries) if entries.is_empty() => DataType::Utf8,
-            Self::Map(entries) => DataType::Struct(fields(entries)),
-        }
-    }
-
-    /// An array of this type. Values that don't fit become null, which can't happen when the type was merged from them.
-    pub(super) fn build(&self, cells: &[&Cell]) -> Result<ArrayRef> {
-        Ok(match self {
-            Self::Null => Arc::new(NullArray::new(cells.len())),
-            Self::Bool => {
-                let value = |cell: &&Cell| match cell {
-                    Cell::Bool(value) => Some(*value),
-                    _ => None,
-                };
-                Arc::new(cells.iter().map(value).collect::<BooleanArray>())
-            }
-            Self::Int => {
-                let value = |cell: &&Cell| match cell {
-                    Cell::Int(value) => Some(*value),
-                    _ => None,
-                };
-                Arc::new(cells.iter().map(value).collect::<Int64Array>())
-            }
-            Self::Float => {
-                let value = |cell: &&Cell| match cell {
-                    Cell::Float(value) => Some(*value),
-                    Cell::Int(value) => Some(*value as f64),
-                    _ => None,
-                };
-                Arc::new(cells.iter().map(value).collect::<Float64Array>())
-            }
-            Self::Text => {
-                let texts = cells.iter().map(|cell| match cell {
-                    Cell::Text(value) => Some(value.as_str()),
-                    _ => None,
-                });
-                Arc::new(texts.collect::<StringArray>())
-            }
-            Self::Json => json_texts(cells)?,
-            Self::Map(entries) if entries.is_empty() => json_texts(cells)?,
-            Self::List(item) => {
-                let items = |cell: &Cell| match cell {
-                    Cell::List(items) => items.len(),
-                    _ => 0,
-                };
-                let offsets = OffsetBuffer::from_lengths(cells.iter().map(|cell| items(cell)));
-                let flat: Vec<&Cell> = cells
-                    .iter()
-                    .flat_map(|cell| match cell {
-                        Cell::List(items) => items.as_slice(),
-                        _ => &[],
-                    })
-                    .collect();
-                let nulls = nulls(cells, |cell| matches!(cell, Cell::List(_)));
-                Arc::new(ListArray::try_new(
-                    item_field(item),
-                    offsets,
-                    item.build(&flat)?,
-                    nulls,
-                )?)
-            }
-            Self::Map(entries) => {
-                let rows: Vec<Lookup<'_>> = cells.iter().map(|cell| Lookup::of(cell)).collect();
-                let columns: Result<Vec<ArrayRef>> = entries
-                    .iter()
-                    .map(|(name, kind)| {
-                        let values: Vec<&Cell> = rows.iter().map(|row| row.get(name)).collect();
-                        kind.build(&values)
-                    })
-                    .collect();
-                let nulls = nulls(cells, |cell| matches!(cell, Cell::Map(_)));
-                Arc::new(StructArray::try_new(fields(entries), columns?, nulls)?)
-            }
-        })
-    }
-}
-
-/// The fields of a value, to be looked up one after the other.
-pub(super) enum Lookup<'a> {
-    Few(&'a Cell),
-    Many(HashMap<&'a str, &'a Cell>),
-}
-
-impl<'a> Lookup<'a> {
-    pub(super) fn of(cell: &'a Cell) -> Self {
-        match cell {
-            Cell::Map(entries) if entries.len() > 32 => {
-                let entries = entries.iter();
-                Self::Many(
-                    entries
-                        .map(|(name, value)| (name.as_str(), value))
-                        .collect(),
-                )
-            }
-            cell => Self::Few(cell),
-        }
-    }
-
-    /// The field called `name`, or null.
-    pub(super) fn get(&self, name: &str) -> &'a Cell {
-        let found = match self {
-            Self::Few(cell) => cell.get(name),
-            Self::Many(entries) => entries.get(name).copied(),
+            Self::Text => DataType::Utf8,
+            Self::Json => return json_field(name),
         };
-        found.unwrap_or(&Cell::Null)
+        Field::new(name, data_type, true)
+    }
+
+    /// An array of this type; null stands where there is no value. Every value must be of this type or null.
+    pub(super) fn build(self, values: &[Option<&RawValue>]) -> Result<ArrayRef> {
+        fn present<'a>(value: &Option<&'a RawValue>) -> Option<&'a str> {
+            value.map(RawValue::get).filter(|text| *text != "null")
+        }
+        let texts = values.iter().map(present);
+        Ok(match self {
+            Self::Null => Arc::new(NullArray::new(values.len())),
+            Self::Bool => {
+                let values = texts.map(|text| text.map(|text| text == "true"));
+                Arc::new(values.collect::<BooleanArray>())
+            }
+            Self::Int => Arc::new(parsed(texts)?.into_iter().collect::<Int64Array>()),
+            Self::Float => Arc::new(parsed(texts)?.into_iter().collect::<Float64Array>()),
+            Self::Text => {
+                let bytes = texts.clone().flatten().map(str::len).sum();
+                let mut column = StringBuilder::with_capacity(values.len(), bytes);
+                for text in texts {
+                    match text {
+                        None => column.append_null(),
+                        Some(text) => column.append_value(plain(text)?),
+                    }
+                }
+                Arc::new(column.finish())
+            }
+            Self::Json => {
+                let bytes = texts.clone().flatten().map(str::len).sum();
+                let mut column = StringBuilder::with_capacity(values.len(), bytes);
+                for text in texts {
+                    column.append_option(text);
+                }
+                Arc::new(column.finish())
+            }
+        })
     }
 }
 
-fn json_texts(cells: &[&Cell]) -> Result<ArrayRef> {
-    let texts: Result<Vec<Option<String>>> = cells
-        .iter()
-        .map(|cell| match cell {
-            Cell::Null => Ok(None),
-            Cell::Text(text) => Ok(Some(text.clone())),
-            other => Ok(Some(serde_json::to_string(other)?)),
-        })
-        .collect();
-    Ok(Arc::new(StringArray::from(texts?)))
+/// The text that a JSON string stands for.
+pub(super) fn plain(text: &str) -> Result<std::borrow::Cow<'_, str>> {
+    let inner = text
+        .strip_prefix('"')
+        .and_then(|text| text.strip_suffix('"'))
+        .filter(|text| !text.contains('\\'));
+    match inner {
+        Some(inner) => Ok(inner.into()),
+        None => serde_json::from_str::<String>(text)
+            .map(Into::into)
+            .map_err(|error| anyhow!("a text can't be read: {}", reason(&error))),
+    }
 }
 
-fn item_field(item: &Kind) -> Arc<Field> {
-    Arc::new(Field::new_list_field(item.data_type(), true))
-}
-
-fn fields(entries: &[(String, Kind)]) -> Fields {
-    entries
-        .iter()
-        .map(|(name, kind)| Field::new(name, kind.data_type(), true))
+fn parsed<'a, T: serde::Deserialize<'a>>(
+    texts: impl Iterator<Item = Option<&'a str>>,
+) -> Result<Vec<Option<T>>> {
+    texts
+        .map(|text| Ok(text.map(serde_json::from_str).transpose()?))
         .collect()
-}
-
-fn nulls(cells: &[&Cell], present: impl Fn(&Cell) -> bool) -> Option<NullBuffer> {
-    let valid: Vec<bool> = cells.iter().map(|cell| present(cell)).collect();
-    valid.contains(&false).then(|| NullBuffer::from(valid))
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::cell::Cell;
     use super::*;
 
-    fn cells(texts: &[&str]) -> Vec<Cell> {
+    fn raw(texts: &[&str]) -> Vec<Box<RawValue>> {
         texts
             .iter()
-            .map(|text| serde_json::from_str(text).unwrap())
+            .map(|text| RawValue::from_string((*text).to_owned()).unwrap())
             .collect()
     }
 
-    #[test]
-    fn values_survive_the_way_through_arrow() {
-        let rows = cells(&[
-            r#"{"a": [1, 2.5], "b": {"c": "x"}, "d": [{"role": "user", "content": "é"}]}"#,
-            r#"{"a": null, "b": {"c": null, "e": true}, "d": []}"#,
-        ]);
-        let kind = rows
+    fn kind(values: &[Box<RawValue>]) -> Kind {
+        values
             .iter()
-            .fold(Kind::Null, |kind, row| kind.merge(Kind::of(row)));
-        let array = kind.build(&rows.iter().collect::<Vec<_>>()).unwrap();
-        let back: Vec<String> = (0..2)
-            .map(|row| {
-                let cell = Cell::from_arrow(&array, row).unwrap();
-                serde_json::to_string(&cell).unwrap()
-            })
-            .collect();
-        assert_eq!(
-            back,
-            [
-                r#"{"a":[1.0,2.5],"b":{"c":"x","e":null},"d":[{"role":"user","content":"é"}]}"#,
-                r#"{"a":null,"b":{"c":null,"e":true},"d":[]}"#,
-            ]
-        );
+            .fold(Kind::Null, |kind, value| kind.merge(Kind::of(value)))
     }
 
     #[test]
-    fn values_that_do_not_agree_are_kept_as_json_text() {
-        let rows = cells(&["1", r#""one""#, r#"{"n": 1}"#]);
-        let kind = rows
-            .iter()
-            .fold(Kind::Null, |kind, row| kind.merge(Kind::of(row)));
-        assert_eq!(kind, Kind::Json);
-        let array = kind.build(&rows.iter().collect::<Vec<_>>()).unwrap();
-        assert_eq!(
-            Cell::from_arrow(&array, 2).unwrap(),
-            Cell::Text(r#"{"n":1}"#.into())
-        );
-    }
-
-    #[test]
-    fn messages_are_lists_of_objects_with_a_role() {
-        let kind = |text| Kind::of(&serde_json::from_str(text).unwrap());
-        assert!(kind(r#"[{"role": "user", "content": "x"}]"#).is_messages());
-        assert!(!kind(r#"[{"from": "human"}]"#).is_messages());
-        assert!(!kind(r#"["x"]"#).is_messages());
+    fn values_of_a_column_come_back_as_they_were_written() {
+        for (texts, expected) in [
+            (vec!["1", "null", "-3"], Kind::Int),
+            (vec!["1.5", "1e300"], Kind::Float),
+            (vec!["1", "1.0"], Kind::Json),
+            (vec!["18446744073709551616"], Kind::Json),
+            (vec!["true", "null", "false"], Kind::Bool),
+            (vec![r#""a\n\u00e9""#, r#""""#, "null"], Kind::Text),
+            (
+                vec!["\"pear\"", "[1, 2.5, true]", r#"{"z": {}, "a": null}"#],
+                Kind::Json,
+            ),
+        ] {
+            let values = raw(&texts);
+            assert_eq!(kind(&values), expected, "{texts:?}");
+            let some: Vec<Option<&RawValue>> = values.iter().map(|value| Some(&**value)).collect();
+            let array = expected.build(&some).unwrap();
+            for (row, text) in texts.iter().enumerate() {
+                let cell = Cell::of_column(&expected.field("x"), &array, row).unwrap();
+                assert_eq!(cell, Cell::parse(text).unwrap());
+            }
+        }
     }
 }

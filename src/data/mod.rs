@@ -5,9 +5,12 @@
 
 pub mod cell;
 mod csv;
+mod expression;
+mod forms;
 pub mod import;
 mod json;
 mod kind;
+mod messages;
 pub mod show;
 mod size;
 pub mod table;

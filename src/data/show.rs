@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::Result;
 use serde::Serialize;
 
-use super::cell::Cell;
+use super::cell::{Cell, is_json};
 use super::table::{Split, splits};
 
 /// What a folder of splits holds.
@@ -37,7 +37,13 @@ pub fn summary(folder: &Path) -> Result<Summary> {
                 rows: split.rows(),
                 columns: fields
                     .iter()
-                    .map(|field| (field.name().clone(), field.data_type().to_string()))
+                    .map(|field| {
+                        let data_type = match is_json(field) {
+                            true => "JSON".to_owned(),
+                            false => field.data_type().to_string(),
+                        };
+                        (field.name().clone(), data_type)
+                    })
                     .collect(),
                 name,
             })
@@ -61,7 +67,9 @@ pub fn head(folder: &Path, split: &str, count: usize) -> Result<Vec<serde_json::
                 .fields()
                 .iter()
                 .zip(batch.columns())
-                .map(|(field, column)| Ok((field.name().clone(), Cell::from_arrow(column, row)?)))
+                .map(|(field, column)| {
+                    Ok((field.name().clone(), Cell::of_column(field, column, row)?))
+                })
                 .collect();
             rows.push(Cell::Map(entries?).to_json()?);
         }

@@ -18,6 +18,7 @@ use parquet::arrow::arrow_reader::{
 };
 use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader, RowGroupMetaData};
 
+use super::cell::{is_json, json_field};
 use super::size::{BATCH_BYTES, DEEPEST, MOST_FIELDS, batch_bytes, pieces};
 pub(in crate::data) use writer::pass_batches;
 pub use writer::{Made, Writer, pass, pass_pieces};
@@ -332,17 +333,18 @@ fn as_declared(batch: &RecordBatch, schema: &SchemaRef) -> Result<RecordBatch> {
     Ok(RecordBatch::try_new(schema.clone(), columns?)?)
 }
 
-/// A schema without metadata, which differs between programs that write the same rows.
+/// A schema without metadata, which differs between programs that write the same rows; that a column is JSON stays.
 pub(super) fn plain(schema: &Schema) -> SchemaRef {
     let fields: Vec<_> = schema
         .fields()
         .iter()
         .map(|field| {
-            field
-                .as_ref()
-                .clone()
-                .with_metadata(HashMap::new())
-                .with_nullable(true)
+            let plain = field.as_ref().clone().with_nullable(true);
+            if is_json(field) {
+                json_field(field.name()).with_data_type(plain.data_type().clone())
+            } else {
+                plain.with_metadata(HashMap::new())
+            }
         })
         .collect();
     Arc::new(Schema::new(fields))

@@ -10,7 +10,7 @@ use super::places::{Step, Steps, keys};
 use super::sentence::{noun, scalar};
 
 /// Replaces every `${name}`. A text that is nothing but `${name}` becomes the var's value, whatever its type; inside a
-/// longer text the value must be a scalar. `$${` stands for `${`.
+/// longer text the value must be a scalar. `$${` stands for `${`. Below `columns` a name that is no var stays as it is.
 pub(crate) fn substitute(draft: &mut Draft, recipe: &mut Value) {
     let mut vars = BTreeMap::new();
     for (name, path, value) in draft.section(recipe, "vars") {
@@ -114,6 +114,14 @@ fn replace(
             return None;
         };
         let Some(value) = vars.get(name) else {
+            if in_columns(path) {
+                // `columns` makes texts of a row's columns in the same way.
+                made.push_str("${");
+                made.push_str(name);
+                made.push('}');
+                rest = after;
+                continue;
+            }
             let nearest = draft
                 .gives_advice()
                 .then(|| hints::nearest(name, vars.keys().map(String::as_str)));
@@ -162,6 +170,12 @@ fn replace(
     }
     made.push_str(rest);
     Some(made.into())
+}
+
+/// Whether a text says which columns of a file become one of ours.
+fn in_columns(path: &Steps) -> bool {
+    path.iter()
+        .any(|step| matches!(step, Step::Key(key) if key == "columns"))
 }
 
 fn unescape(value: &Value) -> Value {

@@ -1,27 +1,27 @@
 //! `apply_chat_template`: rows to text.
 
-use std::collections::BTreeMap;
-
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
-use arrow::array::{ArrayRef, RecordBatch, StringBuilder};
+use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, StringArray, StringBuilder};
 use arrow::datatypes::{DataType, Field, Schema};
 use chrono::NaiveDate;
-use minijinja::Value;
-use minijinja::value::Serde;
 use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::time::Duration;
 
+use self::counts::Counts;
+use self::row::chat_row;
 use super::artifacts::{Chats, Dataset, Model};
 use super::chat_template;
-use crate::data::cell::Cell;
-use crate::data::table::{BATCH_ROWS, Split, Writer, pass_pieces, splits};
+use crate::data::table::{BATCH_ROWS, Split, Writer, pass, pass_pieces, splits};
 use crate::engine::{Context, Input, Problem, Row, SourcePath, Stage, watched};
-use crate::text::chat::{ChatRow, Notice, Rendered, Renderer, Side};
+use crate::text::chat::{Rendered, Renderer};
 use crate::text::template::ChatTemplate;
 use crate::text::tokenizer::{self, read_template, special_tokens};
+
+mod counts;
+mod row;
 
 /// The longest that one row may take; real ones take less than a thousandth of it.
 const LONGEST: Duration = Duration::from_secs(5);
@@ -51,14 +51,28 @@ pub struct ApplyChatTemplate {
     /// Render a system message that is empty, too. Otherwise it is left out.
     #[serde(default)]
     keep_empty_system: bool,
+    /// What to do with rows whose own text holds special tokens, which the tokenizer reads as such.
+    #[serde(default)]
+    special_tokens: SpecialTokens,
     /// What `strftime_now` tells the template, as `YYYY-MM-DD`: a result must not depend on the day it was made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     date: Option<String>,
 }
 
+/// What to do with special tokens in rows' own texts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum SpecialTokens {
+    /// Count them and name the first row.
+    #[default]
+    Count,
+    /// Fail at the first row that has one.
+    Refuse,
+}
+
 impl Stage for ApplyChatTemplate {
     const KIND: &'static str = "apply_chat_template";
-    const VERSION: u32 = 2;
+    const VERSION: u32 = 3;
     type Output = Chats;
     const BOUNDED: bool = true;
 
@@ -82,12 +96,6 @@ impl Stage for ApplyChatTemplate {
     }
 
     fn run(&self, cx: &Context) -> Result<()> {
-        let template = Row {
-            number: 0,
-            of: Arc::from("the chat template"),
-        };
-        let renderer = watched(template, LONGEST, || self.renderer(cx))?;
-        chat_template::write(renderer.template().source(), cx.out())?;
         let folder = cx.input(&self.dataset)?;
         let splits: Result<Vec<Split>> = splits(folder)?
             .into_iter()
@@ -97,8 +105,25 @@ impl Stage for ApplyChatTemplate {
         ensure!(!splits.is_empty(), "the dataset holds no split");
         let total: usize = splits.iter().map(Split::rows).sum();
         let mut counts = Counts::default();
+        let renderer = if splits.iter().all(is_text) {
+            // Whole texts need no template, and a model that learns from them often has none.
+            None
+        } else {
+            let template = Row {
+                number: 0,
+                of: Arc::from("the chat template"),
+            };
+            let renderer = watched(template, LONGEST, || self.renderer(cx))?;
+            chat_template::write(renderer.template().source(), cx.out())?;
+            Some(renderer)
+        };
         for split in &splits {
-            render_split(cx, &renderer, split, total as u64, &mut counts)?;
+            match &renderer {
+                Some(renderer) if !is_text(split) => {
+                    self.render_split(cx, renderer, split, total as u64, &mut counts)?;
+                }
+                _ => pass_texts(cx, split, total as u64, &mut counts)?,
+            }
         }
         counts.tell(cx);
         Ok(())
@@ -146,67 +171,79 @@ impl ApplyChatTemplate {
     }
 }
 
-/// What goes into the record.
-#[derive(Default)]
-struct Counts {
-    rows: BTreeMap<String, usize>,
-    all: usize,
-    already_rendered: usize,
-    special_tokens: usize,
-}
-
-impl Counts {
-    fn tell(&self, cx: &Context) {
-        cx.note("rows", &self.rows);
-        if self.already_rendered > 0 {
-            cx.note("rows_already_rendered", self.already_rendered);
-            cx.warn(format!(
-                "{} of {} rows were rendered by a chat template before, and were taken as they are",
-                self.already_rendered, self.all
-            ));
-        }
-        if self.special_tokens > 0 {
-            cx.note("rows_with_special_tokens", self.special_tokens);
-            cx.warn(format!(
-                "{} of {} rows hold special tokens in their own text; the tokenizer will read them as such",
-                self.special_tokens, self.all
-            ));
-        }
-    }
-}
-
-fn render_split(
-    cx: &Context,
-    renderer: &Renderer,
-    split: &Split,
-    total: u64,
-    counts: &mut Counts,
-) -> Result<()> {
+/// Whether the rows of a split are whole texts.
+fn is_text(split: &Split) -> bool {
     let has = |name: &str| split.schema().field_with_name(name).is_ok();
-    ensure!(
-        has("chosen") || has("messages"),
-        "the split `{}` has neither a column `chosen` nor `messages`; hint: name them with `columns:` where the data is imported",
-        split.name()
-    );
-    let preferences = has("rejected");
-    let mut names = vec!["prompt", "chosen"];
-    names.extend(preferences.then_some("rejected"));
-    let fields: Vec<_> = names
-        .iter()
-        .map(|name| Field::new(*name, DataType::Utf8, true))
-        .collect();
-    let schema = Arc::new(Schema::new(fields));
+    has("text") && !has("chosen") && !has("messages")
+}
+
+/// Whole texts as chats: an empty prompt and the text as the answer.
+fn pass_texts(cx: &Context, split: &Split, total: u64, counts: &mut Counts) -> Result<()> {
+    let fields = ["prompt", "chosen"].map(|name| Field::new(name, DataType::Utf8, true));
+    let schema = Arc::new(Schema::new(fields.to_vec()));
     let writer = Writer::create(cx.out(), split.name(), schema.clone())?;
     let mut done = 0;
-    let of: Arc<str> = format!("of the split `{}`", split.name()).into();
-    // Rows that are rendered at once: the text that a template makes of a row can be of any size.
-    let fewest = rayon::current_num_threads();
-    let mut at_once = fewest;
-    let rows = pass_pieces(split, writer, |batch, made| {
-        let mut start = 0;
-        while start < batch.num_rows() {
-            let end = batch.num_rows().min(start + at_once);
-            let rendered: Result<Vec<Rendered>> = (start..end)
+    let rows = pass(split, writer, |batch| {
+        let texts = batch
+            .column_by_name("text")
+            .context("there is no column `text`")?;
+        let texts = texts
+            .as_string_opt::<i32>()
+            .context("the column `text` is no text")?;
+        if let Some(row) = (0..texts.len()).find(|row| texts.is_null(*row)) {
+            bail!(
+                "row {} of the split `{}`: the row has no `text`",
+                done + row + 1,
+                split.name()
+            );
+        }
+        done += batch.num_rows();
+        cx.progress((counts.all + done) as u64, Some(total), "rows");
+        cx.check_cancelled()?;
+        let empty = StringArray::from(vec![""; batch.num_rows()]);
+        let columns: [ArrayRef; 2] = [Arc::new(empty), Arc::new(texts.clone())];
+        Ok(RecordBatch::try_new(schema.clone(), columns.to_vec())?)
+    })?;
+    counts.all += done;
+    counts.texts += done;
+    counts.rows.insert(split.name().to_owned(), rows);
+    Ok(())
+}
+
+impl ApplyChatTemplate {
+    fn render_split(
+        &self,
+        cx: &Context,
+        renderer: &Renderer,
+        split: &Split,
+        total: u64,
+        counts: &mut Counts,
+    ) -> Result<()> {
+        let has = |name: &str| split.schema().field_with_name(name).is_ok();
+        ensure!(
+            has("chosen") || has("messages"),
+            "the split `{}` has neither a column `chosen` nor `messages`; hint: name them with `columns:` where the data is imported",
+            split.name()
+        );
+        let preferences = has("rejected");
+        let mut names = vec!["prompt", "chosen"];
+        names.extend(preferences.then_some("rejected"));
+        let fields: Vec<_> = names
+            .iter()
+            .map(|name| Field::new(*name, DataType::Utf8, true))
+            .collect();
+        let schema = Arc::new(Schema::new(fields));
+        let writer = Writer::create(cx.out(), split.name(), schema.clone())?;
+        let mut done = 0;
+        let of: Arc<str> = format!("of the split `{}`", split.name()).into();
+        // Rows that are rendered at once: the text that a template makes of a row can be of any size.
+        let fewest = rayon::current_num_threads();
+        let mut at_once = fewest;
+        let rows = pass_pieces(split, writer, |batch, made| {
+            let mut start = 0;
+            while start < batch.num_rows() {
+                let end = batch.num_rows().min(start + at_once);
+                let rendered: Result<Vec<Rendered>> = (start..end)
                 .into_par_iter()
                 .with_min_len(16.min((end - start).div_ceil(4 * fewest)))
                 .map(|row| {
@@ -216,49 +253,54 @@ fn render_split(
                         of: Arc::clone(&of),
                     };
                     let render = || {
-                        let rendered = renderer.render(chat_row(&batch, row)?)?;
+                        let rendered = renderer.render(chat_row(renderer, &batch, row)?)?;
                         ensure!(
                             !preferences || rendered.rejected.is_some(),
                             "the row has no `rejected`"
                         );
+                        if self.special_tokens == SpecialTokens::Refuse
+                            && let Some(token) = &rendered.seen.special_token
+                        {
+                            bail!("its own text holds the special token `{token}`, which `special_tokens: refuse` doesn't allow");
+                        }
                         Ok(rendered)
                     };
                     watched(watch, LONGEST, render).with_context(|| format!("row {number} {of}"))
                 })
                 .collect();
-            let rendered = rendered?;
-            for row in &rendered {
-                counts.already_rendered += usize::from(row.notice == Notice::AlreadyRendered);
-                counts.special_tokens += usize::from(row.notice == Notice::SpecialTokens);
+                let rendered = rendered?;
+                for (row, rendered) in (done + start + 1..).zip(&rendered) {
+                    counts.add(row, split.name(), rendered);
+                }
+                let column = |text: fn(&Rendered) -> Option<&str>| texts(&rendered, text);
+                let mut columns = vec![
+                    column(|row| Some(&row.prompt)),
+                    column(|row| Some(&row.chosen)),
+                ];
+                if preferences {
+                    columns.push(column(|row| row.rejected.as_deref()));
+                }
+                let bytes: usize = rendered.iter().map(Rendered::bytes).sum();
+                at_once = if bytes < AT_ONCE / 2 {
+                    (at_once * 2).min(BATCH_ROWS)
+                } else if bytes > AT_ONCE {
+                    (at_once / 2).max(fewest)
+                } else {
+                    at_once
+                };
+                drop(rendered);
+                made.send(RecordBatch::try_new(schema.clone(), columns)?)?;
+                start = end;
+                cx.check_cancelled()?;
             }
-            let column = |text: fn(&Rendered) -> Option<&str>| texts(&rendered, text);
-            let mut columns = vec![
-                column(|row| Some(&row.prompt)),
-                column(|row| Some(&row.chosen)),
-            ];
-            if preferences {
-                columns.push(column(|row| row.rejected.as_deref()));
-            }
-            let bytes: usize = rendered.iter().map(Rendered::bytes).sum();
-            at_once = if bytes < AT_ONCE / 2 {
-                (at_once * 2).min(BATCH_ROWS)
-            } else if bytes > AT_ONCE {
-                (at_once / 2).max(fewest)
-            } else {
-                at_once
-            };
-            drop(rendered);
-            made.send(RecordBatch::try_new(schema.clone(), columns)?)?;
-            start = end;
-            cx.check_cancelled()?;
-        }
-        done += batch.num_rows();
-        cx.progress((counts.all + done) as u64, Some(total), "rows");
+            done += batch.num_rows();
+            cx.progress((counts.all + done) as u64, Some(total), "rows");
+            Ok(())
+        })?;
+        counts.all += done;
+        counts.rows.insert(split.name().to_owned(), rows);
         Ok(())
-    })?;
-    counts.all += done;
-    counts.rows.insert(split.name().to_owned(), rows);
-    Ok(())
+    }
 }
 
 /// A column of all rows' texts, copied once.
@@ -269,50 +311,6 @@ fn texts(rows: &[Rendered], text: fn(&Rendered) -> Option<&str>) -> ArrayRef {
         column.append_option(text(row));
     }
     Arc::new(column.finish())
-}
-
-fn chat_row(batch: &RecordBatch, row: usize) -> Result<ChatRow> {
-    let cell = |name: &str| match batch.column_by_name(name) {
-        None => Ok(Cell::Null),
-        Some(column) => Cell::from_arrow(column, row),
-    };
-    let side = |name: &str| match cell(name)? {
-        Cell::Null => Ok(None),
-        Cell::Text(text) => Ok(Some(Side::Text(text))),
-        Cell::List(items) => Ok(Some(Side::Messages(messages(name, items)?))),
-        other => bail!(
-            "`{name}` is {}: expected text or a list of messages",
-            other.noun()
-        ),
-    };
-    let system = match cell("system")? {
-        Cell::Null => None,
-        Cell::Text(text) => Some(text),
-        other => bail!("`system` is {}: expected text", other.noun()),
-    };
-    let messages = match side("messages")? {
-        None => None,
-        Some(Side::Messages(messages)) => Some(messages),
-        Some(Side::Text(_)) => bail!("`messages` is text: expected a list of messages"),
-    };
-    Ok(ChatRow {
-        system,
-        prompt: side("prompt")?,
-        chosen: side("chosen")?,
-        rejected: side("rejected")?,
-        messages,
-    })
-}
-
-fn messages(name: &str, items: Vec<Cell>) -> Result<Vec<Value>> {
-    let message = |item: Cell| {
-        ensure!(
-            item.get("role").is_some(),
-            "a message of `{name}` has no `role`"
-        );
-        Ok(Value::from(Serde(item.without_nulls())))
-    };
-    items.into_iter().map(message).collect()
 }
 
 #[cfg(test)]

@@ -364,9 +364,8 @@ impl CreateModel {
 fn send_texts(cx: &Context, split: &Split, queue: SyncSender<String>) -> anyhow::Result<()> {
     let schema = split.schema();
     let fields = schema.fields().iter().enumerate();
-    let columns: Vec<usize> = fields
+    let columns: Vec<_> = fields
         .filter(|(_, field)| COLUMNS.contains(&field.name().as_str()))
-        .map(|(place, _)| place)
         .collect();
     ensure!(
         !columns.is_empty(),
@@ -379,9 +378,12 @@ fn send_texts(cx: &Context, split: &Split, queue: SyncSender<String>) -> anyhow:
         let batch = batch?;
         cx.check_cancelled()?;
         for row in 0..batch.num_rows() {
-            for column in &columns {
+            for (column, field) in &columns {
                 let mut texts = Vec::new();
-                collect(Cell::from_arrow(batch.column(*column), row)?, &mut texts);
+                collect(
+                    Cell::of_column(field, batch.column(*column), row)?,
+                    &mut texts,
+                );
                 for text in texts {
                     if queue.send(text).is_err() {
                         // The training failed, and tells why itself.
@@ -396,13 +398,15 @@ fn send_texts(cx: &Context, split: &Split, queue: SyncSender<String>) -> anyhow:
     Ok(())
 }
 
-/// The texts in a value: itself, those of a list, the `content` of a message.
+/// The texts in a value: itself, those of a list, the `content` of a message, the `text` of a part of it.
 fn collect(cell: Cell, texts: &mut Vec<String>) {
     match cell {
         Cell::Text(text) => texts.push(text),
         Cell::List(items) => items.into_iter().for_each(|item| collect(item, texts)),
         Cell::Map(entries) => {
-            let content = entries.into_iter().filter(|(name, _)| name == "content");
+            let content = entries
+                .into_iter()
+                .filter(|(name, _)| name == "content" || name == "text");
             content.for_each(|(_, content)| collect(content, texts));
         }
         _ => {}

@@ -9,6 +9,8 @@ use serde::{Deserialize, Serialize};
 use super::artifacts::Dataset;
 use super::dataset_files::{Wanted, choose};
 use super::from_hub::{Source, check, main_revision, pin};
+use super::import_dataset::tell;
+use super::row_format::RowFormats;
 use crate::data::import::{CANONICAL, ImportOptions, import_files};
 use crate::engine::{Context, Problem, Stage, World};
 use crate::hub::{RemoteFile, RepoKind};
@@ -36,9 +38,16 @@ pub struct DownloadDataset {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub files: Option<Vec<String>>,
     /// Which column of the files is which of ours, as in `{prompt: question, chosen: good, rejected: bad}`. Columns that are
-    /// called as ours are need no mention.
+    /// called as ours are need no mention. In place of a column's name there may be a way into one (`answers[0].text`) or a text made of
+    /// several (`"${instruction}\n\n${input}"`, with minijinja's expressions).
     #[serde(default)]
     pub columns: BTreeMap<String, String>,
+    /// The form of the rows, when their columns don't tell.
+    #[serde(default, skip_serializing_if = "RowFormats::is_empty")]
+    pub format: RowFormats,
+    /// Leave out up to so many rows that can't be used, and name them. Without it the first one is an error.
+    #[serde(default)]
+    pub skip_invalid_rows: u64,
     /// Take only so many rows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_rows: Option<usize>,
@@ -50,7 +59,7 @@ fn train() -> String {
 
 impl Stage for DownloadDataset {
     const KIND: &'static str = "download_dataset";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const MOVES: bool = true;
     type Output = Dataset;
     const BOUNDED: bool = true;
@@ -76,6 +85,7 @@ impl Stage for DownloadDataset {
         if self.max_rows == Some(0) {
             problems.push(Problem::new("max_rows", "expected a number above 0"));
         }
+        self.format.check(&mut problems);
         if self.files.as_ref().is_some_and(Vec::is_empty) {
             problems.push(Problem::new(
                 "files",
@@ -108,7 +118,9 @@ impl Stage for DownloadDataset {
         let options = ImportOptions {
             columns: self.columns.clone(),
             max_rows: self.max_rows,
-            format: None,
+            format: self.format.file(),
+            form: self.format.form(),
+            skip_invalid_rows: self.skip_invalid_rows,
         };
         let destination = cx.out().join("train.parquet");
         let report = import_files(&paths, &options, &destination, &mut |rows| {
@@ -117,6 +129,7 @@ impl Stage for DownloadDataset {
         })
         .with_context(refused)?;
         source.unchanged()?;
+        tell(cx, "train", &report);
         ensure!(report.rows > 0, "the dataset `{}` holds no rows", self.repo);
         cx.note(
             "files",

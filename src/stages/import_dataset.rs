@@ -8,14 +8,17 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::artifacts::Dataset;
-use crate::data::import::{CANONICAL, Format, ImportOptions, import_files, split_of_file};
+use super::row_format::RowFormats;
+use crate::data::import::{
+    CANONICAL, Format, ImportOptions, ImportReport, import_files, split_of_file,
+};
 use crate::engine::{Context, Problem, SourcePath, Stage};
 
 /// Imports rows from a local file (Parquet, JSONL, JSON or CSV), or from a folder with one file for each split
 /// (`train.jsonl`, `test.jsonl`; `train-00000-of-00002.parquet` is a part of `train`).
 ///
 /// A row has `prompt`, `chosen` and, for preferences, `rejected`, each of them text or a list of messages, and perhaps a
-/// `system` text; or it has `messages`. Other columns are carried along.
+/// `system` text; or it has `messages`; or another of the forms that data sets have (docs/data.md). Other columns are carried along.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ImportDataset {
@@ -25,15 +28,19 @@ pub struct ImportDataset {
     #[serde(default = "train")]
     split: String,
     /// Which column of the file is which of ours, as in `{prompt: question, chosen: good, rejected: bad}`. Columns that are
-    /// called like ours need no mention.
+    /// called like ours need no mention. In place of a column's name there may be a way into one (`answers[0].text`) or a text made of
+    /// several (`"${instruction}\n\n${input}"`, with minijinja's expressions).
     #[serde(default)]
     columns: BTreeMap<String, String>,
     /// Take only so many rows of each split.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     max_rows: Option<usize>,
-    /// The files' format, when their extension doesn't tell.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    format: Option<Format>,
+    /// The files' format, when their extension doesn't tell; the form of the rows, when their columns don't; or a list of both.
+    #[serde(default, skip_serializing_if = "RowFormats::is_empty")]
+    format: RowFormats,
+    /// Leave out up to so many rows that can't be used, and name them. Without it the first one is an error.
+    #[serde(default)]
+    skip_invalid_rows: u64,
 }
 
 fn train() -> String {
@@ -42,7 +49,7 @@ fn train() -> String {
 
 impl Stage for ImportDataset {
     const KIND: &'static str = "import_dataset";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     type Output = Dataset;
     const BOUNDED: bool = true;
 
@@ -65,6 +72,7 @@ impl Stage for ImportDataset {
         if self.max_rows == Some(0) {
             problems.push(Problem::new("max_rows", "expected a number above 0"));
         }
+        self.format.check(&mut problems);
         if !is_split(&self.split) {
             problems.push(Problem::new(
                 "split",
@@ -79,18 +87,21 @@ impl Stage for ImportDataset {
         let options = ImportOptions {
             columns: self.columns.clone(),
             max_rows: self.max_rows,
+            form: self.format.form(),
+            skip_invalid_rows: self.skip_invalid_rows,
             format: self
                 .format
+                .file()
                 .or_else(|| Format::of(Path::new(self.path.as_written()))),
         };
         let splits = if path.is_dir() {
-            files_by_split(path, self.format)?
+            files_by_split(path, self.format.file())?
         } else {
             BTreeMap::from([(self.split.clone(), vec![path.to_owned()])])
         };
         let options = if path.is_dir() {
             ImportOptions {
-                format: self.format,
+                format: self.format.file(),
                 ..options
             }
         } else {
@@ -105,11 +116,27 @@ impl Stage for ImportDataset {
                 cx.check_cancelled()
             })?;
             before += report.rows as u64;
+            tell(cx, split, &report);
             counts.insert(split, report.rows);
         }
         ensure!(before > 0, "`{}` holds no rows", self.path.as_written());
         cx.note("rows", counts);
         Ok(())
+    }
+}
+
+/// Says how the rows of a split were read, and which were left out.
+pub(super) fn tell(cx: &Context, split: &str, report: &ImportReport) {
+    for told in &report.told {
+        cx.info(format!("`{split}`: {told}"));
+    }
+    if !report.skipped.is_empty() {
+        let rows = report.rows_skipped;
+        cx.warn(format!(
+            "`{split}`: {rows} rows can't be used and were left out:\n  {}",
+            report.skipped.join("\n  ")
+        ));
+        cx.note(&format!("rows_skipped_{split}"), rows);
     }
 }
 

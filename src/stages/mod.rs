@@ -22,6 +22,7 @@ pub mod import_model;
 pub mod merge;
 mod model_files;
 pub mod quantize;
+mod row_format;
 pub mod split_dataset;
 pub mod tokenize;
 mod tokenizers;

@@ -7,8 +7,9 @@ use std::collections::BTreeSet;
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use minijinja::Value;
 
-use super::filters::strip;
-use super::template::ChatTemplate;
+use super::filters::is_space;
+use super::rendered::{Frame, reads_parts};
+use super::template::{ChatTemplate, Extras};
 
 /// A side of a row: one text, or messages.
 #[derive(Debug, Clone)]
@@ -32,6 +33,8 @@ pub struct ChatRow {
     pub rejected: Option<Side>,
     /// A whole conversation, used when there is no `chosen`.
     pub messages: Option<Vec<Value>>,
+    /// What the template gets beside the messages.
+    pub extras: Extras,
 }
 
 /// A row as text.
@@ -44,7 +47,7 @@ pub struct Rendered {
     /// The worse answer, for preferences.
     pub rejected: Option<String>,
     /// What was noticed about the row.
-    pub notice: Notice,
+    pub seen: Seen,
 }
 
 impl Rendered {
@@ -54,15 +57,19 @@ impl Rendered {
     }
 }
 
-/// What was noticed about a row's own text.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Notice {
-    /// Nothing.
-    Plain,
-    /// It holds special tokens, which the tokenizer will read as such.
-    SpecialTokens,
-    /// It was rendered by a chat template already, and was taken as it is.
-    AlreadyRendered,
+/// What was noticed about a row.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Seen {
+    /// It was rendered by the template already, and was taken as it is.
+    pub already_rendered: bool,
+    /// It looks like the work of another template, and was taken as plain text.
+    pub of_another_template: bool,
+    /// A special token in its own text, which the tokenizer will read as such.
+    pub special_token: Option<String>,
+    /// Answers before the last one, where one answer is learnt and not preferred to another.
+    pub earlier_answers: usize,
+    /// Its last turns are no answer, and were left out.
+    pub end_left_out: bool,
 }
 
 /// Renders rows with one template.
@@ -72,10 +79,17 @@ pub struct Renderer {
     markers: Vec<String>,
     /// The bytes that they begin with: most texts have none of them.
     marker_begins: BTreeSet<u8>,
+    frame: Frame,
     /// What the template puts before an answer.
     generation_prompt: String,
+    reads_parts: bool,
     keep_empty_system: bool,
 }
+
+/// Roles that every template is expected to know.
+const ROLES: [&str; 4] = ["system", "user", "assistant", "tool"];
+/// Put behind the text that an answer continues, to find where it ends in what the template prints.
+const END_OF_PROMPT: &str = "CONTINUE_FINAL_MESSAGE_TAG ";
 
 impl Renderer {
     /// A renderer; an empty system message is left out unless `keep_empty_system`.
@@ -87,8 +101,11 @@ impl Renderer {
         let generation_prompt = with.strip_prefix(&without).unwrap_or_default().to_owned();
         let markers = template.markers();
         let begins = markers.iter().filter_map(|marker| marker.bytes().next());
+        let frame = Frame::of(&template, &markers);
         Self {
             marker_begins: begins.collect(),
+            reads_parts: reads_parts(&template),
+            frame,
             markers,
             template,
             generation_prompt,
@@ -101,23 +118,38 @@ impl Renderer {
         &self.template
     }
 
+    /// Whether the template reads a list of text parts as it reads a text.
+    pub fn reads_parts(&self) -> bool {
+        self.reads_parts
+    }
+
+    /// Whether a role is one of the usual ones, or one that the template's source names.
+    pub fn knows_role(&self, role: &str) -> bool {
+        let named = |quote: char| {
+            let quoted = format!("{quote}{role}{quote}");
+            self.template.source().contains(&quoted)
+        };
+        ROLES.contains(&role) || (!role.is_empty() && (named('\'') || named('"')))
+    }
+
     /// The row as text.
     pub fn render(&self, row: ChatRow) -> Result<Rendered> {
-        let notice = self.notice(&row);
-        if notice == Notice::AlreadyRendered
+        let mut seen = self.look_at(&row);
+        if seen.already_rendered
             && let Some(rendered) = self.already_rendered(&row)
         {
             return Ok(rendered);
         }
-        let notice = notice.min(Notice::SpecialTokens);
-        let (prompt, chosen, rejected) = self.conversation(row)?;
+        seen.already_rendered = false;
+        let extras = row.extras.clone();
+        let (prompt, chosen, rejected) = self.conversation(row, &mut seen)?;
         ensure!(!prompt.is_empty(), "the row has an answer but no prompt");
         let opening = self
-            .opening(&prompt)
+            .opening(&prompt, &extras)
             .context("the prompt could not be rendered")?;
         let whole = |answer: &[Value]| {
             let messages: Vec<Value> = prompt.iter().chain(answer).cloned().collect();
-            self.template.render(&messages, false)
+            self.template.render_with(&messages, false, &extras)
         };
         let chosen = whole(&chosen).context("`chosen` could not be rendered")?;
         let rejected = rejected
@@ -132,37 +164,63 @@ impl Renderer {
             prompt: chosen[..border].to_owned(),
             rejected: rejected.map(|rejected| rejected[border..].to_owned()),
             chosen: chosen[border..].to_owned(),
-            notice,
+            seen,
         })
     }
 
     /// The prompt alone, up to where the answer begins.
-    fn opening(&self, prompt: &[Value]) -> Result<String> {
-        let last = prompt.last();
-        if last.and_then(|last| attribute(last, "role")).as_deref() != Some("assistant") {
-            return self.template.render(prompt, true);
+    fn opening(&self, prompt: &[Value], extras: &Extras) -> Result<String> {
+        let Some((last, before)) = prompt.split_last() else {
+            return self.template.render_with(prompt, true, extras);
+        };
+        if attribute(last, "role").as_deref() != Some("assistant") {
+            return self.template.render_with(prompt, true, extras);
         }
-        // The answer continues the last message: what the template prints after that message's text is no part of the prompt.
-        let text = self.template.render(prompt, false)?;
-        let content = last
-            .and_then(|last| attribute(last, "content"))
-            .unwrap_or_default();
-        let content = strip(&content);
-        Ok(match text.rfind(content) {
-            Some(start) => text[..start + content.len()].to_owned(),
-            None => text,
-        })
+        // The answer continues the last message, as with transformers' `continue_final_message`: what the template prints after
+        // that message's text is no part of the prompt.
+        let Some(content) = attribute(last, "content") else {
+            return self.template.render_with(prompt, false, extras);
+        };
+        let continued = [content.as_str(), END_OF_PROMPT].concat();
+        let keys = last.try_iter().into_iter().flatten();
+        let entries = keys.map(|key| {
+            let value = if key.as_str() == Some("content") {
+                Value::from(continued.as_str())
+            } else {
+                last.get_item(&key).unwrap_or_default()
+            };
+            (key, value)
+        });
+        let mut messages = before.to_vec();
+        messages.push(Value::from_pairs(entries));
+        let mut text = self.template.render_with(&messages, false, extras)?;
+        let end = text.rfind(END_OF_PROMPT.trim_end()).ok_or_else(|| {
+            anyhow!("the template leaves out the end of the assistant's message that the answer is to continue")
+        })?;
+        let kept = text[end..].starts_with(END_OF_PROMPT);
+        text.truncate(end);
+        if !kept {
+            // The template strips the text, and so its end.
+            let stripped = text.trim_end_matches(is_space).len();
+            text.truncate(stripped);
+        }
+        Ok(text)
     }
 
     /// Prompt and answers as messages.
     #[expect(clippy::type_complexity, reason = "used once")]
-    fn conversation(&self, row: ChatRow) -> Result<(Vec<Value>, Vec<Value>, Option<Vec<Value>>)> {
+    fn conversation(
+        &self,
+        row: ChatRow,
+        seen: &mut Seen,
+    ) -> Result<(Vec<Value>, Vec<Value>, Option<Vec<Value>>)> {
         let ChatRow {
             system,
             prompt,
             chosen,
             rejected,
             messages,
+            extras: _,
         } = row;
         let (mut prompt, chosen, rejected) = match (chosen, rejected) {
             (Some(Side::Text(chosen)), rejected) => {
@@ -192,7 +250,7 @@ impl Renderer {
                         (prompt, answer)
                     }
                     Some(prompt) => (prompt, chosen),
-                    None => split_last(chosen)?,
+                    None => split_last(chosen, seen)?,
                 };
                 (prompt, chosen, None)
             }
@@ -200,7 +258,7 @@ impl Renderer {
             (None, None) => {
                 let messages = messages
                     .ok_or_else(|| anyhow!("the row has neither `chosen` nor `messages`"))?;
-                let (prompt, chosen) = split_last(messages)?;
+                let (prompt, chosen) = split_last(messages, seen)?;
                 (prompt, chosen, None)
             }
         };
@@ -226,37 +284,52 @@ impl Renderer {
         Ok((prompt, chosen, rejected))
     }
 
-    fn notice(&self, row: &ChatRow) -> Notice {
+    fn look_at(&self, row: &ChatRow) -> Seen {
+        let mut seen = Seen::default();
         let sides = [&row.prompt, &row.chosen, &row.rejected];
-        let texts = sides.into_iter().flatten().filter_map(|side| match side {
-            Side::Text(text) => Some(text.as_str()),
-            Side::Messages(_) => None,
-        });
-        let notice = |text: &str| {
-            let begins = |byte: &u8| text.as_bytes().contains(byte);
-            if !self.marker_begins.iter().any(begins) {
-                return Notice::Plain;
+        for side in sides.into_iter().flatten() {
+            match side {
+                Side::Text(text) => {
+                    self.look_at_text(text, &mut seen);
+                    seen.already_rendered |= self.frame.is_rendered(text);
+                    seen.of_another_template |= Frame::is_of_another(text);
+                }
+                Side::Messages(messages) => self.look_at_messages(messages, &mut seen),
             }
-            let found: Vec<&String> = self
-                .markers
-                .iter()
-                .filter(|m| text.contains(m.as_str()))
-                .collect();
-            if found.is_empty() {
-                return Notice::Plain;
+        }
+        self.look_at_messages(row.messages.as_deref().unwrap_or_default(), &mut seen);
+        if let Some(system) = &row.system {
+            self.look_at_text(system, &mut seen);
+        }
+        seen.of_another_template &= !seen.already_rendered;
+        seen
+    }
+
+    fn look_at_messages(&self, messages: &[Value], seen: &mut Seen) {
+        for message in messages {
+            let content = message.get_attr("content").unwrap_or_default();
+            if let Some(text) = content.as_str() {
+                self.look_at_text(text, seen);
+                continue;
             }
-            // A conversation begins with a marker, has others, and lets the assistant begin; a text about markers mentions them.
-            let begins = found
-                .iter()
-                .any(|marker| strip(text).starts_with(marker.as_str()));
-            let answers = text.contains(strip(&self.generation_prompt));
-            if begins && answers && found.len() > 1 {
-                Notice::AlreadyRendered
-            } else {
-                Notice::SpecialTokens
+            for part in content.try_iter().into_iter().flatten() {
+                if let Some(text) = attribute(&part, "text") {
+                    self.look_at_text(&text, seen);
+                }
             }
-        };
-        texts.map(notice).max().unwrap_or(Notice::Plain)
+        }
+    }
+
+    fn look_at_text(&self, text: &str, seen: &mut Seen) {
+        let begins = |byte: &u8| text.as_bytes().contains(byte);
+        if seen.special_token.is_some() || !self.marker_begins.iter().any(begins) {
+            return;
+        }
+        let found = self
+            .markers
+            .iter()
+            .find(|marker| text.contains(marker.as_str()));
+        seen.special_token = found.cloned();
     }
 
     /// Prompt and answers of a row whose texts are rendered already; none when it can't be told where the answers begin.
@@ -274,13 +347,12 @@ impl Renderer {
             rejected: rejected
                 .as_ref()
                 .map(|rejected| rejected[border..].to_owned()),
-            notice: Notice::AlreadyRendered,
+            seen: Seen {
+                already_rendered: true,
+                ..Seen::default()
+            },
         };
-        let begins = |text: &str| {
-            self.markers
-                .iter()
-                .any(|marker| strip(text).starts_with(marker.as_str()))
-        };
+        let begins = |text: &str| self.frame.begins(text);
         if begins(&prompt) && !begins(&chosen) {
             return Some(rendered(&prompt, 0));
         }
@@ -295,10 +367,14 @@ impl Renderer {
         let common = rejected
             .as_ref()
             .map_or(chosen.len(), |rejected| common_prefix(&chosen, rejected));
-        let start = (!self.generation_prompt.is_empty())
-            .then(|| chosen[..common].rfind(&self.generation_prompt));
+        let opens = if self.generation_prompt.is_empty() {
+            &self.frame.answer
+        } else {
+            &self.generation_prompt
+        };
+        let start = (!opens.is_empty()).then(|| chosen[..common].rfind(opens));
         let start = start.flatten().filter(|_| begins(&chosen))?;
-        let border = start + self.generation_prompt.len();
+        let border = start + opens.len();
         Some(rendered(&chosen[..border], border))
     }
 }
@@ -345,14 +421,19 @@ fn split_pair(
     (prompt, chosen, rejected)
 }
 
-/// A conversation up to its last answer; what comes after that is of no use in training.
-fn split_last(mut messages: Vec<Value>) -> Result<(Vec<Value>, Vec<Value>)> {
+/// A conversation up to its last answer; what comes after that is of no use in training, and noted.
+fn split_last(mut messages: Vec<Value>, seen: &mut Seen) -> Result<(Vec<Value>, Vec<Value>)> {
     let last = messages
         .iter()
         .rposition(|message| attribute(message, "role").as_deref() == Some("assistant"))
         .ok_or_else(|| anyhow!("the conversation has no message of the role `assistant`"))?;
+    seen.end_left_out = last + 1 < messages.len();
     messages.truncate(last + 1);
     let answer = messages.split_off(last);
+    let answers = messages
+        .iter()
+        .filter(|message| attribute(message, "role").as_deref() == Some("assistant"));
+    seen.earlier_answers = answers.count();
     Ok((messages, answer))
 }
 

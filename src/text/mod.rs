@@ -11,6 +11,7 @@ mod filters;
 mod generation;
 pub mod preference;
 mod quick;
+mod rendered;
 pub mod template;
 pub mod tokenizer;
 pub mod turn_end;

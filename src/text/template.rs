@@ -31,12 +31,22 @@ pub struct ChatTemplate {
     special_tokens: Arc<BTreeMap<String, Value>>,
 }
 
+/// What a template is given beside the messages.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Extras {
+    /// The tools that the model may call.
+    pub tools: Option<Value>,
+    /// Variables of the row's own, before special tokens of the same name.
+    pub variables: BTreeMap<String, Value>,
+}
+
 /// The variables of one rendering. Most templates read a few, a few times.
 #[derive(Debug)]
 struct Variables {
     special_tokens: Arc<BTreeMap<String, Value>>,
     messages: Value,
     add_generation_prompt: bool,
+    extras: Extras,
 }
 
 impl Object for Variables {
@@ -47,9 +57,13 @@ impl Object for Variables {
     fn get_value_by_str(self: &Arc<Self>, key: &str) -> Option<Value> {
         match key {
             "messages" => Some(self.messages.clone()),
-            "tools" | "documents" => Some(Value::from(())),
+            "tools" => Some(self.extras.tools.clone().unwrap_or(Value::from(()))),
             "add_generation_prompt" => Some(Value::from(self.add_generation_prompt)),
-            _ => self.special_tokens.get(key).cloned(),
+            _ => {
+                let given = self.extras.variables.get(key);
+                let found = given.or_else(|| self.special_tokens.get(key)).cloned();
+                found.or_else(|| (key == "documents").then(|| Value::from(())))
+            }
         }
     }
 }
@@ -115,9 +129,25 @@ impl ChatTemplate {
         &self.source
     }
 
+    /// A special token's text, by the name of its variable.
+    pub fn special_token(&self, name: &str) -> Option<&str> {
+        self.special_tokens.get(name)?.as_str()
+    }
+
     /// The conversation as text.
     pub fn render(&self, messages: &[Value], add_generation_prompt: bool) -> Result<String> {
+        self.render_with(messages, add_generation_prompt, &Extras::default())
+    }
+
+    /// The same with tools and variables of the row's own.
+    pub fn render_with(
+        &self,
+        messages: &[Value],
+        add_generation_prompt: bool,
+        extras: &Extras,
+    ) -> Result<String> {
         let variables = Variables {
+            extras: extras.clone(),
             special_tokens: self.special_tokens.clone(),
             messages: Value::from(messages.to_vec()),
             add_generation_prompt,

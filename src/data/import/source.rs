@@ -1,15 +1,16 @@
 //! One file of rows, opened: its columns, and its rows in batches as often as they are asked for.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, anyhow};
 use arrow::array::RecordBatch;
-use arrow::datatypes::{Field, Schema, SchemaRef};
+use arrow::datatypes::{Schema, SchemaRef};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{ImportOptions, canonical_names};
+use super::ImportOptions;
 use crate::data::table::{BATCH_ROWS, Split, split_of};
 use crate::data::{csv, json};
 
@@ -56,33 +57,21 @@ type Batches<'a> = Box<dyn Iterator<Item = Result<RecordBatch>> + 'a>;
 pub(super) struct Source {
     pub(super) path: PathBuf,
     pub(super) schema: SchemaRef,
+    /// Columns that hold NaN or an infinity where JSON has no such thing, and the first row that does.
+    pub(super) not_finite: BTreeMap<String, u64>,
     batches: Box<dyn Fn() -> Result<Batches<'static>> + Sync>,
 }
 
-/// The first `left` rows of all files.
-pub(super) fn first_rows(
-    sources: &[Source],
-    mut left: usize,
-) -> impl Iterator<Item = Result<RecordBatch>> {
-    let mut batches = sources.iter().flat_map(|source| {
-        let named = || format!("could not import `{}`", source.path.display());
-        let batches: Batches<'_> = match (source.batches)() {
-            Ok(batches) => Box::new(batches.map(move |batch| batch.with_context(named))),
-            Err(error) => Box::new(std::iter::once(Err(error))),
-        };
-        batches
-    });
-    std::iter::from_fn(move || {
-        if left == 0 {
-            return None;
+impl Source {
+    /// The rows from the first to the last.
+    pub(super) fn batches(&self) -> Batches<'static> {
+        let path = self.path.clone();
+        let named = move || format!("could not import `{}`", path.display());
+        match (self.batches)() {
+            Ok(batches) => Box::new(batches.map(move |batch| batch.with_context(&named))),
+            Err(error) => Box::new(std::iter::once(Err(error.context(named())))),
         }
-        let batch = batches.next()?;
-        Some(batch.map(|batch| {
-            let batch = batch.slice(0, batch.num_rows().min(left));
-            left -= batch.num_rows();
-            batch
-        }))
-    })
+    }
 }
 
 pub(super) fn open(path: &Path, options: &ImportOptions) -> Result<Source> {
@@ -96,22 +85,19 @@ pub(super) fn open(path: &Path, options: &ImportOptions) -> Result<Source> {
             Source {
                 path,
                 schema: split.schema().clone(),
+                not_finite: BTreeMap::new(),
                 batches: Box::new(move || Ok(Box::new(split.batches(BATCH_ROWS)))),
             }
         }
         Format::Jsonl | Format::Json => {
-            let as_list = format == Format::Json && json::is_list(&path)?;
-            let columns =
-                json::columns(&path, as_list, options.max_rows, &canonical_names(options))?;
-            let fields: Vec<_> = columns
-                .iter()
-                .map(|(name, kind)| Field::new(name, kind.data_type(), true))
-                .collect();
-            let columns = Arc::new(columns);
+            let layout = json::layout(&path)?;
+            let skip = options.skip_invalid_rows;
+            let columns = Arc::new(json::columns(&path, layout, options.max_rows, skip)?);
             Source {
                 path: path.clone(),
-                schema: Arc::new(Schema::new(fields)),
-                batches: Box::new(move || json::batches(&path, as_list, columns.clone())),
+                schema: Arc::new(Schema::new(json::fields(&columns))),
+                not_finite: columns.not_finite.clone(),
+                batches: Box::new(move || json::batches(&path, layout, columns.clone())),
             }
         }
         Format::Csv => {
@@ -119,6 +105,7 @@ pub(super) fn open(path: &Path, options: &ImportOptions) -> Result<Source> {
             Source {
                 path: path.clone(),
                 schema: schema.clone(),
+                not_finite: BTreeMap::new(),
                 batches: Box::new(move || csv::batches(&path, &schema)),
             }
         }

@@ -1,7 +1,16 @@
 //! Tests of `import`.
 
+use std::sync::Arc;
+
+use arrow::array::{
+    Array, ArrayRef, AsArray, Int32Array, ListArray, RecordBatch, StringArray, StructArray,
+};
+use arrow::buffer::OffsetBuffer;
+use arrow::datatypes::{DataType, Field, Schema};
+
 use super::*;
-use crate::data::{head, summary};
+use crate::data::cell::{is_json, json_field};
+use crate::data::{Split, head, summary};
 
 /// Imports files given as text; rows and columns come back as JSON.
 fn import(
@@ -42,7 +51,7 @@ fn all_formats_give_the_same_rows() {
     let (report, rows) = import(&[("a.jsonl", LINES)], &ImportOptions::default()).unwrap();
     assert_eq!(
         report.columns,
-        ["id", "prompt", "chosen", "rejected", "system"]
+        ["system", "prompt", "chosen", "rejected", "id"]
     );
     assert_eq!(
         rows,
@@ -112,6 +121,232 @@ fn message_lists_keep_their_order_and_fields() {
 }
 
 #[test]
+fn messages_stay_json_as_they_were_written() {
+    let lines = [
+        r#"{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": null, "tool_calls": [{"function": {"arguments": {"t": "noon", "n": [1, 2.5, true], "e": {}, "z": null}, "name": "f"}}]}]}"#,
+        r#"{"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, {"content": "a", "role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"t": 18446744073709551616, "n": "x"}}}]}]}"#,
+        r#"{"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}"#,
+    ];
+    let folder = tempfile::tempdir().unwrap();
+    let source = folder.path().join("a.jsonl");
+    std::fs::write(&source, lines.join("\n")).unwrap();
+    let to = folder.path().join("train.parquet");
+    import_files(&[source], &ImportOptions::default(), &to, &mut |_| Ok(())).unwrap();
+    let split = Split::open(folder.path(), "train").unwrap();
+    assert!(is_json(split.schema().field(0)));
+    let batches: Vec<_> = split.batches(10).collect::<Result<_>>().unwrap();
+    let texts: Vec<&str> = batches
+        .iter()
+        .flat_map(|batch| batch.column(0).as_string::<i32>().iter().flatten())
+        .collect();
+    let inner = |line: &str| line["{\"messages\": ".len()..line.len() - 1].to_owned();
+    assert_eq!(texts[0], inner(lines[0]));
+    assert_eq!(texts[1], inner(lines[1]));
+    assert_eq!(
+        texts[2],
+        r#"[{"role":"user","content":"q"},{"role":"assistant","content":"a"}]"#
+    );
+}
+
+#[test]
+fn parquet_from_elsewhere_keeps_what_it_says() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = folder.path().join("a.parquet");
+    // Columns as `datasets` writes them: JSON, also inside of structs, and fields that another row has.
+    let content = json_field("content");
+    let role = Field::new("role", DataType::Utf8, true);
+    let name = Field::new("name", DataType::Utf8, true);
+    let message = StructArray::from(vec![
+        (
+            Arc::new(role),
+            Arc::new(StringArray::from(vec!["user", "assistant"])) as ArrayRef,
+        ),
+        (
+            Arc::new(content),
+            Arc::new(StringArray::from(vec![
+                "[{\"type\":\"text\",\"text\":\"q\"}]",
+                "\"a\"",
+            ])),
+        ),
+        (
+            Arc::new(name),
+            Arc::new(StringArray::from(vec![None, Some("n")])),
+        ),
+    ]);
+    let item = Arc::new(Field::new("element", message.data_type().clone(), true));
+    let list = ListArray::new(
+        item,
+        OffsetBuffer::from_lengths([2]),
+        Arc::new(message),
+        None,
+    );
+    let number = Int32Array::from(vec![7]);
+    let fields = vec![
+        Field::new("messages", list.data_type().clone(), true),
+        json_field("note"),
+        Field::new("n", DataType::Int32, true),
+    ];
+    let schema = Arc::new(Schema::new(fields));
+    let columns: Vec<ArrayRef> = vec![
+        Arc::new(list),
+        Arc::new(StringArray::from(vec!["\"pear\""])),
+        Arc::new(number),
+    ];
+    let batch = RecordBatch::try_new(schema.clone(), columns).unwrap();
+    let mut writer = Writer::create_file(&source, schema).unwrap();
+    writer.write(&batch).unwrap();
+    writer.finish().unwrap();
+    let other = folder.path().join("b.jsonl");
+    std::fs::write(
+        &other,
+        r#"{"n": 9, "messages": [{"role": "user", "content": "x"}], "note": 3}"#,
+    )
+    .unwrap();
+    let to = folder.path().join("train.parquet");
+    import_files(
+        &[source, other],
+        &ImportOptions::default(),
+        &to,
+        &mut |_| Ok(()),
+    )
+    .unwrap();
+    assert_eq!(
+        head(folder.path(), "train", 9).unwrap(),
+        [
+            json(
+                r#"{"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, {"role": "assistant", "content": "a", "name": "n"}], "note": "pear", "n": 7}"#
+            ),
+            json(r#"{"messages": [{"role": "user", "content": "x"}], "note": 3, "n": 9}"#),
+        ]
+    );
+}
+
+#[test]
+fn rows_that_can_not_be_used_are_left_out_where_the_recipe_says_so() {
+    let text = "{\"prompt\": \"1\", \"chosen\": \"a\"}\n\n{oops\n{\"prompt\": 3, \"chosen\": \"b\"}\n{\"prompt\": \"4\", \"chosen\": \"d\"}\n";
+    let options = |skip_invalid_rows| ImportOptions {
+        skip_invalid_rows,
+        ..ImportOptions::default()
+    };
+    let (report, rows) = import(&[("a.jsonl", text)], &options(2)).unwrap();
+    let prompts: Vec<_> = rows
+        .iter()
+        .map(|row| row["prompt"].as_str().unwrap())
+        .collect();
+    assert_eq!(
+        (prompts, report.rows, report.rows_skipped),
+        (vec!["1", "4"], 2, 2)
+    );
+    assert!(
+        report.skipped[0].contains("a.jsonl:3:2: this line is no JSON"),
+        "{report:?}"
+    );
+    assert!(
+        report.skipped[1].contains("row 3: `prompt` is a number"),
+        "{report:?}"
+    );
+    for few in [0, 1] {
+        assert!(import(&[("a.jsonl", text)], &options(few)).is_err());
+    }
+    // What comes after the rows that are asked for is not looked at.
+    let two = ImportOptions {
+        max_rows: Some(1),
+        ..ImportOptions::default()
+    };
+    assert_eq!(import(&[("a.jsonl", text)], &two).unwrap().0.rows, 1);
+}
+
+#[test]
+fn json_is_read_over_several_lines_and_with_nan() {
+    let pretty = "{\n  \"prompt\": \"p\",\n  \"chosen\": \"c\"\n}\n{\n  \"prompt\": \"q\",\n  \"chosen\": \"d\"\n}\n";
+    let (_, rows) = import(&[("a.jsonl", pretty)], &ImportOptions::default()).unwrap();
+    assert_eq!(rows[1], json(r#"{"prompt": "q", "chosen": "d"}"#));
+    let line = "{\"prompt\": \"NaN\", \"chosen\": \"c\", \"score\": NaN, \"more\": [1, -Infinity]}";
+    for (name, text) in [
+        ("a.jsonl", line.to_owned()),
+        ("a.json", format!("[{line}]")),
+    ] {
+        let (report, rows) = import(&[(name, &text)], &ImportOptions::default()).unwrap();
+        assert_eq!(
+            rows,
+            [json(
+                r#"{"prompt": "NaN", "chosen": "c", "score": null, "more": null}"#
+            )]
+        );
+        assert!(
+            report
+                .told
+                .iter()
+                .any(|told| told.contains("`more`, `score`")),
+            "{report:?}"
+        );
+    }
+    let used = "{\"prompt\": \"p\", \"chosen\": NaN}";
+    assert!(fails("a.jsonl", used).contains("a.jsonl: row 1: the column `chosen` holds NaN"));
+}
+
+#[test]
+fn forms_that_people_have_become_prompts_and_answers() {
+    let one = |line: &str| {
+        import(&[("a.jsonl", line)], &ImportOptions::default())
+            .unwrap()
+            .1
+            .remove(0)
+    };
+    for (line, expected) in [
+        (
+            r#"{"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]}"#,
+            r#"{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}"#,
+        ),
+        (
+            r#"{"instruction": "add", "input": "2 3", "output": "5"}"#,
+            r#"{"prompt": "add\n\n2 3", "chosen": "5"}"#,
+        ),
+        (
+            r#"{"instruction": "add", "input": "", "output": "5"}"#,
+            r#"{"prompt": "add", "chosen": "5"}"#,
+        ),
+        (
+            r#"{"instruction": "b", "history": [["a", "1"]], "output": "2"}"#,
+            r#"{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "1"}, {"role": "user", "content": "b"}], "chosen": "2"}"#,
+        ),
+        (
+            r#"{"text": "whole", "n": 1}"#,
+            r#"{"text": "whole", "n": 1}"#,
+        ),
+        (
+            r#"{"prompt": "p", "completion": "c"}"#,
+            r#"{"prompt": "p", "chosen": "c"}"#,
+        ),
+        (
+            r#"{"prompt": "p", "completion": "c", "label": 0}"#,
+            r#"{"prompt": "p", "chosen": "c", "label": false}"#,
+        ),
+        (
+            r#"{"prompt": "p", "chosen": {"role": "assistant", "content": "c"}, "rejected": {"from": "gpt", "value": "r"}}"#,
+            r#"{"prompt": "p", "chosen": [{"role": "assistant", "content": "c"}], "rejected": [{"role": "assistant", "content": "r"}]}"#,
+        ),
+        (
+            r#"{"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}"#,
+            r#"{"chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "rejected": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b"}]}"#,
+        ),
+    ] {
+        assert_eq!(one(line), json(expected), "{line}");
+    }
+    let columns = [("prompt", "${q.text}: ${n}"), ("chosen", "answers[0]")];
+    let options = ImportOptions {
+        columns: columns.map(|(a, b)| (a.to_owned(), b.to_owned())).into(),
+        ..ImportOptions::default()
+    };
+    let line = r#"{"q": {"text": "x"}, "n": 5, "answers": ["a", "b"]}"#;
+    let (_, rows) = import(&[("a.jsonl", line)], &options).unwrap();
+    assert_eq!(
+        (&rows[0]["prompt"], &rows[0]["chosen"]),
+        (&json("\"x: 5\""), &json("\"a\""))
+    );
+}
+
+#[test]
 fn columns_can_be_renamed_even_in_a_circle() {
     let columns = [
         ("chosen", "rejected"),
@@ -136,9 +371,8 @@ fn columns_can_be_renamed_even_in_a_circle() {
         columns: [("prompt".to_owned(), "nothing".to_owned())].into(),
         ..ImportOptions::default()
     };
-    let error = import(&[("a.jsonl", line)], &options)
-        .unwrap_err()
-        .to_string();
+    let error = import(&[("a.jsonl", line)], &options).unwrap_err();
+    let error = format!("{error:#}");
     assert!(
         error.contains("`nothing`") && error.contains("`question`"),
         "{error}"
@@ -196,13 +430,12 @@ fn broken_lines_are_named_with_their_number() {
     );
     assert!(fails("a.jsonl", "7\n").contains("a.jsonl:1: expected an object"));
     assert!(fails("a.json", "[{\"prompt\": \"p\"},\n {]").contains("a.json:2:3"));
-    let mixed = "{\"prompt\": \"p\", \"chosen\": \"c\"}\n{\"prompt\": [{\"role\": \"user\"}], \"chosen\": \"c\"}";
+    let number = "{\"prompt\": \"p\", \"chosen\": \"c\"}\n{\"prompt\": 3, \"chosen\": \"c\"}";
     assert!(
-        fails("a.jsonl", mixed).contains("a.jsonl:2: the column `prompt` holds a list, unlike"),
+        fails("a.jsonl", number).contains("a.jsonl: row 2: `prompt` is a number: expected text"),
         "{}",
-        fails("a.jsonl", mixed)
+        fails("a.jsonl", number)
     );
-    assert!(fails("a.jsonl", "{\"prompt\": 3}").contains("holds a number: expected text"));
     let ragged = fails("a.csv", "prompt,chosen\na,b\na,b,c\n");
     assert!(ragged.contains("a.csv") && ragged.contains('3'), "{ragged}");
     let invalid = import(
@@ -228,11 +461,11 @@ fn files_without_a_usable_column_name_what_they_have() {
     assert!(fails("a.xlsx", "x").contains("extension"));
     assert!(fails("a.parquet", "x").contains("as Parquet"));
     assert!(fails("a.csv", "").contains("empty"));
-    let conversations = "{\"messages\": [{\"from\": \"human\", \"value\": \"x\"}]}";
+    let list = "{\"messages\": [\"x\"]}";
     assert!(
-        fails("a.jsonl", conversations).contains("expected a list of messages"),
+        fails("a.jsonl", list).contains("row 1: message 1 of `messages`: it is text"),
         "{}",
-        fails("a.jsonl", conversations)
+        fails("a.jsonl", list)
     );
 }
 

@@ -231,10 +231,10 @@ impl Made<'_> {
 }
 
 /// The same for rows from anywhere; `open` is called on the reading thread.
-pub(in crate::data) fn pass_batches<I: Iterator<Item = Result<RecordBatch>>>(
+pub(in crate::data) fn pass_batches<T: Send, I: Iterator<Item = Result<T>>>(
     open: impl FnOnce() -> I + Send,
     mut writer: Writer,
-    work: &mut dyn FnMut(RecordBatch, &mut Made<'_>) -> Result<()>,
+    work: &mut dyn FnMut(T, &mut Made<'_>) -> Result<()>,
 ) -> Result<usize> {
     std::thread::scope(|scope| {
         let (reader, batches) = sync_channel(2);

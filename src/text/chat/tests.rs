@@ -55,7 +55,7 @@ impl Row {
             prompt: text(&self.prompt),
             chosen: text(&self.chosen),
             rejected: text(&self.rejected),
-            messages: None,
+            ..ChatRow::default()
         }
     }
 }
@@ -229,7 +229,7 @@ fn text_that_was_rendered_already_is_not_rendered_twice() {
         ..ChatRow::default()
     };
     let once = renderer.render(row()).unwrap();
-    assert_eq!(once.notice, Notice::Plain);
+    assert_eq!(once.seen, Seen::default());
     let whole = |answer: &str| text(&(once.prompt.clone() + answer));
     let rejected = once.rejected.clone().unwrap();
     for (prompt, chosen, rejected) in [
@@ -249,7 +249,10 @@ fn text_that_was_rendered_already_is_not_rendered_twice() {
         assert_eq!(
             again,
             Rendered {
-                notice: Notice::AlreadyRendered,
+                seen: Seen {
+                    already_rendered: true,
+                    ..Seen::default()
+                },
                 ..once.clone()
             }
         );
@@ -261,12 +264,103 @@ fn text_that_was_rendered_already_is_not_rendered_twice() {
                 ..row()
             })
             .unwrap();
-        assert_eq!(rendered.notice, Notice::SpecialTokens);
+        assert!(mention.contains(&rendered.seen.special_token.unwrap()));
         assert_eq!(
             rendered.prompt,
             once.prompt.replace("\n\nq<", &format!("\n\n{mention}<"))
         );
     }
+}
+
+#[test]
+fn html_and_templates_without_a_generation_prompt_are_no_rendered_rows() {
+    let mistral = "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}";
+    let tokens = [("bos_token", "<s>"), ("eos_token", "</s>")];
+    let tokens = tokens.map(|(name, token)| (name.to_owned(), token.to_owned()));
+    let renderer = Renderer::new(
+        ChatTemplate::new(mistral, tokens.into(), None).unwrap(),
+        false,
+    );
+    let row = |prompt: &str, chosen: &str| ChatRow {
+        prompt: text(prompt),
+        chosen: text(chosen),
+        ..ChatRow::default()
+    };
+    let html = renderer.render(row("<s>old</s> new", "<s>a</s>")).unwrap();
+    assert_eq!(html.prompt, "<s>[INST] <s>old</s> new [/INST]");
+    assert_eq!(
+        (html.chosen.as_str(), html.seen.already_rendered),
+        ("<s>a</s></s>", false)
+    );
+    assert!(html.seen.special_token.is_some());
+    for prompt in ["<s>[INST] q [/INST]", "[INST] q [/INST]"] {
+        let whole = renderer.render(row(prompt, " a</s>")).unwrap();
+        assert_eq!(
+            (whole.prompt.as_str(), whole.seen.already_rendered),
+            (prompt, true)
+        );
+    }
+    let other = renderer
+        .render(row("<|im_start|>user\nq<|im_end|>\n", "a"))
+        .unwrap();
+    assert!(other.seen.of_another_template && !other.seen.already_rendered);
+}
+
+#[test]
+fn a_prompt_that_the_answer_continues_keeps_its_space() {
+    let chosen = |content: &str, source: &str| {
+        let row = ChatRow {
+            prompt: list(&[("user", "q"), ("assistant", content)]),
+            chosen: list(&[("assistant", "yes")]),
+            ..ChatRow::default()
+        };
+        renderer(source, false).render(row).unwrap().prompt
+    };
+    assert_eq!(chosen(" I think ", PLAIN), "<user>q</><assistant> I think ");
+    let trims = PLAIN.replace("m.content", "m.content | trim");
+    assert_eq!(chosen(" I think ", &trims), "<user>q</><assistant>I think");
+    // What was said before is not taken for the end.
+    let twice = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}(I)";
+    assert_eq!(chosen("I", twice), "<user>q</><assistant>I");
+}
+
+#[test]
+fn turns_that_are_not_learnt_are_noted() {
+    let conversation = |roles: &[&str]| ChatRow {
+        messages: Some(roles.iter().map(|role| message(role, "x")).collect()),
+        ..ChatRow::default()
+    };
+    let seen = |roles: &[&str]| {
+        renderer(PLAIN, false)
+            .render(conversation(roles))
+            .unwrap()
+            .seen
+    };
+    let two = seen(&["user", "assistant", "user", "assistant", "user"]);
+    assert_eq!((two.earlier_answers, two.end_left_out), (1, true));
+    let one = seen(&["system", "user", "assistant"]);
+    assert_eq!((one.earlier_answers, one.end_left_out), (0, false));
+}
+
+#[test]
+fn tools_and_variables_of_the_row_reach_the_template() {
+    let source = "{% if tools %}{{ tools[0].name }}:{% endif %}{% if think is defined and not think %}quick:{% endif %}{{ messages[0].content }}{{ bos_token }}";
+    let extras = Extras {
+        tools: Some(Value::from(vec![Value::from_pairs([("name", "f")])])),
+        variables: [
+            ("think".to_owned(), Value::from(false)),
+            ("bos_token".to_owned(), Value::from("!")),
+        ]
+        .into(),
+    };
+    let row = ChatRow {
+        prompt: text("q"),
+        chosen: text("a"),
+        extras,
+        ..ChatRow::default()
+    };
+    let rendered = renderer(source, false).render(row).unwrap();
+    assert_eq!(rendered.prompt, "f:quick:q!");
 }
 
 #[test]
@@ -326,9 +420,9 @@ proptest! {
         let renderer = renderer(if llama { LLAMA3 } else { PLAIN }, true);
         let mut messages: Vec<Value> = system.iter().map(|system| message("system", system)).collect();
         messages.push(message("user", &prompt));
-        let row = ChatRow { system, prompt: text(&prompt), chosen: text(&chosen), rejected: text(&rejected), messages: None };
+        let row = ChatRow { system, prompt: text(&prompt), chosen: text(&chosen), rejected: text(&rejected), ..ChatRow::default() };
         let row = renderer.render(row).unwrap();
-        prop_assume!(row.notice != Notice::AlreadyRendered);
+        prop_assume!(!row.seen.already_rendered);
         for (answer, rendered) in [(&chosen, &row.chosen), (&rejected, row.rejected.as_ref().unwrap())] {
             let whole: Vec<Value> = messages.iter().cloned().chain([message("assistant", answer)]).collect();
             prop_assert_eq!(format!("{}{rendered}", row.prompt), renderer.template().render(&whole, false).unwrap());

@@ -1,0 +1,594 @@
+//! Batches of a file's rows as batches of ours: columns under our names, messages with `role` and `content`, and what can't be used
+//! left out or refused.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use arrow::array::{
+    Array, ArrayRef, AsArray, BooleanBuilder, RecordBatch, StringBuilder, UInt32Array,
+};
+use arrow::compute::take;
+use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+use rayon::prelude::*;
+
+use super::ImportOptions;
+use super::columns::Union;
+use crate::data::cell::{Cell, is_json, json_field};
+use crate::data::forms::{Form, From, Reading, list};
+use crate::data::json::BROKEN;
+use crate::data::messages::{messages, transcript};
+
+/// Rows that are left out are named up to here.
+const MOST_NAMED: usize = 20;
+
+/// How a value of ours is made of a row.
+enum Step {
+    /// A column as it is.
+    As(String),
+    /// A value that is looked at: messages, tools, a label.
+    Made(From),
+}
+
+/// Makes our rows of a file's.
+pub(super) struct Rows {
+    /// Whether texts that are transcripts become messages, and whether all have to be.
+    transcripts: bool,
+    all_transcripts: bool,
+    /// Texts that were transcripts.
+    found_transcripts: AtomicU64,
+    share_gpt: bool,
+    union: Union,
+    steps: Vec<(&'static str, Step)>,
+    others: Vec<(String, AtomicU64)>,
+    told: Vec<String>,
+    schema: SchemaRef,
+    skip: u64,
+    skipped: std::sync::Mutex<(u64, Vec<String>)>,
+}
+
+impl Rows {
+    pub(super) fn new(reading: Reading, union: Union, options: &ImportOptions) -> Result<Self> {
+        let Reading {
+            form,
+            ours,
+            others,
+            told,
+        } = reading;
+        let mut fields = Vec::new();
+        let mut steps = Vec::new();
+        let all_transcripts = form == Form::Transcripts;
+        let has_prompt = ours.iter().any(|(name, _)| *name == "prompt");
+        let transcripts = all_transcripts || (form == Form::Preference && !has_prompt);
+        for (name, from) in ours {
+            let reads: Vec<&String> = match &from {
+                From::Column(theirs) => vec![theirs],
+                From::Expression(expression) => expression.reads.iter().collect(),
+                From::Instruction {
+                    instruction,
+                    input,
+                    history,
+                } => std::iter::once(instruction)
+                    .chain(input)
+                    .chain(history)
+                    .collect(),
+            };
+            for read in reads {
+                if let Some((file, row)) = union.not_finite(read) {
+                    bail!(
+                        "{file}: row {row}: the column `{read}` holds NaN or an infinity, which is no value of JSON"
+                    );
+                }
+                ensure!(
+                    !union.is_bytes(read),
+                    "the column `{read}` holds bytes: expected text, or lists of messages with `role` and `content`"
+                );
+            }
+            let (step, field) = step(name, from, form, transcripts, &union);
+            fields.push(field);
+            steps.push((name, step));
+        }
+        let (bytes, others): (Vec<String>, Vec<String>) =
+            others.into_iter().partition(|name| union.is_bytes(name));
+        fields.extend(others.iter().map(|name| union.field(name)));
+        let mut told: Vec<String> = told.into_iter().collect();
+        if !bytes.is_empty() {
+            told.push(format!(
+                "left out, because they hold bytes: {}",
+                list(&bytes)
+            ));
+        }
+        let odd: Vec<&String> = union.all_not_finite().collect();
+        if !odd.is_empty() {
+            told.push(format!("NaN and infinities became null in {}", list(&odd)));
+        }
+        Ok(Self {
+            transcripts,
+            all_transcripts,
+            found_transcripts: AtomicU64::new(0),
+            share_gpt: options.form == Some(Form::Sharegpt),
+            union,
+            steps,
+            others: others
+                .into_iter()
+                .map(|name| (name, AtomicU64::new(0)))
+                .collect(),
+            told,
+            schema: Arc::new(Schema::new(fields)),
+            skip: options.skip_invalid_rows,
+            skipped: std::sync::Mutex::default(),
+        })
+    }
+
+    pub(super) fn schema(&self) -> &SchemaRef {
+        &self.schema
+    }
+
+    /// The first `most` usable rows of a batch of `file` that begins with its row `first`.
+    pub(super) fn of(
+        &self,
+        batch: &RecordBatch,
+        file: &str,
+        first: u64,
+        most: usize,
+    ) -> Result<RecordBatch> {
+        let skip = usize::try_from(self.skip).unwrap_or(usize::MAX);
+        let batch = batch.slice(0, batch.num_rows().min(most.saturating_add(skip)));
+        let mut errors: Vec<Option<anyhow::Error>> = (0..batch.num_rows()).map(|_| None).collect();
+        if let Some(broken) = batch.column_by_name(BROKEN) {
+            let broken = broken.as_string_opt::<i32>();
+            for (row, reason) in broken.into_iter().flatten().enumerate() {
+                if let (Some(reason), Some(error)) = (reason, errors.get_mut(row)) {
+                    *error = Some(anyhow!("{reason}"));
+                }
+            }
+        }
+        let mut columns = Vec::with_capacity(self.schema.fields().len());
+        for ((name, step), field) in self.steps.iter().zip(self.schema.fields()) {
+            columns.push(match step {
+                Step::As(theirs) => self.union.column(&batch, theirs)?,
+                Step::Made(from) => {
+                    let values = self.values(&batch, name, from)?;
+                    let mut cells = Vec::with_capacity(values.len());
+                    for (value, error) in values.into_iter().zip(&mut errors) {
+                        cells.push(value.unwrap_or_else(|found| {
+                            error.get_or_insert(found);
+                            Made::Null
+                        }));
+                    }
+                    build(field, cells)
+                }
+            });
+        }
+        for (name, _) in &self.others {
+            columns.push(self.union.column(&batch, name)?);
+        }
+        let mut kept: Vec<u32> = Vec::with_capacity(batch.num_rows());
+        for (row, error) in (0_u32..).zip(errors) {
+            if kept.len() == most {
+                break;
+            }
+            let Some(error) = error else {
+                kept.push(row);
+                continue;
+            };
+            let place = if format!("{error:#}").starts_with(file) {
+                error
+            } else {
+                error.context(format!("{file}: row {}", first + u64::from(row)))
+            };
+            self.leave_out(place)?;
+        }
+        let batch = RecordBatch::try_new(self.schema.clone(), columns)?;
+        let batch = if kept.len() == batch.num_rows() {
+            batch
+        } else {
+            let kept = UInt32Array::from(kept);
+            let columns: Result<Vec<ArrayRef>, _> = batch
+                .columns()
+                .iter()
+                .map(|column| take(column, &kept, None))
+                .collect();
+            RecordBatch::try_new(self.schema.clone(), columns?)?
+        };
+        let carried = batch.columns().iter().skip(self.steps.len());
+        for ((_, count), column) in self.others.iter().zip(carried) {
+            let present = column.len() - column.logical_null_count();
+            count.fetch_add(present as u64, Ordering::Relaxed);
+        }
+        Ok(batch)
+    }
+
+    fn leave_out(&self, error: anyhow::Error) -> Result<()> {
+        let mut skipped = self
+            .skipped
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        if self.skip == 0 {
+            return Err(error);
+        }
+        ensure!(
+            skipped.0 < self.skip,
+            "more than {} rows can't be used, which is what `skip_invalid_rows` allows; the next one: {error:#}",
+            self.skip
+        );
+        skipped.0 += 1;
+        if skipped.1.len() < MOST_NAMED {
+            skipped.1.push(format!("{error:#}"));
+        }
+        Ok(())
+    }
+
+    /// What the user should know, and the rows that were left out.
+    pub(super) fn end(self) -> (Vec<String>, u64, Vec<String>) {
+        let mut told = self.told;
+        if self.found_transcripts.load(Ordering::Relaxed) > 0 {
+            told.push("texts that begin with `Human:` or `Assistant:` are read as transcripts, turn by turn".to_owned());
+        }
+        let unused: Vec<String> = self
+            .others
+            .iter()
+            .filter_map(|(name, count)| {
+                let count = count.load(Ordering::Relaxed);
+                (count > 0).then(|| format!("`{name}` ({count} rows)"))
+            })
+            .collect();
+        if !unused.is_empty() {
+            let more = unused.len().saturating_sub(12);
+            let mut text = unused.into_iter().take(12).collect::<Vec<_>>().join(", ");
+            if more > 0 {
+                text.push_str(&format!(" and {more} more"));
+            }
+            told.push(format!(
+                "carried along, but no part of prompts and answers: {text}"
+            ));
+        }
+        let (count, mut named) = self
+            .skipped
+            .into_inner()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        if count > named.len() as u64 {
+            named.push(format!("and {} more", count - named.len() as u64));
+        }
+        (told, count, named)
+    }
+
+    fn values(
+        &self,
+        batch: &RecordBatch,
+        name: &'static str,
+        from: &From,
+    ) -> Result<Vec<Result<Made>>> {
+        let column = |theirs: &String| -> Result<(Field, ArrayRef)> {
+            Ok((self.union.field(theirs), self.union.column(batch, theirs)?))
+        };
+        let rows = (0..batch.num_rows()).into_par_iter().with_min_len(8);
+        Ok(match from {
+            From::Column(theirs) => {
+                let (field, array) = column(theirs)?;
+                rows.map(|row| {
+                    let value = Cell::of_column(&field, &array, row)
+                        .with_context(|| format!("the column `{theirs}` can't be read"))?;
+                    let made = self.made(name, value).with_context(|| {
+                        if theirs == name {
+                            String::new()
+                        } else {
+                            format!("in the column `{theirs}`")
+                        }
+                    });
+                    // What is as it was needn't be written anew.
+                    match made.map_err(without_empty)? {
+                        Made::Same(_) if is_json(&field) => {
+                            let texts = array.as_string_opt::<i32>();
+                            Ok(texts
+                                .map_or(Made::Null, |texts| Made::Raw(texts.value(row).to_owned())))
+                        }
+                        made => Ok(made),
+                    }
+                })
+                .collect()
+            }
+            From::Expression(expression) => {
+                let columns: Result<Vec<_>> = expression
+                    .reads
+                    .iter()
+                    .map(|read| Ok((read.clone(), column(read)?)))
+                    .collect();
+                let columns = columns?;
+                rows.map(|row| {
+                    let cells: Result<Vec<(String, Cell)>> = columns
+                        .iter()
+                        .map(|(read, (field, array))| {
+                            let value = Cell::of_column(field, array, row);
+                            let value = value
+                                .with_context(|| format!("the column `{read}` can't be read"))?;
+                            Ok((read.clone(), value))
+                        })
+                        .collect();
+                    self.made(name, expression.of(cells?)?)
+                })
+                .collect()
+            }
+            From::Instruction {
+                instruction,
+                input,
+                history,
+            } => {
+                let instruction = column(instruction)?;
+                let input = input.as_ref().map(column).transpose()?;
+                let history = history.as_ref().map(column).transpose()?;
+                rows.map(|row| {
+                    let text = |(field, array): &(Field, ArrayRef)| match Cell::of_column(
+                        field, array, row,
+                    )? {
+                        Cell::Null => Ok(None),
+                        Cell::Text(text) => Ok(Some(text)),
+                        other => bail!(
+                            "the column `{}` is {}: expected text",
+                            field.name(),
+                            other.noun()
+                        ),
+                    };
+                    let Some(mut prompt) = text(&instruction)? else {
+                        bail!("the column `instruction` is null");
+                    };
+                    if let Some(input) = input.as_ref().map(text).transpose()?.flatten()
+                        && !input.trim().is_empty()
+                    {
+                        if !prompt.is_empty() {
+                            prompt.push_str("\n\n");
+                        }
+                        prompt.push_str(&input);
+                    }
+                    let Some((field, array)) = &history else {
+                        return Ok(Made::Same(Cell::Text(prompt)));
+                    };
+                    let before = Cell::of_column(field, array, row)?;
+                    Ok(Made::Other(turns(before, prompt)?))
+                })
+                .collect()
+            }
+        })
+    }
+
+    /// A value as a value of our column `name`.
+    fn made(&self, name: &'static str, value: Cell) -> Result<Made> {
+        if value == Cell::Null {
+            return Ok(Made::Null);
+        }
+        match name {
+            "system" | "text" => match value {
+                Cell::Text(text) => Ok(Made::Same(Cell::Text(text))),
+                other => bail!("`{name}` is {}: expected text", other.noun()),
+            },
+            "label" => match &value {
+                Cell::Bool(_) => Ok(Made::Same(value)),
+                Cell::Int(0 | 1) => Ok(Made::Other(Cell::Bool(value == Cell::Int(1)))),
+                Cell::Text(text) if text.eq_ignore_ascii_case("true") => {
+                    Ok(Made::Other(Cell::Bool(true)))
+                }
+                Cell::Text(text) if text.eq_ignore_ascii_case("false") => {
+                    Ok(Made::Other(Cell::Bool(false)))
+                }
+                other => bail!("`label` is {}: expected true or false", other.noun()),
+            },
+            "tools" => {
+                let (value, written) = unpacked(value, "tools")?;
+                let Cell::List(tools) = &value else {
+                    bail!(
+                        "`tools` is {}: expected a list of tools, or JSON text of one",
+                        value.noun()
+                    );
+                };
+                for (number, tool) in (1..).zip(tools) {
+                    ensure!(
+                        matches!(tool, Cell::Map(_)),
+                        "tool {number} of `tools` is {}: expected an object",
+                        tool.noun()
+                    );
+                }
+                Ok(if written {
+                    Made::Other(value)
+                } else {
+                    Made::Same(value)
+                })
+            }
+            "chat_template_kwargs" => {
+                let (value, written) = unpacked(value, name)?;
+                ensure!(
+                    matches!(value, Cell::Map(_)),
+                    "`chat_template_kwargs` is {}: expected an object",
+                    value.noun()
+                );
+                Ok(if written {
+                    Made::Other(value)
+                } else {
+                    Made::Same(value)
+                })
+            }
+            "messages" => {
+                let (value, written) = unpacked(value, name)?;
+                let (value, changed) = messages(value, name, self.share_gpt)?;
+                ensure!(
+                    value != Cell::List(Vec::new()),
+                    "`messages` is an empty list"
+                );
+                Ok(if written || changed {
+                    Made::Other(value)
+                } else {
+                    Made::Same(value)
+                })
+            }
+            _ => match value {
+                Cell::Text(text) if self.transcripts => match transcript(&text) {
+                    Some(turns) => {
+                        self.found_transcripts.fetch_add(1, Ordering::Relaxed);
+                        Ok(Made::Other(Cell::List(turns)))
+                    }
+                    None if self.all_transcripts && name != "prompt" => {
+                        bail!(
+                            "`{name}` is no transcript: expected text that begins with `Human:` or `Assistant:`"
+                        )
+                    }
+                    None => Ok(Made::Same(Cell::Text(text))),
+                },
+                Cell::Text(text) => Ok(Made::Same(Cell::Text(text))),
+                value @ (Cell::List(_) | Cell::Map(_)) => {
+                    let (value, changed) = messages(value, name, self.share_gpt)?;
+                    Ok(if changed {
+                        Made::Other(value)
+                    } else {
+                        Made::Same(value)
+                    })
+                }
+                other => bail!(
+                    "`{name}` is {}: expected text, or a list of messages with `role` and `content`",
+                    other.noun()
+                ),
+            },
+        }
+    }
+}
+
+/// A value of ours.
+enum Made {
+    Null,
+    /// As it was.
+    Same(Cell),
+    /// Written another way.
+    Other(Cell),
+    /// JSON as it was written.
+    Raw(String),
+}
+
+/// A context of nothing would leave a colon behind.
+fn without_empty(error: anyhow::Error) -> anyhow::Error {
+    if error.to_string().is_empty() {
+        anyhow!("{}", format!("{error:#}").trim_start_matches(": "))
+    } else {
+        error
+    }
+}
+
+/// The value of a text that holds JSON, as CSV files have it; whether it was one.
+fn unpacked(value: Cell, name: &str) -> Result<(Cell, bool)> {
+    match value {
+        Cell::Text(text) => {
+            let value =
+                Cell::parse(&text).with_context(|| format!("`{name}` is text that is no JSON"))?;
+            Ok((value, true))
+        }
+        value => Ok((value, false)),
+    }
+}
+
+/// The turns of Alpaca's `history`, pairs of what was asked and answered, and the prompt behind them.
+fn turns(history: Cell, prompt: String) -> Result<Cell> {
+    let message = |role: &str, content: String| {
+        Cell::Map(vec![
+            ("role".to_owned(), Cell::Text(role.to_owned())),
+            ("content".to_owned(), Cell::Text(content)),
+        ])
+    };
+    let mut made = Vec::new();
+    let pairs = match history {
+        Cell::Null => Vec::new(),
+        Cell::List(pairs) => pairs,
+        other => bail!("`history` is {}: expected a list of pairs", other.noun()),
+    };
+    for (number, pair) in (1..).zip(pairs) {
+        match pair {
+            Cell::List(pair) => match <[Cell; 2]>::try_from(pair) {
+                Ok([Cell::Text(asked), Cell::Text(answered)]) => {
+                    made.push(message("user", asked));
+                    made.push(message("assistant", answered));
+                }
+                _ => bail!("pair {number} of `history` is no pair of texts"),
+            },
+            other => bail!(
+                "pair {number} of `history` is {}: expected two texts",
+                other.noun()
+            ),
+        }
+    }
+    made.push(message("user", prompt));
+    Ok(Cell::List(made))
+}
+
+/// How one of our columns is made, and its field.
+fn step(
+    name: &'static str,
+    from: From,
+    form: Form,
+    transcripts: bool,
+    union: &Union,
+) -> (Step, Field) {
+    let text = |name: &str| Field::new(name, DataType::Utf8, true);
+    let field = match &from {
+        _ if matches!(name, "messages" | "tools" | "chat_template_kwargs") => json_field(name),
+        _ if matches!(name, "system" | "text") => text(name),
+        _ if name == "label" => match (form, &from) {
+            (Form::Kto, _) => Field::new(name, DataType::Boolean, true),
+            (_, From::Column(theirs)) => {
+                // Beside other forms it is a column like any other.
+                let field = union.field(theirs).with_name(name);
+                return (Step::As(theirs.clone()), field);
+            }
+            _ => json_field(name),
+        },
+        From::Column(theirs) => {
+            if *union.field(theirs).data_type() == DataType::Utf8
+                && !is_json(&union.field(theirs))
+                && !transcripts
+            {
+                return (Step::As(theirs.clone()), text(name));
+            }
+            json_field(name)
+        }
+        From::Expression(expression) if !expression.is_alone() && !transcripts => text(name),
+        From::Instruction { history: None, .. } => text(name),
+        From::Expression(_) | From::Instruction { .. } => json_field(name),
+    };
+    let plain = match &from {
+        From::Column(theirs) => {
+            matches!(name, "system" | "text")
+                && !is_json(&union.field(theirs))
+                && *union.field(theirs).data_type() == DataType::Utf8
+        }
+        _ => false,
+    };
+    match from {
+        From::Column(theirs) if plain => (Step::As(theirs), field),
+        from => (Step::Made(from), field),
+    }
+}
+
+/// A column of values, which fit its field.
+fn build(field: &Field, cells: Vec<Made>) -> ArrayRef {
+    if *field.data_type() == DataType::Boolean {
+        let mut made = BooleanBuilder::with_capacity(cells.len());
+        for cell in cells {
+            made.append_option(match cell {
+                Made::Same(Cell::Bool(value)) | Made::Other(Cell::Bool(value)) => Some(value),
+                _ => None,
+            });
+        }
+        return Arc::new(made.finish());
+    }
+    let json = is_json(field);
+    let mut made = StringBuilder::new();
+    for cell in cells {
+        match cell {
+            Made::Null => made.append_null(),
+            Made::Raw(text) => made.append_value(text),
+            Made::Same(Cell::Text(text)) | Made::Other(Cell::Text(text)) if !json => {
+                made.append_value(text)
+            }
+            // Values of ours can always be written.
+            Made::Same(value) | Made::Other(value) => {
+                made.append_option(serde_json::to_string(&value).ok())
+            }
+        }
+    }
+    Arc::new(made.finish())
+}
