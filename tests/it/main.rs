@@ -7,6 +7,8 @@ mod changes;
 #[cfg(test)]
 mod commands;
 #[cfg(test)]
+mod data_cases;
+#[cfg(test)]
 mod defaults;
 #[cfg(test)]
 mod faults;
