@@ -81,6 +81,11 @@ pub fn import_files(
         bail!("there is no file to import");
     };
     let union = Union::of(&opened);
+    ensure!(
+        !union.names().is_empty(),
+        "`{}` holds no rows",
+        first.path.display()
+    );
     let reading = recognise(&union.names(), &options.columns, options.form)
         .with_context(|| format!("could not import `{}`", first.path.display()))?;
     let rows = Rows::new(reading, union, options)?;

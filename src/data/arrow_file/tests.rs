@@ -107,7 +107,7 @@ fn damaged_files_are_errors() {
     let mut errors = 0;
     for name in ["rows.arrow", "lz4.feather", "zstd.feather", "odd.arrow"] {
         let whole = std::fs::read(golden(name)).unwrap();
-        for _ in 0..1500 {
+        for _ in 0..250 {
             let mut bytes = whole.clone();
             for _ in 0..=next(3) {
                 let at = next(bytes.len());
@@ -122,7 +122,7 @@ fn damaged_files_are_errors() {
             errors += usize::from(read(&path).is_err());
         }
     }
-    assert!(errors > 1000, "{errors}");
+    assert!(errors > 200, "{errors}");
 }
 
 #[test]

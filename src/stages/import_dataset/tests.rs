@@ -240,10 +240,10 @@ fn several_files_are_one_split() {
     for (path, expected) in [
         ("data/*.jsonl", &["1", "2"][..]),
         ("data/**", &["1", "2", "3"]),
-        ("[d.csv, data/*.jsonl]", &["4", "1", "2"]),
+        ("[d.csv, 'data/*.jsonl']", &["4", "1", "2"]),
         ("[data/b.jsonl, data/a.jsonl]", &["2", "1"]),
-        ("**/*.jsonl", &["1", "2", "3"]),
-        ("data/?.json[l]", &["1", "2"]),
+        ("'**/*.jsonl'", &["1", "2", "3"]),
+        ("'data/?.json[l]'", &["1", "2"]),
     ] {
         let (_folder, cx) = in_folder(&format!("{{path: {path}}}"), folder.path()).unwrap();
         assert_eq!(prompts(&cx, "train"), expected, "{path}");
@@ -359,7 +359,7 @@ fn mistakes_name_the_file_as_the_recipe_does() {
     );
     fails(
         "{path: d}",
-        &[("d/train.csv", "a,b\n1\n")],
+        &[("d/train.csv", "prompt,chosen\n1\n")],
         &["d/train.csv:2: row 1 has 1 field"],
     );
     fails(

@@ -6,6 +6,7 @@ use arrow::datatypes::{DataType, Field, Schema};
 
 use super::*;
 use crate::data;
+use crate::data::cell::json_field;
 
 fn dataset(folder: &Path, rows: usize) -> std::path::PathBuf {
     let dataset = folder.join("dataset");
@@ -99,11 +100,11 @@ fn split(yaml: &str, columns: &[(&str, bool, Vec<String>)]) -> Result<[Vec<usize
     let mut fields = vec![Field::new("n", DataType::Utf8, true)];
     let mut arrays = vec![numbers];
     for (name, is_json, values) in columns {
-        let mut field = Field::new(*name, DataType::Utf8, true);
-        if *is_json {
-            let mark = ("ARROW:extension:name".to_owned(), "arrow.json".to_owned());
-            field = field.with_metadata(std::collections::HashMap::from([mark]));
-        }
+        let field = if *is_json {
+            json_field(name)
+        } else {
+            Field::new(*name, DataType::Utf8, true)
+        };
         fields.push(field);
         arrays.push(Arc::new(StringArray::from_iter_values(values)));
     }
