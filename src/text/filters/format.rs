@@ -216,8 +216,7 @@ impl Look {
                 None if self.precision.is_none() => python::float(size),
                 None => {
                     // As `g`, but with a point in it.
-                    let text = general(size, self.precision.unwrap_or(6), self.alternate, true);
-                    text
+                    general(size, self.precision.unwrap_or(6), self.alternate, true)
                 }
                 Some('f' | 'F') => format!("{size:.*}", self.precision.unwrap_or(6)),
                 Some('e' | 'E') => exponent(size, self.precision.unwrap_or(6)),

@@ -20,10 +20,10 @@ pub(super) fn install(environment: &mut Environment<'static>) {
         }
     });
     add(environment, "lower", |state, value, args| {
-        changed(state, value, args, "lower", |text| text.to_lowercase())
+        changed(state, value, args, "lower", str::to_lowercase)
     });
     add(environment, "upper", |state, value, args| {
-        changed(state, value, args, "upper", |text| text.to_uppercase())
+        changed(state, value, args, "upper", str::to_uppercase)
     });
     add(environment, "title", |state, value, args| {
         changed(state, value, args, "title", title_words)
@@ -180,15 +180,14 @@ fn center(state: &State, value: &Value, args: &[Value]) -> Result<Value, Error> 
 
 fn indent(state: &State, value: &Value, args: &[Value]) -> Result<Value, Error> {
     let [width, first, blank] = bind("indent", args, ["width", "first", "blank"])?;
-    let indention = match width.as_ref().and_then(Value::as_str) {
-        Some(text) => text.to_owned(),
-        None => {
-            let width = integer_or("indent", width.as_ref(), 4)?;
-            if width > 10_000 {
-                return Err(fail("a width above 10000 is not supported"));
-            }
-            " ".repeat(width.max(0) as usize)
+    let indention = if let Some(text) = width.as_ref().and_then(Value::as_str) {
+        text.to_owned()
+    } else {
+        let width = integer_or("indent", width.as_ref(), 4)?;
+        if width > 10_000 {
+            return Err(fail("a width above 10000 is not supported"));
         }
+        " ".repeat(width.max(0) as usize)
     };
     let own = python::text(state, value)? + "\n";
     let lines = lines(&own, false);
@@ -353,7 +352,7 @@ fn quoted(text: &str, query: bool) -> String {
     for byte in text.bytes() {
         match byte {
             b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'_' | b'.' | b'-' | b'~' => {
-                out.push(char::from(byte))
+                out.push(char::from(byte));
             }
             b'/' if !query => out.push('/'),
             b' ' if query => out.push('+'),
