@@ -220,7 +220,9 @@ pub(super) fn is_tuple(value: &Value) -> bool {
 /// Whether a value can be called.
 pub(super) fn is_callable(value: &Value) -> bool {
     let object = value.as_object();
-    matches!(kind_of_object(value), Some("Macro" | "Loop"))
+    // What is undefined can be called in jinja2, and then says so.
+    value.is_undefined()
+        || matches!(kind_of_object(value), Some("Macro" | "Loop"))
         || object.is_some_and(|object| object.repr() == ObjectRepr::Plain)
 }
 

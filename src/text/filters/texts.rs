@@ -8,7 +8,7 @@ use minijinja::{Environment, Error, State, Value};
 use super::add;
 use super::arguments::{bind, flag, integer_or, text};
 use super::characters::{capitalize, is_space, lines, title_words};
-use super::python::{self, fail, is_dict};
+use super::python::{self, fail, is_dict, type_name};
 use super::{format, methods};
 
 pub(super) fn install(environment: &mut Environment<'static>) {
@@ -36,6 +36,10 @@ pub(super) fn install(environment: &mut Environment<'static>) {
     });
     add(environment, "e", |state, value, args| {
         escape(state, value, args, false)
+    });
+    add(environment, "safe", |state, value, args| {
+        bind::<0>("safe", args, [])?;
+        Ok(Value::from_safe_string(python::text(state, value)?))
     });
     add(environment, "forceescape", |state, value, args| {
         escape(state, value, args, true)
@@ -228,8 +232,21 @@ fn truncate(state: &State, value: &Value, args: &[Value]) -> Result<Value, Error
             "`truncate` takes a length not below that of its end, and a leeway not below 0",
         ));
     }
-    if own.chars().count() as i64 <= length.saturating_add(leeway) {
-        return Ok(Value::from(own));
+    // Of a list the items are counted.
+    let counted = match value.kind() {
+        ValueKind::String | ValueKind::Undefined => own.chars().count(),
+        _ => value
+            .len()
+            .ok_or_else(|| fail(format!("`truncate` takes a text, not {}", type_name(value))))?,
+    };
+    if counted as i64 <= length.saturating_add(leeway) {
+        return Ok(value.clone());
+    }
+    if !matches!(value.kind(), ValueKind::String | ValueKind::Undefined) {
+        return Err(fail(format!(
+            "`truncate` takes a text, not {}",
+            type_name(value)
+        )));
     }
     let cut: String = own.chars().take(room as usize).collect();
     let kept = if flag(kill_words.as_ref()) {
