@@ -126,7 +126,11 @@ fn values_that_hold_themselves_end_one_stage() {
                 &cycle("{{ n == n }}{% set m = namespace() %}{% set m.a = m %}{{ n == m }}"),
                 DEEP,
             ),
-            attack("as_json", &cycle("{{ n | tojson }}"), "too deep for JSON"),
+            attack(
+                "as_json",
+                &cycle("{{ n | tojson }}"),
+                "can't be written as JSON",
+            ),
             attack("as_text", &cycle("{{ n | string }}"), DEEP),
             attack("in_itself", &cycle("{{ n in [n] }}"), ""),
             attack(
