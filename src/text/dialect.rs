@@ -235,7 +235,7 @@ fn tag_code(reader: &mut Reader) -> Result<(String, More), Unread> {
             out.push_str(reader.expect("in")?);
             // The engine takes nothing for an empty list, which Python does not.
             let items = reader.tuple(false)?;
-            out.push_str(&format!(" {EACH}({items})"));
+            out.extend([" ", EACH, "(", &items, ")"]);
             if reader.is("if") {
                 out.push_str(reader.expect("if")?);
                 out.push_str(&reader.expression(true)?);
@@ -309,9 +309,12 @@ fn signature(reader: &mut Reader) -> Result<(String, String), Unread> {
                 .iter()
                 .any(|name| known.contains(name))
             {
-                tags.push_str(&format!(
-                    "{{% if {name} is undefined %}}{{% set {name} ={default} %}}{{% endif %}}"
-                ));
+                let check = ["{% if ", name, " is undefined %}{% set ", name, " ="];
+                tags.extend(
+                    check
+                        .into_iter()
+                        .chain([default.as_str(), " %}{% endif %}"]),
+                );
             } else {
                 out.push_str(sign);
                 out.push_str(&default);

@@ -230,10 +230,9 @@ impl<'a> Reader<'a> {
         let mut operators: Vec<String> = Vec::new();
         loop {
             let mark = self.token();
-            if mark.kind == Kind::Mark && matches!(mark.text, "==" | "!=" | "<" | "<=" | ">" | ">=")
-            {
-                operators.push(self.take().spaced.to_owned());
-            } else if self.is("in") {
+            let compares = mark.kind == Kind::Mark
+                && matches!(mark.text, "==" | "!=" | "<" | "<=" | ">" | ">=");
+            if compares || self.is("in") {
                 operators.push(self.take().spaced.to_owned());
             } else if self.is("not") && self.after(1).text == "in" {
                 let not = self.take().spaced;
@@ -316,7 +315,15 @@ impl<'a> Reader<'a> {
             self.primary()?
         };
         out = self.postfix(out)?;
-        while filters {
+        if filters {
+            self.filtered(&mut out)?;
+        }
+        Ok(out)
+    }
+
+    /// Filters and tests behind a value.
+    fn filtered(&mut self, out: &mut String) -> Read<()> {
+        loop {
             if self.is("|") {
                 out.push_str(self.take().spaced);
                 out.push_str(&self.filter_name()?);
@@ -324,13 +331,12 @@ impl<'a> Reader<'a> {
                 out.push_str(self.take().spaced);
                 out.push_str(&self.test()?);
             } else {
-                break;
+                return Ok(());
             }
             if self.is("(") {
                 out.push_str(&self.arguments()?);
             }
         }
-        Ok(out)
     }
 
     fn filter_name(&mut self) -> Read<String> {

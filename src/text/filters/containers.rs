@@ -1,5 +1,6 @@
 //! The methods of Python's `list`, `dict` and numbers.
 
+use minijinja::value::ValueIter;
 use minijinja::{Error, State, Value};
 
 use super::arguments::{bind, integer_or};
@@ -13,7 +14,7 @@ pub(super) fn list(
     name: &str,
     args: &[Value],
 ) -> Result<Option<Value>, Error> {
-    let items = || value.try_iter().map(|items| items.checked());
+    let items = || value.try_iter().map(ValueIter::checked);
     Ok(Some(match name {
         "count" => {
             let [wanted] = bind(name, args, [""])?;

@@ -3,7 +3,7 @@
 use minijinja::value::{Kwargs, Rest, ValueKind, from_args};
 use minijinja::{Error, State, Value};
 
-use super::python::{self, fail, is_dict, is_float, type_name};
+use super::python::{self, fail, is_dict, is_float, is_tuple, type_name};
 
 /// The widest field, and the most digits.
 const WIDEST: usize = 10_000;
@@ -216,8 +216,7 @@ impl Look {
                 None if self.precision.is_none() => python::float(size),
                 None => {
                     // As `g`, but with a point in it.
-                    let text = general(size, self.precision.unwrap_or(6), self.alternate, true);
-                    text
+                    general(size, self.precision.unwrap_or(6), self.alternate, true)
                 }
                 Some('f' | 'F') => format!("{size:.*}", self.precision.unwrap_or(6)),
                 Some('e' | 'E') => exponent(size, self.precision.unwrap_or(6)),
@@ -376,7 +375,13 @@ pub(super) fn percent(state: &State, format: &str, arguments: &Value) -> Result<
         state.consume_fuel((out.len() / 4096) as u64)?;
     }
     out.push_str(rest);
-    if items.next().is_some() && !used_names && !is_dict(arguments) {
+    // Python does not complain of one argument that could be indexed.
+    let indexed = !is_tuple(arguments)
+        && matches!(
+            arguments.kind(),
+            ValueKind::Undefined | ValueKind::Seq | ValueKind::Iterable | ValueKind::Map
+        );
+    if items.next().is_some() && !used_names && !indexed {
         return Err(fail("more arguments than the format takes"));
     }
     Ok(Value::from(out))

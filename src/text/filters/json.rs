@@ -84,9 +84,6 @@ impl Json<'_> {
             self.paid = self.output.len();
             self.state.consume_fuel((unpaid / BYTES_A_STEP) as u64)?;
         }
-        let foreign = is_namespace(value)
-            || value.downcast_object_ref::<Range>().is_some()
-            || value.downcast_object_ref::<View>().is_some();
         match value.kind() {
             ValueKind::None => self.output.push_str("null"),
             ValueKind::Bool => self
@@ -94,7 +91,7 @@ impl Json<'_> {
                 .push_str(if value.is_true() { "true" } else { "false" }),
             ValueKind::Number => self.output.push_str(&json_number(value)),
             ValueKind::String => self.text(value.as_str().unwrap_or_default()),
-            ValueKind::Seq | ValueKind::Iterable if !foreign => {
+            ValueKind::Seq | ValueKind::Iterable if !is_iterator(value) => {
                 self.output.push('[');
                 let mut empty = true;
                 for (place, item) in value.try_iter()?.checked().enumerate() {
@@ -105,7 +102,7 @@ impl Json<'_> {
                 self.end(empty, depth);
                 self.output.push(']');
             }
-            ValueKind::Map if !foreign => self.map(value, depth)?,
+            ValueKind::Map if !is_namespace(value) => self.map(value, depth)?,
             _ => {
                 return Err(fail(format!(
                     "a value of the type {} can't be written as JSON",
@@ -179,6 +176,11 @@ impl Json<'_> {
         }
         self.output.push('"');
     }
+}
+
+/// Whether a value is one of Python's that is no list.
+fn is_iterator(value: &Value) -> bool {
+    value.downcast_object_ref::<Range>().is_some() || value.downcast_object_ref::<View>().is_some()
 }
 
 /// A number as `json` writes it.

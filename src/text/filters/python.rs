@@ -128,20 +128,17 @@ impl<'a> Printer<'a> {
     }
 
     fn map(&mut self, value: &Value, depth: usize) -> Result<(), Error> {
-        match kind_of_object(value) {
-            Some("Loop") => {
-                let part = |name| value.get_attr(name).map(|part| number(&part));
-                let (index, length) = (part("index")?, part("length")?);
-                let _ = write!(self.text, "<LoopContext {index}/{length}>");
-                return Ok(());
-            }
-            Some("Macro") => {
-                self.text.push_str("<Macro ");
-                self.value(&value.get_attr("name")?, true, depth + 1)?;
-                self.text.push('>');
-                return Ok(());
-            }
-            _ => {}
+        if is_own(value, "::Loop") {
+            let part = |name| value.get_attr(name).map(|part| number(&part));
+            let (index, length) = (part("index")?, part("length")?);
+            let _ = write!(self.text, "<LoopContext {index}/{length}>");
+            return Ok(());
+        }
+        if is_own(value, "::Macro") {
+            self.text.push_str("<Macro ");
+            self.value(&value.get_attr("name")?, true, depth + 1)?;
+            self.text.push('>');
+            return Ok(());
         }
         let namespace = is_namespace(value);
         self.text
@@ -187,21 +184,26 @@ impl<'a> Printer<'a> {
     }
 }
 
-/// The engine's own name for one of its objects.
-fn kind_of_object(value: &Value) -> Option<&'static str> {
-    let name = value.as_object()?.type_name();
-    name.strip_prefix("minijinja::")?.rsplit("::").next()
+/// Whether a value is one of the engine's own objects, by the name of its type.
+fn is_own(value: &Value, name: &str) -> bool {
+    let object = value.as_object();
+    object.is_some_and(|object| {
+        let own = object.type_name();
+        own.ends_with(name) && own.starts_with("minijinja::")
+    })
 }
 
 /// Whether a value was made by `namespace(..)`: a map to the engine, and none to Python.
 pub(super) fn is_namespace(value: &Value) -> bool {
-    kind_of_object(value) == Some("Namespace")
+    is_own(value, "::Namespace")
 }
 
 /// Whether a value is Python's `dict`.
 pub(super) fn is_dict(value: &Value) -> bool {
     value.kind() == ValueKind::Map
-        && !matches!(kind_of_object(value), Some("Namespace" | "Loop" | "Macro"))
+        && !["::Namespace", "::Loop", "::Macro"]
+            .iter()
+            .any(|name| is_own(value, name))
 }
 
 /// Whether a value is a list: written as one, or cut out of or joined from such.
@@ -214,13 +216,15 @@ pub(super) fn is_list(value: &Value) -> bool {
 
 /// Whether a value is a tuple, a group of `groupby` included.
 pub(super) fn is_tuple(value: &Value) -> bool {
-    value.is_tuple() || kind_of_object(value) == Some("GroupTuple")
+    value.is_tuple() || is_own(value, "::GroupTuple")
 }
 
 /// Whether a value can be called.
 pub(super) fn is_callable(value: &Value) -> bool {
     let object = value.as_object();
-    matches!(kind_of_object(value), Some("Macro" | "Loop"))
+    // What is undefined can be called in jinja2, and then says so.
+    value.is_undefined()
+        || ["::Macro", "::Loop"].iter().any(|name| is_own(value, name))
         || object.is_some_and(|object| object.repr() == ObjectRepr::Plain)
 }
 

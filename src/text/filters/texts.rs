@@ -8,7 +8,7 @@ use minijinja::{Environment, Error, State, Value};
 use super::add;
 use super::arguments::{bind, flag, integer_or, text};
 use super::characters::{capitalize, is_space, lines, title_words};
-use super::python::{self, fail, is_dict};
+use super::python::{self, fail, is_dict, type_name};
 use super::{format, methods};
 
 pub(super) fn install(environment: &mut Environment<'static>) {
@@ -20,10 +20,10 @@ pub(super) fn install(environment: &mut Environment<'static>) {
         }
     });
     add(environment, "lower", |state, value, args| {
-        changed(state, value, args, "lower", |text| text.to_lowercase())
+        changed(state, value, args, "lower", str::to_lowercase)
     });
     add(environment, "upper", |state, value, args| {
-        changed(state, value, args, "upper", |text| text.to_uppercase())
+        changed(state, value, args, "upper", str::to_uppercase)
     });
     add(environment, "title", |state, value, args| {
         changed(state, value, args, "title", title_words)
@@ -36,6 +36,10 @@ pub(super) fn install(environment: &mut Environment<'static>) {
     });
     add(environment, "e", |state, value, args| {
         escape(state, value, args, false)
+    });
+    add(environment, "safe", |state, value, args| {
+        bind::<0>("safe", args, [])?;
+        Ok(Value::from_safe_string(python::text(state, value)?))
     });
     add(environment, "forceescape", |state, value, args| {
         escape(state, value, args, true)
@@ -180,15 +184,14 @@ fn center(state: &State, value: &Value, args: &[Value]) -> Result<Value, Error> 
 
 fn indent(state: &State, value: &Value, args: &[Value]) -> Result<Value, Error> {
     let [width, first, blank] = bind("indent", args, ["width", "first", "blank"])?;
-    let indention = match width.as_ref().and_then(Value::as_str) {
-        Some(text) => text.to_owned(),
-        None => {
-            let width = integer_or("indent", width.as_ref(), 4)?;
-            if width > 10_000 {
-                return Err(fail("a width above 10000 is not supported"));
-            }
-            " ".repeat(width.max(0) as usize)
+    let indention = if let Some(text) = width.as_ref().and_then(Value::as_str) {
+        text.to_owned()
+    } else {
+        let width = integer_or("indent", width.as_ref(), 4)?;
+        if width > 10_000 {
+            return Err(fail("a width above 10000 is not supported"));
         }
+        " ".repeat(width.max(0) as usize)
     };
     let own = python::text(state, value)? + "\n";
     let lines = lines(&own, false);
@@ -229,8 +232,21 @@ fn truncate(state: &State, value: &Value, args: &[Value]) -> Result<Value, Error
             "`truncate` takes a length not below that of its end, and a leeway not below 0",
         ));
     }
-    if own.chars().count() as i64 <= length.saturating_add(leeway) {
-        return Ok(Value::from(own));
+    // Of a list the items are counted.
+    let counted = match value.kind() {
+        ValueKind::String | ValueKind::Undefined => own.chars().count(),
+        _ => value
+            .len()
+            .ok_or_else(|| fail(format!("`truncate` takes a text, not {}", type_name(value))))?,
+    };
+    if counted as i64 <= length.saturating_add(leeway) {
+        return Ok(value.clone());
+    }
+    if !matches!(value.kind(), ValueKind::String | ValueKind::Undefined) {
+        return Err(fail(format!(
+            "`truncate` takes a text, not {}",
+            type_name(value)
+        )));
     }
     let cut: String = own.chars().take(room as usize).collect();
     let kept = if flag(kill_words.as_ref()) {
@@ -353,7 +369,7 @@ fn quoted(text: &str, query: bool) -> String {
     for byte in text.bytes() {
         match byte {
             b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'_' | b'.' | b'-' | b'~' => {
-                out.push(char::from(byte))
+                out.push(char::from(byte));
             }
             b'/' if !query => out.push('/'),
             b' ' if query => out.push('+'),
