@@ -207,17 +207,37 @@ class Ours:
             events.setdefault(event.get("stage", "").split("-")[0], []).append(event)
         if not events:
             raise SystemExit(f"the run said nothing: {error}")
+        # Equal stages run once; what was told belongs to all of them.
+        told = {}
+        for name, mine in self.by_stage(events).items():
+            words = [event["text"] for event in mine if event["event"] == "message"]
+            for event in mine:
+                if event["event"] == "stage_done":
+                    told.setdefault((name.split("-")[1], event["artifact"]), []).extend(words)
         for number, case in left:
-            made[case["name"]] = self.outcome(events[f"c{number}"])
+            made[case["name"]] = self.outcome(events[f"c{number}"], told)
         return made
 
-    def outcome(self, mine):
+    @staticmethod
+    def by_stage(events):
+        made = {}
+        for event in (event for mine in events.values() for event in mine if "-" in event.get("stage", "")):
+            made.setdefault(event["stage"], []).append(event)
+        return made
+
+    def outcome(self, mine, told):
         failed = [event["error"] for event in mine if event["event"] == "stage_failed"]
         if failed:
             return {"refused": "\n".join(failed)}
-        artifacts = {event["stage"].split("-")[1]: event["artifact"] for event in mine if event["event"] in ("stage_done", "stage_fresh")}
-        told = "\n".join(event["text"] for event in mine if event["event"] == "message")
-        return {"told": told, "splits": {stage: self.splits(artifact) for stage, artifact in artifacts.items() if stage != "model"}}
+        words = [event["text"] for event in mine if event["event"] == "message"]
+        artifacts = {}
+        for event in mine:
+            if event["event"] in ("stage_done", "stage_fresh"):
+                stage = event["stage"].split("-")[1]
+                artifacts[stage] = event["artifact"]
+                if event["event"] == "stage_fresh":
+                    words += told.get((stage, event["artifact"]), [])
+        return {"told": "\n".join(words), "splits": {stage: self.splits(artifact) for stage, artifact in artifacts.items() if stage != "model"}}
 
     def splits(self, artifact):
         import pyarrow.parquet as pq

@@ -150,7 +150,8 @@ def in_files():
     json_column = datasets.Features({"prompt": datasets.Json(), "chosen": datasets.Json(), "rejected": datasets.Value("string")})
     tools = [{"messages": flat[0]["messages"], "tools": [{"type": "function", "function": {"name": "f", "parameters": {"a": 1}}}]},
              {"messages": flat[0]["messages"], "tools": [{"type": "function", "function": {"name": "g", "parameters": {"a": "x"}}}]}]
-    every = objects(*[text for name, text in VALUES.items() if name not in ("null_itself", "thirty_digits")])
+    # datasets' writer of JSON rounds the greatest float up, to none.
+    every = objects(*[text for name, text in VALUES.items() if name not in ("null_itself", "thirty_digits", "greatest")])
     whole_json = datasets.Features({"messages": datasets.Json()})
     list_json = datasets.Features({"messages": datasets.List(datasets.Json())})
     csv = "messages\n" + "".join('"' + json.dumps(item["messages"]).replace('"', '""') + '"\n' for item in mixed)

@@ -34,7 +34,7 @@ def columns():
         no("unknown_field", {"prompt": "meta.title", **rest}, ["title"]),
         no("beyond_the_list", {"prompt": "q", "chosen": "meta.answers[5].text", "rejected": "bad"}, ["row 1|jsonl:1", "answers"]),
         no("of_ours_unknown", {"promt": "q", **rest}, ["promt", "prompt"]),
-        no("broken_expression", {"prompt": "{{ q", **rest}, ["columns.prompt|prompt"]),
+        no("broken_expression", {"prompt": "{{ q", **rest}, ["columns"]),
         no("number", {"prompt": "n", **rest}, ["row 1|jsonl:1|prompt"]),
         jsonl("columns_null_joined", [{"q": "hi", "hint": None, "a": "oak"}], rows=[{"prompt": "hi\n\n", "chosen": "oak"}], refused=["row 1|jsonl:1", "hint"], pairs={"columns": {"prompt": "${q}\n\n${hint}", "chosen": "a"}}),
         jsonl("columns_absent_joined", [{"q": "hi", "hint": "tall", "a": "oak"}, {"q": "hi", "a": "elm"}], rows=[{"prompt": "hi\n\ntall", "chosen": "oak"}, {"prompt": "hi\n\n", "chosen": "elm"}], refused=["row 2|jsonl:2", "hint"], pairs={"columns": {"prompt": "${q}\n\n${hint}", "chosen": "a"}}),
@@ -48,9 +48,9 @@ def columns():
 def split():
     pairs = [{"prompt": f"question {n}", "chosen": f"good {n} {m}", "rejected": f"bad {n} {m}"} for n in range(25) for m in range(4)]
     chats = [{"messages": [user(f"question {n}"), assistant(f"answer {m}")], "topic": f"t{n % 5}"} for n in range(25) for m in range(4)]
-    def made(name, rows, holds, **more):
+    def made(name, rows, holds, refused=None, **more):
         stages = {"split": {"split_dataset": {"dataset": "pairs", "seed": 7, **more}}, "chats": {"apply_chat_template": {"dataset": "split", "tokenizer": "base"}}}
-        return Case(name, {"rows.jsonl": lines(rows)}, stages=stages, holds=holds, loader=None)
+        return Case(name, {"rows.jsonl": lines(rows)}, stages=stages, holds=holds, refused=refused, loader=None)
     # Types below a message have to come through the split as well.
     mixed = objects('{"a": "noon"}', '{"a": 5, "b": {}}', '{"a": [1, 2.5]}')
     through = {"split": {"split_dataset": {"dataset": "pairs", "test_size": 1, "shuffle": False}}, "chats": {"apply_chat_template": {"dataset": "split", "tokenizer": "base", "chat_template": TOOLS}}}
@@ -59,7 +59,7 @@ def split():
         made("split_pairs", pairs, {"apart": "prompt", "all": 100, "test": [8, 12]}, test_size=0.1),
         made("split_pairs_by_number", pairs, {"apart": "prompt", "all": 100, "test": [18, 22]}, test_size=20),
         made("split_pairs_in_order", pairs, {"apart": "prompt", "all": 100, "test": [8, 12]}, test_size=0.1, shuffle=False),
-        made("split_chats_by_prompt", chats, {"apart": "prompt", "all": 100, "test": [8, 12]}, test_size=0.1, group_by="prompt"),
+        made("split_chats_by_prompt", chats, {"apart": "prompt", "all": 100, "test": [8, 12]}, refused=["group_by", "prompt"], test_size=0.1, group_by="prompt"),
         made("split_by_a_column", chats, {"all": 100, "test": [20, 20]}, test_size=0.2, group_by="topic"),
         made("split_stratified", chats, {"all": 100, "test": [20, 20]}, test_size=0.2, stratify="topic"),
         Case("split_by_an_unknown_column", {"rows.jsonl": lines(pairs)}, refused=["topic"], loader=None,
