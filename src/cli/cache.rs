@@ -186,13 +186,12 @@ fn push(args: &Push) -> Result<(), Failure> {
         let fingerprints = project.situation(&[]).results(&targets);
         return send(&project.store, &project.shared, &fingerprints, &cancel);
     }
-    let store = match &args.store.store {
-        Some(store) => here()?.join(store),
-        None => {
-            let root = root(&here()?);
-            let real = root.canonicalize().unwrap_or_else(|_| root.clone());
-            own_store(&root, &|path| path.starts_with(&real), "")?
-        }
+    let store = if let Some(store) = &args.store.store {
+        here()?.join(store)
+    } else {
+        let root = root(&here()?);
+        let real = root.canonicalize().unwrap_or_else(|_| root.clone());
+        own_store(&root, &|path| path.starts_with(&real), "")?
     };
     let store = Store::new(&store);
     let fingerprints = store.fingerprints()?;
