@@ -332,7 +332,8 @@ fn empty(draft: &mut Draft, kind: &Kind, path: &Steps, value: &Value) -> Vec<Ste
     let mut open = vec![(path.clone(), value)];
     while let Some((at, value)) = open.pop() {
         match value {
-            Value::String(text) if text.trim().is_empty() => found.push(at),
+            // A tab may stand between the values of a line.
+            Value::String(text) if text.trim().is_empty() && text != "\t" => found.push(at),
             Value::Sequence(values) => {
                 let values = values.iter().enumerate();
                 open.extend(values.map(|(index, value)| {

@@ -11,6 +11,9 @@ use super::dataset_files::{
 };
 use crate::data::import::{Format, split_of_file};
 
+/// Names of splits whose parts may be numbered.
+const SPLITS: [&str; 7] = ["train", "validation", "valid", "val", "dev", "test", "eval"];
+
 /// The splits of a folder.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Splits {
@@ -138,18 +141,32 @@ fn is_about(path: &str) -> bool {
         )
 }
 
+/// The split and the number of a part without a count, `train-3` or `test_10`. Other names may end with a number of their own.
+fn numbered(stem: &str) -> Option<(&str, u64)> {
+    let name = stem.trim_end_matches(|c: char| c.is_ascii_digit());
+    let number = stem.strip_prefix(name)?.parse().ok()?;
+    let split = name.strip_suffix(['-', '_', '.'])?;
+    SPLITS.contains(&split).then_some((split, number))
+}
+
 /// Splits by what files are called: `holdout.jsonl` is `holdout`, and `train-00000-of-00002.parquet` a part of `train`.
 fn by_stems<'a>(
     paths: impl Iterator<Item = &'a &'a str>,
 ) -> anyhow::Result<BTreeMap<String, Vec<String>>> {
     let mut splits: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for path in paths {
-        let split = split_of_file(Path::new(path));
-        splits.entry(split).or_default().push((*path).to_owned());
+        let stem = split_of_file(Path::new(path));
+        let split = numbered(&stem).map_or(stem.as_str(), |(split, _)| split);
+        let files = splits.entry(split.to_owned()).or_default();
+        files.push((*path).to_owned());
     }
     for (split, files) in &mut splits {
-        files.sort();
-        let part = |path: &String| shard(path.rsplit('/').next().unwrap_or(path)).is_some();
+        let number =
+            |path: &String| numbered(&split_of_file(Path::new(path))).map(|(_, number)| number);
+        files.sort_by_key(|path| (number(path), path.clone()));
+        let part = |path: &String| {
+            shard(path.rsplit('/').next().unwrap_or(path)).is_some() || number(path).is_some()
+        };
         if let [first, second, ..] = files.as_slice()
             && !files.iter().all(part)
         {
@@ -214,6 +231,17 @@ mod tests {
         ];
         let expected = named(&[("train", &[shards[1], shards[0]])]);
         assert_eq!(splits(&shards).unwrap(), expected);
+    }
+
+    #[test]
+    fn parts_may_be_numbered_without_a_count() {
+        let paths = ["train-10.csv", "train-2.csv", "fold-1.csv", "fold-2.csv"];
+        let expected = named(&[
+            ("fold-1", &["fold-1.csv"]),
+            ("fold-2", &["fold-2.csv"]),
+            ("train", &["train-2.csv", "train-10.csv"]),
+        ]);
+        assert_eq!(splits(&paths).unwrap(), expected);
     }
 
     #[test]

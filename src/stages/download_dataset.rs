@@ -17,7 +17,7 @@ use crate::hub::{RemoteFile, RepoKind};
 
 /// Downloads one split of a dataset from the Hugging Face hub.
 ///
-/// The data files (Parquet, JSONL, JSON or CSV) are found as `datasets` finds them: what the header of the repository's
+/// The data files (Parquet, Arrow, JSONL, JSON, CSV or TSV, packed or not) are found as `datasets` finds them: what the header of the repository's
 /// README declares, else the names (`data/train-00000-of-00001.parquet`, `test.jsonl`), else all files are `train`. The
 /// result has one split, `train`. The revision is resolved to a commit, and a moved branch makes the stage run again.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]

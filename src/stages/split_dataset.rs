@@ -33,7 +33,7 @@ pub struct SplitDataset {
     #[serde(default = "default_shuffle")]
     shuffle: bool,
     /// Rows with equal values in this column, or in all columns of a list, go into the same split: `prompt` (what is asked, also where
-    /// it is only in `chosen` and `rejected`), the default for preferences; `none` keeps nothing together, the default otherwise.
+    /// it is only in `chosen` and `rejected` or in `messages`), the default for preferences; `none` keeps nothing together, the default otherwise.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     group_by: Option<GroupBy>,
     /// Hold out the same part of the rows of each value of this column.

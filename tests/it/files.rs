@@ -47,6 +47,10 @@ fn packed_arrow_and_saved_files_are_read() {
         ("{ path: [data/rows.csv, data/rows.tsv] }", r#"{"train":6}"#),
         ("{ path: data/shards }", r#"{"train":3}"#),
         (
+            "{ path: data/rows.tsv, format: csv, delimiter: \"\\t\" }",
+            r#"{"train":3}"#,
+        ),
+        (
             "{ datasets: [{ path: data/rows.jsonl, weight: 1 }, { path: data/saved, weight: 2 }], \
              stopping_strategy: all_exhausted_without_replacement }",
             r#"{"train":6}"#,
@@ -134,7 +138,17 @@ fn a_folder_tells_what_it_leaves_aside() {
 #[test]
 fn what_can_t_be_read_is_told_in_words() {
     let write = |project: &Project, bytes: &[u8]| fs::write(project.path("data/x"), bytes).unwrap();
-    let cases: [(&str, &[u8], &[&str]); 6] = [
+    let cases: [(&str, &[u8], &[&str]); 8] = [
+        (
+            "{ path: data/rows.jsonl, delimiter: \";\" }",
+            b"",
+            &["`data/rows.jsonl` is read as `jsonl`, which has no `delimiter`"],
+        ),
+        (
+            "{ path: data/rows.arrow, encoding: latin-1 }",
+            b"",
+            &["which has no `encoding`"],
+        ),
         (
             "{ path: data/x, format: jsonl }",
             b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n",

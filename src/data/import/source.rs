@@ -153,6 +153,20 @@ fn open(
         let names = Format::ALL.map(Format::name).join("`, `");
         anyhow!("the extension of `{shown}` is not known; hint: say its format, `format:` with one of `{names}`")
     })?;
+    let is_table = matches!(format, Format::Csv | Format::Tsv);
+    let is_text = !matches!(format, Format::Parquet | Format::Arrow);
+    let without = |parameter: &str| {
+        anyhow!(
+            "`{shown}` is read as `{}`, which has no `{parameter}`; hint: leave `{parameter}` out, or say another `format`",
+            format.name()
+        )
+    };
+    if options.delimiter.is_some() && !is_table {
+        return Err(without("delimiter"));
+    }
+    if options.encoding.is_some() && !is_text {
+        return Err(without("encoding"));
+    }
     let file = TextFile::new(path, &shown, options.encoding.as_ref());
     let named = PathBuf::from(&shown);
     let count = |rows: usize| if is_counted { rows.min(most) } else { 0 };

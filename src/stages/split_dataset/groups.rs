@@ -17,7 +17,7 @@ use crate::engine::{Context, canonical_json};
 pub(super) enum By {
     /// Each row is by itself.
     Nothing,
-    /// What is asked: the column `prompt`, or what `chosen` and `rejected` begin with alike.
+    /// What is asked: the column `prompt`, what `chosen` and `rejected` begin with alike, or all of `messages` before the last answer.
     Prompt,
     /// The values of columns.
     Columns(Vec<String>),
@@ -57,6 +57,7 @@ impl Groups {
                 let key = match by {
                     By::Nothing => None,
                     By::Prompt if reads.len() == 2 => values.beginning(row),
+                    By::Prompt if reads == ["messages"] => values.before_the_answer(row),
                     By::Prompt | By::Columns(_) => Some(values.all(row)?),
                 };
                 let fresh = groups.sizes.len();
@@ -86,6 +87,7 @@ fn columns(schema: &Schema, by: &By) -> Result<Vec<String>> {
     let wanted = match by {
         By::Nothing => return Ok(Vec::new()),
         By::Prompt if has("prompt") => vec!["prompt".to_owned()],
+        By::Prompt if !has("chosen") && has("messages") => vec!["messages".to_owned()],
         By::Prompt => vec!["chosen".to_owned(), "rejected".to_owned()],
         By::Columns(columns) => columns.clone(),
     };
@@ -155,19 +157,23 @@ impl<'a> Values<'a> {
         }
     }
 
+    /// The messages before the last answer of a conversation; none where there are no messages.
+    fn before_the_answer(&self, row: usize) -> Option<String> {
+        let mut messages = messages(self.columns.first()?, row)?;
+        let role = messages.last().and_then(|last| last.get("role"));
+        if role.and_then(Value::as_str) == Some("assistant") {
+            messages.pop();
+        }
+        let messages: Vec<Value> = messages.into_iter().map(plain).collect();
+        (!messages.is_empty()).then(|| canonical_json(&Value::from(messages)))
+    }
+
     /// The messages that two conversations begin with alike; none where they are texts or have nothing in common.
     fn beginning(&self, row: usize) -> Option<String> {
-        let messages = |column: &Column<'_>| match column {
-            Column::Json(array) if !array.is_null(row) => match parsed(array, row).ok()? {
-                Value::Array(messages) => Some(messages),
-                _ => None,
-            },
-            _ => None,
-        };
         let [chosen, rejected] = self.columns.as_slice() else {
             return None;
         };
-        let (chosen, rejected) = (messages(chosen)?, messages(rejected)?);
+        let (chosen, rejected) = (messages(chosen, row)?, messages(rejected, row)?);
         let pairs = chosen
             .into_iter()
             .map(plain)
@@ -175,6 +181,17 @@ impl<'a> Values<'a> {
         let alike = pairs.take_while(|(left, right)| left == right);
         let alike: Vec<Value> = alike.map(|(left, _)| left).collect();
         (!alike.is_empty()).then(|| canonical_json(&Value::from(alike)))
+    }
+}
+
+/// The messages of a conversation.
+fn messages(column: &Column<'_>, row: usize) -> Option<Vec<Value>> {
+    match column {
+        Column::Json(array) if !array.is_null(row) => match parsed(array, row).ok()? {
+            Value::Array(messages) => Some(messages),
+            _ => None,
+        },
+        _ => None,
     }
 }
 

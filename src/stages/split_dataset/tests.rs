@@ -277,3 +277,20 @@ fn classes_keep_their_part() {
     assert_eq!(proportional(&[3, 3, 3], 4), [2, 1, 1]);
     assert_eq!(proportional(&[10, 1], 5), [5, 0]);
 }
+
+#[test]
+fn the_prompt_of_a_chat_is_all_before_its_last_answer() {
+    let chats = texts(40, |row| {
+        let (question, answer) = (row % 10, row);
+        format!(
+            r#"[{{"role":"user","content":"{question}"}},{{"role":"assistant","content":"{answer}"}}]"#
+        )
+    });
+    let yaml = "{dataset: pairs, test_size: 8, group_by: prompt}";
+    let [train, test] = split(yaml, &[("messages", true, chats)]).unwrap();
+    assert_eq!(test.len(), 8);
+    assert!(
+        test.iter()
+            .all(|row| !train.iter().any(|other| other % 10 == row % 10))
+    );
+}
