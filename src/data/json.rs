@@ -428,12 +428,13 @@ fn objects<T>(
 }
 
 fn no_json(name: &str, error: &serde_json::Error) -> anyhow::Error {
-    if error.is_io() {
-        // What the reader says, which has no line.
-        return anyhow!("{name}: {error}");
-    }
+    let no_json = if error.is_io() {
+        ""
+    } else {
+        "this is no JSON: "
+    };
     anyhow!(
-        "{name}:{}:{}: this is no JSON: {}",
+        "{name}:{}:{}: {no_json}{}",
         error.line(),
         error.column(),
         reason(error)

@@ -63,7 +63,7 @@ fn a_pattern_is_stale_when_what_fits_changes() {
     let project = project("{ path: 'in/**/part-*.jsonl' }");
     fs::create_dir_all(project.path("in/more")).unwrap();
     project.write("in/part-1.jsonl", ROW);
-    let run = ["run", "recipe.yaml"];
+    let run = ["recipe.yaml"];
     assert_eq!(project.ran(&run), ["rows"]);
     assert_eq!(project.ran(&run), [""; 0]);
     project.write("in/other.jsonl", ROW);
@@ -79,7 +79,7 @@ fn a_pattern_is_stale_when_what_fits_changes() {
         "its result is there from before"
     );
     fs::remove_file(project.path("in/part-1.jsonl")).unwrap();
-    let ended = project.run(&run);
+    let ended = project.run(&["run", "recipe.yaml"]);
     assert_eq!(ended.code, Some(1));
     assert!(ended.stderr.contains("no file fits"), "{}", ended.stderr);
 }
