@@ -9,13 +9,13 @@ use std::time::Duration;
 
 use clap::Subcommand;
 
-use super::project::{Project, RecipeArgs, StoreArgs, root};
+use super::project::{Project, RecipeArgs, StoreArgs, own_store, root};
 use super::remote::{RemoteArgs, set_trust, tell_warnings};
 use super::run::stop_on_signal;
 use super::{Failure, print, print_json, table};
 use crate::engine::remote::{Sent, Shared};
 use crate::engine::{Event, Store, short};
-use crate::report::{ago, bytes, duration};
+use crate::report::{ago, bytes, duration, has_the_store};
 
 #[derive(clap::Args)]
 pub(super) struct Args {
@@ -186,13 +186,20 @@ fn push(args: &Push) -> Result<(), Failure> {
         let fingerprints = project.situation(&[]).results(&targets);
         return send(&project.store, &project.shared, &fingerprints, &cancel);
     }
-    let store = match &args.store.store {
-        Some(store) => here()?.join(store),
-        None => root(&here()?).join(".pipeline"),
+    let store = if let Some(store) = &args.store.store {
+        here()?.join(store)
+    } else {
+        let root = root(&here()?);
+        let real = root.canonicalize().unwrap_or_else(|_| root.clone());
+        own_store(&root, &|path| path.starts_with(&real), "")?
     };
     let store = Store::new(&store);
-    let fingerprints = store.fingerprints();
+    let fingerprints = store.fingerprints()?;
     send(&store, &args.remote.open()?, &fingerprints, &cancel)
+}
+
+fn tell_waiting(holder: &str) {
+    super::tell(&format!("{}; waiting for it\n", has_the_store(holder)));
 }
 
 fn send(
@@ -201,11 +208,7 @@ fn send(
     fingerprints: &[String],
     cancel: &AtomicBool,
 ) -> Result<(), Failure> {
-    let in_use = store.use_results(cancel, &mut |holder| {
-        super::tell(&format!(
-            "{holder} has the store to itself; waiting for it\n"
-        ));
-    });
+    let in_use = store.use_results(cancel, &mut tell_waiting);
     if in_use.is_err() && cancel.load(Ordering::Relaxed) {
         return Err(Failure::Interrupted);
     }
@@ -269,11 +272,7 @@ fn pull(args: &Pull) -> Result<(), Failure> {
                 bytes(size)
             )),
             Event::Warning { text } => super::tell(&format!("warning: {text}\n")),
-            Event::RunWaiting { holder } => {
-                super::tell(&format!(
-                    "{holder} has the store to itself; waiting for it\n"
-                ));
-            }
+            Event::RunWaiting { holder } => tell_waiting(&holder),
             _ => {}
         }
     }

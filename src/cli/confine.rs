@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 
 use super::project::{RecipeArgs, normal, root};
 use super::{lock, remote, variable};
+use crate::engine::files_at;
+use crate::engine::glob::Pattern;
 use crate::recipe::{Output, Recipe, RecipeError, RecipeErrors};
 
 /// The variable with more folders that recipes may read, separated as in `PATH`.
@@ -28,6 +30,8 @@ pub(super) struct Bounds {
     besides: Vec<PathBuf>,
     /// What no output may touch, and what it is; as written and with links resolved.
     kept: Vec<(PathBuf, String)>,
+    /// Patterns of files that the recipe reads, and how they are written.
+    patterns: Vec<(Pattern, String)>,
 }
 
 /// Refuses the recipe if it reads a file outside its project, or puts a result outside or where it would do harm.
@@ -87,6 +91,7 @@ impl Bounds {
             here: here.to_owned(),
             besides,
             kept: Vec::new(),
+            patterns: Vec::new(),
             root,
         };
         let store = store.map_or_else(|| bounds.root.join(".pipeline"), |store| here.join(store));
@@ -103,7 +108,16 @@ impl Bounds {
                 &bounds.folder
             };
             let path = normal(&start.join(&file.path));
-            bounds.keep(&path, &format!("`{}`, which the recipe reads", file.path));
+            let what = format!("`{}`, which the recipe reads", file.path);
+            match Pattern::of(&path) {
+                None => bounds.keep(&path, &what),
+                Some(pattern) => {
+                    for (_, file) in files_at(&path).unwrap_or_default() {
+                        bounds.keep(&file, &what);
+                    }
+                    bounds.patterns.push((pattern, file.path.clone()));
+                }
+            }
         }
         bounds
     }
@@ -143,7 +157,14 @@ impl Bounds {
             return Some(format!("`{file}` leaves the project"));
         }
         // What does not exist is the stage's to tell; a link that leads nowhere reads nothing.
-        let link = self.link_out(&path)?;
+        let link = match Pattern::of(&path) {
+            None => self.link_out(&path)?,
+            Some(_) => {
+                let files = files_at(&path).unwrap_or_default().into_iter();
+                let mut links = files.filter_map(|(_, file)| self.link_out(&file));
+                links.next()?
+            }
+        };
         let link = link.strip_prefix(&self.root).unwrap_or(&link);
         let link = link.display();
         Some(format!("`{link}` is a link that leaves the project"))
@@ -235,6 +256,17 @@ impl Bounds {
                 if starts_with(kept, path) {
                     return refuse(format!("holds {what}"));
                 }
+            }
+        }
+        for (pattern, written) in &self.patterns {
+            let found = [&path, &real].into_iter().any(|path| {
+                let below = path.strip_prefix(pattern.folder()).ok();
+                below
+                    .and_then(Path::to_str)
+                    .is_some_and(|name| pattern.reaches(name))
+            });
+            if found {
+                return refuse(format!("lies where `{written}` looks for files to read"));
             }
         }
         Ok(real)

@@ -9,6 +9,7 @@ use clap::Args;
 use super::confine::{self, Bounds};
 use super::remote::{self, RemoteArgs};
 use super::{Failure, colour, error, tell, variable};
+use crate::engine::glob::Pattern;
 use crate::engine::remote::Shared;
 use crate::engine::{
     Graph, Node, Pins, Record, Run, Situation, State, Store, World, canonical_json,
@@ -116,7 +117,11 @@ impl Project {
         let graph = Graph::new(nodes).map_err(anyhow::Error::from)?;
         let store = match &settings.store {
             Some(store) => here.join(store),
-            None => own_store(&root, &bounds)?,
+            None => own_store(
+                &root,
+                &|real| bounds.allows(real),
+                &format!(", or {}", bounds.advice()),
+            )?,
         };
         let pins = super::lock::read(&args.recipe)?.unwrap_or_default();
         Ok(Self {
@@ -227,13 +232,26 @@ impl Project {
     }
 }
 
-/// The store of a project. One behind a link that somebody else may have made is asked for by name.
-fn own_store(root: &Path, bounds: &Bounds) -> Result<PathBuf, Failure> {
+/// The store of a project. One behind a link that somebody else may have made is asked for by name, and so is one whose folders are
+/// such links. What lies deeper is compared with its digest, whoever made it.
+pub(super) fn own_store(
+    root: &Path,
+    allows: &dyn Fn(&Path) -> bool,
+    advice: &str,
+) -> Result<PathBuf, Failure> {
     let store = root.join(".pipeline");
-    let leaves = store.canonicalize().is_ok_and(|real| !bounds.allows(&real));
-    if leaves || (store.is_symlink() && !store.exists()) {
-        let message = format!("`{}` is a link that leaves the project", store.display());
-        let hint = format!("name the store by `--store DIR`, or {}", bounds.advice());
+    let below = |folder: &PathBuf| {
+        let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+        entries.map(|entry| entry.path()).collect::<Vec<_>>()
+    };
+    let formats = below(&store);
+    let folders: Vec<PathBuf> = formats.iter().flat_map(below).collect();
+    let leaves =
+        |path: &&PathBuf| path.is_symlink() && !path.canonicalize().is_ok_and(|real| allows(&real));
+    let all = std::iter::once(&store).chain(&formats).chain(&folders);
+    if let Some(link) = all.into_iter().find(leaves) {
+        let message = format!("`{}` is a link that leaves the project", link.display());
+        let hint = format!("name the store by `--store DIR`{advice}");
         return Err(Failure::Wrong(error::with_hint(&message, &hint, colour())));
     }
     Ok(store)
@@ -248,7 +266,13 @@ fn sources(stage: &RecipeStage, folder: &Path, here: &Path) -> BTreeMap<String, 
         .map(|file| {
             let path = normal(&start(file.from_command_line).join(&file.path));
             // A link that is turned elsewhere from now on changes nothing.
-            let path = path.canonicalize().unwrap_or(path);
+            let path = match Pattern::of(&path) {
+                None => path.canonicalize().unwrap_or(path),
+                Some(pattern) => match pattern.folder().canonicalize() {
+                    Ok(folder) => pattern.below(&folder),
+                    Err(_) => path,
+                },
+            };
             (file.path.clone(), path)
         })
         .collect()

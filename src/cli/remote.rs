@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use clap::Args;
 use serde::Deserialize;
+use serde_json::Value;
 
 use super::{Failure, colour, error, read_text, tell, trust, variable};
 use crate::engine::remote::{Settings, Shared};
@@ -38,7 +39,7 @@ pub(super) struct RemoteArgs {
 #[serde(deny_unknown_fields)]
 struct File {
     version: u32,
-    remote: Option<Written>,
+    remote: Option<Value>,
 }
 
 /// The remote of a project.
@@ -166,7 +167,19 @@ fn read(root: &Path) -> Result<Option<Written>, Failure> {
             file.version
         )));
     }
-    Ok(file.remote)
+    let Some(remote) = file.remote else {
+        return Ok(None);
+    };
+    // The value is not shown: it may be an address with a password.
+    if !remote.is_object() {
+        return Err(wrong(&format!(
+            "`{}`: `remote` has another shape than it should; expected a mapping with `url`, as in `remote: {{ url: \
+             s3://bucket/folder }}`",
+            path.display()
+        )));
+    }
+    let remote = serde_json::from_value(remote);
+    remote.map_err(|error| wrong(&format!("`{}`: `remote`: {error}", path.display())))
 }
 
 /// The clouds' variables. They may hold secrets, and go nowhere but to the client.

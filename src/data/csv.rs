@@ -1,137 +1,304 @@
-//! Rows from comma-separated values with a header line. Every column is text, and an empty field is an empty text: nothing is
-//! guessed.
+//! Rows from values between delimiters, with a header line: CSV, TSV and their like.
+//!
+//! Records are split as pandas does it, which `datasets` reads with. Every column is text, and an empty field is null: nothing else is
+//! guessed, so that `007`, `NA` and `None` stay what they are. A record with more or fewer fields than the header is an error.
 
 use std::cell::Cell;
-use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
-use std::path::Path;
+use std::io::{BufRead, Read};
 use std::rc::Rc;
 use std::sync::Arc;
 
-use anyhow::{Context as _, Result, ensure};
-use arrow::array::{ArrayRef, AsArray, RecordBatch, StringArray};
-use arrow::csv::ReaderBuilder;
-use arrow::csv::reader::Format;
+use anyhow::{Error, Result, bail, ensure};
+use arrow::array::{ArrayRef, RecordBatch, StringBuilder};
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+use csv::{ErrorKind, Reader, ReaderBuilder, StringRecord};
 
-use super::size::{BATCH_BYTES, MOST_FIELDS, pieces};
+use super::json::BROKEN;
+use super::reading::TextFile;
+use super::size::{BATCH_BYTES, LONGEST_ROW, MOST_FIELDS};
 use super::table::BATCH_ROWS;
 
-/// The most bytes that [`BATCH_ROWS`] rows may have.
-const LONGEST_BATCH: u64 = 512 << 20;
+/// What is put behind the text: it comes out as a record of its own unless a quote is still open.
+const END: &str = "\u{0}the end of the file\u{0}";
+/// Other characters that may stand between fields, for advice.
+const DELIMITERS: [(u8, &str); 4] = [(b',', ","), (b'\t', "\\t"), (b';', ";"), (b'|', "|")];
 
 /// The columns that the header names.
-pub(super) fn header(path: &Path) -> Result<SchemaRef> {
-    let format = Format::default().with_header(true);
-    let (schema, _) = format.infer_schema(open(path)?.0, Some(0))?;
-    let names: Vec<&String> = schema.fields().iter().map(|field| field.name()).collect();
-    ensure!(
-        !names.is_empty(),
-        "the file is empty: expected a line with the columns' names"
-    );
-    ensure!(
-        names.len() <= MOST_FIELDS,
-        "its header names {} columns; at most {MOST_FIELDS} are read",
-        names.len()
-    );
-    for (place, name) in names.iter().enumerate() {
+pub(super) fn header(file: &TextFile, delimiter: u8) -> Result<SchemaRef> {
+    Ok(Records::open(file, delimiter)?.schema)
+}
+
+/// The number of rows, but not above `most`.
+pub(super) fn count(file: &TextFile, delimiter: u8, most: usize) -> Result<usize> {
+    let mut records = Records::open(file, delimiter)?;
+    let mut count = 0;
+    while count < most && records.next()? {
+        records.width()?;
+        count += 1;
+    }
+    Ok(count)
+}
+
+/// The first `most` rows as batches. Nothing behind them is looked at. With `skips` a row of another width is there with its mistake in
+/// the column [`BROKEN`].
+pub(super) fn batches(
+    file: &TextFile,
+    delimiter: u8,
+    most: usize,
+    skips: bool,
+) -> Result<Box<dyn Iterator<Item = Result<RecordBatch>>>> {
+    let mut records = Records::open(file, delimiter)?;
+    let mut left = most;
+    Ok(Box::new(std::iter::from_fn(move || {
+        let batch = records.batch(left.min(BATCH_ROWS), skips).transpose()?;
+        left = batch.as_ref().map_or(0, |batch| left - batch.num_rows());
+        Some(batch)
+    })))
+}
+
+/// The records of a file, one after the other.
+struct Records {
+    name: String,
+    schema: SchemaRef,
+    reader: Reader<Metered>,
+    /// How much was read since the last record, to end where a quote is never closed.
+    read: Rc<Cell<usize>>,
+    record: StringRecord,
+    /// The number of the current row, from 1.
+    row: u64,
+    /// What is wrong behind the rows that were handed on.
+    failed: Option<Error>,
+}
+
+impl Records {
+    fn open(file: &TextFile, delimiter: u8) -> Result<Self> {
+        let read = Rc::new(Cell::new(0));
+        let text = Metered {
+            text: file.open()?,
+            end: format!("\n{END}\n").into_bytes(),
+            read: Rc::clone(&read),
+        };
+        let reader = ReaderBuilder::new()
+            .delimiter(delimiter)
+            .has_headers(false)
+            .flexible(true)
+            .from_reader(text);
+        let mut records = Self {
+            name: file.display().to_owned(),
+            schema: Arc::new(Schema::empty()),
+            reader,
+            read,
+            record: StringRecord::new(),
+            row: 0,
+            failed: None,
+        };
         ensure!(
-            !names[..place].contains(name),
-            "the column `{name}` appears twice in the header"
+            records.advance()?,
+            "`{}` is empty: expected a line with the columns' names",
+            records.name
         );
+        records.schema = named(&records.name, &records.record, delimiter)?;
+        Ok(records)
+    }
+
+    /// Reads the next record, whatever fields it has; false at the end.
+    fn advance(&mut self) -> Result<bool> {
+        self.read.set(0);
+        let name = &self.name;
+        let there = self.reader.read_record(&mut self.record);
+        let there = there.map_err(|error| {
+            let line = self.reader.position().line();
+            match error.into_kind() {
+                ErrorKind::Io(error) => anyhow::anyhow!("{name}:{line}: {error}"),
+                _ => anyhow::anyhow!("{name}:{line}: this line can't be read"),
+            }
+        })?;
+        if !there || (self.record.len() == 1 && self.record.get(0) == Some(END)) {
+            return Ok(false);
+        }
+        let last = self.record.iter().next_back();
+        if last.is_some_and(|last| last.ends_with(&format!("{END}\n"))) {
+            bail!(
+                "{name}:{}: this row has a quote (`\"`) that is never closed, so that the rest of the file would be one field; hint: a \
+                 quote inside a quoted field is written twice",
+                // It has no end of its own.
+                self.line() + 1
+            );
+        }
+        Ok(true)
+    }
+
+    /// Reads the next row; false at the end.
+    fn next(&mut self) -> Result<bool> {
+        let columns = self.schema.fields().len();
+        loop {
+            if !self.advance()? {
+                return Ok(false);
+            }
+            let only = self.record.get(0).filter(|_| self.record.len() == 1);
+            if columns == 1 || only.is_none_or(|text| !text.trim_matches([' ', '\t']).is_empty()) {
+                break;
+            }
+        }
+        self.row += 1;
+        Ok(true)
+    }
+
+    /// Makes sure that the row has as many fields as the header.
+    fn width(&self) -> Result<()> {
+        let columns = self.schema.fields().len();
+        let found = self.record.len();
+        if found != columns {
+            let (line, row) = (self.line(), self.row);
+            let hint = if found > columns {
+                "a field that holds the delimiter or a quote stands in quotes"
+            } else {
+                "a field without a value is left empty, with its delimiters"
+            };
+            bail!(
+                "{}:{line}: row {row} has {found} field{}, but the header names {columns} columns; hint: {hint}",
+                self.name,
+                if found == 1 { "" } else { "s" }
+            );
+        }
+        Ok(())
+    }
+
+    /// The line at which the record begins. The reader's own count is from before the blank lines above it.
+    fn line(&self) -> u64 {
+        let inside: usize = self
+            .record
+            .iter()
+            .map(|field| field.matches('\n').count())
+            .sum();
+        self.reader
+            .position()
+            .line()
+            .saturating_sub(1 + inside as u64)
+            .max(1)
+    }
+
+    /// At most `most` rows. Those before a mistake come before it.
+    fn batch(&mut self, most: usize, skips: bool) -> Result<Option<RecordBatch>> {
+        if let Some(error) = self.failed.take() {
+            return Err(error);
+        }
+        let mut columns: Vec<StringBuilder> = Vec::new();
+        columns.resize_with(self.schema.fields().len(), StringBuilder::new);
+        let mut broken = StringBuilder::new();
+        let (mut rows, mut bytes) = (0, 0);
+        while rows < most && bytes < BATCH_BYTES {
+            let next = self.next().and_then(|there| {
+                let width = if there { self.width() } else { Ok(()) };
+                match width {
+                    Err(error) if !skips => Err(error),
+                    width => Ok(there.then_some(width)),
+                }
+            });
+            let width = match next {
+                Ok(Some(width)) => width,
+                Ok(None) => break,
+                Err(error) if rows == 0 => return Err(error),
+                Err(error) => {
+                    self.failed = Some(error);
+                    break;
+                }
+            };
+            match width {
+                Ok(()) => {
+                    for (column, field) in columns.iter_mut().zip(self.record.iter()) {
+                        column.append_option(Some(field).filter(|field| !field.is_empty()));
+                    }
+                    broken.append_null();
+                }
+                Err(error) => {
+                    columns.iter_mut().for_each(StringBuilder::append_null);
+                    broken.append_value(format!("{error:#}"));
+                }
+            }
+            bytes += self.record.as_slice().len() as u64;
+            rows += 1;
+        }
+        if rows == 0 {
+            return Ok(None);
+        }
+        let mut fields: Vec<_> = self.schema.fields().iter().cloned().collect();
+        if skips {
+            fields.push(Arc::new(Field::new(BROKEN, DataType::Utf8, true)));
+            columns.push(broken);
+        }
+        let columns = columns
+            .iter_mut()
+            .map(|column| Arc::new(column.finish()) as ArrayRef);
+        let batch = RecordBatch::try_new(Arc::new(Schema::new(fields)), columns.collect())?;
+        Ok(Some(batch))
+    }
+}
+
+/// The columns of a header.
+fn named(file: &str, header: &StringRecord, delimiter: u8) -> Result<SchemaRef> {
+    ensure!(
+        header.len() <= MOST_FIELDS,
+        "`{file}` names {} columns in its header; at most {MOST_FIELDS} are read",
+        header.len()
+    );
+    if let (1, Some(only)) = (header.len(), header.get(0)) {
+        let other = DELIMITERS
+            .iter()
+            .find(|(other, _)| *other != delimiter && only.as_bytes().contains(other));
+        if let Some((_, other)) = other {
+            bail!(
+                "{file}:1: the header names one column, {only:?}, which holds `{other}`; hint: if that stands between columns say \
+                 `delimiter: \"{other}\"`"
+            );
+        }
+    }
+    let mut names: Vec<String> = Vec::with_capacity(header.len());
+    for (place, name) in header.iter().enumerate() {
+        // What pandas calls a column without a name, as those of its own row numbers are.
+        let name = match name {
+            "" => format!("Unnamed: {place}"),
+            name => name.to_owned(),
+        };
+        ensure!(
+            !names.contains(&name),
+            "{file}:1: the header names the column `{name}` twice; hint: give one of them another name"
+        );
+        names.push(name);
     }
     let fields: Vec<_> = names
         .iter()
-        .map(|name| Field::new(name.as_str(), DataType::Utf8, true))
+        .map(|name| Field::new(name, DataType::Utf8, true))
         .collect();
     Ok(Arc::new(Schema::new(fields)))
 }
 
-/// The rows as batches.
-pub(super) fn batches(
-    path: &Path,
-    schema: &SchemaRef,
-) -> Result<Box<dyn Iterator<Item = Result<RecordBatch>>>> {
-    let (file, read) = open(path)?;
-    let reader = ReaderBuilder::new(schema.clone())
-        .with_header(true)
-        .with_batch_size(BATCH_ROWS)
-        .build_buffered(file)?;
-    let name = path.display().to_string();
-    let rows = reader.flat_map(move |batch| {
-        read.set(0);
-        match batch.with_context(|| format!("`{name}` is not well formed")) {
-            Ok(batch) => pieces(batch, BATCH_BYTES).into_iter().map(Ok).collect(),
-            Err(error) => vec![Err(error)],
-        }
-    });
-    Ok(Box::new(rows.map(|batch| {
-        let batch = batch?;
-        let columns: Result<Vec<ArrayRef>> = batch
-            .columns()
-            .iter()
-            .map(|column| {
-                let texts = column
-                    .as_string_opt::<i32>()
-                    .context("a column is no text")?;
-                let texts = texts.iter().map(|text| Some(text.unwrap_or_default()));
-                Ok(Arc::new(texts.collect::<StringArray>()) as ArrayRef)
-            })
-            .collect();
-        Ok(RecordBatch::try_new(batch.schema(), columns?)?)
-    })))
-}
-
-/// The file without a byte order mark, and how much of it was read since that was last set to zero.
-fn open(path: &Path) -> Result<(Metered, Rc<Cell<u64>>)> {
-    let file = File::open(path).with_context(|| format!("could not read `{}`", path.display()))?;
-    let mut reader = BufReader::new(file);
-    if reader.fill_buf()?.starts_with(b"\xef\xbb\xbf") {
-        reader.consume(3);
-    }
-    let read = Rc::new(Cell::new(0));
-    let metered = Metered {
-        inner: reader,
-        read: Rc::clone(&read),
-    };
-    Ok((metered, read))
-}
-
-/// A reader that ends with an error when one batch of rows takes too much of it, as where a quote is never closed.
+/// A text with [`END`] behind it, which ends with an error when one row takes too much of it.
 struct Metered {
-    inner: BufReader<File>,
-    read: Rc<Cell<u64>>,
-}
-
-impl Metered {
-    fn check(&self) -> std::io::Result<()> {
-        if self.read.get() <= LONGEST_BATCH {
-            return Ok(());
-        }
-        Err(std::io::Error::other(format!(
-            "{BATCH_ROWS} rows have more than {} MiB; is there a quote that is never closed?",
-            LONGEST_BATCH >> 20
-        )))
-    }
+    text: Box<dyn BufRead + Send>,
+    end: Vec<u8>,
+    read: Rc<Cell<usize>>,
 }
 
 impl Read for Metered {
     fn read(&mut self, bytes: &mut [u8]) -> std::io::Result<usize> {
-        let count = self.inner.read(bytes)?;
-        self.read.set(self.read.get() + count as u64);
-        self.check()?;
+        if self.read.get() > LONGEST_ROW {
+            return Err(std::io::Error::other(format!(
+                "a row has more than {} MiB; hint: is there a quote that is never closed?",
+                LONGEST_ROW >> 20
+            )));
+        }
+        let mut count = self.text.read(bytes)?;
+        if count == 0 {
+            count = self.end.len().min(bytes.len());
+            for (byte, end) in bytes.iter_mut().zip(self.end.drain(..count)) {
+                *byte = end;
+            }
+        }
+        self.read.set(self.read.get() + count);
         Ok(count)
     }
 }
 
-impl BufRead for Metered {
-    fn fill_buf(&mut self) -> std::io::Result<&[u8]> {
-        self.check()?;
-        self.inner.fill_buf()
-    }
-
-    fn consume(&mut self, count: usize) {
-        self.read.set(self.read.get() + count as u64);
-        self.inner.consume(count);
-    }
-}
+#[cfg(test)]
+mod tests;

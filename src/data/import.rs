@@ -11,13 +11,16 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use super::forms::recognise;
 pub use super::forms::{CANONICAL, Form};
+use super::reading::Encoding;
 use super::table::{Writer, pass_batches};
 use columns::Union;
+pub use mix::{Mix, StoppingStrategy, mix_rows};
 use rows::Rows;
+use source::open_all;
 pub use source::{Format, split_of_file};
-use source::{Source, open};
 
 mod columns;
+mod mix;
 mod rows;
 mod source;
 
@@ -34,6 +37,20 @@ pub struct ImportOptions {
     pub form: Option<Form>,
     /// Leave out up to so many rows that can't be used.
     pub skip_invalid_rows: u64,
+    /// What stands between the values of a line, when the format doesn't tell.
+    pub delimiter: Option<u8>,
+    /// The encoding of files of text, when it is not UTF-8.
+    pub encoding: Option<Encoding>,
+    /// What messages call files, when it is not their paths.
+    pub names: BTreeMap<PathBuf, String>,
+}
+
+impl ImportOptions {
+    /// What messages call a file.
+    fn shown(&self, path: &Path) -> String {
+        let name = self.names.get(path).cloned();
+        name.unwrap_or_else(|| path.display().to_string())
+    }
 }
 
 /// What was imported.
@@ -59,15 +76,16 @@ pub fn import_files(
     destination: &Path,
     progress: &mut dyn FnMut(u64) -> Result<()>,
 ) -> Result<ImportReport> {
-    let mut opened: Vec<Source> = Vec::with_capacity(sources.len());
-    for path in sources {
-        let source = open(path, options);
-        opened.push(source.with_context(|| format!("could not import `{}`", path.display()))?);
-    }
+    let opened = open_all(sources, options)?;
     let Some(first) = opened.first() else {
         bail!("there is no file to import");
     };
     let union = Union::of(&opened);
+    ensure!(
+        !union.names().is_empty(),
+        "`{}` holds no rows",
+        first.path.display()
+    );
     let reading = recognise(&union.names(), &options.columns, options.form)
         .with_context(|| format!("could not import `{}`", first.path.display()))?;
     let rows = Rows::new(reading, union, options)?;
@@ -77,7 +95,7 @@ pub fn import_files(
     let batches = || {
         let batches = opened.iter().enumerate().flat_map(|(number, source)| {
             let mut start = 0;
-            source.batches().map(move |batch| {
+            source.rows().map(move |batch| {
                 let batch = batch?;
                 let first_row = start + 1;
                 start += batch.num_rows() as u64;

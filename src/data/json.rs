@@ -3,9 +3,7 @@
 use std::cell::Cell as Counter;
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
-use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
-use std::path::Path;
+use std::io::{BufRead, Read};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
 
@@ -18,13 +16,13 @@ use serde_json::value::RawValue;
 
 use super::cell::{Cell, reason};
 use super::kind::Kind;
+use super::reading::TextFile;
 use super::size::{BATCH_BYTES, LONGEST_ROW, MOST_FIELDS};
 use super::table::BATCH_ROWS;
 use row::{DEEPEST_JSON, Lookup, Parsed, Row, WithoutNan, too_deep, without_nan};
 
 mod row;
 
-const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 /// Lines are parsed together until they have so many bytes.
 const BLOCK_BYTES: usize = 8 << 20;
 
@@ -51,17 +49,21 @@ pub(super) struct Columns {
     pub(super) not_finite: BTreeMap<String, u64>,
     /// The rows that can't be read.
     pub(super) broken: u64,
+    /// The rows that can.
+    pub(super) rows: usize,
 }
 
 /// How a file that is called JSON is written. Many files called `.json` hold JSON lines, and the other way round.
-pub(super) fn layout(path: &Path) -> Result<Layout> {
-    let mut reader = open(path)?;
-    let start = skip_mark(&mut reader)?;
+pub(super) fn layout(file: &TextFile) -> Result<Layout> {
+    let mut reader = file.open()?;
+    let start = reader
+        .fill_buf()
+        .map_err(|error| anyhow!("{}:1: {error}", file.display()))?;
     if start.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'[') {
         return Ok(Layout::List);
     }
     let mut block = Block::default();
-    block.read(&mut reader, "", 1)?;
+    block.read(&mut reader, file.display(), 1)?;
     let first = block.texts().first().map(|(_, text)| text.to_vec());
     // An object that goes on in the next line.
     let goes_on = first.is_some_and(|line| {
@@ -74,17 +76,12 @@ pub(super) fn layout(path: &Path) -> Result<Layout> {
     })
 }
 
-/// Reads the whole file, or the first `max_rows`, for its columns. Up to `skip` rows may be broken.
-pub(super) fn columns(
-    path: &Path,
-    layout: Layout,
-    max_rows: Option<usize>,
-    skip: u64,
-) -> Result<Columns> {
+/// Reads the whole file, or its first `most` rows, for its columns. Up to `skip` rows may be broken.
+pub(super) fn columns(file: &TextFile, layout: Layout, most: usize, skip: u64) -> Result<Columns> {
     let mut columns: Vec<(String, Kind)> = Vec::new();
     let mut places: HashMap<String, usize> = HashMap::new();
     let mut not_finite = BTreeMap::new();
-    let mut left = max_rows.unwrap_or(usize::MAX);
+    let mut read = 0_usize;
     let mut broken = 0;
     // Values are only needed for their types, and are dropped where they were read.
     let kinds = |row: Row| {
@@ -101,7 +98,7 @@ pub(super) fn columns(
         let kinds = kinds.collect::<Result<Vec<_>>>()?;
         Ok((kinds, row.not_finite))
     };
-    rows(path, layout, &kinds, &mut |row, place| {
+    rows(file, layout, &kinds, &mut |row, place| {
         let (kinds, odd) = match row {
             Ok(row) => row,
             Err(_) if broken < skip => {
@@ -127,13 +124,14 @@ pub(super) fn columns(
         for name in odd {
             not_finite.entry(name).or_insert(place.row);
         }
-        left = left.saturating_sub(1);
-        Ok(left > 0)
+        read += 1;
+        Ok(read < most)
     })?;
     Ok(Columns {
         columns,
         not_finite,
         broken,
+        rows: read,
     })
 }
 
@@ -149,27 +147,32 @@ pub(super) fn fields(columns: &Columns) -> Vec<Field> {
 
 /// The rows as batches. They are read on a thread of their own, which ends when the iterator is dropped.
 pub(super) fn batches(
-    path: &Path,
+    file: &TextFile,
     layout: Layout,
+    most: usize,
     columns: Arc<Columns>,
 ) -> Result<Box<dyn Iterator<Item = Result<RecordBatch>>>> {
     let (sender, receiver) = sync_channel::<Result<Vec<Result<Row, String>>>>(2);
-    let path = path.to_owned();
+    let file = file.clone();
     let skips = columns.broken > 0;
     std::thread::Builder::new()
         .name("json".to_owned())
         .spawn(move || {
             let mut pending = Vec::with_capacity(BATCH_ROWS);
-            let mut bytes = 0;
+            let (mut bytes, mut left) = (0, most);
             let keep = |row: Row| Ok(row);
-            let read = rows(&path, layout, &keep, &mut |row, _| {
+            let read = rows(&file, layout, &keep, &mut |row, _| {
                 let row = match row {
                     Ok(row) => Ok(row),
                     Err(error) if skips => Err(format!("{error:#}")),
                     Err(error) => return Err(error),
                 };
                 bytes += row.as_ref().map_or(0, Row::bytes);
+                left = left.saturating_sub(usize::from(row.is_ok()));
                 pending.push(row);
+                if left == 0 {
+                    return Ok(false);
+                }
                 if pending.len() < BATCH_ROWS && bytes < BATCH_BYTES {
                     return Ok(true);
                 }
@@ -235,31 +238,18 @@ impl fmt::Display for Place<'_> {
 /// Calls `each` with what `of` makes of every row, and its place, until it says false. Rows come in order; lines are parsed and
 /// given to `of` on all cores.
 fn rows<T: Send>(
-    path: &Path,
+    file: &TextFile,
     layout: Layout,
     of: &(dyn Fn(Row) -> Result<T> + Sync),
     each: &mut dyn FnMut(Result<T>, &Place<'_>) -> Result<bool>,
 ) -> Result<()> {
-    let reader = open(path)?;
-    let name = path.display().to_string();
+    let reader = file.open()?;
+    let name = file.display().to_owned();
     match layout {
         Layout::Lines => lines(reader, &name, of, each),
         Layout::List => list(reader, &name, of, each),
         Layout::Objects => objects(reader, &name, of, each),
     }
-}
-
-fn open(path: &Path) -> Result<impl BufRead + Send + use<>> {
-    let file = File::open(path).with_context(|| format!("could not read `{}`", path.display()))?;
-    Ok(BufReader::with_capacity(1 << 20, file))
-}
-
-/// Skips a byte order mark, and shows what is behind it.
-fn skip_mark(reader: &mut impl BufRead) -> std::io::Result<&[u8]> {
-    if reader.fill_buf()?.starts_with(BYTE_ORDER_MARK) {
-        reader.consume(BYTE_ORDER_MARK.len());
-    }
-    reader.fill_buf()
 }
 
 /// Lines of a file that are parsed together.
@@ -282,7 +272,16 @@ impl Block {
             let count = (&mut *reader)
                 .take(LONGEST_ROW as u64 + 1)
                 .read_until(b'\n', &mut self.bytes)
-                .with_context(|| format!("{name}:{number}"))?;
+                .map_err(|error| anyhow!("{name}:{number}: {error}"));
+            let count = match count {
+                Ok(count) => count,
+                // The rows before it come first: no more of them may be wanted.
+                Err(_) if !self.lines.is_empty() => {
+                    self.bytes.truncate(start);
+                    return Ok(true);
+                }
+                Err(error) => return Err(error),
+            };
             if count > LONGEST_ROW {
                 bail!(
                     "{name}:{number}: this line has more than {} MiB; a row may not be longer; hint: is this JSON lines, with a row a line?",
@@ -293,9 +292,6 @@ impl Block {
                 return Ok(!self.lines.is_empty());
             }
             self.last_number = number;
-            if number == 1 && self.bytes.starts_with(BYTE_ORDER_MARK) {
-                self.bytes.drain(..BYTE_ORDER_MARK.len());
-            }
             if self.bytes[start..].iter().all(u8::is_ascii_whitespace) {
                 self.bytes.truncate(start);
             } else {
@@ -371,12 +367,11 @@ fn line(text: &[u8], name: &str, number: u64) -> Result<Row> {
 }
 
 fn list<T>(
-    mut reader: impl BufRead,
+    reader: impl BufRead,
     name: &str,
     of: &dyn Fn(Row) -> Result<T>,
     each: &mut dyn FnMut(Result<T>, &Place<'_>) -> Result<bool>,
 ) -> Result<()> {
-    skip_mark(&mut reader)?;
     let mut outcome = Ok(());
     let mut stopped = false;
     let left = Counter::new(LONGEST_ROW);
@@ -405,12 +400,11 @@ fn list<T>(
 }
 
 fn objects<T>(
-    mut reader: impl BufRead,
+    reader: impl BufRead,
     name: &str,
     of: &dyn Fn(Row) -> Result<T>,
     each: &mut dyn FnMut(Result<T>, &Place<'_>) -> Result<bool>,
 ) -> Result<()> {
-    skip_mark(&mut reader)?;
     let left = Counter::new(LONGEST_ROW);
     let reader = Metered {
         inner: WithoutNan::new(reader),
@@ -434,6 +428,10 @@ fn objects<T>(
 }
 
 fn no_json(name: &str, error: &serde_json::Error) -> anyhow::Error {
+    if error.is_io() {
+        // What the reader says, which has no line.
+        return anyhow!("{name}: {error}");
+    }
     anyhow!(
         "{name}:{}:{}: this is no JSON: {}",
         error.line(),

@@ -1,8 +1,9 @@
 //! Tables of rows: folders with Parquet files per split. Knows no chat template, no tokenizer and no cache.
 //!
 //! [`table`] reads and writes splits, [`import`] brings other people's files in, [`tokens`] is the layout of token ids,
-//! [`show`] is a look at the head of a folder, [`cell`] the values between JSON and Arrow.
+//! [`show`] is a look at the head of a folder, `reading` opens files of text, [`cell`] the values between JSON and Arrow.
 
+mod arrow_file;
 pub mod cell;
 mod csv;
 mod expression;
@@ -11,11 +12,13 @@ pub mod import;
 mod json;
 mod kind;
 mod messages;
+mod reading;
 pub mod show;
 mod size;
 pub mod table;
 pub mod tokens;
 
 pub use import::{Format, ImportOptions, ImportReport};
+pub use reading::Encoding;
 pub use show::{Summary, head, summary};
 pub use table::{Split, Writer, splits};

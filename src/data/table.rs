@@ -92,6 +92,8 @@ pub struct Split {
     files: Vec<PathBuf>,
     schema: SchemaRef,
     rows: usize,
+    /// The first row and the number of rows, where it is a part of its one file.
+    part: Option<(usize, usize)>,
 }
 
 impl Split {
@@ -141,7 +143,17 @@ impl Split {
             files,
             schema,
             rows,
+            part: None,
         })
+    }
+
+    /// Some rows of a split of one file, as a split.
+    pub(in crate::data) fn slice(&self, start: usize, rows: usize) -> Self {
+        Self {
+            rows,
+            part: Some((start, rows)),
+            ..self.clone()
+        }
     }
 
     /// The split's name.
@@ -166,10 +178,10 @@ impl Split {
 
     /// The rows from the first to the last, in batches of at most `batch_rows`, and of at most some MiB unless one row has more.
     pub fn batches(&self, batch_rows: usize) -> impl Iterator<Item = Result<RecordBatch>> + use<> {
-        let schema = self.schema.clone();
+        let (schema, part) = (self.schema.clone(), self.part);
         self.files.clone().into_iter().flat_map(move |file| -> Batches {
             let schema = schema.clone();
-            let opened = viewer(&file, batch_rows).and_then(|batches| {
+            let opened = viewer(&file, batch_rows, part).and_then(|batches| {
                 let held = std::fs::metadata(&file)?.len();
                 Ok((batches, MOST_FOR_NOTHING.saturating_add(held.saturating_mul(MOST_A_BYTE))))
             });
@@ -265,7 +277,11 @@ fn check(metadata: &ParquetMetaData, bytes: u64) -> Result<()> {
 
 /// The rows of a file with texts as views, which share the bytes of a page: a text that stands once in a file and a thousand times
 /// in a batch takes no more memory than in the file.
-fn viewer(file: &Path, batch_rows: usize) -> Result<ParquetRecordBatchReader> {
+fn viewer(
+    file: &Path,
+    batch_rows: usize,
+    part: Option<(usize, usize)>,
+) -> Result<ParquetRecordBatchReader> {
     let reader = reader(file)?;
     let open = || -> Result<_> {
         let options = ArrowReaderOptions::new()
@@ -273,8 +289,11 @@ fn viewer(file: &Path, batch_rows: usize) -> Result<ParquetRecordBatchReader> {
             .with_schema(viewed(reader.schema()));
         let metadata = ArrowReaderMetadata::try_new(reader.metadata().clone(), options)?;
         let batch_rows = batch_rows.min(most_rows(reader.metadata()));
-        let reader =
+        let mut reader =
             ParquetRecordBatchReaderBuilder::new_with_metadata(File::open(file)?, metadata);
+        if let Some((start, rows)) = part {
+            reader = reader.with_offset(start).with_limit(rows);
+        }
         Ok(reader.with_batch_size(batch_rows).build()?)
     };
     open().with_context(|| format!("could not read `{}`", file.display()))

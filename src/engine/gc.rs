@@ -315,7 +315,7 @@ impl Store {
     }
 
     /// The names in one of the store's folders; none where it is not there.
-    fn list(&self, folder: &str) -> anyhow::Result<Vec<String>> {
+    pub(super) fn list(&self, folder: &str) -> anyhow::Result<Vec<String>> {
         let folder = self.folder(folder);
         let list = || -> std::io::Result<Vec<String>> {
             let entries = match fs::read_dir(&folder) {

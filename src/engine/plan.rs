@@ -236,7 +236,7 @@ impl Situation<'_> {
         };
         let offered = self
             .shared
-            .offer(self.store, &prepared.digest, missing.as_deref());
+            .offer(self.store, &prepared.digest, missing.as_deref())?;
         Ok(match offered {
             Some(record) => Verdict::Away {
                 record: Box::new(record),

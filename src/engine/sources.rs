@@ -11,6 +11,7 @@ use serde_json::json;
 
 use super::canonical::{Digest, digest_json};
 use super::files::{clock, read_sealed, write_sealed};
+use super::glob::Pattern;
 use super::manifest::{Entry, Stat, digest_file, now};
 use super::store::Store;
 
@@ -147,24 +148,41 @@ impl Listed {
     /// snapshot folder of links reads as the files it stands for.
     fn of(path: &Path) -> anyhow::Result<Self> {
         let cannot_read = |path: &Path| format!("could not read `{}`", path.display());
-        let metadata = fs::metadata(path).with_context(|| cannot_read(path))?;
-        let mut listed = Self {
-            is_file: metadata.is_file(),
-            files: Vec::new(),
-            links: BTreeMap::new(),
-        };
-        if listed.is_file {
-            let identity = Identity::of(&metadata);
-            listed
-                .files
-                .push((String::new(), path.to_owned(), identity));
+        if let Some(pattern) = Pattern::of(path) {
+            let listed = Self::below(pattern.folder(), Some(&pattern))?;
+            ensure!(
+                !listed.files.is_empty(),
+                "no file fits `{}`",
+                path.display()
+            );
             return Ok(listed);
+        }
+        let metadata = fs::metadata(path).with_context(|| cannot_read(path))?;
+        if metadata.is_file() {
+            let identity = Identity::of(&metadata);
+            return Ok(Self {
+                is_file: true,
+                files: vec![(String::new(), path.to_owned(), identity)],
+                links: BTreeMap::new(),
+            });
         }
         ensure!(
             metadata.is_dir(),
             "`{}` is neither a file nor a folder",
             path.display()
         );
+        Self::below(path, None)
+    }
+
+    /// Lists the files below a folder: those that fit the pattern if there is one, else all. A pattern of any depth doesn't follow links
+    /// to folders, which may lead anywhere.
+    fn below(path: &Path, pattern: Option<&Pattern>) -> anyhow::Result<Self> {
+        let cannot_read = |path: &Path| format!("could not read `{}`", path.display());
+        let mut listed = Self {
+            is_file: false,
+            files: Vec::new(),
+            links: BTreeMap::new(),
+        };
         let mut open = vec![(String::new(), path.to_path_buf())];
         while let Some((prefix, folder)) = open.pop() {
             for entry in fs::read_dir(&folder).with_context(|| cannot_read(&folder))? {
@@ -182,19 +200,27 @@ impl Listed {
                     format!("{prefix}/{part}")
                 };
                 let kind = entry.file_type().with_context(|| cannot_read(&path))?;
+                if pattern.is_some_and(|pattern| !pattern.fits(&name) && !pattern.reaches(&name)) {
+                    continue;
+                }
+                let mut is_followed = true;
                 if kind.is_symlink() {
+                    is_followed = !pattern.is_some_and(Pattern::is_deep);
                     let link = fs::symlink_metadata(&path).with_context(|| cannot_read(&path))?;
                     listed.links.insert(path.clone(), Identity::of(&link));
                 }
                 let metadata = fs::metadata(&path).with_context(|| cannot_read(&path))?;
                 if metadata.is_dir() {
+                    if !is_followed || pattern.is_some_and(|pattern| !pattern.reaches(&name)) {
+                        continue;
+                    }
                     ensure!(
                         prefix.matches('/').count() <= DEEPEST,
                         "`{}` is nested too deeply; is there a link to a folder above it?",
                         path.display()
                     );
                     open.push((name, path));
-                } else if metadata.is_file() {
+                } else if metadata.is_file() && pattern.is_none_or(|pattern| pattern.fits(&name)) {
                     listed.files.push((name, path, Identity::of(&metadata)));
                 }
             }
@@ -202,6 +228,13 @@ impl Listed {
         listed.files.sort_unstable_by(|a, b| a.0.cmp(&b.0));
         Ok(listed)
     }
+}
+
+/// The files at a path of a recipe, with their names below it, in order: the file itself without one, those in the folder, or those that
+/// fit the pattern. They are those whose contents count in the fingerprint.
+pub fn files_at(path: &Path) -> anyhow::Result<Vec<(String, PathBuf)>> {
+    let files = Listed::of(path)?.files.into_iter();
+    Ok(files.map(|(name, path, _)| (name, path)).collect())
 }
 
 impl Sources {

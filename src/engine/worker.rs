@@ -120,7 +120,7 @@ impl Worker<'_, '_> {
                 return Ok(Some((*record, false)));
             }
             let events = (node.name.as_str(), &self.events);
-            let restored = shared.restore(store, &prepared.digest, events, &self.cancel);
+            let restored = shared.restore(store, &prepared.digest, events, &self.cancel)?;
             Ok(restored.map(|record| (record, true)))
         };
         if (waited || !self.situation.forced[self.index])

@@ -35,7 +35,7 @@ impl Endpoint {
         // A `@` behind the host: a password with a slash that is not escaped.
         ensure!(
             uri.query().is_none() && !text.contains('#') && !uri.path().contains('@'),
-            "{}; a password in it has to be escaped (`%40` for `@`, `%2F` for `/`)",
+            "{}; a password in it has to be escaped (`%40` for `@`, `%2F` for `/`, `%23` for `#`)",
             expected()
         );
         let origin = Origin::of(&uri).with_context(expected)?;
@@ -72,13 +72,18 @@ impl Endpoint {
 
 /// An address for people: without a name, a password and a query, whether it makes sense or not.
 pub(super) fn shown(text: &str) -> String {
-    let text = text.split(['?', '#']).next().unwrap_or_default();
     let (scheme, rest) = text
         .split_once("://")
         .map_or((None, text), |(scheme, rest)| (Some(scheme), rest));
-    let shown = match rest.rsplit_once('@') {
+    let (plain, query) = match rest.find(['?', '#']) {
+        Some(at) => rest.split_at(at),
+        None => (rest, ""),
+    };
+    let shown = match plain.rsplit_once('@') {
+        // A password may have these marks too; what is the host can't be told then.
+        _ if query.contains('@') => "(hidden)".to_owned(),
         Some((_, host)) => format!("(hidden)@{host}"),
-        None => rest.to_owned(),
+        None => plain.to_owned(),
     };
     match scheme {
         Some(scheme) => format!("{scheme}://{shown}"),
@@ -178,6 +183,11 @@ mod tests {
             "https://me:s3cret@mirror.example/x y",
             "https://mirror.example/?token=s3cret",
             "https://mirror.example/#s3cret",
+            "https://me:s3cret#x@mirror.example",
+            "https://me:s3cret?x@mirror.example",
+            "https://me:x#s3cret@mirror.example",
+            "https://me:s3cret x#y@mirror.example",
+            "me:s3cret#x@mirror.example",
         ] {
             let error = Endpoint::parse(text)
                 .map(|found| found.address)

@@ -59,25 +59,28 @@ pub struct Adapter {
 impl Adapter {
     /// Reads an adapter folder.
     pub fn load(folder: &Path) -> anyhow::Result<Self> {
-        let read = || -> anyhow::Result<Self> {
-            let text = std::fs::read(folder.join(CONFIG))
-                .with_context(|| format!("could not read `{CONFIG}`"))?;
-            let config = AdapterConfig::read(&text);
-            let config = config.with_context(|| format!("could not use `{CONFIG}`"))?;
-            let weights = Weights::open_file(&folder.join(FILE))?;
-            if let Some(found) = finite::find(&weights)? {
-                bail!("{found}; the adapter may have diverged in its training");
-            }
-            let (tensors, saved) = tensors(&weights, &config)?;
-            let adapter = Self {
-                config,
-                tensors,
-                saved,
-            };
-            adapter.check()?;
-            Ok(adapter)
+        let adapter = Self::read(folder);
+        adapter.with_context(|| format!("could not load the adapter `{}`", folder.display()))
+    }
+
+    /// The same, for callers who have a better name for the folder in their errors.
+    pub fn read(folder: &Path) -> anyhow::Result<Self> {
+        let text = std::fs::read(folder.join(CONFIG))
+            .with_context(|| format!("could not read `{CONFIG}`"))?;
+        let config = AdapterConfig::read(&text);
+        let config = config.with_context(|| format!("could not use `{CONFIG}`"))?;
+        let weights = Weights::open_file(&folder.join(FILE))?;
+        if let Some(found) = finite::find(&weights)? {
+            bail!("{found}; the adapter may have diverged in its training");
+        }
+        let (tensors, saved) = tensors(&weights, &config)?;
+        let adapter = Self {
+            config,
+            tensors,
+            saved,
         };
-        read().with_context(|| format!("could not load the adapter `{}`", folder.display()))
+        adapter.check()?;
+        Ok(adapter)
     }
 
     /// Settings and tensors have to tell the same.
@@ -91,13 +94,13 @@ impl Adapter {
             let tied = self.config.ensure_weight_tying && ENDS.contains(&path.as_str());
             ensure!(
                 tied || self.config.targets.mean(path) == Meant::Yes,
-                "`{FILE}` has matrices for `{path}`, which `{CONFIG}` does not mean ({}), so that PEFT leaves them out; expected                  settings and matrices of the same modules",
+                "`{FILE}` has matrices for `{path}`, which `{CONFIG}` does not mean ({}), so that PEFT leaves them out; \
+                 expected settings and matrices of the same modules",
                 self.config.targets.told()
             );
             ensure!(
                 !self.config.use_dora || !ENDS.contains(&path.as_str()),
-                "`use_dora` beside `{path}` is not supported; expected it beside projections of the layers, or the adapter merged by \
-                 PEFT's `merge_and_unload`"
+                no_dora(path)
             );
             let says = if self.config.use_dora {
                 "true"
@@ -249,6 +252,8 @@ fn rows(
         "the tensor `{name}` is a LoRA matrix of embeddings, which `{path}` are not"
     );
     let stem = name.strip_suffix(ROWS_A).unwrap_or(name);
+    // Looked at before the settings: these lengths belong to no other pair, and would be taken for strays.
+    ensure!(lengths(weights, stem).is_none(), no_dora(path));
     let (b, a) = two(weights, [name, &format!("{stem}{ROWS_B}")])?;
     let pair = LoraPair {
         a: a.t()?.contiguous()?,
@@ -257,6 +262,21 @@ fn rows(
     };
     has_rank(&pair, path, config)?;
     Ok(pair)
+}
+
+/// The tensor of `DoRA`'s lengths beside a module's matrices, if it is there.
+fn lengths(weights: &Weights, stem: &str) -> Option<String> {
+    // Inside PEFT it is a layer's weight, and some programs write it so.
+    let names = [MAGNITUDE.to_owned(), format!("{MAGNITUDE}.weight")];
+    let mut names = names.map(|suffix| format!("{stem}{suffix}")).into_iter();
+    names.find(|name| weights.contains(name))
+}
+
+fn no_dora(path: &str) -> String {
+    format!(
+        "`use_dora` beside `{path}` is not supported; expected it beside projections of the layers, or the adapter merged by PEFT's \
+         `merge_and_unload`"
+    )
 }
 
 /// Two tensors of floats that stand beside each other.
@@ -300,12 +320,8 @@ fn pair(
         "the tensor `{name}` is no LoRA matrix of embeddings"
     );
     let (a, b) = two(weights, [name, &format!("{stem}{B}")])?;
-    // Inside PEFT it is a layer's weight, and some programs write it so.
-    let magnitude = [MAGNITUDE.to_owned(), format!("{MAGNITUDE}.weight")];
-    let magnitude = magnitude.map(|suffix| format!("{stem}{suffix}"));
-    let magnitude = magnitude.iter().find(|name| weights.contains(name));
-    let magnitude = magnitude.map(|name| -> anyhow::Result<Tensor> {
-        let tensor = weights.tensor(name, &Device::Cpu)?.flatten_all()?;
+    let magnitude = lengths(weights, stem).map(|name| -> anyhow::Result<Tensor> {
+        let tensor = weights.tensor(&name, &Device::Cpu)?.flatten_all()?;
         ensure!(
             tensor.dtype().is_float() && tensor.dim(0)? == b.dim(0)?,
             "`{name}` has {} values, expected {} floats",

@@ -23,6 +23,13 @@ pub enum Answers {
     Both,
 }
 
+impl Answers {
+    /// How many rows one row becomes.
+    pub fn each(self) -> usize {
+        1 + usize::from(self == Self::Both)
+    }
+}
+
 /// Rows with one answer each.
 pub fn rows(rows: &[Row], answers: Answers) -> anyhow::Result<Vec<Row>> {
     let mut single = Vec::new();
@@ -36,7 +43,7 @@ pub fn rows(rows: &[Row], answers: Answers) -> anyhow::Result<Vec<Row>> {
         }
         if answers != Answers::Chosen {
             let Some(rejected) = &row.rejected else {
-                anyhow::bail!("row {number} has no rejected answer to learn");
+                anyhow::bail!("row {} has no rejected answer to learn", number + 1);
             };
             single.push(Row {
                 prompt: row.rejected_prompt.clone().unwrap_or(row.prompt.clone()),

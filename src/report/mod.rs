@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use crate::engine::Event;
 
+pub(crate) use text::has_the_store;
 pub use text::{ago, bytes, duration, harmless, harmless_json, steers};
 
 /// How to report.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use super::text::{bytes, duration, harmless, metrics};
+use super::text::{bytes, duration, harmless, has_the_store, metrics};
 use crate::engine::{Event, Level, short};
 
 /// Without bars, a line of progress at most this often a stage.
@@ -96,7 +96,7 @@ impl Terminal {
                 self.begin(stage);
             }
             Event::RunWaiting { holder } => {
-                self.line(&format!("{:>9}  {holder} has the store to itself", "waits"));
+                self.line(&format!("{:>9}  {}", "waits", has_the_store(&holder)));
             }
             Event::StageWaiting { stage, holder } => {
                 self.line(&format!(

@@ -37,6 +37,11 @@ fn written_out(text: &str, write_out: impl Fn(&mut String, char)) -> Cow<'_, str
     Cow::Owned(safe)
 }
 
+/// Why nothing can begin yet: somebody collects in the store.
+pub(crate) fn has_the_store(holder: &str) -> String {
+    format!("{holder} has the store to itself")
+}
+
 /// Seconds as `0.4 s`, `12 s`, `3 min 5 s`, `2 h 14 min`.
 pub fn duration(seconds: f64) -> String {
     let whole = seconds.round() as u64;

@@ -45,7 +45,7 @@ pub(super) fn take_template(cx: &Context, read: impl FnOnce() -> anyhow::Result<
 
 /// Reads the adapter that is in the stage's output, and notes what it holds.
 pub(super) fn check(cx: &Context) -> anyhow::Result<()> {
-    let adapter = Adapter::load(cx.out()).context("the adapter can't be used")?;
+    let adapter = Adapter::read(cx.out())?;
     let config = &adapter.config;
     let pairs = adapter.tensors.values();
     let count = pairs.map(|pair| pair.a.elem_count() + pair.b.elem_count());

@@ -17,6 +17,9 @@ use crate::ml::config::LlamaConfig;
 use crate::ml::weights::Weights;
 use crate::ml::{attach, lora_init, tied};
 
+/// More than any model is wide. With a larger rank the random numbers that torch draws would keep a machine busy for days.
+const LARGEST_RANK: usize = 1 << 20;
+
 /// Makes an untrained LoRA adapter for a model: the same numbers that PEFT draws, in PEFT's folder layout.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -193,7 +196,9 @@ impl Stage for AttachLora {
                 problems.push(Problem::new(parameter, message));
             }
         };
-        rule(self.r > 0, "r", "expected at least 1");
+        let ranks = 1..=LARGEST_RANK;
+        let expected = format!("expected a number from 1 to {LARGEST_RANK}");
+        rule(ranks.contains(&self.r), "r", &expected);
         let alpha = self.lora_alpha > 0. && self.lora_alpha.is_finite();
         rule(alpha, "lora_alpha", "expected a number above 0");
         let dropout = (0. ..1.).contains(&self.lora_dropout);
@@ -221,8 +226,9 @@ impl Stage for AttachLora {
         );
         let saved = self.modules_to_save.iter().all(|name| !name.is_empty());
         rule(saved, "modules_to_save", "expected names of modules");
-        let positive = self.rank_pattern.values().all(|rank| *rank > 0);
-        rule(positive, "rank_pattern", "expected ranks of at least 1");
+        let bounded = self.rank_pattern.values().all(|rank| ranks.contains(rank));
+        let expected = format!("expected ranks from 1 to {LARGEST_RANK}");
+        rule(bounded, "rank_pattern", &expected);
         let positive = self
             .alpha_pattern
             .values()

@@ -33,7 +33,7 @@ pub(super) fn read(artifact: &Path) -> anyhow::Result<Option<String>> {
         return Ok(None);
     }
     let text = read_template(&path);
-    let text = text.map_err(|error| anyhow!("could not read `{}`: {error:#}", path.display()));
+    let text = text.map_err(|error| anyhow!("could not read `{FILE}`: {error:#}"));
     text.map(Some)
 }
 
@@ -182,7 +182,12 @@ fn object(path: &Path) -> anyhow::Result<Option<Map<String, Value>>> {
     }
     let read = || -> anyhow::Result<_> { Ok(serde_json::from_slice(&fs::read(path)?)?) };
     read()
-        .with_context(|| format!("could not read `{}`", path.display()))
+        .with_context(|| {
+            format!(
+                "could not read `{}`",
+                path.file_name().unwrap_or_default().display()
+            )
+        })
         .map(Some)
 }
 

@@ -1,21 +1,22 @@
 //! Which files of a repository are a split's data, by the rules of `datasets`: what the README's header says, else names.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 
 use anyhow::{Context as _, bail, ensure};
 use serde::Deserialize;
 use serde_yaml::Value;
 
-use super::glob::{Star, matches};
+use crate::data::import::Format;
+use crate::engine::glob::{Star, matches};
 
-/// Formats that can be read, the best first.
-const FORMATS: &[&[&str]] = &[&["parquet"], &["jsonl", "ndjson"], &["json"], &["csv"]];
 /// Descriptions, never data.
 const NOT_DATA: &[&str] = &[
     "config.json",
     "dataset_info.json",
     "dataset_infos.json",
     "dataset_dict.json",
+    "state.json",
 ];
 /// The words by which names tell a split.
 const WORDS: &[(&str, &[&str])] = &[
@@ -47,7 +48,7 @@ pub(super) fn choose(
     } else {
         ensure!(
             !data.is_empty(),
-            "it has no data file that can be read, expected Parquet, JSONL, JSON or CSV; it has {}",
+            "it has no data file that can be read, expected Parquet, Arrow, JSONL, JSON, CSV or TSV; it has {}",
             some(paths)
         );
         by_split(&data, readme, wanted)?
@@ -59,30 +60,24 @@ pub(super) fn choose(
     Ok(chosen)
 }
 
-fn extension(path: &str) -> Option<&'static str> {
-    let (_, extension) = path.rsplit('/').next()?.rsplit_once('.')?;
-    let known = FORMATS.iter().flat_map(|format| format.iter());
-    known
-        .copied()
-        .find(|known| extension.eq_ignore_ascii_case(known))
-}
-
-fn format_of(path: &str) -> Option<usize> {
-    let extension = extension(path)?;
-    FORMATS
-        .iter()
-        .position(|format| format.contains(&extension))
+pub(super) fn format_of(path: &str) -> Option<Format> {
+    Format::of(Path::new(path))
 }
 
 fn is_data(path: &str) -> bool {
     let hidden = path
         .split('/')
         .any(|part| part.starts_with('.') || part.starts_with("__"));
-    let name = path.rsplit('/').next().unwrap_or(path);
-    !hidden && !NOT_DATA.contains(&name) && extension(path).is_some()
+    !hidden && !is_description(path) && format_of(path).is_some()
 }
 
-fn by_patterns(data: &[&str], patterns: &[String]) -> anyhow::Result<Vec<String>> {
+/// Whether a file describes data, and never holds any.
+pub(super) fn is_description(path: &str) -> bool {
+    let name = path.rsplit('/').next().unwrap_or(path);
+    NOT_DATA.contains(&name)
+}
+
+pub(super) fn by_patterns(data: &[&str], patterns: &[String]) -> anyhow::Result<Vec<String>> {
     let mut chosen = BTreeSet::new();
     for pattern in patterns {
         let pattern = pattern.trim_start_matches("./");
@@ -134,7 +129,7 @@ fn by_split(
         );
     }
     let mut found = BTreeMap::new();
-    for format in 0..FORMATS.len() {
+    for format in Format::ALL {
         let same = below.iter().filter(|path| format_of(path) == Some(format));
         let mut splits = by_names(&same.copied().collect::<Vec<_>>());
         if let Some(chosen) = splits.remove(wanted.split) {
@@ -145,7 +140,7 @@ fn by_split(
     bail!("{}", no_split(wanted.split, found.keys()))
 }
 
-fn inside<'a>(data: &[&'a str], folder: &str) -> Vec<&'a str> {
+pub(super) fn inside<'a>(data: &[&'a str], folder: &str) -> Vec<&'a str> {
     let folder = format!("{}/", folder.trim_start_matches("./").trim_end_matches('/'));
     let paths = data.iter().copied();
     paths.filter(|path| path.starts_with(&folder)).collect()
@@ -157,7 +152,7 @@ fn no_split<'a>(split: &str, known: impl Iterator<Item = &'a String>) -> String 
 }
 
 /// Splits by names: `train-00000-of-00001`, else words in folders, else words in file names, else all is `train`.
-fn by_names(data: &[&str]) -> BTreeMap<String, Vec<String>> {
+pub(super) fn by_names(data: &[&str]) -> BTreeMap<String, Vec<String>> {
     let mut splits: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for path in data {
         if let Some((split, _, _)) = path.strip_prefix("data/").and_then(shard) {
@@ -200,7 +195,7 @@ fn by_names(data: &[&str]) -> BTreeMap<String, Vec<String>> {
 }
 
 /// `train`, `0`, `3` of `train-00000-of-00003-0f1e.parquet`.
-fn shard(name: &str) -> Option<(&str, usize, usize)> {
+pub(super) fn shard(name: &str) -> Option<(&str, usize, usize)> {
     let (before, after) = name.split_once("-of-")?;
     let (split, number) = before.rsplit_once('-')?;
     let digits: String = after.chars().take_while(char::is_ascii_digit).collect();
@@ -213,7 +208,7 @@ fn shard(name: &str) -> Option<(&str, usize, usize)> {
 }
 
 /// A split of which a part is missing would be another dataset.
-fn all_shards(chosen: &[String]) -> anyhow::Result<()> {
+pub(super) fn all_shards(chosen: &[String]) -> anyhow::Result<()> {
     let mut groups: BTreeMap<(String, usize), Vec<usize>> = BTreeMap::new();
     for path in chosen {
         let (folder, name) = path.rsplit_once('/').unwrap_or(("", path));
@@ -233,7 +228,7 @@ fn all_shards(chosen: &[String]) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn one_format(chosen: &[String]) -> anyhow::Result<()> {
+pub(super) fn one_format(chosen: &[String]) -> anyhow::Result<()> {
     let first = chosen.first().context("no data file was chosen")?;
     if let Some(other) = chosen
         .iter()
@@ -253,17 +248,17 @@ struct Card {
 }
 
 #[derive(Debug, Deserialize)]
-struct Config {
+pub(super) struct Config {
     #[serde(rename = "config_name")]
-    name: String,
+    pub(super) name: String,
     #[serde(default)]
     default: bool,
-    data_files: Option<Value>,
-    data_dir: Option<String>,
+    pub(super) data_files: Option<Value>,
+    pub(super) data_dir: Option<String>,
 }
 
 /// The configurations in the YAML header of a README.
-fn configs(readme: &str) -> anyhow::Result<Vec<Config>> {
+pub(super) fn configs(readme: &str) -> anyhow::Result<Vec<Config>> {
     let text = readme.trim_start_matches('\u{feff}').replace("\r\n", "\n");
     let Some(rest) = text.strip_prefix("---\n") else {
         return Ok(Vec::new());
@@ -276,7 +271,7 @@ fn configs(readme: &str) -> anyhow::Result<Vec<Config>> {
     Ok(card.map(|card| card.configs).unwrap_or_default())
 }
 
-fn pick<'a>(configs: &'a [Config], name: Option<&str>) -> anyhow::Result<&'a Config> {
+pub(super) fn pick<'a>(configs: &'a [Config], name: Option<&str>) -> anyhow::Result<&'a Config> {
     let names: Vec<_> = configs.iter().map(|config| &config.name).collect();
     if let Some(name) = name {
         let found = configs.iter().find(|config| config.name == name);
@@ -303,7 +298,7 @@ fn pick<'a>(configs: &'a [Config], name: Option<&str>) -> anyhow::Result<&'a Con
 }
 
 /// The patterns by split of `data_files`: one pattern, a list, or a list of `{split, path}`.
-fn declared(value: &Value) -> anyhow::Result<BTreeMap<String, Vec<String>>> {
+pub(super) fn declared(value: &Value) -> anyhow::Result<BTreeMap<String, Vec<String>>> {
     let mut splits: BTreeMap<String, Vec<String>> = BTreeMap::new();
     let items = match value {
         Value::Sequence(items) => items.as_slice(),
@@ -340,7 +335,7 @@ fn declared(value: &Value) -> anyhow::Result<BTreeMap<String, Vec<String>>> {
 }
 
 /// The first few of many names.
-fn some(names: &[impl AsRef<str>]) -> String {
+pub(super) fn some(names: &[impl AsRef<str>]) -> String {
     if names.is_empty() {
         return "none".into();
     }
@@ -432,8 +427,8 @@ mod tests {
         ];
         assert_eq!(by_name(&paths, "train").unwrap(), ["train.parquet"]);
         assert_eq!(by_name(&paths[..2], "train").unwrap(), ["train.jsonl"]);
-        let error = by_name(&["data.zip", "x.arrow"], "train").unwrap_err();
-        assert!(error.contains("`data.zip`, `x.arrow`"), "{error}");
+        let error = by_name(&["data.zip", "x.bin"], "train").unwrap_err();
+        assert!(error.contains("`data.zip`, `x.bin`"), "{error}");
     }
 
     #[test]

@@ -85,7 +85,7 @@ impl Stage for DownloadDataset {
         if self.max_rows == Some(0) {
             problems.push(Problem::new("max_rows", "expected a number above 0"));
         }
-        self.format.check(&mut problems);
+        self.format.check("", &mut problems);
         if self.files.as_ref().is_some_and(Vec::is_empty) {
             problems.push(Problem::new(
                 "files",
@@ -115,12 +115,18 @@ impl Stage for DownloadDataset {
             cx.check_cancelled()?;
             paths.push(source.fetch(file)?);
         }
+        let names = files.iter().zip(&paths);
+        let names = names
+            .map(|(file, path)| (path.clone(), format!("{}/{}", self.repo, file.path)))
+            .collect();
         let options = ImportOptions {
             columns: self.columns.clone(),
             max_rows: self.max_rows,
             format: self.format.file(),
             form: self.format.form(),
             skip_invalid_rows: self.skip_invalid_rows,
+            names,
+            ..ImportOptions::default()
         };
         let destination = cx.out().join("train.parquet");
         let report = import_files(&paths, &options, &destination, &mut |rows| {
@@ -129,7 +135,7 @@ impl Stage for DownloadDataset {
         })
         .with_context(refused)?;
         source.unchanged()?;
-        tell(cx, "train", &report);
+        tell(cx, "`train`", &report);
         ensure!(report.rows > 0, "the dataset `{}` holds no rows", self.repo);
         cx.note(
             "files",

@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use super::artifacts::Model;
 use super::from_hub::{Source, check, main_revision, pin, place};
-use super::glob::{Star, matches};
 use super::model_files::{self, INDEX};
+use crate::engine::glob::{Star, matches};
 use crate::engine::{Context, Problem, Stage, World};
 use crate::hub::{RemoteFile, RepoKind};
 

@@ -261,7 +261,8 @@ impl Stage for Evaluate {
         for (number, row) in rows.iter().enumerate() {
             anyhow::ensure!(
                 answered(Some(&row.chosen)) && answered(row.rejected.as_ref()),
-                "row {number} of `{split}` lacks a chosen or rejected answer; `evaluate` compares the two"
+                "row {} of the split `{split}` lacks a chosen or rejected answer; `evaluate` compares the two",
+                number + 1
             );
         }
         let adapter = match &self.adapter {

@@ -32,6 +32,8 @@ const MUCH: f64 = 0.5;
 /// Where the head of the model is its embeddings and the adapter changes one of both, the result has both (`tie_word_embeddings: false`),
 /// as with PEFT. Matrices beside one of them count for that one alone, as they do in training; PEFT's `merge_and_unload` adds them into
 /// the tensor that both share.
+/// Sums are made in f32 and rounded once. So does PEFT, but for matrices beside the embeddings: their product is rounded to the weights' type
+/// before it is added, so that in bf16 and f16 its embeddings may differ by one rounding of the product.
 /// At the end the result proves itself: its logits on a few fixed prompts are compared with those of the model with the adapter
 /// (both in f32, a layer at a time). The difference is in the record, and where it is more than rounding explains the stage fails.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]

@@ -3,19 +3,20 @@
 //! A new kind is one file plus one line in [`KINDS`]; docs/adding-a-stage.md walks through it.
 
 mod adapter_files;
+mod added;
 pub mod apply_chat_template;
 pub mod artifacts;
 pub mod attach_lora;
 mod chat_template;
 pub mod create_model;
 mod dataset_files;
+mod dataset_folders;
 pub mod download_adapter;
 pub mod download_dataset;
 pub mod download_model;
 mod dtype;
 pub mod evaluate;
 mod from_hub;
-mod glob;
 pub mod import_adapter;
 pub mod import_dataset;
 pub mod import_model;

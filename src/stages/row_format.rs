@@ -22,8 +22,12 @@ pub(super) enum RowFormat {
     Jsonl,
     /// Files: one JSON list of objects.
     Json,
-    /// Files: comma-separated values with a header line.
+    /// Files: values between commas, with a header line.
     Csv,
+    /// Files: values between tabs, with a header line.
+    Tsv,
+    /// Files: Apache Arrow, a file (Feather, version 2) or a stream.
+    Arrow,
     /// Rows: whole conversations in `messages`, with `role` and `content`.
     Messages,
     /// Rows: `chosen` and `rejected`, with a `prompt` or with what both begin with alike.
@@ -49,6 +53,8 @@ impl RowFormat {
             Self::Jsonl => Format::Jsonl,
             Self::Json => Format::Json,
             Self::Csv => Format::Csv,
+            Self::Tsv => Format::Tsv,
+            Self::Arrow => Format::Arrow,
             _ => return None,
         })
     }
@@ -89,15 +95,15 @@ impl RowFormats {
         self.0.iter().find_map(|format| format.form())
     }
 
-    /// What is wrong with it.
-    pub fn check(&self, problems: &mut Vec<Problem>) {
+    /// What is wrong with it; `at` is the way to it.
+    pub fn check(&self, at: &str, problems: &mut Vec<Problem>) {
         let files = self
             .0
             .iter()
             .filter(|format| format.file().is_some())
             .count();
         if files > 1 || self.0.len() - files > 1 {
-            let problem = Problem::new("format", "two formats exclude each other");
+            let problem = Problem::new(format!("{at}format"), "two formats exclude each other");
             problems
                 .push(problem.hint("say one format of files, one form of rows, or one of each"));
         }

@@ -1,5 +1,7 @@
 //! `split_dataset`: a held-out part.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context as _, Result, ensure};
 use arrow::array::{BooleanArray, RecordBatch};
 use arrow::compute::filter_record_batch;
@@ -9,11 +11,14 @@ use serde::{Deserialize, Serialize};
 use super::artifacts::Dataset;
 use crate::data::table::{BATCH_ROWS, Split, Writer, splits};
 use crate::engine::{Context, Input, Problem, Stage};
+use groups::{By, Groups};
+
+mod groups;
 
 /// Splits the rows of `train` into `train` and `test`.
 ///
-/// Which rows are held out is drawn with `seed`; in both splits the rows keep their order, and training shuffles them anyway. Other
-/// splits of the dataset are carried along.
+/// Which rows are held out is drawn with `seed`; in both splits the rows keep their order, and training shuffles them anyway. Rows of
+/// preferences with the same prompt stay together, so that none is trained on and tested. Other splits of the dataset are carried along.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SplitDataset {
@@ -27,6 +32,21 @@ pub struct SplitDataset {
     /// Draw the rows; without it the last rows are held out.
     #[serde(default = "default_shuffle")]
     shuffle: bool,
+    /// Rows with equal values in this column, or in all columns of a list, go into the same split: `prompt` (what is asked, also where
+    /// it is only in `chosen` and `rejected`), the default for preferences; `none` keeps nothing together, the default otherwise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    group_by: Option<GroupBy>,
+    /// Hold out the same part of the rows of each value of this column.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    stratify: Option<String>,
+}
+
+/// A column or several.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+enum GroupBy {
+    Column(String),
+    Columns(Vec<String>),
 }
 
 fn default_seed() -> u64 {
@@ -39,21 +59,30 @@ fn default_shuffle() -> bool {
 
 impl Stage for SplitDataset {
     const KIND: &'static str = "split_dataset";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     type Output = Dataset;
     const BOUNDED: bool = true;
 
     fn check(&self) -> Vec<Problem> {
+        let mut problems = Vec::new();
         let size = self.test_size;
         let fits = size > 0.0 && size.is_finite() && (size < 1.0 || size.fract() == 0.0);
-        if fits {
-            return Vec::new();
+        if !fits {
+            let problem = Problem::new(
+                "test_size",
+                "expected a part above 0 and below 1, or a number of rows",
+            );
+            problems.push(problem.hint("0.1 holds out a tenth, 100 holds out 100 rows"));
         }
-        let problem = Problem::new(
-            "test_size",
-            "expected a part above 0 and below 1, or a number of rows",
-        );
-        vec![problem.hint("0.1 holds out a tenth, 100 holds out 100 rows")]
+        if matches!(&self.group_by, Some(GroupBy::Columns(columns)) if columns.is_empty()) {
+            let problem = Problem::new("group_by", "expected at least one column");
+            problems.push(problem.hint("`group_by: none` keeps nothing together"));
+        }
+        if self.stratify.is_some() && !self.shuffle {
+            let problem = Problem::new("stratify", "without `shuffle` the last rows are held out");
+            problems.push(problem.hint("leave `shuffle: false` out"));
+        }
+        problems
     }
 
     fn run(&self, cx: &Context) -> Result<()> {
@@ -65,13 +94,14 @@ impl Stage for SplitDataset {
         );
         let train = Split::open(folder, "train")?;
         let rows = train.rows();
-        let held_out = test_rows(rows, self.test_size);
+        let asked = test_rows(rows, self.test_size);
         ensure!(
-            held_out < rows,
-            "`test_size` {} holds out {held_out} of {rows} rows and leaves none to train on",
+            asked < rows,
+            "`test_size` {} holds out {asked} of {rows} rows and leaves none to train on",
             self.test_size
         );
-        let is_test = draw(rows, held_out, self.seed, self.shuffle);
+        let is_test = self.chosen(&train, asked, cx)?;
+        let held_out = is_test.iter().filter(|test| **test).count();
         let mut writers = [
             Writer::create(cx.out(), "train", train.schema().clone())?,
             Writer::create(cx.out(), "test", train.schema().clone())?,
@@ -102,9 +132,176 @@ impl Stage for SplitDataset {
         }
         cx.note(
             "rows",
-            std::collections::BTreeMap::from([("train", rows - held_out), ("test", held_out)]),
+            BTreeMap::from([("train", rows - held_out), ("test", held_out)]),
         );
         Ok(())
+    }
+}
+
+impl SplitDataset {
+    /// Which rows are held out, about `asked` of them.
+    fn chosen(&self, train: &Split, asked: usize, cx: &Context) -> Result<Vec<bool>> {
+        let by = match &self.group_by {
+            Some(GroupBy::Column(name)) if name == "none" => By::Nothing,
+            Some(GroupBy::Column(name)) if name == "prompt" => By::Prompt,
+            Some(GroupBy::Column(name)) => By::Columns(vec![name.clone()]),
+            Some(GroupBy::Columns(names)) => By::Columns(names.clone()),
+            None if train.schema().field_with_name("rejected").is_ok() => By::Prompt,
+            None => By::Nothing,
+        };
+        let rows = train.rows();
+        if by == By::Nothing && self.stratify.is_none() {
+            return Ok(draw(rows, asked, self.seed, self.shuffle));
+        }
+        let groups =
+            Groups::of(train, &by, cx).context("rows can't be put together by `group_by`")?;
+        ensure!(
+            groups.of_row.len() == rows,
+            "the split holds more or fewer rows than its files say"
+        );
+        let is_held_out = match &self.stratify {
+            None if groups.sizes.len() == rows => draw(rows, asked, self.seed, self.shuffle),
+            None => {
+                let all: Vec<usize> = (0..groups.sizes.len()).collect();
+                let mut chosen = vec![false; all.len()];
+                let random = self.shuffle.then(|| SplitMix(self.seed));
+                hold_out(&groups, all, asked, random, &mut chosen);
+                chosen
+            }
+            Some(column) => self.stratified(train, &groups, column, asked, cx)?,
+        };
+        let is_test: Vec<bool> = groups
+            .of_row
+            .iter()
+            .map(|group| is_held_out[*group])
+            .collect();
+        let held_out = is_test.iter().filter(|test| **test).count();
+        let count = groups.sizes.len();
+        if count < rows {
+            let what = match &by {
+                By::Prompt => "the same prompt".to_owned(),
+                By::Columns(columns) => format!("equal `{}`", columns.join("`, `")),
+                By::Nothing => "nothing in common".to_owned(),
+            };
+            let mut told =
+                format!("rows with {what} stay together: {rows} rows are {count} groups");
+            if held_out != asked {
+                told +=
+                    &format!(", so that {held_out} rows are held out where {asked} are asked for");
+            }
+            if held_out.abs_diff(asked) * 10 > asked {
+                cx.warn(told);
+            } else {
+                cx.info(told);
+            }
+        }
+        ensure!(
+            (1..rows).contains(&held_out),
+            "no split into `train` and `test` keeps rows together that have the same `group_by`: {rows} rows are {count} group{}; hint: \
+             `group_by: none` keeps nothing together",
+            if count == 1 { "" } else { "s" }
+        );
+        Ok(is_test)
+    }
+
+    /// Which groups are held out, of each class the same part.
+    fn stratified(
+        &self,
+        train: &Split,
+        groups: &Groups,
+        column: &str,
+        asked: usize,
+        cx: &Context,
+    ) -> Result<Vec<bool>> {
+        let classes = Groups::of(train, &By::Columns(vec![column.to_owned()]), cx)
+            .context("rows have no class to `stratify` by")?;
+        let count = classes.sizes.len();
+        // A group has the class of its last row.
+        let mut members: Vec<Vec<usize>> = vec![Vec::new(); count];
+        let mut sizes = vec![0; count];
+        for (group, last) in groups.last.iter().enumerate() {
+            let class = classes.of_row[*last];
+            members[class].push(group);
+            sizes[class] += groups.sizes[group];
+        }
+        for (class, members) in members.iter().enumerate() {
+            ensure!(
+                members.len() >= 2,
+                "the class {:?} of the column `{column}` has too few rows to be in `train` and in `test`: {} that belong together; \
+                 hint: leave `stratify` out, or the class",
+                classes.shown[class],
+                sizes[class]
+            );
+        }
+        let rows = train.rows();
+        ensure!(
+            asked >= count && rows - asked >= count,
+            "the column `{column}` has {count} classes, more than the {} rows of `{}`; hint: leave `stratify` out, or hold out {}",
+            asked.min(rows - asked),
+            if asked < count { "test" } else { "train" },
+            if asked < count { "more" } else { "fewer" },
+        );
+        let mut chosen = vec![false; groups.sizes.len()];
+        let mut random = SplitMix(self.seed);
+        for (members, asked) in members.into_iter().zip(proportional(&sizes, asked)) {
+            let seed = random.next();
+            if asked > 0 {
+                hold_out(groups, members, asked, Some(SplitMix(seed)), &mut chosen);
+            }
+        }
+        Ok(chosen)
+    }
+}
+
+/// Parts of `whole` in proportion to `sizes`: each is rounded down, and those that lost most by it get one more.
+fn proportional(sizes: &[usize], whole: usize) -> Vec<usize> {
+    let all: usize = sizes.iter().sum();
+    let exact = |size: usize| size as u128 * whole as u128;
+    let mut parts: Vec<usize> = sizes
+        .iter()
+        .map(|size| (exact(*size) / all.max(1) as u128) as usize)
+        .collect();
+    let mut order: Vec<usize> = (0..sizes.len()).collect();
+    order.sort_by_key(|class| std::cmp::Reverse(exact(sizes[*class]) % all.max(1) as u128));
+    let missing = whole - parts.iter().sum::<usize>();
+    for class in order.into_iter().take(missing) {
+        parts[class] += 1;
+    }
+    parts
+}
+
+/// Marks some of these groups, so that they have about `asked` rows: those that fit in a random order, or from the last one on.
+fn hold_out(
+    groups: &Groups,
+    mut order: Vec<usize>,
+    asked: usize,
+    random: Option<SplitMix>,
+    chosen: &mut [bool],
+) {
+    match random {
+        None => order.sort_by_key(|group| std::cmp::Reverse(groups.last[*group])),
+        Some(mut random) => {
+            for last in (1..order.len()).rev() {
+                order.swap(last, random.below(last as u64 + 1) as usize);
+            }
+        }
+    }
+    let mut left = asked;
+    let mut smallest: Option<usize> = None;
+    for group in order.iter().copied() {
+        let size = groups.sizes[group];
+        if size <= left {
+            chosen[group] = true;
+            left -= size;
+        } else if smallest.is_none_or(|smallest| size < groups.sizes[smallest]) {
+            smallest = Some(group);
+        }
+    }
+    // One more is nearer than none if it goes less beyond than is missing; and something has to be held out.
+    if let Some(group) = smallest.filter(|_| left > 0)
+        && (groups.sizes[group] - left < left || left == asked)
+    {
+        chosen[group] = true;
     }
 }
 
@@ -161,92 +358,4 @@ impl SplitMix {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::path::Path;
-    use std::sync::Arc;
-
-    use arrow::array::{ArrayRef, StringArray};
-
-    use super::*;
-    use crate::data;
-
-    fn dataset(folder: &Path, rows: usize) -> std::path::PathBuf {
-        let dataset = folder.join("dataset");
-        std::fs::create_dir(&dataset).unwrap();
-        let texts: ArrayRef = Arc::new(StringArray::from_iter_values(
-            (0..rows).map(|row| row.to_string()),
-        ));
-        let batch = RecordBatch::try_from_iter([("prompt", texts)]).unwrap();
-        let mut writer = Writer::create(&dataset, "train", batch.schema()).unwrap();
-        writer.write(&batch).unwrap();
-        writer.finish().unwrap();
-        dataset
-    }
-
-    fn run(yaml: &str, rows: usize) -> Result<[Vec<usize>; 2]> {
-        let folder = tempfile::tempdir().unwrap();
-        let dataset = dataset(folder.path(), rows);
-        let cx = Context::for_test(folder.path(), &[("pairs", &dataset)], &[]);
-        serde_yaml::from_str::<SplitDataset>(yaml)
-            .unwrap()
-            .run(&cx)?;
-        let read = |split| -> Vec<usize> {
-            let rows = data::head(cx.out(), split, usize::MAX).unwrap();
-            rows.iter()
-                .map(|row| row["prompt"].as_str().unwrap().parse().unwrap())
-                .collect()
-        };
-        Ok([read("train"), read("test")])
-    }
-
-    #[test]
-    fn every_row_is_in_one_split_and_the_seed_decides_which() {
-        let [train, test] = run("{dataset: pairs, test_size: 0.1, seed: 1}", 3001).unwrap();
-        assert_eq!((train.len(), test.len()), (2700, 301));
-        let mut all = [train.clone(), test.clone()].concat();
-        all.sort_unstable();
-        assert_eq!(all, (0..3001).collect::<Vec<_>>());
-        assert!(test.is_sorted() && test[150] > 1000 && test[150] < 2000);
-        assert_eq!(
-            run("{dataset: pairs, test_size: 0.1, seed: 1}", 3001).unwrap(),
-            [train, test.clone()]
-        );
-        assert_ne!(
-            run("{dataset: pairs, test_size: 0.1, seed: 2}", 3001).unwrap()[1],
-            test
-        );
-    }
-
-    #[test]
-    fn without_shuffle_the_last_rows_are_held_out() {
-        let [train, test] = run("{dataset: pairs, test_size: 2, shuffle: false}", 5).unwrap();
-        assert_eq!((train, test), (vec![0, 1, 2], vec![3, 4]));
-    }
-
-    #[test]
-    fn sizes_that_leave_nothing_are_errors() {
-        let error = run("{dataset: pairs, test_size: 5}", 5)
-            .unwrap_err()
-            .to_string();
-        assert!(error.contains("leaves none"), "{error}");
-        for size in ["0", "-1", "1.5", ".nan", ".inf"] {
-            let yaml = format!("{{dataset: pairs, test_size: {size}}}");
-            let stage: SplitDataset = serde_yaml::from_str(&yaml).unwrap();
-            assert_eq!(stage.check().len(), 1, "{size}");
-        }
-    }
-
-    #[test]
-    fn draws_are_even() {
-        let mut counts = [0; 5];
-        for seed in 0..2000 {
-            for (row, test) in draw(5, 2, seed, true).into_iter().enumerate() {
-                counts[row] += u32::from(test);
-            }
-        }
-        assert!(
-            counts.iter().all(|count| (720..880).contains(count)),
-            "{counts:?}"
-        );
-    }
-}
+mod tests;

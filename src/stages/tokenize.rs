@@ -1,25 +1,32 @@
 //! `tokenize`: text to token ids.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, anyhow, ensure};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use arrow::array::{Array, AsArray, RecordBatch, StringArray};
 use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::added::Added;
 use super::artifacts::{Chats, Model, Tokens};
 use super::chat_template;
 use super::tokenizers::load;
 use crate::data::table::{Split, Writer, pass, splits};
 use crate::data::tokens::{TokenRow, batch, schema};
 use crate::engine::{Context, Input, Problem, Row, Stage, watched};
-use crate::text::preference::{Drop, RowIds, Truncation, encode};
-use crate::text::tokenizer::Tokenizer;
+use crate::ml::folder;
+use crate::text::preference::{Drop, RowIds, Truncation, encode, encode_alone};
+use crate::text::tokenizer::{SpecialToken, Tokenizer};
 
-/// Turns texts into token ids as TRL's preference trainers do: one BOS, one EOS, and the answer apart from its prompt.
+/// Turns texts into token ids as TRL does, the answer apart from its prompt.
+///
+/// Preferences get one BOS and one EOS, as by `ORPOTrainer`. Chats with one answer stay as the chat template printed them, as by
+/// `SFTTrainer`, which puts no EOS behind the end of a turn; a text without a prompt gets its EOS and what the tokenizer itself puts
+/// around it, usually a BOS.
 ///
 /// A row that is left without an answer token is dropped and counted in the record; TRL would train on a NaN.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -58,7 +65,7 @@ fn default_max_length() -> usize {
 
 impl Stage for Tokenize {
     const KIND: &'static str = "tokenize";
-    const VERSION: u32 = 2;
+    const VERSION: u32 = 3;
     type Output = Tokens;
     const BOUNDED: bool = true;
 
@@ -82,6 +89,7 @@ impl Stage for Tokenize {
     fn run(&self, cx: &Context) -> Result<()> {
         let folder = cx.input(&self.tokenizer)?;
         let tokenizer = load(folder)?;
+        let vocabulary = vocabulary(folder)?;
         let folder = cx.input(&self.dataset)?;
         let splits: Result<Vec<Split>> = splits(folder)?
             .into_iter()
@@ -92,9 +100,10 @@ impl Stage for Tokenize {
         let total: usize = splits.iter().map(Split::rows).sum();
         let mut counts = Counts::default();
         for split in &splits {
-            self.tokenize_split(cx, &tokenizer, split, total as u64, &mut counts)?;
+            self.tokenize_split(cx, &tokenizer, vocabulary, split, total as u64, &mut counts)?;
         }
         counts.tell(cx);
+        counts.added(&tokenizer).write(cx.out())?;
         chat_template::carry(folder, cx.out())
     }
 }
@@ -111,6 +120,10 @@ struct Counts {
     answers_cut: usize,
     equal_answers: usize,
     empty_answers: usize,
+    /// Preferred and other answers, and how many of their sequences got a BOS and an EOS.
+    sides: usize,
+    bos_added: usize,
+    eos_added: usize,
 }
 
 /// An answer of no more tokens may be one that only ends the turn and the text.
@@ -121,6 +134,11 @@ impl Counts {
         let mut empty = false;
         self.prompts_cut += usize::from(row.prompt_cut);
         self.answers_cut += usize::from(row.answer_cut);
+        if row.rejected.is_some() {
+            self.sides += 2;
+            self.bos_added += row.bos_added;
+            self.eos_added += row.eos_added;
+        }
         for side in std::iter::once(&row.chosen).chain(&row.rejected) {
             let length = side.prompt.len() + side.answer.len();
             self.tokens += length as u64;
@@ -138,6 +156,26 @@ impl Counts {
         Ok(())
     }
 
+    /// Why rows were dropped, in words.
+    fn causes(&self) -> String {
+        let cause = |(cause, count): (&Drop, &usize)| format!("{}: {count}", cause.name());
+        let causes: Vec<String> = self.dropped.iter().map(cause).collect();
+        causes.join(", ")
+    }
+
+    /// What every sequence of the preferences got.
+    fn added(&self, tokenizer: &Tokenizer) -> Added {
+        let all = |count: usize| count > 0 && count == self.sides;
+        let id = |token: &Option<SpecialToken>| token.as_ref().map(|token| token.id);
+        Added {
+            bos: id(&tokenizer.bos).filter(|_| all(self.bos_added)),
+            eos: id(&tokenizer.eos).filter(|_| all(self.eos_added)),
+            mixed: [self.bos_added, self.eos_added]
+                .into_iter()
+                .any(|count| count > 0 && !all(count)),
+        }
+    }
+
     fn tell(&self, cx: &Context) {
         cx.note("rows", &self.rows);
         cx.note("tokens", self.tokens);
@@ -147,13 +185,9 @@ impl Counts {
         if dropped > 0 {
             let named = |(cause, count): (&Drop, &usize)| (cause.name(), *count);
             let causes: BTreeMap<_, _> = self.dropped.iter().map(named).collect();
-            let text: Vec<_> = causes
-                .iter()
-                .map(|(cause, count)| format!("{cause}: {count}"))
-                .collect();
             cx.warn(format!(
                 "{dropped} of {all} rows were dropped ({})",
-                text.join(", ")
+                self.causes()
             ));
             cx.note("rows_dropped", causes);
         }
@@ -200,6 +234,7 @@ impl Tokenize {
         &self,
         cx: &Context,
         tokenizer: &Tokenizer,
+        vocabulary: Option<u32>,
         split: &Split,
         total: u64,
         counts: &mut Counts,
@@ -207,6 +242,7 @@ impl Tokenize {
         let preferences = split.schema().field_with_name("rejected").is_ok();
         let writer = Writer::create(cx.out(), split.name(), schema(preferences))?;
         let mut done = 0;
+        let before = counts.empty_answers;
         let of: Arc<str> = format!("of the split `{}`", split.name()).into();
         let rows = pass(split, writer, |texts| {
             let prompt = column(&texts, "prompt")?;
@@ -230,9 +266,16 @@ impl Tokenize {
                             number: number as u64,
                             of: Arc::clone(&of),
                         };
-                        watched(watch, longest(bytes), || {
-                            encode(tokenizer, prompt, chosen, rejected, self.truncation())
-                        })
+                        let encoded = watched(watch, longest(bytes), || match rejected {
+                            Some(_) => {
+                                encode(tokenizer, prompt, chosen, rejected, self.truncation())
+                            }
+                            None => encode_alone(tokenizer, prompt, chosen, self.truncation()),
+                        })?;
+                        if let Ok(row) = &encoded {
+                            within(row, vocabulary, tokenizer)?;
+                        }
+                        Ok(encoded)
                     });
                     ids.with_context(|| format!("row {number} {of}"))
                 })
@@ -252,11 +295,20 @@ impl Tokenize {
             cx.check_cancelled()?;
             batch(&kept, preferences)
         })?;
+        let empty = counts.empty_answers - before;
+        ensure!(
+            rows == 0 || empty < rows,
+            "none of the {rows} rows of the split `{}` has an answer of more than special tokens, the first of them in row 1; hint: \
+             look at what the chat template prints for the assistant, and at the rows' answers",
+            split.name()
+        );
         ensure!(
             rows > 0 || done == 0,
-            "no row of the split `{}` has an answer token left within `max_length` {}; hint: raise it",
+            "no row of the split `{}` has an answer token left within `max_length` {} ({}); hint: raise it, or look at what the \
+             chat template prints for the assistant",
             split.name(),
-            self.max_length
+            self.max_length,
+            counts.causes()
         );
         counts.read += done;
         counts.rows.insert(split.name().to_owned(), rows);
@@ -292,8 +344,44 @@ fn column<'a>(batch: &'a RecordBatch, name: &str) -> Result<&'a StringArray> {
 }
 
 fn text<'a>(column: &'a StringArray, row: usize, name: &str) -> Result<&'a str> {
-    ensure!(column.is_valid(row), "the row has no `{name}`");
+    ensure!(
+        column.is_valid(row),
+        "the row has no `{name}`{}",
+        if name == "rejected" {
+            ", and others of the split have one; hint: give it one or leave it out, or train on the answers alone by not importing \
+             the column"
+        } else {
+            ""
+        }
+    );
     Ok(column.value(row))
+}
+
+/// How many ids the model's embeddings have, where its configuration tells.
+fn vocabulary(model: &Path) -> Result<Option<u32>> {
+    if !model.join("config.json").is_file() {
+        return Ok(None);
+    }
+    let config = folder::config(model)?;
+    let size = config.get("vocab_size").and_then(serde_json::Value::as_u64);
+    Ok(size.and_then(|size| u32::try_from(size).ok()))
+}
+
+/// Refuses ids that the model has no embeddings for: a tokenizer may name more tokens than the model was made with.
+fn within(row: &RowIds, vocabulary: Option<u32>, tokenizer: &Tokenizer) -> Result<()> {
+    let Some(vocabulary) = vocabulary else {
+        return Ok(());
+    };
+    let sides = std::iter::once(&row.chosen).chain(&row.rejected);
+    let mut ids = sides.flat_map(|side| side.prompt.iter().chain(&side.answer));
+    if let Some(id) = ids.find(|id| **id >= vocabulary) {
+        let text = tokenizer.token_of(*id).unwrap_or_default();
+        bail!(
+            "the row holds the token `{text}` with the id {id}, and the model has embeddings for {vocabulary} ids only; hint: the \
+             files of the tokenizer name tokens that the model was not made with, so leave them out of the text or out of the files"
+        );
+    }
+    Ok(())
 }
 
 #[cfg(test)]

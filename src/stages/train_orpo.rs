@@ -95,7 +95,9 @@ impl Stage for TrainOrpo {
                     answers
                         .iter()
                         .all(|ids| ids.is_some_and(|ids| !ids.is_empty())),
-                    "row {number} of the tokens lacks a chosen or rejected answer; `train_orpo` needs both"
+                    "row {} of the tokens lacks a chosen or rejected answer, and `train_orpo` needs both; hint: a preference dataset has \
+                     the column `rejected`, and `train_sft` learns answers alone",
+                    number + 1
                 );
             }
             Ok(rows)

@@ -5,11 +5,13 @@ use std::cell::Cell;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::added::Added;
 use super::artifacts::{Adapter, Model, Tokens};
 use super::training::{
     self, EvalStrategy, Job, Optim, SamplingStrategy, SchedulerType, defaults, training_parameters,
 };
 use crate::engine::{Artifact, Context, Input, Neutral, Problem, Stage};
+use crate::ml::batch::Row;
 use crate::ml::fused::Packing;
 use crate::ml::objective::Objective;
 use crate::ml::train::{Settings, Watch, compute_dtype};
@@ -66,7 +68,7 @@ fn default_max_length() -> usize {
 
 impl Stage for TrainSft {
     const KIND: &'static str = "train_sft";
-    const VERSION: u32 = 6;
+    const VERSION: u32 = 7;
     const EXCLUSIVE: bool = true;
     const GROWS: &'static [&'static str] = training::GROWS;
     type Output = Model;
@@ -113,12 +115,21 @@ impl Stage for TrainSft {
             settings.rows_each = 2;
         }
         let noted = Cell::new(false);
-        training::run(cx, &job, settings, &|rows| {
+        let told = Cell::new(false);
+        let added = Added::read(job.dataset)?;
+        training::run(cx, &job, settings, &|mut rows| {
+            if !told.replace(true) {
+                tell(cx, completion_only, &rows, added);
+            }
+            for row in &mut rows {
+                added.take_off(row);
+            }
             let rows = sft::rows(&rows, answers)?;
-            for (number, row) in rows.iter().enumerate() {
+            for (place, row) in rows.iter().enumerate() {
                 anyhow::ensure!(
                     !row.chosen.is_empty(),
-                    "row {number} has no answer to learn"
+                    "row {} has no answer to learn",
+                    place / answers.each() + 1
                 );
             }
             if !self.packing {
@@ -143,5 +154,33 @@ impl Stage for TrainSft {
             }
             Ok(pack.rows)
         })
+    }
+}
+
+/// Tells what is learnt of a row, and what is left out of preferences.
+fn tell(cx: &Context, completion_only: bool, rows: &[Row], added: Added) {
+    cx.info(if completion_only {
+        "learns each row's answer, which is the last turn of its chat; `completion_only_loss: false` learns prompts as well"
+    } else {
+        "learns all tokens of each row, prompts included (`completion_only_loss: false`)"
+    });
+    if rows.iter().all(|row| row.rejected.is_none()) {
+        return;
+    }
+    let taken: Vec<&str> = [added.bos.map(|_| "BOS"), added.eos.map(|_| "EOS")]
+        .into_iter()
+        .flatten()
+        .collect();
+    if !taken.is_empty() {
+        cx.info(format!(
+            "the rows are preferences, and the {} that these get is left out, as `SFTTrainer` puts none around a chat",
+            taken.join(" and the ")
+        ));
+    }
+    if added.mixed {
+        cx.warn(
+            "the rows are preferences, some of which got a BOS or an EOS that their chat template did not print; it stays, where \
+             `SFTTrainer` has none. hint: tokenize the rows without `rejected`",
+        );
     }
 }

@@ -6,9 +6,11 @@
 pub mod bpe;
 pub mod chat;
 pub mod comments;
+mod declared;
 mod depth;
+mod dialect;
+mod expressions;
 mod filters;
-mod generation;
 pub mod preference;
 mod quick;
 mod rendered;

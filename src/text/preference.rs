@@ -1,5 +1,5 @@
-//! From texts to token ids as TRL's preference trainers make them: where the answer begins, which BOS and EOS are added, and
-//! what is cut when a sequence is too long. Its one entry is [`encode`].
+//! From texts to token ids as TRL's trainers make them: where the answer begins, which BOS and EOS are added, and what is cut when
+//! a sequence is too long. [`encode`] is the way of the preference trainers, [`encode_alone`] that of `SFTTrainer`.
 
 use anyhow::Result;
 
@@ -45,6 +45,10 @@ pub struct RowIds {
     pub prompt_cut: bool,
     /// Whether an answer lost tokens.
     pub answer_cut: bool,
+    /// On how many sides a BOS was put before the prompt.
+    pub bos_added: usize,
+    /// On how many sides an EOS was put behind the answer.
+    pub eos_added: usize,
 }
 
 /// Why a row can't be trained on.
@@ -78,18 +82,21 @@ pub fn encode(
     truncation: Truncation,
 ) -> Result<Result<RowIds, Drop>> {
     let prompt_ids = tokenizer.encode(prompt)?;
-    let side = |answer: &str| -> Result<SideIds> {
+    let (mut bos_added, mut eos_added) = (0, 0);
+    let mut side = |answer: &str| -> Result<SideIds> {
         let full = tokenizer.encode(&[prompt, answer].concat())?;
         let mut side = split(full, &prompt_ids);
         if let Some(bos) = &tokenizer.bos
             && side.prompt.first() != Some(&bos.id)
         {
             side.prompt.insert(0, bos.id);
+            bos_added += 1;
         }
         if let Some(eos) = &tokenizer.eos
             && side.answer.last() != Some(&eos.id)
         {
             side.answer.push(eos.id);
+            eos_added += 1;
         }
         Ok(side)
     };
@@ -101,24 +108,70 @@ pub fn encode(
     {
         return Ok(Err(Drop::PromptsDiffer));
     }
-    let row = truncate(
-        RowIds {
-            chosen,
-            rejected,
-            ..RowIds::default()
-        },
-        truncation,
-    );
+    let row = RowIds {
+        chosen,
+        rejected,
+        bos_added,
+        eos_added,
+        ..RowIds::default()
+    };
+    Ok(cut(row, truncation))
+}
+
+/// The ids of a prompt and its one answer as `SFTTrainer` makes them. What a chat template printed gets no BOS and no EOS; a text
+/// without a prompt gets its EOS and what the tokenizer itself puts around it. The answer begins where the ids leave those of the
+/// prompt alone.
+pub fn encode_alone(
+    tokenizer: &Tokenizer,
+    prompt: &str,
+    answer: &str,
+    truncation: Truncation,
+) -> Result<Result<RowIds, Drop>> {
+    let chosen = if prompt.is_empty() {
+        let ids = match &tokenizer.eos {
+            Some(eos) if !answer.ends_with(&eos.text) => {
+                tokenizer.encode_with_special(&[answer, &eos.text].concat())?
+            }
+            _ => tokenizer.encode_with_special(answer)?,
+        };
+        // Of a single token nothing is predicted.
+        if ids.len() < 2 {
+            return Ok(Err(Drop::NoAnswer));
+        }
+        SideIds {
+            prompt: Vec::new(),
+            answer: ids,
+        }
+    } else {
+        let alone = tokenizer.encode(prompt)?;
+        let mut prompt = tokenizer.encode(&[prompt, answer].concat())?;
+        let border = alone
+            .iter()
+            .zip(&prompt)
+            .take_while(|(a, b)| a == b)
+            .count();
+        let answer = prompt.split_off(border);
+        SideIds { prompt, answer }
+    };
+    let row = RowIds {
+        chosen,
+        ..RowIds::default()
+    };
+    Ok(cut(row, truncation))
+}
+
+/// A row cut to its length, or why nothing is left of it.
+fn cut(row: RowIds, truncation: Truncation) -> Result<RowIds, Drop> {
+    let row = truncate(row, truncation);
     let empty = |side: &SideIds| side.answer.is_empty();
     if empty(&row.chosen) || row.rejected.as_ref().is_some_and(empty) {
-        let cause = if row.answer_cut {
+        return Err(if row.answer_cut {
             Drop::PromptTooLong
         } else {
             Drop::NoAnswer
-        };
-        return Ok(Err(cause));
+        });
     }
-    Ok(Ok(row))
+    Ok(row)
 }
 
 /// Splits the ids of a whole text after the prompt's, found by their number as TRL does. A byte-pair merge across the border
@@ -145,6 +198,7 @@ fn truncate(mut row: RowIds, truncation: Truncation) -> RowIds {
         rejected,
         prompt_cut,
         answer_cut,
+        ..
     } = &mut row;
     let longest = chosen
         .answer

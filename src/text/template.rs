@@ -11,7 +11,7 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Object;
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, UndefinedBehavior, Value};
 
-use super::{depth, filters, generation};
+use super::{depth, dialect, filters};
 
 /// The Llama 3 template in our own words.
 pub const LLAMA3: &str = include_str!("../../recipes/templates/llama3.jinja");
@@ -93,9 +93,7 @@ impl ChatTemplate {
         environment.set_auto_escape_callback(|_| AutoEscape::None);
         environment.set_undefined_behavior(UndefinedBehavior::Lenient);
         environment.set_fuel(Some(FUEL));
-        environment.set_unknown_method_callback(filters::method);
-        environment.add_filter("tojson", filters::tojson);
-        environment.add_filter("trim", filters::trim);
+        filters::install(&mut environment);
         environment.add_function(
             "raise_exception",
             |message: &Value| -> Result<Value, Error> {
@@ -106,10 +104,8 @@ impl ChatTemplate {
             },
         );
         environment.add_function("strftime_now", move |format: &str| strftime(date, format));
-        environment.add_function("cycler", minijinja_contrib::globals::cycler);
-        environment.add_function("joiner", minijinja_contrib::globals::joiner);
         environment
-            .add_template_owned(NAME, generation::replace_tags(source))
+            .add_template_owned(NAME, dialect::translate(source)?)
             .map_err(|error| explain(&error, source))
             .context("the chat template can't be read")?;
         Ok(Self {
@@ -152,12 +148,17 @@ impl ChatTemplate {
             messages: Value::from(messages.to_vec()),
             add_generation_prompt,
         };
+        self.text(Value::from_object(variables))
+    }
+
+    /// The template's text with these variables.
+    fn text(&self, variables: Value) -> Result<String> {
         let template = self
             .environment
             .get_template(NAME)
             .map_err(|error| explain(&error, &self.source))?;
         template
-            .render(Value::from_object(variables))
+            .render(variables)
             .map_err(|error| explain(&error, &self.source))
     }
 
@@ -223,9 +224,18 @@ fn explain(error: &Error, source: &str) -> anyhow::Error {
         ErrorKind::OutOfFuel => format!("it took more than {FUEL} steps and was stopped"),
         kind => error.detail().map_or_else(
             || kind.to_string(),
-            |detail| match detail.strip_prefix(RAISED) {
-                Some(message) => format!("the template refuses the row: {message}"),
-                None => format!("{kind}: {detail}"),
+            |detail| match (detail.strip_prefix(RAISED), kind) {
+                (Some(message), _) => format!("the template refuses the row: {message}"),
+                // These say everything already.
+                (
+                    None,
+                    ErrorKind::InvalidOperation
+                    | ErrorKind::UnknownFilter
+                    | ErrorKind::UnknownFunction
+                    | ErrorKind::UnknownMethod
+                    | ErrorKind::UnknownTest,
+                ) => detail.to_owned(),
+                (None, kind) => format!("{kind}: {detail}"),
             },
         ),
     };
@@ -254,5 +264,7 @@ fn explain(error: &Error, source: &str) -> anyhow::Error {
     }
 }
 
+#[cfg(test)]
+mod differences;
 #[cfg(test)]
 mod tests;

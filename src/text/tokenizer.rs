@@ -10,11 +10,12 @@ use std::sync::Arc;
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use serde_json::Value;
 
+use super::declared::Declared;
 use super::quick::Quick;
 use super::template::LONGEST;
 
 /// The longest `tokenizer.json`, in bytes; those of the largest vocabularies have some ten million.
-const LONGEST_TOKENIZER: u64 = 512 << 20;
+pub(super) const LONGEST_TOKENIZER: u64 = 512 << 20;
 /// The longest of the other files.
 const LONGEST_CONFIG: u64 = 64 << 20;
 
@@ -47,20 +48,28 @@ impl Tokenizer {
         let path = folder.join("tokenizer.json");
         if !path.is_file() {
             bail!(
-                "the model in `{}` has no `tokenizer.json`; hint: a model with only `tokenizer.model` needs it converted once \
-                 with transformers' `AutoTokenizer(..).save_pretrained`",
-                folder.display()
+                "the model has no `tokenizer.json`; hint: a model with only `tokenizer.model` needs it converted once with \
+                 transformers' `AutoTokenizer(..).save_pretrained`"
             );
         }
-        let text = read_short(&path, LONGEST_TOKENIZER)
-            .with_context(|| format!("`{}` can't be read", path.display()))?;
+        let declared = Declared::read(folder).context("the tokenizer's settings can't be used")?;
+        let mut text = read_short(&path, LONGEST_TOKENIZER)
+            .with_context(|| format!("`{}` can't be read", file_name(&path)))?;
+        if let Some(rebuilt) = declared.rebuilt {
+            let mut json = serde_json::from_slice(&text)
+                .with_context(|| format!("`{}` can't be read", file_name(&path)))?;
+            rebuilt.apply(&mut json)?;
+            text = serde_json::to_vec(&json)?;
+        }
         let mut inner = guarded(|| tokenizers::Tokenizer::from_bytes(text))
             .and_then(|read| read.map_err(|error| anyhow!("{error}")))
-            .map_err(|error| anyhow!("`{}` can't be read: {error}", path.display()))?;
+            .map_err(|error| anyhow!("`{}` can't be read: {error}", file_name(&path)))?;
+        guarded(|| declared.add_to(&mut inner)).and_then(|added| added)?;
+        inner.set_encode_special_tokens(declared.split_special_tokens);
         inner.with_padding(None);
         inner
             .with_truncation(None)
-            .map_err(|error| anyhow!("`{}` can't be used: {error}", path.display()))?;
+            .map_err(|error| anyhow!("`{}` can't be used: {error}", file_name(&path)))?;
         let mut tokenizer = Self {
             quick: Quick::of(&inner).map(Arc::new),
             inner,
@@ -68,7 +77,7 @@ impl Tokenizer {
             eos: None,
             pad: None,
         };
-        let names = special_tokens(folder)?;
+        let names = declared.texts();
         tokenizer.bos = tokenizer.special(folder, &names, "bos")?;
         tokenizer.eos = tokenizer.special(folder, &names, "eos")?;
         tokenizer.pad = tokenizer.special(folder, &names, "pad")?;
@@ -84,9 +93,12 @@ impl Tokenizer {
         if let Some(text) = names.get(&format!("{which}_token")) {
             return self.token(text).map(Some);
         }
-        // A folder without tokenizer_config.json may still say the id.
+        // With a tokenizer_config.json that names none there is none, whatever ids the model's configuration has.
+        if folder.join("tokenizer_config.json").is_file() {
+            return Ok(None);
+        }
         for file in ["generation_config.json", "config.json"] {
-            let Some(config) = json(&folder.join(file))? else {
+            let Some(config) = json_file(&folder.join(file))? else {
                 continue;
             };
             let id = match config.get(format!("{which}_token_id")) {
@@ -171,6 +183,11 @@ impl Tokenizer {
         decoded.map_err(|error| anyhow!("token ids could not be decoded: {error}"))
     }
 
+    /// The text of an id.
+    pub fn token_of(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
     /// The number of tokens, special ones included.
     pub fn vocab_size(&self) -> usize {
         self.inner.get_vocab_size(true)
@@ -190,34 +207,7 @@ fn guarded<R>(call: impl FnOnce() -> R) -> Result<R> {
 
 /// The special tokens that the files of a model folder name, as variables of a chat template (`bos_token`, ..).
 pub fn special_tokens(folder: &Path) -> Result<BTreeMap<String, String>> {
-    let mut tokens = BTreeMap::new();
-    for file in ["special_tokens_map.json", "tokenizer_config.json"] {
-        let Some(config) = json(&folder.join(file))? else {
-            continue;
-        };
-        for name in [
-            "bos_token",
-            "eos_token",
-            "unk_token",
-            "sep_token",
-            "pad_token",
-            "cls_token",
-            "mask_token",
-        ] {
-            let text = match config.get(name) {
-                Some(Value::String(text)) => Some(text),
-                Some(Value::Object(token)) => match token.get("content") {
-                    Some(Value::String(text)) => Some(text),
-                    _ => None,
-                },
-                _ => None,
-            };
-            if let Some(text) = text {
-                tokens.insert(name.to_owned(), text.clone());
-            }
-        }
-    }
-    Ok(tokens)
+    Ok(Declared::read(folder)?.texts())
 }
 
 /// The chat template of a model folder: `chat_template.jinja`, or the one in `tokenizer_config.json` (one text, or a list of
@@ -227,7 +217,7 @@ pub fn chat_template(folder: &Path) -> Result<Option<String>> {
     if path.is_file() {
         let text = read_template(&path);
         return text
-            .with_context(|| format!("could not read `{}`", path.display()))
+            .with_context(|| format!("could not read `{}`", file_name(&path)))
             .map(Some);
     }
     template_in(&folder.join("tokenizer_config.json"))
@@ -235,7 +225,7 @@ pub fn chat_template(folder: &Path) -> Result<Option<String>> {
 
 /// The chat template in the file `tokenizer_config.json`, if there are both.
 pub fn template_in(settings: &Path) -> Result<Option<String>> {
-    let Some(config) = json(settings)? else {
+    let Some(config) = json_file(settings)? else {
         return Ok(None);
     };
     Ok(match config.get("chat_template") {
@@ -255,7 +245,7 @@ pub fn template_in(settings: &Path) -> Result<Option<String>> {
                 let names: Vec<_> = named.iter().filter_map(name).collect();
                 bail!(
                     "`{}` has several chat templates ({}) and none called `default`; hint: give the one to use with `template`",
-                    settings.display(),
+                    file_name(settings),
                     names.join(", ")
                 );
             };
@@ -271,8 +261,14 @@ pub fn read_template(path: &Path) -> Result<String> {
     String::from_utf8(text).context("it is not UTF-8")
 }
 
+/// A file's own name: where the store keeps it is nobody's concern.
+pub(super) fn file_name(path: &Path) -> String {
+    let name = path.file_name().unwrap_or(path.as_os_str());
+    name.to_string_lossy().into_owned()
+}
+
 /// A file of at most `most` bytes, whatever its size was a moment ago.
-fn read_short(path: &Path, most: u64) -> Result<Vec<u8>> {
+pub(super) fn read_short(path: &Path, most: u64) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     File::open(path)?.take(most + 1).read_to_end(&mut bytes)?;
     ensure!(
@@ -283,14 +279,15 @@ fn read_short(path: &Path, most: u64) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn json(path: &Path) -> Result<Option<Value>> {
+/// A small file of JSON, if it is there.
+pub(super) fn json_file(path: &Path) -> Result<Option<Value>> {
     if !path.is_file() {
         return Ok(None);
     }
     let read =
         || -> Result<Value> { Ok(serde_json::from_slice(&read_short(path, LONGEST_CONFIG)?)?) };
     read()
-        .with_context(|| format!("could not read `{}`", path.display()))
+        .with_context(|| format!("could not read `{}`", file_name(path)))
         .map(Some)
 }
 
@@ -383,13 +380,11 @@ mod tests {
             (tokenizer.bos.unwrap().id, tokenizer.pad.unwrap().id),
             (1018, 1023)
         );
+        // A token that only the settings name is added to the vocabulary, as transformers does.
         let folder = model_with(&[("tokenizer_config.json", r#"{"eos_token": "</s>"}"#)]);
-        assert!(
-            Tokenizer::load(folder.path())
-                .unwrap_err()
-                .to_string()
-                .contains("`</s>`")
-        );
+        let tokenizer = Tokenizer::load(folder.path()).unwrap();
+        assert_eq!(tokenizer.encode("a</s>").unwrap(), [64, 1024]);
+        assert_eq!(tokenizer.eos.unwrap().id, 1024);
     }
 
     #[test]

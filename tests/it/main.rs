@@ -12,6 +12,9 @@ mod data_cases;
 mod defaults;
 #[cfg(test)]
 mod faults;
+#[cfg(test)]
+mod files;
+#[cfg(test)]
 mod gc;
 #[cfg(test)]
 mod generated;

@@ -136,6 +136,30 @@ fn outputs_do_not_leave_by_links() {
 }
 
 #[test]
+fn a_store_has_no_folders_elsewhere() {
+    for link in ["v1", "v1/artifacts", "v1/records", "v1/last"] {
+        let outside = tempfile::tempdir().unwrap();
+        let project = project("out/pairs");
+        project.write("pipeline.config.yaml", "version: 1\n");
+        let link = project.path(&format!(".pipeline/{link}"));
+        fs::create_dir_all(link.parent().unwrap()).unwrap();
+        symlink(outside.path(), &link).unwrap();
+        let push = ["cache", "push", "--all", "--remote", "."];
+        for arguments in [&RUN[..], &["gc", "recipes/r.yaml"], &push] {
+            let ended = project.run(arguments);
+            assert_eq!(ended.code, Some(2), "{}", ended.stderr);
+            let told = format!("`{}` is a link that leaves the project", link.display());
+            assert!(ended.stderr.contains(&told), "{}", ended.stderr);
+        }
+        assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 0);
+        // Whoever allows that folder, or names the store, has it so.
+        let folder = outside.path().to_str().unwrap();
+        project.succeeds(&[&RUN[..], &["--allow-path", folder]].concat());
+        project.succeeds(&[&RUN[..], &["--store", ".pipeline"]].concat());
+    }
+}
+
+#[test]
 fn links_of_sources_are_followed_to_their_end() {
     let outside = tempfile::tempdir().unwrap();
     fs::write(outside.path().join("secret.jsonl"), ROW).unwrap();

@@ -286,6 +286,14 @@ fn the_project_says_where_the_remote_is() {
             "version: 1\nremote: { url: 'https://me:hush@host/x' }\n",
             "holds credentials",
         ),
+        (
+            "version: 1\nremote: 'https://me:hush@host/x'\n",
+            "expected a mapping with `url`",
+        ),
+        (
+            "version: 1\nremote: [{ url: 'https://me:hush@host/x' }]\n",
+            "expected a mapping with `url`",
+        ),
     ] {
         settings(text);
         let ended = project.run(&["run", "here/r.yaml"]);

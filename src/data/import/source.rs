@@ -4,18 +4,24 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context as _, Result, anyhow};
+use anyhow::{Context as _, Error, Result, anyhow};
 use arrow::array::RecordBatch;
-use arrow::datatypes::{Schema, SchemaRef};
+use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+use parquet::errors::ParquetError;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::ImportOptions;
+use crate::data::arrow_file::ArrowFile;
+use crate::data::json::BROKEN;
+use crate::data::reading::{TextFile, head_of, starts_as};
 use crate::data::table::{BATCH_ROWS, Split, split_of};
 use crate::data::{csv, json};
 
 /// A file format.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
+)]
 #[serde(rename_all = "snake_case")]
 pub enum Format {
     /// Apache Parquet.
@@ -24,12 +30,29 @@ pub enum Format {
     Jsonl,
     /// One JSON list of objects.
     Json,
-    /// Comma-separated values with a header line.
+    /// Values between commas, with a header line.
     Csv,
+    /// Values between tabs, with a header line.
+    Tsv,
+    /// Apache Arrow: a file (Feather, version 2) or a stream.
+    Arrow,
 }
 
+/// The extensions of packed files.
+const PACKED: [&str; 4] = ["gz", "zst", "xz", "bz2"];
+
 impl Format {
-    /// The format that a file's extension stands for.
+    /// All formats, the best first: where a split is there in several of them the first is read.
+    pub const ALL: [Self; 6] = [
+        Self::Parquet,
+        Self::Arrow,
+        Self::Jsonl,
+        Self::Json,
+        Self::Csv,
+        Self::Tsv,
+    ];
+
+    /// The format that a file's extension stands for; that of a packed file's own name for `train.jsonl.gz`.
     pub fn of(path: &Path) -> Option<Self> {
         let extension = path.extension()?.to_str()?.to_lowercase();
         match extension.as_str() {
@@ -37,24 +60,49 @@ impl Format {
             "jsonl" | "ndjson" => Some(Self::Jsonl),
             "json" => Some(Self::Json),
             "csv" => Some(Self::Csv),
+            "tsv" | "tab" => Some(Self::Tsv),
+            "arrow" | "feather" => Some(Self::Arrow),
+            packed if PACKED.contains(&packed) => {
+                let inner = Self::of(Path::new(path.file_stem()?))?;
+                (!matches!(inner, Self::Parquet | Self::Arrow)).then_some(inner)
+            }
             _ => None,
+        }
+    }
+
+    /// What the format is called in a recipe.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Parquet => "parquet",
+            Self::Jsonl => "jsonl",
+            Self::Json => "json",
+            Self::Csv => "csv",
+            Self::Tsv => "tsv",
+            Self::Arrow => "arrow",
         }
     }
 }
 
-/// The split that a file's name stands for: `train` for `train.jsonl` and for `train-00000-of-00002.parquet`.
+/// The split that a file's name stands for: `train` for `train.jsonl.gz` and for `train-00000-of-00002.parquet`.
 pub fn split_of_file(path: &Path) -> String {
-    let stem = path
-        .file_stem()
-        .map(|stem| stem.to_string_lossy().into_owned())
-        .unwrap_or_default();
-    split_of(&stem).0.to_owned()
+    let is_packed = |path: &Path| {
+        let extension = path.extension().and_then(|extension| extension.to_str());
+        extension.is_some_and(|extension| PACKED.contains(&extension.to_lowercase().as_str()))
+    };
+    let stem = |path: &Path| path.file_stem().map(PathBuf::from).unwrap_or_default();
+    let plain = if is_packed(path) {
+        stem(path)
+    } else {
+        path.to_owned()
+    };
+    split_of(&stem(&plain).to_string_lossy()).0.to_owned()
 }
 
 type Batches<'a> = Box<dyn Iterator<Item = Result<RecordBatch>> + 'a>;
 
 /// One file: its columns, and its rows as often as they are asked for.
 pub(super) struct Source {
+    /// As messages have it.
     pub(super) path: PathBuf,
     pub(super) schema: SchemaRef,
     /// Columns that hold NaN or an infinity where JSON has no such thing, and the first row that does.
@@ -64,50 +112,148 @@ pub(super) struct Source {
 
 impl Source {
     /// The rows from the first to the last.
-    pub(super) fn batches(&self) -> Batches<'static> {
-        let path = self.path.clone();
-        let named = move || format!("could not import `{}`", path.display());
-        match (self.batches)() {
-            Ok(batches) => Box::new(batches.map(move |batch| batch.with_context(&named))),
-            Err(error) => Box::new(std::iter::once(Err(error.context(named())))),
-        }
+    pub(super) fn rows(&self) -> Batches<'static> {
+        (self.batches)().unwrap_or_else(|error| Box::new(std::iter::once(Err(error))))
     }
 }
 
-pub(super) fn open(path: &Path, options: &ImportOptions) -> Result<Source> {
-    let format = options.format.or_else(|| Format::of(path)).ok_or_else(|| {
-        anyhow!("its extension is not known; hint: say `format: parquet`, `jsonl`, `json` or `csv`")
+/// Opens files for their first rows: none behind those that have as many as `options` asks for.
+pub(super) fn open_all(paths: &[PathBuf], options: &ImportOptions) -> Result<Vec<Source>> {
+    let mut left = options.max_rows.unwrap_or(usize::MAX);
+    let mut sources = Vec::with_capacity(paths.len());
+    // How many rows of a file can be used is not known before they are read.
+    let is_counted = options.max_rows.is_some() && options.skip_invalid_rows == 0;
+    let more = usize::try_from(options.skip_invalid_rows).unwrap_or(usize::MAX);
+    for (place, path) in paths.iter().enumerate() {
+        if left == 0 {
+            break;
+        }
+        let is_counted = is_counted && place + 1 < paths.len();
+        let (source, rows) = open(path, options, left.saturating_add(more), is_counted)?;
+        sources.push(source);
+        left -= rows.min(left);
+    }
+    Ok(sources)
+}
+
+/// Opens a file for its first `most` rows, and counts them if `is_counted`.
+fn open(
+    path: &Path,
+    options: &ImportOptions,
+    most: usize,
+    is_counted: bool,
+) -> Result<(Source, usize)> {
+    let shown = options.shown(path);
+    let by_delimiter = options.delimiter.map(|_| Format::Csv);
+    let format = options
+        .format
+        .or_else(|| Format::of(Path::new(&shown)))
+        .or(by_delimiter);
+    let format = format.ok_or_else(|| {
+        let names = Format::ALL.map(Format::name).join("`, `");
+        anyhow!("the extension of `{shown}` is not known; hint: say its format, `format:` with one of `{names}`")
     })?;
-    let path = path.to_owned();
+    let file = TextFile::new(path, &shown, options.encoding.as_ref());
+    let named = PathBuf::from(&shown);
+    let count = |rows: usize| if is_counted { rows.min(most) } else { 0 };
     Ok(match format {
         Format::Parquet => {
-            let split = Split::of_files("source", vec![path.clone()])?;
-            Source {
-                path,
+            let split = parquet(path, &shown)?;
+            let rows = count(split.rows());
+            let path = path.to_owned();
+            let source = Source {
+                path: named,
                 schema: split.schema().clone(),
                 not_finite: BTreeMap::new(),
-                batches: Box::new(move || Ok(Box::new(split.batches(BATCH_ROWS)))),
+                batches: Box::new(move || {
+                    let (path, shown) = (path.clone(), shown.clone());
+                    let batches = split.batches(BATCH_ROWS.min(most));
+                    Ok(Box::new(batches.map(move |batch| {
+                        batch.map_err(|error| plainly(&error, &path, &shown))
+                    })))
+                }),
+            };
+            (source, rows)
+        }
+        Format::Arrow => {
+            let file = ArrowFile::open(path, &shown)?;
+            let mut rows = 0;
+            if is_counted {
+                for batch in file.batches()? {
+                    rows += batch?.num_rows();
+                    if rows >= most {
+                        break;
+                    }
+                }
             }
+            let source = Source {
+                path: named,
+                schema: file.schema().clone(),
+                not_finite: BTreeMap::new(),
+                batches: Box::new(move || file.batches()),
+            };
+            (source, rows)
         }
         Format::Jsonl | Format::Json => {
-            let layout = json::layout(&path)?;
+            let layout = json::layout(&file)?;
             let skip = options.skip_invalid_rows;
-            let columns = Arc::new(json::columns(&path, layout, options.max_rows, skip)?);
-            Source {
-                path: path.clone(),
+            let columns = Arc::new(json::columns(&file, layout, most, skip)?);
+            let rows = count(columns.rows);
+            let source = Source {
+                path: named,
                 schema: Arc::new(Schema::new(json::fields(&columns))),
                 not_finite: columns.not_finite.clone(),
-                batches: Box::new(move || json::batches(&path, layout, columns.clone())),
-            }
+                batches: Box::new(move || json::batches(&file, layout, most, columns.clone())),
+            };
+            (source, rows)
         }
-        Format::Csv => {
-            let schema = csv::header(&path)?;
-            Source {
-                path: path.clone(),
-                schema: schema.clone(),
-                not_finite: BTreeMap::new(),
-                batches: Box::new(move || csv::batches(&path, &schema)),
+        Format::Csv | Format::Tsv => {
+            let plain = if format == Format::Csv { b',' } else { b'\t' };
+            let delimiter = options.delimiter.unwrap_or(plain);
+            let header = csv::header(&file, delimiter)?;
+            let rows = if is_counted {
+                csv::count(&file, delimiter, most)?
+            } else {
+                0
+            };
+            let skips = options.skip_invalid_rows > 0;
+            let mut fields: Vec<_> = header.fields().iter().cloned().collect();
+            if skips {
+                fields.push(Arc::new(Field::new(BROKEN, DataType::Utf8, true)));
             }
+            let source = Source {
+                path: named,
+                schema: Arc::new(Schema::new(fields)),
+                not_finite: BTreeMap::new(),
+                batches: Box::new(move || csv::batches(&file, delimiter, most, skips)),
+            };
+            (source, rows)
         }
     })
+}
+
+/// A Parquet file by itself: what another file beside it has is compared column by column.
+fn parquet(path: &Path, shown: &str) -> Result<Split> {
+    let open = || -> Result<Split> {
+        starts_as(&head_of(path)?, b"PAR1", "Parquet file")?;
+        Split::of_files("source", vec![path.to_owned()])
+    };
+    open()
+        .with_context(|| format!("could not read `{shown}`"))
+        .map_err(|error| plainly(&error, path, shown))
+}
+
+/// An error under the file's name as the recipe has it, without the words of the library.
+fn plainly(error: &Error, path: &Path, shown: &str) -> Error {
+    let is_library = |cause: &(dyn std::error::Error + 'static)| {
+        cause.is::<ParquetError>() || cause.is::<arrow::error::ArrowError>()
+    };
+    if error.chain().any(is_library) {
+        return anyhow!(
+            "`{shown}` can't be read as Parquet: it is damaged or cut off, or packed in a way that is not known here; hint: fetch or write \
+             it anew"
+        );
+    }
+    let told = format!("{error:#}");
+    anyhow!(told.replace(&path.display().to_string(), shown))
 }

@@ -81,7 +81,7 @@ fn all_formats_give_the_same_rows() {
     assert_eq!(
         rows,
         [json(
-            r#"{"prompt": "q, é\n", "chosen": "d", "rejected": ""}"#
+            r#"{"prompt": "q, é\n", "chosen": "d", "rejected": null}"#
         )]
     );
 }
@@ -459,7 +459,7 @@ fn files_without_a_usable_column_name_what_they_have() {
         );
     }
     assert!(fails("a.xlsx", "x").contains("extension"));
-    assert!(fails("a.parquet", "x").contains("as Parquet"));
+    assert!(fails("a.parquet", "x").contains("no Parquet file"));
     assert!(fails("a.csv", "").contains("empty"));
     let list = "{\"messages\": [\"x\"]}";
     assert!(

@@ -21,7 +21,7 @@ impl Situation<'_> {
         events: &Sender<Event>,
         cancel: &AtomicBool,
     ) -> anyhow::Result<()> {
-        if !self.shared.pulls() && !self.store.has_left() {
+        if !self.shared.pulls() && !self.store.has_left()? {
             return self.shared.check();
         }
         let wanted = self.wanted(needed, targets);
@@ -48,7 +48,7 @@ impl Situation<'_> {
                 });
                 missed |= self
                     .shared
-                    .restore(self.store, away, (name, events), cancel)
+                    .restore(self.store, away, (name, events), cancel)?
                     .is_none();
             }
             self.shared.check()?;

@@ -3,26 +3,35 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use anyhow::Context as _;
+
 use super::super::canonical::Digest;
 use super::super::canonical::is_digest;
-use super::super::files::{remove, write_atomically};
+use super::super::files::{is_io_trouble, remove, write_atomically};
 use super::super::record::Record;
 use super::super::store::Store;
 
 impl Store {
-    /// Whether only the record of this fingerprint was taken from a remote, because nobody needed the files here.
-    pub(crate) fn is_left(&self, fingerprint: &str) -> bool {
-        self.folder("left").join(fingerprint).exists()
+    /// Whether only the record of this fingerprint was taken from a remote, because nobody needed the files here. An error where
+    /// that can't be told: taken for a no, it would make a result again that is there to be fetched.
+    pub(crate) fn is_left(&self, fingerprint: &str) -> anyhow::Result<bool> {
+        let path = self.folder("left").join(fingerprint);
+        match path.try_exists() {
+            Err(error) if is_io_trouble(&error) => {
+                Err(error).with_context(|| format!("could not look for `{}`", path.display()))
+            }
+            found => Ok(found.unwrap_or(false)),
+        }
     }
 
     /// Whether there is any such result.
-    pub(crate) fn has_left(&self) -> bool {
-        std::fs::read_dir(self.folder("left")).is_ok_and(|mut entries| entries.next().is_some())
+    pub(crate) fn has_left(&self) -> anyhow::Result<bool> {
+        Ok(!self.list("left")?.is_empty())
     }
 
     /// Keeps a record from a remote without its files.
     pub(crate) fn leave(&self, fingerprint: &str, record: &Record) -> anyhow::Result<()> {
-        if self.is_left(fingerprint) {
+        if self.is_left(fingerprint)? {
             return Ok(());
         }
         self.write_record(fingerprint, record)?;
@@ -76,10 +85,10 @@ impl Store {
     }
 
     /// The fingerprints of all results that have a record.
-    pub fn fingerprints(&self) -> Vec<Digest> {
-        let names = self.names("records").into_iter();
-        names
+    pub fn fingerprints(&self) -> anyhow::Result<Vec<Digest>> {
+        let names = self.list("records")?.into_iter();
+        Ok(names
             .filter_map(|name| name.strip_suffix(".json").map(str::to_owned))
-            .collect()
+            .collect())
     }
 }

@@ -51,23 +51,27 @@ enum Trouble {
 }
 
 impl Shared {
-    /// Makes the result of a fingerprint whole here, from what the remote has. `None` if that can't be.
+    /// Makes the result of a fingerprint whole here, from what the remote has. `None` if that can't be; an error where this store
+    /// can't be read.
     pub(crate) fn restore(
         &self,
         store: &Store,
         fingerprint: &str,
         (stage, events): (&str, &Sender<Event>),
         cancel: &AtomicBool,
-    ) -> Option<Record> {
-        let record = self.offer(store, fingerprint, store.record(fingerprint).as_ref())?;
+    ) -> anyhow::Result<Option<Record>> {
+        let known = store.record(fingerprint);
+        let Some(record) = self.offer(store, fingerprint, known.as_ref())? else {
+            return Ok(None);
+        };
         if let Err(trouble) = self.pull(store, &record, (stage, events), cancel) {
             if !cancel.load(Ordering::Relaxed) {
                 self.tell(stage, &record.artifact, trouble);
             }
             self.distrust(fingerprint);
-            return None;
+            return Ok(None);
         }
-        match store.adopt(fingerprint, &record) {
+        Ok(match store.adopt(fingerprint, &record) {
             Ok(()) => Some(record),
             Err(error) => {
                 self.warn(&format!(
@@ -75,7 +79,7 @@ impl Shared {
                 ));
                 None
             }
-        }
+        })
     }
 
     fn tell(&self, stage: &str, content: &str, trouble: Trouble) {

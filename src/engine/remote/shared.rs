@@ -175,14 +175,16 @@ impl Shared {
         store: &Store,
         fingerprint: &str,
         missing: Option<&Record>,
-    ) -> Option<Record> {
+    ) -> anyhow::Result<Option<Record>> {
         if self.state().distrusted.contains(fingerprint) {
-            return None;
+            return Ok(None);
         }
-        if let Some(record) = missing.filter(|_| store.is_left(fingerprint)) {
-            return Some(record.clone());
+        if let Some(record) = missing
+            && store.is_left(fingerprint)?
+        {
+            return Ok(Some(record.clone()));
         }
-        self.record(fingerprint)
+        Ok(self.record(fingerprint))
     }
 
     /// The remote's record of a fingerprint, asked for once.

@@ -234,6 +234,10 @@ impl Machine {
     }
 
     fn pull(&self, fingerprint: &str) -> Option<Record> {
+        self.try_to_pull(fingerprint).unwrap()
+    }
+
+    fn try_to_pull(&self, fingerprint: &str) -> anyhow::Result<Option<Record>> {
         let cancel = AtomicBool::new(false);
         self.shared
             .restore(&self.store, fingerprint, ("stage", &self.events), &cancel)
@@ -412,6 +416,40 @@ fn a_dead_remote_is_told_once_and_asked_once() {
         ["the remote `memory` can't be used: nobody is there; going on without it"]
     );
     here.shared.check().unwrap();
+}
+
+#[test]
+fn what_cannot_be_looked_at_is_an_error_and_not_absent() {
+    let remote = Arc::new(Memory::default());
+    let here = Machine::new(&remote);
+    let made = here.make("a", &FILES);
+    let record = here.store.record(&made).unwrap();
+    assert!(!here.store.is_left(&made).unwrap() && !here.store.has_left().unwrap());
+    here.store.leave(&made, &record).unwrap();
+    assert!(here.store.is_left(&made).unwrap() && here.store.has_left().unwrap());
+    let offered = |record| here.shared.offer(&here.store, &made, record);
+    assert!(offered(Some(&record)).unwrap().is_some());
+    // A way that leads to itself can't be followed, whoever looks.
+    let unreadable = |folder: &str| {
+        let folder = here.store.folder(folder);
+        fs::remove_dir_all(&folder).unwrap();
+        std::os::unix::fs::symlink(&folder, &folder).unwrap();
+    };
+    unreadable("left");
+    for error in [
+        here.store.is_left(&made).unwrap_err(),
+        here.store.has_left().unwrap_err(),
+        here.store.leave(&made, &record).unwrap_err(),
+        offered(Some(&record)).unwrap_err(),
+        here.try_to_pull(&made).unwrap_err(),
+    ] {
+        let text = format!("{error:#}");
+        assert!(text.contains("left"), "{text}");
+    }
+    assert_eq!(remote.calls.load(Ordering::SeqCst), 0, "nobody was asked");
+    assert_eq!(here.store.fingerprints().unwrap(), [made]);
+    unreadable("records");
+    here.store.fingerprints().unwrap_err();
 }
 
 #[test]

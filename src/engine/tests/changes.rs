@@ -182,7 +182,7 @@ fn what_changes_while_it_is_read_fails_the_stage_and_leaves_no_result() {
             error.contains("changed while it was read"),
             "{what}: {error}"
         );
-        assert!(toy.store().fingerprints().is_empty(), "{what}");
+        assert!(toy.store().fingerprints().unwrap().is_empty(), "{what}");
         if toy.path(source).exists() {
             let (summary, _) = run_nodes(&toy, vec![node(&toy, source, Then::Nothing)]);
             assert_eq!(ran(&summary), (1, 0), "{what}");
@@ -267,7 +267,7 @@ fn a_result_that_changes_while_it_is_read_makes_no_other() {
         error.contains("the result of `a` changed while it was read"),
         "{error}"
     );
-    assert_eq!(toy.store().fingerprints().len(), 1);
+    assert_eq!(toy.store().fingerprints().unwrap().len(), 1);
     let (again, _) = run_nodes(&toy, vec![node(&toy, "a", Then::Nothing)]);
     assert_eq!(again.artifacts, first.artifacts);
     assert_eq!(toy.text(again.artifacts[0].as_ref().unwrap()), "one");
@@ -320,6 +320,45 @@ fn a_digest_is_remembered_by_all_that_a_change_can_not_hide() {
     assert_eq!(digest(&mut sources, false), right);
     // Changed a moment ago: it is not remembered, for it may be changed again within the same tick.
     assert_ne!(sources.known(&path)[&path].stat, stat(&path));
+}
+
+#[test]
+fn a_pattern_counts_the_files_that_fit_and_which_there_are() {
+    let toy = Toy::new(53);
+    let (store, pattern) = (toy.store(), toy.path("data/*/x-?.txt"));
+    for folder in ["data/one", "data/two/deep"] {
+        fs::create_dir_all(toy.path(folder)).unwrap();
+    }
+    let digest = || Sources::open(&store, false).digest(&pattern, false);
+    assert!(digest().unwrap_err().to_string().contains("no file fits"));
+    toy.write("data/one/x-1.txt", "a");
+    let (first, seen) = digest().unwrap();
+    // What doesn't fit doesn't count.
+    for other in [
+        "data/one/y.txt",
+        "data/x-1.txt",
+        "data/two/deep/x-1.txt",
+        "data/one/.x-2.txt",
+    ] {
+        toy.write(other, "b");
+    }
+    assert_eq!(digest().unwrap().0, first);
+    assert_eq!(seen.changed(&pattern), None);
+    toy.write("data/two/x-2.txt", "a");
+    let (second, _) = digest().unwrap();
+    assert_ne!(second, first, "another file fits");
+    assert_eq!(seen.changed(&pattern), Some(toy.path("data/two/x-2.txt")));
+    fs::rename(toy.path("data/two/x-2.txt"), toy.path("data/two/x-3.txt")).unwrap();
+    assert_ne!(digest().unwrap().0, second, "names count");
+    fs::remove_file(toy.path("data/two/x-3.txt")).unwrap();
+    assert_eq!(digest().unwrap().0, first);
+    edit(&toy.path("data/one/x-1.txt"), "c");
+    assert_ne!(digest().unwrap().0, first, "contents count");
+    let names: Vec<_> = super::super::sources::files_at(&pattern).unwrap();
+    assert_eq!(
+        names,
+        [("one/x-1.txt".to_owned(), toy.path("data/one/x-1.txt"))]
+    );
 }
 
 #[test]

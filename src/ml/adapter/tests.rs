@@ -208,6 +208,36 @@ fn tensors_that_make_no_pairs_are_told() {
     }
 }
 
+/// As PEFT saves it: the lengths stand beside matrices that have other names than those of projections.
+#[test]
+fn lengths_beside_embeddings_are_refused_by_name() {
+    for lengths in ["lora_magnitude_vector", "lora_magnitude_vector.weight"] {
+        let folder = tempfile::tempdir().unwrap();
+        let mut raw = golden_raw();
+        raw["use_dora"] = true.into();
+        raw["target_modules"] = json!(["embed_tokens"]);
+        let raw = Value::from(raw).to_string();
+        fs::write(folder.path().join(CONFIG), raw).unwrap();
+        let tensors = [
+            ("lora_embedding_A", 8),
+            ("lora_embedding_B", 64),
+            (lengths, 64),
+        ];
+        let tensors = tensors.map(|(part, rows)| {
+            let name = format!("base_model.model.model.embed_tokens.{part}");
+            let columns = 72 - rows;
+            (
+                name,
+                Tensor::zeros((rows, columns), DType::F32, &Device::Cpu).unwrap(),
+            )
+        });
+        weights::save(&folder.path().join(FILE), &tensors.into(), &[]).unwrap();
+        let error = format!("{:#}", Adapter::load(folder.path()).unwrap_err());
+        let told = "`use_dora` beside `model.embed_tokens` is not supported";
+        assert!(error.contains(told), "{error}");
+    }
+}
+
 #[test]
 fn settings_and_tensors_have_to_tell_the_same() {
     let fails = |case: &str, key: &str, value: Value, extra: Option<&str>| {

@@ -172,6 +172,9 @@ fn modules_are_a_set_and_rules_are_kept() {
             "layers_to_transform",
         ),
         ("layers_pattern: layers", "layers_pattern"),
+        ("r: 1000000000", "r"),
+        ("rank_pattern: {q_proj: 1000000000}", "rank_pattern"),
+        ("rank_pattern: {q_proj: 0}", "rank_pattern"),
     ] {
         let problems = read(&format!("{{model: base, {wrong}}}")).unwrap().check();
         let parameters: Vec<_> = problems

@@ -119,14 +119,134 @@ fn the_files_rows_are_trls_sequences_and_labels() {
 }
 
 #[test]
-fn rows_with_one_answer_make_no_rejected_column() {
+fn rows_with_one_answer_make_no_rejected_column_and_end_as_the_template_ends() {
     let (_folder, cx) = run("{dataset: chats, tokenizer: base}", &texts(), false).unwrap();
     let rows = read(cx.out(), "train").unwrap();
     assert_eq!(rows.len(), 28);
     assert!(
         rows.iter()
-            .all(|row| row.rejected_ids.is_none() && row.chosen_ids.last() == Some(&1019))
+            .all(|row| row.rejected_ids.is_none() && row.chosen_ids.last() == Some(&1022))
     );
+    assert_eq!(Added::read(cx.out()).unwrap(), Added::default());
+}
+
+#[test]
+fn preferences_without_what_was_added_are_the_ids_of_sft() {
+    let (_folder, cx) = run("{dataset: chats, tokenizer: base}", &texts(), true).unwrap();
+    let added = Added::read(cx.out()).unwrap();
+    assert_eq!(
+        (added.bos, added.eos, added.mixed),
+        (None, Some(1019), false)
+    );
+    let preferences = read(cx.out(), "train").unwrap();
+    let (_folder, cx) = run("{dataset: chats, tokenizer: base}", &texts(), false).unwrap();
+    let alone = read(cx.out(), "train").unwrap();
+    for (row, alone) in preferences.into_iter().zip(alone) {
+        let mut row = crate::ml::batch::Row {
+            prompt: row.prompt_ids,
+            chosen: row.chosen_ids,
+            rejected: row.rejected_ids,
+            rejected_prompt: row.rejected_prompt_ids,
+            packed: Vec::new(),
+        };
+        added.take_off(&mut row);
+        assert_eq!(
+            (row.prompt, row.chosen),
+            (alone.prompt_ids, alone.chosen_ids)
+        );
+        assert_eq!(row.rejected.unwrap().last(), Some(&1022));
+    }
+}
+
+#[test]
+fn a_row_without_rejected_is_told_with_its_number() {
+    use arrow::array::ArrayRef;
+    let folder = tempfile::tempdir().unwrap();
+    let dataset = folder.path().join("chats");
+    std::fs::create_dir(&dataset).unwrap();
+    let column = |texts: [Option<&str>; 2]| -> ArrayRef { Arc::new(StringArray::from_iter(texts)) };
+    let batch = RecordBatch::try_from_iter_with_nullable([
+        ("prompt", column([Some("a"), Some("b")]), true),
+        ("chosen", column([Some("c"), Some("d")]), true),
+        ("rejected", column([Some("e"), None]), true),
+    ])
+    .unwrap();
+    let mut writer = Writer::create(&dataset, "train", batch.schema()).unwrap();
+    writer.write(&batch).unwrap();
+    writer.finish().unwrap();
+    let inputs = [("chats", dataset.as_path()), ("base", Path::new(MODEL))];
+    let cx = Context::for_test(folder.path(), &inputs, &[]);
+    let stage: Tokenize = serde_yaml::from_str("{dataset: chats, tokenizer: base}").unwrap();
+    let error = format!("{:#}", stage.run(&cx).unwrap_err());
+    assert!(error.contains("row 2 of the split `train`"), "{error}");
+    assert!(
+        error.contains("no `rejected`") && error.contains("hint"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_template_that_renders_no_answers_is_told() {
+    let silent = |answer: &str| Text {
+        keep_empty_system: false,
+        prompt: "<|begin_of_text|>hi<|eot_id|>".into(),
+        chosen: answer.into(),
+        rejected: answer.into(),
+    };
+    let many = |answer: &str| vec![silent(answer), silent(answer)];
+    for preferences in [true, false] {
+        let error = run(
+            "{dataset: chats, tokenizer: base}",
+            &many("<|eot_id|>\n"),
+            preferences,
+        )
+        .map(|_| ())
+        .unwrap_err();
+        let error = format!("{error:#}");
+        assert!(
+            error.contains("none of the 2 rows") && error.contains("row 1"),
+            "{error}"
+        );
+    }
+    // Without an EOS of the trainer's there is no token at all.
+    let error = run("{dataset: chats, tokenizer: base}", &many(""), false)
+        .map(|_| ())
+        .unwrap_err();
+    assert!(format!("{error:#}").contains("no_answer: 2"), "{error:#}");
+    // One answer that says something is enough.
+    let mut texts = many("<|eot_id|>");
+    texts.push(silent("yes<|eot_id|>"));
+    run("{dataset: chats, tokenizer: base}", &texts, false).unwrap();
+}
+
+#[test]
+fn a_token_beyond_the_embeddings_is_told_with_its_row() {
+    let model = tempfile::tempdir().unwrap();
+    for name in ["tokenizer.json", "config.json"] {
+        std::fs::copy(Path::new(MODEL).join(name), model.path().join(name)).unwrap();
+    }
+    let settings = r#"{"eos_token": "<|eot_id|>", "additional_special_tokens": ["<|tool|>"]}"#;
+    std::fs::write(model.path().join("tokenizer_config.json"), settings).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let dataset = folder.path().join("chats");
+    std::fs::create_dir(&dataset).unwrap();
+    let text = |prompt: &str| Text {
+        keep_empty_system: false,
+        prompt: prompt.into(),
+        chosen: "yes".into(),
+        rejected: "no".into(),
+    };
+    let run = |texts: &[Text]| {
+        chats(&dataset, texts, true);
+        let inputs = [("chats", dataset.as_path()), ("base", model.path())];
+        let cx = Context::for_test(folder.path(), &inputs, &[]);
+        let stage: Tokenize = serde_yaml::from_str("{dataset: chats, tokenizer: base}").unwrap();
+        stage.run(&cx)
+    };
+    run(&[text("a <tool|>")]).unwrap();
+    let error = format!("{:#}", run(&[text("a"), text("a <|tool|>")]).unwrap_err());
+    assert!(error.contains("row 2 of the split `train`"), "{error}");
+    assert!(error.contains("`<|tool|>` with the id 1024"), "{error}");
 }
 
 #[test]

@@ -58,7 +58,8 @@ pub(in crate::stages) fn rows(
         let largest = all.into_iter().flatten().flatten().max();
         ensure!(
             largest.is_none_or(|id| (*id as usize) < vocabulary),
-            "row {number} of `{split}` has the token id {}, but the model knows only {vocabulary} ids; was it tokenized for another model?",
+            "row {} of the split `{split}` has the token id {}, but the model knows only {vocabulary} ids; was it tokenized for another model?",
+            number + 1,
             largest.copied().unwrap_or_default(),
         );
         rows.push(Row {
@@ -148,6 +149,14 @@ pub(in crate::stages) fn run(
     } else {
         Trained::Everything
     };
+    // Rows that can't be trained on are told before the weights are read.
+    let read = |split| rows(job.dataset, split, config.vocab_size).and_then(prepare);
+    let train_rows = read(job.train_split)?;
+    let eval_rows = if settings.eval_every.is_some() {
+        read(job.eval_split)?
+    } else {
+        Vec::new()
+    };
     let device = Device::Cpu;
     let mut model = Llama::load(
         &config,
@@ -161,13 +170,6 @@ pub(in crate::stages) fn run(
     if let Way::Fused(packing) = &mut model.path {
         *packing = job.packing;
     }
-    let read = |split| rows(job.dataset, split, config.vocab_size).and_then(prepare);
-    let train_rows = read(job.train_split)?;
-    let eval_rows = if settings.eval_every.is_some() {
-        read(job.eval_split)?
-    } else {
-        Vec::new()
-    };
     cx.note("rows", train_rows.len());
     let count = model.parameters.iter().map(|p| p.var.elem_count());
     cx.note("trained_parameters", count.sum::<usize>());

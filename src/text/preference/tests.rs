@@ -168,3 +168,48 @@ proptest! {
         }
     }
 }
+
+/// A preparation by SFTTrainer.
+#[derive(Deserialize)]
+struct Prepared {
+    kind: String,
+    eos: String,
+    max_length: usize,
+    texts: Vec<Part>,
+    rows: Vec<Labelled>,
+}
+
+#[derive(Deserialize)]
+struct Part {
+    prompt: String,
+    answer: String,
+}
+
+#[derive(Deserialize)]
+struct Labelled {
+    ids: Vec<u32>,
+    labels: Vec<i64>,
+}
+
+#[test]
+fn answers_alone_have_the_ids_and_labels_of_sft_trainer() {
+    let cases = include_str!("../../../tests/golden/sft/ids.json");
+    let cases: Vec<Prepared> = serde_json::from_str(cases).unwrap();
+    assert_eq!(cases.len(), 6);
+    for case in &cases {
+        let tokenizer = tokenizer(&case.eos);
+        let truncation = Truncation::Answers {
+            max_length: case.max_length,
+        };
+        let encode = |part: &Part| encode_alone(&tokenizer, &part.prompt, &part.answer, truncation);
+        let rows = case.texts.iter().map(|part| encode(part).unwrap());
+        // SFTTrainer leaves out what has no label left.
+        let rows: Vec<RowIds> = rows.filter_map(Result::ok).collect();
+        assert_eq!(rows.len(), case.rows.len(), "{} {}", case.kind, case.eos);
+        for (row, expected) in rows.iter().zip(&case.rows) {
+            assert_eq!(ids(&row.chosen), expected.ids, "{} {}", case.kind, case.eos);
+            assert_eq!(labels(&row.chosen), expected.labels);
+            assert_eq!((row.bos_added, row.eos_added), (0, 0));
+        }
+    }
+}

@@ -3,6 +3,7 @@
 use minijinja::value::Serde;
 use serde_json::json;
 
+use super::differences::{OTHERWISE, REFUSED};
 use super::*;
 
 fn messages(value: &serde_json::Value) -> Vec<Value> {
@@ -181,12 +182,105 @@ fn formats_of_dates_that_do_not_exist_are_errors() {
 fn a_template_reads_no_other_file() {
     for source in [
         "{% include '/etc/hostname' %}",
-        "{% include '../secret.jinja' %}",
+        "{% include '../secret.jinja' ignore missing %}",
         "{% extends 'base.jinja' %}",
         "{% import 'macros.jinja' as macros %}{{ macros.one() }}",
-        "{% from 'macros.jinja' import one %}{{ one() }}",
+        "{%- from 'macros.jinja' import one -%}{{ one() }}",
     ] {
         let error = fails(source);
-        assert!(error.contains("template not found"), "{source}: {error}");
+        assert!(
+            error.contains("reads another template"),
+            "{source}: {error}"
+        );
+        assert!(error.contains("line 1"), "{source}: {error}");
     }
+}
+
+/// A construct by jinja2 in transformers' environment.
+#[derive(serde::Deserialize)]
+struct Construct {
+    source: String,
+    /// What it prints; without it, it fails.
+    text: Option<String>,
+}
+
+#[derive(serde::Deserialize)]
+struct Constructs {
+    variables: Value,
+    constructs: Vec<Construct>,
+}
+
+fn constructs() -> Constructs {
+    serde_json::from_str(include_str!(
+        "../../../tests/golden/templates/constructs.json"
+    ))
+    .unwrap()
+}
+
+fn printed(source: &str, variables: Value) -> Result<String> {
+    let date = NaiveDate::from_ymd_opt(2024, 7, 6);
+    ChatTemplate::new(source, BTreeMap::new(), date)?.text(variables)
+}
+
+#[test]
+fn constructs_print_what_jinja2_prints() {
+    let Constructs {
+        variables,
+        constructs,
+    } = constructs();
+    assert!(constructs.len() > 1000);
+    let mut wrong = Vec::new();
+    for Construct { source, text } in &constructs {
+        let found = printed(source, variables.clone());
+        let refused = REFUSED.iter().find(|(known, _)| known == source);
+        let otherwise = OTHERWISE.iter().any(|(known, _)| known == source);
+        let well = match (text, &found) {
+            (Some(text), Ok(found)) if text == found => refused.is_none() && !otherwise,
+            (Some(_), Err(error)) => {
+                refused.is_some_and(|(_, words)| format!("{error:#}").contains(words))
+            }
+            (None, Err(_)) => !otherwise,
+            (_, Ok(_)) => otherwise,
+        };
+        if !well {
+            wrong.push(format!(
+                "{source:?}\n  jinja2: {text:?}\n  here:   {found:?}"
+            ));
+        }
+    }
+    for (source, _) in REFUSED.iter().chain(OTHERWISE) {
+        let known = constructs
+            .iter()
+            .any(|construct| construct.source == *source);
+        if !known {
+            wrong.push(format!("{source:?} is no construct any more"));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// For tests/python/check_templates.py, which compares the results with jinja2's.
+#[test]
+#[ignore = "renders the cases of the file that TEMPLATE_CASES names"]
+fn renders_the_cases_of_a_file() {
+    #[derive(serde::Deserialize)]
+    struct Case {
+        source: String,
+        variables: Value,
+    }
+    let path = |name: &str| std::env::var_os(name).unwrap();
+    let cases = std::fs::read_to_string(path("TEMPLATE_CASES")).unwrap();
+    let cases: Vec<Case> = serde_json::from_str(&cases).unwrap();
+    let results: Vec<_> = cases
+        .into_iter()
+        .map(|case| match printed(&case.source, case.variables) {
+            Ok(text) => json!({"text": text}),
+            Err(error) => json!({"error": format!("{error:#}")}),
+        })
+        .collect();
+    std::fs::write(
+        path("TEMPLATE_RESULTS"),
+        serde_json::to_string(&results).unwrap(),
+    )
+    .unwrap();
 }

