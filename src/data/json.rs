@@ -87,7 +87,7 @@ pub(super) fn columns(file: &TextFile, layout: Layout, most: usize, skip: u64) -
     let kinds = |row: Row| {
         let kinds = row.values.iter().map(|(name, value)| {
             let text = value.get();
-            if too_deep(text) {
+            if text.starts_with(['[', '{']) && too_deep(text) {
                 bail!("the column `{name}` is nested more than {DEEPEST_JSON} levels deep");
             }
             if text.contains("\\u") {

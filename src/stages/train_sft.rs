@@ -159,10 +159,15 @@ impl Stage for TrainSft {
 
 /// Tells what is learnt of a row, and what is left out of preferences.
 fn tell(cx: &Context, completion_only: bool, rows: &[Row], added: Added) {
-    cx.info(if completion_only {
-        "learns each row's answer, which is the last turn of its chat; `completion_only_loss: false` learns prompts as well"
-    } else {
-        "learns all tokens of each row, prompts included (`completion_only_loss: false`)"
+    let whole = rows.iter().filter(|row| row.prompt.is_empty()).count();
+    cx.info(match (completion_only, whole) {
+        (false, _) => "learns all tokens of each row, prompts included (`completion_only_loss: false`)",
+        (true, whole) if whole == rows.len() => {
+            "learns all tokens of each row, for the rows are texts without a prompt"
+        }
+        (true, _) => {
+            "learns each row's answer, which is the last turn of its chat; `completion_only_loss: false` learns prompts as well"
+        }
     });
     if rows.iter().all(|row| row.rejected.is_none()) {
         return;

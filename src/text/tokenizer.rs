@@ -34,6 +34,8 @@ pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     /// The short way, for tokenizers of Llama 3's make.
     quick: Option<Arc<Quick>>,
+    /// What the tokenizer itself puts before and behind a text, where that is the same for all.
+    around: Option<(Vec<u32>, Vec<u32>)>,
     /// The beginning of a text, when the model has such a token.
     pub bos: Option<SpecialToken>,
     /// The end of an answer.
@@ -73,10 +75,12 @@ impl Tokenizer {
         let mut tokenizer = Self {
             quick: Quick::of(&inner).map(Arc::new),
             inner,
+            around: None,
             bos: None,
             eos: None,
             pad: None,
         };
+        tokenizer.around = tokenizer.around();
         let names = declared.texts();
         tokenizer.bos = tokenizer.special(folder, &names, "bos")?;
         tokenizer.eos = tokenizer.special(folder, &names, "eos")?;
@@ -159,7 +163,29 @@ impl Tokenizer {
 
     /// The ids of a text with what the tokenizer adds by itself (usually a BOS).
     pub fn encode_with_special(&self, text: &str) -> Result<Vec<u32>> {
-        self.encode_with(text, true)
+        match &self.around {
+            Some((before, behind)) if self.quick.is_some() => {
+                Ok([before, &self.encode(text)?[..], behind].concat())
+            }
+            _ => self.encode_with(text, true),
+        }
+    }
+
+    /// What stands around the ids of texts, found with two of them.
+    fn around(&self) -> Option<(Vec<u32>, Vec<u32>)> {
+        let find = |text: &str| {
+            let (bare, full) = (
+                self.encode_with(text, false).ok()?,
+                self.encode_with(text, true).ok()?,
+            );
+            let mut places = full
+                .windows(bare.len().max(1))
+                .enumerate()
+                .filter(|(_, ids)| *ids == bare);
+            let (at, _) = places.next().filter(|_| places.next().is_none())?;
+            Some((full[..at].to_vec(), full[at + bare.len()..].to_vec()))
+        };
+        find("a").filter(|around| find("b c").as_ref() == Some(around))
     }
 
     /// The ids of many texts, on all cores, in order.

@@ -192,3 +192,20 @@ fn what_can_t_be_read_is_told_in_words() {
         assert!(!error.contains(place.to_str().unwrap()), "{error}");
     }
 }
+
+#[test]
+fn a_failure_names_the_row_and_the_stages_place_in_the_recipe() {
+    let project = Project::empty();
+    let rows = "{\"prompt\": \"p\", \"chosen\": \"c\"}\n{\"prompt\": 3, \"chosen\": \"c\"}\n";
+    fs::write(project.path("rows.jsonl"), rows).unwrap();
+    let recipe = "version: 1\nstages:\n  rows: { import_dataset: { path: rows.jsonl } }\n";
+    fs::write(project.path("recipe.yaml"), recipe).unwrap();
+    let ended = project.run(&["run", "recipe.yaml"]);
+    assert_eq!(ended.code, Some(1), "{}", ended.stderr);
+    for expected in [
+        "rows.jsonl: row 2: `prompt` is a number: expected text",
+        "it stands in recipe.yaml:3:3",
+    ] {
+        assert!(ended.stderr.contains(expected), "{}", ended.stderr);
+    }
+}

@@ -16,6 +16,9 @@ struct Golden {
     cases: Vec<Case>,
 }
 
+/// A token's text and id.
+type Special = (Option<String>, Option<u32>);
+
 /// What transformers makes of a folder.
 #[derive(Deserialize)]
 struct Case {
@@ -23,7 +26,7 @@ struct Case {
     tokenizer: String,
     files: BTreeMap<String, Value>,
     error: Option<String>,
-    special: Option<BTreeMap<String, (Option<String>, Option<u32>)>>,
+    special: Option<BTreeMap<String, Special>>,
     length: Option<usize>,
     #[serde(default)]
     ids: Vec<Vec<u32>>,

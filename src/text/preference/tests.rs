@@ -169,7 +169,7 @@ proptest! {
     }
 }
 
-/// A preparation by SFTTrainer.
+/// A preparation by `SFTTrainer`.
 #[derive(Deserialize)]
 struct Prepared {
     kind: String,

@@ -259,9 +259,29 @@ fn constructs_print_what_jinja2_prints() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// For tests/python/check_templates.py, which compares the results with jinja2's.
+proptest::proptest! {
+    #[test]
+    fn any_source_prints_or_is_told(pieces in proptest::collection::vec(proptest::sample::select(vec![
+        "{{", "}}", "{%", "%}", "{#", "#}", "-", "+", " ", "\n", "\r", "if", "else", "endif", "for x in y", "endfor", "set a", "endset", "=",
+        "macro m", "endmacro", "(", ")", "[", "]", "{", "}", "'é", "'", "\"", "\\", "\\U0001F600", "%", "~", "<", "x", ".items", "|", "is",
+        "not", "1", "1e", "😀", "raw", "endraw", "generation", "with", "break", ",", ":", "*", "'%(a' % ", "'{:'.format(", "loop", "\u{2028}",
+    ]), 0..25)) {
+        let source = pieces.concat();
+        for source in [source.clone(), format!("{{{{ {source} }}}}")] {
+            let variables = Value::from_pairs([("x", "é"), ("y", "ab")]);
+            // Both are well; a panic is not.
+            let _ = printed(&source, variables);
+        }
+    }
+}
+
+/// For `tests/python/check_templates.py`, which compares the results with jinja2's.
 #[test]
 #[ignore = "renders the cases of the file that TEMPLATE_CASES names"]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the script names its files in the environment"
+)]
 fn renders_the_cases_of_a_file() {
     #[derive(serde::Deserialize)]
     struct Case {
@@ -283,4 +303,9 @@ fn renders_the_cases_of_a_file() {
         serde_json::to_string(&results).unwrap(),
     )
     .unwrap();
+}
+
+#[test]
+fn the_engines_own_debug_is_no_part_of_a_template() {
+    assert!(fails("{{ debug() }}").contains("debug"));
 }
