@@ -157,13 +157,12 @@ impl Bounds {
             return Some(format!("`{file}` leaves the project"));
         }
         // What does not exist is the stage's to tell; a link that leads nowhere reads nothing.
-        let link = match Pattern::of(&path) {
-            None => self.link_out(&path)?,
-            Some(_) => {
-                let files = files_at(&path).unwrap_or_default().into_iter();
-                let mut links = files.filter_map(|(_, file)| self.link_out(&file));
-                links.next()?
-            }
+        let link = if Pattern::of(&path).is_some() {
+            let files = files_at(&path).unwrap_or_default().into_iter();
+            let mut links = files.filter_map(|(_, file)| self.link_out(&file));
+            links.next()?
+        } else {
+            self.link_out(&path)?
         };
         let link = link.strip_prefix(&self.root).unwrap_or(&link);
         let link = link.display();

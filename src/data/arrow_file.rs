@@ -248,11 +248,9 @@ fn measure(batch: Layout<'_>, body: &Buffer, fields: &[FieldRef]) -> Result<()> 
     );
     let nodes = batch.nodes();
     let fits = |length: i64| (0..=i64::from(i32::MAX)).contains(&length);
-    let lengths = nodes.iter().flat_map(|nodes| nodes.iter());
+    let mut lengths = nodes.iter().flat_map(IntoIterator::into_iter);
     ensure!(
-        lengths
-            .clone()
-            .all(|node| fits(node.length()) && (0..=node.length()).contains(&node.null_count())),
+        lengths.all(|node| fits(node.length()) && (0..=node.length()).contains(&node.null_count())),
         "{}",
         damaged()
     );

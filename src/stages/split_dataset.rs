@@ -1,6 +1,7 @@
 //! `split_dataset`: a held-out part.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 
 use anyhow::{Context as _, Result, ensure};
 use arrow::array::{BooleanArray, RecordBatch};
@@ -164,7 +165,7 @@ impl SplitDataset {
             None => {
                 let all: Vec<usize> = (0..groups.sizes.len()).collect();
                 let mut chosen = vec![false; all.len()];
-                let random = self.shuffle.then(|| SplitMix(self.seed));
+                let random = self.shuffle.then_some(SplitMix(self.seed));
                 hold_out(&groups, all, asked, random, &mut chosen);
                 chosen
             }
@@ -186,8 +187,10 @@ impl SplitDataset {
             let mut told =
                 format!("rows with {what} stay together: {rows} rows are {count} groups");
             if held_out != asked {
-                told +=
-                    &format!(", so that {held_out} rows are held out where {asked} are asked for");
+                _ = write!(
+                    told,
+                    ", so that {held_out} rows are held out where {asked} are asked for"
+                );
             }
             if held_out.abs_diff(asked) * 10 > asked {
                 cx.warn(told);

@@ -132,7 +132,7 @@ impl Draws {
     }
 }
 
-/// NumPy's default generator: PCG64 (O'Neill 2014), started by its `SeedSequence`.
+/// The default generator of `NumPy`: PCG64 (O'Neill 2014), started by its `SeedSequence`.
 struct Pcg64 {
     state: u128,
     step: u128,
@@ -156,7 +156,7 @@ impl Pcg64 {
     }
 
     fn advance(&mut self) {
-        const FACTOR: u128 = (2_549_297_995_355_413_924 << 64) | 4_865_540_595_714_422_341;
+        const FACTOR: u128 = 0x2360_ed05_1fc6_5da4_4385_df64_9fcc_f645;
         self.state = self.state.wrapping_mul(FACTOR).wrapping_add(self.step);
     }
 
@@ -294,13 +294,11 @@ impl Side<'_> {
             while (self.held.as_ref()).is_none_or(|batch| self.place >= batch.num_rows()) {
                 self.place = 0;
                 is_listed = false;
-                let next = match self.rows.next() {
-                    Some(next) => Some(next),
-                    None => {
-                        self.rows = (self.open)();
-                        self.rows.next()
-                    }
-                };
+                let mut next = self.rows.next();
+                if next.is_none() {
+                    self.rows = (self.open)();
+                    next = self.rows.next();
+                }
                 self.held = Some(next.context("a dataset has no rows")??);
             }
             if !is_listed {

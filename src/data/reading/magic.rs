@@ -158,8 +158,7 @@ pub(in crate::data) fn starts_as(head: &[u8], start: &[u8], noun: &str) -> Resul
     let is_text = |c: char| !c.is_control() || c.is_whitespace();
     match std::str::from_utf8(text) {
         Ok(text) if text.chars().all(is_text) => bail!(
-            "it is no {noun}: it begins with the text {:?}; hint: say its `format`, or give it the extension of what it is",
-            text
+            "it is no {noun}: it begins with the text {text:?}; hint: say its `format`, or give it the extension of what it is"
         ),
         _ => bail!("it is no {noun}; hint: was it fetched whole?"),
     }

@@ -120,7 +120,7 @@ impl Read for Unpacked {
 impl Unpacked {
     fn explain(&self, error: Error) -> Error {
         let inner = error.get_ref();
-        if inner.is_some_and(|inner| inner.is::<OfDisk>()) {
+        if inner.is_some_and(<dyn std::error::Error + Send + Sync>::is::<OfDisk>) {
             return error;
         }
         let memory = inner

@@ -261,9 +261,9 @@ fn several_files_are_one_split() {
 #[test]
 fn datasets_follow_each_other_or_are_interleaved() {
     let lines = |from: &str, rows: usize| -> String {
-        (0..rows)
-            .map(|n| format!("{{\"prompt\": \"{from}{n}\", \"chosen\": \"c\"}}\n"))
-            .collect()
+        let lines =
+            (0..rows).map(|n| format!("{{\"prompt\": \"{from}{n}\", \"chosen\": \"c\"}}\n"));
+        lines.collect::<Vec<_>>().concat()
     };
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("a.jsonl"), lines("a", 30)).unwrap();
