@@ -42,7 +42,7 @@ fuzz_target!(|data: &[u8]| {
     fs::write(&manifest_path, manifest).expect("a file");
     let store = Store::new(FOLDER.path());
     for thorough in [false, true] {
-        match store.find(&fingerprint, thorough) {
+        match store.find(&fingerprint, thorough).expect("what is there can be read") {
             Found::Hit(record, _) => {
                 // Only an artifact of no files can be sound: there is no folder with files.
                 assert_eq!(record.fingerprint.digest(), fingerprint);

@@ -82,9 +82,15 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
     let cancel = Arc::clone(&project.world.cancel);
     stop_on_signal(&cancel)?;
     let (events, received) = channel();
+    let stages = project.recipe.stages.iter();
+    let place = |place| format!("{}:{place}", project.recipe.path.display());
+    let places = stages
+        .map(|stage| (stage.name.clone(), place(stage.place)))
+        .collect();
+    let places = &places;
     let summary = std::thread::scope(|scope| {
         std::thread::Builder::new()
-            .spawn_scoped(scope, move || report(&received, style))
+            .spawn_scoped(scope, move || report(&received, style, places))
             .context("could not start a thread")?;
         // The sender goes when this is done, and with it the reporter.
         let events = events;

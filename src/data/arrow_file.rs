@@ -70,7 +70,10 @@ impl ArrowFile {
             let whole = match whole {
                 Ok(whole) => whole,
                 Err(error) => {
-                    let behind = format!("{} behind row {row}", named(&shown));
+                    let behind = match row {
+                        0 => named(&shown),
+                        row => format!("{} behind row {row}", named(&shown)),
+                    };
                     return Some(vec![Err(error.context(behind))]);
                 }
             };

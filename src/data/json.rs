@@ -87,7 +87,7 @@ pub(super) fn columns(file: &TextFile, layout: Layout, most: usize, skip: u64) -
     let kinds = |row: Row| {
         let kinds = row.values.iter().map(|(name, value)| {
             let text = value.get();
-            if too_deep(text) {
+            if text.starts_with(['[', '{']) && too_deep(text) {
                 bail!("the column `{name}` is nested more than {DEEPEST_JSON} levels deep");
             }
             if text.contains("\\u") {
@@ -428,12 +428,13 @@ fn objects<T>(
 }
 
 fn no_json(name: &str, error: &serde_json::Error) -> anyhow::Error {
-    if error.is_io() {
-        // What the reader says, which has no line.
-        return anyhow!("{name}: {error}");
-    }
+    let no_json = if error.is_io() {
+        ""
+    } else {
+        "this is no JSON: "
+    };
     anyhow!(
-        "{name}:{}:{}: this is no JSON: {}",
+        "{name}:{}:{}: {no_json}{}",
         error.line(),
         error.column(),
         reason(error)

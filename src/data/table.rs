@@ -234,11 +234,11 @@ fn reader(file: &Path) -> Result<ParquetRecordBatchReaderBuilder<File>> {
     open().with_context(|| format!("could not read `{}` as Parquet", file.display()))
 }
 
-/// The bytes that a file's values may take for each byte of the file, above a GiB: texts that repeat take little in a file.
+/// The bytes that a file's values may take for each byte of the file, above 256 MiB: texts that repeat take little in a file.
 const MOST_A_BYTE: u64 = 4096;
-const MOST_FOR_NOTHING: u64 = 1 << 30;
+const MOST_FOR_NOTHING: u64 = 256 << 20;
 /// The most bytes of a row.
-const LONGEST: u64 = 256 << 20;
+const LONGEST: u64 = 64 << 20;
 /// The most values of a column in a row, on the average of a row group.
 const MOST_VALUES_A_ROW: i64 = 16 << 20;
 

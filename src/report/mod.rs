@@ -6,6 +6,7 @@ mod json;
 mod terminal;
 mod text;
 
+use std::collections::BTreeMap;
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
@@ -45,11 +46,11 @@ fn each<T>(
     }
 }
 
-/// Writes events until the sender is gone.
-pub fn report(events: &Receiver<Event>, style: Style) {
+/// Writes events until the sender is gone. `places` says where each stage stands in its recipe.
+pub fn report(events: &Receiver<Event>, style: Style, places: &BTreeMap<String, String>) {
     match style {
         Style::Json => json::report(events),
-        Style::Bars => terminal::report(events, true),
-        Style::Lines => terminal::report(events, false),
+        Style::Bars => terminal::report(events, true, places),
+        Style::Lines => terminal::report(events, false, places),
     }
 }

@@ -13,8 +13,9 @@ use crate::engine::{Event, Level, short};
 /// Without bars, a line of progress at most this often a stage.
 const QUIET: Duration = Duration::from_secs(10);
 
-pub(super) fn report(events: &Receiver<Event>, bars: bool) {
+pub(super) fn report(events: &Receiver<Event>, bars: bool, places: &BTreeMap<String, String>) {
     let mut terminal = Terminal {
+        places,
         bars: bars.then(|| MultiProgress::with_draw_target(ProgressDrawTarget::stderr())),
         running: BTreeMap::new(),
         lines: String::new(),
@@ -22,7 +23,9 @@ pub(super) fn report(events: &Receiver<Event>, bars: bool) {
     super::each(events, &mut terminal, Terminal::show, Terminal::flush);
 }
 
-struct Terminal {
+struct Terminal<'a> {
+    /// Where stages stand in their recipe.
+    places: &'a BTreeMap<String, String>,
     bars: Option<MultiProgress>,
     running: BTreeMap<String, Running>,
     /// What is still to be written.
@@ -36,7 +39,7 @@ struct Running {
     unit: &'static str,
 }
 
-impl Terminal {
+impl Terminal<'_> {
     fn show(&mut self, event: Event) {
         match event {
             Event::RunStarted { .. } | Event::StageSkipped { .. } => {}
@@ -163,6 +166,10 @@ impl Terminal {
             Event::StageFailed { stage, error, kept } => {
                 self.finish(&stage);
                 self.line(&format!("{:>9}  {stage}: {error}", "failed"));
+                if let Some(place) = self.places.get(&stage) {
+                    let line = format!("{:>9}  it stands in {place}", "");
+                    self.line(&line);
+                }
                 if let Some(kept) = kept {
                     self.line(&format!("{:>9}  what it left is in {kept}", ""));
                 }

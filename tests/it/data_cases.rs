@@ -316,7 +316,7 @@ fn run(project: &Project, cases: &[Case]) -> Vec<Made> {
         match sort {
             "stage_done" => made.told += told.get(name).map_or("", String::as_str),
             "stage_fresh" => {
-                made.told += told_of.get(&(stage, artifact)).map_or("", String::as_str)
+                made.told += told_of.get(&(stage, artifact)).map_or("", String::as_str);
             }
             _ => continue,
         }
@@ -494,9 +494,11 @@ fn data_is_read_as_the_python_stack_reads_it_or_refused_with_a_sentence() {
         .filter(|name| !different.contains(**name))
         .collect();
     if update_wanted() {
-        let left = known.iter().filter(|name| different.contains(**name));
-        let text: String = left.map(|name| format!("{name}\n")).collect();
-        fs::write(folder.join("differs.txt"), text).unwrap();
+        let mut left = String::new();
+        for name in known.iter().filter(|name| different.contains(**name)) {
+            let _ = writeln!(left, "{name}");
+        }
+        fs::write(folder.join("differs.txt"), left).unwrap();
         return;
     }
     assert!(

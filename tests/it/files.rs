@@ -63,7 +63,7 @@ fn a_pattern_is_stale_when_what_fits_changes() {
     let project = project("{ path: 'in/**/part-*.jsonl' }");
     fs::create_dir_all(project.path("in/more")).unwrap();
     project.write("in/part-1.jsonl", ROW);
-    let run = ["run", "recipe.yaml"];
+    let run = ["recipe.yaml"];
     assert_eq!(project.ran(&run), ["rows"]);
     assert_eq!(project.ran(&run), [""; 0]);
     project.write("in/other.jsonl", ROW);
@@ -79,7 +79,7 @@ fn a_pattern_is_stale_when_what_fits_changes() {
         "its result is there from before"
     );
     fs::remove_file(project.path("in/part-1.jsonl")).unwrap();
-    let ended = project.run(&run);
+    let ended = project.run(&["run", "recipe.yaml"]);
     assert_eq!(ended.code, Some(1));
     assert!(ended.stderr.contains("no file fits"), "{}", ended.stderr);
 }
@@ -176,5 +176,22 @@ fn what_can_t_be_read_is_told_in_words() {
         assert!(!error.contains('\u{1b}'), "{error:?}");
         let place = project.path("");
         assert!(!error.contains(place.to_str().unwrap()), "{error}");
+    }
+}
+
+#[test]
+fn a_failure_names_the_row_and_the_stages_place_in_the_recipe() {
+    let project = Project::empty();
+    let rows = "{\"prompt\": \"p\", \"chosen\": \"c\"}\n{\"prompt\": 3, \"chosen\": \"c\"}\n";
+    fs::write(project.path("rows.jsonl"), rows).unwrap();
+    let recipe = "version: 1\nstages:\n  rows: { import_dataset: { path: rows.jsonl } }\n";
+    fs::write(project.path("recipe.yaml"), recipe).unwrap();
+    let ended = project.run(&["run", "recipe.yaml"]);
+    assert_eq!(ended.code, Some(1), "{}", ended.stderr);
+    for expected in [
+        "rows.jsonl: row 2: `prompt` is a number: expected text",
+        "it stands in recipe.yaml:3:3",
+    ] {
+        assert!(ended.stderr.contains(expected), "{}", ended.stderr);
     }
 }

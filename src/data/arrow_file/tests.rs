@@ -1,3 +1,5 @@
+//! Tests of `arrow_file`.
+
 use std::path::PathBuf;
 
 use arrow::array::AsArray;

@@ -1,3 +1,5 @@
+//! Tests of `csv`.
+
 use std::io::Write as _;
 
 use arrow::array::AsArray;

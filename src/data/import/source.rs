@@ -234,13 +234,10 @@ fn open(
 
 /// A Parquet file by itself: what another file beside it has is compared column by column.
 fn parquet(path: &Path, shown: &str) -> Result<Split> {
-    let open = || -> Result<Split> {
-        starts_as(&head_of(path)?, b"PAR1", "Parquet file")?;
-        Split::of_files("source", vec![path.to_owned()])
-    };
-    open()
-        .with_context(|| format!("could not read `{shown}`"))
-        .map_err(|error| plainly(&error, path, shown))
+    let head = head_of(path).map_err(Error::from);
+    head.and_then(|head| starts_as(&head, b"PAR1", "Parquet file"))
+        .with_context(|| format!("could not read `{shown}`"))?;
+    Split::of_files("source", vec![path.to_owned()]).map_err(|error| plainly(&error, path, shown))
 }
 
 /// An error under the file's name as the recipe has it, without the words of the library.

@@ -1,3 +1,5 @@
+//! Tests of `reading`.
+
 use std::io::Write as _;
 
 use super::*;

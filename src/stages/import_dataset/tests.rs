@@ -1,3 +1,5 @@
+//! Tests of `import_dataset`.
+
 use super::*;
 use crate::data;
 

@@ -1,3 +1,5 @@
+//! Tests of `split_dataset`.
+
 use std::path::Path;
 use std::sync::Arc;
 

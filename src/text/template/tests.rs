@@ -304,3 +304,8 @@ fn renders_the_cases_of_a_file() {
     )
     .unwrap();
 }
+
+#[test]
+fn the_engines_own_debug_is_no_part_of_a_template() {
+    assert!(fails("{{ debug() }}").contains("debug"));
+}

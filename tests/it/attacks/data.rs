@@ -215,7 +215,7 @@ fn tables_cost_no_more_than_they_hold() {
     for (name, depth, words) in [
         ("lists", 150, "levels are read"),
         ("more_lists", 700, "levels are read"),
-        ("many_lists", 20_000, "can't be read as Parquet"),
+        ("many_lists", 20_000, "nested too deeply"),
     ] {
         let path = project.path(&format!("{name}.parquet"));
         on_a_deep_stack(move || {

@@ -1,3 +1,5 @@
+//! Tests of `mix`.
+
 use std::sync::Arc;
 
 use arrow::array::{ArrayRef, AsArray, Int64Array};
