@@ -23,6 +23,7 @@ mod columns;
 mod mix;
 mod rows;
 mod source;
+mod values;
 
 /// What to import.
 #[derive(Debug, Clone, Default)]
