@@ -57,6 +57,24 @@ pub(super) enum From {
     },
 }
 
+impl From {
+    /// The columns of the file that it is made of.
+    pub(super) fn reads(&self) -> Vec<&String> {
+        match self {
+            Self::Column(theirs) => vec![theirs],
+            Self::Expression(expression) => expression.reads.iter().collect(),
+            Self::Instruction {
+                instruction,
+                input,
+                history,
+            } => std::iter::once(instruction)
+                .chain(input)
+                .chain(history)
+                .collect(),
+        }
+    }
+}
+
 /// How rows are read.
 pub(super) struct Reading {
     pub(super) form: Form,

@@ -9,15 +9,15 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use super::forms::recognise;
 pub use super::forms::{CANONICAL, Form};
+use super::forms::{Reading, list, recognise};
 use super::reading::Encoding;
 use super::table::{Writer, pass_batches};
 use columns::Union;
 pub use mix::{Mix, StoppingStrategy, mix_rows};
 use rows::Rows;
-use source::open_all;
 pub use source::{Format, split_of_file};
+use source::{Source, open_all};
 
 mod columns;
 mod mix;
@@ -89,6 +89,7 @@ pub fn import_files(
     );
     let reading = recognise(&union.names(), &options.columns, options.form)
         .with_context(|| format!("could not import `{}`", first.path.display()))?;
+    all_have_answers(&opened, &reading)?;
     let rows = Rows::new(reading, union, options)?;
     let writer = Writer::create_file(destination, rows.schema().clone())?;
     let mut left = options.max_rows.unwrap_or(usize::MAX);
@@ -144,6 +145,26 @@ pub fn import_files(
         rows_skipped,
         skipped,
     })
+}
+
+/// Makes sure that each file has a column of answers: one of another form would give rows of nothing.
+fn all_have_answers(sources: &[Source], reading: &Reading) -> Result<()> {
+    const ANSWERS: [&str; 3] = ["chosen", "messages", "text"];
+    let answers = reading.ours.iter();
+    let answers = answers.filter(|(ours, _)| ANSWERS.contains(ours));
+    let reads: Vec<&String> = answers.flat_map(|(_, from)| from.reads()).collect();
+    let filled = |source: &&Source| !source.schema.fields().is_empty();
+    for source in sources.iter().filter(filled) {
+        let has = |name: &&&String| source.schema.field_with_name(name).is_ok();
+        ensure!(
+            reads.iter().any(|name| has(&name)),
+            "`{}` has none of the columns that answers are read from, {}; hint: files of another form are a dataset of their own, as in \
+             `datasets: [{{path: a.jsonl}}, {{path: b.jsonl}}]`",
+            source.path.display(),
+            list(reads)
+        );
+    }
+    Ok(())
 }
 
 #[cfg(test)]

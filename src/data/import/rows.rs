@@ -60,18 +60,7 @@ impl Rows {
         let has_prompt = ours.iter().any(|(name, _)| *name == "prompt");
         let transcripts = all_transcripts || (form == Form::Preference && !has_prompt);
         for (name, from) in ours {
-            let reads: Vec<&String> = match &from {
-                From::Column(theirs) => vec![theirs],
-                From::Expression(expression) => expression.reads.iter().collect(),
-                From::Instruction {
-                    instruction,
-                    input,
-                    history,
-                } => std::iter::once(instruction)
-                    .chain(input)
-                    .chain(history)
-                    .collect(),
-            };
+            let reads = from.reads();
             for read in reads {
                 if let Some((file, row)) = union.not_finite(read) {
                     bail!(

@@ -90,6 +90,7 @@ impl Found {
 fn matching(found: &mut Found, place: &Path, written: &str, split: &str) -> Result<()> {
     let folder = written_folder(written);
     let mut first: Option<String> = None;
+    let mut plain = BTreeMap::new();
     for (name, path) in files_at(place)? {
         let shown = shown(&folder.join(&name));
         if is_description(&name) {
@@ -103,6 +104,12 @@ fn matching(found: &mut Found, place: &Path, written: &str, split: &str) -> Resu
         {
             bail!(
                 "`{written}` fits files of several formats, `{first}` and `{name}`; hint: write it so that it fits those of one"
+            );
+        }
+        if let Some(twin) = plain.insert(unpacked(&name).to_owned(), name.clone()) {
+            bail!(
+                "`{written}` fits `{twin}` and `{name}`, which are the same file packed and unpacked by their names; hint: write it so \
+                 that it fits one of them"
             );
         }
         first.get_or_insert(name);
@@ -214,6 +221,13 @@ fn read<T: for<'de> Deserialize<'de>>(path: &Path, name: &str) -> Result<T> {
     serde_json::from_slice(&text)
         .ok()
         .with_context(|| format!("`{name}` is not as `datasets` writes it"))
+}
+
+/// A file's name without the extension of a packed file.
+fn unpacked(name: &str) -> &str {
+    let packed = name.rsplit_once('.');
+    let packed = packed.filter(|(_, extension)| matches!(*extension, "gz" | "zst" | "xz" | "bz2"));
+    packed.map_or(name, |(plain, _)| plain)
 }
 
 /// The folder before the first part of a path that is a pattern.

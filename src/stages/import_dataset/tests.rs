@@ -440,3 +440,33 @@ fn mistakes_of_several_datasets_are_told_before_anything_runs() {
         assert!(delimiter_of(text).is_ok(), "{text}");
     }
 }
+
+#[test]
+fn files_that_would_give_wrong_rows_are_refused() {
+    let messages = r#"{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}"#;
+    let other =
+        r#"{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}"#;
+    let files = [("a.jsonl", messages), ("b.jsonl", other)];
+    fails(
+        "{path: [a.jsonl, b.jsonl]}",
+        &files,
+        &[
+            "`b.jsonl` has none of the columns",
+            "`messages`",
+            "datasets:",
+        ],
+    );
+    let folder = tempfile::tempdir().unwrap();
+    for (name, text) in files {
+        std::fs::write(folder.path().join(name), text).unwrap();
+    }
+    let yaml = "{datasets: [{path: a.jsonl}, {path: b.jsonl}]}";
+    let (_folder, cx) = in_folder(yaml, folder.path()).unwrap();
+    let rows = rows_of(&cx, "train");
+    assert_eq!(rows[0], rows[1]);
+    fails(
+        "{path: '*.jsonl*'}",
+        &[("a.jsonl", ROW), ("a.jsonl.gz", ROW)],
+        &["`a.jsonl` and `a.jsonl.gz`", "the same file"],
+    );
+}
