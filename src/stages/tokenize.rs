@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use anyhow::{Context as _, Result, anyhow, ensure};
 use arrow::array::{Array, AsArray, RecordBatch, StringArray};
 use rayon::prelude::*;
 use schemars::JsonSchema;
@@ -122,6 +122,9 @@ struct Counts {
     empty_answers: usize,
     /// Preferred and other answers, and how many of their sequences got a BOS and an EOS.
     sides: usize,
+    /// Rows with ids that the model has no embeddings for, and the first of them.
+    beyond: usize,
+    first_beyond: Option<String>,
     bos_added: usize,
     eos_added: usize,
 }
@@ -206,6 +209,15 @@ impl Counts {
                 self.empty_answers
             ));
         }
+        if let Some(first) = &self.first_beyond {
+            cx.note("rows_with_unknown_ids", self.beyond);
+            cx.warn(format!(
+                "{} of {all} rows hold tokens that the model has no embeddings for, the first is {first}; no training on this model \
+                 takes them. The files of the tokenizer name tokens that the model was not made with; hint: leave them out of the \
+                 rows, or out of the files",
+                self.beyond
+            ));
+        }
         if self.equal_answers > 0 {
             cx.note("rows_with_equal_answers", self.equal_answers);
             cx.warn(format!(
@@ -266,25 +278,28 @@ impl Tokenize {
                             number: number as u64,
                             of: Arc::clone(&of),
                         };
-                        let encoded = watched(watch, longest(bytes), || match rejected {
+                        watched(watch, longest(bytes), || match rejected {
                             Some(_) => {
                                 encode(tokenizer, prompt, chosen, rejected, self.truncation())
                             }
                             None => encode_alone(tokenizer, prompt, chosen, self.truncation()),
-                        })?;
-                        if let Ok(row) = &encoded {
-                            within(row, vocabulary, tokenizer)?;
-                        }
-                        Ok(encoded)
+                        })
                     });
                     ids.with_context(|| format!("row {number} {of}"))
                 })
                 .collect();
             let mut kept = Vec::with_capacity(texts.num_rows());
-            for row in rows? {
+            for (row, number) in rows?.into_iter().zip(done + 1..) {
                 match row {
                     Ok(row) => {
                         counts.add(&row, tokenizer)?;
+                        if let Some(id) = beyond(&row, vocabulary) {
+                            counts.beyond += 1;
+                            counts.first_beyond.get_or_insert_with(|| {
+                                let text = tokenizer.token_of(id).unwrap_or_default();
+                                format!("`{text}` with the id {id} in row {number} {of}")
+                            });
+                        }
                         kept.push(token_row(row));
                     }
                     Err(cause) => *counts.dropped.entry(cause).or_default() += 1,
@@ -367,21 +382,12 @@ fn vocabulary(model: &Path) -> Result<Option<u32>> {
     Ok(size.and_then(|size| u32::try_from(size).ok()))
 }
 
-/// Refuses ids that the model has no embeddings for: a tokenizer may name more tokens than the model was made with.
-fn within(row: &RowIds, vocabulary: Option<u32>, tokenizer: &Tokenizer) -> Result<()> {
-    let Some(vocabulary) = vocabulary else {
-        return Ok(());
-    };
+/// The first id that the model has no embeddings for: a tokenizer may name more tokens than the model was made with.
+fn beyond(row: &RowIds, vocabulary: Option<u32>) -> Option<u32> {
+    let vocabulary = vocabulary?;
     let sides = std::iter::once(&row.chosen).chain(&row.rejected);
     let mut ids = sides.flat_map(|side| side.prompt.iter().chain(&side.answer));
-    if let Some(id) = ids.find(|id| **id >= vocabulary) {
-        let text = tokenizer.token_of(*id).unwrap_or_default();
-        bail!(
-            "the row holds the token `{text}` with the id {id}, and the model has embeddings for {vocabulary} ids only; hint: the \
-             files of the tokenizer name tokens that the model was not made with, so leave them out of the text or out of the files"
-        );
-    }
-    Ok(())
+    ids.find(|id| **id >= vocabulary).copied()
 }
 
 #[cfg(test)]

@@ -130,7 +130,7 @@ fn tokenizers_end_one_stage() {
     models.tokenizer(
         "vocab",
         |json| json["model"]["vocab"]["!"] = json!(u32::MAX),
-        "the model has embeddings for",
+        "above 2^31",
     );
     models.tokenizer(
         "unigram",

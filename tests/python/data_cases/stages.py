@@ -4,6 +4,7 @@ import json
 
 from .arguments import objects
 from .case import CHATML, EXACT, NO_PROMPT, TOOLS, Case, assistant, jsonl, lines, refused, system, user
+from .reference import MODEL
 
 PAIR = {"prompt": "hi", "chosen": "a", "rejected": "b"}
 HI = [user("hi"), assistant("oak")]
@@ -131,6 +132,13 @@ def config(**changes):
     return {"tokenizer_config.json": {"set": changes}}
 
 
+def with_room(changes):
+    """The same without the last of the tokens, so that the model has embeddings for one more (1023)."""
+    tokens = json.loads((MODEL / "tokenizer.json").read_text())["added_tokens"][:-1]
+    settings = {"pad_token": "<|eot_id|>", **changes.get("tokenizer_config.json", {"set": {}})["set"]}
+    return {**changes, "tokenizer.json": {"set": {"added_tokens": tokens}}, "tokenizer_config.json": {"set": settings}}
+
+
 def ids():
     """Token ids of TRL's trainers."""
     turns = {"messages": [user("one"), assistant("1"), user("two"), assistant("2")]}
@@ -168,18 +176,20 @@ def tokenizers():
         return jsonl(f"tokenizer_{name}", pairs, compare="orpo", model=files, **more)
     def texts(name, files):
         return jsonl(f"tokenizer_text_{name}", [{"text": "An oak"}], compare="sft", model=files)
-    added = {"1024": {"content": "<|tool|>", "special": True, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}}
+    def more(name, files, **rest):
+        return case(name, with_room(files), **rest)
+    added = {"1023": {"content": "<|tool|>", "special": True, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}}
     return [
         case("as_it_is", {}),
         case("bos_null", config(bos_token=None)),
         case("pad_null", config(pad_token=None)),
-        case("additional_special_tokens", config(additional_special_tokens=["<|tool|>"])),
-        case("extra_special_tokens", config(extra_special_tokens=["<|tool|>"])),
-        case("extra_special_tokens_by_name", config(extra_special_tokens={"tool_token": "<|tool|>"}), template="{{ tool_token }}" + plain),
-        case("added_tokens_decoder", config(added_tokens_decoder=added)),
-        case("added_tokens_json", {"added_tokens.json": json.dumps({"<|tool|>": 1024})}),
+        more("additional_special_tokens", config(additional_special_tokens=["<|tool|>"])),
+        more("extra_special_tokens", config(extra_special_tokens=["<|tool|>"])),
+        more("extra_special_tokens_by_name", config(extra_special_tokens={"tool_token": "<|tool|>"}), template="{{ tool_token }}" + plain),
+        more("added_tokens_decoder", config(added_tokens_decoder=added)),
+        more("added_tokens_json", {"added_tokens.json": json.dumps({"<|tool|>": 1023})}),
         case("special_tokens_map", {"special_tokens_map.json": json.dumps({"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"})}),
-        case("special_tokens_map_adds", {"special_tokens_map.json": json.dumps({"additional_special_tokens": ["<|tool|>"]})}),
+        more("special_tokens_map_adds", {"special_tokens_map.json": json.dumps({"additional_special_tokens": ["<|tool|>"]})}),
         case("bos_as_object", config(bos_token={"content": "<|begin_of_text|>", "__type": "AddedToken", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False})),
         case("add_bos_token_false", config(add_bos_token=False)),
         case("add_eos_token", config(add_eos_token=True)),
@@ -188,9 +198,9 @@ def tokenizers():
         case("class_gpt2", config(tokenizer_class="GPT2Tokenizer"), refused=["tokenizer_class"]),
         case("class_qwen2", config(tokenizer_class="Qwen2Tokenizer"), refused=["tokenizer_class"]),
         case("split_special_tokens", config(split_special_tokens=True), refused=["split_special_tokens"]),
-        case("token_that_strips", config(added_tokens_decoder={"1024": {**added["1024"], "lstrip": True, "rstrip": True}})),
-        case("token_that_is_not_special", config(added_tokens_decoder={"1024": {**added["1024"], "special": False}})),
-        case("two_more_tokens", config(additional_special_tokens=["<|tool|>", "there"])),
+        more("token_that_strips", config(added_tokens_decoder={"1023": {**added["1023"], "lstrip": True, "rstrip": True}})),
+        more("token_that_is_not_special", config(added_tokens_decoder={"1023": {**added["1023"], "special": False}})),
+        case("token_without_embedding", config(additional_special_tokens=["<|tool|>"]), rows=None, refused=["row 1", "<|tool|>", "1024"]),
         texts("post_processor", {}),
         texts("no_post_processor", {"tokenizer.json": {"set": {"post_processor": None}}}),
         texts("bos_null", config(bos_token=None)),
