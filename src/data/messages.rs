@@ -125,15 +125,38 @@ fn parts(message: &Cell) -> Result<()> {
     Ok(())
 }
 
-/// Whether somebody answers in a list of messages.
-pub(super) fn has_answer(messages: &Cell) -> bool {
-    let Cell::List(messages) = messages else {
-        return false;
+/// Refuses messages in which nobody answers.
+pub(super) fn need_answer(messages: &Cell) -> Result<()> {
+    let mut roles: Vec<&str> = Vec::new();
+    if let Cell::List(messages) = messages {
+        for message in messages {
+            if let Some(Cell::Text(role)) = message.get("role")
+                && !roles.contains(&role.as_str())
+            {
+                roles.push(role);
+            }
+        }
+    }
+    if roles.contains(&"assistant") {
+        return Ok(());
+    }
+    let is_assistant = |role: &&str| {
+        let small = role.trim().to_lowercase();
+        SPEAKERS.contains(&(small.as_str(), "assistant"))
     };
-    let assistant = Cell::Text("assistant".to_owned());
-    messages
+    let hint = match roles.iter().any(is_assistant) {
+        true => "; hint: `format: sharegpt` reads other names of the assistant",
+        false => "",
+    };
+    let roles: Vec<String> = roles
         .iter()
-        .any(|message| message.get("role") == Some(&assistant))
+        .take(8)
+        .map(|role| format!("`{}`", role.chars().take(40).collect::<String>()))
+        .collect();
+    bail!(
+        "`messages` has no message of the role `assistant`, only of {}{hint}",
+        roles.join(", ")
+    );
 }
 
 /// A message with ShareGPT's names; other keys stay.

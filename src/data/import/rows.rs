@@ -16,7 +16,7 @@ use super::values::{Made, build, turns, unpacked};
 use crate::data::cell::{Cell, is_json, json_field};
 use crate::data::forms::{Form, From, Reading, list};
 use crate::data::json::BROKEN;
-use crate::data::messages::{has_answer, messages, transcript};
+use crate::data::messages::{messages, need_answer, transcript};
 
 /// Rows that are left out are named up to here.
 const MOST_NAMED: usize = 20;
@@ -444,10 +444,7 @@ impl Rows {
                     value != Cell::List(Vec::new()),
                     "`messages` is an empty list"
                 );
-                ensure!(
-                    has_answer(&value),
-                    "`messages` has no message of the role `assistant`: there is no answer to learn"
-                );
+                need_answer(&value)?;
                 Ok(if written || changed {
                     Made::Other(value)
                 } else {

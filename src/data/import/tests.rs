@@ -76,12 +76,12 @@ fn all_formats_give_the_same_rows() {
             rows
         );
     }
-    let csv = "\u{feff}prompt,chosen,rejected\n\"q, é\n\",d,\n";
+    let csv = "\u{feff}prompt,chosen,rejected\n\"q, é\n\",d,r\n";
     let (_, rows) = import(&[("c.csv", csv)], &ImportOptions::default()).unwrap();
     assert_eq!(
         rows,
         [json(
-            r#"{"prompt": "q, é\n", "chosen": "d", "rejected": null}"#
+            r#"{"prompt": "q, é\n", "chosen": "d", "rejected": "r"}"#
         )]
     );
 }
@@ -199,7 +199,7 @@ fn parquet_from_elsewhere_keeps_what_it_says() {
     let other = folder.path().join("b.jsonl");
     std::fs::write(
         &other,
-        r#"{"n": 9, "messages": [{"role": "user", "content": "x"}], "note": 3}"#,
+        r#"{"n": 9, "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "note": 3}"#,
     )
     .unwrap();
     let to = folder.path().join("train.parquet");
@@ -216,7 +216,9 @@ fn parquet_from_elsewhere_keeps_what_it_says() {
             json(
                 r#"{"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, {"role": "assistant", "content": "a", "name": "n"}], "note": "pear", "n": 7}"#
             ),
-            json(r#"{"messages": [{"role": "user", "content": "x"}], "note": 3, "n": 9}"#),
+            json(
+                r#"{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "note": 3, "n": 9}"#
+            ),
         ]
     );
 }
