@@ -1,6 +1,7 @@
 //! Which columns of other people's files are which of ours: the forms that data sets have, recognised by their columns or named.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use schemars::JsonSchema;
@@ -48,7 +49,7 @@ pub(super) enum From {
     /// A column, by its name in the file.
     Column(String),
     /// Other columns.
-    Expression(Expression),
+    Expression(Box<Expression>),
     /// Alpaca's instruction, with its input and the turns before it.
     Instruction {
         instruction: String,
@@ -122,7 +123,7 @@ pub(super) fn recognise(
                     list(names)
                 );
             }
-            From::Expression(expression)
+            From::Expression(Box::new(expression))
         };
         given.insert(ours, from);
     }
@@ -339,13 +340,14 @@ impl Columns<'_> {
         self.used.extend(history.clone());
         let mut told = "`instruction`".to_owned();
         if let Some(input) = &input {
-            told.push_str(&format!(
+            _ = write!(
+                told,
                 ", and behind a blank line `{input}` where it is not empty,"
-            ));
+            );
         }
         told.push_str(" is the prompt");
         if let Some(From::Column(answer)) = self.given.get("chosen") {
-            told.push_str(&format!(", `{answer}` the answer"));
+            _ = write!(told, ", `{answer}` the answer");
         }
         if history.is_some() {
             told.push_str(", `history` the turns before");
@@ -389,7 +391,7 @@ pub(super) fn list<T: AsRef<str>>(names: impl IntoIterator<Item = T>) -> String 
     let more = names.len().saturating_sub(30);
     let mut text = names.into_iter().take(30).collect::<Vec<_>>().join(", ");
     if more > 0 {
-        text.push_str(&format!(" and {more} more"));
+        _ = write!(text, " and {more} more");
     }
     text
 }

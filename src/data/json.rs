@@ -44,7 +44,7 @@ pub(super) enum Layout {
 #[derive(Debug)]
 pub(super) struct Columns {
     /// In the order in which they first appear.
-    pub(super) columns: Vec<(String, Kind)>,
+    pub(super) kinds: Vec<(String, Kind)>,
     /// The columns that hold NaN or an infinity, and the first row that does.
     pub(super) not_finite: BTreeMap<String, u64>,
     /// The rows that can't be read.
@@ -134,7 +134,7 @@ pub(super) fn columns(file: &TextFile, layout: Layout, most: usize, skip: u64) -
         Ok(read < most)
     })?;
     Ok(Columns {
-        columns,
+        kinds: columns,
         not_finite,
         broken,
         rows: read,
@@ -143,7 +143,7 @@ pub(super) fn columns(file: &TextFile, layout: Layout, most: usize, skip: u64) -
 
 /// The fields of a file's rows, and, where some can't be read, the one that says why.
 pub(super) fn fields(columns: &Columns) -> Vec<Field> {
-    let known = columns.columns.iter();
+    let known = columns.kinds.iter();
     let mut fields: Vec<Field> = known.map(|(name, kind)| kind.field(name)).collect();
     if columns.broken > 0 {
         fields.push(Field::new(BROKEN, DataType::Utf8, true));
@@ -206,7 +206,7 @@ fn receive(
             .map(|row| Lookup::of(row.as_ref().ok()))
             .collect();
         let mut arrays: Vec<ArrayRef> = Vec::with_capacity(schema.fields().len());
-        for (name, kind) in &columns.columns {
+        for (name, kind) in &columns.kinds {
             let values: Vec<Option<&RawValue>> = named.iter().map(|row| row.get(name)).collect();
             arrays.push(kind.build(&values)?);
         }

@@ -60,10 +60,10 @@ impl Kind {
 
     /// An array of this type; null stands where there is no value. Every value must be of this type or null.
     pub(super) fn build(self, values: &[Option<&RawValue>]) -> Result<ArrayRef> {
-        fn present<'a>(value: &Option<&'a RawValue>) -> Option<&'a str> {
+        fn present(value: Option<&RawValue>) -> Option<&str> {
             value.map(RawValue::get).filter(|text| *text != "null")
         }
-        let texts = values.iter().map(present);
+        let texts = values.iter().copied().map(present);
         Ok(match self {
             Self::Null => Arc::new(NullArray::new(values.len())),
             Self::Bool => {

@@ -4,7 +4,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use super::cell::Cell;
 
-/// ShareGPT's names of who speaks, and the roles that they are.
+/// `ShareGPT`'s names of who speaks, and the roles that they are.
 const SPEAKERS: &[(&str, &str)] = &[
     ("human", "user"),
     ("user", "user"),
@@ -30,7 +30,7 @@ const OTHER_CONTENTS: &[&str] = &[
     "reasoning",
 ];
 
-/// A list of messages, or, for an answer, one message alone, as messages with `role` and `content`. `share_gpt` reads ShareGPT's
+/// A list of messages, or, for an answer, one message alone, as messages with `role` and `content`. `share_gpt` reads `ShareGPT`'s
 /// names also where a message has a `role`. The second value says whether anything was written another way.
 pub(super) fn messages(value: Cell, name: &str, share_gpt: bool) -> Result<(Cell, bool)> {
     let (items, mut changed) = match value {
@@ -144,9 +144,10 @@ pub(super) fn need_answer(messages: &Cell) -> Result<()> {
         let small = role.trim().to_lowercase();
         SPEAKERS.contains(&(small.as_str(), "assistant"))
     };
-    let hint = match roles.iter().any(is_assistant) {
-        true => "; hint: `format: sharegpt` reads other names of the assistant",
-        false => "",
+    let hint = if roles.iter().any(is_assistant) {
+        "; hint: `format: sharegpt` reads other names of the assistant"
+    } else {
+        ""
     };
     let roles: Vec<String> = roles
         .iter()
@@ -159,7 +160,7 @@ pub(super) fn need_answer(messages: &Cell) -> Result<()> {
     );
 }
 
-/// A message with ShareGPT's names; other keys stay.
+/// A message with `ShareGPT`'s names; other keys stay.
 fn spoken(message: Cell, by: &str) -> Result<Cell> {
     let speaker = match message.get(by) {
         Some(Cell::Text(speaker)) => speaker.trim().to_lowercase(),
@@ -269,19 +270,16 @@ pub(super) fn transcript(text: &str) -> Option<Vec<Cell>> {
     let start = TURNS
         .iter()
         .find_map(|(mark, role)| Some((text.strip_prefix(mark.trim_start())?, *role)));
-    let mut role = match start {
-        Some((after, role)) => {
-            rest = after;
-            role
+    let mut role = if let Some((after, role)) = start {
+        rest = after;
+        role
+    } else {
+        let (at, (mark, role)) = next(text)?;
+        if !text[..at].trim().is_empty() {
+            return None;
         }
-        None => {
-            let (at, (mark, role)) = next(text)?;
-            if !text[..at].trim().is_empty() {
-                return None;
-            }
-            rest = &rest[at + mark.len()..];
-            role
-        }
+        rest = &rest[at + mark.len()..];
+        role
     };
     let mut turns: Vec<Cell> = Vec::new();
     loop {

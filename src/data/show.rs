@@ -38,9 +38,10 @@ pub fn summary(folder: &Path) -> Result<Summary> {
                 columns: fields
                     .iter()
                     .map(|field| {
-                        let data_type = match is_json(field) {
-                            true => "JSON".to_owned(),
-                            false => field.data_type().to_string(),
+                        let data_type = if is_json(field) {
+                            "JSON".to_owned()
+                        } else {
+                            field.data_type().to_string()
                         };
                         (field.name().clone(), data_type)
                     })

@@ -58,7 +58,7 @@ impl Frame {
             if frame.answer.is_empty()
                 && let Some(between) = between.filter(|between| marked(between))
             {
-                frame.answer = between.to_owned();
+                between.clone_into(&mut frame.answer);
             }
         }
         // The first special token may have been left to the tokenizer.

@@ -1,6 +1,7 @@
 //! Batches of a file's rows as batches of ours: columns under our names, messages with `role` and `content`, and what can't be used
 //! left out or refused.
 
+use std::fmt::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -26,7 +27,7 @@ enum Step {
     /// A column as it is.
     As(String),
     /// A value that is looked at: messages, tools, a label.
-    Made(From),
+    Made(Box<From>),
 }
 
 /// Makes our rows of a file's.
@@ -199,8 +200,12 @@ impl Rows {
         let theirs = |name: &str| {
             let step = self.steps.iter().find(|(known, _)| *known == name);
             match step {
-                Some((_, Step::As(theirs) | Step::Made(From::Column(theirs)))) => theirs.clone(),
-                _ => name.to_owned(),
+                Some((_, Step::As(theirs))) => theirs.clone(),
+                Some((_, Step::Made(from))) => match from.as_ref() {
+                    From::Column(theirs) => theirs.clone(),
+                    _ => name.to_owned(),
+                },
+                None => name.to_owned(),
             }
         };
         let answers = ["chosen", "messages", "text"].map(|name| column(name).is_some());
@@ -268,7 +273,7 @@ impl Rows {
             let more = unused.len().saturating_sub(12);
             let mut text = unused.into_iter().take(12).collect::<Vec<_>>().join(", ");
             if more > 0 {
-                text.push_str(&format!(" and {more} more"));
+                _ = write!(text, " and {more} more");
             }
             told.push(format!(
                 "carried along, but no part of prompts and answers: {text}"
@@ -547,6 +552,6 @@ fn step(
     };
     match from {
         From::Column(theirs) if plain => (Step::As(theirs), field),
-        from => (Step::Made(from), field),
+        from => (Step::Made(Box::new(from)), field),
     }
 }

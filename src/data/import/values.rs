@@ -83,11 +83,11 @@ pub(super) fn build(field: &Field, cells: Vec<Made>) -> ArrayRef {
             Made::Null => made.append_null(),
             Made::Raw(text) => made.append_value(text),
             Made::Same(Cell::Text(text)) | Made::Other(Cell::Text(text)) if !json => {
-                made.append_value(text)
+                made.append_value(text);
             }
             // Values of ours can always be written.
             Made::Same(value) | Made::Other(value) => {
-                made.append_option(serde_json::to_string(&value).ok())
+                made.append_option(serde_json::to_string(&value).ok());
             }
         }
     }
