@@ -152,6 +152,10 @@ fn all_have_answers(sources: &[Source], reading: &Reading) -> Result<()> {
     let answers = reading.ours.iter();
     let answers = answers.filter(|(ours, _)| ANSWERS.contains(ours));
     let reads: Vec<&String> = answers.flat_map(|(_, from)| from.reads()).collect();
+    if reads.is_empty() {
+        // The stage that needs answers says so.
+        return Ok(());
+    }
     let filled = |source: &&Source| !source.schema.fields().is_empty();
     for source in sources.iter().filter(filled) {
         let has = |name: &&&String| source.schema.field_with_name(name).is_ok();
