@@ -126,7 +126,7 @@ impl Cell {
     pub fn parse(text: &str) -> Result<Self> {
         let value: Self = serde_json::from_str(text)
             .map_err(|error| anyhow!("it is no JSON that can be read: {}", reason(&error)))?;
-        if has_long_number(text.as_bytes()) {
+        if has_long_number(text.as_bytes()) || has_minus_zero(text.as_bytes()) {
             return exact(serde_json::from_str(text)?);
         }
         Ok(value)
@@ -173,17 +173,76 @@ pub fn json_field(name: &str) -> Field {
     Field::new(name, DataType::Utf8, true).with_metadata(mark)
 }
 
-/// Serde's sentence without its own place, which would say "line 1" of every line.
+/// What is wrong with a JSON text, in words, without a place.
 pub(super) fn reason(error: &serde_json::Error) -> String {
+    const WORDS: &[(&str, &str)] = &[
+        ("EOF while parsing a string", "it ends inside a text"),
+        ("EOF while parsing an object", "it ends inside an object"),
+        ("EOF while parsing a list", "it ends inside a list"),
+        ("EOF while parsing", "it ends where a value should be"),
+        ("expected value", "no value of JSON stands there"),
+        ("expected ident", "no value of JSON stands there"),
+        ("trailing characters", "something follows behind the value"),
+        ("trailing comma", "a comma stands before the end"),
+        (
+            "key must be a string",
+            "a key has to be a text in double quotes",
+        ),
+        (
+            "control character",
+            "a line's end or another control character stands inside a text",
+        ),
+        (
+            "invalid escape",
+            "a backslash stands before a character that has no meaning there",
+        ),
+        (
+            "lone leading surrogate",
+            "half of a pair of surrogates stands alone",
+        ),
+        (
+            "unexpected end of hex escape",
+            "half of a pair of surrogates stands alone",
+        ),
+        (
+            "invalid unicode code point",
+            "a character stands there that Unicode doesn't have",
+        ),
+        ("recursion limit exceeded", "it is nested too deeply"),
+        ("invalid number", "a number is not written as in JSON"),
+        ("expected `:`", "a colon is missing behind a key"),
+        (
+            "expected `,` or `}`",
+            "a comma or a closing brace is missing",
+        ),
+        (
+            "expected `,` or `]`",
+            "a comma or a closing bracket is missing",
+        ),
+    ];
     let text = error.to_string();
-    text.rsplit_once(" at line ")
-        .map_or(text.clone(), |(reason, _)| reason.to_owned())
+    let text = text
+        .rsplit_once(" at line ")
+        .map_or(text.as_str(), |(reason, _)| reason);
+    let known = WORDS.iter().find(|(theirs, _)| text.starts_with(theirs));
+    known.map_or(text, |(_, words)| words).to_owned()
 }
 
 /// Whether there are as many digits in a row as a number of more than 64 bits has.
 fn has_long_number(text: &[u8]) -> bool {
     text.chunk_by(|a, b| a.is_ascii_digit() && b.is_ascii_digit())
         .any(|run| run.len() >= 19)
+}
+
+/// Whether there may be a `-0`, which is the whole number 0 to Python, and a float to serde.
+fn has_minus_zero(text: &[u8]) -> bool {
+    text.windows(2).enumerate().any(|(at, pair)| {
+        let before = at.checked_sub(1).and_then(|at| text.get(at));
+        let after = text.get(at + 2);
+        pair == b"-0"
+            && before.is_none_or(|byte| b":[, \n\r\t".contains(byte))
+            && after.is_none_or(|byte| b",]} \n\r\t".contains(byte))
+    })
 }
 
 /// The same value read level by level, because serde makes a float of each long number. The text was read before, so it is not deep.
@@ -360,6 +419,11 @@ mod tests {
             let expected = text.replace("1e5", "100000.0");
             assert_eq!(serde_json::to_string(&cell).unwrap(), expected);
         }
+        let zeros = Cell::parse(r#"[-0, -0.0, {"a": -0}, "-0, x"]"#).unwrap();
+        assert_eq!(
+            serde_json::to_string(&zeros).unwrap(),
+            r#"[0,-0.0,{"a":0},"-0, x"]"#
+        );
         let digits = "9".repeat(45);
         let error = Cell::parse(&format!("[{digits}]")).unwrap_err().to_string();
         assert!(error.contains("more digits"), "{error}");

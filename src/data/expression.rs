@@ -73,8 +73,8 @@ impl Expression {
         let template = environment.get_template(NAME).map_err(explained)?;
         let mut reads: Vec<String> = template.undeclared_variables(false).into_iter().collect();
         reads.sort();
+        // With anything around it, a space or a line's end included, it is a text.
         let alone = source
-            .trim()
             .strip_prefix("{{")
             .and_then(|text| text.strip_suffix("}}"))
             .filter(|text| !text.contains("{{") && !text.contains("}}") && !text.contains("{%"))
@@ -173,6 +173,7 @@ mod tests {
             Cell::Int(12_345_678_901_234_567_890_123)
         );
         assert_eq!(of("${b}", row).unwrap(), Cell::Null);
+        assert_eq!(of("{{ a }}\n", row).unwrap(), text("x\n"));
         assert_eq!(Expression::new("${a} ${m.q}").unwrap().reads, ["a", "m"]);
     }
 

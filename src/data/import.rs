@@ -23,6 +23,7 @@ mod columns;
 mod mix;
 mod rows;
 mod source;
+mod values;
 
 /// What to import.
 #[derive(Debug, Clone, Default)]
@@ -153,7 +154,7 @@ fn all_have_answers(sources: &[Source], reading: &Reading) -> Result<()> {
     let answers = answers.filter(|(ours, _)| ANSWERS.contains(ours));
     let reads: Vec<&String> = answers.flat_map(|(_, from)| from.reads()).collect();
     if reads.is_empty() {
-        // The stage that needs answers says so.
+        // Prompts alone.
         return Ok(());
     }
     let filled = |source: &&Source| !source.schema.fields().is_empty();

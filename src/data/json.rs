@@ -15,7 +15,7 @@ use serde::de::{Deserializer as _, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
 use super::cell::{Cell, reason};
-use super::kind::Kind;
+use super::kind::{Kind, is_out_of_range};
 use super::reading::TextFile;
 use super::size::{BATCH_BYTES, LONGEST_ROW, MOST_FIELDS};
 use super::table::BATCH_ROWS;
@@ -96,7 +96,13 @@ pub(super) fn columns(file: &TextFile, layout: Layout, most: usize, skip: u64) -
             Ok((name.clone(), Kind::of(value)))
         });
         let kinds = kinds.collect::<Result<Vec<_>>>()?;
-        Ok((kinds, row.not_finite))
+        let great = row
+            .values
+            .iter()
+            .filter(|(_, value)| is_out_of_range(value.get()));
+        let mut odd: Vec<String> = great.map(|(name, _)| name.clone()).collect();
+        odd.extend(row.not_finite);
+        Ok((kinds, odd))
     };
     rows(file, layout, &kinds, &mut |row, place| {
         let (kinds, odd) = match row {

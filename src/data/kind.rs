@@ -71,7 +71,10 @@ impl Kind {
                 Arc::new(values.collect::<BooleanArray>())
             }
             Self::Int => Arc::new(parsed(texts)?.into_iter().collect::<Int64Array>()),
-            Self::Float => Arc::new(parsed(texts)?.into_iter().collect::<Float64Array>()),
+            Self::Float => {
+                let finite = texts.map(|text| text.filter(|text| !is_out_of_range(text)));
+                Arc::new(parsed(finite)?.into_iter().collect::<Float64Array>())
+            }
             Self::Text => {
                 let bytes = texts.clone().flatten().map(str::len).sum();
                 let mut column = StringBuilder::with_capacity(values.len(), bytes);
@@ -87,12 +90,17 @@ impl Kind {
                 let bytes = texts.clone().flatten().map(str::len).sum();
                 let mut column = StringBuilder::with_capacity(values.len(), bytes);
                 for text in texts {
-                    column.append_option(text);
+                    column.append_option(text.filter(|text| !is_out_of_range(text)));
                 }
                 Arc::new(column.finish())
             }
         })
     }
+}
+
+/// Whether a number is beyond what a float can be.
+pub(super) fn is_out_of_range(text: &str) -> bool {
+    text.contains(['e', 'E']) && text.parse().is_ok_and(f64::is_infinite)
 }
 
 /// The text that a JSON string stands for.

@@ -80,12 +80,83 @@ fn message(item: Cell, share_gpt: bool) -> Result<(Cell, bool)> {
                 "it has `{key}`, but no `content`; hint: `format: sharegpt` reads `{key}` as the content"
             );
         }
+        if message.get("content").is_some() {
+            bail!("its `content` is null, and it calls no tool: expected text");
+        }
         bail!(
             "it has {}, but nothing to say: expected `content`",
             keys(&message)
         );
     }
+    parts(&message)?;
     Ok((message, false))
+}
+
+/// Refuses a content with parts that are no text. What a tool answers may be anything.
+fn parts(message: &Cell) -> Result<()> {
+    let is_tool = matches!(message.get("role"), Some(Cell::Text(role)) if !matches!(role.as_str(), "user" | "assistant" | "system"));
+    let Some(Cell::List(parts)) = message.get("content").filter(|_| !is_tool) else {
+        return Ok(());
+    };
+    for (number, part) in (1..).zip(parts) {
+        let kind = match part.get("type") {
+            Some(Cell::Text(kind)) => kind.as_str(),
+            _ => "text",
+        };
+        let what = match part {
+            Cell::Map(_) if !kind.ends_with("text") => {
+                format!(
+                    "of the type `{}`: only text can be used",
+                    kind.chars().take(40).collect::<String>()
+                )
+            }
+            Cell::Map(_) => match part.get("text") {
+                Some(Cell::Text(_)) => continue,
+                Some(other) => format!("no text: its `text` is {}", other.noun()),
+                None => "no text: it has no `text`".to_owned(),
+            },
+            other => format!(
+                "{}: expected an object with `type` and `text`",
+                other.noun()
+            ),
+        };
+        bail!("part {number} of its `content` is {what}");
+    }
+    Ok(())
+}
+
+/// Refuses messages in which nobody answers.
+pub(super) fn need_answer(messages: &Cell) -> Result<()> {
+    let mut roles: Vec<&str> = Vec::new();
+    if let Cell::List(messages) = messages {
+        for message in messages {
+            if let Some(Cell::Text(role)) = message.get("role")
+                && !roles.contains(&role.as_str())
+            {
+                roles.push(role);
+            }
+        }
+    }
+    if roles.contains(&"assistant") {
+        return Ok(());
+    }
+    let is_assistant = |role: &&str| {
+        let small = role.trim().to_lowercase();
+        SPEAKERS.contains(&(small.as_str(), "assistant"))
+    };
+    let hint = match roles.iter().any(is_assistant) {
+        true => "; hint: `format: sharegpt` reads other names of the assistant",
+        false => "",
+    };
+    let roles: Vec<String> = roles
+        .iter()
+        .take(8)
+        .map(|role| format!("`{}`", role.chars().take(40).collect::<String>()))
+        .collect();
+    bail!(
+        "`messages` has no message of the role `assistant`, only of {}{hint}",
+        roles.join(", ")
+    );
 }
 
 /// A message with ShareGPT's names; other keys stay.
@@ -291,7 +362,22 @@ mod tests {
                 "message 2 of `chosen`: its `role` is null",
             ),
             (r#"[{"role":"user"}]"#, "nothing to say"),
-            (r#"[{"role":"user","content":null}]"#, "nothing to say"),
+            (
+                r#"[{"role":"user","content":null}]"#,
+                "its `content` is null",
+            ),
+            (
+                r#"[{"role":"user","content":["x"]}]"#,
+                "part 1 of its `content` is text: expected an object",
+            ),
+            (
+                r#"[{"role":"user","content":[{"type":"text","text":"x"},{"type":"image","image":"x"}]}]"#,
+                "part 2 of its `content` is of the type `image`",
+            ),
+            (
+                r#"[{"role":"user","content":[{"type":"text"}]}]"#,
+                "it has no `text`",
+            ),
             (r#"[{"content":"x"}]"#, "it has `content`, but no `role`"),
             (
                 r#"[{"from":"narrator","value":"x"}]"#,

@@ -1,5 +1,7 @@
 //! `apply_chat_template`: rows to text.
 
+use std::collections::BTreeSet;
+
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, StringArray, StringBuilder};
 use arrow::datatypes::{DataType, Field, Schema};
@@ -243,7 +245,7 @@ impl ApplyChatTemplate {
             let mut start = 0;
             while start < batch.num_rows() {
                 let end = batch.num_rows().min(start + at_once);
-                let rendered: Result<Vec<Rendered>> = (start..end)
+                let rendered: Result<Vec<(Rendered, BTreeSet<String>)>> = (start..end)
                 .into_par_iter()
                 .with_min_len(16.min((end - start).div_ceil(4 * fewest)))
                 .map(|row| {
@@ -253,7 +255,8 @@ impl ApplyChatTemplate {
                         of: Arc::clone(&of),
                     };
                     let render = || {
-                        let rendered = renderer.render(chat_row(renderer, &batch, row)?)?;
+                        let (chat, unread) = chat_row(renderer, &batch, row)?;
+                        let rendered = renderer.render(chat)?;
                         ensure!(
                             !preferences || rendered.rejected.is_some(),
                             "the row has no `rejected`"
@@ -263,15 +266,18 @@ impl ApplyChatTemplate {
                         {
                             bail!("its own text holds the special token `{token}`, which `special_tokens: refuse` doesn't allow");
                         }
-                        Ok(rendered)
+                        Ok((rendered, unread))
                     };
                     watched(watch, LONGEST, render).with_context(|| format!("row {number} {of}"))
                 })
                 .collect();
                 let rendered = rendered?;
-                for (row, rendered) in (done + start + 1..).zip(&rendered) {
-                    counts.add(row, split.name(), rendered);
+                let mut texts_made = Vec::with_capacity(rendered.len());
+                for (row, (rendered, unread)) in (done + start + 1..).zip(rendered) {
+                    counts.add(row, split.name(), &rendered, unread);
+                    texts_made.push(rendered);
                 }
+                let rendered = texts_made;
                 let column = |text: fn(&Rendered) -> Option<&str>| texts(&rendered, text);
                 let mut columns = vec![
                     column(|row| Some(&row.prompt)),

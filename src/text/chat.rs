@@ -70,6 +70,8 @@ pub struct Seen {
     pub earlier_answers: usize,
     /// Its last turns are no answer, and were left out.
     pub end_left_out: bool,
+    /// It has a system message of its own beside the one in its messages, which was left out.
+    pub system_left_out: bool,
 }
 
 /// Renders rows with one template.
@@ -130,6 +132,11 @@ impl Renderer {
             self.template.source().contains(&quoted)
         };
         ROLES.contains(&role) || (!role.is_empty() && (named('\'') || named('"')))
+    }
+
+    /// Whether the template's source has a name anywhere.
+    pub fn reads(&self, name: &str) -> bool {
+        self.template.source().contains(name)
     }
 
     /// The row as text.
@@ -278,6 +285,7 @@ impl Renderer {
             .and_then(|first| attribute(first, "role"))
             .as_deref()
             == Some("system");
+        seen.system_left_out = has_system && system.is_some();
         if let Some(system) = system.filter(|_| !has_system) {
             prompt.insert(0, message("system", &system));
         }
@@ -286,12 +294,21 @@ impl Renderer {
 
     fn look_at(&self, row: &ChatRow) -> Seen {
         let mut seen = Seen::default();
-        let sides = [&row.prompt, &row.chosen, &row.rejected];
-        for side in sides.into_iter().flatten() {
+        let sides = [
+            (&row.prompt, true),
+            (&row.chosen, false),
+            (&row.rejected, false),
+        ];
+        let sides = sides.into_iter();
+        for (side, is_prompt) in sides.filter_map(|(side, is)| Some((side.as_ref()?, is))) {
             match side {
                 Side::Text(text) => {
                     self.look_at_text(text, &mut seen);
-                    seen.already_rendered |= self.frame.is_rendered(text);
+                    seen.already_rendered |= if is_prompt {
+                        self.frame.is_rendered_prompt(text)
+                    } else {
+                        self.frame.is_rendered(text)
+                    };
                     seen.of_another_template |= Frame::is_of_another(text);
                 }
                 Side::Messages(messages) => self.look_at_messages(messages, &mut seen),

@@ -85,6 +85,11 @@ impl Frame {
         !self.answer.is_empty() && self.begins(text) && text.contains(strip(&self.answer))
     }
 
+    /// Whether a prompt is a conversation up to where an answer begins.
+    pub(super) fn is_rendered_prompt(&self, text: &str) -> bool {
+        self.is_rendered(text) && strip(text).ends_with(strip(&self.answer))
+    }
+
     /// Whether a text looks like the work of another template.
     pub(super) fn is_of_another(text: &str) -> bool {
         let text = strip(text);

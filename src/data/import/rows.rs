@@ -5,19 +5,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
-use arrow::array::{
-    Array, ArrayRef, AsArray, BooleanBuilder, RecordBatch, StringBuilder, UInt32Array,
-};
+use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, UInt32Array};
 use arrow::compute::take;
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use rayon::prelude::*;
 
 use super::ImportOptions;
 use super::columns::Union;
+use super::values::{Made, build, turns, unpacked};
 use crate::data::cell::{Cell, is_json, json_field};
 use crate::data::forms::{Form, From, Reading, list};
 use crate::data::json::BROKEN;
-use crate::data::messages::{messages, transcript};
+use crate::data::messages::{messages, need_answer, transcript};
 
 /// Rows that are left out are named up to here.
 const MOST_NAMED: usize = 20;
@@ -152,6 +151,7 @@ impl Rows {
         for (name, _) in &self.others {
             columns.push(self.union.column(&batch, name)?);
         }
+        self.missing_answers(&columns, &mut errors);
         let mut kept: Vec<u32> = Vec::with_capacity(batch.num_rows());
         for (row, error) in (0_u32..).zip(errors) {
             if kept.len() == most {
@@ -186,6 +186,48 @@ impl Rows {
             count.fetch_add(present as u64, Ordering::Relaxed);
         }
         Ok(batch)
+    }
+
+    /// Notes rows without an answer, in the words of the file's columns.
+    fn missing_answers(&self, columns: &[ArrayRef], errors: &mut [Option<anyhow::Error>]) {
+        let column = |name: &str| {
+            let place = self.steps.iter().position(|(known, _)| *known == name)?;
+            columns.get(place)
+        };
+        let missing =
+            |name: &str, row: usize| column(name).is_none_or(|column| column.is_null(row));
+        let theirs = |name: &str| {
+            let step = self.steps.iter().find(|(known, _)| *known == name);
+            match step {
+                Some((_, Step::As(theirs) | Step::Made(From::Column(theirs)))) => theirs.clone(),
+                _ => name.to_owned(),
+            }
+        };
+        let answers = ["chosen", "messages", "text"].map(|name| column(name).is_some());
+        if !answers.contains(&true) {
+            return;
+        }
+        for (row, error) in errors.iter_mut().enumerate() {
+            if error.is_some() {
+                continue;
+            }
+            let none = ["chosen", "messages", "text"]
+                .into_iter()
+                .zip(answers)
+                .filter(|(_, there)| *there);
+            if none.clone().all(|(name, _)| missing(name, row)) {
+                let names: Vec<String> = none.map(|(name, _)| theirs(name)).collect();
+                *error = Some(anyhow!("the row has no {}", list(names)));
+            } else if column("rejected").is_some()
+                && missing("rejected", row)
+                && !missing("chosen", row)
+            {
+                *error = Some(anyhow!(
+                    "the row has no {}, which a preference needs",
+                    list([theirs("rejected")])
+                ));
+            }
+        }
     }
 
     fn leave_out(&self, error: anyhow::Error) -> Result<()> {
@@ -402,6 +444,7 @@ impl Rows {
                     value != Cell::List(Vec::new()),
                     "`messages` is an empty list"
                 );
+                need_answer(&value)?;
                 Ok(if written || changed {
                     Made::Other(value)
                 } else {
@@ -411,8 +454,20 @@ impl Rows {
             _ => match value {
                 Cell::Text(text) if self.transcripts => match transcript(&text) {
                     Some(turns) => {
+                        let turns = Cell::List(turns);
+                        if name != "prompt" {
+                            let last = match &turns {
+                                Cell::List(turns) => turns.last(),
+                                _ => None,
+                            };
+                            ensure!(
+                                last.and_then(|turn| turn.get("role"))
+                                    == Some(&Cell::Text("assistant".to_owned())),
+                                "`{name}` is a transcript that ends with Human: expected an answer"
+                            );
+                        }
                         self.found_transcripts.fetch_add(1, Ordering::Relaxed);
-                        Ok(Made::Other(Cell::List(turns)))
+                        Ok(Made::Other(turns))
                     }
                     None if self.all_transcripts && name != "prompt" => {
                         bail!(
@@ -439,17 +494,6 @@ impl Rows {
     }
 }
 
-/// A value of ours.
-enum Made {
-    Null,
-    /// As it was.
-    Same(Cell),
-    /// Written another way.
-    Other(Cell),
-    /// JSON as it was written.
-    Raw(String),
-}
-
 /// A context of nothing would leave a colon behind.
 fn without_empty(error: anyhow::Error) -> anyhow::Error {
     if error.to_string().is_empty() {
@@ -457,51 +501,6 @@ fn without_empty(error: anyhow::Error) -> anyhow::Error {
     } else {
         error
     }
-}
-
-/// The value of a text that holds JSON, as CSV files have it; whether it was one.
-fn unpacked(value: Cell, name: &str) -> Result<(Cell, bool)> {
-    match value {
-        Cell::Text(text) => {
-            let value =
-                Cell::parse(&text).with_context(|| format!("`{name}` is text that is no JSON"))?;
-            Ok((value, true))
-        }
-        value => Ok((value, false)),
-    }
-}
-
-/// The turns of Alpaca's `history`, pairs of what was asked and answered, and the prompt behind them.
-fn turns(history: Cell, prompt: String) -> Result<Cell> {
-    let message = |role: &str, content: String| {
-        Cell::Map(vec![
-            ("role".to_owned(), Cell::Text(role.to_owned())),
-            ("content".to_owned(), Cell::Text(content)),
-        ])
-    };
-    let mut made = Vec::new();
-    let pairs = match history {
-        Cell::Null => Vec::new(),
-        Cell::List(pairs) => pairs,
-        other => bail!("`history` is {}: expected a list of pairs", other.noun()),
-    };
-    for (number, pair) in (1..).zip(pairs) {
-        match pair {
-            Cell::List(pair) => match <[Cell; 2]>::try_from(pair) {
-                Ok([Cell::Text(asked), Cell::Text(answered)]) => {
-                    made.push(message("user", asked));
-                    made.push(message("assistant", answered));
-                }
-                _ => bail!("pair {number} of `history` is no pair of texts"),
-            },
-            other => bail!(
-                "pair {number} of `history` is {}: expected two texts",
-                other.noun()
-            ),
-        }
-    }
-    made.push(message("user", prompt));
-    Ok(Cell::List(made))
 }
 
 /// How one of our columns is made, and its field.
@@ -550,34 +549,4 @@ fn step(
         From::Column(theirs) if plain => (Step::As(theirs), field),
         from => (Step::Made(from), field),
     }
-}
-
-/// A column of values, which fit its field.
-fn build(field: &Field, cells: Vec<Made>) -> ArrayRef {
-    if *field.data_type() == DataType::Boolean {
-        let mut made = BooleanBuilder::with_capacity(cells.len());
-        for cell in cells {
-            made.append_option(match cell {
-                Made::Same(Cell::Bool(value)) | Made::Other(Cell::Bool(value)) => Some(value),
-                _ => None,
-            });
-        }
-        return Arc::new(made.finish());
-    }
-    let json = is_json(field);
-    let mut made = StringBuilder::new();
-    for cell in cells {
-        match cell {
-            Made::Null => made.append_null(),
-            Made::Raw(text) => made.append_value(text),
-            Made::Same(Cell::Text(text)) | Made::Other(Cell::Text(text)) if !json => {
-                made.append_value(text)
-            }
-            // Values of ours can always be written.
-            Made::Same(value) | Made::Other(value) => {
-                made.append_option(serde_json::to_string(&value).ok())
-            }
-        }
-    }
-    Arc::new(made.finish())
 }

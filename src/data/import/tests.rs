@@ -76,12 +76,12 @@ fn all_formats_give_the_same_rows() {
             rows
         );
     }
-    let csv = "\u{feff}prompt,chosen,rejected\n\"q, é\n\",d,\n";
+    let csv = "\u{feff}prompt,chosen,rejected\n\"q, é\n\",d,r\n";
     let (_, rows) = import(&[("c.csv", csv)], &ImportOptions::default()).unwrap();
     assert_eq!(
         rows,
         [json(
-            r#"{"prompt": "q, é\n", "chosen": "d", "rejected": null}"#
+            r#"{"prompt": "q, é\n", "chosen": "d", "rejected": "r"}"#
         )]
     );
 }
@@ -199,7 +199,7 @@ fn parquet_from_elsewhere_keeps_what_it_says() {
     let other = folder.path().join("b.jsonl");
     std::fs::write(
         &other,
-        r#"{"n": 9, "messages": [{"role": "user", "content": "x"}], "note": 3}"#,
+        r#"{"n": 9, "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "note": 3}"#,
     )
     .unwrap();
     let to = folder.path().join("train.parquet");
@@ -216,7 +216,9 @@ fn parquet_from_elsewhere_keeps_what_it_says() {
             json(
                 r#"{"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, {"role": "assistant", "content": "a", "name": "n"}], "note": "pear", "n": 7}"#
             ),
-            json(r#"{"messages": [{"role": "user", "content": "x"}], "note": 3, "n": 9}"#),
+            json(
+                r#"{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "note": 3, "n": 9}"#
+            ),
         ]
     );
 }
@@ -257,6 +259,36 @@ fn rows_that_can_not_be_used_are_left_out_where_the_recipe_says_so() {
 }
 
 #[test]
+fn rows_without_an_answer_are_named_by_the_files_own_columns() {
+    let two = |first: &str, second: &str| fails("a.jsonl", &format!("{first}\n{second}\n"));
+    for (first, second, expected) in [
+        (
+            r#"{"prompt": "p", "chosen": "c", "rejected": "r"}"#,
+            r#"{"prompt": "p", "chosen": "c"}"#,
+            "row 2: the row has no `rejected`, which a preference needs",
+        ),
+        (
+            r#"{"instruction": "p", "output": "c"}"#,
+            r#"{"instruction": "p", "output": null}"#,
+            "row 2: the row has no `output`",
+        ),
+        (
+            r#"{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}"#,
+            r#"{"messages": [{"role": "user", "content": "q"}]}"#,
+            "row 2: `messages` has no message of the role `assistant`",
+        ),
+        (
+            r#"{"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}"#,
+            r#"{"chosen": "\n\nHuman: q\n\nAssistant: a\n\nHuman: x", "rejected": "\n\nHuman: q\n\nAssistant: b"}"#,
+            "row 2: `chosen` is a transcript that ends with Human",
+        ),
+    ] {
+        let error = two(first, second);
+        assert!(error.contains(expected), "{error}");
+    }
+}
+
+#[test]
 fn json_is_read_over_several_lines_and_with_nan() {
     let pretty = "{\n  \"prompt\": \"p\",\n  \"chosen\": \"c\"\n}\n{\n  \"prompt\": \"q\",\n  \"chosen\": \"d\"\n}\n";
     let (_, rows) = import(&[("a.jsonl", pretty)], &ImportOptions::default()).unwrap();
@@ -281,6 +313,12 @@ fn json_is_read_over_several_lines_and_with_nan() {
             "{report:?}"
         );
     }
+    let great = "{\"prompt\": \"p\", \"chosen\": \"c\", \"score\": 1e999}";
+    let (_, rows) = import(&[("a.jsonl", great)], &ImportOptions::default()).unwrap();
+    assert_eq!(
+        rows,
+        [json(r#"{"prompt": "p", "chosen": "c", "score": null}"#)]
+    );
     let used = "{\"prompt\": \"p\", \"chosen\": NaN}";
     assert!(fails("a.jsonl", used).contains("a.jsonl: row 1: the column `chosen` holds NaN"));
 }

@@ -1,6 +1,6 @@
 //! What was noticed about rows that were rendered, for the record and for the user.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::engine::Context;
 use crate::text::chat::Rendered;
@@ -38,16 +38,29 @@ pub(super) struct Counts {
     special_tokens: Seen,
     earlier_answers: Seen,
     ends_left_out: Seen,
+    systems_left_out: Seen,
+    /// What the template doesn't read.
+    unread: BTreeMap<String, Seen>,
 }
 
 impl Counts {
-    pub(super) fn add(&mut self, row: usize, split: &str, rendered: &Rendered) {
+    pub(super) fn add(
+        &mut self,
+        row: usize,
+        split: &str,
+        rendered: &Rendered,
+        unread: BTreeSet<String>,
+    ) {
+        for name in unread {
+            self.unread.entry(name).or_default().add(row, split, None);
+        }
         let seen = &rendered.seen;
         for (is_so, count) in [
             (seen.already_rendered, &mut self.already_rendered),
             (seen.of_another_template, &mut self.of_another_template),
             (seen.earlier_answers > 0, &mut self.earlier_answers),
             (seen.end_left_out, &mut self.ends_left_out),
+            (seen.system_left_out, &mut self.systems_left_out),
         ] {
             if is_so {
                 count.add(row, split, None);
@@ -102,5 +115,16 @@ impl Counts {
             &self.ends_left_out,
             "end with turns behind their last answer, which were left out",
         );
+        warn(
+            "rows_with_systems_left_out",
+            &self.systems_left_out,
+            "have a `system` beside a system message of their own, which counts",
+        );
+        for (name, seen) in &self.unread {
+            let (rows, first) = (seen.rows, seen.first());
+            cx.info(format!(
+                "the chat template doesn't read {name}, which {rows} of {all} rows have (the first: {first})"
+            ));
+        }
     }
 }

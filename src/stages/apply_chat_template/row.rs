@@ -1,6 +1,6 @@
 //! A row of a table as a chat: messages as a template gets them from transformers.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use arrow::array::RecordBatch;
@@ -29,18 +29,31 @@ const OWN: [&str; 12] = [
     "return_dict",
 ];
 
-/// The chat in a row.
-pub(super) fn chat_row(renderer: &Renderer, batch: &RecordBatch, row: usize) -> Result<ChatRow> {
+/// Roles that are known in small letters.
+const KNOWN: [&str; 4] = ["system", "user", "assistant", "tool"];
+
+/// The chat in a row, and what of it the template doesn't read.
+pub(super) fn chat_row(
+    renderer: &Renderer,
+    batch: &RecordBatch,
+    row: usize,
+) -> Result<(ChatRow, BTreeSet<String>)> {
+    let mut unread = BTreeSet::new();
     let schema = batch.schema();
     let cell = |name: &str| match schema.column_with_name(name) {
         None => Ok(Cell::Null),
         Some((place, field)) => Cell::of_column(field, batch.column(place), row)
             .with_context(|| format!("the column `{name}` can't be read")),
     };
-    let side = |name: &str| match cell(name)? {
+    let mut side = |name: &str| match cell(name)? {
         Cell::Null => Ok(None),
         Cell::Text(text) => Ok(Some(Side::Text(text))),
-        Cell::List(items) => Ok(Some(Side::Messages(messages(renderer, name, items)?))),
+        Cell::List(items) => Ok(Some(Side::Messages(messages(
+            renderer,
+            name,
+            items,
+            &mut unread,
+        )?))),
         other => bail!(
             "`{name}` is {}: expected text or a list of messages",
             other.noun()
@@ -64,14 +77,22 @@ pub(super) fn chat_row(renderer: &Renderer, batch: &RecordBatch, row: usize) -> 
              imported takes all answers as good ones"
         );
     }
-    Ok(ChatRow {
+    let prompt = side("prompt")?;
+    let extras = extras(cell("tools")?, cell("chat_template_kwargs")?)?;
+    if extras.tools.is_some() && !renderer.reads("tools") {
+        unread.insert("`tools`".to_owned());
+    }
+    let unread_variables = extras.variables.keys().filter(|name| !renderer.reads(name));
+    unread.extend(unread_variables.map(|name| format!("`{name}` of `chat_template_kwargs`")));
+    let row = ChatRow {
         system,
-        prompt: side("prompt")?,
+        prompt,
         chosen,
         rejected,
         messages: whole,
-        extras: extras(cell("tools")?, cell("chat_template_kwargs")?)?,
-    })
+        extras,
+    };
+    Ok((row, unread))
 }
 
 fn extras(tools: Cell, variables: Cell) -> Result<Extras> {
@@ -105,10 +126,15 @@ fn extras(tools: Cell, variables: Cell) -> Result<Extras> {
     })
 }
 
-fn messages(renderer: &Renderer, name: &str, items: Vec<Cell>) -> Result<Vec<Value>> {
+fn messages(
+    renderer: &Renderer,
+    name: &str,
+    items: Vec<Cell>,
+    unread: &mut BTreeSet<String>,
+) -> Result<Vec<Value>> {
     let mut made = Vec::with_capacity(items.len());
     for (number, item) in (1..).zip(items) {
-        let message = message(renderer, item)
+        let message = message(renderer, item, unread)
             .with_context(|| format!("message {number} of `{name}` can't be used"))?;
         made.push(Value::from(Serde(message)));
     }
@@ -116,7 +142,7 @@ fn messages(renderer: &Renderer, name: &str, items: Vec<Cell>) -> Result<Vec<Val
 }
 
 /// A message as a template gets it: without keys that hold null, its reasoning under all names, its content text or parts.
-fn message(renderer: &Renderer, item: Cell) -> Result<Cell> {
+fn message(renderer: &Renderer, item: Cell, unread: &mut BTreeSet<String>) -> Result<Cell> {
     let Cell::Map(mut entries) = item else {
         bail!("it is {}: expected an object", item.noun());
     };
@@ -128,11 +154,31 @@ fn message(renderer: &Renderer, item: Cell) -> Result<Cell> {
         None => bail!("it has no `role`"),
     };
     if !renderer.knows_role(&role) {
+        let share_gpt = ["human", "gpt", "chatgpt", "bing", "bard", "model"];
+        let small = role.trim().to_lowercase();
+        let hint = if share_gpt.contains(&small.as_str()) || KNOWN.contains(&small.as_str()) {
+            "; hint: `format: sharegpt` where the data is imported reads it"
+        } else {
+            ""
+        };
         bail!(
-            "its role is `{}`, which the chat template doesn't name: expected `system`, `user`, `assistant` or `tool`; hint: `format: \
-             sharegpt` where the data is imported reads roles such as `Human` and `gpt`",
+            "its role is `{}`, which the chat template doesn't name: expected `system`, `user`, `assistant` or `tool`{hint}",
             role.chars().take(40).collect::<String>()
         );
+    }
+    if let Cell::Map(entries) = &message {
+        for (name, _) in entries {
+            let read = match name.as_str() {
+                "role" | "content" => true,
+                name if REASONING.contains(&name) => {
+                    REASONING.iter().any(|name| renderer.reads(name))
+                }
+                name => renderer.reads(name),
+            };
+            if !read {
+                unread.insert(format!("`{name}` of messages"));
+            }
+        }
     }
     let reasoning = REASONING.iter().find_map(|name| message.get(name)).cloned();
     let Cell::Map(entries) = message else {

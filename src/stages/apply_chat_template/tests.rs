@@ -126,14 +126,38 @@ fn a_row_that_fails_is_named() {
         error.starts_with("row 2 of the split `test`: ") && error.contains("refuses the row: no"),
         "{error}"
     );
-    let rows = "{\"prompt\": \"p\", \"chosen\": \"c\", \"rejected\": \"r\"}\n{\"prompt\": \"p\", \"chosen\": \"c\"}";
-    let error = run(
-        "{dataset: pairs, template: llama3.jinja}",
-        &[("train", rows)],
-    )
-    .map(|_| ())
-    .unwrap_err();
-    assert!(format!("{error:#}").contains("row 2 of the split `train`: the row has no `rejected`"));
+}
+
+#[test]
+fn what_the_template_does_not_read_is_told() {
+    let rows = r#"{"messages": [{"role": "user", "content": "q", "weight": 0}, {"role": "assistant", "content": "a", "thinking": "t"}], "tools": [{"name": "f"}], "chat_template_kwargs": {"think": true}}"#;
+    let told = |template: &str| {
+        let yaml = format!("{{dataset: pairs, chat_template: \"{template}\"}}");
+        let (_folder, cx) = run(&yaml, &[("train", rows)]).unwrap();
+        format!("{:?}", cx.told.lock().unwrap())
+    };
+    let each = "{% for m in messages %}{{ m.content }}{{ m.reasoning_content }}{% endfor %}";
+    let all = told(each);
+    for name in [
+        "`weight` of messages",
+        "`tools`",
+        "`think` of `chat_template_kwargs`",
+    ] {
+        assert!(
+            all.contains(&format!("doesn't read {name}, which 1 of 1 rows have")),
+            "{all}"
+        );
+    }
+    assert!(!all.contains("`thinking`"), "{all}");
+    let reading = each.replace(
+        "{{ m.content }}",
+        "{{ m.content }}{{ tools }}{{ think }}{{ m.weight }}",
+    );
+    let none = told(&reading.replace("m.reasoning_content", "m.role"));
+    assert!(
+        none.contains("`thinking` of messages") && !none.contains("`tools`"),
+        "{none}"
+    );
 }
 
 #[test]

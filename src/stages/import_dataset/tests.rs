@@ -175,10 +175,10 @@ fn every_format_and_packing_holds_the_same_rows() {
         assert_eq!(rows_of(&cx, "train"), expected, "{path}");
     }
     for yaml in [
-        "{path: rows.csv}",
-        "{path: rows.tsv}",
-        "{path: utf16.csv, encoding: utf-16}",
-        "{path: utf16le.csv, encoding: utf-16-le}",
+        "{path: rows.csv, format: prompt_completion}",
+        "{path: rows.tsv, format: prompt_completion}",
+        "{path: utf16.csv, encoding: utf-16, format: prompt_completion}",
+        "{path: utf16le.csv, encoding: utf-16-le, format: prompt_completion}",
     ] {
         let (_folder, cx) = golden(yaml).unwrap();
         for (row, expected) in rows_of(&cx, "train").iter().zip(&expected) {

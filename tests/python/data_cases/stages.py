@@ -200,7 +200,6 @@ def tokenizers():
         case("split_special_tokens", config(split_special_tokens=True), refused=["split_special_tokens"]),
         more("token_that_strips", config(added_tokens_decoder={"1023": {**added["1023"], "lstrip": True, "rstrip": True}})),
         more("token_that_is_not_special", config(added_tokens_decoder={"1023": {**added["1023"], "special": False}})),
-        case("token_without_embedding", config(additional_special_tokens=["<|tool|>"]), rows=None, refused=["row 1", "<|tool|>", "1024"]),
         texts("post_processor", {}),
         texts("no_post_processor", {"tokenizer.json": {"set": {"post_processor": None}}}),
         texts("bos_null", config(bos_token=None)),
