@@ -44,10 +44,14 @@ fn packed_arrow_and_saved_files_are_read() {
         ),
         ("{ path: data/zstd.feather }", r#"{"train":3}"#),
         ("{ path: data/saved_dict }", r#"{"test":3,"train":5}"#),
-        ("{ path: [data/rows.csv, data/rows.tsv] }", r#"{"train":6}"#),
+        // Their last row has no `rejected`.
+        (
+            "{ path: [data/rows.csv, data/rows.tsv], format: prompt_completion }",
+            r#"{"train":6}"#,
+        ),
         ("{ path: data/shards }", r#"{"train":3}"#),
         (
-            "{ path: data/rows.tsv, format: csv, delimiter: \"\\t\" }",
+            "{ path: data/rows.tsv, format: [csv, prompt_completion], delimiter: \"\\t\" }",
             r#"{"train":3}"#,
         ),
         (

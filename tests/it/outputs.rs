@@ -216,7 +216,7 @@ fn what_is_no_file_is_not_read() {
     fs::remove_file(project.path("pipe")).unwrap();
     fs::create_dir(project.path("pipe")).unwrap();
     fifo(&project.path("pipe/train.jsonl"));
-    fails(&project, &["run", "r.yaml"], "holds no file");
+    fails(&project, &["run", "r.yaml"], "has no data file");
     // And neither is a recipe that never ends.
     let ended = project.run(&["validate", "/dev/zero"]);
     assert_eq!(ended.code, Some(2), "{}", ended.stderr);
