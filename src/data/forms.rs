@@ -4,8 +4,6 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
 
 use super::expression::{Expression, is_expression};
 
@@ -23,8 +21,7 @@ pub const CANONICAL: [&str; 9] = [
 ];
 
 /// A form of rows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Form {
     /// Whole conversations in `messages`, with `role` and `content`.
     Messages,

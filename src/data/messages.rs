@@ -99,30 +99,49 @@ fn parts(message: &Cell) -> Result<()> {
         return Ok(());
     };
     for (number, part) in (1..).zip(parts) {
-        let kind = match part.get("type") {
-            Some(Cell::Text(kind)) => kind.as_str(),
-            _ => "text",
-        };
-        let what = match part {
-            Cell::Map(_) if !kind.ends_with("text") => {
-                format!(
-                    "of the type `{}`: only text can be used",
-                    kind.chars().take(40).collect::<String>()
-                )
-            }
-            Cell::Map(_) => match part.get("text") {
-                Some(Cell::Text(_)) => continue,
-                Some(other) => format!("no text: its `text` is {}", other.noun()),
-                None => "no text: it has no `text`".to_owned(),
-            },
-            other => format!(
-                "{}: expected an object with `type` and `text`",
-                other.noun()
-            ),
-        };
-        bail!("part {number} of its `content` is {what}");
+        part_text(number, part)?;
     }
     Ok(())
+}
+
+/// The text of one part of a content.
+pub(crate) fn part_text(number: usize, part: &Cell) -> Result<&str> {
+    let kind = match part.get("type") {
+        Some(Cell::Text(kind)) => kind.as_str(),
+        _ => "text",
+    };
+    let what = match part {
+        Cell::Map(_) if !kind.ends_with("text") => {
+            format!(
+                "of the type `{}`: only text can be used",
+                kind.chars().take(40).collect::<String>()
+            )
+        }
+        Cell::Map(_) => match part.get("text") {
+            Some(Cell::Text(text)) => return Ok(text),
+            Some(other) => format!("no text: its `text` is {}", other.noun()),
+            None => "no text: it has no `text`".to_owned(),
+        },
+        other => format!(
+            "{}: expected an object with `type` and `text`",
+            other.noun()
+        ),
+    };
+    bail!("part {number} of its `content` is {what}")
+}
+
+/// Whether `format: sharegpt` reads a role, as people write it.
+pub(crate) fn is_speaker(role: &str) -> bool {
+    let role = role.trim().to_lowercase();
+    SPEAKERS.iter().any(|(known, _)| *known == role)
+}
+
+/// A message with a text.
+pub(super) fn text_message(role: &str, content: String) -> Cell {
+    Cell::Map(vec![
+        ("role".to_owned(), Cell::Text(role.to_owned())),
+        ("content".to_owned(), Cell::Text(content)),
+    ])
 }
 
 /// Refuses messages in which nobody answers.
@@ -288,10 +307,7 @@ pub(super) fn transcript(text: &str) -> Option<Vec<Cell>> {
             None => (rest.len(), None),
         };
         let said = rest[..end].trim();
-        turns.push(Cell::Map(vec![
-            ("role".to_owned(), Cell::Text(role.to_owned())),
-            ("content".to_owned(), Cell::Text(said.to_owned())),
-        ]));
+        turns.push(text_message(role, said.to_owned()));
         let Some((mark, following)) = following else {
             break;
         };

@@ -11,7 +11,7 @@ mod forms;
 pub mod import;
 mod json;
 mod kind;
-mod messages;
+pub(crate) mod messages;
 mod reading;
 pub mod show;
 mod size;

@@ -271,13 +271,10 @@ impl ApplyChatTemplate {
                     watched(watch, LONGEST, render).with_context(|| format!("row {number} {of}"))
                 })
                 .collect();
-                let rendered = rendered?;
-                let mut texts_made = Vec::with_capacity(rendered.len());
-                for (row, (rendered, unread)) in (done + start + 1..).zip(rendered) {
-                    counts.add(row, split.name(), &rendered, unread);
-                    texts_made.push(rendered);
+                let (rendered, unread): (Vec<Rendered>, Vec<_>) = rendered?.into_iter().unzip();
+                for ((row, rendered), unread) in (done + start + 1..).zip(&rendered).zip(unread) {
+                    counts.add(row, split.name(), rendered, unread);
                 }
-                let rendered = texts_made;
                 let column = |text: fn(&Rendered) -> Option<&str>| texts(&rendered, text);
                 let mut columns = vec![
                     column(|row| Some(&row.prompt)),

@@ -123,7 +123,9 @@ impl Rows {
     ) -> Result<RecordBatch> {
         let skip = usize::try_from(self.skip).unwrap_or(usize::MAX);
         let batch = batch.slice(0, batch.num_rows().min(most.saturating_add(skip)));
+        let place = |row: usize| format!("{file}: row {}", first + row as u64);
         let mut errors: Vec<Option<anyhow::Error>> = (0..batch.num_rows()).map(|_| None).collect();
+        // These reasons name their place.
         if let Some(broken) = batch.column_by_name(BROKEN) {
             let broken = broken.as_string_opt::<i32>();
             for (row, reason) in broken.into_iter().flatten().enumerate() {
@@ -139,9 +141,9 @@ impl Rows {
                 Step::Made(from) => {
                     let values = self.values(&batch, name, from)?;
                     let mut cells = Vec::with_capacity(values.len());
-                    for (value, error) in values.into_iter().zip(&mut errors) {
+                    for (row, (value, error)) in values.into_iter().zip(&mut errors).enumerate() {
                         cells.push(value.unwrap_or_else(|found| {
-                            error.get_or_insert(found);
+                            error.get_or_insert_with(|| found.context(place(row)));
                             Made::Null
                         }));
                     }
@@ -152,7 +154,7 @@ impl Rows {
         for (name, _) in &self.others {
             columns.push(self.union.column(&batch, name)?);
         }
-        self.missing_answers(&columns, &mut errors);
+        self.missing_answers(&columns, &mut errors, &place);
         let mut kept: Vec<u32> = Vec::with_capacity(batch.num_rows());
         for (row, error) in (0_u32..).zip(errors) {
             if kept.len() == most {
@@ -162,12 +164,7 @@ impl Rows {
                 kept.push(row);
                 continue;
             };
-            let place = if format!("{error:#}").starts_with(file) {
-                error
-            } else {
-                error.context(format!("{file}: row {}", first + u64::from(row)))
-            };
-            self.leave_out(place)?;
+            self.leave_out(error)?;
         }
         let batch = RecordBatch::try_new(self.schema.clone(), columns)?;
         let batch = if kept.len() == batch.num_rows() {
@@ -190,7 +187,12 @@ impl Rows {
     }
 
     /// Notes rows without an answer, in the words of the file's columns.
-    fn missing_answers(&self, columns: &[ArrayRef], errors: &mut [Option<anyhow::Error>]) {
+    fn missing_answers(
+        &self,
+        columns: &[ArrayRef],
+        errors: &mut [Option<anyhow::Error>],
+        place: &dyn Fn(usize) -> String,
+    ) {
         let column = |name: &str| {
             let place = self.steps.iter().position(|(known, _)| *known == name)?;
             columns.get(place)
@@ -222,15 +224,17 @@ impl Rows {
                 .filter(|(_, there)| *there);
             if none.clone().all(|(name, _)| missing(name, row)) {
                 let names: Vec<String> = none.map(|(name, _)| theirs(name)).collect();
-                *error = Some(anyhow!("the row has no {}", list(names)));
+                let found = anyhow!("the row has no {}", list(names));
+                *error = Some(found.context(place(row)));
             } else if column("rejected").is_some()
                 && missing("rejected", row)
                 && !missing("chosen", row)
             {
-                *error = Some(anyhow!(
+                let found = anyhow!(
                     "the row has no {}, which a preference needs",
                     list([theirs("rejected")])
-                ));
+                );
+                *error = Some(found.context(place(row)));
             }
         }
     }
@@ -305,15 +309,12 @@ impl Rows {
                 rows.map(|row| {
                     let value = Cell::of_column(&field, &array, row)
                         .with_context(|| format!("the column `{theirs}` can't be read"))?;
-                    let made = self.made(name, value).with_context(|| {
-                        if theirs == name {
-                            String::new()
-                        } else {
-                            format!("in the column `{theirs}`")
-                        }
-                    });
+                    let mut made = self.made(name, value);
+                    if theirs != name {
+                        made = made.with_context(|| format!("in the column `{theirs}`"));
+                    }
                     // What is as it was needn't be written anew.
-                    match made.map_err(without_empty)? {
+                    match made? {
                         Made::Same(_) if is_json(&field) => {
                             let texts = array.as_string_opt::<i32>();
                             Ok(texts
@@ -423,11 +424,7 @@ impl Rows {
                         tool.noun()
                     );
                 }
-                Ok(if written {
-                    Made::Other(value)
-                } else {
-                    Made::Same(value)
-                })
+                Ok(Made::of(value, written))
             }
             "chat_template_kwargs" => {
                 let (value, written) = unpacked(value, name)?;
@@ -436,11 +433,7 @@ impl Rows {
                     "`chat_template_kwargs` is {}: expected an object",
                     value.noun()
                 );
-                Ok(if written {
-                    Made::Other(value)
-                } else {
-                    Made::Same(value)
-                })
+                Ok(Made::of(value, written))
             }
             "messages" => {
                 let (value, written) = unpacked(value, name)?;
@@ -450,11 +443,7 @@ impl Rows {
                     "`messages` is an empty list"
                 );
                 need_answer(&value)?;
-                Ok(if written || changed {
-                    Made::Other(value)
-                } else {
-                    Made::Same(value)
-                })
+                Ok(Made::of(value, written || changed))
             }
             _ => match value {
                 Cell::Text(text) if self.transcripts => match transcript(&text) {
@@ -484,11 +473,7 @@ impl Rows {
                 Cell::Text(text) => Ok(Made::Same(Cell::Text(text))),
                 value @ (Cell::List(_) | Cell::Map(_)) => {
                     let (value, changed) = messages(value, name, self.share_gpt)?;
-                    Ok(if changed {
-                        Made::Other(value)
-                    } else {
-                        Made::Same(value)
-                    })
+                    Ok(Made::of(value, changed))
                 }
                 other => bail!(
                     "`{name}` is {}: expected text, or a list of messages with `role` and `content`",
@@ -496,15 +481,6 @@ impl Rows {
                 ),
             },
         }
-    }
-}
-
-/// A context of nothing would leave a colon behind.
-fn without_empty(error: anyhow::Error) -> anyhow::Error {
-    if error.to_string().is_empty() {
-        anyhow!("{}", format!("{error:#}").trim_start_matches(": "))
-    } else {
-        error
     }
 }
 
@@ -517,41 +493,40 @@ fn step(
     union: &Union,
 ) -> (Step, Field) {
     let text = |name: &str| Field::new(name, DataType::Utf8, true);
-    let field = match &from {
-        _ if matches!(name, "messages" | "tools" | "chat_template_kwargs") => json_field(name),
-        _ if matches!(name, "system" | "text") => text(name),
-        _ if name == "label" => match (form, &from) {
-            (Form::Kto, _) => Field::new(name, DataType::Boolean, true),
-            (_, From::Column(theirs)) => {
-                // Beside other forms it is a column like any other.
-                let field = union.field(theirs).with_name(name);
-                return (Step::As(theirs.clone()), field);
-            }
-            _ => json_field(name),
-        },
-        From::Column(theirs) => {
-            if *union.field(theirs).data_type() == DataType::Utf8
-                && !is_json(&union.field(theirs))
-                && !transcripts
-            {
-                return (Step::As(theirs.clone()), text(name));
-            }
-            json_field(name)
-        }
-        From::Expression(expression) if !expression.is_alone() && !transcripts => text(name),
-        From::Instruction { history: None, .. } => text(name),
-        From::Expression(_) | From::Instruction { .. } => json_field(name),
-    };
-    let plain = match &from {
-        From::Column(theirs) => {
-            matches!(name, "system" | "text")
-                && !is_json(&union.field(theirs))
-                && *union.field(theirs).data_type() == DataType::Utf8
-        }
-        _ => false,
+    let is_text = |theirs: &str| {
+        let field = union.field(theirs);
+        *field.data_type() == DataType::Utf8 && !is_json(&field)
     };
     match from {
-        From::Column(theirs) if plain => (Step::As(theirs), field),
-        from => (Step::Made(Box::new(from)), field),
+        From::Column(theirs) if name == "label" && form != Form::Kto => {
+            // Beside other forms it is a column like any other.
+            let field = union.field(&theirs).with_name(name);
+            (Step::As(theirs), field)
+        }
+        From::Column(theirs) if is_text(&theirs) && may_stay_text(name, transcripts) => {
+            (Step::As(theirs), text(name))
+        }
+        from => {
+            let field = match (name, &from) {
+                ("system" | "text", _) | (_, From::Instruction { history: None, .. }) => text(name),
+                ("label", _) if form == Form::Kto => Field::new(name, DataType::Boolean, true),
+                ("prompt" | "chosen" | "rejected", From::Expression(expression))
+                    if !expression.is_alone() && !transcripts =>
+                {
+                    text(name)
+                }
+                _ => json_field(name),
+            };
+            (Step::Made(Box::new(from)), field)
+        }
+    }
+}
+
+/// Whether texts of a column need not be looked at.
+fn may_stay_text(name: &str, transcripts: bool) -> bool {
+    match name {
+        "system" | "text" => true,
+        "prompt" | "chosen" | "rejected" => !transcripts,
+        _ => false,
     }
 }

@@ -8,8 +8,6 @@ use anyhow::{Context as _, Error, Result, anyhow};
 use arrow::array::RecordBatch;
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use parquet::errors::ParquetError;
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
 
 use super::ImportOptions;
 use crate::data::arrow_file::ArrowFile;
@@ -19,10 +17,7 @@ use crate::data::table::{BATCH_ROWS, Split, split_of};
 use crate::data::{csv, json};
 
 /// A file format.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
-)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Format {
     /// Apache Parquet.
     Parquet,

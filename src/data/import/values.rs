@@ -7,6 +7,7 @@ use arrow::array::{ArrayRef, BooleanBuilder, StringBuilder};
 use arrow::datatypes::{DataType, Field};
 
 use crate::data::cell::{Cell, is_json};
+use crate::data::messages::text_message;
 
 /// A value of ours.
 pub(super) enum Made {
@@ -17,6 +18,16 @@ pub(super) enum Made {
     Other(Cell),
     /// JSON as it was written.
     Raw(String),
+}
+
+impl Made {
+    pub(super) fn of(value: Cell, changed: bool) -> Self {
+        if changed {
+            Self::Other(value)
+        } else {
+            Self::Same(value)
+        }
+    }
 }
 
 /// The value of a text that holds JSON, as CSV files have it; whether it was one.
@@ -33,12 +44,6 @@ pub(super) fn unpacked(value: Cell, name: &str) -> Result<(Cell, bool)> {
 
 /// The turns of Alpaca's `history`, pairs of what was asked and answered, and the prompt behind them.
 pub(super) fn turns(history: Cell, prompt: String) -> Result<Cell> {
-    let message = |role: &str, content: String| {
-        Cell::Map(vec![
-            ("role".to_owned(), Cell::Text(role.to_owned())),
-            ("content".to_owned(), Cell::Text(content)),
-        ])
-    };
     let mut made = Vec::new();
     let pairs = match history {
         Cell::Null => Vec::new(),
@@ -49,8 +54,8 @@ pub(super) fn turns(history: Cell, prompt: String) -> Result<Cell> {
         match pair {
             Cell::List(pair) => match <[Cell; 2]>::try_from(pair) {
                 Ok([Cell::Text(asked), Cell::Text(answered)]) => {
-                    made.push(message("user", asked));
-                    made.push(message("assistant", answered));
+                    made.push(text_message("user", asked));
+                    made.push(text_message("assistant", answered));
                 }
                 _ => bail!("pair {number} of `history` is no pair of texts"),
             },
@@ -60,7 +65,7 @@ pub(super) fn turns(history: Cell, prompt: String) -> Result<Cell> {
             ),
         }
     }
-    made.push(message("user", prompt));
+    made.push(text_message("user", prompt));
     Ok(Cell::List(made))
 }
 

@@ -8,6 +8,7 @@ use minijinja::Value;
 use minijinja::value::Serde;
 
 use crate::data::cell::Cell;
+use crate::data::messages::{is_speaker, part_text};
 use crate::text::chat::{ChatRow, Renderer, Side};
 use crate::text::template::Extras;
 
@@ -28,9 +29,6 @@ const OWN: [&str; 12] = [
     "return_tensors",
     "return_dict",
 ];
-
-/// Roles that are known in small letters.
-const KNOWN: [&str; 4] = ["system", "user", "assistant", "tool"];
 
 /// The chat in a row, and what of it the template doesn't read.
 pub(super) fn chat_row(
@@ -154,9 +152,7 @@ fn message(renderer: &Renderer, item: Cell, unread: &mut BTreeSet<String>) -> Re
         None => bail!("it has no `role`"),
     };
     if !renderer.knows_role(&role) {
-        let share_gpt = ["human", "gpt", "chatgpt", "bing", "bard", "model"];
-        let small = role.trim().to_lowercase();
-        let hint = if share_gpt.contains(&small.as_str()) || KNOWN.contains(&small.as_str()) {
+        let hint = if is_speaker(&role) {
             "; hint: `format: sharegpt` where the data is imported reads it"
         } else {
             ""
@@ -166,24 +162,20 @@ fn message(renderer: &Renderer, item: Cell, unread: &mut BTreeSet<String>) -> Re
             role.chars().take(40).collect::<String>()
         );
     }
-    if let Cell::Map(entries) = &message {
-        for (name, _) in entries {
-            let read = match name.as_str() {
-                "role" | "content" => true,
-                name if REASONING.contains(&name) => {
-                    REASONING.iter().any(|name| renderer.reads(name))
-                }
-                name => renderer.reads(name),
-            };
-            if !read {
-                unread.insert(format!("`{name}` of messages"));
-            }
-        }
-    }
     let reasoning = REASONING.iter().find_map(|name| message.get(name)).cloned();
     let Cell::Map(entries) = message else {
         bail!("it is no object");
     };
+    for (name, _) in &entries {
+        let read = match name.as_str() {
+            "role" | "content" => true,
+            name if REASONING.contains(&name) => REASONING.iter().any(|name| renderer.reads(name)),
+            name => renderer.reads(name),
+        };
+        if !read {
+            unread.insert(format!("`{name}` of messages"));
+        }
+    }
     let mut made = Vec::with_capacity(entries.len() + 2);
     if let Some(reasoning) = &reasoning
         && !entries.iter().any(|(name, _)| name == "thinking")
@@ -220,21 +212,10 @@ fn content(renderer: &Renderer, role: &str, value: Cell) -> Result<Cell> {
     };
     let mut texts = Vec::with_capacity(parts.len());
     for (number, part) in (1..).zip(&parts) {
-        let kind = match part.get("type") {
-            Some(Cell::Text(kind)) => kind.as_str(),
-            _ => "text",
-        };
-        match part.get("text") {
-            Some(Cell::Text(text)) if kind.ends_with("text") => texts.push(text.as_str()),
-            _ if is_tool(role) => return Ok(Cell::List(parts)),
-            _ => {
-                let what = match part {
-                    Cell::Map(_) if part.get("type").is_some() => format!("of the type `{kind}`"),
-                    Cell::Map(_) => "an object without `text`".to_owned(),
-                    other => other.noun().to_owned(),
-                };
-                bail!("part {number} of its `content` is {what}: only text can be used");
-            }
+        match part_text(number, part) {
+            Ok(text) => texts.push(text),
+            Err(_) if is_tool(role) => return Ok(Cell::List(parts)),
+            Err(error) => return Err(error),
         }
     }
     ensure!(!texts.is_empty(), "its `content` is an empty list");
