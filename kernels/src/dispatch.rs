@@ -1,28 +1,56 @@
 //! One loop, compiled for several instruction sets, and chosen when the program runs.
 //!
 //! A loop is written once, over arrays of 16 or 32 floats, as [`Loop::run`]. [`run`] calls it compiled for AVX-512, for
-//! AVX2 with FMA, or for what every processor of the architecture has.
+//! AVX2 with FMA, or for what every processor of the architecture has (on a 64-bit Arm: NEON).
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-/// An instruction set.
+/// An instruction set of this architecture.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
 pub enum Isa {
-    /// What every processor has.
+    /// Loops as the compiler makes them for what every processor has.
     Portable = 1,
     /// 256-bit vectors with fused multiply-add.
+    #[cfg(target_arch = "x86_64")]
     Avx2 = 2,
     /// 512-bit vectors.
+    #[cfg(target_arch = "x86_64")]
     Avx512 = 3,
     /// 512-bit vectors with products of pairs of bf16.
+    #[cfg(target_arch = "x86_64")]
     Avx512Bf16 = 4,
+    /// 128-bit vectors, which every 64-bit Arm has, in the innermost loops of products too.
+    #[cfg(target_arch = "aarch64")]
+    Neon = 2,
+    /// The same with products of small matrices of bf16.
+    #[cfg(target_arch = "aarch64")]
+    NeonBf16 = 3,
 }
 
 impl Isa {
-    /// All of them, the plainest first.
+    /// All of this architecture, the plainest first.
+    #[cfg(target_arch = "x86_64")]
     pub const ALL: [Self; 4] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Bf16];
+    /// All of this architecture, the plainest first.
+    #[cfg(target_arch = "aarch64")]
+    pub const ALL: [Self; 3] = [Self::Portable, Self::Neon, Self::NeonBf16];
+    /// All of this architecture, the plainest first.
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    pub const ALL: [Self; 1] = [Self::Portable];
+
+    /// Whether it multiplies pairs of bf16 as they are.
+    pub fn multiplies_pairs(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        let least = Self::Avx512Bf16;
+        #[cfg(target_arch = "aarch64")]
+        let least = Self::NeonBf16;
+        #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+        return self >= least;
+        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+        false
+    }
 
     /// The best this processor has.
     pub fn best() -> Self {
@@ -69,7 +97,16 @@ fn detect() -> Isa {
     }
 }
 
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(target_arch = "aarch64")]
+fn detect() -> Isa {
+    if std::arch::is_aarch64_feature_detected!("bf16") {
+        Isa::NeonBf16
+    } else {
+        Isa::Neon
+    }
+}
+
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 fn detect() -> Isa {
     Isa::Portable
 }
@@ -137,7 +174,7 @@ pub(crate) mod tests {
             limit(isa);
             check(isa);
         }
-        limit(Isa::Avx512Bf16);
+        limit(Isa::best());
     }
 
     /// Written past the test runner's capture, so that a log shows what a passed run has not tested. A machine that has to have an

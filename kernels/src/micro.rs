@@ -8,9 +8,13 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod plain;
 
-use crate::dispatch::{Isa, run};
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+use crate::dispatch::Isa;
+use crate::dispatch::run;
 use crate::panels::LANES;
 use plain::{Plain, PlainPairs};
 
@@ -56,6 +60,12 @@ pub(crate) unsafe fn multiply<const M: usize, const V: usize, const RS: usize, c
         }
         Isa::Portable => {}
     }
+    #[cfg(target_arch = "aarch64")]
+    if Isa::current() >= Isa::Neon {
+        // SAFETY: every 64-bit Arm has NEON; the rest is the caller's promise.
+        unsafe { neon::multiply::<M, V, RS, KS>(tile) };
+        return;
+    }
     run(Plain::<M, V, RS, KS>(tile));
 }
 
@@ -71,12 +81,18 @@ pub(crate) unsafe fn multiply_pairs<const M: usize>(tile: Tile<u32, u32>) {
         unsafe { avx512::multiply_pairs::<M>(tile) };
         return;
     }
+    #[cfg(target_arch = "aarch64")]
+    if Isa::current() >= Isa::NeonBf16 {
+        // SAFETY: the processor has bf16; the rest is the caller's promise.
+        unsafe { neon::multiply_pairs::<M>(tile) };
+        return;
+    }
     run(PlainPairs::<M>(tile));
 }
 
 /// Rounds rows to bf16 and puts each two of them together as pairs, the first in the low halves; behind an odd last row, zeros.
-/// Gives false, and does nothing, where the processor has no instruction for it. Denormal numbers become 0, which products of
-/// such a processor take them for.
+/// Gives false, and does nothing, where the processor has no instruction for it. AVX-512 makes denormal numbers 0, NEON leaves
+/// them; products of pairs take them for 0 in both.
 #[inline]
 pub(crate) fn pair_rows(rows: &[[f32; LANES]], out: &mut [[u32; LANES]]) -> bool {
     #[cfg(target_arch = "x86_64")]
@@ -85,6 +101,15 @@ pub(crate) fn pair_rows(rows: &[[f32; LANES]], out: &mut [[u32; LANES]]) -> bool
             let second = rows.get(1).unwrap_or(&[0.; LANES]);
             // SAFETY: the processor has AVX-512 with bf16.
             unsafe { avx512::pair_rows(&rows[0], second, out) };
+        }
+        return true;
+    }
+    #[cfg(target_arch = "aarch64")]
+    if Isa::current() >= Isa::NeonBf16 {
+        for (out, rows) in out.iter_mut().zip(rows.chunks(2)) {
+            let second = rows.get(1).unwrap_or(&[0.; LANES]);
+            // SAFETY: the processor has bf16.
+            unsafe { neon::pair_rows(&rows[0], second, out) };
         }
         return true;
     }

@@ -50,7 +50,7 @@ impl Pairs {
     /// If `data` are no such panels, or `take` gives another length.
     pub fn of(data: &[f32], features: usize, take: impl FnOnce(usize) -> Vec<u32>) -> Self {
         let panels = count(data.len(), features, "the numbers to pair");
-        Self(if Isa::current() >= Isa::Avx512Bf16 {
+        Self(if Isa::current().multiplies_pairs() {
             let mut out = take(panels * features.div_ceil(2) * LANES);
             pairs(data, features, &mut out);
             Kind::Bits(out)
