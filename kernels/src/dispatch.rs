@@ -52,6 +52,21 @@ impl Isa {
         false
     }
 
+    /// What people call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Portable => "portable",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+            Self::Avx512Bf16 => "avx512-bf16",
+        }
+    }
+
+    /// The one with this [`Isa::name`].
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|isa| isa.name() == name)
+    }
+
     /// The best this processor has.
     pub fn best() -> Self {
         static BEST: OnceLock<Isa> = OnceLock::new();

@@ -38,6 +38,19 @@ pub(crate) struct Tile<A, B> {
     pub(crate) from: Option<*const f32>,
 }
 
+/// Asks for values to be in the second cache soon.
+#[inline]
+pub(crate) fn prefetch<T>(values: &[T]) {
+    #[cfg(target_arch = "x86_64")]
+    for place in (0..size_of_val(values)).step_by(64) {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        let place = values.as_ptr().cast::<i8>().wrapping_add(place);
+        // SAFETY: no access, a wish.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(place) };
+    }
+    let _ = values;
+}
+
 /// A tile of `M` rows in f32.
 ///
 /// # Safety

@@ -1,7 +1,7 @@
 //! Products of weights and activations at the shapes of models, with each instruction set of this processor in turn:
 //! GFLOP/s of one thread's CPU time, and the share of that set's peak, which is measured right before and after each product.
 //!
-//!     cargo bench -p pipeline-kernels --bench products -- [--tokens 600] [--rounds 5] [--isa Avx2] [--model small] [--json]
+//!     cargo bench -p pipeline-kernels --bench products -- [--tokens 600] [--rounds 5] [--isa avx2] [--model small] [--json]
 //!
 //! The peak is that of a loop of fused multiply-adds on registers alone (of multiplications and additions where nothing is
 //! fused), of pairs of bf16 where the set has them. `benches/products.py` puts torch's figures beside these.
@@ -244,7 +244,7 @@ fn table(settings: &Settings) {
         if settings
             .isa
             .as_ref()
-            .is_some_and(|wanted| *wanted != format!("{isa:?}"))
+            .is_some_and(|wanted| wanted != isa.name())
         {
             continue;
         }
@@ -295,16 +295,17 @@ fn print(line: &Line, json: bool) {
         speed,
         peak,
     } = line;
+    let isa = isa.name();
     if json {
         println!(
-            "{{\"isa\": \"{isa:?}\", \"kind\": \"{kind}\", \"model\": \"{model}\", \"weight\": \"{name}\", \"rows\": {rows}, \
+            "{{\"isa\": \"{isa}\", \"kind\": \"{kind}\", \"model\": \"{model}\", \"weight\": \"{name}\", \"rows\": {rows}, \
              \"columns\": {columns}, \"transposed\": {turned}, \"gflops\": {speed:.2}, \"peak\": {peak:.2}}}"
         );
     } else {
         let turned = if *turned { "transposed" } else { "" };
         let share = speed / peak;
         println!(
-            "| {isa:?} | {kind} | {model} | {name} {rows} x {columns} | {turned} | {speed:.1} | {peak:.1} | {share:.2} |"
+            "| {isa} | {kind} | {model} | {name} {rows} x {columns} | {turned} | {speed:.1} | {peak:.1} | {share:.2} |"
         );
     }
 }
