@@ -6,6 +6,9 @@
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, Ordering};
 
+#[cfg(target_arch = "x86_64")]
+use crate::micro::amx;
+
 /// An instruction set of this architecture.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
@@ -21,6 +24,9 @@ pub enum Isa {
     /// 512-bit vectors with products of pairs of bf16.
     #[cfg(target_arch = "x86_64")]
     Avx512Bf16 = 4,
+    /// The same with products of matrices of bf16 in registers of their own, Intel's AMX.
+    #[cfg(target_arch = "x86_64")]
+    AmxBf16 = 5,
     /// 128-bit vectors, which every 64-bit Arm has, in the innermost loops of products too.
     #[cfg(target_arch = "aarch64")]
     Neon = 2,
@@ -32,7 +38,13 @@ pub enum Isa {
 impl Isa {
     /// All of this architecture, the plainest first.
     #[cfg(target_arch = "x86_64")]
-    pub const ALL: [Self; 4] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Bf16];
+    pub const ALL: [Self; 5] = [
+        Self::Portable,
+        Self::Avx2,
+        Self::Avx512,
+        Self::Avx512Bf16,
+        Self::AmxBf16,
+    ];
     /// All of this architecture, the plainest first.
     #[cfg(target_arch = "aarch64")]
     pub const ALL: [Self; 3] = [Self::Portable, Self::Neon, Self::NeonBf16];
@@ -56,9 +68,18 @@ impl Isa {
     pub fn name(self) -> &'static str {
         match self {
             Self::Portable => "portable",
+            #[cfg(target_arch = "x86_64")]
             Self::Avx2 => "avx2",
+            #[cfg(target_arch = "x86_64")]
             Self::Avx512 => "avx512",
+            #[cfg(target_arch = "x86_64")]
             Self::Avx512Bf16 => "avx512-bf16",
+            #[cfg(target_arch = "x86_64")]
+            Self::AmxBf16 => "amx-bf16",
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => "neon",
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonBf16 => "neon-bf16",
         }
     }
 
@@ -75,6 +96,10 @@ impl Isa {
 
     /// The one in use: [`Isa::best`], unless [`limit`] allowed less.
     pub fn current() -> Self {
+        #[cfg(all(test, target_arch = "x86_64"))]
+        if tests::EMULATE_AMX.load(Ordering::Relaxed) {
+            return Self::AmxBf16;
+        }
         let limit = LIMIT.load(Ordering::Relaxed);
         let best = Self::best();
         if best as u8 <= limit {
@@ -102,7 +127,11 @@ fn detect() -> Isa {
         && is_x86_feature_detected!("avx512vl")
         && is_x86_feature_detected!("avx512dq");
     if wide && is_x86_feature_detected!("avx512bf16") {
-        Isa::Avx512Bf16
+        if amx::processor::available() {
+            Isa::AmxBf16
+        } else {
+            Isa::Avx512Bf16
+        }
     } else if wide {
         Isa::Avx512
     } else if avx2 {
@@ -139,7 +168,7 @@ pub fn run<L: Loop>(body: L) -> L::Output {
     #[cfg(target_arch = "x86_64")]
     match Isa::current() {
         // SAFETY: `current` gives only what the processor was found to have, and `detect` looks for each of the features.
-        Isa::Avx512 | Isa::Avx512Bf16 => return unsafe { avx512(body) },
+        Isa::Avx512 | Isa::Avx512Bf16 | Isa::AmxBf16 => return unsafe { avx512(body) },
         // SAFETY: the same.
         Isa::Avx2 => return unsafe { avx2(body) },
         Isa::Portable => {}
@@ -172,14 +201,20 @@ pub fn fma<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
 #[cfg(test)]
 pub(crate) mod tests {
     use std::io::Write as _;
+    #[cfg(target_arch = "x86_64")]
+    use std::sync::atomic::AtomicBool;
     use std::sync::{Mutex, MutexGuard};
 
     use super::*;
 
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
-    /// Calls `check` with every instruction set that this processor has in use. Those that it lacks are left out:
-    /// `a_processor_s_instruction_sets_are_told` says which.
+    /// Whether AMX is in use, emulated in `micro::amx`, on a processor that has all instruction sets below it.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) static EMULATE_AMX: AtomicBool = AtomicBool::new(false);
+
+    /// Calls `check` with every instruction set that this processor has in use, and with AMX emulated where it alone is lacking.
+    /// Those that it lacks are left out: `a_processor_s_instruction_sets_are_told` says which.
     pub(crate) fn with_each(mut check: impl FnMut(Isa)) {
         let _guard: MutexGuard<'_, ()> = match ONE_AT_A_TIME.lock() {
             Ok(guard) => guard,
@@ -188,6 +223,17 @@ pub(crate) mod tests {
         for isa in Isa::ALL.into_iter().filter(|isa| *isa <= Isa::best()) {
             limit(isa);
             check(isa);
+        }
+        #[cfg(target_arch = "x86_64")]
+        if Isa::best() == Isa::Avx512Bf16 {
+            EMULATE_AMX.store(true, Ordering::Relaxed);
+            let checked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                check(Isa::AmxBf16);
+            }));
+            EMULATE_AMX.store(false, Ordering::Relaxed);
+            if let Err(panic) = checked {
+                std::panic::resume_unwind(panic);
+            }
         }
         limit(Isa::best());
     }
@@ -200,7 +246,9 @@ pub(crate) mod tests {
         let best = Isa::best();
         let (here, lacking): (Vec<Isa>, Vec<Isa>) =
             Isa::ALL.into_iter().partition(|isa| *isa <= best);
-        let text = format!("kernels: tested {here:?}, not on this processor {lacking:?}\n");
+        let text = format!(
+            "kernels: tested {here:?}, not on this processor {lacking:?} (AmxBf16 is emulated where Avx512Bf16 is there)\n"
+        );
         let _ = std::io::stderr().write_all(text.as_bytes());
         if let Ok(wanted) = std::env::var("KERNELS_EXPECT_ISA") {
             assert_eq!(format!("{best:?}"), wanted, "the best instruction set");

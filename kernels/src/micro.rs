@@ -5,6 +5,8 @@
 //! panel have `RS = 32, KS = 1`, and a panel turned around `RS = 1, KS = 32`.
 
 #[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -61,12 +63,12 @@ pub(crate) unsafe fn multiply<const M: usize, const V: usize, const RS: usize, c
 ) {
     #[cfg(target_arch = "x86_64")]
     match Isa::current() {
-        Isa::Avx512 | Isa::Avx512Bf16 if RS == 1 || tile.rows >= M => {
+        Isa::Avx512 | Isa::Avx512Bf16 | Isa::AmxBf16 if RS == 1 || tile.rows >= M => {
             // SAFETY: the processor has AVX-512; the rest is the caller's promise.
             unsafe { avx512::multiply::<M, V, RS, KS>(tile) };
             return;
         }
-        Isa::Avx2 | Isa::Avx512 | Isa::Avx512Bf16 => {
+        Isa::Avx2 | Isa::Avx512 | Isa::Avx512Bf16 | Isa::AmxBf16 => {
             // SAFETY: the processor has AVX2 and FMA; the rest is the caller's promise.
             unsafe { avx2::multiply::<M, V, RS, KS>(tile) };
             return;
@@ -101,6 +103,38 @@ pub(crate) unsafe fn multiply_pairs<const M: usize>(tile: Tile<u32, u32>) {
         return;
     }
     run(PlainPairs::<M>(tile));
+}
+
+/// Puts tiles of [`TILE`] packed rows of pairs in the order in which the instruction set in use wants them, if that is another
+/// one, and says so: [`multiply_arranged`] takes them then. What was in `spare` is lost.
+pub(crate) fn arrange(pairs: &mut Vec<u32>, spare: &mut Vec<u32>, depth: usize) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    if Isa::current() >= Isa::AmxBf16 {
+        amx::arrange(pairs, spare, depth);
+        return true;
+    }
+    let _ = (pairs, spare, depth);
+    false
+}
+
+/// A tile of [`TILE`] packed rows of pairs that [`arrange`] put in order. `depth` counts pairs.
+///
+/// # Safety
+/// See [`Tile`]; all [`TILE`] rows of `a` may be read.
+pub(crate) unsafe fn multiply_arranged(tile: Tile<u32, u32>) {
+    // SAFETY: `arrange` saw that the processor has AMX; the rest is the caller's promise.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        amx::multiply(tile);
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    unreachable!("nothing is arranged for {} pairs", tile.depth);
+}
+
+/// Says that this thread has no more tiles to multiply for now.
+pub(crate) fn done() {
+    #[cfg(target_arch = "x86_64")]
+    amx::release();
 }
 
 /// Rounds rows to bf16 and puts each two of them together as pairs, the first in the low halves; behind an odd last row, zeros.

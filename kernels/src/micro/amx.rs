@@ -139,7 +139,8 @@ impl<T: Tiles> Unit<T> {
                 let high = b.add(WIDTH);
                 self.tiles.load::<LAST_HIGH_LANES>(high, LANES * PAIR);
                 self.tiles.multiply::<LOW_SUMS, LAST_ROWS, LAST_LOW_LANES>();
-                self.tiles.multiply::<HIGH_SUMS, LAST_ROWS, LAST_HIGH_LANES>();
+                self.tiles
+                    .multiply::<HIGH_SUMS, LAST_ROWS, LAST_HIGH_LANES>();
             }
             let stride = LANES * size_of::<f32>();
             let first = sums.as_mut_ptr().cast::<f32>();

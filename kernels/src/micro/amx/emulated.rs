@@ -27,7 +27,10 @@ impl Emulated {
             panic!("#UD: nothing is configured");
         };
         let shape = shapes[register];
-        assert!(shape != (0, 0), "#UD: register {register} is not configured");
+        assert!(
+            shape != (0, 0),
+            "#UD: register {register} is not configured"
+        );
         shape
     }
 }
@@ -43,7 +46,10 @@ impl Tiles for Emulated {
         assert_eq!(shapes.start_row, 0, "the first row");
         self.shapes = Some(std::array::from_fn(|register| {
             let (rows, bytes) = (shapes.rows[register], shapes.bytes[register]);
-            assert!(rows <= 16 && bytes <= 64, "#GP: a register is not that large");
+            assert!(
+                rows <= 16 && bytes <= 64,
+                "#GP: a register is not that large"
+            );
             assert_eq!(rows == 0, bytes == 0, "#GP: half of a shape");
             (usize::from(rows), usize::from(bytes))
         }));
@@ -86,11 +92,19 @@ impl Tiles for Emulated {
     unsafe fn multiply<const C: usize, const A: usize, const B: usize>(&mut self) {
         assert!(C != A && C != B && A != B, "#UD: one register twice");
         let (sums, rows, columns) = (self.shape(C), self.shape(A), self.shape(B));
-        let whole = [sums.1, rows.1, columns.1].iter().all(|bytes| bytes % 4 == 0);
+        let whole = [sums.1, rows.1, columns.1]
+            .iter()
+            .all(|bytes| bytes % 4 == 0);
         assert!(whole, "#UD: half of a pair");
-        assert_eq!(sums.0, rows.0, "#UD: rows of the sums and of the first factor");
+        assert_eq!(
+            sums.0, rows.0,
+            "#UD: rows of the sums and of the first factor"
+        );
         assert_eq!(rows.1, 4 * columns.0, "#UD: the depths of the factors");
-        assert_eq!(sums.1, columns.1, "#UD: columns of the sums and of the second factor");
+        assert_eq!(
+            sums.1, columns.1,
+            "#UD: columns of the sums and of the second factor"
+        );
         let (a, b) = (self.registers[A], self.registers[B]);
         let c = &mut self.registers[C];
         run(Multiply {
@@ -142,13 +156,20 @@ impl Loop for Multiply<'_> {
 /// The numbers of a pair.
 #[inline(always)]
 fn halves(pair: u32) -> [f32; 2] {
-    [f32::from_bits(pair << 16), f32::from_bits(pair & 0xffff_0000)]
+    [
+        f32::from_bits(pair << 16),
+        f32::from_bits(pair & 0xffff_0000),
+    ]
 }
 
 /// 0 for a denormal number.
 #[inline(always)]
 fn flushed(x: f32) -> f32 {
-    if x.is_subnormal() { 0f32.copysign(x) } else { x }
+    if x.is_subnormal() {
+        0f32.copysign(x)
+    } else {
+        x
+    }
 }
 
 #[inline(always)]

@@ -22,13 +22,17 @@ impl Tiles for Processor {
     #[inline(always)]
     unsafe fn release(&mut self) {
         // SAFETY: the unit is there, as the caller promised.
-        unsafe { asm!("tilerelease", options(nostack, preserves_flags, nomem)) };
+        unsafe {
+            asm!("tilerelease", options(nostack, preserves_flags, nomem));
+        }
     }
 
     #[inline(always)]
     unsafe fn zero<const T: usize>(&mut self) {
         // SAFETY: the caller's promise.
-        unsafe { asm!("tilezero tmm{tile}", tile = const T, options(nostack, preserves_flags, nomem)) };
+        unsafe {
+            asm!("tilezero tmm{tile}", tile = const T, options(nostack, preserves_flags, nomem));
+        }
     }
 
     #[inline(always)]

@@ -22,7 +22,11 @@ fn pairs(count: usize, seed: u64) -> Vec<u32> {
 }
 
 fn flushed(x: f32) -> f32 {
-    if x.is_subnormal() { 0f32.copysign(x) } else { x }
+    if x.is_subnormal() {
+        0f32.copysign(x)
+    } else {
+        x
+    }
 }
 
 fn number(bits: u32) -> f32 {
@@ -107,7 +111,11 @@ fn several_tiles_are_arranged() {
                 let (first, width) = (k / 16 * 16, (depth - k / 16 * 16).min(16));
                 for i in 0..TILE {
                     let place = first * TILE + i * width + k % 16;
-                    assert_eq!(arranged[place], packed[k * TILE + i], "{depth} {tile} {k} {i}");
+                    assert_eq!(
+                        arranged[place],
+                        packed[k * TILE + i],
+                        "{depth} {tile} {k} {i}"
+                    );
                 }
             }
         }
@@ -181,7 +189,10 @@ fn instructions_are_encoded_as_the_manual_says() {
         assert!(at, "{wanted:x?} in {code:x?}");
     };
     // `vvvv` and the prefix are in the third byte: none 78, F3 7a, F2 7b; of the product's, `vvvv` is its third register.
-    found(alone::configure as *const u8, [0xc4, 0xe2, 0x78, 0x49, 0x00]);
+    found(
+        alone::configure as *const u8,
+        [0xc4, 0xe2, 0x78, 0x49, 0x00],
+    );
     found(alone::release as *const u8, [0xc4, 0xe2, 0x78, 0x49, 0xc0]);
     found(alone::zero as *const u8, [0xc4, 0xe2, 0x7b, 0x49, 0xd8]);
     found(alone::load as *const u8, [0xc4, 0xe2, 0x7b, 0x4b, 0x1c]);

@@ -187,14 +187,20 @@ fn pairs_are_added_as_the_manual_says() {
 
 #[test]
 fn rounding_to_odd_is_right() {
-    let one = 1f32;
-    let next = f32::from_bits(one.to_bits() + 1);
-    assert_eq!(to_odd(1. + 1e-9, 0.), next);
-    assert_eq!(to_odd(f64::from(next) + 1e-9, 0.), next);
-    assert_eq!(to_odd(1., -1e-30), f32::from_bits(one.to_bits() - 1));
-    assert_eq!(to_odd(-1., -1e-30), -next);
-    assert_eq!(add(1., 1e-30), next);
-    assert_eq!(add(1., 1.), 2.);
-    assert_eq!(to_odd(1e-39, 0.), 0.);
-    assert_eq!(to_odd(-1e39, 0.), f32::NEG_INFINITY);
+    let one = 1f32.to_bits();
+    for (ours, expected) in [
+        (to_odd(1. + 1e-9, 0.), one + 1),
+        (
+            to_odd(f64::from(f32::from_bits(one + 1)) + 1e-9, 0.),
+            one + 1,
+        ),
+        (to_odd(1., -1e-30), one - 1),
+        (to_odd(-1., -1e-30), (one + 1) | 1 << 31),
+        (add(1., 1e-30), one + 1),
+        (add(1., 1.), 2f32.to_bits()),
+        (to_odd(1e-39, 0.), 0),
+        (to_odd(-1e39, 0.), f32::NEG_INFINITY.to_bits()),
+    ] {
+        assert_eq!(ours.to_bits(), expected, "{ours}");
+    }
 }
