@@ -3,13 +3,14 @@
 use super::{LANES, TILE, Tile};
 use crate::dispatch::{Loop, fma};
 
-/// The tile by loops that the compiler makes vectors of: four rows and half the lanes at a time, so that 16 registers do.
+/// The tile by loops that the compiler makes vectors of: four rows by eight lanes at a time, so that
+/// 16 registers of four floats do.
 pub(super) struct Plain<const M: usize, const V: usize, const RS: usize, const KS: usize>(
     pub(super) Tile<f32, f32>,
 );
 
-/// Lanes of a vector.
-const VECTOR: usize = 16;
+/// Lanes of a part.
+const PART: usize = 8;
 
 impl<const M: usize, const V: usize, const RS: usize, const KS: usize> Loop
     for Plain<M, V, RS, KS>
@@ -19,7 +20,7 @@ impl<const M: usize, const V: usize, const RS: usize, const KS: usize> Loop
     #[inline(always)]
     fn run<const FMA: bool>(self) {
         for row in (0..self.0.rows.min(M)).step_by(4) {
-            for lane in (0..V * VECTOR).step_by(VECTOR) {
+            for lane in (0..V * 16).step_by(PART) {
                 // SAFETY: within the tile by the maker's promise; rows from `M` on are neither read nor written.
                 unsafe { self.part::<FMA>(row, lane) };
             }
@@ -32,15 +33,15 @@ impl<const M: usize, const V: usize, const RS: usize, const KS: usize> Plain<M, 
     unsafe fn part<const FMA: bool>(&self, row: usize, lane: usize) {
         let tile = self.0;
         let count = tile.rows.min(M) - row;
-        let mut sums = [[0f32; VECTOR]; 4];
+        let mut sums = [[0f32; PART]; 4];
         // Rows that are not wanted repeat the last one.
         let places: [usize; 4] = std::array::from_fn(|i| (row + i.min(count - 1)) * RS);
         for k in 0..tile.depth {
             // SAFETY: inside row `k` of `b`.
             let b = unsafe {
                 tile.b
-                    .add(k * V * VECTOR + lane)
-                    .cast::<[f32; VECTOR]>()
+                    .add(k * V * 16 + lane)
+                    .cast::<[f32; PART]>()
                     .read_unaligned()
             };
             for (sums, place) in sums.iter_mut().zip(places) {
@@ -55,7 +56,7 @@ impl<const M: usize, const V: usize, const RS: usize, const KS: usize> Plain<M, 
             for (at, sum) in sums.iter().enumerate() {
                 // SAFETY: a wanted row of `c`.
                 unsafe {
-                    let place = (row + i) * V * VECTOR + lane + at;
+                    let place = (row + i) * V * 16 + lane + at;
                     let sum = tile.from.map_or(*sum, |from| *from.add(place) + sum);
                     *tile.c.add(place) = sum;
                 }
