@@ -5,12 +5,18 @@
 //! panel have `RS = 32, KS = 1`, and a panel turned around `RS = 1, KS = 32`.
 
 #[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod plain;
 
-use crate::dispatch::{Isa, run};
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+use crate::dispatch::Isa;
+use crate::dispatch::run;
 use crate::panels::LANES;
 use plain::{Plain, PlainPairs};
 
@@ -57,17 +63,23 @@ pub(crate) unsafe fn multiply<const M: usize, const V: usize, const RS: usize, c
 ) {
     #[cfg(target_arch = "x86_64")]
     match Isa::current() {
-        Isa::Avx512 | Isa::Avx512Bf16 if RS == 1 || tile.rows >= M => {
+        Isa::Avx512 | Isa::Avx512Bf16 | Isa::AmxBf16 if RS == 1 || tile.rows >= M => {
             // SAFETY: the processor has AVX-512; the rest is the caller's promise.
             unsafe { avx512::multiply::<M, V, RS, KS>(tile) };
             return;
         }
-        Isa::Avx2 | Isa::Avx512 | Isa::Avx512Bf16 => {
+        Isa::Avx2 | Isa::Avx512 | Isa::Avx512Bf16 | Isa::AmxBf16 => {
             // SAFETY: the processor has AVX2 and FMA; the rest is the caller's promise.
             unsafe { avx2::multiply::<M, V, RS, KS>(tile) };
             return;
         }
         Isa::Portable => {}
+    }
+    #[cfg(target_arch = "aarch64")]
+    if Isa::current() >= Isa::Neon {
+        // SAFETY: every 64-bit Arm has NEON; the rest is the caller's promise.
+        unsafe { neon::multiply::<M, V, RS, KS>(tile) };
+        return;
     }
     run(Plain::<M, V, RS, KS>(tile));
 }
@@ -84,12 +96,50 @@ pub(crate) unsafe fn multiply_pairs<const M: usize>(tile: Tile<u32, u32>) {
         unsafe { avx512::multiply_pairs::<M>(tile) };
         return;
     }
+    #[cfg(target_arch = "aarch64")]
+    if Isa::current() >= Isa::NeonBf16 {
+        // SAFETY: the processor has bf16; the rest is the caller's promise.
+        unsafe { neon::multiply_pairs::<M>(tile) };
+        return;
+    }
     run(PlainPairs::<M>(tile));
 }
 
+/// Puts tiles of [`TILE`] packed rows of pairs in the order in which the instruction set in use wants them, if that is another
+/// one, and says so: [`multiply_arranged`] takes them then. What was in `spare` is lost.
+pub(crate) fn arrange(pairs: &mut Vec<u32>, spare: &mut Vec<u32>, depth: usize) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    if Isa::current() >= Isa::AmxBf16 {
+        amx::arrange(pairs, spare, depth);
+        return true;
+    }
+    let _ = (pairs, spare, depth);
+    false
+}
+
+/// A tile of [`TILE`] packed rows of pairs that [`arrange`] put in order. `depth` counts pairs.
+///
+/// # Safety
+/// See [`Tile`]; all [`TILE`] rows of `a` may be read.
+pub(crate) unsafe fn multiply_arranged(tile: Tile<u32, u32>) {
+    // SAFETY: `arrange` saw that the processor has AMX; the rest is the caller's promise.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        amx::multiply(tile);
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    unreachable!("nothing is arranged for {} pairs", tile.depth);
+}
+
+/// Says that this thread has no more tiles to multiply for now.
+pub(crate) fn done() {
+    #[cfg(target_arch = "x86_64")]
+    amx::release();
+}
+
 /// Rounds rows to bf16 and puts each two of them together as pairs, the first in the low halves; behind an odd last row, zeros.
-/// Gives false, and does nothing, where the processor has no instruction for it. Denormal numbers become 0, which products of
-/// such a processor take them for.
+/// Gives false, and does nothing, where the processor has no instruction for it. AVX-512 makes denormal numbers 0, NEON leaves
+/// them; products of pairs take them for 0 in both.
 #[inline]
 pub(crate) fn pair_rows(rows: &[[f32; LANES]], out: &mut [[u32; LANES]]) -> bool {
     #[cfg(target_arch = "x86_64")]
@@ -98,6 +148,15 @@ pub(crate) fn pair_rows(rows: &[[f32; LANES]], out: &mut [[u32; LANES]]) -> bool
             let second = rows.get(1).unwrap_or(&[0.; LANES]);
             // SAFETY: the processor has AVX-512 with bf16.
             unsafe { avx512::pair_rows(&rows[0], second, out) };
+        }
+        return true;
+    }
+    #[cfg(target_arch = "aarch64")]
+    if Isa::current() >= Isa::NeonBf16 {
+        for (out, rows) in out.iter_mut().zip(rows.chunks(2)) {
+            let second = rows.get(1).unwrap_or(&[0.; LANES]);
+            // SAFETY: the processor has bf16.
+            unsafe { neon::pair_rows(&rows[0], second, out) };
         }
         return true;
     }

@@ -29,12 +29,25 @@ fn run(isa: Isa, in_bf16: bool) -> usize {
         Isa::Avx2 => unsafe { x86::avx2() },
         // SAFETY: the same.
         Isa::Avx512Bf16 if in_bf16 => unsafe { x86::avx512_bf16() },
+        // SAFETY: the same; `Isa::best` has asked the system for the registers.
+        Isa::AmxBf16 if in_bf16 => unsafe { x86::amx_bf16() },
         // SAFETY: the same.
-        Isa::Avx512 | Isa::Avx512Bf16 => unsafe { x86::avx512() },
+        Isa::Avx512 | Isa::Avx512Bf16 | Isa::AmxBf16 => unsafe { x86::avx512() },
     }
 }
 
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(target_arch = "aarch64")]
+fn run(isa: Isa, in_bf16: bool) -> usize {
+    match isa {
+        Isa::Portable => portable(),
+        // SAFETY: `isa` is one that this processor has.
+        Isa::NeonBf16 if in_bf16 => unsafe { arm::neon_bf16() },
+        // SAFETY: every 64-bit Arm has NEON.
+        Isa::Neon | Isa::NeonBf16 => unsafe { arm::neon() },
+    }
+}
+
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 fn run(_: Isa, _: bool) -> usize {
     portable()
 }
@@ -108,5 +121,80 @@ mod x86 {
         }
         black_box(sums);
         STEPS * SUMS * 32 * 2
+    }
+
+    /// Four registers of sums in turn, 16 rows by 16 columns, 32 deep.
+    pub(super) unsafe fn amx_bf16() -> usize {
+        #[repr(align(64))]
+        struct Shapes([u8; 64]);
+        let mut shapes = Shapes([0; 64]);
+        shapes.0[0] = 1;
+        for register in 0..6 {
+            shapes.0[16 + 2 * register] = 64;
+            shapes.0[48 + register] = 16;
+        }
+        let steps = STEPS / 16;
+        // SAFETY: the caller's promise; the registers, which hold zeros, are let go at the end.
+        unsafe {
+            std::arch::asm!(
+                "ldtilecfg [{shapes}]",
+                "2:",
+                "tdpbf16ps tmm0, tmm4, tmm5",
+                "tdpbf16ps tmm1, tmm4, tmm5",
+                "tdpbf16ps tmm2, tmm4, tmm5",
+                "tdpbf16ps tmm3, tmm4, tmm5",
+                "dec {steps}",
+                "jnz 2b",
+                "tilerelease",
+                shapes = in(reg) &raw const shapes,
+                steps = inout(reg) steps => _,
+                options(nostack, readonly),
+            );
+        }
+        steps * 4 * 16 * 16 * 32 * 2
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+mod arm {
+    use std::arch::aarch64::{vdupq_n_f32, vdupq_n_u32, vfmaq_f32};
+
+    use super::{STEPS, SUMS, black_box};
+
+    /// Sums in turn: up to four instructions start in a cycle, and take four.
+    const MANY: usize = 2 * SUMS;
+
+    #[target_feature(enable = "neon")]
+    pub(super) unsafe fn neon() -> usize {
+        let (a, b) = (vdupq_n_f32(black_box(0.999)), vdupq_n_f32(black_box(1e-3)));
+        let mut sums = [vdupq_n_f32(1.); MANY];
+        for _ in 0..STEPS {
+            for sum in &mut sums {
+                *sum = vfmaq_f32(b, *sum, a);
+            }
+        }
+        black_box(sums);
+        STEPS * MANY * 4 * 2
+    }
+
+    #[target_feature(enable = "neon,bf16")]
+    pub(super) unsafe fn neon_bf16() -> usize {
+        let a = vdupq_n_u32(black_box(0x3f00_3f00));
+        let mut sums = [vdupq_n_f32(1.); MANY];
+        for _ in 0..STEPS {
+            for sum in &mut sums {
+                // SAFETY: registers alone; the processor has bf16, as the caller promised.
+                unsafe {
+                    std::arch::asm!(
+                        "bfmmla {sum:v}.4s, {a:v}.8h, {a:v}.8h",
+                        sum = inout(vreg) *sum,
+                        a = in(vreg) a,
+                        options(pure, nomem, nostack, preserves_flags),
+                    );
+                }
+            }
+        }
+        black_box(sums);
+        STEPS * MANY * 16 * 2
     }
 }
