@@ -108,7 +108,7 @@ impl Loop for Part<'_> {
                 Values::Bf16(values) => {
                     block::<half::bf16, FMA>(&values[row * depth..], self.x, depth, left, out)
                 }
-                Values::Nf4(_) => {
+                Values::F16(_) | Values::Nf4(_) => {
                     let values = self.weight.row(row, 0..depth, self.buffer);
                     block::<f32, FMA>(values, self.x, depth, 1, out)
                 }

@@ -137,7 +137,7 @@ fn on_tape(var: &Var, pass: Pass) -> Tensor {
 /// The weight (out, in) of a projection.
 #[derive(Clone)]
 pub enum Base {
-    /// A weight as it is, in the compute dtype when frozen.
+    /// A weight as it is; a frozen one in the compute dtype, or in a narrower one that it is stored in, and widened for each product.
     Dense(Weight),
     /// A frozen 4-bit weight, dequantised for each product and dropped after it.
     Nf4(Arc<Nf4>),
@@ -225,8 +225,8 @@ impl Linear {
                 self.product(x, &weight.tensor(pass))?
             }
             Base::Dense(weight) => {
-                let weight = weight.value(pass);
-                frozen_linear(x, move || Ok(weight.clone()))?
+                let (weight, compute) = (weight.value(pass), self.compute);
+                frozen_linear(x, move || weight.to_dtype(compute))?
             }
             Base::Nf4(weight) => {
                 let (weight, compute) = (Arc::clone(weight), self.compute);

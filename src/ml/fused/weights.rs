@@ -33,11 +33,12 @@ impl<'a> Held<'a> {
         let values = match &*self.storage {
             Storage::Cpu(CpuStorage::F32(values)) => values.get(start..end).map(Values::F32),
             Storage::Cpu(CpuStorage::BF16(values)) => values.get(start..end).map(Values::Bf16),
+            Storage::Cpu(CpuStorage::F16(values)) => values.get(start..end).map(Values::F16),
             _ => None,
         };
         match values {
             Some(values) => Ok(values),
-            None => bail!("a weight is neither f32 nor bf16 on the cpu"),
+            None => bail!("a weight is neither f32, bf16 nor f16 on the cpu"),
         }
     }
 
