@@ -1,28 +1,92 @@
 //! One loop, compiled for several instruction sets, and chosen when the program runs.
 //!
 //! A loop is written once, over arrays of 16 or 32 floats, as [`Loop::run`]. [`run`] calls it compiled for AVX-512, for
-//! AVX2 with FMA, or for what every processor of the architecture has.
+//! AVX2 with FMA, or for what every processor of the architecture has (on a 64-bit Arm: NEON).
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-/// An instruction set.
+#[cfg(target_arch = "x86_64")]
+use crate::micro::amx;
+
+/// An instruction set of this architecture.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
 pub enum Isa {
-    /// What every processor has.
+    /// Loops as the compiler makes them for what every processor has.
     Portable = 1,
     /// 256-bit vectors with fused multiply-add.
+    #[cfg(target_arch = "x86_64")]
     Avx2 = 2,
     /// 512-bit vectors.
+    #[cfg(target_arch = "x86_64")]
     Avx512 = 3,
     /// 512-bit vectors with products of pairs of bf16.
+    #[cfg(target_arch = "x86_64")]
     Avx512Bf16 = 4,
+    /// The same with products of matrices of bf16 in registers of their own, Intel's AMX.
+    #[cfg(target_arch = "x86_64")]
+    AmxBf16 = 5,
+    /// 128-bit vectors, which every 64-bit Arm has, in the innermost loops of products too.
+    #[cfg(target_arch = "aarch64")]
+    Neon = 2,
+    /// The same with products of small matrices of bf16.
+    #[cfg(target_arch = "aarch64")]
+    NeonBf16 = 3,
 }
 
 impl Isa {
-    /// All of them, the plainest first.
-    pub const ALL: [Self; 4] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Bf16];
+    /// All of this architecture, the plainest first.
+    #[cfg(target_arch = "x86_64")]
+    pub const ALL: [Self; 5] = [
+        Self::Portable,
+        Self::Avx2,
+        Self::Avx512,
+        Self::Avx512Bf16,
+        Self::AmxBf16,
+    ];
+    /// All of this architecture, the plainest first.
+    #[cfg(target_arch = "aarch64")]
+    pub const ALL: [Self; 3] = [Self::Portable, Self::Neon, Self::NeonBf16];
+    /// All of this architecture, the plainest first.
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    pub const ALL: [Self; 1] = [Self::Portable];
+
+    /// Whether it multiplies pairs of bf16 as they are.
+    pub fn multiplies_pairs(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        let least = Self::Avx512Bf16;
+        #[cfg(target_arch = "aarch64")]
+        let least = Self::NeonBf16;
+        #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+        return self >= least;
+        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+        false
+    }
+
+    /// What people call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Portable => "portable",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => "avx512-bf16",
+            #[cfg(target_arch = "x86_64")]
+            Self::AmxBf16 => "amx-bf16",
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => "neon",
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonBf16 => "neon-bf16",
+        }
+    }
+
+    /// The one with this [`Isa::name`].
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|isa| isa.name() == name)
+    }
 
     /// The best this processor has.
     pub fn best() -> Self {
@@ -32,6 +96,10 @@ impl Isa {
 
     /// The one in use: [`Isa::best`], unless [`limit`] allowed less.
     pub fn current() -> Self {
+        #[cfg(all(test, target_arch = "x86_64"))]
+        if tests::EMULATE_AMX.load(Ordering::Relaxed) {
+            return Self::AmxBf16;
+        }
         let limit = LIMIT.load(Ordering::Relaxed);
         let best = Self::best();
         if best as u8 <= limit {
@@ -59,7 +127,11 @@ fn detect() -> Isa {
         && is_x86_feature_detected!("avx512vl")
         && is_x86_feature_detected!("avx512dq");
     if wide && is_x86_feature_detected!("avx512bf16") {
-        Isa::Avx512Bf16
+        if amx::processor::available() {
+            Isa::AmxBf16
+        } else {
+            Isa::Avx512Bf16
+        }
     } else if wide {
         Isa::Avx512
     } else if avx2 {
@@ -69,7 +141,16 @@ fn detect() -> Isa {
     }
 }
 
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(target_arch = "aarch64")]
+fn detect() -> Isa {
+    if std::arch::is_aarch64_feature_detected!("bf16") {
+        Isa::NeonBf16
+    } else {
+        Isa::Neon
+    }
+}
+
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 fn detect() -> Isa {
     Isa::Portable
 }
@@ -87,7 +168,7 @@ pub fn run<L: Loop>(body: L) -> L::Output {
     #[cfg(target_arch = "x86_64")]
     match Isa::current() {
         // SAFETY: `current` gives only what the processor was found to have, and `detect` looks for each of the features.
-        Isa::Avx512 | Isa::Avx512Bf16 => return unsafe { avx512(body) },
+        Isa::Avx512 | Isa::Avx512Bf16 | Isa::AmxBf16 => return unsafe { avx512(body) },
         // SAFETY: the same.
         Isa::Avx2 => return unsafe { avx2(body) },
         Isa::Portable => {}
@@ -120,14 +201,20 @@ pub fn fma<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
 #[cfg(test)]
 pub(crate) mod tests {
     use std::io::Write as _;
+    #[cfg(target_arch = "x86_64")]
+    use std::sync::atomic::AtomicBool;
     use std::sync::{Mutex, MutexGuard};
 
     use super::*;
 
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
-    /// Calls `check` with every instruction set that this processor has in use. Those that it lacks are left out:
-    /// `a_processor_s_instruction_sets_are_told` says which.
+    /// Whether AMX is in use, emulated in `micro::amx`, on a processor that has all instruction sets below it.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) static EMULATE_AMX: AtomicBool = AtomicBool::new(false);
+
+    /// Calls `check` with every instruction set that this processor has in use, and with AMX emulated where it alone is lacking.
+    /// Those that it lacks are left out: `a_processor_s_instruction_sets_are_told` says which.
     pub(crate) fn with_each(mut check: impl FnMut(Isa)) {
         let _guard: MutexGuard<'_, ()> = match ONE_AT_A_TIME.lock() {
             Ok(guard) => guard,
@@ -137,7 +224,18 @@ pub(crate) mod tests {
             limit(isa);
             check(isa);
         }
-        limit(Isa::Avx512Bf16);
+        #[cfg(target_arch = "x86_64")]
+        if Isa::best() == Isa::Avx512Bf16 {
+            EMULATE_AMX.store(true, Ordering::Relaxed);
+            let checked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                check(Isa::AmxBf16);
+            }));
+            EMULATE_AMX.store(false, Ordering::Relaxed);
+            if let Err(panic) = checked {
+                std::panic::resume_unwind(panic);
+            }
+        }
+        limit(Isa::best());
     }
 
     /// Written past the test runner's capture, so that a log shows what a passed run has not tested. A machine that has to have an
@@ -148,7 +246,9 @@ pub(crate) mod tests {
         let best = Isa::best();
         let (here, lacking): (Vec<Isa>, Vec<Isa>) =
             Isa::ALL.into_iter().partition(|isa| *isa <= best);
-        let text = format!("kernels: tested {here:?}, not on this processor {lacking:?}\n");
+        let text = format!(
+            "kernels: tested {here:?}, not on this processor {lacking:?} (AmxBf16 is emulated where Avx512Bf16 is there)\n"
+        );
         let _ = std::io::stderr().write_all(text.as_bytes());
         if let Ok(wanted) = std::env::var("KERNELS_EXPECT_ISA") {
             assert_eq!(format!("{best:?}"), wanted, "the best instruction set");

@@ -3,14 +3,18 @@
 //! A product reads a weight once for all tokens of a batch. So each block of it is converted, dequantised, turned around and
 //! put in order for the innermost loop in one go, into a buffer that stays in the cache; no second copy is ever kept.
 
+mod turn;
+mod unpack;
+
 use std::borrow::Cow;
 use std::ops::Range;
 
 use half::{bf16, f16};
 
 use crate::dispatch::{Loop, run};
-use crate::micro::TILE;
+use crate::micro::{TILE, prefetch};
 use crate::panels::bf16_bits;
+use turn::turn;
 
 /// Values of an NF4 weight that share a largest magnitude.
 pub const NF4_BLOCK: usize = 64;
@@ -51,10 +55,11 @@ pub enum Rounding {
 }
 
 impl Rounding {
+    #[inline(always)]
     fn round(self, x: f32) -> f32 {
         match self {
             Self::F32 => x,
-            Self::Bf16 => bf16::from_f32(x).to_f32(),
+            Self::Bf16 => f32::from_bits(bf16_bits(x) << 16),
             Self::F16 => f16::from_f32(x).to_f32(),
         }
     }
@@ -173,9 +178,14 @@ impl<'a> Matrix<'a> {
             let start = row * self.columns + span.start;
             return Cow::Borrowed(reinterpret(&values[start..start + span.len()]));
         }
+        if let Values::Nf4(nf4) = self.values {
+            bits.resize(span.len(), 0);
+            nf4.bf16_values(row * self.columns + span.start, bits);
+            return Cow::Borrowed(bits);
+        }
         let values = self.row(row, span, buffer);
-        bits.clear();
-        bits.extend(values.iter().map(|x| bf16_bits(*x) as u16));
+        bits.resize(values.len(), 0);
+        run(RoundWords(values, bits));
         Cow::Borrowed(bits)
     }
 
@@ -186,7 +196,8 @@ impl<'a> Matrix<'a> {
         sized(out, rows.len(), depth);
         let mut buffer = Vec::new();
         if self.turned {
-            for (k, row) in depths.enumerate() {
+            for (k, row) in depths.clone().enumerate() {
+                self.ask_for(row + AHEAD, rows.clone(), depths.end);
                 let values = self.row(row, rows.clone(), &mut buffer);
                 let (whole, rest) = values.as_chunks::<TILE>();
                 let mut place = k * TILE;
@@ -198,27 +209,46 @@ impl<'a> Matrix<'a> {
                     out[place..place + rest.len()].copy_from_slice(rest);
                 }
             }
-        } else if let Values::F32(values) = self.values {
-            let columns = self.columns;
-            let tiles = out.chunks_exact_mut((depth * TILE).max(1));
-            for (first, tile) in rows.clone().step_by(TILE).zip(tiles) {
-                let count = (rows.end - first).min(TILE);
-                run(Turn {
-                    values: &values[first * columns + depths.start..],
-                    stride: columns,
-                    count,
-                    tile,
-                });
+            return;
+        }
+        let mut tile_rows = Vec::new();
+        let tiles = out.chunks_exact_mut((depth * TILE).max(1));
+        for (first, tile) in rows.clone().step_by(TILE).zip(tiles) {
+            let count = (rows.end - first).min(TILE);
+            if let Values::F32(values) = self.values {
+                let values = &values[first * self.columns + depths.start..];
+                turn(values, self.columns, count, tile);
+                continue;
             }
-        } else {
-            for (i, row) in rows.enumerate() {
-                let values = self.row(row, depths.clone(), &mut buffer);
-                let tile = &mut out[i / TILE * depth * TILE..][..depth * TILE];
-                let places = tile[i % TILE..].iter_mut().step_by(TILE);
-                for (out, value) in places.zip(values) {
-                    *out = *value;
-                }
+            tile_rows.resize(count * depth, 0.);
+            for (i, to) in tile_rows.chunks_exact_mut(depth.max(1)).enumerate() {
+                self.widen(first + i, depths.clone(), to);
             }
+            turn(&tile_rows, depth, count, tile);
+        }
+    }
+
+    /// Asks for a part of a stored row in front of `end`, which is read soon: from row to row, a processor doesn't guess it.
+    fn ask_for(&self, row: usize, span: Range<usize>, end: usize) {
+        if row >= end {
+            return;
+        }
+        let places = row * self.columns + span.start..row * self.columns + span.end;
+        match self.values {
+            Values::F32(values) => prefetch(&values[places]),
+            Values::Bf16(values) => prefetch(&values[places]),
+            Values::Nf4(nf4) => prefetch(&nf4.packed[places.start / 2..places.end / 2]),
+        }
+    }
+
+    /// Writes the values `span` of one stored row.
+    fn widen(&self, row: usize, span: Range<usize>, out: &mut [f32]) {
+        let start = row * self.columns + span.start;
+        let end = start + span.len();
+        match self.values {
+            Values::F32(values) => out.copy_from_slice(&values[start..end]),
+            Values::Bf16(values) => run(Widen(&values[start..end], out)),
+            Values::Nf4(nf4) => nf4.values(start, out),
         }
     }
 
@@ -231,69 +261,110 @@ impl<'a> Matrix<'a> {
         if self.turned {
             for k in 0..depth {
                 let row = depths.start + 2 * k;
+                self.ask_for(row + AHEAD, rows.clone(), depths.end);
+                self.ask_for(row + AHEAD + 1, rows.clone(), depths.end);
                 let first = self.row_bf16(row, rows.clone(), &mut buffer, &mut bits);
                 let second = if row + 1 < depths.end {
                     self.row_bf16(row + 1, rows.clone(), &mut second_buffer, &mut second_bits)
                 } else {
                     Cow::Owned(vec![0; first.len()])
                 };
-                let chunks = first.chunks(TILE).zip(second.chunks(TILE)).enumerate();
-                for (tile, (first, second)) in chunks {
-                    let place = (tile * depth + k) * TILE;
-                    let out = out[place..place + first.len()].iter_mut();
-                    for (out, (first, second)) in out.zip(first.iter().zip(second)) {
-                        *out = u32::from(*first) | (u32::from(*second) << 16);
-                    }
-                }
+                run(PairTiles {
+                    first: &first,
+                    second: &second,
+                    out: &mut out[k * TILE..],
+                    stride: depth * TILE,
+                });
             }
-        } else {
-            for (i, row) in rows.enumerate() {
-                let values = self.row_bf16(row, depths.clone(), &mut buffer, &mut bits);
-                let tile = &mut out[i / TILE * depth * TILE..][..depth * TILE];
-                let places = tile[i % TILE..].iter_mut().step_by(TILE);
-                for (out, pair) in places.zip(values.chunks(2)) {
-                    let second = pair.get(1).copied().unwrap_or(0);
-                    *out = u32::from(pair[0]) | (u32::from(second) << 16);
-                }
+            return;
+        }
+        let mut tile_rows = Vec::new();
+        let tiles = out.chunks_exact_mut((depth * TILE).max(1));
+        for (first, tile) in rows.clone().step_by(TILE).zip(tiles) {
+            let count = (rows.end - first).min(TILE);
+            tile_rows.resize(count * depth, 0);
+            for (i, to) in tile_rows.chunks_exact_mut(depth.max(1)).enumerate() {
+                let row = self.row_bf16(first + i, depths.clone(), &mut buffer, &mut bits);
+                run(PairUp(&row, to));
             }
+            turn(&tile_rows, depth, count, tile);
         }
     }
 }
 
-/// Turns `count` rows, `stride` values apart, into a tile: 16 columns at a time, which stay in the registers' reach.
-struct Turn<'a> {
-    values: &'a [f32],
-    stride: usize,
-    count: usize,
-    tile: &'a mut [f32],
-}
+/// Stored rows that are asked for before they are read.
+const AHEAD: usize = 8;
 
-impl Loop for Turn<'_> {
+struct Widen<'a>(&'a [bf16], &'a mut [f32]);
+
+impl Loop for Widen<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<const FMA: bool>(self) {
-        const BLOCK: usize = 16;
-        let row = |i: usize| &self.values[i.min(self.count - 1) * self.stride..];
-        let rows: [&[f32]; TILE] = std::array::from_fn(row);
-        let (columns, _) = self.tile.as_chunks_mut::<TILE>();
-        for (block, columns) in columns.chunks_mut(BLOCK).enumerate() {
-            let first = block * BLOCK;
-            let mut part = [[0f32; BLOCK]; TILE];
-            for (part, row) in part.iter_mut().zip(rows).take(self.count) {
-                if let Some(whole) = row.get(first..).and_then(|row| row.first_chunk::<BLOCK>()) {
-                    *part = *whole;
-                } else {
-                    for (part, value) in part.iter_mut().zip(&row[first..]) {
-                        *part = *value;
-                    }
-                }
+        for (out, x) in self.1.iter_mut().zip(self.0) {
+            *out = f32::from_bits(u32::from(x.to_bits()) << 16);
+        }
+    }
+}
+
+/// Neighbours as pairs, the first in the low half; behind an odd last one, zero.
+struct PairUp<'a>(&'a [u16], &'a mut [u32]);
+
+impl Loop for PairUp<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        let (pairs, rest) = self.0.as_chunks::<2>();
+        for (out, pair) in self.1.iter_mut().zip(pairs) {
+            *out = u32::from(pair[0]) | (u32::from(pair[1]) << 16);
+        }
+        if let (Some(out), [last]) = (self.1.last_mut(), rest) {
+            *out = u32::from(*last);
+        }
+    }
+}
+
+/// Numbers rounded to bf16.
+struct RoundWords<'a>(&'a [f32], &'a mut [u16]);
+
+impl Loop for RoundWords<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        for (out, x) in self.1.iter_mut().zip(self.0) {
+            *out = bf16_bits(*x) as u16;
+        }
+    }
+}
+
+/// Two rows as pairs, [`TILE`] of them at every `stride`.
+struct PairTiles<'a> {
+    first: &'a [u16],
+    second: &'a [u16],
+    out: &'a mut [u32],
+    stride: usize,
+}
+
+impl Loop for PairTiles<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        let pair = |first: u16, second: u16| u32::from(first) | (u32::from(second) << 16);
+        let (first, first_rest) = self.first.as_chunks::<TILE>();
+        let (second, second_rest) = self.second.as_chunks::<TILE>();
+        for (tile, (first, second)) in first.iter().zip(second).enumerate() {
+            let out = &mut self.out[tile * self.stride..][..TILE];
+            for i in 0..TILE {
+                out[i] = pair(first[i], second[i]);
             }
-            for (k, column) in columns.iter_mut().enumerate() {
-                for i in 0..TILE {
-                    column[i] = part[i][k];
-                }
-            }
+        }
+        let place = first.len() * self.stride;
+        for (i, (first, second)) in first_rest.iter().zip(second_rest).enumerate() {
+            self.out[place + i] = pair(*first, *second);
         }
     }
 }
@@ -310,37 +381,4 @@ fn sized<T: Copy + Default>(out: &mut Vec<T>, rows: usize, depth: usize) {
 fn reinterpret(values: &[bf16]) -> &[u16] {
     use half::slice::HalfFloatSliceExt as _;
     values.reinterpret_cast()
-}
-
-impl Nf4<'_> {
-    /// The values from the place `first` on.
-    fn values(&self, mut first: usize, mut out: &mut [f32]) {
-        while !out.is_empty() {
-            let count = (NF4_BLOCK - first % NF4_BLOCK).min(out.len());
-            let (now, rest) = out.split_at_mut(count);
-            let absmax = self.absmax[first / NF4_BLOCK];
-            // Each of the block's values is one of these 16, so they are rounded once.
-            let values = self.code.map(|code| self.rounding.round(code * absmax));
-            let packed = &self.packed[first / 2..(first + count).div_ceil(2)];
-            if first.is_multiple_of(2) {
-                let (pairs, last) = now.as_chunks_mut::<2>();
-                for (out, byte) in pairs.iter_mut().zip(packed) {
-                    *out = [
-                        values[usize::from(byte >> 4)],
-                        values[usize::from(byte & 15)],
-                    ];
-                }
-                if let (Some(out), Some(byte)) = (last.first_mut(), packed.last()) {
-                    *out = values[usize::from(byte >> 4)];
-                }
-            } else {
-                let codes = packed.iter().flat_map(|byte| [byte >> 4, byte & 15]);
-                for (out, code) in now.iter_mut().zip(codes.skip(1)) {
-                    *out = values[usize::from(code)];
-                }
-            }
-            first += count;
-            out = rest;
-        }
-    }
 }

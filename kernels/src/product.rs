@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use crate::dispatch::Isa;
 use crate::matrix::Matrix;
-use crate::micro::{TILE, Tile, multiply, multiply_pairs};
+use crate::micro::{TILE, Tile, arrange, done, multiply, multiply_arranged, multiply_pairs};
 use crate::panels::{self, LANES, bf16_bits, count, pairs, round_to_bf16};
 
 /// The depth of a block, in features: its 32 tokens and its rows both stay in the second cache.
@@ -50,7 +50,7 @@ impl Pairs {
     /// If `data` are no such panels, or `take` gives another length.
     pub fn of(data: &[f32], features: usize, take: impl FnOnce(usize) -> Vec<u32>) -> Self {
         let panels = count(data.len(), features, "the numbers to pair");
-        Self(if Isa::current() >= Isa::Avx512Bf16 {
+        Self(if Isa::current().multiplies_pairs() {
             let mut out = take(panels * features.div_ceil(2) * LANES);
             pairs(data, features, &mut out);
             Kind::Bits(out)
@@ -258,6 +258,9 @@ fn groups<'a>(terms: &'a [Term<'a>]) -> Vec<Vec<Piece<'a>>> {
 struct Block {
     floats: Vec<f32>,
     pairs: Vec<u32>,
+    /// Whether [`arrange`] put the pairs in another order.
+    arranged: bool,
+    spare: Vec<u32>,
 }
 
 thread_local! {
@@ -269,7 +272,9 @@ impl Piece<'_> {
         let (rows, depths, weight) = (rows.clone(), self.depths.clone(), &self.term.weight);
         match self.term.x {
             Factor::Pairs(Pairs(Kind::Bits(_))) => {
+                let depth = depths.len().div_ceil(2);
                 weight.pack_pairs(rows, depths, &mut block.pairs);
+                block.arranged = arrange(&mut block.pairs, &mut block.spare, depth);
             }
             Factor::F32(_) => weight.pack(rows, depths, &mut block.floats),
             Factor::Pairs(Pairs(Kind::Rounded(_))) => {
@@ -303,14 +308,19 @@ impl Piece<'_> {
                 let (a, b) = (a.as_ptr(), b.as_ptr());
                 // SAFETY: the slices are as long as the tile reads; the rest is the caller's promise.
                 unsafe {
-                    packed_pairs(Tile {
+                    let tile = Tile {
                         a,
                         b,
                         depth,
                         c,
                         rows,
                         from,
-                    });
+                    };
+                    if block.arranged {
+                        multiply_arranged(tile);
+                    } else {
+                        packed_pairs(tile);
+                    }
                 }
                 return;
             }
@@ -371,6 +381,7 @@ unsafe fn part_of(
             }
         }
     }
+    done();
 }
 
 /// A tile of packed rows, no more of them than needed.
