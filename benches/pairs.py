@@ -17,9 +17,12 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def cpu_seconds(pid):
-    """User and system seconds of a running process, all threads; steps of 10 ms."""
+    """User and system seconds of a running process, all threads, and of the processes that it started; steps of 10 ms."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS
+    # Its own, and those of its processes that have ended.
+    ticks = sum(int(field) for field in fields[11:15])
+    children = [child for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+    return ticks / TICKS + sum(cpu_seconds(child) for child in children)
 
 
 class Measured:

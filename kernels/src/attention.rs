@@ -1,12 +1,17 @@
 //! Grouped-query attention over spans of tokens, forward and backward, without ever holding all scores.
 //!
-//! A span is a run of tokens that may see each other: a sequence, or a prompt and the two answers that share it. One task
-//! takes the query heads that share a key head of one span. Its keys and values are put into panels of their own, and 32
-//! queries at a time go over them: scores, softmax, weighted values. The backward makes the scores again from the queries,
-//! the keys and the logarithm of each softmax's sum (Dao et al. 2022, arXiv 2205.14135, section 3.1).
+//! A span is a run of tokens that may see each other: a sequence, or a prompt and the two answers that share it. What several
+//! spans begin with can be a span of its own, their context, so that sequences form a tree (Wang et al. 2025, arXiv 2511.00413).
+//! One task takes the query heads that share a key head of one span. Its keys and values, the context's in front, are put into
+//! panels of their own, and 32 queries at a time go over them: scores, softmax, weighted values. The backward makes the scores
+//! again from the queries, the keys and the logarithm of each softmax's sum (Dao et al. 2022, arXiv 2205.14135, section 3.1).
+//! What a task finds for its context's keys it keeps to itself; all is added in the order of the spans afterwards, so that
+//! results don't depend on which task ends first.
 
 mod local;
 mod spans;
+
+use std::ops::Range;
 
 use rayon::prelude::*;
 
@@ -14,7 +19,8 @@ use crate::dispatch::{Loop, run};
 use crate::exp::exp;
 use crate::micro::{Tile, multiply};
 use crate::panels::{self, LANES, count};
-use local::{Shared, gather, scatter, scatter_turned};
+use local::{Places, Shared, gather, scatter, scatter_turned};
+use spans::Keys;
 pub use spans::{Span, Spans, Visible};
 
 /// The shape of the heads.
@@ -83,14 +89,54 @@ fn check(inputs: Inputs<'_>, heads: Heads, spans: &Spans, of_queries: &[&[f32]],
     );
 }
 
-fn tasks(spans: &[Span], heads: Heads) -> Vec<(&Span, usize)> {
-    let mut tasks: Vec<_> = spans
-        .iter()
-        .filter(|span| !span.visible.is_empty())
-        .flat_map(|span| (0..heads.keys).map(move |head| (span, head)))
-        .collect();
+/// The most floats that wait to be added to the gradients of contexts' keys and values.
+const WAITING: usize = 1 << 24;
+
+/// The query heads that share a key head of one span.
+struct Task<'a> {
+    span: &'a Span,
+    keys: &'a Keys,
+    head: usize,
+    /// Where the gradients of the context's keys and values go.
+    of_context: &'a mut [f32],
+}
+
+/// What a task keeps for the keys and values of its context: `[key, value][chunk of 32 features][key][32 features]`.
+fn waiting(keys: &Keys, heads: Heads) -> usize {
+    let wide = heads.width.next_multiple_of(LANES);
+    keys.context.saturating_mul(2 * wide)
+}
+
+/// The tasks of some key heads; of `of_context` each gets its part, by span and head.
+fn tasks<'a>(
+    spans: &'a Spans,
+    heads: Heads,
+    of_heads: Range<usize>,
+    mut of_context: Option<&'a mut [f32]>,
+) -> Vec<Task<'a>> {
+    let mut tasks = Vec::new();
+    for (span, keys) in spans.with_keys() {
+        for head in of_heads.clone() {
+            let all = of_context.take().unwrap_or_default();
+            let own = if all.is_empty() {
+                0
+            } else {
+                waiting(keys, heads)
+            };
+            let (own, rest) = all.split_at_mut(own);
+            of_context = Some(rest);
+            if !span.visible.is_empty() {
+                tasks.push(Task {
+                    span,
+                    keys,
+                    head,
+                    of_context: own,
+                });
+            }
+        }
+    }
     // The longest first, so that cores end together.
-    tasks.sort_by_key(|(span, _)| std::cmp::Reverse(span.visible.len()));
+    tasks.sort_by_key(|task| std::cmp::Reverse(task.span.visible.len() * task.keys.count));
     tasks
 }
 
@@ -108,30 +154,21 @@ pub fn attention(
 ) {
     check(inputs, heads, spans, &[out], log_sums);
     let (out, log_sums) = (Shared::new(out), Shared::new(log_sums));
-    tasks(spans, heads)
+    tasks(spans, heads, 0..heads.keys, None)
         .into_par_iter()
-        .for_each_init(Work::default, |work, (span, head)| {
-            work.load(inputs, heads, span, head);
+        .for_each_init(Work::default, |work, task| {
+            let Task { span, head, .. } = task;
+            work.load(inputs, heads, task.keys, head);
+            let tokens = [span.tokens()];
+            let queries = Places::all(&tokens);
             let group = heads.queries / heads.keys;
             for query_head in head * group..(head + 1) * group {
                 for block in 0..span.visible.len().div_ceil(LANES) {
                     work.forward(inputs.q, heads, span, query_head, block);
-                    scatter(
-                        &work.result,
-                        out,
-                        heads.queries * heads.width,
-                        query_head * heads.width,
-                        span,
-                        block,
-                    );
-                    scatter(
-                        &work.log_sum,
-                        log_sums,
-                        heads.queries,
-                        query_head,
-                        span,
-                        block,
-                    );
+                    let place = (heads.queries * heads.width, query_head * heads.width);
+                    scatter(&work.result, out, place, queries, block, false);
+                    let place = (heads.queries, query_head);
+                    scatter(&work.log_sum, log_sums, place, queries, block, false);
                 }
             }
         });
@@ -158,36 +195,101 @@ pub fn attention_backward(
         Shared::new(gradients.k),
         Shared::new(gradients.v),
     );
-    tasks(spans, heads)
-        .into_par_iter()
-        .for_each_init(Work::default, |work, (span, head)| {
-            work.load(inputs, heads, span, head);
-            work.clear(heads);
-            let group = heads.queries / heads.keys;
-            for query_head in head * group..(head + 1) * group {
-                for block in 0..span.visible.len().div_ceil(LANES) {
-                    work.backward(
-                        inputs.q,
-                        (out, log_sums, of_out),
-                        heads,
-                        span,
-                        query_head,
-                        block,
-                    );
-                    scatter(
-                        &work.result,
-                        of_q,
-                        heads.queries * heads.width,
-                        query_head * heads.width,
-                        span,
-                        block,
-                    );
+    // So many heads at a time that what waits to be added has a bound.
+    let of_head: usize = spans
+        .with_keys()
+        .map(|(_, keys)| waiting(keys, heads))
+        .sum();
+    let together = WAITING.checked_div(of_head).unwrap_or(heads.keys);
+    let together = together.clamp(1, heads.keys);
+    let mut of_contexts = vec![0f32; of_head * together];
+    for first in (0..heads.keys).step_by(together) {
+        let of_heads = first..(first + together).min(heads.keys);
+        let of_contexts = &mut of_contexts[..of_head * of_heads.len()];
+        tasks(spans, heads, of_heads.clone(), Some(of_contexts))
+            .into_par_iter()
+            .for_each_init(Work::default, |work, task| {
+                let Task { span, head, .. } = task;
+                work.load(inputs, heads, task.keys, head);
+                work.clear(heads);
+                let tokens = [span.tokens()];
+                let queries = Places::all(&tokens);
+                let group = heads.queries / heads.keys;
+                for query_head in head * group..(head + 1) * group {
+                    for block in 0..span.visible.len().div_ceil(LANES) {
+                        work.backward(
+                            inputs.q,
+                            (out, log_sums, of_out),
+                            heads,
+                            span,
+                            query_head,
+                            block,
+                        );
+                        let place = (heads.queries * heads.width, query_head * heads.width);
+                        scatter(&work.result, of_q, place, queries, block, false);
+                    }
+                }
+                let keys = Places {
+                    ranges: &task.keys.ranges,
+                    skipped: task.keys.context,
+                };
+                let place = (heads.keys * heads.width, head * heads.width, heads.width);
+                scatter_turned(&work.of_k, of_k, place, keys, false);
+                scatter_turned(&work.of_v, of_v, place, keys, false);
+                work.keep_of_context(heads, task.keys, task.of_context);
+            });
+        if of_head > 0 {
+            add_shared(spans, heads, of_heads, of_contexts, [of_k, of_v]);
+        }
+    }
+}
+
+/// Adds to the gradients of contexts' keys and values what the spans behind them brought.
+fn add_shared(
+    spans: &Spans,
+    heads: Heads,
+    of_heads: Range<usize>,
+    of_contexts: &[f32],
+    outs: [Shared; 2],
+) {
+    // Where the part of each span's first head begins, and its size.
+    let parts: Vec<(usize, usize, &Keys)> = spans
+        .with_keys()
+        .scan(0, |start, (_, keys)| {
+            let (first, size) = (*start, waiting(keys, heads));
+            *start += size * of_heads.len();
+            Some((first, size, keys))
+        })
+        .collect();
+    let users = spans.users();
+    let mut tasks = Vec::new();
+    for (span, users) in spans.iter().zip(&users) {
+        if !users.is_empty() && !span.visible.is_empty() {
+            tasks.extend(of_heads.clone().map(|head| (span, users, head)));
+        }
+    }
+    tasks.into_par_iter().for_each(|(span, users, head)| {
+        let tokens = [span.tokens()];
+        let (count, blocks) = (span.visible.len(), span.visible.len().div_ceil(LANES));
+        let chunks = heads.width.div_ceil(LANES);
+        let mut sums = vec![0f32; chunks * blocks * LANES * LANES];
+        for (which, out) in outs.into_iter().enumerate() {
+            sums.fill(0.);
+            for &(user, first) in users {
+                let (start, size, keys) = parts[user];
+                let part = &of_contexts[start + size * (head - of_heads.start)..][..size];
+                for (chunk, sums) in sums.chunks_mut(blocks * LANES * LANES).enumerate() {
+                    let place = ((which * chunks + chunk) * keys.context + first) * LANES;
+                    let values = &part[place..place + count * LANES];
+                    for (sum, value) in sums.iter_mut().zip(values) {
+                        *sum += value;
+                    }
                 }
             }
             let place = (heads.keys * heads.width, head * heads.width, heads.width);
-            scatter_turned(&work.of_k, of_k, place, span);
-            scatter_turned(&work.of_v, of_v, place, span);
-        });
+            scatter_turned(&sums, out, place, Places::all(&tokens), true);
+        }
+    });
 }
 
 /// One task's buffers.
@@ -208,14 +310,15 @@ struct Work {
 }
 
 impl Work {
-    fn load(&mut self, inputs: Inputs<'_>, heads: Heads, span: &Span, head: usize) {
+    fn load(&mut self, inputs: Inputs<'_>, heads: Heads, keys: &Keys, head: usize) {
         let (features, first) = (heads.keys * heads.width, head * heads.width);
-        let blocks = span.visible.len().div_ceil(LANES);
+        let blocks = keys.count.div_ceil(LANES);
+        let places = Places::all(&keys.ranges);
         let size = heads.width * LANES;
         for (data, out) in [(inputs.k, &mut self.keys), (inputs.v, &mut self.values)] {
             out.resize(blocks * size, 0.);
             for (block, out) in out.chunks_mut(size).enumerate() {
-                gather(data, features, first, span, block, out);
+                gather(data, features, first, places, block, out);
             }
         }
     }
@@ -229,16 +332,30 @@ impl Work {
         }
     }
 
+    /// Keeps the sums of the context's keys and values, see [`waiting`].
+    fn keep_of_context(&self, heads: Heads, keys: &Keys, out: &mut [f32]) {
+        let all = keys.count.div_ceil(LANES) * LANES * LANES;
+        let chunks = heads.width.div_ceil(LANES);
+        let sums = self.of_k.chunks_exact(all).take(chunks);
+        let sums = sums.chain(self.of_v.chunks_exact(all).take(chunks));
+        let own = (keys.context * LANES).max(1);
+        for (out, sums) in out.chunks_exact_mut(own).zip(sums) {
+            out.copy_from_slice(&sums[..own]);
+        }
+    }
+
     /// The scores of 32 queries, masked with -inf.
     fn scores(&mut self, q: &[f32], heads: Heads, span: &Span, query_head: usize, block: usize) {
         let width = heads.width;
         self.query.resize(width * LANES, 0.);
         let first = query_head * width;
+        let tokens = [span.tokens()];
+        let queries = Places::all(&tokens);
         gather(
             q,
             heads.queries * width,
             first,
-            span,
+            queries,
             block,
             &mut self.query,
         );
@@ -294,19 +411,21 @@ impl Work {
         let width = heads.width;
         let (features, first) = (heads.queries * width, query_head * width);
         self.scores(q, heads, span, query_head, block);
+        let tokens = [span.tokens()];
+        let queries = Places::all(&tokens);
         self.log_sum.resize(LANES, 0.);
         gather(
             log_sums,
             heads.queries,
             query_head,
-            span,
+            queries,
             block,
             &mut self.log_sum,
         );
         self.result.resize(width * LANES, 0.);
-        gather(out, features, first, span, block, &mut self.result);
+        gather(out, features, first, queries, block, &mut self.result);
         self.of_result.resize(width * LANES, 0.);
-        gather(of_out, features, first, span, block, &mut self.of_result);
+        gather(of_out, features, first, queries, block, &mut self.of_result);
         // sum over keys of p * (v . of_out) = out . of_out
         let along = run(Dot(&self.result, &self.of_result));
         self.slopes.resize(self.scores.len(), 0.);

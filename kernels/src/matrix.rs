@@ -55,10 +55,11 @@ pub enum Rounding {
 }
 
 impl Rounding {
+    #[inline(always)]
     fn round(self, x: f32) -> f32 {
         match self {
             Self::F32 => x,
-            Self::Bf16 => bf16::from_f32(x).to_f32(),
+            Self::Bf16 => f32::from_bits(bf16_bits(x) << 16),
             Self::F16 => f16::from_f32(x).to_f32(),
         }
     }
@@ -177,9 +178,14 @@ impl<'a> Matrix<'a> {
             let start = row * self.columns + span.start;
             return Cow::Borrowed(reinterpret(&values[start..start + span.len()]));
         }
+        if let Values::Nf4(nf4) = self.values {
+            bits.resize(span.len(), 0);
+            nf4.bf16_values(row * self.columns + span.start, bits);
+            return Cow::Borrowed(bits);
+        }
         let values = self.row(row, span, buffer);
-        bits.clear();
-        bits.extend(values.iter().map(|x| bf16_bits(*x) as u16));
+        bits.resize(values.len(), 0);
+        run(RoundWords(values, bits));
         Cow::Borrowed(bits)
     }
 
@@ -263,35 +269,23 @@ impl<'a> Matrix<'a> {
                 } else {
                     Cow::Owned(vec![0; first.len()])
                 };
-                let chunks = first.chunks(TILE).zip(second.chunks(TILE)).enumerate();
-                for (tile, (first, second)) in chunks {
-                    let place = (tile * depth + k) * TILE;
-                    let out = out[place..place + first.len()].iter_mut();
-                    for (out, (first, second)) in out.zip(first.iter().zip(second)) {
-                        *out = u32::from(*first) | (u32::from(*second) << 16);
-                    }
-                }
+                run(PairTiles {
+                    first: &first,
+                    second: &second,
+                    out: &mut out[k * TILE..],
+                    stride: depth * TILE,
+                });
             }
             return;
         }
         let mut tile_rows = Vec::new();
-        let mut wide = Vec::new();
         let tiles = out.chunks_exact_mut((depth * TILE).max(1));
         for (first, tile) in rows.clone().step_by(TILE).zip(tiles) {
             let count = (rows.end - first).min(TILE);
             tile_rows.resize(count * depth, 0);
             for (i, to) in tile_rows.chunks_exact_mut(depth.max(1)).enumerate() {
-                let start = (first + i) * self.columns + depths.start;
-                if let Values::Bf16(values) = self.values {
-                    run(PairUp(
-                        reinterpret(&values[start..start + depths.len()]),
-                        to,
-                    ));
-                } else {
-                    wide.resize(depths.len(), 0.);
-                    self.widen(first + i, depths.clone(), &mut wide);
-                    run(RoundPairs(&wide, to));
-                }
+                let row = self.row_bf16(first + i, depths.clone(), &mut buffer, &mut bits);
+                run(PairUp(&row, to));
             }
             turn(&tile_rows, depth, count, tile);
         }
@@ -332,20 +326,45 @@ impl Loop for PairUp<'_> {
     }
 }
 
-/// The same of what is rounded to bf16 first.
-struct RoundPairs<'a>(&'a [f32], &'a mut [u32]);
+/// Numbers rounded to bf16.
+struct RoundWords<'a>(&'a [f32], &'a mut [u16]);
 
-impl Loop for RoundPairs<'_> {
+impl Loop for RoundWords<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<const FMA: bool>(self) {
-        let (pairs, rest) = self.0.as_chunks::<2>();
-        for (out, pair) in self.1.iter_mut().zip(pairs) {
-            *out = bf16_bits(pair[0]) | (bf16_bits(pair[1]) << 16);
+        for (out, x) in self.1.iter_mut().zip(self.0) {
+            *out = bf16_bits(*x) as u16;
         }
-        if let (Some(out), [last]) = (self.1.last_mut(), rest) {
-            *out = bf16_bits(*last);
+    }
+}
+
+/// Two rows as pairs, [`TILE`] of them at every `stride`.
+struct PairTiles<'a> {
+    first: &'a [u16],
+    second: &'a [u16],
+    out: &'a mut [u32],
+    stride: usize,
+}
+
+impl Loop for PairTiles<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        let pair = |first: u16, second: u16| u32::from(first) | (u32::from(second) << 16);
+        let (first, first_rest) = self.first.as_chunks::<TILE>();
+        let (second, second_rest) = self.second.as_chunks::<TILE>();
+        for (tile, (first, second)) in first.iter().zip(second).enumerate() {
+            let out = &mut self.out[tile * self.stride..][..TILE];
+            for i in 0..TILE {
+                out[i] = pair(first[i], second[i]);
+            }
+        }
+        let place = first.len() * self.stride;
+        for (i, (first, second)) in first_rest.iter().zip(second_rest).enumerate() {
+            self.out[place + i] = pair(*first, *second);
         }
     }
 }

@@ -10,13 +10,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
-use arrow::array::{ArrayRef, RecordBatch};
-use arrow::buffer::{Buffer, MutableBuffer};
-use arrow::compute::{can_cast_types, cast};
-use arrow::datatypes::{DataType, Field, FieldRef, Schema, SchemaRef};
-use arrow::ipc::convert::try_fb_to_schema;
-use arrow::ipc::reader::{read_dictionary, read_record_batch};
-use arrow::ipc::{Endianness, Message, MessageHeader, RecordBatch as Layout, root_as_message};
+use arrow_array::{ArrayRef, RecordBatch};
+use arrow_buffer::{Buffer, MutableBuffer};
+use arrow_cast::{can_cast_types, cast};
+use arrow_ipc::convert::try_fb_to_schema;
+use arrow_ipc::reader::{read_dictionary, read_record_batch};
+use arrow_ipc::{Endianness, Message, MessageHeader, RecordBatch as Layout, root_as_message};
+use arrow_schema::{DataType, Field, FieldRef, Schema, SchemaRef};
 
 use super::reading::{head_of, starts_as};
 use super::size::{BATCH_BYTES, DEEPEST, MOST_FIELDS, pieces};

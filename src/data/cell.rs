@@ -5,12 +5,14 @@ use std::collections::HashMap;
 use std::fmt;
 
 use anyhow::{Result, anyhow, bail};
-use arrow::array::{Array, ArrayRef, AsArray, StructArray};
-use arrow::datatypes::{
-    DataType, Field, Float32Type, Float64Type, Int8Type, Int16Type, Int32Type, Int64Type,
-    UInt8Type, UInt16Type, UInt32Type, UInt64Type,
+use arrow_array::cast::AsArray;
+use arrow_array::types::{
+    Float32Type, Float64Type, Int8Type, Int16Type, Int32Type, Int64Type, UInt8Type, UInt16Type,
+    UInt32Type, UInt64Type,
 };
-use arrow::util::display::{ArrayFormatter, FormatOptions};
+use arrow_array::{Array, ArrayRef, StructArray};
+use arrow_cast::display::{ArrayFormatter, FormatOptions};
+use arrow_schema::{DataType, Field};
 use serde::de::{Error as _, MapAccess, SeqAccess, Visitor};
 use serde::ser::{SerializeMap, SerializeSeq};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -431,7 +433,7 @@ mod tests {
 
     #[test]
     fn text_of_a_json_column_is_parsed_and_other_text_is_not() {
-        let array = arrow::array::StringArray::from(vec![r#"{"a": 1}"#, r#""pear""#]);
+        let array = arrow_array::StringArray::from(vec![r#"{"a": 1}"#, r#""pear""#]);
         let cell = |field: &Field, row| Cell::of_column(field, &array, row).unwrap();
         assert_eq!(cell(&json_field("x"), 1), Cell::Text("pear".into()));
         assert_eq!(cell(&json_field("x"), 0).get("a"), Some(&Cell::Int(1)));

@@ -9,8 +9,9 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use anyhow::{Error, Result, bail, ensure};
-use arrow::array::{ArrayRef, RecordBatch, StringBuilder};
-use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+use arrow_array::builder::StringBuilder;
+use arrow_array::{ArrayRef, RecordBatch};
+use arrow_schema::{DataType, Field, Schema, SchemaRef};
 use csv::{ErrorKind, Reader, ReaderBuilder, StringRecord};
 
 use super::json::BROKEN;

@@ -4,8 +4,9 @@
 use std::sync::Arc;
 
 use anyhow::{Result, anyhow};
-use arrow::array::{ArrayRef, BooleanArray, Float64Array, Int64Array, NullArray, StringBuilder};
-use arrow::datatypes::{DataType, Field};
+use arrow_array::builder::StringBuilder;
+use arrow_array::{ArrayRef, BooleanArray, Float64Array, Int64Array, NullArray};
+use arrow_schema::{DataType, Field};
 use serde_json::value::RawValue;
 
 use super::cell::{json_field, reason};

@@ -1,8 +1,9 @@
 //! How much memory rows take, and batches cut to what may be held at once. Bounds of what other people's files may ask for live
 //! here, too.
 
-use arrow::array::{Array, AsArray, RecordBatch};
-use arrow::datatypes::DataType;
+use arrow_array::cast::AsArray;
+use arrow_array::{Array, RecordBatch};
+use arrow_schema::DataType;
 
 /// A batch of more bytes is cut: several are on their way at a time. One row may be larger.
 pub(super) const BATCH_BYTES: u64 = 32 << 20;
@@ -79,8 +80,8 @@ pub(super) fn pieces(batch: RecordBatch, most: u64) -> Vec<RecordBatch> {
 mod tests {
     use std::sync::Arc;
 
-    use arrow::array::{ArrayRef, Int64Array, ListArray, StringArray, StringViewArray};
-    use arrow::datatypes::Int32Type;
+    use arrow_array::types::Int32Type;
+    use arrow_array::{ArrayRef, Int64Array, ListArray, StringArray, StringViewArray};
 
     use super::*;
 
@@ -102,7 +103,7 @@ mod tests {
             let pieces = pieces(batch.clone(), 2000);
             assert!(pieces.len() > 5);
             assert!(pieces.iter().all(|piece| batch_bytes(piece) <= 2000));
-            let whole = arrow::compute::concat_batches(&batch.schema(), &pieces).unwrap();
+            let whole = arrow_select::concat::concat_batches(&batch.schema(), &pieces).unwrap();
             assert_eq!(whole, batch);
         }
     }

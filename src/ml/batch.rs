@@ -59,6 +59,11 @@ impl Sequence {
         self.ids.extend(&other.ids);
     }
 
+    /// Whether there is more than one document.
+    pub(super) fn is_packed(&self) -> bool {
+        !self.behind.is_empty()
+    }
+
     fn documents(&self) -> Vec<Document> {
         let starts = std::iter::once((0, self.prompt)).chain(self.behind.iter().copied());
         let ends = self.behind.iter().map(|(start, _)| *start);
@@ -181,7 +186,7 @@ impl Batch {
 
     /// Whether a sequence holds more than one document.
     fn packed(&self) -> bool {
-        self.sequences.iter().any(|s| !s.behind.is_empty())
+        self.sequences.iter().any(Sequence::is_packed)
     }
 
     /// The positions by which the model tells how far ids are from each other, if they are not just counted through: they

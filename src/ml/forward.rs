@@ -26,13 +26,27 @@ pub struct Scores {
     pub certainty: Option<Vec<Certainty>>,
 }
 
+/// Micro-batches that go through a model in one pass.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Together {
+    /// How many.
+    pub count: usize,
+    /// How many tokens are computed: with padding where it is not left out, and what sequences share only once.
+    pub tokens: usize,
+}
+
 /// How many of the first of these micro-batches are best put through the model in one pass, at least one.
-pub fn together(model: &Llama, batches: &[&Batch], checkpointing: bool) -> usize {
+pub fn together(model: &Llama, batches: &[&Batch], pass: Pass, checkpointing: bool) -> Together {
     match model.path {
         Path::Fused(packing) if fused::supports(model) => {
-            fused::together(model, batches, packing, checkpointing)
+            fused::together(model, batches, packing, pass, checkpointing)
         }
-        _ => 1,
+        _ => Together {
+            count: 1,
+            tokens: batches
+                .first()
+                .map_or(0, |batch| batch.sequences.len() * batch.width),
+        },
     }
 }
 

@@ -41,6 +41,14 @@ impl Pass {
         adapter: true,
         dropout: None,
     };
+    /// Learning, with the adapter if there is one.
+    pub fn learn(dropout: Option<Drops>) -> Self {
+        Self {
+            tape: true,
+            adapter: true,
+            dropout,
+        }
+    }
     /// Inference of the base alone.
     pub const BASE: Self = Self {
         tape: false,

@@ -127,11 +127,7 @@ impl Objective {
         checkpointing: bool,
         gradients: &mut Gradients,
     ) -> anyhow::Result<Vec<Outcome>> {
-        let pass = Pass {
-            tape: true,
-            adapter: true,
-            dropout,
-        };
+        let pass = Pass::learn(dropout);
         in_pool(|| {
             let (batches, scales): (Vec<&Batch>, Vec<f64>) = batches.iter().copied().unzip();
             let mut forward = Forward::new(model, &batches, pass, checkpointing)?;

@@ -21,8 +21,8 @@ use pipeline_kernels::dropout::mix;
 use super::batch::{Batch, Row};
 use super::checkpoint::{self, Resumed, State};
 use super::evaluate;
-use super::forward::together;
-use super::linear::Drops;
+use super::forward::{Together, together};
+use super::linear::{Drops, Pass};
 use super::model::{Gradients, Llama};
 use super::optim::{self, Optimizer};
 use super::sampler;
@@ -125,13 +125,15 @@ pub fn train(
             let mut first = 0;
             while first < batches.len() && found.is_none() {
                 let rest: Vec<&Batch> = batches[first..].iter().collect();
-                let count = together(model, &rest, settings.checkpointing);
-                let scaled = rest.iter().zip(&shares[first..]).take(count);
-                let scaled = scaled.map(|(batch, share)| (*batch, share * state.scaler.scale));
                 let dropout = settings.dropout.then(|| Drops {
                     seed: dropout_seed(settings.seed, state.step),
                     batch: first,
                 });
+                let Together { count, tokens } =
+                    together(model, &rest, Pass::learn(dropout), settings.checkpointing);
+                let mut computed = Some(tokens);
+                let scaled = rest.iter().zip(&shares[first..]).take(count);
+                let scaled = scaled.map(|(batch, share)| (*batch, share * state.scaler.scale));
                 let outcomes = settings
                     .objective
                     .differentiate(
@@ -161,6 +163,7 @@ pub fn train(
                         total,
                         micro_batches: first,
                         tokens: batch.tokens(),
+                        computed: computed.take().unwrap_or(0),
                         ..Step::default()
                     };
                     if tell(&told).is_break() {

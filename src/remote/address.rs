@@ -3,18 +3,15 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, LazyLock};
-use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use object_store::aws::AmazonS3Builder;
-use object_store::azure::MicrosoftAzureBuilder;
-use object_store::gcp::GoogleCloudStorageBuilder;
-use object_store::http::HttpBuilder;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
-use object_store::{BackoffConfig, ClientOptions, ObjectStore, ObjectStoreScheme, RetryConfig};
+use object_store::{ObjectStore, ObjectStoreScheme};
 use regex::Regex;
-use url::{Position, Url};
+use url::Url;
+
+use super::cloud;
 
 /// The parts of names of variables whose values are secret.
 const SECRET: [&str; 6] = ["KEY", "SECRET", "TOKEN", "SAS", "PASSWORD", "CREDENTIAL"];
@@ -159,82 +156,7 @@ impl Address {
             Place::Url(scheme, url) => (scheme, url),
         };
         let (_, folder) = ObjectStoreScheme::parse(url)?;
-        // An address in plain text was meant so.
-        let plain = |name: &str| {
-            let value = variables.get(name);
-            value.is_some_and(|value| value.starts_with("http://"))
-        };
-        let options = |plain| {
-            ClientOptions::new()
-                .with_user_agent(object_store::HeaderValue::from_static(concat!(
-                    "pipeline/",
-                    env!("CARGO_PKG_VERSION")
-                )))
-                .with_allow_http(plain)
-                .with_connect_timeout(Duration::from_secs(5))
-                .with_read_timeout(Duration::from_mins(1))
-                .with_pool_idle_timeout(Duration::from_secs(20))
-                // A large file takes as long as it takes; a stalled one ends by the read timeout.
-                .with_timeout_disabled()
-        };
-        let retry = RetryConfig {
-            backoff: BackoffConfig::default(),
-            max_retries: 3,
-            retry_timeout: Duration::from_secs(15),
-        };
-        // The builders know their variables by the same names in lower case; others are not theirs.
-        let of = |prefix: &str| {
-            let theirs = variables
-                .iter()
-                .filter(|(name, _)| name.starts_with(prefix));
-            let lower = theirs.map(|(name, value)| (name.to_ascii_lowercase(), value.clone()));
-            lower.collect::<Vec<_>>()
-        };
-        let store: Arc<dyn ObjectStore> = match scheme {
-            ObjectStoreScheme::AmazonS3 => {
-                let plain = plain("AWS_ENDPOINT_URL_S3")
-                    || plain("AWS_ENDPOINT_URL")
-                    || plain("AWS_ENDPOINT");
-                let mut builder = AmazonS3Builder::new().with_client_options(options(plain));
-                for (name, value) in of("AWS_") {
-                    if let Ok(key) = name.parse() {
-                        builder = builder.with_config(key, value);
-                    }
-                }
-                Arc::new(builder.with_url(url.as_str()).with_retry(retry).build()?)
-            }
-            ObjectStoreScheme::GoogleCloudStorage => {
-                let mut builder =
-                    GoogleCloudStorageBuilder::new().with_client_options(options(false));
-                if let Some(path) = variables.get("SERVICE_ACCOUNT") {
-                    builder = builder.with_service_account_path(path);
-                }
-                for (name, value) in of("GOOGLE_") {
-                    if let Ok(key) = name.parse() {
-                        builder = builder.with_config(key, value);
-                    }
-                }
-                Arc::new(builder.with_url(url.as_str()).with_retry(retry).build()?)
-            }
-            ObjectStoreScheme::MicrosoftAzure => {
-                let mut builder = MicrosoftAzureBuilder::new().with_client_options(options(false));
-                for (name, value) in of("AZURE_") {
-                    if let Ok(key) = name.parse() {
-                        builder = builder.with_config(key, value);
-                    }
-                }
-                Arc::new(builder.with_url(url.as_str()).with_retry(retry).build()?)
-            }
-            ObjectStoreScheme::Http => {
-                let builder = HttpBuilder::new()
-                    .with_client_options(options(url.scheme() == "http"))
-                    .with_url(&url[..Position::BeforePath])
-                    .with_retry(retry);
-                Arc::new(builder.build()?)
-            }
-            _ => bail!("`{}` is no place for a remote", self.shown()),
-        };
-        Ok((store, folder))
+        Ok((cloud::open(scheme, url, variables)?, folder))
     }
 
     /// Every text that must not be shown.

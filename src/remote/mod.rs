@@ -4,6 +4,7 @@
 //! callers wait. What travels is handed over in pieces, so that memory stays bounded however large the files are.
 
 mod address;
+mod cloud;
 mod transfer;
 
 use std::collections::BTreeMap;

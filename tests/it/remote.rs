@@ -1,6 +1,8 @@
 //! The shared cache: two machines, one remote, and everything that can be wrong with it.
 
+#[cfg(all(feature = "aws", feature = "http"))]
 mod faults;
+#[cfg(feature = "aws")]
 mod s3;
 
 use std::collections::{BTreeMap, BTreeSet};

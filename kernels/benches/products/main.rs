@@ -1,7 +1,7 @@
 //! Products of weights and activations at the shapes of models, with each instruction set of this processor in turn:
 //! GFLOP/s of one thread's CPU time, and the share of that set's peak, which is measured right before and after each product.
 //!
-//!     cargo bench -p pipeline-kernels --bench products -- [--tokens 600] [--rounds 5] [--isa avx2] [--model small] [--json]
+//!     cargo bench -p pipeline-kernels --bench products -- [--tokens 600] [--rounds 5] [--isa avx2] [--model small] [--weight lm_head] [--json]
 //!
 //! The peak is that of a loop of fused multiply-adds on registers alone (of multiplications and additions where nothing is
 //! fused), of pairs of bf16 where the set has them. `benches/products.py` puts torch's figures beside these.
@@ -86,6 +86,7 @@ struct Settings {
     rounds: usize,
     isa: Option<String>,
     model: Option<String>,
+    weight: Option<String>,
     json: bool,
 }
 
@@ -95,6 +96,7 @@ fn settings() -> Result<Settings, String> {
         rounds: 5,
         isa: None,
         model: None,
+        weight: None,
         json: false,
     };
     let mut arguments = std::env::args().skip(1);
@@ -107,10 +109,11 @@ fn settings() -> Result<Settings, String> {
             "--rounds" => settings.rounds = number(value()?)?,
             "--isa" => settings.isa = Some(value()?),
             "--model" => settings.model = Some(value()?),
+            "--weight" => settings.weight = Some(value()?),
             "--json" => settings.json = true,
             _ => {
                 return Err(format!(
-                    "{argument} is none of --tokens, --rounds, --isa, --model, --json"
+                    "{argument} is none of --tokens, --rounds, --isa, --model, --weight, --json"
                 ));
             }
         }
@@ -258,9 +261,16 @@ fn table(settings: &Settings) {
                 continue;
             }
             for &shape in shapes {
-                let (_, rows, columns) = shape;
+                let (name, rows, columns) = shape;
+                if settings
+                    .weight
+                    .as_ref()
+                    .is_some_and(|wanted| wanted != name)
+                {
+                    continue;
+                }
                 let weights = Weights::new(rows * columns);
-                for (kind, name) in Kind::ALL {
+                for (kind, kind_name) in Kind::ALL {
                     for turned in [false, true] {
                         let measured =
                             measure((kind, isa), &weights, (rows, columns), turned, settings);
@@ -268,7 +278,7 @@ fn table(settings: &Settings) {
                             print(
                                 &Line {
                                     isa,
-                                    kind: name,
+                                    kind: kind_name,
                                     model,
                                     shape,
                                     turned,

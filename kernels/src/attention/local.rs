@@ -1,15 +1,16 @@
 //! From panels of a batch to panels of one span, and back.
 
-use super::Span;
+use std::ops::Range;
+
 use crate::panels::LANES;
 
 /// Panels that several tasks write, each other tokens or features.
 #[derive(Clone, Copy)]
 pub(super) struct Shared(*mut f32, usize);
 
-// SAFETY: tasks write disjoint places. `super::tasks` makes one for each span and key head; no two of `Spans` have a token in
-// common, and a task writes the features of its own key head, or of the query heads that share it, which no other has because
-// `super::check` saw that key heads divide them evenly.
+// SAFETY: tasks use disjoint places. `super::tasks` and `super::add_shared` make one for each span and key head; no two of
+// `Spans` have a token in common, and a task uses the places of its own span's tokens alone, and of these the features of its own
+// key head, or of the query heads that share it, which no other has because `super::check` saw that key heads divide them evenly.
 unsafe impl Send for Shared {}
 // SAFETY: the same.
 unsafe impl Sync for Shared {}
@@ -19,44 +20,80 @@ impl Shared {
         Self(data.as_mut_ptr(), data.len())
     }
 
-    fn write(self, place: usize, values: &[f32]) {
+    fn write(self, place: usize, values: &[f32], add: bool) {
         let end = place.checked_add(values.len());
         assert!(
             end.is_some_and(|end| end <= self.1),
             "a span outside the batch"
         );
-        // SAFETY: inside, as asserted; nobody else writes these tokens' features (see above), and `values` are a task's own.
-        unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), self.0.add(place), values.len()) };
+        // SAFETY: inside, as asserted; nobody else uses these tokens' features (see above), and `values` are a task's own.
+        unsafe {
+            let out = self.0.add(place);
+            if add {
+                for (number, value) in values.iter().enumerate() {
+                    *out.add(number) += value;
+                }
+            } else {
+                std::ptr::copy_nonoverlapping(values.as_ptr(), out, values.len());
+            }
+        }
     }
 }
 
-/// Runs of a block's lanes that lie in one panel of the batch: `(panel, lane there, lane here, count)`.
-fn runs(span: &Span, block: usize) -> impl Iterator<Item = (usize, usize, usize, usize)> {
-    let first = span.start + block * LANES;
-    let count = (span.visible.len() - block * LANES).min(LANES);
-    let here = (LANES - first % LANES).min(count);
-    [
-        (first / LANES, first % LANES, 0, here),
-        (first / LANES + 1, 0, here, count - here),
-    ]
-    .into_iter()
-    .filter(|run| run.3 > 0)
+/// Tokens of a batch, one range behind the other.
+#[derive(Clone, Copy)]
+pub(super) struct Places<'a> {
+    pub(super) ranges: &'a [Range<usize>],
+    /// So many of the first ones are left alone.
+    pub(super) skipped: usize,
 }
 
-/// Copies features from `first` on of 32 tokens of a span, as many as `out` has rows. Lanes behind the last are zero.
+impl<'a> Places<'a> {
+    pub(super) fn all(ranges: &'a [Range<usize>]) -> Self {
+        Self { ranges, skipped: 0 }
+    }
+
+    fn count(self) -> usize {
+        self.ranges.iter().map(ExactSizeIterator::len).sum()
+    }
+
+    /// Runs of a block's lanes that lie in one panel of the batch: `(panel, lane there, lane here, count)`.
+    fn runs(self, block: usize) -> impl Iterator<Item = (usize, usize, usize, usize)> + 'a {
+        let (first, end) = (block * LANES, (block + 1) * LANES);
+        let mut before = 0;
+        let pieces = self.ranges.iter().filter_map(move |range| {
+            let start = before;
+            before += range.len();
+            let from = start.max(first).max(self.skipped);
+            let to = before.min(end);
+            (from < to).then(|| (range.start + (from - start), from - first, to - from))
+        });
+        pieces.flat_map(|(token, here, count)| {
+            let fits = (LANES - token % LANES).min(count);
+            [
+                (token / LANES, token % LANES, here, fits),
+                (token / LANES + 1, 0, here + fits, count - fits),
+            ]
+            .into_iter()
+            .filter(|run| run.3 > 0)
+        })
+    }
+}
+
+/// Copies features from `first` on of the tokens of a block of 32, as many as `out` has rows. Lanes behind the last are zero.
 pub(super) fn gather(
     data: &[f32],
     features: usize,
     first: usize,
-    span: &Span,
+    places: Places<'_>,
     block: usize,
     out: &mut [f32],
 ) {
     let (rows, _) = out.as_chunks_mut::<LANES>();
-    if span.visible.len() - block * LANES < LANES {
+    if places.count() < (block + 1) * LANES {
         rows.fill([0.; LANES]);
     }
-    for (panel, there, here, count) in runs(span, block) {
+    for (panel, there, here, count) in places.runs(block) {
         let data = &data[(panel * features + first) * LANES..];
         if count == LANES {
             for (row, data) in rows.iter_mut().zip(data.as_chunks::<LANES>().0) {
@@ -70,35 +107,37 @@ pub(super) fn gather(
     }
 }
 
-/// The other way: puts rows of 32 tokens into the features from `first` on.
+/// The other way: puts rows of 32 tokens into the features from `first` on, or adds them to what is there.
 pub(super) fn scatter(
     rows: &[f32],
     out: Shared,
-    features: usize,
-    first: usize,
-    span: &Span,
+    (features, first): (usize, usize),
+    places: Places<'_>,
     block: usize,
+    add: bool,
 ) {
-    for (panel, there, here, count) in runs(span, block) {
+    for (panel, there, here, count) in places.runs(block) {
         for (feature, row) in rows.as_chunks::<LANES>().0.iter().enumerate() {
             let place = (panel * features + first + feature) * LANES + there;
-            out.write(place, &row[here..here + count]);
+            out.write(place, &row[here..here + count], add);
         }
     }
 }
 
-/// Puts sums `[chunk of 32 features][token][32 features]` into `width` features from `first` on.
+/// Puts sums `[chunk of 32 features][token][32 features]` into `width` features from `first` on, or adds them. There are sums for
+/// whole blocks of 32 tokens.
 pub(super) fn scatter_turned(
     sums: &[f32],
     out: Shared,
     (features, first, width): (usize, usize, usize),
-    span: &Span,
+    places: Places<'_>,
+    add: bool,
 ) {
-    let tokens = span.visible.len().div_ceil(LANES) * LANES;
+    let blocks = places.count().div_ceil(LANES);
     let mut block_of = [0f32; LANES * LANES];
-    for block in 0..span.visible.len().div_ceil(LANES) {
+    for block in places.skipped / LANES..blocks {
         for chunk in 0..width.div_ceil(LANES) {
-            let sums = &sums[(chunk * tokens + block * LANES) * LANES..][..LANES * LANES];
+            let sums = &sums[(chunk * blocks + block) * LANES * LANES..][..LANES * LANES];
             for (token, row) in sums.as_chunks::<LANES>().0.iter().enumerate() {
                 for (feature, value) in row.iter().enumerate() {
                     block_of[feature * LANES + token] = *value;
@@ -106,7 +145,8 @@ pub(super) fn scatter_turned(
             }
             let wanted = (width - chunk * LANES).min(LANES);
             let rows = &block_of[..wanted * LANES];
-            scatter(rows, out, features, first + chunk * LANES, span, block);
+            let place = (features, first + chunk * LANES);
+            scatter(rows, out, place, places, block, add);
         }
     }
 }

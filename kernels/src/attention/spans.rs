@@ -1,8 +1,10 @@
 //! Which keys the tokens of a pass may see, checked when it is put together.
 
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 
-/// What one token may see of its span: keys before `to` that are before `prefix` or not before `from`.
+/// What one token may see of its span's keys: those before `to` that are before `prefix` or not before `from`.
+///
+/// Keys are counted from the first token of the span's context, or of the span where it has none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Visible {
     /// The end of what all branches share.
@@ -20,12 +22,34 @@ pub struct Span {
     pub start: usize,
     /// One entry a token.
     pub visible: Vec<Visible>,
+    /// Earlier spans, by their numbers, whose tokens are the first of this one's keys: what its sequences begin with, computed
+    /// once for several spans.
+    pub context: Vec<usize>,
+}
+
+impl Span {
+    /// The tokens.
+    pub(super) fn tokens(&self) -> Range<usize> {
+        self.start..self.start + self.visible.len()
+    }
+}
+
+/// Where the keys of a span are.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Keys {
+    /// The tokens, one range behind the other.
+    pub(super) ranges: Vec<Range<usize>>,
+    /// How many there are.
+    pub(super) count: usize,
+    /// How many of them are the context's.
+    pub(super) context: usize,
 }
 
 /// Spans in order, of which no two have a token in common.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Spans {
     all: Vec<Span>,
+    keys: Vec<Keys>,
     /// Where the last one ends.
     pub(super) end: usize,
 }
@@ -34,24 +58,67 @@ impl Spans {
     /// Adds a span.
     ///
     /// # Panics
-    /// If it begins before the end of the one before it, or if a token sees nothing, or something behind the span.
+    /// If it begins before the end of the one before it, if its context is no earlier span, or if a token sees nothing, or
+    /// something behind the span.
     pub fn push(&mut self, span: Span) {
         let length = span.visible.len();
         assert!(span.start >= self.end, "a span overlaps the one before it");
+        let end = span.start.checked_add(length);
+        assert!(end.is_some(), "a span behind all memory");
+        let mut keys = Keys::default();
+        for &number in &span.context {
+            let earlier = self.all.get(number);
+            assert!(
+                earlier.is_some(),
+                "the context of span {} is span {number}",
+                self.all.len()
+            );
+            keys.add(earlier.map_or(0..0, Span::tokens));
+        }
+        keys.context = keys.count;
+        keys.add(span.tokens());
+        let count = keys.count;
         // Twice as many tokens can still be counted in 32 bits with a sign.
-        assert!(length <= 1 << 30, "a span of {length} tokens");
+        assert!(count <= 1 << 30, "a span of {count} keys");
         for Visible { prefix, from, to } in &span.visible {
-            let inside = (*prefix.max(from).max(to) as usize) <= length;
+            let inside = (*prefix.max(from).max(to) as usize) <= count;
             let sees = prefix.min(to) > &0 || from < to;
             assert!(
                 inside && sees,
-                "a token of a span of {length} sees keys before {to} that are before {prefix} or from {from} on"
+                "a token of a span of {count} keys sees keys before {to} that are before {prefix} or from {from} on"
             );
         }
-        let end = span.start.checked_add(length);
-        assert!(end.is_some(), "a span behind all memory");
         self.end = end.unwrap_or(usize::MAX);
+        self.keys.push(keys);
         self.all.push(span);
+    }
+
+    /// Each span with its keys.
+    pub(super) fn with_keys(&self) -> impl Iterator<Item = (&Span, &Keys)> {
+        self.all.iter().zip(&self.keys)
+    }
+
+    /// For each span the later ones in whose context it is, and which of their keys is its first.
+    pub(super) fn users(&self) -> Vec<Vec<(usize, usize)>> {
+        let mut users = vec![Vec::new(); self.all.len()];
+        for (number, span) in self.all.iter().enumerate() {
+            let mut first = 0;
+            for &earlier in &span.context {
+                users[earlier].push((number, first));
+                first += self.all[earlier].visible.len();
+            }
+        }
+        users
+    }
+}
+
+impl Keys {
+    fn add(&mut self, tokens: Range<usize>) {
+        self.count = self.count.saturating_add(tokens.len());
+        match self.ranges.last_mut() {
+            Some(last) if last.end == tokens.start => last.end = tokens.end,
+            _ => self.ranges.push(tokens),
+        }
     }
 }
 

@@ -14,7 +14,47 @@ pub(crate) fn causal(start: usize, count: u32) -> Span {
     Span {
         start,
         visible: visible.collect(),
+        context: Vec::new(),
     }
+}
+
+/// A span whose tokens see all of their context first; the context has `count` tokens.
+pub(crate) fn behind(context: &[usize], count: u32, mut span: Span) -> Span {
+    for visible in &mut span.visible {
+        visible.prefix += count;
+        visible.from += count;
+        visible.to += count;
+    }
+    span.context = context.to_vec();
+    span
+}
+
+/// A tree: a start, two answers to it, a longer start behind it with three spans of its own, and a sequence for itself.
+pub(crate) fn tree(start: usize, lengths: [u32; 7]) -> Spans {
+    let [a, b, c, d, e, f, g] = lengths;
+    let mut spans = Spans::default();
+    let mut add = |context: &[usize], count: u32, make: &dyn Fn(usize) -> Span| {
+        let at = spans
+            .last()
+            .map_or(start, |last: &Span| last.start + last.visible.len());
+        spans.push(behind(context, count, make(at)));
+    };
+    add(&[], 0, &|at| causal(at, a));
+    add(&[0], a, &|at| shared(at, b, c, d));
+    add(&[0], a, &|at| causal(at, e));
+    add(&[0, 2], a + e, &|at| causal(at, f));
+    add(&[], 0, &|at| causal(at, g));
+    add(&[0, 2], a + e, &|at| shared(at, c, d, b));
+    add(&[0, 2, 3], a + e + f, &|at| causal(at, g));
+    spans
+}
+
+/// The tokens of a span's keys.
+pub(crate) fn keys(spans: &Spans, span: &Span) -> Vec<usize> {
+    let context = span.context.iter().map(|number| &spans[*number]);
+    let all = context.chain([span]);
+    all.flat_map(|span| span.start..span.start + span.visible.len())
+        .collect()
 }
 
 /// A prompt of `p` tokens with answers of `c` and `r`.
@@ -36,16 +76,18 @@ pub(crate) fn shared(start: usize, p: u32, c: u32, r: u32) -> Span {
     Span {
         start,
         visible: (0..p + c + r).map(at).collect(),
+        context: Vec::new(),
     }
 }
 
-fn plain(q: &[f64], k: &[f64], v: &[f64], heads: Heads, spans: &[Span]) -> Vec<f64> {
+fn plain(q: &[f64], k: &[f64], v: &[f64], heads: Heads, spans: &Spans) -> Vec<f64> {
     let w = heads.width;
     let place = |features: usize, token: usize, f: usize| {
         (token / LANES * features + f) * LANES + token % LANES
     };
     let mut out = vec![0.; q.len()];
-    for span in spans {
+    for span in spans.iter() {
+        let tokens = super::tests::keys(spans, span);
         for (t, visible) in span.visible.iter().enumerate() {
             for h in 0..heads.queries {
                 let kh = h / (heads.queries / heads.keys);
@@ -53,20 +95,23 @@ fn plain(q: &[f64], k: &[f64], v: &[f64], heads: Heads, spans: &[Span]) -> Vec<f
                     let key = *key as u32;
                     key < visible.to && (key < visible.prefix || key >= visible.from)
                 };
-                let keys: Vec<usize> = (0..span.visible.len()).filter(seen).collect();
+                let keys: Vec<usize> = (0..tokens.len()).filter(seen).collect();
                 let at = |data: &[f64], count: usize, head: usize, token: usize, f: usize| {
-                    data[place(count * w, span.start + token, head * w + f)]
+                    data[place(count * w, token, head * w + f)]
                 };
                 let score = |key: &usize| {
-                    let dot = (0..w)
-                        .map(|f| at(q, heads.queries, h, t, f) * at(k, heads.keys, kh, *key, f));
+                    let dot = (0..w).map(|f| {
+                        at(q, heads.queries, h, span.start + t, f)
+                            * at(k, heads.keys, kh, tokens[*key], f)
+                    });
                     (dot.sum::<f64>() / (w as f64).sqrt()).exp()
                 };
                 let p: Vec<f64> = keys.iter().map(score).collect();
                 let sum: f64 = p.iter().sum();
                 for f in 0..w {
                     let values = keys.iter().zip(&p);
-                    let value = values.map(|(key, p)| p / sum * at(v, heads.keys, kh, *key, f));
+                    let value =
+                        values.map(|(key, p)| p / sum * at(v, heads.keys, kh, tokens[*key], f));
                     out[place(heads.queries * w, span.start + t, h * w + f)] = value.sum();
                 }
             }
@@ -110,6 +155,11 @@ fn cases() -> Vec<Case> {
             heads: heads(3, 3, 64),
             spans: [shared(0, 64, 33, 70)].into_iter().collect(),
             tokens: 167,
+        },
+        Case {
+            heads: heads(4, 2, 24),
+            spans: tree(2, [37, 5, 9, 14, 40, 1, 12]),
+            tokens: 200,
         },
     ]
 }

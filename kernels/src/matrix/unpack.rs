@@ -1,18 +1,41 @@
 //! NF4 codes to values.
 
-use super::{NF4_BLOCK, Nf4};
+use super::{NF4_BLOCK, Nf4, Rounding};
 #[cfg(target_arch = "x86_64")]
 use crate::dispatch::Isa;
+use crate::dispatch::{Loop, run};
+use crate::panels::bf16_bits;
 
 impl Nf4<'_> {
     /// The values from the place `first` on.
-    pub(super) fn values(&self, mut first: usize, mut out: &mut [f32]) {
+    pub(super) fn values(&self, first: usize, out: &mut [f32]) {
+        self.look_up(first, out, |values| values, vectors);
+    }
+
+    /// The same as bits of bf16.
+    pub(super) fn bf16_values(&self, first: usize, out: &mut [u16]) {
+        self.look_up(first, out, |values| run(Words(&values)), words);
+    }
+
+    /// The values from the place `first` on as `table` has them. `vectors` looks up as many codes as whole vectors hold, and gives how
+    /// many these were.
+    fn look_up<T: Copy>(
+        &self,
+        mut first: usize,
+        mut out: &mut [T],
+        table: impl Fn([f32; 16]) -> [T; 16],
+        vectors: impl Fn(&[T; 16], &[u8], &mut [T]) -> usize,
+    ) {
         while !out.is_empty() {
             let count = (NF4_BLOCK - first % NF4_BLOCK).min(out.len());
             let (now, rest) = out.split_at_mut(count);
             let absmax = self.absmax[first / NF4_BLOCK];
             // Each of the block's values is one of these 16, so they are rounded once.
-            let values = self.code.map(|code| self.rounding.round(code * absmax));
+            let values = table(run(Table {
+                code: self.code,
+                absmax,
+                rounding: self.rounding,
+            }));
             let packed = &self.packed[first / 2..(first + count).div_ceil(2)];
             if first.is_multiple_of(2) {
                 let done = vectors(&values, packed, now);
@@ -38,6 +61,51 @@ impl Nf4<'_> {
     }
 }
 
+/// The values of a block's codes, rounded.
+struct Table<'a> {
+    code: &'a [f32; 16],
+    absmax: f32,
+    rounding: Rounding,
+}
+
+impl Loop for Table<'_> {
+    type Output = [f32; 16];
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) -> [f32; 16] {
+        let mut values = [0f32; 16];
+        for i in 0..16 {
+            values[i] = self.code[i] * self.absmax;
+        }
+        match self.rounding {
+            Rounding::F32 => {}
+            Rounding::Bf16 => {
+                for value in &mut values {
+                    *value = f32::from_bits(bf16_bits(*value) << 16);
+                }
+            }
+            Rounding::F16 => values = values.map(|value| self.rounding.round(value)),
+        }
+        values
+    }
+}
+
+/// Values as bits of bf16.
+struct Words<'a>(&'a [f32; 16]);
+
+impl Loop for Words<'_> {
+    type Output = [u16; 16];
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) -> [u16; 16] {
+        let mut words = [0u16; 16];
+        for i in 0..16 {
+            words[i] = bf16_bits(self.0[i]) as u16;
+        }
+        words
+    }
+}
+
 /// Looks up as many codes as whole vectors hold, and gives how many these were.
 fn vectors(values: &[f32; 16], packed: &[u8], out: &mut [f32]) -> usize {
     #[cfg(target_arch = "x86_64")]
@@ -52,6 +120,56 @@ fn vectors(values: &[f32; 16], packed: &[u8], out: &mut [f32]) -> usize {
     }
     let _ = (values, packed, out);
     0
+}
+
+/// The same of 16 bits.
+fn words(values: &[u16; 16], packed: &[u8], out: &mut [u16]) -> usize {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let isa = Isa::current();
+        let count = out.len().min(2 * packed.len()) / 32 * 32;
+        if isa >= Isa::Avx512 && count > 0 {
+            // SAFETY: the processor has AVX-512, and `count` codes and values are there.
+            unsafe { avx512::look_up(values, packed.as_ptr(), out.as_mut_ptr(), count) };
+            return count;
+        }
+    }
+    let _ = (values, packed, out);
+    0
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use std::arch::x86_64::{
+        _mm_loadu_si128, _mm256_loadu_si256, _mm512_castsi256_si512, _mm512_cvtepu8_epi32,
+        _mm512_or_si512, _mm512_permutexvar_epi16, _mm512_slli_epi32, _mm512_srli_epi32,
+        _mm512_storeu_si512,
+    };
+
+    /// # Safety
+    /// The processor must have AVX-512, and `packed` and `out` `count` codes and values, a multiple of 32.
+    #[target_feature(enable = "avx512f,avx512bw")]
+    pub(super) unsafe fn look_up(
+        values: &[u16; 16],
+        packed: *const u8,
+        out: *mut u16,
+        count: usize,
+    ) {
+        // SAFETY: 16 values. Codes are below 16, so nothing of the upper half is looked up.
+        let table = unsafe { _mm512_castsi256_si512(_mm256_loadu_si256(values.as_ptr().cast())) };
+        for first in (0..count).step_by(32) {
+            // SAFETY: 16 bytes, of 32 codes.
+            let bytes = unsafe { _mm_loadu_si128(packed.add(first / 2).cast()) };
+            let both = _mm512_cvtepu8_epi32(bytes);
+            // The first of two codes is in the upper half of a byte; five bits of a word choose.
+            let first_code = _mm512_srli_epi32::<4>(both);
+            let second_code = _mm512_slli_epi32::<28>(both);
+            let codes = _mm512_or_si512(first_code, _mm512_srli_epi32::<12>(second_code));
+            let words = _mm512_permutexvar_epi16(codes, table);
+            // SAFETY: 32 values.
+            unsafe { _mm512_storeu_si512(out.add(first).cast(), words) };
+        }
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -116,7 +234,6 @@ mod avx2 {
 mod tests {
     use super::*;
     use crate::dispatch::tests::with_each;
-    use crate::matrix::Rounding;
     use crate::product::tests::numbers;
 
     #[test]
@@ -157,6 +274,12 @@ mod tests {
                         value(first + i).to_bits(),
                         "{isa:?} {first} {i}"
                     );
+                }
+                let mut out = vec![9; count];
+                nf4.bf16_values(first, &mut out);
+                for (i, out) in out.iter().enumerate() {
+                    let expected = half::bf16::from_f32(value(first + i)).to_bits();
+                    assert_eq!(*out, expected, "{isa:?} {first} {i}");
                 }
             }
         });

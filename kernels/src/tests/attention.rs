@@ -2,7 +2,7 @@
 
 use super::guard::Side;
 use super::shapes::{Dice, guarded_panels, near};
-use crate::attention::tests::{causal, shared};
+use crate::attention::tests::{behind, causal, keys as keys_of, shared, tree};
 use crate::attention::{Gradients, Heads, Inputs, Span, Spans, attention, attention_backward};
 use crate::dispatch::tests::with_each;
 use crate::panels::{column, size};
@@ -33,13 +33,15 @@ fn plain([q, k, v, g]: [&[f32]; 4], heads: Heads, spans: &Spans) -> Plain {
     };
     let scale = (width as f64).sqrt().recip();
     let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
-    for Span { start, visible } in spans.iter() {
+    for span in spans.iter() {
+        let tokens = keys_of(spans, span);
+        let Span { start, visible, .. } = span;
         for (token, seen) in visible.iter().enumerate() {
             for head in 0..queries {
                 let own = ((start + token) * queries + head) * width;
                 let own = own..own + width;
                 let key = |key: u32| {
-                    let place = (start + key as usize) * keys + head / (queries / keys);
+                    let place = tokens[key as usize] * keys + head / (queries / keys);
                     place * width..(place + 1) * width
                 };
                 let seen: Vec<u32> = (0..seen.to)
@@ -135,7 +137,7 @@ fn attention_of_any_shape() {
         };
         let mut spans = Spans::default();
         let mut tokens = 0;
-        for _ in 0..dice.throw(4) {
+        for _ in 0..dice.throw(6) {
             tokens += dice.throw(3);
             let length = dice.size(80) as u32;
             let span = if dice.throw(2) == 0 {
@@ -143,6 +145,13 @@ fn attention_of_any_shape() {
             } else {
                 shared(tokens, length, dice.size(40) as u32, dice.size(40) as u32)
             };
+            // Some earlier spans in front of it, in any order.
+            let context: Vec<usize> = (0..spans.len()).filter(|_| dice.throw(3) == 0).collect();
+            let count: usize = context
+                .iter()
+                .map(|number| spans[*number].visible.len())
+                .sum();
+            let span = behind(&context, count as u32, span);
             tokens += span.visible.len();
             spans.push(span);
         }
@@ -173,5 +182,39 @@ fn attention_of_real_models() {
             .collect();
         let tokens = 705 + length as usize;
         check_attention(Side::Behind, heads, &spans, tokens, 7);
+    }
+}
+
+/// What waits to be added to the context's gradients has a bound: here it holds one key head of two at a time.
+#[test]
+fn contexts_whose_gradients_wait_in_turns() {
+    let heads = Heads {
+        queries: 2,
+        keys: 2,
+        width: 5,
+    };
+    let mut spans = Spans::default();
+    spans.push(causal(0, 700));
+    for number in 0..200 {
+        spans.push(behind(&[0], 700, causal(700 + number, 1)));
+    }
+    check_attention(Side::Behind, heads, &spans, 900, 3);
+}
+
+#[test]
+fn trees_of_any_shape() {
+    let mut dice = Dice(11);
+    for case in 0..12 {
+        let heads = Heads {
+            queries: 4,
+            keys: 2,
+            width: dice.size(40) + 1,
+        };
+        let lengths = std::array::from_fn(|_| dice.size(70) as u32 + 1);
+        let spans = tree(dice.throw(40), lengths);
+        let tokens = spans
+            .last()
+            .map_or(0, |last| last.start + last.visible.len());
+        check_attention(dice.side(), heads, &spans, tokens, 50 + case);
     }
 }

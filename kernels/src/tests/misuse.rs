@@ -351,6 +351,14 @@ fn span(start: usize, visible: &[Visible]) -> Span {
     Span {
         start,
         visible: visible.to_vec(),
+        context: Vec::new(),
+    }
+}
+
+fn behind(context: &[usize], span: Span) -> Span {
+    Span {
+        context: context.to_vec(),
+        ..span
     }
 }
 
@@ -385,6 +393,21 @@ fn spans_that_overlap_or_see_nothing_are_refused() {
             vec![span(0, &[seen(u32::MAX, 0, 1)])],
         ),
         ("behind all", "all memory", vec![span(usize::MAX, &one)]),
+        (
+            "a context that is not there",
+            "the context of span 1 is span 2",
+            vec![span(0, &one), behind(&[2], span(1, &one))],
+        ),
+        (
+            "itself as context",
+            "the context of span 0 is span 0",
+            vec![behind(&[0], span(0, &one))],
+        ),
+        (
+            "a key behind those of context and span",
+            "sees keys",
+            vec![span(0, &one), behind(&[0], span(1, &[seen(0, 0, 3)]))],
+        ),
     ] {
         refused(what, expected, || bad.into_iter().collect::<Spans>());
     }

@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
-use arrow::array::AsArray;
-use arrow::compute::concat_batches;
+use arrow_array::cast::AsArray;
+use arrow_select::concat::concat_batches;
 
 use super::*;
 

@@ -2,7 +2,7 @@
 
 use std::io::Write as _;
 
-use arrow::array::AsArray;
+use arrow_array::cast::AsArray;
 use serde_json::{Value, json};
 
 use super::*;

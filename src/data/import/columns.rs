@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
-use arrow::array::{ArrayRef, RecordBatch, StringBuilder, new_null_array};
-use arrow::compute::cast;
-use arrow::datatypes::{DataType, Field, SchemaRef};
+use arrow_array::builder::StringBuilder;
+use arrow_array::{ArrayRef, RecordBatch, new_null_array};
+use arrow_cast::cast;
+use arrow_schema::{DataType, Field, SchemaRef};
 use rayon::prelude::*;
 
 use super::source::Source;

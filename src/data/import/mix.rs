@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
-use arrow::array::RecordBatch;
-use arrow::compute::interleave_record_batch;
+use arrow_array::RecordBatch;
+use arrow_select::interleave::interleave_record_batch;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context as _, Error, Result, anyhow};
-use arrow::array::RecordBatch;
-use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+use arrow_array::RecordBatch;
+use arrow_schema::{DataType, Field, Schema, SchemaRef};
 use parquet::errors::ParquetError;
 
 use super::ImportOptions;
@@ -252,7 +252,7 @@ fn parquet(path: &Path, shown: &str) -> Result<Split> {
 /// An error under the file's name as the recipe has it, without the words of the library.
 fn plainly(error: &Error, path: &Path, shown: &str) -> Error {
     let is_library = |cause: &(dyn std::error::Error + 'static)| {
-        cause.is::<ParquetError>() || cause.is::<arrow::error::ArrowError>()
+        cause.is::<ParquetError>() || cause.is::<arrow_schema::ArrowError>()
     };
     if error.chain().any(is_library) {
         return anyhow!(

@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, bail};
-use arrow::array::{ArrayRef, BooleanBuilder, StringBuilder};
-use arrow::datatypes::{DataType, Field};
+use arrow_array::ArrayRef;
+use arrow_array::builder::{BooleanBuilder, StringBuilder};
+use arrow_schema::{DataType, Field};
 
 use crate::data::cell::{Cell, is_json};
 use crate::data::messages::text_message;

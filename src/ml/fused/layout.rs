@@ -1,4 +1,8 @@
-//! Where the tokens of some batches go: one behind the other, without padding, a prompt once for both its answers.
+//! Where the tokens of some batches go: one behind the other, without padding, what several sequences begin with once for all.
+//!
+//! The sequences of a pass are put together as a tree (Wang et al. 2025, arXiv 2511.00413, "tree training"): a token sees those on
+//! the way from the root to it. What several rows begin with, as a system prompt, is a span of its own, and the context of the
+//! spans behind it; a row's prompt and the two answers to it are one span.
 
 use pipeline_kernels::attention::{Span, Spans, Visible};
 
@@ -10,7 +14,7 @@ use crate::ml::linear::BATCH_STRIDE;
 pub struct Packing {
     /// Padding is left out. Only `logits/*` differ: TRL's mean goes over the padding too.
     pub padding_free: bool,
-    /// What the two sequences of a pair begin with is computed once for both. Needs `padding_free`.
+    /// What sequences begin with is computed once for all of them. Needs `padding_free`.
     pub share_prompts: bool,
 }
 
@@ -22,6 +26,9 @@ impl Default for Packing {
         }
     }
 }
+
+/// A span of its own for what several rows begin with must spare so many tokens: it has panels and sums of its own.
+const WORTHWHILE: usize = 16;
 
 /// The tokens of some batches.
 #[derive(Debug, Default)]
@@ -39,128 +46,222 @@ pub(super) struct Layout {
     pub(super) flat: Vec<u64>,
 }
 
-/// How many ids two sequences begin with alike.
-fn common(one: &Sequence, other: &Sequence) -> usize {
-    let both = one.ids.iter().zip(&other.ids);
-    both.take_while(|(a, b)| a == b).count()
+impl Packing {
+    fn shares(self) -> bool {
+        self.padding_free && self.share_prompts
+    }
+
+    /// How many tokens of some batches are computed in one pass.
+    pub(super) fn tokens(self, batches: &[&Batch]) -> usize {
+        if self.shares() {
+            return Layout::new(batches, self).ids.len();
+        }
+        let of = |batch: &&Batch| match self.padding_free {
+            true => batch.tokens(),
+            false => batch.sequences.len() * batch.width,
+        };
+        batches.iter().map(of).sum()
+    }
 }
 
-impl Packing {
-    /// Whether the pairs of a batch share what they begin with.
-    fn shares(self, batch: &Batch) -> bool {
-        self.padding_free && self.share_prompts && batch.is_pairs()
+/// A sequence of a pass.
+#[derive(Clone, Copy)]
+struct Member<'a> {
+    batch: &'a Batch,
+    sequence: &'a Sequence,
+    /// Its number in the batch, and in the layout.
+    row: usize,
+    number: usize,
+    /// The place of its batch's first token.
+    first: u64,
+}
+
+impl<'a> Member<'a> {
+    fn ids(&self) -> &'a [u32] {
+        &self.sequence.ids
     }
 
-    /// How many tokens of a batch are computed.
-    pub(super) fn tokens(self, batch: &Batch) -> usize {
-        if !self.padding_free {
-            return batch.sequences.len() * batch.width;
-        }
-        let all = batch.tokens();
-        if self.shares(batch) {
-            let (chosen, rejected) = batch.sequences.split_at(batch.sequences.len() / 2);
-            let pairs = chosen.iter().zip(rejected);
-            all - pairs.map(|(a, b)| common(a, b)).sum::<usize>()
+    /// The number of the other sequence of its pair.
+    fn partner(&self) -> Option<usize> {
+        let half = self.batch.sequences.len() / 2;
+        let other = if self.row < half {
+            self.number + half
         } else {
-            all
+            self.number - half
+        };
+        self.batch.is_pairs().then_some(other)
+    }
+}
+
+/// What some sequences begin with, computed already.
+#[derive(Clone, Default)]
+struct Start {
+    tokens: Vec<usize>,
+    spans: Vec<usize>,
+}
+
+/// How many ids all of some sequences begin with alike.
+fn common(members: &[Member<'_>]) -> usize {
+    let Some((first, others)) = members.split_first() else {
+        return 0;
+    };
+    others.iter().fold(first.ids().len(), |most, other| {
+        let both = first.ids().iter().zip(other.ids()).take(most);
+        both.take_while(|(a, b)| a == b).count()
+    })
+}
+
+/// Sequences by their id at a place, in the order in which the ids come up.
+fn split<'a>(members: &[Member<'a>], at: usize) -> Vec<Vec<Member<'a>>> {
+    let mut groups: Vec<(Option<u32>, Vec<Member<'a>>)> = Vec::new();
+    for member in members {
+        let id = member.ids().get(at).copied();
+        match groups.iter_mut().find(|(of, _)| *of == id) {
+            Some((_, group)) => group.push(*member),
+            None => groups.push((id, vec![*member])),
         }
     }
+    groups.into_iter().map(|(_, group)| group).collect()
 }
 
 impl Layout {
     pub(super) fn new(batches: &[&Batch], packing: Packing) -> Self {
-        let mut layout = Self::default();
-        for (batch, number) in batches.iter().zip(0u64..) {
-            let from = layout.places.len();
+        let mut members = Vec::new();
+        for (&batch, number) in batches.iter().zip(0u64..) {
+            let from = members.len();
             let count = batch.sequences.len();
-            layout.places.resize_with(from + count, Vec::new);
-            let mut of = OfBatch {
-                layout: &mut layout,
-                batch,
-                from,
-                first: number * BATCH_STRIDE,
+            let member = |row: usize| {
+                Some(Member {
+                    batch,
+                    sequence: batch.sequences.get(row)?,
+                    row,
+                    number: from + row,
+                    first: number * BATCH_STRIDE,
+                })
             };
-            if packing.shares(batch) {
-                (0..count / 2).for_each(|row| of.pair(row, row + count / 2));
+            if packing.shares() && batch.is_pairs() {
+                members.extend(
+                    (0..count / 2)
+                        .flat_map(|row| [row, row + count / 2])
+                        .filter_map(member),
+                );
             } else {
-                (0..count).for_each(|row| of.single(row, !packing.padding_free));
+                members.extend((0..count).filter_map(member));
             }
+        }
+        let mut layout = Self::default();
+        layout.places.resize_with(members.len(), Vec::new);
+        if packing.shares() {
+            // Documents that are packed into one sequence keep to themselves.
+            let (plain, packed): (Vec<_>, Vec<_>) = members
+                .into_iter()
+                .partition(|member| !member.sequence.is_packed());
+            layout.grow(&plain, &Start::default());
+            packed
+                .iter()
+                .for_each(|member| layout.single(member, false));
+        } else {
+            members
+                .iter()
+                .for_each(|member| layout.single(member, !packing.padding_free));
         }
         layout
     }
-}
 
-/// The part of a layout that one batch fills.
-struct OfBatch<'a> {
-    layout: &'a mut Layout,
-    batch: &'a Batch,
-    /// The layout's number of the batch's first sequence.
-    from: usize,
-    /// The place of its first token.
-    first: u64,
-}
-
-impl OfBatch<'_> {
-    fn places(&mut self, row: usize) -> &mut Vec<usize> {
-        &mut self.layout.places[self.from + row]
-    }
-
-    fn push(&mut self, row: usize, id: u32, position: usize) {
-        let token = self.layout.ids.len();
-        let place = row * self.batch.width + self.places(row).len();
-        self.places(row).push(token);
-        self.layout.flat.push(self.first + place as u64);
-        self.layout.ids.push(id);
-        self.layout.positions.push(position);
+    fn push(&mut self, member: &Member<'_>, id: u32, position: usize) {
+        let token = self.ids.len();
+        let places = &mut self.places[member.number];
+        let place = member.row * member.batch.width + places.len();
+        places.push(token);
+        self.flat.push(member.first + place as u64);
+        self.ids.push(id);
+        self.positions.push(position);
     }
 
     /// One sequence, with all its padding if wanted.
-    fn single(&mut self, row: usize, padded: bool) {
-        let batch = self.batch;
-        let sequence = &batch.sequences[row];
-        let length = sequence.ids.len();
-        let width = if padded { batch.width } else { length };
-        let start = self.layout.ids.len();
+    fn single(&mut self, member: &Member<'_>, padded: bool) {
+        let length = member.ids().len();
+        let width = if padded { member.batch.width } else { length };
+        let start = self.ids.len();
         let mut visible = Vec::with_capacity(width);
-        for (at, from) in sequence.starts(width).into_iter().enumerate() {
-            let id = sequence.ids.get(at).copied().unwrap_or(batch.pad());
-            self.push(row, id, at - from);
+        for (at, from) in member.sequence.starts(width).into_iter().enumerate() {
+            let id = member.ids().get(at).copied();
+            self.push(member, id.unwrap_or(member.batch.pad()), at - from);
             visible.push(Visible {
                 prefix: 0,
                 from: from as u32,
                 to: (at + 1).min(length) as u32,
             });
         }
-        self.layout.spans.push(Span { start, visible });
+        self.spans.push(Span {
+            start,
+            visible,
+            context: Vec::new(),
+        });
     }
 
-    /// Two sequences that begin alike: what is common, the rest of the one, the rest of the other.
-    fn pair(&mut self, one: usize, other: usize) {
-        let batch = self.batch;
-        let (first, second) = (&batch.sequences[one], &batch.sequences[other]);
-        let common = common(first, second);
-        let (first, second) = (&first.ids, &second.ids);
-        let start = self.layout.ids.len();
-        let mut visible = Vec::with_capacity(first.len() + second.len() - common);
-        for (row, ids) in [(one, first), (other, second)] {
-            if row == other {
-                let shared = self.places(one)[..common].to_vec();
-                self.places(other).extend(shared);
-            }
-            let skipped = if row == other { common } else { 0 };
-            let branch = if row == other { first.len() } else { 0 };
-            for (at, &id) in ids.iter().enumerate().skip(skipped) {
-                self.push(row, id, at);
-                // In the span, this token's own branch starts where the common part ends, or behind the first's rest.
-                let place = (self.layout.ids.len() - start) as u32;
+    /// The rest of sequences that begin with `start`.
+    fn grow(&mut self, members: &[Member<'_>], start: &Start) {
+        let Some(first) = members.first() else {
+            return;
+        };
+        let common = common(members);
+        let pair = members.len() == 2 && members.last().map(|last| last.number) == first.partner();
+        if pair || members.iter().all(|member| member.ids().len() == common) {
+            self.together(members, start, common);
+            return;
+        }
+        let groups = split(members, common);
+        let mut start = start.clone();
+        if (groups.len() - 1) * (common - start.tokens.len()) >= WORTHWHILE {
+            let from = self.ids.len();
+            // Of one of them alone, whose places are noted with the rest.
+            self.span(&[*first], &start, common, common);
+            start.tokens.extend(from..self.ids.len());
+            start.spans.push(self.spans.len() - 1);
+            self.places[first.number].clear();
+        }
+        for group in groups {
+            self.grow(&group, &start);
+        }
+    }
+
+    /// One span for sequences that begin alike: the first `common` ids once, then the rest of each.
+    fn together(&mut self, members: &[Member<'_>], start: &Start, common: usize) {
+        let longest = members.iter().map(|member| member.ids().len()).max();
+        self.span(members, start, common, longest.unwrap_or(0));
+    }
+
+    /// The ids of sequences behind `start` and before `end`, what is common to all once.
+    fn span(&mut self, members: &[Member<'_>], start: &Start, common: usize, end: usize) {
+        let known = start.tokens.len();
+        let from = self.ids.len();
+        let mut visible = Vec::new();
+        let mut shared = start.tokens.clone();
+        for (number, member) in members.iter().enumerate() {
+            let skipped = if number > 0 { common } else { known };
+            // In the span's keys, this token's own branch starts where the common part ends, or behind the one before.
+            let branch = if number > 0 { known + visible.len() } else { 0 };
+            self.places[member.number].clone_from(&shared);
+            for (at, &id) in member.ids().iter().enumerate().take(end).skip(skipped) {
+                self.push(member, id, at);
                 visible.push(Visible {
                     prefix: common as u32,
                     from: branch as u32,
-                    to: place,
+                    to: (known + visible.len() + 1) as u32,
                 });
             }
+            if number == 0 {
+                shared.extend(from..from + (common - known));
+            }
         }
-        self.layout.spans.push(Span { start, visible });
+        if !visible.is_empty() {
+            self.spans.push(Span {
+                start: from,
+                visible,
+                context: start.spans.clone(),
+            });
+        }
     }
 }
 
@@ -180,7 +281,7 @@ mod tests {
         let rows = [row(&[1, 2], &[3, 4], &[3, 5, 6]), row(&[7], &[8], &[9])];
         let batch = Batch::pairs(&[&rows[0], &rows[1]], 0).unwrap();
         let layout = Layout::new(&[&batch], Packing::default());
-        assert_eq!(Packing::default().tokens(&batch), 9);
+        assert_eq!(Packing::default().tokens(&[&batch]), 9);
         assert_eq!(layout.ids, [1, 2, 3, 4, 5, 6, 7, 8, 9]);
         assert_eq!(layout.positions, [0, 1, 2, 3, 3, 4, 0, 1, 1]);
         assert_eq!(layout.places[0], [0, 1, 2, 3]);
@@ -202,24 +303,136 @@ mod tests {
             share_prompts: false,
         };
         assert_eq!(Layout::new(&[&batch], free).ids.len(), 4 + 2 + 5 + 2);
-        assert_eq!(free.tokens(&batch), 4 + 2 + 5 + 2);
+        assert_eq!(free.tokens(&[&batch]), 4 + 2 + 5 + 2);
         let padded = Packing {
             padding_free: false,
             share_prompts: false,
         };
         let layout = Layout::new(&[&batch], padded);
-        assert_eq!(padded.tokens(&batch), 4 * 5);
+        assert_eq!(padded.tokens(&[&batch]), 4 * 5);
         assert_eq!(layout.ids.len(), 4 * 5);
         assert_eq!(layout.flat, (0..20).collect::<Vec<u64>>());
         let last = layout.spans[1].visible[4];
         assert_eq!((last.from, last.to), (0, 2), "padding sees the tokens only");
 
         // A second batch stands behind the first, and looks the same from its own start.
-        let both = Layout::new(&[&batch, &batch], Packing::default());
-        assert_eq!(both.ids[9..], both.ids[..9]);
-        assert_eq!(both.positions[9..], both.positions[..9]);
-        assert_eq!(both.places[4 + 3], [9 + 6, 9 + 8]);
-        assert_eq!(both.spans[3].start, 9 + 6);
-        assert_eq!(both.flat[9 + 4], both.flat[4] + BATCH_STRIDE);
+        let both = Layout::new(&[&batch, &batch], free);
+        assert_eq!(both.ids[13..], both.ids[..13]);
+        assert_eq!(both.positions[13..], both.positions[..13]);
+        assert_eq!(both.places[4 + 1], [13 + 4, 13 + 5]);
+        assert_eq!(both.spans[4 + 1].start, 13 + 4);
+        assert_eq!(both.flat[13 + 4], both.flat[4] + BATCH_STRIDE);
+    }
+
+    /// The tokens that a token sees, found through its span.
+    fn seen(layout: &Layout, token: usize) -> Vec<usize> {
+        let spans: Vec<&Span> = layout.spans.iter().collect();
+        let tokens = |span: &Span| span.start..span.start + span.visible.len();
+        let span = spans
+            .iter()
+            .find(|span| tokens(span).contains(&token))
+            .unwrap();
+        let context = span.context.iter().map(|number| spans[*number]);
+        let keys: Vec<usize> = context.chain([*span]).flat_map(tokens).collect();
+        let v = span.visible[token - span.start];
+        let numbered = (0u32..).zip(keys).take(v.to as usize);
+        let visible = numbered.filter(|(key, _)| *key < v.prefix || *key >= v.from);
+        visible.map(|(_, token)| token).collect()
+    }
+
+    /// Whatever sequences have in common, each of their tokens sees the ones before it in its sequence, and no others.
+    #[test]
+    fn sequences_are_a_tree() {
+        let mut state = 3u64;
+        let mut dice = |sides: u64| pipeline_kernels::dropout::mix(&mut state) % sides;
+        for case in 0..200 {
+            // Starts of starts, so that much is common at several depths, and some ids that are anything.
+            let mut known: Vec<Vec<u32>> = vec![vec![1]];
+            let mut sequence = |least: u64| {
+                let mut ids = known[dice(known.len() as u64) as usize].clone();
+                if dice(4) == 0 {
+                    ids.truncate(dice(20) as usize + 1);
+                }
+                let more = dice(if case % 2 == 0 { 6 } else { 30 }) + least;
+                ids.extend((0..more).map(|_| dice(3) as u32));
+                known.push(ids.clone());
+                ids
+            };
+            let mut rows = |count: usize| -> Vec<Row> {
+                let row = |_| {
+                    let prompt = sequence(0);
+                    let end = |ids: Vec<u32>| match ids.strip_prefix(&prompt[..]) {
+                        Some(answer) if !answer.is_empty() => answer.to_vec(),
+                        _ => vec![ids[0]],
+                    };
+                    let (chosen, rejected) = (end(sequence(1)), end(sequence(1)));
+                    let (rejected, rejected_prompt) = (Some(rejected), None);
+                    Row {
+                        prompt,
+                        chosen,
+                        rejected,
+                        rejected_prompt,
+                        packed: Vec::new(),
+                    }
+                };
+                (0..count).map(row).collect()
+            };
+            let (pairs, mut single) = (rows(4), rows(3));
+            let inner = single[1].clone();
+            single[2].packed.push(Row {
+                rejected: None,
+                ..inner
+            });
+            let pairs = Batch::pairs(&pairs.iter().collect::<Vec<_>>(), 0).unwrap();
+            let single = single.iter().map(Row::chosen).collect();
+            let single = Batch::new(single, 0).unwrap();
+            let layout = Layout::new(&[&pairs, &single], Packing::default());
+            let sequences = pairs.sequences.iter().chain(&single.sequences);
+            let mut used = vec![false; layout.ids.len()];
+            for (sequence, places) in sequences.zip(&layout.places) {
+                let starts = sequence.starts(sequence.ids.len());
+                assert_eq!(places.len(), sequence.ids.len());
+                for (at, (&token, start)) in places.iter().zip(starts).enumerate() {
+                    used[token] = true;
+                    assert_eq!(layout.ids[token], sequence.ids[at]);
+                    assert_eq!(layout.positions[token], at - start);
+                    assert_eq!(seen(&layout, token), places[start..=at]);
+                }
+            }
+            assert!(used.into_iter().all(|used| used));
+            assert_eq!(layout.flat.len(), layout.ids.len());
+        }
+    }
+
+    #[test]
+    fn what_rows_begin_with_is_computed_once_where_it_is_worth_it() {
+        let row = |system: u32, question: u32| Row {
+            prompt: (100..100 + system)
+                .chain([question, question + 1])
+                .collect(),
+            chosen: vec![5, question],
+            rejected: Some(vec![5, 6, question]),
+            ..Row::default()
+        };
+        // Each pair: 2 of the prompt, 1 that both answers begin with, 1 and 2.
+        for (system, count, expected, spans) in [
+            (16, 2, 16 + 2 * 6, 3),
+            (15, 2, 2 * (15 + 6), 2),
+            (8, 3, 8 + 3 * 6, 4),
+            (0, 3, 3 * 6, 3),
+        ] {
+            let rows: Vec<Row> = (0..count)
+                .map(|number| row(system, 7 + 10 * number))
+                .collect();
+            let batches: Vec<Batch> = rows
+                .iter()
+                .map(|row| Batch::pairs(&[row], 0).unwrap())
+                .collect();
+            let batches: Vec<&Batch> = batches.iter().collect();
+            let layout = Layout::new(&batches, Packing::default());
+            assert_eq!(layout.ids.len(), expected as usize, "{system} {count}");
+            assert_eq!(layout.spans.len(), spans);
+            assert_eq!(Packing::default().tokens(&batches), expected as usize);
+        }
     }
 }

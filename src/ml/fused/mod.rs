@@ -21,6 +21,7 @@ use pipeline_kernels::elementwise::{rms_norm, rms_norm_backward, rms_norm_weight
 use pipeline_kernels::panels::{LANES, fill, panels, size};
 
 use super::batch::{Batch, Target};
+use super::forward::Together;
 use super::linear::{Linear, Pass};
 use super::model::{self, Gradients, Llama};
 pub use head::Scored;
@@ -48,23 +49,44 @@ const TOKENS: usize = 2048;
 const KEPT: usize = 1 << 29;
 
 /// How many of the first of these micro-batches go through the model together, at least one. It saves time: each block of a
-/// weight is made ready once for all of them, and fewer panels are part empty. It costs memory, so there is a bound.
+/// weight is made ready once for all of them, fewer panels are part empty, and what several begin with is computed once. It costs
+/// memory, so there is a bound.
 pub(super) fn together(
     model: &Llama,
     batches: &[&Batch],
     packing: Packing,
+    pass: Pass,
     checkpointing: bool,
-) -> usize {
+) -> Together {
+    let packing = packing_of(model, packing, pass);
     let most = TOKENS.min(KEPT / layer::kept(model, checkpointing).max(1));
-    let sums = batches.iter().scan(0, |sum, batch| {
-        *sum += packing.tokens(batch);
-        Some(*sum)
+    let all = (1..=batches.len()).map(|count| Together {
+        count,
+        tokens: packing.tokens(batches.get(..count).unwrap_or_default()),
     });
-    let count = sums.take_while(|sum| *sum <= most).count();
-    if count > 1 {
+    let mut best = Together::default();
+    for found in all {
+        if found.count > 1 && found.tokens > most {
+            break;
+        }
+        best = found;
+    }
+    if best.count > 1 {
         model.pool.expect(panels(most));
     }
-    count.max(1)
+    best
+}
+
+/// Each copy of a prompt drops values of its own: where a layer does, none are shared.
+fn packing_of(model: &Llama, packing: Packing, pass: Pass) -> Packing {
+    let drops = |layer: &model::Layer| {
+        let mut linears = layer.linears().into_iter();
+        linears.any(|linear| linear.dropout(pass).is_some())
+    };
+    Packing {
+        share_prompts: packing.share_prompts && !model.layers.iter().any(drops),
+        ..packing
+    }
 }
 
 /// A forward pass.
@@ -96,15 +118,7 @@ impl<'m> Forward<'m> {
         pass: Pass,
         checkpointing: bool,
     ) -> Result<Self> {
-        // Each copy of a prompt drops values of its own.
-        let drops = |layer: &model::Layer| {
-            let mut linears = layer.linears().into_iter();
-            linears.any(|linear| linear.dropout(pass).is_some())
-        };
-        let packing = Packing {
-            share_prompts: packing.share_prompts && !model.layers.iter().any(drops),
-            ..packing
-        };
+        let packing = packing_of(model, packing, pass);
         let layout = Layout::new(batches, packing);
         let shape = Shape::new(model, &layout)?;
         let pool = &model.pool;

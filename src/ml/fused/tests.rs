@@ -7,7 +7,7 @@ use crate::ml::batch::Row;
 use crate::ml::config::LlamaConfig;
 use crate::ml::create::{Settings, create};
 use crate::ml::float::Float;
-use crate::ml::forward::{Path, together};
+use crate::ml::forward::{Path, Together, together};
 use crate::ml::golden::{self, rows};
 use crate::ml::linear::Drops;
 use crate::ml::model::Trained;
@@ -54,7 +54,13 @@ fn run_dropping(
     });
     let mut gradients = Gradients::none(model);
     let mut outcomes = Vec::new();
-    let count = together(model, &batches.each_ref(), checkpointing);
+    let pass = Pass::learn(dropout.map(|seed| Drops { seed, batch: 0 }));
+    let Together { count, tokens } = together(model, &batches.each_ref(), pass, checkpointing);
+    if let Path::Fused(packing) = path {
+        let packing = packing_of(model, packing, pass);
+        assert_eq!(tokens, packing.tokens(&batches.each_ref()));
+        assert!(!packing.share_prompts || dropout.is_none());
+    }
     assert_eq!(count, if path == Path::Plain { 1 } else { 2 });
     for (number, batches) in batches.chunks(count).enumerate() {
         let drops = dropout.map(|seed| Drops {
@@ -189,20 +195,22 @@ fn a_pass_of_micro_batches_has_a_bound() {
         .batch(&[&rows[2], &rows[7], &rows[9]], 1023)
         .unwrap();
     let many = vec![&batch; 100];
-    let count = |model: &Llama| together(model, &many, false);
-    let shared = count(&model);
-    let tokens = SHARED.tokens(&batch);
-    assert_eq!(shared, TOKENS / tokens);
+    let pass = Pass::learn(None);
+    let count = |model: &Llama| together(model, &many, pass, false).count;
+    assert_eq!(count(&model), 100, "the same rows again cost nothing");
+    model.path = Path::Fused(FREE);
+    let free = count(&model);
+    assert_eq!(free, TOKENS / FREE.tokens(&[&batch]));
     model.path = Path::Fused(PADDED);
-    assert!((1..shared).contains(&count(&model)));
+    assert!((1..free).contains(&count(&model)));
     model.path = Path::Plain;
     assert_eq!(count(&model), 1);
     // A larger model keeps more of each token, and less with checkpointing.
     let (all, inputs) = (layer::kept(&model, false), layer::kept(&model, true));
     model.config.intermediate_size *= 1000;
     assert!(layer::kept(&model, false) > 100 * all && inputs < all);
-    model.path = Path::Fused(SHARED);
-    assert!(count(&model) < shared);
+    model.path = Path::Fused(FREE);
+    assert!(count(&model) < free);
     model.config.intermediate_size *= 1000;
     assert_eq!(count(&model), 1, "one goes through in any case");
 }
@@ -313,6 +321,72 @@ fn shapes_of_real_models_go_the_same_way() {
                 far < 1e-4,
                 "{heads} {keys} {width}, the gradient of {place}: {far}"
             );
+        }
+    }
+}
+
+/// A system prompt of several rows, prompts with several pairs of answers, answers that begin alike, over two micro-batches.
+#[test]
+fn what_rows_begin_with_is_computed_once() {
+    let ids = |from: u32, count: u32| (from..from + count).map(|i| i * 31 % 97);
+    let row = |system: u32, question: u32, answers: u32| Row {
+        prompt: ids(1, system).chain(ids(question, 20)).collect(),
+        chosen: ids(answers, 21).collect(),
+        rejected: Some(ids(answers, 5).chain(ids(answers + 9, 12)).collect()),
+        ..Row::default()
+    };
+    let rows = [
+        row(70, 60, 50),
+        row(70, 60, 11),
+        row(70, 33, 50),
+        row(0, 60, 50),
+        row(70, 60, 50),
+        row(40, 2, 3),
+    ];
+    for trained_whole in [false, true] {
+        let mut model = if trained_whole {
+            of_shape(4, 2, 12)
+        } else {
+            golden::model("model", Some("adapter_init"), Trained::Adapter, DType::F32)
+        };
+        for objective in [
+            Objective::Orpo { beta: 0.1 },
+            Objective::Sft {
+                completion_only: false,
+            },
+        ] {
+            let batches = [&rows[..3], &rows[3..]].map(|rows| {
+                let rows: Vec<&Row> = rows.iter().collect();
+                objective.batch(&rows, 0).unwrap()
+            });
+            let both = batches.each_ref();
+            let (shared, free) = (SHARED.tokens(&both), FREE.tokens(&both));
+            assert!(3 * shared < 2 * free, "{shared} {free}");
+            let mut run = |path, checkpointing| {
+                model.path = path;
+                let mut gradients = Gradients::none(&model);
+                let scaled = [(both[0], 1.5), (both[1], 0.5)];
+                let count = together(&model, &both, Pass::learn(None), checkpointing).count;
+                let mut outcomes = Vec::new();
+                for some in scaled.chunks(count) {
+                    let add = &mut gradients;
+                    let all = objective.differentiate(&model, some, None, checkpointing, add);
+                    outcomes.extend(all.unwrap());
+                }
+                let losses: Vec<f64> = outcomes.iter().map(|outcome| outcome.loss).collect();
+                (losses, gradients.0)
+            };
+            let (losses, gradients) = run(Path::Plain, false);
+            for checkpointing in [false, true] {
+                let (ours, our_gradients) = run(Path::Fused(SHARED), checkpointing);
+                for (a, b) in ours.iter().zip(&losses) {
+                    assert!((a - b).abs() < 1e-5 * b.abs(), "{a} {b}");
+                }
+                for (place, (a, b)) in our_gradients.iter().zip(&gradients).enumerate() {
+                    let far = far(a.as_ref().unwrap(), b.as_ref().unwrap());
+                    assert!(far < 2e-5, "{objective:?}, the gradient of {place}: {far}");
+                }
+            }
         }
     }
 }

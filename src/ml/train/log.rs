@@ -46,6 +46,8 @@ pub struct Step {
     pub micro_batches: usize,
     /// Tokens of this micro-batch, without padding.
     pub tokens: usize,
+    /// Tokens computed in the pass that began with this micro-batch; 0 if it is not the first of a pass.
+    pub computed: usize,
     /// What is to be logged.
     pub logs: Vec<Log>,
     /// Why this step's update was left out.

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use arrow::array::RecordBatch;
+use arrow_array::RecordBatch;
 use minijinja::Value;
 use minijinja::value::Serde;
 

@@ -3,9 +3,10 @@
 use std::collections::HashMap;
 
 use anyhow::{Context as _, Result, bail};
-use arrow::array::{Array, ArrayRef, AsArray, RecordBatch};
-use arrow::datatypes::{DataType, Schema};
-use arrow::util::display::{ArrayFormatter, FormatOptions};
+use arrow_array::cast::AsArray;
+use arrow_array::{Array, ArrayRef, RecordBatch};
+use arrow_cast::display::{ArrayFormatter, FormatOptions};
+use arrow_schema::{DataType, Schema};
 use serde_json::Value;
 
 use crate::data::cell::is_json;

@@ -3,8 +3,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use arrow::array::{ArrayRef, StringArray};
-use arrow::datatypes::{DataType, Field, Schema};
+use arrow_array::{ArrayRef, StringArray};
+use arrow_schema::{DataType, Field, Schema};
 
 use super::*;
 use crate::data;

@@ -23,7 +23,7 @@ fn texts() -> Vec<Text> {
 }
 
 fn chats(folder: &Path, texts: &[Text], preferences: bool) {
-    use arrow::array::ArrayRef;
+    use arrow_array::ArrayRef;
     let column = |text: fn(&Text) -> &str| -> ArrayRef {
         std::sync::Arc::new(StringArray::from_iter_values(texts.iter().map(text)))
     };
@@ -160,7 +160,7 @@ fn preferences_without_what_was_added_are_the_ids_of_sft() {
 
 #[test]
 fn a_row_without_rejected_is_told_with_its_number() {
-    use arrow::array::ArrayRef;
+    use arrow_array::ArrayRef;
     let folder = tempfile::tempdir().unwrap();
     let dataset = folder.path().join("chats");
     std::fs::create_dir(&dataset).unwrap();

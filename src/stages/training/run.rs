@@ -177,7 +177,7 @@ pub(in crate::stages) fn run(
 
     settings.leave = Some(cx.end()?);
     let start = take_up(cx.scratch()?, &cx.ends()?, &settings, train_rows.len())?;
-    let (mut tokens, mut began) = (0u64, false);
+    let (mut tokens, mut computed, mut began) = (0u64, 0u64, false);
     let ending = train(
         &model,
         &train_rows,
@@ -196,6 +196,7 @@ pub(in crate::stages) fn run(
                 cx.warn(format!("left out an update: {fault}"));
             }
             tokens += step.tokens as u64;
+            computed += step.computed as u64;
             cx.progress(step.step, Some(step.total), "steps");
             for log in &step.logs {
                 let mut values = log.values.clone();
@@ -210,6 +211,7 @@ pub(in crate::stages) fn run(
         },
     )?;
     cx.note("tokens", tokens);
+    cx.note("computed_tokens", computed);
     let Ending::Finished {
         history,
         step,
