@@ -53,7 +53,7 @@ impl Layout {
         let split = match isa {
             Isa::Portable => return None,
             Isa::Avx2 => Self::Split8,
-            Isa::Avx512 | Isa::Avx512Bf16 => Self::Split16,
+            _ => Self::Split16,
         };
         match weight.values() {
             Values::F32(_) => Some(Self::Plain),
