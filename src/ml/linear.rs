@@ -174,6 +174,20 @@ pub struct Linear {
 }
 
 impl Linear {
+    /// Whether anything of it is trained.
+    pub(super) fn is_trained(&self) -> bool {
+        let trained = |weight: &Weight| weight.trained().is_some();
+        let base = match &self.base {
+            Base::Dense(weight) => trained(weight),
+            Base::Nf4(_) => false,
+        };
+        let lora = self.lora.as_ref().is_some_and(|lora| {
+            let magnitude = lora.magnitude.as_ref().is_some_and(trained);
+            trained(&lora.a) || trained(&lora.b) || magnitude
+        });
+        base || lora || self.bias.as_ref().is_some_and(trained)
+    }
+
     /// Whether there is nothing beside a weight and a pair of matrices: no bias, no `DoRA`.
     pub fn has_kernels(&self) -> bool {
         let lora = self.lora.as_ref();

@@ -1,7 +1,7 @@
 //! From a model folder's tensors and an adapter's pairs to a [`Llama`].
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use anyhow::Context as _;
 use candle_core::{DType, Device, Tensor, Var};
@@ -389,6 +389,7 @@ impl Llama {
             frozen_column_sum: None,
             path: Path::Plain,
             pool: Pool::default(),
+            states: Mutex::default(),
         };
         if fused::supports(&model) {
             model.path = Path::Fused(Packing::default());
