@@ -1,23 +1,17 @@
 //! The contents of a folder: its files with sizes and digests, and a memo of their stat so that a second look reads nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File, Metadata};
-use std::io::{ErrorKind, Read as _};
+use std::fs::{self, Metadata};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, bail, ensure};
-use rayon::ThreadPoolBuilder;
 use serde::{Deserialize, Serialize};
 
 use super::canonical::{Digest, digest_list};
+use super::digest::digest_file;
 use super::files::is_trouble;
-use super::threads;
-
-/// Files above this size are hashed over all cores, pieces of [`PIECE`] bytes at a time; below, one core is faster.
-const LARGE: u64 = 1 << 20;
-const PIECE: usize = 8 << 20;
 
 /// The most bytes of a manifest, which has some hundred a file. A longer file is none.
 pub(super) const LONGEST_MANIFEST: usize = 256 << 20;
@@ -324,43 +318,6 @@ fn read_entry(path: &Path) -> anyhow::Result<Entry> {
     Ok(Entry { blake3, stat })
 }
 
-/// The BLAKE3 digest of a file. It is read and not mapped: whoever cuts a mapped file ends the process.
-pub(super) fn digest_file(path: &Path) -> anyhow::Result<Digest> {
-    let digest = || -> anyhow::Result<Digest> {
-        let mut hasher = blake3::Hasher::new();
-        let mut file = File::open(path)?;
-        if file.metadata()?.len() < LARGE {
-            hasher.update_reader(file)?;
-        } else {
-            threads::start(ThreadPoolBuilder::new())?;
-            let mut piece = vec![0; PIECE];
-            loop {
-                let read = fill(&mut file, &mut piece)?;
-                hasher.update_rayon(&piece[..read]);
-                if read < PIECE {
-                    break;
-                }
-            }
-        }
-        Ok(hasher.finalize().to_hex().to_string())
-    };
-    digest().with_context(|| cannot_read(path))
-}
-
-/// Reads until `piece` is full or the file ends; gives the number of bytes.
-fn fill(file: &mut File, piece: &mut [u8]) -> std::io::Result<usize> {
-    let mut filled = 0;
-    while filled < piece.len() {
-        match file.read(&mut piece[filled..]) {
-            Ok(0) => break,
-            Ok(count) => filled += count,
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(filled)
-}
-
 /// Every file below `folder` with its relative name, sorted by name.
 pub(crate) fn walk(folder: &Path) -> anyhow::Result<Vec<(String, PathBuf)>> {
     let mut files = Vec::new();
@@ -391,6 +348,6 @@ pub(crate) fn walk(folder: &Path) -> anyhow::Result<Vec<(String, PathBuf)>> {
     Ok(files)
 }
 
-fn cannot_read(path: &Path) -> String {
+pub(super) fn cannot_read(path: &Path) -> String {
     format!("could not read `{}`", path.display())
 }

@@ -6,6 +6,7 @@
 mod canonical;
 mod child;
 mod context;
+mod digest;
 mod event;
 mod files;
 mod fingerprint;

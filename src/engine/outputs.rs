@@ -19,11 +19,12 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::canonical::Digest;
+use super::digest::digest_file;
 use super::files::{
     exchange, outlast, read_sealed, remove, rename_new, sync_files, sync_folder, write_sealed,
 };
 use super::links::{Linked, unedited};
-use super::manifest::{Check, Manifest, Stat, digest_file, walk};
+use super::manifest::{Check, Manifest, Stat, walk};
 use super::store::{Store, take_lock};
 
 /// Larger files are hard links where they can't share blocks. Configurations, logs and tokenizers are smaller (the largest

@@ -10,9 +10,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::canonical::{Digest, digest_json};
+use super::digest::digest_file;
 use super::files::{clock, read_sealed, write_sealed};
 use super::glob::Pattern;
-use super::manifest::{Entry, Stat, digest_file, now};
+use super::manifest::{Entry, Stat, now};
 use super::store::Store;
 
 /// The deepest folder below a source.

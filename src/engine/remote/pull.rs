@@ -18,9 +18,10 @@ use rayon::prelude::*;
 
 use super::super::Event;
 use super::super::canonical::Digest;
+use super::super::digest::digest_file;
 use super::super::files::{link_or_copy, remove, rename_new, sync_files, sync_folder};
 use super::super::links::Linked;
-use super::super::manifest::{Manifest, Stat, digest_file};
+use super::super::manifest::{Manifest, Stat};
 use super::super::record::Record;
 use super::super::store::{Store, take_lock};
 use super::layout::{blob_key, get, manifest_key, parse_manifest};
