@@ -6,6 +6,7 @@
     python3 benches/other_pairs.py nf4 ..            (no --data)
     python3 benches/other_pairs.py merge ..          (no --data; --preset and --dtype are those of MODEL)
     python3 benches/other_pairs.py generate ..       (--data gives the prompts)
+    python3 benches/other_pairs.py generate .. --peer llama.cpp --llama-python VENV2/bin/python --gguf MODEL.gguf [--dtype bf16] [--nf4]
 
 VENV, `trl_bench.py` and MODEL are those of `train_pair.py`. Each round measures both sides once, in turn; the medians of the rounds
 are shown. Ours are whole stages: the seconds that the runner tells, reading and writing included; CPU seconds are those of the whole
@@ -17,7 +18,9 @@ process, with the way into the store.
 * merge: seconds and the process's peak memory, against merge_and_unload and save_pretrained; their memory includes the interpreter.
   Ours also until the result is in the store and on the disk for good, which theirs never is.
 * generate: greedy tokens a second with a cache of keys and values, prompts included; ours is the difference of `evaluate` with
-  answers and without. The answers must be the same texts.
+  answers and without. The answers must be the same texts. With llama.cpp, which takes the weights as GGUF (`llama_peer.py convert`),
+  theirs are measured one prompt after the other and, with several, all in one batch; ours in bf16 or from NF4 where told so. Its
+  side never ends an answer, so the model must not either: use one with random weights.
 
 Standard library only.
 """
@@ -47,6 +50,18 @@ with torch.inference_mode():
 print(json.dumps(dict(tokens=sum(map(len, made)), seconds=seconds, cpu_s=cpu, texts=[tokenizer.decode(ids, skip_special_tokens=True) for ids in made])))
 """
 
+# The prompts' ids, and texts of ids.
+PROMPTS = """
+import json, sys, pyarrow.parquet as pq
+print(json.dumps([row["prompt_ids"] for row in pq.read_table(sys.argv[1]).to_pylist()[:int(sys.argv[2])]]))
+"""
+TEXTS = """
+import json, sys
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+print(json.dumps([tokenizer.decode(ids, skip_special_tokens=True) for ids in json.loads(sys.argv[2])]))
+"""
+
 LORA = {"model": "base", "r": 16, "lora_alpha": 16, "target_modules": "all-linear", "init_lora_weights": False, "seed": 3407}
 
 
@@ -67,7 +82,13 @@ def arguments():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="only our side")
+    parser.add_argument("--peer", default="transformers", choices=["transformers", "llama.cpp"])
+    parser.add_argument("--llama-python", type=Path, help="a Python with numpy and llama-cpp-python")
+    parser.add_argument("--gguf", type=Path, help="the model for llama.cpp")
+    parser.add_argument("--nf4", action="store_true", help="our side generates from weights in NF4")
     args = parser.parse_args()
+    if args.peer == "llama.cpp" and not (args.llama_python and args.gguf):
+        parser.error("--peer llama.cpp needs --llama-python and --gguf")
     if args.what in ("prep", "generate") and not args.data:
         parser.error(f"{args.what} needs --data")
     return args
@@ -94,7 +115,7 @@ def rounds(args, theirs, ours):
             if side == "theirs" and args.quick:
                 continue
             results[side].append(work())
-            print(json.dumps({"side": side, **{k: v for k, v in results[side][-1].items() if k != "texts"}}), flush=True)
+            print(json.dumps({"side": side, **results[side][-1]}), flush=True)
     return results
 
 
@@ -194,20 +215,42 @@ def merge(args):
 
 def generate(args):
     score = {"model": "base", "dataset": "tokens", "max_new_tokens": args.max_new_tokens}
-    recipe = stages(args, args.data, without={"evaluate": {**score, "num_answers": 0}}, scores={"evaluate": {**score, "num_answers": args.answers}})
+    more = {}
+    if args.nf4:
+        more["base4"] = {"quantize": {"model": "base", "double_quant": True}}
+        score["model"] = "base4"
+    if args.dtype == "bf16":
+        score["bf16"] = True
+    recipe = stages(
+        args, args.data, without={"evaluate": {**score, "num_answers": 0}}, scores={"evaluate": {**score, "num_answers": args.answers}}, **more
+    )
     recipe["outputs"]["scores"] = "out/scores"
     project = Project(args.pipeline, recipe, args.threads)
     project.run()
     answers = [json.loads(line)["base"] for line in (project.folder / "out/scores/answers.jsonl").read_text().splitlines()]
     most = args.answers * args.max_new_tokens
+    tokens = project.folder / "out/tokens/train.parquet"
     made = {}
 
-    def theirs():
-        tokens = project.folder / "out/tokens/train.parquet"
+    def transformers():
         command = [args.python, "-c", GENERATE, args.model.resolve(), tokens, args.answers, args.max_new_tokens, args.threads]
         told = Measured(command, None, args.threads).last_object()
         made.update(count=told["tokens"], texts=told["texts"])
         return {"rate": told["tokens"] / told["seconds"], "cpu": told["cpu_s"] / told["tokens"] * 1000}
+
+    def llama():
+        prompts = project.folder / "prompts.json"
+        if not prompts.exists():
+            prompts.write_text(Measured([args.python, "-c", PROMPTS, tokens, args.answers], None).texts()[-1])
+        script = Path(__file__).resolve().with_name("llama_peer.py")
+        command = [args.llama_python, script, "generate", args.gguf.resolve(), prompts]
+        command += ["--limit", args.max_new_tokens, "--threads", args.threads]
+        told = Measured(command, None, args.threads).last_object()
+        result = {"rate": told["tokens"] / told["seconds"], "cpu": told["cpu_s"] / told["tokens"] * 1000}
+        made["ids"] = told["ids"]
+        if args.answers > 1:
+            told = Measured([*command, "--together"], None, args.threads).last_object()
+        return {**result, "batch_rate": told["tokens"] / told["seconds"], "batch_cpu": told["cpu_s"] / told["tokens"] * 1000}
 
     def ours():
         without, seconds = project.stage("without")
@@ -215,11 +258,21 @@ def generate(args):
         count = made.get("count", most)
         return {"rate": count / (more - seconds), "cpu": (with_answers.cpu - without.cpu) / count * 1000}
 
-    results = rounds(args, theirs, ours)
-    show(results, ("tokens/s", "rate", "rate", "{:.1f}"), ("CPU ms a token", "cpu", "cpu", "{:.1f}"))
+    if args.peer == "transformers":
+        results = rounds(args, transformers, ours)
+        show(results, ("tokens/s", "rate", "rate", "{:.1f}"), ("CPU ms a token", "cpu", "cpu", "{:.1f}"))
+    else:
+        results = rounds(args, llama, ours)
+        show(
+            results, ("tokens/s, theirs one after the other", "rate", "rate", "{:.1f}"), ("tokens/s, theirs in one batch", "batch_rate", "rate", "{:.1f}"),
+            ("CPU ms a token, one after the other", "cpu", "cpu", "{:.1f}"), ("CPU ms a token, in one batch", "batch_cpu", "cpu", "{:.1f}"),
+        )
+        if "ids" in made:
+            ids = json.dumps(made["ids"])
+            made["texts"] = json.loads(Measured([args.python, "-c", TEXTS, args.model.resolve(), ids], None).texts()[-1])
     if made:
         same = sum(a == b for a, b in zip(answers, made["texts"]))
-        print(f"\n{same} of {len(answers)} answers are the same texts; {made['count']} tokens of at most {most}.")
+        print(f"\n{same} of {len(answers)} answers are the same texts; {made.get('count', most)} tokens of at most {most}.")
 
 
 if __name__ == "__main__":

@@ -109,6 +109,32 @@ impl Context {
         Ok(())
     }
 
+    /// Does `work` while files of the output, which are complete, go to the disk. The commit waits for the disk in any case; so it
+    /// has been busy before.
+    pub fn while_synced<T>(
+        &self,
+        names: impl IntoIterator<Item = impl AsRef<Path>>,
+        work: impl FnOnce() -> anyhow::Result<T>,
+    ) -> anyhow::Result<T> {
+        let paths: Vec<PathBuf> = names.into_iter().map(|name| self.out.join(name)).collect();
+        std::thread::scope(|scope| {
+            let sync = || -> anyhow::Result<()> {
+                paths.iter().try_for_each(|path| {
+                    let synced = std::fs::File::open(path).and_then(|file| file.sync_data());
+                    synced.with_context(|| format!("could not make `{}` durable", path.display()))
+                })
+            };
+            let syncing = std::thread::Builder::new().spawn_scoped(scope, sync);
+            let syncing = syncing.context("could not start a thread")?;
+            let done = work();
+            // The commit's own call might not be told of an error that this one was told of.
+            let synced = syncing.join().map_err(|_| anyhow!("a thread stopped"))?;
+            let done = done?;
+            synced?;
+            Ok(done)
+        })
+    }
+
     fn remember(&self, name: &str, blake3: Digest, stat: Stat) {
         let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
         written.insert(name.to_owned(), Entry { blake3, stat });

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use anyhow::ensure;
+use pipeline_kernels::vectors::largest;
 
 use super::linear::Pass;
 use super::model::decode::{Decoder, Token};
@@ -58,14 +59,10 @@ impl std::error::Error for NotFinite {}
 
 /// The id of the largest logit, the first one of equals. A NaN or an infinity among them is an error.
 fn best(logits: &[f32]) -> anyhow::Result<u32> {
-    ensure!(logits.iter().all(|logit| logit.is_finite()), NotFinite);
-    let mut best = (0u32, f32::NEG_INFINITY);
-    for (id, &logit) in (0u32..).zip(logits) {
-        if logit > best.1 {
-            best = (id, logit);
-        }
+    match largest(logits) {
+        Some(id) => Ok(u32::try_from(id)?),
+        None => Err(NotFinite.into()),
     }
-    Ok(best.0)
 }
 
 fn together(

@@ -18,8 +18,8 @@ const PROMPTS: [&str; 3] = [
     "Write a function that returns the n-th Fibonacci number.\n\n```python\ndef fibonacci(n):",
     "Is it true that goldfish forget everything after three seconds?",
 ];
-/// Tokens of a prompt that are asked.
-const LONGEST: usize = 16;
+/// Tokens of a prompt that are asked: those of all prompts fill a panel of 32, so that nothing is computed of empty lanes.
+const LONGEST: usize = 10;
 /// The share of what the adapter changes above which its loss is worth a warning.
 const MUCH: f64 = 0.5;
 
@@ -77,16 +77,15 @@ impl Stage for Merge {
                 report.dequantised
             ));
         }
-        let proof = prove::prove(
-            model,
-            &adapter,
-            cx.out(),
-            &prompts(model)?,
-            &mut |done, total| {
-                cx.progress(done, Some(total), "layers");
-                cx.check_cancelled()
-            },
-        )?;
+        let prompts = prompts(model)?;
+        let mut progress = |done, total| {
+            cx.progress(done, Some(total), "layers");
+            cx.check_cancelled()
+        };
+        let files = report.files.iter().map(|file| &file.name);
+        let proof = cx.while_synced(files, || {
+            prove::prove(model, &adapter, cx.out(), &prompts, &mut progress)
+        })?;
         cx.note("compared_logits_of_tokens", proof.positions);
         cx.note("largest_logit_difference", proof.largest);
         cx.note("logit_difference", proof.relative);
@@ -160,7 +159,7 @@ mod tests {
             let note = |name: &str| cx.notes.lock().unwrap()[name].as_f64().unwrap();
             assert_eq!(note("merged_weights").to_bits(), 21f64.to_bits());
             // The proof is in the record.
-            assert!(note("compared_logits_of_tokens") > 40.);
+            assert!(note("compared_logits_of_tokens") >= 24.);
             assert!(note("logit_difference") < 5e-6);
             assert!(note("logit_difference") < note("logit_difference_allowed"));
             assert!(note("largest_logit_difference") < 1e-4);

@@ -13,7 +13,7 @@ use crate::nf4::{self, Stored};
 use crate::panels::{self, LANES, column, fill, pairs, size};
 use crate::product::{Factor, Onto, Pairs, Product, Term, product, products};
 use crate::reduce::{Order, outer, over_tokens};
-use crate::vectors::{Attention, VectorProduct, vector_products};
+use crate::vectors::{self, Attention, Cached, VectorProduct, vector_products};
 use crate::vocabulary::exponentials;
 
 /// Runs what has to panic with a message that contains `expected`.
@@ -300,6 +300,7 @@ fn vectors_refuse_wrong_sizes() {
         vector_products(vec![VectorProduct {
             weight,
             x: &floats(x),
+            rounded: false,
             out: &mut floats(out),
         }]);
     };
@@ -311,35 +312,47 @@ fn vectors_refuse_wrong_sizes() {
     refused("a result", "output's size", || run(weight, 6, 9));
     let empty = Matrix::f32(&[], usize::MAX, 0).unwrap();
     refused("no depth", "output's size", || run(empty, 0, 1));
-    let attend = |query: usize, keys: usize, values: usize, (head, heads, width)| {
+    let attend = |query: usize, keys: usize, values: usize, width: usize| {
         let attention = Attention {
             query: &floats(query),
-            keys: &floats(keys),
-            values: &floats(values),
-            head,
-            heads,
+            keys: Cached::F32(&floats(keys)),
+            values: Cached::F32(&floats(values)),
             out: &mut floats(query),
             rounded: false,
         };
         attention.compute(width);
     };
-    attend(8, 24, 24, (1, 2, 4));
-    refused("a head too many", "key head", || {
-        attend(8, 24, 24, (2, 2, 4));
+    attend(8, 12, 12, 4);
+    refused("no width", "the width", || attend(8, 12, 12, 0));
+    refused("part of a head", "query heads", || attend(9, 12, 12, 4));
+    refused("other values", "keys and values", || attend(8, 12, 8, 4));
+    refused("no keys", "the keys", || attend(8, 0, 0, 4));
+    refused("part of a key", "the keys", || attend(8, 10, 10, 4));
+    refused("unlike dtypes", "stored differently", || {
+        let attention = Attention {
+            query: &floats(8),
+            keys: Cached::F32(&floats(12)),
+            values: Cached::Bf16(&[half::bf16::ONE; 12]),
+            out: &mut floats(8),
+            rounded: false,
+        };
+        attention.compute(4);
     });
-    refused("no width", "key head", || attend(8, 24, 24, (1, 2, 0)));
-    refused("part of a head", "query heads", || {
-        attend(9, 24, 24, (1, 2, 4));
+    refused("part of a row", "rows as long", || {
+        vectors::norm(&floats(7), &floats(3), 1e-5, &mut floats(7));
     });
-    refused("other values", "keys and values", || {
-        attend(8, 24, 16, (1, 2, 4));
+    refused("another result", "output's size", || {
+        vectors::norm(&floats(6), &floats(3), 1e-5, &mut floats(5));
     });
-    refused("no keys", "the keys", || attend(8, 0, 0, (1, 2, 4)));
-    refused("part of a key", "the keys", || {
-        attend(8, 20, 20, (1, 2, 4));
+    vectors::norm(&[], &[], 1e-5, &mut []);
+    refused("unlike gates", "gate and up", || {
+        vectors::gate(&mut floats(4), &floats(5));
     });
-    refused("a width that wraps", "the keys", || {
-        attend(0, 8, 8, (0, 8, usize::MAX / 8 + 2));
+    refused("unlike angles", "cos and sin", || {
+        vectors::rotate(&mut floats(8), &floats(2), &floats(3), 1.);
+    });
+    refused("part of a head", "whole heads", || {
+        vectors::rotate(&mut floats(9), &floats(2), &floats(2), 1.);
     });
 }
 

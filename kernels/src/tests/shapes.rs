@@ -1,6 +1,6 @@
 //! Odd shapes against plain loops in f64, with each instruction set, in memory whose neighbours nobody may touch.
 
-use half::bf16;
+use half::{bf16, f16};
 
 use super::guard::{Guarded, Side};
 use crate::dispatch::tests::with_each;
@@ -13,7 +13,7 @@ use crate::panels::{LANES, column, fill, size};
 use crate::product::tests::numbers;
 use crate::product::{Factor, Onto, Pairs, Term, product};
 use crate::reduce::{Order, outer};
-use crate::vectors::{Attention, VectorProduct, vector_products};
+use crate::vectors::{Attention, Cached, VectorProduct, vector_products};
 use crate::vocabulary::exponentials;
 
 /// Whole numbers that look random, the same in each run.
@@ -400,48 +400,73 @@ fn merges_and_vectors_of_any_shape() {
             near(&what, values.iter().copied(), &exact, 1e-5);
 
             let vectors = dice.size(9);
+            let x: Vec<f32> = numbers(vectors * columns, case + 3);
+            let halves: Vec<f32> = x.iter().map(|x| bf16::from_f32(*x).to_f32()).collect();
             let weight = side.copy(&numbers(rows * columns, case + 2));
-            let x = side.copy(&numbers(vectors * columns, case + 3));
-            let mut out = side.copy(&vec![f32::NAN; vectors * rows]);
-            vector_products(vec![VectorProduct {
-                weight: Matrix::f32(&weight, rows, columns).unwrap(),
-                x: &x,
-                out: &mut out,
-            }]);
-            let exact: Vec<f64> = (0..vectors * rows)
-                .map(|place| {
-                    let (vector, row) = (place / rows, place % rows);
-                    let x = &x[vector * columns..][..columns];
-                    let w = &weight[row * columns..][..columns];
-                    x.iter()
-                        .zip(w)
-                        .map(|(x, w)| f64::from(*x) * f64::from(*w))
-                        .sum()
-                })
+            let upper: Vec<bf16> = weight.iter().map(|x| bf16::from_f32(*x)).collect();
+            let upper = side.copy(&upper);
+            let rounded: Vec<f32> = upper.iter().map(|x| x.to_f32()).collect();
+            // Whole blocks of codes a row in every other case.
+            let deep = if case % 2 == 0 {
+                columns.next_multiple_of(64)
+            } else {
+                columns
+            };
+            let packed: Vec<u8> = (0..(rows * deep).div_ceil(2))
+                .map(|i| (i * 37 + 11) as u8)
                 .collect();
-            near(&what, out.iter().copied(), &exact, 5e-5);
+            let packed = side.copy(&packed);
+            let absmax = side.copy(&numbers((rows * deep).div_ceil(64), case + 4));
+            for rounding in [Rounding::F32, Rounding::Bf16, Rounding::F16] {
+                let nf4 = Nf4 {
+                    packed: &packed,
+                    absmax: &absmax,
+                    code: &nf4::CODE,
+                    rounding,
+                };
+                let dense: Vec<f32> = (0..rows * deep)
+                    .map(|place| {
+                        let code = packed[place / 2] >> (4 - 4 * (place % 2)) & 15;
+                        let value = nf4::CODE[usize::from(code)] * absmax[place / 64];
+                        match rounding {
+                            Rounding::F32 => value,
+                            Rounding::Bf16 => bf16::from_f32(value).to_f32(),
+                            Rounding::F16 => f16::from_f32(value).to_f32(),
+                        }
+                    })
+                    .collect();
+                for exact in [false, true] {
+                    let mut x = numbers(vectors * deep, case + 3);
+                    if !exact {
+                        x.iter_mut().for_each(|x| *x = bf16::from_f32(*x).to_f32());
+                    }
+                    let matrix = Matrix::new(Values::Nf4(nf4), rows, deep).unwrap();
+                    check_vectors(&what, side, matrix, &dense, &x, !exact);
+                }
+            }
+            for (x, exact) in [(&x, true), (&halves, false)] {
+                let matrix = Matrix::f32(&weight, rows, columns).unwrap();
+                check_vectors(&what, side, matrix, &weight, x, !exact);
+                let matrix = Matrix::new(Values::Bf16(&upper), rows, columns).unwrap();
+                check_vectors(&what, side, matrix, &rounded, x, !exact);
+            }
 
-            let (heads, group, width) = (dice.throw(3) + 1, dice.throw(9) + 1, dice.size(130) + 1);
-            let (length, head) = (dice.size(60) + 1, dice.throw(heads));
-            let keys = side.copy(&numbers(length * heads * width, case + 4));
-            let values = side.copy(&numbers(length * heads * width, case + 5));
+            let (group, width, length) = (dice.throw(9) + 1, dice.size(130) + 1, dice.size(60) + 1);
+            let keys = side.copy(&numbers(length * width, case + 4));
+            let values = side.copy(&numbers(length * width, case + 5));
             let query = side.copy(&numbers(group * width, case + 6));
             let mut out = side.copy(&vec![f32::NAN; group * width]);
             let attention = Attention {
                 query: &query,
-                keys: &keys,
-                values: &values,
-                head,
-                heads,
+                keys: Cached::F32(&keys),
+                values: Cached::F32(&values),
                 out: &mut out,
                 rounded: false,
             };
             attention.compute(width);
             let mut exact = Vec::new();
             for query in query.chunks_exact(width) {
-                let at = |data: &[f32], token: usize, f: usize| {
-                    f64::from(data[(token * heads + head) * width + f])
-                };
+                let at = |data: &[f32], token: usize, f: usize| f64::from(data[token * width + f]);
                 let p: Vec<f64> = (0..length)
                     .map(|t| {
                         let dot = (0..width).map(|f| f64::from(query[f]) * at(&keys, t, f));
@@ -457,4 +482,37 @@ fn merges_and_vectors_of_any_shape() {
             near(&what, out.iter().copied(), &exact, 2e-5);
         }
     });
+}
+
+/// Products of a weight with some vectors against plain sums of its `dense` values.
+fn check_vectors(
+    what: &str,
+    side: Side,
+    weight: Matrix<'_>,
+    dense: &[f32],
+    x: &[f32],
+    rounded: bool,
+) {
+    let (rows, columns) = (weight.height(), weight.depth());
+    let vectors = x.len() / columns;
+    let x = side.copy(x);
+    let mut out = side.copy(&vec![f32::NAN; vectors * rows]);
+    vector_products(vec![VectorProduct {
+        weight,
+        x: &x,
+        rounded,
+        out: &mut out,
+    }]);
+    let exact: Vec<f64> = (0..vectors * rows)
+        .map(|place| {
+            let (vector, row) = (place / rows, place % rows);
+            let x = &x[vector * columns..][..columns];
+            let w = &dense[row * columns..][..columns];
+            x.iter()
+                .zip(w)
+                .map(|(x, w)| f64::from(*x) * f64::from(*w))
+                .sum()
+        })
+        .collect();
+    near(what, out.iter().copied(), &exact, 5e-5);
 }

@@ -8,7 +8,7 @@ use std::borrow::Cow;
 use candle_core::{DType, Result, Tensor, bail};
 use half::bf16;
 use pipeline_kernels::matrix::Matrix;
-use pipeline_kernels::vectors::{Attention, VectorProduct, vector_products};
+use pipeline_kernels::vectors::{self, Attention, Cached, VectorProduct, vector_products};
 use rayon::prelude::*;
 
 use super::{Layer, Llama, angles};
@@ -42,9 +42,40 @@ pub struct Decoder<'a> {
 /// What a text has so far.
 struct Text {
     length: usize,
-    /// By layer, each (length, key heads * width).
-    keys: Vec<Vec<f32>>,
-    values: Vec<Vec<f32>>,
+    /// By layer and key head.
+    cache: Vec<Entries>,
+}
+
+/// Keys and values of one head, each (length, width), in the compute dtype.
+#[derive(Debug, Clone)]
+enum Entries {
+    F32(Vec<f32>, Vec<f32>),
+    Bf16(Vec<bf16>, Vec<bf16>),
+}
+
+impl Entries {
+    fn push(&mut self, key: &[f32], value: &[f32]) {
+        match self {
+            Self::F32(keys, values) => {
+                keys.extend_from_slice(key);
+                values.extend_from_slice(value);
+            }
+            Self::Bf16(keys, values) => {
+                keys.extend(key.iter().map(|x| bf16::from_f32(*x)));
+                values.extend(value.iter().map(|x| bf16::from_f32(*x)));
+            }
+        }
+    }
+
+    /// The first `count` numbers of each.
+    fn first(&self, count: usize) -> (Cached<'_>, Cached<'_>) {
+        match self {
+            Self::F32(keys, values) => (Cached::F32(&keys[..count]), Cached::F32(&values[..count])),
+            Self::Bf16(keys, values) => {
+                (Cached::Bf16(&keys[..count]), Cached::Bf16(&values[..count]))
+            }
+        }
+    }
 }
 
 /// A layer's small tensors as vectors, and its projections.
@@ -66,6 +97,11 @@ struct Projection<'a> {
     pass: Pass,
     out: usize,
     pair: Option<Pair>,
+}
+
+/// Whether values of this type are products' factors as they are, or widened.
+fn is_exact(stored: DType, compute: DType) -> bool {
+    stored == compute || compute == DType::F32 && matches!(stored, DType::BF16 | DType::F16)
 }
 
 /// A low-rank pair, rounded to the compute dtype.
@@ -112,7 +148,7 @@ impl<'a> Projection<'a> {
     /// Whether the kernels can read the weight as it is stored.
     fn is_plain(&self, compute: DType) -> bool {
         match self.base {
-            Base::Dense(weight) => weight.stored(self.pass).dtype() == compute,
+            Base::Dense(weight) => is_exact(weight.stored(self.pass).dtype(), compute),
             Base::Nf4(nf4) => compute == DType::F32 || nf4.dtype == compute,
         }
     }
@@ -156,16 +192,20 @@ impl<'a> Decoder<'a> {
         let layers = model.layers.iter().map(|layer| Plain::new(layer, pass));
         let layers = layers.collect::<Result<Vec<_>>>()?;
         let all = layers.iter().flat_map(Plain::projections);
-        if model.head().stored(pass).dtype() != compute || !{ all }.all(|one| one.is_plain(compute))
+        if !is_exact(model.head().stored(pass).dtype(), compute)
+            || !{ all }.all(|one| one.is_plain(compute))
         {
             return Ok(None);
         }
         let (cos, sin) = angles(&model.config, 0..longest, &model.device)?;
-        let count = layers.len();
+        let entries = match compute {
+            DType::BF16 => Entries::Bf16(Vec::new(), Vec::new()),
+            _ => Entries::F32(Vec::new(), Vec::new()),
+        };
+        let count = layers.len() * model.config.num_key_value_heads;
         let text = || Text {
             length: 0,
-            keys: vec![Vec::new(); count],
-            values: vec![Vec::new(); count],
+            cache: vec![entries.clone(); count],
         };
         Ok(Some(Self {
             pass,
@@ -192,20 +232,17 @@ impl<'a> Decoder<'a> {
             let normed = norm(&x, &plain.input_norm, layer.input_norm.eps);
             let [mut q, mut k, mut v] = self.apply([&plain.q, &plain.k, &plain.v], &normed)?;
             let scale = (layer.head_dim as f64).powf(-0.5) as f32;
-            self.rotate(&mut q, layer.heads * layer.head_dim, &positions);
-            self.rotate(&mut k, layer.kv_heads * layer.head_dim, &positions);
-            for q in &mut q {
-                *q *= scale;
-            }
+            let (heads, width) = (layer.kv_heads, layer.head_dim);
+            self.rotate(&mut q, layer.heads * width, &positions, scale);
+            self.rotate(&mut k, heads * width, &positions, 1.);
             for values in [&mut q, &mut k, &mut v] {
                 self.round(values);
             }
-            let width = layer.kv_heads * layer.head_dim;
-            let rows = k.chunks_exact(width).zip(v.chunks_exact(width));
-            for (token, (k, v)) in tokens.iter().zip(rows) {
-                let text = &mut self.texts[token.text];
-                text.keys[number].extend_from_slice(k);
-                text.values[number].extend_from_slice(v);
+            let entries = k.chunks_exact(width).zip(v.chunks_exact(width));
+            for (place, (key, value)) in entries.enumerate() {
+                let (token, head) = (place / heads, place % heads);
+                let text = &mut self.texts[tokens[token].text];
+                text.cache[number * heads + head].push(key, value);
             }
             let mut y = self.attention(number, &q, tokens, &positions);
             self.round(&mut y);
@@ -214,9 +251,7 @@ impl<'a> Decoder<'a> {
             add(&mut x, &y);
             let normed = norm(&x, &plain.post_norm, layer.post_norm.eps);
             let [mut gate, up] = self.apply([&plain.gate, &plain.up], &normed)?;
-            for (gate, up) in gate.iter_mut().zip(up) {
-                *gate = *gate / (1. + (-*gate).exp()) * up;
-            }
+            vectors::gate(&mut gate, &up);
             let [y] = self.apply([&plain.down], &gate)?;
             add(&mut x, &y);
         }
@@ -236,6 +271,7 @@ impl<'a> Decoder<'a> {
         vector_products(vec![VectorProduct {
             weight: head.matrix()?,
             x: &self.factor(&last),
+            rounded: self.rounded,
             out: &mut logits,
         }]);
         self.round(&mut logits);
@@ -262,9 +298,7 @@ impl<'a> Decoder<'a> {
 
     fn round(&self, values: &mut [f32]) {
         if self.rounded {
-            for value in values {
-                *value = bf16::from_f32(*value).to_f32();
-            }
+            vectors::round(values);
         }
     }
 
@@ -296,11 +330,17 @@ impl<'a> Decoder<'a> {
                 products.push(VectorProduct {
                     weight: dense(&pair.a, pair.r, weight.depth())?,
                     x: &x,
+                    rounded: self.rounded,
                     out: low,
                 });
             }
             out.resize(count * one.out, 0.);
-            products.push(VectorProduct { weight, x: &x, out });
+            products.push(VectorProduct {
+                weight,
+                x: &x,
+                rounded: self.rounded,
+                out,
+            });
         }
         vector_products(products);
         let mut highs: [Vec<f32>; N] = std::array::from_fn(|_| Vec::new());
@@ -313,6 +353,7 @@ impl<'a> Decoder<'a> {
                 products.push(VectorProduct {
                     weight: dense(&pair.b, one.out, pair.r)?,
                     x: low,
+                    rounded: self.rounded,
                     out: high,
                 });
             }
@@ -331,19 +372,12 @@ impl<'a> Decoder<'a> {
         Ok(outs)
     }
 
-    /// Turns the halves of each head by the angles of the token's position.
-    fn rotate(&self, rows: &mut [f32], row: usize, positions: &[usize]) {
+    /// Turns the halves of each head by the angles of the token's position, and multiplies by `scale`.
+    fn rotate(&self, rows: &mut [f32], row: usize, positions: &[usize], scale: f32) {
         let half = self.model.config.head_dim / 2;
         for (row, position) in rows.chunks_exact_mut(row).zip(positions) {
             let span = position * half..(position + 1) * half;
-            let (cos, sin) = (&self.cos[span.clone()], &self.sin[span]);
-            for head in row.chunks_exact_mut(2 * half) {
-                let (first, second) = head.split_at_mut(half);
-                let angles = cos.iter().zip(sin);
-                for ((a, b), (cos, sin)) in first.iter_mut().zip(second).zip(angles) {
-                    (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
-                }
-            }
+            vectors::rotate(row, &self.cos[span.clone()], &self.sin[span], scale);
         }
     }
 
@@ -361,14 +395,12 @@ impl<'a> Decoder<'a> {
         let mut y = vec![0.; q.len()];
         let attend = |(place, (out, query)): (usize, (&mut [f32], &[f32]))| {
             let (token, head) = (place / heads, place % heads);
-            let text = &self.texts[tokens[token].text];
-            let seen = (positions[token] + 1) * heads * width;
+            let entries = &self.texts[tokens[token].text].cache[number * heads + head];
+            let (keys, values) = entries.first((positions[token] + 1) * width);
             let attention = Attention {
                 query,
-                keys: &text.keys[number][..seen],
-                values: &text.values[number][..seen],
-                head,
-                heads,
+                keys,
+                values,
                 out,
                 rounded: self.rounded,
             };
@@ -396,18 +428,10 @@ fn dense(values: &[f32], rows: usize, columns: usize) -> Result<Matrix<'_>> {
     }
 }
 
-/// `x / sqrt(mean(x^2) + eps) * weight` of each row.
+/// The norm of each row, see [`vectors::norm`].
 fn norm(x: &[f32], weight: &[f32], eps: f64) -> Vec<f32> {
-    let mut normed = Vec::with_capacity(x.len());
-    for row in x.chunks_exact(weight.len().max(1)) {
-        let squares: f32 = row.iter().map(|x| x * x).sum();
-        let inverse = 1. / (squares / row.len() as f32 + eps as f32).sqrt();
-        normed.extend(
-            row.iter()
-                .zip(weight)
-                .map(|(x, weight)| x * inverse * weight),
-        );
-    }
+    let mut normed = vec![0.; x.len()];
+    vectors::norm(x, weight, eps as f32, &mut normed);
     normed
 }
 

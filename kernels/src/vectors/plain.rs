@@ -1,0 +1,143 @@
+//! Rows of weights times a few vectors by loops that the compiler makes vectors of.
+
+use half::bf16;
+
+use super::{Outputs, Part, ROWS};
+use crate::dispatch::{self, Loop, fma};
+use crate::matrix::Values;
+
+/// Floats side by side in a sum.
+pub(super) const LANES: usize = 16;
+
+/// Some rows of a product. `buffer` is for values of a row.
+pub(super) fn run(part: Part<'_>, buffer: &mut Vec<f32>) {
+    let vectors = part.x.len().checked_div(part.weight.depth()).unwrap_or(0);
+    assert!(
+        part.rows.end <= part.weight.height() && vectors <= part.out.vectors,
+        "rows and vectors of the product"
+    );
+    dispatch::run(Plain { part, buffer });
+}
+
+struct Plain<'a, 'b> {
+    part: Part<'a>,
+    buffer: &'b mut Vec<f32>,
+}
+
+impl Loop for Plain<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        let (weight, x, out) = (self.part.weight, self.part.x, self.part.out);
+        let depth = weight.depth();
+        let mut row = self.part.rows.start;
+        while row < self.part.rows.end {
+            let left = self.part.rows.end - row;
+            row += match weight.values() {
+                Values::F32(values) => {
+                    block::<f32, FMA>(&values[row * depth..], x, depth, left, out, row)
+                }
+                Values::Bf16(values) => {
+                    block::<bf16, FMA>(&values[row * depth..], x, depth, left, out, row)
+                }
+                Values::F16(_) | Values::Nf4(_) => {
+                    let values = weight.row(row, 0..depth, self.buffer);
+                    block::<f32, FMA>(values, x, depth, 1, out, row)
+                }
+            };
+        }
+    }
+}
+
+/// A stored value.
+pub(super) trait Stored: Copy {
+    fn get(self) -> f32;
+}
+
+impl Stored for f32 {
+    #[inline(always)]
+    fn get(self) -> f32 {
+        self
+    }
+}
+
+impl Stored for bf16 {
+    #[inline(always)]
+    fn get(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+}
+
+/// The next rows with all vectors: [`ROWS`] of them, or one where fewer are left. Returns how many.
+#[inline(always)]
+fn block<T: Stored, const FMA: bool>(
+    weight: &[T],
+    x: &[f32],
+    depth: usize,
+    left: usize,
+    out: Outputs,
+    row: usize,
+) -> usize {
+    let vectors = x.len() / depth.max(1);
+    let rows = if left >= ROWS { ROWS } else { 1 };
+    for vector in 0..vectors {
+        let x = &x[vector * depth..][..depth];
+        if rows == ROWS {
+            sums::<T, ROWS, FMA>(weight, x, vector, out, row);
+        } else {
+            sums::<T, 1, FMA>(weight, x, vector, out, row);
+        }
+    }
+    rows
+}
+
+/// `R` rows from `row` on with one vector.
+#[inline(always)]
+fn sums<T: Stored, const R: usize, const FMA: bool>(
+    weight: &[T],
+    x: &[f32],
+    vector: usize,
+    out: Outputs,
+    row: usize,
+) {
+    let depth = x.len();
+    let rows: [&[T]; R] = std::array::from_fn(|row| &weight[row * depth..][..depth]);
+    let mut sums = [[0f32; LANES]; R];
+    let whole = depth / LANES * LANES;
+    for from in (0..whole).step_by(LANES) {
+        let x: [f32; LANES] = lanes(x, from);
+        for (sums, row) in sums.iter_mut().zip(rows) {
+            let w = lanes(row, from).map(Stored::get);
+            for (sum, (w, x)) in sums.iter_mut().zip(w.into_iter().zip(x)) {
+                *sum = fma::<FMA>(w, x, *sum);
+            }
+        }
+    }
+    for (r, (sums, values)) in sums.iter().zip(rows).enumerate() {
+        let rest = values[whole..].iter().zip(&x[whole..]);
+        let sum = rest.fold(total(sums), |sum, (w, x)| fma::<FMA>(w.get(), *x, sum));
+        // SAFETY: the rows are this task's alone, and `run` saw that the rows and the vectors are there.
+        unsafe { out.put(vector, row + r, sum) };
+    }
+}
+
+#[inline(always)]
+pub(super) fn lanes<T: Copy>(values: &[T], from: usize) -> [T; LANES] {
+    match values[from..].first_chunk() {
+        Some(chunk) => *chunk,
+        None => unreachable!("whole lanes were counted"),
+    }
+}
+
+/// The sum of the lanes, halves first.
+#[inline(always)]
+pub(super) fn total(lanes: &[f32; LANES]) -> f32 {
+    let mut sums = *lanes;
+    for half in [8, 4, 2, 1] {
+        for lane in 0..half {
+            sums[lane] += sums[lane + half];
+        }
+    }
+    sums[0]
+}

@@ -1,0 +1,176 @@
+//! What is computed of single rows between the products of text generation.
+
+use super::plain::{LANES, lanes, total};
+use crate::dispatch::{Loop, fma, run};
+use crate::exp::sigmoid;
+use crate::panels::bf16_bits;
+
+/// Rounds to bf16.
+pub fn round(values: &mut [f32]) {
+    run(Round(values));
+}
+
+struct Round<'a>(&'a mut [f32]);
+
+impl Loop for Round<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        for value in self.0 {
+            *value = f32::from_bits(bf16_bits(*value) << 16);
+        }
+    }
+}
+
+/// `x / sqrt(mean(x^2) + eps) * weight` of each row (Zhang and Sennrich 2019, arXiv 1910.07467, equation 4), to `out`.
+///
+/// # Panics
+/// If `x` is no whole number of rows as long as `weight`, or `out` has another size.
+pub fn norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    assert_eq!(x.len(), out.len(), "the output's size");
+    let row = weight.len().max(1);
+    assert!(x.len().is_multiple_of(row), "rows as long as the weight");
+    run(Norm {
+        x,
+        weight,
+        eps,
+        out,
+    });
+}
+
+struct Norm<'a> {
+    x: &'a [f32],
+    weight: &'a [f32],
+    eps: f32,
+    out: &'a mut [f32],
+}
+
+impl Loop for Norm<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        let length = self.weight.len().max(1);
+        let rows = self.x.chunks_exact(length);
+        for (x, out) in rows.zip(self.out.chunks_exact_mut(length)) {
+            let mut sums = [0f32; LANES];
+            let whole = length / LANES * LANES;
+            for from in (0..whole).step_by(LANES) {
+                for (sum, x) in sums.iter_mut().zip(lanes(x, from)) {
+                    *sum = fma::<FMA>(x, x, *sum);
+                }
+            }
+            let rest = x[whole..].iter();
+            let squares = rest.fold(total(&sums), |sum, x| fma::<FMA>(*x, *x, sum));
+            let inverse = 1. / (squares / length as f32 + self.eps).sqrt();
+            for (out, (x, weight)) in out.iter_mut().zip(x.iter().zip(self.weight)) {
+                *out = x * inverse * weight;
+            }
+        }
+    }
+}
+
+/// `gate = silu(gate) * up` (Shazeer 2020, arXiv 2002.05202, section 2).
+///
+/// # Panics
+/// If the two have unlike sizes.
+pub fn gate(gate: &mut [f32], up: &[f32]) {
+    assert_eq!(gate.len(), up.len(), "the sizes of gate and up");
+    run(Gate { gate, up });
+}
+
+struct Gate<'a> {
+    gate: &'a mut [f32],
+    up: &'a [f32],
+}
+
+impl Loop for Gate<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        for (gate, up) in self.gate.iter_mut().zip(self.up) {
+            *gate = *gate * sigmoid::<FMA>(*gate) * up;
+        }
+    }
+}
+
+/// Turns the halves of each head of a row by the angles of its position, and multiplies by `scale` (Su et al. 2021,
+/// arXiv 2104.09864, equation 34, with the halves that Llama puts for neighbours). `cos` and `sin` have half a head's width.
+///
+/// # Panics
+/// If `row` is no whole number of heads, or `cos` and `sin` have unlike sizes.
+pub fn rotate(row: &mut [f32], cos: &[f32], sin: &[f32], scale: f32) {
+    assert_eq!(cos.len(), sin.len(), "the sizes of cos and sin");
+    let width = (2 * cos.len()).max(1);
+    assert!(row.len().is_multiple_of(width), "whole heads");
+    run(Rotate {
+        row,
+        cos,
+        sin,
+        scale,
+    });
+}
+
+struct Rotate<'a> {
+    row: &'a mut [f32],
+    cos: &'a [f32],
+    sin: &'a [f32],
+    scale: f32,
+}
+
+impl Loop for Rotate<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        let half = self.cos.len();
+        for head in self.row.chunks_exact_mut((2 * half).max(1)) {
+            let (first, second) = head.split_at_mut(half);
+            let angles = self.cos.iter().zip(self.sin);
+            for ((a, b), (cos, sin)) in first.iter_mut().zip(second).zip(angles) {
+                let turned = (*a * cos - *b * sin, *b * cos + *a * sin);
+                (*a, *b) = (turned.0 * self.scale, turned.1 * self.scale);
+            }
+        }
+    }
+}
+
+/// The place of the largest of some numbers, the first one of equals; `None` if there is none, or one is a NaN or infinite.
+pub fn largest(values: &[f32]) -> Option<usize> {
+    let largest = run(Largest(values))?;
+    values.iter().position(|value| *value == largest)
+}
+
+struct Largest<'a>(&'a [f32]);
+
+impl Loop for Largest<'_> {
+    type Output = Option<f32>;
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) -> Option<f32> {
+        let mut most = [f32::NEG_INFINITY; LANES];
+        // As bits without a sign, a NaN or an infinity is above all numbers.
+        let mut size = [0u32; LANES];
+        let (whole, rest) = self.0.as_chunks::<LANES>();
+        for values in whole {
+            for lane in 0..LANES {
+                let value = values[lane];
+                most[lane] = if value > most[lane] {
+                    value
+                } else {
+                    most[lane]
+                };
+                size[lane] = size[lane].max(value.to_bits() & 0x7fff_ffff);
+            }
+        }
+        for (lane, value) in rest.iter().enumerate() {
+            most[lane] = most[lane].max(*value);
+            size[lane] = size[lane].max(value.to_bits() & 0x7fff_ffff);
+        }
+        let finite = size.iter().all(|size| *size < f32::INFINITY.to_bits());
+        let most = most.into_iter().reduce(f32::max)?;
+        (finite && most > f32::NEG_INFINITY).then_some(most)
+    }
+}
