@@ -58,6 +58,7 @@ impl<'a> Held<'a> {
         let values = match self.values()? {
             Values::F32(values) => values.get(span).map(Values::F32),
             Values::Bf16(values) => values.get(span).map(Values::Bf16),
+            Values::F16(values) => values.get(span).map(Values::F16),
             Values::Nf4(_) => None,
         };
         let matrix = values.and_then(|values| Matrix::new(values, rows.len(), columns));
