@@ -14,6 +14,8 @@ counts on neither side. Their times are from the start of a step's first micro-b
 arrival of one step's metrics to the arrival of the next, so logging is in ours only. Memory is the process's peak: theirs includes
 the preparation of the rows, ours has it done by earlier stages, in other processes.
 
+With `--folder` both sides take whatever model lies in MODEL, real weights too, and `trl_bench.py` is not needed.
+
 `--ours KEY=VALUE` sets a further parameter of `train_orpo`, `--quick` leaves their side out. Standard library only.
 """
 
@@ -42,9 +44,10 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pipeline", required=True, type=Path)
     parser.add_argument("--python", required=True, type=Path)
-    parser.add_argument("--trl", required=True, type=Path, help="trl_bench.py")
+    parser.add_argument("--trl", type=Path, help="trl_bench.py")
     parser.add_argument("--preset", default="small", choices=["tiny", "small", "135m"])
     parser.add_argument("--model", type=Path, help="a folder of save-model, of the same preset and dtype")
+    parser.add_argument("--folder", action="store_true", help="theirs loads MODEL too, whatever it is, by trl_folder.py; MODEL/adapter_init is its `adapter`")
     parser.add_argument("--data", required=True, type=Path, help="rows as Parquet or JSONL: system, prompt, chosen, rejected")
     parser.add_argument("--dtype", default="f32", choices=["f32", "bf16"])
     parser.add_argument("--trl-dtype", choices=["f32", "bf16"], help="theirs, if it is to differ")
@@ -61,6 +64,8 @@ def arguments():
     parser.add_argument("--save", type=Path, help="append each run as a line of JSON to this file")
     args = parser.parse_args()
     args.trl_dtype = args.trl_dtype or args.dtype
+    if args.folder and not args.model or not args.folder and not args.trl:
+        parser.error("expected --trl, or --folder with --model")
     if args.steps < 2:
         parser.error("--steps: expected at least 2, for the first one does not count")
     return args
@@ -102,6 +107,8 @@ def recipe(args, model):
 
 def theirs(args):
     command = [args.python, args.trl.resolve(), "train", "--preset", args.preset, "--data", args.data.resolve()]
+    if args.folder:
+        command = [args.python, Path(__file__).parent / "trl_folder.py", "train", "--model", args.model.resolve(), "--data", args.data.resolve()]
     for name in ["steps", "batch", "accum", "rank", "threads", "gc", "max_length"]:
         command += [f"--{name.replace('_', '-')}", getattr(args, name)]
     told = Measured([*command, "--dtype", args.trl_dtype], None).last_object()

@@ -1,7 +1,7 @@
 //! Grouped-query attention over spans of tokens, forward and backward, without ever holding all scores.
 //!
 //! A span is a run of tokens that may see each other: a sequence, or a prompt and the two answers that share it. What several
-//! spans begin with can be a span of its own, their context, so that sequences form a tree (Wang et al. 2025, arXiv 2511.00413).
+//! spans begin with can be a span of its own, their context, so that sequences form a tree (tree training, arXiv 2511.00413).
 //! One task takes the query heads that share a key head of one span. Its keys and values, the context's in front, are put into
 //! panels of their own, and 32 queries at a time go over them: scores, softmax, weighted values. The backward makes the scores
 //! again from the queries, the keys and the logarithm of each softmax's sum (Dao et al. 2022, arXiv 2205.14135, section 3.1).
@@ -9,17 +9,18 @@
 //! results don't depend on which task ends first.
 
 mod local;
+mod loops;
 mod spans;
 
 use std::ops::Range;
 
 use rayon::prelude::*;
 
-use crate::dispatch::{Loop, run};
-use crate::exp::exp;
+use crate::dispatch::run;
 use crate::micro::{Tile, multiply};
 use crate::panels::{self, LANES, count};
 use local::{Places, Shared, gather, scatter, scatter_turned};
+use loops::{Dot, Limits, Mask, ScaleLanes, Slopes, Softmax};
 use spans::Keys;
 pub use spans::{Span, Spans, Visible};
 
@@ -518,151 +519,6 @@ fn turn(data: &[f32], width: usize, out: &mut Vec<f32>) {
         let out = &mut out[feature / LANES * LANES * LANES..][..LANES * LANES];
         for (lane, value) in row.iter().enumerate() {
             out[lane * LANES + feature % LANES] = *value;
-        }
-    }
-}
-
-/// What 32 queries may see, each in its lane.
-struct Limits {
-    prefix: [i32; LANES],
-    from: [i32; LANES],
-    to: [i32; LANES],
-}
-
-impl Limits {
-    fn of(visible: &[Visible; LANES]) -> Self {
-        Self {
-            prefix: visible.map(|v| v.prefix.cast_signed()),
-            from: visible.map(|v| v.from.cast_signed()),
-            to: visible.map(|v| v.to.cast_signed()),
-        }
-    }
-
-    fn lanes(&self) -> impl Iterator<Item = (i32, i32, i32)> + '_ {
-        (0..LANES).map(|lane| (self.prefix[lane], self.from[lane], self.to[lane]))
-    }
-
-    /// Whether any query sees any of the 32 keys from `key` on.
-    fn sees(&self, key: usize) -> bool {
-        let (start, end) = (key as i32, (key + LANES) as i32);
-        self.lanes()
-            .any(|(prefix, from, to)| start < prefix.min(to) || (end > from && start < to))
-    }
-
-    /// Whether all see all of them.
-    fn sees_all(&self, key: usize) -> bool {
-        let (start, end) = (key as i32, (key + LANES) as i32);
-        self.lanes().all(|(prefix, from, to)| {
-            end <= to && (end <= prefix || start >= from || prefix >= from)
-        })
-    }
-}
-
-struct Mask<'a>(&'a mut [f32], &'a Limits, usize);
-
-impl Loop for Mask<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<const FMA: bool>(self) {
-        let limits = self.1;
-        let rows = self.0.as_chunks_mut::<LANES>().0.iter_mut();
-        for (key, row) in (self.2 as i32..).zip(rows) {
-            for lane in 0..LANES {
-                let ours = (key < limits.prefix[lane]) | (key >= limits.from[lane]);
-                let seen = ours & (key < limits.to[lane]);
-                row[lane] = if seen { row[lane] } else { f32::NEG_INFINITY };
-            }
-        }
-    }
-}
-
-/// Scores to `e^(score - largest)`; gives the logarithm of the sums with the largest, and what to multiply by.
-struct Softmax<'a>(&'a mut [f32]);
-
-impl Loop for Softmax<'_> {
-    type Output = (Row, Row);
-
-    #[inline(always)]
-    fn run<const FMA: bool>(self) -> (Row, Row) {
-        let (rows, _) = self.0.as_chunks_mut::<LANES>();
-        let mut largest: Row = [f32::NEG_INFINITY; LANES];
-        for row in rows.iter() {
-            for lane in 0..LANES {
-                largest[lane] = largest[lane].max(row[lane]);
-            }
-        }
-        let mut sum: Row = [0.; LANES];
-        for row in rows {
-            for lane in 0..LANES {
-                row[lane] = exp::<FMA>(row[lane] - largest[lane]);
-                sum[lane] += row[lane];
-            }
-        }
-        let log_sum = std::array::from_fn(|lane| largest[lane] + sum[lane].ln());
-        (log_sum, sum.map(f32::recip))
-    }
-}
-
-struct ScaleLanes<'a>(&'a mut [f32], &'a Row);
-
-impl Loop for ScaleLanes<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<const FMA: bool>(self) {
-        for row in self.0.as_chunks_mut::<LANES>().0 {
-            for lane in 0..LANES {
-                row[lane] *= self.1[lane];
-            }
-        }
-    }
-}
-
-/// The sum over features of a product.
-struct Dot<'a>(&'a [f32], &'a [f32]);
-
-impl Loop for Dot<'_> {
-    type Output = Row;
-
-    #[inline(always)]
-    fn run<const FMA: bool>(self) -> Row {
-        let mut sum: Row = [0.; LANES];
-        let rows = self.0.as_chunks::<LANES>().0.iter();
-        for (a, b) in rows.zip(self.1.as_chunks::<LANES>().0) {
-            for lane in 0..LANES {
-                sum[lane] += a[lane] * b[lane];
-            }
-        }
-        sum
-    }
-}
-
-/// Scores to probabilities in place, and the gradients of the probabilities to those of the scores.
-struct Slopes<'a> {
-    p: &'a mut [f32],
-    values: &'a mut [f32],
-    log_sum: &'a [f32],
-    along: &'a Row,
-    lanes: usize,
-}
-
-impl Loop for Slopes<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<const FMA: bool>(self) {
-        let Some(log_sum) = self.log_sum.as_chunks::<LANES>().0.first() else {
-            return;
-        };
-        let kept: Row = std::array::from_fn(|lane| f32::from(u8::from(lane < self.lanes)));
-        let rows = self.p.as_chunks_mut::<LANES>().0.iter_mut();
-        for (p, slope) in rows.zip(self.values.as_chunks_mut::<LANES>().0) {
-            for lane in 0..LANES {
-                let value = exp::<FMA>(p[lane] - log_sum[lane]) * kept[lane];
-                p[lane] = value;
-                slope[lane] = value * (slope[lane] - self.along[lane]);
-            }
         }
     }
 }

@@ -9,6 +9,7 @@ mod unpack;
 use std::borrow::Cow;
 use std::ops::Range;
 
+use half::slice::HalfFloatSliceExt as _;
 use half::{bf16, f16};
 
 use crate::dispatch::{Loop, run};
@@ -26,6 +27,8 @@ pub enum Values<'a> {
     F32(&'a [f32]),
     /// bfloat16.
     Bf16(&'a [bf16]),
+    /// Half precision.
+    F16(&'a [f16]),
     /// bitsandbytes' NF4.
     Nf4(Nf4<'a>),
 }
@@ -81,6 +84,7 @@ impl<'a> Matrix<'a> {
         let fits = match values {
             Values::F32(values) => values.len() == count,
             Values::Bf16(values) => values.len() == count,
+            Values::F16(values) => values.len() == count,
             Values::Nf4(nf4) => {
                 nf4.packed.len() == count.div_ceil(2)
                     && nf4.absmax.len() == count.div_ceil(NF4_BLOCK)
@@ -146,18 +150,9 @@ impl<'a> Matrix<'a> {
         let start = row * self.columns + span.start;
         match self.values {
             Values::F32(values) => &values[start..start + span.len()],
-            Values::Bf16(values) => {
-                buffer.clear();
-                buffer.extend(
-                    values[start..start + span.len()]
-                        .iter()
-                        .map(|x| f32::from_bits(u32::from(x.to_bits()) << 16)),
-                );
-                buffer
-            }
-            Values::Nf4(nf4) => {
+            _ => {
                 buffer.resize(span.len(), 0.);
-                nf4.values(start, buffer);
+                self.widen(row, span, buffer);
                 buffer
             }
         }
@@ -237,6 +232,7 @@ impl<'a> Matrix<'a> {
         match self.values {
             Values::F32(values) => prefetch(&values[places]),
             Values::Bf16(values) => prefetch(&values[places]),
+            Values::F16(values) => prefetch(&values[places]),
             Values::Nf4(nf4) => prefetch(&nf4.packed[places.start / 2..places.end / 2]),
         }
     }
@@ -248,6 +244,8 @@ impl<'a> Matrix<'a> {
         match self.values {
             Values::F32(values) => out.copy_from_slice(&values[start..end]),
             Values::Bf16(values) => run(Widen(&values[start..end], out)),
+            // By the processor's instructions where it has them (F16C).
+            Values::F16(values) => values[start..end].convert_to_f32_slice(out),
             Values::Nf4(nf4) => nf4.values(start, out),
         }
     }
@@ -379,6 +377,5 @@ fn sized<T: Copy + Default>(out: &mut Vec<T>, rows: usize, depth: usize) {
 }
 
 fn reinterpret(values: &[bf16]) -> &[u16] {
-    use half::slice::HalfFloatSliceExt as _;
     values.reinterpret_cast()
 }

@@ -96,12 +96,6 @@ pub(crate) unsafe fn multiply_pairs<const M: usize>(tile: Tile<u32, u32>) {
         unsafe { avx512::multiply_pairs::<M>(tile) };
         return;
     }
-    #[cfg(target_arch = "aarch64")]
-    if Isa::current() >= Isa::NeonBf16 {
-        // SAFETY: the processor has bf16; the rest is the caller's promise.
-        unsafe { neon::multiply_pairs::<M>(tile) };
-        return;
-    }
     run(PlainPairs::<M>(tile));
 }
 
@@ -111,6 +105,11 @@ pub(crate) fn arrange(pairs: &mut Vec<u32>, spare: &mut Vec<u32>, depth: usize) 
     #[cfg(target_arch = "x86_64")]
     if Isa::current() >= Isa::AmxBf16 {
         amx::arrange(pairs, spare, depth);
+        return true;
+    }
+    #[cfg(target_arch = "aarch64")]
+    if Isa::current() >= Isa::NeonBf16 {
+        neon::arrange(pairs, depth);
         return true;
     }
     let _ = (pairs, spare, depth);
@@ -127,7 +126,12 @@ pub(crate) unsafe fn multiply_arranged(tile: Tile<u32, u32>) {
     unsafe {
         amx::multiply(tile);
     }
-    #[cfg(not(target_arch = "x86_64"))]
+    // SAFETY: `arrange` saw that the processor has bf16; the rest is the caller's promise.
+    #[cfg(target_arch = "aarch64")]
+    unsafe {
+        neon::multiply_pairs(tile);
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     unreachable!("nothing is arranged for {} pairs", tile.depth);
 }
 

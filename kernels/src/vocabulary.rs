@@ -1,10 +1,12 @@
 //! Softmax over a vocabulary, in panels of logits: 32 tokens side by side for each id.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use crate::dispatch::{Loop, run};
 use crate::exp::exp;
-use crate::panels::{LANES, count};
+use crate::panels::{self, LANES, count};
 
 type Row = [f32; LANES];
 
@@ -29,38 +31,79 @@ const SUMMED: usize = 256;
 /// # Panics
 /// If `logits` are no panels of so many ids, or ids have no room in 32 bits.
 pub fn exponentials(logits: &mut [f32], vocabulary: usize) -> Vec<Summary> {
-    count(logits.len(), vocabulary, "the logits");
-    assert!(
-        u32::try_from(vocabulary).is_ok(),
-        "a vocabulary of {vocabulary}"
-    );
-    let panels = logits.par_chunks_mut(vocabulary.max(1) * LANES);
-    panels.map(|logits| run(Exponentials(logits))).collect()
+    let panels = count(logits.len(), vocabulary, "the logits");
+    let mut summaries = vec![Summary::NOTHING; panels];
+    more_exponentials(logits, 0..vocabulary, &mut summaries);
+    summaries
 }
 
-struct Exponentials<'a>(&'a mut [f32]);
+/// The same for a part of the vocabulary, behind others: `summaries` are those of the ids before, [`Summary::NOTHING`] at first,
+/// and become those of all up to these. Exponentials are `e^(logit - largest)` with the largest logit so far; what was made of
+/// earlier ones has to be multiplied by the factors that it gives for each panel and token (Milakov and Gimelshein 2018, arXiv
+/// 1805.02867, algorithm 3).
+///
+/// # Panics
+/// If `logits` are no panels of so many ids, as many as there are summaries, or ids have no room in 32 bits.
+pub fn more_exponentials(
+    logits: &mut [f32],
+    ids: Range<usize>,
+    summaries: &mut [Summary],
+) -> Vec<[f32; LANES]> {
+    panels::check(logits.len(), ids.len(), summaries.len(), "the logits");
+    assert!(
+        u32::try_from(ids.end).is_ok(),
+        "a vocabulary of {}",
+        ids.end
+    );
+    let panels = logits.par_chunks_mut(ids.len().max(1) * LANES);
+    let first = ids.start as u32;
+    let each = panels.zip(summaries);
+    each.map(|(logits, summary)| {
+        run(Exponentials {
+            logits,
+            first,
+            summary,
+        })
+    })
+    .collect()
+}
+
+struct Exponentials<'a> {
+    logits: &'a mut [f32],
+    /// The first one's id.
+    first: u32,
+    summary: &'a mut Summary,
+}
 
 impl Loop for Exponentials<'_> {
-    type Output = Summary;
+    type Output = Row;
 
     #[inline(always)]
-    fn run<const FMA: bool>(self) -> Summary {
-        let (rows, _) = self.0.as_chunks_mut::<LANES>();
-        let mut largest: Row = [f32::NEG_INFINITY; LANES];
-        let mut first = [0u32; LANES];
-        for (id, row) in (0u32..).zip(rows.iter()) {
+    fn run<const FMA: bool>(self) -> Row {
+        let (rows, _) = self.logits.as_chunks_mut::<LANES>();
+        let before = *self.summary;
+        let (mut largest, mut first) = (before.largest, before.first);
+        for (id, row) in (self.first..).zip(rows.iter()) {
             for lane in 0..LANES {
                 let more = row[lane] > largest[lane];
                 largest[lane] = if more { row[lane] } else { largest[lane] };
                 first[lane] = if more { id } else { first[lane] };
             }
         }
-        let (mut sum, mut weighted): (Row, Row) = ([0.; LANES], [0.; LANES]);
+        // Where all logits were -inf so far, their exponentials are 0.
+        let base = largest.map(|x| if x == f32::NEG_INFINITY { 0. } else { x });
+        let (mut factors, mut sum, mut weighted) = ([0.; LANES], before.sum, before.weighted);
+        for lane in 0..LANES {
+            let below = before.largest[lane] - base[lane];
+            factors[lane] = exp::<FMA>(below);
+            weighted[lane] = (weighted[lane] + sum[lane] * below.max(-100.)) * factors[lane];
+            sum[lane] *= factors[lane];
+        }
         for rows in rows.chunks_mut(SUMMED) {
             let (mut part, mut weighted_part): (Row, Row) = ([0.; LANES], [0.; LANES]);
             for row in rows {
                 for lane in 0..LANES {
-                    let below = row[lane] - largest[lane];
+                    let below = row[lane] - base[lane];
                     let e = exp::<FMA>(below);
                     row[lane] = e;
                     part[lane] += e;
@@ -73,16 +116,25 @@ impl Loop for Exponentials<'_> {
                 weighted[lane] += weighted_part[lane];
             }
         }
-        Summary {
+        *self.summary = Summary {
             largest,
             first,
             sum,
             weighted,
-        }
+        };
+        factors
     }
 }
 
 impl Summary {
+    /// That of no ids.
+    pub const NOTHING: Self = Self {
+        largest: [f32::NEG_INFINITY; LANES],
+        first: [0; LANES],
+        sum: [0.; LANES],
+        weighted: [0.; LANES],
+    };
+
     /// `log sum e^logit` of the token in a lane.
     pub fn log_sum(&self, lane: usize) -> f64 {
         f64::from(self.largest[lane]) + f64::from(self.sum[lane]).ln()
@@ -125,6 +177,60 @@ mod tests {
                     assert_eq!(summary.first[lane] as usize, best.unwrap());
                     let e = logits[(panel * vocabulary + 3) * LANES + lane] / summary.sum[lane];
                     assert!((f64::from(e) - p(3)).abs() < 1e-6);
+                }
+            }
+        });
+    }
+
+    /// In parts of any size, with rising and falling logits, all that is -inf at first, and far ones that count for nothing.
+    #[test]
+    fn parts_come_to_the_same_as_the_whole() {
+        with_each(|_| {
+            let vocabulary = 700;
+            for (case, rise) in [(0, 0.), (1, 0.1), (2, -0.1), (3, 1.), (4, -1.)] {
+                let mut logits = numbers(vocabulary * LANES * 2, 7 + case);
+                for (place, logit) in logits.iter_mut().enumerate() {
+                    let id = place / LANES % vocabulary;
+                    *logit = *logit * 20. + id as f32 * rise;
+                    if id < 130 && place % LANES == 3 {
+                        *logit = f32::NEG_INFINITY;
+                    }
+                }
+                let mut whole = logits.clone();
+                let expected = exponentials(&mut whole, vocabulary);
+                let mut summaries = vec![Summary::NOTHING; 2];
+                let mut parts = vec![0f32; logits.len()];
+                let mut start = 0;
+                for size in [1, 64, 63, 300, 256, 16] {
+                    let ids = start..start + size;
+                    let of = |panel: usize, id: usize| (panel * vocabulary + id) * LANES;
+                    let mut part: Vec<f32> = (0..2)
+                        .flat_map(|panel| logits[of(panel, ids.start)..of(panel, ids.end)].to_vec())
+                        .collect();
+                    let factors = more_exponentials(&mut part, ids.clone(), &mut summaries);
+                    for (panel, factors) in factors.iter().enumerate() {
+                        let done = &mut parts[of(panel, 0)..of(panel, ids.end)];
+                        for (place, x) in done.iter_mut().enumerate() {
+                            *x *= factors[place % LANES];
+                        }
+                        let new = &part[panel * size * LANES..][..size * LANES];
+                        parts[of(panel, ids.start)..of(panel, ids.end)].copy_from_slice(new);
+                    }
+                    start = ids.end;
+                }
+                assert_eq!(start, vocabulary);
+                // Exponents are rounded on the way, the larger ones by more.
+                for (place, (a, b)) in parts.iter().zip(&whole).enumerate() {
+                    let bound = b * f32::EPSILON * (4. - 2. * b.max(1e-30).ln());
+                    assert!((a - b).abs() <= bound + 1e-30, "{place}: {a} {b}");
+                }
+                for (ours, all) in summaries.iter().zip(&expected) {
+                    assert_eq!((ours.first, ours.largest), (all.first, all.largest));
+                    for lane in 0..LANES {
+                        assert!((ours.log_sum(lane) - all.log_sum(lane)).abs() < 1e-6);
+                        let far = (ours.entropy(lane) - all.entropy(lane)).abs();
+                        assert!(far < 1e-5, "{case} {lane}: {far}");
+                    }
                 }
             }
         });

@@ -18,7 +18,7 @@ pub struct Row {
 }
 
 /// A prompt and one answer, or several such documents one behind the other.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Sequence {
     /// All ids.
     pub ids: Vec<u32>,

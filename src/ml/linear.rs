@@ -137,7 +137,7 @@ fn on_tape(var: &Var, pass: Pass) -> Tensor {
 /// The weight (out, in) of a projection.
 #[derive(Clone)]
 pub enum Base {
-    /// A weight as it is, in the compute dtype when frozen.
+    /// A weight as it is; a frozen one in the compute dtype, or in a narrower one that it is stored in, and widened for each product.
     Dense(Weight),
     /// A frozen 4-bit weight, dequantised for each product and dropped after it.
     Nf4(Arc<Nf4>),
@@ -174,6 +174,20 @@ pub struct Linear {
 }
 
 impl Linear {
+    /// Whether anything of it is trained.
+    pub(super) fn is_trained(&self) -> bool {
+        let trained = |weight: &Weight| weight.trained().is_some();
+        let base = match &self.base {
+            Base::Dense(weight) => trained(weight),
+            Base::Nf4(_) => false,
+        };
+        let lora = self.lora.as_ref().is_some_and(|lora| {
+            let magnitude = lora.magnitude.as_ref().is_some_and(trained);
+            trained(&lora.a) || trained(&lora.b) || magnitude
+        });
+        base || lora || self.bias.as_ref().is_some_and(trained)
+    }
+
     /// Whether there is nothing beside a weight and a pair of matrices: no bias, no `DoRA`.
     pub fn has_kernels(&self) -> bool {
         let lora = self.lora.as_ref();
@@ -225,8 +239,8 @@ impl Linear {
                 self.product(x, &weight.tensor(pass))?
             }
             Base::Dense(weight) => {
-                let weight = weight.value(pass);
-                frozen_linear(x, move || Ok(weight.clone()))?
+                let (weight, compute) = (weight.value(pass), self.compute);
+                frozen_linear(x, move || weight.to_dtype(compute))?
             }
             Base::Nf4(weight) => {
                 let (weight, compute) = (Arc::clone(weight), self.compute);

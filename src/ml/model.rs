@@ -13,13 +13,16 @@ mod layerwise;
 mod load;
 mod overflow;
 
+use std::sync::Mutex;
+
 use candle_core::backprop::GradStore;
 use candle_core::{D, DType, Device, Result, Tensor, Var};
 
 use super::batch::Batch;
 use super::config::LlamaConfig;
 use super::forward::Path;
-use super::fused::Pool;
+use super::fused::states::States;
+use super::fused::{self, Pool};
 use super::head::OfHead;
 use super::linear::{Drops, Linear, Lora, Pass, Weight};
 use super::ops::{masked_softmax, rms_norm, rope};
@@ -69,6 +72,8 @@ pub struct Llama {
     /// Which way passes go.
     pub path: Path,
     pub(super) pool: Pool,
+    /// What frozen layers give, where it is kept.
+    pub(super) states: Mutex<Option<States>>,
 }
 
 pub(super) struct Norm {
@@ -182,6 +187,20 @@ impl Norm {
 }
 
 impl Layer {
+    /// Whether anything of its attention is trained, its norm included.
+    pub(super) fn trains_attention(&self) -> bool {
+        let linears = [&self.q, &self.k, &self.v, &self.o];
+        self.input_norm.weight.trained().is_some() || linears.into_iter().any(Linear::is_trained)
+    }
+
+    /// Whether anything of it is trained.
+    pub(super) fn is_trained(&self) -> bool {
+        let linears = [&self.gate, &self.up, &self.down];
+        self.trains_attention()
+            || self.post_norm.weight.trained().is_some()
+            || linears.into_iter().any(Linear::is_trained)
+    }
+
     fn forward(&self, x: &Tensor, shared: &Shared, cache: &mut KeysAndValues) -> Result<Tensor> {
         let pass = shared.pass;
         let x = (x + self.attention(&self.input_norm.forward(x, pass)?, shared, cache)?)?;
@@ -233,6 +252,26 @@ impl Layer {
 }
 
 impl Llama {
+    /// From now on keeps what the layers below the lowest trained one give of each sequence, in a file in `folder`, and does not
+    /// compute it a second time. Gives how many layers that are; none where it would spare nothing.
+    pub fn keep_states_of_frozen_layers(
+        &self,
+        folder: &std::path::Path,
+    ) -> std::io::Result<Option<usize>> {
+        let frozen = match self.path {
+            Path::Fused(_) => fused::frozen(self),
+            Path::Plain => 0,
+        };
+        if frozen == 0 {
+            return Ok(None);
+        }
+        let states = States::new(folder, self.config.hidden_size)?;
+        if let Ok(mut place) = self.states.lock() {
+            *place = Some(states);
+        }
+        Ok(Some(frozen))
+    }
+
     /// Whether it is a frozen base with LoRA pairs at most: no biases, no `DoRA`, no tensor trained or replaced.
     pub fn is_plain(&self) -> bool {
         let norms = self

@@ -31,8 +31,8 @@ training_parameters! {
         /// Whether the adapter's dropout is off in training, as TRL does it.
         #[serde(default = "default_disable_dropout")]
         disable_dropout: bool,
-        /// Whether what the two answers' sequences begin with is computed once for both, where `padding_free` is on: the same
-        /// numbers in less time.
+        /// Whether what sequences begin with is computed once for all of a step, where `padding_free` is on and no dropout is at
+        /// work: a prompt for its two answers, a system prompt for all rows. The same numbers in less time.
         #[serde(default = "default_share_prompts")]
         share_prompts: bool,
     }
@@ -81,6 +81,7 @@ impl Stage for TrainOrpo {
             train_split: &self.train_split,
             eval_split: &self.eval_split,
             compute: compute_dtype(self.bf16, self.fp16),
+            cache_frozen_layers: *self.cache_frozen_layers,
             packing: Packing {
                 padding_free: self.padding_free,
                 share_prompts: self.share_prompts,

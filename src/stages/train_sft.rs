@@ -99,6 +99,7 @@ impl Stage for TrainSft {
             train_split: &self.train_split,
             eval_split: &self.eval_split,
             compute: compute_dtype(self.bf16, self.fp16),
+            cache_frozen_layers: *self.cache_frozen_layers,
             packing: Packing {
                 padding_free: self.padding_free,
                 ..Packing::default()

@@ -39,6 +39,7 @@ mod outputs;
 #[cfg(test)]
 mod pins;
 #[cfg(test)]
+mod processor;
 mod remote;
 #[cfg(test)]
 mod shrinking;

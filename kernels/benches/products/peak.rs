@@ -71,7 +71,10 @@ fn portable() -> usize {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use std::arch::x86_64::*;
+    use std::arch::x86_64::{
+        _mm256_fmadd_ps, _mm256_set1_ps, _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps, _mm512_fmadd_ps,
+        _mm512_set1_ps,
+    };
 
     use super::{STEPS, SUMS, black_box};
 

@@ -173,8 +173,8 @@ mod tests {
                     for (k, column) in tile.as_chunks::<TILE>().0.iter().enumerate() {
                         for i in 0..count {
                             assert_eq!(
-                                column[i],
-                                values[i * stride + k],
+                                column[i].to_bits(),
+                                values[i * stride + k].to_bits(),
                                 "{isa:?} {columns} {count}"
                             );
                         }

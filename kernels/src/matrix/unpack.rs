@@ -269,7 +269,11 @@ mod tests {
                 let mut out = vec![9.; count];
                 nf4.values(first, &mut out);
                 for (i, out) in out.iter().enumerate() {
-                    assert_eq!(*out, value(first + i), "{isa:?} {first} {i}");
+                    assert_eq!(
+                        out.to_bits(),
+                        value(first + i).to_bits(),
+                        "{isa:?} {first} {i}"
+                    );
                 }
                 let mut out = vec![9; count];
                 nf4.bf16_values(first, &mut out);

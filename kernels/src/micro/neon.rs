@@ -105,14 +105,31 @@ unsafe fn part<const R: usize, const V: usize, const RS: usize, const KS: usize>
     R
 }
 
+/// Puts tiles of packed rows of pairs, `depth` pairs deep, in the order that [`multiply_pairs`] wants: two steps of a row side by
+/// side, which is a row of `BFMMLA`'s first factor. An odd last step stays as it is.
+pub(super) fn arrange(pairs: &mut [u32], depth: usize) {
+    for tile in pairs.chunks_exact_mut((depth * TILE).max(1)) {
+        let (steps, _) = tile.as_chunks_mut::<{ 2 * TILE }>();
+        for step in steps {
+            let from = *step;
+            for i in 0..TILE {
+                step[2 * i] = from[i];
+                step[2 * i + 1] = from[TILE + i];
+            }
+        }
+    }
+}
+
+/// A tile of [`TILE`] packed rows, [`arrange`]d.
+///
 /// # Safety
-/// See [`Tile`]; the processor must have bf16.
+/// See [`Tile`]; all [`TILE`] rows of `a` may be read, and the processor must have bf16.
 #[target_feature(enable = "neon,bf16")]
-pub(super) unsafe fn multiply_pairs<const M: usize>(tile: Tile<u32, u32>) {
+pub(super) unsafe fn multiply_pairs(tile: Tile<u32, u32>) {
     for lane in (0..LANES).step_by(PART) {
         // SAFETY: the caller's promise.
         unsafe {
-            match M {
+            match tile.rows {
                 0..=4 => part_of_pairs::<2>(tile, lane),
                 5..=8 => part_of_pairs::<4>(tile, lane),
                 _ => part_of_pairs::<6>(tile, lane),
@@ -121,10 +138,10 @@ pub(super) unsafe fn multiply_pairs<const M: usize>(tile: Tile<u32, u32>) {
     }
 }
 
-/// `2 R` packed rows and 8 lanes from `lane` on.
+/// The first `2 R` rows and 8 lanes from `lane` on.
 ///
 /// # Safety
-/// See [`Tile`]; the processor must have bf16.
+/// See [`multiply_pairs`].
 #[target_feature(enable = "neon,bf16")]
 #[inline]
 unsafe fn part_of_pairs<const R: usize>(tile: Tile<u32, u32>, lane: usize) {
@@ -134,23 +151,32 @@ unsafe fn part_of_pairs<const R: usize>(tile: Tile<u32, u32>, lane: usize) {
     // SAFETY: reads are of the rows that the caller promised, all `TILE` of `a`.
     unsafe {
         for _ in 0..tile.depth / 2 {
-            let b_now = [
+            let b_now = both_steps([
                 (vld1q_u32(b), vld1q_u32(b.add(LANES))),
                 (vld1q_u32(b.add(VECTOR)), vld1q_u32(b.add(LANES + VECTOR))),
-            ];
-            step(&mut sums, b_now, |four| {
-                let a = a.add(four * VECTOR);
-                (vld1q_u32(a), vld1q_u32(a.add(TILE)))
-            });
+            ]);
+            for (at, sums) in sums.iter_mut().enumerate() {
+                let a = vld1q_u32(a.add(at * VECTOR));
+                for (sum, b) in sums.iter_mut().zip(b_now) {
+                    *sum = matrices(*sum, a, b);
+                }
+            }
             (a, b) = (a.wrapping_add(2 * TILE), b.wrapping_add(2 * LANES));
         }
         if !tile.depth.is_multiple_of(2) {
-            // The second of these pairs is zeros, which change no sum.
+            // The second of these steps is zeros, which change no sum.
             let zero = vdupq_n_u32(0);
             let b_now = [(vld1q_u32(b), zero), (vld1q_u32(b.add(VECTOR)), zero)];
-            step(&mut sums, b_now, |four| {
-                (vld1q_u32(a.add(four * VECTOR)), zero)
-            });
+            let b_now = both_steps(b_now);
+            let (fours, _) = sums.as_chunks_mut::<2>();
+            for (at, [upper, lower]) in fours.iter_mut().enumerate() {
+                let a = vld1q_u32(a.add(at * VECTOR));
+                let (first, second) = (vzip1q_u32(a, zero), vzip2q_u32(a, zero));
+                for at in 0..PART / 2 {
+                    upper[at] = matrices(upper[at], first, b_now[at]);
+                    lower[at] = matrices(lower[at], second, b_now[at]);
+                }
+            }
         }
     }
     for (at, sums) in sums.iter().enumerate() {
@@ -171,34 +197,16 @@ unsafe fn part_of_pairs<const R: usize>(tile: Tile<u32, u32>, lane: usize) {
     }
 }
 
-/// Two steps of pairs: `b` of the first and the second for twice four lanes, and `a` of the first and the second for the four
-/// rows of a number.
+/// Both steps of a lane side by side, from two steps of twice four lanes.
 #[target_feature(enable = "neon,bf16")]
 #[inline]
-fn step<const R: usize>(
-    sums: &mut [[float32x4_t; PART / 2]; R],
-    b: [(uint32x4_t, uint32x4_t); 2],
-    a: impl Fn(usize) -> (uint32x4_t, uint32x4_t),
-) {
-    // Both steps of a lane, or of a row, side by side.
-    let b = [
-        vzip1q_u32(b[0].0, b[0].1),
-        vzip2q_u32(b[0].0, b[0].1),
-        vzip1q_u32(b[1].0, b[1].1),
-        vzip2q_u32(b[1].0, b[1].1),
-    ];
-    let (fours, _) = sums.as_chunks_mut::<2>();
-    for (four, [upper, lower]) in fours.iter_mut().enumerate() {
-        let (first, second) = a(four);
-        let rows = vzip1q_u32(first, second);
-        for (sum, b) in upper.iter_mut().zip(b) {
-            *sum = matrices(*sum, rows, b);
-        }
-        let rows = vzip2q_u32(first, second);
-        for (sum, b) in lower.iter_mut().zip(b) {
-            *sum = matrices(*sum, rows, b);
-        }
-    }
+fn both_steps([low, high]: [(uint32x4_t, uint32x4_t); 2]) -> [uint32x4_t; PART / 2] {
+    [
+        vzip1q_u32(low.0, low.1),
+        vzip2q_u32(low.0, low.1),
+        vzip1q_u32(high.0, high.1),
+        vzip2q_u32(high.0, high.1),
+    ]
 }
 
 /// Adds the product of two rows of `a` and two of `b`, each four deep.

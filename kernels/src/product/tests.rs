@@ -1,6 +1,6 @@
 //! Products against a plain loop in f64, for each instruction set, kind of weight and ragged shape.
 
-use half::bf16;
+use half::{bf16, f16};
 
 use super::*;
 use crate::dispatch::tests::with_each;
@@ -27,6 +27,7 @@ const CODE: [f32; 16] = [
 struct Weights {
     f32: Vec<f32>,
     bf16: Vec<bf16>,
+    f16: Vec<f16>,
     packed: Vec<u8>,
     absmax: Vec<f32>,
 }
@@ -46,6 +47,7 @@ fn weights(count: usize) -> Weights {
     let absmax = numbers(count.div_ceil(64), 3);
     Weights {
         bf16: f32.iter().map(|x| bf16::from_f32(*x)).collect(),
+        f16: f32.iter().map(|x| f16::from_f32(*x)).collect(),
         f32,
         packed: bytes.iter().map(|x| ((x + 1.) * 127.) as u8).collect(),
         absmax: absmax.iter().map(|x| x.abs()).collect(),
@@ -77,6 +79,7 @@ fn every_kind_of_weight_is_multiplied() {
             for values in [
                 Values::F32(&weights.f32),
                 Values::Bf16(&weights.bf16),
+                Values::F16(&weights.f16),
                 nf4(&weights, Rounding::F32),
                 nf4(&weights, Rounding::F16),
             ] {

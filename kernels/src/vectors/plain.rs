@@ -41,7 +41,7 @@ impl Loop for Plain<'_, '_> {
                 Values::Bf16(values) => {
                     block::<bf16, FMA>(&values[row * depth..], x, depth, left, out, row)
                 }
-                Values::Nf4(_) => {
+                Values::F16(_) | Values::Nf4(_) => {
                     let values = weight.row(row, 0..depth, self.buffer);
                     block::<f32, FMA>(values, x, depth, 1, out, row)
                 }

@@ -42,6 +42,7 @@ fn close(what: &str, ours: &[f32], plain: &[f64], within: f64) {
 struct Weights {
     floats: Vec<f32>,
     halves: Vec<bf16>,
+    f16: Vec<f16>,
     packed: Vec<u8>,
     absmax: Vec<f32>,
 }
@@ -53,6 +54,7 @@ impl Weights {
         let floats = numbers(count, 1);
         Self {
             halves: floats.iter().map(|x| bf16::from_f32(*x)).collect(),
+            f16: floats.iter().map(|x| f16::from_f32(*x)).collect(),
             floats,
             packed: (0..count.div_ceil(2)).map(|i| (i * 37) as u8).collect(),
             absmax: numbers(count.div_ceil(NF4_BLOCK), 9),
@@ -61,9 +63,11 @@ impl Weights {
 
     fn all(&self) -> Vec<(Values<'_>, Vec<f32>)> {
         let halves = self.halves.iter().map(|x| x.to_f32()).collect();
+        let f16 = self.f16.iter().map(|x| x.to_f32()).collect();
         let mut all = vec![
             (Values::F32(&self.floats), self.floats.clone()),
             (Values::Bf16(&self.halves), halves),
+            (Values::F16(&self.f16), f16),
         ];
         for rounding in ROUNDINGS {
             let nf4 = Nf4 {

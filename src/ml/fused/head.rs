@@ -2,15 +2,18 @@
 //!
 //! The gradient of `logp(id | h) = (W h)_id - log sum e^(W h)` for `h` is `W_id - W^T softmax(W h)`. What it is multiplied by
 //! is known only when all log-probabilities are, but that is one number a target: so `W^T softmax(W h)` is made at once, while
-//! the logits are in memory, and nothing is computed twice. Tokens go through in chunks that bound the memory of the logits.
+//! the logits are in memory, and nothing is computed twice. All tokens go over a block of the vocabulary after the other, whose
+//! logits stay in the third cache; what was made with a smaller largest logit is scaled down when a larger one comes up.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use candle_core::{DType, Result, Tensor};
-use pipeline_kernels::panels::{LANES, column, fill, size};
+use pipeline_kernels::panels::{LANES, column, fill, panels, size};
 use pipeline_kernels::product::{Onto, Term, product};
 use pipeline_kernels::reduce::{Order, outer};
-use pipeline_kernels::vocabulary::{Summary, exponentials};
+use pipeline_kernels::vocabulary::{Summary, more_exponentials};
+use rayon::prelude::*;
 
 use super::Forward;
 use super::weights::Held;
@@ -18,8 +21,10 @@ use crate::ml::batch::Target;
 use crate::ml::head::Certainty;
 use crate::ml::model::Gradients;
 
-/// The number of logits in one chunk.
-const CHUNK: usize = 1 << 24;
+/// The number of logits at once: 16 MiB of them. In tests few, so that small vocabularies have several blocks.
+const AT_ONCE: usize = if cfg!(test) { 1 << 12 } else { 1 << 22 };
+/// The least ids of a block, of which all blocks but the last are a multiple: the depth of a block of a product.
+const IDS: usize = 512;
 
 /// Scored targets.
 pub struct Scored {
@@ -33,6 +38,8 @@ pub struct Scored {
     rows: Vec<(usize, u32)>,
     /// `W^T softmax(W h)` of each token, in panels; empty if no gradient was asked for.
     spread: Vec<f32>,
+    /// What each panel's logits come to.
+    summaries: Vec<Summary>,
 }
 
 /// The hidden states of some tokens, in panels of their own.
@@ -47,9 +54,17 @@ fn gather(forward: &Forward<'_>, tokens: &[usize], out: &mut [f32]) {
     });
 }
 
-/// Tokens of one chunk.
-fn chunk(vocabulary: usize) -> usize {
-    (CHUNK / (vocabulary.max(1) * LANES)).max(1) * LANES
+/// Ids of one block of the vocabulary, for so many tokens.
+fn block(tokens: usize) -> usize {
+    let ids = AT_ONCE / size(1, tokens).max(1);
+    (ids / IDS).max(1) * IDS
+}
+
+/// The blocks of a vocabulary.
+fn blocks(vocabulary: usize, tokens: usize) -> impl Iterator<Item = Range<usize>> {
+    let ids = block(tokens);
+    let starts = (0..vocabulary).step_by(ids);
+    starts.map(move |start| start..(start + ids).min(vocabulary))
 }
 
 pub(super) fn score(
@@ -74,13 +89,8 @@ pub(super) fn score(
         });
         rows.push((row, target.id));
     }
-    let mut by_row: Vec<Vec<usize>> = vec![Vec::new(); tokens.len()];
-    for (target, (row, _)) in rows.iter().enumerate() {
-        by_row[*row].push(target);
-    }
-    let weight = Held::weight(model.head(), forward.pass)?;
-    let weight = weight.matrix()?;
-    let (vocabulary, hidden) = (weight.height(), shape.hidden);
+    let held = Held::weight(model.head(), forward.pass)?;
+    let (vocabulary, hidden) = (held.matrix()?.height(), shape.hidden);
     if let Some((_, id)) = rows.iter().find(|(_, id)| *id as usize >= vocabulary) {
         candle_core::bail!("the id {id} lies outside the vocabulary of {vocabulary}")
     }
@@ -89,68 +99,86 @@ pub(super) fn score(
         logps: vec![0.; targets.len()],
         certainty: certainty.then(|| vec![Certainty::default(); targets.len()]),
         spread: Vec::new(),
+        summaries: Vec::new(),
         tokens,
         rows,
     };
     if gradient {
         scored.spread = pool.take(size(hidden, scored.tokens.len()));
     }
-    for (number, part) in scored.tokens.chunks(chunk(vocabulary)).enumerate() {
-        let first = number * chunk(vocabulary);
-        let mut x = pool.take(size(hidden, part.len()));
-        gather(forward, part, &mut x);
-        let wide = pool.factor(half, &x, hidden);
-        let mut logits = pool.take(size(vocabulary, part.len()));
-        product(&mut logits, vec![Term { weight, x: &wide }], Onto::Zero);
-        pool.give_factors([wide]);
-        pool.give(x);
-        let at = |row: usize, id: u32| {
-            let place = (row / LANES * vocabulary + id as usize) * LANES + row % LANES;
-            logits[place]
-        };
-        let chosen: Vec<(usize, usize, f32)> = (0..part.len())
-            .flat_map(|row| by_row[first + row].iter().map(move |&target| (row, target)))
-            .map(|(row, target)| (row, target, at(row, scored.rows[target].1)))
-            .collect();
-        let summaries = exponentials(&mut logits, vocabulary);
-        for (row, target, logit) in chosen {
-            let summary = &summaries[row / LANES];
-            let lane = row % LANES;
-            scored.logps[target] = (f64::from(logit) - summary.log_sum(lane)) as f32;
-            if let Some(certainty) = &mut scored.certainty {
-                certainty[target] = Certainty {
-                    entropy: summary.entropy(lane),
-                    is_first: summary.first[lane] == scored.rows[target].1,
-                };
-            }
+    let count = scored.tokens.len();
+    let mut x = pool.take(size(hidden, count));
+    gather(forward, &scored.tokens, &mut x);
+    let wide = pool.factor(half, &x, hidden);
+    // Targets by their ids, for each block finds some of them.
+    let mut by_id: Vec<usize> = (0..scored.rows.len()).collect();
+    by_id.sort_by_key(|&target| scored.rows[target].1);
+    let mut by_id = by_id.into_iter().peekable();
+    let mut chosen = vec![0f32; scored.rows.len()];
+    let mut summaries = vec![Summary::NOTHING; panels(count)];
+    let mut buffer = pool.take(size(block(count).min(vocabulary), count));
+    for ids in blocks(vocabulary, count) {
+        let logits = &mut buffer[..size(ids.len(), count)];
+        let weight = held.rows(ids.clone())?;
+        product(logits, vec![Term { weight, x: &wide }], Onto::Zero);
+        while let Some(target) = by_id.next_if(|&target| (scored.rows[target].1 as usize) < ids.end)
+        {
+            let (row, id) = scored.rows[target];
+            let place = row / LANES * ids.len() + (id as usize - ids.start);
+            chosen[target] = logits[place * LANES + row % LANES];
         }
+        let factors = more_exponentials(logits, ids.clone(), &mut summaries);
         if gradient {
-            let start = first / LANES * hidden * LANES;
-            let spread = &mut scored.spread[start..start + size(hidden, part.len())];
-            let wide = pool.factor(half, &logits, vocabulary);
+            let spread = &mut scored.spread;
+            let onto = if ids.start == 0 {
+                Onto::Zero
+            } else {
+                multiply(spread, hidden, &factors);
+                Onto::Out
+            };
+            let wide = pool.factor(half, logits, ids.len());
             let term = Term {
                 weight: weight.turned(),
                 x: &wide,
             };
-            product(spread, vec![term], Onto::Zero);
+            product(spread, vec![term], onto);
             pool.give_factors([wide]);
-            divide(spread, hidden, &summaries);
         }
-        pool.give(logits);
     }
+    pool.give(buffer);
+    pool.give_factors([wide]);
+    pool.give(x);
+    for (target, (row, id)) in scored.rows.iter().enumerate() {
+        let (summary, lane) = (&summaries[row / LANES], row % LANES);
+        scored.logps[target] = (f64::from(chosen[target]) - summary.log_sum(lane)) as f32;
+        if let Some(certainty) = &mut scored.certainty {
+            certainty[target] = Certainty {
+                entropy: summary.entropy(lane),
+                is_first: summary.first[lane] == *id,
+            };
+        }
+    }
+    if gradient {
+        let inverse: Vec<[f32; LANES]> = summaries.iter().map(|s| s.sum.map(f32::recip)).collect();
+        multiply(&mut scored.spread, hidden, &inverse);
+    }
+    scored.summaries = summaries;
     Ok(scored)
 }
 
-/// Divides each token's features by its sum of exponentials.
-fn divide(data: &mut [f32], features: usize, summaries: &[Summary]) {
-    for (panel, summary) in data.chunks_mut(features * LANES).zip(summaries) {
-        let inverse = summary.sum.map(f32::recip);
+/// Multiplies each token's features by its factor.
+fn multiply(data: &mut [f32], features: usize, factors: &[[f32; LANES]]) {
+    let panels = data.par_chunks_mut(features * LANES).zip(factors);
+    panels.for_each(|(panel, factors)| {
+        if factors.iter().all(|x| x.to_bits() == 1f32.to_bits()) {
+            return;
+        }
         for row in panel.as_chunks_mut::<LANES>().0 {
-            for (x, inverse) in row.iter_mut().zip(inverse) {
-                *x *= inverse;
+            for (x, factor) in row.iter_mut().zip(factors) {
+                *x *= factor;
             }
         }
-    }
+    });
 }
 
 impl Scored {
@@ -212,39 +240,38 @@ impl Scored {
             return Ok(());
         };
         let held = Held::weight(model.head(), forward.pass)?;
-        let weight = held.matrix()?;
-        let vocabulary = weight.height();
+        let (vocabulary, count) = (held.matrix()?.height(), self.tokens.len());
         let mut total = vec![0f32; vocabulary * hidden];
-        for (number, part) in self.tokens.chunks(chunk(vocabulary)).enumerate() {
-            let first = number * chunk(vocabulary);
-            let mut x = pool.take(size(hidden, part.len()));
-            gather(forward, part, &mut x);
-            let mut logits = pool.take(size(vocabulary, part.len()));
-            let wide = pool.factor(shape.half, &x, hidden);
-            product(&mut logits, vec![Term { weight, x: &wide }], Onto::Zero);
-            let summaries = exponentials(&mut logits, vocabulary);
-            let panels = logits.chunks_mut(vocabulary * LANES).zip(&summaries);
-            for (panel, (logits, summary)) in panels.enumerate() {
-                let factors: [f32; LANES] = std::array::from_fn(|lane| {
-                    let sum = sums.get(first + panel * LANES + lane);
-                    sum.map_or(0., |g| -g / summary.sum[lane])
-                });
-                for row in logits.as_chunks_mut::<LANES>().0 {
-                    for (x, factor) in row.iter_mut().zip(factors) {
-                        *x *= factor;
-                    }
-                }
-            }
+        let mut x = pool.take(size(hidden, count));
+        gather(forward, &self.tokens, &mut x);
+        let wide = pool.factor(shape.half, &x, hidden);
+        let mut buffer = pool.take(size(block(count).min(vocabulary), count));
+        for ids in blocks(vocabulary, count) {
+            let logits = &mut buffer[..size(ids.len(), count)];
+            let weight = held.rows(ids.clone())?;
+            product(logits, vec![Term { weight, x: &wide }], Onto::Zero);
+            // With all logits' summaries, these exponentials are those of the whole.
+            more_exponentials(logits, ids.clone(), &mut self.summaries.clone());
+            let panels = self.summaries.iter().enumerate();
+            let factors: Vec<[f32; LANES]> = panels
+                .map(|(panel, summary)| {
+                    std::array::from_fn(|lane| {
+                        let sum = sums.get(panel * LANES + lane);
+                        sum.map_or(0., |g| -g / summary.sum[lane])
+                    })
+                })
+                .collect();
+            multiply(logits, ids.len(), &factors);
             outer(
-                (&logits, vocabulary),
+                (logits, ids.len()),
                 (&x, hidden),
-                &mut total,
+                &mut total[ids.start * hidden..ids.end * hidden],
                 Order::Straight,
             );
-            pool.give_factors([wide]);
-            pool.give(x);
-            pool.give(logits);
         }
+        pool.give(buffer);
+        pool.give_factors([wide]);
+        pool.give(x);
         for ((row, id), g) in self.rows.iter().zip(of_logps) {
             let out = &mut total[*id as usize * hidden..][..hidden];
             let values = column(&forward.hidden, hidden, self.tokens[*row]);

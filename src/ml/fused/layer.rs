@@ -118,9 +118,10 @@ pub(super) fn kept(model: &Llama, checkpointing: bool) -> usize {
         let attention = 2 * (queries + keys) * config.head_dim;
         2 * input + attention + 2 * config.intermediate_size + narrow.sum::<usize>()
     };
-    let all = model.layers.iter().map(all);
+    let layers = model.layers.get(super::lowest(model)..).unwrap_or_default();
+    let all = layers.iter().map(all);
     let floats = if checkpointing {
-        input * model.layers.len() + all.max().unwrap_or(0)
+        input * layers.len() + all.max().unwrap_or(0)
     } else {
         all.sum()
     };
@@ -277,7 +278,8 @@ pub(super) struct Both<'a, 'b> {
     pub(super) layer: &'a model::Layer,
 }
 
-/// Goes back through the layer: `of_x`, the gradient of what it gave, becomes that of what it took, if `wanted`.
+/// Goes back through the layer: `of_x`, the gradient of what it gave, becomes that of what it took, if `wanted`; otherwise it goes
+/// no further than what is trained.
 pub(super) fn backward(
     Both { held, layer }: Both<'_, '_>,
     Work {
@@ -340,6 +342,12 @@ pub(super) fn backward(
     pool.give(inverse2);
 
     // Attention.
+    if !wanted && !layer.trains_attention() {
+        let narrow = narrow1.into_iter().chain(narrow2);
+        let rest = [x, inverse1, q, k, v, log_sums, attended, of_normed, normed];
+        pool.give_all(narrow.chain(rest));
+        return Ok(());
+    }
     let set = Set::new(&[&held.o], shape.q_width(), shape);
     let mut of_attended = shape.take_clean(pool, shape.q_width());
     let slopes = set.backward(&[of_x], &mut of_attended, pool)?;

@@ -1,7 +1,7 @@
 //! Where the tokens of some batches go: one behind the other, without padding, what several sequences begin with once for all.
 //!
-//! The sequences of a pass are put together as a tree (Wang et al. 2025, arXiv 2511.00413, "tree training"): a token sees those on
-//! the way from the root to it. What several rows begin with, as a system prompt, is a span of its own, and the context of the
+//! The sequences of a pass are put together as a tree (tree training, arXiv 2511.00413): a token sees those on the way from the
+//! root to it. What several rows begin with, as a system prompt, is a span of its own, and the context of the
 //! spans behind it; a row's prompt and the two answers to it are one span.
 
 use pipeline_kernels::attention::{Span, Spans, Visible};
@@ -44,6 +44,9 @@ pub(super) struct Layout {
     /// For each token, its place in its padded batch (the first, if it is in several), with [`BATCH_STRIDE`] from one batch to
     /// the next.
     pub(super) flat: Vec<u64>,
+    /// For each sequence, where its keys are not counted as its ids are: how many lie in front of its branch, and which of its
+    /// span's keys is the branch's first. Sums over keys are cut into panels by that.
+    pub(super) branches: Vec<(usize, usize)>,
 }
 
 impl Packing {
@@ -56,9 +59,12 @@ impl Packing {
         if self.shares() {
             return Layout::new(batches, self).ids.len();
         }
-        let of = |batch: &&Batch| match self.padding_free {
-            true => batch.tokens(),
-            false => batch.sequences.len() * batch.width,
+        let of = |batch: &&Batch| {
+            if self.padding_free {
+                batch.tokens()
+            } else {
+                batch.sequences.len() * batch.width
+            }
         };
         batches.iter().map(of).sum()
     }
@@ -151,6 +157,7 @@ impl Layout {
         }
         let mut layout = Self::default();
         layout.places.resize_with(members.len(), Vec::new);
+        layout.branches.resize(members.len(), (0, 0));
         if packing.shares() {
             // Documents that are packed into one sequence keep to themselves.
             let (plain, packed): (Vec<_>, Vec<_>) = members
@@ -243,6 +250,9 @@ impl Layout {
             // In the span's keys, this token's own branch starts where the common part ends, or behind the one before.
             let branch = if number > 0 { known + visible.len() } else { 0 };
             self.places[member.number].clone_from(&shared);
+            if number > 0 {
+                self.branches[member.number] = (common, branch);
+            }
             for (at, &id) in member.ids().iter().enumerate().take(end).skip(skipped) {
                 self.push(member, id, at);
                 visible.push(Visible {

@@ -6,7 +6,8 @@
 //! tokens, all sequences of all batches of a pass one behind the other.
 //!
 //! A layer takes hidden states, keeps what its backward can't make again cheaply ([`layer::Saved`]), or with checkpointing
-//! only its input, and gives hidden states.
+//! only its input, and gives hidden states. Below the lowest layer with something that is trained nothing is kept, and the backward
+//! ends.
 
 mod head;
 mod layer;
@@ -14,6 +15,7 @@ pub(super) mod layerwise;
 mod layout;
 mod pool;
 mod projection;
+pub(super) mod states;
 pub(super) mod weights;
 
 use candle_core::{DType, Result, Tensor};
@@ -89,13 +91,36 @@ fn packing_of(model: &Llama, packing: Packing, pass: Pass) -> Packing {
     }
 }
 
+/// The number of the lowest layer that a backward goes through: nothing below it is trained.
+fn lowest(model: &Llama) -> usize {
+    if model.embed.trained().is_some() {
+        return 0;
+    }
+    let trained = model.layers.iter().position(model::Layer::is_trained);
+    trained.unwrap_or(model.layers.len())
+}
+
+/// How many frozen layers lie below the lowest trained one, where what they give can be kept.
+pub(super) fn frozen(model: &Llama) -> usize {
+    match lowest(model) {
+        lowest if supports(model) && lowest < model.layers.len() => lowest,
+        _ => 0,
+    }
+}
+
+fn told_poisoned() -> candle_core::Error {
+    candle_core::Error::Msg("a thread that kept hidden states has panicked".into())
+}
+
 /// A forward pass.
 pub struct Forward<'m> {
     model: &'m Llama,
     layout: Layout,
     shape: Shape,
     pass: Pass,
+    /// Of the layers from number `lowest` on.
     saved: Vec<Kept>,
+    lowest: usize,
     last: Vec<f32>,
     inverse: Vec<f32>,
     /// The final hidden states after the norm, in panels.
@@ -126,9 +151,22 @@ impl<'m> Forward<'m> {
         let mut x = pool.take(size(shape.hidden, shape.tokens));
         embed(model, &layout, pass, &mut x)?;
         let mut saved = Vec::new();
-        for layer in &model.layers {
+        let lowest = lowest(model);
+        let known = match model.states.lock().map_err(|_| told_poisoned())?.as_ref() {
+            Some(states) => states.load(batches, &layout, &mut x)?,
+            None => false,
+        };
+        let first = if known { lowest } else { 0 };
+        for (number, layer) in model.layers.iter().enumerate().skip(first) {
             let layer = Layer::hold(layer, pass)?;
-            if pass.tape && checkpointing {
+            let tape = pass.tape && number >= lowest;
+            if number == lowest
+                && !known
+                && let Some(states) = model.states.lock().map_err(|_| told_poisoned())?.as_mut()
+            {
+                states.store(batches, &layout, &x)?;
+            }
+            if tape && checkpointing {
                 let mut input = pool.take(x.len());
                 input.copy_from_slice(&x);
                 saved.push(Kept::Input(input));
@@ -140,7 +178,7 @@ impl<'m> Forward<'m> {
             };
             let (kept, out) = layer::forward(&layer, work, x, true)?;
             x = out;
-            if pass.tape && !checkpointing {
+            if tape && !checkpointing {
                 saved.push(Kept::All(Box::new(kept)));
             } else {
                 kept.give_back(pool);
@@ -157,6 +195,7 @@ impl<'m> Forward<'m> {
             shape,
             pass,
             saved,
+            lowest,
             last: x,
             inverse,
             hidden,
@@ -219,7 +258,7 @@ impl<'m> Forward<'m> {
         let trains_embed = model.embed.trained().is_some();
         let mut trainable = Trainable { model, gradients };
         while let Some(kept) = self.saved.pop() {
-            let number = self.saved.len();
+            let number = self.lowest + self.saved.len();
             let Some(layer) = model.layers.get(number) else {
                 continue;
             };
@@ -237,7 +276,7 @@ impl<'m> Forward<'m> {
                     saved
                 }
             };
-            let wanted = number > 0 || trains_embed;
+            let wanted = number > self.lowest || trains_embed;
             layer::backward(
                 Both { held: &held, layer },
                 work,

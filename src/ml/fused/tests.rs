@@ -3,6 +3,7 @@
 use candle_core::Tensor;
 
 use super::*;
+use crate::ml::adapter::{Names, NewAdapter};
 use crate::ml::batch::Row;
 use crate::ml::config::LlamaConfig;
 use crate::ml::create::{Settings, create};
@@ -10,6 +11,7 @@ use crate::ml::float::Float;
 use crate::ml::forward::{Path, Together, together};
 use crate::ml::golden::{self, rows};
 use crate::ml::linear::Drops;
+use crate::ml::lora_init;
 use crate::ml::model::Trained;
 use crate::ml::objective::{Objective, Outcome};
 use crate::ml::weights::Weights;
@@ -389,6 +391,87 @@ fn what_rows_begin_with_is_computed_once() {
             }
         }
     }
+}
+
+/// Adapters on upper layers, on an upper layer's gated unit alone, and on a lower one's beside it.
+#[test]
+fn nothing_is_kept_below_the_lowest_adapter() {
+    let whole = golden::model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
+    assert_eq!(lowest(&whole), 0);
+    let all = [false, true].map(|checkpointing| layer::kept(&whole, checkpointing));
+    let objective = Objective::Orpo { beta: 0.1 };
+    let last = whole.layers.len() - 1;
+    let config = LlamaConfig::read(&golden::folder("model")).unwrap();
+    for (modules, first) in [
+        (format!(r".*layers\.{last}\..*_proj"), last),
+        (format!(r".*layers\.{last}\.mlp\..*_proj"), last),
+        (format!(r".*layers\.(0\.mlp|{last}\.self_attn)\..*"), 0),
+    ] {
+        let new = NewAdapter {
+            init_lora_weights: false,
+            target_modules: Names::Pattern(modules),
+            ..NewAdapter::default()
+        };
+        let adapter = lora_init::adapter(&config, &new, 5).unwrap();
+        let mut model = Llama::load(
+            &config,
+            &Weights::open(&golden::folder("model")).unwrap(),
+            Some(&adapter),
+            Trained::Adapter,
+            DType::F32,
+            &candle_core::Device::Cpu,
+        )
+        .unwrap();
+        assert_eq!(lowest(&model), first);
+        assert_eq!(model.parameters.len(), 2 * adapter.tensors.len());
+        let plain = run(&mut model, Path::Plain, objective, false);
+        for checkpointing in [false, true] {
+            let ours = run(&mut model, Path::Fused(SHARED), objective, checkpointing);
+            compare(&ours, &plain, SHARED, 1e-5, 1e-5);
+            let bytes = layer::kept(&model, checkpointing);
+            assert!(bytes < all[usize::from(checkpointing)]);
+            let rows = rows("trl-1.16");
+            let batch = objective.batch(&[&rows[2]], 1023).unwrap();
+            let pass = Pass::learn(None);
+            let forward = Forward::new(&model, &[&batch], SHARED, pass, checkpointing).unwrap();
+            assert_eq!(forward.saved.len(), model.layers.len() - first);
+        }
+        the_frozen_layers_states_are_the_same(&mut model, objective, first);
+    }
+}
+
+/// With hidden states kept on disk: the same bits, whatever passes they come from.
+fn the_frozen_layers_states_are_the_same(model: &mut Llama, objective: Objective, frozen: usize) {
+    let fused = |packing| Path::Fused(packing);
+    let without = [FREE, SHARED].map(|packing| run(model, fused(packing), objective, false));
+    let padded = run(model, fused(PADDED), objective, false);
+    let folder = tempfile::tempdir().unwrap();
+    let found = model.keep_states_of_frozen_layers(folder.path()).unwrap();
+    assert_eq!(found, (frozen > 0).then_some(frozen));
+    let count = |model: &Llama| {
+        let states = model.states.lock().unwrap();
+        states.as_ref().map_or(0, states::States::count)
+    };
+    let again = run(model, fused(PADDED), objective, false);
+    compare(&again, &padded, PADDED, 0., 1e-30);
+    assert_eq!(count(model), 0, "padding is not kept");
+    // The rejected answers' keys lie in other places when they share their span.
+    let each = if frozen > 0 { 5 } else { 0 };
+    for (packing, expected) in [(SHARED, 2 * each), (FREE, 3 * each), (SHARED, 3 * each)] {
+        let without = &without[usize::from(packing.share_prompts)];
+        let ours = run(model, fused(packing), objective, false);
+        compare(&ours, without, packing, 0., 1e-30);
+        assert_eq!(count(model), expected);
+    }
+    if let Some(states) = model.states.lock().unwrap().take() {
+        states.cut();
+        *model.states.lock().unwrap() = Some(states);
+        let rows = rows("trl-1.16");
+        let batch = objective.batch(&[&rows[3], &rows[4]], 1023).unwrap();
+        let error = objective.evaluate(model, &batch, Pass::INFER).unwrap_err();
+        assert!(format!("{error:#}").contains("hidden states"), "{error:#}");
+    }
+    *model.states.lock().unwrap() = None;
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! The weights of a layer as slices, held for the time of a pass.
 
+use std::ops::Range;
+
 use candle_core::{CpuStorage, Layout, Result, Storage, StorageRef, Tensor, bail};
 use pipeline_kernels::dropout::Dropout;
 use pipeline_kernels::matrix::{Matrix, Nf4, Rounding, Values};
@@ -33,11 +35,12 @@ impl<'a> Held<'a> {
         let values = match &*self.storage {
             Storage::Cpu(CpuStorage::F32(values)) => values.get(start..end).map(Values::F32),
             Storage::Cpu(CpuStorage::BF16(values)) => values.get(start..end).map(Values::Bf16),
+            Storage::Cpu(CpuStorage::F16(values)) => values.get(start..end).map(Values::F16),
             _ => None,
         };
         match values {
             Some(values) => Ok(values),
-            None => bail!("a weight is neither f32 nor bf16 on the cpu"),
+            None => bail!("a weight is neither f32, bf16 nor f16 on the cpu"),
         }
     }
 
@@ -45,6 +48,22 @@ impl<'a> Held<'a> {
         match self.values()? {
             Values::F32(values) => Ok(values),
             _ => bail!("a norm's weight is not f32"),
+        }
+    }
+
+    /// Some rows of the matrix.
+    pub(super) fn rows(&self, rows: Range<usize>) -> Result<Matrix<'_>> {
+        let (all, columns) = self.layout.shape().dims2()?;
+        let span = rows.start.saturating_mul(columns)..rows.end.saturating_mul(columns);
+        let values = match self.values()? {
+            Values::F32(values) => values.get(span).map(Values::F32),
+            Values::Bf16(values) => values.get(span).map(Values::Bf16),
+            Values::Nf4(_) => None,
+        };
+        let matrix = values.and_then(|values| Matrix::new(values, rows.len(), columns));
+        match matrix {
+            Some(matrix) => Ok(matrix),
+            None => bail!("a weight of {all} rows has no rows {rows:?}"),
         }
     }
 

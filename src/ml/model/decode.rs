@@ -99,6 +99,11 @@ struct Projection<'a> {
     pair: Option<Pair>,
 }
 
+/// Whether values of this type are products' factors as they are, or widened.
+fn is_exact(stored: DType, compute: DType) -> bool {
+    stored == compute || compute == DType::F32 && matches!(stored, DType::BF16 | DType::F16)
+}
+
 /// A low-rank pair, rounded to the compute dtype.
 struct Pair {
     a: Vec<f32>,
@@ -143,7 +148,7 @@ impl<'a> Projection<'a> {
     /// Whether the kernels can read the weight as it is stored.
     fn is_plain(&self, compute: DType) -> bool {
         match self.base {
-            Base::Dense(weight) => weight.stored(self.pass).dtype() == compute,
+            Base::Dense(weight) => is_exact(weight.stored(self.pass).dtype(), compute),
             Base::Nf4(nf4) => compute == DType::F32 || nf4.dtype == compute,
         }
     }
@@ -187,7 +192,8 @@ impl<'a> Decoder<'a> {
         let layers = model.layers.iter().map(|layer| Plain::new(layer, pass));
         let layers = layers.collect::<Result<Vec<_>>>()?;
         let all = layers.iter().flat_map(Plain::projections);
-        if model.head().stored(pass).dtype() != compute || !{ all }.all(|one| one.is_plain(compute))
+        if !is_exact(model.head().stored(pass).dtype(), compute)
+            || !{ all }.all(|one| one.is_plain(compute))
         {
             return Ok(None);
         }

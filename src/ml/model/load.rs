@@ -1,7 +1,7 @@
 //! From a model folder's tensors and an adapter's pairs to a [`Llama`].
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use anyhow::Context as _;
 use candle_core::{DType, Device, Tensor, Var};
@@ -183,6 +183,16 @@ impl<'a> Loader<'a> {
         Ok(float.map_or(DType::F32, Float::dtype))
     }
 
+    /// The type in which a frozen matrix is held for products in the compute dtype: as it is stored where that loses nothing, for what is
+    /// narrower takes less memory and is widened on its way into a product. `tensor` is what is stored for the place `name`.
+    fn held(&self, name: &str, tensor: &str) -> anyhow::Result<DType> {
+        let replaced = |adapter: &Adapter| adapter.saved.contains_key(name) || adapter.trains(name);
+        if self.compute != DType::F32 || self.adapter.is_some_and(replaced) {
+            return Ok(self.compute);
+        }
+        self.stored(tensor)
+    }
+
     pub(super) fn norm(&mut self, name: &str) -> anyhow::Result<Norm> {
         Ok(Norm {
             weight: self.weight(
@@ -224,7 +234,8 @@ impl<'a> Loader<'a> {
             );
             Base::Nf4(Arc::new(nf4))
         } else {
-            Base::Dense(self.weight(&name, &[out, input], self.compute)?)
+            let dtype = self.held(&name, &name)?;
+            Base::Dense(self.weight(&name, &[out, input], dtype)?)
         };
         let bias = if bias {
             Some(self.weight(&format!("{path}.bias"), &[out], DType::F32)?)
@@ -332,7 +343,12 @@ impl Llama {
         // Only rows of it are used, made f32 one by one; where it is the head's weight too, products are made with it.
         let stored = loader.stored(EMBEDDINGS)?;
         let own_head = !tied || adapter.is_some_and(|adapter| adapter.unties(tied));
-        let embed = loader.embeddings(if own_head { stored } else { compute })?;
+        let held = if own_head {
+            stored
+        } else {
+            loader.held(EMBEDDINGS, EMBEDDINGS)?
+        };
+        let embed = loader.embeddings(held)?;
         let embed_lora = loader.pair(ENDS[0])?;
         let layers: Vec<_> = (0..config.num_hidden_layers)
             .map(|number| {
@@ -341,7 +357,8 @@ impl Llama {
             })
             .collect::<anyhow::Result<_>>()?;
         let norm = loader.norm("model.norm")?;
-        let head = loader.head(compute)?;
+        let held = loader.held(HEAD, if tied { EMBEDDINGS } else { HEAD })?;
+        let head = loader.head(held)?;
         let head_lora = loader.pair(ENDS[1])?;
         let (parameters, used) = (loader.parameters, loader.used);
         if let Some(adapter) = adapter {
@@ -372,6 +389,7 @@ impl Llama {
             frozen_column_sum: None,
             path: Path::Plain,
             pool: Pool::default(),
+            states: Mutex::default(),
         };
         if fused::supports(&model) {
             model.path = Path::Fused(Packing::default());

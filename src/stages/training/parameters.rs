@@ -196,6 +196,11 @@ macro_rules! training_parameters {
             /// Whether layers are computed a second time instead of being kept for the backward: less memory, the same numbers.
             #[serde(default = "defaults::yes")]
             gradient_checkpointing: Neutral<bool>,
+            /// Whether what the layers below the lowest adapter give is kept on disk, for the rows' next epoch and the next
+            /// evaluation: the same numbers, without these layers' work. For adapters on upper layers alone
+            /// (`layers_to_transform`); takes 4 bytes for each token and feature while the training runs.
+            #[serde(default)]
+            cache_frozen_layers: Neutral<bool>,
             /// Whether padding is left out of the computation. Losses and gradients are the same; only `logits/chosen` and
             /// `logits/rejected` differ, because TRL's means go over the padding too. TRL's default: `false`; its `ORPOTrainer` always pads.
             #[serde(default = "defaults::padding_free")]

@@ -32,6 +32,7 @@ pub(in crate::stages) struct Job<'a> {
     pub(in crate::stages) eval_split: &'a str,
     pub(in crate::stages) compute: DType,
     pub(in crate::stages) packing: Packing,
+    pub(in crate::stages) cache_frozen_layers: bool,
 }
 
 /// The rows of a split, as `ml` knows them.
@@ -124,6 +125,29 @@ fn tell_start(cx: &Context, start: &Start, done: u64, total: u64) {
     });
 }
 
+/// Keeps what the frozen layers below the adapter give, and tells what that takes.
+fn cache_frozen_layers(cx: &Context, model: &Llama, rows: &[&[Row]]) -> anyhow::Result<()> {
+    let Some(frozen) = model.keep_states_of_frozen_layers(cx.scratch()?)? else {
+        cx.warn(
+            "`cache_frozen_layers` does nothing here: the lowest layer is trained, or something in the model or adapter is not computed \
+             the fast way; hint: `layers_to_transform` of `attach_lora` puts an adapter on upper layers alone",
+        );
+        return Ok(());
+    };
+    let rows = rows.iter().flat_map(|rows| rows.iter());
+    let tokens = rows.map(|row| {
+        let rejected = row.rejected().map_or(0, |sequence| sequence.ids.len());
+        row.chosen().ids.len() + rejected
+    });
+    let bytes = tokens.sum::<usize>() * model.config.hidden_size * size_of::<f32>();
+    cx.note("cached_frozen_layers", frozen);
+    cx.info(format!(
+        "keeps what the lowest {frozen} layers give of each sequence for its next epoch: up to {} MB on disk",
+        bytes.div_ceil(1_000_000)
+    ));
+    Ok(())
+}
+
 /// Trains, and fills the stage's output folder. `prepare` turns rows as they are stored into rows to train on.
 pub(in crate::stages) fn run(
     cx: &Context,
@@ -169,6 +193,9 @@ pub(in crate::stages) fn run(
     drop(weights);
     if let Way::Fused(packing) = &mut model.path {
         *packing = job.packing;
+    }
+    if job.cache_frozen_layers {
+        cache_frozen_layers(cx, &model, &[&train_rows, &eval_rows])?;
     }
     cx.note("rows", train_rows.len());
     let count = model.parameters.iter().map(|p| p.var.elem_count());

@@ -1,0 +1,155 @@
+//! The loops of attention over scores of 32 queries: mask, softmax and its way back.
+
+use super::{Row, Visible};
+use crate::dispatch::Loop;
+use crate::exp::exp;
+use crate::panels::LANES;
+
+/// What 32 queries may see, each in its lane.
+pub(super) struct Limits {
+    prefix: [i32; LANES],
+    from: [i32; LANES],
+    to: [i32; LANES],
+}
+
+impl Limits {
+    pub(super) fn of(visible: &[Visible; LANES]) -> Self {
+        Self {
+            prefix: visible.map(|v| v.prefix.cast_signed()),
+            from: visible.map(|v| v.from.cast_signed()),
+            to: visible.map(|v| v.to.cast_signed()),
+        }
+    }
+
+    fn lanes(&self) -> impl Iterator<Item = (i32, i32, i32)> + '_ {
+        (0..LANES).map(|lane| (self.prefix[lane], self.from[lane], self.to[lane]))
+    }
+
+    /// Whether any query sees any of the 32 keys from `key` on.
+    pub(super) fn sees(&self, key: usize) -> bool {
+        let (start, end) = (key as i32, (key + LANES) as i32);
+        self.lanes()
+            .any(|(prefix, from, to)| start < prefix.min(to) || (end > from && start < to))
+    }
+
+    /// Whether all see all of them.
+    pub(super) fn sees_all(&self, key: usize) -> bool {
+        let (start, end) = (key as i32, (key + LANES) as i32);
+        self.lanes().all(|(prefix, from, to)| {
+            end <= to && (end <= prefix || start >= from || prefix >= from)
+        })
+    }
+}
+
+pub(super) struct Mask<'a>(
+    pub(super) &'a mut [f32],
+    pub(super) &'a Limits,
+    pub(super) usize,
+);
+
+impl Loop for Mask<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        let limits = self.1;
+        let rows = self.0.as_chunks_mut::<LANES>().0.iter_mut();
+        for (key, row) in (self.2 as i32..).zip(rows) {
+            for lane in 0..LANES {
+                let ours = (key < limits.prefix[lane]) | (key >= limits.from[lane]);
+                let seen = ours & (key < limits.to[lane]);
+                row[lane] = if seen { row[lane] } else { f32::NEG_INFINITY };
+            }
+        }
+    }
+}
+
+/// Scores to `e^(score - largest)`; gives the logarithm of the sums with the largest, and what to multiply by.
+pub(super) struct Softmax<'a>(pub(super) &'a mut [f32]);
+
+impl Loop for Softmax<'_> {
+    type Output = (Row, Row);
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) -> (Row, Row) {
+        let (rows, _) = self.0.as_chunks_mut::<LANES>();
+        let mut largest: Row = [f32::NEG_INFINITY; LANES];
+        for row in rows.iter() {
+            for lane in 0..LANES {
+                largest[lane] = largest[lane].max(row[lane]);
+            }
+        }
+        let mut sum: Row = [0.; LANES];
+        for row in rows {
+            for lane in 0..LANES {
+                row[lane] = exp::<FMA>(row[lane] - largest[lane]);
+                sum[lane] += row[lane];
+            }
+        }
+        let log_sum = std::array::from_fn(|lane| largest[lane] + sum[lane].ln());
+        (log_sum, sum.map(f32::recip))
+    }
+}
+
+pub(super) struct ScaleLanes<'a>(pub(super) &'a mut [f32], pub(super) &'a Row);
+
+impl Loop for ScaleLanes<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        for row in self.0.as_chunks_mut::<LANES>().0 {
+            for lane in 0..LANES {
+                row[lane] *= self.1[lane];
+            }
+        }
+    }
+}
+
+/// The sum over features of a product.
+pub(super) struct Dot<'a>(pub(super) &'a [f32], pub(super) &'a [f32]);
+
+impl Loop for Dot<'_> {
+    type Output = Row;
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) -> Row {
+        let mut sum: Row = [0.; LANES];
+        let rows = self.0.as_chunks::<LANES>().0.iter();
+        for (a, b) in rows.zip(self.1.as_chunks::<LANES>().0) {
+            for lane in 0..LANES {
+                sum[lane] += a[lane] * b[lane];
+            }
+        }
+        sum
+    }
+}
+
+/// Scores to probabilities in place, and the gradients of the probabilities to those of the scores.
+pub(super) struct Slopes<'a> {
+    pub(super) p: &'a mut [f32],
+    pub(super) values: &'a mut [f32],
+    pub(super) log_sum: &'a [f32],
+    pub(super) along: &'a Row,
+    pub(super) lanes: usize,
+}
+
+impl Loop for Slopes<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        let Some(log_sum) = self.log_sum.as_chunks::<LANES>().0.first() else {
+            return;
+        };
+        let kept: Row = std::array::from_fn(|lane| f32::from(u8::from(lane < self.lanes)));
+        let rows = self.p.as_chunks_mut::<LANES>().0.iter_mut();
+        for (p, slope) in rows.zip(self.values.as_chunks_mut::<LANES>().0) {
+            for lane in 0..LANES {
+                let value = exp::<FMA>(p[lane] - log_sum[lane]) * kept[lane];
+                p[lane] = value;
+                slope[lane] = value * (slope[lane] - self.along[lane]);
+            }
+        }
+    }
+}
