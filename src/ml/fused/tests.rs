@@ -463,7 +463,8 @@ fn the_frozen_layers_states_are_the_same(model: &mut Llama, objective: Objective
         compare(&ours, without, packing, 0., 1e-30);
         assert_eq!(count(model), expected);
     }
-    if let Some(states) = model.states.lock().unwrap().take() {
+    let states = model.states.lock().unwrap().take();
+    if let Some(states) = states {
         states.cut();
         *model.states.lock().unwrap() = Some(states);
         let rows = rows("trl-1.16");
