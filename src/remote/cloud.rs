@@ -143,6 +143,7 @@ mod clients {
 
 #[cfg(test)]
 mod tests {
+    use super::super::{Address, ObjectRemote};
     use super::*;
 
     #[test]
@@ -161,9 +162,8 @@ mod tests {
             ("az://container/x", "azure", cfg!(feature = "azure")),
             ("https://host/x", "http", cfg!(feature = "http")),
         ] {
-            let url = Url::parse(address).unwrap();
-            let (scheme, _) = ObjectStoreScheme::parse(&url).unwrap();
-            let error = open(&scheme, &url, &variables).err();
+            let remote = Address::parse(address, std::path::Path::new("/")).unwrap();
+            let error = ObjectRemote::open(&remote, &variables).err();
             let error = error.map(|error| error.to_string()).unwrap_or_default();
             let told = error.contains("this build has no client")
                 && error.contains(&format!("--features {feature}"));
