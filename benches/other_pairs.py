@@ -4,7 +4,7 @@
     python3 benches/other_pairs.py prep --pipeline target/release/pipeline --python VENV/bin/python --trl PATH/trl_bench.py \
         --model MODEL --data rows.jsonl
     python3 benches/other_pairs.py nf4 ..            (no --data)
-    python3 benches/other_pairs.py merge ..          (no --data; --preset and --dtype are those of MODEL)
+    python3 benches/other_pairs.py merge ..          (no --data; --dtype is that of MODEL)
     python3 benches/other_pairs.py generate ..       (--data gives the prompts)
     python3 benches/other_pairs.py generate .. --peer llama.cpp --llama-python VENV2/bin/python --gguf MODEL.gguf [--dtype bf16] [--nf4]
 
@@ -15,8 +15,8 @@ process, with the way into the store.
 * prep: rows a second through `apply_chat_template` and `tokenize`, against datasets.map with two processes. `--ours-data` may give
   our side more rows of the same kind: a stage of a few milliseconds measures the disk.
 * nf4: bytes of the projections' weights a second of CPU time through `quantize`, against bitsandbytes' quantise alone, on one thread.
-* merge: seconds and the process's peak memory, against merge_and_unload and save_pretrained; their memory includes the interpreter.
-  Ours also until the result is in the store and on the disk for good, which theirs never is.
+* merge: seconds and the process's peak memory, against merge_and_unload and save_pretrained of a model that is loaded already; their
+  memory includes the interpreter. Also until the files are on the disk for good: ours in the store, theirs after an fsync of each.
 * generate: greedy tokens a second with a cache of keys and values, prompts included; ours is the difference of `evaluate` with
   answers and without. The answers must be the same texts. With llama.cpp, which takes the weights as GGUF (`llama_peer.py convert`),
   theirs are measured one prompt after the other and, with several, all in one batch; ours in bf16 or from NF4 where told so. Its
@@ -50,6 +50,31 @@ with torch.inference_mode():
 print(json.dumps(dict(tokens=sum(map(len, made)), seconds=seconds, cpu_s=cpu, texts=[tokenizer.decode(ids, skip_special_tokens=True) for ids in made])))
 """
 
+# A merge by PEFT, and the seconds until its files are on the disk too.
+MERGE = """
+import json, os, sys, tempfile, time, torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+folder, dtype, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
+torch.set_num_threads(threads)
+torch.manual_seed(3407)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=dict(f32=torch.float32, bf16=torch.bfloat16)[dtype])
+model = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+for name, parameter in model.named_parameters():
+    if "lora_B" in name:
+        torch.nn.init.normal_(parameter, std=0.01)
+with tempfile.TemporaryDirectory(dir=".") as out:
+    os.sync()
+    began = time.perf_counter()
+    model.merge_and_unload().save_pretrained(out)
+    seconds = time.perf_counter() - began
+    for path in [*(os.path.join(out, name) for name in os.listdir(out)), out]:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+    print(json.dumps(dict(seconds=seconds, with_commit=time.perf_counter() - began)))
+"""
+
 # The prompts' ids, and texts of ids.
 PROMPTS = """
 import json, sys, pyarrow.parquet as pq
@@ -74,7 +99,6 @@ def arguments():
     parser.add_argument("--model", required=True, type=Path, help="a folder of save-model")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--ours-data", type=Path)
-    parser.add_argument("--preset", default="135m")
     parser.add_argument("--dtype", default="f32", choices=["f32", "bf16"])
     parser.add_argument("--max-length", type=int, default=2048)
     parser.add_argument("--answers", type=int, default=4)
@@ -202,10 +226,9 @@ def merge(args):
         return {"seconds": seconds, "with_commit": measured.with_commit, "cpu": measured.cpu, "peak_mb": measured.peak_mb}
 
     def theirs():
-        measured = reference(args, "merge", "--preset", args.preset, "--dtype", args.dtype, "--threads", args.threads)
-        told = measured.last_object()
-        seconds = told["merge_s"] + told["save_s"]
-        return {"seconds": seconds, "with_commit": seconds, "peak_mb": measured.peak_mb}
+        command = [args.python, "-c", MERGE, args.model.resolve(), args.dtype, args.threads]
+        measured = Measured(command, project.folder, args.threads)
+        return {**measured.last_object(), "peak_mb": measured.peak_mb}
 
     results = rounds(args, theirs, ours)
     shards = [path.stat().st_size / 2**20 for path in args.model.glob("*.safetensors")]

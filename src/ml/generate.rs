@@ -8,6 +8,7 @@ use pipeline_kernels::vectors::largest;
 use super::linear::Pass;
 use super::model::decode::{Decoder, Token};
 use super::model::{Cache, Llama};
+use super::objective::in_pool;
 
 /// Tokens of prompts that go through the model at a time.
 const CHUNK: usize = 32;
@@ -99,7 +100,7 @@ fn together(
         let tokens: Vec<Token> = chunk.iter().map(|(token, _)| *token).collect();
         let last = chunk.iter().enumerate().filter(|(_, (_, last))| *last);
         let last: Vec<usize> = last.map(|(at, _)| at).collect();
-        let logits = decoder.step(&tokens, &last)?;
+        let logits = in_pool(|| decoder.step(&tokens, &last))?;
         let rows = last.iter().zip(logits.chunks_exact(vocabulary));
         let followers = rows.filter_map(|(&at, logits)| follow(tokens[at], logits).transpose());
         next.extend(followers.collect::<anyhow::Result<Vec<_>>>()?);
@@ -107,7 +108,7 @@ fn together(
     while !next.is_empty() {
         tell()?;
         let places: Vec<usize> = (0..next.len()).collect();
-        let logits = decoder.step(&next, &places)?;
+        let logits = in_pool(|| decoder.step(&next, &places))?;
         let rows = next.iter().zip(logits.chunks_exact(vocabulary));
         next = rows
             .filter_map(|(&token, logits)| follow(token, logits).transpose())

@@ -1,0 +1,447 @@
+//! Sums of products in registers, and what weights become there.
+
+use std::arch::x86_64::{
+    __m256, __m256i, __m512, __m512bh, __m512i, _mm_loadl_epi64, _mm_loadu_si128, _mm256_add_epi32,
+    _mm256_and_si256, _mm256_blendv_ps, _mm256_castps_si256, _mm256_castsi256_ps,
+    _mm256_cvtepu8_epi32, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_mul_ps,
+    _mm256_permutevar8x32_ps, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps,
+    _mm256_slli_epi32, _mm256_srli_epi32, _mm256_storeu_ps, _mm512_add_epi32, _mm512_and_si512,
+    _mm512_broadcast_i64x4, _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cvtepu8_epi16,
+    _mm512_cvtepu8_epi32, _mm512_cvtneps_pbh, _mm512_cvtph_ps, _mm512_cvtps_ph, _mm512_dpbf16_ps,
+    _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mul_ps, _mm512_permutexvar_epi16,
+    _mm512_permutexvar_ps, _mm512_reduce_add_ps, _mm512_set1_epi32, _mm512_set1_ps,
+    _mm512_setzero_ps, _mm512_slli_epi32, _mm512_srli_epi16, _mm512_srli_epi32,
+};
+
+use half::bf16;
+
+use super::BLOCK;
+use crate::matrix::Nf4;
+
+/// Sums of products in registers.
+///
+/// # Safety of its functions
+/// The processor has the instructions.
+pub(super) trait Arithmetic {
+    /// Some factors.
+    type Factors: Copy;
+    /// Sums side by side.
+    type Sum: Copy;
+    /// Words of a register.
+    const WORDS: usize;
+    unsafe fn zero() -> Self::Sum;
+    /// Reads `WORDS` words.
+    unsafe fn load(x: *const u32) -> Self::Factors;
+    unsafe fn add(sum: Self::Sum, a: Self::Factors, b: Self::Factors) -> Self::Sum;
+    unsafe fn total(sum: Self::Sum) -> f32;
+}
+
+/// 16 floats.
+pub(super) struct Floats512;
+/// 32 bf16 in pairs, whose products are added to 16 floats.
+pub(super) struct Pairs512;
+/// 8 floats.
+pub(super) struct Floats256;
+
+impl Arithmetic for Floats512 {
+    type Factors = __m512;
+    type Sum = __m512;
+    const WORDS: usize = 16;
+
+    #[inline(always)]
+    unsafe fn zero() -> __m512 {
+        // SAFETY: see the trait.
+        unsafe { _mm512_setzero_ps() }
+    }
+
+    #[inline(always)]
+    unsafe fn load(x: *const u32) -> __m512 {
+        // SAFETY: see the trait.
+        unsafe { _mm512_loadu_ps(x.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn add(sum: __m512, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: see the trait.
+        unsafe { _mm512_fmadd_ps(a, b, sum) }
+    }
+
+    #[inline(always)]
+    unsafe fn total(sum: __m512) -> f32 {
+        // SAFETY: see the trait.
+        unsafe { _mm512_reduce_add_ps(sum) }
+    }
+}
+
+impl Arithmetic for Pairs512 {
+    type Factors = __m512i;
+    type Sum = __m512;
+    const WORDS: usize = 16;
+
+    #[inline(always)]
+    unsafe fn zero() -> __m512 {
+        // SAFETY: see the trait.
+        unsafe { _mm512_setzero_ps() }
+    }
+
+    #[inline(always)]
+    unsafe fn load(x: *const u32) -> __m512i {
+        // SAFETY: see the trait.
+        unsafe { _mm512_loadu_si512(x.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn add(sum: __m512, a: __m512i, b: __m512i) -> __m512 {
+        // SAFETY: see the trait; 512 bits either way, and every bit pattern is a value.
+        unsafe {
+            let [a, b] = [a, b].map(|x| std::mem::transmute::<__m512i, __m512bh>(x));
+            _mm512_dpbf16_ps(sum, a, b)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn total(sum: __m512) -> f32 {
+        // SAFETY: see the trait.
+        unsafe { _mm512_reduce_add_ps(sum) }
+    }
+}
+
+impl Arithmetic for Floats256 {
+    type Factors = __m256;
+    type Sum = __m256;
+    const WORDS: usize = 8;
+
+    #[inline(always)]
+    unsafe fn zero() -> __m256 {
+        // SAFETY: see the trait.
+        unsafe { _mm256_setzero_ps() }
+    }
+
+    #[inline(always)]
+    unsafe fn load(x: *const u32) -> __m256 {
+        // SAFETY: see the trait.
+        unsafe { _mm256_loadu_ps(x.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn add(sum: __m256, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: see the trait.
+        unsafe { _mm256_fmadd_ps(a, b, sum) }
+    }
+
+    #[inline(always)]
+    unsafe fn total(sum: __m256) -> f32 {
+        let mut lanes = [0f32; 8];
+        // SAFETY: see the trait; eight floats.
+        unsafe { _mm256_storeu_ps(lanes.as_mut_ptr(), sum) };
+        let [a, b, c, d, e, f, g, h] = lanes;
+        ((a + e) + (c + g)) + ((b + f) + (d + h))
+    }
+}
+
+/// Rows of a weight, read for an arithmetic.
+///
+/// # Safety of its functions
+/// The processor has the instructions, and the row and the block are there.
+pub(super) trait Weight<A: Arithmetic>: Copy {
+    /// Where 64 weights lie, and what they are made with.
+    type Block: Copy;
+    /// Room for the last weights of a row.
+    type Room: Copy + Default;
+    /// Pairs of registers that hold 64 weights.
+    const PAIRS: usize;
+    unsafe fn block(self, row: usize, block: usize) -> Self::Block;
+    /// The weights of a row behind its last whole block, in `room`, zeros behind them.
+    unsafe fn rest(self, row: usize, room: &mut Self::Room) -> Self::Block;
+    unsafe fn pair(block: &Self::Block, pair: usize) -> [A::Factors; 2];
+}
+
+/// A weight as it is: its first value and its depth.
+pub(super) struct Dense<T>(pub(super) *const T, pub(super) usize);
+
+impl<T> Copy for Dense<T> {}
+impl<T> Clone for Dense<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T: Copy> Dense<T> {
+    #[inline(always)]
+    unsafe fn at(self, row: usize, block: usize) -> *const T {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.add(row * self.1 + block * BLOCK) }
+    }
+
+    #[inline(always)]
+    unsafe fn copy_rest(self, row: usize, room: &mut [T; BLOCK]) -> *const T {
+        let whole = self.1 / BLOCK;
+        // SAFETY: the caller's promise; fewer than a block are left of the row.
+        unsafe {
+            let from = self.at(row, whole);
+            from.copy_to_nonoverlapping(room.as_mut_ptr(), self.1 - whole * BLOCK);
+        }
+        room.as_ptr()
+    }
+}
+
+/// What the numbers of a block are copied to; arrays of 64 have no `Default`.
+#[derive(Clone, Copy)]
+struct Room<T>([T; BLOCK]);
+
+impl<T: Copy + Default> Default for Room<T> {
+    fn default() -> Self {
+        Self([T::default(); BLOCK])
+    }
+}
+
+macro_rules! dense {
+    ($stored:ty, $arithmetic:ty, $pairs:literal, |$from:ident| $pair:expr) => {
+        impl Weight<$arithmetic> for Dense<$stored> {
+            type Block = *const $stored;
+            type Room = Room<$stored>;
+            const PAIRS: usize = $pairs;
+
+            #[inline(always)]
+            unsafe fn block(self, row: usize, block: usize) -> *const $stored {
+                // SAFETY: see the trait.
+                unsafe { self.at(row, block) }
+            }
+
+            #[inline(always)]
+            unsafe fn rest(self, row: usize, room: &mut Self::Room) -> *const $stored {
+                // SAFETY: see the trait.
+                unsafe { self.copy_rest(row, &mut room.0) }
+            }
+
+            #[inline(always)]
+            unsafe fn pair(
+                block: &*const $stored,
+                pair: usize,
+            ) -> [<$arithmetic as Arithmetic>::Factors; 2] {
+                // SAFETY: a part of the block; see the trait.
+                unsafe {
+                    let $from = block.add(pair * (BLOCK / $pairs));
+                    $pair
+                }
+            }
+        }
+    };
+}
+
+dense!(f32, Floats512, 2, |from| [
+    _mm512_loadu_ps(from),
+    _mm512_loadu_ps(from.add(16))
+]);
+dense!(bf16, Floats512, 2, |from| {
+    let both = _mm512_loadu_si512(from.cast());
+    [
+        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(both)),
+        _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(-0x1_0000))),
+    ]
+});
+dense!(bf16, Pairs512, 1, |from| [
+    _mm512_loadu_si512(from.cast()),
+    _mm512_loadu_si512(from.add(32).cast())
+]);
+dense!(f32, Floats256, 4, |from| [
+    _mm256_loadu_ps(from),
+    _mm256_loadu_ps(from.add(8))
+]);
+dense!(bf16, Floats256, 4, |from| {
+    let both = _mm256_loadu_si256(from.cast());
+    [
+        _mm256_castsi256_ps(_mm256_slli_epi32::<16>(both)),
+        _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(-0x1_0000))),
+    ]
+});
+
+pub(super) const F32: u8 = 0;
+pub(super) const BF16: u8 = 1;
+pub(super) const F16: u8 = 2;
+
+/// A weight in NF4 whose rows are whole blocks, rounded to `ROUNDING`.
+#[derive(Clone, Copy)]
+pub(super) struct Codes<const ROUNDING: u8> {
+    packed: *const u8,
+    absmax: *const f32,
+    code: *const f32,
+    /// Blocks of a row.
+    blocks: usize,
+}
+
+impl<const ROUNDING: u8> Codes<ROUNDING> {
+    pub(super) fn new(nf4: Nf4<'_>, depth: usize) -> Self {
+        Self {
+            packed: nf4.packed.as_ptr(),
+            absmax: nf4.absmax.as_ptr(),
+            code: nf4.code.as_ptr(),
+            blocks: depth / BLOCK,
+        }
+    }
+
+    /// A block's codes, two a byte, and its largest magnitude.
+    #[inline(always)]
+    unsafe fn at(self, row: usize, block: usize) -> (*const u8, f32) {
+        let place = row * self.blocks + block;
+        // SAFETY: the caller's promise.
+        unsafe {
+            (
+                self.packed.add(place * (BLOCK / 2)),
+                *self.absmax.add(place),
+            )
+        }
+    }
+
+    /// The block's 16 numbers, rounded.
+    #[inline(always)]
+    unsafe fn numbers512(self, absmax: f32) -> __m512 {
+        // SAFETY: 16 floats; the caller has AVX-512.
+        unsafe {
+            let numbers = _mm512_mul_ps(_mm512_loadu_ps(self.code), _mm512_set1_ps(absmax));
+            match ROUNDING {
+                BF16 => {
+                    // To the nearest, halfway to the even one.
+                    let bits = _mm512_castps_si512(numbers);
+                    let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+                    let up = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+                    let rounded = _mm512_add_epi32(bits, up);
+                    let upper = _mm512_set1_epi32(-0x1_0000);
+                    _mm512_castsi512_ps(_mm512_and_si512(rounded, upper))
+                }
+                F16 => _mm512_cvtph_ps(_mm512_cvtps_ph::<0>(numbers)),
+                _ => numbers,
+            }
+        }
+    }
+
+    /// Eight of the block's 16 numbers, rounded.
+    #[inline(always)]
+    unsafe fn numbers256(self, first: usize, absmax: f32) -> __m256 {
+        // SAFETY: eight of 16 floats; the caller has AVX2.
+        unsafe {
+            let code = _mm256_loadu_ps(self.code.add(first));
+            let numbers = _mm256_mul_ps(code, _mm256_set1_ps(absmax));
+            if ROUNDING != BF16 {
+                return numbers;
+            }
+            let bits = _mm256_castps_si256(numbers);
+            let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+            let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+            _mm256_castsi256_ps(_mm256_and_si256(rounded, _mm256_set1_epi32(-0x1_0000)))
+        }
+    }
+}
+
+impl<const ROUNDING: u8> Weight<Floats512> for Codes<ROUNDING> {
+    type Block = (*const u8, __m512);
+    type Room = ();
+    const PAIRS: usize = 2;
+
+    #[inline(always)]
+    unsafe fn block(self, row: usize, block: usize) -> Self::Block {
+        // SAFETY: see the trait.
+        unsafe {
+            let (codes, absmax) = self.at(row, block);
+            (codes, self.numbers512(absmax))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn rest(self, row: usize, (): &mut ()) -> Self::Block {
+        // SAFETY: see the trait; rows are whole blocks, so that this is never called.
+        unsafe { Weight::<Floats512>::block(self, row, 0) }
+    }
+
+    #[inline(always)]
+    unsafe fn pair((codes, numbers): &Self::Block, pair: usize) -> [__m512; 2] {
+        // SAFETY: 16 of the block's 32 bytes; see the trait.
+        unsafe {
+            let both = _mm512_cvtepu8_epi32(_mm_loadu_si128(codes.add(16 * pair).cast()));
+            // Only the lowest four bits of each word count.
+            [
+                _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(both), *numbers),
+                _mm512_permutexvar_ps(both, *numbers),
+            ]
+        }
+    }
+}
+
+impl Weight<Pairs512> for Codes<BF16> {
+    type Block = (*const u8, __m512i);
+    type Room = ();
+    const PAIRS: usize = 1;
+
+    #[inline(always)]
+    unsafe fn block(self, row: usize, block: usize) -> Self::Block {
+        // SAFETY: see the trait; 256 bits either way, and every bit pattern is a value.
+        unsafe {
+            let (codes, absmax) = self.at(row, block);
+            let numbers = _mm512_mul_ps(_mm512_loadu_ps(self.code), _mm512_set1_ps(absmax));
+            let rounded: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(numbers));
+            // Twice, so that a number's fifth bit does not count.
+            (codes, _mm512_broadcast_i64x4(rounded))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn rest(self, row: usize, (): &mut ()) -> Self::Block {
+        // SAFETY: see the trait; rows are whole blocks, so that this is never called.
+        unsafe { Weight::<Pairs512>::block(self, row, 0) }
+    }
+
+    #[inline(always)]
+    unsafe fn pair((codes, numbers): &Self::Block, _: usize) -> [__m512i; 2] {
+        // SAFETY: the block's 32 bytes; see the trait.
+        unsafe {
+            let both = _mm512_cvtepu8_epi16(_mm256_loadu_si256(codes.cast()));
+            // Only the lowest five bits of each word count.
+            [
+                _mm512_permutexvar_epi16(_mm512_srli_epi16::<4>(both), *numbers),
+                _mm512_permutexvar_epi16(both, *numbers),
+            ]
+        }
+    }
+}
+
+impl<const ROUNDING: u8> Weight<Floats256> for Codes<ROUNDING> {
+    type Block = (*const u8, [__m256; 2]);
+    type Room = ();
+    const PAIRS: usize = 4;
+
+    #[inline(always)]
+    unsafe fn block(self, row: usize, block: usize) -> Self::Block {
+        // SAFETY: see the trait.
+        unsafe {
+            let (codes, absmax) = self.at(row, block);
+            let numbers = [self.numbers256(0, absmax), self.numbers256(8, absmax)];
+            (codes, numbers)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn rest(self, row: usize, (): &mut ()) -> Self::Block {
+        // SAFETY: see the trait; rows are whole blocks, so that this is never called.
+        unsafe { Weight::<Floats256>::block(self, row, 0) }
+    }
+
+    #[inline(always)]
+    unsafe fn pair((codes, numbers): &Self::Block, pair: usize) -> [__m256; 2] {
+        // SAFETY: eight of the block's 32 bytes; see the trait.
+        unsafe {
+            let both = _mm256_cvtepu8_epi32(_mm_loadl_epi64(codes.add(8 * pair).cast()));
+            // The lowest three bits choose among eight, the fourth, as a sign, between the two.
+            let number = |code: __m256i, sign: __m256i| {
+                _mm256_blendv_ps(
+                    _mm256_permutevar8x32_ps(numbers[0], code),
+                    _mm256_permutevar8x32_ps(numbers[1], code),
+                    _mm256_castsi256_ps(sign),
+                )
+            };
+            [
+                number(_mm256_srli_epi32::<4>(both), _mm256_slli_epi32::<24>(both)),
+                number(both, _mm256_slli_epi32::<28>(both)),
+            ]
+        }
+    }
+}
