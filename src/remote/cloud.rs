@@ -14,6 +14,8 @@ pub(super) fn open(
     variables: &BTreeMap<String, String>,
 ) -> anyhow::Result<Arc<dyn ObjectStore>> {
     let _ = (url, variables); // of use only to clients
+    // Clients take their TLS from here; somebody else's choice is as good.
+    let _ = rustls::crypto::ring::default_provider().install_default();
     match scheme {
         #[cfg(feature = "aws")]
         ObjectStoreScheme::AmazonS3 => clients::s3(url, variables),

@@ -58,8 +58,6 @@ impl ObjectRemote {
     /// A client for an address. `variables` are the environment's: `AWS_..`, `GOOGLE_..`, `AZURE_..`, as the clouds' own tools name
     /// them. Sends nothing yet.
     pub fn open(address: &Address, variables: &BTreeMap<String, String>) -> anyhow::Result<Self> {
-        // Somebody else's choice is as good.
-        let _ = rustls::crypto::ring::default_provider().install_default();
         let secrets = address.secrets(variables);
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()

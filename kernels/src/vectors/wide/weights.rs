@@ -187,7 +187,7 @@ impl<T: Copy> Dense<T> {
 
 /// What the numbers of a block are copied to; arrays of 64 have no `Default`.
 #[derive(Clone, Copy)]
-struct Room<T>([T; BLOCK]);
+pub(super) struct Room<T>([T; BLOCK]);
 
 impl<T: Copy + Default> Default for Room<T> {
     fn default() -> Self {
