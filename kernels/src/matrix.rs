@@ -148,14 +148,12 @@ impl<'a> Matrix<'a> {
         'a: 'b,
     {
         let start = row * self.columns + span.start;
-        match self.values {
-            Values::F32(values) => &values[start..start + span.len()],
-            _ => {
-                buffer.resize(span.len(), 0.);
-                self.widen(row, span, buffer);
-                buffer
-            }
+        if let Values::F32(values) = self.values {
+            return &values[start..start + span.len()];
         }
+        buffer.resize(span.len(), 0.);
+        self.widen(row, span, buffer);
+        buffer
     }
 
     /// The same as bits of bf16, rounded where they were not.

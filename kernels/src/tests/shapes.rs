@@ -438,7 +438,9 @@ fn merges_and_vectors_of_any_shape() {
                 for exact in [false, true] {
                     let mut x = numbers(vectors * deep, case + 3);
                     if !exact {
-                        x.iter_mut().for_each(|x| *x = bf16::from_f32(*x).to_f32());
+                        for x in &mut x {
+                            *x = bf16::from_f32(*x).to_f32();
+                        }
                     }
                     let matrix = Matrix::new(Values::Nf4(nf4), rows, deep).unwrap();
                     check_vectors(&what, side, matrix, &dense, &x, !exact);

@@ -138,6 +138,10 @@ impl Loop for Rotate<'_> {
 }
 
 /// The place of the largest of some numbers, the first one of equals; `None` if there is none, or one is a NaN or infinite.
+#[expect(
+    clippy::float_cmp,
+    reason = "the largest is one of the numbers, as it is"
+)]
 pub fn largest(values: &[f32]) -> Option<usize> {
     let largest = run(Largest(values))?;
     values.iter().position(|value| *value == largest)

@@ -49,14 +49,13 @@ impl Layout {
         match weight.values() {
             Values::F32(_) => Some(Self::Plain),
             Values::Bf16(_) if pairs => Some(Self::Pairs),
-            Values::Bf16(_) => Some(split),
             // A row is widened as a whole, which has instructions of its own.
             Values::F16(_) => None,
             // A row that begins within a block has no loop here, nor has half precision in AVX2, which may lack instructions for it.
             Values::Nf4(_) if !weight.depth().is_multiple_of(BLOCK) => None,
             Values::Nf4(nf4) if nf4.rounding == Rounding::Bf16 && pairs => Some(Self::SplitPairs),
             Values::Nf4(nf4) if nf4.rounding == Rounding::F16 && isa == Isa::Avx2 => None,
-            Values::Nf4(_) => Some(split),
+            Values::Bf16(_) | Values::Nf4(_) => Some(split),
         }
     }
 
