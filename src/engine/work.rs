@@ -20,7 +20,7 @@ use super::watch::look_on;
 use super::{Event, Kind, World};
 
 /// The stack of each thread that computes. It is not used up but by what is nested deeply.
-const STACK: usize = 8 << 20;
+const STACK: usize = 16 << 20;
 
 /// What the last panic said, and where.
 static PANIC: Mutex<Option<String>> = Mutex::new(None);
