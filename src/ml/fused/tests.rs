@@ -405,7 +405,7 @@ fn nothing_is_kept_below_the_lowest_adapter() {
     for (modules, first) in [
         (format!(r".*layers\.{last}\..*_proj"), last),
         (format!(r".*layers\.{last}\.mlp\..*_proj"), last),
-        (format!(r".*layers\.(0\.mlp|{last}\.self_attn)\..*"), 0),
+        (format!(r".*layers\.(0\.mlp|{last}\.self_attn)\..*_proj"), 0),
     ] {
         let new = NewAdapter {
             init_lora_weights: false,
