@@ -40,6 +40,7 @@ mod outputs;
 mod pins;
 #[cfg(test)]
 mod processor;
+#[cfg(test)]
 mod remote;
 #[cfg(test)]
 mod shrinking;

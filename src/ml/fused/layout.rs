@@ -164,13 +164,13 @@ impl Layout {
                 .into_iter()
                 .partition(|member| !member.sequence.is_packed());
             layout.grow(&plain, &Start::default());
-            packed
-                .iter()
-                .for_each(|member| layout.single(member, false));
+            for member in &packed {
+                layout.single(member, false);
+            }
         } else {
-            members
-                .iter()
-                .for_each(|member| layout.single(member, !packing.padding_free));
+            for member in &members {
+                layout.single(member, !packing.padding_free);
+            }
         }
         layout
     }

@@ -75,7 +75,7 @@ impl States {
             bytes.resize(places.len() * row, 0);
             self.file
                 .read_exact_at(&mut bytes, start)
-                .map_err(|error| told("read", error))?;
+                .map_err(|error| told("read", &error))?;
             for (bytes, token) in bytes.chunks_exact(row).zip(places) {
                 let values = bytes.as_chunks().0.iter().map(|x| f32::from_ne_bytes(*x));
                 let row = &mut rows[token * self.width..][..self.width];
@@ -105,7 +105,7 @@ impl States {
             let bytes: Vec<u8> = values.flat_map(f32::to_ne_bytes).collect();
             self.file
                 .write_all_at(&bytes, self.end)
-                .map_err(|error| told("write", error))?;
+                .map_err(|error| told("write", &error))?;
             let known = self.starts.entry(sequence.clone()).or_default();
             known.push((*branch, self.end));
             self.end += bytes.len() as u64;
@@ -121,7 +121,7 @@ fn is_free_of_padding(batches: &[&Batch], layout: &Layout) -> bool {
     both.all(|(sequence, places)| places.len() == sequence.ids.len())
 }
 
-fn told(what: &str, error: std::io::Error) -> Error {
+fn told(what: &str, error: &std::io::Error) -> Error {
     let what =
         format!("could not {what} the frozen layers' hidden states in the scratch folder: {error}");
     Error::Msg(what)
