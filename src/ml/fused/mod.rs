@@ -48,7 +48,7 @@ pub(super) fn supports(model: &Llama) -> bool {
 /// The most tokens of several micro-batches in one pass: more would save nothing.
 const TOKENS: usize = 2048;
 /// The most bytes that a pass of several micro-batches keeps for its backward.
-const KEPT: usize = 1 << 28;
+const KEPT: usize = 1 << 29;
 
 /// How many of the first of these micro-batches go through the model together, at least one. It saves time: each block of a
 /// weight is made ready once for all of them, fewer panels are part empty, and what several begin with is computed once. It costs

@@ -163,7 +163,7 @@ macro_rules! training_parameters {
             #[serde(default = "defaults::batch")]
             per_device_eval_batch_size: usize,
             /// Micro-batches whose gradients make one step. The last step of an epoch may have fewer. Small ones go through the
-            /// model together, as long as that keeps at most 256 MiB for the way back; the result is that of one after another.
+            /// model together, as long as that keeps at most 512 MiB for the way back; the result is that of one after another.
             #[serde(default = "defaults::one")]
             gradient_accumulation_steps: usize,
             /// How the learning rate changes.
