@@ -25,9 +25,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from pairs import Measured, Project, median, schema, spread, table
-
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+from pairs import PROJECTIONS, Measured, Project, median, schema, spread, table
 
 # Tokens of each row by our tokens' table; run by the venv's Python, which has pyarrow.
 COUNT = """
@@ -69,6 +67,10 @@ def arguments():
     if args.steps < 2:
         parser.error("--steps: expected at least 2, for the first one does not count")
     return args
+
+
+def name_of(args):
+    return args.model.name if args.folder else args.preset
 
 
 def save_model(args, folder):
@@ -154,7 +156,7 @@ def main():
                     continue
                 result = theirs(args) if side == "theirs" else ours(args, project, tokens)
                 runs[side].append(result)
-                about = {"side": side, "preset": args.preset, "data": args.data.name, "dtype": args.dtype if side == "ours" else args.trl_dtype}
+                about = {"side": side, "preset": name_of(args), "data": args.data.name, "dtype": args.dtype if side == "ours" else args.trl_dtype}
                 line = json.dumps({**about, "gc": args.gc, "threads": args.threads, **result})
                 print(line, flush=True)
                 if args.save:
@@ -164,7 +166,7 @@ def main():
 
 
 def show(args, runs):
-    print(f"\n{args.preset}, {args.dtype} (theirs {args.trl_dtype}), gc {args.gc}, {args.threads} threads, {args.data.name}, {args.rounds} rounds:\n")
+    print(f"\n{name_of(args)}, {args.dtype} (theirs {args.trl_dtype}), gc {args.gc}, {args.threads} threads, {args.data.name}, {args.rounds} rounds:\n")
     names = [("real tokens/s", "tokens_per_s", "{:.1f}"), ("CPU s a step", "cpu_s", "{:.3f}"), ("peak MB", "peak_mb", "{:.0f}")]
     rows = [["", "theirs", "ours", "ours / theirs"]]
     for title, name, form in names:

@@ -169,7 +169,7 @@ impl<'a> Matrix<'a> {
     {
         if let Values::Bf16(values) = self.values {
             let start = row * self.columns + span.start;
-            return Cow::Borrowed(reinterpret(&values[start..start + span.len()]));
+            return Cow::Borrowed(values[start..start + span.len()].reinterpret_cast());
         }
         if let Values::Nf4(nf4) = self.values {
             bits.resize(span.len(), 0);
@@ -372,8 +372,4 @@ fn sized<T: Copy + Default>(out: &mut Vec<T>, rows: usize, depth: usize) {
     if !rows.is_multiple_of(TILE) {
         out[size - depth * TILE..].fill(T::default());
     }
-}
-
-fn reinterpret(values: &[bf16]) -> &[u16] {
-    values.reinterpret_cast()
 }

@@ -40,6 +40,21 @@ pub(crate) struct Tile<A, B> {
     pub(crate) from: Option<*const f32>,
 }
 
+#[cfg(target_arch = "x86_64")]
+impl<A, B> Tile<A, B> {
+    /// Asks for what the sums are added to, rows of so many lanes, to be in the first cache soon.
+    #[inline(always)]
+    fn ask_for_sums(&self, lanes: usize) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        if let Some(from) = self.from {
+            for place in (0..self.rows * lanes).step_by(16) {
+                // SAFETY: no access, a wish.
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(place).cast()) };
+            }
+        }
+    }
+}
+
 /// Asks for values to be in the second cache soon.
 #[inline]
 pub(crate) fn prefetch<T>(values: &[T]) {

@@ -81,7 +81,7 @@ impl Loop for Table<'_> {
             Rounding::F32 => {}
             Rounding::Bf16 => {
                 for value in &mut values {
-                    *value = f32::from_bits(bf16_bits(*value) << 16);
+                    *value = Rounding::Bf16.round(*value);
                 }
             }
             Rounding::F16 => values = values.map(|value| self.rounding.round(value)),

@@ -3,8 +3,8 @@
 //! 2015, "BLIS: A Framework for Rapidly Instantiating BLAS Functionality", section 5).
 
 use std::arch::x86_64::{
-    __m256, _MM_HINT_T0, _mm_prefetch, _mm256_add_ps, _mm256_broadcast_ss, _mm256_fmadd_ps,
-    _mm256_loadu_ps, _mm256_setzero_ps, _mm256_storeu_ps,
+    __m256, _mm256_add_ps, _mm256_broadcast_ss, _mm256_fmadd_ps, _mm256_loadu_ps,
+    _mm256_setzero_ps, _mm256_storeu_ps,
 };
 
 use super::Tile;
@@ -20,6 +20,7 @@ const PART: usize = 2 * VECTOR;
 pub(super) unsafe fn multiply<const M: usize, const V: usize, const RS: usize, const KS: usize>(
     tile: Tile<f32, f32>,
 ) {
+    tile.ask_for_sums(V * 16);
     let rows = tile.rows.min(M);
     for lane in (0..V * 16).step_by(PART) {
         let mut row = 0;
@@ -53,12 +54,6 @@ unsafe fn part<const R: usize, const V: usize, const RS: usize, const KS: usize>
     lane: usize,
 ) {
     let mut sums: [[__m256; 2]; R] = [[_mm256_setzero_ps(); 2]; R];
-    if let Some(from) = tile.from {
-        for i in 0..R {
-            let place = from.wrapping_add((row + i) * V * 16 + lane);
-            _mm_prefetch::<_MM_HINT_T0>(place.cast());
-        }
-    }
     let mut a = tile.a.wrapping_add(row * RS);
     let mut b = tile.b.wrapping_add(lane);
     for _ in 0..tile.depth {

@@ -1,10 +1,9 @@
 //! The tiles of [`super`] in AVX-512.
 
 use std::arch::x86_64::{
-    __m512, __m512bh, __m512i, _MM_HINT_T0, _mm_prefetch, _mm512_add_ps, _mm512_cvtne2ps_pbh,
-    _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512,
-    _mm512_permutexvar_epi16, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps,
-    _mm512_storeu_ps, _mm512_storeu_si512,
+    __m512, __m512bh, __m512i, _mm512_add_ps, _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps,
+    _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_permutexvar_epi16,
+    _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps, _mm512_storeu_si512,
 };
 
 use super::{LANES, TILE, Tile};
@@ -15,7 +14,7 @@ use super::{LANES, TILE, Tile};
 pub(super) unsafe fn multiply<const M: usize, const V: usize, const RS: usize, const KS: usize>(
     tile: Tile<f32, f32>,
 ) {
-    ask_for(&tile, V * 16);
+    tile.ask_for_sums(V * 16);
     let mut sums = [[_mm512_setzero_ps(); V]; M];
     let (mut a, mut b) = (tile.a, tile.b);
     for _ in 0..tile.depth {
@@ -52,7 +51,7 @@ pub(super) unsafe fn multiply<const M: usize, const V: usize, const RS: usize, c
 /// See [`Tile`]; the processor must have AVX-512 with bf16.
 #[target_feature(enable = "avx512f,avx512bf16")]
 pub(super) unsafe fn multiply_pairs<const M: usize>(tile: Tile<u32, u32>) {
-    ask_for(&tile, LANES);
+    tile.ask_for_sums(LANES);
     let mut sums = [[_mm512_setzero_ps(); 2]; M];
     let (mut a, mut b) = (tile.a, tile.b);
     for _ in 0..tile.depth {
@@ -118,15 +117,4 @@ fn to_integers(value: __m512bh) -> __m512i {
 fn of_integers(value: __m512i) -> __m512bh {
     // SAFETY: 512 bits either way, and every bit pattern is a value.
     unsafe { std::mem::transmute(value) }
-}
-
-/// Asks for what the sums are added to.
-#[inline(always)]
-fn ask_for<A, B>(tile: &Tile<A, B>, lanes: usize) {
-    if let Some(from) = tile.from {
-        for place in (0..tile.rows * lanes).step_by(16) {
-            // SAFETY: no access, a wish.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(place).cast()) };
-        }
-    }
 }

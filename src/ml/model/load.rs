@@ -68,6 +68,12 @@ impl<'a> Loader<'a> {
         }
     }
 
+    /// Whether the adapter puts a weight of its own in the place `name`.
+    fn is_replaced(&self, name: &str) -> bool {
+        self.adapter
+            .is_some_and(|adapter| adapter.saved.contains_key(name) || adapter.trains(name))
+    }
+
     /// A tensor of the base in its own type; one in 4 bits is dequantised, and can't be trained or replaced.
     fn shaped(&self, name: &str, shape: &[usize]) -> anyhow::Result<Tensor> {
         let tensor = if let Some(nf4) = Nf4::load(self.weights, name)? {
@@ -75,10 +81,8 @@ impl<'a> Loader<'a> {
                 self.trained != Trained::Everything,
                 "`{name}` is stored in 4 bits and can't be trained itself; give an adapter"
             );
-            let replaced =
-                |adapter: &Adapter| adapter.saved.contains_key(name) || adapter.trains(name);
             anyhow::ensure!(
-                !self.adapter.is_some_and(replaced),
+                !self.is_replaced(name),
                 "the adapter trains `{name}` whole, but it is stored in 4 bits; take the dense model"
             );
             nf4.to_tensor(nf4.dtype, self.device)?
@@ -186,8 +190,7 @@ impl<'a> Loader<'a> {
     /// The type in which a frozen matrix is held for products in the compute dtype: as it is stored where that loses nothing, for what is
     /// narrower takes less memory and is widened on its way into a product. `tensor` is what is stored for the place `name`.
     fn held(&self, name: &str, tensor: &str) -> anyhow::Result<DType> {
-        let replaced = |adapter: &Adapter| adapter.saved.contains_key(name) || adapter.trains(name);
-        if self.compute != DType::F32 || self.adapter.is_some_and(replaced) {
+        if self.compute != DType::F32 || self.is_replaced(name) {
             return Ok(self.compute);
         }
         self.stored(tensor)
