@@ -401,7 +401,11 @@ fn kernels(bytes: usize) {
         let mut packed = vec![0u8; count.div_ceil(2)];
         let first = best(|| nf4::largest(stored, &input, &mut magnitudes));
         let second = best(|| nf4::pack(stored, &input, &mut packed));
-        let third = best(|| drop(pipeline::ml::nf4::encode::Magnitudes::nested(&magnitudes)));
+        let third = best(|| {
+            drop(pipeline::ml::quant::nf4::encode::Magnitudes::nested(
+                &magnitudes,
+            ));
+        });
         let rate = |seconds: f64| bytes as f64 / 1e9 / seconds;
         println!(
             "{stored:?}: magnitudes {:.2} GB/s, their codes {:.2}, codes {:.2}, all {:.2} a core",

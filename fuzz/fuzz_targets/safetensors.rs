@@ -7,7 +7,7 @@ use std::sync::LazyLock;
 
 use candle_core::Device;
 use libfuzzer_sys::fuzz_target;
-use pipeline::ml::weights::Weights;
+use pipeline::ml::io::weights::Weights;
 use tempfile::TempDir;
 
 static FOLDER: LazyLock<TempDir> = LazyLock::new(|| TempDir::new().expect("a temporary folder"));
@@ -27,5 +27,5 @@ fuzz_target!(|data: &[u8]| {
         }
         assert!(weights.file_of(name).is_some());
     }
-    let _ = pipeline::ml::config::LlamaConfig::read(FOLDER.path());
+    let _ = pipeline::ml::model::config::LlamaConfig::read(FOLDER.path());
 });

@@ -9,8 +9,9 @@ use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
+use super::commands::lock;
 use super::project::{RecipeArgs, normal, root};
-use super::{lock, remote, variable};
+use super::{remote, variable};
 use crate::engine::files_at;
 use crate::engine::glob::Pattern;
 use crate::recipe::{Output, Recipe, RecipeError, RecipeErrors};

@@ -2,26 +2,13 @@
 //!
 //! This is the only place where the environment is read, where something is printed, and where a process ends.
 
-mod cache;
+mod commands;
 mod confine;
-mod diff;
 pub mod error;
-mod gc;
-mod graph;
-mod history;
-mod lock;
 mod machine;
-mod plan;
 mod project;
-mod reference;
 mod remote;
-mod run;
-mod schema;
-mod show;
 mod trust;
-mod validate;
-mod why;
-mod work;
 
 use std::io::{ErrorKind, IsTerminal as _, Read as _, Write as _};
 use std::path::Path;
@@ -31,7 +18,7 @@ use clap::{Parser, Subcommand};
 use serde::Serialize;
 
 use crate::report::{harmless, harmless_json, steers};
-pub use reference::reference;
+pub use commands::reference::reference;
 
 /// Runs LLM fine-tuning recipes: a cached graph of stages, of which only what is stale is executed.
 #[derive(Parser)]
@@ -47,32 +34,32 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Makes stale stages fresh and puts results in their places
-    Run(run::Args),
+    Run(commands::run::Args),
     /// Shows what `run` would do, one line a stage; writes nothing
-    Plan(plan::Args),
+    Plan(commands::plan::Args),
     /// Tells every reason why a stage runs, or since when its result is there
-    Why(why::Args),
+    Why(commands::why::Args),
     /// Pins the commits of branches and the contents of local files in a file beside the recipe
-    Lock(lock::Args),
+    Lock(commands::lock::Args),
     /// Lists the runs of a recipe
-    History(history::Args),
+    History(commands::history::Args),
     /// Tells what differs between two runs, with old and new values
-    Diff(diff::Args),
+    Diff(commands::diff::Args),
     /// Checks a recipe without running anything
-    Validate(validate::Args),
+    Validate(commands::validate::Args),
     /// Draws the graph of a recipe
-    Graph(graph::Args),
+    Graph(commands::graph::Args),
     /// Shows a stage's result: where it is, its record, and a look inside
-    Show(show::Args),
+    Show(commands::show::Args),
     /// Removes results that nobody needs any more
-    Gc(gc::Args),
+    Gc(commands::gc::Args),
     /// Looks after the remote that machines share: send, fetch, list, clean, check
-    Cache(cache::Args),
+    Cache(commands::cache::Args),
     /// Prints the JSON Schema of recipes, for editors
-    Schema(schema::Args),
+    Schema(commands::schema::Args),
     /// Runs one stage for another process of this program
     #[command(hide = true)]
-    Work(work::Args),
+    Work(commands::work::Args),
 }
 
 /// How a command ended, if not with its work done.
@@ -112,19 +99,19 @@ pub fn main() -> ExitCode {
         }
     };
     let result = match cli.command {
-        Command::Run(args) => run::run(&args),
-        Command::Plan(args) => plan::run(&args),
-        Command::Why(args) => why::run(&args),
-        Command::Lock(args) => lock::run(&args),
-        Command::History(args) => history::run(&args),
-        Command::Diff(args) => diff::run(&args),
-        Command::Validate(args) => validate::run(&args),
-        Command::Graph(args) => graph::run(&args),
-        Command::Show(args) => show::run(&args),
-        Command::Gc(args) => gc::run(&args),
-        Command::Cache(args) => cache::run(&args),
-        Command::Schema(args) => schema::run(&args),
-        Command::Work(args) => work::run(&args),
+        Command::Run(args) => commands::run::run(&args),
+        Command::Plan(args) => commands::plan::run(&args),
+        Command::Why(args) => commands::why::run(&args),
+        Command::Lock(args) => commands::lock::run(&args),
+        Command::History(args) => commands::history::run(&args),
+        Command::Diff(args) => commands::diff::run(&args),
+        Command::Validate(args) => commands::validate::run(&args),
+        Command::Graph(args) => commands::graph::run(&args),
+        Command::Show(args) => commands::show::run(&args),
+        Command::Gc(args) => commands::gc::run(&args),
+        Command::Cache(args) => commands::cache::run(&args),
+        Command::Schema(args) => commands::schema::run(&args),
+        Command::Work(args) => commands::work::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -123,7 +123,7 @@ impl Project {
                 &format!(", or {}", bounds.advice()),
             )?,
         };
-        let pins = super::lock::read(&args.recipe)?.unwrap_or_default();
+        let pins = super::commands::lock::read(&args.recipe)?.unwrap_or_default();
         Ok(Self {
             pins,
             key: key(file.strip_prefix(&root).unwrap_or(&file)),

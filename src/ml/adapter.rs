@@ -15,8 +15,8 @@ pub use ends::ENDS;
 pub use patterns::Patterns;
 pub use targets::{ALL_LINEAR, Meant};
 
-use super::finite;
-use super::weights::{self, Weights};
+use super::io::finite;
+use super::io::weights::{self, Weights};
 
 /// PEFT's prefix of every tensor name.
 const PREFIX: &str = "base_model.model.";

@@ -5,10 +5,10 @@ use std::fmt;
 use anyhow::ensure;
 use pipeline_kernels::vectors::largest;
 
-use super::linear::Pass;
-use super::model::decode::{Decoder, Token};
+use super::fused::decode::{Decoder, Token};
+use super::loss::in_pool;
+use super::model::linear::Pass;
 use super::model::{Cache, Llama};
-use super::objective::in_pool;
 
 /// Tokens of prompts that go through the model at a time.
 const CHUNK: usize = 32;

@@ -7,26 +7,33 @@
 //! A layer takes the hidden states (batch, length, hidden), the angles and the mask; gives the hidden states; saves its
 //! graph, or with checkpointing only its input; and recomputes everything from that input.
 
-pub mod decode;
+pub mod autograd;
+pub mod batch;
+pub mod config;
+pub mod create;
 mod ends;
+pub mod head;
 mod layerwise;
+pub mod linear;
 mod load;
 mod overflow;
+pub mod tensors;
+pub mod tied;
 
 use std::sync::Mutex;
 
 use candle_core::backprop::GradStore;
 use candle_core::{D, DType, Device, Result, Tensor, Var};
 
-use super::batch::Batch;
-use super::config::LlamaConfig;
-use super::forward::Path;
+use self::autograd::{masked_softmax, rms_norm, rope};
+use self::batch::Batch;
+use self::config::LlamaConfig;
+use self::head::OfHead;
+use self::linear::{Drops, Linear, Lora, Pass, Weight};
+use self::tied::{EMBEDDINGS, HEAD};
+use super::execution::Path;
 use super::fused::states::States;
 use super::fused::{self, Pool};
-use super::head::OfHead;
-use super::linear::{Drops, Linear, Lora, Pass, Weight};
-use super::ops::{masked_softmax, rms_norm, rope};
-use super::tied::{EMBEDDINGS, HEAD};
 use ends::looked_up;
 pub use layerwise::logits_by_layer;
 
@@ -308,7 +315,7 @@ impl Llama {
         })
     }
 
-    fn embed(&self, ids: &Tensor, pass: Pass) -> Result<Tensor> {
+    pub(in crate::ml) fn embed(&self, ids: &Tensor, pass: Pass) -> Result<Tensor> {
         let (batch, length) = ids.dims2()?;
         let ids = ids.flatten_all()?;
         looked_up(&self.embed, self.embed_lora.as_ref(), &ids, pass)?.reshape((batch, length, ()))

@@ -4,10 +4,16 @@
 //! checkpoints, a stopped or killed training goes on where it was and ends with the same bits.
 
 pub(super) mod best;
-mod end;
+pub(in crate::ml) mod checkpoint;
+pub mod evaluate;
 mod fault;
 pub(super) mod log;
+pub mod optim;
+mod resume;
+pub mod sampler;
+pub mod save;
 pub(super) mod scaler;
+pub mod schedule;
 mod settings;
 mod trainer_state;
 
@@ -18,18 +24,16 @@ use anyhow::{Context as _, bail, ensure};
 use candle_core::DType;
 use pipeline_kernels::dropout::mix;
 
-use super::batch::{Batch, Row};
-use super::checkpoint::{self, Resumed, State};
-use super::evaluate;
-use super::forward::{Together, together};
-use super::linear::{Drops, Pass};
+use self::checkpoint::{Resumed, State};
+use self::optim::Optimizer;
+use super::execution::{Together, together};
+use super::model::batch::{Batch, Row};
+use super::model::linear::{Drops, Pass};
 use super::model::{Gradients, Llama};
-use super::optim::{self, Optimizer};
-use super::sampler;
 pub use best::{Best, Watch};
-pub use end::{Start, take_up};
 pub use fault::Fault;
 pub use log::{Ending, Log, Step};
+pub use resume::{Start, take_up};
 pub use settings::{Every, Settings};
 pub use trainer_state::trainer_state;
 
@@ -231,7 +235,7 @@ pub fn train(
                 None => false,
             };
             if is_last && !due {
-                end::leave(model, &optimizer, &state, settings, total)?;
+                resume::leave(model, &optimizer, &state, settings, total)?;
             }
             if (due || is_last && settings.eval_every.is_some()) && !eval_rows.is_empty() {
                 let metrics = evaluate::metrics(model, eval_rows, settings)?;
@@ -255,7 +259,7 @@ pub fn train(
                 logs.push(log);
             }
             if is_last && due {
-                end::leave(model, &optimizer, &state, settings, total)?;
+                resume::leave(model, &optimizer, &state, settings, total)?;
             }
 
             let told = Step {
@@ -277,7 +281,7 @@ pub fn train(
         }
     }
     if state.step < total {
-        end::leave_stopped(settings, state.step, total)?;
+        resume::leave_stopped(settings, state.step, total)?;
     }
     if let (Some(Watch { load: true, .. }), Some(scratch)) = (watch, scratch) {
         best::restore(scratch, model, &state.best)?;

@@ -10,18 +10,18 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::artifacts::{Adapter, Model, Scores, Tokens};
-use super::training::{Rules, has_split, pad_id, rows};
-use super::{chat_template, tokenizers};
+use super::text::{chat_template, tokenizers};
+use super::train::common::{Rules, has_split, pad_id, rows};
 use crate::engine::{Context, Input, Problem, Stage};
 use crate::ml::adapter::{Adapter as LoraAdapter, FILE};
-use crate::ml::batch::Row;
-use crate::ml::config::LlamaConfig;
-use crate::ml::evaluate::{self, NotFinite};
-use crate::ml::linear::Pass;
-use crate::ml::model::{Llama, Trained};
-use crate::ml::tied;
+use crate::ml::generate;
+use crate::ml::io::finite;
+use crate::ml::model::batch::Row;
+use crate::ml::model::config::LlamaConfig;
+use crate::ml::model::linear::Pass;
+use crate::ml::model::{Llama, Trained, tied};
 use crate::ml::train::compute_dtype;
-use crate::ml::{finite, generate};
+use crate::ml::train::evaluate::{self, NotFinite};
 use crate::text::tokenizer::Tokenizer;
 
 /// Scores a model on preference rows: `scores.json` with TRL's numbers, and `answers.jsonl` with greedy answers to the first

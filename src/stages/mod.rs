@@ -2,39 +2,15 @@
 //!
 //! A new kind is one file plus one line in [`KINDS`]; docs/adding-a-stage.md walks through it.
 
-mod adapter_files;
-mod added;
-pub mod apply_chat_template;
+pub mod adapter;
 pub mod artifacts;
-pub mod attach_lora;
-mod chat_template;
-pub mod create_model;
-mod dataset_files;
-mod dataset_folders;
-pub mod download_adapter;
-pub mod download_dataset;
-pub mod download_model;
-mod dtype;
+pub mod dataset;
 pub mod evaluate;
 mod from_hub;
-pub mod import_adapter;
-pub mod import_dataset;
-pub mod import_model;
-pub mod merge;
-mod model_files;
-pub mod quantize;
-mod row_format;
-pub mod split_dataset;
-pub mod tokenize;
-mod tokenizers;
-pub mod train_orpo;
-pub mod train_sft;
-mod training;
+pub mod model;
+pub mod text;
+pub mod train;
 
-#[cfg(test)]
-mod bad_data;
-#[cfg(test)]
-mod formats;
 #[cfg(test)]
 mod threads;
 
@@ -47,22 +23,22 @@ use crate::engine::Kind;
 
 /// Every kind of stage, in the order of the reference docs.
 pub const KINDS: &[Kind] = &[
-    Kind::of::<download_dataset::DownloadDataset>(),
-    Kind::of::<download_model::DownloadModel>(),
-    Kind::of::<download_adapter::DownloadAdapter>(),
-    Kind::of::<import_dataset::ImportDataset>(),
-    Kind::of::<import_model::ImportModel>(),
-    Kind::of::<import_adapter::ImportAdapter>(),
-    Kind::of::<split_dataset::SplitDataset>(),
-    Kind::of::<create_model::CreateModel>(),
-    Kind::of::<apply_chat_template::ApplyChatTemplate>(),
-    Kind::of::<tokenize::Tokenize>(),
-    Kind::of::<quantize::Quantize>(),
-    Kind::of::<attach_lora::AttachLora>(),
-    Kind::of::<train_sft::TrainSft>(),
-    Kind::of::<train_orpo::TrainOrpo>(),
+    Kind::of::<dataset::download_dataset::DownloadDataset>(),
+    Kind::of::<model::download_model::DownloadModel>(),
+    Kind::of::<adapter::download_adapter::DownloadAdapter>(),
+    Kind::of::<dataset::import_dataset::ImportDataset>(),
+    Kind::of::<model::import_model::ImportModel>(),
+    Kind::of::<adapter::import_adapter::ImportAdapter>(),
+    Kind::of::<dataset::split_dataset::SplitDataset>(),
+    Kind::of::<model::create_model::CreateModel>(),
+    Kind::of::<text::apply_chat_template::ApplyChatTemplate>(),
+    Kind::of::<text::tokenize::Tokenize>(),
+    Kind::of::<model::quantize::Quantize>(),
+    Kind::of::<adapter::attach_lora::AttachLora>(),
+    Kind::of::<train::train_sft::TrainSft>(),
+    Kind::of::<train::train_orpo::TrainOrpo>(),
     Kind::of::<evaluate::Evaluate>(),
-    Kind::of::<merge::Merge>(),
+    Kind::of::<model::merge::Merge>(),
 ];
 
 /// The kind called `name`.

@@ -3,11 +3,11 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::apply_chat_template::ApplyChatTemplate;
-use super::import_dataset::ImportDataset;
-use super::merge::Merge;
-use super::quantize::Quantize;
-use super::tokenize::Tokenize;
+use super::dataset::import_dataset::ImportDataset;
+use super::model::merge::Merge;
+use super::model::quantize::Quantize;
+use super::text::apply_chat_template::ApplyChatTemplate;
+use super::text::tokenize::Tokenize;
 use crate::engine::{Context, Stage};
 
 const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden");

@@ -59,7 +59,7 @@ fn other_bytes_need_another_version() {
         if pinned["version"] == made["version"] {
             assert_eq!(
                 pinned["artifact"], made["artifact"],
-                "`{kind}` makes other bytes than before: raise its VERSION in src/stages/{kind}.rs, then \
+                "`{kind}` makes other bytes than before: raise its VERSION in its file under src/stages, then \
                  UPDATE_GENERATED=1 cargo test pins"
             );
         }

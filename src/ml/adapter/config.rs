@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 
 use super::patterns::{Orders, Pattern, Patterns};
 use super::targets::Targets;
-use crate::ml::folder::sorted;
+use crate::ml::io::folder::sorted;
 
 /// The keys whose patterns are tried in order.
 const RANKS: &str = "rank_pattern";

@@ -5,7 +5,7 @@ use anyhow::{Context as _, bail, ensure};
 use serde_json::{Map, Value};
 
 use super::patterns::Pattern;
-use crate::ml::lora_init::PROJECTIONS;
+use crate::ml::lora::init::PROJECTIONS;
 
 /// What means every projection of the layers.
 pub const ALL_LINEAR: &str = "all-linear";

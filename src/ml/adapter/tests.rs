@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 
 use super::patterns::Orders;
 use super::*;
-use crate::ml::golden;
+use crate::ml::testing::golden;
 
 fn golden_raw() -> Map<String, Value> {
     let text = include_str!("../../../tests/golden/adapter_init/adapter_config.json");

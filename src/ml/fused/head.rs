@@ -17,9 +17,9 @@ use rayon::prelude::*;
 
 use super::Forward;
 use super::weights::Held;
-use crate::ml::batch::Target;
-use crate::ml::head::Certainty;
 use crate::ml::model::Gradients;
+use crate::ml::model::batch::Target;
+use crate::ml::model::head::Certainty;
 
 /// The number of logits at once: 16 MiB of them. In tests few, so that small vocabularies have several blocks.
 const AT_ONCE: usize = if cfg!(test) { 1 << 12 } else { 1 << 22 };

@@ -18,8 +18,8 @@ use super::layout::Layout;
 use super::pool::Pool;
 use super::projection::Set;
 use super::weights::Layer;
-use crate::ml::config::LlamaConfig;
-use crate::ml::linear::{Pass, Weight};
+use crate::ml::model::config::LlamaConfig;
+use crate::ml::model::linear::{Pass, Weight};
 use crate::ml::model::{self, Gradients, Llama};
 
 /// The sizes of a pass and what all layers share.

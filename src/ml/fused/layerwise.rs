@@ -19,12 +19,12 @@ use super::layout::Layout;
 use super::weights::{Held, Layer, Pair, Projection, Source};
 use super::{Packing, Pool};
 use crate::ml::adapter::Adapter;
-use crate::ml::batch::Batch;
-use crate::ml::config::LlamaConfig;
-use crate::ml::float::Float;
-use crate::ml::nf4::Nf4;
-use crate::ml::tied::{EMBEDDINGS, HEAD};
-use crate::ml::weights::{RawTensor, Weights};
+use crate::ml::io::float::Float;
+use crate::ml::io::weights::{RawTensor, Weights};
+use crate::ml::model::batch::Batch;
+use crate::ml::model::config::LlamaConfig;
+use crate::ml::model::tied::{EMBEDDINGS, HEAD};
+use crate::ml::quant::nf4::Nf4;
 
 /// Values that a thread converts at once.
 const SPAN: usize = 1 << 14;

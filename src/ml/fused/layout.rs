@@ -6,8 +6,8 @@
 
 use pipeline_kernels::attention::{Span, Spans, Visible};
 
-use crate::ml::batch::{Batch, Sequence};
-use crate::ml::linear::BATCH_STRIDE;
+use crate::ml::model::batch::{Batch, Sequence};
+use crate::ml::model::linear::BATCH_STRIDE;
 
 /// What of a batch need not be computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -278,7 +278,7 @@ impl Layout {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ml::batch::Row;
+    use crate::ml::model::batch::Row;
 
     #[test]
     fn prompts_are_shared_and_padding_is_left_out() {

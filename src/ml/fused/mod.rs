@@ -9,6 +9,7 @@
 //! only its input, and gives hidden states. Below the lowest layer with something that is trained nothing is kept, and the backward
 //! ends.
 
+pub mod decode;
 mod head;
 mod layer;
 pub(super) mod layerwise;
@@ -22,9 +23,9 @@ use candle_core::{DType, Result, Tensor};
 use pipeline_kernels::elementwise::{rms_norm, rms_norm_backward, rms_norm_weight};
 use pipeline_kernels::panels::{LANES, fill, panels, size};
 
-use super::batch::{Batch, Target};
-use super::forward::Together;
-use super::linear::{Linear, Pass};
+use super::execution::Together;
+use super::model::batch::{Batch, Target};
+use super::model::linear::{Linear, Pass};
 use super::model::{self, Gradients, Llama};
 pub use head::Scored;
 use layer::{Both, Saved, Shape, Trainable, Work};
@@ -207,7 +208,7 @@ impl<'m> Forward<'m> {
         head::score(self, targets, certainty, gradient)
     }
 
-    /// See [`super::head::mean_logit`]; `from` counts all batches' sequences. Without padding the mean goes over the positions
+    /// See [`super::model::head::mean_logit`]; `from` counts all batches' sequences. Without padding the mean goes over the positions
     /// that there are.
     pub fn mean_logit(&self, from: usize, count: usize) -> Result<f64> {
         let sequences = self.layout.places.iter().skip(from).take(count);

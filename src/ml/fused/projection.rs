@@ -11,7 +11,7 @@ use rayon::prelude::*;
 use super::layer::{Shape, Trainable};
 use super::pool::Pool;
 use super::weights::Projection;
-use crate::ml::linear::{Base, Linear};
+use crate::ml::model::linear::{Base, Linear};
 
 /// Some projections of the same values.
 pub(super) struct Set<'a> {

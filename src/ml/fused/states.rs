@@ -13,7 +13,7 @@ use candle_core::{Error, Result};
 use pipeline_kernels::panels::{column, fill};
 
 use super::layout::Layout;
-use crate::ml::batch::{Batch, Sequence};
+use crate::ml::model::batch::{Batch, Sequence};
 
 /// See [`Layout::branches`].
 type Branch = (usize, usize);

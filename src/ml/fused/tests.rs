@@ -4,17 +4,17 @@ use candle_core::Tensor;
 
 use super::*;
 use crate::ml::adapter::{Names, NewAdapter};
-use crate::ml::batch::Row;
-use crate::ml::config::LlamaConfig;
-use crate::ml::create::{Settings, create};
-use crate::ml::float::Float;
-use crate::ml::forward::{Path, Together, together};
-use crate::ml::golden::{self, rows};
-use crate::ml::linear::Drops;
-use crate::ml::lora_init;
+use crate::ml::execution::{Path, Together, together};
+use crate::ml::io::float::Float;
+use crate::ml::io::weights::Weights;
+use crate::ml::lora::init;
+use crate::ml::loss::{Objective, Outcome};
 use crate::ml::model::Trained;
-use crate::ml::objective::{Objective, Outcome};
-use crate::ml::weights::Weights;
+use crate::ml::model::batch::Row;
+use crate::ml::model::config::LlamaConfig;
+use crate::ml::model::create::{Settings, create};
+use crate::ml::model::linear::Drops;
+use crate::ml::testing::golden::{self, rows};
 
 const PADDED: Packing = Packing {
     padding_free: false,
@@ -226,7 +226,7 @@ fn packed_rows_keep_to_themselves() {
     let objective = Objective::Sft {
         completion_only: true,
     };
-    let packed = crate::ml::sft::pack(rows[..6].to_vec(), 192, true);
+    let packed = crate::ml::loss::sft::pack(rows[..6].to_vec(), 192, true);
     let rows: Vec<_> = packed.rows.iter().collect();
     let batch = objective.batch(&rows, 1023).unwrap();
     assert!(batch.positions().is_some());
@@ -412,7 +412,7 @@ fn nothing_is_kept_below_the_lowest_adapter() {
             target_modules: Names::Pattern(modules),
             ..NewAdapter::default()
         };
-        let adapter = lora_init::adapter(&config, &new, 5).unwrap();
+        let adapter = init::adapter(&config, &new, 5).unwrap();
         let mut model = Llama::load(
             &config,
             &Weights::open(&golden::folder("model")).unwrap(),

@@ -6,9 +6,9 @@ use candle_core::{CpuStorage, Layout, Result, Storage, StorageRef, Tensor, bail}
 use pipeline_kernels::dropout::Dropout;
 use pipeline_kernels::matrix::{Matrix, Nf4, Rounding, Values};
 
-use crate::ml::float::Float;
-use crate::ml::linear::{Base, Linear, Pass, Weight};
-use crate::ml::nf4;
+use crate::ml::io::float::Float;
+use crate::ml::model::linear::{Base, Linear, Pass, Weight};
+use crate::ml::quant::nf4;
 
 /// A tensor's values.
 pub(in crate::ml) struct Held<'a> {

@@ -2,10 +2,10 @@
 
 use candle_core::{D, DType, Result, Tensor};
 
-use super::super::head::Head;
-use super::super::linear::{Lora, Pass, Weight, drop};
-use super::super::ops::matmul_rows;
 use super::Llama;
+use super::autograd::matmul_rows;
+use super::head::Head;
+use super::linear::{Lora, Pass, Weight, drop};
 
 impl Llama {
     pub(in crate::ml) fn head(&self) -> &Weight {

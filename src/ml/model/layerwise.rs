@@ -3,15 +3,15 @@
 use candle_core::{DType, Device, Tensor};
 
 use super::super::adapter::{Adapter, ENDS};
-use super::super::batch::Batch;
-use super::super::config::LlamaConfig;
-use super::super::head::Head;
-use super::super::linear::Pass;
-use super::super::tied::{EMBEDDINGS, HEAD};
-use super::super::weights::Weights;
+use super::batch::Batch;
+use super::config::LlamaConfig;
 use super::ends::{looked_up, widened};
+use super::head::Head;
+use super::linear::Pass;
 use super::load::Loader;
+use super::tied::{EMBEDDINGS, HEAD};
 use super::{Shared, Trained, angles};
+use crate::ml::io::weights::Weights;
 
 /// Rows of the head that are in f32 at a time.
 const HEAD_ROWS: usize = 1 << 14;

@@ -7,16 +7,16 @@ use anyhow::Context as _;
 use candle_core::{DType, Device, Tensor, Var};
 
 use super::super::adapter::{Adapter, ENDS, LoraPair, Meant};
-use super::super::config::LlamaConfig;
-use super::super::float::Float;
-use super::super::forward::Path;
 use super::super::fused::{self, Packing, Pool};
-use super::super::linear::{Base, Linear, Lora, Pass, Weight};
-use super::super::lora_init::{Module, modules};
-use super::super::nf4::Nf4;
-use super::super::tied::{EMBEDDINGS, HEAD};
-use super::super::weights::Weights;
+use super::config::LlamaConfig;
+use super::linear::{Base, Linear, Lora, Pass, Weight};
+use super::tied::{EMBEDDINGS, HEAD};
 use super::{Layer, Llama, Norm, Parameter, Trained};
+use crate::ml::execution::Path;
+use crate::ml::io::float::Float;
+use crate::ml::io::weights::Weights;
+use crate::ml::lora::init::{Module, modules};
+use crate::ml::quant::nf4::Nf4;
 
 /// Reads a model's tensors into the places where they are wanted.
 pub(super) struct Loader<'a> {

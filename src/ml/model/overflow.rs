@@ -3,10 +3,10 @@
 use candle_core::DType;
 use half::f16;
 
-use super::super::finite;
-use super::super::linear::{Base, Pass};
-use super::super::lora_init::projections;
 use super::Llama;
+use super::linear::{Base, Pass};
+use crate::ml::io::finite;
+use crate::ml::lora::init::projections;
 
 impl Llama {
     /// The first frozen weight with values beyond the range of f16, if that is what products run in; values that were no numbers
@@ -35,6 +35,6 @@ impl Llama {
         }
         let head = self.head().stored(Pass::BASE);
         let overflown = head.dtype() == DType::F16 && finite::in_memory(head)?.is_some();
-        Ok(overflown.then(|| super::super::tensors::HEAD.to_owned()))
+        Ok(overflown.then(|| super::tensors::HEAD.to_owned()))
     }
 }

@@ -2,15 +2,15 @@
 
 use std::collections::BTreeSet;
 
+use super::batch::Row;
 use super::*;
 use crate::ml::adapter::Adapter;
-use crate::ml::batch::Row;
-use crate::ml::counting::peak;
-use crate::ml::forward::Path;
-use crate::ml::fused::Packing;
-use crate::ml::golden::{self, rows};
-use crate::ml::objective::Objective;
-use crate::ml::weights::{Weights, save};
+use crate::ml::execution::Path;
+use crate::ml::fused::{Packing, decode};
+use crate::ml::io::weights::{Weights, save};
+use crate::ml::loss::Objective;
+use crate::ml::testing::counting::peak;
+use crate::ml::testing::golden::{self, rows};
 
 #[test]
 fn adapters_alone_have_gradients() {
@@ -339,7 +339,7 @@ fn dropout_keeps_the_mean_and_drops_its_share() {
         .iter()
         .filter(|linear| linear.lora.as_ref().unwrap().a.value(Pass::INFER).dims()[1] == width)
     {
-        let dropped = crate::ml::linear::drop(&ones, linear.dropout(pass).unwrap()).unwrap();
+        let dropped = super::linear::drop(&ones, linear.dropout(pass).unwrap()).unwrap();
         let values: Vec<f32> = dropped.flatten_all().unwrap().to_vec1().unwrap();
         let zeros = values.iter().filter(|value| **value == 0.).count() as f64;
         let share = zeros / values.len() as f64;

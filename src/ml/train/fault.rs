@@ -5,9 +5,9 @@ use std::fmt;
 use std::path::Path;
 
 use super::Settings;
-use crate::ml::finite;
+use super::optim::Optimizer;
+use crate::ml::io::finite;
 use crate::ml::model::Llama;
-use crate::ml::optim::Optimizer;
 
 /// A step whose loss or gradient is NaN or infinite.
 #[derive(Debug, Clone, PartialEq)]

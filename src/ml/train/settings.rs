@@ -3,10 +3,10 @@
 use std::path::PathBuf;
 
 use super::best::Watch;
-use crate::ml::objective::Objective;
-use crate::ml::optim;
-use crate::ml::sampler::Sampling;
-use crate::ml::schedule::{Schedule, Shape};
+use super::optim;
+use super::sampler::Sampling;
+use super::schedule::{Schedule, Shape};
+use crate::ml::loss::Objective;
 
 /// The settings of a training, by transformers' names.
 #[derive(Debug, Clone, PartialEq)]

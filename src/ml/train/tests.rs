@@ -5,15 +5,15 @@ use std::fs;
 
 use candle_core::{Device, Tensor};
 
+use super::schedule::Shape;
 use super::*;
 use crate::ml::adapter::Adapter;
-use crate::ml::config::LlamaConfig;
-use crate::ml::golden::{self, folder, rows, tensors};
-use crate::ml::golden_runs::settings;
+use crate::ml::io::weights::Weights;
+use crate::ml::loss::Objective;
 use crate::ml::model::Trained;
-use crate::ml::objective::Objective;
-use crate::ml::schedule::Shape;
-use crate::ml::weights::Weights;
+use crate::ml::model::config::LlamaConfig;
+use crate::ml::testing::golden::{self, folder, rows, tensors};
+use crate::ml::testing::golden_runs::settings;
 
 fn model(compute: DType) -> Llama {
     golden::model("model", Some("adapter_init"), Trained::Adapter, compute)

@@ -4,7 +4,7 @@ use anyhow::ensure;
 use serde_json::{Map, Value, json};
 
 use super::{Ending, Every, Settings};
-use crate::ml::folder::sorted_json;
+use crate::ml::io::folder::sorted_json;
 
 /// The text of `trainer_state.json` for a finished training. The log has every step, whatever is shown while it runs.
 ///

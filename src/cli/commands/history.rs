@@ -1,0 +1,61 @@
+//! `history`: the runs of a recipe.
+
+use crate::cli::project::{Project, RecipeArgs, StoreArgs};
+use crate::cli::{Failure, print, print_json, table};
+use crate::engine::{Outcome, Run, RunStage};
+use crate::report::{ago, duration};
+
+#[derive(clap::Args)]
+pub(in crate::cli) struct Args {
+    #[command(flatten)]
+    recipe: RecipeArgs,
+    /// The runs as JSON
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    store: StoreArgs,
+}
+
+pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
+    let project = Project::open(&args.recipe, &args.store)?;
+    let runs = project.runs();
+    if args.json {
+        return print_json(&runs);
+    }
+    if runs.is_empty() {
+        print("no runs yet\n");
+        return Ok(());
+    }
+    print(&table(&runs.iter().map(row).collect::<Vec<_>>()));
+    Ok(())
+}
+
+fn row(run: &Run) -> Vec<String> {
+    let outcome = match run.outcome {
+        Outcome::Done => "done",
+        Outcome::Failed => "failed",
+        Outcome::Interrupted => "interrupted",
+    };
+    let named = |wanted: fn(&RunStage) -> bool| {
+        let stages = run.stages.iter().filter(|(_, stage)| wanted(stage));
+        stages
+            .map(|(name, _)| name.as_str())
+            .collect::<Vec<_>>()
+            .join(", ")
+    };
+    let mut what = vec![named(|stage| stage.ran)];
+    if what[0].is_empty() {
+        what[0] = "nothing ran".into();
+    }
+    let missing = named(|stage| stage.artifact.is_none());
+    if !missing.is_empty() {
+        what.push(format!("without a result: {missing}"));
+    }
+    vec![
+        run.number.to_string(),
+        ago(run.started),
+        outcome.to_owned(),
+        format!("in {}", duration(run.seconds)),
+        what.join("; "),
+    ]
+}

@@ -1,0 +1,16 @@
+//! The subcommands, one file each.
+
+pub(super) mod cache;
+pub(super) mod diff;
+pub(super) mod gc;
+pub(super) mod graph;
+pub(super) mod history;
+pub(super) mod lock;
+pub(super) mod plan;
+pub(super) mod reference;
+pub(super) mod run;
+pub(super) mod schema;
+pub(super) mod show;
+pub(super) mod validate;
+pub(super) mod why;
+pub(super) mod work;

@@ -1,0 +1,235 @@
+//! `run`: makes stale stages fresh and puts results in their places.
+
+use std::collections::BTreeSet;
+use std::io::IsTerminal as _;
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Sender, channel};
+
+use anyhow::Context as _;
+
+use super::lock;
+use crate::cli::project::{Project, RecipeArgs, StoreArgs};
+use crate::cli::remote::RemoteArgs;
+use crate::cli::{Failure, colour, error, machine, tell};
+use crate::engine::{Bytes, Event, Machine, Options, Placing, Put, Summary, place};
+use crate::report::{Style, report};
+
+#[derive(clap::Args)]
+pub(in crate::cli) struct Args {
+    #[command(flatten)]
+    recipe: RecipeArgs,
+    /// The stages to make, with all they need [default: all]
+    stages: Vec<String>,
+    /// Runs this stage even if its result is there; may be repeated
+    #[arg(long, value_name = "STAGE")]
+    force: Vec<String>,
+    /// Events as JSON, one a line, on standard output
+    #[arg(long)]
+    json: bool,
+    /// Stages that may run at a time; trainings and evaluations always go one by one [default: the number of cores]
+    #[arg(long, value_name = "N")]
+    jobs: Option<NonZeroUsize>,
+    /// Cores that stages may take together, by their `resources` [default: all]
+    #[arg(long, value_name = "N")]
+    cpus: Option<NonZeroUsize>,
+    /// Memory that stages may take together, by their `resources`, such as `20GiB` [default: the machine's]
+    #[arg(long, value_name = "SIZE")]
+    memory: Option<Bytes>,
+    /// Ids of the devices that stages may take, such as `0,1` [default: all]
+    #[arg(long, value_name = "IDS", value_delimiter = ',')]
+    gpus: Option<Vec<usize>>,
+    /// After a failure, goes on with the stages that don't need the failed one
+    #[arg(long)]
+    keep_going: bool,
+    /// Refuses to run when something would not be as the lock file pins it
+    #[arg(long)]
+    locked: bool,
+    /// Replaces files at the places of outputs that pipeline did not put there, or that were changed since
+    #[arg(long)]
+    overwrite_outputs: bool,
+    #[command(flatten)]
+    store: StoreArgs,
+    #[command(flatten)]
+    remote: RemoteArgs,
+    /// Sends no new results to the remote
+    #[arg(long)]
+    no_push: bool,
+}
+
+pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
+    let mut project = Project::open(&args.recipe, &args.store)?;
+    project.connect(&args.remote, args.no_push)?;
+    let targets = project.find_all(&args.stages)?;
+    let forced = project.find_all(&args.force)?;
+    check_lock(&project, args)?;
+    project.locked = args.locked;
+    let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    let options = Options {
+        jobs: args.jobs.map_or(cores, NonZeroUsize::get),
+        machine: Machine {
+            cpus: args.cpus.map_or(cores, NonZeroUsize::get),
+            memory: args.memory.or_else(machine::memory),
+            gpus: args.gpus.clone().unwrap_or_else(machine::gpus),
+        },
+        keep_going: args.keep_going,
+    };
+    let style = match (args.json, std::io::stderr().is_terminal()) {
+        (true, _) => Style::Json,
+        (false, true) => Style::Bars,
+        (false, false) => Style::Lines,
+    };
+    let cancel = Arc::clone(&project.world.cancel);
+    stop_on_signal(&cancel)?;
+    let (events, received) = channel();
+    let stages = project.recipe.stages.iter();
+    let place = |place| format!("{}:{place}", project.recipe.path.display());
+    let places = stages
+        .map(|stage| (stage.name.clone(), place(stage.place)))
+        .collect();
+    let places = &places;
+    let summary = std::thread::scope(|scope| {
+        std::thread::Builder::new()
+            .spawn_scoped(scope, move || report(&received, style, places))
+            .context("could not start a thread")?;
+        // The sender goes when this is done, and with it the reporter.
+        let events = events;
+        // Also until the outputs are in their places: nothing they are made of may go before.
+        let in_use = project.store.use_results(&cancel, &mut |holder| {
+            let holder = holder.to_owned();
+            // A reporter that is gone misses nothing else.
+            let _ = events.send(Event::RunWaiting { holder });
+        });
+        if in_use.is_err() && cancel.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
+        let _in_use = in_use?;
+        let situation = project.situation(&forced);
+        let summary = crate::engine::run(&situation, &targets, &options, &events, &cancel)?;
+        // After a failure only who wants to go on gets what is finished.
+        if !summary.interrupted && (summary.failed == 0 || args.keep_going) {
+            let how = Placing {
+                overwrite: args.overwrite_outputs,
+                verify: args.store.verify,
+            };
+            let put = put_outputs(&project, &summary, &targets, how, &events, &cancel);
+            if put.is_err() && cancel.load(Ordering::Relaxed) {
+                return Ok(None);
+            }
+            put?;
+        }
+        anyhow::Ok(Some(summary))
+    })?;
+    project.tell_warnings()?;
+    let Some(summary) = summary else {
+        return Err(Failure::Interrupted);
+    };
+    if summary.interrupted {
+        return Err(Failure::Interrupted);
+    }
+    if summary.failed > 0 {
+        return Err(Failure::Told);
+    }
+    Ok(())
+}
+
+/// With `--locked` nothing may move. Without, a lock file that is behind is worth a sentence.
+fn check_lock(project: &Project, args: &Args) -> Result<(), Failure> {
+    let path = lock::path(&args.recipe.recipe);
+    if !args.locked && !path.exists() {
+        return Ok(());
+    }
+    let moves = project.situation(&[]).moves()?;
+    if moves.is_empty() {
+        return Ok(());
+    }
+    let list = lock::list(&moves);
+    let message = format!(
+        "`{}` pins other inputs than those at hand:\n{}",
+        path.display(),
+        list.trim_end()
+    );
+    if args.locked {
+        let hint = "`pipeline lock --update` moves the pins";
+        return Err(Failure::Wrong(error::with_hint(&message, hint, colour())));
+    }
+    tell(&format!("note: {message}\n"));
+    Ok(())
+}
+
+/// Calls `act` at every Ctrl-C (or SIGTERM).
+pub(in crate::cli) fn on_interrupt(act: impl FnMut() + Send + 'static) -> anyhow::Result<()> {
+    let listening = ctrlc::set_handler(act).map_err(|error| match error {
+        // Its own sentence leaves out what the system says.
+        ctrlc::Error::System(error) => anyhow::Error::from(error),
+        error => error.into(),
+    });
+    listening.context("could not listen to Ctrl-C")
+}
+
+/// The first Ctrl-C (or SIGTERM) lets stages stop by themselves; the second ends the process, which the store survives.
+pub(in crate::cli) fn stop_on_signal(cancel: &Arc<AtomicBool>) -> anyhow::Result<()> {
+    let cancel = Arc::clone(cancel);
+    on_interrupt(move || {
+        if cancel.swap(true, Ordering::Relaxed) {
+            #[expect(clippy::exit, reason = "the user asked twice")]
+            std::process::exit(130);
+        }
+        tell("interrupted: stages are stopping; once more to stop at once\n");
+    })
+}
+
+fn put_outputs(
+    project: &Project,
+    summary: &Summary,
+    targets: &[usize],
+    how: Placing,
+    events: &Sender<Event>,
+    cancel: &AtomicBool,
+) -> anyhow::Result<()> {
+    let targets: BTreeSet<usize> = targets.iter().copied().collect();
+    for output in &project.recipe.outputs {
+        let Some(index) = project.graph.find(&output.stage) else {
+            continue;
+        };
+        if !targets.is_empty() && !targets.contains(&index) {
+            continue;
+        }
+        let Some(artifact) = summary.artifacts.get(index).and_then(Option::as_ref) else {
+            continue;
+        };
+        let to = project.root.join(&output.path);
+        let mut waiting = |holder: &str| {
+            let text = format!(
+                "{holder} is putting something in `{}`; waiting for it",
+                output.path
+            );
+            // A reporter that is gone misses nothing else.
+            let _ = events.send(Event::Warning { text });
+        };
+        // Looked at again: a run takes its time, and somebody may have turned a link elsewhere.
+        let put = match project.bounds.output(output) {
+            Ok(real) => place(&project.store, artifact, &real, how, cancel, &mut waiting),
+            Err((message, hint)) => Err(anyhow::anyhow!("it {message}; {hint}")),
+        };
+        let Put { changed, links } = put.with_context(|| {
+            format!(
+                "could not put the result of `{}` in its place",
+                output.stage
+            )
+        })?;
+        let shown = std::env::current_dir()
+            .ok()
+            .and_then(|here| Some(to.strip_prefix(here).ok()?.to_owned()))
+            .unwrap_or(to);
+        // A reporter that is gone misses nothing else.
+        let _ = events.send(Event::OutputPlaced {
+            stage: output.stage.clone(),
+            path: shown.display().to_string(),
+            changed,
+            links,
+        });
+    }
+    Ok(())
+}

@@ -1,0 +1,442 @@
+//! The next tokens of several texts at once, on plain vectors: what text generation spends its time on.
+//!
+//! A step reads every weight once for all texts, keys and values are appended in place, and there are no tensors between the
+//! products. [`Llama::next_logits`] is the plain path: the two differ by the order of sums alone.
+
+use std::borrow::Cow;
+
+use candle_core::{DType, Result, Tensor, bail};
+use half::bf16;
+use pipeline_kernels::matrix::Matrix;
+use pipeline_kernels::vectors::{self, Attention, Cached, VectorProduct, vector_products};
+use rayon::prelude::*;
+
+use super::weights::{Held, Source};
+use crate::ml::model::linear::{Base, Linear, Pass};
+use crate::ml::model::{Layer, Llama, angles};
+
+/// A token that follows what its text has so far.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Token {
+    /// The text.
+    pub text: usize,
+    /// The id.
+    pub id: u32,
+}
+
+/// Texts that a model goes on with.
+pub struct Decoder<'a> {
+    pass: Pass,
+    layers: Vec<Plain<'a>>,
+    model: &'a Llama,
+    /// The final norm's weight.
+    norm: Vec<f32>,
+    /// (positions, half a head's width).
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+    texts: Vec<Text>,
+    /// Whether products are in bf16: factors and results are rounded to it.
+    rounded: bool,
+}
+
+/// What a text has so far.
+struct Text {
+    length: usize,
+    /// By layer and key head.
+    cache: Vec<Entries>,
+}
+
+/// Keys and values of one head, each (length, width), in the compute dtype.
+#[derive(Debug, Clone)]
+enum Entries {
+    F32(Vec<f32>, Vec<f32>),
+    Bf16(Vec<bf16>, Vec<bf16>),
+}
+
+impl Entries {
+    fn push(&mut self, key: &[f32], value: &[f32]) {
+        match self {
+            Self::F32(keys, values) => {
+                keys.extend_from_slice(key);
+                values.extend_from_slice(value);
+            }
+            Self::Bf16(keys, values) => {
+                keys.extend(key.iter().map(|x| bf16::from_f32(*x)));
+                values.extend(value.iter().map(|x| bf16::from_f32(*x)));
+            }
+        }
+    }
+
+    /// The first `count` numbers of each.
+    fn first(&self, count: usize) -> (Cached<'_>, Cached<'_>) {
+        match self {
+            Self::F32(keys, values) => (Cached::F32(&keys[..count]), Cached::F32(&values[..count])),
+            Self::Bf16(keys, values) => {
+                (Cached::Bf16(&keys[..count]), Cached::Bf16(&values[..count]))
+            }
+        }
+    }
+}
+
+/// A layer's small tensors as vectors, and its projections.
+struct Plain<'a> {
+    layer: &'a Layer,
+    input_norm: Vec<f32>,
+    post_norm: Vec<f32>,
+    q: Projection<'a>,
+    k: Projection<'a>,
+    v: Projection<'a>,
+    o: Projection<'a>,
+    gate: Projection<'a>,
+    up: Projection<'a>,
+    down: Projection<'a>,
+}
+
+struct Projection<'a> {
+    base: &'a Base,
+    pass: Pass,
+    out: usize,
+    pair: Option<Pair>,
+}
+
+/// Whether values of this type are products' factors as they are, or widened.
+fn is_exact(stored: DType, compute: DType) -> bool {
+    stored == compute || compute == DType::F32 && matches!(stored, DType::BF16 | DType::F16)
+}
+
+/// A low-rank pair, rounded to the compute dtype.
+struct Pair {
+    a: Vec<f32>,
+    b: Vec<f32>,
+    r: usize,
+    scaling: f32,
+}
+
+/// A tensor's values, rounded to the compute dtype.
+fn values(tensor: &Tensor, compute: DType) -> Result<Vec<f32>> {
+    let rounded = tensor.to_dtype(compute)?.to_dtype(DType::F32)?;
+    rounded.flatten_all()?.to_vec1()
+}
+
+impl<'a> Projection<'a> {
+    fn new(linear: &'a Linear, pass: Pass) -> Result<Self> {
+        let (out, _) = match &linear.base {
+            Base::Dense(weight) => weight.stored(pass).dims2()?,
+            Base::Nf4(nf4) => nf4.shape,
+        };
+        let pair = match &linear.lora {
+            Some(lora) if pass.adapter => Some(Pair {
+                a: values(&lora.a.value(pass), linear.compute)?,
+                b: values(&lora.b.value(pass), linear.compute)?,
+                r: lora.a.value(pass).dim(0)?,
+                scaling: lora.scaling as f32,
+            }),
+            _ => None,
+        };
+        Ok(Self {
+            base: &linear.base,
+            pass,
+            out,
+            pair,
+        })
+    }
+
+    fn held(&self) -> Result<Source<'a>> {
+        Source::hold(self.base, self.pass)
+    }
+
+    /// Whether the kernels can read the weight as it is stored.
+    fn is_plain(&self, compute: DType) -> bool {
+        match self.base {
+            Base::Dense(weight) => is_exact(weight.stored(self.pass).dtype(), compute),
+            Base::Nf4(nf4) => compute == DType::F32 || nf4.dtype == compute,
+        }
+    }
+}
+
+impl<'a> Plain<'a> {
+    fn new(layer: &'a Layer, pass: Pass) -> Result<Self> {
+        Ok(Self {
+            layer,
+            input_norm: values(&layer.input_norm.weight.value(pass), DType::F32)?,
+            post_norm: values(&layer.post_norm.weight.value(pass), DType::F32)?,
+            q: Projection::new(&layer.q, pass)?,
+            k: Projection::new(&layer.k, pass)?,
+            v: Projection::new(&layer.v, pass)?,
+            o: Projection::new(&layer.o, pass)?,
+            gate: Projection::new(&layer.gate, pass)?,
+            up: Projection::new(&layer.up, pass)?,
+            down: Projection::new(&layer.down, pass)?,
+        })
+    }
+
+    fn projections(&self) -> [&Projection<'a>; 7] {
+        [
+            &self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down,
+        ]
+    }
+}
+
+impl<'a> Decoder<'a> {
+    /// So many empty texts, none of which gets longer than `longest` tokens. `None` where the kernels don't reach: on other
+    /// devices than the CPU, for products in f16, and with matrices beside embeddings or head.
+    pub fn new(model: &'a Llama, texts: usize, longest: usize, pass: Pass) -> Result<Option<Self>> {
+        let compute = model.compute;
+        if !model.device.is_cpu() || !matches!(compute, DType::F32 | DType::BF16) {
+            return Ok(None);
+        }
+        let linears = model.layers.iter().flat_map(Layer::linears);
+        if model.has_pairs_at_ends() || !{ linears }.all(Linear::has_kernels) {
+            return Ok(None);
+        }
+        let layers = model.layers.iter().map(|layer| Plain::new(layer, pass));
+        let layers = layers.collect::<Result<Vec<_>>>()?;
+        let all = layers.iter().flat_map(Plain::projections);
+        if !is_exact(model.head().stored(pass).dtype(), compute)
+            || !{ all }.all(|one| one.is_plain(compute))
+        {
+            return Ok(None);
+        }
+        let (cos, sin) = angles(&model.config, 0..longest, &model.device)?;
+        let entries = match compute {
+            DType::BF16 => Entries::Bf16(Vec::new(), Vec::new()),
+            _ => Entries::F32(Vec::new(), Vec::new()),
+        };
+        let count = layers.len() * model.config.num_key_value_heads;
+        let text = || Text {
+            length: 0,
+            cache: vec![entries.clone(); count],
+        };
+        Ok(Some(Self {
+            pass,
+            layers,
+            model,
+            norm: values(&model.norm.weight.value(pass), DType::F32)?,
+            cos: values(&cos, DType::F32)?,
+            sin: values(&sin, DType::F32)?,
+            texts: std::iter::repeat_with(text).take(texts).collect(),
+            rounded: compute == DType::BF16,
+        }))
+    }
+
+    /// Appends tokens to their texts. Returns the logits behind each of the tokens at the places `wanted`: (wanted, vocabulary).
+    pub fn step(&mut self, tokens: &[Token], wanted: &[usize]) -> Result<Vec<f32>> {
+        let hidden = self.model.config.hidden_size;
+        let positions = self.places(tokens)?;
+        let ids: Vec<u32> = tokens.iter().map(|token| token.id).collect();
+        let ids = Tensor::new(ids, &self.model.device)?.unsqueeze(0)?;
+        let mut x = values(&self.model.embed(&ids, self.pass)?, DType::F32)?;
+        for number in 0..self.layers.len() {
+            let plain = &self.layers[number];
+            let layer = plain.layer;
+            let normed = norm(&x, &plain.input_norm, layer.input_norm.eps);
+            let [mut q, mut k, mut v] = self.apply([&plain.q, &plain.k, &plain.v], &normed)?;
+            let scale = (layer.head_dim as f64).powf(-0.5) as f32;
+            let (heads, width) = (layer.kv_heads, layer.head_dim);
+            self.rotate(&mut q, layer.heads * width, &positions, scale);
+            self.rotate(&mut k, heads * width, &positions, 1.);
+            for values in [&mut q, &mut k, &mut v] {
+                self.round(values);
+            }
+            let entries = k.chunks_exact(width).zip(v.chunks_exact(width));
+            for (place, (key, value)) in entries.enumerate() {
+                let (token, head) = (place / heads, place % heads);
+                let text = &mut self.texts[tokens[token].text];
+                text.cache[number * heads + head].push(key, value);
+            }
+            let mut y = self.attention(number, &q, tokens, &positions);
+            self.round(&mut y);
+            let plain = &self.layers[number];
+            let [y] = self.apply([&plain.o], &y)?;
+            add(&mut x, &y);
+            let normed = norm(&x, &plain.post_norm, layer.post_norm.eps);
+            let [mut gate, up] = self.apply([&plain.gate, &plain.up], &normed)?;
+            vectors::gate(&mut gate, &up);
+            let [y] = self.apply([&plain.down], &gate)?;
+            add(&mut x, &y);
+        }
+        for token in tokens {
+            self.texts[token.text].length += 1;
+        }
+        let mut last = Vec::with_capacity(wanted.len() * hidden);
+        for place in wanted {
+            match x.chunks_exact(hidden).nth(*place) {
+                Some(row) => last.extend_from_slice(row),
+                None => bail!("token {place} of {} is wanted", tokens.len()),
+            }
+        }
+        let last = norm(&last, &self.norm, self.model.norm.eps);
+        let head = Held::tensor(self.model.head().stored(self.pass));
+        let mut logits = vec![0.; wanted.len() * self.model.config.vocab_size];
+        vector_products(vec![VectorProduct {
+            weight: head.matrix()?,
+            x: &self.factor(&last),
+            rounded: self.rounded,
+            out: &mut logits,
+        }]);
+        self.round(&mut logits);
+        Ok(logits)
+    }
+
+    /// Where each token stands in its text.
+    fn places(&self, tokens: &[Token]) -> Result<Vec<usize>> {
+        let longest = self.cos.len() / (self.model.config.head_dim / 2).max(1);
+        let mut lengths: Vec<usize> = self.texts.iter().map(|text| text.length).collect();
+        let mut positions = Vec::with_capacity(tokens.len());
+        for token in tokens {
+            let Some(length) = lengths
+                .get_mut(token.text)
+                .filter(|length| **length < longest)
+            else {
+                bail!("a token of text {} has no place", token.text);
+            };
+            positions.push(*length);
+            *length += 1;
+        }
+        Ok(positions)
+    }
+
+    fn round(&self, values: &mut [f32]) {
+        if self.rounded {
+            vectors::round(values);
+        }
+    }
+
+    /// A factor of a product.
+    fn factor<'b>(&self, x: &'b [f32]) -> Cow<'b, [f32]> {
+        let mut x = Cow::Borrowed(x);
+        if self.rounded {
+            self.round(x.to_mut());
+        }
+        x
+    }
+
+    /// Projections of the same vectors (tokens, in), each to (tokens, out).
+    fn apply<const N: usize>(&self, all: [&Projection<'_>; N], x: &[f32]) -> Result<[Vec<f32>; N]> {
+        let x = self.factor(x);
+        let held = all
+            .iter()
+            .map(|one| one.held())
+            .collect::<Result<Vec<_>>>()?;
+        let mut outs: [Vec<f32>; N] = std::array::from_fn(|_| Vec::new());
+        let mut lows: [Vec<f32>; N] = std::array::from_fn(|_| Vec::new());
+        let mut products = Vec::with_capacity(2 * N);
+        let mut count = 0;
+        for (((one, held), out), low) in all.iter().zip(&held).zip(&mut outs).zip(&mut lows) {
+            let weight = held.matrix()?;
+            count = x.len() / weight.depth().max(1);
+            if let Some(pair) = &one.pair {
+                low.resize(count * pair.r, 0.);
+                products.push(VectorProduct {
+                    weight: dense(&pair.a, pair.r, weight.depth())?,
+                    x: &x,
+                    rounded: self.rounded,
+                    out: low,
+                });
+            }
+            out.resize(count * one.out, 0.);
+            products.push(VectorProduct {
+                weight,
+                x: &x,
+                rounded: self.rounded,
+                out,
+            });
+        }
+        vector_products(products);
+        let mut highs: [Vec<f32>; N] = std::array::from_fn(|_| Vec::new());
+        let mut products = Vec::new();
+        for (((one, low), high), out) in all.iter().zip(&mut lows).zip(&mut highs).zip(&mut outs) {
+            self.round(out);
+            if let Some(pair) = &one.pair {
+                self.round(low);
+                high.resize(count * one.out, 0.);
+                products.push(VectorProduct {
+                    weight: dense(&pair.b, one.out, pair.r)?,
+                    x: low,
+                    rounded: self.rounded,
+                    out: high,
+                });
+            }
+        }
+        if !products.is_empty() {
+            vector_products(products);
+        }
+        for ((one, high), out) in all.iter().zip(&mut highs).zip(&mut outs) {
+            if let Some(pair) = &one.pair {
+                self.round(high);
+                for (out, high) in out.iter_mut().zip(high) {
+                    *out += *high * pair.scaling;
+                }
+            }
+        }
+        Ok(outs)
+    }
+
+    /// Turns the halves of each head by the angles of the token's position, and multiplies by `scale`.
+    fn rotate(&self, rows: &mut [f32], row: usize, positions: &[usize], scale: f32) {
+        let half = self.model.config.head_dim / 2;
+        for (row, position) in rows.chunks_exact_mut(row).zip(positions) {
+            let span = position * half..(position + 1) * half;
+            vectors::rotate(row, &self.cos[span.clone()], &self.sin[span], scale);
+        }
+    }
+
+    /// Each token's attention to its text up to itself: (tokens, heads * width).
+    fn attention(
+        &self,
+        number: usize,
+        q: &[f32],
+        tokens: &[Token],
+        positions: &[usize],
+    ) -> Vec<f32> {
+        let layer = self.layers[number].layer;
+        let (heads, width) = (layer.kv_heads, layer.head_dim);
+        let group = layer.heads / heads.max(1) * width;
+        let mut y = vec![0.; q.len()];
+        let attend = |(place, (out, query)): (usize, (&mut [f32], &[f32]))| {
+            let (token, head) = (place / heads, place % heads);
+            let entries = &self.texts[tokens[token].text].cache[number * heads + head];
+            let (keys, values) = entries.first((positions[token] + 1) * width);
+            let attention = Attention {
+                query,
+                keys,
+                values,
+                out,
+                rounded: self.rounded,
+            };
+            attention.compute(width);
+        };
+        let seen: usize = positions.iter().map(|position| position + 1).sum();
+        if seen * layer.heads * width < PARALLEL {
+            let parts = y.chunks_exact_mut(group).zip(q.chunks_exact(group));
+            parts.enumerate().for_each(attend);
+        } else {
+            let parts = y.par_chunks_exact_mut(group).zip(q.par_chunks_exact(group));
+            parts.enumerate().for_each(attend);
+        }
+        y
+    }
+}
+
+/// Products of a query and a key, in numbers, that are worth waking other threads.
+const PARALLEL: usize = 1 << 17;
+
+fn dense(values: &[f32], rows: usize, columns: usize) -> Result<Matrix<'_>> {
+    match Matrix::f32(values, rows, columns) {
+        Some(matrix) => Ok(matrix),
+        None => bail!("a pair has not ({rows}, {columns}) values"),
+    }
+}
+
+/// The norm of each row, see [`vectors::norm`].
+fn norm(x: &[f32], weight: &[f32], eps: f64) -> Vec<f32> {
+    let mut normed = vec![0.; x.len()];
+    vectors::norm(x, weight, eps as f32, &mut normed);
+    normed
+}
+
+fn add(x: &mut [f32], y: &[f32]) {
+    for (x, y) in x.iter_mut().zip(y) {
+        *x += y;
+    }
+}

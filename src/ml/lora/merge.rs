@@ -1,0 +1,597 @@
+//! A model with its adapter added into the weights: W + s B A (Hu et al. 2021, arXiv 2106.09685, section 4.1).
+
+mod not_finite;
+
+use std::borrow::Cow;
+use std::cell::RefCell;
+use std::path::Path;
+
+use anyhow::{Context as _, bail, ensure};
+use candle_core::{DType, Tensor};
+use pipeline_kernels::merge as kernel;
+use rayon::prelude::*;
+
+use crate::ml::adapter::{Adapter, LoraPair};
+use crate::ml::io::float::Float;
+use crate::ml::io::rewrite::{Output, Written, rewrite};
+use crate::ml::io::weights::{Entry, RawTensor, Weights};
+use crate::ml::model::tensors::is_used;
+use crate::ml::model::tied::{self, EMBEDDINGS, HEAD};
+use crate::ml::quant::nf4::{Nf4, PARTS};
+
+/// Values that a thread takes at once.
+const SPAN: usize = 1 << 12;
+
+/// What was done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Report {
+    /// Weights that the adapter changed.
+    pub merged: usize,
+    /// Tensors that the adapter replaced: modules trained whole, and biases.
+    pub replaced: usize,
+    /// 4-bit weights that are dense now.
+    pub dequantised: usize,
+    /// Whether the model's head was its embeddings, and is a tensor of its own now.
+    pub untied: bool,
+    /// Bytes of all tensors of the result.
+    pub bytes: u64,
+    /// The files of weights.
+    pub files: Vec<Written>,
+}
+
+/// Merges `adapter` into the model in `source` and writes the folder `out`: the same files, with the same types. Sums are made
+/// in f32 and rounded once. In memory are a few MiB of the result at a time, or one 4-bit tensor.
+///
+/// `DoRA` scales the rows of the sum. Tensors that the adapter replaces take the type of the model's; where the head of a model
+/// was its embeddings and these are replaced, it becomes a tensor of its own, as in PEFT.
+///
+/// The weights of a 4-bit model become dense, in the type that they were quantised from, and `quantization_config` goes: what
+/// Unsloth calls `merged_16bit`. `progress` is told the weights' bytes used so far, of all that there are, and may stop.
+pub fn merge(
+    source: &Path,
+    adapter: &Adapter,
+    out: &Path,
+    progress: &mut dyn FnMut(u64, u64) -> anyhow::Result<()>,
+) -> anyhow::Result<Report> {
+    let (config, weights) = tied::open(source)?;
+    let tied = config.tie_word_embeddings;
+    let adapter = &*adapter.beside(tied)?;
+    let untied = adapter.unties(tied);
+    check(adapter, &weights, tied)?;
+    let total = weights.bytes();
+    let progress = RefCell::new((0u64, progress));
+    let mut report = Report {
+        merged: adapter.tensors.len(),
+        replaced: adapter.saved.len(),
+        dequantised: 0,
+        untied: false,
+        bytes: 0,
+        files: Vec::new(),
+    };
+    let mut dequantised = 0;
+    let mut output = |name: &str, stored: &str| -> anyhow::Result<Output<'_>> {
+        let update = name.strip_suffix(".weight").and_then(|path| {
+            let pair = adapter.tensors.get(path)?;
+            Some(Update::of(pair, adapter.config.scaling(path)))
+        });
+        let update = update.transpose()?;
+        let weights = &weights;
+        let owned = stored.to_owned();
+        if let Some(((rows, columns), float)) = Nf4::shape_of(weights, stored)? {
+            dequantised += 1;
+            let entry = Entry::new(name, float.stored(), [rows, columns]);
+            let load = move || {
+                let nf4 = Nf4::load(weights, &owned)?;
+                let nf4 = nf4.with_context(|| format!("`{owned}` is not 4-bit"))?;
+                let read = move |first: usize, _: &[u8], values: &mut [f32]| {
+                    nf4.dequantise_from(first, values);
+                };
+                Ok(read)
+            };
+            return Ok(summed(entry, float, update, None, load));
+        }
+        let own = adapter.saved.get(name);
+        if own.is_none() && update.is_none() {
+            let mut kept = if is_used(&config, stored) {
+                Output::finite(weights, stored)?
+            } else {
+                Output::same(weights, stored)?
+            };
+            name.clone_into(&mut kept.entry.name);
+            return Ok(kept);
+        }
+        let raw = weights.raw(stored)?;
+        let float = float_of(stored, raw.dtype)?;
+        let entry = Entry::new(name, raw.dtype, raw.shape);
+        if let Some(tensor) = own {
+            return Ok(replaced(entry, float, tensor, update));
+        }
+        let load = move || {
+            Ok(move |_: usize, stored: &[u8], values: &mut [f32]| float.read(stored, values))
+        };
+        Ok(summed(entry, float, update, Some(raw), load))
+    };
+    let outputs = |name: &str| -> anyhow::Result<Vec<Output<'_>>> {
+        if is_part(&weights, name) {
+            return Ok(Vec::new());
+        }
+        let mut outputs = vec![output(name, name)?];
+        if untied && name == EMBEDDINGS {
+            outputs.push(output(HEAD, EMBEDDINGS)?);
+        }
+        Ok(outputs)
+    };
+    let mut written = |name: &str| {
+        let (done, progress) = &mut *progress.borrow_mut();
+        *done += weights.size_of(name);
+        for part in PARTS {
+            *done += weights.size_of(&format!("{name}{part}"));
+        }
+        progress(*done, total)
+    };
+    report.files = rewrite(&weights, out, outputs, &mut written)?;
+    report.bytes = Weights::open(out)?.bytes();
+
+    report.dequantised = dequantised;
+    report.untied = untied;
+    tied::carry(source, out, tied && !untied, |raw| {
+        raw.remove("quantization_config");
+    })?;
+    Ok(report)
+}
+
+/// A tensor of the adapter in the place and type of the model's, and an update of it.
+fn replaced(entry: Entry, float: Float, tensor: &Tensor, update: Option<Update>) -> Output<'_> {
+    let load = move || {
+        let values = tensor.to_dtype(DType::F32)?.flatten_all()?;
+        let values = values.to_vec1::<f32>()?;
+        Ok(move |first: usize, _: &[u8], out: &mut [f32]| {
+            out.copy_from_slice(&values[first..first + out.len()]);
+        })
+    };
+    summed(entry, float, update, None, load)
+}
+
+/// Whether a tensor belongs to a 4-bit weight.
+fn is_part(weights: &Weights, name: &str) -> bool {
+    PARTS.iter().any(|part| {
+        name.strip_suffix(part)
+            .is_some_and(|owner| weights.contains(owner))
+    })
+}
+
+fn float_of(name: &str, dtype: safetensors::Dtype) -> anyhow::Result<Float> {
+    let float = Float::of(dtype);
+    float.with_context(|| {
+        format!("the tensor `{name}` is stored as {dtype:?}, expected F32, F16 or BF16")
+    })
+}
+
+/// The tensor of the model that stands where the adapter names one.
+fn stored(name: &str, tied: bool) -> &str {
+    if tied && name == HEAD {
+        EMBEDDINGS
+    } else {
+        name
+    }
+}
+
+/// Every pair of the adapter must have a weight of its shape in the model, and so must all that it replaces.
+fn check(adapter: &Adapter, weights: &Weights, tied: bool) -> anyhow::Result<()> {
+    for (name, tensor) in &adapter.saved {
+        let name = stored(name, tied);
+        ensure!(
+            weights.contains(name),
+            "the adapter replaces `{name}`, which the model does not have; was it trained for another model?"
+        );
+        ensure!(
+            Nf4::shape_of(weights, name)?.is_none(),
+            "the adapter replaces `{name}`, which the model stores in 4 bits; merge it into the dense model"
+        );
+        let raw = weights.raw(name)?;
+        float_of(name, raw.dtype)?;
+        ensure!(
+            raw.shape == tensor.dims(),
+            "the adapter's `{name}` has the shape {:?}, but the model's has {:?}; was it trained for another model?",
+            tensor.dims(),
+            raw.shape
+        );
+    }
+    for (path, pair) in &adapter.tensors {
+        let name = format!("{path}.weight");
+        let name = stored(&name, tied);
+        ensure!(
+            weights.contains(name),
+            "the adapter changes `{path}`, which the model does not have; was it trained for another model?"
+        );
+        let shape = if let Some(((rows, columns), _)) = Nf4::shape_of(weights, name)? {
+            vec![rows, columns]
+        } else {
+            let raw = weights.raw(name)?;
+            float_of(name, raw.dtype)?;
+            raw.shape.to_vec()
+        };
+        let fits = matches!(
+            (pair.b.dims(), pair.a.dims(), &shape[..]),
+            ([out, r], [rank, input], [rows, columns]) if out == rows && input == columns && r == rank
+        );
+        ensure!(
+            fits,
+            "the adapter's matrices for `{path}` have the shapes {:?} and {:?}, but the model's weight has {shape:?}; was it \
+             trained for another model?",
+            pair.b.dims(),
+            pair.a.dims()
+        );
+    }
+    Ok(())
+}
+
+/// s B A of one weight, ready for sums.
+struct Update {
+    a: Vec<f32>,
+    b: Vec<f32>,
+    columns: usize,
+    scaling: f32,
+    /// What lengths the rows of the sum get, in `DoRA`.
+    lengths: Option<Vec<f32>>,
+}
+
+impl Update {
+    fn of(pair: &LoraPair, scaling: f64) -> anyhow::Result<Self> {
+        let values = |matrix: &Tensor| -> anyhow::Result<Vec<f32>> {
+            Ok(matrix.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+        };
+        Ok(Self {
+            a: values(&pair.a)?,
+            b: values(&pair.b)?,
+            columns: pair.a.dim(1)?,
+            scaling: scaling as f32,
+            lengths: pair.magnitude.as_ref().map(values).transpose()?,
+        })
+    }
+
+    /// Gives the rows of a whole sum their lengths.
+    fn lengthen(&self, values: &mut [f32]) {
+        let lengths = self.lengths.as_deref().unwrap_or_default();
+        let rows = values.par_chunks_mut(self.columns.max(1)).zip(lengths);
+        rows.for_each(|(row, length)| {
+            let squares = row.iter().map(|x| f64::from(*x).powi(2));
+            let factor = (f64::from(*length) / squares.sum::<f64>().sqrt()) as f32;
+            for x in row {
+                *x *= factor;
+            }
+        });
+    }
+
+    /// Adds it to the values from number `first` on.
+    fn add(&self, first: usize, values: &mut [f32]) {
+        let update = kernel::Update {
+            a: &self.a,
+            b: &self.b,
+            columns: self.columns,
+            scaling: self.scaling,
+        };
+        kernel::add(update, first, values);
+    }
+}
+
+/// W + s B A of one weight, in pieces; at once where rows are scaled. `load` gives what makes values of W: from the number of
+/// the first and, where W is `stored` in the type `float`, its bytes.
+fn summed<'a, R>(
+    entry: Entry,
+    float: Float,
+    update: Option<Update>,
+    stored: Option<RawTensor<'a>>,
+    mut load: impl FnMut() -> anyhow::Result<R> + 'a,
+) -> Output<'a>
+where
+    R: Fn(usize, &[u8], &mut [f32]) + Sync + 'a,
+{
+    if update
+        .as_ref()
+        .is_some_and(|update| update.lengths.is_some())
+    {
+        let count = entry.shape.iter().product();
+        return Output::whole(entry, move || {
+            let update = update.as_ref();
+            let read = load()?;
+            let mut bytes = vec![0; count * float.size()];
+            if let Some(stored) = stored {
+                stored.read(0, &mut bytes)?;
+            }
+            let mut values = vec![0f32; count];
+            let stored = bytes.par_chunks(SPAN * float.size());
+            let spans = values.par_chunks_mut(SPAN).zip(stored).enumerate();
+            spans.for_each(|(span, (values, stored))| {
+                read(span * SPAN, stored, values);
+                if let Some(update) = update {
+                    update.add(span * SPAN, values);
+                }
+            });
+            if let Some(update) = update {
+                update.lengthen(&mut values);
+            }
+            let read = |first: usize, _: &[u8], out: &mut [f32]| {
+                out.copy_from_slice(&values[first..first + out.len()]);
+            };
+            sum(0, &mut bytes, float, None, None, &read)?;
+            Ok(Cow::Owned(bytes))
+        });
+    }
+    let mut read = None;
+    Output::pieces(entry, move |first, bytes| {
+        let read = match &mut read {
+            Some(read) => read,
+            none => none.insert(load()?),
+        };
+        if let Some(stored) = stored {
+            stored.read(first, bytes)?;
+        }
+        let first = first / float.size();
+        sum(first, bytes, float, update.as_ref(), stored, read)
+    })
+}
+
+/// Makes values of W from the number of the first and, where W is stored as plain numbers, their bytes.
+type Read<'a> = dyn Fn(usize, &[u8], &mut [f32]) + Sync + 'a;
+
+/// Makes the bytes of W + s B A from value number `first` on. `read` makes those of W, whose bytes are in `bytes` if it is
+/// `stored` as plain numbers.
+fn sum(
+    first: usize,
+    bytes: &mut [u8],
+    float: Float,
+    update: Option<&Update>,
+    stored: Option<RawTensor<'_>>,
+    read: &Read<'_>,
+) -> anyhow::Result<()> {
+    let spans = bytes.par_chunks_mut(SPAN * float.size()).enumerate();
+    let finite = spans.map(|(span, bytes)| {
+        let mut values = [0f32; SPAN];
+        let values = &mut values[..bytes.len() / float.size()];
+        let first = first + span * SPAN;
+        read(first, bytes, values);
+        if let Some(update) = update {
+            update.add(first, values);
+        }
+        float.write(values, bytes);
+        float.all_finite(bytes)
+    });
+    let finite = finite.reduce(|| true, |a, b| a && b);
+    if finite {
+        return Ok(());
+    }
+    let one = |at: usize| -> anyhow::Result<f32> {
+        let (mut bytes, mut value) = (vec![0; float.size()], [0f32]);
+        if let Some(stored) = stored {
+            stored.read(at * float.size(), &mut bytes)?;
+        }
+        read(at, &bytes, &mut value);
+        Ok(value[0])
+    };
+    bail!(not_finite::why(first, bytes, float, update, &one)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::fs;
+
+    use candle_core::Device;
+
+    use super::*;
+    use crate::ml::io::weights::save;
+    use crate::ml::model::config::LlamaConfig;
+    use crate::ml::testing::golden;
+
+    #[expect(clippy::unnecessary_wraps, reason = "the type of a progress callback")]
+    fn ignore(_: u64, _: u64) -> anyhow::Result<()> {
+        Ok(())
+    }
+
+    fn final_adapter() -> Adapter {
+        Adapter::load(&golden::folder("adapter_final")).unwrap()
+    }
+
+    fn values(weights: &Weights, name: &str) -> Vec<f32> {
+        let tensor = weights.tensor(name, &Device::Cpu).unwrap();
+        tensor
+            .to_dtype(DType::F32)
+            .unwrap()
+            .flatten_all()
+            .unwrap()
+            .to_vec1()
+            .unwrap()
+    }
+
+    fn far(a: &[f32], b: &[f32]) -> f32 {
+        assert_eq!(a.len(), b.len());
+        a.iter()
+            .zip(b)
+            .fold(0., |most, (a, b)| most.max((a - b).abs()))
+    }
+
+    #[test]
+    fn the_merged_model_is_that_of_peft() {
+        let out = tempfile::tempdir().unwrap();
+        let source = golden::folder("model");
+        let mut last = (0, 0);
+        let mut progress = |done, total| {
+            last = (done, total);
+            Ok(())
+        };
+        let report = merge(&source, &final_adapter(), out.path(), &mut progress).unwrap();
+        assert_eq!((report.merged, report.dequantised), (21, 0));
+        assert_eq!(last, (1_115_904, 1_115_904));
+        let ours = Weights::open(out.path()).unwrap();
+        let theirs = Weights::open_file(&golden::folder("merged_model.safetensors")).unwrap();
+        assert_eq!(ours.names(), theirs.names());
+        for name in ours.names() {
+            let far = far(&values(&ours, name), &values(&theirs, name));
+            assert!(far < 1e-6, "{name} {far}");
+        }
+        // The header is theirs byte for byte; all other files are the base's.
+        let head = |path: &Path| fs::read(path).unwrap()[..3096].to_vec();
+        assert!(
+            head(&out.path().join("model.safetensors"))
+                == head(&golden::folder("merged_model.safetensors"))
+        );
+        for entry in fs::read_dir(&source).unwrap() {
+            let name = entry.unwrap().file_name();
+            if name != "model.safetensors" {
+                let read = |folder: &Path| fs::read(folder.join(&name)).unwrap();
+                assert!(read(&source) == read(out.path()), "{}", name.display());
+            }
+        }
+    }
+
+    #[test]
+    fn a_4_bit_base_becomes_dense() {
+        let out = tempfile::tempdir().unwrap();
+        let source = golden::folder("model_nf4");
+        let mut last = (0, 0);
+        let mut progress = |done, total| {
+            last = (done, total);
+            Ok(())
+        };
+        let report = merge(&source, &final_adapter(), out.path(), &mut progress).unwrap();
+        assert_eq!((report.dequantised, report.bytes), (21, 1_115_904));
+        assert_eq!(last.0, last.1);
+        let ours = Weights::open(out.path()).unwrap();
+        let theirs = golden::tensors("nf4_model_outputs.safetensors");
+        let theirs = theirs["dequant_merged.layers.0.q_proj.weight"]
+            .flatten_all()
+            .unwrap();
+        let ours_q = values(&ours, "model.layers.0.self_attn.q_proj.weight");
+        assert!(far(&ours_q, &theirs.to_vec1().unwrap()) < 1e-6);
+        let dense = Weights::open(&golden::folder("model")).unwrap();
+        assert_eq!(ours.names(), dense.names());
+        let config = LlamaConfig::read(out.path()).unwrap();
+        assert_eq!(config.quantization, None);
+        assert_eq!(config, LlamaConfig::read(&golden::folder("model")).unwrap());
+    }
+
+    #[test]
+    fn rank_stabilised_scaling_is_that_of_peft() {
+        let out = tempfile::tempdir().unwrap();
+        let mut adapter = Adapter::load(&golden::folder("adapter_init")).unwrap();
+        adapter.config.use_rslora = true;
+        merge(&golden::folder("model"), &adapter, out.path(), &mut ignore).unwrap();
+        let name = "model.layers.0.self_attn.q_proj.weight";
+        let ours = values(&Weights::open(out.path()).unwrap(), name);
+        let base = values(&Weights::open(&golden::folder("model")).unwrap(), name);
+        let delta: Vec<f32> = ours.iter().zip(&base).map(|(a, b)| a - b).collect();
+        let theirs = golden::tensors("rslora_delta.safetensors");
+        let theirs = theirs["layers.0.self_attn.q_proj.delta"]
+            .flatten_all()
+            .unwrap();
+        assert!(far(&delta, &theirs.to_vec1().unwrap()) < 1e-6);
+    }
+
+    #[test]
+    fn an_untrained_adapter_changes_no_byte() {
+        let out = tempfile::tempdir().unwrap();
+        let mut adapter = final_adapter();
+        for pair in adapter.tensors.values_mut() {
+            pair.b = pair.b.zeros_like().unwrap();
+        }
+        let source = golden::folder("model");
+        merge(&source, &adapter, out.path(), &mut ignore).unwrap();
+        let read = |folder: &Path| fs::read(folder.join("model.safetensors")).unwrap();
+        assert!(read(&source) == read(out.path()));
+    }
+
+    #[test]
+    fn what_does_not_fit_is_told() {
+        let out = tempfile::tempdir().unwrap();
+        let source = golden::folder("model");
+        let fails = |adapter: &Adapter| {
+            let error = merge(&source, adapter, out.path(), &mut ignore).unwrap_err();
+            format!("{error:#}")
+        };
+        let mut deep = final_adapter();
+        let pair = deep.tensors["model.layers.2.mlp.up_proj"].clone();
+        deep.tensors
+            .insert("model.layers.3.mlp.up_proj".into(), pair.clone());
+        assert!(fails(&deep).contains("`model.layers.3.mlp.up_proj`"));
+        let mut wide = final_adapter();
+        wide.tensors
+            .insert("model.layers.2.mlp.down_proj".into(), pair);
+        assert!(fails(&wide).contains("another model"));
+
+        let path = "model.layers.0.self_attn.q_proj";
+        let mut wild = final_adapter();
+        let pair = wild.tensors.get_mut(path).unwrap();
+        pair.b = (pair.b.ones_like().unwrap() * f64::from(f32::MAX)).unwrap();
+        let error = fails(&wild);
+        assert!(
+            error.contains("q_proj.weight") && error.contains("the adapter's update leads to"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn half_precision_is_rounded_once_and_overflow_noticed() {
+        let pair = LoraPair {
+            a: Tensor::new(&[[1f32, 2.]], &Device::Cpu).unwrap(),
+            b: Tensor::new(&[[0.001f32], [3.]], &Device::Cpu).unwrap(),
+            magnitude: None,
+        };
+        let summed = |pair: &LoraPair, float: Float| {
+            let update = Update::of(pair, 0.5).unwrap();
+            let mut bytes = vec![0; 4 * float.size()];
+            let read = |first: usize, _: &[u8], values: &mut [f32]| {
+                values.copy_from_slice(&[1f32, 2., 3., 4.][first..first + values.len()]);
+            };
+            sum(0, &mut bytes, float, Some(&update), None, &read).map(|()| bytes)
+        };
+        let bytes = summed(&pair, Float::BF16).unwrap();
+        let mut read = [0.; 4];
+        Float::BF16.read(&bytes, &mut read);
+        let exact = [1.0005, 2.001, 4.5, 7.].map(|x| Float::BF16.round(x));
+        assert_eq!(read.map(f32::to_bits), exact.map(f32::to_bits));
+        let large = LoraPair {
+            b: (&pair.b * 1e5).unwrap(),
+            ..pair.clone()
+        };
+        assert!(summed(&large, Float::F32).is_ok());
+        let error = summed(&large, Float::F16).unwrap_err().to_string();
+        assert!(
+            error.contains("value 2 (from 0) becomes 1.50003e5, which float16"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_folder_s_own_adapter_of_another_dtype_is_taken() {
+        // PEFT saves adapters of 16-bit models in f32; others may not.
+        let folder = tempfile::tempdir().unwrap();
+        let out = tempfile::tempdir().unwrap();
+        let theirs = golden::folder("adapter_final");
+        let tensors = golden::tensors("adapter_final/adapter_model.safetensors");
+        let half = tensors
+            .into_iter()
+            .map(|(name, tensor)| (name, tensor.to_dtype(DType::BF16).unwrap()));
+        save(
+            &folder.path().join("adapter_model.safetensors"),
+            &half.collect::<BTreeMap<_, _>>(),
+            &[],
+        )
+        .unwrap();
+        fs::copy(
+            theirs.join("adapter_config.json"),
+            folder.path().join("adapter_config.json"),
+        )
+        .unwrap();
+        let adapter = Adapter::load(folder.path()).unwrap();
+        merge(&golden::folder("model"), &adapter, out.path(), &mut ignore).unwrap();
+        let ours = Weights::open(out.path()).unwrap();
+        let exact = Weights::open_file(&golden::folder("merged_model.safetensors")).unwrap();
+        for name in ours.names() {
+            assert!(
+                far(&values(&ours, name), &values(&exact, name)) < 1e-2,
+                "{name}"
+            );
+        }
+    }
+}

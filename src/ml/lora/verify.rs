@@ -1,0 +1,268 @@
+//! Whether a merged model says what its base says with the adapter: the logits of some prompts, in f32, with one layer in
+//! memory at a time.
+
+use std::path::Path;
+
+use anyhow::{Context as _, ensure};
+use candle_core::Tensor;
+use pipeline_kernels::panels::{column, size};
+use pipeline_kernels::product::{Factor, Onto, Product, Term, products};
+use rayon::prelude::*;
+
+use crate::ml::adapter::Adapter;
+use crate::ml::fused::layerwise::Walk;
+use crate::ml::io::float::Float;
+use crate::ml::io::weights::Weights;
+use crate::ml::model::batch::{Batch, Sequence};
+use crate::ml::model::linear::Pass;
+use crate::ml::model::{logits_by_layer, tied};
+
+/// Rows of the head whose logits are made at a time; they stay in the cache.
+const HEAD_ROWS: usize = 1 << 11;
+
+/// How near the merged model is.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Proof {
+    /// Positions that were compared: the tokens of all prompts.
+    pub positions: usize,
+    /// The largest difference of two logits.
+    pub largest: f64,
+    /// The difference's length by that of the logits, each position's mean taken off: the mean of all logits of a position
+    /// changes no probability.
+    pub relative: f64,
+    /// The same for what the adapter changes: the base's logits with it and without.
+    pub effect: f64,
+    /// The largest `relative` that the rounding of the merged weights explains.
+    pub bound: f64,
+}
+
+impl Proof {
+    /// The share of what the adapter changes that got lost in rounding.
+    pub fn lost(&self) -> f64 {
+        if self.effect > 0. {
+            self.relative / self.effect
+        } else {
+            0.
+        }
+    }
+}
+
+/// What rounding explains. It was made once, of each weight: 2^-9 in bf16 and 2^-12 in f16 at most, and a fraction of that in
+/// a product of many; the bounds leave room for all layers of a deep model.
+fn bound(float: Float) -> f64 {
+    match float {
+        Float::F32 => 1e-4,
+        Float::F16 => 1e-2,
+        Float::BF16 => 5e-2,
+    }
+}
+
+/// Compares the folder `merged` with the folder `base` and `adapter` on `prompts`, and fails if they are further apart than
+/// rounding explains. `progress` is told the layers done, of all that there are, and may stop.
+pub fn prove(
+    base: &Path,
+    adapter: &Adapter,
+    merged: &Path,
+    prompts: &[Vec<u32>],
+    progress: &mut dyn FnMut(u64, u64) -> anyhow::Result<()>,
+) -> anyhow::Result<Proof> {
+    let sequences = prompts.iter().map(|ids| Sequence::new(ids.clone(), 0));
+    let batch = Batch::new(sequences.collect(), 0)?;
+    let (config, weights) = tied::open(base)?;
+    let base = Walk {
+        config: &config,
+        weights: &weights,
+        adapter: Some(adapter),
+    };
+    let (config, weights) = tied::open(merged)?;
+    let merged = Walk {
+        config: &config,
+        weights: &weights,
+        adapter: None,
+    };
+    let positions = if base.is_possible() && merged.is_possible() {
+        by_kernels(base, merged, &batch, progress)?
+    } else {
+        plainly(base, merged, &batch, progress)?
+    };
+
+    let length: f64 = positions.iter().map(|p| p.with.spread(p.count)).sum();
+    let apart: f64 = positions.iter().map(|p| p.apart.spread(p.count)).sum();
+    let effect: f64 = positions.iter().map(|p| p.effect.spread(p.count)).sum();
+    ensure!(
+        length.is_finite() && length > 0.,
+        "the base with the adapter gives no finite logits; the adapter may have diverged in its training"
+    );
+    let proof = Proof {
+        positions: positions.len(),
+        largest: positions.iter().fold(0., |most, p| larger(most, p.largest)),
+        relative: (apart / length).sqrt(),
+        effect: (effect / length).sqrt(),
+        bound: bound(coarsest(&weights)?),
+    };
+    ensure!(
+        proof.relative <= proof.bound,
+        "the merged model is not the base with the adapter: its logits differ by {:.1e} of their size (at most {:.1e} in one \
+         logit), and rounding its weights explains no more than {:.0e}; the adapter changes them by {:.1e}. This is a bug in \
+         pipeline, or the base changed while it was read",
+        proof.relative,
+        proof.largest,
+        proof.bound,
+        proof.effect
+    );
+    Ok(proof)
+}
+
+/// The larger of two differences; a NaN stays.
+fn larger(most: f64, far: f64) -> f64 {
+    if most.is_nan() || far <= most {
+        most
+    } else {
+        far
+    }
+}
+
+/// Sums over the logits of one position.
+#[derive(Default)]
+struct Position {
+    count: usize,
+    with: Moments,
+    apart: Moments,
+    effect: Moments,
+    largest: f64,
+}
+
+impl Position {
+    /// Adds some logits of the base without the adapter, of it with the adapter, and of the merged model.
+    fn add(&mut self, logits: impl Iterator<Item = ((f32, f32), f32)>) {
+        for ((without, with), merged) in logits {
+            let (with, apart) = (f64::from(with), f64::from(merged) - f64::from(with));
+            self.count += 1;
+            self.with.add(with);
+            self.apart.add(apart);
+            self.effect.add(f64::from(without) - with);
+            self.largest = larger(self.largest, apart.abs());
+        }
+    }
+}
+
+/// The sum of some values and that of their squares.
+#[derive(Default)]
+struct Moments {
+    sum: f64,
+    squares: f64,
+}
+
+impl Moments {
+    fn add(&mut self, value: f64) {
+        self.sum += value;
+        self.squares += value * value;
+    }
+
+    /// The squared distance of all values from their mean.
+    fn spread(&self, count: usize) -> f64 {
+        let spread = self.squares - self.sum * self.sum / count.max(1) as f64;
+        // What is left of equal values may be a little below 0; a NaN stays.
+        if spread < 0. { 0. } else { spread }
+    }
+}
+
+/// The fast way: tokens with the adapter and tokens without go through the base together, and logits are made some at a time.
+fn by_kernels(
+    base: Walk<'_>,
+    merged: Walk<'_>,
+    batch: &Batch,
+    progress: &mut dyn FnMut(u64, u64) -> anyhow::Result<()>,
+) -> anyhow::Result<Vec<Position>> {
+    let tokens = batch.tokens();
+    let layers = base.config.num_hidden_layers;
+    let mut done = |number: usize| progress(number as u64, 2 * layers as u64);
+    let both = base.hidden(&[batch, batch], tokens, &mut done)?;
+    let own = merged.hidden(&[batch], tokens, &mut |number| done(layers + number))?;
+    let (both, own) = (Factor::F32(&both), Factor::F32(&own));
+    let mut positions: Vec<Position> = (0..tokens).map(|_| Position::default()).collect();
+    let vocabulary = base.config.vocab_size;
+    let packed = (base.head_in_4_bits()?, merged.head_in_4_bits()?);
+    let (mut of_both, mut of_own) = (Vec::new(), Vec::new());
+    for start in (0..vocabulary).step_by(HEAD_ROWS) {
+        let rows = start..(start + HEAD_ROWS).min(vocabulary);
+        let count = rows.len();
+        let heads = (
+            base.head(packed.0.as_ref(), rows.clone())?,
+            merged.head(packed.1.as_ref(), rows)?,
+        );
+        of_both.resize(size(count, 2 * tokens), 0f32);
+        of_own.resize(size(count, tokens), 0f32);
+        let product = |out, weight, x| Product {
+            out,
+            terms: vec![Term { weight, x }],
+            onto: Onto::Zero,
+        };
+        products(vec![
+            product(&mut of_both[..], heads.0.matrix()?, &both),
+            product(&mut of_own[..], heads.1.matrix()?, &own),
+        ]);
+        let all = positions.par_iter_mut().enumerate();
+        all.for_each(|(token, position)| {
+            let with = column(&of_both, count, token);
+            let without = column(&of_both, count, tokens + token);
+            position.add(without.zip(with).zip(column(&of_own, count, token)));
+        });
+    }
+    Ok(positions)
+}
+
+/// The plain path, for what the kernels lack.
+fn plainly(
+    base: Walk<'_>,
+    merged: Walk<'_>,
+    batch: &Batch,
+    progress: &mut dyn FnMut(u64, u64) -> anyhow::Result<()>,
+) -> anyhow::Result<Vec<Position>> {
+    let layers = base.config.num_hidden_layers;
+    let mut done = |number: usize| progress(number as u64, 2 * layers as u64);
+    let Walk {
+        config,
+        weights,
+        adapter,
+    } = base;
+    let passes = [Pass::BASE, Pass::INFER];
+    let logits = logits_by_layer(config, weights, adapter, batch, &passes, &mut done)?;
+    let [without, with] = &logits[..] else {
+        anyhow::bail!("there are not two passes");
+    };
+    let Walk {
+        config, weights, ..
+    } = merged;
+    let mut done = |number| done(layers + number);
+    let logits = logits_by_layer(config, weights, None, batch, &[Pass::BASE], &mut done)?;
+    let merged = logits.first().context("there is no pass")?;
+    let mut positions = Vec::with_capacity(batch.tokens());
+    for (row, sequence) in batch.sequences.iter().enumerate() {
+        for place in 0..sequence.ids.len() {
+            let read = |logits: &Tensor| logits.get(row)?.get(place)?.to_vec1::<f32>();
+            let (without, with) = (read(without)?, read(with)?);
+            let mut position = Position::default();
+            position.add(without.into_iter().zip(with).zip(read(merged)?));
+            positions.push(position);
+        }
+    }
+    Ok(positions)
+}
+
+/// The least precise type of a model's weights.
+fn coarsest(weights: &Weights) -> anyhow::Result<Float> {
+    let mut coarsest = Float::F32;
+    for name in weights.names() {
+        let float = Float::of(weights.raw(name)?.dtype);
+        if let Some(float) = float
+            && bound(float) > bound(coarsest)
+        {
+            coarsest = float;
+        }
+    }
+    Ok(coarsest)
+}
+
+#[cfg(test)]
+mod tests;

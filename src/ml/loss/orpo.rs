@@ -1,0 +1,265 @@
+//! Odds-ratio preference optimisation (Hong, Lee and Thorne 2024, arXiv 2403.07691), as TRL's `ORPOTrainer` computes it.
+//!
+//! With `c` and `r` the mean log-probabilities of the two answers' tokens,
+//! `log_odds = (c - r) - (log(1 - e^c) - log(1 - e^r))` (equations 3 and 4), and a micro-batch's loss is
+//! `nll - beta * mean(log sigmoid(log_odds))` (equations 6 and 7). `nll` is the mean over all tokens of the preferred
+//! sequences, *the prompt's included*; the odds see the answers only.
+//!
+//! The gradient is written out: `d log_odds / dc = 1 / (1 - e^c)`, which no `where` can turn into a NaN.
+
+use anyhow::ensure;
+
+use super::{Metrics, Outcome};
+use crate::ml::model::batch::{Batch, Target};
+
+/// Log-probabilities closer to 0 than this are below the resolution of f32; they are taken to be this far, and as constant.
+const NEAR_ZERO: f64 = 1e-9;
+
+/// The odds ratio of one pair.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Odds {
+    /// The logarithm of the ratio of the two odds.
+    pub log_odds: f64,
+    /// `log sigmoid(log_odds)`.
+    pub ratio: f64,
+    /// The gradient of `ratio` by the preferred answer's mean log-probability.
+    pub of_chosen: f64,
+    /// The gradient of `ratio` by the other's.
+    pub of_rejected: f64,
+}
+
+/// `log(1 - e^x)` for `x < 0` (Mächler 2012).
+fn log1mexp(x: f64) -> f64 {
+    if x < -std::f64::consts::LN_2 {
+        (-x.exp()).ln_1p()
+    } else {
+        (-x.exp_m1()).ln()
+    }
+}
+
+fn sigmoid(x: f64) -> f64 {
+    if x >= 0. {
+        1. / (1. + (-x).exp())
+    } else {
+        x.exp() / (1. + x.exp())
+    }
+}
+
+/// The odds ratio of mean log-probabilities `chosen` and `rejected`, finite for all inputs up to 0.
+pub fn odds(chosen: f64, rejected: f64) -> Odds {
+    // Not `min`, which would swallow a NaN.
+    let clamp = |x: f64| if x > -NEAR_ZERO { -NEAR_ZERO } else { x };
+    let (c, r) = (clamp(chosen), clamp(rejected));
+    let log_odds = (c - r) - (log1mexp(c) - log1mexp(r));
+    let ratio = log_odds.min(0.) - (-log_odds.abs()).exp().ln_1p();
+    let slope = |x: f64| if x > -NEAR_ZERO { 0. } else { -1. / x.exp_m1() };
+    let of_ratio = sigmoid(-log_odds);
+    Odds {
+        log_odds,
+        ratio,
+        of_chosen: of_ratio * slope(chosen),
+        of_rejected: -of_ratio * slope(rejected),
+    }
+}
+
+/// What is scored: all tokens of the preferred sequences, which come first, and the answers of the others.
+pub fn targets(batch: &Batch) -> Vec<Target> {
+    let count = batch.sequences.len();
+    (0..count)
+        .flat_map(|row| batch.targets(row, row >= count / 2))
+        .collect()
+}
+
+/// Loss, gradient and metrics from the log-probabilities of [`targets`].
+pub fn loss(
+    batch: &Batch,
+    targets: &[Target],
+    logps: &[f32],
+    mean_logits: (f64, f64),
+    beta: f64,
+) -> anyhow::Result<Outcome> {
+    let pairs = batch.sequences.len() / 2;
+    let in_answer = |target: &Target| {
+        let sequence = batch.sequences.get(target.row);
+        sequence.is_some_and(|sequence| target.position >= sequence.prompt)
+    };
+    let mut sums = vec![(0f64, 0usize); 2 * pairs];
+    let (mut nll, mut nll_count) = (0f64, 0usize);
+    for (target, &logp) in targets.iter().zip(logps) {
+        if in_answer(target)
+            && let Some(sum) = sums.get_mut(target.row)
+        {
+            *sum = (sum.0 + f64::from(logp), sum.1 + 1);
+        }
+        if target.row < pairs {
+            nll -= f64::from(logp);
+            nll_count += 1;
+        }
+    }
+    ensure!(
+        sums.iter().all(|(_, count)| *count > 0),
+        "an answer has no token, so its log-probability is undefined"
+    );
+    let nll = nll / nll_count as f64;
+    // TRL averages in f32; ties must tie here too.
+    let averages: Vec<f64> = sums
+        .iter()
+        .map(|(sum, count)| f64::from((sum / *count as f64) as f32))
+        .collect();
+    let (chosen, rejected) = averages.split_at(pairs);
+    let odds: Vec<Odds> = chosen
+        .iter()
+        .zip(rejected)
+        .map(|(&c, &r)| odds(c, r))
+        .collect();
+    let mean = |values: &mut dyn Iterator<Item = f64>| values.sum::<f64>() / pairs as f64;
+    let ratio = mean(&mut odds.iter().map(|odds| odds.ratio));
+    let loss = nll - beta * ratio;
+
+    let gradient = targets
+        .iter()
+        .map(|target| {
+            let mut gradient = 0.;
+            if target.row < pairs {
+                gradient -= 1. / nll_count as f64;
+            }
+            if in_answer(target) {
+                let count = sums[target.row].1 as f64;
+                let slope = if target.row < pairs {
+                    odds[target.row].of_chosen
+                } else {
+                    odds[target.row - pairs].of_rejected
+                };
+                gradient -= beta * slope / (pairs as f64 * count);
+            }
+            gradient as f32
+        })
+        .collect();
+
+    let logps_chosen = mean(&mut chosen.iter().copied());
+    let logps_rejected = mean(&mut rejected.iter().copied());
+    let wins = chosen.iter().zip(rejected).filter(|(c, r)| c > r).count();
+    let metrics = Metrics::from([
+        ("rewards/chosen", beta * logps_chosen),
+        ("rewards/rejected", beta * logps_rejected),
+        ("rewards/accuracies", wins as f64 / pairs as f64),
+        ("rewards/margins", beta * (logps_chosen - logps_rejected)),
+        ("logps/chosen", logps_chosen),
+        ("logps/rejected", logps_rejected),
+        ("logits/chosen", mean_logits.0),
+        ("logits/rejected", mean_logits.1),
+        ("nll_loss", nll),
+        ("log_odds_ratio", ratio),
+        (
+            "log_odds_chosen",
+            mean(&mut odds.iter().map(|odds| odds.log_odds)),
+        ),
+    ]);
+    Ok(Outcome {
+        loss,
+        gradient,
+        metrics,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ml::model::batch::Sequence;
+
+    #[test]
+    fn odds_ratio_equals_trl() {
+        let text = include_str!("../../../tests/golden/odds_ratio_cases.json");
+        let cases: Vec<serde_json::Value> = serde_json::from_str(text).unwrap();
+        assert_eq!(cases.len(), 9);
+        for case in cases {
+            let number = |name: &str| case[name].as_f64().unwrap();
+            let odds = odds(number("chosen_logp"), number("rejected_logp"));
+            let near = |a: f64, b: f64| (a - b).abs() <= (2e-5 * b.abs()).max(1e-6);
+            let far = (odds.log_odds - number("log_odds_chosen")).abs();
+            let far = far.max((odds.ratio - number("log_odds_ratio")).abs());
+            println!(
+                "| odds ratio | {:?} | {far:.1e} | | 2e-5 relative or 1e-6 |",
+                (number("chosen_logp"), number("rejected_logp"))
+            );
+            assert!(
+                near(odds.log_odds, number("log_odds_chosen")),
+                "{case} {odds:?}"
+            );
+            assert!(
+                near(odds.ratio, number("log_odds_ratio")),
+                "{case} {odds:?}"
+            );
+            assert!(near(number("beta") * odds.ratio, number("losses")));
+        }
+    }
+
+    #[test]
+    fn odds_are_finite_up_to_certainty() {
+        for c in [0., -1e-300, -1e-12, -1e-8, -1., -800.] {
+            for r in [0., -1e-300, -1e-12, -1e-8, -1., -800.] {
+                let odds = odds(c, r);
+                let all = [odds.log_odds, odds.ratio, odds.of_chosen, odds.of_rejected];
+                assert!(all.iter().all(|x| x.is_finite()), "{c} {r} {odds:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_empty_answer_is_an_error_and_equal_ones_a_tie() {
+        let outcome = |chosen: &[u32], rejected: &[u32]| {
+            let sequences = [chosen, rejected].map(|ids| Sequence::new(ids.to_vec(), 2));
+            let batch = Batch::new(sequences.to_vec(), 0).unwrap();
+            let targets = targets(&batch);
+            loss(&batch, &targets, &vec![-1.5; targets.len()], (0., 0.), 0.1)
+        };
+        let error = outcome(&[1, 2], &[1, 2, 3]).unwrap_err().to_string();
+        assert!(error.contains("an answer has no token"), "{error}");
+        assert!(outcome(&[1, 2, 3], &[1, 2]).is_err());
+        // One token each, the same: neither is preferred, and the slopes cancel out.
+        let tie = outcome(&[1, 2, 3], &[1, 2, 3]).unwrap();
+        let ratio = tie.metrics["log_odds_ratio"];
+        assert!((ratio + std::f64::consts::LN_2).abs() < 1e-12, "{ratio}");
+        assert!(tie.metrics["rewards/accuracies"].abs() < 1e-12);
+        assert!(tie.gradient.iter().all(|g| g.is_finite()));
+        let slope = tie.gradient.iter().sum::<f32>();
+        assert!(
+            (slope + 1.).abs() < 1e-6,
+            "of the likelihood alone: {slope}"
+        );
+    }
+
+    #[test]
+    fn gradient_is_the_difference_quotient() {
+        let sequence = |ids: &[u32], prompt| Sequence::new(ids.to_vec(), prompt);
+        let batch = Batch::new(
+            vec![
+                sequence(&[1, 2, 3, 4, 5], 2),
+                sequence(&[1, 2, 3], 1),
+                sequence(&[1, 2, 7, 4], 2),
+                sequence(&[1, 9, 9, 9], 1),
+            ],
+            0,
+        )
+        .unwrap();
+        let targets = targets(&batch);
+        assert_eq!(targets.len(), 4 + 2 + 2 + 3);
+        let logps: Vec<f32> = (0..targets.len())
+            .map(|i| -0.05 - 0.3 * ((i * 7) % 5) as f32)
+            .collect();
+        let at = |logps: &[f32]| loss(&batch, &targets, logps, (0., 0.), 0.5).unwrap();
+        let gradient = at(&logps).gradient;
+        for (place, g) in gradient.iter().enumerate() {
+            let moved = |by: f32| {
+                let mut logps = logps.clone();
+                logps[place] += by;
+                at(&logps).loss
+            };
+            let quotient = (moved(1e-2) - moved(-1e-2)) / 2e-2;
+            assert!(
+                (quotient - f64::from(*g)).abs() < 2e-3,
+                "{place}: {quotient} {g}"
+            );
+        }
+    }
+}

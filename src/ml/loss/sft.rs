@@ -1,0 +1,160 @@
+//! Supervised fine-tuning: the negative log-likelihood of the answers, or of whole sequences.
+//!
+//! As in transformers, the mean goes over all counted tokens of an accumulation group, so that micro-batches with more
+//! tokens weigh more.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use super::{Metrics, Outcome};
+use crate::ml::model::batch::{Batch, Row, Target};
+use crate::ml::model::head::Certainty;
+
+/// TRL packs so many rows at a time: the batch size of `Dataset.map`.
+const PACKED_AT_ONCE: usize = 1000;
+
+/// Which answers are learnt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Answers {
+    /// The preferred ones.
+    Chosen,
+    /// The others.
+    Rejected,
+    /// Both, each as a row of its own.
+    Both,
+}
+
+impl Answers {
+    /// How many rows one row becomes.
+    pub fn each(self) -> usize {
+        1 + usize::from(self == Self::Both)
+    }
+}
+
+/// Rows with one answer each.
+pub fn rows(rows: &[Row], answers: Answers) -> anyhow::Result<Vec<Row>> {
+    let mut single = Vec::new();
+    for (number, row) in rows.iter().enumerate() {
+        if answers != Answers::Rejected {
+            single.push(Row {
+                rejected: None,
+                rejected_prompt: None,
+                ..row.clone()
+            });
+        }
+        if answers != Answers::Chosen {
+            let Some(rejected) = &row.rejected else {
+                anyhow::bail!("row {} has no rejected answer to learn", number + 1);
+            };
+            single.push(Row {
+                prompt: row.rejected_prompt.clone().unwrap_or(row.prompt.clone()),
+                chosen: rejected.clone(),
+                ..Row::default()
+            });
+        }
+    }
+    Ok(single)
+}
+
+/// What is scored.
+pub fn targets(batch: &Batch, completion_only: bool) -> Vec<Target> {
+    (0..batch.sequences.len())
+        .flat_map(|row| batch.targets(row, completion_only))
+        .collect()
+}
+
+/// The mean negative log-likelihood, and how sure and how right the model is of the targets.
+pub fn loss(logps: &[f32], certainty: Option<&[Certainty]>) -> Outcome {
+    let count = logps.len() as f64;
+    let total: f64 = logps.iter().map(|&logp| f64::from(logp)).sum();
+    let mut metrics = Metrics::new();
+    if let Some(certainty) = certainty {
+        let entropy: f64 = certainty.iter().map(|of| of.entropy).sum();
+        let first = certainty.iter().filter(|of| of.is_first).count();
+        metrics.insert("entropy", entropy / count);
+        metrics.insert("mean_token_accuracy", first as f64 / count);
+    }
+    Outcome {
+        loss: -total / count,
+        gradient: vec![(-1. / count) as f32; logps.len()],
+        metrics,
+    }
+}
+
+/// Rows packed into fewer sequences.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Packed {
+    /// The sequences; each is a row that holds the others.
+    pub rows: Vec<Row>,
+    /// Rows that were cut to the length.
+    pub cut: usize,
+    /// Rows in which nothing was left to learn.
+    pub dropped: usize,
+}
+
+/// Packs rows into sequences of at most `length` ids, the longest first and each into the fullest sequence that has room
+/// (TRL's `packing_strategy: bfd`). Longer rows lose their end.
+pub fn pack(rows: Vec<Row>, length: usize, completion_only: bool) -> Packed {
+    let mut packed = Packed::default();
+    let mut kept = Vec::with_capacity(rows.len());
+    for mut row in rows {
+        if row.prompt.len() + row.chosen.len() > length {
+            row.prompt.truncate(length);
+            row.chosen.truncate(length - row.prompt.len());
+            packed.cut += 1;
+        }
+        let all = row.prompt.len() + row.chosen.len();
+        let first = if completion_only { row.prompt.len() } else { 0 };
+        if first.max(1) < all {
+            kept.push(row);
+        } else {
+            packed.dropped += 1;
+        }
+    }
+    for rows in kept.chunks(PACKED_AT_ONCE) {
+        let lengths: Vec<usize> = rows
+            .iter()
+            .map(|row| row.prompt.len() + row.chosen.len())
+            .collect();
+        for bin in bins(&lengths, length) {
+            let mut rows = bin.iter().filter_map(|&place| rows.get(place)).cloned();
+            if let Some(mut first) = rows.next() {
+                first.packed.extend(rows);
+                packed.rows.push(first);
+            }
+        }
+    }
+    packed
+}
+
+/// Which of so long things go together into bins of one size: best fit, decreasing. Empty things are left out; none may be
+/// larger than a bin.
+fn bins(lengths: &[usize], size: usize) -> Vec<Vec<usize>> {
+    let mut places: Vec<usize> = (0..lengths.len()).filter(|&at| lengths[at] > 0).collect();
+    places.sort_by_key(|&at| std::cmp::Reverse(lengths[at])); // stable
+    let mut bins: Vec<Vec<usize>> = Vec::new();
+    let mut by_space = BTreeMap::<usize, VecDeque<usize>>::new();
+    for place in places {
+        let length = lengths[place];
+        let found = by_space.range(length..).next().map(|(space, _)| *space);
+        let oldest = found.and_then(|space| {
+            let queue = by_space.get_mut(&space)?;
+            let bin = queue.pop_front();
+            if queue.is_empty() {
+                by_space.remove(&space);
+            }
+            Some((bin?, space))
+        });
+        let (bin, space) = oldest.unwrap_or_else(|| {
+            bins.push(Vec::new());
+            (bins.len() - 1, size)
+        });
+        bins[bin].push(place);
+        if space > length {
+            by_space.entry(space - length).or_default().push_back(bin);
+        }
+    }
+    bins
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,192 @@
+//! Tests of `sft`.
+
+use std::ops::ControlFlow;
+
+use candle_core::DType;
+
+use super::*;
+use crate::ml::execution::Path;
+use crate::ml::fused::Packing;
+use crate::ml::loss::Objective;
+use crate::ml::model::linear::Pass;
+use crate::ml::model::{Gradients, Llama, Trained};
+use crate::ml::testing::golden::{far, model, rows as golden_rows};
+use crate::ml::testing::golden_compare::{Comparison, EXACT, json};
+use crate::ml::testing::golden_runs::settings;
+use crate::ml::train::{Ending, Settings, train};
+
+fn chosen() -> Vec<Row> {
+    rows(&golden_rows("trl-1.16"), Answers::Chosen).unwrap()
+}
+
+/// One of the golden runs: `packing` is the length to pack to.
+fn run(name: &str, completion_only: bool, packing: Option<usize>) {
+    let golden = &json("sft/sft.json")[name];
+    let rows = match packing {
+        None => chosen(),
+        Some(length) => {
+            let packed = pack(chosen(), length, completion_only);
+            assert_eq!((packed.cut, packed.dropped), (0, 0));
+            let lengths: Vec<Vec<usize>> = packed
+                .rows
+                .iter()
+                .map(|row| {
+                    let alone = std::iter::once(row).chain(&row.packed);
+                    alone
+                        .map(|row| row.prompt.len() + row.chosen.len())
+                        .collect()
+                })
+                .collect();
+            let theirs: Vec<Vec<usize>> =
+                serde_json::from_value(golden["seq_lengths"].clone()).unwrap();
+            assert_eq!(lengths, theirs);
+            packed.rows
+        }
+    };
+    let settings = Settings {
+        objective: Objective::Sft { completion_only },
+        epochs: 1.,
+        batch_size: if packing.is_some() { 1 } else { 2 },
+        ..settings()
+    };
+    let path = Path::Fused(Packing::default());
+    for path in [Path::Plain, path] {
+        let mut model = model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
+        model.path = path;
+        train_and_compare(name, &model, &rows, &settings);
+    }
+}
+
+fn train_and_compare(name: &str, model: &Llama, rows: &[Row], settings: &Settings) {
+    let golden = &json("sft/sft.json")[name];
+    let mut logs = Vec::new();
+    let ending = train(model, rows, &[], settings, None, &mut |step| {
+        logs.extend(step.logs.clone());
+        ControlFlow::Continue(())
+    });
+    assert!(matches!(ending.unwrap(), Ending::Finished { .. }));
+    let mut theirs = golden["log_history"].as_array().unwrap().clone();
+    for log in &mut theirs {
+        // A count of all tokens so far, which the program keeps elsewhere.
+        log.as_object_mut().unwrap().remove("num_tokens").unwrap();
+    }
+    let mut comparison = Comparison::new(&format!("sft {name}"), EXACT, model.path);
+    comparison.logs(&logs, &theirs);
+    comparison.end();
+}
+
+#[test]
+fn whole_sequences_are_learnt_as_trl_does() {
+    run("full", false, None);
+}
+
+#[test]
+fn answers_are_learnt_as_trl_does() {
+    run("completion_only", true, None);
+}
+
+#[test]
+fn packed_sequences_are_learnt_as_trl_does() {
+    run("packed_full", false, Some(192));
+    run("packed_completion_only", true, Some(256));
+}
+
+#[test]
+fn bins_are_those_of_trl() {
+    let golden = &json("sft/sft.json")["bins"];
+    let lengths: Vec<usize> = serde_json::from_value(golden["lengths"].clone()).unwrap();
+    assert!(lengths.contains(&0), "empty rows are left out");
+    let theirs: Vec<Vec<usize>> = serde_json::from_value(golden["bins"].clone()).unwrap();
+    assert_eq!(bins(&lengths, 32), theirs);
+
+    // Rows that are longer than a sequence are cut.
+    let golden = &golden["truncated"];
+    let lengths: Vec<usize> = serde_json::from_value(golden["lengths"].clone()).unwrap();
+    let rows: Vec<Row> = lengths
+        .iter()
+        .map(|&length| Row {
+            prompt: vec![1; 2.min(length - 1)],
+            chosen: vec![2; length - 2.min(length - 1)],
+            ..Row::default()
+        })
+        .collect();
+    let packed = pack(rows.clone(), 16, true);
+    assert_eq!((packed.cut, packed.dropped), (2, 1));
+    let lengths = packed.rows.iter().map(|row| row.chosen().ids.len());
+    assert_eq!(lengths.collect::<Vec<_>>(), [16, 16, 16, 3]);
+    assert_eq!(
+        golden["seq_lengths"],
+        serde_json::json!([[16], [16], [16], [3, 1]])
+    );
+    // A prompt that fills the sequence leaves nothing to learn of the answer.
+    let all_prompt = Row {
+        prompt: vec![1; 20],
+        chosen: vec![2; 4],
+        ..Row::default()
+    };
+    let packed = pack(vec![all_prompt.clone()], 16, true);
+    assert_eq!((packed.rows.len(), packed.cut, packed.dropped), (0, 1, 1));
+    let packed = pack(vec![all_prompt], 16, false);
+    assert_eq!(packed.rows[0].prompt.len(), 16);
+}
+
+#[test]
+fn packed_gradients_are_the_sum_of_those_alone() {
+    let model = model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
+    let rows = &chosen()[..6];
+    for completion_only in [false, true] {
+        let objective = Objective::Sft { completion_only };
+        let total = |rows: &[Row]| {
+            let mut gradients = Gradients::none(&model);
+            let mut loss = 0.;
+            for row in rows {
+                let batch = objective.batch(&[row], 1023).unwrap();
+                let count = objective.weight(&objective.targets(&batch));
+                let add = &mut gradients;
+                let outcome = objective.differentiate(&model, &[(&batch, count)], None, false, add);
+                loss += count * outcome.unwrap()[0].loss;
+            }
+            (loss, gradients)
+        };
+        let (loss, alone) = total(rows);
+        let packed = pack(rows.to_vec(), 400, completion_only).rows;
+        assert!(packed.len() < 3);
+        let (packed_loss, together) = total(&packed);
+        assert!(
+            (loss - packed_loss).abs() < 1e-6 * loss,
+            "{loss} {packed_loss}"
+        );
+        for ((parameter, a), b) in model.parameters.iter().zip(&alone.0).zip(&together.0) {
+            let (a, b) = (a.as_ref().unwrap(), b.as_ref().unwrap());
+            let size = a.abs().unwrap().max_all().unwrap();
+            let size = f64::from(size.to_scalar::<f32>().unwrap());
+            assert!(far(a, b) < 1e-5 * size, "{}: {}", parameter.name, far(a, b));
+        }
+    }
+}
+
+#[test]
+fn a_packed_row_sees_nothing_of_its_neighbours() {
+    let model = model("model", Some("adapter_init"), Trained::Nothing, DType::F32);
+    let (mut first, second) = (chosen()[0].clone(), chosen()[1].clone());
+    let (start, length) = (first.chosen().ids.len(), second.chosen().ids.len());
+    let states = |row: &Row| {
+        let batch = Batch::new(vec![row.chosen()], 0).unwrap();
+        let states = model.hidden(&batch, Pass::INFER).unwrap();
+        let states: Vec<Vec<f32>> = states.squeeze(0).unwrap().to_vec2().unwrap();
+        states
+    };
+    let alone = states(&second);
+    first.packed.push(second);
+    let before = states(&first);
+    first.prompt.fill(7);
+    let after = states(&first);
+    assert_eq!(before.len(), start + length);
+    assert!(before[..start] != after[..start]);
+    assert!(before[start..] == after[start..], "to the bit");
+    for (a, b) in before[start..].iter().zip(&alone) {
+        for (a, b) in a.iter().zip(b) {
+            assert!((a - b).abs() < 1e-5);
+        }
+    }
+}

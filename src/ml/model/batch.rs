@@ -1,0 +1,306 @@
+//! From rows of token ids to padded batches.
+
+use candle_core::{Device, Result, Tensor, bail};
+
+/// One row of training data: ids of a prompt and of its answers.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Row {
+    /// The prompt.
+    pub prompt: Vec<u32>,
+    /// The preferred (or only) answer, without the prompt.
+    pub chosen: Vec<u32>,
+    /// The other answer.
+    pub rejected: Option<Vec<u32>>,
+    /// The other answer's prompt, where truncation made it differ.
+    pub rejected_prompt: Option<Vec<u32>>,
+    /// Rows that follow in the same sequence; none of them sees another.
+    pub packed: Vec<Row>,
+}
+
+/// A prompt and one answer, or several such documents one behind the other.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Sequence {
+    /// All ids.
+    pub ids: Vec<u32>,
+    /// How many of them are the prompt, of the first document.
+    pub prompt: usize,
+    /// The documents behind the first: where each starts, and where its answer starts.
+    behind: Vec<(usize, usize)>,
+}
+
+/// The place of one document in a sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Document {
+    start: usize,
+    answer: usize,
+    end: usize,
+}
+
+impl Sequence {
+    /// One document, whose first `prompt` ids are the prompt.
+    pub fn new(ids: Vec<u32>, prompt: usize) -> Self {
+        Self {
+            ids,
+            prompt,
+            behind: Vec::new(),
+        }
+    }
+
+    fn append(&mut self, other: &Self) {
+        // A document of nothing would be one that sees nothing.
+        if other.ids.is_empty() {
+            return;
+        }
+        let start = self.ids.len();
+        let first = std::iter::once((0, other.prompt));
+        let places = first.chain(other.behind.iter().copied());
+        self.behind
+            .extend(places.map(|(from, answer)| (start + from, start + answer)));
+        self.ids.extend(&other.ids);
+    }
+
+    /// Whether there is more than one document.
+    pub(in crate::ml) fn is_packed(&self) -> bool {
+        !self.behind.is_empty()
+    }
+
+    fn documents(&self) -> Vec<Document> {
+        let starts = std::iter::once((0, self.prompt)).chain(self.behind.iter().copied());
+        let ends = self.behind.iter().map(|(start, _)| *start);
+        starts
+            .zip(ends.chain(std::iter::once(self.ids.len())))
+            .map(|((start, answer), end)| Document { start, answer, end })
+            .collect()
+    }
+
+    /// For each position, padding included, the start of its document.
+    pub(in crate::ml) fn starts(&self, width: usize) -> Vec<usize> {
+        let mut starts = Vec::with_capacity(width);
+        for document in self.documents() {
+            starts.resize(document.end, document.start);
+        }
+        let last = self.behind.last().map_or(0, |(start, _)| *start);
+        starts.resize(width, last);
+        starts
+    }
+}
+
+impl Row {
+    fn sequence(prompt: &[u32], answer: &[u32]) -> Sequence {
+        Sequence::new([prompt, answer].concat(), prompt.len())
+    }
+
+    /// The prompt with the preferred answer, and behind it those of the packed rows.
+    pub fn chosen(&self) -> Sequence {
+        let mut sequence = Self::sequence(&self.prompt, &self.chosen);
+        for row in &self.packed {
+            sequence.append(&row.chosen());
+        }
+        sequence
+    }
+
+    /// The prompt with the other answer.
+    pub fn rejected(&self) -> Option<Sequence> {
+        let prompt = self.rejected_prompt.as_ref().unwrap_or(&self.prompt);
+        self.rejected
+            .as_ref()
+            .map(|answer| Self::sequence(prompt, answer))
+    }
+}
+
+/// The id that a logit vector is to be scored against.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Target {
+    /// Which sequence.
+    pub row: usize,
+    /// The place of the id in it, at least 1; the logits at `position - 1` predict it.
+    pub position: usize,
+    /// The id.
+    pub id: u32,
+}
+
+/// Sequences padded on the right to the longest.
+#[derive(Debug, Clone)]
+pub struct Batch {
+    /// The sequences without padding.
+    pub sequences: Vec<Sequence>,
+    /// The common length.
+    pub width: usize,
+    pad: u32,
+    pairs: bool,
+}
+
+impl Batch {
+    /// A batch of `sequences`, padded with `pad`.
+    pub fn new(sequences: Vec<Sequence>, pad: u32) -> Result<Self> {
+        let width = sequences.iter().map(|s| s.ids.len()).max().unwrap_or(0);
+        if sequences.iter().any(|sequence| sequence.ids.is_empty()) {
+            bail!("a sequence has no tokens");
+        }
+        if width == 0 {
+            bail!("a batch needs at least one sequence");
+        }
+        Ok(Self {
+            sequences,
+            width,
+            pad,
+            pairs: false,
+        })
+    }
+
+    /// The preferred answers of `rows`, and after them the others: one forward for both (TRL's concatenated forward).
+    pub fn pairs(rows: &[&Row], pad: u32) -> Result<Self> {
+        let mut sequences: Vec<_> = rows.iter().map(|row| row.chosen()).collect();
+        for row in rows {
+            match row.rejected() {
+                Some(sequence) => sequences.push(sequence),
+                None => bail!("a preference row has no rejected answer"),
+            }
+        }
+        Ok(Self {
+            pairs: true,
+            ..Self::new(sequences, pad)?
+        })
+    }
+
+    /// Whether the second half of the sequences belongs to the first, one by one.
+    pub(in crate::ml) fn is_pairs(&self) -> bool {
+        self.pairs
+    }
+
+    /// The id that fills up.
+    pub(in crate::ml) fn pad(&self) -> u32 {
+        self.pad
+    }
+
+    /// The ids, (batch, length).
+    pub fn ids(&self, device: &Device) -> Result<Tensor> {
+        let padded = self.sequences.iter().flat_map(|sequence| {
+            let padding = self.width - sequence.ids.len();
+            let padding = std::iter::repeat_n(self.pad, padding);
+            sequence.ids.iter().copied().chain(padding)
+        });
+        let ids: Vec<u32> = padded.collect();
+        Tensor::from_vec(ids, (self.sequences.len(), self.width), device)
+    }
+
+    /// Whether a sequence holds more than one document.
+    fn packed(&self) -> bool {
+        self.sequences.iter().any(Sequence::is_packed)
+    }
+
+    /// The positions by which the model tells how far ids are from each other, if they are not just counted through: they
+    /// begin again with each document. (batch * length)
+    pub fn positions(&self) -> Option<Vec<usize>> {
+        let of = |sequence: &Sequence| {
+            let starts = sequence.starts(self.width);
+            let positions = starts.iter().enumerate();
+            positions.map(|(at, start)| at - start).collect::<Vec<_>>()
+        };
+        self.packed()
+            .then(|| self.sequences.iter().flat_map(of).collect())
+    }
+
+    /// What is added to the attention scores: 0 where a position may look, -inf where it may not (later ones, padding,
+    /// other documents). (batch or 1, 1, length, length)
+    pub fn mask(&self, device: &Device) -> Result<Tensor> {
+        let uniform = self.sequences.iter().all(|s| s.ids.len() == self.width);
+        let count = if uniform && !self.packed() {
+            1
+        } else {
+            self.sequences.len()
+        };
+        let mut mask = Vec::with_capacity(count * self.width * self.width);
+        for sequence in self.sequences.iter().take(count) {
+            let length = sequence.ids.len();
+            for (from, start) in sequence.starts(self.width).into_iter().enumerate() {
+                mask.extend((0..self.width).map(|to| {
+                    if start <= to && to <= from && to < length {
+                        0f32
+                    } else {
+                        f32::NEG_INFINITY
+                    }
+                }));
+            }
+        }
+        Tensor::from_vec(mask, (count, 1, self.width, self.width), device)
+    }
+
+    /// The ids of one sequence that have a logit before them in their document; only those of the answers if `answer_only`.
+    pub fn targets(&self, row: usize, answer_only: bool) -> Vec<Target> {
+        let Some(sequence) = self.sequences.get(row) else {
+            return Vec::new();
+        };
+        let mut targets = Vec::new();
+        for document in sequence.documents() {
+            let answer = if answer_only { document.answer } else { 0 };
+            let first = answer.max(document.start + 1);
+            let ids = sequence.ids.iter().enumerate();
+            let ids = ids.take(document.end).skip(first);
+            targets.extend(ids.map(|(position, &id)| Target { row, position, id }));
+        }
+        targets
+    }
+
+    /// How many ids the batch has without padding.
+    pub fn tokens(&self) -> usize {
+        self.sequences.iter().map(|s| s.ids.len()).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(prompt: &[u32], answer: &[u32]) -> Row {
+        Row {
+            prompt: prompt.to_vec(),
+            chosen: answer.to_vec(),
+            ..Row::default()
+        }
+    }
+
+    #[test]
+    fn packed_rows_keep_to_themselves() {
+        let packed = Row {
+            packed: vec![row(&[4], &[5, 6]), row(&[], &[7])],
+            ..row(&[1, 2], &[3])
+        };
+        let long = row(&[1], &[2, 3, 4, 5, 6, 7, 8]);
+        let batch = Batch::new(vec![packed.chosen(), long.chosen()], 0).unwrap();
+        assert_eq!(batch.sequences[0].ids, [1, 2, 3, 4, 5, 6, 7]);
+        let positions = [0, 1, 2, 0, 1, 2, 0, 1, 0, 1, 2, 3, 4, 5, 6, 7];
+        assert_eq!(batch.positions().unwrap(), positions);
+        let places = |row, answer_only| -> Vec<_> {
+            let targets = batch.targets(row, answer_only);
+            targets.iter().map(|t| (t.position, t.id)).collect()
+        };
+        // Nothing predicts the first id of a document.
+        assert_eq!(places(0, false), [(1, 2), (2, 3), (4, 5), (5, 6)]);
+        assert_eq!(places(0, true), [(2, 3), (4, 5), (5, 6)]);
+        assert_eq!(places(1, true).len(), 7);
+        assert_eq!(places(2, false), []);
+
+        let mask = batch.mask(&Device::Cpu).unwrap().squeeze(1).unwrap();
+        let mask: Vec<Vec<Vec<f32>>> = mask.to_vec3().unwrap();
+        let seen = |row: usize, from: usize| -> Vec<usize> {
+            (0..8).filter(|&to| mask[row][from][to] == 0.).collect()
+        };
+        assert_eq!(seen(0, 2), [0, 1, 2]);
+        assert_eq!(seen(0, 5), [3, 4, 5]);
+        assert_eq!(seen(0, 6), [6]);
+        assert_eq!(seen(0, 7), [6], "padding sees something, but no padding");
+        assert_eq!(seen(1, 7).len(), 8);
+
+        let plain = Batch::new(vec![long.chosen(), long.chosen()], 0).unwrap();
+        assert!(plain.positions().is_none());
+        assert_eq!(plain.mask(&Device::Cpu).unwrap().dims(), [1, 1, 8, 8]);
+    }
+
+    #[test]
+    fn empty_sequences_and_pairs_without_a_second_answer_are_refused() {
+        assert!(Batch::new(vec![], 0).is_err());
+        assert!(Batch::new(vec![row(&[], &[]).chosen()], 0).is_err());
+        assert!(Batch::pairs(&[&row(&[1], &[2])], 0).is_err());
+    }
+}

@@ -1,0 +1,5 @@
+//! bitsandbytes' 4-bit weights: their codes, their quantised magnitudes, and whole models in them.
+
+pub(in crate::ml) mod dynamic_map;
+pub mod nf4;
+pub mod quantize;

@@ -1,0 +1,242 @@
+//! 4-bit weights as bitsandbytes stores them: NF4 codes in blocks of 64 with one largest magnitude each, which may be
+//! quantised itself (Dettmers, Pagnoni, Holtzman and Zettlemoyer 2023, arXiv 2305.14314). Reading is here, writing in
+//! [`encode`].
+
+pub mod encode;
+
+use std::ops::Range;
+
+use anyhow::{Context as _, bail, ensure};
+use candle_core::{DType, Device, Result, Tensor};
+pub(in crate::ml) use pipeline_kernels::nf4::{BLOCK, CODE};
+use rayon::prelude::*;
+use serde::Deserialize;
+
+use crate::ml::io::float::Float;
+use crate::ml::io::weights::Weights;
+
+/// Behind a 4-bit weight's name, the names of the tensors that belong to it.
+pub(in crate::ml) const PARTS: [&str; 6] = [
+    ".absmax",
+    ".nested_absmax",
+    ".nested_quant_map",
+    ".quant_map",
+    ".quant_state.bitsandbytes__nf4",
+    ".quant_state.bitsandbytes__fp4",
+];
+/// The tensor that says how a weight is quantised.
+const STATE: &str = PARTS[4];
+
+/// The 4-bit weight that a tensor of this name belongs to, if its name is that of such a part.
+pub(in crate::ml) fn owner_of(name: &str) -> Option<&str> {
+    PARTS.iter().find_map(|part| name.strip_suffix(part))
+}
+
+/// A 4-bit weight.
+#[derive(Debug, Clone)]
+pub struct Nf4 {
+    /// Two codes a byte, the first in the high half.
+    pub packed: Vec<u8>,
+    /// The largest magnitude of each block.
+    pub absmax: Vec<f32>,
+    /// (out, in).
+    pub shape: (usize, usize),
+    /// What the values are rounded to: f32, bf16 or f16.
+    pub dtype: DType,
+}
+
+/// The JSON beside each weight.
+#[derive(Deserialize)]
+struct QuantState {
+    quant_type: String,
+    blocksize: usize,
+    dtype: String,
+    shape: Vec<usize>,
+    nested_blocksize: Option<usize>,
+    nested_offset: Option<f64>,
+}
+
+impl Nf4 {
+    /// Reads the weight called `name` (`...q_proj.weight`); none if it is not stored in 4 bits.
+    pub fn load(weights: &Weights, name: &str) -> anyhow::Result<Option<Self>> {
+        if !weights.contains(&format!("{name}{STATE}")) {
+            let other = PARTS
+                .iter()
+                .find(|part| weights.contains(&format!("{name}{part}")));
+            if let Some(part) = other {
+                bail!(
+                    "`{name}` is quantised in a way that is not supported (it has a `{part}`), expected bitsandbytes' nf4"
+                );
+            }
+            return Ok(None);
+        }
+        let read = || Self::read(weights, name);
+        read()
+            .with_context(|| format!("could not read the 4-bit tensor `{name}`"))
+            .map(Some)
+    }
+
+    /// The shape and dtype of the 4-bit weight called `name`, without reading its values.
+    pub fn shape_of(
+        weights: &Weights,
+        name: &str,
+    ) -> anyhow::Result<Option<((usize, usize), Float)>> {
+        if !weights.contains(&format!("{name}{STATE}")) {
+            return Ok(None);
+        }
+        let read = || -> anyhow::Result<_> {
+            let (_, shape, float) = QuantState::read(weights, name)?;
+            Ok((shape, float))
+        };
+        let found = read().with_context(|| format!("could not read the 4-bit tensor `{name}`"))?;
+        Ok(Some(found))
+    }
+
+    fn read(weights: &Weights, name: &str) -> anyhow::Result<Self> {
+        let part = |suffix: &str| {
+            let tensor = weights.tensor(&format!("{name}{suffix}"), &Device::Cpu)?;
+            anyhow::Ok(tensor.flatten_all()?)
+        };
+        let (state, (rows, columns), float) = QuantState::read(weights, name)?;
+        let count = rows * columns;
+        let blocks = count.div_ceil(BLOCK);
+        // Codes are bytes in a tensor of any type (`bnb_4bit_quant_storage`), which is chosen for sharding and means nothing.
+        let packed = weights.raw(name)?.bytes()?;
+        ensure!(
+            packed.len() == count.div_ceil(2),
+            "it has {} bytes, expected {} for the shape ({rows}, {columns})",
+            packed.len(),
+            count.div_ceil(2)
+        );
+        let map = part(".quant_map")?.to_vec1::<f32>()?;
+        ensure!(map == CODE, "its `quant_map` is not that of nf4");
+        let absmax = if let Some(offset) = state.nested_offset {
+            let nested = state.nested_blocksize.unwrap_or(encode::NESTED_BLOCK);
+            let codes = part(".absmax")?.to_vec1::<u8>()?;
+            let scales = part(".nested_absmax")?.to_vec1::<f32>()?;
+            let map = part(".nested_quant_map")?.to_vec1::<f32>()?;
+            ensure!(
+                map.len() == 256 && nested > 0 && scales.len() == codes.len().div_ceil(nested),
+                "its nested magnitudes do not fit"
+            );
+            let offset = offset as f32;
+            let chunks = codes.chunks(nested).zip(&scales);
+            chunks
+                .flat_map(|(codes, scale)| {
+                    let map = &map;
+                    // Two roundings, as bitsandbytes has them.
+                    codes
+                        .iter()
+                        .map(move |code| map[usize::from(*code)] * scale + offset)
+                })
+                .collect()
+        } else {
+            part(".absmax")?.to_vec1::<f32>()?
+        };
+        ensure!(
+            absmax.len() == blocks,
+            "it has {} magnitudes, expected {blocks}",
+            absmax.len()
+        );
+        Ok(Self {
+            packed,
+            absmax,
+            shape: (rows, columns),
+            dtype: float.dtype(),
+        })
+    }
+
+    /// All values, rounded to the dtype of the weight.
+    pub fn dequantise(&self) -> Vec<f32> {
+        let mut out = vec![0.; self.shape.0 * self.shape.1];
+        self.dequantise_rows(0..self.shape.0, &mut out);
+        out
+    }
+
+    /// The values of some rows, as many as `out` has room for.
+    pub fn dequantise_rows(&self, rows: Range<usize>, out: &mut [f32]) {
+        const SPAN: usize = 1 << 14;
+        let all = self.shape.0 * self.shape.1;
+        let start = rows.start.saturating_mul(self.shape.1).min(all);
+        let count = rows.len().saturating_mul(self.shape.1).min(all - start);
+        let count = count.min(out.len());
+        let out = out.get_mut(..count).unwrap_or_default();
+        let spans = out.par_chunks_mut(SPAN).enumerate();
+        spans.for_each(|(span, out)| self.span(start + span * SPAN, out));
+    }
+
+    /// The values from number `first` on, on this thread, as many as `out` has room for.
+    pub fn dequantise_from(&self, first: usize, out: &mut [f32]) {
+        let all = self.shape.0 * self.shape.1;
+        let count = out.len().min(all.saturating_sub(first));
+        self.span(first, out.get_mut(..count).unwrap_or_default());
+    }
+
+    /// The values from `first` on.
+    fn span(&self, mut first: usize, mut out: &mut [f32]) {
+        let float = Float::of_candle(self.dtype).unwrap_or(Float::F32);
+        while !out.is_empty() {
+            let block = first / BLOCK;
+            let count = (BLOCK - first % BLOCK).min(out.len());
+            let (now, rest) = out.split_at_mut(count);
+            let absmax = self.absmax.get(block).copied().unwrap_or(0.);
+            // The 16 values of the block, rounded once: each of its 64 is one of them.
+            let values = CODE.map(|code| float.round(code * absmax));
+            let packed = self.packed.get(first / 2..(first + count).div_ceil(2));
+            let packed = packed.unwrap_or_default();
+            if first.is_multiple_of(2) {
+                for (out, byte) in now.chunks_mut(2).zip(packed) {
+                    out[0] = values[usize::from(byte >> 4)];
+                    if let Some(out) = out.get_mut(1) {
+                        *out = values[usize::from(byte & 15)];
+                    }
+                }
+            } else {
+                let codes = packed.iter().flat_map(|byte| [byte >> 4, byte & 15]);
+                for (out, code) in now.iter_mut().zip(codes.skip(1)) {
+                    *out = values[usize::from(code)];
+                }
+            }
+            first += count;
+            out = rest;
+        }
+    }
+
+    /// All values as a tensor (out, in).
+    pub fn to_tensor(&self, dtype: DType, device: &Device) -> Result<Tensor> {
+        Tensor::from_vec(self.dequantise(), self.shape, device)?.to_dtype(dtype)
+    }
+}
+
+impl QuantState {
+    /// The state of a weight, its shape and the type of its values.
+    fn read(weights: &Weights, name: &str) -> anyhow::Result<(Self, (usize, usize), Float)> {
+        let text = weights.raw(&format!("{name}{STATE}"))?;
+        let state: Self = serde_json::from_slice(&text.bytes()?)
+            .with_context(|| format!("its `{STATE}` is damaged"))?;
+        ensure!(
+            state.quant_type == "nf4",
+            "its type is `{}`, expected `nf4`",
+            state.quant_type
+        );
+        ensure!(
+            state.blocksize == BLOCK,
+            "its blocks have {} values, expected {BLOCK}",
+            state.blocksize
+        );
+        let [rows, columns] = state.shape[..] else {
+            bail!("its shape is {:?}, expected two numbers", state.shape);
+        };
+        ensure!(
+            rows.checked_mul(columns)
+                .is_some_and(|count| count <= isize::MAX as usize / 4),
+            "its shape ({rows}, {columns}) is too large"
+        );
+        let float = Float::named(&state.dtype)
+            .with_context(|| format!("its dtype is `{}`, expected a float", state.dtype))?;
+        Ok((state, (rows, columns), float))
+    }
+}
+
+#[cfg(test)]
+pub(in crate::ml) mod tests;

@@ -1,0 +1,174 @@
+//! Logs of trainings beside those of TRL: what differs most, and whether that is too much.
+//!
+//! `cargo test --lib golden -- --nocapture --test-threads 1 | grep '|'` prints the measured differences as a table.
+
+use std::collections::BTreeMap;
+
+use super::golden::folder;
+use crate::ml::execution::Path;
+use crate::ml::train::Log;
+
+/// What may differ.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::ml) struct Tolerance {
+    /// Relative, of everything but the gradient's norm and the learning rate.
+    pub(in crate::ml) relative: f64,
+    /// Absolute, where the relative one is smaller.
+    pub(in crate::ml) near_zero: f64,
+    /// Absolute, of `log_odds_chosen`, which is a difference of much larger numbers and so has their errors; a tenth of it
+    /// for the margins, which are beta times that, and for the mean logits.
+    pub(in crate::ml) cancelled: f64,
+    /// Relative, of the gradient's norm.
+    pub(in crate::ml) grad_norm: f64,
+    /// Absolute, of `rewards/accuracies`: rounding may turn a pair over that is almost a tie.
+    pub(in crate::ml) accuracy: f64,
+}
+
+/// Two programs in f32.
+pub(in crate::ml) const EXACT: Tolerance = Tolerance {
+    relative: 2e-5,
+    near_zero: 1e-6,
+    cancelled: 1e-6,
+    grad_norm: 1e-4,
+    accuracy: 0.,
+};
+
+/// The largest differences of one number: absolute, and relative to the other program's.
+type Measured = BTreeMap<String, (f64, f64)>;
+
+/// Collects differences, and at the end says which are too large.
+pub(in crate::ml) struct Comparison {
+    run: String,
+    tolerance: Tolerance,
+    measured: Measured,
+    allowed: BTreeMap<String, String>,
+    wrong: Vec<String>,
+    /// Whether the mean logits go over the same positions as the reference's, which counts padding.
+    padded: bool,
+}
+
+impl Comparison {
+    pub(in crate::ml) fn new(run: &str, tolerance: Tolerance, path: Path) -> Self {
+        let packing = match path {
+            Path::Plain => None,
+            Path::Fused(packing) => Some(packing),
+        };
+        let way = match packing {
+            None => "plain",
+            Some(packing) if packing.share_prompts => "fused, prompts shared",
+            Some(packing) if packing.padding_free => "fused, no padding",
+            Some(_) => "fused",
+        };
+        Self {
+            run: format!("{run} ({way})"),
+            padded: packing.is_none_or(|packing| !packing.padding_free),
+            tolerance,
+            measured: Measured::new(),
+            allowed: BTreeMap::new(),
+            wrong: Vec::new(),
+        }
+    }
+
+    /// One number of ours beside theirs.
+    pub(in crate::ml) fn number(&mut self, place: &str, name: &str, ours: f64, theirs: f64) {
+        let t = self.tolerance;
+        let plain = name.strip_prefix("eval_").unwrap_or(name);
+        if plain.starts_with("logits/") && !self.padded {
+            return;
+        }
+        let (relative, absolute) = match plain {
+            "learning_rate" => (0., 0.),
+            "grad_norm" => (t.grad_norm, 0.),
+            "rewards/accuracies" => (0., t.accuracy),
+            "log_odds_chosen" => (t.relative, t.cancelled),
+            "rewards/margins" | "logits/chosen" | "logits/rejected" => {
+                (t.relative, t.near_zero.max(0.1 * t.cancelled))
+            }
+            _ => (t.relative, t.near_zero),
+        };
+        let far = (ours - theirs).abs();
+        let measured = self.measured.entry(name.to_owned()).or_default();
+        measured.0 = measured.0.max(far);
+        if theirs != 0. {
+            measured.1 = measured.1.max(far / theirs.abs());
+        }
+        self.allowed.entry(name.to_owned()).or_insert_with(|| {
+            match (relative > 0., absolute > 0.) {
+                (true, true) => format!("{relative:e} relative or {absolute:e}"),
+                (true, false) => format!("{relative:e} relative"),
+                (false, true) => format!("{absolute:e}"),
+                (false, false) => "exact".into(),
+            }
+        });
+        // Not `>`, which a NaN would pass.
+        let near = far <= (relative * theirs.abs()).max(absolute);
+        if !near {
+            self.wrong.push(format!(
+                "{place}, {name}: {ours}, the reference has {theirs}"
+            ));
+        }
+    }
+
+    /// A largest absolute difference that was measured elsewhere.
+    pub(in crate::ml) fn largest(&mut self, name: &str, far: f64, allowed: f64) {
+        let measured = self.measured.entry(name.to_owned()).or_default();
+        measured.0 = measured.0.max(far);
+        self.allowed.insert(name.to_owned(), format!("{allowed:e}"));
+        let near = far <= allowed;
+        if !near {
+            self.wrong.push(format!("{name}: {far}"));
+        }
+    }
+
+    /// Every number of `logs` that have a loss beside the lines of the reference.
+    pub(in crate::ml) fn logs(&mut self, logs: &[Log], theirs: &[serde_json::Value]) {
+        let theirs = theirs.iter().filter(|log| log.get("loss").is_some());
+        let theirs: Vec<_> = theirs.collect();
+        let logs = logs.iter().filter(|log| log.values.contains_key("loss"));
+        let logs: Vec<_> = logs.collect();
+        assert_eq!(logs.len(), theirs.len());
+        for (ours, theirs) in logs.iter().zip(&theirs) {
+            assert_eq!(theirs["step"], ours.step);
+            assert!((theirs["epoch"].as_f64().unwrap() - ours.epoch).abs() < 1e-12);
+            for name in theirs.as_object().unwrap().keys() {
+                let known = ours.values.contains_key(name) || name == "step" || name == "epoch";
+                assert!(known, "`{name}` is not logged");
+            }
+            let place = format!("step {}", ours.step);
+            for (name, value) in &ours.values {
+                self.number(&place, name, *value, theirs[name].as_f64().unwrap());
+            }
+        }
+    }
+
+    /// Prints the largest differences, and fails if one was too large.
+    pub(in crate::ml) fn end(self) {
+        for (name, (absolute, relative)) in &self.measured {
+            let allowed = &self.allowed[name];
+            println!(
+                "| {} | {name} | {absolute:.1e} | {relative:.1e} | {allowed} |",
+                self.run
+            );
+        }
+        assert!(self.wrong.is_empty(), "{}: {:#?}", self.run, self.wrong);
+    }
+}
+
+/// A file of golden numbers.
+pub(in crate::ml) fn json(name: &str) -> serde_json::Value {
+    let text = std::fs::read_to_string(folder(name)).unwrap();
+    serde_json::from_str(&text).unwrap()
+}
+
+/// Compares a training with one of `tests/golden/runs`.
+pub(in crate::ml) fn compare(
+    name: &str,
+    logs: &[Log],
+    tolerance: Tolerance,
+    path: Path,
+) -> Comparison {
+    let golden = json(&format!("runs/{name}.json"));
+    let mut comparison = Comparison::new(name, tolerance, path);
+    comparison.logs(logs, golden["log_history"].as_array().unwrap());
+    comparison
+}

@@ -1,0 +1,179 @@
+//! What a finished training leaves for one with more steps, and whether that one may start from it.
+//!
+//! It may where it would have made every step the same: same settings but for the number of steps, and a learning rate that does
+//! not depend on that number. The state is that before anything was done for being the last step, so the bits are those of
+//! a training from the beginning.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, ensure};
+use serde::{Deserialize, Serialize};
+
+use super::Settings;
+use super::checkpoint::{self, State};
+use super::optim::Optimizer;
+use crate::ml::model::Llama;
+
+/// What there is to say about the end, after a line with its digest.
+const FILE: &str = "end.json";
+
+/// In the folder of checkpoints: the steps of the training that this one goes on from.
+const CONTINUED: &str = "continued";
+
+/// How a training ended.
+#[derive(Debug, Serialize, Deserialize)]
+struct End {
+    /// The version of the checkpoint beside it.
+    version: u32,
+    /// Finished steps.
+    step: u64,
+    /// All steps it was to have.
+    total: u64,
+    /// Why no other may start from it; without this a checkpoint lies beside it.
+    obstacle: Option<String>,
+}
+
+/// Where a training starts, as far as earlier ones matter.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Start {
+    /// There was no earlier one.
+    Alone,
+    /// After the last step of an earlier one with fewer steps.
+    After(u64),
+    /// Not there: the earlier one's steps, and why.
+    Not(u64, String),
+}
+
+const BY_SCHEDULE: &str = "its learning rate depends on the number of all steps (`lr_scheduler_type`, `warmup_steps`, \
+                           `warmup_ratio`)";
+
+/// Leaves the state after the last step, if another training could use it.
+pub(super) fn leave(
+    model: &Llama,
+    optimizer: &Optimizer,
+    state: &State,
+    settings: &Settings,
+    total: u64,
+) -> anyhow::Result<()> {
+    let Some(folder) = &settings.leave else {
+        return Ok(());
+    };
+    let loads_best = settings.watch.as_ref().is_some_and(|watch| watch.load);
+    let obstacle = if loads_best {
+        Some("its weights are those of its best step".to_owned())
+    } else if same_rates(settings, state.step, total, total.saturating_mul(2)) {
+        None
+    } else {
+        Some(BY_SCHEDULE.to_owned())
+    };
+    if obstacle.is_none() {
+        checkpoint::write(folder, model, optimizer, state)?;
+    }
+    write(folder, state.step, total, obstacle)
+}
+
+/// Notes that the training ended before its last step.
+pub(super) fn leave_stopped(settings: &Settings, step: u64, total: u64) -> anyhow::Result<()> {
+    match &settings.leave {
+        Some(folder) => write(folder, step, total, Some("it was stopped early".into())),
+        None => Ok(()),
+    }
+}
+
+fn write(folder: &Path, step: u64, total: u64, obstacle: Option<String>) -> anyhow::Result<()> {
+    let end = End {
+        version: checkpoint::VERSION,
+        step,
+        total,
+        obstacle,
+    };
+    let json = serde_json::to_string(&end)?;
+    let text = format!("{}\n{json}", blake3::hash(json.as_bytes()));
+    let path = folder.join(FILE);
+    fs::write(&path, text).with_context(|| format!("could not write `{}`", path.display()))
+}
+
+fn read(folder: &Path) -> anyhow::Result<End> {
+    let text = fs::read_to_string(folder.join(FILE))?;
+    let (digest, json) = text.split_once('\n').context("damaged")?;
+    ensure!(
+        blake3::hash(json.as_bytes()).to_string() == digest,
+        "damaged"
+    );
+    let end: End = serde_json::from_str(json)?;
+    ensure!(end.version == checkpoint::VERSION, "another version");
+    Ok(end)
+}
+
+/// Whether the first steps have the same learning rates in trainings of two lengths.
+fn same_rates(settings: &Settings, steps: u64, a: u64, b: u64) -> bool {
+    let (a, b) = (settings.schedule(a), settings.schedule(b));
+    (0..steps).all(|step| a.factor(step).to_bits() == b.factor(step).to_bits())
+}
+
+/// Puts the state of an earlier training into the folder of checkpoints, where [`super::train`] finds it, if going on from it
+/// is exactly the same as starting at the beginning. `ends` are the folders that trainings left ([`Settings::leave`]) which
+/// differ from this one in nothing but the number of steps.
+pub fn take_up(
+    scratch: &Path,
+    ends: &[PathBuf],
+    settings: &Settings,
+    rows: usize,
+) -> anyhow::Result<Start> {
+    if checkpoint::any(scratch)? {
+        let noted = fs::read_to_string(scratch.join(CONTINUED)).ok();
+        let step = noted.and_then(|noted| noted.trim().parse().ok());
+        return Ok(step.map_or(Start::Alone, Start::After));
+    }
+    let note = scratch.join(CONTINUED);
+    if note.exists() {
+        fs::remove_file(&note).with_context(|| format!("could not remove `{}`", note.display()))?;
+    }
+    let total = settings.total_steps(rows);
+    let mut start = Start::Alone;
+    let unreadable = |folder: &Path, error: anyhow::Error| {
+        error.context(format!(
+            "could not read what an earlier training left in `{}`; make it readable and run again, or run with --force to start at \
+             the beginning",
+            folder.display()
+        ))
+    };
+    let mut known = Vec::new();
+    for path in ends {
+        match read(path) {
+            Ok(end) => known.push((path, end)),
+            // A damaged end is as good as none.
+            Err(error) if checkpoint::is_damage(&error) => {}
+            Err(error) => return Err(unreadable(path, error)),
+        }
+    }
+    known.sort_by_key(|(_, end)| end.step);
+    for (folder, end) in known.into_iter().rev() {
+        let obstacle = if let Some(obstacle) = end.obstacle {
+            Some(obstacle)
+        } else if end.step >= total {
+            Some("it did not have fewer steps".into())
+        } else if !same_rates(settings, end.step, end.total, total) {
+            Some(BY_SCHEDULE.into())
+        } else {
+            match checkpoint::copy(folder, end.step, scratch) {
+                Ok(()) => None,
+                Err(error) if checkpoint::is_damage(&error) => {
+                    Some(format!("its state could not be read ({error:#})"))
+                }
+                Err(error) => return Err(unreadable(folder, error)),
+            }
+        };
+        match obstacle {
+            None => {
+                fs::write(&note, end.step.to_string())
+                    .with_context(|| format!("could not write `{}`", note.display()))?;
+                return Ok(Start::After(end.step));
+            }
+            Some(obstacle) if start == Start::Alone => start = Start::Not(end.step, obstacle),
+            Some(_) => {}
+        }
+    }
+    Ok(start)
+}

@@ -1,0 +1,199 @@
+//! `merge`: an adapter into its model.
+
+use std::path::Path;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::engine::{Context, Input, Stage};
+use crate::ml::adapter::Adapter as LoraAdapter;
+use crate::ml::lora::{merge, verify};
+use crate::ml::model::config::LlamaConfig;
+use crate::stages::artifacts::{Adapter, Model};
+use crate::stages::text::{chat_template, tokenizers};
+
+/// What the merged model is asked, beside the base with the adapter.
+const PROMPTS: [&str; 3] = [
+    "What is the capital of France, and why did it become the capital?",
+    "Write a function that returns the n-th Fibonacci number.\n\n```python\ndef fibonacci(n):",
+    "Is it true that goldfish forget everything after three seconds?",
+];
+/// Tokens of a prompt that are asked: those of all prompts fill a panel of 32, so that nothing is computed of empty lanes.
+const LONGEST: usize = 10;
+/// The share of what the adapter changes above which its loss is worth a warning.
+const MUCH: f64 = 0.5;
+
+/// Adds an adapter's update into the weights of a model: a model folder that needs no adapter any more.
+///
+/// Weights keep their types and files; tokenizer, chat template and generation config are carried along untouched, unless the
+/// adapter was trained by another template: then that is the result's, without its comments, and the token that ends its answers is
+/// added to `eos_token_id` in `generation_config.json`. A model in
+/// 4 bits becomes dense (Unsloth's `merged_16bit`), but merging into the dense model that it was made from loses less.
+/// Where the head of the model is its embeddings and the adapter changes one of both, the result has both (`tie_word_embeddings: false`),
+/// as with PEFT. Matrices beside one of them count for that one alone, as they do in training; PEFT's `merge_and_unload` adds them into
+/// the tensor that both share.
+/// Sums are made in f32 and rounded once. So does PEFT, but for matrices beside the embeddings: their product is rounded to the weights' type
+/// before it is added, so that in bf16 and f16 its embeddings may differ by one rounding of the product.
+/// At the end the result proves itself: its logits on a few fixed prompts are compared with those of the model with the adapter
+/// (both in f32, a layer at a time). The difference is in the record, and where it is more than rounding explains the stage fails.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Merge {
+    /// The model that the adapter stands beside.
+    model: Input<Model>,
+    /// The adapter.
+    adapter: Input<Adapter>,
+}
+
+impl Stage for Merge {
+    const KIND: &'static str = "merge";
+    const VERSION: u32 = 3;
+    type Output = Model;
+
+    fn run(&self, cx: &Context) -> anyhow::Result<()> {
+        let adapter_folder = cx.input(&self.adapter)?;
+        let adapter = LoraAdapter::load(adapter_folder)?;
+        let model = cx.input(&self.model)?;
+        let report = merge::merge(model, &adapter, cx.out(), &mut |done, total| {
+            cx.progress(done, Some(total), "bytes");
+            cx.check_cancelled()
+        })?;
+        for file in &report.files {
+            cx.written(&file.name, &file.blake3)?;
+        }
+        if let Some(template) = chat_template::read(adapter_folder)? {
+            chat_template::install(cx, &template)?;
+        }
+        cx.note("merged_weights", report.merged);
+        cx.note("weight_bytes", report.bytes);
+        if report.untied {
+            cx.note("untied", true);
+            cx.info("the head was the embeddings; it is a tensor of its own now (`tie_word_embeddings: false`)");
+        }
+        if report.dequantised > 0 {
+            cx.note("dequantised_weights", report.dequantised);
+            cx.info(format!(
+                "{} 4-bit weights were made dense with their error of quantisation; merging into the dense base avoids it",
+                report.dequantised
+            ));
+        }
+        let prompts = prompts(model)?;
+        let mut progress = |done, total| {
+            cx.progress(done, Some(total), "layers");
+            cx.check_cancelled()
+        };
+        let files = report.files.iter().map(|file| &file.name);
+        let proof = cx.while_synced(files, || {
+            verify::prove(model, &adapter, cx.out(), &prompts, &mut progress)
+        })?;
+        cx.note("compared_logits_of_tokens", proof.positions);
+        cx.note("largest_logit_difference", proof.largest);
+        cx.note("logit_difference", proof.relative);
+        cx.note("logit_difference_allowed", proof.bound);
+        cx.note("logit_change_by_adapter", proof.effect);
+        if proof.lost() > MUCH {
+            cx.warn(format!(
+                "rounding took {:.0} % of what the adapter changes, which is little (its logits change by {:.0e} of their size); \
+                 keep the adapter beside the model, or merge into weights of more bits",
+                100. * proof.lost(),
+                proof.effect
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// The prompts as ids: those of the model's tokenizer, or, where there is none, ids from all over the vocabulary.
+fn prompts(model: &Path) -> anyhow::Result<Vec<Vec<u32>>> {
+    let config = LlamaConfig::read(model)?;
+    let longest = LONGEST.min(config.max_position_embeddings).max(1);
+    let vocabulary = config.vocab_size.max(1);
+    let tokenizer = tokenizers::load(model).ok();
+    let prompts = PROMPTS.iter().zip(1..).map(|(text, number)| {
+        let ids = tokenizer
+            .as_ref()
+            .and_then(|t| t.encode_with_special(text).ok());
+        let mut ids = ids.unwrap_or_default();
+        ids.truncate(longest);
+        let known = ids.iter().all(|&id| (id as usize) < vocabulary);
+        if ids.is_empty() || !known {
+            // Steps that share no divisor with the usual sizes of vocabularies.
+            let steps = (0..longest).map(|at| (at * 10_007 + number * 7_919) % vocabulary);
+            ids = steps.map(|id| id as u32).collect();
+        }
+        ids
+    });
+    Ok(prompts.collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use candle_core::{DType, Device};
+
+    use super::*;
+    use crate::ml::io::weights::Weights;
+    use crate::ml::model::config::LlamaConfig;
+    use crate::ml::model::linear::Pass;
+    use crate::ml::model::{Llama, Trained};
+    use crate::ml::testing::golden;
+
+    #[test]
+    fn a_merged_model_gives_the_logits_of_the_reference() {
+        let adapter = golden::folder("adapter_final");
+        for (base, file, name) in [
+            ("model", "logits_merged.safetensors", "logits"),
+            (
+                "model_nf4",
+                "nf4_model_outputs.safetensors",
+                "logits_dequantised_merged_f32",
+            ),
+        ] {
+            let folder = tempfile::tempdir().unwrap();
+            let model = golden::folder(base);
+            let inputs = [("base", model.as_path()), ("tuned", adapter.as_path())];
+            let cx = Context::for_test(folder.path(), &inputs, &[]);
+            let stage: Merge = serde_yaml::from_str("{model: base, adapter: tuned}").unwrap();
+            stage.run(&cx).unwrap();
+            let note = |name: &str| cx.notes.lock().unwrap()[name].as_f64().unwrap();
+            assert_eq!(note("merged_weights").to_bits(), 21f64.to_bits());
+            // The proof is in the record.
+            assert!(note("compared_logits_of_tokens") >= 24.);
+            assert!(note("logit_difference") < 5e-6);
+            assert!(note("logit_difference") < note("logit_difference_allowed"));
+            assert!(note("largest_logit_difference") < 1e-4);
+            assert!(note("logit_change_by_adapter") > 0.1);
+            // Tokenizer, template and generation config are the base's, byte for byte.
+            let mut names = Vec::new();
+            for entry in fs::read_dir(&model).unwrap() {
+                let name = entry.unwrap().file_name().into_string().unwrap();
+                let read = |folder: &Path| fs::read(folder.join(&name)).unwrap();
+                if name != "model.safetensors" && (base == "model" || name != "config.json") {
+                    assert!(read(&model) == read(cx.out()), "{name}");
+                }
+                names.push(name);
+            }
+            assert_eq!(fs::read_dir(cx.out()).unwrap().count(), names.len());
+            assert!(names.contains(&"generation_config.json".to_owned()));
+            // And of its config nothing but the way of storing is gone: eos and pad stay.
+            let config = |folder: &Path| -> serde_json::Value {
+                serde_json::from_slice(&fs::read(folder.join("config.json")).unwrap()).unwrap()
+            };
+            let mut kept = config(&model);
+            kept.as_object_mut().unwrap().remove("quantization_config");
+            assert_eq!(config(cx.out()), kept);
+            assert!(kept["eos_token_id"].is_number() && kept["pad_token_id"].is_number());
+
+            let config = LlamaConfig::read(cx.out()).unwrap();
+            let weights = Weights::open(cx.out()).unwrap();
+            let (nothing, device) = (Trained::Nothing, Device::Cpu);
+            let merged = Llama::load(&config, &weights, None, nothing, DType::F32, &device);
+            let theirs = golden::tensors(file);
+            let batch = golden::prompt(&theirs["input_ids"]);
+            let ours = golden::logits(&merged.unwrap(), &batch, Pass::INFER);
+            let far = golden::far(&ours, &theirs[name]);
+            assert!(far < 1e-4, "{base} {far}");
+        }
+    }
+}

@@ -1,0 +1,9 @@
+//! Models: how they come, are made, quantised and merged.
+
+pub mod create_model;
+pub mod download_model;
+pub(in crate::stages) mod dtype;
+pub(in crate::stages) mod files;
+pub mod import_model;
+pub mod merge;
+pub mod quantize;

@@ -1,0 +1,395 @@
+//! `tokenize`: text to token ids.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, anyhow, ensure};
+use arrow_array::cast::AsArray;
+use arrow_array::{Array, RecordBatch, StringArray};
+use rayon::prelude::*;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::added::Added;
+use super::chat_template;
+use super::tokenizers::load;
+use crate::data::table::{Split, Writer, pass, splits};
+use crate::data::tokens::{TokenRow, batch, schema};
+use crate::engine::{Context, Input, Problem, Row, Stage, watched};
+use crate::ml::io::folder;
+use crate::stages::artifacts::{Chats, Model, Tokens};
+use crate::text::preference::{Drop, RowIds, Truncation, encode, encode_alone};
+use crate::text::tokenizer::{SpecialToken, Tokenizer};
+
+/// Turns texts into token ids as TRL does, the answer apart from its prompt.
+///
+/// Preferences get one BOS and one EOS, as by `ORPOTrainer`. Chats with one answer stay as the chat template printed them, as by
+/// `SFTTrainer`, which puts no EOS behind the end of a turn; a text without a prompt gets its EOS and what the tokenizer itself puts
+/// around it, usually a BOS.
+///
+/// A row that is left without an answer token is dropped and counted in the record; TRL would train on a NaN.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Tokenize {
+    /// The texts; every split of them.
+    dataset: Input<Chats>,
+    /// The model whose tokenizer is used.
+    tokenizer: Input<Model>,
+    /// Longest sequence of prompt and answer, in tokens.
+    #[serde(default = "default_max_length")]
+    max_length: usize,
+    /// With it, a prompt that doesn't fit beside its longer answer is cut to so many tokens before the answers are cut, as TRL
+    /// did until 0.24. Without it, only answers are cut and prompts never, as in TRL 1.16.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    max_prompt_length: Option<usize>,
+    /// Which end of a prompt is kept when it is cut. Counts only with `max_prompt_length`.
+    #[serde(default)]
+    truncation_mode: TruncationMode,
+}
+
+/// Which end of a prompt is kept.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum TruncationMode {
+    /// The end; the BOS is lost.
+    #[default]
+    KeepEnd,
+    /// The start.
+    KeepStart,
+}
+
+fn default_max_length() -> usize {
+    1024
+}
+
+impl Stage for Tokenize {
+    const KIND: &'static str = "tokenize";
+    const VERSION: u32 = 3;
+    type Output = Tokens;
+    const BOUNDED: bool = true;
+
+    fn check(&self) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        if self.max_length < 2 {
+            problems.push(Problem::new("max_length", "expected at least 2 tokens"));
+        }
+        if let Some(most) = self.max_prompt_length
+            && (most == 0 || most >= self.max_length)
+        {
+            let message = format!(
+                "expected a number above 0 and below `max_length` ({})",
+                self.max_length
+            );
+            problems.push(Problem::new("max_prompt_length", message));
+        }
+        problems
+    }
+
+    fn run(&self, cx: &Context) -> Result<()> {
+        let folder = cx.input(&self.tokenizer)?;
+        let tokenizer = load(folder)?;
+        let vocabulary = vocabulary(folder)?;
+        let folder = cx.input(&self.dataset)?;
+        let splits: Result<Vec<Split>> = splits(folder)?
+            .into_iter()
+            .map(|(name, files)| Split::of_files(&name, files))
+            .collect();
+        let splits = splits?;
+        ensure!(!splits.is_empty(), "there is no split to tokenize");
+        let total: usize = splits.iter().map(Split::rows).sum();
+        let mut counts = Counts::default();
+        for split in &splits {
+            self.tokenize_split(cx, &tokenizer, vocabulary, split, total as u64, &mut counts)?;
+        }
+        counts.tell(cx);
+        counts.added(&tokenizer).write(cx.out())?;
+        chat_template::carry(folder, cx.out())
+    }
+}
+
+/// What goes into the record.
+#[derive(Default)]
+struct Counts {
+    rows: BTreeMap<String, usize>,
+    read: usize,
+    tokens: u64,
+    longest: usize,
+    dropped: BTreeMap<Drop, usize>,
+    prompts_cut: usize,
+    answers_cut: usize,
+    equal_answers: usize,
+    empty_answers: usize,
+    /// Preferred and other answers, and how many of their sequences got a BOS and an EOS.
+    sides: usize,
+    /// Rows with ids that the model has no embeddings for, and the first of them.
+    beyond: usize,
+    first_beyond: Option<String>,
+    bos_added: usize,
+    eos_added: usize,
+}
+
+/// An answer of no more tokens may be one that only ends the turn and the text.
+const SHORT: usize = 3;
+
+impl Counts {
+    fn add(&mut self, row: &RowIds, tokenizer: &Tokenizer) -> Result<()> {
+        let mut empty = false;
+        self.prompts_cut += usize::from(row.prompt_cut);
+        self.answers_cut += usize::from(row.answer_cut);
+        if row.rejected.is_some() {
+            self.sides += 2;
+            self.bos_added += row.bos_added;
+            self.eos_added += row.eos_added;
+        }
+        for side in std::iter::once(&row.chosen).chain(&row.rejected) {
+            let length = side.prompt.len() + side.answer.len();
+            self.tokens += length as u64;
+            self.longest = self.longest.max(length);
+            if side.answer.len() <= SHORT {
+                empty |= tokenizer.decode(&side.answer, true)?.trim().is_empty();
+            }
+        }
+        self.empty_answers += usize::from(empty);
+        let equal = row
+            .rejected
+            .as_ref()
+            .is_some_and(|rejected| *rejected == row.chosen);
+        self.equal_answers += usize::from(equal);
+        Ok(())
+    }
+
+    /// Why rows were dropped, in words.
+    fn causes(&self) -> String {
+        let cause = |(cause, count): (&Drop, &usize)| format!("{}: {count}", cause.name());
+        let causes: Vec<String> = self.dropped.iter().map(cause).collect();
+        causes.join(", ")
+    }
+
+    /// What every sequence of the preferences got.
+    fn added(&self, tokenizer: &Tokenizer) -> Added {
+        let all = |count: usize| count > 0 && count == self.sides;
+        let id = |token: &Option<SpecialToken>| token.as_ref().map(|token| token.id);
+        Added {
+            bos: id(&tokenizer.bos).filter(|_| all(self.bos_added)),
+            eos: id(&tokenizer.eos).filter(|_| all(self.eos_added)),
+            mixed: [self.bos_added, self.eos_added]
+                .into_iter()
+                .any(|count| count > 0 && !all(count)),
+        }
+    }
+
+    fn tell(&self, cx: &Context) {
+        cx.note("rows", &self.rows);
+        cx.note("tokens", self.tokens);
+        cx.note("longest_sequence", self.longest);
+        let all = self.read;
+        let dropped: usize = self.dropped.values().sum();
+        if dropped > 0 {
+            let named = |(cause, count): (&Drop, &usize)| (cause.name(), *count);
+            let causes: BTreeMap<_, _> = self.dropped.iter().map(named).collect();
+            cx.warn(format!(
+                "{dropped} of {all} rows were dropped ({})",
+                self.causes()
+            ));
+            cx.note("rows_dropped", causes);
+        }
+        for (name, count) in [
+            ("prompts_cut", self.prompts_cut),
+            ("answers_cut", self.answers_cut),
+        ] {
+            if count > 0 {
+                cx.note(name, count);
+            }
+        }
+        if self.empty_answers > 0 {
+            cx.note("rows_with_empty_answers", self.empty_answers);
+            cx.warn(format!(
+                "{} of {all} rows have an answer of special tokens alone; they teach the model to say nothing",
+                self.empty_answers
+            ));
+        }
+        if let Some(first) = &self.first_beyond {
+            cx.note("rows_with_unknown_ids", self.beyond);
+            cx.warn(format!(
+                "{} of {all} rows hold tokens that the model has no embeddings for, the first is {first}; no training on this model \
+                 takes them. The files of the tokenizer name tokens that the model was not made with; hint: leave them out of the \
+                 rows, or out of the files",
+                self.beyond
+            ));
+        }
+        if self.equal_answers > 0 {
+            cx.note("rows_with_equal_answers", self.equal_answers);
+            cx.warn(format!(
+                "{} of {all} rows have the same tokens as chosen and rejected answer, so they teach no preference",
+                self.equal_answers
+            ));
+        }
+    }
+}
+
+impl Tokenize {
+    fn truncation(&self) -> Truncation {
+        match self.max_prompt_length {
+            None => Truncation::Answers {
+                max_length: self.max_length,
+            },
+            Some(max_prompt_length) => Truncation::PromptThenAnswers {
+                max_length: self.max_length,
+                max_prompt_length,
+                keep_end: self.truncation_mode == TruncationMode::KeepEnd,
+            },
+        }
+    }
+
+    fn tokenize_split(
+        &self,
+        cx: &Context,
+        tokenizer: &Tokenizer,
+        vocabulary: Option<u32>,
+        split: &Split,
+        total: u64,
+        counts: &mut Counts,
+    ) -> Result<()> {
+        let preferences = split.schema().field_with_name("rejected").is_ok();
+        let writer = Writer::create(cx.out(), split.name(), schema(preferences))?;
+        let mut done = 0;
+        let before = counts.empty_answers;
+        let of: Arc<str> = format!("of the split `{}`", split.name()).into();
+        let rows = pass(split, writer, |texts| {
+            let prompt = column(&texts, "prompt")?;
+            let chosen = column(&texts, "chosen")?;
+            let rejected = preferences
+                .then(|| column(&texts, "rejected"))
+                .transpose()?;
+            let rows: Result<Vec<Result<RowIds, Drop>>> = (0..texts.num_rows())
+                .into_par_iter()
+                .with_min_len(8)
+                .map(|row| {
+                    let rejected = rejected
+                        .map(|rejected| text(rejected, row, "rejected"))
+                        .transpose();
+                    let number = done + row + 1;
+                    let ids = rejected.and_then(|rejected| {
+                        let prompt = text(prompt, row, "prompt")?;
+                        let chosen = text(chosen, row, "chosen")?;
+                        let bytes = prompt.len() + chosen.len() + rejected.map_or(0, str::len);
+                        let watch = Row {
+                            number: number as u64,
+                            of: Arc::clone(&of),
+                        };
+                        watched(watch, longest(bytes), || match rejected {
+                            Some(_) => {
+                                encode(tokenizer, prompt, chosen, rejected, self.truncation())
+                            }
+                            None => encode_alone(tokenizer, prompt, chosen, self.truncation()),
+                        })
+                    });
+                    ids.with_context(|| format!("row {number} {of}"))
+                })
+                .collect();
+            let mut kept = Vec::with_capacity(texts.num_rows());
+            for (row, number) in rows?.into_iter().zip(done + 1..) {
+                match row {
+                    Ok(row) => {
+                        counts.add(&row, tokenizer)?;
+                        if let Some(id) = beyond(&row, vocabulary) {
+                            counts.beyond += 1;
+                            counts.first_beyond.get_or_insert_with(|| {
+                                let text = tokenizer.token_of(id).unwrap_or_default();
+                                format!("`{text}` with the id {id} in row {number} {of}")
+                            });
+                        }
+                        kept.push(token_row(row));
+                    }
+                    Err(cause) => *counts.dropped.entry(cause).or_default() += 1,
+                }
+            }
+            done += texts.num_rows();
+            cx.progress((counts.read + done) as u64, Some(total), "rows");
+            cx.check_cancelled()?;
+            batch(&kept, preferences)
+        })?;
+        let empty = counts.empty_answers - before;
+        ensure!(
+            rows == 0 || empty < rows,
+            "none of the {rows} rows of the split `{}` has an answer of more than special tokens, the first of them in row 1; hint: \
+             look at what the chat template prints for the assistant, and at the rows' answers",
+            split.name()
+        );
+        ensure!(
+            rows > 0 || done == 0,
+            "no row of the split `{}` has an answer token left within `max_length` {} ({}); hint: raise it, or look at what the \
+             chat template prints for the assistant",
+            split.name(),
+            self.max_length,
+            counts.causes()
+        );
+        counts.read += done;
+        counts.rows.insert(split.name().to_owned(), rows);
+        Ok(())
+    }
+}
+
+/// The longest that texts of so many bytes may take, many times what they do take.
+fn longest(bytes: usize) -> Duration {
+    Duration::from_secs(10 + (bytes >> 17) as u64)
+}
+
+fn token_row(row: RowIds) -> TokenRow {
+    let (rejected_ids, rejected_prompt_ids) = match row.rejected {
+        None => (None, None),
+        Some(side) => (
+            Some(side.answer),
+            (side.prompt != row.chosen.prompt).then_some(side.prompt),
+        ),
+    };
+    TokenRow {
+        prompt_ids: row.chosen.prompt,
+        chosen_ids: row.chosen.answer,
+        rejected_ids,
+        rejected_prompt_ids,
+    }
+}
+
+fn column<'a>(batch: &'a RecordBatch, name: &str) -> Result<&'a StringArray> {
+    let column = batch.column_by_name(name);
+    let column = column.and_then(|column| column.as_string_opt::<i32>());
+    column.ok_or_else(|| anyhow!("the chats have no text column `{name}`"))
+}
+
+fn text<'a>(column: &'a StringArray, row: usize, name: &str) -> Result<&'a str> {
+    ensure!(
+        column.is_valid(row),
+        "the row has no `{name}`{}",
+        if name == "rejected" {
+            ", and others of the split have one; hint: give it one or leave it out, or train on the answers alone by not importing \
+             the column"
+        } else {
+            ""
+        }
+    );
+    Ok(column.value(row))
+}
+
+/// How many ids the model's embeddings have, where its configuration tells.
+fn vocabulary(model: &Path) -> Result<Option<u32>> {
+    if !model.join("config.json").is_file() {
+        return Ok(None);
+    }
+    let config = folder::config(model)?;
+    let size = config.get("vocab_size").and_then(serde_json::Value::as_u64);
+    Ok(size.and_then(|size| u32::try_from(size).ok()))
+}
+
+/// The first id that the model has no embeddings for: a tokenizer may name more tokens than the model was made with.
+fn beyond(row: &RowIds, vocabulary: Option<u32>) -> Option<u32> {
+    let vocabulary = vocabulary?;
+    let sides = std::iter::once(&row.chosen).chain(&row.rejected);
+    let mut ids = sides.flat_map(|side| side.prompt.iter().chain(&side.answer));
+    ids.find(|id| **id >= vocabulary).copied()
+}
+
+#[cfg(test)]
+mod tests;

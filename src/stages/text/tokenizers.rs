@@ -1,0 +1,21 @@
+//! Reading a model's tokenizer under watch: its regular expressions and tables are somebody else's, and so is the library that reads
+//! them.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::engine::{Row, watched};
+use crate::text::tokenizer::Tokenizer;
+
+/// The longest that may take; the largest real ones take a few seconds.
+const LONGEST: Duration = Duration::from_mins(1);
+
+/// [`Tokenizer::load`].
+pub(in crate::stages) fn load(folder: &Path) -> anyhow::Result<Tokenizer> {
+    let watch = Row {
+        number: 0,
+        of: Arc::from("reading the tokenizer"),
+    };
+    watched(watch, LONGEST, || Tokenizer::load(folder))
+}
