@@ -20,8 +20,6 @@ mod overflow;
 pub mod tensors;
 pub mod tied;
 
-use std::sync::Mutex;
-
 use candle_core::backprop::GradStore;
 use candle_core::{D, DType, Device, Result, Tensor, Var};
 
@@ -31,9 +29,6 @@ use self::config::LlamaConfig;
 use self::head::OfHead;
 use self::linear::{Drops, Linear, Lora, Pass, Weight};
 use self::tied::{EMBEDDINGS, HEAD};
-use super::execution::Path;
-use super::fused::states::States;
-use super::fused::{self, Pool};
 use ends::looked_up;
 pub use layerwise::logits_by_layer;
 
@@ -76,11 +71,6 @@ pub struct Llama {
     pub(super) head_lora: Option<Lora>,
     pub(super) compute: DType,
     frozen_column_sum: Option<Tensor>,
-    /// Which way passes go.
-    pub path: Path,
-    pub(super) pool: Pool,
-    /// What frozen layers give, where it is kept.
-    pub(super) states: Mutex<Option<States>>,
 }
 
 pub(super) struct Norm {
@@ -259,26 +249,6 @@ impl Layer {
 }
 
 impl Llama {
-    /// From now on keeps what the layers below the lowest trained one give of each sequence, in a file in `folder`, and does not
-    /// compute it a second time. Gives how many layers that are; none where it would spare nothing.
-    pub fn keep_states_of_frozen_layers(
-        &self,
-        folder: &std::path::Path,
-    ) -> std::io::Result<Option<usize>> {
-        let frozen = match self.path {
-            Path::Fused(_) => fused::frozen(self),
-            Path::Plain => 0,
-        };
-        if frozen == 0 {
-            return Ok(None);
-        }
-        let states = States::new(folder, self.config.hidden_size)?;
-        if let Ok(mut place) = self.states.lock() {
-            *place = Some(states);
-        }
-        Ok(Some(frozen))
-    }
-
     /// Whether it is a frozen base with LoRA pairs at most: no biases, no `DoRA`, no tensor trained or replaced.
     pub fn is_plain(&self) -> bool {
         let norms = self

@@ -12,20 +12,12 @@ use pipeline_kernels::vectors::{self, Attention, Cached, VectorProduct, vector_p
 use rayon::prelude::*;
 
 use super::weights::{Held, Source};
+use crate::ml::backend::{self, Token};
 use crate::ml::model::linear::{Base, Linear, Pass};
 use crate::ml::model::{Layer, Llama, angles};
 
-/// A token that follows what its text has so far.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Token {
-    /// The text.
-    pub text: usize,
-    /// The id.
-    pub id: u32,
-}
-
 /// Texts that a model goes on with.
-pub struct Decoder<'a> {
+pub(in crate::ml) struct Decoder<'a> {
     pass: Pass,
     layers: Vec<Plain<'a>>,
     model: &'a Llama,
@@ -180,7 +172,12 @@ impl<'a> Plain<'a> {
 impl<'a> Decoder<'a> {
     /// So many empty texts, none of which gets longer than `longest` tokens. `None` where the kernels don't reach: on other
     /// devices than the CPU, for products in f16, and with matrices beside embeddings or head.
-    pub fn new(model: &'a Llama, texts: usize, longest: usize, pass: Pass) -> Result<Option<Self>> {
+    pub(in crate::ml) fn new(
+        model: &'a Llama,
+        texts: usize,
+        longest: usize,
+        pass: Pass,
+    ) -> Result<Option<Self>> {
         let compute = model.compute;
         if !model.device.is_cpu() || !matches!(compute, DType::F32 | DType::BF16) {
             return Ok(None);
@@ -217,65 +214,6 @@ impl<'a> Decoder<'a> {
             texts: std::iter::repeat_with(text).take(texts).collect(),
             rounded: compute == DType::BF16,
         }))
-    }
-
-    /// Appends tokens to their texts. Returns the logits behind each of the tokens at the places `wanted`: (wanted, vocabulary).
-    pub fn step(&mut self, tokens: &[Token], wanted: &[usize]) -> Result<Vec<f32>> {
-        let hidden = self.model.config.hidden_size;
-        let positions = self.places(tokens)?;
-        let ids: Vec<u32> = tokens.iter().map(|token| token.id).collect();
-        let ids = Tensor::new(ids, &self.model.device)?.unsqueeze(0)?;
-        let mut x = values(&self.model.embed(&ids, self.pass)?, DType::F32)?;
-        for number in 0..self.layers.len() {
-            let plain = &self.layers[number];
-            let layer = plain.layer;
-            let normed = norm(&x, &plain.input_norm, layer.input_norm.eps);
-            let [mut q, mut k, mut v] = self.apply([&plain.q, &plain.k, &plain.v], &normed)?;
-            let scale = (layer.head_dim as f64).powf(-0.5) as f32;
-            let (heads, width) = (layer.kv_heads, layer.head_dim);
-            self.rotate(&mut q, layer.heads * width, &positions, scale);
-            self.rotate(&mut k, heads * width, &positions, 1.);
-            for values in [&mut q, &mut k, &mut v] {
-                self.round(values);
-            }
-            let entries = k.chunks_exact(width).zip(v.chunks_exact(width));
-            for (place, (key, value)) in entries.enumerate() {
-                let (token, head) = (place / heads, place % heads);
-                let text = &mut self.texts[tokens[token].text];
-                text.cache[number * heads + head].push(key, value);
-            }
-            let mut y = self.attention(number, &q, tokens, &positions);
-            self.round(&mut y);
-            let plain = &self.layers[number];
-            let [y] = self.apply([&plain.o], &y)?;
-            add(&mut x, &y);
-            let normed = norm(&x, &plain.post_norm, layer.post_norm.eps);
-            let [mut gate, up] = self.apply([&plain.gate, &plain.up], &normed)?;
-            vectors::gate(&mut gate, &up);
-            let [y] = self.apply([&plain.down], &gate)?;
-            add(&mut x, &y);
-        }
-        for token in tokens {
-            self.texts[token.text].length += 1;
-        }
-        let mut last = Vec::with_capacity(wanted.len() * hidden);
-        for place in wanted {
-            match x.chunks_exact(hidden).nth(*place) {
-                Some(row) => last.extend_from_slice(row),
-                None => bail!("token {place} of {} is wanted", tokens.len()),
-            }
-        }
-        let last = norm(&last, &self.norm, self.model.norm.eps);
-        let head = Held::tensor(self.model.head().stored(self.pass));
-        let mut logits = vec![0.; wanted.len() * self.model.config.vocab_size];
-        vector_products(vec![VectorProduct {
-            weight: head.matrix()?,
-            x: &self.factor(&last),
-            rounded: self.rounded,
-            out: &mut logits,
-        }]);
-        self.round(&mut logits);
-        Ok(logits)
     }
 
     /// Where each token stands in its text.
@@ -415,6 +353,66 @@ impl<'a> Decoder<'a> {
             parts.enumerate().for_each(attend);
         }
         y
+    }
+}
+
+impl backend::Decoder for Decoder<'_> {
+    fn step(&mut self, tokens: &[Token], wanted: &[usize]) -> Result<Vec<f32>> {
+        let hidden = self.model.config.hidden_size;
+        let positions = self.places(tokens)?;
+        let ids: Vec<u32> = tokens.iter().map(|token| token.id).collect();
+        let ids = Tensor::new(ids, &self.model.device)?.unsqueeze(0)?;
+        let mut x = values(&self.model.embed(&ids, self.pass)?, DType::F32)?;
+        for number in 0..self.layers.len() {
+            let plain = &self.layers[number];
+            let layer = plain.layer;
+            let normed = norm(&x, &plain.input_norm, layer.input_norm.eps);
+            let [mut q, mut k, mut v] = self.apply([&plain.q, &plain.k, &plain.v], &normed)?;
+            let scale = (layer.head_dim as f64).powf(-0.5) as f32;
+            let (heads, width) = (layer.kv_heads, layer.head_dim);
+            self.rotate(&mut q, layer.heads * width, &positions, scale);
+            self.rotate(&mut k, heads * width, &positions, 1.);
+            for values in [&mut q, &mut k, &mut v] {
+                self.round(values);
+            }
+            let entries = k.chunks_exact(width).zip(v.chunks_exact(width));
+            for (place, (key, value)) in entries.enumerate() {
+                let (token, head) = (place / heads, place % heads);
+                let text = &mut self.texts[tokens[token].text];
+                text.cache[number * heads + head].push(key, value);
+            }
+            let mut y = self.attention(number, &q, tokens, &positions);
+            self.round(&mut y);
+            let plain = &self.layers[number];
+            let [y] = self.apply([&plain.o], &y)?;
+            add(&mut x, &y);
+            let normed = norm(&x, &plain.post_norm, layer.post_norm.eps);
+            let [mut gate, up] = self.apply([&plain.gate, &plain.up], &normed)?;
+            vectors::gate(&mut gate, &up);
+            let [y] = self.apply([&plain.down], &gate)?;
+            add(&mut x, &y);
+        }
+        for token in tokens {
+            self.texts[token.text].length += 1;
+        }
+        let mut last = Vec::with_capacity(wanted.len() * hidden);
+        for place in wanted {
+            match x.chunks_exact(hidden).nth(*place) {
+                Some(row) => last.extend_from_slice(row),
+                None => bail!("token {place} of {} is wanted", tokens.len()),
+            }
+        }
+        let last = norm(&last, &self.norm, self.model.norm.eps);
+        let head = Held::tensor(self.model.head().stored(self.pass));
+        let mut logits = vec![0.; wanted.len() * self.model.config.vocab_size];
+        vector_products(vec![VectorProduct {
+            weight: head.matrix()?,
+            x: &self.factor(&last),
+            rounded: self.rounded,
+            out: &mut logits,
+        }]);
+        self.round(&mut logits);
+        Ok(logits)
     }
 }
 

@@ -27,11 +27,11 @@ const AT_ONCE: usize = if cfg!(test) { 1 << 12 } else { 1 << 22 };
 const IDS: usize = 512;
 
 /// Scored targets.
-pub struct Scored {
+pub(super) struct Scored {
     /// The log-probability of each target.
-    pub logps: Vec<f32>,
+    pub(super) logps: Vec<f32>,
     /// How sure the model is of each, if asked for.
-    pub certainty: Option<Vec<Certainty>>,
+    pub(super) certainty: Option<Vec<Certainty>>,
     /// Tokens whose hidden states were scored.
     tokens: Vec<usize>,
     /// For each target, which of those, and its id.
@@ -94,7 +94,7 @@ pub(super) fn score(
     if let Some((_, id)) = rows.iter().find(|(_, id)| *id as usize >= vocabulary) {
         candle_core::bail!("the id {id} lies outside the vocabulary of {vocabulary}")
     }
-    let (pool, half) = (&model.pool, shape.half);
+    let (pool, half) = (forward.pool, shape.half);
     let mut scored = Scored {
         logps: vec![0.; targets.len()],
         certainty: certainty.then(|| vec![Certainty::default(); targets.len()]),
@@ -212,7 +212,7 @@ impl Scored {
                 *out -= sum * value;
             }
         }
-        model.pool.give(spread);
+        forward.pool.give(spread);
         for (((row, _), g), weight) in self.rows.iter().zip(of_logps).zip(at_id.chunks(hidden)) {
             let token = self.tokens[*row];
             let out = &mut of_hidden[token / LANES * hidden * LANES + token % LANES..];
@@ -235,7 +235,7 @@ impl Scored {
         gradients: &mut Gradients,
     ) -> Result<()> {
         let (model, shape) = (forward.model, &forward.shape);
-        let (pool, hidden) = (&model.pool, shape.hidden);
+        let (pool, hidden) = (forward.pool, shape.hidden);
         let Some(var) = model.head().trained() else {
             return Ok(());
         };

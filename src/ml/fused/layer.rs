@@ -179,6 +179,7 @@ pub(super) struct Work<'a> {
 /// Where gradients go.
 pub(super) struct Trainable<'a> {
     pub(super) model: &'a Llama,
+    pub(super) pool: &'a Pool,
     pub(super) gradients: &'a mut Gradients,
 }
 

@@ -225,8 +225,7 @@ impl<'a> Set<'a> {
         slopes: &[Vec<f32>],
         trainable: &mut Trainable<'_>,
     ) -> Result<()> {
-        let model = trainable.model;
-        let pool = &model.pool;
+        let pool = trainable.pool;
         for (number, (projection, linear)) in self.all.iter().zip(linears).enumerate() {
             let (Some(of_out), Some(narrow), Some(slope)) =
                 (of_outs.get(number), narrow.get(number), slopes.get(number))

@@ -1,18 +1,16 @@
 //! From a model folder's tensors and an adapter's pairs to a [`Llama`].
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use anyhow::Context as _;
 use candle_core::{DType, Device, Tensor, Var};
 
 use super::super::adapter::{Adapter, ENDS, LoraPair, Meant};
-use super::super::fused::{self, Packing, Pool};
 use super::config::LlamaConfig;
 use super::linear::{Base, Linear, Lora, Pass, Weight};
 use super::tied::{EMBEDDINGS, HEAD};
 use super::{Layer, Llama, Norm, Parameter, Trained};
-use crate::ml::execution::Path;
 use crate::ml::io::float::Float;
 use crate::ml::io::weights::Weights;
 use crate::ml::lora::init::{Module, modules};
@@ -390,13 +388,7 @@ impl Llama {
             head_lora,
             compute,
             frozen_column_sum: None,
-            path: Path::Plain,
-            pool: Pool::default(),
-            states: Mutex::default(),
         };
-        if fused::supports(&model) {
-            model.path = Path::Fused(Packing::default());
-        }
         if model.head().is_frozen() {
             model.frozen_column_sum = Some(model.column_sum(Pass::BASE)?);
         }
