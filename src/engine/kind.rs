@@ -4,9 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use schemars::{Schema, SchemaGenerator};
-use serde::de::DeserializeOwned;
 
-use super::reading::{ParseError, read_parameters};
+use super::reading::ParseError;
 use super::{Artifact, Context, Problem, Stage, World};
 
 /// An entry of the list of kinds: everything that can be known without parameters.
@@ -37,10 +36,8 @@ impl Kind {
     }
 }
 
-fn parse<S: Stage + DeserializeOwned>(
-    params: serde_yaml::Value,
-) -> Result<Arc<dyn AnyStage>, ParseError> {
-    read_parameters::<S>(params).map(|stage| Arc::new(stage) as Arc<dyn AnyStage>)
+fn parse<S: Stage>(params: serde_yaml::Value) -> Result<Arc<dyn AnyStage>, ParseError> {
+    S::read(params).map(|stage| Arc::new(stage) as Arc<dyn AnyStage>)
 }
 
 /// A stage of any kind. Implemented for every [`Stage`]; nothing else should implement it.

@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::reading::{ParseError, read_parameters};
 use super::{Context, World};
 
 /// What a stage makes: a folder with files in an agreed layout. The type is only a name that makes wiring typed.
@@ -39,6 +40,11 @@ pub trait Stage: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'stat
     /// Parameters that only say how far the stage goes, such as a number of epochs. Stages whose fingerprints differ in
     /// nothing else are a family: what one of them left in [`Context::end`] is found by the others in [`Context::ends`].
     const GROWS: &'static [&'static str] = &[];
+
+    /// Reads the parameters. Overridden where several structs stand side by side in one map ([`super::read_side_by_side`]).
+    fn read(parameters: serde_yaml::Value) -> Result<Self, ParseError> {
+        read_parameters(parameters)
+    }
 
     /// The noun of what the stage makes with these parameters. Overridden where a parameter decides between two artifacts
     /// (a training makes an adapter, or without one a model).

@@ -11,7 +11,7 @@ use candle_core::Result;
 
 use super::model::Gradients;
 use super::model::batch::{Batch, Target};
-use super::model::head::Certainty;
+use super::model::head::TokenStats;
 use super::model::linear::Pass;
 
 /// Targets' scores.
@@ -19,8 +19,8 @@ use super::model::linear::Pass;
 pub struct Scores {
     /// The log-probability of each target, in nats.
     pub logps: Vec<f32>,
-    /// How sure the model is of each, if asked for.
-    pub certainty: Option<Vec<Certainty>>,
+    /// Entropy and arg max at each, if asked for.
+    pub token_stats: Option<Vec<TokenStats>>,
 }
 
 /// What goes through a model in one pass.
@@ -76,11 +76,17 @@ pub trait Backend: Send + Sync {
 
 /// Batches that went through a model. Rows of targets and sequences count all batches' sequences, one batch behind the other.
 pub trait ForwardPass {
-    /// Scores targets; with `certainty` it also tells how sure the model is of each. Only the last call counts for the backward.
+    /// Scores targets; with `token_stats` it also gives these. Only the last call counts for the backward.
     ///
     /// # Errors
     /// A target outside its batch, or an id outside the vocabulary.
-    fn score(&mut self, targets: &[Target], certainty: bool) -> Result<Scores>;
+    fn score(&mut self, targets: &[Target], token_stats: bool) -> Result<Scores>;
+
+    /// The mean over the vocabulary of the logits that each target is predicted from: (targets).
+    ///
+    /// # Errors
+    /// A target outside its batch.
+    fn target_mean_logits(&self, targets: &[Target]) -> Result<Vec<f64>>;
 
     /// The mean of all logits at all but the last position of the sequences `from..from + count`, see
     /// [`super::model::head::mean_logit`]. A NaN if there is none.

@@ -6,8 +6,8 @@ use anyhow::ensure;
 use pipeline_kernels::vectors::largest;
 
 use super::execution::{Execution, Token};
-use super::loss::in_pool;
 use super::model::linear::Pass;
+use super::threads::in_pool;
 
 /// Tokens of prompts that go through the model at a time.
 const CHUNK: usize = 32;

@@ -1,158 +1,113 @@
-//! What a training minimises: one entry point for the losses.
+//! Losses: what a training minimises, as pure functions of log-probabilities.
+//!
+//! A [`Loss`] says how rows become a batch, which tokens it scores, and what else it wants to know of them. The trainer
+//! ([`crate::ml::train`]) runs the models and calls [`Loss::loss`], which gives the loss, its gradient by each log-probability, and the
+//! metrics that are logged. Nothing else knows which loss it is.
+//!
+//! A new loss is a file here that implements the trait, and a stage that makes one (`stages::train`).
 
+pub mod dpo;
 pub mod orpo;
+mod pairs;
 pub mod sft;
 
 use std::collections::BTreeMap;
 
-use anyhow::{Context as _, ensure};
-
-use super::backend::ForwardPass;
-use super::execution::Execution;
-use super::model::Gradients;
 use super::model::batch::{Batch, Row, Target};
-use super::model::linear::{Drops, Pass};
+use super::model::head::TokenStats;
+
+pub use pairs::Preferences;
 
 /// Numbers by TRL's names.
 pub type Metrics = BTreeMap<&'static str, f64>;
 
-/// A loss.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Objective {
-    /// See [`self::orpo`].
-    Orpo {
-        /// The weight of the odds ratio.
-        beta: f64,
-    },
-    /// See [`self::sft`].
-    Sft {
-        /// Whether the prompt's tokens are left out.
-        completion_only: bool,
-    },
+/// What a loss wants to know beside the log-probabilities of its targets.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Needs {
+    /// The log-probabilities of the same targets by a reference model.
+    pub reference: bool,
+    /// Entropy and arg max at each target.
+    pub token_stats: bool,
+    /// The mean over the vocabulary of the logits at each target.
+    pub target_logits: bool,
+    /// The mean of all logits of the preferred sequences and of the others.
+    pub sequence_logits: bool,
 }
 
-/// A micro-batch's loss, its gradient by the log-probability of each target, and its metrics.
+/// A micro-batch that went through the model. Slices have one element for each target.
+#[derive(Debug, Clone, Copy)]
+pub struct Scored<'a> {
+    /// The micro-batch.
+    pub batch: &'a Batch,
+    /// The tokens that were scored: those of [`Loss::targets`], in that order.
+    pub targets: &'a [Target],
+    /// Their log-probabilities, in nats.
+    pub logps: &'a [f64],
+    /// Their log-probabilities by the reference model, if the loss needs them.
+    pub reference_logps: Option<&'a [f64]>,
+    /// Entropy and arg max at each of them, if asked for.
+    pub token_stats: Option<&'a [TokenStats]>,
+    /// The mean over the vocabulary of the logits at each of them, if asked for.
+    pub target_logits: Option<&'a [f64]>,
+    /// The mean of all logits of the preferred sequences and of the others, if asked for.
+    pub sequence_logits: Option<[f64; 2]>,
+}
+
+/// A micro-batch's loss.
 #[derive(Debug, Clone)]
 pub struct Outcome {
-    /// The loss.
+    /// The loss, a mean over the micro-batch.
     pub loss: f64,
-    /// The gradient.
+    /// Its gradient by the log-probability of each target.
     pub gradient: Vec<f32>,
-    /// What is logged beside the loss.
+    /// What is logged beside the loss: of [`Loss::metrics`] those for which there is what they are made of.
     pub metrics: Metrics,
 }
 
-impl Objective {
-    /// The rows as one padded batch.
-    pub fn batch(&self, rows: &[&Row], pad: u32) -> anyhow::Result<Batch> {
-        Ok(match self {
-            Self::Orpo { .. } => Batch::pairs(rows, pad)?,
-            Self::Sft { .. } => Batch::new(rows.iter().map(|row| row.chosen()).collect(), pad)?,
-        })
+/// A loss.
+pub trait Loss: Send + Sync {
+    /// Rows as one padded batch.
+    ///
+    /// # Errors
+    /// A row lacks an answer that the loss needs, or is empty.
+    fn batch(&self, rows: &[&Row], pad: u32) -> anyhow::Result<Batch>;
+
+    /// The tokens that are scored. Those of a sequence come in the order of their positions.
+    fn targets(&self, batch: &Batch) -> Vec<Target>;
+
+    /// What it wants to know beside their log-probabilities.
+    fn needs(&self) -> Needs;
+
+    /// How much a micro-batch with so many targets weighs in its accumulation group. TRL gives each the same weight.
+    fn weight(&self, _targets: usize) -> f64 {
+        1.
     }
 
-    /// The tokens whose log-probabilities the loss needs.
-    pub fn targets(&self, batch: &Batch) -> Vec<Target> {
-        match self {
-            Self::Orpo { .. } => orpo::targets(batch),
-            Self::Sft { completion_only } => sft::targets(batch, *completion_only),
-        }
+    /// The names of its metrics, beside `loss`.
+    fn metrics(&self) -> &'static [&'static str];
+
+    /// Whether TRL's trainer logs `num_tokens`, the tokens that were trained on so far.
+    fn logs_num_tokens(&self) -> bool {
+        false
     }
 
-    /// How much a micro-batch weighs in its accumulation group: TRL's ORPO gives each the same weight, transformers'
-    /// language modelling counts tokens.
-    pub fn weight(&self, targets: &[Target]) -> f64 {
-        match self {
-            Self::Orpo { .. } => 1.,
-            Self::Sft { .. } => targets.len() as f64,
-        }
-    }
+    /// The loss, its gradient and its metrics: a pure function of what was scored.
+    ///
+    /// # Errors
+    /// The loss is undefined, or something is missing that it needs.
+    fn loss(&self, scored: &Scored<'_>) -> anyhow::Result<Outcome>;
+}
 
-    /// The outcome of each of the batches that went through the model.
-    fn outcomes(
-        &self,
-        forward: &mut dyn ForwardPass,
-        batches: &[&Batch],
-    ) -> anyhow::Result<Vec<Outcome>> {
-        let mut all = Vec::new();
-        let mut parts = Vec::new();
-        let mut first = 0;
-        for &batch in batches {
-            let targets = self.targets(batch);
-            ensure!(!targets.is_empty(), "the batch has no token to learn");
-            let start = all.len();
-            all.extend(targets.iter().map(|target| Target {
-                row: first + target.row,
-                ..*target
-            }));
-            parts.push((batch, first, targets, start));
-            first += batch.sequences.len();
-        }
-        let certainty = matches!(self, Self::Sft { .. });
-        let scores = forward.score(&all, certainty)?;
-        let outcomes = parts.into_iter().map(|(batch, first, targets, start)| {
-            let span = start..start + targets.len();
-            let logps = scores.logps.get(span.clone()).unwrap_or_default();
-            match self {
-                Self::Orpo { beta } => {
-                    let pairs = batch.sequences.len() / 2;
-                    let means = (
-                        forward.mean_logit(first, pairs)?,
-                        forward.mean_logit(first + pairs, pairs)?,
-                    );
-                    orpo::loss(batch, &targets, logps, means, *beta)
-                }
-                Self::Sft { .. } => {
-                    let certainty = scores.certainty.as_ref().and_then(|all| all.get(span));
-                    Ok(sft::loss(logps, certainty))
-                }
-            }
-        });
-        outcomes.collect()
-    }
-
-    /// The loss without a gradient.
-    pub fn evaluate(
-        &self,
-        execution: &Execution<'_>,
-        batch: &Batch,
-        pass: Pass,
-    ) -> anyhow::Result<Outcome> {
-        in_pool(|| {
-            let mut forward = execution.forward(&[batch], pass, false)?;
-            let outcomes = self.outcomes(&mut *forward, &[batch])?;
-            outcomes.into_iter().next().context("no outcome")
-        })
-    }
-
-    /// The losses of some micro-batches, no more than [`Execution::pass_size`] says; of each the gradient times its scale is
-    /// added to `gradients`, unless a loss is not finite.
-    pub fn differentiate(
-        &self,
-        execution: &Execution<'_>,
-        batches: &[(&Batch, f64)],
-        dropout: Option<Drops>,
-        checkpointing: bool,
-        gradients: &mut Gradients,
-    ) -> anyhow::Result<Vec<Outcome>> {
-        let pass = Pass::learn(dropout);
-        in_pool(|| {
-            let (batches, scales): (Vec<&Batch>, Vec<f64>) = batches.iter().copied().unzip();
-            let mut forward = execution.forward(&batches, pass, checkpointing)?;
-            let outcomes = self.outcomes(&mut *forward, &batches)?;
-            if outcomes.iter().all(|outcome| outcome.loss.is_finite()) {
-                let scaled = outcomes.iter().zip(scales).flat_map(|(outcome, scale)| {
-                    let gradient = outcome.gradient.iter();
-                    gradient.map(move |g| (f64::from(*g) * scale) as f32)
-                });
-                forward.backward(&scaled.collect::<Vec<f32>>(), gradients)?;
-            }
-            Ok(outcomes)
-        })
+/// `1 / (1 + e^-x)`, without overflow.
+fn sigmoid(x: f64) -> f64 {
+    if x >= 0. {
+        1. / (1. + (-x).exp())
+    } else {
+        x.exp() / (1. + x.exp())
     }
 }
 
-/// Runs something on one of the threads that share its work: called from another, each operation would wake and wait for them.
-pub(super) fn in_pool<T: Send>(work: impl FnOnce() -> T + Send) -> T {
-    rayon::scope(|_| work())
+/// `log sigmoid(x)`, without overflow.
+fn log_sigmoid(x: f64) -> f64 {
+    x.min(0.) - (-x.abs()).exp().ln_1p()
 }

@@ -11,6 +11,7 @@ pub mod loss;
 pub mod model;
 pub mod quant;
 pub mod reference;
+mod threads;
 pub mod torch_rng;
 pub mod train;
 

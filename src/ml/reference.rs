@@ -77,15 +77,21 @@ struct Forward<'m> {
 }
 
 impl ForwardPass for Forward<'_> {
-    fn score(&mut self, targets: &[Target], certainty: bool) -> Result<Scores> {
+    fn score(&mut self, targets: &[Target], token_stats: bool) -> Result<Scores> {
         let head = self.model.head_matrix(self.pass)?;
-        let mut scored = head::score(&self.hidden, &head, targets, certainty)?;
+        let mut scored = head::score(&self.hidden, &head, targets, token_stats)?;
         let scores = Scores {
             logps: scored.logps.clone(),
-            certainty: scored.certainty.take(),
+            token_stats: scored.token_stats.take(),
         };
         self.scored = Some(scored);
         Ok(scores)
+    }
+
+    fn target_mean_logits(&self, targets: &[Target]) -> Result<Vec<f64>> {
+        let sum = self.model.column_sum(self.pass)?;
+        let vocabulary = self.model.config.vocab_size;
+        head::target_mean_logits(&self.hidden, &sum, vocabulary, targets)
     }
 
     fn mean_logit(&self, from: usize, count: usize) -> Result<f64> {

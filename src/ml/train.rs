@@ -7,338 +7,464 @@ pub(super) mod best;
 pub(in crate::ml) mod checkpoint;
 pub mod evaluate;
 mod fault;
+mod job;
 pub(super) mod log;
 pub mod optim;
+mod passes;
 mod resume;
 pub mod sampler;
 pub mod save;
 pub(super) mod scaler;
 pub mod schedule;
 mod settings;
+pub(in crate::ml) mod state;
 mod trainer_state;
 
 use std::ops::ControlFlow;
-use std::path::Path;
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, bail};
 use candle_core::DType;
 use pipeline_kernels::dropout::mix;
 
-use self::checkpoint::{Resumed, State};
+use self::checkpoint::Resumed;
+use self::fault::Search;
+use self::log::Window;
 use self::optim::Optimizer;
-use super::execution::{Execution, PassSize};
+use self::sampler::{Group, Grouping, Sampler};
+use self::scaler::Scaler;
+use self::schedule::Schedule;
+use self::state::State;
 use super::model::batch::{Batch, Row};
 use super::model::linear::{Drops, Pass};
 use super::model::{Gradients, Llama};
 pub use best::{Best, Watch};
-pub use fault::Fault;
+pub use fault::{Fault, Origin};
+pub use job::Job;
 pub use log::{Ending, Log, Step};
-pub use resume::{Start, take_up};
-pub use settings::{Every, Settings};
+pub use passes::{Passes, ReferenceModel};
+pub use resume::{Start, continue_from};
+pub use settings::{EvalStrategy, Every, Settings};
 pub use trainer_state::trainer_state;
 
-use log::Window;
-use scaler::Scaler;
+/// Is told of each micro-batch and each step, and says whether the training goes on.
+pub type Report<'a> = dyn FnMut(&Step) -> ControlFlow<()> + 'a;
 
-/// Trains a model on `rows`, and evaluates on `eval_rows` if the settings say when.
+/// Trains the job's model on its rows, and evaluates on its other rows if the settings say when.
+///
+/// # Errors
+/// A loss or gradient is not finite ([`Fault`]), a loss is undefined, or a file can't be read or written.
 pub fn train(
-    execution: &Execution<'_>,
-    rows: &[Row],
-    eval_rows: &[Row],
+    job: &Job<'_>,
     settings: &Settings,
-    scratch: Option<&Path>,
-    tell: &mut dyn FnMut(&Step) -> ControlFlow<()>,
+    report: &mut Report<'_>,
 ) -> anyhow::Result<Ending> {
-    let model = execution.model();
-    ensure!(!rows.is_empty(), "there are no rows to train on");
-    let watch = settings.watch.as_ref();
-    if let Some(watch) = watch {
-        can_be_watched(execution, eval_rows, settings, watch, scratch)?;
-    }
-    let plan = settings.plan(rows.len());
-    let total = settings.total_steps(rows.len());
-    let schedule = settings.schedule(total);
-    let per_epoch = plan.steps();
-    let mut optimizer = Optimizer::new(settings.optimizer, &model.parameters);
-    let mut state = State {
-        scaler: Scaler::new(settings.scaler),
-        ..State::default()
+    job.check(settings)?;
+    let mut trainer = Trainer::new(job, settings);
+    let passed_over = trainer.resume()?;
+    let beginning = Step {
+        passed_over,
+        ..trainer.step()
     };
-    let mut resumed = Resumed::default();
-    if let Some(scratch) = scratch {
-        resumed = checkpoint::resume(scratch, model, &mut optimizer)?;
+    if report(&beginning).is_break() {
+        return trainer.interrupted();
     }
-    if let Some(found) = resumed.state {
-        state = found;
+    let mut sampler = Sampler::new(settings.sampling, settings.data_seed, trainer.grouping);
+    while !trainer.is_done() {
+        let group = sampler.group(trainer.state.step);
+        let Some(accumulated) = trainer.accumulate(&group, report)? else {
+            return trainer.interrupted();
+        };
+        let update = trainer.update(&group, accumulated)?;
+        let mut logs = trainer.log(&group, &update);
+        logs.extend(trainer.evaluate(&group)?);
+        let step = Step {
+            logs,
+            skipped: update.fault,
+            ..trainer.step()
+        };
+        if report(&step).is_break() {
+            return trainer.interrupted();
+        }
+        trainer.save_checkpoint_if_due()?;
     }
-    let told = Step {
-        step: state.step,
-        total,
-        passed_over: resumed.passed_over,
-        ..Step::default()
-    };
-    if tell(&told).is_break() {
-        return interrupted(scratch, model, &optimizer, &state, settings);
-    }
+    trainer.finish()
+}
 
-    let search = fault::Search::default();
-    let stops = |state: &State| watch.is_some_and(|watch| watch.stops(&state.best));
-    while state.step < total && !stops(&state) {
-        let epoch = state.step / per_epoch;
-        let order = sampler::order(settings.sampling, rows.len(), settings.data_seed, epoch);
-        let micro_batches: Vec<&[usize]> = order.chunks(plan.batch).collect();
-        let first = (state.step % per_epoch) as usize * plan.group;
-        for (number, group) in micro_batches.chunks(plan.group).enumerate() {
-            if number * plan.group < first {
-                continue; // done before the interruption
-            }
-            if state.step >= total || stops(&state) {
-                break;
-            }
-            let fault = |what, value, places: &[usize]| -> anyhow::Result<Fault> {
-                let each = settings.rows_each.max(1);
-                let mut rows: Vec<usize> = places.iter().map(|place| place / each).collect();
-                rows.dedup();
-                Ok(Fault {
-                    step: state.step + 1,
-                    what,
-                    value,
-                    rows,
-                    split: settings.split.clone(),
-                    cause: search.cause(model, &optimizer, settings, state.step)?,
-                })
-            };
+/// A training on its way.
+struct Trainer<'a> {
+    job: &'a Job<'a>,
+    settings: &'a Settings,
+    model: &'a Llama,
+    grouping: Grouping,
+    /// The number of steps to be done.
+    total: u64,
+    schedule: Schedule,
+    optimizer: Optimizer,
+    state: State,
+    search: Search<'a>,
+}
 
-            // Forward and backward of each micro-batch.
-            let mut gradients = Gradients::none(model);
-            let mut window = Window::default();
-            let batches = group.iter().map(|places| {
-                let rows: Vec<&Row> = places.iter().filter_map(|&place| rows.get(place)).collect();
-                settings.objective.batch(&rows, settings.pad)
-            });
-            let batches = batches.collect::<anyhow::Result<Vec<_>>>()?;
-            let weight = |batch: &Batch| {
-                settings
-                    .objective
-                    .weight(&settings.objective.targets(batch))
-            };
-            let weights: Vec<f64> = batches.iter().map(weight).collect();
-            let all: f64 = weights.iter().sum();
-            let shares: Vec<f64> = weights.iter().map(|weight| weight / all).collect();
-            let mut loss = 0.;
-            let mut found = None;
-            let mut first = 0;
-            while first < batches.len() && found.is_none() {
-                let rest: Vec<&Batch> = batches[first..].iter().collect();
-                let dropout = settings.dropout.then(|| Drops {
-                    seed: dropout_seed(settings.seed, state.step),
-                    batch: first,
-                });
-                let PassSize {
-                    micro_batches: count,
-                    tokens,
-                } = execution.pass_size(&rest, Pass::learn(dropout), settings.checkpointing);
-                let mut computed = Some(tokens);
-                let scaled = rest.iter().zip(&shares[first..]).take(count);
-                let scaled = scaled.map(|(batch, share)| (*batch, share * state.scaler.scale));
-                let outcomes = settings
-                    .objective
-                    .differentiate(
-                        execution,
-                        &scaled.collect::<Vec<_>>(),
-                        dropout,
-                        settings.checkpointing,
-                        &mut gradients,
-                    )
-                    .with_context(|| {
-                        let (step, split) = (state.step + 1, &settings.split);
-                        let places = group[first..first + count].concat();
-                        format!("step {step}, rows {places:?} of `{split}`")
-                    })?;
-                for ((batch, places), outcome) in rest.iter().zip(&group[first..]).zip(outcomes) {
-                    loss += shares[first] * outcome.loss;
-                    first += 1;
-                    for (name, value) in &outcome.metrics {
-                        window.add(name, *value);
-                    }
-                    if !outcome.loss.is_finite() {
-                        found = Some(fault("loss", outcome.loss, places)?);
-                        break;
-                    }
-                    let told = Step {
-                        step: state.step,
-                        total,
-                        micro_batches: first,
-                        tokens: batch.tokens(),
-                        computed: computed.take().unwrap_or(0),
-                        ..Step::default()
-                    };
-                    if tell(&told).is_break() {
-                        return interrupted(scratch, model, &optimizer, &state, settings);
-                    }
-                }
-            }
+/// What the micro-batches of a step come to.
+struct Accumulated {
+    /// The mean loss, each micro-batch weighted.
+    loss: f64,
+    /// Its gradient, times the loss scale.
+    gradients: Gradients,
+    metrics: Window,
+    /// Tokens of the micro-batches, without padding.
+    tokens: usize,
+    /// Why it can't be used, if a loss is not finite.
+    fault: Option<Fault>,
+}
 
-            // One step: unscale, clip, update. What is not finite changes neither weights nor moments nor the schedule.
-            optim::scale(&mut gradients.0, 1. / state.scaler.scale)?;
-            let norm = optim::clip(&mut gradients.0, settings.max_grad_norm)?;
-            let rate = settings.learning_rate * schedule.factor(state.scheduled);
-            if !norm.is_finite() && found.is_none() && (!settings.scaler || state.scaler.scale < 1.)
-            {
-                // A scale below 1 means that it is not the scale that makes the gradients overflow.
-                found = Some(fault("gradient's norm", norm, &group.concat())?);
-            }
-            if let Some(fault) = &found {
-                if state.skipped >= settings.skip_nan_steps {
-                    bail!(fault.clone());
-                }
-                state.skipped += 1;
-            }
-            let good = found.is_none() && norm.is_finite();
-            if good {
-                optimizer.step(&model.parameters, &gradients.0, rate)?;
-                state.scheduled += 1;
-            }
-            if settings.scaler {
-                state.scaler.update(!good);
-            }
-            state.step += 1;
+/// What an update was made of.
+struct Update {
+    metrics: Window,
+    /// The gradient's norm before clipping.
+    grad_norm: f64,
+    learning_rate: f64,
+    /// Why it was left out, if something was not finite.
+    fault: Option<Fault>,
+}
 
-            // Logs: every step for the record, a mean over some for the reader.
-            window.add("loss", loss);
-            if found.is_none() {
-                state.window.merge(&window);
-            }
-            let seen = (number * plan.group + group.len()) as f64;
-            let epoch = epoch as f64 + seen / plan.micro_batches() as f64;
-            let log = |window: &Window| {
-                let mut values = window.means();
-                values.insert(
-                    "grad_norm".into(),
-                    if found.is_some() { f64::NAN } else { norm },
-                );
-                values.insert("learning_rate".into(), rate);
-                Log {
-                    step: state.step,
-                    epoch,
-                    values,
-                }
-            };
-            let mut logs = Vec::new();
-            let entry = log(&window);
-            if state.step.is_multiple_of(settings.log_every.max(1)) || state.step == total {
-                logs.push(log(&state.window));
-                state.window = Window::default();
-            }
-            state.history.push(entry);
-            let is_last = state.step == total;
-            let due = match settings.eval_every {
-                Some(Every::Steps(steps)) => state.step.is_multiple_of(steps.max(1)),
-                Some(Every::Epoch) => number + 1 == per_epoch as usize,
-                None => false,
-            };
-            if is_last && !due {
-                resume::leave(model, &optimizer, &state, settings, total)?;
-            }
-            if (due || is_last && settings.eval_every.is_some()) && !eval_rows.is_empty() {
-                let metrics = evaluate::metrics(execution, eval_rows, settings)?;
-                if let Some(watch) = watch
-                    && let Some(value) = metrics.get(&watch.metric)
-                    && state.best.judge(watch, *value, state.step)
-                    && watch.load
-                    && let Some(scratch) = scratch
-                {
-                    state.best.digest = Some(best::keep(scratch, model, state.step)?);
-                }
-                let values = metrics
-                    .into_iter()
-                    .map(|(name, value)| (format!("eval_{name}"), value));
-                let log = Log {
-                    step: state.step,
-                    epoch,
-                    values: values.collect(),
-                };
-                state.history.push(log.clone());
-                logs.push(log);
-            }
-            if is_last && due {
-                resume::leave(model, &optimizer, &state, settings, total)?;
-            }
-
-            let told = Step {
-                step: state.step,
-                total,
-                logs,
-                skipped: found,
-                ..Step::default()
-            };
-            if tell(&told).is_break() {
-                return interrupted(scratch, model, &optimizer, &state, settings);
-            }
-            if let Some(scratch) = scratch
-                && state.step < total
-                && state.step.is_multiple_of(settings.save_every.max(1))
-            {
-                checkpoint::save(scratch, model, &optimizer, &state, settings.keep)?;
-            }
+impl<'a> Trainer<'a> {
+    fn new(job: &'a Job<'a>, settings: &'a Settings) -> Self {
+        let model = job.execution.model();
+        let total = settings.total_steps(job.rows.len());
+        Self {
+            job,
+            settings,
+            model,
+            grouping: settings.grouping(job.rows.len()),
+            total,
+            schedule: settings.schedule(total),
+            optimizer: Optimizer::new(settings.optimizer, &model.parameters),
+            state: State {
+                scaler: Scaler::new(settings.loss_scaling),
+                ..State::default()
+            },
+            search: Search::new(job.origin),
         }
     }
-    if state.step < total {
-        resume::leave_stopped(settings, state.step, total)?;
-    }
-    if let (Some(Watch { load: true, .. }), Some(scratch)) = (watch, scratch) {
-        best::restore(scratch, model, &state.best)?;
-    }
-    search.check_end(model, settings, state.step)?;
-    Ok(Ending::Finished {
-        history: state.history,
-        step: state.step,
-        skipped: state.skipped,
-        best: state.best,
-    })
-}
 
-/// Refuses at once what would fail at the first evaluation.
-fn can_be_watched(
-    execution: &Execution<'_>,
-    eval_rows: &[Row],
-    settings: &Settings,
-    watch: &Watch,
-    scratch: Option<&Path>,
-) -> anyhow::Result<()> {
-    ensure!(
-        settings.eval_every.is_some() && !eval_rows.is_empty(),
-        "the best step is found by evaluations, but there are none"
-    );
-    ensure!(
-        scratch.is_some() || !watch.load,
-        "the best weights need a folder"
-    );
-    let first = eval_rows
-        .get(..settings.eval_batch_size.clamp(1, eval_rows.len()))
-        .unwrap_or_default();
-    let metrics = evaluate::metrics(execution, first, settings)?;
-    let names: Vec<&str> = metrics.keys().map(String::as_str).collect();
-    ensure!(
-        names.contains(&watch.metric.as_str()),
-        "`metric_for_best_model` is `{}`, but the evaluation gives {}",
-        watch.metric,
-        names.join(", ")
-    );
-    Ok(())
-}
-
-fn interrupted(
-    scratch: Option<&Path>,
-    model: &Llama,
-    optimizer: &Optimizer,
-    state: &State,
-    settings: &Settings,
-) -> anyhow::Result<Ending> {
-    if let Some(scratch) = scratch {
-        checkpoint::save(scratch, model, optimizer, state, settings.keep)?;
+    /// Goes on from the newest sound checkpoint, if there is one. Returns what is to be said of those that could not be used.
+    fn resume(&mut self) -> anyhow::Result<Vec<String>> {
+        let Some(scratch) = self.job.scratch else {
+            return Ok(Vec::new());
+        };
+        let Resumed { state, passed_over } =
+            checkpoint::resume(scratch, self.model, &mut self.optimizer)?;
+        if let Some(state) = state {
+            self.state = state;
+        }
+        Ok(passed_over)
     }
-    Ok(Ending::Interrupted { step: state.step })
+
+    fn is_done(&self) -> bool {
+        let watch = self.settings.watch.as_ref();
+        self.state.step >= self.total || watch.is_some_and(|watch| watch.stops(&self.state.best))
+    }
+
+    /// A report of where the training stands.
+    fn step(&self) -> Step {
+        Step {
+            step: self.state.step,
+            total: self.total,
+            ..Step::default()
+        }
+    }
+
+    /// Forward and backward of a step's micro-batches; as many as fit go through the model in one pass. Nothing if the callback
+    /// stops the training in between.
+    fn accumulate(
+        &self,
+        group: &Group,
+        report: &mut Report<'_>,
+    ) -> anyhow::Result<Option<Accumulated>> {
+        let (job, settings) = (self.job, self.settings);
+        let passes = job.passes();
+        let rows = group.micro_batches.iter().map(|indices| {
+            let rows = indices.iter().filter_map(|&index| job.rows.get(index));
+            rows.collect::<Vec<&Row>>()
+        });
+        let batches = rows.map(|rows| job.loss.batch(&rows, job.pad));
+        let batches = batches.collect::<anyhow::Result<Vec<Batch>>>()?;
+        let weights = batches
+            .iter()
+            .map(|batch| job.loss.weight(job.loss.targets(batch).len()));
+        let weights: Vec<f64> = weights.collect();
+        let all: f64 = weights.iter().sum();
+        let shares: Vec<f64> = weights.iter().map(|weight| weight / all).collect();
+
+        let mut accumulated = Accumulated {
+            loss: 0.,
+            gradients: Gradients::none(self.model),
+            metrics: Window::default(),
+            tokens: 0,
+            fault: None,
+        };
+        let mut done = 0;
+        while done < batches.len() {
+            let dropout = settings.dropout.then(|| Drops {
+                seed: dropout_seed(settings.seed, self.state.step),
+                batch: done,
+            });
+            let rest: Vec<&Batch> = batches[done..].iter().collect();
+            let pass = Pass::learn(dropout);
+            let size = job.execution.pass_size(&rest, pass, settings.checkpointing);
+            let now = done..done + size.micro_batches.clamp(1, rest.len());
+            let scaled = batches[now.clone()]
+                .iter()
+                .zip(&shares[now.clone()])
+                .map(|(batch, share)| (batch, share * self.state.scaler.scale));
+            let outcomes = passes
+                .differentiate(
+                    &scaled.collect::<Vec<_>>(),
+                    dropout,
+                    settings.checkpointing,
+                    &mut accumulated.gradients,
+                )
+                .with_context(|| {
+                    let (step, split) = (self.state.step + 1, &job.origin.split);
+                    let rows = group.micro_batches[now.clone()].concat();
+                    format!("step {step}, rows {rows:?} of `{split}`")
+                })?;
+            for (index, outcome) in now.clone().zip(outcomes) {
+                done = index + 1;
+                accumulated.loss += shares[index] * outcome.loss;
+                for (name, value) in &outcome.metrics {
+                    accumulated.metrics.add(name, *value);
+                }
+                if !outcome.loss.is_finite() {
+                    let rows = &group.micro_batches[index];
+                    accumulated.fault = Some(self.fault("loss", outcome.loss, rows)?);
+                    return Ok(Some(accumulated));
+                }
+                let tokens = batches[index].tokens();
+                accumulated.tokens += tokens;
+                let step = Step {
+                    micro_batches: done,
+                    tokens,
+                    computed: if index == now.start { size.tokens } else { 0 },
+                    ..self.step()
+                };
+                if report(&step).is_break() {
+                    return Ok(None);
+                }
+            }
+        }
+        Ok(Some(accumulated))
+    }
+
+    /// One step: unscale, clip, update. What is not finite changes neither weights nor moments nor the schedule.
+    fn update(&mut self, group: &Group, accumulated: Accumulated) -> anyhow::Result<Update> {
+        let settings = self.settings;
+        let Accumulated {
+            loss,
+            mut gradients,
+            mut metrics,
+            tokens,
+            mut fault,
+        } = accumulated;
+        optim::scale(&mut gradients.0, 1. / self.state.scaler.scale)?;
+        let grad_norm = optim::clip(&mut gradients.0, settings.max_grad_norm)?;
+        let learning_rate = settings.learning_rate * self.schedule.factor(self.state.scheduled);
+        // A scale below 1 means that it is not the scale that makes the gradients overflow.
+        let may_overflow = settings.loss_scaling && self.state.scaler.scale >= 1.;
+        if fault.is_none() && !grad_norm.is_finite() && !may_overflow {
+            let rows = group.micro_batches.concat();
+            fault = Some(self.fault("gradient's norm", grad_norm, &rows)?);
+        }
+        if let Some(fault) = &fault {
+            if self.state.skipped >= settings.skip_nan_steps {
+                bail!(fault.clone());
+            }
+            self.state.skipped += 1;
+        }
+        let is_finite = fault.is_none() && grad_norm.is_finite();
+        if is_finite {
+            self.optimizer
+                .step(&self.model.parameters, &gradients.0, learning_rate)?;
+            self.state.scheduled += 1;
+        }
+        if settings.loss_scaling {
+            self.state.scaler.update(!is_finite);
+        }
+        self.state.step += 1;
+        self.state.tokens += tokens as u64;
+        metrics.add("loss", loss);
+        Ok(Update {
+            metrics,
+            grad_norm: if fault.is_some() { f64::NAN } else { grad_norm },
+            learning_rate,
+            fault,
+        })
+    }
+
+    /// Puts the step's numbers into the record, and returns those to show: means over the last steps, now and then.
+    fn log(&mut self, group: &Group, update: &Update) -> Vec<Log> {
+        if update.fault.is_none() {
+            self.state.window.merge(&update.metrics);
+        }
+        let entry = self.entry(group, update, &update.metrics);
+        self.state.history.push(entry);
+        let is_due = self
+            .state
+            .step
+            .is_multiple_of(self.settings.log_every.max(1));
+        if !is_due && self.state.step < self.total {
+            return Vec::new();
+        }
+        let window = std::mem::take(&mut self.state.window);
+        vec![self.entry(group, update, &window)]
+    }
+
+    fn entry(&self, group: &Group, update: &Update, metrics: &Window) -> Log {
+        let mut values = metrics.means();
+        values.insert("grad_norm".into(), update.grad_norm);
+        values.insert("learning_rate".into(), update.learning_rate);
+        if self.job.loss.logs_num_tokens() {
+            values.insert("num_tokens".into(), self.state.tokens as f64);
+        }
+        Log {
+            step: self.state.step,
+            epoch: self.epochs_seen(group),
+            values,
+        }
+    }
+
+    /// The epochs seen at the end of a group, with fraction.
+    fn epochs_seen(&self, group: &Group) -> f64 {
+        let before = group.number as usize * self.grouping.accumulation;
+        let seen = (before + group.micro_batches.len()) as f64;
+        group.epoch as f64 + seen / self.grouping.micro_batches() as f64
+    }
+
+    /// Evaluates if that is due after this step, and keeps the weights if they are the best so far. After the last step the state is
+    /// kept for a longer training: as that training would have it, which is with this evaluation only if it is due there too.
+    fn evaluate(&mut self, group: &Group) -> anyhow::Result<Option<Log>> {
+        let (job, settings) = (self.job, self.settings);
+        let is_last = self.state.step == self.total;
+        let is_due = match settings.eval_every {
+            Some(Every::Steps(steps)) => self.state.step.is_multiple_of(steps.max(1)),
+            Some(Every::Epoch) => group.number + 1 == self.grouping.steps(),
+            None => false,
+        };
+        if is_last && !is_due {
+            self.keep_continuation()?;
+        }
+        let mut evaluated = None;
+        let wanted = is_due || is_last && settings.eval_every.is_some();
+        if wanted && !job.eval_rows.is_empty() {
+            let (size, pad) = (settings.eval_batch_size, job.pad);
+            let mut metrics = evaluate::metrics(&job.passes(), job.eval_rows, size, pad)?;
+            if job.loss.logs_num_tokens() {
+                metrics.insert("num_tokens".into(), self.state.tokens as f64);
+            }
+            if let Some(watch) = &settings.watch
+                && let Some(value) = metrics.get(&watch.metric)
+                && self.state.best.judge(watch, *value, self.state.step)
+                && watch.load
+                && let Some(scratch) = job.scratch
+            {
+                let digest = best::keep(scratch, self.model, self.state.step)?;
+                self.state.best.digest = Some(digest);
+            }
+            let values = metrics
+                .into_iter()
+                .map(|(name, value)| (format!("eval_{name}"), value));
+            let log = Log {
+                step: self.state.step,
+                epoch: self.epochs_seen(group),
+                values: values.collect(),
+            };
+            self.state.history.push(log.clone());
+            evaluated = Some(log);
+        }
+        if is_last && is_due {
+            self.keep_continuation()?;
+        }
+        Ok(evaluated)
+    }
+
+    fn keep_continuation(&self) -> anyhow::Result<()> {
+        let Some(folder) = self.job.continuation else {
+            return Ok(());
+        };
+        resume::keep_continuation(
+            folder,
+            self.model,
+            &self.optimizer,
+            &self.state,
+            self.settings,
+            self.total,
+        )
+    }
+
+    fn save_checkpoint(&self) -> anyhow::Result<()> {
+        let Some(scratch) = self.job.scratch else {
+            return Ok(());
+        };
+        checkpoint::save(
+            scratch,
+            self.model,
+            &self.optimizer,
+            &self.state,
+            self.settings.keep,
+        )
+    }
+
+    fn save_checkpoint_if_due(&self) -> anyhow::Result<()> {
+        let is_due = self
+            .state
+            .step
+            .is_multiple_of(self.settings.save_every.max(1));
+        if is_due && self.state.step < self.total {
+            self.save_checkpoint()?;
+        }
+        Ok(())
+    }
+
+    fn interrupted(&self) -> anyhow::Result<Ending> {
+        self.save_checkpoint()?;
+        Ok(Ending::Interrupted {
+            step: self.state.step,
+        })
+    }
+
+    fn finish(self) -> anyhow::Result<Ending> {
+        let (step, settings) = (self.state.step, self.settings);
+        if let Some(folder) = self.job.continuation
+            && step < self.total
+        {
+            resume::note_early_stop(folder, step, self.total)?;
+        }
+        let loads_best = settings.watch.as_ref().is_some_and(|watch| watch.load);
+        if let Some(scratch) = self.job.scratch
+            && loads_best
+        {
+            best::restore(scratch, self.model, &self.state.best)?;
+        }
+        self.search.check_end(self.model, settings, step)?;
+        Ok(Ending::Finished {
+            history: self.state.history,
+            step,
+            skipped: self.state.skipped,
+            best: self.state.best,
+        })
+    }
+
+    fn fault(&self, what: &'static str, value: f64, rows: &[usize]) -> anyhow::Result<Fault> {
+        let (search, done) = (&self.search, self.state.step);
+        Ok(Fault {
+            step: done + 1,
+            what,
+            value,
+            rows: search.rows(rows),
+            split: self.job.origin.split.clone(),
+            cause: search.cause(self.model, &self.optimizer, self.settings, done)?,
+        })
+    }
 }
 
 /// A seed for one step that does not depend on what ran before it.

@@ -1,6 +1,5 @@
 //! `evaluate`: how well a model prefers the chosen answers, with and without an adapter.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -10,19 +9,23 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::artifacts::{Adapter, Model, Scores, Tokens};
+use super::model_input::{has_split, note_fallback, pad_id, rows};
+use super::rules::Rules;
 use super::text::{chat_template, tokenizers};
-use super::train::common::{Rules, has_split, note_fallback, pad_id, rows};
 use crate::engine::{Context, Input, Problem, Stage};
 use crate::ml::adapter::{Adapter as LoraAdapter, FILE};
 use crate::ml::execution::Execution;
 use crate::ml::generate;
 use crate::ml::io::finite;
+use crate::ml::loss::dpo::Dpo;
+use crate::ml::loss::orpo::Orpo;
+use crate::ml::loss::{Loss, Metrics};
 use crate::ml::model::batch::Row;
 use crate::ml::model::config::LlamaConfig;
 use crate::ml::model::linear::Pass;
 use crate::ml::model::{Llama, Trained, tied};
-use crate::ml::train::compute_dtype;
 use crate::ml::train::evaluate::{self, NotFinite};
+use crate::ml::train::{Passes, ReferenceModel, compute_dtype};
 use crate::text::tokenizer::Tokenizer;
 
 /// Scores a model on preference rows: `scores.json` with TRL's numbers, and `answers.jsonl` with greedy answers to the first
@@ -45,7 +48,13 @@ pub struct Evaluate {
     /// Rows in a batch.
     #[serde(default = "default_batch_size")]
     per_device_eval_batch_size: usize,
-    /// The weight of the odds ratio in `loss`, and the scale of `rewards/*`.
+    /// The loss whose numbers the scores have beside the general ones.
+    #[serde(default, skip_serializing_if = "ScoredLoss::is_default")]
+    loss: ScoredLoss,
+    /// The reference model of `loss: dpo`. By default it is `model` without the adapter.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    ref_model: Option<Input<Model>>,
+    /// For ORPO the weight of the odds ratio in `loss`; in general the scale of `rewards/*`.
     #[serde(default = "default_beta")]
     beta: f64,
     /// How many prompts are answered greedily.
@@ -60,6 +69,33 @@ pub struct Evaluate {
     /// Whether matrix products run in f16.
     #[serde(default)]
     fp16: bool,
+}
+
+/// A loss that preferences are scored by.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ScoredLoss {
+    /// The odds ratio; `logps/*` are means over the tokens of an answer.
+    #[default]
+    Orpo,
+    /// The log-ratio to the reference model; `logps/*` are sums over the tokens of an answer.
+    Dpo,
+}
+
+impl ScoredLoss {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+
+    fn loss(self, beta: f64) -> Box<dyn Loss> {
+        match self {
+            Self::Orpo => Box::new(Orpo { beta }),
+            Self::Dpo => Box::new(Dpo {
+                beta,
+                label_smoothing: 0.,
+            }),
+        }
+    }
 }
 
 fn default_batch_size() -> usize {
@@ -87,13 +123,13 @@ struct Report {
     split: String,
     rows: usize,
     /// The model alone.
-    base: BTreeMap<&'static str, f64>,
+    base: Metrics,
     /// The model with the adapter.
     #[serde(skip_serializing_if = "Option::is_none")]
-    adapter: Option<BTreeMap<&'static str, f64>>,
+    adapter: Option<Metrics>,
     /// `adapter` minus `base`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    difference: Option<BTreeMap<&'static str, f64>>,
+    difference: Option<Metrics>,
 }
 
 /// A line of `answers.jsonl`.
@@ -111,23 +147,6 @@ struct Answer {
 }
 
 impl Evaluate {
-    fn scores(&self, scores: &evaluate::Scores) -> BTreeMap<&'static str, f64> {
-        BTreeMap::from([
-            ("loss", scores.nll - self.beta * scores.log_odds_ratio),
-            ("nll_loss", scores.nll),
-            ("log_odds_ratio", scores.log_odds_ratio),
-            ("log_odds_chosen", scores.log_odds_chosen),
-            ("logps/chosen", scores.logps_chosen),
-            ("logps/rejected", scores.logps_rejected),
-            ("rewards/chosen", self.beta * scores.logps_chosen),
-            ("rewards/rejected", self.beta * scores.logps_rejected),
-            ("rewards/margins", self.beta * scores.margin),
-            ("rewards/accuracies", scores.accuracy),
-            ("margin", scores.margin),
-            ("perplexity", scores.perplexity),
-        ])
-    }
-
     fn split(&self, dataset: &Path) -> anyhow::Result<String> {
         Ok(match &self.split {
             Some(split) => split.clone(),
@@ -239,14 +258,20 @@ impl Stage for Evaluate {
 
     fn check(&self) -> Vec<Problem> {
         let mut rules = Rules::default();
-        let batch = self.per_device_eval_batch_size;
+        let batch = self.per_device_eval_batch_size as u64;
+        rules.at_least_1(batch, "per_device_eval_batch_size");
+        rules.not_negative(self.beta, "beta");
+        let compares = self.ref_model.is_some() || self.adapter.is_some();
         rules.rule(
-            batch > 0,
-            "per_device_eval_batch_size",
-            "expected at least 1",
+            self.loss == ScoredLoss::Orpo || compares,
+            "loss",
+            "`dpo` compares with a reference model, expected an `adapter` or a `ref_model`",
         );
-        let beta = self.beta >= 0. && self.beta.is_finite();
-        rules.rule(beta, "beta", "expected a number not below 0");
+        rules.rule(
+            self.loss == ScoredLoss::Dpo || self.ref_model.is_none(),
+            "ref_model",
+            "expected only with `loss: dpo`",
+        );
         let both = self.bf16 && self.fp16;
         rules.rule(!both, "fp16", "`bf16` and `fp16` exclude each other");
         rules.0
@@ -281,23 +306,43 @@ impl Stage for Evaluate {
         drop(weights);
         let execution = Execution::fastest(&model);
         note_fallback(cx, &execution);
+        let reference = match &self.ref_model {
+            Some(reference) => {
+                let (config, weights) = tied::open(cx.input(reference)?)?;
+                let compute = compute_dtype(self.bf16, self.fp16);
+                let nothing = Trained::Nothing;
+                let device = Device::Cpu;
+                Some(Llama::load(
+                    &config, &weights, None, nothing, compute, &device,
+                )?)
+            }
+            None => None,
+        };
+        let reference = reference.as_ref().map(Execution::fastest);
+        let loss = self.loss.loss(self.beta);
+        let passes = Passes {
+            execution: &execution,
+            loss: &*loss,
+            reference: match &reference {
+                Some(reference) => ReferenceModel::Frozen(reference),
+                None => ReferenceModel::Base,
+            },
+        };
         let pad = pad_id(folder, &config);
         let mut sources = vec![("model", folder.to_path_buf())];
         if let Some(adapter) = &self.adapter {
             sources.push(("adapter", cx.input(adapter)?.join(FILE)));
         }
 
-        let passes = if adapter.is_some() { 2 } else { 1 };
-        let total = Some((rows.len() * passes) as u64);
-        let score = |pass, before: usize| -> anyhow::Result<_> {
+        let times = if adapter.is_some() { 2 } else { 1 };
+        let total = Some((rows.len() * times) as u64);
+        let score = |pass, before: usize| {
             let size = self.per_device_eval_batch_size;
-            let scores = evaluate::preferences(&execution, &rows, size, pad, pass, &mut |done| {
+            let scores = evaluate::preferences(&passes, &rows, size, pad, pass, &mut |done| {
                 cx.progress((before + done) as u64, total, "rows");
                 cx.check_cancelled()
             });
-            let scores =
-                scores.map_err(|error| explain(error, &model, self.fp16, &split, &sources))?;
-            Ok(self.scores(&scores))
+            scores.map_err(|error| explain(error, &model, self.fp16, &split, &sources))
         };
         let base = score(Pass::BASE, 0)?;
         let with_adapter = match &adapter {
@@ -312,7 +357,7 @@ impl Stage for Evaluate {
         for name in ["rewards/accuracies", "margin", "perplexity"] {
             cx.note(name, shown.get(name));
         }
-        let accuracy = |scores: &BTreeMap<_, f64>| {
+        let accuracy = |scores: &Metrics| {
             100. * scores
                 .get("rewards/accuracies")
                 .copied()

@@ -8,6 +8,8 @@ pub mod dataset;
 pub mod evaluate;
 mod from_hub;
 pub mod model;
+mod model_input;
+pub mod rules;
 pub mod text;
 pub mod train;
 
@@ -37,6 +39,7 @@ pub const KINDS: &[Kind] = &[
     Kind::of::<adapter::attach_lora::AttachLora>(),
     Kind::of::<train::train_sft::TrainSft>(),
     Kind::of::<train::train_orpo::TrainOrpo>(),
+    Kind::of::<train::train_dpo::TrainDpo>(),
     Kind::of::<evaluate::Evaluate>(),
     Kind::of::<model::merge::Merge>(),
 ];

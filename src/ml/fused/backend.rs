@@ -176,16 +176,20 @@ struct Run<'m> {
 }
 
 impl ForwardPass for Run<'_> {
-    fn score(&mut self, targets: &[Target], certainty: bool) -> Result<Scores> {
+    fn score(&mut self, targets: &[Target], token_stats: bool) -> Result<Scores> {
         let mut scored = self
             .forward
-            .score(targets, certainty, self.forward.pass.tape)?;
+            .score(targets, token_stats, self.forward.pass.tape)?;
         let scores = Scores {
             logps: scored.logps.clone(),
-            certainty: scored.certainty.take(),
+            token_stats: scored.token_stats.take(),
         };
         self.scored = Some(scored);
         Ok(scores)
+    }
+
+    fn target_mean_logits(&self, targets: &[Target]) -> Result<Vec<f64>> {
+        self.forward.target_mean_logits(targets)
     }
 
     fn mean_logit(&self, from: usize, count: usize) -> Result<f64> {

@@ -16,10 +16,11 @@ use pipeline_kernels::vocabulary::{Summary, more_exponentials};
 use rayon::prelude::*;
 
 use super::Forward;
+use super::layout::Layout;
 use super::weights::Held;
 use crate::ml::model::Gradients;
 use crate::ml::model::batch::Target;
-use crate::ml::model::head::Certainty;
+use crate::ml::model::head::TokenStats;
 
 /// The number of logits at once: 16 MiB of them. In tests few, so that small vocabularies have several blocks.
 const AT_ONCE: usize = if cfg!(test) { 1 << 12 } else { 1 << 22 };
@@ -30,8 +31,8 @@ const IDS: usize = 512;
 pub(super) struct Scored {
     /// The log-probability of each target.
     pub(super) logps: Vec<f32>,
-    /// How sure the model is of each, if asked for.
-    pub(super) certainty: Option<Vec<Certainty>>,
+    /// Entropy and arg max at each, if asked for.
+    pub(super) token_stats: Option<Vec<TokenStats>>,
     /// Tokens whose hidden states were scored.
     tokens: Vec<usize>,
     /// For each target, which of those, and its id.
@@ -40,6 +41,15 @@ pub(super) struct Scored {
     spread: Vec<f32>,
     /// What each panel's logits come to.
     summaries: Vec<Summary>,
+}
+
+/// The token in the layout that a target is predicted from.
+pub(super) fn token(layout: &Layout, target: &Target) -> Result<usize> {
+    let places = layout.places.get(target.row);
+    match places.and_then(|places| places.get(target.position.wrapping_sub(1))) {
+        Some(&token) => Ok(token),
+        None => candle_core::bail!("a target lies outside the batch"),
+    }
 }
 
 /// The hidden states of some tokens, in panels of their own.
@@ -70,7 +80,7 @@ fn blocks(vocabulary: usize, tokens: usize) -> impl Iterator<Item = Range<usize>
 pub(super) fn score(
     forward: &Forward<'_>,
     targets: &[Target],
-    certainty: bool,
+    token_stats: bool,
     gradient: bool,
 ) -> Result<Scored> {
     let (model, shape) = (forward.model, &forward.shape);
@@ -78,11 +88,7 @@ pub(super) fn score(
     let mut known = HashMap::new();
     let mut rows = Vec::with_capacity(targets.len());
     for target in targets {
-        let places = forward.layout.places.get(target.row);
-        let Some(&token) = places.and_then(|places| places.get(target.position.wrapping_sub(1)))
-        else {
-            candle_core::bail!("a target lies outside the batch")
-        };
+        let token = token(&forward.layout, target)?;
         let row = *known.entry(token).or_insert_with(|| {
             tokens.push(token);
             tokens.len() - 1
@@ -97,7 +103,7 @@ pub(super) fn score(
     let (pool, half) = (forward.pool, shape.half);
     let mut scored = Scored {
         logps: vec![0.; targets.len()],
-        certainty: certainty.then(|| vec![Certainty::default(); targets.len()]),
+        token_stats: token_stats.then(|| vec![TokenStats::default(); targets.len()]),
         spread: Vec::new(),
         summaries: Vec::new(),
         tokens,
@@ -151,10 +157,10 @@ pub(super) fn score(
     for (target, (row, id)) in scored.rows.iter().enumerate() {
         let (summary, lane) = (&summaries[row / LANES], row % LANES);
         scored.logps[target] = (f64::from(chosen[target]) - summary.log_sum(lane)) as f32;
-        if let Some(certainty) = &mut scored.certainty {
-            certainty[target] = Certainty {
+        if let Some(token_stats) = &mut scored.token_stats {
+            token_stats[target] = TokenStats {
                 entropy: summary.entropy(lane),
-                is_first: summary.first[lane] == *id,
+                is_argmax: summary.first[lane] == *id,
             };
         }
     }

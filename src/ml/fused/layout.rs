@@ -382,7 +382,7 @@ mod tests {
                         chosen,
                         rejected,
                         rejected_prompt,
-                        packed: Vec::new(),
+                        ..Row::default()
                     }
                 };
                 (0..count).map(row).collect()

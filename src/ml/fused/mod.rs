@@ -22,7 +22,7 @@ pub(super) mod weights;
 
 use candle_core::{DType, Result, Tensor};
 use pipeline_kernels::elementwise::{rms_norm, rms_norm_backward, rms_norm_weight};
-use pipeline_kernels::panels::{LANES, fill, panels, size};
+use pipeline_kernels::panels::{LANES, column, fill, panels, size};
 
 use super::model::batch::{Batch, Target};
 use super::model::linear::Pass;
@@ -139,8 +139,21 @@ impl<'m> Forward<'m> {
     }
 
     /// Scores targets. With `gradient` it keeps what [`Forward::backward`] needs.
-    fn score(&self, targets: &[Target], certainty: bool, gradient: bool) -> Result<Scored> {
-        head::score(self, targets, certainty, gradient)
+    fn score(&self, targets: &[Target], token_stats: bool, gradient: bool) -> Result<Scored> {
+        head::score(self, targets, token_stats, gradient)
+    }
+
+    /// See [`super::backend::ForwardPass::target_mean_logits`].
+    fn target_mean_logits(&self, targets: &[Target]) -> Result<Vec<f64>> {
+        let sums = self.model.column_sum(self.pass)?.to_vec1::<f64>()?;
+        let vocabulary = self.model.config.vocab_size as f64;
+        let means = targets.iter().map(|target| {
+            let token = head::token(&self.layout, target)?;
+            let column = column(&self.hidden, self.shape.hidden, token);
+            let total: f64 = column.zip(&sums).map(|(x, sum)| f64::from(x) * sum).sum();
+            Ok(total / vocabulary)
+        });
+        means.collect()
     }
 
     /// See [`super::model::head::mean_logit`]; `from` counts all batches' sequences. Without padding the mean goes over the positions

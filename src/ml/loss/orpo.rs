@@ -7,10 +7,16 @@
 //!
 //! The gradient is written out: `d log_odds / dc = 1 / (1 - e^c)`, which no `where` can turn into a NaN.
 
-use anyhow::ensure;
+use super::pairs::{in_answer, mean, share_preferred};
+use super::{Loss, Metrics, Needs, Outcome, Preferences, Scored, log_sigmoid, sigmoid};
+use crate::ml::model::batch::{Batch, Row, Target};
 
-use super::{Metrics, Outcome};
-use crate::ml::model::batch::{Batch, Target};
+/// The loss.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Orpo {
+    /// The weight of the odds ratio beside the likelihood (lambda in the paper).
+    pub beta: f64,
+}
 
 /// Log-probabilities closer to 0 than this are below the resolution of f32; they are taken to be this far, and as constant.
 const NEAR_ZERO: f64 = 1e-9;
@@ -23,9 +29,9 @@ pub struct Odds {
     /// `log sigmoid(log_odds)`.
     pub ratio: f64,
     /// The gradient of `ratio` by the preferred answer's mean log-probability.
-    pub of_chosen: f64,
-    /// The gradient of `ratio` by the other's.
-    pub of_rejected: f64,
+    pub grad_chosen: f64,
+    /// The gradient of `ratio` by the other answer's.
+    pub grad_rejected: f64,
 }
 
 /// `log(1 - e^x)` for `x < 0` (Mächler 2012).
@@ -37,135 +43,141 @@ fn log1mexp(x: f64) -> f64 {
     }
 }
 
-fn sigmoid(x: f64) -> f64 {
-    if x >= 0. {
-        1. / (1. + (-x).exp())
-    } else {
-        x.exp() / (1. + x.exp())
-    }
-}
-
 /// The odds ratio of mean log-probabilities `chosen` and `rejected`, finite for all inputs up to 0.
 pub fn odds(chosen: f64, rejected: f64) -> Odds {
     // Not `min`, which would swallow a NaN.
     let clamp = |x: f64| if x > -NEAR_ZERO { -NEAR_ZERO } else { x };
     let (c, r) = (clamp(chosen), clamp(rejected));
     let log_odds = (c - r) - (log1mexp(c) - log1mexp(r));
-    let ratio = log_odds.min(0.) - (-log_odds.abs()).exp().ln_1p();
     let slope = |x: f64| if x > -NEAR_ZERO { 0. } else { -1. / x.exp_m1() };
-    let of_ratio = sigmoid(-log_odds);
+    let grad_log_odds = sigmoid(-log_odds);
     Odds {
         log_odds,
-        ratio,
-        of_chosen: of_ratio * slope(chosen),
-        of_rejected: -of_ratio * slope(rejected),
+        ratio: log_sigmoid(log_odds),
+        grad_chosen: grad_log_odds * slope(chosen),
+        grad_rejected: -grad_log_odds * slope(rejected),
     }
 }
 
-/// What is scored: all tokens of the preferred sequences, which come first, and the answers of the others.
-pub fn targets(batch: &Batch) -> Vec<Target> {
-    let count = batch.sequences.len();
-    (0..count)
-        .flat_map(|row| batch.targets(row, row >= count / 2))
-        .collect()
-}
+impl Loss for Orpo {
+    fn batch(&self, rows: &[&Row], pad: u32) -> anyhow::Result<Batch> {
+        Ok(Batch::pairs(rows, pad)?)
+    }
 
-/// Loss, gradient and metrics from the log-probabilities of [`targets`].
-pub fn loss(
-    batch: &Batch,
-    targets: &[Target],
-    logps: &[f32],
-    mean_logits: (f64, f64),
-    beta: f64,
-) -> anyhow::Result<Outcome> {
-    let pairs = batch.sequences.len() / 2;
-    let in_answer = |target: &Target| {
-        let sequence = batch.sequences.get(target.row);
-        sequence.is_some_and(|sequence| target.position >= sequence.prompt)
-    };
-    let mut sums = vec![(0f64, 0usize); 2 * pairs];
-    let (mut nll, mut nll_count) = (0f64, 0usize);
-    for (target, &logp) in targets.iter().zip(logps) {
-        if in_answer(target)
-            && let Some(sum) = sums.get_mut(target.row)
-        {
-            *sum = (sum.0 + f64::from(logp), sum.1 + 1);
-        }
-        if target.row < pairs {
-            nll -= f64::from(logp);
-            nll_count += 1;
+    /// All tokens of the preferred sequences, and the answers of the others.
+    fn targets(&self, batch: &Batch) -> Vec<Target> {
+        let count = batch.sequences.len();
+        (0..count)
+            .flat_map(|row| batch.targets(row, row >= count / 2))
+            .collect()
+    }
+
+    fn needs(&self) -> Needs {
+        Needs {
+            sequence_logits: true,
+            ..Needs::default()
         }
     }
-    ensure!(
-        sums.iter().all(|(_, count)| *count > 0),
-        "an answer has no token, so its log-probability is undefined"
-    );
-    let nll = nll / nll_count as f64;
-    // TRL averages in f32; ties must tie here too.
-    let averages: Vec<f64> = sums
-        .iter()
-        .map(|(sum, count)| f64::from((sum / *count as f64) as f32))
-        .collect();
-    let (chosen, rejected) = averages.split_at(pairs);
-    let odds: Vec<Odds> = chosen
-        .iter()
-        .zip(rejected)
-        .map(|(&c, &r)| odds(c, r))
-        .collect();
-    let mean = |values: &mut dyn Iterator<Item = f64>| values.sum::<f64>() / pairs as f64;
-    let ratio = mean(&mut odds.iter().map(|odds| odds.ratio));
-    let loss = nll - beta * ratio;
 
-    let gradient = targets
-        .iter()
-        .map(|target| {
+    fn metrics(&self) -> &'static [&'static str] {
+        &[
+            "rewards/chosen",
+            "rewards/rejected",
+            "rewards/accuracies",
+            "rewards/margins",
+            "logps/chosen",
+            "logps/rejected",
+            "logits/chosen",
+            "logits/rejected",
+            "nll_loss",
+            "log_odds_ratio",
+            "log_odds_chosen",
+        ]
+    }
+
+    fn loss(&self, scored: &Scored<'_>) -> anyhow::Result<Outcome> {
+        let &Scored { batch, targets, .. } = scored;
+        let beta = self.beta;
+        let preferences = Preferences::new(batch, targets, scored.logps)?;
+        let pairs = preferences.pairs();
+        let (mut nll, mut nll_count) = (0f64, 0usize);
+        for (target, logp) in targets.iter().zip(scored.logps) {
+            if target.row < pairs {
+                nll -= logp;
+                nll_count += 1;
+            }
+        }
+        let nll = nll / nll_count as f64;
+        let averages = preferences.means();
+        let (chosen, rejected) = averages.split_at(pairs);
+        let odds: Vec<Odds> = chosen
+            .iter()
+            .zip(rejected)
+            .map(|(&c, &r)| odds(c, r))
+            .collect();
+        let ratio = mean(odds.iter().map(|odds| odds.ratio));
+
+        let gradient = targets.iter().map(|target| {
             let mut gradient = 0.;
             if target.row < pairs {
                 gradient -= 1. / nll_count as f64;
             }
-            if in_answer(target) {
-                let count = sums[target.row].1 as f64;
+            if in_answer(batch, target) {
+                let count = preferences.answers[target.row].1 as f64;
                 let slope = if target.row < pairs {
-                    odds[target.row].of_chosen
+                    odds[target.row].grad_chosen
                 } else {
-                    odds[target.row - pairs].of_rejected
+                    odds[target.row - pairs].grad_rejected
                 };
                 gradient -= beta * slope / (pairs as f64 * count);
             }
             gradient as f32
-        })
-        .collect();
+        });
 
-    let logps_chosen = mean(&mut chosen.iter().copied());
-    let logps_rejected = mean(&mut rejected.iter().copied());
-    let wins = chosen.iter().zip(rejected).filter(|(c, r)| c > r).count();
-    let metrics = Metrics::from([
-        ("rewards/chosen", beta * logps_chosen),
-        ("rewards/rejected", beta * logps_rejected),
-        ("rewards/accuracies", wins as f64 / pairs as f64),
-        ("rewards/margins", beta * (logps_chosen - logps_rejected)),
-        ("logps/chosen", logps_chosen),
-        ("logps/rejected", logps_rejected),
-        ("logits/chosen", mean_logits.0),
-        ("logits/rejected", mean_logits.1),
-        ("nll_loss", nll),
-        ("log_odds_ratio", ratio),
-        (
-            "log_odds_chosen",
-            mean(&mut odds.iter().map(|odds| odds.log_odds)),
-        ),
-    ]);
-    Ok(Outcome {
-        loss,
-        gradient,
-        metrics,
-    })
+        let logps_chosen = mean(chosen.iter().copied());
+        let logps_rejected = mean(rejected.iter().copied());
+        let mut metrics = Metrics::from([
+            ("rewards/chosen", beta * logps_chosen),
+            ("rewards/rejected", beta * logps_rejected),
+            ("rewards/accuracies", share_preferred(chosen, rejected)),
+            ("rewards/margins", beta * preferences.margin()),
+            ("logps/chosen", logps_chosen),
+            ("logps/rejected", logps_rejected),
+            ("nll_loss", nll),
+            ("log_odds_ratio", ratio),
+            (
+                "log_odds_chosen",
+                mean(odds.iter().map(|odds| odds.log_odds)),
+            ),
+        ]);
+        if let Some([chosen, rejected]) = scored.sequence_logits {
+            metrics.insert("logits/chosen", chosen);
+            metrics.insert("logits/rejected", rejected);
+        }
+        Ok(Outcome {
+            loss: nll - beta * ratio,
+            gradient: gradient.collect(),
+            metrics,
+        })
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::ml::model::batch::Sequence;
+
+    fn scored<'a>(batch: &'a Batch, targets: &'a [Target], logps: &'a [f64]) -> Scored<'a> {
+        Scored {
+            batch,
+            targets,
+            logps,
+            reference_logps: None,
+            token_stats: None,
+            target_logits: None,
+            sequence_logits: Some([0., 0.]),
+        }
+    }
 
     #[test]
     fn odds_ratio_equals_trl() {
@@ -199,7 +211,12 @@ mod tests {
         for c in [0., -1e-300, -1e-12, -1e-8, -1., -800.] {
             for r in [0., -1e-300, -1e-12, -1e-8, -1., -800.] {
                 let odds = odds(c, r);
-                let all = [odds.log_odds, odds.ratio, odds.of_chosen, odds.of_rejected];
+                let all = [
+                    odds.log_odds,
+                    odds.ratio,
+                    odds.grad_chosen,
+                    odds.grad_rejected,
+                ];
                 assert!(all.iter().all(|x| x.is_finite()), "{c} {r} {odds:?}");
             }
         }
@@ -207,11 +224,12 @@ mod tests {
 
     #[test]
     fn an_empty_answer_is_an_error_and_equal_ones_a_tie() {
+        let loss = Orpo { beta: 0.1 };
         let outcome = |chosen: &[u32], rejected: &[u32]| {
             let sequences = [chosen, rejected].map(|ids| Sequence::new(ids.to_vec(), 2));
             let batch = Batch::new(sequences.to_vec(), 0).unwrap();
-            let targets = targets(&batch);
-            loss(&batch, &targets, &vec![-1.5; targets.len()], (0., 0.), 0.1)
+            let targets = loss.targets(&batch);
+            loss.loss(&scored(&batch, &targets, &vec![-1.5; targets.len()]))
         };
         let error = outcome(&[1, 2], &[1, 2, 3]).unwrap_err().to_string();
         assert!(error.contains("an answer has no token"), "{error}");
@@ -242,23 +260,24 @@ mod tests {
             0,
         )
         .unwrap();
-        let targets = targets(&batch);
+        let loss = Orpo { beta: 0.5 };
+        let targets = loss.targets(&batch);
         assert_eq!(targets.len(), 4 + 2 + 2 + 3);
-        let logps: Vec<f32> = (0..targets.len())
-            .map(|i| -0.05 - 0.3 * ((i * 7) % 5) as f32)
+        let logps: Vec<f64> = (0..targets.len())
+            .map(|i| -0.05 - 0.3 * ((i * 7) % 5) as f64)
             .collect();
-        let at = |logps: &[f32]| loss(&batch, &targets, logps, (0., 0.), 0.5).unwrap();
+        let at = |logps: &[f64]| loss.loss(&scored(&batch, &targets, logps)).unwrap();
         let gradient = at(&logps).gradient;
-        for (place, g) in gradient.iter().enumerate() {
-            let moved = |by: f32| {
+        for (index, g) in gradient.iter().enumerate() {
+            let moved = |by: f64| {
                 let mut logps = logps.clone();
-                logps[place] += by;
+                logps[index] += by;
                 at(&logps).loss
             };
             let quotient = (moved(1e-2) - moved(-1e-2)) / 2e-2;
             assert!(
                 (quotient - f64::from(*g)).abs() < 2e-3,
-                "{place}: {quotient} {g}"
+                "{index}: {quotient} {g}"
             );
         }
     }

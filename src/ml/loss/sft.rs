@@ -5,19 +5,24 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use super::{Metrics, Outcome};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::{Loss, Metrics, Needs, Outcome, Scored};
 use crate::ml::model::batch::{Batch, Row, Target};
-use crate::ml::model::head::Certainty;
+use crate::ml::model::head::TokenStats;
 
 /// TRL packs so many rows at a time: the batch size of `Dataset.map`.
 const PACKED_AT_ONCE: usize = 1000;
 
 /// Which answers are learnt.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
 pub enum Answers {
     /// The preferred ones.
+    #[default]
     Chosen,
-    /// The others.
+    /// The rejected ones.
     Rejected,
     /// Both, each as a row of its own.
     Both,
@@ -55,33 +60,62 @@ pub fn rows(rows: &[Row], answers: Answers) -> anyhow::Result<Vec<Row>> {
     Ok(single)
 }
 
-/// What is scored.
-pub fn targets(batch: &Batch, completion_only: bool) -> Vec<Target> {
-    (0..batch.sequences.len())
-        .flat_map(|row| batch.targets(row, completion_only))
-        .collect()
+/// The loss.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sft {
+    /// Whether the prompt's tokens are left out.
+    pub completion_only: bool,
 }
 
-/// The mean negative log-likelihood, and how sure and how right the model is of the targets.
-pub fn loss(logps: &[f32], certainty: Option<&[Certainty]>) -> Outcome {
-    let count = logps.len() as f64;
-    let total: f64 = logps.iter().map(|&logp| f64::from(logp)).sum();
-    let mut metrics = Metrics::new();
-    if let Some(certainty) = certainty {
-        let entropy: f64 = certainty.iter().map(|of| of.entropy).sum();
-        let first = certainty.iter().filter(|of| of.is_first).count();
-        metrics.insert("entropy", entropy / count);
-        metrics.insert("mean_token_accuracy", first as f64 / count);
+impl Loss for Sft {
+    fn batch(&self, rows: &[&Row], pad: u32) -> anyhow::Result<Batch> {
+        Ok(Batch::new(
+            rows.iter().map(|row| row.chosen()).collect(),
+            pad,
+        )?)
     }
-    Outcome {
-        loss: -total / count,
-        gradient: vec![(-1. / count) as f32; logps.len()],
-        metrics,
+
+    fn targets(&self, batch: &Batch) -> Vec<Target> {
+        (0..batch.sequences.len())
+            .flat_map(|row| batch.targets(row, self.completion_only))
+            .collect()
+    }
+
+    fn needs(&self) -> Needs {
+        Needs {
+            token_stats: true,
+            ..Needs::default()
+        }
+    }
+
+    /// As in transformers' language modelling, which counts tokens.
+    fn weight(&self, targets: usize) -> f64 {
+        targets as f64
+    }
+
+    fn metrics(&self) -> &'static [&'static str] {
+        &["entropy", "mean_token_accuracy"]
+    }
+
+    /// The mean negative log-likelihood, and how sure and how right the model is of the targets.
+    fn loss(&self, scored: &Scored<'_>) -> anyhow::Result<Outcome> {
+        let count = scored.logps.len() as f64;
+        let total: f64 = scored.logps.iter().sum();
+        let mut metrics = Metrics::new();
+        if let Some(stats) = scored.token_stats {
+            metrics.insert("entropy", TokenStats::mean_entropy(stats));
+            metrics.insert("mean_token_accuracy", TokenStats::accuracy(stats));
+        }
+        Ok(Outcome {
+            loss: -total / count,
+            gradient: vec![(-1. / count) as f32; scored.logps.len()],
+            metrics,
+        })
     }
 }
 
 /// Rows packed into fewer sequences.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Packed {
     /// The sequences; each is a row that holds the others.
     pub rows: Vec<Row>,

@@ -3,7 +3,7 @@
 use candle_core::{Device, Result, Tensor, bail};
 
 /// One row of training data: ids of a prompt and of its answers.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Row {
     /// The prompt.
     pub prompt: Vec<u32>,
@@ -15,6 +15,17 @@ pub struct Row {
     pub rejected_prompt: Option<Vec<u32>>,
     /// Rows that follow in the same sequence; none of them sees another.
     pub packed: Vec<Row>,
+    /// The log-probabilities of the answers' tokens by a reference model, if they are known.
+    pub reference_logps: Option<ReferenceLogps>,
+}
+
+/// The log-probabilities of a pair's tokens by a reference model, in nats.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct ReferenceLogps {
+    /// Those of the preferred answer, one a token.
+    pub chosen: Vec<f32>,
+    /// Those of the other answer.
+    pub rejected: Vec<f32>,
 }
 
 /// A prompt and one answer, or several such documents one behind the other.
@@ -128,6 +139,8 @@ pub struct Batch {
     pub width: usize,
     pad: u32,
     pairs: bool,
+    /// The log-probabilities of each sequence's answer by a reference model, if they are known.
+    reference: Option<Vec<Vec<f32>>>,
 }
 
 impl Batch {
@@ -145,6 +158,7 @@ impl Batch {
             width,
             pad,
             pairs: false,
+            reference: None,
         })
     }
 
@@ -157,10 +171,32 @@ impl Batch {
                 None => bail!("a preference row has no rejected answer"),
             }
         }
+        let known: Option<Vec<&ReferenceLogps>> = rows
+            .iter()
+            .map(|row| row.reference_logps.as_ref())
+            .collect();
+        let reference = known.map(|known| {
+            let chosen = known.iter().map(|logps| logps.chosen.clone());
+            let rejected = known.iter().map(|logps| logps.rejected.clone());
+            chosen.chain(rejected).collect()
+        });
         Ok(Self {
             pairs: true,
+            reference,
             ..Self::new(sequences, pad)?
         })
+    }
+
+    /// The log-probabilities by a reference model of targets in answers, if the rows have them.
+    pub(in crate::ml) fn reference_logps(&self, targets: &[Target]) -> Option<Vec<f64>> {
+        let reference = self.reference.as_ref()?;
+        let logps = targets.iter().map(|target| {
+            let prompt = self.sequences.get(target.row)?.prompt;
+            let logps = reference.get(target.row)?;
+            let logp = logps.get(target.position.checked_sub(prompt)?)?;
+            Some(f64::from(*logp))
+        });
+        logps.collect()
     }
 
     /// Whether the second half of the sequences belongs to the first, one by one.

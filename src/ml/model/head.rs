@@ -75,17 +75,31 @@ pub struct Scored {
     ids: Tensor,   // (targets)
     /// The log-probability of each target.
     pub logps: Vec<f32>,
-    /// How sure the model is of each, if asked for.
-    pub certainty: Option<Vec<Certainty>>,
+    /// Entropy and arg max at each, if asked for.
+    pub token_stats: Option<Vec<TokenStats>>,
 }
 
-/// How sure the model is where a target stands.
+/// What the model expects at a target, beside the target's own probability.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct Certainty {
+pub struct TokenStats {
     /// The entropy of the distribution over ids, in nats.
     pub entropy: f64,
     /// Whether the target is the most probable id.
-    pub is_first: bool,
+    pub is_argmax: bool,
+}
+
+impl TokenStats {
+    /// The mean entropy, in nats.
+    pub fn mean_entropy(stats: &[Self]) -> f64 {
+        let total: f64 = stats.iter().map(|stats| stats.entropy).sum();
+        total / stats.len() as f64
+    }
+
+    /// The share of targets that are the most probable id.
+    pub fn accuracy(stats: &[Self]) -> f64 {
+        let right = stats.iter().filter(|stats| stats.is_argmax).count();
+        right as f64 / stats.len() as f64
+    }
 }
 
 fn chunks(count: usize, vocabulary: usize) -> impl Iterator<Item = (usize, usize)> {
@@ -104,8 +118,13 @@ pub fn logits(rows: &Tensor, weight: &Tensor) -> Result<Tensor> {
 
 /// Scores `targets` by the final hidden states (batch, length, hidden) and the head.
 ///
-/// With `certainty` it also tells how sure the model is, which takes a softmax more.
-pub fn score(hidden: &Tensor, head: &Head, targets: &[Target], certainty: bool) -> Result<Scored> {
+/// With `token_stats` it also gives these, which takes one more softmax.
+pub fn score(
+    hidden: &Tensor,
+    head: &Head,
+    targets: &[Target],
+    token_stats: bool,
+) -> Result<Scored> {
     let (batch, width, size) = hidden.dims3()?;
     let device = hidden.device();
     let places = targets
@@ -118,22 +137,22 @@ pub fn score(hidden: &Tensor, head: &Head, targets: &[Target], certainty: bool) 
         .reshape((batch * width, size))?
         .index_select(&index, 0)?;
     let mut logps = Vec::with_capacity(targets.len());
-    let mut certainty = certainty.then(Vec::new);
+    let mut token_stats = token_stats.then(Vec::new);
     for (start, count) in chunks(targets.len(), head.vocabulary()?) {
         let logits = head.logits(&rows.narrow(0, start, count)?)?;
         let ids = ids.narrow(0, start, count)?;
         let chosen = logits.gather(&ids.unsqueeze(1)?, 1)?;
         let all = logits.log_sum_exp(D::Minus1)?;
         logps.extend((chosen.squeeze(1)? - &all)?.to_vec1::<f32>()?);
-        if let Some(certainty) = &mut certainty {
+        if let Some(token_stats) = &mut token_stats {
             // -sum p log p = log sum e^x - sum p x
             let mean = (softmax(&logits)? * &logits)?.sum(D::Minus1)?;
             let entropies = (all - mean)?.to_vec1::<f32>()?;
             let first = logits.argmax(D::Minus1)?.to_vec1::<u32>()?;
             let all = entropies.iter().zip(first).zip(ids.to_vec1::<u32>()?);
-            certainty.extend(all.map(|((&entropy, first), id)| Certainty {
+            token_stats.extend(all.map(|((&entropy, first), id)| TokenStats {
                 entropy: f64::from(entropy),
-                is_first: first == id,
+                is_argmax: first == id,
             }));
         }
     }
@@ -142,7 +161,7 @@ pub fn score(hidden: &Tensor, head: &Head, targets: &[Target], certainty: bool) 
         index,
         ids,
         logps,
-        certainty,
+        token_stats,
     })
 }
 
@@ -199,6 +218,31 @@ impl Scored {
 #[expect(clippy::disallowed_methods, reason = "there is no graph here")]
 fn softmax(logits: &Tensor) -> Result<Tensor> {
     candle_nn::ops::softmax_last_dim(logits)
+}
+
+/// The mean over the vocabulary of the logits that each target is predicted from. `column_sum` is the sum of the head's rows, so no
+/// logits are made.
+pub fn target_mean_logits(
+    hidden: &Tensor,
+    column_sum: &Tensor,
+    vocabulary: usize,
+    targets: &[Target],
+) -> Result<Vec<f64>> {
+    let (batch, width, size) = hidden.dims3()?;
+    let places = targets
+        .iter()
+        .map(|target| (target.row * width + target.position - 1) as u32);
+    let index = Tensor::from_iter(places, hidden.device())?;
+    let rows = hidden
+        .detach()
+        .reshape((batch * width, size))?
+        .index_select(&index, 0)?;
+    let sums = rows
+        .to_dtype(DType::F64)?
+        .matmul(&column_sum.reshape((size, 1))?)?
+        .flatten_all()?;
+    let means = (sums / vocabulary as f64)?;
+    means.to_vec1()
 }
 
 /// The mean of all logits at all but the last position, padding included, of the sequences `from..from + count`: TRL's

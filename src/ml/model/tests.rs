@@ -9,14 +9,17 @@ use crate::ml::backend::{Decoder as _, Token};
 use crate::ml::execution::{Execution, Kind};
 use crate::ml::fused::{Packing, decode};
 use crate::ml::io::weights::{Weights, save};
-use crate::ml::loss::Objective;
+use crate::ml::loss::Loss;
+use crate::ml::loss::orpo::Orpo;
+use crate::ml::loss::sft::Sft;
 use crate::ml::testing::counting::peak;
 use crate::ml::testing::golden::{self, rows};
+use crate::ml::testing::losses;
 
 #[test]
 fn adapters_alone_have_gradients() {
     let rows = rows("trl-1.16");
-    let objective = Objective::Orpo { beta: 0.1 };
+    let objective: &dyn Loss = &Orpo { beta: 0.1 };
     let batch = objective.batch(&[&rows[0], &rows[1]], 1023).unwrap();
     let tokens = batch.sequences.len() * batch.width;
     assert!(
@@ -85,10 +88,10 @@ fn the_whole_loss_has_the_slope_of_its_gradient_in_random_directions() {
     let rows = rows("trl-1.16");
     let model = golden::model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
     for (objective, checkpointing) in [
-        (Objective::Orpo { beta: 0.1 }, true),
-        (Objective::Orpo { beta: 2. }, false),
+        (&Orpo { beta: 0.1 } as &dyn Loss, true),
+        (&Orpo { beta: 2. }, false),
         (
-            Objective::Sft {
+            &Sft {
                 completion_only: true,
             },
             false,
@@ -97,7 +100,8 @@ fn the_whole_loss_has_the_slope_of_its_gradient_in_random_directions() {
         let batch = objective.batch(&[&rows[2], &rows[3]], 1023).unwrap();
         let mut gradients = Gradients::none(&model);
         let add = &mut gradients;
-        let outcome = objective.differentiate(
+        let outcome = losses::differentiate(
+            objective,
             &Execution::fastest(&model),
             &[(&batch, 1.)],
             None,
@@ -133,7 +137,7 @@ fn the_whole_loss_has_the_slope_of_its_gradient_in_random_directions() {
             let slope = slope.map(|(d, g)| dot(d, g)).sum::<f64>() / length;
             let loss = |by: f64| {
                 shift(&model, &start, &directions, by / length);
-                let outcome = objective.evaluate(&Execution::fastest(&model), &batch, Pass::INFER);
+                let outcome = losses::evaluate(objective, &Execution::fastest(&model), &batch);
                 outcome.unwrap().loss
             };
             // Of fourth order, so that a step can be long beside the rounding of f32.
@@ -149,7 +153,7 @@ fn the_whole_loss_has_the_slope_of_its_gradient_in_random_directions() {
             let name = only.map_or("all", |only| &model.parameters[only].name);
             assert!(
                 (quotient - slope).abs() < 2e-4 + 5e-3 * slope.abs(),
-                "{objective:?} {name}: {quotient}, the gradient has {slope}"
+                "{name}: {quotient}, the gradient has {slope}"
             );
         }
     }
@@ -261,7 +265,7 @@ fn holds_one_layer(kind: Kind, times: usize) {
         rejected: Some(ids(3, 100)),
         ..Row::default()
     };
-    let objective = Objective::Orpo { beta: 0.1 };
+    let objective: &dyn Loss = &Orpo { beta: 0.1 };
     let batch = objective.batch(&[&row], 1023).unwrap();
     // The most bytes held while a loss and its gradient are made, and the gradients' own.
     let used = |layers: usize, checkpointing: bool| {
@@ -272,8 +276,16 @@ fn holds_one_layer(kind: Kind, times: usize) {
         let execution = Execution::new(&model, kind);
         let mut gradients = Gradients::none(&model);
         let add = &mut gradients;
-        let work =
-            || objective.differentiate(&execution, &[(&batch, 1.)], None, checkpointing, add);
+        let work = || {
+            losses::differentiate(
+                objective,
+                &execution,
+                &[(&batch, 1.)],
+                None,
+                checkpointing,
+                add,
+            )
+        };
         // What a thread allocates is counted, so one has to do it all.
         let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build();
         let (outcome, most) = pool.unwrap().install(|| peak(work));
@@ -302,14 +314,15 @@ fn holds_one_layer(kind: Kind, times: usize) {
 #[test]
 fn dropout_follows_its_seed_and_nothing_else() {
     let rows = rows("trl-1.16");
-    let objective = Objective::Orpo { beta: 0.1 };
+    let objective: &dyn Loss = &Orpo { beta: 0.1 };
     let batch = objective.batch(&[&rows[0], &rows[1]], 1023).unwrap();
     let model = golden::dropping(0.3, Trained::Adapter);
     let learn = |seed: Option<u64>, checkpointing: bool| {
         let mut gradients = Gradients::none(&model);
         let add = &mut gradients;
         let seed = seed.map(|seed| Drops { seed, batch: 0 });
-        let outcome = objective.differentiate(
+        let outcome = losses::differentiate(
+            objective,
             &Execution::fastest(&model),
             &[(&batch, 1.)],
             seed,
@@ -332,9 +345,7 @@ fn dropout_follows_its_seed_and_nothing_else() {
     // Off: what a model without dropout learns, and what an evaluation measures.
     let off = learn(None, false);
     assert_ne!(off.0, first.0);
-    let evaluated = objective
-        .evaluate(&Execution::fastest(&model), &batch, Pass::INFER)
-        .unwrap();
+    let evaluated = losses::evaluate(objective, &Execution::fastest(&model), &batch).unwrap();
     assert!((f64::from_bits(off.0) - evaluated.loss).abs() < 1e-12);
 }
 
@@ -377,7 +388,7 @@ fn the_row_of_the_padding_is_not_learnt_from_lookups() {
     // The id of `pad_token_id` in the midst of a text: torch's `Embedding(padding_idx=..)` gives its row no gradient.
     let rows = rows("trl-1.16");
     let pad = rows[0].prompt[5];
-    let objective = Objective::Sft {
+    let objective: &dyn Loss = &Sft {
         completion_only: false,
     };
     let batch = objective.batch(&[&rows[0]], 1023).unwrap();
@@ -387,8 +398,14 @@ fn the_row_of_the_padding_is_not_learnt_from_lookups() {
             model.config.pad_token_id = Some(pad);
             let execution = Execution::new(&model, kind);
             let mut gradients = Gradients::none(&model);
-            let outcome =
-                objective.differentiate(&execution, &[(&batch, 1.)], None, false, &mut gradients);
+            let outcome = losses::differentiate(
+                objective,
+                &execution,
+                &[(&batch, 1.)],
+                None,
+                false,
+                &mut gradients,
+            );
             outcome.unwrap();
             let place = model.place("model.embed_tokens.weight");
             let all = gradients.0[place].clone().unwrap();

@@ -10,11 +10,13 @@ use crate::ml::execution::{Execution, Kind};
 use crate::ml::fused::Packing;
 use crate::ml::generate;
 use crate::ml::io::weights::Weights;
-use crate::ml::loss::{Objective, Outcome};
+use crate::ml::loss::orpo::Orpo;
+use crate::ml::loss::{Loss, Outcome};
 use crate::ml::model::batch::{Batch, Row, Sequence};
 use crate::ml::model::config::{Llama3Rope, LlamaConfig};
 use crate::ml::model::linear::Pass;
 use crate::ml::model::{Gradients, Llama, Trained};
+use crate::ml::testing::losses;
 
 pub(crate) fn folder(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
@@ -138,7 +140,7 @@ pub(crate) fn rows(semantics: &str) -> Vec<Row> {
             chosen,
             rejected: Some(rejected),
             rejected_prompt: Some(rejected_prompt),
-            packed: Vec::new(),
+            ..Row::default()
         });
     }
     assert_eq!(rows.len(), 24);
@@ -262,7 +264,7 @@ fn logits_of_a_4_bit_model_are_those_of_bitsandbytes() {
 fn first_micro_batch_has_the_loss_of_trl() {
     let rows = rows("trl-1.16");
     let model = model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
-    let objective = Objective::Orpo { beta: 0.1 };
+    let objective: &dyn Loss = &Orpo { beta: 0.1 };
     let pad = model.config.pad_token_id.unwrap();
     let batch = objective.batch(&[&rows[0], &rows[1]], pad).unwrap();
     let golden = tensors("runs/a_first_microbatch.safetensors");
@@ -284,7 +286,7 @@ fn first_micro_batch_has_the_loss_of_trl() {
     };
     for kind in [Kind::Reference, Kind::Fused(padded)] {
         let execution = Execution::new(&model, kind);
-        let outcome = objective.evaluate(&execution, &batch, Pass::INFER).unwrap();
+        let outcome = losses::evaluate(objective, &execution, &batch).unwrap();
         is_first(first, &outcome);
     }
 }
@@ -308,13 +310,14 @@ fn is_first(first: &serde_json::Value, outcome: &Outcome) {
 fn gradients_of_the_first_step_are_those_of_trl() {
     let rows = rows("trl-1.16");
     let model = model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
-    let objective = Objective::Orpo { beta: 0.1 };
+    let objective: &dyn Loss = &Orpo { beta: 0.1 };
     let gradients = |checkpointing| {
         let mut gradients = Gradients::none(&model);
         for rows in [[&rows[0], &rows[1]], [&rows[2], &rows[3]]] {
             let batch = objective.batch(&rows, 1023).unwrap();
             let add = &mut gradients;
-            let outcome = objective.differentiate(
+            let outcome = losses::differentiate(
+                objective,
                 &Execution::fastest(&model),
                 &[(&batch, 0.5)],
                 None,
@@ -356,11 +359,12 @@ fn every_trained_tensor_has_the_gradient_of_the_difference_quotient() {
     for trained in [Trained::Adapter, Trained::Everything] {
         let adapter = (trained == Trained::Adapter).then_some("adapter_init");
         let model = model("model", adapter, trained, DType::F32);
-        let objective = Objective::Orpo { beta: 0.5 };
+        let objective: &dyn Loss = &Orpo { beta: 0.5 };
         let batch = objective.batch(&[&rows[0], &rows[1]], 1023).unwrap();
         let mut gradients = Gradients::none(&model);
         let add = &mut gradients;
-        let outcome = objective.differentiate(
+        let outcome = losses::differentiate(
+            objective,
             &Execution::fastest(&model),
             &[(&batch, 1.)],
             None,
@@ -388,8 +392,7 @@ fn every_trained_tensor_has_the_gradient_of_the_difference_quotient() {
             let loss = |by: f64| {
                 let moved = (&start + (gradient * (by / length)).unwrap()).unwrap();
                 parameter.var.set(&moved).unwrap();
-                objective
-                    .evaluate(&Execution::fastest(&model), &batch, Pass::INFER)
+                losses::evaluate(objective, &Execution::fastest(&model), &batch)
                     .unwrap()
                     .loss
             };

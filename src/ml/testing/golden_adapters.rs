@@ -13,13 +13,15 @@ use crate::ml::execution::Execution;
 use crate::ml::io::weights::Weights;
 use crate::ml::lora::attach::attach;
 use crate::ml::lora::merge::merge;
-use crate::ml::loss::Objective;
+use crate::ml::loss::Loss;
+use crate::ml::loss::sft::Sft;
 use crate::ml::model::batch::{Batch, Sequence};
 use crate::ml::model::config::LlamaConfig;
 use crate::ml::model::linear::Pass;
 use crate::ml::model::{Gradients, Llama, Trained};
 use crate::ml::quant::nf4::Nf4;
 use crate::ml::quant::quantize;
+use crate::ml::testing::losses;
 use crate::ml::train::save::save_adapter;
 
 /// Each adapter and its base.
@@ -137,7 +139,7 @@ fn name_of_peft(theirs: &str) -> String {
 fn gradients_are_those_of_peft() {
     let theirs = tensors("adapters/outputs.safetensors");
     let scratch = tempfile::tempdir().unwrap();
-    let objective = Objective::Sft {
+    let objective: &dyn Loss = &Sft {
         completion_only: false,
     };
     for (case, name) in CASES {
@@ -151,7 +153,8 @@ fn gradients_are_those_of_peft() {
         for checkpointing in [false, true] {
             let mut gradients = Gradients::none(&model);
             let add = &mut gradients;
-            let outcome = objective.differentiate(
+            let outcome = losses::differentiate(
+                objective,
                 &Execution::fastest(&model),
                 &[(&batch(), 1.)],
                 None,

@@ -17,13 +17,15 @@ use crate::ml::io::weights::{INDEX, Weights};
 use crate::ml::lora::init;
 use crate::ml::lora::merge::merge;
 use crate::ml::lora::verify::prove;
-use crate::ml::loss::Objective;
+use crate::ml::loss::Loss;
+use crate::ml::loss::sft::Sft;
 use crate::ml::model::batch::{Batch, Sequence};
 use crate::ml::model::config::LlamaConfig;
 use crate::ml::model::linear::Pass;
 use crate::ml::model::tied::{self, EMBEDDINGS, HEAD};
 use crate::ml::model::{Gradients, Llama, Trained, logits_by_layer};
 use crate::ml::quant::quantize;
+use crate::ml::testing::losses;
 use crate::ml::train::save::{save_adapter, save_model};
 
 /// Each adapter and its base.
@@ -139,12 +141,13 @@ fn ends(folder: &Path) -> (bool, Vec<&'static str>) {
 }
 
 fn gradients_are_near(model: &Llama, case: &str, theirs: &BTreeMap<String, Tensor>) {
-    let objective = Objective::Sft {
+    let objective: &dyn Loss = &Sft {
         completion_only: false,
     };
     for checkpointing in [false, true] {
         let mut gradients = Gradients::none(model);
-        let outcome = objective.differentiate(
+        let outcome = losses::differentiate(
+            objective,
             &Execution::fastest(model),
             &[(&batch(), 1.)],
             None,

@@ -13,13 +13,15 @@ use crate::ml::io::weights::Weights;
 use crate::ml::lora::attach::attach;
 use crate::ml::lora::merge::merge;
 use crate::ml::lora::verify::prove;
-use crate::ml::loss::Objective;
+use crate::ml::loss::Loss;
+use crate::ml::loss::sft::Sft;
 use crate::ml::model::batch::{Batch, Sequence};
 use crate::ml::model::config::LlamaConfig;
 use crate::ml::model::linear::Pass;
 use crate::ml::model::tensors::HEAD;
 use crate::ml::model::{Gradients, Llama, Trained, logits_by_layer};
 use crate::ml::quant::nf4::Nf4;
+use crate::ml::testing::losses;
 
 const CASES: [&str; 2] = ["four_bit/bf16_head", "four_bit/f32_skip"];
 const OUTPUTS: &str = "four_bit/outputs.safetensors";
@@ -139,10 +141,11 @@ fn adapters_are_begun_and_trained_beside_them() {
         for adapter in [&dora, &adapter()] {
             let model = load(&base, Some(adapter), Trained::Adapter).unwrap();
             let mut gradients = Gradients::none(&model);
-            let objective = Objective::Sft {
+            let objective: &dyn Loss = &Sft {
                 completion_only: false,
             };
-            let outcome = objective.differentiate(
+            let outcome = losses::differentiate(
+                objective,
                 &Execution::fastest(&model),
                 &[(&batch(), 1.)],
                 None,

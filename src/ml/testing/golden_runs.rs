@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
+use std::sync::LazyLock;
 
 use candle_core::{DType, Tensor};
 
@@ -9,49 +10,53 @@ use super::golden::{far, model, rows, tensors};
 use super::golden_compare::{Comparison, EXACT, Tolerance, compare, json};
 use crate::ml::execution::{Execution, Kind};
 use crate::ml::fused::Packing;
-use crate::ml::loss::Objective;
+use crate::ml::loss::Loss;
+use crate::ml::loss::orpo::Orpo;
+use crate::ml::loss::sft::Sft;
+use crate::ml::model::batch::Row;
 use crate::ml::model::{Llama, Trained};
-use crate::ml::train::sampler::Sampling;
-use crate::ml::train::schedule::Shape;
-use crate::ml::train::{Ending, Every, Log, Settings, optim, train};
+use crate::ml::train::optim::{self, Optim};
+use crate::ml::train::sampler::SamplingStrategy;
+use crate::ml::train::schedule::SchedulerType;
+use crate::ml::train::{Ending, Every, Job, Log, Origin, ReferenceModel, Settings, train};
 
 /// The settings of run A.
 pub(in crate::ml) fn settings() -> Settings {
     Settings {
-        objective: Objective::Orpo { beta: 0.1 },
-        pad: 1023,
         batch_size: 2,
         eval_batch_size: 2,
         accumulation: 2,
         epochs: 2.,
-        max_steps: None,
         learning_rate: 2e-3,
-        shape: Shape::Cosine,
+        scheduler: SchedulerType::Cosine,
         warmup: 2.,
         optimizer: optim::Settings {
-            kind: optim::Kind::AdamW,
-            beta1: 0.9,
-            beta2: 0.999,
-            epsilon: 1e-8,
             weight_decay: 0.01,
+            ..optim::Settings::default()
         },
-        max_grad_norm: 1.,
-        checkpointing: false,
-        scaler: false,
         dropout: false,
         seed: 3407,
         data_seed: 3407,
-        sampling: Sampling::Sequential,
-        eval_every: None,
+        sampling: SamplingStrategy::Sequential,
         log_every: 1,
         save_every: 1000,
-        keep: 2,
-        watch: None,
-        skip_nan_steps: 0,
-        split: "train".into(),
-        leave: None,
-        rows_each: 1,
-        sources: Vec::new(),
+        ..Settings::default()
+    }
+}
+
+/// A job of run A: ORPO, with its id for padding.
+pub(in crate::ml) fn job<'a>(execution: &'a Execution<'a>, rows: &'a [Row]) -> Job<'a> {
+    static ORIGIN: LazyLock<Origin> = LazyLock::new(Origin::default);
+    Job {
+        execution,
+        loss: &Orpo { beta: 0.1 },
+        reference: ReferenceModel::None,
+        rows,
+        eval_rows: &[],
+        pad: 1023,
+        origin: &ORIGIN,
+        scratch: None,
+        continuation: None,
     }
 }
 
@@ -75,10 +80,17 @@ const KINDS: [Kind; 4] = [
 fn run(execution: &Execution<'_>, semantics: &str, settings: &Settings) -> Vec<Log> {
     let rows = rows(semantics);
     let mut logs = Vec::new();
-    let ending = train(execution, &rows, &rows[..5], settings, None, &mut |step| {
-        logs.extend(step.logs.clone());
-        ControlFlow::Continue(())
-    })
+    let ending = train(
+        &Job {
+            eval_rows: &rows[..5],
+            ..job(execution, &rows)
+        },
+        settings,
+        &mut |step| {
+            logs.extend(step.logs.clone());
+            ControlFlow::Continue(())
+        },
+    )
     .unwrap();
     let Ending::Finished { history, .. } = ending else {
         panic!("interrupted")
@@ -133,11 +145,11 @@ fn run_a(kind: Kind) {
     let mut logs = Vec::new();
     let mut on_the_way = BTreeMap::new();
     let ending = train(
-        &execution,
-        &rows,
-        &rows[..5],
+        &Job {
+            eval_rows: &rows[..5],
+            ..job(&execution, &rows)
+        },
         &settings,
-        None,
         &mut |step| {
             logs.extend(step.logs.clone());
             if step.micro_batches == 0 && (2..=3).contains(&step.step) {
@@ -200,7 +212,7 @@ fn run_c_with_a_ragged_group_is_that_of_trl() {
     let settings = Settings {
         accumulation: 5,
         epochs: 1.,
-        shape: Shape::Linear,
+        scheduler: SchedulerType::Linear,
         warmup: 0.,
         ..settings()
     };
@@ -224,7 +236,7 @@ fn a_smaller_last_micro_batch_cuts_none_of_the_others() {
         let model = model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
         let execution = Execution::new(&model, kind);
         let (rows, mut logs) = (&rows("trl-1.16")[..7], Vec::new());
-        train(&execution, rows, &[], &settings, None, &mut |step| {
+        train(&job(&execution, rows), &settings, &mut |step| {
             logs.extend(step.logs.clone());
             ControlFlow::Continue(())
         })
@@ -274,7 +286,7 @@ fn run_e_with_rslora_and_adamw_8bit_is_that_of_trl() {
     let settings = Settings {
         epochs: 1.,
         optimizer: optim::Settings {
-            kind: optim::Kind::AdamW8bit,
+            optim: Optim::Adamw8bit,
             ..settings().optimizer
         },
         ..settings()
@@ -306,20 +318,20 @@ fn run_g_on_a_4_bit_base_is_that_of_trl() {
 fn run_h_on_every_weight_is_that_of_trl() {
     let golden = json("runs/h_full.json");
     let rows = rows("trl-1.16");
-    for (optim, kind, tolerance) in [
-        ("adamw_torch", optim::Kind::AdamW, EXACT),
+    for (name, optim, tolerance) in [
+        ("adamw_torch", Optim::AdamwTorch, EXACT),
         // bitsandbytes on a CPU takes another code than the nearest now and then (one in 200), so the moments differ by a
         // little, and what is left where large numbers cancel by more.
         (
             "adamw_8bit",
-            optim::Kind::AdamW8bit,
+            Optim::Adamw8bit,
             Tolerance {
                 cancelled: 3e-4,
                 ..LOOSE
             },
         ),
     ] {
-        let golden = &golden[optim];
+        let golden = &golden[name];
         let model = model("model", None, Trained::Everything, DType::F32);
         let execution = Execution::fastest(&model);
         let before: Vec<Tensor> = model
@@ -330,22 +342,22 @@ fn run_h_on_every_weight_is_that_of_trl() {
         let settings = Settings {
             epochs: 1.,
             learning_rate: 5e-4,
-            shape: Shape::Linear,
+            scheduler: SchedulerType::Linear,
             warmup: 1.,
             optimizer: optim::Settings {
-                kind,
+                optim,
                 ..settings().optimizer
             },
             ..settings()
         };
         let mut logs = Vec::new();
-        let ending = train(&execution, &rows, &[], &settings, None, &mut |step| {
+        let ending = train(&job(&execution, &rows), &settings, &mut |step| {
             logs.extend(step.logs.clone());
             ControlFlow::Continue(())
         });
         assert!(matches!(ending.unwrap(), Ending::Finished { .. }));
         let mut comparison =
-            Comparison::new(&format!("h_full {optim}"), tolerance, execution.kind());
+            Comparison::new(&format!("h_full {name}"), tolerance, execution.kind());
         comparison.logs(&logs, golden["log_history"].as_array().unwrap());
         let mut largest = 0f64;
         for (parameter, before) in model.parameters.iter().zip(&before) {
@@ -374,7 +386,7 @@ fn f16_with_a_loss_scale_learns_the_same() {
     let model = model("model", Some("adapter_init"), Trained::Adapter, DType::F16);
     let execution = Execution::fastest(&model);
     let settings = Settings {
-        scaler: true,
+        loss_scaling: true,
         ..settings()
     };
     let logs = run(&execution, "trl-1.16", &settings);
@@ -392,22 +404,22 @@ fn bits(model: &Llama) -> Vec<Vec<u32>> {
 
 #[test]
 fn a_stopped_training_goes_on_to_the_same_bits() {
+    const LOSS: &dyn Loss = &Sft {
+        completion_only: true,
+    };
     let rows = rows("trl-1.16");
-    for (kind, trained) in [
-        (optim::Kind::AdamW8bit, Trained::Everything),
-        (optim::Kind::AdamW, Trained::Adapter),
+    for (optim, trained) in [
+        (Optim::Adamw8bit, Trained::Everything),
+        (Optim::AdamwTorch, Trained::Adapter),
     ] {
         let settings = Settings {
-            sampling: Sampling::Random,
+            sampling: SamplingStrategy::Random,
             dropout: true,
             log_every: 5,
             save_every: 2,
             accumulation: 5,
-            objective: Objective::Sft {
-                completion_only: true,
-            },
             optimizer: optim::Settings {
-                kind,
+                optim,
                 ..settings().optimizer
             },
             ..settings()
@@ -419,11 +431,11 @@ fn a_stopped_training_goes_on_to_the_same_bits() {
         let whole = fresh();
         let goes_on = &mut |_: &_| ControlFlow::Continue(());
         let ending = train(
-            &Execution::fastest(&whole),
-            &rows,
-            &[],
+            &Job {
+                loss: LOSS,
+                ..job(&Execution::fastest(&whole), &rows)
+            },
             &settings,
-            None,
             goes_on,
         )
         .unwrap();
@@ -433,11 +445,12 @@ fn a_stopped_training_goes_on_to_the_same_bits() {
         for (step, micro) in [(2, 1), (4, 0)] {
             let model = fresh();
             let ending = train(
-                &Execution::fastest(&model),
-                &rows,
-                &[],
+                &Job {
+                    loss: LOSS,
+                    scratch: Some(scratch.path()),
+                    ..job(&Execution::fastest(&model), &rows)
+                },
                 &settings,
-                Some(scratch.path()),
                 &mut |at| {
                     if (at.step, at.micro_batches) == (step, micro) {
                         ControlFlow::Break(())
@@ -457,11 +470,12 @@ fn a_stopped_training_goes_on_to_the_same_bits() {
         let resumed = fresh();
         let mut first = None;
         let again = train(
-            &Execution::fastest(&resumed),
-            &rows,
-            &[],
+            &Job {
+                loss: LOSS,
+                scratch: Some(scratch.path()),
+                ..job(&Execution::fastest(&resumed), &rows)
+            },
             &settings,
-            Some(scratch.path()),
             &mut |at| {
                 first = first.or(Some(at.step));
                 ControlFlow::Continue(())
@@ -469,7 +483,7 @@ fn a_stopped_training_goes_on_to_the_same_bits() {
         );
         assert_eq!(first, Some(2));
         assert_eq!(again.unwrap(), ending);
-        assert!(bits(&resumed) == bits(&whole), "{kind:?}");
+        assert!(bits(&resumed) == bits(&whole), "{optim:?}");
         assert!(bits(&resumed) != bits(&fresh()));
     }
 }
@@ -483,11 +497,8 @@ fn a_loss_that_is_no_number_stops_with_the_step_and_the_rows() {
     broken.set(&nan).unwrap();
     let goes_on = &mut |_: &_| ControlFlow::Continue(());
     let error = train(
-        &Execution::fastest(&model),
-        &rows,
-        &[],
+        &job(&Execution::fastest(&model), &rows),
         &settings(),
-        None,
         goes_on,
     )
     .unwrap_err();
@@ -505,19 +516,18 @@ fn an_overflow_in_f16_skips_the_step_and_halves_the_scale() {
     let rows = rows("trl-1.16");
     // A weight this large makes gradients overflow f16 at the first scale, but not the loss.
     let settings = Settings {
-        scaler: true,
+        loss_scaling: true,
         warmup: 0.,
         max_steps: Some(1),
-        objective: Objective::Orpo { beta: 1e6 },
         ..settings()
     };
     let mut logs = Vec::new();
     let ending = train(
-        &Execution::fastest(&model),
-        &rows,
-        &[],
+        &Job {
+            loss: &Orpo { beta: 1e6 },
+            ..job(&Execution::fastest(&model), &rows)
+        },
         &settings,
-        None,
         &mut |step| {
             logs.extend(step.logs.clone());
             ControlFlow::Continue(())

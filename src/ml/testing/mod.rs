@@ -7,3 +7,4 @@ pub(in crate::ml) mod golden_compare;
 pub(in crate::ml) mod golden_ends;
 pub(in crate::ml) mod golden_four_bit;
 pub(in crate::ml) mod golden_runs;
+pub(in crate::ml) mod losses;

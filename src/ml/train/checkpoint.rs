@@ -14,11 +14,11 @@ use anyhow::{Context as _, ensure};
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
-use super::Log;
-use super::best::{self, Best};
-use super::log::Window;
+use super::best;
+use super::log::{Log, Window};
 use super::optim::Optimizer;
 use super::scaler::Scaler;
+use super::state::State;
 use crate::ml::model::Llama;
 
 /// Raised when the files' meaning changes; other versions are ignored.
@@ -29,25 +29,6 @@ const TENSORS: &str = "state.safetensors";
 const STATE: &str = "state.json";
 const DIGEST: &str = "digest";
 
-/// Where a training stands, apart from its tensors.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub(in crate::ml) struct State {
-    /// Finished steps.
-    pub(in crate::ml) step: u64,
-    /// Finished steps that the schedule counts (not those skipped on overflow).
-    pub(in crate::ml) scheduled: u64,
-    /// Steps left out because they were not finite.
-    pub(in crate::ml) skipped: u64,
-    /// The loss scale.
-    pub(in crate::ml) scaler: Scaler,
-    /// What has not been logged yet.
-    pub(in crate::ml) window: Window,
-    /// The numbers of each step and evaluation.
-    pub(in crate::ml) history: Vec<Log>,
-    /// The best evaluation.
-    pub(in crate::ml) best: Best,
-}
-
 /// `state.json`. Floats are kept as bits, so that nothing is rounded.
 #[derive(Serialize, Deserialize)]
 struct Stored {
@@ -56,6 +37,8 @@ struct Stored {
     step: u64,
     scheduled: u64,
     skipped: u64,
+    #[serde(default)]
+    tokens: u64,
     scale: u64,
     good: u64,
     window: BTreeMap<String, (u64, u64)>,
@@ -72,7 +55,7 @@ struct Line {
 }
 
 impl Line {
-    fn of(log: &Log) -> Self {
+    fn new(log: &Log) -> Self {
         let values = log.values.iter();
         Self {
             step: log.step,
@@ -123,12 +106,13 @@ pub(in crate::ml) fn write(
             step: state.step,
             scheduled: state.scheduled,
             skipped: state.skipped,
+            tokens: state.tokens,
             scale: state.scaler.scale.to_bits(),
             good: state.scaler.good,
             window: window
                 .map(|(name, (sum, count))| (name.clone(), (sum.to_bits(), *count)))
                 .collect(),
-            history: state.history.iter().map(Line::of).collect(),
+            history: state.history.iter().map(Line::new).collect(),
             best: state.best.stored(),
         };
         let json = serde_json::to_vec(&stored)?;
@@ -301,6 +285,7 @@ fn read(place: &Path, model: &Llama) -> anyhow::Result<Read> {
         step: stored.step,
         scheduled: stored.scheduled,
         skipped: stored.skipped,
+        tokens: stored.tokens,
         scaler: Scaler {
             scale: f64::from_bits(stored.scale),
             good: stored.good,

@@ -1,31 +1,34 @@
-//! Numbers of a model on rows it is not trained on.
+//! Numbers of a model on rows that it is not trained on.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use anyhow::{bail, ensure};
 
-use super::Settings;
-use crate::ml::execution::Execution;
-use crate::ml::loss::{Objective, in_pool};
+use super::passes::Passes;
+use crate::ml::loss::{Metrics, Preferences, Scored};
 use crate::ml::model::batch::{Batch, Row};
+use crate::ml::model::head::TokenStats;
 use crate::ml::model::linear::Pass;
 
 /// TRL's evaluation during training: metrics are the mean of the batches' means, the loss is weighted by rows.
-pub fn metrics(
-    execution: &Execution<'_>,
+///
+/// # Errors
+/// There are no rows, or the loss of a batch is undefined.
+pub(super) fn metrics(
+    passes: &Passes<'_>,
     rows: &[Row],
-    settings: &Settings,
+    batch_size: usize,
+    pad: u32,
 ) -> anyhow::Result<BTreeMap<String, f64>> {
+    ensure!(!rows.is_empty(), "there are no rows to evaluate");
     let mut sums = BTreeMap::<String, f64>::new();
     let mut loss = 0.;
     let mut batches = 0usize;
-    for rows in rows.chunks(settings.eval_batch_size.max(1)) {
+    for rows in rows.chunks(batch_size.max(1)) {
         let references: Vec<&Row> = rows.iter().collect();
-        let batch = settings.objective.batch(&references, settings.pad)?;
-        let outcome = settings
-            .objective
-            .evaluate(execution, &batch, Pass::INFER)?;
+        let batch = passes.loss.batch(&references, pad)?;
+        let outcome = passes.evaluate(&batch)?;
         loss += outcome.loss * rows.len() as f64;
         batches += 1;
         for (name, value) in outcome.metrics {
@@ -38,29 +41,6 @@ pub fn metrics(
         .collect();
     means.insert("loss".into(), loss / rows.len() as f64);
     Ok(means)
-}
-
-/// What [`preferences`] counts up, over all rows alike.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct Scores {
-    /// Rows.
-    pub rows: usize,
-    /// The share of rows whose chosen answer has the higher mean log-probability.
-    pub accuracy: f64,
-    /// The mean difference of the two mean log-probabilities.
-    pub margin: f64,
-    /// The mean of the chosen answers' mean log-probabilities.
-    pub logps_chosen: f64,
-    /// The same of the rejected ones.
-    pub logps_rejected: f64,
-    /// Of the chosen answers' tokens: exp of the mean negative log-likelihood.
-    pub perplexity: f64,
-    /// TRL's `nll_loss` over all tokens of the chosen sequences, prompts included.
-    pub nll: f64,
-    /// The mean of the log odds ratios.
-    pub log_odds_chosen: f64,
-    /// The mean of their log sigmoids.
-    pub log_odds_ratio: f64,
 }
 
 /// Rows whose scores are no numbers.
@@ -82,56 +62,53 @@ impl fmt::Display for NotFinite {
 
 impl std::error::Error for NotFinite {}
 
-/// Scores preference rows, `batch_size` at a time. Where a score is a NaN or infinite the error is a [`NotFinite`] with the rows
-/// of that batch: compared with anything, a NaN would count as a chosen answer that is not preferred. `tell` is called with the number of rows done, and may stop with an
-/// error.
+/// Scores preference rows, `batch_size` at a time: the metrics of the loss, and its value as `loss`, as if all rows were one
+/// micro-batch; beside them `margin`, the mean difference of the two answers' mean log-probabilities, and `perplexity`, that of the
+/// preferred answers. `logits/*` are left out.
+///
+/// `report` is called with the number of rows done, and may stop with an error.
+///
+/// # Errors
+/// A [`NotFinite`] with the rows of a batch where a score is NaN or infinite: compared with anything, a NaN would count as a chosen
+/// answer that is not preferred.
 pub fn preferences(
-    execution: &Execution<'_>,
+    passes: &Passes<'_>,
     rows: &[Row],
     batch_size: usize,
     pad: u32,
     pass: Pass,
-    tell: &mut dyn FnMut(usize) -> anyhow::Result<()>,
-) -> anyhow::Result<Scores> {
+    report: &mut dyn FnMut(usize) -> anyhow::Result<()>,
+) -> anyhow::Result<Metrics> {
     ensure!(!rows.is_empty(), "there are no rows to evaluate");
-    let mut total = Scores {
-        rows: rows.len(),
-        ..Scores::default()
-    };
-    let (mut all_nll, mut all_count, mut answer_nll, mut answer_count) = (0f64, 0u64, 0f64, 0u64);
-    let mut done = 0;
     // The numbers don't depend on the order: rows of like length go together, so that little is padding.
     let mut sorted: Vec<(usize, &Row)> = rows.iter().enumerate().collect();
     sorted.sort_by_key(|(_, row)| {
         let rejected = row.rejected.as_ref().map_or(0, Vec::len);
         row.prompt.len() + row.chosen.len().max(rejected)
     });
+    let count = rows.len();
+    // By sequence: first the preferred ones of all rows, then the others.
+    let mut all = vec![BySequence::default(); 2 * count];
+    let mut done = 0;
     for numbered in sorted.chunks(batch_size.max(1)) {
         let rows: Vec<&Row> = numbered.iter().map(|(_, row)| *row).collect();
         let batch = Batch::pairs(&rows, pad)?;
-        let objective = Objective::Orpo { beta: 0. };
-        let targets = objective.targets(&batch);
-        let scored = in_pool(|| {
-            execution
-                .forward(&[&batch], pass, false)?
-                .score(&targets, false)
-        })?;
-        let mut sums = vec![(0f64, 0u64); 2 * rows.len()];
+        let targets = passes.loss.targets(&batch);
+        let scores = passes.score(&batch, &targets, pass)?;
         let mut odd = BTreeSet::new();
-        for (target, logp) in targets.iter().zip(&scored.logps) {
+        for (index, target) in targets.iter().enumerate() {
+            let (side, row) = (target.row / rows.len(), target.row % rows.len());
+            let logp = scores.logps[index];
             if !logp.is_finite() {
-                let row = numbered.get(target.row % rows.len());
-                odd.extend(row.map(|(number, _)| *number));
+                odd.extend(numbered.get(row).map(|(number, _)| *number));
             }
-            let logp = f64::from(*logp);
-            let prompt = batch.sequences.get(target.row).map_or(0, |s| s.prompt);
-            if target.row < rows.len() {
-                (all_nll, all_count) = (all_nll - logp, all_count + 1);
+            let sequence = &mut all[side * count + done + row];
+            sequence.logps.push(logp);
+            if let Some(reference) = &scores.reference {
+                sequence.reference.push(reference[index]);
             }
-            if target.position >= prompt
-                && let Some(sum) = sums.get_mut(target.row)
-            {
-                *sum = (sum.0 + logp, sum.1 + 1);
+            if let Some(stats) = &scores.token_stats {
+                sequence.stats.push(stats[index]);
             }
         }
         if !odd.is_empty() {
@@ -139,38 +116,49 @@ pub fn preferences(
                 rows: odd.into_iter().collect()
             });
         }
-        ensure!(
-            sums.iter().all(|(_, count)| *count > 0),
-            "an answer has no token, so its log-probability is undefined"
-        );
-        let (chosen, rejected) = sums.split_at(rows.len());
-        for (c, r) in chosen.iter().zip(rejected) {
-            (answer_nll, answer_count) = (answer_nll - c.0, answer_count + c.1);
-            let mean = |(sum, count): &(f64, u64)| f64::from((sum / *count as f64) as f32);
-            let (c, r) = (mean(c), mean(r));
-            let odds = crate::ml::loss::orpo::odds(c, r);
-            total.accuracy += f64::from(u8::from(c > r));
-            total.margin += c - r;
-            total.logps_chosen += c;
-            total.logps_rejected += r;
-            total.log_odds_chosen += odds.log_odds;
-            total.log_odds_ratio += odds.ratio;
-        }
         done += rows.len();
-        tell(done)?;
+        report(done)?;
     }
-    let count = rows.len() as f64;
-    for sum in [
-        &mut total.accuracy,
-        &mut total.margin,
-        &mut total.logps_chosen,
-        &mut total.logps_rejected,
-        &mut total.log_odds_chosen,
-        &mut total.log_odds_ratio,
-    ] {
-        *sum /= count;
-    }
-    total.nll = all_nll / all_count as f64;
-    total.perplexity = (answer_nll / answer_count as f64).exp();
-    Ok(total)
+    let rows: Vec<&Row> = sorted.iter().map(|(_, row)| *row).collect();
+    let batch = Batch::pairs(&rows, pad)?;
+    let targets = passes.loss.targets(&batch);
+    let logps = joined(&all, |sequence| &sequence.logps);
+    let reference = joined(&all, |sequence| &sequence.reference);
+    let stats = joined(&all, |sequence| &sequence.stats);
+    let needs = passes.loss.needs();
+    let outcome = passes.loss.loss(&Scored {
+        batch: &batch,
+        targets: &targets,
+        logps: &logps,
+        reference_logps: needs.reference.then_some(&reference[..]),
+        token_stats: needs.token_stats.then_some(&stats[..]),
+        target_logits: None,
+        sequence_logits: None,
+    })?;
+    let mut metrics = outcome.metrics;
+    let preferences = Preferences::new(&batch, &targets, &logps)?;
+    let (chosen, _) = preferences.answers.split_at(count);
+    let (sum, tokens) = chosen
+        .iter()
+        .fold((0f64, 0usize), |(sum, tokens), (logp, count)| {
+            (sum - logp, tokens + count)
+        });
+    metrics.insert("loss", outcome.loss);
+    metrics.insert("perplexity", (sum / tokens as f64).exp());
+    metrics.insert("margin", preferences.margin());
+    Ok(metrics)
+}
+
+/// What was found of one sequence, by its targets.
+#[derive(Debug, Clone, Default)]
+struct BySequence {
+    logps: Vec<f64>,
+    reference: Vec<f64>,
+    stats: Vec<TokenStats>,
+}
+
+fn joined<T: Copy>(all: &[BySequence], part: impl Fn(&BySequence) -> &Vec<T>) -> Vec<T> {
+    all.iter()
+        .flat_map(|sequence| part(sequence).iter().copied())
+        .collect()
 }

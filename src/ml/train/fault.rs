@@ -2,10 +2,10 @@
 
 use std::cell::OnceCell;
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use super::Settings;
 use super::optim::Optimizer;
+use super::settings::Settings;
 use crate::ml::io::finite;
 use crate::ml::model::Llama;
 
@@ -45,6 +45,27 @@ impl fmt::Display for Fault {
 
 impl std::error::Error for Fault {}
 
+/// Where a training's rows and weights come from, to name them when something is not finite.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Origin {
+    /// The split of the rows.
+    pub split: String,
+    /// How many rows to train on were made of each row of the split.
+    pub rows_each: usize,
+    /// The stored weights that the training began with, each with its noun (`model`).
+    pub weights: Vec<(&'static str, PathBuf)>,
+}
+
+impl Default for Origin {
+    fn default() -> Self {
+        Self {
+            split: "train".into(),
+            rows_each: 1,
+            weights: Vec::new(),
+        }
+    }
+}
+
 /// The first trained tensor with a value that is not finite.
 pub(super) fn broken(model: &Llama) -> candle_core::Result<Option<&str>> {
     for parameter in &model.parameters {
@@ -56,20 +77,35 @@ pub(super) fn broken(model: &Llama) -> candle_core::Result<Option<&str>> {
 }
 
 /// Looks for the cause of a number that is not finite. Stored weights are looked through once.
-#[derive(Default)]
-pub(super) struct Search {
+pub(super) struct Search<'a> {
+    origin: &'a Origin,
     stored: OnceCell<Option<String>>,
 }
 
-impl Search {
+impl<'a> Search<'a> {
+    pub(super) fn new(origin: &'a Origin) -> Self {
+        Self {
+            origin,
+            stored: OnceCell::new(),
+        }
+    }
+
+    /// The numbers, in the split, of rows given by their indices among those that are trained on.
+    pub(super) fn rows(&self, indices: &[usize]) -> Vec<usize> {
+        let each = self.origin.rows_each.max(1);
+        let mut rows: Vec<usize> = indices.iter().map(|index| index / each).collect();
+        rows.dedup();
+        rows
+    }
+
     /// What is wrong with the stored weights that the training began with, if anything is.
-    fn stored(&self, settings: &Settings) -> anyhow::Result<Option<&str>> {
+    fn stored(&self) -> anyhow::Result<Option<&str>> {
         if self.stored.get().is_none() {
-            let sources = settings.sources.iter();
-            let sources: Vec<(&str, &Path)> = sources
+            let weights = self.origin.weights.iter();
+            let weights: Vec<(&str, &Path)> = weights
                 .map(|(noun, path)| (*noun, path.as_path()))
                 .collect();
-            let found = finite::blame(&sources)?;
+            let found = finite::blame(&weights)?;
             let _ = self.stored.set(found);
         }
         Ok(self.stored.get().and_then(Option::as_deref))
@@ -83,10 +119,10 @@ impl Search {
         settings: &Settings,
         done: u64,
     ) -> anyhow::Result<String> {
-        if let Some(found) = self.stored(settings)? {
+        if let Some(found) = self.stored()? {
             return Ok(found.to_owned());
         }
-        if settings.scaler
+        if settings.loss_scaling
             && let Some(name) = model.overflown()?
         {
             return Ok(format!(
@@ -111,7 +147,7 @@ impl Search {
                  learning_rate or `max_grad_norm`"
             ));
         }
-        Ok(if settings.scaler {
+        Ok(if settings.loss_scaling {
             "f16 ends at 65504 and the model leaves it; use bf16, or neither bf16 nor fp16".into()
         } else if done == 0 {
             "all weights are finite, so these rows lead beyond the range of numbers".into()
@@ -133,7 +169,7 @@ impl Search {
         let Some(name) = broken(model)? else {
             return Ok(());
         };
-        match self.stored(settings)? {
+        match self.stored()? {
             Some(found) => anyhow::bail!("`{name}` is not finite after step {step}: {found}"),
             None => anyhow::bail!(
                 "`{name}` is not finite after step {step}; the learning_rate {} is too high, try a tenth",

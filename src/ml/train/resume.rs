@@ -1,4 +1,4 @@
-//! What a finished training leaves for one with more steps, and whether that one may start from it.
+//! What a finished training keeps for one with more steps, and whether that one may go on from it.
 //!
 //! It may where it would have made every step the same: same settings but for the number of steps, and a learning rate that does
 //! not depend on that number. The state is that before anything was done for being the last step, so the bits are those of
@@ -10,12 +10,13 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, ensure};
 use serde::{Deserialize, Serialize};
 
-use super::Settings;
-use super::checkpoint::{self, State};
+use super::checkpoint;
 use super::optim::Optimizer;
+use super::settings::Settings;
+use super::state::State;
 use crate::ml::model::Llama;
 
-/// What there is to say about the end, after a line with its digest.
+/// How the training ended, after a line with the digest of that.
 const FILE: &str = "end.json";
 
 /// In the folder of checkpoints: the steps of the training that this one goes on from.
@@ -41,24 +42,22 @@ pub enum Start {
     Alone,
     /// After the last step of an earlier one with fewer steps.
     After(u64),
-    /// Not there: the earlier one's steps, and why.
-    Not(u64, String),
+    /// At the beginning, although there was an earlier one: how many steps that had, and why they can't be gone on from.
+    Beginning(u64, String),
 }
 
 const BY_SCHEDULE: &str = "its learning rate depends on the number of all steps (`lr_scheduler_type`, `warmup_steps`, \
                            `warmup_ratio`)";
 
-/// Leaves the state after the last step, if another training could use it.
-pub(super) fn leave(
+/// Keeps the state after the last step in `folder`, if another training could go on from it.
+pub(super) fn keep_continuation(
+    folder: &Path,
     model: &Llama,
     optimizer: &Optimizer,
     state: &State,
     settings: &Settings,
     total: u64,
 ) -> anyhow::Result<()> {
-    let Some(folder) = &settings.leave else {
-        return Ok(());
-    };
     let loads_best = settings.watch.as_ref().is_some_and(|watch| watch.load);
     let obstacle = if loads_best {
         Some("its weights are those of its best step".to_owned())
@@ -73,12 +72,9 @@ pub(super) fn leave(
     write(folder, state.step, total, obstacle)
 }
 
-/// Notes that the training ended before its last step.
-pub(super) fn leave_stopped(settings: &Settings, step: u64, total: u64) -> anyhow::Result<()> {
-    match &settings.leave {
-        Some(folder) => write(folder, step, total, Some("it was stopped early".into())),
-        None => Ok(()),
-    }
+/// Notes in `folder` that the training ended before its last step.
+pub(super) fn note_early_stop(folder: &Path, step: u64, total: u64) -> anyhow::Result<()> {
+    write(folder, step, total, Some("it was stopped early".into()))
 }
 
 fn write(folder: &Path, step: u64, total: u64, obstacle: Option<String>) -> anyhow::Result<()> {
@@ -112,12 +108,15 @@ fn same_rates(settings: &Settings, steps: u64, a: u64, b: u64) -> bool {
     (0..steps).all(|step| a.factor(step).to_bits() == b.factor(step).to_bits())
 }
 
-/// Puts the state of an earlier training into the folder of checkpoints, where [`super::train`] finds it, if going on from it
-/// is exactly the same as starting at the beginning. `ends` are the folders that trainings left ([`Settings::leave`]) which
-/// differ from this one in nothing but the number of steps.
-pub fn take_up(
+/// Puts the state of an earlier training into `scratch`, the folder of checkpoints, where [`super::train`] finds it, if going on from
+/// it is exactly the same as starting at the beginning. `continuations` are the folders that trainings kept
+/// ([`super::Job::continuation`]) which differ from this one in nothing but the number of steps.
+///
+/// # Errors
+/// A file can't be read, for a reason that says nothing about what is in it.
+pub fn continue_from(
     scratch: &Path,
-    ends: &[PathBuf],
+    continuations: &[PathBuf],
     settings: &Settings,
     rows: usize,
 ) -> anyhow::Result<Start> {
@@ -140,7 +139,7 @@ pub fn take_up(
         ))
     };
     let mut known = Vec::new();
-    for path in ends {
+    for path in continuations {
         match read(path) {
             Ok(end) => known.push((path, end)),
             // A damaged end is as good as none.
@@ -171,7 +170,7 @@ pub fn take_up(
                     .with_context(|| format!("could not write `{}`", note.display()))?;
                 return Ok(Start::After(end.step));
             }
-            Some(obstacle) if start == Start::Alone => start = Start::Not(end.step, obstacle),
+            Some(obstacle) if start == Start::Alone => start = Start::Beginning(end.step, obstacle),
             Some(_) => {}
         }
     }

@@ -1,30 +1,34 @@
 //! Learning-rate schedules, as transformers defines them: a factor from the number of finished steps.
 
-/// The shape of a schedule.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Shape {
-    /// Down to 0 on half a cosine.
-    Cosine,
-    /// Half a cosine, started again so many times.
-    CosineWithRestarts {
-        /// The number of falls.
-        cycles: u32,
-    },
-    /// Down to 0 on a line.
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// How the learning rate changes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum SchedulerType {
+    /// Linear decay to 0.
+    #[default]
     Linear,
-    /// 1 from the start; warm-up is ignored.
+    /// Cosine decay to 0.
+    Cosine,
+    /// Cosine decay to 0 that begins again at the top after each cycle. There is one cycle, transformers' default, so this is `cosine`.
+    CosineWithRestarts,
+    /// Constant from the first step on, without warm-up.
     Constant,
-    /// 1 after the warm-up.
+    /// Constant after the warm-up.
     ConstantWithWarmup,
-    /// One over the square root of the step.
+    /// Decay with the inverse square root of the step.
     InverseSqrt,
 }
 
 /// A schedule for a whole training.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Schedule {
-    /// Its shape.
-    pub shape: Shape,
+    /// Its type.
+    pub scheduler: SchedulerType,
+    /// The cycles of [`SchedulerType::CosineWithRestarts`].
+    pub cycles: u32,
     /// Steps over which the rate rises from 0.
     pub warmup: u64,
     /// All steps.
@@ -35,25 +39,25 @@ impl Schedule {
     /// The factor after `step` finished steps; the first step uses `factor(0)`.
     pub fn factor(&self, step: u64) -> f64 {
         let (s, warmup, total) = (step as f64, self.warmup as f64, self.total as f64);
-        if self.shape == Shape::Constant {
+        if self.scheduler == SchedulerType::Constant {
             return 1.;
         }
         if step < self.warmup {
             return s / warmup.max(1.);
         }
         let progress = (s - warmup) / (total - warmup).max(1.);
-        match self.shape {
-            Shape::Cosine => (0.5 * (1. + (std::f64::consts::PI * progress).cos())).max(0.),
-            Shape::CosineWithRestarts { cycles } => {
+        match self.scheduler {
+            SchedulerType::Cosine => (0.5 * (1. + (std::f64::consts::PI * progress).cos())).max(0.),
+            SchedulerType::CosineWithRestarts => {
                 if progress >= 1. {
                     return 0.;
                 }
-                let cycle = (f64::from(cycles) * progress) % 1.;
+                let cycle = (f64::from(self.cycles) * progress) % 1.;
                 (0.5 * (1. + (std::f64::consts::PI * cycle).cos())).max(0.)
             }
-            Shape::Linear => ((total - s) / (total - warmup).max(1.)).max(0.),
-            Shape::Constant | Shape::ConstantWithWarmup => 1.,
-            Shape::InverseSqrt => {
+            SchedulerType::Linear => ((total - s) / (total - warmup).max(1.)).max(0.),
+            SchedulerType::Constant | SchedulerType::ConstantWithWarmup => 1.,
+            SchedulerType::InverseSqrt => {
                 // transformers: the time scale is the warm-up, or 10,000 without one.
                 let scale = if self.warmup == 0 { 10_000. } else { warmup };
                 let shift = scale - warmup;
@@ -75,17 +79,18 @@ mod tests {
         assert_eq!(golden.len(), 8);
         let mut largest = 0f64;
         for (name, factors) in golden {
-            let (shape, warmup) = name.rsplit_once("_warmup").unwrap();
-            let shape = match shape {
-                "cosine" => Shape::Cosine,
-                "linear" => Shape::Linear,
-                "constant" => Shape::Constant,
-                "constant_with_warmup" => Shape::ConstantWithWarmup,
+            let (name_of_type, warmup) = name.rsplit_once("_warmup").unwrap();
+            let scheduler = match name_of_type {
+                "cosine" => SchedulerType::Cosine,
+                "linear" => SchedulerType::Linear,
+                "constant" => SchedulerType::Constant,
+                "constant_with_warmup" => SchedulerType::ConstantWithWarmup,
                 other => panic!("{other}"),
             };
             let warmup = warmup.parse().unwrap();
             let schedule = Schedule {
-                shape,
+                scheduler,
+                cycles: 1,
                 warmup,
                 total: 20,
             };
@@ -106,21 +111,13 @@ mod tests {
         let mut largest = 0f64;
         for case in golden {
             let kwargs = case["kwargs"].as_object().unwrap();
-            let shape = match case["kind"].as_str().unwrap() {
-                "cosine" => Shape::Cosine,
-                "cosine_with_restarts" => {
-                    let cycles = kwargs.get("num_cycles").map_or(1, |n| n.as_u64().unwrap());
-                    Shape::CosineWithRestarts {
-                        cycles: cycles as u32,
-                    }
-                }
-                "inverse_sqrt" => Shape::InverseSqrt,
-                other => panic!("{other}"),
-            };
+            let scheduler: SchedulerType = serde_json::from_value(case["kind"].clone()).unwrap();
+            let cycles = kwargs.get("num_cycles").map_or(1, |n| n.as_u64().unwrap());
             let number = |name: &str| case[name].as_u64().unwrap();
             let (warmup, total) = (number("warmup"), number("total"));
             let schedule = Schedule {
-                shape,
+                scheduler,
+                cycles: cycles as u32,
                 warmup,
                 total,
             };
@@ -128,7 +125,10 @@ mod tests {
             assert_eq!(factors.len() as u64, total + 1);
             for (step, factor) in (0..).zip(factors) {
                 let far = (schedule.factor(step) - factor.as_f64().unwrap()).abs();
-                assert!(far < 1e-7, "{shape:?} warmup {warmup} step {step}: {far}");
+                assert!(
+                    far < 1e-7,
+                    "{scheduler:?} warmup {warmup} step {step}: {far}"
+                );
                 largest = largest.max(far);
             }
         }
@@ -138,7 +138,8 @@ mod tests {
     #[test]
     fn restarts_begin_at_the_top_again() {
         let schedule = Schedule {
-            shape: Shape::CosineWithRestarts { cycles: 2 },
+            scheduler: SchedulerType::CosineWithRestarts,
+            cycles: 2,
             warmup: 0,
             total: 20,
         };

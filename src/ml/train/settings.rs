@@ -1,23 +1,19 @@
 //! The settings of a training, and what follows from them.
 
-use std::path::PathBuf;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
 use super::best::Watch;
 use super::optim;
-use super::sampler::Sampling;
-use super::schedule::{Schedule, Shape};
-use crate::ml::loss::Objective;
+use super::sampler::{Grouping, SamplingStrategy};
+use super::schedule::{Schedule, SchedulerType};
 
-/// The settings of a training, by transformers' names.
+/// The settings of a training that don't depend on its model, its rows or its loss. The defaults are transformers'.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Settings {
-    /// What is minimised.
-    pub objective: Objective,
-    /// The id that fills batches up.
-    pub pad: u32,
     /// Rows in a micro-batch.
     pub batch_size: usize,
-    /// Rows in a batch of the evaluation.
+    /// Rows in a batch of an evaluation.
     pub eval_batch_size: usize,
     /// Micro-batches in a step.
     pub accumulation: usize,
@@ -28,28 +24,28 @@ pub struct Settings {
     /// The highest learning rate.
     pub learning_rate: f64,
     /// How it changes.
-    pub shape: Shape,
+    pub scheduler: SchedulerType,
     /// Steps of warm-up; below 1, a share of all steps.
     pub warmup: f64,
     /// The optimiser.
     pub optimizer: optim::Settings,
     /// The largest norm of the gradient; 0 for no limit.
     pub max_grad_norm: f64,
-    /// Whether layers are computed again in the backward.
+    /// Whether layers are computed again in the backward instead of being kept.
     pub checkpointing: bool,
-    /// Whether losses are scaled for f16 gradients.
-    pub scaler: bool,
+    /// Whether losses are scaled for gradients in f16.
+    pub loss_scaling: bool,
     /// Whether the adapter's dropout is at work.
     pub dropout: bool,
-    /// The seed of everything random but the order.
+    /// The seed of everything random but the order of rows.
     pub seed: u64,
-    /// The seed of the order.
+    /// The seed of the order of rows.
     pub data_seed: u64,
-    /// The order.
-    pub sampling: Sampling,
-    /// Steps between evaluations; none for no evaluation.
+    /// The order of rows.
+    pub sampling: SamplingStrategy,
+    /// How often the model is evaluated; none for never.
     pub eval_every: Option<Every>,
-    /// Steps between the logs that the callback gets.
+    /// Steps between the logs that are reported.
     pub log_every: u64,
     /// Steps between checkpoints.
     pub save_every: u64,
@@ -59,15 +55,48 @@ pub struct Settings {
     pub watch: Option<Watch>,
     /// How many steps that are not finite are left out before one stops the training.
     pub skip_nan_steps: u64,
-    /// The name of the rows' split, for messages.
-    pub split: String,
-    /// Where the last state is left for a training with more steps: see [`super::take_up`].
-    pub leave: Option<PathBuf>,
-    /// How many rows to train on were made of each row of the split.
-    pub rows_each: usize,
-    /// The stored weights that the training began with, each with its noun (`model`): looked through when something is not
-    /// finite.
-    pub sources: Vec<(&'static str, PathBuf)>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            batch_size: 8,
+            eval_batch_size: 8,
+            accumulation: 1,
+            epochs: 3.,
+            max_steps: None,
+            learning_rate: 5e-5,
+            scheduler: SchedulerType::default(),
+            warmup: 0.,
+            optimizer: optim::Settings::default(),
+            max_grad_norm: 1.,
+            checkpointing: false,
+            loss_scaling: false,
+            dropout: true,
+            seed: 42,
+            data_seed: 42,
+            sampling: SamplingStrategy::default(),
+            eval_every: None,
+            log_every: 500,
+            save_every: 500,
+            keep: 2,
+            watch: None,
+            skip_nan_steps: 0,
+        }
+    }
+}
+
+/// When the model is evaluated in training.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum EvalStrategy {
+    /// Never.
+    #[default]
+    No,
+    /// Every `eval_steps` steps.
+    Steps,
+    /// After each epoch.
+    Epoch,
 }
 
 /// How often something happens.
@@ -79,40 +108,23 @@ pub enum Every {
     Epoch,
 }
 
-/// How the rows fall into steps.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Plan {
-    pub(super) rows: usize,
-    pub(super) batch: usize,
-    pub(super) group: usize,
-}
-
-impl Plan {
-    pub(super) fn micro_batches(self) -> usize {
-        self.rows.div_ceil(self.batch)
-    }
-
-    /// The last group of an epoch may be smaller, and is a step all the same.
-    pub(super) fn steps(self) -> u64 {
-        self.micro_batches().div_ceil(self.group) as u64
-    }
-}
-
 impl Settings {
-    pub(super) fn plan(&self, rows: usize) -> Plan {
-        Plan {
+    /// How so many rows fall into steps.
+    pub(super) fn grouping(&self, rows: usize) -> Grouping {
+        Grouping {
             rows,
-            batch: self.batch_size.max(1),
-            group: self.accumulation.max(1),
+            batch_size: self.batch_size.max(1),
+            accumulation: self.accumulation.max(1),
         }
     }
 
-    /// The number of steps for so many rows.
+    /// The number of steps that a training on so many rows takes.
     pub fn total_steps(&self, rows: usize) -> u64 {
-        let steps = self.plan(rows).steps() as f64 * self.epochs;
+        let steps = self.grouping(rows).steps() as f64 * self.epochs;
         self.max_steps.unwrap_or(steps.ceil() as u64)
     }
 
+    /// The learning-rate schedule of a training of `total` steps.
     pub(super) fn schedule(&self, total: u64) -> Schedule {
         let warmup = if self.warmup < 1. {
             (total as f64 * self.warmup).ceil()
@@ -120,7 +132,8 @@ impl Settings {
             self.warmup
         };
         Schedule {
-            shape: self.shape,
+            scheduler: self.scheduler,
+            cycles: 1,
             warmup: warmup as u64,
             total,
         }

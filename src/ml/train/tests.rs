@@ -2,19 +2,20 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::path::Path;
 
 use candle_core::{Device, Tensor};
 
-use super::schedule::Shape;
+use super::schedule::SchedulerType;
 use super::*;
 use crate::ml::adapter::Adapter;
 use crate::ml::execution::Execution;
 use crate::ml::io::weights::Weights;
-use crate::ml::loss::Objective;
+use crate::ml::loss::orpo::Orpo;
 use crate::ml::model::Trained;
 use crate::ml::model::config::LlamaConfig;
 use crate::ml::testing::golden::{self, folder, rows, tensors};
-use crate::ml::testing::golden_runs::settings;
+use crate::ml::testing::golden_runs::{job, settings};
 
 fn model(compute: DType) -> Llama {
     golden::model("model", Some("adapter_init"), Trained::Adapter, compute)
@@ -78,15 +79,18 @@ fn an_infinite_weight_stops_the_step_of_its_rows_or_is_skipped() {
     let (id, row) = rare_token(&rows);
     let mut settings = Settings {
         epochs: 1.,
-        split: "odd".into(),
         ..settings()
     };
+    let origin = Origin {
+        split: "odd".into(),
+        ..Origin::default()
+    };
     let error = train(
-        &Execution::fastest(&with_a_broken_token(id)),
-        &rows,
-        &[],
+        &Job {
+            origin: &origin,
+            ..job(&Execution::fastest(&with_a_broken_token(id)), &rows)
+        },
         &settings,
-        None,
         &mut goes_on(),
     )
     .unwrap_err();
@@ -106,11 +110,11 @@ fn an_infinite_weight_stops_the_step_of_its_rows_or_is_skipped() {
     let model = with_a_broken_token(id);
     let mut told = Vec::new();
     let ending = train(
-        &Execution::fastest(&model),
-        &rows,
-        &[],
+        &Job {
+            origin: &origin,
+            ..job(&Execution::fastest(&model), &rows)
+        },
         &settings,
-        None,
         &mut |step| {
             told.extend(step.skipped.clone());
             ControlFlow::Continue(())
@@ -142,17 +146,14 @@ fn a_huge_learning_rate_is_named_as_the_cause() {
     let rows = rows("trl-1.16");
     let mut settings = Settings {
         learning_rate: 1e30,
-        shape: Shape::Constant,
+        scheduler: SchedulerType::Constant,
         skip_nan_steps: 2,
         ..settings()
     };
     let fresh = model(DType::F32);
     let error = train(
-        &Execution::fastest(&fresh),
-        &rows,
-        &[],
+        &job(&Execution::fastest(&fresh), &rows),
         &settings,
-        None,
         &mut goes_on(),
     )
     .unwrap_err();
@@ -165,11 +166,8 @@ fn a_huge_learning_rate_is_named_as_the_cause() {
     settings.max_steps = Some(1);
     let fresh = model(DType::F32);
     let error = train(
-        &Execution::fastest(&fresh),
-        &rows,
-        &[],
+        &job(&Execution::fastest(&fresh), &rows),
         &settings,
-        None,
         &mut goes_on(),
     )
     .unwrap_err();
@@ -185,7 +183,7 @@ fn the_best_weights_come_back_and_a_stop_in_between_changes_nothing() {
     let eval = &rows[..5];
     let watched = |load, patience| Settings {
         learning_rate: 3e-2,
-        shape: Shape::Constant,
+        scheduler: SchedulerType::Constant,
         eval_every: Some(Every::Steps(1)),
         save_every: 1,
         watch: Some(Watch {
@@ -201,11 +199,12 @@ fn the_best_weights_come_back_and_a_stop_in_between_changes_nothing() {
     let whole = model(DType::F32);
     let settings = watched(true, Some(3));
     let ending = train(
-        &Execution::fastest(&whole),
-        &rows,
-        eval,
+        &Job {
+            eval_rows: eval,
+            scratch: Some(scratch.path()),
+            ..job(&Execution::fastest(&whole), &rows)
+        },
         &settings,
-        Some(scratch.path()),
         &mut goes_on(),
     );
     let ending = ending.unwrap();
@@ -237,11 +236,11 @@ fn the_best_weights_come_back_and_a_stop_in_between_changes_nothing() {
         ..settings.clone()
     };
     train(
-        &Execution::fastest(&short),
-        &rows,
-        eval,
+        &Job {
+            eval_rows: eval,
+            ..job(&Execution::fastest(&short), &rows)
+        },
         &plain,
-        None,
         &mut goes_on(),
     )
     .unwrap();
@@ -252,11 +251,12 @@ fn the_best_weights_come_back_and_a_stop_in_between_changes_nothing() {
     for stop in 1..=*step {
         let model = model(DType::F32);
         let ended = train(
-            &Execution::fastest(&model),
-            &rows,
-            eval,
+            &Job {
+                eval_rows: eval,
+                scratch: Some(scratch.path()),
+                ..job(&Execution::fastest(&model), &rows)
+            },
             &settings,
-            Some(scratch.path()),
             &mut |at| {
                 if at.step == stop && at.micro_batches == 0 {
                     ControlFlow::Break(())
@@ -269,11 +269,12 @@ fn the_best_weights_come_back_and_a_stop_in_between_changes_nothing() {
     }
     let resumed = model(DType::F32);
     let again = train(
-        &Execution::fastest(&resumed),
-        &rows,
-        eval,
+        &Job {
+            eval_rows: eval,
+            scratch: Some(scratch.path()),
+            ..job(&Execution::fastest(&resumed), &rows)
+        },
         &settings,
-        Some(scratch.path()),
         &mut goes_on(),
     );
     assert_eq!(again.unwrap(), ending);
@@ -287,11 +288,12 @@ fn the_best_weights_come_back_and_a_stop_in_between_changes_nothing() {
     fs::write(scratch.path().join(&weights[0]), "damaged").unwrap();
     let resumed = model(DType::F32);
     let again = train(
-        &Execution::fastest(&resumed),
-        &rows,
-        eval,
+        &Job {
+            eval_rows: eval,
+            scratch: Some(scratch.path()),
+            ..job(&Execution::fastest(&resumed), &rows)
+        },
         &settings,
-        Some(scratch.path()),
         &mut goes_on(),
     );
     assert_eq!(again.unwrap(), ending);
@@ -304,11 +306,11 @@ fn the_best_weights_come_back_and_a_stop_in_between_changes_nothing() {
     }
     let fresh = model(DType::F32);
     let error = train(
-        &Execution::fastest(&fresh),
-        &rows,
-        eval,
+        &Job {
+            eval_rows: eval,
+            ..job(&Execution::fastest(&fresh), &rows)
+        },
         &settings,
-        None,
         &mut goes_on(),
     )
     .unwrap_err();
@@ -329,11 +331,11 @@ fn a_last_step_between_two_evaluations_is_evaluated_too() {
     };
     let fresh = model(DType::F32);
     let ending = train(
-        &Execution::fastest(&fresh),
-        &rows,
-        &rows[..5],
+        &Job {
+            eval_rows: &rows[..5],
+            ..job(&Execution::fastest(&fresh), &rows)
+        },
         &settings,
-        None,
         &mut goes_on(),
     );
     let Ending::Finished { history, .. } = ending.unwrap() else {
@@ -350,11 +352,10 @@ fn an_overflow_halves_the_scale_and_the_schedule_waits() {
     let rows = rows("trl-1.16");
     // So heavy a loss overflows f16 gradients at the first scales, but is itself a number.
     let settings = Settings {
-        scaler: true,
+        loss_scaling: true,
         warmup: 0.,
-        shape: Shape::Linear,
+        scheduler: SchedulerType::Linear,
         max_steps: Some(30),
-        objective: Objective::Orpo { beta: 1e4 },
         ..settings()
     };
     let scratch = tempfile::tempdir().unwrap();
@@ -362,11 +363,12 @@ fn an_overflow_halves_the_scale_and_the_schedule_waits() {
     let before = bits(&trained);
     let mut logs = Vec::new();
     let ending = train(
-        &Execution::fastest(&trained),
-        &rows,
-        &[],
+        &Job {
+            loss: &Orpo { beta: 1e4 },
+            scratch: Some(scratch.path()),
+            ..job(&Execution::fastest(&trained), &rows)
+        },
         &settings,
-        Some(scratch.path()),
         &mut |at| {
             logs.extend(at.logs.clone());
             if at.step == 2 && at.micro_batches == 0 {
@@ -404,14 +406,15 @@ fn an_overflow_halves_the_scale_and_the_schedule_waits() {
 
     // Halved far enough, the steps are good ones.
     train(
-        &Execution::fastest(&trained),
-        &rows,
-        &[],
+        &Job {
+            loss: &Orpo { beta: 1e4 },
+            scratch: Some(scratch.path()),
+            ..job(&Execution::fastest(&trained), &rows)
+        },
         &Settings {
             max_steps: Some(30),
             ..settings.clone()
         },
-        Some(scratch.path()),
         &mut |at| {
             if at.step == 25 && at.micro_batches == 0 {
                 ControlFlow::Break(())
@@ -440,11 +443,11 @@ fn a_damaged_checkpoint_is_passed_over() {
     let made = |damage: &dyn Fn(&Path)| {
         let scratch = tempfile::tempdir().unwrap();
         train(
-            &Execution::fastest(&model(DType::F32)),
-            &rows,
-            &[],
+            &Job {
+                scratch: Some(scratch.path()),
+                ..job(&Execution::fastest(&model(DType::F32)), &rows)
+            },
             &settings,
-            Some(scratch.path()),
             &mut goes_on(),
         )
         .unwrap();
@@ -452,11 +455,11 @@ fn a_damaged_checkpoint_is_passed_over() {
         let mut first = None;
         let trained = model(DType::F32);
         let ending = train(
-            &Execution::fastest(&trained),
-            &rows,
-            &[],
+            &Job {
+                scratch: Some(scratch.path()),
+                ..job(&Execution::fastest(&trained), &rows)
+            },
             &settings,
-            Some(scratch.path()),
             &mut |at| {
                 first.get_or_insert_with(|| at.clone());
                 ControlFlow::Continue(())
@@ -509,11 +512,11 @@ fn a_checkpoint_that_can_not_be_read_stops_the_training() {
     let go = |model: &Llama| {
         let scratch = Some(scratch.path());
         train(
-            &Execution::fastest(model),
-            &rows,
-            &[],
+            &Job {
+                scratch: scratch,
+                ..job(&Execution::fastest(model), &rows)
+            },
             &settings,
-            scratch,
             &mut goes_on(),
         )
     };

@@ -3,7 +3,8 @@
 use anyhow::ensure;
 use serde_json::{Map, Value, json};
 
-use super::{Ending, Every, Settings};
+use super::log::Ending;
+use super::settings::{Every, Settings};
 use crate::ml::io::folder::sorted_json;
 
 /// The text of `trainer_state.json` for a finished training. The log has every step, whatever is shown while it runs.
@@ -33,7 +34,7 @@ pub fn trainer_state(ending: &Ending, settings: &Settings, rows: usize) -> anyho
     let total = settings.total_steps(rows);
     // transformers: the whole epochs that are begun.
     let epochs = match settings.max_steps {
-        Some(steps) => steps.div_ceil(settings.plan(rows).steps().max(1)),
+        Some(steps) => steps.div_ceil(settings.grouping(rows).steps().max(1)),
         None => settings.epochs.ceil() as u64,
     };
     let mut callbacks = Map::new();

@@ -15,7 +15,7 @@ use crate::stages::adapter::attach_lora::AttachLora;
 use crate::stages::adapter::import_adapter::ImportAdapter;
 use crate::stages::model::import_model::ImportModel;
 use crate::stages::model::merge::Merge;
-use crate::stages::train::common::tests::write_tokens;
+use crate::stages::train::tests::write_tokens;
 use crate::stages::train::train_orpo::TrainOrpo;
 
 /// Runs a stage in a folder of its own, and gives its output.

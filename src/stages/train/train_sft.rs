@@ -1,158 +1,137 @@
 //! `train_sft`: supervised fine-tuning.
 
-use std::cell::Cell;
-
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::common::{
-    self, EvalStrategy, Job, Optim, SamplingStrategy, SchedulerType, defaults, training_parameters,
-};
-use crate::engine::{Artifact, Context, Input, Neutral, Problem, Stage};
-use crate::ml::fused::Packing;
-use crate::ml::loss::{Objective, sft};
+use super::Prepared;
+use super::arguments::TrainingArguments;
+use super::method::{Method, Train, Use};
+use crate::engine::Context;
+use crate::ml::loss::Loss;
+use crate::ml::loss::sft::{self, Answers, Sft};
 use crate::ml::model::batch::Row;
-use crate::ml::train::{Settings, Watch, compute_dtype, optim};
-use crate::stages::artifacts::{Adapter, Model, Tokens};
+use crate::stages::artifacts::Model;
+use crate::stages::rules::Rules;
 use crate::stages::text::added::Added;
 
-training_parameters! {
-    /// Trains on answers by their likelihood, with the numbers of TRL's `SFTTrainer`.
-    ///
-    /// With `adapter` it trains the adapter on the frozen model and makes an adapter; without, it trains every weight and
-    /// makes a model. Beside it lie `metrics.jsonl` and transformers' `trainer_state.json` with
-    /// the metrics of every step. Parameters have TRL's names, and TRL's
-    /// defaults where nothing else is said.
-    pub struct TrainSft {
-        /// Whether only the answer's tokens count in the loss, and not the prompt's. TRL's default: none, which means `true` for rows
-        /// with a prompt of their own and `false` for whole conversations.
-        #[serde(default = "default_completion_only_loss")]
-        completion_only_loss: bool,
-        /// Which answers of a preference dataset are learnt.
-        #[serde(default)]
-        answers: Answers,
-        /// Whether rows are packed into sequences of up to `max_length` tokens, so that little is padding. Rows in one
-        /// sequence don't see each other, and positions begin again with each. Which rows go together is decided as by TRL's
-        /// `packing_strategy: bfd`; `per_device_train_batch_size` then counts sequences.
-        #[serde(default)]
-        packing: bool,
-        /// Longest sequence that `packing` makes, in tokens; longer rows lose their end. Without `packing` it doesn't count:
-        /// rows are as long as `tokenize` made them.
-        #[serde(default = "default_max_length")]
-        max_length: usize,
-    }
-    learning_rate = 2e-5;
+/// The stage.
+pub type TrainSft = Train<Parameters>;
+
+/// Trains on answers by their likelihood, with the numbers of TRL's `SFTTrainer`.
+///
+/// With `adapter` it trains the adapter on the frozen model and makes an adapter; without, it trains every weight and
+/// makes a model. Beside it lie `metrics.jsonl` and transformers' `trainer_state.json` with the metrics of every step. Parameters
+/// have TRL's names, and TRL's defaults unless something else is said.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(rename = "TrainSft")]
+pub struct Parameters {
+    /// Whether only the answer's tokens count in the loss, and not the prompt's. TRL's default: none, which means `true` for rows
+    /// with a prompt of their own and `false` for whole conversations.
+    #[serde(default = "completion_only_loss")]
+    completion_only_loss: bool,
+    /// Which answers of a preference dataset are learnt.
+    #[serde(default)]
+    answers: Answers,
+    /// Whether rows are packed into sequences of up to `max_length` tokens, so that there is little padding. Rows in one
+    /// sequence don't see each other, and positions begin again with each. Which rows go together is decided as by TRL's
+    /// `packing_strategy: bfd`; `per_device_train_batch_size` then counts sequences.
+    #[serde(default)]
+    packing: bool,
+    /// The longest sequence that `packing` makes, in tokens; longer rows lose their end. It has no effect without `packing`:
+    /// rows are as long as `tokenize` made them.
+    #[serde(default = "max_length")]
+    max_length: usize,
+    /// The highest learning rate.
+    #[serde(default = "learning_rate")]
+    learning_rate: f64,
 }
 
-/// Which answers are learnt.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Answers {
-    /// The chosen ones.
-    #[default]
-    Chosen,
-    /// The rejected ones.
-    Rejected,
-    /// Both, each as a row of its own.
-    Both,
-}
-
-fn default_completion_only_loss() -> bool {
+fn completion_only_loss() -> bool {
     true
 }
 
-fn default_max_length() -> usize {
+fn max_length() -> usize {
     1024
 }
 
-impl Stage for TrainSft {
+fn learning_rate() -> f64 {
+    2e-5
+}
+
+impl Method for Parameters {
     const KIND: &'static str = "train_sft";
     const VERSION: u32 = 7;
-    const EXCLUSIVE: bool = true;
-    const GROWS: &'static [&'static str] = common::GROWS;
     type Output = Model;
 
-    fn output(&self) -> &'static str {
-        if self.adapter.is_some() {
-            Adapter::NAME
-        } else {
-            Model::NAME
-        }
+    fn learning_rate(&self) -> f64 {
+        self.learning_rate
     }
 
-    fn check(&self) -> Vec<Problem> {
-        let mut rules = self.common_rules();
+    fn dropout(&self) -> bool {
+        true
+    }
+
+    fn check(&self, _: &TrainingArguments, rules: &mut Rules) {
         rules.rule(
             self.max_length >= 2,
             "max_length",
             "expected at least 2 tokens",
         );
-        rules.0
     }
 
-    fn run(&self, cx: &Context) -> anyhow::Result<()> {
-        let job = Job {
-            model: cx.input(&self.model)?,
-            adapter: self.adapter.as_ref().map(|a| cx.input(a)).transpose()?,
-            dataset: cx.input(&self.dataset)?,
-            train_split: &self.train_split,
-            eval_split: &self.eval_split,
-            compute: compute_dtype(self.bf16, self.fp16),
-            cache_frozen_layers: *self.cache_frozen_layers,
-            packing: Packing {
-                padding_free: self.padding_free,
-                ..Packing::default()
-            },
-        };
+    fn loss(&self) -> Box<dyn Loss> {
+        Box::new(Sft {
+            completion_only: self.completion_only_loss,
+        })
+    }
+
+    fn prepare(
+        &self,
+        cx: &Context,
+        arguments: &TrainingArguments,
+        mut rows: Vec<Row>,
+        purpose: Use,
+    ) -> anyhow::Result<Prepared> {
         let completion_only = self.completion_only_loss;
-        let answers = match self.answers {
-            Answers::Chosen => sft::Answers::Chosen,
-            Answers::Rejected => sft::Answers::Rejected,
-            Answers::Both => sft::Answers::Both,
-        };
-        let mut settings = self.settings(Objective::Sft { completion_only }, true);
-        if answers == sft::Answers::Both {
-            settings.rows_each = 2;
+        let added = Added::read(cx.input(&arguments.dataset)?)?;
+        if purpose == Use::Training {
+            tell(cx, completion_only, &rows, added);
         }
-        let noted = Cell::new(false);
-        let told = Cell::new(false);
-        let added = Added::read(job.dataset)?;
-        common::run(cx, &job, settings, &|mut rows| {
-            if !told.replace(true) {
-                tell(cx, completion_only, &rows, added);
-            }
-            for row in &mut rows {
-                added.take_off(row);
-            }
-            let rows = sft::rows(&rows, answers)?;
-            for (place, row) in rows.iter().enumerate() {
-                anyhow::ensure!(
-                    !row.chosen.is_empty(),
-                    "row {} has no answer to learn",
-                    place / answers.each() + 1
-                );
-            }
-            if !self.packing {
-                return Ok(rows);
-            }
-            let count = rows.len();
-            let pack = sft::pack(rows, self.max_length, completion_only);
+        for row in &mut rows {
+            added.take_off(row);
+        }
+        let rows = sft::rows(&rows, self.answers)?;
+        let rows_each = self.answers.each();
+        for (index, row) in rows.iter().enumerate() {
             anyhow::ensure!(
-                !pack.rows.is_empty(),
-                "no row has a token left to learn within `max_length` {}; hint: raise it",
-                self.max_length
+                !row.chosen.is_empty(),
+                "row {} has no answer to learn",
+                index / rows_each + 1
             );
-            // The rows to train on are prepared first; those to evaluate on are not counted.
-            if !noted.replace(true) {
-                cx.note("rows_packed", count - pack.dropped);
-                if pack.cut > 0 {
-                    cx.note("rows_cut", pack.cut);
-                }
-                if pack.dropped > 0 {
-                    cx.note("rows_dropped", pack.dropped);
-                }
+        }
+        if !self.packing {
+            return Ok(Prepared { rows, rows_each });
+        }
+        let count = rows.len();
+        let pack = sft::pack(rows, self.max_length, completion_only);
+        anyhow::ensure!(
+            !pack.rows.is_empty(),
+            "no row has a token left to learn within `max_length` {}; hint: raise it",
+            self.max_length
+        );
+        if purpose == Use::Training {
+            cx.note("rows_packed", count - pack.dropped);
+            if pack.cut > 0 {
+                cx.note("rows_cut", pack.cut);
             }
-            Ok(pack.rows)
+            if pack.dropped > 0 {
+                cx.note("rows_dropped", pack.dropped);
+            }
+        }
+        Ok(Prepared {
+            rows: pack.rows,
+            rows_each,
         })
     }
 }

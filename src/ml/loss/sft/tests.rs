@@ -7,13 +7,13 @@ use candle_core::DType;
 use super::*;
 use crate::ml::execution::{Execution, Kind};
 use crate::ml::fused::Packing;
-use crate::ml::loss::Objective;
 use crate::ml::model::linear::Pass;
 use crate::ml::model::{Gradients, Trained};
 use crate::ml::testing::golden::{far, model, rows as golden_rows};
 use crate::ml::testing::golden_compare::{Comparison, EXACT, json};
-use crate::ml::testing::golden_runs::settings;
-use crate::ml::train::{Ending, Settings, train};
+use crate::ml::testing::golden_runs::{job, settings};
+use crate::ml::testing::losses;
+use crate::ml::train::{Ending, Job, Settings, train};
 
 fn chosen() -> Vec<Row> {
     rows(&golden_rows("trl-1.16"), Answers::Chosen).unwrap()
@@ -44,21 +44,25 @@ fn run(name: &str, completion_only: bool, packing: Option<usize>) {
         }
     };
     let settings = Settings {
-        objective: Objective::Sft { completion_only },
         epochs: 1.,
         batch_size: if packing.is_some() { 1 } else { 2 },
         ..settings()
     };
     for kind in [Kind::Reference, Kind::Fused(Packing::default())] {
         let model = model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
-        train_and_compare(name, &Execution::new(&model, kind), &rows, &settings);
+        let execution = Execution::new(&model, kind);
+        let job = Job {
+            loss: &Sft { completion_only },
+            ..job(&execution, &rows)
+        };
+        train_and_compare(name, &job, &settings);
     }
 }
 
-fn train_and_compare(name: &str, execution: &Execution<'_>, rows: &[Row], settings: &Settings) {
+fn train_and_compare(name: &str, job: &Job<'_>, settings: &Settings) {
     let golden = &json("sft/sft.json")[name];
     let mut logs = Vec::new();
-    let ending = train(execution, rows, &[], settings, None, &mut |step| {
+    let ending = train(job, settings, &mut |step| {
         logs.extend(step.logs.clone());
         ControlFlow::Continue(())
     });
@@ -68,7 +72,7 @@ fn train_and_compare(name: &str, execution: &Execution<'_>, rows: &[Row], settin
         // A count of all tokens so far, which the program keeps elsewhere.
         log.as_object_mut().unwrap().remove("num_tokens").unwrap();
     }
-    let mut comparison = Comparison::new(&format!("sft {name}"), EXACT, execution.kind());
+    let mut comparison = Comparison::new(&format!("sft {name}"), EXACT, job.execution.kind());
     comparison.logs(&logs, &theirs);
     comparison.end();
 }
@@ -133,15 +137,16 @@ fn packed_gradients_are_the_sum_of_those_alone() {
     let model = model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
     let rows = &chosen()[..6];
     for completion_only in [false, true] {
-        let objective = Objective::Sft { completion_only };
+        let objective: &dyn Loss = &Sft { completion_only };
         let total = |rows: &[Row]| {
             let mut gradients = Gradients::none(&model);
             let mut loss = 0.;
             for row in rows {
                 let batch = objective.batch(&[row], 1023).unwrap();
-                let count = objective.weight(&objective.targets(&batch));
+                let count = objective.weight(objective.targets(&batch).len());
                 let add = &mut gradients;
-                let outcome = objective.differentiate(
+                let outcome = losses::differentiate(
+                    objective,
                     &Execution::fastest(&model),
                     &[(&batch, count)],
                     None,

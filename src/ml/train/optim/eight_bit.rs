@@ -2,7 +2,6 @@
 //! (Dettmers, Lewis, Shleifer and Zettlemoyer 2022, "8-bit optimizers via block-wise quantization"; bitsandbytes' tables).
 
 use candle_core::{Device, Result, Tensor};
-use rayon::prelude::*;
 
 use crate::ml::quant::dynamic_map::Table;
 
@@ -17,10 +16,10 @@ pub(crate) struct Moment8 {
     signed: bool,
 }
 
-/// One block of a moment.
-pub(crate) struct Block<'a> {
+/// A stretch of a moment: whole blocks, and at the end of the parameter perhaps a part of one.
+pub(crate) struct Span<'a> {
     codes: &'a mut [u8],
-    absmax: &'a mut f32,
+    absmax: &'a mut [f32],
     table: &'static Table,
 }
 
@@ -44,17 +43,16 @@ impl Moment8 {
         self.codes.len()
     }
 
-    /// The blocks, in parallel.
-    pub(crate) fn blocks(&mut self) -> impl IndexedParallelIterator<Item = Block<'_>> {
+    /// Stretches of `length` values, a multiple of [`BLOCK`]; the last one may be shorter.
+    pub(crate) fn spans(&mut self, length: usize) -> impl Iterator<Item = Span<'_>> {
         let table = Table::of(self.signed);
-        let codes = self.codes.par_chunks_mut(BLOCK);
-        codes
-            .zip(&mut self.absmax)
-            .map(move |(codes, absmax)| Block {
-                codes,
-                absmax,
-                table,
-            })
+        let codes = self.codes.chunks_mut(length);
+        let spans = codes.zip(self.absmax.chunks_mut(length / BLOCK));
+        spans.map(move |(codes, absmax)| Span {
+            codes,
+            absmax,
+            table,
+        })
     }
 
     /// Codes and magnitudes.
@@ -65,31 +63,39 @@ impl Moment8 {
         ))
     }
 
-    /// Takes back what [`Moment8::tensors`] gave.
-    pub(crate) fn restore(&mut self, codes: &Tensor, absmax: &Tensor) -> Result<()> {
-        self.codes = codes.to_vec1()?;
-        self.absmax = absmax.to_vec1()?;
-        Ok(())
+    /// The moment that [`Moment8::tensors`] gave, of as many values as this one.
+    pub(crate) fn with(&self, codes: &Tensor, absmax: &Tensor) -> Result<Self> {
+        Ok(Self {
+            codes: codes.to_vec1()?,
+            absmax: absmax.to_vec1()?,
+            signed: self.signed,
+        })
     }
 }
 
-impl Block<'_> {
-    /// The values.
-    pub(crate) fn read(&self) -> Vec<f32> {
+/// The part of a slice that belongs to a block.
+fn block_of(number: usize, length: usize) -> std::ops::Range<usize> {
+    number * BLOCK..((number + 1) * BLOCK).min(length)
+}
+
+impl Span<'_> {
+    /// Reads the values of one block into the start of `values`.
+    pub(crate) fn read(&self, block: usize, values: &mut [f32; BLOCK]) {
         let table = &self.table.values;
-        let value = |code: &u8| table.get(usize::from(*code)).copied().unwrap_or(0.);
-        self.codes
-            .iter()
-            .map(|code| value(code) * *self.absmax)
-            .collect()
+        let absmax = self.absmax[block];
+        let codes = &self.codes[block_of(block, self.codes.len())];
+        for (value, code) in values.iter_mut().zip(codes) {
+            *value = table[usize::from(*code)] * absmax;
+        }
     }
 
-    /// Quantises new values with their own largest magnitude.
-    pub(crate) fn write(&mut self, values: &[f32]) {
+    /// Quantises new values of one block by their own largest magnitude.
+    pub(crate) fn write(&mut self, block: usize, values: &[f32]) {
         let absmax = values.iter().fold(0f32, |most, x| most.max(x.abs()));
-        *self.absmax = absmax;
+        self.absmax[block] = absmax;
         let inverse = if absmax > 0. { 1. / absmax } else { 0. };
-        for (code, x) in self.codes.iter_mut().zip(values) {
+        let range = block_of(block, self.codes.len());
+        for (code, x) in self.codes[range].iter_mut().zip(values) {
             *code = self.table.code(x * inverse);
         }
     }
@@ -103,14 +109,16 @@ mod tests {
     fn codes_are_the_nearest() {
         let mut moment = Moment8::zero(300, true);
         let values: Vec<f32> = (0..300).map(|i| (i as f32 * 0.37).sin()).collect();
-        let mut blocks: Vec<Block<'_>> = moment.blocks().collect();
-        assert_eq!(blocks.len(), 2);
-        blocks[1].write(&values[256..]);
-        let read = blocks[1].read();
-        assert_eq!(read.len(), 44);
+        let mut spans: Vec<Span<'_>> = moment.spans(256).collect();
+        assert_eq!(spans.len(), 2);
+        spans[1].write(0, &values[256..]);
+        let mut read = [9.; BLOCK];
+        spans[1].read(0, &mut read);
         for (a, b) in read.iter().zip(&values[256..]) {
             assert!((a - b).abs() < 0.02);
         }
-        assert!(blocks[0].read().iter().all(|x| *x == 0.));
+        assert!(read[44..].iter().all(|x| x.to_bits() == 9f32.to_bits()));
+        spans[0].read(0, &mut read);
+        assert!(read.iter().all(|x| *x == 0.));
     }
 }

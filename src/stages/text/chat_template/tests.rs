@@ -7,7 +7,7 @@ use crate::engine::{Level, Stage};
 use crate::ml::testing::golden;
 use crate::stages::evaluate::stop_ids;
 use crate::stages::model::merge::Merge;
-use crate::stages::train::common::tests::write_tokens;
+use crate::stages::train::tests::write_tokens;
 use crate::stages::train::train_sft::TrainSft;
 use crate::text::chat::message;
 use crate::text::template::{ChatTemplate, LLAMA3, LONGEST};

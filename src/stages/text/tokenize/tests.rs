@@ -147,7 +147,7 @@ fn preferences_without_what_was_added_are_the_ids_of_sft() {
             chosen: row.chosen_ids,
             rejected: row.rejected_ids,
             rejected_prompt: row.rejected_prompt_ids,
-            packed: Vec::new(),
+            ..crate::ml::model::batch::Row::default()
         };
         added.take_off(&mut row);
         assert_eq!(

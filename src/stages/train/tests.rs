@@ -11,7 +11,6 @@ use crate::data::tokens::{TokenRow, batch, schema};
 use crate::engine::{AnyStage, Context, Event, Stage};
 use crate::ml::adapter::Adapter;
 use crate::ml::testing::golden;
-use crate::ml::train::optim;
 use crate::stages::evaluate::Evaluate;
 use crate::stages::train::train_orpo::TrainOrpo;
 use crate::stages::train::train_sft::TrainSft;
@@ -371,24 +370,6 @@ fn a_damaged_end_is_not_started_from() {
     }
     let text = with(&|end| change(&end.join("end.json")));
     assert_eq!(text, "starts at the beginning, 4 steps to go");
-}
-
-#[test]
-fn optimisers_have_the_names_of_transformers() {
-    for (name, kind) in [
-        ("adamw_torch", optim::Kind::AdamW),
-        ("adamw_torch_fused", optim::Kind::AdamW),
-        ("paged_adamw_32bit", optim::Kind::AdamW),
-        ("adamw_8bit", optim::Kind::AdamW8bit),
-        ("adamw_bnb_8bit", optim::Kind::AdamW8bit),
-        ("paged_adamw_8bit", optim::Kind::AdamW8bit),
-        ("sgd", optim::Kind::Sgd),
-    ] {
-        let optim: super::Optim = serde_yaml::from_str(name).unwrap();
-        assert_eq!(optim.kind(), kind);
-    }
-    let unknown: Result<super::Optim, _> = serde_yaml::from_str("adafactor");
-    assert!(unknown.unwrap_err().to_string().contains("adamw_torch"));
 }
 
 #[test]

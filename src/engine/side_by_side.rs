@@ -1,0 +1,130 @@
+//! Two structs of parameters whose fields stand side by side in one map.
+//!
+//! serde's `flatten` could do that too, but it loses the place of a mistake and can't refuse unknown fields.
+
+use serde::de::{DeserializeOwned, Deserializer, Visitor};
+use serde_yaml::{Mapping, Value};
+
+use super::reading::{Fault, ParseError, read_parameters};
+
+/// Reads an `A` out of the fields that it has, and a `B` out of all others.
+///
+/// # Errors
+/// As [`read_parameters`], with the same paths as if both were one struct.
+pub fn read_side_by_side<A: DeserializeOwned, B: DeserializeOwned>(
+    value: Value,
+) -> Result<(A, B), ParseError> {
+    let Value::Mapping(entries) = value else {
+        // Says what is wrong with it.
+        return Ok((read_parameters(value.clone())?, read_parameters(value)?));
+    };
+    let fields = fields::<A>();
+    let is_first = |key: &Value| key.as_str().is_some_and(|key| fields.contains(&key));
+    let (first, second): (Mapping, Mapping) =
+        entries.into_iter().partition(|(key, _)| is_first(key));
+    Ok((
+        read_parameters(Value::Mapping(first))?,
+        read_parameters(Value::Mapping(second))?,
+    ))
+}
+
+/// The names of the fields that a struct is read from.
+fn fields<T: DeserializeOwned>() -> &'static [&'static str] {
+    let mut found: &'static [&'static str] = &[];
+    // It never succeeds.
+    let _ = T::deserialize(FieldNames(&mut found));
+    found
+}
+
+/// Takes the names that a struct asks for, and gives nothing.
+struct FieldNames<'a>(&'a mut &'static [&'static str]);
+
+impl<'de> Deserializer<'de> for FieldNames<'_> {
+    type Error = Fault;
+
+    fn deserialize_any<V: Visitor<'de>>(self, _: V) -> Result<V::Value, Fault> {
+        Err(Fault::Other("only names are wanted".into()))
+    }
+
+    fn deserialize_struct<V: Visitor<'de>>(
+        self,
+        _: &'static str,
+        fields: &'static [&'static str],
+        visitor: V,
+    ) -> Result<V::Value, Fault> {
+        *self.0 = fields;
+        self.deserialize_any(visitor)
+    }
+
+    serde::forward_to_deserialize_any! {
+        bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf option unit unit_struct
+        newtype_struct seq tuple tuple_struct map enum identifier ignored_any
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde::Deserialize;
+
+    use super::*;
+    use crate::engine::FoundValue;
+
+    #[derive(Debug, PartialEq, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Own {
+        beta: f64,
+        #[serde(default)]
+        words: Vec<String>,
+    }
+
+    #[derive(Debug, PartialEq, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Shared {
+        model: String,
+        #[serde(default)]
+        seed: u64,
+    }
+
+    fn read(text: &str) -> Result<(Own, Shared), ParseError> {
+        read_side_by_side(serde_yaml::from_str(text).unwrap())
+    }
+
+    #[track_caller]
+    fn wrong(text: &str, path: &str, fault: &Fault) {
+        let error = read(text).unwrap_err();
+        assert_eq!((error.path.as_str(), &error.fault), (path, fault));
+    }
+
+    #[test]
+    fn both_are_read_from_one_map() {
+        let (own, shared) = read("{model: base, beta: 1, seed: 7, words: [a]}").unwrap();
+        let words = vec!["a".to_owned()];
+        assert_eq!(own, Own { beta: 1., words });
+        let model = "base".to_owned();
+        assert_eq!(shared, Shared { model, seed: 7 });
+    }
+
+    #[test]
+    fn mistakes_have_the_place_that_they_have_in_one_struct() {
+        let unfit = |found: &str, expected: &str| Fault::Unfit {
+            found: FoundValue::Scalar(found.to_owned()),
+            expected: expected.to_owned(),
+        };
+        wrong("{model: a, beta: 1, seed: -1}", "seed", &unfit("-1", "u64"));
+        wrong("{model: a, beta: true}", "beta", &unfit("true", "f64"));
+        let element = unfit("1", "a string");
+        wrong("{model: a, beta: 1, words: [a, 1]}", "words[1]", &element);
+        wrong("{model: a}", ".", &Fault::Missing("beta"));
+        wrong("{beta: 1}", ".", &Fault::Missing("model"));
+        let unknown = Fault::Unknown {
+            field: "gamma".to_owned(),
+            known: &["model", "seed"],
+        };
+        wrong("{model: a, beta: 1, gamma: 2}", "gamma", &unknown);
+        let list = Fault::Unfit {
+            found: FoundValue::List,
+            expected: "struct Own".to_owned(),
+        };
+        wrong("[a]", ".", &list);
+    }
+}

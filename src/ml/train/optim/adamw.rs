@@ -1,0 +1,75 @@
+//! AdamW (Loshchilov and Hutter 2019, "Decoupled weight decay regularization", algorithm 2), in the order of operations of torch's
+//! `AdamW` and of bitsandbytes' on the CPU: weight decay, moments, step.
+
+use super::{Rule, Slot, Step, Update};
+
+/// The constants of AdamW.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct AdamW {
+    /// Decay rate of the first moment, in [0, 1).
+    pub(super) beta1: f64,
+    /// Decay rate of the second moment, in [0, 1).
+    pub(super) beta2: f64,
+    /// Added to the square root of the second moment, so that the division stays finite.
+    pub(super) epsilon: f64,
+}
+
+/// The scalars of one step.
+#[derive(Clone, Copy)]
+struct Scalars {
+    beta1: f32,
+    beta2: f32,
+    /// What weight decay leaves of a parameter.
+    keep: f32,
+    /// The learning rate over the bias correction of the first moment.
+    step_size: f32,
+    /// The square root of the bias correction of the second moment.
+    root: f32,
+    epsilon: f32,
+}
+
+impl Scalars {
+    fn apply(self, p: &mut f32, g: f32, m: &mut f32, v: &mut f32) {
+        *p *= self.keep;
+        *m += (g - *m) * (1. - self.beta1);
+        *v = *v * self.beta2 + g * g * (1. - self.beta2);
+        *p -= self.step_size * *m / (v.sqrt() / self.root + self.epsilon);
+    }
+}
+
+impl Rule for AdamW {
+    fn slots(&self) -> &'static [Slot] {
+        &[
+            Slot {
+                name: "m",
+                signed: true,
+            },
+            Slot {
+                name: "v",
+                signed: false,
+            },
+        ]
+    }
+
+    fn update(&self, step: Step) -> Update {
+        let number = step.number as f64;
+        let correction1 = 1. - self.beta1.powf(number);
+        let correction2 = 1. - self.beta2.powf(number);
+        let scalars = Scalars {
+            beta1: self.beta1 as f32,
+            beta2: self.beta2 as f32,
+            keep: (1. - step.learning_rate * step.weight_decay) as f32,
+            step_size: (step.learning_rate / correction1) as f32,
+            root: correction2.sqrt() as f32,
+            epsilon: self.epsilon as f32,
+        };
+        Box::new(move |p, g, slots| {
+            let [m, v] = slots else {
+                unreachable!("AdamW has two slots, not {}", slots.len())
+            };
+            for (((p, g), m), v) in p.iter_mut().zip(g).zip(m.iter_mut()).zip(v.iter_mut()) {
+                scalars.apply(p, *g, m, v);
+            }
+        })
+    }
+}

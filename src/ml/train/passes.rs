@@ -1,0 +1,279 @@
+//! Passes of micro-batches through the trained model and, for a loss that needs one, through a reference model.
+
+use anyhow::{Context as _, ensure};
+
+use crate::ml::backend::ForwardPass;
+use crate::ml::execution::Execution;
+use crate::ml::loss::{Loss, Outcome, Scored};
+use crate::ml::model::Gradients;
+use crate::ml::model::batch::{Batch, ReferenceLogps, Row, Target};
+use crate::ml::model::head::TokenStats;
+use crate::ml::model::linear::{Drops, Pass};
+use crate::ml::threads::in_pool;
+
+/// Where the log-probabilities by the reference model come from.
+#[derive(Debug, Clone, Copy)]
+pub enum ReferenceModel<'a> {
+    /// There is none.
+    None,
+    /// The weights of the trained model, without the adapter.
+    Base,
+    /// Another model, with its adapter if it has one. It is not trained.
+    Frozen(&'a Execution<'a>),
+    /// They were given with the rows ([`crate::ml::model::batch::Row::reference_logps`]).
+    Rows,
+}
+
+/// What passes go through.
+#[derive(Clone, Copy)]
+pub struct Passes<'a> {
+    /// The model.
+    pub execution: &'a Execution<'a>,
+    /// The loss.
+    pub loss: &'a dyn Loss,
+    /// The reference model.
+    pub reference: ReferenceModel<'a>,
+}
+
+/// The scores of a micro-batch's targets.
+#[derive(Debug, Clone)]
+pub(super) struct TargetScores {
+    pub(super) logps: Vec<f64>,
+    pub(super) reference: Option<Vec<f64>>,
+    pub(super) token_stats: Option<Vec<TokenStats>>,
+}
+
+/// A micro-batch of a pass.
+struct Part<'a> {
+    batch: &'a Batch,
+    targets: Vec<Target>,
+    /// Its first sequence among those of the pass.
+    first: usize,
+}
+
+/// The targets of several micro-batches, whose rows count the sequences of all of them.
+struct Targets<'a> {
+    parts: Vec<Part<'a>>,
+    all: Vec<Target>,
+}
+
+impl<'a> Targets<'a> {
+    fn new(loss: &dyn Loss, batches: &[&'a Batch]) -> anyhow::Result<Self> {
+        let (mut parts, mut all) = (Vec::new(), Vec::new());
+        let mut first = 0;
+        for &batch in batches {
+            let targets = loss.targets(batch);
+            ensure!(!targets.is_empty(), "the batch has no token to learn");
+            all.extend(targets.iter().map(|target| Target {
+                row: first + target.row,
+                ..*target
+            }));
+            parts.push(Part {
+                batch,
+                targets,
+                first,
+            });
+            first += batch.sequences.len();
+        }
+        Ok(Self { parts, all })
+    }
+}
+
+impl Passes<'_> {
+    /// The loss of a micro-batch without a gradient.
+    ///
+    /// # Errors
+    /// The loss is undefined, or the pass fails.
+    pub(in crate::ml) fn evaluate(&self, batch: &Batch) -> anyhow::Result<Outcome> {
+        in_pool(|| {
+            let targets = Targets::new(self.loss, &[batch])?;
+            let reference = self.reference_logps(&targets)?;
+            let mut forward = self.execution.forward(&[batch], Pass::INFER, false)?;
+            let outcomes = self.outcomes(&mut *forward, &targets, reference.as_deref())?;
+            outcomes.into_iter().next().context("no outcome")
+        })
+    }
+
+    /// The losses of some micro-batches, no more than [`Execution::pass_size`] says; of each the gradient times its scale is
+    /// added to `gradients`, unless a loss is not finite.
+    ///
+    /// # Errors
+    /// A loss is undefined, or the pass fails.
+    pub(in crate::ml) fn differentiate(
+        &self,
+        batches: &[(&Batch, f64)],
+        dropout: Option<Drops>,
+        checkpointing: bool,
+        gradients: &mut Gradients,
+    ) -> anyhow::Result<Vec<Outcome>> {
+        let pass = Pass::learn(dropout);
+        in_pool(|| {
+            let (batches, scales): (Vec<&Batch>, Vec<f64>) = batches.iter().copied().unzip();
+            let targets = Targets::new(self.loss, &batches)?;
+            // Before the other pass, so that its buffers are free again.
+            let reference = self.reference_logps(&targets)?;
+            let mut forward = self.execution.forward(&batches, pass, checkpointing)?;
+            let outcomes = self.outcomes(&mut *forward, &targets, reference.as_deref())?;
+            if outcomes.iter().all(|outcome| outcome.loss.is_finite()) {
+                let scaled = outcomes.iter().zip(scales).flat_map(|(outcome, scale)| {
+                    let gradient = outcome.gradient.iter();
+                    gradient.map(move |g| (f64::from(*g) * scale) as f32)
+                });
+                forward.backward(&scaled.collect::<Vec<f32>>(), gradients)?;
+            }
+            Ok(outcomes)
+        })
+    }
+
+    /// Gives rows the log-probabilities of their answers by the reference model, so that [`ReferenceModel::Rows`] will do. `report` is
+    /// called with the number of rows done, and may stop with an error.
+    ///
+    /// # Errors
+    /// A row is no pair, or the pass fails.
+    pub fn precompute_reference(
+        &self,
+        rows: &mut [Row],
+        batch_size: usize,
+        pad: u32,
+        report: &mut dyn FnMut(usize) -> anyhow::Result<()>,
+    ) -> anyhow::Result<()> {
+        let mut done = 0;
+        for rows in rows.chunks_mut(batch_size.max(1)) {
+            let pairs: Vec<&Row> = rows.iter().collect();
+            let batch = Batch::pairs(&pairs, pad)?;
+            let answers = (0..batch.sequences.len()).flat_map(|row| batch.targets(row, true));
+            let answers: Vec<Target> = answers.collect();
+            let targets = Targets {
+                parts: vec![Part {
+                    batch: &batch,
+                    targets: answers.clone(),
+                    first: 0,
+                }],
+                all: answers,
+            };
+            let logps = in_pool(|| self.reference_logps(&targets))?;
+            let logps = logps.context("the loss needs no reference model")?;
+            let count = rows.len();
+            for row in rows.iter_mut() {
+                row.reference_logps = Some(ReferenceLogps::default());
+            }
+            for (target, logp) in targets.all.iter().zip(logps) {
+                let known = rows[target.row % count].reference_logps.as_mut();
+                let known = known.context("a row has no place for them")?;
+                if target.row < count {
+                    known.chosen.push(logp as f32);
+                } else {
+                    known.rejected.push(logp as f32);
+                }
+            }
+            done += count;
+            report(done)?;
+        }
+        Ok(())
+    }
+
+    /// The scores of some targets of a batch, with the adapter or without as `pass` says.
+    pub(super) fn score(
+        &self,
+        batch: &Batch,
+        targets: &[Target],
+        pass: Pass,
+    ) -> anyhow::Result<TargetScores> {
+        in_pool(|| {
+            let all = Targets::new(self.loss, &[batch])?;
+            let reference = self.reference_logps(&all)?;
+            let needs = self.loss.needs();
+            let mut forward = self.execution.forward(&[batch], pass, false)?;
+            let scores = forward.score(targets, needs.token_stats)?;
+            Ok(TargetScores {
+                logps: wide(&scores.logps),
+                reference,
+                token_stats: scores.token_stats,
+            })
+        })
+    }
+
+    /// The log-probabilities of all targets by the reference model, if the loss needs them.
+    fn reference_logps(&self, targets: &Targets<'_>) -> anyhow::Result<Option<Vec<f64>>> {
+        if !self.loss.needs().reference {
+            return Ok(None);
+        }
+        let (execution, pass) = match self.reference {
+            ReferenceModel::Base => (self.execution, Pass::BASE),
+            ReferenceModel::Frozen(execution) => (execution, Pass::INFER),
+            ReferenceModel::Rows => {
+                let parts = targets.parts.iter();
+                let known = parts.map(|part| part.batch.reference_logps(&part.targets));
+                let known: Option<Vec<Vec<f64>>> = known.collect();
+                let known = known.context("rows lack log-probabilities by the reference model")?;
+                return Ok(Some(known.concat()));
+            }
+            ReferenceModel::None => anyhow::bail!("the loss needs a reference model"),
+        };
+        let mut all = Vec::with_capacity(targets.all.len());
+        let mut rest = &targets.parts[..];
+        while !rest.is_empty() {
+            let batches: Vec<&Batch> = rest.iter().map(|part| part.batch).collect();
+            let size = execution.pass_size(&batches, pass, false).micro_batches;
+            let (now, later) = rest.split_at(size.clamp(1, rest.len()));
+            let first = now.first().map_or(0, |part| part.first);
+            let own = now.iter().flat_map(|part| {
+                part.targets.iter().map(|target| Target {
+                    row: part.first - first + target.row,
+                    ..*target
+                })
+            });
+            let own: Vec<Target> = own.collect();
+            let mut forward = execution.forward(&batches[..now.len()], pass, false)?;
+            all.extend(wide(&forward.score(&own, false)?.logps));
+            rest = later;
+        }
+        Ok(Some(all))
+    }
+
+    /// The outcome of each of the micro-batches that went through the model.
+    fn outcomes(
+        &self,
+        forward: &mut dyn ForwardPass,
+        targets: &Targets<'_>,
+        reference: Option<&[f64]>,
+    ) -> anyhow::Result<Vec<Outcome>> {
+        let needs = self.loss.needs();
+        let scores = forward.score(&targets.all, needs.token_stats)?;
+        let logps = wide(&scores.logps);
+        let logits = if needs.target_logits {
+            Some(forward.target_mean_logits(&targets.all)?)
+        } else {
+            None
+        };
+        let mut start = 0;
+        let mut outcomes = Vec::with_capacity(targets.parts.len());
+        for part in &targets.parts {
+            let span = start..start + part.targets.len();
+            start = span.end;
+            let sequence_logits = if needs.sequence_logits {
+                let half = part.batch.sequences.len() / 2;
+                Some([
+                    forward.mean_logit(part.first, half)?,
+                    forward.mean_logit(part.first + half, half)?,
+                ])
+            } else {
+                None
+            };
+            outcomes.push(self.loss.loss(&Scored {
+                batch: part.batch,
+                targets: &part.targets,
+                logps: &logps[span.clone()],
+                reference_logps: reference.map(|all| &all[span.clone()]),
+                token_stats: scores.token_stats.as_ref().map(|all| &all[span.clone()]),
+                target_logits: logits.as_ref().map(|all| &all[span.clone()]),
+                sequence_logits,
+            })?);
+        }
+        Ok(outcomes)
+    }
+}
+
+fn wide(logps: &[f32]) -> Vec<f64> {
+    logps.iter().map(|&logp| f64::from(logp)).collect()
+}

@@ -1,0 +1,85 @@
+//! What stages that run a model read before: rows of token ids, the id of the padding, and which backend runs it.
+
+use std::path::Path;
+
+use anyhow::ensure;
+
+use super::text::tokenizers;
+use crate::data::table::splits;
+use crate::data::tokens::{self, TokenRow};
+use crate::engine::Context;
+use crate::ml::execution::Execution;
+use crate::ml::model::batch::Row;
+use crate::ml::model::config::LlamaConfig;
+use crate::text::tokenizer::special_tokens;
+
+/// The rows of a split, as `ml` knows them.
+pub(in crate::stages) fn rows(
+    dataset: &Path,
+    split: &str,
+    vocabulary: usize,
+) -> anyhow::Result<Vec<Row>> {
+    let read = tokens::read(dataset, split)?;
+    let mut rows = Vec::with_capacity(read.len());
+    for (number, row) in read.into_iter().enumerate() {
+        let TokenRow {
+            prompt_ids,
+            chosen_ids,
+            rejected_ids,
+            rejected_prompt_ids,
+        } = row;
+        let all = [
+            Some(&prompt_ids),
+            Some(&chosen_ids),
+            rejected_ids.as_ref(),
+            rejected_prompt_ids.as_ref(),
+        ];
+        let largest = all.into_iter().flatten().flatten().max();
+        ensure!(
+            largest.is_none_or(|id| (*id as usize) < vocabulary),
+            "row {} of the split `{split}` has the token id {}, but the model knows only {vocabulary} ids; was it tokenized for another model?",
+            number + 1,
+            largest.copied().unwrap_or_default(),
+        );
+        rows.push(Row {
+            prompt: prompt_ids,
+            chosen: chosen_ids,
+            rejected: rejected_ids,
+            rejected_prompt: rejected_prompt_ids,
+            ..Row::default()
+        });
+    }
+    ensure!(!rows.is_empty(), "the split `{split}` has no rows");
+    Ok(rows)
+}
+
+/// Whether a dataset has a split.
+pub(in crate::stages) fn has_split(dataset: &Path, split: &str) -> anyhow::Result<bool> {
+    Ok(splits(dataset)?.contains_key(split))
+}
+
+/// The id that fills batches up: the tokenizer's pad token, or what the model's config names.
+pub(in crate::stages) fn pad_id(model: &Path, config: &LlamaConfig) -> u32 {
+    let named = || {
+        let special = special_tokens(model).ok()?;
+        let pad = special.get("pad_token")?;
+        Some(tokenizers::load(model).ok()?.token(pad).ok()?.id)
+    };
+    let eos = config.eos_token_ids.first().copied();
+    let pad = named().or(config.pad_token_id).or(eos).unwrap_or(0);
+    if (pad as usize) < config.vocab_size {
+        pad
+    } else {
+        0
+    }
+}
+
+/// Puts into the record why a model is not run the fast way, if it is not.
+pub(in crate::stages) fn note_fallback(cx: &Context, execution: &Execution<'_>) {
+    if let Some(why) = execution.fallback() {
+        cx.note("reference_path", why);
+        cx.info(format!(
+            "runs on the slower reference path, for the fast one lacks something: {why}"
+        ));
+    }
+}

@@ -1,0 +1,288 @@
+//! From the folders of the inputs to a trained artifact.
+
+use std::fs;
+use std::ops::ControlFlow;
+
+use anyhow::{Context as _, anyhow, ensure};
+use candle_core::Device;
+
+use super::arguments::TrainingArguments;
+use super::method::{Method, Use};
+use super::reference::Loaded;
+use crate::engine::Context;
+use crate::ml::adapter::{Adapter, FILE};
+use crate::ml::execution::{Execution, Kind};
+use crate::ml::fused::Packing;
+use crate::ml::io::folder::{METRICS, TRAINER_STATE};
+use crate::ml::model::batch::Row;
+use crate::ml::model::{Llama, Trained, tied};
+use crate::ml::train::save::{save_adapter, save_model};
+use crate::ml::train::{
+    Ending, Job, Origin, Passes, ReferenceModel, Start, Step, compute_dtype, continue_from, train,
+    trainer_state,
+};
+use crate::stages::model_input::{note_fallback, pad_id, rows};
+use crate::stages::text::chat_template;
+
+/// Rows to train or to evaluate on.
+#[derive(Debug)]
+pub struct Prepared {
+    /// The rows.
+    pub rows: Vec<Row>,
+    /// How many of them were made of each row of the split.
+    pub rows_each: usize,
+}
+
+/// Says where the training starts, and puts it into the record.
+fn tell_start(cx: &Context, start: &Start, done: u64, total: u64) {
+    if let Start::After(step) = start
+        && done >= *step
+    {
+        cx.note("continued_after_step", step);
+    }
+    cx.info(match (start, done) {
+        (Start::After(step), done) if done == *step => format!(
+            "goes on after step {done} of {total}, where an earlier training ended that differs in nothing but its length; \
+             its steps are the same"
+        ),
+        (_, done) if done > 0 => format!("goes on after step {done} of {total}, from a checkpoint"),
+        (Start::Beginning(step, why), _) => {
+            cx.note("not_continued", why);
+            format!(
+                "starts at the beginning, {total} steps to go; the earlier training of {step} steps can't be gone on from: {why}"
+            )
+        }
+        _ => format!("starts at the beginning, {total} steps to go"),
+    });
+}
+
+/// Keeps what the frozen layers below the adapter give, and tells what that takes.
+fn cache_frozen_layers(
+    cx: &Context,
+    execution: &Execution<'_>,
+    rows: &[&[Row]],
+) -> anyhow::Result<()> {
+    let Some(frozen) = execution.keep_frozen_states(cx.scratch()?)? else {
+        cx.warn(
+            "`cache_frozen_layers` does nothing here: the lowest layer is trained, or something in the model or adapter is not computed \
+             the fast way; hint: `layers_to_transform` of `attach_lora` puts an adapter on upper layers alone",
+        );
+        return Ok(());
+    };
+    let rows = rows.iter().flat_map(|rows| rows.iter());
+    let tokens = rows.map(|row| {
+        let rejected = row.rejected().map_or(0, |sequence| sequence.ids.len());
+        row.chosen().ids.len() + rejected
+    });
+    let bytes = tokens.sum::<usize>() * execution.model().config.hidden_size * size_of::<f32>();
+    cx.note("cached_frozen_layers", frozen);
+    cx.info(format!(
+        "keeps what the lowest {frozen} layers give of each sequence for its next epoch: up to {} MB on disk",
+        bytes.div_ceil(1_000_000)
+    ));
+    Ok(())
+}
+
+/// Computes the log-probabilities of all rows by the reference model, once.
+fn precompute_reference(
+    cx: &Context,
+    passes: &Passes<'_>,
+    splits: [&mut [Row]; 2],
+    batch_size: usize,
+    pad: u32,
+) -> anyhow::Result<()> {
+    let total = splits.iter().map(|rows| rows.len()).sum::<usize>() as u64;
+    let mut before = 0;
+    for rows in splits {
+        passes.precompute_reference(rows, batch_size, pad, &mut |done| {
+            let done = (before + done) as u64;
+            cx.progress(done, Some(total), "rows by the reference model");
+            cx.check_cancelled()
+        })?;
+        before += rows.len();
+    }
+    Ok(())
+}
+
+/// Trains by a method, and fills the stage's output folder.
+pub(super) fn run<M: Method>(
+    cx: &Context,
+    method: &M,
+    arguments: &TrainingArguments,
+) -> anyhow::Result<()> {
+    let folder = cx.input(&arguments.model)?;
+    let dataset = cx.input(&arguments.dataset)?;
+    let adapter_folder = arguments.adapter.as_ref().map(|a| cx.input(a));
+    let adapter_folder = adapter_folder.transpose()?;
+    let compute = compute_dtype(arguments.bf16, arguments.fp16);
+    let settings = arguments.settings(method.learning_rate(), method.dropout());
+    let (config, weights) = tied::open(folder)?;
+    let pad = pad_id(folder, &config);
+    ensure!(
+        config.attention_dropout <= 0.,
+        "the model's `config.json` has `attention_dropout` {}, which drops attention weights in trainings by transformers and is not \
+         computed here; hint: set it to 0 there if it is not meant",
+        config.attention_dropout
+    );
+    let adapter = adapter_folder.map(Adapter::load).transpose()?;
+    // Rows that can't be trained on are told before the weights are read.
+    let read = |split: &str, purpose| {
+        let rows = rows(dataset, split, config.vocab_size)?;
+        method.prepare(cx, arguments, rows, purpose)
+    };
+    let mut train_rows = read(&arguments.train_split, Use::Training)?;
+    let mut eval_rows = match settings.eval_every {
+        Some(_) => read(&arguments.eval_split, Use::Evaluation)?.rows,
+        None => Vec::new(),
+    };
+    let origin = Origin {
+        split: arguments.train_split.clone(),
+        rows_each: train_rows.rows_each,
+        weights: std::iter::once(("model", folder.to_path_buf()))
+            .chain(adapter_folder.map(|folder| ("adapter", folder.join(FILE))))
+            .collect(),
+    };
+    let train_rows = &mut train_rows.rows;
+    let trained = match adapter {
+        Some(_) => Trained::Adapter,
+        None => Trained::Everything,
+    };
+    let device = Device::Cpu;
+    let model = Llama::load(
+        &config,
+        &weights,
+        adapter.as_ref(),
+        trained,
+        compute,
+        &device,
+    )?;
+    drop(weights);
+    let packing = Packing {
+        padding_free: arguments.padding_free,
+        share_prompts: method.share_prompts(),
+    };
+    let execution = Execution::new(&model, Kind::Fused(packing));
+    note_fallback(cx, &execution);
+    if *arguments.cache_frozen_layers {
+        cache_frozen_layers(cx, &execution, &[train_rows, &eval_rows])?;
+    }
+    let loss = method.loss();
+    let reference = method.reference(cx)?;
+    let mut loaded = Loaded::new(cx, &reference, folder, adapter.as_ref(), compute)?;
+    if method.precomputes_reference() {
+        let own = loaded.execution(Kind::Fused(packing));
+        let passes = Passes {
+            execution: &execution,
+            loss: &*loss,
+            reference: loaded.model(own.as_ref()),
+        };
+        let size = arguments.eval_batch_size();
+        precompute_reference(cx, &passes, [train_rows, &mut eval_rows], size, pad)?;
+        drop(own);
+        loaded = Loaded::None;
+    }
+    let own = loaded.execution(Kind::Fused(packing));
+    let reference = if method.precomputes_reference() {
+        ReferenceModel::Rows
+    } else {
+        loaded.model(own.as_ref())
+    };
+    cx.note("rows", train_rows.len());
+    let count = model.parameters.iter().map(|p| p.var.elem_count());
+    cx.note("trained_parameters", count.sum::<usize>());
+    let total = settings.total_steps(train_rows.len());
+    cx.note("steps", total);
+
+    let (scratch, continuation) = (cx.scratch()?, cx.end()?);
+    let start = continue_from(scratch, &cx.ends()?, &settings, train_rows.len())?;
+    let job = Job {
+        execution: &execution,
+        loss: &*loss,
+        reference,
+        rows: train_rows,
+        eval_rows: &eval_rows,
+        pad,
+        origin: &origin,
+        scratch: Some(scratch),
+        continuation: Some(&continuation),
+    };
+    let mut told = Told::default();
+    let ending = train(&job, &settings, &mut |step| told.step(cx, &start, step))?;
+    cx.note("tokens", told.tokens);
+    cx.note("computed_tokens", told.computed);
+    let Ending::Finished {
+        history,
+        step,
+        skipped,
+        best,
+    } = &ending
+    else {
+        cx.check_cancelled()?;
+        return Err(anyhow!("interrupted"));
+    };
+    cx.note("skipped_nan_steps", skipped);
+    if let Some(watch) = &settings.watch {
+        cx.note("finished_steps", step);
+        cx.note("best_step", best.step);
+        cx.note("best_metric", best.metric);
+        if *step < total {
+            cx.info(format!(
+                "stopped early after step {step} of {total}: `{}` has not become better for {} evaluations",
+                watch.metric, best.worse
+            ));
+        }
+    }
+    if let Some(adapter) = adapter {
+        save_adapter(&model, adapter, cx.out())?;
+        chat_template::carry(dataset, cx.out())?;
+    } else {
+        save_model(&model, folder, cx.out())?;
+        if let Some(template) = chat_template::read(dataset)? {
+            chat_template::install(cx, &template)?;
+        }
+    }
+    let metrics: String = history.iter().map(|log| log.line() + "\n").collect();
+    let state = trainer_state(&ending, &settings, train_rows.len())?;
+    for (name, text) in [(METRICS, metrics), (TRAINER_STATE, state)] {
+        fs::write(cx.out().join(name), text)
+            .with_context(|| format!("could not write `{name}`"))?;
+    }
+    Ok(())
+}
+
+/// What was told of a training so far.
+#[derive(Debug, Default)]
+struct Told {
+    began: bool,
+    tokens: u64,
+    computed: u64,
+}
+
+impl Told {
+    /// Passes on what a step tells; ends the training if the stage is cancelled.
+    fn step(&mut self, cx: &Context, start: &Start, step: &Step) -> ControlFlow<()> {
+        for passed_over in &step.passed_over {
+            cx.warn(passed_over);
+        }
+        if !self.began {
+            self.began = true;
+            tell_start(cx, start, step.step, step.total);
+        }
+        if let Some(fault) = &step.skipped {
+            cx.warn(format!("left out an update: {fault}"));
+        }
+        self.tokens += step.tokens as u64;
+        self.computed += step.computed as u64;
+        cx.progress(step.step, Some(step.total), "steps");
+        for log in &step.logs {
+            let mut values = log.values.clone();
+            values.insert("epoch".into(), log.epoch);
+            cx.metrics(log.step, values);
+        }
+        if cx.cancelled() {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
+    }
+}
