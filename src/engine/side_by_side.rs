@@ -15,7 +15,6 @@ pub fn read_side_by_side<A: DeserializeOwned, B: DeserializeOwned>(
     value: Value,
 ) -> Result<(A, B), ParseError> {
     let Value::Mapping(entries) = value else {
-        // Says what is wrong with it.
         return Ok((read_parameters(value.clone())?, read_parameters(value)?));
     };
     let fields = fields::<A>();
@@ -121,10 +120,5 @@ mod tests {
             known: &["model", "seed"],
         };
         wrong("{model: a, beta: 1, gamma: 2}", "gamma", &unknown);
-        let list = Fault::Unfit {
-            found: FoundValue::List,
-            expected: "struct Own".to_owned(),
-        };
-        wrong("[a]", ".", &list);
     }
 }

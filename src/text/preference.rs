@@ -160,6 +160,43 @@ pub fn encode_alone(
     Ok(cut(row, truncation))
 }
 
+/// The ids of a preference row as `DPOTrainer` makes them. What a chat template printed gets no BOS and no EOS; texts without a prompt
+/// get their EOS and what the tokenizer itself puts around them. Both answers begin where the ids of either whole text leave those of the
+/// prompt alone.
+pub fn encode_pair(
+    tokenizer: &Tokenizer,
+    prompt: &str,
+    chosen: &str,
+    rejected: &str,
+    truncation: Truncation,
+) -> Result<Result<RowIds, Drop>> {
+    let whole = |answer: &str| match &tokenizer.eos {
+        _ if !prompt.is_empty() => tokenizer.encode(&[prompt, answer].concat()),
+        Some(eos) if !answer.ends_with(&eos.text) => {
+            tokenizer.encode_with_special(&[answer, &eos.text].concat())
+        }
+        _ => tokenizer.encode_with_special(answer),
+    };
+    let alone = if prompt.is_empty() {
+        tokenizer.encode_with_special("")?
+    } else {
+        tokenizer.encode(prompt)?
+    };
+    let common = |ids: &[u32]| ids.iter().zip(&alone).take_while(|(a, b)| a == b).count();
+    let (chosen, rejected) = (whole(chosen)?, whole(rejected)?);
+    let border = common(&chosen).min(common(&rejected));
+    let side = |mut prompt: Vec<u32>| {
+        let answer = prompt.split_off(border);
+        SideIds { prompt, answer }
+    };
+    let row = RowIds {
+        chosen: side(chosen),
+        rejected: Some(side(rejected)),
+        ..RowIds::default()
+    };
+    Ok(cut(row, truncation))
+}
+
 /// A row cut to its length, or why nothing is left of it.
 fn cut(row: RowIds, truncation: Truncation) -> Result<RowIds, Drop> {
     let row = truncate(row, truncation);

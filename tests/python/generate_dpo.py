@@ -38,10 +38,9 @@ INIT = load_file(GOLDEN / "adapter_init/adapter_model.safetensors")
 # Prints no token of its own between the turns, so that merges cross the border of prompt and answer.
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 TEXTS = [
-    {"prompt": "The quick brown", "chosen": " fox jumps.", "rejected": " fax jumps."},
-    {"prompt": "The quick bro", "chosen": "wn fox", "rejected": "ken leg"},
-    {"prompt": "ends with its EOS", "chosen": ", yes.<|end_of_text|>", "rejected": ", no."},
-    {"prompt": "two\n", "chosen": "\nparagraphs", "rejected": "lines"},
+    {"prompt": "", "chosen": "The quick brown fox jumps.", "rejected": "The quick brown fax jumps."},
+    {"prompt": "", "chosen": "ends with its EOS<|end_of_text|>", "rejected": "ends without"},
+    {"prompt": "", "chosen": "<|begin_of_text|>begins with a BOS", "rejected": "Köln and 12345"},
 ]
 
 
@@ -128,6 +127,10 @@ def run(kind, epochs=2, **more):
     evaluated = rows[:5]
     if kind in ("base", "nf4", "aot"):
         model = load("model_nf4", device_map="cpu") if kind == "nf4" else load("model")
+        for module in model.modules():
+            # On processors with bf16 bitsandbytes would repack 4-bit weights for evaluations, and compute these in bf16.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
         made, values = trainer(model, rows, evaluated, peft_config=lora(), num_train_epochs=epochs, **more)
         set_peft_model_state_dict(made.model, INIT)
         for parameter in made.model.parameters():

@@ -45,6 +45,8 @@ pub(in crate::ml) struct Comparison {
     wrong: Vec<String>,
     /// Whether the mean logits go over the same positions as the reference's, which counts padding.
     padded: bool,
+    /// Whether rewards are differences to a reference model.
+    against_reference: bool,
 }
 
 impl Comparison {
@@ -66,7 +68,15 @@ impl Comparison {
             measured: Measured::new(),
             allowed: BTreeMap::new(),
             wrong: Vec::new(),
+            against_reference: false,
         }
+    }
+
+    /// Of a loss with a reference model: rewards are differences of much larger numbers, and mean logits leave out the padding, so
+    /// that they are compared in any case.
+    pub(in crate::ml) fn against_reference(mut self) -> Self {
+        (self.padded, self.against_reference) = (true, true);
+        self
     }
 
     /// One number of ours beside theirs.
@@ -80,6 +90,9 @@ impl Comparison {
             "learning_rate" => (0., 0.),
             "grad_norm" => (t.grad_norm, 0.),
             "rewards/accuracies" => (0., t.accuracy),
+            _ if self.against_reference && plain.starts_with("rewards/") => {
+                (t.relative, t.near_zero.max(t.cancelled))
+            }
             "log_odds_chosen" => (t.relative, t.cancelled),
             "rewards/margins" | "logits/chosen" | "logits/rejected" => {
                 (t.relative, t.near_zero.max(0.1 * t.cancelled))

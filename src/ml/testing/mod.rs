@@ -4,6 +4,7 @@ pub(in crate::ml) mod counting;
 pub(crate) mod golden;
 pub(in crate::ml) mod golden_adapters;
 pub(in crate::ml) mod golden_compare;
+mod golden_dpo;
 pub(in crate::ml) mod golden_ends;
 pub(in crate::ml) mod golden_four_bit;
 pub(in crate::ml) mod golden_runs;

@@ -20,12 +20,12 @@ use crate::data::tokens::{TokenRow, batch, schema};
 use crate::engine::{Context, Input, Problem, Row, Stage, watched};
 use crate::ml::io::folder;
 use crate::stages::artifacts::{Chats, Model, Tokens};
-use crate::text::preference::{Drop, RowIds, Truncation, encode, encode_alone};
+use crate::text::preference::{Drop, RowIds, Truncation, encode, encode_alone, encode_pair};
 use crate::text::tokenizer::{SpecialToken, Tokenizer};
 
 /// Turns texts into token ids as TRL does, the answer apart from its prompt.
 ///
-/// Preferences get one BOS and one EOS, as by `ORPOTrainer`. Chats with one answer stay as the chat template printed them, as by
+/// Preferences get one BOS and one EOS, as by `ORPOTrainer`, or with `trainer: dpo` none, as by `DPOTrainer`. Chats with one answer stay as the chat template printed them, as by
 /// `SFTTrainer`, which puts no EOS behind the end of a turn; a text without a prompt gets its EOS and what the tokenizer itself puts
 /// around it, usually a BOS.
 ///
@@ -47,6 +47,27 @@ pub struct Tokenize {
     /// Which end of a prompt is kept when it is cut. Counts only with `max_prompt_length`.
     #[serde(default)]
     truncation_mode: TruncationMode,
+    /// The trainer whose way of preparing preferences is followed. Rows with one answer are always prepared as by `SFTTrainer`.
+    #[serde(default, skip_serializing_if = "PreferenceTrainer::is_default")]
+    trainer: PreferenceTrainer,
+}
+
+/// A trainer of TRL's that prepares preferences.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum PreferenceTrainer {
+    /// `ORPOTrainer`: each sequence gets a BOS and an EOS where it has none, and the prompt ends where it ends alone, or one token before.
+    #[default]
+    Orpo,
+    /// `DPOTrainer`: sequences stay as the chat template printed them, and both answers begin at the first token in which either of them
+    /// changes the prompt. Rows whose prompt fills `max_length` are dropped.
+    Dpo,
+}
+
+impl PreferenceTrainer {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// Which end of a prompt is kept.
@@ -82,6 +103,10 @@ impl Stage for Tokenize {
                 "expected a number above 0 and below `max_length` ({})",
                 self.max_length
             );
+            problems.push(Problem::new("max_prompt_length", message));
+        }
+        if self.trainer == PreferenceTrainer::Dpo && self.max_prompt_length.is_some() {
+            let message = "`DPOTrainer` does not cut prompts; expected only with `trainer: orpo`";
             problems.push(Problem::new("max_prompt_length", message));
         }
         problems
@@ -280,6 +305,9 @@ impl Tokenize {
                             of: Arc::clone(&of),
                         };
                         watched(watch, longest(bytes), || match rejected {
+                            Some(rejected) if self.trainer == PreferenceTrainer::Dpo => {
+                                encode_pair(tokenizer, prompt, chosen, rejected, self.truncation())
+                            }
                             Some(_) => {
                                 encode(tokenizer, prompt, chosen, rejected, self.truncation())
                             }

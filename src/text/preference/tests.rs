@@ -213,3 +213,64 @@ fn answers_alone_have_the_ids_and_labels_of_sft_trainer() {
         }
     }
 }
+
+/// A preparation by `DPOTrainer`.
+#[derive(Deserialize)]
+struct PreparedPairs {
+    kind: String,
+    max_length: usize,
+    texts: Vec<PairOfTexts>,
+    rows: Vec<PairOfIds>,
+}
+
+#[derive(Deserialize)]
+struct PairOfTexts {
+    prompt: String,
+    chosen: String,
+    rejected: String,
+}
+
+#[derive(Debug, PartialEq, Deserialize)]
+struct PairOfIds {
+    prompt: Vec<u32>,
+    chosen: Vec<u32>,
+    rejected: Vec<u32>,
+}
+
+#[test]
+fn pairs_have_the_ids_of_dpo_trainer() {
+    let cases = include_str!("../../../tests/golden/dpo/ids.json");
+    let cases: Vec<PreparedPairs> = serde_json::from_str(cases).unwrap();
+    assert_eq!(cases.len(), 4);
+    let tokenizer = tokenizer("<|end_of_text|>");
+    for case in &cases {
+        let truncation = Truncation::Answers {
+            max_length: case.max_length,
+        };
+        let rows = case.texts.iter().filter_map(|text| {
+            let PairOfTexts {
+                prompt,
+                chosen,
+                rejected,
+            } = text;
+            encode_pair(&tokenizer, prompt, chosen, rejected, truncation)
+                .unwrap()
+                .ok()
+        });
+        let rows: Vec<PairOfIds> = rows
+            .map(|row| {
+                let rejected = row.rejected.unwrap();
+                assert_eq!(rejected.prompt, row.chosen.prompt);
+                PairOfIds {
+                    prompt: row.chosen.prompt,
+                    chosen: row.chosen.answer,
+                    rejected: rejected.answer,
+                }
+            })
+            .collect();
+        assert_eq!(rows, case.rows, "{} {}", case.kind, case.max_length);
+        // Of 24 rows some are too long for 48 tokens.
+        let dropped = case.texts.len() - rows.len();
+        assert_eq!(dropped > 0, case.max_length == 48, "{dropped}");
+    }
+}
