@@ -65,9 +65,6 @@ fn lacking(model: &Llama) -> Option<String> {
     if linears().any(|linear| linear.lora.as_ref().is_some_and(has_dora)) {
         return Some("the adapter is a DoRA".into());
     }
-    if linears().any(|linear| linear.bias.is_some()) {
-        return Some("its projections have biases".into());
-    }
     None
 }
 

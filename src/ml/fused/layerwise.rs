@@ -1,4 +1,4 @@
-//! A forward pass over a model folder, a layer at a time, for models that are too large to hold.
+//! A forward pass over a model folder, a layer at a time, for models that are too large to borrow.
 //!
 //! A layer's weights are read when it is their turn and used in the type in which they are stored; only f16, for which there is no
 //! product, becomes f32. Sums are in f32. The plain path's counterpart is [`crate::ml::model::logits_by_layer`].
@@ -14,9 +14,9 @@ use pipeline_kernels::matrix::{Matrix, Values};
 use pipeline_kernels::panels::{fill, size};
 use rayon::prelude::*;
 
-use super::layer::{self, Shape, Work};
+use super::layer::{self, PassContext, Shape};
 use super::layout::Layout;
-use super::weights::{Held, Layer, Pair, Projection, Source};
+use super::weights::{BaseWeight, Layer, Pair, Projection, TensorView};
 use super::{Packing, Pool};
 use crate::ml::adapter::Adapter;
 use crate::ml::io::float::Float;
@@ -31,55 +31,61 @@ const SPAN: usize = 1 << 14;
 
 /// A model folder and the adapter beside it.
 #[derive(Clone, Copy)]
-pub(in crate::ml) struct Walk<'a> {
+pub(in crate::ml) struct MappedModel<'a> {
     pub(in crate::ml) config: &'a LlamaConfig,
     pub(in crate::ml) weights: &'a Weights,
     pub(in crate::ml) adapter: Option<&'a Adapter>,
 }
 
 /// A weight of a folder.
-pub(in crate::ml) enum Kept {
+pub(in crate::ml) enum WeightSource {
     Floats(Vec<f32>, (usize, usize)),
     Halves(Vec<bf16>, (usize, usize)),
     Nf4(Nf4),
 }
 
-impl Kept {
-    fn source(&self) -> anyhow::Result<Source<'_>> {
+impl WeightSource {
+    fn source(&self) -> anyhow::Result<BaseWeight<'_>> {
         let (values, (rows, columns)) = match self {
             Self::Floats(values, shape) => (Values::F32(values), *shape),
             Self::Halves(values, shape) => (Values::Bf16(values), *shape),
-            Self::Nf4(weight) => return Ok(Source::Nf4(weight)),
+            Self::Nf4(weight) => return Ok(BaseWeight::Nf4(weight)),
         };
         let matrix = Matrix::new(values, rows, columns);
         let matrix = matrix.context("a weight has another size than its shape")?;
-        Ok(Source::Bare(matrix))
+        Ok(BaseWeight::Bare(matrix))
     }
 
     /// The matrix (out, in).
     pub(in crate::ml) fn matrix(&self) -> anyhow::Result<Matrix<'_>> {
         match self.source()? {
-            Source::Bare(matrix) => Ok(matrix),
+            BaseWeight::Bare(matrix) => Ok(matrix),
             _ => anyhow::bail!("a weight in 4 bits is not expected here"),
         }
     }
 }
 
-/// A projection's weight, and its pair with the factor.
+/// A projection's weight, its bias, and its pair with the factor.
 struct Module {
-    base: Kept,
+    base: WeightSource,
+    bias: Option<Tensor>,
     pair: Option<(Tensor, Tensor, f32)>,
 }
 
 impl Module {
-    fn hold(&self) -> anyhow::Result<Projection<'_>> {
+    fn borrow(&self) -> anyhow::Result<Projection<'_>> {
         let pair = self.pair.as_ref();
         let pair = pair.map(|(a, b, scaling)| Pair::new(a, b, *scaling));
-        Ok(Projection::new(self.base.source()?, pair.transpose()?))
+        let bias = self.bias.as_ref().map(TensorView::tensor);
+        Ok(Projection::new(
+            self.base.source()?,
+            bias,
+            pair.transpose()?,
+        ))
     }
 }
 
-impl<'a> Walk<'a> {
+impl<'a> MappedModel<'a> {
     /// Whether there is nothing that the kernels lack: biases, `DoRA`, modules trained whole.
     pub(in crate::ml) fn is_possible(&self) -> bool {
         let config = self.config;
@@ -88,12 +94,12 @@ impl<'a> Walk<'a> {
     }
 
     /// The final hidden states after the norm, in panels: the tokens of all `batches`, one behind the other without padding.
-    /// Those in front of token number `adapted` see the adapter. `layer_done` is told the number of layers that are done, and
+    /// Those in front of token number `lora_tokens` see the adapter. `layer_done` is told the number of layers that are done, and
     /// may stop.
     pub(in crate::ml) fn hidden(
         &self,
         batches: &[&Batch],
-        adapted: usize,
+        lora_tokens: usize,
         layer_done: &mut dyn FnMut(usize) -> anyhow::Result<()>,
     ) -> anyhow::Result<Vec<f32>> {
         let packing = Packing {
@@ -102,9 +108,9 @@ impl<'a> Walk<'a> {
         };
         let layout = Layout::new(batches, packing);
         let mut shape = Shape::of(self.config, &layout, &Device::Cpu, false)?;
-        shape.adapted = adapted;
+        shape.lora_tokens = lora_tokens;
         let pool = Pool::default();
-        let work = Work {
+        let work = PassContext {
             shape: &shape,
             layout: &layout,
             pool: &pool,
@@ -117,12 +123,12 @@ impl<'a> Walk<'a> {
         let norm = self.norm("model.norm")?;
         let (mut hidden, mut inverse) = (vec![0.; x.len()], vec![0.; size(1, shape.tokens)]);
         let eps = self.config.rms_norm_eps as f32;
-        let weight = Held::tensor(&norm);
+        let weight = TensorView::tensor(&norm);
         rms_norm(&x, weight.floats()?, eps, &mut hidden, &mut inverse);
         Ok(hidden)
     }
 
-    fn layer(&self, number: usize, work: Work<'_>, x: Vec<f32>) -> anyhow::Result<Vec<f32>> {
+    fn layer(&self, number: usize, work: PassContext<'_>, x: Vec<f32>) -> anyhow::Result<Vec<f32>> {
         let config = self.config;
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
         let q_width = config.num_attention_heads * config.head_dim;
@@ -144,15 +150,15 @@ impl<'a> Walk<'a> {
         let post_norm = self.norm(&format!("{path}.post_attention_layernorm"))?;
         let eps = config.rms_norm_eps as f32;
         let layer = Layer {
-            q: q.hold()?,
-            k: k.hold()?,
-            v: v.hold()?,
-            o: o.hold()?,
-            gate: gate.hold()?,
-            up: up.hold()?,
-            down: down.hold()?,
-            input_norm: Held::tensor(&input_norm),
-            post_norm: Held::tensor(&post_norm),
+            q: q.borrow()?,
+            k: k.borrow()?,
+            v: v.borrow()?,
+            o: o.borrow()?,
+            gate: gate.borrow()?,
+            up: up.borrow()?,
+            down: down.borrow()?,
+            input_norm: TensorView::tensor(&input_norm),
+            post_norm: TensorView::tensor(&post_norm),
             eps: (eps, eps),
         };
         let (saved, out) = layer::forward(&layer, work, x, true)?;
@@ -169,7 +175,7 @@ impl<'a> Walk<'a> {
                     "the tensor `{name}` has the shape {:?}, expected {shape:?} from config.json",
                     nf4.shape
                 );
-                Kept::Nf4(nf4)
+                WeightSource::Nf4(nf4)
             }
             None => self.rows(&name, shape, 0..shape.0)?,
         };
@@ -207,13 +213,13 @@ impl<'a> Walk<'a> {
         name: &str,
         (height, depth): (usize, usize),
         rows: Range<usize>,
-    ) -> anyhow::Result<Kept> {
+    ) -> anyhow::Result<WeightSource> {
         let (float, raw) = self.shaped(name, &[height, depth])?;
         let shape = (rows.len(), depth);
         let (first, count) = (rows.start * depth, rows.len() * depth);
         Ok(match float {
-            Float::F32 => Kept::Floats(raw.values_from(first, count)?, shape),
-            Float::BF16 => Kept::Halves(raw.values_from(first, count)?, shape),
+            Float::F32 => WeightSource::Floats(raw.values_from(first, count)?, shape),
+            Float::BF16 => WeightSource::Halves(raw.values_from(first, count)?, shape),
             Float::F16 => {
                 let halves: Vec<f16> = raw.values_from(first, count)?;
                 let mut values = vec![0f32; count];
@@ -221,7 +227,7 @@ impl<'a> Walk<'a> {
                     .par_chunks_mut(SPAN)
                     .zip(halves.par_chunks(SPAN))
                     .for_each(|(values, halves)| halves.convert_to_f32_slice(values));
-                Kept::Floats(values, shape)
+                WeightSource::Floats(values, shape)
             }
         })
     }
@@ -248,7 +254,7 @@ impl<'a> Walk<'a> {
         &self,
         packed: Option<&Nf4>,
         rows: Range<usize>,
-    ) -> anyhow::Result<Kept> {
+    ) -> anyhow::Result<WeightSource> {
         let shape = (self.config.vocab_size, self.config.hidden_size);
         let Some(packed) = packed else {
             return self.rows(self.head_name(), shape, rows);
@@ -256,7 +262,7 @@ impl<'a> Walk<'a> {
         let shape = (rows.len(), shape.1);
         let mut values = vec![0f32; shape.0 * shape.1];
         packed.dequantise_rows(rows, &mut values);
-        Ok(Kept::Floats(values, shape))
+        Ok(WeightSource::Floats(values, shape))
     }
 
     fn head_name(&self) -> &'static str {

@@ -10,7 +10,7 @@ use pipeline_kernels::product::{Factor, Onto, Product, Term, products};
 use rayon::prelude::*;
 
 use crate::ml::adapter::Adapter;
-use crate::ml::fused::layerwise::Walk;
+use crate::ml::fused::layerwise::MappedModel;
 use crate::ml::io::float::Float;
 use crate::ml::io::weights::Weights;
 use crate::ml::model::batch::{Batch, Sequence};
@@ -69,13 +69,13 @@ pub fn prove(
     let sequences = prompts.iter().map(|ids| Sequence::new(ids.clone(), 0));
     let batch = Batch::new(sequences.collect(), 0)?;
     let (config, weights) = tied::open(base)?;
-    let base = Walk {
+    let base = MappedModel {
         config: &config,
         weights: &weights,
         adapter: Some(adapter),
     };
     let (config, weights) = tied::open(merged)?;
-    let merged = Walk {
+    let merged = MappedModel {
         config: &config,
         weights: &weights,
         adapter: None,
@@ -169,8 +169,8 @@ impl Moments {
 
 /// The fast way: tokens with the adapter and tokens without go through the base together, and logits are made some at a time.
 fn by_kernels(
-    base: Walk<'_>,
-    merged: Walk<'_>,
+    base: MappedModel<'_>,
+    merged: MappedModel<'_>,
     batch: &Batch,
     progress: &mut dyn FnMut(u64, u64) -> anyhow::Result<()>,
 ) -> anyhow::Result<Vec<Position>> {
@@ -197,6 +197,7 @@ fn by_kernels(
             out,
             terms: vec![Term { weight, x }],
             onto: Onto::Zero,
+            bias: None,
         };
         products(vec![
             product(&mut of_both[..], heads.0.matrix()?, &both),
@@ -214,14 +215,14 @@ fn by_kernels(
 
 /// The plain path, for what the kernels lack.
 fn plainly(
-    base: Walk<'_>,
-    merged: Walk<'_>,
+    base: MappedModel<'_>,
+    merged: MappedModel<'_>,
     batch: &Batch,
     progress: &mut dyn FnMut(u64, u64) -> anyhow::Result<()>,
 ) -> anyhow::Result<Vec<Position>> {
     let layers = base.config.num_hidden_layers;
     let mut done = |number: usize| progress(number as u64, 2 * layers as u64);
-    let Walk {
+    let MappedModel {
         config,
         weights,
         adapter,
@@ -231,7 +232,7 @@ fn plainly(
     let [without, with] = &logits[..] else {
         anyhow::bail!("there are not two passes");
     };
-    let Walk {
+    let MappedModel {
         config, weights, ..
     } = merged;
     let mut done = |number| done(layers + number);

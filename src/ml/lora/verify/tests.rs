@@ -108,7 +108,7 @@ fn the_fast_way_and_the_plain_one_tell_the_same() {
             (config, Weights::open(folder).unwrap())
         };
         let (first, second) = (open(base), open(out.path()));
-        let walk = |(config, weights), adapter| Walk {
+        let walk = |(config, weights), adapter| MappedModel {
             config,
             weights,
             adapter,
@@ -150,7 +150,7 @@ fn what_the_kernels_lack_goes_the_plain_way() {
     dora.config.use_dora = true;
     let possible = |config, adapter| {
         let weights = &weights;
-        Walk {
+        MappedModel {
             config,
             weights,
             adapter,
