@@ -27,8 +27,8 @@ fn describe(keys: Keys<'_>) -> anyhow::Result<Arch> {
     }
     let layers = vec![LayerArch::default(); keys.size("num_hidden_layers")?];
     Ok(Arch {
-        biases,
         layers,
+        biases,
         ..arch
     })
 }
