@@ -24,15 +24,15 @@ use crate::ml::model::{self, Gradients, Llama, Norm};
 
 /// Bytes that a pass keeps of each token for its backward.
 pub(super) fn kept(model: &Llama, checkpointing: bool) -> usize {
-    let config = &model.config;
-    let (queries, keys) = (config.num_attention_heads, config.num_key_value_heads);
-    let input = config.hidden_size;
+    let arch = &model.arch;
+    let (queries, keys) = (arch.num_attention_heads, arch.num_key_value_heads);
+    let input = arch.hidden_size;
     let all = |layer: &model::Layer| {
         let linears = layer.linears().into_iter();
         let pairs = linears.filter_map(|linear| linear.lora.as_ref());
         let ranks = pairs.filter_map(|pair| pair.a.stored(Pass::INFER).dims().first());
-        let attention = 2 * (queries + keys) * config.head_dim;
-        2 * input + attention + 2 * config.intermediate_size + ranks.sum::<usize>()
+        let attention = 2 * (queries + keys) * arch.head_dim;
+        2 * input + attention + 2 * arch.intermediate_size + ranks.sum::<usize>()
     };
     let layers = model.layers.get(super::lowest(model)..).unwrap_or_default();
     let all = layers.iter().map(all);

@@ -14,15 +14,16 @@ use pipeline_kernels::matrix::{Matrix, Values};
 use pipeline_kernels::panels::{fill, size};
 use rayon::prelude::*;
 
-use super::layer::{self, PassContext, Shape};
+use super::layer::{self, PassContext};
 use super::layout::Layout;
-use super::weights::{BaseWeight, Layer, Pair, Projection, TensorView};
+use super::shape::Shape;
+use super::weights::{BaseWeight, HeadNorm, Layer, Pair, Projection, TensorView};
 use super::{Packing, Pool};
 use crate::ml::adapter::Adapter;
 use crate::ml::io::float::Float;
 use crate::ml::io::weights::{RawTensor, Weights};
+use crate::ml::model::arch::{Arch, Projection as Role, QkNorm};
 use crate::ml::model::batch::Batch;
-use crate::ml::model::config::LlamaConfig;
 use crate::ml::model::tied::{EMBEDDINGS, HEAD};
 use crate::ml::quant::nf4::Nf4;
 
@@ -32,7 +33,7 @@ const SPAN: usize = 1 << 14;
 /// A model folder and the adapter beside it.
 #[derive(Clone, Copy)]
 pub(in crate::ml) struct MappedModel<'a> {
-    pub(in crate::ml) config: &'a LlamaConfig,
+    pub(in crate::ml) arch: &'a Arch,
     pub(in crate::ml) weights: &'a Weights,
     pub(in crate::ml) adapter: Option<&'a Adapter>,
 }
@@ -86,11 +87,9 @@ impl Module {
 }
 
 impl<'a> MappedModel<'a> {
-    /// Whether there is nothing that the kernels lack: biases, `DoRA`, modules trained whole.
-    pub(in crate::ml) fn is_possible(&self) -> bool {
-        let config = self.config;
-        let plain = !config.attention_bias && !config.mlp_bias;
-        plain && config.head_dim.is_multiple_of(2) && self.adapter.is_none_or(Adapter::is_plain)
+    /// Whether there is nothing that the kernels lack: `DoRA`, modules trained whole.
+    pub(in crate::ml) fn is_supported(&self) -> bool {
+        self.arch.head_dim.is_multiple_of(2) && self.adapter.is_none_or(Adapter::is_plain)
     }
 
     /// The final hidden states after the norm, in panels: the tokens of all `batches`, one behind the other without padding.
@@ -106,8 +105,9 @@ impl<'a> MappedModel<'a> {
             padding_free: true,
             share_prompts: false,
         };
-        let layout = Layout::new(batches, packing);
-        let mut shape = Shape::of(self.config, &layout, &Device::Cpu, false)?;
+        let mut layout = Layout::new(batches, packing);
+        layout.add_windows(self.arch.layers.iter().filter_map(|layer| layer.window));
+        let mut shape = Shape::of(self.arch, &layout, &Device::Cpu, false)?;
         shape.lora_tokens = lora_tokens;
         let pool = Pool::default();
         let work = PassContext {
@@ -116,39 +116,47 @@ impl<'a> MappedModel<'a> {
             pool: &pool,
         };
         let mut x = self.embed(&layout.ids)?;
-        for number in 0..self.config.num_hidden_layers {
+        for number in 0..self.arch.num_hidden_layers() {
             x = self.layer(number, work, x)?;
             layer_done(number + 1)?;
         }
-        let norm = self.norm("model.norm")?;
+        let norm = self.norm("model.norm", self.arch.hidden_size)?;
         let (mut hidden, mut inverse) = (vec![0.; x.len()], vec![0.; size(1, shape.tokens)]);
-        let eps = self.config.rms_norm_eps as f32;
+        let eps = self.arch.rms_norm_eps as f32;
         let weight = TensorView::tensor(&norm);
         rms_norm(&x, weight.floats()?, eps, &mut hidden, &mut inverse);
         Ok(hidden)
     }
 
     fn layer(&self, number: usize, work: PassContext<'_>, x: Vec<f32>) -> anyhow::Result<Vec<f32>> {
-        let config = self.config;
-        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-        let q_width = config.num_attention_heads * config.head_dim;
-        let kv_width = config.num_key_value_heads * config.head_dim;
         let path = format!("model.layers.{number}");
-        let shapes = [
-            ("self_attn.q_proj", (q_width, hidden)),
-            ("self_attn.k_proj", (kv_width, hidden)),
-            ("self_attn.v_proj", (kv_width, hidden)),
-            ("self_attn.o_proj", (hidden, q_width)),
-            ("mlp.gate_proj", (inner, hidden)),
-            ("mlp.up_proj", (inner, hidden)),
-            ("mlp.down_proj", (hidden, inner)),
+        let projections = [
+            ("self_attn.q_proj", Role::Q),
+            ("self_attn.k_proj", Role::K),
+            ("self_attn.v_proj", Role::V),
+            ("self_attn.o_proj", Role::O),
+            ("mlp.gate_proj", Role::Gate),
+            ("mlp.up_proj", Role::Up),
+            ("mlp.down_proj", Role::Down),
         ];
-        let modules = shapes.map(|(name, shape)| self.module(&format!("{path}.{name}"), shape));
+        let modules = projections.map(|(name, role)| self.module(&format!("{path}.{name}"), role));
         let [q, k, v, o, gate, up, down] = modules;
         let (q, k, v, o, gate, up, down) = (q?, k?, v?, o?, gate?, up?, down?);
-        let input_norm = self.norm(&format!("{path}.input_layernorm"))?;
-        let post_norm = self.norm(&format!("{path}.post_attention_layernorm"))?;
-        let eps = config.rms_norm_eps as f32;
+        let input_norm = self.norm(&format!("{path}.input_layernorm"), self.arch.hidden_size)?;
+        let post_norm = self.norm(
+            &format!("{path}.post_attention_layernorm"),
+            self.arch.hidden_size,
+        )?;
+        let head_norm = |name: &str| match self.arch.qk_norm {
+            QkNorm::None => Ok(None),
+            QkNorm::PerHead => {
+                let name = format!("{path}.self_attn.{name}");
+                self.norm(&name, self.arch.head_dim).map(Some)
+            }
+        };
+        let (q_norm, k_norm) = (head_norm("q_norm")?, head_norm("k_norm")?);
+        let eps = self.arch.rms_norm_eps as f32;
+
         let layer = Layer {
             q: q.borrow()?,
             k: k.borrow()?,
@@ -160,13 +168,17 @@ impl<'a> MappedModel<'a> {
             input_norm: TensorView::tensor(&input_norm),
             post_norm: TensorView::tensor(&post_norm),
             eps: (eps, eps),
+            q_norm: q_norm.as_ref().map(|norm| HeadNorm::new(norm, eps)),
+            k_norm: k_norm.as_ref().map(|norm| HeadNorm::new(norm, eps)),
+            window: self.arch.layers.get(number).and_then(|layer| layer.window),
         };
         let (saved, out) = layer::forward(&layer, work, x, true)?;
         saved.give_back(work.pool);
         Ok(out)
     }
 
-    fn module(&self, path: &str, shape: (usize, usize)) -> anyhow::Result<Module> {
+    fn module(&self, path: &str, role: Role) -> anyhow::Result<Module> {
+        let shape = self.arch.shape(role);
         let name = format!("{path}.weight");
         let base = match Nf4::load(self.weights, &name)? {
             Some(nf4) => {
@@ -187,8 +199,15 @@ impl<'a> MappedModel<'a> {
             let f32 = |tensor: &Tensor| tensor.to_dtype(DType::F32)?.contiguous();
             Ok((f32(&pair.a)?, f32(&pair.b)?, scaling))
         });
+        let bias = if self.arch.has_bias(role) {
+            let name = format!("{path}.bias");
+            Some(self.vector(&name, shape.0)?)
+        } else {
+            None
+        };
         Ok(Module {
             base,
+            bias,
             pair: pair.transpose()?,
         })
     }
@@ -236,7 +255,7 @@ impl<'a> MappedModel<'a> {
     pub(in crate::ml) fn head_in_4_bits(&self) -> anyhow::Result<Option<Nf4>> {
         let (name, shape) = (
             self.head_name(),
-            (self.config.vocab_size, self.config.hidden_size),
+            (self.arch.vocab_size, self.arch.hidden_size),
         );
         let head = Nf4::load(self.weights, name)?;
         if let Some(head) = &head {
@@ -255,7 +274,7 @@ impl<'a> MappedModel<'a> {
         packed: Option<&Nf4>,
         rows: Range<usize>,
     ) -> anyhow::Result<WeightSource> {
-        let shape = (self.config.vocab_size, self.config.hidden_size);
+        let shape = (self.arch.vocab_size, self.arch.hidden_size);
         let Some(packed) = packed else {
             return self.rows(self.head_name(), shape, rows);
         };
@@ -266,31 +285,35 @@ impl<'a> MappedModel<'a> {
     }
 
     fn head_name(&self) -> &'static str {
-        if self.config.tie_word_embeddings {
+        if self.arch.tie_word_embeddings {
             EMBEDDINGS
         } else {
             HEAD
         }
     }
 
-    fn norm(&self, path: &str) -> anyhow::Result<Tensor> {
-        let name = format!("{path}.weight");
-        self.shaped(&name, &[self.config.hidden_size])?;
-        let tensor = self.weights.tensor(&name, &Device::Cpu)?;
+    fn norm(&self, path: &str, width: usize) -> anyhow::Result<Tensor> {
+        self.vector(&format!("{path}.weight"), width)
+    }
+
+    /// A tensor of so many numbers, in f32.
+    fn vector(&self, name: &str, length: usize) -> anyhow::Result<Tensor> {
+        self.shaped(name, &[length])?;
+        let tensor = self.weights.tensor(name, &Device::Cpu)?;
         Ok(tensor.to_dtype(DType::F32)?)
     }
 
     /// The tokens' rows of the embedding, in panels.
     fn embed(&self, ids: &[u32]) -> anyhow::Result<Vec<f32>> {
-        let width = self.config.hidden_size;
-        let (float, raw) = self.shaped(EMBEDDINGS, &[self.config.vocab_size, width])?;
+        let width = self.arch.hidden_size;
+        let (float, raw) = self.shaped(EMBEDDINGS, &[self.arch.vocab_size, width])?;
         let mut rows = vec![0f32; ids.len() * width];
         let mut bytes = vec![0; width * float.size()];
         for (row, &id) in rows.chunks_mut(width.max(1)).zip(ids) {
             ensure!(
-                (id as usize) < self.config.vocab_size,
+                (id as usize) < self.arch.vocab_size,
                 "the id {id} lies outside the vocabulary of {}",
-                self.config.vocab_size
+                self.arch.vocab_size
             );
             raw.read(id as usize * bytes.len(), &mut bytes)?;
             float.read(&bytes, row);

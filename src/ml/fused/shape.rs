@@ -7,7 +7,7 @@ use pipeline_kernels::panels::{LANES, fill, size};
 
 use super::layout::Layout;
 use super::pool::Pool;
-use crate::ml::model::config::LlamaConfig;
+use crate::ml::model::arch::Arch;
 use crate::ml::model::{self, Llama};
 
 /// The sizes of a pass and what all its layers share.
@@ -29,19 +29,14 @@ pub(super) struct Shape {
 impl Shape {
     pub(super) fn new(model: &Llama, layout: &Layout) -> Result<Self> {
         let half = model.compute == DType::BF16;
-        Self::of(&model.config, layout, &model.device, half)
+        Self::of(&model.arch, layout, &model.device, half)
     }
 
-    pub(super) fn of(
-        config: &LlamaConfig,
-        layout: &Layout,
-        device: &Device,
-        in_bf16: bool,
-    ) -> Result<Self> {
+    pub(super) fn of(arch: &Arch, layout: &Layout, device: &Device, in_bf16: bool) -> Result<Self> {
         let tokens = layout.ids.len();
-        let half = config.head_dim / 2;
+        let half = arch.head_dim / 2;
         let positions = layout.positions.iter().copied();
-        let (cos, sin) = model::angles(config, positions, device)?;
+        let (cos, sin) = model::angles(arch, positions, device)?;
         let panels = |angles: candle_core::Tensor| -> Result<Vec<f32>> {
             let rows = angles.flatten_all()?.to_vec1::<f32>()?;
             let mut out = vec![0.; size(half, tokens)];
@@ -53,12 +48,12 @@ impl Shape {
         };
         Ok(Self {
             tokens,
-            hidden: config.hidden_size,
-            inner: config.intermediate_size,
+            hidden: arch.hidden_size,
+            inner: arch.intermediate_size,
             heads: Heads {
-                queries: config.num_attention_heads,
-                keys: config.num_key_value_heads,
-                width: config.head_dim,
+                queries: arch.num_attention_heads,
+                keys: arch.num_key_value_heads,
+                width: arch.head_dim,
             },
             cos: panels(cos)?,
             sin: panels(sin)?,

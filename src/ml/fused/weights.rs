@@ -243,6 +243,14 @@ pub(super) struct HeadNorm<'a> {
 }
 
 impl<'a> HeadNorm<'a> {
+    /// The norm with this weight, in f32.
+    pub(super) fn new(weight: &'a Tensor, eps: f32) -> Self {
+        Self {
+            weight: TensorView::tensor(weight),
+            eps,
+        }
+    }
+
     fn borrow(norm: Option<&'a Norm>, pass: Pass) -> Result<Option<Self>> {
         let view = |norm: &'a Norm| {
             Ok(Self {

@@ -68,19 +68,19 @@ pub fn prove(
 ) -> anyhow::Result<Proof> {
     let sequences = prompts.iter().map(|ids| Sequence::new(ids.clone(), 0));
     let batch = Batch::new(sequences.collect(), 0)?;
-    let (config, weights) = tied::open(base)?;
+    let (arch, weights) = tied::open(base)?;
     let base = MappedModel {
-        config: &config,
+        arch: &arch,
         weights: &weights,
         adapter: Some(adapter),
     };
-    let (config, weights) = tied::open(merged)?;
+    let (arch, weights) = tied::open(merged)?;
     let merged = MappedModel {
-        config: &config,
+        arch: &arch,
         weights: &weights,
         adapter: None,
     };
-    let positions = if base.is_possible() && merged.is_possible() {
+    let positions = if base.is_supported() && merged.is_supported() {
         by_kernels(base, merged, &batch, progress)?
     } else {
         plainly(base, merged, &batch, progress)?
@@ -175,13 +175,13 @@ fn by_kernels(
     progress: &mut dyn FnMut(u64, u64) -> anyhow::Result<()>,
 ) -> anyhow::Result<Vec<Position>> {
     let tokens = batch.tokens();
-    let layers = base.config.num_hidden_layers;
+    let layers = base.arch.num_hidden_layers();
     let mut done = |number: usize| progress(number as u64, 2 * layers as u64);
     let both = base.hidden(&[batch, batch], tokens, &mut done)?;
     let own = merged.hidden(&[batch], tokens, &mut |number| done(layers + number))?;
     let (both, own) = (Factor::F32(&both), Factor::F32(&own));
     let mut positions: Vec<Position> = (0..tokens).map(|_| Position::default()).collect();
-    let vocabulary = base.config.vocab_size;
+    let vocabulary = base.arch.vocab_size;
     let packed = (base.head_in_4_bits()?, merged.head_in_4_bits()?);
     let (mut of_both, mut of_own) = (Vec::new(), Vec::new());
     for start in (0..vocabulary).step_by(HEAD_ROWS) {
@@ -220,23 +220,21 @@ fn plainly(
     batch: &Batch,
     progress: &mut dyn FnMut(u64, u64) -> anyhow::Result<()>,
 ) -> anyhow::Result<Vec<Position>> {
-    let layers = base.config.num_hidden_layers;
+    let layers = base.arch.num_hidden_layers();
     let mut done = |number: usize| progress(number as u64, 2 * layers as u64);
     let MappedModel {
-        config,
+        arch,
         weights,
         adapter,
     } = base;
     let passes = [Pass::BASE, Pass::INFER];
-    let logits = logits_by_layer(config, weights, adapter, batch, &passes, &mut done)?;
+    let logits = logits_by_layer(arch, weights, adapter, batch, &passes, &mut done)?;
     let [without, with] = &logits[..] else {
         anyhow::bail!("there are not two passes");
     };
-    let MappedModel {
-        config, weights, ..
-    } = merged;
+    let MappedModel { arch, weights, .. } = merged;
     let mut done = |number| done(layers + number);
-    let logits = logits_by_layer(config, weights, None, batch, &[Pass::BASE], &mut done)?;
+    let logits = logits_by_layer(arch, weights, None, batch, &[Pass::BASE], &mut done)?;
     let merged = logits.first().context("there is no pass")?;
     let mut positions = Vec::with_capacity(batch.tokens());
     for (row, sequence) in batch.sequences.iter().enumerate() {
