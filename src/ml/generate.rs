@@ -57,7 +57,7 @@ pub fn greedy(
     if limit == 0 {
         return Ok(answers);
     }
-    let vocabulary = execution.model().config.vocab_size;
+    let vocabulary = execution.model().arch.vocab_size;
     let mut decoder = execution.decoder(prompts.len(), longest + limit, pass)?;
     // The id that follows, unless the answer ends.
     let mut follow = |token: Token, logits: &[f32]| -> anyhow::Result<Option<Token>> {

@@ -90,13 +90,13 @@ impl ForwardPass for Forward<'_> {
 
     fn target_mean_logits(&self, targets: &[Target]) -> Result<Vec<f64>> {
         let sum = self.model.column_sum(self.pass)?;
-        let vocabulary = self.model.config.vocab_size;
+        let vocabulary = self.model.arch.vocab_size;
         head::target_mean_logits(&self.hidden, &sum, vocabulary, targets)
     }
 
     fn mean_logit(&self, from: usize, count: usize) -> Result<f64> {
         let sum = self.model.column_sum(self.pass)?;
-        let vocabulary = self.model.config.vocab_size;
+        let vocabulary = self.model.arch.vocab_size;
         head::mean_logit(&self.hidden, &sum, vocabulary, from, count)
     }
 
@@ -158,7 +158,7 @@ impl Decoder for Texts<'_> {
                 }
             }
         }
-        let mut all = Vec::with_capacity(wanted.len() * self.model.config.vocab_size);
+        let mut all = Vec::with_capacity(wanted.len() * self.model.arch.vocab_size);
         for &index in wanted {
             match &logits[index] {
                 Some(logits) => all.extend(logits),

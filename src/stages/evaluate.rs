@@ -20,8 +20,8 @@ use crate::ml::io::finite;
 use crate::ml::loss::dpo::Dpo;
 use crate::ml::loss::orpo::Orpo;
 use crate::ml::loss::{Loss, Metrics};
+use crate::ml::model::arch::Arch;
 use crate::ml::model::batch::Row;
-use crate::ml::model::config::LlamaConfig;
 use crate::ml::model::linear::Pass;
 use crate::ml::model::{Llama, Trained, tied};
 use crate::ml::train::evaluate::{self, NotFinite};
@@ -199,7 +199,7 @@ impl Evaluate {
 }
 
 /// The ids that end an answer, beside the one that ends it in the rows' chat template: those of `config.json` and of `generation_config.json`.
-pub(super) fn stop_ids(folder: &Path, config: &LlamaConfig) -> anyhow::Result<Vec<u32>> {
+pub(super) fn stop_ids(folder: &Path, config: &Arch) -> anyhow::Result<Vec<u32>> {
     let mut stops = config.eos_token_ids.clone();
     let path = folder.join("generation_config.json");
     if path.is_file() {

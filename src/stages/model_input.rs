@@ -9,8 +9,8 @@ use crate::data::table::splits;
 use crate::data::tokens::{self, TokenRow};
 use crate::engine::Context;
 use crate::ml::execution::Execution;
+use crate::ml::model::arch::Arch;
 use crate::ml::model::batch::Row;
-use crate::ml::model::config::LlamaConfig;
 use crate::text::tokenizer::special_tokens;
 
 /// The rows of a split, as `ml` knows them.
@@ -59,7 +59,7 @@ pub(in crate::stages) fn has_split(dataset: &Path, split: &str) -> anyhow::Resul
 }
 
 /// The id that fills batches up: the tokenizer's pad token, or what the model's config names.
-pub(in crate::stages) fn pad_id(model: &Path, config: &LlamaConfig) -> u32 {
+pub(in crate::stages) fn pad_id(model: &Path, config: &Arch) -> u32 {
     let named = || {
         let special = special_tokens(model).ok()?;
         let pad = special.get("pad_token")?;

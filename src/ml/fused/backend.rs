@@ -54,8 +54,8 @@ fn lacking(model: &Llama) -> Option<String> {
             model.compute.as_str()
         ));
     }
-    if !model.config.head_dim.is_multiple_of(2) {
-        return Some(format!("`head_dim` {} is odd", model.config.head_dim));
+    if !model.arch.head_dim.is_multiple_of(2) {
+        return Some(format!("`head_dim` {} is odd", model.arch.head_dim));
     }
     if model.has_pairs_at_ends() {
         return Some("the adapter has matrices beside the embeddings or the head".into());
@@ -64,9 +64,6 @@ fn lacking(model: &Llama) -> Option<String> {
     let has_dora = |lora: &model::linear::Lora| lora.magnitude.is_some();
     if linears().any(|linear| linear.lora.as_ref().is_some_and(has_dora)) {
         return Some("the adapter is a DoRA".into());
-    }
-    if linears().any(|linear| linear.bias.is_some()) {
-        return Some("its projections have biases".into());
     }
     None
 }
@@ -161,7 +158,7 @@ impl Backend for Fused<'_> {
         if lowest == 0 || lowest == self.model.layers.len() {
             return Ok(None);
         }
-        let states = States::new(folder, self.model.config.hidden_size)?;
+        let states = States::new(folder, self.model.arch.hidden_size)?;
         if let Ok(mut slot) = self.states.lock() {
             *slot = Some(states);
         }

@@ -17,11 +17,12 @@ pub(super) mod layerwise;
 mod layout;
 mod pool;
 mod projection;
+mod shape;
 mod states;
 pub(super) mod weights;
 
 use candle_core::{DType, Result, Tensor};
-use pipeline_kernels::elementwise::{rms_norm, rms_norm_backward, rms_norm_weight};
+use pipeline_kernels::elementwise::{rms_norm, rms_norm_backward, rms_norm_grad_weight};
 use pipeline_kernels::panels::{LANES, column, fill, panels, size};
 
 use super::model::batch::{Batch, Target};
@@ -29,11 +30,12 @@ use super::model::linear::Pass;
 use super::model::{self, Gradients, Llama};
 pub use backend::{Fused, Unsupported};
 use head::Scored;
-use layer::{Both, Saved, Shape, Trainable, Work};
+use layer::{LayerRef, PassContext, Saved, Trainable};
 use layout::Layout;
 pub use layout::Packing;
 use pool::Pool;
-use weights::{Held, Layer};
+use shape::Shape;
+use weights::{Layer, TensorView};
 
 /// The number of the lowest layer that a backward goes through: nothing below it is trained.
 fn lowest(model: &Llama) -> usize {
@@ -56,7 +58,7 @@ struct Forward<'m> {
     shape: Shape,
     pass: Pass,
     /// Of the layers from number `lowest` on.
-    saved: Vec<Kept>,
+    saved: Vec<SavedLayer>,
     lowest: usize,
     last: Vec<f32>,
     inverse: Vec<f32>,
@@ -65,7 +67,7 @@ struct Forward<'m> {
 }
 
 /// What is kept of a layer.
-enum Kept {
+enum SavedLayer {
     Input(Vec<f32>),
     All(Box<Saved>),
 }
@@ -80,7 +82,8 @@ impl<'m> Forward<'m> {
         checkpointing: bool,
     ) -> Result<Self> {
         let (model, pool, states) = (fused.model, &fused.pool, &fused.states);
-        let layout = Layout::new(batches, fused.packing(pass));
+        let mut layout = Layout::new(batches, fused.packing(pass));
+        layout.add_windows(model.layers.iter().filter_map(|layer| layer.window));
         let shape = Shape::new(model, &layout)?;
         pool.begin(panels(shape.tokens));
         let mut x = pool.take(size(shape.hidden, shape.tokens));
@@ -93,7 +96,7 @@ impl<'m> Forward<'m> {
         };
         let first = if known { lowest } else { 0 };
         for (number, layer) in model.layers.iter().enumerate().skip(first) {
-            let layer = Layer::hold(layer, pass)?;
+            let layer = Layer::borrow(layer, pass)?;
             let tape = pass.tape && number >= lowest;
             if number == lowest
                 && !known
@@ -104,9 +107,9 @@ impl<'m> Forward<'m> {
             if tape && checkpointing {
                 let mut input = pool.take(x.len());
                 input.copy_from_slice(&x);
-                saved.push(Kept::Input(input));
+                saved.push(SavedLayer::Input(input));
             }
-            let work = Work {
+            let work = PassContext {
                 shape: &shape,
                 layout: &layout,
                 pool,
@@ -114,12 +117,12 @@ impl<'m> Forward<'m> {
             let (kept, out) = layer::forward(&layer, work, x, true)?;
             x = out;
             if tape && !checkpointing {
-                saved.push(Kept::All(Box::new(kept)));
+                saved.push(SavedLayer::All(Box::new(kept)));
             } else {
                 kept.give_back(pool);
             }
         }
-        let norm = Held::weight(&model.norm.weight, pass)?;
+        let norm = TensorView::weight(&model.norm.weight, pass)?;
         let mut hidden = pool.take(x.len());
         let mut inverse = pool.take(size(1, shape.tokens));
         let eps = model.norm.eps as f32;
@@ -146,7 +149,7 @@ impl<'m> Forward<'m> {
     /// See [`super::backend::ForwardPass::target_mean_logits`].
     fn target_mean_logits(&self, targets: &[Target]) -> Result<Vec<f64>> {
         let sums = self.model.column_sum(self.pass)?.to_vec1::<f64>()?;
-        let vocabulary = self.model.config.vocab_size as f64;
+        let vocabulary = self.model.arch.vocab_size as f64;
         let means = targets.iter().map(|target| {
             let token = head::token(&self.layout, target)?;
             let column = column(&self.hidden, self.shape.hidden, token);
@@ -180,30 +183,30 @@ impl<'m> Forward<'m> {
                 total += f64::from(row.sum::<f32>()) * sum;
             }
         }
-        Ok(total / (self.model.config.vocab_size * all) as f64)
+        Ok(total / (self.model.arch.vocab_size * all) as f64)
     }
 
     /// Adds to `gradients` what the gradients of the scored log-probabilities bring.
     fn backward(
         mut self,
         scored: Scored,
-        of_logps: &[f32],
+        grad_logps: &[f32],
         gradients: &mut Gradients,
     ) -> Result<()> {
         let (model, pool) = (self.model, self.pool);
-        let mut of_hidden = pool.take(self.hidden.len());
-        scored.backward(&self, of_logps, &mut of_hidden, gradients)?;
-        let mut of_x = pool.take(self.last.len());
-        of_x.fill(0.);
-        let norm = Held::weight(&model.norm.weight, self.pass)?;
+        let mut grad_hidden = pool.take(self.hidden.len());
+        scored.backward(&self, grad_logps, &mut grad_hidden, gradients)?;
+        let mut grad_x = pool.take(self.last.len());
+        grad_x.fill(0.);
+        let norm = TensorView::weight(&model.norm.weight, self.pass)?;
         let weight = norm.floats()?;
-        rms_norm_backward(&self.last, weight, &self.inverse, &of_hidden, &mut of_x);
+        rms_norm_backward(&self.last, weight, &self.inverse, &grad_hidden, &mut grad_x);
         if let Some(var) = model.norm.weight.trained() {
-            let mut of_weight = vec![0.; weight.len()];
-            rms_norm_weight(&self.last, &self.inverse, &of_hidden, &mut of_weight);
-            gradients.add_values(model, var, of_weight)?;
+            let mut grad_weight = vec![0.; weight.len()];
+            rms_norm_grad_weight(&self.last, &self.inverse, &grad_hidden, &mut grad_weight);
+            gradients.add_values(model, var, grad_weight)?;
         }
-        pool.give(of_hidden);
+        pool.give(grad_hidden);
         let trains_embed = model.embed.trained().is_some();
         let mut trainable = Trainable {
             model,
@@ -215,46 +218,49 @@ impl<'m> Forward<'m> {
             let Some(layer) = model.layers.get(number) else {
                 continue;
             };
-            let held = Layer::hold(layer, self.pass)?;
-            let work = Work {
+            let weights = Layer::borrow(layer, self.pass)?;
+            let work = PassContext {
                 shape: &self.shape,
                 layout: &self.layout,
                 pool,
             };
             let saved = match kept {
-                Kept::All(saved) => *saved,
-                Kept::Input(x) => {
-                    let (saved, out) = layer::forward(&held, work, x, false)?;
+                SavedLayer::All(saved) => *saved,
+                SavedLayer::Input(x) => {
+                    let (saved, out) = layer::forward(&weights, work, x, false)?;
                     pool.give(out);
                     saved
                 }
             };
             let wanted = number > self.lowest || trains_embed;
             layer::backward(
-                Both { held: &held, layer },
+                LayerRef {
+                    weights: &weights,
+                    layer,
+                },
                 work,
                 saved,
-                &mut of_x,
+                &mut grad_x,
                 wanted,
                 &mut trainable,
             )?;
         }
         if let Some(var) = model.embed.trained() {
-            let (rows, width) = (model.config.vocab_size, self.shape.hidden);
-            let mut of_embed = vec![0f32; rows * width];
+            let (rows, width) = (model.arch.vocab_size, self.shape.hidden);
+            let mut grad_embed = vec![0f32; rows * width];
             // As in transformers (`padding_idx`), the row of the padding is not learnt from where it is looked up.
             let ids = self.layout.ids.iter().enumerate();
-            let learnt = ids.filter(|(_, id)| Some(**id) != model.config.pad_token_id);
+            let learnt = ids.filter(|(_, id)| Some(**id) != model.arch.pad_token_id);
             for (token, &id) in learnt {
-                let row = &mut of_embed[id as usize * width..][..width];
-                let column = pipeline_kernels::panels::column(&of_x, width, token);
+                let row = &mut grad_embed[id as usize * width..][..width];
+                let column = pipeline_kernels::panels::column(&grad_x, width, token);
                 for (sum, g) in row.iter_mut().zip(column) {
                     *sum += g;
                 }
             }
-            gradients.add_values(model, var, of_embed)?;
+            gradients.add_values(model, var, grad_embed)?;
         }
-        pool.give(of_x);
+        pool.give(grad_x);
         Ok(())
     }
 }
@@ -267,8 +273,8 @@ impl Drop for Forward<'_> {
         }
         for kept in self.saved.drain(..) {
             match kept {
-                Kept::Input(x) => pool.give(x),
-                Kept::All(saved) => saved.give_back(pool),
+                SavedLayer::Input(x) => pool.give(x),
+                SavedLayer::All(saved) => saved.give_back(pool),
             }
         }
     }
@@ -276,7 +282,7 @@ impl Drop for Forward<'_> {
 
 /// The tokens' rows of the embedding.
 fn embed(model: &Llama, layout: &Layout, pass: Pass, x: &mut [f32]) -> Result<()> {
-    let width = model.config.hidden_size;
+    let width = model.arch.hidden_size;
     let ids = Tensor::from_slice(&layout.ids, layout.ids.len(), &model.device)?;
     let rows = model.embed.value(pass).index_select(&ids, 0)?;
     let rows = rows.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;

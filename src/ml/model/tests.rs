@@ -12,6 +12,7 @@ use crate::ml::io::weights::{Weights, save};
 use crate::ml::loss::Loss;
 use crate::ml::loss::orpo::Orpo;
 use crate::ml::loss::sft::Sft;
+use crate::ml::model::arch::LayerArch;
 use crate::ml::testing::counting::peak;
 use crate::ml::testing::golden::{self, rows};
 use crate::ml::testing::losses;
@@ -203,7 +204,7 @@ fn decoding_gives_the_logits_of_the_plain_path() {
 }
 
 /// The golden model, with its last layer repeated until it has so many; the adapter too.
-fn deeper(layers: usize) -> (LlamaConfig, tempfile::TempDir, Adapter) {
+fn deeper(layers: usize) -> (Arch, tempfile::TempDir, Adapter) {
     let copies = |name: &str| -> Vec<String> {
         match name.split_once("model.layers.2.") {
             Some((before, after)) => (2..layers)
@@ -224,9 +225,9 @@ fn deeper(layers: usize) -> (LlamaConfig, tempfile::TempDir, Adapter) {
     adapter.tensors = pairs
         .flat_map(|(name, pair)| copies(name).into_iter().map(|name| (name, pair.clone())))
         .collect();
-    let config = LlamaConfig {
-        num_hidden_layers: layers,
-        ..LlamaConfig::read(&golden::folder("model")).unwrap()
+    let config = Arch {
+        layers: vec![LayerArch::default(); layers],
+        ..Arch::read(&golden::folder("model")).unwrap()
     };
     (config, folder, adapter)
 }
@@ -395,7 +396,7 @@ fn the_row_of_the_padding_is_not_learnt_from_lookups() {
     for kind in [Kind::Reference, Kind::Fused(Packing::default())] {
         let gradient = |pad: u32| {
             let mut model = golden::model("model", None, Trained::Everything, DType::F32);
-            model.config.pad_token_id = Some(pad);
+            model.arch.pad_token_id = Some(pad);
             let execution = Execution::new(&model, kind);
             let mut gradients = Gradients::none(&model);
             let outcome = losses::differentiate(

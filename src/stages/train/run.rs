@@ -74,7 +74,7 @@ fn cache_frozen_layers(
         let rejected = row.rejected().map_or(0, |sequence| sequence.ids.len());
         row.chosen().ids.len() + rejected
     });
-    let bytes = tokens.sum::<usize>() * execution.model().config.hidden_size * size_of::<f32>();
+    let bytes = tokens.sum::<usize>() * execution.model().arch.hidden_size * size_of::<f32>();
     cx.note("cached_frozen_layers", frozen);
     cx.info(format!(
         "keeps what the lowest {frozen} layers give of each sequence for its next epoch: up to {} MB on disk",

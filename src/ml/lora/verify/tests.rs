@@ -9,7 +9,7 @@ use super::*;
 use crate::ml::io::folder::carry;
 use crate::ml::io::weights::save;
 use crate::ml::lora::merge::merge;
-use crate::ml::model::config::LlamaConfig;
+use crate::ml::model::arch::{Arch, Projection};
 use crate::ml::model::{Llama, Trained};
 use crate::ml::testing::golden;
 
@@ -62,7 +62,7 @@ fn prove_merge(base: &Path, adapter: &Adapter) -> Proof {
 fn layer_by_layer_the_logits_are_those_of_the_whole_model() {
     for base in ["model", "model_nf4"] {
         let golden = golden::folder(base);
-        let config = LlamaConfig::read(&golden).unwrap();
+        let config = Arch::read(&golden).unwrap();
         let weights = Weights::open(&golden).unwrap();
         let adapter = adapter(1.);
         let (device, nothing) = (Device::Cpu, Trained::Nothing);
@@ -104,18 +104,18 @@ fn the_fast_way_and_the_plain_one_tell_the_same() {
         let out = tempfile::tempdir().unwrap();
         merge(base, &adapter, out.path(), &mut ignore).unwrap();
         let open = |folder: &Path| {
-            let config = LlamaConfig::read(folder).unwrap();
+            let config = Arch::read(folder).unwrap();
             (config, Weights::open(folder).unwrap())
         };
         let (first, second) = (open(base), open(out.path()));
-        let walk = |(config, weights), adapter| Walk {
-            config,
+        let walk = |(arch, weights), adapter| MappedModel {
+            arch,
             weights,
             adapter,
         };
         let of_base = walk((&first.0, &first.1), Some(&adapter));
         let of_merged = walk((&second.0, &second.1), None);
-        assert!(of_base.is_possible() && of_merged.is_possible());
+        assert!(of_base.is_supported() && of_merged.is_supported());
         let sequences = prompts().into_iter().map(|ids| Sequence::new(ids, 0));
         let batch = Batch::new(sequences.collect(), 0).unwrap();
         let fast = by_kernels(of_base, of_merged, &batch, &mut ignore).unwrap();
@@ -140,26 +140,26 @@ fn the_fast_way_and_the_plain_one_tell_the_same() {
 #[test]
 fn what_the_kernels_lack_goes_the_plain_way() {
     let golden = golden::folder("model");
-    let config = LlamaConfig::read(&golden).unwrap();
-    let biased = LlamaConfig {
-        mlp_bias: true,
+    let config = Arch::read(&golden).unwrap();
+    let biased = Arch {
+        biases: Projection::MLP.to_vec(),
         ..config.clone()
     };
     let weights = Weights::open(&golden).unwrap();
     let mut dora = adapter(1.);
     dora.config.use_dora = true;
-    let possible = |config, adapter| {
+    let possible = |arch, adapter| {
         let weights = &weights;
-        Walk {
-            config,
+        MappedModel {
+            arch,
             weights,
             adapter,
         }
-        .is_possible()
+        .is_supported()
     };
     let plain = adapter(1.);
     assert!(possible(&config, None) && possible(&config, Some(&plain)));
-    assert!(!possible(&biased, None) && !possible(&config, Some(&dora)));
+    assert!(possible(&biased, None) && !possible(&config, Some(&dora)));
 }
 
 #[test]
