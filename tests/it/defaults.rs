@@ -12,8 +12,9 @@ type Renamed = (&'static str, &'static str);
 /// A kind, the class that has its parameters, whose it is, and parameters that have another name there.
 type Class = (&'static str, &'static str, &'static str, &'static [Renamed]);
 
-const CLASSES: [Class; 6] = [
+const CLASSES: [Class; 7] = [
     ("train_orpo", "ORPOConfig", "TRL", &[]),
+    ("train_dpo", "DPOConfig", "TRL", &[]),
     ("train_sft", "SFTConfig", "TRL", &[]),
     ("evaluate", "ORPOConfig", "TRL", &[]),
     ("tokenize", "ORPOConfig", "TRL", &[]),

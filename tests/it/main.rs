@@ -37,6 +37,7 @@ mod mistakes;
 #[cfg(test)]
 mod outputs;
 #[cfg(test)]
+mod parameters;
 mod pins;
 #[cfg(test)]
 mod processor;

@@ -18,7 +18,7 @@ from pathlib import Path
 os.environ.update(CUDA_VISIBLE_DEVICES="", TRL_EXPERIMENTAL_SILENCE="1")
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig
-from trl import SFTConfig
+from trl import DPOConfig, SFTConfig
 from trl.experimental.orpo import ORPOConfig
 
 OUT = Path(__file__).parents[1] / "golden/defaults.json"
@@ -51,6 +51,7 @@ def training(config):
 
 defaults = {
     "ORPOConfig": training(ORPOConfig),
+    "DPOConfig": training(DPOConfig),
     "SFTConfig": training(SFTConfig),
     "LoraConfig": {name: value for name, value in fields(LoraConfig()).items() if name not in ("runtime_config", "peft_version")},
     "BitsAndBytesConfig": {name: plain(value) for name, value in vars(BitsAndBytesConfig()).items() if not name.startswith("_") and name != "quant_method"},

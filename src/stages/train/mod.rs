@@ -4,17 +4,19 @@ pub mod arguments;
 pub mod method;
 mod reference;
 mod run;
+pub mod stage;
 pub mod train_dpo;
 pub mod train_orpo;
 pub mod train_sft;
 
+#[cfg(test)]
+mod dpo_tests;
 #[cfg(test)]
 mod not_finite;
 #[cfg(test)]
 pub(in crate::stages) mod tests;
 
 pub use reference::Reference;
-pub use run::Prepared;
 
 use crate::ml::model::batch::Row;
 

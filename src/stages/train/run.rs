@@ -24,15 +24,6 @@ use crate::ml::train::{
 use crate::stages::model_input::{note_fallback, pad_id, rows};
 use crate::stages::text::chat_template;
 
-/// Rows to train or to evaluate on.
-#[derive(Debug)]
-pub struct Prepared {
-    /// The rows.
-    pub rows: Vec<Row>,
-    /// How many of them were made of each row of the split.
-    pub rows_each: usize,
-}
-
 /// Says where the training starts, and puts it into the record.
 fn tell_start(cx: &Context, start: &Start, done: u64, total: u64) {
     if let Start::After(step) = start

@@ -4,8 +4,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::arguments::TrainingArguments;
-use super::method::{Method, Train, Use};
-use super::{Prepared, Reference, need_two_answers};
+use super::method::{Method, Prepared, Use};
+use super::stage::Train;
+use super::{Reference, need_two_answers};
 use crate::engine::{Context, Input};
 use crate::ml::loss::Loss;
 use crate::ml::loss::dpo::Dpo;
@@ -29,7 +30,7 @@ pub type TrainDpo = Train<Parameters>;
 /// that `model` has, which means the model without its adapter.
 ///
 /// `tokenize` with `trainer: dpo` gives the rows their ids as `DPOTrainer` does. Of other rows a BOS and EOS that `tokenize` added for
-/// `ORPOTrainer` are left out again. The adapter of a model in 4 bits is trained in f32; TRL rounds it to bf16 after each step.
+/// `ORPOTrainer` are left out again. The adapter of a model in 4 bits is trained in f32; TRL keeps it in bf16.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 #[schemars(rename = "TrainDpo")]
@@ -38,7 +39,7 @@ pub struct Parameters {
     #[serde(default = "beta")]
     beta: f64,
     /// The probability that a preference is the wrong way round, from 0 to below 0.5. The loss then pulls a little in the other direction
-    /// (conservative DPO), as TRL's `sigmoid` loss did until it ignored this parameter.
+    /// (conservative DPO). TRL 1.16's `sigmoid` loss ignores it.
     #[serde(default)]
     label_smoothing: f64,
     /// The reference model; by default the trained one before its first step.

@@ -4,8 +4,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::arguments::TrainingArguments;
-use super::method::{Method, Train, Use};
-use super::{Prepared, need_two_answers};
+use super::method::{Method, Prepared, Use};
+use super::need_two_answers;
+use super::stage::Train;
 use crate::engine::Context;
 use crate::ml::loss::Loss;
 use crate::ml::loss::orpo::Orpo;

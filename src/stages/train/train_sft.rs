@@ -3,9 +3,9 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::Prepared;
 use super::arguments::TrainingArguments;
-use super::method::{Method, Train, Use};
+use super::method::{Method, Prepared, Use};
+use super::stage::Train;
 use crate::engine::Context;
 use crate::ml::loss::Loss;
 use crate::ml::loss::sft::{self, Answers, Sft};

@@ -359,3 +359,26 @@ fn a_million_rows_take_less_than_a_gigabyte() {
     let tokenize: Tokenize = serde_yaml::from_str("{dataset: before, tokenizer: base}").unwrap();
     stage("tokenize", &|cx| tokenize.run(cx));
 }
+
+#[test]
+fn preferences_for_dpo_stay_as_the_template_printed_them() {
+    let text = "{dataset: chats, tokenizer: base, trainer: dpo}";
+    let (_folder, cx) = run(text, &texts(), true).unwrap();
+    assert_eq!(Added::read(cx.out()).unwrap(), Added::default());
+    let rows = read(cx.out(), "train").unwrap();
+    let (_folder, cx) = run("{dataset: chats, tokenizer: base}", &texts(), true).unwrap();
+    let with_eos = read(cx.out(), "train").unwrap();
+    assert_eq!(rows.len(), with_eos.len());
+    for (row, other) in rows.iter().zip(&with_eos) {
+        assert_eq!(row.rejected_prompt_ids, None);
+        assert_eq!(row.chosen_ids.last(), Some(&1022));
+        assert_eq!(
+            [&row.chosen().ids[..], &[1019]].concat(),
+            other.chosen().ids
+        );
+    }
+    let stage: Tokenize =
+        serde_yaml::from_str("{dataset: a, tokenizer: b, trainer: dpo, max_prompt_length: 9}")
+            .unwrap();
+    assert_eq!(Stage::check(&stage)[0].parameter, "max_prompt_length");
+}
