@@ -48,7 +48,7 @@ pub struct Evaluate {
     /// Rows in a batch.
     #[serde(default = "default_batch_size")]
     per_device_eval_batch_size: usize,
-    /// The loss whose numbers the scores have beside the general ones.
+    /// The loss whose numbers the scores have beside the general ones, by default `orpo`.
     #[serde(default, skip_serializing_if = "ScoredLoss::is_default")]
     loss: ScoredLoss,
     /// The reference model of `loss: dpo`. By default it is `model` without the adapter.

@@ -47,7 +47,7 @@ pub struct Tokenize {
     /// Which end of a prompt is kept when it is cut. Counts only with `max_prompt_length`.
     #[serde(default)]
     truncation_mode: TruncationMode,
-    /// The trainer whose way of preparing preferences is followed. Rows with one answer are always prepared as by `SFTTrainer`.
+    /// The trainer whose way of preparing preferences is followed, by default `orpo`. Rows with one answer are always prepared as by `SFTTrainer`.
     #[serde(default, skip_serializing_if = "PreferenceTrainer::is_default")]
     trainer: PreferenceTrainer,
 }

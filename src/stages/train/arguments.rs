@@ -43,7 +43,7 @@ pub struct TrainingArguments {
     /// Rows in a batch of an evaluation.
     #[serde(default = "batch_size")]
     per_device_eval_batch_size: usize,
-    /// Micro-batches whose gradients are summed for one step. The last step of an epoch may have fewer. Small ones go through the
+    /// Micro-batches whose gradients are averaged for one step. The last step of an epoch may have fewer. Small ones go through the
     /// model together, as long as no more than 512 MiB has to be kept for the backward pass; the result is that of one after another.
     #[serde(default = "one")]
     gradient_accumulation_steps: usize,

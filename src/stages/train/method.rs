@@ -29,9 +29,9 @@ pub trait Method: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'sta
     /// Whether the adapter's dropout is at work.
     fn dropout(&self) -> bool;
 
-    /// Whether what sequences begin with is computed once for all of a step.
+    /// Whether the tokens that sequences have in common at their beginning are computed once for all of a step.
     fn share_prompts(&self) -> bool {
-        false
+        true
     }
 
     /// Checks the rules of its own parameters.
