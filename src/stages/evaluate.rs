@@ -83,6 +83,7 @@ pub enum ScoredLoss {
 }
 
 impl ScoredLoss {
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it")]
     fn is_default(&self) -> bool {
         *self == Self::default()
     }

@@ -18,14 +18,14 @@ struct Case {
 fn counted(value: Value) -> Option<Value> {
     match value {
         Value::Object(map) if map.contains_key("$neutral") => None,
-        Value::Object(map) => match map.get("$stage") {
-            Some(stage) => Some(json!({ "$content": stage })),
-            None => {
-                let entries = map.into_iter();
-                let entries = entries.filter_map(|(key, value)| Some((key, counted(value)?)));
-                Some(Value::Object(entries.collect::<Map<_, _>>()))
+        Value::Object(map) => {
+            if let Some(stage) = map.get("$stage") {
+                return Some(json!({ "$content": stage }));
             }
-        },
+            let entries = map.into_iter();
+            let entries = entries.filter_map(|(key, value)| Some((key, counted(value)?)));
+            Some(Value::Object(entries.collect::<Map<_, _>>()))
+        }
         scalar => Some(scalar),
     }
 }

@@ -111,14 +111,14 @@ impl<'a> ProjectionGroup<'a> {
         }
     }
 
-    /// The lora_down values as factors.
+    /// The `lora_down` values as factors.
     fn factors<'v>(&self, lora_down: &'v [Vec<f32>], pool: &Pool) -> Vec<Factor<'v>> {
         let each = self.all.iter().zip(lora_down);
         each.map(|(projection, x)| pool.factor(self.shape.half, x, projection.rank()))
             .collect()
     }
 
-    /// Puts `y_i` into `outs`, added to `onto`. Gives each pair's lora_down values.
+    /// Puts `y_i` into `outs`, added to `onto`. Gives each pair's `lora_down` values.
     pub(super) fn forward(
         &self,
         x: &[f32],
@@ -163,7 +163,7 @@ impl<'a> ProjectionGroup<'a> {
         .collect()
     }
 
-    /// `s_i B_i^T of_y_i`: the gradients of the lora_down values before they were scaled.
+    /// `s_i B_i^T of_y_i`: the gradients of the `lora_down` values before they were scaled.
     pub(super) fn grad_lora_down(
         &self,
         grad_outs: &[&[f32]],

@@ -84,7 +84,7 @@ fn run_dropping(
         let some = losses::differentiate(objective, execution, &scaled, drops, checkpointing, add);
         outcomes.extend(some.unwrap());
     }
-    let evaluated = losses::evaluate(objective, &execution, &batches[0]);
+    let evaluated = losses::evaluate(objective, execution, &batches[0]);
     Result {
         outcomes,
         gradients: gradients.0,

@@ -513,7 +513,7 @@ fn a_checkpoint_that_can_not_be_read_stops_the_training() {
         let scratch = Some(scratch.path());
         train(
             &Job {
-                scratch: scratch,
+                scratch,
                 ..job(&Execution::fastest(model), &rows)
             },
             &settings,

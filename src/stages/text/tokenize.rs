@@ -65,6 +65,7 @@ pub enum PreferenceTrainer {
 }
 
 impl PreferenceTrainer {
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it")]
     fn is_default(&self) -> bool {
         *self == Self::default()
     }
