@@ -167,7 +167,9 @@ pub fn products(mut all: Vec<Product<'_>>) {
             if let Some(bias) = each.bias {
                 let rows = each.out.as_chunks_mut::<LANES>().0.iter_mut();
                 for (row, bias) in rows.zip(bias.iter().cycle()) {
-                    row.iter_mut().for_each(|x| *x += bias);
+                    for x in row {
+                        *x += bias;
+                    }
                 }
             }
         }
