@@ -47,7 +47,7 @@ const LARGE_ALLOCATION: usize = 1 << 20;
 /// `program work`, for a stage that runs alone on the machine or not.
 #[expect(
     clippy::disallowed_methods,
-    reason = "a variable that the user has set for this process and its children stays"
+    reason = "a setting of the allocator, which changes no result"
 )]
 fn command(program: &Path, exclusive: bool) -> Command {
     let mut command = Command::new(program);
@@ -218,7 +218,7 @@ mod tests {
     use super::*;
 
     #[test]
-    #[expect(clippy::disallowed_methods, reason = "as above")]
+    #[expect(clippy::disallowed_methods, reason = "what `command` leaves alone")]
     fn trainings_give_freed_memory_back_to_the_system() {
         let set = |exclusive| {
             let command = command(Path::new("pipeline"), exclusive);

@@ -28,13 +28,17 @@ impl Visible {
         }
     }
 
+    /// How many keys it sees, but for a window.
+    pub fn count(self) -> u32 {
+        self.prefix.min(self.from).min(self.to) + self.to.saturating_sub(self.from)
+    }
+
     /// The same without the first `count` of the keys that it sees, but for the last one: what a sliding window leaves, whether
     /// the window begins in the prefix or in the token's own branch.
     #[must_use]
     pub fn without_first(self, count: u32) -> Self {
         let shared = self.prefix.min(self.from).min(self.to);
-        let all = shared + (self.to - self.from.min(self.to));
-        let count = count.min(all.saturating_sub(1));
+        let count = count.min(self.count().saturating_sub(1));
         let first = if count < shared {
             count
         } else {

@@ -144,7 +144,13 @@ impl Layout {
             let positions = &self.positions;
             let spans = self.spans.limited(|token, visible| {
                 let seen = positions.get(token).map_or(0, |position| position + 1);
-                visible.without_first(seen.saturating_sub(window) as u32)
+                let outside = seen.saturating_sub(window) as u32;
+                // Padding further behind would see nothing at all.
+                if outside < visible.count() {
+                    visible.without_first(outside)
+                } else {
+                    visible
+                }
             });
             self.windows.push((window, spans));
         }

@@ -66,7 +66,7 @@ impl<'a> ProjectionGroup<'a> {
         Some(dropped)
     }
 
-    /// `s_i A_i x` of each pair.
+    /// `s_i A_i x` of each pair, panels of its rank; empty without a pair. `x` are panels of the input's features.
     pub(super) fn lora_down(&self, x: &[f32], pool: &Pool) -> Result<Vec<Vec<f32>>> {
         let wide = pool.factor(self.shape.half, x, self.features);
         let lora_down = self.lora_down_of(x, &wide, pool)?;
@@ -111,14 +111,14 @@ impl<'a> ProjectionGroup<'a> {
         }
     }
 
-    /// The `lora_down` values as factors.
+    /// What the pairs' A give, as factors.
     fn factors<'v>(&self, lora_down: &'v [Vec<f32>], pool: &Pool) -> Vec<Factor<'v>> {
         let each = self.all.iter().zip(lora_down);
         each.map(|(projection, x)| pool.factor(self.shape.half, x, projection.rank()))
             .collect()
     }
 
-    /// Puts `y_i` into `outs`, added to `onto`. Gives each pair's `lora_down` values.
+    /// Puts `y_i` into `outs`, panels of each projection's features, added to `onto`. Returns [`ProjectionGroup::lora_down`].
     pub(super) fn forward(
         &self,
         x: &[f32],
@@ -163,7 +163,7 @@ impl<'a> ProjectionGroup<'a> {
         .collect()
     }
 
-    /// `s_i B_i^T of_y_i`: the gradients of the `lora_down` values before they were scaled.
+    /// `s_i B_i^T grad_y_i`: the gradients of what each pair's A gives, before it was scaled.
     pub(super) fn grad_lora_down(
         &self,
         grad_outs: &[&[f32]],
@@ -188,7 +188,7 @@ impl<'a> ProjectionGroup<'a> {
         Ok(grad_lora_down)
     }
 
-    /// Puts the gradient of the input into `grad_x`. Gives [`ProjectionGroup::grad_lora_down`].
+    /// Puts the gradient of the input into `grad_x`. Returns [`ProjectionGroup::grad_lora_down`].
     pub(super) fn backward(
         &self,
         grad_outs: &[&[f32]],

@@ -1,5 +1,7 @@
 //! The fast path beside the plain one: losses, metrics and gradients.
 
+mod families;
+
 use candle_core::Tensor;
 
 use super::backend::TOKENS;
@@ -313,9 +315,13 @@ fn buffers_do_not_pile_up() {
 
 /// A new model with heads of a shape, and widths that are no multiple of anything.
 fn of_shape(heads: usize, keys: usize, width: usize) -> Llama {
+    of_vocabulary(97, heads, keys, width)
+}
+
+fn of_vocabulary(vocabulary: usize, heads: usize, keys: usize, width: usize) -> Llama {
     let folder = tempfile::tempdir().unwrap();
     let config = Arch {
-        vocab_size: 97,
+        vocab_size: vocabulary,
         hidden_size: 40,
         intermediate_size: 75,
         layers: vec![LayerArch::default(); 2],
@@ -408,12 +414,20 @@ fn what_rows_begin_with_is_computed_once() {
         row(70, 60, 50),
         row(40, 2, 3),
     ];
-    for trained_whole in [false, true] {
-        let model = if trained_whole {
+    for (trained_whole, window) in [
+        (false, None),
+        (true, None),
+        (false, Some(33)),
+        (true, Some(7)),
+    ] {
+        let mut model = if trained_whole {
             of_shape(4, 2, 12)
         } else {
             golden::model("model", Some("adapter_init"), Trained::Adapter, DType::F32)
         };
+        if let Some(window) = window {
+            families::dress(&mut model, window, trained_whole);
+        }
         for objective in [
             &Orpo { beta: 0.1 } as &dyn Loss,
             &Sft {
