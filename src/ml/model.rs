@@ -10,6 +10,7 @@
 pub mod arch;
 pub mod autograd;
 pub mod batch;
+pub mod compare;
 pub mod create;
 mod ends;
 pub mod families;
@@ -31,7 +32,7 @@ use self::autograd::{masked_softmax, rms_norm, rope};
 use self::batch::Batch;
 use self::head::OfHead;
 use self::linear::{Drops, Linear, Lora, Pass, Weight};
-use self::tied::{EMBEDDINGS, HEAD};
+use self::tensors::{EMBEDDINGS, HEAD};
 use super::execution::Path;
 use super::fused::states::States;
 use super::fused::{self, Pool};
@@ -96,12 +97,16 @@ pub(super) struct Layer {
     pub(super) v: Linear,
     pub(super) o: Linear,
     pub(super) post_norm: Norm,
+    /// The norms of each head's queries and keys, before the rotary embedding.
+    pub(super) qk_norm: Option<(Norm, Norm)>,
     pub(super) gate: Linear,
     pub(super) up: Linear,
     pub(super) down: Linear,
     pub(super) heads: usize,
     pub(super) kv_heads: usize,
     pub(super) head_dim: usize,
+    /// How many keys a query sees, see [`arch::LayerArch`].
+    pub(super) window: Option<usize>,
 }
 
 /// What all layers share in one pass.
@@ -109,8 +114,32 @@ pub(super) struct Layer {
 struct Shared {
     cos: Tensor,  // (length, head_dim / 2), or that for each sequence
     sin: Tensor,  // the same
-    mask: Tensor, // (batch or 1, 1, length, keys)
+    masks: Masks, // (batch or 1, 1, length, keys)
     pass: Pass,
+}
+
+/// One mask for each window that layers have.
+#[derive(Clone)]
+struct Masks(Vec<(Option<usize>, Tensor)>);
+
+impl Masks {
+    /// Those of a model's layers, each made by `mask`.
+    fn of(arch: &Arch, mask: impl Fn(Option<usize>) -> Result<Tensor>) -> Result<Self> {
+        let mut masks: Vec<(Option<usize>, Tensor)> = Vec::new();
+        for layer in &arch.layers {
+            if !masks.iter().any(|(window, _)| *window == layer.window) {
+                masks.push((layer.window, mask(layer.window)?));
+            }
+        }
+        Ok(Self(masks))
+    }
+
+    fn get(&self, window: Option<usize>) -> Result<&Tensor> {
+        match self.0.iter().find(|(own, _)| *own == window) {
+            Some((_, mask)) => Ok(mask),
+            None => candle_core::bail!("there is no mask for a window of {window:?} keys"),
+        }
+    }
 }
 
 /// Keys and values of one layer, each (batch, key heads, length, width of a head).
@@ -198,7 +227,16 @@ impl Layer {
     /// Whether anything of its attention is trained, its norm included.
     pub(super) fn trains_attention(&self) -> bool {
         let linears = [&self.q, &self.k, &self.v, &self.o];
-        self.input_norm.weight.trained().is_some() || linears.into_iter().any(Linear::is_trained)
+        let qk_norm = self.qk_norm.iter().flat_map(|(q, k)| [q, k]);
+        let mut norms = qk_norm.chain([&self.input_norm]);
+        norms.any(|norm| norm.weight.trained().is_some())
+            || linears.into_iter().any(Linear::is_trained)
+    }
+
+    /// Its norms.
+    pub(super) fn norms(&self) -> impl Iterator<Item = &Norm> {
+        let qk_norm = self.qk_norm.iter().flat_map(|(q, k)| [q, k]);
+        qk_norm.chain([&self.input_norm, &self.post_norm])
     }
 
     /// Whether anything of it is trained.
@@ -225,14 +263,21 @@ impl Layer {
         let (heads, kv_heads, width) = (self.heads, self.kv_heads, self.head_dim);
         let group = heads / kv_heads;
         let compute = self.q.compute;
-        let split = |linear: &Linear, heads: usize| {
+        let split = |linear: &Linear, heads: usize, norm: Option<&Norm>| {
             let y = linear.forward(x, shared.pass)?;
-            y.reshape((batch, length, heads, width))?.transpose(1, 2) // (batch, heads, length, width)
+            let y = y.reshape((batch, length, heads, width))?;
+            let y = match norm {
+                Some(norm) => norm.forward(&y, shared.pass)?,
+                None => y,
+            };
+            y.transpose(1, 2) // (batch, heads, length, width)
         };
-        let q = rope(&split(&self.q, heads)?, &shared.cos, &shared.sin)?;
-        let q = (q * (width as f64).powf(-0.5))?;
-        let mut k = rope(&split(&self.k, kv_heads)?, &shared.cos, &shared.sin)?;
-        let mut v = split(&self.v, kv_heads)?;
+        let norms = self.qk_norm.as_ref();
+        let q = split(&self.q, heads, norms.map(|(q, _)| q))?;
+        let q = (rope(&q, &shared.cos, &shared.sin)? * (width as f64).powf(-0.5))?;
+        let k = split(&self.k, kv_heads, norms.map(|(_, k)| k))?;
+        let mut k = rope(&k, &shared.cos, &shared.sin)?;
+        let mut v = split(&self.v, kv_heads, None)?;
         if let Some((keys, values)) = cache.take() {
             k = Tensor::cat(&[&keys, &k], 2)?;
             v = Tensor::cat(&[&values, &v], 2)?;
@@ -246,7 +291,7 @@ impl Layer {
             .to_dtype(compute)?
             .matmul(&k.to_dtype(compute)?.transpose(2, 3)?)?
             .reshape((batch, heads, length, keys))?;
-        let p = masked_softmax(&scores, &shared.mask)?;
+        let p = masked_softmax(&scores, shared.masks.get(self.window)?)?;
         let p = p.reshape((batch, kv_heads, group * length, keys))?;
         let y = p
             .to_dtype(compute)?
@@ -282,10 +327,7 @@ impl Llama {
 
     /// Whether it is a frozen base with LoRA pairs at most: no biases, no `DoRA`, no tensor trained or replaced.
     pub fn is_plain(&self) -> bool {
-        let norms = self
-            .layers
-            .iter()
-            .flat_map(|layer| [&layer.input_norm, &layer.post_norm]);
+        let norms = self.layers.iter().flat_map(Layer::norms);
         !self.has_pairs_at_ends()
             && self.embed.is_frozen()
             && self.head().is_frozen()
@@ -311,7 +353,7 @@ impl Llama {
         Ok(Shared {
             cos,
             sin,
-            mask: batch.mask(&self.device)?,
+            masks: Masks::of(&self.arch, |window| batch.mask(window, &self.device))?,
             pass,
         })
     }
@@ -365,20 +407,20 @@ impl Llama {
         if length == 0 {
             candle_core::bail!("there are no ids to go on from");
         }
-        let mask: Vec<f32> = (0..length)
-            .flat_map(|from| {
-                let last = cache.length + from;
-                (0..cache.length + length)
-                    .map(move |to| if to <= last { 0. } else { f32::NEG_INFINITY })
-            })
-            .collect();
         let keys = cache.length + length;
-        let mask = Tensor::from_vec(mask, (1, 1, length, keys), &self.device)?;
+        let masks = Masks::of(&self.arch, |window| {
+            let rows = (cache.length..keys).flat_map(|last| {
+                let first = window.map_or(0, |window| (last + 1).saturating_sub(window));
+                let seen = move |to| first <= to && to <= last;
+                (0..keys).map(move |to| if seen(to) { 0f32 } else { f32::NEG_INFINITY })
+            });
+            Tensor::from_vec(rows.collect(), (1, 1, length, keys), &self.device)
+        })?;
         let (cos, sin) = angles(&self.arch, cache.length..keys, &self.device)?;
         let shared = Shared {
             cos,
             sin,
-            mask,
+            masks,
             pass,
         };
         let mut x = self.embed(&Tensor::new(ids, &self.device)?.unsqueeze(0)?, pass)?;

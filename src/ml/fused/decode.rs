@@ -186,6 +186,10 @@ impl<'a> Decoder<'a> {
             return Ok(None);
         }
         let linears = model.layers.iter().flat_map(Layer::linears);
+        let beyond = |layer: &Layer| layer.qk_norm.is_some() || layer.window.is_some();
+        if model.layers.iter().any(beyond) {
+            return Ok(None);
+        }
         if model.has_pairs_at_ends() || !{ linears }.all(Linear::has_kernels) {
             return Ok(None);
         }

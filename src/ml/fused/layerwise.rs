@@ -21,9 +21,9 @@ use super::{Packing, Pool};
 use crate::ml::adapter::Adapter;
 use crate::ml::io::float::Float;
 use crate::ml::io::weights::{RawTensor, Weights};
-use crate::ml::model::arch::Arch;
+use crate::ml::model::arch::{Arch, QkNorm};
 use crate::ml::model::batch::Batch;
-use crate::ml::model::tied::{EMBEDDINGS, HEAD};
+use crate::ml::model::tensors::{EMBEDDINGS, HEAD};
 use crate::ml::quant::nf4::Nf4;
 
 /// Values that a thread converts at once.
@@ -83,7 +83,9 @@ impl<'a> Walk<'a> {
     /// Whether there is nothing that the kernels lack: biases, `DoRA`, modules trained whole.
     pub(in crate::ml) fn is_possible(&self) -> bool {
         let config = self.config;
-        let plain = config.biases.is_empty();
+        let plain = config.biases.is_empty()
+            && config.qk_norm == QkNorm::None
+            && config.layers.iter().all(|layer| layer.window.is_none());
         plain && config.head_dim.is_multiple_of(2) && self.adapter.is_none_or(Adapter::is_plain)
     }
 

@@ -40,10 +40,12 @@ pub(super) fn supports(model: &Llama) -> bool {
         && matches!(model.compute, DType::F32 | DType::BF16)
         && model.arch.head_dim.is_multiple_of(2)
         && !model.has_pairs_at_ends()
-        && model
-            .layers
-            .iter()
-            .all(|layer| layer.linears().into_iter().all(Linear::has_kernels))
+        && model.layers.iter().all(|layer| {
+            let linears = layer.linears();
+            layer.qk_norm.is_none()
+                && layer.window.is_none()
+                && linears.into_iter().all(Linear::has_kernels)
+        })
 }
 
 /// The most tokens of several micro-batches in one pass: more would save nothing.

@@ -56,7 +56,7 @@ pub(in crate::ml) fn settings() -> Settings {
 }
 
 /// Every way a training can go.
-const PATHS: [Path; 4] = [
+pub(in crate::ml) const PATHS: [Path; 4] = [
     Path::Plain,
     Path::Fused(Packing {
         padding_free: false,
@@ -88,7 +88,7 @@ fn run(model: &Llama, semantics: &str, settings: &Settings) -> Vec<Log> {
 }
 
 /// The same mathematics with other roundings in between: rank-stabilised scales, 4-bit weights.
-const LOOSE: Tolerance = Tolerance {
+pub(in crate::ml) const LOOSE: Tolerance = Tolerance {
     relative: 1e-3,
     near_zero: 1e-6,
     cancelled: 1e-6,

@@ -5,5 +5,6 @@ pub(crate) mod golden;
 pub(in crate::ml) mod golden_adapters;
 pub(in crate::ml) mod golden_compare;
 pub(in crate::ml) mod golden_ends;
+pub(in crate::ml) mod golden_families;
 pub(in crate::ml) mod golden_four_bit;
 pub(in crate::ml) mod golden_runs;
