@@ -18,7 +18,9 @@ pub mod head;
 mod layerwise;
 pub mod linear;
 mod load;
+mod masks;
 mod overflow;
+mod rope;
 pub mod tensors;
 pub mod tied;
 
@@ -38,6 +40,8 @@ use super::fused::states::States;
 use super::fused::{self, Pool};
 use ends::looked_up;
 pub use layerwise::logits_by_layer;
+use masks::Masks;
+pub(super) use rope::angles;
 
 /// What is trained.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -116,30 +120,6 @@ struct Shared {
     sin: Tensor,  // the same
     masks: Masks, // (batch or 1, 1, length, keys)
     pass: Pass,
-}
-
-/// One mask for each window that layers have.
-#[derive(Clone)]
-struct Masks(Vec<(Option<usize>, Tensor)>);
-
-impl Masks {
-    /// Those of a model's layers, each made by `mask`.
-    fn of(arch: &Arch, mask: impl Fn(Option<usize>) -> Result<Tensor>) -> Result<Self> {
-        let mut masks: Vec<(Option<usize>, Tensor)> = Vec::new();
-        for layer in &arch.layers {
-            if !masks.iter().any(|(window, _)| *window == layer.window) {
-                masks.push((layer.window, mask(layer.window)?));
-            }
-        }
-        Ok(Self(masks))
-    }
-
-    fn get(&self, window: Option<usize>) -> Result<&Tensor> {
-        match self.0.iter().find(|(own, _)| *own == window) {
-            Some((_, mask)) => Ok(mask),
-            None => candle_core::bail!("there is no mask for a window of {window:?} keys"),
-        }
-    }
 }
 
 /// Keys and values of one layer, each (batch, key heads, length, width of a head).
@@ -580,47 +560,6 @@ fn take(store: &mut GradStore, input: &Tensor) -> Result<Tensor> {
         Some(gradient) => Ok(gradient),
         None => candle_core::bail!("a layer's graph was cut: its input has no gradient"),
     }
-}
-
-/// Cosines and sines (positions, half a head's width), with Llama 3's scaling of long waves.
-pub(super) fn angles(
-    config: &Arch,
-    positions: impl IntoIterator<Item = usize>,
-    device: &Device,
-) -> Result<(Tensor, Tensor)> {
-    let half = config.head_dim / 2;
-    let frequencies: Vec<f32> = (0..half)
-        .map(|i| {
-            let exponent = (2 * i) as f32 / config.head_dim as f32;
-            let frequency = 1. / (config.rope.theta as f32).powf(exponent);
-            match &config.rope.scaling {
-                Some(scaling) => {
-                    let wave = 2. * std::f32::consts::PI / frequency;
-                    let original = scaling.original_max_position_embeddings as f32;
-                    let (low, high) = (
-                        scaling.low_freq_factor as f32,
-                        scaling.high_freq_factor as f32,
-                    );
-                    let factor = scaling.factor as f32;
-                    if wave < original / high {
-                        frequency
-                    } else if wave > original / low {
-                        frequency / factor
-                    } else {
-                        let smooth = (original / wave - low) / (high - low);
-                        (1. - smooth) * frequency / factor + smooth * frequency
-                    }
-                }
-                None => frequency,
-            }
-        })
-        .collect();
-    let angles: Vec<f32> = positions
-        .into_iter()
-        .flat_map(|position| frequencies.iter().map(move |f| position as f32 * f))
-        .collect();
-    let angles = Tensor::from_vec(angles, ((), half), device)?;
-    Ok((angles.cos()?, angles.sin()?))
 }
 
 #[cfg(test)]

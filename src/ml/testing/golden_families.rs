@@ -275,9 +275,8 @@ fn new_adapters_are_those_of_peft() {
         let ours = init::adapter(&Arch::read(&path(family)).unwrap(), &new, 3407).unwrap();
         assert_eq!(ours.tensors.len(), theirs.tensors.len());
         for (path, pair) in &ours.tensors {
-            assert_eq!(
-                far(&pair.a, &theirs.tensors[path].a),
-                0.,
+            assert!(
+                far(&pair.a, &theirs.tensors[path].a) <= 0.,
                 "{family}, {path}"
             );
         }

@@ -13,6 +13,10 @@ pub(in crate::stages) struct FamilyName(pub(in crate::stages) &'static Family);
 
 impl FamilyName {
     /// Whether it is what a model is of unless it is said.
+    #[expect(
+        clippy::trivially_copy_pass_by_ref,
+        reason = "the type of serde's `skip_serializing_if`"
+    )]
     pub(in crate::stages) fn is_default(&self) -> bool {
         self.0.model_type == Self::default().0.model_type
     }

@@ -317,12 +317,15 @@ fn defaults_are_those_of_each_family() {
 #[test]
 fn windows_are_where_transformers_has_them() {
     let null = ("sliding_window", Value::Null);
-    assert_eq!(windows("mistral", &[null.clone()]), [None; 3]);
+    assert_eq!(windows("mistral", std::slice::from_ref(&null)), [None; 3]);
     let some = ("sliding_window", json!(7));
-    assert_eq!(windows("mistral", &[some.clone()]), [Some(7); 3]);
+    assert_eq!(
+        windows("mistral", std::slice::from_ref(&some)),
+        [Some(7); 3]
+    );
     for family in ["qwen2", "qwen3"] {
         let on = ("use_sliding_window", json!(true));
-        assert_eq!(windows(family, &[some.clone()]), [None; 3]);
+        assert_eq!(windows(family, std::slice::from_ref(&some)), [None; 3]);
         let upper = ("max_window_layers", json!(2));
         let found = windows(family, &[on.clone(), some.clone(), upper.clone()]);
         assert_eq!(found, [None, None, Some(7)]);
