@@ -24,8 +24,6 @@ mod rope;
 pub mod tensors;
 pub mod tied;
 
-use std::sync::Mutex;
-
 use candle_core::backprop::GradStore;
 use candle_core::{D, DType, Device, Result, Tensor, Var};
 
@@ -35,9 +33,6 @@ use self::batch::Batch;
 use self::head::OfHead;
 use self::linear::{Drops, Linear, Lora, Pass, Weight};
 use self::tensors::{EMBEDDINGS, HEAD};
-use super::execution::Path;
-use super::fused::states::States;
-use super::fused::{self, Pool};
 use ends::looked_up;
 pub use layerwise::logits_by_layer;
 use masks::Masks;
@@ -82,11 +77,6 @@ pub struct Llama {
     pub(super) head_lora: Option<Lora>,
     pub(super) compute: DType,
     frozen_column_sum: Option<Tensor>,
-    /// Which way passes go.
-    pub path: Path,
-    pub(super) pool: Pool,
-    /// What frozen layers give, where it is kept.
-    pub(super) states: Mutex<Option<States>>,
 }
 
 pub(super) struct Norm {
@@ -101,16 +91,17 @@ pub(super) struct Layer {
     pub(super) v: Linear,
     pub(super) o: Linear,
     pub(super) post_norm: Norm,
-    /// The norms of each head's queries and keys, before the rotary embedding.
-    pub(super) qk_norm: Option<(Norm, Norm)>,
     pub(super) gate: Linear,
     pub(super) up: Linear,
     pub(super) down: Linear,
+    /// The norms of single query and key heads.
+    pub(super) q_norm: Option<Norm>,
+    pub(super) k_norm: Option<Norm>,
+    /// How many keys a query sees, its own included; all up to its own without one.
+    pub(super) window: Option<usize>,
     pub(super) heads: usize,
     pub(super) kv_heads: usize,
     pub(super) head_dim: usize,
-    /// How many keys a query sees, see [`arch::LayerArch`].
-    pub(super) window: Option<usize>,
 }
 
 /// What all layers share in one pass.
@@ -207,16 +198,18 @@ impl Layer {
     /// Whether anything of its attention is trained, its norm included.
     pub(super) fn trains_attention(&self) -> bool {
         let linears = [&self.q, &self.k, &self.v, &self.o];
-        let qk_norm = self.qk_norm.iter().flat_map(|(q, k)| [q, k]);
-        let mut norms = qk_norm.chain([&self.input_norm]);
+        let mut norms = self.qk_norms().chain([&self.input_norm]);
         norms.any(|norm| norm.weight.trained().is_some())
             || linears.into_iter().any(Linear::is_trained)
     }
 
+    fn qk_norms(&self) -> impl Iterator<Item = &Norm> {
+        self.q_norm.iter().chain(&self.k_norm)
+    }
+
     /// Its norms.
     pub(super) fn norms(&self) -> impl Iterator<Item = &Norm> {
-        let qk_norm = self.qk_norm.iter().flat_map(|(q, k)| [q, k]);
-        qk_norm.chain([&self.input_norm, &self.post_norm])
+        self.qk_norms().chain([&self.input_norm, &self.post_norm])
     }
 
     /// Whether anything of it is trained.
@@ -252,10 +245,9 @@ impl Layer {
             };
             y.transpose(1, 2) // (batch, heads, length, width)
         };
-        let norms = self.qk_norm.as_ref();
-        let q = split(&self.q, heads, norms.map(|(q, _)| q))?;
+        let q = split(&self.q, heads, self.q_norm.as_ref())?;
         let q = (rope(&q, &shared.cos, &shared.sin)? * (width as f64).powf(-0.5))?;
-        let k = split(&self.k, kv_heads, norms.map(|(_, k)| k))?;
+        let k = split(&self.k, kv_heads, self.k_norm.as_ref())?;
         let mut k = rope(&k, &shared.cos, &shared.sin)?;
         let mut v = split(&self.v, kv_heads, None)?;
         if let Some((keys, values)) = cache.take() {
@@ -285,26 +277,6 @@ impl Layer {
 }
 
 impl Llama {
-    /// From now on keeps what the layers below the lowest trained one give of each sequence, in a file in `folder`, and does not
-    /// compute it a second time. Gives how many layers that are; none where it would spare nothing.
-    pub fn keep_states_of_frozen_layers(
-        &self,
-        folder: &std::path::Path,
-    ) -> std::io::Result<Option<usize>> {
-        let frozen = match self.path {
-            Path::Fused(_) => fused::frozen(self),
-            Path::Plain => 0,
-        };
-        if frozen == 0 {
-            return Ok(None);
-        }
-        let states = States::new(folder, self.arch.hidden_size)?;
-        if let Ok(mut place) = self.states.lock() {
-            *place = Some(states);
-        }
-        Ok(Some(frozen))
-    }
-
     /// Whether it is a frozen base with LoRA pairs at most: no biases, no `DoRA`, no tensor trained or replaced.
     pub fn is_plain(&self) -> bool {
         let norms = self.layers.iter().flat_map(Layer::norms);

@@ -1,13 +1,12 @@
 //! From a model folder's tensors and an adapter's pairs to a [`Llama`].
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use anyhow::Context as _;
 use candle_core::{DType, Device, Tensor, Var};
 
 use super::super::adapter::{Adapter, LoraPair, Meant};
-use super::super::fused::{self, Packing, Pool};
 use super::arch::{Arch, Projection, QkNorm};
 use super::linear::{Base, Linear, Lora, Pass, Weight};
 use super::tensors::{
@@ -15,7 +14,6 @@ use super::tensors::{
     norm_path, norm_shape, projection_path, weight_of,
 };
 use super::{Layer, Llama, Norm, Parameter, Trained};
-use crate::ml::execution::Path;
 use crate::ml::io::float::Float;
 use crate::ml::io::weights::Weights;
 use crate::ml::quant::nf4::Nf4;
@@ -314,12 +312,12 @@ impl<'a> Loader<'a> {
         let down = linear(Projection::Down)?;
         let input_norm = self.norm(number, NormKind::Input)?;
         let post_norm = self.norm(number, NormKind::PostAttention)?;
-        let qk_norm = match arch.qk_norm {
-            QkNorm::None => None,
-            QkNorm::PerHead => Some((
-                self.norm(number, NormKind::Query)?,
-                self.norm(number, NormKind::Key)?,
-            )),
+        let (q_norm, k_norm) = match arch.qk_norm {
+            QkNorm::None => (None, None),
+            QkNorm::PerHead => (
+                Some(self.norm(number, NormKind::Query)?),
+                Some(self.norm(number, NormKind::Key)?),
+            ),
         };
         Ok(Layer {
             q,
@@ -331,11 +329,12 @@ impl<'a> Loader<'a> {
             down,
             input_norm,
             post_norm,
-            qk_norm,
+            q_norm,
+            k_norm,
+            window: arch.layers.get(number).and_then(|layer| layer.window),
             heads: arch.num_attention_heads,
             kv_heads: arch.num_key_value_heads,
             head_dim: arch.head_dim,
-            window: arch.layers.get(number).and_then(|layer| layer.window),
         })
     }
 }
@@ -404,13 +403,7 @@ impl Llama {
             head_lora,
             compute,
             frozen_column_sum: None,
-            path: Path::Plain,
-            pool: Pool::default(),
-            states: Mutex::default(),
         };
-        if fused::supports(&model) {
-            model.path = Path::Fused(Packing::default());
-        }
         if model.head().is_frozen() {
             model.frozen_column_sum = Some(model.column_sum(Pass::BASE)?);
         }

@@ -7,9 +7,9 @@ use candle_core::{DType, Device, Tensor};
 
 use super::golden::{far, folder, logits, prompt, rows, tensors};
 use super::golden_compare::{Comparison, EXACT, Tolerance, json};
-use super::golden_runs::{LOOSE, PATHS, settings};
+use super::golden_runs::{KINDS, LOOSE, settings};
 use crate::ml::adapter::Adapter;
-use crate::ml::execution::{Forward, Path};
+use crate::ml::execution::{Execution, Kind};
 use crate::ml::generate;
 use crate::ml::io::weights::Weights;
 use crate::ml::lora::{init, merge, verify};
@@ -129,38 +129,46 @@ fn log_probabilities_are_those_of_transformers_on_every_path() {
                 id: ids[position],
             })
             .collect();
-        let mut model = model(family, "adapter_init", Trained::Nothing);
-        for path in PATHS {
-            model.path = path;
-            let mut forward = Forward::new(&model, &[&batch], Pass::INFER, false).unwrap();
+        let model = model(family, "adapter_init", Trained::Nothing);
+        for kind in KINDS {
+            let execution = execute(&model, kind);
+            let mut forward = execution.forward(&[&batch], Pass::INFER, false).unwrap();
             let scores = forward.score(&targets, false).unwrap();
             for ((logp, theirs), target) in scores.logps.iter().zip(&theirs).zip(&targets) {
                 let far = (logp - theirs[target.id as usize]).abs();
-                assert!(far < 1e-4, "{family}, {path:?}, {target:?}: {far}");
+                assert!(far < 1e-4, "{family}, {kind:?}, {target:?}: {far}");
             }
         }
     }
 }
 
+/// The execution of a kind, which must be able to take the model.
+fn execute(model: &Llama, kind: Kind) -> Execution<'_> {
+    let execution = Execution::new(model, kind);
+    assert_eq!((execution.kind(), execution.fallback()), (kind, None));
+    execution
+}
+
 /// Trains, and compares each line of the log with TRL's.
 fn run(
     family: &str,
-    model: &Llama,
+    execution: &Execution<'_>,
     settings: &Settings,
     log: &str,
     tolerance: Tolerance,
 ) -> Comparison {
     let (rows, mut logs) = (rows("trl-1.16"), Vec::new());
-    let ending = train(model, &rows, &[], settings, None, &mut |step| {
+    let ending = train(execution, &rows, &[], settings, None, &mut |step| {
         logs.extend(step.logs.clone());
         ControlFlow::Continue(())
     });
     assert!(matches!(ending.unwrap(), Ending::Finished { .. }));
     let golden = json(&format!("families/{family}/run.json"));
-    let mut comparison = Comparison::new(&format!("{family}, {log}"), tolerance, model.path);
+    let mut comparison = Comparison::new(&format!("{family}, {log}"), tolerance, execution.kind());
     // What padding sees beyond its window is not worth computing.
-    let windows = model.arch.layers.iter().any(|layer| layer.window.is_some());
-    if windows && model.path != Path::Plain {
+    let mut layers = execution.model().arch.layers.iter();
+    let windows = layers.any(|layer| layer.window.is_some());
+    if windows && execution.kind() != Kind::Reference {
         comparison = comparison.without_padding();
     }
     comparison.logs(&logs, golden[log].as_array().unwrap());
@@ -171,10 +179,10 @@ fn run(
 fn trainings_are_those_of_trl() {
     for family in FAMILIES {
         let golden = adapter(family, "adapter_final");
-        for path in PATHS {
-            let mut model = model(family, "adapter_init", Trained::Adapter);
-            model.path = path;
-            let mut comparison = run(family, &model, &settings(), "log_history", NEAR);
+        for kind in KINDS {
+            let model = model(family, "adapter_init", Trained::Adapter);
+            let execution = execute(&model, kind);
+            let mut comparison = run(family, &execution, &settings(), "log_history", NEAR);
             for parameter in &model.parameters {
                 let (path, part) = parameter.name.split_once(".lora_").unwrap();
                 let pair = &golden.tensors[path];
@@ -205,11 +213,11 @@ fn trainings_on_a_4_bit_base_are_those_of_trl() {
         let report = quantize::quantize(&path(family), out.path(), plain, None, &mut ignore);
         let layers = Arch::read(&path(family)).unwrap().num_hidden_layers();
         assert_eq!(report.unwrap().quantised, 7 * layers);
-        for path in PATHS {
+        for kind in KINDS {
             let adapter = adapter(family, "adapter_init");
-            let mut model = load(out.path(), Some(&adapter), Trained::Adapter);
-            model.path = path;
-            run(family, &model, &settings, "nf4_log_history", LOOSE).end();
+            let model = load(out.path(), Some(&adapter), Trained::Adapter);
+            let execution = execute(&model, kind);
+            run(family, &execution, &settings, "nf4_log_history", LOOSE).end();
         }
     }
 }
@@ -255,10 +263,15 @@ fn greedy_text_is_that_of_transformers() {
         let model = model(family, "adapter_final", Trained::Nothing);
         let prompts = [prompt.as_slice(), &prompt[..5]];
         let go_on = &mut || Ok(());
-        let answers = generate::greedy(&model, &prompts, 20, &[], Pass::INFER, go_on).unwrap();
-        assert_eq!(answers[0], ids("ids"), "{family}");
-        let alone = generate::greedy(&model, &prompts[1..], 20, &[], Pass::INFER, go_on).unwrap();
-        assert_eq!(answers[1], alone[0], "{family}");
+        for kind in [Kind::Reference, Kind::default()] {
+            let execution = execute(&model, kind);
+            let mut greedy = |prompts: &[&[u32]]| {
+                generate::greedy(&execution, prompts, 20, &[], Pass::INFER, go_on).unwrap()
+            };
+            let answers = greedy(&prompts);
+            assert_eq!(answers[0], ids("ids"), "{family}, {kind:?}");
+            assert_eq!(answers[1], greedy(&prompts[1..])[0], "{family}, {kind:?}");
+        }
     }
 }
 
@@ -298,14 +311,14 @@ fn gradients_of_norms_and_biases_are_difference_quotients() {
         ("qwen3", "model.layers.0.self_attn.q_norm.weight"),
         ("qwen3", "model.layers.1.self_attn.k_norm.weight"),
     ] {
-        let mut model = load(&path(family), None, Trained::Everything);
-        model.path = Path::Plain;
+        let model = load(&path(family), None, Trained::Everything);
+        let execution = execute(&model, Kind::Reference);
         let parameter = model.parameters.iter().position(|p| p.name == name);
         let number = parameter.unwrap();
         assert!(!model.parameters[number].decays);
         let mut gradients = Gradients::none(&model);
         objective
-            .differentiate(&model, &[(&batch, 1.)], None, false, &mut gradients)
+            .differentiate(&execution, &[(&batch, 1.)], None, false, &mut gradients)
             .unwrap();
         let gradient: Vec<f32> = gradients.0[number].as_ref().unwrap().to_vec1().unwrap();
         let var = &model.parameters[number].var;
@@ -319,7 +332,7 @@ fn gradients_of_norms_and_biases_are_difference_quotients() {
             let moved = Tensor::new(moved, &Device::Cpu).unwrap();
             var.set(&moved).unwrap();
             objective
-                .evaluate(&model, &batch, Pass::INFER)
+                .evaluate(&execution, &batch, Pass::INFER)
                 .unwrap()
                 .loss
         };
