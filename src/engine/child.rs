@@ -41,15 +41,6 @@ impl Drop for Running {
 /// allocations that live on. A training of SmolLM2-135M's shape held 1.6 GB in that way of which it used 1.1 GB. Other allocators ignore
 /// the variable.
 const MMAP_THRESHOLD: &str = "MALLOC_MMAP_THRESHOLD_";
-
-/// Whether the environment that a child inherits has a threshold of its own already.
-#[expect(
-    clippy::disallowed_methods,
-    reason = "nothing is decided by its value, which goes to the child as it is"
-)]
-fn is_set_by_the_user() -> bool {
-    std::env::var_os(MMAP_THRESHOLD).is_some()
-}
 /// That size for trainings and evaluations, in bytes. Their large buffers come from a pool, so few are mapped anew.
 const LARGE_ALLOCATION: usize = 1 << 20;
 
@@ -66,7 +57,7 @@ fn command(program: &Path, exclusive: bool) -> Command {
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
-    if exclusive && !is_set_by_the_user() {
+    if exclusive && std::env::var_os(MMAP_THRESHOLD).is_none() {
         command.env(MMAP_THRESHOLD, LARGE_ALLOCATION.to_string());
     }
     command
@@ -236,7 +227,7 @@ mod tests {
                 name == MMAP_THRESHOLD && value.is_some_and(|v| v == "1048576")
             })
         };
-        assert!(set(true) || is_set_by_the_user());
+        assert!(set(true) || std::env::var_os(MMAP_THRESHOLD).is_some());
         assert!(!set(false));
     }
 

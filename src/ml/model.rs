@@ -292,6 +292,11 @@ impl Llama {
                 .all(|layer| layer.linears().into_iter().all(Linear::is_plain))
     }
 
+    /// The layers' windows.
+    fn windows(&self) -> impl Iterator<Item = Option<usize>> {
+        self.layers.iter().map(|layer| layer.window)
+    }
+
     /// What all layers share for a batch.
     fn shared(&self, batch: &Batch, pass: Pass) -> Result<Shared> {
         let (cos, sin) = match batch.positions() {
@@ -305,7 +310,7 @@ impl Llama {
         Ok(Shared {
             cos,
             sin,
-            masks: Masks::of(&self.arch, |window| batch.mask(window, &self.device))?,
+            masks: Masks::of(self.windows(), |window| batch.mask(window, &self.device))?,
             pass,
         })
     }
@@ -360,7 +365,7 @@ impl Llama {
             candle_core::bail!("there are no ids to go on from");
         }
         let keys = cache.length + length;
-        let masks = Masks::of(&self.arch, |window| {
+        let masks = Masks::of(self.windows(), |window| {
             let rows = (cache.length..keys).flat_map(|last| {
                 let first = window.map_or(0, |window| (last + 1).saturating_sub(window));
                 let seen = move |to| first <= to && to <= last;

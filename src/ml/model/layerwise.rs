@@ -39,7 +39,9 @@ pub fn logits_by_layer(
         &device,
     );
     let (cos, sin) = angles(config, 0..batch.width, &device)?;
-    let masks = Masks::of(config, |window| batch.mask(window, &device))?;
+    let masks = Masks::of(config.layers.iter().map(|layer| layer.window), |window| {
+        batch.mask(window, &device)
+    })?;
     let shared = passes.iter().map(|&pass| Shared {
         cos: cos.clone(),
         sin: sin.clone(),

@@ -2,19 +2,20 @@
 
 use candle_core::{Result, Tensor, bail};
 
-use super::arch::Arch;
-
 /// One mask for each window that layers have.
 #[derive(Clone)]
 pub(super) struct Masks(Vec<(Option<usize>, Tensor)>);
 
 impl Masks {
-    /// Those of a model's layers, each made by `mask`.
-    pub(super) fn of(arch: &Arch, mask: impl Fn(Option<usize>) -> Result<Tensor>) -> Result<Self> {
+    /// Those of the layers' windows, each made by `mask`.
+    pub(super) fn of(
+        windows: impl Iterator<Item = Option<usize>>,
+        mask: impl Fn(Option<usize>) -> Result<Tensor>,
+    ) -> Result<Self> {
         let mut masks: Vec<(Option<usize>, Tensor)> = Vec::new();
-        for layer in &arch.layers {
-            if !masks.iter().any(|(window, _)| *window == layer.window) {
-                masks.push((layer.window, mask(layer.window)?));
+        for window in windows {
+            if !masks.iter().any(|(own, _)| *own == window) {
+                masks.push((window, mask(window)?));
             }
         }
         Ok(Self(masks))
