@@ -11,12 +11,13 @@ use std::path::Path;
 use anyhow::{Context as _, bail, ensure};
 use candle_core::{Device, Tensor};
 pub use config::{AdapterConfig, Bias, Names, NewAdapter, is_meant};
-pub use ends::ENDS;
 pub use patterns::Patterns;
 pub use targets::{ALL_LINEAR, Meant};
 
 use super::io::finite;
 use super::io::weights::{self, Weights};
+use super::model::arch::Projection;
+use super::model::tensors::{EMBED_TOKENS, ENDS, is_plausible, projection_path};
 
 /// PEFT's prefix of every tensor name.
 const PREFIX: &str = "base_model.model.";
@@ -153,7 +154,7 @@ impl Adapter {
             .with_context(|| format!("could not write `{CONFIG}` to `{}`", folder.display()))?;
         let mut tensors = BTreeMap::new();
         for (path, pair) in &self.tensors {
-            if path == ENDS[0] {
+            if path == EMBED_TOKENS {
                 let turn = |tensor: &Tensor| tensor.t()?.contiguous();
                 tensors.insert(format!("{PREFIX}{path}{ROWS_A}"), turn(&pair.b)?);
                 tensors.insert(format!("{PREFIX}{path}{ROWS_B}"), turn(&pair.a)?);
@@ -187,11 +188,11 @@ fn tensors(weights: &Weights, config: &AdapterConfig) -> anyhow::Result<Tensors>
     let mut plain = Vec::new();
     for name in weights.names() {
         let own = name.strip_prefix(PREFIX).unwrap_or(name);
-        let is_of_a_llama = own.starts_with("model.") || own.starts_with("lm_head.");
         ensure!(
-            is_of_a_llama,
-            "`{name}` belongs to no module of a Llama; expected a name such as `{PREFIX}model.layers.0.self_attn.q_proj{A}`, as PEFT \
-             gives it to an adapter of a whole `LlamaForCausalLM`"
+            is_plausible(own),
+            "`{name}` belongs to no module of a causal language model; expected a name such as `{PREFIX}{}{A}`, as PEFT gives it to an \
+             adapter of a whole one (`LlamaForCausalLM`)",
+            projection_path(0, Projection::Q)
         );
         if let Some(path) = own.strip_suffix(A) {
             pairs.insert(path.to_owned(), pair(weights, name, path, config)?);
@@ -248,7 +249,7 @@ fn rows(
     config: &AdapterConfig,
 ) -> anyhow::Result<LoraPair> {
     ensure!(
-        path == ENDS[0],
+        path == EMBED_TOKENS,
         "the tensor `{name}` is a LoRA matrix of embeddings, which `{path}` are not"
     );
     let stem = name.strip_suffix(ROWS_A).unwrap_or(name);
@@ -316,7 +317,7 @@ fn pair(
 ) -> anyhow::Result<LoraPair> {
     let stem = name.strip_suffix(A).unwrap_or(name);
     ensure!(
-        path != ENDS[0],
+        path != EMBED_TOKENS,
         "the tensor `{name}` is no LoRA matrix of embeddings"
     );
     let (a, b) = two(weights, [name, &format!("{stem}{B}")])?;

@@ -10,6 +10,7 @@
 pub mod arch;
 pub mod autograd;
 pub mod batch;
+pub mod compare;
 pub mod create;
 mod ends;
 pub mod families;
@@ -17,7 +18,9 @@ pub mod head;
 mod layerwise;
 pub mod linear;
 mod load;
+mod masks;
 mod overflow;
+mod rope;
 pub mod tensors;
 pub mod tied;
 
@@ -29,9 +32,11 @@ use self::autograd::{masked_softmax, rms_norm, rope};
 use self::batch::Batch;
 use self::head::OfHead;
 use self::linear::{Drops, Linear, Lora, Pass, Weight};
-use self::tied::{EMBEDDINGS, HEAD};
+use self::tensors::{EMBEDDINGS, HEAD};
 use ends::looked_up;
 pub use layerwise::logits_by_layer;
+use masks::Masks;
+pub(super) use rope::angles;
 
 /// What is trained.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -104,7 +109,7 @@ pub(super) struct Layer {
 struct Shared {
     cos: Tensor,  // (length, head_dim / 2), or that for each sequence
     sin: Tensor,  // the same
-    mask: Tensor, // (batch or 1, 1, length, keys)
+    masks: Masks, // (batch or 1, 1, length, keys)
     pass: Pass,
 }
 
@@ -193,13 +198,18 @@ impl Layer {
     /// Whether anything of its attention is trained, its norm included.
     pub(super) fn trains_attention(&self) -> bool {
         let linears = [&self.q, &self.k, &self.v, &self.o];
-        let norms = [
-            Some(&self.input_norm),
-            self.q_norm.as_ref(),
-            self.k_norm.as_ref(),
-        ];
-        let trains = |norm: &Norm| norm.weight.trained().is_some();
-        norms.into_iter().flatten().any(trains) || linears.into_iter().any(Linear::is_trained)
+        let mut norms = self.qk_norms().chain([&self.input_norm]);
+        norms.any(|norm| norm.weight.trained().is_some())
+            || linears.into_iter().any(Linear::is_trained)
+    }
+
+    fn qk_norms(&self) -> impl Iterator<Item = &Norm> {
+        self.q_norm.iter().chain(&self.k_norm)
+    }
+
+    /// Its norms.
+    pub(super) fn norms(&self) -> impl Iterator<Item = &Norm> {
+        self.qk_norms().chain([&self.input_norm, &self.post_norm])
     }
 
     /// Whether anything of it is trained.
@@ -219,27 +229,6 @@ impl Layer {
         &x + self.down.forward(&(gate * up)?, pass)?
     }
 
-    /// The mask with the layer's window.
-    fn windowed(&self, mask: &Tensor, length: usize, keys: usize) -> Result<Tensor> {
-        let Some(window) = self.window else {
-            return Ok(mask.clone());
-        };
-        let mut values = mask.flatten_all()?.to_vec1::<f32>()?;
-        for (row, values) in values.chunks_mut(keys).enumerate() {
-            let at = keys - length + row % length;
-            let before = values.to_vec();
-            for (to, value) in values.iter_mut().enumerate() {
-                if to + window <= at {
-                    *value = f32::NEG_INFINITY;
-                }
-            }
-            if values.iter().all(|x| *x < 0.) {
-                values.copy_from_slice(&before);
-            }
-        }
-        Tensor::from_vec(values, mask.shape(), mask.device())
-    }
-
     /// Grouped-query attention: the query heads that share a key head are rows of one product, so keys and values are
     /// never repeated.
     fn attention(&self, x: &Tensor, shared: &Shared, cache: &mut KeysAndValues) -> Result<Tensor> {
@@ -249,23 +238,17 @@ impl Layer {
         let compute = self.q.compute;
         let split = |linear: &Linear, heads: usize, norm: Option<&Norm>| {
             let y = linear.forward(x, shared.pass)?;
-            let mut y = y.reshape((batch, length, heads, width))?;
-            if let Some(norm) = norm {
-                y = norm.forward(&y, shared.pass)?;
-            }
+            let y = y.reshape((batch, length, heads, width))?;
+            let y = match norm {
+                Some(norm) => norm.forward(&y, shared.pass)?,
+                None => y,
+            };
             y.transpose(1, 2) // (batch, heads, length, width)
         };
-        let q = rope(
-            &split(&self.q, heads, self.q_norm.as_ref())?,
-            &shared.cos,
-            &shared.sin,
-        )?;
-        let q = (q * (width as f64).powf(-0.5))?;
-        let mut k = rope(
-            &split(&self.k, kv_heads, self.k_norm.as_ref())?,
-            &shared.cos,
-            &shared.sin,
-        )?;
+        let q = split(&self.q, heads, self.q_norm.as_ref())?;
+        let q = (rope(&q, &shared.cos, &shared.sin)? * (width as f64).powf(-0.5))?;
+        let k = split(&self.k, kv_heads, self.k_norm.as_ref())?;
+        let mut k = rope(&k, &shared.cos, &shared.sin)?;
         let mut v = split(&self.v, kv_heads, None)?;
         if let Some((keys, values)) = cache.take() {
             k = Tensor::cat(&[&keys, &k], 2)?;
@@ -280,8 +263,7 @@ impl Layer {
             .to_dtype(compute)?
             .matmul(&k.to_dtype(compute)?.transpose(2, 3)?)?
             .reshape((batch, heads, length, keys))?;
-        let mask = self.windowed(&shared.mask, length, keys)?;
-        let p = masked_softmax(&scores, &mask)?;
+        let p = masked_softmax(&scores, shared.masks.get(self.window)?)?;
         let p = p.reshape((batch, kv_heads, group * length, keys))?;
         let y = p
             .to_dtype(compute)?
@@ -297,10 +279,7 @@ impl Layer {
 impl Llama {
     /// Whether it is a frozen base with LoRA pairs at most: no biases, no `DoRA`, no tensor trained or replaced.
     pub fn is_plain(&self) -> bool {
-        let norms = self
-            .layers
-            .iter()
-            .flat_map(|layer| [&layer.input_norm, &layer.post_norm]);
+        let norms = self.layers.iter().flat_map(Layer::norms);
         !self.has_pairs_at_ends()
             && self.embed.is_frozen()
             && self.head().is_frozen()
@@ -311,6 +290,11 @@ impl Llama {
                 .layers
                 .iter()
                 .all(|layer| layer.linears().into_iter().all(Linear::is_plain))
+    }
+
+    /// The layers' windows.
+    fn windows(&self) -> impl Iterator<Item = Option<usize>> {
+        self.layers.iter().map(|layer| layer.window)
     }
 
     /// What all layers share for a batch.
@@ -326,7 +310,7 @@ impl Llama {
         Ok(Shared {
             cos,
             sin,
-            mask: batch.mask(&self.device)?,
+            masks: Masks::of(self.windows(), |window| batch.mask(window, &self.device))?,
             pass,
         })
     }
@@ -380,20 +364,20 @@ impl Llama {
         if length == 0 {
             candle_core::bail!("there are no ids to go on from");
         }
-        let mask: Vec<f32> = (0..length)
-            .flat_map(|from| {
-                let last = cache.length + from;
-                (0..cache.length + length)
-                    .map(move |to| if to <= last { 0. } else { f32::NEG_INFINITY })
-            })
-            .collect();
         let keys = cache.length + length;
-        let mask = Tensor::from_vec(mask, (1, 1, length, keys), &self.device)?;
+        let masks = Masks::of(self.windows(), |window| {
+            let rows = (cache.length..keys).flat_map(|last| {
+                let first = window.map_or(0, |window| (last + 1).saturating_sub(window));
+                let seen = move |to| first <= to && to <= last;
+                (0..keys).map(move |to| if seen(to) { 0f32 } else { f32::NEG_INFINITY })
+            });
+            Tensor::from_vec(rows.collect(), (1, 1, length, keys), &self.device)
+        })?;
         let (cos, sin) = angles(&self.arch, cache.length..keys, &self.device)?;
         let shared = Shared {
             cos,
             sin,
-            mask,
+            masks,
             pass,
         };
         let mut x = self.embed(&Tensor::new(ids, &self.device)?.unsqueeze(0)?, pass)?;
@@ -553,47 +537,6 @@ fn take(store: &mut GradStore, input: &Tensor) -> Result<Tensor> {
         Some(gradient) => Ok(gradient),
         None => candle_core::bail!("a layer's graph was cut: its input has no gradient"),
     }
-}
-
-/// Cosines and sines (positions, half a head's width), with Llama 3's scaling of long waves.
-pub(super) fn angles(
-    config: &Arch,
-    positions: impl IntoIterator<Item = usize>,
-    device: &Device,
-) -> Result<(Tensor, Tensor)> {
-    let half = config.head_dim / 2;
-    let frequencies: Vec<f32> = (0..half)
-        .map(|i| {
-            let exponent = (2 * i) as f32 / config.head_dim as f32;
-            let frequency = 1. / (config.rope.theta as f32).powf(exponent);
-            match &config.rope.scaling {
-                Some(scaling) => {
-                    let wave = 2. * std::f32::consts::PI / frequency;
-                    let original = scaling.original_max_position_embeddings as f32;
-                    let (low, high) = (
-                        scaling.low_freq_factor as f32,
-                        scaling.high_freq_factor as f32,
-                    );
-                    let factor = scaling.factor as f32;
-                    if wave < original / high {
-                        frequency
-                    } else if wave > original / low {
-                        frequency / factor
-                    } else {
-                        let smooth = (original / wave - low) / (high - low);
-                        (1. - smooth) * frequency / factor + smooth * frequency
-                    }
-                }
-                None => frequency,
-            }
-        })
-        .collect();
-    let angles: Vec<f32> = positions
-        .into_iter()
-        .flat_map(|position| frequencies.iter().map(move |f| position as f32 * f))
-        .collect();
-    let angles = Tensor::from_vec(angles, ((), half), device)?;
-    Ok((angles.cos()?, angles.sin()?))
 }
 
 #[cfg(test)]

@@ -145,6 +145,7 @@ fn model(folder: &Path, text: &mut String) -> anyhow::Result<()> {
     let config = Arch::read(folder)?;
     let weights = Weights::open(folder)?;
     let rows = [
+        ("family", config.family.to_owned()),
         ("layers", config.num_hidden_layers().to_string()),
         ("hidden_size", config.hidden_size.to_string()),
         ("intermediate_size", config.intermediate_size.to_string()),

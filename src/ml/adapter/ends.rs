@@ -6,10 +6,7 @@ use anyhow::{Context as _, bail};
 use candle_core::{DType, Tensor};
 
 use super::Adapter;
-use crate::ml::model::tied::{EMBEDDINGS, HEAD};
-
-/// The paths of both modules.
-pub const ENDS: [&str; 2] = ["model.embed_tokens", "lm_head"];
+use crate::ml::model::tensors::{EMBEDDINGS, ENDS, HEAD};
 
 impl Adapter {
     /// The adapter as it counts beside a base that is `tied`.

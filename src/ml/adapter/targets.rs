@@ -5,7 +5,7 @@ use anyhow::{Context as _, bail, ensure};
 use serde_json::{Map, Value};
 
 use super::patterns::Pattern;
-use crate::ml::lora::init::PROJECTIONS;
+use crate::ml::model::tensors::is_projection;
 
 /// What means every projection of the layers.
 pub const ALL_LINEAR: &str = "all-linear";
@@ -47,11 +47,7 @@ impl Names {
                 names.any(|name| ends_with(path, name)).then_some(false)
             }
             Self::Pattern(pattern) => pattern.fits(path).then_some(true),
-            Self::AllLinear => {
-                let mut all = PROJECTIONS.iter();
-                let linear = path.starts_with("model.layers.");
-                (linear && all.any(|name| ends_with(path, name))).then_some(true)
-            }
+            Self::AllLinear => is_projection(path).then_some(true),
         }
     }
 }

@@ -271,7 +271,10 @@ fn settings_and_tensors_have_to_tell_the_same() {
     for (name, expected) in [
         ("model.embed_tokens.lora_embedding_A", "no matrix of floats"),
         ("model.norm.running_mean", "is no LoRA matrix"),
-        ("transformer.h.0.weight", "no module of a Llama"),
+        (
+            "transformer.h.0.weight",
+            "no module of a causal language model",
+        ),
         (
             "model.layers.0.self_attn.q_proj.weight",
             "both LoRA matrices and a weight",

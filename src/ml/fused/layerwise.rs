@@ -24,7 +24,9 @@ use crate::ml::io::float::Float;
 use crate::ml::io::weights::{RawTensor, Weights};
 use crate::ml::model::arch::{Arch, Projection as Role, QkNorm};
 use crate::ml::model::batch::Batch;
-use crate::ml::model::tied::{EMBEDDINGS, HEAD};
+use crate::ml::model::tensors::{
+    EMBEDDINGS, HEAD, NormKind, bias_of, norm_path, norm_shape, projection_path, weight_of,
+};
 use crate::ml::quant::nf4::Nf4;
 
 /// Values that a thread converts at once.
@@ -120,7 +122,7 @@ impl<'a> MappedModel<'a> {
             x = self.layer(number, work, x)?;
             layer_done(number + 1)?;
         }
-        let norm = self.norm("model.norm", self.arch.hidden_size)?;
+        let norm = self.norm(0, NormKind::Final)?;
         let (mut hidden, mut inverse) = (vec![0.; x.len()], vec![0.; size(1, shape.tokens)]);
         let eps = self.arch.rms_norm_eps as f32;
         let weight = TensorView::tensor(&norm);
@@ -129,32 +131,16 @@ impl<'a> MappedModel<'a> {
     }
 
     fn layer(&self, number: usize, work: PassContext<'_>, x: Vec<f32>) -> anyhow::Result<Vec<f32>> {
-        let path = format!("model.layers.{number}");
-        let projections = [
-            ("self_attn.q_proj", Role::Q),
-            ("self_attn.k_proj", Role::K),
-            ("self_attn.v_proj", Role::V),
-            ("self_attn.o_proj", Role::O),
-            ("mlp.gate_proj", Role::Gate),
-            ("mlp.up_proj", Role::Up),
-            ("mlp.down_proj", Role::Down),
-        ];
-        let modules = projections.map(|(name, role)| self.module(&format!("{path}.{name}"), role));
+        let modules = Role::ALL.map(|role| self.module(number, role));
         let [q, k, v, o, gate, up, down] = modules;
         let (q, k, v, o, gate, up, down) = (q?, k?, v?, o?, gate?, up?, down?);
-        let input_norm = self.norm(&format!("{path}.input_layernorm"), self.arch.hidden_size)?;
-        let post_norm = self.norm(
-            &format!("{path}.post_attention_layernorm"),
-            self.arch.hidden_size,
-        )?;
-        let head_norm = |name: &str| match self.arch.qk_norm {
+        let input_norm = self.norm(number, NormKind::Input)?;
+        let post_norm = self.norm(number, NormKind::PostAttention)?;
+        let head_norm = |norm| match self.arch.qk_norm {
             QkNorm::None => Ok(None),
-            QkNorm::PerHead => {
-                let name = format!("{path}.self_attn.{name}");
-                self.norm(&name, self.arch.head_dim).map(Some)
-            }
+            QkNorm::PerHead => self.norm(number, norm).map(Some),
         };
-        let (q_norm, k_norm) = (head_norm("q_norm")?, head_norm("k_norm")?);
+        let (q_norm, k_norm) = (head_norm(NormKind::Query)?, head_norm(NormKind::Key)?);
         let eps = self.arch.rms_norm_eps as f32;
 
         let layer = Layer {
@@ -177,9 +163,10 @@ impl<'a> MappedModel<'a> {
         Ok(out)
     }
 
-    fn module(&self, path: &str, role: Role) -> anyhow::Result<Module> {
+    fn module(&self, layer: usize, role: Role) -> anyhow::Result<Module> {
         let shape = self.arch.shape(role);
-        let name = format!("{path}.weight");
+        let path = projection_path(layer, role);
+        let name = weight_of(&path);
         let base = match Nf4::load(self.weights, &name)? {
             Some(nf4) => {
                 ensure!(
@@ -192,16 +179,15 @@ impl<'a> MappedModel<'a> {
             None => self.rows(&name, shape, 0..shape.0)?,
         };
         let adapter = self.adapter.and_then(|adapter| {
-            let pair = adapter.tensors.get(path)?;
-            Some((pair, adapter.config.scaling(path) as f32))
+            let pair = adapter.tensors.get(&path)?;
+            Some((pair, adapter.config.scaling(&path) as f32))
         });
         let pair = adapter.map(|(pair, scaling)| -> candle_core::Result<_> {
             let f32 = |tensor: &Tensor| tensor.to_dtype(DType::F32)?.contiguous();
             Ok((f32(&pair.a)?, f32(&pair.b)?, scaling))
         });
         let bias = if self.arch.has_bias(role) {
-            let name = format!("{path}.bias");
-            Some(self.vector(&name, shape.0)?)
+            Some(self.vector(&bias_of(&path), shape.0)?)
         } else {
             None
         };
@@ -292,8 +278,9 @@ impl<'a> MappedModel<'a> {
         }
     }
 
-    fn norm(&self, path: &str, width: usize) -> anyhow::Result<Tensor> {
-        self.vector(&format!("{path}.weight"), width)
+    fn norm(&self, layer: usize, norm: NormKind) -> anyhow::Result<Tensor> {
+        let name = weight_of(&norm_path(layer, norm));
+        self.vector(&name, norm_shape(self.arch, norm))
     }
 
     /// A tensor of so many numbers, in f32.

@@ -4,12 +4,12 @@ use anyhow::{Context as _, bail, ensure};
 use candle_core::{DType, Device, Tensor};
 
 use super::{init, svd};
-use crate::ml::adapter::{Adapter, Bias, ENDS, LoraPair, NewAdapter, is_meant};
+use crate::ml::adapter::{Adapter, Bias, LoraPair, NewAdapter, is_meant};
 use crate::ml::io::finite;
 use crate::ml::io::weights::Weights;
 use crate::ml::model::arch::Arch;
 use crate::ml::model::linear::row_lengths;
-use crate::ml::model::tied::{EMBEDDINGS, HEAD};
+use crate::ml::model::tensors::{EMBEDDINGS, ENDS, HEAD, LM_HEAD, weight_of};
 use crate::ml::quant::nf4::Nf4;
 
 /// A new adapter for the model `weights`. Matrices are drawn from `seed` as PEFT does it; modules that are trained whole and
@@ -42,11 +42,11 @@ pub fn attach(
                 "init_lora_weights: loftq"
             }
         );
-        let tied = config.tie_word_embeddings && *path == ENDS[1];
+        let tied = config.tie_word_embeddings && *path == LM_HEAD;
         let name = if tied {
             EMBEDDINGS.to_owned()
         } else {
-            format!("{path}.weight")
+            weight_of(path)
         };
         let mut begin = || -> anyhow::Result<()> {
             if let Some(dense) = loftq {
@@ -72,7 +72,7 @@ fn copy_whole(adapter: &mut Adapter, config: &Arch, weights: &Weights) -> anyhow
         adapter.saved.insert(HEAD.to_owned(), tensor);
     }
     let mut unused = adapter.config.modules_to_save.clone();
-    unused.retain(|module| !adapter.saved.contains_key(HEAD) || !is_meant(module, ENDS[1]));
+    unused.retain(|module| !adapter.saved.contains_key(HEAD) || !is_meant(module, LM_HEAD));
     for name in weights.names() {
         let is_own = name.ends_with(".weight") || name.ends_with(".bias");
         if !is_own || !adapter.trains(name) {

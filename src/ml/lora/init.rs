@@ -6,102 +6,9 @@ use anyhow::{Context as _, bail, ensure};
 use candle_core::{Device, Tensor};
 
 use crate::ml::adapter::{Adapter, AdapterConfig, LoraPair, Meant, NewAdapter};
-use crate::ml::model::arch::{self, Arch};
+use crate::ml::model::arch::Arch;
+use crate::ml::model::tensors::{Module, modules, projection_names};
 use crate::ml::torch_rng::TorchRng;
-
-/// A projection of a layer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Projection {
-    /// Which one it is.
-    pub kind: arch::Projection,
-    /// Its path in the layer (`self_attn.q_proj`).
-    pub path: &'static str,
-    /// (out, in).
-    pub shape: (usize, usize),
-}
-
-impl Projection {
-    /// Its own name (`q_proj`).
-    pub fn name(&self) -> &'static str {
-        self.path
-            .rsplit_once('.')
-            .map_or(self.path, |(_, name)| name)
-    }
-}
-
-/// The seven projections of a layer, in the order of torch's modules.
-pub fn projections(config: &Arch) -> [Projection; 7] {
-    arch::Projection::ALL.map(|kind| Projection {
-        kind,
-        path: match kind {
-            arch::Projection::Q => "self_attn.q_proj",
-            arch::Projection::K => "self_attn.k_proj",
-            arch::Projection::V => "self_attn.v_proj",
-            arch::Projection::O => "self_attn.o_proj",
-            arch::Projection::Gate => "mlp.gate_proj",
-            arch::Projection::Up => "mlp.up_proj",
-            arch::Projection::Down => "mlp.down_proj",
-        },
-        shape: config.shape(kind),
-    })
-}
-
-/// The names of the projections.
-pub const PROJECTIONS: [&str; 7] = [
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-];
-
-/// What a module is to an adapter.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Module {
-    /// A product with a weight (out, in).
-    Linear(usize, usize),
-    /// Rows of a weight (vocabulary, hidden) that are looked up.
-    Embedding(usize, usize),
-    /// What can't have matrices: a norm, or modules together.
-    Other,
-}
-
-/// All modules of a model, by their paths, in torch's order.
-pub fn modules(config: &Arch) -> Vec<(String, Module)> {
-    let (vocabulary, hidden) = (config.vocab_size, config.hidden_size);
-    let other = |path: &str| (path.to_owned(), Module::Other);
-    let mut modules = vec![
-        other("model"),
-        (
-            "model.embed_tokens".into(),
-            Module::Embedding(vocabulary, hidden),
-        ),
-        other("model.layers"),
-    ];
-    let projections = projections(config);
-    for layer in 0..config.num_hidden_layers() {
-        let path = format!("model.layers.{layer}");
-        let below = |name: &str| format!("{path}.{name}");
-        modules.push(other(&path));
-        for projection in &projections {
-            match projection.name() {
-                "q_proj" => modules.push(other(&below("self_attn"))),
-                "gate_proj" => modules.push(other(&below("mlp"))),
-                _ => {}
-            }
-            let (out, input) = projection.shape;
-            modules.push((below(projection.path), Module::Linear(out, input)));
-        }
-        for name in ["mlp.act_fn", "input_layernorm", "post_attention_layernorm"] {
-            modules.push(other(&below(name)));
-        }
-    }
-    modules.extend(["model.norm", "model.rotary_emb"].map(other));
-    modules.push(("lm_head".into(), Module::Linear(vocabulary, hidden)));
-    modules
-}
 
 /// Makes an adapter for the modules that `new` means, as PEFT chooses them.
 ///
@@ -161,7 +68,9 @@ pub fn adapter(config: &Arch, new: &NewAdapter, seed: u64) -> anyhow::Result<Ada
 }
 
 fn known() -> String {
-    PROJECTIONS.map(|name| format!("`{name}`")).join(", ")
+    projection_names()
+        .map(|name| format!("`{name}`"))
+        .join(", ")
 }
 
 /// The pair of embeddings (rows, width), turned around: PEFT's A is (r, rows), its B (width, r).

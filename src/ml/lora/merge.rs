@@ -15,8 +15,8 @@ use crate::ml::adapter::{Adapter, LoraPair};
 use crate::ml::io::float::Float;
 use crate::ml::io::rewrite::{Output, Written, rewrite};
 use crate::ml::io::weights::{Entry, RawTensor, Weights};
-use crate::ml::model::tensors::is_used;
-use crate::ml::model::tied::{self, EMBEDDINGS, HEAD};
+use crate::ml::model::tensors::{EMBEDDINGS, HEAD, is_used};
+use crate::ml::model::tied;
 use crate::ml::quant::nf4::{Nf4, PARTS};
 
 /// Values that a thread takes at once.

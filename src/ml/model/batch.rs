@@ -238,8 +238,11 @@ impl Batch {
     }
 
     /// What is added to the attention scores: 0 where a position may look, -inf where it may not (later ones, padding,
-    /// other documents). (batch or 1, 1, length, length)
-    pub fn mask(&self, device: &Device) -> Result<Tensor> {
+    /// other documents, and those that `window` keys up to its own do not reach). (batch or 1, 1, length, length)
+    ///
+    /// Padding whose window reaches no id looks at everything alike, as in transformers' eager attention: the mean logits that TRL
+    /// logs count padding.
+    pub fn mask(&self, window: Option<usize>, device: &Device) -> Result<Tensor> {
         let uniform = self.sequences.iter().all(|s| s.ids.len() == self.width);
         let count = if uniform && !self.packed() {
             1
@@ -250,11 +253,19 @@ impl Batch {
         for sequence in self.sequences.iter().take(count) {
             let length = sequence.ids.len();
             for (from, start) in sequence.starts(self.width).into_iter().enumerate() {
+                let reach = window.map_or(0, |window| (from + 1).saturating_sub(window));
+                let first = start.max(reach);
+                // Next to the lowest number every score is 0, so that all are equal.
+                let hidden = if first < length {
+                    f32::NEG_INFINITY
+                } else {
+                    f32::MIN
+                };
                 mask.extend((0..self.width).map(|to| {
-                    if start <= to && to <= from && to < length {
+                    if first <= to && to <= from && to < length {
                         0f32
                     } else {
-                        f32::NEG_INFINITY
+                        hidden
                     }
                 }));
             }
@@ -317,7 +328,7 @@ mod tests {
         assert_eq!(places(1, true).len(), 7);
         assert_eq!(places(2, false), []);
 
-        let mask = batch.mask(&Device::Cpu).unwrap().squeeze(1).unwrap();
+        let mask = batch.mask(None, &Device::Cpu).unwrap().squeeze(1).unwrap();
         let mask: Vec<Vec<Vec<f32>>> = mask.to_vec3().unwrap();
         let seen = |row: usize, from: usize| -> Vec<usize> {
             (0..8).filter(|&to| mask[row][from][to] == 0.).collect()
@@ -330,7 +341,32 @@ mod tests {
 
         let plain = Batch::new(vec![long.chosen(), long.chosen()], 0).unwrap();
         assert!(plain.positions().is_none());
-        assert_eq!(plain.mask(&Device::Cpu).unwrap().dims(), [1, 1, 8, 8]);
+        assert_eq!(plain.mask(None, &Device::Cpu).unwrap().dims(), [1, 1, 8, 8]);
+    }
+
+    #[test]
+    fn windows_end_at_documents_and_padding_sees_all_alike() {
+        let packed = Row {
+            packed: vec![row(&[5], &[6])],
+            ..row(&[1, 2], &[3, 4])
+        };
+        let batch = Batch::new(vec![packed.chosen(), row(&[1], &[2; 8]).chosen()], 0).unwrap();
+        let mask = batch
+            .mask(Some(2), &Device::Cpu)
+            .unwrap()
+            .squeeze(1)
+            .unwrap();
+        let mask: Vec<Vec<Vec<f32>>> = mask.to_vec3().unwrap();
+        let seen = |row: usize, from: usize| -> Vec<usize> {
+            (0..9).filter(|&to| mask[row][from][to] == 0.).collect()
+        };
+        // As many keys as the window says, its own included.
+        let expected: [&[usize]; 7] = [&[0], &[0, 1], &[1, 2], &[2, 3], &[4], &[4, 5], &[5]];
+        for (from, expected) in expected.into_iter().enumerate() {
+            assert_eq!(seen(0, from), expected, "{from}");
+        }
+        assert_eq!(mask[0][7], [f32::MIN; 9]);
+        assert_eq!(seen(1, 8), [7, 8]);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! A Llama with random weights, as transformers initialises one: normal for matrices, ones for norms.
+//! A model with random weights, as transformers initialises one: normal for matrices, ones for norms, zeros for biases.
 //!
 //! Every value depends only on the seed, the tensor's name and its place in it, so neither threads nor the order of tensors
 //! matter; and it is made from whole numbers, additions, multiplications, divisions and square roots, which every machine
@@ -12,14 +12,14 @@ use bytesize::ByteSize;
 use pipeline_kernels::dropout::mix;
 use pipeline_kernels::normal;
 use rayon::prelude::*;
-use serde_json::json;
 
-use super::arch::{Arch, LayerArch};
+use super::arch::Arch;
+use super::families;
+use super::tensors::{Role, TensorSpec, layer_tensors, tensors};
 use crate::ml::io::float::Float;
 use crate::ml::io::folder::{self, CONFIG};
 use crate::ml::io::rewrite::{Index, Output, Written, write_file};
 use crate::ml::io::weights::{Entry, SINGLE};
-use crate::ml::lora::init::projections;
 
 /// The most bytes of weights: some hundred times what the largest models have.
 const LARGEST: u64 = 1 << 48;
@@ -63,19 +63,24 @@ pub fn create(
         ByteSize(bytes),
         ByteSize(LARGEST)
     );
-    let entries = entries(config, settings.float);
+    let tensors: Vec<_> = tensors(config)
+        .map(|tensor| {
+            let entry = Entry::new(tensor.name, settings.float.stored(), tensor.shape);
+            (entry, Fill::of(tensor.role))
+        })
+        .collect();
     let size = |entry: &Entry| -> anyhow::Result<u64> { Ok(entry.size()? as u64) };
     let mut total = 0u64;
-    for entry in &entries {
+    for (entry, _) in &tensors {
         let sum = total.checked_add(size(entry)?);
         total = sum.context("the model is too large")?;
     }
     write_config(config, settings, out)?;
 
     // As in transformers: a file is closed when the next tensor would take it above the limit.
-    let mut files: Vec<Vec<Entry>> = vec![Vec::new()];
+    let mut files: Vec<Vec<(Entry, Fill)>> = vec![Vec::new()];
     let mut filled = 0u64;
-    for entry in entries {
+    for (entry, fill) in tensors {
         let size = size(&entry)?;
         if filled > 0 && filled + size > settings.max_shard_size {
             files.push(Vec::new());
@@ -83,14 +88,14 @@ pub fn create(
         }
         filled += size;
         if let Some(last) = files.last_mut() {
-            last.push(entry);
+            last.push((entry, fill));
         }
     }
     let mut index = Index::default();
     let mut done = 0;
     let mut written = Vec::new();
     let count = files.len();
-    for (number, entries) in files.into_iter().enumerate() {
+    for (number, tensors) in files.into_iter().enumerate() {
         let file = if count == 1 {
             SINGLE.to_owned()
         } else {
@@ -98,12 +103,12 @@ pub fn create(
         };
         let mut sizes = BTreeMap::new();
         let mut outputs = Vec::new();
-        for entry in entries {
+        for (entry, fill) in tensors {
             index.add(&entry, &file)?;
             sizes.insert(entry.name.clone(), size(&entry)?);
             let name = entry.name.clone();
             outputs.push(Output::pieces(entry, move |first, bytes| {
-                tensor(&name, first / settings.float.size(), bytes, settings);
+                tensor(&name, fill, first / settings.float.size(), bytes, settings);
                 Ok(())
             }));
         }
@@ -125,66 +130,52 @@ pub fn create(
 /// The number of weights that a model of this shape has; a tied head counts once. Whatever [`Arch::read`] accepts can be
 /// counted.
 pub fn parameters(config: &Arch) -> u64 {
-    let values = |entry: &Entry| {
-        let sizes = entry.shape.iter().map(|size| *size as u64);
+    let values = |tensor: TensorSpec| {
+        let sizes = tensor.shape.iter().map(|size| *size as u64);
         sizes.fold(1, u64::saturating_mul)
     };
-    let one = Arch {
-        layers: vec![LayerArch::default()],
+    let none = Arch {
+        layers: Vec::new(),
         ..config.clone()
     };
-    let layers = config.num_hidden_layers() as u64;
-    let all = entries(&one, Float::F32);
-    let sizes = all.iter().map(|entry| {
-        let times = if entry.name.contains(".layers.") {
-            layers
-        } else {
-            1
-        };
-        values(entry).saturating_mul(times)
-    });
-    sizes.fold(0, u64::saturating_add)
+    // All layers have tensors of the same shapes.
+    let layer = layer_tensors(config, 0).into_iter().map(values);
+    let layer = layer.fold(0, u64::saturating_add);
+    let layers = layer.saturating_mul(config.num_hidden_layers() as u64);
+    tensors(&none).map(values).fold(layers, u64::saturating_add)
 }
 
-/// All tensors, in the order of torch's modules.
-fn entries(config: &Arch, float: Float) -> Vec<Entry> {
-    let (vocabulary, hidden) = (config.vocab_size, config.hidden_size);
-    let matrix = |name: String, (rows, columns)| Entry::new(name, float.stored(), [rows, columns]);
-    let norm = |name: String| Entry::new(name, float.stored(), [hidden]);
-    let mut entries = vec![matrix(
-        "model.embed_tokens.weight".into(),
-        (vocabulary, hidden),
-    )];
-    for layer in 0..config.num_hidden_layers() {
-        let path = format!("model.layers.{layer}");
-        for projection in projections(config) {
-            entries.push(matrix(
-                format!("{path}.{}.weight", projection.path),
-                projection.shape,
-            ));
+/// What a new tensor is filled with, as transformers' `_init_weights` does it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Fill {
+    Normal,
+    Constant(f32),
+}
+
+impl Fill {
+    fn of(role: Role) -> Self {
+        match role {
+            Role::Embeddings | Role::Head | Role::Projection(_) => Self::Normal,
+            Role::Norm(_) => Self::Constant(1.),
+            Role::Bias(_) => Self::Constant(0.),
         }
-        entries.push(norm(format!("{path}.input_layernorm.weight")));
-        entries.push(norm(format!("{path}.post_attention_layernorm.weight")));
     }
-    entries.push(norm("model.norm.weight".into()));
-    if !config.tie_word_embeddings {
-        entries.push(matrix("lm_head.weight".into(), (vocabulary, hidden)));
-    }
-    entries
 }
 
 /// The values of a tensor from number `first` on, which is even.
-fn tensor(name: &str, first: usize, bytes: &mut [u8], settings: Settings) {
+fn tensor(name: &str, fill: Fill, first: usize, bytes: &mut [u8], settings: Settings) {
     let size = settings.float.size();
-    let is_norm = name.ends_with("norm.weight");
     let key = key(settings.seed, name);
     let spans = bytes.par_chunks_mut(SPAN * size).enumerate();
     spans.for_each(|(span, bytes)| {
-        let mut values = [1f32; SPAN];
+        let mut values = [0f32; SPAN];
         let values = &mut values[..bytes.len() / size];
-        if !is_norm {
-            let pair = (first as u64 + (span * SPAN) as u64) >> 1;
-            normal::fill(key, pair, settings.initializer_range, values);
+        match fill {
+            Fill::Normal => {
+                let pair = (first as u64 + (span * SPAN) as u64) >> 1;
+                normal::fill(key, pair, settings.initializer_range, values);
+            }
+            Fill::Constant(value) => values.fill(value),
         }
         settings.float.write(values, bytes);
     });
@@ -203,50 +194,12 @@ fn key(seed: u64, name: &str) -> u64 {
 
 /// `config.json` in the spelling of transformers 4, which 5 reads too.
 fn write_config(config: &Arch, settings: Settings, out: &Path) -> anyhow::Result<()> {
-    let eos = match config.eos_token_ids[..] {
-        [] => json!(null),
-        [one] => json!(one),
-        _ => json!(config.eos_token_ids),
-    };
-    let scaling = config.rope.scaling.as_ref().map(|rope| {
-        json!({
-            "rope_type": "llama3",
-            "factor": rope.factor,
-            "low_freq_factor": rope.low_freq_factor,
-            "high_freq_factor": rope.high_freq_factor,
-            "original_max_position_embeddings": rope.original_max_position_embeddings,
-        })
-    });
-    let raw = json!({
-        "architectures": ["LlamaForCausalLM"],
-        "attention_bias": false,
-        "attention_dropout": 0.0,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": eos,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "hidden_size": config.hidden_size,
-        "initializer_range": settings.initializer_range,
-        "intermediate_size": config.intermediate_size,
-        "max_position_embeddings": config.max_position_embeddings,
-        "mlp_bias": false,
-        "model_type": "llama",
-        "num_attention_heads": config.num_attention_heads,
-        "num_hidden_layers": config.num_hidden_layers(),
-        "num_key_value_heads": config.num_key_value_heads,
-        "pad_token_id": config.pad_token_id,
-        "pretraining_tp": 1,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_scaling": scaling,
-        "rope_theta": config.rope.theta,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "torch_dtype": settings.float.name(),
-        "use_cache": true,
-        "vocab_size": config.vocab_size,
-    });
-    let serde_json::Value::Object(raw) = raw else {
-        return Ok(());
-    };
+    let mut raw = families::keys_of(config)?;
+    raw.insert(
+        "initializer_range".into(),
+        settings.initializer_range.into(),
+    );
+    raw.insert("torch_dtype".into(), settings.float.name().into());
     folder::write_config(out, raw)?;
     // What we write must be what we read, or the shape was never possible.
     let read = Arch::read(out)?;

@@ -1,14 +1,19 @@
-//! The families of models, one file each: from a `config.json` to the [`Arch`] that it describes.
+//! The families of models, one file each: from a `config.json` to the [`Arch`] that it describes, and back.
 //!
-//! A new family is one file beside these and its line in [`FAMILIES`].
+//! A new family is one file beside these, declared here, and its line in [`FAMILIES`]. What it may ask for is in
+//! [`super::arch`], where its switches go too if no family has had them before.
 
 mod keys;
 mod llama;
+mod mistral;
+mod qwen2;
+mod qwen3;
+mod windows;
 
 use std::path::Path;
 
 use anyhow::{Context as _, ensure};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use self::keys::Keys;
 use super::arch::{Arch, QkNorm, WIDEST};
@@ -17,12 +22,87 @@ use super::arch::{Arch, QkNorm, WIDEST};
 pub struct Family {
     /// What `config.json` calls it.
     pub model_type: &'static str,
+    /// transformers' class of its causal language models.
+    architecture: &'static str,
+    /// Those of [`OF_SOME`] that it knows.
+    knows: &'static [&'static str],
     /// Reads the description. What can't be computed is an error that names the key.
     describe: fn(Keys<'_>) -> anyhow::Result<Arch>,
+    /// Writes the keys that not all families have.
+    write: fn(&Arch, &mut Map<String, Value>),
 }
 
 /// Every family that can be computed.
-pub const FAMILIES: &[Family] = &[llama::LLAMA];
+pub const FAMILIES: &[Family] = &[llama::LLAMA, mistral::MISTRAL, qwen2::QWEN2, qwen3::QWEN3];
+
+/// What transformers takes where a file doesn't say it; all other defaults are the same in all families.
+struct Defaults {
+    /// As many as query heads if none.
+    num_key_value_heads: Option<usize>,
+    /// `hidden_size / num_attention_heads` if none.
+    head_dim: Option<usize>,
+    max_position_embeddings: usize,
+}
+
+/// Keys that change numbers in some families. One that a family doesn't know has no effect on it, in transformers neither.
+const OF_SOME: [&str; 19] = [
+    "attention_bias",
+    "attention_multiplier",
+    "attn_logit_softcapping",
+    "clip_qkv",
+    "embedding_multiplier",
+    "final_logit_softcapping",
+    "layer_types",
+    "logit_scale",
+    "logits_scaling",
+    "mlp_bias",
+    "no_rope_layers",
+    "num_experts",
+    "num_local_experts",
+    "query_pre_attn_scalar",
+    "residual_multiplier",
+    "sliding_window",
+    "use_bidirectional_attention",
+    "use_qk_norm",
+    "use_sliding_window",
+];
+
+/// Keys that every family of transformers obeys and that are not computed, with the only value that is accepted beside `null`.
+const REFUSED: [(&str, Value, &str); 3] = [
+    (
+        "is_causal",
+        Value::Bool(true),
+        "attention to later tokens is not supported",
+    ),
+    (
+        "per_layer_config",
+        Value::Null,
+        "layers of different sizes are not supported",
+    ),
+    (
+        "transformers_weights",
+        Value::Null,
+        "weights by another name are not supported; hint: rename them to `model.safetensors`",
+    ),
+];
+
+/// The family called `model_type`; without one, or with another, an error that names those that there are.
+pub fn family(model_type: Option<&str>) -> anyhow::Result<&'static Family> {
+    let known = || {
+        let names: Vec<_> = FAMILIES.iter().map(|family| family.model_type).collect();
+        format!("expected one of `{}`", names.join("`, `"))
+    };
+    let kind = model_type.with_context(|| format!("`model_type` is missing, {}", known()))?;
+    let family = FAMILIES.iter().find(|family| family.model_type == kind);
+    family.with_context(|| format!("the model type `{kind}` is not supported, {}", known()))
+}
+
+impl Family {
+    /// Whether its layers may have sliding windows.
+    pub fn has_windows(&self) -> bool {
+        self.knows.contains(&"sliding_window")
+    }
+}
 
 impl Arch {
     /// Reads `config.json` of a model folder. What this program can't compute is an error.
@@ -32,30 +112,97 @@ impl Arch {
             .with_context(|| format!("could not read `{}`", path.display()))?;
         let parsed = serde_json::from_str(&text).map_err(anyhow::Error::from);
         let arch = parsed.and_then(|config| describe(&config));
-        arch.with_context(|| format!("`{}` does not describe a supported model", path.display()))
+        arch.with_context(|| format!("`{}` can't be used", path.display()))
     }
 }
 
 fn describe(config: &Value) -> anyhow::Result<Arch> {
-    let known = || {
-        let names: Vec<_> = FAMILIES.iter().map(|family| family.model_type).collect();
-        format!("expected `{}`", names.join("`, `"))
+    let family = family(config.get("model_type").and_then(Value::as_str))?;
+    let keys = Keys(config);
+    for (name, accepted, why) in &REFUSED {
+        let value = keys.some(name).unwrap_or(accepted);
+        let empty = value.as_object().is_some_and(Map::is_empty);
+        ensure!(value == accepted || empty, "`{name}` is {value}: {why}");
+    }
+    (family.describe)(keys)
+}
+
+/// The keys of a `config.json` that describes a model, in the spelling of transformers 4, which 5 reads too. Whether they say
+/// all of it, only reading them tells: a family may lack a switch.
+pub fn keys_of(arch: &Arch) -> anyhow::Result<Map<String, Value>> {
+    let family = family(Some(arch.family))?;
+    let eos = match arch.eos_token_ids[..] {
+        [] => json!(null),
+        [one] => json!(one),
+        _ => json!(arch.eos_token_ids),
     };
-    let kind = config.get("model_type").and_then(Value::as_str);
-    let kind = kind.with_context(|| format!("`model_type` is missing, {}", known()))?;
-    let family = FAMILIES.iter().find(|family| family.model_type == kind);
-    let family =
-        family.with_context(|| format!("the model type `{kind}` is not supported, {}", known()))?;
-    (family.describe)(Keys(config))
+    let scaling = arch.rope.scaling.as_ref().map(|rope| {
+        json!({
+            "rope_type": "llama3",
+            "factor": rope.factor,
+            "low_freq_factor": rope.low_freq_factor,
+            "high_freq_factor": rope.high_freq_factor,
+            "original_max_position_embeddings": rope.original_max_position_embeddings,
+        })
+    });
+    let common = json!({
+        "architectures": [family.architecture],
+        "attention_dropout": arch.attention_dropout,
+        "bos_token_id": arch.bos_token_id,
+        "eos_token_id": eos,
+        "head_dim": arch.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": arch.hidden_size,
+        "intermediate_size": arch.intermediate_size,
+        "max_position_embeddings": arch.max_position_embeddings,
+        "model_type": family.model_type,
+        "num_attention_heads": arch.num_attention_heads,
+        "num_hidden_layers": arch.num_hidden_layers(),
+        "num_key_value_heads": arch.num_key_value_heads,
+        "pad_token_id": arch.pad_token_id,
+        "rms_norm_eps": arch.rms_norm_eps,
+        "rope_scaling": scaling,
+        "rope_theta": arch.rope.theta,
+        "tie_word_embeddings": arch.tie_word_embeddings,
+        "use_cache": true,
+        "vocab_size": arch.vocab_size,
+    });
+    let Value::Object(mut keys) = common else {
+        return Ok(Map::new());
+    };
+    (family.write)(arch, &mut keys);
+    Ok(keys)
+}
+
+/// A model of the family of `arch` with its numbers: what the family fixes (biases, norms of q and k) is as it wants it. A
+/// window that the family does not have is an error.
+pub fn complete(arch: &Arch) -> anyhow::Result<Arch> {
+    let complete = describe(&Value::Object(keys_of(arch)?))?;
+    ensure!(
+        complete.layers == arch.layers,
+        "the model type `{}` has no sliding window",
+        arch.family
+    );
+    Ok(Arch {
+        dtype: arch.dtype,
+        ..complete
+    })
 }
 
 /// What all families read alike; layers, biases and norms of q and k are left to the family.
-fn common(keys: Keys<'_>, family: &'static str) -> anyhow::Result<Arch> {
+fn common(keys: Keys<'_>, family: &'static str, defaults: &Defaults) -> anyhow::Result<Arch> {
     keys.check_activation()?;
     let hidden_size = keys.size("hidden_size")?;
     let num_attention_heads = keys.size("num_attention_heads")?;
-    let num_key_value_heads = keys.size_or("num_key_value_heads", num_attention_heads)?;
-    let head_dim = keys.size_or("head_dim", hidden_size / num_attention_heads)?;
+    let num_key_value_heads = match defaults.num_key_value_heads {
+        Some(default) if !keys.has("num_key_value_heads") => default,
+        _ => keys.size_or("num_key_value_heads", num_attention_heads)?,
+    };
+    let head_dim = match defaults.head_dim {
+        Some(default) if !keys.has("head_dim") => default,
+        Some(_) => keys.size("head_dim")?,
+        None => keys.size_or("head_dim", hidden_size / num_attention_heads)?,
+    };
     ensure!(
         num_attention_heads.is_multiple_of(num_key_value_heads),
         "{num_attention_heads} query heads can't share {num_key_value_heads} key heads evenly"
@@ -74,6 +221,7 @@ fn common(keys: Keys<'_>, family: &'static str) -> anyhow::Result<Arch> {
         rms_norm_eps >= 0.,
         "`rms_norm_eps` is {rms_norm_eps}, expected a number not below 0"
     );
+    let length = keys.size_or("max_position_embeddings", defaults.max_position_embeddings)?;
     Ok(Arch {
         family,
         vocab_size: keys.size("vocab_size")?,
@@ -84,11 +232,11 @@ fn common(keys: Keys<'_>, family: &'static str) -> anyhow::Result<Arch> {
         num_key_value_heads,
         head_dim,
         rms_norm_eps,
-        rope: keys.rope()?,
+        rope: keys.rope(length)?,
         qk_norm: QkNorm::None,
         biases: Vec::new(),
         tie_word_embeddings: keys.flag("tie_word_embeddings")?,
-        max_position_embeddings: keys.size_or("max_position_embeddings", 2048)?,
+        max_position_embeddings: length,
         attention_dropout: keys.number_or("attention_dropout", 0.)?,
         bos_token_id: keys.id("bos_token_id")?,
         eos_token_ids: keys.eos_ids()?,
@@ -98,34 +246,20 @@ fn common(keys: Keys<'_>, family: &'static str) -> anyhow::Result<Arch> {
     })
 }
 
-/// Keys that change the numbers of other model types; a Llama has none of them.
-const OF_OTHERS: [&str; 14] = [
-    "attention_multiplier",
-    "attn_logit_softcapping",
-    "clip_qkv",
-    "embedding_multiplier",
-    "final_logit_softcapping",
-    "logit_scale",
-    "logits_scaling",
-    "no_rope_layers",
-    "num_experts",
-    "num_local_experts",
-    "query_pre_attn_scalar",
-    "residual_multiplier",
-    "sliding_window",
-    "use_qk_norm",
-];
-
-/// The keys of a folder's `config.json` that change the numbers of other model types, but have no effect on a Llama, here as in
-/// transformers.
-pub fn without_effect(folder: &Path) -> anyhow::Result<Vec<&'static str>> {
+/// The keys of a folder's `config.json` that change the numbers of other model types, but have no effect on the one it has, here
+/// as in transformers; and that model type.
+pub fn without_effect(folder: &Path) -> anyhow::Result<(&'static str, Vec<&'static str>)> {
     let config = Value::Object(crate::ml::io::folder::config(folder)?);
+    let family = family(config.get("model_type").and_then(Value::as_str))?;
     let is_set = |name: &&'static str| {
         let value = config.get(*name).unwrap_or(&Value::Null);
         let neutral = [json!(null), json!(false), json!(0), json!([])].contains(value);
         !neutral && value.as_f64() != Some(1.)
     };
-    Ok(OF_OTHERS.into_iter().filter(is_set).collect())
+    let unknown = OF_SOME
+        .into_iter()
+        .filter(|name| !family.knows.contains(name));
+    Ok((family.model_type, unknown.filter(is_set).collect()))
 }
 
 #[cfg(test)]

@@ -2,15 +2,15 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use super::super::adapter::{Adapter, ENDS};
+use super::super::adapter::Adapter;
 use super::arch::Arch;
 use super::batch::Batch;
 use super::ends::{looked_up, widened};
 use super::head::Head;
 use super::linear::Pass;
 use super::load::Loader;
-use super::tied::{EMBEDDINGS, HEAD};
-use super::{Shared, Trained, angles};
+use super::tensors::{EMBED_TOKENS, EMBEDDINGS, HEAD, LM_HEAD, NormKind};
+use super::{Masks, Shared, Trained, angles};
 use crate::ml::io::weights::Weights;
 
 /// Rows of the head that are in f32 at a time.
@@ -39,11 +39,13 @@ pub fn logits_by_layer(
         &device,
     );
     let (cos, sin) = angles(config, 0..batch.width, &device)?;
-    let mask = batch.mask(&device)?;
+    let masks = Masks::of(config.layers.iter().map(|layer| layer.window), |window| {
+        batch.mask(window, &device)
+    })?;
     let shared = passes.iter().map(|&pass| Shared {
         cos: cos.clone(),
         sin: sin.clone(),
-        mask: mask.clone(),
+        masks: masks.clone(),
         pass: Pass {
             tape: false,
             ..pass
@@ -53,7 +55,7 @@ pub fn logits_by_layer(
 
     let ids = batch.ids(&device)?;
     let stored = loader.stored(EMBEDDINGS)?;
-    let (table, pair) = (loader.embeddings(stored)?, loader.pair(ENDS[0])?);
+    let (table, pair) = (loader.embeddings(stored)?, loader.pair(EMBED_TOKENS)?);
     let states = shared.iter().map(|shared| {
         let rows = looked_up(&table, pair.as_ref(), &ids.flatten_all()?, shared.pass)?;
         Ok(rows.reshape((ids.dim(0)?, batch.width, ()))?)
@@ -67,13 +69,13 @@ pub fn logits_by_layer(
         }
         layer_done(number + 1)?;
     }
-    let norm = loader.norm("model.norm")?;
+    let norm = loader.norm(0, NormKind::Final)?;
     let stored = loader.stored(if tied { EMBEDDINGS } else { HEAD })?;
     let weight = match loader.head(stored)? {
         Some(own) => own,
         None => loader.embeddings(stored)?,
     };
-    let pair = loader.pair(ENDS[1])?;
+    let pair = loader.pair(LM_HEAD)?;
     let logits = states.iter().zip(&shared).map(|(state, shared)| {
         let state = norm.forward(state, shared.pass)?.flatten_to(1)?;
         let state = widened(state, pair.as_ref(), DType::F32, shared.pass)?;

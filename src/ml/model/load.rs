@@ -6,14 +6,16 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use candle_core::{DType, Device, Tensor, Var};
 
-use super::super::adapter::{Adapter, ENDS, LoraPair, Meant};
+use super::super::adapter::{Adapter, LoraPair, Meant};
 use super::arch::{Arch, Projection, QkNorm};
 use super::linear::{Base, Linear, Lora, Pass, Weight};
-use super::tied::{EMBEDDINGS, HEAD};
+use super::tensors::{
+    EMBED_TOKENS, EMBEDDINGS, ENDS, HEAD, LM_HEAD, Module, NormKind, Role, bias_of, modules,
+    norm_path, norm_shape, projection_path, weight_of,
+};
 use super::{Layer, Llama, Norm, Parameter, Trained};
 use crate::ml::io::float::Float;
 use crate::ml::io::weights::Weights;
-use crate::ml::lora::init::{Module, modules};
 use crate::ml::quant::nf4::Nf4;
 
 /// Reads a model's tensors into the places where they are wanted.
@@ -37,11 +39,6 @@ fn resized(name: &str) -> &'static str {
     } else {
         ""
     }
-}
-
-/// What transformers spares from weight decay.
-fn decays(name: &str) -> bool {
-    !name.contains("norm") && !name.ends_with(".bias")
 }
 
 impl<'a> Loader<'a> {
@@ -106,15 +103,27 @@ impl<'a> Loader<'a> {
     }
 
     /// A weight of the base, or what the adapter puts in its place; a frozen one is held in `dtype`.
-    fn weight(&mut self, name: &str, shape: &[usize], dtype: DType) -> anyhow::Result<Weight> {
+    fn weight(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        role: Role,
+        dtype: DType,
+    ) -> anyhow::Result<Weight> {
         let tensor = self.shaped(name, shape)?;
-        self.placed(name, &tensor, dtype)
+        self.placed(name, &tensor, role, dtype)
     }
 
     /// What counts where `tensor` of the base has the place `name`.
-    fn placed(&mut self, name: &str, tensor: &Tensor, dtype: DType) -> anyhow::Result<Weight> {
+    fn placed(
+        &mut self,
+        name: &str,
+        tensor: &Tensor,
+        role: Role,
+        dtype: DType,
+    ) -> anyhow::Result<Weight> {
         if self.trained == Trained::Everything {
-            return self.train(name.to_owned(), tensor, decays(name));
+            return self.train(name.to_owned(), tensor, role.decays());
         }
         let Some(adapter) = self.adapter else {
             return Ok(Weight::Frozen(tensor.to_dtype(dtype)?));
@@ -137,7 +146,7 @@ impl<'a> Loader<'a> {
             resized(name)
         );
         let own = if trains {
-            self.train(name.to_owned(), &own, decays(name))?
+            self.train(name.to_owned(), &own, role.decays())?
         } else {
             Weight::Frozen(own.to_dtype(dtype)?)
         };
@@ -150,7 +159,7 @@ impl<'a> Loader<'a> {
     /// The embeddings' weight, in `dtype`.
     pub(super) fn embeddings(&mut self, dtype: DType) -> anyhow::Result<Weight> {
         let shape = [self.config.vocab_size, self.config.hidden_size];
-        self.weight(EMBEDDINGS, &shape, dtype)
+        self.weight(EMBEDDINGS, &shape, Role::Embeddings, dtype)
     }
 
     /// The head's weight, in `dtype`; none where it is the embeddings, whatever these are.
@@ -158,13 +167,13 @@ impl<'a> Loader<'a> {
         let shape = [self.config.vocab_size, self.config.hidden_size];
         let tied = self.config.tie_word_embeddings;
         if !tied {
-            return Ok(Some(self.weight(HEAD, &shape, dtype)?));
+            return Ok(Some(self.weight(HEAD, &shape, Role::Head, dtype)?));
         }
         if !self.adapter.is_some_and(|adapter| adapter.unties(tied)) {
             return Ok(None);
         }
         let embeddings = self.shaped(EMBEDDINGS, &shape)?;
-        Ok(Some(self.placed(HEAD, &embeddings, dtype)?))
+        Ok(Some(self.placed(HEAD, &embeddings, Role::Head, dtype)?))
     }
 
     /// The pair beside the embeddings or the head, if the adapter has one.
@@ -194,33 +203,19 @@ impl<'a> Loader<'a> {
         self.stored(tensor)
     }
 
-    pub(super) fn norm(&mut self, name: &str) -> anyhow::Result<Norm> {
-        self.norm_of(name, self.config.hidden_size)
-    }
-
-    /// The norm of single heads, if the model has them.
-    fn head_norm(&mut self, name: &str) -> anyhow::Result<Option<Norm>> {
-        match self.config.qk_norm {
-            QkNorm::None => Ok(None),
-            QkNorm::PerHead => self.norm_of(name, self.config.head_dim).map(Some),
-        }
-    }
-
-    /// A norm over so many features.
-    fn norm_of(&mut self, name: &str, width: usize) -> anyhow::Result<Norm> {
+    pub(super) fn norm(&mut self, layer: usize, norm: NormKind) -> anyhow::Result<Norm> {
+        let name = weight_of(&norm_path(layer, norm));
+        let shape = [norm_shape(self.config, norm)];
         Ok(Norm {
-            weight: self.weight(&format!("{name}.weight"), &[width], DType::F32)?,
+            weight: self.weight(&name, &shape, Role::Norm(norm), DType::F32)?,
             eps: self.config.rms_norm_eps,
         })
     }
 
-    fn linear(
-        &mut self,
-        path: &str,
-        (out, input): (usize, usize),
-        bias: bool,
-    ) -> anyhow::Result<Linear> {
-        let name = format!("{path}.weight");
+    fn linear(&mut self, layer: usize, projection: Projection) -> anyhow::Result<Linear> {
+        let path = &projection_path(layer, projection);
+        let (out, input) = self.config.shape(projection);
+        let name = weight_of(path);
         let base = if let Some(nf4) = Nf4::load(self.weights, &name)? {
             anyhow::ensure!(
                 self.trained != Trained::Everything,
@@ -245,10 +240,12 @@ impl<'a> Loader<'a> {
             Base::Nf4(Arc::new(nf4))
         } else {
             let dtype = self.held(&name, &name)?;
-            Base::Dense(self.weight(&name, &[out, input], dtype)?)
+            let role = Role::Projection(projection);
+            Base::Dense(self.weight(&name, &[out, input], role, dtype)?)
         };
-        let bias = if bias {
-            Some(self.weight(&format!("{path}.bias"), &[out], DType::F32)?)
+        let bias = if self.config.has_bias(projection) {
+            let role = Role::Bias(projection);
+            Some(self.weight(&bias_of(path), &[out], role, DType::F32)?)
         } else {
             None
         };
@@ -307,28 +304,37 @@ impl<'a> Loader<'a> {
     }
 
     pub(super) fn layer(&mut self, number: usize) -> anyhow::Result<Layer> {
-        let config = self.config;
-        let path = format!("model.layers.{number}");
-        let mut linear = |name: &str, projection| {
-            let path = format!("{path}.{name}");
-            self.linear(&path, config.shape(projection), config.has_bias(projection))
+        let arch = self.config;
+        let mut linear = |projection| self.linear(number, projection);
+        let (q, k) = (linear(Projection::Q)?, linear(Projection::K)?);
+        let (v, o) = (linear(Projection::V)?, linear(Projection::O)?);
+        let (gate, up) = (linear(Projection::Gate)?, linear(Projection::Up)?);
+        let down = linear(Projection::Down)?;
+        let input_norm = self.norm(number, NormKind::Input)?;
+        let post_norm = self.norm(number, NormKind::PostAttention)?;
+        let (q_norm, k_norm) = match arch.qk_norm {
+            QkNorm::None => (None, None),
+            QkNorm::PerHead => (
+                Some(self.norm(number, NormKind::Query)?),
+                Some(self.norm(number, NormKind::Key)?),
+            ),
         };
         Ok(Layer {
-            q: linear("self_attn.q_proj", Projection::Q)?,
-            k: linear("self_attn.k_proj", Projection::K)?,
-            v: linear("self_attn.v_proj", Projection::V)?,
-            o: linear("self_attn.o_proj", Projection::O)?,
-            gate: linear("mlp.gate_proj", Projection::Gate)?,
-            up: linear("mlp.up_proj", Projection::Up)?,
-            down: linear("mlp.down_proj", Projection::Down)?,
-            input_norm: self.norm(&format!("{path}.input_layernorm"))?,
-            post_norm: self.norm(&format!("{path}.post_attention_layernorm"))?,
-            q_norm: self.head_norm(&format!("{path}.self_attn.q_norm"))?,
-            k_norm: self.head_norm(&format!("{path}.self_attn.k_norm"))?,
-            window: config.layers.get(number).and_then(|layer| layer.window),
-            heads: config.num_attention_heads,
-            kv_heads: config.num_key_value_heads,
-            head_dim: config.head_dim,
+            q,
+            k,
+            v,
+            o,
+            gate,
+            up,
+            down,
+            input_norm,
+            post_norm,
+            q_norm,
+            k_norm,
+            window: arch.layers.get(number).and_then(|layer| layer.window),
+            heads: arch.num_attention_heads,
+            kv_heads: arch.num_key_value_heads,
+            head_dim: arch.head_dim,
         })
     }
 }
@@ -359,17 +365,17 @@ impl Llama {
             loader.held(EMBEDDINGS, EMBEDDINGS)?
         };
         let embed = loader.embeddings(held)?;
-        let embed_lora = loader.pair(ENDS[0])?;
+        let embed_lora = loader.pair(EMBED_TOKENS)?;
         let layers: Vec<_> = (0..config.num_hidden_layers())
             .map(|number| {
                 let layer = loader.layer(number);
                 layer.with_context(|| format!("could not load layer {number}"))
             })
             .collect::<anyhow::Result<_>>()?;
-        let norm = loader.norm("model.norm")?;
+        let norm = loader.norm(0, NormKind::Final)?;
         let held = loader.held(HEAD, if tied { EMBEDDINGS } else { HEAD })?;
         let head = loader.head(held)?;
-        let head_lora = loader.pair(ENDS[1])?;
+        let head_lora = loader.pair(LM_HEAD)?;
         let (parameters, used) = (loader.parameters, loader.used);
         if let Some(adapter) = adapter {
             let all = adapter.tensors.keys().chain(adapter.saved.keys());

@@ -4,9 +4,10 @@ use candle_core::DType;
 use half::f16;
 
 use super::Llama;
+use super::arch::Projection;
 use super::linear::{Base, Pass};
+use super::tensors::{HEAD, projection_path, weight_of};
 use crate::ml::io::finite;
-use crate::ml::lora::init::projections;
 
 impl Llama {
     /// The first frozen weight with values beyond the range of f16, if that is what products run in; values that were no numbers
@@ -15,9 +16,8 @@ impl Llama {
         if self.compute != DType::F16 {
             return Ok(None);
         }
-        let names = projections(&self.arch).map(|projection| projection.path);
         for (number, layer) in self.layers.iter().enumerate() {
-            for (name, linear) in names.iter().zip(layer.linears()) {
+            for (projection, linear) in Projection::ALL.into_iter().zip(layer.linears()) {
                 let overflown = match &linear.base {
                     Base::Dense(weight) => {
                         let weight = weight.stored(Pass::BASE);
@@ -29,12 +29,12 @@ impl Llama {
                     }
                 };
                 if overflown {
-                    return Ok(Some(format!("model.layers.{number}.{name}.weight")));
+                    return Ok(Some(weight_of(&projection_path(number, projection))));
                 }
             }
         }
         let head = self.head().stored(Pass::BASE);
         let overflown = head.dtype() == DType::F16 && finite::in_memory(head)?.is_some();
-        Ok(overflown.then(|| super::tensors::HEAD.to_owned()))
+        Ok(overflown.then(|| HEAD.to_owned()))
     }
 }

@@ -1,228 +1,310 @@
-//! The tensors of a Llama by name and shape, and whether a folder's files hold them.
+//! The one table of a model's modules and tensors: names, shapes and what each is for.
+//!
+//! Loading, layer-wise reading, creating, quantising, attaching, merging, comparing and `show` go by it; the name of a module stands
+//! nowhere else. Names and their order are those of torch's modules in transformers' `modeling_llama.py` and its descendants.
+//!
+//! A module that a new family adds to the layer is a line of [`LAYER`], and its shape one of [`tensor_of`].
 
-use anyhow::{Context as _, bail, ensure};
+use super::arch::{Arch, Projection, QkNorm};
+use crate::ml::quant::nf4::owner_of;
 
-use super::arch::Arch;
-use crate::ml::io::float::Float;
-use crate::ml::io::weights::Weights;
-use crate::ml::lora::init::projections;
-use crate::ml::quant::nf4::{Nf4, owner_of};
-
-/// The embeddings, which are the head too where it is tied.
+/// The embeddings' module.
+pub const EMBED_TOKENS: &str = "model.embed_tokens";
+/// The embeddings (vocabulary, hidden), which are the head too where it is tied.
 pub const EMBEDDINGS: &str = "model.embed_tokens.weight";
-/// The head.
+/// The head's module.
+pub const LM_HEAD: &str = "lm_head";
+/// The head (vocabulary, hidden).
 pub const HEAD: &str = "lm_head.weight";
+/// Both modules that have a row for each token.
+pub const ENDS: [&str; 2] = [EMBED_TOKENS, LM_HEAD];
+/// The list of layers.
+const LAYERS: &str = "model.layers";
+const WEIGHT: &str = ".weight";
+const BIAS: &str = ".bias";
 
-/// A tensor's name and shape.
-type Named = (String, Vec<usize>);
+/// A norm.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NormKind {
+    /// In front of the attention.
+    Input,
+    /// In front of the feed-forward block.
+    PostAttention,
+    /// Of each query head, see [`QkNorm::PerHead`].
+    Query,
+    /// Of each key head.
+    Key,
+    /// Behind the last layer.
+    Final,
+}
 
-/// The tensors that a model of this shape needs, in the order of torch's modules, made one after another: a config may claim
-/// any number of layers.
-fn needed(config: &Arch) -> impl Iterator<Item = Named> {
-    let (vocabulary, hidden) = (config.vocab_size, config.hidden_size);
-    let norm = move |name: String| (name, vec![hidden]);
-    let first = [(EMBEDDINGS.to_owned(), vec![vocabulary, hidden])];
-    let layers = (0..config.num_hidden_layers()).flat_map(move |layer| {
-        let path = format!("model.layers.{layer}");
-        let mut tensors = Vec::new();
-        for projection in projections(config) {
-            let (out, input) = projection.shape;
-            let name = format!("{path}.{}", projection.path);
-            tensors.push((format!("{name}.weight"), vec![out, input]));
-            if config.has_bias(projection.kind) {
-                tensors.push((format!("{name}.bias"), vec![out]));
+/// What a module is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Projection(Projection),
+    Norm(NormKind),
+    /// It holds others, or no tensor.
+    Other,
+}
+
+/// The modules of a layer in the order in which torch registers them, by their paths in it.
+const LAYER: [(&str, Kind); 14] = [
+    ("self_attn", Kind::Other),
+    ("self_attn.q_proj", Kind::Projection(Projection::Q)),
+    ("self_attn.k_proj", Kind::Projection(Projection::K)),
+    ("self_attn.v_proj", Kind::Projection(Projection::V)),
+    ("self_attn.o_proj", Kind::Projection(Projection::O)),
+    ("self_attn.q_norm", Kind::Norm(NormKind::Query)),
+    ("self_attn.k_norm", Kind::Norm(NormKind::Key)),
+    ("mlp", Kind::Other),
+    ("mlp.gate_proj", Kind::Projection(Projection::Gate)),
+    ("mlp.up_proj", Kind::Projection(Projection::Up)),
+    ("mlp.down_proj", Kind::Projection(Projection::Down)),
+    ("mlp.act_fn", Kind::Other),
+    ("input_layernorm", Kind::Norm(NormKind::Input)),
+    (
+        "post_attention_layernorm",
+        Kind::Norm(NormKind::PostAttention),
+    ),
+];
+/// The modules behind the layers.
+const BEHIND: [(&str, Kind); 2] = [
+    ("model.norm", Kind::Norm(NormKind::Final)),
+    ("model.rotary_emb", Kind::Other),
+];
+
+/// What a tensor is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// The embeddings.
+    Embeddings,
+    /// The head, where it is not the embeddings.
+    Head,
+    /// A norm's weight.
+    Norm(NormKind),
+    /// A projection's weight: what is quantised, and what adapters stand beside.
+    Projection(Projection),
+    /// A projection's bias.
+    Bias(Projection),
+}
+
+impl Role {
+    /// Whether weight decay applies: not to norms and biases (transformers' `get_decay_parameter_names`).
+    pub fn decays(self) -> bool {
+        !matches!(self, Self::Norm(_) | Self::Bias(_))
+    }
+}
+
+/// A tensor of a model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorSpec {
+    /// Its name in the files.
+    pub name: String,
+    /// Its shape: (out, in) of a matrix, as torch has it.
+    pub shape: Vec<usize>,
+    /// What it is for.
+    pub role: Role,
+}
+
+/// What a module is to an adapter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Module {
+    /// A product with a weight (out, in).
+    Linear(usize, usize),
+    /// Rows of a weight (vocabulary, hidden) that are looked up.
+    Embedding(usize, usize),
+    /// What can't have matrices: a norm, or modules together.
+    Other,
+}
+
+/// The path of a layer.
+pub fn layer_path(layer: usize) -> String {
+    format!("{LAYERS}.{layer}")
+}
+
+/// The path of a module, in its layer if it has one.
+fn path_of(kind: Kind) -> &'static str {
+    let mut all = LAYER.iter().chain(&BEHIND);
+    all.find(|(_, own)| *own == kind)
+        .map_or("", |(path, _)| *path)
+}
+
+/// The path of a layer's projection (`model.layers.0.self_attn.q_proj`).
+pub fn projection_path(layer: usize, projection: Projection) -> String {
+    format!("{LAYERS}.{layer}.{}", path_of(Kind::Projection(projection)))
+}
+
+/// The path of a norm; that of the final one does not depend on the layer.
+pub fn norm_path(layer: usize, norm: NormKind) -> String {
+    let path = path_of(Kind::Norm(norm));
+    match norm {
+        NormKind::Final => path.to_owned(),
+        _ => format!("{LAYERS}.{layer}.{path}"),
+    }
+}
+
+/// The name of the weight of the module at `path`.
+pub fn weight_of(path: &str) -> String {
+    format!("{path}{WEIGHT}")
+}
+
+/// The name of the bias of the module at `path`.
+pub fn bias_of(path: &str) -> String {
+    format!("{path}{BIAS}")
+}
+
+/// The module that a tensor belongs to.
+pub fn module_of(name: &str) -> &str {
+    name.strip_suffix(WEIGHT)
+        .or_else(|| name.strip_suffix(BIAS))
+        .unwrap_or(name)
+}
+
+/// A projection's own name (`q_proj`).
+pub fn projection_name(projection: Projection) -> &'static str {
+    let path = path_of(Kind::Projection(projection));
+    path.rsplit_once('.').map_or(path, |(_, name)| name)
+}
+
+/// The names of all projections.
+pub fn projection_names() -> [&'static str; 7] {
+    Projection::ALL.map(projection_name)
+}
+
+/// Whether `path` is the path of some layer's projection, of a model with any number of layers.
+pub fn is_projection(path: &str) -> bool {
+    let rest = path.strip_prefix(LAYERS);
+    let rest = rest.and_then(|rest| rest.strip_prefix('.'));
+    let name = path.rsplit_once('.').map_or("", |(_, name)| name);
+    rest.is_some() && projection_names().contains(&name)
+}
+
+/// Whether `path` can be the path of a module of any model, or of a tensor.
+pub fn is_plausible(path: &str) -> bool {
+    path.starts_with("model.") || path.starts_with("lm_head.")
+}
+
+/// Whether a model has a module of its layers.
+fn has(arch: &Arch, kind: Kind) -> bool {
+    match kind {
+        Kind::Norm(NormKind::Query | NormKind::Key) => arch.qk_norm == QkNorm::PerHead,
+        _ => true,
+    }
+}
+
+/// The shape of a norm's weight.
+pub fn norm_shape(arch: &Arch, norm: NormKind) -> usize {
+    match norm {
+        NormKind::Query | NormKind::Key => arch.head_dim,
+        NormKind::Input | NormKind::PostAttention | NormKind::Final => arch.hidden_size,
+    }
+}
+
+/// The tensors of the module at `path`.
+fn tensors_of(arch: &Arch, path: &str, kind: Kind) -> Vec<TensorSpec> {
+    let tensor = |name, shape, role| TensorSpec { name, shape, role };
+    match kind {
+        _ if !has(arch, kind) => Vec::new(),
+        Kind::Other => Vec::new(),
+        Kind::Norm(norm) => {
+            let shape = vec![norm_shape(arch, norm)];
+            vec![tensor(weight_of(path), shape, Role::Norm(norm))]
+        }
+        Kind::Projection(projection) => {
+            let (out, input) = arch.shape(projection);
+            let role = Role::Projection(projection);
+            let mut tensors = vec![tensor(weight_of(path), vec![out, input], role)];
+            if arch.has_bias(projection) {
+                tensors.push(tensor(bias_of(path), vec![out], Role::Bias(projection)));
             }
+            tensors
         }
-        tensors.push(norm(format!("{path}.input_layernorm.weight")));
-        tensors.push(norm(format!("{path}.post_attention_layernorm.weight")));
-        tensors
-    });
-    let head = (!config.tie_word_embeddings).then(|| (HEAD.to_owned(), vec![vocabulary, hidden]));
-    let last = [norm("model.norm.weight".to_owned())];
-    first.into_iter().chain(layers).chain(last).chain(head)
+    }
 }
 
-/// Whether a model of this shape uses a tensor called `name`, or a part of one in 4 bits.
-pub fn is_used(config: &Arch, name: &str) -> bool {
+/// The tensors of one layer, in torch's order.
+pub fn layer_tensors(arch: &Arch, layer: usize) -> Vec<TensorSpec> {
+    let path = layer_path(layer);
+    let modules = LAYER.iter();
+    let tensors =
+        modules.flat_map(|(name, kind)| tensors_of(arch, &format!("{path}.{name}"), *kind));
+    tensors.collect()
+}
+
+/// All tensors of a model, made one layer after another.
+pub fn tensors(arch: &Arch) -> impl Iterator<Item = TensorSpec> {
+    let end = |name: &str, role| TensorSpec {
+        name: name.to_owned(),
+        shape: vec![arch.vocab_size, arch.hidden_size],
+        role,
+    };
+    let layers = (0..arch.num_hidden_layers()).flat_map(|layer| layer_tensors(arch, layer));
+    let behind = BEHIND
+        .iter()
+        .flat_map(|(path, kind)| tensors_of(arch, path, *kind));
+    let head = (!arch.tie_word_embeddings).then(|| end(HEAD, Role::Head));
+    std::iter::once(end(EMBEDDINGS, Role::Embeddings))
+        .chain(layers)
+        .chain(behind)
+        .chain(head)
+}
+
+/// All modules of a model, by their paths, in torch's order.
+pub fn modules(arch: &Arch) -> Vec<(String, Module)> {
+    let (vocabulary, hidden) = (arch.vocab_size, arch.hidden_size);
+    let other = |path: &str| (path.to_owned(), Module::Other);
+    let mut modules = vec![
+        other("model"),
+        (EMBED_TOKENS.into(), Module::Embedding(vocabulary, hidden)),
+        other(LAYERS),
+    ];
+    for layer in 0..arch.num_hidden_layers() {
+        let path = layer_path(layer);
+        modules.push(other(&path));
+        for (name, kind) in LAYER.iter().filter(|(_, kind)| has(arch, *kind)) {
+            let module = match kind {
+                Kind::Projection(projection) => {
+                    let (out, input) = arch.shape(*projection);
+                    Module::Linear(out, input)
+                }
+                Kind::Norm(_) | Kind::Other => Module::Other,
+            };
+            modules.push((format!("{path}.{name}"), module));
+        }
+    }
+    modules.extend(BEHIND.iter().map(|(path, _)| other(path)));
+    modules.push((LM_HEAD.into(), Module::Linear(vocabulary, hidden)));
+    modules
+}
+
+/// What a tensor called `name`, or a part of one in 4 bits, is to a model; none if the model doesn't use it. A tied model's files
+/// may have a head too.
+pub fn role(arch: &Arch, name: &str) -> Option<Role> {
     let name = owner_of(name).unwrap_or(name);
-    if [EMBEDDINGS, HEAD, "model.norm.weight"].contains(&name) {
-        return true;
+    match name {
+        EMBEDDINGS => return Some(Role::Embeddings),
+        HEAD => return Some(Role::Head),
+        _ => {}
     }
-    let Some(rest) = name.strip_prefix("model.layers.") else {
-        return false;
+    let named = |tensors: Vec<TensorSpec>| {
+        let tensor = tensors.into_iter().find(|tensor| tensor.name == name)?;
+        Some(tensor.role)
     };
-    let Some((number, rest)) = rest.split_once('.') else {
-        return false;
+    let Some(rest) = name
+        .strip_prefix(LAYERS)
+        .and_then(|rest| rest.strip_prefix('.'))
+    else {
+        let mut behind = BEHIND.iter();
+        return behind.find_map(|(path, kind)| named(tensors_of(arch, path, *kind)));
     };
-    let in_model = number
-        .parse::<usize>()
-        .is_ok_and(|layer| layer < config.num_hidden_layers() && layer.to_string() == number);
-    let is_norm = ["input_layernorm.weight", "post_attention_layernorm.weight"].contains(&rest);
-    let of_projection =
-        projections(config)
-            .iter()
-            .any(|projection| match rest.strip_prefix(projection.path) {
-                Some(".weight") => true,
-                Some(".bias") => config.has_bias(projection.kind),
-                _ => false,
-            });
-    in_model && (is_norm || of_projection)
+    let (number, _) = rest.split_once('.')?;
+    let layer = number.parse::<usize>().ok()?;
+    (layer < arch.num_hidden_layers())
+        .then(|| named(layer_tensors(arch, layer)))
+        .flatten()
 }
 
-/// Buffers of old files that are made anew from the config, here and in transformers.
-fn is_made_anew(name: &str) -> bool {
-    name.contains("rotary_emb.inv_freq")
-}
-
-/// Compares a folder's tensors with what its config says, by their headers alone. A tensor that is missing or has another
-/// shape is an error, as is one whose values are no floats. Gives the names of those that the model doesn't use, sorted.
-pub fn compare(config: &Arch, weights: &Weights) -> anyhow::Result<Vec<String>> {
-    // A tied pair of which only the head is stored: transformers takes it for both.
-    let only_head =
-        config.tie_word_embeddings && !weights.contains(EMBEDDINGS) && weights.contains(HEAD);
-    for (name, shape) in needed(config) {
-        if !(only_head && name == EMBEDDINGS) {
-            check(weights, &name, &shape)?;
-        }
-    }
-    if config.tie_word_embeddings && weights.contains(HEAD) {
-        check(weights, HEAD, &[config.vocab_size, config.hidden_size])?;
-    }
-    let names = weights.names().into_iter();
-    let unused = names.filter(|name| !is_used(config, name) && !is_made_anew(name));
-    Ok(unused.map(str::to_owned).collect())
-}
-
-fn check(weights: &Weights, name: &str, shape: &[usize]) -> anyhow::Result<()> {
-    if !weights.contains(name) {
-        bail!(
-            "the weights lack the tensor `{name}`, which a model has that `config.json` describes; was the folder saved whole, and by \
-             `save_pretrained` of a causal language model?"
-        );
-    }
-    let found = if let Some(((rows, columns), _)) = Nf4::shape_of(weights, name)? {
-        vec![rows, columns]
-    } else {
-        let raw = weights.raw(name)?;
-        let dtype = raw.dtype;
-        Float::of(dtype).with_context(|| {
-            format!("the tensor `{name}` is stored as {dtype:?}, expected F32, F16 or BF16")
-        })?;
-        raw.shape.to_vec()
-    };
-    ensure!(
-        found == shape,
-        "the tensor `{name}` has the shape {found:?}, expected {shape:?} from `config.json`"
-    );
-    Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use candle_core::{DType, Device, Tensor};
-
-    use super::*;
-    use crate::ml::io::weights::save;
-    use crate::ml::model::arch::{LayerArch, Projection};
-    use crate::ml::testing::golden;
-
-    fn golden_config() -> Arch {
-        Arch::read(&golden::folder("model")).unwrap()
-    }
-
-    #[test]
-    fn a_whole_folder_has_nothing_to_tell() {
-        for name in [
-            "model",
-            "model_nf4",
-            "adapters/model",
-            "adapters/model_nf4",
-            "four_bit/bf16_head",
-            "four_bit/f32_skip",
-        ] {
-            let folder = golden::folder(name);
-            let config = Arch::read(&folder).unwrap();
-            let unused = compare(&config, &Weights::open(&folder).unwrap()).unwrap();
-            assert!(unused.is_empty(), "{name}: {unused:?}");
-        }
-    }
-
-    #[test]
-    fn what_the_config_does_not_speak_of_is_named() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("model.safetensors");
-        let mut tensors = golden::tensors("model/model.safetensors");
-        let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
-        for (name, shape) in [
-            ("model.layers.0.self_attn.rotary_emb.inv_freq", &[8][..]),
-            ("model.layers.0.self_attn.q_proj.bias", &[64]),
-            ("model.layers.3.input_layernorm.weight", &[64]),
-            ("model.layers.01.input_layernorm.weight", &[64]),
-            ("model.vision_tower.patch.weight", &[2, 2]),
-        ] {
-            tensors.insert(name.into(), zeros(shape));
-        }
-        save(&path, &tensors, &[]).unwrap();
-        let unused = compare(&golden_config(), &Weights::open(folder.path()).unwrap()).unwrap();
-        // As transformers' report of unexpected keys.
-        let expected = [
-            "model.layers.0.self_attn.q_proj.bias",
-            "model.layers.01.input_layernorm.weight",
-            "model.layers.3.input_layernorm.weight",
-            "model.vision_tower.patch.weight",
-        ];
-        assert_eq!(unused, expected);
-    }
-
-    #[test]
-    fn of_a_tied_pair_either_is_enough() {
-        let mut config = golden_config();
-        config.tie_word_embeddings = true;
-        let compared = |gone: &[&str]| {
-            let folder = tempfile::tempdir().unwrap();
-            let mut tensors = golden::tensors("model/model.safetensors");
-            tensors.retain(|name, _| !gone.contains(&name.as_str()));
-            save(&folder.path().join("model.safetensors"), &tensors, &[]).unwrap();
-            compare(&config, &Weights::open(folder.path()).unwrap())
-                .map_err(|error| error.to_string())
-        };
-        for gone in [&[][..], &[HEAD], &[EMBEDDINGS]] {
-            assert_eq!(compared(gone), Ok(Vec::new()), "{gone:?}");
-        }
-        let error = compared(&[HEAD, EMBEDDINGS]).unwrap_err();
-        assert!(error.contains(EMBEDDINGS), "{error}");
-    }
-
-    #[test]
-    fn what_is_missing_or_odd_is_named() {
-        let weights = Weights::open(&golden::folder("model")).unwrap();
-        let fails = |change: &dyn Fn(&mut Arch)| {
-            let mut config = golden_config();
-            change(&mut config);
-            compare(&config, &weights).unwrap_err().to_string()
-        };
-        let error = fails(&|config| config.layers = vec![LayerArch::default(); 1 << 14]);
-        assert!(
-            error.contains("`model.layers.3.self_attn.q_proj.weight`"),
-            "{error}"
-        );
-        let error = fails(&|config| config.biases = Projection::ATTENTION.to_vec());
-        assert!(
-            error.contains("lack the tensor `model.layers.0.self_attn.q_proj.bias`"),
-            "{error}"
-        );
-        let error = fails(&|config| config.vocab_size = 1000);
-        assert!(error.contains("[1024, 64], expected [1000, 64]"), "{error}");
-        let folder = tempfile::tempdir().unwrap();
-        let mut tensors = golden::tensors("model/model.safetensors");
-        let odd = tensors["model.norm.weight"].to_dtype(DType::F64).unwrap();
-        tensors.insert("model.norm.weight".into(), odd);
-        save(&folder.path().join("model.safetensors"), &tensors, &[]).unwrap();
-        let weights = Weights::open(folder.path()).unwrap();
-        let error = compare(&golden_config(), &weights).unwrap_err().to_string();
-        assert!(
-            error.contains("`model.norm.weight` is stored as F64"),
-            "{error}"
-        );
-    }
+/// Whether a model uses a tensor called `name`, or a part of one in 4 bits.
+pub fn is_used(arch: &Arch, name: &str) -> bool {
+    role(arch, name).is_some()
 }

@@ -21,7 +21,7 @@ use crate::ml::io::float::Float;
 use crate::ml::io::folder::{self, CONFIG};
 use crate::ml::io::weights::{RawTensor, Weights};
 
-pub use super::tensors::{EMBEDDINGS, HEAD};
+use super::tensors::{EMBEDDINGS, HEAD};
 
 /// Values that are compared at once.
 const SPAN: usize = 1 << 20;

@@ -15,9 +15,8 @@ use crate::ml::io::float::Float;
 use crate::ml::io::folder::CONFIG;
 use crate::ml::io::rewrite::{Output, Written, rewrite};
 use crate::ml::io::weights::{RawTensor, Weights};
-use crate::ml::lora::init::projections;
 use crate::ml::model::arch::Arch;
-use crate::ml::model::tensors::is_used;
+use crate::ml::model::tensors::{Role, is_used, tensors};
 use crate::ml::model::tied;
 
 /// How to quantise.
@@ -210,27 +209,27 @@ fn can_be_taken(adapter: &Adapter, wanted: &Wanted) -> anyhow::Result<()> {
 /// Names of weights, each with its shape and type.
 type Wanted = BTreeMap<String, ((usize, usize), Float)>;
 
-/// The weights to quantise.
-fn wanted(config: &Arch, weights: &Weights) -> anyhow::Result<Wanted> {
+/// The weights to quantise: as bitsandbytes' integration in transformers, the projections, and neither embeddings nor head.
+fn wanted(arch: &Arch, weights: &Weights) -> anyhow::Result<Wanted> {
     let mut wanted = BTreeMap::new();
-    for layer in 0..config.num_hidden_layers() {
-        for projection in projections(config) {
-            let name = format!("model.layers.{layer}.{}.weight", projection.path);
-            let raw = weights.raw(&name)?;
-            let shape = projection.shape;
-            ensure!(
-                raw.shape == [shape.0, shape.1],
-                "the tensor `{name}` has the shape {:?}, expected {shape:?} from `{CONFIG}`",
-                raw.shape
-            );
-            let float = Float::of(raw.dtype).with_context(|| {
-                format!(
-                    "the tensor `{name}` is stored as {:?}, expected F32, F16 or BF16",
-                    raw.dtype
-                )
-            })?;
-            wanted.insert(name, (shape, float));
-        }
+    for tensor in tensors(arch) {
+        let (Role::Projection(projection), name) = (tensor.role, tensor.name) else {
+            continue;
+        };
+        let raw = weights.raw(&name)?;
+        let shape = arch.shape(projection);
+        ensure!(
+            raw.shape == [shape.0, shape.1],
+            "the tensor `{name}` has the shape {:?}, expected {shape:?} from `{CONFIG}`",
+            raw.shape
+        );
+        let float = Float::of(raw.dtype).with_context(|| {
+            format!(
+                "the tensor `{name}` is stored as {:?}, expected F32, F16 or BF16",
+                raw.dtype
+            )
+        })?;
+        wanted.insert(name, (shape, float));
     }
     Ok(wanted)
 }

@@ -61,7 +61,7 @@ pub(in crate::ml) fn job<'a>(execution: &'a Execution<'a>, rows: &'a [Row]) -> J
 }
 
 /// Every way a training can go.
-const KINDS: [Kind; 4] = [
+pub(in crate::ml) const KINDS: [Kind; 4] = [
     Kind::Reference,
     Kind::Fused(Packing {
         padding_free: false,
@@ -100,7 +100,7 @@ fn run(execution: &Execution<'_>, semantics: &str, settings: &Settings) -> Vec<L
 }
 
 /// The same mathematics with other roundings in between: rank-stabilised scales, 4-bit weights.
-const LOOSE: Tolerance = Tolerance {
+pub(in crate::ml) const LOOSE: Tolerance = Tolerance {
     relative: 1e-3,
     near_zero: 1e-6,
     cancelled: 1e-6,

@@ -13,7 +13,8 @@ use crate::ml::io::float::Float;
 use crate::ml::io::rewrite::{Output, rewrite};
 use crate::ml::io::weights::{Entry, bytes};
 use crate::ml::model::Llama;
-use crate::ml::model::tied::{self, EMBEDDINGS, HEAD};
+use crate::ml::model::tensors::{EMBEDDINGS, HEAD};
+use crate::ml::model::tied;
 
 fn trained(model: &Llama) -> BTreeMap<&str, Tensor> {
     let parameters = model.parameters.iter();

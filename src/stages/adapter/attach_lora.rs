@@ -11,10 +11,11 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use self::modules::{ByPattern, Modules, OneOrMany, TargetModules};
 use crate::engine::{Context, Input, Problem, Stage};
-use crate::ml::adapter::{self, ENDS, Meant, Names, NewAdapter, Patterns};
+use crate::ml::adapter::{self, Meant, Names, NewAdapter, Patterns};
 use crate::ml::io::weights::Weights;
-use crate::ml::lora::{attach, init};
-use crate::ml::model::arch::Arch;
+use crate::ml::lora::attach;
+use crate::ml::model::arch::{Arch, Projection};
+use crate::ml::model::tensors::{self, ENDS, projection_names, projection_path, weight_of};
 use crate::ml::model::tied;
 use crate::stages::artifacts::{Adapter, Model};
 
@@ -265,9 +266,9 @@ impl Stage for AttachLora {
     fn run(&self, cx: &Context) -> anyhow::Result<()> {
         let folder = cx.input(&self.model)?;
         let (config, weights) = tied::open(folder)?;
-        let new = self.settings(&config);
+        let new = self.settings();
         for layer in 0..config.num_hidden_layers() {
-            let name = format!("model.layers.{layer}.self_attn.q_proj.weight");
+            let name = weight_of(&projection_path(layer, Projection::Q));
             weights
                 .raw(&name)
                 .context("the model lacks a layer that its `config.json` has")?;
@@ -297,12 +298,11 @@ impl Stage for AttachLora {
 }
 
 impl AttachLora {
-    fn settings(&self, config: &Arch) -> NewAdapter {
+    fn settings(&self) -> NewAdapter {
         let target_modules = match &self.target_modules {
             TargetModules::Some(modules) => modules.of_peft(),
             TargetModules::AllLinear => {
-                let all = init::projections(config);
-                let names = all.iter().map(|one| one.name().to_owned());
+                let names = projection_names().into_iter().map(str::to_owned);
                 let whole = |name: &str| {
                     let mut saved = self.modules_to_save.iter();
                     saved.any(|saved| name.ends_with(saved.as_str()))
@@ -386,7 +386,7 @@ impl AttachLora {
 fn unused(config: &Arch, adapter: &adapter::Adapter) -> Vec<String> {
     let settings = &adapter.config;
     let with = adapter.tensors.keys().map(String::as_str);
-    let modules = init::modules(config);
+    let modules = tensors::modules(config);
     let all = modules.iter().map(|(path, _)| path.as_str());
     let mut warnings = Vec::new();
     for (name, unused) in [

@@ -5,7 +5,8 @@ use std::path::Path;
 use anyhow::{Context as _, bail};
 
 use crate::engine::Context;
-use crate::ml::adapter::{Adapter, Bias, CONFIG, ENDS, FILE};
+use crate::ml::adapter::{Adapter, Bias, CONFIG, FILE};
+use crate::ml::model::tensors::ENDS;
 use crate::stages::text::chat_template;
 
 /// The files of an adapter, if `names` has them all. Whatever else lies there tells of its training or of its base.

@@ -15,6 +15,7 @@ use crate::stages::adapter::attach_lora::AttachLora;
 use crate::stages::adapter::import_adapter::ImportAdapter;
 use crate::stages::model::import_model::ImportModel;
 use crate::stages::model::merge::Merge;
+use crate::stages::model::quantize::Quantize;
 use crate::stages::train::tests::write_tokens;
 use crate::stages::train::train_orpo::TrainOrpo;
 
@@ -85,6 +86,42 @@ fn a_model_that_is_4_bit_already_needs_no_quantize_stage() {
     assert_eq!(Arch::read(&merged).unwrap().quantization, None);
     let far = golden::far(&after, &logits(&merged, None));
     assert!(far < 1e-4, "{far}");
+}
+
+/// The whole way of a Qwen3 folder, and of a Mistral one with a window shorter than the rows.
+#[test]
+fn models_of_other_families_go_the_whole_way() {
+    for family in ["qwen3", "mistral"] {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path();
+        let tokens = root.join("tokens");
+        std::fs::create_dir(&tokens).unwrap();
+        write_tokens(&tokens);
+        let theirs = golden::folder("families").join(family);
+        let base = run::<ImportModel>(root, "base", "{path: theirs}", &[("theirs", &theirs)]);
+        assert_eq!(Arch::read(&base).unwrap().family, family);
+        let small = run::<Quantize>(root, "small", "{model: base}", &[("base", &base)]);
+        let quantised = Arch::read(&small).unwrap();
+        assert!(quantised.quantization.is_some());
+        let attach = "{model: small, r: 4, target_modules: all-linear}";
+        let start = run::<AttachLora>(root, "start", attach, &[("small", &small)]);
+        let before = logits(&small, Some(&start));
+        assert!(golden::far(&before, &logits(&small, None)) < 1e-4);
+
+        let inputs: [(&str, &Path); 3] = [("base", &small), ("start", &start), ("tokens", &tokens)];
+        let tuned = run::<TrainOrpo>(root, "tuned", TRAIN, &inputs);
+        let after = logits(&small, Some(&tuned));
+        assert!(
+            golden::far(&before, &after) > 1e-2,
+            "{family} learned something"
+        );
+        let inputs: [(&str, &Path); 2] = [("small", &small), ("tuned", &tuned)];
+        let merged = run::<Merge>(root, "merged", "{model: small, adapter: tuned}", &inputs);
+        let arch = Arch::read(&merged).unwrap();
+        assert_eq!((arch.family, &arch.quantization), (family, &None));
+        let far = golden::far(&after, &logits(&merged, None));
+        assert!(far < 1e-4, "{family}: {far}");
+    }
 }
 
 #[test]

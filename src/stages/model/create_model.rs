@@ -1,4 +1,4 @@
-//! `create_model`: a new Llama with random weights and a tokenizer.
+//! `create_model`: a new model with random weights and a tokenizer.
 
 use std::fs;
 use std::sync::mpsc::{SyncSender, sync_channel};
@@ -9,17 +9,18 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::dtype::Dtype;
+use super::family::FamilyName;
 use crate::data::cell::Cell;
 use crate::data::table::{BATCH_ROWS, Split};
 use crate::engine::{Bytes, Context, Input, Problem, SourcePath, Stage};
 use crate::ml::io::folder::{self, CONFIG, sorted_json};
 use crate::ml::model::arch::{Arch, LayerArch, QkNorm, Rope, largest};
-use crate::ml::model::create;
+use crate::ml::model::{create, families};
 use crate::stages::artifacts::{Dataset, Model};
 use crate::stages::text::tokenizers;
 use crate::text::bpe::train_llama3_tokenizer;
 
-/// Makes a Llama with random weights, in the layout of a Hugging Face model folder.
+/// Makes a model with random weights, in the layout of a Hugging Face model folder.
 ///
 /// Its tokenizer is either trained on the texts of a dataset, in Llama 3's make and with its special tokens and chat template, or
 /// taken from another model. Generation stops at the end of the text and at the end of a turn.
@@ -42,6 +43,9 @@ pub struct CreateModel {
     /// rows for the rest. Needed with `dataset`; with `tokenizer` it is the tokenizer's size unless given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     vocab_size: Option<usize>,
+    /// The family of the model, transformers' `model_type`.
+    #[serde(default, skip_serializing_if = "FamilyName::is_default")]
+    family: FamilyName,
     /// The width of the hidden states.
     hidden_size: usize,
     /// The width inside the feed-forward part.
@@ -56,6 +60,10 @@ pub struct CreateModel {
     /// The width of a head; `hidden_size / num_attention_heads` unless given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     head_dim: Option<usize>,
+    /// The number of keys that a query sees in every layer, its own included, in the families that have sliding windows; all up to its
+    /// own unless given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    sliding_window: Option<usize>,
     /// The longest sequence, in tokens.
     #[serde(default = "default_positions")]
     max_position_embeddings: usize,
@@ -169,6 +177,7 @@ impl Stage for CreateModel {
             ("num_attention_heads", self.num_attention_heads),
             ("num_key_value_heads", self.key_value_heads()),
             ("head_dim", self.head_dim.unwrap_or(1)),
+            ("sliding_window", self.sliding_window.unwrap_or(1)),
             ("max_position_embeddings", self.max_position_embeddings),
         ] {
             let largest = largest(name);
@@ -184,13 +193,18 @@ impl Stage for CreateModel {
             "num_key_value_heads",
             "expected a divisor of `num_attention_heads`",
         );
+        rule(
+            self.sliding_window.is_none() || self.family.0.has_windows(),
+            "sliding_window",
+            &format!("`{:?}` has no sliding windows", self.family),
+        );
         let even = |width: usize| width > 0 && width.is_multiple_of(2);
         if let Some(width) = self.head_dim {
             rule(even(width), "head_dim", "expected an even number");
             rule(
-                self.hidden_size.is_multiple_of(heads),
+                !self.family.is_default() || self.hidden_size.is_multiple_of(heads),
                 "hidden_size",
-                "expected a multiple of `num_attention_heads`, as transformers demands it beside `head_dim` too",
+                "expected a multiple of `num_attention_heads`, as transformers demands it of a Llama beside `head_dim` too",
             );
         } else {
             rule(
@@ -230,7 +244,7 @@ impl Stage for CreateModel {
             (None, Some(model)) => self.take(cx, model)?,
             (None, None) => return Err(anyhow!("there is neither a `dataset` nor a `tokenizer`")),
         };
-        let config = self.config(&vocabulary);
+        let config = families::complete(&self.config(&vocabulary))?;
         let settings = create::Settings {
             initializer_range: self.initializer_range,
             float: self.dtype.float(),
@@ -266,11 +280,16 @@ impl CreateModel {
     fn config(&self, vocabulary: &Vocabulary) -> Arch {
         let head_dim = self.hidden_size / self.num_attention_heads.max(1);
         Arch {
-            family: "llama",
+            family: self.family.0.model_type,
             vocab_size: vocabulary.size,
             hidden_size: self.hidden_size,
             intermediate_size: self.intermediate_size,
-            layers: vec![LayerArch::default(); self.num_hidden_layers],
+            layers: vec![
+                LayerArch {
+                    window: self.sliding_window
+                };
+                self.num_hidden_layers
+            ],
             num_attention_heads: self.num_attention_heads,
             num_key_value_heads: self.key_value_heads(),
             head_dim: self.head_dim.unwrap_or(head_dim),

@@ -9,8 +9,9 @@ use serde::{Deserialize, Serialize};
 
 use super::files::{self, Checked, INDEX};
 use crate::engine::{Context, Problem, SourcePath, Stage};
+use crate::ml::model::compare::compare;
 use crate::ml::model::families::without_effect;
-use crate::ml::model::{tensors, tied};
+use crate::ml::model::tied;
 use crate::stages::artifacts::Model;
 
 /// Takes a model from a local Hugging Face folder: configuration, safetensors weights, tokenizer and chat template.
@@ -71,7 +72,7 @@ pub(in crate::stages) fn tell(cx: &Context, checked: &Checked) -> anyhow::Result
     cx.note("tensors", checked.tensors);
     cx.note("weight_bytes", checked.bytes);
     let (config, weights) = tied::open(cx.out())?;
-    let unused = tensors::compare(&config, &weights)?;
+    let unused = compare(&config, &weights)?;
     if !unused.is_empty() {
         cx.note("unused_tensors", unused.len());
         let named: Vec<_> = unused
@@ -88,9 +89,10 @@ pub(in crate::stages) fn tell(cx: &Context, checked: &Checked) -> anyhow::Result
             named.join(", ")
         ));
     }
-    for key in without_effect(cx.out())? {
+    let (family, keys) = without_effect(cx.out())?;
+    for key in keys {
         cx.warn(format!(
-            "`{key}` in `config.json` has no effect: the model type `llama` doesn't know it, here as in transformers"
+            "`{key}` in `config.json` has no effect: the model type `{family}` doesn't know it, here as in transformers"
         ));
     }
     if let Some(told) = tied::told(cx.out(), &config)? {

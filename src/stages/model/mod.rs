@@ -3,6 +3,7 @@
 pub mod create_model;
 pub mod download_model;
 pub(in crate::stages) mod dtype;
+mod family;
 pub(in crate::stages) mod files;
 pub mod import_model;
 pub mod merge;

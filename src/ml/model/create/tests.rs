@@ -4,6 +4,7 @@ use std::fs;
 
 use super::*;
 use crate::ml::io::weights::Weights;
+use crate::ml::model::arch::LayerArch;
 use crate::ml::testing::golden;
 
 const SETTINGS: Settings = Settings {

@@ -17,6 +17,11 @@ impl<'a> Keys<'a> {
         self.0.get(name).filter(|value| !value.is_null())
     }
 
+    /// Whether a key is there, be it `null`.
+    pub(super) fn has(self, name: &str) -> bool {
+        self.0.get(name).is_some()
+    }
+
     /// A whole number from 1 on.
     pub(super) fn size(self, name: &str) -> anyhow::Result<usize> {
         let value = self.0.get(name).and_then(Value::as_u64);
@@ -101,8 +106,8 @@ impl<'a> Keys<'a> {
     }
 
     /// transformers 5 keeps both in `rope_parameters`; before, there were `rope_theta` and `rope_scaling`. Where a file has both
-    /// spellings, `rope_scaling` counts, as in transformers.
-    pub(super) fn rope(self) -> anyhow::Result<Rope> {
+    /// spellings, `rope_scaling` counts, as in transformers. `length` is the longest sequence of the model.
+    pub(super) fn rope(self, length: usize) -> anyhow::Result<Rope> {
         let filled = |name: &str| self.some(name).filter(|value| *value != &json!({}));
         let positive = |value: f64| value > 0. && value.is_finite();
         let name = if filled("rope_scaling").is_some() {
@@ -128,7 +133,7 @@ impl<'a> Keys<'a> {
             full.is_none_or(|factor| factor.as_f64() == Some(1.)),
             "`partial_rotary_factor` is not 1; the heads are rotated whole"
         );
-        let scaling = parameters.map_or(Ok(None), |rope| self.rope_scaling(name, rope))?;
+        let scaling = parameters.map_or(Ok(None), |rope| self.rope_scaling(name, rope, length))?;
         if let Some(rope) = &scaling {
             ensure!(
                 positive(rope.factor)
@@ -140,7 +145,12 @@ impl<'a> Keys<'a> {
         Ok(Rope { theta, scaling })
     }
 
-    fn rope_scaling(self, name: &str, scaling: &Value) -> anyhow::Result<Option<Llama3Scaling>> {
+    fn rope_scaling(
+        self,
+        name: &str,
+        scaling: &Value,
+        length: usize,
+    ) -> anyhow::Result<Option<Llama3Scaling>> {
         let keys = scaling.as_object();
         let keys = keys.with_context(|| format!("`{name}` is {scaling}, expected an object"))?;
         let kind = match scaling.get("rope_type").or_else(|| scaling.get("type")) {
@@ -182,7 +192,7 @@ impl<'a> Keys<'a> {
         } else if rope.some(original).is_some() {
             rope.size(original)?
         } else {
-            self.size_or("max_position_embeddings", 2048)?
+            length
         };
         Ok(Some(Llama3Scaling {
             factor: rope.number("factor")?,

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::ml::model::arch::Quantization;
+use crate::ml::model::arch::{LayerArch, Quantization};
 use candle_core::DType;
 
 #[test]
@@ -30,7 +30,22 @@ fn golden_with(changes: &[(&str, Value)]) -> anyhow::Result<Arch> {
 #[test]
 fn what_is_not_computed_is_refused_by_name() {
     for (name, value, expected) in [
-        ("model_type", json!("mistral"), "`mistral`"),
+        (
+            "model_type",
+            json!("gemma3_text"),
+            "one of `llama`, `mistral`, `qwen2`, `qwen3`",
+        ),
+        ("is_causal", json!(false), "`is_causal` is false"),
+        (
+            "per_layer_config",
+            json!({"0": {"intermediate_size": 8}}),
+            "`per_layer_config`",
+        ),
+        (
+            "transformers_weights",
+            json!("other.safetensors"),
+            "`transformers_weights`",
+        ),
         ("hidden_act", json!("gelu"), "`gelu`"),
         (
             "rope_parameters",
@@ -227,7 +242,7 @@ fn keys_of_other_model_types_are_told() {
     std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
     assert_eq!(
         without_effect(folder.path()).unwrap(),
-        ["logit_scale", "sliding_window"]
+        ("llama", vec!["logit_scale", "sliding_window"])
     );
 }
 
@@ -251,4 +266,134 @@ proptest! {
             "eos_token_id", "rope_theta", "max_position_embeddings"][key];
         let _ = golden_with(&[(key, json!(number))]);
     }
+}
+
+/// A config.json of transformers' own defaults for a family, with the sizes of the golden model.
+fn described(family: &str, changes: &[(&str, Value)]) -> anyhow::Result<Arch> {
+    let mut config = json!({
+        "model_type": family, "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+        "num_attention_heads": 32,
+    });
+    for (name, value) in changes {
+        config[*name] = value.clone();
+    }
+    describe(&config)
+}
+
+fn windows(family: &str, changes: &[(&str, Value)]) -> Vec<Option<usize>> {
+    let arch = described(family, changes).unwrap();
+    arch.layers.iter().map(|layer| layer.window).collect()
+}
+
+/// What transformers 5.23's configuration classes take where a file is silent.
+#[test]
+fn defaults_are_those_of_each_family() {
+    for (family, keys, width, length, window) in [
+        ("llama", 32, 2, 2048, None),
+        ("qwen2", 32, 2, 32_768, None),
+        ("qwen3", 32, 128, 32_768, None),
+        ("mistral", 8, 2, 131_072, Some(4096)),
+    ] {
+        let arch = described(family, &[]).unwrap();
+        assert_eq!(arch.family, family);
+        assert_eq!(arch.num_key_value_heads, keys, "{family}");
+        assert_eq!(arch.head_dim, width, "{family}");
+        assert_eq!(arch.max_position_embeddings, length, "{family}");
+        assert_eq!(arch.layers, vec![LayerArch { window }; 3], "{family}");
+        assert!((arch.rope.theta - 1e4).abs() < 1e-9 && (arch.rms_norm_eps - 1e-6).abs() < 1e-18);
+        assert!(!arch.tie_word_embeddings);
+        let null = [("num_key_value_heads", Value::Null)];
+        assert_eq!(described(family, &null).unwrap().num_key_value_heads, 32);
+    }
+    assert!(described("qwen3", &[("head_dim", Value::Null)]).is_err());
+    // Only Llama refuses heads that don't divide the width.
+    let odd = [("hidden_size", json!(72)), ("head_dim", json!(4))];
+    assert!(described("llama", &odd).is_err());
+    for family in ["qwen2", "qwen3", "mistral"] {
+        assert_eq!(described(family, &odd).unwrap().head_dim, 4);
+    }
+}
+
+#[test]
+fn windows_are_where_transformers_has_them() {
+    let null = ("sliding_window", Value::Null);
+    assert_eq!(windows("mistral", std::slice::from_ref(&null)), [None; 3]);
+    let some = ("sliding_window", json!(7));
+    assert_eq!(
+        windows("mistral", std::slice::from_ref(&some)),
+        [Some(7); 3]
+    );
+    for family in ["qwen2", "qwen3"] {
+        let on = ("use_sliding_window", json!(true));
+        assert_eq!(windows(family, std::slice::from_ref(&some)), [None; 3]);
+        let upper = ("max_window_layers", json!(2));
+        let found = windows(family, &[on.clone(), some.clone(), upper.clone()]);
+        assert_eq!(found, [None, None, Some(7)]);
+        assert_eq!(windows(family, &[on.clone(), some.clone()]), [None; 3]);
+        let found = windows(family, &[on.clone(), upper.clone()]);
+        assert_eq!(found, [None, None, Some(4096)]);
+        let found = windows(family, &[on.clone(), upper, null.clone()]);
+        assert_eq!(found, [None; 3]);
+        let types = |types: Value| ("layer_types", types);
+        let mixed = types(json!(["sliding_attention", "attention", "full_attention"]));
+        let found = windows(family, &[on.clone(), some.clone(), mixed.clone()]);
+        assert_eq!(found, [Some(7), None, None]);
+        for (changes, expected) in [
+            (vec![mixed], "give no window"),
+            (vec![types(json!(["full_attention"]))], "has 1 entries"),
+            (
+                vec![types(json!([
+                    "full_attention",
+                    "full_attention",
+                    "linear_attention"
+                ]))],
+                "\"linear_attention\"",
+            ),
+            (
+                vec![on.clone(), ("sliding_window", json!(0))],
+                "`sliding_window`",
+            ),
+            (
+                vec![("max_window_layers", json!(-1))],
+                "`max_window_layers`",
+            ),
+        ] {
+            let error = described(family, &changes).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+}
+
+#[test]
+fn what_is_written_is_what_is_read() {
+    for family in FAMILIES {
+        let mut arch = described(family.model_type, &[]).unwrap();
+        let read = |arch: &Arch| describe(&Value::Object(keys_of(arch).unwrap())).unwrap();
+        assert_eq!(read(&arch), arch, "{}", family.model_type);
+        arch.layers = vec![LayerArch { window: Some(5) }; 3];
+        arch.attention_dropout = 0.25;
+        arch.eos_token_ids = vec![3, 4];
+        let has_windows = family.model_type != "llama";
+        assert_eq!(
+            complete(&arch).is_ok(),
+            has_windows,
+            "{}",
+            family.model_type
+        );
+        assert_eq!(read(&arch) == arch, has_windows, "{}", family.model_type);
+    }
+}
+
+#[test]
+fn each_family_tells_of_the_keys_that_it_does_not_know() {
+    let folder = tempfile::tempdir().unwrap();
+    let told = |family: &str| {
+        let config = json!({"model_type": family, "sliding_window": 7, "attention_bias": true, "layer_types": ["full_attention"]});
+        std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+        without_effect(folder.path()).unwrap().1
+    };
+    assert_eq!(told("llama"), ["layer_types", "sliding_window"]);
+    assert_eq!(told("qwen2"), ["attention_bias"]);
+    assert!(told("qwen3").is_empty());
+    assert_eq!(told("mistral"), ["attention_bias", "layer_types"]);
 }

@@ -118,6 +118,58 @@ fn a_new_model_is_whole() {
 }
 
 #[test]
+fn a_new_model_may_be_of_any_family() {
+    let folder = tempfile::tempdir().unwrap();
+    datasets(folder.path());
+    for (family, more, biases, window) in [
+        ("llama", "", 0, None),
+        ("qwen2", "", 3, None),
+        ("qwen2", "sliding_window: 9, ", 3, Some(9)),
+        ("qwen3", "head_dim: 16, ", 0, None),
+        ("mistral", "", 0, None),
+        ("mistral", "sliding_window: 9, ", 0, Some(9)),
+    ] {
+        let name = format!("{family}{}", more.len());
+        let cx = context(folder.path(), &name);
+        let stage = stage(&format!("tokenizer: other, {more}family: {family}"));
+        assert_eq!(stage.check(), []);
+        stage.run(&cx).unwrap();
+        let (arch, weights) = (
+            Arch::read(cx.out()).unwrap(),
+            Weights::open(cx.out()).unwrap(),
+        );
+        assert_eq!((arch.family, arch.biases.len()), (family, biases));
+        assert!(arch.layers.iter().all(|layer| layer.window == window));
+        assert!(
+            crate::ml::model::compare::compare(&arch, &weights)
+                .unwrap()
+                .is_empty()
+        );
+        let values = |name: &str| -> Vec<f32> {
+            let tensor = weights.tensor(name, &candle_core::Device::Cpu).unwrap();
+            tensor.to_vec1().unwrap()
+        };
+        if biases > 0 {
+            let bias = values("model.layers.1.self_attn.k_proj.bias");
+            assert!(bias.iter().all(|x| *x == 0.));
+        }
+        if family == "qwen3" {
+            let norm = values("model.layers.1.self_attn.k_norm.weight");
+            assert_eq!(norm, [1.; 16]);
+        }
+    }
+    let error = serde_yaml::from_str::<CreateModel>(&format!("{{family: gemma, {SHAPE}}}"));
+    let error = error.unwrap_err().to_string();
+    assert!(
+        error.contains("`gemma`") && error.contains("`qwen3`"),
+        "{error}"
+    );
+    // A Llama's family is not written, as before there were others.
+    let written = serde_json::to_value(stage("tokenizer: other, family: llama")).unwrap();
+    assert!(written.get("family").is_none(), "{written}");
+}
+
+#[test]
 fn messages_teach_and_few_texts_leave_rows_unused() {
     let folder = tempfile::tempdir().unwrap();
     datasets(folder.path());
@@ -213,6 +265,11 @@ fn rules_between_parameters_are_kept() {
         ),
         ("tokenizer: b, head_dim: 7", "head_dim"),
         ("tokenizer: b, rope_theta: 0", "rope_theta"),
+        ("tokenizer: b, sliding_window: 8", "sliding_window"),
+        (
+            "tokenizer: b, family: mistral, sliding_window: 0",
+            "sliding_window",
+        ),
         ("tokenizer: b, max_shard_size: 5", "max_shard_size"),
     ] {
         let problems = stage(text).check();

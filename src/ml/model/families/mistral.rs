@@ -1,0 +1,42 @@
+//! Mistral 7B and Nemo (transformers' `configuration_mistral.py` and `modular_mistral.py`): a sliding window in all layers or in
+//! none.
+
+use serde_json::{Map, Value, json};
+
+use super::keys::Keys;
+use super::{Defaults, Family, common};
+use crate::ml::model::arch::{Arch, LayerArch};
+
+pub(super) const MISTRAL: Family = Family {
+    model_type: "mistral",
+    architecture: "MistralForCausalLM",
+    knows: &["sliding_window"],
+    describe,
+    write,
+};
+
+/// The window of the first models, whose files don't say it; newer ones say `null`.
+const WINDOW: usize = 4096;
+
+fn describe(keys: Keys<'_>) -> anyhow::Result<Arch> {
+    let defaults = Defaults {
+        num_key_value_heads: Some(8),
+        head_dim: None,
+        max_position_embeddings: 4096 * 32,
+    };
+    let window = if keys.has("sliding_window") {
+        let some = keys.some("sliding_window");
+        some.map(|_| keys.size("sliding_window")).transpose()?
+    } else {
+        Some(WINDOW)
+    };
+    Ok(Arch {
+        layers: vec![LayerArch { window }; keys.size("num_hidden_layers")?],
+        ..common(keys, MISTRAL.model_type, &defaults)?
+    })
+}
+
+fn write(arch: &Arch, keys: &mut Map<String, Value>) {
+    let window = arch.layers.first().and_then(|layer| layer.window);
+    keys.insert("sliding_window".into(), json!(window));
+}

@@ -1,0 +1,28 @@
+//! Qwen2 and Qwen2.5 (transformers' `configuration_qwen2.py` and `modular_qwen2.py`): queries, keys and values have biases that
+//! no key speaks of, the output has none.
+
+use super::keys::Keys;
+use super::{Defaults, Family, common, windows};
+use crate::ml::model::arch::{Arch, Projection};
+
+pub(super) const QWEN2: Family = Family {
+    model_type: "qwen2",
+    architecture: "Qwen2ForCausalLM",
+    knows: &windows::KEYS,
+    describe,
+    write: windows::write,
+};
+
+fn describe(keys: Keys<'_>) -> anyhow::Result<Arch> {
+    let defaults = Defaults {
+        num_key_value_heads: Some(32),
+        // A key of `LlamaAttention`, which Qwen2's is made from.
+        head_dim: None,
+        max_position_embeddings: 32_768,
+    };
+    Ok(Arch {
+        layers: windows::read(keys)?,
+        biases: vec![Projection::Q, Projection::K, Projection::V],
+        ..common(keys, QWEN2.model_type, &defaults)?
+    })
+}

@@ -1,0 +1,343 @@
+//! Models of every family beside transformers, TRL, PEFT and bitsandbytes: `tests/golden/families`.
+
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+
+use candle_core::{DType, Device, Tensor};
+
+use super::golden::{far, folder, logits, prompt, rows, tensors};
+use super::golden_compare::{Comparison, EXACT, Tolerance, json};
+use super::golden_runs::{KINDS, LOOSE, job, settings};
+use super::losses;
+use crate::ml::adapter::Adapter;
+use crate::ml::execution::{Execution, Kind};
+use crate::ml::generate;
+use crate::ml::io::weights::Weights;
+use crate::ml::lora::{init, merge, verify};
+use crate::ml::model::arch::{Arch, Projection, QkNorm};
+use crate::ml::model::batch::Target;
+use crate::ml::model::compare::compare;
+use crate::ml::model::linear::Pass;
+use crate::ml::model::{Llama, Trained, logits_by_layer, tied};
+use crate::ml::quant::quantize;
+use crate::ml::train::{Ending, Settings, train};
+
+const FAMILIES: [&str; 4] = ["qwen2", "qwen2_window", "qwen3", "mistral"];
+
+fn path(family: &str) -> std::path::PathBuf {
+    folder("families").join(family)
+}
+
+fn golden(family: &str) -> BTreeMap<String, Tensor> {
+    tensors(&format!("families/{family}/outputs.safetensors"))
+}
+
+fn adapter(family: &str, name: &str) -> Adapter {
+    Adapter::load(&path(family).join(name)).unwrap()
+}
+
+fn load(base: &std::path::Path, adapter: Option<&Adapter>, trained: Trained) -> Llama {
+    let (arch, weights) = tied::open(base).unwrap();
+    Llama::load(&arch, &weights, adapter, trained, DType::F32, &Device::Cpu).unwrap()
+}
+
+fn model(family: &str, name: &str, trained: Trained) -> Llama {
+    load(&path(family), Some(&adapter(family, name)), trained)
+}
+
+#[expect(clippy::unnecessary_wraps, reason = "the type of a progress callback")]
+fn ignore(_: u64, _: u64) -> anyhow::Result<()> {
+    Ok(())
+}
+
+/// As [`EXACT`]; but four models have more chances than one to be two roundings of a log-probability (of 7.5 each) apart.
+const NEAR: Tolerance = Tolerance {
+    cancelled: 2e-6,
+    ..EXACT
+};
+
+/// The last rows of logits (length, vocabulary), as many as the golden ones.
+fn last(logits: &Tensor, golden: &Tensor) -> Tensor {
+    let (length, count) = (logits.dim(0).unwrap(), golden.dim(0).unwrap());
+    logits.narrow(0, length - count, count).unwrap()
+}
+
+#[test]
+fn the_descriptions_are_those_of_transformers() {
+    let read = |family: &str| Arch::read(&path(family)).unwrap();
+    let windows =
+        |arch: &Arch| -> Vec<_> { arch.layers.iter().map(|layer| layer.window).collect() };
+    let qwen2 = read("qwen2");
+    assert_eq!((qwen2.family, qwen2.qk_norm), ("qwen2", QkNorm::None));
+    let biases = [Projection::Q, Projection::K, Projection::V];
+    assert_eq!(qwen2.biases, biases);
+    assert_eq!(windows(&qwen2), [None, None]);
+    assert_eq!(windows(&read("qwen2_window")), [None, Some(20), Some(20)]);
+    let qwen3 = read("qwen3");
+    assert_eq!((qwen3.qk_norm, qwen3.head_dim), (QkNorm::PerHead, 32));
+    assert!(qwen3.biases.is_empty() && qwen3.tie_word_embeddings);
+    assert_eq!(windows(&read("mistral")), [Some(16), Some(16)]);
+    for family in FAMILIES {
+        let weights = Weights::open(&path(family)).unwrap();
+        assert!(compare(&read(family), &weights).unwrap().is_empty());
+    }
+}
+
+#[test]
+fn logits_are_those_of_transformers() {
+    for family in FAMILIES {
+        let golden = golden(family);
+        let batch = prompt(&golden["input_ids"]);
+        let check = |model: &Llama, pass, name: &str| {
+            let ours = logits(model, &batch, pass);
+            let far = far(&last(&ours, &golden[name]), &golden[name]);
+            assert!(far < 1e-4, "{family}, {name}: {far}");
+        };
+        let model = model(family, "adapter_init", Trained::Nothing);
+        check(&model, Pass::BASE, "base");
+        check(&model, Pass::INFER, "adapter_init");
+        let (arch, weights) = tied::open(&path(family)).unwrap();
+        let adapter = adapter(family, "adapter_final");
+        check(
+            &load(&path(family), Some(&adapter), Trained::Nothing),
+            Pass::INFER,
+            "merged",
+        );
+        let go_on = &mut |_| Ok(());
+        let passes = [Pass::BASE, Pass::INFER];
+        let by_layer = logits_by_layer(&arch, &weights, Some(&adapter), &batch, &passes, go_on);
+        for (logits, name) in by_layer.unwrap().iter().zip(["base", "merged"]) {
+            let logits = logits.squeeze(0).unwrap();
+            let far = far(&last(&logits, &golden[name]), &golden[name]);
+            assert!(far < 1e-4, "{family}, {name} by layer: {far}");
+        }
+    }
+}
+
+#[test]
+fn log_probabilities_are_those_of_transformers_on_every_path() {
+    for family in FAMILIES {
+        let golden = golden(family);
+        let batch = prompt(&golden["input_ids"]);
+        let theirs = candle_nn::ops::log_softmax(&golden["adapter_init"], 1).unwrap();
+        let theirs: Vec<Vec<f32>> = theirs.to_vec2().unwrap();
+        let ids = &batch.sequences[0].ids;
+        let first = ids.len() - theirs.len() + 1;
+        let targets: Vec<Target> = (first..ids.len())
+            .map(|position| Target {
+                row: 0,
+                position,
+                id: ids[position],
+            })
+            .collect();
+        let model = model(family, "adapter_init", Trained::Nothing);
+        for kind in KINDS {
+            let execution = execute(&model, kind);
+            let mut forward = execution.forward(&[&batch], Pass::INFER, false).unwrap();
+            let scores = forward.score(&targets, false).unwrap();
+            for ((logp, theirs), target) in scores.logps.iter().zip(&theirs).zip(&targets) {
+                let far = (logp - theirs[target.id as usize]).abs();
+                assert!(far < 1e-4, "{family}, {kind:?}, {target:?}: {far}");
+            }
+        }
+    }
+}
+
+/// The execution of a kind, which must be able to take the model.
+fn execute(model: &Llama, kind: Kind) -> Execution<'_> {
+    let execution = Execution::new(model, kind);
+    assert_eq!((execution.kind(), execution.fallback()), (kind, None));
+    execution
+}
+
+/// Trains, and compares each line of the log with TRL's.
+fn run(
+    family: &str,
+    execution: &Execution<'_>,
+    settings: &Settings,
+    log: &str,
+    tolerance: Tolerance,
+) -> Comparison {
+    let (rows, mut logs) = (rows("trl-1.16"), Vec::new());
+    let ending = train(&job(execution, &rows), settings, &mut |step| {
+        logs.extend(step.logs.clone());
+        ControlFlow::Continue(())
+    });
+    assert!(matches!(ending.unwrap(), Ending::Finished { .. }));
+    let golden = json(&format!("families/{family}/run.json"));
+    let mut comparison = Comparison::new(&format!("{family}, {log}"), tolerance, execution.kind());
+    // What padding sees beyond its window is not worth computing.
+    let mut layers = execution.model().arch.layers.iter();
+    let windows = layers.any(|layer| layer.window.is_some());
+    if windows && execution.kind() != Kind::Reference {
+        comparison = comparison.without_padding();
+    }
+    comparison.logs(&logs, golden[log].as_array().unwrap());
+    comparison
+}
+
+#[test]
+fn trainings_are_those_of_trl() {
+    for family in FAMILIES {
+        let golden = adapter(family, "adapter_final");
+        for kind in KINDS {
+            let model = model(family, "adapter_init", Trained::Adapter);
+            let execution = execute(&model, kind);
+            let mut comparison = run(family, &execution, &settings(), "log_history", NEAR);
+            for parameter in &model.parameters {
+                let (path, part) = parameter.name.split_once(".lora_").unwrap();
+                let pair = &golden.tensors[path];
+                let theirs = match part {
+                    "A.weight" => &pair.a,
+                    _ => &pair.b,
+                };
+                let far = far(&parameter.var.as_detached_tensor(), theirs);
+                comparison.largest("adapter after step 12", far, 2e-4);
+            }
+            comparison.end();
+        }
+    }
+}
+
+#[test]
+fn trainings_on_a_4_bit_base_are_those_of_trl() {
+    let settings = Settings {
+        epochs: 1.,
+        ..settings()
+    };
+    for family in FAMILIES {
+        let out = tempfile::tempdir().unwrap();
+        let plain = quantize::Settings {
+            double_quant: false,
+            compute_dtype: None,
+        };
+        let report = quantize::quantize(&path(family), out.path(), plain, None, &mut ignore);
+        let layers = Arch::read(&path(family)).unwrap().num_hidden_layers();
+        assert_eq!(report.unwrap().quantised, 7 * layers);
+        for kind in KINDS {
+            let adapter = adapter(family, "adapter_init");
+            let model = load(out.path(), Some(&adapter), Trained::Adapter);
+            let execution = execute(&model, kind);
+            run(family, &execution, &settings, "nf4_log_history", LOOSE).end();
+        }
+    }
+}
+
+#[test]
+fn merged_models_are_those_of_peft() {
+    for family in FAMILIES {
+        let (out, golden) = (tempfile::tempdir().unwrap(), golden(family));
+        let (source, adapter) = (path(family), adapter(family, "adapter_final"));
+        merge::merge(&source, &adapter, out.path(), &mut ignore).unwrap();
+        let (before, after) = (
+            Weights::open(&source).unwrap(),
+            Weights::open(out.path()).unwrap(),
+        );
+        assert_eq!(before.names(), after.names());
+        assert_eq!(
+            Arch::read(&source).unwrap(),
+            Arch::read(out.path()).unwrap()
+        );
+        let mut compared = 0;
+        for name in after.names() {
+            let ours = after.tensor(name, &Device::Cpu).unwrap();
+            if let Some(theirs) = golden.get(&format!("merged.{name}")) {
+                assert!(far(&ours, theirs) < 1e-6, "{family}, {name}");
+                compared += 1;
+            }
+        }
+        assert!(compared >= 9, "{family}: {compared}");
+        // Layer by layer, with the adapter and merged.
+        let ids: Vec<u32> = (3..60).map(|id| id * 17 % 1000).collect();
+        let proof = verify::prove(&source, &adapter, out.path(), &[ids], &mut ignore).unwrap();
+        assert!(proof.relative < 1e-5 && proof.effect > 1e-3, "{proof:?}");
+    }
+}
+
+#[test]
+fn greedy_text_is_that_of_transformers() {
+    for family in FAMILIES {
+        let golden = json(&format!("families/{family}/greedy.json"));
+        let ids =
+            |name: &str| -> Vec<u32> { serde_json::from_value(golden[name].clone()).unwrap() };
+        let prompt = ids("prompt_ids");
+        let model = model(family, "adapter_final", Trained::Nothing);
+        let prompts = [prompt.as_slice(), &prompt[..5]];
+        let go_on = &mut || Ok(());
+        for kind in [Kind::Reference, Kind::default()] {
+            let execution = execute(&model, kind);
+            let mut greedy = |prompts: &[&[u32]]| {
+                generate::greedy(&execution, prompts, 20, &[], Pass::INFER, go_on).unwrap()
+            };
+            let answers = greedy(&prompts);
+            assert_eq!(answers[0], ids("ids"), "{family}, {kind:?}");
+            assert_eq!(answers[1], greedy(&prompts[1..])[0], "{family}, {kind:?}");
+        }
+    }
+}
+
+#[test]
+fn new_adapters_are_those_of_peft() {
+    for family in FAMILIES {
+        let theirs = adapter(family, "adapter_init");
+        let new = crate::ml::adapter::NewAdapter {
+            r: 4,
+            lora_alpha: 8.,
+            target_modules: crate::ml::adapter::Names::Pattern("all-linear".into()),
+            ..crate::ml::adapter::NewAdapter::default()
+        };
+        let ours = init::adapter(&Arch::read(&path(family)).unwrap(), &new, 3407).unwrap();
+        assert_eq!(ours.tensors.len(), theirs.tensors.len());
+        for (path, pair) in &ours.tensors {
+            assert!(
+                far(&pair.a, &theirs.tensors[path].a) <= 0.,
+                "{family}, {path}"
+            );
+        }
+    }
+}
+
+/// Everything is trained: norms of queries and keys, and biases, get the gradients that a difference quotient has.
+#[test]
+fn gradients_of_norms_and_biases_are_difference_quotients() {
+    use crate::ml::loss::Loss as _;
+    use crate::ml::loss::orpo::Orpo;
+    use crate::ml::model::Gradients;
+
+    let rows = rows("trl-1.16");
+    let objective = Orpo { beta: 0.1 };
+    let batch = objective.batch(&[&rows[0]], 1023).unwrap();
+    for (family, name) in [
+        ("qwen2", "model.layers.0.self_attn.q_proj.bias"),
+        ("qwen2", "model.layers.1.self_attn.v_proj.bias"),
+        ("qwen3", "model.layers.0.self_attn.q_norm.weight"),
+        ("qwen3", "model.layers.1.self_attn.k_norm.weight"),
+    ] {
+        let model = load(&path(family), None, Trained::Everything);
+        let execution = execute(&model, Kind::Reference);
+        let parameter = model.parameters.iter().position(|p| p.name == name);
+        let number = parameter.unwrap();
+        assert!(!model.parameters[number].decays);
+        let mut gradients = Gradients::none(&model);
+        let all = &[(&batch, 1.)];
+        losses::differentiate(&objective, &execution, all, None, false, &mut gradients).unwrap();
+        let gradient: Vec<f32> = gradients.0[number].as_ref().unwrap().to_vec1().unwrap();
+        let var = &model.parameters[number].var;
+        let start: Vec<f32> = var.as_detached_tensor().to_vec1().unwrap();
+        // Along the gradient itself, whose slope is its squared length.
+        let squares: f32 = gradient.iter().map(|g| g * g).sum();
+        let step = 1e-2 / squares.sqrt();
+        let loss = |sign: f32| {
+            let moved = start.iter().zip(&gradient);
+            let moved: Vec<f32> = moved.map(|(x, g)| x + sign * step * g).collect();
+            let moved = Tensor::new(moved, &Device::Cpu).unwrap();
+            var.set(&moved).unwrap();
+            losses::evaluate(&objective, &execution, &batch)
+                .unwrap()
+                .loss
+        };
+        let slope = (loss(1.) - loss(-1.)) / f64::from(2. * step);
+        let far = (slope / f64::from(squares) - 1.).abs();
+        assert!(far < 2e-2, "{family}, {name}: {slope} {squares}");
+    }
+}
