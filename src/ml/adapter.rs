@@ -12,7 +12,7 @@ use anyhow::{Context as _, bail, ensure};
 use candle_core::{Device, Tensor};
 pub use config::{AdapterConfig, Bias, Names, NewAdapter, is_meant};
 pub use patterns::Patterns;
-pub use targets::{ALL_LINEAR, Meant};
+pub use targets::{ALL_LINEAR, DEFAULT_TARGETS, Meant};
 
 use super::io::finite;
 use super::io::weights::{self, Weights};
@@ -30,18 +30,18 @@ pub const CONFIG: &str = "adapter_config.json";
 const A: &str = ".lora_A.weight";
 const B: &str = ".lora_B.weight";
 const MAGNITUDE: &str = ".lora_magnitude_vector";
-/// The same of embeddings, whose rows are looked up: turned around, B A is added to the weight's transpose.
+/// The same of embeddings, whose rows are looked up: transposed, B A is added to the weight's transpose.
 const ROWS_A: &str = ".lora_embedding_A";
 const ROWS_B: &str = ".lora_embedding_B";
 
-/// The two matrices beside one projection, beside the head, or beside the embeddings, whose own are turned around in the file.
+/// The two matrices beside one projection, beside the head, or beside the embeddings, whose own are transposed in the file.
 #[derive(Debug, Clone)]
 pub struct LoraPair {
     /// A, (r, in).
     pub a: Tensor,
     /// B, (out, r).
     pub b: Tensor,
-    /// The lengths of the rows of W + s B A (out), where they are trained (`DoRA`).
+    /// The norms of the rows of W + s B A (out), where they are trained (`DoRA`).
     pub magnitude: Option<Tensor>,
 }
 
@@ -130,7 +130,7 @@ impl Adapter {
     }
 
     /// Whether it is made of LoRA pairs beside projections of the layers alone.
-    pub fn is_plain(&self) -> bool {
+    pub fn is_lora_only(&self) -> bool {
         let ends = ENDS.iter().any(|path| self.tensors.contains_key(*path));
         !self.config.use_dora && self.saved.is_empty() && !ends
     }
@@ -155,9 +155,9 @@ impl Adapter {
         let mut tensors = BTreeMap::new();
         for (path, pair) in &self.tensors {
             if path == EMBED_TOKENS {
-                let turn = |tensor: &Tensor| tensor.t()?.contiguous();
-                tensors.insert(format!("{PREFIX}{path}{ROWS_A}"), turn(&pair.b)?);
-                tensors.insert(format!("{PREFIX}{path}{ROWS_B}"), turn(&pair.a)?);
+                let transposed = |tensor: &Tensor| tensor.t()?.contiguous();
+                tensors.insert(format!("{PREFIX}{path}{ROWS_A}"), transposed(&pair.b)?);
+                tensors.insert(format!("{PREFIX}{path}{ROWS_B}"), transposed(&pair.a)?);
                 continue;
             }
             tensors.insert(format!("{PREFIX}{path}{A}"), pair.a.clone());
@@ -241,7 +241,7 @@ fn tensors(weights: &Weights, config: &AdapterConfig) -> anyhow::Result<Tensors>
     Ok((pairs, saved))
 }
 
-/// The pair of embeddings: A (r, vocabulary) and B (hidden, r), turned around.
+/// The pair of embeddings: A (r, vocabulary) and B (hidden, r), transposed.
 fn rows(
     weights: &Weights,
     name: &str,
@@ -253,8 +253,8 @@ fn rows(
         "the tensor `{name}` is a LoRA matrix of embeddings, which `{path}` are not"
     );
     let stem = name.strip_suffix(ROWS_A).unwrap_or(name);
-    // Looked at before the settings: these lengths belong to no other pair, and would be taken for strays.
-    ensure!(lengths(weights, stem).is_none(), no_dora(path));
+    // Looked at before the settings: these magnitudes belong to no other pair, and would be taken for strays.
+    ensure!(magnitude_name(weights, stem).is_none(), no_dora(path));
     let (b, a) = two(weights, [name, &format!("{stem}{ROWS_B}")])?;
     let pair = LoraPair {
         a: a.t()?.contiguous()?,
@@ -265,8 +265,8 @@ fn rows(
     Ok(pair)
 }
 
-/// The tensor of `DoRA`'s lengths beside a module's matrices, if it is there.
-fn lengths(weights: &Weights, stem: &str) -> Option<String> {
+/// The tensor of `DoRA`'s magnitudes beside a module's matrices, if it is there.
+fn magnitude_name(weights: &Weights, stem: &str) -> Option<String> {
     // Inside PEFT it is a layer's weight, and some programs write it so.
     let names = [MAGNITUDE.to_owned(), format!("{MAGNITUDE}.weight")];
     let mut names = names.map(|suffix| format!("{stem}{suffix}")).into_iter();
@@ -321,7 +321,7 @@ fn pair(
         "the tensor `{name}` is no LoRA matrix of embeddings"
     );
     let (a, b) = two(weights, [name, &format!("{stem}{B}")])?;
-    let magnitude = lengths(weights, stem).map(|name| -> anyhow::Result<Tensor> {
+    let magnitude = magnitude_name(weights, stem).map(|name| -> anyhow::Result<Tensor> {
         let tensor = weights.tensor(&name, &Device::Cpu)?.flatten_all()?;
         ensure!(
             tensor.dtype().is_float() && tensor.dim(0)? == b.dim(0)?,

@@ -278,7 +278,7 @@ impl Layer {
 
 impl Llama {
     /// Whether it is a frozen base with LoRA pairs at most: no biases, no `DoRA`, no tensor trained or replaced.
-    pub fn is_plain(&self) -> bool {
+    pub fn is_lora_only(&self) -> bool {
         let norms = self.layers.iter().flat_map(Layer::norms);
         !self.has_pairs_at_ends()
             && self.embed.is_frozen()
@@ -289,7 +289,7 @@ impl Llama {
             && self
                 .layers
                 .iter()
-                .all(|layer| layer.linears().into_iter().all(Linear::is_plain))
+                .all(|layer| layer.linears().into_iter().all(Linear::is_lora_only))
     }
 
     /// The layers' windows.

@@ -12,8 +12,9 @@ use crate::cli::{Failure, print, table};
 use crate::data;
 use crate::engine::{Record, State, canonical_json};
 use crate::ml::io::weights::Weights;
-use crate::ml::model::arch::Arch;
+use crate::ml::model::arch::{Arch, QkNorm};
 use crate::ml::model::create::parameters;
+use crate::ml::model::tensors::projection_name;
 use crate::report::{ago, bytes, duration};
 
 #[derive(clap::Args)]
@@ -156,6 +157,7 @@ fn model(folder: &Path, text: &mut String) -> anyhow::Result<()> {
                 config.num_attention_heads, config.num_key_value_heads, config.head_dim
             ),
         ),
+        ("attention", attention(&config)),
         ("vocab_size", config.vocab_size.to_string()),
         ("parameters", parameters(&config).to_string()),
         (
@@ -193,6 +195,31 @@ fn model(folder: &Path, text: &mut String) -> anyhow::Result<()> {
         &rows.map(|(name, value)| vec![format!("  {name}"), value]),
     ));
     Ok(())
+}
+
+/// What a model's attention has beside heads, in words.
+fn attention(arch: &Arch) -> String {
+    let windows: Vec<_> = arch
+        .layers
+        .iter()
+        .filter_map(|layer| layer.window)
+        .collect();
+    let layers = arch.num_hidden_layers();
+    let mut words = match windows[..] {
+        [] => vec!["causal".to_owned()],
+        [window, ..] => vec![format!(
+            "windows of {window} keys in {} of {layers} layers",
+            windows.len()
+        )],
+    };
+    if arch.qk_norm == QkNorm::PerHead {
+        words.push("norms of queries and keys".to_owned());
+    }
+    if !arch.biases.is_empty() {
+        let names: Vec<_> = arch.biases.iter().copied().map(projection_name).collect();
+        words.push(format!("biases of {}", names.join(", ")));
+    }
+    words.join("; ")
 }
 
 fn adapter(folder: &Path, text: &mut String) -> anyhow::Result<()> {

@@ -5,12 +5,13 @@ use anyhow::{Context as _, bail, ensure};
 use serde_json::{Map, Value};
 
 use super::patterns::Pattern;
-use crate::ml::model::tensors::is_projection;
+use crate::ml::model::arch::Projection;
+use crate::ml::model::tensors::{is_projection, projection_name};
 
 /// What means every projection of the layers.
 pub const ALL_LINEAR: &str = "all-linear";
-/// What PEFT takes for a Llama where nothing is said.
-const DEFAULT: [&str; 2] = ["q_proj", "v_proj"];
+/// What PEFT takes for all families here where nothing is said (`TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING`).
+pub const DEFAULT_TARGETS: [Projection; 2] = [Projection::Q, Projection::V];
 
 /// Names of modules or a regular expression.
 #[derive(Debug, Clone, PartialEq)]
@@ -90,7 +91,10 @@ impl Targets {
     pub(super) fn parse(raw: &Map<String, Value>) -> anyhow::Result<Self> {
         let some = |key: &str| raw.get(key).filter(|value| !value.is_null());
         let names = match some("target_modules") {
-            None => Names::Ends(DEFAULT.map(str::to_owned).to_vec()),
+            None => {
+                let names = DEFAULT_TARGETS.map(projection_name);
+                Names::Ends(names.map(str::to_owned).to_vec())
+            }
             Some(Value::String(text)) if text.to_lowercase() == ALL_LINEAR => Names::AllLinear,
             Some(value) => Names::parse(value, "target_modules")?,
         };

@@ -91,7 +91,7 @@ impl Module {
 impl<'a> MappedModel<'a> {
     /// Whether there is nothing that the kernels lack: `DoRA`, modules trained whole.
     pub(in crate::ml) fn is_supported(&self) -> bool {
-        self.arch.head_dim.is_multiple_of(2) && self.adapter.is_none_or(Adapter::is_plain)
+        self.arch.head_dim.is_multiple_of(2) && self.adapter.is_none_or(Adapter::is_lora_only)
     }
 
     /// The final hidden states after the norm, in panels: the tokens of all `batches`, one behind the other without padding.

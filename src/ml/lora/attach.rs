@@ -8,26 +8,26 @@ use crate::ml::adapter::{Adapter, Bias, LoraPair, NewAdapter, is_meant};
 use crate::ml::io::finite;
 use crate::ml::io::weights::Weights;
 use crate::ml::model::arch::Arch;
-use crate::ml::model::linear::row_lengths;
+use crate::ml::model::linear::row_norms;
 use crate::ml::model::tensors::{EMBEDDINGS, ENDS, HEAD, LM_HEAD, weight_of};
 use crate::ml::quant::nf4::Nf4;
 
 /// A new adapter for the model `weights`. Matrices are drawn from `seed` as PEFT does it; modules that are trained whole and
-/// biases are copied; `DoRA`'s lengths are those of the rows as they are.
+/// biases are copied; `DoRA`'s magnitudes are the norms of the rows as they are.
 ///
 /// With `loftq`, the dense weights from which the 4-bit ones of the model were made, the matrices begin as the best
 /// approximation of the quantisation's error (Li et al. 2023, arXiv 2310.08659, one iteration). `tell` is called with each
 /// module, and may stop.
 pub fn attach(
-    config: &Arch,
+    arch: &Arch,
     weights: &Weights,
     new: &NewAdapter,
     seed: u64,
     loftq: Option<&Weights>,
     tell: &mut dyn FnMut(usize, usize) -> anyhow::Result<()>,
 ) -> anyhow::Result<Adapter> {
-    let mut adapter = init::adapter(config, new, seed)?;
-    copy_whole(&mut adapter, config, weights)?;
+    let mut adapter = init::adapter(arch, new, seed)?;
+    copy_whole(&mut adapter, arch, weights)?;
     let total = adapter.tensors.len();
     let settings = adapter.config.clone();
     for (done, (path, pair)) in adapter.tensors.iter_mut().enumerate() {
@@ -42,7 +42,7 @@ pub fn attach(
                 "init_lora_weights: loftq"
             }
         );
-        let tied = config.tie_word_embeddings && *path == LM_HEAD;
+        let tied = arch.tie_word_embeddings && *path == LM_HEAD;
         let name = if tied {
             EMBEDDINGS.to_owned()
         } else {
@@ -54,8 +54,8 @@ pub fn attach(
             }
             if settings.use_dora {
                 let base = base(weights, &name)?;
-                let lengths = row_lengths(&base, &pair.a, &pair.b, settings.scaling(path))?;
-                pair.magnitude = Some(lengths);
+                let norms = row_norms(&base, &pair.a, &pair.b, settings.scaling(path))?;
+                pair.magnitude = Some(norms);
             }
             shape_fits(weights, &name, pair)
         };
@@ -65,9 +65,9 @@ pub fn attach(
 }
 
 /// Takes in the tensors of modules that are trained whole, and biases.
-fn copy_whole(adapter: &mut Adapter, config: &Arch, weights: &Weights) -> anyhow::Result<()> {
+fn copy_whole(adapter: &mut Adapter, arch: &Arch, weights: &Weights) -> anyhow::Result<()> {
     // As in PEFT, a head that was the embeddings gets values of its own when it is trained.
-    if config.tie_word_embeddings && adapter.trains(HEAD) {
+    if arch.tie_word_embeddings && adapter.trains(HEAD) {
         let tensor = weights.tensor(EMBEDDINGS, &Device::Cpu)?;
         adapter.saved.insert(HEAD.to_owned(), tensor);
     }
@@ -172,6 +172,6 @@ fn shape_fits(weights: &Weights, name: &str, pair: &LoraPair) -> anyhow::Result<
 }
 
 /// Whether `bias` asks for what the model has not.
-pub fn lacks_biases(config: &Arch, bias: Bias) -> bool {
-    bias != Bias::None && config.biases.is_empty()
+pub fn lacks_biases(arch: &Arch, bias: Bias) -> bool {
+    bias != Bias::None && arch.biases.is_empty()
 }

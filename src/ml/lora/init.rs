@@ -14,12 +14,12 @@ use crate::ml::torch_rng::TorchRng;
 ///
 /// torch's generator is used up as PEFT does it, module after module: `nn.Linear` draws A, then B; then A is drawn again
 /// and B becomes 0. Without `init_lora_weights` the first draws of both stay. Embeddings draw normal numbers, of which B's stay.
-pub fn adapter(config: &Arch, new: &NewAdapter, seed: u64) -> anyhow::Result<Adapter> {
+pub fn adapter(arch: &Arch, new: &NewAdapter, seed: u64) -> anyhow::Result<Adapter> {
     let settings = AdapterConfig::new(new)?;
     let mut rng = TorchRng::new(seed);
     let mut tensors = BTreeMap::new();
     let mut excluded = false;
-    for (path, module) in modules(config) {
+    for (path, module) in modules(arch) {
         match settings.targets.mean(&path) {
             Meant::No => continue,
             Meant::Excluded => {
@@ -73,7 +73,7 @@ fn known() -> String {
         .join(", ")
 }
 
-/// The pair of embeddings (rows, width), turned around: PEFT's A is (r, rows), its B (width, r).
+/// The pair of embeddings (rows, width), transposed: PEFT's A is (r, rows), its B (width, r).
 fn embedding(
     rng: &mut TorchRng,
     (rows, width): (usize, usize),
@@ -88,14 +88,14 @@ fn embedding(
         a.fill(0.);
         b = rng.normal(b_count)?;
     }
-    let turned = |values, shape: (usize, usize)| -> candle_core::Result<Tensor> {
+    let transposed = |values, shape: (usize, usize)| -> candle_core::Result<Tensor> {
         Tensor::from_vec(values, shape, &Device::Cpu)?
             .t()?
             .contiguous()
     };
     Ok(LoraPair {
-        a: turned(b, (width, r))?,
-        b: turned(a, (r, rows))?,
+        a: transposed(b, (width, r))?,
+        b: transposed(a, (r, rows))?,
         magnitude: None,
     })
 }
@@ -156,7 +156,7 @@ mod tests {
         "down_proj",
     ];
 
-    fn config() -> Arch {
+    fn arch() -> Arch {
         Arch::read(&golden::folder("model")).unwrap()
     }
 
@@ -166,7 +166,7 @@ mod tests {
 
     #[test]
     fn the_numbers_are_those_of_peft() {
-        let ours = adapter(&config(), &new(&ALL), 3407).unwrap();
+        let ours = adapter(&arch(), &new(&ALL), 3407).unwrap();
         assert_eq!(ours.tensors.len(), 21);
         let theirs = golden::tensors("lora_init_seed3407.safetensors");
         assert_eq!(theirs.len(), 7);
@@ -195,7 +195,7 @@ mod tests {
 
     #[test]
     fn the_adapter_of_the_golden_runs_is_found_again() {
-        let ours = adapter(&config(), &new(&ALL), 3407).unwrap();
+        let ours = adapter(&arch(), &new(&ALL), 3407).unwrap();
         let theirs = Adapter::load(&golden::folder("adapter_init")).unwrap();
         for (path, pair) in &ours.tensors {
             assert!(values(&pair.a) == values(&theirs.tensors[path].a), "{path}");
@@ -209,30 +209,28 @@ mod tests {
 
     #[test]
     fn modules_are_chosen_by_the_end_of_their_path() {
-        let one = adapter(&config(), &new(&["1.self_attn.v_proj"]), 1).unwrap();
+        let one = adapter(&arch(), &new(&["1.self_attn.v_proj"]), 1).unwrap();
         assert_eq!(
             one.tensors.keys().collect::<Vec<_>>(),
             ["model.layers.1.self_attn.v_proj"]
         );
-        let three = adapter(&config(), &new(&["mlp.up_proj"]), 1).unwrap();
+        let three = adapter(&arch(), &new(&["mlp.up_proj"]), 1).unwrap();
         assert_eq!(three.tensors.len(), 3);
         for wrong in ["proj", "Wqkv", "embed", ""] {
-            let error = adapter(&config(), &new(&[wrong]), 1)
-                .unwrap_err()
-                .to_string();
+            let error = adapter(&arch(), &new(&[wrong]), 1).unwrap_err().to_string();
             assert!(
                 error.contains(&format!("`{wrong}`")) && error.contains("`down_proj`"),
                 "{error}"
             );
             // As in PEFT, one that is there is enough.
-            let some = adapter(&config(), &new(&["q_proj", wrong]), 1).unwrap();
+            let some = adapter(&arch(), &new(&["q_proj", wrong]), 1).unwrap();
             assert_eq!(some.tensors.len(), 3);
         }
-        let error = adapter(&config(), &new(&["layers.0"]), 1)
+        let error = adapter(&arch(), &new(&["layers.0"]), 1)
             .unwrap_err()
             .to_string();
         assert!(error.contains("`model.layers.0` too"), "{error}");
-        assert!(adapter(&config(), &new(&[]), 1).is_err());
+        assert!(adapter(&arch(), &new(&[]), 1).is_err());
     }
 
     #[test]
@@ -241,7 +239,7 @@ mod tests {
             init_lora_weights: false,
             ..new(&["q_proj"])
         };
-        let pair = &adapter(&config(), &raw, 5).unwrap().tensors["model.layers.0.self_attn.q_proj"];
+        let pair = &adapter(&arch(), &raw, 5).unwrap().tensors["model.layers.0.self_attn.q_proj"];
         let mut rng = TorchRng::new(5);
         assert_eq!(values(&pair.a), rng.uniform(8 * 64, -0.125, 0.125));
         assert!(

@@ -232,8 +232,8 @@ struct Update {
     b: Vec<f32>,
     columns: usize,
     scaling: f32,
-    /// What lengths the rows of the sum get, in `DoRA`.
-    lengths: Option<Vec<f32>>,
+    /// What norms the rows of the sum get, in `DoRA`.
+    magnitudes: Option<Vec<f32>>,
 }
 
 impl Update {
@@ -246,17 +246,17 @@ impl Update {
             b: values(&pair.b)?,
             columns: pair.a.dim(1)?,
             scaling: scaling as f32,
-            lengths: pair.magnitude.as_ref().map(values).transpose()?,
+            magnitudes: pair.magnitude.as_ref().map(values).transpose()?,
         })
     }
 
-    /// Gives the rows of a whole sum their lengths.
-    fn lengthen(&self, values: &mut [f32]) {
-        let lengths = self.lengths.as_deref().unwrap_or_default();
-        let rows = values.par_chunks_mut(self.columns.max(1)).zip(lengths);
-        rows.for_each(|(row, length)| {
+    /// Gives the rows of a whole sum the norms that DoRA trains.
+    fn rescale_rows(&self, values: &mut [f32]) {
+        let magnitudes = self.magnitudes.as_deref().unwrap_or_default();
+        let rows = values.par_chunks_mut(self.columns.max(1)).zip(magnitudes);
+        rows.for_each(|(row, magnitude)| {
             let squares = row.iter().map(|x| f64::from(*x).powi(2));
-            let factor = (f64::from(*length) / squares.sum::<f64>().sqrt()) as f32;
+            let factor = (f64::from(*magnitude) / squares.sum::<f64>().sqrt()) as f32;
             for x in row {
                 *x *= factor;
             }
@@ -289,7 +289,7 @@ where
 {
     if update
         .as_ref()
-        .is_some_and(|update| update.lengths.is_some())
+        .is_some_and(|update| update.magnitudes.is_some())
     {
         let count = entry.shape.iter().product();
         return Output::whole(entry, move || {
@@ -309,7 +309,7 @@ where
                 }
             });
             if let Some(update) = update {
-                update.lengthen(&mut values);
+                update.rescale_rows(&mut values);
             }
             let read = |first: usize, _: &[u8], out: &mut [f32]| {
                 out.copy_from_slice(&values[first..first + out.len()]);

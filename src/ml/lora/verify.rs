@@ -22,7 +22,7 @@ const HEAD_ROWS: usize = 1 << 11;
 
 /// How near the merged model is.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Proof {
+pub struct MergeCheck {
     /// Positions that were compared: the tokens of all prompts.
     pub positions: usize,
     /// The largest difference of two logits.
@@ -36,9 +36,9 @@ pub struct Proof {
     pub bound: f64,
 }
 
-impl Proof {
+impl MergeCheck {
     /// The share of what the adapter changes that got lost in rounding.
-    pub fn lost(&self) -> f64 {
+    pub fn fraction_lost(&self) -> f64 {
         if self.effect > 0. {
             self.relative / self.effect
         } else {
@@ -59,13 +59,13 @@ fn bound(float: Float) -> f64 {
 
 /// Compares the folder `merged` with the folder `base` and `adapter` on `prompts`, and fails if they are further apart than
 /// rounding explains. `progress` is told the layers done, of all that there are, and may stop.
-pub fn prove(
+pub fn verify_merge(
     base: &Path,
     adapter: &Adapter,
     merged: &Path,
     prompts: &[Vec<u32>],
     progress: &mut dyn FnMut(u64, u64) -> anyhow::Result<()>,
-) -> anyhow::Result<Proof> {
+) -> anyhow::Result<MergeCheck> {
     let sequences = prompts.iter().map(|ids| Sequence::new(ids.clone(), 0));
     let batch = Batch::new(sequences.collect(), 0)?;
     let (arch, weights) = tied::open(base)?;
@@ -83,7 +83,7 @@ pub fn prove(
     let positions = if base.is_supported() && merged.is_supported() {
         by_kernels(base, merged, &batch, progress)?
     } else {
-        plainly(base, merged, &batch, progress)?
+        by_reference(base, merged, &batch, progress)?
     };
 
     let length: f64 = positions.iter().map(|p| p.with.spread(p.count)).sum();
@@ -93,7 +93,7 @@ pub fn prove(
         length.is_finite() && length > 0.,
         "the base with the adapter gives no finite logits; the adapter may have diverged in its training"
     );
-    let proof = Proof {
+    let check = MergeCheck {
         positions: positions.len(),
         largest: positions.iter().fold(0., |most, p| larger(most, p.largest)),
         relative: (apart / length).sqrt(),
@@ -101,16 +101,16 @@ pub fn prove(
         bound: bound(coarsest(&weights)?),
     };
     ensure!(
-        proof.relative <= proof.bound,
+        check.relative <= check.bound,
         "the merged model is not the base with the adapter: its logits differ by {:.1e} of their size (at most {:.1e} in one \
          logit), and rounding its weights explains no more than {:.0e}; the adapter changes them by {:.1e}. This is a bug in \
          pipeline, or the base changed while it was read",
-        proof.relative,
-        proof.largest,
-        proof.bound,
-        proof.effect
+        check.relative,
+        check.largest,
+        check.bound,
+        check.effect
     );
-    Ok(proof)
+    Ok(check)
 }
 
 /// The larger of two differences; a NaN stays.
@@ -214,7 +214,7 @@ fn by_kernels(
 }
 
 /// The plain path, for what the kernels lack.
-fn plainly(
+fn by_reference(
     base: MappedModel<'_>,
     merged: MappedModel<'_>,
     batch: &Batch,

@@ -10,13 +10,13 @@ use candle_core::{
 };
 
 /// A value that is already known, with the gradient of its one argument.
-struct ByHand<F> {
+struct WithBackward<F> {
     name: &'static str,
     value: Mutex<Option<Tensor>>,
     backward: F,
 }
 
-impl<F> CustomOp1 for ByHand<F>
+impl<F> CustomOp1 for WithBackward<F>
 where
     F: Fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor> + Send + Sync,
 {
@@ -48,14 +48,19 @@ where
 
 /// Puts `value`, a function of `x` computed outside the graph, into the graph. `backward(x, value, gradient)` returns the
 /// gradient of `x`.
-pub fn by_hand<F>(name: &'static str, x: &Tensor, value: Tensor, backward: F) -> Result<Tensor>
+pub fn with_backward<F>(
+    name: &'static str,
+    x: &Tensor,
+    value: Tensor,
+    backward: F,
+) -> Result<Tensor>
 where
     F: Fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor> + Send + Sync + 'static,
 {
     if !x.track_op() {
         return Ok(value);
     }
-    x.apply_op1(ByHand {
+    x.apply_op1(WithBackward {
         name,
         value: Mutex::new(Some(value)),
         backward,
@@ -68,7 +73,7 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     let constant = x.detach().contiguous()?;
     #[expect(clippy::disallowed_methods, reason = "the backward stands below")]
     let value = candle_nn::ops::rms_norm(&constant, &weight, eps as f32)?;
-    by_hand("rms_norm", x, value, move |x, _, gradient| {
+    with_backward("rms_norm", x, value, move |x, _, gradient| {
         let x = x.detach();
         let gradient = gradient.broadcast_mul(&weight)?;
         let inverse = ((x.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?).recip()?;
@@ -87,7 +92,7 @@ pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     }
     let value = rotate(x, cos, sin)?;
     let (cos, back) = (cos.clone(), sin.neg()?);
-    by_hand("rope", x, value, move |_, _, gradient| {
+    with_backward("rope", x, value, move |_, _, gradient| {
         rotate(gradient, &cos, &back)
     })
 }
@@ -101,7 +106,7 @@ pub fn masked_softmax(scores: &Tensor, mask: &Tensor) -> Result<Tensor> {
         .contiguous()?;
     #[expect(clippy::disallowed_methods, reason = "the backward stands below")]
     let value = candle_nn::ops::softmax_last_dim(&masked)?;
-    by_hand("masked_softmax", scores, value, |scores, p, gradient| {
+    with_backward("masked_softmax", scores, value, |scores, p, gradient| {
         let p = p.detach();
         let weighted = (&p * gradient)?;
         let total = weighted.sum_keepdim(D::Minus1)?;
@@ -119,7 +124,7 @@ where
         let weight = weight()?;
         matmul_rows(&x.detach().to_dtype(weight.dtype())?, &weight.t()?)?
     };
-    by_hand("frozen_linear", x, value, move |x, _, gradient| {
+    with_backward("frozen_linear", x, value, move |x, _, gradient| {
         let weight = weight()?;
         matmul_rows(&gradient.to_dtype(weight.dtype())?, &weight)?.to_dtype(x.dtype())
     })

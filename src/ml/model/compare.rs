@@ -8,27 +8,27 @@ use crate::ml::io::float::Float;
 use crate::ml::io::weights::Weights;
 use crate::ml::quant::nf4::Nf4;
 
-/// Buffers of old files that are made anew from the config, here and in transformers.
+/// Buffers of old files that are made anew from `config.json`, here and in transformers.
 fn is_made_anew(name: &str) -> bool {
     name.contains("rotary_emb.inv_freq")
 }
 
-/// Compares a folder's tensors with what its config says, by their headers alone. A tensor that is missing or has another
+/// Compares a folder's tensors with what its description says, by their headers alone. A tensor that is missing or has another
 /// shape is an error, as is one whose values are no floats. Gives the names of those that the model doesn't use, sorted.
-pub fn compare(config: &Arch, weights: &Weights) -> anyhow::Result<Vec<String>> {
+pub fn compare(arch: &Arch, weights: &Weights) -> anyhow::Result<Vec<String>> {
     // A tied pair of which only the head is stored: transformers takes it for both.
     let only_head =
-        config.tie_word_embeddings && !weights.contains(EMBEDDINGS) && weights.contains(HEAD);
-    for tensor in tensors(config) {
+        arch.tie_word_embeddings && !weights.contains(EMBEDDINGS) && weights.contains(HEAD);
+    for tensor in tensors(arch) {
         if !(only_head && tensor.name == EMBEDDINGS) {
             check(weights, &tensor.name, &tensor.shape)?;
         }
     }
-    if config.tie_word_embeddings && weights.contains(HEAD) {
-        check(weights, HEAD, &[config.vocab_size, config.hidden_size])?;
+    if arch.tie_word_embeddings && weights.contains(HEAD) {
+        check(weights, HEAD, &[arch.vocab_size, arch.hidden_size])?;
     }
     let names = weights.names().into_iter();
-    let unused = names.filter(|name| !is_used(config, name) && !is_made_anew(name));
+    let unused = names.filter(|name| !is_used(arch, name) && !is_made_anew(name));
     Ok(unused.map(str::to_owned).collect())
 }
 
@@ -80,8 +80,8 @@ mod tests {
             "four_bit/f32_skip",
         ] {
             let folder = golden::folder(name);
-            let config = Arch::read(&folder).unwrap();
-            let unused = compare(&config, &Weights::open(&folder).unwrap()).unwrap();
+            let arch = Arch::read(&folder).unwrap();
+            let unused = compare(&arch, &Weights::open(&folder).unwrap()).unwrap();
             assert!(unused.is_empty(), "{name}: {unused:?}");
         }
     }
@@ -115,14 +115,14 @@ mod tests {
 
     #[test]
     fn of_a_tied_pair_either_is_enough() {
-        let mut config = golden_config();
-        config.tie_word_embeddings = true;
+        let mut arch = golden_config();
+        arch.tie_word_embeddings = true;
         let compared = |gone: &[&str]| {
             let folder = tempfile::tempdir().unwrap();
             let mut tensors = golden::tensors("model/model.safetensors");
             tensors.retain(|name, _| !gone.contains(&name.as_str()));
             save(&folder.path().join("model.safetensors"), &tensors, &[]).unwrap();
-            compare(&config, &Weights::open(folder.path()).unwrap())
+            compare(&arch, &Weights::open(folder.path()).unwrap())
                 .map_err(|error| error.to_string())
         };
         for gone in [&[][..], &[HEAD], &[EMBEDDINGS]] {
@@ -136,21 +136,21 @@ mod tests {
     fn what_is_missing_or_odd_is_named() {
         let weights = Weights::open(&golden::folder("model")).unwrap();
         let fails = |change: &dyn Fn(&mut Arch)| {
-            let mut config = golden_config();
-            change(&mut config);
-            compare(&config, &weights).unwrap_err().to_string()
+            let mut arch = golden_config();
+            change(&mut arch);
+            compare(&arch, &weights).unwrap_err().to_string()
         };
-        let error = fails(&|config| config.layers = vec![LayerArch::default(); 1 << 14]);
+        let error = fails(&|arch| arch.layers = vec![LayerArch::default(); 1 << 14]);
         assert!(
             error.contains("`model.layers.3.self_attn.q_proj.weight`"),
             "{error}"
         );
-        let error = fails(&|config| config.biases = Projection::ATTENTION.to_vec());
+        let error = fails(&|arch| arch.biases = Projection::ATTENTION.to_vec());
         assert!(
             error.contains("lack the tensor `model.layers.0.self_attn.q_proj.bias`"),
             "{error}"
         );
-        let error = fails(&|config| config.vocab_size = 1000);
+        let error = fails(&|arch| arch.vocab_size = 1000);
         assert!(error.contains("[1024, 64], expected [1000, 64]"), "{error}");
         let folder = tempfile::tempdir().unwrap();
         let mut tensors = golden::tensors("model/model.safetensors");

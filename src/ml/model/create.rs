@@ -51,19 +51,19 @@ pub struct Report {
 /// Writes `config.json` and the weights. In memory are a few MiB at a time. `progress` is told the bytes written so far, of all,
 /// and may stop.
 pub fn create(
-    config: &Arch,
+    arch: &Arch,
     settings: Settings,
     out: &Path,
     progress: &mut dyn FnMut(u64, u64) -> anyhow::Result<()>,
 ) -> anyhow::Result<Report> {
-    let bytes = parameters(config).saturating_mul(settings.float.size() as u64);
+    let bytes = parameters(arch).saturating_mul(settings.float.size() as u64);
     ensure!(
         bytes <= LARGEST,
         "the model would have {} of weights, expected at most {}; are its sizes right?",
         ByteSize(bytes),
         ByteSize(LARGEST)
     );
-    let tensors: Vec<_> = tensors(config)
+    let tensors: Vec<_> = tensors(arch)
         .map(|tensor| {
             let entry = Entry::new(tensor.name, settings.float.stored(), tensor.shape);
             (entry, Fill::of(tensor.role))
@@ -75,7 +75,7 @@ pub fn create(
         let sum = total.checked_add(size(entry)?);
         total = sum.context("the model is too large")?;
     }
-    write_config(config, settings, out)?;
+    write_config(arch, settings, out)?;
 
     // As in transformers: a file is closed when the next tensor would take it above the limit.
     let mut files: Vec<Vec<(Entry, Fill)>> = vec![Vec::new()];
@@ -129,19 +129,19 @@ pub fn create(
 
 /// The number of weights that a model of this shape has; a tied head counts once. Whatever [`Arch::read`] accepts can be
 /// counted.
-pub fn parameters(config: &Arch) -> u64 {
+pub fn parameters(arch: &Arch) -> u64 {
     let values = |tensor: TensorSpec| {
         let sizes = tensor.shape.iter().map(|size| *size as u64);
         sizes.fold(1, u64::saturating_mul)
     };
     let none = Arch {
         layers: Vec::new(),
-        ..config.clone()
+        ..arch.clone()
     };
     // All layers have tensors of the same shapes.
-    let layer = layer_tensors(config, 0).into_iter().map(values);
+    let layer = layer_tensors(arch, 0).into_iter().map(values);
     let layer = layer.fold(0, u64::saturating_add);
-    let layers = layer.saturating_mul(config.num_hidden_layers() as u64);
+    let layers = layer.saturating_mul(arch.num_hidden_layers() as u64);
     tensors(&none).map(values).fold(layers, u64::saturating_add)
 }
 
@@ -193,8 +193,8 @@ fn key(seed: u64, name: &str) -> u64 {
 }
 
 /// `config.json` in the spelling of transformers 4, which 5 reads too.
-fn write_config(config: &Arch, settings: Settings, out: &Path) -> anyhow::Result<()> {
-    let mut raw = families::keys_of(config)?;
+fn write_config(arch: &Arch, settings: Settings, out: &Path) -> anyhow::Result<()> {
+    let mut raw = families::keys_of(arch)?;
     raw.insert(
         "initializer_range".into(),
         settings.initializer_range.into(),
@@ -205,7 +205,7 @@ fn write_config(config: &Arch, settings: Settings, out: &Path) -> anyhow::Result
     let read = Arch::read(out)?;
     let expected = Arch {
         dtype: Some(settings.float.dtype()),
-        ..config.clone()
+        ..arch.clone()
     };
     ensure!(read == expected, "`{CONFIG}` would not describe the model");
     Ok(())

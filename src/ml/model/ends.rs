@@ -5,7 +5,7 @@ use candle_core::{D, DType, Result, Tensor};
 use super::Llama;
 use super::autograd::matmul_rows;
 use super::head::Head;
-use super::linear::{Lora, Pass, Weight, drop};
+use super::linear::{Lora, Pass, Weight, apply_dropout};
 
 impl Llama {
     pub(in crate::ml) fn head(&self) -> &Weight {
@@ -97,7 +97,9 @@ pub(super) fn widened(
         return Ok(normed);
     };
     let dropped = lora.dropout_of(pass, u64::MAX);
-    let dropped = dropped.map(|dropout| drop(&normed, dropout)).transpose()?;
+    let dropped = dropped
+        .map(|dropout| apply_dropout(&normed, dropout))
+        .transpose()?;
     let a = lora.a.tensor(pass).to_dtype(compute)?;
     let x = dropped.as_ref().unwrap_or(&normed).to_dtype(compute)?;
     let low = (matmul_rows(&x, &a.t()?)?.to_dtype(DType::F32)? * lora.scaling)?;

@@ -19,7 +19,7 @@ const HEAD_ROWS: usize = 1 << 14;
 /// The logits (batch, length, vocabulary) of a batch in f32, one tensor for each of `passes`: what [`super::Llama::load`] and
 /// [`super::Llama::hidden`] lead to. `layer_done` is told the number of layers that are done, and may stop.
 pub fn logits_by_layer(
-    config: &Arch,
+    arch: &Arch,
     weights: &Weights,
     adapter: Option<&Adapter>,
     batch: &Batch,
@@ -27,19 +27,19 @@ pub fn logits_by_layer(
     layer_done: &mut dyn FnMut(usize) -> anyhow::Result<()>,
 ) -> anyhow::Result<Vec<Tensor>> {
     let device = Device::Cpu;
-    let tied = config.tie_word_embeddings;
+    let tied = arch.tie_word_embeddings;
     let adapter = adapter.map(|adapter| adapter.beside(tied)).transpose()?;
     let adapter = adapter.as_deref();
     let mut loader = Loader::new(
-        config,
+        arch,
         weights,
         adapter,
         Trained::Nothing,
         DType::F32,
         &device,
     );
-    let (cos, sin) = angles(config, 0..batch.width, &device)?;
-    let masks = Masks::of(config.layers.iter().map(|layer| layer.window), |window| {
+    let (cos, sin) = angles(arch, 0..batch.width, &device)?;
+    let masks = Masks::of(arch.layers.iter().map(|layer| layer.window), |window| {
         batch.mask(window, &device)
     })?;
     let shared = passes.iter().map(|&pass| Shared {
@@ -62,7 +62,7 @@ pub fn logits_by_layer(
     });
     let mut states = states.collect::<anyhow::Result<Vec<Tensor>>>()?;
     drop(table);
-    for number in 0..config.num_hidden_layers() {
+    for number in 0..arch.num_hidden_layers() {
         let layer = loader.layer(number)?;
         for (state, shared) in states.iter_mut().zip(&shared) {
             *state = layer.forward(state, shared, &mut None)?;
@@ -82,8 +82,8 @@ pub fn logits_by_layer(
         let weight = weight.value(shared.pass);
         let low = pair.as_ref().filter(|_| shared.pass.adapter);
         let low = low.map(|pair| pair.b.value(shared.pass));
-        let parts = (0..config.vocab_size).step_by(HEAD_ROWS).map(|from| {
-            let count = HEAD_ROWS.min(config.vocab_size - from);
+        let parts = (0..arch.vocab_size).step_by(HEAD_ROWS).map(|from| {
+            let count = HEAD_ROWS.min(arch.vocab_size - from);
             let head = Head {
                 weight: weight.narrow(0, from, count)?.to_dtype(DType::F32)?,
                 low: low

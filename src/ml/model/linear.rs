@@ -150,7 +150,7 @@ pub struct Lora {
     pub a: Weight,
     /// B, (out, r).
     pub b: Weight,
-    /// The lengths (out) that the rows of W + scaling B A get, in `DoRA` (Liu et al. 2024, arXiv 2402.09353).
+    /// The norms (out) that the rows of W + scaling B A get, in `DoRA` (Liu et al. 2024, arXiv 2402.09353).
     pub magnitude: Option<Weight>,
     /// alpha / r, or alpha / sqrt(r).
     pub scaling: f64,
@@ -195,7 +195,7 @@ impl Linear {
     }
 
     /// Whether it is a frozen weight with at most a pair of matrices: no bias, no `DoRA`, nothing replaced.
-    pub fn is_plain(&self) -> bool {
+    pub fn is_lora_only(&self) -> bool {
         let base = match &self.base {
             Base::Dense(weight) => weight.is_frozen(),
             Base::Nf4(_) => true,
@@ -214,7 +214,7 @@ impl Linear {
         let Some(lora) = self.lora.as_ref().filter(|_| pass.adapter) else {
             return Ok(y);
         };
-        let dropped = self.dropout(pass).map(|dropout| drop(x, dropout));
+        let dropped = self.dropout(pass).map(|dropout| apply_dropout(x, dropout));
         let dropped = dropped.transpose()?;
         let low = self.product(dropped.as_ref().unwrap_or(x), &lora.a.tensor(pass))?; // (batch, length, r)
         let high = self.product(&low, &lora.b.tensor(pass))?;
@@ -222,13 +222,13 @@ impl Linear {
         let Some(magnitude) = &lora.magnitude else {
             return y + update;
         };
-        // Rows scaled from their own length to the trained one. The length is a constant to the gradient (section 4.3), and
+        // Rows scaled from their own norm to the trained one. The norm is a constant to the gradient (section 4.3), and
         // as in PEFT it is the dropped input that is scaled.
         let plain = match &dropped {
             Some(x) => self.base_product(x, pass)?,
             None => plain,
         };
-        let scale = (magnitude.tensor(pass) / self.lengths(lora, pass, x.device())?)?; // (out)
+        let scale = (magnitude.tensor(pass) / self.row_norms(lora, pass, x.device())?)?; // (out)
         y + (plain.broadcast_mul(&(&scale - 1.)?)? + update.broadcast_mul(&scale)?)?
     }
 
@@ -251,13 +251,13 @@ impl Linear {
         y.to_dtype(DType::F32)
     }
 
-    /// The lengths (out) of the rows of W + scaling B A, in f32 and outside any graph.
-    fn lengths(&self, lora: &Lora, pass: Pass, device: &Device) -> Result<Tensor> {
+    /// The norms (out) of the rows of W + scaling B A, in f32 and outside any graph.
+    fn row_norms(&self, lora: &Lora, pass: Pass, device: &Device) -> Result<Tensor> {
         let base = match &self.base {
             Base::Dense(weight) => weight.value(pass).to_dtype(DType::F32)?,
             Base::Nf4(weight) => weight.to_tensor(DType::F32, device)?,
         };
-        row_lengths(
+        row_norms(
             &base,
             &lora.a.value(pass),
             &lora.b.value(pass),
@@ -296,13 +296,13 @@ impl Lora {
 }
 
 /// Drops values and scales the others up.
-pub(in crate::ml) fn drop(x: &Tensor, dropout: Dropout) -> Result<Tensor> {
+pub(in crate::ml) fn apply_dropout(x: &Tensor, dropout: Dropout) -> Result<Tensor> {
     let mask: Vec<f32> = dropout.factors(0).take(x.elem_count()).collect();
     x * Tensor::from_vec(mask, x.shape(), x.device())?
 }
 
-/// The lengths (out) of the rows of W + scaling B A.
-pub fn row_lengths(base: &Tensor, a: &Tensor, b: &Tensor, scaling: f64) -> Result<Tensor> {
+/// The norms (out) of the rows of W + scaling B A.
+pub fn row_norms(base: &Tensor, a: &Tensor, b: &Tensor, scaling: f64) -> Result<Tensor> {
     let sum = (base + (b.matmul(a)? * scaling)?)?;
     sum.sqr()?.sum(1)?.sqrt()
 }

@@ -20,7 +20,7 @@ use crate::ml::quant::nf4::Nf4;
 
 /// Reads a model's tensors into the places where they are wanted.
 pub(super) struct Loader<'a> {
-    config: &'a Arch,
+    arch: &'a Arch,
     weights: &'a Weights,
     adapter: Option<&'a Adapter>,
     trained: Trained,
@@ -43,7 +43,7 @@ fn resized(name: &str) -> &'static str {
 
 impl<'a> Loader<'a> {
     pub(super) fn new(
-        config: &'a Arch,
+        arch: &'a Arch,
         weights: &'a Weights,
         adapter: Option<&'a Adapter>,
         trained: Trained,
@@ -51,7 +51,7 @@ impl<'a> Loader<'a> {
         device: &'a Device,
     ) -> Self {
         Self {
-            config,
+            arch,
             weights,
             adapter,
             trained,
@@ -158,14 +158,14 @@ impl<'a> Loader<'a> {
 
     /// The embeddings' weight, in `dtype`.
     pub(super) fn embeddings(&mut self, dtype: DType) -> anyhow::Result<Weight> {
-        let shape = [self.config.vocab_size, self.config.hidden_size];
+        let shape = [self.arch.vocab_size, self.arch.hidden_size];
         self.weight(EMBEDDINGS, &shape, Role::Embeddings, dtype)
     }
 
     /// The head's weight, in `dtype`; none where it is the embeddings, whatever these are.
     pub(super) fn head(&mut self, dtype: DType) -> anyhow::Result<Option<Weight>> {
-        let shape = [self.config.vocab_size, self.config.hidden_size];
-        let tied = self.config.tie_word_embeddings;
+        let shape = [self.arch.vocab_size, self.arch.hidden_size];
+        let tied = self.arch.tie_word_embeddings;
         if !tied {
             return Ok(Some(self.weight(HEAD, &shape, Role::Head, dtype)?));
         }
@@ -181,7 +181,7 @@ impl<'a> Loader<'a> {
         let Some(pair) = self.adapter.and_then(|adapter| adapter.tensors.get(path)) else {
             return Ok(None);
         };
-        let shape = (self.config.vocab_size, self.config.hidden_size);
+        let shape = (self.arch.vocab_size, self.arch.hidden_size);
         Ok(Some(self.lora(path, pair, shape)?))
     }
 
@@ -205,16 +205,16 @@ impl<'a> Loader<'a> {
 
     pub(super) fn norm(&mut self, layer: usize, norm: NormKind) -> anyhow::Result<Norm> {
         let name = weight_of(&norm_path(layer, norm));
-        let shape = [norm_shape(self.config, norm)];
+        let shape = [norm_shape(self.arch, norm)];
         Ok(Norm {
             weight: self.weight(&name, &shape, Role::Norm(norm), DType::F32)?,
-            eps: self.config.rms_norm_eps,
+            eps: self.arch.rms_norm_eps,
         })
     }
 
     fn linear(&mut self, layer: usize, projection: Projection) -> anyhow::Result<Linear> {
         let path = &projection_path(layer, projection);
-        let (out, input) = self.config.shape(projection);
+        let (out, input) = self.arch.shape(projection);
         let name = weight_of(path);
         let base = if let Some(nf4) = Nf4::load(self.weights, &name)? {
             anyhow::ensure!(
@@ -243,7 +243,7 @@ impl<'a> Loader<'a> {
             let role = Role::Projection(projection);
             Base::Dense(self.weight(&name, &[out, input], role, dtype)?)
         };
-        let bias = if self.config.has_bias(projection) {
+        let bias = if self.arch.has_bias(projection) {
             let role = Role::Bias(projection);
             Some(self.weight(&bias_of(path), &[out], role, DType::F32)?)
         } else {
@@ -293,7 +293,7 @@ impl<'a> Loader<'a> {
         let a = weight("lora_A.weight", &pair.a)?;
         let b = weight("lora_B.weight", &pair.b)?;
         let magnitude = pair.magnitude.as_ref();
-        let magnitude = magnitude.map(|lengths| weight("lora_magnitude_vector", lengths));
+        let magnitude = magnitude.map(|norms| weight("lora_magnitude_vector", norms));
         Ok(Lora {
             a,
             b,
@@ -304,7 +304,7 @@ impl<'a> Loader<'a> {
     }
 
     pub(super) fn layer(&mut self, number: usize) -> anyhow::Result<Layer> {
-        let arch = self.config;
+        let arch = self.arch;
         let mut linear = |projection| self.linear(number, projection);
         let (q, k) = (linear(Projection::Q)?, linear(Projection::K)?);
         let (v, o) = (linear(Projection::V)?, linear(Projection::O)?);
@@ -342,19 +342,19 @@ impl<'a> Loader<'a> {
 impl Llama {
     /// Reads a model, with an adapter if given. Products run in `compute` (f32, bf16 or f16).
     pub fn load(
-        config: &Arch,
+        arch: &Arch,
         weights: &Weights,
         adapter: Option<&Adapter>,
         trained: Trained,
         compute: DType,
         device: &Device,
     ) -> anyhow::Result<Self> {
-        let tied = config.tie_word_embeddings;
+        let tied = arch.tie_word_embeddings;
         let adapter = adapter.map(|adapter| adapter.beside(tied)).transpose()?;
         let adapter = adapter.as_deref();
-        let mut loader = Loader::new(config, weights, adapter, trained, compute, device);
+        let mut loader = Loader::new(arch, weights, adapter, trained, compute, device);
         if let Some(adapter) = adapter {
-            fits(adapter, config, trained)?;
+            fits(adapter, arch, trained)?;
         }
         // Only rows of it are used, made f32 one by one; where it is the head's weight too, products are made with it.
         let stored = loader.stored(EMBEDDINGS)?;
@@ -366,7 +366,7 @@ impl Llama {
         };
         let embed = loader.embeddings(held)?;
         let embed_lora = loader.pair(EMBED_TOKENS)?;
-        let layers: Vec<_> = (0..config.num_hidden_layers())
+        let layers: Vec<_> = (0..arch.num_hidden_layers())
             .map(|number| {
                 let layer = loader.layer(number);
                 layer.with_context(|| format!("could not load layer {number}"))
@@ -392,7 +392,7 @@ impl Llama {
             "there is nothing to train"
         );
         let mut model = Self {
-            arch: config.clone(),
+            arch: arch.clone(),
             parameters,
             device: device.clone(),
             embed,
@@ -412,11 +412,11 @@ impl Llama {
 }
 
 /// Whether a model of this shape can bear the adapter at all.
-fn fits(adapter: &Adapter, config: &Arch, trained: Trained) -> anyhow::Result<()> {
+fn fits(adapter: &Adapter, arch: &Arch, trained: Trained) -> anyhow::Result<()> {
     let pairs = ENDS.iter().any(|path| adapter.tensors.contains_key(*path));
     anyhow::ensure!(
         trained != Trained::Adapter
-            || !(config.tie_word_embeddings && adapter.config.ensure_weight_tying && pairs),
+            || !(arch.tie_word_embeddings && adapter.config.ensure_weight_tying && pairs),
         "training matrices beside embeddings that the head shares (`ensure_weight_tying`) is not supported; expected the embeddings \
          in `modules_to_save`, or `ensure_weight_tying: false`"
     );
@@ -425,7 +425,7 @@ fn fits(adapter: &Adapter, config: &Arch, trained: Trained) -> anyhow::Result<()
             !adapter.config.keeps_b(),
             "`init_lora_weights: mica` trains A alone, which is not supported; the adapter can be scored and merged"
         );
-        let modules = modules(config);
+        let modules = modules(arch);
         let meant = modules.iter().find(|(path, module)| {
             *module != Module::Other
                 && adapter.config.targets.mean(path) == Meant::Yes
@@ -439,7 +439,7 @@ fn fits(adapter: &Adapter, config: &Arch, trained: Trained) -> anyhow::Result<()
         }
     }
     anyhow::ensure!(
-        !adapter.config.is_loftq() || config.quantization.is_some(),
+        !adapter.config.is_loftq() || arch.quantization.is_some(),
         "the adapter was begun by LoftQ for a 4-bit model, but this one is dense; hint: `quantize` it with `double_quant: false`"
     );
     Ok(())

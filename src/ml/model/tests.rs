@@ -366,7 +366,7 @@ fn dropout_keeps_the_mean_and_drops_its_share() {
         .iter()
         .filter(|linear| linear.lora.as_ref().unwrap().a.value(Pass::INFER).dims()[1] == width)
     {
-        let dropped = super::linear::drop(&ones, linear.dropout(pass).unwrap()).unwrap();
+        let dropped = super::linear::apply_dropout(&ones, linear.dropout(pass).unwrap()).unwrap();
         let values: Vec<f32> = dropped.flatten_all().unwrap().to_vec1().unwrap();
         let zeros = values.iter().filter(|value| **value == 0.).count() as f64;
         let share = zeros / values.len() as f64;

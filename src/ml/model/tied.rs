@@ -29,16 +29,16 @@ const SPAN: usize = 1 << 20;
 /// Opens a model folder. In the configuration `tie_word_embeddings` is what transformers makes of it, and of a tied model the
 /// weights have the embeddings alone, by their own name.
 pub fn open(folder: &Path) -> anyhow::Result<(Arch, Weights)> {
-    let mut config = Arch::read(folder)?;
+    let mut arch = Arch::read(folder)?;
     let mut weights = Weights::open(folder)?;
     let (embeddings, head) = (weights.contains(EMBEDDINGS), weights.contains(HEAD));
-    if config.tie_word_embeddings && embeddings && head {
+    if arch.tie_word_embeddings && embeddings && head {
         if equal(&weights.raw(EMBEDDINGS)?, &weights.raw(HEAD)?)? {
             weights.hide(HEAD);
         } else {
-            config.tie_word_embeddings = false;
+            arch.tie_word_embeddings = false;
         }
-    } else if config.tie_word_embeddings && head {
+    } else if arch.tie_word_embeddings && head {
         weights.rename(HEAD, EMBEDDINGS);
     } else {
         ensure!(
@@ -47,18 +47,18 @@ pub fn open(folder: &Path) -> anyhow::Result<(Arch, Weights)> {
             folder.display()
         );
         ensure!(
-            head || config.tie_word_embeddings,
+            head || arch.tie_word_embeddings,
             "the model `{}` has no tensor `{HEAD}`; if its head is its embeddings, `{CONFIG}` has to say `tie_word_embeddings: true`",
             folder.display()
         );
     }
-    Ok((config, weights))
+    Ok((arch, weights))
 }
 
-/// What to say of a folder whose `config.json` and tensors say different things. `config` is what [`open`] made of both.
-pub fn told(folder: &Path, config: &Arch) -> anyhow::Result<Option<&'static str>> {
+/// What to say of a folder whose `config.json` and tensors say different things. `arch` is what [`open`] made of both.
+pub fn told(folder: &Path, arch: &Arch) -> anyhow::Result<Option<&'static str>> {
     let says = Arch::read(folder)?.tie_word_embeddings;
-    Ok((says && !config.tie_word_embeddings).then_some(
+    Ok((says && !arch.tie_word_embeddings).then_some(
         "`config.json` says `tie_word_embeddings: true`, but the files have an `lm_head.weight` with other values: the head is its own, as \
          in transformers 5; other programs may take the embeddings for it",
     ))

@@ -65,12 +65,12 @@ fn quantize_by(
     nested: &dyn Fn(&[f32]) -> Magnitudes,
     progress: &mut dyn FnMut(u64, u64) -> anyhow::Result<()>,
 ) -> anyhow::Result<Report> {
-    let (config, weights) = tied::open(source)?;
+    let (arch, weights) = tied::open(source)?;
     ensure!(
-        config.quantization.is_none(),
+        arch.quantization.is_none(),
         "the model is stored in 4 bits already; hint: use it as it is, without quantising it again"
     );
-    let wanted = wanted(&config, &weights)?;
+    let wanted = wanted(&arch, &weights)?;
     if let Some(adapter) = loftq {
         can_be_taken(adapter, &wanted)?;
     }
@@ -89,7 +89,7 @@ fn quantize_by(
     };
     let outputs = |name: &str| -> anyhow::Result<Vec<Output<'_>>> {
         let Some((shape, float)) = wanted.get(name).copied() else {
-            return Ok(vec![if is_used(&config, name) {
+            return Ok(vec![if is_used(&arch, name) {
                 Output::finite(&weights, name)?
             } else {
                 Output::same(&weights, name)?
@@ -161,7 +161,7 @@ fn quantize_by(
         "load_in_8bit": false,
         "quant_method": "bitsandbytes",
     });
-    tied::carry(source, out, config.tie_word_embeddings, |raw| {
+    tied::carry(source, out, arch.tie_word_embeddings, |raw| {
         raw.insert("quantization_config".into(), quantization);
     })?;
     Ok(report)
@@ -184,7 +184,7 @@ fn rest(raw: RawTensor<'_>, float: Float, pair: &LoraPair) -> anyhow::Result<Vec
 /// Every pair has to have its weight, and nothing but pairs has a meaning here.
 fn can_be_taken(adapter: &Adapter, wanted: &Wanted) -> anyhow::Result<()> {
     ensure!(
-        adapter.is_plain(),
+        adapter.is_lora_only(),
         "the adapter of `loftq` has more than LoRA matrices (`DoRA`, biases or modules trained whole), expected one fresh from \
          `attach_lora` with `init_lora_weights: loftq`"
     );
@@ -363,9 +363,9 @@ mod tests {
                 let all: f32 = values.iter().map(|x| square(*x)).sum();
                 assert!(error < all * 0.02, "{weight} {error} {all}");
             }
-            let config = Arch::read(&out).unwrap();
+            let arch = Arch::read(&out).unwrap();
             assert_eq!(
-                config.quantization.unwrap().compute_dtype,
+                arch.quantization.unwrap().compute_dtype,
                 Some(float.dtype())
             );
             let text = fs::read_to_string(out.join(CONFIG)).unwrap();

@@ -101,7 +101,7 @@ fn logits_are_those_of_peft_with_and_without_the_adapter() {
             let alone = logits(&model, &batch(), Pass::BASE);
             let without = load(&base, None, Trained::Nothing).unwrap();
             assert!(
-                !model.is_plain() && !without.is_plain(),
+                !model.is_lora_only() && !without.is_lora_only(),
                 "the base has biases"
             );
             let plain = logits(&without, &batch(), Pass::BASE);
@@ -400,20 +400,20 @@ fn a_model_tells_whether_it_has_more_than_pairs() {
     let pairs = Adapter::load(&folder("adapter_final")).unwrap();
     for base in ["model", "model_nf4"] {
         let base = folder(base);
-        assert!(pairs.is_plain());
-        assert!(load(&base, None, Trained::Nothing).unwrap().is_plain());
+        assert!(pairs.is_lora_only());
+        assert!(load(&base, None, Trained::Nothing).unwrap().is_lora_only());
         assert!(
             load(&base, Some(&pairs), Trained::Adapter)
                 .unwrap()
-                .is_plain()
+                .is_lora_only()
         );
     }
     let all = load(&folder("model"), None, Trained::Everything).unwrap();
-    assert!(!all.is_plain());
+    assert!(!all.is_lora_only());
     for (case, _) in CASES {
         let adapter = Adapter::load(&golden(case)).unwrap();
         let plain = ["plain", "rslora_patterns"].contains(&case);
-        assert_eq!(adapter.is_plain(), plain, "{case}");
+        assert_eq!(adapter.is_lora_only(), plain, "{case}");
     }
 }
 

@@ -12,7 +12,7 @@ use crate::ml::generate::greedy;
 use crate::ml::io::weights::Weights;
 use crate::ml::lora::attach::attach;
 use crate::ml::lora::merge::merge;
-use crate::ml::lora::verify::prove;
+use crate::ml::lora::verify::verify_merge;
 use crate::ml::loss::Loss;
 use crate::ml::loss::sft::Sft;
 use crate::ml::model::arch::Arch;
@@ -111,10 +111,11 @@ fn merging_makes_every_weight_dense() {
             far(&ours, &theirs[&format!("{name}.merged")]) < 1e-4,
             "{case}"
         );
-        let proof = prove(&base, &adapter, out.path(), &[ids()], &mut |_, _| Ok(())).unwrap();
+        let check =
+            verify_merge(&base, &adapter, out.path(), &[ids()], &mut |_, _| Ok(())).unwrap();
         assert!(
-            proof.relative < 1e-5 && proof.effect > 0.1,
-            "{case} {proof:?}"
+            check.relative < 1e-5 && check.effect > 0.1,
+            "{case} {check:?}"
         );
     }
 }

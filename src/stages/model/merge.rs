@@ -83,20 +83,20 @@ impl Stage for Merge {
             cx.check_cancelled()
         };
         let files = report.files.iter().map(|file| &file.name);
-        let proof = cx.while_synced(files, || {
-            verify::prove(model, &adapter, cx.out(), &prompts, &mut progress)
+        let check = cx.while_synced(files, || {
+            verify::verify_merge(model, &adapter, cx.out(), &prompts, &mut progress)
         })?;
-        cx.note("compared_logits_of_tokens", proof.positions);
-        cx.note("largest_logit_difference", proof.largest);
-        cx.note("logit_difference", proof.relative);
-        cx.note("logit_difference_allowed", proof.bound);
-        cx.note("logit_change_by_adapter", proof.effect);
-        if proof.lost() > MUCH {
+        cx.note("compared_logits_of_tokens", check.positions);
+        cx.note("largest_logit_difference", check.largest);
+        cx.note("logit_difference", check.relative);
+        cx.note("logit_difference_allowed", check.bound);
+        cx.note("logit_change_by_adapter", check.effect);
+        if check.fraction_lost() > MUCH {
             cx.warn(format!(
                 "rounding took {:.0} % of what the adapter changes, which is little (its logits change by {:.0e} of their size); \
                  keep the adapter beside the model, or merge into weights of more bits",
-                100. * proof.lost(),
-                proof.effect
+                100. * check.fraction_lost(),
+                check.effect
             ));
         }
         Ok(())
@@ -158,7 +158,7 @@ mod tests {
             stage.run(&cx).unwrap();
             let note = |name: &str| cx.notes.lock().unwrap()[name].as_f64().unwrap();
             assert_eq!(note("merged_weights").to_bits(), 21f64.to_bits());
-            // The proof is in the record.
+            // The comparison is in the record.
             assert!(note("compared_logits_of_tokens") >= 24.);
             assert!(note("logit_difference") < 5e-6);
             assert!(note("logit_difference") < note("logit_difference_allowed"));

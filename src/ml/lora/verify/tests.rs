@@ -1,4 +1,4 @@
-//! Tests of `prove`.
+//! Tests of `verify_merge`.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -43,7 +43,7 @@ fn adapter(factor: f64) -> Adapter {
     adapter
 }
 
-fn prove_merge(base: &Path, adapter: &Adapter) -> Proof {
+fn check_merge(base: &Path, adapter: &Adapter) -> MergeCheck {
     let out = tempfile::tempdir().unwrap();
     merge(base, adapter, out.path(), &mut ignore).unwrap();
     let mut told = Vec::new();
@@ -51,11 +51,11 @@ fn prove_merge(base: &Path, adapter: &Adapter) -> Proof {
         told.push((done, total));
         Ok(())
     };
-    let proof = prove(base, adapter, out.path(), &prompts(), progress).unwrap();
+    let check = verify_merge(base, adapter, out.path(), &prompts(), progress).unwrap();
     assert_eq!(told.first(), Some(&(1, 6)));
     assert_eq!(told.last(), Some(&(6, 6)));
-    assert_eq!(proof.positions, 9);
-    proof
+    assert_eq!(check.positions, 9);
+    check
 }
 
 #[test]
@@ -119,7 +119,7 @@ fn the_fast_way_and_the_plain_one_tell_the_same() {
         let sequences = prompts().into_iter().map(|ids| Sequence::new(ids, 0));
         let batch = Batch::new(sequences.collect(), 0).unwrap();
         let fast = by_kernels(of_base, of_merged, &batch, &mut ignore).unwrap();
-        let plain = plainly(of_base, of_merged, &batch, &mut ignore).unwrap();
+        let plain = by_reference(of_base, of_merged, &batch, &mut ignore).unwrap();
         assert_eq!((fast.len(), plain.len()), (9, 9));
         for (fast, plain) in fast.iter().zip(&plain) {
             assert_eq!((fast.count, plain.count), (1024, 1024));
@@ -175,22 +175,25 @@ fn a_difference_that_is_no_number_is_the_largest() {
 fn a_merged_model_is_as_near_as_its_type_allows() {
     for (dtype, at_most) in [(DType::F32, 5e-6), (DType::F16, 2e-3), (DType::BF16, 2e-2)] {
         let base = in_dtype(dtype);
-        let proof = prove_merge(base.path(), &adapter(1.));
+        let check = check_merge(base.path(), &adapter(1.));
         println!(
             "| merge, {dtype:?} | logits | {:.1e} | {:.1e} | {:.0e} |",
-            proof.largest, proof.relative, proof.bound
+            check.largest, check.relative, check.bound
         );
         // Room is left for models that are deeper.
-        assert!(proof.relative < at_most, "{dtype:?} {proof:?}");
-        assert!(proof.bound > 2. * at_most);
-        assert!(proof.effect > 0.1 && proof.lost() < 0.1, "{proof:?}");
+        assert!(check.relative < at_most, "{dtype:?} {check:?}");
+        assert!(check.bound > 2. * at_most);
+        assert!(
+            check.effect > 0.1 && check.fraction_lost() < 0.1,
+            "{check:?}"
+        );
     }
-    let proof = prove_merge(&golden::folder("model_nf4"), &adapter(1.));
-    assert!(proof.relative < 5e-6, "{proof:?}");
+    let check = check_merge(&golden::folder("model_nf4"), &adapter(1.));
+    assert!(check.relative < 5e-6, "{check:?}");
     // Without an effect there is nothing to lose.
-    assert!(prove_merge(&golden::folder("model"), &adapter(0.)).lost() < 1e-12);
+    assert!(check_merge(&golden::folder("model"), &adapter(0.)).fraction_lost() < 1e-12);
     // So small an update is below what bf16 can tell.
-    let lost = prove_merge(in_dtype(DType::BF16).path(), &adapter(1e-4)).lost();
+    let lost = check_merge(in_dtype(DType::BF16).path(), &adapter(1e-4)).fraction_lost();
     assert!(lost > 0.5, "{lost}");
 }
 
@@ -207,8 +210,8 @@ fn another_model_is_refused() {
         fs::remove_file(&file).unwrap();
         save(&file, &tensors, &[]).unwrap();
         let tuned = self::adapter(1.);
-        let proof = prove(&base, &tuned, out.path(), &prompts(), &mut ignore);
-        let error = proof.unwrap_err().to_string();
+        let check = verify_merge(&base, &tuned, out.path(), &prompts(), &mut ignore);
+        let error = check.unwrap_err().to_string();
         assert!(
             error.contains("is not the base with the adapter"),
             "{error}"

@@ -8,7 +8,8 @@ use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::de::{Error, MapAccess, SeqAccess, Unexpected, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use crate::ml::adapter::{ALL_LINEAR, Names};
+use crate::ml::adapter::{ALL_LINEAR, DEFAULT_TARGETS, Names};
+use crate::ml::model::tensors::projection_name;
 
 /// The modules that get a pair of matrices.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,7 +41,8 @@ impl Modules {
 impl Default for TargetModules {
     /// PEFT's for a Llama.
     fn default() -> Self {
-        Self::Some(Modules::Named(vec!["q_proj".into(), "v_proj".into()]))
+        let names = DEFAULT_TARGETS.map(projection_name);
+        Self::Some(Modules::Named(names.map(str::to_owned).to_vec()))
     }
 }
 
