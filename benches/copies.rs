@@ -13,8 +13,8 @@ use std::sync::mpsc::channel;
 
 use pipeline::engine::remote::Shared;
 use pipeline::engine::{
-    Artifact, Context, Graph, Handling, Input, Machine, Node, Options, Pins, Situation, SourcePath,
-    Stage, Store, World, run,
+    Artifact, Context, Graph, Handling, Input, Machine, Node, Options, Pins, RunEnv, Session,
+    SourcePath, Stage, Store, run,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -142,16 +142,16 @@ fn main() -> anyhow::Result<()> {
     let graph = Graph::new(nodes(shape, &folder, count.parse()?)?)?;
     let store = Store::new(&folder.join("store"));
     let shared = Shared::none();
-    let situation = Situation {
+    let session = Session {
         forced: vec![false; graph.nodes.len()],
         graph: &graph,
         store: &store,
         recipe: shape,
-        world: Arc::new(World::default()),
+        env: Arc::new(RunEnv::default()),
         pins: Pins::new(),
         locked: false,
         verify: false,
-        placed: Vec::new(),
+        outputs: Vec::new(),
         shared: &shared,
     };
     let options = Options {
@@ -165,7 +165,7 @@ fn main() -> anyhow::Result<()> {
     };
     let (events, received) = channel();
     let drain = std::thread::spawn(move || received.iter().count());
-    let summary = run(&situation, &[], &options, &events, &Arc::default())?;
+    let summary = run(&session, &[], &options, &events, &Arc::default())?;
     drop(events);
     let told = drain.join();
     anyhow::ensure!(summary.failed == 0 && told.is_ok(), "a stage failed");

@@ -22,7 +22,7 @@ use anyhow::{Context as _, bail, ensure};
 use pipeline::data::tokens;
 use pipeline::engine::remote::Shared;
 use pipeline::engine::{
-    Event, Graph, Handling, Machine, Node, Options, Pins, Situation, Store, World, run,
+    Event, Graph, Handling, Machine, Node, Options, Pins, RunEnv, Session, Store, run,
 };
 use pipeline::stages::kind;
 use pipeline_kernels::{merge, nf4};
@@ -239,16 +239,16 @@ struct Measured {
 /// Runs the stages one after the other.
 fn measure(graph: &Graph, store: &Store, only: &[&str]) -> anyhow::Result<Vec<Measured>> {
     let shared = Shared::none();
-    let situation = Situation {
+    let session = Session {
         forced: vec![false; graph.nodes.len()],
         graph,
         store,
         recipe: "bench",
-        world: Arc::new(World::default()),
+        env: Arc::new(RunEnv::default()),
         pins: Pins::new(),
         locked: false,
         verify: false,
-        placed: Vec::new(),
+        outputs: Vec::new(),
         shared: &shared,
     };
     let options = Options {
@@ -268,7 +268,7 @@ fn measure(graph: &Graph, store: &Store, only: &[&str]) -> anyhow::Result<Vec<Me
         .collect();
     let (events, received) = channel();
     let watch = std::thread::spawn(move || watch(received));
-    let summary = run(&situation, &targets, &options, &events, &Arc::default())?;
+    let summary = run(&session, &targets, &options, &events, &Arc::default())?;
     drop(events);
     let results = watch
         .join()

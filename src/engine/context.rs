@@ -12,9 +12,10 @@ use anyhow::{Context as _, anyhow, bail};
 use serde::Serialize;
 
 use super::canonical::{Digest, is_digest};
-use super::manifest::{Entry, Stat};
-use super::store::END;
-use super::{Event, Input, Level, SourcePath, Span, World};
+use super::manifest::Entry;
+use super::stat::Stat;
+use super::store::CONTINUATION;
+use super::{Event, Input, Level, RunEnv, SourcePath, Span};
 
 /// The most events in the log of a failure.
 const LONGEST_LOG: usize = 10_000;
@@ -30,8 +31,8 @@ pub struct Context {
     /// What to write beside the scratch folder when it is made: whose it is.
     pub(crate) scratch_note: Vec<u8>,
     /// What finished stages of the family left, if it has one.
-    pub(crate) ends: Option<PathBuf>,
-    pub(crate) world: Arc<World>,
+    pub(crate) continuations: Option<PathBuf>,
+    pub(crate) env: Arc<RunEnv>,
     pub(crate) events: Sender<Event>,
     pub(crate) cancel: Arc<AtomicBool>,
     /// When the stage has to be done, and how long it had.
@@ -152,10 +153,10 @@ impl Context {
         Ok(&self.scratch)
     }
 
-    /// A folder for what a stage of the same family that goes further could start from (see [`super::Stage::GROWS`]). Made on
+    /// A folder for what a stage of the same family that goes further could start from (see [`super::Stage::LENGTH_PARAMETERS`]). Made on
     /// first use; kept when the stage succeeds, until another of the family does or `gc` removes the result.
-    pub fn end(&self) -> anyhow::Result<PathBuf> {
-        let end = self.scratch.join(END);
+    pub fn continuation(&self) -> anyhow::Result<PathBuf> {
+        let end = self.scratch.join(CONTINUATION);
         std::fs::create_dir_all(&end)
             .with_context(|| format!("could not make the folder `{}`", end.display()))?;
         self.note_scratch();
@@ -171,8 +172,8 @@ impl Context {
     }
 
     /// What finished stages of the same family left. It may be damaged, and may be gone at any time. Read-only.
-    pub fn ends(&self) -> anyhow::Result<Vec<PathBuf>> {
-        let Some(folder) = &self.ends else {
+    pub fn continuations(&self) -> anyhow::Result<Vec<PathBuf>> {
+        let Some(folder) = &self.continuations else {
             return Ok(Vec::new());
         };
         let list = || -> std::io::Result<Vec<PathBuf>> {
@@ -181,22 +182,22 @@ impl Context {
                 entries => entries?,
             };
             let own = self.scratch.file_name();
-            let mut ends = Vec::new();
+            let mut continuations = Vec::new();
             for entry in entries {
                 let path = entry?.path();
                 if path.file_name() != own {
-                    ends.push(path);
+                    continuations.push(path);
                 }
             }
-            ends.sort_unstable();
-            Ok(ends)
+            continuations.sort_unstable();
+            Ok(continuations)
         };
         list().with_context(|| format!("could not read `{}`", folder.display()))
     }
 
     /// Settings of the run.
-    pub fn world(&self) -> &World {
-        &self.world
+    pub fn env(&self) -> &RunEnv {
+        &self.env
     }
 
     /// The ids of the devices that the stage has to itself (`resources: { gpus: n }`).
@@ -332,8 +333,8 @@ impl Context {
             out,
             scratch: folder.join("scratch"),
             scratch_note: Vec::new(),
-            ends: None,
-            world: Arc::default(),
+            continuations: None,
+            env: Arc::default(),
             events: std::sync::mpsc::channel().0,
             cancel: Arc::default(),
             deadline: None,

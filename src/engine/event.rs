@@ -1,6 +1,7 @@
 //! What the engine and the stages tell while they work. Rendering is elsewhere (`report`).
 
 use std::collections::BTreeMap;
+use std::sync::mpsc::Sender;
 
 use serde::{Deserialize, Serialize};
 
@@ -184,4 +185,9 @@ pub enum Event {
         /// The sentence.
         text: String,
     },
+}
+
+/// Sends an event. That nobody listens any more is no reason to stop.
+pub(super) fn send(events: &Sender<Event>, event: Event) {
+    let _ = events.send(event);
 }

@@ -13,7 +13,7 @@ use super::canonical::Digest;
 use super::files::{is_io_trouble, write_atomically};
 use super::fingerprint::{Origin, content};
 use super::graph::{Graph, Node};
-use super::plan::{Prepared, Situation};
+use super::plan::{Prepared, Session};
 use super::reason::{Reason, differences};
 use super::record::{FORMAT, Record};
 use super::store::Store;
@@ -216,7 +216,7 @@ impl Store {
     }
 }
 
-impl Situation<'_> {
+impl Session<'_> {
     /// Keeps the small text files that a stage reads, only for telling a later change by its lines: those of a stage that ran
     /// here, or whose result was made elsewhere or by an earlier recipe.
     pub(super) fn keep_texts(&self, node: &Node, prepared: &Prepared) {

@@ -7,7 +7,7 @@ use schemars::{Schema, SchemaGenerator};
 use serde::de::DeserializeOwned;
 
 use super::reading::{ParseError, read_parameters};
-use super::{Artifact, Context, Problem, Stage, World};
+use super::{Artifact, Context, Problem, RunEnv, Stage};
 
 /// An entry of the list of kinds: everything that can be known without parameters.
 #[derive(Clone, Copy)]
@@ -55,16 +55,16 @@ pub trait AnyStage: Send + Sync {
     fn exclusive(&self) -> bool;
     /// [`Stage::BOUNDED`].
     fn bounded(&self) -> bool;
-    /// [`Stage::MOVES`].
+    /// [`Stage::HAS_OUTSIDE_FACTS`].
     fn moves(&self) -> bool;
-    /// [`Stage::GROWS`].
-    fn grows(&self) -> &'static [&'static str];
+    /// [`Stage::LENGTH_PARAMETERS`].
+    fn length_parameters(&self) -> &'static [&'static str];
     /// Every parameter with its default filled in; inputs, files and neutral settings are marked (see `engine::params`).
     fn params(&self) -> serde_json::Result<serde_json::Value>;
     /// [`Stage::check`].
     fn check(&self) -> Vec<Problem>;
     /// [`Stage::outside`].
-    fn outside(&self, world: &World) -> anyhow::Result<BTreeMap<String, String>>;
+    fn outside(&self, env: &RunEnv) -> anyhow::Result<BTreeMap<String, String>>;
     /// [`Stage::run`].
     fn run(&self, cx: &Context) -> anyhow::Result<()>;
 }
@@ -86,10 +86,10 @@ impl<S: Stage> AnyStage for S {
         S::BOUNDED
     }
     fn moves(&self) -> bool {
-        S::MOVES
+        S::HAS_OUTSIDE_FACTS
     }
-    fn grows(&self) -> &'static [&'static str] {
-        S::GROWS
+    fn length_parameters(&self) -> &'static [&'static str] {
+        S::LENGTH_PARAMETERS
     }
     fn params(&self) -> serde_json::Result<serde_json::Value> {
         serde_json::to_value(self)
@@ -97,8 +97,8 @@ impl<S: Stage> AnyStage for S {
     fn check(&self) -> Vec<Problem> {
         Stage::check(self)
     }
-    fn outside(&self, world: &World) -> anyhow::Result<BTreeMap<String, String>> {
-        Stage::outside(self, world)
+    fn outside(&self, env: &RunEnv) -> anyhow::Result<BTreeMap<String, String>> {
+        Stage::outside(self, env)
     }
     fn run(&self, cx: &Context) -> anyhow::Result<()> {
         Stage::run(self, cx)

@@ -3,6 +3,7 @@
 //! It knows stages, artifacts, fingerprints and files; it knows nothing of machine learning, YAML or terminals.
 //! A kind of stage implements [`Stage`]; the engine sees it as a `Box<dyn `[`AnyStage`]`>` made by a [`Kind`].
 
+mod artifact;
 mod canonical;
 mod child;
 mod context;
@@ -16,20 +17,24 @@ mod graph;
 mod handling;
 mod history;
 mod kind;
-mod lasts;
+mod last_results;
 mod links;
 mod lock;
 mod manifest;
+mod markers;
 mod outputs;
 mod params;
+mod pins;
 mod plan;
 mod reading;
 mod reason;
 mod record;
 pub mod remote;
 mod run;
+mod run_env;
 mod sources;
 mod stage;
+mod stat;
 mod store;
 mod task;
 #[cfg(test)]
@@ -39,34 +44,36 @@ mod units;
 mod watch;
 pub mod work;
 mod worker;
-mod world;
 
+pub use artifact::Artifact;
 pub use canonical::{Digest, canonical_json, digest_json};
 pub use context::Context;
 pub use event::{Event, Level};
 pub use files::write_atomically;
 pub use fingerprint::{Fingerprint, Origin};
 pub use gc::{Garbage, Limits, Needs};
-pub use graph::{Graph, GraphError, Marker, Node, markers};
+pub use graph::{Graph, GraphError, Node};
 pub use handling::{Handling, Machine, Resources};
 pub use history::{Difference, Outcome, Run, RunStage};
 pub use kind::{AnyStage, Kind};
-pub use lock::{Move, Pin, Pins, moved};
-pub use manifest::{Check, Entry, Manifest, Stat};
-pub use outputs::{Placing, Put, place};
+pub use manifest::{Check, Entry, Manifest};
+pub use markers::{Marker, markers};
+pub use outputs::{PublishOptions, Published, publish};
 pub(crate) use params::{ARTIFACT_KEY, FILE_KEY, NEUTRAL_KEY, STAGE_KEY};
 pub use params::{Input, Neutral, SourcePath};
-pub use plan::{Situation, State};
+pub use pins::{Move, Pin, Pins, moved};
+pub use plan::{Session, State};
 pub use reading::{Fault, FoundValue, ParseError, read_parameters};
 pub use reason::{Reason, short};
 pub use record::Record;
 pub use run::{Options, Summary, run};
+pub use run_env::RunEnv;
 pub use sources::files_at;
-pub use stage::{Artifact, Problem, Stage};
+pub use stage::{Problem, Stage};
+pub use stat::Stat;
 pub use store::{Found, Miss, Store};
 pub use task::Task;
 #[cfg(test)]
 pub(crate) use task::unmarked;
 pub use units::{Bytes, Span};
 pub use watch::{Row, watched};
-pub use world::World;

@@ -13,7 +13,8 @@ use super::canonical::{Digest, digest_json};
 use super::digest::digest_file;
 use super::files::{clock, read_sealed, write_sealed};
 use super::glob::Pattern;
-use super::manifest::{Entry, Stat, now};
+use super::manifest::Entry;
+use super::stat::{Stat, nanoseconds_now};
 use super::store::Store;
 
 /// The deepest folder below a source.
@@ -335,7 +336,8 @@ impl Sources {
         fs::create_dir_all(folder)
             .with_context(|| format!("could not make `{}`", folder.display()))?;
         let device = fs::metadata(folder).map(|found| found.dev()).ok();
-        let behind = clock(folder).map_or(0, |theirs| now().saturating_sub(theirs).max(0));
+        let behind =
+            clock(folder).map_or(0, |theirs| nanoseconds_now().saturating_sub(theirs).max(0));
         let read = std::mem::take(&mut self.read);
         self.memo.files.retain(|name, known| {
             let settled = known.entry.stat.settled_at(known.read - behind);
@@ -358,7 +360,7 @@ impl Sources {
         {
             return Ok((known.entry.blake3.clone(), true));
         }
-        let time = now();
+        let time = nanoseconds_now();
         let blake3 = digest_file(path)?;
         let after =
             fs::metadata(path).with_context(|| format!("could not read `{}`", path.display()))?;

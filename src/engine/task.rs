@@ -53,7 +53,7 @@ pub struct Task {
     /// What to write beside the scratch folder when it is made.
     pub scratch_note: Vec<u8>,
     /// What finished stages of its family left.
-    pub ends: Option<OsString>,
+    pub continuations: Option<OsString>,
     /// Digests of local files by path.
     pub known: Vec<(OsString, Entry)>,
     /// What the user was warned of already.
@@ -104,7 +104,7 @@ impl Task {
             stage: context.stage.clone(),
             kind: node.stage.kind().to_owned(),
             params: unmarked(params),
-            offline: context.world.offline,
+            offline: context.env.offline,
             cpus: node.handling.resources.cpus,
             memory: memory(node.stage.bounded(), &node.handling.resources),
             gpus: context.gpus.clone(),
@@ -114,11 +114,11 @@ impl Task {
             out: context.out.clone().into_os_string(),
             scratch: context.scratch.clone().into_os_string(),
             scratch_note: context.scratch_note.clone(),
-            ends: context.ends.clone().map(PathBuf::into_os_string),
+            continuations: context.continuations.clone().map(PathBuf::into_os_string),
             known: known
                 .map(|(path, entry)| (path.clone().into_os_string(), entry.clone()))
                 .collect(),
-            warned: context.world.warned(),
+            warned: context.env.warnings(),
         })
     }
 }

@@ -13,8 +13,8 @@ use super::*;
 
 mod changes;
 mod collecting;
+mod continuations;
 mod damage;
-mod ends;
 mod failures;
 
 struct Text;
@@ -170,27 +170,27 @@ impl Toy {
         .unwrap()
     }
 
-    fn situation<'a>(
+    fn session<'a>(
         graph: &'a Graph,
         store: &'a Store,
         shared: &'a Shared,
         forced: &[&str],
-    ) -> Situation<'a> {
+    ) -> Session<'a> {
         let forced = graph
             .nodes
             .iter()
             .map(|node| forced.contains(&node.name.as_str()))
             .collect();
-        Situation {
+        Session {
             graph,
             store,
             recipe: "toy",
-            world: Arc::default(),
+            env: Arc::default(),
             forced,
             pins: Pins::new(),
             locked: false,
             verify: false,
-            placed: Vec::new(),
+            outputs: Vec::new(),
             shared,
         }
     }
@@ -199,7 +199,7 @@ impl Toy {
         let (graph, store) = (self.graph(separator, fail), self.store());
         let (events, received) = channel();
         let summary = run(
-            &Self::situation(&graph, &store, &Shared::none(), forced),
+            &Self::session(&graph, &store, &Shared::none(), forced),
             &[],
             &Options::for_test(2),
             &events,
@@ -220,7 +220,7 @@ impl Toy {
 
     fn plan(&self, separator: &str) -> Vec<State> {
         let (graph, store) = (self.graph(separator, ""), self.store());
-        Self::situation(&graph, &store, &Shared::none(), &[]).plan()
+        Self::session(&graph, &store, &Shared::none(), &[]).plan()
     }
 }
 
@@ -419,9 +419,9 @@ fn who_waits_says_for_whom_and_goes_on_when_the_holder_is_gone() {
         let (graph, store) = (&graph, &store);
         let runner = scope.spawn(move || {
             let shared = Shared::none();
-            let situation = Toy::situation(graph, store, &shared, &[]);
+            let session = Toy::session(graph, store, &shared, &[]);
             run(
-                &situation,
+                &session,
                 &[],
                 &Options::for_test(2),
                 &events,
@@ -467,7 +467,7 @@ fn a_graph_may_be_deeper_than_any_stack() {
         let look = move || {
             let graph = Graph::new(nodes).unwrap();
             assert_eq!(graph.needed(&[0]), vec![true; STAGES]);
-            let states = Toy::situation(&graph, &store, &Shared::none(), &[]).plan();
+            let states = Toy::session(&graph, &store, &Shared::none(), &[]).plan();
             let waits = |state: &&State| matches!(state, State::WaitsOn { .. });
             assert_eq!(states.iter().filter(waits).count(), STAGES - 1);
         };

@@ -17,7 +17,7 @@ use super::context::Context;
 use super::task::{Said, Task, causes, is_full, path, short};
 use super::threads;
 use super::watch::look_on;
-use super::{Event, Kind, World};
+use super::{Event, Kind, RunEnv};
 
 /// The stack of each thread that computes. It is not used up but by what is nested deeply.
 const STACK: usize = 16 << 20;
@@ -41,13 +41,13 @@ pub fn begin() {
     }));
 }
 
-/// Reads a task from `input`, runs it, and says on `output` how it goes. `world` gives the settings of the run, whether it is
+/// Reads a task from `input`, runs it, and says on `output` how it goes. `env` gives the settings of the run, whether it is
 /// offline or not; `stop` ends the process.
 pub fn serve(
     mut input: impl BufRead + Send + 'static,
     output: impl Write + Send + 'static,
     kinds: &'static [Kind],
-    world: impl FnOnce(bool) -> World,
+    env: impl FnOnce(bool) -> RunEnv,
     stop: fn() -> !,
 ) -> anyhow::Result<()> {
     let mut line = String::new();
@@ -99,10 +99,10 @@ pub fn serve(
     let (events, received) = channel();
     let voice = Arc::clone(&output);
     let speaker = start("voice").spawn(move || hand_on(&received, &voice))?;
-    let mut world = world(task.offline);
-    world.cancel = Arc::clone(&cancel);
-    world.told = Arc::new(Mutex::new(task.warned.clone()));
-    let context = context(&task, world, events, cancel);
+    let mut env = env(task.offline);
+    env.cancel = Arc::clone(&cancel);
+    env.warned = Arc::new(Mutex::new(task.warned.clone()));
+    let context = context(&task, env, events, cancel);
     let worker = start("stage").stack_size(STACK).spawn(move || {
         let result = catch_unwind(AssertUnwindSafe(|| stage.run(&context)));
         let result = result.unwrap_or_else(|_| Err(panicked()));
@@ -128,7 +128,7 @@ pub fn serve(
 /// What the stage is given.
 fn context(
     task: &Task,
-    world: World,
+    env: RunEnv,
     events: std::sync::mpsc::Sender<Event>,
     cancel: Arc<AtomicBool>,
 ) -> Context {
@@ -146,8 +146,8 @@ fn context(
         out: path(&task.out),
         scratch: path(&task.scratch),
         scratch_note: task.scratch_note.clone(),
-        ends: task.ends.as_ref().map(path),
-        world: Arc::new(world),
+        continuations: task.continuations.as_ref().map(path),
+        env: Arc::new(env),
         events,
         cancel,
         // The other process has the clock, and tells this one to stop.

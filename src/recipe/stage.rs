@@ -9,8 +9,8 @@ use crate::engine::{AnyStage, Fault, Handling, Kind, read_parameters};
 
 use super::draft::Draft;
 use super::hints;
-use super::places::{Steps, child, display, keys, parse};
 use super::sentence::{self, noun};
+use super::source_map::{RecipePath, child, display, keys, parse};
 use super::{Edge, SourceFile};
 
 /// Keys beside the kind that are kept free for what is to come.
@@ -29,10 +29,10 @@ const RESERVED: [&str; 8] = [
 pub(super) const HANDLING: [&str; 3] = ["resources", "retries", "timeout"];
 
 /// A stage as far as it could be read.
-pub(crate) struct Staged {
+pub(crate) struct DraftStage {
     pub(crate) name: String,
     /// The path of its parameters.
-    pub(crate) path: Steps,
+    pub(crate) path: RecipePath,
     pub(crate) kind: Option<&'static Kind>,
     pub(crate) typed: Option<Arc<dyn AnyStage>>,
     pub(crate) handling: Handling,
@@ -40,7 +40,7 @@ pub(crate) struct Staged {
     pub(crate) files: Vec<SourceFile>,
 }
 
-impl Staged {
+impl DraftStage {
     /// The noun of what it makes; a stage that could not be typed counts as making what its kind usually makes.
     pub(crate) fn output(&self) -> Option<&'static str> {
         match &self.typed {
@@ -51,7 +51,7 @@ impl Staged {
 }
 
 /// Reads every stage.
-pub(crate) fn read(draft: &mut Draft, recipe: &Value) -> Vec<Staged> {
+pub(crate) fn read(draft: &mut Draft, recipe: &Value) -> Vec<DraftStage> {
     let before = draft.errors.len();
     let section = draft.section(recipe, "stages");
     if section.is_empty() && draft.errors.len() == before {
@@ -68,14 +68,14 @@ pub(crate) fn read(draft: &mut Draft, recipe: &Value) -> Vec<Staged> {
         .collect()
 }
 
-fn stage(draft: &mut Draft, name: String, path: &Steps, value: &Value) -> Staged {
+fn stage(draft: &mut Draft, name: String, path: &RecipePath, value: &Value) -> DraftStage {
     let plain = |c: char| c.is_alphanumeric() || matches!(c, '_' | '-');
     if name.is_empty() || !name.chars().all(plain) {
         let message = format!("`{name}` can not be the name of a stage");
         let hint = "a name is letters, digits, `_` and `-`".to_owned();
         draft.key_error(path, message, Some(hint));
     }
-    let mut staged = Staged {
+    let mut staged = DraftStage {
         name,
         path: path.clone(),
         kind: None,
@@ -133,7 +133,7 @@ fn stage(draft: &mut Draft, name: String, path: &Steps, value: &Value) -> Staged
 }
 
 /// Reads the runner's own keys beside the kind. Each is read alone, so that a mistake in one hides none in another.
-fn handling(draft: &mut Draft, name: &str, path: &Steps, value: &Value) -> Handling {
+fn handling(draft: &mut Draft, name: &str, path: &RecipePath, value: &Value) -> Handling {
     let mut handling = Handling::default();
     for key in HANDLING {
         let Some(setting) = value.get(key) else {
@@ -163,7 +163,7 @@ fn handling(draft: &mut Draft, name: &str, path: &Steps, value: &Value) -> Handl
 }
 
 /// The path of a parameter as a stage names it.
-fn below(stage: &Steps, parameter: &str) -> Steps {
+fn below(stage: &RecipePath, parameter: &str) -> RecipePath {
     let mut path = stage.clone();
     match parse(parameter) {
         Ok(steps) => path.extend(steps),
@@ -174,7 +174,7 @@ fn below(stage: &Steps, parameter: &str) -> Steps {
 }
 
 /// Finds the one kind of a stage; everything else beside it is a mistake.
-fn kind(draft: &mut Draft, name: &str, path: &Steps, value: &Value) -> Option<&'static Kind> {
+fn kind(draft: &mut Draft, name: &str, path: &RecipePath, value: &Value) -> Option<&'static Kind> {
     let kinds = draft.kinds;
     let by_name = |name: &str| kinds.iter().find(|kind| kind.name == name);
     let map = match value {
@@ -268,7 +268,7 @@ fn kind(draft: &mut Draft, name: &str, path: &Steps, value: &Value) -> Option<&'
 fn typed(
     draft: &mut Draft,
     kind: &'static Kind,
-    path: &Steps,
+    path: &RecipePath,
     mut params: Mapping,
 ) -> (Option<Arc<dyn AnyStage>>, bool) {
     let own = draft.parameters(kind);
@@ -319,7 +319,7 @@ fn typed(
             draft.value_error(&at, sentence.message, sentence.hint);
         }
         let culprit = match parameter.first() {
-            Some(super::Step::Key(key)) if params.contains_key(key) => key.clone(),
+            Some(super::PathStep::Key(key)) if params.contains_key(key) => key.clone(),
             _ => return (None, false),
         };
         dropped.insert(culprit);
@@ -327,7 +327,7 @@ fn typed(
 }
 
 /// Tells every empty text and name among the parameters: none of them means anything. Returns where they are.
-fn empty(draft: &mut Draft, kind: &Kind, path: &Steps, value: &Value) -> Vec<Steps> {
+fn empty(draft: &mut Draft, kind: &Kind, path: &RecipePath, value: &Value) -> Vec<RecipePath> {
     let mut found = Vec::new();
     let mut open = vec![(path.clone(), value)];
     while let Some((at, value)) = open.pop() {
@@ -338,7 +338,7 @@ fn empty(draft: &mut Draft, kind: &Kind, path: &Steps, value: &Value) -> Vec<Ste
                 let values = values.iter().enumerate();
                 open.extend(values.map(|(index, value)| {
                     let mut at = at.clone();
-                    at.push(super::Step::Index(index));
+                    at.push(super::PathStep::Index(index));
                     (at, value)
                 }));
             }
@@ -372,7 +372,7 @@ fn empty(draft: &mut Draft, kind: &Kind, path: &Steps, value: &Value) -> Vec<Ste
 }
 
 /// Finds edges and files in serialised parameters.
-fn find(draft: &Draft, staged: &mut Staged, path: &mut Steps, value: &serde_json::Value) {
+fn find(draft: &Draft, staged: &mut DraftStage, path: &mut RecipePath, value: &serde_json::Value) {
     use crate::engine::{ARTIFACT_KEY, FILE_KEY, NEUTRAL_KEY, STAGE_KEY};
     let text =
         |value: Option<&serde_json::Value>| value.and_then(|v| v.as_str()).map(str::to_owned);
@@ -398,7 +398,7 @@ fn find(draft: &Draft, staged: &mut Staged, path: &mut Steps, value: &serde_json
                 find(draft, staged, path, inner);
             } else {
                 for (key, value) in map {
-                    path.push(super::Step::Key(key.clone()));
+                    path.push(super::PathStep::Key(key.clone()));
                     find(draft, staged, path, value);
                     path.pop();
                 }
@@ -406,7 +406,7 @@ fn find(draft: &Draft, staged: &mut Staged, path: &mut Steps, value: &serde_json
         }
         serde_json::Value::Array(list) => {
             for (index, value) in list.iter().enumerate() {
-                path.push(super::Step::Index(index));
+                path.push(super::PathStep::Index(index));
                 find(draft, staged, path, value);
                 path.pop();
             }

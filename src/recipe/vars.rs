@@ -6,8 +6,8 @@ use serde_yaml::Value;
 
 use super::draft::Draft;
 use super::hints;
-use super::places::{Step, Steps, keys};
 use super::sentence::{noun, scalar};
+use super::source_map::{PathStep, RecipePath, keys};
 
 /// Replaces every `${name}`. A text that is nothing but `${name}` becomes the var's value, whatever its type; inside a
 /// longer text the value must be a scalar. `$${` stands for `${`. Below `columns` a name that is no var stays as it is.
@@ -64,7 +64,12 @@ fn reference_in(value: &Value) -> Option<String> {
     }
 }
 
-fn walk(draft: &mut Draft, vars: &BTreeMap<String, Value>, path: &mut Steps, value: &mut Value) {
+fn walk(
+    draft: &mut Draft,
+    vars: &BTreeMap<String, Value>,
+    path: &mut RecipePath,
+    value: &mut Value,
+) {
     match value {
         Value::String(text) if text.contains("${") => match replace(draft, vars, path, text) {
             Some(replaced) => *value = replaced,
@@ -72,14 +77,14 @@ fn walk(draft: &mut Draft, vars: &BTreeMap<String, Value>, path: &mut Steps, val
         },
         Value::Sequence(list) => {
             for (index, value) in list.iter_mut().enumerate() {
-                path.push(Step::Index(index));
+                path.push(PathStep::Index(index));
                 walk(draft, vars, path, value);
                 path.pop();
             }
         }
         Value::Mapping(map) => {
             for (key, value) in map.iter_mut() {
-                path.push(Step::Key(key.as_str().unwrap_or_default().to_owned()));
+                path.push(PathStep::Key(key.as_str().unwrap_or_default().to_owned()));
                 walk(draft, vars, path, value);
                 path.pop();
             }
@@ -92,7 +97,7 @@ fn walk(draft: &mut Draft, vars: &BTreeMap<String, Value>, path: &mut Steps, val
 fn replace(
     draft: &mut Draft,
     vars: &BTreeMap<String, Value>,
-    path: &Steps,
+    path: &RecipePath,
     text: &str,
 ) -> Option<Value> {
     let mut made = String::new();
@@ -173,9 +178,9 @@ fn replace(
 }
 
 /// Whether a text says which columns of a file become one of ours.
-fn in_columns(path: &Steps) -> bool {
+fn in_columns(path: &RecipePath) -> bool {
     path.iter()
-        .any(|step| matches!(step, Step::Key(key) if key == "columns"))
+        .any(|step| matches!(step, PathStep::Key(key) if key == "columns"))
 }
 
 fn unescape(value: &Value) -> Value {

@@ -7,13 +7,13 @@ use serde_yaml::Value;
 
 use super::draft::Draft;
 use super::hints;
-use super::places::{Steps, parse};
 use super::sentence::noun;
-use super::stage::Staged;
+use super::source_map::{RecipePath, parse};
+use super::stage::DraftStage;
 
 /// Stages and outputs after checking.
 pub(crate) struct Wired {
-    pub(crate) stages: Vec<Staged>,
+    pub(crate) stages: Vec<DraftStage>,
     /// Stage and path.
     pub(crate) outputs: Vec<(String, String)>,
     /// Indices, producers first.
@@ -21,7 +21,7 @@ pub(crate) struct Wired {
 }
 
 /// Checks edges and outputs.
-pub(crate) fn wire(draft: &mut Draft, stages: Vec<Staged>, recipe: &Value) -> Wired {
+pub(crate) fn wire(draft: &mut Draft, stages: Vec<DraftStage>, recipe: &Value) -> Wired {
     for stage in &stages {
         edges(draft, &stages, stage);
     }
@@ -34,13 +34,13 @@ pub(crate) fn wire(draft: &mut Draft, stages: Vec<Staged>, recipe: &Value) -> Wi
     }
 }
 
-fn parameter_path(stage: &Staged, parameter: &str) -> Steps {
+fn parameter_path(stage: &DraftStage, parameter: &str) -> RecipePath {
     let mut path = stage.path.clone();
     path.extend(parse(parameter).unwrap_or_default());
     path
 }
 
-fn edges(draft: &mut Draft, stages: &[Staged], stage: &Staged) {
+fn edges(draft: &mut Draft, stages: &[DraftStage], stage: &DraftStage) {
     for edge in &stage.edges {
         let path = parameter_path(stage, &edge.parameter);
         let makers = |wanted: &str| -> Vec<&str> {
@@ -104,7 +104,7 @@ fn made_by(makers: &[&str], artifact: &str) -> String {
 }
 
 /// Sorts the stages so that producers come first, without recursion; each cycle is told once.
-fn order(draft: &mut Draft, stages: &[Staged]) -> Vec<usize> {
+fn order(draft: &mut Draft, stages: &[DraftStage]) -> Vec<usize> {
     let index: BTreeMap<&str, usize> = stages
         .iter()
         .enumerate()
@@ -165,7 +165,7 @@ fn order(draft: &mut Draft, stages: &[Staged]) -> Vec<usize> {
     order
 }
 
-fn outputs(draft: &mut Draft, stages: &[Staged], recipe: &Value) -> Vec<(String, String)> {
+fn outputs(draft: &mut Draft, stages: &[DraftStage], recipe: &Value) -> Vec<(String, String)> {
     let mut outputs: Vec<(String, String)> = Vec::new();
     let mut folders: Vec<(Vec<String>, String)> = Vec::new();
     for (stage, path, value) in draft.section(recipe, "outputs") {

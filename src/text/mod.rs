@@ -10,6 +10,7 @@ mod declared;
 mod depth;
 mod dialect;
 mod expressions;
+mod files;
 mod filters;
 pub mod preference;
 mod quick;

@@ -1,23 +1,17 @@
 //! The tokenizer of a model folder: `tokenizer.json`, the special tokens, and the chat template that lies beside them.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::Read as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use anyhow::{Context as _, Result, anyhow, bail};
 use serde_json::Value;
 
 use super::declared::Declared;
+use super::files::{LONGEST_TOKENIZER, file_name, json_file, read_short};
 use super::quick::Quick;
 use super::template::LONGEST;
-
-/// The longest `tokenizer.json`, in bytes; those of the largest vocabularies have some ten million.
-pub(super) const LONGEST_TOKENIZER: u64 = 512 << 20;
-/// The longest of the other files.
-const LONGEST_CONFIG: u64 = 64 << 20;
 
 /// A special token with its id.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -285,36 +279,6 @@ pub fn template_in(settings: &Path) -> Result<Option<String>> {
 pub fn read_template(path: &Path) -> Result<String> {
     let text = read_short(path, LONGEST as u64)?;
     String::from_utf8(text).context("it is not UTF-8")
-}
-
-/// A file's own name: where the store keeps it is nobody's concern.
-pub(super) fn file_name(path: &Path) -> String {
-    let name = path.file_name().unwrap_or(path.as_os_str());
-    name.to_string_lossy().into_owned()
-}
-
-/// A file of at most `most` bytes, whatever its size was a moment ago.
-pub(super) fn read_short(path: &Path, most: u64) -> Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    File::open(path)?.take(most + 1).read_to_end(&mut bytes)?;
-    ensure!(
-        bytes.len() as u64 <= most,
-        "it has more than {} MiB",
-        most >> 20
-    );
-    Ok(bytes)
-}
-
-/// A small file of JSON, if it is there.
-pub(super) fn json_file(path: &Path) -> Result<Option<Value>> {
-    if !path.is_file() {
-        return Ok(None);
-    }
-    let read =
-        || -> Result<Value> { Ok(serde_json::from_slice(&read_short(path, LONGEST_CONFIG)?)?) };
-    read()
-        .with_context(|| format!("could not read `{}`", file_name(path)))
-        .map(Some)
 }
 
 #[cfg(test)]

@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use crate::cli::project::{Project, RecipeArgs, StoreArgs};
+use crate::cli::args::{RecipeArgs, StoreArgs};
+use crate::cli::project::Project;
 use crate::cli::{Failure, print, table};
 use crate::engine::{Bytes, Limits, Needs};
 use crate::report::bytes;
@@ -35,7 +36,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
             allow_path: Vec::new(),
         };
         let project = Project::open(&recipe, &args.store)?;
-        project.situation(&[]).needs(&mut needs);
+        project.session(&[]).needs(&mut needs);
         // The recipes of one call belong to one store.
         match &store {
             None => store = Some(project.store),

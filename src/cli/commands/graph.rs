@@ -2,7 +2,8 @@
 
 use clap::ValueEnum;
 
-use crate::cli::project::{RecipeArgs, load};
+use crate::cli::args::RecipeArgs;
+use crate::cli::project::load;
 use crate::cli::{Failure, print};
 use crate::recipe::graph::{Format, draw};
 

@@ -1,6 +1,7 @@
 //! `history`: the runs of a recipe.
 
-use crate::cli::project::{Project, RecipeArgs, StoreArgs};
+use crate::cli::args::{RecipeArgs, StoreArgs};
+use crate::cli::project::Project;
 use crate::cli::{Failure, print, print_json, table};
 use crate::engine::{Outcome, Run, RunStage};
 use crate::report::{ago, duration};

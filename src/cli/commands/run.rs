@@ -9,11 +9,11 @@ use std::sync::mpsc::{Sender, channel};
 
 use anyhow::Context as _;
 
-use super::lock;
-use crate::cli::project::{Project, RecipeArgs, StoreArgs};
+use crate::cli::args::{RecipeArgs, StoreArgs};
+use crate::cli::project::Project;
 use crate::cli::remote::RemoteArgs;
-use crate::cli::{Failure, colour, error, machine, tell};
-use crate::engine::{Bytes, Event, Machine, Options, Placing, Put, Summary, place};
+use crate::cli::{Failure, colour, eprint, error, lock_file, machine};
+use crate::engine::{Bytes, Event, Machine, Options, PublishOptions, Published, Summary, publish};
 use crate::report::{Style, report};
 
 #[derive(clap::Args)]
@@ -80,13 +80,13 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
         (false, true) => Style::Bars,
         (false, false) => Style::Lines,
     };
-    let cancel = Arc::clone(&project.world.cancel);
+    let cancel = Arc::clone(&project.env.cancel);
     stop_on_signal(&cancel)?;
     let (events, received) = channel();
     let stages = project.recipe.stages.iter();
     let place = |place| format!("{}:{place}", project.recipe.path.display());
     let places = stages
-        .map(|stage| (stage.name.clone(), place(stage.place)))
+        .map(|stage| (stage.name.clone(), place(stage.span)))
         .collect();
     let places = &places;
     let summary = std::thread::scope(|scope| {
@@ -105,23 +105,23 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
             return Ok(None);
         }
         let _in_use = in_use?;
-        let situation = project.situation(&forced);
-        let summary = crate::engine::run(&situation, &targets, &options, &events, &cancel)?;
+        let session = project.session(&forced);
+        let summary = crate::engine::run(&session, &targets, &options, &events, &cancel)?;
         // After a failure only who wants to go on gets what is finished.
         if !summary.interrupted && (summary.failed == 0 || args.keep_going) {
-            let how = Placing {
+            let how = PublishOptions {
                 overwrite: args.overwrite_outputs,
                 verify: args.store.verify,
             };
-            let put = put_outputs(&project, &summary, &targets, how, &events, &cancel);
-            if put.is_err() && cancel.load(Ordering::Relaxed) {
+            let published = publish_outputs(&project, &summary, &targets, how, &events, &cancel);
+            if published.is_err() && cancel.load(Ordering::Relaxed) {
                 return Ok(None);
             }
-            put?;
+            published?;
         }
         anyhow::Ok(Some(summary))
     })?;
-    project.tell_warnings()?;
+    project.report_warnings()?;
     let Some(summary) = summary else {
         return Err(Failure::Interrupted);
     };
@@ -129,22 +129,22 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
         return Err(Failure::Interrupted);
     }
     if summary.failed > 0 {
-        return Err(Failure::Told);
+        return Err(Failure::Reported);
     }
     Ok(())
 }
 
 /// With `--locked` nothing may move. Without, a lock file that is behind is worth a sentence.
 fn check_lock(project: &Project, args: &Args) -> Result<(), Failure> {
-    let path = lock::path(&args.recipe.recipe);
+    let path = lock_file::path(&args.recipe.recipe);
     if !args.locked && !path.exists() {
         return Ok(());
     }
-    let moves = project.situation(&[]).moves()?;
+    let moves = project.session(&[]).moves()?;
     if moves.is_empty() {
         return Ok(());
     }
-    let list = lock::list(&moves);
+    let list = lock_file::list(&moves);
     let message = format!(
         "`{}` pins other inputs than those at hand:\n{}",
         path.display(),
@@ -152,9 +152,9 @@ fn check_lock(project: &Project, args: &Args) -> Result<(), Failure> {
     );
     if args.locked {
         let hint = "`pipeline lock --update` moves the pins";
-        return Err(Failure::Wrong(error::with_hint(&message, hint, colour())));
+        return Err(Failure::Usage(error::with_hint(&message, hint, colour())));
     }
-    tell(&format!("note: {message}\n"));
+    eprint(&format!("note: {message}\n"));
     Ok(())
 }
 
@@ -176,15 +176,15 @@ pub(in crate::cli) fn stop_on_signal(cancel: &Arc<AtomicBool>) -> anyhow::Result
             #[expect(clippy::exit, reason = "the user asked twice")]
             std::process::exit(130);
         }
-        tell("interrupted: stages are stopping; once more to stop at once\n");
+        eprint("interrupted: stages are stopping; once more to stop at once\n");
     })
 }
 
-fn put_outputs(
+fn publish_outputs(
     project: &Project,
     summary: &Summary,
     targets: &[usize],
-    how: Placing,
+    how: PublishOptions,
     events: &Sender<Event>,
     cancel: &AtomicBool,
 ) -> anyhow::Result<()> {
@@ -209,11 +209,11 @@ fn put_outputs(
             let _ = events.send(Event::Warning { text });
         };
         // Looked at again: a run takes its time, and somebody may have turned a link elsewhere.
-        let put = match project.bounds.output(output) {
-            Ok(real) => place(&project.store, artifact, &real, how, cancel, &mut waiting),
+        let published = match project.bounds.output(output) {
+            Ok(real) => publish(&project.store, artifact, &real, how, cancel, &mut waiting),
             Err((message, hint)) => Err(anyhow::anyhow!("it {message}; {hint}")),
         };
-        let Put { changed, links } = put.with_context(|| {
+        let Published { changed, links } = published.with_context(|| {
             format!(
                 "could not put the result of `{}` in its place",
                 output.stage

@@ -31,7 +31,7 @@ pub(in crate::cli) fn run(_: &Args) -> Result<(), Failure> {
         BufReader::new(stdin()),
         stdout(),
         KINDS,
-        project::world,
+        project::run_env,
         stop,
     )?;
     Ok(())

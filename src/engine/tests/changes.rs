@@ -132,7 +132,7 @@ fn run_nodes(toy: &Toy, nodes: Vec<Node>) -> (Summary, Vec<Event>) {
     let (graph, store) = (Graph::new(nodes).unwrap(), toy.store());
     let (events, received) = channel();
     let summary = run(
-        &Toy::situation(&graph, &store, &Shared::none(), &[]),
+        &Toy::session(&graph, &store, &Shared::none(), &[]),
         &[],
         &Options::for_test(1),
         &events,
@@ -229,12 +229,12 @@ fn nothing_but_what_is_pinned_is_read_where_that_is_asked_for() {
     let late = Then::Edit(toy.path("b"));
     let nodes = vec![node(&toy, "a", late), node(&toy, "b", Then::Nothing)];
     let (graph, store, shared) = (Graph::new(nodes).unwrap(), toy.store(), Shared::none());
-    let mut situation = Toy::situation(&graph, &store, &shared, &[]);
-    situation.pins = situation.pin(&|_| true).unwrap();
-    situation.locked = true;
+    let mut session = Toy::session(&graph, &store, &shared, &[]);
+    session.pins = session.pin(&|_| true).unwrap();
+    session.locked = true;
     let (events, received) = channel();
     let options = Options::for_test(1);
-    let summary = run(&situation, &[], &options, &events, &Arc::default()).unwrap();
+    let summary = run(&session, &[], &options, &events, &Arc::default()).unwrap();
     drop(events);
     assert_eq!((summary.ran, summary.failed), (1, 1));
     let events: Vec<_> = received.into_iter().collect();
@@ -373,16 +373,16 @@ fn force_and_verify_read_local_files() {
     trick();
     let (graph, store, shared) = (toy.graph("+", ""), toy.store(), Shared::none());
     let pins = |verify| {
-        let mut situation = Toy::situation(&graph, &store, &shared, &[]);
-        situation.verify = verify;
-        situation.pin(&|_| true).unwrap()["a"].files["a"].clone()
+        let mut session = Toy::session(&graph, &store, &shared, &[]);
+        session.verify = verify;
+        session.pin(&|_| true).unwrap()["a"].files["a"].clone()
     };
     let right = blake3::hash(b"one").to_hex().to_string();
     assert_eq!(pins(false), right);
     let states = |forced: &[&str], verify| {
-        let mut situation = Toy::situation(&graph, &store, &shared, forced);
-        situation.verify = verify;
-        situation.plan()
+        let mut session = Toy::session(&graph, &store, &shared, forced);
+        session.verify = verify;
+        session.plan()
     };
     let stale = |state: &State| matches!(state, State::Runs { .. });
     assert!(stale(&states(&[], false)[2]));

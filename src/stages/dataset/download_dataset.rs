@@ -10,7 +10,7 @@ use super::files::{Wanted, choose};
 use super::import_dataset::tell;
 use super::row_format::RowFormats;
 use crate::data::import::{CANONICAL, ImportOptions, import_files};
-use crate::engine::{Context, Problem, Stage, World};
+use crate::engine::{Context, Problem, RunEnv, Stage};
 use crate::hub::{RemoteFile, RepoKind};
 use crate::stages::artifacts::Dataset;
 use crate::stages::from_hub::{Source, check, main_revision, pin};
@@ -60,7 +60,7 @@ fn train() -> String {
 impl Stage for DownloadDataset {
     const KIND: &'static str = "download_dataset";
     const VERSION: u32 = 2;
-    const MOVES: bool = true;
+    const HAS_OUTSIDE_FACTS: bool = true;
     type Output = Dataset;
     const BOUNDED: bool = true;
 
@@ -101,8 +101,8 @@ impl Stage for DownloadDataset {
         problems
     }
 
-    fn outside(&self, world: &World) -> anyhow::Result<BTreeMap<String, String>> {
-        pin(world, RepoKind::Dataset, &self.repo, &self.revision)
+    fn outside(&self, env: &RunEnv) -> anyhow::Result<BTreeMap<String, String>> {
+        pin(env, RepoKind::Dataset, &self.repo, &self.revision)
     }
 
     fn run(&self, cx: &Context) -> anyhow::Result<()> {
@@ -193,16 +193,15 @@ mod tests {
     fn run(stage: &str, server: &HubServer, folder: &Path) -> anyhow::Result<()> {
         let stage: DownloadDataset = serde_yaml::from_str(stage).unwrap();
         assert!(stage.check().is_empty());
-        let mut world = World {
+        let mut env = RunEnv {
             home: Some(folder.to_path_buf()),
-            ..World::default()
+            ..RunEnv::default()
         };
-        world
-            .environment
+        env.variables
             .insert("HF_ENDPOINT".into(), server.endpoint.clone());
         let mut cx = Context::for_test(folder, &[], &[]);
-        cx.outside = stage.outside(&world)?;
-        cx.world = Arc::new(world);
+        cx.outside = stage.outside(&env)?;
+        cx.env = Arc::new(env);
         stage.run(&cx)
     }
 

@@ -241,7 +241,7 @@ fn lengthened(short: &str, long: &str, damage: &dyn Fn(&Path)) -> (String, serde
     let place = Place::new();
     let run = |name: &str, length: &str, before: Option<&Context>| {
         let mut cx = place.context(name, None);
-        cx.ends = before.map(|before| before.scratch().unwrap().to_path_buf());
+        cx.continuations = before.map(|before| before.scratch().unwrap().to_path_buf());
         let yaml = format!(
             "{{model: model, adapter: adapter, dataset: tokens, learning_rate: 2.0e-3, seed: 5,
               disable_dropout: false, {length}}}"
@@ -252,7 +252,7 @@ fn lengthened(short: &str, long: &str, damage: &dyn Fn(&Path)) -> (String, serde
         cx
     };
     let first = run("first", short, None);
-    damage(&first.end().unwrap());
+    damage(&first.continuation().unwrap());
     let second = run("second", long, Some(&first));
     let alone = run("alone", long, None);
     let names = fs::read_dir(alone.out())
@@ -345,8 +345,13 @@ fn what_says_how_far_a_training_goes_are_parameters() {
     );
     for stage in [&orpo as &dyn AnyStage, &sft] {
         let params = stage.params().unwrap();
-        assert_eq!(stage.grows().len(), 2);
-        assert!(stage.grows().iter().all(|name| params.get(name).is_some()));
+        assert_eq!(stage.length_parameters().len(), 2);
+        assert!(
+            stage
+                .length_parameters()
+                .iter()
+                .all(|name| params.get(name).is_some())
+        );
     }
 }
 
