@@ -12,9 +12,11 @@ use super::{Failure, colour, eprint, error, lock_file, variable};
 use crate::engine::glob::Pattern;
 use crate::engine::remote::Shared;
 use crate::engine::{
-    Graph, Node, Pins, Record, Run, RunEnv, Session, State, Store, canonical_json,
+    EventLog, Executors, Graph, LoggedEvent, Node, Pins, Record, Run, RunEnv, Session, State,
+    Store, canonical_json,
 };
 use crate::recipe::{Recipe, RecipeStage};
+use crate::report::Spans;
 use crate::stages::KINDS;
 
 /// Reads a recipe; all its mistakes are rendered.
@@ -57,6 +59,7 @@ pub(super) struct Project {
     verify: bool,
     /// The remote; none until one is connected.
     pub(super) shared: Shared,
+    executors: Executors,
 }
 
 impl Project {
@@ -86,6 +89,7 @@ impl Project {
                 &format!(", or {}", bounds.advice()),
             )?,
         };
+        let env = Arc::new(run_env(settings.offline));
         let pins = lock_file::read(&args.recipe)?.unwrap_or_default();
         Ok(Self {
             pins,
@@ -93,7 +97,8 @@ impl Project {
             recipe,
             graph,
             store: Store::new(&store),
-            env: Arc::new(run_env(settings.offline)),
+            executors: Executors::new(KINDS, Arc::clone(&env), own_program()),
+            env,
             root,
             bounds,
             locked: false,
@@ -135,6 +140,7 @@ impl Project {
                 .filter_map(|output| self.graph.find(&output.stage))
                 .collect(),
             shared: &self.shared,
+            executors: &self.executors,
         }
     }
 
@@ -166,6 +172,25 @@ impl Project {
     /// The runs of the recipe, the oldest first.
     pub(super) fn runs(&self) -> Vec<Run> {
         self.store.runs(&self.key)
+    }
+
+    /// The log of a run that begins now.
+    pub(super) fn event_log(&self) -> EventLog {
+        EventLog::new(&self.store, &self.key)
+    }
+
+    /// The events of one of its runs; none if they are not kept any more.
+    pub(super) fn events(&self, run: u64) -> Option<impl Iterator<Item = LoggedEvent> + use<>> {
+        self.store.events(&self.key, run)
+    }
+
+    /// Where each stage stands in the recipe, for messages.
+    pub(super) fn spans(&self) -> Spans {
+        let span = |stage: &RecipeStage| format!("{}:{}", self.recipe.path.display(), stage.span);
+        let stages = self.recipe.stages.iter();
+        stages
+            .map(|stage| (stage.name.clone(), span(stage)))
+            .collect()
     }
 
     /// The text of a file that a stage reads now.
@@ -271,7 +296,6 @@ pub(super) fn run_env(offline: bool) -> RunEnv {
         home: std::env::home_dir(),
         variables,
         on_warning: Some(|text| eprint(&format!("warning: {text}\n"))),
-        program: own_program(),
         ..RunEnv::default()
     }
 }

@@ -1,24 +1,22 @@
 //! What a running stage is given: its inputs as folders, a place for its output, and a way to tell how it goes.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
 
-use anyhow::{Context as _, anyhow, bail};
+use anyhow::{Context as _, anyhow};
 use serde::Serialize;
 
 use super::canonical::{Digest, is_digest};
+use super::control::Control;
 use super::manifest::Entry;
+use super::stage_events::StageEvents;
 use super::stat::Stat;
 use super::store::CONTINUATION;
-use super::{Event, Input, Level, RunEnv, SourcePath, Span};
-
-/// The most events in the log of a failure.
-const LONGEST_LOG: usize = 10_000;
+use super::task::Task;
+use super::{Event, Input, Level, RunEnv, SourcePath};
 
 /// Everything a [`super::Stage::run`] may use.
 pub struct Context {
@@ -33,21 +31,52 @@ pub struct Context {
     /// What finished stages of the family left, if it has one.
     pub(crate) continuations: Option<PathBuf>,
     pub(crate) env: Arc<RunEnv>,
-    pub(crate) events: Sender<Event>,
-    pub(crate) cancel: Arc<AtomicBool>,
-    /// When the stage has to be done, and how long it had.
-    pub(crate) deadline: Option<(Instant, Span)>,
+    pub(crate) events: Arc<StageEvents>,
+    pub(crate) control: Control,
     pub(crate) gpus: Vec<usize>,
     pub(crate) notes: Mutex<BTreeMap<String, serde_json::Value>>,
     /// Digests of local files by path.
     pub(crate) known: BTreeMap<PathBuf, Entry>,
     /// Digests of files that are known already, by their names in the output.
     pub(crate) written: Mutex<BTreeMap<String, Entry>>,
-    /// The last things it told, for the log of a failure.
-    pub(crate) told: Mutex<VecDeque<Event>>,
 }
 
 impl Context {
+    /// What a task is given.
+    pub(super) fn new(
+        task: &Task,
+        env: Arc<RunEnv>,
+        events: Arc<StageEvents>,
+        control: Control,
+    ) -> Self {
+        let paths = |paths: &BTreeMap<String, OsString>| {
+            let entries = paths.iter();
+            entries
+                .map(|(name, path)| (name.clone(), path.into()))
+                .collect()
+        };
+        let known = task.known.iter();
+        Self {
+            stage: task.stage.clone(),
+            inputs: paths(&task.inputs),
+            sources: paths(&task.sources),
+            outside: task.outside.clone(),
+            out: (&task.out).into(),
+            scratch: (&task.scratch).into(),
+            scratch_note: task.scratch_note.clone(),
+            continuations: task.continuations.as_ref().map(Into::into),
+            env,
+            events,
+            control,
+            gpus: task.gpus.clone(),
+            notes: Mutex::default(),
+            known: known
+                .map(|(path, entry)| (path.into(), entry.clone()))
+                .collect(),
+            written: Mutex::default(),
+        }
+    }
+
     /// The stage's name in the recipe, for messages only: it must not change the result.
     pub fn stage(&self) -> &str {
         &self.stage
@@ -212,15 +241,7 @@ impl Context {
 
     /// An error when the run was interrupted or the stage's time is over.
     pub fn check_cancelled(&self) -> anyhow::Result<()> {
-        if self.cancel.load(Ordering::Relaxed) {
-            bail!("interrupted");
-        }
-        match self.deadline {
-            Some((deadline, span)) if Instant::now() >= deadline => {
-                bail!("it took longer than its `timeout` of {span}")
-            }
-            _ => Ok(()),
-        }
+        self.control.check()
     }
 
     /// Tells how far the stage is. Cheap enough to call every few milliseconds, too dear for every row.
@@ -229,7 +250,7 @@ impl Context {
             stage: self.stage.clone(),
             done,
             total,
-            unit,
+            unit: unit.into(),
         });
     }
 
@@ -244,15 +265,15 @@ impl Context {
 
     /// Tells something worth reading once.
     pub fn info(&self, text: impl Into<String>) {
-        self.tell(Level::Info, text.into());
+        self.message(Level::Info, text.into());
     }
 
     /// Tells something the user should act on.
     pub fn warn(&self, text: impl Into<String>) {
-        self.tell(Level::Warning, text.into());
+        self.message(Level::Warning, text.into());
     }
 
-    pub(super) fn tell(&self, level: Level, text: String) {
+    fn message(&self, level: Level, text: String) {
         self.emit(Event::Message {
             stage: self.stage.clone(),
             level,
@@ -268,34 +289,8 @@ impl Context {
         }
     }
 
-    /// What the stage told and how it ended, as JSON lines.
-    pub(crate) fn log(&self, error: &anyhow::Error) -> Vec<u8> {
-        let failed = Event::StageFailed {
-            stage: self.stage.clone(),
-            error: format!("{error:#}"),
-            kept: None,
-        };
-        let told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut log = Vec::new();
-        for event in told.iter().chain([&failed]) {
-            // Events are plain data, and a log with a hole is better than none.
-            if serde_json::to_writer(&mut log, event).is_ok() {
-                log.push(b'\n');
-            }
-        }
-        log
-    }
-
     fn emit(&self, event: Event) {
-        if !matches!(event, Event::Progress { .. }) {
-            let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-            if told.len() == LONGEST_LOG {
-                told.pop_front();
-            }
-            told.push_back(event.clone());
-        }
-        // Nobody listening is no reason to stop.
-        let _ = self.events.send(event);
+        self.events.send(event);
     }
 }
 
@@ -304,9 +299,9 @@ impl Context {
     /// A context for testing one stage alone: `inputs` by stage name, local files by the path as written.
     /// What it warned of and what it told, each in order.
     pub(crate) fn messages(&self, wanted: Level) -> Vec<String> {
-        let told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        let texts = told.iter().filter_map(|event| match event {
-            Event::Message { level, text, .. } if *level == wanted => Some(text.clone()),
+        let told = self.events.last().into_iter();
+        let texts = told.filter_map(|event| match event {
+            Event::Message { level, text, .. } if level == wanted => Some(text),
             _ => None,
         });
         texts.collect()
@@ -335,14 +330,12 @@ impl Context {
             scratch_note: Vec::new(),
             continuations: None,
             env: Arc::default(),
-            events: std::sync::mpsc::channel().0,
-            cancel: Arc::default(),
-            deadline: None,
+            events: Arc::new(StageEvents::new(std::sync::mpsc::channel().0)),
+            control: Control::default(),
             gpus: Vec::new(),
             known: BTreeMap::new(),
             written: Mutex::default(),
             notes: Mutex::default(),
-            told: Mutex::default(),
         }
     }
 }

@@ -112,7 +112,7 @@ impl Session<'_> {
 /// Something that can go.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Garbage {
-    /// What it is: `result`, `unfinished work`, `end state` (what a finished stage left).
+    /// What it is: `result`, `unfinished work`, `end state` (what a finished stage left), `events of a run`.
     pub what: &'static str,
     /// The stage that made it, if a record tells.
     pub stage: Option<String>,
@@ -260,6 +260,18 @@ impl Store {
                     continue;
                 }
                 discard("unfinished work", None, self.folder(kind).join(&name))?;
+            }
+        }
+        for recipe in self.list("state/runs")? {
+            let runs = self.read_runs(&recipe)?;
+            let kept = runs.iter().rev().take(limits.keep_runs);
+            let kept: BTreeSet<u64> = kept.map(|run| run.number).collect();
+            for (_, path) in self
+                .event_logs(&recipe)
+                .into_iter()
+                .filter(|(number, _)| !kept.contains(number))
+            {
+                discard("events of a run", None, path)?;
             }
         }
         // Nobody writes now: these are of programs that were killed.

@@ -89,7 +89,14 @@ impl Graph {
             }
             inputs.push(reads);
         }
-        let order = order(&nodes, &inputs)?;
+        let (order, cycles) = topological_order(&inputs);
+        if let Some(cycle) = cycles.first() {
+            let names = cycle
+                .iter()
+                .map(|&stage| format!("`{}`", nodes[stage].name));
+            let names = names.collect::<Vec<_>>().join(", ");
+            return Err(GraphError::Cycle(names));
+        }
         Ok(Self {
             nodes,
             inputs,
@@ -129,34 +136,65 @@ impl Graph {
     }
 }
 
-/// Kahn's algorithm with the smallest index first: no recursion, so a chain of any length is fine.
-fn order(nodes: &[Node], inputs: &[Vec<usize>]) -> Result<Vec<usize>, GraphError> {
-    let mut waiting: Vec<usize> = inputs.iter().map(Vec::len).collect();
-    let mut readers = vec![Vec::new(); nodes.len()];
-    for (index, inputs) in inputs.iter().enumerate() {
-        for &input in inputs {
-            readers[input].push(index);
-        }
+/// An order in which every stage comes after those it reads (`inputs`, by index), and otherwise in the order it is given in; and
+/// each cycle once, as stages of which each reads the next one and the last one the first. Without recursion, so a chain may have
+/// any length.
+pub fn topological_order(inputs: &[Vec<usize>]) -> (Vec<usize>, Vec<Vec<usize>>) {
+    #[derive(Clone, Copy)]
+    enum Visit {
+        New,
+        Open,
+        Done,
     }
-    let mut ready: std::collections::BTreeSet<usize> = (0..nodes.len())
-        .filter(|&index| waiting[index] == 0)
-        .collect();
-    let mut order = Vec::with_capacity(nodes.len());
-    while let Some(index) = ready.pop_first() {
-        order.push(index);
-        for &reader in &readers[index] {
-            waiting[reader] -= 1;
-            if waiting[reader] == 0 {
-                ready.insert(reader);
+    let mut order = Vec::with_capacity(inputs.len());
+    let mut cycles = Vec::new();
+    let mut visits = vec![Visit::New; inputs.len()];
+    for start in 0..inputs.len() {
+        if !matches!(visits[start], Visit::New) {
+            continue;
+        }
+        visits[start] = Visit::Open;
+        // The stages on the way, and how many of its inputs each has followed.
+        let mut way = vec![(start, 0)];
+        while let Some((stage, next)) = way.last_mut() {
+            let stage = *stage;
+            let Some(&input) = inputs[stage].get(*next) else {
+                visits[stage] = Visit::Done;
+                order.push(stage);
+                way.pop();
+                continue;
+            };
+            *next += 1;
+            match visits[input] {
+                Visit::New => {
+                    visits[input] = Visit::Open;
+                    way.push((input, 0));
+                }
+                Visit::Open => {
+                    let cycle = way.iter().map(|(stage, _)| *stage);
+                    cycles.push(cycle.skip_while(|stage| *stage != input).collect());
+                }
+                Visit::Done => {}
             }
         }
     }
-    if order.len() == nodes.len() {
-        return Ok(order);
+    (order, cycles)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stages_come_after_what_they_read_and_cycles_are_found() {
+        let inputs = [vec![1], vec![3, 2], vec![], vec![]];
+        assert_eq!(topological_order(&inputs), (vec![3, 2, 1, 0], vec![]));
+        let chain: Vec<Vec<usize>> = (1..100_000)
+            .map(|next| vec![next])
+            .chain([vec![]])
+            .collect();
+        assert_eq!(topological_order(&chain).0[..2], [99_999, 99_998]);
+        let (_, cycles) = topological_order(&[vec![1], vec![2], vec![1, 0], vec![3]]);
+        assert_eq!(cycles, [vec![1, 2], vec![0, 1, 2], vec![3]]);
     }
-    let stuck: Vec<_> = (0..nodes.len())
-        .filter(|&index| waiting[index] > 0)
-        .map(|i| format!("`{}`", nodes[i].name))
-        .collect();
-    Err(GraphError::Cycle(stuck.join(", ")))
 }

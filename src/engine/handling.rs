@@ -25,7 +25,7 @@ pub struct Handling {
 }
 
 /// What a stage takes of the machine while it runs. Stages that run at a time never take more than there is.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Resources {
     /// Threads the stage may compute with; without it the stage counts as one and may use all cores.
@@ -38,6 +38,25 @@ pub struct Resources {
     /// Devices the stage has to itself.
     #[serde(default)]
     pub gpus: usize,
+    /// Whether the stage runs in a process of its own: whatever ends that process is then an ordinary failure of the stage, and its
+    /// memory is free afterwards. With `false` it runs in the runner's own process, which a crash ends, and no limit of memory holds.
+    #[serde(default = "isolated")]
+    pub isolated: bool,
+}
+
+fn isolated() -> bool {
+    true
+}
+
+impl Default for Resources {
+    fn default() -> Self {
+        Self {
+            cpus: None,
+            memory: Bytes::default(),
+            gpus: 0,
+            isolated: isolated(),
+        }
+    }
 }
 
 /// What the stages of a run may take together.
@@ -135,6 +154,7 @@ mod tests {
             cpus: NonZeroUsize::new(cpus),
             memory: Bytes(memory),
             gpus,
+            ..Resources::default()
         }
     }
 

@@ -19,7 +19,7 @@ pub struct Kind {
     /// The noun of what it makes, unless its parameters say otherwise ([`Stage::output`]).
     pub output: &'static str,
     /// Reads parameters.
-    pub parse: fn(serde_yaml::Value) -> Result<Arc<dyn AnyStage>, ParseError>,
+    pub parse: fn(serde_json::Value) -> Result<Arc<dyn AnyStage>, ParseError>,
     /// The JSON Schema of the parameters; its description is the kind's documentation.
     pub schema: fn(&mut SchemaGenerator) -> Schema,
 }
@@ -38,7 +38,7 @@ impl Kind {
 }
 
 fn parse<S: Stage + DeserializeOwned>(
-    params: serde_yaml::Value,
+    params: serde_json::Value,
 ) -> Result<Arc<dyn AnyStage>, ParseError> {
     read_parameters::<S>(params).map(|stage| Arc::new(stage) as Arc<dyn AnyStage>)
 }

@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use super::RunEnv;
 use super::canonical::Digest;
+use super::executor::Executors;
 use super::fingerprint::{Fingerprint, Origin};
 use super::graph::{Graph, Node};
 use super::last_results::LastResults;
@@ -74,6 +75,8 @@ pub struct Session<'a> {
     pub outputs: Vec<usize>,
     /// The remote, if there is one.
     pub shared: &'a Shared,
+    /// What runs the stages.
+    pub executors: &'a Executors,
 }
 
 /// A stage whose inputs are known, ready to be looked up or run.

@@ -10,7 +10,7 @@ use std::time::Instant;
 use anyhow::Context as _;
 
 use super::canonical::Digest;
-use super::event::{Event, send};
+use super::event::{EVENT_VERSION, Event, send};
 use super::handling::{Free, Machine};
 use super::history::{Outcome, Run, stages};
 use super::last_results::LastResults;
@@ -49,6 +49,8 @@ pub struct Summary {
     pub artifacts: Vec<Option<Digest>>,
     /// Seconds that the fresh stages took when they ran.
     pub saved: f64,
+    /// The run's number in the history, if it left a trace there.
+    pub run: Option<u64>,
 }
 
 /// What the store says of a stage whose inputs are known.
@@ -97,6 +99,7 @@ pub fn run(
         Event::RunStarted {
             recipe: session.recipe.to_owned(),
             stages,
+            version: EVENT_VERSION,
         },
     );
     let (shared, queued) = session.shared.open(session.store, events);
@@ -279,13 +282,13 @@ impl<'a> Runner<'a, '_> {
             - self.summary.ran
             - self.summary.failed;
         self.summary.skipped = left;
-        self.remember(&contents);
+        self.summary.run = self.remember(&contents);
         self.summary.artifacts = contents;
         self.summary
     }
 
     /// Keeps what was run, for `history` and `diff`. A store that can't be written has no history, and still serves.
-    fn remember(&self, contents: &[Option<Digest>]) {
+    fn remember(&self, contents: &[Option<Digest>]) -> Option<u64> {
         let Session {
             graph,
             store,
@@ -307,7 +310,7 @@ impl<'a> Runner<'a, '_> {
             outcome,
             stages: stages(graph, &self.fingerprints, contents, &self.ran),
         };
-        let _ = store.remember(recipe, run);
+        store.remember(recipe, run).ok().flatten()
     }
 
     /// Tells that a stage failed before it ran.

@@ -22,9 +22,6 @@ pub struct RunEnv {
     pub on_warning: Option<fn(&str)>,
     /// The warnings so far.
     pub warned: Arc<Mutex<BTreeSet<String>>>,
-    /// The program that runs a stage in a process of its own (`pipeline work`), so that whatever ends it ends only this
-    /// stage. Without one stages run in this process.
-    pub program: Option<PathBuf>,
 }
 
 impl RunEnv {

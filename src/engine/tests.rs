@@ -1,9 +1,9 @@
 //! The engine with toy stages that write text files: fresh, stale, cut off, damaged, crashed, forced, two runners.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::channel;
+use std::sync::{Arc, LazyLock};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -21,6 +21,10 @@ struct Text;
 
 impl Artifact for Text {
     const NAME: &'static str = "text";
+
+    fn show(_: &Path, _: usize) -> anyhow::Result<Vec<View>> {
+        Ok(Vec::new())
+    }
 }
 
 /// How often any toy stage ran, per test: tests hand the counter's name in by a neutral parameter.
@@ -110,6 +114,22 @@ impl Options {
     }
 }
 
+/// All kinds of toy stages.
+const KINDS: &[Kind] = &[
+    Kind::of::<Read>(),
+    Kind::of::<Join>(),
+    Kind::of::<changes::Watched>(),
+    Kind::of::<changes::Spoils>(),
+    Kind::of::<changes::Links>(),
+    Kind::of::<collecting::Slow>(),
+    Kind::of::<continuations::Count>(),
+    Kind::of::<failures::Odd>(),
+];
+
+/// Without a program they run in this process.
+static EXECUTORS: LazyLock<Executors> =
+    LazyLock::new(|| Executors::new(KINDS, Arc::default(), None));
+
 struct Toy {
     folder: tempfile::TempDir,
     counter: usize,
@@ -192,6 +212,7 @@ impl Toy {
             verify: false,
             outputs: Vec::new(),
             shared,
+            executors: &EXECUTORS,
         }
     }
 

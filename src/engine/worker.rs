@@ -1,27 +1,26 @@
 //! One stale stage on its own thread: lock, tries, commit; what a failure leaves is set aside.
 
-use std::any::Any;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, anyhow, bail};
-use rayon::ThreadPoolBuilder;
+use anyhow::{Context as _, bail};
 
 use super::canonical::Digest;
-use super::child;
+use super::control::Control;
 use super::event::{Event, send};
+use super::executor::TaskResult;
 use super::graph::Node;
 use super::plan::{Prepared, Session};
 use super::reason::Reason;
 use super::record::{FORMAT, Record};
+use super::stage_events::StageEvents;
 use super::stat::seconds_now;
 use super::store::{Found, Miss};
-use super::task::is_full;
-use super::{Context, threads};
+use super::task::{TASK_VERSION, Task, is_full, memory, unmarked};
 
 /// The pause before the first retry; each further one is twice as long, up to [`LONGEST_PAUSE`].
 const PAUSE: Duration = Duration::from_secs(1);
@@ -154,7 +153,7 @@ impl Worker<'_, '_> {
         });
         let started = seconds_now();
         let clock = Instant::now();
-        let context = self.run_with_retries(prepared, &miss)?;
+        let result = self.run_with_retries(prepared, &miss)?;
         let seconds = clock.elapsed().as_secs_f64();
         let previous = store
             .last(recipe, &node.name)
@@ -167,10 +166,7 @@ impl Worker<'_, '_> {
             origins: prepared.origins.clone(),
             output: node.stage.output().to_owned(),
             artifact: String::new(),
-            notes: context
-                .notes
-                .into_inner()
-                .unwrap_or_else(PoisonError::into_inner),
+            notes: result.notes,
             params: node.stage.params().map_err(anyhow::Error::from)?,
             started,
             seconds,
@@ -180,10 +176,8 @@ impl Worker<'_, '_> {
             // The result is worth more than what a later stage might start from.
             let _ = miss.keep_continuation(&family);
         }
-        let written = context.written.into_inner();
-        let written = written.unwrap_or_else(PoisonError::into_inner);
         let waiting = &mut |holder: &str| self.wait(holder);
-        let (record, _) = miss.commit(record, &written, &self.cancel, waiting)?;
+        let (record, _) = miss.commit(record, &result.written, &self.cancel, waiting)?;
         shared.made(store, &prepared.digest);
         self.session.keep_texts(node, prepared);
         store.set_last(recipe, &node.name, &prepared.digest)?;
@@ -219,15 +213,17 @@ impl Worker<'_, '_> {
     }
 
     /// Runs the stage until it succeeds or has failed as often as it may.
-    fn run_with_retries(&self, prepared: &Prepared, miss: &Miss<'_>) -> Result<Context, Failed> {
+    fn run_with_retries(&self, prepared: &Prepared, miss: &Miss<'_>) -> Result<TaskResult, Failed> {
         let node = self.node();
         let mut pause = PAUSE;
         let mut retries_left = node.handling.retries;
         loop {
-            let context = self.context(prepared, miss)?;
-            let result = catch_unwind(AssertUnwindSafe(|| run_stage(node, &context)))
-                .unwrap_or_else(|panic| Err(panicked(&*panic)));
-            let mut result = result.and_then(|()| context.check_cancelled());
+            let task = self.task(prepared, miss.partial()?)?;
+            let events = Arc::new(StageEvents::new(self.events.clone()));
+            let control = Control::new(Arc::clone(&self.cancel), node.handling.timeout);
+            let executor = self.session.executors.of(&node.handling.resources);
+            let result = executor.execute(&task, &events, &control);
+            let mut result = result.and_then(|result| control.check().map(|()| result));
             if self.cancel.load(Ordering::Relaxed)
                 && let Err(error) = result
             {
@@ -238,15 +234,16 @@ impl Worker<'_, '_> {
                 // Another try would read the same.
                 retries_left = 0;
                 result = Err(match result {
-                    Ok(()) => changed,
+                    Ok(_) => changed,
                     Err(error) => changed.context(format!("{error:#}")),
                 });
             }
-            let Err(error) = result else {
-                return Ok(context);
+            let error = match result {
+                Ok(result) => return Ok(result),
+                Err(error) => error,
             };
             if retries_left == 0 {
-                let kept = keep_failure(miss, &context, &error);
+                let kept = keep_failure(miss, &node.name, &events, &error);
                 return Err(Failed { error, kept });
             }
             retries_left -= 1;
@@ -271,68 +268,68 @@ impl Worker<'_, '_> {
             .family(self.node().stage.length_parameters())
     }
 
-    fn context(&self, prepared: &Prepared, miss: &Miss<'_>) -> anyhow::Result<Context> {
+    /// The stage as a task that writes into `out`.
+    fn task(&self, prepared: &Prepared, out: PathBuf) -> anyhow::Result<Task> {
         let node = self.node();
-        let timeout = node.handling.timeout;
-        Ok(Context {
+        let params = node
+            .stage
+            .params()
+            .context("its parameters could not be handed on")?;
+        let paths = |paths: &BTreeMap<String, PathBuf>| {
+            let entries = paths.iter();
+            entries
+                .map(|(name, path)| (name.clone(), path.clone().into_os_string()))
+                .collect()
+        };
+        let known = prepared.known.iter();
+        let resources = &node.handling.resources;
+        Ok(Task {
+            version: TASK_VERSION,
+            pipeline: env!("CARGO_PKG_VERSION").to_owned(),
             stage: node.name.clone(),
-            inputs: self.session.input_folders(prepared),
-            sources: node.sources.clone(),
+            kind: node.stage.kind().to_owned(),
+            params: unmarked(params),
+            finishes_when_cancelled: node.stage.exclusive(),
+            offline: self.session.env.offline,
+            cpus: resources.cpus,
+            memory: memory(node.stage.bounded(), resources),
+            gpus: self.gpus.clone(),
+            inputs: paths(&self.session.input_folders(prepared)),
+            sources: paths(&node.sources),
             outside: prepared.fingerprint.outside.clone(),
-            out: miss.partial()?,
-            scratch: self.session.store.scratch(&prepared.digest),
+            out: out.into_os_string(),
+            scratch: self
+                .session
+                .store
+                .scratch(&prepared.digest)
+                .into_os_string(),
             scratch_note: serde_json::to_vec(&prepared.fingerprint)?,
             // Who forces a stage wants it made from its inputs alone.
             continuations: (self.family(prepared))
                 .filter(|_| !self.session.forced[self.index])
-                .map(|family| self.session.store.continuations(&family)),
-            env: Arc::clone(&self.session.env),
-            events: self.events.clone(),
-            cancel: Arc::clone(&self.cancel),
-            deadline: timeout.and_then(|span| Some((Instant::now().checked_add(span.0)?, span))),
-            gpus: self.gpus.clone(),
-            notes: Mutex::default(),
-            told: Mutex::default(),
-            known: prepared.known.clone(),
-            written: Mutex::default(),
+                .map(|family| self.session.store.continuations(&family).into_os_string()),
+            known: known
+                .map(|(path, entry)| (path.clone().into_os_string(), entry.clone()))
+                .collect(),
+            warned: self.session.env.warnings(),
         })
     }
 }
 
-/// Runs a stage with as many threads as it declares: in a process of its own where there is a program for that.
-fn run_stage(node: &Node, context: &Context) -> anyhow::Result<()> {
-    if let Some(program) = &context.env.program {
-        return child::run(node, context, program);
-    }
-    let Some(cpus) = node.handling.resources.cpus else {
-        threads::start(ThreadPoolBuilder::new())?;
-        return node.stage.run(context);
-    };
-    let pool = ThreadPoolBuilder::new().num_threads(cpus.get());
-    let pool = pool.build().context("could not start threads")?;
-    pool.install(|| node.stage.run(context))
-}
-
 /// Keeps what a failed stage wrote and told. Where that is not possible nothing is kept; on a full disk only the log is.
-fn keep_failure(miss: &Miss<'_>, context: &Context, error: &anyhow::Error) -> Option<PathBuf> {
+fn keep_failure(
+    miss: &Miss<'_>,
+    stage: &str,
+    events: &StageEvents,
+    error: &anyhow::Error,
+) -> Option<PathBuf> {
     if is_full(error) {
         // Best done first: it makes room.
         let _ = miss.discard();
     }
-    let kept = miss.keep_failure(&context.log(error));
+    let kept = miss.keep_failure(&events.log(stage, error));
     if kept.is_err() {
         let _ = miss.discard();
     }
     kept.ok()
-}
-
-fn panicked(panic: &(dyn Any + Send)) -> anyhow::Error {
-    let text = panic
-        .downcast_ref::<String>()
-        .map(String::as_str)
-        .or_else(|| panic.downcast_ref::<&str>().copied());
-    anyhow!(
-        "the stage panicked, which is a bug in pipeline: {}",
-        text.unwrap_or("no message")
-    )
 }

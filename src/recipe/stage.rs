@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use serde_yaml::{Mapping, Value};
 
-use crate::engine::{AnyStage, Fault, Handling, Kind, read_parameters};
+use crate::engine::{AnyStage, Fault, Handling, Kind, Marker, markers, read_parameters};
 
 use super::draft::Draft;
 use super::hints;
 use super::sentence::{self, noun};
-use super::source_map::{RecipePath, child, display, keys, parse};
+use super::source_map::{PathStep, RecipePath, child, display, keys, parse};
 use super::{Edge, SourceFile};
 
 /// Keys beside the kind that are kept free for what is to come.
@@ -121,7 +121,7 @@ fn stage(draft: &mut Draft, name: String, path: &RecipePath, value: &Value) -> D
             }
         }
         match typed.params() {
-            Ok(params) => find(draft, &mut staged, &mut Vec::new(), &params),
+            Ok(params) => edges_and_files(draft, &mut staged, &params),
             Err(error) => {
                 let message = format!("the parameters of `{}` can not be kept: {error}", kind.name);
                 draft.value_error(&staged.path, message, None);
@@ -139,9 +139,15 @@ fn handling(draft: &mut Draft, name: &str, path: &RecipePath, value: &Value) -> 
         let Some(setting) = value.get(key) else {
             continue;
         };
-        let mut alone = Mapping::new();
-        alone.insert(key.into(), setting.clone());
-        match read_parameters::<Handling>(Value::Mapping(alone)) {
+        let setting = match json(setting, child(path, key)) {
+            Ok(setting) => setting,
+            Err(at) => {
+                not_finite(draft, path, name, &at);
+                continue;
+            }
+        };
+        let alone = serde_json::Map::from_iter([(key.to_owned(), setting)]);
+        match read_parameters::<Handling>(alone.into()) {
             Ok(read) => match key {
                 "resources" => handling.resources = read.resources,
                 "retries" => handling.retries = read.retries,
@@ -269,7 +275,7 @@ fn typed(
     draft: &mut Draft,
     kind: &'static Kind,
     path: &RecipePath,
-    mut params: Mapping,
+    params: Mapping,
 ) -> (Option<Arc<dyn AnyStage>>, bool) {
     let own = draft.parameters(kind);
     let mut dropped = BTreeSet::new();
@@ -295,12 +301,20 @@ fn typed(
             dropped.insert(parameter.name.clone());
         }
     }
+    let mut values = serde_json::Map::new();
+    for (key, value) in params {
+        let Value::String(key) = key else { continue };
+        match json(&value, child(path, &key)) {
+            Ok(value) => _ = values.insert(key, value),
+            Err(at) => {
+                not_finite(draft, path, kind.name, &at);
+                dropped.insert(key);
+            }
+        }
+    }
     loop {
-        params.retain(|key, _| {
-            key.as_str()
-                .is_some_and(|key| !dropped.contains(key) && !unknown.contains(key))
-        });
-        let error = match (kind.parse)(Value::Mapping(params.clone())) {
+        values.retain(|key, _| !dropped.contains(key) && !unknown.contains(key));
+        let error = match (kind.parse)(values.clone().into()) {
             Ok(stage) => return (Some(stage), dropped.is_empty()),
             Err(error) => error,
         };
@@ -319,7 +333,7 @@ fn typed(
             draft.value_error(&at, sentence.message, sentence.hint);
         }
         let culprit = match parameter.first() {
-            Some(super::PathStep::Key(key)) if params.contains_key(key) => key.clone(),
+            Some(PathStep::Key(key)) if values.contains_key(key) => key.clone(),
             _ => return (None, false),
         };
         dropped.insert(culprit);
@@ -338,7 +352,7 @@ fn empty(draft: &mut Draft, kind: &Kind, path: &RecipePath, value: &Value) -> Ve
                 let values = values.iter().enumerate();
                 open.extend(values.map(|(index, value)| {
                     let mut at = at.clone();
-                    at.push(super::PathStep::Index(index));
+                    at.push(PathStep::Index(index));
                     (at, value)
                 }));
             }
@@ -371,46 +385,70 @@ fn empty(draft: &mut Draft, kind: &Kind, path: &RecipePath, value: &Value) -> Ve
     found
 }
 
-/// Finds edges and files in serialised parameters.
-fn find(draft: &Draft, staged: &mut DraftStage, path: &mut RecipePath, value: &serde_json::Value) {
-    use crate::engine::{ARTIFACT_KEY, FILE_KEY, NEUTRAL_KEY, STAGE_KEY};
-    let text =
-        |value: Option<&serde_json::Value>| value.and_then(|v| v.as_str()).map(str::to_owned);
-    match value {
-        serde_json::Value::Object(map) => {
-            if let (Some(stage), Some(artifact)) =
-                (text(map.get(STAGE_KEY)), text(map.get(ARTIFACT_KEY)))
-            {
-                staged.edges.push(Edge {
-                    parameter: display(path),
-                    stage,
-                    artifact,
+/// The edges and files among serialised parameters.
+fn edges_and_files(draft: &Draft, stage: &mut DraftStage, params: &serde_json::Value) {
+    for (parameter, marker) in markers(params) {
+        match marker {
+            Marker::Stage {
+                stage: producer,
+                artifact,
+            } => stage.edges.push(Edge {
+                parameter,
+                stage: producer,
+                artifact,
+            }),
+            Marker::File(path) => {
+                let at = below(&stage.path, &parameter);
+                stage.files.push(SourceFile {
+                    parameter,
+                    path,
+                    from_command_line: draft.is_from_command_line(&at),
                 });
-            } else if let Some(file) = text(map.get(FILE_KEY)) {
-                let mut whole = staged.path.clone();
-                whole.extend_from_slice(path);
-                staged.files.push(SourceFile {
-                    parameter: display(path),
-                    path: file,
-                    from_command_line: draft.is_from_command_line(&whole),
-                });
-            } else if let Some(inner) = map.get(NEUTRAL_KEY) {
-                find(draft, staged, path, inner);
-            } else {
-                for (key, value) in map {
-                    path.push(super::PathStep::Key(key.clone()));
-                    find(draft, staged, path, value);
-                    path.pop();
-                }
             }
+            Marker::Neutral => {}
         }
-        serde_json::Value::Array(list) => {
-            for (index, value) in list.iter().enumerate() {
-                path.push(super::PathStep::Index(index));
-                find(draft, staged, path, value);
-                path.pop();
-            }
-        }
-        _ => {}
     }
+}
+
+/// A value as JSON, which has no numbers but finite ones: where there is another, the error is its path below `at`.
+fn json(value: &Value, at: RecipePath) -> Result<serde_json::Value, RecipePath> {
+    Ok(match value {
+        Value::Null => serde_json::Value::Null,
+        Value::Bool(value) => (*value).into(),
+        Value::String(text) => text.clone().into(),
+        Value::Number(number) => match (number.as_u64(), number.as_i64(), number.as_f64()) {
+            (Some(number), ..) => number.into(),
+            (_, Some(number), _) => number.into(),
+            (.., Some(number)) if number.is_finite() => number.into(),
+            _ => return Err(at),
+        },
+        Value::Sequence(values) => {
+            let values = values.iter().enumerate();
+            let values = values.map(|(index, value)| {
+                let mut at = at.clone();
+                at.push(PathStep::Index(index));
+                json(value, at)
+            });
+            serde_json::Value::Array(values.collect::<Result<_, _>>()?)
+        }
+        Value::Mapping(map) => {
+            // Reading refuses keys that are no texts, and tags.
+            let entries = map
+                .iter()
+                .filter_map(|(key, value)| Some((key.as_str()?, value)));
+            let entries = entries.map(|(key, value)| {
+                let value = json(value, child(&at, key))?;
+                Ok::<_, RecipePath>((key.to_owned(), value))
+            });
+            serde_json::Value::Object(entries.collect::<Result<_, _>>()?)
+        }
+        Value::Tagged(_) => return Err(at),
+    })
+}
+
+/// Says of a number that it is not finite.
+fn not_finite(draft: &mut Draft, stage: &RecipePath, kind: &str, at: &RecipePath) {
+    let parameter = display(at.get(stage.len()..).unwrap_or_default());
+    let message = format!("`{parameter}` of `{kind}` must be a finite number");
+    draft.value_error(at, message, None);
 }

@@ -5,6 +5,8 @@ use std::path::Component;
 
 use serde_yaml::Value;
 
+use crate::engine::topological_order;
+
 use super::draft::Draft;
 use super::hints;
 use super::sentence::noun;
@@ -103,64 +105,41 @@ fn made_by(makers: &[&str], artifact: &str) -> String {
     )
 }
 
-/// Sorts the stages so that producers come first, without recursion; each cycle is told once.
+/// Sorts the stages so that producers come first; each cycle is told once.
 fn order(draft: &mut Draft, stages: &[DraftStage]) -> Vec<usize> {
     let index: BTreeMap<&str, usize> = stages
         .iter()
         .enumerate()
         .map(|(index, stage)| (stage.name.as_str(), index))
         .collect();
-    // (producer, edge) of each stage; taking one's own result is told elsewhere.
-    let needs: Vec<Vec<(usize, usize)>> = stages
+    // A stage that takes its own result is told elsewhere.
+    let inputs: Vec<Vec<usize>> = stages
         .iter()
-        .enumerate()
-        .map(|(consumer, stage)| {
-            let edges = stage.edges.iter().enumerate();
-            edges
-                .filter_map(|(edge, to)| Some((*index.get(to.stage.as_str())?, edge)))
-                .filter(|(producer, _)| *producer != consumer)
+        .map(|stage| {
+            let other = stage.edges.iter().filter(|edge| edge.stage != stage.name);
+            other
+                .filter_map(|edge| index.get(edge.stage.as_str()).copied())
                 .collect()
         })
         .collect();
-    let mut order = Vec::with_capacity(stages.len());
-    // 0: not seen, 1: on the way, 2: done.
-    let mut state = vec![0_u8; stages.len()];
-    for start in 0..stages.len() {
-        // The stage, and how many of its edges were followed.
-        let mut way = vec![(start, 0_usize)];
-        if state[start] != 0 {
+    let (order, cycles) = topological_order(&inputs);
+    for cycle in cycles {
+        let ends = cycle.first().zip(cycle.last());
+        let Some((first, last)) = ends.map(|(first, last)| (&stages[*first], &stages[*last]))
+        else {
             continue;
-        }
-        state[start] = 1;
-        while let Some((at, next)) = way.last_mut() {
-            let at = *at;
-            let Some(&(producer, edge)) = needs[at].get(*next) else {
-                state[at] = 2;
-                order.push(at);
-                way.pop();
-                continue;
-            };
-            *next += 1;
-            match state[producer] {
-                0 => {
-                    state[producer] = 1;
-                    way.push((producer, 0));
-                }
-                1 => {
-                    let ring = way.iter().skip_while(|(stage, _)| *stage != producer);
-                    let mut names: Vec<String> = ring
-                        .map(|(stage, _)| format!("`{}`", stages[*stage].name))
-                        .collect();
-                    names.push(format!("`{}`", stages[producer].name));
-                    let message = format!("the stages wait on each other: {}", names.join(" -> "));
-                    let parameter = &stages[at].edges[edge].parameter;
-                    let path = parameter_path(&stages[at], parameter);
-                    let hint = "each arrow reads \"takes the result of\"; one of them must go";
-                    draft.value_error(&path, message, Some(hint.to_owned()));
-                }
-                _ => {}
-            }
-        }
+        };
+        let names = cycle
+            .iter()
+            .map(|stage| &stages[*stage].name)
+            .chain([&first.name]);
+        let names: Vec<String> = names.map(|name| format!("`{name}`")).collect();
+        let message = format!("the stages wait on each other: {}", names.join(" -> "));
+        let closing = last.edges.iter().find(|edge| edge.stage == first.name);
+        let parameter = closing.map_or("", |edge| &edge.parameter);
+        let path = parameter_path(last, parameter);
+        let hint = "each arrow reads \"takes the result of\"; one of them must go";
+        draft.value_error(&path, message, Some(hint.to_owned()));
     }
     order
 }

@@ -14,7 +14,7 @@ use crate::cli::project::Project;
 use crate::cli::remote::RemoteArgs;
 use crate::cli::{Failure, colour, eprint, error, lock_file, machine};
 use crate::engine::{Bytes, Event, Machine, Options, PublishOptions, Published, Summary, publish};
-use crate::report::{Style, report};
+use crate::report::{JsonLines, Reporter, Terminal, report};
 
 #[derive(clap::Args)]
 pub(in crate::cli) struct Args {
@@ -75,27 +75,24 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
         },
         keep_going: args.keep_going,
     };
-    let style = match (args.json, std::io::stderr().is_terminal()) {
-        (true, _) => Style::Json,
-        (false, true) => Style::Bars,
-        (false, false) => Style::Lines,
-    };
     let cancel = Arc::clone(&project.env.cancel);
     stop_on_signal(&cancel)?;
     let (events, received) = channel();
-    let stages = project.recipe.stages.iter();
-    let place = |place| format!("{}:{place}", project.recipe.path.display());
-    let places = stages
-        .map(|stage| (stage.name.clone(), place(stage.span)))
-        .collect();
-    let places = &places;
+    let mut reporter: Box<dyn Reporter + Send> = match (args.json, std::io::stderr().is_terminal())
+    {
+        (true, _) => Box::new(JsonLines::new(std::io::stdout())),
+        (false, true) => Box::new(Terminal::bars(project.spans(), std::io::stderr())),
+        (false, false) => Box::new(Terminal::lines(project.spans(), std::io::stderr())),
+    };
+    let mut log = project.event_log();
     let summary = std::thread::scope(|scope| {
+        let log = &mut log;
         std::thread::Builder::new()
-            .spawn_scoped(scope, move || report(&received, style, places))
+            .spawn_scoped(scope, move || report(&received, &mut [&mut *reporter, log]))
             .context("could not start a thread")?;
-        // The sender goes when this is done, and with it the reporter.
+        // The sender goes when this is done, and with it the reporters.
         let events = events;
-        // Also until the outputs are in their places: nothing they are made of may go before.
+        // Also until the outputs are published: nothing they are made of may go before.
         let in_use = project.store.use_results(&cancel, &mut |holder| {
             let holder = holder.to_owned();
             // A reporter that is gone misses nothing else.
@@ -121,6 +118,10 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
         }
         anyhow::Ok(Some(summary))
     })?;
+    if let Some(number) = summary.as_ref().and_then(|summary| summary.run) {
+        // It is only for looking at later.
+        let _ = log.keep(number);
+    }
     project.report_warnings()?;
     let Some(summary) = summary else {
         return Err(Failure::Interrupted);

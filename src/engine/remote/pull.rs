@@ -343,7 +343,7 @@ impl Arrival<'_> {
                 stage: self.stage.to_owned(),
                 done: done + piece.len() as u64,
                 total: Some(self.size),
-                unit: "bytes",
+                unit: "bytes".into(),
             });
         }
         Ok(())

@@ -8,7 +8,7 @@ use super::*;
 
 /// Copies all texts of a file or folder, and changes something while it does.
 #[derive(Serialize, Deserialize, JsonSchema)]
-struct Watched {
+pub(super) struct Watched {
     file: SourcePath,
     /// What happens once the source was read.
     #[serde(default)]
@@ -275,7 +275,7 @@ fn a_result_that_changes_while_it_is_read_makes_no_other() {
 
 /// Writes into what it reads.
 #[derive(Serialize, Deserialize, JsonSchema)]
-struct Spoils {
+pub(super) struct Spoils {
     input: Input<Text>,
 }
 
@@ -441,7 +441,7 @@ fn manifests_and_memos_of_before_are_read_once_and_mean_the_same() {
 
 /// Links a file of somebody else's into its result.
 #[derive(Serialize, Deserialize, JsonSchema)]
-struct Links {
+pub(super) struct Links {
     theirs: Neutral<PathBuf>,
 }
 

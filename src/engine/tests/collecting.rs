@@ -7,7 +7,7 @@ use super::*;
 
 /// Counts in its scratch folder, and fails before it is done.
 #[derive(Serialize, Deserialize, JsonSchema)]
-struct Slow {
+pub(super) struct Slow {
     input: Input<Text>,
     setting: u32,
     #[serde(default)]

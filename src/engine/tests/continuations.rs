@@ -4,7 +4,7 @@ use super::*;
 
 /// Writes the numbers up to `to`, and counts those it had to make itself.
 #[derive(Serialize, Deserialize, JsonSchema)]
-struct Count {
+pub(super) struct Count {
     to: u64,
     unit: String,
     #[serde(default)]

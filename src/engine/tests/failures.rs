@@ -8,7 +8,7 @@ use super::*;
 
 /// Fails so often, takes so long, and writes down who ran beside it.
 #[derive(Serialize, Deserialize, JsonSchema)]
-struct Odd {
+pub(super) struct Odd {
     name: String,
     #[serde(default)]
     fails: Neutral<usize>,

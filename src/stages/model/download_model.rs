@@ -331,7 +331,7 @@ mod tests {
         let mut cx = Context::for_test(folder.path(), &[], &[]);
         cx.outside = [("commit".to_owned(), commit)].into();
         cx.env = Arc::new(env(&server, folder.path()));
-        cx.cancel.store(true, std::sync::atomic::Ordering::Relaxed);
+        cx.control.cancel();
         let error = stage("repo: some/model").run(&cx).unwrap_err();
         assert_eq!(error.to_string(), "interrupted");
     }

@@ -221,7 +221,7 @@ fn mistakes_are_told() {
 
 /// What a training told when it began, and the notes on it.
 fn beginning(cx: &Context) -> (String, serde_json::Value) {
-    let told = cx.told.lock().unwrap();
+    let told = cx.events.last();
     let text = told.iter().find_map(|event| match event {
         Event::Message { text, .. } => Some(text.clone()),
         _ => None,

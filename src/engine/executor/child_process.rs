@@ -1,0 +1,229 @@
+//! Runs a task in a process of its own: starts it, listens to it, stops it, and says in words what ended it. Whatever a file does to a
+//! library (a stack that overflows, memory that runs out, a mapped file that shrinks) ends that process and nothing else.
+
+use std::io::{BufRead as _, BufReader, Read, Write as _};
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, anyhow, bail, ensure};
+
+use super::super::Bytes;
+use super::super::control::Control;
+use super::super::event::{EVENT_VERSION, Event};
+use super::super::stage_events::StageEvents;
+use super::super::task::{Task, error};
+use super::{Executor, TaskResult};
+
+/// How often a running stage is looked after.
+const TICK: Duration = Duration::from_millis(50);
+/// How long a stage that was told to stop may take. Trainings and evaluations take as long as they need to save what they have.
+const PATIENCE: Duration = Duration::from_millis(500);
+/// What is kept of its standard error, in bytes.
+const LAST_WORDS: usize = 16 << 10;
+/// The line that tells it to stop.
+pub(in crate::engine) const CANCEL: &str = "cancel";
+
+/// The process, ended at the latest when this is dropped.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Runs tasks each in a process of its own, `program work`: the task goes in on standard input, events come out on standard output.
+pub struct ChildProcess {
+    program: PathBuf,
+}
+
+impl ChildProcess {
+    /// Starts this program for each task.
+    pub fn new(program: PathBuf) -> Self {
+        Self { program }
+    }
+}
+
+impl Executor for ChildProcess {
+    fn execute(
+        &self,
+        task: &Task,
+        events: &Arc<StageEvents>,
+        control: &Control,
+    ) -> anyhow::Result<TaskResult> {
+        let child = Command::new(&self.program)
+            .arg0("pipeline")
+            .arg("work")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn();
+        let mut running = Running(child.context("could not start a process for the stage")?);
+        let child = &mut running.0;
+        let (Some(mut input), Some(output), Some(errors)) =
+            (child.stdin.take(), child.stdout.take(), child.stderr.take())
+        else {
+            bail!("the process of the stage has no pipes");
+        };
+        let (sender, received) = channel();
+        let start = |name: &str| std::thread::Builder::new().name(name.to_owned());
+        start("listener").spawn(move || {
+            // What is no event was printed by a library.
+            let lines = BufReader::new(output).split(b'\n').map_while(Result::ok);
+            for event in lines.filter_map(|line| serde_json::from_slice::<Event>(&line).ok()) {
+                if sender.send(event).is_err() {
+                    break;
+                }
+            }
+        })?;
+        let errors = start("errors").spawn(move || last_words(errors))?;
+        let mut line = serde_json::to_vec(task)?;
+        line.push(b'\n');
+        // A process that is gone already tells why by how it ended.
+        let _ = input.write_all(&line);
+        let mut stopping: Option<Instant> = None;
+        let mut killed = false;
+        let mut outcome = None;
+        loop {
+            match received.recv_timeout(TICK) {
+                Ok(Event::WorkStarted { version, pipeline }) => check_version(version, &pipeline)?,
+                Ok(Event::WorkDone { notes, written }) => {
+                    outcome = Some(Ok(TaskResult { notes, written }));
+                }
+                Ok(Event::WorkFailed { causes, disk_full }) => {
+                    outcome = Some(Err(error(causes, disk_full)));
+                }
+                Ok(event) => events.send(event),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+            if control.check().is_ok() {
+                continue;
+            }
+            match stopping {
+                None => {
+                    stopping = Some(Instant::now());
+                    let _ = writeln!(input, "{CANCEL}");
+                }
+                Some(since)
+                    if !task.finishes_when_cancelled && !killed && since.elapsed() >= PATIENCE =>
+                {
+                    killed = true;
+                    let _ = running.0.kill();
+                }
+                Some(_) => {}
+            }
+        }
+        let status = running
+            .0
+            .wait()
+            .context("could not wait for the process of the stage")?;
+        if stopping.is_some() {
+            control.check()?;
+        }
+        if let Some(outcome) = outcome {
+            return outcome;
+        }
+        let words = errors
+            .join()
+            .map_err(|_| anyhow!("the process of the stage could not be read"))?;
+        Err(ended(status, &words, task.memory))
+    }
+}
+
+/// An error if another version of the program runs the task.
+fn check_version(version: u32, pipeline: &str) -> anyhow::Result<()> {
+    ensure!(
+        version == EVENT_VERSION,
+        "the program that runs the stage, pipeline {pipeline}, writes version {version} of events, and this one, pipeline {}, reads \
+         version {EVENT_VERSION}; hint: install the same version in both places",
+        env!("CARGO_PKG_VERSION")
+    );
+    Ok(())
+}
+
+/// The end of what a process wrote to its standard error.
+fn last_words(mut errors: impl Read) -> String {
+    let mut words = Vec::new();
+    let mut piece = vec![0; LAST_WORDS];
+    while let Ok(count @ 1..) = errors.read(&mut piece) {
+        words.extend_from_slice(piece.get(..count).unwrap_or_default());
+        let more = words.len().saturating_sub(LAST_WORDS);
+        words.drain(..more);
+    }
+    String::from_utf8_lossy(&words).into_owned()
+}
+
+/// Why a process ended that said nothing itself.
+fn ended(status: ExitStatus, words: &str, memory: Option<u64>) -> anyhow::Error {
+    let limit = || memory.map_or_else(String::new, |memory| format!(" of {}", Bytes(memory)));
+    if words.contains("has overflowed its stack") {
+        return anyhow!(
+            "something in its input is nested too deeply: the stage's process used up its stack and ended; other stages go on \
+             untouched; hint: look at the template, tokenizer.json or rows that it reads"
+        );
+    }
+    if words.contains("memory allocation of") || words.contains("out of memory") {
+        let hint = match memory {
+            Some(_) => {
+                "hint: something in its input (a template, a tokenizer.json, a row) asks for far more than it holds; \
+                 `resources: { memory: .. }` beside the stage raises the limit"
+            }
+            None => "hint: free memory, or give it fewer or smaller inputs",
+        };
+        return anyhow!("it needed more memory than its limit{}; {hint}", limit());
+    }
+    let last = words.trim().lines().last().unwrap_or_default();
+    let last = if last.is_empty() {
+        String::new()
+    } else {
+        format!(", and wrote: {last}")
+    };
+    match status.signal() {
+        Some(9) => anyhow!(
+            "its process was killed from outside (SIGKILL), as the system does when memory runs out{last}"
+        ),
+        Some(7) => anyhow!(
+            "a file that it was reading became shorter under it (SIGBUS); hint: let nothing write to its inputs while it runs{last}"
+        ),
+        Some(signal) => anyhow!(
+            "its process ended by signal {signal}, which is a bug in pipeline or a library{last}"
+        ),
+        None => anyhow!(
+            "its process ended without a result (exit code {}), which is a bug in pipeline{last}",
+            status.code().unwrap_or(-1)
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_end_has_words() {
+        let killed = ExitStatus::from_raw;
+        let memory = Some(4 << 30);
+        let text = |status, words: &str| ended(killed(status), words, memory).to_string();
+        let overflow = "thread 'x' has overflowed its stack\nfatal runtime error";
+        assert!(text(6, overflow).contains("nested too deeply"));
+        assert!(text(6, "memory allocation of 99 bytes failed").contains("limit of 4.3 GB"));
+        assert!(text(9, "").contains("SIGKILL"));
+        assert!(text(7, "").contains("became shorter"));
+        assert!(text(11, "a\nlast").ends_with("wrote: last"));
+        assert!(text(3 << 8, "").contains("exit code 3"));
+    }
+
+    #[test]
+    fn only_the_end_of_long_complaints_is_kept() {
+        let words = [vec![b'a'; 3 * LAST_WORDS], b"end".to_vec()].concat();
+        let kept = last_words(words.as_slice());
+        assert_eq!((kept.len(), kept.ends_with("aend")), (LAST_WORDS, true));
+    }
+}
