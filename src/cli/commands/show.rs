@@ -13,7 +13,7 @@ use crate::cli::{Failure, print, table};
 use crate::data;
 use crate::engine::{Record, State, canonical_json};
 use crate::ml::io::weights::Weights;
-use crate::ml::model::config::LlamaConfig;
+use crate::ml::model::arch::Arch;
 use crate::ml::model::create::parameters;
 use crate::report::{ago, bytes, duration};
 
@@ -143,10 +143,10 @@ fn splits(folder: &Path, rows: usize, text: &mut String) -> anyhow::Result<()> {
 }
 
 fn model(folder: &Path, text: &mut String) -> anyhow::Result<()> {
-    let config = LlamaConfig::read(folder)?;
+    let config = Arch::read(folder)?;
     let weights = Weights::open(folder)?;
     let rows = [
-        ("layers", config.num_hidden_layers.to_string()),
+        ("layers", config.num_hidden_layers().to_string()),
         ("hidden_size", config.hidden_size.to_string()),
         ("intermediate_size", config.intermediate_size.to_string()),
         (
