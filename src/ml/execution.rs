@@ -140,7 +140,7 @@ impl<'m> Forward<'m> {
         match &self.way {
             Way::Plain { hidden, .. } => {
                 let sum = self.model.column_sum(self.pass)?;
-                head::mean_logit(hidden, &sum, self.model.config.vocab_size, from, count)
+                head::mean_logit(hidden, &sum, self.model.arch.vocab_size, from, count)
             }
             Way::Fused { pass, .. } => pass.mean_logit(from, count),
         }

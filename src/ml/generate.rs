@@ -31,14 +31,7 @@ pub fn greedy(
         longest = longest.max(prompt.len());
     }
     match Decoder::new(model, prompts.len(), longest + limit, pass)? {
-        Some(decoder) => together(
-            decoder,
-            model.config.vocab_size,
-            prompts,
-            limit,
-            stops,
-            tell,
-        ),
+        Some(decoder) => together(decoder, model.arch.vocab_size, prompts, limit, stops, tell),
         None => prompts
             .iter()
             .map(|prompt| alone(model, prompt, limit, stops, pass, tell))

@@ -7,11 +7,12 @@
 //! A layer takes the hidden states (batch, length, hidden), the angles and the mask; gives the hidden states; saves its
 //! graph, or with checkpointing only its input; and recomputes everything from that input.
 
+pub mod arch;
 pub mod autograd;
 pub mod batch;
-pub mod config;
 pub mod create;
 mod ends;
+pub mod families;
 pub mod head;
 mod layerwise;
 pub mod linear;
@@ -25,9 +26,9 @@ use std::sync::Mutex;
 use candle_core::backprop::GradStore;
 use candle_core::{D, DType, Device, Result, Tensor, Var};
 
+use self::arch::Arch;
 use self::autograd::{masked_softmax, rms_norm, rope};
 use self::batch::Batch;
-use self::config::LlamaConfig;
 use self::head::OfHead;
 use self::linear::{Drops, Linear, Lora, Pass, Weight};
 use self::tied::{EMBEDDINGS, HEAD};
@@ -61,8 +62,8 @@ pub struct Parameter {
 
 /// A Llama with an optional adapter.
 pub struct Llama {
-    /// Its shape.
-    pub config: LlamaConfig,
+    /// What it computes.
+    pub arch: Arch,
     /// The trained tensors, in the modules' order.
     pub parameters: Vec<Parameter>,
     /// Where it lives.
@@ -272,7 +273,7 @@ impl Llama {
         if frozen == 0 {
             return Ok(None);
         }
-        let states = States::new(folder, self.config.hidden_size)?;
+        let states = States::new(folder, self.arch.hidden_size)?;
         if let Ok(mut place) = self.states.lock() {
             *place = Some(states);
         }
@@ -300,9 +301,9 @@ impl Llama {
     /// What all layers share for a batch.
     fn shared(&self, batch: &Batch, pass: Pass) -> Result<Shared> {
         let (cos, sin) = match batch.positions() {
-            None => angles(&self.config, 0..batch.width, &self.device)?,
+            None => angles(&self.arch, 0..batch.width, &self.device)?,
             Some(positions) => {
-                let (cos, sin) = angles(&self.config, positions, &self.device)?;
+                let (cos, sin) = angles(&self.arch, positions, &self.device)?;
                 let shape = (batch.sequences.len(), batch.width, ());
                 (cos.reshape(shape)?, sin.reshape(shape)?)
             }
@@ -373,7 +374,7 @@ impl Llama {
             .collect();
         let keys = cache.length + length;
         let mask = Tensor::from_vec(mask, (1, 1, length, keys), &self.device)?;
-        let (cos, sin) = angles(&self.config, cache.length..keys, &self.device)?;
+        let (cos, sin) = angles(&self.arch, cache.length..keys, &self.device)?;
         let shared = Shared {
             cos,
             sin,
@@ -489,7 +490,7 @@ impl Llama {
         let rows = gradient.reshape(((), gradient.dim(D::Minus1)?))?;
         let ids = tape.ids.flatten_all()?;
         // As in transformers (`padding_idx`), the row of the padding is not learnt from where it is looked up.
-        let learnt = |rows: &Tensor| match self.config.pad_token_id {
+        let learnt = |rows: &Tensor| match self.arch.pad_token_id {
             Some(pad) => rows.broadcast_mul(&ids.ne(pad)?.to_dtype(DType::F32)?.unsqueeze(1)?),
             None => Ok(rows.clone()),
         };
@@ -541,7 +542,7 @@ fn take(store: &mut GradStore, input: &Tensor) -> Result<Tensor> {
 
 /// Cosines and sines (positions, half a head's width), with Llama 3's scaling of long waves.
 pub(super) fn angles(
-    config: &LlamaConfig,
+    config: &Arch,
     positions: impl IntoIterator<Item = usize>,
     device: &Device,
 ) -> Result<(Tensor, Tensor)> {
@@ -549,8 +550,8 @@ pub(super) fn angles(
     let frequencies: Vec<f32> = (0..half)
         .map(|i| {
             let exponent = (2 * i) as f32 / config.head_dim as f32;
-            let frequency = 1. / (config.rope_theta as f32).powf(exponent);
-            match &config.rope_scaling {
+            let frequency = 1. / (config.rope.theta as f32).powf(exponent);
+            match &config.rope.scaling {
                 Some(scaling) => {
                     let wave = 2. * std::f32::consts::PI / frequency;
                     let original = scaling.original_max_position_embeddings as f32;

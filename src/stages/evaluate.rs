@@ -16,8 +16,8 @@ use crate::engine::{Context, Input, Problem, Stage};
 use crate::ml::adapter::{Adapter as LoraAdapter, FILE};
 use crate::ml::generate;
 use crate::ml::io::finite;
+use crate::ml::model::arch::Arch;
 use crate::ml::model::batch::Row;
-use crate::ml::model::config::LlamaConfig;
 use crate::ml::model::linear::Pass;
 use crate::ml::model::{Llama, Trained, tied};
 use crate::ml::train::compute_dtype;
@@ -179,7 +179,7 @@ impl Evaluate {
 }
 
 /// The ids that end an answer, beside the one that ends it in the rows' chat template: those of `config.json` and of `generation_config.json`.
-pub(super) fn stop_ids(folder: &Path, config: &LlamaConfig) -> anyhow::Result<Vec<u32>> {
+pub(super) fn stop_ids(folder: &Path, config: &Arch) -> anyhow::Result<Vec<u32>> {
     let mut stops = config.eos_token_ids.clone();
     let path = folder.join("generation_config.json");
     if path.is_file() {

@@ -197,12 +197,12 @@ impl<'a> Decoder<'a> {
         {
             return Ok(None);
         }
-        let (cos, sin) = angles(&model.config, 0..longest, &model.device)?;
+        let (cos, sin) = angles(&model.arch, 0..longest, &model.device)?;
         let entries = match compute {
             DType::BF16 => Entries::Bf16(Vec::new(), Vec::new()),
             _ => Entries::F32(Vec::new(), Vec::new()),
         };
-        let count = layers.len() * model.config.num_key_value_heads;
+        let count = layers.len() * model.arch.num_key_value_heads;
         let text = || Text {
             length: 0,
             cache: vec![entries.clone(); count],
@@ -221,7 +221,7 @@ impl<'a> Decoder<'a> {
 
     /// Appends tokens to their texts. Returns the logits behind each of the tokens at the places `wanted`: (wanted, vocabulary).
     pub fn step(&mut self, tokens: &[Token], wanted: &[usize]) -> Result<Vec<f32>> {
-        let hidden = self.model.config.hidden_size;
+        let hidden = self.model.arch.hidden_size;
         let positions = self.places(tokens)?;
         let ids: Vec<u32> = tokens.iter().map(|token| token.id).collect();
         let ids = Tensor::new(ids, &self.model.device)?.unsqueeze(0)?;
@@ -267,7 +267,7 @@ impl<'a> Decoder<'a> {
         }
         let last = norm(&last, &self.norm, self.model.norm.eps);
         let head = Held::tensor(self.model.head().stored(self.pass));
-        let mut logits = vec![0.; wanted.len() * self.model.config.vocab_size];
+        let mut logits = vec![0.; wanted.len() * self.model.arch.vocab_size];
         vector_products(vec![VectorProduct {
             weight: head.matrix()?,
             x: &self.factor(&last),
@@ -280,7 +280,7 @@ impl<'a> Decoder<'a> {
 
     /// Where each token stands in its text.
     fn places(&self, tokens: &[Token]) -> Result<Vec<usize>> {
-        let longest = self.cos.len() / (self.model.config.head_dim / 2).max(1);
+        let longest = self.cos.len() / (self.model.arch.head_dim / 2).max(1);
         let mut lengths: Vec<usize> = self.texts.iter().map(|text| text.length).collect();
         let mut positions = Vec::with_capacity(tokens.len());
         for token in tokens {
@@ -374,7 +374,7 @@ impl<'a> Decoder<'a> {
 
     /// Turns the halves of each head by the angles of the token's position, and multiplies by `scale`.
     fn rotate(&self, rows: &mut [f32], row: usize, positions: &[usize], scale: f32) {
-        let half = self.model.config.head_dim / 2;
+        let half = self.model.arch.head_dim / 2;
         for (row, position) in rows.chunks_exact_mut(row).zip(positions) {
             let span = position * half..(position + 1) * half;
             vectors::rotate(row, &self.cos[span.clone()], &self.sin[span], scale);

@@ -18,7 +18,7 @@ use super::layout::Layout;
 use super::pool::Pool;
 use super::projection::Set;
 use super::weights::Layer;
-use crate::ml::model::config::LlamaConfig;
+use crate::ml::model::arch::Arch;
 use crate::ml::model::linear::{Pass, Weight};
 use crate::ml::model::{self, Gradients, Llama};
 
@@ -41,11 +41,11 @@ pub(super) struct Shape {
 impl Shape {
     pub(super) fn new(model: &Llama, layout: &Layout) -> Result<Self> {
         let half = model.compute == DType::BF16;
-        Self::of(&model.config, layout, &model.device, half)
+        Self::of(&model.arch, layout, &model.device, half)
     }
 
     pub(super) fn of(
-        config: &LlamaConfig,
+        config: &Arch,
         layout: &Layout,
         device: &Device,
         in_bf16: bool,
@@ -108,7 +108,7 @@ impl Shape {
 
 /// Bytes that a pass keeps of each token for its backward.
 pub(super) fn kept(model: &Llama, checkpointing: bool) -> usize {
-    let config = &model.config;
+    let config = &model.arch;
     let (queries, keys) = (config.num_attention_heads, config.num_key_value_heads);
     let input = config.hidden_size;
     let all = |layer: &model::Layer| {

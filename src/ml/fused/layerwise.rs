@@ -21,8 +21,8 @@ use super::{Packing, Pool};
 use crate::ml::adapter::Adapter;
 use crate::ml::io::float::Float;
 use crate::ml::io::weights::{RawTensor, Weights};
+use crate::ml::model::arch::Arch;
 use crate::ml::model::batch::Batch;
-use crate::ml::model::config::LlamaConfig;
 use crate::ml::model::tied::{EMBEDDINGS, HEAD};
 use crate::ml::quant::nf4::Nf4;
 
@@ -32,7 +32,7 @@ const SPAN: usize = 1 << 14;
 /// A model folder and the adapter beside it.
 #[derive(Clone, Copy)]
 pub(in crate::ml) struct Walk<'a> {
-    pub(in crate::ml) config: &'a LlamaConfig,
+    pub(in crate::ml) config: &'a Arch,
     pub(in crate::ml) weights: &'a Weights,
     pub(in crate::ml) adapter: Option<&'a Adapter>,
 }
@@ -83,7 +83,7 @@ impl<'a> Walk<'a> {
     /// Whether there is nothing that the kernels lack: biases, `DoRA`, modules trained whole.
     pub(in crate::ml) fn is_possible(&self) -> bool {
         let config = self.config;
-        let plain = !config.attention_bias && !config.mlp_bias;
+        let plain = config.biases.is_empty();
         plain && config.head_dim.is_multiple_of(2) && self.adapter.is_none_or(Adapter::is_plain)
     }
 
@@ -110,7 +110,7 @@ impl<'a> Walk<'a> {
             pool: &pool,
         };
         let mut x = self.embed(&layout.ids)?;
-        for number in 0..self.config.num_hidden_layers {
+        for number in 0..self.config.num_hidden_layers() {
             x = self.layer(number, work, x)?;
             layer_done(number + 1)?;
         }

@@ -38,7 +38,7 @@ use weights::{Held, Layer};
 pub(super) fn supports(model: &Llama) -> bool {
     model.device.is_cpu()
         && matches!(model.compute, DType::F32 | DType::BF16)
-        && model.config.head_dim.is_multiple_of(2)
+        && model.arch.head_dim.is_multiple_of(2)
         && !model.has_pairs_at_ends()
         && model
             .layers
@@ -232,7 +232,7 @@ impl<'m> Forward<'m> {
                 total += f64::from(row.sum::<f32>()) * sum;
             }
         }
-        Ok(total / (self.model.config.vocab_size * all) as f64)
+        Ok(total / (self.model.arch.vocab_size * all) as f64)
     }
 
     /// Adds to `gradients` what the gradients of the scored log-probabilities bring.
@@ -288,11 +288,11 @@ impl<'m> Forward<'m> {
             )?;
         }
         if let Some(var) = model.embed.trained() {
-            let (rows, width) = (model.config.vocab_size, self.shape.hidden);
+            let (rows, width) = (model.arch.vocab_size, self.shape.hidden);
             let mut of_embed = vec![0f32; rows * width];
             // As in transformers (`padding_idx`), the row of the padding is not learnt from where it is looked up.
             let ids = self.layout.ids.iter().enumerate();
-            let learnt = ids.filter(|(_, id)| Some(**id) != model.config.pad_token_id);
+            let learnt = ids.filter(|(_, id)| Some(**id) != model.arch.pad_token_id);
             for (token, &id) in learnt {
                 let row = &mut of_embed[id as usize * width..][..width];
                 let column = pipeline_kernels::panels::column(&of_x, width, token);
@@ -324,7 +324,7 @@ impl Drop for Forward<'_> {
 
 /// The tokens' rows of the embedding.
 fn embed(model: &Llama, layout: &Layout, pass: Pass, x: &mut [f32]) -> Result<()> {
-    let width = model.config.hidden_size;
+    let width = model.arch.hidden_size;
     let ids = Tensor::from_slice(&layout.ids, layout.ids.len(), &model.device)?;
     let rows = model.embed.value(pass).index_select(&ids, 0)?;
     let rows = rows.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;

@@ -10,8 +10,8 @@ use crate::ml::io::weights::Weights;
 use crate::ml::lora::init;
 use crate::ml::loss::{Objective, Outcome};
 use crate::ml::model::Trained;
+use crate::ml::model::arch::{Arch, LayerArch};
 use crate::ml::model::batch::Row;
-use crate::ml::model::config::LlamaConfig;
 use crate::ml::model::create::{Settings, create};
 use crate::ml::model::linear::Drops;
 use crate::ml::testing::golden::{self, rows};
@@ -209,11 +209,11 @@ fn a_pass_of_micro_batches_has_a_bound() {
     assert_eq!(count(&model), 1);
     // A larger model keeps more of each token, and less with checkpointing.
     let (all, inputs) = (layer::kept(&model, false), layer::kept(&model, true));
-    model.config.intermediate_size *= 1000;
+    model.arch.intermediate_size *= 1000;
     assert!(layer::kept(&model, false) > 100 * all && inputs < all);
     model.path = Path::Fused(FREE);
     assert!(count(&model) < free);
-    model.config.intermediate_size *= 1000;
+    model.arch.intermediate_size *= 1000;
     assert_eq!(count(&model), 1, "one goes through in any case");
 }
 
@@ -257,15 +257,15 @@ fn buffers_do_not_pile_up() {
 /// A new model with heads of a shape, and widths that are no multiple of anything.
 fn of_shape(heads: usize, keys: usize, width: usize) -> Llama {
     let folder = tempfile::tempdir().unwrap();
-    let config = LlamaConfig {
+    let config = Arch {
         vocab_size: 97,
         hidden_size: 40,
         intermediate_size: 75,
-        num_hidden_layers: 2,
+        layers: vec![LayerArch::default(); 2],
         num_attention_heads: heads,
         num_key_value_heads: keys,
         head_dim: width,
-        ..LlamaConfig::read(&golden::folder("model")).unwrap()
+        ..Arch::read(&golden::folder("model")).unwrap()
     };
     let settings = Settings {
         initializer_range: 0.2,
@@ -401,7 +401,7 @@ fn nothing_is_kept_below_the_lowest_adapter() {
     let all = [false, true].map(|checkpointing| layer::kept(&whole, checkpointing));
     let objective = Objective::Orpo { beta: 0.1 };
     let last = whole.layers.len() - 1;
-    let config = LlamaConfig::read(&golden::folder("model")).unwrap();
+    let config = Arch::read(&golden::folder("model")).unwrap();
     for (modules, first) in [
         (format!(r".*layers\.{last}\..*_proj"), last),
         (format!(r".*layers\.{last}\.mlp\..*_proj"), last),

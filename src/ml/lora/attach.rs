@@ -7,7 +7,7 @@ use super::{init, svd};
 use crate::ml::adapter::{Adapter, Bias, ENDS, LoraPair, NewAdapter, is_meant};
 use crate::ml::io::finite;
 use crate::ml::io::weights::Weights;
-use crate::ml::model::config::LlamaConfig;
+use crate::ml::model::arch::Arch;
 use crate::ml::model::linear::row_lengths;
 use crate::ml::model::tied::{EMBEDDINGS, HEAD};
 use crate::ml::quant::nf4::Nf4;
@@ -19,7 +19,7 @@ use crate::ml::quant::nf4::Nf4;
 /// approximation of the quantisation's error (Li et al. 2023, arXiv 2310.08659, one iteration). `tell` is called with each
 /// module, and may stop.
 pub fn attach(
-    config: &LlamaConfig,
+    config: &Arch,
     weights: &Weights,
     new: &NewAdapter,
     seed: u64,
@@ -65,11 +65,7 @@ pub fn attach(
 }
 
 /// Takes in the tensors of modules that are trained whole, and biases.
-fn copy_whole(
-    adapter: &mut Adapter,
-    config: &LlamaConfig,
-    weights: &Weights,
-) -> anyhow::Result<()> {
+fn copy_whole(adapter: &mut Adapter, config: &Arch, weights: &Weights) -> anyhow::Result<()> {
     // As in PEFT, a head that was the embeddings gets values of its own when it is trained.
     if config.tie_word_embeddings && adapter.trains(HEAD) {
         let tensor = weights.tensor(EMBEDDINGS, &Device::Cpu)?;
@@ -176,6 +172,6 @@ fn shape_fits(weights: &Weights, name: &str, pair: &LoraPair) -> anyhow::Result<
 }
 
 /// Whether `bias` asks for what the model has not.
-pub fn lacks_biases(config: &LlamaConfig, bias: Bias) -> bool {
-    bias != Bias::None && !config.attention_bias && !config.mlp_bias
+pub fn lacks_biases(config: &Arch, bias: Bias) -> bool {
+    bias != Bias::None && config.biases.is_empty()
 }

@@ -6,12 +6,14 @@ use anyhow::{Context as _, bail, ensure};
 use candle_core::{Device, Tensor};
 
 use crate::ml::adapter::{Adapter, AdapterConfig, LoraPair, Meant, NewAdapter};
-use crate::ml::model::config::LlamaConfig;
+use crate::ml::model::arch::{self, Arch};
 use crate::ml::torch_rng::TorchRng;
 
 /// A projection of a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Projection {
+    /// Which one it is.
+    pub kind: arch::Projection,
     /// Its path in the layer (`self_attn.q_proj`).
     pub path: &'static str,
     /// (out, in).
@@ -28,20 +30,20 @@ impl Projection {
 }
 
 /// The seven projections of a layer, in the order of torch's modules.
-pub fn projections(config: &LlamaConfig) -> [Projection; 7] {
-    let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-    let q = config.num_attention_heads * config.head_dim;
-    let kv = config.num_key_value_heads * config.head_dim;
-    [
-        ("self_attn.q_proj", (q, hidden)),
-        ("self_attn.k_proj", (kv, hidden)),
-        ("self_attn.v_proj", (kv, hidden)),
-        ("self_attn.o_proj", (hidden, q)),
-        ("mlp.gate_proj", (inner, hidden)),
-        ("mlp.up_proj", (inner, hidden)),
-        ("mlp.down_proj", (hidden, inner)),
-    ]
-    .map(|(path, shape)| Projection { path, shape })
+pub fn projections(config: &Arch) -> [Projection; 7] {
+    arch::Projection::ALL.map(|kind| Projection {
+        kind,
+        path: match kind {
+            arch::Projection::Q => "self_attn.q_proj",
+            arch::Projection::K => "self_attn.k_proj",
+            arch::Projection::V => "self_attn.v_proj",
+            arch::Projection::O => "self_attn.o_proj",
+            arch::Projection::Gate => "mlp.gate_proj",
+            arch::Projection::Up => "mlp.up_proj",
+            arch::Projection::Down => "mlp.down_proj",
+        },
+        shape: config.shape(kind),
+    })
 }
 
 /// The names of the projections.
@@ -67,7 +69,7 @@ pub enum Module {
 }
 
 /// All modules of a model, by their paths, in torch's order.
-pub fn modules(config: &LlamaConfig) -> Vec<(String, Module)> {
+pub fn modules(config: &Arch) -> Vec<(String, Module)> {
     let (vocabulary, hidden) = (config.vocab_size, config.hidden_size);
     let other = |path: &str| (path.to_owned(), Module::Other);
     let mut modules = vec![
@@ -79,7 +81,7 @@ pub fn modules(config: &LlamaConfig) -> Vec<(String, Module)> {
         other("model.layers"),
     ];
     let projections = projections(config);
-    for layer in 0..config.num_hidden_layers {
+    for layer in 0..config.num_hidden_layers() {
         let path = format!("model.layers.{layer}");
         let below = |name: &str| format!("{path}.{name}");
         modules.push(other(&path));
@@ -105,7 +107,7 @@ pub fn modules(config: &LlamaConfig) -> Vec<(String, Module)> {
 ///
 /// torch's generator is used up as PEFT does it, module after module: `nn.Linear` draws A, then B; then A is drawn again
 /// and B becomes 0. Without `init_lora_weights` the first draws of both stay. Embeddings draw normal numbers, of which B's stay.
-pub fn adapter(config: &LlamaConfig, new: &NewAdapter, seed: u64) -> anyhow::Result<Adapter> {
+pub fn adapter(config: &Arch, new: &NewAdapter, seed: u64) -> anyhow::Result<Adapter> {
     let settings = AdapterConfig::new(new)?;
     let mut rng = TorchRng::new(seed);
     let mut tensors = BTreeMap::new();
@@ -245,8 +247,8 @@ mod tests {
         "down_proj",
     ];
 
-    fn config() -> LlamaConfig {
-        LlamaConfig::read(&golden::folder("model")).unwrap()
+    fn config() -> Arch {
+        Arch::read(&golden::folder("model")).unwrap()
     }
 
     fn values(tensor: &Tensor) -> Vec<f32> {

@@ -381,7 +381,7 @@ mod tests {
 
     use super::*;
     use crate::ml::io::weights::save;
-    use crate::ml::model::config::LlamaConfig;
+    use crate::ml::model::arch::Arch;
     use crate::ml::testing::golden;
 
     #[expect(clippy::unnecessary_wraps, reason = "the type of a progress callback")]
@@ -466,9 +466,9 @@ mod tests {
         assert!(far(&ours_q, &theirs.to_vec1().unwrap()) < 1e-6);
         let dense = Weights::open(&golden::folder("model")).unwrap();
         assert_eq!(ours.names(), dense.names());
-        let config = LlamaConfig::read(out.path()).unwrap();
+        let config = Arch::read(out.path()).unwrap();
         assert_eq!(config.quantization, None);
-        assert_eq!(config, LlamaConfig::read(&golden::folder("model")).unwrap());
+        assert_eq!(config, Arch::read(&golden::folder("model")).unwrap());
     }
 
     #[test]

@@ -175,7 +175,7 @@ fn by_kernels(
     progress: &mut dyn FnMut(u64, u64) -> anyhow::Result<()>,
 ) -> anyhow::Result<Vec<Position>> {
     let tokens = batch.tokens();
-    let layers = base.config.num_hidden_layers;
+    let layers = base.config.num_hidden_layers();
     let mut done = |number: usize| progress(number as u64, 2 * layers as u64);
     let both = base.hidden(&[batch, batch], tokens, &mut done)?;
     let own = merged.hidden(&[batch], tokens, &mut |number| done(layers + number))?;
@@ -219,7 +219,7 @@ fn plainly(
     batch: &Batch,
     progress: &mut dyn FnMut(u64, u64) -> anyhow::Result<()>,
 ) -> anyhow::Result<Vec<Position>> {
-    let layers = base.config.num_hidden_layers;
+    let layers = base.config.num_hidden_layers();
     let mut done = |number: usize| progress(number as u64, 2 * layers as u64);
     let Walk {
         config,

@@ -14,7 +14,7 @@ use pipeline_kernels::normal;
 use rayon::prelude::*;
 use serde_json::json;
 
-use super::config::LlamaConfig;
+use super::arch::{Arch, LayerArch};
 use crate::ml::io::float::Float;
 use crate::ml::io::folder::{self, CONFIG};
 use crate::ml::io::rewrite::{Index, Output, Written, write_file};
@@ -51,7 +51,7 @@ pub struct Report {
 /// Writes `config.json` and the weights. In memory are a few MiB at a time. `progress` is told the bytes written so far, of all,
 /// and may stop.
 pub fn create(
-    config: &LlamaConfig,
+    config: &Arch,
     settings: Settings,
     out: &Path,
     progress: &mut dyn FnMut(u64, u64) -> anyhow::Result<()>,
@@ -122,18 +122,18 @@ pub fn create(
     })
 }
 
-/// The number of weights that a model of this shape has; a tied head counts once. Whatever [`LlamaConfig::read`] accepts can be
+/// The number of weights that a model of this shape has; a tied head counts once. Whatever [`Arch::read`] accepts can be
 /// counted.
-pub fn parameters(config: &LlamaConfig) -> u64 {
+pub fn parameters(config: &Arch) -> u64 {
     let values = |entry: &Entry| {
         let sizes = entry.shape.iter().map(|size| *size as u64);
         sizes.fold(1, u64::saturating_mul)
     };
-    let one = LlamaConfig {
-        num_hidden_layers: 1,
+    let one = Arch {
+        layers: vec![LayerArch::default()],
         ..config.clone()
     };
-    let layers = config.num_hidden_layers as u64;
+    let layers = config.num_hidden_layers() as u64;
     let all = entries(&one, Float::F32);
     let sizes = all.iter().map(|entry| {
         let times = if entry.name.contains(".layers.") {
@@ -147,7 +147,7 @@ pub fn parameters(config: &LlamaConfig) -> u64 {
 }
 
 /// All tensors, in the order of torch's modules.
-fn entries(config: &LlamaConfig, float: Float) -> Vec<Entry> {
+fn entries(config: &Arch, float: Float) -> Vec<Entry> {
     let (vocabulary, hidden) = (config.vocab_size, config.hidden_size);
     let matrix = |name: String, (rows, columns)| Entry::new(name, float.stored(), [rows, columns]);
     let norm = |name: String| Entry::new(name, float.stored(), [hidden]);
@@ -155,7 +155,7 @@ fn entries(config: &LlamaConfig, float: Float) -> Vec<Entry> {
         "model.embed_tokens.weight".into(),
         (vocabulary, hidden),
     )];
-    for layer in 0..config.num_hidden_layers {
+    for layer in 0..config.num_hidden_layers() {
         let path = format!("model.layers.{layer}");
         for projection in projections(config) {
             entries.push(matrix(
@@ -202,13 +202,13 @@ fn key(seed: u64, name: &str) -> u64 {
 }
 
 /// `config.json` in the spelling of transformers 4, which 5 reads too.
-fn write_config(config: &LlamaConfig, settings: Settings, out: &Path) -> anyhow::Result<()> {
+fn write_config(config: &Arch, settings: Settings, out: &Path) -> anyhow::Result<()> {
     let eos = match config.eos_token_ids[..] {
         [] => json!(null),
         [one] => json!(one),
         _ => json!(config.eos_token_ids),
     };
-    let scaling = config.rope_scaling.as_ref().map(|rope| {
+    let scaling = config.rope.scaling.as_ref().map(|rope| {
         json!({
             "rope_type": "llama3",
             "factor": rope.factor,
@@ -232,13 +232,13 @@ fn write_config(config: &LlamaConfig, settings: Settings, out: &Path) -> anyhow:
         "mlp_bias": false,
         "model_type": "llama",
         "num_attention_heads": config.num_attention_heads,
-        "num_hidden_layers": config.num_hidden_layers,
+        "num_hidden_layers": config.num_hidden_layers(),
         "num_key_value_heads": config.num_key_value_heads,
         "pad_token_id": config.pad_token_id,
         "pretraining_tp": 1,
         "rms_norm_eps": config.rms_norm_eps,
         "rope_scaling": scaling,
-        "rope_theta": config.rope_theta,
+        "rope_theta": config.rope.theta,
         "tie_word_embeddings": config.tie_word_embeddings,
         "torch_dtype": settings.float.name(),
         "use_cache": true,
@@ -249,8 +249,8 @@ fn write_config(config: &LlamaConfig, settings: Settings, out: &Path) -> anyhow:
     };
     folder::write_config(out, raw)?;
     // What we write must be what we read, or the shape was never possible.
-    let read = LlamaConfig::read(out)?;
-    let expected = LlamaConfig {
+    let read = Arch::read(out)?;
+    let expected = Arch {
         dtype: Some(settings.float.dtype()),
         ..config.clone()
     };

@@ -3,8 +3,8 @@
 use candle_core::{DType, Device, Tensor};
 
 use super::super::adapter::{Adapter, ENDS};
+use super::arch::Arch;
 use super::batch::Batch;
-use super::config::LlamaConfig;
 use super::ends::{looked_up, widened};
 use super::head::Head;
 use super::linear::Pass;
@@ -19,7 +19,7 @@ const HEAD_ROWS: usize = 1 << 14;
 /// The logits (batch, length, vocabulary) of a batch in f32, one tensor for each of `passes`: what [`super::Llama::load`] and
 /// [`super::Llama::hidden`] lead to. `layer_done` is told the number of layers that are done, and may stop.
 pub fn logits_by_layer(
-    config: &LlamaConfig,
+    config: &Arch,
     weights: &Weights,
     adapter: Option<&Adapter>,
     batch: &Batch,
@@ -60,7 +60,7 @@ pub fn logits_by_layer(
     });
     let mut states = states.collect::<anyhow::Result<Vec<Tensor>>>()?;
     drop(table);
-    for number in 0..config.num_hidden_layers {
+    for number in 0..config.num_hidden_layers() {
         let layer = loader.layer(number)?;
         for (state, shared) in states.iter_mut().zip(&shared) {
             *state = layer.forward(state, shared, &mut None)?;

@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor, Var};
 
 use super::super::adapter::{Adapter, ENDS, LoraPair, Meant};
 use super::super::fused::{self, Packing, Pool};
-use super::config::LlamaConfig;
+use super::arch::{Arch, Projection};
 use super::linear::{Base, Linear, Lora, Pass, Weight};
 use super::tied::{EMBEDDINGS, HEAD};
 use super::{Layer, Llama, Norm, Parameter, Trained};
@@ -20,7 +20,7 @@ use crate::ml::quant::nf4::Nf4;
 
 /// Reads a model's tensors into the places where they are wanted.
 pub(super) struct Loader<'a> {
-    config: &'a LlamaConfig,
+    config: &'a Arch,
     weights: &'a Weights,
     adapter: Option<&'a Adapter>,
     trained: Trained,
@@ -48,7 +48,7 @@ fn decays(name: &str) -> bool {
 
 impl<'a> Loader<'a> {
     pub(super) fn new(
-        config: &'a LlamaConfig,
+        config: &'a Arch,
         weights: &'a Weights,
         adapter: Option<&'a Adapter>,
         trained: Trained,
@@ -301,22 +301,19 @@ impl<'a> Loader<'a> {
 
     pub(super) fn layer(&mut self, number: usize) -> anyhow::Result<Layer> {
         let config = self.config;
-        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-        let q_width = config.num_attention_heads * config.head_dim;
-        let kv_width = config.num_key_value_heads * config.head_dim;
         let path = format!("model.layers.{number}");
-        let mut linear = |name: &str, out, input, bias| {
-            self.linear(&format!("{path}.{name}"), (out, input), bias)
+        let mut linear = |name: &str, projection| {
+            let path = format!("{path}.{name}");
+            self.linear(&path, config.shape(projection), config.has_bias(projection))
         };
-        let (attention, mlp) = (config.attention_bias, config.mlp_bias);
         Ok(Layer {
-            q: linear("self_attn.q_proj", q_width, hidden, attention)?,
-            k: linear("self_attn.k_proj", kv_width, hidden, attention)?,
-            v: linear("self_attn.v_proj", kv_width, hidden, attention)?,
-            o: linear("self_attn.o_proj", hidden, q_width, attention)?,
-            gate: linear("mlp.gate_proj", inner, hidden, mlp)?,
-            up: linear("mlp.up_proj", inner, hidden, mlp)?,
-            down: linear("mlp.down_proj", hidden, inner, mlp)?,
+            q: linear("self_attn.q_proj", Projection::Q)?,
+            k: linear("self_attn.k_proj", Projection::K)?,
+            v: linear("self_attn.v_proj", Projection::V)?,
+            o: linear("self_attn.o_proj", Projection::O)?,
+            gate: linear("mlp.gate_proj", Projection::Gate)?,
+            up: linear("mlp.up_proj", Projection::Up)?,
+            down: linear("mlp.down_proj", Projection::Down)?,
             input_norm: self.norm(&format!("{path}.input_layernorm"))?,
             post_norm: self.norm(&format!("{path}.post_attention_layernorm"))?,
             heads: config.num_attention_heads,
@@ -329,7 +326,7 @@ impl<'a> Loader<'a> {
 impl Llama {
     /// Reads a model, with an adapter if given. Products run in `compute` (f32, bf16 or f16).
     pub fn load(
-        config: &LlamaConfig,
+        config: &Arch,
         weights: &Weights,
         adapter: Option<&Adapter>,
         trained: Trained,
@@ -353,7 +350,7 @@ impl Llama {
         };
         let embed = loader.embeddings(held)?;
         let embed_lora = loader.pair(ENDS[0])?;
-        let layers: Vec<_> = (0..config.num_hidden_layers)
+        let layers: Vec<_> = (0..config.num_hidden_layers())
             .map(|number| {
                 let layer = loader.layer(number);
                 layer.with_context(|| format!("could not load layer {number}"))
@@ -379,7 +376,7 @@ impl Llama {
             "there is nothing to train"
         );
         let mut model = Self {
-            config: config.clone(),
+            arch: config.clone(),
             parameters,
             device: device.clone(),
             embed,
@@ -405,7 +402,7 @@ impl Llama {
 }
 
 /// Whether a model of this shape can bear the adapter at all.
-fn fits(adapter: &Adapter, config: &LlamaConfig, trained: Trained) -> anyhow::Result<()> {
+fn fits(adapter: &Adapter, config: &Arch, trained: Trained) -> anyhow::Result<()> {
     let pairs = ENDS.iter().any(|path| adapter.tensors.contains_key(*path));
     anyhow::ensure!(
         trained != Trained::Adapter

@@ -15,7 +15,7 @@ impl Llama {
         if self.compute != DType::F16 {
             return Ok(None);
         }
-        let names = projections(&self.config).map(|projection| projection.path);
+        let names = projections(&self.arch).map(|projection| projection.path);
         for (number, layer) in self.layers.iter().enumerate() {
             for (name, linear) in names.iter().zip(layer.linears()) {
                 let overflown = match &linear.base {

@@ -2,7 +2,7 @@
 
 use anyhow::{Context as _, bail, ensure};
 
-use super::config::LlamaConfig;
+use super::arch::Arch;
 use crate::ml::io::float::Float;
 use crate::ml::io::weights::Weights;
 use crate::ml::lora::init::projections;
@@ -18,18 +18,18 @@ type Named = (String, Vec<usize>);
 
 /// The tensors that a model of this shape needs, in the order of torch's modules, made one after another: a config may claim
 /// any number of layers.
-fn needed(config: &LlamaConfig) -> impl Iterator<Item = Named> {
+fn needed(config: &Arch) -> impl Iterator<Item = Named> {
     let (vocabulary, hidden) = (config.vocab_size, config.hidden_size);
     let norm = move |name: String| (name, vec![hidden]);
     let first = [(EMBEDDINGS.to_owned(), vec![vocabulary, hidden])];
-    let layers = (0..config.num_hidden_layers).flat_map(move |layer| {
+    let layers = (0..config.num_hidden_layers()).flat_map(move |layer| {
         let path = format!("model.layers.{layer}");
         let mut tensors = Vec::new();
         for projection in projections(config) {
             let (out, input) = projection.shape;
             let name = format!("{path}.{}", projection.path);
             tensors.push((format!("{name}.weight"), vec![out, input]));
-            if has_bias(config, projection.path) {
+            if config.has_bias(projection.kind) {
                 tensors.push((format!("{name}.bias"), vec![out]));
             }
         }
@@ -42,16 +42,8 @@ fn needed(config: &LlamaConfig) -> impl Iterator<Item = Named> {
     first.into_iter().chain(layers).chain(last).chain(head)
 }
 
-fn has_bias(config: &LlamaConfig, path: &str) -> bool {
-    if path.starts_with("self_attn") {
-        config.attention_bias
-    } else {
-        config.mlp_bias
-    }
-}
-
 /// Whether a model of this shape uses a tensor called `name`, or a part of one in 4 bits.
-pub fn is_used(config: &LlamaConfig, name: &str) -> bool {
+pub fn is_used(config: &Arch, name: &str) -> bool {
     let name = owner_of(name).unwrap_or(name);
     if [EMBEDDINGS, HEAD, "model.norm.weight"].contains(&name) {
         return true;
@@ -64,14 +56,14 @@ pub fn is_used(config: &LlamaConfig, name: &str) -> bool {
     };
     let in_model = number
         .parse::<usize>()
-        .is_ok_and(|layer| layer < config.num_hidden_layers && layer.to_string() == number);
+        .is_ok_and(|layer| layer < config.num_hidden_layers() && layer.to_string() == number);
     let is_norm = ["input_layernorm.weight", "post_attention_layernorm.weight"].contains(&rest);
     let of_projection =
         projections(config)
             .iter()
             .any(|projection| match rest.strip_prefix(projection.path) {
                 Some(".weight") => true,
-                Some(".bias") => has_bias(config, projection.path),
+                Some(".bias") => config.has_bias(projection.kind),
                 _ => false,
             });
     in_model && (is_norm || of_projection)
@@ -84,7 +76,7 @@ fn is_made_anew(name: &str) -> bool {
 
 /// Compares a folder's tensors with what its config says, by their headers alone. A tensor that is missing or has another
 /// shape is an error, as is one whose values are no floats. Gives the names of those that the model doesn't use, sorted.
-pub fn compare(config: &LlamaConfig, weights: &Weights) -> anyhow::Result<Vec<String>> {
+pub fn compare(config: &Arch, weights: &Weights) -> anyhow::Result<Vec<String>> {
     // A tied pair of which only the head is stored: transformers takes it for both.
     let only_head =
         config.tie_word_embeddings && !weights.contains(EMBEDDINGS) && weights.contains(HEAD);
@@ -131,10 +123,11 @@ mod tests {
 
     use super::*;
     use crate::ml::io::weights::save;
+    use crate::ml::model::arch::{LayerArch, Projection};
     use crate::ml::testing::golden;
 
-    fn golden_config() -> LlamaConfig {
-        LlamaConfig::read(&golden::folder("model")).unwrap()
+    fn golden_config() -> Arch {
+        Arch::read(&golden::folder("model")).unwrap()
     }
 
     #[test]
@@ -148,7 +141,7 @@ mod tests {
             "four_bit/f32_skip",
         ] {
             let folder = golden::folder(name);
-            let config = LlamaConfig::read(&folder).unwrap();
+            let config = Arch::read(&folder).unwrap();
             let unused = compare(&config, &Weights::open(&folder).unwrap()).unwrap();
             assert!(unused.is_empty(), "{name}: {unused:?}");
         }
@@ -203,18 +196,17 @@ mod tests {
     #[test]
     fn what_is_missing_or_odd_is_named() {
         let weights = Weights::open(&golden::folder("model")).unwrap();
-        let fails = |change: &dyn Fn(&mut LlamaConfig)| {
+        let fails = |change: &dyn Fn(&mut Arch)| {
             let mut config = golden_config();
             change(&mut config);
             compare(&config, &weights).unwrap_err().to_string()
         };
-        // No table of four thousand million layers is made.
-        let error = fails(&|config| config.num_hidden_layers = u32::MAX as usize);
+        let error = fails(&|config| config.layers = vec![LayerArch::default(); 1 << 14]);
         assert!(
             error.contains("`model.layers.3.self_attn.q_proj.weight`"),
             "{error}"
         );
-        let error = fails(&|config| config.attention_bias = true);
+        let error = fails(&|config| config.biases = Projection::ATTENTION.to_vec());
         assert!(
             error.contains("lack the tensor `model.layers.0.self_attn.q_proj.bias`"),
             "{error}"

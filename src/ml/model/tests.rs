@@ -9,6 +9,7 @@ use crate::ml::execution::Path;
 use crate::ml::fused::{Packing, decode};
 use crate::ml::io::weights::{Weights, save};
 use crate::ml::loss::Objective;
+use crate::ml::model::arch::LayerArch;
 use crate::ml::testing::counting::peak;
 use crate::ml::testing::golden::{self, rows};
 
@@ -192,7 +193,7 @@ fn decoding_gives_the_logits_of_the_plain_path() {
 }
 
 /// The golden model, with its last layer repeated until it has so many; the adapter too.
-fn deeper(layers: usize) -> (LlamaConfig, tempfile::TempDir, Adapter) {
+fn deeper(layers: usize) -> (Arch, tempfile::TempDir, Adapter) {
     let copies = |name: &str| -> Vec<String> {
         match name.split_once("model.layers.2.") {
             Some((before, after)) => (2..layers)
@@ -213,9 +214,9 @@ fn deeper(layers: usize) -> (LlamaConfig, tempfile::TempDir, Adapter) {
     adapter.tensors = pairs
         .flat_map(|(name, pair)| copies(name).into_iter().map(|name| (name, pair.clone())))
         .collect();
-    let config = LlamaConfig {
-        num_hidden_layers: layers,
-        ..LlamaConfig::read(&golden::folder("model")).unwrap()
+    let config = Arch {
+        layers: vec![LayerArch::default(); layers],
+        ..Arch::read(&golden::folder("model")).unwrap()
     };
     (config, folder, adapter)
 }
@@ -370,7 +371,7 @@ fn the_row_of_the_padding_is_not_learnt_from_lookups() {
         let gradient = |pad: u32| {
             let mut model = golden::model("model", None, Trained::Everything, DType::F32);
             model.path = path;
-            model.config.pad_token_id = Some(pad);
+            model.arch.pad_token_id = Some(pad);
             let mut gradients = Gradients::none(&model);
             let outcome =
                 objective.differentiate(&model, &[(&batch, 1.)], None, false, &mut gradients);

@@ -16,7 +16,7 @@ use std::path::Path;
 use anyhow::ensure;
 use serde_json::{Map, Value};
 
-use super::config::LlamaConfig;
+use super::arch::Arch;
 use crate::ml::io::float::Float;
 use crate::ml::io::folder::{self, CONFIG};
 use crate::ml::io::weights::{RawTensor, Weights};
@@ -28,8 +28,8 @@ const SPAN: usize = 1 << 20;
 
 /// Opens a model folder. In the configuration `tie_word_embeddings` is what transformers makes of it, and of a tied model the
 /// weights have the embeddings alone, by their own name.
-pub fn open(folder: &Path) -> anyhow::Result<(LlamaConfig, Weights)> {
-    let mut config = LlamaConfig::read(folder)?;
+pub fn open(folder: &Path) -> anyhow::Result<(Arch, Weights)> {
+    let mut config = Arch::read(folder)?;
     let mut weights = Weights::open(folder)?;
     let (embeddings, head) = (weights.contains(EMBEDDINGS), weights.contains(HEAD));
     if config.tie_word_embeddings && embeddings && head {
@@ -56,8 +56,8 @@ pub fn open(folder: &Path) -> anyhow::Result<(LlamaConfig, Weights)> {
 }
 
 /// What to say of a folder whose `config.json` and tensors say different things. `config` is what [`open`] made of both.
-pub fn told(folder: &Path, config: &LlamaConfig) -> anyhow::Result<Option<&'static str>> {
-    let says = LlamaConfig::read(folder)?.tie_word_embeddings;
+pub fn told(folder: &Path, config: &Arch) -> anyhow::Result<Option<&'static str>> {
+    let says = Arch::read(folder)?.tie_word_embeddings;
     Ok((says && !config.tie_word_embeddings).then_some(
         "`config.json` says `tie_word_embeddings: true`, but the files have an `lm_head.weight` with other values: the head is its own, as \
          in transformers 5; other programs may take the embeddings for it",

@@ -16,7 +16,7 @@ use crate::ml::io::folder::CONFIG;
 use crate::ml::io::rewrite::{Output, Written, rewrite};
 use crate::ml::io::weights::{RawTensor, Weights};
 use crate::ml::lora::init::projections;
-use crate::ml::model::config::LlamaConfig;
+use crate::ml::model::arch::Arch;
 use crate::ml::model::tensors::is_used;
 use crate::ml::model::tied;
 
@@ -211,9 +211,9 @@ fn can_be_taken(adapter: &Adapter, wanted: &Wanted) -> anyhow::Result<()> {
 type Wanted = BTreeMap<String, ((usize, usize), Float)>;
 
 /// The weights to quantise.
-fn wanted(config: &LlamaConfig, weights: &Weights) -> anyhow::Result<Wanted> {
+fn wanted(config: &Arch, weights: &Weights) -> anyhow::Result<Wanted> {
     let mut wanted = BTreeMap::new();
-    for layer in 0..config.num_hidden_layers {
+    for layer in 0..config.num_hidden_layers() {
         for projection in projections(config) {
             let name = format!("model.layers.{layer}.{}.weight", projection.path);
             let raw = weights.raw(&name)?;
@@ -364,7 +364,7 @@ mod tests {
                 let all: f32 = values.iter().map(|x| square(*x)).sum();
                 assert!(error < all * 0.02, "{weight} {error} {all}");
             }
-            let config = LlamaConfig::read(&out).unwrap();
+            let config = Arch::read(&out).unwrap();
             assert_eq!(
                 config.quantization.unwrap().compute_dtype,
                 Some(float.dtype())

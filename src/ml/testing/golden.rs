@@ -11,8 +11,8 @@ use crate::ml::fused::Packing;
 use crate::ml::generate;
 use crate::ml::io::weights::Weights;
 use crate::ml::loss::{Objective, Outcome};
+use crate::ml::model::arch::{Arch, Llama3Scaling, Rope};
 use crate::ml::model::batch::{Batch, Row, Sequence};
-use crate::ml::model::config::{Llama3Rope, LlamaConfig};
 use crate::ml::model::linear::Pass;
 use crate::ml::model::{Gradients, Llama, Trained};
 
@@ -56,7 +56,7 @@ pub(crate) fn put(tensors: &mut BTreeMap<String, Tensor>, name: &str, at: usize,
 }
 
 pub(crate) fn model(base: &str, adapter: Option<&str>, trained: Trained, compute: DType) -> Llama {
-    let config = LlamaConfig::read(&folder(base)).unwrap();
+    let config = Arch::read(&folder(base)).unwrap();
     let weights = Weights::open(&folder(base)).unwrap();
     let adapter = adapter.map(|adapter| Adapter::load(&folder(adapter)).unwrap());
     let device = Device::Cpu;
@@ -76,7 +76,7 @@ pub(crate) fn dropping(p: f64, trained: Trained) -> Llama {
     let mut adapter = Adapter::load(&folder("adapter_init")).unwrap();
     adapter.config.lora_dropout = p;
     Llama::load(
-        &LlamaConfig::read(&folder("model")).unwrap(),
+        &Arch::read(&folder("model")).unwrap(),
         &Weights::open(&folder("model")).unwrap(),
         Some(&adapter),
         trained,
@@ -90,7 +90,7 @@ pub(crate) fn dropping(p: f64, trained: Trained) -> Llama {
 pub(crate) fn rslora_model() -> Llama {
     let mut adapter = Adapter::load(&folder("adapter_init")).unwrap();
     adapter.config.use_rslora = true;
-    let config = LlamaConfig::read(&folder("model")).unwrap();
+    let config = Arch::read(&folder("model")).unwrap();
     let weights = Weights::open(&folder("model")).unwrap();
     let (trained, device) = (Trained::Adapter, Device::Cpu);
     Llama::load(
@@ -182,17 +182,20 @@ fn logits_are_those_of_candle_with_scaled_rope_and_either_head() {
 
     let golden = tensors("logits_base.safetensors");
     let batch = prompt(&golden["input_ids"]);
-    let base = LlamaConfig::read(&folder("model")).unwrap();
+    let base = Arch::read(&folder("model")).unwrap();
     let weights = Weights::open(&folder("model")).unwrap();
     let mut last = Vec::new();
     for tied in [false, true] {
-        let config = LlamaConfig {
-            rope_scaling: Some(Llama3Rope {
-                factor: 8.,
-                low_freq_factor: 1.,
-                high_freq_factor: 4.,
-                original_max_position_embeddings: 256,
-            }),
+        let config = Arch {
+            rope: Rope {
+                scaling: Some(Llama3Scaling {
+                    factor: 8.,
+                    low_freq_factor: 1.,
+                    high_freq_factor: 4.,
+                    original_max_position_embeddings: 256,
+                }),
+                ..base.rope
+            },
             tie_word_embeddings: tied,
             ..base.clone()
         };
@@ -263,7 +266,7 @@ fn first_micro_batch_has_the_loss_of_trl() {
     let rows = rows("trl-1.16");
     let model = model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
     let objective = Objective::Orpo { beta: 0.1 };
-    let pad = model.config.pad_token_id.unwrap();
+    let pad = model.arch.pad_token_id.unwrap();
     let batch = objective.batch(&[&rows[0], &rows[1]], pad).unwrap();
     let golden = tensors("runs/a_first_microbatch.safetensors");
     let ids = batch

@@ -13,8 +13,8 @@ use crate::ml::io::weights::Weights;
 use crate::ml::lora::attach::attach;
 use crate::ml::lora::merge::merge;
 use crate::ml::loss::Objective;
+use crate::ml::model::arch::Arch;
 use crate::ml::model::batch::{Batch, Sequence};
-use crate::ml::model::config::LlamaConfig;
 use crate::ml::model::linear::Pass;
 use crate::ml::model::{Gradients, Llama, Trained};
 use crate::ml::quant::nf4::Nf4;
@@ -63,7 +63,7 @@ fn base(name: &str, scratch: &Path) -> PathBuf {
 }
 
 fn load(base: &Path, adapter: Option<&Adapter>, trained: Trained) -> anyhow::Result<Llama> {
-    let config = LlamaConfig::read(base)?;
+    let config = Arch::read(base)?;
     let (weights, device) = (Weights::open(base)?, Device::Cpu);
     Llama::load(&config, &weights, adapter, trained, DType::F32, &device)
 }
@@ -280,7 +280,7 @@ fn loftq_s_iterations_are_those_of_peft() {
     let second = scratch.path().join("second");
     fs::create_dir(&second).unwrap();
     let begin = |four: &Path| {
-        let config = LlamaConfig::read(four).unwrap();
+        let config = Arch::read(four).unwrap();
         let four = Weights::open(four).unwrap();
         attach(&config, &four, &new, 1, Some(&dense), &mut |_, _| Ok(())).unwrap()
     };

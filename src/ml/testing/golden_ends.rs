@@ -17,8 +17,8 @@ use crate::ml::lora::init;
 use crate::ml::lora::merge::merge;
 use crate::ml::lora::verify::prove;
 use crate::ml::loss::Objective;
+use crate::ml::model::arch::{Arch, LayerArch};
 use crate::ml::model::batch::{Batch, Sequence};
-use crate::ml::model::config::LlamaConfig;
 use crate::ml::model::linear::Pass;
 use crate::ml::model::tied::{self, EMBEDDINGS, HEAD};
 use crate::ml::model::{Gradients, Llama, Trained, logits_by_layer};
@@ -130,7 +130,7 @@ fn relative(ours: &Tensor, theirs: &Tensor) -> f64 {
 
 /// What a folder has for both ends: whether `config.json` says that they are tied, and which tensors are in its files.
 fn ends(folder: &Path) -> (bool, Vec<&'static str>) {
-    let config = LlamaConfig::read(folder).unwrap();
+    let config = Arch::read(folder).unwrap();
     let weights = Weights::open(folder).unwrap();
     let names = [EMBEDDINGS, HEAD].into_iter();
     let names = names.filter(|name| weights.contains(name)).collect();
@@ -475,7 +475,7 @@ fn the_first_pattern_of_the_file_counts() {
 #[test]
 fn both_ends_begin_with_the_numbers_of_peft() {
     let theirs = outputs();
-    let config = LlamaConfig::read(&folder("adapters").join("model")).unwrap();
+    let config = Arch::read(&folder("adapters").join("model")).unwrap();
     let new = NewAdapter {
         r: 2,
         target_modules: Names::List(
@@ -505,8 +505,8 @@ fn modules_are_chosen_as_peft_chooses_them() {
     let text = include_str!("../../../tests/golden/adapters/targets.json");
     let cases: Vec<Value> = serde_json::from_str(text).unwrap();
     assert!(cases.len() > 40);
-    let mut config = LlamaConfig::read(&folder("adapters").join("model")).unwrap();
-    config.num_hidden_layers = 12;
+    let mut config = Arch::read(&folder("adapters").join("model")).unwrap();
+    config.layers.resize(12, LayerArch::default());
     for case in cases {
         let settings = &case["settings"];
         let strings = |value: &Value| -> Option<Vec<String>> {

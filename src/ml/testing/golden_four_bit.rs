@@ -14,8 +14,8 @@ use crate::ml::lora::attach::attach;
 use crate::ml::lora::merge::merge;
 use crate::ml::lora::verify::prove;
 use crate::ml::loss::Objective;
+use crate::ml::model::arch::Arch;
 use crate::ml::model::batch::{Batch, Sequence};
-use crate::ml::model::config::LlamaConfig;
 use crate::ml::model::linear::Pass;
 use crate::ml::model::tensors::HEAD;
 use crate::ml::model::{Gradients, Llama, Trained, logits_by_layer};
@@ -34,7 +34,7 @@ fn batch() -> Batch {
 }
 
 fn load(base: &Path, adapter: Option<&Adapter>, trained: Trained) -> anyhow::Result<Llama> {
-    let config = LlamaConfig::read(base)?;
+    let config = Arch::read(base)?;
     let (weights, device) = (Weights::open(base)?, Device::Cpu);
     Llama::load(&config, &weights, adapter, trained, DType::F32, &device)
 }
@@ -59,10 +59,7 @@ fn logits_are_those_of_bitsandbytes_and_peft() {
             let ours = logits(&model, &batch(), pass);
             assert!(far(&ours, theirs(what)) < 1e-4, "{case} {what}");
             // And with a layer in memory at a time.
-            let (config, weights) = (
-                LlamaConfig::read(&base).unwrap(),
-                Weights::open(&base).unwrap(),
-            );
+            let (config, weights) = (Arch::read(&base).unwrap(), Weights::open(&base).unwrap());
             let by_layer = logits_by_layer(
                 &config,
                 &weights,
@@ -116,10 +113,7 @@ fn merging_makes_every_weight_dense() {
 fn adapters_are_begun_and_trained_beside_them() {
     for case in CASES {
         let base = folder(case);
-        let (config, weights) = (
-            LlamaConfig::read(&base).unwrap(),
-            Weights::open(&base).unwrap(),
-        );
+        let (config, weights) = (Arch::read(&base).unwrap(), Weights::open(&base).unwrap());
         let new = NewAdapter {
             r: 2,
             target_modules: Names::List(["q_proj", "down_proj"].map(str::to_owned).to_vec()),
@@ -145,10 +139,7 @@ fn adapters_are_begun_and_trained_beside_them() {
 #[test]
 fn a_head_in_4_bits_is_neither_trained_nor_replaced() {
     let base = folder("four_bit/bf16_head");
-    let (config, weights) = (
-        LlamaConfig::read(&base).unwrap(),
-        Weights::open(&base).unwrap(),
-    );
+    let (config, weights) = (Arch::read(&base).unwrap(), Weights::open(&base).unwrap());
     assert!(Nf4::shape_of(&weights, HEAD).unwrap().is_some());
     let error = load(&base, None, Trained::Everything);
     let error = error.err().unwrap();

@@ -39,7 +39,7 @@ pub fn save_adapter(model: &Llama, mut adapter: Adapter, out: &Path) -> anyhow::
         }
     }
     // As PEFT writes it: a head that stays the embeddings stands beside them.
-    if model.config.tie_word_embeddings
+    if model.arch.tie_word_embeddings
         && adapter.config.ensure_weight_tying
         && adapter.saved.contains_key(HEAD)
         && let Some(embeddings) = adapter.saved.get(EMBEDDINGS)

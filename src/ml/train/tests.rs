@@ -11,7 +11,7 @@ use crate::ml::adapter::Adapter;
 use crate::ml::io::weights::Weights;
 use crate::ml::loss::Objective;
 use crate::ml::model::Trained;
-use crate::ml::model::config::LlamaConfig;
+use crate::ml::model::arch::Arch;
 use crate::ml::testing::golden::{self, folder, rows, tensors};
 use crate::ml::testing::golden_runs::settings;
 
@@ -45,7 +45,7 @@ fn with_a_broken_token(id: u32) -> Llama {
     let config = fs::read(folder("model").join("config.json")).unwrap();
     fs::write(place.path().join("config.json"), config).unwrap();
     Llama::load(
-        &LlamaConfig::read(place.path()).unwrap(),
+        &Arch::read(place.path()).unwrap(),
         &Weights::open(place.path()).unwrap(),
         Some(&Adapter::load(&folder("adapter_init")).unwrap()),
         Trained::Adapter,

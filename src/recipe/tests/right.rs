@@ -95,7 +95,7 @@ fn recipes_fit_the_schema() {
         reference.contains("| `beta` | number | `0.1` | Weight of the odds ratio. |"),
         "{reference}"
     );
-    assert!(reference.contains("| `logging_steps` | whole number | `0` | RecipePath between two lines of the log. *Neutral.* |"), "{reference}");
+    assert!(reference.contains("| `logging_steps` | whole number | `0` | Steps between two lines of the log. *Neutral.* |"), "{reference}");
 }
 
 #[test]

@@ -14,7 +14,7 @@ use crate::engine::{Context, Input, Problem, Stage};
 use crate::ml::adapter::{self, ENDS, Meant, Names, NewAdapter, Patterns};
 use crate::ml::io::weights::Weights;
 use crate::ml::lora::{attach, init};
-use crate::ml::model::config::LlamaConfig;
+use crate::ml::model::arch::Arch;
 use crate::ml::model::tied;
 use crate::stages::artifacts::{Adapter, Model};
 
@@ -266,7 +266,7 @@ impl Stage for AttachLora {
         let folder = cx.input(&self.model)?;
         let (config, weights) = tied::open(folder)?;
         let new = self.settings(&config);
-        for layer in 0..config.num_hidden_layers {
+        for layer in 0..config.num_hidden_layers() {
             let name = format!("model.layers.{layer}.self_attn.q_proj.weight");
             weights
                 .raw(&name)
@@ -297,7 +297,7 @@ impl Stage for AttachLora {
 }
 
 impl AttachLora {
-    fn settings(&self, config: &LlamaConfig) -> NewAdapter {
+    fn settings(&self, config: &Arch) -> NewAdapter {
         let target_modules = match &self.target_modules {
             TargetModules::Some(modules) => modules.of_peft(),
             TargetModules::AllLinear => {
@@ -331,7 +331,7 @@ impl AttachLora {
     }
 
     /// Notes what there is to train, and warns of what may not be meant.
-    fn tell(&self, cx: &Context, config: &LlamaConfig, adapter: &adapter::Adapter) {
+    fn tell(&self, cx: &Context, config: &Arch, adapter: &adapter::Adapter) {
         let pairs = adapter.tensors.values();
         let count = pairs.map(|pair| {
             let lengths = pair
@@ -383,7 +383,7 @@ impl AttachLora {
 }
 
 /// What was asked for and changes nothing, as PEFT warns of it.
-fn unused(config: &LlamaConfig, adapter: &adapter::Adapter) -> Vec<String> {
+fn unused(config: &Arch, adapter: &adapter::Adapter) -> Vec<String> {
     let settings = &adapter.config;
     let with = adapter.tensors.keys().map(String::as_str);
     let modules = init::modules(config);

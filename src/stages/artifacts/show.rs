@@ -8,7 +8,7 @@ use serde_json::Value;
 use crate::data;
 use crate::engine::{Bytes, View, canonical_json};
 use crate::ml::io::weights::Weights;
-use crate::ml::model::config::LlamaConfig;
+use crate::ml::model::arch::Arch;
 use crate::ml::model::create::parameters;
 
 fn line(text: impl Into<String>) -> View {
@@ -33,10 +33,10 @@ pub(super) fn splits(folder: &Path, rows: usize) -> anyhow::Result<Vec<View>> {
 
 /// A model: its sizes and weights, and how it was trained.
 pub(super) fn model(folder: &Path, rows: usize) -> anyhow::Result<Vec<View>> {
-    let config = LlamaConfig::read(folder)?;
+    let config = Arch::read(folder)?;
     let weights = Weights::open(folder)?;
     let sizes = [
-        ("layers", config.num_hidden_layers.to_string()),
+        ("layers", config.num_hidden_layers().to_string()),
         ("hidden_size", config.hidden_size.to_string()),
         ("intermediate_size", config.intermediate_size.to_string()),
         (

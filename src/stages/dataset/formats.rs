@@ -7,7 +7,7 @@ use candle_core::{DType, Device};
 use crate::engine::{Context, Stage};
 use crate::ml::adapter::Adapter;
 use crate::ml::io::weights::Weights;
-use crate::ml::model::config::LlamaConfig;
+use crate::ml::model::arch::Arch;
 use crate::ml::model::linear::Pass;
 use crate::ml::model::{Llama, Trained};
 use crate::ml::testing::golden;
@@ -29,7 +29,7 @@ fn run<S: Stage>(root: &Path, name: &str, yaml: &str, inputs: &[(&str, &Path)]) 
 }
 
 fn logits(model: &Path, adapter: Option<&Path>) -> candle_core::Tensor {
-    let config = LlamaConfig::read(model).unwrap();
+    let config = Arch::read(model).unwrap();
     let adapter = adapter.map(|adapter| Adapter::load(adapter).unwrap());
     let (weights, device) = (Weights::open(model).unwrap(), Device::Cpu);
     let model = Llama::load(
@@ -82,7 +82,7 @@ fn a_model_that_is_4_bit_already_needs_no_quantize_stage() {
 
     let inputs: [(&str, &Path); 2] = [("base", &base), ("tuned", &tuned)];
     let merged = run::<Merge>(root, "merged", "{model: base, adapter: tuned}", &inputs);
-    assert_eq!(LlamaConfig::read(&merged).unwrap().quantization, None);
+    assert_eq!(Arch::read(&merged).unwrap().quantization, None);
     let far = golden::far(&after, &logits(&merged, None));
     assert!(far < 1e-4, "{far}");
 }

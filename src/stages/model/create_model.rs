@@ -13,7 +13,7 @@ use crate::data::cell::Cell;
 use crate::data::table::{BATCH_ROWS, Split};
 use crate::engine::{Bytes, Context, Input, Problem, SourcePath, Stage};
 use crate::ml::io::folder::{self, CONFIG, sorted_json};
-use crate::ml::model::config::{LlamaConfig, largest};
+use crate::ml::model::arch::{Arch, LayerArch, QkNorm, Rope, largest};
 use crate::ml::model::create;
 use crate::stages::artifacts::{Dataset, Model};
 use crate::stages::text::tokenizers;
@@ -263,23 +263,26 @@ impl CreateModel {
         self.num_key_value_heads.unwrap_or(self.num_attention_heads)
     }
 
-    fn config(&self, vocabulary: &Vocabulary) -> LlamaConfig {
+    fn config(&self, vocabulary: &Vocabulary) -> Arch {
         let head_dim = self.hidden_size / self.num_attention_heads.max(1);
-        LlamaConfig {
+        Arch {
+            family: "llama",
             vocab_size: vocabulary.size,
             hidden_size: self.hidden_size,
             intermediate_size: self.intermediate_size,
-            num_hidden_layers: self.num_hidden_layers,
+            layers: vec![LayerArch::default(); self.num_hidden_layers],
             num_attention_heads: self.num_attention_heads,
             num_key_value_heads: self.key_value_heads(),
             head_dim: self.head_dim.unwrap_or(head_dim),
             rms_norm_eps: self.rms_norm_eps,
-            rope_theta: self.rope_theta,
-            rope_scaling: None,
+            rope: Rope {
+                theta: self.rope_theta,
+                scaling: None,
+            },
+            qk_norm: QkNorm::None,
+            biases: Vec::new(),
             max_position_embeddings: self.max_position_embeddings,
             tie_word_embeddings: self.tie_word_embeddings,
-            attention_bias: false,
-            mlp_bias: false,
             attention_dropout: 0.,
             bos_token_id: vocabulary.bos,
             eos_token_ids: vocabulary.eos.into_iter().collect(),

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::files::{self, Checked, INDEX};
 use crate::engine::{Context, Problem, SourcePath, Stage};
-use crate::ml::model::config::without_effect;
+use crate::ml::model::families::without_effect;
 use crate::ml::model::{tensors, tied};
 use crate::stages::artifacts::Model;
 

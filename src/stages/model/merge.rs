@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::engine::{Context, Input, Stage};
 use crate::ml::adapter::Adapter as LoraAdapter;
 use crate::ml::lora::{merge, verify};
-use crate::ml::model::config::LlamaConfig;
+use crate::ml::model::arch::Arch;
 use crate::stages::artifacts::{Adapter, Model};
 use crate::stages::text::{chat_template, tokenizers};
 
@@ -105,7 +105,7 @@ impl Stage for Merge {
 
 /// The prompts as ids: those of the model's tokenizer, or, where there is none, ids from all over the vocabulary.
 fn prompts(model: &Path) -> anyhow::Result<Vec<Vec<u32>>> {
-    let config = LlamaConfig::read(model)?;
+    let config = Arch::read(model)?;
     let longest = LONGEST.min(config.max_position_embeddings).max(1);
     let vocabulary = config.vocab_size.max(1);
     let tokenizer = tokenizers::load(model).ok();
@@ -134,7 +134,7 @@ mod tests {
 
     use super::*;
     use crate::ml::io::weights::Weights;
-    use crate::ml::model::config::LlamaConfig;
+    use crate::ml::model::arch::Arch;
     use crate::ml::model::linear::Pass;
     use crate::ml::model::{Llama, Trained};
     use crate::ml::testing::golden;
@@ -185,7 +185,7 @@ mod tests {
             assert_eq!(config(cx.out()), kept);
             assert!(kept["eos_token_id"].is_number() && kept["pad_token_id"].is_number());
 
-            let config = LlamaConfig::read(cx.out()).unwrap();
+            let config = Arch::read(cx.out()).unwrap();
             let weights = Weights::open(cx.out()).unwrap();
             let (nothing, device) = (Trained::Nothing, Device::Cpu);
             let merged = Llama::load(&config, &weights, None, nothing, DType::F32, &device);

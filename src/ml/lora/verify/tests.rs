@@ -9,7 +9,7 @@ use super::*;
 use crate::ml::io::folder::carry;
 use crate::ml::io::weights::save;
 use crate::ml::lora::merge::merge;
-use crate::ml::model::config::LlamaConfig;
+use crate::ml::model::arch::{Arch, Projection};
 use crate::ml::model::{Llama, Trained};
 use crate::ml::testing::golden;
 
@@ -62,7 +62,7 @@ fn prove_merge(base: &Path, adapter: &Adapter) -> Proof {
 fn layer_by_layer_the_logits_are_those_of_the_whole_model() {
     for base in ["model", "model_nf4"] {
         let golden = golden::folder(base);
-        let config = LlamaConfig::read(&golden).unwrap();
+        let config = Arch::read(&golden).unwrap();
         let weights = Weights::open(&golden).unwrap();
         let adapter = adapter(1.);
         let (device, nothing) = (Device::Cpu, Trained::Nothing);
@@ -104,7 +104,7 @@ fn the_fast_way_and_the_plain_one_tell_the_same() {
         let out = tempfile::tempdir().unwrap();
         merge(base, &adapter, out.path(), &mut ignore).unwrap();
         let open = |folder: &Path| {
-            let config = LlamaConfig::read(folder).unwrap();
+            let config = Arch::read(folder).unwrap();
             (config, Weights::open(folder).unwrap())
         };
         let (first, second) = (open(base), open(out.path()));
@@ -140,9 +140,9 @@ fn the_fast_way_and_the_plain_one_tell_the_same() {
 #[test]
 fn what_the_kernels_lack_goes_the_plain_way() {
     let golden = golden::folder("model");
-    let config = LlamaConfig::read(&golden).unwrap();
-    let biased = LlamaConfig {
-        mlp_bias: true,
+    let config = Arch::read(&golden).unwrap();
+    let biased = Arch {
+        biases: Projection::MLP.to_vec(),
         ..config.clone()
     };
     let weights = Weights::open(&golden).unwrap();

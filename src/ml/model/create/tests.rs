@@ -20,8 +20,8 @@ fn ignore(_: u64, _: u64) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn config() -> LlamaConfig {
-    LlamaConfig::read(&golden::folder("model")).unwrap()
+fn config() -> Arch {
+    Arch::read(&golden::folder("model")).unwrap()
 }
 
 fn values(weights: &Weights, name: &str) -> Vec<f32> {
@@ -47,13 +47,13 @@ fn a_model_has_the_tensors_of_transformers() {
             theirs.raw(name).unwrap().shape
         );
     }
-    assert_eq!(LlamaConfig::read(out.path()).unwrap(), config());
+    assert_eq!(Arch::read(out.path()).unwrap(), config());
     assert!(
         values(&ours, "model.norm.weight")
             .iter()
             .all(|x| x.to_bits() == 1f32.to_bits())
     );
-    let tied = LlamaConfig {
+    let tied = Arch {
         tie_word_embeddings: true,
         ..config()
     };
@@ -177,11 +177,11 @@ fn large_models_are_sharded_and_16_bit_ones_are_rounded() {
 
 #[test]
 fn absurd_sizes_are_refused_before_anything_is_made() {
-    let largest = LlamaConfig {
+    let largest = Arch {
         vocab_size: 1 << 26,
         hidden_size: 1 << 20,
         intermediate_size: 1 << 24,
-        num_hidden_layers: 1 << 14,
+        layers: vec![LayerArch::default(); 1 << 14],
         num_attention_heads: 1 << 16,
         num_key_value_heads: 1 << 16,
         head_dim: 1 << 8,

@@ -94,7 +94,7 @@ fn what_is_asked_for_in_vain_is_a_warning() {
     let warnings = |yaml: &str| {
         let stage: AttachLora = serde_yaml::from_str(yaml).unwrap();
         assert_eq!(stage.check(), []);
-        let config = LlamaConfig::read(&golden::folder("model")).unwrap();
+        let config = Arch::read(&golden::folder("model")).unwrap();
         let adapter = init::adapter(&config, &stage.settings(&config), 1).unwrap();
         unused(&config, &adapter)
     };

@@ -63,7 +63,7 @@ fn a_new_model_is_whole() {
     assert_eq!(stage.check(), []);
     stage.run(&cx).unwrap();
 
-    let config = LlamaConfig::read(cx.out()).unwrap();
+    let config = Arch::read(cx.out()).unwrap();
     assert_eq!(
         (
             config.vocab_size,
@@ -72,7 +72,7 @@ fn a_new_model_is_whole() {
         ),
         (400, 2, 8)
     );
-    assert!((config.rope_theta - 500_000.).abs() < 1e-9);
+    assert!((config.rope.theta - 500_000.).abs() < 1e-9);
     let weights = Weights::open(cx.out()).unwrap();
     let (nothing, device) = (Trained::Nothing, candle_core::Device::Cpu);
     Llama::load(
@@ -128,7 +128,7 @@ fn messages_teach_and_few_texts_leave_rows_unused() {
     );
     assert_eq!(stage.check(), []);
     stage.run(&cx).unwrap();
-    assert_eq!(LlamaConfig::read(cx.out()).unwrap().vocab_size, 500);
+    assert_eq!(Arch::read(cx.out()).unwrap().vocab_size, 500);
     let tokenizer = Tokenizer::load(cx.out()).unwrap();
     assert!(tokenizer.vocab_size() < 290, "{}", tokenizer.vocab_size());
     assert_eq!(tokenizer.encode("zebra").unwrap().len(), 1);
@@ -148,7 +148,7 @@ fn a_tokenizer_is_taken_from_another_model() {
     let taken = stage("tokenizer: other, tie_word_embeddings: true");
     assert_eq!(taken.check(), []);
     taken.run(&cx).unwrap();
-    let config = LlamaConfig::read(cx.out()).unwrap();
+    let config = Arch::read(cx.out()).unwrap();
     assert_eq!((config.vocab_size, config.pad_token_id), (1024, Some(1023)));
     let golden = golden::folder("model");
     for name in [

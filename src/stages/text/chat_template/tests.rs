@@ -214,7 +214,7 @@ fn generation_stops_where_the_template_ends_answers() {
     assert_eq!(stop_token(&cx, cx.out(), &model).unwrap(), None);
     write(LLAMA3, cx.out()).unwrap();
     let stop = stop_token(&cx, cx.out(), &model).unwrap().unwrap();
-    let config = crate::ml::model::config::LlamaConfig::read(&model).unwrap();
+    let config = crate::ml::model::arch::Arch::read(&model).unwrap();
     let known = stop_ids(&model, &config).unwrap();
     assert!(stop.id == 1022 && !known.contains(&1022), "{known:?}");
 }

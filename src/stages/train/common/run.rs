@@ -14,8 +14,8 @@ use crate::ml::adapter::{Adapter, FILE};
 use crate::ml::execution::Path as Way;
 use crate::ml::fused::Packing;
 use crate::ml::io::folder::{METRICS, TRAINER_STATE};
+use crate::ml::model::arch::Arch;
 use crate::ml::model::batch::Row;
-use crate::ml::model::config::LlamaConfig;
 use crate::ml::model::{Llama, Trained, tied};
 use crate::ml::train::save::{save_adapter, save_model};
 use crate::ml::train::{Ending, Settings, Start, take_up, train, trainer_state};
@@ -80,7 +80,7 @@ pub(in crate::stages) fn has_split(dataset: &Path, split: &str) -> anyhow::Resul
 }
 
 /// The id that fills batches up: the tokenizer's pad token, or what the model's config names.
-pub(in crate::stages) fn pad_id(model: &Path, config: &LlamaConfig) -> u32 {
+pub(in crate::stages) fn pad_id(model: &Path, config: &Arch) -> u32 {
     let named = || {
         let special = special_tokens(model).ok()?;
         let pad = special.get("pad_token")?;
@@ -138,7 +138,7 @@ fn cache_frozen_layers(cx: &Context, model: &Llama, rows: &[&[Row]]) -> anyhow::
         let rejected = row.rejected().map_or(0, |sequence| sequence.ids.len());
         row.chosen().ids.len() + rejected
     });
-    let bytes = tokens.sum::<usize>() * model.config.hidden_size * size_of::<f32>();
+    let bytes = tokens.sum::<usize>() * model.arch.hidden_size * size_of::<f32>();
     cx.note("cached_frozen_layers", frozen);
     cx.info(format!(
         "keeps what the lowest {frozen} layers give of each sequence for its next epoch: up to {} MB on disk",

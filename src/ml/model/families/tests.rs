@@ -1,28 +1,30 @@
-//! Tests of `config`.
+//! Tests of the families.
 
 use proptest::prelude::*;
 
 use super::*;
+use crate::ml::model::arch::Quantization;
+use candle_core::DType;
 
 #[test]
 fn both_spellings_say_the_same() {
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/model");
-    let new = LlamaConfig::read(&golden).unwrap();
+    let new = Arch::read(&golden).unwrap();
     let text = std::fs::read_to_string(golden.join("config.v4style.json")).unwrap();
-    let old = LlamaConfig::parse(&serde_json::from_str(&text).unwrap()).unwrap();
+    let old = describe(&serde_json::from_str(&text).unwrap()).unwrap();
     assert_eq!(new, old);
-    assert!((new.rope_theta - 500_000.).abs() < 1e-9);
+    assert!((new.rope.theta - 500_000.).abs() < 1e-9);
     assert_eq!(new.dtype, Some(DType::F32));
     assert_eq!(new.eos_token_ids, [1019]);
 }
 
-fn golden_with(changes: &[(&str, Value)]) -> anyhow::Result<LlamaConfig> {
+fn golden_with(changes: &[(&str, Value)]) -> anyhow::Result<Arch> {
     let text = include_str!("../../../../tests/golden/model/config.json");
     let mut config: Value = serde_json::from_str(text).unwrap();
     for (name, value) in changes {
         config[*name] = value.clone();
     }
-    LlamaConfig::parse(&config)
+    describe(&config)
 }
 
 #[test]
@@ -147,7 +149,7 @@ fn many_wide_heads_are_refused() {
 #[test]
 fn the_first_llamas_and_many_ends_are_read() {
     let old = golden_with(&[("rope_parameters", Value::Null)]).unwrap();
-    assert!((old.rope_theta - 10_000.).abs() < 1e-9);
+    assert!((old.rope.theta - 10_000.).abs() < 1e-9);
     let many = golden_with(&[
         ("eos_token_id", json!([1, 2])),
         ("pad_token_id", json!(-1)),
@@ -165,9 +167,10 @@ fn both_spellings_of_rope_count_as_in_transformers() {
     let rope = |changes: &[(&str, Value)]| {
         let config = golden_with(changes).unwrap();
         let original = config
-            .rope_scaling
+            .rope
+            .scaling
             .map(|rope| rope.original_max_position_embeddings);
-        (config.rope_theta, original)
+        (config.rope.theta, original)
     };
     // `rope_scaling` counts, and then not the other's theta.
     assert_eq!(rope(&[("rope_scaling", llama3.clone())]), (1e4, Some(64)));
@@ -231,7 +234,7 @@ fn keys_of_other_model_types_are_told() {
 #[test]
 fn a_quantised_model_says_so() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/model_nf4");
-    let config = LlamaConfig::read(&folder).unwrap();
+    let config = Arch::read(&folder).unwrap();
     let expected = Quantization {
         double_quant: true,
         compute_dtype: Some(DType::F32),
@@ -243,7 +246,7 @@ fn a_quantised_model_says_so() {
 proptest! {
     #[test]
     fn any_text_is_read_or_refused(text in ".{0,60}", key in 0usize..8, number in any::<i64>()) {
-        let _ = serde_json::from_str(&text).map(|value: Value| LlamaConfig::parse(&value));
+        let _ = serde_json::from_str(&text).map(|value: Value| describe(&value));
         let key = ["vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
             "eos_token_id", "rope_theta", "max_position_embeddings"][key];
         let _ = golden_with(&[(key, json!(number))]);

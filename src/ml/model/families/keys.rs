@@ -1,0 +1,240 @@
+//! The keys of a `config.json` that more than one family has, in either of transformers' spellings.
+
+use anyhow::{Context as _, bail, ensure};
+use candle_core::DType;
+use serde_json::{Value, json};
+
+use crate::ml::io::float::Float;
+use crate::ml::model::arch::{Llama3Scaling, Quantization, Rope, largest};
+
+/// A parsed `config.json`.
+#[derive(Clone, Copy)]
+pub(super) struct Keys<'a>(pub(super) &'a Value);
+
+impl<'a> Keys<'a> {
+    /// A key's value, unless it is `null`.
+    pub(super) fn some(self, name: &str) -> Option<&'a Value> {
+        self.0.get(name).filter(|value| !value.is_null())
+    }
+
+    /// A whole number from 1 on.
+    pub(super) fn size(self, name: &str) -> anyhow::Result<usize> {
+        let value = self.0.get(name).and_then(Value::as_u64);
+        let value = value.and_then(|value| usize::try_from(value).ok());
+        let largest = largest(name);
+        match value {
+            Some(value) if value > 0 && value <= largest => Ok(value),
+            _ => bail!("`{name}` is missing or not a whole number from 1 to {largest}"),
+        }
+    }
+
+    /// A whole number from 1 on, or what transformers takes where the file doesn't say it.
+    pub(super) fn size_or(self, name: &str, default: usize) -> anyhow::Result<usize> {
+        match self.some(name) {
+            None => Ok(default),
+            Some(_) => self.size(name),
+        }
+    }
+
+    /// A number.
+    pub(super) fn number(self, name: &str) -> anyhow::Result<f64> {
+        let value = self.0.get(name).and_then(Value::as_f64);
+        value.with_context(|| format!("`{name}` is missing or not a number"))
+    }
+
+    /// A number, or what transformers takes where the file doesn't say it.
+    pub(super) fn number_or(self, name: &str, default: f64) -> anyhow::Result<f64> {
+        self.some(name).map_or(Ok(default), |_| self.number(name))
+    }
+
+    /// Yes or no; a key that is not there means no.
+    pub(super) fn flag(self, name: &str) -> anyhow::Result<bool> {
+        match self.some(name) {
+            None => Ok(false),
+            Some(Value::Bool(on)) => Ok(*on),
+            Some(other) => bail!("`{name}` is {other}, expected true or false"),
+        }
+    }
+
+    /// A token id, or none.
+    pub(super) fn id(self, name: &str) -> anyhow::Result<Option<u32>> {
+        self.0.get(name).map_or(Ok(None), |value| id(value, name))
+    }
+
+    /// The ids that end a text: one, or a list.
+    pub(super) fn eos_ids(self) -> anyhow::Result<Vec<u32>> {
+        let name = "eos_token_id";
+        let ids = match self.0.get(name) {
+            Some(Value::Array(ids)) => ids.iter().collect(),
+            one => one.into_iter().collect::<Vec<_>>(),
+        };
+        let ids: Vec<_> = ids
+            .into_iter()
+            .map(|one| id(one, name))
+            .collect::<anyhow::Result<_>>()?;
+        Ok(ids.into_iter().flatten().collect())
+    }
+
+    /// The gate's activation has to be the one that is computed.
+    pub(super) fn check_activation(self) -> anyhow::Result<()> {
+        if let Some(act) = self.0.get("hidden_act") {
+            // Two names of one function.
+            ensure!(
+                act == "silu" || act == "swish",
+                "the activation `{}` (`hidden_act`) is not supported, expected `silu`",
+                act.as_str().map_or_else(|| act.to_string(), str::to_owned)
+            );
+        }
+        Ok(())
+    }
+
+    /// The dtype that the weights are meant to have.
+    pub(super) fn dtype(self) -> Option<DType> {
+        dtype(self.some("dtype").or_else(|| self.some("torch_dtype")))
+    }
+
+    /// How the weights are quantised.
+    pub(super) fn quantization(self) -> anyhow::Result<Option<Quantization>> {
+        self.some("quantization_config")
+            .map(quantization)
+            .transpose()
+    }
+
+    /// transformers 5 keeps both in `rope_parameters`; before, there were `rope_theta` and `rope_scaling`. Where a file has both
+    /// spellings, `rope_scaling` counts, as in transformers.
+    pub(super) fn rope(self) -> anyhow::Result<Rope> {
+        let filled = |name: &str| self.some(name).filter(|value| *value != &json!({}));
+        let positive = |value: f64| value > 0. && value.is_finite();
+        let name = if filled("rope_scaling").is_some() {
+            "rope_scaling"
+        } else {
+            "rope_parameters"
+        };
+        let parameters = filled(name);
+        let theta = match parameters.and_then(|rope| rope.get("rope_theta")) {
+            Some(theta) => Some(theta),
+            None => self.some("rope_theta"),
+        };
+        let theta = match theta {
+            Some(theta) => theta
+                .as_f64()
+                .filter(|theta| positive(*theta))
+                .with_context(|| format!("`rope_theta` is {theta}, expected a number above 0"))?,
+            // transformers' `default_theta`, for the first models, whose files don't say it.
+            None => 10_000.,
+        };
+        let full = self.some("partial_rotary_factor");
+        ensure!(
+            full.is_none_or(|factor| factor.as_f64() == Some(1.)),
+            "`partial_rotary_factor` is not 1; the heads are rotated whole"
+        );
+        let scaling = parameters.map_or(Ok(None), |rope| self.rope_scaling(name, rope))?;
+        if let Some(rope) = &scaling {
+            ensure!(
+                positive(rope.factor)
+                    && positive(rope.low_freq_factor)
+                    && rope.high_freq_factor > rope.low_freq_factor,
+                "the factors of the rope type `llama3` are out of order"
+            );
+        }
+        Ok(Rope { theta, scaling })
+    }
+
+    fn rope_scaling(self, name: &str, scaling: &Value) -> anyhow::Result<Option<Llama3Scaling>> {
+        let keys = scaling.as_object();
+        let keys = keys.with_context(|| format!("`{name}` is {scaling}, expected an object"))?;
+        let kind = match scaling.get("rope_type").or_else(|| scaling.get("type")) {
+            None => "default",
+            Some(kind) => kind
+                .as_str()
+                .with_context(|| format!("the `rope_type` is {kind}, expected a text"))?,
+        };
+        let found = ROPE_KEYS.iter().find(|(known, _)| *known == kind);
+        let Some((_, own)) = found else {
+            bail!("the rope type `{kind}` is not supported, expected `default` or `llama3`");
+        };
+        let common = [
+            "rope_type",
+            "type",
+            "rope_theta",
+            "original_max_position_embeddings",
+        ];
+        // Factors that change nothing.
+        let neutral = |key: &str, value: &Value| {
+            value.is_null() || key.ends_with("factor") && value.as_f64() == Some(1.)
+        };
+        for (key, value) in keys {
+            let known = common.contains(&key.as_str()) || own.contains(&key.as_str());
+            ensure!(
+                known || neutral(key, value),
+                "`{name}` has `{key}`, which the rope type `{kind}` doesn't know; was another `rope_type` meant? transformers \
+                 warns of it and goes on without; hint: remove the key if that is right"
+            );
+        }
+        if kind == "default" {
+            return Ok(None);
+        }
+        // As in transformers: the file's own, else the rope's, else the model's length.
+        let original = "original_max_position_embeddings";
+        let rope = Keys(scaling);
+        let original_max_position_embeddings = if self.some(original).is_some() {
+            self.size(original)?
+        } else if rope.some(original).is_some() {
+            rope.size(original)?
+        } else {
+            self.size_or("max_position_embeddings", 2048)?
+        };
+        Ok(Some(Llama3Scaling {
+            factor: rope.number("factor")?,
+            low_freq_factor: rope.number("low_freq_factor")?,
+            high_freq_factor: rope.number("high_freq_factor")?,
+            original_max_position_embeddings,
+        }))
+    }
+}
+
+/// The parameters of the rope types that are computed.
+const ROPE_KEYS: [(&str, &[&str]); 2] = [
+    ("default", &[]),
+    ("llama3", &["factor", "low_freq_factor", "high_freq_factor"]),
+];
+
+fn dtype(value: Option<&Value>) -> Option<DType> {
+    let name = value.and_then(Value::as_str)?;
+    let name = name.strip_prefix("torch.").unwrap_or(name);
+    Some(Float::named(name)?.dtype())
+}
+
+/// A token id; `null`, and -1 in old files, mean that there is none.
+fn id(value: &Value, name: &str) -> anyhow::Result<Option<u32>> {
+    if value.is_null() || value.as_i64() == Some(-1) {
+        return Ok(None);
+    }
+    let id = value.as_u64().and_then(|id| u32::try_from(id).ok());
+    let id = id.with_context(|| format!("`{name}` is {value}, expected a token id"))?;
+    Ok(Some(id))
+}
+
+fn quantization(config: &Value) -> anyhow::Result<Quantization> {
+    let method = config.get("quant_method").and_then(Value::as_str);
+    ensure!(
+        method.is_none_or(|method| method == "bitsandbytes"),
+        "weights quantised by `{}` are not supported, expected plain ones or bitsandbytes' nf4",
+        method.unwrap_or_default()
+    );
+    let on = |name: &str| config.get(name).and_then(Value::as_bool) == Some(true);
+    let kind = config.get("bnb_4bit_quant_type").and_then(Value::as_str);
+    ensure!(
+        on("load_in_4bit") && kind == Some("nf4"),
+        "bitsandbytes' {} is not supported, expected nf4",
+        if on("load_in_8bit") {
+            "8 bits"
+        } else {
+            kind.unwrap_or("quantisation of an unnamed type")
+        }
+    );
+    Ok(Quantization {
+        double_quant: on("bnb_4bit_use_double_quant"),
+        compute_dtype: dtype(config.get("bnb_4bit_compute_dtype")),
+    })
+}
