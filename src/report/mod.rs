@@ -40,7 +40,9 @@ pub fn report(events: &Receiver<Event>, reporters: &mut [&mut dyn Reporter]) {
         };
         show(&first);
         std::thread::sleep(GATHERING);
-        events.try_iter().for_each(|event| show(&event));
+        for event in events.try_iter() {
+            show(&event);
+        }
         for reporter in reporters.iter_mut() {
             reporter.flush();
         }

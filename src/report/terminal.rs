@@ -1,6 +1,5 @@
 //! Events for people: a line for what happened, and a moving bar for what is happening.
 
-use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::time::{Duration, Instant};
@@ -53,7 +52,7 @@ struct Running {
     bar: Option<ProgressBar>,
     started: Instant,
     told: Instant,
-    unit: Cow<'static, str>,
+    unit: String,
 }
 
 impl<W: Write> Reporter for Terminal<W> {
@@ -261,25 +260,25 @@ impl<W: Write> Terminal<W> {
             bar,
             started: now,
             told: now,
-            unit: Cow::Borrowed(""),
+            unit: String::new(),
         };
         self.running.insert(stage.to_owned(), running);
     }
 
-    fn progress(&mut self, stage: &str, done: u64, total: Option<u64>, unit: &Cow<'static, str>) {
+    fn progress(&mut self, stage: &str, done: u64, total: Option<u64>, unit: &str) {
         let Some(running) = self.running.get_mut(stage) else {
             return;
         };
         if let Some(bar) = &running.bar {
-            if running.unit != *unit {
-                running.unit = unit.clone();
+            if running.unit != unit {
+                unit.clone_into(&mut running.unit);
                 bar.reset_eta();
                 bar.set_style(style(total.is_some(), unit == "bytes"));
             }
             if let Some(total) = total {
                 bar.set_length(total);
             }
-            bar.set_message(unit.clone());
+            bar.set_message(unit.to_owned());
             bar.set_position(done);
             return;
         }

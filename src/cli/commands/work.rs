@@ -55,10 +55,12 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
         cancel,
         exit,
     };
-    match work.serve(&task, orders, stdout())? {
-        // Who started this process reads the reason among the events.
-        false if args.task.is_some() => Err(Failure::Reported),
-        _ => Ok(()),
+    let succeeded = work.serve(&task, orders, stdout())?;
+    // The process that started this one reads the reason among the events, and a scheduler looks at the exit code.
+    if succeeded || args.task.is_none() {
+        Ok(())
+    } else {
+        Err(Failure::Reported)
     }
 }
 

@@ -187,6 +187,7 @@ fn stages_never_take_more_than_there_is() {
             cpus: NonZeroUsize::new(1 + index % 2),
             memory: Bytes(if index == 3 { 90 } else { 30 }),
             gpus: index % 3,
+            ..Resources::default()
         };
         node
     });

@@ -2,13 +2,12 @@
 
 use std::fs;
 use std::path::Path;
-use std::sync::atomic::Ordering;
 
 use candle_core::Device;
 
 use crate::data::table::Writer;
 use crate::data::tokens::{TokenRow, batch, schema};
-use crate::engine::{AnyStage, Context, Event, Stage};
+use crate::engine::{AnyStage, Context, Control, Event, Stage};
 use crate::ml::adapter::Adapter;
 use crate::ml::testing::golden;
 use crate::ml::train::optim;
@@ -89,11 +88,11 @@ fn the_stage_makes_the_adapter_of_trl() {
     assert!((last["loss"].as_f64().unwrap() - 7.015_620_231_628_418).abs() < 2e-4);
 
     // Interrupted at once and taken up again: the same bytes.
-    let again = place.context("again", None);
-    again.cancel.store(true, Ordering::Relaxed);
+    let mut again = place.context("again", None);
+    again.control.cancel();
     let error = Stage::run(&stage, &again).unwrap_err();
     assert_eq!(error.to_string(), "interrupted");
-    again.cancel.store(false, Ordering::Relaxed);
+    again.control = Control::default();
     Stage::run(&stage, &again).unwrap();
     for name in [
         "adapter_model.safetensors",
