@@ -225,7 +225,9 @@ mod tests {
             },
         ];
         let mut log = EventLog::new(&store, "toy");
-        all.iter().for_each(|event| log.add(event));
+        for event in &all {
+            log.add(event);
+        }
         log.keep(3).unwrap();
         let kept = all[..3].iter();
         let kept: Vec<_> = kept

@@ -32,8 +32,9 @@ pub struct Task {
     pub kind: String,
     /// Its parameters as a recipe has them, with defaults.
     pub params: Value,
-    /// Whether it may take the time it needs when it is told to stop, to save what it has. Other stages are ended.
-    pub finishes_when_cancelled: bool,
+    /// Whether it is a long computation that has the machine to itself ([`super::Stage::EXCLUSIVE`]): told to stop, it may take the
+    /// time to save what it has, where others are ended.
+    pub exclusive: bool,
     /// Never touch the network.
     pub offline: bool,
     /// Threads it may compute with.

@@ -289,7 +289,7 @@ impl Worker<'_, '_> {
             stage: node.name.clone(),
             kind: node.stage.kind().to_owned(),
             params: unmarked(params),
-            finishes_when_cancelled: node.stage.exclusive(),
+            exclusive: node.stage.exclusive(),
             offline: self.session.env.offline,
             cpus: resources.cpus,
             memory: memory(node.stage.bounded(), resources),

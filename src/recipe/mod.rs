@@ -15,6 +15,7 @@ mod sentence;
 mod set;
 mod source_map;
 mod stage;
+mod syntax;
 #[cfg(test)]
 mod tests;
 mod vars;

@@ -121,7 +121,7 @@ fn task(project: &Project, path: &str) -> Value {
         "stage": "pairs",
         "kind": "import_dataset",
         "params": { "path": path },
-        "finishes_when_cancelled": false,
+        "exclusive": false,
         "offline": true,
         "cpus": 1,
         "memory": null,

@@ -329,7 +329,7 @@ fn circles_are_found_through_re_exports_groups_and_inline_paths() {
     );
     assert_eq!(
         of(&[root, parent, child, other, a]),
-        [["a.rs", "c/mod.rs", "c/x.rs"]]
+        [["a.rs", "c/mod.rs", "c/x.rs", "c/y.rs"]]
     );
     let child = (
         "c/x.rs",

@@ -45,6 +45,8 @@ mod processor;
 #[cfg(test)]
 mod remote;
 #[cfg(test)]
+mod same_numbers;
+#[cfg(test)]
 mod shrinking;
 #[cfg(test)]
 mod story;
