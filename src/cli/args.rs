@@ -14,7 +14,7 @@ pub(super) struct RecipeArgs {
     /// Sets a value of the recipe, such as `stages.tuned.train_orpo.beta=0.2` or `vars.seed=1`; may be repeated
     #[arg(long = "set", value_name = "PATH=VALUE", value_parser = assignment)]
     pub(super) set: Vec<Override>,
-    /// Lets the recipe read files of a folder outside its project, and links lead there; may be repeated
+    /// Allows the recipe to read files in this folder outside its project, also through links; may be repeated
     #[arg(long, value_name = "DIR")]
     pub(super) allow_path: Vec<PathBuf>,
 }
@@ -22,13 +22,13 @@ pub(super) struct RecipeArgs {
 /// What every command that looks into the store takes.
 #[derive(Args)]
 pub(super) struct StoreArgs {
-    /// The folder of results [default: `.pipeline` in the project]
+    /// The store, the folder with all results [default: `.pipeline` in the project]
     #[arg(long, value_name = "DIR")]
     pub(super) store: Option<PathBuf>,
-    /// Never touches the network
+    /// Does not access the network
     #[arg(long)]
     pub(super) offline: bool,
-    /// Reads every result and compares it with its record, instead of trusting unchanged times and sizes
+    /// Verifies the contents of every result instead of trusting unchanged times and sizes
     #[arg(long)]
     pub(super) verify: bool,
 }

@@ -87,7 +87,7 @@ pub(super) fn read(recipe: &Path) -> Result<Option<Pins>, Failure> {
         }
     };
     let wrong = |message: String| {
-        let hint = "remove it and make it anew by `pipeline lock`";
+        let hint = "remove it and create it again with `pipeline lock`";
         Failure::Usage(error::with_hint(&message, hint, colour()))
     };
     let file: LockFile = crate::recipe::yaml(&text)

@@ -36,17 +36,17 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Makes stale stages fresh and puts results in their places
+    /// Runs stale stages and publishes outputs
     Run(commands::run::Args),
-    /// Shows what `run` would do, one line a stage; writes nothing
+    /// Shows what `run` would do, one line per stage, without writing anything
     Plan(commands::plan::Args),
-    /// Tells every reason why a stage runs, or since when its result is there
+    /// Explains why a stage would run, or when its result was made
     Why(commands::why::Args),
     /// Pins the commits of branches and the contents of local files in a file beside the recipe
     Lock(commands::lock::Args),
     /// Lists the runs of a recipe
     History(commands::history::Args),
-    /// Tells what differs between two runs, with old and new values
+    /// Compares two runs, with old and new values
     Diff(commands::diff::Args),
     /// Checks a recipe without running anything
     Validate(commands::validate::Args),
@@ -56,7 +56,7 @@ enum Command {
     Show(commands::show::Args),
     /// Removes results that nobody needs any more
     Gc(commands::gc::Args),
-    /// Looks after the remote that machines share: send, fetch, list, clean, check
+    /// Manages the remote that machines share: send, fetch, list, clean and check results
     Cache(commands::cache::Args),
     /// Prints the JSON Schema of recipes, for editors
     Schema(commands::schema::Args),

@@ -96,7 +96,7 @@ impl RemoteArgs {
             let shown = address.shown();
             if !trust::is_trusted(root, &shown)? {
                 let message = format!(
-                    "`{SETTINGS}` in `{}` names the remote `{shown}`, which nobody allowed on this machine",
+                    "`{SETTINGS}` in `{}` names the remote `{shown}`, which is not allowed on this machine",
                     root.display()
                 );
                 let hint = format!(
@@ -109,7 +109,7 @@ impl RemoteArgs {
         if address.is_exposed() {
             let shown = address.shown();
             eprint(&format!(
-                "warning: whoever listens can read the password for `{shown}`: it goes over plain HTTP\n"
+                "warning: the password for `{shown}` is sent over plain HTTP, where anyone on the way can read it\n"
             ));
         }
         Ok(match ObjectRemote::open(&address, &variables()) {
@@ -173,7 +173,7 @@ fn read(root: &Path) -> Result<Option<Written>, Failure> {
     // The value is not shown: it may be an address with a password.
     if !remote.is_object() {
         return Err(wrong(&format!(
-            "`{}`: `remote` has another shape than it should; expected a mapping with `url`, as in `remote: {{ url: \
+            "`{}`: `remote` has the wrong shape; expected a mapping with `url`, as in `remote: {{ url: \
              s3://bucket/folder }}`",
             path.display()
         )));

@@ -94,7 +94,7 @@ impl Context {
         found.ok_or_else(|| anyhow!("the file `{}` was not prepared", path.as_written()))
     }
 
-    /// A fact that [`super::Stage::outside`] found, as it stands in the fingerprint.
+    /// A fact that [`super::Stage::outside`] found, as it is defined at the fingerprint.
     pub fn outside(&self, name: &str) -> anyhow::Result<&str> {
         let value = self.outside.get(name).map(String::as_str);
         value.ok_or_else(|| anyhow!("the outside fact `{name}` was not recorded"))

@@ -204,8 +204,8 @@ impl Worker<'_, '_> {
         for (input, content) in &prepared.inputs {
             if let Err(what) = self.session.store.still_holds(content) {
                 bail!(
-                    "the result of `{input}` changed while it was read ({what}), so that nothing made of it is kept; run again, and it \
-                     is made anew"
+                    "the result of `{input}` changed while it was read ({what}), so that nothing made from it is kept; run again, and it \
+                     is made again"
                 );
             }
         }

@@ -80,7 +80,7 @@ impl<'a> Draft<'a> {
                 Ok(())
             }
             _ => Err(format!(
-                "vars and `--set` put in more than {} values or {} MiB of text",
+                "vars and `--set` insert more than {} values or {} MiB of text",
                 MOST_PUT_IN.0,
                 MOST_PUT_IN.1 >> 20
             )),
@@ -174,7 +174,7 @@ impl<'a> Draft<'a> {
         let version = keys(&["version"]);
         match map.get("version") {
             None => self.push(
-                "the recipe does not say its version".to_owned(),
+                "the recipe has no `version`".to_owned(),
                 None,
                 None,
                 Some("begin with `version: 1`".to_owned()),

@@ -284,9 +284,9 @@ impl<'de> Visitor<'de> for Visit<'_, '_> {
                         }
                     }
                     _ => reader.mistake(
-                        "`<<` wants a map, or a list of maps".to_owned(),
+                        "`<<` needs a map or a list of maps".to_owned(),
                         span,
-                        Some("`<<: *name` brings in what `&name` stands before".to_owned()),
+                        Some("`<<: *name` merges the map that is marked by `&name`".to_owned()),
                     ),
                 }
             }

@@ -59,7 +59,7 @@ pub fn parse(text: &str) -> Result<RecipePath, String> {
             let index = number.and_then(|(digits, _)| digits.parse().ok());
             let (Some((_, after)), Some(index)) = (number, index) else {
                 return Err(format!(
-                    "the path `{text}` wants a number between `[` and `]`"
+                    "the path `{text}` needs a number between `[` and `]`"
                 ));
             };
             steps.push(PathStep::Index(index));

@@ -71,8 +71,8 @@ pub(crate) fn read(draft: &mut Draft, recipe: &Value) -> Vec<DraftStage> {
 fn stage(draft: &mut Draft, name: String, path: &RecipePath, value: &Value) -> DraftStage {
     let plain = |c: char| c.is_alphanumeric() || matches!(c, '_' | '-');
     if name.is_empty() || !name.chars().all(plain) {
-        let message = format!("`{name}` can not be the name of a stage");
-        let hint = "a name is letters, digits, `_` and `-`".to_owned();
+        let message = format!("`{name}` is not a valid name of a stage");
+        let hint = "a name consists of letters, digits, `_` and `-`".to_owned();
         draft.key_error(path, message, Some(hint));
     }
     let mut staged = DraftStage {

@@ -15,12 +15,12 @@ pub(crate) fn substitute(draft: &mut Draft, recipe: &mut Value) {
     let mut vars = BTreeMap::new();
     for (name, path, value) in draft.section(recipe, "vars") {
         if !is_name(&name) {
-            let message = format!("`{name}` can not be the name of a var");
-            let hint = "a name is letters, digits and `_`, and begins with a letter".to_owned();
+            let message = format!("`{name}` is not a valid name of a var");
+            let hint = "a name consists of letters, digits and `_`, and begins with a letter".to_owned();
             draft.key_error(&path, message, Some(hint));
         } else if let Some(inner) = reference_in(value) {
             let message = format!("the var `{name}` refers to `{inner}`");
-            let hint = "vars are put in once, so they can not refer to vars; `$${` stands for `${`";
+            let hint = "vars are substituted once, so they can not refer to other vars; `$${` stands for `${`";
             draft.value_error(&path, message, Some(hint.to_owned()));
         }
         vars.insert(name, value.clone());

@@ -181,7 +181,7 @@ fn outputs(draft: &mut Draft, stages: &[DraftStage], recipe: &Value) -> Vec<(Str
             .iter()
             .find(|(other, _)| other.starts_with(&lower) || lower.starts_with(other));
         if let Some((_, other)) = other {
-            let message = format!("the outputs of `{other}` and `{stage}` lie in each other");
+            let message = format!("the outputs of `{other}` and `{stage}` overlap");
             let hint = "give each a folder of its own, which differs in more than capital letters";
             draft.value_error(&path, message, Some(hint.to_owned()));
             continue;
@@ -204,7 +204,7 @@ fn inside(path: &str) -> Result<Vec<String>, String> {
         return Err("has a control character in it".into());
     }
     if path.contains('\\') {
-        return Err("has a backslash in it, where folders are divided by `/`".into());
+        return Err("has a backslash in it, where folders are separated by `/`".into());
     }
     for component in std::path::Path::new(path).components() {
         match component {
@@ -217,7 +217,7 @@ fn inside(path: &str) -> Result<Vec<String>, String> {
     }
     for part in &parts {
         if part.len() > LONGEST {
-            return Err(format!("has a part of more than {LONGEST} bytes"));
+            return Err(format!("has a component of more than {LONGEST} bytes"));
         }
         // As file systems read it that don't tell capitals, or drop dots and spaces at the end.
         let plain = part.trim_end_matches(['.', ' ']).to_lowercase();

@@ -187,11 +187,11 @@ impl<W: Write> Reporter for Terminal<W> {
                 self.finish(stage);
                 self.line(&format!("{:>9}  {stage}: {error}", "failed"));
                 if let Some(span) = self.spans.get(stage) {
-                    let line = format!("{:>9}  it stands in {span}", "");
+                    let line = format!("{:>9}  it is defined at {span}", "");
                     self.line(&line);
                 }
                 if let Some(kept) = kept {
-                    self.line(&format!("{:>9}  what it left is in {kept}", ""));
+                    self.line(&format!("{:>9}  its log and output are in {kept}", ""));
                 }
             }
             Event::OutputPlaced {

@@ -43,7 +43,7 @@ enum Command {
 
 #[derive(clap::Args)]
 struct Push {
-    /// The recipe whose results are sent, as they are now
+    /// The recipe whose current results are sent
     #[arg(required_unless_present = "all")]
     recipe: Option<PathBuf>,
     /// The stages [default: all]
@@ -80,12 +80,12 @@ struct List {
 
 #[derive(clap::Args)]
 struct Collect {
-    /// Recipes whose results are kept, as they are now, however old
+    /// Recipes whose current results are kept, however old
     recipes: Vec<PathBuf>,
-    /// Removes results that are in the remote for so many days
+    /// Removes results that have been in the remote for this many days
     #[arg(long, value_name = "DAYS", default_value_t = 30)]
     older_than: u64,
-    /// Says what would go, and removes nothing
+    /// Shows what would be removed, without removing anything
     #[arg(long)]
     dry_run: bool,
     #[command(flatten)]
@@ -96,7 +96,7 @@ struct Collect {
 
 #[derive(clap::Args)]
 struct Verify {
-    /// Removes what is damaged, so that it can be sent again
+    /// Removes damaged results, so that they can be sent again
     #[arg(long)]
     remove: bool,
     /// The damage as JSON
@@ -108,7 +108,7 @@ struct Verify {
 
 #[derive(clap::Args)]
 struct Trust {
-    /// Allows it no longer
+    /// Withdraws the permission
     #[arg(long)]
     revoke: bool,
 }

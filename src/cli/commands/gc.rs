@@ -10,16 +10,16 @@ use crate::report::bytes;
 
 #[derive(clap::Args)]
 pub(in crate::cli) struct Args {
-    /// The recipes whose results are kept, as they are now
+    /// The recipes whose current results are kept
     #[arg(required = true, value_name = "RECIPE")]
     recipes: Vec<PathBuf>,
-    /// Keeps the results of each recipe's last runs as well, of all recipes that used the store
+    /// Also keeps the results of the last N runs of every recipe that used the store
     #[arg(long, value_name = "N", default_value_t = 1)]
     keep_runs: usize,
-    /// Keeps so many bytes of other results, the newest, such as `20GB`
+    /// Keeps the newest other results up to this size, such as `20GB`
     #[arg(long, value_name = "SIZE", default_value = "0")]
     max_size: Bytes,
-    /// Says what would go, and removes nothing
+    /// Shows what would be removed, without removing anything
     #[arg(long)]
     dry_run: bool,
     #[command(flatten)]

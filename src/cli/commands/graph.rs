@@ -18,7 +18,7 @@ pub(in crate::cli) struct Args {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Drawing {
-    /// One line a stage
+    /// One line per stage
     Text,
     /// A Mermaid flowchart
     Mermaid,

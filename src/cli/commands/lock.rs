@@ -9,10 +9,10 @@ use crate::engine::moved;
 pub(in crate::cli) struct Args {
     #[command(flatten)]
     recipe: RecipeArgs,
-    /// The stages to move, with `--update` [default: all]
+    /// The stages to update, with `--update` [default: all]
     #[arg(requires = "update")]
     stages: Vec<String>,
-    /// Moves pins to what branches and files are now; without it only missing ones are made
+    /// Updates pins to the current branches and files; without it only missing pins are added
     #[arg(long)]
     update: bool,
     #[command(flatten)]

@@ -20,33 +20,33 @@ use crate::report::{JsonLines, Reporter, Terminal, report};
 pub(in crate::cli) struct Args {
     #[command(flatten)]
     recipe: RecipeArgs,
-    /// The stages to make, with all they need [default: all]
+    /// The stages to run, with everything they depend on [default: all]
     stages: Vec<String>,
-    /// Runs this stage even if its result is there; may be repeated
+    /// Runs this stage even if it is fresh; may be repeated
     #[arg(long, value_name = "STAGE")]
     force: Vec<String>,
-    /// Events as JSON, one a line, on standard output
+    /// Writes events to standard output as JSON, one per line
     #[arg(long)]
     json: bool,
-    /// Stages that may run at a time; trainings and evaluations always go one by one [default: the number of cores]
+    /// The most stages that run at once; trainings and evaluations always run one at a time [default: the number of cores]
     #[arg(long, value_name = "N")]
     jobs: Option<NonZeroUsize>,
-    /// Cores that stages may take together, by their `resources` [default: all]
+    /// Cores for all running stages together, as their `resources` count them [default: all]
     #[arg(long, value_name = "N")]
     cpus: Option<NonZeroUsize>,
-    /// Memory that stages may take together, by their `resources`, such as `20GiB` [default: the machine's]
+    /// Memory for all running stages together, as their `resources` count it, such as `20GiB` [default: the machine's]
     #[arg(long, value_name = "SIZE")]
     memory: Option<Bytes>,
-    /// Ids of the devices that stages may take, such as `0,1` [default: all]
+    /// Ids of the devices that stages may use, such as `0,1` [default: all]
     #[arg(long, value_name = "IDS", value_delimiter = ',')]
     gpus: Option<Vec<usize>>,
-    /// After a failure, goes on with the stages that don't need the failed one
+    /// After a failure, continues with the stages that do not depend on the failed one
     #[arg(long)]
     keep_going: bool,
-    /// Refuses to run when something would not be as the lock file pins it
+    /// Fails if any input differs from what the lock file pins
     #[arg(long)]
     locked: bool,
-    /// Replaces files at the places of outputs that pipeline did not put there, or that were changed since
+    /// Replaces files in output folders that pipeline did not write, or that were changed since
     #[arg(long)]
     overwrite_outputs: bool,
     #[command(flatten)]
@@ -177,7 +177,7 @@ pub(in crate::cli) fn stop_on_signal(cancel: &Arc<AtomicBool>) -> anyhow::Result
             #[expect(clippy::exit, reason = "the user asked twice")]
             std::process::exit(130);
         }
-        eprint("interrupted: stages are stopping; once more to stop at once\n");
+        eprint("interrupted: waiting for stages to stop; press Ctrl-C again to stop at once\n");
     })
 }
 
@@ -203,7 +203,7 @@ fn publish_outputs(
         let to = project.root.join(&output.path);
         let mut waiting = |holder: &str| {
             let text = format!(
-                "{holder} is putting something in `{}`; waiting for it",
+                "{holder} is writing to `{}`; waiting for it to finish",
                 output.path
             );
             // A reporter that is gone misses nothing else.
@@ -216,7 +216,7 @@ fn publish_outputs(
         };
         let Published { changed, links } = published.with_context(|| {
             format!(
-                "could not put the result of `{}` in its place",
+                "could not publish the result of `{}`",
                 output.stage
             )
         })?;

@@ -19,7 +19,7 @@ pub(in crate::cli) struct Args {
     recipe: RecipeArgs,
     /// The stage
     stage: String,
-    /// Rows of each split, steps of a training and answers of an evaluation to show
+    /// How many rows of each split, steps of a training and answers of an evaluation to show
     #[arg(long, short = 'n', value_name = "N", default_value_t = 3)]
     rows: usize,
     #[command(flatten)]

@@ -81,7 +81,7 @@ fn explain(project: &Project, states: &[State], index: usize, text: &mut String)
             }
             _ = writeln!(text, "  {}", project.store.artifact(artifact).display());
         }
-        State::Unknown { error } => _ = writeln!(text, "`{name}` can't be told: {error}"),
+        State::Unknown { error } => _ = writeln!(text, "the state of `{name}` is unknown: {error}"),
         State::Runs { reasons } => {
             _ = writeln!(text, "`{name}` {word}:");
             list(project, name, reasons, text);
