@@ -110,7 +110,7 @@ impl Bounds {
             };
             let path = normal(&start.join(&file.path));
             let what = format!("`{}`, which the recipe reads", file.path);
-            match Pattern::of(&path) {
+            match Pattern::parse(&path) {
                 None => bounds.keep(&path, &what),
                 Some(pattern) => {
                     for (_, file) in files_at(&path).unwrap_or_default() {
@@ -158,7 +158,7 @@ impl Bounds {
             return Some(format!("`{file}` leaves the project"));
         }
         // What does not exist is the stage's to tell; a link that leads nowhere reads nothing.
-        let link = if Pattern::of(&path).is_some() {
+        let link = if Pattern::parse(&path).is_some() {
             let files = files_at(&path).unwrap_or_default().into_iter();
             let mut links = files.filter_map(|(_, file)| self.link_out(&file));
             links.next()?

@@ -14,7 +14,11 @@ const MAX_LINE: usize = 160;
 
 /// All mistakes of a recipe, a blank line between two.
 pub fn render(errors: &RecipeErrors, colour: bool) -> String {
-    let all: Vec<String> = errors.0.iter().map(|error| one(error, colour)).collect();
+    let all: Vec<String> = errors
+        .0
+        .iter()
+        .map(|error| render_one(error, colour))
+        .collect();
     all.join("\n")
 }
 
@@ -38,7 +42,7 @@ pub(super) fn with_hint(message: &str, hint: &str, colour: bool) -> String {
     format!("{}{label} {}\n", plain(message, colour), harmless(hint))
 }
 
-fn one(error: &RecipeError, colour: bool) -> String {
+fn render_one(error: &RecipeError, colour: bool) -> String {
     let paint = |code: &str, text: &str| {
         if colour {
             format!("{code}{text}{PLAIN}")

@@ -254,7 +254,7 @@ fn sources(stage: &RecipeStage, folder: &Path, here: &Path) -> BTreeMap<String, 
         .map(|file| {
             let path = normal(&start(file.from_command_line).join(&file.path));
             // A link that is turned elsewhere from now on changes nothing.
-            let path = match Pattern::of(&path) {
+            let path = match Pattern::parse(&path) {
                 None => path.canonicalize().unwrap_or(path),
                 Some(pattern) => match pattern.folder().canonicalize() {
                     Ok(folder) => pattern.below(&folder),

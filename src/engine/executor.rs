@@ -1,5 +1,5 @@
 //! Executors: where and how a [`Task`] runs. Each takes a task, hands its events on, and gives what the stage noted; the engine
-//! knows nothing else of them. [`Executors::of`] is the one place where an executor is chosen.
+//! knows nothing else of them. [`Executors::for_stage`] is the one place where an executor is chosen.
 
 mod child_process;
 mod in_process;
@@ -58,7 +58,7 @@ impl Executors {
     }
 
     /// The executor of a stage.
-    pub fn of(&self, resources: &Resources) -> &dyn Executor {
+    pub fn for_stage(&self, resources: &Resources) -> &dyn Executor {
         match &self.child_process {
             Some(child_process) if resources.isolated => child_process,
             _ => &self.in_process,

@@ -150,7 +150,7 @@ impl Listed {
     /// snapshot folder of links reads as the files it stands for.
     fn of(path: &Path) -> anyhow::Result<Self> {
         let cannot_read = |path: &Path| format!("could not read `{}`", path.display());
-        if let Some(pattern) = Pattern::of(path) {
+        if let Some(pattern) = Pattern::parse(path) {
             let listed = Self::below(pattern.folder(), Some(&pattern))?;
             ensure!(
                 !listed.files.is_empty(),
@@ -202,7 +202,8 @@ impl Listed {
                     format!("{prefix}/{part}")
                 };
                 let kind = entry.file_type().with_context(|| cannot_read(&path))?;
-                if pattern.is_some_and(|pattern| !pattern.fits(&name) && !pattern.reaches(&name)) {
+                if pattern.is_some_and(|pattern| !pattern.matches(&name) && !pattern.reaches(&name))
+                {
                     continue;
                 }
                 let mut is_followed = true;
@@ -222,7 +223,8 @@ impl Listed {
                         path.display()
                     );
                     open.push((name, path));
-                } else if metadata.is_file() && pattern.is_none_or(|pattern| pattern.fits(&name)) {
+                } else if metadata.is_file() && pattern.is_none_or(|pattern| pattern.matches(&name))
+                {
                     listed.files.push((name, path, Identity::of(&metadata)));
                 }
             }

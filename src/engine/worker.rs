@@ -221,7 +221,7 @@ impl Worker<'_, '_> {
             let task = self.task(prepared, miss.partial()?)?;
             let events = Arc::new(StageEvents::new(self.events.clone()));
             let control = Control::new(Arc::clone(&self.cancel), node.handling.timeout);
-            let executor = self.session.executors.of(&node.handling.resources);
+            let executor = self.session.executors.for_stage(&node.handling.resources);
             let result = executor.execute(&task, &events, &control);
             let mut result = result.and_then(|result| control.check().map(|()| result));
             if self.cancel.load(Ordering::Relaxed)

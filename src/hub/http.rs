@@ -91,7 +91,7 @@ impl Http {
 
     fn agent(&self, origin: &Origin, for_file: bool) -> anyhow::Result<Agent> {
         let secure = origin.scheme == "https";
-        let proxy = self.settings.proxies.choose(&origin.scheme, &origin.host);
+        let proxy = self.settings.proxies.for_host(&origin.scheme, &origin.host);
         let key = (secure, proxy.map(str::to_owned), for_file);
         let mut agents = self.agents.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(agent) = agents.get(&key) {

@@ -12,7 +12,7 @@ use super::source_map::{PathStep, RecipePath, display, parse};
 pub(crate) fn apply(draft: &mut Draft, recipe: &mut Value, overrides: &[Override]) {
     for Override { path, value } in overrides {
         let origin = format!("--set {path}={value}");
-        if let Err((message, hint)) = one(draft, recipe, path, value, &origin) {
+        if let Err((message, hint)) = apply_one(draft, recipe, path, value, &origin) {
             draft.push(message, None, Some(origin), hint);
         }
     }
@@ -20,7 +20,7 @@ pub(crate) fn apply(draft: &mut Draft, recipe: &mut Value, overrides: &[Override
 
 type Refusal = (String, Option<String>);
 
-fn one(
+fn apply_one(
     draft: &mut Draft,
     recipe: &mut Value,
     path: &str,

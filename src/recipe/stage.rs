@@ -156,7 +156,7 @@ fn handling(draft: &mut Draft, name: &str, path: &RecipePath, value: &Value) -> 
             Err(error) => {
                 let at = below(path, &error.path);
                 let parameter = at.get(path.len()..).unwrap_or_default();
-                let sentence = sentence::of(&display(parameter), name, &error.fault);
+                let sentence = sentence::describe(&display(parameter), name, &error.fault);
                 if matches!(error.fault, Fault::Unknown { .. }) {
                     draft.key_error(&at, sentence.message, sentence.hint);
                 } else {
@@ -326,7 +326,7 @@ fn typed(
         }
         let at = below(path, &error.path);
         let parameter = at.get(path.len()..).unwrap_or_default();
-        let sentence = sentence::of(&display(parameter), kind.name, &error.fault);
+        let sentence = sentence::describe(&display(parameter), kind.name, &error.fault);
         if matches!(error.fault, Fault::Unknown { .. }) {
             draft.key_error(&at, sentence.message, sentence.hint);
         } else {

@@ -16,7 +16,8 @@ pub(crate) fn substitute(draft: &mut Draft, recipe: &mut Value) {
     for (name, path, value) in draft.section(recipe, "vars") {
         if !is_name(&name) {
             let message = format!("`{name}` is not a valid name of a var");
-            let hint = "a name consists of letters, digits and `_`, and begins with a letter".to_owned();
+            let hint =
+                "a name consists of letters, digits and `_`, and begins with a letter".to_owned();
             draft.key_error(&path, message, Some(hint));
         } else if let Some(inner) = reference_in(value) {
             let message = format!("the var `{name}` refers to `{inner}`");

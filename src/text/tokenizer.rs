@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::declared::Declared;
 use super::files::{LONGEST_TOKENIZER, file_name, json_file, read_short};
-use super::quick::Quick;
+use super::llama3_bpe::Llama3Bpe;
 use super::template::LONGEST;
 
 /// A special token with its id.
@@ -27,7 +27,7 @@ pub struct SpecialToken {
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     /// The short way, for tokenizers of Llama 3's make.
-    quick: Option<Arc<Quick>>,
+    llama3: Option<Arc<Llama3Bpe>>,
     /// What the tokenizer itself puts before and behind a text, where that is the same for all.
     around: Option<(Vec<u32>, Vec<u32>)>,
     /// The beginning of a text, when the model has such a token.
@@ -67,7 +67,7 @@ impl Tokenizer {
             .with_truncation(None)
             .map_err(|error| anyhow!("`{}` can't be used: {error}", file_name(&path)))?;
         let mut tokenizer = Self {
-            quick: Quick::of(&inner).map(Arc::new),
+            llama3: Llama3Bpe::from_tokenizer(&inner).map(Arc::new),
             inner,
             around: None,
             bos: None,
@@ -149,8 +149,8 @@ impl Tokenizer {
 
     /// The ids of a text as it stands: no BOS or EOS is added, special tokens inside the text become their ids.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        match &self.quick {
-            Some(quick) => quick.encode(&self.inner, text),
+        match &self.llama3 {
+            Some(llama3) => llama3.encode(&self.inner, text),
             None => self.encode_with(text, false),
         }
     }
@@ -158,7 +158,7 @@ impl Tokenizer {
     /// The ids of a text with what the tokenizer adds by itself (usually a BOS).
     pub fn encode_with_special(&self, text: &str) -> Result<Vec<u32>> {
         match &self.around {
-            Some((before, behind)) if self.quick.is_some() => {
+            Some((before, behind)) if self.llama3.is_some() => {
                 Ok([before, &self.encode(text)?[..], behind].concat())
             }
             _ => self.encode_with(text, true),

@@ -214,12 +214,8 @@ fn publish_outputs(
             Ok(real) => publish(&project.store, artifact, &real, how, cancel, &mut waiting),
             Err((message, hint)) => Err(anyhow::anyhow!("it {message}; {hint}")),
         };
-        let Published { changed, links } = published.with_context(|| {
-            format!(
-                "could not publish the result of `{}`",
-                output.stage
-            )
-        })?;
+        let Published { changed, links } = published
+            .with_context(|| format!("could not publish the result of `{}`", output.stage))?;
         let shown = std::env::current_dir()
             .ok()
             .and_then(|here| Some(to.strip_prefix(here).ok()?.to_owned()))

@@ -61,7 +61,7 @@ impl Stage for DownloadAdapter {
         let names: Vec<&str> = files
             .filter_map(|file| file.path.strip_prefix(folder.as_str()))
             .collect();
-        let chosen = files::choose(&names).with_context(refused)?;
+        let chosen = files::choose_files(&names).with_context(refused)?;
         let mut files = chosen
             .iter()
             .map(|name| {

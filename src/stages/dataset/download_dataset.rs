@@ -6,7 +6,7 @@ use anyhow::{Context as _, ensure};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::files::{Wanted, choose};
+use super::files::{Wanted, choose_files};
 use super::import_dataset::tell;
 use super::row_format::RowFormats;
 use crate::data::import::{CANONICAL, ImportOptions, import_files};
@@ -108,7 +108,7 @@ impl Stage for DownloadDataset {
     fn run(&self, cx: &Context) -> anyhow::Result<()> {
         let mut source = Source::open(cx, RepoKind::Dataset, &self.repo, &self.revision)?;
         let refused = || format!("the dataset `{}` can't be used", self.repo);
-        let mut files = self.choose(&mut source).with_context(refused)?;
+        let mut files = self.choose_files(&mut source).with_context(refused)?;
         source.expect(&mut files)?;
         let mut paths = Vec::with_capacity(files.len());
         for file in &files {
@@ -147,7 +147,7 @@ impl Stage for DownloadDataset {
 }
 
 impl DownloadDataset {
-    fn choose(&self, source: &mut Source<'_>) -> anyhow::Result<Vec<RemoteFile>> {
+    fn choose_files(&self, source: &mut Source<'_>) -> anyhow::Result<Vec<RemoteFile>> {
         let paths: Vec<_> = source
             .listing
             .files
@@ -168,7 +168,7 @@ impl DownloadDataset {
             name: self.name.as_deref(),
             files: self.files.as_deref(),
         };
-        let chosen = choose(&paths, readme.as_deref(), &wanted)?;
+        let chosen = choose_files(&paths, readme.as_deref(), &wanted)?;
         let files = source.listing.files.iter();
         Ok(files
             .filter(|file| chosen.contains(&file.path))

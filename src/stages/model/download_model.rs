@@ -52,7 +52,7 @@ impl Stage for DownloadModel {
     fn run(&self, cx: &Context) -> anyhow::Result<()> {
         let mut source = Source::open(cx, RepoKind::Model, &self.repo, &self.revision)?;
         let refused = || format!("the model `{}` can't be used", self.repo);
-        let mut files = self.choose(&mut source).with_context(refused)?;
+        let mut files = self.choose_files(&mut source).with_context(refused)?;
         source.expect(&mut files)?;
         for file in &files {
             cx.check_cancelled()?;
@@ -66,7 +66,7 @@ impl Stage for DownloadModel {
 }
 
 impl DownloadModel {
-    fn choose(&self, source: &mut Source<'_>) -> anyhow::Result<Vec<RemoteFile>> {
+    fn choose_files(&self, source: &mut Source<'_>) -> anyhow::Result<Vec<RemoteFile>> {
         let fits = |patterns: &[String], path: &str| {
             patterns.iter().any(|pattern| {
                 // As in `snapshot_download`, a folder means all in it.
