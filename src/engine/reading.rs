@@ -296,7 +296,7 @@ mod tests {
         for (value, shown) in [
             (json!(-1), "-1"),
             (json!(4_294_967_296_u64), "4294967296"),
-            (json!(1e-5), "1e-5"),
+            (json!(1.5), "1.5"),
         ] {
             let found = FoundValue::Scalar(shown.to_owned());
             wrong(json!({"r": value}), "r", &unfit(found, "u32"));

@@ -17,7 +17,9 @@ pub(super) struct Watched {
     counter: Neutral<usize>,
 }
 
+/// In parameters a text: a word and a path.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(into = "String", try_from = "String")]
 enum Then {
     #[default]
     Nothing,
@@ -35,6 +37,44 @@ enum Then {
     /// A link leads elsewhere, and back.
     Turn(PathBuf),
     Fail(PathBuf),
+}
+
+impl From<Then> for String {
+    fn from(then: Then) -> Self {
+        let (word, path) = match then {
+            Then::Nothing => ("Nothing", PathBuf::new()),
+            Then::Append(path) => ("Append", path),
+            Then::Edit(path) => ("Edit", path),
+            Then::EditAndBack(path) => ("EditAndBack", path),
+            Then::Replace(path) => ("Replace", path),
+            Then::Add(path) => ("Add", path),
+            Then::Remove(path) => ("Remove", path),
+            Then::Turn(path) => ("Turn", path),
+            Then::Fail(path) => ("Fail", path),
+        };
+        format!("{word} {}", path.display())
+    }
+}
+
+impl TryFrom<String> for Then {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let (word, path) = text.split_once(' ').ok_or("expected a word and a path")?;
+        let path = PathBuf::from(path);
+        Ok(match word {
+            "Nothing" => Self::Nothing,
+            "Append" => Self::Append(path),
+            "Edit" => Self::Edit(path),
+            "EditAndBack" => Self::EditAndBack(path),
+            "Replace" => Self::Replace(path),
+            "Add" => Self::Add(path),
+            "Remove" => Self::Remove(path),
+            "Turn" => Self::Turn(path),
+            "Fail" => Self::Fail(path),
+            _ => return Err(format!("`{word}` is no change")),
+        })
+    }
 }
 
 impl Then {
