@@ -44,6 +44,15 @@ const MMAP_THRESHOLD: &str = "MALLOC_MMAP_THRESHOLD_";
 /// That size for trainings and evaluations, in bytes. Their large buffers come from a pool, so few are mapped anew.
 const LARGE_ALLOCATION: usize = 1 << 20;
 
+/// Whether somebody chose that size themselves.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "it is passed on, and nothing else depends on it"
+)]
+fn is_set() -> bool {
+    std::env::var_os(MMAP_THRESHOLD).is_some()
+}
+
 /// `program work`, for a stage that runs alone on the machine or not.
 fn command(program: &Path, exclusive: bool) -> Command {
     let mut command = Command::new(program);
@@ -53,7 +62,7 @@ fn command(program: &Path, exclusive: bool) -> Command {
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
-    if exclusive && std::env::var_os(MMAP_THRESHOLD).is_none() {
+    if exclusive && !is_set() {
         command.env(MMAP_THRESHOLD, LARGE_ALLOCATION.to_string());
     }
     command
@@ -222,7 +231,7 @@ mod tests {
                 name == MMAP_THRESHOLD && value.is_some_and(|v| v == "1048576")
             })
         };
-        assert!(set(true) || std::env::var_os(MMAP_THRESHOLD).is_some());
+        assert!(set(true) || is_set());
         assert!(!set(false));
     }
 
