@@ -19,8 +19,8 @@ use rayon::prelude::*;
 use crate::dispatch::run;
 use crate::micro::{Tile, multiply};
 use crate::panels::{self, LANES, count};
-use local::{Places, Shared, gather, scatter, scatter_turned};
-use loops::{Dot, Limits, Mask, ScaleLanes, Slopes, Softmax};
+use local::{Places, Shared, gather, scatter, scatter_transposed};
+use loops::{Dot, Limits, Mask, ScaleLanes, ScoresBackward, Softmax};
 use spans::Keys;
 pub use spans::{Span, Spans, Visible};
 
@@ -61,11 +61,17 @@ const ROWS: usize = 8;
 /// A panel of one feature a row.
 type Row = [f32; LANES];
 
-/// Checks that all sizes are those of so many heads for the tokens of the spans; `of_queries` are panels like the queries.
+/// Checks that all sizes are those of so many heads for the tokens of the spans; `like_queries` are panels like the queries.
 ///
 /// # Panics
 /// If they are not.
-fn check(inputs: Inputs<'_>, heads: Heads, spans: &Spans, of_queries: &[&[f32]], log_sums: &[f32]) {
+fn check(
+    inputs: Inputs<'_>,
+    heads: Heads,
+    spans: &Spans,
+    like_queries: &[&[f32]],
+    log_sums: &[f32],
+) {
     let Heads {
         queries,
         keys,
@@ -75,12 +81,12 @@ fn check(inputs: Inputs<'_>, heads: Heads, spans: &Spans, of_queries: &[&[f32]],
         width > 0 && keys > 0 && queries > 0 && queries.is_multiple_of(keys),
         "{queries} query heads can't share {keys} key heads of the width {width}"
     );
-    let (of_q, of_k) = (queries.saturating_mul(width), keys.saturating_mul(width));
-    let panels = count(inputs.q.len(), of_q, "the queries");
-    panels::check(inputs.k.len(), of_k, panels, "the keys");
-    panels::check(inputs.v.len(), of_k, panels, "the values");
-    for like in of_queries {
-        panels::check(like.len(), of_q, panels, "what is like the queries");
+    let (q_features, k_features) = (queries.saturating_mul(width), keys.saturating_mul(width));
+    let panels = count(inputs.q.len(), q_features, "the queries");
+    panels::check(inputs.k.len(), k_features, panels, "the keys");
+    panels::check(inputs.v.len(), k_features, panels, "the values");
+    for like in like_queries {
+        panels::check(like.len(), q_features, panels, "what is like the queries");
     }
     panels::check(log_sums.len(), queries, panels, "the softmax's sums");
     assert!(
@@ -99,7 +105,7 @@ struct Task<'a> {
     keys: &'a Keys,
     head: usize,
     /// Where the gradients of the context's keys and values go.
-    of_context: &'a mut [f32],
+    context_grads: &'a mut [f32],
 }
 
 /// What a task keeps for the keys and values of its context: `[key, value][chunk of 32 features][key][32 features]`.
@@ -108,30 +114,30 @@ fn waiting(keys: &Keys, heads: Heads) -> usize {
     keys.context.saturating_mul(2 * wide)
 }
 
-/// The tasks of some key heads; of `of_context` each gets its part, by span and head.
+/// The tasks of some key heads; of `context_grads` each gets its part, by span and head.
 fn tasks<'a>(
     spans: &'a Spans,
     heads: Heads,
-    of_heads: Range<usize>,
-    mut of_context: Option<&'a mut [f32]>,
+    head_range: Range<usize>,
+    mut context_grads: Option<&'a mut [f32]>,
 ) -> Vec<Task<'a>> {
     let mut tasks = Vec::new();
     for (span, keys) in spans.with_keys() {
-        for head in of_heads.clone() {
-            let all = of_context.take().unwrap_or_default();
+        for head in head_range.clone() {
+            let all = context_grads.take().unwrap_or_default();
             let own = if all.is_empty() {
                 0
             } else {
                 waiting(keys, heads)
             };
             let (own, rest) = all.split_at_mut(own);
-            of_context = Some(rest);
+            context_grads = Some(rest);
             if !span.visible.is_empty() {
                 tasks.push(Task {
                     span,
                     keys,
                     head,
-                    of_context: own,
+                    context_grads: own,
                 });
             }
         }
@@ -141,8 +147,10 @@ fn tasks<'a>(
     tasks
 }
 
-/// `softmax(q k^T / sqrt(width)) v` of each head, into panels of `queries * width` features. `log_sums`, panels of `queries`
-/// features, gets the logarithm of each softmax's sum. Tokens outside all spans are left alone.
+/// `softmax(q k^T / sqrt(width)) v` of each head over the keys that a token may see (Vaswani et al. 2017, arXiv 1706.03762, equation 1).
+///
+/// `out` are panels of `queries * width` features, like the queries. `log_sums`, panels of `queries` features, gets the logarithm of
+/// each softmax's sum. Tokens outside all spans are left alone. Panels of 32 keys that none of 32 queries may see cost nothing.
 ///
 /// # Panics
 /// If key heads don't divide query heads, or sizes are not those of the heads and spans.
@@ -175,8 +183,8 @@ pub fn attention(
         });
 }
 
-/// The backward of [`attention`]: writes the gradients of all tokens in spans. `out` and `log_sums` are what it gave, `of_out`
-/// the gradient of `out`.
+/// The backward of [`attention`]: writes the gradients of the queries, keys and values of all tokens in spans, panels like
+/// themselves. `out` and `log_sums` are what it gave, `grad_out` the gradient of the loss by `out`.
 ///
 /// # Panics
 /// As [`attention`] does.
@@ -184,30 +192,36 @@ pub fn attention_backward(
     inputs: Inputs<'_>,
     heads: Heads,
     spans: &Spans,
-    (out, log_sums, of_out): (&[f32], &[f32], &[f32]),
+    (out, log_sums, grad_out): (&[f32], &[f32], &[f32]),
     gradients: &mut Gradients<'_>,
 ) {
-    check(inputs, heads, spans, &[out, of_out, gradients.q], log_sums);
-    let (of_k, of_v) = (gradients.k.len(), gradients.v.len());
-    assert_eq!(of_k, inputs.k.len(), "the size of the keys' gradient");
-    assert_eq!(of_v, inputs.v.len(), "the size of the values' gradient");
-    let (of_q, of_k, of_v) = (
+    check(
+        inputs,
+        heads,
+        spans,
+        &[out, grad_out, gradients.q],
+        log_sums,
+    );
+    let (grad_k, grad_v) = (gradients.k.len(), gradients.v.len());
+    assert_eq!(grad_k, inputs.k.len(), "the size of the keys' gradient");
+    assert_eq!(grad_v, inputs.v.len(), "the size of the values' gradient");
+    let (grad_q, grad_k, grad_v) = (
         Shared::new(gradients.q),
         Shared::new(gradients.k),
         Shared::new(gradients.v),
     );
     // So many heads at a time that what waits to be added has a bound.
-    let of_head: usize = spans
+    let per_head: usize = spans
         .with_keys()
         .map(|(_, keys)| waiting(keys, heads))
         .sum();
-    let together = WAITING.checked_div(of_head).unwrap_or(heads.keys);
+    let together = WAITING.checked_div(per_head).unwrap_or(heads.keys);
     let together = together.clamp(1, heads.keys);
-    let mut of_contexts = vec![0f32; of_head * together];
+    let mut context_grads = vec![0f32; per_head * together];
     for first in (0..heads.keys).step_by(together) {
-        let of_heads = first..(first + together).min(heads.keys);
-        let of_contexts = &mut of_contexts[..of_head * of_heads.len()];
-        tasks(spans, heads, of_heads.clone(), Some(of_contexts))
+        let head_range = first..(first + together).min(heads.keys);
+        let context_grads = &mut context_grads[..per_head * head_range.len()];
+        tasks(spans, heads, head_range.clone(), Some(context_grads))
             .into_par_iter()
             .for_each_init(Work::default, |work, task| {
                 let Task { span, head, .. } = task;
@@ -220,14 +234,14 @@ pub fn attention_backward(
                     for block in 0..span.visible.len().div_ceil(LANES) {
                         work.backward(
                             inputs.q,
-                            (out, log_sums, of_out),
+                            (out, log_sums, grad_out),
                             heads,
                             span,
                             query_head,
                             block,
                         );
                         let place = (heads.queries * heads.width, query_head * heads.width);
-                        scatter(&work.result, of_q, place, queries, block, false);
+                        scatter(&work.result, grad_q, place, queries, block, false);
                     }
                 }
                 let keys = Places {
@@ -235,12 +249,12 @@ pub fn attention_backward(
                     skipped: task.keys.context,
                 };
                 let place = (heads.keys * heads.width, head * heads.width, heads.width);
-                scatter_turned(&work.of_k, of_k, place, keys, false);
-                scatter_turned(&work.of_v, of_v, place, keys, false);
-                work.keep_of_context(heads, task.keys, task.of_context);
+                scatter_transposed(&work.grad_k, grad_k, place, keys, false);
+                scatter_transposed(&work.grad_v, grad_v, place, keys, false);
+                work.keep_context_grads(heads, task.keys, task.context_grads);
             });
-        if of_head > 0 {
-            add_shared(spans, heads, of_heads, of_contexts, [of_k, of_v]);
+        if per_head > 0 {
+            add_shared(spans, heads, head_range, context_grads, [grad_k, grad_v]);
         }
     }
 }
@@ -249,8 +263,8 @@ pub fn attention_backward(
 fn add_shared(
     spans: &Spans,
     heads: Heads,
-    of_heads: Range<usize>,
-    of_contexts: &[f32],
+    head_range: Range<usize>,
+    context_grads: &[f32],
     outs: [Shared; 2],
 ) {
     // Where the part of each span's first head begins, and its size.
@@ -258,7 +272,7 @@ fn add_shared(
         .with_keys()
         .scan(0, |start, (_, keys)| {
             let (first, size) = (*start, waiting(keys, heads));
-            *start += size * of_heads.len();
+            *start += size * head_range.len();
             Some((first, size, keys))
         })
         .collect();
@@ -266,7 +280,7 @@ fn add_shared(
     let mut tasks = Vec::new();
     for (span, users) in spans.iter().zip(&users) {
         if !users.is_empty() && !span.visible.is_empty() {
-            tasks.extend(of_heads.clone().map(|head| (span, users, head)));
+            tasks.extend(head_range.clone().map(|head| (span, users, head)));
         }
     }
     tasks.into_par_iter().for_each(|(span, users, head)| {
@@ -278,7 +292,7 @@ fn add_shared(
             sums.fill(0.);
             for &(user, first) in users {
                 let (start, size, keys) = parts[user];
-                let part = &of_contexts[start + size * (head - of_heads.start)..][..size];
+                let part = &context_grads[start + size * (head - head_range.start)..][..size];
                 for (chunk, sums) in sums.chunks_mut(blocks * LANES * LANES).enumerate() {
                     let place = ((which * chunks + chunk) * keys.context + first) * LANES;
                     let values = &part[place..place + count * LANES];
@@ -288,7 +302,7 @@ fn add_shared(
                 }
             }
             let place = (heads.keys * heads.width, head * heads.width, heads.width);
-            scatter_turned(&sums, out, place, Places::all(&tokens), true);
+            scatter_transposed(&sums, out, place, Places::all(&tokens), true);
         }
     });
 }
@@ -303,11 +317,11 @@ struct Work {
     seen: Vec<usize>, // which panels of keys these are
     result: Vec<f32>, // [width][32 queries]
     log_sum: Vec<f32>,
-    slopes: Vec<f32>,    // like scores
-    of_result: Vec<f32>, // [width][32 queries]
-    turned: Vec<f32>,    // [chunk of 32 features][32 queries][32 features]
-    of_k: Vec<f32>,      // [chunk of 32 features][keys][32 features]
-    of_v: Vec<f32>,      // the same
+    grad_scores: Vec<f32>, // like scores
+    grad_result: Vec<f32>, // [width][32 queries]
+    transposed: Vec<f32>,  // [chunk of 32 features][32 queries][32 features]
+    grad_k: Vec<f32>,      // [chunk of 32 features][keys][32 features]
+    grad_v: Vec<f32>,      // the same
 }
 
 impl Work {
@@ -327,18 +341,18 @@ impl Work {
     fn clear(&mut self, heads: Heads) {
         let keys = self.keys.len() / heads.width;
         let size = heads.width.div_ceil(LANES) * keys * LANES;
-        for sums in [&mut self.of_k, &mut self.of_v] {
+        for sums in [&mut self.grad_k, &mut self.grad_v] {
             sums.clear();
             sums.resize(size, 0.);
         }
     }
 
     /// Keeps the sums of the context's keys and values, see [`waiting`].
-    fn keep_of_context(&self, heads: Heads, keys: &Keys, out: &mut [f32]) {
+    fn keep_context_grads(&self, heads: Heads, keys: &Keys, out: &mut [f32]) {
         let all = keys.count.div_ceil(LANES) * LANES * LANES;
         let chunks = heads.width.div_ceil(LANES);
-        let sums = self.of_k.chunks_exact(all).take(chunks);
-        let sums = sums.chain(self.of_v.chunks_exact(all).take(chunks));
+        let sums = self.grad_k.chunks_exact(all).take(chunks);
+        let sums = sums.chain(self.grad_v.chunks_exact(all).take(chunks));
         let own = (keys.context * LANES).max(1);
         for (out, sums) in out.chunks_exact_mut(own).zip(sums) {
             out.copy_from_slice(&sums[..own]);
@@ -378,7 +392,7 @@ impl Work {
         let scores = self.scores.chunks_exact_mut(LANES * LANES);
         for (&panel, scores) in self.seen.iter().zip(scores) {
             let keys = &self.keys[panel * width * LANES..][..width * LANES];
-            product_turned(keys, &self.query, scores);
+            product_transposed(keys, &self.query, scores);
             if !limits.sees_all(panel * LANES) {
                 run(Mask(scores, &limits, panel * LANES));
             }
@@ -403,7 +417,7 @@ impl Work {
     fn backward(
         &mut self,
         q: &[f32],
-        (out, log_sums, of_out): (&[f32], &[f32], &[f32]),
+        (out, log_sums, grad_out): (&[f32], &[f32], &[f32]),
         heads: Heads,
         span: &Span,
         query_head: usize,
@@ -425,35 +439,42 @@ impl Work {
         );
         self.result.resize(width * LANES, 0.);
         gather(out, features, first, queries, block, &mut self.result);
-        self.of_result.resize(width * LANES, 0.);
-        gather(of_out, features, first, queries, block, &mut self.of_result);
-        // sum over keys of p * (v . of_out) = out . of_out
-        let along = run(Dot(&self.result, &self.of_result));
-        self.slopes.resize(self.scores.len(), 0.);
-        let slopes = self.slopes.chunks_exact_mut(LANES * LANES);
+        self.grad_result.resize(width * LANES, 0.);
+        gather(
+            grad_out,
+            features,
+            first,
+            queries,
+            block,
+            &mut self.grad_result,
+        );
+        // sum over keys of p * (v . grad_out) = out . grad_out
+        let delta = run(Dot(&self.result, &self.grad_result));
+        self.grad_scores.resize(self.scores.len(), 0.);
+        let grad_scores = self.grad_scores.chunks_exact_mut(LANES * LANES);
         let scores = self.scores.chunks_exact_mut(LANES * LANES);
         // Lanes behind the last query bring nothing.
         let lanes = (span.visible.len() - block * LANES).min(LANES);
-        for ((&panel, p), slopes) in self.seen.iter().zip(scores).zip(slopes) {
+        for ((&panel, p), grad_scores) in self.seen.iter().zip(scores).zip(grad_scores) {
             let values = &self.values[panel * width * LANES..][..width * LANES];
-            product_turned(values, &self.of_result, slopes);
-            run(Slopes {
+            product_transposed(values, &self.grad_result, grad_scores);
+            run(ScoresBackward {
                 p,
-                values: slopes,
+                values: grad_scores,
                 log_sum: &self.log_sum,
-                along: &along,
+                delta: &delta,
                 lanes,
             });
         }
         let keys = self.keys.len() / width;
         for (data, left, sums) in [
-            (&self.of_result, &self.scores, &mut self.of_v),
-            (&self.query, &self.slopes, &mut self.of_k),
+            (&self.grad_result, &self.scores, &mut self.grad_v),
+            (&self.query, &self.grad_scores, &mut self.grad_k),
         ] {
-            turn(data, width, &mut self.turned);
+            transpose(data, width, &mut self.transposed);
             let left = left.chunks_exact(LANES * LANES);
             for (&panel, left) in self.seen.iter().zip(left) {
-                let chunks = self.turned.chunks_exact(LANES * LANES).enumerate();
+                let chunks = self.transposed.chunks_exact(LANES * LANES).enumerate();
                 for (chunk, right) in chunks {
                     let place = (chunk * keys + panel * LANES) * LANES;
                     let out = &mut sums[place..place + LANES * LANES];
@@ -461,10 +482,10 @@ impl Work {
                 }
             }
         }
-        let slopes = self.slopes.chunks_exact(LANES * LANES);
-        for (number, (&panel, slopes)) in self.seen.iter().zip(slopes).enumerate() {
+        let grad_scores = self.grad_scores.chunks_exact(LANES * LANES);
+        for (number, (&panel, grad_scores)) in self.seen.iter().zip(grad_scores).enumerate() {
             let keys = &self.keys[panel * width * LANES..][..width * LANES];
-            product(keys, width, slopes, &mut self.result, number > 0);
+            product(keys, width, grad_scores, &mut self.result, number > 0);
         }
         let scale = [(width as f32).sqrt().recip(); LANES];
         run(ScaleLanes(&mut self.result, &scale));
@@ -491,7 +512,7 @@ fn product(a: &[f32], rows: usize, b: &[f32], out: &mut [f32], add: bool) {
 }
 
 /// `out[i][lane] = sum over k of a[k][i] * b[k][lane]` for `i < 32`, all rows being 32 long.
-fn product_turned(a: &[f32], b: &[f32], out: &mut [f32]) {
+fn product_transposed(a: &[f32], b: &[f32], out: &mut [f32]) {
     let depth = a.len() / LANES;
     assert!(b.len() >= depth * LANES && out.len() >= LANES * LANES);
     for row in (0..LANES).step_by(ROWS) {
@@ -510,7 +531,7 @@ fn product_turned(a: &[f32], b: &[f32], out: &mut [f32]) {
 }
 
 /// `[width][32]` to `[chunk of 32 features][32][32 features]`, with zeros behind the last feature.
-fn turn(data: &[f32], width: usize, out: &mut Vec<f32>) {
+fn transpose(data: &[f32], width: usize, out: &mut Vec<f32>) {
     out.resize(width.div_ceil(LANES) * LANES * LANES, 0.);
     if !width.is_multiple_of(LANES) {
         out.fill(0.);

@@ -3,6 +3,7 @@
 //! A loop is written once, over arrays of 16 or 32 floats, as [`Loop::run`]. [`run`] calls it compiled for AVX-512, for
 //! AVX2 with FMA, or for what every processor of the architecture has (on a 64-bit Arm: NEON).
 
+use std::cell::Cell;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -94,13 +95,14 @@ impl Isa {
         *BEST.get_or_init(detect)
     }
 
-    /// The one in use: [`Isa::best`], unless [`limit`] allowed less.
+    /// The one in use on this thread: [`Isa::best`], unless [`limit`] or [`limited`] allowed less.
     pub fn current() -> Self {
+        let own = THREAD_LIMIT.get();
         #[cfg(all(test, target_arch = "x86_64"))]
-        if tests::EMULATE_AMX.load(Ordering::Relaxed) {
+        if own == tests::EMULATED_AMX {
             return Self::AmxBf16;
         }
-        let limit = LIMIT.load(Ordering::Relaxed);
+        let limit = LIMIT.load(Ordering::Relaxed).min(own);
         let best = Self::best();
         if best as u8 <= limit {
             return best;
@@ -112,9 +114,33 @@ impl Isa {
 
 static LIMIT: AtomicU8 = AtomicU8::new(u8::MAX);
 
-/// Allows no instruction set above this one, in the whole process: for tests and measurements.
+thread_local! {
+    static THREAD_LIMIT: Cell<u8> = const { Cell::new(u8::MAX) };
+}
+
+/// Allows no instruction set above this one, in the whole process: for measurements.
 pub fn limit(isa: Isa) {
     LIMIT.store(isa as u8, Ordering::Relaxed);
+}
+
+/// Does some work on threads of its own, as many as there are, that use no instruction set above this one: for tests, which so
+/// don't disturb each other.
+///
+/// # Panics
+/// If the system gives no threads, or the work panics.
+pub fn limited<T: Send>(isa: Isa, work: impl FnOnce() -> T + Send) -> T {
+    on_threads(rayon::current_num_threads(), isa as u8, work)
+}
+
+fn on_threads<T: Send>(count: usize, limit: u8, work: impl FnOnce() -> T + Send) -> T {
+    let threads = rayon::ThreadPoolBuilder::new()
+        .num_threads(count)
+        .start_handler(move |_| THREAD_LIMIT.set(limit))
+        .build();
+    match threads {
+        Ok(threads) => threads.install(work),
+        Err(error) => panic!("no threads for an instruction set: {error}"),
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -201,41 +227,30 @@ pub fn fma<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
 #[cfg(test)]
 pub(crate) mod tests {
     use std::io::Write as _;
-    #[cfg(target_arch = "x86_64")]
-    use std::sync::atomic::AtomicBool;
-    use std::sync::{Mutex, MutexGuard};
 
     use super::*;
 
-    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-
-    /// Whether AMX is in use, emulated in `micro::amx`, on a processor that has all instruction sets below it.
+    /// A limit that means AMX, emulated in `micro::amx`, on a processor that has all instruction sets below it.
     #[cfg(target_arch = "x86_64")]
-    pub(super) static EMULATE_AMX: AtomicBool = AtomicBool::new(false);
+    pub(super) const EMULATED_AMX: u8 = u8::MAX - 1;
 
-    /// Calls `check` with every instruction set that this processor has in use, and with AMX emulated where it alone is lacking.
-    /// Those that it lacks are left out: `a_processor_s_instruction_sets_are_told` says which.
-    pub(crate) fn with_each(mut check: impl FnMut(Isa)) {
-        let _guard: MutexGuard<'_, ()> = match ONE_AT_A_TIME.lock() {
-            Ok(guard) => guard,
-            Err(poisoned) => poisoned.into_inner(),
-        };
+    /// Calls `check` with every instruction set that this processor has in use, and with AMX emulated where it alone is lacking; on
+    /// threads of their own, so that no other test is disturbed. Those that it lacks are left out:
+    /// `a_processor_s_instruction_sets_are_told` says which.
+    pub(crate) fn with_each(mut check: impl FnMut(Isa) + Send) {
         for isa in Isa::ALL.into_iter().filter(|isa| *isa <= Isa::best()) {
-            limit(isa);
-            check(isa);
+            limited(isa, || check(isa));
         }
         #[cfg(target_arch = "x86_64")]
         if Isa::best() == Isa::Avx512Bf16 {
-            EMULATE_AMX.store(true, Ordering::Relaxed);
-            let checked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                check(Isa::AmxBf16);
-            }));
-            EMULATE_AMX.store(false, Ordering::Relaxed);
-            if let Err(panic) = checked {
-                std::panic::resume_unwind(panic);
-            }
+            let count = rayon::current_num_threads();
+            on_threads(count, EMULATED_AMX, || check(Isa::AmxBf16));
         }
-        limit(Isa::best());
+    }
+
+    /// Does some work on so many threads with this thread's instruction set.
+    pub(crate) fn with_threads<T: Send>(count: usize, work: impl FnOnce() -> T + Send) -> T {
+        on_threads(count, THREAD_LIMIT.get(), work)
     }
 
     /// Written past the test runner's capture, so that a log shows what a passed run has not tested. A machine that has to have an
@@ -260,8 +275,13 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_limit_is_kept() {
-        with_each(|isa| assert_eq!(Isa::current(), isa));
+    fn a_limit_is_kept_on_all_threads_and_on_no_other() {
+        with_each(|isa| {
+            let all = rayon::broadcast(|_| Isa::current());
+            assert!(all.iter().all(|found| *found == isa), "{isa:?} {all:?}");
+        });
         assert_eq!(Isa::current(), Isa::best());
+        let others = rayon::broadcast(|_| Isa::current());
+        assert!(others.iter().all(|found| *found == Isa::best()));
     }
 }

@@ -3,19 +3,8 @@
 use rayon::prelude::*;
 
 use crate::panels::{self, LANES};
-
-/// What splitmix64 adds from one number to the next.
-const GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
-
-/// The next number of a splitmix64 stream (Steele, Lea and Flood 2014).
-#[inline(always)]
-pub fn mix(state: &mut u64) -> u64 {
-    *state = state.wrapping_add(GAMMA);
-    let mut z = *state;
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
-}
+pub use crate::random::splitmix64 as mix;
+use crate::random::{GAMMA, splitmix64};
 
 /// A stream of masks.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -45,7 +34,13 @@ impl Dropout {
     pub fn factors(self, first: u64) -> impl Iterator<Item = f32> {
         let (scale, limit) = (self.scale(), (self.p * 2f64.powi(64)) as u64);
         let mut state = self.skip(first).start;
-        std::iter::repeat_with(move || if mix(&mut state) < limit { 0. } else { scale })
+        std::iter::repeat_with(move || {
+            if splitmix64(&mut state) < limit {
+                0.
+            } else {
+                scale
+            }
+        })
     }
 
     /// Multiplies panels by the factors. Token `t` has the numbers `places[t] * features` and on.

@@ -21,11 +21,16 @@ fn check_norm(x: &[f32], weight: &[f32], inverse: &[f32], like_x: &[&[f32]]) {
     }
 }
 
-/// `x / sqrt(mean(x^2) + eps) * weight` over the features; `inverse` gets `1 / sqrt(..)` of each token, panels of one
-/// feature.
+/// RMS norm, `out = x / sqrt(mean(x^2) + eps) * weight` (Zhang and Sennrich 2019, arXiv 1910.07467, equation 4), over the features
+/// of each token.
+///
+/// `x` and `out` are panels of as many features as `weight` has. `inverse`, panels of one feature, gets `1 / sqrt(mean(x^2) + eps)`.
+///
+/// Panels of several heads, each as wide as `weight`, are normed head by head: for the loops they are as many panels more, and
+/// `inverse` has a feature for each head. The same goes for all functions of the norm.
 ///
 /// # Panics
-/// If `x` and `out` are not panels of as many features as `weight` has, or `inverse` not as many of one.
+/// If sizes are not such.
 pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32], inverse: &mut [f32]) {
     check_norm(x, weight, inverse, &[out]);
     let size = weight.len().max(1) * LANES;
@@ -85,11 +90,11 @@ impl Loop for Norm<'_> {
     }
 }
 
-/// `x * inverse * weight`: the norm again, when `inverse` is known.
+/// [`rms_norm`] once more from the `inverse` that it gave: `out = x * inverse * weight`.
 ///
 /// # Panics
 /// As [`rms_norm`] does.
-pub fn rms_norm_again(x: &[f32], weight: &[f32], inverse: &[f32], out: &mut [f32]) {
+pub fn rms_norm_recompute(x: &[f32], weight: &[f32], inverse: &[f32], out: &mut [f32]) {
     struct Again<'a>(&'a [f32], &'a [f32], &'a [f32], &'a mut [f32]);
     impl Loop for Again<'_> {
         type Output = ();
@@ -115,7 +120,8 @@ pub fn rms_norm_again(x: &[f32], weight: &[f32], inverse: &[f32], out: &mut [f32
         .for_each(|((x, out), inverse)| run(Again(x, weight, inverse, out)));
 }
 
-/// Adds to `of_x` the gradient that `of_out` brings through [`rms_norm`].
+/// Backpropagates through [`rms_norm`]: adds to `grad_x`, panels like `x`, the gradient of the loss by `x`, where `grad_out` is
+/// that by the norm's result. With `g = grad_out * weight` and `i = inverse` that is `i g - x i^3 mean(x g)`.
 ///
 /// # Panics
 /// As [`rms_norm`] does.
@@ -123,22 +129,22 @@ pub fn rms_norm_backward(
     x: &[f32],
     weight: &[f32],
     inverse: &[f32],
-    of_out: &[f32],
-    of_x: &mut [f32],
+    grad_out: &[f32],
+    grad_x: &mut [f32],
 ) {
-    check_norm(x, weight, inverse, &[of_out, of_x]);
+    check_norm(x, weight, inverse, &[grad_out, grad_x]);
     let size = weight.len().max(1) * LANES;
-    let panels = x.par_chunks(size).zip(of_out.par_chunks(size));
+    let panels = x.par_chunks(size).zip(grad_out.par_chunks(size));
     panels
         .zip(inverse.par_chunks(LANES))
-        .zip(of_x.par_chunks_mut(size))
-        .for_each(|(((x, of_out), inverse), of_x)| {
+        .zip(grad_x.par_chunks_mut(size))
+        .for_each(|(((x, grad_out), inverse), grad_x)| {
             run(NormBack {
                 x,
                 weight,
                 inverse,
-                of_out,
-                of_x,
+                grad_out,
+                grad_x,
             });
         });
 }
@@ -147,8 +153,8 @@ struct NormBack<'a> {
     x: &'a [f32],
     weight: &'a [f32],
     inverse: &'a [f32],
-    of_out: &'a [f32],
-    of_x: &'a mut [f32],
+    grad_out: &'a [f32],
+    grad_x: &'a mut [f32],
 }
 
 impl Loop for NormBack<'_> {
@@ -157,46 +163,47 @@ impl Loop for NormBack<'_> {
     #[inline(always)]
     fn run<const FMA: bool>(self) {
         let (x, _) = self.x.as_chunks::<LANES>();
-        let (of_out, _) = self.of_out.as_chunks::<LANES>();
-        let (of_x, _) = self.of_x.as_chunks_mut::<LANES>();
+        let (grad_out, _) = self.grad_out.as_chunks::<LANES>();
+        let (grad_x, _) = self.grad_x.as_chunks_mut::<LANES>();
         let Some(inverse) = self.inverse.as_chunks::<LANES>().0.first() else {
             return;
         };
-        let mut along: Row = [0.; LANES];
-        for ((x, g), w) in x.iter().zip(of_out).zip(self.weight) {
+        let mut dot: Row = [0.; LANES];
+        for ((x, g), w) in x.iter().zip(grad_out).zip(self.weight) {
             for lane in 0..LANES {
-                along[lane] = fma::<FMA>(x[lane] * g[lane], *w, along[lane]);
+                dot[lane] = fma::<FMA>(x[lane] * g[lane], *w, dot[lane]);
             }
         }
         let count = self.weight.len() as f32;
         let mut back: Row = [0.; LANES];
         for lane in 0..LANES {
             let i = inverse[lane];
-            back[lane] = along[lane] * i * i * i / count;
+            back[lane] = dot[lane] * i * i * i / count;
         }
-        for (((x, g), w), of_x) in x.iter().zip(of_out).zip(self.weight).zip(of_x) {
+        for (((x, g), w), grad_x) in x.iter().zip(grad_out).zip(self.weight).zip(grad_x) {
             for lane in 0..LANES {
-                of_x[lane] += g[lane] * w * inverse[lane] - x[lane] * back[lane];
+                grad_x[lane] += g[lane] * w * inverse[lane] - x[lane] * back[lane];
             }
         }
     }
 }
 
-/// Adds to `of_weight` the gradient of the norm's weight: the sum over tokens of `of_out * x * inverse`.
+/// Adds to `grad_weight`, a number a feature, the gradient of the norm's weight: the sum over tokens (and heads) of
+/// `grad_out * x * inverse`. Lanes behind the last token must be zero in `grad_out`.
 ///
 /// # Panics
 /// As [`rms_norm`] does.
-pub fn rms_norm_weight(x: &[f32], inverse: &[f32], of_out: &[f32], of_weight: &mut [f32]) {
-    check_norm(x, of_weight, inverse, &[of_out]);
-    let features = of_weight.len();
-    of_weight
+pub fn rms_norm_grad_weight(x: &[f32], inverse: &[f32], grad_out: &[f32], grad_weight: &mut [f32]) {
+    check_norm(x, grad_weight, inverse, &[grad_out]);
+    let features = grad_weight.len();
+    grad_weight
         .par_iter_mut()
         .enumerate()
         .for_each(|(feature, sum)| {
             let mut total = 0f64;
             for (panel, inverse) in inverse.as_chunks::<LANES>().0.iter().enumerate() {
                 let place = (panel * features + feature) * LANES;
-                let rows = x[place..place + LANES].iter().zip(&of_out[place..]);
+                let rows = x[place..place + LANES].iter().zip(&grad_out[place..]);
                 let part = rows.zip(inverse).map(|((x, g), i)| x * g * i);
                 total += f64::from(part.sum::<f32>());
             }
@@ -204,8 +211,9 @@ pub fn rms_norm_weight(x: &[f32], inverse: &[f32], of_out: &[f32], of_weight: &m
         });
 }
 
-/// Turns each head's halves by the angles of its tokens: `features` is a multiple of `2 * half`, `cos` and `sin` are panels
-/// of `half` features. `back` turns the other way, which is the backward.
+/// Rotary position embedding in place (Su et al. 2021, arXiv 2104.09864, equation 34, with the two halves of a head for
+/// neighbours, as Llama has them): rotates each head of `x` by the angles of its token. `x` are panels of `features`, a multiple of
+/// `2 * half`; `cos` and `sin` are panels of `half` features. `back` rotates the other way, which is the backward.
 ///
 /// # Panics
 /// If sizes are not such.
@@ -235,7 +243,7 @@ pub fn rope(x: &mut [f32], features: usize, cos: &[f32], sin: &[f32], half: usiz
         half > 0 && features.is_multiple_of(half.saturating_mul(2)),
         "{features} features are no heads of twice {half}"
     );
-    let panels = count(x.len(), features, "what is turned");
+    let panels = count(x.len(), features, "what is rotated");
     check(cos.len(), half, panels, "the cosines");
     check(sin.len(), half, panels, "the sines");
     let sign = if back { -1. } else { 1. };
@@ -250,7 +258,7 @@ pub fn rope(x: &mut [f32], features: usize, cos: &[f32], sin: &[f32], half: usiz
 /// Values of one task where tokens don't matter.
 const SPAN: usize = 1 << 13;
 
-/// `silu(gate) * up`.
+/// SwiGLU (Shazeer 2020, arXiv 2002.05202, equation 6): `out = silu(gate) * up`, number by number.
 ///
 /// # Panics
 /// If lengths differ.
@@ -285,12 +293,12 @@ pub fn swiglu(gate: &[f32], up: &[f32], out: &mut [f32]) {
         .for_each(|((gate, up), out)| run(Gated(gate, up, out)));
 }
 
-/// The backward of [`swiglu`], in place: `gate` and `up` become their gradients, and `of_out`, the gradient that comes in,
-/// becomes the value `silu(gate) * up` again.
+/// The backward of [`swiglu`], in place: the buffer of `gate` gets the gradient by the gate, that of `up` the gradient by it, and
+/// that of `grad_out`, the gradient that comes in, the value `silu(gate) * up` once more.
 ///
 /// # Panics
 /// If lengths differ.
-pub fn swiglu_backward(gate: &mut [f32], up: &mut [f32], of_out: &mut [f32]) {
+pub fn swiglu_backward(gate: &mut [f32], up: &mut [f32], grad_out: &mut [f32]) {
     struct Back<'a>(&'a mut [f32], &'a mut [f32], &'a mut [f32]);
     impl Loop for Back<'_> {
         type Output = ();
@@ -298,15 +306,15 @@ pub fn swiglu_backward(gate: &mut [f32], up: &mut [f32], of_out: &mut [f32]) {
         fn run<const FMA: bool>(self) {
             let (gate, last_gate) = self.0.as_chunks_mut::<16>();
             let (up, last_up) = self.1.as_chunks_mut::<16>();
-            let (of_out, last) = self.2.as_chunks_mut::<16>();
-            for ((gate, up), of_out) in gate.iter_mut().zip(up).zip(of_out) {
+            let (grad_out, last) = self.2.as_chunks_mut::<16>();
+            for ((gate, up), grad_out) in gate.iter_mut().zip(up).zip(grad_out) {
                 for lane in 0..16 {
-                    let all = (&mut gate[lane], &mut up[lane], &mut of_out[lane]);
+                    let all = (&mut gate[lane], &mut up[lane], &mut grad_out[lane]);
                     swiglu_backward_one::<FMA>(all);
                 }
             }
-            for ((gate, up), of_out) in last_gate.iter_mut().zip(last_up).zip(last) {
-                swiglu_backward_one::<FMA>((gate, up, of_out));
+            for ((gate, up), grad_out) in last_gate.iter_mut().zip(last_up).zip(last) {
+                swiglu_backward_one::<FMA>((gate, up, grad_out));
             }
         }
     }
@@ -317,26 +325,26 @@ pub fn swiglu_backward(gate: &mut [f32], up: &mut [f32], of_out: &mut [f32]) {
     );
     assert_eq!(
         gate.len(),
-        of_out.len(),
+        grad_out.len(),
         "lengths of the gate and the gradient"
     );
     let parts = gate.par_chunks_mut(SPAN).zip(up.par_chunks_mut(SPAN));
     parts
-        .zip(of_out.par_chunks_mut(SPAN))
-        .for_each(|((gate, up), of_out)| run(Back(gate, up, of_out)));
+        .zip(grad_out.par_chunks_mut(SPAN))
+        .for_each(|((gate, up), grad_out)| run(Back(gate, up, grad_out)));
 }
 
 #[inline(always)]
-fn swiglu_backward_one<const FMA: bool>((gate, up, of_out): (&mut f32, &mut f32, &mut f32)) {
-    let (g, u, d) = (*gate, *up, *of_out);
+fn swiglu_backward_one<const FMA: bool>((gate, up, grad_out): (&mut f32, &mut f32, &mut f32)) {
+    let (g, u, d) = (*gate, *up, *grad_out);
     let s = sigmoid::<FMA>(g);
     let silu = g * s;
     *gate = d * u * s * (1. + g * (1. - s));
     *up = d * silu;
-    *of_out = silu * u;
+    *grad_out = silu * u;
 }
 
-/// `x += y * factor`.
+/// `x += y * factor`, number by number.
 ///
 /// # Panics
 /// If lengths differ.
@@ -357,28 +365,13 @@ pub fn add(x: &mut [f32], y: &[f32], factor: f32) {
         .for_each(|(x, y)| run(Add(x, y, factor)));
 }
 
-/// `x *= factor`.
+/// `x *= factor`, number by number.
 pub fn scale(x: &mut [f32], factor: f32) {
     x.par_chunks_mut(SPAN).for_each(|x| {
         for x in x {
             *x *= factor;
         }
     });
-}
-
-/// `x *= y`.
-///
-/// # Panics
-/// If lengths differ.
-pub fn multiply(x: &mut [f32], y: &[f32]) {
-    assert_eq!(x.len(), y.len(), "lengths of the factors");
-    x.par_chunks_mut(SPAN)
-        .zip(y.par_chunks(SPAN))
-        .for_each(|(x, y)| {
-            for (x, y) in x.iter_mut().zip(y) {
-                *x *= y;
-            }
-        });
 }
 
 #[cfg(test)]
@@ -433,13 +426,13 @@ mod tests {
             rms_norm(&x, &w, 1e-5, &mut out, &mut inverse);
             near(&out, &plain_norm(&wide, &w), 1e-6);
             let mut again = vec![0.; x.len()];
-            rms_norm_again(&x, &w, &inverse, &mut again);
+            rms_norm_recompute(&x, &w, &inverse, &mut again);
             assert_eq!(out, again);
-            let mut of_x = vec![0.; x.len()];
-            rms_norm_backward(&x, &w, &inverse, &g, &mut of_x);
-            near(&of_x, &slopes(&x, &g, |x| plain_norm(x, &w)), 1e-4);
+            let mut grad_x = vec![0.; x.len()];
+            rms_norm_backward(&x, &w, &inverse, &g, &mut grad_x);
+            near(&grad_x, &slopes(&x, &g, |x| plain_norm(x, &w)), 1e-4);
             let mut of_w = vec![0.; 5];
-            rms_norm_weight(&x, &inverse, &g, &mut of_w);
+            rms_norm_grad_weight(&x, &inverse, &g, &mut of_w);
             for (f, of_w) in of_w.iter().enumerate() {
                 let exact: f32 = (0..LANES)
                     .map(|lane| x[f * LANES + lane] * inverse[lane] * g[f * LANES + lane])
@@ -461,12 +454,12 @@ mod tests {
             let mut out = vec![0.; 64];
             swiglu(&gate, &up, &mut out);
             near(&out, &plain(&wide(&gate), &wide(&up)), 1e-6);
-            let of_gate = slopes(&gate, &g, |gate| plain(gate, &wide(&up)));
-            let of_up = slopes(&up, &g, |up| plain(&wide(&gate), up));
+            let grad_gate = slopes(&gate, &g, |gate| plain(gate, &wide(&up)));
+            let grad_up = slopes(&up, &g, |up| plain(&wide(&gate), up));
             let (mut a, mut b, mut c) = (gate.clone(), up.clone(), g.clone());
             swiglu_backward(&mut a, &mut b, &mut c);
-            near(&a, &of_gate, 1e-6);
-            near(&b, &of_up, 1e-6);
+            near(&a, &grad_gate, 1e-6);
+            near(&b, &grad_up, 1e-6);
             near(&c, &wide(&out), 1e-6);
         });
     }
@@ -499,7 +492,6 @@ mod tests {
         let mut x = vec![1., 2.];
         add(&mut x, &[10., 20.], 0.5);
         scale(&mut x, 2.);
-        multiply(&mut x, &[1., -1.]);
-        assert_eq!(x, [12., -24.]);
+        assert_eq!(x, [12., 24.]);
     }
 }

@@ -29,6 +29,7 @@ pub mod nf4;
 pub mod normal;
 pub mod panels;
 pub mod product;
+pub mod random;
 pub mod reduce;
 pub mod vectors;
 pub mod vocabulary;

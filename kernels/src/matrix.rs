@@ -1,9 +1,9 @@
 //! Frozen and trained weights as they lie in memory, and how blocks of them are made ready for a product.
 //!
-//! A product reads a weight once for all tokens of a batch. So each block of it is converted, dequantised, turned around and
+//! A product reads a weight once for all tokens of a batch. So each block of it is converted, dequantised, transposed and
 //! put in order for the innermost loop in one go, into a buffer that stays in the cache; no second copy is ever kept.
 
-mod turn;
+mod transpose;
 mod unpack;
 
 use std::borrow::Cow;
@@ -15,7 +15,7 @@ use half::{bf16, f16};
 use crate::dispatch::{Loop, run};
 use crate::micro::{TILE, prefetch};
 use crate::panels::bf16_bits;
-use turn::turn;
+use transpose::transpose;
 
 /// Values of an NF4 weight that share a largest magnitude.
 pub const NF4_BLOCK: usize = 64;
@@ -68,13 +68,13 @@ impl Rounding {
     }
 }
 
-/// A weight (rows, columns), or that turned around.
+/// A weight (rows, columns), or that transposed.
 #[derive(Debug, Clone, Copy)]
 pub struct Matrix<'a> {
     values: Values<'a>,
     rows: usize,
     columns: usize,
-    turned: bool,
+    transposed: bool,
 }
 
 impl<'a> Matrix<'a> {
@@ -94,7 +94,7 @@ impl<'a> Matrix<'a> {
             values,
             rows,
             columns,
-            turned: false,
+            transposed: false,
         })
     }
 
@@ -105,26 +105,34 @@ impl<'a> Matrix<'a> {
 
     /// The transpose, which costs nothing.
     #[must_use]
-    pub fn turned(self) -> Self {
+    pub fn transposed(self) -> Self {
         Self {
-            turned: !self.turned,
+            transposed: !self.transposed,
             ..self
         }
     }
 
     /// Rows of the product: features that come out.
     pub fn height(&self) -> usize {
-        if self.turned { self.columns } else { self.rows }
+        if self.transposed {
+            self.columns
+        } else {
+            self.rows
+        }
     }
 
     /// The length of its sums: features that go in.
     pub fn depth(&self) -> usize {
-        if self.turned { self.rows } else { self.columns }
+        if self.transposed {
+            self.rows
+        } else {
+            self.columns
+        }
     }
 
-    /// Whether it is turned around.
-    pub(crate) fn is_turned(&self) -> bool {
-        self.turned
+    /// Whether it is transposed.
+    pub(crate) fn is_transposed(&self) -> bool {
+        self.transposed
     }
 
     /// Its values as they are stored.
@@ -188,7 +196,7 @@ impl<'a> Matrix<'a> {
         let depth = depths.len();
         sized(out, rows.len(), depth);
         let mut buffer = Vec::new();
-        if self.turned {
+        if self.transposed {
             for (k, row) in depths.clone().enumerate() {
                 self.ask_for(row + AHEAD, rows.clone(), depths.end);
                 let values = self.row(row, rows.clone(), &mut buffer);
@@ -210,14 +218,14 @@ impl<'a> Matrix<'a> {
             let count = (rows.end - first).min(TILE);
             if let Values::F32(values) = self.values {
                 let values = &values[first * self.columns + depths.start..];
-                turn(values, self.columns, count, tile);
+                transpose(values, self.columns, count, tile);
                 continue;
             }
             tile_rows.resize(count * depth, 0.);
             for (i, to) in tile_rows.chunks_exact_mut(depth.max(1)).enumerate() {
                 self.widen(first + i, depths.clone(), to);
             }
-            turn(&tile_rows, depth, count, tile);
+            transpose(&tile_rows, depth, count, tile);
         }
     }
 
@@ -254,7 +262,7 @@ impl<'a> Matrix<'a> {
         sized(out, rows.len(), depth);
         let (mut buffer, mut bits) = (Vec::new(), Vec::new());
         let (mut second_buffer, mut second_bits) = (Vec::new(), Vec::new());
-        if self.turned {
+        if self.transposed {
             for k in 0..depth {
                 let row = depths.start + 2 * k;
                 self.ask_for(row + AHEAD, rows.clone(), depths.end);
@@ -283,7 +291,7 @@ impl<'a> Matrix<'a> {
                 let row = self.row_bf16(first + i, depths.clone(), &mut buffer, &mut bits);
                 run(PairUp(&row, to));
             }
-            turn(&tile_rows, depth, count, tile);
+            transpose(&tile_rows, depth, count, tile);
         }
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! `c[i][lane] = sum over k of a(i, k) * b[k][lane]`, where `b` and `c` have `V` times 16 lanes a row (of floats, or of pairs
 //! of bf16) and `a(i, k)` lies at `a[i * RS + k * KS]`. Rows of `a` that are packed have `RS = 1, KS = TILE`; those of a
-//! panel have `RS = 32, KS = 1`, and a panel turned around `RS = 1, KS = 32`.
+//! panel have `RS = 32, KS = 1`, and a panel transposed `RS = 1, KS = 32`.
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod amx;

@@ -3,18 +3,10 @@
 //! machine rounds alike.
 
 use crate::dispatch::{self, Loop};
+use crate::random::splitmix64;
 
 /// Pairs that go through the logarithm together.
 const PAIRS: usize = 128;
-
-/// The next number of a splitmix64 stream (Steele, Lea and Flood 2014).
-fn mix(state: &mut u64) -> u64 {
-    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let mut z = *state;
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
-}
 
 /// Fills `values` with normal numbers of the standard deviation `scale`, of pair number `first` and those that follow.
 pub fn fill(key: u64, mut first: u64, scale: f64, values: &mut [f32]) {
@@ -40,9 +32,9 @@ pub fn fill(key: u64, mut first: u64, scale: f64, values: &mut [f32]) {
 /// A random point inside the unit circle and the square of its distance from the middle, which is not 0.
 fn point(key: u64, pair: u64) -> ([f64; 2], f64) {
     let mut counter = pair;
-    let mut state = key ^ mix(&mut counter);
+    let mut state = key ^ splitmix64(&mut counter);
     let mut uniform = || {
-        let bits = mix(&mut state) >> 11;
+        let bits = splitmix64(&mut state) >> 11;
         bits as f64 * (2. / (1u64 << 53) as f64) - 1.
     };
     loop {

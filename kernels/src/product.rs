@@ -90,7 +90,7 @@ pub enum Onto<'a> {
     Values(&'a [f32]),
 }
 
-/// One product: `out = onto + sum of terms`.
+/// One product: `out = onto + bias + sum of terms`.
 pub struct Product<'a> {
     /// Panels with as many features as each weight is high.
     pub out: &'a mut [f32],
@@ -98,6 +98,8 @@ pub struct Product<'a> {
     pub terms: Vec<Term<'a>>,
     /// What the sum is added to.
     pub onto: Onto<'a>,
+    /// What is added to each feature of all tokens: as many numbers as each weight is high.
+    pub bias: Option<&'a [f32]>,
 }
 
 #[derive(Clone, Copy)]
@@ -150,6 +152,9 @@ pub fn products(mut all: Vec<Product<'_>>) {
         check_onto(each);
         let height = each.terms.first().map_or(0, |term| term.weight.height());
         let panels = check(each, height);
+        if let Some(bias) = each.bias {
+            assert_eq!(bias.len(), height, "the size of the bias");
+        }
         if each.terms.iter().any(|term| term.weight.depth() > 0) {
             deal(product, height, panels, &mut tasks);
         } else {
@@ -158,6 +163,14 @@ pub fn products(mut all: Vec<Product<'_>>) {
                 Onto::Zero => each.out.fill(0.),
                 Onto::Out => {}
                 Onto::Values(values) => each.out.copy_from_slice(values),
+            }
+            if let Some(bias) = each.bias {
+                let rows = each.out.as_chunks_mut::<LANES>().0.iter_mut();
+                for (row, bias) in rows.zip(bias.iter().cycle()) {
+                    for x in row {
+                        *x += bias;
+                    }
+                }
             }
         }
     }
@@ -181,7 +194,12 @@ pub fn products(mut all: Vec<Product<'_>>) {
 /// # Panics
 /// As [`products`] does.
 pub fn product(out: &mut [f32], terms: Vec<Term<'_>>, onto: Onto<'_>) {
-    products(vec![Product { out, terms, onto }]);
+    products(vec![Product {
+        out,
+        terms,
+        onto,
+        bias: None,
+    }]);
 }
 
 fn check_onto(product: &Product<'_>) {
@@ -373,6 +391,11 @@ unsafe fn part_of(
                     _ => Some(c.cast_const()),
                 };
                 let count = TILE.min(rows.end - row);
+                if let Some(bias) = product.bias.filter(|_| number == 0) {
+                    // SAFETY: these rows are the caller's, and what they are added to has as many as the output.
+                    unsafe { begin(&bias[row..row + count], (c, from)) };
+                    from = Some(c.cast_const());
+                }
                 for (piece, block) in pieces.iter().zip(blocks.iter()) {
                     // SAFETY: the rows are the caller's, and `Values` are as many as the output's.
                     unsafe { piece.multiply(block, (tile, panel), (c, from), count) };
@@ -382,6 +405,22 @@ unsafe fn part_of(
         }
     }
     done();
+}
+
+/// Puts a bias, and what else a sum begins with, into rows of 32 floats from `c` on.
+///
+/// # Safety
+/// As many rows as `bias` has numbers are nobody else's, and may be read from `from` on.
+unsafe fn begin(bias: &[f32], (c, from): (*mut f32, Option<*const f32>)) {
+    for (row, bias) in bias.iter().enumerate() {
+        for place in row * LANES..(row + 1) * LANES {
+            // SAFETY: one of the rows. `from` may be `c` itself, so both are only read and written by pointers.
+            unsafe {
+                let before = from.map_or(0., |from| *from.add(place));
+                *c.add(place) = before + bias;
+            }
+        }
+    }
 }
 
 /// A tile of packed rows, no more of them than needed.

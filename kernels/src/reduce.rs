@@ -16,14 +16,16 @@ pub enum Order {
     /// `out[i][j]`.
     Straight,
     /// `out[j][i]`.
-    Turned,
+    Transposed,
 }
 
-/// Adds `sum over tokens of a[i] * b[j]` to `out`, for `i < rows` features of `a` and `j < columns` of `b`. `b` should be
-/// the one with fewer features: it is turned around.
+/// Adds `sum over tokens of a[i] * b[j]` to `out`, a matrix (rows, columns) or, with [`Order::Transposed`], (columns, rows): the
+/// gradient of a weight, where one factor is the gradient of what it gives and the other its input. Each factor comes with its
+/// number of features: `a` are panels of `rows`, `b` of `columns`, which should be the smaller, for it is transposed on the way. Lanes
+/// behind the last token must be zero in one of them.
 ///
 /// # Panics
-/// If sizes don't fit.
+/// If sizes are not such.
 pub fn outer(a: (&[f32], usize), b: (&[f32], usize), out: &mut [f32], order: Order) {
     if b.1 <= 16 {
         outer_by::<1, 16>(a, b, out, order);
@@ -52,8 +54,8 @@ fn outer_by<const V: usize, const M: usize>(
     // [chunk of columns][panel][token][lane]
     let width = V * 16;
     let chunks = columns.div_ceil(width);
-    let mut turned = vec![0f32; chunks * count * LANES * width];
-    let blocks = turned.par_chunks_mut(LANES * width).enumerate();
+    let mut transposed = vec![0f32; chunks * count * LANES * width];
+    let blocks = transposed.par_chunks_mut(LANES * width).enumerate();
     blocks.for_each(|(block, out)| {
         let (chunk, panel) = (block / count, block % count);
         let first = chunk * width;
@@ -66,8 +68,8 @@ fn outer_by<const V: usize, const M: usize>(
     });
     // [chunk][row][lane]
     let part = |chunk: usize, first: usize, sums: &mut [f32]| {
-        let turned = &turned[chunk * count * LANES * width..];
-        sum_rows::<V, M>((a, rows), first, turned, sums);
+        let transposed = &transposed[chunk * count * LANES * width..];
+        sum_rows::<V, M>((a, rows), first, transposed, sums);
     };
     let mut sums = vec![0f32; chunks * rows * width];
     let at_once = PART * width;
@@ -91,7 +93,7 @@ fn outer_by<const V: usize, const M: usize>(
                 }
             });
         }
-        Order::Turned => {
+        Order::Transposed => {
             let each = out.par_chunks_mut(rows).enumerate();
             each.for_each(|(j, out)| {
                 let sums = &sums[j / width * rows * width + j % width..];
@@ -107,7 +109,7 @@ fn outer_by<const V: usize, const M: usize>(
 fn sum_rows<const V: usize, const M: usize>(
     (a, rows): (&[f32], usize),
     first: usize,
-    turned: &[f32],
+    transposed: &[f32],
     sums: &mut [f32],
 ) {
     let width = V * 16;
@@ -115,7 +117,10 @@ fn sum_rows<const V: usize, const M: usize>(
         let row = first + tile * M;
         let wanted = sums.len() / width;
         let panels = a.chunks_exact(rows * LANES);
-        for (panel, (a, b)) in panels.zip(turned.chunks_exact(LANES * width)).enumerate() {
+        for (panel, (a, b)) in panels
+            .zip(transposed.chunks_exact(LANES * width))
+            .enumerate()
+        {
             let c = sums.as_mut_ptr();
             // SAFETY: `wanted` rows from `row` on are in this panel of `a`, as `outer` cut `sums` to that; `b` has 32
             // rows; `sums` has `wanted`.
@@ -133,11 +138,12 @@ fn sum_rows<const V: usize, const M: usize>(
     }
 }
 
-/// The sum over tokens of each feature, added to `out`: the gradient of a bias.
+/// Adds the sum over tokens of each feature of `data` to `out`, a number a feature: the gradient of a bias. Lanes behind the last
+/// token must be zero.
 ///
 /// # Panics
 /// If `data` are not the panels of so many tokens, each with as many features as `out` has.
-pub fn over_tokens(data: &[f32], tokens: usize, out: &mut [f32]) {
+pub fn sum_over_tokens(data: &[f32], tokens: usize, out: &mut [f32]) {
     let features = out.len();
     let count = panels(tokens);
     check(data.len(), features, count, "what is summed");
@@ -172,9 +178,14 @@ mod tests {
                     }
                 }
                 let mut straight = vec![1.; rows * columns];
-                let mut turned = vec![1.; rows * columns];
+                let mut transposed = vec![1.; rows * columns];
                 outer((&a, rows), (&b, columns), &mut straight, Order::Straight);
-                outer((&a, rows), (&b, columns), &mut turned, Order::Turned);
+                outer(
+                    (&a, rows),
+                    (&b, columns),
+                    &mut transposed,
+                    Order::Transposed,
+                );
                 let mut exact = vec![1f64; rows * columns];
                 for token in 0..tokens {
                     let b: Vec<f32> = column(&b, columns, token).collect();
@@ -187,13 +198,13 @@ mod tests {
                 for i in 0..rows {
                     for j in 0..columns {
                         let exact = exact[i * columns + j];
-                        for ours in [straight[i * columns + j], turned[j * rows + i]] {
+                        for ours in [straight[i * columns + j], transposed[j * rows + i]] {
                             assert!((f64::from(ours) - exact).abs() < 1e-5, "{rows} {i} {j}");
                         }
                     }
                 }
                 let mut sums = vec![0.; rows];
-                over_tokens(&a, tokens, &mut sums);
+                sum_over_tokens(&a, tokens, &mut sums);
                 for (i, sum) in sums.iter().enumerate() {
                     let exact: f32 = (0..tokens).filter_map(|t| column(&a, rows, t).nth(i)).sum();
                     assert!((sum - exact).abs() < 1e-5);

@@ -26,7 +26,7 @@ const TASK: usize = 1 << 15;
 
 /// A weight and vectors, one after the other, each as long as the weight is deep.
 pub struct VectorProduct<'a> {
-    /// The weight, not turned.
+    /// The weight, not transposed.
     pub weight: Matrix<'a>,
     /// (vectors, depth).
     pub x: &'a [f32],
@@ -39,13 +39,13 @@ pub struct VectorProduct<'a> {
 /// Computes `out = W x` for each vector of some products that don't depend on each other, over all cores.
 ///
 /// # Panics
-/// If sizes don't fit or a weight is turned.
+/// If sizes don't fit or a weight is transposed.
 pub fn vector_products(mut all: Vec<VectorProduct<'_>>) {
     let mut tasks = Vec::new();
     for (product, each) in all.iter().enumerate() {
         let (height, depth) = (each.weight.height(), each.weight.depth());
         let vectors = each.x.len() / depth.max(1);
-        assert!(!each.weight.is_turned(), "the weight is turned");
+        assert!(!each.weight.is_transposed(), "the weight is transposed");
         assert_eq!(each.x.len(), vectors * depth, "the size of x");
         let size = vectors.checked_mul(height);
         assert_eq!(Some(each.out.len()), size, "the output's size");

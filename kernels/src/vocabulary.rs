@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use crate::dispatch::{Loop, run};
 use crate::exp::exp;
-use crate::panels::{self, LANES, count};
+use crate::panels::{self, LANES};
 
 type Row = [f32; LANES];
 
@@ -16,7 +16,7 @@ pub struct Summary {
     /// The largest logit.
     pub largest: Row,
     /// Its id, the first if there are several.
-    pub first: [u32; LANES],
+    pub argmax: [u32; LANES],
     /// The sum of `e^(logit - largest)`.
     pub sum: Row,
     /// The sum of `e^(logit - largest) * (logit - largest)`: with `sum` it gives the entropy.
@@ -26,25 +26,16 @@ pub struct Summary {
 /// Ids summed up before their sum joins the total.
 const SUMMED: usize = 256;
 
-/// Turns logits into `e^(logit - largest)` in place, panel by panel over all cores.
+/// Replaces the logits of a part of the vocabulary by their exponentials, panel by panel over all cores: online softmax (Milakov
+/// and Gimelshein 2018, arXiv 1805.02867, algorithm 3).
 ///
-/// # Panics
-/// If `logits` are no panels of so many ids, or ids have no room in 32 bits.
-pub fn exponentials(logits: &mut [f32], vocabulary: usize) -> Vec<Summary> {
-    let panels = count(logits.len(), vocabulary, "the logits");
-    let mut summaries = vec![Summary::NOTHING; panels];
-    more_exponentials(logits, 0..vocabulary, &mut summaries);
-    summaries
-}
-
-/// The same for a part of the vocabulary, behind others: `summaries` are those of the ids before, [`Summary::NOTHING`] at first,
-/// and become those of all up to these. Exponentials are `e^(logit - largest)` with the largest logit so far; what was made of
-/// earlier ones has to be multiplied by the factors that it gives for each panel and token (Milakov and Gimelshein 2018, arXiv
-/// 1805.02867, algorithm 3).
+/// `logits` are panels of as many features as there are `ids`; `summaries`, one a panel, are those of the ids before, at first
+/// [`Summary::EMPTY`], and become those of all up to these. Each logit becomes `e^(logit - largest)` with the largest logit so far.
+/// Returns a factor for each panel and token, with which whatever was made of earlier exponentials has to be multiplied.
 ///
 /// # Panics
 /// If `logits` are no panels of so many ids, as many as there are summaries, or ids have no room in 32 bits.
-pub fn more_exponentials(
+pub fn online_softmax(
     logits: &mut [f32],
     ids: Range<usize>,
     summaries: &mut [Summary],
@@ -82,7 +73,7 @@ impl Loop for Exponentials<'_> {
     fn run<const FMA: bool>(self) -> Row {
         let (rows, _) = self.logits.as_chunks_mut::<LANES>();
         let before = *self.summary;
-        let (mut largest, mut first) = (before.largest, before.first);
+        let (mut largest, mut first) = (before.largest, before.argmax);
         for (id, row) in (self.first..).zip(rows.iter()) {
             for lane in 0..LANES {
                 let more = row[lane] > largest[lane];
@@ -118,7 +109,7 @@ impl Loop for Exponentials<'_> {
         }
         *self.summary = Summary {
             largest,
-            first,
+            argmax: first,
             sum,
             weighted,
         };
@@ -128,9 +119,9 @@ impl Loop for Exponentials<'_> {
 
 impl Summary {
     /// That of no ids.
-    pub const NOTHING: Self = Self {
+    pub const EMPTY: Self = Self {
         largest: [f32::NEG_INFINITY; LANES],
-        first: [0; LANES],
+        argmax: [0; LANES],
         sum: [0.; LANES],
         weighted: [0.; LANES],
     };
@@ -148,10 +139,18 @@ impl Summary {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::dispatch::tests::with_each;
     use crate::product::tests::numbers;
+
+    /// The exponentials of a whole vocabulary.
+    pub(crate) fn exponentials(logits: &mut [f32], vocabulary: usize) -> Vec<Summary> {
+        let panels = panels::count(logits.len(), vocabulary, "the logits");
+        let mut summaries = vec![Summary::EMPTY; panels];
+        online_softmax(logits, 0..vocabulary, &mut summaries);
+        summaries
+    }
 
     #[test]
     fn summaries_are_those_of_plain_sums() {
@@ -174,7 +173,7 @@ mod tests {
                     let entropy: f64 = (0..vocabulary).map(|id| -p(id) * p(id).ln()).sum();
                     assert!((summary.entropy(lane) - entropy).abs() < 1e-5);
                     let best = (0..vocabulary).max_by(|a, b| at(*a).total_cmp(&at(*b)));
-                    assert_eq!(summary.first[lane] as usize, best.unwrap());
+                    assert_eq!(summary.argmax[lane] as usize, best.unwrap());
                     let e = logits[(panel * vocabulary + 3) * LANES + lane] / summary.sum[lane];
                     assert!((f64::from(e) - p(3)).abs() < 1e-6);
                 }
@@ -198,7 +197,7 @@ mod tests {
                 }
                 let mut whole = logits.clone();
                 let expected = exponentials(&mut whole, vocabulary);
-                let mut summaries = vec![Summary::NOTHING; 2];
+                let mut summaries = vec![Summary::EMPTY; 2];
                 let mut parts = vec![0f32; logits.len()];
                 let mut start = 0;
                 for size in [1, 64, 63, 300, 256, 16] {
@@ -207,7 +206,7 @@ mod tests {
                     let mut part: Vec<f32> = (0..2)
                         .flat_map(|panel| logits[of(panel, ids.start)..of(panel, ids.end)].to_vec())
                         .collect();
-                    let factors = more_exponentials(&mut part, ids.clone(), &mut summaries);
+                    let factors = online_softmax(&mut part, ids.clone(), &mut summaries);
                     for (panel, factors) in factors.iter().enumerate() {
                         let done = &mut parts[of(panel, 0)..of(panel, ids.end)];
                         for (place, x) in done.iter_mut().enumerate() {
@@ -225,7 +224,7 @@ mod tests {
                     assert!((a - b).abs() <= bound + 1e-30, "{place}: {a} {b}");
                 }
                 for (ours, all) in summaries.iter().zip(&expected) {
-                    assert_eq!((ours.first, ours.largest), (all.first, all.largest));
+                    assert_eq!((ours.argmax, ours.largest), (all.argmax, all.largest));
                     for lane in 0..LANES {
                         assert!((ours.log_sum(lane) - all.log_sum(lane)).abs() < 1e-6);
                         let far = (ours.entropy(lane) - all.entropy(lane)).abs();

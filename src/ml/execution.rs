@@ -1,168 +1,138 @@
-//! Batches through a model, by the plain path or by the fast one: what losses need, and the way back.
+//! How a model is run: the one place that knows the backends and chooses among them.
+
+use std::fmt;
+use std::path::Path;
 
 use candle_core::Result;
 
-use super::fused::{self, Packing};
-use super::model::batch::{Batch, Target};
-use super::model::head::{self, Certainty};
+use super::backend::{Backend, Decoder, ForwardPass};
+pub use super::backend::{PassSize, Scores, Token};
+use super::fused::{Fused, Packing};
+use super::model::Llama;
+use super::model::batch::Batch;
 use super::model::linear::Pass;
-use super::model::{Gradients, Llama, Tape};
+use super::reference::Reference;
 
-/// Which way passes of a model go.
+/// A kind of backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Path {
-    /// On candle's operations, over padded batches: written for reading, and the measure of the other.
-    Plain,
-    /// By [`super::fused`].
+pub enum Kind {
+    /// See [`super::reference`].
+    Reference,
+    /// See [`super::fused`].
     Fused(Packing),
 }
 
-/// Targets' scores.
-#[derive(Debug, Clone, Default)]
-pub struct Scores {
-    /// The log-probability of each target.
-    pub logps: Vec<f32>,
-    /// How sure the model is of each, if asked for.
-    pub certainty: Option<Vec<Certainty>>,
-}
-
-/// Micro-batches that go through a model in one pass.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Together {
-    /// How many.
-    pub count: usize,
-    /// How many tokens are computed: with padding where it is not left out, and what sequences share only once.
-    pub tokens: usize,
-}
-
-/// How many of the first of these micro-batches are best put through the model in one pass, at least one.
-pub fn together(model: &Llama, batches: &[&Batch], pass: Pass, checkpointing: bool) -> Together {
-    match model.path {
-        Path::Fused(packing) if fused::supports(model) => {
-            fused::together(model, batches, packing, pass, checkpointing)
-        }
-        _ => Together {
-            count: 1,
-            tokens: batches
-                .first()
-                .map_or(0, |batch| batch.sequences.len() * batch.width),
-        },
+impl Default for Kind {
+    /// The fastest.
+    fn default() -> Self {
+        Self::Fused(Packing::default())
     }
 }
 
-/// Batches that went through a model.
-pub struct Forward<'m> {
+/// A model and what runs it, chosen once. The model holds weights only; buffers and whatever else outlives a pass are here.
+///
+/// A pass says whether the adapter takes part ([`Pass::BASE`] leaves it out), so the base without its adapter is scored by the same
+/// execution, without a second set of weights.
+pub struct Execution<'m> {
     model: &'m Llama,
-    pass: Pass,
-    way: Way<'m>,
+    kind: Kind,
+    backend: Box<dyn Backend + 'm>,
+    fallback: Option<String>,
 }
 
-enum Way<'m> {
-    Plain {
-        hidden: candle_core::Tensor,
-        tape: Option<Tape>,
-        scored: Option<Box<head::Scored>>,
-    },
-    Fused {
-        pass: Box<fused::Forward<'m>>,
-        scored: Option<fused::Scored>,
-    },
-}
+impl<'m> Execution<'m> {
+    /// The wanted backend, or the reference where it lacks something that the model has; see [`Execution::fallback`].
+    pub fn new(model: &'m Llama, wanted: Kind) -> Self {
+        let (kind, backend, fallback): (_, Box<dyn Backend + 'm>, _) = match wanted {
+            Kind::Reference => (wanted, Box::new(Reference::new(model)), None),
+            Kind::Fused(packing) => match Fused::new(model, packing) {
+                Ok(fused) => (wanted, Box::new(fused), None),
+                Err(why) => (
+                    Kind::Reference,
+                    Box::new(Reference::new(model)),
+                    Some(why.to_string()),
+                ),
+            },
+        };
+        Self {
+            model,
+            kind,
+            backend,
+            fallback,
+        }
+    }
 
-impl<'m> Forward<'m> {
-    /// Runs the model on batches, no more than [`together`] says. With a tape, [`Forward::backward`] is possible; with
-    /// `checkpointing` it computes the layers again.
-    pub fn new(
+    /// A backend that a test looks into.
+    #[cfg(test)]
+    pub(in crate::ml) fn with(
         model: &'m Llama,
+        kind: Kind,
+        backend: Box<dyn Backend + 'm>,
+    ) -> Self {
+        Self {
+            model,
+            kind,
+            backend,
+            fallback: None,
+        }
+    }
+
+    /// The fastest backend that the model can take.
+    pub fn fastest(model: &'m Llama) -> Self {
+        Self::new(model, Kind::default())
+    }
+
+    /// The model.
+    pub fn model(&self) -> &'m Llama {
+        self.model
+    }
+
+    /// What runs it.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// Why it is not the wanted backend that runs the model, if it is not: what the wanted one lacks.
+    pub fn fallback(&self) -> Option<&str> {
+        self.fallback.as_deref()
+    }
+
+    /// See [`Backend::pass_size`].
+    pub fn pass_size(&self, batches: &[&Batch], pass: Pass, checkpointing: bool) -> PassSize {
+        self.backend.pass_size(batches, pass, checkpointing)
+    }
+
+    /// See [`Backend::forward`].
+    pub fn forward<'a>(
+        &'a self,
         batches: &[&Batch],
         pass: Pass,
         checkpointing: bool,
-    ) -> Result<Self> {
-        let only = || match batches {
-            [batch] => Ok(*batch),
-            _ => candle_core::bail!("{} batches at once", batches.len()),
-        };
-        let way = match model.path {
-            Path::Fused(packing) if fused::supports(model) => Way::Fused {
-                pass: Box::new(fused::Forward::new(
-                    model,
-                    batches,
-                    packing,
-                    pass,
-                    checkpointing,
-                )?),
-                scored: None,
-            },
-            _ if pass.tape => {
-                let tape = model.record(only()?, pass.dropout, checkpointing)?;
-                Way::Plain {
-                    hidden: tape.hidden(),
-                    tape: Some(tape),
-                    scored: None,
-                }
-            }
-            _ => Way::Plain {
-                hidden: model.hidden(only()?, pass)?,
-                tape: None,
-                scored: None,
-            },
-        };
-        Ok(Self { model, pass, way })
+    ) -> Result<Box<dyn ForwardPass + 'a>> {
+        self.backend.forward(batches, pass, checkpointing)
     }
 
-    /// Scores targets, whose rows count all batches' sequences; with `certainty` it also tells how sure the model is.
-    pub fn score(&mut self, targets: &[Target], certainty: bool) -> Result<Scores> {
-        match &mut self.way {
-            Way::Plain { hidden, scored, .. } => {
-                let head = self.model.head_matrix(self.pass)?;
-                let mut new = head::score(hidden, &head, targets, certainty)?;
-                let scores = Scores {
-                    logps: new.logps.clone(),
-                    certainty: new.certainty.take(),
-                };
-                *scored = Some(Box::new(new));
-                Ok(scores)
-            }
-            Way::Fused { pass, scored } => {
-                let mut new = pass.score(targets, certainty, self.pass.tape)?;
-                let scores = Scores {
-                    logps: new.logps.clone(),
-                    certainty: new.certainty.take(),
-                };
-                *scored = Some(new);
-                Ok(scores)
-            }
-        }
+    /// See [`Backend::decoder`].
+    pub fn decoder<'a>(
+        &'a self,
+        texts: usize,
+        longest: usize,
+        pass: Pass,
+    ) -> Result<Box<dyn Decoder + 'a>> {
+        self.backend.decoder(texts, longest, pass)
     }
 
-    /// The mean of all logits of some sequences, see [`head::mean_logit`].
-    pub fn mean_logit(&self, from: usize, count: usize) -> Result<f64> {
-        match &self.way {
-            Way::Plain { hidden, .. } => {
-                let sum = self.model.column_sum(self.pass)?;
-                head::mean_logit(hidden, &sum, self.model.arch.vocab_size, from, count)
-            }
-            Way::Fused { pass, .. } => pass.mean_logit(from, count),
-        }
+    /// See [`Backend::keep_frozen_states`].
+    pub fn keep_frozen_states(&self, folder: &Path) -> std::io::Result<Option<usize>> {
+        self.backend.keep_frozen_states(folder)
     }
+}
 
-    /// Adds to `gradients` what the gradients of the scored log-probabilities bring.
-    pub fn backward(self, of_logps: &[f32], gradients: &mut Gradients) -> Result<()> {
-        match self.way {
-            Way::Plain {
-                hidden,
-                tape: Some(tape),
-                scored: Some(scored),
-            } => {
-                let (model, head) = (self.model, self.model.head_matrix(self.pass)?);
-                let (of_hidden, of_head) = scored.backward(of_logps, &head, &hidden)?;
-                model.backward(tape, &of_hidden, &of_head, gradients)
-            }
-            Way::Fused {
-                pass,
-                scored: Some(scored),
-            } => pass.backward(scored, of_logps, gradients),
-            _ => candle_core::bail!("there is no way back: nothing was recorded or scored"),
-        }
+impl fmt::Debug for Execution<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Execution")
+            .field("kind", &self.kind)
+            .field("fallback", &self.fallback)
+            .finish_non_exhaustive()
     }
 }

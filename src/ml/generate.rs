@@ -5,39 +5,12 @@ use std::fmt;
 use anyhow::ensure;
 use pipeline_kernels::vectors::largest;
 
-use super::fused::decode::{Decoder, Token};
+use super::execution::{Execution, Token};
 use super::loss::in_pool;
 use super::model::linear::Pass;
-use super::model::{Cache, Llama};
 
 /// Tokens of prompts that go through the model at a time.
 const CHUNK: usize = 32;
-
-/// The most probable continuation of each prompt, at most `limit` ids, up to and without the first id of `stops`. `tell` is
-/// called before each step and may stop with an error.
-///
-/// Each prompt gets the answer that it gets alone: no sum depends on the other prompts.
-pub fn greedy(
-    model: &Llama,
-    prompts: &[&[u32]],
-    limit: usize,
-    stops: &[u32],
-    pass: Pass,
-    tell: &mut dyn FnMut() -> anyhow::Result<()>,
-) -> anyhow::Result<Vec<Vec<u32>>> {
-    let mut longest = 0;
-    for prompt in prompts {
-        ensure!(!prompt.is_empty(), "the prompt has no tokens");
-        longest = longest.max(prompt.len());
-    }
-    match Decoder::new(model, prompts.len(), longest + limit, pass)? {
-        Some(decoder) => together(decoder, model.arch.vocab_size, prompts, limit, stops, tell),
-        None => prompts
-            .iter()
-            .map(|prompt| alone(model, prompt, limit, stops, pass, tell))
-            .collect(),
-    }
-}
 
 /// A logit is a NaN or infinite where the next id is chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,19 +32,33 @@ fn best(logits: &[f32]) -> anyhow::Result<u32> {
     }
 }
 
-fn together(
-    mut decoder: Decoder<'_>,
-    vocabulary: usize,
+/// The most probable continuation of each prompt, at most `limit` ids, up to and without the first id of `stops`. `tell` is
+/// called before each step and may stop with an error.
+///
+/// Each prompt gets the answer that it gets alone: no sum depends on the other prompts.
+///
+/// # Errors
+/// An empty prompt, an id outside the vocabulary, [`NotFinite`] logits, or what `tell` says.
+pub fn greedy(
+    execution: &Execution<'_>,
     prompts: &[&[u32]],
     limit: usize,
     stops: &[u32],
+    pass: Pass,
     tell: &mut dyn FnMut() -> anyhow::Result<()>,
 ) -> anyhow::Result<Vec<Vec<u32>>> {
+    let mut longest = 0;
+    for prompt in prompts {
+        ensure!(!prompt.is_empty(), "the prompt has no tokens");
+        longest = longest.max(prompt.len());
+    }
     let mut answers = vec![Vec::new(); prompts.len()];
     let mut next = Vec::new();
     if limit == 0 {
         return Ok(answers);
     }
+    let vocabulary = execution.model().arch.vocab_size;
+    let mut decoder = execution.decoder(prompts.len(), longest + limit, pass)?;
     // The id that follows, unless the answer ends.
     let mut follow = |token: Token, logits: &[f32]| -> anyhow::Result<Option<Token>> {
         let answer: &mut Vec<u32> = &mut answers[token.text];
@@ -100,36 +87,12 @@ fn together(
     }
     while !next.is_empty() {
         tell()?;
-        let places: Vec<usize> = (0..next.len()).collect();
-        let logits = in_pool(|| decoder.step(&next, &places))?;
+        let every: Vec<usize> = (0..next.len()).collect();
+        let logits = in_pool(|| decoder.step(&next, &every))?;
         let rows = next.iter().zip(logits.chunks_exact(vocabulary));
         next = rows
             .filter_map(|(&token, logits)| follow(token, logits).transpose())
             .collect::<anyhow::Result<_>>()?;
     }
     Ok(answers)
-}
-
-/// One answer by the plain path.
-fn alone(
-    model: &Llama,
-    prompt: &[u32],
-    limit: usize,
-    stops: &[u32],
-    pass: Pass,
-    tell: &mut dyn FnMut() -> anyhow::Result<()>,
-) -> anyhow::Result<Vec<u32>> {
-    let mut cache = Cache::default();
-    let mut answer: Vec<u32> = Vec::new();
-    let mut next = prompt.to_vec();
-    while answer.len() < limit {
-        tell()?;
-        let id = best(&model.next_logits(&next, &mut cache, pass)?)?;
-        if stops.contains(&id) {
-            break;
-        }
-        answer.push(id);
-        next = vec![id];
-    }
-    Ok(answer)
 }

@@ -7,10 +7,11 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context as _, ensure};
 
-use super::execution::Forward;
+use super::backend::ForwardPass;
+use super::execution::Execution;
+use super::model::Gradients;
 use super::model::batch::{Batch, Row, Target};
 use super::model::linear::{Drops, Pass};
-use super::model::{Gradients, Llama};
 
 /// Numbers by TRL's names.
 pub type Metrics = BTreeMap<&'static str, f64>;
@@ -70,7 +71,7 @@ impl Objective {
     /// The outcome of each of the batches that went through the model.
     fn outcomes(
         &self,
-        forward: &mut Forward<'_>,
+        forward: &mut dyn ForwardPass,
         batches: &[&Batch],
     ) -> anyhow::Result<Vec<Outcome>> {
         let mut all = Vec::new();
@@ -111,19 +112,24 @@ impl Objective {
     }
 
     /// The loss without a gradient.
-    pub fn evaluate(&self, model: &Llama, batch: &Batch, pass: Pass) -> anyhow::Result<Outcome> {
+    pub fn evaluate(
+        &self,
+        execution: &Execution<'_>,
+        batch: &Batch,
+        pass: Pass,
+    ) -> anyhow::Result<Outcome> {
         in_pool(|| {
-            let mut forward = Forward::new(model, &[batch], pass, false)?;
-            let outcomes = self.outcomes(&mut forward, &[batch])?;
+            let mut forward = execution.forward(&[batch], pass, false)?;
+            let outcomes = self.outcomes(&mut *forward, &[batch])?;
             outcomes.into_iter().next().context("no outcome")
         })
     }
 
-    /// The losses of some micro-batches, no more than [`super::execution::together`] says; of each the gradient times its scale is
+    /// The losses of some micro-batches, no more than [`Execution::pass_size`] says; of each the gradient times its scale is
     /// added to `gradients`, unless a loss is not finite.
     pub fn differentiate(
         &self,
-        model: &Llama,
+        execution: &Execution<'_>,
         batches: &[(&Batch, f64)],
         dropout: Option<Drops>,
         checkpointing: bool,
@@ -132,8 +138,8 @@ impl Objective {
         let pass = Pass::learn(dropout);
         in_pool(|| {
             let (batches, scales): (Vec<&Batch>, Vec<f64>) = batches.iter().copied().unzip();
-            let mut forward = Forward::new(model, &batches, pass, checkpointing)?;
-            let outcomes = self.outcomes(&mut forward, &batches)?;
+            let mut forward = execution.forward(&batches, pass, checkpointing)?;
+            let outcomes = self.outcomes(&mut *forward, &batches)?;
             if outcomes.iter().all(|outcome| outcome.loss.is_finite()) {
                 let scaled = outcomes.iter().zip(scales).flat_map(|(outcome, scale)| {
                     let gradient = outcome.gradient.iter();

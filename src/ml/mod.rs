@@ -1,6 +1,7 @@
 //! Models, LoRA, NF4, losses, optimisers and training loops. Knows no YAML, no cache and no tables.
 
 pub mod adapter;
+pub mod backend;
 pub mod execution;
 pub mod fused;
 pub mod generate;
@@ -9,6 +10,7 @@ pub mod lora;
 pub mod loss;
 pub mod model;
 pub mod quant;
+pub mod reference;
 pub mod torch_rng;
 pub mod train;
 

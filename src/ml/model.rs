@@ -21,8 +21,6 @@ mod overflow;
 pub mod tensors;
 pub mod tied;
 
-use std::sync::Mutex;
-
 use candle_core::backprop::GradStore;
 use candle_core::{D, DType, Device, Result, Tensor, Var};
 
@@ -32,9 +30,6 @@ use self::batch::Batch;
 use self::head::OfHead;
 use self::linear::{Drops, Linear, Lora, Pass, Weight};
 use self::tied::{EMBEDDINGS, HEAD};
-use super::execution::Path;
-use super::fused::states::States;
-use super::fused::{self, Pool};
 use ends::looked_up;
 pub use layerwise::logits_by_layer;
 
@@ -77,11 +72,6 @@ pub struct Llama {
     pub(super) head_lora: Option<Lora>,
     pub(super) compute: DType,
     frozen_column_sum: Option<Tensor>,
-    /// Which way passes go.
-    pub path: Path,
-    pub(super) pool: Pool,
-    /// What frozen layers give, where it is kept.
-    pub(super) states: Mutex<Option<States>>,
 }
 
 pub(super) struct Norm {
@@ -99,6 +89,11 @@ pub(super) struct Layer {
     pub(super) gate: Linear,
     pub(super) up: Linear,
     pub(super) down: Linear,
+    /// The norms of single query and key heads.
+    pub(super) q_norm: Option<Norm>,
+    pub(super) k_norm: Option<Norm>,
+    /// How many keys a query sees, its own included; all up to its own without one.
+    pub(super) window: Option<usize>,
     pub(super) heads: usize,
     pub(super) kv_heads: usize,
     pub(super) head_dim: usize,
@@ -198,7 +193,13 @@ impl Layer {
     /// Whether anything of its attention is trained, its norm included.
     pub(super) fn trains_attention(&self) -> bool {
         let linears = [&self.q, &self.k, &self.v, &self.o];
-        self.input_norm.weight.trained().is_some() || linears.into_iter().any(Linear::is_trained)
+        let norms = [
+            Some(&self.input_norm),
+            self.q_norm.as_ref(),
+            self.k_norm.as_ref(),
+        ];
+        let trains = |norm: &Norm| norm.weight.trained().is_some();
+        norms.into_iter().flatten().any(trains) || linears.into_iter().any(Linear::is_trained)
     }
 
     /// Whether anything of it is trained.
@@ -218,6 +219,27 @@ impl Layer {
         &x + self.down.forward(&(gate * up)?, pass)?
     }
 
+    /// The mask with the layer's window.
+    fn windowed(&self, mask: &Tensor, length: usize, keys: usize) -> Result<Tensor> {
+        let Some(window) = self.window else {
+            return Ok(mask.clone());
+        };
+        let mut values = mask.flatten_all()?.to_vec1::<f32>()?;
+        for (row, values) in values.chunks_mut(keys).enumerate() {
+            let at = keys - length + row % length;
+            let before = values.to_vec();
+            for (to, value) in values.iter_mut().enumerate() {
+                if to + window <= at {
+                    *value = f32::NEG_INFINITY;
+                }
+            }
+            if values.iter().all(|x| *x < 0.) {
+                values.copy_from_slice(&before);
+            }
+        }
+        Tensor::from_vec(values, mask.shape(), mask.device())
+    }
+
     /// Grouped-query attention: the query heads that share a key head are rows of one product, so keys and values are
     /// never repeated.
     fn attention(&self, x: &Tensor, shared: &Shared, cache: &mut KeysAndValues) -> Result<Tensor> {
@@ -225,14 +247,26 @@ impl Layer {
         let (heads, kv_heads, width) = (self.heads, self.kv_heads, self.head_dim);
         let group = heads / kv_heads;
         let compute = self.q.compute;
-        let split = |linear: &Linear, heads: usize| {
+        let split = |linear: &Linear, heads: usize, norm: Option<&Norm>| {
             let y = linear.forward(x, shared.pass)?;
-            y.reshape((batch, length, heads, width))?.transpose(1, 2) // (batch, heads, length, width)
+            let mut y = y.reshape((batch, length, heads, width))?;
+            if let Some(norm) = norm {
+                y = norm.forward(&y, shared.pass)?;
+            }
+            y.transpose(1, 2) // (batch, heads, length, width)
         };
-        let q = rope(&split(&self.q, heads)?, &shared.cos, &shared.sin)?;
+        let q = rope(
+            &split(&self.q, heads, self.q_norm.as_ref())?,
+            &shared.cos,
+            &shared.sin,
+        )?;
         let q = (q * (width as f64).powf(-0.5))?;
-        let mut k = rope(&split(&self.k, kv_heads)?, &shared.cos, &shared.sin)?;
-        let mut v = split(&self.v, kv_heads)?;
+        let mut k = rope(
+            &split(&self.k, kv_heads, self.k_norm.as_ref())?,
+            &shared.cos,
+            &shared.sin,
+        )?;
+        let mut v = split(&self.v, kv_heads, None)?;
         if let Some((keys, values)) = cache.take() {
             k = Tensor::cat(&[&keys, &k], 2)?;
             v = Tensor::cat(&[&values, &v], 2)?;
@@ -246,7 +280,8 @@ impl Layer {
             .to_dtype(compute)?
             .matmul(&k.to_dtype(compute)?.transpose(2, 3)?)?
             .reshape((batch, heads, length, keys))?;
-        let p = masked_softmax(&scores, &shared.mask)?;
+        let mask = self.windowed(&shared.mask, length, keys)?;
+        let p = masked_softmax(&scores, &mask)?;
         let p = p.reshape((batch, kv_heads, group * length, keys))?;
         let y = p
             .to_dtype(compute)?
@@ -260,26 +295,6 @@ impl Layer {
 }
 
 impl Llama {
-    /// From now on keeps what the layers below the lowest trained one give of each sequence, in a file in `folder`, and does not
-    /// compute it a second time. Gives how many layers that are; none where it would spare nothing.
-    pub fn keep_states_of_frozen_layers(
-        &self,
-        folder: &std::path::Path,
-    ) -> std::io::Result<Option<usize>> {
-        let frozen = match self.path {
-            Path::Fused(_) => fused::frozen(self),
-            Path::Plain => 0,
-        };
-        if frozen == 0 {
-            return Ok(None);
-        }
-        let states = States::new(folder, self.arch.hidden_size)?;
-        if let Ok(mut place) = self.states.lock() {
-            *place = Some(states);
-        }
-        Ok(Some(frozen))
-    }
-
     /// Whether it is a frozen base with LoRA pairs at most: no biases, no `DoRA`, no tensor trained or replaced.
     pub fn is_plain(&self) -> bool {
         let norms = self

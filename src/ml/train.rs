@@ -26,7 +26,7 @@ use pipeline_kernels::dropout::mix;
 
 use self::checkpoint::{Resumed, State};
 use self::optim::Optimizer;
-use super::execution::{Together, together};
+use super::execution::{Execution, PassSize};
 use super::model::batch::{Batch, Row};
 use super::model::linear::{Drops, Pass};
 use super::model::{Gradients, Llama};
@@ -40,19 +40,20 @@ pub use trainer_state::trainer_state;
 use log::Window;
 use scaler::Scaler;
 
-/// Trains `model` on `rows`, and evaluates on `eval_rows` if the settings say when.
+/// Trains a model on `rows`, and evaluates on `eval_rows` if the settings say when.
 pub fn train(
-    model: &Llama,
+    execution: &Execution<'_>,
     rows: &[Row],
     eval_rows: &[Row],
     settings: &Settings,
     scratch: Option<&Path>,
     tell: &mut dyn FnMut(&Step) -> ControlFlow<()>,
 ) -> anyhow::Result<Ending> {
+    let model = execution.model();
     ensure!(!rows.is_empty(), "there are no rows to train on");
     let watch = settings.watch.as_ref();
     if let Some(watch) = watch {
-        can_be_watched(model, eval_rows, settings, watch, scratch)?;
+        can_be_watched(execution, eval_rows, settings, watch, scratch)?;
     }
     let plan = settings.plan(rows.len());
     let total = settings.total_steps(rows.len());
@@ -133,15 +134,17 @@ pub fn train(
                     seed: dropout_seed(settings.seed, state.step),
                     batch: first,
                 });
-                let Together { count, tokens } =
-                    together(model, &rest, Pass::learn(dropout), settings.checkpointing);
+                let PassSize {
+                    micro_batches: count,
+                    tokens,
+                } = execution.pass_size(&rest, Pass::learn(dropout), settings.checkpointing);
                 let mut computed = Some(tokens);
                 let scaled = rest.iter().zip(&shares[first..]).take(count);
                 let scaled = scaled.map(|(batch, share)| (*batch, share * state.scaler.scale));
                 let outcomes = settings
                     .objective
                     .differentiate(
-                        model,
+                        execution,
                         &scaled.collect::<Vec<_>>(),
                         dropout,
                         settings.checkpointing,
@@ -238,7 +241,7 @@ pub fn train(
                 resume::leave(model, &optimizer, &state, settings, total)?;
             }
             if (due || is_last && settings.eval_every.is_some()) && !eval_rows.is_empty() {
-                let metrics = evaluate::metrics(model, eval_rows, settings)?;
+                let metrics = evaluate::metrics(execution, eval_rows, settings)?;
                 if let Some(watch) = watch
                     && let Some(value) = metrics.get(&watch.metric)
                     && state.best.judge(watch, *value, state.step)
@@ -297,7 +300,7 @@ pub fn train(
 
 /// Refuses at once what would fail at the first evaluation.
 fn can_be_watched(
-    model: &Llama,
+    execution: &Execution<'_>,
     eval_rows: &[Row],
     settings: &Settings,
     watch: &Watch,
@@ -314,7 +317,7 @@ fn can_be_watched(
     let first = eval_rows
         .get(..settings.eval_batch_size.clamp(1, eval_rows.len()))
         .unwrap_or_default();
-    let metrics = evaluate::metrics(model, first, settings)?;
+    let metrics = evaluate::metrics(execution, first, settings)?;
     let names: Vec<&str> = metrics.keys().map(String::as_str).collect();
     ensure!(
         names.contains(&watch.metric.as_str()),

@@ -11,9 +11,10 @@ use serde::{Deserialize, Serialize};
 
 use super::artifacts::{Adapter, Model, Scores, Tokens};
 use super::text::{chat_template, tokenizers};
-use super::train::common::{Rules, has_split, pad_id, rows};
+use super::train::common::{Rules, has_split, note_fallback, pad_id, rows};
 use crate::engine::{Context, Input, Problem, Stage};
 use crate::ml::adapter::{Adapter as LoraAdapter, FILE};
+use crate::ml::execution::Execution;
 use crate::ml::generate;
 use crate::ml::io::finite;
 use crate::ml::model::arch::Arch;
@@ -138,7 +139,7 @@ impl Evaluate {
     fn answers(
         &self,
         cx: &Context,
-        model: &Llama,
+        execution: &Execution<'_>,
         tokenizer: &Tokenizer,
         rows: &[Row],
         stops: &[u32],
@@ -150,7 +151,7 @@ impl Evaluate {
             let answers = |pass| {
                 let mut tell = || cx.check_cancelled();
                 let limit = self.max_new_tokens;
-                let all = generate::greedy(model, &prompts, limit, stops, pass, &mut tell)?;
+                let all = generate::greedy(execution, &prompts, limit, stops, pass, &mut tell)?;
                 let texts = all.iter().map(|ids| tokenizer.decode(ids, true));
                 texts.collect::<anyhow::Result<Vec<_>>>()
             };
@@ -278,6 +279,8 @@ impl Stage for Evaluate {
             &Device::Cpu,
         )?;
         drop(weights);
+        let execution = Execution::fastest(&model);
+        note_fallback(cx, &execution);
         let pad = pad_id(folder, &config);
         let mut sources = vec![("model", folder.to_path_buf())];
         if let Some(adapter) = &self.adapter {
@@ -288,7 +291,7 @@ impl Stage for Evaluate {
         let total = Some((rows.len() * passes) as u64);
         let score = |pass, before: usize| -> anyhow::Result<_> {
             let size = self.per_device_eval_batch_size;
-            let scores = evaluate::preferences(&model, &rows, size, pad, pass, &mut |done| {
+            let scores = evaluate::preferences(&execution, &rows, size, pad, pass, &mut |done| {
                 cx.progress((before + done) as u64, total, "rows");
                 cx.check_cancelled()
             });
@@ -338,7 +341,7 @@ impl Stage for Evaluate {
             let tokenizer = tokenizers::load(folder)?;
             let mut stops = stop_ids(folder, &config)?;
             stops.extend(chat_template::stop_token(cx, dataset, folder)?.map(|stop| stop.id));
-            let lines = self.answers(cx, &model, &tokenizer, &rows, &stops);
+            let lines = self.answers(cx, &execution, &tokenizer, &rows, &stops);
             let lines = lines
                 .map_err(|error| explain(error, &model, self.fp16, &report.split, &sources))?;
             fs::write(cx.out().join("answers.jsonl"), lines)

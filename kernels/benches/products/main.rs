@@ -178,7 +178,7 @@ struct Line {
     kind: &'static str,
     model: &'static str,
     shape: Shape,
-    turned: bool,
+    transposed: bool,
     speed: f64,
     peak: f64,
 }
@@ -188,11 +188,15 @@ fn measure(
     (kind, isa): (Kind, Isa),
     weights: &Weights,
     (rows, columns): (usize, usize),
-    turned: bool,
+    transposed: bool,
     settings: &Settings,
 ) -> Option<(f64, f64)> {
     let matrix = Matrix::new(weights.values(kind), rows, columns)?;
-    let matrix = if turned { matrix.turned() } else { matrix };
+    let matrix = if transposed {
+        matrix.transposed()
+    } else {
+        matrix
+    };
     let x = numbers(size(matrix.depth(), settings.tokens));
     let x = if kind.in_bf16() {
         Factor::Pairs(Pairs::of(&x, matrix.depth(), |length| vec![0; length]))
@@ -271,9 +275,9 @@ fn table(settings: &Settings) {
                 }
                 let weights = Weights::new(rows * columns);
                 for (kind, kind_name) in Kind::ALL {
-                    for turned in [false, true] {
+                    for transposed in [false, true] {
                         let measured =
-                            measure((kind, isa), &weights, (rows, columns), turned, settings);
+                            measure((kind, isa), &weights, (rows, columns), transposed, settings);
                         if let Some((speed, peak)) = measured {
                             print(
                                 &Line {
@@ -281,7 +285,7 @@ fn table(settings: &Settings) {
                                     kind: kind_name,
                                     model,
                                     shape,
-                                    turned,
+                                    transposed,
                                     speed,
                                     peak,
                                 },
@@ -301,7 +305,7 @@ fn print(line: &Line, json: bool) {
         kind,
         model,
         shape: (name, rows, columns),
-        turned,
+        transposed,
         speed,
         peak,
     } = line;
@@ -309,13 +313,13 @@ fn print(line: &Line, json: bool) {
     if json {
         println!(
             "{{\"isa\": \"{isa}\", \"kind\": \"{kind}\", \"model\": \"{model}\", \"weight\": \"{name}\", \"rows\": {rows}, \
-             \"columns\": {columns}, \"transposed\": {turned}, \"gflops\": {speed:.2}, \"peak\": {peak:.2}}}"
+             \"columns\": {columns}, \"transposed\": {transposed}, \"gflops\": {speed:.2}, \"peak\": {peak:.2}}}"
         );
     } else {
-        let turned = if *turned { "transposed" } else { "" };
+        let transposed = if *transposed { "transposed" } else { "" };
         let share = speed / peak;
         println!(
-            "| {isa} | {kind} | {model} | {name} {rows} x {columns} | {turned} | {speed:.1} | {peak:.1} | {share:.2} |"
+            "| {isa} | {kind} | {model} | {name} {rows} x {columns} | {transposed} | {speed:.1} | {peak:.1} | {share:.2} |"
         );
     }
 }

@@ -126,7 +126,7 @@ pub(super) fn scatter(
 
 /// Puts sums `[chunk of 32 features][token][32 features]` into `width` features from `first` on, or adds them. There are sums for
 /// whole blocks of 32 tokens.
-pub(super) fn scatter_turned(
+pub(super) fn scatter_transposed(
     sums: &[f32],
     out: Shared,
     (features, first, width): (usize, usize, usize),

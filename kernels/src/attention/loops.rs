@@ -7,6 +7,7 @@ use crate::panels::LANES;
 
 /// What 32 queries may see, each in its lane.
 pub(super) struct Limits {
+    first: [i32; LANES],
     prefix: [i32; LANES],
     from: [i32; LANES],
     to: [i32; LANES],
@@ -15,28 +16,39 @@ pub(super) struct Limits {
 impl Limits {
     pub(super) fn of(visible: &[Visible; LANES]) -> Self {
         Self {
+            first: visible.map(|v| v.first.cast_signed()),
             prefix: visible.map(|v| v.prefix.cast_signed()),
             from: visible.map(|v| v.from.cast_signed()),
             to: visible.map(|v| v.to.cast_signed()),
         }
     }
 
-    fn lanes(&self) -> impl Iterator<Item = (i32, i32, i32)> + '_ {
-        (0..LANES).map(|lane| (self.prefix[lane], self.from[lane], self.to[lane]))
+    fn lanes(&self) -> impl Iterator<Item = [i32; 4]> + '_ {
+        let lane = |lane| {
+            [
+                self.first[lane],
+                self.prefix[lane],
+                self.from[lane],
+                self.to[lane],
+            ]
+        };
+        (0..LANES).map(lane)
     }
 
     /// Whether any query sees any of the 32 keys from `key` on.
     pub(super) fn sees(&self, key: usize) -> bool {
         let (start, end) = (key as i32, (key + LANES) as i32);
-        self.lanes()
-            .any(|(prefix, from, to)| start < prefix.min(to) || (end > from && start < to))
+        self.lanes().any(|[first, prefix, from, to]| {
+            let (start, end) = (start.max(first), end.min(to));
+            start < end.min(prefix) || start.max(from) < end
+        })
     }
 
     /// Whether all see all of them.
     pub(super) fn sees_all(&self, key: usize) -> bool {
         let (start, end) = (key as i32, (key + LANES) as i32);
-        self.lanes().all(|(prefix, from, to)| {
-            end <= to && (end <= prefix || start >= from || prefix >= from)
+        self.lanes().all(|[first, prefix, from, to]| {
+            start >= first && end <= to && (end <= prefix || start >= from || prefix >= from)
         })
     }
 }
@@ -57,7 +69,7 @@ impl Loop for Mask<'_> {
         for (key, row) in (self.2 as i32..).zip(rows) {
             for lane in 0..LANES {
                 let ours = (key < limits.prefix[lane]) | (key >= limits.from[lane]);
-                let seen = ours & (key < limits.to[lane]);
+                let seen = ours & (key >= limits.first[lane]) & (key < limits.to[lane]);
                 row[lane] = if seen { row[lane] } else { f32::NEG_INFINITY };
             }
         }
@@ -126,15 +138,15 @@ impl Loop for Dot<'_> {
 }
 
 /// Scores to probabilities in place, and the gradients of the probabilities to those of the scores.
-pub(super) struct Slopes<'a> {
+pub(super) struct ScoresBackward<'a> {
     pub(super) p: &'a mut [f32],
     pub(super) values: &'a mut [f32],
     pub(super) log_sum: &'a [f32],
-    pub(super) along: &'a Row,
+    pub(super) delta: &'a Row,
     pub(super) lanes: usize,
 }
 
-impl Loop for Slopes<'_> {
+impl Loop for ScoresBackward<'_> {
     type Output = ();
 
     #[inline(always)]
@@ -144,11 +156,11 @@ impl Loop for Slopes<'_> {
         };
         let kept: Row = std::array::from_fn(|lane| f32::from(u8::from(lane < self.lanes)));
         let rows = self.p.as_chunks_mut::<LANES>().0.iter_mut();
-        for (p, slope) in rows.zip(self.values.as_chunks_mut::<LANES>().0) {
+        for (p, grad_score) in rows.zip(self.values.as_chunks_mut::<LANES>().0) {
             for lane in 0..LANES {
                 let value = exp::<FMA>(p[lane] - log_sum[lane]) * kept[lane];
                 p[lane] = value;
-                slope[lane] = value * (slope[lane] - self.along[lane]);
+                grad_score[lane] = value * (grad_score[lane] - self.delta[lane]);
             }
         }
     }

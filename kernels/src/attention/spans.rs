@@ -2,17 +2,53 @@
 
 use std::ops::{Deref, Range};
 
-/// What one token may see of its span's keys: those before `to` that are before `prefix` or not before `from`.
+/// What one token may see of its span's keys: those in `first..to` that are before `prefix` or not before `from`.
 ///
 /// Keys are counted from the first token of the span's context, or of the span where it has none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Visible {
+    /// The first key that it may see, in the prefix or in its own branch; 0 but for a sliding window.
+    pub first: u32,
     /// The end of what all branches share.
     pub prefix: u32,
     /// The start of the token's own branch.
     pub from: u32,
     /// The end of what it may see; at least 1.
     pub to: u32,
+}
+
+impl Visible {
+    /// The token with number `at` of a sequence of its own: it sees all tokens before it, and itself.
+    pub fn causal(at: u32) -> Self {
+        Self {
+            first: 0,
+            prefix: 0,
+            from: 0,
+            to: at + 1,
+        }
+    }
+
+    /// How many keys it sees, but for a window.
+    pub fn count(self) -> u32 {
+        self.prefix.min(self.from).min(self.to) + self.to.saturating_sub(self.from)
+    }
+
+    /// The same without the first `count` of the keys that it sees, but for the last one: what a sliding window leaves, whether
+    /// the window begins in the prefix or in the token's own branch.
+    #[must_use]
+    pub fn without_first(self, count: u32) -> Self {
+        let shared = self.prefix.min(self.from).min(self.to);
+        let count = count.min(self.count().saturating_sub(1));
+        let first = if count < shared {
+            count
+        } else {
+            self.from + (count - shared)
+        };
+        Self {
+            first: first.max(self.first),
+            ..self
+        }
+    }
 }
 
 /// A run of tokens that may see each other.
@@ -58,7 +94,7 @@ impl Spans {
     /// Adds a span.
     ///
     /// # Panics
-    /// If it begins before the end of the one before it, if its context is no earlier span, or if a token sees nothing, or
+    /// If the span begins before the end of the one before it, if its context is no earlier span, or if a token sees nothing, or
     /// something behind the span.
     pub fn push(&mut self, span: Span) {
         let length = span.visible.len();
@@ -80,17 +116,40 @@ impl Spans {
         let count = keys.count;
         // Twice as many tokens can still be counted in 32 bits with a sign.
         assert!(count <= 1 << 30, "a span of {count} keys");
-        for Visible { prefix, from, to } in &span.visible {
+        for Visible {
+            first,
+            prefix,
+            from,
+            to,
+        } in &span.visible
+        {
             let inside = (*prefix.max(from).max(to) as usize) <= count;
-            let sees = prefix.min(to) > &0 || from < to;
+            let sees = prefix.min(to) > first || from.max(first) < to;
             assert!(
                 inside && sees,
-                "a token of a span of {count} keys sees keys before {to} that are before {prefix} or from {from} on"
+                "a token of a span of {count} keys sees keys from {first} on and before {to} that are before {prefix} or from {from} on"
             );
         }
         self.end = end.unwrap_or(usize::MAX);
         self.keys.push(keys);
         self.all.push(span);
+    }
+
+    /// The same spans with other limits: `limit` gets the token and what it may see.
+    ///
+    /// # Panics
+    /// As [`Spans::push`] does.
+    #[must_use]
+    pub fn limited(&self, limit: impl Fn(usize, Visible) -> Visible) -> Self {
+        let spans = self.all.iter().map(|span| Span {
+            start: span.start,
+            visible: (span.start..)
+                .zip(&span.visible)
+                .map(|(token, visible)| limit(token, *visible))
+                .collect(),
+            context: span.context.clone(),
+        });
+        spans.collect()
     }
 
     /// Each span with its keys.

@@ -6,14 +6,9 @@ use crate::panels::size;
 use crate::product::tests::numbers;
 
 pub(crate) fn causal(start: usize, count: u32) -> Span {
-    let visible = (0..count).map(|at| Visible {
-        prefix: 0,
-        from: 0,
-        to: at + 1,
-    });
     Span {
         start,
-        visible: visible.collect(),
+        visible: (0..count).map(Visible::causal).collect(),
         context: Vec::new(),
     }
 }
@@ -49,6 +44,15 @@ pub(crate) fn tree(start: usize, lengths: [u32; 7]) -> Spans {
     spans
 }
 
+/// The same spans where each token sees only the last `count` of its keys.
+pub(crate) fn window(spans: &Spans, count: u32) -> Spans {
+    spans.limited(|_, visible| {
+        let shared = visible.prefix.min(visible.from);
+        let seen = shared + (visible.to - visible.from);
+        visible.without_first(seen.saturating_sub(count))
+    })
+}
+
 /// The tokens of a span's keys.
 pub(crate) fn keys(spans: &Spans, span: &Span) -> Vec<usize> {
     let context = span.context.iter().map(|number| &spans[*number]);
@@ -68,6 +72,7 @@ pub(crate) fn shared(start: usize, p: u32, c: u32, r: u32) -> Span {
             p + c
         };
         Visible {
+            first: 0,
             prefix: p,
             from,
             to: token + 1,
@@ -93,7 +98,8 @@ fn plain(q: &[f64], k: &[f64], v: &[f64], heads: Heads, spans: &Spans) -> Vec<f6
                 let kh = h / (heads.queries / heads.keys);
                 let seen = |key: &usize| {
                     let key = *key as u32;
-                    key < visible.to && (key < visible.prefix || key >= visible.from)
+                    (visible.first..visible.to).contains(&key)
+                        && (key < visible.prefix || key >= visible.from)
                 };
                 let keys: Vec<usize> = (0..tokens.len()).filter(seen).collect();
                 let at = |data: &[f64], count: usize, head: usize, token: usize, f: usize| {
@@ -161,6 +167,11 @@ fn cases() -> Vec<Case> {
             spans: tree(2, [37, 5, 9, 14, 40, 1, 12]),
             tokens: 200,
         },
+        Case {
+            heads: heads(2, 1, 16),
+            spans: window(&tree(2, [37, 5, 9, 14, 40, 1, 12]), 33),
+            tokens: 200,
+        },
     ]
 }
 
@@ -192,7 +203,7 @@ fn values_and_slopes_are_those_of_plain_loops() {
             for (place, (a, b)) in out.iter().zip(&exact).enumerate() {
                 assert!((f64::from(*a) - b).abs() < 2e-6, "{isa:?} {place}: {a} {b}");
             }
-            let (mut of_q, mut of_k, mut of_v) =
+            let (mut grad_q, mut grad_k, mut grad_v) =
                 (vec![0.; q.len()], vec![0.; k.len()], vec![0.; v.len()]);
             attention_backward(
                 inputs,
@@ -200,9 +211,9 @@ fn values_and_slopes_are_those_of_plain_loops() {
                 &case.spans,
                 (&out, &log_sums, &g),
                 &mut Gradients {
-                    q: &mut of_q,
-                    k: &mut of_k,
-                    v: &mut of_v,
+                    q: &mut grad_q,
+                    k: &mut grad_k,
+                    v: &mut grad_v,
                 },
             );
             let moved = |x: &[f64], direction: &[f64], by: f64| -> Vec<f64> {
@@ -222,19 +233,19 @@ fn values_and_slopes_are_those_of_plain_loops() {
                 for (name, ours, exact) in [
                     (
                         "q",
-                        slope(&of_q, &dq),
+                        slope(&grad_q, &dq),
                         loss(&moved(&wq, &dq, by), &wk, &wv)
                             - loss(&moved(&wq, &dq, -by), &wk, &wv),
                     ),
                     (
                         "k",
-                        slope(&of_k, &dk),
+                        slope(&grad_k, &dk),
                         loss(&wq, &moved(&wk, &dk, by), &wv)
                             - loss(&wq, &moved(&wk, &dk, -by), &wv),
                     ),
                     (
                         "v",
-                        slope(&of_v, &dv),
+                        slope(&grad_v, &dv),
                         loss(&wq, &wk, &moved(&wv, &dv, by))
                             - loss(&wq, &wk, &moved(&wv, &dv, -by)),
                     ),

@@ -8,7 +8,7 @@ use crate::panels::bf16_bits;
 
 impl Nf4<'_> {
     /// The values from the place `first` on.
-    pub(super) fn values(&self, first: usize, out: &mut [f32]) {
+    pub(crate) fn values(&self, first: usize, out: &mut [f32]) {
         self.look_up(first, out, |values| values, vectors);
     }
 

@@ -83,11 +83,15 @@ fn every_kind_of_weight_is_multiplied() {
                 nf4(&weights, Rounding::F32),
                 nf4(&weights, Rounding::F16),
             ] {
-                for turned in [false, true] {
+                for transposed in [false, true] {
                     for half in [false, true] {
                         let matrix = Matrix::new(values, rows, columns).unwrap();
                         let w = dense(matrix, rows, columns, half);
-                        let matrix = if turned { matrix.turned() } else { matrix };
+                        let matrix = if transposed {
+                            matrix.transposed()
+                        } else {
+                            matrix
+                        };
                         let (height, depth) = (matrix.height(), matrix.depth());
                         let x: Vec<Vec<f32>> =
                             (0..tokens).map(|t| numbers(depth, 10 + t as u64)).collect();
@@ -110,7 +114,7 @@ fn every_kind_of_weight_is_multiplied() {
                             for (i, ours) in ours.enumerate() {
                                 let sum: f64 = (0..depth)
                                     .map(|k| {
-                                        let w = if turned {
+                                        let w = if transposed {
                                             w[k * columns + i]
                                         } else {
                                             w[i * columns + k]
@@ -127,7 +131,7 @@ fn every_kind_of_weight_is_multiplied() {
                                 let near = 1e-6 * (depth as f64).sqrt() * 4.;
                                 assert!(
                                     far < near,
-                                    "{isa:?} {values:?} {turned} {half}: {far} at {i}, {t}"
+                                    "{isa:?} {values:?} {transposed} {half}: {far} at {i}, {t}"
                                 );
                             }
                         }
@@ -159,11 +163,13 @@ fn terms_add_up_and_threads_change_nothing() {
                     out: &mut one,
                     terms: vec![Term { weight: w, x: &x }],
                     onto: Onto::Zero,
+                    bias: None,
                 },
                 Product {
                     out: &mut other,
                     terms: vec![Term { weight: v, x: &y }],
                     onto: Onto::Zero,
+                    bias: None,
                 },
             ]);
             for ((both, one), other) in both.iter().zip(&one).zip(&other) {

@@ -2,8 +2,10 @@
 
 use super::guard::Side;
 use super::shapes::{Dice, guarded_panels, near};
-use crate::attention::tests::{behind, causal, keys as keys_of, shared, tree};
-use crate::attention::{Gradients, Heads, Inputs, Span, Spans, attention, attention_backward};
+use crate::attention::tests::{behind, causal, keys as keys_of, shared, tree, window};
+use crate::attention::{
+    Gradients, Heads, Inputs, Span, Spans, Visible, attention, attention_backward,
+};
 use crate::dispatch::tests::with_each;
 use crate::panels::{column, size};
 use crate::product::tests::numbers;
@@ -44,7 +46,7 @@ fn plain([q, k, v, g]: [&[f32]; 4], heads: Heads, spans: &Spans) -> Plain {
                     let place = tokens[key as usize] * keys + head / (queries / keys);
                     place * width..(place + 1) * width
                 };
-                let seen: Vec<u32> = (0..seen.to)
+                let seen: Vec<u32> = (seen.first..seen.to)
                     .filter(|key| *key < seen.prefix || *key >= seen.from)
                     .collect();
                 let scores: Vec<f64> = seen
@@ -59,9 +61,9 @@ fn plain([q, k, v, g]: [&[f32]; 4], heads: Heads, spans: &Spans) -> Plain {
                         *out += p * v;
                     }
                 }
-                let along = dot(&all.out[own.clone()], &g[own.clone()]);
+                let delta = dot(&all.out[own.clone()], &g[own.clone()]);
                 for (at, p) in seen.iter().zip(&p) {
-                    let slope = p * (dot(&v[key(*at)], &g[own.clone()]) - along) * scale;
+                    let slope = p * (dot(&v[key(*at)], &g[own.clone()]) - delta) * scale;
                     for f in 0..width {
                         let (mine, its) = (own.start + f, key(*at).start + f);
                         all.v[its] += p * g[mine];
@@ -76,8 +78,8 @@ fn plain([q, k, v, g]: [&[f32]; 4], heads: Heads, spans: &Spans) -> Plain {
 }
 
 fn check_attention(side: Side, heads: Heads, spans: &Spans, tokens: usize, seed: u64) {
-    let (of_q, of_k) = (heads.queries * heads.width, heads.keys * heads.width);
-    let rows = [of_q, of_k, of_k, of_q];
+    let (q_features, k_features) = (heads.queries * heads.width, heads.keys * heads.width);
+    let rows = [q_features, k_features, k_features, q_features];
     let rows: Vec<Vec<f32>> = rows
         .iter()
         .zip(seed..)
@@ -89,10 +91,10 @@ fn check_attention(side: Side, heads: Heads, spans: &Spans, tokens: usize, seed:
     let exact = plain([q, k, v, g], heads, spans);
     let panels = |rows: &[f32], features: usize| guarded_panels(side, rows, features, tokens);
     let (pq, pk, pv, pg) = (
-        panels(q, of_q),
-        panels(k, of_k),
-        panels(v, of_k),
-        panels(g, of_q),
+        panels(q, q_features),
+        panels(k, k_features),
+        panels(v, k_features),
+        panels(g, q_features),
     );
     with_each(|isa| {
         let inputs = Inputs {
@@ -101,9 +103,9 @@ fn check_attention(side: Side, heads: Heads, spans: &Spans, tokens: usize, seed:
             v: &pv,
         };
         let zeros = |features: usize| side.copy(&vec![0f32; size(features, tokens)]);
-        let (mut out, mut sums) = (zeros(of_q), zeros(heads.queries));
+        let (mut out, mut sums) = (zeros(q_features), zeros(heads.queries));
         attention(inputs, heads, spans, &mut out, &mut sums);
-        let (mut gq, mut gk, mut gv) = (zeros(of_q), zeros(of_k), zeros(of_k));
+        let (mut gq, mut gk, mut gv) = (zeros(q_features), zeros(k_features), zeros(k_features));
         let mut gradients = Gradients {
             q: &mut gq,
             k: &mut gk,
@@ -111,10 +113,10 @@ fn check_attention(side: Side, heads: Heads, spans: &Spans, tokens: usize, seed:
         };
         attention_backward(inputs, heads, spans, (&out, &sums, &pg), &mut gradients);
         for (name, ours, exact, features, bound) in [
-            ("out", &out, &exact.out, of_q, 5e-6),
-            ("q", &gq, &exact.q, of_q, 2e-5),
-            ("k", &gk, &exact.k, of_k, 1e-4),
-            ("v", &gv, &exact.v, of_k, 1e-4),
+            ("out", &out, &exact.out, q_features, 5e-6),
+            ("q", &gq, &exact.q, q_features, 2e-5),
+            ("k", &gk, &exact.k, k_features, 1e-4),
+            ("v", &gv, &exact.v, k_features, 1e-4),
         ] {
             let what = format!("{isa:?} {name} {heads:?}, {tokens}");
             for token in 0..tokens {
@@ -156,6 +158,9 @@ fn attention_of_any_shape() {
             spans.push(span);
         }
         tokens += dice.throw(40);
+        if dice.throw(2) == 0 {
+            spans = window(&spans, dice.size(70) as u32 + 1);
+        }
         check_attention(dice.side(), heads, &spans, tokens, 100 * case);
     }
 }
@@ -216,5 +221,61 @@ fn trees_of_any_shape() {
             .last()
             .map_or(0, |last| last.start + last.visible.len());
         check_attention(dice.side(), heads, &spans, tokens, 50 + case);
+        let spans = window(&spans, dice.size(60) as u32 + 1);
+        check_attention(dice.side(), heads, &spans, tokens, 50 + case);
     }
+}
+
+/// A window leaves the last of the keys that a token sees, in its branch and in what the branches share.
+#[test]
+fn a_window_leaves_the_last_keys() {
+    let keys = |seen: Visible| -> Vec<u32> {
+        (seen.first..seen.to)
+            .filter(|key| *key < seen.prefix || *key >= seen.from)
+            .collect()
+    };
+    for (prefix, from, to) in [(0, 0, 9), (4, 0, 9), (0, 3, 9), (4, 6, 9), (4, 4, 9)] {
+        let seen = Visible {
+            first: 0,
+            prefix,
+            from,
+            to,
+        };
+        let all = keys(seen);
+        for count in 0..12 {
+            let left = keys(seen.without_first(count));
+            let dropped = (count as usize).min(all.len() - 1);
+            assert_eq!(left, all[dropped..], "{seen:?} without {count}");
+        }
+    }
+}
+
+/// Keys in front of all windows of a block of queries are left out: what lies there can be anything.
+#[test]
+fn keys_outside_of_all_windows_are_not_computed() {
+    let heads = Heads {
+        queries: 2,
+        keys: 1,
+        width: 8,
+    };
+    let (tokens, count) = (200, 40);
+    let spans: Spans = [causal(0, tokens as u32)].into_iter().collect();
+    let spans = window(&spans, count);
+    // What the last 32 tokens see begins at token 168 + 1 - 40, so the panels in front of that one count for nothing.
+    let (last, unseen) = (192, 128);
+    let q = numbers(size(16, tokens), 1);
+    let run = |k: &[f32], v: &[f32]| {
+        let inputs = Inputs { q: &q, k, v };
+        let (mut out, mut sums) = (vec![0.; q.len()], vec![0.; size(2, tokens)]);
+        attention(inputs, heads, &spans, &mut out, &mut sums);
+        (last..tokens)
+            .flat_map(|token| column(&out, 16, token).collect::<Vec<_>>())
+            .collect::<Vec<f32>>()
+    };
+    let (mut k, mut v) = (numbers(size(8, tokens), 2), numbers(size(8, tokens), 3));
+    let before = run(&k, &v);
+    for data in [&mut k, &mut v] {
+        data[..size(8, unseen)].fill(f32::NAN);
+    }
+    assert_eq!(run(&k, &v), before);
 }

@@ -26,6 +26,13 @@ pub(super) struct Guarded<T> {
     count: usize,
 }
 
+// SAFETY: it owns its memory, and gives it out only as it is borrowed itself.
+#[cfg(unix)]
+unsafe impl<T: Send> Send for Guarded<T> {}
+// SAFETY: the same.
+#[cfg(unix)]
+unsafe impl<T: Sync> Sync for Guarded<T> {}
+
 #[cfg(unix)]
 impl<T: Copy> Guarded<T> {
     fn new(side: Side, values: &[T]) -> Self {

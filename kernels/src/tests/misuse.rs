@@ -12,9 +12,9 @@ use crate::merge::{self, Update};
 use crate::nf4::{self, Stored};
 use crate::panels::{self, LANES, column, fill, pairs, size};
 use crate::product::{Factor, Onto, Pairs, Product, Term, product, products};
-use crate::reduce::{Order, outer, over_tokens};
+use crate::reduce::{Order, outer, sum_over_tokens};
 use crate::vectors::{self, Attention, Cached, VectorProduct, vector_products};
-use crate::vocabulary::exponentials;
+use crate::vocabulary::tests::exponentials;
 
 /// Runs what has to panic with a message that contains `expected`.
 fn refused<T>(what: &str, expected: &str, misuse: impl FnOnce() -> T) {
@@ -51,8 +51,8 @@ fn products_refuse_wrong_sizes() {
             run(bad, weight, &factor, Onto::Zero);
         });
     }
-    refused("a turned weight", "the output", || {
-        run(good, weight.turned(), &factor, Onto::Zero);
+    refused("a transposed weight", "the output", || {
+        run(good, weight.transposed(), &factor, Onto::Zero);
     });
     let short = Factor::F32(&x[1..]);
     refused("a short factor", "the factor", || {
@@ -108,12 +108,39 @@ fn a_product_without_terms_or_depth_is_what_it_is_added_to() {
                 out: &mut out,
                 terms: terms.clone(),
                 onto,
+                bias: None,
             }]);
             let zeros = vec![0.; out.len()];
             let expected = if expected.is_empty() { zeros } else { expected };
             assert_eq!(out, expected, "{onto:?}");
+            if terms.is_empty() {
+                continue;
+            }
+            let mut out = vec![0.; values.len()];
+            products(vec![Product {
+                out: &mut out,
+                terms: terms.clone(),
+                onto,
+                bias: Some(&[2., 3.]),
+            }]);
+            let row = |place: usize| [2., 3.][place / LANES % 2];
+            let values = match onto {
+                Onto::Values(values) => values.to_vec(),
+                _ => vec![0.; out.len()],
+            };
+            let expected = values.iter().enumerate();
+            let expected: Vec<f32> = expected.map(|(place, x)| x + row(place)).collect();
+            assert_eq!(out, expected, "{onto:?}");
         }
     }
+    refused("a bias", "size of the bias", || {
+        products(vec![Product {
+            out: &mut floats(values.len()),
+            terms: vec![term()],
+            onto: Onto::Zero,
+            bias: Some(&[1.; 3]),
+        }]);
+    });
     refused("what is added to", "added to", || {
         let out = &mut floats(values.len() - 1);
         product(out, Vec::new(), Onto::Values(&values));
@@ -169,7 +196,7 @@ fn loops_over_features_refuse_wrong_sizes() {
         each::rms_norm(&panel(), &w, 1., &mut floats(96), &mut floats(64));
     });
     refused("the same again", "a norm", || {
-        each::rms_norm_again(&panel(), &w, &inverse, &mut floats(96));
+        each::rms_norm_recompute(&panel(), &w, &inverse, &mut floats(96));
     });
     refused("the gradient that comes in", "a norm", || {
         each::rms_norm_backward(&panel(), &w, &inverse, &floats(96), &mut panel());
@@ -178,7 +205,7 @@ fn loops_over_features_refuse_wrong_sizes() {
         each::rms_norm_backward(&panel(), &w, &inverse, &panel(), &mut floats(96));
     });
     refused("the weight's gradient", norm, || {
-        each::rms_norm_weight(&panel(), &inverse, &panel(), &mut floats(4));
+        each::rms_norm_grad_weight(&panel(), &inverse, &panel(), &mut floats(4));
     });
     let (x, angles) = (floats(size(12, 40)), floats(size(3, 40)));
     let rope = |features: usize, half: usize, cos: &[f32], sin: &[f32]| {
@@ -190,7 +217,7 @@ fn loops_over_features_refuse_wrong_sizes() {
     refused("a half that wraps", "no heads", || {
         rope(12, usize::MAX / 2 + 4, &angles, &angles);
     });
-    refused("other features", "is turned", || {
+    refused("other features", "is rotated", || {
         rope(18, 3, &angles, &angles);
     });
     refused("short cosines", "cosines", || {
@@ -215,9 +242,6 @@ fn loops_over_features_refuse_wrong_sizes() {
     refused("a sum", lengths, || {
         each::add(&mut floats(2), &floats(3), 1.);
     });
-    refused("a product", lengths, || {
-        each::multiply(&mut floats(3), &floats(2));
-    });
     refused("logits", "the logits", || {
         exponentials(&mut floats(size(3, 40)), 4)
     });
@@ -240,7 +264,7 @@ fn sums_refuse_wrong_sizes() {
     refused("a", "the left", || run((&a[1..], 3), (&b, 5), 15));
     refused("b", "the right", || run((&a, 3), (&b[LANES..], 5), 15));
     refused("tokens", "what is summed", || {
-        over_tokens(&a, 30, &mut [0.; 3]);
+        sum_over_tokens(&a, 30, &mut [0.; 3]);
     });
     let update = |a: usize, b: usize, columns: usize| (floats(a), floats(b), columns);
     for (what, expected, (a, b, columns), first, count) in [
@@ -305,8 +329,8 @@ fn vectors_refuse_wrong_sizes() {
         }]);
     };
     run(weight, 6, 10);
-    refused("a turned weight", "is turned", || {
-        run(weight.turned(), 5, 3);
+    refused("a transposed weight", "is transposed", || {
+        run(weight.transposed(), 5, 3);
     });
     refused("a part of a vector", "size of x", || run(weight, 7, 10));
     refused("a result", "output's size", || run(weight, 6, 9));
@@ -357,7 +381,12 @@ fn vectors_refuse_wrong_sizes() {
 }
 
 fn seen(prefix: u32, from: u32, to: u32) -> Visible {
-    Visible { prefix, from, to }
+    Visible {
+        first: 0,
+        prefix,
+        from,
+        to,
+    }
 }
 
 fn span(start: usize, visible: &[Visible]) -> Span {
@@ -447,17 +476,17 @@ fn attention_refuses_wrong_sizes() {
         attention(inputs, heads, spans, &mut floats(out), &mut floats(sums));
     };
     let backward = |sizes: [usize; 8]| {
-        let [q, k, v, sums, out, of_q, of_k, of_v] = sizes.map(floats);
-        let (mut of_q, mut of_k, mut of_v) = (of_q, of_k, of_v);
+        let [q, k, v, sums, out, grad_q, grad_k, grad_v] = sizes.map(floats);
+        let (mut grad_q, mut grad_k, mut grad_v) = (grad_q, grad_k, grad_v);
         let inputs = Inputs {
             q: &q,
             k: &k,
             v: &v,
         };
         let mut gradients = Gradients {
-            q: &mut of_q,
-            k: &mut of_k,
-            v: &mut of_v,
+            q: &mut grad_q,
+            k: &mut grad_k,
+            v: &mut grad_v,
         };
         let known = (&out[..], &sums[..], &q[..]);
         attention_backward(inputs, HEADS, &spans, known, &mut gradients);

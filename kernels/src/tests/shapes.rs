@@ -11,10 +11,10 @@ use crate::merge::{self, Update};
 use crate::nf4::{self, Stored};
 use crate::panels::{LANES, column, fill, size};
 use crate::product::tests::numbers;
-use crate::product::{Factor, Onto, Pairs, Term, product};
+use crate::product::{Factor, Onto, Pairs, Product, Term, products};
 use crate::reduce::{Order, outer};
 use crate::vectors::{Attention, Cached, VectorProduct, vector_products};
-use crate::vocabulary::exponentials;
+use crate::vocabulary::tests::exponentials;
 
 /// Whole numbers that look random, the same in each run.
 pub(super) struct Dice(pub(super) u64);
@@ -22,7 +22,7 @@ pub(super) struct Dice(pub(super) u64);
 impl Dice {
     /// One below `limit`.
     pub(super) fn throw(&mut self, limit: usize) -> usize {
-        (crate::dropout::mix(&mut self.0) % limit as u64) as usize
+        (crate::random::splitmix64(&mut self.0) % limit as u64) as usize
     }
 
     /// One of a few small numbers, or one below `limit`.
@@ -98,7 +98,7 @@ fn products_of_any_shape() {
                 ),
                 _ => (Values::Nf4(nf4), four),
             };
-            let (turned, half) = (dice.throw(2) == 1, dice.throw(2) == 1);
+            let (transposed, half) = (dice.throw(2) == 1, dice.throw(2) == 1);
             let round = |x: &f32| {
                 f64::from(if half {
                     bf16::from_f32(*x).to_f32()
@@ -106,9 +106,9 @@ fn products_of_any_shape() {
                     *x
                 })
             };
-            // The weight is (height, depth), or is stored turned around.
-            let weight = if turned {
-                Matrix::new(stored, depth, height).unwrap().turned()
+            // The weight is (height, depth), or is stored transposed.
+            let weight = if transposed {
+                Matrix::new(stored, depth, height).unwrap().transposed()
             } else {
                 Matrix::new(stored, height, depth).unwrap()
             };
@@ -121,16 +121,28 @@ fn products_of_any_shape() {
             };
             let start = numbers(size(height, tokens), case + 3);
             let mut out = side.copy(&start);
-            let onto = [Onto::Zero, Onto::Out][dice.throw(2)];
-            let term = Term { weight, x: &factor };
-            product(&mut out, vec![term], onto);
+            let other = numbers(start.len(), case + 4);
+            let onto = [Onto::Zero, Onto::Out, Onto::Values(&other)][dice.throw(3)];
+            let bias = side.copy(&numbers(height, case + 5));
+            let bias = (dice.throw(2) == 1).then_some(&bias[..]);
+            products(vec![Product {
+                out: &mut out,
+                terms: vec![Term { weight, x: &factor }],
+                onto,
+                bias,
+            }]);
             for token in 0..tokens {
-                let start = column(&start, height, token);
-                let exact: Vec<f64> = start
+                let before: Vec<f32> = match onto {
+                    Onto::Zero => vec![0.; height],
+                    Onto::Out => column(&start, height, token).collect(),
+                    Onto::Values(values) => column(values, height, token).collect(),
+                };
+                let exact: Vec<f64> = before
+                    .iter()
                     .enumerate()
-                    .map(|(i, start)| {
+                    .map(|(i, before)| {
                         let terms = (0..depth).map(|k| {
-                            let w = if turned {
+                            let w = if transposed {
                                 dense[k * height + i]
                             } else {
                                 dense[i * depth + k]
@@ -138,13 +150,11 @@ fn products_of_any_shape() {
                             round(&w) * round(&rows[token * depth + k])
                         });
                         let sum: f64 = terms.sum();
-                        match onto {
-                            Onto::Zero => sum,
-                            _ => sum + f64::from(start),
-                        }
+                        let bias = bias.map_or(0., |bias| f64::from(bias[i]));
+                        sum + f64::from(*before) + bias
                     })
                     .collect();
-                let what = format!("{isa:?} {height} x {depth}, {tokens}, {turned} {half}");
+                let what = format!("{isa:?} {height} x {depth}, {tokens}, {transposed} {half}");
                 let bound = 1e-6 * (4. + 4. * (depth as f64).sqrt());
                 near(&what, column(&out, height, token), &exact, bound);
             }
@@ -165,7 +175,7 @@ fn sums_over_tokens_of_any_shape() {
             );
             let a = guarded_panels(side, &left, rows, tokens);
             let b = guarded_panels(side, &right, columns, tokens);
-            let order = [Order::Straight, Order::Turned][dice.throw(2)];
+            let order = [Order::Straight, Order::Transposed][dice.throw(2)];
             let mut out = side.copy(&vec![1.; rows * columns]);
             outer((&a, rows), (&b, columns), &mut out, order);
             let at = |i: usize, j: usize| {
@@ -177,7 +187,7 @@ fn sums_over_tokens_of_any_shape() {
                 Order::Straight => (0..rows * columns)
                     .map(|place| at(place / columns, place % columns))
                     .collect(),
-                Order::Turned => (0..rows * columns)
+                Order::Transposed => (0..rows * columns)
                     .map(|place| at(place % rows, place / rows))
                     .collect(),
             };
@@ -204,14 +214,14 @@ fn loops_over_features_of_any_shape() {
             let mut again = side.copy(&vec![f32::NAN; x.len()]);
             let mut inverse = side.copy(&vec![f32::NAN; size(1, tokens)]);
             each::rms_norm(&x, &weight, 1e-5, &mut out, &mut inverse);
-            each::rms_norm_again(&x, &weight, &inverse, &mut again);
+            each::rms_norm_recompute(&x, &weight, &inverse, &mut again);
             assert!(out[..] == again[..], "{what}");
             let gradient = numbers(tokens * features, case + 2);
             let g = guarded_panels(side, &gradient, features, tokens);
-            let mut of_x = side.copy(&vec![0.; x.len()]);
-            each::rms_norm_backward(&x, &weight, &inverse, &g, &mut of_x);
-            let mut of_weight = side.copy(&vec![0.; features]);
-            each::rms_norm_weight(&x, &inverse, &g, &mut of_weight);
+            let mut grad_x = side.copy(&vec![0.; x.len()]);
+            each::rms_norm_backward(&x, &weight, &inverse, &g, &mut grad_x);
+            let mut grad_weight = side.copy(&vec![0.; features]);
+            each::rms_norm_grad_weight(&x, &inverse, &g, &mut grad_weight);
             let mut exact_of_weight = vec![0.; features];
             for token in 0..tokens {
                 let row = &wide[token * features..][..features];
@@ -227,12 +237,12 @@ fn loops_over_features_of_any_shape() {
                     .collect();
                 // A token of few features may be near 0, and its norm's slope then is steep.
                 let bound = 1e-5 * (1. + i * i);
-                near(&what, column(&of_x, features, token), &exact, bound);
+                near(&what, column(&grad_x, features, token), &exact, bound);
                 for (f, sum) in exact_of_weight.iter_mut().enumerate() {
                     *sum += g(f) * row[f] * i;
                 }
             }
-            let few = of_weight.iter().copied();
+            let few = grad_weight.iter().copied();
             near(&what, few, &exact_of_weight, 1e-4);
 
             let length = x.len() - x.len().min(dice.throw(40));
@@ -246,9 +256,9 @@ fn loops_over_features_of_any_shape() {
                 .collect();
             near(&what, gated.iter().copied(), &exact, 1e-6);
             let incoming = numbers(length, case + 3);
-            let mut of_gate = side.copy(&gate);
-            let (mut of_up, mut back) = (side.copy(&up), side.copy(&incoming));
-            each::swiglu_backward(&mut of_gate, &mut of_up, &mut back);
+            let mut grad_gate = side.copy(&gate);
+            let (mut grad_up, mut back) = (side.copy(&up), side.copy(&incoming));
+            each::swiglu_backward(&mut grad_gate, &mut grad_up, &mut back);
             near(&what, back.iter().copied(), &exact, 1e-6);
             let exact: Vec<[f64; 2]> = (0..length)
                 .map(|at| {
@@ -258,10 +268,9 @@ fn loops_over_features_of_any_shape() {
                 })
                 .collect();
             let part = |part: usize| exact.iter().map(|x| x[part]).collect::<Vec<f64>>();
-            near(&what, of_gate.iter().copied(), &part(0), 1e-6);
-            near(&what, of_up.iter().copied(), &part(1), 1e-6);
+            near(&what, grad_gate.iter().copied(), &part(0), 1e-6);
+            near(&what, grad_up.iter().copied(), &part(1), 1e-6);
             each::add(&mut gated, &up, -2.);
-            each::multiply(&mut gated, &gate);
             each::scale(&mut gated, 3.);
             assert!(gated.iter().all(|x| x.is_finite()), "{what}");
 
@@ -335,7 +344,7 @@ fn vocabularies_and_four_bits_of_any_length() {
                 let far = (summary.log_sum(lane) - sum.ln()).abs();
                 assert!(far < 1e-5, "{isa:?} {vocabulary} {token}");
                 let most = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-                assert!((row[summary.first[lane] as usize] - most).abs() < 1e-30);
+                assert!((row[summary.argmax[lane] as usize] - most).abs() < 1e-30);
             }
 
             let count = dice.size(400);

@@ -130,8 +130,8 @@ impl Loop for Rotate<'_> {
             let (first, second) = head.split_at_mut(half);
             let angles = self.cos.iter().zip(self.sin);
             for ((a, b), (cos, sin)) in first.iter_mut().zip(second).zip(angles) {
-                let turned = (*a * cos - *b * sin, *b * cos + *a * sin);
-                (*a, *b) = (turned.0 * self.scale, turned.1 * self.scale);
+                let transposed = (*a * cos - *b * sin, *b * cos + *a * sin);
+                (*a, *b) = (transposed.0 * self.scale, transposed.1 * self.scale);
             }
         }
     }

@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 
 use super::*;
-use crate::dispatch::tests::with_each;
+use crate::dispatch::tests::{with_each, with_threads};
 use crate::matrix::{NF4_BLOCK, Nf4, Rounding, Values};
 use crate::nf4::CODE;
 
@@ -145,8 +145,7 @@ fn a_vector_does_not_depend_on_those_beside_it_nor_on_threads() {
                     let alone: Vec<f32> = x.chunks_exact(depth).flat_map(single).collect();
                     assert!(together == alone, "{isa:?} {rounded}");
                     for threads in [1, 5] {
-                        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
-                        let again = pool.unwrap().install(|| product(weight, &x, rounded));
+                        let again = with_threads(threads, || product(weight, &x, rounded));
                         assert!(together == again, "{isa:?} {rounded} {threads}");
                     }
                 }
@@ -260,12 +259,14 @@ fn rows_are_those_of_plain_formulas() {
         let cos: Vec<f32> = angles.iter().map(|x| x.cos()).collect();
         let sin: Vec<f32> = angles.iter().map(|x| x.sin()).collect();
         let heads = numbers(4 * length, 5);
-        let mut turned = Vec::new();
+        let mut transposed = Vec::new();
         for head in heads.chunks(2 * length) {
             let at = |i: usize| f64::from(head[i]);
             let (cos, sin) = (|i: usize| f64::from(cos[i]), |i: usize| f64::from(sin[i]));
-            turned.extend((0..length).map(|i| (at(i) * cos(i) - at(i + length) * sin(i)) * 0.5));
-            turned.extend((0..length).map(|i| (at(i + length) * cos(i) + at(i) * sin(i)) * 0.5));
+            transposed
+                .extend((0..length).map(|i| (at(i) * cos(i) - at(i + length) * sin(i)) * 0.5));
+            transposed
+                .extend((0..length).map(|i| (at(i + length) * cos(i) + at(i) * sin(i)) * 0.5));
         }
         with_each(|isa| {
             let what = format!("{isa:?} {length}");
@@ -277,7 +278,7 @@ fn rows_are_those_of_plain_formulas() {
             close(&what, &gates, &gated, 1e-5);
             let mut row = heads.clone();
             rotate(&mut row, &cos, &sin, 0.5);
-            close(&what, &row, &turned, 1e-6);
+            close(&what, &row, &transposed, 1e-6);
             let mut some = x.clone();
             round(&mut some);
             let same = some.iter().zip(&x);

@@ -56,6 +56,10 @@ fn is_set() -> bool {
 }
 
 /// `program work`, for a stage that runs alone on the machine or not.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a setting of the allocator, which changes no result"
+)]
 fn command(program: &Path, exclusive: bool) -> Command {
     let mut command = Command::new(program);
     command
@@ -231,6 +235,7 @@ mod tests {
     use super::*;
 
     #[test]
+    #[expect(clippy::disallowed_methods, reason = "what `command` leaves alone")]
     fn trainings_give_freed_memory_back_to_the_system() {
         let set = |exclusive| {
             let command = command(Path::new("pipeline"), exclusive);

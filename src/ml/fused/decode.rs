@@ -4,6 +4,7 @@
 //! products. [`Llama::next_logits`] is the plain path: the two differ by the order of sums alone.
 
 use std::borrow::Cow;
+use std::ops::Range;
 
 use candle_core::{DType, Result, Tensor, bail};
 use half::bf16;
@@ -11,23 +12,15 @@ use pipeline_kernels::matrix::Matrix;
 use pipeline_kernels::vectors::{self, Attention, Cached, VectorProduct, vector_products};
 use rayon::prelude::*;
 
-use super::weights::{Held, Source};
+use super::weights::{BaseWeight, TensorView};
+use crate::ml::backend::{self, Token};
 use crate::ml::model::linear::{Base, Linear, Pass};
-use crate::ml::model::{Layer, Llama, angles};
-
-/// A token that follows what its text has so far.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Token {
-    /// The text.
-    pub text: usize,
-    /// The id.
-    pub id: u32,
-}
+use crate::ml::model::{Layer, Llama, Norm, angles};
 
 /// Texts that a model goes on with.
-pub struct Decoder<'a> {
+pub(in crate::ml) struct Decoder<'a> {
     pass: Pass,
-    layers: Vec<Plain<'a>>,
+    layers: Vec<DecoderLayer<'a>>,
     model: &'a Llama,
     /// The final norm's weight.
     norm: Vec<f32>,
@@ -67,22 +60,28 @@ impl Entries {
         }
     }
 
-    /// The first `count` numbers of each.
-    fn first(&self, count: usize) -> (Cached<'_>, Cached<'_>) {
+    /// Some numbers of each.
+    fn span(&self, span: Range<usize>) -> (Cached<'_>, Cached<'_>) {
         match self {
-            Self::F32(keys, values) => (Cached::F32(&keys[..count]), Cached::F32(&values[..count])),
-            Self::Bf16(keys, values) => {
-                (Cached::Bf16(&keys[..count]), Cached::Bf16(&values[..count]))
+            Self::F32(keys, values) => {
+                (Cached::F32(&keys[span.clone()]), Cached::F32(&values[span]))
             }
+            Self::Bf16(keys, values) => (
+                Cached::Bf16(&keys[span.clone()]),
+                Cached::Bf16(&values[span]),
+            ),
         }
     }
 }
 
 /// A layer's small tensors as vectors, and its projections.
-struct Plain<'a> {
+struct DecoderLayer<'a> {
     layer: &'a Layer,
     input_norm: Vec<f32>,
     post_norm: Vec<f32>,
+    /// Weights and eps of the norms of single heads.
+    q_norm: Option<(Vec<f32>, f64)>,
+    k_norm: Option<(Vec<f32>, f64)>,
     q: Projection<'a>,
     k: Projection<'a>,
     v: Projection<'a>,
@@ -96,6 +95,7 @@ struct Projection<'a> {
     base: &'a Base,
     pass: Pass,
     out: usize,
+    bias: Option<Vec<f32>>,
     pair: Option<Pair>,
 }
 
@@ -124,6 +124,8 @@ impl<'a> Projection<'a> {
             Base::Dense(weight) => weight.stored(pass).dims2()?,
             Base::Nf4(nf4) => nf4.shape,
         };
+        let bias = linear.bias.as_ref();
+        let bias = bias.map(|bias| values(&bias.value(pass), DType::F32));
         let pair = match &linear.lora {
             Some(lora) if pass.adapter => Some(Pair {
                 a: values(&lora.a.value(pass), linear.compute)?,
@@ -137,16 +139,17 @@ impl<'a> Projection<'a> {
             base: &linear.base,
             pass,
             out,
+            bias: bias.transpose()?,
             pair,
         })
     }
 
-    fn held(&self) -> Result<Source<'a>> {
-        Source::hold(self.base, self.pass)
+    fn borrowed(&self) -> Result<BaseWeight<'a>> {
+        BaseWeight::borrow(self.base, self.pass)
     }
 
     /// Whether the kernels can read the weight as it is stored.
-    fn is_plain(&self, compute: DType) -> bool {
+    fn is_readable(&self, compute: DType) -> bool {
         match self.base {
             Base::Dense(weight) => is_exact(weight.stored(self.pass).dtype(), compute),
             Base::Nf4(nf4) => compute == DType::F32 || nf4.dtype == compute,
@@ -154,12 +157,19 @@ impl<'a> Projection<'a> {
     }
 }
 
-impl<'a> Plain<'a> {
+impl<'a> DecoderLayer<'a> {
     fn new(layer: &'a Layer, pass: Pass) -> Result<Self> {
+        let head_norm = |norm: &Option<Norm>| -> Result<Option<(Vec<f32>, f64)>> {
+            let weight =
+                |norm: &Norm| Ok((values(&norm.weight.value(pass), DType::F32)?, norm.eps));
+            norm.as_ref().map(weight).transpose()
+        };
         Ok(Self {
             layer,
             input_norm: values(&layer.input_norm.weight.value(pass), DType::F32)?,
             post_norm: values(&layer.post_norm.weight.value(pass), DType::F32)?,
+            q_norm: head_norm(&layer.q_norm)?,
+            k_norm: head_norm(&layer.k_norm)?,
             q: Projection::new(&layer.q, pass)?,
             k: Projection::new(&layer.k, pass)?,
             v: Projection::new(&layer.v, pass)?,
@@ -180,7 +190,12 @@ impl<'a> Plain<'a> {
 impl<'a> Decoder<'a> {
     /// So many empty texts, none of which gets longer than `longest` tokens. `None` where the kernels don't reach: on other
     /// devices than the CPU, for products in f16, and with matrices beside embeddings or head.
-    pub fn new(model: &'a Llama, texts: usize, longest: usize, pass: Pass) -> Result<Option<Self>> {
+    pub(in crate::ml) fn new(
+        model: &'a Llama,
+        texts: usize,
+        longest: usize,
+        pass: Pass,
+    ) -> Result<Option<Self>> {
         let compute = model.compute;
         if !model.device.is_cpu() || !matches!(compute, DType::F32 | DType::BF16) {
             return Ok(None);
@@ -189,11 +204,14 @@ impl<'a> Decoder<'a> {
         if model.has_pairs_at_ends() || !{ linears }.all(Linear::has_kernels) {
             return Ok(None);
         }
-        let layers = model.layers.iter().map(|layer| Plain::new(layer, pass));
+        let layers = model
+            .layers
+            .iter()
+            .map(|layer| DecoderLayer::new(layer, pass));
         let layers = layers.collect::<Result<Vec<_>>>()?;
-        let all = layers.iter().flat_map(Plain::projections);
+        let all = layers.iter().flat_map(DecoderLayer::projections);
         if !is_exact(model.head().stored(pass).dtype(), compute)
-            || !{ all }.all(|one| one.is_plain(compute))
+            || !{ all }.all(|one| one.is_readable(compute))
         {
             return Ok(None);
         }
@@ -217,65 +235,6 @@ impl<'a> Decoder<'a> {
             texts: std::iter::repeat_with(text).take(texts).collect(),
             rounded: compute == DType::BF16,
         }))
-    }
-
-    /// Appends tokens to their texts. Returns the logits behind each of the tokens at the places `wanted`: (wanted, vocabulary).
-    pub fn step(&mut self, tokens: &[Token], wanted: &[usize]) -> Result<Vec<f32>> {
-        let hidden = self.model.arch.hidden_size;
-        let positions = self.places(tokens)?;
-        let ids: Vec<u32> = tokens.iter().map(|token| token.id).collect();
-        let ids = Tensor::new(ids, &self.model.device)?.unsqueeze(0)?;
-        let mut x = values(&self.model.embed(&ids, self.pass)?, DType::F32)?;
-        for number in 0..self.layers.len() {
-            let plain = &self.layers[number];
-            let layer = plain.layer;
-            let normed = norm(&x, &plain.input_norm, layer.input_norm.eps);
-            let [mut q, mut k, mut v] = self.apply([&plain.q, &plain.k, &plain.v], &normed)?;
-            let scale = (layer.head_dim as f64).powf(-0.5) as f32;
-            let (heads, width) = (layer.kv_heads, layer.head_dim);
-            self.rotate(&mut q, layer.heads * width, &positions, scale);
-            self.rotate(&mut k, heads * width, &positions, 1.);
-            for values in [&mut q, &mut k, &mut v] {
-                self.round(values);
-            }
-            let entries = k.chunks_exact(width).zip(v.chunks_exact(width));
-            for (place, (key, value)) in entries.enumerate() {
-                let (token, head) = (place / heads, place % heads);
-                let text = &mut self.texts[tokens[token].text];
-                text.cache[number * heads + head].push(key, value);
-            }
-            let mut y = self.attention(number, &q, tokens, &positions);
-            self.round(&mut y);
-            let plain = &self.layers[number];
-            let [y] = self.apply([&plain.o], &y)?;
-            add(&mut x, &y);
-            let normed = norm(&x, &plain.post_norm, layer.post_norm.eps);
-            let [mut gate, up] = self.apply([&plain.gate, &plain.up], &normed)?;
-            vectors::gate(&mut gate, &up);
-            let [y] = self.apply([&plain.down], &gate)?;
-            add(&mut x, &y);
-        }
-        for token in tokens {
-            self.texts[token.text].length += 1;
-        }
-        let mut last = Vec::with_capacity(wanted.len() * hidden);
-        for place in wanted {
-            match x.chunks_exact(hidden).nth(*place) {
-                Some(row) => last.extend_from_slice(row),
-                None => bail!("token {place} of {} is wanted", tokens.len()),
-            }
-        }
-        let last = norm(&last, &self.norm, self.model.norm.eps);
-        let head = Held::tensor(self.model.head().stored(self.pass));
-        let mut logits = vec![0.; wanted.len() * self.model.arch.vocab_size];
-        vector_products(vec![VectorProduct {
-            weight: head.matrix()?,
-            x: &self.factor(&last),
-            rounded: self.rounded,
-            out: &mut logits,
-        }]);
-        self.round(&mut logits);
-        Ok(logits)
     }
 
     /// Where each token stands in its text.
@@ -314,16 +273,17 @@ impl<'a> Decoder<'a> {
     /// Projections of the same vectors (tokens, in), each to (tokens, out).
     fn apply<const N: usize>(&self, all: [&Projection<'_>; N], x: &[f32]) -> Result<[Vec<f32>; N]> {
         let x = self.factor(x);
-        let held = all
+        let borrowed = all
             .iter()
-            .map(|one| one.held())
+            .map(|one| one.borrowed())
             .collect::<Result<Vec<_>>>()?;
         let mut outs: [Vec<f32>; N] = std::array::from_fn(|_| Vec::new());
         let mut lows: [Vec<f32>; N] = std::array::from_fn(|_| Vec::new());
         let mut products = Vec::with_capacity(2 * N);
         let mut count = 0;
-        for (((one, held), out), low) in all.iter().zip(&held).zip(&mut outs).zip(&mut lows) {
-            let weight = held.matrix()?;
+        for (((one, borrowed), out), low) in all.iter().zip(&borrowed).zip(&mut outs).zip(&mut lows)
+        {
+            let weight = borrowed.matrix()?;
             count = x.len() / weight.depth().max(1);
             if let Some(pair) = &one.pair {
                 low.resize(count * pair.r, 0.);
@@ -347,6 +307,11 @@ impl<'a> Decoder<'a> {
         let mut products = Vec::new();
         for (((one, low), high), out) in all.iter().zip(&mut lows).zip(&mut highs).zip(&mut outs) {
             self.round(out);
+            if let Some(bias) = &one.bias {
+                for out in out.chunks_exact_mut(bias.len().max(1)) {
+                    add(out, bias);
+                }
+            }
             if let Some(pair) = &one.pair {
                 self.round(low);
                 high.resize(count * one.out, 0.);
@@ -396,7 +361,9 @@ impl<'a> Decoder<'a> {
         let attend = |(place, (out, query)): (usize, (&mut [f32], &[f32]))| {
             let (token, head) = (place / heads, place % heads);
             let entries = &self.texts[tokens[token].text].cache[number * heads + head];
-            let (keys, values) = entries.first((positions[token] + 1) * width);
+            let end = positions[token] + 1;
+            let first = layer.window.map_or(0, |window| end.saturating_sub(window));
+            let (keys, values) = entries.span(first * width..end * width);
             let attention = Attention {
                 query,
                 keys,
@@ -406,7 +373,9 @@ impl<'a> Decoder<'a> {
             };
             attention.compute(width);
         };
-        let seen: usize = positions.iter().map(|position| position + 1).sum();
+        let most = layer.window.unwrap_or(usize::MAX);
+        let seen = positions.iter().map(|position| (position + 1).min(most));
+        let seen: usize = seen.sum();
         if seen * layer.heads * width < PARALLEL {
             let parts = y.chunks_exact_mut(group).zip(q.chunks_exact(group));
             parts.enumerate().for_each(attend);
@@ -415,6 +384,72 @@ impl<'a> Decoder<'a> {
             parts.enumerate().for_each(attend);
         }
         y
+    }
+}
+
+impl backend::Decoder for Decoder<'_> {
+    fn step(&mut self, tokens: &[Token], wanted: &[usize]) -> Result<Vec<f32>> {
+        let hidden = self.model.arch.hidden_size;
+        let positions = self.places(tokens)?;
+        let ids: Vec<u32> = tokens.iter().map(|token| token.id).collect();
+        let ids = Tensor::new(ids, &self.model.device)?.unsqueeze(0)?;
+        let mut x = values(&self.model.embed(&ids, self.pass)?, DType::F32)?;
+        for number in 0..self.layers.len() {
+            let weights = &self.layers[number];
+            let layer = weights.layer;
+            let normed = norm(&x, &weights.input_norm, layer.input_norm.eps);
+            let [mut q, mut k, mut v] =
+                self.apply([&weights.q, &weights.k, &weights.v], &normed)?;
+            for (x, head_norm) in [(&mut q, &weights.q_norm), (&mut k, &weights.k_norm)] {
+                if let Some((weight, eps)) = head_norm {
+                    *x = norm(x, weight, *eps);
+                }
+            }
+            let scale = (layer.head_dim as f64).powf(-0.5) as f32;
+            let (heads, width) = (layer.kv_heads, layer.head_dim);
+            self.rotate(&mut q, layer.heads * width, &positions, scale);
+            self.rotate(&mut k, heads * width, &positions, 1.);
+            for values in [&mut q, &mut k, &mut v] {
+                self.round(values);
+            }
+            let entries = k.chunks_exact(width).zip(v.chunks_exact(width));
+            for (place, (key, value)) in entries.enumerate() {
+                let (token, head) = (place / heads, place % heads);
+                let text = &mut self.texts[tokens[token].text];
+                text.cache[number * heads + head].push(key, value);
+            }
+            let mut y = self.attention(number, &q, tokens, &positions);
+            self.round(&mut y);
+            let weights = &self.layers[number];
+            let [y] = self.apply([&weights.o], &y)?;
+            add(&mut x, &y);
+            let normed = norm(&x, &weights.post_norm, layer.post_norm.eps);
+            let [mut gate, up] = self.apply([&weights.gate, &weights.up], &normed)?;
+            vectors::gate(&mut gate, &up);
+            let [y] = self.apply([&weights.down], &gate)?;
+            add(&mut x, &y);
+        }
+        for token in tokens {
+            self.texts[token.text].length += 1;
+        }
+        let mut last = Vec::with_capacity(wanted.len() * hidden);
+        for place in wanted {
+            match x.chunks_exact(hidden).nth(*place) {
+                Some(row) => last.extend_from_slice(row),
+                None => bail!("token {place} of {} is wanted", tokens.len()),
+            }
+        }
+        let last = norm(&last, &self.norm, self.model.norm.eps);
+        let head = TensorView::tensor(self.model.head().stored(self.pass));
+        let mut logits = vec![0.; wanted.len() * self.model.arch.vocab_size];
+        vector_products(vec![VectorProduct {
+            weight: head.matrix()?,
+            x: &self.factor(&last),
+            rounded: self.rounded,
+            out: &mut logits,
+        }]);
+        self.round(&mut logits);
+        Ok(logits)
     }
 }
 

@@ -12,11 +12,11 @@ use candle_core::{DType, Result, Tensor};
 use pipeline_kernels::panels::{LANES, column, fill, panels, size};
 use pipeline_kernels::product::{Onto, Term, product};
 use pipeline_kernels::reduce::{Order, outer};
-use pipeline_kernels::vocabulary::{Summary, more_exponentials};
+use pipeline_kernels::vocabulary::{Summary, online_softmax};
 use rayon::prelude::*;
 
 use super::Forward;
-use super::weights::Held;
+use super::weights::TensorView;
 use crate::ml::model::Gradients;
 use crate::ml::model::batch::Target;
 use crate::ml::model::head::Certainty;
@@ -27,17 +27,17 @@ const AT_ONCE: usize = if cfg!(test) { 1 << 12 } else { 1 << 22 };
 const IDS: usize = 512;
 
 /// Scored targets.
-pub struct Scored {
+pub(super) struct Scored {
     /// The log-probability of each target.
-    pub logps: Vec<f32>,
+    pub(super) logps: Vec<f32>,
     /// How sure the model is of each, if asked for.
-    pub certainty: Option<Vec<Certainty>>,
+    pub(super) certainty: Option<Vec<Certainty>>,
     /// Tokens whose hidden states were scored.
     tokens: Vec<usize>,
     /// For each target, which of those, and its id.
     rows: Vec<(usize, u32)>,
     /// `W^T softmax(W h)` of each token, in panels; empty if no gradient was asked for.
-    spread: Vec<f32>,
+    expected_head_row: Vec<f32>,
     /// What each panel's logits come to.
     summaries: Vec<Summary>,
 }
@@ -89,22 +89,22 @@ pub(super) fn score(
         });
         rows.push((row, target.id));
     }
-    let held = Held::weight(model.head(), forward.pass)?;
+    let held = TensorView::weight(model.head(), forward.pass)?;
     let (vocabulary, hidden) = (held.matrix()?.height(), shape.hidden);
     if let Some((_, id)) = rows.iter().find(|(_, id)| *id as usize >= vocabulary) {
         candle_core::bail!("the id {id} lies outside the vocabulary of {vocabulary}")
     }
-    let (pool, half) = (&model.pool, shape.half);
+    let (pool, half) = (forward.pool, shape.half);
     let mut scored = Scored {
         logps: vec![0.; targets.len()],
         certainty: certainty.then(|| vec![Certainty::default(); targets.len()]),
-        spread: Vec::new(),
+        expected_head_row: Vec::new(),
         summaries: Vec::new(),
         tokens,
         rows,
     };
     if gradient {
-        scored.spread = pool.take(size(hidden, scored.tokens.len()));
+        scored.expected_head_row = pool.take(size(hidden, scored.tokens.len()));
     }
     let count = scored.tokens.len();
     let mut x = pool.take(size(hidden, count));
@@ -115,7 +115,7 @@ pub(super) fn score(
     by_id.sort_by_key(|&target| scored.rows[target].1);
     let mut by_id = by_id.into_iter().peekable();
     let mut chosen = vec![0f32; scored.rows.len()];
-    let mut summaries = vec![Summary::NOTHING; panels(count)];
+    let mut summaries = vec![Summary::EMPTY; panels(count)];
     let mut buffer = pool.take(size(block(count).min(vocabulary), count));
     for ids in blocks(vocabulary, count) {
         let logits = &mut buffer[..size(ids.len(), count)];
@@ -127,21 +127,21 @@ pub(super) fn score(
             let place = row / LANES * ids.len() + (id as usize - ids.start);
             chosen[target] = logits[place * LANES + row % LANES];
         }
-        let factors = more_exponentials(logits, ids.clone(), &mut summaries);
+        let factors = online_softmax(logits, ids.clone(), &mut summaries);
         if gradient {
-            let spread = &mut scored.spread;
+            let expected_head_row = &mut scored.expected_head_row;
             let onto = if ids.start == 0 {
                 Onto::Zero
             } else {
-                multiply(spread, hidden, &factors);
+                multiply(expected_head_row, hidden, &factors);
                 Onto::Out
             };
             let wide = pool.factor(half, logits, ids.len());
             let term = Term {
-                weight: weight.turned(),
+                weight: weight.transposed(),
                 x: &wide,
             };
-            product(spread, vec![term], onto);
+            product(expected_head_row, vec![term], onto);
             pool.give_factors([wide]);
         }
     }
@@ -154,13 +154,13 @@ pub(super) fn score(
         if let Some(certainty) = &mut scored.certainty {
             certainty[target] = Certainty {
                 entropy: summary.entropy(lane),
-                is_first: summary.first[lane] == *id,
+                is_first: summary.argmax[lane] == *id,
             };
         }
     }
     if gradient {
         let inverse: Vec<[f32; LANES]> = summaries.iter().map(|s| s.sum.map(f32::recip)).collect();
-        multiply(&mut scored.spread, hidden, &inverse);
+        multiply(&mut scored.expected_head_row, hidden, &inverse);
     }
     scored.summaries = summaries;
     Ok(scored)
@@ -187,12 +187,12 @@ impl Scored {
     pub(super) fn backward(
         mut self,
         forward: &Forward<'_>,
-        of_logps: &[f32],
-        of_hidden: &mut [f32],
+        grad_logps: &[f32],
+        grad_hidden: &mut [f32],
         gradients: &mut Gradients,
     ) -> Result<()> {
         let (model, hidden) = (forward.model, forward.shape.hidden);
-        of_hidden.fill(0.);
+        grad_hidden.fill(0.);
         let mut sums = vec![0f32; self.tokens.len()];
         let ids: Vec<u32> = self.rows.iter().map(|(_, id)| *id).collect();
         let ids = Tensor::from_vec(ids, self.rows.len(), &model.device)?;
@@ -201,45 +201,45 @@ impl Scored {
             .to_dtype(DType::F32)?
             .flatten_all()?
             .to_vec1::<f32>()?;
-        for ((row, _), g) in self.rows.iter().zip(of_logps) {
+        for ((row, _), g) in self.rows.iter().zip(grad_logps) {
             sums[*row] += g;
         }
-        let spread = std::mem::take(&mut self.spread);
+        let expected_head_row = std::mem::take(&mut self.expected_head_row);
         for (row, (&token, sum)) in self.tokens.iter().zip(&sums).enumerate() {
-            let out = &mut of_hidden[token / LANES * hidden * LANES + token % LANES..];
-            let values = column(&spread, hidden, row);
+            let out = &mut grad_hidden[token / LANES * hidden * LANES + token % LANES..];
+            let values = column(&expected_head_row, hidden, row);
             for (out, value) in out.iter_mut().step_by(LANES).zip(values) {
                 *out -= sum * value;
             }
         }
-        model.pool.give(spread);
-        for (((row, _), g), weight) in self.rows.iter().zip(of_logps).zip(at_id.chunks(hidden)) {
+        forward.pool.give(expected_head_row);
+        for (((row, _), g), weight) in self.rows.iter().zip(grad_logps).zip(at_id.chunks(hidden)) {
             let token = self.tokens[*row];
-            let out = &mut of_hidden[token / LANES * hidden * LANES + token % LANES..];
+            let out = &mut grad_hidden[token / LANES * hidden * LANES + token % LANES..];
             for (out, value) in out.iter_mut().step_by(LANES).zip(weight) {
                 *out += g * value;
             }
         }
         if model.trains_head() {
-            self.of_weight(forward, &sums, of_logps, gradients)?;
+            self.grad_weight(forward, &sums, grad_logps, gradients)?;
         }
         Ok(())
     }
 
     /// The head's gradient: `sum g (e_id - softmax(W h)) h^T`, the softmax made again.
-    fn of_weight(
+    fn grad_weight(
         &self,
         forward: &Forward<'_>,
         sums: &[f32],
-        of_logps: &[f32],
+        grad_logps: &[f32],
         gradients: &mut Gradients,
     ) -> Result<()> {
         let (model, shape) = (forward.model, &forward.shape);
-        let (pool, hidden) = (&model.pool, shape.hidden);
+        let (pool, hidden) = (forward.pool, shape.hidden);
         let Some(var) = model.head().trained() else {
             return Ok(());
         };
-        let held = Held::weight(model.head(), forward.pass)?;
+        let held = TensorView::weight(model.head(), forward.pass)?;
         let (vocabulary, count) = (held.matrix()?.height(), self.tokens.len());
         let mut total = vec![0f32; vocabulary * hidden];
         let mut x = pool.take(size(hidden, count));
@@ -251,7 +251,7 @@ impl Scored {
             let weight = held.rows(ids.clone())?;
             product(logits, vec![Term { weight, x: &wide }], Onto::Zero);
             // With all logits' summaries, these exponentials are those of the whole.
-            more_exponentials(logits, ids.clone(), &mut self.summaries.clone());
+            online_softmax(logits, ids.clone(), &mut self.summaries.clone());
             let panels = self.summaries.iter().enumerate();
             let factors: Vec<[f32; LANES]> = panels
                 .map(|(panel, summary)| {
@@ -272,7 +272,7 @@ impl Scored {
         pool.give(buffer);
         pool.give_factors([wide]);
         pool.give(x);
-        for ((row, id), g) in self.rows.iter().zip(of_logps) {
+        for ((row, id), g) in self.rows.iter().zip(grad_logps) {
             let out = &mut total[*id as usize * hidden..][..hidden];
             let values = column(&forward.hidden, hidden, self.tokens[*row]);
             for (out, value) in out.iter_mut().zip(values) {

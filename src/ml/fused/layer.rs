@@ -1,122 +1,38 @@
 //! One layer, forward and backward.
 //!
-//! With `n1 = norm(x)`, `a = attention(rope(Wq n1), rope(Wk n1), Wv n1)`, `m = x + Wo a`, `n2 = norm(m)` and
-//! `u = silu(Wg n2) * Wu n2`, the layer gives `m + Wd u`. Kept are `x`, `q`, `k`, `v`, `a`, `m`, the gate, the up projection and
-//! each LoRA pair's narrow values; the norms and `u` are made again.
+//! With `n1 = norm(x)`, `a = attention(rope(nq(Wq n1 + bq)), rope(nk(Wk n1 + bk)), Wv n1 + bv)`, `m = x + Wo a + bo`,
+//! `n2 = norm(m)` and `u = silu(Wg n2 + bg) * (Wu n2 + bu)`, the layer gives `m + Wd u + bd`; biases and the norms `nq` and `nk` of
+//! single heads are there if the model has them. Kept are `x`, `q`, `k`, `v`, `a`, `m`, the gate, the up projection and what each
+//! LoRA pair's A gives; the norms, `u`, and `q` and `k` behind their norms are made again.
 
-use candle_core::{DType, Device, Result};
+use candle_core::{Result, bail};
 use pipeline_kernels::attention::{
-    Gradients as HeadGradients, Heads, Inputs, attention, attention_backward,
+    Gradients as HeadGradients, Inputs, attention, attention_backward,
 };
 use pipeline_kernels::elementwise::{
-    rms_norm, rms_norm_again, rms_norm_backward, rms_norm_weight, rope, swiglu, swiglu_backward,
+    rms_norm, rms_norm_backward, rms_norm_grad_weight, rms_norm_recompute, swiglu, swiglu_backward,
 };
-use pipeline_kernels::panels::{LANES, fill, size};
 use pipeline_kernels::product::Onto;
 
 use super::layout::Layout;
 use super::pool::Pool;
-use super::projection::Set;
-use super::weights::Layer;
-use crate::ml::model::arch::Arch;
+use super::projection::ProjectionGroup;
+use super::shape::Shape;
+use super::weights::{HeadNorm, Layer};
 use crate::ml::model::linear::{Pass, Weight};
-use crate::ml::model::{self, Gradients, Llama};
-
-/// The sizes of a pass and what all layers share.
-pub(super) struct Shape {
-    pub(super) tokens: usize,
-    pub(super) hidden: usize,
-    inner: usize,
-    heads: Heads,
-    cos: Vec<f32>,
-    sin: Vec<f32>,
-    /// For each token its place in the padded batches.
-    pub(super) places: Vec<u64>,
-    /// Whether products with the base's weights are in bf16.
-    pub(super) half: bool,
-    /// The tokens in front of this one are the adapter's; the others see the base alone.
-    pub(super) adapted: usize,
-}
-
-impl Shape {
-    pub(super) fn new(model: &Llama, layout: &Layout) -> Result<Self> {
-        let half = model.compute == DType::BF16;
-        Self::of(&model.arch, layout, &model.device, half)
-    }
-
-    pub(super) fn of(
-        config: &Arch,
-        layout: &Layout,
-        device: &Device,
-        in_bf16: bool,
-    ) -> Result<Self> {
-        let tokens = layout.ids.len();
-        let half = config.head_dim / 2;
-        let positions = layout.positions.iter().copied();
-        let (cos, sin) = model::angles(config, positions, device)?;
-        let panels = |angles: candle_core::Tensor| -> Result<Vec<f32>> {
-            let rows = angles.flatten_all()?.to_vec1::<f32>()?;
-            let mut out = vec![0.; size(half, tokens)];
-            fill(&mut out, half, tokens, |token| {
-                rows.get(token * half..(token + 1) * half)
-                    .unwrap_or_default()
-            });
-            Ok(out)
-        };
-        Ok(Self {
-            tokens,
-            hidden: config.hidden_size,
-            inner: config.intermediate_size,
-            heads: Heads {
-                queries: config.num_attention_heads,
-                keys: config.num_key_value_heads,
-                width: config.head_dim,
-            },
-            cos: panels(cos)?,
-            sin: panels(sin)?,
-            places: layout.flat.clone(),
-            half: in_bf16,
-            adapted: tokens,
-        })
-    }
-
-    fn q_width(&self) -> usize {
-        self.heads.queries * self.heads.width
-    }
-
-    fn kv_width(&self) -> usize {
-        self.heads.keys * self.heads.width
-    }
-
-    fn take(&self, pool: &Pool, features: usize) -> Vec<f32> {
-        pool.take(size(features, self.tokens))
-    }
-
-    /// A buffer whose lanes behind the last token are zero.
-    fn take_clean(&self, pool: &Pool, features: usize) -> Vec<f32> {
-        let mut buffer = self.take(pool, features);
-        let last = buffer.len().saturating_sub(features * LANES);
-        buffer[last..].fill(0.);
-        buffer
-    }
-
-    fn rope(&self, x: &mut [f32], features: usize, back: bool) {
-        let half = self.heads.width / 2;
-        rope(x, features, &self.cos, &self.sin, half, back);
-    }
-}
+use crate::ml::model::{self, Gradients, Llama, Norm};
 
 /// Bytes that a pass keeps of each token for its backward.
 pub(super) fn kept(model: &Llama, checkpointing: bool) -> usize {
-    let config = &model.arch;
-    let (queries, keys) = (config.num_attention_heads, config.num_key_value_heads);
-    let input = config.hidden_size;
+    let arch = &model.arch;
+    let (queries, keys) = (arch.num_attention_heads, arch.num_key_value_heads);
+    let input = arch.hidden_size;
     let all = |layer: &model::Layer| {
         let linears = layer.linears().into_iter();
         let pairs = linears.filter_map(|linear| linear.lora.as_ref());
-        let narrow = pairs.filter_map(|pair| pair.a.stored(Pass::INFER).dims().first());
-        let attention = 2 * (queries + keys) * config.head_dim;
-        2 * input + attention + 2 * config.intermediate_size + narrow.sum::<usize>()
+        let ranks = pairs.filter_map(|pair| pair.a.stored(Pass::INFER).dims().first());
+        let attention = 2 * (queries + keys) * arch.head_dim;
+        2 * input + attention + 2 * arch.intermediate_size + ranks.sum::<usize>()
     };
     let layers = model.layers.get(super::lowest(model)..).unwrap_or_default();
     let all = layers.iter().map(all);
@@ -128,49 +44,152 @@ pub(super) fn kept(model: &Llama, checkpointing: bool) -> usize {
     floats * size_of::<f32>()
 }
 
-/// What a layer's backward needs.
+/// What a layer's backward needs. All are panels: of the hidden states' width, the heads' or the feed-forward block's, and the
+/// norms' factors of one feature.
 pub(super) struct Saved {
     x: Vec<f32>,
-    inverse1: Vec<f32>,
-    q: Vec<f32>,
-    k: Vec<f32>,
+    input_inverse: Vec<f32>,
+    q: SavedHeads,
+    k: SavedHeads,
     v: Vec<f32>,
     log_sums: Vec<f32>,
     attended: Vec<f32>,
     middle: Vec<f32>,
-    inverse2: Vec<f32>,
+    post_inverse: Vec<f32>,
     gate: Vec<f32>,
     up: Vec<f32>,
-    /// Of q, k, v; o; gate, up; down.
-    narrow: [Vec<Vec<f32>>; 4],
+    /// What the pairs' A give, scaled: of q, k, v; o; gate, up; down.
+    lora_down: [Vec<Vec<f32>>; 4],
 }
 
 impl Saved {
     pub(super) fn give_back(self, pool: &Pool) {
-        for buffer in [
+        self.q.give_back(pool);
+        self.k.give_back(pool);
+        pool.give_all([
             self.x,
-            self.inverse1,
-            self.q,
-            self.k,
+            self.input_inverse,
             self.v,
             self.log_sums,
             self.attended,
             self.middle,
-            self.inverse2,
+            self.post_inverse,
             self.gate,
             self.up,
-        ] {
-            pool.give(buffer);
-        }
-        for buffer in self.narrow.into_iter().flatten() {
-            pool.give(buffer);
+        ]);
+        pool.give_all(self.lora_down.into_iter().flatten());
+    }
+}
+
+/// The queries or keys of a layer.
+enum SavedHeads {
+    /// As they go into the attention.
+    Rotated(Vec<f32>),
+    /// As the projection gives them, in front of a norm.
+    Raw(RawHeads),
+}
+
+/// Queries or keys in front of their norm.
+struct RawHeads {
+    values: Vec<f32>,
+    /// The factors of each head's norm, panels of a feature a head.
+    inverse: Vec<f32>,
+}
+
+impl SavedHeads {
+    fn give_back(self, pool: &Pool) {
+        match self {
+            Self::Rotated(rotated) => pool.give(rotated),
+            Self::Raw(raw) => pool.give_all([raw.values, raw.inverse]),
         }
     }
+
+    /// The buffer that [`rotate`] rotated, once it is not needed any more: here it is, or goes back.
+    fn of(raw: Option<RawHeads>, rotated: Vec<f32>, pool: &Pool) -> Self {
+        match raw {
+            None => Self::Rotated(rotated),
+            Some(raw) => {
+                pool.give(rotated);
+                Self::Raw(raw)
+            }
+        }
+    }
+
+    /// The values as they go into the attention, and, with a norm, those in front of it with its factors.
+    fn rotated(
+        self,
+        norm: Option<&HeadNorm<'_>>,
+        shape: &Shape,
+        pool: &Pool,
+    ) -> Result<(Vec<f32>, Option<RawHeads>)> {
+        Ok(match (self, norm) {
+            (Self::Raw(raw), Some(norm)) => {
+                let mut rotated = pool.take(raw.values.len());
+                let weight = norm.weight.floats()?;
+                rms_norm_recompute(&raw.values, weight, &raw.inverse, &mut rotated);
+                let features = shape.features(&rotated);
+                shape.rope(&mut rotated, features, false);
+                (rotated, Some(raw))
+            }
+            (Self::Rotated(rotated), _) => (rotated, None),
+            (Self::Raw(_), None) => bail!("a layer lost the norm of its heads"),
+        })
+    }
+}
+
+/// The queries or keys as the attention takes them; with a norm also what they were in front of it, and its factors.
+fn rotate(
+    mut raw: Vec<f32>,
+    norm: Option<&HeadNorm<'_>>,
+    shape: &Shape,
+    pool: &Pool,
+) -> Result<(Vec<f32>, Option<RawHeads>)> {
+    let features = shape.features(&raw);
+    let Some(norm) = norm else {
+        shape.rope(&mut raw, features, false);
+        return Ok((raw, None));
+    };
+    let mut rotated = pool.take(raw.len());
+    let mut inverse = shape.take(pool, features / shape.heads.width);
+    let weight = norm.weight.floats()?;
+    rms_norm(&raw, weight, norm.eps, &mut rotated, &mut inverse);
+    shape.rope(&mut rotated, features, false);
+    let raw = RawHeads {
+        values: raw,
+        inverse,
+    };
+    Ok((rotated, Some(raw)))
+}
+
+/// Backpropagates through [`rotate`]: from the gradient of what it gave to that of what it took.
+fn rotate_backward(
+    mut grad: Vec<f32>,
+    raw: Option<RawHeads>,
+    (norm, trained): (Option<&HeadNorm<'_>>, Option<&Norm>),
+    PassContext { shape, pool, .. }: PassContext<'_>,
+    trainable: &mut Trainable<'_>,
+) -> Result<Vec<f32>> {
+    let features = shape.features(&grad);
+    shape.rope(&mut grad, features, true);
+    let (Some(raw), Some(norm)) = (raw, norm) else {
+        return Ok(grad);
+    };
+    if let Some(trained) = trained {
+        trainable.add(&trained.weight, |sum| {
+            rms_norm_grad_weight(&raw.values, &raw.inverse, &grad, sum);
+        })?;
+    }
+    let mut grad_raw = pool.take(raw.values.len());
+    grad_raw.fill(0.);
+    let weight = norm.weight.floats()?;
+    rms_norm_backward(&raw.values, weight, &raw.inverse, &grad, &mut grad_raw);
+    pool.give_all([raw.values, raw.inverse, grad]);
+    Ok(grad_raw)
 }
 
 /// What a pass works with.
 #[derive(Clone, Copy)]
-pub(super) struct Work<'a> {
+pub(super) struct PassContext<'a> {
     pub(super) shape: &'a Shape,
     pub(super) layout: &'a Layout,
     pub(super) pool: &'a Pool,
@@ -179,6 +198,7 @@ pub(super) struct Work<'a> {
 /// Where gradients go.
 pub(super) struct Trainable<'a> {
     pub(super) model: &'a Llama,
+    pub(super) pool: &'a Pool,
     pub(super) gradients: &'a mut Gradients,
 }
 
@@ -194,29 +214,31 @@ impl Trainable<'_> {
     }
 }
 
-/// Runs the layer. Without `whole`, for a backward alone, the last product is left out and the second result is empty.
+/// Runs the layer on hidden states `x`, panels of the hidden width: returns what a backward needs, and the hidden states behind
+/// the layer. Without `whole`, for a backward alone, the last product is left out and these are empty.
 pub(super) fn forward(
     layer: &Layer<'_>,
-    Work {
-        shape,
-        layout,
-        pool,
-    }: Work<'_>,
+    context: PassContext<'_>,
     x: Vec<f32>,
     whole: bool,
 ) -> Result<(Saved, Vec<f32>)> {
+    let PassContext {
+        shape,
+        layout,
+        pool,
+    } = context;
     let (hidden, inner) = (shape.hidden, shape.inner);
     let mut normed = shape.take(pool, hidden);
-    let mut inverse1 = shape.take(pool, 1);
+    let mut input_inverse = shape.take(pool, 1);
     let weight = layer.input_norm.floats()?;
-    rms_norm(&x, weight, layer.eps.0, &mut normed, &mut inverse1);
+    rms_norm(&x, weight, layer.eps.0, &mut normed, &mut input_inverse);
     let mut q = shape.take(pool, shape.q_width());
     let mut k = shape.take(pool, shape.kv_width());
     let mut v = shape.take(pool, shape.kv_width());
-    let set = Set::new(&[&layer.q, &layer.k, &layer.v], hidden, shape);
-    let narrow1 = set.forward(&normed, vec![&mut q, &mut k, &mut v], Onto::Zero, pool)?;
-    shape.rope(&mut q, shape.q_width(), false);
-    shape.rope(&mut k, shape.kv_width(), false);
+    let group = ProjectionGroup::new(&[&layer.q, &layer.k, &layer.v], hidden, shape);
+    let qkv_down = group.forward(&normed, vec![&mut q, &mut k, &mut v], Onto::Zero, pool)?;
+    let (q, raw_q) = rotate(q, layer.q_norm.as_ref(), shape, pool)?;
+    let (k, raw_k) = rotate(k, layer.k_norm.as_ref(), shape, pool)?;
     let mut attended = shape.take_clean(pool, shape.q_width());
     let mut log_sums = shape.take_clean(pool, shape.heads.queries);
     let inputs = Inputs {
@@ -224,190 +246,206 @@ pub(super) fn forward(
         k: &k,
         v: &v,
     };
-    attention(
-        inputs,
-        shape.heads,
-        &layout.spans,
-        &mut attended,
-        &mut log_sums,
-    );
+    let spans = layout.spans(layer.window);
+    attention(inputs, shape.heads, spans, &mut attended, &mut log_sums);
+    let q = SavedHeads::of(raw_q, q, pool);
+    let k = SavedHeads::of(raw_k, k, pool);
     let mut middle = shape.take(pool, hidden);
-    let set = Set::new(&[&layer.o], shape.q_width(), shape);
-    let narrow2 = set.forward(&attended, vec![&mut middle], Onto::Values(&x), pool)?;
+    let group = ProjectionGroup::new(&[&layer.o], shape.q_width(), shape);
+    let o_down = group.forward(&attended, vec![&mut middle], Onto::Values(&x), pool)?;
 
-    let mut inverse2 = shape.take(pool, 1);
+    let mut post_inverse = shape.take(pool, 1);
     let weight = layer.post_norm.floats()?;
-    rms_norm(&middle, weight, layer.eps.1, &mut normed, &mut inverse2);
+    rms_norm(&middle, weight, layer.eps.1, &mut normed, &mut post_inverse);
     let mut gate = shape.take(pool, inner);
     let mut up = shape.take(pool, inner);
-    let set = Set::new(&[&layer.gate, &layer.up], hidden, shape);
-    let narrow3 = set.forward(&normed, vec![&mut gate, &mut up], Onto::Zero, pool)?;
+    let group = ProjectionGroup::new(&[&layer.gate, &layer.up], hidden, shape);
+    let gate_up_down = group.forward(&normed, vec![&mut gate, &mut up], Onto::Zero, pool)?;
     pool.give(normed);
-    let mut unit = shape.take(pool, inner);
-    swiglu(&gate, &up, &mut unit);
-    let set = Set::new(&[&layer.down], inner, shape);
-    let (narrow4, out) = if whole {
+    let mut gated = shape.take(pool, inner);
+    swiglu(&gate, &up, &mut gated);
+    let group = ProjectionGroup::new(&[&layer.down], inner, shape);
+    let (down_down, out) = if whole {
         let mut out = shape.take(pool, hidden);
         let onto = Onto::Values(&middle);
-        (set.forward(&unit, vec![&mut out], onto, pool)?, out)
+        (group.forward(&gated, vec![&mut out], onto, pool)?, out)
     } else {
-        (set.narrow(&unit, pool)?, Vec::new())
+        (group.lora_down(&gated, pool)?, Vec::new())
     };
-    pool.give(unit);
+    pool.give(gated);
     let saved = Saved {
         x,
-        inverse1,
+        input_inverse,
         q,
         k,
         v,
         log_sums,
         attended,
         middle,
-        inverse2,
+        post_inverse,
         gate,
         up,
-        narrow: [narrow1, narrow2, narrow3, narrow4],
+        lora_down: [qkv_down, o_down, gate_up_down, down_down],
     };
     Ok((saved, out))
 }
 
-/// The layer's two names: its weights held, and where its gradients go.
+/// A layer's weights as slices, and the layer itself, where its gradients go.
 #[derive(Clone, Copy)]
-pub(super) struct Both<'a, 'b> {
-    pub(super) held: &'a Layer<'b>,
+pub(super) struct LayerRef<'a, 'b> {
+    pub(super) weights: &'a Layer<'b>,
     pub(super) layer: &'a model::Layer,
 }
 
-/// Goes back through the layer: `of_x`, the gradient of what it gave, becomes that of what it took, if `wanted`; otherwise it goes
-/// no further than what is trained.
+/// Backpropagates through the layer: `grad_x`, the gradient by the hidden states that it gave, becomes that by those that it took
+/// if `wanted`; otherwise it goes no further than what is trained. Gradients of what is trained go to `trainable`.
 pub(super) fn backward(
-    Both { held, layer }: Both<'_, '_>,
-    Work {
-        shape,
-        layout,
-        pool,
-    }: Work<'_>,
+    LayerRef { weights, layer }: LayerRef<'_, '_>,
+    context: PassContext<'_>,
     saved: Saved,
-    of_x: &mut [f32],
+    grad_x: &mut [f32],
     wanted: bool,
     trainable: &mut Trainable<'_>,
 ) -> Result<()> {
+    let PassContext {
+        shape,
+        layout,
+        pool,
+    } = context;
     let (hidden, inner) = (shape.hidden, shape.inner);
     let Saved {
         x,
-        inverse1,
-        mut q,
-        mut k,
+        input_inverse,
+        q,
+        k,
         v,
         log_sums,
         attended,
         middle,
-        inverse2,
+        post_inverse,
         mut gate,
         mut up,
-        narrow: [narrow1, narrow2, narrow3, narrow4],
+        lora_down: [qkv_down, o_down, gate_up_down, down_down],
     } = saved;
 
-    // The gated unit.
-    let mut unit = shape.take(pool, inner);
-    let set = Set::new(&[&held.down], inner, shape);
-    let slopes = set.backward(&[of_x], &mut unit, pool)?;
-    swiglu_backward(&mut gate, &mut up, &mut unit); // gate and up are their gradients now, and unit itself
-    set.gradients(&[&layer.down], &[of_x], &unit, &narrow4, &slopes, trainable)?;
-    pool.give_all(narrow4.into_iter().chain(slopes));
-    pool.give(unit);
-    let mut normed = shape.take(pool, hidden);
-    let weight = held.post_norm.floats()?;
-    rms_norm_again(&middle, weight, &inverse2, &mut normed);
-    let set = Set::new(&[&held.gate, &held.up], hidden, shape);
-    let mut of_normed = shape.take(pool, hidden);
-    let slopes = set.backward(&[&gate, &up], &mut of_normed, pool)?;
-    let linears = [&layer.gate, &layer.up];
-    set.gradients(
-        &linears,
-        &[&gate, &up],
-        &normed,
-        &narrow3,
-        &slopes,
+    // The feed-forward block.
+    let mut grad_gated = shape.take(pool, inner);
+    let group = ProjectionGroup::new(&[&weights.down], inner, shape);
+    let grad_lora_down = group.backward(&[grad_x], &mut grad_gated, pool)?;
+    swiglu_backward(&mut gate, &mut up, &mut grad_gated);
+    let (grad_gate, grad_up, gated) = (gate, up, grad_gated); // what their buffers hold now
+    group.gradients(
+        &[&layer.down],
+        &[grad_x],
+        &gated,
+        &down_down,
+        &grad_lora_down,
         trainable,
     )?;
-    pool.give_all(narrow3.into_iter().chain(slopes));
-    pool.give(gate);
-    pool.give(up);
+    pool.give_all(down_down.into_iter().chain(grad_lora_down));
+    pool.give(gated);
+    let mut normed = shape.take(pool, hidden);
+    let weight = weights.post_norm.floats()?;
+    rms_norm_recompute(&middle, weight, &post_inverse, &mut normed);
+    let group = ProjectionGroup::new(&[&weights.gate, &weights.up], hidden, shape);
+    let mut grad_normed = shape.take(pool, hidden);
+    let grad_outs: [&[f32]; 2] = [&grad_gate, &grad_up];
+    let grad_lora_down = group.backward(&grad_outs, &mut grad_normed, pool)?;
+    group.gradients(
+        &[&layer.gate, &layer.up],
+        &grad_outs,
+        &normed,
+        &gate_up_down,
+        &grad_lora_down,
+        trainable,
+    )?;
+    pool.give_all(gate_up_down.into_iter().chain(grad_lora_down));
+    pool.give_all([grad_gate, grad_up]);
     trainable.add(&layer.post_norm.weight, |sum| {
-        rms_norm_weight(&middle, &inverse2, &of_normed, sum);
+        rms_norm_grad_weight(&middle, &post_inverse, &grad_normed, sum);
     })?;
-    rms_norm_backward(&middle, weight, &inverse2, &of_normed, of_x);
-    pool.give(middle);
-    pool.give(inverse2);
+    rms_norm_backward(&middle, weight, &post_inverse, &grad_normed, grad_x);
+    pool.give_all([middle, post_inverse]);
 
     // Attention.
     if !wanted && !layer.trains_attention() {
-        let narrow = narrow1.into_iter().chain(narrow2);
-        let rest = [x, inverse1, q, k, v, log_sums, attended, of_normed, normed];
-        pool.give_all(narrow.chain(rest));
+        q.give_back(pool);
+        k.give_back(pool);
+        pool.give_all(qkv_down.into_iter().chain(o_down));
+        pool.give_all([x, input_inverse, v, log_sums, attended, grad_normed, normed]);
         return Ok(());
     }
-    let set = Set::new(&[&held.o], shape.q_width(), shape);
-    let mut of_attended = shape.take_clean(pool, shape.q_width());
-    let slopes = set.backward(&[of_x], &mut of_attended, pool)?;
-    set.gradients(
+    let group = ProjectionGroup::new(&[&weights.o], shape.q_width(), shape);
+    let mut grad_attended = shape.take_clean(pool, shape.q_width());
+    let grad_lora_down = group.backward(&[grad_x], &mut grad_attended, pool)?;
+    group.gradients(
         &[&layer.o],
-        &[of_x],
+        &[grad_x],
         &attended,
-        &narrow2,
-        &slopes,
+        &o_down,
+        &grad_lora_down,
         trainable,
     )?;
-    pool.give_all(narrow2.into_iter().chain(slopes));
-    let mut of_q = shape.take_clean(pool, shape.q_width());
-    let mut of_k = shape.take_clean(pool, shape.kv_width());
-    let mut of_v = shape.take_clean(pool, shape.kv_width());
-    let inputs = Inputs {
-        q: &q,
-        k: &k,
-        v: &v,
-    };
+    pool.give_all(o_down.into_iter().chain(grad_lora_down));
+    let norms = (weights.q_norm.as_ref(), weights.k_norm.as_ref());
+    let (q, raw_q) = q.rotated(norms.0, shape, pool)?;
+    let (k, raw_k) = k.rotated(norms.1, shape, pool)?;
+    let mut grad_q = shape.take_clean(pool, shape.q_width());
+    let mut grad_k = shape.take_clean(pool, shape.kv_width());
+    let mut grad_v = shape.take_clean(pool, shape.kv_width());
     attention_backward(
-        inputs,
+        Inputs {
+            q: &q,
+            k: &k,
+            v: &v,
+        },
         shape.heads,
-        &layout.spans,
-        (&attended, &log_sums, &of_attended),
+        layout.spans(weights.window),
+        (&attended, &log_sums, &grad_attended),
         &mut HeadGradients {
-            q: &mut of_q,
-            k: &mut of_k,
-            v: &mut of_v,
+            q: &mut grad_q,
+            k: &mut grad_k,
+            v: &mut grad_v,
         },
     );
-    for buffer in [attended, log_sums, of_attended, v] {
-        pool.give(buffer);
-    }
-    shape.rope(&mut of_q, shape.q_width(), true);
-    shape.rope(&mut of_k, shape.kv_width(), true);
-    for buffer in [std::mem::take(&mut q), std::mem::take(&mut k)] {
-        pool.give(buffer);
-    }
-    let weight = held.input_norm.floats()?;
-    rms_norm_again(&x, weight, &inverse1, &mut normed);
-    let set = Set::new(&[&held.q, &held.k, &held.v], hidden, shape);
-    let outs: [&[f32]; 3] = [&of_q, &of_k, &of_v];
+    pool.give_all([attended, log_sums, grad_attended, q, k, v]);
+    let norm = (norms.0, layer.q_norm.as_ref());
+    let grad_q = rotate_backward(grad_q, raw_q, norm, context, trainable)?;
+    let norm = (norms.1, layer.k_norm.as_ref());
+    let grad_k = rotate_backward(grad_k, raw_k, norm, context, trainable)?;
+    let weight = weights.input_norm.floats()?;
+    rms_norm_recompute(&x, weight, &input_inverse, &mut normed);
+    let group = ProjectionGroup::new(&[&weights.q, &weights.k, &weights.v], hidden, shape);
+    let grad_outs: [&[f32]; 3] = [&grad_q, &grad_k, &grad_v];
     let needed = wanted || layer.input_norm.weight.trained().is_some();
-    let slopes = if needed {
-        set.backward(&outs, &mut of_normed, pool)?
+    let grad_lora_down = if needed {
+        group.backward(&grad_outs, &mut grad_normed, pool)?
     } else {
-        set.slopes(&outs, pool)?
+        group.grad_lora_down(&grad_outs, pool)?
     };
-    let linears = [&layer.q, &layer.k, &layer.v];
-    set.gradients(&linears, &outs, &normed, &narrow1, &slopes, trainable)?;
-    pool.give_all(narrow1.into_iter().chain(slopes));
+    group.gradients(
+        &[&layer.q, &layer.k, &layer.v],
+        &grad_outs,
+        &normed,
+        &qkv_down,
+        &grad_lora_down,
+        trainable,
+    )?;
+    pool.give_all(qkv_down.into_iter().chain(grad_lora_down));
     if needed {
         trainable.add(&layer.input_norm.weight, |sum| {
-            rms_norm_weight(&x, &inverse1, &of_normed, sum);
+            rms_norm_grad_weight(&x, &input_inverse, &grad_normed, sum);
         })?;
-        rms_norm_backward(&x, weight, &inverse1, &of_normed, of_x);
+        rms_norm_backward(&x, weight, &input_inverse, &grad_normed, grad_x);
     }
-    for buffer in [of_q, of_k, of_v, of_normed, normed, x, inverse1] {
-        pool.give(buffer);
-    }
+    pool.give_all([
+        grad_q,
+        grad_k,
+        grad_v,
+        grad_normed,
+        normed,
+        x,
+        input_inverse,
+    ]);
     Ok(())
 }

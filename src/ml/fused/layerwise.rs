@@ -1,4 +1,4 @@
-//! A forward pass over a model folder, a layer at a time, for models that are too large to hold.
+//! A forward pass over a model folder, a layer at a time, for models that are too large to borrow.
 //!
 //! A layer's weights are read when it is their turn and used in the type in which they are stored; only f16, for which there is no
 //! product, becomes f32. Sums are in f32. The plain path's counterpart is [`crate::ml::model::logits_by_layer`].
@@ -14,14 +14,15 @@ use pipeline_kernels::matrix::{Matrix, Values};
 use pipeline_kernels::panels::{fill, size};
 use rayon::prelude::*;
 
-use super::layer::{self, Shape, Work};
+use super::layer::{self, PassContext};
 use super::layout::Layout;
-use super::weights::{Held, Layer, Pair, Projection, Source};
+use super::shape::Shape;
+use super::weights::{BaseWeight, HeadNorm, Layer, Pair, Projection, TensorView};
 use super::{Packing, Pool};
 use crate::ml::adapter::Adapter;
 use crate::ml::io::float::Float;
 use crate::ml::io::weights::{RawTensor, Weights};
-use crate::ml::model::arch::Arch;
+use crate::ml::model::arch::{Arch, Projection as Role, QkNorm};
 use crate::ml::model::batch::Batch;
 use crate::ml::model::tied::{EMBEDDINGS, HEAD};
 use crate::ml::quant::nf4::Nf4;
@@ -31,136 +32,153 @@ const SPAN: usize = 1 << 14;
 
 /// A model folder and the adapter beside it.
 #[derive(Clone, Copy)]
-pub(in crate::ml) struct Walk<'a> {
-    pub(in crate::ml) config: &'a Arch,
+pub(in crate::ml) struct MappedModel<'a> {
+    pub(in crate::ml) arch: &'a Arch,
     pub(in crate::ml) weights: &'a Weights,
     pub(in crate::ml) adapter: Option<&'a Adapter>,
 }
 
 /// A weight of a folder.
-pub(in crate::ml) enum Kept {
+pub(in crate::ml) enum WeightSource {
     Floats(Vec<f32>, (usize, usize)),
     Halves(Vec<bf16>, (usize, usize)),
     Nf4(Nf4),
 }
 
-impl Kept {
-    fn source(&self) -> anyhow::Result<Source<'_>> {
+impl WeightSource {
+    fn source(&self) -> anyhow::Result<BaseWeight<'_>> {
         let (values, (rows, columns)) = match self {
             Self::Floats(values, shape) => (Values::F32(values), *shape),
             Self::Halves(values, shape) => (Values::Bf16(values), *shape),
-            Self::Nf4(weight) => return Ok(Source::Nf4(weight)),
+            Self::Nf4(weight) => return Ok(BaseWeight::Nf4(weight)),
         };
         let matrix = Matrix::new(values, rows, columns);
         let matrix = matrix.context("a weight has another size than its shape")?;
-        Ok(Source::Bare(matrix))
+        Ok(BaseWeight::Bare(matrix))
     }
 
     /// The matrix (out, in).
     pub(in crate::ml) fn matrix(&self) -> anyhow::Result<Matrix<'_>> {
         match self.source()? {
-            Source::Bare(matrix) => Ok(matrix),
+            BaseWeight::Bare(matrix) => Ok(matrix),
             _ => anyhow::bail!("a weight in 4 bits is not expected here"),
         }
     }
 }
 
-/// A projection's weight, and its pair with the factor.
+/// A projection's weight, its bias, and its pair with the factor.
 struct Module {
-    base: Kept,
+    base: WeightSource,
+    bias: Option<Tensor>,
     pair: Option<(Tensor, Tensor, f32)>,
 }
 
 impl Module {
-    fn hold(&self) -> anyhow::Result<Projection<'_>> {
+    fn borrow(&self) -> anyhow::Result<Projection<'_>> {
         let pair = self.pair.as_ref();
         let pair = pair.map(|(a, b, scaling)| Pair::new(a, b, *scaling));
-        Ok(Projection::new(self.base.source()?, pair.transpose()?))
+        let bias = self.bias.as_ref().map(TensorView::tensor);
+        Ok(Projection::new(
+            self.base.source()?,
+            bias,
+            pair.transpose()?,
+        ))
     }
 }
 
-impl<'a> Walk<'a> {
-    /// Whether there is nothing that the kernels lack: biases, `DoRA`, modules trained whole.
-    pub(in crate::ml) fn is_possible(&self) -> bool {
-        let config = self.config;
-        let plain = config.biases.is_empty();
-        plain && config.head_dim.is_multiple_of(2) && self.adapter.is_none_or(Adapter::is_plain)
+impl<'a> MappedModel<'a> {
+    /// Whether there is nothing that the kernels lack: `DoRA`, modules trained whole.
+    pub(in crate::ml) fn is_supported(&self) -> bool {
+        self.arch.head_dim.is_multiple_of(2) && self.adapter.is_none_or(Adapter::is_plain)
     }
 
     /// The final hidden states after the norm, in panels: the tokens of all `batches`, one behind the other without padding.
-    /// Those in front of token number `adapted` see the adapter. `layer_done` is told the number of layers that are done, and
+    /// Those in front of token number `lora_tokens` see the adapter. `layer_done` is told the number of layers that are done, and
     /// may stop.
     pub(in crate::ml) fn hidden(
         &self,
         batches: &[&Batch],
-        adapted: usize,
+        lora_tokens: usize,
         layer_done: &mut dyn FnMut(usize) -> anyhow::Result<()>,
     ) -> anyhow::Result<Vec<f32>> {
         let packing = Packing {
             padding_free: true,
             share_prompts: false,
         };
-        let layout = Layout::new(batches, packing);
-        let mut shape = Shape::of(self.config, &layout, &Device::Cpu, false)?;
-        shape.adapted = adapted;
+        let mut layout = Layout::new(batches, packing);
+        layout.add_windows(self.arch.layers.iter().filter_map(|layer| layer.window));
+        let mut shape = Shape::of(self.arch, &layout, &Device::Cpu, false)?;
+        shape.lora_tokens = lora_tokens;
         let pool = Pool::default();
-        let work = Work {
+        let work = PassContext {
             shape: &shape,
             layout: &layout,
             pool: &pool,
         };
         let mut x = self.embed(&layout.ids)?;
-        for number in 0..self.config.num_hidden_layers() {
+        for number in 0..self.arch.num_hidden_layers() {
             x = self.layer(number, work, x)?;
             layer_done(number + 1)?;
         }
-        let norm = self.norm("model.norm")?;
+        let norm = self.norm("model.norm", self.arch.hidden_size)?;
         let (mut hidden, mut inverse) = (vec![0.; x.len()], vec![0.; size(1, shape.tokens)]);
-        let eps = self.config.rms_norm_eps as f32;
-        let weight = Held::tensor(&norm);
+        let eps = self.arch.rms_norm_eps as f32;
+        let weight = TensorView::tensor(&norm);
         rms_norm(&x, weight.floats()?, eps, &mut hidden, &mut inverse);
         Ok(hidden)
     }
 
-    fn layer(&self, number: usize, work: Work<'_>, x: Vec<f32>) -> anyhow::Result<Vec<f32>> {
-        let config = self.config;
-        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-        let q_width = config.num_attention_heads * config.head_dim;
-        let kv_width = config.num_key_value_heads * config.head_dim;
+    fn layer(&self, number: usize, work: PassContext<'_>, x: Vec<f32>) -> anyhow::Result<Vec<f32>> {
         let path = format!("model.layers.{number}");
-        let shapes = [
-            ("self_attn.q_proj", (q_width, hidden)),
-            ("self_attn.k_proj", (kv_width, hidden)),
-            ("self_attn.v_proj", (kv_width, hidden)),
-            ("self_attn.o_proj", (hidden, q_width)),
-            ("mlp.gate_proj", (inner, hidden)),
-            ("mlp.up_proj", (inner, hidden)),
-            ("mlp.down_proj", (hidden, inner)),
+        let projections = [
+            ("self_attn.q_proj", Role::Q),
+            ("self_attn.k_proj", Role::K),
+            ("self_attn.v_proj", Role::V),
+            ("self_attn.o_proj", Role::O),
+            ("mlp.gate_proj", Role::Gate),
+            ("mlp.up_proj", Role::Up),
+            ("mlp.down_proj", Role::Down),
         ];
-        let modules = shapes.map(|(name, shape)| self.module(&format!("{path}.{name}"), shape));
+        let modules = projections.map(|(name, role)| self.module(&format!("{path}.{name}"), role));
         let [q, k, v, o, gate, up, down] = modules;
         let (q, k, v, o, gate, up, down) = (q?, k?, v?, o?, gate?, up?, down?);
-        let input_norm = self.norm(&format!("{path}.input_layernorm"))?;
-        let post_norm = self.norm(&format!("{path}.post_attention_layernorm"))?;
-        let eps = config.rms_norm_eps as f32;
+        let input_norm = self.norm(&format!("{path}.input_layernorm"), self.arch.hidden_size)?;
+        let post_norm = self.norm(
+            &format!("{path}.post_attention_layernorm"),
+            self.arch.hidden_size,
+        )?;
+        let head_norm = |name: &str| match self.arch.qk_norm {
+            QkNorm::None => Ok(None),
+            QkNorm::PerHead => {
+                let name = format!("{path}.self_attn.{name}");
+                self.norm(&name, self.arch.head_dim).map(Some)
+            }
+        };
+        let (q_norm, k_norm) = (head_norm("q_norm")?, head_norm("k_norm")?);
+        let eps = self.arch.rms_norm_eps as f32;
+
         let layer = Layer {
-            q: q.hold()?,
-            k: k.hold()?,
-            v: v.hold()?,
-            o: o.hold()?,
-            gate: gate.hold()?,
-            up: up.hold()?,
-            down: down.hold()?,
-            input_norm: Held::tensor(&input_norm),
-            post_norm: Held::tensor(&post_norm),
+            q: q.borrow()?,
+            k: k.borrow()?,
+            v: v.borrow()?,
+            o: o.borrow()?,
+            gate: gate.borrow()?,
+            up: up.borrow()?,
+            down: down.borrow()?,
+            input_norm: TensorView::tensor(&input_norm),
+            post_norm: TensorView::tensor(&post_norm),
             eps: (eps, eps),
+            q_norm: q_norm.as_ref().map(|norm| HeadNorm::new(norm, eps)),
+            k_norm: k_norm.as_ref().map(|norm| HeadNorm::new(norm, eps)),
+            window: self.arch.layers.get(number).and_then(|layer| layer.window),
         };
         let (saved, out) = layer::forward(&layer, work, x, true)?;
         saved.give_back(work.pool);
         Ok(out)
     }
 
-    fn module(&self, path: &str, shape: (usize, usize)) -> anyhow::Result<Module> {
+    fn module(&self, path: &str, role: Role) -> anyhow::Result<Module> {
+        let shape = self.arch.shape(role);
         let name = format!("{path}.weight");
         let base = match Nf4::load(self.weights, &name)? {
             Some(nf4) => {
@@ -169,7 +187,7 @@ impl<'a> Walk<'a> {
                     "the tensor `{name}` has the shape {:?}, expected {shape:?} from config.json",
                     nf4.shape
                 );
-                Kept::Nf4(nf4)
+                WeightSource::Nf4(nf4)
             }
             None => self.rows(&name, shape, 0..shape.0)?,
         };
@@ -181,8 +199,15 @@ impl<'a> Walk<'a> {
             let f32 = |tensor: &Tensor| tensor.to_dtype(DType::F32)?.contiguous();
             Ok((f32(&pair.a)?, f32(&pair.b)?, scaling))
         });
+        let bias = if self.arch.has_bias(role) {
+            let name = format!("{path}.bias");
+            Some(self.vector(&name, shape.0)?)
+        } else {
+            None
+        };
         Ok(Module {
             base,
+            bias,
             pair: pair.transpose()?,
         })
     }
@@ -207,13 +232,13 @@ impl<'a> Walk<'a> {
         name: &str,
         (height, depth): (usize, usize),
         rows: Range<usize>,
-    ) -> anyhow::Result<Kept> {
+    ) -> anyhow::Result<WeightSource> {
         let (float, raw) = self.shaped(name, &[height, depth])?;
         let shape = (rows.len(), depth);
         let (first, count) = (rows.start * depth, rows.len() * depth);
         Ok(match float {
-            Float::F32 => Kept::Floats(raw.values_from(first, count)?, shape),
-            Float::BF16 => Kept::Halves(raw.values_from(first, count)?, shape),
+            Float::F32 => WeightSource::Floats(raw.values_from(first, count)?, shape),
+            Float::BF16 => WeightSource::Halves(raw.values_from(first, count)?, shape),
             Float::F16 => {
                 let halves: Vec<f16> = raw.values_from(first, count)?;
                 let mut values = vec![0f32; count];
@@ -221,7 +246,7 @@ impl<'a> Walk<'a> {
                     .par_chunks_mut(SPAN)
                     .zip(halves.par_chunks(SPAN))
                     .for_each(|(values, halves)| halves.convert_to_f32_slice(values));
-                Kept::Floats(values, shape)
+                WeightSource::Floats(values, shape)
             }
         })
     }
@@ -230,7 +255,7 @@ impl<'a> Walk<'a> {
     pub(in crate::ml) fn head_in_4_bits(&self) -> anyhow::Result<Option<Nf4>> {
         let (name, shape) = (
             self.head_name(),
-            (self.config.vocab_size, self.config.hidden_size),
+            (self.arch.vocab_size, self.arch.hidden_size),
         );
         let head = Nf4::load(self.weights, name)?;
         if let Some(head) = &head {
@@ -248,43 +273,47 @@ impl<'a> Walk<'a> {
         &self,
         packed: Option<&Nf4>,
         rows: Range<usize>,
-    ) -> anyhow::Result<Kept> {
-        let shape = (self.config.vocab_size, self.config.hidden_size);
+    ) -> anyhow::Result<WeightSource> {
+        let shape = (self.arch.vocab_size, self.arch.hidden_size);
         let Some(packed) = packed else {
             return self.rows(self.head_name(), shape, rows);
         };
         let shape = (rows.len(), shape.1);
         let mut values = vec![0f32; shape.0 * shape.1];
         packed.dequantise_rows(rows, &mut values);
-        Ok(Kept::Floats(values, shape))
+        Ok(WeightSource::Floats(values, shape))
     }
 
     fn head_name(&self) -> &'static str {
-        if self.config.tie_word_embeddings {
+        if self.arch.tie_word_embeddings {
             EMBEDDINGS
         } else {
             HEAD
         }
     }
 
-    fn norm(&self, path: &str) -> anyhow::Result<Tensor> {
-        let name = format!("{path}.weight");
-        self.shaped(&name, &[self.config.hidden_size])?;
-        let tensor = self.weights.tensor(&name, &Device::Cpu)?;
+    fn norm(&self, path: &str, width: usize) -> anyhow::Result<Tensor> {
+        self.vector(&format!("{path}.weight"), width)
+    }
+
+    /// A tensor of so many numbers, in f32.
+    fn vector(&self, name: &str, length: usize) -> anyhow::Result<Tensor> {
+        self.shaped(name, &[length])?;
+        let tensor = self.weights.tensor(name, &Device::Cpu)?;
         Ok(tensor.to_dtype(DType::F32)?)
     }
 
     /// The tokens' rows of the embedding, in panels.
     fn embed(&self, ids: &[u32]) -> anyhow::Result<Vec<f32>> {
-        let width = self.config.hidden_size;
-        let (float, raw) = self.shaped(EMBEDDINGS, &[self.config.vocab_size, width])?;
+        let width = self.arch.hidden_size;
+        let (float, raw) = self.shaped(EMBEDDINGS, &[self.arch.vocab_size, width])?;
         let mut rows = vec![0f32; ids.len() * width];
         let mut bytes = vec![0; width * float.size()];
         for (row, &id) in rows.chunks_mut(width.max(1)).zip(ids) {
             ensure!(
-                (id as usize) < self.config.vocab_size,
+                (id as usize) < self.arch.vocab_size,
                 "the id {id} lies outside the vocabulary of {}",
-                self.config.vocab_size
+                self.arch.vocab_size
             );
             raw.read(id as usize * bytes.len(), &mut bytes)?;
             float.read(&bytes, row);

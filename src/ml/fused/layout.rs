@@ -38,12 +38,14 @@ pub(super) struct Layout {
     /// Its position, from the start of its document.
     pub(super) positions: Vec<usize>,
     /// Tokens that may see each other.
-    pub(super) spans: Spans,
+    spans: Spans,
+    /// The same for windows of so many keys.
+    windows: Vec<(usize, Spans)>,
     /// For each sequence, all batches' one behind the other, the token at each position.
     pub(super) places: Vec<Vec<usize>>,
     /// For each token, its place in its padded batch (the first, if it is in several), with [`BATCH_STRIDE`] from one batch to
     /// the next.
-    pub(super) flat: Vec<u64>,
+    pub(super) padded_index: Vec<u64>,
     /// For each sequence, where its keys are not counted as its ids are: how many lie in front of its branch, and which of its
     /// span's keys is the branch's first. Sums over keys are cut into panels by that.
     pub(super) branches: Vec<(usize, usize)>,
@@ -131,6 +133,38 @@ fn split<'a>(members: &[Member<'a>], at: usize) -> Vec<Vec<Member<'a>>> {
 }
 
 impl Layout {
+    /// Makes ready for layers whose queries see so many keys, their own included.
+    pub(super) fn add_windows(&mut self, windows: impl IntoIterator<Item = usize>) {
+        let longest = self.positions.iter().max().map_or(0, |last| last + 1);
+        for window in windows {
+            // One that is no shorter than the longest text leaves everything.
+            if window >= longest || self.windows.iter().any(|(known, _)| *known == window) {
+                continue;
+            }
+            let positions = &self.positions;
+            let spans = self.spans.limited(|token, visible| {
+                let seen = positions.get(token).map_or(0, |position| position + 1);
+                let outside = seen.saturating_sub(window) as u32;
+                // Padding further behind would see nothing at all.
+                if outside < visible.count() {
+                    visible.without_first(outside)
+                } else {
+                    visible
+                }
+            });
+            self.windows.push((window, spans));
+        }
+    }
+
+    /// Which tokens see which, with a window that [`Layout::add_windows`] knows, or without one.
+    pub(super) fn spans(&self, window: Option<usize>) -> &Spans {
+        let known = self
+            .windows
+            .iter()
+            .find(|(known, _)| Some(*known) == window);
+        known.map_or(&self.spans, |(_, spans)| spans)
+    }
+
     pub(super) fn new(batches: &[&Batch], packing: Packing) -> Self {
         let mut members = Vec::new();
         for (&batch, number) in batches.iter().zip(0u64..) {
@@ -180,7 +214,7 @@ impl Layout {
         let places = &mut self.places[member.number];
         let place = member.row * member.batch.width + places.len();
         places.push(token);
-        self.flat.push(member.first + place as u64);
+        self.padded_index.push(member.first + place as u64);
         self.ids.push(id);
         self.positions.push(position);
     }
@@ -195,6 +229,7 @@ impl Layout {
             let id = member.ids().get(at).copied();
             self.push(member, id.unwrap_or(member.batch.pad()), at - from);
             visible.push(Visible {
+                first: 0,
                 prefix: 0,
                 from: from as u32,
                 to: (at + 1).min(length) as u32,
@@ -215,7 +250,7 @@ impl Layout {
         let common = common(members);
         let pair = members.len() == 2 && members.last().map(|last| last.number) == first.partner();
         if pair || members.iter().all(|member| member.ids().len() == common) {
-            self.together(members, start, common);
+            self.branching_span(members, start, common);
             return;
         }
         let groups = split(members, common);
@@ -234,7 +269,7 @@ impl Layout {
     }
 
     /// One span for sequences that begin alike: the first `common` ids once, then the rest of each.
-    fn together(&mut self, members: &[Member<'_>], start: &Start, common: usize) {
+    fn branching_span(&mut self, members: &[Member<'_>], start: &Start, common: usize) {
         let longest = members.iter().map(|member| member.ids().len()).max();
         self.span(members, start, common, longest.unwrap_or(0));
     }
@@ -256,6 +291,7 @@ impl Layout {
             for (at, &id) in member.ids().iter().enumerate().take(end).skip(skipped) {
                 self.push(member, id, at);
                 visible.push(Visible {
+                    first: 0,
                     prefix: common as u32,
                     from: branch as u32,
                     to: (known + visible.len() + 1) as u32,
@@ -321,7 +357,7 @@ mod tests {
         let layout = Layout::new(&[&batch], padded);
         assert_eq!(padded.tokens(&[&batch]), 4 * 5);
         assert_eq!(layout.ids.len(), 4 * 5);
-        assert_eq!(layout.flat, (0..20).collect::<Vec<u64>>());
+        assert_eq!(layout.padded_index, (0..20).collect::<Vec<u64>>());
         let last = layout.spans[1].visible[4];
         assert_eq!((last.from, last.to), (0, 2), "padding sees the tokens only");
 
@@ -331,7 +367,10 @@ mod tests {
         assert_eq!(both.positions[13..], both.positions[..13]);
         assert_eq!(both.places[4 + 1], [13 + 4, 13 + 5]);
         assert_eq!(both.spans[4 + 1].start, 13 + 4);
-        assert_eq!(both.flat[13 + 4], both.flat[4] + BATCH_STRIDE);
+        assert_eq!(
+            both.padded_index[13 + 4],
+            both.padded_index[4] + BATCH_STRIDE
+        );
     }
 
     /// The tokens that a token sees, found through its span.
@@ -410,7 +449,7 @@ mod tests {
                 }
             }
             assert!(used.into_iter().all(|used| used));
-            assert_eq!(layout.flat.len(), layout.ids.len());
+            assert_eq!(layout.padded_index.len(), layout.ids.len());
         }
     }
 

@@ -9,88 +9,33 @@
 //! only its input, and gives hidden states. Below the lowest layer with something that is trained nothing is kept, and the backward
 //! ends.
 
-pub mod decode;
+mod backend;
+pub(super) mod decode;
 mod head;
 mod layer;
 pub(super) mod layerwise;
 mod layout;
 mod pool;
 mod projection;
-pub(super) mod states;
+mod shape;
+mod states;
 pub(super) mod weights;
 
 use candle_core::{DType, Result, Tensor};
-use pipeline_kernels::elementwise::{rms_norm, rms_norm_backward, rms_norm_weight};
+use pipeline_kernels::elementwise::{rms_norm, rms_norm_backward, rms_norm_grad_weight};
 use pipeline_kernels::panels::{LANES, fill, panels, size};
 
-use super::execution::Together;
 use super::model::batch::{Batch, Target};
-use super::model::linear::{Linear, Pass};
+use super::model::linear::Pass;
 use super::model::{self, Gradients, Llama};
-pub use head::Scored;
-use layer::{Both, Saved, Shape, Trainable, Work};
+pub use backend::{Fused, Unsupported};
+use head::Scored;
+use layer::{LayerRef, PassContext, Saved, Trainable};
 use layout::Layout;
 pub use layout::Packing;
-pub(super) use pool::Pool;
-use weights::{Held, Layer};
-
-/// Whether a model can go the fast way.
-pub(super) fn supports(model: &Llama) -> bool {
-    model.device.is_cpu()
-        && matches!(model.compute, DType::F32 | DType::BF16)
-        && model.arch.head_dim.is_multiple_of(2)
-        && !model.has_pairs_at_ends()
-        && model
-            .layers
-            .iter()
-            .all(|layer| layer.linears().into_iter().all(Linear::has_kernels))
-}
-
-/// The most tokens of several micro-batches in one pass: more would save nothing.
-const TOKENS: usize = 2048;
-/// The most bytes that a pass of several micro-batches keeps for its backward.
-const KEPT: usize = 1 << 29;
-
-/// How many of the first of these micro-batches go through the model together, at least one. It saves time: each block of a
-/// weight is made ready once for all of them, fewer panels are part empty, and what several begin with is computed once. It costs
-/// memory, so there is a bound.
-pub(super) fn together(
-    model: &Llama,
-    batches: &[&Batch],
-    packing: Packing,
-    pass: Pass,
-    checkpointing: bool,
-) -> Together {
-    let packing = packing_of(model, packing, pass);
-    let most = TOKENS.min(KEPT / layer::kept(model, checkpointing).max(1));
-    let all = (1..=batches.len()).map(|count| Together {
-        count,
-        tokens: packing.tokens(batches.get(..count).unwrap_or_default()),
-    });
-    let mut best = Together::default();
-    for found in all {
-        if found.count > 1 && found.tokens > most {
-            break;
-        }
-        best = found;
-    }
-    if best.count > 1 {
-        model.pool.expect(panels(most));
-    }
-    best
-}
-
-/// Each copy of a prompt drops values of its own: where a layer does, none are shared.
-fn packing_of(model: &Llama, packing: Packing, pass: Pass) -> Packing {
-    let drops = |layer: &model::Layer| {
-        let mut linears = layer.linears().into_iter();
-        linears.any(|linear| linear.dropout(pass).is_some())
-    };
-    Packing {
-        share_prompts: packing.share_prompts && !model.layers.iter().any(drops),
-        ..packing
-    }
-}
+use pool::Pool;
+use shape::Shape;
+use weights::{Layer, TensorView};
 
 /// The number of the lowest layer that a backward goes through: nothing below it is trained.
 fn lowest(model: &Llama) -> usize {
@@ -101,26 +46,19 @@ fn lowest(model: &Llama) -> usize {
     trained.unwrap_or(model.layers.len())
 }
 
-/// How many frozen layers lie below the lowest trained one, where what they give can be kept.
-pub(super) fn frozen(model: &Llama) -> usize {
-    match lowest(model) {
-        lowest if supports(model) && lowest < model.layers.len() => lowest,
-        _ => 0,
-    }
-}
-
 fn told_poisoned() -> candle_core::Error {
     candle_core::Error::Msg("a thread that kept hidden states has panicked".into())
 }
 
 /// A forward pass.
-pub struct Forward<'m> {
+struct Forward<'m> {
     model: &'m Llama,
+    pool: &'m Pool,
     layout: Layout,
     shape: Shape,
     pass: Pass,
     /// Of the layers from number `lowest` on.
-    saved: Vec<Kept>,
+    saved: Vec<SavedLayer>,
     lowest: usize,
     last: Vec<f32>,
     inverse: Vec<f32>,
@@ -129,7 +67,7 @@ pub struct Forward<'m> {
 }
 
 /// What is kept of a layer.
-enum Kept {
+enum SavedLayer {
     Input(Vec<f32>),
     All(Box<Saved>),
 }
@@ -137,42 +75,41 @@ enum Kept {
 impl<'m> Forward<'m> {
     /// Runs the model on some batches. With a tape the layers keep what [`Forward::backward`] needs, with `checkpointing` only
     /// their inputs.
-    pub fn new(
-        model: &'m Llama,
+    fn new(
+        fused: &'m Fused<'_>,
         batches: &[&Batch],
-        packing: Packing,
         pass: Pass,
         checkpointing: bool,
     ) -> Result<Self> {
-        let packing = packing_of(model, packing, pass);
-        let layout = Layout::new(batches, packing);
+        let (model, pool, states) = (fused.model, &fused.pool, &fused.states);
+        let mut layout = Layout::new(batches, fused.packing(pass));
+        layout.add_windows(model.layers.iter().filter_map(|layer| layer.window));
         let shape = Shape::new(model, &layout)?;
-        let pool = &model.pool;
         pool.begin(panels(shape.tokens));
         let mut x = pool.take(size(shape.hidden, shape.tokens));
         embed(model, &layout, pass, &mut x)?;
         let mut saved = Vec::new();
         let lowest = lowest(model);
-        let known = match model.states.lock().map_err(|_| told_poisoned())?.as_ref() {
+        let known = match states.lock().map_err(|_| told_poisoned())?.as_ref() {
             Some(states) => states.load(batches, &layout, &mut x)?,
             None => false,
         };
         let first = if known { lowest } else { 0 };
         for (number, layer) in model.layers.iter().enumerate().skip(first) {
-            let layer = Layer::hold(layer, pass)?;
+            let layer = Layer::borrow(layer, pass)?;
             let tape = pass.tape && number >= lowest;
             if number == lowest
                 && !known
-                && let Some(states) = model.states.lock().map_err(|_| told_poisoned())?.as_mut()
+                && let Some(states) = states.lock().map_err(|_| told_poisoned())?.as_mut()
             {
                 states.store(batches, &layout, &x)?;
             }
             if tape && checkpointing {
                 let mut input = pool.take(x.len());
                 input.copy_from_slice(&x);
-                saved.push(Kept::Input(input));
+                saved.push(SavedLayer::Input(input));
             }
-            let work = Work {
+            let work = PassContext {
                 shape: &shape,
                 layout: &layout,
                 pool,
@@ -180,18 +117,19 @@ impl<'m> Forward<'m> {
             let (kept, out) = layer::forward(&layer, work, x, true)?;
             x = out;
             if tape && !checkpointing {
-                saved.push(Kept::All(Box::new(kept)));
+                saved.push(SavedLayer::All(Box::new(kept)));
             } else {
                 kept.give_back(pool);
             }
         }
-        let norm = Held::weight(&model.norm.weight, pass)?;
+        let norm = TensorView::weight(&model.norm.weight, pass)?;
         let mut hidden = pool.take(x.len());
         let mut inverse = pool.take(size(1, shape.tokens));
         let eps = model.norm.eps as f32;
         rms_norm(&x, norm.floats()?, eps, &mut hidden, &mut inverse);
         Ok(Self {
             model,
+            pool,
             layout,
             shape,
             pass,
@@ -204,13 +142,13 @@ impl<'m> Forward<'m> {
     }
 
     /// Scores targets. With `gradient` it keeps what [`Forward::backward`] needs.
-    pub fn score(&self, targets: &[Target], certainty: bool, gradient: bool) -> Result<Scored> {
+    fn score(&self, targets: &[Target], certainty: bool, gradient: bool) -> Result<Scored> {
         head::score(self, targets, certainty, gradient)
     }
 
     /// See [`super::model::head::mean_logit`]; `from` counts all batches' sequences. Without padding the mean goes over the positions
     /// that there are.
-    pub fn mean_logit(&self, from: usize, count: usize) -> Result<f64> {
+    fn mean_logit(&self, from: usize, count: usize) -> Result<f64> {
         let sequences = self.layout.places.iter().skip(from).take(count);
         let mut weights = vec![0f32; self.hidden.len() / self.shape.hidden];
         let mut all = 0usize;
@@ -236,87 +174,94 @@ impl<'m> Forward<'m> {
     }
 
     /// Adds to `gradients` what the gradients of the scored log-probabilities bring.
-    pub fn backward(
+    fn backward(
         mut self,
         scored: Scored,
-        of_logps: &[f32],
+        grad_logps: &[f32],
         gradients: &mut Gradients,
     ) -> Result<()> {
-        let (model, pool) = (self.model, &self.model.pool);
-        let mut of_hidden = pool.take(self.hidden.len());
-        scored.backward(&self, of_logps, &mut of_hidden, gradients)?;
-        let mut of_x = pool.take(self.last.len());
-        of_x.fill(0.);
-        let norm = Held::weight(&model.norm.weight, self.pass)?;
+        let (model, pool) = (self.model, self.pool);
+        let mut grad_hidden = pool.take(self.hidden.len());
+        scored.backward(&self, grad_logps, &mut grad_hidden, gradients)?;
+        let mut grad_x = pool.take(self.last.len());
+        grad_x.fill(0.);
+        let norm = TensorView::weight(&model.norm.weight, self.pass)?;
         let weight = norm.floats()?;
-        rms_norm_backward(&self.last, weight, &self.inverse, &of_hidden, &mut of_x);
+        rms_norm_backward(&self.last, weight, &self.inverse, &grad_hidden, &mut grad_x);
         if let Some(var) = model.norm.weight.trained() {
-            let mut of_weight = vec![0.; weight.len()];
-            rms_norm_weight(&self.last, &self.inverse, &of_hidden, &mut of_weight);
-            gradients.add_values(model, var, of_weight)?;
+            let mut grad_weight = vec![0.; weight.len()];
+            rms_norm_grad_weight(&self.last, &self.inverse, &grad_hidden, &mut grad_weight);
+            gradients.add_values(model, var, grad_weight)?;
         }
-        pool.give(of_hidden);
+        pool.give(grad_hidden);
         let trains_embed = model.embed.trained().is_some();
-        let mut trainable = Trainable { model, gradients };
+        let mut trainable = Trainable {
+            model,
+            pool,
+            gradients,
+        };
         while let Some(kept) = self.saved.pop() {
             let number = self.lowest + self.saved.len();
             let Some(layer) = model.layers.get(number) else {
                 continue;
             };
-            let held = Layer::hold(layer, self.pass)?;
-            let work = Work {
+            let weights = Layer::borrow(layer, self.pass)?;
+            let work = PassContext {
                 shape: &self.shape,
                 layout: &self.layout,
                 pool,
             };
             let saved = match kept {
-                Kept::All(saved) => *saved,
-                Kept::Input(x) => {
-                    let (saved, out) = layer::forward(&held, work, x, false)?;
+                SavedLayer::All(saved) => *saved,
+                SavedLayer::Input(x) => {
+                    let (saved, out) = layer::forward(&weights, work, x, false)?;
                     pool.give(out);
                     saved
                 }
             };
             let wanted = number > self.lowest || trains_embed;
             layer::backward(
-                Both { held: &held, layer },
+                LayerRef {
+                    weights: &weights,
+                    layer,
+                },
                 work,
                 saved,
-                &mut of_x,
+                &mut grad_x,
                 wanted,
                 &mut trainable,
             )?;
         }
         if let Some(var) = model.embed.trained() {
             let (rows, width) = (model.arch.vocab_size, self.shape.hidden);
-            let mut of_embed = vec![0f32; rows * width];
+            let mut grad_embed = vec![0f32; rows * width];
             // As in transformers (`padding_idx`), the row of the padding is not learnt from where it is looked up.
             let ids = self.layout.ids.iter().enumerate();
             let learnt = ids.filter(|(_, id)| Some(**id) != model.arch.pad_token_id);
             for (token, &id) in learnt {
-                let row = &mut of_embed[id as usize * width..][..width];
-                let column = pipeline_kernels::panels::column(&of_x, width, token);
+                let row = &mut grad_embed[id as usize * width..][..width];
+                let column = pipeline_kernels::panels::column(&grad_x, width, token);
                 for (sum, g) in row.iter_mut().zip(column) {
                     *sum += g;
                 }
             }
-            gradients.add_values(model, var, of_embed)?;
+            gradients.add_values(model, var, grad_embed)?;
         }
-        pool.give(of_x);
+        pool.give(grad_x);
         Ok(())
     }
 }
 
 impl Drop for Forward<'_> {
     fn drop(&mut self) {
-        let pool = &self.model.pool;
+        let pool = self.pool;
         for buffer in [&mut self.last, &mut self.inverse, &mut self.hidden] {
             pool.give(std::mem::take(buffer));
         }
         for kept in self.saved.drain(..) {
             match kept {
-                Kept::Input(x) => pool.give(x),
-                Kept::All(saved) => saved.give_back(pool),
+                SavedLayer::Input(x) => pool.give(x),
+                SavedLayer::All(saved) => saved.give_back(pool),
             }
         }
     }

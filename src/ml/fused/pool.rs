@@ -10,7 +10,7 @@ use pipeline_kernels::product::{Factor, Pairs};
 
 /// Free buffers.
 #[derive(Debug, Default)]
-pub(in crate::ml) struct Pool {
+pub(super) struct Pool {
     floats: Free<f32>,
     bits: Free<u32>,
     /// Panels of this pass, and of the longest one.

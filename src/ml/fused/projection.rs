@@ -5,16 +5,17 @@ use pipeline_kernels::elementwise::{self, scale};
 use pipeline_kernels::matrix::Matrix;
 use pipeline_kernels::panels::{LANES, size};
 use pipeline_kernels::product::{Factor, Onto, Product, Term, product, products};
-use pipeline_kernels::reduce::{Order, outer};
+use pipeline_kernels::reduce::{Order, outer, sum_over_tokens};
 use rayon::prelude::*;
 
-use super::layer::{Shape, Trainable};
+use super::layer::Trainable;
 use super::pool::Pool;
+use super::shape::Shape;
 use super::weights::Projection;
 use crate::ml::model::linear::{Base, Linear};
 
 /// Some projections of the same values.
-pub(super) struct Set<'a> {
+pub(super) struct ProjectionGroup<'a> {
     all: Vec<&'a Projection<'a>>,
     /// Features of the input.
     features: usize,
@@ -35,10 +36,11 @@ fn alone<'a>(out: &'a mut [f32], weight: Matrix<'a>, x: &'a Factor<'a>) -> Produ
         out,
         terms: vec![Term { weight, x }],
         onto: Onto::Zero,
+        bias: None,
     }
 }
 
-impl<'a> Set<'a> {
+impl<'a> ProjectionGroup<'a> {
     pub(super) fn new(all: &[&'a Projection<'a>], features: usize, shape: &'a Shape) -> Self {
         Self {
             all: all.to_vec(),
@@ -60,21 +62,21 @@ impl<'a> Set<'a> {
         let dropout = projection.dropout?;
         let mut dropped = pool.take(x.len());
         copy(x, &mut dropped);
-        dropout.apply(&mut dropped, self.features, &self.shape.places);
+        dropout.apply(&mut dropped, self.features, &self.shape.padded_index);
         Some(dropped)
     }
 
-    /// `s_i A_i x` of each pair.
-    pub(super) fn narrow(&self, x: &[f32], pool: &Pool) -> Result<Vec<Vec<f32>>> {
+    /// `s_i A_i x` of each pair, panels of its rank; empty without a pair. `x` are panels of the input's features.
+    pub(super) fn lora_down(&self, x: &[f32], pool: &Pool) -> Result<Vec<Vec<f32>>> {
         let wide = pool.factor(self.shape.half, x, self.features);
-        let narrow = self.narrow_of(x, &wide, pool)?;
+        let lora_down = self.lora_down_of(x, &wide, pool)?;
         pool.give_factors([wide]);
-        Ok(narrow)
+        Ok(lora_down)
     }
 
     /// The same; `wide` is `x` as a factor.
-    fn narrow_of(&self, x: &[f32], wide: &Factor<'_>, pool: &Pool) -> Result<Vec<Vec<f32>>> {
-        let mut narrow = self.ranks(pool);
+    fn lora_down_of(&self, x: &[f32], wide: &Factor<'_>, pool: &Pool) -> Result<Vec<Vec<f32>>> {
+        let mut lora_down = self.ranks(pool);
         let dropped = self.all.iter().map(|p| self.dropped(p, x, pool));
         let dropped: Vec<Option<Vec<f32>>> = dropped.collect();
         let own = dropped.iter().map(|own| {
@@ -83,7 +85,7 @@ impl<'a> Set<'a> {
         });
         let own: Vec<Option<Factor<'_>>> = own.collect();
         let mut all = Vec::new();
-        for ((projection, out), own) in self.all.iter().zip(&mut narrow).zip(&own) {
+        for ((projection, out), own) in self.all.iter().zip(&mut lora_down).zip(&own) {
             if let Some(pair) = &projection.lora {
                 let (weight, x) = (pair.a()?, own.as_ref().unwrap_or(wide));
                 all.push(alone(out, weight, x));
@@ -92,31 +94,31 @@ impl<'a> Set<'a> {
         products(all);
         pool.give_factors(own.into_iter().flatten());
         pool.give_all(dropped.into_iter().flatten());
-        self.scale(&mut narrow);
-        Ok(narrow)
+        self.scale(&mut lora_down);
+        Ok(lora_down)
     }
 
-    fn scale(&self, narrow: &mut [Vec<f32>]) {
-        for (projection, narrow) in self.all.iter().zip(narrow) {
+    fn scale(&self, lora_down: &mut [Vec<f32>]) {
+        for (projection, lora_down) in self.all.iter().zip(lora_down) {
             if let Some(pair) = &projection.lora {
-                scale(narrow, pair.scaling);
-                for token in self.shape.adapted..self.shape.tokens {
+                scale(lora_down, pair.scaling);
+                for token in self.shape.lora_tokens..self.shape.tokens {
                     let start = token / LANES * pair.rank * LANES + token % LANES;
-                    let column = narrow.iter_mut().skip(start).step_by(LANES);
+                    let column = lora_down.iter_mut().skip(start).step_by(LANES);
                     column.take(pair.rank).for_each(|x| *x = 0.);
                 }
             }
         }
     }
 
-    /// The narrow values as factors.
-    fn factors<'v>(&self, narrow: &'v [Vec<f32>], pool: &Pool) -> Vec<Factor<'v>> {
-        let each = self.all.iter().zip(narrow);
+    /// What the pairs' A give, as factors.
+    fn factors<'v>(&self, lora_down: &'v [Vec<f32>], pool: &Pool) -> Vec<Factor<'v>> {
+        let each = self.all.iter().zip(lora_down);
         each.map(|(projection, x)| pool.factor(self.shape.half, x, projection.rank()))
             .collect()
     }
 
-    /// Puts `y_i` into `outs`, added to `onto`. Gives each pair's narrow values.
+    /// Puts `y_i` into `outs`, panels of each projection's features, added to `onto`. Returns [`ProjectionGroup::lora_down`].
     pub(super) fn forward(
         &self,
         x: &[f32],
@@ -125,8 +127,8 @@ impl<'a> Set<'a> {
         pool: &Pool,
     ) -> Result<Vec<Vec<f32>>> {
         let wide = pool.factor(self.shape.half, x, self.features);
-        let narrow = self.narrow_of(x, &wide, pool)?;
-        let factors = self.factors(&narrow, pool);
+        let lora_down = self.lora_down_of(x, &wide, pool)?;
+        let factors = self.factors(&lora_down, pool);
         let mut all = Vec::new();
         for ((projection, out), low) in self.all.iter().zip(outs).zip(&factors) {
             let mut terms = vec![Term {
@@ -139,105 +141,119 @@ impl<'a> Set<'a> {
                     x: low,
                 });
             }
-            all.push(Product { out, terms, onto });
+            all.push(Product {
+                out,
+                terms,
+                onto,
+                bias: projection.bias()?,
+            });
         }
         products(all);
         pool.give_factors(factors);
         pool.give_factors([wide]);
-        Ok(narrow)
+        Ok(lora_down)
     }
 
     /// The gradients of what comes out, as factors.
-    fn wide<'v>(&self, of_outs: &[&'v [f32]], pool: &Pool) -> Result<Vec<Factor<'v>>> {
-        let each = self.all.iter().zip(of_outs);
-        each.map(|(projection, of_out)| {
-            Ok(pool.factor(self.shape.half, of_out, projection.matrix()?.height()))
+    fn wide<'v>(&self, grad_outs: &[&'v [f32]], pool: &Pool) -> Result<Vec<Factor<'v>>> {
+        let each = self.all.iter().zip(grad_outs);
+        each.map(|(projection, grad_out)| {
+            Ok(pool.factor(self.shape.half, grad_out, projection.matrix()?.height()))
         })
         .collect()
     }
 
-    /// `s_i B_i^T of_y_i`: the gradients of the narrow values before they were scaled.
-    pub(super) fn slopes(&self, of_outs: &[&[f32]], pool: &Pool) -> Result<Vec<Vec<f32>>> {
-        let wide = self.wide(of_outs, pool)?;
-        let slopes = self.slopes_of(&wide, pool)?;
+    /// `s_i B_i^T grad_y_i`: the gradients of what each pair's A gives, before it was scaled.
+    pub(super) fn grad_lora_down(
+        &self,
+        grad_outs: &[&[f32]],
+        pool: &Pool,
+    ) -> Result<Vec<Vec<f32>>> {
+        let wide = self.wide(grad_outs, pool)?;
+        let grad_lora_down = self.grad_lora_down_of(&wide, pool)?;
         pool.give_factors(wide);
-        Ok(slopes)
+        Ok(grad_lora_down)
     }
 
-    fn slopes_of(&self, wide: &[Factor<'_>], pool: &Pool) -> Result<Vec<Vec<f32>>> {
-        let mut slopes = self.ranks(pool);
+    fn grad_lora_down_of(&self, wide: &[Factor<'_>], pool: &Pool) -> Result<Vec<Vec<f32>>> {
+        let mut grad_lora_down = self.ranks(pool);
         let mut all = Vec::new();
-        for ((projection, out), x) in self.all.iter().zip(&mut slopes).zip(wide) {
+        for ((projection, out), x) in self.all.iter().zip(&mut grad_lora_down).zip(wide) {
             if let Some(pair) = &projection.lora {
-                all.push(alone(out, pair.b()?.turned(), x));
+                all.push(alone(out, pair.b()?.transposed(), x));
             }
         }
         products(all);
-        self.scale(&mut slopes);
-        Ok(slopes)
+        self.scale(&mut grad_lora_down);
+        Ok(grad_lora_down)
     }
 
-    /// Puts the gradient of the input into `of_x`. Gives [`Set::slopes`].
+    /// Puts the gradient of the input into `grad_x`. Returns [`ProjectionGroup::grad_lora_down`].
     pub(super) fn backward(
         &self,
-        of_outs: &[&[f32]],
-        of_x: &mut [f32],
+        grad_outs: &[&[f32]],
+        grad_x: &mut [f32],
         pool: &Pool,
     ) -> Result<Vec<Vec<f32>>> {
-        let wide = self.wide(of_outs, pool)?;
-        let slopes = self.slopes_of(&wide, pool)?;
-        let narrow = self.factors(&slopes, pool);
+        let wide = self.wide(grad_outs, pool)?;
+        let grad_lora_down = self.grad_lora_down_of(&wide, pool)?;
+        let lora_down = self.factors(&grad_lora_down, pool);
         let mut terms = Vec::new();
-        for ((projection, wide), narrow) in self.all.iter().zip(&wide).zip(&narrow) {
+        for ((projection, wide), lora_down) in self.all.iter().zip(&wide).zip(&lora_down) {
             terms.push(Term {
-                weight: projection.matrix()?.turned(),
+                weight: projection.matrix()?.transposed(),
                 x: wide,
             });
             if let (Some(pair), None) = (&projection.lora, projection.dropout) {
                 terms.push(Term {
-                    weight: pair.a()?.turned(),
-                    x: narrow,
+                    weight: pair.a()?.transposed(),
+                    x: lora_down,
                 });
             }
         }
-        product(of_x, terms, Onto::Zero);
-        for (projection, narrow) in self.all.iter().zip(&narrow) {
+        product(grad_x, terms, Onto::Zero);
+        for (projection, lora_down) in self.all.iter().zip(&lora_down) {
             if let (Some(pair), Some(dropout)) = (&projection.lora, projection.dropout) {
-                let mut own = pool.take(of_x.len());
-                products(vec![alone(&mut own, pair.a()?.turned(), narrow)]);
-                dropout.apply(&mut own, self.features, &self.shape.places);
-                elementwise::add(of_x, &own, 1.);
+                let mut own = pool.take(grad_x.len());
+                products(vec![alone(&mut own, pair.a()?.transposed(), lora_down)]);
+                dropout.apply(&mut own, self.features, &self.shape.padded_index);
+                elementwise::add(grad_x, &own, 1.);
                 pool.give(own);
             }
         }
-        pool.give_factors(narrow);
+        pool.give_factors(lora_down);
         pool.give_factors(wide);
-        Ok(slopes)
+        Ok(grad_lora_down)
     }
 
-    /// Adds the gradients of what is trained. `x` is the input, `narrow` and `slopes` what the passes gave.
+    /// Adds the gradients of what is trained. `x` is the input, `lora_down` and `grad_lora_down` what the passes gave.
     pub(super) fn gradients(
         &self,
         linears: &[&Linear],
-        of_outs: &[&[f32]],
+        grad_outs: &[&[f32]],
         x: &[f32],
-        narrow: &[Vec<f32>],
-        slopes: &[Vec<f32>],
+        lora_down: &[Vec<f32>],
+        grad_lora_down: &[Vec<f32>],
         trainable: &mut Trainable<'_>,
     ) -> Result<()> {
-        let model = trainable.model;
-        let pool = &model.pool;
+        let pool = trainable.pool;
         for (number, (projection, linear)) in self.all.iter().zip(linears).enumerate() {
-            let (Some(of_out), Some(narrow), Some(slope)) =
-                (of_outs.get(number), narrow.get(number), slopes.get(number))
-            else {
+            let (Some(grad_out), Some(lora_down), Some(grad_low)) = (
+                grad_outs.get(number),
+                lora_down.get(number),
+                grad_lora_down.get(number),
+            ) else {
                 continue;
             };
             let height = projection.matrix()?.height();
             if let Base::Dense(weight) = &linear.base {
                 trainable.add(weight, |sum| {
-                    outer((of_out, height), (x, self.features), sum, Order::Straight);
+                    outer((grad_out, height), (x, self.features), sum, Order::Straight);
                 })?;
+            }
+            if let Some(bias) = &linear.bias {
+                let tokens = self.shape.tokens;
+                trainable.add(bias, |sum| sum_over_tokens(grad_out, tokens, sum))?;
             }
             if let (Some(pair), Some(lora)) = (&projection.lora, &linear.lora) {
                 let dropped = self.dropped(projection, x, pool);
@@ -245,14 +261,19 @@ impl<'a> Set<'a> {
                 trainable.add(&lora.a, |sum| {
                     outer(
                         (input, self.features),
-                        (slope, pair.rank),
+                        (grad_low, pair.rank),
                         sum,
-                        Order::Turned,
+                        Order::Transposed,
                     );
                 })?;
                 pool.give_all(dropped);
                 trainable.add(&lora.b, |sum| {
-                    outer((of_out, height), (narrow, pair.rank), sum, Order::Straight);
+                    outer(
+                        (grad_out, height),
+                        (lora_down, pair.rank),
+                        sum,
+                        Order::Straight,
+                    );
                 })?;
             }
         }

@@ -20,7 +20,7 @@ type Branch = (usize, usize);
 
 /// Hidden states of whole sequences, in a file without a name: it ends with the process.
 #[derive(Debug)]
-pub(in crate::ml) struct States {
+pub(super) struct States {
     file: File,
     /// Features of a hidden state.
     width: usize,
@@ -31,7 +31,7 @@ pub(in crate::ml) struct States {
 
 impl States {
     /// None yet; their file goes into `folder`.
-    pub(in crate::ml) fn new(folder: &Path, width: usize) -> std::io::Result<Self> {
+    pub(super) fn new(folder: &Path, width: usize) -> std::io::Result<Self> {
         Ok(Self {
             file: tempfile::tempfile_in(folder)?,
             width,
@@ -42,7 +42,7 @@ impl States {
 
     /// How many sequences' states are there.
     #[cfg(test)]
-    pub(in crate::ml) fn count(&self) -> usize {
+    pub(super) fn count(&self) -> usize {
         self.starts.values().map(Vec::len).sum()
     }
 
@@ -54,7 +54,7 @@ impl States {
 
     /// Empties the file, so that no states can be read.
     #[cfg(test)]
-    pub(in crate::ml) fn cut(&self) {
+    pub(super) fn cut(&self) {
         self.file.set_len(0).unwrap();
     }
 

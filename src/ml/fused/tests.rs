@@ -1,10 +1,14 @@
 //! The fast path beside the plain one: losses, metrics and gradients.
 
+mod families;
+
 use candle_core::Tensor;
 
+use super::backend::TOKENS;
 use super::*;
 use crate::ml::adapter::{Names, NewAdapter};
-use crate::ml::execution::{Path, Together, together};
+use crate::ml::backend::{Backend, Decoder, ForwardPass, PassSize};
+use crate::ml::execution::{Execution, Kind};
 use crate::ml::io::float::Float;
 use crate::ml::io::weights::Weights;
 use crate::ml::lora::init;
@@ -36,18 +40,17 @@ struct Result {
     evaluated: f64,
 }
 
-fn run(model: &mut Llama, path: Path, objective: Objective, checkpointing: bool) -> Result {
-    run_dropping(model, path, objective, checkpointing, None)
+fn run(model: &Llama, kind: Kind, objective: Objective, checkpointing: bool) -> Result {
+    run_dropping(&Execution::new(model, kind), objective, checkpointing, None)
 }
 
 fn run_dropping(
-    model: &mut Llama,
-    path: Path,
+    execution: &Execution<'_>,
     objective: Objective,
     checkpointing: bool,
     dropout: Option<u64>,
 ) -> Result {
-    model.path = path;
+    let (model, kind) = (execution.model(), execution.kind());
     let rows = rows("trl-1.16");
     // Of unlike lengths, and more than one panel of tokens.
     let batches = [&[2, 7, 9][..], &[3, 4]].map(|places| {
@@ -57,13 +60,16 @@ fn run_dropping(
     let mut gradients = Gradients::none(model);
     let mut outcomes = Vec::new();
     let pass = Pass::learn(dropout.map(|seed| Drops { seed, batch: 0 }));
-    let Together { count, tokens } = together(model, &batches.each_ref(), pass, checkpointing);
-    if let Path::Fused(packing) = path {
-        let packing = packing_of(model, packing, pass);
+    let PassSize {
+        micro_batches: count,
+        tokens,
+    } = execution.pass_size(&batches.each_ref(), pass, checkpointing);
+    if let Kind::Fused(packing) = kind {
+        let packing = Fused::new(model, packing).unwrap().packing(pass);
         assert_eq!(tokens, packing.tokens(&batches.each_ref()));
         assert!(!packing.share_prompts || dropout.is_none());
     }
-    assert_eq!(count, if path == Path::Plain { 1 } else { 2 });
+    assert_eq!(count, if kind == Kind::Reference { 1 } else { 2 });
     for (number, batches) in batches.chunks(count).enumerate() {
         let drops = dropout.map(|seed| Drops {
             seed,
@@ -74,10 +80,10 @@ fn run_dropping(
             .zip([1.5, 0.5].into_iter().skip(number))
             .collect();
         let add = &mut gradients;
-        let some = objective.differentiate(model, &scaled, drops, checkpointing, add);
+        let some = objective.differentiate(execution, &scaled, drops, checkpointing, add);
         outcomes.extend(some.unwrap());
     }
-    let evaluated = objective.evaluate(model, &batches[0], Pass::INFER);
+    let evaluated = objective.evaluate(execution, &batches[0], Pass::INFER);
     Result {
         outcomes,
         gradients: gradients.0,
@@ -138,14 +144,14 @@ fn the_fast_path_is_the_plain_one() {
         ("model", false, Trained::Everything),
     ] {
         let adapter = adapter.then_some("adapter_init");
-        let mut model = golden::model(base, adapter, trained, DType::F32);
+        let model = golden::model(base, adapter, trained, DType::F32);
         for objective in [orpo, sft(false), sft(true)] {
-            let plain = run(&mut model, Path::Plain, objective, false);
+            let plain = run(&model, Kind::Reference, objective, false);
             for packing in [PADDED, FREE, SHARED] {
-                let fused = Path::Fused(packing);
-                let once = run(&mut model, fused, objective, false);
+                let fused = Kind::Fused(packing);
+                let once = run(&model, fused, objective, false);
                 compare(&once, &plain, packing, 1e-5, 1e-5);
-                let again = run(&mut model, fused, objective, true);
+                let again = run(&model, fused, objective, true);
                 compare(&again, &once, packing, 0., 1e-30);
             }
         }
@@ -155,18 +161,19 @@ fn the_fast_path_is_the_plain_one() {
 #[test]
 fn both_paths_drop_the_same_values() {
     let objective = Objective::Orpo { beta: 0.1 };
-    let mut model = golden::dropping(0.3, Trained::Adapter);
-    let mut learn = |path, checkpointing, seed| {
-        run_dropping(&mut model, path, objective, checkpointing, Some(seed))
+    let model = golden::dropping(0.3, Trained::Adapter);
+    let learn = |kind, checkpointing, seed| {
+        let execution = Execution::new(&model, kind);
+        run_dropping(&execution, objective, checkpointing, Some(seed))
     };
-    let plain = learn(Path::Plain, false, 7);
+    let plain = learn(Kind::Reference, false, 7);
     for packing in [PADDED, FREE, SHARED] {
-        let once = learn(Path::Fused(packing), false, 7);
+        let once = learn(Kind::Fused(packing), false, 7);
         compare(&once, &plain, packing, 1e-5, 1e-5);
-        let again = learn(Path::Fused(packing), true, 7);
+        let again = learn(Kind::Fused(packing), true, 7);
         compare(&again, &once, packing, 0., 1e-30);
     }
-    let other = learn(Path::Fused(SHARED), false, 8);
+    let other = learn(Kind::Fused(SHARED), false, 8);
     for (other, plain) in other.outcomes.iter().zip(&plain.outcomes) {
         assert!((other.loss - plain.loss).abs() > 1e-5);
     }
@@ -175,12 +182,12 @@ fn both_paths_drop_the_same_values() {
 #[test]
 fn in_bf16_the_fast_path_is_as_near_as_the_plain_one() {
     let objective = Objective::Orpo { beta: 0.1 };
-    let mut exact = golden::model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
-    let exact = run(&mut exact, Path::Plain, objective, false);
+    let exact = golden::model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
+    let exact = run(&exact, Kind::Reference, objective, false);
     for base in ["model", "model_nf4"] {
-        let mut model = golden::model(base, Some("adapter_init"), Trained::Adapter, DType::BF16);
-        let plain = run(&mut model, Path::Plain, objective, false);
-        let ours = run(&mut model, Path::Fused(SHARED), objective, false);
+        let model = golden::model(base, Some("adapter_init"), Trained::Adapter, DType::BF16);
+        let plain = run(&model, Kind::Reference, objective, false);
+        let ours = run(&model, Kind::Fused(SHARED), objective, false);
         compare(&ours, &plain, SHARED, 2e-3, 3e-2);
         if base == "model" {
             compare(&ours, &exact, SHARED, 2e-3, 3e-2);
@@ -198,23 +205,29 @@ fn a_pass_of_micro_batches_has_a_bound() {
         .unwrap();
     let many = vec![&batch; 100];
     let pass = Pass::learn(None);
-    let count = |model: &Llama| together(model, &many, pass, false).count;
-    assert_eq!(count(&model), 100, "the same rows again cost nothing");
-    model.path = Path::Fused(FREE);
-    let free = count(&model);
+    let count = |model: &Llama, kind: Kind| {
+        let execution = Execution::new(model, kind);
+        assert_eq!(execution.kind(), kind);
+        execution.pass_size(&many, pass, false).micro_batches
+    };
+    let fused = |packing| Kind::Fused(packing);
+    let shared = count(&model, fused(SHARED));
+    assert_eq!(shared, 100, "the same rows again cost nothing");
+    let free = count(&model, fused(FREE));
     assert_eq!(free, TOKENS / FREE.tokens(&[&batch]));
-    model.path = Path::Fused(PADDED);
-    assert!((1..free).contains(&count(&model)));
-    model.path = Path::Plain;
-    assert_eq!(count(&model), 1);
+    assert!((1..free).contains(&count(&model, fused(PADDED))));
+    assert_eq!(count(&model, Kind::Reference), 1);
     // A larger model keeps more of each token, and less with checkpointing.
     let (all, inputs) = (layer::kept(&model, false), layer::kept(&model, true));
     model.arch.intermediate_size *= 1000;
     assert!(layer::kept(&model, false) > 100 * all && inputs < all);
-    model.path = Path::Fused(FREE);
-    assert!(count(&model) < free);
+    assert!(count(&model, fused(FREE)) < free);
     model.arch.intermediate_size *= 1000;
-    assert_eq!(count(&model), 1, "one goes through in any case");
+    assert_eq!(
+        count(&model, fused(FREE)),
+        1,
+        "one goes through in any case"
+    );
 }
 
 #[test]
@@ -230,35 +243,75 @@ fn packed_rows_keep_to_themselves() {
     let rows: Vec<_> = packed.rows.iter().collect();
     let batch = objective.batch(&rows, 1023).unwrap();
     assert!(batch.positions().is_some());
-    let mut model = golden::model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
-    let loss = |model: &Llama| objective.evaluate(model, &batch, Pass::INFER).unwrap().loss;
-    model.path = Path::Plain;
-    let plain = loss(&model);
+    let model = golden::model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
+    let loss = |kind| {
+        let execution = Execution::new(&model, kind);
+        let outcome = objective.evaluate(&execution, &batch, Pass::INFER);
+        outcome.unwrap().loss
+    };
+    let plain = loss(Kind::Reference);
     for packing in [PADDED, FREE, SHARED] {
-        model.path = Path::Fused(packing);
-        let far = (loss(&model) - plain).abs();
+        let far = (loss(Kind::Fused(packing)) - plain).abs();
         assert!(far < 1e-5 * plain, "{far}");
     }
 }
 
+/// A backend of the test's own, so that it can look into it.
+struct Seen<'a>(&'a Fused<'a>);
+
+impl Backend for Seen<'_> {
+    fn pass_size(&self, batches: &[&Batch], pass: Pass, checkpointing: bool) -> PassSize {
+        self.0.pass_size(batches, pass, checkpointing)
+    }
+
+    fn forward<'a>(
+        &'a self,
+        batches: &[&Batch],
+        pass: Pass,
+        checkpointing: bool,
+    ) -> candle_core::Result<Box<dyn ForwardPass + 'a>> {
+        self.0.forward(batches, pass, checkpointing)
+    }
+
+    fn decoder<'a>(
+        &'a self,
+        texts: usize,
+        longest: usize,
+        pass: Pass,
+    ) -> candle_core::Result<Box<dyn Decoder + 'a>> {
+        self.0.decoder(texts, longest, pass)
+    }
+}
+
+fn run_seen(fused: &Fused<'_>, packing: Packing, objective: Objective) -> Result {
+    let kind = Kind::Fused(packing);
+    let execution = Execution::with(fused.model, kind, Box::new(Seen(fused)));
+    run_dropping(&execution, objective, false, None)
+}
+
 #[test]
 fn buffers_do_not_pile_up() {
-    let mut model = golden::model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
+    let model = golden::model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
     let objective = Objective::Orpo { beta: 0.1 };
-    run(&mut model, Path::Fused(SHARED), objective, false);
-    let after = model.pool.count();
+    let fused = Fused::new(&model, SHARED).unwrap();
+    run_seen(&fused, SHARED, objective);
+    let after = fused.pool.count();
     for _ in 0..3 {
-        run(&mut model, Path::Fused(SHARED), objective, false);
+        run_seen(&fused, SHARED, objective);
     }
     assert!(after > 0);
-    assert_eq!(model.pool.count(), after);
+    assert_eq!(fused.pool.count(), after);
 }
 
 /// A new model with heads of a shape, and widths that are no multiple of anything.
 fn of_shape(heads: usize, keys: usize, width: usize) -> Llama {
+    of_vocabulary(97, heads, keys, width)
+}
+
+fn of_vocabulary(vocabulary: usize, heads: usize, keys: usize, width: usize) -> Llama {
     let folder = tempfile::tempdir().unwrap();
     let config = Arch {
-        vocab_size: 97,
+        vocab_size: vocabulary,
         hidden_size: 40,
         intermediate_size: 75,
         layers: vec![LayerArch::default(); 2],
@@ -297,7 +350,7 @@ fn shapes_of_real_models_go_the_same_way() {
         (1, 1, 96, 33),
         (10, 5, 6, 3),
     ] {
-        let mut model = of_shape(heads, keys, width);
+        let model = of_shape(heads, keys, width);
         let ids = |from: u32, count: u32| (from..from + count).map(|i| i * 31 % 97).collect();
         let row = Row {
             prompt: ids(1, prompt),
@@ -306,16 +359,16 @@ fn shapes_of_real_models_go_the_same_way() {
             ..Row::default()
         };
         let batch = objective.batch(&[&row], 0).unwrap();
-        let mut run = |path| {
-            model.path = path;
+        let run = |kind| {
+            let execution = Execution::new(&model, kind);
             let mut gradients = Gradients::none(&model);
             let outcomes = objective
-                .differentiate(&model, &[(&batch, 1.)], None, false, &mut gradients)
+                .differentiate(&execution, &[(&batch, 1.)], None, false, &mut gradients)
                 .unwrap();
             (outcomes[0].loss, gradients.0)
         };
-        let (loss, gradients) = run(Path::Plain);
-        let (ours, our_gradients) = run(Path::Fused(SHARED));
+        let (loss, gradients) = run(Kind::Reference);
+        let (ours, our_gradients) = run(Kind::Fused(SHARED));
         assert!((ours - loss).abs() < 1e-5 * loss.abs(), "{ours} {loss}");
         for (place, (a, b)) in our_gradients.iter().zip(&gradients).enumerate() {
             let far = far(a.as_ref().unwrap(), b.as_ref().unwrap());
@@ -345,12 +398,20 @@ fn what_rows_begin_with_is_computed_once() {
         row(70, 60, 50),
         row(40, 2, 3),
     ];
-    for trained_whole in [false, true] {
+    for (trained_whole, window) in [
+        (false, None),
+        (true, None),
+        (false, Some(33)),
+        (true, Some(7)),
+    ] {
         let mut model = if trained_whole {
             of_shape(4, 2, 12)
         } else {
             golden::model("model", Some("adapter_init"), Trained::Adapter, DType::F32)
         };
+        if let Some(window) = window {
+            families::dress(&mut model, window, trained_whole);
+        }
         for objective in [
             Objective::Orpo { beta: 0.1 },
             Objective::Sft {
@@ -364,23 +425,26 @@ fn what_rows_begin_with_is_computed_once() {
             let both = batches.each_ref();
             let (shared, free) = (SHARED.tokens(&both), FREE.tokens(&both));
             assert!(3 * shared < 2 * free, "{shared} {free}");
-            let mut run = |path, checkpointing| {
-                model.path = path;
+            let run = |kind, checkpointing| {
+                let execution = Execution::new(&model, kind);
                 let mut gradients = Gradients::none(&model);
                 let scaled = [(both[0], 1.5), (both[1], 0.5)];
-                let count = together(&model, &both, Pass::learn(None), checkpointing).count;
+                let pass = Pass::learn(None);
+                let count = execution
+                    .pass_size(&both, pass, checkpointing)
+                    .micro_batches;
                 let mut outcomes = Vec::new();
                 for some in scaled.chunks(count) {
                     let add = &mut gradients;
-                    let all = objective.differentiate(&model, some, None, checkpointing, add);
+                    let all = objective.differentiate(&execution, some, None, checkpointing, add);
                     outcomes.extend(all.unwrap());
                 }
                 let losses: Vec<f64> = outcomes.iter().map(|outcome| outcome.loss).collect();
                 (losses, gradients.0)
             };
-            let (losses, gradients) = run(Path::Plain, false);
+            let (losses, gradients) = run(Kind::Reference, false);
             for checkpointing in [false, true] {
-                let (ours, our_gradients) = run(Path::Fused(SHARED), checkpointing);
+                let (ours, our_gradients) = run(Kind::Fused(SHARED), checkpointing);
                 for (a, b) in ours.iter().zip(&losses) {
                     assert!((a - b).abs() < 1e-5 * b.abs(), "{a} {b}");
                 }
@@ -413,7 +477,7 @@ fn nothing_is_kept_below_the_lowest_adapter() {
             ..NewAdapter::default()
         };
         let adapter = init::adapter(&config, &new, 5).unwrap();
-        let mut model = Llama::load(
+        let model = Llama::load(
             &config,
             &Weights::open(&golden::folder("model")).unwrap(),
             Some(&adapter),
@@ -424,55 +488,63 @@ fn nothing_is_kept_below_the_lowest_adapter() {
         .unwrap();
         assert_eq!(lowest(&model), first);
         assert_eq!(model.parameters.len(), 2 * adapter.tensors.len());
-        let plain = run(&mut model, Path::Plain, objective, false);
+        let plain = run(&model, Kind::Reference, objective, false);
         for checkpointing in [false, true] {
-            let ours = run(&mut model, Path::Fused(SHARED), objective, checkpointing);
+            let ours = run(&model, Kind::Fused(SHARED), objective, checkpointing);
             compare(&ours, &plain, SHARED, 1e-5, 1e-5);
             let bytes = layer::kept(&model, checkpointing);
             assert!(bytes < all[usize::from(checkpointing)]);
             let rows = rows("trl-1.16");
             let batch = objective.batch(&[&rows[2]], 1023).unwrap();
             let pass = Pass::learn(None);
-            let forward = Forward::new(&model, &[&batch], SHARED, pass, checkpointing).unwrap();
+            let fused = Fused::new(&model, SHARED).unwrap();
+            let forward = Forward::new(&fused, &[&batch], pass, checkpointing).unwrap();
             assert_eq!(forward.saved.len(), model.layers.len() - first);
         }
-        the_frozen_layers_states_are_the_same(&mut model, objective, first);
+        the_frozen_layers_states_are_the_same(&model, objective, first);
     }
 }
 
 /// With hidden states kept on disk: the same bits, whatever passes they come from.
-fn the_frozen_layers_states_are_the_same(model: &mut Llama, objective: Objective, frozen: usize) {
-    let fused = |packing| Path::Fused(packing);
-    let without = [FREE, SHARED].map(|packing| run(model, fused(packing), objective, false));
-    let padded = run(model, fused(PADDED), objective, false);
+fn the_frozen_layers_states_are_the_same(model: &Llama, objective: Objective, frozen: usize) {
+    let [padded, free, shared] =
+        [PADDED, FREE, SHARED].map(|packing| run(model, Kind::Fused(packing), objective, false));
     let folder = tempfile::tempdir().unwrap();
-    let found = model.keep_states_of_frozen_layers(folder.path()).unwrap();
+    let mut fused = Fused::new(model, PADDED).unwrap();
+    let found = fused.keep_frozen_states(folder.path()).unwrap();
     assert_eq!(found, (frozen > 0).then_some(frozen));
-    let count = |model: &Llama| {
-        let states = model.states.lock().unwrap();
+    let count = |fused: &Fused<'_>| {
+        let states = fused.states.lock().unwrap();
         states.as_ref().map_or(0, states::States::count)
     };
-    let again = run(model, fused(PADDED), objective, false);
+    let again = run_seen(&fused, PADDED, objective);
     compare(&again, &padded, PADDED, 0., 1e-30);
-    assert_eq!(count(model), 0, "padding is not kept");
+    assert_eq!(count(&fused), 0, "padding is not kept");
     // The rejected answers' keys lie in other places when they share their span.
     let each = if frozen > 0 { 5 } else { 0 };
-    for (packing, expected) in [(SHARED, 2 * each), (FREE, 3 * each), (SHARED, 3 * each)] {
-        let without = &without[usize::from(packing.share_prompts)];
-        let ours = run(model, fused(packing), objective, false);
+    for (packing, without, expected) in [
+        (SHARED, &shared, 2 * each),
+        (FREE, &free, 3 * each),
+        (SHARED, &shared, 3 * each),
+    ] {
+        fused.packing = packing;
+        let ours = run_seen(&fused, packing, objective);
         compare(&ours, without, packing, 0., 1e-30);
-        assert_eq!(count(model), expected);
+        assert_eq!(count(&fused), expected);
     }
-    let states = model.states.lock().unwrap().take();
-    if let Some(states) = states {
+    if let Some(states) = fused.states.lock().unwrap().as_ref() {
         states.cut();
-        *model.states.lock().unwrap() = Some(states);
-        let rows = rows("trl-1.16");
-        let batch = objective.batch(&[&rows[3], &rows[4]], 1023).unwrap();
-        let error = objective.evaluate(model, &batch, Pass::INFER).unwrap_err();
-        assert!(format!("{error:#}").contains("hidden states"), "{error:#}");
     }
-    *model.states.lock().unwrap() = None;
+    let rows = rows("trl-1.16");
+    let batch = objective.batch(&[&rows[3], &rows[4]], 1023).unwrap();
+    let execution = Execution::with(model, Kind::Fused(SHARED), Box::new(Seen(&fused)));
+    let evaluated = objective.evaluate(&execution, &batch, Pass::INFER);
+    if frozen > 0 {
+        let error = format!("{:#}", evaluated.unwrap_err());
+        assert!(error.contains("hidden states"), "{error}");
+    } else {
+        evaluated.unwrap();
+    }
 }
 
 #[test]
@@ -486,7 +558,8 @@ fn an_id_outside_the_vocabulary_is_told() {
         ..Row::default()
     };
     let batch = objective.batch(&[&row(96)], 0).unwrap();
-    let forward = Forward::new(&model, &[&batch], SHARED, Pass::INFER, false).unwrap();
+    let fused = Fused::new(&model, SHARED).unwrap();
+    let forward = Forward::new(&fused, &[&batch], Pass::INFER, false).unwrap();
     let target = |id| Target {
         row: 0,
         position: 2,
@@ -502,5 +575,5 @@ fn an_id_outside_the_vocabulary_is_told() {
         );
     }
     let batch = objective.batch(&[&row(97)], 0).unwrap();
-    assert!(Forward::new(&model, &[&batch], SHARED, Pass::INFER, false).is_err());
+    assert!(Forward::new(&fused, &[&batch], Pass::INFER, false).is_err());
 }

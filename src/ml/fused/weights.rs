@@ -1,4 +1,4 @@
-//! The weights of a layer as slices, held for the time of a pass.
+//! The weights of a layer as slices, borrowed for the time of a pass.
 
 use std::ops::Range;
 
@@ -7,25 +7,26 @@ use pipeline_kernels::dropout::Dropout;
 use pipeline_kernels::matrix::{Matrix, Nf4, Rounding, Values};
 
 use crate::ml::io::float::Float;
+use crate::ml::model::Norm;
 use crate::ml::model::linear::{Base, Linear, Pass, Weight};
 use crate::ml::quant::nf4;
 
 /// A tensor's values.
-pub(in crate::ml) struct Held<'a> {
+pub(in crate::ml) struct TensorView<'a> {
     storage: StorageRef<'a>,
     layout: &'a Layout,
 }
 
-impl<'a> Held<'a> {
+impl<'a> TensorView<'a> {
     pub(in crate::ml) fn tensor(tensor: &'a Tensor) -> Self {
         let (storage, layout) = tensor.storage_and_layout();
         Self { storage, layout }
     }
 
     pub(super) fn weight(weight: &'a Weight, pass: Pass) -> Result<Self> {
-        let held = Self::tensor(weight.stored(pass));
-        held.values()?;
-        Ok(held)
+        let borrowed = Self::tensor(weight.stored(pass));
+        borrowed.values()?;
+        Ok(borrowed)
     }
 
     fn values(&self) -> Result<Values<'_>> {
@@ -47,7 +48,7 @@ impl<'a> Held<'a> {
     pub(super) fn floats(&self) -> Result<&[f32]> {
         match self.values()? {
             Values::F32(values) => Ok(values),
-            _ => bail!("a norm's weight is not f32"),
+            _ => bail!("the weight of a norm or a bias is not f32"),
         }
     }
 
@@ -79,24 +80,26 @@ impl<'a> Held<'a> {
 
 /// One projection's weights.
 pub(super) struct Projection<'a> {
-    base: Source<'a>,
+    base: BaseWeight<'a>,
+    /// What is added to each feature, (out).
+    bias: Option<TensorView<'a>>,
     pub(super) lora: Option<Pair<'a>>,
     /// What the pair's input loses.
     pub(super) dropout: Option<Dropout>,
 }
 
 /// The base's weight of a projection.
-pub(in crate::ml) enum Source<'a> {
-    Dense(Held<'a>),
+pub(in crate::ml) enum BaseWeight<'a> {
+    Dense(TensorView<'a>),
     Nf4(&'a nf4::Nf4),
     /// One that no tensor holds.
     Bare(Matrix<'a>),
 }
 
-impl<'a> Source<'a> {
-    pub(in crate::ml) fn hold(base: &'a Base, pass: Pass) -> Result<Self> {
+impl<'a> BaseWeight<'a> {
+    pub(in crate::ml) fn borrow(base: &'a Base, pass: Pass) -> Result<Self> {
         Ok(match base {
-            Base::Dense(weight) => Self::Dense(Held::weight(weight, pass)?),
+            Base::Dense(weight) => Self::Dense(TensorView::weight(weight, pass)?),
             Base::Nf4(weight) => Self::Nf4(weight),
         })
     }
@@ -104,7 +107,7 @@ impl<'a> Source<'a> {
     /// The weight (out, in).
     pub(in crate::ml) fn matrix(&self) -> Result<Matrix<'_>> {
         match self {
-            Self::Dense(held) => held.matrix(),
+            Self::Dense(borrowed) => borrowed.matrix(),
             Self::Bare(matrix) => Ok(*matrix),
             Self::Nf4(weight) => {
                 let values = Values::Nf4(Nf4 {
@@ -129,8 +132,8 @@ impl<'a> Source<'a> {
 
 /// A LoRA pair.
 pub(super) struct Pair<'a> {
-    a: Held<'a>,
-    b: Held<'a>,
+    a: TensorView<'a>,
+    b: TensorView<'a>,
     pub(super) rank: usize,
     pub(super) scaling: f32,
 }
@@ -140,25 +143,30 @@ impl<'a> Pair<'a> {
     pub(super) fn new(a: &'a Tensor, b: &'a Tensor, scaling: f32) -> Result<Self> {
         Ok(Self {
             rank: a.dim(0)?,
-            a: Held::tensor(a),
-            b: Held::tensor(b),
+            a: TensorView::tensor(a),
+            b: TensorView::tensor(b),
             scaling,
         })
     }
 }
 
 impl<'a> Projection<'a> {
-    /// A weight and a pair, without dropout.
-    pub(super) fn new(base: Source<'a>, lora: Option<Pair<'a>>) -> Self {
+    /// A weight, a bias (out) and a pair, without dropout.
+    pub(super) fn new(
+        base: BaseWeight<'a>,
+        bias: Option<TensorView<'a>>,
+        lora: Option<Pair<'a>>,
+    ) -> Self {
         Self {
             base,
+            bias,
             lora,
             dropout: None,
         }
     }
 
-    fn hold(linear: &'a Linear, pass: Pass) -> Result<Self> {
-        let base = Source::hold(&linear.base, pass)?;
+    fn borrow(linear: &'a Linear, pass: Pass) -> Result<Self> {
+        let base = BaseWeight::borrow(&linear.base, pass)?;
         let lora = match &linear.lora {
             Some(lora) if pass.adapter => {
                 let (a, b) = (lora.a.stored(pass), lora.b.stored(pass));
@@ -167,8 +175,13 @@ impl<'a> Projection<'a> {
             _ => None,
         };
         let dropout = linear.dropout(pass);
+        let bias = linear.bias.as_ref();
+        let bias = bias
+            .map(|bias| TensorView::weight(bias, pass))
+            .transpose()?;
         Ok(Self {
             base,
+            bias,
             lora,
             dropout,
         })
@@ -177,6 +190,11 @@ impl<'a> Projection<'a> {
     /// The base's weight (out, in).
     pub(super) fn matrix(&self) -> Result<Matrix<'_>> {
         self.base.matrix()
+    }
+
+    /// What is added to each feature that comes out.
+    pub(super) fn bias(&self) -> Result<Option<&[f32]>> {
+        self.bias.as_ref().map(TensorView::floats).transpose()
     }
 
     /// The rank of the adapter's pair, 0 without one.
@@ -206,25 +224,61 @@ pub(super) struct Layer<'a> {
     pub(super) gate: Projection<'a>,
     pub(super) up: Projection<'a>,
     pub(super) down: Projection<'a>,
-    pub(super) input_norm: Held<'a>,
-    pub(super) post_norm: Held<'a>,
+    pub(super) input_norm: TensorView<'a>,
+    pub(super) post_norm: TensorView<'a>,
+    /// The eps of these two.
     pub(super) eps: (f32, f32),
+    /// The norms of single query and key heads.
+    pub(super) q_norm: Option<HeadNorm<'a>>,
+    pub(super) k_norm: Option<HeadNorm<'a>>,
+    /// How many keys a query sees, its own included; all up to its own without one.
+    pub(super) window: Option<usize>,
+}
+
+/// An RMS norm of each head.
+pub(super) struct HeadNorm<'a> {
+    /// As many numbers as a head is wide.
+    pub(super) weight: TensorView<'a>,
+    pub(super) eps: f32,
+}
+
+impl<'a> HeadNorm<'a> {
+    /// The norm with this weight, in f32.
+    pub(super) fn new(weight: &'a Tensor, eps: f32) -> Self {
+        Self {
+            weight: TensorView::tensor(weight),
+            eps,
+        }
+    }
+
+    fn borrow(norm: Option<&'a Norm>, pass: Pass) -> Result<Option<Self>> {
+        let view = |norm: &'a Norm| {
+            Ok(Self {
+                weight: TensorView::weight(&norm.weight, pass)?,
+                eps: norm.eps as f32,
+            })
+        };
+        norm.map(view).transpose()
+    }
 }
 
 impl<'a> Layer<'a> {
-    pub(super) fn hold(layer: &'a crate::ml::model::Layer, pass: Pass) -> Result<Self> {
-        let hold = |linear| Projection::hold(linear, pass);
+    pub(super) fn borrow(layer: &'a crate::ml::model::Layer, pass: Pass) -> Result<Self> {
+        let borrow = |linear| Projection::borrow(linear, pass);
         Ok(Self {
-            q: hold(&layer.q)?,
-            k: hold(&layer.k)?,
-            v: hold(&layer.v)?,
-            o: hold(&layer.o)?,
-            gate: hold(&layer.gate)?,
-            up: hold(&layer.up)?,
-            down: hold(&layer.down)?,
-            input_norm: Held::weight(&layer.input_norm.weight, pass)?,
-            post_norm: Held::weight(&layer.post_norm.weight, pass)?,
+            q: borrow(&layer.q)?,
+            k: borrow(&layer.k)?,
+            v: borrow(&layer.v)?,
+            o: borrow(&layer.o)?,
+            gate: borrow(&layer.gate)?,
+            up: borrow(&layer.up)?,
+            down: borrow(&layer.down)?,
+            input_norm: TensorView::weight(&layer.input_norm.weight, pass)?,
+            post_norm: TensorView::weight(&layer.post_norm.weight, pass)?,
             eps: (layer.input_norm.eps as f32, layer.post_norm.eps as f32),
+            q_norm: HeadNorm::borrow(layer.q_norm.as_ref(), pass)?,
+            k_norm: HeadNorm::borrow(layer.k_norm.as_ref(), pass)?,
+            window: layer.window,
         })
     }
 }

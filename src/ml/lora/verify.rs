@@ -10,7 +10,7 @@ use pipeline_kernels::product::{Factor, Onto, Product, Term, products};
 use rayon::prelude::*;
 
 use crate::ml::adapter::Adapter;
-use crate::ml::fused::layerwise::Walk;
+use crate::ml::fused::layerwise::MappedModel;
 use crate::ml::io::float::Float;
 use crate::ml::io::weights::Weights;
 use crate::ml::model::batch::{Batch, Sequence};
@@ -68,19 +68,19 @@ pub fn prove(
 ) -> anyhow::Result<Proof> {
     let sequences = prompts.iter().map(|ids| Sequence::new(ids.clone(), 0));
     let batch = Batch::new(sequences.collect(), 0)?;
-    let (config, weights) = tied::open(base)?;
-    let base = Walk {
-        config: &config,
+    let (arch, weights) = tied::open(base)?;
+    let base = MappedModel {
+        arch: &arch,
         weights: &weights,
         adapter: Some(adapter),
     };
-    let (config, weights) = tied::open(merged)?;
-    let merged = Walk {
-        config: &config,
+    let (arch, weights) = tied::open(merged)?;
+    let merged = MappedModel {
+        arch: &arch,
         weights: &weights,
         adapter: None,
     };
-    let positions = if base.is_possible() && merged.is_possible() {
+    let positions = if base.is_supported() && merged.is_supported() {
         by_kernels(base, merged, &batch, progress)?
     } else {
         plainly(base, merged, &batch, progress)?
@@ -169,19 +169,19 @@ impl Moments {
 
 /// The fast way: tokens with the adapter and tokens without go through the base together, and logits are made some at a time.
 fn by_kernels(
-    base: Walk<'_>,
-    merged: Walk<'_>,
+    base: MappedModel<'_>,
+    merged: MappedModel<'_>,
     batch: &Batch,
     progress: &mut dyn FnMut(u64, u64) -> anyhow::Result<()>,
 ) -> anyhow::Result<Vec<Position>> {
     let tokens = batch.tokens();
-    let layers = base.config.num_hidden_layers();
+    let layers = base.arch.num_hidden_layers();
     let mut done = |number: usize| progress(number as u64, 2 * layers as u64);
     let both = base.hidden(&[batch, batch], tokens, &mut done)?;
     let own = merged.hidden(&[batch], tokens, &mut |number| done(layers + number))?;
     let (both, own) = (Factor::F32(&both), Factor::F32(&own));
     let mut positions: Vec<Position> = (0..tokens).map(|_| Position::default()).collect();
-    let vocabulary = base.config.vocab_size;
+    let vocabulary = base.arch.vocab_size;
     let packed = (base.head_in_4_bits()?, merged.head_in_4_bits()?);
     let (mut of_both, mut of_own) = (Vec::new(), Vec::new());
     for start in (0..vocabulary).step_by(HEAD_ROWS) {
@@ -197,6 +197,7 @@ fn by_kernels(
             out,
             terms: vec![Term { weight, x }],
             onto: Onto::Zero,
+            bias: None,
         };
         products(vec![
             product(&mut of_both[..], heads.0.matrix()?, &both),
@@ -214,28 +215,26 @@ fn by_kernels(
 
 /// The plain path, for what the kernels lack.
 fn plainly(
-    base: Walk<'_>,
-    merged: Walk<'_>,
+    base: MappedModel<'_>,
+    merged: MappedModel<'_>,
     batch: &Batch,
     progress: &mut dyn FnMut(u64, u64) -> anyhow::Result<()>,
 ) -> anyhow::Result<Vec<Position>> {
-    let layers = base.config.num_hidden_layers();
+    let layers = base.arch.num_hidden_layers();
     let mut done = |number: usize| progress(number as u64, 2 * layers as u64);
-    let Walk {
-        config,
+    let MappedModel {
+        arch,
         weights,
         adapter,
     } = base;
     let passes = [Pass::BASE, Pass::INFER];
-    let logits = logits_by_layer(config, weights, adapter, batch, &passes, &mut done)?;
+    let logits = logits_by_layer(arch, weights, adapter, batch, &passes, &mut done)?;
     let [without, with] = &logits[..] else {
         anyhow::bail!("there are not two passes");
     };
-    let Walk {
-        config, weights, ..
-    } = merged;
+    let MappedModel { arch, weights, .. } = merged;
     let mut done = |number| done(layers + number);
-    let logits = logits_by_layer(config, weights, None, batch, &[Pass::BASE], &mut done)?;
+    let logits = logits_by_layer(arch, weights, None, batch, &[Pass::BASE], &mut done)?;
     let merged = logits.first().context("there is no pass")?;
     let mut positions = Vec::with_capacity(batch.tokens());
     for (row, sequence) in batch.sequences.iter().enumerate() {

@@ -1,18 +1,16 @@
 //! From a model folder's tensors and an adapter's pairs to a [`Llama`].
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use anyhow::Context as _;
 use candle_core::{DType, Device, Tensor, Var};
 
 use super::super::adapter::{Adapter, ENDS, LoraPair, Meant};
-use super::super::fused::{self, Packing, Pool};
-use super::arch::{Arch, Projection};
+use super::arch::{Arch, Projection, QkNorm};
 use super::linear::{Base, Linear, Lora, Pass, Weight};
 use super::tied::{EMBEDDINGS, HEAD};
 use super::{Layer, Llama, Norm, Parameter, Trained};
-use crate::ml::execution::Path;
 use crate::ml::io::float::Float;
 use crate::ml::io::weights::Weights;
 use crate::ml::lora::init::{Module, modules};
@@ -197,12 +195,21 @@ impl<'a> Loader<'a> {
     }
 
     pub(super) fn norm(&mut self, name: &str) -> anyhow::Result<Norm> {
+        self.norm_of(name, self.config.hidden_size)
+    }
+
+    /// The norm of single heads, if the model has them.
+    fn head_norm(&mut self, name: &str) -> anyhow::Result<Option<Norm>> {
+        match self.config.qk_norm {
+            QkNorm::None => Ok(None),
+            QkNorm::PerHead => self.norm_of(name, self.config.head_dim).map(Some),
+        }
+    }
+
+    /// A norm over so many features.
+    fn norm_of(&mut self, name: &str, width: usize) -> anyhow::Result<Norm> {
         Ok(Norm {
-            weight: self.weight(
-                &format!("{name}.weight"),
-                &[self.config.hidden_size],
-                DType::F32,
-            )?,
+            weight: self.weight(&format!("{name}.weight"), &[width], DType::F32)?,
             eps: self.config.rms_norm_eps,
         })
     }
@@ -316,6 +323,9 @@ impl<'a> Loader<'a> {
             down: linear("mlp.down_proj", Projection::Down)?,
             input_norm: self.norm(&format!("{path}.input_layernorm"))?,
             post_norm: self.norm(&format!("{path}.post_attention_layernorm"))?,
+            q_norm: self.head_norm(&format!("{path}.self_attn.q_norm"))?,
+            k_norm: self.head_norm(&format!("{path}.self_attn.k_norm"))?,
+            window: config.layers.get(number).and_then(|layer| layer.window),
             heads: config.num_attention_heads,
             kv_heads: config.num_key_value_heads,
             head_dim: config.head_dim,
@@ -387,13 +397,7 @@ impl Llama {
             head_lora,
             compute,
             frozen_column_sum: None,
-            path: Path::Plain,
-            pool: Pool::default(),
-            states: Mutex::default(),
         };
-        if fused::supports(&model) {
-            model.path = Path::Fused(Packing::default());
-        }
         if model.head().is_frozen() {
             model.frozen_column_sum = Some(model.column_sum(Pass::BASE)?);
         }

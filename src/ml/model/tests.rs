@@ -5,7 +5,8 @@ use std::collections::BTreeSet;
 use super::batch::Row;
 use super::*;
 use crate::ml::adapter::Adapter;
-use crate::ml::execution::Path;
+use crate::ml::backend::{Decoder as _, Token};
+use crate::ml::execution::{Execution, Kind};
 use crate::ml::fused::{Packing, decode};
 use crate::ml::io::weights::{Weights, save};
 use crate::ml::loss::Objective;
@@ -97,7 +98,13 @@ fn the_whole_loss_has_the_slope_of_its_gradient_in_random_directions() {
         let batch = objective.batch(&[&rows[2], &rows[3]], 1023).unwrap();
         let mut gradients = Gradients::none(&model);
         let add = &mut gradients;
-        let outcome = objective.differentiate(&model, &[(&batch, 1.)], None, checkpointing, add);
+        let outcome = objective.differentiate(
+            &Execution::fastest(&model),
+            &[(&batch, 1.)],
+            None,
+            checkpointing,
+            add,
+        );
         outcome.unwrap();
         let gradients: Vec<Tensor> = gradients.0.into_iter().map(Option::unwrap).collect();
         let start: Vec<Tensor> = model
@@ -127,7 +134,7 @@ fn the_whole_loss_has_the_slope_of_its_gradient_in_random_directions() {
             let slope = slope.map(|(d, g)| dot(d, g)).sum::<f64>() / length;
             let loss = |by: f64| {
                 shift(&model, &start, &directions, by / length);
-                let outcome = objective.evaluate(&model, &batch, Pass::INFER);
+                let outcome = objective.evaluate(&Execution::fastest(&model), &batch, Pass::INFER);
                 outcome.unwrap().loss
             };
             // Of fourth order, so that a step can be long beside the rounding of f32.
@@ -165,9 +172,9 @@ fn decoding_gives_the_logits_of_the_plain_path() {
             // A token of each text at a time, as long as it has some, so that they stand beside each other.
             let mut last = vec![Vec::new(); texts.len()];
             for at in 0..6 {
-                let tokens: Vec<decode::Token> = (0..texts.len())
+                let tokens: Vec<Token> = (0..texts.len())
                     .filter_map(|text| Some((text, texts[text].get(at)?)))
-                    .map(|(text, &id)| decode::Token { text, id })
+                    .map(|(text, &id)| Token { text, id })
                     .collect();
                 let places: Vec<usize> = (0..tokens.len()).collect();
                 let logits = decoder.step(&tokens, &places).unwrap();
@@ -182,7 +189,7 @@ fn decoding_gives_the_logits_of_the_plain_path() {
                 let far = pairs.fold(0f32, |far, (a, b)| far.max((a - b).abs()));
                 assert!(far < within * largest, "{base} {compute:?} {text}: {far}");
             }
-            let full = decode::Token { text: 0, id: 1 };
+            let full = Token { text: 0, id: 1 };
             let error = decoder.step(&[full], &[]).unwrap_err().to_string();
             assert!(error.contains("has no place"), "{error}");
         }
@@ -242,12 +249,12 @@ fn layer_by_layer_a_deep_model_takes_no_more_memory_than_a_flat_one() {
 
 #[test]
 fn checkpointing_holds_the_activations_of_one_layer() {
-    holds_one_layer(Path::Plain, 20);
-    holds_one_layer(Path::Fused(Packing::default()), 5);
+    holds_one_layer(Kind::Reference, 20);
+    holds_one_layer(Kind::Fused(Packing::default()), 5);
 }
 
 /// A layer more costs `times` less than without checkpointing.
-fn holds_one_layer(path: Path, times: usize) {
+fn holds_one_layer(kind: Kind, times: usize) {
     let ids = |seed: u32, count: u32| (0..count).map(|at| (at * 37 + seed) % 1000).collect();
     let row = Row {
         prompt: ids(1, 150),
@@ -262,12 +269,12 @@ fn holds_one_layer(path: Path, times: usize) {
         let (config, folder, adapter) = deeper(layers);
         let weights = Weights::open(folder.path()).unwrap();
         let (adapter, trained, device) = (Some(&adapter), Trained::Adapter, Device::Cpu);
-        let mut model =
-            Llama::load(&config, &weights, adapter, trained, DType::F32, &device).unwrap();
-        model.path = path;
+        let model = Llama::load(&config, &weights, adapter, trained, DType::F32, &device).unwrap();
+        let execution = Execution::new(&model, kind);
         let mut gradients = Gradients::none(&model);
         let add = &mut gradients;
-        let work = || objective.differentiate(&model, &[(&batch, 1.)], None, checkpointing, add);
+        let work =
+            || objective.differentiate(&execution, &[(&batch, 1.)], None, checkpointing, add);
         // What a thread allocates is counted, so one has to do it all.
         let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build();
         let (outcome, most) = pool.unwrap().install(|| peak(work));
@@ -284,7 +291,7 @@ fn holds_one_layer(path: Path, times: usize) {
     let layer = (many - few) / 8;
     let plain_layer = (plain_many - plain_few) / 8;
     println!(
-        "| checkpointing, {path:?} | a layer more | {layer} bytes, of which {gradients} are gradients and {states} its input | without {plain_layer} |"
+        "| checkpointing, {kind:?} | a layer more | {layer} bytes, of which {gradients} are gradients and {states} its input | without {plain_layer} |"
     );
     let bookkeeping = 16 << 10;
     assert!(layer <= states + gradients + bookkeeping);
@@ -303,7 +310,13 @@ fn dropout_follows_its_seed_and_nothing_else() {
         let mut gradients = Gradients::none(&model);
         let add = &mut gradients;
         let seed = seed.map(|seed| Drops { seed, batch: 0 });
-        let outcome = objective.differentiate(&model, &[(&batch, 1.)], seed, checkpointing, add);
+        let outcome = objective.differentiate(
+            &Execution::fastest(&model),
+            &[(&batch, 1.)],
+            seed,
+            checkpointing,
+            add,
+        );
         let bits = gradients.0.iter().flatten().flat_map(|gradient| {
             let values: Vec<f32> = gradient.flatten_all().unwrap().to_vec1().unwrap();
             values.into_iter().map(f32::to_bits)
@@ -320,7 +333,9 @@ fn dropout_follows_its_seed_and_nothing_else() {
     // Off: what a model without dropout learns, and what an evaluation measures.
     let off = learn(None, false);
     assert_ne!(off.0, first.0);
-    let evaluated = objective.evaluate(&model, &batch, Pass::INFER).unwrap();
+    let evaluated = objective
+        .evaluate(&Execution::fastest(&model), &batch, Pass::INFER)
+        .unwrap();
     assert!((f64::from_bits(off.0) - evaluated.loss).abs() < 1e-12);
 }
 
@@ -367,14 +382,14 @@ fn the_row_of_the_padding_is_not_learnt_from_lookups() {
         completion_only: false,
     };
     let batch = objective.batch(&[&rows[0]], 1023).unwrap();
-    for path in [Path::Plain, Path::Fused(Packing::default())] {
+    for kind in [Kind::Reference, Kind::Fused(Packing::default())] {
         let gradient = |pad: u32| {
             let mut model = golden::model("model", None, Trained::Everything, DType::F32);
-            model.path = path;
             model.arch.pad_token_id = Some(pad);
+            let execution = Execution::new(&model, kind);
             let mut gradients = Gradients::none(&model);
             let outcome =
-                objective.differentiate(&model, &[(&batch, 1.)], None, false, &mut gradients);
+                objective.differentiate(&execution, &[(&batch, 1.)], None, false, &mut gradients);
             outcome.unwrap();
             let place = model.place("model.embed_tokens.weight");
             let all = gradients.0[place].clone().unwrap();

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use candle_core::{DType, Device, Tensor};
 
 use crate::ml::adapter::Adapter;
-use crate::ml::execution::Path;
+use crate::ml::execution::{Execution, Kind};
 use crate::ml::fused::Packing;
 use crate::ml::generate;
 use crate::ml::io::weights::Weights;
@@ -285,10 +285,9 @@ fn first_micro_batch_has_the_loss_of_trl() {
         padding_free: false,
         share_prompts: false,
     };
-    let mut model = model;
-    for path in [Path::Plain, Path::Fused(padded)] {
-        model.path = path;
-        let outcome = objective.evaluate(&model, &batch, Pass::INFER).unwrap();
+    for kind in [Kind::Reference, Kind::Fused(padded)] {
+        let execution = Execution::new(&model, kind);
+        let outcome = objective.evaluate(&execution, &batch, Pass::INFER).unwrap();
         is_first(first, &outcome);
     }
 }
@@ -318,8 +317,13 @@ fn gradients_of_the_first_step_are_those_of_trl() {
         for rows in [[&rows[0], &rows[1]], [&rows[2], &rows[3]]] {
             let batch = objective.batch(&rows, 1023).unwrap();
             let add = &mut gradients;
-            let outcome =
-                objective.differentiate(&model, &[(&batch, 0.5)], None, checkpointing, add);
+            let outcome = objective.differentiate(
+                &Execution::fastest(&model),
+                &[(&batch, 0.5)],
+                None,
+                checkpointing,
+                add,
+            );
             outcome.unwrap();
         }
         gradients
@@ -359,7 +363,13 @@ fn every_trained_tensor_has_the_gradient_of_the_difference_quotient() {
         let batch = objective.batch(&[&rows[0], &rows[1]], 1023).unwrap();
         let mut gradients = Gradients::none(&model);
         let add = &mut gradients;
-        let outcome = objective.differentiate(&model, &[(&batch, 1.)], None, true, add);
+        let outcome = objective.differentiate(
+            &Execution::fastest(&model),
+            &[(&batch, 1.)],
+            None,
+            true,
+            add,
+        );
         outcome.unwrap();
         assert_eq!(
             model.parameters.len(),
@@ -382,7 +392,7 @@ fn every_trained_tensor_has_the_gradient_of_the_difference_quotient() {
                 let moved = (&start + (gradient * (by / length)).unwrap()).unwrap();
                 parameter.var.set(&moved).unwrap();
                 objective
-                    .evaluate(&model, &batch, Pass::INFER)
+                    .evaluate(&Execution::fastest(&model), &batch, Pass::INFER)
                     .unwrap()
                     .loss
             };
@@ -409,13 +419,30 @@ fn greedy_tokens_are_those_of_transformers() {
         let go_on = &mut || Ok(());
         // Beside a shorter prompt, which ends another time.
         let prompts = [prompt.as_slice(), &prompt[..5]];
-        let answers = generate::greedy(&model, &prompts, 20, &[], pass, go_on).unwrap();
+        let answers =
+            generate::greedy(&Execution::fastest(&model), &prompts, 20, &[], pass, go_on).unwrap();
         assert_eq!(answers[0], ids(name));
         assert_eq!(answers[1].len(), 20);
         let stops = [answers[0][3]];
-        let stopped = generate::greedy(&model, &prompts, 20, &stops, pass, go_on).unwrap();
+        let stopped = generate::greedy(
+            &Execution::fastest(&model),
+            &prompts,
+            20,
+            &stops,
+            pass,
+            go_on,
+        )
+        .unwrap();
         assert_eq!(stopped[0], answers[0][..3]);
-        let alone = generate::greedy(&model, &prompts[1..], 20, &stops, pass, go_on).unwrap();
+        let alone = generate::greedy(
+            &Execution::fastest(&model),
+            &prompts[1..],
+            20,
+            &stops,
+            pass,
+            go_on,
+        )
+        .unwrap();
         assert_eq!(stopped[1], alone[0]);
     }
 }

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use super::golden::folder;
-use crate::ml::execution::Path;
+use crate::ml::execution::Kind;
 use crate::ml::train::Log;
 
 /// What may differ.
@@ -48,10 +48,10 @@ pub(in crate::ml) struct Comparison {
 }
 
 impl Comparison {
-    pub(in crate::ml) fn new(run: &str, tolerance: Tolerance, path: Path) -> Self {
-        let packing = match path {
-            Path::Plain => None,
-            Path::Fused(packing) => Some(packing),
+    pub(in crate::ml) fn new(run: &str, tolerance: Tolerance, kind: Kind) -> Self {
+        let packing = match kind {
+            Kind::Reference => None,
+            Kind::Fused(packing) => Some(packing),
         };
         let way = match packing {
             None => "plain",
@@ -165,10 +165,10 @@ pub(in crate::ml) fn compare(
     name: &str,
     logs: &[Log],
     tolerance: Tolerance,
-    path: Path,
+    kind: Kind,
 ) -> Comparison {
     let golden = json(&format!("runs/{name}.json"));
-    let mut comparison = Comparison::new(name, tolerance, path);
+    let mut comparison = Comparison::new(name, tolerance, kind);
     comparison.logs(logs, golden["log_history"].as_array().unwrap());
     comparison
 }

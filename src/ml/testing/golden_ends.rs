@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 use super::golden::{far, folder, logits, tensors};
 use crate::ml::adapter::{self, Adapter, Names, NewAdapter};
+use crate::ml::execution::Execution;
 use crate::ml::io::weights::{INDEX, Weights};
 use crate::ml::lora::init;
 use crate::ml::lora::merge::merge;
@@ -144,7 +145,7 @@ fn gradients_are_near(model: &Llama, case: &str, theirs: &BTreeMap<String, Tenso
     for checkpointing in [false, true] {
         let mut gradients = Gradients::none(model);
         let outcome = objective.differentiate(
-            model,
+            &Execution::fastest(model),
             &[(&batch(), 1.)],
             None,
             checkpointing,

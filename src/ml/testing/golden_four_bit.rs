@@ -7,7 +7,7 @@ use candle_core::{DType, Device};
 
 use super::golden::{far, folder, logits, tensors};
 use crate::ml::adapter::{Adapter, Names, NewAdapter};
-use crate::ml::execution::Path as Way;
+use crate::ml::execution::{Execution, Kind};
 use crate::ml::generate::greedy;
 use crate::ml::io::weights::Weights;
 use crate::ml::lora::attach::attach;
@@ -52,7 +52,7 @@ fn logits_are_those_of_bitsandbytes_and_peft() {
         let theirs = |what: &str| &theirs[&format!("{name}.{what}")];
         let model = load(&base, Some(&adapter), Trained::Nothing).unwrap();
         assert!(
-            matches!(model.path, Way::Fused(_)),
+            matches!(Execution::fastest(&model).kind(), Kind::Fused(_)),
             "the fast path is possible"
         );
         for (pass, what) in [(Pass::BASE, "logits"), (Pass::INFER, "adapter")] {
@@ -76,7 +76,15 @@ fn logits_are_those_of_bitsandbytes_and_peft() {
         }
         // Generation reads weights in its own way.
         let prompt = ids();
-        let made = greedy(&model, &[&prompt], 1, &[], Pass::BASE, &mut || Ok(())).unwrap();
+        let made = greedy(
+            &Execution::fastest(&model),
+            &[&prompt],
+            1,
+            &[],
+            Pass::BASE,
+            &mut || Ok(()),
+        )
+        .unwrap();
         let last = theirs("logits").get(prompt.len() - 1).unwrap();
         let best = last.argmax(0).unwrap().to_scalar::<u32>().unwrap();
         assert_eq!(made, [[best]], "{case}");
@@ -128,8 +136,13 @@ fn adapters_are_begun_and_trained_beside_them() {
             let objective = Objective::Sft {
                 completion_only: false,
             };
-            let outcome =
-                objective.differentiate(&model, &[(&batch(), 1.)], None, false, &mut gradients);
+            let outcome = objective.differentiate(
+                &Execution::fastest(&model),
+                &[(&batch(), 1.)],
+                None,
+                false,
+                &mut gradients,
+            );
             assert!(outcome.unwrap()[0].loss.is_finite());
             assert!(gradients.0.iter().all(Option::is_some), "{case}");
         }

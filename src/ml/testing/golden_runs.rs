@@ -7,7 +7,7 @@ use candle_core::{DType, Tensor};
 
 use super::golden::{far, model, rows, tensors};
 use super::golden_compare::{Comparison, EXACT, Tolerance, compare, json};
-use crate::ml::execution::Path;
+use crate::ml::execution::{Execution, Kind};
 use crate::ml::fused::Packing;
 use crate::ml::loss::Objective;
 use crate::ml::model::{Llama, Trained};
@@ -56,26 +56,26 @@ pub(in crate::ml) fn settings() -> Settings {
 }
 
 /// Every way a training can go.
-const PATHS: [Path; 4] = [
-    Path::Plain,
-    Path::Fused(Packing {
+const KINDS: [Kind; 4] = [
+    Kind::Reference,
+    Kind::Fused(Packing {
         padding_free: false,
         share_prompts: false,
     }),
-    Path::Fused(Packing {
+    Kind::Fused(Packing {
         padding_free: true,
         share_prompts: false,
     }),
-    Path::Fused(Packing {
+    Kind::Fused(Packing {
         padding_free: true,
         share_prompts: true,
     }),
 ];
 
-fn run(model: &Llama, semantics: &str, settings: &Settings) -> Vec<Log> {
+fn run(execution: &Execution<'_>, semantics: &str, settings: &Settings) -> Vec<Log> {
     let rows = rows(semantics);
     let mut logs = Vec::new();
-    let ending = train(model, &rows, &rows[..5], settings, None, &mut |step| {
+    let ending = train(execution, &rows, &rows[..5], settings, None, &mut |step| {
         logs.extend(step.logs.clone());
         ControlFlow::Continue(())
     })
@@ -117,14 +117,14 @@ fn adapter_far(model: &Llama, golden: &BTreeMap<String, Tensor>) -> f64 {
 
 #[test]
 fn run_a_is_that_of_trl() {
-    for path in PATHS {
-        run_a(path);
+    for kind in KINDS {
+        run_a(kind);
     }
 }
 
-fn run_a(path: Path) {
-    let mut model = model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
-    model.path = path;
+fn run_a(kind: Kind) {
+    let model = model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
+    let execution = Execution::new(&model, kind);
     let settings = Settings {
         eval_every: Some(Every::Epoch),
         ..settings()
@@ -132,17 +132,24 @@ fn run_a(path: Path) {
     let rows = rows("trl-1.16");
     let mut logs = Vec::new();
     let mut on_the_way = BTreeMap::new();
-    let ending = train(&model, &rows, &rows[..5], &settings, None, &mut |step| {
-        logs.extend(step.logs.clone());
-        if step.micro_batches == 0 && (2..=3).contains(&step.step) {
-            let golden = tensors(&format!("runs/a_adapter_step{}.safetensors", step.step));
-            on_the_way.insert(step.step, adapter_far(&model, &golden));
-        }
-        ControlFlow::Continue(())
-    });
+    let ending = train(
+        &execution,
+        &rows,
+        &rows[..5],
+        &settings,
+        None,
+        &mut |step| {
+            logs.extend(step.logs.clone());
+            if step.micro_batches == 0 && (2..=3).contains(&step.step) {
+                let golden = tensors(&format!("runs/a_adapter_step{}.safetensors", step.step));
+                on_the_way.insert(step.step, adapter_far(&model, &golden));
+            }
+            ControlFlow::Continue(())
+        },
+    );
     assert!(matches!(ending.unwrap(), Ending::Finished { .. }));
 
-    let mut comparison = compare("a_f32", &logs, EXACT, path);
+    let mut comparison = compare("a_f32", &logs, EXACT, kind);
     // TRL evaluated at the end.
     let eval = logs
         .iter()
@@ -166,21 +173,21 @@ fn run_a(path: Path) {
 
 #[test]
 fn run_b_with_checkpointing_is_run_a_to_the_bit() {
-    for path in PATHS {
-        run_b(path);
+    for kind in KINDS {
+        run_b(kind);
     }
 }
 
-fn run_b(path: Path) {
+fn run_b(kind: Kind) {
     let runs = [false, true].map(|checkpointing| {
-        let mut model = model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
-        model.path = path;
+        let model = model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
+        let execution = Execution::new(&model, kind);
         let settings = Settings {
             checkpointing,
             ..settings()
         };
-        let logs = run(&model, "trl-1.16", &settings);
-        compare("b_f32_gradient_checkpointing", &logs, EXACT, path).end();
+        let logs = run(&execution, "trl-1.16", &settings);
+        compare("b_f32_gradient_checkpointing", &logs, EXACT, kind).end();
         let bits_of =
             |log: &Log| -> Vec<u64> { log.values.values().map(|x| x.to_bits()).collect() };
         (logs.iter().map(bits_of).collect::<Vec<_>>(), bits(&model))
@@ -197,11 +204,11 @@ fn run_c_with_a_ragged_group_is_that_of_trl() {
         warmup: 0.,
         ..settings()
     };
-    for path in PATHS {
-        let mut model = model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
-        model.path = path;
-        let logs = run(&model, "trl-0.24", &settings);
-        compare("c_f32_legacy_truncation_ragged_accum", &logs, EXACT, path).end();
+    for kind in KINDS {
+        let model = model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
+        let execution = Execution::new(&model, kind);
+        let logs = run(&execution, "trl-0.24", &settings);
+        compare("c_f32_legacy_truncation_ragged_accum", &logs, EXACT, kind).end();
     }
 }
 
@@ -213,17 +220,17 @@ fn a_smaller_last_micro_batch_cuts_none_of_the_others() {
         warmup: 0.,
         ..settings()
     };
-    for path in PATHS {
-        let mut model = model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
-        model.path = path;
+    for kind in KINDS {
+        let model = model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
+        let execution = Execution::new(&model, kind);
         let (rows, mut logs) = (&rows("trl-1.16")[..7], Vec::new());
-        train(&model, rows, &[], &settings, None, &mut |step| {
+        train(&execution, rows, &[], &settings, None, &mut |step| {
             logs.extend(step.logs.clone());
             ControlFlow::Continue(())
         })
         .unwrap();
         // What TRL would log if accelerate cut nothing.
-        let mut comparison = Comparison::new("i_ragged", EXACT, path);
+        let mut comparison = Comparison::new("i_ragged", EXACT, kind);
         comparison.logs(&logs, golden["whole"].as_array().unwrap());
         comparison.end();
         // What it logs: the same, but for what goes through `gather_for_metrics` row by row in the last step.
@@ -254,11 +261,11 @@ fn a_smaller_last_micro_batch_cuts_none_of_the_others() {
 
 #[test]
 fn run_d_in_bf16_is_near_that_of_trl() {
-    for path in PATHS {
-        let mut model = model("model", Some("adapter_init"), Trained::Adapter, DType::BF16);
-        model.path = path;
-        let logs = run(&model, "trl-1.16", &settings());
-        compare("d_bf16_autocast", &logs, HALF, path).end();
+    for kind in KINDS {
+        let model = model("model", Some("adapter_init"), Trained::Adapter, DType::BF16);
+        let execution = Execution::new(&model, kind);
+        let logs = run(&execution, "trl-1.16", &settings());
+        compare("d_bf16_autocast", &logs, HALF, kind).end();
     }
 }
 
@@ -272,11 +279,11 @@ fn run_e_with_rslora_and_adamw_8bit_is_that_of_trl() {
         },
         ..settings()
     };
-    for path in PATHS {
-        let mut model = super::golden::rslora_model();
-        model.path = path;
-        let logs = run(&model, "trl-1.16", &settings);
-        compare("e_f32_rslora_adamw8bit", &logs, LOOSE, path).end();
+    for kind in KINDS {
+        let model = super::golden::rslora_model();
+        let execution = Execution::new(&model, kind);
+        let logs = run(&execution, "trl-1.16", &settings);
+        compare("e_f32_rslora_adamw8bit", &logs, LOOSE, kind).end();
     }
 }
 
@@ -286,12 +293,12 @@ fn run_g_on_a_4_bit_base_is_that_of_trl() {
         epochs: 1.,
         ..settings()
     };
-    for path in PATHS {
+    for kind in KINDS {
         let adapter = Some("adapter_init");
-        let mut model = model("model_nf4", adapter, Trained::Adapter, DType::F32);
-        model.path = path;
-        let logs = run(&model, "trl-1.16", &settings);
-        compare("g_qlora_nf4_f32", &logs, LOOSE, path).end();
+        let model = model("model_nf4", adapter, Trained::Adapter, DType::F32);
+        let execution = Execution::new(&model, kind);
+        let logs = run(&execution, "trl-1.16", &settings);
+        compare("g_qlora_nf4_f32", &logs, LOOSE, kind).end();
     }
 }
 
@@ -314,6 +321,7 @@ fn run_h_on_every_weight_is_that_of_trl() {
     ] {
         let golden = &golden[optim];
         let model = model("model", None, Trained::Everything, DType::F32);
+        let execution = Execution::fastest(&model);
         let before: Vec<Tensor> = model
             .parameters
             .iter()
@@ -331,12 +339,13 @@ fn run_h_on_every_weight_is_that_of_trl() {
             ..settings()
         };
         let mut logs = Vec::new();
-        let ending = train(&model, &rows, &[], &settings, None, &mut |step| {
+        let ending = train(&execution, &rows, &[], &settings, None, &mut |step| {
             logs.extend(step.logs.clone());
             ControlFlow::Continue(())
         });
         assert!(matches!(ending.unwrap(), Ending::Finished { .. }));
-        let mut comparison = Comparison::new(&format!("h_full {optim}"), tolerance, model.path);
+        let mut comparison =
+            Comparison::new(&format!("h_full {optim}"), tolerance, execution.kind());
         comparison.logs(&logs, golden["log_history"].as_array().unwrap());
         let mut largest = 0f64;
         for (parameter, before) in model.parameters.iter().zip(&before) {
@@ -363,12 +372,13 @@ fn run_h_on_every_weight_is_that_of_trl() {
 #[test]
 fn f16_with_a_loss_scale_learns_the_same() {
     let model = model("model", Some("adapter_init"), Trained::Adapter, DType::F16);
+    let execution = Execution::fastest(&model);
     let settings = Settings {
         scaler: true,
         ..settings()
     };
-    let logs = run(&model, "trl-1.16", &settings);
-    compare("a_f32", &logs, HALF, model.path).end();
+    let logs = run(&execution, "trl-1.16", &settings);
+    compare("a_f32", &logs, HALF, execution.kind()).end();
 }
 
 fn bits(model: &Llama) -> Vec<Vec<u32>> {
@@ -408,14 +418,22 @@ fn a_stopped_training_goes_on_to_the_same_bits() {
         };
         let whole = fresh();
         let goes_on = &mut |_: &_| ControlFlow::Continue(());
-        let ending = train(&whole, &rows, &[], &settings, None, goes_on).unwrap();
+        let ending = train(
+            &Execution::fastest(&whole),
+            &rows,
+            &[],
+            &settings,
+            None,
+            goes_on,
+        )
+        .unwrap();
 
         let scratch = tempfile::tempdir().unwrap();
         // Stopped in the middle of a group, then after a step.
         for (step, micro) in [(2, 1), (4, 0)] {
             let model = fresh();
             let ending = train(
-                &model,
+                &Execution::fastest(&model),
                 &rows,
                 &[],
                 &settings,
@@ -439,7 +457,7 @@ fn a_stopped_training_goes_on_to_the_same_bits() {
         let resumed = fresh();
         let mut first = None;
         let again = train(
-            &resumed,
+            &Execution::fastest(&resumed),
             &rows,
             &[],
             &settings,
@@ -464,7 +482,15 @@ fn a_loss_that_is_no_number_stops_with_the_step_and_the_rows() {
     let nan = (broken.as_detached_tensor() * f64::NAN).unwrap();
     broken.set(&nan).unwrap();
     let goes_on = &mut |_: &_| ControlFlow::Continue(());
-    let error = train(&model, &rows, &[], &settings(), None, goes_on).unwrap_err();
+    let error = train(
+        &Execution::fastest(&model),
+        &rows,
+        &[],
+        &settings(),
+        None,
+        goes_on,
+    )
+    .unwrap_err();
     let text = error.to_string();
     assert!(
         text.contains("NaN in step 1 (rows [0, 1] of `train`)"),
@@ -486,10 +512,17 @@ fn an_overflow_in_f16_skips_the_step_and_halves_the_scale() {
         ..settings()
     };
     let mut logs = Vec::new();
-    let ending = train(&model, &rows, &[], &settings, None, &mut |step| {
-        logs.extend(step.logs.clone());
-        ControlFlow::Continue(())
-    });
+    let ending = train(
+        &Execution::fastest(&model),
+        &rows,
+        &[],
+        &settings,
+        None,
+        &mut |step| {
+            logs.extend(step.logs.clone());
+            ControlFlow::Continue(())
+        },
+    );
     assert!(matches!(ending.unwrap(), Ending::Finished { .. }));
     assert_eq!(logs.len(), 1);
     assert!(logs[0].values["loss"].is_finite());

@@ -6,15 +6,14 @@ use std::fmt;
 use anyhow::{bail, ensure};
 
 use super::Settings;
-use crate::ml::execution::Forward;
+use crate::ml::execution::Execution;
 use crate::ml::loss::{Objective, in_pool};
-use crate::ml::model::Llama;
 use crate::ml::model::batch::{Batch, Row};
 use crate::ml::model::linear::Pass;
 
 /// TRL's evaluation during training: metrics are the mean of the batches' means, the loss is weighted by rows.
 pub fn metrics(
-    model: &Llama,
+    execution: &Execution<'_>,
     rows: &[Row],
     settings: &Settings,
 ) -> anyhow::Result<BTreeMap<String, f64>> {
@@ -24,7 +23,9 @@ pub fn metrics(
     for rows in rows.chunks(settings.eval_batch_size.max(1)) {
         let references: Vec<&Row> = rows.iter().collect();
         let batch = settings.objective.batch(&references, settings.pad)?;
-        let outcome = settings.objective.evaluate(model, &batch, Pass::INFER)?;
+        let outcome = settings
+            .objective
+            .evaluate(execution, &batch, Pass::INFER)?;
         loss += outcome.loss * rows.len() as f64;
         batches += 1;
         for (name, value) in outcome.metrics {
@@ -85,7 +86,7 @@ impl std::error::Error for NotFinite {}
 /// of that batch: compared with anything, a NaN would count as a chosen answer that is not preferred. `tell` is called with the number of rows done, and may stop with an
 /// error.
 pub fn preferences(
-    model: &Llama,
+    execution: &Execution<'_>,
     rows: &[Row],
     batch_size: usize,
     pad: u32,
@@ -110,8 +111,11 @@ pub fn preferences(
         let batch = Batch::pairs(&rows, pad)?;
         let objective = Objective::Orpo { beta: 0. };
         let targets = objective.targets(&batch);
-        let scored =
-            in_pool(|| Forward::new(model, &[&batch], pass, false)?.score(&targets, false))?;
+        let scored = in_pool(|| {
+            execution
+                .forward(&[&batch], pass, false)?
+                .score(&targets, false)
+        })?;
         let mut sums = vec![(0f64, 0u64); 2 * rows.len()];
         let mut odd = BTreeSet::new();
         for (target, logp) in targets.iter().zip(&scored.logps) {

@@ -8,6 +8,7 @@ use candle_core::{Device, Tensor};
 use super::schedule::Shape;
 use super::*;
 use crate::ml::adapter::Adapter;
+use crate::ml::execution::Execution;
 use crate::ml::io::weights::Weights;
 use crate::ml::loss::Objective;
 use crate::ml::model::Trained;
@@ -81,7 +82,7 @@ fn an_infinite_weight_stops_the_step_of_its_rows_or_is_skipped() {
         ..settings()
     };
     let error = train(
-        &with_a_broken_token(id),
+        &Execution::fastest(&with_a_broken_token(id)),
         &rows,
         &[],
         &settings,
@@ -104,10 +105,17 @@ fn an_infinite_weight_stops_the_step_of_its_rows_or_is_skipped() {
     settings.skip_nan_steps = 1;
     let model = with_a_broken_token(id);
     let mut told = Vec::new();
-    let ending = train(&model, &rows, &[], &settings, None, &mut |step| {
-        told.extend(step.skipped.clone());
-        ControlFlow::Continue(())
-    });
+    let ending = train(
+        &Execution::fastest(&model),
+        &rows,
+        &[],
+        &settings,
+        None,
+        &mut |step| {
+            told.extend(step.skipped.clone());
+            ControlFlow::Continue(())
+        },
+    );
     let Ending::Finished {
         history, skipped, ..
     } = ending.unwrap()
@@ -139,7 +147,15 @@ fn a_huge_learning_rate_is_named_as_the_cause() {
         ..settings()
     };
     let fresh = model(DType::F32);
-    let error = train(&fresh, &rows, &[], &settings, None, &mut goes_on()).unwrap_err();
+    let error = train(
+        &Execution::fastest(&fresh),
+        &rows,
+        &[],
+        &settings,
+        None,
+        &mut goes_on(),
+    )
+    .unwrap_err();
     let fault: &Fault = error.downcast_ref().unwrap();
     assert!(fault.step > 3, "two steps may be skipped: {fault}");
     assert!(fault.cause.contains("learning_rate"), "{fault}");
@@ -148,7 +164,15 @@ fn a_huge_learning_rate_is_named_as_the_cause() {
     settings.learning_rate = 1e39;
     settings.max_steps = Some(1);
     let fresh = model(DType::F32);
-    let error = train(&fresh, &rows, &[], &settings, None, &mut goes_on()).unwrap_err();
+    let error = train(
+        &Execution::fastest(&fresh),
+        &rows,
+        &[],
+        &settings,
+        None,
+        &mut goes_on(),
+    )
+    .unwrap_err();
     assert!(
         error.to_string().contains("not finite after step 1"),
         "{error:#}"
@@ -177,7 +201,7 @@ fn the_best_weights_come_back_and_a_stop_in_between_changes_nothing() {
     let whole = model(DType::F32);
     let settings = watched(true, Some(3));
     let ending = train(
-        &whole,
+        &Execution::fastest(&whole),
         &rows,
         eval,
         &settings,
@@ -212,7 +236,15 @@ fn the_best_weights_come_back_and_a_stop_in_between_changes_nothing() {
         watch: None,
         ..settings.clone()
     };
-    train(&short, &rows, eval, &plain, None, &mut goes_on()).unwrap();
+    train(
+        &Execution::fastest(&short),
+        &rows,
+        eval,
+        &plain,
+        None,
+        &mut goes_on(),
+    )
+    .unwrap();
     assert!(bits(&short) == bits(&whole));
 
     // Stopped after each step, and once with the newest checkpoint's best weights gone.
@@ -220,7 +252,7 @@ fn the_best_weights_come_back_and_a_stop_in_between_changes_nothing() {
     for stop in 1..=*step {
         let model = model(DType::F32);
         let ended = train(
-            &model,
+            &Execution::fastest(&model),
             &rows,
             eval,
             &settings,
@@ -237,7 +269,7 @@ fn the_best_weights_come_back_and_a_stop_in_between_changes_nothing() {
     }
     let resumed = model(DType::F32);
     let again = train(
-        &resumed,
+        &Execution::fastest(&resumed),
         &rows,
         eval,
         &settings,
@@ -255,7 +287,7 @@ fn the_best_weights_come_back_and_a_stop_in_between_changes_nothing() {
     fs::write(scratch.path().join(&weights[0]), "damaged").unwrap();
     let resumed = model(DType::F32);
     let again = train(
-        &resumed,
+        &Execution::fastest(&resumed),
         &rows,
         eval,
         &settings,
@@ -271,7 +303,15 @@ fn the_best_weights_come_back_and_a_stop_in_between_changes_nothing() {
         watch.metric = "bleu".into();
     }
     let fresh = model(DType::F32);
-    let error = train(&fresh, &rows, eval, &settings, None, &mut goes_on()).unwrap_err();
+    let error = train(
+        &Execution::fastest(&fresh),
+        &rows,
+        eval,
+        &settings,
+        None,
+        &mut goes_on(),
+    )
+    .unwrap_err();
     let text = error.to_string();
     assert!(
         text.contains("`bleu`") && text.contains("rewards/margins"),
@@ -288,7 +328,14 @@ fn a_last_step_between_two_evaluations_is_evaluated_too() {
         ..settings()
     };
     let fresh = model(DType::F32);
-    let ending = train(&fresh, &rows, &rows[..5], &settings, None, &mut goes_on());
+    let ending = train(
+        &Execution::fastest(&fresh),
+        &rows,
+        &rows[..5],
+        &settings,
+        None,
+        &mut goes_on(),
+    );
     let Ending::Finished { history, .. } = ending.unwrap() else {
         panic!("interrupted")
     };
@@ -315,7 +362,7 @@ fn an_overflow_halves_the_scale_and_the_schedule_waits() {
     let before = bits(&trained);
     let mut logs = Vec::new();
     let ending = train(
-        &trained,
+        &Execution::fastest(&trained),
         &rows,
         &[],
         &settings,
@@ -357,7 +404,7 @@ fn an_overflow_halves_the_scale_and_the_schedule_waits() {
 
     // Halved far enough, the steps are good ones.
     train(
-        &trained,
+        &Execution::fastest(&trained),
         &rows,
         &[],
         &Settings {
@@ -393,7 +440,7 @@ fn a_damaged_checkpoint_is_passed_over() {
     let made = |damage: &dyn Fn(&Path)| {
         let scratch = tempfile::tempdir().unwrap();
         train(
-            &model(DType::F32),
+            &Execution::fastest(&model(DType::F32)),
             &rows,
             &[],
             &settings,
@@ -405,7 +452,7 @@ fn a_damaged_checkpoint_is_passed_over() {
         let mut first = None;
         let trained = model(DType::F32);
         let ending = train(
-            &trained,
+            &Execution::fastest(&trained),
             &rows,
             &[],
             &settings,
@@ -461,7 +508,14 @@ fn a_checkpoint_that_can_not_be_read_stops_the_training() {
     let scratch = tempfile::tempdir().unwrap();
     let go = |model: &Llama| {
         let scratch = Some(scratch.path());
-        train(model, &rows, &[], &settings, scratch, &mut goes_on())
+        train(
+            &Execution::fastest(model),
+            &rows,
+            &[],
+            &settings,
+            scratch,
+            &mut goes_on(),
+        )
     };
     go(&model(DType::F32)).unwrap();
     let newest = scratch.path().join("step-00000002");

@@ -11,7 +11,7 @@ pub(in crate::stages) use parameters::{
     EvalStrategy, Optim, SamplingStrategy, SchedulerType, defaults, every, training_parameters,
 };
 pub(in crate::stages) use rules::Rules;
-pub(in crate::stages) use run::{Job, has_split, pad_id, rows, run};
+pub(in crate::stages) use run::{Job, has_split, note_fallback, pad_id, rows, run};
 
 #[cfg(test)]
 mod not_finite;

@@ -108,14 +108,14 @@ fn the_fast_way_and_the_plain_one_tell_the_same() {
             (config, Weights::open(folder).unwrap())
         };
         let (first, second) = (open(base), open(out.path()));
-        let walk = |(config, weights), adapter| Walk {
-            config,
+        let walk = |(arch, weights), adapter| MappedModel {
+            arch,
             weights,
             adapter,
         };
         let of_base = walk((&first.0, &first.1), Some(&adapter));
         let of_merged = walk((&second.0, &second.1), None);
-        assert!(of_base.is_possible() && of_merged.is_possible());
+        assert!(of_base.is_supported() && of_merged.is_supported());
         let sequences = prompts().into_iter().map(|ids| Sequence::new(ids, 0));
         let batch = Batch::new(sequences.collect(), 0).unwrap();
         let fast = by_kernels(of_base, of_merged, &batch, &mut ignore).unwrap();
@@ -148,18 +148,18 @@ fn what_the_kernels_lack_goes_the_plain_way() {
     let weights = Weights::open(&golden).unwrap();
     let mut dora = adapter(1.);
     dora.config.use_dora = true;
-    let possible = |config, adapter| {
+    let possible = |arch, adapter| {
         let weights = &weights;
-        Walk {
-            config,
+        MappedModel {
+            arch,
             weights,
             adapter,
         }
-        .is_possible()
+        .is_supported()
     };
     let plain = adapter(1.);
     assert!(possible(&config, None) && possible(&config, Some(&plain)));
-    assert!(!possible(&biased, None) && !possible(&config, Some(&dora)));
+    assert!(possible(&biased, None) && !possible(&config, Some(&dora)));
 }
 
 #[test]

@@ -5,11 +5,11 @@ use std::ops::ControlFlow;
 use candle_core::DType;
 
 use super::*;
-use crate::ml::execution::Path;
+use crate::ml::execution::{Execution, Kind};
 use crate::ml::fused::Packing;
 use crate::ml::loss::Objective;
 use crate::ml::model::linear::Pass;
-use crate::ml::model::{Gradients, Llama, Trained};
+use crate::ml::model::{Gradients, Trained};
 use crate::ml::testing::golden::{far, model, rows as golden_rows};
 use crate::ml::testing::golden_compare::{Comparison, EXACT, json};
 use crate::ml::testing::golden_runs::settings;
@@ -49,18 +49,16 @@ fn run(name: &str, completion_only: bool, packing: Option<usize>) {
         batch_size: if packing.is_some() { 1 } else { 2 },
         ..settings()
     };
-    let path = Path::Fused(Packing::default());
-    for path in [Path::Plain, path] {
-        let mut model = model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
-        model.path = path;
-        train_and_compare(name, &model, &rows, &settings);
+    for kind in [Kind::Reference, Kind::Fused(Packing::default())] {
+        let model = model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
+        train_and_compare(name, &Execution::new(&model, kind), &rows, &settings);
     }
 }
 
-fn train_and_compare(name: &str, model: &Llama, rows: &[Row], settings: &Settings) {
+fn train_and_compare(name: &str, execution: &Execution<'_>, rows: &[Row], settings: &Settings) {
     let golden = &json("sft/sft.json")[name];
     let mut logs = Vec::new();
-    let ending = train(model, rows, &[], settings, None, &mut |step| {
+    let ending = train(execution, rows, &[], settings, None, &mut |step| {
         logs.extend(step.logs.clone());
         ControlFlow::Continue(())
     });
@@ -70,7 +68,7 @@ fn train_and_compare(name: &str, model: &Llama, rows: &[Row], settings: &Setting
         // A count of all tokens so far, which the program keeps elsewhere.
         log.as_object_mut().unwrap().remove("num_tokens").unwrap();
     }
-    let mut comparison = Comparison::new(&format!("sft {name}"), EXACT, model.path);
+    let mut comparison = Comparison::new(&format!("sft {name}"), EXACT, execution.kind());
     comparison.logs(&logs, &theirs);
     comparison.end();
 }
@@ -143,7 +141,13 @@ fn packed_gradients_are_the_sum_of_those_alone() {
                 let batch = objective.batch(&[row], 1023).unwrap();
                 let count = objective.weight(&objective.targets(&batch));
                 let add = &mut gradients;
-                let outcome = objective.differentiate(&model, &[(&batch, count)], None, false, add);
+                let outcome = objective.differentiate(
+                    &Execution::fastest(&model),
+                    &[(&batch, count)],
+                    None,
+                    false,
+                    add,
+                );
                 loss += count * outcome.unwrap()[0].loss;
             }
             (loss, gradients)

@@ -7,6 +7,7 @@ use candle_core::{DType, Tensor};
 
 use super::tests::write_tokens;
 use crate::engine::{Context, Level, Stage};
+use crate::ml::execution::Execution;
 use crate::ml::generate::greedy;
 use crate::ml::model::Trained;
 use crate::ml::model::linear::Pass;
@@ -331,7 +332,15 @@ fn an_answer_that_meets_a_broken_token_is_not_made() {
     });
     let known: BTreeSet<u32> = ids.copied().collect();
     let prompts: Vec<&[u32]> = rows.iter().map(|row| row.prompt.as_slice()).collect();
-    let answers = greedy(&model, &prompts, 8, &[], Pass::BASE, &mut || Ok(())).unwrap();
+    let answers = greedy(
+        &Execution::fastest(&model),
+        &prompts,
+        8,
+        &[],
+        Pass::BASE,
+        &mut || Ok(()),
+    )
+    .unwrap();
     // The last id of an answer is not looked up any more.
     let looked_up = answers.iter().flat_map(|answer| &answer[..7]);
     let id = looked_up.copied().find(|id| !known.contains(id)).unwrap();

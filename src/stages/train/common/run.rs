@@ -11,7 +11,7 @@ use crate::data::table::splits;
 use crate::data::tokens::{self, TokenRow};
 use crate::engine::Context;
 use crate::ml::adapter::{Adapter, FILE};
-use crate::ml::execution::Path as Way;
+use crate::ml::execution::{Execution, Kind};
 use crate::ml::fused::Packing;
 use crate::ml::io::folder::{METRICS, TRAINER_STATE};
 use crate::ml::model::arch::Arch;
@@ -124,9 +124,23 @@ fn tell_start(cx: &Context, start: &Start, done: u64, total: u64) {
     });
 }
 
+/// Puts into the record why a model is not run the fast way, if it is not.
+pub(in crate::stages) fn note_fallback(cx: &Context, execution: &Execution<'_>) {
+    if let Some(why) = execution.fallback() {
+        cx.note("reference_path", why);
+        cx.info(format!(
+            "runs on the slower reference path, for the fast one lacks something: {why}"
+        ));
+    }
+}
+
 /// Keeps what the frozen layers below the adapter give, and tells what that takes.
-fn cache_frozen_layers(cx: &Context, model: &Llama, rows: &[&[Row]]) -> anyhow::Result<()> {
-    let Some(frozen) = model.keep_states_of_frozen_layers(cx.scratch()?)? else {
+fn cache_frozen_layers(
+    cx: &Context,
+    execution: &Execution<'_>,
+    rows: &[&[Row]],
+) -> anyhow::Result<()> {
+    let Some(frozen) = execution.keep_frozen_states(cx.scratch()?)? else {
         cx.warn(
             "`cache_frozen_layers` does nothing here: the lowest layer is trained, or something in the model or adapter is not computed \
              the fast way; hint: `layers_to_transform` of `attach_lora` puts an adapter on upper layers alone",
@@ -138,7 +152,7 @@ fn cache_frozen_layers(cx: &Context, model: &Llama, rows: &[&[Row]]) -> anyhow::
         let rejected = row.rejected().map_or(0, |sequence| sequence.ids.len());
         row.chosen().ids.len() + rejected
     });
-    let bytes = tokens.sum::<usize>() * model.arch.hidden_size * size_of::<f32>();
+    let bytes = tokens.sum::<usize>() * execution.model().arch.hidden_size * size_of::<f32>();
     cx.note("cached_frozen_layers", frozen);
     cx.info(format!(
         "keeps what the lowest {frozen} layers give of each sequence for its next epoch: up to {} MB on disk",
@@ -181,7 +195,7 @@ pub(in crate::stages) fn run(
         Vec::new()
     };
     let device = Device::Cpu;
-    let mut model = Llama::load(
+    let model = Llama::load(
         &config,
         &weights,
         adapter.as_ref(),
@@ -190,11 +204,10 @@ pub(in crate::stages) fn run(
         &device,
     )?;
     drop(weights);
-    if let Way::Fused(packing) = &mut model.path {
-        *packing = job.packing;
-    }
+    let execution = Execution::new(&model, Kind::Fused(job.packing));
+    note_fallback(cx, &execution);
     if job.cache_frozen_layers {
-        cache_frozen_layers(cx, &model, &[&train_rows, &eval_rows])?;
+        cache_frozen_layers(cx, &execution, &[&train_rows, &eval_rows])?;
     }
     cx.note("rows", train_rows.len());
     let count = model.parameters.iter().map(|p| p.var.elem_count());
@@ -210,7 +223,7 @@ pub(in crate::stages) fn run(
     )?;
     let (mut tokens, mut computed, mut began) = (0u64, 0u64, false);
     let ending = train(
-        &model,
+        &execution,
         &train_rows,
         &eval_rows,
         &settings,

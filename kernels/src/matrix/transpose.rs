@@ -14,7 +14,7 @@ impl Word for u32 {}
 ///
 /// # Panics
 /// If `count` is 0 or more than [`TILE`], or `values` are fewer than the rows.
-pub(super) fn turn<T: Word>(values: &[T], stride: usize, count: usize, tile: &mut [T]) {
+pub(super) fn transpose<T: Word>(values: &[T], stride: usize, count: usize, tile: &mut [T]) {
     let columns = tile.len() / TILE;
     assert!((1..=TILE).contains(&count), "{count} rows in a tile");
     assert!(
@@ -27,7 +27,7 @@ pub(super) fn turn<T: Word>(values: &[T], stride: usize, count: usize, tile: &mu
         // SAFETY: the processor has AVX2; the rows are there, as asserted, and the tile has `columns` columns; a word has 32 bits, which
         // are only moved.
         unsafe {
-            avx2::turn(
+            avx2::transpose(
                 values.as_ptr().cast(),
                 stride,
                 whole,
@@ -45,7 +45,7 @@ pub(super) fn turn<T: Word>(values: &[T], stride: usize, count: usize, tile: &mu
         }
         return;
     }
-    run(Turn {
+    run(Transpose {
         values,
         stride,
         count,
@@ -54,14 +54,14 @@ pub(super) fn turn<T: Word>(values: &[T], stride: usize, count: usize, tile: &mu
 }
 
 /// 16 columns at a time, which stay in the registers' reach.
-struct Turn<'a, T> {
+struct Transpose<'a, T> {
     values: &'a [T],
     stride: usize,
     count: usize,
     tile: &'a mut [T],
 }
 
-impl<T: Word> Loop for Turn<'_, T> {
+impl<T: Word> Loop for Transpose<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -122,7 +122,12 @@ mod avx2 {
     /// The processor must have AVX2, `values` [`TILE`] rows of `count` words, `stride` apart, `tile` `count` columns, and `count`
     /// be a multiple of [`COLUMNS`].
     #[target_feature(enable = "avx2")]
-    pub(super) unsafe fn turn(values: *const f32, stride: usize, count: usize, tile: *mut f32) {
+    pub(super) unsafe fn transpose(
+        values: *const f32,
+        stride: usize,
+        count: usize,
+        tile: *mut f32,
+    ) {
         for first in (0..count).step_by(COLUMNS) {
             let four = |row: usize| {
                 let rows: [__m256; 4] = std::array::from_fn(|i| {
@@ -169,7 +174,7 @@ mod tests {
                 for count in [1, 5, TILE - 1, TILE] {
                     let values = numbers((count - 1) * stride + columns, 3);
                     let mut tile = vec![0.; columns * TILE];
-                    turn(&values, stride, count, &mut tile);
+                    transpose(&values, stride, count, &mut tile);
                     for (k, column) in tile.as_chunks::<TILE>().0.iter().enumerate() {
                         for i in 0..count {
                             assert_eq!(

@@ -1,0 +1,200 @@
+//! The fast path as a [`Backend`].
+
+use std::fmt;
+use std::path::Path;
+use std::sync::Mutex;
+
+use candle_core::{DType, Result, bail};
+use pipeline_kernels::panels::panels;
+
+use super::layout::Packing;
+use super::pool::Pool;
+use super::states::States;
+use super::{Forward, Scored, decode, layer, lowest};
+use crate::ml::backend::{Backend, Decoder, ForwardPass, PassSize, Scores};
+use crate::ml::model::batch::{Batch, Target};
+use crate::ml::model::linear::Pass;
+use crate::ml::model::{self, Gradients, Llama};
+use crate::ml::reference::Texts;
+
+/// The most tokens of several micro-batches in one pass: more would save nothing.
+pub(super) const TOKENS: usize = 2048;
+/// The most bytes that a pass of several micro-batches keeps for its backward.
+const KEPT: usize = 1 << 29;
+
+/// A model on the fast path, with what outlives a pass.
+pub struct Fused<'m> {
+    pub(super) model: &'m Llama,
+    pub(super) packing: Packing,
+    pub(super) pool: Pool,
+    /// What frozen layers give, where it is kept.
+    pub(super) states: Mutex<Option<States>>,
+}
+
+/// What a model has that the fast path lacks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unsupported(String);
+
+impl fmt::Display for Unsupported {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Unsupported {}
+
+/// What the fast path lacks for this model, if anything.
+fn lacking(model: &Llama) -> Option<String> {
+    if !model.device.is_cpu() {
+        return Some("the model is not on the CPU".into());
+    }
+    if !matches!(model.compute, DType::F32 | DType::BF16) {
+        return Some(format!(
+            "products run in {}; the fast path has f32 and bf16",
+            model.compute.as_str()
+        ));
+    }
+    if !model.arch.head_dim.is_multiple_of(2) {
+        return Some(format!("`head_dim` {} is odd", model.arch.head_dim));
+    }
+    if model.has_pairs_at_ends() {
+        return Some("the adapter has matrices beside the embeddings or the head".into());
+    }
+    let linears = || model.layers.iter().flat_map(model::Layer::linears);
+    let has_dora = |lora: &model::linear::Lora| lora.magnitude.is_some();
+    if linears().any(|linear| linear.lora.as_ref().is_some_and(has_dora)) {
+        return Some("the adapter is a DoRA".into());
+    }
+    None
+}
+
+impl<'m> Fused<'m> {
+    /// A model on the fast path.
+    ///
+    /// # Errors
+    /// The model has something that the fast path lacks.
+    pub fn new(model: &'m Llama, packing: Packing) -> std::result::Result<Self, Unsupported> {
+        match lacking(model) {
+            Some(why) => Err(Unsupported(why)),
+            None => Ok(Self {
+                model,
+                packing,
+                pool: Pool::default(),
+                states: Mutex::default(),
+            }),
+        }
+    }
+
+    /// Each copy of a prompt drops values of its own: where a layer does, none are shared.
+    pub(super) fn packing(&self, pass: Pass) -> Packing {
+        let drops = |layer: &model::Layer| {
+            let mut linears = layer.linears().into_iter();
+            linears.any(|linear| linear.dropout(pass).is_some())
+        };
+        Packing {
+            share_prompts: self.packing.share_prompts && !self.model.layers.iter().any(drops),
+            ..self.packing
+        }
+    }
+}
+
+impl Backend for Fused<'_> {
+    /// Several micro-batches in one pass save time: each block of a weight is made ready once for all of them, fewer panels are
+    /// part empty, and what several begin with is computed once. It costs memory, so there is a bound.
+    fn pass_size(&self, batches: &[&Batch], pass: Pass, checkpointing: bool) -> PassSize {
+        let packing = self.packing(pass);
+        let kept = if pass.tape {
+            layer::kept(self.model, checkpointing)
+        } else {
+            0
+        };
+        let most = TOKENS.min(KEPT / kept.max(1));
+        let all = (1..=batches.len()).map(|count| PassSize {
+            micro_batches: count,
+            tokens: packing.tokens(batches.get(..count).unwrap_or_default()),
+        });
+        let mut best = PassSize::default();
+        for size in all {
+            if size.micro_batches > 1 && size.tokens > most {
+                break;
+            }
+            best = size;
+        }
+        if best.micro_batches > 1 {
+            self.pool.expect(panels(most));
+        }
+        best
+    }
+
+    fn forward<'a>(
+        &'a self,
+        batches: &[&Batch],
+        pass: Pass,
+        checkpointing: bool,
+    ) -> Result<Box<dyn ForwardPass + 'a>> {
+        Ok(Box::new(Run {
+            forward: Forward::new(self, batches, pass, checkpointing)?,
+            scored: None,
+        }))
+    }
+
+    fn decoder<'a>(
+        &'a self,
+        texts: usize,
+        longest: usize,
+        pass: Pass,
+    ) -> Result<Box<dyn Decoder + 'a>> {
+        // What is trained in f32 and multiplied in bf16 has no kernel for single vectors.
+        Ok(
+            match decode::Decoder::new(self.model, texts, longest, pass)? {
+                Some(decoder) => Box::new(decoder),
+                None => Box::new(Texts::new(self.model, texts, longest, pass)),
+            },
+        )
+    }
+
+    fn keep_frozen_states(&self, folder: &Path) -> std::io::Result<Option<usize>> {
+        let lowest = lowest(self.model);
+        if lowest == 0 || lowest == self.model.layers.len() {
+            return Ok(None);
+        }
+        let states = States::new(folder, self.model.arch.hidden_size)?;
+        if let Ok(mut slot) = self.states.lock() {
+            *slot = Some(states);
+        }
+        Ok(Some(lowest))
+    }
+}
+
+/// A pass and its scored targets.
+struct Run<'m> {
+    forward: Forward<'m>,
+    scored: Option<Scored>,
+}
+
+impl ForwardPass for Run<'_> {
+    fn score(&mut self, targets: &[Target], certainty: bool) -> Result<Scores> {
+        let mut scored = self
+            .forward
+            .score(targets, certainty, self.forward.pass.tape)?;
+        let scores = Scores {
+            logps: scored.logps.clone(),
+            certainty: scored.certainty.take(),
+        };
+        self.scored = Some(scored);
+        Ok(scores)
+    }
+
+    fn mean_logit(&self, from: usize, count: usize) -> Result<f64> {
+        self.forward.mean_logit(from, count)
+    }
+
+    fn backward(self: Box<Self>, grad_logps: &[f32], gradients: &mut Gradients) -> Result<()> {
+        match self.scored {
+            Some(scored) if self.forward.pass.tape => {
+                self.forward.backward(scored, grad_logps, gradients)
+            }
+            _ => bail!("there is no way back: nothing was recorded or scored"),
+        }
+    }
+}
