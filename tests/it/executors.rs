@@ -67,7 +67,7 @@ fn whatever_ends_the_process_of_a_stage_is_a_failure_of_that_stage() {
     // The system ends a process by SIGKILL when memory runs out.
     for (signal, words) in [
         (Signal::SIGKILL, "killed from outside (SIGKILL)"),
-        (Signal::SIGSEGV, "ended by signal 11"),
+        (Signal::SIGABRT, "ended by signal 6"),
     ] {
         let mut stage = None;
         let (seen, code) = train(&project, &[], |runner| {
