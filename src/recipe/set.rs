@@ -7,6 +7,7 @@ use super::draft::{Draft, TOP};
 use super::hints;
 use super::read::read;
 use super::source_map::{PathStep, RecipePath, display, parse};
+use super::stage::HANDLING;
 
 /// Applies the overrides in their order.
 pub(crate) fn apply(draft: &mut Draft, recipe: &mut Value, overrides: &[Override]) {
@@ -52,7 +53,7 @@ fn apply_one(
     Ok(())
 }
 
-/// Refuses paths to nowhere: only parameters may be new.
+/// Refuses paths to nowhere: only parameters and the runner's settings of a stage may be new.
 fn check(draft: &Draft, recipe: &Value, steps: &RecipePath) -> Result<(), Refusal> {
     let mut names = steps.iter().map(|step| match step {
         PathStep::Key(key) => Some(key.as_str()),
@@ -98,7 +99,7 @@ fn check(draft: &Draft, recipe: &Value, steps: &RecipePath) -> Result<(), Refusa
             .flat_map(Mapping::keys)
             .filter_map(Value::as_str)
             .collect();
-        if !there.contains(&kind) {
+        if !there.contains(&kind) && !HANDLING.contains(&kind) {
             let own = there
                 .iter()
                 .find(|key| draft.kinds.iter().any(|kind| kind.name == **key));

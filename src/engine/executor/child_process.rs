@@ -49,17 +49,13 @@ const LARGE_ALLOCATION: usize = 1 << 20;
 /// Whether somebody chose that size themselves.
 #[expect(
     clippy::disallowed_methods,
-    reason = "it is passed on, and nothing else depends on it"
+    reason = "a setting of the allocator, which changes no result"
 )]
 fn is_set() -> bool {
     std::env::var_os(MMAP_THRESHOLD).is_some()
 }
 
 /// `program work`, for a stage that runs alone on the machine or not.
-#[expect(
-    clippy::disallowed_methods,
-    reason = "a setting of the allocator, which changes no result"
-)]
 fn command(program: &Path, exclusive: bool) -> Command {
     let mut command = Command::new(program);
     command
@@ -235,7 +231,6 @@ mod tests {
     use super::*;
 
     #[test]
-    #[expect(clippy::disallowed_methods, reason = "what `command` leaves alone")]
     fn trainings_give_freed_memory_back_to_the_system() {
         let set = |exclusive| {
             let command = command(Path::new("pipeline"), exclusive);
