@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::{Failure, colour, error, read_text};
-use crate::engine::{Move, Pins, short, write_atomically};
+use crate::engine::{PinChange, Pins, short, write_atomically};
 
 /// The format of the file.
 const VERSION: u32 = 1;
@@ -42,14 +42,14 @@ pub(super) fn write(path: &Path, pins: Pins) -> anyhow::Result<()> {
 }
 
 /// One line for each move.
-pub(super) fn list(moves: &[Move]) -> String {
+pub(super) fn list(changes: &[PinChange]) -> String {
     let mut text = String::new();
-    for Move {
+    for PinChange {
         stage,
         what,
         old,
         new,
-    } in moves
+    } in changes
     {
         _ = writeln!(
             text,

@@ -1,4 +1,4 @@
-//! What a running stage is given: its inputs as folders, a place for its output, and a way to tell how it goes.
+//! What a running stage is given: the folders of its inputs and output, and the means to report progress, metrics and messages.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -88,7 +88,7 @@ impl Context {
         path.ok_or_else(|| anyhow!("the input `{}` was not prepared", input.stage()))
     }
 
-    /// The resolved place of a local file or folder of the recipe. Read-only.
+    /// The resolved path of a local file or folder of the recipe. Read-only.
     pub fn source(&self, path: &SourcePath) -> anyhow::Result<&Path> {
         let found = self.sources.get(path.as_written()).map(PathBuf::as_path);
         found.ok_or_else(|| anyhow!("the file `{}` was not prepared", path.as_written()))
@@ -244,7 +244,7 @@ impl Context {
         self.control.check()
     }
 
-    /// Tells how far the stage is. Cheap enough to call every few milliseconds, too dear for every row.
+    /// Reports how far the stage is, in `unit`s. Cheap enough to call every few milliseconds, too expensive for every row.
     pub fn progress(&self, done: u64, total: Option<u64>, unit: &'static str) {
         self.emit(Event::Progress {
             stage: self.stage.clone(),
@@ -254,7 +254,7 @@ impl Context {
         });
     }
 
-    /// Tells the numbers of one step.
+    /// Reports the metrics of one optimiser step.
     pub fn metrics(&self, step: u64, values: BTreeMap<String, f64>) {
         self.emit(Event::Metrics {
             stage: self.stage.clone(),
@@ -263,12 +263,12 @@ impl Context {
         });
     }
 
-    /// Tells something worth reading once.
+    /// Reports something worth reading once.
     pub fn info(&self, text: impl Into<String>) {
         self.message(Level::Info, text.into());
     }
 
-    /// Tells something the user should act on.
+    /// Reports something the user should act on.
     pub fn warn(&self, text: impl Into<String>) {
         self.message(Level::Warning, text.into());
     }
@@ -296,8 +296,7 @@ impl Context {
 
 #[cfg(test)]
 impl Context {
-    /// A context for testing one stage alone: `inputs` by stage name, local files by the path as written.
-    /// What it warned of and what it told, each in order.
+    /// The texts of the messages of this level, in order.
     pub(crate) fn messages(&self, wanted: Level) -> Vec<String> {
         let told = self.events.last().into_iter();
         let texts = told.filter_map(|event| match event {
@@ -307,6 +306,7 @@ impl Context {
         texts.collect()
     }
 
+    /// A context for testing one stage alone: `inputs` by stage name, local files by the path as written.
     pub(crate) fn for_test(
         folder: &Path,
         inputs: &[(&str, &Path)],

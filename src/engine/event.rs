@@ -1,4 +1,4 @@
-//! What the engine and the stages tell while they work. Rendering is elsewhere (`report`).
+//! Everything that the engine and the stages report while they work, as one enum with a version. Rendering is elsewhere (`report`).
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -81,15 +81,15 @@ pub enum Event {
         /// Seconds it took.
         seconds: f64,
     },
-    /// A try of a stage failed, and there is another after a pause.
+    /// An attempt at a stage failed, and there is another one after a pause.
     StageRetried {
         /// The stage's name in the recipe.
         stage: String,
         /// What happened, with its causes.
         error: String,
-        /// Seconds until the next try.
+        /// Seconds until the next attempt.
         pause: f64,
-        /// Further tries after the next one.
+        /// Further attempts after the next one.
         left: u32,
     },
     /// A stage failed. Nothing of its output counts.
@@ -98,7 +98,7 @@ pub enum Event {
         stage: String,
         /// What happened, with its causes.
         error: String,
-        /// The folder with what it wrote and told, until it succeeds or `gc` runs.
+        /// The folder with its output and log, kept until it succeeds or `gc` runs.
         kept: Option<String>,
     },
     /// A stage was not started because one before it failed or the run was interrupted.
@@ -138,13 +138,13 @@ pub enum Event {
         /// The sentence.
         text: String,
     },
-    /// A result was put where the recipe wants it.
+    /// A result was published as an output.
     OutputPlaced {
         /// The stage's name in the recipe.
         stage: String,
-        /// The place.
+        /// The output folder.
         path: String,
-        /// Whether it was not there yet.
+        /// Whether anything in it changed.
         changed: bool,
         /// How many of its files are read-only links into the store.
         links: usize,

@@ -1,4 +1,4 @@
-//! What was run when: the fingerprints of each run's stages, so that any two runs can be compared afterwards.
+//! The runs of each recipe: the fingerprints of each run's stages, so that any two runs can be compared afterwards.
 //!
 //! A run that changed nothing since the last one leaves no trace. Small text files that stages read (templates) are kept by
 //! content, so that a change can be told by its lines.

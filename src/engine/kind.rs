@@ -56,7 +56,7 @@ pub trait AnyStage: Send + Sync {
     /// [`Stage::BOUNDED`].
     fn bounded(&self) -> bool;
     /// [`Stage::HAS_OUTSIDE_FACTS`].
-    fn moves(&self) -> bool;
+    fn has_outside_facts(&self) -> bool;
     /// [`Stage::LENGTH_PARAMETERS`].
     fn length_parameters(&self) -> &'static [&'static str];
     /// Every parameter with its default filled in; inputs, files and neutral settings are marked (see `engine::params`).
@@ -85,7 +85,7 @@ impl<S: Stage> AnyStage for S {
     fn bounded(&self) -> bool {
         S::BOUNDED
     }
-    fn moves(&self) -> bool {
+    fn has_outside_facts(&self) -> bool {
         S::HAS_OUTSIDE_FACTS
     }
     fn length_parameters(&self) -> &'static [&'static str] {

@@ -9,7 +9,7 @@ use super::canonical::{Digest, digest_json};
 use super::fingerprint::Fingerprint;
 use super::graph::Node;
 use super::markers::{Marker, markers};
-use super::pins::{Move, Pin, Pins};
+use super::pins::{Pin, PinChange, Pins};
 use super::plan::Session;
 use super::sources::Sources;
 
@@ -50,7 +50,7 @@ impl Session<'_> {
         Ok((!pin.outside.is_empty() && asked(node)? == pin.asked).then_some(&pin.outside))
     }
 
-    /// Makes sure that a local file is as it is pinned: it may have changed since [`Session::moves`] looked.
+    /// Makes sure that a local file is as it is pinned: it may have changed since [`Session::changed_pins`] looked.
     pub(super) fn is_pinned(&self, node: &Node, written: &str, digest: &str) -> anyhow::Result<()> {
         let pin = self.pins.get(&node.name);
         let pinned = pin.and_then(|pin| pin.files.get(written));
@@ -88,9 +88,9 @@ impl Session<'_> {
     }
 
     /// What a run would take that is not pinned so: changed files, and stages without a pin that holds. Asks nobody outside.
-    pub fn moves(&self) -> anyhow::Result<Vec<Move>> {
+    pub fn changed_pins(&self) -> anyhow::Result<Vec<PinChange>> {
         let mut sources = self.sources();
-        let mut moves = Vec::new();
+        let mut changes = Vec::new();
         for node in &self.graph.nodes {
             let pin = self.pins.get(&node.name);
             let holds = match pin {
@@ -101,7 +101,7 @@ impl Session<'_> {
             for (what, new) in files(node, &mut sources)? {
                 let old = pinned_files.get(&what).cloned();
                 if old.as_ref() != Some(&new) {
-                    moves.push(Move {
+                    changes.push(PinChange {
                         stage: node.name.clone(),
                         what,
                         old,
@@ -109,8 +109,8 @@ impl Session<'_> {
                     });
                 }
             }
-            if !holds && node.stage.moves() {
-                moves.push(Move {
+            if !holds && node.stage.has_outside_facts() {
+                changes.push(PinChange {
                     stage: node.name.clone(),
                     what: "what it takes from outside".into(),
                     old: pin.map(|_| "other parameters".into()),
@@ -118,7 +118,7 @@ impl Session<'_> {
                 });
             }
         }
-        Ok(moves)
+        Ok(changes)
     }
 }
 

@@ -67,7 +67,7 @@ pub use markers::{Marker, markers};
 pub use outputs::{PublishOptions, Published, publish};
 pub(crate) use params::{FILE_KEY, NEUTRAL_KEY, STAGE_KEY};
 pub use params::{Input, Neutral, SourcePath};
-pub use pins::{Move, Pin, Pins, moved};
+pub use pins::{Pin, PinChange, Pins, pin_changes};
 pub use plan::{Session, State};
 pub use reading::{Fault, FoundValue, ParseError, read_parameters};
 pub use reason::{Reason, short};

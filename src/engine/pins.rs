@@ -1,4 +1,4 @@
-//! Pins of what can move: facts from outside (the commit of a branch) and the contents of local files, stage by stage.
+//! Pins of inputs that can change by themselves: facts from outside (the commit of a branch) and the contents of local files, stage by stage.
 //!
 //! A pin holds for the parameters it was made for. Edit the revision in the recipe, and the pin says nothing any more.
 
@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::canonical::Digest;
 
-/// What a stage's moving inputs were.
+/// The inputs of a stage that can change by themselves, as they were when they were pinned.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Pin {
@@ -25,9 +25,9 @@ pub struct Pin {
 /// The pins of a recipe, by stage. Stages without moving inputs have none.
 pub type Pins = BTreeMap<String, Pin>;
 
-/// A moving input that is not where its pin says.
+/// An input that differs from its pin.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Move {
+pub struct PinChange {
     /// The stage.
     pub stage: String,
     /// What moved: the name of a fact, or a path as written.
@@ -39,8 +39,8 @@ pub struct Move {
 }
 
 /// What differs between two sets of pins.
-pub fn moved(old: &Pins, new: &Pins) -> Vec<Move> {
-    let mut moves = Vec::new();
+pub fn pin_changes(old: &Pins, new: &Pins) -> Vec<PinChange> {
+    let mut changes = Vec::new();
     let stages: BTreeSet<&String> = old.keys().chain(new.keys()).collect();
     for stage in stages {
         let values = |pins: &Pins| {
@@ -56,7 +56,7 @@ pub fn moved(old: &Pins, new: &Pins) -> Vec<Move> {
         for what in all {
             let (old, new) = (old.get(what).cloned(), new.get(what).cloned());
             if old != new {
-                moves.push(Move {
+                changes.push(PinChange {
                     stage: stage.clone(),
                     what: what.clone(),
                     old,
@@ -65,5 +65,5 @@ pub fn moved(old: &Pins, new: &Pins) -> Vec<Move> {
             }
         }
     }
-    moves
+    changes
 }

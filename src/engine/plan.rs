@@ -46,14 +46,14 @@ pub enum State {
         /// What is known to have changed whatever they make.
         reasons: Vec<Reason>,
     },
-    /// It can't be told.
+    /// Its state can not be determined.
     Unknown {
         /// Why.
         error: String,
     },
 }
 
-/// Everything that verdicts and runs look at.
+/// Everything that a plan or a run needs: the recipe's graph, the store, and the settings.
 pub struct Session<'a> {
     /// The graph of the recipe.
     pub graph: &'a Graph,
@@ -65,7 +65,7 @@ pub struct Session<'a> {
     pub env: Arc<RunEnv>,
     /// The stages to run whatever the store says.
     pub forced: Vec<bool>,
-    /// What is pinned of the inputs that can move.
+    /// The pins of inputs that can change by themselves.
     pub pins: Pins,
     /// Whether a local file that is not as `pins` has it is an error.
     pub locked: bool,
@@ -133,7 +133,7 @@ pub(crate) enum Verdict {
     Stale(Vec<Reason>),
 }
 
-/// A stage as it is now.
+/// The current state of a stage, and what is known of it.
 pub(crate) struct Inspection {
     pub(crate) state: State,
     /// What its result contains, if that is known.

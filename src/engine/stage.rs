@@ -27,11 +27,11 @@ pub trait Stage: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'stat
     /// of them: its process may then take no more than a few GiB of memory (see [`super::Task`]).
     const BOUNDED: bool = false;
 
-    /// Whether [`Stage::outside`] gives facts that can move.
+    /// Whether [`Stage::outside`] gives facts that can change by themselves, such as the commit of a branch.
     const HAS_OUTSIDE_FACTS: bool = false;
 
     /// Parameters that only say how far the stage goes, such as a number of epochs. Stages whose fingerprints differ in
-    /// nothing else are a family: what one of them left in [`Context::continuation`] is found by the others in [`Context::continuations`].
+    /// nothing else are a family: what one of them left in [`Context::continuation`] the others find by [`Context::continuations`].
     const LENGTH_PARAMETERS: &'static [&'static str] = &[];
 
     /// The noun of what the stage makes with these parameters. Overridden where a parameter decides between two artifacts

@@ -36,7 +36,7 @@ pub(super) struct Worker<'a, 'b> {
     pub(super) gpus: Vec<usize>,
 }
 
-/// What became of a stage.
+/// How the work on a stage ended.
 pub(super) enum Outcome {
     /// Its result is there.
     Ready(Ready),
@@ -66,7 +66,7 @@ impl From<anyhow::Error> for Failed {
 }
 
 impl Worker<'_, '_> {
-    /// Makes the result, or tells why not.
+    /// Makes the result, or reports why not.
     pub(super) fn work(&self, prepared: &Prepared, reasons: Vec<Reason>) -> Outcome {
         match self.make(prepared, reasons) {
             Ok(work) => work,
@@ -316,7 +316,7 @@ impl Worker<'_, '_> {
     }
 }
 
-/// Keeps what a failed stage wrote and told. Where that is not possible nothing is kept; on a full disk only the log is.
+/// Keeps the output and the log of a failed stage. Where that is not possible nothing is kept; on a full disk only the log is.
 fn keep_failure(
     miss: &Miss<'_>,
     stage: &str,

@@ -3,7 +3,7 @@
 use crate::cli::args::{RecipeArgs, StoreArgs};
 use crate::cli::project::Project;
 use crate::cli::{Failure, lock_file, print};
-use crate::engine::moved;
+use crate::engine::pin_changes;
 
 #[derive(clap::Args)]
 pub(in crate::cli) struct Args {
@@ -26,13 +26,13 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
         args.update && (args.stages.is_empty() || args.stages.iter().any(|name| name == stage))
     };
     let pins = project.session(&[]).pin(&fresh)?;
-    let moves = moved(&project.pins, &pins);
+    let changes = pin_changes(&project.pins, &pins);
     let path = lock_file::path(&args.recipe.recipe);
     let count = pins.len();
     lock_file::write(&path, pins)?;
     print(&format!(
         "{}`{}` pins {} stages\n",
-        lock_file::list(&moves),
+        lock_file::list(&changes),
         path.display(),
         count
     ));

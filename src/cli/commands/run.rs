@@ -141,18 +141,18 @@ fn check_lock(project: &Project, args: &Args) -> Result<(), Failure> {
     if !args.locked && !path.exists() {
         return Ok(());
     }
-    let moves = project.session(&[]).moves()?;
-    if moves.is_empty() {
+    let changes = project.session(&[]).changed_pins()?;
+    if changes.is_empty() {
         return Ok(());
     }
-    let list = lock_file::list(&moves);
+    let list = lock_file::list(&changes);
     let message = format!(
         "`{}` pins other inputs than those at hand:\n{}",
         path.display(),
         list.trim_end()
     );
     if args.locked {
-        let hint = "`pipeline lock --update` moves the pins";
+        let hint = "`pipeline lock --update` updates the pins";
         return Err(Failure::Usage(error::with_hint(&message, hint, colour())));
     }
     eprint(&format!("note: {message}\n"));
