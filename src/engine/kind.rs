@@ -6,7 +6,7 @@ use std::sync::Arc;
 use schemars::{Schema, SchemaGenerator};
 
 use super::reading::ParseError;
-use super::{Artifact, Context, Problem, Stage, World};
+use super::{Artifact, Context, Problem, RunEnv, Stage};
 
 /// An entry of the list of kinds: everything that can be known without parameters.
 #[derive(Clone, Copy)]
@@ -18,7 +18,7 @@ pub struct Kind {
     /// The noun of what it makes, unless its parameters say otherwise ([`Stage::output`]).
     pub output: &'static str,
     /// Reads parameters.
-    pub parse: fn(serde_yaml::Value) -> Result<Arc<dyn AnyStage>, ParseError>,
+    pub parse: fn(serde_json::Value) -> Result<Arc<dyn AnyStage>, ParseError>,
     /// The JSON Schema of the parameters; its description is the kind's documentation.
     pub schema: fn(&mut SchemaGenerator) -> Schema,
 }
@@ -36,7 +36,7 @@ impl Kind {
     }
 }
 
-fn parse<S: Stage>(params: serde_yaml::Value) -> Result<Arc<dyn AnyStage>, ParseError> {
+fn parse<S: Stage>(params: serde_json::Value) -> Result<Arc<dyn AnyStage>, ParseError> {
     S::read(params).map(|stage| Arc::new(stage) as Arc<dyn AnyStage>)
 }
 
@@ -52,16 +52,16 @@ pub trait AnyStage: Send + Sync {
     fn exclusive(&self) -> bool;
     /// [`Stage::BOUNDED`].
     fn bounded(&self) -> bool;
-    /// [`Stage::MOVES`].
-    fn moves(&self) -> bool;
-    /// [`Stage::GROWS`].
-    fn grows(&self) -> &'static [&'static str];
+    /// [`Stage::HAS_OUTSIDE_FACTS`].
+    fn has_outside_facts(&self) -> bool;
+    /// [`Stage::LENGTH_PARAMETERS`].
+    fn length_parameters(&self) -> &'static [&'static str];
     /// Every parameter with its default filled in; inputs, files and neutral settings are marked (see `engine::params`).
     fn params(&self) -> serde_json::Result<serde_json::Value>;
     /// [`Stage::check`].
     fn check(&self) -> Vec<Problem>;
     /// [`Stage::outside`].
-    fn outside(&self, world: &World) -> anyhow::Result<BTreeMap<String, String>>;
+    fn outside(&self, env: &RunEnv) -> anyhow::Result<BTreeMap<String, String>>;
     /// [`Stage::run`].
     fn run(&self, cx: &Context) -> anyhow::Result<()>;
 }
@@ -82,11 +82,11 @@ impl<S: Stage> AnyStage for S {
     fn bounded(&self) -> bool {
         S::BOUNDED
     }
-    fn moves(&self) -> bool {
-        S::MOVES
+    fn has_outside_facts(&self) -> bool {
+        S::HAS_OUTSIDE_FACTS
     }
-    fn grows(&self) -> &'static [&'static str] {
-        S::GROWS
+    fn length_parameters(&self) -> &'static [&'static str] {
+        S::LENGTH_PARAMETERS
     }
     fn params(&self) -> serde_json::Result<serde_json::Value> {
         serde_json::to_value(self)
@@ -94,8 +94,8 @@ impl<S: Stage> AnyStage for S {
     fn check(&self) -> Vec<Problem> {
         Stage::check(self)
     }
-    fn outside(&self, world: &World) -> anyhow::Result<BTreeMap<String, String>> {
-        Stage::outside(self, world)
+    fn outside(&self, env: &RunEnv) -> anyhow::Result<BTreeMap<String, String>> {
+        Stage::outside(self, env)
     }
     fn run(&self, cx: &Context) -> anyhow::Result<()> {
         Stage::run(self, cx)

@@ -3,7 +3,7 @@
 //! serde's `flatten` could do that too, but it loses the place of a mistake and can't refuse unknown fields.
 
 use serde::de::{DeserializeOwned, Deserializer, Visitor};
-use serde_yaml::{Mapping, Value};
+use serde_json::{Map, Value};
 
 use super::reading::{Fault, ParseError, read_parameters};
 
@@ -14,16 +14,16 @@ use super::reading::{Fault, ParseError, read_parameters};
 pub fn read_side_by_side<A: DeserializeOwned, B: DeserializeOwned>(
     value: Value,
 ) -> Result<(A, B), ParseError> {
-    let Value::Mapping(entries) = value else {
+    let Value::Object(entries) = value else {
         return Ok((read_parameters(value.clone())?, read_parameters(value)?));
     };
     let fields = fields::<A>();
-    let is_first = |key: &Value| key.as_str().is_some_and(|key| fields.contains(&key));
-    let (first, second): (Mapping, Mapping) =
-        entries.into_iter().partition(|(key, _)| is_first(key));
+    let (first, second): (Map<_, _>, Map<_, _>) = entries
+        .into_iter()
+        .partition(|(key, _)| fields.contains(&key.as_str()));
     Ok((
-        read_parameters(Value::Mapping(first))?,
-        read_parameters(Value::Mapping(second))?,
+        read_parameters(Value::Object(first))?,
+        read_parameters(Value::Object(second))?,
     ))
 }
 

@@ -1,4 +1,4 @@
-//! The two traits that a new kind of stage or artifact implements.
+//! The trait that a new kind of stage implements.
 
 use std::collections::BTreeMap;
 
@@ -7,13 +7,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::reading::{ParseError, read_parameters};
-use super::{Context, World};
-
-/// What a stage makes: a folder with files in an agreed layout. The type is only a name that makes wiring typed.
-pub trait Artifact: 'static {
-    /// The noun people see in errors: `dataset`, `tokens`, `model`.
-    const NAME: &'static str;
-}
+use super::{Artifact, Context, RunEnv};
 
 /// One kind of stage. The implementing struct is its parameters, and the single source of parsing, defaults, JSON Schema,
 /// reference docs, fingerprint and graph edges.
@@ -34,15 +28,15 @@ pub trait Stage: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'stat
     /// of them: its process may then take no more than a few GiB of memory (see [`super::Task`]).
     const BOUNDED: bool = false;
 
-    /// Whether [`Stage::outside`] gives facts that can move.
-    const MOVES: bool = false;
+    /// Whether [`Stage::outside`] gives facts that can change by themselves, such as the commit of a branch.
+    const HAS_OUTSIDE_FACTS: bool = false;
 
     /// Parameters that only say how far the stage goes, such as a number of epochs. Stages whose fingerprints differ in
-    /// nothing else are a family: what one of them left in [`Context::end`] is found by the others in [`Context::ends`].
-    const GROWS: &'static [&'static str] = &[];
+    /// nothing else are a family: what one of them left in [`Context::continuation`] the others find by [`Context::continuations`].
+    const LENGTH_PARAMETERS: &'static [&'static str] = &[];
 
     /// Reads the parameters. Overridden where several structs stand side by side in one map ([`super::read_side_by_side`]).
-    fn read(parameters: serde_yaml::Value) -> Result<Self, ParseError> {
+    fn read(parameters: serde_json::Value) -> Result<Self, ParseError> {
         read_parameters(parameters)
     }
 
@@ -59,7 +53,7 @@ pub trait Stage: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'stat
 
     /// Facts from outside that decide the result, such as the commit that `main` means now. They enter the fingerprint,
     /// and [`Context::outside`] hands them to [`Stage::run`]. Local files need no mention here.
-    fn outside(&self, _world: &World) -> anyhow::Result<BTreeMap<String, String>> {
+    fn outside(&self, _world: &RunEnv) -> anyhow::Result<BTreeMap<String, String>> {
         Ok(BTreeMap::new())
     }
 

@@ -36,8 +36,7 @@ fn what_a_fingerprint_has_of_the_parameters_stays() {
     assert_eq!(cases.len(), 6);
     for case in cases {
         let kind = kind(&case.kind).unwrap();
-        let given = serde_yaml::to_value(case.given).unwrap();
-        let stage = (kind.parse)(given).unwrap();
+        let stage = (kind.parse)(case.given).unwrap();
         let counted = counted(stage.params().unwrap()).unwrap();
         assert_eq!(
             counted, case.fingerprint,

@@ -2,14 +2,13 @@
 
 use std::fs;
 use std::path::Path;
-use std::sync::atomic::Ordering;
 
 use serde_json::Value;
 
 use super::train_dpo::TrainDpo;
 use crate::data::table::Writer;
 use crate::data::tokens::{TokenRow, batch, schema};
-use crate::engine::{Context, Level, Stage};
+use crate::engine::{Context, Control, Level, Stage};
 use crate::ml::adapter::Adapter;
 use crate::ml::testing::golden;
 use crate::stages::evaluate::Evaluate;
@@ -106,13 +105,13 @@ fn the_stage_makes_the_adapter_of_trl() {
 
     // Interrupted at once and taken up again: the same bytes.
     let stage: TrainDpo = serde_yaml::from_str(&text).unwrap();
-    let again = place.context("again", &init);
-    again.cancel.store(true, Ordering::Relaxed);
+    let mut again = place.context("again", &init);
+    again.control.cancel();
     assert_eq!(
         Stage::run(&stage, &again).unwrap_err().to_string(),
         "interrupted"
     );
-    again.cancel.store(false, Ordering::Relaxed);
+    again.control = Control::default();
     Stage::run(&stage, &again).unwrap();
     for name in [
         "adapter_model.safetensors",

@@ -184,8 +184,8 @@ pub(super) fn run<M: Method>(
     let total = settings.total_steps(train_rows.len());
     cx.note("steps", total);
 
-    let (scratch, continuation) = (cx.scratch()?, cx.end()?);
-    let start = continue_from(scratch, &cx.ends()?, &settings, train_rows.len())?;
+    let (scratch, continuation) = (cx.scratch()?, cx.continuation()?);
+    let start = continue_from(scratch, &cx.continuations()?, &settings, train_rows.len())?;
     let job = Job {
         execution: &execution,
         loss: &*loss,

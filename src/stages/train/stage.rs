@@ -60,10 +60,10 @@ impl<M: Method> Stage for Train<M> {
     const VERSION: u32 = M::VERSION;
     const EXCLUSIVE: bool = true;
     /// How far a training goes. With another number it may go on from where an earlier one ended.
-    const GROWS: &'static [&'static str] = &["num_train_epochs", "max_steps"];
+    const LENGTH_PARAMETERS: &'static [&'static str] = &["num_train_epochs", "max_steps"];
     type Output = M::Output;
 
-    fn read(parameters: serde_yaml::Value) -> Result<Self, ParseError> {
+    fn read(parameters: serde_json::Value) -> Result<Self, ParseError> {
         let (method, arguments) = read_side_by_side(parameters)?;
         Ok(Self { method, arguments })
     }
