@@ -13,8 +13,8 @@ use std::sync::mpsc::channel;
 
 use pipeline::engine::remote::Shared;
 use pipeline::engine::{
-    Artifact, Context, Graph, Handling, Input, Machine, Node, Options, Pins, Situation, SourcePath,
-    Stage, Store, World, run,
+    Artifact, Context, Executors, Graph, Handling, Input, Kind, Machine, Node, Options, Pins,
+    RunEnv, Session, SourcePath, Stage, Store, View, run,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -23,6 +23,10 @@ struct Files;
 
 impl Artifact for Files {
     const NAME: &'static str = "files";
+
+    fn show(_: &Path, _: usize) -> anyhow::Result<Vec<View>> {
+        Ok(Vec::new())
+    }
 }
 
 /// Copies a file from the disk or from another stage.
@@ -131,6 +135,8 @@ fn nodes(shape: &str, folder: &Path, count: usize) -> anyhow::Result<Vec<Node>> 
     }
 }
 
+const KINDS: &[Kind] = &[Kind::of::<Copy>(), Kind::of::<Many>(), Kind::of::<Count>()];
+
 fn main() -> anyhow::Result<()> {
     let arguments: Vec<String> = std::env::args().collect();
     let [_, shape, folder, count, ..] = arguments.as_slice() else {
@@ -142,17 +148,21 @@ fn main() -> anyhow::Result<()> {
     let graph = Graph::new(nodes(shape, &folder, count.parse()?)?)?;
     let store = Store::new(&folder.join("store"));
     let shared = Shared::none();
-    let situation = Situation {
+    let env = Arc::new(RunEnv::default());
+    // Without a program stages run in this process.
+    let executors = Executors::new(KINDS, Arc::clone(&env), None);
+    let session = Session {
         forced: vec![false; graph.nodes.len()],
         graph: &graph,
         store: &store,
         recipe: shape,
-        world: Arc::new(World::default()),
+        env,
         pins: Pins::new(),
         locked: false,
         verify: false,
-        placed: Vec::new(),
+        outputs: Vec::new(),
         shared: &shared,
+        executors: &executors,
     };
     let options = Options {
         jobs: 2,
@@ -165,7 +175,7 @@ fn main() -> anyhow::Result<()> {
     };
     let (events, received) = channel();
     let drain = std::thread::spawn(move || received.iter().count());
-    let summary = run(&situation, &[], &options, &events, &Arc::default())?;
+    let summary = run(&session, &[], &options, &events, &Arc::default())?;
     drop(events);
     let told = drain.join();
     anyhow::ensure!(summary.failed == 0 && told.is_ok(), "a stage failed");

@@ -22,9 +22,9 @@ use anyhow::{Context as _, bail, ensure};
 use pipeline::data::tokens;
 use pipeline::engine::remote::Shared;
 use pipeline::engine::{
-    Event, Graph, Handling, Machine, Node, Options, Pins, Situation, Store, World, run,
+    Event, Executors, Graph, Handling, Machine, Node, Options, Pins, RunEnv, Session, Store, run,
 };
-use pipeline::stages::kind;
+use pipeline::stages::{KINDS, kind};
 use pipeline_kernels::{merge, nf4};
 
 const STAGES: &str = "\
@@ -207,9 +207,9 @@ fn text(random: &mut Random, words: &[String], (least, most): (f64, f64)) -> Str
 }
 
 fn nodes(stages: &str, folder: &Path) -> anyhow::Result<Vec<Node>> {
-    let stages: BTreeMap<String, BTreeMap<String, serde_yaml::Value>> =
+    let stages: BTreeMap<String, BTreeMap<String, serde_json::Value>> =
         serde_yaml::from_str(stages)?;
-    let node = |(name, stage): (String, BTreeMap<String, serde_yaml::Value>)| {
+    let node = |(name, stage): (String, BTreeMap<String, serde_json::Value>)| {
         let (kind_name, parameters) = stage.into_iter().next().context("a stage has no kind")?;
         let kind = kind(&kind_name).with_context(|| format!("no kind `{kind_name}`"))?;
         let sources =
@@ -239,17 +239,21 @@ struct Measured {
 /// Runs the stages one after the other.
 fn measure(graph: &Graph, store: &Store, only: &[&str]) -> anyhow::Result<Vec<Measured>> {
     let shared = Shared::none();
-    let situation = Situation {
+    let env = Arc::new(RunEnv::default());
+    // Without a program stages run in this process.
+    let executors = Executors::new(KINDS, Arc::clone(&env), None);
+    let session = Session {
         forced: vec![false; graph.nodes.len()],
         graph,
         store,
         recipe: "bench",
-        world: Arc::new(World::default()),
+        env,
         pins: Pins::new(),
         locked: false,
         verify: false,
-        placed: Vec::new(),
+        outputs: Vec::new(),
         shared: &shared,
+        executors: &executors,
     };
     let options = Options {
         jobs: 1,
@@ -268,7 +272,7 @@ fn measure(graph: &Graph, store: &Store, only: &[&str]) -> anyhow::Result<Vec<Me
         .collect();
     let (events, received) = channel();
     let watch = std::thread::spawn(move || watch(received));
-    let summary = run(&situation, &targets, &options, &events, &Arc::default())?;
+    let summary = run(&session, &targets, &options, &events, &Arc::default())?;
     drop(events);
     let results = watch
         .join()

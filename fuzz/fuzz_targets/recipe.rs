@@ -35,9 +35,9 @@ fuzz_target!(|text: &str| {
             let lines = text.split(['\n', '\r', '\u{85}', '\u{2028}', '\u{2029}']);
             let lines = lines.count();
             for error in &errors.0 {
-                if let Some(place) = error.place {
-                    assert!((1..=lines).contains(&place.line), "{}", error.message);
-                    assert!(place.column >= 1 && place.length >= 1);
+                if let Some(span) = error.span {
+                    assert!((1..=lines).contains(&span.line), "{}", error.message);
+                    assert!(span.column >= 1 && span.length >= 1);
                 }
             }
             assert!(!errors.to_string().is_empty());

@@ -9,9 +9,9 @@ use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
-use super::commands::lock;
-use super::project::{RecipeArgs, normal, root};
-use super::{remote, variable};
+use super::args::RecipeArgs;
+use super::folders::{normal, root};
+use super::{lock_file, remote, variable};
 use crate::engine::files_at;
 use crate::engine::glob::Pattern;
 use crate::recipe::{Output, Recipe, RecipeError, RecipeErrors};
@@ -60,7 +60,7 @@ pub(super) fn check(recipe: &Recipe, bounds: &Bounds) -> Result<(), RecipeErrors
             errors.push(error(recipe, &path, message, hint));
         }
     }
-    errors.sort_by_key(|error| error.place.map(|place| (place.line, place.column)));
+    errors.sort_by_key(|error| error.span.map(|span| (span.line, span.column)));
     if errors.is_empty() {
         Ok(())
     } else {
@@ -100,7 +100,7 @@ impl Bounds {
         let root = bounds.root.clone();
         bounds.keep(&root.join(".git"), "the repository");
         bounds.keep(&root.join(remote::SETTINGS), "the project's settings");
-        bounds.keep(&lock::path(&file), "the lock file");
+        bounds.keep(&lock_file::path(&file), "the lock file");
         bounds.keep(&file, "the recipe");
         for file in recipe.stages.iter().flat_map(|stage| &stage.files) {
             let start = if file.from_command_line {
@@ -110,7 +110,7 @@ impl Bounds {
             };
             let path = normal(&start.join(&file.path));
             let what = format!("`{}`, which the recipe reads", file.path);
-            match Pattern::of(&path) {
+            match Pattern::parse(&path) {
                 None => bounds.keep(&path, &what),
                 Some(pattern) => {
                     for (_, file) in files_at(&path).unwrap_or_default() {
@@ -158,7 +158,7 @@ impl Bounds {
             return Some(format!("`{file}` leaves the project"));
         }
         // What does not exist is the stage's to tell; a link that leads nowhere reads nothing.
-        let link = if Pattern::of(&path).is_some() {
+        let link = if Pattern::parse(&path).is_some() {
             let files = files_at(&path).unwrap_or_default().into_iter();
             let mut links = files.filter_map(|(_, file)| self.link_out(&file));
             links.next()?
@@ -280,12 +280,12 @@ fn starts_with(path: &Path, folder: &Path) -> bool {
 }
 
 fn error(recipe: &Recipe, path: &str, message: String, hint: String) -> RecipeError {
-    let place = recipe.place_of(path);
-    let line = place.and_then(|place| recipe.text.lines().nth(place.line.checked_sub(1)?));
+    let span = recipe.span_of(path);
+    let line = span.and_then(|span| recipe.text.lines().nth(span.line.checked_sub(1)?));
     RecipeError {
         file: recipe.path.clone(),
         message,
-        place,
+        span,
         origin: None,
         hint: Some(hint),
         source_line: line.map(str::to_owned),

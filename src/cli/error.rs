@@ -9,12 +9,16 @@ const RED: &str = "\x1b[1;31m";
 const BLUE: &str = "\x1b[1;34m";
 const CYAN: &str = "\x1b[1;36m";
 const PLAIN: &str = "\x1b[0m";
-/// Lines longer than this are shown in part, around the place.
+/// Lines longer than this are shown in part, around the span.
 const MAX_LINE: usize = 160;
 
 /// All mistakes of a recipe, a blank line between two.
 pub fn render(errors: &RecipeErrors, colour: bool) -> String {
-    let all: Vec<String> = errors.0.iter().map(|error| one(error, colour)).collect();
+    let all: Vec<String> = errors
+        .0
+        .iter()
+        .map(|error| render_one(error, colour))
+        .collect();
     all.join("\n")
 }
 
@@ -38,7 +42,7 @@ pub(super) fn with_hint(message: &str, hint: &str, colour: bool) -> String {
     format!("{}{label} {}\n", plain(message, colour), harmless(hint))
 }
 
-fn one(error: &RecipeError, colour: bool) -> String {
+fn render_one(error: &RecipeError, colour: bool) -> String {
     let paint = |code: &str, text: &str| {
         if colour {
             format!("{code}{text}{PLAIN}")
@@ -49,24 +53,24 @@ fn one(error: &RecipeError, colour: bool) -> String {
     let mut text = format!("{} {}\n", paint(RED, "error:"), harmless(&error.message));
     let file = error.file.display().to_string();
     let file = harmless(&file);
-    match (&error.origin, error.place, &error.source_line) {
+    match (&error.origin, error.span, &error.source_line) {
         (Some(origin), ..) => {
             _ = writeln!(text, "  {} from {}", paint(BLUE, "-->"), harmless(origin));
         }
-        (None, Some(place), Some(line)) => {
-            let number = place.line.to_string();
+        (None, Some(span), Some(line)) => {
+            let number = span.line.to_string();
             let margin = " ".repeat(number.len());
             let bar = paint(BLUE, "|");
-            let (line, start, length) = window(line, place.column, place.length);
+            let (line, start, length) = window(line, span.column, span.length);
             let (before, marked) = caret(&line, start, length);
             let carets = paint(RED, &"^".repeat(marked));
-            _ = writeln!(text, "{margin} {} {file}:{place}", paint(BLUE, "-->"));
+            _ = writeln!(text, "{margin} {} {file}:{span}", paint(BLUE, "-->"));
             _ = writeln!(text, "{margin}  {bar}");
             _ = writeln!(text, " {} {bar} {}", paint(BLUE, &number), expand(&line));
             _ = writeln!(text, "{margin}  {bar} {}{carets}", " ".repeat(before));
         }
-        (None, Some(place), None) => {
-            _ = writeln!(text, "  {} {file}:{place}", paint(BLUE, "-->"));
+        (None, Some(span), None) => {
+            _ = writeln!(text, "  {} {file}:{span}", paint(BLUE, "-->"));
         }
         (None, None, _) => _ = writeln!(text, "  {} {file}", paint(BLUE, "-->")),
     }
@@ -76,7 +80,7 @@ fn one(error: &RecipeError, colour: bool) -> String {
     text
 }
 
-/// The part of a line around a place: the part, the place's index in it from 0, and its length.
+/// The part of a line around a span: the part, the span's index in it from 0, and its length.
 fn window(line: &str, column: usize, length: usize) -> (String, usize, usize) {
     let at = column.saturating_sub(1);
     let count = line.chars().count();
@@ -92,13 +96,13 @@ fn window(line: &str, column: usize, length: usize) -> (String, usize, usize) {
 }
 
 /// A line as it is printed: tabs are four spaces, and what would steer the terminal is one sign, so that carets stay under their
-/// place.
+/// span.
 fn expand(line: &str) -> String {
     let keep = |c: char| if steers(c) { '\u{fffd}' } else { c };
     line.replace('\t', "    ").chars().map(keep).collect()
 }
 
-/// The columns before a place and under it.
+/// The columns before a span and under it.
 fn caret(line: &str, start: usize, length: usize) -> (usize, usize) {
     let before = line.chars().take(start).map(width).sum();
     let marked: usize = line.chars().skip(start).take(length).map(width).sum();
@@ -127,21 +131,21 @@ fn width(character: char) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::recipe::Place;
+    use crate::recipe::SourceSpan;
 
-    fn error(line: &str, place: Place) -> RecipeErrors {
+    fn error(line: &str, span: SourceSpan) -> RecipeErrors {
         RecipeErrors(vec![RecipeError {
             file: "r.yaml".into(),
             message: "there is no stage `b`".into(),
-            place: Some(place),
+            span: Some(span),
             origin: None,
             hint: Some("did you mean `a`?".into()),
             source_line: Some(line.into()),
         }])
     }
 
-    fn place(line: usize, column: usize, length: usize) -> Place {
-        Place {
+    fn span(line: usize, column: usize, length: usize) -> SourceSpan {
+        SourceSpan {
             line,
             column,
             length,
@@ -150,7 +154,7 @@ mod tests {
 
     #[test]
     fn a_mistake_is_shown_with_its_line() {
-        let shown = render(&error("  x: { dataset: bbb }", place(12, 17, 3)), false);
+        let shown = render(&error("  x: { dataset: bbb }", span(12, 17, 3)), false);
         let expected = "\
 error: there is no stage `b`
    --> r.yaml:12:17
@@ -164,7 +168,7 @@ hint: did you mean `a`?
 
     #[test]
     fn carets_stand_right_behind_tabs_and_wide_characters() {
-        let shown = render(&error("\t\u{65e5}: x\u{1b}", place(1, 5, 1)), false);
+        let shown = render(&error("\t\u{65e5}: x\u{1b}", span(1, 5, 1)), false);
         assert!(
             shown.contains(" 1 |     \u{65e5}: x\u{fffd}\n   |         ^\n"),
             "{shown}"
@@ -172,9 +176,9 @@ hint: did you mean `a`?
     }
 
     #[test]
-    fn long_lines_are_cut_around_the_place() {
+    fn long_lines_are_cut_around_the_span() {
         let line = format!("{}bad{}", "x".repeat(1000), "y".repeat(1000));
-        let shown = render(&error(&line, place(1, 1001, 3)), false);
+        let shown = render(&error(&line, span(1, 1001, 3)), false);
         let lines: Vec<&str> = shown.lines().collect();
         let at = lines[4].find('^').unwrap();
         assert_eq!(&lines[3][at..at + 3], "bad");
@@ -182,7 +186,7 @@ hint: did you mean `a`?
     }
 
     #[test]
-    fn a_place_beyond_the_line_still_has_a_caret() {
-        assert!(render(&error("", place(1, 9, 5)), true).contains('^'));
+    fn a_span_beyond_the_line_still_has_a_caret() {
+        assert!(render(&error("", span(1, 9, 5)), true).contains('^'));
     }
 }

@@ -2,9 +2,12 @@
 //!
 //! This is the only place where the environment is read, where something is printed, and where a process ends.
 
+mod args;
 mod commands;
 mod confine;
 pub mod error;
+mod folders;
+mod lock_file;
 mod machine;
 mod project;
 mod remote;
@@ -33,17 +36,17 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Makes stale stages fresh and puts results in their places
+    /// Runs stale stages and publishes outputs
     Run(commands::run::Args),
-    /// Shows what `run` would do, one line a stage; writes nothing
+    /// Shows what `run` would do, one line per stage, without writing anything
     Plan(commands::plan::Args),
-    /// Tells every reason why a stage runs, or since when its result is there
+    /// Explains why a stage would run, or when its result was made
     Why(commands::why::Args),
     /// Pins the commits of branches and the contents of local files in a file beside the recipe
     Lock(commands::lock::Args),
     /// Lists the runs of a recipe
     History(commands::history::Args),
-    /// Tells what differs between two runs, with old and new values
+    /// Compares two runs, with old and new values
     Diff(commands::diff::Args),
     /// Checks a recipe without running anything
     Validate(commands::validate::Args),
@@ -53,7 +56,7 @@ enum Command {
     Show(commands::show::Args),
     /// Removes results that nobody needs any more
     Gc(commands::gc::Args),
-    /// Looks after the remote that machines share: send, fetch, list, clean, check
+    /// Manages the remote that machines share: send, fetch, list, clean and check results
     Cache(commands::cache::Args),
     /// Prints the JSON Schema of recipes, for editors
     Schema(commands::schema::Args),
@@ -67,9 +70,9 @@ enum Failure {
     /// A stage or the runner failed: 1.
     Failed(anyhow::Error),
     /// A stage failed and said so: 1.
-    Told,
+    Reported,
     /// The recipe or the command line is wrong: 2. The text is rendered.
-    Wrong(String),
+    Usage(String),
     /// Ctrl-C: 130.
     Interrupted,
 }
@@ -82,7 +85,7 @@ impl From<anyhow::Error> for Failure {
 
 /// Runs the program.
 pub fn main() -> ExitCode {
-    std::panic::set_hook(Box::new(|panic| tell(&format!("{panic}\n"))));
+    std::panic::set_hook(Box::new(|panic| eprint(&format!("{panic}\n"))));
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
@@ -90,7 +93,7 @@ pub fn main() -> ExitCode {
             let code = if error.use_stderr() { 2 } else { 0 };
             let text = error.render().to_string();
             if error.use_stderr() && text.contains(steers) {
-                tell(&text);
+                eprint(&text);
             } else {
                 // A closed pipe is no reason for another error.
                 let _ = error.print();
@@ -116,12 +119,12 @@ pub fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure::Failed(error)) => {
-            tell_rendered(&error::plain(&format!("{error:#}"), colour()));
+            eprint_rendered(&error::plain(&format!("{error:#}"), colour()));
             ExitCode::from(1)
         }
-        Err(Failure::Told) => ExitCode::from(1),
-        Err(Failure::Wrong(text)) => {
-            tell_rendered(&text);
+        Err(Failure::Reported) => ExitCode::from(1),
+        Err(Failure::Usage(text)) => {
+            eprint_rendered(&text);
             ExitCode::from(2)
         }
         Err(Failure::Interrupted) => ExitCode::from(130),
@@ -144,12 +147,12 @@ fn print_json(value: &impl Serialize) -> Result<(), Failure> {
 }
 
 /// Writes to standard error, where nothing steers the terminal.
-fn tell(text: &str) {
-    tell_rendered(&harmless(text));
+fn eprint(text: &str) {
+    eprint_rendered(&harmless(text));
 }
 
 /// Writes to standard error what is rendered already, colours and all.
-fn tell_rendered(text: &str) {
+fn eprint_rendered(text: &str) {
     let _ = std::io::stderr().lock().write_all(text.as_bytes());
 }
 

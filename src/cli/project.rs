@@ -1,58 +1,23 @@
 //! A recipe with its surroundings: the project it belongs to, its store, and the settings of the process.
 
 use std::collections::BTreeMap;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use clap::Args;
-
+use super::args::{RecipeArgs, StoreArgs};
 use super::confine::{self, Bounds};
+use super::folders::{normal, root};
 use super::remote::{self, RemoteArgs};
-use super::{Failure, colour, error, tell, variable};
+use super::{Failure, colour, eprint, error, lock_file, variable};
 use crate::engine::glob::Pattern;
 use crate::engine::remote::Shared;
 use crate::engine::{
-    Graph, Node, Pins, Record, Run, Situation, State, Store, World, canonical_json,
+    EventLog, Executors, Graph, LoggedEvent, Node, Pins, Record, Run, RunEnv, Session, State,
+    Store, canonical_json,
 };
-use crate::recipe::{Override, Recipe, RecipeStage};
+use crate::recipe::{Recipe, RecipeStage};
+use crate::report::Spans;
 use crate::stages::KINDS;
-
-/// What every command that reads a recipe takes.
-#[derive(Args)]
-pub(super) struct RecipeArgs {
-    /// The recipe, a YAML file
-    pub(super) recipe: PathBuf,
-    /// Sets a value of the recipe, such as `stages.tuned.train_orpo.beta=0.2` or `vars.seed=1`; may be repeated
-    #[arg(long = "set", value_name = "PATH=VALUE", value_parser = assignment)]
-    pub(super) set: Vec<Override>,
-    /// Lets the recipe read files of a folder outside its project, and links lead there; may be repeated
-    #[arg(long, value_name = "DIR")]
-    pub(super) allow_path: Vec<PathBuf>,
-}
-
-/// What every command that looks into the store takes.
-#[derive(Args)]
-pub(super) struct StoreArgs {
-    /// The folder of results [default: `.pipeline` in the project]
-    #[arg(long, value_name = "DIR")]
-    pub(super) store: Option<PathBuf>,
-    /// Never touches the network
-    #[arg(long)]
-    pub(super) offline: bool,
-    /// Reads every result and compares it with its record, instead of trusting unchanged times and sizes
-    #[arg(long)]
-    pub(super) verify: bool,
-}
-
-fn assignment(text: &str) -> Result<Override, String> {
-    let (path, value) = text
-        .split_once('=')
-        .ok_or("expected PATH=VALUE, such as `vars.seed=1`")?;
-    Ok(Override {
-        path: path.trim().to_owned(),
-        value: value.to_owned(),
-    })
-}
 
 /// Reads a recipe; all its mistakes are rendered.
 pub(super) fn load(args: &RecipeArgs) -> Result<Recipe, Failure> {
@@ -67,7 +32,7 @@ fn load_with(args: &RecipeArgs, store: Option<&Path>) -> Result<(Recipe, Bounds)
             let bounds = Bounds::new(&recipe, args, &here, store);
             confine::check(&recipe, &bounds).map(|()| (recipe, bounds))
         })
-        .map_err(|errors| Failure::Wrong(error::render(&errors, colour())))
+        .map_err(|errors| Failure::Usage(error::render(&errors, colour())))
 }
 
 fn here() -> Result<PathBuf, Failure> {
@@ -80,7 +45,7 @@ pub(super) struct Project {
     pub(super) recipe: Recipe,
     pub(super) graph: Graph,
     pub(super) store: Store,
-    pub(super) world: Arc<World>,
+    pub(super) env: Arc<RunEnv>,
     /// The project's folder.
     pub(super) root: PathBuf,
     /// Where it may read and write.
@@ -94,6 +59,7 @@ pub(super) struct Project {
     verify: bool,
     /// The remote; none until one is connected.
     pub(super) shared: Shared,
+    executors: Executors,
 }
 
 impl Project {
@@ -123,14 +89,16 @@ impl Project {
                 &format!(", or {}", bounds.advice()),
             )?,
         };
-        let pins = super::commands::lock::read(&args.recipe)?.unwrap_or_default();
+        let env = Arc::new(run_env(settings.offline));
+        let pins = lock_file::read(&args.recipe)?.unwrap_or_default();
         Ok(Self {
             pins,
             key: key(file.strip_prefix(&root).unwrap_or(&file)),
             recipe,
             graph,
             store: Store::new(&store),
-            world: Arc::new(world(settings.offline)),
+            executors: Executors::new(KINDS, Arc::clone(&env), own_program()),
+            env,
             root,
             bounds,
             locked: false,
@@ -141,43 +109,44 @@ impl Project {
 
     /// Uses the remote that the command line, the environment or the project names, if any.
     pub(super) fn connect(&mut self, args: &RemoteArgs, no_push: bool) -> Result<(), Failure> {
-        self.shared = args.open(&self.root, self.world.offline, !no_push)?;
+        self.shared = args.open(&self.root, self.env.offline, !no_push)?;
         Ok(())
     }
 
     /// What there is to say of the remote; an error if it is required and failed.
-    pub(super) fn tell_warnings(&self) -> Result<(), Failure> {
-        remote::tell_warnings(&self.shared)
+    pub(super) fn report_warnings(&self) -> Result<(), Failure> {
+        remote::report_warnings(&self.shared)
     }
 
-    /// The situation that plans and runs look at.
-    pub(super) fn situation(&self, forced: &[usize]) -> Situation<'_> {
+    /// The session that plans and runs look at.
+    pub(super) fn session(&self, forced: &[usize]) -> Session<'_> {
         let mut force = vec![false; self.graph.nodes.len()];
         for &index in forced {
             force[index] = true;
         }
-        Situation {
+        Session {
             graph: &self.graph,
             store: &self.store,
             recipe: &self.key,
-            world: Arc::clone(&self.world),
+            env: Arc::clone(&self.env),
             forced: force,
             pins: self.pins.clone(),
             locked: self.locked,
             verify: self.verify,
-            placed: self
+            outputs: self
                 .recipe
                 .outputs
                 .iter()
                 .filter_map(|output| self.graph.find(&output.stage))
                 .collect(),
             shared: &self.shared,
+            executors: &self.executors,
         }
     }
 
     /// The state of every stage.
     pub(super) fn plan(&self) -> Vec<State> {
-        self.situation(&[]).plan()
+        self.session(&[]).plan()
     }
 
     /// The position of a stage that was named on the command line.
@@ -191,18 +160,37 @@ impl Project {
                 |near| format!("did you mean `{near}`?"),
             );
             let message = format!("`{}` has no stage `{name}`", self.recipe.path.display());
-            Failure::Wrong(error::with_hint(&message, &hint, colour()))
+            Failure::Usage(error::with_hint(&message, &hint, colour()))
         })
     }
 
     /// The record of a stage's result now, or of its last one when it is stale.
     pub(super) fn record_of(&self, index: usize) -> Option<Record> {
-        self.situation(&[]).record(index)
+        self.session(&[]).record(index)
     }
 
     /// The runs of the recipe, the oldest first.
     pub(super) fn runs(&self) -> Vec<Run> {
         self.store.runs(&self.key)
+    }
+
+    /// The log of a run that begins now.
+    pub(super) fn event_log(&self) -> EventLog {
+        EventLog::new(&self.store, &self.key)
+    }
+
+    /// The events of one of its runs; none if they are not kept any more.
+    pub(super) fn events(&self, run: u64) -> Option<impl Iterator<Item = LoggedEvent> + use<>> {
+        self.store.events(&self.key, run)
+    }
+
+    /// Where each stage stands in the recipe, for messages.
+    pub(super) fn spans(&self) -> Spans {
+        let span = |stage: &RecipeStage| format!("{}:{}", self.recipe.path.display(), stage.span);
+        let stages = self.recipe.stages.iter();
+        stages
+            .map(|stage| (stage.name.clone(), span(stage)))
+            .collect()
     }
 
     /// The text of a file that a stage reads now.
@@ -252,7 +240,7 @@ pub(super) fn own_store(
     if let Some(link) = all.into_iter().find(leaves) {
         let message = format!("`{}` is a link that leaves the project", link.display());
         let hint = format!("name the store by `--store DIR`{advice}");
-        return Err(Failure::Wrong(error::with_hint(&message, &hint, colour())));
+        return Err(Failure::Usage(error::with_hint(&message, &hint, colour())));
     }
     Ok(store)
 }
@@ -266,7 +254,7 @@ fn sources(stage: &RecipeStage, folder: &Path, here: &Path) -> BTreeMap<String, 
         .map(|file| {
             let path = normal(&start(file.from_command_line).join(&file.path));
             // A link that is turned elsewhere from now on changes nothing.
-            let path = match Pattern::of(&path) {
+            let path = match Pattern::parse(&path) {
                 None => path.canonicalize().unwrap_or(path),
                 Some(pattern) => match pattern.folder().canonicalize() {
                     Ok(folder) => pattern.below(&folder),
@@ -276,16 +264,6 @@ fn sources(stage: &RecipeStage, folder: &Path, here: &Path) -> BTreeMap<String, 
             (file.path.clone(), path)
         })
         .collect()
-}
-
-/// The project of a recipe: the nearest folder around it with a store, settings or a repository, else its own folder.
-pub(super) fn root(folder: &Path) -> PathBuf {
-    let marked = |folder: &&Path| {
-        folder.join(".pipeline").is_dir()
-            || folder.join(remote::SETTINGS).is_file()
-            || folder.join(".git").exists()
-    };
-    folder.ancestors().find(marked).unwrap_or(folder).to_owned()
 }
 
 /// A readable name for a recipe's file that no other file of the project has.
@@ -306,33 +284,19 @@ fn key(file: &Path) -> String {
     format!("{stem}-{}", &digest[..8])
 }
 
-/// The path without `.` and `..`, by its text alone.
-pub(super) fn normal(path: &Path) -> PathBuf {
-    let mut normal = PathBuf::new();
-    for part in path.components() {
-        match part {
-            Component::CurDir => {}
-            Component::ParentDir => _ = normal.pop(),
-            part => normal.push(part),
-        }
-    }
-    normal
-}
-
 /// The surroundings of a run, with the variables that the hub's settings read.
-pub(super) fn world(offline: bool) -> World {
-    let environment: BTreeMap<String, String> = crate::hub::VARIABLES
+pub(super) fn run_env(offline: bool) -> RunEnv {
+    let variables: BTreeMap<String, String> = crate::hub::VARIABLES
         .iter()
         .filter_map(|name| Some(((*name).to_owned(), variable(name)?)))
         .collect();
-    let forced = crate::hub::is_offline(&|name| environment.get(name).cloned());
-    World {
+    let forced = crate::hub::is_offline(&|name| variables.get(name).cloned());
+    RunEnv {
         offline: offline || forced,
         home: std::env::home_dir(),
-        environment,
-        teller: Some(|text| tell(&format!("warning: {text}\n"))),
-        program: own_program(),
-        ..World::default()
+        variables,
+        on_warning: Some(|text| eprint(&format!("warning: {text}\n"))),
+        ..RunEnv::default()
     }
 }
 
@@ -350,23 +314,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn paths_are_made_plain() {
-        assert_eq!(normal(Path::new("/a/./b/../c")), Path::new("/a/c"));
-        assert_eq!(normal(Path::new("/../a")), Path::new("/a"));
-    }
-
-    #[test]
     fn recipes_of_one_name_have_different_keys() {
         assert_ne!(key(Path::new("a/orpo.yaml")), key(Path::new("b/orpo.yaml")));
         assert!(key(Path::new("a/über x.yaml")).starts_with("_ber_x-"));
-    }
-
-    #[test]
-    fn a_project_is_marked_by_a_store_or_a_repository() {
-        let folder = tempfile::tempdir().unwrap();
-        let recipes = folder.path().join("recipes");
-        std::fs::create_dir_all(&recipes).unwrap();
-        std::fs::create_dir_all(folder.path().join(".pipeline")).unwrap();
-        assert_eq!(root(&recipes), folder.path());
     }
 }

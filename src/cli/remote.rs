@@ -8,7 +8,7 @@ use clap::Args;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::{Failure, colour, error, read_text, tell, trust, variable};
+use super::{Failure, colour, eprint, error, read_text, trust, variable};
 use crate::engine::remote::{Settings, Shared};
 use crate::remote::{Address, ObjectRemote};
 
@@ -96,20 +96,20 @@ impl RemoteArgs {
             let shown = address.shown();
             if !trust::is_trusted(root, &shown)? {
                 let message = format!(
-                    "`{SETTINGS}` in `{}` names the remote `{shown}`, which nobody allowed on this machine",
+                    "`{SETTINGS}` in `{}` names the remote `{shown}`, which is not allowed on this machine",
                     root.display()
                 );
                 let hint = format!(
                     "results would be sent there and taken from there: `pipeline cache trust` in that folder allows it for good, \
                      `--remote` or {VARIABLE} name a remote for now, and `--remote \"\"` means none"
                 );
-                return Err(Failure::Wrong(error::with_hint(&message, &hint, colour())));
+                return Err(Failure::Usage(error::with_hint(&message, &hint, colour())));
             }
         }
         if address.is_exposed() {
             let shown = address.shown();
-            tell(&format!(
-                "warning: whoever listens can read the password for `{shown}`: it goes over plain HTTP\n"
+            eprint(&format!(
+                "warning: the password for `{shown}` is sent over plain HTTP, where anyone on the way can read it\n"
             ));
         }
         Ok(match ObjectRemote::open(&address, &variables()) {
@@ -143,7 +143,7 @@ fn without_credentials(address: &Address) -> Result<(), Failure> {
 }
 
 fn wrong(message: &str) -> Failure {
-    Failure::Wrong(error::plain(message, colour()))
+    Failure::Usage(error::plain(message, colour()))
 }
 
 fn read(root: &Path) -> Result<Option<Written>, Failure> {
@@ -173,7 +173,7 @@ fn read(root: &Path) -> Result<Option<Written>, Failure> {
     // The value is not shown: it may be an address with a password.
     if !remote.is_object() {
         return Err(wrong(&format!(
-            "`{}`: `remote` has another shape than it should; expected a mapping with `url`, as in `remote: {{ url: \
+            "`{}`: `remote` has the wrong shape; expected a mapping with `url`, as in `remote: {{ url: \
              s3://bucket/folder }}`",
             path.display()
         )));
@@ -193,11 +193,11 @@ fn variables() -> BTreeMap<String, String> {
 }
 
 /// What there is to say of a remote; an error if it is required and failed.
-pub(super) fn tell_warnings(shared: &Shared) -> Result<(), Failure> {
+pub(super) fn report_warnings(shared: &Shared) -> Result<(), Failure> {
     let warnings = shared.take_warnings();
     shared.check()?;
     for text in warnings {
-        tell(&format!("warning: {text}\n"));
+        eprint(&format!("warning: {text}\n"));
     }
     Ok(())
 }

@@ -92,7 +92,7 @@ fn read(path: &Path) -> anyhow::Result<File> {
     };
     let broken = || {
         format!(
-            "`{}` is broken; remove it and allow remotes anew",
+            "`{}` is damaged; remove it and allow the remotes again",
             path.display()
         )
     };

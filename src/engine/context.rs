@@ -1,23 +1,22 @@
-//! What a running stage is given: its inputs as folders, a place for its output, and a way to tell how it goes.
+//! What a running stage is given: the folders of its inputs and output, and the means to report progress, metrics and messages.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
 
-use anyhow::{Context as _, anyhow, bail};
+use anyhow::{Context as _, anyhow};
 use serde::Serialize;
 
 use super::canonical::{Digest, is_digest};
-use super::manifest::{Entry, Stat};
-use super::store::END;
-use super::{Event, Input, Level, SourcePath, Span, World};
-
-/// The most events in the log of a failure.
-const LONGEST_LOG: usize = 10_000;
+use super::control::Control;
+use super::manifest::Entry;
+use super::stage_events::StageEvents;
+use super::stat::Stat;
+use super::store::CONTINUATION;
+use super::task::Task;
+use super::{Event, Input, Level, RunEnv, SourcePath};
 
 /// Everything a [`super::Stage::run`] may use.
 pub struct Context {
@@ -30,23 +29,54 @@ pub struct Context {
     /// What to write beside the scratch folder when it is made: whose it is.
     pub(crate) scratch_note: Vec<u8>,
     /// What finished stages of the family left, if it has one.
-    pub(crate) ends: Option<PathBuf>,
-    pub(crate) world: Arc<World>,
-    pub(crate) events: Sender<Event>,
-    pub(crate) cancel: Arc<AtomicBool>,
-    /// When the stage has to be done, and how long it had.
-    pub(crate) deadline: Option<(Instant, Span)>,
+    pub(crate) continuations: Option<PathBuf>,
+    pub(crate) env: Arc<RunEnv>,
+    pub(crate) events: Arc<StageEvents>,
+    pub(crate) control: Control,
     pub(crate) gpus: Vec<usize>,
     pub(crate) notes: Mutex<BTreeMap<String, serde_json::Value>>,
     /// Digests of local files by path.
     pub(crate) known: BTreeMap<PathBuf, Entry>,
     /// Digests of files that are known already, by their names in the output.
     pub(crate) written: Mutex<BTreeMap<String, Entry>>,
-    /// The last things it told, for the log of a failure.
-    pub(crate) told: Mutex<VecDeque<Event>>,
 }
 
 impl Context {
+    /// What a task is given.
+    pub(super) fn new(
+        task: &Task,
+        env: Arc<RunEnv>,
+        events: Arc<StageEvents>,
+        control: Control,
+    ) -> Self {
+        let paths = |paths: &BTreeMap<String, OsString>| {
+            let entries = paths.iter();
+            entries
+                .map(|(name, path)| (name.clone(), path.into()))
+                .collect()
+        };
+        let known = task.known.iter();
+        Self {
+            stage: task.stage.clone(),
+            inputs: paths(&task.inputs),
+            sources: paths(&task.sources),
+            outside: task.outside.clone(),
+            out: (&task.out).into(),
+            scratch: (&task.scratch).into(),
+            scratch_note: task.scratch_note.clone(),
+            continuations: task.continuations.as_ref().map(Into::into),
+            env,
+            events,
+            control,
+            gpus: task.gpus.clone(),
+            notes: Mutex::default(),
+            known: known
+                .map(|(path, entry)| (path.into(), entry.clone()))
+                .collect(),
+            written: Mutex::default(),
+        }
+    }
+
     /// The stage's name in the recipe, for messages only: it must not change the result.
     pub fn stage(&self) -> &str {
         &self.stage
@@ -58,13 +88,13 @@ impl Context {
         path.ok_or_else(|| anyhow!("the input `{}` was not prepared", input.stage()))
     }
 
-    /// The resolved place of a local file or folder of the recipe. Read-only.
+    /// The resolved path of a local file or folder of the recipe. Read-only.
     pub fn source(&self, path: &SourcePath) -> anyhow::Result<&Path> {
         let found = self.sources.get(path.as_written()).map(PathBuf::as_path);
         found.ok_or_else(|| anyhow!("the file `{}` was not prepared", path.as_written()))
     }
 
-    /// A fact that [`super::Stage::outside`] found, as it stands in the fingerprint.
+    /// A fact that [`super::Stage::outside`] found, as it is defined at the fingerprint.
     pub fn outside(&self, name: &str) -> anyhow::Result<&str> {
         let value = self.outside.get(name).map(String::as_str);
         value.ok_or_else(|| anyhow!("the outside fact `{name}` was not recorded"))
@@ -152,10 +182,10 @@ impl Context {
         Ok(&self.scratch)
     }
 
-    /// A folder for what a stage of the same family that goes further could start from (see [`super::Stage::GROWS`]). Made on
+    /// A folder for what a stage of the same family that goes further could start from (see [`super::Stage::LENGTH_PARAMETERS`]). Made on
     /// first use; kept when the stage succeeds, until another of the family does or `gc` removes the result.
-    pub fn end(&self) -> anyhow::Result<PathBuf> {
-        let end = self.scratch.join(END);
+    pub fn continuation(&self) -> anyhow::Result<PathBuf> {
+        let end = self.scratch.join(CONTINUATION);
         std::fs::create_dir_all(&end)
             .with_context(|| format!("could not make the folder `{}`", end.display()))?;
         self.note_scratch();
@@ -171,8 +201,8 @@ impl Context {
     }
 
     /// What finished stages of the same family left. It may be damaged, and may be gone at any time. Read-only.
-    pub fn ends(&self) -> anyhow::Result<Vec<PathBuf>> {
-        let Some(folder) = &self.ends else {
+    pub fn continuations(&self) -> anyhow::Result<Vec<PathBuf>> {
+        let Some(folder) = &self.continuations else {
             return Ok(Vec::new());
         };
         let list = || -> std::io::Result<Vec<PathBuf>> {
@@ -181,22 +211,22 @@ impl Context {
                 entries => entries?,
             };
             let own = self.scratch.file_name();
-            let mut ends = Vec::new();
+            let mut continuations = Vec::new();
             for entry in entries {
                 let path = entry?.path();
                 if path.file_name() != own {
-                    ends.push(path);
+                    continuations.push(path);
                 }
             }
-            ends.sort_unstable();
-            Ok(ends)
+            continuations.sort_unstable();
+            Ok(continuations)
         };
         list().with_context(|| format!("could not read `{}`", folder.display()))
     }
 
     /// Settings of the run.
-    pub fn world(&self) -> &World {
-        &self.world
+    pub fn env(&self) -> &RunEnv {
+        &self.env
     }
 
     /// The ids of the devices that the stage has to itself (`resources: { gpus: n }`).
@@ -211,28 +241,20 @@ impl Context {
 
     /// An error when the run was interrupted or the stage's time is over.
     pub fn check_cancelled(&self) -> anyhow::Result<()> {
-        if self.cancel.load(Ordering::Relaxed) {
-            bail!("interrupted");
-        }
-        match self.deadline {
-            Some((deadline, span)) if Instant::now() >= deadline => {
-                bail!("it took longer than its `timeout` of {span}")
-            }
-            _ => Ok(()),
-        }
+        self.control.check()
     }
 
-    /// Tells how far the stage is. Cheap enough to call every few milliseconds, too dear for every row.
+    /// Reports how far the stage is, in `unit`s. Cheap enough to call every few milliseconds, too expensive for every row.
     pub fn progress(&self, done: u64, total: Option<u64>, unit: &'static str) {
         self.emit(Event::Progress {
             stage: self.stage.clone(),
             done,
             total,
-            unit,
+            unit: unit.into(),
         });
     }
 
-    /// Tells the numbers of one step.
+    /// Reports the metrics of one optimiser step.
     pub fn metrics(&self, step: u64, values: BTreeMap<String, f64>) {
         self.emit(Event::Metrics {
             stage: self.stage.clone(),
@@ -241,17 +263,17 @@ impl Context {
         });
     }
 
-    /// Tells something worth reading once.
+    /// Reports something worth reading once.
     pub fn info(&self, text: impl Into<String>) {
-        self.tell(Level::Info, text.into());
+        self.message(Level::Info, text.into());
     }
 
-    /// Tells something the user should act on.
+    /// Reports something the user should act on.
     pub fn warn(&self, text: impl Into<String>) {
-        self.tell(Level::Warning, text.into());
+        self.message(Level::Warning, text.into());
     }
 
-    pub(super) fn tell(&self, level: Level, text: String) {
+    fn message(&self, level: Level, text: String) {
         self.emit(Event::Message {
             stage: self.stage.clone(),
             level,
@@ -267,50 +289,24 @@ impl Context {
         }
     }
 
-    /// What the stage told and how it ended, as JSON lines.
-    pub(crate) fn log(&self, error: &anyhow::Error) -> Vec<u8> {
-        let failed = Event::StageFailed {
-            stage: self.stage.clone(),
-            error: format!("{error:#}"),
-            kept: None,
-        };
-        let told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut log = Vec::new();
-        for event in told.iter().chain([&failed]) {
-            // Events are plain data, and a log with a hole is better than none.
-            if serde_json::to_writer(&mut log, event).is_ok() {
-                log.push(b'\n');
-            }
-        }
-        log
-    }
-
     fn emit(&self, event: Event) {
-        if !matches!(event, Event::Progress { .. }) {
-            let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-            if told.len() == LONGEST_LOG {
-                told.pop_front();
-            }
-            told.push_back(event.clone());
-        }
-        // Nobody listening is no reason to stop.
-        let _ = self.events.send(event);
+        self.events.send(event);
     }
 }
 
 #[cfg(test)]
 impl Context {
-    /// A context for testing one stage alone: `inputs` by stage name, local files by the path as written.
-    /// What it warned of and what it told, each in order.
+    /// The texts of the messages of this level, in order.
     pub(crate) fn messages(&self, wanted: Level) -> Vec<String> {
-        let told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        let texts = told.iter().filter_map(|event| match event {
-            Event::Message { level, text, .. } if *level == wanted => Some(text.clone()),
+        let told = self.events.last().into_iter();
+        let texts = told.filter_map(|event| match event {
+            Event::Message { level, text, .. } if level == wanted => Some(text),
             _ => None,
         });
         texts.collect()
     }
 
+    /// A context for testing one stage alone: `inputs` by stage name, local files by the path as written.
     pub(crate) fn for_test(
         folder: &Path,
         inputs: &[(&str, &Path)],
@@ -332,16 +328,14 @@ impl Context {
             out,
             scratch: folder.join("scratch"),
             scratch_note: Vec::new(),
-            ends: None,
-            world: Arc::default(),
-            events: std::sync::mpsc::channel().0,
-            cancel: Arc::default(),
-            deadline: None,
+            continuations: None,
+            env: Arc::default(),
+            events: Arc::new(StageEvents::new(std::sync::mpsc::channel().0)),
+            control: Control::default(),
             gpus: Vec::new(),
             known: BTreeMap::new(),
             written: Mutex::default(),
             notes: Mutex::default(),
-            told: Mutex::default(),
         }
     }
 }

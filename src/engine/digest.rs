@@ -14,7 +14,7 @@ use blake3::{Hash, Hasher};
 use rayon::ThreadPoolBuilder;
 
 use super::canonical::Digest;
-use super::manifest::cannot_read;
+use super::files::cannot_read;
 use super::threads;
 
 /// Files of this size and more are hashed over all cores; below, one core is faster.

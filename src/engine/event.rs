@@ -1,10 +1,17 @@
-//! What the engine and the stages tell while they work. Rendering is elsewhere (`report`).
+//! Everything that the engine and the stages report while they work, as one enum with a version. Rendering is elsewhere (`report`).
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::sync::mpsc::Sender;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
+use super::manifest::Entry;
 use super::reason::Reason;
+
+/// The version of events as JSON: raised when a reader of the last version would misread one.
+pub const EVENT_VERSION: u32 = 1;
 
 /// How much a message matters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -17,7 +24,7 @@ pub enum Level {
 }
 
 /// One thing that happened.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event {
     /// A run begins.
@@ -26,6 +33,8 @@ pub enum Event {
         recipe: String,
         /// How many stages it needs.
         stages: usize,
+        /// [`EVENT_VERSION`].
+        version: u32,
     },
     /// Nothing can begin: somebody has the store to themselves, and the run waits for them.
     RunWaiting {
@@ -72,15 +81,15 @@ pub enum Event {
         /// Seconds it took.
         seconds: f64,
     },
-    /// A try of a stage failed, and there is another after a pause.
+    /// An attempt at a stage failed, and there is another one after a pause.
     StageRetried {
         /// The stage's name in the recipe.
         stage: String,
         /// What happened, with its causes.
         error: String,
-        /// Seconds until the next try.
+        /// Seconds until the next attempt.
         pause: f64,
-        /// Further tries after the next one.
+        /// Further attempts after the next one.
         left: u32,
     },
     /// A stage failed. Nothing of its output counts.
@@ -89,7 +98,7 @@ pub enum Event {
         stage: String,
         /// What happened, with its causes.
         error: String,
-        /// The folder with what it wrote and told, until it succeeds or `gc` runs.
+        /// The folder with its output and log, kept until it succeeds or `gc` runs.
         kept: Option<String>,
     },
     /// A stage was not started because one before it failed or the run was interrupted.
@@ -129,13 +138,13 @@ pub enum Event {
         /// The sentence.
         text: String,
     },
-    /// A result was put where the recipe wants it.
+    /// A result was published as an output.
     OutputPlaced {
         /// The stage's name in the recipe.
         stage: String,
-        /// The place.
+        /// The output folder.
         path: String,
-        /// Whether it was not there yet.
+        /// Whether anything in it changed.
         changed: bool,
         /// How many of its files are read-only links into the store.
         links: usize,
@@ -164,7 +173,7 @@ pub enum Event {
         /// Units in all, when known.
         total: Option<u64>,
         /// What is counted.
-        unit: &'static str,
+        unit: Cow<'static, str>,
     },
     /// Numbers of one training or evaluation step, under the reference's names.
     Metrics {
@@ -173,6 +182,7 @@ pub enum Event {
         /// The optimiser step the numbers belong to.
         step: u64,
         /// Metric name to value.
+        #[serde(with = "numbers")]
         values: BTreeMap<String, f64>,
     },
     /// A sentence from a stage.
@@ -184,4 +194,134 @@ pub enum Event {
         /// The sentence.
         text: String,
     },
+    /// The process of a stage begins. This and the two events below are for the executor that started it, and go no further.
+    WorkStarted {
+        /// [`EVENT_VERSION`].
+        version: u32,
+        /// The version of the program.
+        pipeline: String,
+    },
+    /// The stage in that process succeeded.
+    WorkDone {
+        /// What goes into its record.
+        notes: BTreeMap<String, Value>,
+        /// Digests of files of its output, by name.
+        written: BTreeMap<String, Entry>,
+    },
+    /// The stage in that process failed.
+    WorkFailed {
+        /// The causes, from the outermost to the first.
+        causes: Vec<String>,
+        /// Whether the disk is full.
+        disk_full: bool,
+    },
+}
+
+impl Event {
+    /// Adds the event as a line of JSON.
+    pub fn write_line(&self, lines: &mut Vec<u8>) {
+        let before = lines.len();
+        // Events are plain data; lines with a hole are better than none.
+        if serde_json::to_writer(&mut *lines, self).is_ok() {
+            lines.push(b'\n');
+        } else {
+            lines.truncate(before);
+        }
+    }
+}
+
+/// Numbers in JSON, which has none that are not finite: these are the texts `NaN`, `Infinity` and `-Infinity`.
+mod numbers {
+    use std::collections::BTreeMap;
+
+    use serde::de::Error as _;
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    #[derive(serde::Serialize, Deserialize)]
+    #[serde(untagged)]
+    enum Number {
+        Finite(f64),
+        Other(String),
+    }
+
+    const INFINITY: &str = "Infinity";
+    const MINUS_INFINITY: &str = "-Infinity";
+    const NAN: &str = "NaN";
+
+    pub(super) fn serialize<S: Serializer>(
+        values: &BTreeMap<String, f64>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(values.iter().map(|(name, value)| {
+            let number = if value.is_finite() {
+                Number::Finite(*value)
+            } else if value.is_nan() {
+                Number::Other(NAN.to_owned())
+            } else if *value > 0.0 {
+                Number::Other(INFINITY.to_owned())
+            } else {
+                Number::Other(MINUS_INFINITY.to_owned())
+            };
+            (name, number)
+        }))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<BTreeMap<String, f64>, D::Error> {
+        let numbers = BTreeMap::<String, Number>::deserialize(deserializer)?;
+        let value = |number| match number {
+            Number::Finite(value) => Ok(value),
+            Number::Other(text) => match text.as_str() {
+                NAN => Ok(f64::NAN),
+                INFINITY => Ok(f64::INFINITY),
+                MINUS_INFINITY => Ok(f64::NEG_INFINITY),
+                _ => Err(D::Error::custom(format!("`{text}` is not a number"))),
+            },
+        };
+        let numbers = numbers.into_iter();
+        numbers
+            .map(|(name, number)| Ok((name, value(number)?)))
+            .collect()
+    }
+}
+
+/// Sends an event. That nobody listens any more is no reason to stop.
+pub(super) fn send(events: &Sender<Event>, event: Event) {
+    let _ = events.send(event);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_travel_to_the_bit() {
+        let values = [
+            0.1_f64 + 0.2,
+            5e-324,
+            -0.0,
+            1.797_693_134_862_315_7e308,
+            8.41e21,
+            f64::INFINITY,
+            f64::NEG_INFINITY,
+            f64::NAN,
+            3.0,
+        ];
+        let named = values.iter().enumerate();
+        let sent = Event::Metrics {
+            stage: "a".into(),
+            step: 1,
+            values: named.map(|(at, value)| (at.to_string(), *value)).collect(),
+        };
+        let mut line = Vec::new();
+        sent.write_line(&mut line);
+        let came = serde_json::from_slice(&line).unwrap();
+        let Event::Metrics { values: came, .. } = came else {
+            panic!("{came:?}")
+        };
+        let bits =
+            |values: &mut dyn Iterator<Item = f64>| values.map(f64::to_bits).collect::<Vec<_>>();
+        assert_eq!(bits(&mut came.into_values()), bits(&mut values.into_iter()));
+    }
 }

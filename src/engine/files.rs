@@ -11,7 +11,7 @@ use rayon::prelude::*;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::manifest::Stat;
+use super::stat::Stat;
 
 /// How the names of files begin that are still being written; a killed program leaves them.
 pub(super) const TEMPORARY: &str = ".tmp";
@@ -179,6 +179,11 @@ fn rename_with(from: &Path, to: &Path, step: Step) -> io::Result<()> {
 #[cfg(not(any(target_os = "linux", target_os = "android", target_vendor = "apple")))]
 fn rename_with(_: &Path, _: &Path, _: Step) -> io::Result<()> {
     Err(ErrorKind::Unsupported.into())
+}
+
+/// The sentence for a file that could not be read.
+pub(super) fn cannot_read(path: &Path) -> String {
+    format!("could not read `{}`", path.display())
 }
 
 /// Removes a folder or file if it is there.

@@ -9,9 +9,8 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::AnyStage;
 use super::canonical::{Digest, digest_entries};
-use super::graph::{Marker, child, marker};
+use super::markers::{Marker, child, marker};
 
 /// The key under which a content digest stands in place of an input or a local file.
 const CONTENT_KEY: &str = "$content";
@@ -40,22 +39,22 @@ pub enum Origin {
 }
 
 impl Fingerprint {
-    /// Puts a fingerprint together. `inputs` maps stage names and `sources` maps paths as written to content digests.
-    /// Also returns where each digest came from, by parameter.
+    /// Puts a fingerprint together of a stage's kind, version and serialised parameters. `inputs` maps stage names and `sources`
+    /// maps paths as written to content digests. Also returns where each digest came from, by parameter.
     pub fn new(
-        stage: &dyn AnyStage,
+        kind: &str,
+        version: u32,
+        params: &Value,
         inputs: &BTreeMap<String, Digest>,
         sources: &BTreeMap<String, Digest>,
         outside: BTreeMap<String, String>,
     ) -> anyhow::Result<(Self, BTreeMap<String, Origin>)> {
         let mut origins = BTreeMap::new();
-        let params =
-            resolve(&stage.params()?, "", inputs, sources, &mut origins)?.unwrap_or(Value::Null);
-        let kind = stage.kind().to_owned();
+        let params = resolve(params, "", inputs, sources, &mut origins)?.unwrap_or(Value::Null);
         Ok((
             Self {
-                kind,
-                version: stage.version(),
+                kind: kind.to_owned(),
+                version,
                 params,
                 outside,
             },
@@ -73,7 +72,7 @@ impl Fingerprint {
         ])
     }
 
-    /// What this fingerprint has in common with those that differ from it only in the parameters of [`super::Stage::GROWS`];
+    /// What this fingerprint has in common with those that differ from it only in the parameters of [`super::Stage::LENGTH_PARAMETERS`];
     /// none where there are no such parameters.
     pub(crate) fn family(&self, grows: &[&str]) -> Option<Digest> {
         if grows.is_empty() {

@@ -16,7 +16,7 @@ use anyhow::{Context as _, bail};
 use super::canonical::Digest;
 use super::files::{TEMPORARY, read_small, remove};
 use super::fingerprint::{Fingerprint, Origin};
-use super::plan::{Situation, State};
+use super::plan::{Session, State};
 use super::reason::{Reason, differences};
 use super::record::LONGEST_RECORD;
 use super::store::{Store, sign, wait_for};
@@ -66,19 +66,21 @@ fn is_open(difference: &Reason) -> bool {
     matches!(difference, Reason::InputChanged { new, .. } if new.is_empty())
 }
 
-impl Situation<'_> {
+impl Session<'_> {
     /// Adds what the recipe needs: the results that are fresh, those that may be fresh again when what they wait for is made, and
     /// the unfinished work of stages that would run, or might.
     pub fn needs(&self, needs: &mut Needs) {
         let everything = vec![true; self.graph.nodes.len()];
         let mut sources = self.sources();
-        let looks = self.look(&everything, &mut sources);
-        let content = |index: usize| looks[index].as_ref()?.content.clone();
-        for (index, look) in looks.iter().enumerate() {
-            let Some(look) = look else { continue };
-            needs.fingerprints.extend(look.fingerprint.clone());
+        let inspections = self.inspect(&everything, &mut sources);
+        let content = |index: usize| inspections[index].as_ref()?.content.clone();
+        for (index, inspection) in inspections.iter().enumerate() {
+            let Some(inspection) = inspection else {
+                continue;
+            };
+            needs.fingerprints.extend(inspection.fingerprint.clone());
             let node = &self.graph.nodes[index];
-            let undecided = match &look.state {
+            let undecided = match &inspection.state {
                 State::Fresh { artifact, .. } => {
                     needs.results.insert(artifact.clone());
                     false
@@ -110,7 +112,7 @@ impl Situation<'_> {
 /// Something that can go.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Garbage {
-    /// What it is: `result`, `unfinished work`, `end state` (what a finished stage left).
+    /// What it is: `result`, `unfinished work`, `end state` (what a finished stage left), `events of a run`.
     pub what: &'static str,
     /// The stage that made it, if a record tells.
     pub stage: Option<String>,
@@ -226,7 +228,7 @@ impl Store {
             Ok(())
         };
         for family in self.names("ends") {
-            let ends = self.ends(&family);
+            let continuations = self.continuations(&family);
             for fingerprint in self.names(&format!("ends/{family}")) {
                 let record = self.record(&fingerprint);
                 if record
@@ -236,11 +238,11 @@ impl Store {
                     continue;
                 }
                 let stage = record.map(|record| record.stage);
-                discard("end state", stage, ends.join(&fingerprint))?;
+                discard("end state", stage, continuations.join(&fingerprint))?;
             }
             if remove_it {
                 // Only when nothing is left in it.
-                let _ = fs::remove_dir(&ends);
+                let _ = fs::remove_dir(&continuations);
             }
         }
         for kind in ["partial", "scratch", "failed", "incoming"] {
@@ -258,6 +260,18 @@ impl Store {
                     continue;
                 }
                 discard("unfinished work", None, self.folder(kind).join(&name))?;
+            }
+        }
+        for recipe in self.list("state/runs")? {
+            let runs = self.read_runs(&recipe)?;
+            let kept = runs.iter().rev().take(limits.keep_runs);
+            let kept: BTreeSet<u64> = kept.map(|run| run.number).collect();
+            for (_, path) in self
+                .event_logs(&recipe)
+                .into_iter()
+                .filter(|(number, _)| !kept.contains(number))
+            {
+                discard("events of a run", None, path)?;
             }
         }
         // Nobody writes now: these are of programs that were killed.

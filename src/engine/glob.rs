@@ -15,7 +15,7 @@ pub enum Star {
 pub fn matches(pattern: &str, path: &str, star: Star) -> bool {
     let pattern: Vec<char> = pattern.chars().collect();
     let path: Vec<char> = path.chars().collect();
-    fits(&pattern, &path, star)
+    matches_pattern(&pattern, &path, star)
 }
 
 /// A path with a pattern in it: the folder before the pattern, and the files below it that fit.
@@ -27,7 +27,7 @@ pub struct Pattern {
 
 impl Pattern {
     /// The pattern that a path is, if there is nothing at the path itself.
-    pub fn of(path: &Path) -> Option<Self> {
+    pub fn parse(path: &Path) -> Option<Self> {
         if std::fs::symlink_metadata(path).is_ok() {
             return None;
         }
@@ -53,7 +53,7 @@ impl Pattern {
     }
 
     /// Whether a file fits by its name below the folder.
-    pub fn fits(&self, name: &str) -> bool {
+    pub fn matches(&self, name: &str) -> bool {
         matches(&self.pattern, name, Star::StaysInFolder)
     }
 
@@ -77,7 +77,7 @@ impl Pattern {
 }
 
 /// A table over both texts instead of recursion: a pattern of many stars costs no more than the product of the lengths.
-fn fits(pattern: &[char], path: &[char], star: Star) -> bool {
+fn matches_pattern(pattern: &[char], path: &[char], star: Star) -> bool {
     // reached[i]: the pattern so far fits the first i characters.
     let mut reached = vec![false; path.len() + 1];
     reached[0] = true;
@@ -103,7 +103,7 @@ fn fits(pattern: &[char], path: &[char], star: Star) -> bool {
                 }
             }
         } else {
-            let (set, tail) = one(first, tail, star);
+            let (set, tail) = character_set(first, tail, star);
             rest = tail;
             for (i, &c) in path.iter().enumerate() {
                 next[i + 1] = reached[i] && set.has(c);
@@ -143,7 +143,7 @@ impl Set<'_> {
     }
 }
 
-fn one(first: char, tail: &[char], star: Star) -> (Set<'_>, &[char]) {
+fn character_set(first: char, tail: &[char], star: Star) -> (Set<'_>, &[char]) {
     if first == '?' {
         return (Set::Any(star), tail);
     }
@@ -180,18 +180,22 @@ mod tests {
 
     #[test]
     fn a_path_may_be_a_pattern() {
-        let pattern = Pattern::of(Path::new("/no/data/*/x-?.jsonl")).unwrap();
+        let pattern = Pattern::parse(Path::new("/no/data/*/x-?.jsonl")).unwrap();
         assert_eq!(pattern.folder(), Path::new("/no/data"));
-        assert!(pattern.fits("a/x-1.jsonl") && !pattern.fits("x-1.jsonl"));
+        assert!(pattern.matches("a/x-1.jsonl") && !pattern.matches("x-1.jsonl"));
         assert!(pattern.reaches("a") && !pattern.reaches("a/b"));
-        let deep = Pattern::of(Path::new("/no/**/x.jsonl")).unwrap();
-        assert!(deep.fits("x.jsonl") && deep.fits("a/b/x.jsonl") && deep.reaches("a/b/c"));
-        assert!(!Pattern::of(Path::new("/no/*.jsonl")).unwrap().reaches("a"));
-        assert_eq!(Pattern::of(Path::new("/no/data/x.jsonl")), None);
+        let deep = Pattern::parse(Path::new("/no/**/x.jsonl")).unwrap();
+        assert!(deep.matches("x.jsonl") && deep.matches("a/b/x.jsonl") && deep.reaches("a/b/c"));
+        assert!(
+            !Pattern::parse(Path::new("/no/*.jsonl"))
+                .unwrap()
+                .reaches("a")
+        );
+        assert_eq!(Pattern::parse(Path::new("/no/data/x.jsonl")), None);
         let folder = tempfile::tempdir().unwrap();
         let plain = folder.path().join("a[1].jsonl");
         std::fs::write(&plain, "").unwrap();
-        assert_eq!(Pattern::of(&plain), None, "what is there is no pattern");
+        assert_eq!(Pattern::parse(&plain), None, "what is there is no pattern");
     }
 
     #[test]

@@ -4,11 +4,9 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use serde_json::Value;
-
 use super::AnyStage;
 use super::handling::Handling;
-use super::params::{ARTIFACT_KEY, FILE_KEY, NEUTRAL_KEY, STAGE_KEY};
+use super::markers::{Marker, markers};
 
 /// A stage in a graph.
 pub struct Node {
@@ -20,78 +18,6 @@ pub struct Node {
     pub sources: BTreeMap<String, PathBuf>,
     /// How the runner treats it.
     pub handling: Handling,
-}
-
-/// What is marked in serialised parameters (see `engine::params`).
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Marker {
-    /// An edge: the producer's name and the artifact that is wanted.
-    Stage {
-        /// The name of the producing stage.
-        stage: String,
-        /// The noun the parameter wants.
-        artifact: String,
-    },
-    /// A local file, as written.
-    File(String),
-    /// A setting outside the fingerprint.
-    Neutral,
-}
-
-/// Every marker with its path (`dataset`, `models[1]`, `eval.dataset`), in the order of the parameters.
-pub fn markers(params: &Value) -> Vec<(String, Marker)> {
-    let mut found = Vec::new();
-    collect(params, String::new(), &mut found);
-    found
-}
-
-/// The marker that `value` is, if it is one.
-pub(crate) fn marker(value: &Value) -> Option<Marker> {
-    let map = value.as_object()?;
-    if let Some(Value::String(stage)) = map.get(STAGE_KEY) {
-        let artifact = map
-            .get(ARTIFACT_KEY)
-            .and_then(Value::as_str)
-            .unwrap_or_default()
-            .to_owned();
-        return Some(Marker::Stage {
-            stage: stage.clone(),
-            artifact,
-        });
-    }
-    if let Some(Value::String(path)) = map.get(FILE_KEY) {
-        return Some(Marker::File(path.clone()));
-    }
-    map.contains_key(NEUTRAL_KEY).then_some(Marker::Neutral)
-}
-
-fn collect(value: &Value, path: String, found: &mut Vec<(String, Marker)>) {
-    if let Some(marker) = marker(value) {
-        found.push((path, marker));
-        return;
-    }
-    match value {
-        Value::Object(map) => {
-            for (key, value) in map {
-                collect(value, child(&path, key), found);
-            }
-        }
-        Value::Array(items) => {
-            for (index, item) in items.iter().enumerate() {
-                collect(item, format!("{path}[{index}]"), found);
-            }
-        }
-        _ => {}
-    }
-}
-
-/// `path.key`, or `key` at the top.
-pub(crate) fn child(path: &str, key: &str) -> String {
-    if path.is_empty() {
-        key.to_owned()
-    } else {
-        format!("{path}.{key}")
-    }
 }
 
 /// Named stages with their edges; never a cycle.
@@ -163,7 +89,14 @@ impl Graph {
             }
             inputs.push(reads);
         }
-        let order = order(&nodes, &inputs)?;
+        let (order, cycles) = topological_order(&inputs);
+        if let Some(cycle) = cycles.first() {
+            let names = cycle
+                .iter()
+                .map(|&stage| format!("`{}`", nodes[stage].name));
+            let names = names.collect::<Vec<_>>().join(", ");
+            return Err(GraphError::Cycle(names));
+        }
         Ok(Self {
             nodes,
             inputs,
@@ -203,34 +136,65 @@ impl Graph {
     }
 }
 
-/// Kahn's algorithm with the smallest index first: no recursion, so a chain of any length is fine.
-fn order(nodes: &[Node], inputs: &[Vec<usize>]) -> Result<Vec<usize>, GraphError> {
-    let mut waiting: Vec<usize> = inputs.iter().map(Vec::len).collect();
-    let mut readers = vec![Vec::new(); nodes.len()];
-    for (index, inputs) in inputs.iter().enumerate() {
-        for &input in inputs {
-            readers[input].push(index);
-        }
+/// An order in which every stage comes after those it reads (`inputs`, by index), and otherwise in the order it is given in; and
+/// each cycle once, as stages of which each reads the next one and the last one the first. Without recursion, so a chain may have
+/// any length.
+pub fn topological_order(inputs: &[Vec<usize>]) -> (Vec<usize>, Vec<Vec<usize>>) {
+    #[derive(Clone, Copy)]
+    enum Visit {
+        New,
+        Open,
+        Done,
     }
-    let mut ready: std::collections::BTreeSet<usize> = (0..nodes.len())
-        .filter(|&index| waiting[index] == 0)
-        .collect();
-    let mut order = Vec::with_capacity(nodes.len());
-    while let Some(index) = ready.pop_first() {
-        order.push(index);
-        for &reader in &readers[index] {
-            waiting[reader] -= 1;
-            if waiting[reader] == 0 {
-                ready.insert(reader);
+    let mut order = Vec::with_capacity(inputs.len());
+    let mut cycles = Vec::new();
+    let mut visits = vec![Visit::New; inputs.len()];
+    for start in 0..inputs.len() {
+        if !matches!(visits[start], Visit::New) {
+            continue;
+        }
+        visits[start] = Visit::Open;
+        // The stages on the way, and how many of its inputs each has followed.
+        let mut way = vec![(start, 0)];
+        while let Some((stage, next)) = way.last_mut() {
+            let stage = *stage;
+            let Some(&input) = inputs[stage].get(*next) else {
+                visits[stage] = Visit::Done;
+                order.push(stage);
+                way.pop();
+                continue;
+            };
+            *next += 1;
+            match visits[input] {
+                Visit::New => {
+                    visits[input] = Visit::Open;
+                    way.push((input, 0));
+                }
+                Visit::Open => {
+                    let cycle = way.iter().map(|(stage, _)| *stage);
+                    cycles.push(cycle.skip_while(|stage| *stage != input).collect());
+                }
+                Visit::Done => {}
             }
         }
     }
-    if order.len() == nodes.len() {
-        return Ok(order);
+    (order, cycles)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stages_come_after_what_they_read_and_cycles_are_found() {
+        let inputs = [vec![1], vec![3, 2], vec![], vec![]];
+        assert_eq!(topological_order(&inputs), (vec![3, 2, 1, 0], vec![]));
+        let chain: Vec<Vec<usize>> = (1..100_000)
+            .map(|next| vec![next])
+            .chain([vec![]])
+            .collect();
+        assert_eq!(topological_order(&chain).0[..2], [99_999, 99_998]);
+        let (_, cycles) = topological_order(&[vec![1], vec![2], vec![1, 0], vec![3]]);
+        assert_eq!(cycles, [vec![1, 2], vec![0, 1, 2], vec![3]]);
     }
-    let stuck: Vec<_> = (0..nodes.len())
-        .filter(|&index| waiting[index] > 0)
-        .map(|i| format!("`{}`", nodes[i].name))
-        .collect();
-    Err(GraphError::Cycle(stuck.join(", ")))
 }

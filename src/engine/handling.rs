@@ -13,31 +13,50 @@ use super::units::{Bytes, Span};
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Handling {
-    /// What the stage takes of the machine while it runs.
+    /// What the stage needs of the machine while it runs.
     #[serde(default)]
     pub resources: Resources,
-    /// How often a failed stage is tried again, with a growing pause.
+    /// How many times a failed stage is retried, with a growing pause.
     #[serde(default)]
     pub retries: u32,
-    /// The longest one try may take; a stage that takes longer is stopped and counts as failed.
+    /// The longest that one attempt may take; a stage that takes longer is stopped and counts as failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timeout: Option<Span>,
 }
 
 /// What a stage takes of the machine while it runs. Stages that run at a time never take more than there is.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Resources {
-    /// Threads the stage may compute with; without it the stage counts as one and may use all cores.
+    /// Threads that the stage computes with; without it the stage counts as one core and may use all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpus: Option<NonZeroUsize>,
-    /// Memory to keep free for the stage. It is reckoned with, not enforced; but stages that read data, templates and models may
-    /// take no more than 4 GiB, or this if it is more.
+    /// Memory to reserve for the stage. It is counted and not enforced, except that stages that read data, templates and models
+    /// may take no more than 4 GiB, or this if it is more.
     #[serde(default)]
     pub memory: Bytes,
-    /// Devices the stage has to itself.
+    /// Devices that the stage has to itself.
     #[serde(default)]
     pub gpus: usize,
+    /// Whether the stage runs in a process of its own: whatever ends that process is then an ordinary failure of the stage, and its
+    /// memory is free afterwards. With `false` it runs in the runner's own process, which a crash ends, and no limit of memory holds.
+    #[serde(default = "isolated")]
+    pub isolated: bool,
+}
+
+fn isolated() -> bool {
+    true
+}
+
+impl Default for Resources {
+    fn default() -> Self {
+        Self {
+            cpus: None,
+            memory: Bytes::default(),
+            gpus: 0,
+            isolated: isolated(),
+        }
+    }
 }
 
 /// What the stages of a run may take together.
@@ -135,6 +154,7 @@ mod tests {
             cpus: NonZeroUsize::new(cpus),
             memory: Bytes(memory),
             gpus,
+            ..Resources::default()
         }
     }
 

@@ -1,4 +1,4 @@
-//! What was run when: the fingerprints of each run's stages, so that any two runs can be compared afterwards.
+//! The runs of each recipe: the fingerprints of each run's stages, so that any two runs can be compared afterwards.
 //!
 //! A run that changed nothing since the last one leaves no trace. Small text files that stages read (templates) are kept by
 //! content, so that a change can be told by its lines.
@@ -13,7 +13,7 @@ use super::canonical::Digest;
 use super::files::{is_io_trouble, write_atomically};
 use super::fingerprint::{Origin, content};
 use super::graph::{Graph, Node};
-use super::plan::{Prepared, Situation};
+use super::plan::{Prepared, Session};
 use super::reason::{Reason, differences};
 use super::record::{FORMAT, Record};
 use super::store::Store;
@@ -103,7 +103,11 @@ impl Store {
         };
         let mut runs = Vec::new();
         for entry in entries {
-            let bytes = match read(entry?.path()) {
+            let path = entry?.path();
+            if path.extension().is_none_or(|extension| extension != "json") {
+                continue;
+            }
+            let bytes = match read(path) {
                 Ok(bytes) => bytes,
                 Err(error) if is_io_trouble(&error) => return Err(error),
                 Err(_) => continue,
@@ -115,8 +119,8 @@ impl Store {
         Ok(runs)
     }
 
-    /// Keeps a run, unless nothing changed since the last one. Its number is set.
-    pub(crate) fn remember(&self, recipe: &str, mut run: Run) -> anyhow::Result<()> {
+    /// Keeps a run, unless nothing changed since the last one. Its number is set, and returned.
+    pub(crate) fn remember(&self, recipe: &str, mut run: Run) -> anyhow::Result<Option<u64>> {
         let folder = self.runs_folder(recipe);
         let last = self.last_run(recipe);
         if let Some(last) = &last {
@@ -127,7 +131,7 @@ impl Store {
             };
             let ran = run.stages.values().any(|stage| stage.ran);
             if !ran && run.outcome == last.outcome && run.stages.iter().all(same) {
-                return Ok(());
+                return Ok(None);
             }
         }
         run.number = last.map_or(1, |last| last.number + 1);
@@ -135,7 +139,8 @@ impl Store {
         loop {
             let path = folder.join(format!("{:06}.json", run.number));
             if !path.exists() {
-                return write_atomically(&path, &serde_json::to_vec_pretty(&run)?);
+                write_atomically(&path, &serde_json::to_vec_pretty(&run)?)?;
+                return Ok(Some(run.number));
             }
             run.number += 1;
         }
@@ -144,12 +149,15 @@ impl Store {
     /// The newest run, found by its number in the file's name.
     fn last_run(&self, recipe: &str) -> Option<Run> {
         let entries = fs::read_dir(self.runs_folder(recipe)).ok()?;
-        let names = entries.flatten().map(|entry| entry.file_name());
-        let last = self.runs_folder(recipe).join(names.max()?);
-        serde_json::from_slice(&fs::read(last).ok()?).ok()
+        let paths = entries.flatten().map(|entry| entry.path());
+        let runs = paths.filter(|path| {
+            path.extension()
+                .is_some_and(|extension| extension == "json")
+        });
+        serde_json::from_slice(&fs::read(runs.max()?).ok()?).ok()
     }
 
-    fn runs_folder(&self, recipe: &str) -> std::path::PathBuf {
+    pub(super) fn runs_folder(&self, recipe: &str) -> std::path::PathBuf {
         self.state("runs").join(recipe)
     }
 
@@ -216,7 +224,7 @@ impl Store {
     }
 }
 
-impl Situation<'_> {
+impl Session<'_> {
     /// Keeps the small text files that a stage reads, only for telling a later change by its lines: those of a stage that ran
     /// here, or whose result was made elsewhere or by an earlier recipe.
     pub(super) fn keep_texts(&self, node: &Node, prepared: &Prepared) {

@@ -7,7 +7,7 @@ use schemars::{Schema, SchemaGenerator};
 use serde::de::DeserializeOwned;
 
 use super::reading::{ParseError, read_parameters};
-use super::{Artifact, Context, Problem, Stage, World};
+use super::{Artifact, Context, Problem, RunEnv, Stage};
 
 /// An entry of the list of kinds: everything that can be known without parameters.
 #[derive(Clone, Copy)]
@@ -19,7 +19,7 @@ pub struct Kind {
     /// The noun of what it makes, unless its parameters say otherwise ([`Stage::output`]).
     pub output: &'static str,
     /// Reads parameters.
-    pub parse: fn(serde_yaml::Value) -> Result<Arc<dyn AnyStage>, ParseError>,
+    pub parse: fn(serde_json::Value) -> Result<Arc<dyn AnyStage>, ParseError>,
     /// The JSON Schema of the parameters; its description is the kind's documentation.
     pub schema: fn(&mut SchemaGenerator) -> Schema,
 }
@@ -38,7 +38,7 @@ impl Kind {
 }
 
 fn parse<S: Stage + DeserializeOwned>(
-    params: serde_yaml::Value,
+    params: serde_json::Value,
 ) -> Result<Arc<dyn AnyStage>, ParseError> {
     read_parameters::<S>(params).map(|stage| Arc::new(stage) as Arc<dyn AnyStage>)
 }
@@ -55,16 +55,16 @@ pub trait AnyStage: Send + Sync {
     fn exclusive(&self) -> bool;
     /// [`Stage::BOUNDED`].
     fn bounded(&self) -> bool;
-    /// [`Stage::MOVES`].
-    fn moves(&self) -> bool;
-    /// [`Stage::GROWS`].
-    fn grows(&self) -> &'static [&'static str];
+    /// [`Stage::HAS_OUTSIDE_FACTS`].
+    fn has_outside_facts(&self) -> bool;
+    /// [`Stage::LENGTH_PARAMETERS`].
+    fn length_parameters(&self) -> &'static [&'static str];
     /// Every parameter with its default filled in; inputs, files and neutral settings are marked (see `engine::params`).
     fn params(&self) -> serde_json::Result<serde_json::Value>;
     /// [`Stage::check`].
     fn check(&self) -> Vec<Problem>;
     /// [`Stage::outside`].
-    fn outside(&self, world: &World) -> anyhow::Result<BTreeMap<String, String>>;
+    fn outside(&self, env: &RunEnv) -> anyhow::Result<BTreeMap<String, String>>;
     /// [`Stage::run`].
     fn run(&self, cx: &Context) -> anyhow::Result<()>;
 }
@@ -85,11 +85,11 @@ impl<S: Stage> AnyStage for S {
     fn bounded(&self) -> bool {
         S::BOUNDED
     }
-    fn moves(&self) -> bool {
-        S::MOVES
+    fn has_outside_facts(&self) -> bool {
+        S::HAS_OUTSIDE_FACTS
     }
-    fn grows(&self) -> &'static [&'static str] {
-        S::GROWS
+    fn length_parameters(&self) -> &'static [&'static str] {
+        S::LENGTH_PARAMETERS
     }
     fn params(&self) -> serde_json::Result<serde_json::Value> {
         serde_json::to_value(self)
@@ -97,8 +97,8 @@ impl<S: Stage> AnyStage for S {
     fn check(&self) -> Vec<Problem> {
         Stage::check(self)
     }
-    fn outside(&self, world: &World) -> anyhow::Result<BTreeMap<String, String>> {
-        Stage::outside(self, world)
+    fn outside(&self, env: &RunEnv) -> anyhow::Result<BTreeMap<String, String>> {
+        Stage::outside(self, env)
     }
     fn run(&self, cx: &Context) -> anyhow::Result<()> {
         Stage::run(self, cx)

@@ -6,7 +6,8 @@ use std::fs;
 
 use super::canonical::Digest;
 use super::files::outlast;
-use super::manifest::{Manifest, Stat};
+use super::manifest::Manifest;
+use super::stat::Stat;
 use super::store::Store;
 
 /// Files of artifacts that are about to be linked or unlinked, and were as remembered before.

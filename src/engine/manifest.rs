@@ -1,72 +1,19 @@
 //! The contents of a folder: its files with sizes and digests, and a memo of their stat so that a second look reads nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, Metadata};
-use std::os::unix::fs::MetadataExt;
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::canonical::{Digest, digest_list};
 use super::digest::digest_file;
-use super::files::is_trouble;
+use super::files::{cannot_read, is_trouble};
+use super::stat::{Stat, is_settled, nanoseconds_now};
 
 /// The most bytes of a manifest, which has some hundred a file. A longer file is none.
 pub(super) const LONGEST_MANIFEST: usize = 256 << 20;
-
-/// What a file looked like when its digest was taken. Equal stats mean an unread, equal file: whoever writes to a file can set its
-/// modification time back, but not the time of its last change.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Stat {
-    /// Bytes.
-    pub size: u64,
-    /// Modification time in nanoseconds since 1970.
-    pub modified: i64,
-    /// The time of the last change to contents, mode, owner, times or number of links (ctime), in nanoseconds since 1970.
-    pub changed: i64,
-    /// The inode number.
-    pub inode: u64,
-}
-
-/// A file changed within this many nanoseconds may change again without getting a new time, on file systems that count in
-/// seconds; what was read of it is not remembered.
-const SETTLING: i64 = 2_000_000_000;
-
-impl Stat {
-    /// The stat of a file.
-    pub fn of(metadata: &Metadata) -> Self {
-        let nanoseconds = |seconds: i64, rest: i64| {
-            let whole = seconds.saturating_mul(1_000_000_000);
-            whole.saturating_add(rest)
-        };
-        Self {
-            size: metadata.len(),
-            modified: nanoseconds(metadata.mtime(), metadata.mtime_nsec()),
-            changed: nanoseconds(metadata.ctime(), metadata.ctime_nsec()),
-            inode: metadata.ino(),
-        }
-    }
-
-    /// Whether the file's last change was long enough before `time` that every later one has another time. Then what was read since
-    /// `time` holds as long as the stat does.
-    pub(super) fn settled_at(&self, time: i64) -> bool {
-        is_settled(self.changed, time)
-    }
-}
-
-fn is_settled(changed: i64, time: i64) -> bool {
-    changed.saturating_add(SETTLING) < time
-}
-
-/// The system's time in nanoseconds since 1970.
-pub(super) fn now() -> i64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    since.map_or(0, |since| {
-        i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
-    })
-}
 
 /// One file of a folder.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -240,7 +187,7 @@ impl Manifest {
     }
 
     fn compare(&self, folder: &Path, thorough: bool) -> anyhow::Result<Option<Self>> {
-        let time = now();
+        let time = nanoseconds_now();
         // Taken before the names are read: what is added meanwhile changes them again.
         let times = folders(folder, self.files.keys().map(String::as_str));
         let found: BTreeMap<_, _> = walk(folder)?.into_iter().collect();
@@ -346,8 +293,4 @@ pub(crate) fn walk(folder: &Path) -> anyhow::Result<Vec<(String, PathBuf)>> {
     }
     files.sort_unstable();
     Ok(files)
-}
-
-pub(super) fn cannot_read(path: &Path) -> String {
-    format!("could not read `{}`", path.display())
 }

@@ -1,7 +1,7 @@
 //! Puts results where people want them: whole or not at all, and never over somebody's own files.
 //!
-//! A result is made ready beside its place, under a name nobody can guess, and then exchanged with what is there in one step. The
-//! store remembers for each place what was put there and the names in use beside it, before anything happens under them: whatever
+//! A result is made ready beside its output folder, under a name nobody can guess, and then exchanged with what is there in one step. The
+//! store remembers for each output folder what was put there and the names in use beside it, before anything happens under them: whatever
 //! is left after a kill is known as ours, and nothing else is ever removed.
 //!
 //! Files that people edit are copies. Large files are copies only where the file system shares their blocks; elsewhere they are hard
@@ -24,7 +24,8 @@ use super::files::{
     exchange, outlast, read_sealed, remove, rename_new, sync_files, sync_folder, write_sealed,
 };
 use super::links::{Linked, unedited};
-use super::manifest::{Check, Manifest, Stat, walk};
+use super::manifest::{Check, Manifest, walk};
+use super::stat::Stat;
 use super::store::{Store, take_lock};
 
 /// Larger files are hard links where they can't share blocks. Configurations, logs and tokenizers are smaller (the largest
@@ -34,78 +35,79 @@ const LARGE: u64 = 64 << 20;
 /// Bytes between two looks whether somebody wants the run to stop.
 const COPIED_AT_A_TIME: u64 = 256 << 20;
 
-/// What names beside a place begin with.
+/// What the names of folders in the making begin with.
 const PREFIX: &str = ".pipeline-";
 
-/// How a result is put in its place.
+/// How a result is put in its output folder.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Placing {
+pub struct PublishOptions {
     /// Replaces whatever is there.
     pub overwrite: bool,
     /// Reads what is there and compares it, instead of trusting unchanged times and sizes.
     pub verify: bool,
 }
 
-/// A result in its place.
+/// A result in its output folder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Put {
+pub struct Published {
     /// Whether anything was changed there.
     pub changed: bool,
     /// How many of its files are read-only links into the store.
     pub links: usize,
 }
 
-/// What the store knows of a place.
+/// What the store knows of an output folder.
 #[derive(Clone, Default, PartialEq, Serialize, Deserialize)]
 struct State {
     /// What was put there last. During an exchange also what was there before, so that a crash in the middle locks nobody out.
-    placed: Vec<Placed>,
-    /// Names beside the place that are ours.
+    #[serde(rename = "placed")]
+    published: Vec<PublishedFiles>,
+    /// Names beside the output folder that are ours.
     beside: BTreeSet<String>,
 }
 
-/// What was put in a place, so that it can be told from what people put there.
+/// What was put in an output folder, so that it can be told from what people put there.
 #[derive(Clone, PartialEq, Serialize, Deserialize)]
-struct Placed {
+struct PublishedFiles {
     artifact: Digest,
     manifest: Manifest,
     /// The files that are hard links into the store.
     links: BTreeSet<String>,
 }
 
-/// What is in a place.
+/// What is in an output folder.
 enum Found {
     Nothing,
     /// A folder without contents, which nobody misses.
     Empty,
     /// What was put there.
-    Ours(Placed),
+    Ours(PublishedFiles),
     /// The same, but bytes that it shares with the store were damaged.
-    Damaged(Placed),
+    Damaged(PublishedFiles),
     /// Something else; what to say of it.
     Theirs(String),
 }
 
-/// Puts the artifact's files into the folder `place`, whose parent folders are real ones. What the runner did not put there stays, with
-/// an error, unless it may be overwritten. `waiting` is called, with the holder, when another run is at the same place; `cancel` ends the
+/// Puts the artifact's files into `folder`, whose parent folders are real ones. What the runner did not put there stays, with
+/// an error, unless it may be overwritten. `waiting` is called, with the holder, when another run is filling the same folder; `cancel` ends the
 /// waiting.
-pub fn place(
+pub fn publish(
     store: &Store,
     artifact: &str,
-    place: &Path,
-    how: Placing,
+    folder: &Path,
+    how: PublishOptions,
     cancel: &AtomicBool,
     waiting: &mut dyn FnMut(&str),
-) -> anyhow::Result<Put> {
-    let slot = Slot::open(store, place, cancel)?;
-    let lock = slot.lock(waiting);
-    slot.put(artifact, how, lock, exchange)
+) -> anyhow::Result<Published> {
+    let target = Target::open(store, folder, cancel)?;
+    let lock = target.lock(waiting);
+    target.put(artifact, how, lock, exchange)
 }
 
-/// A place and what is known of it.
-struct Slot<'a> {
+/// An output folder and what is known of it.
+struct Target<'a> {
     store: &'a Store,
-    place: &'a Path,
+    folder: &'a Path,
     /// The folder around it.
     parent: &'a Path,
     cancel: &'a AtomicBool,
@@ -116,16 +118,16 @@ struct Slot<'a> {
     written: State,
 }
 
-impl<'a> Slot<'a> {
-    fn open(store: &'a Store, place: &'a Path, cancel: &'a AtomicBool) -> anyhow::Result<Self> {
-        let (Some(parent), Some(_)) = (place.parent(), place.file_name()) else {
-            bail!("`{}` is no place for an output", place.display());
+impl<'a> Target<'a> {
+    fn open(store: &'a Store, folder: &'a Path, cancel: &'a AtomicBool) -> anyhow::Result<Self> {
+        let (Some(parent), Some(_)) = (folder.parent(), folder.file_name()) else {
+            bail!("`{}` can not be an output folder", folder.display());
         };
-        let key = blake3::hash(place.as_os_str().as_encoded_bytes()).to_hex();
+        let key = blake3::hash(folder.as_os_str().as_encoded_bytes()).to_hex();
         let path = store.state(&format!("outputs/{key}.json"));
         Ok(Self {
             store,
-            place,
+            folder,
             parent,
             cancel,
             path,
@@ -137,34 +139,34 @@ impl<'a> Slot<'a> {
     fn put(
         mut self,
         artifact: &str,
-        how: Placing,
+        how: PublishOptions,
         lock: anyhow::Result<File>,
         swap: impl Fn(&Path, &Path) -> io::Result<()>,
-    ) -> anyhow::Result<Put> {
+    ) -> anyhow::Result<Published> {
         self.state = read_sealed(&self.path).unwrap_or_default();
         self.written = self.state.clone();
         if lock.is_ok() {
             self.recover()?;
         }
         let found = self.look(artifact, how.verify)?;
-        if let Found::Ours(placed) = &found
-            && placed.artifact == artifact
+        if let Found::Ours(published) = &found
+            && published.artifact == artifact
         {
-            let links = placed.links.len();
+            let links = published.links.len();
             if lock.is_ok() {
                 // New times only spare work next time.
-                let _ = self.settle(placed.clone());
+                let _ = self.settle(published.clone());
             }
-            return Ok(Put {
+            return Ok(Published {
                 changed: false,
                 links,
             });
         }
-        // A store that can't be written has no lock. What it put in place is good all the same, but nothing new can be.
+        // A store that can't be written has no lock. What it published is good all the same, but nothing new can be.
         let _lock = lock.with_context(|| {
             format!(
                 "could not reserve `{}`, which other runs may want to fill as well",
-                self.place.display()
+                self.folder.display()
             )
         })?;
         if let Found::Theirs(what) = &found
@@ -172,13 +174,13 @@ impl<'a> Slot<'a> {
         {
             bail!(
                 "`{}` {what}; move it away, or run with --overwrite-outputs",
-                self.place.display()
+                self.folder.display()
             );
         }
-        let placed = self.replace(artifact, &found, how.overwrite, swap)?;
-        Ok(Put {
+        let published = self.replace(artifact, &found, how.overwrite, swap)?;
+        Ok(Published {
             changed: true,
-            links: placed.links.len(),
+            links: published.links.len(),
         })
     }
 
@@ -187,8 +189,8 @@ impl<'a> Slot<'a> {
         take_lock(&self.path.with_extension("lock"), self.cancel, waiting)
     }
 
-    /// Clears away what a run that was killed left beside the place. Where it was killed between two renames the whole result goes
-    /// (back) into its place.
+    /// Clears away what a run that was killed left beside the output folder. Where it was killed between two renames the whole result goes
+    /// (back) into its folder.
     fn recover(&mut self) -> anyhow::Result<()> {
         for name in std::mem::take(&mut self.state.beside) {
             // Sealed, and still not to be trusted with a path.
@@ -196,10 +198,11 @@ impl<'a> Slot<'a> {
                 continue;
             }
             let left = self.parent.join(&name);
-            let whole = |placed: &Placed| placed.is_in(&left);
-            if fs::symlink_metadata(self.place).is_err() && self.state.placed.iter().any(whole) {
-                rename_new(&left, self.place)
-                    .with_context(|| format!("could not make `{}`", self.place.display()))?;
+            let whole = |published: &PublishedFiles| published.is_in(&left);
+            if fs::symlink_metadata(self.folder).is_err() && self.state.published.iter().any(whole)
+            {
+                rename_new(&left, self.folder)
+                    .with_context(|| format!("could not make `{}`", self.folder.display()))?;
             } else {
                 remove(&left)?;
             }
@@ -208,11 +211,12 @@ impl<'a> Slot<'a> {
     }
 
     fn look(&self, artifact: &str, verify: bool) -> anyhow::Result<Found> {
-        let place = self.place;
-        match fs::symlink_metadata(place) {
+        let folder = self.folder;
+        match fs::symlink_metadata(folder) {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Found::Nothing),
             Err(error) => {
-                return Err(error).with_context(|| format!("could not read `{}`", place.display()));
+                return Err(error)
+                    .with_context(|| format!("could not read `{}`", folder.display()));
             }
             Ok(found) if found.is_symlink() => {
                 return Ok(Found::Theirs("is a link that pipeline did not make".into()));
@@ -225,29 +229,29 @@ impl<'a> Slot<'a> {
             Ok(_) => {}
         }
         let mut change = None;
-        for placed in &self.state.placed {
-            match placed.manifest.check(place, verify) {
-                Check::Sound => return Ok(Found::Ours(placed.clone())),
-                Check::Touched(manifest) => return Ok(Found::Ours(placed.now(manifest))),
+        for published in &self.state.published {
+            match published.manifest.check(folder, verify) {
+                Check::Sound => return Ok(Found::Ours(published.clone())),
+                Check::Touched(manifest) => return Ok(Found::Ours(published.now(manifest))),
                 Check::Damaged(what) => change = change.or(Some(what)),
                 Check::Missing => {}
                 Check::Unreadable(error) => bail!("{error}"),
             }
         }
-        if let Some(placed) = self
+        if let Some(published) = self
             .state
-            .placed
+            .published
             .iter()
-            .find(|it| only_links_rot(it, place))
+            .find(|it| only_links_rot(it, folder))
         {
-            return Ok(Found::Damaged(placed.clone()));
+            return Ok(Found::Damaged(published.clone()));
         }
-        if is_empty_folder(place) {
+        if is_empty_folder(folder) {
             return Ok(Found::Empty);
         }
-        // Put there from another store, or by a copy of the whole project: it is what is wanted.
-        if let Some(placed) = holds(place, self.store, artifact) {
-            return Ok(Found::Ours(placed));
+        // Published there from another store, or by a copy of the whole project: it is what is wanted.
+        if let Some(published) = holds(folder, self.store, artifact) {
+            return Ok(Found::Ours(published));
         }
         let what = "holds files that pipeline did not put there, or that were changed since";
         Ok(Found::Theirs(match change {
@@ -256,9 +260,9 @@ impl<'a> Slot<'a> {
         }))
     }
 
-    /// Remembers that only this is in the place, and nothing beside it.
-    fn settle(&mut self, placed: Placed) -> anyhow::Result<()> {
-        self.state.placed = vec![placed];
+    /// Remembers that only this is in the output folder, and nothing beside it.
+    fn settle(&mut self, published: PublishedFiles) -> anyhow::Result<()> {
+        self.state.published = vec![published];
         self.state.beside.clear();
         self.save()
     }
@@ -271,11 +275,11 @@ impl<'a> Slot<'a> {
         Ok(())
     }
 
-    /// A new name beside the place, known as ours before anything is there.
+    /// A new name beside the output folder, known as ours before anything is there.
     fn reserve(&mut self, make: impl Fn(&Path) -> io::Result<()>) -> anyhow::Result<PathBuf> {
         fs::create_dir_all(self.parent)
             .with_context(|| format!("could not make `{}`", self.parent.display()))?;
-        let (place, parent) = (self.place, self.parent);
+        let (folder, parent) = (self.folder, self.parent);
         let mut names = tempfile::Builder::new();
         let reserved = names.prefix(PREFIX).rand_bytes(16).make_in(parent, |path| {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -284,7 +288,7 @@ impl<'a> Slot<'a> {
             make(path)
         });
         let reserved =
-            reserved.with_context(|| format!("could not write beside `{}`", place.display()))?;
+            reserved.with_context(|| format!("could not write beside `{}`", folder.display()))?;
         Ok(reserved.into_temp_path().keep()?)
     }
 
@@ -294,14 +298,14 @@ impl<'a> Slot<'a> {
         found: &Found,
         overwrite: bool,
         swap: impl Fn(&Path, &Path) -> io::Result<()>,
-    ) -> anyhow::Result<Placed> {
+    ) -> anyhow::Result<PublishedFiles> {
         let next = self.reserve(|path| fs::create_dir(path))?;
         let done = self.exchange(artifact, &next, found, overwrite, swap);
         if done.is_err() {
             // The error that is told is the first one; what stays is known, and removed by the next run.
             let _ = remove(&next);
         }
-        let placed = done?;
+        let published = done?;
         match found {
             Found::Ours(old) | Found::Damaged(old) => {
                 let links = [(old.artifact.clone(), old.links.clone())];
@@ -312,16 +316,16 @@ impl<'a> Slot<'a> {
             }
             _ => remove(&next)?,
         }
-        let mut placed = placed;
+        let mut published = published;
         // From this time on every change shows.
-        placed.manifest.remember_folders(self.place);
-        outlast(self.parent, placed.manifest.newest())
+        published.manifest.remember_folders(self.folder);
+        outlast(self.parent, published.manifest.newest())
             .with_context(|| format!("could not read `{}`", self.parent.display()))?;
-        self.settle(placed.clone())?;
-        Ok(placed)
+        self.settle(published.clone())?;
+        Ok(published)
     }
 
-    /// Fills `next` and puts it in the place. Afterwards `next` is what was there before, or nothing.
+    /// Fills `next` and puts it in the output folder. Afterwards `next` is what was there before, or nothing.
     fn exchange(
         &mut self,
         artifact: &str,
@@ -329,21 +333,21 @@ impl<'a> Slot<'a> {
         found: &Found,
         overwrite: bool,
         swap: impl Fn(&Path, &Path) -> io::Result<()>,
-    ) -> anyhow::Result<Placed> {
-        let placed = fill(self.store, artifact, next, self.cancel)?;
-        self.state.placed = vec![placed.clone()];
+    ) -> anyhow::Result<PublishedFiles> {
+        let published = fill(self.store, artifact, next, self.cancel)?;
+        self.state.published = vec![published.clone()];
         if let Found::Ours(old) | Found::Damaged(old) = found {
-            self.state.placed.push(old.clone());
+            self.state.published.push(old.clone());
         }
         self.save()?;
-        let place = self.place;
-        let cannot = || format!("could not make `{}`", place.display());
+        let folder = self.folder;
+        let cannot = || format!("could not make `{}`", folder.display());
         if matches!(found, Found::Nothing) {
-            rename_new(next, place).with_context(cannot)?;
+            rename_new(next, folder).with_context(cannot)?;
             sync_folder(self.parent).with_context(cannot)?;
-            return Ok(placed);
+            return Ok(published);
         }
-        match swap(next, place) {
+        match swap(next, folder) {
             Ok(()) => {}
             Err(error) if error.kind() == ErrorKind::Unsupported => {
                 self.exchange_slowly(next)?;
@@ -359,7 +363,7 @@ impl<'a> Slot<'a> {
             Found::Nothing | Found::Theirs(_) => true,
         };
         if !as_found && !overwrite {
-            match swap(next, place) {
+            match swap(next, folder) {
                 Err(error) if error.kind() == ErrorKind::Unsupported => {
                     self.exchange_slowly(next)?;
                 }
@@ -367,32 +371,32 @@ impl<'a> Slot<'a> {
             }
             bail!(
                 "`{}` was changed while the result was put there; it stays as it is",
-                place.display()
+                folder.display()
             );
         }
-        Ok(placed)
+        Ok(published)
     }
 
-    /// Where there is no exchange: the place is empty between two renames, and [`Slot::recover`] knows what to do after a kill.
+    /// Where there is no exchange: the folder is missing between two renames, and [`Target::recover`] knows what to do after a kill.
     fn exchange_slowly(&mut self, next: &Path) -> anyhow::Result<()> {
-        let place = self.place;
-        let cannot = || format!("could not replace `{}`", place.display());
+        let folder = self.folder;
+        let cannot = || format!("could not replace `{}`", folder.display());
         // Only a free name: it is made by the rename.
         let old = self.reserve(|path| match fs::symlink_metadata(path) {
             Ok(_) => Err(ErrorKind::AlreadyExists.into()),
             Err(_) => Ok(()),
         })?;
-        rename_new(place, &old).with_context(cannot)?;
-        if let Err(error) = rename_new(next, place) {
+        rename_new(folder, &old).with_context(cannot)?;
+        if let Err(error) = rename_new(next, folder) {
             // The error that is told is the first one.
-            let _ = rename_new(&old, place);
+            let _ = rename_new(&old, folder);
             return Err(error).with_context(cannot);
         }
         rename_new(&old, next).with_context(cannot)
     }
 }
 
-impl Placed {
+impl PublishedFiles {
     /// The same with new stats.
     fn now(&self, manifest: Manifest) -> Self {
         Self {
@@ -401,20 +405,20 @@ impl Placed {
         }
     }
 
-    /// Whether a folder has exactly what was placed.
+    /// Whether a folder has exactly what was published.
     fn is_in(&self, folder: &Path) -> bool {
         let check = self.manifest.check(folder, false);
         matches!(check, Check::Sound | Check::Touched(_))
     }
 }
 
-/// Whether the folder differs from what was placed only in the bytes of links, and in no size, time or inode of theirs: nobody edited
+/// Whether the folder differs from what was published only in the bytes of links, and in no size, time or inode of theirs: nobody edited
 /// them, so the store's own bytes were damaged. An edit leaves a new time, and a copy belongs to whoever edits it.
-fn only_links_rot(placed: &Placed, folder: &Path) -> bool {
+fn only_links_rot(published: &PublishedFiles, folder: &Path) -> bool {
     let Ok(files) = walk(folder) else {
         return false;
     };
-    let expected = &placed.manifest.files;
+    let expected = &published.manifest.files;
     files.len() == expected.len()
         && files.iter().all(|(name, path)| {
             let Some(entry) = expected.get(name) else {
@@ -422,21 +426,21 @@ fn only_links_rot(placed: &Placed, folder: &Path) -> bool {
             };
             let unedited = fs::symlink_metadata(path)
                 .is_ok_and(|found| unedited(&Stat::of(&found), &entry.stat));
-            (placed.links.contains(name) && unedited)
+            (published.links.contains(name) && unedited)
                 || digest_file(path).is_ok_and(|found| found == entry.blake3)
         })
 }
 
 /// A folder that has exactly the artifact's files. Reads them only where all sizes agree.
-fn holds(place: &Path, store: &Store, artifact: &str) -> Option<Placed> {
+fn holds(folder: &Path, store: &Store, artifact: &str) -> Option<PublishedFiles> {
     let kept = store.manifest(artifact)?;
     let same_size = |(name, entry): (&String, &super::manifest::Entry)| {
-        fs::symlink_metadata(place.join(name)).is_ok_and(|found| found.len() == entry.stat.size)
+        fs::symlink_metadata(folder.join(name)).is_ok_and(|found| found.len() == entry.stat.size)
     };
     if !kept.files.iter().all(same_size) {
         return None;
     }
-    let manifest = Manifest::read(place).ok()?;
+    let manifest = Manifest::read(folder).ok()?;
     if manifest.digest() != artifact {
         return None;
     }
@@ -446,10 +450,10 @@ fn holds(place: &Path, store: &Store, artifact: &str) -> Option<Placed> {
         Some((found.dev(), found.ino()))
     };
     let linked = |name: &&String| {
-        let mine = id(&place.join(name));
+        let mine = id(&folder.join(name));
         mine.is_some() && mine == id(&folder.join(name))
     };
-    Some(Placed {
+    Some(PublishedFiles {
         artifact: artifact.to_owned(),
         links: manifest.files.keys().filter(linked).cloned().collect(),
         manifest,
@@ -462,7 +466,7 @@ fn fill(
     artifact: &str,
     folder: &Path,
     cancel: &AtomicBool,
-) -> anyhow::Result<Placed> {
+) -> anyhow::Result<PublishedFiles> {
     let from = store.artifact(artifact);
     let kept = store
         .manifest(artifact)
@@ -519,7 +523,7 @@ fn fill(
         sync_folder(parent).with_context(|| format!("could not write `{}`", parent.display()))?;
     }
     manifest.remember_folders(folder);
-    Ok(Placed {
+    Ok(PublishedFiles {
         artifact: artifact.to_owned(),
         manifest,
         links,

@@ -7,13 +7,14 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use serde::Serialize;
 
-use super::World;
+use super::RunEnv;
 use super::canonical::Digest;
+use super::executor::Executors;
 use super::fingerprint::{Fingerprint, Origin};
 use super::graph::{Graph, Node};
-use super::lasts::Lasts;
-use super::lock::Pins;
+use super::last_results::LastResults;
 use super::manifest::{Entry, Manifest};
+use super::pins::Pins;
 use super::reason::{Reason, differences};
 use super::record::Record;
 use super::remote::Shared;
@@ -45,15 +46,15 @@ pub enum State {
         /// What is known to have changed whatever they make.
         reasons: Vec<Reason>,
     },
-    /// It can't be told.
+    /// Its state can not be determined.
     Unknown {
         /// Why.
         error: String,
     },
 }
 
-/// Everything that verdicts and runs look at.
-pub struct Situation<'a> {
+/// Everything that a plan or a run needs: the recipe's graph, the store, and the settings.
+pub struct Session<'a> {
     /// The graph of the recipe.
     pub graph: &'a Graph,
     /// The store.
@@ -61,19 +62,21 @@ pub struct Situation<'a> {
     /// The recipe's name in the store, for its last results.
     pub recipe: &'a str,
     /// Settings of the run.
-    pub world: Arc<World>,
+    pub env: Arc<RunEnv>,
     /// The stages to run whatever the store says.
     pub forced: Vec<bool>,
-    /// What is pinned of the inputs that can move.
+    /// The pins of inputs that can change by themselves.
     pub pins: Pins,
     /// Whether a local file that is not as `pins` has it is an error.
     pub locked: bool,
     /// Whether every artifact is read and compared, not only its stats.
     pub verify: bool,
-    /// The stages whose results are put in places of outputs.
-    pub placed: Vec<usize>,
+    /// The stages whose results are published as outputs.
+    pub outputs: Vec<usize>,
     /// The remote, if there is one.
     pub shared: &'a Shared,
+    /// What runs the stages.
+    pub executors: &'a Executors,
 }
 
 /// A stage whose inputs are known, ready to be looked up or run.
@@ -122,7 +125,7 @@ pub(crate) enum Verdict {
         touched: Option<Manifest>,
     },
     /// The result was made elsewhere; the reasons to run if its files can't be had.
-    Away {
+    RemoteOnly {
         record: Box<Record>,
         restored: bool,
         reasons: Vec<Reason>,
@@ -130,18 +133,18 @@ pub(crate) enum Verdict {
     Stale(Vec<Reason>),
 }
 
-/// A stage as it is now.
-pub(crate) struct Look {
+/// The current state of a stage, and what is known of it.
+pub(crate) struct Inspection {
     pub(crate) state: State,
     /// What its result contains, if that is known.
     pub(crate) content: Option<Digest>,
     /// The digest of its fingerprint, if that is known.
     pub(crate) fingerprint: Option<Digest>,
     /// Whether the result was made elsewhere and its files are not here.
-    pub(crate) away: bool,
+    pub(crate) remote_only: bool,
 }
 
-impl Situation<'_> {
+impl Session<'_> {
     /// The fingerprint of a stage whose inputs have these contents.
     pub(crate) fn prepare(
         &self,
@@ -176,8 +179,15 @@ impl Situation<'_> {
             seen.insert(written.clone(), looked);
         }
         let outside = self.outside(node)?;
-        let (fingerprint, origins) =
-            Fingerprint::new(node.stage.as_ref(), &inputs, &files, outside)?;
+        let stage = &node.stage;
+        let (fingerprint, origins) = Fingerprint::new(
+            stage.kind(),
+            stage.version(),
+            &stage.params()?,
+            &inputs,
+            &files,
+            outside,
+        )?;
         let digest = fingerprint.digest();
         Ok(Prepared {
             fingerprint,
@@ -199,8 +209,8 @@ impl Situation<'_> {
         if let Some(pinned) = self.pinned(node)? {
             return Ok(pinned.clone());
         }
-        match node.stage.outside(&self.world) {
-            Err(error) if self.world.offline => self
+        match node.stage.outside(&self.env) {
+            Err(error) if self.env.offline => self
                 .last_record(node)
                 .map(|record| record.fingerprint.outside)
                 .ok_or(error),
@@ -213,13 +223,13 @@ impl Situation<'_> {
         &self,
         index: usize,
         prepared: &Prepared,
-        lasts: &Lasts,
+        last_results: &LastResults,
     ) -> anyhow::Result<Verdict> {
         if self.forced[index] {
             return Ok(Verdict::Stale(vec![Reason::Forced]));
         }
         let node = &self.graph.nodes[index];
-        let last = lasts.get(&node.name);
+        let last = last_results.get(&node.name);
         let restored = last.as_ref().is_some_and(|last| *last != prepared.digest);
         let (missing, reasons) = match self.store.find(&prepared.digest, self.verify)? {
             Found::Hit(record, touched) => {
@@ -238,7 +248,7 @@ impl Situation<'_> {
             .shared
             .offer(self.store, &prepared.digest, missing.as_deref())?;
         Ok(match offered {
-            Some(record) => Verdict::Away {
+            Some(record) => Verdict::RemoteOnly {
                 record: Box::new(record),
                 restored,
                 reasons,
@@ -289,16 +299,23 @@ impl Situation<'_> {
         let wanted = self.wanted(&needed, &[]);
         let mut sources = self.sources();
         loop {
-            let looks = self.look(&needed, &mut sources);
+            let inspections = self.inspect(&needed, &mut sources);
             let mut lacking = Vec::new();
             if !self.shared.pulls() {
-                lacking = self.lacking(&looks, &wanted, false);
+                lacking = self.lacking(&inspections, &wanted, false);
             }
-            for fingerprint in lacking.iter().filter_map(|&index| known(&looks, index)) {
+            for fingerprint in lacking
+                .iter()
+                .filter_map(|&index| known(&inspections, index))
+            {
                 self.shared.distrust(fingerprint);
             }
             if lacking.is_empty() {
-                return looks.into_iter().flatten().map(|look| look.state).collect();
+                return inspections
+                    .into_iter()
+                    .flatten()
+                    .map(|inspection| inspection.state)
+                    .collect();
             }
         }
     }
@@ -306,63 +323,70 @@ impl Situation<'_> {
     /// The fingerprints of these stages' results (all stages when empty) that are here.
     pub fn results(&self, targets: &[usize]) -> Vec<Digest> {
         let needed = self.graph.needed(targets);
-        let looks = self.look(&needed, &mut self.sources());
-        let looks = looks.into_iter().enumerate();
-        looks
+        let inspections = self.inspect(&needed, &mut self.sources());
+        let inspections = inspections.into_iter().enumerate();
+        inspections
             .filter(|(index, _)| targets.is_empty() || targets.contains(index))
-            .filter_map(|(_, look)| look.filter(|look| look.content.is_some() && !look.away))
-            .filter_map(|look| look.fingerprint)
+            .filter_map(|(_, inspection)| {
+                inspection
+                    .filter(|inspection| inspection.content.is_some() && !inspection.remote_only)
+            })
+            .filter_map(|inspection| inspection.fingerprint)
             .collect()
     }
 
     /// The digests of all fingerprints that are known now.
     pub fn fingerprints(&self) -> BTreeSet<Digest> {
         let needed = vec![true; self.graph.nodes.len()];
-        let looks = self.look(&needed, &mut self.sources());
-        let known = looks
+        let inspections = self.inspect(&needed, &mut self.sources());
+        let known = inspections
             .into_iter()
             .flatten()
-            .filter_map(|look| look.fingerprint);
+            .filter_map(|inspection| inspection.fingerprint);
         known.collect()
     }
 
     /// Looks at every stage that is needed.
-    pub(crate) fn look(&self, needed: &[bool], sources: &mut Sources) -> Vec<Option<Look>> {
-        let lasts = Lasts::open(self.store, self.recipe);
+    pub(crate) fn inspect(
+        &self,
+        needed: &[bool],
+        sources: &mut Sources,
+    ) -> Vec<Option<Inspection>> {
+        let last_results = LastResults::open(self.store, self.recipe);
         let mut contents: Vec<Option<Digest>> = vec![None; self.graph.nodes.len()];
-        let mut looks: Vec<Option<Look>> = Vec::new();
-        looks.resize_with(self.graph.nodes.len(), || None);
+        let mut inspections: Vec<Option<Inspection>> = Vec::new();
+        inspections.resize_with(self.graph.nodes.len(), || None);
         for &index in self.graph.order.iter().filter(|&&index| needed[index]) {
             let waits: Vec<_> = self.graph.inputs[index]
                 .iter()
                 .copied()
                 .filter(|&input| contents[input].is_none())
                 .collect();
-            let mut away = false;
+            let mut remote_only = false;
             let mut fingerprint = None;
             let state = if waits.is_empty() {
                 let judged = self
                     .prepare(index, &contents, sources)
                     .and_then(|prepared| {
                         fingerprint = Some(prepared.digest.clone());
-                        self.judge(index, &prepared, &lasts)
+                        self.judge(index, &prepared, &last_results)
                     });
                 match judged {
                     Err(error) => State::Unknown {
                         error: format!("{error:#}"),
                     },
                     Ok(verdict) => {
-                        away = matches!(verdict, Verdict::Away { .. });
+                        remote_only = matches!(verdict, Verdict::RemoteOnly { .. });
                         match verdict {
                             Verdict::Fresh {
                                 record, restored, ..
                             }
-                            | Verdict::Away {
+                            | Verdict::RemoteOnly {
                                 record, restored, ..
                             } => State::Fresh {
                                 artifact: record.artifact,
                                 restored,
-                                remote: away,
+                                remote: remote_only,
                             },
                             Verdict::Stale(reasons) => State::Runs { reasons },
                         }
@@ -382,14 +406,14 @@ impl Situation<'_> {
                 contents[index] = Some(artifact.clone());
             }
             let content = contents[index].clone();
-            looks[index] = Some(Look {
+            inspections[index] = Some(Inspection {
                 state,
                 content,
                 fingerprint,
-                away,
+                remote_only,
             });
         }
-        looks
+        inspections
     }
 
     /// What changed in a stage besides the inputs that are not made yet.
@@ -434,6 +458,6 @@ impl Situation<'_> {
 }
 
 /// The fingerprint of a stage that was looked at.
-pub(crate) fn known(looks: &[Option<Look>], index: usize) -> Option<&Digest> {
-    looks[index].as_ref()?.fingerprint.as_ref()
+pub(crate) fn known(inspections: &[Option<Inspection>], index: usize) -> Option<&Digest> {
+    inspections[index].as_ref()?.fingerprint.as_ref()
 }

@@ -1,4 +1,4 @@
-//! Reads parameters out of a YAML value. What does not fit is told as data ([`Fault`]), so that the sentence for the reader
+//! Reads parameters out of a JSON value. What does not fit is told as data ([`Fault`]), so that the sentence for the reader
 //! is made from facts and not from another library's English.
 
 use std::fmt::Display;
@@ -7,7 +7,7 @@ use serde::de::value::{MapDeserializer, SeqDeserializer, StrDeserializer};
 use serde::de::{
     self, DeserializeOwned, Deserializer, Expected, IntoDeserializer, Unexpected, Visitor,
 };
-use serde_yaml::Value;
+use serde_json::{Number, Value};
 
 /// Parameters that don't fit, with the path to the offending value below the stage's parameters (`target_modules[1]`, or
 /// `.` for the whole).
@@ -20,7 +20,7 @@ pub struct ParseError {
     pub fault: Fault,
 }
 
-/// Reads a `T` out of a YAML value, or says what keeps it from being one.
+/// Reads a `T` out of a JSON value, or says what keeps it from being one.
 pub fn read_parameters<T: DeserializeOwned>(value: Value) -> Result<T, ParseError> {
     serde_path_to_error::deserialize(Parameters(value)).map_err(|error| ParseError {
         path: error.path().to_string(),
@@ -96,7 +96,10 @@ impl From<Unexpected<'_>> for FoundValue {
             Unexpected::Bool(value) => Self::Scalar(value.to_string()),
             Unexpected::Unsigned(value) => Self::Scalar(value.to_string()),
             Unexpected::Signed(value) => Self::Scalar(value.to_string()),
-            Unexpected::Float(value) => Self::Scalar(serde_yaml::Number::from(value).to_string()),
+            Unexpected::Float(value) => {
+                let number = Number::from_f64(value);
+                Self::Scalar(number.map_or_else(|| value.to_string(), |number| number.to_string()))
+            }
             Unexpected::Char(value) => Self::Text(value.to_string()),
             Unexpected::Str(value) => Self::Text(value.to_owned()),
             Unexpected::Seq | Unexpected::TupleVariant | Unexpected::Bytes(_) => Self::List,
@@ -118,8 +121,8 @@ impl From<&Value> for FoundValue {
             Value::Bool(value) => Self::Scalar(value.to_string()),
             Value::Number(value) => Self::Scalar(value.to_string()),
             Value::String(value) => Self::Text(value.clone()),
-            Value::Sequence(_) => Self::List,
-            Value::Mapping(_) | Value::Tagged(_) => Self::Map,
+            Value::Array(_) => Self::List,
+            Value::Object(_) => Self::Map,
         }
     }
 }
@@ -154,7 +157,7 @@ impl de::Error for Fault {
     }
 }
 
-/// A YAML value to read parameters from.
+/// A JSON value to read parameters from.
 struct Parameters(Value);
 
 impl IntoDeserializer<'_, Fault> for Parameters {
@@ -179,25 +182,21 @@ impl<'de> Deserializer<'de> for Parameters {
                 (None, None, None) => Err(Fault::Other(format!("`{value}` is no number"))),
             },
             Value::String(value) => visitor.visit_string(value),
-            Value::Sequence(elements) => {
+            Value::Array(elements) => {
                 let mut elements = SeqDeserializer::new(elements.into_iter().map(Parameters));
                 let value = visitor.visit_seq(&mut elements)?;
                 elements.end()?;
                 Ok(value)
             }
-            Value::Mapping(entries) => {
+            Value::Object(entries) => {
                 let entries = entries
                     .into_iter()
-                    .map(|(key, value)| (Parameters(key), Parameters(value)));
+                    .map(|(key, value)| (key, Parameters(value)));
                 let mut entries = MapDeserializer::new(entries);
                 let value = visitor.visit_map(&mut entries)?;
                 entries.end()?;
                 Ok(value)
             }
-            Value::Tagged(tagged) => Err(Fault::Other(format!(
-                "the tag `{}` means nothing here",
-                tagged.tag
-            ))),
         }
     }
 
@@ -241,6 +240,7 @@ impl<'de> Deserializer<'de> for Parameters {
 #[cfg(test)]
 mod tests {
     use serde::Deserialize;
+    use serde_json::json;
 
     use super::*;
 
@@ -261,24 +261,27 @@ mod tests {
         Linear,
     }
 
-    fn toy(text: &str) -> Result<Toy, ParseError> {
-        read_parameters(serde_yaml::from_str(text).unwrap())
+    fn toy(value: Value) -> Result<Toy, ParseError> {
+        read_parameters(value)
     }
 
     #[track_caller]
-    fn wrong(text: &str, path: &str, fault: &Fault) {
-        let error = toy(text).unwrap_err();
+    fn wrong(value: Value, path: &str, fault: &Fault) {
+        let error = toy(value).unwrap_err();
         assert_eq!((error.path.as_str(), &error.fault), (path, fault));
     }
 
     #[test]
     fn what_fits_is_read() {
-        let read = toy("{r: 8, rate: 1, words: [linear, cosine]}").unwrap();
+        let read = toy(json!({"r": 8, "rate": 1, "words": ["linear", "cosine"]})).unwrap();
         let words = vec![Word::Linear, Word::Cosine];
         let rate = Some(1.0);
         assert_eq!(read, Toy { r: 8, rate, words });
-        assert_eq!(toy("{r: 8, rate: null}").unwrap().rate, None);
-        assert_eq!(toy("{r: 8, rate: .inf}").unwrap().rate, Some(f64::INFINITY));
+        assert_eq!(toy(json!({"r": 8, "rate": null})).unwrap().rate, None);
+        assert_eq!(
+            toy(json!({"r": 8, "rate": 5e-324})).unwrap().rate,
+            Some(5e-324)
+        );
     }
 
     #[test]
@@ -287,30 +290,40 @@ mod tests {
             found,
             expected: expected.to_owned(),
         };
-        wrong("{}", ".", &Fault::Missing("r"));
+        wrong(json!({}), ".", &Fault::Missing("r"));
         let text = FoundValue::Text("eight".to_owned());
-        wrong("{r: eight}", "r", &unfit(text, "u32"));
-        let negative = FoundValue::Scalar("-1".to_owned());
-        wrong("{r: -1}", "r", &unfit(negative, "u32"));
-        let large = FoundValue::Scalar("4294967296".to_owned());
-        wrong("{r: 4294967296}", "r", &unfit(large, "u32"));
-        wrong("{r: null}", "r", &unfit(FoundValue::Nothing, "u32"));
-        wrong("{r: [1]}", "r", &unfit(FoundValue::List, "u32"));
-        wrong("{r: {}}", "r", &unfit(FoundValue::Map, "u32"));
+        wrong(json!({"r": "eight"}), "r", &unfit(text, "u32"));
+        for (value, shown) in [
+            (json!(-1), "-1"),
+            (json!(4_294_967_296_u64), "4294967296"),
+            (json!(1.5), "1.5"),
+        ] {
+            let found = FoundValue::Scalar(shown.to_owned());
+            wrong(json!({"r": value}), "r", &unfit(found, "u32"));
+        }
+        wrong(json!({"r": null}), "r", &unfit(FoundValue::Nothing, "u32"));
+        wrong(json!({"r": [1]}), "r", &unfit(FoundValue::List, "u32"));
+        wrong(json!({"r": {}}), "r", &unfit(FoundValue::Map, "u32"));
         let word = Fault::Word {
             found: "cosin".to_owned(),
             known: &["cosine", "linear"],
         };
-        wrong("{r: 1, words: [linear, cosin]}", "words[1]", &word);
+        wrong(
+            json!({"r": 1, "words": ["linear", "cosin"]}),
+            "words[1]",
+            &word,
+        );
         let one = FoundValue::Scalar("1".to_owned());
         let expected = "one of `cosine`, `linear`";
-        wrong("{r: 1, words: [1]}", "words[0]", &unfit(one, expected));
+        wrong(
+            json!({"r": 1, "words": [1]}),
+            "words[0]",
+            &unfit(one, expected),
+        );
         let unknown = Fault::Unknown {
             field: "s".to_owned(),
             known: &["r", "rate", "words"],
         };
-        wrong("{r: 1, s: 2}", "s", &unknown);
-        let tag = Fault::Other("the tag `!x` means nothing here".to_owned());
-        wrong("{r: !x 1}", "r", &tag);
+        wrong(json!({"r": 1, "s": 2}), "s", &unknown);
     }
 }

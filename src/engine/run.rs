@@ -5,20 +5,21 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::Scope;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 
 use anyhow::Context as _;
 
-use super::Event;
 use super::canonical::Digest;
+use super::event::{EVENT_VERSION, Event, send};
 use super::handling::{Free, Machine};
 use super::history::{Outcome, Run, stages};
-use super::lasts::Lasts;
-use super::plan::{Prepared, Situation, Verdict};
+use super::last_results::LastResults;
+use super::plan::{Prepared, Session, Verdict};
 use super::reason::Reason;
 use super::record::FORMAT;
 use super::sources::Sources;
-use super::worker::{Work, Worker};
+use super::stat::seconds_now;
+use super::worker::{self, Worker};
 
 /// How to go about a run.
 #[derive(Debug, Clone)]
@@ -48,6 +49,8 @@ pub struct Summary {
     pub artifacts: Vec<Option<Digest>>,
     /// Seconds that the fresh stages took when they ran.
     pub saved: f64,
+    /// The run's number in the history, if it left a trace there.
+    pub run: Option<u64>,
 }
 
 /// What the store says of a stage whose inputs are known.
@@ -58,23 +61,23 @@ enum Lookup {
 }
 
 /// What a worker sends back: the stage's index and what became of it.
-type Done = (usize, Work);
+type Done = (usize, worker::Outcome);
 
-/// How often a stage is looked at again because a local file changed before it was read.
-const LOOKS: usize = 3;
+/// How often a stage is inspected again because a local file changed before the stage read it.
+const MAX_INSPECTIONS: usize = 3;
 
 /// Runs what `targets` need (everything when empty). Errors of stages are events and counts; an `Err` is an error of the
 /// runner itself.
 pub fn run(
-    situation: &Situation<'_>,
+    session: &Session<'_>,
     targets: &[usize],
     options: &Options,
     events: &Sender<Event>,
     cancel: &Arc<AtomicBool>,
 ) -> anyhow::Result<Summary> {
     let started = Instant::now();
-    let needed = situation.graph.needed(targets);
-    for (node, _) in situation
+    let needed = session.graph.needed(targets);
+    for (node, _) in session
         .graph
         .nodes
         .iter()
@@ -85,49 +88,50 @@ pub fn run(
             .machine
             .check(&node.name, &node.handling.resources)?;
     }
-    let _in_use = situation.store.use_results(cancel, &mut |holder| {
+    let _in_use = session.store.use_results(cancel, &mut |holder| {
         let holder = holder.to_owned();
         send(events, Event::RunWaiting { holder });
     })?;
-    situation.store.sweep();
+    session.store.sweep();
     let stages = needed.iter().filter(|needed| **needed).count();
     send(
         events,
         Event::RunStarted {
-            recipe: situation.recipe.to_owned(),
+            recipe: session.recipe.to_owned(),
             stages,
+            version: EVENT_VERSION,
         },
     );
-    let (shared, queued) = situation.shared.open(situation.store, events);
-    let mut sources = situation.sources();
-    situation.fetch(&needed, targets, &mut sources, events, cancel)?;
+    let (shared, queued) = session.shared.open(session.store, events);
+    let mut sources = session.sources();
+    session.fetch(&needed, targets, &mut sources, events, cancel)?;
     let (summary, _shared) = std::thread::scope(|scope| {
         // Moved here, so that a panic ends the sender, too.
         let shared = shared;
         let (done, results) = channel();
-        let Situation {
+        let Session {
             store,
             shared: sender,
             ..
-        } = *situation;
+        } = *session;
         std::thread::Builder::new()
             .spawn_scoped(scope, move || {
                 sender.send_all(store, &queued, events, cancel);
             })
             .context("could not start a thread")?;
         let summary = Runner {
-            situation,
+            session,
             events,
             cancel,
             options,
-            lasts: Lasts::open(situation.store, situation.recipe),
+            last_results: LastResults::open(session.store, session.recipe),
             free: Free::all(&options.machine),
             done,
             running: BTreeMap::new(),
             started: (seconds_now(), started),
-            fingerprints: vec![None; situation.graph.nodes.len()],
-            ran: vec![false; situation.graph.nodes.len()],
-            looks: vec![0; situation.graph.nodes.len()],
+            fingerprints: vec![None; session.graph.nodes.len()],
+            ran: vec![false; session.graph.nodes.len()],
+            inspections: vec![0; session.graph.nodes.len()],
             summary: Summary::default(),
         }
         .drive(scope, &needed, &mut sources, &results);
@@ -153,16 +157,16 @@ pub fn run(
             saved,
         },
     );
-    situation.shared.check()?;
+    session.shared.check()?;
     Ok(summary)
 }
 
 struct Runner<'a, 'b> {
-    situation: &'a Situation<'b>,
+    session: &'a Session<'b>,
     events: &'a Sender<Event>,
     cancel: &'a Arc<AtomicBool>,
     options: &'a Options,
-    lasts: Lasts,
+    last_results: LastResults,
     free: Free,
     done: Sender<Done>,
     /// The running stages with the ids of their devices.
@@ -172,7 +176,7 @@ struct Runner<'a, 'b> {
     fingerprints: Vec<Option<Digest>>,
     ran: Vec<bool>,
     /// How often each stage was looked at again.
-    looks: Vec<usize>,
+    inspections: Vec<usize>,
     summary: Summary,
 }
 
@@ -187,7 +191,7 @@ impl<'a> Runner<'a, '_> {
     where
         'a: 'scope,
     {
-        let graph = self.situation.graph;
+        let graph = self.session.graph;
         let readers = graph.readers();
         let mut contents: Vec<Option<Digest>> = vec![None; graph.nodes.len()];
         let mut open: Vec<usize> = graph.inputs.iter().map(Vec::len).collect();
@@ -234,14 +238,14 @@ impl<'a> Runner<'a, '_> {
                 self.free.give(&handling.resources, &gpus);
             }
             match result {
-                Work::Failed => self.summary.failed += 1,
-                Work::Again(path) => {
-                    self.looks[index] += 1;
-                    if self.looks[index] > LOOKS {
+                worker::Outcome::Failed => self.summary.failed += 1,
+                worker::Outcome::InputChanged(path) => {
+                    self.inspections[index] += 1;
+                    if self.inspections[index] > MAX_INSPECTIONS {
                         self.fail(
                             &graph.nodes[index].name,
                             format!(
-                                "`{}` changes all the time: {LOOKS} times it was looked at, and it was another before it could be \
+                                "`{}` keeps changing: {MAX_INSPECTIONS} times it was inspected, and each time it changed before it could be \
                                  read; run again when nothing writes there any more",
                                 path.display()
                             ),
@@ -251,7 +255,7 @@ impl<'a> Runner<'a, '_> {
                         ready.insert(rank[index], index);
                     }
                 }
-                Work::Made(made) => {
+                worker::Outcome::Ready(made) => {
                     self.ran[index] = made.ran;
                     if made.ran {
                         self.summary.ran += 1;
@@ -266,7 +270,7 @@ impl<'a> Runner<'a, '_> {
         // Both only spare work next time.
         let _ = sources.save();
         let _ = self
-            .lasts
+            .last_results
             .save(graph.nodes.iter().map(|node| node.name.as_str()));
         self.summary.interrupted = self.cancel.load(Ordering::Relaxed);
         if self.summary.interrupted {
@@ -278,19 +282,19 @@ impl<'a> Runner<'a, '_> {
             - self.summary.ran
             - self.summary.failed;
         self.summary.skipped = left;
-        self.remember(&contents);
+        self.summary.run = self.remember(&contents);
         self.summary.artifacts = contents;
         self.summary
     }
 
     /// Keeps what was run, for `history` and `diff`. A store that can't be written has no history, and still serves.
-    fn remember(&self, contents: &[Option<Digest>]) {
-        let Situation {
+    fn remember(&self, contents: &[Option<Digest>]) -> Option<u64> {
+        let Session {
             graph,
             store,
             recipe,
             ..
-        } = self.situation;
+        } = self.session;
         let outcome = match &self.summary {
             Summary {
                 interrupted: true, ..
@@ -306,7 +310,7 @@ impl<'a> Runner<'a, '_> {
             outcome,
             stages: stages(graph, &self.fingerprints, contents, &self.ran),
         };
-        let _ = store.remember(recipe, run);
+        store.remember(recipe, run).ok().flatten()
     }
 
     /// Tells that a stage failed before it ran.
@@ -327,9 +331,9 @@ impl<'a> Runner<'a, '_> {
         contents: &[Option<Digest>],
         sources: &mut Sources,
     ) -> Lookup {
-        let node = &self.situation.graph.nodes[index];
+        let node = &self.session.graph.nodes[index];
         let name = &node.name;
-        let mut prepared = match self.situation.prepare(index, contents, sources) {
+        let mut prepared = match self.session.prepare(index, contents, sources) {
             Ok(prepared) => prepared,
             Err(error) => {
                 self.fail(name, format!("{error:#}"));
@@ -337,13 +341,13 @@ impl<'a> Runner<'a, '_> {
             }
         };
         self.fingerprints[index] = Some(prepared.digest.clone());
-        let Situation {
+        let Session {
             store,
             recipe,
             shared,
             ..
-        } = self.situation;
-        let verdict = match self.situation.judge(index, &prepared, &self.lasts) {
+        } = self.session;
+        let verdict = match self.session.judge(index, &prepared, &self.last_results) {
             Ok(verdict) => verdict,
             Err(error) => {
                 self.fail(name, format!("{error:#}"));
@@ -362,22 +366,22 @@ impl<'a> Runner<'a, '_> {
                     let _ = store.write_manifest(&record.artifact, &manifest);
                 }
                 if !last {
-                    self.situation.keep_texts(node, &prepared);
+                    self.session.keep_texts(node, &prepared);
                     let _ = store.set_last(recipe, name, &prepared.digest);
                 }
                 (record, restored, false)
             }
-            Verdict::Away {
+            Verdict::RemoteOnly {
                 record, restored, ..
-            } if shared.is_left_out(&prepared.digest) => {
+            } if shared.is_set_remote_only(&prepared.digest) => {
                 // So do these.
-                self.situation.keep_texts(node, &prepared);
-                let _ = store.leave(&prepared.digest, &record);
+                self.session.keep_texts(node, &prepared);
+                let _ = store.note_remote_only(&prepared.digest, &record);
                 let _ = store.set_last(recipe, name, &prepared.digest);
                 (record, restored, true)
             }
             // The files of what is away may be needed: a worker fetches them, or runs the stage.
-            Verdict::Stale(reasons) | Verdict::Away { reasons, .. } => {
+            Verdict::Stale(reasons) | Verdict::RemoteOnly { reasons, .. } => {
                 let files = node.sources.values();
                 prepared.known = files.flat_map(|path| sources.known(path)).collect();
                 return Lookup::Stale(Box::new(prepared), reasons);
@@ -407,7 +411,7 @@ impl<'a> Runner<'a, '_> {
     ) where
         'a: 'scope,
     {
-        let graph = self.situation.graph;
+        let graph = self.session.graph;
         let ranks: Vec<usize> = stale.keys().copied().collect();
         for rank in ranks {
             if self.running.len() >= self.options.jobs.max(1) {
@@ -428,7 +432,7 @@ impl<'a> Runner<'a, '_> {
             };
             self.running.insert(index, gpus.clone());
             let worker = Worker {
-                situation: self.situation,
+                session: self.session,
                 events: self.events.clone(),
                 cancel: Arc::clone(self.cancel),
                 index,
@@ -447,7 +451,7 @@ impl<'a> Runner<'a, '_> {
                     kept: None,
                 };
                 send(self.events, failed);
-                let _ = self.done.send((index, Work::Failed));
+                let _ = self.done.send((index, worker::Outcome::Failed));
             }
         }
     }
@@ -466,16 +470,4 @@ fn release(
             ready.insert(rank[reader], reader);
         }
     }
-}
-
-/// Seconds since 1970.
-pub(super) fn seconds_now() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |now| now.as_secs())
-}
-
-pub(super) fn send(events: &Sender<Event>, event: Event) {
-    // Nobody listening is no reason to stop.
-    let _ = events.send(event);
 }

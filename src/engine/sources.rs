@@ -13,7 +13,8 @@ use super::canonical::{Digest, digest_json};
 use super::digest::digest_file;
 use super::files::{clock, read_sealed, write_sealed};
 use super::glob::Pattern;
-use super::manifest::{Entry, Stat, now};
+use super::manifest::Entry;
+use super::stat::{Stat, nanoseconds_now};
 use super::store::Store;
 
 /// The deepest folder below a source.
@@ -149,7 +150,7 @@ impl Listed {
     /// snapshot folder of links reads as the files it stands for.
     fn of(path: &Path) -> anyhow::Result<Self> {
         let cannot_read = |path: &Path| format!("could not read `{}`", path.display());
-        if let Some(pattern) = Pattern::of(path) {
+        if let Some(pattern) = Pattern::parse(path) {
             let listed = Self::below(pattern.folder(), Some(&pattern))?;
             ensure!(
                 !listed.files.is_empty(),
@@ -201,7 +202,8 @@ impl Listed {
                     format!("{prefix}/{part}")
                 };
                 let kind = entry.file_type().with_context(|| cannot_read(&path))?;
-                if pattern.is_some_and(|pattern| !pattern.fits(&name) && !pattern.reaches(&name)) {
+                if pattern.is_some_and(|pattern| !pattern.matches(&name) && !pattern.reaches(&name))
+                {
                     continue;
                 }
                 let mut is_followed = true;
@@ -221,7 +223,8 @@ impl Listed {
                         path.display()
                     );
                     open.push((name, path));
-                } else if metadata.is_file() && pattern.is_none_or(|pattern| pattern.fits(&name)) {
+                } else if metadata.is_file() && pattern.is_none_or(|pattern| pattern.matches(&name))
+                {
                     listed.files.push((name, path, Identity::of(&metadata)));
                 }
             }
@@ -335,7 +338,8 @@ impl Sources {
         fs::create_dir_all(folder)
             .with_context(|| format!("could not make `{}`", folder.display()))?;
         let device = fs::metadata(folder).map(|found| found.dev()).ok();
-        let behind = clock(folder).map_or(0, |theirs| now().saturating_sub(theirs).max(0));
+        let behind =
+            clock(folder).map_or(0, |theirs| nanoseconds_now().saturating_sub(theirs).max(0));
         let read = std::mem::take(&mut self.read);
         self.memo.files.retain(|name, known| {
             let settled = known.entry.stat.settled_at(known.read - behind);
@@ -358,7 +362,7 @@ impl Sources {
         {
             return Ok((known.entry.blake3.clone(), true));
         }
-        let time = now();
+        let time = nanoseconds_now();
         let blake3 = digest_file(path)?;
         let after =
             fs::metadata(path).with_context(|| format!("could not read `{}`", path.display()))?;

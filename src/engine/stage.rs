@@ -1,4 +1,4 @@
-//! The two traits that a new kind of stage or artifact implements.
+//! The trait that a new kind of stage implements.
 
 use std::collections::BTreeMap;
 
@@ -6,13 +6,7 @@ use schemars::JsonSchema;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::{Context, World};
-
-/// What a stage makes: a folder with files in an agreed layout. The type is only a name that makes wiring typed.
-pub trait Artifact: 'static {
-    /// The noun people see in errors: `dataset`, `tokens`, `model`.
-    const NAME: &'static str;
-}
+use super::{Artifact, Context, RunEnv};
 
 /// One kind of stage. The implementing struct is its parameters, and the single source of parsing, defaults, JSON Schema,
 /// reference docs, fingerprint and graph edges.
@@ -33,12 +27,12 @@ pub trait Stage: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'stat
     /// of them: its process may then take no more than a few GiB of memory (see [`super::Task`]).
     const BOUNDED: bool = false;
 
-    /// Whether [`Stage::outside`] gives facts that can move.
-    const MOVES: bool = false;
+    /// Whether [`Stage::outside`] gives facts that can change by themselves, such as the commit of a branch.
+    const HAS_OUTSIDE_FACTS: bool = false;
 
     /// Parameters that only say how far the stage goes, such as a number of epochs. Stages whose fingerprints differ in
-    /// nothing else are a family: what one of them left in [`Context::end`] is found by the others in [`Context::ends`].
-    const GROWS: &'static [&'static str] = &[];
+    /// nothing else are a family: what one of them left in [`Context::continuation`] the others find by [`Context::continuations`].
+    const LENGTH_PARAMETERS: &'static [&'static str] = &[];
 
     /// The noun of what the stage makes with these parameters. Overridden where a parameter decides between two artifacts
     /// (a training makes an adapter, or without one a model).
@@ -53,7 +47,7 @@ pub trait Stage: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'stat
 
     /// Facts from outside that decide the result, such as the commit that `main` means now. They enter the fingerprint,
     /// and [`Context::outside`] hands them to [`Stage::run`]. Local files need no mention here.
-    fn outside(&self, _world: &World) -> anyhow::Result<BTreeMap<String, String>> {
+    fn outside(&self, _world: &RunEnv) -> anyhow::Result<BTreeMap<String, String>> {
         Ok(BTreeMap::new())
     }
 

@@ -30,14 +30,15 @@ use anyhow::{Context as _, bail, ensure};
 
 use super::canonical::{Digest, is_digest};
 use super::files::{is_io_trouble, outlast, read_small, remove, sync_folder, write_atomically};
-use super::manifest::{Check, Entry, LONGEST_MANIFEST, Manifest, Stat, walk};
+use super::manifest::{Check, Entry, LONGEST_MANIFEST, Manifest, walk};
 use super::record::{FORMAT, LONGEST_RECORD, Record};
+use super::stat::Stat;
 
 /// The folder of one format of the store.
 const VERSION: &str = "v1";
 
 /// The folder in a scratch folder that outlives the stage's success.
-pub(super) const END: &str = "end";
+pub(super) const CONTINUATION: &str = "end";
 
 /// A folder with artifacts and records, possibly shared with other runners.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -186,8 +187,8 @@ impl Store {
             .join(format!("{fingerprint}.json"))
     }
 
-    /// The folder with what finished stages of a family left (see [`super::Stage::GROWS`]).
-    pub(super) fn ends(&self, family: &str) -> PathBuf {
+    /// The folder with what finished stages of a family left (see [`super::Stage::LENGTH_PARAMETERS`]).
+    pub(super) fn continuations(&self, family: &str) -> PathBuf {
         self.root.join("ends").join(family)
     }
 
@@ -321,36 +322,36 @@ impl Miss<'_> {
     }
 
     /// Keeps what a failed stage wrote and told, for people to look at, in the place of an earlier failure. Returns the place.
-    pub fn set_aside(&self, log: &[u8]) -> anyhow::Result<PathBuf> {
+    pub fn keep_failure(&self, log: &[u8]) -> anyhow::Result<PathBuf> {
         let partial = self.store.root.join("partial").join(&self.fingerprint);
-        let place = self.store.failed(&self.fingerprint);
-        remove(&place)?;
-        write_atomically(&place.join("log.jsonl"), log)?;
+        let kept = self.store.failed(&self.fingerprint);
+        remove(&kept)?;
+        write_atomically(&kept.join("log.jsonl"), log)?;
         let wrote = fs::read_dir(&partial).is_ok_and(|mut entries| entries.next().is_some());
         if wrote {
-            let output = place.join("output");
+            let output = kept.join("output");
             fs::rename(&partial, &output)
                 .with_context(|| format!("could not make `{}`", output.display()))?;
         } else {
             remove(&partial)?;
         }
-        Ok(place)
+        Ok(kept)
     }
 
     /// Keeps what the stage left in its scratch for one of its family that goes further, in place of what others left: only
     /// the last one is kept, because it may be large.
-    pub(super) fn keep_end(&self, family: &str) -> anyhow::Result<()> {
-        let left = self.store.scratch(&self.fingerprint).join(END);
+    pub(super) fn keep_continuation(&self, family: &str) -> anyhow::Result<()> {
+        let left = self.store.scratch(&self.fingerprint).join(CONTINUATION);
         if !left.is_dir() {
             return Ok(());
         }
-        let ends = self.store.ends(family);
-        let kept = ends.join(&self.fingerprint);
+        let continuations = self.store.continuations(family);
+        let kept = continuations.join(&self.fingerprint);
         remove(&kept)?;
-        fs::create_dir_all(&ends)
+        fs::create_dir_all(&continuations)
             .and_then(|()| fs::rename(&left, &kept))
             .with_context(|| format!("could not make `{}`", kept.display()))?;
-        for entry in fs::read_dir(&ends).into_iter().flatten().flatten() {
+        for entry in fs::read_dir(&continuations).into_iter().flatten().flatten() {
             if entry.path() != kept {
                 remove(&entry.path())?;
             }

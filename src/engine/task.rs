@@ -1,20 +1,16 @@
-//! A stage as a task for another process: what that is given on its standard input, and what it says on its standard output,
-//! both a line of JSON each.
+//! A stage as a task: everything that runs it, in whatever process or on whatever machine, as plain data.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::num::NonZeroUsize;
-use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, anyhow};
+use anyhow::{Context as _, anyhow, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::context::Context;
-use super::graph::Node;
+use super::Resources;
 use super::manifest::Entry;
 use super::params::{ARTIFACT_KEY, FILE_KEY, NEUTRAL_KEY, STAGE_KEY};
-use super::{Level, Resources};
 
 /// The most memory, in bytes, of a stage that reads what anybody may have written and holds little of it at a time
 /// ([`super::Stage::BOUNDED`]), unless its `resources` say more. Many times what real data takes.
@@ -26,12 +22,19 @@ const LONGEST_TEXT: usize = 8000;
 /// One try of one stage, without secrets: those come with the environment.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Task {
+    /// [`TASK_VERSION`].
+    pub version: u32,
+    /// The version of the program that made the task.
+    pub pipeline: String,
     /// The stage's name in the recipe, for messages.
     pub stage: String,
     /// Its kind.
     pub kind: String,
     /// Its parameters as a recipe has them, with defaults.
     pub params: Value,
+    /// Whether it is a long computation that has the machine to itself ([`super::Stage::EXCLUSIVE`]): told to stop, it may take the
+    /// time to save what it has, where others are ended.
+    pub exclusive: bool,
     /// Never touch the network.
     pub offline: bool,
     /// Threads it may compute with.
@@ -52,74 +55,34 @@ pub struct Task {
     pub scratch: OsString,
     /// What to write beside the scratch folder when it is made.
     pub scratch_note: Vec<u8>,
-    /// What finished stages of its family left.
-    pub ends: Option<OsString>,
+    /// The folder with what finished stages of its family left.
+    pub continuations: Option<OsString>,
     /// Digests of local files by path.
     pub known: Vec<(OsString, Entry)>,
     /// What the user was warned of already.
     pub warned: BTreeSet<String>,
 }
 
-/// What the process of a stage says.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(tag = "said", rename_all = "snake_case")]
-pub(super) enum Said {
-    /// How far it is.
-    Progress {
-        done: u64,
-        total: Option<u64>,
-        unit: String,
-    },
-    /// Numbers of a step. They travel as their bits: JSON has no infinity.
-    Metrics {
-        step: u64,
-        values: BTreeMap<String, u64>,
-    },
-    /// A sentence.
-    Message { level: Level, text: String },
-    /// The stage succeeded: what goes into its record, and the digests of files that it knows.
-    Done {
-        notes: BTreeMap<String, Value>,
-        written: BTreeMap<String, Entry>,
-    },
-    /// The stage failed: the causes from the outermost to the first, and whether the disk is full.
-    Failed { causes: Vec<String>, full: bool },
-}
+/// The version of [`Task`] as JSON.
+pub const TASK_VERSION: u32 = 1;
 
 impl Task {
-    /// The task of a node's next try.
-    pub(super) fn of(node: &Node, context: &Context) -> anyhow::Result<Self> {
-        let params = node
-            .stage
-            .params()
-            .context("its parameters could not be handed on")?;
-        let paths = |paths: &BTreeMap<String, PathBuf>| {
-            let entries = paths.iter();
-            entries
-                .map(|(name, path)| (name.clone(), path.clone().into_os_string()))
-                .collect()
-        };
-        let known = context.known.iter();
-        Ok(Self {
-            stage: context.stage.clone(),
-            kind: node.stage.kind().to_owned(),
-            params: unmarked(params),
-            offline: context.world.offline,
-            cpus: node.handling.resources.cpus,
-            memory: memory(node.stage.bounded(), &node.handling.resources),
-            gpus: context.gpus.clone(),
-            inputs: paths(&context.inputs),
-            sources: paths(&context.sources),
-            outside: context.outside.clone(),
-            out: context.out.clone().into_os_string(),
-            scratch: context.scratch.clone().into_os_string(),
-            scratch_note: context.scratch_note.clone(),
-            ends: context.ends.clone().map(PathBuf::into_os_string),
-            known: known
-                .map(|(path, entry)| (path.clone().into_os_string(), entry.clone()))
-                .collect(),
-            warned: context.world.warned(),
-        })
+    /// Reads a task. Errors say which versions don't fit.
+    pub(super) fn read(json: &[u8]) -> anyhow::Result<Self> {
+        #[derive(Deserialize)]
+        struct Versions {
+            version: u32,
+            pipeline: String,
+        }
+        let Versions { version, pipeline } =
+            serde_json::from_slice(json).context("this is not a task")?;
+        ensure!(
+            version == TASK_VERSION,
+            "the task has version {version}, of pipeline {pipeline}, and pipeline {} reads version {TASK_VERSION}; hint: install the \
+             same version in both places",
+            env!("CARGO_PKG_VERSION")
+        );
+        serde_json::from_slice(json).context("this is not a task")
     }
 }
 
@@ -187,11 +150,6 @@ pub(super) fn is_full(error: &anyhow::Error) -> bool {
         let cause = cause.downcast_ref::<std::io::Error>();
         cause.is_some_and(|cause| cause.kind() == std::io::ErrorKind::StorageFull)
     })
-}
-
-/// A path of a task.
-pub(super) fn path(path: &OsString) -> PathBuf {
-    Path::new(path).to_owned()
 }
 
 #[cfg(test)]

@@ -1,9 +1,9 @@
 //! The engine with toy stages that write text files: fresh, stale, cut off, damaged, crashed, forced, two runners.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::channel;
+use std::sync::{Arc, LazyLock};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -13,14 +13,18 @@ use super::*;
 
 mod changes;
 mod collecting;
+mod continuations;
 mod damage;
-mod ends;
 mod failures;
 
 struct Text;
 
 impl Artifact for Text {
     const NAME: &'static str = "text";
+
+    fn show(_: &Path, _: usize) -> anyhow::Result<Vec<View>> {
+        Ok(Vec::new())
+    }
 }
 
 /// How often any toy stage ran, per test: tests hand the counter's name in by a neutral parameter.
@@ -110,6 +114,22 @@ impl Options {
     }
 }
 
+/// All kinds of toy stages.
+const KINDS: &[Kind] = &[
+    Kind::of::<Read>(),
+    Kind::of::<Join>(),
+    Kind::of::<changes::Watched>(),
+    Kind::of::<changes::Spoils>(),
+    Kind::of::<changes::Links>(),
+    Kind::of::<collecting::Slow>(),
+    Kind::of::<continuations::Count>(),
+    Kind::of::<failures::Odd>(),
+];
+
+/// Without a program they run in this process.
+static EXECUTORS: LazyLock<Executors> =
+    LazyLock::new(|| Executors::new(KINDS, Arc::default(), None));
+
 struct Toy {
     folder: tempfile::TempDir,
     counter: usize,
@@ -170,28 +190,29 @@ impl Toy {
         .unwrap()
     }
 
-    fn situation<'a>(
+    fn session<'a>(
         graph: &'a Graph,
         store: &'a Store,
         shared: &'a Shared,
         forced: &[&str],
-    ) -> Situation<'a> {
+    ) -> Session<'a> {
         let forced = graph
             .nodes
             .iter()
             .map(|node| forced.contains(&node.name.as_str()))
             .collect();
-        Situation {
+        Session {
             graph,
             store,
             recipe: "toy",
-            world: Arc::default(),
+            env: Arc::default(),
             forced,
             pins: Pins::new(),
             locked: false,
             verify: false,
-            placed: Vec::new(),
+            outputs: Vec::new(),
             shared,
+            executors: &EXECUTORS,
         }
     }
 
@@ -199,7 +220,7 @@ impl Toy {
         let (graph, store) = (self.graph(separator, fail), self.store());
         let (events, received) = channel();
         let summary = run(
-            &Self::situation(&graph, &store, &Shared::none(), forced),
+            &Self::session(&graph, &store, &Shared::none(), forced),
             &[],
             &Options::for_test(2),
             &events,
@@ -220,7 +241,7 @@ impl Toy {
 
     fn plan(&self, separator: &str) -> Vec<State> {
         let (graph, store) = (self.graph(separator, ""), self.store());
-        Self::situation(&graph, &store, &Shared::none(), &[]).plan()
+        Self::session(&graph, &store, &Shared::none(), &[]).plan()
     }
 }
 
@@ -419,9 +440,9 @@ fn who_waits_says_for_whom_and_goes_on_when_the_holder_is_gone() {
         let (graph, store) = (&graph, &store);
         let runner = scope.spawn(move || {
             let shared = Shared::none();
-            let situation = Toy::situation(graph, store, &shared, &[]);
+            let session = Toy::session(graph, store, &shared, &[]);
             run(
-                &situation,
+                &session,
                 &[],
                 &Options::for_test(2),
                 &events,
@@ -467,7 +488,7 @@ fn a_graph_may_be_deeper_than_any_stack() {
         let look = move || {
             let graph = Graph::new(nodes).unwrap();
             assert_eq!(graph.needed(&[0]), vec![true; STAGES]);
-            let states = Toy::situation(&graph, &store, &Shared::none(), &[]).plan();
+            let states = Toy::session(&graph, &store, &Shared::none(), &[]).plan();
             let waits = |state: &&State| matches!(state, State::WaitsOn { .. });
             assert_eq!(states.iter().filter(waits).count(), STAGES - 1);
         };

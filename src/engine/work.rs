@@ -1,23 +1,23 @@
-//! The other end of `engine::child`: a process that runs one stage.
+//! A process that runs one task, for an executor that started it.
 
-use std::collections::BTreeMap;
-use std::ffi::OsString;
 use std::io::{BufRead, Write};
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context as _, anyhow};
 use nix::sys::resource::{Resource, setrlimit};
 use rayon::ThreadPoolBuilder;
 
-use super::child::CANCEL;
-use super::context::Context;
-use super::task::{Said, Task, causes, is_full, path, short};
+use super::control::Control;
+use super::event::{EVENT_VERSION, Event};
+use super::executor::{CANCEL, TaskResult, run_task};
+use super::stage_events::StageEvents;
+use super::task::{Task, causes, is_full, short};
 use super::threads;
 use super::watch::look_on;
-use super::{Event, Kind, World};
+use super::{Kind, RunEnv};
 
 /// The stack of each thread that computes. It is not used up but by what is nested deeply.
 const STACK: usize = 16 << 20;
@@ -28,12 +28,8 @@ static PANIC: Mutex<Option<String>> = Mutex::new(None);
 /// Where a process speaks; it ends after its last word.
 type Output = Arc<Mutex<Box<dyn Write + Send>>>;
 
-/// Ties this process to the one that started it. Called first of all.
-pub fn begin() {
-    // Whatever happens to the other process, this one must not go on writing: its right to do so ends with that one. Where the
-    // system has no such call, the end of standard input says the same.
-    #[cfg(target_os = "linux")]
-    let _ = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL);
+/// Keeps what a panic says for the error of the stage. Called before a task is run.
+pub fn catch_panics() {
     std::panic::set_hook(Box::new(|panic| {
         let text = panic.payload_as_str().unwrap_or("no message");
         let place = panic.location().map(|place| (place.file(), place.line()));
@@ -41,164 +37,146 @@ pub fn begin() {
     }));
 }
 
-/// Reads a task from `input`, runs it, and says on `output` how it goes. `world` gives the settings of the run, whether it is
-/// offline or not; `stop` ends the process.
-pub fn serve(
-    mut input: impl BufRead + Send + 'static,
-    output: impl Write + Send + 'static,
-    kinds: &'static [Kind],
-    world: impl FnOnce(bool) -> World,
-    stop: fn() -> !,
-) -> anyhow::Result<()> {
+/// Ties this process to the one that started it. Called first of all.
+pub fn end_with_parent() {
+    // Whatever happens to the other process, this one must not go on writing: its right to do so ends with that one. Where the
+    // system has no such call, the end of standard input says the same.
+    #[cfg(target_os = "linux")]
+    let _ = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL);
+}
+
+/// Where the orders of the process that started this one come from; its end means that the other process is gone.
+pub type Orders = Box<dyn BufRead + Send>;
+
+/// A process that runs one task.
+pub struct Work {
+    /// What may be run.
+    pub kinds: &'static [Kind],
+    /// The settings of the run, whether it is offline or not.
+    pub env: fn(bool) -> RunEnv,
+    /// Set to stop the stage.
+    pub cancel: Arc<AtomicBool>,
+    /// Ends the process.
+    pub exit: fn() -> !,
+}
+
+/// Reads a task: from the first line of `orders`, whose other lines are orders, or from a file.
+pub fn read_task(orders: &mut dyn BufRead) -> anyhow::Result<Task> {
     let mut line = String::new();
-    input
+    orders
         .read_line(&mut line)
         .context("could not read the task")?;
-    let task: Task = serde_json::from_str(&line).context("this is no task")?;
-    let output: Output = Arc::new(Mutex::new(Box::new(output)));
-    let cancel = Arc::new(AtomicBool::new(false));
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = task.cpus.map_or(threads, usize::from);
-    if let Some(memory) = task.memory {
-        let stacks = (threads as u64 + 8) * STACK as u64;
-        let memory = memory.saturating_add(stacks);
-        // Where the system refuses, the stage's own bounds are left.
-        let _ = setrlimit(Resource::RLIMIT_DATA, memory, memory);
-    }
-    let flag = Arc::clone(&cancel);
-    let start = |name: &str| std::thread::Builder::new().name(name.to_owned());
-    start("orders").spawn(move || {
-        for line in input.lines().map_while(Result::ok) {
-            if line == CANCEL {
-                flag.store(true, Ordering::Relaxed);
-            }
-        }
-        // The other process is gone.
-        stop();
-    })?;
-    let last = Arc::clone(&output);
-    start("watch").spawn(move || {
-        look_on(|text| {
-            say(
-                &last,
-                &Said::Failed {
-                    causes: vec![text],
-                    full: false,
-                },
-            );
-            stop();
-        });
-    })?;
-    // A stage may have started the pool already; then its threads are as they are.
-    let how = ThreadPoolBuilder::new().num_threads(threads);
-    threads::start(how.stack_size(STACK))?;
-    let kind = kinds.iter().find(|kind| kind.name == task.kind);
-    let kind = kind.with_context(|| format!("there is no kind `{}`", task.kind))?;
-    let params = serde_yaml::to_value(&task.params)?;
-    let stage = (kind.parse)(params).map_err(|error| anyhow!("`{}`: {error}", task.kind))?;
-    let (events, received) = channel();
-    let voice = Arc::clone(&output);
-    let speaker = start("voice").spawn(move || hand_on(&received, &voice))?;
-    let mut world = world(task.offline);
-    world.cancel = Arc::clone(&cancel);
-    world.told = Arc::new(Mutex::new(task.warned.clone()));
-    let context = context(&task, world, events, cancel);
-    let worker = start("stage").stack_size(STACK).spawn(move || {
-        let result = catch_unwind(AssertUnwindSafe(|| stage.run(&context)));
-        let result = result.unwrap_or_else(|_| Err(panicked()));
-        (result, context.notes, context.written)
-        // The context ends here, and with it the events.
-    })?;
-    let (result, notes, written) = worker.join().map_err(|_| panicked())?;
-    speaker.join().map_err(|_| panicked())?;
-    let last = match result {
-        Ok(()) => Said::Done {
-            notes: notes.into_inner().unwrap_or_else(PoisonError::into_inner),
-            written: written.into_inner().unwrap_or_else(PoisonError::into_inner),
-        },
-        Err(error) => Said::Failed {
-            causes: causes(&error),
-            full: is_full(&error),
-        },
-    };
-    say(&output, &last);
-    Ok(())
+    Task::read(line.as_bytes())
 }
 
-/// What the stage is given.
-fn context(
-    task: &Task,
-    world: World,
-    events: std::sync::mpsc::Sender<Event>,
-    cancel: Arc<AtomicBool>,
-) -> Context {
-    let paths = |paths: &BTreeMap<String, OsString>| {
-        let entries = paths.iter();
-        entries
-            .map(|(name, found)| (name.clone(), path(found)))
-            .collect()
-    };
-    Context {
-        stage: task.stage.clone(),
-        inputs: paths(&task.inputs),
-        sources: paths(&task.sources),
-        outside: task.outside.clone(),
-        out: path(&task.out),
-        scratch: path(&task.scratch),
-        scratch_note: task.scratch_note.clone(),
-        ends: task.ends.as_ref().map(path),
-        world: Arc::new(world),
-        events,
-        cancel,
-        // The other process has the clock, and tells this one to stop.
-        deadline: None,
-        gpus: task.gpus.clone(),
-        notes: Mutex::default(),
-        known: task
-            .known
-            .iter()
-            .map(|(of, entry)| (path(of), entry.clone()))
-            .collect(),
-        written: Mutex::default(),
-        told: Mutex::default(),
-    }
+/// Reads a task from a file.
+pub fn read_task_file(path: &Path) -> anyhow::Result<Task> {
+    let read = || Task::read(&std::fs::read(path)?);
+    read().with_context(|| format!("could not read the task `{}`", path.display()))
 }
 
-/// Says what the stage tells, until it is done.
-fn hand_on(events: &Receiver<Event>, output: &Output) {
-    for event in events {
-        let said = match event {
-            Event::Progress {
-                done, total, unit, ..
-            } => Said::Progress {
-                done,
-                total,
-                unit: unit.to_owned(),
-            },
-            Event::Metrics { step, values, .. } => {
-                let values = values.into_iter();
-                let values = values.map(|(name, value)| (name, value.to_bits()));
-                Said::Metrics {
-                    step,
-                    values: values.collect(),
-                }
-            }
-            Event::Message { level, text, .. } => Said::Message {
-                level,
-                text: short(text),
-            },
-            // A stage tells nothing else.
-            _ => continue,
+impl Work {
+    /// Runs a task and writes its events to `output`, a line of JSON each; the last one says how it ended. An error is that it could
+    /// not begin. Returns whether the stage succeeded.
+    pub fn serve(
+        self,
+        task: &Task,
+        orders: Option<Orders>,
+        output: impl Write + Send + 'static,
+    ) -> anyhow::Result<bool> {
+        let output: Output = Arc::new(Mutex::new(Box::new(output)));
+        let started = Event::WorkStarted {
+            version: EVENT_VERSION,
+            pipeline: env!("CARGO_PKG_VERSION").to_owned(),
         };
-        say(output, &said);
+        write(&output, &started);
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = task.cpus.map_or(threads, usize::from);
+        if let Some(memory) = task.memory {
+            let stacks = (threads as u64 + 8) * STACK as u64;
+            let memory = memory.saturating_add(stacks);
+            // Where the system refuses, the stage's own bounds are left.
+            let _ = setrlimit(Resource::RLIMIT_DATA, memory, memory);
+        }
+        let exit = self.exit;
+        let start = |name: &str| std::thread::Builder::new().name(name.to_owned());
+        if let Some(orders) = orders {
+            let cancel = Arc::clone(&self.cancel);
+            start("orders").spawn(move || {
+                for line in orders.lines().map_while(Result::ok) {
+                    if line == CANCEL {
+                        cancel.store(true, Ordering::Relaxed);
+                    }
+                }
+                // The other process is gone.
+                exit();
+            })?;
+        }
+        let last = Arc::clone(&output);
+        start("watch").spawn(move || {
+            look_on(|text| {
+                let failed = Event::WorkFailed {
+                    causes: vec![text],
+                    disk_full: false,
+                };
+                write(&last, &failed);
+                exit();
+            });
+        })?;
+        // A stage may have started the pool already; then its threads are as they are.
+        let pool = ThreadPoolBuilder::new().num_threads(threads);
+        threads::start(pool.stack_size(STACK))?;
+        let (sender, received) = channel();
+        let events = Arc::new(StageEvents::new(sender));
+        let voice = Arc::clone(&output);
+        let writer = start("events").spawn(move || {
+            for event in received {
+                write(&voice, &shortened(event));
+            }
+        })?;
+        let mut env = (self.env)(task.offline);
+        env.cancel = Arc::clone(&self.cancel);
+        env.warned = Arc::new(Mutex::new(task.warned.clone()));
+        let env = Arc::new(env);
+        // The other process has the clock, and says when time is over.
+        let control = Control::new(self.cancel, None);
+        let result = std::thread::scope(|scope| {
+            let stage = start("stage").stack_size(STACK);
+            let run = || run_task(task, self.kinds, &env, &events, &control);
+            let stage = stage.spawn_scoped(scope, run)?;
+            stage.join().unwrap_or_else(|_| Err(panicked()))
+        });
+        // With the last sender the events end.
+        drop(events);
+        writer.join().map_err(|_| panicked())?;
+        let succeeded = result.is_ok();
+        let last = match result {
+            Ok(TaskResult { notes, written }) => Event::WorkDone { notes, written },
+            Err(error) => Event::WorkFailed {
+                causes: causes(&error),
+                disk_full: is_full(&error),
+            },
+        };
+        write(&output, &last);
+        Ok(succeeded)
     }
 }
 
-fn say(output: &Output, said: &Said) {
-    let Ok(mut line) = serde_json::to_vec(said) else {
-        return;
-    };
-    line.push(b'\n');
+/// An event with no text so long that nobody would read it.
+fn shortened(event: Event) -> Event {
+    match event {
+        Event::Message { stage, level, text } => Event::Message {
+            stage,
+            level,
+            text: short(text),
+        },
+        event => event,
+    }
+}
+
+fn write(output: &Output, event: &Event) {
+    let mut line = Vec::new();
+    event.write_line(&mut line);
     let mut output = output.lock().unwrap_or_else(PoisonError::into_inner);
     // Without a listener this process is about to end.
     let _ = output.write_all(&line).and_then(|()| output.flush());

@@ -1,26 +1,26 @@
 //! One stale stage on its own thread: lock, tries, commit; what a failure leaves is set aside.
 
-use std::any::Any;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, anyhow, bail};
-use rayon::ThreadPoolBuilder;
+use anyhow::{Context as _, bail};
 
 use super::canonical::Digest;
-use super::child;
+use super::control::Control;
+use super::event::{Event, send};
+use super::executor::TaskResult;
 use super::graph::Node;
-use super::plan::{Prepared, Situation};
+use super::plan::{Prepared, Session};
 use super::reason::Reason;
 use super::record::{FORMAT, Record};
-use super::run::{seconds_now, send};
+use super::stage_events::StageEvents;
+use super::stat::seconds_now;
 use super::store::{Found, Miss};
-use super::task::is_full;
-use super::{Context, Event, threads};
+use super::task::{TASK_VERSION, Task, is_full, memory, unmarked};
 
 /// The pause before the first retry; each further one is twice as long, up to [`LONGEST_PAUSE`].
 const PAUSE: Duration = Duration::from_secs(1);
@@ -28,7 +28,7 @@ const LONGEST_PAUSE: Duration = Duration::from_mins(5);
 
 /// One stage on its own thread.
 pub(super) struct Worker<'a, 'b> {
-    pub(super) situation: &'a Situation<'b>,
+    pub(super) session: &'a Session<'b>,
     pub(super) events: Sender<Event>,
     pub(super) cancel: Arc<AtomicBool>,
     pub(super) index: usize,
@@ -36,18 +36,18 @@ pub(super) struct Worker<'a, 'b> {
     pub(super) gpus: Vec<usize>,
 }
 
-/// What became of a stage.
-pub(super) enum Work {
+/// How the work on a stage ended.
+pub(super) enum Outcome {
     /// Its result is there.
-    Made(Made),
+    Ready(Ready),
     /// A local file is not as it was when the stage was looked at, and nothing has read it yet: the stage has to be looked at again.
-    Again(PathBuf),
+    InputChanged(PathBuf),
     /// It failed, and said so.
     Failed,
 }
 
 /// A result that is there.
-pub(super) struct Made {
+pub(super) struct Ready {
     pub(super) artifact: Digest,
     /// Whether the stage ran: another runner may have made the result meanwhile.
     pub(super) ran: bool,
@@ -66,8 +66,8 @@ impl From<anyhow::Error> for Failed {
 }
 
 impl Worker<'_, '_> {
-    /// Makes the result, or tells why not.
-    pub(super) fn work(&self, prepared: &Prepared, reasons: Vec<Reason>) -> Work {
+    /// Makes the result, or reports why not.
+    pub(super) fn work(&self, prepared: &Prepared, reasons: Vec<Reason>) -> Outcome {
         match self.make(prepared, reasons) {
             Ok(work) => work,
             Err(Failed { error, kept }) => {
@@ -81,13 +81,13 @@ impl Worker<'_, '_> {
                     error,
                     kept: kept.map(|path| path.display().to_string()),
                 });
-                Work::Failed
+                Outcome::Failed
             }
         }
     }
 
     fn node(&self) -> &Node {
-        &self.situation.graph.nodes[self.index]
+        &self.session.graph.nodes[self.index]
     }
 
     fn send(&self, event: Event) {
@@ -101,14 +101,14 @@ impl Worker<'_, '_> {
         });
     }
 
-    fn make(&self, prepared: &Prepared, reasons: Vec<Reason>) -> Result<Work, Failed> {
-        let Situation {
+    fn make(&self, prepared: &Prepared, reasons: Vec<Reason>) -> Result<Outcome, Failed> {
+        let Session {
             store,
             recipe,
             verify,
             shared,
             ..
-        } = self.situation;
+        } = self.session;
         let node = self.node();
         let mut waited = false;
         let miss = store.lock(&prepared.digest, &self.cancel, &mut |holder| {
@@ -123,11 +123,11 @@ impl Worker<'_, '_> {
             let restored = shared.restore(store, &prepared.digest, events, &self.cancel)?;
             Ok(restored.map(|record| (record, true)))
         };
-        if (waited || !self.situation.forced[self.index])
+        if (waited || !self.session.forced[self.index])
             && let Some((record, remote)) = there()?
         {
             if remote {
-                self.situation.keep_texts(node, prepared);
+                self.session.keep_texts(node, prepared);
             }
             store.set_last(recipe, &node.name, &prepared.digest)?;
             self.send(Event::StageFresh {
@@ -137,14 +137,14 @@ impl Worker<'_, '_> {
                 remote,
                 saved: record.seconds,
             });
-            return Ok(Work::Made(Made {
+            return Ok(Outcome::Ready(Ready {
                 artifact: record.artifact,
                 ran: false,
             }));
         }
         // It may have waited long for its turn.
         if let Some(changed) = prepared.changed(node, false) {
-            return Ok(Work::Again(changed));
+            return Ok(Outcome::InputChanged(changed));
         }
         self.send(Event::StageStarted {
             stage: node.name.clone(),
@@ -153,7 +153,7 @@ impl Worker<'_, '_> {
         });
         let started = seconds_now();
         let clock = Instant::now();
-        let context = self.try_it(prepared, &miss)?;
+        let result = self.run_with_retries(prepared, &miss)?;
         let seconds = clock.elapsed().as_secs_f64();
         let previous = store
             .last(recipe, &node.name)
@@ -166,10 +166,7 @@ impl Worker<'_, '_> {
             origins: prepared.origins.clone(),
             output: node.stage.output().to_owned(),
             artifact: String::new(),
-            notes: context
-                .notes
-                .into_inner()
-                .unwrap_or_else(PoisonError::into_inner),
+            notes: result.notes,
             params: node.stage.params().map_err(anyhow::Error::from)?,
             started,
             seconds,
@@ -177,14 +174,12 @@ impl Worker<'_, '_> {
         };
         if let Some(family) = self.family(prepared) {
             // The result is worth more than what a later stage might start from.
-            let _ = miss.keep_end(&family);
+            let _ = miss.keep_continuation(&family);
         }
-        let written = context.written.into_inner();
-        let written = written.unwrap_or_else(PoisonError::into_inner);
         let waiting = &mut |holder: &str| self.wait(holder);
-        let (record, _) = miss.commit(record, &written, &self.cancel, waiting)?;
+        let (record, _) = miss.commit(record, &result.written, &self.cancel, waiting)?;
         shared.made(store, &prepared.digest);
-        self.situation.keep_texts(node, prepared);
+        self.session.keep_texts(node, prepared);
         store.set_last(recipe, &node.name, &prepared.digest)?;
         self.send(Event::StageDone {
             stage: node.name.clone(),
@@ -192,7 +187,7 @@ impl Worker<'_, '_> {
             same_bytes: previous.as_ref() == Some(&record.artifact),
             seconds,
         });
-        Ok(Work::Made(Made {
+        Ok(Outcome::Ready(Ready {
             artifact: record.artifact,
             ran: true,
         }))
@@ -207,10 +202,10 @@ impl Worker<'_, '_> {
             );
         }
         for (input, content) in &prepared.inputs {
-            if let Err(what) = self.situation.store.still_holds(content) {
+            if let Err(what) = self.session.store.still_holds(content) {
                 bail!(
-                    "the result of `{input}` changed while it was read ({what}), so that nothing made of it is kept; run again, and it \
-                     is made anew"
+                    "the result of `{input}` changed while it was read ({what}), so that nothing made from it is kept; run again, and it \
+                     is made again"
                 );
             }
         }
@@ -218,15 +213,17 @@ impl Worker<'_, '_> {
     }
 
     /// Runs the stage until it succeeds or has failed as often as it may.
-    fn try_it(&self, prepared: &Prepared, miss: &Miss<'_>) -> Result<Context, Failed> {
+    fn run_with_retries(&self, prepared: &Prepared, miss: &Miss<'_>) -> Result<TaskResult, Failed> {
         let node = self.node();
         let mut pause = PAUSE;
-        let mut left = node.handling.retries;
+        let mut retries_left = node.handling.retries;
         loop {
-            let context = self.context(prepared, miss)?;
-            let result = catch_unwind(AssertUnwindSafe(|| run_stage(node, &context)))
-                .unwrap_or_else(|panic| Err(panicked(&*panic)));
-            let mut result = result.and_then(|()| context.check_cancelled());
+            let task = self.task(prepared, miss.partial()?)?;
+            let events = Arc::new(StageEvents::new(self.events.clone()));
+            let control = Control::new(Arc::clone(&self.cancel), node.handling.timeout);
+            let executor = self.session.executors.for_stage(&node.handling.resources);
+            let result = executor.execute(&task, &events, &control);
+            let mut result = result.and_then(|result| control.check().map(|()| result));
             if self.cancel.load(Ordering::Relaxed)
                 && let Err(error) = result
             {
@@ -235,26 +232,27 @@ impl Worker<'_, '_> {
             }
             if let Err(changed) = self.check_what_was_read(prepared) {
                 // Another try would read the same.
-                left = 0;
+                retries_left = 0;
                 result = Err(match result {
-                    Ok(()) => changed,
+                    Ok(_) => changed,
                     Err(error) => changed.context(format!("{error:#}")),
                 });
             }
-            let Err(error) = result else {
-                return Ok(context);
+            let error = match result {
+                Ok(result) => return Ok(result),
+                Err(error) => error,
             };
-            if left == 0 {
-                let kept = set_aside(miss, &context, &error);
+            if retries_left == 0 {
+                let kept = keep_failure(miss, &node.name, &events, &error);
                 return Err(Failed { error, kept });
             }
-            left -= 1;
+            retries_left -= 1;
             miss.discard()?;
             self.send(Event::StageRetried {
                 stage: node.name.clone(),
                 error: format!("{error:#}"),
                 pause: pause.as_secs_f64(),
-                left,
+                left: retries_left,
             });
             let until = Instant::now() + pause;
             while Instant::now() < until && !self.cancel.load(Ordering::Relaxed) {
@@ -265,71 +263,73 @@ impl Worker<'_, '_> {
     }
 
     fn family(&self, prepared: &Prepared) -> Option<Digest> {
-        prepared.fingerprint.family(self.node().stage.grows())
+        prepared
+            .fingerprint
+            .family(self.node().stage.length_parameters())
     }
 
-    fn context(&self, prepared: &Prepared, miss: &Miss<'_>) -> anyhow::Result<Context> {
+    /// The stage as a task that writes into `out`.
+    fn task(&self, prepared: &Prepared, out: PathBuf) -> anyhow::Result<Task> {
         let node = self.node();
-        let timeout = node.handling.timeout;
-        Ok(Context {
+        let params = node
+            .stage
+            .params()
+            .context("its parameters could not be handed on")?;
+        let paths = |paths: &BTreeMap<String, PathBuf>| {
+            let entries = paths.iter();
+            entries
+                .map(|(name, path)| (name.clone(), path.clone().into_os_string()))
+                .collect()
+        };
+        let known = prepared.known.iter();
+        let resources = &node.handling.resources;
+        Ok(Task {
+            version: TASK_VERSION,
+            pipeline: env!("CARGO_PKG_VERSION").to_owned(),
             stage: node.name.clone(),
-            inputs: self.situation.input_folders(prepared),
-            sources: node.sources.clone(),
+            kind: node.stage.kind().to_owned(),
+            params: unmarked(params),
+            exclusive: node.stage.exclusive(),
+            offline: self.session.env.offline,
+            cpus: resources.cpus,
+            memory: memory(node.stage.bounded(), resources),
+            gpus: self.gpus.clone(),
+            inputs: paths(&self.session.input_folders(prepared)),
+            sources: paths(&node.sources),
             outside: prepared.fingerprint.outside.clone(),
-            out: miss.partial()?,
-            scratch: self.situation.store.scratch(&prepared.digest),
+            out: out.into_os_string(),
+            scratch: self
+                .session
+                .store
+                .scratch(&prepared.digest)
+                .into_os_string(),
             scratch_note: serde_json::to_vec(&prepared.fingerprint)?,
             // Who forces a stage wants it made from its inputs alone.
-            ends: (self.family(prepared))
-                .filter(|_| !self.situation.forced[self.index])
-                .map(|family| self.situation.store.ends(&family)),
-            world: Arc::clone(&self.situation.world),
-            events: self.events.clone(),
-            cancel: Arc::clone(&self.cancel),
-            deadline: timeout.and_then(|span| Some((Instant::now().checked_add(span.0)?, span))),
-            gpus: self.gpus.clone(),
-            notes: Mutex::default(),
-            told: Mutex::default(),
-            known: prepared.known.clone(),
-            written: Mutex::default(),
+            continuations: (self.family(prepared))
+                .filter(|_| !self.session.forced[self.index])
+                .map(|family| self.session.store.continuations(&family).into_os_string()),
+            known: known
+                .map(|(path, entry)| (path.clone().into_os_string(), entry.clone()))
+                .collect(),
+            warned: self.session.env.warnings(),
         })
     }
 }
 
-/// Runs a stage with as many threads as it declares: in a process of its own where there is a program for that.
-fn run_stage(node: &Node, context: &Context) -> anyhow::Result<()> {
-    if let Some(program) = &context.world.program {
-        return child::run(node, context, program);
-    }
-    let Some(cpus) = node.handling.resources.cpus else {
-        threads::start(ThreadPoolBuilder::new())?;
-        return node.stage.run(context);
-    };
-    let pool = ThreadPoolBuilder::new().num_threads(cpus.get());
-    let pool = pool.build().context("could not start threads")?;
-    pool.install(|| node.stage.run(context))
-}
-
-/// Keeps what a failed stage wrote and told. Where that is not possible nothing is kept; on a full disk only the log is.
-fn set_aside(miss: &Miss<'_>, context: &Context, error: &anyhow::Error) -> Option<PathBuf> {
+/// Keeps the output and the log of a failed stage. Where that is not possible nothing is kept; on a full disk only the log is.
+fn keep_failure(
+    miss: &Miss<'_>,
+    stage: &str,
+    events: &StageEvents,
+    error: &anyhow::Error,
+) -> Option<PathBuf> {
     if is_full(error) {
         // Best done first: it makes room.
         let _ = miss.discard();
     }
-    let kept = miss.set_aside(&context.log(error));
+    let kept = miss.keep_failure(&events.log(stage, error));
     if kept.is_err() {
         let _ = miss.discard();
     }
     kept.ok()
-}
-
-fn panicked(panic: &(dyn Any + Send)) -> anyhow::Error {
-    let text = panic
-        .downcast_ref::<String>()
-        .map(String::as_str)
-        .or_else(|| panic.downcast_ref::<&str>().copied());
-    anyhow!(
-        "the stage panicked, which is a bug in pipeline: {}",
-        text.unwrap_or("no message")
-    )
 }

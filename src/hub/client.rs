@@ -13,7 +13,8 @@ use serde::Deserialize;
 use ureq::http::Uri;
 
 use super::endpoint::Endpoint;
-use super::http::{Failure, Http, wait};
+use super::http::{Http, wait};
+use super::http_error::HttpError;
 use super::names::{check_repo, check_revision, escape_revision, is_commit};
 use super::{HubSettings, RepoKind, Snapshot};
 
@@ -234,8 +235,8 @@ impl<'a> Hub<'a> {
     /// Asks again while that may help. The outer error is the watch's.
     pub(super) fn persist<T>(
         &self,
-        mut ask: impl FnMut() -> Result<T, Failure>,
-    ) -> anyhow::Result<Result<T, Failure>> {
+        mut ask: impl FnMut() -> Result<T, HttpError>,
+    ) -> anyhow::Result<Result<T, HttpError>> {
         let mut tried = 0;
         loop {
             self.watch.tick()?;
@@ -252,13 +253,13 @@ impl<'a> Hub<'a> {
     }
 
     /// How long to wait before the next try after `tried` of them; `None` when there is no use.
-    pub(super) fn pause(&self, tried: u32, failure: &Failure) -> Option<Duration> {
-        if !failure.may_pass() || tried >= TRIES {
+    pub(super) fn pause(&self, tried: u32, failure: &HttpError) -> Option<Duration> {
+        if !failure.is_transient() || tried >= TRIES {
             return None;
         }
         let own = self.settings.retry_wait * (1 << (tried - 1));
         let (status, told) = match failure {
-            Failure::Status {
+            HttpError::Status {
                 status,
                 wait: Some(told),
                 ..

@@ -10,7 +10,8 @@ use ureq::http::{HeaderMap, HeaderValue, Uri};
 
 use super::digest::{Hasher, feed, is_file};
 use super::headers::text;
-use super::http::{Failure, wait};
+use super::http::wait;
+use super::http_error::HttpError;
 use super::listing::linked_hash;
 use super::names::{check_file, check_repo, is_commit};
 use super::{Hub, RemoteFile, Snapshot};
@@ -250,10 +251,10 @@ impl Hub<'_> {
         if have < size {
             let reply = match self.http.get(uri, have) {
                 Ok(reply) => reply,
-                Err(Failure::Status { status: 416, .. }) if have > 0 => {
+                Err(HttpError::Status { status: 416, .. }) if have > 0 => {
                     restart(&mut target, file, size).with_context(writing)?;
                     let reason = "it refuses to go on where the last download ended";
-                    return Ok(Streamed::Broken(Failure::Connection(reason.into()), 0));
+                    return Ok(Streamed::Broken(HttpError::Connection(reason.into()), 0));
                 }
                 Err(failure) => return Ok(Streamed::Broken(failure, have)),
             };
@@ -268,7 +269,7 @@ impl Hub<'_> {
             } else if content_start(response.headers()) != Some(have) {
                 restart(&mut target, file, size).with_context(writing)?;
                 let reason = "it sends another range than was asked for";
-                return Ok(Streamed::Broken(Failure::Connection(reason.into()), 0));
+                return Ok(Streamed::Broken(HttpError::Connection(reason.into()), 0));
             }
             if let Some(length) = content_length(response.headers())
                 && have.checked_add(length) != Some(size)
@@ -277,7 +278,7 @@ impl Hub<'_> {
                     "it announces {length} bytes where {} are missing",
                     size - have
                 );
-                return Ok(Streamed::Broken(Failure::Connection(reason), have));
+                return Ok(Streamed::Broken(HttpError::Connection(reason), have));
             }
             let mut body = response.into_body().into_reader();
             let mut buffer = vec![0; 1 << 18];
@@ -288,7 +289,7 @@ impl Hub<'_> {
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                     Err(error) => {
                         let reason = format!("it broke off after {have} of {size} bytes ({error})");
-                        return Ok(Streamed::Broken(Failure::Connection(reason), have));
+                        return Ok(Streamed::Broken(HttpError::Connection(reason), have));
                     }
                 };
                 let bytes = &buffer[..read];
@@ -308,7 +309,7 @@ impl Hub<'_> {
                 } else {
                     format!("it broke off after {have} of {size} bytes")
                 };
-                return Ok(Streamed::Broken(Failure::Connection(reason), have));
+                return Ok(Streamed::Broken(HttpError::Connection(reason), have));
             }
         }
         target.sync_all().with_context(writing)?;
@@ -350,7 +351,7 @@ enum Streamed {
     /// The file has its size; this is its hash.
     Whole(String),
     /// Not yet, with the number of bytes that are there.
-    Broken(Failure, u64),
+    Broken(HttpError, u64),
 }
 
 fn restart(target: &mut File, file: &RemoteFile, size: u64) -> io::Result<(u64, Hasher)> {

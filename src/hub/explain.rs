@@ -2,7 +2,7 @@
 
 use anyhow::anyhow;
 
-use super::http::Failure;
+use super::http_error::HttpError;
 use super::{Hub, RepoKind};
 
 impl Hub<'_> {
@@ -13,7 +13,7 @@ impl Hub<'_> {
         repo: &str,
         revision: &str,
         file: Option<&str>,
-        failure: &Failure,
+        failure: &HttpError,
     ) -> anyhow::Error {
         let endpoint = &self.endpoint.address;
         let noun = kind.noun();
@@ -28,20 +28,20 @@ impl Hub<'_> {
             "set `HF_TOKEN` or log in with `hf auth login`"
         };
         let (status, code, says, wait) = match failure {
-            Failure::Connection(reason) => {
+            HttpError::Connection(reason) => {
                 return anyhow!(
                     "could not fetch {what} from {endpoint}: {reason}; check the network and `HF_ENDPOINT`, or use `--offline`"
                 );
             }
-            Failure::Certificate(reason) => {
+            HttpError::Certificate(reason) => {
                 return anyhow!("could not fetch {what} from {endpoint}: {reason}");
             }
-            Failure::Nonsense(reason) => {
+            HttpError::Malformed(reason) => {
                 return anyhow!(
                     "could not fetch {what} from {endpoint}: {reason}; is `HF_ENDPOINT` the address of a hub?"
                 );
             }
-            Failure::Status {
+            HttpError::Status {
                 status,
                 code,
                 says,

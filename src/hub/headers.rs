@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use ureq::http::{HeaderMap, HeaderValue};
 
-use super::http::Failure;
+use super::http_error::HttpError;
 
 /// What headers say of a file.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
@@ -68,12 +68,12 @@ fn plain_etag(etag: &str) -> Option<String> {
 }
 
 /// A body that is packed all the same has another size and other bytes.
-pub(super) fn check_encoding(headers: &HeaderMap<HeaderValue>) -> Result<(), Failure> {
+pub(super) fn check_encoding(headers: &HeaderMap<HeaderValue>) -> Result<(), HttpError> {
     match text(headers, "content-encoding").map(str::trim) {
         None | Some("" | "identity") => Ok(()),
         Some(other) => {
             let other: String = other.chars().take(20).collect();
-            Err(Failure::Nonsense(format!(
+            Err(HttpError::Malformed(format!(
                 "it sends a packed body (`{other}`) though none was asked for"
             )))
         }

@@ -11,63 +11,12 @@ use ureq::{Agent, Body, Proxy};
 
 use super::endpoint::{Endpoint, Origin};
 use super::headers::{Facts, check_encoding, finish, text, told_wait};
+use super::http_error::HttpError;
 use super::{HubSettings, tls};
 
 const MAX_REDIRECTS: usize = 10;
 /// The longest sentence of a server that is passed on.
 const LONGEST_SENTENCE: usize = 300;
-
-/// Why a request brought nothing.
-#[derive(Debug)]
-pub(super) enum Failure {
-    /// The server answered, but not with what was asked for.
-    Status {
-        status: u16,
-        /// The hub's own word for it: `GatedRepo`, `RepoNotFound`, `RevisionNotFound`, `EntryNotFound`.
-        code: Option<String>,
-        /// The hub's sentence.
-        says: Option<String>,
-        /// How long it asks to wait.
-        wait: Option<Duration>,
-    },
-    /// The connection failed or fell silent; another try may work.
-    Connection(String),
-    /// The server's certificate is not trusted.
-    Certificate(String),
-    /// An answer that makes no sense.
-    Nonsense(String),
-}
-
-impl Failure {
-    /// Whether the same request may work a little later.
-    pub(super) fn may_pass(&self) -> bool {
-        match self {
-            Self::Status { status, .. } => *status == 408 || *status == 429 || *status >= 500,
-            Self::Connection(_) => true,
-            Self::Certificate(_) | Self::Nonsense(_) => false,
-        }
-    }
-
-    /// Whether it looks as if the server knew nothing of such addresses at all: a mirror of a part of the hub.
-    pub(super) fn is_unknown_page(&self) -> bool {
-        match self {
-            Self::Status { status, code, .. } => {
-                [400, 404, 405, 501].contains(status) && code.is_none()
-            }
-            Self::Nonsense(_) => true,
-            Self::Connection(_) | Self::Certificate(_) => false,
-        }
-    }
-
-    fn of(status: u16, headers: &HeaderMap<HeaderValue>) -> Self {
-        Self::Status {
-            status,
-            code: text(headers, "x-error-code").map(str::to_owned),
-            says: text(headers, "x-error-message").map(str::to_owned),
-            wait: told_wait(status, headers),
-        }
-    }
-}
 
 /// An answer with a body, and the headers of the redirects before it.
 pub(super) struct Reply {
@@ -142,7 +91,7 @@ impl Http {
 
     fn agent(&self, origin: &Origin, for_file: bool) -> anyhow::Result<Agent> {
         let secure = origin.scheme == "https";
-        let proxy = self.settings.proxies.choose(&origin.scheme, &origin.host);
+        let proxy = self.settings.proxies.for_host(&origin.scheme, &origin.host);
         let key = (secure, proxy.map(str::to_owned), for_file);
         let mut agents = self.agents.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(agent) = agents.get(&key) {
@@ -179,12 +128,12 @@ impl Http {
     }
 
     /// The answer to `GET uri`, from byte `start` on. Only 200 and 206 are answers.
-    pub(super) fn get(&self, uri: &Uri, start: u64) -> Result<Reply, Failure> {
+    pub(super) fn get(&self, uri: &Uri, start: u64) -> Result<Reply, HttpError> {
         let range = (start > 0).then(|| format!("bytes={start}-"));
         self.follow(uri, range.as_deref(), true)
     }
 
-    fn follow(&self, uri: &Uri, range: Option<&str>, for_file: bool) -> Result<Reply, Failure> {
+    fn follow(&self, uri: &Uri, range: Option<&str>, for_file: bool) -> Result<Reply, HttpError> {
         let mut uri = uri.clone();
         let mut hops = Vec::new();
         for _ in 0..=MAX_REDIRECTS {
@@ -198,7 +147,7 @@ impl Http {
                     uri = target(&uri, status, response.headers())?;
                     hops.push(response.headers().clone());
                 }
-                status => return Err(Failure::of(status, response.headers())),
+                status => return Err(status_error(status, response.headers())),
             }
         }
         Err(too_many())
@@ -209,20 +158,20 @@ impl Http {
         &self,
         uri: &Uri,
         left: &mut u64,
-    ) -> Result<(T, Option<Uri>), Failure> {
+    ) -> Result<(T, Option<Uri>), HttpError> {
         let mut response = self.follow(uri, None, false)?.response;
         let link = text(response.headers(), "link").unwrap_or_default();
         let next = next_page(link, uri, &self.endpoint)?;
         let body = response.body_mut().with_config().limit(*left);
         let text = body.read_to_vec().map_err(|error| match error {
             ureq::Error::BodyExceedsLimit(_) => {
-                Failure::Nonsense("it answers with a list of files that is too long".into())
+                HttpError::Malformed("it answers with a list of files that is too long".into())
             }
-            error => Failure::Connection(error.to_string()),
+            error => HttpError::Connection(error.to_string()),
         })?;
         *left = left.saturating_sub(text.len() as u64);
         let read = serde_json::from_slice(&text).map_err(|_| {
-            Failure::Nonsense(
+            HttpError::Malformed(
                 "it answers with something that is no description of a repository".into(),
             )
         })?;
@@ -230,9 +179,9 @@ impl Http {
     }
 
     /// What the hub says of a file without sending it: by `HEAD`, or by a range of one byte where that is refused.
-    pub(super) fn head(&self, uri: &Uri) -> Result<Facts, Failure> {
+    pub(super) fn head(&self, uri: &Uri) -> Result<Facts, HttpError> {
         match self.ask_head(uri) {
-            Err(Failure::Status {
+            Err(HttpError::Status {
                 status: 400 | 403 | 405 | 501,
                 code: None,
                 ..
@@ -246,7 +195,7 @@ impl Http {
         }
     }
 
-    fn ask_head(&self, uri: &Uri) -> Result<Facts, Failure> {
+    fn ask_head(&self, uri: &Uri) -> Result<Facts, HttpError> {
         let mut uri = uri.clone();
         let mut facts = Facts::default();
         for _ in 0..=MAX_REDIRECTS {
@@ -267,13 +216,13 @@ impl Http {
                         return Ok(facts);
                     }
                 }
-                status => return Err(Failure::of(status, headers)),
+                status => return Err(status_error(status, headers)),
             }
         }
         Err(too_many())
     }
 
-    fn ask_byte(&self, uri: &Uri) -> Result<Facts, Failure> {
+    fn ask_byte(&self, uri: &Uri) -> Result<Facts, HttpError> {
         let mut uri = uri.clone();
         let mut facts = Facts::default();
         let mut range = Some("bytes=0-0");
@@ -291,7 +240,7 @@ impl Http {
                     facts.add(headers);
                     uri = target(&uri, status, headers)?;
                 }
-                status => return Err(Failure::of(status, headers)),
+                status => return Err(status_error(status, headers)),
             }
         }
         Err(too_many())
@@ -303,12 +252,12 @@ impl Http {
         method: &str,
         range: Option<&str>,
         for_file: bool,
-    ) -> Result<Response<Body>, Failure> {
+    ) -> Result<Response<Body>, HttpError> {
         let origin = Origin::of(uri)
-            .ok_or_else(|| Failure::Nonsense("it names an address that is none".into()))?;
+            .ok_or_else(|| HttpError::Malformed("it names an address that is none".into()))?;
         let agent = self
             .agent(&origin, for_file)
-            .map_err(|error| Failure::Nonsense(format!("{error:#}")))?;
+            .map_err(|error| HttpError::Malformed(format!("{error:#}")))?;
         let mut request = if method == "HEAD" {
             agent.head(uri)
         } else {
@@ -327,11 +276,11 @@ impl Http {
         }
         request.call().map_err(|error| match error {
             ureq::Error::BadUri(_) | ureq::Error::Http(_) => {
-                Failure::Nonsense("it names an address that is none".into())
+                HttpError::Malformed("it names an address that is none".into())
             }
             error => match tls::refusal(&error, &origin.host) {
-                Some(reason) => Failure::Certificate(reason),
-                None => Failure::Connection(error.to_string()),
+                Some(reason) => HttpError::Certificate(reason),
+                None => HttpError::Connection(error.to_string()),
             },
         })
     }
@@ -353,15 +302,25 @@ impl Http {
     }
 }
 
-fn too_many() -> Failure {
-    Failure::Nonsense(format!("it redirects more than {MAX_REDIRECTS} times"))
+/// The error of an answer with another status than was asked for.
+fn status_error(status: u16, headers: &HeaderMap<HeaderValue>) -> HttpError {
+    HttpError::Status {
+        status,
+        code: text(headers, "x-error-code").map(str::to_owned),
+        says: text(headers, "x-error-message").map(str::to_owned),
+        wait: told_wait(status, headers),
+    }
 }
 
-fn target(from: &Uri, status: u16, headers: &HeaderMap<HeaderValue>) -> Result<Uri, Failure> {
+fn too_many() -> HttpError {
+    HttpError::Malformed(format!("it redirects more than {MAX_REDIRECTS} times"))
+}
+
+fn target(from: &Uri, status: u16, headers: &HeaderMap<HeaderValue>) -> Result<Uri, HttpError> {
     text(headers, "location")
         .and_then(|target| follow(from, target))
         .ok_or_else(|| {
-            Failure::Nonsense(format!(
+            HttpError::Malformed(format!(
                 "it redirects ({status}) without a usable `Location`"
             ))
         })
@@ -369,7 +328,7 @@ fn target(from: &Uri, status: u16, headers: &HeaderMap<HeaderValue>) -> Result<U
 
 /// The next page of `Link: <..>; rel="next"`. A mirror passes on the hub's own address: it is asked for at the mirror. A next
 /// page that can't be asked for is an error, since the list would end there without a word.
-fn next_page(link: &str, asked: &Uri, endpoint: &Endpoint) -> Result<Option<Uri>, Failure> {
+fn next_page(link: &str, asked: &Uri, endpoint: &Endpoint) -> Result<Option<Uri>, HttpError> {
     let mut rest = link;
     loop {
         let found = rest
@@ -393,7 +352,7 @@ fn next_page(link: &str, asked: &Uri, endpoint: &Endpoint) -> Result<Option<Uri>
                 let path = next.path_and_query()?;
                 format!("{}{path}", endpoint.address).parse().ok()
             });
-            let nonsense = || Failure::Nonsense("its list of files goes on nowhere".into());
+            let nonsense = || HttpError::Malformed("its list of files goes on nowhere".into());
             return next.ok_or_else(nonsense).map(Some);
         }
         rest = &after[end..];

@@ -10,7 +10,7 @@ use ureq::http::Uri;
 
 use super::client::{MAX_DESCRIPTION, Sibling, write_whole};
 use super::headers::Facts;
-use super::http::Failure;
+use super::http_error::HttpError;
 use super::names::{check_file, check_repo, escape, is_commit, is_hex};
 use super::{Hub, RemoteFile, Snapshot};
 
@@ -74,7 +74,7 @@ impl Hub<'_> {
         }
         let mut files = match self.tree(snapshot)? {
             Ok(files) => files,
-            Err(failure) if failure.is_unknown_page() => self.described(snapshot)?,
+            Err(failure) if failure.is_unsupported() => self.described(snapshot)?,
             Err(failure) => {
                 return Err(self.explain(snapshot.kind, repo, commit, None, &failure));
             }
@@ -99,7 +99,7 @@ impl Hub<'_> {
     }
 
     /// All pages of the hub's tree.
-    fn tree(&self, snapshot: &Snapshot) -> anyhow::Result<Result<Vec<RemoteFile>, Failure>> {
+    fn tree(&self, snapshot: &Snapshot) -> anyhow::Result<Result<Vec<RemoteFile>, HttpError>> {
         let query = "?recursive=true&expand=false";
         let first = self.api(
             snapshot.kind,
@@ -115,7 +115,7 @@ impl Hub<'_> {
                 self.persist(|| self.http.read::<Vec<Entry>>(&uri, &mut left))?
             } else {
                 let reason = "its list of files goes round in a circle";
-                Err(Failure::Nonsense(reason.into()))
+                Err(HttpError::Malformed(reason.into()))
             };
             let entries = match page {
                 Ok((entries, more)) => {

@@ -13,6 +13,7 @@ mod endpoint;
 mod explain;
 mod headers;
 mod http;
+mod http_error;
 mod listing;
 mod names;
 mod proxies;

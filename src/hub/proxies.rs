@@ -35,9 +35,9 @@ impl Proxies {
     }
 
     /// The proxy for an address; this machine is always reached without one.
-    pub(super) fn choose(&self, scheme: &str, host: &str) -> Option<&str> {
+    pub(super) fn for_host(&self, scheme: &str, host: &str) -> Option<&str> {
         let host = host.to_lowercase();
-        if is_loopback(&host) || self.none.iter().any(|rule| fits(rule, &host)) {
+        if is_loopback(&host) || self.none.iter().any(|rule| rule_matches(rule, &host)) {
             return None;
         }
         let own = if scheme == "https" {
@@ -49,7 +49,7 @@ impl Proxies {
     }
 }
 
-fn fits(rule: &str, host: &str) -> bool {
+fn rule_matches(rule: &str, host: &str) -> bool {
     if rule == "*" {
         return true;
     }
@@ -86,12 +86,15 @@ mod tests {
             ("HTTPS_PROXY", "http://large:1"),
             ("ALL_PROXY", "http://all:1"),
         ]);
-        assert_eq!(found.choose("https", "hub.example"), Some("http://small:1"));
-        assert_eq!(found.choose("http", "hub.example"), Some("http://all:1"));
-        assert_eq!(found.choose("http", "127.0.0.1"), None);
+        assert_eq!(
+            found.for_host("https", "hub.example"),
+            Some("http://small:1")
+        );
+        assert_eq!(found.for_host("http", "hub.example"), Some("http://all:1"));
+        assert_eq!(found.for_host("http", "127.0.0.1"), None);
         // As in curl and huggingface_hub, a proxy for http is none for https.
         let found = proxies(&[("HTTP_PROXY", "http://plain:1")]);
-        assert_eq!(found.choose("https", "hub.example"), None);
+        assert_eq!(found.for_host("https", "hub.example"), None);
     }
 
     #[test]
@@ -110,12 +113,12 @@ mod tests {
             "10.1.2.3",
             "192.168.1.7",
         ] {
-            assert_eq!(found.choose("http", host), None, "{host}");
+            assert_eq!(found.for_host("http", host), None, "{host}");
         }
         for host in ["amirror.corp", "inner.example", "11.1.2.3", "192.168.1.8"] {
-            assert!(found.choose("http", host).is_some(), "{host}");
+            assert!(found.for_host("http", host).is_some(), "{host}");
         }
         let found = proxies(&[("ALL_PROXY", "http://all:1"), ("NO_PROXY", "*")]);
-        assert_eq!(found.choose("https", "huggingface.co"), None);
+        assert_eq!(found.for_host("https", "huggingface.co"), None);
     }
 }

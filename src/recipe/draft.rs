@@ -10,8 +10,8 @@ use crate::engine::Kind;
 
 use super::error::{RecipeError, RecipeErrors};
 use super::hints;
-use super::places::{Place, Places, Steps, child, keys, lines};
 use super::schema::Parameters;
+use super::source_map::{RecipePath, SourceMap, SourceSpan, child, keys, lines};
 
 /// The keys a recipe may have.
 pub(crate) const TOP: [&str; 5] = ["version", "description", "vars", "stages", "outputs"];
@@ -24,15 +24,15 @@ pub(crate) struct Draft<'a> {
     file: &'a Path,
     lines: Vec<&'a str>,
     pub(crate) kinds: &'static [Kind],
-    pub(crate) places: Places,
+    pub(crate) source_map: SourceMap,
     pub(crate) description: Option<String>,
     pub(crate) errors: Vec<RecipeError>,
     /// What `--set` replaced, with the argument.
-    pub(crate) set: BTreeMap<Steps, String>,
+    pub(crate) set: BTreeMap<RecipePath, String>,
     /// Values that took in a var that `--set` replaced, with the argument.
-    pub(crate) through_vars: BTreeMap<Steps, String>,
+    pub(crate) through_vars: BTreeMap<RecipePath, String>,
     /// Values that are known to be wrong, so that their types are not looked at.
-    pub(crate) broken: BTreeSet<Steps>,
+    pub(crate) broken: BTreeSet<RecipePath>,
     /// What vars and `--set` may still put in.
     left: (usize, usize),
     /// What is known of kinds that occurred.
@@ -45,7 +45,7 @@ impl<'a> Draft<'a> {
             file,
             lines: lines(text),
             kinds,
-            places: Places::default(),
+            source_map: SourceMap::default(),
             description: None,
             errors: Vec::new(),
             set: BTreeMap::new(),
@@ -80,7 +80,7 @@ impl<'a> Draft<'a> {
                 Ok(())
             }
             _ => Err(format!(
-                "vars and `--set` put in more than {} values or {} MiB of text",
+                "vars and `--set` insert more than {} values or {} MiB of text",
                 MOST_PUT_IN.0,
                 MOST_PUT_IN.1 >> 20
             )),
@@ -96,14 +96,14 @@ impl<'a> Draft<'a> {
     pub(crate) fn push(
         &mut self,
         message: String,
-        place: Option<Place>,
+        span: Option<SourceSpan>,
         origin: Option<String>,
         hint: Option<String>,
     ) {
         self.errors.push(RecipeError {
             file: self.file.to_owned(),
             message,
-            place,
+            span,
             origin,
             hint,
             source_line: None,
@@ -111,16 +111,22 @@ impl<'a> Draft<'a> {
     }
 
     /// A mistake in the value at `path`.
-    pub(crate) fn value_error(&mut self, path: &Steps, message: String, hint: Option<String>) {
-        self.error(path, self.places.value(path), message, hint);
+    pub(crate) fn value_error(&mut self, path: &RecipePath, message: String, hint: Option<String>) {
+        self.error(path, self.source_map.value(path), message, hint);
     }
 
     /// A mistake in the key at `path`.
-    pub(crate) fn key_error(&mut self, path: &Steps, message: String, hint: Option<String>) {
-        self.error(path, self.places.key(path), message, hint);
+    pub(crate) fn key_error(&mut self, path: &RecipePath, message: String, hint: Option<String>) {
+        self.error(path, self.source_map.key(path), message, hint);
     }
 
-    fn error(&mut self, path: &Steps, place: Option<Place>, message: String, hint: Option<String>) {
+    fn error(
+        &mut self,
+        path: &RecipePath,
+        span: Option<SourceSpan>,
+        message: String,
+        hint: Option<String>,
+    ) {
         if let Some(origin) = around(&self.set, path) {
             let origin = origin.clone();
             return self.push(message, None, Some(origin), hint);
@@ -131,23 +137,23 @@ impl<'a> Draft<'a> {
             (None, Some(origin)) => Some(format!("the value comes from `{origin}`")),
             (hint, None) => hint,
         };
-        self.push(message, place, None, hint);
+        self.push(message, span, None, hint);
     }
 
     /// Whether the value at `path` was given, wholly or in part, on the command line.
-    pub(crate) fn is_from_command_line(&self, path: &Steps) -> bool {
+    pub(crate) fn is_from_command_line(&self, path: &RecipePath) -> bool {
         around(&self.set, path).is_some() || around(&self.through_vars, path).is_some()
     }
 
     /// Checks the keys at the top. Whether there is something to go on with.
     pub(crate) fn top(&mut self, value: &Value) -> bool {
         let Value::Mapping(map) = value else {
-            let (message, place) = match value {
+            let (message, span) = match value {
                 Value::Null => ("the recipe is empty", None),
-                _ => ("a recipe is a map", self.places.value(&Vec::new())),
+                _ => ("a recipe is a map", self.source_map.value(&Vec::new())),
             };
             let hint = "begin with `version: 1`, then `stages:`".to_owned();
-            self.push(message.to_owned(), place, None, Some(hint));
+            self.push(message.to_owned(), span, None, Some(hint));
             return false;
         };
         for key in map.keys().filter_map(Value::as_str) {
@@ -168,7 +174,7 @@ impl<'a> Draft<'a> {
         let version = keys(&["version"]);
         match map.get("version") {
             None => self.push(
-                "the recipe does not say its version".to_owned(),
+                "the recipe has no `version`".to_owned(),
                 None,
                 None,
                 Some("begin with `version: 1`".to_owned()),
@@ -199,7 +205,7 @@ impl<'a> Draft<'a> {
         &mut self,
         value: &'v Value,
         name: &str,
-    ) -> Vec<(String, Steps, &'v Value)> {
+    ) -> Vec<(String, RecipePath, &'v Value)> {
         let path = keys(&[name]);
         match value.get(name) {
             None | Some(Value::Null) => Vec::new(),
@@ -219,13 +225,12 @@ impl<'a> Draft<'a> {
     /// All mistakes, by line.
     pub(crate) fn into_errors(mut self) -> RecipeErrors {
         self.errors.sort_by_key(|error| {
-            let place = error.place.map(|place| (place.line, place.column));
-            (error.origin.is_some(), place)
+            let span = error.span.map(|span| (span.line, span.column));
+            (error.origin.is_some(), span)
         });
         let mut seen = BTreeSet::new();
-        self.errors.retain(|error| {
-            seen.insert((error.place, error.origin.clone(), error.message.clone()))
-        });
+        self.errors
+            .retain(|error| seen.insert((error.span, error.origin.clone(), error.message.clone())));
         let more = self.errors.len().saturating_sub(MAX_ERRORS);
         if more > 0 {
             self.errors.truncate(MAX_ERRORS);
@@ -234,8 +239,8 @@ impl<'a> Draft<'a> {
         // Only now: thousands of mistakes may stand in one long line.
         for error in &mut self.errors {
             let line = error
-                .place
-                .and_then(|place| self.lines.get(place.line.checked_sub(1)?));
+                .span
+                .and_then(|span| self.lines.get(span.line.checked_sub(1)?));
             error.source_line = line.map(|line| (*line).to_owned());
         }
         RecipeErrors(self.errors)
@@ -259,7 +264,7 @@ fn cost(value: &Value, values: &mut usize, bytes: &mut usize) {
 }
 
 /// The entry of `map` at `path` or above it.
-fn around<'m>(map: &'m BTreeMap<Steps, String>, path: &Steps) -> Option<&'m String> {
+fn around<'m>(map: &'m BTreeMap<RecipePath, String>, path: &RecipePath) -> Option<&'m String> {
     (1..=path.len())
         .rev()
         .find_map(|length| map.get(path.get(..length)?))

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::places::Place;
+use super::source_map::SourceSpan;
 
 /// One mistake.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -12,12 +12,12 @@ pub struct RecipeError {
     /// What is wrong.
     pub message: String,
     /// Where it is written, when it is in the file.
-    pub place: Option<Place>,
+    pub span: Option<SourceSpan>,
     /// The argument it came from, when it is on the command line: `--set vars.seed=one`.
     pub origin: Option<String>,
     /// What to do.
     pub hint: Option<String>,
-    /// The line at the place.
+    /// The line at the span.
     pub source_line: Option<String>,
 }
 
@@ -27,9 +27,9 @@ pub struct RecipeErrors(pub Vec<RecipeError>);
 
 impl std::fmt::Display for RecipeError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match (&self.origin, self.place) {
+        match (&self.origin, self.span) {
             (Some(origin), _) => write!(f, "{origin}: ")?,
-            (None, Some(place)) => write!(f, "{}:{place}: ", self.file.display())?,
+            (None, Some(span)) => write!(f, "{}:{span}: ", self.file.display())?,
             (None, None) => write!(f, "{}: ", self.file.display())?,
         }
         f.write_str(&self.message)?;

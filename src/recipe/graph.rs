@@ -7,7 +7,7 @@ use super::{Recipe, RecipeStage};
 /// How to draw.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
-    /// One line a stage, in the order they run.
+    /// One line per stage, in the order they run.
     Text,
     /// A Mermaid flowchart.
     Mermaid,

@@ -129,15 +129,15 @@ const ELSEWHERE: &[(&str, &str)] = &[
     ),
     (
         "output_dir",
-        "where results are put is said under `outputs:` at the top",
+        "`outputs:` at the top level says where results are published",
     ),
     (
         "export_dir",
-        "where results are put is said under `outputs:` at the top",
+        "`outputs:` at the top level says where results are published",
     ),
     (
         "overwrite_output_dir",
-        "results are kept by their content, and `outputs:` says where they are put",
+        "results are stored by their content, and `outputs:` says where they are published",
     ),
     (
         "save_total_limit",

@@ -1,4 +1,4 @@
-//! The recipe: YAML text to typed stages, with the place of every mistake.
+//! The recipe: YAML text to typed stages, with the position of every mistake.
 //!
 //! The way: text, then a YAML value ([`read`](self::read)), then `--set` ([`set`](self::set)), then `${vars}`
 //! ([`vars`](self::vars)), then typed stages ([`stage`](self::stage)), then edges and outputs ([`wiring`](self::wiring)).
@@ -9,12 +9,13 @@ mod draft;
 mod error;
 pub mod graph;
 mod hints;
-mod places;
 mod read;
 mod schema;
 mod sentence;
 mod set;
+mod source_map;
 mod stage;
+mod syntax;
 #[cfg(test)]
 mod tests;
 mod vars;
@@ -28,10 +29,12 @@ use crate::engine::{AnyStage, Handling, Kind};
 
 use draft::Draft;
 pub use error::{RecipeError, RecipeErrors};
-pub use places::{Place, Step, Steps, display as display_path, parse as parse_path};
-use places::{Places, keys};
 pub use read::yaml;
 pub use schema::{reference, schema};
+pub use source_map::{
+    PathStep, RecipePath, SourceSpan, display as display_path, parse as parse_path,
+};
+use source_map::{SourceMap, keys};
 
 /// A value given on the command line: `--set stages.tuned.train_orpo.beta=0.2`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,7 +57,7 @@ pub struct Recipe {
     pub stages: Vec<RecipeStage>,
     /// What is put where for people to use, in the order of the recipe.
     pub outputs: Vec<Output>,
-    places: Places,
+    source_map: SourceMap,
     order: Vec<usize>,
 }
 
@@ -73,7 +76,7 @@ pub struct RecipeStage {
     /// The local files it reads.
     pub files: Vec<SourceFile>,
     /// Where its name is written.
-    pub place: Place,
+    pub span: SourceSpan,
 }
 
 /// A parameter that takes another stage's artifact.
@@ -106,7 +109,7 @@ pub struct Output {
     /// The path: relative, and inside the folder it starts at.
     pub path: String,
     /// Where it is written; the start of the file when it came from `--set`.
-    pub place: Place,
+    pub span: SourceSpan,
 }
 
 impl Recipe {
@@ -121,8 +124,8 @@ impl Recipe {
     }
 
     /// Where the value at a path such as `stages.tuned.train_orpo.beta` is written, or the nearest thing around it.
-    pub fn place_of(&self, path: &str) -> Option<Place> {
-        self.places.value(&places::parse(path).ok()?)
+    pub fn span_of(&self, path: &str) -> Option<SourceSpan> {
+        self.source_map.value(&source_map::parse(path).ok()?)
     }
 
     /// The stage name that is most like `name`, for a did-you-mean.
@@ -141,7 +144,7 @@ pub fn load(
         RecipeErrors(vec![RecipeError {
             file: path.to_owned(),
             message,
-            place: None,
+            span: None,
             origin: None,
             hint: hint.map(str::to_owned),
             source_line: None,
@@ -197,14 +200,14 @@ pub fn parse(
     let mut draft = Draft::new(path, text, kinds);
     let mut value = match read::read(text) {
         Ok(read) => {
-            draft.places = read.places;
+            draft.source_map = read.source_map;
             for mistake in read.mistakes {
-                draft.push(mistake.message, mistake.place, None, mistake.hint);
+                draft.push(mistake.message, mistake.span, None, mistake.hint);
             }
             read.value
         }
         Err(mistake) => {
-            draft.push(mistake.message, mistake.place, None, mistake.hint);
+            draft.push(mistake.message, mistake.span, None, mistake.hint);
             return Err(draft.into_errors());
         }
     };
@@ -218,14 +221,14 @@ pub fn parse(
     if !draft.errors.is_empty() {
         return Err(draft.into_errors());
     }
-    let start = Place {
+    let start = SourceSpan {
         line: 1,
         column: 1,
         length: 1,
     };
     let mut stages = Vec::with_capacity(wired.stages.len());
     for stage in wired.stages {
-        let place = draft.places.key(&keys(&["stages", &stage.name]));
+        let span = draft.source_map.key(&keys(&["stages", &stage.name]));
         // Every stage has its parts when there is no error.
         let (Some(kind), Some(typed)) = (stage.kind, stage.typed) else {
             continue;
@@ -237,7 +240,7 @@ pub fn parse(
             handling: stage.handling,
             edges: stage.edges,
             files: stage.files,
-            place: place.unwrap_or(start),
+            span: span.unwrap_or(start),
         });
     }
     Ok(Recipe {
@@ -249,15 +252,15 @@ pub fn parse(
             .outputs
             .into_iter()
             .map(|(stage, path)| Output {
-                place: draft
-                    .places
+                span: draft
+                    .source_map
                     .value(&keys(&["outputs", &stage]))
                     .unwrap_or(start),
                 stage,
                 path,
             })
             .collect(),
-        places: draft.places,
+        source_map: draft.source_map,
         order: wired.order,
     })
 }

@@ -1,7 +1,7 @@
-//! Text to a YAML value, with the place of everything.
+//! Text to a YAML value, with the position of everything.
 //!
 //! `serde_yaml` tells a line and column only in errors, so each scalar is read by a visitor that keeps the value and fails
-//! on purpose: the error carries the place, and the parser stands behind the scalar and goes on. One pass finds all places
+//! on purpose: the error carries the position, and the parser stands behind the scalar and goes on. One pass finds all spans
 //! (style: no second YAML parser). Duplicate keys and merges are dealt with on the way, because a plain typed read keeps the last of two equal keys.
 
 use std::cell::{Cell, RefCell};
@@ -9,7 +9,8 @@ use std::cell::{Cell, RefCell};
 use serde::de::{DeserializeSeed, EnumAccess, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_yaml::{Mapping, Value};
 
-use super::places::{Id, Place, Places, Spot, Step, lines};
+use super::source_map::{BranchId, EntrySpans, PathStep, SourceMap, SourceSpan, lines};
+use super::syntax::{Mistake, OURS, syntax};
 
 /// The largest recipe, in bytes.
 const MAX_BYTES: usize = 1 << 20;
@@ -22,17 +23,10 @@ const MAX_BRACKETS: usize = 500;
 /// What the failing visitor says.
 const MARK: &str = "$place";
 
-/// A mistake in the text itself.
-pub(crate) struct Mistake {
-    pub(crate) message: String,
-    pub(crate) place: Option<Place>,
-    pub(crate) hint: Option<String>,
-}
-
 /// What reading gives.
 pub(crate) struct Read {
     pub(crate) value: Value,
-    pub(crate) places: Places,
+    pub(crate) source_map: SourceMap,
     pub(crate) mistakes: Vec<Mistake>,
 }
 
@@ -40,7 +34,7 @@ pub(crate) struct Read {
 pub(crate) fn read(text: &str) -> Result<Read, Mistake> {
     let whole = |message: String, hint: &str| Mistake {
         message,
-        place: None,
+        span: None,
         hint: Some(hint.to_owned()),
     };
     if text.len() > MAX_BYTES {
@@ -56,20 +50,20 @@ pub(crate) fn read(text: &str) -> Result<Read, Mistake> {
     }
     let reader = Reader {
         lines: lines(text),
-        places: RefCell::default(),
+        source_map: RefCell::default(),
         mistakes: RefCell::default(),
         values: Cell::new(0),
         text: Cell::new(0),
     };
     let node = Node {
         reader: &reader,
-        id: Places::ROOT,
+        id: SourceMap::ROOT,
         key: None,
     };
     match node.deserialize(serde_yaml::Deserializer::from_str(text)) {
         Ok((value, _)) => Ok(Read {
             value,
-            places: reader.places.into_inner(),
+            source_map: reader.source_map.into_inner(),
             mistakes: reader.mistakes.into_inner(),
         }),
         Err(error) => Err(syntax(&error, &reader.lines)),
@@ -102,84 +96,9 @@ fn brackets(text: &str) -> usize {
     most
 }
 
-/// A sentence for an error of the YAML parser.
-fn syntax(error: &serde_yaml::Error, lines: &[&str]) -> Mistake {
-    // The end of the text may be told as the start of a line behind the last one.
-    let place = error.location().map(|location| {
-        if location.line() <= lines.len() {
-            Place {
-                line: location.line(),
-                column: location.column(),
-                length: 1,
-            }
-        } else {
-            Place {
-                line: lines.len(),
-                column: lines.last().map_or(0, |line| line.chars().count()) + 1,
-                length: 1,
-            }
-        }
-    });
-    let text = error.to_string();
-    // The innermost sentence: paths come before it, the place and the parser's context behind.
-    let (problem, context) = text.split_once(", ").unwrap_or((&text, ""));
-    let problem = problem.split(" at line ").next().unwrap_or_default();
-    let at = place.and_then(|place| lines.get(place.line - 1)?.chars().nth(place.column - 1));
-    let (message, hint) = if let Some((_, ours)) = problem.split_once(OURS) {
-        let (message, hint) = ours.split_once('|').unwrap_or((ours, ""));
-        (message.to_owned(), hint.to_owned())
-    } else if problem.contains("more than one document") {
-        (
-            "the file holds more than one YAML document".to_owned(),
-            "one recipe a file: remove the `---` between them".to_owned(),
-        )
-    } else if problem.contains("recursion limit") {
-        (
-            "the recipe is nested too deeply".to_owned(),
-            "the limit is 128 levels; an alias must not contain itself".to_owned(),
-        )
-    } else if problem.contains("repetition limit") {
-        (
-            "the recipe's aliases expand to too much".to_owned(),
-            "the limit is 200000 values".to_owned(),
-        )
-    } else if problem.contains("unknown anchor") {
-        (
-            "the alias has no anchor".to_owned(),
-            "write `&name` before the value that `*name` repeats; a text that begins with `*` needs quotes".to_owned(),
-        )
-    } else {
-        let hint = if at == Some('\t') {
-            "YAML is indented with spaces, not with tabs".to_owned()
-        } else if unquoted_var(place.and_then(|place| lines.get(place.line - 1)).copied()) {
-            "a var needs quotes inside `{ }` and `[ ]`: `\"${name}\"`".to_owned()
-        } else {
-            context.to_owned()
-        };
-        (format!("this is not valid YAML: {problem}"), hint)
-    };
-    Mistake {
-        message,
-        place,
-        hint: Some(hint).filter(|hint| !hint.is_empty()),
-    }
-}
-
-/// Whether a line has a var without quotes inside brackets, where its brace begins a map.
-fn unquoted_var(line: Option<&str>) -> bool {
-    let line = line.unwrap_or_default();
-    line.match_indices("${").any(|(at, _)| {
-        let before = line.get(..at).unwrap_or_default();
-        before.contains(['{', '[']) && !before.ends_with(['"', '\'', '$'])
-    })
-}
-
-/// Stands before our own sentences in the parser's errors; `|` parts the hint.
-const OURS: &str = "$ours ";
-
 struct Reader<'text> {
     lines: Vec<&'text str>,
-    places: RefCell<Places>,
+    source_map: RefCell<SourceMap>,
     mistakes: RefCell<Vec<Mistake>>,
     values: Cell<usize>,
     /// Bytes of the texts so far.
@@ -189,9 +108,9 @@ struct Reader<'text> {
 /// One value to read.
 struct Node<'a, 'text> {
     reader: &'a Reader<'text>,
-    id: Id,
+    id: BranchId,
     /// Where the key is, or `None` for an element of a list and the whole.
-    key: Option<Place>,
+    key: Option<SourceSpan>,
 }
 
 /// Reads a scalar or a container; a scalar lands in `kept`.
@@ -201,7 +120,7 @@ struct Visit<'a, 'text> {
 }
 
 impl<'de> DeserializeSeed<'de> for Node<'_, '_> {
-    type Value = (Value, Option<Place>);
+    type Value = (Value, Option<SourceSpan>);
 
     fn deserialize<D: serde::Deserializer<'de>>(
         self,
@@ -232,13 +151,13 @@ impl<'de> DeserializeSeed<'de> for Node<'_, '_> {
             }
             (Err(error), None) => return Err(error),
         };
-        let place = self.reader.value_place(&value, mark, self.key);
-        if let Some(place) = place {
-            let key = self.key.unwrap_or(place);
-            let spot = Spot { key, value: place };
-            self.reader.places.borrow_mut().note(self.id, spot);
+        let span = self.reader.value_span(&value, mark, self.key);
+        if let Some(span) = span {
+            let key = self.key.unwrap_or(span);
+            let spans = EntrySpans { key, value: span };
+            self.reader.source_map.borrow_mut().note(self.id, spans);
         }
-        Ok((value, self.key.or(place)))
+        Ok((value, self.key.or(span)))
     }
 }
 
@@ -246,14 +165,14 @@ impl Visit<'_, '_> {
     fn keep<E: serde::de::Error>(
         self,
         value: impl Into<Value>,
-    ) -> Result<(Value, Option<Place>), E> {
+    ) -> Result<(Value, Option<SourceSpan>), E> {
         *self.kept.borrow_mut() = Some(value.into());
         Err(E::custom(MARK))
     }
 }
 
 impl<'de> Visitor<'de> for Visit<'_, '_> {
-    type Value = (Value, Option<Place>);
+    type Value = (Value, Option<SourceSpan>);
 
     fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("any YAML value")
@@ -298,15 +217,15 @@ impl<'de> Visitor<'de> for Visit<'_, '_> {
         let mut first = None;
         loop {
             let reader = self.node.reader;
-            let id = reader.grow(self.node.id, Step::Index(elements.len()));
+            let id = reader.grow(self.node.id, PathStep::Index(elements.len()));
             let node = Node {
                 reader,
                 id,
                 key: None,
             };
             match data.next_element_seed(node)? {
-                Some((value, place)) => {
-                    first = first.or(place);
+                Some((value, span)) => {
+                    first = first.or(span);
                     elements.push(value);
                 }
                 None => return Ok((Value::Sequence(elements), first)),
@@ -319,40 +238,40 @@ impl<'de> Visitor<'de> for Visit<'_, '_> {
         let mut map = Mapping::new();
         let mut merges = Vec::new();
         let mut first = None;
-        while let Some((key, place)) = data.next_key_seed(KeySeed(reader))? {
-            first = first.or(Some(place));
+        while let Some((key, span)) = data.next_key_seed(KeySeed(reader))? {
+            first = first.or(Some(span));
             let Some(key) = key else {
                 let message = "a key must be a text".to_owned();
                 let hint = Some("write it in quotes".to_owned());
-                reader.mistake(message, place, hint);
+                reader.mistake(message, span, hint);
                 data.next_value::<serde::de::IgnoredAny>()?;
                 continue;
             };
             if map.contains_key(&key) || (key == "<<" && !merges.is_empty()) {
-                let other = reader.places.borrow().below(self.node.id, &key);
-                let hint = other.map(|spot| {
+                let other = reader.source_map.borrow().below(self.node.id, &key);
+                let hint = other.map(|spans| {
                     format!(
                         "it is written first in line {}; keep one of them",
-                        spot.key.line
+                        spans.key.line
                     )
                 });
-                reader.mistake(format!("the key `{key}` is written twice"), place, hint);
+                reader.mistake(format!("the key `{key}` is written twice"), span, hint);
                 data.next_value::<serde::de::IgnoredAny>()?;
                 continue;
             }
             let node = Node {
                 reader,
-                id: reader.grow(self.node.id, Step::Key(key.clone())),
-                key: Some(place),
+                id: reader.grow(self.node.id, PathStep::Key(key.clone())),
+                key: Some(span),
             };
             let (value, _) = data.next_value_seed(node)?;
             if key == "<<" {
-                merges.push((value, place));
+                merges.push((value, span));
             } else {
                 map.insert(key.into(), value);
             }
         }
-        for (value, place) in merges {
+        for (value, span) in merges {
             let sources = match value {
                 Value::Sequence(sources) => sources,
                 one => vec![one],
@@ -365,9 +284,9 @@ impl<'de> Visitor<'de> for Visit<'_, '_> {
                         }
                     }
                     _ => reader.mistake(
-                        "`<<` wants a map, or a list of maps".to_owned(),
-                        place,
-                        Some("`<<: *name` brings in what `&name` stands before".to_owned()),
+                        "`<<` needs a map or a list of maps".to_owned(),
+                        span,
+                        Some("`<<: *name` merges the map that is marked by `&name`".to_owned()),
                     ),
                 }
             }
@@ -382,7 +301,7 @@ struct KeySeed<'a, 'text>(&'a Reader<'text>);
 struct KeyVisitor<'a>(&'a RefCell<Option<Value>>);
 
 impl<'de> DeserializeSeed<'de> for KeySeed<'_, '_> {
-    type Value = (Option<String>, Place);
+    type Value = (Option<String>, SourceSpan);
 
     fn deserialize<D: serde::Deserializer<'de>>(
         self,
@@ -396,12 +315,12 @@ impl<'de> DeserializeSeed<'de> for KeySeed<'_, '_> {
             return Err(error);
         };
         self.0.count(Some(&value)).map_err(D::Error::custom)?;
-        let place = self.0.mark(&error.to_string(), &value);
+        let span = self.0.mark(&error.to_string(), &value);
         let key = match value {
             Value::String(key) => Some(key),
             _ => None,
         };
-        Ok((key, place))
+        Ok((key, span))
     }
 }
 
@@ -465,8 +384,8 @@ impl<'de> Visitor<'de> for KeyVisitor<'_> {
 }
 
 impl Reader<'_> {
-    fn grow(&self, above: Id, step: Step) -> Id {
-        self.places.borrow_mut().grow(above, step)
+    fn grow(&self, above: BranchId, step: PathStep) -> BranchId {
+        self.source_map.borrow_mut().grow(above, step)
     }
 
     /// Counts a text, which may be an alias's.
@@ -482,29 +401,29 @@ impl Reader<'_> {
         Ok(())
     }
 
-    fn mistake(&self, message: String, place: Place, hint: Option<String>) {
+    fn mistake(&self, message: String, span: SourceSpan, hint: Option<String>) {
         self.mistakes.borrow_mut().push(Mistake {
             message,
-            place: Some(place),
+            span: Some(span),
             hint,
         });
     }
 
-    /// The place in the text of a deliberate error; the parser says none for the very first character.
-    fn mark(&self, error: &str, value: &Value) -> Place {
-        let numbers = error.rsplit_once(" at line ").and_then(|(_, place)| {
-            let (line, column) = place.split_once(" column ")?;
+    /// The span of a deliberate error; the parser says none for the very first character.
+    fn mark(&self, error: &str, value: &Value) -> SourceSpan {
+        let numbers = error.rsplit_once(" at line ").and_then(|(_, span)| {
+            let (line, column) = span.split_once(" column ")?;
             Some((line.parse().ok()?, column.parse().ok()?))
         });
         let (line, column) = numbers.unwrap_or((1, 1));
-        Place {
+        SourceSpan {
             line,
             column,
             length: self.length(line, column, value),
         }
     }
 
-    /// The text from a place to the end of its line.
+    /// The text from a span to the end of its line.
     fn rest(&self, line: usize, column: usize) -> impl Iterator<Item = char> + Clone + '_ {
         let line = self.lines.get(line.wrapping_sub(1)).copied();
         line.unwrap_or_default()
@@ -545,7 +464,12 @@ impl Reader<'_> {
 
     /// Where a value stands: scalars where the parser says, what an alias repeats at the alias, flow collections at their
     /// bracket, block collections at their key.
-    fn value_place(&self, value: &Value, mark: Option<Place>, key: Option<Place>) -> Option<Place> {
+    fn value_span(
+        &self,
+        value: &Value,
+        mark: Option<SourceSpan>,
+        key: Option<SourceSpan>,
+    ) -> Option<SourceSpan> {
         let Some(key) = key else {
             return mark.map(|mark| self.opening(value, mark).unwrap_or(mark));
         };
@@ -557,7 +481,7 @@ impl Reader<'_> {
     }
 
     /// The bracket before the first thing inside a flow collection.
-    fn opening(&self, value: &Value, first: Place) -> Option<Place> {
+    fn opening(&self, value: &Value, first: SourceSpan) -> Option<SourceSpan> {
         let bracket = match value {
             Value::Sequence(_) => '[',
             Value::Mapping(_) => '{',
@@ -568,7 +492,7 @@ impl Reader<'_> {
             .enumerate()
             .filter(|(_, c)| !c.is_whitespace())
             .last()?;
-        (last == bracket).then_some(Place {
+        (last == bracket).then_some(SourceSpan {
             line: first.line,
             column: at + 1,
             length: 1,
@@ -576,7 +500,7 @@ impl Reader<'_> {
     }
 
     /// What stands on the same line behind a key.
-    fn behind(&self, key: Place) -> Option<Place> {
+    fn behind(&self, key: SourceSpan) -> Option<SourceSpan> {
         let rest = self.rest(key.line, key.column).skip(key.length);
         let mut marks = rest.clone().enumerate().filter(|(_, c)| !c.is_whitespace());
         if !matches!(marks.next(), Some((_, ':'))) {
@@ -591,7 +515,7 @@ impl Reader<'_> {
                 .take_while(|c| !c.is_whitespace() && !matches!(c, ',' | ']' | '}'))
                 .count(),
         };
-        Some(Place {
+        Some(SourceSpan {
             line: key.line,
             column: key.column + key.length + start,
             length: length.max(1),

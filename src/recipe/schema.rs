@@ -132,7 +132,7 @@ pub fn schema(kinds: &[Kind]) -> Value {
                 "additionalProperties": { "$ref": "#/$defs/stage" },
             },
             "outputs": {
-                "description": "Where the results of stages are put for people to use: stage name to a folder inside the project.",
+                "description": "Where results are published: the name of a stage and a folder inside the project.",
                 "type": ["object", "null"],
                 "additionalProperties": { "type": "string", "minLength": 1 },
             },
@@ -225,7 +225,7 @@ pub fn reference(kinds: &[Kind]) -> String {
     }
     text.push_str("\n## Beside the kind\n\n");
     text.push_str(
-        "How the runner treats a stage stands beside its kind, and makes nothing stale: ",
+        "Settings of the runner stand beside a stage's kind, and changing them makes nothing stale: ",
     );
     text.push_str(
         "`tuned: { train_orpo: { .. }, retries: 2, timeout: 8h, resources: { memory: 20GiB } }`.\n",

@@ -12,7 +12,7 @@ pub(crate) struct Sentence {
 }
 
 /// Says that `parameter` of `kind` can't be read.
-pub(crate) fn of(parameter: &str, kind: &str, fault: &Fault) -> Sentence {
+pub(crate) fn describe(parameter: &str, kind: &str, fault: &Fault) -> Sentence {
     let subject = if parameter.is_empty() {
         format!("`{kind}`")
     } else {

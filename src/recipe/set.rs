@@ -5,14 +5,15 @@ use serde_yaml::{Mapping, Value};
 use super::Override;
 use super::draft::{Draft, TOP};
 use super::hints;
-use super::places::{Step, Steps, display, parse};
 use super::read::read;
+use super::source_map::{PathStep, RecipePath, display, parse};
+use super::stage::HANDLING;
 
 /// Applies the overrides in their order.
 pub(crate) fn apply(draft: &mut Draft, recipe: &mut Value, overrides: &[Override]) {
     for Override { path, value } in overrides {
         let origin = format!("--set {path}={value}");
-        if let Err((message, hint)) = one(draft, recipe, path, value, &origin) {
+        if let Err((message, hint)) = apply_one(draft, recipe, path, value, &origin) {
             draft.push(message, None, Some(origin), hint);
         }
     }
@@ -20,7 +21,7 @@ pub(crate) fn apply(draft: &mut Draft, recipe: &mut Value, overrides: &[Override
 
 type Refusal = (String, Option<String>);
 
-fn one(
+fn apply_one(
     draft: &mut Draft,
     recipe: &mut Value,
     path: &str,
@@ -52,11 +53,11 @@ fn one(
     Ok(())
 }
 
-/// Refuses paths to nowhere: only parameters may be new.
-fn check(draft: &Draft, recipe: &Value, steps: &Steps) -> Result<(), Refusal> {
+/// Refuses paths to nowhere: only parameters and the runner's settings of a stage may be new.
+fn check(draft: &Draft, recipe: &Value, steps: &RecipePath) -> Result<(), Refusal> {
     let mut names = steps.iter().map(|step| match step {
-        Step::Key(key) => Some(key.as_str()),
-        Step::Index(_) => None,
+        PathStep::Key(key) => Some(key.as_str()),
+        PathStep::Index(_) => None,
     });
     let top = names.next().flatten().unwrap_or_default();
     if !matches!(top, "vars" | "stages" | "outputs" | "description")
@@ -98,7 +99,7 @@ fn check(draft: &Draft, recipe: &Value, steps: &Steps) -> Result<(), Refusal> {
             .flat_map(Mapping::keys)
             .filter_map(Value::as_str)
             .collect();
-        if !there.contains(&kind) {
+        if !there.contains(&kind) && !HANDLING.contains(&kind) {
             let own = there
                 .iter()
                 .find(|key| draft.kinds.iter().any(|kind| kind.name == **key));
@@ -123,12 +124,12 @@ fn check(draft: &Draft, recipe: &Value, steps: &Steps) -> Result<(), Refusal> {
 }
 
 /// Puts a value at a path, making the maps on the way.
-fn put(recipe: &mut Value, steps: &[Step], value: Value) -> Result<(), String> {
+fn put(recipe: &mut Value, steps: &[PathStep], value: Value) -> Result<(), String> {
     let mut at = recipe;
     for (depth, step) in steps.iter().enumerate() {
         let so_far = display(steps.get(..depth).unwrap_or_default());
         match step {
-            Step::Key(key) => {
+            PathStep::Key(key) => {
                 if at.is_null() {
                     *at = Value::Mapping(Mapping::new());
                 }
@@ -137,7 +138,7 @@ fn put(recipe: &mut Value, steps: &[Step], value: Value) -> Result<(), String> {
                 };
                 at = map.entry(key.as_str().into()).or_insert(Value::Null);
             }
-            Step::Index(index) => {
+            PathStep::Index(index) => {
                 let Value::Sequence(list) = at else {
                     return Err(format!(
                         "`{so_far}` is not a list, so it has no `[{index}]`"

@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use serde_yaml::{Mapping, Value};
 
-use crate::engine::{AnyStage, Fault, Handling, Kind, read_parameters};
+use crate::engine::{AnyStage, Fault, Handling, Kind, Marker, markers, read_parameters};
 
 use super::draft::Draft;
 use super::hints;
-use super::places::{Steps, child, display, keys, parse};
 use super::sentence::{self, noun};
+use super::source_map::{PathStep, RecipePath, child, display, keys, parse};
 use super::{Edge, SourceFile};
 
 /// Keys beside the kind that are kept free for what is to come.
@@ -29,10 +29,10 @@ const RESERVED: [&str; 8] = [
 pub(super) const HANDLING: [&str; 3] = ["resources", "retries", "timeout"];
 
 /// A stage as far as it could be read.
-pub(crate) struct Staged {
+pub(crate) struct DraftStage {
     pub(crate) name: String,
     /// The path of its parameters.
-    pub(crate) path: Steps,
+    pub(crate) path: RecipePath,
     pub(crate) kind: Option<&'static Kind>,
     pub(crate) typed: Option<Arc<dyn AnyStage>>,
     pub(crate) handling: Handling,
@@ -40,7 +40,7 @@ pub(crate) struct Staged {
     pub(crate) files: Vec<SourceFile>,
 }
 
-impl Staged {
+impl DraftStage {
     /// The noun of what it makes; a stage that could not be typed counts as making what its kind usually makes.
     pub(crate) fn output(&self) -> Option<&'static str> {
         match &self.typed {
@@ -51,7 +51,7 @@ impl Staged {
 }
 
 /// Reads every stage.
-pub(crate) fn read(draft: &mut Draft, recipe: &Value) -> Vec<Staged> {
+pub(crate) fn read(draft: &mut Draft, recipe: &Value) -> Vec<DraftStage> {
     let before = draft.errors.len();
     let section = draft.section(recipe, "stages");
     if section.is_empty() && draft.errors.len() == before {
@@ -68,14 +68,14 @@ pub(crate) fn read(draft: &mut Draft, recipe: &Value) -> Vec<Staged> {
         .collect()
 }
 
-fn stage(draft: &mut Draft, name: String, path: &Steps, value: &Value) -> Staged {
+fn stage(draft: &mut Draft, name: String, path: &RecipePath, value: &Value) -> DraftStage {
     let plain = |c: char| c.is_alphanumeric() || matches!(c, '_' | '-');
     if name.is_empty() || !name.chars().all(plain) {
-        let message = format!("`{name}` can not be the name of a stage");
-        let hint = "a name is letters, digits, `_` and `-`".to_owned();
+        let message = format!("`{name}` is not a valid name of a stage");
+        let hint = "a name consists of letters, digits, `_` and `-`".to_owned();
         draft.key_error(path, message, Some(hint));
     }
-    let mut staged = Staged {
+    let mut staged = DraftStage {
         name,
         path: path.clone(),
         kind: None,
@@ -121,7 +121,7 @@ fn stage(draft: &mut Draft, name: String, path: &Steps, value: &Value) -> Staged
             }
         }
         match typed.params() {
-            Ok(params) => find(draft, &mut staged, &mut Vec::new(), &params),
+            Ok(params) => edges_and_files(draft, &mut staged, &params),
             Err(error) => {
                 let message = format!("the parameters of `{}` can not be kept: {error}", kind.name);
                 draft.value_error(&staged.path, message, None);
@@ -133,15 +133,21 @@ fn stage(draft: &mut Draft, name: String, path: &Steps, value: &Value) -> Staged
 }
 
 /// Reads the runner's own keys beside the kind. Each is read alone, so that a mistake in one hides none in another.
-fn handling(draft: &mut Draft, name: &str, path: &Steps, value: &Value) -> Handling {
+fn handling(draft: &mut Draft, name: &str, path: &RecipePath, value: &Value) -> Handling {
     let mut handling = Handling::default();
     for key in HANDLING {
         let Some(setting) = value.get(key) else {
             continue;
         };
-        let mut alone = Mapping::new();
-        alone.insert(key.into(), setting.clone());
-        match read_parameters::<Handling>(Value::Mapping(alone)) {
+        let setting = match json(setting, child(path, key)) {
+            Ok(setting) => setting,
+            Err(at) => {
+                not_finite(draft, path, name, &at);
+                continue;
+            }
+        };
+        let alone = serde_json::Map::from_iter([(key.to_owned(), setting)]);
+        match read_parameters::<Handling>(alone.into()) {
             Ok(read) => match key {
                 "resources" => handling.resources = read.resources,
                 "retries" => handling.retries = read.retries,
@@ -150,7 +156,7 @@ fn handling(draft: &mut Draft, name: &str, path: &Steps, value: &Value) -> Handl
             Err(error) => {
                 let at = below(path, &error.path);
                 let parameter = at.get(path.len()..).unwrap_or_default();
-                let sentence = sentence::of(&display(parameter), name, &error.fault);
+                let sentence = sentence::describe(&display(parameter), name, &error.fault);
                 if matches!(error.fault, Fault::Unknown { .. }) {
                     draft.key_error(&at, sentence.message, sentence.hint);
                 } else {
@@ -163,7 +169,7 @@ fn handling(draft: &mut Draft, name: &str, path: &Steps, value: &Value) -> Handl
 }
 
 /// The path of a parameter as a stage names it.
-fn below(stage: &Steps, parameter: &str) -> Steps {
+fn below(stage: &RecipePath, parameter: &str) -> RecipePath {
     let mut path = stage.clone();
     match parse(parameter) {
         Ok(steps) => path.extend(steps),
@@ -174,7 +180,7 @@ fn below(stage: &Steps, parameter: &str) -> Steps {
 }
 
 /// Finds the one kind of a stage; everything else beside it is a mistake.
-fn kind(draft: &mut Draft, name: &str, path: &Steps, value: &Value) -> Option<&'static Kind> {
+fn kind(draft: &mut Draft, name: &str, path: &RecipePath, value: &Value) -> Option<&'static Kind> {
     let kinds = draft.kinds;
     let by_name = |name: &str| kinds.iter().find(|kind| kind.name == name);
     let map = match value {
@@ -268,8 +274,8 @@ fn kind(draft: &mut Draft, name: &str, path: &Steps, value: &Value) -> Option<&'
 fn typed(
     draft: &mut Draft,
     kind: &'static Kind,
-    path: &Steps,
-    mut params: Mapping,
+    path: &RecipePath,
+    params: Mapping,
 ) -> (Option<Arc<dyn AnyStage>>, bool) {
     let own = draft.parameters(kind);
     let mut dropped = BTreeSet::new();
@@ -295,12 +301,20 @@ fn typed(
             dropped.insert(parameter.name.clone());
         }
     }
+    let mut values = serde_json::Map::new();
+    for (key, value) in params {
+        let Value::String(key) = key else { continue };
+        match json(&value, child(path, &key)) {
+            Ok(value) => _ = values.insert(key, value),
+            Err(at) => {
+                not_finite(draft, path, kind.name, &at);
+                dropped.insert(key);
+            }
+        }
+    }
     loop {
-        params.retain(|key, _| {
-            key.as_str()
-                .is_some_and(|key| !dropped.contains(key) && !unknown.contains(key))
-        });
-        let error = match (kind.parse)(Value::Mapping(params.clone())) {
+        values.retain(|key, _| !dropped.contains(key) && !unknown.contains(key));
+        let error = match (kind.parse)(values.clone().into()) {
             Ok(stage) => return (Some(stage), dropped.is_empty()),
             Err(error) => error,
         };
@@ -312,14 +326,14 @@ fn typed(
         }
         let at = below(path, &error.path);
         let parameter = at.get(path.len()..).unwrap_or_default();
-        let sentence = sentence::of(&display(parameter), kind.name, &error.fault);
+        let sentence = sentence::describe(&display(parameter), kind.name, &error.fault);
         if matches!(error.fault, Fault::Unknown { .. }) {
             draft.key_error(&at, sentence.message, sentence.hint);
         } else {
             draft.value_error(&at, sentence.message, sentence.hint);
         }
         let culprit = match parameter.first() {
-            Some(super::Step::Key(key)) if params.contains_key(key) => key.clone(),
+            Some(PathStep::Key(key)) if values.contains_key(key) => key.clone(),
             _ => return (None, false),
         };
         dropped.insert(culprit);
@@ -327,7 +341,7 @@ fn typed(
 }
 
 /// Tells every empty text and name among the parameters: none of them means anything. Returns where they are.
-fn empty(draft: &mut Draft, kind: &Kind, path: &Steps, value: &Value) -> Vec<Steps> {
+fn empty(draft: &mut Draft, kind: &Kind, path: &RecipePath, value: &Value) -> Vec<RecipePath> {
     let mut found = Vec::new();
     let mut open = vec![(path.clone(), value)];
     while let Some((at, value)) = open.pop() {
@@ -338,7 +352,7 @@ fn empty(draft: &mut Draft, kind: &Kind, path: &Steps, value: &Value) -> Vec<Ste
                 let values = values.iter().enumerate();
                 open.extend(values.map(|(index, value)| {
                     let mut at = at.clone();
-                    at.push(super::Step::Index(index));
+                    at.push(PathStep::Index(index));
                     (at, value)
                 }));
             }
@@ -371,46 +385,70 @@ fn empty(draft: &mut Draft, kind: &Kind, path: &Steps, value: &Value) -> Vec<Ste
     found
 }
 
-/// Finds edges and files in serialised parameters.
-fn find(draft: &Draft, staged: &mut Staged, path: &mut Steps, value: &serde_json::Value) {
-    use crate::engine::{ARTIFACT_KEY, FILE_KEY, NEUTRAL_KEY, STAGE_KEY};
-    let text =
-        |value: Option<&serde_json::Value>| value.and_then(|v| v.as_str()).map(str::to_owned);
-    match value {
-        serde_json::Value::Object(map) => {
-            if let (Some(stage), Some(artifact)) =
-                (text(map.get(STAGE_KEY)), text(map.get(ARTIFACT_KEY)))
-            {
-                staged.edges.push(Edge {
-                    parameter: display(path),
-                    stage,
-                    artifact,
+/// The edges and files among serialised parameters.
+fn edges_and_files(draft: &Draft, stage: &mut DraftStage, params: &serde_json::Value) {
+    for (parameter, marker) in markers(params) {
+        match marker {
+            Marker::Stage {
+                stage: producer,
+                artifact,
+            } => stage.edges.push(Edge {
+                parameter,
+                stage: producer,
+                artifact,
+            }),
+            Marker::File(path) => {
+                let at = below(&stage.path, &parameter);
+                stage.files.push(SourceFile {
+                    parameter,
+                    path,
+                    from_command_line: draft.is_from_command_line(&at),
                 });
-            } else if let Some(file) = text(map.get(FILE_KEY)) {
-                let mut whole = staged.path.clone();
-                whole.extend_from_slice(path);
-                staged.files.push(SourceFile {
-                    parameter: display(path),
-                    path: file,
-                    from_command_line: draft.is_from_command_line(&whole),
-                });
-            } else if let Some(inner) = map.get(NEUTRAL_KEY) {
-                find(draft, staged, path, inner);
-            } else {
-                for (key, value) in map {
-                    path.push(super::Step::Key(key.clone()));
-                    find(draft, staged, path, value);
-                    path.pop();
-                }
             }
+            Marker::Neutral => {}
         }
-        serde_json::Value::Array(list) => {
-            for (index, value) in list.iter().enumerate() {
-                path.push(super::Step::Index(index));
-                find(draft, staged, path, value);
-                path.pop();
-            }
-        }
-        _ => {}
     }
+}
+
+/// A value as JSON, which has no numbers but finite ones: where there is another, the error is its path below `at`.
+fn json(value: &Value, at: RecipePath) -> Result<serde_json::Value, RecipePath> {
+    Ok(match value {
+        Value::Null => serde_json::Value::Null,
+        Value::Bool(value) => (*value).into(),
+        Value::String(text) => text.clone().into(),
+        Value::Number(number) => match (number.as_u64(), number.as_i64(), number.as_f64()) {
+            (Some(number), ..) => number.into(),
+            (_, Some(number), _) => number.into(),
+            (.., Some(number)) if number.is_finite() => number.into(),
+            _ => return Err(at),
+        },
+        Value::Sequence(values) => {
+            let values = values.iter().enumerate();
+            let values = values.map(|(index, value)| {
+                let mut at = at.clone();
+                at.push(PathStep::Index(index));
+                json(value, at)
+            });
+            serde_json::Value::Array(values.collect::<Result<_, _>>()?)
+        }
+        Value::Mapping(map) => {
+            // Reading refuses keys that are no texts, and tags.
+            let entries = map
+                .iter()
+                .filter_map(|(key, value)| Some((key.as_str()?, value)));
+            let entries = entries.map(|(key, value)| {
+                let value = json(value, child(&at, key))?;
+                Ok::<_, RecipePath>((key.to_owned(), value))
+            });
+            serde_json::Value::Object(entries.collect::<Result<_, _>>()?)
+        }
+        Value::Tagged(_) => return Err(at),
+    })
+}
+
+/// Says of a number that it is not finite.
+fn not_finite(draft: &mut Draft, stage: &RecipePath, kind: &str, at: &RecipePath) {
+    let parameter = display(at.get(stage.len()..).unwrap_or_default());
+    let message = format!("`{parameter}` of `{kind}` must be a finite number");
+    draft.value_error(at, message, None);
 }

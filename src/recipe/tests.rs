@@ -6,19 +6,31 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::*;
-use crate::engine::{Artifact, Context, Input, Neutral, Problem, SourcePath, Stage};
+use crate::engine::{Artifact, Context, Input, Neutral, Problem, SourcePath, Stage, View};
 
 struct Text;
 struct Tokens;
 struct Model;
 impl Artifact for Text {
     const NAME: &'static str = "text";
+
+    fn show(_: &Path, _: usize) -> anyhow::Result<Vec<View>> {
+        Ok(Vec::new())
+    }
 }
 impl Artifact for Tokens {
     const NAME: &'static str = "tokens";
+
+    fn show(_: &Path, _: usize) -> anyhow::Result<Vec<View>> {
+        Ok(Vec::new())
+    }
 }
 impl Artifact for Model {
     const NAME: &'static str = "model";
+
+    fn show(_: &Path, _: usize) -> anyhow::Result<Vec<View>> {
+        Ok(Vec::new())
+    }
 }
 
 /// Reads a local file.

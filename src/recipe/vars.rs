@@ -6,8 +6,8 @@ use serde_yaml::Value;
 
 use super::draft::Draft;
 use super::hints;
-use super::places::{Step, Steps, keys};
 use super::sentence::{noun, scalar};
+use super::source_map::{PathStep, RecipePath, keys};
 
 /// Replaces every `${name}`. A text that is nothing but `${name}` becomes the var's value, whatever its type; inside a
 /// longer text the value must be a scalar. `$${` stands for `${`. Below `columns` a name that is no var stays as it is.
@@ -15,12 +15,13 @@ pub(crate) fn substitute(draft: &mut Draft, recipe: &mut Value) {
     let mut vars = BTreeMap::new();
     for (name, path, value) in draft.section(recipe, "vars") {
         if !is_name(&name) {
-            let message = format!("`{name}` can not be the name of a var");
-            let hint = "a name is letters, digits and `_`, and begins with a letter".to_owned();
+            let message = format!("`{name}` is not a valid name of a var");
+            let hint =
+                "a name consists of letters, digits and `_`, and begins with a letter".to_owned();
             draft.key_error(&path, message, Some(hint));
         } else if let Some(inner) = reference_in(value) {
             let message = format!("the var `{name}` refers to `{inner}`");
-            let hint = "vars are put in once, so they can not refer to vars; `$${` stands for `${`";
+            let hint = "vars are substituted once, so they can not refer to other vars; `$${` stands for `${`";
             draft.value_error(&path, message, Some(hint.to_owned()));
         }
         vars.insert(name, value.clone());
@@ -64,7 +65,12 @@ fn reference_in(value: &Value) -> Option<String> {
     }
 }
 
-fn walk(draft: &mut Draft, vars: &BTreeMap<String, Value>, path: &mut Steps, value: &mut Value) {
+fn walk(
+    draft: &mut Draft,
+    vars: &BTreeMap<String, Value>,
+    path: &mut RecipePath,
+    value: &mut Value,
+) {
     match value {
         Value::String(text) if text.contains("${") => match replace(draft, vars, path, text) {
             Some(replaced) => *value = replaced,
@@ -72,14 +78,14 @@ fn walk(draft: &mut Draft, vars: &BTreeMap<String, Value>, path: &mut Steps, val
         },
         Value::Sequence(list) => {
             for (index, value) in list.iter_mut().enumerate() {
-                path.push(Step::Index(index));
+                path.push(PathStep::Index(index));
                 walk(draft, vars, path, value);
                 path.pop();
             }
         }
         Value::Mapping(map) => {
             for (key, value) in map.iter_mut() {
-                path.push(Step::Key(key.as_str().unwrap_or_default().to_owned()));
+                path.push(PathStep::Key(key.as_str().unwrap_or_default().to_owned()));
                 walk(draft, vars, path, value);
                 path.pop();
             }
@@ -92,7 +98,7 @@ fn walk(draft: &mut Draft, vars: &BTreeMap<String, Value>, path: &mut Steps, val
 fn replace(
     draft: &mut Draft,
     vars: &BTreeMap<String, Value>,
-    path: &Steps,
+    path: &RecipePath,
     text: &str,
 ) -> Option<Value> {
     let mut made = String::new();
@@ -173,9 +179,9 @@ fn replace(
 }
 
 /// Whether a text says which columns of a file become one of ours.
-fn in_columns(path: &Steps) -> bool {
+fn in_columns(path: &RecipePath) -> bool {
     path.iter()
-        .any(|step| matches!(step, Step::Key(key) if key == "columns"))
+        .any(|step| matches!(step, PathStep::Key(key) if key == "columns"))
 }
 
 fn unescape(value: &Value) -> Value {

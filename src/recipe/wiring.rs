@@ -5,15 +5,17 @@ use std::path::Component;
 
 use serde_yaml::Value;
 
+use crate::engine::topological_order;
+
 use super::draft::Draft;
 use super::hints;
-use super::places::{Steps, parse};
 use super::sentence::noun;
-use super::stage::Staged;
+use super::source_map::{RecipePath, parse};
+use super::stage::DraftStage;
 
 /// Stages and outputs after checking.
 pub(crate) struct Wired {
-    pub(crate) stages: Vec<Staged>,
+    pub(crate) stages: Vec<DraftStage>,
     /// Stage and path.
     pub(crate) outputs: Vec<(String, String)>,
     /// Indices, producers first.
@@ -21,7 +23,7 @@ pub(crate) struct Wired {
 }
 
 /// Checks edges and outputs.
-pub(crate) fn wire(draft: &mut Draft, stages: Vec<Staged>, recipe: &Value) -> Wired {
+pub(crate) fn wire(draft: &mut Draft, stages: Vec<DraftStage>, recipe: &Value) -> Wired {
     for stage in &stages {
         edges(draft, &stages, stage);
     }
@@ -34,13 +36,13 @@ pub(crate) fn wire(draft: &mut Draft, stages: Vec<Staged>, recipe: &Value) -> Wi
     }
 }
 
-fn parameter_path(stage: &Staged, parameter: &str) -> Steps {
+fn parameter_path(stage: &DraftStage, parameter: &str) -> RecipePath {
     let mut path = stage.path.clone();
     path.extend(parse(parameter).unwrap_or_default());
     path
 }
 
-fn edges(draft: &mut Draft, stages: &[Staged], stage: &Staged) {
+fn edges(draft: &mut Draft, stages: &[DraftStage], stage: &DraftStage) {
     for edge in &stage.edges {
         let path = parameter_path(stage, &edge.parameter);
         let makers = |wanted: &str| -> Vec<&str> {
@@ -103,69 +105,46 @@ fn made_by(makers: &[&str], artifact: &str) -> String {
     )
 }
 
-/// Sorts the stages so that producers come first, without recursion; each cycle is told once.
-fn order(draft: &mut Draft, stages: &[Staged]) -> Vec<usize> {
+/// Sorts the stages so that producers come first; each cycle is told once.
+fn order(draft: &mut Draft, stages: &[DraftStage]) -> Vec<usize> {
     let index: BTreeMap<&str, usize> = stages
         .iter()
         .enumerate()
         .map(|(index, stage)| (stage.name.as_str(), index))
         .collect();
-    // (producer, edge) of each stage; taking one's own result is told elsewhere.
-    let needs: Vec<Vec<(usize, usize)>> = stages
+    // A stage that takes its own result is told elsewhere.
+    let inputs: Vec<Vec<usize>> = stages
         .iter()
-        .enumerate()
-        .map(|(consumer, stage)| {
-            let edges = stage.edges.iter().enumerate();
-            edges
-                .filter_map(|(edge, to)| Some((*index.get(to.stage.as_str())?, edge)))
-                .filter(|(producer, _)| *producer != consumer)
+        .map(|stage| {
+            let other = stage.edges.iter().filter(|edge| edge.stage != stage.name);
+            other
+                .filter_map(|edge| index.get(edge.stage.as_str()).copied())
                 .collect()
         })
         .collect();
-    let mut order = Vec::with_capacity(stages.len());
-    // 0: not seen, 1: on the way, 2: done.
-    let mut state = vec![0_u8; stages.len()];
-    for start in 0..stages.len() {
-        // The stage, and how many of its edges were followed.
-        let mut way = vec![(start, 0_usize)];
-        if state[start] != 0 {
+    let (order, cycles) = topological_order(&inputs);
+    for cycle in cycles {
+        let ends = cycle.first().zip(cycle.last());
+        let Some((first, last)) = ends.map(|(first, last)| (&stages[*first], &stages[*last]))
+        else {
             continue;
-        }
-        state[start] = 1;
-        while let Some((at, next)) = way.last_mut() {
-            let at = *at;
-            let Some(&(producer, edge)) = needs[at].get(*next) else {
-                state[at] = 2;
-                order.push(at);
-                way.pop();
-                continue;
-            };
-            *next += 1;
-            match state[producer] {
-                0 => {
-                    state[producer] = 1;
-                    way.push((producer, 0));
-                }
-                1 => {
-                    let ring = way.iter().skip_while(|(stage, _)| *stage != producer);
-                    let mut names: Vec<String> = ring
-                        .map(|(stage, _)| format!("`{}`", stages[*stage].name))
-                        .collect();
-                    names.push(format!("`{}`", stages[producer].name));
-                    let message = format!("the stages wait on each other: {}", names.join(" -> "));
-                    let parameter = &stages[at].edges[edge].parameter;
-                    let path = parameter_path(&stages[at], parameter);
-                    let hint = "each arrow reads \"takes the result of\"; one of them must go";
-                    draft.value_error(&path, message, Some(hint.to_owned()));
-                }
-                _ => {}
-            }
-        }
+        };
+        let names = cycle
+            .iter()
+            .map(|stage| &stages[*stage].name)
+            .chain([&first.name]);
+        let names: Vec<String> = names.map(|name| format!("`{name}`")).collect();
+        let message = format!("the stages wait on each other: {}", names.join(" -> "));
+        let closing = last.edges.iter().find(|edge| edge.stage == first.name);
+        let parameter = closing.map_or("", |edge| &edge.parameter);
+        let path = parameter_path(last, parameter);
+        let hint = "each arrow reads \"takes the result of\"; one of them must go";
+        draft.value_error(&path, message, Some(hint.to_owned()));
     }
     order
 }
 
-fn outputs(draft: &mut Draft, stages: &[Staged], recipe: &Value) -> Vec<(String, String)> {
+fn outputs(draft: &mut Draft, stages: &[DraftStage], recipe: &Value) -> Vec<(String, String)> {
     let mut outputs: Vec<(String, String)> = Vec::new();
     let mut folders: Vec<(Vec<String>, String)> = Vec::new();
     for (stage, path, value) in draft.section(recipe, "outputs") {
@@ -202,7 +181,7 @@ fn outputs(draft: &mut Draft, stages: &[Staged], recipe: &Value) -> Vec<(String,
             .iter()
             .find(|(other, _)| other.starts_with(&lower) || lower.starts_with(other));
         if let Some((_, other)) = other {
-            let message = format!("the outputs of `{other}` and `{stage}` lie in each other");
+            let message = format!("the outputs of `{other}` and `{stage}` overlap");
             let hint = "give each a folder of its own, which differs in more than capital letters";
             draft.value_error(&path, message, Some(hint.to_owned()));
             continue;
@@ -225,7 +204,7 @@ fn inside(path: &str) -> Result<Vec<String>, String> {
         return Err("has a control character in it".into());
     }
     if path.contains('\\') {
-        return Err("has a backslash in it, where folders are divided by `/`".into());
+        return Err("has a backslash in it, where folders are separated by `/`".into());
     }
     for component in std::path::Path::new(path).components() {
         match component {
@@ -238,7 +217,7 @@ fn inside(path: &str) -> Result<Vec<String>, String> {
     }
     for part in &parts {
         if part.len() > LONGEST {
-            return Err(format!("has a part of more than {LONGEST} bytes"));
+            return Err(format!("has a component of more than {LONGEST} bytes"));
         }
         // As file systems read it that don't tell capitals, or drop dots and spaces at the end.
         let plain = part.trim_end_matches(['.', ' ']).to_lowercase();

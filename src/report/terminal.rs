@@ -1,48 +1,68 @@
-//! Events for people, on standard error: a line for what happened, and a moving bar for what is happening.
+//! Events for people: a line for what happened, and a moving bar for what is happening.
 
 use std::collections::BTreeMap;
-use std::io::Write as _;
-use std::sync::mpsc::Receiver;
+use std::io::Write;
 use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use super::Reporter;
 use super::text::{bytes, duration, harmless, has_the_store, metrics};
 use crate::engine::{Event, Level, short};
 
 /// Without bars, a line of progress at most this often a stage.
 const QUIET: Duration = Duration::from_secs(10);
 
-pub(super) fn report(events: &Receiver<Event>, bars: bool, places: &BTreeMap<String, String>) {
-    let mut terminal = Terminal {
-        places,
-        bars: bars.then(|| MultiProgress::with_draw_target(ProgressDrawTarget::stderr())),
-        running: BTreeMap::new(),
-        lines: String::new(),
-    };
-    super::each(events, &mut terminal, Terminal::show, Terminal::flush);
-}
+/// Where stages stand in their recipe, by name.
+pub type Spans = BTreeMap<String, String>;
 
-struct Terminal<'a> {
-    /// Where stages stand in their recipe.
-    places: &'a BTreeMap<String, String>,
+/// Shows events to people.
+pub struct Terminal<W: Write> {
+    spans: Spans,
     bars: Option<MultiProgress>,
     running: BTreeMap<String, Running>,
     /// What is still to be written.
     lines: String,
+    out: W,
+}
+
+impl<W: Write> Terminal<W> {
+    /// Writes lines to `out`.
+    pub fn lines(spans: Spans, out: W) -> Self {
+        Self {
+            spans,
+            bars: None,
+            running: BTreeMap::new(),
+            lines: String::new(),
+            out,
+        }
+    }
+
+    /// Writes lines to `out`, which is the terminal that standard error shows, and below them bars that move.
+    pub fn bars(spans: Spans, out: W) -> Self {
+        let bars = MultiProgress::with_draw_target(ProgressDrawTarget::stderr());
+        Self {
+            bars: Some(bars),
+            ..Self::lines(spans, out)
+        }
+    }
 }
 
 struct Running {
     bar: Option<ProgressBar>,
     started: Instant,
     told: Instant,
-    unit: &'static str,
+    unit: String,
 }
 
-impl Terminal<'_> {
-    fn show(&mut self, event: Event) {
+impl<W: Write> Reporter for Terminal<W> {
+    fn event(&mut self, event: &Event) {
         match event {
-            Event::RunStarted { .. } | Event::StageSkipped { .. } => {}
+            Event::RunStarted { .. }
+            | Event::StageSkipped { .. }
+            | Event::WorkStarted { .. }
+            | Event::WorkDone { .. }
+            | Event::WorkFailed { .. } => {}
             Event::StageFresh {
                 stage,
                 artifact,
@@ -50,12 +70,12 @@ impl Terminal<'_> {
                 remote,
                 ..
             } => {
-                self.finish(&stage);
-                let state = if restored { "restored" } else { "fresh" };
-                let from = if remote { " (from the remote)" } else { "" };
+                self.finish(stage);
+                let state = if *restored { "restored" } else { "fresh" };
+                let from = if *remote { " (from the remote)" } else { "" };
                 self.line(&format!(
                     "{state:>9}  {stage}  {}{from}",
-                    short(Some(&artifact))
+                    short(Some(artifact))
                 ));
             }
             Event::StageFetching { stage } => self.begin(stage),
@@ -65,11 +85,11 @@ impl Terminal<'_> {
                 bytes: size,
                 ..
             } => {
-                self.finish(&stage);
+                self.finish(stage);
                 self.line(&format!(
                     "{:>9}  {stage}: {files} files, {}",
                     "fetched",
-                    bytes(size)
+                    bytes(*size)
                 ));
             }
             Event::StageSent {
@@ -81,7 +101,7 @@ impl Terminal<'_> {
                 self.line(&format!(
                     "{:>9}  {stage}: {files} files, {}",
                     "sent",
-                    bytes(size)
+                    bytes(*size)
                 ));
             }
             Event::Warning { text } => self.line(&format!("{:>9}  {text}", "warning")),
@@ -99,7 +119,7 @@ impl Terminal<'_> {
                 self.begin(stage);
             }
             Event::RunWaiting { holder } => {
-                self.line(&format!("{:>9}  {}", "waits", has_the_store(&holder)));
+                self.line(&format!("{:>9}  {}", "waits", has_the_store(holder)));
             }
             Event::StageWaiting { stage, holder } => {
                 self.line(&format!(
@@ -112,7 +132,7 @@ impl Terminal<'_> {
                 done,
                 total,
                 unit,
-            } => self.progress(&stage, done, total, unit),
+            } => self.progress(stage, *done, *total, unit),
             Event::Metrics {
                 stage,
                 step,
@@ -121,11 +141,11 @@ impl Terminal<'_> {
                 self.line(&format!(
                     "{:>9}  {stage} step {step}: {}",
                     "",
-                    metrics(&values)
+                    metrics(values)
                 ));
             }
             Event::Message { stage, level, text } => {
-                let level = if level == Level::Warning {
+                let level = if *level == Level::Warning {
                     "warning"
                 } else {
                     ""
@@ -138,8 +158,8 @@ impl Terminal<'_> {
                 same_bytes,
                 seconds,
             } => {
-                self.finish(&stage);
-                let same = if same_bytes {
+                self.finish(stage);
+                let same = if *same_bytes {
                     ", same bytes as before"
                 } else {
                     ""
@@ -147,8 +167,8 @@ impl Terminal<'_> {
                 self.line(&format!(
                     "{:>9}  {stage}  {} in {}{same}",
                     "done",
-                    short(Some(&artifact)),
-                    duration(seconds)
+                    short(Some(artifact)),
+                    duration(*seconds)
                 ));
             }
             Event::StageRetried {
@@ -160,18 +180,18 @@ impl Terminal<'_> {
                 self.line(&format!(
                     "{:>9}  {stage}: {error}; another try in {}",
                     "failed",
-                    duration(pause)
+                    duration(*pause)
                 ));
             }
             Event::StageFailed { stage, error, kept } => {
-                self.finish(&stage);
+                self.finish(stage);
                 self.line(&format!("{:>9}  {stage}: {error}", "failed"));
-                if let Some(place) = self.places.get(&stage) {
-                    let line = format!("{:>9}  it stands in {place}", "");
+                if let Some(span) = self.spans.get(stage) {
+                    let line = format!("{:>9}  it is defined at {span}", "");
                     self.line(&line);
                 }
                 if let Some(kept) = kept {
-                    self.line(&format!("{:>9}  what it left is in {kept}", ""));
+                    self.line(&format!("{:>9}  its log and output are in {kept}", ""));
                 }
             }
             Event::OutputPlaced {
@@ -180,7 +200,7 @@ impl Terminal<'_> {
                 changed,
                 links,
             } => {
-                let same = if changed { "" } else { " (unchanged)" };
+                let same = if *changed { "" } else { " (unchanged)" };
                 let links = match links {
                     0 => "",
                     _ => "; its large files are read-only links into the store",
@@ -196,14 +216,14 @@ impl Terminal<'_> {
                 saved,
             } => {
                 let mut parts = vec![format!("{fresh} fresh"), format!("{ran} ran")];
-                if failed > 0 {
+                if *failed > 0 {
                     parts.push(format!("{failed} failed"));
                 }
-                if skipped > 0 {
+                if *skipped > 0 {
                     parts.push(format!("{skipped} not started"));
                 }
-                let saved = if saved >= 1.0 {
-                    format!(", {} saved", duration(saved))
+                let saved = if *saved >= 1.0 {
+                    format!(", {} saved", duration(*saved))
                 } else {
                     String::new()
                 };
@@ -211,39 +231,54 @@ impl Terminal<'_> {
                 self.line(&format!(
                     "{stages} stages: {} in {}{saved}",
                     parts.join(", "),
-                    duration(seconds)
+                    duration(*seconds)
                 ));
             }
         }
     }
 
-    fn begin(&mut self, stage: String) {
-        self.finish(&stage);
-        let bar = self.bars.as_ref().map(|bars| bars.add(spinner(&stage)));
+    fn flush(&mut self) {
+        let lines = std::mem::take(&mut self.lines);
+        if lines.is_empty() {
+            return;
+        }
+        // Somebody closed the terminal: the run goes on.
+        let mut write = || _ = self.out.write_all(lines.as_bytes());
+        match &self.bars {
+            Some(bars) => bars.suspend(write),
+            None => write(),
+        }
+    }
+}
+
+impl<W: Write> Terminal<W> {
+    fn begin(&mut self, stage: &str) {
+        self.finish(stage);
+        let bar = self.bars.as_ref().map(|bars| bars.add(spinner(stage)));
         let now = Instant::now();
         let running = Running {
             bar,
             started: now,
             told: now,
-            unit: "",
+            unit: String::new(),
         };
-        self.running.insert(stage, running);
+        self.running.insert(stage.to_owned(), running);
     }
 
-    fn progress(&mut self, stage: &str, done: u64, total: Option<u64>, unit: &'static str) {
+    fn progress(&mut self, stage: &str, done: u64, total: Option<u64>, unit: &str) {
         let Some(running) = self.running.get_mut(stage) else {
             return;
         };
         if let Some(bar) = &running.bar {
             if running.unit != unit {
-                running.unit = unit;
+                unit.clone_into(&mut running.unit);
                 bar.reset_eta();
                 bar.set_style(style(total.is_some(), unit == "bytes"));
             }
             if let Some(total) = total {
                 bar.set_length(total);
             }
-            bar.set_message(unit);
+            bar.set_message(unit.to_owned());
             bar.set_position(done);
             return;
         }
@@ -285,19 +320,6 @@ impl Terminal<'_> {
             }
             self.lines.push_str(line);
             self.lines.push('\n');
-        }
-    }
-
-    fn flush(&mut self) {
-        let lines = std::mem::take(&mut self.lines);
-        if lines.is_empty() {
-            return;
-        }
-        // Somebody closed the terminal: the run goes on.
-        let write = || _ = std::io::stderr().write_all(lines.as_bytes());
-        match &self.bars {
-            Some(bars) => bars.suspend(write),
-            None => write(),
         }
     }
 }

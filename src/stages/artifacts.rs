@@ -1,6 +1,37 @@
 //! The artifacts, as types for [`crate::engine::Input`]. Their layouts on disk are other people's formats.
 
-use crate::engine::Artifact;
+use std::path::Path;
+
+use crate::engine::{Artifact, View};
+
+mod show;
+
+/// An artifact as a value.
+pub struct ArtifactKind {
+    /// [`Artifact::NAME`].
+    pub name: &'static str,
+    /// [`Artifact::show`].
+    pub show: fn(&Path, usize) -> anyhow::Result<Vec<View>>,
+}
+
+impl ArtifactKind {
+    const fn of<A: Artifact>() -> Self {
+        Self {
+            name: A::NAME,
+            show: A::show,
+        }
+    }
+}
+
+/// All artifacts.
+pub const ARTIFACTS: [ArtifactKind; 6] = [
+    ArtifactKind::of::<Dataset>(),
+    ArtifactKind::of::<Chats>(),
+    ArtifactKind::of::<Tokens>(),
+    ArtifactKind::of::<Model>(),
+    ArtifactKind::of::<Adapter>(),
+    ArtifactKind::of::<Scores>(),
+];
 
 /// Rows as people wrote them: Parquet files per split, with `system`, `prompt`, `chosen`, `rejected` or `messages`.
 #[derive(Debug)]
@@ -28,19 +59,67 @@ pub struct Scores;
 
 impl Artifact for Dataset {
     const NAME: &'static str = "dataset";
+
+    fn show(folder: &Path, rows: usize) -> anyhow::Result<Vec<View>> {
+        show::splits(folder, rows)
+    }
 }
+
 impl Artifact for Chats {
     const NAME: &'static str = "chats";
+
+    fn show(folder: &Path, rows: usize) -> anyhow::Result<Vec<View>> {
+        show::splits(folder, rows)
+    }
 }
+
 impl Artifact for Tokens {
     const NAME: &'static str = "tokens";
+
+    fn show(folder: &Path, rows: usize) -> anyhow::Result<Vec<View>> {
+        show::splits(folder, rows)
+    }
 }
+
 impl Artifact for Model {
     const NAME: &'static str = "model";
+
+    fn show(folder: &Path, rows: usize) -> anyhow::Result<Vec<View>> {
+        show::model(folder, rows)
+    }
 }
+
 impl Artifact for Adapter {
     const NAME: &'static str = "adapter";
+
+    fn show(folder: &Path, rows: usize) -> anyhow::Result<Vec<View>> {
+        show::adapter(folder, rows)
+    }
 }
+
 impl Artifact for Scores {
     const NAME: &'static str = "scores";
+
+    fn show(folder: &Path, rows: usize) -> anyhow::Result<Vec<View>> {
+        show::scores(folder, rows)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::stages::KINDS;
+
+    #[test]
+    fn whatever_a_stage_makes_can_be_shown() {
+        for kind in KINDS {
+            assert!(
+                ARTIFACTS
+                    .iter()
+                    .any(|artifact| artifact.name == kind.output),
+                "{}",
+                kind.output
+            );
+        }
+    }
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 
-use crate::engine::{Context, Problem, Stat, World};
+use crate::engine::{Context, Problem, RunEnv, Stat};
 use crate::hub::{Hub, HubSettings, Listing, RemoteFile, RepoKind, Snapshot, Watch};
 
 /// The outside fact that pins a revision.
@@ -17,15 +17,15 @@ pub(super) fn main_revision() -> String {
 }
 
 /// The hub as the run's settings say.
-fn hub<'a>(world: &World, watch: &'a dyn Watch) -> anyhow::Result<Hub<'a>> {
-    let variable = |name: &str| world.variable(name).map(str::to_owned);
-    let mut settings = HubSettings::from_variables(&variable, world.home.as_deref())?;
-    settings.offline |= world.offline;
+fn hub<'a>(env: &RunEnv, watch: &'a dyn Watch) -> anyhow::Result<Hub<'a>> {
+    let variable = |name: &str| env.variable(name).map(str::to_owned);
+    let mut settings = HubSettings::from_variables(&variable, env.home.as_deref())?;
+    settings.offline |= env.offline;
     Hub::new(settings, watch)
 }
 
 /// A plan waits for the hub, and so does a run before its stages start.
-impl Watch for World {
+impl Watch for RunEnv {
     fn tick(&self) -> anyhow::Result<()> {
         self.check_cancelled()
     }
@@ -42,7 +42,7 @@ impl Watch for Context {
     }
 
     fn tell(&self, text: &str) {
-        if self.world().is_news(text) {
+        if self.env().is_first_warning(text) {
             self.warn(text);
         }
     }
@@ -50,12 +50,12 @@ impl Watch for Context {
 
 /// The commit that `revision` means now.
 pub(super) fn pin(
-    world: &World,
+    env: &RunEnv,
     kind: RepoKind,
     repo: &str,
     revision: &str,
 ) -> anyhow::Result<BTreeMap<String, String>> {
-    let commit = hub(world, world)?.resolve(kind, repo, revision)?;
+    let commit = hub(env, env)?.resolve(kind, repo, revision)?;
     Ok([(COMMIT.to_owned(), commit)].into())
 }
 
@@ -100,7 +100,7 @@ impl<'a> Source<'a> {
         repo: &str,
         revision: &str,
     ) -> anyhow::Result<Self> {
-        let hub = hub(cx.world(), cx)?;
+        let hub = hub(cx.env(), cx)?;
         let snapshot = Snapshot {
             kind,
             repo: repo.to_owned(),

@@ -17,8 +17,8 @@ use tokenizers::processors::sequence::Sequence as PostProcessors;
 use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::{AddedToken, SplitDelimiterBehavior};
 
+use super::llama3_split::PATTERN;
 use super::template::LLAMA3;
-use super::words::PATTERN;
 
 const BOS: &str = "<|begin_of_text|>";
 const EOS: &str = "<|end_of_text|>";

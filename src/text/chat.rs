@@ -9,7 +9,7 @@ use minijinja::Value;
 
 use super::filters::is_space;
 use super::rendered::{Frame, reads_parts};
-use super::template::{ChatTemplate, Extras};
+use super::template::{ChatTemplate, Extras, message};
 
 /// A side of a row: one text, or messages.
 #[derive(Debug, Clone)]
@@ -452,11 +452,6 @@ fn split_last(mut messages: Vec<Value>, seen: &mut Seen) -> Result<(Vec<Value>, 
         .filter(|message| attribute(message, "role").as_deref() == Some("assistant"));
     seen.earlier_answers = answers.count();
     Ok((messages, answer))
-}
-
-/// A message with two fields.
-pub fn message(role: &str, content: &str) -> Value {
-    Value::from_pairs([("role", role), ("content", content)])
 }
 
 fn attribute(message: &Value, name: &str) -> Option<String> {

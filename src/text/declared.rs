@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use serde_json::{Map, Value, json};
 use tokenizers::AddedToken;
 
-use super::tokenizer::{LONGEST_TOKENIZER, file_name, json_file, read_short};
+use super::files::{LONGEST_TOKENIZER, file_name, json_file, read_short};
 
 /// The names that every tokenizer may have, in transformers' order.
 const NAMES: [&str; 7] = [

@@ -13,6 +13,7 @@ mod predicates;
 mod python;
 mod sequences;
 mod texts;
+mod values;
 
 use minijinja::value::{Kwargs, Rest, ValueKind, ValueOrKwargs, from_args};
 use minijinja::{AutoEscape, Environment, Error, Output, State, Value};

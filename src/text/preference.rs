@@ -53,7 +53,7 @@ pub struct RowIds {
 
 /// Why a row can't be trained on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Drop {
+pub enum SkipReason {
     /// The prompt alone is `max_length` tokens or more, so no answer token is left.
     PromptTooLong,
     /// An answer has no token.
@@ -62,7 +62,7 @@ pub enum Drop {
     PromptsDiffer,
 }
 
-impl Drop {
+impl SkipReason {
     /// The cause in the record's words.
     pub fn name(self) -> &'static str {
         match self {
@@ -80,7 +80,7 @@ pub fn encode(
     chosen: &str,
     rejected: Option<&str>,
     truncation: Truncation,
-) -> Result<Result<RowIds, Drop>> {
+) -> Result<Result<RowIds, SkipReason>> {
     let prompt_ids = tokenizer.encode(prompt)?;
     let (mut bos_added, mut eos_added) = (0, 0);
     let mut side = |answer: &str| -> Result<SideIds> {
@@ -106,7 +106,7 @@ pub fn encode(
         .as_ref()
         .is_some_and(|rejected| prompts_differ(&chosen.prompt, &rejected.prompt))
     {
-        return Ok(Err(Drop::PromptsDiffer));
+        return Ok(Err(SkipReason::PromptsDiffer));
     }
     let row = RowIds {
         chosen,
@@ -126,7 +126,7 @@ pub fn encode_alone(
     prompt: &str,
     answer: &str,
     truncation: Truncation,
-) -> Result<Result<RowIds, Drop>> {
+) -> Result<Result<RowIds, SkipReason>> {
     let chosen = if prompt.is_empty() {
         let ids = match &tokenizer.eos {
             Some(eos) if !answer.ends_with(&eos.text) => {
@@ -136,7 +136,7 @@ pub fn encode_alone(
         };
         // Of a single token nothing is predicted.
         if ids.len() < 2 {
-            return Ok(Err(Drop::NoAnswer));
+            return Ok(Err(SkipReason::NoAnswer));
         }
         SideIds {
             prompt: Vec::new(),
@@ -161,14 +161,14 @@ pub fn encode_alone(
 }
 
 /// A row cut to its length, or why nothing is left of it.
-fn cut(row: RowIds, truncation: Truncation) -> Result<RowIds, Drop> {
+fn cut(row: RowIds, truncation: Truncation) -> Result<RowIds, SkipReason> {
     let row = truncate(row, truncation);
     let empty = |side: &SideIds| side.answer.is_empty();
     if empty(&row.chosen) || row.rejected.as_ref().is_some_and(empty) {
         return Err(if row.answer_cut {
-            Drop::PromptTooLong
+            SkipReason::PromptTooLong
         } else {
-            Drop::NoAnswer
+            SkipReason::NoAnswer
         });
     }
     Ok(row)

@@ -3,9 +3,8 @@
 
 use minijinja::Value;
 
-use super::chat::message;
 use super::filters::strip;
-use super::template::ChatTemplate;
+use super::template::{ChatTemplate, message};
 
 /// How conversations begin that other templates made.
 const OTHERS: &[(&str, &str)] = &[

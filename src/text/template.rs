@@ -264,6 +264,11 @@ fn explain(error: &Error, source: &str) -> anyhow::Error {
     }
 }
 
+/// A message with two fields.
+pub fn message(role: &str, content: &str) -> Value {
+    Value::from_pairs([("role", role), ("content", content)])
+}
+
 #[cfg(test)]
 mod differences;
 #[cfg(test)]

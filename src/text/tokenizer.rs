@@ -1,23 +1,17 @@
 //! The tokenizer of a model folder: `tokenizer.json`, the special tokens, and the chat template that lies beside them.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::Read as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use anyhow::{Context as _, Result, anyhow, bail};
 use serde_json::Value;
 
 use super::declared::Declared;
-use super::quick::Quick;
+use super::files::{LONGEST_TOKENIZER, file_name, json_file, read_short};
+use super::llama3_bpe::Llama3Bpe;
 use super::template::LONGEST;
-
-/// The longest `tokenizer.json`, in bytes; those of the largest vocabularies have some ten million.
-pub(super) const LONGEST_TOKENIZER: u64 = 512 << 20;
-/// The longest of the other files.
-const LONGEST_CONFIG: u64 = 64 << 20;
 
 /// A special token with its id.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,7 +27,7 @@ pub struct SpecialToken {
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     /// The short way, for tokenizers of Llama 3's make.
-    quick: Option<Arc<Quick>>,
+    llama3: Option<Arc<Llama3Bpe>>,
     /// What the tokenizer itself puts before and behind a text, where that is the same for all.
     around: Option<(Vec<u32>, Vec<u32>)>,
     /// The beginning of a text, when the model has such a token.
@@ -73,7 +67,7 @@ impl Tokenizer {
             .with_truncation(None)
             .map_err(|error| anyhow!("`{}` can't be used: {error}", file_name(&path)))?;
         let mut tokenizer = Self {
-            quick: Quick::of(&inner).map(Arc::new),
+            llama3: Llama3Bpe::from_tokenizer(&inner).map(Arc::new),
             inner,
             around: None,
             bos: None,
@@ -155,8 +149,8 @@ impl Tokenizer {
 
     /// The ids of a text as it stands: no BOS or EOS is added, special tokens inside the text become their ids.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        match &self.quick {
-            Some(quick) => quick.encode(&self.inner, text),
+        match &self.llama3 {
+            Some(llama3) => llama3.encode(&self.inner, text),
             None => self.encode_with(text, false),
         }
     }
@@ -164,7 +158,7 @@ impl Tokenizer {
     /// The ids of a text with what the tokenizer adds by itself (usually a BOS).
     pub fn encode_with_special(&self, text: &str) -> Result<Vec<u32>> {
         match &self.around {
-            Some((before, behind)) if self.quick.is_some() => {
+            Some((before, behind)) if self.llama3.is_some() => {
                 Ok([before, &self.encode(text)?[..], behind].concat())
             }
             _ => self.encode_with(text, true),
@@ -285,36 +279,6 @@ pub fn template_in(settings: &Path) -> Result<Option<String>> {
 pub fn read_template(path: &Path) -> Result<String> {
     let text = read_short(path, LONGEST as u64)?;
     String::from_utf8(text).context("it is not UTF-8")
-}
-
-/// A file's own name: where the store keeps it is nobody's concern.
-pub(super) fn file_name(path: &Path) -> String {
-    let name = path.file_name().unwrap_or(path.as_os_str());
-    name.to_string_lossy().into_owned()
-}
-
-/// A file of at most `most` bytes, whatever its size was a moment ago.
-pub(super) fn read_short(path: &Path, most: u64) -> Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    File::open(path)?.take(most + 1).read_to_end(&mut bytes)?;
-    ensure!(
-        bytes.len() as u64 <= most,
-        "it has more than {} MiB",
-        most >> 20
-    );
-    Ok(bytes)
-}
-
-/// A small file of JSON, if it is there.
-pub(super) fn json_file(path: &Path) -> Result<Option<Value>> {
-    if !path.is_file() {
-        return Ok(None);
-    }
-    let read =
-        || -> Result<Value> { Ok(serde_json::from_slice(&read_short(path, LONGEST_CONFIG)?)?) };
-    read()
-        .with_context(|| format!("could not read `{}`", file_name(path)))
-        .map(Some)
 }
 
 #[cfg(test)]

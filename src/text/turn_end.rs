@@ -5,8 +5,7 @@ use std::path::Path;
 use anyhow::Result;
 use chrono::NaiveDate;
 
-use super::chat::message;
-use super::template::ChatTemplate;
+use super::template::{ChatTemplate, message};
 use super::tokenizer::{SpecialToken, Tokenizer, special_tokens};
 
 /// What the assistant says in the rendered chat: found again in the text, whatever a template does to its edges.

@@ -208,7 +208,7 @@ fn a_failure_names_the_row_and_the_stages_place_in_the_recipe() {
     assert_eq!(ended.code, Some(1), "{}", ended.stderr);
     for expected in [
         "rows.jsonl: row 2: `prompt` is a number: expected text",
-        "it stands in recipe.yaml:3:3",
+        "it is defined at recipe.yaml:3:3",
     ] {
         assert!(ended.stderr.contains(expected), "{}", ended.stderr);
     }

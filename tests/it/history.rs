@@ -98,3 +98,48 @@ fn failed_runs_are_part_of_the_history() {
         "{diff}"
     );
 }
+
+#[test]
+fn the_events_of_a_run_are_shown_again_later() {
+    let project = Project::empty();
+    project.write("r.yaml", RECIPE);
+    project.write("pairs.jsonl", &rows(3));
+    project.write("chat.jinja", TEMPLATE);
+    let told = project.succeeds(&["run", "r.yaml", "--json"]);
+    project.succeeds(&["run", "r.yaml"]);
+    // All but the progress, as it was told.
+    let lasting = |told: &str| {
+        let lines = told.lines().filter(|line| !line.contains("\"progress\""));
+        lines.map(str::to_owned).collect::<Vec<_>>()
+    };
+    let again = project.succeeds(&["history", "r.yaml", "--events", "1", "--json"]);
+    assert_eq!(lasting(&again), lasting(&told));
+    assert!(again.lines().count() >= 6, "{again}");
+    let shown = project.succeeds(&["history", "r.yaml", "--events", "1"]);
+    for expected in [
+        "     runs  chats (apply_chat_template): ",
+        "     done  pairs  ",
+        "2 stages: ",
+    ] {
+        assert!(shown.contains(expected), "no `{expected}` in\n{shown}");
+    }
+    // The run that changed nothing left nothing, and a collection removes what is long past.
+    let none = project.run(&["history", "r.yaml", "--events", "2"]);
+    assert_eq!(none.code, Some(2));
+    assert!(
+        none.stderr.contains("no events of run 2"),
+        "{}",
+        none.stderr
+    );
+    project.write("pairs.jsonl", &rows(5));
+    project.succeeds(&["run", "r.yaml"]);
+    let garbage = project.succeeds(&["gc", "r.yaml", "--dry-run"]);
+    assert!(garbage.contains("events of a run"), "{garbage}");
+    project.succeeds(&["gc", "r.yaml"]);
+    assert_eq!(
+        project.run(&["history", "r.yaml", "--events", "1"]).code,
+        Some(2)
+    );
+    project.succeeds(&["history", "r.yaml", "--events", "2"]);
+    assert_eq!(project.succeeds(&["history", "r.yaml"]).lines().count(), 2);
+}

@@ -11,6 +11,8 @@ mod data_cases;
 #[cfg(test)]
 mod defaults;
 #[cfg(test)]
+mod executors;
+#[cfg(test)]
 mod faults;
 #[cfg(test)]
 mod files;

@@ -10,8 +10,10 @@ use std::time::Duration;
 use clap::Subcommand;
 
 use super::run::stop_on_signal;
-use crate::cli::project::{Project, RecipeArgs, StoreArgs, own_store, root};
-use crate::cli::remote::{RemoteArgs, set_trust, tell_warnings};
+use crate::cli::args::{RecipeArgs, StoreArgs};
+use crate::cli::folders::root;
+use crate::cli::project::{Project, own_store};
+use crate::cli::remote::{RemoteArgs, report_warnings, set_trust};
 use crate::cli::{Failure, print, print_json, table};
 use crate::engine::remote::{Sent, Shared};
 use crate::engine::{Event, Store, short};
@@ -41,7 +43,7 @@ enum Command {
 
 #[derive(clap::Args)]
 struct Push {
-    /// The recipe whose results are sent, as they are now
+    /// The recipe whose current results are sent
     #[arg(required_unless_present = "all")]
     recipe: Option<PathBuf>,
     /// The stages [default: all]
@@ -78,12 +80,12 @@ struct List {
 
 #[derive(clap::Args)]
 struct Collect {
-    /// Recipes whose results are kept, as they are now, however old
+    /// Recipes whose current results are kept, however old
     recipes: Vec<PathBuf>,
-    /// Removes results that are in the remote for so many days
+    /// Removes results that have been in the remote for this many days
     #[arg(long, value_name = "DAYS", default_value_t = 30)]
     older_than: u64,
-    /// Says what would go, and removes nothing
+    /// Shows what would be removed, without removing anything
     #[arg(long)]
     dry_run: bool,
     #[command(flatten)]
@@ -94,7 +96,7 @@ struct Collect {
 
 #[derive(clap::Args)]
 struct Verify {
-    /// Removes what is damaged, so that it can be sent again
+    /// Removes damaged results, so that they can be sent again
     #[arg(long)]
     remove: bool,
     /// The damage as JSON
@@ -106,7 +108,7 @@ struct Verify {
 
 #[derive(clap::Args)]
 struct Trust {
-    /// Allows it no longer
+    /// Withdraws the permission
     #[arg(long)]
     revoke: bool,
 }
@@ -133,7 +135,7 @@ impl Which {
     fn open(&self) -> Result<Shared, Failure> {
         let here = here()?;
         let shared = self.args().open(&root(&here), false, true)?;
-        tell_warnings(&shared)?;
+        report_warnings(&shared)?;
         Ok(shared)
     }
 }
@@ -173,7 +175,7 @@ fn project(recipe: &Path, store: &StoreArgs, which: &Which) -> Result<Project, F
     };
     let mut project = Project::open(&recipe, store)?;
     project.connect(&which.args(), false)?;
-    project.tell_warnings()?;
+    project.report_warnings()?;
     Ok(project)
 }
 
@@ -183,7 +185,7 @@ fn push(args: &Push) -> Result<(), Failure> {
     if let Some(recipe) = &args.recipe {
         let project = project(recipe, &args.store, &args.remote)?;
         let targets = project.find_all(&args.stages)?;
-        let fingerprints = project.situation(&[]).results(&targets);
+        let fingerprints = project.session(&[]).results(&targets);
         return send(&project.store, &project.shared, &fingerprints, &cancel);
     }
     let store = if let Some(store) = &args.store.store {
@@ -199,7 +201,7 @@ fn push(args: &Push) -> Result<(), Failure> {
 }
 
 fn tell_waiting(holder: &str) {
-    crate::cli::tell(&format!("{}; waiting for it\n", has_the_store(holder)));
+    crate::cli::eprint(&format!("{}; waiting for it\n", has_the_store(holder)));
 }
 
 fn send(
@@ -240,7 +242,7 @@ fn send(
             ));
         }
     }
-    tell_warnings(shared)?;
+    report_warnings(shared)?;
     print(&format!(
         "{results} results are there; {} files, {} sent\n",
         all.files,
@@ -254,10 +256,10 @@ fn pull(args: &Pull) -> Result<(), Failure> {
     stop_on_signal(&cancel)?;
     let mut project = Project::open(&args.recipe, &args.store)?;
     project.connect(&args.remote.args(), true)?;
-    project.tell_warnings()?;
+    project.report_warnings()?;
     let targets = project.find_all(&args.stages)?;
     let (events, received) = channel();
-    let here = project.situation(&[]).pull(&targets, &events, &cancel);
+    let here = project.session(&[]).pull(&targets, &events, &cancel);
     drop(events);
     for event in received {
         match event {
@@ -271,7 +273,7 @@ fn pull(args: &Pull) -> Result<(), Failure> {
                 short(Some(&artifact)),
                 bytes(size)
             )),
-            Event::Warning { text } => crate::cli::tell(&format!("warning: {text}\n")),
+            Event::Warning { text } => crate::cli::eprint(&format!("warning: {text}\n")),
             Event::RunWaiting { holder } => tell_waiting(&holder),
             _ => {}
         }
@@ -280,7 +282,7 @@ fn pull(args: &Pull) -> Result<(), Failure> {
     if cancel.load(Ordering::Relaxed) {
         return Err(Failure::Interrupted);
     }
-    project.tell_warnings()?;
+    project.report_warnings()?;
     let asked = |index: &usize| targets.is_empty() || targets.contains(index);
     let asked: Vec<usize> = (0..here.len()).filter(asked).collect();
     let there = asked.iter().filter(|&&index| here[index]).count();
@@ -329,8 +331,8 @@ fn collect(args: &Collect) -> Result<(), Failure> {
     let mut keep = BTreeSet::new();
     for recipe in &args.recipes {
         let project = project(recipe, &args.store, &args.remote)?;
-        keep.extend(project.situation(&[]).fingerprints());
-        project.tell_warnings()?;
+        keep.extend(project.session(&[]).fingerprints());
+        project.report_warnings()?;
     }
     let shared = args.remote.open()?;
     let age = Duration::from_secs(args.older_than.saturating_mul(24 * 3600));
@@ -377,5 +379,5 @@ fn verify(args: &Verify) -> Result<(), Failure> {
         shared.remove(&damage)?;
         return Ok(());
     }
-    Err(Failure::Told)
+    Err(Failure::Reported)
 }

@@ -2,23 +2,24 @@
 
 use std::path::PathBuf;
 
-use crate::cli::project::{Project, RecipeArgs, StoreArgs};
+use crate::cli::args::{RecipeArgs, StoreArgs};
+use crate::cli::project::Project;
 use crate::cli::{Failure, print, table};
 use crate::engine::{Bytes, Limits, Needs};
 use crate::report::bytes;
 
 #[derive(clap::Args)]
 pub(in crate::cli) struct Args {
-    /// The recipes whose results are kept, as they are now
+    /// The recipes whose current results are kept
     #[arg(required = true, value_name = "RECIPE")]
     recipes: Vec<PathBuf>,
-    /// Keeps the results of each recipe's last runs as well, of all recipes that used the store
+    /// Also keeps the results of the last N runs of every recipe that used the store
     #[arg(long, value_name = "N", default_value_t = 1)]
     keep_runs: usize,
-    /// Keeps so many bytes of other results, the newest, such as `20GB`
+    /// Keeps the newest other results up to this size, such as `20GB`
     #[arg(long, value_name = "SIZE", default_value = "0")]
     max_size: Bytes,
-    /// Says what would go, and removes nothing
+    /// Shows what would be removed, without removing anything
     #[arg(long)]
     dry_run: bool,
     #[command(flatten)]
@@ -35,7 +36,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
             allow_path: Vec::new(),
         };
         let project = Project::open(&recipe, &args.store)?;
-        project.situation(&[]).needs(&mut needs);
+        project.session(&[]).needs(&mut needs);
         // The recipes of one call belong to one store.
         match &store {
             None => store = Some(project.store),

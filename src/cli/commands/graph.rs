@@ -2,7 +2,8 @@
 
 use clap::ValueEnum;
 
-use crate::cli::project::{RecipeArgs, load};
+use crate::cli::args::RecipeArgs;
+use crate::cli::project::load;
 use crate::cli::{Failure, print};
 use crate::recipe::graph::{Format, draw};
 
@@ -17,7 +18,7 @@ pub(in crate::cli) struct Args {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Drawing {
-    /// One line a stage
+    /// One line per stage
     Text,
     /// A Mermaid flowchart
     Mermaid,

@@ -1,15 +1,19 @@
 //! `history`: the runs of a recipe.
 
-use crate::cli::project::{Project, RecipeArgs, StoreArgs};
-use crate::cli::{Failure, print, print_json, table};
+use crate::cli::args::{RecipeArgs, StoreArgs};
+use crate::cli::project::Project;
+use crate::cli::{Failure, colour, error, print, print_json, table};
 use crate::engine::{Outcome, Run, RunStage};
-use crate::report::{ago, duration};
+use crate::report::{JsonLines, Reporter, Terminal, ago, duration};
 
 #[derive(clap::Args)]
 pub(in crate::cli) struct Args {
     #[command(flatten)]
     recipe: RecipeArgs,
-    /// The runs as JSON
+    /// Shows the events of this run, as they were shown when it ran
+    #[arg(long, value_name = "RUN")]
+    events: Option<u64>,
+    /// The runs, or with `--events` the events one a line, as JSON
     #[arg(long)]
     json: bool,
     #[command(flatten)]
@@ -18,6 +22,9 @@ pub(in crate::cli) struct Args {
 
 pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     let project = Project::open(&args.recipe, &args.store)?;
+    if let Some(run) = args.events {
+        return show_events(&project, run, args.json);
+    }
     let runs = project.runs();
     if args.json {
         return print_json(&runs);
@@ -58,4 +65,24 @@ fn row(run: &Run) -> Vec<String> {
         format!("in {}", duration(run.seconds)),
         what.join("; "),
     ]
+}
+
+/// Hands the events of a run to a reporter again.
+fn show_events(project: &Project, run: u64, json: bool) -> Result<(), Failure> {
+    let Some(events) = project.events(run) else {
+        let message = format!("no events of run {run} are kept");
+        let hint =
+            "`pipeline history` lists the runs; `pipeline gc` removes the events of old ones";
+        return Err(Failure::Usage(error::with_hint(&message, hint, colour())));
+    };
+    let mut reporter: Box<dyn Reporter> = if json {
+        Box::new(JsonLines::new(std::io::stdout()))
+    } else {
+        Box::new(Terminal::lines(project.spans(), std::io::stdout()))
+    };
+    for logged in events {
+        reporter.event(&logged.event);
+        reporter.flush();
+    }
+    Ok(())
 }

@@ -1,39 +1,22 @@
-//! `lock`: pins what can move, in a file beside the recipe; and what the other commands do with that file.
+//! `lock`: pins what can move, in a file beside the recipe.
 
-use std::fmt::Write as _;
-use std::io::ErrorKind;
-use std::path::{Path, PathBuf};
-
-use serde::{Deserialize, Serialize};
-
-use crate::cli::project::{Project, RecipeArgs, StoreArgs};
-use crate::cli::{Failure, colour, error, print, read_text};
-use crate::engine::{Move, Pins, moved, short, write_atomically};
-
-/// The format of the file.
-const VERSION: u32 = 1;
-/// More than any recipe pins.
-const LONGEST: u64 = 64 << 20;
+use crate::cli::args::{RecipeArgs, StoreArgs};
+use crate::cli::project::Project;
+use crate::cli::{Failure, lock_file, print};
+use crate::engine::pin_changes;
 
 #[derive(clap::Args)]
 pub(in crate::cli) struct Args {
     #[command(flatten)]
     recipe: RecipeArgs,
-    /// The stages to move, with `--update` [default: all]
+    /// The stages to update, with `--update` [default: all]
     #[arg(requires = "update")]
     stages: Vec<String>,
-    /// Moves pins to what branches and files are now; without it only missing ones are made
+    /// Updates pins to the current branches and files; without it only missing pins are added
     #[arg(long)]
     update: bool,
     #[command(flatten)]
     store: StoreArgs,
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct LockFile {
-    version: u32,
-    stages: Pins,
 }
 
 pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
@@ -42,91 +25,16 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     let fresh = |stage: &str| {
         args.update && (args.stages.is_empty() || args.stages.iter().any(|name| name == stage))
     };
-    let pins = project.situation(&[]).pin(&fresh)?;
-    let moves = moved(&project.pins, &pins);
-    let path = path(&args.recipe.recipe);
-    let file = LockFile {
-        version: VERSION,
-        stages: pins,
-    };
-    let text = serde_yaml::to_string(&file).map_err(anyhow::Error::from)?;
-    let text = format!(
-        "# Made by `pipeline lock`; it belongs beside the recipe, in version control.\n{text}"
-    );
-    let parent = path
-        .parent()
-        .filter(|parent| !parent.as_os_str().is_empty())
-        .unwrap_or(Path::new("."));
-    write_atomically(
-        &parent.join(path.file_name().unwrap_or_default()),
-        text.as_bytes(),
-    )?;
+    let pins = project.session(&[]).pin(&fresh)?;
+    let changes = pin_changes(&project.pins, &pins);
+    let path = lock_file::path(&args.recipe.recipe);
+    let count = pins.len();
+    lock_file::write(&path, pins)?;
     print(&format!(
         "{}`{}` pins {} stages\n",
-        list(&moves),
+        lock_file::list(&changes),
         path.display(),
-        file.stages.len()
+        count
     ));
     Ok(())
-}
-
-/// One line for each move.
-pub(in crate::cli) fn list(moves: &[Move]) -> String {
-    let mut text = String::new();
-    for Move {
-        stage,
-        what,
-        old,
-        new,
-    } in moves
-    {
-        _ = writeln!(
-            text,
-            "`{stage}`: {what} {} -> {}",
-            short(old.as_deref()),
-            short(new.as_deref())
-        );
-    }
-    text
-}
-
-/// The lock file of a recipe.
-pub(in crate::cli) fn path(recipe: &Path) -> PathBuf {
-    let mut name = recipe.as_os_str().to_owned();
-    name.push(".lock");
-    name.into()
-}
-
-/// The pins of a recipe; none without a lock file.
-pub(in crate::cli) fn read(recipe: &Path) -> Result<Option<Pins>, Failure> {
-    let path = path(recipe);
-    let text = match read_text(&path, LONGEST) {
-        Ok(text) => text,
-        // A recipe whose name leaves no room for `.lock` has none.
-        Err(error)
-            if matches!(
-                error.kind(),
-                ErrorKind::NotFound | ErrorKind::InvalidFilename
-            ) =>
-        {
-            return Ok(None);
-        }
-        Err(error) => {
-            return Err(anyhow::anyhow!("could not read `{}`: {error}", path.display()).into());
-        }
-    };
-    let wrong = |message: String| {
-        let hint = "remove it and make it anew by `pipeline lock`";
-        Failure::Wrong(error::with_hint(&message, hint, colour()))
-    };
-    let file: LockFile = crate::recipe::yaml(&text)
-        .map_err(|error| wrong(format!("`{}` is no lock file: {error}", path.display())))?;
-    if file.version != VERSION {
-        return Err(wrong(format!(
-            "`{}` has the version {}, expected {VERSION}",
-            path.display(),
-            file.version
-        )));
-    }
-    Ok(Some(file.stages))
 }

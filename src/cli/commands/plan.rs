@@ -2,7 +2,8 @@
 
 use serde_json::json;
 
-use crate::cli::project::{Project, RecipeArgs, StoreArgs};
+use crate::cli::args::{RecipeArgs, StoreArgs};
+use crate::cli::project::Project;
 use crate::cli::remote::RemoteArgs;
 use crate::cli::{Failure, print, print_json, table};
 use crate::engine::{State, short};
@@ -24,7 +25,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     let mut project = Project::open(&args.recipe, &args.store)?;
     project.connect(&args.remote, true)?;
     let states = project.plan();
-    project.tell_warnings()?;
+    project.report_warnings()?;
     let order = project.recipe.order();
     let planned = || {
         let pairs = order

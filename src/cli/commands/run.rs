@@ -9,44 +9,44 @@ use std::sync::mpsc::{Sender, channel};
 
 use anyhow::Context as _;
 
-use super::lock;
-use crate::cli::project::{Project, RecipeArgs, StoreArgs};
+use crate::cli::args::{RecipeArgs, StoreArgs};
+use crate::cli::project::Project;
 use crate::cli::remote::RemoteArgs;
-use crate::cli::{Failure, colour, error, machine, tell};
-use crate::engine::{Bytes, Event, Machine, Options, Placing, Put, Summary, place};
-use crate::report::{Style, report};
+use crate::cli::{Failure, colour, eprint, error, lock_file, machine};
+use crate::engine::{Bytes, Event, Machine, Options, PublishOptions, Published, Summary, publish};
+use crate::report::{JsonLines, Reporter, Terminal, report};
 
 #[derive(clap::Args)]
 pub(in crate::cli) struct Args {
     #[command(flatten)]
     recipe: RecipeArgs,
-    /// The stages to make, with all they need [default: all]
+    /// The stages to run, with everything they depend on [default: all]
     stages: Vec<String>,
-    /// Runs this stage even if its result is there; may be repeated
+    /// Runs this stage even if it is fresh; may be repeated
     #[arg(long, value_name = "STAGE")]
     force: Vec<String>,
-    /// Events as JSON, one a line, on standard output
+    /// Writes events to standard output as JSON, one per line
     #[arg(long)]
     json: bool,
-    /// Stages that may run at a time; trainings and evaluations always go one by one [default: the number of cores]
+    /// The most stages that run at once; trainings and evaluations always run one at a time [default: the number of cores]
     #[arg(long, value_name = "N")]
     jobs: Option<NonZeroUsize>,
-    /// Cores that stages may take together, by their `resources` [default: all]
+    /// Cores for all running stages together, as their `resources` count them [default: all]
     #[arg(long, value_name = "N")]
     cpus: Option<NonZeroUsize>,
-    /// Memory that stages may take together, by their `resources`, such as `20GiB` [default: the machine's]
+    /// Memory for all running stages together, as their `resources` count it, such as `20GiB` [default: the machine's]
     #[arg(long, value_name = "SIZE")]
     memory: Option<Bytes>,
-    /// Ids of the devices that stages may take, such as `0,1` [default: all]
+    /// Ids of the devices that stages may use, such as `0,1` [default: all]
     #[arg(long, value_name = "IDS", value_delimiter = ',')]
     gpus: Option<Vec<usize>>,
-    /// After a failure, goes on with the stages that don't need the failed one
+    /// After a failure, continues with the stages that do not depend on the failed one
     #[arg(long)]
     keep_going: bool,
-    /// Refuses to run when something would not be as the lock file pins it
+    /// Fails if any input differs from what the lock file pins
     #[arg(long)]
     locked: bool,
-    /// Replaces files at the places of outputs that pipeline did not put there, or that were changed since
+    /// Replaces files in output folders that pipeline did not write, or that were changed since
     #[arg(long)]
     overwrite_outputs: bool,
     #[command(flatten)]
@@ -75,27 +75,24 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
         },
         keep_going: args.keep_going,
     };
-    let style = match (args.json, std::io::stderr().is_terminal()) {
-        (true, _) => Style::Json,
-        (false, true) => Style::Bars,
-        (false, false) => Style::Lines,
-    };
-    let cancel = Arc::clone(&project.world.cancel);
+    let cancel = Arc::clone(&project.env.cancel);
     stop_on_signal(&cancel)?;
     let (events, received) = channel();
-    let stages = project.recipe.stages.iter();
-    let place = |place| format!("{}:{place}", project.recipe.path.display());
-    let places = stages
-        .map(|stage| (stage.name.clone(), place(stage.place)))
-        .collect();
-    let places = &places;
+    let mut reporter: Box<dyn Reporter + Send> = match (args.json, std::io::stderr().is_terminal())
+    {
+        (true, _) => Box::new(JsonLines::new(std::io::stdout())),
+        (false, true) => Box::new(Terminal::bars(project.spans(), std::io::stderr())),
+        (false, false) => Box::new(Terminal::lines(project.spans(), std::io::stderr())),
+    };
+    let mut log = project.event_log();
     let summary = std::thread::scope(|scope| {
+        let log = &mut log;
         std::thread::Builder::new()
-            .spawn_scoped(scope, move || report(&received, style, places))
+            .spawn_scoped(scope, move || report(&received, &mut [&mut *reporter, log]))
             .context("could not start a thread")?;
-        // The sender goes when this is done, and with it the reporter.
+        // The sender goes when this is done, and with it the reporters.
         let events = events;
-        // Also until the outputs are in their places: nothing they are made of may go before.
+        // Also until the outputs are published: nothing they are made of may go before.
         let in_use = project.store.use_results(&cancel, &mut |holder| {
             let holder = holder.to_owned();
             // A reporter that is gone misses nothing else.
@@ -105,23 +102,27 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
             return Ok(None);
         }
         let _in_use = in_use?;
-        let situation = project.situation(&forced);
-        let summary = crate::engine::run(&situation, &targets, &options, &events, &cancel)?;
+        let session = project.session(&forced);
+        let summary = crate::engine::run(&session, &targets, &options, &events, &cancel)?;
         // After a failure only who wants to go on gets what is finished.
         if !summary.interrupted && (summary.failed == 0 || args.keep_going) {
-            let how = Placing {
+            let how = PublishOptions {
                 overwrite: args.overwrite_outputs,
                 verify: args.store.verify,
             };
-            let put = put_outputs(&project, &summary, &targets, how, &events, &cancel);
-            if put.is_err() && cancel.load(Ordering::Relaxed) {
+            let published = publish_outputs(&project, &summary, &targets, how, &events, &cancel);
+            if published.is_err() && cancel.load(Ordering::Relaxed) {
                 return Ok(None);
             }
-            put?;
+            published?;
         }
         anyhow::Ok(Some(summary))
     })?;
-    project.tell_warnings()?;
+    if let Some(number) = summary.as_ref().and_then(|summary| summary.run) {
+        // It is only for looking at later.
+        let _ = log.keep(number);
+    }
+    project.report_warnings()?;
     let Some(summary) = summary else {
         return Err(Failure::Interrupted);
     };
@@ -129,32 +130,32 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
         return Err(Failure::Interrupted);
     }
     if summary.failed > 0 {
-        return Err(Failure::Told);
+        return Err(Failure::Reported);
     }
     Ok(())
 }
 
 /// With `--locked` nothing may move. Without, a lock file that is behind is worth a sentence.
 fn check_lock(project: &Project, args: &Args) -> Result<(), Failure> {
-    let path = lock::path(&args.recipe.recipe);
+    let path = lock_file::path(&args.recipe.recipe);
     if !args.locked && !path.exists() {
         return Ok(());
     }
-    let moves = project.situation(&[]).moves()?;
-    if moves.is_empty() {
+    let changes = project.session(&[]).changed_pins()?;
+    if changes.is_empty() {
         return Ok(());
     }
-    let list = lock::list(&moves);
+    let list = lock_file::list(&changes);
     let message = format!(
         "`{}` pins other inputs than those at hand:\n{}",
         path.display(),
         list.trim_end()
     );
     if args.locked {
-        let hint = "`pipeline lock --update` moves the pins";
-        return Err(Failure::Wrong(error::with_hint(&message, hint, colour())));
+        let hint = "`pipeline lock --update` updates the pins";
+        return Err(Failure::Usage(error::with_hint(&message, hint, colour())));
     }
-    tell(&format!("note: {message}\n"));
+    eprint(&format!("note: {message}\n"));
     Ok(())
 }
 
@@ -176,15 +177,15 @@ pub(in crate::cli) fn stop_on_signal(cancel: &Arc<AtomicBool>) -> anyhow::Result
             #[expect(clippy::exit, reason = "the user asked twice")]
             std::process::exit(130);
         }
-        tell("interrupted: stages are stopping; once more to stop at once\n");
+        eprint("interrupted: waiting for stages to stop; press Ctrl-C again to stop at once\n");
     })
 }
 
-fn put_outputs(
+fn publish_outputs(
     project: &Project,
     summary: &Summary,
     targets: &[usize],
-    how: Placing,
+    how: PublishOptions,
     events: &Sender<Event>,
     cancel: &AtomicBool,
 ) -> anyhow::Result<()> {
@@ -202,23 +203,19 @@ fn put_outputs(
         let to = project.root.join(&output.path);
         let mut waiting = |holder: &str| {
             let text = format!(
-                "{holder} is putting something in `{}`; waiting for it",
+                "{holder} is writing to `{}`; waiting for it to finish",
                 output.path
             );
             // A reporter that is gone misses nothing else.
             let _ = events.send(Event::Warning { text });
         };
         // Looked at again: a run takes its time, and somebody may have turned a link elsewhere.
-        let put = match project.bounds.output(output) {
-            Ok(real) => place(&project.store, artifact, &real, how, cancel, &mut waiting),
+        let published = match project.bounds.output(output) {
+            Ok(real) => publish(&project.store, artifact, &real, how, cancel, &mut waiting),
             Err((message, hint)) => Err(anyhow::anyhow!("it {message}; {hint}")),
         };
-        let Put { changed, links } = put.with_context(|| {
-            format!(
-                "could not put the result of `{}` in its place",
-                output.stage
-            )
-        })?;
+        let Published { changed, links } = published
+            .with_context(|| format!("could not publish the result of `{}`", output.stage))?;
         let shown = std::env::current_dir()
             .ok()
             .and_then(|here| Some(to.strip_prefix(here).ok()?.to_owned()))

@@ -1,6 +1,7 @@
 //! `validate`: checks a recipe without running anything.
 
-use crate::cli::project::{RecipeArgs, load};
+use crate::cli::args::RecipeArgs;
+use crate::cli::project::load;
 use crate::cli::{Failure, print};
 
 #[derive(clap::Args)]

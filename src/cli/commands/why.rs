@@ -5,7 +5,8 @@ use std::fmt::Write as _;
 use similar::{ChangeTag, TextDiff};
 
 use super::plan::describe;
-use crate::cli::project::{Project, RecipeArgs, StoreArgs};
+use crate::cli::args::{RecipeArgs, StoreArgs};
+use crate::cli::project::Project;
 use crate::cli::remote::RemoteArgs;
 use crate::cli::{Failure, print};
 use crate::engine::{Reason, State};
@@ -28,7 +29,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     project.connect(&args.remote, true)?;
     let index = project.find(&args.stage)?;
     let states = project.plan();
-    project.tell_warnings()?;
+    project.report_warnings()?;
     let mut text = String::new();
     explain(&project, &states, index, &mut text);
     // What it waits on, and what that waits on: each once, nearest first.
@@ -80,7 +81,7 @@ fn explain(project: &Project, states: &[State], index: usize, text: &mut String)
             }
             _ = writeln!(text, "  {}", project.store.artifact(artifact).display());
         }
-        State::Unknown { error } => _ = writeln!(text, "`{name}` can't be told: {error}"),
+        State::Unknown { error } => _ = writeln!(text, "the state of `{name}` is unknown: {error}"),
         State::Runs { reasons } => {
             _ = writeln!(text, "`{name}` {word}:");
             list(project, name, reasons, text);
@@ -104,8 +105,8 @@ pub(in crate::cli) fn list(project: &Project, stage: &str, reasons: &[Reason], t
         };
         if let Some(stage) = project.recipe.stage(stage) {
             let path = format!("stages.{}.{}.{parameter}", stage.name, stage.kind.name);
-            if let Some(place) = project.recipe.place_of(&path) {
-                _ = writeln!(text, "    {}:{place}", project.recipe.path.display());
+            if let Some(span) = project.recipe.span_of(&path) {
+                _ = writeln!(text, "    {}:{span}", project.recipe.path.display());
             }
         }
         match reason {

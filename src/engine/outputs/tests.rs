@@ -63,34 +63,34 @@ impl Toy {
         made.unwrap().0.artifact
     }
 
-    fn place(&self) -> PathBuf {
+    fn folder(&self) -> PathBuf {
         self.folder.path().join("out/result")
     }
 
     fn text(&self) -> String {
-        fs::read_to_string(self.place().join("below/text")).unwrap()
+        fs::read_to_string(self.folder().join("below/text")).unwrap()
     }
 
-    fn put(&self, artifact: &str) -> anyhow::Result<Put> {
-        self.put_so(artifact, Placing::default())
+    fn put(&self, artifact: &str) -> anyhow::Result<Published> {
+        self.put_so(artifact, PublishOptions::default())
     }
 
-    fn put_so(&self, artifact: &str, how: Placing) -> anyhow::Result<Put> {
-        place(
+    fn put_so(&self, artifact: &str, how: PublishOptions) -> anyhow::Result<Published> {
+        publish(
             &self.store,
             artifact,
-            &self.place(),
+            &self.folder(),
             how,
             &NEVER,
             &mut |_| {},
         )
     }
 
-    fn put_by(&self, artifact: &str, swap: Swap<'_>) -> anyhow::Result<Put> {
-        let place = self.place();
-        let slot = Slot::open(&self.store, &place, &NEVER).unwrap();
-        let lock = slot.lock(&mut |_| {});
-        slot.put(artifact, Placing::default(), lock, swap)
+    fn put_by(&self, artifact: &str, swap: Swap<'_>) -> anyhow::Result<Published> {
+        let folder = self.folder();
+        let target = Target::open(&self.store, &folder, &NEVER).unwrap();
+        let lock = target.lock(&mut |_| {});
+        target.put(artifact, PublishOptions::default(), lock, swap)
     }
 
     #[track_caller]
@@ -100,9 +100,9 @@ impl Toy {
         assert!(error.contains("--overwrite-outputs"), "{error}");
     }
 
-    /// The names beside the place.
+    /// The names beside the output folder.
     fn beside(&self) -> Vec<String> {
-        let entries = fs::read_dir(self.place().parent().unwrap()).unwrap();
+        let entries = fs::read_dir(self.folder().parent().unwrap()).unwrap();
         let mut names: Vec<String> = entries
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
             .filter(|name| name != "result")
@@ -112,11 +112,11 @@ impl Toy {
     }
 }
 
-const OVERWRITE: Placing = Placing {
+const OVERWRITE: PublishOptions = PublishOptions {
     overwrite: true,
     verify: false,
 };
-const VERIFY: Placing = Placing {
+const VERIFY: PublishOptions = PublishOptions {
     overwrite: false,
     verify: true,
 };
@@ -135,7 +135,7 @@ fn rot(path: &Path) {
 }
 
 #[test]
-fn results_are_placed_once_and_never_over_other_files() {
+fn results_are_published_once_and_never_over_other_files() {
     let toy = Toy::new();
     let (first, second) = (toy.make("one", 0), toy.make("two", 0));
     let changed = |artifact: &str| toy.put(artifact).unwrap().changed;
@@ -143,7 +143,7 @@ fn results_are_placed_once_and_never_over_other_files() {
     assert!(!changed(&first));
     assert!(changed(&second));
     assert_eq!(toy.text(), "two");
-    let mine = toy.place().join("mine");
+    let mine = toy.folder().join("mine");
     fs::write(&mine, "keep").unwrap();
     toy.refuses(&first, "`mine` does not belong there");
     toy.refuses(&second, "did not put there");
@@ -152,17 +152,17 @@ fn results_are_placed_once_and_never_over_other_files() {
     assert!(!mine.exists());
     assert_eq!(toy.beside(), [""; 0]);
     // A file, and an empty folder, which nobody misses.
-    fs::remove_dir_all(toy.place()).unwrap();
-    fs::write(toy.place(), "keep").unwrap();
+    fs::remove_dir_all(toy.folder()).unwrap();
+    fs::write(toy.folder(), "keep").unwrap();
     toy.refuses(&first, "is a file");
-    fs::remove_file(toy.place()).unwrap();
-    fs::create_dir(toy.place()).unwrap();
+    fs::remove_file(toy.folder()).unwrap();
+    fs::create_dir(toy.folder()).unwrap();
     assert!(changed(&first));
     assert_eq!(toy.beside(), [""; 0]);
 }
 
 #[test]
-fn folders_of_others_beside_a_place_stay() {
+fn folders_of_others_beside_an_output_stay() {
     let toy = Toy::new();
     let out = toy.folder.path().join("out");
     let theirs = [".pipeline-mine", ".result.next", ".result.old"];
@@ -186,7 +186,7 @@ fn what_people_edit_is_theirs_and_the_store_stays_sound() {
     let toy = Toy::new();
     let artifact = toy.make("one", LARGE + 1);
     let put = toy.put(&artifact).unwrap();
-    let (text, large) = (toy.place().join("below/text"), toy.place().join("large"));
+    let (text, large) = (toy.folder().join("below/text"), toy.folder().join("large"));
     let sound = || toy.store.is_sound(&artifact);
     let shared = put.links == 0;
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o222;
@@ -226,7 +226,7 @@ fn bytes_that_rot_in_the_store_and_its_links_are_restored() {
         );
         return;
     }
-    let large = toy.place().join("large");
+    let large = toy.folder().join("large");
     rot(&large);
     // As a run with --verify does it: the damage is seen, and the result made again.
     assert_eq!(toy.make("one", LARGE + 1), artifact);
@@ -246,34 +246,34 @@ fn bytes_that_rot_in_the_store_and_its_links_are_restored() {
 }
 
 #[test]
-fn a_link_at_the_place_is_somebody_elses() {
+fn a_link_in_the_way_is_somebody_elses() {
     let toy = Toy::new();
     let elsewhere = toy.folder.path().join("elsewhere");
     fs::create_dir_all(&elsewhere).unwrap();
-    fs::create_dir_all(toy.place().parent().unwrap()).unwrap();
-    std::os::unix::fs::symlink(&elsewhere, toy.place()).unwrap();
+    fs::create_dir_all(toy.folder().parent().unwrap()).unwrap();
+    std::os::unix::fs::symlink(&elsewhere, toy.folder()).unwrap();
     let artifact = toy.make("one", 0);
     toy.refuses(&artifact, "is a link");
-    assert!(toy.place().is_symlink());
+    assert!(toy.folder().is_symlink());
     // Replaced is the link, not what it leads to.
     toy.put_so(&artifact, OVERWRITE).unwrap();
-    assert!(!toy.place().is_symlink());
+    assert!(!toy.folder().is_symlink());
     assert!(is_empty_folder(&elsewhere));
     // And one that leads nowhere.
-    fs::remove_dir_all(toy.place()).unwrap();
-    std::os::unix::fs::symlink("nowhere", toy.place()).unwrap();
+    fs::remove_dir_all(toy.folder()).unwrap();
+    std::os::unix::fs::symlink("nowhere", toy.folder()).unwrap();
     toy.refuses(&artifact, "is a link");
 }
 
 #[test]
-fn killed_at_any_moment_the_place_is_whole_and_the_next_run_clears_up() {
+fn killed_at_any_moment_the_output_is_whole_and_the_next_run_clears_up() {
     let before: Swap<'_> = &|_, _| panic!("killed before");
     let after: Swap<'_> = &|one, other| {
         exchange(one, other)?;
         panic!("killed after");
     };
-    let between: Swap<'_> = &|_, place| {
-        fs::rename(place, place.with_file_name("moved")).unwrap();
+    let between: Swap<'_> = &|_, folder| {
+        fs::rename(folder, folder.with_file_name("moved")).unwrap();
         panic!("killed between two renames");
     };
     for (swap, left) in [(before, "one"), (after, "two"), (between, "")] {
@@ -308,16 +308,16 @@ fn without_an_exchange_two_renames_do() {
 
 #[test]
 fn what_comes_in_between_goes_back() {
-    let slow: Swap<'_> = &|_, place| {
-        fs::write(place.join("mine"), "keep").unwrap();
+    let slow: Swap<'_> = &|_, folder| {
+        fs::write(folder.join("mine"), "keep").unwrap();
         Err(ErrorKind::Unsupported.into())
     };
-    let quick: Swap<'_> = &|next, place| {
+    let quick: Swap<'_> = &|next, folder| {
         // Only before the first exchange.
-        if place.join("below").exists() && !next.join("mine").exists() {
-            fs::write(place.join("mine"), "keep").unwrap();
+        if folder.join("below").exists() && !next.join("mine").exists() {
+            fs::write(folder.join("mine"), "keep").unwrap();
         }
-        exchange(next, place)
+        exchange(next, folder)
     };
     for swap in [slow, quick] {
         let toy = Toy::new();
@@ -325,24 +325,24 @@ fn what_comes_in_between_goes_back() {
         let error = toy.put_by(&toy.make("two", 0), swap).unwrap_err();
         assert!(error.to_string().contains("was changed while"), "{error}");
         assert_eq!(toy.text(), "one");
-        assert!(toy.place().join("mine").exists());
+        assert!(toy.folder().join("mine").exists());
         assert_eq!(toy.beside(), [""; 0]);
     }
 }
 
 #[test]
-fn a_place_is_never_empty_while_its_result_is_replaced() {
+fn an_output_is_never_missing_while_its_result_is_replaced() {
     let toy = Toy::new();
     let artifacts = [toy.make("one", 0), toy.make("two", 0)];
     toy.put(&artifacts[0]).unwrap();
-    let unsupported = exchange(&toy.place(), &toy.store.artifact(&artifacts[0]));
+    let unsupported = exchange(&toy.folder(), &toy.store.artifact(&artifacts[0]));
     if unsupported.is_err_and(|error| error.kind() == ErrorKind::Unsupported) {
         eprintln!("skipped: this file system can't exchange two names");
         return;
     }
-    exchange(&toy.place(), &toy.store.artifact(&artifacts[0])).unwrap();
+    exchange(&toy.folder(), &toy.store.artifact(&artifacts[0])).unwrap();
     let done = AtomicBool::new(false);
-    let text = toy.place().join("below/text");
+    let text = toy.folder().join("below/text");
     std::thread::scope(|scope| {
         let missing = scope.spawn(|| {
             let mut missing = 0;
@@ -360,25 +360,25 @@ fn a_place_is_never_empty_while_its_result_is_replaced() {
 }
 
 #[test]
-fn runs_at_one_place_wait_for_each_other_or_say_why_not() {
+fn runs_with_one_output_wait_for_each_other_or_say_why_not() {
     let toy = Toy::new();
     let artifact = toy.make("one", 0);
     toy.put(&artifact).unwrap();
-    let place_at = toy.place();
-    let slot = Slot::open(&toy.store, &place_at, &NEVER).unwrap();
-    let path = slot.path.with_extension("lock");
+    let folder = toy.folder();
+    let target = Target::open(&toy.store, &folder, &NEVER).unwrap();
+    let path = target.path.with_extension("lock");
     let held = take_lock(&path, &NEVER, &mut |_| {}).unwrap();
     std::thread::scope(|scope| {
         let (told, waits) = std::sync::mpsc::channel();
         let second = toy.make("two", 0);
-        let (toy, place_at) = (&toy, &place_at);
+        let (toy, folder) = (&toy, &folder);
         let putting = scope.spawn(move || {
             let mut waiting = |_: &str| told.send(()).unwrap();
-            place(
+            publish(
                 &toy.store,
                 &second,
-                place_at,
-                Placing::default(),
+                folder,
+                PublishOptions::default(),
                 &NEVER,
                 &mut waiting,
             )
@@ -388,7 +388,7 @@ fn runs_at_one_place_wait_for_each_other_or_say_why_not() {
         drop(held);
         assert!(putting.join().unwrap().unwrap().changed);
     });
-    // No lock can be had: what is in place stays good, and nothing is put there.
+    // No lock can be had: what is there stays good, and nothing is put there.
     let folder = path.parent().unwrap();
     fs::remove_dir_all(folder).unwrap();
     fs::write(folder, "").unwrap();

@@ -7,10 +7,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 
 use super::super::Event;
-use super::super::plan::{Look, Situation, known};
+use super::super::plan::{Inspection, Session, known};
 use super::super::sources::Sources;
 
-impl Situation<'_> {
+impl Session<'_> {
     /// Before a run: fetches the files it needs, and notes which results are fresh without theirs. A result that can't be had
     /// counts as absent, and what it is made from is looked at again.
     pub(crate) fn fetch(
@@ -21,23 +21,23 @@ impl Situation<'_> {
         events: &Sender<Event>,
         cancel: &AtomicBool,
     ) -> anyhow::Result<()> {
-        if !self.shared.pulls() && !self.store.has_left()? {
+        if !self.shared.pulls() && !self.store.has_remote_only()? {
             return self.shared.check();
         }
         let wanted = self.wanted(needed, targets);
         loop {
-            let looks = self.look(needed, sources);
+            let inspections = self.inspect(needed, sources);
             let mut missed = false;
             let obtainable = self.shared.pulls();
-            for index in self.lacking(&looks, &wanted, obtainable) {
-                let Some(away) = known(&looks, index) else {
+            for index in self.lacking(&inspections, &wanted, obtainable) {
+                let Some(remote_only) = known(&inspections, index) else {
                     continue;
                 };
                 if cancel.load(Ordering::Relaxed) {
                     return Ok(());
                 }
                 if !self.shared.pulls() {
-                    self.shared.distrust(away);
+                    self.shared.distrust(remote_only);
                     missed = true;
                     continue;
                 }
@@ -48,16 +48,17 @@ impl Situation<'_> {
                 });
                 missed |= self
                     .shared
-                    .restore(self.store, away, (name, events), cancel)?
+                    .restore(self.store, remote_only, (name, events), cancel)?
                     .is_none();
             }
             self.shared.check()?;
             if missed && !cancel.load(Ordering::Relaxed) {
                 continue;
             }
-            for look in looks.into_iter().flatten() {
-                if let Some(fingerprint) = look.fingerprint.filter(|_| look.away) {
-                    self.shared.leave_out(&fingerprint);
+            for inspection in inspections.into_iter().flatten() {
+                if let Some(fingerprint) = inspection.fingerprint.filter(|_| inspection.remote_only)
+                {
+                    self.shared.set_remote_only(&fingerprint);
                 }
             }
             return Ok(());
@@ -85,11 +86,13 @@ impl Situation<'_> {
         drop(shared);
         // Only spares work next time.
         let _ = sources.save();
-        let looks = self.look(&needed, &mut sources);
-        let here =
-            |look: Option<&Look>| look.is_some_and(|look| look.content.is_some() && !look.away);
+        let inspections = self.inspect(&needed, &mut sources);
+        let here = |inspection: Option<&Inspection>| {
+            inspection
+                .is_some_and(|inspection| inspection.content.is_some() && !inspection.remote_only)
+        };
         Ok((0..needed.len())
-            .map(|index| here(looks[index].as_ref()))
+            .map(|index| here(inspections[index].as_ref()))
             .collect())
     }
 
@@ -100,7 +103,7 @@ impl Situation<'_> {
             for (index, readers) in self.graph.readers().iter().enumerate() {
                 wanted[index] = readers.is_empty();
             }
-            for &index in &self.placed {
+            for &index in &self.outputs {
                 wanted[index] = true;
             }
         }
@@ -117,19 +120,21 @@ impl Situation<'_> {
     /// have to run themselves, and need what they read.
     pub(crate) fn lacking(
         &self,
-        looks: &[Option<Look>],
+        inspections: &[Option<Inspection>],
         wanted: &[bool],
         obtainable: bool,
     ) -> Vec<usize> {
         let mut read = wanted.to_vec();
         let mut lacking = Vec::new();
         for &index in self.graph.order.iter().rev() {
-            let Some(look) = &looks[index] else { continue };
-            let away = look.away;
-            if away && read[index] {
+            let Some(inspection) = &inspections[index] else {
+                continue;
+            };
+            let remote_only = inspection.remote_only;
+            if remote_only && read[index] {
                 lacking.push(index);
             }
-            if look.content.is_none() || (away && read[index] && !obtainable) {
+            if inspection.content.is_none() || (remote_only && read[index] && !obtainable) {
                 for &input in &self.graph.inputs[index] {
                     read[input] = true;
                 }

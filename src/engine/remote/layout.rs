@@ -7,8 +7,9 @@ use anyhow::{Context as _, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::super::canonical::{Digest, is_digest};
-use super::super::manifest::{Entry, LONGEST_MANIFEST, Manifest, Stat};
+use super::super::manifest::{Entry, LONGEST_MANIFEST, Manifest};
 use super::super::record::{FORMAT, LONGEST_RECORD, Record};
+use super::super::stat::Stat;
 use super::Remote;
 
 pub(super) const RECORDS: &str = "v1/records";

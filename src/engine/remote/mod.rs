@@ -9,8 +9,8 @@
 //! A remote is a dumb [`Remote`]: named objects. Everything that comes from it is checked here against the digest that names it
 //! before it is used, and what is not as it should be counts as absent.
 
+mod bookkeeping;
 mod fetch;
-mod held;
 mod layout;
 mod pull;
 mod push;

@@ -21,8 +21,9 @@ use super::super::canonical::Digest;
 use super::super::digest::digest_file;
 use super::super::files::{link_or_copy, remove, rename_new, sync_files, sync_folder};
 use super::super::links::Linked;
-use super::super::manifest::{Manifest, Stat};
+use super::super::manifest::Manifest;
 use super::super::record::Record;
+use super::super::stat::Stat;
 use super::super::store::{Store, take_lock};
 use super::layout::{blob_key, get, manifest_key, parse_manifest};
 use super::{Remote, Shared};
@@ -218,14 +219,14 @@ impl Arrival<'_> {
         let (large, small) = order.split_at(order.partition_point(|(_, size)| **size > SMALL));
         let one = |(blake3, size): &(&Digest, &u64)| {
             let known = here.get(*blake3).map(PathBuf::as_path);
-            self.one(blake3, **size, known)
+            self.fetch_blob(blake3, **size, known)
         };
         let trouble = in_parallel(large, PARALLEL, one);
         let trouble = trouble.or_else(|| in_parallel(small, PARALLEL_SMALL, one));
         trouble.map_or(Ok(()), Err)
     }
 
-    fn one(&self, blake3: &str, size: u64, known: Option<&Path>) -> Result<(), Trouble> {
+    fn fetch_blob(&self, blake3: &str, size: u64, known: Option<&Path>) -> Result<(), Trouble> {
         let whole = self.folder.join(blake3);
         let is = |path: &Path| digest_file(path).is_ok_and(|found| found == blake3);
         if whole.exists() {
@@ -342,7 +343,7 @@ impl Arrival<'_> {
                 stage: self.stage.to_owned(),
                 done: done + piece.len() as u64,
                 total: Some(self.size),
-                unit: "bytes",
+                unit: "bytes".into(),
             });
         }
         Ok(())

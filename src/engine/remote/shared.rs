@@ -44,7 +44,7 @@ pub(super) struct State {
     /// Records, manifests and blobs that have to be written again.
     pub(super) bad: BTreeSet<Digest>,
     /// Fingerprints whose files may stay in the remote: nobody needs them here.
-    left_out: BTreeSet<Digest>,
+    remote_only: BTreeSet<Digest>,
     /// Files of the store by digest.
     pub(super) here: Option<BTreeMap<Digest, PathBuf>>,
     /// Where warnings go; before and after a run they are kept.
@@ -180,7 +180,7 @@ impl Shared {
             return Ok(None);
         }
         if let Some(record) = missing
-            && store.is_left(fingerprint)?
+            && store.is_remote_only(fingerprint)?
         {
             return Ok(Some(record.clone()));
         }
@@ -230,13 +230,13 @@ impl Shared {
     }
 
     /// The files of this result may stay where they are.
-    pub(super) fn leave_out(&self, fingerprint: &str) {
-        self.state().left_out.insert(fingerprint.to_owned());
+    pub(super) fn set_remote_only(&self, fingerprint: &str) {
+        self.state().remote_only.insert(fingerprint.to_owned());
     }
 
     /// Whether a result counts as fresh without its files.
-    pub(crate) fn is_left_out(&self, fingerprint: &str) -> bool {
-        self.state().left_out.contains(fingerprint)
+    pub(crate) fn is_set_remote_only(&self, fingerprint: &str) -> bool {
+        self.state().remote_only.contains(fingerprint)
     }
 
     /// Begins a run: warnings become events, and results can be queued for sending.

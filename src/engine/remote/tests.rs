@@ -424,9 +424,9 @@ fn what_cannot_be_looked_at_is_an_error_and_not_absent() {
     let here = Machine::new(&remote);
     let made = here.make("a", &FILES);
     let record = here.store.record(&made).unwrap();
-    assert!(!here.store.is_left(&made).unwrap() && !here.store.has_left().unwrap());
-    here.store.leave(&made, &record).unwrap();
-    assert!(here.store.is_left(&made).unwrap() && here.store.has_left().unwrap());
+    assert!(!here.store.is_remote_only(&made).unwrap() && !here.store.has_remote_only().unwrap());
+    here.store.note_remote_only(&made, &record).unwrap();
+    assert!(here.store.is_remote_only(&made).unwrap() && here.store.has_remote_only().unwrap());
     let offered = |record| here.shared.offer(&here.store, &made, record);
     assert!(offered(Some(&record)).unwrap().is_some());
     // A way that leads to itself can't be followed, whoever looks.
@@ -437,9 +437,9 @@ fn what_cannot_be_looked_at_is_an_error_and_not_absent() {
     };
     unreadable("left");
     for error in [
-        here.store.is_left(&made).unwrap_err(),
-        here.store.has_left().unwrap_err(),
-        here.store.leave(&made, &record).unwrap_err(),
+        here.store.is_remote_only(&made).unwrap_err(),
+        here.store.has_remote_only().unwrap_err(),
+        here.store.note_remote_only(&made, &record).unwrap_err(),
         offered(Some(&record)).unwrap_err(),
         here.try_to_pull(&made).unwrap_err(),
     ] {
@@ -525,7 +525,7 @@ fn a_result_altered_here_is_never_sent() {
     let content = here.store.record(&made).unwrap().artifact;
     let mut manifest = here.store.manifest(&content).unwrap();
     let entry = manifest.files.get_mut("model-1").unwrap();
-    entry.stat = super::super::manifest::Stat::of(&fs::metadata(&file).unwrap());
+    entry.stat = super::super::stat::Stat::of(&fs::metadata(&file).unwrap());
     here.store.write_manifest(&content, &manifest).unwrap();
     let cancel = AtomicBool::new(false);
     let error = here

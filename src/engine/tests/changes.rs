@@ -8,7 +8,7 @@ use super::*;
 
 /// Copies all texts of a file or folder, and changes something while it does.
 #[derive(Serialize, Deserialize, JsonSchema)]
-struct Watched {
+pub(super) struct Watched {
     file: SourcePath,
     /// What happens once the source was read.
     #[serde(default)]
@@ -17,7 +17,9 @@ struct Watched {
     counter: Neutral<usize>,
 }
 
+/// In parameters a text: a word and a path.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(into = "String", try_from = "String")]
 enum Then {
     #[default]
     Nothing,
@@ -35,6 +37,44 @@ enum Then {
     /// A link leads elsewhere, and back.
     Turn(PathBuf),
     Fail(PathBuf),
+}
+
+impl From<Then> for String {
+    fn from(then: Then) -> Self {
+        let (word, path) = match then {
+            Then::Nothing => ("Nothing", PathBuf::new()),
+            Then::Append(path) => ("Append", path),
+            Then::Edit(path) => ("Edit", path),
+            Then::EditAndBack(path) => ("EditAndBack", path),
+            Then::Replace(path) => ("Replace", path),
+            Then::Add(path) => ("Add", path),
+            Then::Remove(path) => ("Remove", path),
+            Then::Turn(path) => ("Turn", path),
+            Then::Fail(path) => ("Fail", path),
+        };
+        format!("{word} {}", path.display())
+    }
+}
+
+impl TryFrom<String> for Then {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let (word, path) = text.split_once(' ').ok_or("expected a word and a path")?;
+        let path = PathBuf::from(path);
+        Ok(match word {
+            "Nothing" => Self::Nothing,
+            "Append" => Self::Append(path),
+            "Edit" => Self::Edit(path),
+            "EditAndBack" => Self::EditAndBack(path),
+            "Replace" => Self::Replace(path),
+            "Add" => Self::Add(path),
+            "Remove" => Self::Remove(path),
+            "Turn" => Self::Turn(path),
+            "Fail" => Self::Fail(path),
+            _ => return Err(format!("`{word}` is no change")),
+        })
+    }
 }
 
 impl Then {
@@ -132,7 +172,7 @@ fn run_nodes(toy: &Toy, nodes: Vec<Node>) -> (Summary, Vec<Event>) {
     let (graph, store) = (Graph::new(nodes).unwrap(), toy.store());
     let (events, received) = channel();
     let summary = run(
-        &Toy::situation(&graph, &store, &Shared::none(), &[]),
+        &Toy::session(&graph, &store, &Shared::none(), &[]),
         &[],
         &Options::for_test(1),
         &events,
@@ -229,12 +269,12 @@ fn nothing_but_what_is_pinned_is_read_where_that_is_asked_for() {
     let late = Then::Edit(toy.path("b"));
     let nodes = vec![node(&toy, "a", late), node(&toy, "b", Then::Nothing)];
     let (graph, store, shared) = (Graph::new(nodes).unwrap(), toy.store(), Shared::none());
-    let mut situation = Toy::situation(&graph, &store, &shared, &[]);
-    situation.pins = situation.pin(&|_| true).unwrap();
-    situation.locked = true;
+    let mut session = Toy::session(&graph, &store, &shared, &[]);
+    session.pins = session.pin(&|_| true).unwrap();
+    session.locked = true;
     let (events, received) = channel();
     let options = Options::for_test(1);
-    let summary = run(&situation, &[], &options, &events, &Arc::default()).unwrap();
+    let summary = run(&session, &[], &options, &events, &Arc::default()).unwrap();
     drop(events);
     assert_eq!((summary.ran, summary.failed), (1, 1));
     let events: Vec<_> = received.into_iter().collect();
@@ -275,7 +315,7 @@ fn a_result_that_changes_while_it_is_read_makes_no_other() {
 
 /// Writes into what it reads.
 #[derive(Serialize, Deserialize, JsonSchema)]
-struct Spoils {
+pub(super) struct Spoils {
     input: Input<Text>,
 }
 
@@ -373,16 +413,16 @@ fn force_and_verify_read_local_files() {
     trick();
     let (graph, store, shared) = (toy.graph("+", ""), toy.store(), Shared::none());
     let pins = |verify| {
-        let mut situation = Toy::situation(&graph, &store, &shared, &[]);
-        situation.verify = verify;
-        situation.pin(&|_| true).unwrap()["a"].files["a"].clone()
+        let mut session = Toy::session(&graph, &store, &shared, &[]);
+        session.verify = verify;
+        session.pin(&|_| true).unwrap()["a"].files["a"].clone()
     };
     let right = blake3::hash(b"one").to_hex().to_string();
     assert_eq!(pins(false), right);
     let states = |forced: &[&str], verify| {
-        let mut situation = Toy::situation(&graph, &store, &shared, forced);
-        situation.verify = verify;
-        situation.plan()
+        let mut session = Toy::session(&graph, &store, &shared, forced);
+        session.verify = verify;
+        session.plan()
     };
     let stale = |state: &State| matches!(state, State::Runs { .. });
     assert!(stale(&states(&[], false)[2]));
@@ -441,7 +481,7 @@ fn manifests_and_memos_of_before_are_read_once_and_mean_the_same() {
 
 /// Links a file of somebody else's into its result.
 #[derive(Serialize, Deserialize, JsonSchema)]
-struct Links {
+pub(super) struct Links {
     theirs: Neutral<PathBuf>,
 }
 

@@ -7,7 +7,7 @@ use super::*;
 
 /// Counts in its scratch folder, and fails before it is done.
 #[derive(Serialize, Deserialize, JsonSchema)]
-struct Slow {
+pub(super) struct Slow {
     input: Input<Text>,
     setting: u32,
     #[serde(default)]
@@ -48,12 +48,12 @@ fn go(toy: &Toy, graph: &Graph) -> (Summary, Vec<Event>) {
     let store = toy.store();
     let (events, received) = channel();
     let shared = Shared::none();
-    let situation = Toy::situation(graph, &store, &shared, &[]);
+    let session = Toy::session(graph, &store, &shared, &[]);
     let options = Options {
         keep_going: true,
         ..Options::for_test(2)
     };
-    let summary = run(&situation, &[], &options, &events, &Arc::default()).unwrap();
+    let summary = run(&session, &[], &options, &events, &Arc::default()).unwrap();
     drop(events);
     (summary, received.into_iter().collect())
 }
@@ -63,7 +63,7 @@ fn collect(toy: &Toy, graph: &Graph, keep_runs: usize) -> Vec<&'static str> {
     let store = toy.store();
     let shared = Shared::none();
     let mut needs = Needs::default();
-    Toy::situation(graph, &store, &shared, &[]).needs(&mut needs);
+    Toy::session(graph, &store, &shared, &[]).needs(&mut needs);
     let limits = gc::Limits {
         keep_runs,
         max_size: 0,
@@ -131,8 +131,8 @@ fn a_run_that_waits_for_a_collection_says_so() {
     let cancel = Arc::new(AtomicBool::new(false));
     let start = |events, cancel: &Arc<AtomicBool>| {
         let shared = Shared::none();
-        let situation = Toy::situation(&graph, &store, &shared, &[]);
-        run(&situation, &[], &Options::for_test(1), &events, cancel)
+        let session = Toy::session(&graph, &store, &shared, &[]);
+        run(&session, &[], &Options::for_test(1), &events, cancel)
     };
     std::thread::scope(|scope| {
         let (events, received) = channel();

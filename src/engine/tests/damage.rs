@@ -76,16 +76,16 @@ fn ten_thousand_damaged_bits_make_no_wrong_result() {
         }
         let (graph, store) = (toy.graph("+", ""), toy.store());
         let shared = remote::Shared::none();
-        let mut situation = Toy::situation(&graph, &store, &shared, &[]);
-        situation.verify = hidden;
-        situation.plan();
+        let mut session = Toy::session(&graph, &store, &shared, &[]);
+        session.verify = hidden;
+        session.plan();
         let runs = store.runs("toy");
         if let [first, .., last] = &runs[..] {
             store.compare(first, last);
         }
         let events = channel().0;
         let summary = run(
-            &situation,
+            &session,
             &[],
             &Options::for_test(2),
             &events,

@@ -8,7 +8,7 @@ use super::*;
 
 /// Fails so often, takes so long, and writes down who ran beside it.
 #[derive(Serialize, Deserialize, JsonSchema)]
-struct Odd {
+pub(super) struct Odd {
     name: String,
     #[serde(default)]
     fails: Neutral<usize>,
@@ -92,8 +92,8 @@ fn run_nodes(toy: &Toy, nodes: Vec<Node>, options: &Options) -> (Summary, Vec<Ev
     let (graph, store) = (Graph::new(nodes).unwrap(), toy.store());
     let (events, received) = channel();
     let shared = remote::Shared::none();
-    let situation = Toy::situation(&graph, &store, &shared, &[]);
-    let summary = run(&situation, &[], options, &events, &Arc::default()).unwrap();
+    let session = Toy::session(&graph, &store, &shared, &[]);
+    let summary = run(&session, &[], options, &events, &Arc::default()).unwrap();
     drop(events);
     (summary, received.into_iter().collect())
 }
@@ -187,6 +187,7 @@ fn stages_never_take_more_than_there_is() {
             cpus: NonZeroUsize::new(1 + index % 2),
             memory: Bytes(if index == 3 { 90 } else { 30 }),
             gpus: index % 3,
+            ..Resources::default()
         };
         node
     });
@@ -214,9 +215,9 @@ fn what_could_never_start_is_an_error_before_anything_runs() {
     let graph = Graph::new(vec![odd("first", 27, 0, 0, &[]), greedy]).unwrap();
     let (store, events) = (toy.store(), channel().0);
     let shared = remote::Shared::none();
-    let situation = Toy::situation(&graph, &store, &shared, &[]);
+    let session = Toy::session(&graph, &store, &shared, &[]);
     let error = run(
-        &situation,
+        &session,
         &[],
         &Options::for_test(1),
         &events,
@@ -239,11 +240,11 @@ fn many_runners_put_one_result_in_its_place() {
         std::thread::scope(|scope| {
             let put = || {
                 start.wait();
-                place(
+                publish(
                     &store,
                     &artifact,
                     &to,
-                    Placing::default(),
+                    PublishOptions::default(),
                     &AtomicBool::new(false),
                     &mut |_| {},
                 )

@@ -1,4 +1,4 @@
-//! Random texts and random damage to a right recipe never panic, and every place lies in the text.
+//! Random texts and random damage to a right recipe never panic, and every span lies in the text.
 
 use proptest::prelude::*;
 
@@ -7,10 +7,10 @@ use super::*;
 fn sound(text: &str) {
     if let Err(errors) = read(text) {
         assert!(!errors.0.is_empty());
-        let lines = places::lines(text).len();
+        let lines = source_map::lines(text).len();
         for error in errors.0 {
             assert!(
-                error.place.is_none_or(|place| place.line <= lines.max(1)),
+                error.span.is_none_or(|span| span.line <= lines.max(1)),
                 "{error}"
             );
             assert!(

@@ -1,4 +1,4 @@
-//! Right recipes: types, vars, merges, overrides, places, schema.
+//! Right recipes: types, vars, merges, overrides, spans, schema.
 
 use super::*;
 
@@ -18,10 +18,10 @@ fn a_recipe_is_typed_and_wired() {
         (&*edge.parameter, &*edge.stage, &*edge.artifact),
         ("dataset", "tokens", "tokens")
     );
-    assert_eq!(recipe.stages[1].place.to_string(), "7:3");
+    assert_eq!(recipe.stages[1].span.to_string(), "7:3");
     assert_eq!(
         recipe
-            .place_of("stages.tokens.tokenize.max_length")
+            .span_of("stages.tokens.tokenize.max_length")
             .unwrap()
             .to_string(),
         "10:19"
@@ -74,7 +74,7 @@ fn escapes_and_line_ends() {
     let recipe = read(&GOOD.replace("${dir}/a.txt", "$${dir}/a.txt")).unwrap();
     assert_eq!(recipe.stages[0].files[0].path, "${dir}/a.txt");
     let windows = format!("\u{feff}{}", GOOD.replace('\n', "\r\n"));
-    assert_eq!(read(&windows).unwrap().stages[1].place.to_string(), "7:3");
+    assert_eq!(read(&windows).unwrap().stages[1].span.to_string(), "7:3");
 }
 
 #[test]

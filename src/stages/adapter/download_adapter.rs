@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::files;
-use crate::engine::{Context, Problem, Stage, World};
+use crate::engine::{Context, Problem, RunEnv, Stage};
 use crate::hub::RepoKind;
 use crate::stages::artifacts::Adapter;
 use crate::stages::from_hub::{Source, check, main_revision, pin, place};
@@ -34,7 +34,7 @@ pub struct DownloadAdapter {
 impl Stage for DownloadAdapter {
     const KIND: &'static str = "download_adapter";
     const VERSION: u32 = 2;
-    const MOVES: bool = true;
+    const HAS_OUTSIDE_FACTS: bool = true;
     type Output = Adapter;
     const BOUNDED: bool = true;
 
@@ -42,8 +42,8 @@ impl Stage for DownloadAdapter {
         check(&self.repo, &self.revision)
     }
 
-    fn outside(&self, world: &World) -> anyhow::Result<BTreeMap<String, String>> {
-        pin(world, RepoKind::Model, &self.repo, &self.revision)
+    fn outside(&self, env: &RunEnv) -> anyhow::Result<BTreeMap<String, String>> {
+        pin(env, RepoKind::Model, &self.repo, &self.revision)
     }
 
     fn run(&self, cx: &Context) -> anyhow::Result<()> {
@@ -61,7 +61,7 @@ impl Stage for DownloadAdapter {
         let names: Vec<&str> = files
             .filter_map(|file| file.path.strip_prefix(folder.as_str()))
             .collect();
-        let chosen = files::choose(&names).with_context(refused)?;
+        let chosen = files::choose_files(&names).with_context(refused)?;
         let mut files = chosen
             .iter()
             .map(|name| {
@@ -126,24 +126,24 @@ mod tests {
             .collect();
         let commit = server.model("some/adapter", &files);
         let home = tempfile::tempdir().unwrap();
-        let mut world = World {
+        let mut env = RunEnv {
             home: Some(home.path().to_path_buf()),
-            ..World::default()
+            ..RunEnv::default()
         };
         for (name, value) in [
             ("HF_ENDPOINT", server.endpoint.as_str()),
             ("HF_TOKEN", TOKEN),
         ] {
-            world.environment.insert(name.into(), value.into());
+            env.variables.insert(name.into(), value.into());
         }
         let run = |yaml: &str| -> anyhow::Result<Vec<String>> {
             let folder = tempfile::tempdir().unwrap();
             let stage: DownloadAdapter = serde_yaml::from_str(yaml).unwrap();
             assert_eq!(stage.check(), []);
             let mut cx = Context::for_test(folder.path(), &[], &[]);
-            cx.outside = stage.outside(&world)?;
+            cx.outside = stage.outside(&env)?;
             assert_eq!(cx.outside["commit"], commit);
-            cx.world = Arc::new(world.clone());
+            cx.env = Arc::new(env.clone());
             stage.run(&cx)?;
             assert!(fs::read(cx.out().join(FILE)).unwrap() == weights);
             assert!(fs::read(cx.out().join(CONFIG)).unwrap() == config);

@@ -10,7 +10,7 @@ use crate::ml::model::tensors::ENDS;
 use crate::stages::text::chat_template;
 
 /// The files of an adapter, if `names` has them all. Whatever else lies there tells of its training or of its base.
-pub(in crate::stages) fn choose(names: &[&str]) -> anyhow::Result<[&'static str; 2]> {
+pub(in crate::stages) fn choose_files(names: &[&str]) -> anyhow::Result<[&'static str; 2]> {
     let has = |name: &str| names.contains(&name);
     if !has(CONFIG) {
         let hint = if has("config.json") {

@@ -44,7 +44,7 @@ impl Stage for ImportAdapter {
         let names = files::names_in(folder)?;
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
         let refused = || format!("the adapter folder `{written}` can't be used");
-        for name in files::choose(&names).with_context(refused)? {
+        for name in files::choose_files(&names).with_context(refused)? {
             cx.check_cancelled()?;
             cx.copy_in(&folder.join(name), name)?;
         }

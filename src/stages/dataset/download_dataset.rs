@@ -6,11 +6,11 @@ use anyhow::{Context as _, ensure};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::files::{Wanted, choose};
+use super::files::{Wanted, choose_files};
 use super::import_dataset::tell;
 use super::row_format::RowFormats;
 use crate::data::import::{CANONICAL, ImportOptions, import_files};
-use crate::engine::{Context, Problem, Stage, World};
+use crate::engine::{Context, Problem, RunEnv, Stage};
 use crate::hub::{RemoteFile, RepoKind};
 use crate::stages::artifacts::Dataset;
 use crate::stages::from_hub::{Source, check, main_revision, pin};
@@ -60,7 +60,7 @@ fn train() -> String {
 impl Stage for DownloadDataset {
     const KIND: &'static str = "download_dataset";
     const VERSION: u32 = 2;
-    const MOVES: bool = true;
+    const HAS_OUTSIDE_FACTS: bool = true;
     type Output = Dataset;
     const BOUNDED: bool = true;
 
@@ -101,14 +101,14 @@ impl Stage for DownloadDataset {
         problems
     }
 
-    fn outside(&self, world: &World) -> anyhow::Result<BTreeMap<String, String>> {
-        pin(world, RepoKind::Dataset, &self.repo, &self.revision)
+    fn outside(&self, env: &RunEnv) -> anyhow::Result<BTreeMap<String, String>> {
+        pin(env, RepoKind::Dataset, &self.repo, &self.revision)
     }
 
     fn run(&self, cx: &Context) -> anyhow::Result<()> {
         let mut source = Source::open(cx, RepoKind::Dataset, &self.repo, &self.revision)?;
         let refused = || format!("the dataset `{}` can't be used", self.repo);
-        let mut files = self.choose(&mut source).with_context(refused)?;
+        let mut files = self.choose_files(&mut source).with_context(refused)?;
         source.expect(&mut files)?;
         let mut paths = Vec::with_capacity(files.len());
         for file in &files {
@@ -147,7 +147,7 @@ impl Stage for DownloadDataset {
 }
 
 impl DownloadDataset {
-    fn choose(&self, source: &mut Source<'_>) -> anyhow::Result<Vec<RemoteFile>> {
+    fn choose_files(&self, source: &mut Source<'_>) -> anyhow::Result<Vec<RemoteFile>> {
         let paths: Vec<_> = source
             .listing
             .files
@@ -168,7 +168,7 @@ impl DownloadDataset {
             name: self.name.as_deref(),
             files: self.files.as_deref(),
         };
-        let chosen = choose(&paths, readme.as_deref(), &wanted)?;
+        let chosen = choose_files(&paths, readme.as_deref(), &wanted)?;
         let files = source.listing.files.iter();
         Ok(files
             .filter(|file| chosen.contains(&file.path))
@@ -193,16 +193,15 @@ mod tests {
     fn run(stage: &str, server: &HubServer, folder: &Path) -> anyhow::Result<()> {
         let stage: DownloadDataset = serde_yaml::from_str(stage).unwrap();
         assert!(stage.check().is_empty());
-        let mut world = World {
+        let mut env = RunEnv {
             home: Some(folder.to_path_buf()),
-            ..World::default()
+            ..RunEnv::default()
         };
-        world
-            .environment
+        env.variables
             .insert("HF_ENDPOINT".into(), server.endpoint.clone());
         let mut cx = Context::for_test(folder, &[], &[]);
-        cx.outside = stage.outside(&world)?;
-        cx.world = Arc::new(world);
+        cx.outside = stage.outside(&env)?;
+        cx.env = Arc::new(env);
         stage.run(&cx)
     }
 

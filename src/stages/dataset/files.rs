@@ -33,7 +33,7 @@ pub(in crate::stages) struct Wanted<'a> {
 }
 
 /// The data files among `paths`, in order; `readme` is the text of the repository's `README.md`.
-pub(in crate::stages) fn choose(
+pub(in crate::stages) fn choose_files(
     paths: &[String],
     readme: Option<&str>,
     wanted: &Wanted<'_>,
@@ -372,7 +372,7 @@ mod tests {
             name,
             files: None,
         };
-        choose(&paths, readme, &wanted).map_err(|error| format!("{error:#}"))
+        choose_files(&paths, readme, &wanted).map_err(|error| format!("{error:#}"))
     }
 
     fn by_name(paths: &[&str], split: &str) -> Result<Vec<String>, String> {
@@ -483,7 +483,7 @@ mod tests {
                 name: None,
                 files: Some(&files),
             };
-            choose(&paths, None, &wanted).map_err(|error| format!("{error:#}"))
+            choose_files(&paths, None, &wanted).map_err(|error| format!("{error:#}"))
         };
         assert_eq!(find(&["a/*.jsonl"]).unwrap(), ["a/1.jsonl", "a/2.jsonl"]);
         assert_eq!(find(&["a"]).unwrap(), ["a/1.jsonl", "a/2.jsonl"]);

@@ -24,7 +24,7 @@ pub(in crate::stages) struct Splits {
 }
 
 /// All splits of a folder with these files. Files in the folder itself are splits by their names; where there are none, what the folders
-/// below it are called counts as it does for [`choose`]. `format` leaves others aside, and takes files of any name.
+/// below it are called counts as it does for [`choose_files`]. `format` leaves others aside, and takes files of any name.
 pub(in crate::stages) fn all_splits(
     paths: &[String],
     readme: Option<&str>,

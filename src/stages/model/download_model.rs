@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::files::{self, INDEX};
 use crate::engine::glob::{Star, matches};
-use crate::engine::{Context, Problem, Stage, World};
+use crate::engine::{Context, Problem, RunEnv, Stage};
 use crate::hub::{RemoteFile, RepoKind};
 use crate::stages::artifacts::Model;
 use crate::stages::from_hub::{Source, check, main_revision, pin, place};
@@ -37,7 +37,7 @@ pub struct DownloadModel {
 impl Stage for DownloadModel {
     const KIND: &'static str = "download_model";
     const VERSION: u32 = 1;
-    const MOVES: bool = true;
+    const HAS_OUTSIDE_FACTS: bool = true;
     type Output = Model;
     const BOUNDED: bool = true;
 
@@ -45,14 +45,14 @@ impl Stage for DownloadModel {
         check(&self.repo, &self.revision)
     }
 
-    fn outside(&self, world: &World) -> anyhow::Result<BTreeMap<String, String>> {
-        pin(world, RepoKind::Model, &self.repo, &self.revision)
+    fn outside(&self, env: &RunEnv) -> anyhow::Result<BTreeMap<String, String>> {
+        pin(env, RepoKind::Model, &self.repo, &self.revision)
     }
 
     fn run(&self, cx: &Context) -> anyhow::Result<()> {
         let mut source = Source::open(cx, RepoKind::Model, &self.repo, &self.revision)?;
         let refused = || format!("the model `{}` can't be used", self.repo);
-        let mut files = self.choose(&mut source).with_context(refused)?;
+        let mut files = self.choose_files(&mut source).with_context(refused)?;
         source.expect(&mut files)?;
         for file in &files {
             cx.check_cancelled()?;
@@ -66,7 +66,7 @@ impl Stage for DownloadModel {
 }
 
 impl DownloadModel {
-    fn choose(&self, source: &mut Source<'_>) -> anyhow::Result<Vec<RemoteFile>> {
+    fn choose_files(&self, source: &mut Source<'_>) -> anyhow::Result<Vec<RemoteFile>> {
         let fits = |patterns: &[String], path: &str| {
             patterns.iter().any(|pattern| {
                 // As in `snapshot_download`, a folder means all in it.
@@ -127,25 +127,25 @@ mod tests {
         serde_yaml::from_str(yaml).unwrap()
     }
 
-    fn world(server: &HubServer, home: &Path) -> World {
-        let mut world = World {
+    fn env(server: &HubServer, home: &Path) -> RunEnv {
+        let mut env = RunEnv {
             home: Some(home.to_path_buf()),
-            ..World::default()
+            ..RunEnv::default()
         };
         for (name, value) in [
             ("HF_ENDPOINT", server.endpoint.as_str()),
             ("HF_TOKEN", TOKEN),
         ] {
-            world.environment.insert(name.into(), value.into());
+            env.variables.insert(name.into(), value.into());
         }
-        world
+        env
     }
 
     /// What the engine does with a stage: the facts from outside, then the run.
-    fn run(stage: &DownloadModel, world: &World, folder: &Path) -> anyhow::Result<Vec<String>> {
+    fn run(stage: &DownloadModel, env: &RunEnv, folder: &Path) -> anyhow::Result<Vec<String>> {
         let mut cx = Context::for_test(folder, &[], &[]);
-        cx.outside = stage.outside(world)?;
-        cx.world = Arc::new(world.clone());
+        cx.outside = stage.outside(env)?;
+        cx.env = Arc::new(env.clone());
         stage.run(&cx)?;
         let entries = std::fs::read_dir(cx.out()).unwrap().map(Result::unwrap);
         let mut names: Vec<_> = entries
@@ -170,13 +170,13 @@ mod tests {
         let commit = serve(&server, &files);
         server.gate("models/some/model", Gate::Gated);
         let folder = tempfile::tempdir().unwrap();
-        let world = world(&server, folder.path());
+        let env = env(&server, folder.path());
         let stage = stage("repo: some/model");
         assert_eq!(
-            stage.outside(&world).unwrap(),
+            stage.outside(&env).unwrap(),
             [("commit".into(), commit)].into()
         );
-        let names = run(&stage, &world, folder.path()).unwrap();
+        let names = run(&stage, &env, folder.path()).unwrap();
         let expected = [
             "chat_template.jinja",
             "config.json",
@@ -189,9 +189,9 @@ mod tests {
 
         // Offline, the same again, from the cache alone.
         let before = server.requests().len();
-        let offline = World {
+        let offline = RunEnv {
             offline: true,
-            ..world
+            ..env
         };
         let again = tempfile::tempdir().unwrap();
         assert_eq!(run(&stage, &offline, again.path()).unwrap(), expected);
@@ -203,10 +203,10 @@ mod tests {
         let server = HubServer::start();
         serve(&server, &golden());
         let folder = tempfile::tempdir().unwrap();
-        let world = world(&server, folder.path());
+        let env = env(&server, folder.path());
         let mut cx = Context::for_test(folder.path(), &[], &[]);
-        cx.outside = stage("repo: some/model").outside(&world).unwrap();
-        cx.world = Arc::new(world);
+        cx.outside = stage("repo: some/model").outside(&env).unwrap();
+        cx.env = Arc::new(env);
         let mut source = Source::open(&cx, RepoKind::Model, REPO, "main").unwrap();
         let file = source.file("config.json").unwrap();
         let path = source.fetch(&file).unwrap();
@@ -227,7 +227,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         run(
             &stage("repo: some/model"),
-            &world(&server, folder.path()),
+            &env(&server, folder.path()),
             folder.path(),
         )
         .unwrap();
@@ -241,11 +241,11 @@ mod tests {
         let server = HubServer::start();
         serve(&server, &golden());
         let folder = tempfile::tempdir().unwrap();
-        let world = world(&server, folder.path());
+        let env = env(&server, folder.path());
         let stage = stage(
             "{ repo: some/model, allow_patterns: ['*.json', '*.safetensors'], ignore_patterns: [generation*] }",
         );
-        let names = run(&stage, &world, folder.path()).unwrap();
+        let names = run(&stage, &env, folder.path()).unwrap();
         let expected = [
             "config.json",
             "config.v4style.json",
@@ -264,9 +264,9 @@ mod tests {
         files.push(("pytorch_model.bin".into(), b"pickle".to_vec()));
         serve(&server, &files);
         let folder = tempfile::tempdir().unwrap();
-        let world = world(&server, folder.path());
+        let env = env(&server, folder.path());
         let stage = stage("repo: some/model");
-        let error = format!("{:#}", run(&stage, &world, folder.path()).unwrap_err());
+        let error = format!("{:#}", run(&stage, &env, folder.path()).unwrap_err());
         assert!(
             error.contains("`some/model` can't be used") && error.contains("pytorch_model.bin"),
             "{error}"
@@ -275,7 +275,7 @@ mod tests {
         let index = br#"{"weight_map": {"a": "model-00001-of-00002.safetensors"}}"#;
         files.push((INDEX.into(), index.to_vec()));
         serve(&server, &files);
-        let error = format!("{:#}", run(&stage, &world, folder.path()).unwrap_err());
+        let error = format!("{:#}", run(&stage, &env, folder.path()).unwrap_err());
         assert!(
             error.contains("model-00001-of-00002.safetensors"),
             "{error}"
@@ -308,8 +308,8 @@ mod tests {
         files.push(("consolidated.00.safetensors".into(), b"odd".to_vec()));
         serve(&server, &files);
         let folder = tempfile::tempdir().unwrap();
-        let world = world(&server, folder.path());
-        let names = run(&stage("repo: some/model"), &world, folder.path()).unwrap();
+        let env = env(&server, folder.path());
+        let names = run(&stage("repo: some/model"), &env, folder.path()).unwrap();
         let expected = [
             "chat_template.jinja",
             "config.json",
@@ -330,8 +330,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let mut cx = Context::for_test(folder.path(), &[], &[]);
         cx.outside = [("commit".to_owned(), commit)].into();
-        cx.world = Arc::new(world(&server, folder.path()));
-        cx.cancel.store(true, std::sync::atomic::Ordering::Relaxed);
+        cx.env = Arc::new(env(&server, folder.path()));
+        cx.control.cancel();
         let error = stage("repo: some/model").run(&cx).unwrap_err();
         assert_eq!(error.to_string(), "interrupted");
     }

@@ -52,7 +52,7 @@ impl Stage for ImportModel {
             "`{}` is no folder, expected one with `config.json`",
             self.path.as_written()
         );
-        let chosen = choose(folder).with_context(refused)?;
+        let chosen = choose_files(folder).with_context(refused)?;
         for (done, name) in chosen.iter().enumerate() {
             cx.check_cancelled()?;
             cx.progress(done as u64, Some(chosen.len() as u64), "files");
@@ -104,7 +104,7 @@ pub(in crate::stages) fn tell(cx: &Context, checked: &Checked) -> anyhow::Result
     Ok(())
 }
 
-fn choose(folder: &Path) -> anyhow::Result<Vec<String>> {
+fn choose_files(folder: &Path) -> anyhow::Result<Vec<String>> {
     let mut found = Vec::new();
     for below in ["", "additional_chat_templates/"] {
         let Ok(entries) = std::fs::read_dir(folder.join(below)) else {

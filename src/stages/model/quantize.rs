@@ -101,7 +101,6 @@ impl Stage for Quantize {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::Ordering;
 
     use super::*;
     use crate::ml::io::weights::Weights;
@@ -128,7 +127,7 @@ mod tests {
         let weights = Weights::open(cx.out()).unwrap();
         assert!(!weights.names().iter().any(|name| name.contains("nested")));
 
-        cx.cancel.store(true, Ordering::Relaxed);
+        cx.control.cancel();
         let error = format!("{:#}", single.run(&cx).unwrap_err());
         assert!(error.contains("interrupted"), "{error}");
     }

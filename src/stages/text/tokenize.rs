@@ -20,7 +20,7 @@ use crate::data::tokens::{TokenRow, batch, schema};
 use crate::engine::{Context, Input, Problem, Row, Stage, watched};
 use crate::ml::io::folder;
 use crate::stages::artifacts::{Chats, Model, Tokens};
-use crate::text::preference::{Drop, RowIds, Truncation, encode, encode_alone};
+use crate::text::preference::{RowIds, SkipReason, Truncation, encode, encode_alone};
 use crate::text::tokenizer::{SpecialToken, Tokenizer};
 
 /// Turns texts into token ids as TRL does, the answer apart from its prompt.
@@ -116,7 +116,7 @@ struct Counts {
     read: usize,
     tokens: u64,
     longest: usize,
-    dropped: BTreeMap<Drop, usize>,
+    dropped: BTreeMap<SkipReason, usize>,
     prompts_cut: usize,
     answers_cut: usize,
     equal_answers: usize,
@@ -162,7 +162,7 @@ impl Counts {
 
     /// Why rows were dropped, in words.
     fn causes(&self) -> String {
-        let cause = |(cause, count): (&Drop, &usize)| format!("{}: {count}", cause.name());
+        let cause = |(cause, count): (&SkipReason, &usize)| format!("{}: {count}", cause.name());
         let causes: Vec<String> = self.dropped.iter().map(cause).collect();
         causes.join(", ")
     }
@@ -187,7 +187,7 @@ impl Counts {
         let all = self.read;
         let dropped: usize = self.dropped.values().sum();
         if dropped > 0 {
-            let named = |(cause, count): (&Drop, &usize)| (cause.name(), *count);
+            let named = |(cause, count): (&SkipReason, &usize)| (cause.name(), *count);
             let causes: BTreeMap<_, _> = self.dropped.iter().map(named).collect();
             cx.warn(format!(
                 "{dropped} of {all} rows were dropped ({})",
@@ -263,7 +263,7 @@ impl Tokenize {
             let rejected = preferences
                 .then(|| column(&texts, "rejected"))
                 .transpose()?;
-            let rows: Result<Vec<Result<RowIds, Drop>>> = (0..texts.num_rows())
+            let rows: Result<Vec<Result<RowIds, SkipReason>>> = (0..texts.num_rows())
                 .into_par_iter()
                 .with_min_len(8)
                 .map(|row| {

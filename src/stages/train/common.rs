@@ -1,7 +1,7 @@
 //! What the trainings share: parameters by transformers' names, and the way from folders to a trained artifact.
 
 /// The parameters that say how far a training goes. With another number it may start where an earlier one ended.
-pub(in crate::stages) const GROWS: &[&str] = &["num_train_epochs", "max_steps"];
+pub(in crate::stages) const LENGTH_PARAMETERS: &[&str] = &["num_train_epochs", "max_steps"];
 
 mod parameters;
 mod rules;

@@ -54,7 +54,7 @@ impl Stage for TrainOrpo {
     const KIND: &'static str = "train_orpo";
     const VERSION: u32 = 5;
     const EXCLUSIVE: bool = true;
-    const GROWS: &'static [&'static str] = common::GROWS;
+    const LENGTH_PARAMETERS: &'static [&'static str] = common::LENGTH_PARAMETERS;
     type Output = Adapter;
 
     fn output(&self) -> &'static str {

@@ -69,7 +69,7 @@ impl Stage for TrainSft {
     const KIND: &'static str = "train_sft";
     const VERSION: u32 = 7;
     const EXCLUSIVE: bool = true;
-    const GROWS: &'static [&'static str] = common::GROWS;
+    const LENGTH_PARAMETERS: &'static [&'static str] = common::LENGTH_PARAMETERS;
     type Output = Model;
 
     fn output(&self) -> &'static str {

@@ -67,3 +67,8 @@ pub(super) fn text<'a>(what: &str, value: &'a Value) -> Result<&'a str, Error> {
 pub(super) fn flag(value: Option<&Value>) -> bool {
     value.is_some_and(Value::is_true)
 }
+
+/// An argument that has no default.
+pub(super) fn required(name: &str, value: Option<Value>) -> Result<Value, Error> {
+    value.ok_or_else(|| fail(format!("`{name}` takes an argument")))
+}

@@ -3,10 +3,10 @@
 use minijinja::value::ValueIter;
 use minijinja::{Error, State, Value};
 
-use super::arguments::{bind, integer_or};
-use super::methods::required;
-use super::objects::{View, from_keys};
+use super::arguments::{bind, integer_or, required};
+use super::objects::from_keys;
 use super::python::{self, fail, is_list};
+use super::values::View;
 
 pub(super) fn list(
     state: &State,

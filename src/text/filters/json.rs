@@ -6,8 +6,8 @@ use minijinja::value::ValueKind;
 use minijinja::{Error, State, Value};
 
 use super::arguments::{bind, flag};
-use super::objects::{Range, View};
 use super::python::{self, fail, is_namespace, number, type_name};
+use super::values::{Range, View};
 
 /// Bytes that cost a step.
 const BYTES_A_STEP: usize = 4;

@@ -4,7 +4,7 @@
 use minijinja::value::ValueKind;
 use minijinja::{Error, ErrorKind, State, Value};
 
-use super::arguments::{bind, integer, integer_or, text};
+use super::arguments::{bind, integer, integer_or, required, text};
 use super::characters::{
     capitalize, casefold, is_digit, is_identifier, is_space, is_title, lines, matches_class,
     swapcase, title,
@@ -131,10 +131,6 @@ impl<'a> Window<'a> {
         };
         at.map(|at| self.before + self.text[..at].chars().count())
     }
-}
-
-pub(super) fn required(name: &str, value: Option<Value>) -> Result<Value, Error> {
-    value.ok_or_else(|| fail(format!("`{name}` takes an argument")))
 }
 
 fn string(

@@ -1,55 +1,17 @@
-//! Python's objects that the template engine has no counterpart of: `range`, the views of a `dict`, `dict` itself, jinja2's `cycler`.
+//! Functions that make Python's objects: `range`, `dict`, `namespace`, and jinja2's `cycler`.
 
-use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use minijinja::value::{Enumerator, Kwargs, Object, ObjectRepr, Rest, ValueKind};
+use minijinja::value::{Kwargs, Object, ObjectRepr, Rest, ValueKind};
 use minijinja::{Error, ErrorKind, State, Value};
 
 use super::arguments::bind;
 use super::python::{fail, is_dict, is_namespace, type_name};
+use super::values::Range;
 
 /// The longest range that jinja2's sandbox makes.
 const LONGEST_RANGE: i128 = 100_000;
-
-/// Python's `range`.
-#[derive(Debug)]
-pub(super) struct Range {
-    start: i64,
-    stop: i64,
-    step: i64,
-    length: usize,
-}
-
-impl fmt::Display for Range {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "range({}, {}", self.start, self.stop)?;
-        if self.step != 1 {
-            write!(f, ", {}", self.step)?;
-        }
-        f.write_str(")")
-    }
-}
-
-impl Object for Range {
-    fn repr(self: &Arc<Self>) -> ObjectRepr {
-        ObjectRepr::Seq
-    }
-
-    fn get_value(self: &Arc<Self>, key: &Value) -> Option<Value> {
-        let place = key.as_usize().filter(|place| *place < self.length)?;
-        Some(Value::from(self.start + self.step * place as i64))
-    }
-
-    fn enumerate(self: &Arc<Self>) -> Enumerator {
-        Enumerator::Seq(self.length)
-    }
-
-    fn render(self: &Arc<Self>, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{self}")
-    }
-}
 
 /// `range(..)`.
 pub(super) fn range(args: &[Value]) -> Result<Value, Error> {
@@ -80,48 +42,12 @@ pub(super) fn range(args: &[Value]) -> Result<Value, Error> {
             "the range has too many elements: {length}, and the sandbox of jinja2 allows {LONGEST_RANGE}"
         )));
     }
-    Ok(Value::from_object(Range {
+    Ok(Value::from_object(Range::new(
         start,
         stop,
         step,
-        length: length as usize,
-    }))
-}
-
-/// What `dict.keys()`, `dict.values()` and `dict.items()` give: iterated, counted, and never indexed.
-#[derive(Debug)]
-pub(super) struct View {
-    name: &'static str,
-    items: Vec<Value>,
-}
-
-impl View {
-    pub(super) fn of(name: &'static str, items: Vec<Value>) -> Value {
-        Value::from_object(Self { name, items })
-    }
-
-    pub(super) fn name(&self) -> &'static str {
-        self.name
-    }
-}
-
-impl Object for View {
-    fn repr(self: &Arc<Self>) -> ObjectRepr {
-        ObjectRepr::Iterable
-    }
-
-    fn get_value(self: &Arc<Self>, key: &Value) -> Option<Value> {
-        // Otherwise the engine would count to the item.
-        key.as_i64().map(|_| Value::UNDEFINED)
-    }
-
-    fn enumerate(self: &Arc<Self>) -> Enumerator {
-        Enumerator::Values(self.items.clone())
-    }
-
-    fn enumerator_len(self: &Arc<Self>) -> Option<usize> {
-        Some(self.items.len())
-    }
+        length as usize,
+    )))
 }
 
 /// The name `dict`: a function, and the place of `dict.fromkeys`.

@@ -1,10 +1,8 @@
 //! Operators that the engine computes in another way than Python, as functions that [`super::super::dialect`] writes in their place.
 
 use std::cmp::Ordering;
-use std::fmt;
-use std::sync::Arc;
 
-use minijinja::value::{Object, ObjectRepr, Rest, ValueKind};
+use minijinja::value::{Rest, ValueKind};
 use minijinja::{Environment, Error, State, Value};
 
 use super::super::dialect::EACH;
@@ -12,6 +10,7 @@ use super::super::expressions::{
     ATTRIBUTE, CONCAT, DICT_METHODS, MODULO, ORDERS, OTHER_METHODS, POSITIVE,
 };
 use super::python::{self, compare, fail, is_dict, is_float, is_list, type_name};
+use super::values::BoundMethod;
 use super::{format, methods};
 
 pub(super) fn install(environment: &mut Environment<'static>) {
@@ -128,47 +127,14 @@ fn attribute(value: &Value, name: &str) -> Result<Value, Error> {
         return Ok(Value::UNDEFINED);
     }
     if method {
-        return Ok(Value::from_object(Method {
-            value: value.clone(),
-            name: name.to_owned(),
-        }));
+        return Ok(Value::from_object(BoundMethod::new(
+            value,
+            name,
+            methods::method,
+        )));
     }
     if value.is_none() {
         return Ok(Value::UNDEFINED);
     }
     value.get_attr(name)
-}
-
-/// A method that is not called where it is named.
-pub(super) struct Method {
-    value: Value,
-    name: String,
-}
-
-impl Method {
-    /// Why it can't be printed.
-    pub(super) fn unprintable(&self) -> Error {
-        fail(format!(
-            "`{0}` is a method of values of the type {1}, and jinja2 prints where it lies in memory; hint: `{0}()` calls it, and \
-             `['{0}']` finds an entry of that name",
-            self.name,
-            type_name(&self.value)
-        ))
-    }
-}
-
-impl fmt::Debug for Method {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "<method {}>", self.name)
-    }
-}
-
-impl Object for Method {
-    fn repr(self: &Arc<Self>) -> ObjectRepr {
-        ObjectRepr::Plain
-    }
-
-    fn call(self: &Arc<Self>, state: &mut State, args: &[Value]) -> Result<Value, Error> {
-        methods::method(state, &self.value, &self.name, args)
-    }
 }

@@ -6,8 +6,7 @@ use std::fmt::Write as _;
 use minijinja::value::{ObjectRepr, ValueKind};
 use minijinja::{Error, ErrorKind, State, Value};
 
-use super::objects::{Range, View};
-use super::operators::Method;
+use super::values::{BoundMethod, Range, View};
 
 /// Bytes that cost a step, as in the template engine.
 const BYTES_A_STEP: usize = 4;
@@ -143,9 +142,9 @@ impl<'a> Printer<'a> {
         let namespace = is_namespace(value);
         self.text
             .push_str(if namespace { "<Namespace {" } else { "{" });
-        for (place, key) in value.try_iter()?.checked().enumerate() {
+        for (index, key) in value.try_iter()?.checked().enumerate() {
             let key = key?;
-            if place > 0 {
+            if index > 0 {
                 self.text.push_str(", ");
             }
             self.value(&key, true, depth + 1)?;
@@ -157,8 +156,13 @@ impl<'a> Printer<'a> {
     }
 
     fn other(&mut self, value: &Value) -> Result<(), Error> {
-        if let Some(method) = value.downcast_object_ref::<Method>() {
-            return Err(method.unprintable());
+        if let Some(method) = value.downcast_object_ref::<BoundMethod>() {
+            return Err(fail(format!(
+                "`{0}` is a method of values of the type {1}, and jinja2 prints where it lies in memory; hint: `{0}()` calls it, and \
+                 `['{0}']` finds an entry of that name",
+                method.name,
+                type_name(&method.value)
+            )));
         }
         match value.as_bytes() {
             Some(bytes) => {

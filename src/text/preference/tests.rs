@@ -105,7 +105,7 @@ fn ids_and_labels_are_trls_under_both_truncations() {
             Err(cause) => {
                 // TRL keeps such a row, with nothing to learn from and a NaN for a loss.
                 dropped += 1;
-                assert_eq!(cause, Drop::PromptTooLong, "{name}");
+                assert_eq!(cause, SkipReason::PromptTooLong, "{name}");
                 let without_answer = [&case.chosen_labels, &case.rejected_labels]
                     .iter()
                     .any(|labels| labels.iter().all(|l| *l == -100));

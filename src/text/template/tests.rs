@@ -21,7 +21,7 @@ fn template(source: &str) -> ChatTemplate {
 }
 
 fn render(source: &str) -> Result<String> {
-    template(source).render(&[super::super::chat::message("user", " hi ")], true)
+    template(source).render(&[super::message("user", " hi ")], true)
 }
 
 fn fails(source: &str) -> String {

@@ -68,7 +68,7 @@ fn set_has_the_same_budget() {
         vec!["*a"; 300].join(", ")
     );
     let set = ["--set", value.as_str()];
-    refused(recipe, &[set, set, set].concat(), "put in more than");
+    refused(recipe, &[set, set, set].concat(), "insert more than");
 }
 
 #[test]

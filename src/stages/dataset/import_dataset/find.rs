@@ -45,7 +45,7 @@ pub(crate) fn find(cx: &Context, paths: &Paths, asked: &Asked<'_>) -> Result<Fou
     for path in &paths.0 {
         let written = path.as_written();
         let place = cx.source(path)?;
-        if let Some(pattern) = Pattern::of(place) {
+        if let Some(pattern) = Pattern::parse(place) {
             matching(&mut found, place, written, asked.split)?;
             ensure!(
                 !found.splits.is_empty(),

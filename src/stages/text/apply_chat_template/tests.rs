@@ -134,7 +134,7 @@ fn what_the_template_does_not_read_is_told() {
     let told = |template: &str| {
         let yaml = format!("{{dataset: pairs, chat_template: \"{template}\"}}");
         let (_folder, cx) = run(&yaml, &[("train", rows)]).unwrap();
-        format!("{:?}", cx.told.lock().unwrap())
+        format!("{:?}", cx.events.last())
     };
     let each = "{% for m in messages %}{{ m.content }}{{ m.reasoning_content }}{% endfor %}";
     let all = told(each);

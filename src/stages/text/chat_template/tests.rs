@@ -9,7 +9,7 @@ use crate::stages::evaluate::stop_ids;
 use crate::stages::model::merge::Merge;
 use crate::stages::train::common::tests::write_tokens;
 use crate::stages::train::train_sft::TrainSft;
-use crate::text::chat::message;
+use crate::text::template::message;
 use crate::text::template::{ChatTemplate, LLAMA3, LONGEST};
 use crate::text::tokenizer::special_tokens;
 

@@ -214,8 +214,13 @@ pub(in crate::stages) fn run(
     cx.note("trained_parameters", count.sum::<usize>());
     cx.note("steps", settings.total_steps(train_rows.len()));
 
-    settings.leave = Some(cx.end()?);
-    let start = take_up(cx.scratch()?, &cx.ends()?, &settings, train_rows.len())?;
+    settings.leave = Some(cx.continuation()?);
+    let start = take_up(
+        cx.scratch()?,
+        &cx.continuations()?,
+        &settings,
+        train_rows.len(),
+    )?;
     let (mut tokens, mut computed, mut began) = (0u64, 0u64, false);
     let ending = train(
         &execution,

@@ -2,13 +2,12 @@
 
 use std::fs;
 use std::path::Path;
-use std::sync::atomic::Ordering;
 
 use candle_core::Device;
 
 use crate::data::table::Writer;
 use crate::data::tokens::{TokenRow, batch, schema};
-use crate::engine::{AnyStage, Context, Event, Stage};
+use crate::engine::{AnyStage, Context, Control, Event, Stage};
 use crate::ml::adapter::Adapter;
 use crate::ml::testing::golden;
 use crate::ml::train::optim;
@@ -89,11 +88,11 @@ fn the_stage_makes_the_adapter_of_trl() {
     assert!((last["loss"].as_f64().unwrap() - 7.015_620_231_628_418).abs() < 2e-4);
 
     // Interrupted at once and taken up again: the same bytes.
-    let again = place.context("again", None);
-    again.cancel.store(true, Ordering::Relaxed);
+    let mut again = place.context("again", None);
+    again.control.cancel();
     let error = Stage::run(&stage, &again).unwrap_err();
     assert_eq!(error.to_string(), "interrupted");
-    again.cancel.store(false, Ordering::Relaxed);
+    again.control = Control::default();
     Stage::run(&stage, &again).unwrap();
     for name in [
         "adapter_model.safetensors",
@@ -221,7 +220,7 @@ fn mistakes_are_told() {
 
 /// What a training told when it began, and the notes on it.
 fn beginning(cx: &Context) -> (String, serde_json::Value) {
-    let told = cx.told.lock().unwrap();
+    let told = cx.events.last();
     let text = told.iter().find_map(|event| match event {
         Event::Message { text, .. } => Some(text.clone()),
         _ => None,
@@ -241,7 +240,7 @@ fn lengthened(short: &str, long: &str, damage: &dyn Fn(&Path)) -> (String, serde
     let place = Place::new();
     let run = |name: &str, length: &str, before: Option<&Context>| {
         let mut cx = place.context(name, None);
-        cx.ends = before.map(|before| before.scratch().unwrap().to_path_buf());
+        cx.continuations = before.map(|before| before.scratch().unwrap().to_path_buf());
         let yaml = format!(
             "{{model: model, adapter: adapter, dataset: tokens, learning_rate: 2.0e-3, seed: 5,
               disable_dropout: false, {length}}}"
@@ -252,7 +251,7 @@ fn lengthened(short: &str, long: &str, damage: &dyn Fn(&Path)) -> (String, serde
         cx
     };
     let first = run("first", short, None);
-    damage(&first.end().unwrap());
+    damage(&first.continuation().unwrap());
     let second = run("second", long, Some(&first));
     let alone = run("alone", long, None);
     let names = fs::read_dir(alone.out())
@@ -345,8 +344,13 @@ fn what_says_how_far_a_training_goes_are_parameters() {
     );
     for stage in [&orpo as &dyn AnyStage, &sft] {
         let params = stage.params().unwrap();
-        assert_eq!(stage.grows().len(), 2);
-        assert!(stage.grows().iter().all(|name| params.get(name).is_some()));
+        assert_eq!(stage.length_parameters().len(), 2);
+        assert!(
+            stage
+                .length_parameters()
+                .iter()
+                .all(|name| params.get(name).is_some())
+        );
     }
 }
 

@@ -14,7 +14,7 @@ use super::super::store::Store;
 impl Store {
     /// Whether only the record of this fingerprint was taken from a remote, because nobody needed the files here. An error where
     /// that can't be told: taken for a no, it would make a result again that is there to be fetched.
-    pub(crate) fn is_left(&self, fingerprint: &str) -> anyhow::Result<bool> {
+    pub(crate) fn is_remote_only(&self, fingerprint: &str) -> anyhow::Result<bool> {
         let path = self.folder("left").join(fingerprint);
         match path.try_exists() {
             Err(error) if is_io_trouble(&error) => {
@@ -25,13 +25,17 @@ impl Store {
     }
 
     /// Whether there is any such result.
-    pub(crate) fn has_left(&self) -> anyhow::Result<bool> {
+    pub(crate) fn has_remote_only(&self) -> anyhow::Result<bool> {
         Ok(!self.list("left")?.is_empty())
     }
 
     /// Keeps a record from a remote without its files.
-    pub(crate) fn leave(&self, fingerprint: &str, record: &Record) -> anyhow::Result<()> {
-        if self.is_left(fingerprint)? {
+    pub(crate) fn note_remote_only(
+        &self,
+        fingerprint: &str,
+        record: &Record,
+    ) -> anyhow::Result<()> {
+        if self.is_remote_only(fingerprint)? {
             return Ok(());
         }
         self.write_record(fingerprint, record)?;

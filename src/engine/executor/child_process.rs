@@ -1,20 +1,22 @@
-//! A stage in a process of its own: starts it, listens to it, stops it, and says in words what ended it. Whatever a file does to a
+//! Runs a task in a process of its own: starts it, listens to it, stops it, and says in words what ended it. Whatever a file does to a
 //! library (a stack that overflows, memory that runs out, a mapped file that shrinks) ends that process and nothing else.
 
 use std::io::{BufRead as _, BufReader, Read, Write as _};
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::PoisonError;
+use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, anyhow, bail};
+use anyhow::{Context as _, anyhow, bail, ensure};
 
-use super::Bytes;
-use super::context::Context;
-use super::graph::Node;
-use super::task::{Said, Task, error};
+use super::super::Bytes;
+use super::super::control::Control;
+use super::super::event::{EVENT_VERSION, Event};
+use super::super::stage_events::StageEvents;
+use super::super::task::{Task, error};
+use super::{Executor, TaskResult};
 
 /// How often a running stage is looked after.
 const TICK: Duration = Duration::from_millis(50);
@@ -23,7 +25,7 @@ const PATIENCE: Duration = Duration::from_millis(500);
 /// What is kept of its standard error, in bytes.
 const LAST_WORDS: usize = 16 << 10;
 /// The line that tells it to stop.
-pub(super) const CANCEL: &str = "cancel";
+pub(in crate::engine) const CANCEL: &str = "cancel";
 
 /// The process, ended at the latest when this is dropped.
 struct Running(Child);
@@ -44,11 +46,16 @@ const MMAP_THRESHOLD: &str = "MALLOC_MMAP_THRESHOLD_";
 /// That size for trainings and evaluations, in bytes. Their large buffers come from a pool, so few are mapped anew.
 const LARGE_ALLOCATION: usize = 1 << 20;
 
-/// `program work`, for a stage that runs alone on the machine or not.
+/// Whether somebody chose that size themselves.
 #[expect(
     clippy::disallowed_methods,
     reason = "a setting of the allocator, which changes no result"
 )]
+fn is_set() -> bool {
+    std::env::var_os(MMAP_THRESHOLD).is_some()
+}
+
+/// `program work`, for a stage that runs alone on the machine or not.
 fn command(program: &Path, exclusive: bool) -> Command {
     let mut command = Command::new(program);
     command
@@ -57,106 +64,112 @@ fn command(program: &Path, exclusive: bool) -> Command {
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
-    if exclusive && std::env::var_os(MMAP_THRESHOLD).is_none() {
+    if exclusive && !is_set() {
         command.env(MMAP_THRESHOLD, LARGE_ALLOCATION.to_string());
     }
     command
 }
 
-/// Runs the stage with `program work`.
-pub(super) fn run(node: &Node, context: &Context, program: &Path) -> anyhow::Result<()> {
-    let task = Task::of(node, context)?;
-    let child = command(program, node.stage.exclusive()).spawn();
-    let mut running = Running(child.context("could not start a process for the stage")?);
-    let child = &mut running.0;
-    let (Some(mut input), Some(output), Some(errors)) =
-        (child.stdin.take(), child.stdout.take(), child.stderr.take())
-    else {
-        bail!("the process of the stage has no pipes");
-    };
-    let (sender, said) = channel();
-    let start = |name: &str| std::thread::Builder::new().name(name.to_owned());
-    start("listener").spawn(move || {
-        // What is no line of ours was printed by a library.
-        let lines = BufReader::new(output).split(b'\n').map_while(Result::ok);
-        for said in lines.filter_map(|line| serde_json::from_slice::<Said>(&line).ok()) {
-            if sender.send(said).is_err() {
-                break;
-            }
-        }
-    })?;
-    let errors = start("errors").spawn(move || last_words(errors))?;
-    let mut line = serde_json::to_vec(&task)?;
-    line.push(b'\n');
-    // A process that is gone already tells why by how it ended.
-    let _ = input.write_all(&line);
-    let mut stopping: Option<Instant> = None;
-    let mut killed = false;
-    let mut outcome = None;
-    loop {
-        match said.recv_timeout(TICK) {
-            Ok(Said::Done { notes, written }) => {
-                outcome = Some(Ok(()));
-                let mut all = context.notes.lock().unwrap_or_else(PoisonError::into_inner);
-                all.extend(notes);
-                let mut all = context
-                    .written
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner);
-                all.extend(written);
-            }
-            Ok(Said::Failed { causes, full }) => outcome = Some(Err(error(causes, full))),
-            Ok(said) => hand_on(context, said),
-            Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => break,
-        }
-        if !context.cancelled() {
-            continue;
-        }
-        match stopping {
-            None => {
-                stopping = Some(Instant::now());
-                let _ = writeln!(input, "{CANCEL}");
-            }
-            Some(since) if !node.stage.exclusive() && !killed && since.elapsed() >= PATIENCE => {
-                killed = true;
-                let _ = running.0.kill();
-            }
-            Some(_) => {}
-        }
-    }
-    let status = running
-        .0
-        .wait()
-        .context("could not wait for the process of the stage")?;
-    if stopping.is_some() {
-        context.check_cancelled()?;
-    }
-    if let Some(outcome) = outcome {
-        return outcome;
-    }
-    let words = errors
-        .join()
-        .map_err(|_| anyhow!("the process of the stage could not be read"))?;
-    Err(ended(status, &words, task.memory))
+/// Runs tasks each in a process of its own, `program work`: the task goes in on standard input, events come out on standard output.
+pub struct ChildProcess {
+    program: PathBuf,
 }
 
-/// Tells what the process told.
-fn hand_on(context: &Context, said: Said) {
-    match said {
-        Said::Progress { done, total, unit } => {
-            let units = ["rows", "bytes", "steps"];
-            let unit = units.into_iter().find(|known| *known == unit);
-            context.progress(done, total, unit.unwrap_or("units"));
-        }
-        Said::Metrics { step, values } => {
-            let values = values.into_iter();
-            let values = values.map(|(name, bits)| (name, f64::from_bits(bits)));
-            context.metrics(step, values.collect());
-        }
-        Said::Message { level, text } => context.tell(level, text),
-        Said::Done { .. } | Said::Failed { .. } => {}
+impl ChildProcess {
+    /// Starts this program for each task.
+    pub fn new(program: PathBuf) -> Self {
+        Self { program }
     }
+}
+
+impl Executor for ChildProcess {
+    fn execute(
+        &self,
+        task: &Task,
+        events: &Arc<StageEvents>,
+        control: &Control,
+    ) -> anyhow::Result<TaskResult> {
+        let child = command(&self.program, task.exclusive).spawn();
+        let mut running = Running(child.context("could not start a process for the stage")?);
+        let child = &mut running.0;
+        let (Some(mut input), Some(output), Some(errors)) =
+            (child.stdin.take(), child.stdout.take(), child.stderr.take())
+        else {
+            bail!("the process of the stage has no pipes");
+        };
+        let (sender, received) = channel();
+        let start = |name: &str| std::thread::Builder::new().name(name.to_owned());
+        start("listener").spawn(move || {
+            // What is no event was printed by a library.
+            let lines = BufReader::new(output).split(b'\n').map_while(Result::ok);
+            for event in lines.filter_map(|line| serde_json::from_slice::<Event>(&line).ok()) {
+                if sender.send(event).is_err() {
+                    break;
+                }
+            }
+        })?;
+        let errors = start("errors").spawn(move || last_words(errors))?;
+        let mut line = serde_json::to_vec(task)?;
+        line.push(b'\n');
+        // A process that is gone already tells why by how it ended.
+        let _ = input.write_all(&line);
+        let mut stopping: Option<Instant> = None;
+        let mut killed = false;
+        let mut outcome = None;
+        loop {
+            match received.recv_timeout(TICK) {
+                Ok(Event::WorkStarted { version, pipeline }) => check_version(version, &pipeline)?,
+                Ok(Event::WorkDone { notes, written }) => {
+                    outcome = Some(Ok(TaskResult { notes, written }));
+                }
+                Ok(Event::WorkFailed { causes, disk_full }) => {
+                    outcome = Some(Err(error(causes, disk_full)));
+                }
+                Ok(event) => events.send(event),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+            if control.check().is_ok() {
+                continue;
+            }
+            match stopping {
+                None => {
+                    stopping = Some(Instant::now());
+                    let _ = writeln!(input, "{CANCEL}");
+                }
+                Some(since) if !task.exclusive && !killed && since.elapsed() >= PATIENCE => {
+                    killed = true;
+                    let _ = running.0.kill();
+                }
+                Some(_) => {}
+            }
+        }
+        let status = running
+            .0
+            .wait()
+            .context("could not wait for the process of the stage")?;
+        if stopping.is_some() {
+            control.check()?;
+        }
+        if let Some(outcome) = outcome {
+            return outcome;
+        }
+        let words = errors
+            .join()
+            .map_err(|_| anyhow!("the process of the stage could not be read"))?;
+        Err(ended(status, &words, task.memory))
+    }
+}
+
+/// An error if another version of the program runs the task.
+fn check_version(version: u32, pipeline: &str) -> anyhow::Result<()> {
+    ensure!(
+        version == EVENT_VERSION,
+        "the program that runs the stage, pipeline {pipeline}, writes version {version} of events, and this one, pipeline {}, reads \
+         version {EVENT_VERSION}; hint: install the same version in both places",
+        env!("CARGO_PKG_VERSION")
+    );
+    Ok(())
 }
 
 /// The end of what a process wrote to its standard error.
@@ -207,7 +220,7 @@ fn ended(status: ExitStatus, words: &str, memory: Option<u64>) -> anyhow::Error 
             "its process ended by signal {signal}, which is a bug in pipeline or a library{last}"
         ),
         None => anyhow!(
-            "its process ended without a word (exit code {}), which is a bug in pipeline{last}",
+            "its process ended without a result (exit code {}), which is a bug in pipeline{last}",
             status.code().unwrap_or(-1)
         ),
     }
@@ -218,7 +231,6 @@ mod tests {
     use super::*;
 
     #[test]
-    #[expect(clippy::disallowed_methods, reason = "what `command` leaves alone")]
     fn trainings_give_freed_memory_back_to_the_system() {
         let set = |exclusive| {
             let command = command(Path::new("pipeline"), exclusive);
@@ -227,7 +239,7 @@ mod tests {
                 name == MMAP_THRESHOLD && value.is_some_and(|v| v == "1048576")
             })
         };
-        assert!(set(true) || std::env::var_os(MMAP_THRESHOLD).is_some());
+        assert!(set(true) || is_set());
         assert!(!set(false));
     }
 

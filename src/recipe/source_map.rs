@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 
 /// A part of a path into the recipe.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Step {
+pub enum PathStep {
     /// The key of a map.
     Key(String),
     /// The index of a list.
@@ -13,38 +13,38 @@ pub enum Step {
 }
 
 /// A path into the recipe.
-pub type Steps = Vec<Step>;
+pub type RecipePath = Vec<PathStep>;
 
 /// A path of keys.
-pub(crate) fn keys(names: &[&str]) -> Steps {
+pub(crate) fn keys(names: &[&str]) -> RecipePath {
     names
         .iter()
-        .map(|name| Step::Key((*name).to_owned()))
+        .map(|name| PathStep::Key((*name).to_owned()))
         .collect()
 }
 
 /// `path` with one more key.
-pub(crate) fn child(path: &[Step], key: &str) -> Steps {
+pub(crate) fn child(path: &[PathStep], key: &str) -> RecipePath {
     let mut path = path.to_vec();
-    path.push(Step::Key(key.to_owned()));
+    path.push(PathStep::Key(key.to_owned()));
     path
 }
 
 /// The notation of paths: `stages.tuned.train_orpo.target_modules[1]`.
-pub fn display(path: &[Step]) -> String {
+pub fn display(path: &[PathStep]) -> String {
     let mut text = String::new();
     for step in path {
         match step {
-            Step::Key(key) if text.is_empty() => text.push_str(key),
-            Step::Key(key) => _ = write!(text, ".{key}"),
-            Step::Index(index) => _ = write!(text, "[{index}]"),
+            PathStep::Key(key) if text.is_empty() => text.push_str(key),
+            PathStep::Key(key) => _ = write!(text, ".{key}"),
+            PathStep::Index(index) => _ = write!(text, "[{index}]"),
         }
     }
     text
 }
 
 /// Reads the notation of [`display`]. Errors are a sentence fragment.
-pub fn parse(text: &str) -> Result<Steps, String> {
+pub fn parse(text: &str) -> Result<RecipePath, String> {
     let mut steps = Vec::new();
     for part in text.split('.') {
         let (key, mut rest) = part.split_at(part.find('[').unwrap_or(part.len()));
@@ -52,17 +52,17 @@ pub fn parse(text: &str) -> Result<Steps, String> {
             return Err(format!("the path `{text}` has an empty part"));
         }
         if !key.is_empty() {
-            steps.push(Step::Key(key.to_owned()));
+            steps.push(PathStep::Key(key.to_owned()));
         }
         while let Some(inside) = rest.strip_prefix('[') {
             let number = inside.split_once(']');
             let index = number.and_then(|(digits, _)| digits.parse().ok());
             let (Some((_, after)), Some(index)) = (number, index) else {
                 return Err(format!(
-                    "the path `{text}` wants a number between `[` and `]`"
+                    "the path `{text}` needs a number between `[` and `]`"
                 ));
             };
-            steps.push(Step::Index(index));
+            steps.push(PathStep::Index(index));
             rest = after;
         }
         if !rest.is_empty() {
@@ -72,9 +72,9 @@ pub fn parse(text: &str) -> Result<Steps, String> {
     Ok(steps)
 }
 
-/// A place in the recipe's text.
+/// A stretch of the recipe's text, within one line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Place {
+pub struct SourceSpan {
     /// The line, from 1.
     pub line: usize,
     /// The column, from 1, in characters.
@@ -83,7 +83,7 @@ pub struct Place {
     pub length: usize,
 }
 
-impl std::fmt::Display for Place {
+impl std::fmt::Display for SourceSpan {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}:{}", self.line, self.column)
     }
@@ -91,38 +91,38 @@ impl std::fmt::Display for Place {
 
 /// Where one entry of the recipe is written.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Spot {
+pub(crate) struct EntrySpans {
     /// The key; for an element of a list, its first character.
-    pub(crate) key: Place,
+    pub(crate) key: SourceSpan,
     /// The value; the key when the value begins on another line as a block.
-    pub(crate) value: Place,
+    pub(crate) value: SourceSpan,
 }
 
-/// The places of a whole recipe, as a tree: the root is the first branch.
+/// The spans of a whole recipe, as a tree: the root is the first branch.
 #[derive(Debug, Clone)]
-pub(crate) struct Places(Vec<Branch>);
+pub(crate) struct SourceMap(Vec<Branch>);
 
 /// The index of a branch.
-pub(crate) type Id = usize;
+pub(crate) type BranchId = usize;
 
 #[derive(Debug, Clone, Default)]
 struct Branch {
-    spot: Option<Spot>,
-    below: BTreeMap<Step, Id>,
+    spans: Option<EntrySpans>,
+    below: BTreeMap<PathStep, BranchId>,
 }
 
-impl Default for Places {
+impl Default for SourceMap {
     fn default() -> Self {
         Self(vec![Branch::default()])
     }
 }
 
-impl Places {
+impl SourceMap {
     /// The root of the tree.
-    pub(crate) const ROOT: Id = 0;
+    pub(crate) const ROOT: BranchId = 0;
 
     /// The branch one step below another, made if it is not there.
-    pub(crate) fn grow(&mut self, above: Id, step: Step) -> Id {
+    pub(crate) fn grow(&mut self, above: BranchId, step: PathStep) -> BranchId {
         let next = self.0.len();
         let id = *self.0[above].below.entry(step).or_insert(next);
         if id == next {
@@ -132,42 +132,44 @@ impl Places {
     }
 
     /// Notes where a branch is written.
-    pub(crate) fn note(&mut self, id: Id, spot: Spot) {
-        self.0[id].spot = Some(spot);
+    pub(crate) fn note(&mut self, id: BranchId, spans: EntrySpans) {
+        self.0[id].spans = Some(spans);
     }
 
     /// Where a key below a branch is written.
-    pub(crate) fn below(&self, above: Id, key: &str) -> Option<Spot> {
-        let id = *self.0[above].below.get(&Step::Key(key.to_owned()))?;
-        self.0[id].spot
+    pub(crate) fn below(&self, above: BranchId, key: &str) -> Option<EntrySpans> {
+        let id = *self.0[above].below.get(&PathStep::Key(key.to_owned()))?;
+        self.0[id].spans
     }
 
     /// Where the key at `path` is written, or the nearest thing around it.
-    pub(crate) fn key(&self, path: &[Step]) -> Option<Place> {
-        self.find(path, |spot| spot.key)
+    pub(crate) fn key(&self, path: &[PathStep]) -> Option<SourceSpan> {
+        self.find(path, |spans| spans.key)
     }
 
     /// Where the value at `path` is written, or the key of the nearest thing around it.
-    pub(crate) fn value(&self, path: &[Step]) -> Option<Place> {
-        self.find(path, |spot| spot.value)
+    pub(crate) fn value(&self, path: &[PathStep]) -> Option<SourceSpan> {
+        self.find(path, |spans| spans.value)
     }
 
-    fn find(&self, path: &[Step], pick: fn(&Spot) -> Place) -> Option<Place> {
+    fn find(&self, path: &[PathStep], pick: fn(&EntrySpans) -> SourceSpan) -> Option<SourceSpan> {
         let (mut id, mut around) = (Self::ROOT, None);
         for step in path {
             let branch = &self.0[id];
             // What a merge brought in is written at the merge.
             if id != Self::ROOT {
                 let merge = self.below(id, "<<");
-                around = merge.or(branch.spot).or(around);
+                around = merge.or(branch.spans).or(around);
             }
             match branch.below.get(step) {
                 Some(&below) => id = below,
-                None => return around.map(|spot| spot.key),
+                None => return around.map(|spans| spans.key),
             }
         }
-        let spot = self.0[id].spot;
-        spot.map(|spot| pick(&spot)).or(around.map(|spot| spot.key))
+        let spans = self.0[id].spans;
+        spans
+            .map(|spans| pick(&spans))
+            .or(around.map(|spans| spans.key))
     }
 }
 

@@ -4,7 +4,7 @@ use super::*;
 
 /// Writes the numbers up to `to`, and counts those it had to make itself.
 #[derive(Serialize, Deserialize, JsonSchema)]
-struct Count {
+pub(super) struct Count {
     to: u64,
     unit: String,
     #[serde(default)]
@@ -14,14 +14,18 @@ struct Count {
 impl Stage for Count {
     const KIND: &'static str = "count";
     const VERSION: u32 = 1;
-    const GROWS: &'static [&'static str] = &["to"];
+    const LENGTH_PARAMETERS: &'static [&'static str] = &["to"];
     type Output = Text;
 
     fn run(&self, cx: &Context) -> anyhow::Result<()> {
-        let ends = cx.ends()?;
-        assert!(ends.len() <= 1, "only the last end is kept");
+        let continuations = cx.continuations()?;
+        assert!(continuations.len() <= 1, "only the last end is kept");
         let read = |end: &PathBuf| std::fs::read_to_string(end.join("text"));
-        let mut text = ends.first().map(read).transpose()?.unwrap_or_default();
+        let mut text = continuations
+            .first()
+            .map(read)
+            .transpose()?
+            .unwrap_or_default();
         if text.lines().count() as u64 > self.to {
             text.clear();
         }
@@ -30,11 +34,11 @@ impl Stage for Count {
             text += &[number.to_string().as_str(), " ", &self.unit, "\n"].concat();
         }
         if self.unit == "fails" {
-            std::fs::write(cx.end()?.join("text"), &text)?;
+            std::fs::write(cx.continuation()?.join("text"), &text)?;
             anyhow::bail!("told to fail");
         }
         std::fs::write(cx.out().join("text"), &text)?;
-        std::fs::write(cx.end()?.join("text"), &text)?;
+        std::fs::write(cx.continuation()?.join("text"), &text)?;
         Ok(())
     }
 }
@@ -54,13 +58,13 @@ fn count(toy: &Toy, to: u64, unit: &str, forced: &[&str]) -> (Option<Digest>, us
     };
     let (graph, store) = (Graph::new(vec![node]).unwrap(), toy.store());
     let shared = Shared::none();
-    let situation = Toy::situation(&graph, &store, &shared, forced);
+    let session = Toy::session(&graph, &store, &shared, forced);
     let before = RUNS[toy.counter].load(Ordering::SeqCst);
     let (events, _received) = channel();
     let cancel = Arc::new(AtomicBool::new(false));
-    run(&situation, &[], &Options::for_test(1), &events, &cancel).unwrap();
+    run(&session, &[], &Options::for_test(1), &events, &cancel).unwrap();
     let made = RUNS[toy.counter].load(Ordering::SeqCst) - before;
-    let artifact = match Toy::situation(&graph, &store, &shared, &[]).plan().pop() {
+    let artifact = match Toy::session(&graph, &store, &shared, &[]).plan().pop() {
         Some(State::Fresh { artifact, .. }) => Some(artifact),
         _ => None,
     };
@@ -96,8 +100,8 @@ fn an_end_goes_with_its_result() {
     let toy = Toy::new(16);
     let (apples, _) = count(&toy, 3, "apples", &[]);
     count(&toy, 3, "pears", &[]);
-    let ends = |toy: &Toy| toy.store().names("ends").len();
-    assert_eq!(ends(&toy), 2);
+    let continuations = |toy: &Toy| toy.store().names("ends").len();
+    assert_eq!(continuations(&toy), 2);
     let needed = gc::Needs {
         results: apples.into_iter().collect(),
         ..gc::Needs::default()
@@ -107,16 +111,17 @@ fn an_end_goes_with_its_result() {
             .store()
             .collect(&needed, gc::Limits::default(), remove_it);
         let garbage = garbage.unwrap().into_iter();
-        let ends = garbage.filter(|garbage| garbage.what == "end state");
-        ends.map(|garbage| (garbage.stage, garbage.size))
+        let continuations = garbage.filter(|garbage| garbage.what == "end state");
+        continuations
+            .map(|garbage| (garbage.stage, garbage.size))
             .collect::<Vec<_>>()
     };
     let pears = vec![(Some("count".to_owned()), 24)];
     assert_eq!(collect(false), pears);
-    assert_eq!(ends(&toy), 2);
+    assert_eq!(continuations(&toy), 2);
     assert_eq!(collect(true), pears);
     assert_eq!(collect(true), []);
-    assert_eq!(ends(&toy), 1);
+    assert_eq!(continuations(&toy), 1);
     assert_eq!(count(&toy, 4, "apples", &[]).1, 1);
     assert_eq!(count(&toy, 4, "pears", &[]).1, 4);
 }

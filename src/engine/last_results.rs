@@ -9,11 +9,11 @@ use serde::{Deserialize, Serialize};
 
 use super::canonical::Digest;
 use super::files::{outlast, read_sealed, write_sealed};
-use super::manifest::Stat;
+use super::stat::Stat;
 use super::store::Store;
 
 /// The last results of a recipe's stages, as they were when this was opened.
-pub(crate) struct Lasts {
+pub(crate) struct LastResults {
     store: Store,
     recipe: String,
     /// What is in the memo, if it still holds.
@@ -27,17 +27,18 @@ struct Memo {
     stages: BTreeMap<String, Digest>,
 }
 
-impl Lasts {
+impl LastResults {
     /// Reads the memo; one that is behind is not used.
     pub(crate) fn open(store: &Store, recipe: &str) -> Self {
-        let mut lasts = Self {
+        let mut last_results = Self {
             store: store.clone(),
             recipe: recipe.to_owned(),
             memo: None,
         };
-        let changed = lasts.changed();
-        lasts.memo = read_sealed(&lasts.path()).filter(|memo: &Memo| Some(memo.changed) == changed);
-        lasts
+        let changed = last_results.changed();
+        last_results.memo =
+            read_sealed(&last_results.path()).filter(|memo: &Memo| Some(memo.changed) == changed);
+        last_results
     }
 
     /// The fingerprint of a stage's last result.

@@ -9,7 +9,7 @@ use tokenizers::models::bpe::BPE;
 use tokenizers::pre_tokenizers::split::SplitPattern;
 use tokenizers::{Model as _, ModelWrapper, PreTokenizerWrapper, SplitDelimiterBehavior};
 
-use super::words::{PATTERN, word_end};
+use super::llama3_split::{PATTERN, word_end};
 
 /// Words that a cache holds, at most.
 const SLOTS: usize = 1 << 15;
@@ -20,7 +20,7 @@ const MOST: usize = 5;
 
 /// Byte-level BPE as in Llama 3 apart from its vocabulary, prepared for speed.
 #[derive(Debug)]
-pub(super) struct Quick {
+pub(super) struct Llama3Bpe {
     /// Special tokens by their text.
     special: HashMap<Vec<u8>, u32>,
     /// Their lengths, the longest first.
@@ -61,9 +61,9 @@ const fn characters() -> [char; 256] {
     characters
 }
 
-impl Quick {
+impl Llama3Bpe {
     /// None unless the tokenizer does exactly what is done here.
-    pub(super) fn of(tokenizer: &tokenizers::Tokenizer) -> Option<Self> {
+    pub(super) fn from_tokenizer(tokenizer: &tokenizers::Tokenizer) -> Option<Self> {
         let ModelWrapper::BPE(model) = tokenizer.get_model() else {
             return None;
         };
@@ -71,7 +71,7 @@ impl Quick {
             && is_llama3(tokenizer.get_pre_tokenizer()?)
             && model.dropout.is_none()
             && !tokenizer.get_encode_special_tokens();
-        let mut quick = Self {
+        let mut llama3 = Self {
             special: HashMap::new(),
             lengths: Vec::new(),
             begins: [false; 256],
@@ -81,16 +81,16 @@ impl Quick {
             let plain = !token.normalized && !token.single_word && !token.lstrip && !token.rstrip;
             let bytes = token.content.into_bytes();
             let first = *bytes.first()?;
-            if !plain || quick.special.contains_key(&bytes) {
+            if !plain || llama3.special.contains_key(&bytes) {
                 return None;
             }
-            quick.begins[usize::from(first)] = true;
-            quick.lengths.push(bytes.len());
-            quick.special.insert(bytes, id);
+            llama3.begins[usize::from(first)] = true;
+            llama3.lengths.push(bytes.len());
+            llama3.special.insert(bytes, id);
         }
-        quick.lengths.sort_unstable_by(|a, b| b.cmp(a));
-        quick.lengths.dedup();
-        known.then_some(quick)
+        llama3.lengths.sort_unstable_by(|a, b| b.cmp(a));
+        llama3.lengths.dedup();
+        known.then_some(llama3)
     }
 
     /// The ids of a text, without what a tokenizer adds by itself. `tokenizer` is the one given to [`Self::of`].
@@ -242,23 +242,23 @@ mod tests {
     #[test]
     fn ids_are_those_of_the_library() {
         let tokenizer = golden();
-        let quick = Quick::of(&tokenizer).unwrap();
+        let llama3 = Llama3Bpe::from_tokenizer(&tokenizer).unwrap();
         let sources = [
             include_str!("../../tests/golden/rendered.jsonl"),
             include_str!("../../tests/golden/edge_rows.jsonl"),
-            include_str!("quick.rs"),
+            include_str!("llama3_bpe.rs"),
             "<|eot_id|><|eot_id<|eot_id|>|<|begin_of_text|>\n\n<|end_of_text|",
             "\u{0}\u{1}\u{7f}\u{ad}\u{feff}\u{10ffff}",
         ];
         for text in sources {
-            let ids = quick.encode(&tokenizer, text).unwrap();
+            let ids = llama3.encode(&tokenizer, text).unwrap();
             assert!(ids == by_the_library(&tokenizer, text));
             // From the cache, too.
-            assert!(quick.encode(&tokenizer, text).unwrap() == ids);
+            assert!(llama3.encode(&tokenizer, text).unwrap() == ids);
         }
         let every_byte: String = (0..0x800).filter_map(char::from_u32).collect();
         assert_eq!(
-            quick.encode(&tokenizer, &every_byte).unwrap(),
+            llama3.encode(&tokenizer, &every_byte).unwrap(),
             by_the_library(&tokenizer, &every_byte)
         );
     }
@@ -266,19 +266,19 @@ mod tests {
     #[test]
     fn threads_share_nothing_but_the_ids() {
         let tokenizer = golden();
-        let quick = Quick::of(&tokenizer).unwrap();
+        let llama3 = Llama3Bpe::from_tokenizer(&tokenizer).unwrap();
         let text = include_str!("../../tests/golden/rendered.jsonl");
         let expected = by_the_library(&tokenizer, text);
         std::thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| {
                     for _ in 0..5 {
-                        assert!(quick.encode(&tokenizer, text).unwrap() == expected);
+                        assert!(llama3.encode(&tokenizer, text).unwrap() == expected);
                     }
                 });
             }
         });
-        assert!(quick.caches.lock().unwrap().len() <= 4);
+        assert!(llama3.caches.lock().unwrap().len() <= 4);
     }
 
     #[test]
@@ -291,7 +291,7 @@ mod tests {
         let changed = |change: &dyn Fn(&mut serde_json::Value)| {
             let mut json: serde_json::Value = serde_json::from_str(&text).unwrap();
             change(&mut json);
-            Quick::of(&json.to_string().parse::<Tokenizer>().unwrap()).is_none()
+            Llama3Bpe::from_tokenizer(&json.to_string().parse::<Tokenizer>().unwrap()).is_none()
         };
         assert!(!changed(&|_| {}));
         assert!(changed(
@@ -324,10 +324,10 @@ mod tests {
         let mut tokenizer = golden();
         let added = ["<a", "<a>", "<a><b>", "é>"].map(|text| AddedToken::from(text, true));
         tokenizer.add_special_tokens(added).unwrap();
-        let quick = Quick::of(&tokenizer).unwrap();
+        let llama3 = Llama3Bpe::from_tokenizer(&tokenizer).unwrap();
         for text in ["<a><b>", "<a><bé>", "<<a>é>é", "x<a", "<a<a><a><b><"] {
             assert_eq!(
-                quick.encode(&tokenizer, text).unwrap(),
+                llama3.encode(&tokenizer, text).unwrap(),
                 by_the_library(&tokenizer, text),
                 "{text}"
             );
@@ -339,9 +339,9 @@ mod tests {
         fn any_text_has_the_ids_of_the_library(texts in prop::collection::vec(
             prop_oneof![".{0,20}", "[a-e '\n.0-9]{0,30}", Just("<|eot_id|>".to_owned()), Just("<|".to_owned())], 0..8)) {
             let tokenizer = golden();
-            let quick = Quick::of(&tokenizer).unwrap();
+            let llama3 = Llama3Bpe::from_tokenizer(&tokenizer).unwrap();
             let text = texts.concat();
-            prop_assert_eq!(quick.encode(&tokenizer, &text).unwrap(), by_the_library(&tokenizer, &text));
+            prop_assert_eq!(llama3.encode(&tokenizer, &text).unwrap(), by_the_library(&tokenizer, &text));
         }
     }
 }

@@ -1,0 +1,44 @@
+//! The arguments that several commands share.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use crate::recipe::Override;
+
+/// What every command that reads a recipe takes.
+#[derive(Args)]
+pub(super) struct RecipeArgs {
+    /// The recipe, a YAML file
+    pub(super) recipe: PathBuf,
+    /// Sets a value of the recipe, such as `stages.tuned.train_orpo.beta=0.2` or `vars.seed=1`; may be repeated
+    #[arg(long = "set", value_name = "PATH=VALUE", value_parser = assignment)]
+    pub(super) set: Vec<Override>,
+    /// Allows the recipe to read files in this folder outside its project, also through links; may be repeated
+    #[arg(long, value_name = "DIR")]
+    pub(super) allow_path: Vec<PathBuf>,
+}
+
+/// What every command that looks into the store takes.
+#[derive(Args)]
+pub(super) struct StoreArgs {
+    /// The store, the folder with all results [default: `.pipeline` in the project]
+    #[arg(long, value_name = "DIR")]
+    pub(super) store: Option<PathBuf>,
+    /// Does not access the network
+    #[arg(long)]
+    pub(super) offline: bool,
+    /// Verifies the contents of every result instead of trusting unchanged times and sizes
+    #[arg(long)]
+    pub(super) verify: bool,
+}
+
+fn assignment(text: &str) -> Result<Override, String> {
+    let (path, value) = text
+        .split_once('=')
+        .ok_or("expected PATH=VALUE, such as `vars.seed=1`")?;
+    Ok(Override {
+        path: path.trim().to_owned(),
+        value: value.to_owned(),
+    })
+}

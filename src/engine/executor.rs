@@ -1,0 +1,67 @@
+//! Executors: where and how a [`Task`] runs. Each takes a task, hands its events on, and gives what the stage noted; the engine
+//! knows nothing else of them. [`Executors::for_stage`] is the one place where an executor is chosen.
+
+mod child_process;
+mod in_process;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use serde_json::Value;
+
+use super::control::Control;
+use super::manifest::Entry;
+use super::stage_events::StageEvents;
+use super::task::Task;
+use super::{Kind, Resources, RunEnv};
+pub(super) use child_process::CANCEL;
+pub use child_process::ChildProcess;
+pub use in_process::InProcess;
+pub(super) use in_process::run_task;
+
+/// What a stage that succeeded gives beside the files in its output folder.
+#[derive(Debug, Default)]
+pub struct TaskResult {
+    /// Facts for its record.
+    pub notes: BTreeMap<String, Value>,
+    /// Digests of files of the output that are known already, by name.
+    pub written: BTreeMap<String, Entry>,
+}
+
+/// Runs tasks.
+pub trait Executor: Send + Sync {
+    /// Runs a task to its end, which `control` may hasten, and hands its events on. Whatever ends the stage is an error of it.
+    fn execute(
+        &self,
+        task: &Task,
+        events: &Arc<StageEvents>,
+        control: &Control,
+    ) -> anyhow::Result<TaskResult>;
+}
+
+/// The executors of a run.
+pub struct Executors {
+    in_process: InProcess,
+    /// None where no program is known that runs a task, as in tests.
+    child_process: Option<ChildProcess>,
+}
+
+impl Executors {
+    /// Executors of stages of these kinds. `program` is this program, to be started as `program work`; without it all stages run in
+    /// this process.
+    pub fn new(kinds: &'static [Kind], env: Arc<RunEnv>, program: Option<PathBuf>) -> Self {
+        Self {
+            in_process: InProcess::new(kinds, env),
+            child_process: program.map(ChildProcess::new),
+        }
+    }
+
+    /// The executor of a stage.
+    pub fn for_stage(&self, resources: &Resources) -> &dyn Executor {
+        match &self.child_process {
+            Some(child_process) if resources.isolated => child_process,
+            _ => &self.in_process,
+        }
+    }
+}

@@ -1,0 +1,78 @@
+//! The marks in serialised parameters by which the engine finds edges, local files and neutral settings (`engine::params` writes
+//! them).
+
+use serde_json::Value;
+
+use super::params::{ARTIFACT_KEY, FILE_KEY, NEUTRAL_KEY, STAGE_KEY};
+
+/// What is marked in serialised parameters.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Marker {
+    /// An edge: the producer's name and the artifact that is wanted.
+    Stage {
+        /// The name of the producing stage.
+        stage: String,
+        /// The noun the parameter wants.
+        artifact: String,
+    },
+    /// A local file, as written.
+    File(String),
+    /// A setting outside the fingerprint.
+    Neutral,
+}
+
+/// Every marker with its path (`dataset`, `models[1]`, `eval.dataset`), in the order of the parameters.
+pub fn markers(params: &Value) -> Vec<(String, Marker)> {
+    let mut found = Vec::new();
+    collect(params, String::new(), &mut found);
+    found
+}
+
+/// The marker that `value` is, if it is one.
+pub(crate) fn marker(value: &Value) -> Option<Marker> {
+    let map = value.as_object()?;
+    if let Some(Value::String(stage)) = map.get(STAGE_KEY) {
+        let artifact = map
+            .get(ARTIFACT_KEY)
+            .and_then(Value::as_str)
+            .unwrap_or_default()
+            .to_owned();
+        return Some(Marker::Stage {
+            stage: stage.clone(),
+            artifact,
+        });
+    }
+    if let Some(Value::String(path)) = map.get(FILE_KEY) {
+        return Some(Marker::File(path.clone()));
+    }
+    map.contains_key(NEUTRAL_KEY).then_some(Marker::Neutral)
+}
+
+fn collect(value: &Value, path: String, found: &mut Vec<(String, Marker)>) {
+    if let Some(marker) = marker(value) {
+        found.push((path, marker));
+        return;
+    }
+    match value {
+        Value::Object(map) => {
+            for (key, value) in map {
+                collect(value, child(&path, key), found);
+            }
+        }
+        Value::Array(items) => {
+            for (index, item) in items.iter().enumerate() {
+                collect(item, format!("{path}[{index}]"), found);
+            }
+        }
+        _ => {}
+    }
+}
+
+/// `path.key`, or `key` at the top.
+pub(crate) fn child(path: &str, key: &str) -> String {
+    if path.is_empty() {
+        key.to_owned()
+    } else {
+        format!("{path}.{key}")
+    }
+}

@@ -1,0 +1,66 @@
+//! What a file looked like, and the clock that such looks are compared with.
+
+use std::fs::Metadata;
+use std::os::unix::fs::MetadataExt;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+
+/// What a file looked like when its digest was taken. Equal stats mean an unread, equal file: whoever writes to a file can set its
+/// modification time back, but not the time of its last change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stat {
+    /// Bytes.
+    pub size: u64,
+    /// Modification time in nanoseconds since 1970.
+    pub modified: i64,
+    /// The time of the last change to contents, mode, owner, times or number of links (ctime), in nanoseconds since 1970.
+    pub changed: i64,
+    /// The inode number.
+    pub inode: u64,
+}
+
+/// A file changed within this many nanoseconds may change again without getting a new time, on file systems that count in
+/// seconds; what was read of it is not remembered.
+const SETTLING: i64 = 2_000_000_000;
+
+impl Stat {
+    /// The stat of a file.
+    pub fn of(metadata: &Metadata) -> Self {
+        let nanoseconds = |seconds: i64, rest: i64| {
+            let whole = seconds.saturating_mul(1_000_000_000);
+            whole.saturating_add(rest)
+        };
+        Self {
+            size: metadata.len(),
+            modified: nanoseconds(metadata.mtime(), metadata.mtime_nsec()),
+            changed: nanoseconds(metadata.ctime(), metadata.ctime_nsec()),
+            inode: metadata.ino(),
+        }
+    }
+
+    /// Whether the file's last change was long enough before `time` that every later one has another time. Then what was read since
+    /// `time` holds as long as the stat does.
+    pub(super) fn settled_at(&self, time: i64) -> bool {
+        is_settled(self.changed, time)
+    }
+}
+
+/// [`Stat::settled_at`] of a time of the last change.
+pub(super) fn is_settled(changed: i64, time: i64) -> bool {
+    changed.saturating_add(SETTLING) < time
+}
+
+/// The system's time in nanoseconds since 1970.
+pub(super) fn nanoseconds_now() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |since| {
+        i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
+    })
+}
+
+/// The system's time in seconds since 1970.
+pub(super) fn seconds_now() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |since| since.as_secs())
+}

@@ -1,0 +1,212 @@
+//! What people see of an artifact.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::data;
+use crate::engine::{Bytes, View, canonical_json};
+use crate::ml::io::weights::Weights;
+use crate::ml::model::arch::{Arch, QkNorm};
+use crate::ml::model::create::parameters;
+use crate::ml::model::tensors::projection_name;
+
+fn line(text: impl Into<String>) -> View {
+    View::Line(text.into())
+}
+
+/// Tables: their splits, columns and first rows.
+pub(super) fn splits(folder: &Path, rows: usize) -> anyhow::Result<Vec<View>> {
+    let mut views = Vec::new();
+    for split in data::summary(folder)?.splits {
+        views.push(line(""));
+        views.push(line(format!("{}: {} rows", split.name, split.rows)));
+        for (name, kind) in &split.columns {
+            views.push(line(format!("  {name}: {kind}")));
+        }
+        for row in data::head(folder, &split.name, rows)? {
+            views.push(line(row.to_string()));
+        }
+    }
+    Ok(views)
+}
+
+/// A model: its sizes and weights, and how it was trained.
+pub(super) fn model(folder: &Path, rows: usize) -> anyhow::Result<Vec<View>> {
+    let config = Arch::read(folder)?;
+    let weights = Weights::open(folder)?;
+    let sizes = [
+        ("family", config.family.to_owned()),
+        ("layers", config.num_hidden_layers().to_string()),
+        ("hidden_size", config.hidden_size.to_string()),
+        ("intermediate_size", config.intermediate_size.to_string()),
+        (
+            "heads",
+            format!(
+                "{} queries, {} keys and values, {} wide",
+                config.num_attention_heads, config.num_key_value_heads, config.head_dim
+            ),
+        ),
+        ("attention", attention(&config)),
+        ("vocab_size", config.vocab_size.to_string()),
+        ("parameters", parameters(&config).to_string()),
+        (
+            "dtype",
+            config
+                .dtype
+                .map_or_else(|| "not said".to_owned(), |dtype| dtype.as_str().to_owned()),
+        ),
+        (
+            "quantization",
+            config
+                .quantization
+                .as_ref()
+                .map_or("none", |quantization| {
+                    if quantization.double_quant {
+                        "nf4, double quant"
+                    } else {
+                        "nf4"
+                    }
+                })
+                .to_owned(),
+        ),
+        (
+            "weights",
+            format!(
+                "{} in {} files, {} tensors",
+                Bytes(weights.bytes()),
+                weights.files().len(),
+                weights.names().len()
+            ),
+        ),
+    ];
+    let sizes = sizes.map(|(name, value)| vec![format!("  {name}"), value]);
+    let mut views = vec![line(""), line("model"), View::Table(sizes.to_vec())];
+    views.extend(metrics(folder, rows)?);
+    Ok(views)
+}
+
+/// An adapter: its settings, and how it was trained.
+pub(super) fn adapter(folder: &Path, rows: usize) -> anyhow::Result<Vec<View>> {
+    let config: Value = serde_json::from_slice(&fs::read(folder.join("adapter_config.json"))?)?;
+    let names = [
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "use_rslora",
+        "bias",
+        "target_modules",
+    ];
+    let settings = names.map(|name| {
+        let value = config.get(name).map(canonical_json).unwrap_or_default();
+        vec![format!("  {name}"), value]
+    });
+    let mut views = vec![line(""), line("adapter"), View::Table(settings.to_vec())];
+    views.extend(metrics(folder, rows)?);
+    Ok(views)
+}
+
+/// An evaluation: its numbers and some answers.
+pub(super) fn scores(folder: &Path, rows: usize) -> anyhow::Result<Vec<View>> {
+    let scores: Value = serde_json::from_slice(&fs::read(folder.join("scores.json"))?)?;
+    let of = |part: &str, name: &str| {
+        scores
+            .get(part)
+            .and_then(|part| part.get(name))
+            .and_then(Value::as_f64)
+    };
+    let number = |value: Option<f64>| value.map(|value| format!("{value:.4}")).unwrap_or_default();
+    let names = scores
+        .get("base")
+        .and_then(Value::as_object)
+        .map(|base| base.keys().cloned().collect::<Vec<_>>());
+    let mut lines = vec![
+        ["", "base", "with adapter", "difference"]
+            .map(str::to_owned)
+            .to_vec(),
+    ];
+    for name in names.unwrap_or_default() {
+        let parts = ["base", "adapter", "difference"].map(|part| number(of(part, &name)));
+        lines.push(std::iter::once(name).chain(parts).collect());
+    }
+    let mut views = vec![line(""), View::Table(lines)];
+    let answers = fs::read_to_string(folder.join("answers.jsonl")).unwrap_or_default();
+    for answer in answers.lines().take(rows) {
+        let answer: Value = serde_json::from_str(answer)?;
+        views.push(line(""));
+        for name in ["prompt", "chosen", "rejected", "base", "adapter"] {
+            if let Some(value) = answer.get(name).and_then(Value::as_str) {
+                let value = value.trim().replace('\n', "\n           ");
+                views.push(line(format!("{name:>9}: {value}")));
+            }
+        }
+    }
+    Ok(views)
+}
+
+/// The last steps of a training.
+fn metrics(folder: &Path, rows: usize) -> anyhow::Result<Vec<View>> {
+    let path = folder.join("metrics.jsonl");
+    if !path.is_file() {
+        return Ok(Vec::new());
+    }
+    let metrics = fs::read_to_string(path)?;
+    let lines: Vec<&str> = metrics.lines().collect();
+    let title = format!(
+        "metrics: {} lines, the first and the last {rows}",
+        lines.len()
+    );
+    let mut views = vec![line(""), line(title)];
+    let first = lines.first().into_iter().copied();
+    let last = lines
+        .iter()
+        .skip(1.max(lines.len().saturating_sub(rows)))
+        .copied();
+    views.extend(first.chain(last).map(line));
+    Ok(views)
+}
+
+/// What a model's attention has beside heads, in words.
+fn attention(arch: &Arch) -> String {
+    let windows: Vec<_> = arch
+        .layers
+        .iter()
+        .filter_map(|layer| layer.window)
+        .collect();
+    let layers = arch.num_hidden_layers();
+    let mut words = match windows[..] {
+        [] => vec!["causal".to_owned()],
+        [window, ..] => vec![format!(
+            "windows of {window} keys in {} of {layers} layers",
+            windows.len()
+        )],
+    };
+    if arch.qk_norm == QkNorm::PerHead {
+        words.push("norms of queries and keys".to_owned());
+    }
+    if !arch.biases.is_empty() {
+        let names: Vec<_> = arch.biases.iter().copied().map(projection_name).collect();
+        words.push(format!("biases of {}", names.join(", ")));
+    }
+    words.join("; ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ml::testing::golden;
+
+    #[test]
+    fn a_model_s_family_and_attention_are_told() {
+        for (name, expected) in [
+            ("model", "causal"),
+            ("families/qwen2", "causal; biases of q_proj, k_proj, v_proj"),
+            ("families/qwen3", "causal; norms of queries and keys"),
+            ("families/mistral", "windows of 16 keys in 2 of 2 layers"),
+        ] {
+            let arch = Arch::read(&golden::folder(name)).unwrap();
+            assert_eq!(attention(&arch), expected, "{name}");
+        }
+    }
+}
