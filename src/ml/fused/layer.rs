@@ -18,9 +18,10 @@ use super::layout::Layout;
 use super::pool::Pool;
 use super::projection::ProjectionGroup;
 use super::shape::Shape;
+use super::trainable::Trainable;
 use super::weights::{HeadNorm, Layer};
-use crate::ml::model::linear::{Pass, Weight};
-use crate::ml::model::{self, Gradients, Llama, Norm};
+use crate::ml::model::linear::Pass;
+use crate::ml::model::{self, Llama, Norm};
 
 /// Bytes that a pass keeps of each token for its backward.
 pub(super) fn kept(model: &Llama, checkpointing: bool) -> usize {
@@ -193,25 +194,6 @@ pub(super) struct PassContext<'a> {
     pub(super) shape: &'a Shape,
     pub(super) layout: &'a Layout,
     pub(super) pool: &'a Pool,
-}
-
-/// Where gradients go.
-pub(super) struct Trainable<'a> {
-    pub(super) model: &'a Llama,
-    pub(super) pool: &'a Pool,
-    pub(super) gradients: &'a mut Gradients,
-}
-
-impl Trainable<'_> {
-    /// Adds a gradient if the weight is trained; `make` adds it to zeros of the weight's size.
-    pub(super) fn add(&mut self, weight: &Weight, make: impl FnOnce(&mut [f32])) -> Result<()> {
-        if let Some(var) = weight.trained() {
-            let mut values = vec![0.; var.elem_count()];
-            make(&mut values);
-            self.gradients.add_values(self.model, var, values)?;
-        }
-        Ok(())
-    }
 }
 
 /// Runs the layer on hidden states `x`, panels of the hidden width: returns what a backward needs, and the hidden states behind

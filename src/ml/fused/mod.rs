@@ -19,6 +19,7 @@ mod pool;
 mod projection;
 mod shape;
 mod states;
+mod trainable;
 pub(super) mod weights;
 
 use candle_core::{DType, Result, Tensor};
@@ -30,11 +31,12 @@ use super::model::linear::Pass;
 use super::model::{self, Gradients, Llama};
 pub use backend::{Fused, Unsupported};
 use head::Scored;
-use layer::{LayerRef, PassContext, Saved, Trainable};
+use layer::{LayerRef, PassContext, Saved};
 use layout::Layout;
 pub use layout::Packing;
 use pool::Pool;
 use shape::Shape;
+use trainable::Trainable;
 use weights::{Layer, TensorView};
 
 /// The number of the lowest layer that a backward goes through: nothing below it is trained.

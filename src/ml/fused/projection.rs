@@ -8,9 +8,9 @@ use pipeline_kernels::product::{Factor, Onto, Product, Term, product, products};
 use pipeline_kernels::reduce::{Order, outer, sum_over_tokens};
 use rayon::prelude::*;
 
-use super::layer::Trainable;
 use super::pool::Pool;
 use super::shape::Shape;
+use super::trainable::Trainable;
 use super::weights::Projection;
 use crate::ml::model::linear::{Base, Linear};
 
