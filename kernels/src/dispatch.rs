@@ -3,12 +3,12 @@
 //! A loop is written once, over arrays of 16 or 32 floats, as [`Loop::run`]. [`run`] calls it compiled for AVX-512, for
 //! AVX2 with FMA, or for what every processor of the architecture has (on a 64-bit Arm: NEON).
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
+
 use std::cell::Cell;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, Ordering};
-
-#[cfg(target_arch = "x86_64")]
-use crate::micro::amx;
 
 /// An instruction set of this architecture.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -153,7 +153,7 @@ fn detect() -> Isa {
         && is_x86_feature_detected!("avx512vl")
         && is_x86_feature_detected!("avx512dq");
     if wide && is_x86_feature_detected!("avx512bf16") {
-        if amx::processor::available() {
+        if amx::available() {
             Isa::AmxBf16
         } else {
             Isa::Avx512Bf16

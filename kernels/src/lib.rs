@@ -18,6 +18,7 @@
 )]
 
 pub mod attention;
+pub mod bf16;
 pub mod dispatch;
 pub mod dropout;
 pub mod elementwise;

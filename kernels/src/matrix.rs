@@ -12,13 +12,12 @@ use std::ops::Range;
 use half::slice::HalfFloatSliceExt as _;
 use half::{bf16, f16};
 
+use crate::bf16::bf16_bits;
 use crate::dispatch::{Loop, run};
 use crate::micro::{TILE, prefetch};
-use crate::panels::bf16_bits;
 use transpose::transpose;
 
-/// Values of an NF4 weight that share a largest magnitude.
-pub const NF4_BLOCK: usize = 64;
+pub use crate::nf4::BLOCK as NF4_BLOCK;
 
 /// A weight (rows, columns), row by row.
 #[derive(Debug, Clone, Copy)]

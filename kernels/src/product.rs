@@ -8,10 +8,11 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use crate::bf16::{bf16_bits, pairs, round_to_bf16};
 use crate::dispatch::Isa;
 use crate::matrix::Matrix;
 use crate::micro::{TILE, Tile, arrange, done, multiply, multiply_arranged, multiply_pairs};
-use crate::panels::{self, LANES, bf16_bits, count, pairs, round_to_bf16};
+use crate::panels::{self, LANES, count};
 
 /// The depth of a block, in features: its 32 tokens and its rows both stay in the second cache.
 const DEPTH: usize = 512;

@@ -1,14 +1,32 @@
 //! NF4 codes to values.
 
 use super::{NF4_BLOCK, Nf4, Rounding};
+use crate::bf16::bf16_bits;
 #[cfg(target_arch = "x86_64")]
 use crate::dispatch::Isa;
 use crate::dispatch::{Loop, run};
-use crate::panels::bf16_bits;
 
 impl Nf4<'_> {
-    /// The values from the place `first` on.
-    pub(crate) fn values(&self, first: usize, out: &mut [f32]) {
+    /// Writes the weight's values from number `first` on into `out`, as many as it has room for.
+    ///
+    /// # Panics
+    /// If the codes or magnitudes end before.
+    pub fn dequantise(&self, first: usize, out: &mut [f32]) {
+        let end = first.checked_add(out.len());
+        let fits = |end: usize| {
+            end.div_ceil(2) <= self.packed.len() && end.div_ceil(NF4_BLOCK) <= self.absmax.len()
+        };
+        assert!(
+            end.is_some_and(fits),
+            "values {first} to {end:?} of {} bytes of codes and {} magnitudes",
+            self.packed.len(),
+            self.absmax.len()
+        );
+        self.values(first, out);
+    }
+
+    /// The values from number `first` on.
+    pub(super) fn values(&self, first: usize, out: &mut [f32]) {
         self.look_up(first, out, |values| values, vectors);
     }
 

@@ -12,20 +12,16 @@
 
 #[cfg(test)]
 mod emulated;
-pub(crate) mod processor;
+mod processor;
 #[cfg(test)]
 mod tests;
 
 use std::cell::RefCell;
 
 use super::{LANES, TILE, Tile};
+use crate::dispatch::amx::WIDTH;
 use crate::dispatch::{Loop, run};
 use processor::Processor;
-
-/// Pairs in a row of a register.
-const WIDTH: usize = 16;
-/// Registers there are.
-const REGISTERS: usize = 8;
 
 // What the registers hold.
 const LOW_SUMS: usize = 0;
@@ -205,7 +201,7 @@ thread_local! {
 /// See [`Tile`]; the processor must have AMX with bf16. All [`TILE`] rows of `a` are read.
 pub(super) unsafe fn multiply(tile: Tile<u32, u32>) {
     #[cfg(test)]
-    if !processor::available() {
+    if !crate::dispatch::amx::available() {
         // SAFETY: the caller's promise.
         EMULATED.with_borrow_mut(|unit| unsafe { unit.multiply(tile) });
         return;

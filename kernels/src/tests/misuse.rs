@@ -5,12 +5,13 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use crate::attention::{
     Gradients, Heads, Inputs, Span, Spans, Visible, attention, attention_backward,
 };
+use crate::bf16::pairs;
 use crate::dropout::Dropout;
 use crate::elementwise as each;
 use crate::matrix::{Matrix, Nf4, Rounding, Values};
 use crate::merge::{self, Update};
 use crate::nf4::{self, Stored};
-use crate::panels::{self, LANES, column, fill, pairs, size};
+use crate::panels::{self, LANES, column, fill, size};
 use crate::product::{Factor, Onto, Pairs, Product, Term, product, products};
 use crate::reduce::{Order, outer, sum_over_tokens};
 use crate::vectors::{self, Attention, Cached, VectorProduct, vector_products};
@@ -309,6 +310,19 @@ fn four_bits_refuse_wrong_sizes() {
     for count in [31, 33] {
         refused("codes", "bytes for", || {
             nf4::pack(Stored::Bf16, &[0; 128], &mut vec![0; count]);
+        });
+    }
+    let code = [0f32; 16];
+    let weight = Nf4 {
+        packed: &[0; 64],
+        absmax: &[1., 1.],
+        code: &code,
+        rounding: Rounding::F32,
+    };
+    weight.dequantise(3, &mut [0.; 125]);
+    for (first, count) in [(0, 129), (128, 1), (usize::MAX, 2)] {
+        refused("values behind the last", "bytes of codes", || {
+            weight.dequantise(first, &mut vec![0.; count]);
         });
     }
     // What has no code gets any, and hurts nobody.

@@ -3,9 +3,9 @@
 use half::bf16;
 
 use super::plain::{LANES, Stored, lanes, total};
+use crate::bf16::bf16_bits;
 use crate::dispatch::{Loop, fma, run};
 use crate::exp::exp;
-use crate::panels::bf16_bits;
 
 /// Keys or values of one key head, a token after the other: (length, width).
 #[derive(Debug, Clone, Copy)]

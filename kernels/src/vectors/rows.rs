@@ -1,9 +1,9 @@
 //! What is computed of single rows between the products of text generation.
 
 use super::plain::{LANES, lanes, total};
+use crate::bf16::bf16_bits;
 use crate::dispatch::{Loop, fma, run};
 use crate::exp::sigmoid;
-use crate::panels::bf16_bits;
 
 /// Rounds to bf16.
 pub fn round(values: &mut [f32]) {

@@ -11,9 +11,9 @@ use std::ops::Range;
 use weights::{Arithmetic, BF16, Codes, Dense, F16, F32, Floats256, Floats512, Pairs512, Weight};
 
 use super::{Outputs, Part};
+use crate::bf16::bf16_bits;
 use crate::dispatch::{self, Isa, Loop};
 use crate::matrix::{Matrix, NF4_BLOCK, Rounding, Values};
-use crate::panels::bf16_bits;
 
 /// Weights that are taken at a time.
 const BLOCK: usize = 64;

@@ -18,7 +18,7 @@ use crate::ml::model::linear::{Base, Linear, Pass};
 use crate::ml::model::{Layer, Llama, Norm, angles};
 
 /// Texts that a model goes on with.
-pub(in crate::ml) struct Decoder<'a> {
+pub(super) struct Decoder<'a> {
     pass: Pass,
     layers: Vec<DecoderLayer<'a>>,
     model: &'a Llama,
@@ -190,7 +190,7 @@ impl<'a> DecoderLayer<'a> {
 impl<'a> Decoder<'a> {
     /// So many empty texts, none of which gets longer than `longest` tokens. `None` where the kernels don't reach: on other
     /// devices than the CPU, for products in f16, and with matrices beside embeddings or head.
-    pub(in crate::ml) fn new(
+    pub(super) fn new(
         model: &'a Llama,
         texts: usize,
         longest: usize,

@@ -393,7 +393,7 @@ mod tests {
     #[test]
     fn sequences_are_a_tree() {
         let mut state = 3u64;
-        let mut dice = |sides: u64| pipeline_kernels::dropout::mix(&mut state) % sides;
+        let mut dice = |sides: u64| pipeline_kernels::random::splitmix64(&mut state) % sides;
         for case in 0..200 {
             // Starts of starts, so that much is common at several depths, and some ids that are anything.
             let mut known: Vec<Vec<u32>> = vec![vec![1]];

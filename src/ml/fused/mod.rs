@@ -10,7 +10,7 @@
 //! ends.
 
 mod backend;
-pub(super) mod decode;
+mod decode;
 mod head;
 mod layer;
 pub(super) mod layerwise;

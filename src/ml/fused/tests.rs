@@ -1,5 +1,6 @@
-//! The fast path beside the plain one: losses, metrics and gradients.
+//! The fast path beside the reference: losses, metrics and gradients.
 
+mod decode;
 mod families;
 
 use candle_core::Tensor;

@@ -1,4 +1,4 @@
-//! Where the gradients of a backward go.
+//! Where gradients go.
 
 use candle_core::Result;
 

@@ -4,9 +4,8 @@ use std::ops::Range;
 
 use candle_core::{CpuStorage, Layout, Result, Storage, StorageRef, Tensor, bail};
 use pipeline_kernels::dropout::Dropout;
-use pipeline_kernels::matrix::{Matrix, Nf4, Rounding, Values};
+use pipeline_kernels::matrix::{Matrix, Values};
 
-use crate::ml::io::float::Float;
 use crate::ml::model::Norm;
 use crate::ml::model::linear::{Base, Linear, Pass, Weight};
 use crate::ml::quant::nf4;
@@ -110,16 +109,7 @@ impl<'a> BaseWeight<'a> {
             Self::Dense(borrowed) => borrowed.matrix(),
             Self::Bare(matrix) => Ok(*matrix),
             Self::Nf4(weight) => {
-                let values = Values::Nf4(Nf4 {
-                    packed: &weight.packed,
-                    absmax: &weight.absmax,
-                    code: &nf4::CODE,
-                    rounding: match Float::of_candle(weight.dtype) {
-                        Some(Float::BF16) => Rounding::Bf16,
-                        Some(Float::F16) => Rounding::F16,
-                        _ => Rounding::F32,
-                    },
-                });
+                let values = Values::Nf4(weight.kernel());
                 let (rows, columns) = weight.shape;
                 match Matrix::new(values, rows, columns) {
                     Some(matrix) => Ok(matrix),

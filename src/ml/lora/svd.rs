@@ -5,7 +5,7 @@
 //! powers of the matrix would, and cost two products with a vector each, not a whole decomposition.
 
 use anyhow::ensure;
-use pipeline_kernels::dropout::mix;
+use pipeline_kernels::random::splitmix64;
 use rayon::prelude::*;
 
 /// How far a pair of vectors may be from a singular one, in parts of the largest singular value.
@@ -92,7 +92,7 @@ fn append(
 }
 
 fn noise(length: usize, random: &mut u64) -> Vec<f64> {
-    let number = |_| (mix(random) >> 11) as f64 / 2f64.powi(52) - 1.;
+    let number = |_| (splitmix64(random) >> 11) as f64 / 2f64.powi(52) - 1.;
     (0..length).map(number).collect()
 }
 

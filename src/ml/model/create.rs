@@ -9,8 +9,8 @@ use std::path::Path;
 
 use anyhow::{Context as _, ensure};
 use bytesize::ByteSize;
-use pipeline_kernels::dropout::mix;
 use pipeline_kernels::normal;
+use pipeline_kernels::random::splitmix64;
 use rayon::prelude::*;
 
 use super::arch::Arch;
@@ -187,9 +187,9 @@ fn key(seed: u64, name: &str) -> u64 {
         (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
     });
     let mut state = seed;
-    let mixed = mix(&mut state);
+    let mixed = splitmix64(&mut state);
     let mut state = mixed ^ hash;
-    mix(&mut state)
+    splitmix64(&mut state)
 }
 
 /// `config.json` in the spelling of transformers 4, which 5 reads too.

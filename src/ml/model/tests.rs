@@ -5,9 +5,7 @@ use std::collections::BTreeSet;
 use super::batch::Row;
 use super::*;
 use crate::ml::adapter::Adapter;
-use crate::ml::backend::{Decoder as _, Token};
 use crate::ml::execution::{Execution, Kind};
-use crate::ml::fused::{Packing, decode};
 use crate::ml::io::weights::{Weights, save};
 use crate::ml::loss::Loss;
 use crate::ml::loss::orpo::Orpo;
@@ -160,49 +158,6 @@ fn the_whole_loss_has_the_slope_of_its_gradient_in_random_directions() {
     }
 }
 
-#[test]
-fn decoding_gives_the_logits_of_the_plain_path() {
-    let texts: [&[u32]; 3] = [&[5, 90, 7, 300, 41, 2], &[1000], &[12, 13, 14]];
-    for (base, compute, within) in [
-        ("model", DType::F32, 1e-4),
-        ("model_nf4", DType::F32, 1e-4),
-        ("model", DType::BF16, 3e-2),
-    ] {
-        let model = golden::model(base, Some("adapter_final"), Trained::Nothing, compute);
-        for pass in [Pass::BASE, Pass::INFER] {
-            let mut decoder = decode::Decoder::new(&model, texts.len(), 6, pass)
-                .unwrap()
-                .unwrap();
-            // A token of each text at a time, as long as it has some, so that they stand beside each other.
-            let mut last = vec![Vec::new(); texts.len()];
-            for at in 0..6 {
-                let tokens: Vec<Token> = (0..texts.len())
-                    .filter_map(|text| Some((text, texts[text].get(at)?)))
-                    .map(|(text, &id)| Token { text, id })
-                    .collect();
-                let places: Vec<usize> = (0..tokens.len()).collect();
-                let logits = decoder.step(&tokens, &places).unwrap();
-                for (token, logits) in tokens.iter().zip(logits.chunks_exact(1024)) {
-                    last[token.text] = logits.to_vec();
-                }
-            }
-            for (text, ids) in texts.iter().enumerate() {
-                let plain = model.next_logits(ids, &mut Cache::default(), pass).unwrap();
-                let largest = plain.iter().fold(0f32, |most, x| most.max(x.abs()));
-                let pairs = plain.iter().zip(&last[text]);
-                let far = pairs.fold(0f32, |far, (a, b)| far.max((a - b).abs()));
-                assert!(far < within * largest, "{base} {compute:?} {text}: {far}");
-            }
-            let full = Token { text: 0, id: 1 };
-            let error = decoder.step(&[full], &[]).unwrap_err().to_string();
-            assert!(error.contains("has no place"), "{error}");
-        }
-    }
-    let half = golden::model("model", None, Trained::Nothing, DType::F16);
-    let none = decode::Decoder::new(&half, 1, 1, Pass::BASE).unwrap();
-    assert!(none.is_none(), "the kernels don't multiply in f16");
-}
-
 /// The golden model, with its last layer repeated until it has so many; the adapter too.
 fn deeper(layers: usize) -> (Arch, tempfile::TempDir, Adapter) {
     let copies = |name: &str| -> Vec<String> {
@@ -254,7 +209,7 @@ fn layer_by_layer_a_deep_model_takes_no_more_memory_than_a_flat_one() {
 #[test]
 fn checkpointing_holds_the_activations_of_one_layer() {
     holds_one_layer(Kind::Reference, 20);
-    holds_one_layer(Kind::Fused(Packing::default()), 5);
+    holds_one_layer(Kind::default(), 5);
 }
 
 /// A layer more costs `times` less than without checkpointing.
@@ -393,7 +348,7 @@ fn the_row_of_the_padding_is_not_learnt_from_lookups() {
         completion_only: false,
     };
     let batch = objective.batch(&[&rows[0]], 1023).unwrap();
-    for kind in [Kind::Reference, Kind::Fused(Packing::default())] {
+    for kind in [Kind::Reference, Kind::default()] {
         let gradient = |pad: u32| {
             let mut model = golden::model("model", None, Trained::Everything, DType::F32);
             model.arch.pad_token_id = Some(pad);

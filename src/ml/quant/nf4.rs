@@ -8,6 +8,7 @@ use std::ops::Range;
 
 use anyhow::{Context as _, bail, ensure};
 use candle_core::{DType, Device, Result, Tensor};
+use pipeline_kernels::matrix::{Nf4 as Packed, Rounding};
 pub(in crate::ml) use pipeline_kernels::nf4::{BLOCK, CODE};
 use rayon::prelude::*;
 use serde::Deserialize;
@@ -173,32 +174,21 @@ impl Nf4 {
     }
 
     /// The values from `first` on.
-    fn span(&self, mut first: usize, mut out: &mut [f32]) {
-        let float = Float::of_candle(self.dtype).unwrap_or(Float::F32);
-        while !out.is_empty() {
-            let block = first / BLOCK;
-            let count = (BLOCK - first % BLOCK).min(out.len());
-            let (now, rest) = out.split_at_mut(count);
-            let absmax = self.absmax.get(block).copied().unwrap_or(0.);
-            // The 16 values of the block, rounded once: each of its 64 is one of them.
-            let values = CODE.map(|code| float.round(code * absmax));
-            let packed = self.packed.get(first / 2..(first + count).div_ceil(2));
-            let packed = packed.unwrap_or_default();
-            if first.is_multiple_of(2) {
-                for (out, byte) in now.chunks_mut(2).zip(packed) {
-                    out[0] = values[usize::from(byte >> 4)];
-                    if let Some(out) = out.get_mut(1) {
-                        *out = values[usize::from(byte & 15)];
-                    }
-                }
-            } else {
-                let codes = packed.iter().flat_map(|byte| [byte >> 4, byte & 15]);
-                for (out, code) in now.iter_mut().zip(codes.skip(1)) {
-                    *out = values[usize::from(code)];
-                }
-            }
-            first += count;
-            out = rest;
+    fn span(&self, first: usize, out: &mut [f32]) {
+        self.kernel().dequantise(first, out);
+    }
+
+    /// The weight as the kernels read it.
+    pub(in crate::ml) fn kernel(&self) -> Packed<'_> {
+        Packed {
+            packed: &self.packed,
+            absmax: &self.absmax,
+            code: &CODE,
+            rounding: match Float::of_candle(self.dtype) {
+                Some(Float::BF16) => Rounding::Bf16,
+                Some(Float::F16) => Rounding::F16,
+                _ => Rounding::F32,
+            },
         }
     }
 

@@ -191,3 +191,47 @@ fn metrics(folder: &Path, rows: usize) -> anyhow::Result<Vec<View>> {
     views.extend(first.chain(last).map(line));
     Ok(views)
 }
+
+/// What a model's attention has beside heads, in words.
+fn attention(arch: &Arch) -> String {
+    let windows: Vec<_> = arch
+        .layers
+        .iter()
+        .filter_map(|layer| layer.window)
+        .collect();
+    let layers = arch.num_hidden_layers();
+    let mut words = match windows[..] {
+        [] => vec!["causal".to_owned()],
+        [window, ..] => vec![format!(
+            "windows of {window} keys in {} of {layers} layers",
+            windows.len()
+        )],
+    };
+    if arch.qk_norm == QkNorm::PerHead {
+        words.push("norms of queries and keys".to_owned());
+    }
+    if !arch.biases.is_empty() {
+        let names: Vec<_> = arch.biases.iter().copied().map(projection_name).collect();
+        words.push(format!("biases of {}", names.join(", ")));
+    }
+    words.join("; ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ml::testing::golden;
+
+    #[test]
+    fn a_model_s_family_and_attention_are_told() {
+        for (name, expected) in [
+            ("model", "causal"),
+            ("families/qwen2", "causal; biases of q_proj, k_proj, v_proj"),
+            ("families/qwen3", "causal; norms of queries and keys"),
+            ("families/mistral", "windows of 16 keys in 2 of 2 layers"),
+        ] {
+            let arch = Arch::read(&golden::folder(name)).unwrap();
+            assert_eq!(attention(&arch), expected, "{name}");
+        }
+    }
+}

@@ -6,6 +6,7 @@ use std::fmt::Write as _;
 use anyhow::{Context as _, Result, ensure};
 use arrow_array::{BooleanArray, RecordBatch};
 use arrow_select::filter::filter_record_batch;
+use pipeline_kernels::random::splitmix64;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -247,7 +248,7 @@ impl SplitDataset {
         let mut chosen = vec![false; groups.sizes.len()];
         let mut random = SplitMix(self.seed);
         for (members, asked) in members.into_iter().zip(proportional(&sizes, asked)) {
-            let seed = random.next();
+            let seed = splitmix64(&mut random.0);
             if asked > 0 {
                 hold_out(groups, members, asked, Some(SplitMix(seed)), &mut chosen);
             }
@@ -346,17 +347,9 @@ fn draw(rows: usize, held_out: usize, seed: u64, shuffle: bool) -> Vec<bool> {
 struct SplitMix(u64);
 
 impl SplitMix {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
     /// An even draw from `0..bound`.
     fn below(&mut self, bound: u64) -> u64 {
-        ((u128::from(self.next()) * u128::from(bound)) >> 64) as u64
+        ((u128::from(splitmix64(&mut self.0)) * u128::from(bound)) >> 64) as u64
     }
 }
 

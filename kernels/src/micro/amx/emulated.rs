@@ -1,7 +1,8 @@
 //! The instructions of AMX as Intel's manual describes them (Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1,
 //! chapter 18, and volume 2). What would fault panics.
 
-use super::{Configuration, REGISTERS, TILE, Tiles, WIDTH};
+use super::{Configuration, TILE, Tiles, WIDTH};
+use crate::dispatch::amx::REGISTERS;
 use crate::dispatch::{Loop, run};
 
 /// A register: 16 rows of 64 bytes.

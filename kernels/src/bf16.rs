@@ -1,0 +1,108 @@
+//! Rounding to bfloat16, and panels of pairs of it.
+
+use rayon::prelude::*;
+
+use crate::dispatch::{Loop, run};
+use crate::micro::pair_rows;
+use crate::panels::{LANES, check, count};
+
+/// Rounds to bf16, ties to even. A number that is none stays none.
+#[inline(always)]
+pub fn bf16_bits(x: f32) -> u32 {
+    let bits = x.to_bits();
+    let rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    let nan = (bits >> 16) | 0x40;
+    if bits & 0x7fff_ffff > 0x7f80_0000 {
+        nan
+    } else {
+        rounded
+    }
+}
+
+/// Two neighbouring features of each token as a pair of bf16: `[panel][feature / 2][lane]`, the first in the low half.
+/// With an odd number of features the last pair's second is 0.
+///
+/// # Panics
+/// If `data` are no panels of `features`, or `out` has not as many for half of them.
+pub fn pairs(data: &[f32], features: usize, out: &mut [u32]) {
+    let half = features.div_ceil(2);
+    let panels = count(data.len(), features, "the numbers to pair");
+    check(out.len(), half, panels, "the pairs");
+    out.par_chunks_mut(half.max(1) * LANES)
+        .zip(data.par_chunks(features.max(1) * LANES))
+        .for_each(|(out, data)| {
+            let (out, _) = out.as_chunks_mut::<LANES>();
+            let (rows, _) = data.as_chunks::<LANES>();
+            if !pair_rows(rows, out) {
+                run(Pairs { rows, out });
+            }
+        });
+}
+
+struct Pairs<'a> {
+    rows: &'a [[f32; LANES]],
+    out: &'a mut [[u32; LANES]],
+}
+
+impl Loop for Pairs<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        for (out, rows) in self.out.iter_mut().zip(self.rows.chunks(2)) {
+            let first = &rows[0];
+            if let Some(second) = rows.get(1) {
+                for lane in 0..LANES {
+                    out[lane] = bf16_bits(first[lane]) | (bf16_bits(second[lane]) << 16);
+                }
+            } else {
+                for lane in 0..LANES {
+                    out[lane] = bf16_bits(first[lane]);
+                }
+            }
+        }
+    }
+}
+
+/// Rounds every value to bf16, in place.
+pub fn round_to_bf16(data: &mut [f32]) {
+    struct Round<'a>(&'a mut [f32]);
+    impl Loop for Round<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<const FMA: bool>(self) {
+            for x in self.0 {
+                *x = f32::from_bits(bf16_bits(*x) << 16);
+            }
+        }
+    }
+    data.par_chunks_mut(1 << 14)
+        .for_each(|data| run(Round(data)));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dispatch::tests::with_each;
+
+    #[test]
+    fn pairs_are_rounded_as_half_does() {
+        with_each(|_| {
+            let values = (0..3 * LANES).map(|i| (i as f32 - 40.) * 1.234_567e-3);
+            let mut data: Vec<f32> = values.collect();
+            data[5] = f32::NAN;
+            data[6] = f32::INFINITY;
+            data[7] = f32::from_bits(0x3f80_8000);
+            let mut out = vec![0; 2 * LANES];
+            pairs(&data, 3, &mut out);
+            for (place, pair) in out.iter().enumerate() {
+                let (row, lane) = (place / LANES * 2, place % LANES);
+                let expected = |row: usize| {
+                    data.get(row * LANES + lane)
+                        .map_or(0, |x| u32::from(half::bf16::from_f32(*x).to_bits()))
+                };
+                assert_eq!(*pair, expected(row) | (expected(row + 1) << 16), "{place}");
+            }
+        });
+    }
+}
