@@ -87,31 +87,6 @@ pub(super) fn model(folder: &Path, rows: usize) -> anyhow::Result<Vec<View>> {
     Ok(views)
 }
 
-/// What a model's attention has beside heads, in words.
-fn attention(arch: &Arch) -> String {
-    let windows: Vec<_> = arch
-        .layers
-        .iter()
-        .filter_map(|layer| layer.window)
-        .collect();
-    let layers = arch.num_hidden_layers();
-    let mut words = match windows[..] {
-        [] => vec!["causal".to_owned()],
-        [window, ..] => vec![format!(
-            "windows of {window} keys in {} of {layers} layers",
-            windows.len()
-        )],
-    };
-    if arch.qk_norm == QkNorm::PerHead {
-        words.push("norms of queries and keys".to_owned());
-    }
-    if !arch.biases.is_empty() {
-        let names: Vec<_> = arch.biases.iter().copied().map(projection_name).collect();
-        words.push(format!("biases of {}", names.join(", ")));
-    }
-    words.join("; ")
-}
-
 /// An adapter: its settings, and how it was trained.
 pub(super) fn adapter(folder: &Path, rows: usize) -> anyhow::Result<Vec<View>> {
     let config: Value = serde_json::from_slice(&fs::read(folder.join("adapter_config.json"))?)?;
