@@ -130,6 +130,7 @@ const LAYERS: [Layer; 10] = [
             "candle_core",
             "chrono",
             "minijinja",
+            "pipeline_kernels",
             "reflink_copy",
             "schemars",
             "serde_yaml",
