@@ -59,6 +59,8 @@ const LAYERS: [Layer; 10] = [
             "half",
             "pipeline_kernels",
             "safetensors",
+            // Enums of settings that stages take as they are.
+            "schemars",
         ],
     },
     Layer {

@@ -140,15 +140,8 @@ fn compare(ours: &Result, plain: &Result, packing: Packing, bound: f64, of_gradi
 
 #[test]
 fn the_fast_path_is_the_plain_one() {
-    let losses: [&dyn Loss; 3] = [
-        &Orpo { beta: 0.1 },
-        &Sft {
-            completion_only: false,
-        },
-        &Sft {
-            completion_only: true,
-        },
-    ];
+    let sft = |completion_only| Sft { completion_only };
+    let losses: [&dyn Loss; 3] = [&Orpo { beta: 0.1 }, &sft(false), &sft(true)];
     for (base, adapter, trained) in [
         ("model", true, Trained::Adapter),
         ("model_nf4", true, Trained::Adapter),
