@@ -108,9 +108,10 @@ def recipe(args, model):
 
 
 def theirs(args):
-    command = [args.python, args.trl.resolve(), "train", "--preset", args.preset, "--data", args.data.resolve()]
     if args.folder:
         command = [args.python, Path(__file__).parent / "trl_folder.py", "train", "--model", args.model.resolve(), "--data", args.data.resolve()]
+    else:
+        command = [args.python, args.trl.resolve(), "train", "--preset", args.preset, "--data", args.data.resolve()]
     for name in ["steps", "batch", "accum", "rank", "threads", "gc", "max_length"]:
         command += [f"--{name.replace('_', '-')}", getattr(args, name)]
     told = Measured([*command, "--dtype", args.trl_dtype], None).last_object()
