@@ -3,7 +3,6 @@
 use rayon::prelude::*;
 
 use crate::panels::{self, LANES};
-pub use crate::random::splitmix64 as mix;
 use crate::random::{GAMMA, splitmix64};
 
 /// A stream of masks.

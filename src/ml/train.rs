@@ -24,7 +24,7 @@ use std::ops::ControlFlow;
 
 use anyhow::{Context as _, bail};
 use candle_core::DType;
-use pipeline_kernels::dropout::mix;
+use pipeline_kernels::random::splitmix64;
 
 use self::checkpoint::Resumed;
 use self::fault::Search;
@@ -470,8 +470,8 @@ impl<'a> Trainer<'a> {
 /// A seed for one step that does not depend on what ran before it.
 fn dropout_seed(seed: u64, step: u64) -> u64 {
     let mut state = seed;
-    let mut state = mix(&mut state) ^ step;
-    mix(&mut state)
+    let mut state = splitmix64(&mut state) ^ step;
+    splitmix64(&mut state)
 }
 
 /// The dtype of products under transformers' `bf16` and `fp16`.

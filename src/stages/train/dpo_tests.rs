@@ -5,9 +5,9 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use super::tests::write_splits;
 use super::train_dpo::TrainDpo;
-use crate::data::table::Writer;
-use crate::data::tokens::{TokenRow, batch, schema};
+use crate::data::tokens::TokenRow;
 use crate::engine::{Context, Control, Level, Stage};
 use crate::ml::adapter::Adapter;
 use crate::ml::testing::golden;
@@ -27,11 +27,7 @@ fn write_tokens(folder: &Path) {
             rejected_prompt_ids: None,
         })
         .collect();
-    for (name, rows) in [("train", &rows[..]), ("test", &rows[..5])] {
-        let mut writer = Writer::create(folder, name, schema(true)).unwrap();
-        writer.write(&batch(rows, true).unwrap()).unwrap();
-        writer.finish().unwrap();
-    }
+    write_splits(folder, &rows);
 }
 
 struct Place {

@@ -25,7 +25,12 @@ pub(in crate::stages) fn write_tokens(folder: &Path) {
             rejected_prompt_ids: row.rejected_prompt,
         })
         .collect();
-    for (name, rows) in [("train", &rows[..]), ("test", &rows[..5])] {
+    write_splits(folder, &rows);
+}
+
+/// Rows as an artifact: all of them as `train`, the first five as `test`.
+pub(super) fn write_splits(folder: &Path, rows: &[TokenRow]) {
+    for (name, rows) in [("train", rows), ("test", &rows[..5])] {
         let mut writer = Writer::create(folder, name, schema(true)).unwrap();
         writer.write(&batch(rows, true).unwrap()).unwrap();
         writer.finish().unwrap();
