@@ -13,7 +13,7 @@ mod project;
 mod remote;
 mod trust;
 
-use std::io::{ErrorKind, IsTerminal as _, Read as _, Write as _};
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -30,6 +30,8 @@ pub use commands::reference::reference;
     after_help = "Exit codes: 0 all went well, 1 a stage failed, 2 the recipe or the command line is wrong, 130 interrupted."
 )]
 struct Cli {
+    #[command(flatten)]
+    color: colorchoice_clap::Color,
     #[command(subcommand)]
     command: Command,
 }
@@ -101,6 +103,7 @@ pub fn main() -> ExitCode {
             return ExitCode::from(code);
         }
     };
+    cli.color.write_global();
     let result = match cli.command {
         Command::Run(args) => commands::run::run(&args),
         Command::Plan(args) => commands::plan::run(&args),
@@ -119,7 +122,7 @@ pub fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure::Failed(error)) => {
-            eprint_rendered(&error::plain(&format!("{error:#}"), colour()));
+            eprint_rendered(&error::plain(&format!("{error:#}")));
             ExitCode::from(1)
         }
         Err(Failure::Reported) => ExitCode::from(1),
@@ -151,9 +154,15 @@ fn eprint(text: &str) {
     eprint_rendered(&harmless(text));
 }
 
-/// Writes to standard error what is rendered already, colours and all.
+/// Writes to standard output what is rendered already ([`style::paint`](crate::report::style::paint)); colours go only where they are wanted.
+#[expect(dead_code, reason = "used by the next commits")]
+fn print_rendered(text: &str) {
+    let _ = anstream::stdout().lock().write_all(text.as_bytes());
+}
+
+/// Writes to standard error what is rendered already; colours go only where they are wanted.
 fn eprint_rendered(text: &str) {
-    let _ = std::io::stderr().lock().write_all(text.as_bytes());
+    let _ = anstream::stderr().lock().write_all(text.as_bytes());
 }
 
 /// Reads a text file of at most so many bytes. What is no file (a device, a pipe) is not opened: reading it might never end. Nor is a
@@ -187,11 +196,6 @@ fn read_text(path: &Path, longest: u64) -> std::io::Result<String> {
 )]
 fn variable(name: &str) -> Option<String> {
     std::env::var(name).ok()
-}
-
-/// Whether errors are coloured: for people at a terminal who have not asked otherwise (<https://no-color.org>).
-fn colour() -> bool {
-    std::io::stderr().is_terminal() && variable("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
 /// Columns of equal width, two spaces between them, nothing behind the last.

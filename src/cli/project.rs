@@ -8,7 +8,7 @@ use super::args::{RecipeArgs, StoreArgs};
 use super::confine::{self, Bounds};
 use super::folders::{normal, root};
 use super::remote::{self, RemoteArgs};
-use super::{Failure, colour, eprint, error, lock_file, variable};
+use super::{Failure, eprint, error, lock_file, variable};
 use crate::engine::glob::Pattern;
 use crate::engine::remote::Shared;
 use crate::engine::{
@@ -32,7 +32,7 @@ fn load_with(args: &RecipeArgs, store: Option<&Path>) -> Result<(Recipe, Bounds)
             let bounds = Bounds::new(&recipe, args, &here, store);
             confine::check(&recipe, &bounds).map(|()| (recipe, bounds))
         })
-        .map_err(|errors| Failure::Usage(error::render(&errors, colour())))
+        .map_err(|errors| Failure::Usage(error::render(&errors)))
 }
 
 fn here() -> Result<PathBuf, Failure> {
@@ -160,7 +160,7 @@ impl Project {
                 |near| format!("did you mean `{near}`?"),
             );
             let message = format!("`{}` has no stage `{name}`", self.recipe.path.display());
-            Failure::Usage(error::with_hint(&message, &hint, colour()))
+            Failure::Usage(error::with_hint(&message, &hint))
         })
     }
 
@@ -240,7 +240,7 @@ pub(super) fn own_store(
     if let Some(link) = all.into_iter().find(leaves) {
         let message = format!("`{}` is a link that leaves the project", link.display());
         let hint = format!("name the store by `--store DIR`{advice}");
-        return Err(Failure::Usage(error::with_hint(&message, &hint, colour())));
+        return Err(Failure::Usage(error::with_hint(&message, &hint)));
     }
     Ok(store)
 }

@@ -8,7 +8,7 @@ use clap::Args;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::{Failure, colour, eprint, error, read_text, trust, variable};
+use super::{Failure, eprint, error, read_text, trust, variable};
 use crate::engine::remote::{Settings, Shared};
 use crate::remote::{Address, ObjectRemote};
 
@@ -103,7 +103,7 @@ impl RemoteArgs {
                     "results would be sent there and taken from there: `pipeline cache trust` in that folder allows it for good, \
                      `--remote` or {VARIABLE} name a remote for now, and `--remote \"\"` means none"
                 );
-                return Err(Failure::Usage(error::with_hint(&message, &hint, colour())));
+                return Err(Failure::Usage(error::with_hint(&message, &hint)));
             }
         }
         if address.is_exposed() {
@@ -143,7 +143,7 @@ fn without_credentials(address: &Address) -> Result<(), Failure> {
 }
 
 fn wrong(message: &str) -> Failure {
-    Failure::Usage(error::plain(message, colour()))
+    Failure::Usage(error::plain(message))
 }
 
 fn read(root: &Path) -> Result<Option<Written>, Failure> {

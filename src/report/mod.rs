@@ -5,6 +5,7 @@
 
 mod json;
 mod log;
+pub mod style;
 mod terminal;
 mod text;
 

@@ -146,14 +146,22 @@ const LAYERS: [Layer; 10] = [
     Layer {
         name: "report",
         layers: &["engine"],
-        crates: &["indicatif"],
+        crates: &["anstream", "anstyle", "indicatif"],
     },
     Layer {
         name: "cli",
         layers: &[
             "engine", "ml", "data", "text", "hub", "stages", "recipe", "remote", "report",
         ],
-        crates: &["clap", "ctrlc", "pipeline_kernels", "serde_yaml", "similar"],
+        crates: &[
+            "anstream",
+            "clap",
+            "colorchoice_clap",
+            "ctrlc",
+            "pipeline_kernels",
+            "serde_yaml",
+            "similar",
+        ],
     },
 ];
 /// The most lines of a file.

@@ -2,7 +2,7 @@
 
 use crate::cli::args::{RecipeArgs, StoreArgs};
 use crate::cli::project::Project;
-use crate::cli::{Failure, colour, error, print, print_json, table};
+use crate::cli::{Failure, error, print, print_json, table};
 use crate::engine::{Outcome, Run, RunStage};
 use crate::report::{JsonLines, Reporter, Terminal, ago, duration};
 
@@ -73,7 +73,7 @@ fn show_events(project: &Project, run: u64, json: bool) -> Result<(), Failure> {
         let message = format!("no events of run {run} are kept");
         let hint =
             "`pipeline history` lists the runs; `pipeline gc` removes the events of old ones";
-        return Err(Failure::Usage(error::with_hint(&message, hint, colour())));
+        return Err(Failure::Usage(error::with_hint(&message, hint)));
     };
     let mut reporter: Box<dyn Reporter> = if json {
         Box::new(JsonLines::new(std::io::stdout()))

@@ -12,7 +12,7 @@ use anyhow::Context as _;
 use crate::cli::args::{RecipeArgs, StoreArgs};
 use crate::cli::project::Project;
 use crate::cli::remote::RemoteArgs;
-use crate::cli::{Failure, colour, eprint, error, lock_file, machine};
+use crate::cli::{Failure, eprint, error, lock_file, machine};
 use crate::engine::{Bytes, Event, Machine, Options, PublishOptions, Published, Summary, publish};
 use crate::report::{JsonLines, Reporter, Terminal, report};
 
@@ -153,7 +153,7 @@ fn check_lock(project: &Project, args: &Args) -> Result<(), Failure> {
     );
     if args.locked {
         let hint = "`pipeline lock --update` updates the pins";
-        return Err(Failure::Usage(error::with_hint(&message, hint, colour())));
+        return Err(Failure::Usage(error::with_hint(&message, hint)));
     }
     eprint(&format!("note: {message}\n"));
     Ok(())
