@@ -5,12 +5,59 @@ use std::fs;
 use super::variable;
 use crate::engine::Bytes;
 
-/// The memory of the machine, where the system tells it: what the control group allows, or all.
+/// The memory of the machine, where the system tells it: what the control groups of this process allow, or all.
 pub(super) fn memory() -> Option<Bytes> {
     let all = meminfo(&fs::read_to_string("/proc/meminfo").ok()?)?;
-    let limit = fs::read_to_string("/sys/fs/cgroup/memory.max").ok();
-    let limit = limit.and_then(|text| text.trim().parse().ok());
-    Some(Bytes(limit.map_or(all, |limit: u64| limit.min(all))))
+    let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let limits = limit_files(&groups).into_iter().filter_map(|file| {
+        let text = fs::read_to_string(file).ok()?;
+        text.trim().parse::<u64>().ok()
+    });
+    Some(Bytes(limits.fold(all, u64::min)))
+}
+
+/// The most memory that a process may have: that of the machine, or less where `ulimit` says so.
+pub(super) fn memory_of_process() -> Option<u64> {
+    let limits = fs::read_to_string("/proc/self/limits").unwrap_or_default();
+    let own = process_limit(&limits);
+    let all = memory().map(|bytes| bytes.0);
+    all.into_iter().chain(own).min()
+}
+
+/// The smaller of the limits of address space and data in `/proc/self/limits`, if there is one.
+fn process_limit(limits: &str) -> Option<u64> {
+    let of = |line: &str| {
+        let values = line
+            .strip_prefix("Max address space")
+            .or_else(|| line.strip_prefix("Max data size"))?;
+        values.split_whitespace().next()?.parse::<u64>().ok()
+    };
+    limits.lines().filter_map(of).min()
+}
+
+/// The files that may hold a limit for a process in these control groups (`/proc/self/cgroup`), from the root down.
+fn limit_files(groups: &str) -> Vec<String> {
+    let mut files = Vec::new();
+    for line in groups.lines() {
+        let mut parts = line.splitn(3, ':').skip(1);
+        let (Some(controllers), Some(path)) = (parts.next(), parts.next()) else {
+            continue;
+        };
+        let (root, file) = match controllers {
+            "" => ("/sys/fs/cgroup", "memory.max"),
+            all if all.split(',').any(|one| one == "memory") => {
+                ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")
+            }
+            _ => continue,
+        };
+        let mut folder = root.to_owned();
+        files.push(format!("{folder}/{file}"));
+        for name in path.split('/').filter(|name| !name.is_empty()) {
+            folder = format!("{folder}/{name}");
+            files.push(format!("{folder}/{file}"));
+        }
+    }
+    files
 }
 
 /// The bytes in the line `MemTotal:  16384 kB`.
@@ -51,5 +98,29 @@ mod tests {
         let text = "MemFree: 5 kB\nMemTotal:       16384 kB\n";
         assert_eq!(meminfo(text), Some(16384 * 1024));
         assert_eq!(meminfo("MemTotal: much"), None);
+    }
+
+    #[test]
+    fn limits_of_groups_and_processes_are_found() {
+        assert_eq!(
+            limit_files("0::/user.slice/a\n"),
+            [
+                "/sys/fs/cgroup/memory.max",
+                "/sys/fs/cgroup/user.slice/memory.max",
+                "/sys/fs/cgroup/user.slice/a/memory.max"
+            ]
+        );
+        assert_eq!(
+            limit_files("3:cpu:/\n2:memory:/x\n"),
+            [
+                "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+                "/sys/fs/cgroup/memory/x/memory.limit_in_bytes"
+            ]
+        );
+        let limits = "Limit                     Soft Limit           Hard Limit           Units     \n\
+                      Max data size             500000000            unlimited            bytes     \n\
+                      Max address space         unlimited            unlimited            bytes     \n";
+        assert_eq!(process_limit(limits), Some(500_000_000));
+        assert_eq!(process_limit(""), None);
     }
 }

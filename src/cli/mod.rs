@@ -50,6 +50,10 @@ enum Command {
     History(commands::history::Args),
     /// Compares two runs, with old and new values
     Diff(commands::diff::Args),
+    /// Shows the first rows as a training will see them, and what is likely wrong with them
+    Preview(commands::preview::Args),
+    /// Tells what trainings will take: parameters, steps, tokens, time and memory by part
+    Estimate(commands::estimate::Args),
     /// Checks a recipe without running anything
     Validate(commands::validate::Args),
     /// Draws the graph of a recipe
@@ -111,6 +115,8 @@ pub fn main() -> ExitCode {
         Command::Lock(args) => commands::lock::run(&args),
         Command::History(args) => commands::history::run(&args),
         Command::Diff(args) => commands::diff::run(&args),
+        Command::Preview(args) => commands::preview::run(&args),
+        Command::Estimate(args) => commands::estimate::run(&args),
         Command::Validate(args) => commands::validate::run(&args),
         Command::Graph(args) => commands::graph::run(&args),
         Command::Show(args) => commands::show::run(&args),

@@ -8,7 +8,7 @@ use super::args::{RecipeArgs, StoreArgs};
 use super::confine::{self, Bounds};
 use super::folders::{normal, root};
 use super::remote::{self, RemoteArgs};
-use super::{Failure, eprint, error, lock_file, variable};
+use super::{Failure, eprint, error, lock_file, machine, variable};
 use crate::engine::glob::Pattern;
 use crate::engine::remote::Shared;
 use crate::engine::{
@@ -293,6 +293,7 @@ pub(super) fn run_env(offline: bool) -> RunEnv {
     let forced = crate::hub::is_offline(&|name| variables.get(name).cloned());
     RunEnv {
         offline: offline || forced,
+        memory: machine::memory_of_process(),
         home: std::env::home_dir(),
         variables,
         on_warning: Some(|text| eprint(&format!("warning: {text}\n"))),

@@ -1,7 +1,7 @@
 //! Tables of rows: folders with Parquet files per split. Knows no chat template, no tokenizer and no cache.
 //!
 //! [`table`] reads and writes splits, [`import`] brings other people's files in, [`tokens`] is the layout of token ids,
-//! [`show`] is a look at the head of a folder, `reading` opens files of text, [`cell`] the values between JSON and Arrow.
+//! [`lint`] finds what is likely wrong with rows, [`show`] is a look at the head of a folder, `reading` opens files of text, [`cell`] the values between JSON and Arrow.
 
 mod arrow_file;
 pub mod cell;
@@ -11,8 +11,10 @@ mod forms;
 pub mod import;
 mod json;
 mod kind;
+pub mod lint;
 pub(crate) mod messages;
 mod reading;
+pub mod sample;
 pub mod show;
 mod size;
 pub mod table;

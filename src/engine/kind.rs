@@ -6,7 +6,7 @@ use std::sync::Arc;
 use schemars::{Schema, SchemaGenerator};
 
 use super::reading::ParseError;
-use super::{Artifact, Context, Problem, RunEnv, Stage};
+use super::{Artifact, Context, Estimate, Problem, RunEnv, Stage};
 
 /// An entry of the list of kinds: everything that can be known without parameters.
 #[derive(Clone, Copy)]
@@ -62,6 +62,8 @@ pub trait AnyStage: Send + Sync {
     fn check(&self) -> Vec<Problem>;
     /// [`Stage::outside`].
     fn outside(&self, env: &RunEnv) -> anyhow::Result<BTreeMap<String, String>>;
+    /// [`Stage::estimate`].
+    fn estimate(&self, cx: &Context) -> anyhow::Result<Option<Estimate>>;
     /// [`Stage::run`].
     fn run(&self, cx: &Context) -> anyhow::Result<()>;
 }
@@ -96,6 +98,9 @@ impl<S: Stage> AnyStage for S {
     }
     fn outside(&self, env: &RunEnv) -> anyhow::Result<BTreeMap<String, String>> {
         Stage::outside(self, env)
+    }
+    fn estimate(&self, cx: &Context) -> anyhow::Result<Option<Estimate>> {
+        Stage::estimate(self, cx)
     }
     fn run(&self, cx: &Context) -> anyhow::Result<()> {
         Stage::run(self, cx)

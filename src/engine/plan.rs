@@ -205,7 +205,7 @@ impl Session<'_> {
     }
 
     /// Facts from outside: those that are pinned, or as they are now. Offline, those of the last run stand in for what can't be asked.
-    fn outside(&self, node: &Node) -> anyhow::Result<BTreeMap<String, String>> {
+    pub(super) fn outside(&self, node: &Node) -> anyhow::Result<BTreeMap<String, String>> {
         if let Some(pinned) = self.pinned(node)? {
             return Ok(pinned.clone());
         }

@@ -12,6 +12,8 @@ use anyhow::bail;
 pub struct RunEnv {
     /// Never touch the network.
     pub offline: bool,
+    /// The most memory that a process may have, in bytes, where that is known.
+    pub memory: Option<u64>,
     /// The home folder, for caches that other programs share.
     pub home: Option<PathBuf>,
     /// Chosen environment variables (`HF_ENDPOINT`, `HF_TOKEN`, ...). May hold secrets: never logged, recorded or hashed.

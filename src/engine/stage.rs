@@ -7,7 +7,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::reading::{ParseError, read_parameters};
-use super::{Artifact, Context, RunEnv};
+use super::{Artifact, Context, Estimate, RunEnv};
 
 /// One kind of stage. The implementing struct is its parameters, and the single source of parsing, defaults, JSON Schema,
 /// reference docs, fingerprint and graph edges.
@@ -55,6 +55,11 @@ pub trait Stage: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'stat
     /// and [`Context::outside`] hands them to [`Stage::run`]. Local files need no mention here.
     fn outside(&self, _world: &RunEnv) -> anyhow::Result<BTreeMap<String, String>> {
         Ok(BTreeMap::new())
+    }
+
+    /// What [`Stage::run`] would take, from the inputs alone; none where nothing is known. It writes nothing.
+    fn estimate(&self, _cx: &Context) -> anyhow::Result<Option<Estimate>> {
+        Ok(None)
     }
 
     /// Makes the artifact in [`Context::out`]. On an error nothing of it is kept but the scratch folder.

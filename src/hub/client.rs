@@ -171,6 +171,26 @@ impl<'a> Hub<'a> {
             .with_context(|| format!("could not write `{}`", path.display()))
     }
 
+    /// The folder in the cache with the files of a revision, as far as they are there. Nothing is fetched.
+    ///
+    /// # Errors
+    /// It is not known what the revision means, or nothing of it is there.
+    pub fn cached(&self, kind: RepoKind, repo: &str, revision: &str) -> anyhow::Result<PathBuf> {
+        let snapshot = Snapshot {
+            kind,
+            repo: repo.to_owned(),
+            commit: self.resolve(kind, repo, revision)?,
+        };
+        let folder = self.place(&snapshot).pointer_path(&snapshot.commit);
+        ensure!(
+            folder.is_dir(),
+            "the {} `{repo}` is not in the cache `{}`",
+            kind.noun(),
+            self.settings.cache.display()
+        );
+        Ok(folder)
+    }
+
     /// The place of a snapshot in the cache.
     pub(super) fn place(&self, snapshot: &Snapshot) -> CacheRepo {
         self.cache.repo(Repo::with_revision(

@@ -5,6 +5,7 @@
 
 pub(super) mod best;
 pub(in crate::ml) mod checkpoint;
+pub mod estimate;
 pub mod evaluate;
 mod fault;
 mod job;
@@ -19,6 +20,7 @@ pub mod schedule;
 mod settings;
 pub(in crate::ml) mod state;
 mod trainer_state;
+mod watchdog;
 
 use std::ops::ControlFlow;
 
@@ -34,6 +36,7 @@ use self::sampler::{Group, Grouping, Sampler};
 use self::scaler::Scaler;
 use self::schedule::Schedule;
 use self::state::State;
+use self::watchdog::Watchdog;
 use super::model::batch::{Batch, Row};
 use super::model::linear::{Drops, Pass};
 use super::model::{Gradients, Llama};
@@ -45,6 +48,7 @@ pub use passes::{Passes, ReferenceModel};
 pub use resume::{Start, continue_from};
 pub use settings::{EvalStrategy, Every, Settings};
 pub use trainer_state::trainer_state;
+pub use watchdog::{Alarm, LossLimit};
 
 /// Is told of each micro-batch and each step, and says whether the training goes on.
 pub type Report<'a> = dyn FnMut(&Step) -> ControlFlow<()> + 'a;
@@ -76,14 +80,20 @@ pub fn train(
         };
         let update = trainer.update(&group, accumulated)?;
         let mut logs = trainer.log(&group, &update);
+        let alarm = trainer.watch();
         logs.extend(trainer.evaluate(&group)?);
         let step = Step {
             logs,
+            alarm,
             skipped: update.fault,
             ..trainer.step()
         };
         if report(&step).is_break() {
             return trainer.interrupted();
+        }
+        if let Some(why) = trainer.watchdog.stop() {
+            trainer.save_checkpoint()?;
+            bail!(why);
         }
         trainer.save_checkpoint_if_due()?;
     }
@@ -102,6 +112,7 @@ struct Trainer<'a> {
     optimizer: Optimizer,
     state: State,
     search: Search<'a>,
+    watchdog: Watchdog,
 }
 
 /// What the micro-batches of a step come to.
@@ -144,6 +155,7 @@ impl<'a> Trainer<'a> {
                 ..State::default()
             },
             search: Search::new(job.origin),
+            watchdog: Watchdog::new(settings.loss_limit, settings.learning_rate, &[]),
         }
     }
 
@@ -156,6 +168,8 @@ impl<'a> Trainer<'a> {
             checkpoint::resume(scratch, self.model, &mut self.optimizer)?;
         if let Some(state) = state {
             self.state = state;
+            let (settings, history) = (self.settings, &self.state.history);
+            self.watchdog = Watchdog::new(settings.loss_limit, settings.learning_rate, history);
         }
         Ok(passed_over)
     }
@@ -317,6 +331,12 @@ impl<'a> Trainer<'a> {
         }
         let window = std::mem::take(&mut self.state.window);
         vec![self.entry(group, update, &window)]
+    }
+
+    /// What the watchdog has to say of the step that was logged last.
+    fn watch(&mut self) -> Option<Alarm> {
+        let log = self.state.history.last()?;
+        self.watchdog.step(log)
     }
 
     fn entry(&self, group: &Group, update: &Update, metrics: &Window) -> Log {

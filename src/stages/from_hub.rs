@@ -59,6 +59,18 @@ pub(super) fn pin(
     Ok([(COMMIT.to_owned(), commit)].into())
 }
 
+/// The folder with what the shared cache has of a revision; the hub is not asked.
+pub(super) fn cached(
+    env: &RunEnv,
+    kind: RepoKind,
+    repo: &str,
+    revision: &str,
+) -> anyhow::Result<PathBuf> {
+    let mut env = env.clone();
+    env.offline = true;
+    hub(&env, &env)?.cached(kind, repo, revision)
+}
+
 /// Rules that both stages share.
 pub(super) fn check(repo: &str, revision: &str) -> Vec<Problem> {
     let mut problems = Vec::new();

@@ -11,6 +11,8 @@ mod data_cases;
 #[cfg(test)]
 mod defaults;
 #[cfg(test)]
+mod estimate;
+#[cfg(test)]
 mod executors;
 #[cfg(test)]
 mod faults;
@@ -41,6 +43,8 @@ mod outputs;
 #[cfg(test)]
 mod parameters;
 mod pins;
+#[cfg(test)]
+mod preview;
 #[cfg(test)]
 mod processor;
 #[cfg(test)]

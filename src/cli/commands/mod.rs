@@ -2,11 +2,13 @@
 
 pub(super) mod cache;
 pub(super) mod diff;
+pub(super) mod estimate;
 pub(super) mod gc;
 pub(super) mod graph;
 pub(super) mod history;
 pub(super) mod lock;
 pub(super) mod plan;
+pub(super) mod preview;
 pub(super) mod reference;
 pub(super) mod run;
 pub(super) mod schema;

@@ -8,9 +8,10 @@ use candle_core::{DType, Result, bail};
 use pipeline_kernels::panels::panels;
 
 use super::layout::Packing;
+use super::memory::{PassSizes, kept};
 use super::pool::Pool;
 use super::states::States;
-use super::{Forward, Scored, decode, layer, lowest};
+use super::{Forward, Scored, decode, lowest};
 use crate::ml::backend::{Backend, Decoder, ForwardPass, PassSize, Scores};
 use crate::ml::model::batch::{Batch, Target};
 use crate::ml::model::linear::Pass;
@@ -98,28 +99,52 @@ impl<'m> Fused<'m> {
     }
 }
 
+/// The most tokens of several micro-batches in one pass that keeps so many bytes of each.
+fn most_tokens(kept: usize) -> usize {
+    TOKENS.min(KEPT / kept.max(1))
+}
+
+/// How many of the first of these micro-batches go through the model in one pass of no more tokens, one in any case.
+fn pass_size(batches: &[&Batch], packing: Packing, most: usize) -> PassSize {
+    let all = (1..=batches.len()).map(|count| PassSize {
+        micro_batches: count,
+        tokens: packing.tokens(batches.get(..count).unwrap_or_default()),
+    });
+    let mut best = PassSize::default();
+    for size in all {
+        if size.micro_batches > 1 && size.tokens > most {
+            break;
+        }
+        best = size;
+    }
+    best
+}
+
+/// The same for a model of these sizes that is not loaded, in a pass with a backward.
+pub fn pass_size_of(
+    batches: &[&Batch],
+    packing: Packing,
+    sizes: &PassSizes,
+    checkpointing: bool,
+) -> PassSize {
+    let packing = Packing {
+        share_prompts: packing.share_prompts && !sizes.drops(),
+        ..packing
+    };
+    pass_size(batches, packing, most_tokens(sizes.kept(checkpointing)))
+}
+
 impl Backend for Fused<'_> {
     /// Several micro-batches in one pass save time: each block of a weight is made ready once for all of them, fewer panels are
     /// part empty, and what several begin with is computed once. It costs memory, so there is a bound.
     fn pass_size(&self, batches: &[&Batch], pass: Pass, checkpointing: bool) -> PassSize {
-        let packing = self.packing(pass);
         let kept = if pass.tape {
-            layer::kept(self.model, checkpointing)
+            kept(self.model, checkpointing)
         } else {
             0
         };
-        let most = TOKENS.min(KEPT / kept.max(1));
-        let all = (1..=batches.len()).map(|count| PassSize {
-            micro_batches: count,
-            tokens: packing.tokens(batches.get(..count).unwrap_or_default()),
-        });
-        let mut best = PassSize::default();
-        for size in all {
-            if size.micro_batches > 1 && size.tokens > most {
-                break;
-            }
-            best = size;
-        }
+        let most = most_tokens(kept);
+        let best = pass_size(batches, self.packing(pass), most);
         if best.micro_batches > 1 {
             self.pool.expect(panels(most));
         }

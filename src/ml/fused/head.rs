@@ -70,6 +70,11 @@ fn block(tokens: usize) -> usize {
     (ids / IDS).max(1) * IDS
 }
 
+/// The most logits of so many tokens that are in memory at a time.
+pub(super) fn logits_at_once(vocabulary: usize, tokens: usize) -> usize {
+    size(block(tokens).min(vocabulary), tokens)
+}
+
 /// The blocks of a vocabulary.
 fn blocks(vocabulary: usize, tokens: usize) -> impl Iterator<Item = Range<usize>> {
     let ids = block(tokens);
@@ -122,7 +127,7 @@ pub(super) fn score(
     let mut by_id = by_id.into_iter().peekable();
     let mut chosen = vec![0f32; scored.rows.len()];
     let mut summaries = vec![Summary::EMPTY; panels(count)];
-    let mut buffer = pool.take(size(block(count).min(vocabulary), count));
+    let mut buffer = pool.take(logits_at_once(vocabulary, count));
     for ids in blocks(vocabulary, count) {
         let logits = &mut buffer[..size(ids.len(), count)];
         let weight = held.rows(ids.clone())?;
@@ -251,7 +256,7 @@ impl Scored {
         let mut x = pool.take(size(hidden, count));
         gather(forward, &self.tokens, &mut x);
         let wide = pool.factor(shape.half, &x, hidden);
-        let mut buffer = pool.take(size(block(count).min(vocabulary), count));
+        let mut buffer = pool.take(logits_at_once(vocabulary, count));
         for ids in blocks(vocabulary, count) {
             let logits = &mut buffer[..size(ids.len(), count)];
             let weight = held.rows(ids.clone())?;

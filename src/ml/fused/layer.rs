@@ -20,30 +20,7 @@ use super::projection::ProjectionGroup;
 use super::shape::Shape;
 use super::trainable::Trainable;
 use super::weights::{HeadNorm, Layer};
-use crate::ml::model::linear::Pass;
-use crate::ml::model::{self, Llama, Norm};
-
-/// Bytes that a pass keeps of each token for its backward.
-pub(super) fn kept(model: &Llama, checkpointing: bool) -> usize {
-    let arch = &model.arch;
-    let (queries, keys) = (arch.num_attention_heads, arch.num_key_value_heads);
-    let input = arch.hidden_size;
-    let all = |layer: &model::Layer| {
-        let linears = layer.linears().into_iter();
-        let pairs = linears.filter_map(|linear| linear.lora.as_ref());
-        let ranks = pairs.filter_map(|pair| pair.a.stored(Pass::INFER).dims().first());
-        let attention = 2 * (queries + keys) * arch.head_dim;
-        2 * input + attention + 2 * arch.intermediate_size + ranks.sum::<usize>()
-    };
-    let layers = model.layers.get(super::lowest(model)..).unwrap_or_default();
-    let all = layers.iter().map(all);
-    let floats = if checkpointing {
-        input * layers.len() + all.max().unwrap_or(0)
-    } else {
-        all.sum()
-    };
-    floats * size_of::<f32>()
-}
+use crate::ml::model::{self, Norm};
 
 /// What a layer's backward needs. All are panels: of the hidden states' width, the heads' or the feed-forward block's, and the
 /// norms' factors of one feature.

@@ -6,6 +6,7 @@ mod families;
 use candle_core::Tensor;
 
 use super::backend::TOKENS;
+use super::memory::kept;
 use super::*;
 use crate::ml::adapter::{Names, NewAdapter};
 use crate::ml::backend::{Backend, Decoder, ForwardPass, PassSize};
@@ -222,9 +223,9 @@ fn a_pass_of_micro_batches_has_a_bound() {
     assert!((1..free).contains(&count(&model, fused(PADDED))));
     assert_eq!(count(&model, Kind::Reference), 1);
     // A larger model keeps more of each token, and less with checkpointing.
-    let (all, inputs) = (layer::kept(&model, false), layer::kept(&model, true));
+    let (all, inputs) = (kept(&model, false), kept(&model, true));
     model.arch.intermediate_size *= 1000;
-    assert!(layer::kept(&model, false) > 100 * all && inputs < all);
+    assert!(kept(&model, false) > 100 * all && inputs < all);
     assert!(count(&model, fused(FREE)) < free);
     model.arch.intermediate_size *= 1000;
     assert_eq!(
@@ -479,7 +480,7 @@ fn what_rows_begin_with_is_computed_once() {
 fn nothing_is_kept_below_the_lowest_adapter() {
     let whole = golden::model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
     assert_eq!(lowest(&whole), 0);
-    let all = [false, true].map(|checkpointing| layer::kept(&whole, checkpointing));
+    let all = [false, true].map(|checkpointing| kept(&whole, checkpointing));
     let objective: &dyn Loss = &Orpo { beta: 0.1 };
     let last = whole.layers.len() - 1;
     let config = Arch::read(&golden::folder("model")).unwrap();
@@ -509,7 +510,7 @@ fn nothing_is_kept_below_the_lowest_adapter() {
         for checkpointing in [false, true] {
             let ours = run(&model, Kind::Fused(SHARED), objective, checkpointing);
             compare(&ours, &plain, SHARED, 1e-5, 1e-5);
-            let bytes = layer::kept(&model, checkpointing);
+            let bytes = kept(&model, checkpointing);
             assert!(bytes < all[usize::from(checkpointing)]);
             let rows = rows("trl-1.16");
             let batch = objective.batch(&[&rows[2]], 1023).unwrap();

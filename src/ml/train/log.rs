@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use super::best::Best;
 use super::fault::Fault;
+use super::watchdog::Alarm;
 
 /// Numbers at a step, by TRL's names.
 #[derive(Debug, Clone, PartialEq)]
@@ -50,6 +51,8 @@ pub struct Step {
     pub computed: usize,
     /// What is to be logged.
     pub logs: Vec<Log>,
+    /// What the watchdog has to say.
+    pub alarm: Option<Alarm>,
     /// Why this step's update was left out.
     pub skipped: Option<Fault>,
     /// In the first of a training: checkpoints that could not be used, and why.

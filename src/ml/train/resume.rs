@@ -58,18 +58,28 @@ pub(super) fn keep_continuation(
     settings: &Settings,
     total: u64,
 ) -> anyhow::Result<()> {
-    let loads_best = settings.watch.as_ref().is_some_and(|watch| watch.load);
-    let obstacle = if loads_best {
-        Some("its weights are those of its best step".to_owned())
-    } else if same_rates(settings, state.step, total, total.saturating_mul(2)) {
-        None
-    } else {
-        Some(BY_SCHEDULE.to_owned())
-    };
+    let obstacle = obstacle(settings, state.step, total);
     if obstacle.is_none() {
         checkpoint::write(folder, model, optimizer, state)?;
     }
     write(folder, state.step, total, obstacle)
+}
+
+/// Why no other training can go on from this one's last step, if none can.
+fn obstacle(settings: &Settings, step: u64, total: u64) -> Option<String> {
+    let loads_best = settings.watch.as_ref().is_some_and(|watch| watch.load);
+    if loads_best {
+        Some("its weights are those of its best step".to_owned())
+    } else if same_rates(settings, step, total, total.saturating_mul(2)) {
+        None
+    } else {
+        Some(BY_SCHEDULE.to_owned())
+    }
+}
+
+/// Whether a training of so many steps keeps its last state for another one.
+pub(super) fn keeps_state(settings: &Settings, total: u64) -> bool {
+    obstacle(settings, total, total).is_none()
 }
 
 /// Notes in `folder` that the training ended before its last step.

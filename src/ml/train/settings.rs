@@ -7,6 +7,7 @@ use super::best::Watch;
 use super::optim;
 use super::sampler::{Grouping, SamplingStrategy};
 use super::schedule::{Schedule, SchedulerType};
+use super::watchdog::LossLimit;
 
 /// The settings of a training that don't depend on its model, its rows or its loss. The defaults are transformers'.
 #[derive(Debug, Clone, PartialEq)]
@@ -55,6 +56,8 @@ pub struct Settings {
     pub watch: Option<Watch>,
     /// How many steps that are not finite are left out before one stops the training.
     pub skip_nan_steps: u64,
+    /// When the loss stops the training; none for never.
+    pub loss_limit: Option<LossLimit>,
 }
 
 impl Default for Settings {
@@ -82,6 +85,7 @@ impl Default for Settings {
             keep: 2,
             watch: None,
             skip_nan_steps: 0,
+            loss_limit: None,
         }
     }
 }

@@ -17,9 +17,11 @@ use std::time::Duration;
 use self::counts::Counts;
 use self::row::chat_row;
 use super::chat_template;
+use crate::data::lint::Lint;
 use crate::data::table::{BATCH_ROWS, Split, Writer, pass, pass_pieces, splits};
 use crate::engine::{Context, Input, Problem, Row, SourcePath, Stage, watched};
 use crate::stages::artifacts::{Chats, Dataset, Model};
+use crate::stages::lints;
 use crate::text::chat::{Rendered, Renderer};
 use crate::text::template::ChatTemplate;
 use crate::text::tokenizer::{self, read_template, special_tokens};
@@ -61,6 +63,10 @@ pub struct ApplyChatTemplate {
     /// What `strftime_now` tells the template, as `YYYY-MM-DD`: a result must not depend on the day it was made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     date: Option<String>,
+    /// Lints that make the stage fail when a row has them, with the first rows named: any of `duplicate_prompts`, `leaked_prompts` and
+    /// `special_tokens`. Without it they are counted and told.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    deny_lints: Vec<Lint>,
 }
 
 /// What to do with special tokens in rows' own texts.
@@ -96,6 +102,7 @@ impl Stage for ApplyChatTemplate {
         if let Err(problem) = self.parsed_date() {
             problems.push(problem);
         }
+        problems.extend(lints::check(&self.deny_lints, Lint::OF_TEXTS));
         problems
     }
 
@@ -129,8 +136,7 @@ impl Stage for ApplyChatTemplate {
                 _ => pass_texts(cx, split, total as u64, &mut counts)?,
             }
         }
-        counts.tell(cx);
-        Ok(())
+        counts.tell(cx, &self.deny_lints)
     }
 }
 
@@ -200,6 +206,9 @@ fn pass_texts(cx: &Context, split: &Split, total: u64, counts: &mut Counts) -> R
                 done + row + 1,
                 split.name()
             );
+        }
+        for row in 0..texts.len() {
+            counts.add_text(done + row + 1, split.name(), texts.value(row));
         }
         done += batch.num_rows();
         cx.progress((counts.all + done) as u64, Some(total), "rows");

@@ -1,6 +1,5 @@
 //! `tokenize`: text to token ids.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,16 +11,21 @@ use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::added::Added;
+use self::counts::Counts;
 use super::chat_template;
 use super::tokenizers::load;
+use crate::data::lint::{Lint, Place};
 use crate::data::table::{Split, Writer, pass, splits};
 use crate::data::tokens::{TokenRow, batch, schema};
 use crate::engine::{Context, Input, Problem, Row, Stage, watched};
 use crate::ml::io::folder;
 use crate::stages::artifacts::{Chats, Model, Tokens};
+use crate::stages::lints;
 use crate::text::preference::{RowIds, SkipReason, Truncation, encode, encode_alone, encode_pair};
-use crate::text::tokenizer::{SpecialToken, Tokenizer};
+use crate::text::tokenizer::Tokenizer;
+
+mod counts;
+pub mod look;
 
 /// Turns texts into token ids as TRL does, the answer apart from its prompt.
 ///
@@ -50,6 +54,11 @@ pub struct Tokenize {
     /// The trainer whose way of preparing preferences is followed, by default `orpo`. Rows with one answer are always prepared as by `SFTTrainer`.
     #[serde(default, skip_serializing_if = "PreferenceTrainer::is_default")]
     trainer: PreferenceTrainer,
+    /// Lints that make the stage fail when a row has them, with the first rows named: any of `equal_answers`, `empty_answers`,
+    /// `cut_answers`, `cut_prompts`, `dropped_rows`, `length_bias`, `double_bos`, `missing_eos` and `unknown_ids`. Without it they are
+    /// counted and told.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    deny_lints: Vec<Lint>,
 }
 
 /// A trainer of TRL's that prepares preferences.
@@ -110,6 +119,7 @@ impl Stage for Tokenize {
             let message = "`DPOTrainer` does not cut prompts; expected only with `trainer: orpo`";
             problems.push(Problem::new("max_prompt_length", message));
         }
+        problems.extend(lints::check(&self.deny_lints, Lint::OF_TOKENS));
         problems
     }
 
@@ -129,129 +139,9 @@ impl Stage for Tokenize {
         for split in &splits {
             self.tokenize_split(cx, &tokenizer, vocabulary, split, total as u64, &mut counts)?;
         }
-        counts.tell(cx);
+        counts.tell(cx, &self.deny_lints)?;
         counts.added(&tokenizer).write(cx.out())?;
         chat_template::carry(folder, cx.out())
-    }
-}
-
-/// What goes into the record.
-#[derive(Default)]
-struct Counts {
-    rows: BTreeMap<String, usize>,
-    read: usize,
-    tokens: u64,
-    longest: usize,
-    dropped: BTreeMap<SkipReason, usize>,
-    prompts_cut: usize,
-    answers_cut: usize,
-    equal_answers: usize,
-    empty_answers: usize,
-    /// Preferred and other answers, and how many of their sequences got a BOS and an EOS.
-    sides: usize,
-    /// Rows with ids that the model has no embeddings for, and the first of them.
-    beyond: usize,
-    first_beyond: Option<String>,
-    bos_added: usize,
-    eos_added: usize,
-}
-
-/// An answer of no more tokens may be one that only ends the turn and the text.
-const SHORT: usize = 3;
-
-impl Counts {
-    fn add(&mut self, row: &RowIds, tokenizer: &Tokenizer) -> Result<()> {
-        let mut empty = false;
-        self.prompts_cut += usize::from(row.prompt_cut);
-        self.answers_cut += usize::from(row.answer_cut);
-        if row.rejected.is_some() {
-            self.sides += 2;
-            self.bos_added += row.bos_added;
-            self.eos_added += row.eos_added;
-        }
-        for side in std::iter::once(&row.chosen).chain(&row.rejected) {
-            let length = side.prompt.len() + side.answer.len();
-            self.tokens += length as u64;
-            self.longest = self.longest.max(length);
-            if side.answer.len() <= SHORT {
-                empty |= tokenizer.decode(&side.answer, true)?.trim().is_empty();
-            }
-        }
-        self.empty_answers += usize::from(empty);
-        let equal = row
-            .rejected
-            .as_ref()
-            .is_some_and(|rejected| *rejected == row.chosen);
-        self.equal_answers += usize::from(equal);
-        Ok(())
-    }
-
-    /// Why rows were dropped, in words.
-    fn causes(&self) -> String {
-        let cause = |(cause, count): (&SkipReason, &usize)| format!("{}: {count}", cause.name());
-        let causes: Vec<String> = self.dropped.iter().map(cause).collect();
-        causes.join(", ")
-    }
-
-    /// What every sequence of the preferences got.
-    fn added(&self, tokenizer: &Tokenizer) -> Added {
-        let all = |count: usize| count > 0 && count == self.sides;
-        let id = |token: &Option<SpecialToken>| token.as_ref().map(|token| token.id);
-        Added {
-            bos: id(&tokenizer.bos).filter(|_| all(self.bos_added)),
-            eos: id(&tokenizer.eos).filter(|_| all(self.eos_added)),
-            mixed: [self.bos_added, self.eos_added]
-                .into_iter()
-                .any(|count| count > 0 && !all(count)),
-        }
-    }
-
-    fn tell(&self, cx: &Context) {
-        cx.note("rows", &self.rows);
-        cx.note("tokens", self.tokens);
-        cx.note("longest_sequence", self.longest);
-        let all = self.read;
-        let dropped: usize = self.dropped.values().sum();
-        if dropped > 0 {
-            let named = |(cause, count): (&SkipReason, &usize)| (cause.name(), *count);
-            let causes: BTreeMap<_, _> = self.dropped.iter().map(named).collect();
-            cx.warn(format!(
-                "{dropped} of {all} rows were dropped ({})",
-                self.causes()
-            ));
-            cx.note("rows_dropped", causes);
-        }
-        for (name, count) in [
-            ("prompts_cut", self.prompts_cut),
-            ("answers_cut", self.answers_cut),
-        ] {
-            if count > 0 {
-                cx.note(name, count);
-            }
-        }
-        if self.empty_answers > 0 {
-            cx.note("rows_with_empty_answers", self.empty_answers);
-            cx.warn(format!(
-                "{} of {all} rows have an answer of special tokens alone; they teach the model to say nothing",
-                self.empty_answers
-            ));
-        }
-        if let Some(first) = &self.first_beyond {
-            cx.note("rows_with_unknown_ids", self.beyond);
-            cx.warn(format!(
-                "{} of {all} rows hold tokens that the model has no embeddings for, the first is {first}; no training on this model \
-                 takes them. The files of the tokenizer name tokens that the model was not made with; hint: leave them out of the \
-                 rows, or out of the files",
-                self.beyond
-            ));
-        }
-        if self.equal_answers > 0 {
-            cx.note("rows_with_equal_answers", self.equal_answers);
-            cx.warn(format!(
-                "{} of {all} rows have the same tokens as chosen and rejected answer, so they teach no preference",
-                self.equal_answers
-            ));
-        }
     }
 }
 
@@ -266,6 +156,27 @@ impl Tokenize {
                 max_prompt_length,
                 keep_end: self.truncation_mode == TruncationMode::KeepEnd,
             },
+        }
+    }
+
+    /// The ids of a row, or why there are none.
+    fn encode(
+        &self,
+        tokenizer: &Tokenizer,
+        texts: Texts<'_>,
+        truncation: Truncation,
+    ) -> Result<Result<RowIds, SkipReason>> {
+        let Texts {
+            prompt,
+            chosen,
+            rejected,
+        } = texts;
+        match rejected {
+            Some(rejected) if self.trainer == PreferenceTrainer::Dpo => {
+                encode_pair(tokenizer, prompt, chosen, rejected, truncation)
+            }
+            Some(_) => encode(tokenizer, prompt, chosen, rejected, truncation),
+            None => encode_alone(tokenizer, prompt, chosen, truncation),
         }
     }
 
@@ -305,14 +216,13 @@ impl Tokenize {
                             number: number as u64,
                             of: Arc::clone(&of),
                         };
-                        watched(watch, longest(bytes), || match rejected {
-                            Some(rejected) if self.trainer == PreferenceTrainer::Dpo => {
-                                encode_pair(tokenizer, prompt, chosen, rejected, self.truncation())
-                            }
-                            Some(_) => {
-                                encode(tokenizer, prompt, chosen, rejected, self.truncation())
-                            }
-                            None => encode_alone(tokenizer, prompt, chosen, self.truncation()),
+                        let texts = Texts {
+                            prompt,
+                            chosen,
+                            rejected,
+                        };
+                        watched(watch, longest(bytes), || {
+                            self.encode(tokenizer, texts, self.truncation())
                         })
                     });
                     ids.with_context(|| format!("row {number} {of}"))
@@ -320,19 +230,16 @@ impl Tokenize {
                 .collect();
             let mut kept = Vec::with_capacity(texts.num_rows());
             for (row, number) in rows?.into_iter().zip(done + 1..) {
+                let place = Place {
+                    row: number,
+                    split: split.name(),
+                };
                 match row {
                     Ok(row) => {
-                        counts.add(&row, tokenizer)?;
-                        if let Some(id) = beyond(&row, vocabulary) {
-                            counts.beyond += 1;
-                            counts.first_beyond.get_or_insert_with(|| {
-                                let text = tokenizer.token_of(id).unwrap_or_default();
-                                format!("`{text}` with the id {id} in row {number} {of}")
-                            });
-                        }
+                        counts.add(&row, place, tokenizer, vocabulary)?;
                         kept.push(token_row(row));
                     }
-                    Err(cause) => *counts.dropped.entry(cause).or_default() += 1,
+                    Err(cause) => counts.drop(cause, place),
                 }
             }
             done += texts.num_rows();
@@ -359,6 +266,14 @@ impl Tokenize {
         counts.rows.insert(split.name().to_owned(), rows);
         Ok(())
     }
+}
+
+/// The texts of a row.
+#[derive(Clone, Copy)]
+struct Texts<'a> {
+    prompt: &'a str,
+    chosen: &'a str,
+    rejected: Option<&'a str>,
 }
 
 /// The longest that texts of so many bytes may take, many times what they do take.
@@ -410,14 +325,6 @@ fn vocabulary(model: &Path) -> Result<Option<u32>> {
     let config = folder::config(model)?;
     let size = config.get("vocab_size").and_then(serde_json::Value::as_u64);
     Ok(size.and_then(|size| u32::try_from(size).ok()))
-}
-
-/// The first id that the model has no embeddings for: a tokenizer may name more tokens than the model was made with.
-fn beyond(row: &RowIds, vocabulary: Option<u32>) -> Option<u32> {
-    let vocabulary = vocabulary?;
-    let sides = std::iter::once(&row.chosen).chain(&row.rejected);
-    let mut ids = sides.flat_map(|side| side.prompt.iter().chain(&side.answer));
-    ids.find(|id| **id >= vocabulary).copied()
 }
 
 #[cfg(test)]

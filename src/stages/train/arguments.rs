@@ -7,7 +7,7 @@ use crate::engine::{Input, Neutral};
 use crate::ml::train::optim::{self, Optim};
 use crate::ml::train::sampler::SamplingStrategy;
 use crate::ml::train::schedule::SchedulerType;
-use crate::ml::train::{EvalStrategy, Every, Settings, Watch};
+use crate::ml::train::{EvalStrategy, Every, LossLimit, Settings, Watch};
 use crate::stages::artifacts::{Adapter, Model, Tokens};
 use crate::stages::rules::Rules;
 
@@ -128,6 +128,13 @@ pub struct TrainingArguments {
     /// training.
     #[serde(default)]
     skip_nan_steps: u64,
+    /// A training whose loss is above this for `loss_watchdog_patience` steps in a row is stopped, with a checkpoint, instead of running on
+    /// for nothing. Without it, a loss that explodes or no longer moves is only told.
+    #[serde(default, skip_serializing_if = "is_unset")]
+    loss_watchdog_threshold: Neutral<Option<f64>>,
+    /// How many steps in a row the loss may be above `loss_watchdog_threshold` before the training is stopped.
+    #[serde(default = "loss_watchdog_patience")]
+    loss_watchdog_patience: Neutral<u64>,
     /// Steps between the lines shown; the artifact's `metrics.jsonl` and `trainer_state.json` have every step.
     #[serde(default = "logging_steps")]
     logging_steps: Neutral<u64>,
@@ -203,6 +210,13 @@ impl TrainingArguments {
         );
         rules.at_least_1(patience.unwrap_or(1), "early_stopping_patience");
         rules.not_negative(self.early_stopping_threshold, "early_stopping_threshold");
+        let threshold = self.loss_watchdog_threshold.0.unwrap_or(0.);
+        rules.rule(
+            threshold.is_finite(),
+            "loss_watchdog_threshold",
+            "expected a finite number",
+        );
+        rules.at_least_1(*self.loss_watchdog_patience, "loss_watchdog_patience");
         rules.at_least_1(*self.logging_steps, "logging_steps");
         rules.at_least_1(*self.save_steps, "save_steps");
         rules.at_least_1(*self.save_total_limit as u64, "save_total_limit");
@@ -265,6 +279,10 @@ impl TrainingArguments {
                 threshold: self.early_stopping_threshold,
             }),
             skip_nan_steps: self.skip_nan_steps,
+            loss_limit: self.loss_watchdog_threshold.map(|threshold| LossLimit {
+                threshold,
+                patience: *self.loss_watchdog_patience,
+            }),
         }
     }
 }
@@ -310,6 +328,12 @@ fn padding_free() -> bool {
 }
 fn seed() -> u64 {
     42
+}
+fn is_unset(value: &Neutral<Option<f64>>) -> bool {
+    value.is_none()
+}
+fn loss_watchdog_patience() -> Neutral<u64> {
+    Neutral(3)
 }
 fn logging_steps() -> Neutral<u64> {
     Neutral(10)

@@ -1,7 +1,11 @@
 //! Trainings: one file a method, and what they share.
 
 pub mod arguments;
+mod estimate;
+mod inputs;
 pub mod method;
+mod pace;
+mod process;
 mod reference;
 mod run;
 pub mod stage;

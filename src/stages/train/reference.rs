@@ -57,32 +57,37 @@ fn changes_nothing(adapter: &Adapter) -> anyhow::Result<bool> {
     Ok(true)
 }
 
-impl Loaded {
-    /// Loads the reference model. `model` and `adapter` are those that are trained.
-    pub(super) fn new(
-        cx: &Context,
-        reference: &Reference,
+/// Where a reference model comes from.
+pub(super) enum Source {
+    /// There is none.
+    None,
+    /// The trained model without its adapter.
+    Base,
+    /// A model of its own: its folder, and its adapter if it has one.
+    Own(PathBuf, Option<Adapter>),
+}
+
+impl Reference {
+    /// Where the reference model comes from, and that in words. `model` and `adapter` are those that are trained.
+    pub(super) fn source(
+        &self,
         model: &Path,
         adapter: Option<&Adapter>,
-        compute: DType,
-    ) -> anyhow::Result<Self> {
-        let told = |what: &str| cx.info(format!("the reference is {what}"));
-        let (folder, other) = match (reference, adapter) {
-            (Reference::None, _) => return Ok(Self::None),
-            (Reference::Initial, Some(adapter)) if changes_nothing(adapter)? => {
-                told("the model without the adapter, which changes nothing before the first step");
-                return Ok(Self::Base);
-            }
-            (Reference::Initial, None) => {
-                told("the model before the first step");
-                (model, None)
-            }
-            (Reference::Initial, Some(adapter)) => {
-                told("the model with the adapter before the first step");
-                (model, Some(adapter.clone()))
-            }
+    ) -> anyhow::Result<(Source, &'static str)> {
+        let own = |adapter: Option<&Adapter>| Source::Own(model.to_owned(), adapter.cloned());
+        Ok(match (self, adapter) {
+            (Self::None, _) => (Source::None, ""),
+            (Self::Initial, Some(adapter)) if changes_nothing(adapter)? => (
+                Source::Base,
+                "the model without the adapter, which changes nothing before the first step",
+            ),
+            (Self::Initial, None) => (own(None), "the model before the first step"),
+            (Self::Initial, adapter) => (
+                own(adapter),
+                "the model with the adapter before the first step",
+            ),
             (
-                Reference::Other {
+                Self::Other {
                     model: other,
                     adapter: own,
                 },
@@ -90,22 +95,36 @@ impl Loaded {
             ) => {
                 let other = other.as_deref().unwrap_or(model);
                 if own.is_none() && other == model && trained.is_some() {
-                    told("the model without the adapter");
-                    return Ok(Self::Base);
+                    return Ok((Source::Base, "the model without the adapter"));
                 }
-                told(match own {
+                let told = match own {
                     Some(_) => "a model with an adapter of its own",
                     None => "a model of its own",
-                });
-                (other, own.as_deref().map(Adapter::load).transpose()?)
+                };
+                let own = own.as_deref().map(Adapter::load).transpose()?;
+                (Source::Own(other.to_owned(), own), told)
             }
+        })
+    }
+}
+
+impl Loaded {
+    /// Loads a reference model.
+    pub(super) fn new(cx: &Context, source: &Source, told: &str, compute: DType) -> anyhow::Result<Self> {
+        if !told.is_empty() {
+            cx.info(format!("the reference is {told}"));
+        }
+        let (folder, adapter) = match source {
+            Source::None => return Ok(Self::None),
+            Source::Base => return Ok(Self::Base),
+            Source::Own(folder, adapter) => (folder, adapter),
         };
         let (config, weights) = tied::open(folder)?;
         let device = candle_core::Device::Cpu;
         let loaded = Llama::load(
             &config,
             &weights,
-            other.as_ref(),
+            adapter.as_ref(),
             Trained::Nothing,
             compute,
             &device,

@@ -3,25 +3,27 @@
 use std::fs;
 use std::ops::ControlFlow;
 
-use anyhow::{Context as _, anyhow, ensure};
+use anyhow::{Context as _, anyhow};
 use candle_core::Device;
 
 use super::arguments::TrainingArguments;
-use super::method::{Method, Use};
+use super::estimate;
+use super::inputs::Inputs;
+use super::method::Method;
+use super::pace::Pace;
+use super::process::Resident;
 use super::reference::Loaded;
 use crate::engine::Context;
-use crate::ml::adapter::{Adapter, FILE};
+use crate::ml::adapter::FILE;
 use crate::ml::execution::{Execution, Kind};
-use crate::ml::fused::Packing;
 use crate::ml::io::folder::{METRICS, TRAINER_STATE};
 use crate::ml::model::batch::Row;
-use crate::ml::model::{Llama, Trained, tied};
+use crate::ml::model::Llama;
 use crate::ml::train::save::{save_adapter, save_model};
 use crate::ml::train::{
-    Ending, Job, Origin, Passes, ReferenceModel, Start, Step, compute_dtype, continue_from, train,
-    trainer_state,
+    Ending, Job, Origin, Passes, ReferenceModel, Start, Step, continue_from, train, trainer_state,
 };
-use crate::stages::model_input::{note_fallback, pad_id, rows};
+use crate::stages::model_input::note_fallback;
 use crate::stages::text::chat_template;
 
 /// Says where the training starts, and puts it into the record.
@@ -101,46 +103,36 @@ pub(super) fn run<M: Method>(
     method: &M,
     arguments: &TrainingArguments,
 ) -> anyhow::Result<()> {
-    let folder = cx.input(&arguments.model)?;
-    let dataset = cx.input(&arguments.dataset)?;
-    let adapter_folder = arguments.adapter.as_ref().map(|a| cx.input(a));
-    let adapter_folder = adapter_folder.transpose()?;
-    let compute = compute_dtype(arguments.bf16, arguments.fp16);
-    let settings = arguments.settings(method.learning_rate(), method.dropout());
-    let (config, weights) = tied::open(folder)?;
-    let pad = pad_id(folder, &config);
-    ensure!(
-        config.attention_dropout <= 0.,
-        "the model's `config.json` has `attention_dropout` {}, which drops attention weights in trainings by transformers and is not \
-         computed here; hint: set it to 0 there if it is not meant",
-        config.attention_dropout
-    );
-    let adapter = adapter_folder.map(Adapter::load).transpose()?;
-    // Rows that can't be trained on are told before the weights are read.
-    let read = |split: &str, purpose| {
-        let rows = rows(dataset, split, config.vocab_size)?;
-        method.prepare(cx, arguments, rows, purpose)
-    };
-    let mut train_rows = read(&arguments.train_split, Use::Training)?;
-    let mut eval_rows = match settings.eval_every {
-        Some(_) => read(&arguments.eval_split, Use::Evaluation)?.rows,
-        None => Vec::new(),
-    };
+    let inputs = Inputs::read(cx, method, arguments)?;
+    let estimate = estimate::estimate(method, &inputs)?;
+    estimate::tell(cx, &estimate, &inputs)?;
+    let trained = inputs.trained();
+    let Inputs {
+        folder,
+        arch,
+        weights,
+        adapter,
+        adapter_folder,
+        dataset,
+        train: mut train_rows,
+        mut eval_rows,
+        settings,
+        packing,
+        compute,
+        pad,
+        reference,
+    } = inputs;
     let origin = Origin {
         split: arguments.train_split.clone(),
         rows_each: train_rows.rows_each,
-        weights: std::iter::once(("model", folder.to_path_buf()))
+        weights: std::iter::once(("model", folder.clone()))
             .chain(adapter_folder.map(|folder| ("adapter", folder.join(FILE))))
             .collect(),
     };
     let train_rows = &mut train_rows.rows;
-    let trained = match adapter {
-        Some(_) => Trained::Adapter,
-        None => Trained::Everything,
-    };
     let device = Device::Cpu;
     let model = Llama::load(
-        &config,
+        &arch,
         &weights,
         adapter.as_ref(),
         trained,
@@ -148,18 +140,13 @@ pub(super) fn run<M: Method>(
         &device,
     )?;
     drop(weights);
-    let packing = Packing {
-        padding_free: arguments.padding_free,
-        share_prompts: method.share_prompts(),
-    };
     let execution = Execution::new(&model, Kind::Fused(packing));
     note_fallback(cx, &execution);
     if *arguments.cache_frozen_layers {
         cache_frozen_layers(cx, &execution, &[train_rows, &eval_rows])?;
     }
     let loss = method.loss();
-    let reference = method.reference(cx)?;
-    let mut loaded = Loaded::new(cx, &reference, folder, adapter.as_ref(), compute)?;
+    let mut loaded = Loaded::new(cx, &reference.0, reference.1, compute)?;
     if method.precomputes_reference() {
         let own = loaded.execution(Kind::Fused(packing));
         let passes = Passes {
@@ -201,6 +188,12 @@ pub(super) fn run<M: Method>(
     let ending = train(&job, &settings, &mut |step| told.step(cx, &start, step))?;
     cx.note("tokens", told.tokens);
     cx.note("computed_tokens", told.computed);
+    if let Some(resident) = Resident::of_this_process() {
+        cx.note("peak_memory", resident.peak);
+    }
+    if !told.alarms.is_empty() {
+        cx.note("alarms", &told.alarms);
+    }
     let Ending::Finished {
         history,
         step,
@@ -225,10 +218,10 @@ pub(super) fn run<M: Method>(
     }
     if let Some(adapter) = adapter {
         save_adapter(&model, adapter, cx.out())?;
-        chat_template::carry(dataset, cx.out())?;
+        chat_template::carry(&dataset, cx.out())?;
     } else {
-        save_model(&model, folder, cx.out())?;
-        if let Some(template) = chat_template::read(dataset)? {
+        save_model(&model, &folder, cx.out())?;
+        if let Some(template) = chat_template::read(&dataset)? {
             chat_template::install(cx, &template)?;
         }
     }
@@ -247,6 +240,8 @@ struct Told {
     began: bool,
     tokens: u64,
     computed: u64,
+    alarms: Vec<String>,
+    pace: Pace,
 }
 
 impl Told {
@@ -262,8 +257,15 @@ impl Told {
         if let Some(fault) = &step.skipped {
             cx.warn(format!("left out an update: {fault}"));
         }
+        if let Some(alarm) = &step.alarm {
+            cx.warn(alarm.to_string());
+            self.alarms.push(alarm.to_string());
+        }
         self.tokens += step.tokens as u64;
         self.computed += step.computed as u64;
+        if step.micro_batches == 0 {
+            self.pace.step(cx, step);
+        }
         cx.progress(step.step, Some(step.total), "steps");
         for log in &step.logs {
             let mut values = log.values.clone();

@@ -7,9 +7,11 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::arguments::TrainingArguments;
+use super::estimate::estimate;
+use super::inputs::Inputs;
 use super::method::Method;
 use super::run::run;
-use crate::engine::{Artifact, Context, ParseError, Problem, Stage, read_side_by_side};
+use crate::engine::{Artifact, Context, Estimate, ParseError, Problem, Stage, read_side_by_side};
 use crate::stages::artifacts::{Adapter, Model};
 use crate::stages::rules::Rules;
 
@@ -82,6 +84,11 @@ impl<M: Method> Stage for Train<M> {
         self.arguments.check(&mut rules);
         self.method.check(&self.arguments, &mut rules);
         rules.0
+    }
+
+    fn estimate(&self, cx: &Context) -> anyhow::Result<Option<Estimate>> {
+        let inputs = Inputs::read(cx, &self.method, &self.arguments)?;
+        estimate(&self.method, &inputs).map(Some)
     }
 
     fn run(&self, cx: &Context) -> anyhow::Result<()> {

@@ -61,6 +61,26 @@ enum Precision {
     EightBit,
 }
 
+impl Precision {
+    /// Whether the slots of a parameter of this name with `count` elements are in 8 bits.
+    fn is_eight_bit(self, name: &str, count: usize) -> bool {
+        self == Self::EightBit && count >= SMALLEST_8BIT && !name.ends_with(EMBEDDINGS)
+    }
+}
+
+impl Settings {
+    /// The bytes that the optimiser keeps of a parameter of this name with `count` elements.
+    pub fn bytes(&self, name: &str, count: usize) -> usize {
+        let (rule, precision) = self.optim.rule(self);
+        let each = if precision.is_eight_bit(name, count) {
+            slots::eight_bit_bytes(count)
+        } else {
+            count * size_of::<f32>()
+        };
+        rule.slots().len() * each
+    }
+}
+
 impl Optim {
     /// Its rule, and how it keeps its slots.
     fn rule(self, settings: &Settings) -> (Box<dyn Rule>, Precision) {
@@ -162,12 +182,8 @@ impl Optimizer {
         let (rule, precision) = settings.optim.rule(&settings);
         let states = parameters.iter().map(|parameter| {
             let count = parameter.var.elem_count();
-            let small = count < SMALLEST_8BIT || parameter.name.ends_with(EMBEDDINGS);
-            State::new(
-                rule.slots(),
-                count,
-                precision == Precision::EightBit && !small,
-            )
+            let eight_bit = precision.is_eight_bit(&parameter.name, count);
+            State::new(rule.slots(), count, eight_bit)
         });
         Self {
             states: states.collect(),

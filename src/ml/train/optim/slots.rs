@@ -10,6 +10,11 @@ use super::{Slot, Update};
 /// The elements that one task updates; a multiple of the 8-bit block.
 pub(super) const SPAN: usize = 1 << 14;
 
+/// The bytes of a slot of so many elements in 8 bits.
+pub(super) fn eight_bit_bytes(count: usize) -> usize {
+    count + count.div_ceil(BLOCK) * size_of::<f32>()
+}
+
 /// The values of one slot, one for each element of the parameter.
 #[derive(Debug)]
 pub(super) enum Values {

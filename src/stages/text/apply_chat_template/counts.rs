@@ -2,7 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use anyhow::Result;
+
+use crate::data::lint::{Lint, Lints, Place};
 use crate::engine::Context;
+use crate::stages::lints;
 use crate::text::chat::Rendered;
 
 /// Rows of one kind, and the first of them.
@@ -13,12 +17,10 @@ struct Seen {
 }
 
 impl Seen {
-    fn add(&mut self, row: usize, split: &str, more: Option<&str>) {
+    fn add(&mut self, row: usize, split: &str) {
         self.rows += 1;
-        self.first.get_or_insert_with(|| match more {
-            Some(more) => format!("row {row} of the split `{split}`, `{more}`"),
-            None => format!("row {row} of the split `{split}`"),
-        });
+        self.first
+            .get_or_insert_with(|| format!("row {row} of the split `{split}`"));
     }
 
     fn first(&self) -> &str {
@@ -35,12 +37,13 @@ pub(crate) struct Counts {
     pub(crate) texts: usize,
     already_rendered: Seen,
     of_another_template: Seen,
-    special_tokens: Seen,
     earlier_answers: Seen,
     ends_left_out: Seen,
     systems_left_out: Seen,
     /// What the template doesn't read.
     unread: BTreeMap<String, Seen>,
+    lints: Lints,
+    rows_with_special_tokens: usize,
 }
 
 impl Counts {
@@ -52,7 +55,7 @@ impl Counts {
         unread: BTreeSet<String>,
     ) {
         for name in unread {
-            self.unread.entry(name).or_default().add(row, split, None);
+            self.unread.entry(name).or_default().add(row, split);
         }
         let seen = &rendered.seen;
         for (is_so, count) in [
@@ -63,15 +66,28 @@ impl Counts {
             (seen.system_left_out, &mut self.systems_left_out),
         ] {
             if is_so {
-                count.add(row, split, None);
+                count.add(row, split);
             }
         }
+        let place = Place { row, split };
         if let Some(token) = &seen.special_token {
-            self.special_tokens.add(row, split, Some(token));
+            let more = format!("`{token}`");
+            self.lints.add(Lint::SpecialTokens, place, Some(&more));
+            self.rows_with_special_tokens += 1;
         }
+        self.lints.add_prompt(&rendered.prompt, place);
     }
 
-    pub(crate) fn tell(&self, cx: &Context) {
+    /// Notes a row that is a whole text.
+    pub(crate) fn add_text(&mut self, row: usize, split: &str, text: &str) {
+        self.lints.add_prompt(text, Place { row, split });
+    }
+
+    /// Tells what was noticed.
+    ///
+    /// # Errors
+    /// A denied lint was found.
+    pub(crate) fn tell(&self, cx: &Context, denied: &[Lint]) -> Result<()> {
         let all = self.all;
         cx.note("rows", &self.rows);
         if self.texts > 0 {
@@ -101,11 +117,6 @@ impl Counts {
             "look as if another chat template had rendered them, and were taken as plain text; hint: import messages, not rendered texts",
         );
         warn(
-            "rows_with_special_tokens",
-            &self.special_tokens,
-            "hold special tokens in their own text; the tokenizer will read them as such; `special_tokens: refuse` makes them an error",
-        );
-        warn(
             "rows_with_earlier_answers",
             &self.earlier_answers,
             "have several answers, of which only the last one is learnt; TRL's SFTTrainer learns all that is in `messages`",
@@ -126,5 +137,9 @@ impl Counts {
                 "the chat template doesn't read {name}, which {rows} of {all} rows have (the first: {first})"
             ));
         }
+        if self.rows_with_special_tokens > 0 {
+            cx.note("rows_with_special_tokens", self.rows_with_special_tokens);
+        }
+        lints::tell(cx, &self.lints, all, denied, &[])
     }
 }

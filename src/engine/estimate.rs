@@ -1,0 +1,18 @@
+//! What running a stage would take, as far as that can be told before.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+/// What running a stage would take.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Estimate {
+    /// What will be done, by name: steps, tokens, trained parameters.
+    pub counts: BTreeMap<String, u64>,
+    /// The most memory, in bytes, by what it is for.
+    pub memory: BTreeMap<String, u64>,
+    /// The sum of that.
+    pub peak_memory: u64,
+    /// Whether `peak_memory` is known to leave something out.
+    pub is_lower_bound: bool,
+}

@@ -1,0 +1,210 @@
+//! How much memory a pass takes: what it keeps for its backward, and the buffers that it works with beside that.
+//!
+//! The buffers are those of [`super::layer`] and [`super::head`], counted where most of them are in use at a time. They stay in the pool from
+//! pass to pass, so the longest pass decides.
+
+use candle_core::DType;
+use pipeline_kernels::panels::size;
+
+use super::head;
+use crate::ml::adapter::Adapter;
+use crate::ml::model::arch::{Arch, Projection, QkNorm};
+use crate::ml::model::linear::Pass;
+use crate::ml::model::tensors::{EMBEDDINGS, layer_path, projection_path};
+use crate::ml::model::{self, Llama, Trained};
+
+/// What of a model decides how much memory a pass takes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PassSizes {
+    hidden: usize,
+    inner: usize,
+    /// Features of all query heads, and of all key heads.
+    queries: usize,
+    keys: usize,
+    heads: usize,
+    vocabulary: usize,
+    /// Of each layer that a backward goes through, the ranks of its pairs together.
+    ranks: Vec<usize>,
+    /// Whether products are in bf16, the adapter drops inputs, and heads have norms.
+    half: bool,
+    drops: bool,
+    head_norms: bool,
+}
+
+/// The bytes of a pass.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PassMemory {
+    /// What is kept for the backward.
+    pub kept: usize,
+    /// Buffers of the layer at work.
+    pub working: usize,
+    /// Logits, and what belongs to the scored tokens.
+    pub head: usize,
+}
+
+impl PassMemory {
+    /// All together.
+    pub fn all(&self) -> usize {
+        self.kept + self.working + self.head
+    }
+}
+
+/// A pass, as far as its memory goes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PassLength {
+    /// Tokens computed.
+    pub tokens: usize,
+    /// Targets, and the tokens that they are predicted from.
+    pub targets: usize,
+}
+
+/// Bytes that a pass through a model keeps of each token for its backward.
+pub(super) fn kept(model: &Llama, checkpointing: bool) -> usize {
+    PassSizes::of_model(model).kept(checkpointing)
+}
+
+impl PassSizes {
+    fn new(arch: &Arch, compute: DType, ranks: Vec<usize>, drops: bool) -> Self {
+        Self {
+            hidden: arch.hidden_size,
+            inner: arch.intermediate_size,
+            queries: arch.num_attention_heads * arch.head_dim,
+            keys: arch.num_key_value_heads * arch.head_dim,
+            heads: arch.num_attention_heads,
+            vocabulary: arch.vocab_size,
+            ranks,
+            half: compute == DType::BF16,
+            drops,
+            head_norms: arch.qk_norm == QkNorm::PerHead,
+        }
+    }
+
+    /// Those of a model in memory.
+    fn of_model(model: &Llama) -> Self {
+        let layers = model
+            .layers
+            .get(super::lowest(model)..)
+            .unwrap_or_default();
+        let ranks = |layer: &model::Layer| {
+            let linears = layer.linears().into_iter();
+            let pairs = linears.filter_map(|linear| linear.lora.as_ref());
+            let ranks = pairs.filter_map(|pair| pair.a.stored(Pass::INFER).dims().first());
+            ranks.sum()
+        };
+        let ranks = layers.iter().map(ranks).collect();
+        Self::new(&model.arch, model.compute, ranks, false)
+    }
+
+    /// Those of a model that is not loaded, with its adapter if it has one. None where the fast path lacks something.
+    pub fn of_files(
+        arch: &Arch,
+        adapter: Option<&Adapter>,
+        trained: Trained,
+        compute: DType,
+        dropout: bool,
+    ) -> Option<Self> {
+        let is_lora_only = adapter.is_none_or(|adapter| {
+            let ends = crate::ml::model::tensors::ENDS;
+            !adapter.config.use_dora && !ends.iter().any(|path| adapter.tensors.contains_key(*path))
+        });
+        if !matches!(compute, DType::F32 | DType::BF16) || !is_lora_only {
+            return None;
+        }
+        let rank = |layer: usize| {
+            let pairs = Projection::ALL.iter().filter_map(|projection| {
+                let path = projection_path(layer, *projection);
+                adapter?.tensors.get(&path)?.a.dims().first().copied()
+            });
+            pairs.sum::<usize>()
+        };
+        let count = arch.num_hidden_layers();
+        let saves = |layer: usize| {
+            let below = format!("{}.", layer_path(layer));
+            let mut saved = adapter.iter().flat_map(|adapter| adapter.saved.keys());
+            saved.any(|name| name.starts_with(&below))
+        };
+        let embeds = adapter.is_some_and(|adapter| adapter.trains(EMBEDDINGS));
+        let lowest = if trained == Trained::Everything || embeds {
+            0
+        } else {
+            let is_trained = |layer: &usize| rank(*layer) > 0 || saves(*layer);
+            (0..count).find(is_trained).unwrap_or(count)
+        };
+        let drops = dropout && adapter.is_some_and(|adapter| adapter.config.lora_dropout > 0.);
+        let ranks = (lowest..count).map(rank).collect();
+        Some(Self::new(arch, compute, ranks, drops))
+    }
+
+    /// Whether each copy of a prompt drops values of its own, so that none are shared.
+    pub(super) fn drops(&self) -> bool {
+        self.drops
+    }
+
+    /// Floats that a layer keeps of each token: see [`super::layer::Saved`].
+    fn saved(&self, rank: usize) -> usize {
+        2 * (self.hidden + self.queries + self.keys + self.inner) + rank
+    }
+
+    /// Bytes that a pass keeps of each token for its backward.
+    pub(super) fn kept(&self, checkpointing: bool) -> usize {
+        let all = self.ranks.iter().map(|rank| self.saved(*rank));
+        let floats = if checkpointing {
+            self.hidden * self.ranks.len() + all.max().unwrap_or(0)
+        } else {
+            all.sum()
+        };
+        floats * size_of::<f32>()
+    }
+
+    /// The memory of a pass with a backward.
+    pub fn learning(&self, pass: PassLength, checkpointing: bool) -> PassMemory {
+        // The norms' factors and the attention's sums of each layer.
+        let small = if checkpointing { 1 } else { self.ranks.len() } * (2 + self.heads);
+        let norms = if self.head_norms {
+            self.queries + self.keys
+        } else {
+            0
+        };
+        let (h, i, q, k) = (self.hidden, self.inner, self.queries, self.keys);
+        // The last and the final hidden states, the gradients of both, two behind norms; one of the gated unit; gradients of attention.
+        let mut working = 6 * h + i + q + 2 * k + norms + small;
+        if self.drops {
+            working += 3 * h;
+        }
+        if self.half {
+            // As factors: gate and up, an input, queries, keys and values.
+            working += (2 * i + h + q + 2 * k) / 2;
+        }
+        PassMemory {
+            kept: self.kept(checkpointing) * size(1, pass.tokens),
+            working: working * size(1, pass.tokens) * size_of::<f32>(),
+            head: self.head(pass, true),
+        }
+    }
+
+    /// The memory of a pass without a backward.
+    pub fn scoring(&self, pass: PassLength) -> PassMemory {
+        let rank = self.ranks.iter().max().copied().unwrap_or(0);
+        let half = if self.half { self.inner / 2 } else { 0 };
+        let working = self.saved(rank) + 2 * self.hidden + self.inner + half;
+        PassMemory {
+            kept: 0,
+            working: working * size(1, pass.tokens) * size_of::<f32>(),
+            head: self.head(pass, false),
+        }
+    }
+
+    fn head(&self, pass: PassLength, gradient: bool) -> usize {
+        let tokens = pass.targets.min(pass.tokens);
+        let logits = head::logits_at_once(self.vocabulary, tokens);
+        let mut floats = logits + self.hidden * size(1, tokens);
+        if gradient {
+            // The expected rows of the head, and those at the targets, twice.
+            floats += self.hidden * (size(1, tokens) + 2 * pass.targets);
+        }
+        if self.half {
+            floats += (logits + self.hidden * size(1, tokens)) / 2;
+        }
+        floats * size_of::<f32>()
+    }
+}

@@ -1,0 +1,100 @@
+//! What a training is made of, read from the folders of its inputs: everything but the weights.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::ensure;
+use candle_core::DType;
+
+use super::arguments::TrainingArguments;
+use super::method::{Method, Prepared, Use};
+use super::reference::Source;
+use crate::engine::Context;
+use crate::ml::adapter::Adapter;
+use crate::ml::fused::Packing;
+use crate::ml::io::weights::Weights;
+use crate::ml::model::arch::Arch;
+use crate::ml::model::batch::Row;
+use crate::ml::model::{Trained, tied};
+use crate::ml::train::{Settings, compute_dtype};
+use crate::stages::model_input::{pad_id, rows};
+
+/// A training before its weights are read.
+pub(super) struct Inputs {
+    /// The model's folder, what it computes, and the headers of its weights.
+    pub(super) folder: PathBuf,
+    pub(super) arch: Arch,
+    pub(super) weights: Weights,
+    /// The adapter and its folder, if one is trained.
+    pub(super) adapter: Option<Adapter>,
+    pub(super) adapter_folder: Option<PathBuf>,
+    pub(super) dataset: PathBuf,
+    /// The rows to train on, and to evaluate on.
+    pub(super) train: Prepared,
+    pub(super) eval_rows: Vec<Row>,
+    pub(super) settings: Settings,
+    pub(super) packing: Packing,
+    pub(super) compute: DType,
+    pub(super) pad: u32,
+    /// Where the reference model comes from, and that in words.
+    pub(super) reference: (Source, &'static str),
+}
+
+impl Inputs {
+    /// Reads them. Rows that can't be trained on are told before the weights are read.
+    pub(super) fn read<M: Method>(
+        cx: &Context,
+        method: &M,
+        arguments: &TrainingArguments,
+    ) -> anyhow::Result<Self> {
+        let folder = cx.input(&arguments.model)?;
+        let dataset = cx.input(&arguments.dataset)?;
+        let adapter_folder = arguments.adapter.as_ref().map(|a| cx.input(a));
+        let adapter_folder = adapter_folder.transpose()?;
+        let settings = arguments.settings(method.learning_rate(), method.dropout());
+        let (arch, weights) = tied::open(folder)?;
+        let pad = pad_id(folder, &arch);
+        ensure!(
+            arch.attention_dropout <= 0.,
+            "the model's `config.json` has `attention_dropout` {}, which drops attention weights in trainings by transformers and is \
+             not computed here; hint: set it to 0 there if it is not meant",
+            arch.attention_dropout
+        );
+        let adapter = adapter_folder.map(Adapter::load).transpose()?;
+        let read = |split: &str, purpose| {
+            let rows = rows(dataset, split, arch.vocab_size)?;
+            method.prepare(cx, arguments, rows, purpose)
+        };
+        let train = read(&arguments.train_split, Use::Training)?;
+        let eval_rows = match settings.eval_every {
+            Some(_) => read(&arguments.eval_split, Use::Evaluation)?.rows,
+            None => Vec::new(),
+        };
+        let reference = method.reference(cx)?.source(folder, adapter.as_ref())?;
+        Ok(Self {
+            folder: folder.to_owned(),
+            weights,
+            adapter_folder: adapter_folder.map(Path::to_owned),
+            dataset: dataset.to_owned(),
+            train,
+            eval_rows,
+            settings,
+            packing: Packing {
+                padding_free: arguments.padding_free,
+                share_prompts: method.share_prompts(),
+            },
+            compute: compute_dtype(arguments.bf16, arguments.fp16),
+            pad,
+            reference,
+            arch,
+            adapter,
+        })
+    }
+
+    /// What is trained.
+    pub(super) fn trained(&self) -> Trained {
+        match self.adapter {
+            Some(_) => Trained::Adapter,
+            None => Trained::Everything,
+        }
+    }
+}
