@@ -322,7 +322,10 @@ mod tests {
         whole.add_prompt("x", place(1, "train"));
         assert!(!whole.counts_are_estimates());
         let rows = lints.found()[&Lint::DuplicatePrompts].rows;
-        assert!((1200..=2800).contains(&rows), "2000 of them are there: {rows}");
+        assert!(
+            (1200..=2800).contains(&rows),
+            "2000 of them are there: {rows}"
+        );
     }
 
     #[test]

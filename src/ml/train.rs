@@ -155,7 +155,7 @@ impl<'a> Trainer<'a> {
                 ..State::default()
             },
             search: Search::new(job.origin),
-            watchdog: Watchdog::new(settings.loss_limit, settings.learning_rate, &[]),
+            watchdog: Watchdog::new(settings.loss_limit, settings.learning_rate),
         }
     }
 
@@ -168,8 +168,10 @@ impl<'a> Trainer<'a> {
             checkpoint::resume(scratch, self.model, &mut self.optimizer)?;
         if let Some(state) = state {
             self.state = state;
-            let (settings, history) = (self.settings, &self.state.history);
-            self.watchdog = Watchdog::new(settings.loss_limit, settings.learning_rate, history);
+            for log in &self.state.history {
+                self.watchdog.step(log.step, &log.values);
+            }
+            self.watchdog.forgive();
         }
         Ok(passed_over)
     }
@@ -336,7 +338,7 @@ impl<'a> Trainer<'a> {
     /// What the watchdog has to say of the step that was logged last.
     fn watch(&mut self) -> Option<Alarm> {
         let log = self.state.history.last()?;
-        self.watchdog.step(log)
+        self.watchdog.step(log.step, &log.values)
     }
 
     fn entry(&self, group: &Group, update: &Update, metrics: &Window) -> Log {

@@ -36,7 +36,10 @@ pub fn shortened(kind: &str, mut parameters: Value, rows: usize) -> (Value, Opti
                 return (parameters, None);
             }
             parameters["test_size"] = json!(0.1);
-            (parameters, Some("holds out a tenth of the rows that are read here"))
+            (
+                parameters,
+                Some("holds out a tenth of the rows that are read here"),
+            )
         }
         CreateModel::KIND => {
             for (name, value) in [
@@ -49,7 +52,9 @@ pub fn shortened(kind: &str, mut parameters: Value, rows: usize) -> (Value, Opti
             ] {
                 parameters[name] = json!(value);
             }
-            let trains = parameters.get("dataset").is_some_and(|value| !value.is_null());
+            let trains = parameters
+                .get("dataset")
+                .is_some_and(|value| !value.is_null());
             let told = "trains its tokenizer on the rows that are read here alone, so that tokens differ from those of a run";
             (parameters, trains.then_some(told))
         }

@@ -64,7 +64,9 @@ fn lints(preview: &Value, stage: &str) -> Value {
     let notes = stages.iter().find(|tried| tried["stage"] == stage).unwrap();
     let lints = notes["notes"]["lints"].as_object().cloned();
     let lints = lints.unwrap_or_default().into_iter();
-    lints.map(|(name, found)| (name, found["rows"].clone())).collect()
+    lints
+        .map(|(name, found)| (name, found["rows"].clone()))
+        .collect()
 }
 
 #[test]
@@ -124,7 +126,12 @@ fn a_preview_of_chats_and_of_a_dataset_shows_rows() {
     let found = preview(&project, &["chats", "-n", "1"]);
     let row = &found["targets"][0]["plain_rows"][0];
     assert_eq!(row["split"], "test");
-    assert!(row["row"]["prompt"].as_str().unwrap().starts_with("<|begin_of_text|>"));
+    assert!(
+        row["row"]["prompt"]
+            .as_str()
+            .unwrap()
+            .starts_with("<|begin_of_text|>")
+    );
     let text = project.succeeds(&["preview", "recipe.yaml", "rows", "-n", "1"]);
     assert!(text.contains("What is 1?"), "{text}");
     let ended = project.run(&["preview", "recipe.yaml", "base"]);
@@ -143,7 +150,9 @@ fn what_is_on_the_hub_is_said_and_not_fetched() {
     let ended = project.run(&["preview", "recipe.yaml"]);
     assert_eq!(ended.code, Some(1));
     assert!(
-        ended.stderr.contains("the tokenizer of `some/model` is not here"),
+        ended
+            .stderr
+            .contains("the tokenizer of `some/model` is not here"),
         "{}",
         ended.stderr
     );
@@ -155,9 +164,12 @@ fn a_denied_lint_fails_whatever_ran_before_and_leaves_what_follows_fresh() {
     let events_of = |arguments: &[&str]| events(&project.succeeds(arguments));
     let first = events_of(&["run", "--json", "recipe.yaml"]);
     let warned = first.iter().filter(|event| event["level"] == "warning");
-    let warned: Vec<String> = warned.map(|event| event["text"].as_str().unwrap().to_owned()).collect();
+    let warned: Vec<String> = warned
+        .map(|event| event["text"].as_str().unwrap().to_owned())
+        .collect();
     assert!(
-        warned.iter().any(|text| text.starts_with("1 of 20 rows have a prompt that is in another split")
+        warned.iter().any(|text| text
+            .starts_with("1 of 20 rows have a prompt that is in another split")
             && text.contains("row 1 of the split `train`, as row 5 of `test`")),
         "{warned:?}"
     );
@@ -166,7 +178,9 @@ fn a_denied_lint_fails_whatever_ran_before_and_leaves_what_follows_fresh() {
     let ended = project.run(&["run", "recipe.yaml"]);
     assert_eq!(ended.code, Some(1));
     assert!(
-        ended.stderr.contains("`deny_lints` has `equal_answers`, and 1 of 20 rows have it: row 5 of the split `train`"),
+        ended.stderr.contains(
+            "`deny_lints` has `equal_answers`, and 1 of 20 rows have it: row 5 of the split `train`"
+        ),
         "{}",
         ended.stderr
     );
@@ -175,8 +189,17 @@ fn a_denied_lint_fails_whatever_ran_before_and_leaves_what_follows_fresh() {
     assert_eq!(project.run(&["run", "recipe.yaml"]).code, Some(1));
     let fewer = project.read("rows.jsonl").replace("<|eot_id|> ", "");
     project.write("rows.jsonl", &fewer);
-    assert_eq!(project.ran(&["recipe.yaml"]), ["chats", "rows", "split", "tokens"]);
-    project.write("recipe.yaml", &recipe(", deny_lints: [special_tokens]", ", deny_lints: [double_bos]"));
+    assert_eq!(
+        project.ran(&["recipe.yaml"]),
+        ["chats", "rows", "split", "tokens"]
+    );
+    project.write(
+        "recipe.yaml",
+        &recipe(
+            ", deny_lints: [special_tokens]",
+            ", deny_lints: [double_bos]",
+        ),
+    );
     assert_eq!(project.ran(&["recipe.yaml"]), ["tokens"]);
 }
 
@@ -187,7 +210,9 @@ fn a_lint_of_another_stage_is_a_mistake_of_the_recipe() {
     let ended = project.run(&["validate", "recipe.yaml"]);
     assert_eq!(ended.code, Some(2));
     assert!(
-        ended.stderr.contains("put it into `deny_lints` of `tokenize`"),
+        ended
+            .stderr
+            .contains("put it into `deny_lints` of `tokenize`"),
         "{}",
         ended.stderr
     );

@@ -106,7 +106,10 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
             "memory_of_the_machine": project.env.memory,
         }));
     }
-    let mut text: String = found.iter().map(|one| shown(one, project.env.memory)).collect();
+    let mut text: String = found
+        .iter()
+        .map(|one| shown(one, project.env.memory))
+        .collect();
     for (stage, lacks) in &missing {
         _ = writeln!(
             text,
@@ -117,7 +120,10 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     }
     if text.is_empty() {
         text = match asked {
-            Some(index) => format!("nothing is known about `{}` before it runs\n", project.graph.nodes[index].name),
+            Some(index) => format!(
+                "nothing is known about `{}` before it runs\n",
+                project.graph.nodes[index].name
+            ),
             None => "the recipe has no training\n".to_owned(),
         };
     }
@@ -135,7 +141,10 @@ fn shown(one: &Estimated, machine: Option<u64>) -> String {
     row(
         "time",
         one.seconds.map_or_else(
-            || "not known before the first run; a training tells it after its first steps".to_owned(),
+            || {
+                "not known before the first run; a training tells it after its first steps"
+                    .to_owned()
+            },
             |seconds| format!("about {}, as in the last run", duration(seconds)),
         ),
     );

@@ -81,15 +81,12 @@ impl PassSizes {
 
     /// Those of a model in memory.
     fn of_model(model: &Llama) -> Self {
-        let layers = model
-            .layers
-            .get(super::lowest(model)..)
-            .unwrap_or_default();
+        let layers = model.layers.get(super::lowest(model)..).unwrap_or_default();
         let ranks = |layer: &model::Layer| {
             let linears = layer.linears().into_iter();
             let pairs = linears.filter_map(|linear| linear.lora.as_ref());
             let ranks = pairs.filter_map(|pair| pair.a.stored(Pass::INFER).dims().first());
-            ranks.sum()
+            ranks.sum::<usize>()
         };
         let ranks = layers.iter().map(ranks).collect();
         Self::new(&model.arch, model.compute, ranks, false)

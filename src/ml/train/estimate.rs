@@ -210,8 +210,7 @@ impl Planned<'_> {
                 let rest: Vec<&Batch> = rest.iter().collect();
                 let (count, tokens) = match sizes {
                     Some(sizes) => {
-                        let size =
-                            pass_size_of(&rest, self.packing, sizes, settings.checkpointing);
+                        let size = pass_size_of(&rest, self.packing, sizes, settings.checkpointing);
                         (size.micro_batches.max(1), size.tokens)
                     }
                     None => (1, rest[0].sequences.len() * rest[0].width),
@@ -225,7 +224,8 @@ impl Planned<'_> {
             }
         }
         if steps > 0 {
-            dealt.tokens = (u128::from(dealt.tokens) * u128::from(total) / u128::from(steps)) as u64;
+            dealt.tokens =
+                (u128::from(dealt.tokens) * u128::from(total) / u128::from(steps)) as u64;
         }
         Ok(dealt)
     }
@@ -235,7 +235,9 @@ impl Planned<'_> {
         let mut longest = PassLength::default();
         let size = self.settings.eval_batch_size.max(1);
         for rows in self.eval_rows.chunks(size).take(STEPS as usize) {
-            let batch = self.loss.batch(&rows.iter().collect::<Vec<_>>(), self.pad)?;
+            let batch = self
+                .loss
+                .batch(&rows.iter().collect::<Vec<_>>(), self.pad)?;
             longest.tokens = longest.tokens.max(batch.tokens());
             longest.targets = longest.targets.max(self.loss.targets(&batch).len());
         }

@@ -113,7 +113,9 @@ pub(super) fn tell(cx: &Context, estimate: &Estimate, inputs: &Inputs) -> anyhow
 fn parts(memory: &BTreeMap<String, u64>) -> String {
     let mut parts: Vec<_> = memory.iter().collect();
     parts.sort_by_key(|(_, bytes)| std::cmp::Reverse(**bytes));
-    let parts = parts.iter().map(|(name, bytes)| format!("{name} {}", size(**bytes)));
+    let parts = parts
+        .iter()
+        .map(|(name, bytes)| format!("{name} {}", size(**bytes)));
     parts.collect::<Vec<_>>().join(", ")
 }
 

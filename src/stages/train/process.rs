@@ -37,7 +37,10 @@ mod tests {
     #[test]
     fn the_lines_of_the_status_are_read() {
         let status = "Name:\tx\nVmHWM:\t    2048 kB\nVmRSS:\t    1024 kB\n";
-        let resident = Resident { now: 1 << 20, peak: 2 << 20 };
+        let resident = Resident {
+            now: 1 << 20,
+            peak: 2 << 20,
+        };
         assert_eq!(Resident::read(status), Some(resident));
         assert_eq!(Resident::read("VmHWM: 1 kB"), None);
     }

@@ -110,7 +110,12 @@ impl Reference {
 
 impl Loaded {
     /// Loads a reference model.
-    pub(super) fn new(cx: &Context, source: &Source, told: &str, compute: DType) -> anyhow::Result<Self> {
+    pub(super) fn new(
+        cx: &Context,
+        source: &Source,
+        told: &str,
+        compute: DType,
+    ) -> anyhow::Result<Self> {
         if !told.is_empty() {
             cx.info(format!("the reference is {told}"));
         }

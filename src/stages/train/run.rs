@@ -17,8 +17,8 @@ use crate::engine::Context;
 use crate::ml::adapter::FILE;
 use crate::ml::execution::{Execution, Kind};
 use crate::ml::io::folder::{METRICS, TRAINER_STATE};
-use crate::ml::model::batch::Row;
 use crate::ml::model::Llama;
+use crate::ml::model::batch::Row;
 use crate::ml::train::save::{save_adapter, save_model};
 use crate::ml::train::{
     Ending, Job, Origin, Passes, ReferenceModel, Start, Step, continue_from, train, trainer_state,
@@ -131,14 +131,7 @@ pub(super) fn run<M: Method>(
     };
     let train_rows = &mut train_rows.rows;
     let device = Device::Cpu;
-    let model = Llama::load(
-        &arch,
-        &weights,
-        adapter.as_ref(),
-        trained,
-        compute,
-        &device,
-    )?;
+    let model = Llama::load(&arch, &weights, adapter.as_ref(), trained, compute, &device)?;
     drop(weights);
     let execution = Execution::new(&model, Kind::Fused(packing));
     note_fallback(cx, &execution);

@@ -13,9 +13,7 @@ use crate::cli::project::Project;
 use crate::data::sample::first_rows;
 use crate::engine::{Artifact as _, Event, Level, Session, StageEvents, State, Trial};
 use crate::stages::artifacts::{Chats, Dataset, Model, Tokens};
-use crate::stages::preview::{
-    Row, TokenizerSource, is_data, look, shortened, tokenizer_source,
-};
+use crate::stages::preview::{Row, TokenizerSource, is_data, look, shortened, tokenizer_source};
 
 /// What was seen of one stage.
 pub(super) struct Tried {
@@ -49,7 +47,9 @@ pub(super) struct Trials<'a> {
 
 impl<'a> Trials<'a> {
     pub(super) fn new(project: &'a Project, rows: usize) -> Result<Self> {
-        let folder = tempfile::Builder::new().prefix("pipeline-preview-").tempdir();
+        let folder = tempfile::Builder::new()
+            .prefix("pipeline-preview-")
+            .tempdir();
         Ok(Self {
             project,
             session: project.session(&[]),
@@ -76,7 +76,9 @@ impl<'a> Trials<'a> {
         };
         for noun in [Tokens::NAME, Chats::NAME, Dataset::NAME] {
             let of_noun = candidates.iter().copied();
-            let found: Vec<usize> = of_noun.filter(|index| self.output(*index) == noun).collect();
+            let found: Vec<usize> = of_noun
+                .filter(|index| self.output(*index) == noun)
+                .collect();
             if !found.is_empty() {
                 return Ok(found);
             }
@@ -132,7 +134,12 @@ impl<'a> Trials<'a> {
 
     /// The folder of a result in the store, if it is there and up to date.
     fn fresh(&self, index: usize) -> Option<PathBuf> {
-        let Some(State::Fresh { artifact, remote: false, .. }) = self.states.get(index) else {
+        let Some(State::Fresh {
+            artifact,
+            remote: false,
+            ..
+        }) = self.states.get(index)
+        else {
             return None;
         };
         let folder = self.project.store.artifact(artifact);
@@ -167,18 +174,22 @@ impl<'a> Trials<'a> {
             let folder = match self.output(input) {
                 noun if is_data(noun) => self.data(input)?,
                 noun if noun == Model::NAME => self.tokenizer(input)?,
-                _ => bail!("`{}` is not cheap, so that it can't be looked at before it ran", node.name),
+                _ => bail!(
+                    "`{}` is not cheap, so that it can't be looked at before it ran",
+                    node.name
+                ),
             };
             inputs.insert(graph.nodes[input].name.clone(), folder);
         }
         let parameters = self.session.parameters(index)?;
         let (parameters, told) = shortened(node.stage.kind(), parameters, self.rows);
         let (sender, events) = channel();
+        let folder = self.folder.path().join(index.to_string());
         let trial = Trial {
             index,
             parameters,
             inputs,
-            folder: &self.folder.path().join(index.to_string()),
+            folder: &folder,
             events: Arc::new(StageEvents::new(sender)),
         };
         let result = self.session.try_out(&trial);
@@ -225,7 +236,10 @@ impl<'a> Trials<'a> {
                 let found = self.project.graph.find(&stage);
                 self.tokenizer(found.with_context(|| format!("there is no stage `{stage}`"))?)?
             }
-            None => bail!("the tokenizer of `{}` is not known before it ran", node.name),
+            None => bail!(
+                "the tokenizer of `{}` is not known before it ran",
+                node.name
+            ),
         };
         self.done.insert(index, folder.clone());
         Ok(folder)

@@ -66,7 +66,11 @@ pub(super) fn text(trials: &Trials<'_>, found: &[Found], ids: bool) -> String {
             };
             clean &= *level != Level::Warning;
             let word = style::paint(sign, &format!("{word}:"));
-            _ = writeln!(text, "{word} {}", harmless(&format!("{}: {told}", tried.stage)));
+            _ = writeln!(
+                text,
+                "{word} {}",
+                harmless(&format!("{}: {told}", tried.stage))
+            );
         }
     }
     text.push_str(&summary(trials));
@@ -86,7 +90,9 @@ fn summary(trials: &Trials<'_>) -> String {
         };
         let rows = tried.notes.get("rows").and_then(Value::as_object);
         let rows = rows.into_iter().flatten();
-        let rows: Vec<String> = rows.map(|(split, count)| format!("{count} of {split}")).collect();
+        let rows: Vec<String> = rows
+            .map(|(split, count)| format!("{count} of {split}"))
+            .collect();
         _ = writeln!(
             text,
             "{}: {} rows, {tokens} tokens, the longest sequence {longest}",
@@ -109,9 +115,17 @@ fn summary(trials: &Trials<'_>) -> String {
 fn row_text(row: &Row, ids: bool) -> String {
     let mut text = String::new();
     let dropped = row.dropped.map_or(String::new(), |why| {
-        format!(", {}", style::paint(style::ERROR, &format!("left out ({why})")))
+        format!(
+            ", {}",
+            style::paint(style::ERROR, &format!("left out ({why})"))
+        )
     });
-    _ = writeln!(text, "\nrow {} of {}{dropped}", row.row, harmless(&row.split));
+    _ = writeln!(
+        text,
+        "\nrow {} of {}{dropped}",
+        row.row,
+        harmless(&row.split)
+    );
     for side in &row.sides {
         let count: usize = side.pieces.iter().map(|piece| piece.ids.len()).sum();
         let cut = side.pieces.iter().filter(|piece| piece.role == Role::Cut);
@@ -137,10 +151,15 @@ fn piece_text(piece: &Piece, ids: bool) -> String {
     };
     let lines: Vec<String> = if ids {
         let tokens = piece.ids.iter().zip(&piece.tokens);
-        tokens.map(|(id, token)| format!("{id:>7}  {token}")).collect()
+        tokens
+            .map(|(id, token)| format!("{id:>7}  {token}"))
+            .collect()
     } else {
         // A line break at the end is a token's text, too.
-        shortened(&piece.text).split('\n').map(str::to_owned).collect()
+        shortened(&piece.text)
+            .split('\n')
+            .map(str::to_owned)
+            .collect()
     };
     let mut text = String::new();
     for (number, line) in lines.iter().enumerate() {
