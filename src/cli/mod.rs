@@ -161,7 +161,6 @@ fn eprint(text: &str) {
 }
 
 /// Writes to standard output what is rendered already ([`style::paint`](crate::report::style::paint)); colours go only where they are wanted.
-#[expect(dead_code, reason = "used by the next commits")]
 fn print_rendered(text: &str) {
     let _ = anstream::stdout().lock().write_all(text.as_bytes());
 }

@@ -205,3 +205,58 @@ impl PassSizes {
         floats * size_of::<f32>()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Fused, Packing};
+    use super::*;
+    use crate::ml::backend::Backend as _;
+    use crate::ml::loss::Loss as _;
+    use crate::ml::loss::orpo::Orpo;
+    use crate::ml::model::Gradients;
+    use crate::ml::testing::golden;
+
+    /// After a step the pool holds what was estimated, but for a tenth: so a buffer that is added there has to be counted here.
+    #[test]
+    fn the_pool_holds_what_is_estimated() {
+        let rows = golden::rows("trl-1.16");
+        let rows: Vec<_> = rows.iter().take(12).collect();
+        let loss = Orpo { beta: 0.1 };
+        let batch = loss.batch(&rows, 1023).unwrap();
+        let targets = loss.targets(&batch);
+        let (folder, adapter) = (golden::folder("model"), golden::folder("adapter_init"));
+        let arch = Arch::read(&folder).unwrap();
+        let adapter = Adapter::load(&adapter).unwrap();
+        for (compute, checkpointing) in [
+            (DType::F32, false),
+            (DType::F32, true),
+            (DType::BF16, false),
+            (DType::BF16, true),
+        ] {
+            let trained = Trained::Adapter;
+            let model = golden::model("model", Some("adapter_init"), trained, compute);
+            let fused = Fused::new(&model, Packing::default()).unwrap();
+            let pass = Pass::learn(None);
+            let mut forward = fused.forward(&[&batch], pass, checkpointing).unwrap();
+            forward.score(&targets, false).unwrap();
+            let mut gradients = Gradients::none(&model);
+            let grad_logps = vec![0.1; targets.len()];
+            forward.backward(&grad_logps, &mut gradients).unwrap();
+            let sizes = PassSizes::of_files(&arch, Some(&adapter), trained, compute, false);
+            let sizes = sizes.unwrap();
+            assert_eq!(sizes, PassSizes::of_model(&model));
+            let length = PassLength {
+                tokens: Packing::default().tokens(&[&batch]),
+                targets: targets.len(),
+            };
+            let estimate = sizes.learning(length, checkpointing).all();
+            // The head's rows at the targets are no buffers of the pool.
+            let at_targets = 2 * targets.len() * arch.hidden_size * size_of::<f32>();
+            let ratio = (estimate - at_targets) as f64 / fused.pool.bytes() as f64;
+            assert!(
+                (0.9..1.1).contains(&ratio),
+                "{compute:?}, checkpointing {checkpointing}: {ratio}"
+            );
+        }
+    }
+}

@@ -77,6 +77,14 @@ impl Pool {
         }
     }
 
+    /// The bytes of free buffers.
+    #[cfg(test)]
+    pub(super) fn bytes(&self) -> usize {
+        let floats = self.floats.lock().iter().map(Vec::capacity).sum::<usize>();
+        let bits = self.bits.lock().iter().map(Vec::capacity).sum::<usize>();
+        (floats + bits) * size_of::<f32>()
+    }
+
     /// How many buffers are free.
     #[cfg(test)]
     pub(super) fn count(&self) -> usize {

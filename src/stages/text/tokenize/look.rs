@@ -131,7 +131,7 @@ impl Tokenize {
             max_length: usize::MAX,
         };
         let (kept, whole) = watched(watch, 2 * longest(bytes), || {
-            Ok((
+            anyhow::Ok((
                 self.encode(tokenizer, texts, self.truncation())?,
                 self.encode(tokenizer, texts, uncut)?,
             ))

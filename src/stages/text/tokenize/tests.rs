@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::*;
+use crate::stages::text::added::Added;
 use crate::data::table::Writer;
 use crate::data::tokens::read;
 
