@@ -225,10 +225,12 @@ fn mistakes_are_told() {
 /// What a training told when it began, and the notes on it.
 fn beginning(cx: &Context) -> (String, serde_json::Value) {
     let told = cx.events.last();
-    let text = told.iter().find_map(|event| match event {
+    let mut texts = told.iter().filter_map(|event| match event {
         Event::Message { text, .. } => Some(text.clone()),
         _ => None,
     });
+    // The first is what the training will take.
+    let text = texts.nth(1);
     let notes = cx.notes.lock().unwrap();
     let note = |name: &str| notes.get(name).cloned().unwrap_or_default();
     let note = match note("continued_after_step") {

@@ -3,9 +3,9 @@
 use std::path::Path;
 
 use super::*;
-use crate::stages::text::added::Added;
 use crate::data::table::Writer;
 use crate::data::tokens::read;
+use crate::stages::text::added::Added;
 
 const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/model");
 
