@@ -46,6 +46,9 @@ pub trait Backend: Send + Sync {
     /// How many of the first of these micro-batches are best put through the model in one pass: at least one, if there are any.
     fn pass_size(&self, batches: &[&Batch], pass: Pass, checkpointing: bool) -> PassSize;
 
+    /// Says that passes of up to so many tokens are to come, so that buffers get their room at once: buffers that grow leave holes.
+    fn expect(&self, _tokens: usize) {}
+
     /// Runs the model on batches, no more than [`Backend::pass_size`] says, with the adapter or without it as `pass` says. With
     /// `pass.tape` it keeps what [`ForwardPass::backward`] needs; with `checkpointing` only the layers' inputs, from which the backward
     /// computes them again, with the same bits.

@@ -102,6 +102,11 @@ impl<'m> Execution<'m> {
         self.backend.pass_size(batches, pass, checkpointing)
     }
 
+    /// See [`Backend::expect`].
+    pub fn expect(&self, tokens: usize) {
+        self.backend.expect(tokens);
+    }
+
     /// See [`Backend::forward`].
     pub fn forward<'a>(
         &'a self,

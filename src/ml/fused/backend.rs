@@ -151,6 +151,10 @@ impl Backend for Fused<'_> {
         best
     }
 
+    fn expect(&self, tokens: usize) {
+        self.pool.expect(panels(tokens));
+    }
+
     fn forward<'a>(
         &'a self,
         batches: &[&Batch],

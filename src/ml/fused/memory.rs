@@ -258,9 +258,8 @@ mod tests {
             // The head's rows at the targets are no buffers of the pool.
             let at_targets = 2 * targets.len() * arch.hidden_size * size_of::<f32>();
             let ratio = (estimate - at_targets) as f64 / fused.pool.bytes() as f64;
-            eprintln!("{compute:?}, checkpointing {checkpointing}: {ratio}");
             assert!(
-                (0.5..1.5).contains(&ratio),
+                (0.9..1.1).contains(&ratio),
                 "{compute:?}, checkpointing {checkpointing}: {ratio}"
             );
         }

@@ -135,6 +135,8 @@ pub(super) fn run<M: Method>(
     drop(weights);
     let execution = Execution::new(&model, Kind::Fused(packing));
     note_fallback(cx, &execution);
+    let longest = estimate.counts.get("longest_pass").copied();
+    execution.expect(usize::try_from(longest.unwrap_or(0))?);
     if *arguments.cache_frozen_layers {
         cache_frozen_layers(cx, &execution, &[train_rows, &eval_rows])?;
     }
