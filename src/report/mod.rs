@@ -5,6 +5,7 @@
 
 mod json;
 mod log;
+mod look;
 mod progress;
 mod screen;
 pub mod style;
@@ -19,8 +20,9 @@ use std::time::Duration;
 use crate::engine::Event;
 
 pub use json::JsonLines;
+pub use look::{Look, Places, Size, Verbosity, quoted};
 pub use screen::above;
-pub use terminal::{Look, Places, Size, Terminal, Verbosity, quoted};
+pub use terminal::Terminal;
 pub(crate) use text::has_the_store;
 pub use text::{ago, bytes, count, duration, harmless, harmless_json, steers, thousands};
 

@@ -4,6 +4,7 @@
 //! is drawn is erased from there on, and nothing of it is left behind. Everything else that is written to the terminal goes through
 //! [`above`].
 
+use std::fmt::Write as _;
 use std::io::Write;
 use std::sync::{Mutex, PoisonError};
 
@@ -47,7 +48,7 @@ impl<W: Write> Screen<W> {
             text.push_str(&live.join("\n"));
             text.push_str("\u{1b}[?7h\r");
             if below > 0 {
-                text.push_str(&format!("\u{1b}[{below}A"));
+                _ = write!(text, "\u{1b}[{below}A");
             }
         }
         // Somebody closed the terminal: the run goes on.

@@ -2,13 +2,13 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io::Write;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anstyle::Style;
 
 use super::Reporter;
+use super::look::{Look, Places, Verbosity, quoted};
 use super::progress::{Pen, Running};
 use super::screen::Screen;
 use super::style::{BOLD, DIM, ERROR, GOOD, RUNS, WAITS, WARNING, paint, stripped};
@@ -29,45 +29,6 @@ const LONGEST_NAME: usize = 24;
 const LAST_WORDS: usize = 3;
 /// The width of tables where no terminal has one.
 const PLAIN_WIDTH: usize = 140;
-
-/// How much is shown.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Verbosity {
-    /// Warnings and failures.
-    Quiet,
-    /// What people want to know.
-    #[default]
-    Normal,
-    /// Every reason and every metric as well.
-    Verbose,
-}
-
-/// The size of a terminal in columns and lines, asked for before each drawing.
-pub type Size = fn() -> (usize, usize);
-
-/// How events are shown.
-#[derive(Debug, Clone, Default)]
-pub struct Look {
-    /// Whether colours are wanted.
-    pub color: bool,
-    /// Whether more than ASCII can be shown.
-    pub unicode: bool,
-    /// How much is shown.
-    pub verbosity: Verbosity,
-    /// For a terminal that can move its cursor; without, there are only lines that stay.
-    pub size: Option<Size>,
-    /// Set when the user has asked the run to stop.
-    pub stopping: Arc<AtomicBool>,
-}
-
-/// What the events' recipe is called and where its stages stand, for messages.
-#[derive(Debug, Clone, Default)]
-pub struct Places {
-    /// The recipe as a command names it, with what it was given by `--set`.
-    pub recipe: String,
-    /// Where each stage is defined, by its name.
-    pub stages: BTreeMap<String, String>,
-}
 
 /// Shows events to people.
 pub struct Terminal<W: Write> {
@@ -345,9 +306,10 @@ impl<W: Write> Terminal<W> {
         {
             shown.push(Reason::NeverRan.to_string());
         }
-        let reasons = match shown.is_empty() {
-            true => String::new(),
-            false => format!(": {}", shown.join("; ")),
+        let reasons = if shown.is_empty() {
+            String::new()
+        } else {
+            format!(": {}", shown.join("; "))
         };
         // At a terminal a line moves for it, and one stays when it is done; a reason that is worth a word comes before.
         let is_worth_a_line = self.look.size.is_none() || verbose || reasons.len() > 20;
@@ -363,7 +325,8 @@ impl<W: Write> Terminal<W> {
     }
 
     fn stage_failed(&mut self, stage: &str, error: &str, kept: Option<&str>) {
-        let last_rows = self.table.end(stage, self.columns());
+        let columns = self.columns();
+        let last_rows = self.table.end(stage, columns);
         self.finish(stage);
         for row in last_rows {
             self.write(&row);
@@ -476,7 +439,8 @@ impl<W: Write> Terminal<W> {
 
     fn finish(&mut self, stage: &str) {
         if self.look.verbosity > Verbosity::Quiet {
-            for row in self.table.end(stage, self.columns()) {
+            let columns = self.columns();
+            for row in self.table.end(stage, columns) {
                 self.write(&row);
             }
         }
@@ -615,15 +579,6 @@ impl<W: Write> Terminal<W> {
         }
         lines
     }
-}
-
-/// An argument as a shell reads it.
-pub fn quoted(argument: &str) -> String {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "_-./=:,@%+".contains(c);
-    if !argument.is_empty() && argument.chars().all(plain) {
-        return argument.to_owned();
-    }
-    format!("'{}'", argument.replace('\'', r"'\''"))
 }
 
 #[cfg(test)]

@@ -161,6 +161,7 @@ const LAYERS: [Layer; 10] = [
             "pipeline_kernels",
             "serde_yaml",
             "similar",
+            "terminal_size",
         ],
     },
 ];

@@ -1,5 +1,7 @@
 //! `plan`: what `run` would do, one line a stage, with what it is likely to take.
 
+use std::fmt::Write as _;
+
 use serde_json::{Value, json};
 
 use super::run::{check_lock, warn_of_unused};
@@ -143,7 +145,7 @@ fn table(planned: &[Planned<'_>]) -> String {
         let mut costs = String::new();
         for (cell, width) in [(time, times), (size, sizes)] {
             if width > 0 {
-                costs.push_str(&format!("{cell:>width$}  "));
+                _ = write!(costs, "{cell:>width$}  ");
             }
         }
         let margin = names + kinds + 7 + 6 + costs.len();
@@ -151,9 +153,10 @@ fn table(planned: &[Planned<'_>]) -> String {
         let mut why = why.iter();
         let first = why.next().map_or_else(String::new, |why| {
             let why = crate::report::harmless(why);
-            match is_fresh {
-                true => paint(DIM, &why),
-                false => why.into_owned(),
+            if is_fresh {
+                paint(DIM, &why)
+            } else {
+                why.into_owned()
             }
         });
         text.push_str(&head);

@@ -2,6 +2,7 @@
 
 use std::sync::Mutex;
 
+use super::super::look::Size;
 use super::super::width::width;
 use super::*;
 
