@@ -176,11 +176,9 @@ impl Store {
                 })
             };
             let ran = run.stages.values().any(|stage| stage.ran);
-            if !ran && run.outcome == last.outcome && run.stages.iter().all(same) {
-                if let Some(begun) = begun {
-                    fs::remove_file(run_path(&folder, begun.number))?;
-                    begun.end();
-                }
+            // Of a stage that began, people may want the log.
+            let began = ran || begun.is_some();
+            if !began && run.outcome == last.outcome && run.stages.iter().all(same) {
                 return Ok(None);
             }
         }

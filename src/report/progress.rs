@@ -319,7 +319,7 @@ mod tests {
         };
         assert_eq!(
             line("tuned", 120, false),
-            "        *  tuned     #------------------------  126 of 3,000 steps  epoch 0.42  loss 1.235  1.2k tokens/s  3 min 25 s left  1.2 GB"
+            "        *  tuned     ---------------  126 of 3,000 steps  epoch 0.42  loss 1.235  1.2k tokens/s  3 min 25 s left  1.2 GB"
         );
         for columns in 1..250 {
             for name in [

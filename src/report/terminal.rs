@@ -264,7 +264,10 @@ impl<W: Write> Reporter for Terminal<W> {
                 );
                 if self.look.verbosity > Verbosity::Quiet {
                     self.table.interrupt();
-                    self.write(&text);
+                    let columns = self.look.size.map_or(usize::MAX, |_| self.columns());
+                    for line in wrap(&text, columns) {
+                        self.write(&line);
+                    }
                 }
             }
         }

@@ -30,20 +30,23 @@ pub(super) fn cut(text: &str, columns: usize) -> String {
 /// The text in lines of at most so many columns, broken between words; words that are longer stay whole.
 pub(super) fn wrap(text: &str, columns: usize) -> Vec<String> {
     let mut lines = vec![String::new()];
-    let mut used = 0;
-    for word in text.split(' ') {
+    // The columns that are used of the last line, and whether it has a word.
+    let (mut used, mut begun) = (0, false);
+    for (number, word) in text.split(' ').enumerate() {
         let wide = width(word);
-        let last = lines.len() - 1;
-        if used > 0 && used + 1 + wide > columns {
-            lines.push(word.to_owned());
-            used = wide;
-        } else {
-            if !lines[last].is_empty() {
-                lines[last].push(' ');
-                used += 1;
+        if begun && used + 1 + wide > columns {
+            lines.push(String::new());
+            (used, begun) = (0, false);
+        } else if number > 0 {
+            used += 1;
+            if let Some(last) = lines.last_mut() {
+                last.push(' ');
             }
-            lines[last].push_str(word);
-            used += wide;
+        }
+        used += wide;
+        begun |= wide > 0;
+        if let Some(last) = lines.last_mut() {
+            last.push_str(word);
         }
     }
     lines
@@ -62,5 +65,6 @@ mod tests {
         assert_eq!(wrap("one two three", 8), ["one two", "three"]);
         assert_eq!(wrap("a-very-long-word b", 5), ["a-very-long-word", "b"]);
         assert_eq!(wrap("", 5), [""]);
+        assert_eq!(wrap("  a  b", 50), ["  a  b"]);
     }
 }

@@ -203,7 +203,7 @@ fn the_log_of_any_stage_is_there_afterwards() {
     contains(
         &told,
         &[
-            "     done  chats   ",
+            "     done  chats  ",
             "3 stages: 0 fresh, 3 ran in ",
             "   output  chats -> out/chats\n",
             "      try  pipeline show r.yaml chats\n",
@@ -217,7 +217,7 @@ fn the_log_of_any_stage_is_there_afterwards() {
         &[
             "`chats` in run 1, ",
             "     runs  chats (apply_chat_template): first run\n",
-            "     done  chats   ",
+            "     done  chats  ",
         ],
     );
     assert!(!log.contains("pairs ("), "{log}");
