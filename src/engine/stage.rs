@@ -1,13 +1,14 @@
 //! The trait that a new kind of stage implements.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use schemars::JsonSchema;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::reading::{ParseError, read_parameters};
-use super::{Artifact, Context, Estimate, RunEnv};
+use super::{Artifact, Context, Estimate, Position, RunEnv};
 
 /// One kind of stage. The implementing struct is its parameters, and the single source of parsing, defaults, JSON Schema,
 /// reference docs, fingerprint and graph edges.
@@ -60,6 +61,18 @@ pub trait Stage: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'stat
     /// What [`Stage::run`] would take, from the inputs alone; none where nothing is known. It writes nothing.
     fn estimate(&self, _cx: &Context) -> anyhow::Result<Option<Estimate>> {
         Ok(None)
+    }
+
+    /// Where an interrupted run of the stage stopped and the next one goes on, as its scratch folder tells. Reads names and small files
+    /// only.
+    fn position(&self, _scratch: &Path) -> Option<Position> {
+        None
+    }
+
+    /// The same stage on no more than so many of the first rows of local files, so that what is wrong with them is found at once; for a
+    /// stage that reads nothing else.
+    fn on_first_rows(&self, _rows: usize) -> Option<Self> {
+        None
     }
 
     /// Makes the artifact in [`Context::out`]. On an error nothing of it is kept but the scratch folder.

@@ -146,7 +146,7 @@ const LAYERS: [Layer; 10] = [
     Layer {
         name: "report",
         layers: &["engine"],
-        crates: &["anstream", "anstyle", "indicatif"],
+        crates: &["anstream", "anstyle", "humantime", "unicode_width"],
     },
     Layer {
         name: "cli",
@@ -161,6 +161,7 @@ const LAYERS: [Layer; 10] = [
             "pipeline_kernels",
             "serde_yaml",
             "similar",
+            "terminal_size",
         ],
     },
 ];

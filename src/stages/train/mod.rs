@@ -2,9 +2,9 @@
 
 pub mod arguments;
 mod estimate;
+mod first_steps;
 mod inputs;
 pub mod method;
-mod pace;
 mod process;
 mod reference;
 mod run;

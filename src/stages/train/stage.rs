@@ -1,6 +1,7 @@
 //! A training as a stage: the parameters of its method beside those that all trainings have, flat in the recipe.
 
 use std::borrow::Cow;
+use std::path::Path;
 
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::de::Error as _;
@@ -11,7 +12,10 @@ use super::estimate::estimate;
 use super::inputs::Inputs;
 use super::method::Method;
 use super::run::run;
-use crate::engine::{Artifact, Context, Estimate, ParseError, Problem, Stage, read_side_by_side};
+use crate::engine::{
+    Artifact, Context, Estimate, ParseError, Position, Problem, Stage, read_side_by_side,
+};
+use crate::ml::train::newest_checkpoint;
 use crate::stages::artifacts::{Adapter, Model};
 use crate::stages::rules::Rules;
 
@@ -89,6 +93,11 @@ impl<M: Method> Stage for Train<M> {
     fn estimate(&self, cx: &Context) -> anyhow::Result<Option<Estimate>> {
         let inputs = Inputs::read(cx, &self.method, &self.arguments)?;
         estimate(&self.method, &inputs).map(Some)
+    }
+
+    fn position(&self, scratch: &Path) -> Option<Position> {
+        let step = newest_checkpoint(scratch)?;
+        Some(Position::at(step, "steps", scratch))
     }
 
     fn run(&self, cx: &Context) -> anyhow::Result<()> {

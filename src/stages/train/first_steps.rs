@@ -14,13 +14,13 @@ const SHORT: f64 = 60.;
 
 /// Measures the first steps.
 #[derive(Debug, Default)]
-pub(super) struct Pace {
+pub(super) struct FirstSteps {
     /// The first finished step, and when it was.
     first: Option<(u64, Instant)>,
     told: bool,
 }
 
-impl Pace {
+impl FirstSteps {
     /// Takes in a finished step; after some of them tells how long the rest will take, and puts that into the record.
     pub(super) fn step(&mut self, cx: &Context, step: &Step) {
         let Some((first, since)) = self.first else {
