@@ -45,7 +45,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
         verify: args.store.verify,
     };
     let project = Project::open(&args.recipe, &settings)?;
-    crate::cli::commands::run::stop_on_signal(&project.env.cancel)?;
+    crate::cli::commands::run::stop_on_signal(&project.env.cancel, true)?;
     let asked = args.stage.as_deref().map(|name| project.find(name));
     let mut trials = Trials::new(&project, args.rows as usize)?;
     let targets = trials.targets(asked.transpose()?)?;

@@ -205,7 +205,8 @@ impl PassSizes {
             floats += 2 * self.hidden * pass.targets;
         }
         if self.half {
-            floats += (logits + self.hidden * size(1, tokens)) / 2;
+            // As factors, two values in the place of one.
+            floats += logits / 2 + self.hidden * size(1, tokens) / 2;
         }
         floats * size_of::<f32>()
     }

@@ -283,7 +283,7 @@ impl Planned<'_> {
         let weights = bytes.frozen + bytes.trained + reference.frozen + reference.adapter;
         let gradients = bytes.elements * float;
         let largest = bytes.largest * float;
-        let always = vec![
+        let always = [
             ("base of the process", base as usize),
             ("weights", weights),
             ("adapter", bytes.adapter),

@@ -20,7 +20,7 @@ const BASE: u64 = 32 << 20;
 pub(super) fn estimate<M: Method>(method: &M, inputs: &Inputs) -> anyhow::Result<Estimate> {
     let own = match &inputs.reference.0 {
         Source::Own(folder, adapter) if !method.precomputes_reference() => {
-            Some((tied::open(folder)?, adapter.as_ref()))
+            Some((tied::open(folder)?, adapter.as_deref()))
         }
         _ => None,
     };

@@ -64,7 +64,7 @@ pub(super) enum Source {
     /// The trained model without its adapter.
     Base,
     /// A model of its own: its folder, and its adapter if it has one.
-    Own(PathBuf, Option<Adapter>),
+    Own(PathBuf, Option<Box<Adapter>>),
 }
 
 impl Reference {
@@ -74,7 +74,9 @@ impl Reference {
         model: &Path,
         adapter: Option<&Adapter>,
     ) -> anyhow::Result<(Source, &'static str)> {
-        let own = |adapter: Option<&Adapter>| Source::Own(model.to_owned(), adapter.cloned());
+        let own = |adapter: Option<&Adapter>| {
+            Source::Own(model.to_owned(), adapter.cloned().map(Box::new))
+        };
         Ok(match (self, adapter) {
             (Self::None, _) => (Source::None, ""),
             (Self::Initial, Some(adapter)) if changes_nothing(adapter)? => (
@@ -102,7 +104,7 @@ impl Reference {
                     None => "a model of its own",
                 };
                 let own = own.as_deref().map(Adapter::load).transpose()?;
-                (Source::Own(other.to_owned(), own), told)
+                (Source::Own(other.to_owned(), own.map(Box::new)), told)
             }
         })
     }
@@ -129,7 +131,7 @@ impl Loaded {
         let loaded = Llama::load(
             &config,
             &weights,
-            adapter.as_ref(),
+            adapter.as_deref(),
             Trained::Nothing,
             compute,
             &device,
