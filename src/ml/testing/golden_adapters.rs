@@ -18,7 +18,7 @@ use crate::ml::loss::sft::Sft;
 use crate::ml::model::arch::Arch;
 use crate::ml::model::batch::{Batch, Sequence};
 use crate::ml::model::linear::Pass;
-use crate::ml::model::{Gradients, Llama, Trained};
+use crate::ml::model::{CausalLm, Gradients, Trained};
 use crate::ml::quant::nf4::Nf4;
 use crate::ml::quant::quantize;
 use crate::ml::testing::losses;
@@ -65,10 +65,10 @@ fn base(name: &str, scratch: &Path) -> PathBuf {
     out
 }
 
-fn load(base: &Path, adapter: Option<&Adapter>, trained: Trained) -> anyhow::Result<Llama> {
+fn load(base: &Path, adapter: Option<&Adapter>, trained: Trained) -> anyhow::Result<CausalLm> {
     let config = Arch::read(base)?;
     let (weights, device) = (Weights::open(base)?, Device::Cpu);
-    Llama::load(&config, &weights, adapter, trained, DType::F32, &device)
+    CausalLm::load(&config, &weights, adapter, trained, DType::F32, &device)
 }
 
 fn batch() -> Batch {

@@ -24,7 +24,7 @@ use crate::ml::model::batch::{Batch, Sequence};
 use crate::ml::model::linear::Pass;
 use crate::ml::model::tensors::{EMBEDDINGS, HEAD};
 use crate::ml::model::tied;
-use crate::ml::model::{Gradients, Llama, Trained, logits_by_layer};
+use crate::ml::model::{CausalLm, Gradients, Trained, logits_by_layer};
 use crate::ml::quant::quantize;
 use crate::ml::testing::losses;
 use crate::ml::train::save::{save_adapter, save_model};
@@ -104,9 +104,9 @@ fn base(kind: &str, scratch: &Path, sharded: bool) -> PathBuf {
     out
 }
 
-fn load(base: &Path, adapter: Option<&Adapter>, trained: Trained) -> anyhow::Result<Llama> {
+fn load(base: &Path, adapter: Option<&Adapter>, trained: Trained) -> anyhow::Result<CausalLm> {
     let (config, weights) = tied::open(base)?;
-    Llama::load(
+    CausalLm::load(
         &config,
         &weights,
         adapter,
@@ -141,7 +141,7 @@ fn ends(folder: &Path) -> (bool, Vec<&'static str>) {
     (config.tie_word_embeddings, names)
 }
 
-fn gradients_are_near(model: &Llama, case: &str, theirs: &BTreeMap<String, Tensor>) {
+fn gradients_are_near(model: &CausalLm, case: &str, theirs: &BTreeMap<String, Tensor>) {
     let objective: &dyn Loss = &Sft {
         completion_only: false,
     };
@@ -201,7 +201,7 @@ fn models_are_read_as_transformers_reads_them() {
             let base = base(kind, scratch.path(), sharded);
             let (config, _) = tied::open(&base).unwrap();
             assert_eq!(config.tie_word_embeddings, is_tied, "{kind}");
-            let told = tied::told(&base, &config).unwrap();
+            let told = tied::conflict(&base, &config).unwrap();
             assert_eq!(told.is_some(), kind == "different");
             let model = load(&base, None, Trained::Nothing).unwrap();
             let ours = logits(&model, &batch(), Pass::BASE);
@@ -221,7 +221,7 @@ fn models_are_read_as_transformers_reads_them() {
             };
             assert_eq!(ends(out.path()), (is_tied, names), "{kind}");
             let four = load(out.path(), None, Trained::Nothing).unwrap();
-            let head = |model: &Llama| model.head_matrix(Pass::BASE).unwrap().weight;
+            let head = |model: &CausalLm| model.head_matrix(Pass::BASE).unwrap().weight;
             assert!(far(&head(&four), &head(&model)).to_bits() == 0, "{kind}");
         }
     }

@@ -15,7 +15,7 @@ use crate::ml::execution::{Execution, Kind};
 use crate::ml::fused::Packing;
 use crate::ml::io::folder::{METRICS, TRAINER_STATE};
 use crate::ml::model::batch::Row;
-use crate::ml::model::{Llama, Trained, tied};
+use crate::ml::model::{CausalLm, Trained, tied};
 use crate::ml::train::save::{save_adapter, save_model};
 use crate::ml::train::{
     Ending, Job, Origin, Passes, ReferenceModel, Start, Step, compute_dtype, continue_from, train,
@@ -139,7 +139,7 @@ pub(super) fn run<M: Method>(
         None => Trained::Everything,
     };
     let device = Device::Cpu;
-    let model = Llama::load(
+    let model = CausalLm::load(
         &config,
         &weights,
         adapter.as_ref(),
