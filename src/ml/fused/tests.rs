@@ -57,11 +57,8 @@ fn run_dropping(
     let (model, kind) = (execution.model(), execution.kind());
     let rows = rows("trl-1.16");
     // Of unlike lengths, and more than one panel of tokens.
-    let batches = [&[2, 7, 9][..], &[3, 4]].map(|positions_| {
-        let rows: Vec<_> = positions_
-            .iter()
-            .map(|&index: &usize| &rows[index])
-            .collect();
+    let batches = [&[2, 7, 9][..], &[3, 4]].map(|indices: &[usize]| {
+        let rows: Vec<_> = indices.iter().map(|&index| &rows[index]).collect();
         objective.batch(&rows, 1023).unwrap()
     });
     let mut gradients = Gradients::none(model);
@@ -225,10 +222,7 @@ fn a_pass_of_micro_batches_has_a_bound() {
     assert!((1..free).contains(&count(&model, fused(PADDED))));
     assert_eq!(count(&model, Kind::Reference), 1);
     // A larger model keeps more of each token, and less with checkpointing.
-    let (all, inputs) = (
-        layer::saved_bytes(&model, false),
-        layer::saved_bytes(&model, true),
-    );
+    let [all, inputs] = [false, true].map(|inputs| layer::saved_bytes(&model, inputs));
     model.arch.intermediate_size *= 1000;
     assert!(layer::saved_bytes(&model, false) > 100 * all && inputs < all);
     assert!(count(&model, fused(FREE)) < free);

@@ -43,8 +43,7 @@ pub struct Report {
 /// rounded once. Memory holds a few MiB of the result at a time, or one 4-bit tensor.
 ///
 /// With `DoRA` the rows of the sum are scaled to their trained norms (Liu et al. 2024, arXiv 2402.09353, equation 5). Tensors that the
-/// adapter replaces get the type of the model's. As in PEFT, a tied head becomes a tensor of its own if only one of head and embeddings is
-/// replaced.
+/// adapter replaces get the model's type. As in PEFT, a tied head becomes its own tensor if only one of both ends is replaced.
 ///
 /// The weights of a 4-bit model become dense, in the type from which they were quantised, and `quantization_config` is removed (Unsloth
 /// calls this `merged_16bit`). `progress` is called with the bytes of weights used so far and their total, and may stop with an error.

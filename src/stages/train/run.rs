@@ -7,7 +7,7 @@ use anyhow::{Context as _, anyhow, ensure};
 use candle_core::Device;
 
 use super::arguments::TrainingArguments;
-use super::method::{Method, Use};
+use super::method::{Common as _, Method, Use};
 use super::reference::Loaded;
 use crate::engine::Context;
 use crate::ml::adapter::{Adapter, FILE};
@@ -99,6 +99,7 @@ fn precompute_reference(
 pub(super) fn run<M: Method>(
     cx: &Context,
     method: &M,
+    common: &M::Common,
     arguments: &TrainingArguments,
 ) -> anyhow::Result<()> {
     let folder = cx.input(&arguments.model)?;
@@ -106,7 +107,7 @@ pub(super) fn run<M: Method>(
     let adapter_folder = arguments.adapter.as_ref().map(|a| cx.input(a));
     let adapter_folder = adapter_folder.transpose()?;
     let compute = compute_dtype(arguments.bf16, arguments.fp16);
-    let settings = arguments.settings(method.learning_rate(), method.dropout());
+    let settings = arguments.settings(common.learning_rate(), common.dropout());
     let (config, weights) = tied::open(folder)?;
     let pad = pad_id(folder, &config);
     ensure!(
@@ -150,7 +151,7 @@ pub(super) fn run<M: Method>(
     drop(weights);
     let packing = Packing {
         padding_free: arguments.padding_free,
-        share_prompts: method.share_prompts(),
+        share_prompts: common.share_prompts(),
     };
     let execution = Execution::new(&model, Kind::Fused(packing));
     note_fallback(cx, &execution);
