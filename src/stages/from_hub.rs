@@ -195,6 +195,22 @@ impl<'a> Source<'a> {
         Ok(path)
     }
 
+    /// Fetches files into the stage's output, each under its path inside `folder` of the repository.
+    pub(super) fn fetch_to_output(
+        &mut self,
+        folder: &str,
+        mut files: Vec<RemoteFile>,
+    ) -> anyhow::Result<()> {
+        self.expect(&mut files)?;
+        for file in &files {
+            self.cx.check_cancelled()?;
+            let path = self.fetch(file)?;
+            let name = file.path.strip_prefix(folder).unwrap_or(&file.path);
+            place(&path, &self.cx.out().join(name))?;
+        }
+        Ok(())
+    }
+
     /// Makes sure that the cache's files were what had been verified as long as they were read: other programs may write there.
     pub(super) fn unchanged(&self) -> anyhow::Result<()> {
         for (path, before) in &self.fetched {

@@ -4,6 +4,7 @@
 //! costs memory only while it is used. Files are read instead of mapped into memory: if somebody else truncated a mapped file, the
 //! process would die of SIGBUS, where a read returns an error.
 
+mod header;
 mod writer;
 
 use std::collections::BTreeMap;
@@ -18,8 +19,8 @@ use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
 use safetensors::Dtype;
-use safetensors::tensor::Metadata;
 
+pub use header::{Header, TensorInfo};
 pub(in crate::ml) use writer::bytes;
 pub use writer::{Entry, Writer, save};
 
@@ -28,8 +29,6 @@ pub const SINGLE: &str = "model.safetensors";
 /// The index of a sharded model.
 pub const INDEX: &str = "model.safetensors.index.json";
 
-/// The largest header in bytes, which is the limit of the safetensors format.
-const LONGEST_HEADER: u64 = 100_000_000;
 /// The bytes that one thread reads at once.
 const PART: usize = 1 << 21;
 
@@ -237,18 +236,18 @@ impl Weights {
     fn add(&mut self, path: &Path) -> anyhow::Result<()> {
         let mut add = || -> anyhow::Result<()> {
             let file = File::open(path)?;
-            let (header, metadata) =
-                header(&file).context("it is damaged or not a safetensors file")?;
+            let header = Header::read(&file).context("it is damaged or not a safetensors file")?;
             let shard = self.shards.len();
-            let tensors: BTreeMap<_, _> = metadata.tensors().into_iter().collect();
-            for (name, info) in tensors {
+            for (name, info) in header.tensors {
                 let (start, end) = info.data_offsets;
-                let range = (header + start, header + end);
                 let location = TensorLocation {
                     shard,
                     dtype: info.dtype,
-                    shape: info.shape.clone(),
-                    range,
+                    shape: info.shape,
+                    range: (
+                        usize::try_from(header.start + start)?,
+                        usize::try_from(header.start + end)?,
+                    ),
                 };
                 if let Some(earlier) = self.tensors.insert(name.clone(), location) {
                     bail!(
@@ -257,11 +256,10 @@ impl Weights {
                     );
                 }
             }
-            let metadata = metadata.metadata().clone().unwrap_or_default();
             self.shards.push(Shard {
                 path: path.to_path_buf(),
                 file,
-                metadata: metadata.into_iter().collect(),
+                metadata: header.metadata,
             });
             Ok(())
         };
@@ -388,31 +386,6 @@ impl Weights {
             )
         })
     }
-}
-
-/// Reads a file's header. Returns the offset at which the values begin, and the header's contents. It is an error if the tensors don't
-/// fill the rest of the file one after the other.
-fn header(file: &File) -> anyhow::Result<(usize, Metadata)> {
-    let metadata = file.metadata()?;
-    ensure!(metadata.is_file(), "it is not a file");
-    let mut length = [0; 8];
-    (file.read_exact_at(&mut length, 0)).context("it is shorter than a header")?;
-    let length = u64::from_le_bytes(length);
-    let room = metadata.len().saturating_sub(8);
-    ensure!(
-        length <= room.min(LONGEST_HEADER),
-        "it announces a header of {length} bytes"
-    );
-    let mut text = vec![0; usize::try_from(length)?];
-    file.read_exact_at(&mut text, 8)?;
-    let header: Metadata = serde_json::from_slice(&text)?;
-    ensure!(
-        header.data_len() as u64 == room - length,
-        "its header speaks of {} bytes of tensors, but there are {}",
-        header.data_len(),
-        room - length
-    );
-    Ok((8 + text.len(), header))
 }
 
 #[cfg(test)]

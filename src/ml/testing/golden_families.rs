@@ -218,6 +218,31 @@ fn trainings_on_a_4_bit_base_are_those_of_trl() {
 }
 
 #[test]
+fn the_codes_of_4_bit_weights_are_those_of_bitsandbytes() {
+    for family in FAMILIES {
+        let out = tempfile::tempdir().unwrap();
+        let plain = quantize::Settings {
+            double_quant: false,
+            compute_dtype: None,
+        };
+        quantize::quantize(&path(family), out.path(), plain, None, &mut ignore).unwrap();
+        let ours = Weights::open(out.path()).unwrap();
+        let theirs = Weights::open_file(&path(family).join("nf4.safetensors")).unwrap();
+        // A weight's codes and its magnitudes.
+        let layers = Arch::read(&path(family)).unwrap().num_hidden_layers();
+        assert_eq!(theirs.names().len(), 2 * 7 * layers, "{family}");
+        for name in theirs.names() {
+            let [ours, theirs] = [&ours, &theirs].map(|weights| weights.raw(name).unwrap());
+            assert_eq!(
+                ours.bytes().unwrap(),
+                theirs.bytes().unwrap(),
+                "{family}, {name}"
+            );
+        }
+    }
+}
+
+#[test]
 fn merged_models_are_those_of_peft() {
     for family in FAMILIES {
         let (out, golden) = (tempfile::tempdir().unwrap(), golden(family));

@@ -351,3 +351,6 @@ pub(in crate::ml) fn resume(
     }
     Ok(resumed)
 }
+
+#[cfg(test)]
+mod tests;

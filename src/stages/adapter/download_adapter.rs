@@ -62,19 +62,14 @@ impl Stage for DownloadAdapter {
             .filter_map(|file| file.path.strip_prefix(folder.as_str()))
             .collect();
         let chosen = files::choose_files(&names).with_context(refused)?;
-        let mut files = chosen
+        let files = chosen
             .iter()
             .map(|name| {
                 let file = source.file(&format!("{folder}{name}"));
                 file.with_context(|| format!("`{name}` is gone"))
             })
             .collect::<anyhow::Result<Vec<_>>>()?;
-        source.expect(&mut files)?;
-        for (name, file) in chosen.iter().zip(&files) {
-            cx.check_cancelled()?;
-            let path = source.fetch(file)?;
-            place(&path, &cx.out().join(name))?;
-        }
+        source.fetch_to_output(&folder, files)?;
         // Beside it TRL saves the template: in a file of its own, and in older versions among the tokenizer's settings.
         let template = source.file(&format!("{folder}{}", chat_template::FILE));
         let settings = source.file(&format!("{folder}{}", chat_template::TOKENIZER_CONFIG));

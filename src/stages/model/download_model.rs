@@ -11,7 +11,7 @@ use crate::engine::glob::{Star, matches};
 use crate::engine::{Context, Problem, RunEnv, Stage};
 use crate::hub::{RemoteFile, RepoKind};
 use crate::stages::artifacts::Model;
-use crate::stages::from_hub::{Source, check, main_revision, pin, place};
+use crate::stages::from_hub::{Source, check, main_revision, pin};
 
 /// Downloads a model from the Hugging Face hub: configuration, safetensors weights, tokenizer and chat template.
 ///
@@ -52,13 +52,8 @@ impl Stage for DownloadModel {
     fn run(&self, cx: &Context) -> anyhow::Result<()> {
         let mut source = Source::open(cx, RepoKind::Model, &self.repo, &self.revision)?;
         let refused = || format!("the model `{}` can't be used", self.repo);
-        let mut files = self.choose_files(&mut source).with_context(refused)?;
-        source.expect(&mut files)?;
-        for file in &files {
-            cx.check_cancelled()?;
-            let path = source.fetch(file)?;
-            place(&path, &cx.out().join(&file.path))?;
-        }
+        let files = self.choose_files(&mut source).with_context(refused)?;
+        source.fetch_to_output("", files)?;
         source.unchanged()?;
         let checked = files::check(cx.out()).with_context(refused)?;
         super::import_model::tell(cx, &checked).with_context(refused)
@@ -100,6 +95,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
+    use crate::stages::from_hub::place;
     use crate::stages::test_hub::{Gate, HubServer, TOKEN};
 
     const REPO: &str = "some/model";
