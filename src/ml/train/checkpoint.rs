@@ -29,6 +29,12 @@ const TENSORS: &str = "state.safetensors";
 const STATE: &str = "state.json";
 const DIGEST: &str = "digest";
 
+/// The version in a `state.json` of any version.
+#[derive(Deserialize)]
+struct Version {
+    version: u32,
+}
+
 /// The contents of `state.json`. Floats are stored as their bits, so that nothing is rounded.
 #[derive(Serialize, Deserialize)]
 struct Stored {
@@ -227,9 +233,13 @@ fn read_stored(checkpoint: &Path) -> anyhow::Result<Stored> {
     let json = fs::read(checkpoint.join(STATE))?;
     let digest = fs::read_to_string(checkpoint.join(DIGEST))?;
     ensure!(blake3::hash(&json).to_string() == digest, "damaged");
-    let stored: Stored = serde_json::from_slice(&json)?;
-    ensure!(stored.version == VERSION, "another version");
-    Ok(stored)
+    // Another version may have other fields.
+    let Version { version } = serde_json::from_slice(&json)?;
+    ensure!(
+        version == VERSION,
+        "it has another version of the format, {version} instead of {VERSION}"
+    );
+    Ok(serde_json::from_slice(&json)?)
 }
 
 /// Whether an error means that something is missing, truncated or altered. Other errors, such as a missing permission or a failing disk, say
