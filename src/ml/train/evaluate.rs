@@ -47,7 +47,7 @@ pub(super) fn metrics(
 /// The error of rows whose scores are not finite.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NotFinite {
-    /// The indices of the rows, from 0.
+    /// The numbers of the rows, from 1.
     pub rows: Vec<usize>,
 }
 
@@ -114,7 +114,7 @@ pub fn preferences(
         }
         if !odd.is_empty() {
             bail!(NotFinite {
-                rows: odd.into_iter().collect()
+                rows: odd.into_iter().map(|row| row + 1).collect()
             });
         }
         done += rows.len();

@@ -18,7 +18,7 @@ pub struct Fault {
     pub what: &'static str,
     /// Its value.
     pub value: f64,
-    /// The indices of the batch's rows in the split.
+    /// The numbers of the batch's rows in the split, from 1.
     pub rows: Vec<usize>,
     /// The name of the split.
     pub split: String,
@@ -90,10 +90,10 @@ impl<'a> Search<'a> {
         }
     }
 
-    /// The indices in the split of rows that are given by their indices among the training rows.
+    /// The numbers in the split, from 1, of rows that are given by their indices among the training rows.
     pub(super) fn rows(&self, indices: &[usize]) -> Vec<usize> {
         let each = self.origin.rows_each.max(1);
-        let mut rows: Vec<usize> = indices.iter().map(|index| index / each).collect();
+        let mut rows: Vec<usize> = indices.iter().map(|index| index / each + 1).collect();
         rows.dedup();
         rows
     }
