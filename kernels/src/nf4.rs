@@ -1,5 +1,5 @@
 //! The quantisation of weights to NF4 (Dettmers et al. 2023, arXiv 2305.14314, section 3), in blocks of 64 values that share their
-//! largest magnitude. The results equal those of bitsandbytes' CPU path (bitsandbytes/backends/default/ops.py, `quantize_4bit`) bit by bit.
+//! largest magnitude. The results equal those of bitsandbytes' CPU path (`bitsandbytes/backends/default/ops.py`, `quantize_4bit`) bit by bit.
 
 #[cfg(target_arch = "x86_64")]
 mod wide;
@@ -13,7 +13,7 @@ use crate::dispatch::{self, Loop};
 pub const BLOCK: usize = 64;
 
 /// The value of each 4-bit code: quantiles of a normal distribution, scaled to the range from -1 to 1 (Dettmers et al. 2023,
-/// appendix E, in the digits of bitsandbytes/functional.py, `get_4bit_type`).
+/// appendix E, in the digits of `bitsandbytes/functional.py`, `get_4bit_type`).
 pub const CODE: [f32; 16] = [
     -1.0,
     -0.696_192_8,

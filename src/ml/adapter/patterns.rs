@@ -54,7 +54,7 @@ impl Pattern {
 
 /// Numbers for the modules whose paths end with a pattern (`rank_pattern`, `alpha_pattern`).
 ///
-/// The first pattern that matches counts, as in PEFT (`get_pattern_key` in peft/utils/other.py), so their order matters.
+/// The first pattern that matches counts, as in PEFT (`get_pattern_key` in `peft/utils/other.py`), so their order matters.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Patterns<T>(Vec<(Pattern, T)>);
 

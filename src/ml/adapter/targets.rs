@@ -10,7 +10,7 @@ use crate::ml::model::tensors::{is_projection, projection_name};
 
 /// The value of `target_modules` that selects every projection of the layers.
 pub const ALL_LINEAR: &str = "all-linear";
-/// PEFT's default for all families here (`TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING` in peft/utils/constants.py).
+/// PEFT's default for all families here (`TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING` in `peft/utils/constants.py`).
 pub const DEFAULT_TARGETS: [Projection; 2] = [Projection::Q, Projection::V];
 
 /// Names of modules or a regular expression.
@@ -163,7 +163,7 @@ impl Targets {
         })
     }
 
-    /// Decides about the module at `path` (`check_target_module_exists` in peft/tuners/tuners_utils.py).
+    /// Decides about the module at `path` (`check_target_module_exists` in `peft/tuners/tuners_utils.py`).
     pub fn selection(&self, path: &str) -> Selection {
         let excluded = self.exclude.as_ref().and_then(|names| names.selects(path));
         if excluded.is_some() || self.whole.iter().any(|pattern| pattern.matches(path)) {

@@ -12,7 +12,7 @@ use crate::ml::torch_rng::TorchRng;
 
 /// Makes an adapter for the modules that `new` selects, as PEFT selects them.
 ///
-/// Numbers are drawn in PEFT's order (peft/tuners/lora/layer.py, `reset_lora_parameters`), module by module: `nn.Linear` draws A, then B;
+/// Numbers are drawn in PEFT's order (`peft/tuners/lora/layer.py`, `reset_lora_parameters`), module by module: `nn.Linear` draws A, then B;
 /// then A is drawn again and B is set to 0. Without `init_lora_weights` the first draws of both are kept. Embeddings draw normal
 /// numbers, of which those of B are kept.
 ///

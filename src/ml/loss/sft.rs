@@ -129,7 +129,7 @@ pub struct Packed {
 }
 
 /// Packs rows into sequences of at most `length` ids by best fit decreasing, as TRL does (`packing_strategy: bfd`,
-/// trl/data_utils.py, `_pack_bfd`): the longest row first, and each into the fullest sequence that has room. Longer rows are
+/// `trl/data_utils.py`, `_pack_bfd`): the longest row first, and each into the fullest sequence that has room. Longer rows are
 /// truncated at the end. With `completion_only`, rows whose answer is cut off entirely are dropped.
 pub fn pack(rows: Vec<Row>, length: usize, completion_only: bool) -> Packed {
     let mut packed = Packed::default();

@@ -1,4 +1,4 @@
-//! bitsandbytes' 8-bit data type: 256 values that are dense near 0 (Dettmers 2015, arXiv 1511.04561; bitsandbytes/functional.py,
+//! bitsandbytes' 8-bit data type: 256 values that are dense near 0 (Dettmers 2015, arXiv 1511.04561; `bitsandbytes/functional.py`,
 //! `create_dynamic_map`). The moments of 8-bit AdamW and the magnitudes of doubly quantised 4-bit weights are stored in it.
 
 use std::sync::LazyLock;

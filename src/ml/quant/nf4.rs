@@ -1,5 +1,5 @@
 //! 4-bit weights as bitsandbytes stores them: NF4 codes in blocks of 64 values with the largest magnitude of each block, which may be
-//! quantised itself (Dettmers, Pagnoni, Holtzman and Zettlemoyer 2023, arXiv 2305.14314, section 3; bitsandbytes/functional.py,
+//! quantised itself (Dettmers, Pagnoni, Holtzman and Zettlemoyer 2023, arXiv 2305.14314, section 3; `bitsandbytes/functional.py`,
 //! `QuantState`). Reading is here, writing in [`encode`].
 
 pub mod encode;

@@ -29,10 +29,8 @@ impl TensorInfo {
     /// Whether it has as many bytes as its shape and type need.
     fn has_its_size(&self) -> bool {
         let (start, end) = self.data_offsets;
-        let sizes = self.shape.iter().map(|size| *size as u64);
-        let bits = sizes.fold(Some(self.dtype.bitsize() as u64), |bits, size| {
-            bits?.checked_mul(size)
-        });
+        let mut sizes = self.shape.iter().map(|size| *size as u64);
+        let bits = sizes.try_fold(self.dtype.bitsize() as u64, u64::checked_mul);
         let bytes = end.checked_sub(start);
         bits.is_some() && bits == bytes.and_then(|bytes| bytes.checked_mul(8))
     }

@@ -80,7 +80,7 @@ impl<'a> Keys<'a> {
         Ok(ids.into_iter().flatten().collect())
     }
 
-    /// Fails if the gate's activation is not SiLU.
+    /// Fails if the gate's activation is not `SiLU`.
     pub(super) fn check_activation(self) -> anyhow::Result<()> {
         if let Some(act) = self.0.get("hidden_act") {
             // Two names of one function.
