@@ -146,7 +146,7 @@ fn sentence(error: &minijinja::Error) -> String {
 mod tests {
     use super::*;
 
-    fn of(written: &str, row: &str) -> Result<Cell> {
+    fn evaluated(written: &str, row: &str) -> Result<Cell> {
         let Cell::Map(columns) = Cell::parse(row).unwrap() else {
             panic!("{row}");
         };
@@ -157,23 +157,29 @@ mod tests {
     fn texts_are_joined_and_values_kept() {
         let row = r#"{"a": "x", "b": null, "n": 12345678901234567890123, "m": {"q": ["<y>", {"t": [1.0]}]}}"#;
         let text = |text: &str| Cell::Text(text.to_owned());
-        assert_eq!(of("${a}\n\n${m.q[0]}\n", row).unwrap(), text("x\n\n<y>\n"));
-        assert_eq!(of("{{ a | upper }}-{{ b }}", row).unwrap(), text("X-"));
         assert_eq!(
-            of("{% if b %}{{ b }}{% else %}none{% endif %}", row).unwrap(),
+            evaluated("${a}\n\n${m.q[0]}\n", row).unwrap(),
+            text("x\n\n<y>\n")
+        );
+        assert_eq!(
+            evaluated("{{ a | upper }}-{{ b }}", row).unwrap(),
+            text("X-")
+        );
+        assert_eq!(
+            evaluated("{% if b %}{{ b }}{% else %}none{% endif %}", row).unwrap(),
             text("none")
         );
-        assert_eq!(of("m.q[0]", row).unwrap(), text("<y>"));
+        assert_eq!(evaluated("m.q[0]", row).unwrap(), text("<y>"));
         assert_eq!(
-            of("m.q[1]", row).unwrap(),
+            evaluated("m.q[1]", row).unwrap(),
             Cell::parse(r#"{"t": [1.0]}"#).unwrap()
         );
         assert_eq!(
-            of("${n}", row).unwrap(),
+            evaluated("${n}", row).unwrap(),
             Cell::Int(12_345_678_901_234_567_890_123)
         );
-        assert_eq!(of("${b}", row).unwrap(), Cell::Null);
-        assert_eq!(of("{{ a }}\n", row).unwrap(), text("x\n"));
+        assert_eq!(evaluated("${b}", row).unwrap(), Cell::Null);
+        assert_eq!(evaluated("{{ a }}\n", row).unwrap(), text("x\n"));
         assert_eq!(Expression::new("${a} ${m.q}").unwrap().reads, ["a", "m"]);
     }
 
@@ -191,7 +197,7 @@ mod tests {
                 "no value",
             ),
         ] {
-            let error = of(written, r#"{"a": "x", "m": [1]}"#).unwrap_err();
+            let error = evaluated(written, r#"{"a": "x", "m": [1]}"#).unwrap_err();
             assert!(
                 format!("{error:#}").contains(expected),
                 "{written}: {error:#}"

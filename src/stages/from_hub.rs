@@ -104,7 +104,7 @@ impl<'a> Source<'a> {
         let snapshot = Snapshot {
             kind,
             repo: repo.to_owned(),
-            commit: cx.outside(COMMIT)?.to_owned(),
+            commit: cx.external_fact(COMMIT)?.to_owned(),
         };
         let listing = hub.list(&snapshot)?;
         if let Err(error) = hub.remember(&snapshot, revision) {
@@ -229,7 +229,7 @@ impl<'a> Source<'a> {
 fn stat(path: &Path) -> anyhow::Result<Stat> {
     let found = std::fs::metadata(path);
     let found = found.with_context(|| format!("could not read `{}`", path.display()))?;
-    Ok(Stat::of(&found))
+    Ok(Stat::from_metadata(&found))
 }
 
 /// Files up to this size are copied: that costs nothing, and leaves the cache's file alone.

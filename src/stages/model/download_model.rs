@@ -37,7 +37,7 @@ pub struct DownloadModel {
 impl Stage for DownloadModel {
     const KIND: &'static str = "download_model";
     const VERSION: u32 = 1;
-    const HAS_OUTSIDE_FACTS: bool = true;
+    const HAS_EXTERNAL_FACTS: bool = true;
     type Output = Model;
     const BOUNDED: bool = true;
 
@@ -45,7 +45,7 @@ impl Stage for DownloadModel {
         check(&self.repo, &self.revision)
     }
 
-    fn outside(&self, env: &RunEnv) -> anyhow::Result<BTreeMap<String, String>> {
+    fn external_facts(&self, env: &RunEnv) -> anyhow::Result<BTreeMap<String, String>> {
         pin(env, RepoKind::Model, &self.repo, &self.revision)
     }
 
@@ -140,7 +140,7 @@ mod tests {
     /// What the engine does with a stage: the facts from outside, then the run.
     fn run(stage: &DownloadModel, env: &RunEnv, folder: &Path) -> anyhow::Result<Vec<String>> {
         let mut cx = Context::for_test(folder, &[], &[]);
-        cx.outside = stage.outside(env)?;
+        cx.external_facts = stage.external_facts(env)?;
         cx.env = Arc::new(env.clone());
         stage.run(&cx)?;
         let entries = std::fs::read_dir(cx.out()).unwrap().map(Result::unwrap);
@@ -169,7 +169,7 @@ mod tests {
         let env = env(&server, folder.path());
         let stage = stage("repo: some/model");
         assert_eq!(
-            stage.outside(&env).unwrap(),
+            stage.external_facts(&env).unwrap(),
             [("commit".into(), commit)].into()
         );
         let names = run(&stage, &env, folder.path()).unwrap();
@@ -201,7 +201,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let env = env(&server, folder.path());
         let mut cx = Context::for_test(folder.path(), &[], &[]);
-        cx.outside = stage("repo: some/model").outside(&env).unwrap();
+        cx.external_facts = stage("repo: some/model").external_facts(&env).unwrap();
         cx.env = Arc::new(env);
         let mut source = Source::open(&cx, RepoKind::Model, REPO, "main").unwrap();
         let file = source.file("config.json").unwrap();
@@ -325,7 +325,7 @@ mod tests {
         let commit = serve(&server, &golden());
         let folder = tempfile::tempdir().unwrap();
         let mut cx = Context::for_test(folder.path(), &[], &[]);
-        cx.outside = [("commit".to_owned(), commit)].into();
+        cx.external_facts = [("commit".to_owned(), commit)].into();
         cx.env = Arc::new(env(&server, folder.path()));
         cx.control.cancel();
         let error = stage("repo: some/model").run(&cx).unwrap_err();
