@@ -49,7 +49,7 @@ impl Session<'_> {
         let node = &self.graph.nodes[trial.index];
         let mut task = self.trial_task(node, &trial.inputs, trial.folder)?;
         task.params = trial.parameters.clone();
-        task.outside = self.outside(node)?;
+        task.outside = self.external_facts(node)?;
         std::fs::create_dir_all(trial.out())?;
         let control = Control::new(Arc::clone(&self.env.cancel), node.handling.timeout);
         let executor = self.executors.for_stage(&node.handling.resources);

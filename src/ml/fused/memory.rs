@@ -11,7 +11,7 @@ use crate::ml::adapter::Adapter;
 use crate::ml::model::arch::{Arch, Projection, QkNorm};
 use crate::ml::model::linear::Pass;
 use crate::ml::model::tensors::{EMBEDDINGS, layer_path, projection_path};
-use crate::ml::model::{self, Llama, Trained};
+use crate::ml::model::{self, CausalLm, Trained};
 
 /// What of a model decides how much memory a pass takes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,8 +59,8 @@ pub struct PassLength {
 }
 
 /// Bytes that a pass through a model keeps of each token for its backward.
-pub(super) fn kept(model: &Llama, checkpointing: bool) -> usize {
-    PassSizes::of_model(model).kept(checkpointing)
+pub(super) fn saved_bytes(model: &CausalLm, checkpointing: bool) -> usize {
+    PassSizes::of_model(model).saved_bytes(checkpointing)
 }
 
 impl PassSizes {
@@ -80,7 +80,7 @@ impl PassSizes {
     }
 
     /// Those of a model in memory.
-    fn of_model(model: &Llama) -> Self {
+    fn of_model(model: &CausalLm) -> Self {
         let layers = model.layers.get(super::lowest(model)..).unwrap_or_default();
         let ranks = |layer: &model::Layer| {
             let linears = layer.linears().into_iter();
@@ -143,7 +143,7 @@ impl PassSizes {
     }
 
     /// Bytes that a pass keeps of each token for its backward.
-    pub(super) fn kept(&self, checkpointing: bool) -> usize {
+    pub(super) fn saved_bytes(&self, checkpointing: bool) -> usize {
         let all = self.ranks.iter().map(|rank| self.saved(*rank));
         let floats = if checkpointing {
             self.hidden * self.ranks.len() + all.max().unwrap_or(0)
@@ -174,7 +174,7 @@ impl PassSizes {
             working += (2 * i + h + q + 2 * k) / 2;
         }
         PassMemory {
-            kept: self.kept(checkpointing) * size(1, pass.tokens),
+            kept: self.saved_bytes(checkpointing) * size(1, pass.tokens),
             working: working * size(1, pass.tokens) * size_of::<f32>(),
             head: self.head(pass, true),
         }

@@ -132,7 +132,10 @@ impl Unloaded<'_> {
         };
         for tensor in tensors(self.arch) {
             let count = tensor.shape.iter().product::<usize>();
-            all.reading = all.reading.max(count * float);
+            // Embeddings come first, when nothing else is there.
+            if tensor.role != Role::Embeddings {
+                all.reading = all.reading.max(count * float);
+            }
             if self.trained == Trained::Everything {
                 all.trained += count * float;
                 train(&mut all, &tensor.name, count);
@@ -301,7 +304,7 @@ impl Planned<'_> {
         let checkpoint = bytes.elements * float + 2 * bytes.optimizer;
         let saves = total > settings.save_every || keeps_state(settings, total);
         let checkpoint = [("copies", if saves { checkpoint } else { 0 })];
-        let loading = [("copies", 2 * bytes.reading)];
+        let loading = [("copies", bytes.reading)];
         let moments: [Vec<(&'static str, usize)>; 3] = [
             [&always[..], &of_steps, &step].concat(),
             [&always[..], &of_steps, &checkpoint].concat(),

@@ -6,7 +6,7 @@ use anyhow::ensure;
 use candle_core::DType;
 
 use super::arguments::TrainingArguments;
-use super::method::{Method, Prepared, Use};
+use super::method::{Common as _, Method, Prepared, Use};
 use super::reference::Source;
 use crate::engine::Context;
 use crate::ml::adapter::Adapter;
@@ -44,13 +44,14 @@ impl Inputs {
     pub(super) fn read<M: Method>(
         cx: &Context,
         method: &M,
+        common: &M::Common,
         arguments: &TrainingArguments,
     ) -> anyhow::Result<Self> {
         let folder = cx.input(&arguments.model)?;
         let dataset = cx.input(&arguments.dataset)?;
         let adapter_folder = arguments.adapter.as_ref().map(|a| cx.input(a));
         let adapter_folder = adapter_folder.transpose()?;
-        let settings = arguments.settings(method.learning_rate(), method.dropout());
+        let settings = arguments.settings(common.learning_rate(), common.dropout());
         let (arch, weights) = tied::open(folder)?;
         let pad = pad_id(folder, &arch);
         ensure!(
@@ -80,7 +81,7 @@ impl Inputs {
             settings,
             packing: Packing {
                 padding_free: arguments.padding_free,
-                share_prompts: method.share_prompts(),
+                share_prompts: common.share_prompts(),
             },
             compute: compute_dtype(arguments.bf16, arguments.fp16),
             pad,

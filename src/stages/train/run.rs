@@ -18,7 +18,7 @@ use crate::engine::Context;
 use crate::ml::adapter::FILE;
 use crate::ml::execution::{Execution, Kind};
 use crate::ml::io::folder::{METRICS, TRAINER_STATE};
-use crate::ml::model::Llama;
+use crate::ml::model::CausalLm;
 use crate::ml::model::batch::Row;
 use crate::ml::train::save::{save_adapter, save_model};
 use crate::ml::train::{
@@ -103,9 +103,10 @@ fn precompute_reference(
 pub(super) fn run<M: Method>(
     cx: &Context,
     method: &M,
+    common: &M::Common,
     arguments: &TrainingArguments,
 ) -> anyhow::Result<()> {
-    let inputs = Inputs::read(cx, method, arguments)?;
+    let inputs = Inputs::read(cx, method, common, arguments)?;
     let estimate = estimate::estimate(method, &inputs)?;
     estimate::tell(cx, &estimate, &inputs)?;
     let trained = inputs.trained();
@@ -133,7 +134,7 @@ pub(super) fn run<M: Method>(
     };
     let train_rows = &mut train_rows.rows;
     let device = Device::Cpu;
-    let model = Llama::load(&arch, &weights, adapter.as_ref(), trained, compute, &device)?;
+    let model = CausalLm::load(&arch, &weights, adapter.as_ref(), trained, compute, &device)?;
     drop(weights);
     let execution = Execution::new(&model, Kind::Fused(packing));
     note_fallback(cx, &execution);

@@ -151,7 +151,7 @@ impl<'a> Trials<'a> {
         if let Some(done) = self.done.get(&index) {
             return Ok(done.clone());
         }
-        let reads_hub = self.project.graph.nodes[index].stage.has_outside_facts();
+        let reads_hub = self.project.graph.nodes[index].stage.has_external_facts();
         let out = match self.fresh(index).filter(|_| reads_hub) {
             // What came from the hub need not be found there again.
             Some(folder) => {
