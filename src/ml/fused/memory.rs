@@ -242,7 +242,7 @@ mod tests {
             let trained = Trained::Adapter;
             let model = golden::model("model", Some("adapter_init"), trained, compute);
             let fused = Fused::new(&model, Packing::default()).unwrap();
-            let pass = Pass::learn(None);
+            let pass = Pass::train(None);
             let mut forward = fused.forward(&[&batch], pass, checkpointing).unwrap();
             forward.score(&targets, false).unwrap();
             let mut gradients = Gradients::none(&model);

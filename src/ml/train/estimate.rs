@@ -104,13 +104,13 @@ impl Unloaded<'_> {
         if !matrix {
             return Ok(count * DType::F32.size_in_bytes());
         }
-        let nf4 = Nf4::shape_of(self.weights, name)?;
+        let nf4 = Nf4::stored_shape(self.weights, name)?;
         if nf4.is_some() && matches!(role, Role::Projection(_)) {
             return Ok(count.div_ceil(2) + count.div_ceil(BLOCK) * size_of::<f32>());
         }
         let stored = match nf4 {
             Some((_, float)) => Some(float),
-            None => Float::of(self.weights.raw(name)?.dtype),
+            None => Float::from_safetensors(self.weights.raw(name)?.dtype),
         };
         let stored = stored.map_or(DType::F32, Float::dtype);
         let only_rows = role == Role::Embeddings && !self.arch.tie_word_embeddings;
