@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anstyle::Style;
 
 use super::Reporter;
-use super::look::{Look, Places, Verbosity, quoted};
+use super::look::{Look, Places, Verbosity};
 use super::progress::{Pen, Running};
 use super::screen::Screen;
 use super::style::{BOLD, DIM, ERROR, GOOD, RUNS, WAITS, WARNING, paint, stripped};
@@ -237,13 +237,17 @@ impl<W: Write> Reporter for Terminal<W> {
                 saved,
                 interrupted,
             } => {
-                let mut parts = vec![format!("{fresh} fresh"), format!("{ran} ran")];
+                let number = |count: &usize| thousands(*count as u64);
+                let mut parts = vec![
+                    format!("{} fresh", number(fresh)),
+                    format!("{} ran", number(ran)),
+                ];
                 if *failed > 0 {
-                    parts.push(format!("{failed} failed"));
+                    parts.push(format!("{} failed", number(failed)));
                 }
                 if *skipped > 0 {
                     let what = if *interrupted { "finished" } else { "started" };
-                    parts.push(format!("{skipped} not {what}"));
+                    parts.push(format!("{} not {what}", number(skipped)));
                 }
                 let saved = if *saved >= 1.0 {
                     format!("; reusing results saved {}", duration(*saved))
@@ -339,18 +343,18 @@ impl<W: Write> Terminal<W> {
         if let Some(span) = self.places.stages.get(stage) {
             more.push(format!("it is defined at {span}"));
         }
+        // Who looks at the log itself needs no more of it.
+        let is_live = !self.places.recipe.is_empty();
         if let Some(words) = self.last_words.get(stage)
             && !words.is_empty()
+            && is_live
         {
             more.push("the end of its log:".to_owned());
             more.extend(words.iter().map(|words| format!("  {words}")));
         }
-        if !self.places.recipe.is_empty() {
-            let recipe = &self.places.recipe;
-            more.push(format!(
-                "`pipeline log {recipe} {}` shows all of it",
-                quoted(stage)
-            ));
+        if is_live {
+            let command = self.places.command("log", Some(stage));
+            more.push(format!("`{command}` shows all of it"));
         }
         if let Some(kept) = kept {
             more.push(format!("what it wrote is kept in {kept}"));

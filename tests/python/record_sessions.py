@@ -104,7 +104,7 @@ def check(program):
             failures += 1
             print(f"FAILED {message}\n{session.text()}\n")
 
-    moving = re.compile(r"[━╌⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏]|stages, \d|s left| of \d+ steps")
+    moving = re.compile(r"[━╌⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏]|stages, \d|\d s left| of \d+ steps")
     cases = [(f"{columns} columns", {"columns": columns}) for columns in (50, 80, 100, 200)]
     cases.append(("a window that changes", {"columns": 120, "resize": [(1, 60), (2, 200), (3, 50), (5, 90)]}))
     for name, settings in cases:
