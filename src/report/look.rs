@@ -30,6 +30,8 @@ pub struct Look {
     pub verbosity: Verbosity,
     /// For a terminal that can move its cursor; without, there are only lines that stay.
     pub size: Option<Size>,
+    /// The columns for lines that stay where no `size` says it; without, as many as they need.
+    pub columns: Option<usize>,
     /// Set when the user has asked the run to stop.
     pub stopping: Arc<AtomicBool>,
 }

@@ -161,7 +161,11 @@ def record(program, target):
         command = "$ pipeline " + " ".join(arguments)
         (target / f"{name}.txt").write_text(f"{command}\n{text}\n")
         if session.frames:
-            widest = max(session.frames, key=lambda lines: (len(lines), sum(map(len, lines))))
+            # A training shows most.
+            def worth(lines):
+                return any("loss" in line for line in lines), len(lines), sum(map(len, lines))
+
+            widest = max(session.frames, key=worth)
             (target / f"{name}.live.txt").write_text("\n".join(line.rstrip() for line in widest) + "\n")
         print(f"{name}: exit code {session.code}")
     shutil.rmtree(folder)
