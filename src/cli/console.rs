@@ -55,6 +55,7 @@ pub(super) fn look_of_errors(stopping: Arc<AtomicBool>) -> Look {
         verbosity: verbosity(),
         size: moves.then_some(size as fn() -> (usize, usize)),
         stopping,
+        columns: None,
     }
 }
 
