@@ -80,7 +80,15 @@ fn edges(draft: &mut Draft, stages: &[DraftStage], stage: &DraftStage) {
                 "the stage `{}` wants `{}`, but `{}` makes `{}`",
                 stage.name, edge.artifact, producer.name, output
             );
+            // A kind that makes one thing or another, by a parameter of that name.
+            let depends = producer
+                .kind
+                .is_some_and(|kind| draft.parameters(kind).has(&edge.artifact));
             let hint = match makers(&edge.artifact)[..] {
+                _ if depends => format!(
+                    "without `{0}`, `{1}` trains the whole model and makes a `{output}`; with `{0}` it makes an `{0}`",
+                    edge.artifact, producer.name
+                ),
                 [] => {
                     let kinds = draft.kinds.iter();
                     let kinds = kinds.filter(|kind| kind.output == edge.artifact);
