@@ -165,7 +165,11 @@ pub(super) fn optional(mut command: Command) -> Command {
     let others = positionals
         .iter()
         .any(|argument| argument.is_required_set() && *argument.get_id() != id);
-    command = command.mut_arg(id, |argument| {
+    // `mut_arg` would put it behind the others.
+    command = command.mut_args(|argument| {
+        if *argument.get_id() != id {
+            return argument;
+        }
         let help = argument
             .get_help()
             .map(ToString::to_string)

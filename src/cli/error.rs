@@ -60,11 +60,40 @@ fn sentence(word: &str, text: &str, columns: Option<usize>) -> String {
     let Some(columns) = columns else {
         return text + "\n";
     };
-    let options = Options::new(columns.max(2 * NARROWEST))
-        .subsequent_indent("  ")
+    let columns = columns.max(2 * NARROWEST);
+    let mut lines = text.lines().map(|line| match line.strip_prefix("  ") {
+        None => wrapped(line, columns, "", "  "),
+        Some(row) => table_row(row, columns),
+    });
+    lines.by_ref().collect()
+}
+
+fn wrapped(line: &str, columns: usize, first: &str, others: &str) -> String {
+    let options = Options::new(columns)
+        .initial_indent(first)
+        .subsequent_indent(others)
         .word_splitter(WordSplitter::NoHyphenation)
         .break_words(false);
-    fill(&text, options) + "\n"
+    fill(line, options) + "\n"
+}
+
+/// A row of two columns, two spaces or more between them. The second is wrapped below itself, or below the first where there is little
+/// room.
+fn table_row(row: &str, columns: usize) -> String {
+    let Some((first, second)) = row.split_once("  ") else {
+        return wrapped(row, columns, "    ", "      ");
+    };
+    let start = row.len() - second.trim_start().len();
+    let second = second.trim_start();
+    if columns < start + 30 {
+        return format!(
+            "    {first}\n{}",
+            wrapped(second, columns, "      ", "      ")
+        );
+    }
+    let indent = " ".repeat(4 + start);
+    let lines = wrapped(second, columns, &indent, &indent);
+    format!("    {:start$}{}", first, lines.trim_start())
 }
 
 fn hint_line(hint: &str, columns: Option<usize>) -> String {
@@ -282,6 +311,25 @@ hint: did you mean `a`?
         }
         let table = sentence("hint:", "keys:\n  a   b\n  c   d", Some(50));
         assert_eq!(table, "hint: keys:\n    a   b\n    c   d\n");
+        let table = sentence(
+            "hint:",
+            &format!("keys:\n  a   {}", "word ".repeat(12).trim()),
+            Some(40),
+        );
+        let words = "word word word word word word";
+        assert_eq!(
+            table,
+            format!("hint: keys:\n    a   {words}\n        {words}\n")
+        );
+        let narrow = sentence(
+            "hint:",
+            "keys:\n  a_long_key_of_others   here it is",
+            Some(30),
+        );
+        assert_eq!(
+            narrow,
+            "hint: keys:\n    a_long_key_of_others\n      here it is\n"
+        );
     }
 
     #[test]

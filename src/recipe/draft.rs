@@ -34,6 +34,8 @@ pub(crate) struct Draft<'a> {
     pub(crate) through_vars: BTreeMap<RecipePath, String>,
     /// Values that are known to be wrong, so that their types are not looked at.
     pub(crate) broken: BTreeSet<RecipePath>,
+    /// Whether a key at the top is unknown, so that the one that is missing may be meant by it.
+    pub(crate) has_unknown_keys: bool,
     /// What vars and `--set` may still put in.
     left: (usize, usize),
     /// What is known of kinds that occurred.
@@ -52,6 +54,7 @@ impl<'a> Draft<'a> {
             set: BTreeMap::new(),
             through_vars: BTreeMap::new(),
             broken: BTreeSet::new(),
+            has_unknown_keys: false,
             left: MOST_PUT_IN,
             parameters: BTreeMap::new(),
         }
@@ -177,6 +180,7 @@ impl<'a> Draft<'a> {
         }
         for key in map.keys().filter_map(Value::as_str) {
             if !TOP.contains(&key) {
+                self.has_unknown_keys = true;
                 let message = format!("unknown key `{key}`");
                 let hint = match hints::nearest(key, TOP) {
                     Some(known) => format!("did you mean `{known}`?"),

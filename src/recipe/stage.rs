@@ -56,7 +56,7 @@ impl DraftStage {
 pub(crate) fn read(draft: &mut Draft, recipe: &Value) -> Vec<DraftStage> {
     let before = draft.errors.len();
     let section = draft.section(recipe, "stages");
-    if section.is_empty() && draft.errors.len() == before {
+    if section.is_empty() && draft.errors.len() == before && !draft.has_unknown_keys {
         let hint = "as in `stages: { pairs: { import_dataset: { path: pairs.jsonl } } }`";
         draft.key_error(
             &keys(&["stages"]),

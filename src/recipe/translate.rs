@@ -170,6 +170,7 @@ pub fn translate(
         );
     }
     let text = settle(&mut config, &mut outline, kinds)?;
+    silent_keys(&mut config);
     config.carried.sort();
     config
         .lost
@@ -244,7 +245,8 @@ fn training(
 
 /// Keys whose values are ours, and those that have no place.
 fn simple_keys(config: &mut Config<'_>, program: Program) {
-    let all: Vec<String> = config.map.keys().cloned().collect();
+    let mut all: Vec<String> = config.map.keys().cloned().collect();
+    all.sort_by_key(|key| config.line(key));
     for key in all {
         match program.meaning(&key) {
             Some(Meaning::Is(kind, parameter)) => {
@@ -268,6 +270,26 @@ fn simple_keys(config: &mut Config<'_>, program: Program) {
                     program.name()
                 ),
             ),
+        }
+    }
+}
+
+/// Tells of keys that nothing was told of yet.
+fn silent_keys(config: &mut Config<'_>) {
+    let told = |config: &Config<'_>, key: &str| {
+        let carried = config.carried.iter().any(|(_, other, _)| other == key);
+        carried || config.lost.iter().any(|lost| lost.key == key)
+    };
+    for key in config.map.keys() {
+        if told(config, key) {
+            continue;
+        }
+        match config.get(key) {
+            None => config.note(key, "it is empty, so the default counts".to_owned(), false),
+            Some(value) if *value == json!(false) => {
+                config.note(key, "it is off".to_owned(), false);
+            }
+            Some(_) => config.lose(key, "it has no effect in this recipe"),
         }
     }
 }

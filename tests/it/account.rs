@@ -195,7 +195,7 @@ fn a_doctor_tells_what_is_there_and_what_to_do() {
         .find(|path| path.is_dir())
         .unwrap();
     let file = artifact.join("train.parquet");
-    std::fs::set_permissions(&file, PermissionsExt::from_mode(0o644)).unwrap();
+    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o644)).unwrap();
     std::fs::write(&file, "other").unwrap();
     let (_, findings) = doctor(&project, &[]);
     assert_eq!(

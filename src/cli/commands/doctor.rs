@@ -493,6 +493,10 @@ fn remote(root: &Path, offline: bool) -> Finding {
         }
         Err(_) => return Finding::ok("remote", "not looked at"),
     };
+    if let Err(error) = shared.check() {
+        let advice = "runs go on without it; look at its address and credentials";
+        return Finding::new("remote", Level::Warning, format!("{error:#}"), advice);
+    }
     let Some(address) = shared.address().map(str::to_owned) else {
         return Finding::ok("remote", "none: results stay on this machine");
     };

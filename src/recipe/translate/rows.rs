@@ -1,10 +1,11 @@
 //! Where the rows are that other programs train on, and how they are formed.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use serde_json::Value;
 
-use super::{Config, is_local};
+use super::Config;
 use crate::recipe::foreign::Program;
 use crate::recipe::outline::OutlineStage;
 
@@ -46,6 +47,16 @@ pub const CHATML: &str = "\
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
 ";
+
+/// The endings of files with rows.
+const ENDINGS: [&str; 8] = [
+    ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst",
+];
+
+/// Whether a dataset is a file or a folder and not a repository.
+fn is_local(folder: &Path, name: &str) -> bool {
+    super::is_local(folder, name) || ENDINGS.iter().any(|ending| name.ends_with(ending))
+}
 
 /// Reads the datasets of a config.
 pub(super) fn sources(

@@ -155,7 +155,8 @@ pub(super) fn outline(
     tuned = with_all(tuned, config.values_of(&[TRAINING, training]));
     training_values(config, &mut tuned, is_held_out);
     stages.push(tuned);
-    if is_held_out {
+    // Answers alone are scored during the training (`eval_strategy`).
+    if is_held_out && training != "train_sft" {
         let mut scores = OutlineStage::new("scores", "evaluate");
         if has_adapter {
             scores = scores.with("model", beside).with("adapter", "tuned");
@@ -163,10 +164,8 @@ pub(super) fn outline(
             scores.set("model", "tuned".into());
         }
         scores.set("dataset", "tokens".into());
-        match training {
-            "train_dpo" => scores.set("loss", "dpo".into()),
-            "train_sft" => scores.set("loss", "sft".into()),
-            _ => {}
+        if training == "train_dpo" {
+            scores.set("loss", "dpo".into());
         }
         if training == "train_dpo" && !has_adapter {
             scores.set("ref_model", "base".into());
