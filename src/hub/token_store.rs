@@ -3,6 +3,7 @@
 //! `stored_tokens` is what Python's `configparser` writes: a section a token, `hf_token = ..` in it. What else stands there
 //! (`refresh_token`, `expires_at` of logins by the browser) is kept.
 
+use std::fmt::Write as _;
 use std::fs;
 use std::io::{ErrorKind, Write as _};
 use std::os::unix::fs::DirBuilderExt as _;
@@ -100,9 +101,9 @@ impl TokenStore {
         sections.sort();
         let mut text = String::new();
         for (name, fields) in sections {
-            text.push_str(&format!("[{name}]\n"));
+            _ = writeln!(text, "[{name}]");
             for (key, value) in fields {
-                text.push_str(&format!("{key} = {value}\n"));
+                _ = writeln!(text, "{key} = {value}");
             }
             text.push('\n');
         }

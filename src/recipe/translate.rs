@@ -71,7 +71,7 @@ impl Config<'_> {
     }
 
     fn is_on(&self, key: &str) -> bool {
-        self.get(key).is_some_and(|value| is_true(value))
+        self.get(key).is_some_and(is_true)
     }
 
     fn line(&self, key: &str) -> usize {
@@ -302,9 +302,8 @@ fn settle(
 ) -> Result<String, String> {
     loop {
         let rendered = outline.render();
-        let errors = match super::parse(Path::new("recipe"), &rendered.text, &[], kinds) {
-            Ok(_) => return Ok(rendered.text),
-            Err(errors) => errors,
+        let Err(errors) = super::parse(Path::new("recipe"), &rendered.text, &[], kinds) else {
+            return Ok(rendered.text);
         };
         let mut refused = Vec::new();
         for error in &errors.0 {

@@ -146,7 +146,7 @@ const LAYERS: [Layer; 10] = [
     Layer {
         name: "report",
         layers: &["engine"],
-        crates: &["anstream", "anstyle", "indicatif"],
+        crates: &["anstream", "anstyle", "humantime", "unicode_width"],
     },
     Layer {
         name: "cli",

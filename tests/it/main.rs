@@ -63,3 +63,5 @@ mod shrinking;
 mod story;
 #[cfg(test)]
 mod support;
+#[cfg(test)]
+mod terminal;

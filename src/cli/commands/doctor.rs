@@ -1,5 +1,6 @@
 //! `doctor`: what this machine and its surroundings have, and what to do where something is missing.
 
+use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -108,12 +109,11 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
         memory(),
     ];
     findings.extend(devices());
-    let place = match &args.store {
-        Some(store) => Ok(here.join(store)),
-        None => {
-            let real = root.canonicalize().unwrap_or_else(|_| root.clone());
-            own_store(&root, &|path| path.starts_with(&real), "")
-        }
+    let place = if let Some(store) = &args.store {
+        Ok(here.join(store))
+    } else {
+        let real = root.canonicalize().unwrap_or_else(|_| root.clone());
+        own_store(&root, &|path| path.starts_with(&real), "")
     };
     match place {
         Ok(place) => {
@@ -165,7 +165,7 @@ fn line(finding: &Finding) -> String {
         } else {
             HINT
         };
-        text.push_str(&format!("{:22} {}\n", "", paint(style, advice)));
+        _ = writeln!(text, "{:22} {}", "", paint(style, advice));
     }
     text
 }
@@ -319,16 +319,14 @@ fn store(place: &Path, verify: bool) -> Finding {
 }
 
 fn recipe(here: &Path) -> Finding {
-    match default_recipe::find(here) {
-        Some(path) => Finding::ok("recipe", format!("`{}`", path.display())),
-        None => {
-            let found = format!("no `{}` here or in a folder above", default_recipe::NAME);
-            let mut finding = Finding::ok("recipe", found);
-            finding.advice =
-                Some("`pipeline init` writes one; or name recipes on the command line".to_owned());
-            finding
-        }
+    if let Some(path) = default_recipe::find(here) {
+        return Finding::ok("recipe", format!("`{}`", path.display()));
     }
+    let found = format!("no `{}` here or in a folder above", default_recipe::NAME);
+    let mut finding = Finding::ok("recipe", found);
+    let advice = "`pipeline init` writes one; or name recipes on the command line";
+    finding.advice = Some(advice.to_owned());
+    finding
 }
 
 fn hub(offline: bool) -> Vec<Finding> {

@@ -11,6 +11,7 @@ pub(super) mod import;
 pub(super) mod init;
 pub(super) mod kinds;
 pub(super) mod lock;
+pub(super) mod log;
 pub(super) mod login;
 pub(super) mod man;
 pub(super) mod plan;

@@ -68,7 +68,7 @@ pub(super) fn outline(
     for key in ["load_in_4bit", "quantization_bit"] {
         match config.get(key) {
             Some(_) if four_bit == Some(key) && has_adapter => {
-                config.went(key, "a stage `quantize`")
+                config.went(key, "a stage `quantize`");
             }
             Some(value) if *value == json!(false) => config.went(key, "no stage `quantize`"),
             Some(_) if four_bit == Some(key) => {
@@ -210,9 +210,9 @@ fn dataset(
     let (key, mut local, mut remote) = (sources.key, Vec::new(), Vec::new());
     for source in sources.all {
         if source.is_local {
-            local.push(source)
+            local.push(source);
         } else {
-            remote.push(source)
+            remote.push(source);
         }
     }
     let stage = if let Some(first) = remote.first() {
@@ -244,7 +244,7 @@ fn dataset(
                 let mut part =
                     serde_json::Map::from_iter([("path".to_owned(), json!(source.place))]);
                 described(source, |parameter, value| {
-                    _ = part.insert(parameter.to_owned(), value)
+                    _ = part.insert(parameter.to_owned(), value);
                 });
                 Value::Object(part)
             })
@@ -315,7 +315,7 @@ fn training_values(config: &mut Config<'_>, tuned: &mut OutlineStage, is_held_ou
         for key in keys {
             match config.get(key).cloned() {
                 None if config.map.contains_key(key) => {
-                    config.note(key, "it is empty".to_owned(), false)
+                    config.note(key, "it is empty".to_owned(), false);
                 }
                 None => {}
                 Some(value) if value == json!("auto") => {
