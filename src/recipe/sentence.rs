@@ -16,7 +16,7 @@ pub(crate) fn describe(
     parameter: &str,
     kind: &str,
     fault: &Fault,
-    allowed: Option<String>,
+    allowed: &dyn Fn() -> Option<String>,
 ) -> Sentence {
     let subject = if parameter.is_empty() {
         format!("`{kind}`")
@@ -45,7 +45,7 @@ pub(crate) fn describe(
             (format!("unknown parameter {subject}"), Some(hint))
         }
         // serde's own words for a value that is none of several types.
-        Fault::Other(told) if told.contains("did not match any variant") => match allowed {
+        Fault::Other(told) if told.contains("did not match any variant") => match allowed() {
             Some(allowed) => (format!("{subject} must be {allowed}"), None),
             None => (format!("{subject} is of a type that does not fit"), None),
         },

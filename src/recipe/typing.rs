@@ -14,6 +14,9 @@ use super::schema::{Parameter, allowed};
 use super::sentence;
 use super::source_map::{PathStep, RecipePath, child, display, keys, parse};
 
+/// How often a stage's parameters are read for the mistakes inside of them, and the most broken rules that are looked at one by one.
+const MOST_READINGS: usize = 100;
+
 /// A stage's parameters, as far as they could be read.
 pub(crate) struct Typed {
     /// The stage. Where the recipe lacks parameters that it needs, others stand in their places.
@@ -116,7 +119,7 @@ impl Typed {
         path: &RecipePath,
         known: &[RecipePath],
     ) {
-        for problem in self.stage.check() {
+        for (number, problem) in self.stage.check().into_iter().enumerate() {
             let at = below(path, &problem.parameter);
             if known.contains(&at) {
                 continue;
@@ -129,7 +132,7 @@ impl Typed {
                 self.given.contains_key(first)
                     && self.checks_alone(draft, kind, first, &problem.message)
             };
-            if !self.clean && !alone() {
+            if !self.clean && (number >= MOST_READINGS || !alone()) {
                 continue;
             }
             let message = format!(
@@ -199,15 +202,21 @@ pub(crate) fn read_all<T>(
             _ => false,
         };
         if !told {
-            let words = allowed(&parameter);
-            let sentence = sentence::describe(&display(&parameter), name, &error.fault, words);
+            let words = || allowed(&parameter);
+            let sentence = sentence::describe(&display(&parameter), name, &error.fault, &words);
             if matches!(error.fault, Fault::Unknown { .. }) {
                 draft.key_error(&at, sentence.message, sentence.hint);
             } else {
                 draft.value_error(&at, sentence.message, sentence.hint);
             }
         }
-        dropped.insert(take_out(values, &parameter)?);
+        // Each round reads everything anew: of many mistakes the later ones are told by parameters.
+        let depth = if dropped.len() < MOST_READINGS {
+            parameter.len()
+        } else {
+            parameter.len().min(1)
+        };
+        dropped.insert(take_out(values, parameter.get(..depth)?)?);
     }
 }
 

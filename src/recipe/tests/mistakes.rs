@@ -121,7 +121,10 @@ fn stages_and_kinds() {
     );
     wrong(
         &train("dataset: tokens, lora: {rr: 1}"),
-        &["r.yaml:11:49: unknown parameter `lora.rr` of `train_toy` (known are `r`)"],
+        &[
+            "r.yaml:11:48: `lora` of `train_toy` needs `r`",
+            "r.yaml:11:49: unknown parameter `lora.rr` of `train_toy` (known are `r`)",
+        ],
     );
 }
 

@@ -7,6 +7,35 @@ use super::{Config, is_local, is_true};
 use crate::recipe::foreign::{Program, TRAINING};
 use crate::recipe::outline::{Outline, OutlineStage};
 
+/// What a program does where its config is silent and this one would do something else.
+fn defaults(program: Program, kind: &str) -> Vec<(&'static str, Value)> {
+    match (program, kind) {
+        (Program::Axolotl, TRAINING) => vec![
+            ("num_train_epochs", json!(1)),
+            ("per_device_train_batch_size", json!(1)),
+            ("lr_scheduler_type", json!("cosine")),
+        ],
+        (Program::LlamaFactory, TRAINING) => vec![("learning_rate", json!(5e-5))],
+        (Program::LlamaFactory, "tokenize") => vec![("max_length", json!(2048))],
+        _ => Vec::new(),
+    }
+}
+
+fn get<'a>(stage: &'a OutlineStage, parameter: &str) -> Option<&'a Value> {
+    let mut all = stage.parameters.iter();
+    all.find(|(name, _)| name == parameter)
+        .map(|(_, value)| value)
+}
+
+/// Sets what the config does not say.
+fn complete(stage: &mut OutlineStage, program: Program, kind: &str) {
+    for (parameter, value) in defaults(program, kind) {
+        if get(stage, parameter).is_none() {
+            stage.set(parameter, value);
+        }
+    }
+}
+
 /// All stages.
 pub(super) fn outline(
     config: &mut Config<'_>,
@@ -117,6 +146,8 @@ pub(super) fn outline(
         .with("dataset", "chats")
         .with("tokenizer", "base");
     let mut tokens = with_all(tokens, config.values_of(&["tokenize"]));
+    complete(&mut tokens, program, "tokenize");
+    let max_length = get(&tokens, "max_length").cloned();
     if training == "train_dpo" {
         tokens.set("trainer", "dpo".into());
     }
@@ -131,6 +162,10 @@ pub(super) fn outline(
         let mut lora = OutlineStage::new("lora", "attach_lora").with("model", beside);
         lora = with_all(lora, config.values_of(&["attach_lora"]));
         modules(config, &mut lora);
+        if program == Program::LlamaFactory && get(&lora, "lora_alpha").is_none() {
+            let rank = get(&lora, "r").and_then(Value::as_u64).unwrap_or(8);
+            lora.set("lora_alpha", json!(rank.saturating_mul(2)));
+        }
         if let Some(seed) = config.get("seed") {
             lora.set("seed", seed.clone());
         }
@@ -154,6 +189,14 @@ pub(super) fn outline(
     tuned.set("dataset", "tokens".into());
     tuned = with_all(tuned, config.values_of(&[TRAINING, training]));
     training_values(config, &mut tuned, is_held_out);
+    complete(&mut tuned, program, TRAINING);
+    // Sequences are packed to the length that rows have at most.
+    if training == "train_sft"
+        && get(&tuned, "packing").is_some_and(is_true)
+        && let Some(length) = max_length
+    {
+        tuned.set("max_length", length);
+    }
     stages.push(tuned);
     // Answers alone are scored during the training (`eval_strategy`).
     if is_held_out && training != "train_sft" {
