@@ -68,7 +68,7 @@ fn joined<'n>(names: impl IntoIterator<Item = &'n str>, word: &str) -> String {
 
 /// Advice for a parameter that `kind` doesn't have.
 pub(crate) fn parameter(name: &str, kind: &Kind, kinds: &'static [Kind]) -> String {
-    let parameters = Parameters::of(kind);
+    let parameters = Parameters::from_kind(kind);
     let own: Vec<&str> = parameters
         .0
         .iter()
@@ -97,7 +97,7 @@ pub(crate) fn parameter(name: &str, kind: &Kind, kinds: &'static [Kind]) -> Stri
     for wanted in std::iter::once(&name).chain(ours) {
         let holders: Vec<&str> = kinds
             .iter()
-            .filter(|other| other.name != kind.name && Parameters::of(other).has(wanted))
+            .filter(|other| other.name != kind.name && Parameters::from_kind(other).has(wanted))
             .map(|other| other.name)
             .collect();
         if !holders.is_empty() {
