@@ -206,7 +206,7 @@ impl ImportDataset {
         let written = path.as_written();
         let file = files.get(written)?;
         let about = std::fs::metadata(file).ok()?;
-        let format = self.format.file().or(Format::of(file))?;
+        let format = self.format.file().or(Format::of_file(file))?;
         let small = about.len() <= LARGEST_TO_PEEK;
         let is_cheap = match format {
             Format::Parquet | Format::Jsonl | Format::Csv | Format::Tsv => true,
