@@ -1,4 +1,4 @@
-//! A recipe on its way: what is known so far, and the mistakes found.
+//! A recipe while it is read: what is known so far, and the mistakes found.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -15,9 +15,9 @@ use super::source_map::{RecipePath, SourceMap, SourceSpan, child, keys, lines};
 
 /// The keys a recipe may have.
 pub(crate) const TOP: [&str; 5] = ["version", "description", "vars", "stages", "outputs"];
-/// More mistakes than anybody reads.
+/// The largest number of mistakes that are reported.
 const MAX_ERRORS: usize = 100;
-/// The most that vars and `--set` may put in altogether: values, and bytes of texts.
+/// How much vars and `--set` may insert in total: the number of values, and the bytes of texts.
 const MOST_PUT_IN: (usize, usize) = (200_000, 16 << 20);
 
 pub(crate) struct Draft<'a> {
@@ -29,13 +29,13 @@ pub(crate) struct Draft<'a> {
     pub(crate) errors: Vec<RecipeError>,
     /// What `--set` replaced, with the argument.
     pub(crate) set: BTreeMap<RecipePath, String>,
-    /// Values that took in a var that `--set` replaced, with the argument.
+    /// Values that contain a var that `--set` replaced, with the argument.
     pub(crate) through_vars: BTreeMap<RecipePath, String>,
-    /// Values that are known to be wrong, so that their types are not looked at.
+    /// Values already known to be wrong, whose types are not checked.
     pub(crate) broken: BTreeSet<RecipePath>,
-    /// What vars and `--set` may still put in.
+    /// How much vars and `--set` may still insert (see [`MOST_PUT_IN`]).
     left: (usize, usize),
-    /// What is known of kinds that occurred.
+    /// The parameters of the kinds met so far.
     parameters: BTreeMap<&'static str, Rc<Parameters>>,
 }
 
@@ -56,19 +56,19 @@ impl<'a> Draft<'a> {
         }
     }
 
-    /// Whether there are so few mistakes that advice is worth its time.
+    /// Whether there are so few mistakes that computing advice is worthwhile.
     pub(crate) fn gives_advice(&self) -> bool {
         self.errors.len() < 10 * MAX_ERRORS
     }
 
-    /// Takes what a value costs from what may still be put in; a sentence when that is not enough.
+    /// Subtracts the size of a value from what may still be inserted. The error is a sentence.
     pub(crate) fn spend(&mut self, value: &Value) -> Result<(), String> {
         let (mut values, mut bytes) = (0, 0);
         cost(value, &mut values, &mut bytes);
         self.spend_on(values, bytes)
     }
 
-    /// [`Draft::spend`] on so many values and bytes of texts.
+    /// [`Draft::spend`] for this number of values and bytes of texts.
     pub(crate) fn spend_on(&mut self, values: usize, bytes: usize) -> Result<(), String> {
         let (values_left, bytes_left) = self.left;
         match (
@@ -87,7 +87,7 @@ impl<'a> Draft<'a> {
         }
     }
 
-    /// The parameters of a kind, made once.
+    /// The parameters of a kind, which are computed once.
     pub(crate) fn parameters(&mut self, kind: &Kind) -> Rc<Parameters> {
         let own = self.parameters.entry(kind.name);
         Rc::clone(own.or_insert_with(|| Rc::new(Parameters::from_kind(kind))))
@@ -145,7 +145,7 @@ impl<'a> Draft<'a> {
         around(&self.set, path).is_some() || around(&self.through_vars, path).is_some()
     }
 
-    /// Checks the keys at the top. Whether there is something to go on with.
+    /// Checks the top-level keys. Returns whether the rest can be read.
     pub(crate) fn top(&mut self, value: &Value) -> bool {
         let Value::Mapping(map) = value else {
             let (message, span) = match value {
@@ -236,7 +236,7 @@ impl<'a> Draft<'a> {
             self.errors.truncate(MAX_ERRORS);
             self.push(format!("and {more} more mistakes"), None, None, None);
         }
-        // Only now: thousands of mistakes may stand in one long line.
+        // The lines are copied only now, since thousands of mistakes may lie in one long line.
         for error in &mut self.errors {
             let line = error
                 .span

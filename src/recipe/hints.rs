@@ -1,13 +1,13 @@
-//! Did-you-mean: by edit distance, and by what people type for other programs.
+//! Suggestions for misspelt names: by edit distance, and by the names that other programs use.
 
 use crate::engine::Kind;
 
 use super::schema::Parameters;
 
-/// The most names that a sentence lists, and the most characters of each.
+/// The largest number of names that a sentence lists, and of characters of each.
 const MOST_LISTED: usize = 100;
 const LONGEST_NAME: usize = 100;
-/// The most names that one is compared with.
+/// The largest number of names that a name is compared with.
 const MOST_COMPARED: usize = 1000;
 
 /// Spellings of axolotl, LLaMA-Factory, torchtune, AutoTrain, TRL and older versions, with ours. A stage's parameter is
@@ -109,7 +109,7 @@ const SPELLINGS: &[(&str, &[&str])] = &[
     ("max_new_tokens", &["max_new_tokens", "generate_tokens"]),
 ];
 
-/// Things other programs set on a training that are something else here.
+/// Settings that other programs have on a training and that are found elsewhere here.
 const ELSEWHERE: &[(&str, &str)] = &[
     (
         "load_in_4bit",
@@ -215,7 +215,7 @@ const ELSEWHERE: &[(&str, &str)] = &[
     ),
 ];
 
-/// The name most like `name`, when one is near enough to be meant.
+/// The name most similar to `name`, if one is similar enough to be meant.
 pub(crate) fn nearest<'n>(name: &str, known: impl IntoIterator<Item = &'n str>) -> Option<&'n str> {
     if name.len() > 200 {
         return None;
@@ -231,7 +231,7 @@ pub(crate) fn nearest<'n>(name: &str, known: impl IntoIterator<Item = &'n str>) 
     known
         .into_iter()
         .take(MOST_COMPARED)
-        // Bytes may be four a character, and lower case may be longer.
+        // A character has up to four bytes, and lower case may be longer than upper case.
         .filter(|known| known.len() <= 4 * lower.len() + 12)
         .map(|known| {
             let other = known.to_lowercase();
@@ -287,7 +287,7 @@ pub(crate) fn parameter(name: &str, kind: &Kind, kinds: &'static [Kind]) -> Stri
     if let Some(known) = nearest(name, own.iter().copied()) {
         return format!("did you mean `{known}`?");
     }
-    // The same thing in another stage: by our name, or by a foreign one.
+    // Another kind may have the parameter, under our name or under another program's.
     for wanted in std::iter::once(&name).chain(ours) {
         let holders: Vec<&str> = kinds
             .iter()

@@ -1,4 +1,4 @@
-//! What is wrong with a parameter, in words for people.
+//! Describes in words what is wrong with a parameter.
 
 use serde_yaml::Value;
 
@@ -11,7 +11,7 @@ pub(crate) struct Sentence {
     pub(crate) hint: Option<String>,
 }
 
-/// Says that `parameter` of `kind` can't be read.
+/// The message for a `parameter` of `kind` that can't be read.
 pub(crate) fn describe(parameter: &str, kind: &str, fault: &Fault) -> Sentence {
     let subject = if parameter.is_empty() {
         format!("`{kind}`")
@@ -47,7 +47,7 @@ pub(crate) fn describe(parameter: &str, kind: &str, fault: &Fault) -> Sentence {
             };
             (format!("unknown parameter {subject}"), Some(hint))
         }
-        Fault::Other(told) => (format!("{subject} is wrong: {told}"), None),
+        Fault::Other(message) => (format!("{subject} is wrong: {message}"), None),
     };
     Sentence { message, hint }
 }

@@ -1,4 +1,4 @@
-//! The stages of a recipe, each typed on its own, so that a mistake in one hides none in another.
+//! Types the stages of a recipe one by one, so that a mistake in one stage does not hide those in another.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use super::sentence::{self, noun};
 use super::source_map::{PathStep, RecipePath, child, display, keys, parse};
 use super::{Edge, SourceFile};
 
-/// Keys beside the kind that are kept free for what is to come.
+/// Keys beside the kind that are reserved for future settings.
 const RESERVED: [&str; 8] = [
     "cache",
     "description",
@@ -41,7 +41,7 @@ pub(crate) struct DraftStage {
 }
 
 impl DraftStage {
-    /// The noun of what it makes; a stage that could not be typed counts as making what its kind usually makes.
+    /// The noun of the artifact it makes; for a stage that could not be typed, that of its kind's usual artifact.
     pub(crate) fn output(&self) -> Option<&'static str> {
         match &self.typed {
             Some(stage) => Some(stage.output()),
@@ -132,7 +132,7 @@ fn stage(draft: &mut Draft, name: String, path: &RecipePath, value: &Value) -> D
     staged
 }
 
-/// Reads the runner's own keys beside the kind. Each is read alone, so that a mistake in one hides none in another.
+/// Reads the runner's settings beside the kind, one by one, so that a mistake in one does not hide those in another.
 fn handling(draft: &mut Draft, name: &str, path: &RecipePath, value: &Value) -> Handling {
     let mut handling = Handling::default();
     for key in HANDLING {
@@ -168,7 +168,7 @@ fn handling(draft: &mut Draft, name: &str, path: &RecipePath, value: &Value) -> 
     handling
 }
 
-/// The path of a parameter as a stage names it.
+/// The path in the recipe of a stage's parameter.
 fn below(stage: &RecipePath, parameter: &str) -> RecipePath {
     let mut path = stage.clone();
     match parse(parameter) {
@@ -269,8 +269,8 @@ fn kind(draft: &mut Draft, name: &str, path: &RecipePath, value: &Value) -> Opti
     found
 }
 
-/// Types the parameters, telling every mistake in them. Wrong ones are left out and the rest is read again, so the second
-/// value says whether all that the kind has are in the typed stage.
+/// Types the parameters and reports every mistake in them. Wrong parameters are left out and the rest is read again; the second value
+/// says whether none was left out.
 fn typed(
     draft: &mut Draft,
     kind: &'static Kind,
@@ -340,13 +340,13 @@ fn typed(
     }
 }
 
-/// Tells every empty text and name among the parameters: none of them means anything. Returns where they are.
+/// Reports every empty text or name among the parameters, since none has a meaning. Returns their paths.
 fn empty(draft: &mut Draft, kind: &Kind, path: &RecipePath, value: &Value) -> Vec<RecipePath> {
     let mut found = Vec::new();
     let mut open = vec![(path.clone(), value)];
     while let Some((at, value)) = open.pop() {
         match value {
-            // A tab may stand between the values of a line.
+            // A tab is a valid separator of values.
             Value::String(text) if text.trim().is_empty() && text != "\t" => found.push(at),
             Value::Sequence(values) => {
                 let values = values.iter().enumerate();
@@ -410,7 +410,7 @@ fn edges_and_files(draft: &Draft, stage: &mut DraftStage, params: &serde_json::V
     }
 }
 
-/// A value as JSON, which has no numbers but finite ones: where there is another, the error is its path below `at`.
+/// A value as JSON. JSON has only finite numbers; the error is the path, below `at`, of a number that is not finite.
 fn json(value: &Value, at: RecipePath) -> Result<serde_json::Value, RecipePath> {
     Ok(match value {
         Value::Null => serde_json::Value::Null,
@@ -432,7 +432,7 @@ fn json(value: &Value, at: RecipePath) -> Result<serde_json::Value, RecipePath> 
             serde_json::Value::Array(values.collect::<Result<_, _>>()?)
         }
         Value::Mapping(map) => {
-            // Reading refuses keys that are no texts, and tags.
+            // Keys that are not texts, and tags, were refused when the recipe was read.
             let entries = map
                 .iter()
                 .filter_map(|(key, value)| Some((key.as_str()?, value)));
@@ -446,7 +446,7 @@ fn json(value: &Value, at: RecipePath) -> Result<serde_json::Value, RecipePath> 
     })
 }
 
-/// Says of a number that it is not finite.
+/// Reports a number that is not finite.
 fn not_finite(draft: &mut Draft, stage: &RecipePath, kind: &str, at: &RecipePath) {
     let parameter = display(at.get(stage.len()..).unwrap_or_default());
     let message = format!("`{parameter}` of `{kind}` must be a finite number");

@@ -1,4 +1,4 @@
-//! Mistakes in a recipe's text, in words.
+//! Describes in words the mistakes in a recipe's YAML syntax.
 
 use super::source_map::SourceSpan;
 
@@ -9,12 +9,12 @@ pub(super) struct Mistake {
     pub(super) hint: Option<String>,
 }
 
-/// Stands before our own sentences in the parser's errors; `|` parts the hint.
+/// The prefix of our own messages in the parser's errors. A `|` separates the message from the hint.
 pub(super) const OURS: &str = "$ours ";
 
 /// A sentence for an error of the YAML parser.
 pub(super) fn syntax(error: &serde_yaml::Error, lines: &[&str]) -> Mistake {
-    // The end of the text may be told as the start of a line behind the last one.
+    // The parser may give the end of the text as the start of a line after the last one.
     let span = error.location().map(|location| {
         if location.line() <= lines.len() {
             SourceSpan {
@@ -31,7 +31,7 @@ pub(super) fn syntax(error: &serde_yaml::Error, lines: &[&str]) -> Mistake {
         }
     });
     let text = error.to_string();
-    // The innermost sentence: paths come before it, the span and the parser's context behind.
+    // Takes the innermost message: the path comes before it, the position and the parser's context after it.
     let (problem, context) = text.split_once(", ").unwrap_or((&text, ""));
     let problem = problem.split(" at line ").next().unwrap_or_default();
     let at = span.and_then(|span| lines.get(span.line - 1)?.chars().nth(span.column - 1));
@@ -75,7 +75,7 @@ pub(super) fn syntax(error: &serde_yaml::Error, lines: &[&str]) -> Mistake {
     }
 }
 
-/// Whether a line has a var without quotes inside brackets, where its brace begins a map.
+/// Whether a line has an unquoted var inside brackets, where its brace starts a map.
 fn unquoted_var(line: Option<&str>) -> bool {
     let line = line.unwrap_or_default();
     line.match_indices("${").any(|(at, _)| {
