@@ -54,7 +54,7 @@ impl Rows {
             form,
             ours,
             others,
-            messages,
+            message,
         } = reading;
         let mut fields = Vec::new();
         let mut steps = Vec::new();
@@ -81,7 +81,7 @@ impl Rows {
         let (bytes, others): (Vec<String>, Vec<String>) =
             others.into_iter().partition(|name| union.is_bytes(name));
         fields.extend(others.iter().map(|name| union.field(name)));
-        let mut messages: Vec<String> = messages.into_iter().collect();
+        let mut messages: Vec<String> = message.into_iter().collect();
         if !bytes.is_empty() {
             messages.push(format!(
                 "left out, because they hold bytes: {}",
