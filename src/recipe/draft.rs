@@ -1,4 +1,4 @@
-//! A recipe while it is read: what is known so far, and the mistakes found.
+//! A recipe on its way: what is known so far, and the mistakes found.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -9,15 +9,16 @@ use serde_yaml::Value;
 use crate::engine::Kind;
 
 use super::error::{RecipeError, RecipeErrors};
+use super::foreign;
 use super::hints;
 use super::schema::Parameters;
 use super::source_map::{RecipePath, SourceMap, SourceSpan, child, keys, lines};
 
 /// The keys a recipe may have.
 pub(crate) const TOP: [&str; 5] = ["version", "description", "vars", "stages", "outputs"];
-/// The largest number of mistakes that are reported.
+/// More mistakes than anybody reads.
 const MAX_ERRORS: usize = 100;
-/// How much vars and `--set` may insert in total: the number of values, and the bytes of texts.
+/// The most that vars and `--set` may put in altogether: values, and bytes of texts.
 const MOST_PUT_IN: (usize, usize) = (200_000, 16 << 20);
 
 pub(crate) struct Draft<'a> {
@@ -29,13 +30,15 @@ pub(crate) struct Draft<'a> {
     pub(crate) errors: Vec<RecipeError>,
     /// What `--set` replaced, with the argument.
     pub(crate) set: BTreeMap<RecipePath, String>,
-    /// Values that contain a var that `--set` replaced, with the argument.
+    /// Values that took in a var that `--set` replaced, with the argument.
     pub(crate) through_vars: BTreeMap<RecipePath, String>,
-    /// Values already known to be wrong, whose types are not checked.
+    /// Values that are known to be wrong, so that their types are not looked at.
     pub(crate) broken: BTreeSet<RecipePath>,
-    /// How much vars and `--set` may still insert (see [`MOST_PUT_IN`]).
+    /// Whether a key at the top is unknown, so that the one that is missing may be meant by it.
+    pub(crate) has_unknown_keys: bool,
+    /// What vars and `--set` may still put in.
     left: (usize, usize),
-    /// The parameters of the kinds met so far.
+    /// What is known of kinds that occurred.
     parameters: BTreeMap<&'static str, Rc<Parameters>>,
 }
 
@@ -51,24 +54,25 @@ impl<'a> Draft<'a> {
             set: BTreeMap::new(),
             through_vars: BTreeMap::new(),
             broken: BTreeSet::new(),
+            has_unknown_keys: false,
             left: MOST_PUT_IN,
             parameters: BTreeMap::new(),
         }
     }
 
-    /// Whether there are so few mistakes that computing advice is worthwhile.
+    /// Whether there are so few mistakes that advice is worth its time.
     pub(crate) fn gives_advice(&self) -> bool {
         self.errors.len() < 10 * MAX_ERRORS
     }
 
-    /// Subtracts the size of a value from what may still be inserted. The error is a sentence.
+    /// Takes what a value costs from what may still be put in; a sentence when that is not enough.
     pub(crate) fn spend(&mut self, value: &Value) -> Result<(), String> {
         let (mut values, mut bytes) = (0, 0);
         cost(value, &mut values, &mut bytes);
         self.spend_on(values, bytes)
     }
 
-    /// [`Draft::spend`] for this number of values and bytes of texts.
+    /// [`Draft::spend`] on so many values and bytes of texts.
     pub(crate) fn spend_on(&mut self, values: usize, bytes: usize) -> Result<(), String> {
         let (values_left, bytes_left) = self.left;
         match (
@@ -87,7 +91,7 @@ impl<'a> Draft<'a> {
         }
     }
 
-    /// The parameters of a kind, which are computed once.
+    /// The parameters of a kind, made once.
     pub(crate) fn parameters(&mut self, kind: &Kind) -> Rc<Parameters> {
         let own = self.parameters.entry(kind.name);
         Rc::clone(own.or_insert_with(|| Rc::new(Parameters::from_kind(kind))))
@@ -145,7 +149,7 @@ impl<'a> Draft<'a> {
         around(&self.set, path).is_some() || around(&self.through_vars, path).is_some()
     }
 
-    /// Checks the top-level keys. Returns whether the rest can be read.
+    /// Checks the keys at the top. Whether there is something to go on with.
     pub(crate) fn top(&mut self, value: &Value) -> bool {
         let Value::Mapping(map) = value else {
             let (message, span) = match value {
@@ -156,8 +160,27 @@ impl<'a> Draft<'a> {
             self.push(message.to_owned(), span, None, Some(hint));
             return false;
         };
+        if let Some(program) = foreign::recognise(map) {
+            let span = SourceSpan {
+                line: 1,
+                column: 1,
+                length: 1,
+            };
+            let span = self.source_map.first().unwrap_or(span);
+            let message = format!("this is a config of {}, not a recipe", program.name());
+            let hint = format!(
+                "`pipeline import {} {}` makes a recipe of it. Where its keys are in a recipe (`training` is train_sft, train_orpo or \
+                 train_dpo):{}",
+                program.argument(),
+                self.file.display(),
+                foreign::table(program, map)
+            );
+            self.push(message, Some(span), None, Some(hint));
+            return false;
+        }
         for key in map.keys().filter_map(Value::as_str) {
             if !TOP.contains(&key) {
+                self.has_unknown_keys = true;
                 let message = format!("unknown key `{key}`");
                 let hint = match hints::nearest(key, TOP) {
                     Some(known) => format!("did you mean `{known}`?"),
@@ -216,7 +239,17 @@ impl<'a> Draft<'a> {
                 .collect(),
             Some(other) => {
                 let found = super::sentence::noun(other);
-                self.value_error(&path, format!("`{name}` must be a map, not {found}"), None);
+                let hint = match name {
+                    "stages" => {
+                        "each stage has a name in place of a dash: `pairs: { import_dataset: { .. } }`"
+                    }
+                    "vars" => "as in `vars: { seed: 42 }`",
+                    _ => {
+                        "as in `outputs: { merged: out/merged }`: the name of a stage and a folder"
+                    }
+                };
+                let message = format!("`{name}` must be a map, not {found}");
+                self.value_error(&path, message, Some(hint.to_owned()));
                 Vec::new()
             }
         }
@@ -236,7 +269,7 @@ impl<'a> Draft<'a> {
             self.errors.truncate(MAX_ERRORS);
             self.push(format!("and {more} more mistakes"), None, None, None);
         }
-        // The lines are copied only now, since thousands of mistakes may lie in one long line.
+        // Only now: thousands of mistakes may stand in one long line.
         for error in &mut self.errors {
             let line = error
                 .span

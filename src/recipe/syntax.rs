@@ -1,4 +1,4 @@
-//! Describes in words the mistakes in a recipe's YAML syntax.
+//! Mistakes in a recipe's text, in words.
 
 use super::source_map::SourceSpan;
 
@@ -9,12 +9,12 @@ pub(super) struct Mistake {
     pub(super) hint: Option<String>,
 }
 
-/// The prefix of our own messages in the parser's errors. A `|` separates the message from the hint.
+/// Stands before our own sentences in the parser's errors; `|` parts the hint.
 pub(super) const OURS: &str = "$ours ";
 
 /// A sentence for an error of the YAML parser.
 pub(super) fn syntax(error: &serde_yaml::Error, lines: &[&str]) -> Mistake {
-    // The parser may give the end of the text as the start of a line after the last one.
+    // The end of the text may be told as the start of a line behind the last one.
     let span = error.location().map(|location| {
         if location.line() <= lines.len() {
             SourceSpan {
@@ -31,7 +31,7 @@ pub(super) fn syntax(error: &serde_yaml::Error, lines: &[&str]) -> Mistake {
         }
     });
     let text = error.to_string();
-    // Takes the innermost message: the path comes before it, the position and the parser's context after it.
+    // The innermost sentence: paths come before it, the span and the parser's context behind.
     let (problem, context) = text.split_once(", ").unwrap_or((&text, ""));
     let problem = problem.split(" at line ").next().unwrap_or_default();
     let at = span.and_then(|span| lines.get(span.line - 1)?.chars().nth(span.column - 1));
@@ -64,7 +64,7 @@ pub(super) fn syntax(error: &serde_yaml::Error, lines: &[&str]) -> Mistake {
         } else if unquoted_var(span.and_then(|span| lines.get(span.line - 1)).copied()) {
             "a var needs quotes inside `{ }` and `[ ]`: `\"${name}\"`".to_owned()
         } else {
-            context.to_owned()
+            unclosed(context)
         };
         (format!("this is not valid YAML: {problem}"), hint)
     };
@@ -75,7 +75,23 @@ pub(super) fn syntax(error: &serde_yaml::Error, lines: &[&str]) -> Mistake {
     }
 }
 
-/// Whether a line has an unquoted var inside brackets, where its brace starts a map.
+/// The parser's context in words: a bracket that is not closed.
+fn unclosed(context: &str) -> String {
+    let flow = [
+        ("while parsing a flow mapping at ", '{', '}'),
+        ("while parsing a flow sequence at ", '[', ']'),
+    ];
+    for (told, open, close) in flow {
+        if let Some(place) = context.strip_prefix(told) {
+            return format!(
+                "the `{open}` at {place} has no `{close}`, or a comma is missing behind it"
+            );
+        }
+    }
+    context.to_owned()
+}
+
+/// Whether a line has a var without quotes inside brackets, where its brace begins a map.
 fn unquoted_var(line: Option<&str>) -> bool {
     let line = line.unwrap_or_default();
     line.match_indices("${").any(|(at, _)| {
