@@ -3,6 +3,7 @@
 //! A reporter hears of events one by one; it knows the engine's events and nothing else. A new one is a file with an
 //! implementation of [`Reporter`].
 
+mod frame;
 mod json;
 mod log;
 mod look;
