@@ -1,4 +1,4 @@
-//! What was noticed about rows that were rendered, for the record and for the user.
+//! Counts of observations about rendered rows, for the record and for the user.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -9,7 +9,7 @@ use crate::engine::Context;
 use crate::stages::lints;
 use crate::text::chat::Rendered;
 
-/// Rows of one kind, and the first of them.
+/// The number of rows of one kind, and the first of them.
 #[derive(Default)]
 struct Seen {
     rows: usize,
@@ -28,7 +28,7 @@ impl Seen {
     }
 }
 
-/// What goes into the record.
+/// The counts in the record.
 #[derive(Default)]
 pub(crate) struct Counts {
     pub(crate) rows: BTreeMap<String, usize>,
