@@ -21,6 +21,7 @@ mod settings;
 mod tls;
 
 pub use client::{Hub, Watch};
+pub use http::agent_for;
 pub use listing::Listing;
 pub use names::{RemoteFile, RepoKind, Snapshot};
 pub use proxies::Proxies;

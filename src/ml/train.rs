@@ -4,6 +4,7 @@
 //! checkpoints, a stopped or killed training goes on where it was and ends with the same bits.
 
 pub(super) mod best;
+pub mod bootstrap;
 pub(in crate::ml) mod checkpoint;
 pub mod evaluate;
 mod fault;

@@ -3,11 +3,16 @@
 //! A reporter hears of events one by one; it knows the engine's events and nothing else. A new one is a file with an
 //! implementation of [`Reporter`].
 
+pub mod chart;
 mod json;
 mod log;
+pub mod page;
+pub mod sparkline;
 pub mod style;
+pub mod tensorboard;
 mod terminal;
 mod text;
+pub mod tracking;
 
 use std::sync::mpsc::Receiver;
 use std::time::Duration;

@@ -35,6 +35,8 @@ mod lock;
 #[cfg(test)]
 mod longer;
 #[cfg(test)]
+mod looking;
+#[cfg(test)]
 mod mistakes;
 #[cfg(test)]
 mod outputs;
