@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::gather::stages::unmarked;
 use super::gather::{moment, now, plain};
 use super::project::Project;
-use super::{Failure, eprint, variable};
+use super::{Failure, eprint_warning, variable};
 use crate::hub::{HubSettings, agent_for};
 use crate::recipe::RecipeStage;
 use crate::report::tracking::{Credentials, EventFiles, Mlflow, Tracker, Tracking, Trackio};
@@ -27,8 +27,8 @@ pub(super) fn tracking(project: &Project, name: Option<&str>) -> Result<Tracking
                 Ok(tracker) => tracking
                     .add(&stage.name, tracker)
                     .map_err(anyhow::Error::from)?,
-                Err(error) => eprint(&format!(
-                    "warning: the numbers of `{}` are not sent to {service}: {error:#}\n",
+                Err(error) => eprint_warning(&format!(
+                    "the numbers of `{}` are not sent to {service}: {error:#}",
                     stage.name
                 )),
             }

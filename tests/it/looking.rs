@@ -28,7 +28,9 @@ fn twice() -> Project {
     let logging = ["--set", "stages.tuned.train_orpo.logging_steps=1"];
     project.succeeds(&short(&["run", QUICKSTART], &logging));
     project.succeeds(&short(
-        &["run", QUICKSTART, "--name", "wide", "--tag", "keep", "--tag", "beta"],
+        &[
+            "run", QUICKSTART, "--name", "wide", "--tag", "keep", "--tag", "beta",
+        ],
         &[&BETA[..], &logging].concat(),
     ));
     project
@@ -36,9 +38,13 @@ fn twice() -> Project {
 
 /// The lines of a CSV table, by the names of its columns.
 fn csv(text: &str) -> Vec<std::collections::BTreeMap<String, String>> {
-    let mut lines = text.lines().map(|line| line.split(',').map(str::to_owned).collect::<Vec<_>>());
+    let mut lines = text
+        .lines()
+        .map(|line| line.split(',').map(str::to_owned).collect::<Vec<_>>());
     let head = lines.next().unwrap();
-    lines.map(|line| head.iter().cloned().zip(line).collect()).collect()
+    lines
+        .map(|line| head.iter().cloned().zip(line).collect())
+        .collect()
 }
 
 #[test]
@@ -49,46 +55,89 @@ fn two_runs_are_shown_compared_drawn_and_exported() {
     let table = project.succeeds(&["runs", QUICKSTART]);
     let lines: Vec<&str> = table.lines().collect();
     assert_eq!(lines.len(), 3, "{table}");
-    for column in ["name", "tags", "tuned.beta", "scores.rewards/accuracies", "tuned.loss"] {
+    for column in [
+        "name",
+        "tags",
+        "tuned.beta",
+        "scores.rewards/accuracies",
+        "tuned.loss",
+    ] {
         assert!(lines[0].contains(column), "{table}");
     }
     assert!(!lines[0].contains("tuned.learning_rate"), "{table}");
-    assert!(lines[1].starts_with("2") && lines[1].contains("wide"), "{table}");
-    assert!(lines[1].contains("beta keep") && lines[1].contains("0.2"), "{table}");
-    let runs: Value = serde_json::from_str(&project.succeeds(&["runs", QUICKSTART, "--json"])).unwrap();
+    assert!(
+        lines[1].starts_with("2") && lines[1].contains("wide"),
+        "{table}"
+    );
+    assert!(
+        lines[1].contains("beta keep") && lines[1].contains("0.2"),
+        "{table}"
+    );
+    let runs: Value =
+        serde_json::from_str(&project.succeeds(&["runs", QUICKSTART, "--json"])).unwrap();
     assert_eq!(runs[0]["name"], "wide");
     assert_eq!(runs[0]["parameters"]["tuned.beta"], 0.2);
     assert_eq!(runs[1]["parameters"]["tuned.beta"], 0.1);
     let losses = csv(&project.succeeds(&["runs", QUICKSTART, "--csv"]));
     let loss: f64 = losses[0]["tuned.loss"].parse().unwrap();
     assert_eq!(runs[0]["metrics"]["tuned.loss"].as_f64().unwrap(), loss);
-    let sorted = project.succeeds(&["runs", QUICKSTART, "--sort", "tuned.beta", "--ascending", "--csv"]);
+    let sorted = project.succeeds(&[
+        "runs",
+        QUICKSTART,
+        "--sort",
+        "tuned.beta",
+        "--ascending",
+        "--csv",
+    ]);
     let numbers: Vec<String> = csv(&sorted).iter().map(|row| row["run"].clone()).collect();
     assert_eq!(numbers, ["1", "2"]);
     let ended = project.run(&["runs", QUICKSTART, "--sort", "tuned.nothing"]);
     assert_eq!(ended.code, Some(2));
-    assert!(ended.stderr.contains("no run has `tuned.nothing`"), "{}", ended.stderr);
+    assert!(
+        ended.stderr.contains("no run has `tuned.nothing`"),
+        "{}",
+        ended.stderr
+    );
 
     // Names given afterwards.
     project.succeeds(&["runs", QUICKSTART, "1", "--name", "first", "--tag", "old"]);
     project.succeeds(&["runs", QUICKSTART, "wide", "--untag", "beta"]);
     let table = project.succeeds(&["runs", QUICKSTART, "--with-tag", "old"]);
-    assert!(table.contains("first") && !table.contains("wide"), "{table}");
+    assert!(
+        table.contains("first") && !table.contains("wide"),
+        "{table}"
+    );
 
     // Metrics beside parameters.
     let diff = project.succeeds(&["diff", QUICKSTART, "first", "wide"]);
-    assert!(diff.starts_with("run 1 (first) -> run 2 (wide)\n"), "{diff}");
+    assert!(
+        diff.starts_with("run 1 (first) -> run 2 (wide)\n"),
+        "{diff}"
+    );
     assert!(diff.contains("`beta` changed from 0.1 to 0.2"), "{diff}");
-    let metric = diff.lines().find(|line| line.trim_start().starts_with("loss ")).unwrap();
-    assert!(metric.contains("->") && metric.contains("(+") || metric.contains("(-"), "{diff}");
-    let diff: Value = serde_json::from_str(&project.succeeds(&["diff", QUICKSTART, "--json"])).unwrap();
+    let metric = diff
+        .lines()
+        .find(|line| line.trim_start().starts_with("loss "))
+        .unwrap();
+    assert!(
+        metric.contains("->") && metric.contains("(+") || metric.contains("(-"),
+        "{diff}"
+    );
+    let diff: Value =
+        serde_json::from_str(&project.succeeds(&["diff", QUICKSTART, "--json"])).unwrap();
     assert_eq!(diff["tuned"]["difference"], "changed");
-    assert_eq!(diff["tuned"]["metrics"]["loss"]["new"].as_f64().unwrap(), loss);
+    assert_eq!(
+        diff["tuned"]["metrics"]["loss"]["new"].as_f64().unwrap(),
+        loss
+    );
 
     // Curves without a browser.
     let shown = project.succeeds(&["show", QUICKSTART, "tuned"]);
     assert!(shown.contains("metrics of 4 steps"), "{shown}");
-    let line = shown.lines().find(|line| line.starts_with("  loss ")).unwrap();
+    let line = shown
+        .lines()
+        .find(|line| line.starts_with("  loss "))
+        .unwrap();
     assert!(line.contains('█') && line.contains('▁'), "{line}");
     for (name, start) in [("a.svg", &b"<svg"[..]), ("a.png", &b"\x89PNG"[..])] {
         project.succeeds(&["plot", QUICKSTART, "tuned", "-o", name]);
@@ -96,13 +145,24 @@ fn two_runs_are_shown_compared_drawn_and_exported() {
         assert!(picture.starts_with(start), "{name}");
     }
     let svg = project.read("a.svg");
-    assert!(svg.contains("run 2") && svg.contains("run 1") && svg.contains("grad_norm"), "the legend names the runs");
-    project.succeeds(&["plot", QUICKSTART, "base", "tuned", "-m", "loss", "-o", "b.svg"]);
+    assert!(
+        svg.contains("run 2") && svg.contains("run 1") && svg.contains("grad_norm"),
+        "the legend names the runs"
+    );
+    project.succeeds(&[
+        "plot", QUICKSTART, "base", "tuned", "-m", "loss", "-o", "b.svg",
+    ]);
     let svg = project.read("b.svg");
     assert!(svg.contains("base") && svg.contains("tuned") && !svg.contains("grad_norm"));
     for (arguments, message) in [
-        (["plot", QUICKSTART, "tuned", "-o", "a.gif"], "no picture that can be written"),
-        (["plot", QUICKSTART, "pairs", "-o", "a.svg"], "`pairs` has no curves"),
+        (
+            ["plot", QUICKSTART, "tuned", "-o", "a.gif"],
+            "no picture that can be written",
+        ),
+        (
+            ["plot", QUICKSTART, "pairs", "-o", "a.svg"],
+            "`pairs` has no curves",
+        ),
     ] {
         let ended = project.run(&arguments);
         assert_eq!(ended.code, Some(2), "{}", ended.stderr);
@@ -125,17 +185,41 @@ fn two_runs_are_shown_compared_drawn_and_exported() {
     assert_eq!(summary.rows(), 3 + 4);
     let ended = project.run(&["metrics", QUICKSTART, "--to", "parquet"]);
     assert!(ended.stderr.contains("--output"), "{}", ended.stderr);
-    project.succeeds(&["metrics", QUICKSTART, "--earlier", "--to", "tensorboard", "-o", "logs"]);
+    project.succeeds(&[
+        "metrics",
+        QUICKSTART,
+        "--earlier",
+        "--to",
+        "tensorboard",
+        "-o",
+        "logs",
+    ]);
     for folder in ["logs/tuned/run-1", "logs/tuned/run-2", "logs/base/run-1"] {
-        assert_eq!(std::fs::read_dir(project.path(folder)).unwrap().count(), 1, "{folder}");
+        assert_eq!(
+            std::fs::read_dir(project.path(folder)).unwrap().count(),
+            1,
+            "{folder}"
+        );
     }
 
     // The report has all of it.
-    assert_eq!(project.succeeds(&["report", QUICKSTART]), "quickstart.html\n");
+    assert_eq!(
+        project.succeeds(&["report", QUICKSTART]),
+        "quickstart.html\n"
+    );
     let page = project.read("quickstart.html");
     for part in [
-        "id=\"training\"", "id=\"evaluation\"", "id=\"data\"", "id=\"runs\"", "id=\"environment\"",
-        "Answers before and after", "With the adapter", "beta 0.1", "grad_norm", "prompt_ids, train", "95 % intervals",
+        "id=\"training\"",
+        "id=\"evaluation\"",
+        "id=\"data\"",
+        "id=\"runs\"",
+        "id=\"environment\"",
+        "Answers before and after",
+        "With the adapter",
+        "beta 0.1",
+        "grad_norm",
+        "prompt_ids, train",
+        "95 % intervals",
     ] {
         assert!(page.contains(part), "no {part}");
     }
@@ -182,9 +266,18 @@ impl Drop for Serving {
 /// Asks the server; gives the status and the whole answer.
 fn get(address: &str, path: &str, headers: &[&str]) -> (u16, String) {
     let mut stream = TcpStream::connect(address).unwrap();
-    stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-    let headers: String = headers.iter().map(|header| format!("{header}\r\n")).collect();
-    write!(stream, "GET {path} HTTP/1.1\r\nConnection: close\r\n{headers}\r\n").unwrap();
+    stream
+        .set_read_timeout(Some(Duration::from_secs(60)))
+        .unwrap();
+    let headers: String = headers
+        .iter()
+        .map(|header| format!("{header}\r\n"))
+        .collect();
+    write!(
+        stream,
+        "GET {path} HTTP/1.1\r\nConnection: close\r\n{headers}\r\n"
+    )
+    .unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
     let status = answer.split(' ').nth(1).unwrap().parse().unwrap();
@@ -194,20 +287,36 @@ fn get(address: &str, path: &str, headers: &[&str]) -> (u16, String) {
 #[test]
 fn a_served_report_follows_a_run_and_answers_nobody_else() {
     let project = Project::with_recipes();
-    let mut serving = Serving(project.command(&["report", QUICKSTART, "--serve"]).spawn().unwrap());
+    let mut serving = Serving(
+        project
+            .command(&["report", QUICKSTART, "--serve"])
+            .spawn()
+            .unwrap(),
+    );
     let mut line = String::new();
-    BufReader::new(serving.0.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    BufReader::new(serving.0.stdout.take().unwrap())
+        .read_line(&mut line)
+        .unwrap();
     let url = line.trim().strip_prefix("http://").unwrap();
     let (address, secret) = url.split_at(url.find('/').unwrap());
-    assert!(address.starts_with("127.0.0.1:") && secret.len() > 20, "{line}");
+    assert!(
+        address.starts_with("127.0.0.1:") && secret.len() > 20,
+        "{line}"
+    );
     let host = format!("Host: {address}");
 
     let (status, page) = get(address, secret, &[&host]);
     assert_eq!(status, 200);
     assert!(page.contains("data-live") && page.contains("connect-src 'self'"));
     assert!(page.contains("11 stages") || page.contains("to run"));
-    let tag = page.lines().find_map(|line| line.strip_prefix("ETag: ")).unwrap();
-    assert_eq!(get(address, secret, &[&host, &format!("If-None-Match: {tag}")]).0, 304);
+    let tag = page
+        .lines()
+        .find_map(|line| line.strip_prefix("ETag: "))
+        .unwrap();
+    assert_eq!(
+        get(address, secret, &[&host, &format!("If-None-Match: {tag}")]).0,
+        304
+    );
     // Another site that has its name lead here, a path that was guessed, a second host.
     assert_eq!(get(address, secret, &["Host: evil.example"]).0, 403);
     assert_eq!(get(address, secret, &[&host, "Host: evil.example"]).0, 403);
@@ -216,7 +325,10 @@ fn a_served_report_follows_a_run_and_answers_nobody_else() {
     // A run beside it appears while it goes on, and its end as well.
     let mut run = Serving(
         project
-            .command(&short(&["run", QUICKSTART], &["--set", "stages.tuned.train_orpo.max_steps=30"]))
+            .command(&short(
+                &["run", QUICKSTART],
+                &["--set", "stages.tuned.train_orpo.max_steps=30"],
+            ))
             .spawn()
             .unwrap(),
     );

@@ -55,3 +55,5 @@ mod shrinking;
 mod story;
 #[cfg(test)]
 mod support;
+#[cfg(test)]
+mod terminal;

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use crate::cli::project::Project;
-use crate::engine::{Event, LoggedEvent, Record, Run};
+use crate::engine::{Event, LoggedEvent, Outcome, Record, Run};
 use crate::ml::io::folder::METRICS;
 use crate::ml::train::Log;
 
@@ -101,6 +101,10 @@ pub(in crate::cli) fn attempts(
     for run in runs.iter().rev() {
         if found.len() > MOST_EARLIER {
             break;
+        }
+        // That one is the first already, or has nothing to show yet.
+        if run.outcome == Outcome::Running {
+            continue;
         }
         let Some(made) = run.stages.get(stage).filter(|made| made.ran) else {
             continue;

@@ -2,11 +2,13 @@
 
 use std::collections::BTreeMap;
 
+use serde_json::json;
+
 use super::stages::{Standing, standings};
-use super::{curves, data, environment, evaluation, moment, now, stages, training};
+use super::{curves, data, environment, evaluation, moment, now, plain, stages, training};
 use crate::cli::project::Project;
 use crate::engine::Artifact as _;
-use crate::engine::{LoggedEvent, Outcome, Record, Run};
+use crate::engine::{LoggedEvent, Record, Run};
 use crate::report::duration;
 use crate::report::page::{Data, Page, Table};
 use crate::stages::artifacts::{Chats, Dataset, Scores, Tokens};
@@ -157,17 +159,14 @@ fn earlier(project: &Project, runs: &[Run], stage: &str, current: &Record) -> Ve
 
 fn runs_table(runs: &[Run]) -> Table {
     let rows = runs.iter().rev().take(MOST_RUNS).map(|run| {
-        let outcome = match run.outcome {
-            Outcome::Done => "done",
-            Outcome::Failed => "failed",
-            Outcome::Interrupted => "interrupted",
-        };
         let ran = run.stages.iter().filter(|(_, stage)| stage.ran);
         let ran: Vec<&str> = ran.map(|(name, _)| name.as_str()).collect();
+        let name = run.label.name.iter().chain(&run.label.tags);
         vec![
             run.number.to_string(),
+            name.cloned().collect::<Vec<_>>().join(" "),
             moment(run.started),
-            outcome.to_owned(),
+            plain(&json!(run.outcome)),
             duration(run.seconds),
             if ran.is_empty() {
                 "nothing ran".into()
@@ -177,9 +176,16 @@ fn runs_table(runs: &[Run]) -> Table {
         ]
     });
     Table {
-        head: ["run", "started", "outcome", "took", "what ran"]
-            .map(str::to_owned)
-            .into(),
+        head: [
+            "run",
+            "name and tags",
+            "started",
+            "outcome",
+            "took",
+            "what ran",
+        ]
+        .map(str::to_owned)
+        .into(),
         rows: rows.collect(),
     }
 }

@@ -151,8 +151,7 @@ impl Reporter for Tracking {
                     line.begun = false;
                     line.send(Message::End(Ending::Finished, now()));
                 }
-                Event::StageFailed { .. } if line.begun => {
-                    let interrupted = &false;
+                Event::StageFailed { interrupted, .. } if line.begun => {
                     line.begun = false;
                     let ending = if *interrupted {
                         Ending::Stopped
