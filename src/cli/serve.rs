@@ -78,7 +78,7 @@ pub(super) fn serve(recipe: &RecipeArgs, store: &StoreArgs, open: bool) -> Resul
 /// The status for what is not answered with the page.
 fn refusal(request: &Request, hosts: &[String], path: &str) -> Option<u16> {
     let host = value(request, "Host");
-    if !host.is_some_and(|host| hosts.iter().any(|ours| *ours == host)) {
+    if !host.is_some_and(|host| hosts.contains(&host)) {
         return Some(403);
     }
     if request.url() != path {
@@ -140,7 +140,7 @@ fn secret() -> anyhow::Result<String> {
     std::fs::File::open("/dev/urandom")
         .and_then(|mut random| random.read_exact(&mut bytes))
         .context("could not read random bytes")?;
-    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(format!("{:032x}", u128::from_be_bytes(bytes)))
 }
 
 /// Shows a file or an address in the browser; where there is none, it is only said.

@@ -464,7 +464,7 @@ mod tests {
 
     #[test]
     fn ticks_are_short() {
-        assert_eq!(tick(0.30000000000000004, 0.1), "0.3");
+        assert_eq!(tick(0.1 + 0.2, 0.1), "0.3");
         assert_eq!(tick(8e-6, 2e-6), "8e-6");
         assert_eq!(tick(1200., 200.), "1200");
         assert_eq!(tick(1e-19, 0.5), "0");

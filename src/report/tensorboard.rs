@@ -1,5 +1,5 @@
-//! TensorBoard's event files: records with masked CRC-32C sums around protocol buffers (tensorboard/compat/proto/event.proto and
-//! summary.proto, tensorflow/core/lib/io/record_writer.h). Only scalars are written.
+//! TensorBoard's event files: records with masked CRC-32C sums around protocol buffers (TensorBoard's `event.proto` and `summary.proto`,
+//! TensorFlow's `record_writer.h`). Only scalars are written.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -108,7 +108,7 @@ fn record(data: &[u8]) -> Vec<u8> {
     record
 }
 
-/// CRC-32C, turned and moved, so that the sum of data that holds sums is not weak (tensorflow/core/lib/hash/crc32c.h).
+/// CRC-32C, turned and moved, so that the sum of data that holds sums is not weak (TensorFlow's `crc32c.h`).
 fn masked_crc(data: &[u8]) -> u32 {
     let crc = crc_fast::checksum(Crc32Iscsi, data) as u32;
     crc.rotate_right(15).wrapping_add(0xa282_ead8)

@@ -112,7 +112,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
         let (log, tracking) = (&mut log, &mut tracking);
         std::thread::Builder::new()
             .spawn_scoped(scope, move || {
-                report(&received, &mut [&mut *reporter, log, tracking])
+                report(&received, &mut [&mut *reporter, log, tracking]);
             })
             .context("could not start a thread")?;
         // The sender goes when this is done, and with it the reporters.

@@ -1,5 +1,6 @@
 //! Evaluations with their intervals and answers, for the report.
 
+use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
 
@@ -78,7 +79,7 @@ pub(super) fn evaluation(
                 .and_then(|intervals| intervals.get(part)?.get(name)?.as_array())
                 .and_then(|ends| Some((ends.first()?.as_f64()?, ends.get(1)?.as_f64()?)));
             if let Some((low, high)) = interval {
-                cell += &format!(" [{}, {}]", number(low), number(high));
+                _ = write!(cell, " [{}, {}]", number(low), number(high));
             }
             row.push(cell);
         }
@@ -103,7 +104,8 @@ pub(super) fn evaluation(
     };
     match (setting("confidence"), setting("resamples")) {
         (Some(confidence), Some(resamples)) => {
-            about += &format!(
+            _ = write!(
+                about,
                 " In brackets: {} % intervals by {} bootstrap resamples of the rows, from a fixed seed; those of the difference \
                  resample both sides alike.",
                 number(confidence * 100.),

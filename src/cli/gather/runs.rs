@@ -43,7 +43,7 @@ pub(in crate::cli) fn runs(project: &Project) -> Vec<RunInfo> {
                 continue;
             }
             let numbers = memo
-                .entry(stage.fingerprint.to_string())
+                .entry(stage.fingerprint.clone())
                 .or_insert_with(|| self::metrics(project, &record));
             for (metric, value) in numbers.iter() {
                 metrics.insert(format!("{name}.{metric}"), *value);

@@ -194,10 +194,7 @@ fn facts(project: &Project, record: &Record) -> Vec<Fact> {
         facts.push(("size".to_owned(), bytes(manifest.size())));
     }
     let fingerprint = record.fingerprint.digest();
-    facts.push((
-        "fingerprint".to_owned(),
-        short(Some(&fingerprint)).to_owned(),
-    ));
+    facts.push(("fingerprint".to_owned(), short(Some(&fingerprint))));
     facts.push((
         "version".to_owned(),
         format!(
