@@ -175,7 +175,7 @@ mod tests {
         assert_eq!(intervals(&scores(vec![1.]), None), None);
         assert_eq!(intervals(&RowScores::new(), None), None);
         let found = intervals(&scores(vec![2.; 5]), None).unwrap();
-        assert_eq!(found.base["x"], [2., 2.]);
+        assert!(found.base["x"].iter().all(|end| (end - 2.).abs() < 1e-12));
         let found = intervals(&scores(vec![f64::NAN; 5]), None).unwrap();
         assert!(found.base.is_empty());
         let perplexity = RowScore {

@@ -87,7 +87,8 @@ impl Tracker for Trackio {
             self.run,
             std::process::id()
         );
-        self.id = blake3::hash(whole.as_bytes()).to_hex()[..32].to_owned();
+        let digest = blake3::hash(whole.as_bytes()).to_hex();
+        digest[..32].clone_into(&mut self.id);
         Ok(())
     }
 
