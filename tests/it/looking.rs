@@ -66,7 +66,7 @@ fn two_runs_are_shown_compared_drawn_and_exported() {
     }
     assert!(!lines[0].contains("tuned.learning_rate"), "{table}");
     assert!(
-        lines[1].starts_with("2") && lines[1].contains("wide"),
+        lines[1].starts_with('2') && lines[1].contains("wide"),
         "{table}"
     );
     assert!(
@@ -80,7 +80,7 @@ fn two_runs_are_shown_compared_drawn_and_exported() {
     assert_eq!(runs[1]["parameters"]["tuned.beta"], 0.1);
     let losses = csv(&project.succeeds(&["runs", QUICKSTART, "--csv"]));
     let loss: f64 = losses[0]["tuned.loss"].parse().unwrap();
-    assert_eq!(runs[0]["metrics"]["tuned.loss"].as_f64().unwrap(), loss);
+    assert_eq!(runs[0]["metrics"]["tuned.loss"], loss);
     let sorted = project.succeeds(&[
         "runs",
         QUICKSTART,
@@ -126,10 +126,7 @@ fn two_runs_are_shown_compared_drawn_and_exported() {
     let diff: Value =
         serde_json::from_str(&project.succeeds(&["diff", QUICKSTART, "--json"])).unwrap();
     assert_eq!(diff["tuned"]["difference"], "changed");
-    assert_eq!(
-        diff["tuned"]["metrics"]["loss"]["new"].as_f64().unwrap(),
-        loss
-    );
+    assert_eq!(diff["tuned"]["metrics"]["loss"]["new"], loss);
 
     // Curves without a browser.
     let shown = project.succeeds(&["show", QUICKSTART, "tuned"]);
@@ -173,7 +170,7 @@ fn two_runs_are_shown_compared_drawn_and_exported() {
     let rows = csv(&project.succeeds(&["metrics", QUICKSTART, "tuned"]));
     assert_eq!(rows.len(), 4);
     assert_eq!(rows[3]["step"], "4");
-    assert_eq!(rows[3]["loss"].parse::<f64>().unwrap(), loss);
+    assert_eq!(rows[3]["loss"], losses[0]["tuned.loss"]);
     let both = csv(&project.succeeds(&["metrics", QUICKSTART, "tuned", "--earlier"]));
     let runs: Vec<&str> = both.iter().map(|row| row["run"].as_str()).collect();
     assert_eq!(runs, ["2", "2", "2", "2", "1", "1", "1", "1"]);
@@ -219,10 +216,42 @@ fn two_runs_are_shown_compared_drawn_and_exported() {
         "beta 0.1",
         "grad_norm",
         "prompt_ids, train",
+        "95 % intervals",
     ] {
         assert!(page.contains(part), "no {part}");
     }
     assert!(!page.contains("data-live"));
+    // Around each score its interval.
+    let record = project
+        .records()
+        .into_iter()
+        .find(|record| record["output"] == "scores")
+        .unwrap();
+    let artifact = format!(
+        ".pipeline/v1/artifacts/{}/scores.json",
+        record["artifact"].as_str().unwrap()
+    );
+    let scores: Value = serde_json::from_str(&project.read(&artifact)).unwrap();
+    for part in ["base", "adapter", "difference"] {
+        let intervals = record["notes"]["intervals"][part].as_object().unwrap();
+        for name in [
+            "rewards/accuracies",
+            "rewards/margins",
+            "margin",
+            "perplexity",
+            "nll_loss",
+        ] {
+            assert!(intervals.contains_key(name), "{part} {name}");
+        }
+        for (name, ends) in intervals {
+            let score = scores[part][name].as_f64().unwrap();
+            let (low, high) = (ends[0].as_f64().unwrap(), ends[1].as_f64().unwrap());
+            assert!(
+                low <= score && score <= high,
+                "{part} {name}: {low} {score} {high}"
+            );
+        }
+    }
     let ended = project.run(&["report", QUICKSTART, "-o", QUICKSTART]);
     assert_eq!(ended.code, Some(2), "the recipe is not overwritten");
 }
@@ -266,12 +295,9 @@ impl Drop for Serving {
 fn get(address: &str, path: &str, headers: &[&str]) -> (u16, String) {
     let mut stream = TcpStream::connect(address).unwrap();
     stream
-        .set_read_timeout(Some(Duration::from_secs(60)))
+        .set_read_timeout(Some(Duration::from_mins(1)))
         .unwrap();
-    let headers: String = headers
-        .iter()
-        .map(|header| format!("{header}\r\n"))
-        .collect();
+    let headers = headers.join("\r\n") + "\r\n";
     write!(
         stream,
         "GET {path} HTTP/1.1\r\nConnection: close\r\n{headers}\r\n"
@@ -338,7 +364,7 @@ fn a_served_report_follows_a_run_and_answers_nobody_else() {
             if page.contains(wanted) {
                 return page;
             }
-            assert!(began.elapsed() < Duration::from_secs(120), "no {wanted}");
+            assert!(began.elapsed() < Duration::from_mins(2), "no {wanted}");
             std::thread::sleep(Duration::from_millis(50));
         }
     };

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Checks by hand that the real trackers read what trainings send them, on this machine alone.
 
-    pip install tensorboard==2.21.0 mlflow-skinny mlflow trackio==0.43.0
+    pip install tensorboard==2.21.0 mlflow==3.5.0 trackio==0.43.0
     python tests/python/check_trackers.py target/debug/pipeline
 
 Runs a short training that reports to TensorBoard, to an MLflow server and to a trackio server. Then TensorBoard's own reader, MLflow's
@@ -10,6 +10,7 @@ REST API and trackio's own storage have to hold every number that the run told, 
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -52,13 +53,13 @@ def free_port():
         return one.getsockname()[1]
 
 
-def answers(address, seconds=90):
-    for _ in range(seconds * 5):
+def answers(address, seconds=240):
+    for _ in range(seconds):
         try:
             urllib.request.urlopen(address, timeout=5)
             return True
         except OSError:
-            time.sleep(0.2)
+            time.sleep(1)
     return False
 
 
@@ -107,9 +108,9 @@ def main():
             check("mlflow answers", answers(f"{mlflow_at}/health"))
             trackio_at = None
             while line := trackio.stdout.readline():
-                words = [word for word in line.split() if word.startswith("http://")]
-                if words:
-                    trackio_at = words[0].rstrip("/").split("?")[0].rstrip("/")
+                found = re.search(r"http://[\w.]+:\d+", line)
+                if found:
+                    trackio_at = found.group()
                     break
             check("trackio answers", trackio_at and answers(f"{trackio_at}/version"), trackio_at)
             variables = {

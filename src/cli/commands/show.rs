@@ -128,7 +128,9 @@ fn about(project: &Project, stage: &str, record: &Record, folder: &Path) -> Stri
         let made = format!("by the same stage under the name `{}`", record.stage);
         rows.push(vec!["first made".into(), made]);
     }
-    for (name, value) in &record.notes {
+    // Intervals are many; the report shows them.
+    let notes = record.notes.iter().filter(|(name, _)| *name != "intervals");
+    for (name, value) in notes {
         rows.push(vec![name.clone(), canonical_json(value)]);
     }
     for (fact, value) in &record.fingerprint.outside {
