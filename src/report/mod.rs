@@ -4,6 +4,7 @@
 //! implementation of [`Reporter`].
 
 pub mod chart;
+mod frame;
 mod json;
 mod log;
 mod look;
