@@ -11,8 +11,10 @@ mod forms;
 pub mod import;
 mod json;
 mod kind;
+pub mod lengths;
 pub mod lint;
 pub(crate) mod messages;
+pub mod numbers;
 mod reading;
 pub mod sample;
 pub mod show;
@@ -21,6 +23,7 @@ pub mod table;
 pub mod tokens;
 
 pub use import::{Format, ImportOptions, ImportReport};
+pub use lengths::{Lengths, lengths};
 pub use reading::Encoding;
 pub use show::{Summary, head, summary};
 pub use table::{Split, Writer, splits};

@@ -8,6 +8,7 @@ pub mod method;
 mod preferences;
 mod process;
 mod reference;
+pub mod report_to;
 mod run;
 pub mod stage;
 pub mod train_dpo;
