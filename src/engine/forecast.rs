@@ -1,5 +1,7 @@
 //! Estimates for a stage before it runs: how long it takes, how large its result is, and where it resumes.
 
+use std::collections::BTreeSet;
+
 use anyhow::Context as _;
 use serde::Serialize;
 
@@ -74,12 +76,22 @@ impl Session<'_> {
     }
 
     /// Runs a stage without inputs on the first rows of its local files, in a temporary folder, to find mistakes in them. Does nothing
-    /// for a stage that reads no such rows.
-    pub fn try_first_rows(&self, index: usize, rows: usize) -> anyhow::Result<()> {
+    /// for a stage that reads no such rows, nor for one like a stage that is among `tried`, where it is noted.
+    pub fn try_first_rows(
+        &self,
+        index: usize,
+        rows: usize,
+        tried: &mut BTreeSet<String>,
+    ) -> anyhow::Result<()> {
         let node = &self.graph.nodes[index];
         let Some(params) = node.stage.on_first_rows(rows) else {
             return Ok(());
         };
+        // Paths in the parameters are as written, and all start at the recipe's folder or, with `--set`, at the current one.
+        let key = format!("{} {params} {:?}", node.stage.kind(), node.sources);
+        if !tried.insert(key) {
+            return Ok(());
+        }
         let folder = tempfile::tempdir().context("could not make a folder to try it in")?;
         let place = |name: &str| -> anyhow::Result<std::ffi::OsString> {
             let path = folder.path().join(name);

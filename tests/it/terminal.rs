@@ -186,6 +186,16 @@ fn several_recipes_are_checked_with_their_files_and_first_rows() {
     );
     let missing = project.run(&["validate", "wrong.yaml"]);
     assert_eq!(missing.code, Some(1));
+    // A mistake in a file is told once, however many stages read it in the same way.
+    let twice = "version: 1\nstages:\n  a: { import_dataset: { path: bad.jsonl } }\n  b: { import_dataset: { path: bad.jsonl } }\n";
+    project.write("twice.yaml", twice);
+    let once = project.run(&["validate", "twice.yaml"]);
+    assert_eq!(
+        once.stderr.matches("bad.jsonl:2").count(),
+        1,
+        "{}",
+        once.stderr
+    );
     let recipe_only = project.run(&["validate", "wrong.yaml", "--no-files"]);
     assert_eq!(recipe_only.code, Some(0), "{}", recipe_only.stderr);
 }

@@ -1,5 +1,6 @@
 //! `validate`: checks recipes, the local files that they name, and the first rows of those, without running anything.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use super::run::warn_of_unused;
@@ -69,6 +70,8 @@ fn validate(recipe: &RecipeArgs, args: &Args) -> Result<(), Failure> {
         eprint_rendered(&error::plain(&format!("{message}\n  at {place}")));
     };
     let mut files = 0;
+    let mut tried = BTreeSet::new();
+    let session = project.session(&[]);
     for (index, stage) in project.recipe.stages.iter().enumerate() {
         if args.no_files {
             break;
@@ -92,7 +95,7 @@ fn validate(recipe: &RecipeArgs, args: &Args) -> Result<(), Failure> {
                 None => {}
             }
         }
-        if all_there && let Err(error) = project.session(&[]).try_first_rows(index, FIRST_ROWS) {
+        if all_there && let Err(error) = session.try_first_rows(index, FIRST_ROWS, &mut tried) {
             tell(Some(stage.span), &format!("`{}`: {error:#}", stage.name));
         }
     }
