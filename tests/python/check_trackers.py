@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Checks by hand that the real trackers read what trainings send them, on this machine alone.
 
-    pip install tensorboard==2.21.0 mlflow==3.5.0 trackio==0.43.0
+    pip install tensorboard==2.21.0 mlflow==3.5.0 'sqlalchemy<2.1' trackio==0.43.0
     python tests/python/check_trackers.py target/debug/pipeline
 
 Runs a short training that reports to TensorBoard, to an MLflow server and to a trackio server. Then TensorBoard's own reader, MLflow's
@@ -11,6 +11,7 @@ REST API and trackio's own storage have to hold every number that the run told, 
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -92,7 +93,7 @@ def main():
         mlflow = subprocess.Popen(
             [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(mlflow_port),
              "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts")],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )
         trackio_home = folder / "trackio"
         environment = {**os.environ, "TRACKIO_DIR": str(trackio_home), "TRACKIO_WRITE_TOKEN": "let-me-in", "HF_HUB_OFFLINE": "1"}
@@ -147,13 +148,14 @@ def main():
             check("with its name and end", (run["info"]["run_name"], run["info"]["status"]) == ("tuned-checked", "FINISHED"), run["info"])
             params = {param["key"]: param["value"] for param in run["data"]["params"]}
             check("with its parameters", params.get("max_steps") == "12" and params.get("model") == "blank", len(params))
-            same = True
+            wrong = []
             for name, values in ours.items():
-                address = f"{mlflow_at}/api/2.0/mlflow/metrics/get-history?run_id={run['info']['run_id']}&metric_key={name}"
+                address = f"{mlflow_at}/api/2.0/mlflow/metrics/get-history?run_id={run['info']['run_id']}&metric_key={name}&max_results=1000"
                 history = json.load(urllib.request.urlopen(address)).get("metrics", [])
-                history = {metric.get("step", 0): metric["value"] for metric in history}
-                same &= all(close(value, history.get(step, float("nan"))) for step, value in values.items())
-            check("mlflow has all numbers", same)
+                history = {int(metric.get("step", 0)): metric["value"] for metric in history}
+                pairs = {step: (value, history.get(step)) for step, value in values.items()}
+                wrong += [(name, step, *pair) for step, pair in pairs.items() if pair[1] is None or not close(*pair)]
+            check("mlflow has all numbers", not wrong, wrong[:3])
 
             script = (
                 "import json\nfrom trackio.sqlite_storage import SQLiteStorage as S\n"
@@ -186,16 +188,17 @@ def main():
             )
             check("tensorboard reads what is exported", same and len(found["train/loss"]) == 12, len(found))
 
-            # Nobody there: the training does not mind, and it is said.
-            mlflow.kill()
+            # Nobody there: the training does not mind, and it is said. The server has workers.
+            os.killpg(mlflow.pid, signal.SIGKILL)
             mlflow.wait()
             arguments = [PROGRAM, "run", "r.yaml", "--allow-path", str(ROOT / "recipes"), "--force", "tuned"]
             ran = subprocess.run(arguments, cwd=folder, env=variables, stderr=subprocess.PIPE, text=True)
             check("without mlflow the run ends well", ran.returncode == 0)
             check("and says so", "mlflow (`" in ran.stderr and "did not get all numbers" in ran.stderr, ran.stderr[-300:])
         finally:
-            for server in (mlflow, trackio):
-                server.kill()
+            trackio.kill()
+            if mlflow.poll() is None:
+                os.killpg(mlflow.pid, signal.SIGKILL)
     sys.exit(f"failed: {failed}" if failed else 0)
 
 
