@@ -10,11 +10,20 @@ use crate::engine::Kind;
 
 use super::error::{RecipeError, RecipeErrors};
 use super::hints;
-use super::schema::Parameters;
+use super::parameters::Parameters;
 use super::source_map::{RecipePath, SourceMap, SourceSpan, child, keys, lines};
 
 /// The keys a recipe may have.
-pub(crate) const TOP: [&str; 5] = ["version", "description", "vars", "stages", "outputs"];
+pub(crate) const TOP: [&str; 6] = [
+    "version",
+    "description",
+    "vars",
+    "defaults",
+    "stages",
+    "outputs",
+];
+/// Keys at the top that begin so are the user's own, such as values for YAML's anchors.
+const OWN: &str = "x-";
 /// More mistakes than anybody reads.
 const MAX_ERRORS: usize = 100;
 /// The most that vars and `--set` may put in altogether: values, and bytes of texts.
@@ -33,6 +42,8 @@ pub(crate) struct Draft<'a> {
     pub(crate) through_vars: BTreeMap<RecipePath, String>,
     /// Values that are known to be wrong, so that their types are not looked at.
     pub(crate) broken: BTreeSet<RecipePath>,
+    /// Parameters that nobody gave and the rest of the recipe implies.
+    pub(crate) implied: BTreeSet<RecipePath>,
     /// What vars and `--set` may still put in.
     left: (usize, usize),
     /// What is known of kinds that occurred.
@@ -51,6 +62,7 @@ impl<'a> Draft<'a> {
             set: BTreeMap::new(),
             through_vars: BTreeMap::new(),
             broken: BTreeSet::new(),
+            implied: BTreeSet::new(),
             left: MOST_PUT_IN,
             parameters: BTreeMap::new(),
         }
@@ -127,6 +139,7 @@ impl<'a> Draft<'a> {
         message: String,
         hint: Option<String>,
     ) {
+        let path = &self.source_map.written(path);
         if let Some(origin) = around(&self.set, path) {
             let origin = origin.clone();
             return self.push(message, None, Some(origin), hint);
@@ -142,6 +155,7 @@ impl<'a> Draft<'a> {
 
     /// Whether the value at `path` was given, wholly or in part, on the command line.
     pub(crate) fn is_from_command_line(&self, path: &RecipePath) -> bool {
+        let path = &self.source_map.written(path);
         around(&self.set, path).is_some() || around(&self.through_vars, path).is_some()
     }
 
@@ -157,7 +171,7 @@ impl<'a> Draft<'a> {
             return false;
         };
         for key in map.keys().filter_map(Value::as_str) {
-            if !TOP.contains(&key) {
+            if !TOP.contains(&key) && !key.starts_with(OWN) {
                 let message = format!("unknown key `{key}`");
                 let hint = match hints::nearest(key, TOP) {
                     Some(known) => format!("did you mean `{known}`?"),

@@ -2,7 +2,7 @@
 
 use crate::engine::Kind;
 
-use super::schema::Parameters;
+use super::parameters::Parameters;
 
 /// The most names that a sentence lists, and the most characters of each.
 const MOST_LISTED: usize = 100;

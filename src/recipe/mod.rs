@@ -1,15 +1,20 @@
 //! The recipe: YAML text to typed stages, with the position of every mistake.
 //!
 //! The way: text, then a YAML value ([`read`](self::read)), then `--set` ([`set`](self::set)), then `${vars}`
-//! ([`vars`](self::vars)), then typed stages ([`stage`](self::stage)), then edges and outputs ([`wiring`](self::wiring)).
+//! ([`vars`](self::vars)), then what stages leave out ([`defaults`](self::defaults), [`implied`](self::implied)), then typed stages
+//! ([`stage`](self::stage)), then edges and outputs ([`wiring`](self::wiring)).
 //! Every step goes on after a mistake, so that [`load`] tells all of them at once. It knows the list of kinds only as a
 //! value, and nothing of what a stage does. [`schema`] and [`reference`] describe recipes; [`graph`] draws one.
 
+mod defaults;
 mod draft;
 mod error;
 pub mod graph;
 mod hints;
+mod implied;
+mod parameters;
 mod read;
+mod reference;
 mod schema;
 mod sentence;
 mod set;
@@ -30,7 +35,8 @@ use crate::engine::{AnyStage, Handling, Kind};
 use draft::Draft;
 pub use error::{RecipeError, RecipeErrors};
 pub use read::yaml;
-pub use schema::{reference, schema};
+pub use reference::reference;
+pub use schema::schema;
 pub use source_map::{
     PathStep, RecipePath, SourceSpan, display as display_path, parse as parse_path,
 };
@@ -88,6 +94,8 @@ pub struct Edge {
     pub stage: String,
     /// The noun of the artifact.
     pub artifact: String,
+    /// Whether the recipe leaves the parameter out, because the rest of it says which stage is meant.
+    pub implied: bool,
 }
 
 /// A parameter that names a local file or folder.
@@ -112,7 +120,24 @@ pub struct Output {
     pub span: SourceSpan,
 }
 
+impl RecipeStage {
+    /// The parameters that the recipe leaves out because the rest of it says which stage is meant.
+    pub fn implied(&self) -> impl Iterator<Item = &Edge> {
+        self.edges.iter().filter(|edge| edge.implied)
+    }
+}
+
 impl Recipe {
+    /// A sentence with all that the recipe implies, or none when it implies nothing.
+    pub fn implied(&self) -> Option<String> {
+        let stages = self.stages.iter();
+        let all = stages.flat_map(|stage| stage.implied().map(move |edge| (stage, edge)));
+        let all: Vec<String> = all
+            .map(|(stage, edge)| format!("{}.{} is {}", stage.name, edge.parameter, edge.stage))
+            .collect();
+        (!all.is_empty()).then(|| format!("implied: {}", all.join(", ")))
+    }
+
     /// The indices of the stages so that each comes after all it takes from; otherwise in the order of the recipe.
     pub fn order(&self) -> Vec<usize> {
         self.order.clone()
@@ -216,6 +241,8 @@ pub fn parse(
     }
     set::apply(&mut draft, &mut value, overrides);
     vars::substitute(&mut draft, &mut value);
+    defaults::fill(&mut draft, &mut value);
+    implied::fill(&mut draft, &mut value);
     let stages = stage::read(&mut draft, &value);
     let wired = wiring::wire(&mut draft, stages, &value);
     if !draft.errors.is_empty() {

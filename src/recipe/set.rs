@@ -60,7 +60,7 @@ fn check(draft: &Draft, recipe: &Value, steps: &RecipePath) -> Result<(), Refusa
         PathStep::Index(_) => None,
     });
     let top = names.next().flatten().unwrap_or_default();
-    if !matches!(top, "vars" | "stages" | "outputs" | "description")
+    if !matches!(top, "vars" | "defaults" | "stages" | "outputs" | "description")
         || steps.len() < 2 && top != "description"
     {
         let hint = match hints::nearest(top, TOP) {
@@ -70,7 +70,8 @@ fn check(draft: &Draft, recipe: &Value, steps: &RecipePath) -> Result<(), Refusa
         let message = format!("`{}` can not be set", display(steps));
         return Err((message, Some(hint)));
     }
-    if top == "outputs" || top == "description" {
+    // What `defaults` may have is told where it is filled in.
+    if matches!(top, "defaults" | "outputs" | "description") {
         return Ok(());
     }
     let Some(Some(name)) = names.next() else {

@@ -294,6 +294,11 @@ fn typed(
     }
     for parameter in &own.0 {
         if parameter.required && !params.contains_key(&parameter.name) {
+            if draft.broken.contains(&child(path, &parameter.name)) {
+                // It was to be implied, and why it is not was told there.
+                dropped.insert(parameter.name.clone());
+                continue;
+            }
             let message = format!("`{}` needs `{}`", kind.name, parameter.name);
             let first = parameter.description.lines().next().unwrap_or_default();
             let hint = (!first.is_empty()).then(|| format!("`{}`: {first}", parameter.name));
@@ -315,7 +320,10 @@ fn typed(
     loop {
         values.retain(|key, _| !dropped.contains(key) && !unknown.contains(key));
         let error = match (kind.parse)(values.clone().into()) {
-            Ok(stage) => return (Some(stage), dropped.is_empty()),
+            Ok(stage) => {
+                let told = draft.broken.iter().any(|broken| broken.starts_with(path));
+                return (Some(stage), dropped.is_empty() && !told);
+            }
             Err(error) => error,
         };
         if let Fault::Missing(name) = error.fault
@@ -393,6 +401,7 @@ fn edges_and_files(draft: &Draft, stage: &mut DraftStage, params: &serde_json::V
                 stage: producer,
                 artifact,
             } => stage.edges.push(Edge {
+                implied: draft.implied.contains(&below(&stage.path, &parameter)),
                 parameter,
                 stage: producer,
                 artifact,

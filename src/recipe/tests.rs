@@ -193,3 +193,4 @@ fn train(params: &str) -> String {
 mod mistakes;
 mod properties;
 mod right;
+mod left_out;

@@ -60,6 +60,9 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
         })
         .collect();
     print(&table(&rows));
+    if let Some(implied) = project.recipe.implied() {
+        print(&format!("{implied}\n"));
+    }
     let count = |wanted: fn(&State) -> bool| states.iter().filter(|state| wanted(state)).count();
     print(&format!(
         "{} fresh, {} to run, {} waiting\n",

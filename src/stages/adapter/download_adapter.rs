@@ -21,13 +21,16 @@ use crate::text::tokenizer;
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DownloadAdapter {
-    /// The repository, `owner/name`.
+    /// The repository of the adapter, `owner/name`.
+    #[schemars(extend("examples" = ["owner/name"]))]
     repo: String,
     /// A branch, a tag or a commit.
     #[serde(default = "main_revision")]
+    #[schemars(extend("examples" = ["main"]))]
     revision: String,
-    /// The folder in the repository that holds `adapter_config.json`, if it is not the topmost.
+    /// The folder in the repository that holds `adapter_config.json`, if it is not the top one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = ["checkpoint-500"]))]
     subfolder: Option<String>,
 }
 

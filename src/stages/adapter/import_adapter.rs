@@ -17,6 +17,7 @@ use crate::text::tokenizer;
 #[serde(deny_unknown_fields)]
 pub struct ImportAdapter {
     /// The folder with `adapter_config.json`.
+    #[schemars(extend("examples" = ["adapters/mine"]))]
     path: SourcePath,
 }
 

@@ -21,16 +21,20 @@ use crate::stages::from_hub::{Source, check, main_revision, pin, place};
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DownloadModel {
-    /// The repository, `owner/name`.
+    /// The repository of the model, `owner/name`.
+    #[schemars(extend("examples" = ["HuggingFaceTB/SmolLM2-135M-Instruct"]))]
     pub repo: String,
     /// A branch, a tag or a commit.
     #[serde(default = "main_revision")]
+    #[schemars(extend("examples" = ["main"]))]
     pub revision: String,
-    /// Patterns of the files to take instead of the usual ones (`*` also matches `/`).
+    /// Patterns of the files to take, instead of the usual ones (`*` also matches `/`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = [["*.safetensors", "*.json"]]))]
     pub allow_patterns: Option<Vec<String>>,
     /// Patterns of files to leave behind.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = [["original/*"]]))]
     pub ignore_patterns: Option<Vec<String>>,
 }
 

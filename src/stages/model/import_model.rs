@@ -23,6 +23,7 @@ use crate::stages::artifacts::Model;
 #[serde(deny_unknown_fields)]
 pub struct ImportModel {
     /// The folder with `config.json`.
+    #[schemars(extend("examples" = ["models/my-llama"]))]
     pub path: SourcePath,
 }
 

@@ -5,7 +5,7 @@ use std::path::Path;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::engine::{Context, Input, Stage};
+use crate::engine::{Context, Implied, ImpliedBy, Input, Stage};
 use crate::ml::adapter::Adapter as LoraAdapter;
 use crate::ml::lora::{merge, verify};
 use crate::ml::model::arch::Arch;
@@ -39,9 +39,12 @@ const MUCH: f64 = 0.5;
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Merge {
-    /// The model that the adapter stands beside.
+    /// The model to merge into. It may be left out: then it is the model that the adapter was made for, or, where that was made by
+    /// `quantize`, the dense model before it, because merging into dense weights loses less.
+    #[schemars(extend("examples" = ["base"]))]
     model: Input<Model>,
     /// The adapter.
+    #[schemars(extend("examples" = ["tuned"]))]
     adapter: Input<Adapter>,
 }
 
@@ -49,6 +52,15 @@ impl Stage for Merge {
     const KIND: &'static str = "merge";
     const VERSION: u32 = 3;
     type Output = Model;
+    const IMPLIED: &'static [Implied] = &[Implied {
+        parameter: "model",
+        unless: &[],
+        sources: &[ImpliedBy::Input {
+            input: "adapter",
+            parameter: "model",
+            before: Some("quantize"),
+        }],
+    }];
 
     fn run(&self, cx: &Context) -> anyhow::Result<()> {
         let adapter_folder = cx.input(&self.adapter)?;

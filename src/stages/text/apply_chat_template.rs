@@ -18,7 +18,7 @@ use self::counts::Counts;
 use self::row::chat_row;
 use super::chat_template;
 use crate::data::table::{BATCH_ROWS, Split, Writer, pass, pass_pieces, splits};
-use crate::engine::{Context, Input, Problem, Row, SourcePath, Stage, watched};
+use crate::engine::{Context, Implied, ImpliedBy, Input, Problem, Row, SourcePath, Stage, watched};
 use crate::stages::artifacts::{Chats, Dataset, Model};
 use crate::text::chat::{Rendered, Renderer};
 use crate::text::template::ChatTemplate;
@@ -41,25 +41,30 @@ const AT_ONCE: usize = 16 << 20;
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ApplyChatTemplate {
-    /// The rows to render; every split of it.
+    /// The rows to render, in every split.
+    #[schemars(extend("examples" = ["split"]))]
     dataset: Input<Dataset>,
-    /// A file with the template.
+    /// A file with the chat template, in Jinja.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = ["templates/llama3.jinja"]))]
     template: Option<SourcePath>,
-    /// The template itself.
+    /// The chat template itself, as a text in the recipe.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     chat_template: Option<String>,
-    /// The model whose special tokens (`bos_token`, ..) and, unless another is given, whose template is used.
+    /// The model whose special tokens (`bos_token`, ..) are used, and whose template if no other is given. Where neither `template`
+    /// nor `chat_template` is given it may be left out: then it is the recipe's only model that is downloaded, imported or created.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = ["base"]))]
     tokenizer: Option<Input<Model>>,
-    /// Render a system message that is empty, too. Otherwise it is left out.
+    /// Whether an empty system message is rendered, too. By default it is left out.
     #[serde(default)]
     keep_empty_system: bool,
-    /// What to do with rows whose own text holds special tokens, which the tokenizer reads as such.
+    /// What to do with rows whose own text holds special tokens, which the tokenizer would read as such.
     #[serde(default)]
     special_tokens: SpecialTokens,
-    /// What `strftime_now` tells the template, as `YYYY-MM-DD`: a result must not depend on the day it was made.
+    /// The date that `strftime_now` tells the template, as `YYYY-MM-DD`: a result must not depend on the day it was made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = ["2026-01-31"]))]
     date: Option<String>,
 }
 
@@ -79,6 +84,11 @@ impl Stage for ApplyChatTemplate {
     const VERSION: u32 = 3;
     type Output = Chats;
     const BOUNDED: bool = true;
+    const IMPLIED: &'static [Implied] = &[Implied {
+        parameter: "tokenizer",
+        unless: &["template", "chat_template"],
+        sources: &[ImpliedBy::OnlyFirst],
+    }];
 
     fn check(&self) -> Vec<Problem> {
         let mut problems = Vec::new();

@@ -34,8 +34,8 @@ pub trait Method: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'sta
         true
     }
 
-    /// Checks the rules of its own parameters.
-    fn check(&self, arguments: &TrainingArguments, rules: &mut Rules);
+    /// Checks the rules of its own parameters that bounds in their schema can't express.
+    fn check(&self, _arguments: &TrainingArguments, _rules: &mut Rules) {}
 
     /// What is minimised.
     fn loss(&self) -> Box<dyn Loss>;

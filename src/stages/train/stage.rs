@@ -11,6 +11,7 @@ use super::method::Method;
 use super::run::run;
 use crate::engine::{Artifact, Context, ParseError, Problem, Stage, read_side_by_side};
 use crate::stages::artifacts::{Adapter, Model};
+use crate::stages::model_input::BASE_OF_ADAPTER;
 use crate::stages::rules::Rules;
 
 /// A training by a method.
@@ -61,6 +62,7 @@ impl<M: Method> Stage for Train<M> {
     const EXCLUSIVE: bool = true;
     /// How far a training goes. With another number it may go on from where an earlier one ended.
     const LENGTH_PARAMETERS: &'static [&'static str] = &["num_train_epochs", "max_steps"];
+    const IMPLIED: &'static [Implied] = BASE_OF_ADAPTER;
     type Output = M::Output;
 
     fn read(parameters: serde_json::Value) -> Result<Self, ParseError> {
@@ -78,7 +80,6 @@ impl<M: Method> Stage for Train<M> {
 
     fn check(&self) -> Vec<Problem> {
         let mut rules = Rules::default();
-        rules.positive(self.method.learning_rate(), "learning_rate");
         self.arguments.check(&mut rules);
         self.method.check(&self.arguments, &mut rules);
         rules.0

@@ -12,7 +12,6 @@ use crate::ml::loss::Loss;
 use crate::ml::loss::dpo::Dpo;
 use crate::ml::model::batch::Row;
 use crate::stages::artifacts::{Adapter, Model};
-use crate::stages::rules::Rules;
 use crate::stages::text::added::Added;
 
 /// The stage.
@@ -35,32 +34,38 @@ pub type TrainDpo = Train<Parameters>;
 #[serde(deny_unknown_fields)]
 #[schemars(rename = "TrainDpo")]
 pub struct Parameters {
-    /// How strongly the model is held to the reference; smaller values let it go further away.
+    /// How strongly the model is held to the reference. Smaller values let it go further away.
     #[serde(default = "beta")]
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    #[schemars(extend("examples" = [0.1, 0.01]))]
     beta: f64,
-    /// The probability that a preference is the wrong way round, from 0 to below 0.5. The loss then pulls a little in the other direction
-    /// (conservative DPO). TRL 1.16's `sigmoid` loss ignores it.
+    /// The assumed probability that a preference is the wrong way round. Above 0, the loss pulls a little in the other direction
+    /// too (conservative DPO). TRL 1.16's `sigmoid` loss ignores it.
     #[serde(default)]
+    #[schemars(extend("minimum" = 0, "exclusiveMaximum" = 0.5))]
+    #[schemars(extend("examples" = [0.1]))]
     label_smoothing: f64,
-    /// The reference model; by default the trained one before its first step.
+    /// The reference model. By default it is the trained model before its first step.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     ref_model: Option<Input<Model>>,
     /// The adapter of the reference model. Without `ref_model` it stands beside `model`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     ref_adapter: Option<Input<Adapter>>,
-    /// Whether the log-probabilities by the reference model are computed once for all rows before the first step, instead of anew in each
-    /// epoch. A reference model of its own is then not kept in memory.
+    /// Whether the reference model's log-probabilities are computed once for all rows before the first step, instead of anew in
+    /// each epoch. A reference model of its own is then not kept in memory.
     #[serde(default)]
     precompute_ref_log_probs: bool,
     /// Whether the adapter's dropout is off during training, as in TRL.
     #[serde(default = "yes")]
     disable_dropout: bool,
-    /// Whether the tokens that sequences have in common at their beginning are computed once for all of a step, if `padding_free` is
-    /// on and no dropout is at work: a prompt for its two answers, a system prompt for all rows. The same numbers in less time.
+    /// Whether tokens that sequences of a step have in common at their beginning are computed once: a prompt for its two answers, a
+    /// system prompt for all rows. The numbers are the same in less time. It needs `padding_free`, and no dropout at work.
     #[serde(default = "yes")]
     share_prompts: bool,
-    /// The highest learning rate.
+    /// The highest learning rate. For LoRA, rates from 5e-6 to 5e-5 are common.
     #[serde(default = "learning_rate")]
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    #[schemars(extend("examples" = [0.000_005]))]
     learning_rate: f64,
 }
 
@@ -91,15 +96,6 @@ impl Method for Parameters {
 
     fn share_prompts(&self) -> bool {
         self.share_prompts
-    }
-
-    fn check(&self, _: &TrainingArguments, rules: &mut Rules) {
-        rules.positive(self.beta, "beta");
-        rules.rule(
-            (0. ..0.5).contains(&self.label_smoothing),
-            "label_smoothing",
-            "expected a number from 0 to below 0.5",
-        );
     }
 
     fn loss(&self) -> Box<dyn Loss> {

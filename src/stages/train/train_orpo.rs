@@ -12,7 +12,6 @@ use crate::ml::loss::Loss;
 use crate::ml::loss::orpo::Orpo;
 use crate::ml::model::batch::Row;
 use crate::stages::artifacts::Adapter;
-use crate::stages::rules::Rules;
 
 /// The stage.
 pub type TrainOrpo = Train<Parameters>;
@@ -30,18 +29,22 @@ pub type TrainOrpo = Train<Parameters>;
 #[serde(deny_unknown_fields)]
 #[schemars(rename = "TrainOrpo")]
 pub struct Parameters {
-    /// The weight of the odds ratio beside the likelihood (lambda in the paper).
+    /// The weight of the odds ratio beside the likelihood, lambda in the paper.
     #[serde(default = "beta")]
+    #[schemars(extend("minimum" = 0))]
+    #[schemars(extend("examples" = [0.1, 0.25]))]
     beta: f64,
     /// Whether the adapter's dropout is off during training, as in TRL.
     #[serde(default = "yes")]
     disable_dropout: bool,
-    /// Whether the tokens that sequences have in common at their beginning are computed once for all of a step, if `padding_free` is
-    /// on and no dropout is at work: a prompt for its two answers, a system prompt for all rows. The same numbers in less time.
+    /// Whether tokens that sequences of a step have in common at their beginning are computed once: a prompt for its two answers, a
+    /// system prompt for all rows. The numbers are the same in less time. It needs `padding_free`, and no dropout at work.
     #[serde(default = "yes")]
     share_prompts: bool,
-    /// The highest learning rate.
+    /// The highest learning rate. For LoRA, rates from 5e-6 to 1e-4 are common.
     #[serde(default = "learning_rate")]
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    #[schemars(extend("examples" = [0.000_008]))]
     learning_rate: f64,
 }
 
@@ -72,10 +75,6 @@ impl Method for Parameters {
 
     fn share_prompts(&self) -> bool {
         self.share_prompts
-    }
-
-    fn check(&self, _: &TrainingArguments, rules: &mut Rules) {
-        rules.not_negative(self.beta, "beta");
     }
 
     fn loss(&self) -> Box<dyn Loss> {

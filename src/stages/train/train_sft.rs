@@ -11,7 +11,6 @@ use crate::ml::loss::Loss;
 use crate::ml::loss::sft::{self, Answers, Sft};
 use crate::ml::model::batch::Row;
 use crate::stages::artifacts::Model;
-use crate::stages::rules::Rules;
 use crate::stages::text::added::Added;
 
 /// The stage.
@@ -33,17 +32,21 @@ pub struct Parameters {
     /// Which answers of a preference dataset are learnt.
     #[serde(default)]
     answers: Answers,
-    /// Whether rows are packed into sequences of up to `max_length` tokens, so that there is little padding. Rows in one
-    /// sequence don't see each other, and positions begin again with each. Which rows go together is decided as by TRL's
-    /// `packing_strategy: bfd`; `per_device_train_batch_size` then counts sequences.
+    /// Whether rows are packed into sequences of up to `max_length` tokens, so that there is little padding. Rows in one sequence
+    /// don't see each other, and positions begin again with each. Which rows go together is decided as by TRL's `packing_strategy:
+    /// bfd`; `per_device_train_batch_size` then counts sequences.
     #[serde(default)]
     packing: bool,
-    /// The longest sequence that `packing` makes, in tokens; longer rows lose their end. It has no effect without `packing`:
-    /// rows are as long as `tokenize` made them.
+    /// The longest sequence that `packing` makes, in tokens; longer rows lose their end. Without `packing` it has no effect: rows
+    /// are as long as `tokenize` made them.
     #[serde(default = "max_length")]
+    #[schemars(extend("minimum" = 2))]
+    #[schemars(extend("examples" = [2048]))]
     max_length: usize,
-    /// The highest learning rate.
+    /// The highest learning rate. For LoRA, rates from 1e-4 to 2e-4 are common; for all weights, about 1e-5.
     #[serde(default = "learning_rate")]
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    #[schemars(extend("examples" = [0.000_2]))]
     learning_rate: f64,
 }
 
@@ -70,14 +73,6 @@ impl Method for Parameters {
 
     fn dropout(&self) -> bool {
         true
-    }
-
-    fn check(&self, _: &TrainingArguments, rules: &mut Rules) {
-        rules.rule(
-            self.max_length >= 2,
-            "max_length",
-            "expected at least 2 tokens",
-        );
     }
 
     fn loss(&self) -> Box<dyn Loss> {
