@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use crate::engine::{Bounds, Handling, Kind};
 
-use super::parameters::{Parameters, description, params};
+use super::parameters::{Parameters, description, paragraphs, params};
 
 /// The name of the schema, by which others may refer to it. It is not an address.
 const ID: &str = "urn:pipeline:recipe:1";
@@ -160,15 +160,6 @@ fn parameters(kind: &Kind, generator: &mut SchemaGenerator) -> Value {
         }
     }
     schema
-}
-
-/// A doc comment as running text: lines of a paragraph are joined.
-pub(crate) fn paragraphs(text: &str) -> String {
-    let paragraphs = text.split("\n\n").map(|paragraph| {
-        let lines: Vec<&str> = paragraph.lines().map(str::trim).collect();
-        lines.join(" ")
-    });
-    paragraphs.collect::<Vec<_>>().join("\n\n")
 }
 
 /// Makes a schema fit for people and for strict readers: texts in Markdown with defaults and bounds, one list for the values of an enum,

@@ -300,7 +300,7 @@ fn typed(
                 continue;
             }
             let message = format!("`{}` needs `{}`", kind.name, parameter.name);
-            let first = parameter.description.lines().next().unwrap_or_default();
+            let first = parameter.summary();
             let hint = (!first.is_empty()).then(|| format!("`{}`: {first}", parameter.name));
             draft.key_error(path, message, hint);
             dropped.insert(parameter.name.clone());
@@ -386,8 +386,7 @@ fn empty(draft: &mut Draft, kind: &Kind, path: &RecipePath, value: &Value) -> Ve
         let own = draft.parameters(kind);
         let first = parameter.split(['.', '[']).next().unwrap_or_default();
         let meaning = own.0.iter().find(|own| own.name == first);
-        let hint = meaning.and_then(|own| own.description.lines().next());
-        let hint = hint.map(|line| format!("`{first}`: {line}"));
+        let hint = meaning.map(|own| format!("`{first}`: {}", own.summary()));
         draft.value_error(at, message, hint);
     }
     found

@@ -28,12 +28,13 @@ use crate::ml::train::evaluate::{self, NotFinite};
 use crate::ml::train::{Passes, ReferenceModel, compute_dtype};
 use crate::text::tokenizer::Tokenizer;
 
-/// Scores a model on preference rows: `scores.json` with TRL's numbers, and `answers.jsonl` with greedy answers to the first
+/// Scores a model on preference rows: `scores.json` has TRL's numbers, and `answers.jsonl` has the model's answers to the first
 /// prompts.
 ///
-/// With `adapter` both the base alone and the base with the adapter are scored, and the differences stand beside them.
+/// With `adapter`, the base alone and the base with the adapter are scored, and the differences stand beside them.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(extend("examples" = [{"adapter": "tuned", "dataset": "tokens"}]))]
 pub struct Evaluate {
     /// The model to score. It may be left out where `adapter` is given: then it is the model that the adapter was made for.
     #[schemars(extend("examples" = ["base4"]))]

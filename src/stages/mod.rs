@@ -10,6 +10,7 @@ mod from_hub;
 pub mod model;
 mod model_input;
 pub mod rules;
+mod support;
 pub mod text;
 pub mod train;
 
@@ -22,6 +23,7 @@ mod threads;
 mod test_hub;
 
 use crate::engine::Kind;
+pub use support::support;
 
 /// Every kind of stage, in the order of the reference docs.
 pub const KINDS: &[Kind] = &[

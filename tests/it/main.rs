@@ -3,6 +3,8 @@
 #[cfg(test)]
 mod attacks;
 #[cfg(test)]
+mod bounds;
+#[cfg(test)]
 mod changes;
 #[cfg(test)]
 mod commands;
@@ -10,6 +12,8 @@ mod commands;
 mod data_cases;
 #[cfg(test)]
 mod defaults;
+#[cfg(test)]
+mod docs;
 #[cfg(test)]
 mod executors;
 #[cfg(test)]

@@ -25,6 +25,7 @@ const LARGEST_RANK: usize = 1 << 20;
 /// Makes an untrained LoRA adapter for a model: the same numbers that PEFT draws, in PEFT's folder layout.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(extend("examples" = [{"model": "base4", "r": 16, "lora_alpha": 16, "target_modules": "all-linear"}]))]
 pub struct AttachLora {
     /// The model to adapt, dense or in 4 bits.
     #[schemars(extend("examples" = ["base4"]))]
@@ -70,7 +71,7 @@ pub struct AttachLora {
     /// Whether the update is multiplied by `lora_alpha / sqrt(r)` instead (rank-stabilised LoRA).
     #[serde(default)]
     use_rslora: bool,
-    /// Whether the lengths of the rows of weight plus update are trained as well (DoRA, arXiv 2402.09353). It costs one more
+    /// Whether the lengths of the rows of weight plus update are trained as well (`DoRA`, arXiv 2402.09353). It costs one more
     /// product of two matrices for each module and step.
     #[serde(default, skip_serializing_if = "is_off")]
     use_dora: bool,

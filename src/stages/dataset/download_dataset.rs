@@ -17,11 +17,13 @@ use crate::stages::from_hub::{Source, check, main_revision, pin};
 
 /// Downloads one split of a dataset from the Hugging Face hub.
 ///
-/// The data files (Parquet, Arrow, JSONL, JSON, CSV or TSV, packed or not) are found as `datasets` finds them: what the header of the repository's
-/// README declares, else the names (`data/train-00000-of-00001.parquet`, `test.jsonl`), else all files are `train`. The
-/// result has one split, `train`. The revision is resolved to a commit, and a moved branch makes the stage run again.
+/// The data files (Parquet, Arrow, JSONL, JSON, CSV or TSV, compressed or not) are found as `datasets` finds them: by what the
+/// header of the repository's README declares, else by their names (`data/train-00000-of-00001.parquet`, `test.jsonl`); else all
+/// files are `train`. The result has one split, `train`. The revision is resolved to a commit, and the stage runs again when a
+/// branch has moved.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(extend("examples" = [{"repo": "jondurbin/truthy-dpo-v0.1"}]))]
 pub struct DownloadDataset {
     /// The repository of the dataset, `owner/name`.
     #[schemars(extend("examples" = ["jondurbin/truthy-dpo-v0.1"]))]

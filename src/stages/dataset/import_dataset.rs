@@ -20,16 +20,17 @@ use crate::stages::artifacts::Dataset;
 use find::{Asked, Found, find};
 use paths::Paths;
 
-/// Imports rows from local files: Parquet, Arrow, JSONL, JSON, CSV or TSV, packed (`.gz`, `.zst`, `.xz`, `.bz2`) or not.
+/// Imports rows from local files: Parquet, Arrow, JSONL, JSON, CSV or TSV, compressed (`.gz`, `.zst`, `.xz`, `.bz2`) or not.
 ///
 /// `path` is a file; a pattern of files (`data/*.jsonl`, `**`); a folder with one file for each split (`train.jsonl`, `test.jsonl`;
 /// `train-00000-of-00002.parquet` is a part of `train`), or with what `datasets` saved (`save_to_disk`); or a list of those.
 /// `datasets` takes several datasets instead, one behind the other or interleaved.
 ///
-/// A row has `prompt`, `chosen` and, for preferences, `rejected`, each of them text or a list of messages, and perhaps a
-/// `system` text; or it has `messages`; or another of the forms that data sets have (docs/data.md). Other columns are carried along.
+/// A row has `prompt`, `chosen` and, for preferences, `rejected`, each of them text or a list of messages, and perhaps a `system`
+/// text; or it has `messages`; or it has another of the forms that are in use (docs/data.md). Other columns are carried along.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(extend("examples" = [{"path": "data/pairs.jsonl"}]))]
 pub struct ImportDataset {
     /// A file, a folder, a pattern of files, or a list of them. The contents of all files that fit count, not their paths.
     #[serde(default, skip_serializing_if = "Option::is_none")]

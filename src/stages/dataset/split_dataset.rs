@@ -19,10 +19,11 @@ mod groups;
 
 /// Splits the rows of `train` into `train` and `test`.
 ///
-/// Which rows are held out is drawn with `seed`; in both splits the rows keep their order, and training shuffles them anyway. Rows of
-/// preferences with the same prompt stay together, so that none is trained on and tested. Other splits of the dataset are carried along.
+/// In both splits the rows keep their order; training shuffles them anyway. Rows of preferences with the same prompt stay together,
+/// so that no prompt is both trained on and tested. Other splits of the dataset are carried along.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(extend("examples" = [{"dataset": "pairs", "test_size": 0.1}]))]
 pub struct SplitDataset {
     /// The dataset to split.
     #[schemars(extend("examples" = ["pairs"]))]

@@ -22,10 +22,11 @@ use crate::text::bpe::train_llama3_tokenizer;
 
 /// Makes a model with random weights, in the layout of a Hugging Face model folder.
 ///
-/// Its tokenizer is either trained on the texts of a dataset, in Llama 3's make and with its special tokens and chat template, or
-/// taken from another model. Generation stops at the end of the text and at the end of a turn.
+/// Its tokenizer is trained on the texts of a dataset, of Llama 3's make and with its special tokens and chat template, or taken
+/// from another model. Generation stops at the end of the text and at the end of a turn.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(extend("examples" = [{"dataset": "split", "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4}]))]
 pub struct CreateModel {
     /// The dataset to train a tokenizer on: its columns `system`, `prompt`, `chosen`, `rejected`, `messages` and `text`.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -15,11 +15,12 @@ use crate::stages::from_hub::{Source, check, main_revision, pin, place};
 
 /// Downloads a model from the Hugging Face hub: configuration, safetensors weights, tokenizer and chat template.
 ///
-/// Weights and `config.json` have to agree, as for `import_model`. The revision is resolved to a commit, and a moved branch makes the
-/// stage run again. Every file is verified by its size and hash, and shared with other programs through the hub's cache. Gated models
-/// need `HF_TOKEN` or `hf auth login`.
+/// Weights and `config.json` have to agree, as for `import_model`. The revision is resolved to a commit, and the stage runs again
+/// when a branch has moved. Every file is verified by its size and hash, and shared with other programs through the hub's cache.
+/// Gated models need `HF_TOKEN` or a login.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(extend("examples" = [{"repo": "HuggingFaceTB/SmolLM2-135M-Instruct"}]))]
 pub struct DownloadModel {
     /// The repository of the model, `owner/name`.
     #[schemars(extend("examples" = ["HuggingFaceTB/SmolLM2-135M-Instruct"]))]

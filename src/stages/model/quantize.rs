@@ -9,12 +9,13 @@ use crate::ml::adapter::Adapter as LoraAdapter;
 use crate::ml::quant::quantize;
 use crate::stages::artifacts::{Adapter, Model};
 
-/// Quantises the projections of a model to bitsandbytes' 4-bit NF4, as transformers' `load_in_4bit` does; embeddings, norms and
-/// the head stay as they are.
+/// Quantises the projections of a model to bitsandbytes' 4-bit NF4, as transformers' `load_in_4bit` does. Embeddings, norms and the
+/// head stay as they are.
 ///
-/// The result is a model folder with the same files, which transformers with bitsandbytes loads too.
+/// The result is a model folder with the same files, which transformers with bitsandbytes loads, too.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(extend("examples" = [{"model": "base"}]))]
 pub struct Quantize {
     /// The dense model, stored in float32, float16 or bfloat16.
     #[schemars(extend("examples" = ["base"]))]

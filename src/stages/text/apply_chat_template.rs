@@ -32,14 +32,14 @@ const LONGEST: Duration = Duration::from_secs(5);
 /// Bytes of text that are about rendered at once.
 const AT_ONCE: usize = 16 << 20;
 
-/// Renders rows to text with a chat template, as transformers and TRL do: `prompt`, `chosen` and, for preferences, `rejected`
-/// join to exactly what the template prints for the whole conversation.
+/// Renders rows to text with a chat template, as transformers and TRL do: `prompt`, `chosen` and, for preferences, `rejected` join
+/// to exactly what the template prints for the whole conversation.
 ///
 /// The template is a file, a text in the recipe, or else the tokenizer's own. It goes with the chats, and from them into what is
-/// trained on them. Rows whose texts were rendered before are taken as
-/// they are, and counted.
+/// trained on them. Rows whose texts are rendered already are taken as they are, and counted.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(extend("examples" = [{"dataset": "split", "template": "templates/llama3.jinja", "tokenizer": "base"}]))]
 pub struct ApplyChatTemplate {
     /// The rows to render, in every split.
     #[schemars(extend("examples" = ["split"]))]

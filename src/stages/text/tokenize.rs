@@ -25,13 +25,14 @@ use crate::text::tokenizer::{SpecialToken, Tokenizer};
 
 /// Turns texts into token ids as TRL does, the answer apart from its prompt.
 ///
-/// Preferences get one BOS and one EOS, as by `ORPOTrainer`, or with `trainer: dpo` none, as by `DPOTrainer`. Chats with one answer stay as the chat template printed them, as by
-/// `SFTTrainer`, which puts no EOS behind the end of a turn; a text without a prompt gets its EOS and what the tokenizer itself puts
-/// around it, usually a BOS.
+/// Preferences get one BOS and one EOS, as by `ORPOTrainer`; with `trainer: dpo` they get none, as by `DPOTrainer`. Chats with one
+/// answer stay as the chat template printed them, as by `SFTTrainer`, which puts no EOS behind the end of a turn. A text without a
+/// prompt gets its EOS, and what the tokenizer itself puts around it, usually a BOS.
 ///
 /// A row that is left without an answer token is dropped and counted in the record; TRL would train on a NaN.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(extend("examples" = [{"dataset": "chats", "max_length": 1024}]))]
 pub struct Tokenize {
     /// The texts to tokenize, in every split.
     #[schemars(extend("examples" = ["chats"]))]

@@ -17,22 +17,23 @@ use crate::stages::text::added::Added;
 /// The stage.
 pub type TrainDpo = Train<Parameters>;
 
-/// Trains on preferences by direct preference optimisation (DPO, arXiv 2305.18290), with the numbers of TRL's `DPOTrainer` and its
-/// `sigmoid` loss.
+/// Trains a model on preferences by direct preference optimisation (DPO, arXiv 2305.18290), with the numbers of TRL's `DPOTrainer`
+/// and its `sigmoid` loss.
 ///
-/// With `adapter` it trains the adapter on the frozen model and makes an adapter; without, it trains every weight and
-/// makes a model. Beside it lie `metrics.jsonl` and transformers' `trainer_state.json` with TRL's metrics of every step. Parameters
-/// have TRL's names, and TRL's defaults unless something else is said.
+/// With `adapter` it trains the adapter on the frozen model and makes an adapter; without, it trains every weight and makes a
+/// model. Beside the weights lie `metrics.jsonl` and transformers' `trainer_state.json` with TRL's metrics of every step.
+/// Parameters have TRL's names, and TRL's defaults unless something else is said.
 ///
-/// The reference model is the trained one before its first step, unless `ref_model` or `ref_adapter` name another. For a new adapter that
-/// is the model without it, whose weights are in memory anyway; otherwise a second model is loaded, but for `ref_model` with the name
-/// that `model` has, which means the model without its adapter.
+/// The reference model is the trained one before its first step, unless `ref_model` or `ref_adapter` name another. For a new
+/// adapter that is the model without it, whose weights are in memory anyway. Otherwise a second model is loaded, except where
+/// `ref_model` names the same stage as `model`: that means the model without its adapter.
 ///
-/// `tokenize` with `trainer: dpo` gives the rows their ids as `DPOTrainer` does. Of other rows a BOS and EOS that `tokenize` added for
-/// `ORPOTrainer` are left out again. The adapter of a model in 4 bits is trained in f32; TRL keeps it in bf16.
+/// `tokenize` with `trainer: dpo` gives the rows their ids as `DPOTrainer` does. From other rows, a BOS and EOS that `tokenize`
+/// added for `ORPOTrainer` are taken off again. The adapter of a model in 4 bits is trained in f32; TRL keeps it in bf16.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 #[schemars(rename = "TrainDpo")]
+#[schemars(extend("examples" = [{"adapter": "lora", "dataset": "tokens", "learning_rate": 0.000_005, "beta": 0.1}]))]
 pub struct Parameters {
     /// How strongly the model is held to the reference. Smaller values let it go further away.
     #[serde(default = "beta")]

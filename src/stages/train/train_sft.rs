@@ -16,14 +16,15 @@ use crate::stages::text::added::Added;
 /// The stage.
 pub type TrainSft = Train<Parameters>;
 
-/// Trains on answers by their likelihood, with the numbers of TRL's `SFTTrainer`.
+/// Trains a model on answers (supervised fine-tuning), with the numbers of TRL's `SFTTrainer`.
 ///
-/// With `adapter` it trains the adapter on the frozen model and makes an adapter; without, it trains every weight and
-/// makes a model. Beside it lie `metrics.jsonl` and transformers' `trainer_state.json` with the metrics of every step. Parameters
+/// With `adapter` it trains the adapter on the frozen model and makes an adapter; without, it trains every weight and makes a
+/// model. Beside the weights lie `metrics.jsonl` and transformers' `trainer_state.json` with the metrics of every step. Parameters
 /// have TRL's names, and TRL's defaults unless something else is said.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 #[schemars(rename = "TrainSft")]
+#[schemars(extend("examples" = [{"adapter": "lora", "dataset": "tokens", "learning_rate": 0.000_2}]))]
 pub struct Parameters {
     /// Whether only the answer's tokens count in the loss, and not the prompt's. TRL's default: none, which means `true` for rows
     /// with a prompt of their own and `false` for whole conversations.
