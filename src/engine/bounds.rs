@@ -85,7 +85,13 @@ pub fn check<S: Stage>(stage: &S) -> Vec<Problem> {
     let mut problems = Vec::new();
     let schema = schema_of::<S>();
     if let Ok(params) = serde_json::to_value(stage) {
-        look(&schema.params, &schema.definitions, "", &params, &mut problems);
+        look(
+            &schema.params,
+            &schema.definitions,
+            "",
+            &params,
+            &mut problems,
+        );
     }
     problems.extend(stage.check());
     problems
@@ -144,7 +150,13 @@ fn look(
         Value::Array(values) => {
             if let Some(items) = schema.get("items") {
                 for (index, value) in values.iter().enumerate() {
-                    look(items, definitions, &format!("{at}[{index}]"), value, problems);
+                    look(
+                        items,
+                        definitions,
+                        &format!("{at}[{index}]"),
+                        value,
+                        problems,
+                    );
                 }
             }
         }
@@ -153,7 +165,13 @@ fn look(
                 let own = schema.get("properties").and_then(|known| known.get(key));
                 if let Some(own) = own.or_else(|| schema.get("additionalProperties")) {
                     let dot = if at.is_empty() { "" } else { "." };
-                    look(own, definitions, &format!("{at}{dot}{key}"), value, problems);
+                    look(
+                        own,
+                        definitions,
+                        &format!("{at}{dot}{key}"),
+                        value,
+                        problems,
+                    );
                 }
             }
         }

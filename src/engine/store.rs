@@ -78,7 +78,8 @@ impl Store {
             return;
         }
         // Only a convenience: whatever is in the way, the run itself will meet and tell it.
-        let _ = fs::create_dir_all(folder).and_then(|()| fs::write(folder.join(".gitignore"), "*\n"));
+        let _ =
+            fs::create_dir_all(folder).and_then(|()| fs::write(folder.join(".gitignore"), "*\n"));
     }
 
     /// The folder of an artifact.

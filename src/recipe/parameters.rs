@@ -116,5 +116,6 @@ pub(crate) fn paragraphs(text: &str) -> String {
 pub(crate) fn resolve<'s>(schema: &'s Value, definitions: &'s Map<String, Value>) -> &'s Value {
     let name = schema.get("$ref").and_then(Value::as_str);
     let name = name.and_then(|reference| reference.rsplit('/').next());
-    name.and_then(|name| definitions.get(name)).unwrap_or(schema)
+    name.and_then(|name| definitions.get(name))
+        .unwrap_or(schema)
 }

@@ -27,12 +27,14 @@ pub fn schema(kinds: &[Kind]) -> Value {
     let mut alone = Map::new();
     for kind in kinds {
         let needed = needed(kind);
-        own.insert(kind.name.to_owned(), parameters(kind, &mut generator));
+        own.insert(kind.name.to_owned(), parameters(kind, &needed, &mut generator));
         let reference = json!({ "$ref": format!("#/$defs/{}", kind.name) });
         stage.insert(kind.name.to_owned(), reference.clone());
         defaults.insert(kind.name.to_owned(), reference);
         if !needed.is_empty() {
-            let needed = json!({ "type": "object", "required": needed });
+            let known = needed.iter().map(|name| (name.clone(), json!({})));
+            let known: Map<String, Value> = known.collect();
+            let needed = json!({ "type": "object", "properties": known, "required": needed });
             complete.insert(kind.name.to_owned(), needed);
         }
         let mut beside: Vec<&str> = names.iter().map(|name| name.as_str()).collect();
@@ -53,7 +55,7 @@ pub fn schema(kinds: &[Kind]) -> Value {
             "properties": stage,
             "additionalProperties": false,
             "if": { "propertyNames": { "enum": names } },
-            "then": { "not": {}, "errorMessage": "A stage needs a kind, such as `train_sft`, with its parameters below." },
+            "then": { "const": "a kind", "errorMessage": "A stage needs a kind, such as `train_sft`, with its parameters below." },
             "dependentSchemas": alone,
         }),
     );
@@ -72,7 +74,10 @@ pub fn schema(kinds: &[Kind]) -> Value {
             map.entry("title").or_insert(title);
         }
     }
-    sorted(recipe(&Value::Object(defaults), &Value::Object(definitions)))
+    sorted(recipe(
+        &Value::Object(defaults),
+        &Value::Object(definitions),
+    ))
 }
 
 /// The schema of the whole file.
@@ -117,8 +122,8 @@ fn recipe(defaults: &Value, definitions: &Value) -> Value {
         "required": ["version", "stages"],
         "additionalProperties": false,
         // Required parameters may come from `defaults`, which a schema can't follow; without any, they stand in the stage.
-        "if": { "not": { "required": ["defaults"] } },
-        "then": {
+        "if": { "properties": { "defaults": {} }, "required": ["defaults"] },
+        "else": {
             "properties": {
                 "stages": { "type": "object", "additionalProperties": { "$ref": "#/$defs/complete_stage" } },
             },
@@ -142,7 +147,7 @@ fn needed(kind: &Kind) -> Vec<String> {
 }
 
 /// The schema of a kind's parameters, without a word on which of them are needed.
-fn parameters(kind: &Kind, generator: &mut SchemaGenerator) -> Value {
+fn parameters(kind: &Kind, needed: &[String], generator: &mut SchemaGenerator) -> Value {
     let mut schema = params(kind, generator);
     let about = paragraphs(&description(&schema));
     let Some(map) = schema.as_object_mut() else {
@@ -153,6 +158,14 @@ fn parameters(kind: &Kind, generator: &mut SchemaGenerator) -> Value {
     map.insert("type".to_owned(), json!(["object", "null"]));
     let makes = format!("{about}\n\nMakes: `{}`.", kind.output);
     map.insert("description".to_owned(), json!(makes));
+    if !needed.is_empty() {
+        // What an editor writes when the kind is chosen.
+        let places = needed.iter().zip(1..);
+        let body = places.map(|(name, place)| (name.clone(), json!(format!("${place}"))));
+        let body: Map<String, Value> = body.collect();
+        let snippets = json!([{ "label": kind.name, "body": body }]);
+        map.insert("defaultSnippets".to_owned(), snippets);
+    }
     let properties = map.get_mut("properties").and_then(Value::as_object_mut);
     for (name, property) in properties.into_iter().flatten() {
         if let Some(property) = property.as_object_mut() {
@@ -220,7 +233,7 @@ fn tell(map: &mut Map<String, Value>) {
         return;
     };
     let text = paragraphs(text);
-    let mut told = text.clone();
+    let mut told = text;
     let mut more = Vec::new();
     match map.get("default") {
         None | Some(Value::Null | Value::Object(_)) => {}
@@ -239,7 +252,8 @@ fn tell(map: &mut Map<String, Value>) {
     if !more.is_empty() {
         told = format!("{told}\n\n{}", more.join(" "));
     }
-    map.insert("description".to_owned(), json!(text));
+    // Some editors show the one, some the other.
+    map.insert("description".to_owned(), json!(told));
     map.insert("markdownDescription".to_owned(), json!(told));
 }
 
@@ -271,13 +285,27 @@ fn allow_vars(schema: &mut Value) {
     if any_text && !bound.iter().any(|key| map.contains_key(*key)) {
         return;
     }
+    let var = r"\$\{";
+    // Bounds are for numbers and the pattern is for texts, so both can stand side by side.
+    let with_text = match map.get("type") {
+        Some(kind) if !bound.iter().any(|key| map.contains_key(*key)) => match kind {
+            Value::Array(kinds) => Some([&kinds[..], &[json!("string")]].concat()),
+            kind => Some(vec![kind.clone(), json!("string")]),
+        },
+        _ => None,
+    };
+    if let Some(kinds) = with_text {
+        map.insert("type".to_owned(), json!(kinds));
+        map.insert("pattern".to_owned(), json!(var));
+        return;
+    }
     let mut outer = Map::new();
     for key in TOLD {
         if let Some(value) = map.remove(key) {
             outer.insert(key.to_owned(), value);
         }
     }
-    let var = json!({ "type": "string", "pattern": r"\$\{" });
+    let var = json!({ "type": "string", "pattern": var });
     // Alternatives stand side by side, so that a reader finds the one that was meant.
     let mut parts = match map.remove("anyOf") {
         Some(Value::Array(parts)) if map.is_empty() => parts,

@@ -60,8 +60,10 @@ fn check(draft: &Draft, recipe: &Value, steps: &RecipePath) -> Result<(), Refusa
         PathStep::Index(_) => None,
     });
     let top = names.next().flatten().unwrap_or_default();
-    if !matches!(top, "vars" | "defaults" | "stages" | "outputs" | "description")
-        || steps.len() < 2 && top != "description"
+    if !matches!(
+        top,
+        "vars" | "defaults" | "stages" | "outputs" | "description"
+    ) || steps.len() < 2 && top != "description"
     {
         let hint = match hints::nearest(top, TOP) {
             Some(known) => format!("did you mean `{known}`?"),

@@ -145,7 +145,9 @@ impl SourceMap {
 
     /// Where a key below a branch is written.
     pub(crate) fn below(&self, above: BranchId, key: &str) -> Option<EntrySpans> {
-        let id = *self.branches[above].below.get(&PathStep::Key(key.to_owned()))?;
+        let id = *self.branches[above]
+            .below
+            .get(&PathStep::Key(key.to_owned()))?;
         self.branches[id].spans
     }
 

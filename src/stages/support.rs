@@ -21,7 +21,9 @@ const KNOWN_BY: [(&str, &str); 4] = [
 
 /// The contents of `docs/reference/support.md`.
 pub fn support() -> String {
-    let mut text = String::from("# What is supported\n\nGenerated from the program's own lists; do not edit.\n");
+    let mut text = String::from(
+        "# What is supported\n\nGenerated from the program's own lists; do not edit.\n",
+    );
     let methods: Vec<&str> = KINDS
         .iter()
         .map(|kind| kind.name)
@@ -55,8 +57,14 @@ pub fn support() -> String {
         values::<Optim>(),
         values::<SchedulerType>()
     );
-    text.push_str("| adapters | LoRA, rsLoRA, DoRA, LoftQ, `modules_to_save`, in PEFT's format |\n");
-    _ = write!(text, "\n## Data\n\n| | |\n|---|---|\n| `format` | {} |\n", values::<RowFormats>());
+    text.push_str(
+        "| adapters | LoRA, rsLoRA, DoRA, LoftQ, `modules_to_save`, in PEFT's format |\n",
+    );
+    _ = write!(
+        text,
+        "\n## Data\n\n| | |\n|---|---|\n| `format` | {} |\n",
+        values::<RowFormats>()
+    );
     text.push_str("| compressed by | gzip, zstd, xz, bzip2 |\n| from | local files, the Hugging Face hub and its mirrors |\n");
     text.push_str(
         "\n## Not there\n\nImages and sound; GRPO, PPO and other reinforcement learning; KTO and reward models; pretraining over several machines; other quantised \
@@ -68,7 +76,10 @@ pub fn support() -> String {
 /// The values of an enum, as recipes have them.
 fn values<T: JsonSchema>() -> String {
     let mut found = Vec::new();
-    collect(&T::json_schema(&mut SchemaGenerator::default()).to_value(), &mut found);
+    collect(
+        &T::json_schema(&mut SchemaGenerator::default()).to_value(),
+        &mut found,
+    );
     found.dedup();
     found.join(", ")
 }
@@ -77,9 +88,18 @@ fn collect(schema: &Value, found: &mut Vec<String>) {
     let one = schema.get("const").into_iter();
     let several = schema.get("enum").and_then(Value::as_array);
     let values = one.chain(several.into_iter().flatten());
-    found.extend(values.filter_map(Value::as_str).map(|name| format!("`{name}`")));
+    found.extend(
+        values
+            .filter_map(Value::as_str)
+            .map(|name| format!("`{name}`")),
+    );
     // Of several ways to write the same the first is enough.
-    for part in schema.get("oneOf").and_then(Value::as_array).into_iter().flatten() {
+    for part in schema
+        .get("oneOf")
+        .and_then(Value::as_array)
+        .into_iter()
+        .flatten()
+    {
         if part.get("type").is_none_or(|kind| kind != "array") {
             collect(part, found);
         }

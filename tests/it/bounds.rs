@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use pipeline::stages::KINDS;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 /// A bounded parameter: its kind, its name, and numbers at the bounds and just beyond.
 struct Bounded {
@@ -15,6 +15,9 @@ struct Bounded {
 
 fn bounded(kind: &'static str, name: &str, schema: &Value) -> Option<Bounded> {
     let schema = schema.get("anyOf").map_or(schema, |parts| &parts[0]);
+    if schema.get("enum").is_some() {
+        return None;
+    }
     let whole = schema["type"] == "integer" || schema["type"][0] == "integer";
     let number = |value: f64| {
         if whole {
@@ -63,21 +66,80 @@ fn all(schema: &Value) -> Vec<Bounded> {
     all
 }
 
-/// A recipe with the one stage.
-fn recipe(kind: &str, name: &str, value: &Value) -> Value {
-    let parameters = Map::from_iter([(name.to_owned(), value.clone())]);
-    let stage = Map::from_iter([(kind.to_owned(), Value::Object(parameters))]);
-    // With `defaults`, a schema asks for no parameter.
-    json!({ "version": 1, "defaults": {}, "stages": { "it": stage } })
+/// What examples refer to.
+const USUAL: &str = "\
+version: 1
+stages:
+  pairs: { import_dataset: { path: pairs.jsonl } }
+  split: { split_dataset: { dataset: pairs, test_size: 0.1 } }
+  base: { import_model: { path: m } }
+  chats: { apply_chat_template: { dataset: split } }
+  tokens: { tokenize: { dataset: chats } }
+  base4: { quantize: { model: base } }
+  lora: { attach_lora: { model: base4 } }
+  tuned: { train_orpo: { adapter: lora, dataset: tokens } }
+";
+
+/// A recipe with one more stage of the kind, `it`.
+fn recipe(kind: &str, parameters: &Value) -> Value {
+    let mut recipe: Value = serde_yaml::from_str(USUAL).unwrap();
+    recipe["stages"]["it"] = json!({ kind: parameters });
+    recipe
+}
+
+/// The first example of each kind, with its name.
+fn examples(schema: &Value) -> Vec<(&'static str, Value)> {
+    let example = |kind: &'static str| (kind, schema["$defs"][kind]["examples"][0].clone());
+    KINDS.iter().map(|kind| example(kind.name)).collect()
+}
+
+/// What the reader says of a recipe.
+fn told(recipe: &Value) -> Vec<String> {
+    let text = serde_json::to_string(recipe).unwrap();
+    let read = pipeline::recipe::parse(Path::new("r.yaml"), &text, &[], KINDS);
+    let errors = read.err().map(|errors| errors.0).unwrap_or_default();
+    errors.into_iter().map(|error| error.message).collect()
+}
+
+#[test]
+fn every_kind_has_an_example_that_is_right() {
+    let schema = pipeline::recipe::schema(KINDS);
+    let validator = jsonschema::validator_for(&schema).unwrap();
+    for (kind, example) in examples(&schema) {
+        assert!(example.is_object(), "{kind} has no example");
+        let recipe = recipe(kind, &example);
+        assert_eq!(told(&recipe), Vec::<String>::new(), "{kind}");
+        assert!(validator.is_valid(&recipe), "{kind}");
+    }
+}
+
+/// Examples of parameters have the type of the parameter.
+#[test]
+fn examples_of_parameters_fit_them() {
+    let schema = pipeline::recipe::schema(KINDS);
+    let mut seen = 0;
+    for kind in KINDS {
+        let properties = schema["$defs"][kind.name]["properties"].as_object();
+        for (name, property) in properties.into_iter().flatten() {
+            let mut alone = property.clone();
+            alone["$defs"] = schema["$defs"].clone();
+            let validator = jsonschema::validator_for(&alone).unwrap();
+            for example in property["examples"].as_array().into_iter().flatten() {
+                seen += 1;
+                assert!(validator.is_valid(example), "{}.{name}: {example}", kind.name);
+            }
+        }
+    }
+    assert!(seen > 90, "only {seen} examples");
 }
 
 #[test]
 fn the_schema_and_the_reader_refuse_the_same_numbers() {
     let schema = pipeline::recipe::schema(KINDS);
     let validator = jsonschema::validator_for(&schema).unwrap();
+    let examples = examples(&schema);
     let all = all(&schema);
     assert!(all.len() > 60, "only {} bounds", all.len());
-    let mut told = 0;
     for Bounded {
         kind,
         name,
@@ -85,31 +147,28 @@ fn the_schema_and_the_reader_refuse_the_same_numbers() {
         bad,
     } in all
     {
-        let errors = |value: &Value| {
-            let text = serde_json::to_string(&recipe(kind, &name, value)).unwrap();
-            let read = pipeline::recipe::parse(Path::new("r.yaml"), &text, &[], KINDS);
-            let errors = read.err().map(|errors| errors.0).unwrap_or_default();
-            let own = errors.into_iter().filter(|error| {
-                error.message.starts_with(&format!("`{name}` of `{kind}`"))
-                    && (error.message.contains("expected") || error.message.contains("must be"))
-            });
-            own.map(|error| error.message).collect::<Vec<_>>()
+        let with = |value: &Value| {
+            let example = examples.iter().find(|(of, _)| *of == kind);
+            let mut parameters = example.unwrap().1.clone();
+            parameters[&name] = value.clone();
+            recipe(kind, &parameters)
+        };
+        // Rules between parameters may be broken as well.
+        let refused = |value: &Value| {
+            let told = told(&with(value)).into_iter();
+            let start = format!("`{name}` of `{kind}`");
+            let mut told = told.filter(|message| message.starts_with(&start));
+            told.any(|message| {
+                message.contains("expected a number") || message.contains("expected at least") || message.contains("must be")
+            })
         };
         for value in &bad {
-            let place = format!("{kind}.{name}: {value}");
-            assert!(!validator.is_valid(&recipe(kind, &name, value)), "{place}");
-            let errors = errors(value);
-            // A stage that lacks what it needs is not typed, so its numbers are not looked at.
-            if errors.is_empty() {
-                continue;
-            }
-            told += 1;
-            assert_eq!(errors.len(), 1, "{place}: {errors:?}");
+            assert!(!validator.is_valid(&with(value)), "{kind}.{name}: {value}");
+            assert!(refused(value), "{kind}.{name}: {value}");
         }
         for value in &good {
-            let place = format!("{kind}.{name}: {value}");
-            assert!(validator.is_valid(&recipe(kind, &name, value)), "{place}");
+            assert!(validator.is_valid(&with(value)), "{kind}.{name}: {value}");
+            assert!(!refused(value), "{kind}.{name}: {value}");
         }
     }
-    assert!(told > 0);
 }

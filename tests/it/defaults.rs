@@ -39,11 +39,8 @@ fn parameters(schema: &Value, kind: &str) -> Vec<(String, Value, String)> {
     let properties = params["properties"].as_object().unwrap();
     let one = |(name, schema): (&String, &Value)| {
         let text = schema["description"].as_str().unwrap_or_default();
-        let kind = schema
-            .get("type")
-            .or_else(|| schema["anyOf"][0].get("type"));
         // A flag that is not written while it is off.
-        let off = kind.is_some_and(|kind| kind == "boolean");
+        let off = schema["type"][0] == "boolean";
         let absent = if off { Value::Bool(false) } else { Value::Null };
         let default = schema.get("default").cloned().unwrap_or(absent);
         (name.clone(), default, text.replace('\n', " "))

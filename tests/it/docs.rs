@@ -20,10 +20,7 @@ fn pages() -> Vec<PathBuf> {
             let path = entry.unwrap().path();
             if path.is_dir() {
                 below(&path, found);
-            } else if path
-                .extension()
-                .is_some_and(|extension| extension == "md")
-            {
+            } else if path.extension().is_some_and(|extension| extension == "md") {
                 found.push(path.strip_prefix(repository()).unwrap().to_owned());
             }
         }
@@ -77,9 +74,8 @@ fn anchors(text: &str) -> BTreeSet<String> {
         if fenced || heading.len() == line.len() || !heading.starts_with(' ') {
             continue;
         }
+        let heading = heading.trim().to_lowercase();
         let kept = heading
-            .trim()
-            .to_lowercase()
             .chars()
             .filter(|c| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_'))
             .map(|c| if c == ' ' { '-' } else { c });
@@ -139,7 +135,9 @@ fn the_book_has_every_page() {
 /// What is wrong with a part of a recipe, such as one stage: mistakes of links don't count, because the rest is elsewhere.
 fn mistakes(part: &str) -> Result<(), String> {
     // Left of a stage's name is the indentation that it has in a recipe.
-    let indent = part.lines().map(|line| line.len() - line.trim_start().len());
+    let indent = part
+        .lines()
+        .map(|line| line.len() - line.trim_start().len());
     let indent = indent.zip(part.lines());
     let indent = indent.filter(|(_, line)| !line.trim().is_empty());
     let least = indent.map(|(indent, _)| indent).min().unwrap_or(0);
@@ -150,7 +148,8 @@ fn mistakes(part: &str) -> Result<(), String> {
     let Some(map) = value.as_mapping() else {
         return Ok(());
     };
-    let is_kind = |name: &serde_yaml::Value| KINDS.iter().any(|kind| Some(kind.name) == name.as_str());
+    let is_kind =
+        |name: &serde_yaml::Value| KINDS.iter().any(|kind| Some(kind.name) == name.as_str());
     let indented = |text: &str, by: &str| {
         let lines = text.lines().map(|line| format!("{by}{line}\n"));
         lines.collect::<String>()
@@ -159,10 +158,11 @@ fn mistakes(part: &str) -> Result<(), String> {
         part.clone()
     } else if map.keys().all(is_kind) {
         format!("version: 1\nstages:\n  it:\n{}", indented(&part, "    "))
-    } else if map
-        .values()
-        .all(|stage| stage.as_mapping().is_some_and(|stage| stage.keys().any(is_kind)))
-    {
+    } else if map.values().all(|stage| {
+        stage
+            .as_mapping()
+            .is_some_and(|stage| stage.keys().any(is_kind))
+    }) {
         format!("version: 1\nstages:\n{}", indented(&part, "  "))
     } else {
         return Ok(());

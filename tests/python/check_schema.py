@@ -16,12 +16,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 SCHEMA = ROOT / "schemas/recipe.schema.json"
 # Keywords that are for editors and for this program, which a strict reader is told of.
-VOCABULARY = ["markdownDescription", "enumDescriptions", "markdownEnumDescriptions", "errorMessage", "x-artifact", "x-neutral"]
+VOCABULARY = ["markdownDescription", "enumDescriptions", "markdownEnumDescriptions", "errorMessage", "defaultSnippets",
+              "x-artifact", "x-neutral"]
 AJV = """
 const Ajv = require("ajv/dist/2020").default;
 const fs = require("fs");
 const [schema, vocabulary] = [JSON.parse(fs.readFileSync(process.argv[2])), JSON.parse(process.argv[3])];
-const ajv = new Ajv({ strict: true, allErrors: true });
+const ajv = new Ajv({ strict: true, allowUnionTypes: true, allErrors: true });
 ajv.addVocabulary(vocabulary);
 const validate = ajv.compile(schema);
 const told = JSON.parse(fs.readFileSync(0)).map((recipe) => (validate(recipe) ? [] : ajv.errorsText(validate.errors)));
@@ -53,12 +54,15 @@ class Server:
                     "hover": {"contentFormat": ["markdown"]},
                     "publishDiagnostics": {},
                 },
-                "workspace": {"configuration": False},
+                "workspace": {"configuration": True},
             },
         })
         self.send("initialized", {})
-        settings = {"yaml": {"schemas": {SCHEMA.as_uri(): "*.yaml"}, "validate": True, "hover": True, "completion": True}}
-        self.send("workspace/didChangeConfiguration", {"settings": settings})
+        self.settings = {"yaml": {"schemas": {SCHEMA.as_uri(): "*.yaml"}, "validate": True, "hover": True, "completion": True}}
+        self.send("workspace/didChangeConfiguration", {"settings": self.settings})
+        # It asks for the settings before anything else.
+        while self.read().get("method") != "workspace/configuration":
+            pass
 
     def send(self, method, params, number=None):
         message = {"jsonrpc": "2.0", "method": method, "params": params}
@@ -84,7 +88,9 @@ class Server:
         if message.get("method") == "textDocument/publishDiagnostics":
             self.diagnostics[message["params"]["uri"]] = message["params"]["diagnostics"]
         elif "id" in message and "method" in message:
-            self.write({"jsonrpc": "2.0", "id": message["id"], "result": None})
+            asked = message["method"] == "workspace/configuration"
+            settings = [self.settings.get(item["section"]) for item in message["params"]["items"]] if asked else None
+            self.write({"jsonrpc": "2.0", "id": message["id"], "result": settings})
         return message
 
     def request(self, method, params):

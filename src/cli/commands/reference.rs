@@ -34,11 +34,7 @@ fn section(text: &mut String, command: &Command, above: &str, level: usize) {
     let arguments: Vec<&Arg> = command.get_arguments().collect();
     let about = about(command);
     let stop = if about.ends_with('.') { "" } else { "." };
-    _ = write!(
-        text,
-        "\n{} {name}\n\n{about}{stop}\n\n",
-        "#".repeat(level)
-    );
+    _ = write!(text, "\n{} {name}\n\n{about}{stop}\n\n", "#".repeat(level));
     let mut usage = usage(&arguments);
     if !below.is_empty() {
         usage.push_str(" COMMAND");

@@ -110,9 +110,8 @@ fn about(project: &Project, record: &Record, folder: &Path) -> String {
     text.push_str("\nparameters\n");
     let mut rows = Vec::new();
     let stage = project.recipe.stage(&record.stage);
-    let implied = |name: &str| {
-        stage.is_some_and(|stage| stage.implied().any(|edge| edge.parameter == name))
-    };
+    let implied =
+        |name: &str| stage.is_some_and(|stage| stage.implied().any(|edge| edge.parameter == name));
     if let Value::Object(params) = &record.fingerprint.params {
         for (name, value) in params {
             let from = record.origins.get(name).map(|origin| match origin {

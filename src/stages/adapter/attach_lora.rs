@@ -318,11 +318,8 @@ impl AttachLora {
             }
         };
         NewAdapter {
-            #[schemars(extend("minimum" = 1, "maximum" = LARGEST_RANK))]
             r: self.r,
-            #[schemars(extend("exclusiveMinimum" = 0))]
             lora_alpha: self.lora_alpha,
-            #[schemars(extend("minimum" = 0, "exclusiveMaximum" = 1))]
             lora_dropout: self.lora_dropout,
             use_rslora: self.use_rslora,
             use_dora: self.use_dora,

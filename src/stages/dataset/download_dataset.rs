@@ -129,7 +129,6 @@ impl Stage for DownloadDataset {
             .collect();
         let options = ImportOptions {
             columns: self.columns.clone(),
-            #[schemars(extend("minimum" = 1))]
             max_rows: self.max_rows,
             format: self.format.file(),
             form: self.format.form(),

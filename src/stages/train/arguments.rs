@@ -236,7 +236,6 @@ impl TrainingArguments {
             eval_batch_size: self.per_device_eval_batch_size,
             accumulation: self.gradient_accumulation_steps,
             epochs: self.num_train_epochs,
-            #[schemars(extend("minimum" = -1))]
             max_steps: u64::try_from(self.max_steps).ok(),
             learning_rate,
             scheduler: self.lr_scheduler_type,
@@ -250,10 +249,8 @@ impl TrainingArguments {
                 beta1: self.adam_beta1,
                 beta2: self.adam_beta2,
                 epsilon: self.adam_epsilon,
-                #[schemars(extend("minimum" = 0))]
                 weight_decay: self.weight_decay,
             },
-            #[schemars(extend("minimum" = 0))]
             max_grad_norm: self.max_grad_norm,
             checkpointing: *self.gradient_checkpointing,
             loss_scaling: self.fp16,

@@ -9,7 +9,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use super::arguments::TrainingArguments;
 use super::method::Method;
 use super::run::run;
-use crate::engine::{Artifact, Context, ParseError, Problem, Stage, read_side_by_side};
+use crate::engine::{Artifact, Context, Implied, ParseError, Problem, Stage, read_side_by_side};
 use crate::stages::artifacts::{Adapter, Model};
 use crate::stages::model_input::BASE_OF_ADAPTER;
 use crate::stages::rules::Rules;

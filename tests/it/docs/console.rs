@@ -92,7 +92,10 @@ impl Reader {
                 let printed = self.types(&command);
                 typed += 1;
                 assert!(
-                    fits(&shown, &printed.lines().map(str::trim_end).collect::<Vec<_>>()),
+                    fits(
+                        &shown,
+                        &printed.lines().map(str::trim_end).collect::<Vec<_>>()
+                    ),
                     "{page}:{line}: `{command}` prints\n{printed}\nand the page shows\n{}",
                     shown.join("\n")
                 );
@@ -164,9 +167,20 @@ fn line_fits(shown: &str, line: &str) -> bool {
 
 #[test]
 fn what_a_page_shows_fits_or_not() {
-    let printed = ["pairs  fresh  a60df", "tuned  runs   beta", "1 fresh, 1 to run"];
+    let printed = [
+        "pairs  fresh  a60df",
+        "tuned  runs   beta",
+        "1 fresh, 1 to run",
+    ];
     for (shown, fitting) in [
-        (&["pairs  fresh  ..", "tuned  runs   beta", "1 fresh, 1 to run"][..], true),
+        (
+            &[
+                "pairs  fresh  ..",
+                "tuned  runs   beta",
+                "1 fresh, 1 to run",
+            ][..],
+            true,
+        ),
         (&["pairs  ..", "..", "1 fresh, .. to run"], true),
         (&["..", "tuned  runs   beta", ".."], true),
         (&[], true),
@@ -199,7 +213,10 @@ fn the_readme_works() {
     let recipe = reader.project.read("recipes/quickstart.yaml");
     let short = recipe
         .replace("num_train_epochs: 8", "max_steps: 4")
-        .replace("per_device_train_batch_size: 4", "max_steps: 2\n      per_device_train_batch_size: 4");
+        .replace(
+            "per_device_train_batch_size: 4",
+            "max_steps: 2\n      per_device_train_batch_size: 4",
+        );
     assert_eq!(short.matches("max_steps").count(), 2);
     reader.project.write("recipes/quickstart.yaml", &short);
     let typed = reader.reads("README.md");
