@@ -27,7 +27,10 @@ pub fn schema(kinds: &[Kind]) -> Value {
     let mut alone = Map::new();
     for kind in kinds {
         let needed = needed(kind);
-        own.insert(kind.name.to_owned(), parameters(kind, &needed, &mut generator));
+        own.insert(
+            kind.name.to_owned(),
+            parameters(kind, &needed, &mut generator),
+        );
         let reference = json!({ "$ref": format!("#/$defs/{}", kind.name) });
         stage.insert(kind.name.to_owned(), reference.clone());
         defaults.insert(kind.name.to_owned(), reference);

@@ -73,7 +73,7 @@ stages:
   pairs: { import_dataset: { path: pairs.jsonl } }
   split: { split_dataset: { dataset: pairs, test_size: 0.1 } }
   base: { import_model: { path: m } }
-  chats: { apply_chat_template: { dataset: split } }
+  chats: { apply_chat_template: { dataset: split, tokenizer: base } }
   tokens: { tokenize: { dataset: chats } }
   base4: { quantize: { model: base } }
   lora: { attach_lora: { model: base4 } }
@@ -126,7 +126,11 @@ fn examples_of_parameters_fit_them() {
             let validator = jsonschema::validator_for(&alone).unwrap();
             for example in property["examples"].as_array().into_iter().flatten() {
                 seen += 1;
-                assert!(validator.is_valid(example), "{}.{name}: {example}", kind.name);
+                assert!(
+                    validator.is_valid(example),
+                    "{}.{name}: {example}",
+                    kind.name
+                );
             }
         }
     }
@@ -159,7 +163,9 @@ fn the_schema_and_the_reader_refuse_the_same_numbers() {
             let start = format!("`{name}` of `{kind}`");
             let mut told = told.filter(|message| message.starts_with(&start));
             told.any(|message| {
-                message.contains("expected a number") || message.contains("expected at least") || message.contains("must be")
+                message.contains("expected a number")
+                    || message.contains("expected at least")
+                    || message.contains("must be")
             })
         };
         for value in &bad {

@@ -40,7 +40,7 @@ fn parameters(schema: &Value, kind: &str) -> Vec<(String, Value, String)> {
     let one = |(name, schema): (&String, &Value)| {
         let text = schema["description"].as_str().unwrap_or_default();
         // A flag that is not written while it is off.
-        let off = schema["type"][0] == "boolean";
+        let off = schema["type"] == serde_json::json!(["boolean", "string"]);
         let absent = if off { Value::Bool(false) } else { Value::Null };
         let default = schema.get("default").cloned().unwrap_or(absent);
         (name.clone(), default, text.replace('\n', " "))

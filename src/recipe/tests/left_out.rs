@@ -111,12 +111,10 @@ fn a_default_can_be_set() {
 
 #[test]
 fn keys_of_ones_own_hold_anchors() {
-    let text = GOOD
-        .replace("beta: 0.2,", "<<: *common,")
-        .replace(
-            "vars:",
-            "x-common: &common { beta: 0.2, fp16: true }\nvars:",
-        );
+    let text = GOOD.replace("beta: 0.2,", "<<: *common,").replace(
+        "vars:",
+        "x-common: &common { beta: 0.2, fp16: true }\nvars:",
+    );
     let tuned = params(&read(&text).unwrap(), "tuned");
     assert_eq!(
         (&tuned["beta"], &tuned["fp16"]),
@@ -211,5 +209,9 @@ stages:
   b: { train_orpo: { adapter: a, dataset: tokens } }
 ";
     let told = mistakes(real(text));
-    assert_eq!(told.matches("`train_orpo` needs `model`").count(), 2, "{told}");
+    assert_eq!(
+        told.matches("`train_orpo` needs `model`").count(),
+        2,
+        "{told}"
+    );
 }
