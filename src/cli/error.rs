@@ -3,79 +3,60 @@
 use std::fmt::Write as _;
 
 use crate::recipe::{RecipeError, RecipeErrors};
+use crate::report::style::{ERROR, HINT, PLACE, paint};
 use crate::report::{harmless, steers};
 
-const RED: &str = "\x1b[1;31m";
-const BLUE: &str = "\x1b[1;34m";
-const CYAN: &str = "\x1b[1;36m";
-const PLAIN: &str = "\x1b[0m";
 /// Lines longer than this are shown in part, around the span.
 const MAX_LINE: usize = 160;
 
 /// All mistakes of a recipe, a blank line between two.
-pub fn render(errors: &RecipeErrors, colour: bool) -> String {
-    let all: Vec<String> = errors
-        .0
-        .iter()
-        .map(|error| render_one(error, colour))
-        .collect();
+pub fn render(errors: &RecipeErrors) -> String {
+    let all: Vec<String> = errors.0.iter().map(render_one).collect();
     all.join("\n")
 }
 
 /// A mistake outside recipes.
-pub(super) fn plain(message: &str, colour: bool) -> String {
-    let label = if colour {
-        format!("{RED}error:{PLAIN}")
-    } else {
-        "error:".to_owned()
-    };
-    format!("{label} {}\n", harmless(message))
+pub(super) fn plain(message: &str) -> String {
+    format!("{} {}\n", paint(ERROR, "error:"), harmless(message))
 }
 
 /// The same with what to do.
-pub(super) fn with_hint(message: &str, hint: &str, colour: bool) -> String {
-    let label = if colour {
-        format!("{CYAN}hint:{PLAIN}")
-    } else {
-        "hint:".to_owned()
-    };
-    format!("{}{label} {}\n", plain(message, colour), harmless(hint))
+pub(super) fn with_hint(message: &str, hint: &str) -> String {
+    format!(
+        "{}{} {}\n",
+        plain(message),
+        paint(HINT, "hint:"),
+        harmless(hint)
+    )
 }
 
-fn render_one(error: &RecipeError, colour: bool) -> String {
-    let paint = |code: &str, text: &str| {
-        if colour {
-            format!("{code}{text}{PLAIN}")
-        } else {
-            text.to_owned()
-        }
-    };
-    let mut text = format!("{} {}\n", paint(RED, "error:"), harmless(&error.message));
+fn render_one(error: &RecipeError) -> String {
+    let mut text = format!("{} {}\n", paint(ERROR, "error:"), harmless(&error.message));
     let file = error.file.display().to_string();
     let file = harmless(&file);
     match (&error.origin, error.span, &error.source_line) {
         (Some(origin), ..) => {
-            _ = writeln!(text, "  {} from {}", paint(BLUE, "-->"), harmless(origin));
+            _ = writeln!(text, "  {} from {}", paint(PLACE, "-->"), harmless(origin));
         }
         (None, Some(span), Some(line)) => {
             let number = span.line.to_string();
             let margin = " ".repeat(number.len());
-            let bar = paint(BLUE, "|");
+            let bar = paint(PLACE, "|");
             let (line, start, length) = window(line, span.column, span.length);
             let (before, marked) = caret(&line, start, length);
-            let carets = paint(RED, &"^".repeat(marked));
-            _ = writeln!(text, "{margin} {} {file}:{span}", paint(BLUE, "-->"));
+            let carets = paint(ERROR, &"^".repeat(marked));
+            _ = writeln!(text, "{margin} {} {file}:{span}", paint(PLACE, "-->"));
             _ = writeln!(text, "{margin}  {bar}");
-            _ = writeln!(text, " {} {bar} {}", paint(BLUE, &number), expand(&line));
+            _ = writeln!(text, " {} {bar} {}", paint(PLACE, &number), expand(&line));
             _ = writeln!(text, "{margin}  {bar} {}{carets}", " ".repeat(before));
         }
         (None, Some(span), None) => {
-            _ = writeln!(text, "  {} {file}:{span}", paint(BLUE, "-->"));
+            _ = writeln!(text, "  {} {file}:{span}", paint(PLACE, "-->"));
         }
-        (None, None, _) => _ = writeln!(text, "  {} {file}", paint(BLUE, "-->")),
+        (None, None, _) => _ = writeln!(text, "  {} {file}", paint(PLACE, "-->")),
     }
     if let Some(hint) = &error.hint {
-        _ = writeln!(text, "{} {}", paint(CYAN, "hint:"), harmless(hint));
+        _ = writeln!(text, "{} {}", paint(HINT, "hint:"), harmless(hint));
     }
     text
 }
@@ -132,6 +113,7 @@ fn width(character: char) -> usize {
 mod tests {
     use super::*;
     use crate::recipe::SourceSpan;
+    use crate::report::style::stripped;
 
     fn error(line: &str, span: SourceSpan) -> RecipeErrors {
         RecipeErrors(vec![RecipeError {
@@ -154,7 +136,7 @@ mod tests {
 
     #[test]
     fn a_mistake_is_shown_with_its_line() {
-        let shown = render(&error("  x: { dataset: bbb }", span(12, 17, 3)), false);
+        let shown = stripped(&render(&error("  x: { dataset: bbb }", span(12, 17, 3))));
         let expected = "\
 error: there is no stage `b`
    --> r.yaml:12:17
@@ -168,7 +150,7 @@ hint: did you mean `a`?
 
     #[test]
     fn carets_stand_right_behind_tabs_and_wide_characters() {
-        let shown = render(&error("\t\u{65e5}: x\u{1b}", span(1, 5, 1)), false);
+        let shown = stripped(&render(&error("\t\u{65e5}: x\u{1b}", span(1, 5, 1))));
         assert!(
             shown.contains(" 1 |     \u{65e5}: x\u{fffd}\n   |         ^\n"),
             "{shown}"
@@ -178,7 +160,7 @@ hint: did you mean `a`?
     #[test]
     fn long_lines_are_cut_around_the_span() {
         let line = format!("{}bad{}", "x".repeat(1000), "y".repeat(1000));
-        let shown = render(&error(&line, span(1, 1001, 3)), false);
+        let shown = stripped(&render(&error(&line, span(1, 1001, 3))));
         let lines: Vec<&str> = shown.lines().collect();
         let at = lines[4].find('^').unwrap();
         assert_eq!(&lines[3][at..at + 3], "bad");
@@ -187,6 +169,6 @@ hint: did you mean `a`?
 
     #[test]
     fn a_span_beyond_the_line_still_has_a_caret() {
-        assert!(render(&error("", span(1, 9, 5)), true).contains('^'));
+        assert!(render(&error("", span(1, 9, 5))).contains('^'));
     }
 }

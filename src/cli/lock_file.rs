@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Failure, colour, error, read_text};
+use super::{Failure, error, read_text};
 use crate::engine::{PinChange, Pins, short, write_atomically};
 
 /// The format of the file.
@@ -88,7 +88,7 @@ pub(super) fn read(recipe: &Path) -> Result<Option<Pins>, Failure> {
     };
     let wrong = |message: String| {
         let hint = "remove it and create it again with `pipeline lock`";
-        Failure::Usage(error::with_hint(&message, hint, colour()))
+        Failure::Usage(error::with_hint(&message, hint))
     };
     let file: LockFile = crate::recipe::yaml(&text)
         .map_err(|error| wrong(format!("`{}` is no lock file: {error}", path.display())))?;

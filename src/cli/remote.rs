@@ -8,7 +8,7 @@ use clap::Args;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::{Failure, colour, eprint, error, read_text, trust, variable};
+use super::{Failure, eprint_warning, error, read_text, trust, variable};
 use crate::engine::remote::{Settings, Shared};
 use crate::remote::{Address, ObjectRemote};
 
@@ -103,13 +103,13 @@ impl RemoteArgs {
                     "results would be sent there and taken from there: `pipeline cache trust` in that folder allows it for good, \
                      `--remote` or {VARIABLE} name a remote for now, and `--remote \"\"` means none"
                 );
-                return Err(Failure::Usage(error::with_hint(&message, &hint, colour())));
+                return Err(Failure::Usage(error::with_hint(&message, &hint)));
             }
         }
         if address.is_exposed() {
             let shown = address.shown();
-            eprint(&format!(
-                "warning: the password for `{shown}` is sent over plain HTTP, where anyone on the way can read it\n"
+            eprint_warning(&format!(
+                "the password for `{shown}` is sent over plain HTTP, where anyone on the way can read it"
             ));
         }
         Ok(match ObjectRemote::open(&address, &variables()) {
@@ -143,7 +143,7 @@ fn without_credentials(address: &Address) -> Result<(), Failure> {
 }
 
 fn wrong(message: &str) -> Failure {
-    Failure::Usage(error::plain(message, colour()))
+    Failure::Usage(error::plain(message))
 }
 
 fn read(root: &Path) -> Result<Option<Written>, Failure> {
@@ -197,7 +197,7 @@ pub(super) fn report_warnings(shared: &Shared) -> Result<(), Failure> {
     let warnings = shared.take_warnings();
     shared.check()?;
     for text in warnings {
-        eprint(&format!("warning: {text}\n"));
+        eprint_warning(&text);
     }
     Ok(())
 }

@@ -23,6 +23,7 @@ mod stage;
 mod syntax;
 #[cfg(test)]
 mod tests;
+mod unused;
 mod vars;
 mod wiring;
 
@@ -41,6 +42,7 @@ pub use source_map::{
     PathStep, RecipePath, SourceSpan, display as display_path, parse as parse_path,
 };
 use source_map::{SourceMap, keys};
+pub use unused::Unused;
 
 /// A value given on the command line: `--set stages.tuned.train_orpo.beta=0.2`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -63,6 +65,7 @@ pub struct Recipe {
     pub stages: Vec<RecipeStage>,
     /// What is put where for people to use, in the order of the recipe.
     pub outputs: Vec<Output>,
+    vars: Vec<String>,
     source_map: SourceMap,
     order: Vec<usize>,
 }
@@ -243,6 +246,10 @@ pub fn parse(
     vars::substitute(&mut draft, &mut value);
     defaults::fill(&mut draft, &mut value);
     implied::fill(&mut draft, &mut value);
+    let vars = value.get("vars").and_then(serde_yaml::Value::as_mapping);
+    let vars = vars.into_iter().flat_map(serde_yaml::Mapping::keys);
+    let vars = vars.filter_map(|name| Some(name.as_str()?.to_owned()));
+    let vars = vars.collect();
     let stages = stage::read(&mut draft, &value);
     let wired = wiring::wire(&mut draft, stages, &value);
     if !draft.errors.is_empty() {
@@ -287,6 +294,7 @@ pub fn parse(
                 path,
             })
             .collect(),
+        vars,
         source_map: draft.source_map,
         order: wired.order,
     })

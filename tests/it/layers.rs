@@ -146,14 +146,23 @@ const LAYERS: [Layer; 10] = [
     Layer {
         name: "report",
         layers: &["engine"],
-        crates: &["indicatif"],
+        crates: &["anstream", "anstyle", "humantime", "unicode_width"],
     },
     Layer {
         name: "cli",
         layers: &[
             "engine", "ml", "data", "text", "hub", "stages", "recipe", "remote", "report",
         ],
-        crates: &["clap", "ctrlc", "pipeline_kernels", "serde_yaml", "similar"],
+        crates: &[
+            "anstream",
+            "clap",
+            "colorchoice_clap",
+            "ctrlc",
+            "pipeline_kernels",
+            "serde_yaml",
+            "similar",
+            "terminal_size",
+        ],
     },
 ];
 /// The most lines of a file.

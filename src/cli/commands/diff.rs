@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use super::why::list;
 use crate::cli::args::{RecipeArgs, StoreArgs};
 use crate::cli::project::Project;
-use crate::cli::{Failure, colour, error, print, print_json};
+use crate::cli::{Failure, error, print, print_json};
 use crate::engine::{Difference, Run, short};
 
 #[derive(clap::Args)]
@@ -104,6 +104,6 @@ fn find(runs: &[Run], number: u64) -> Result<&Run, Failure> {
         } else {
             format!("there is no run {number}")
         };
-        Failure::Usage(error::with_hint(&message, &hint, colour()))
+        Failure::Usage(error::with_hint(&message, &hint))
     })
 }

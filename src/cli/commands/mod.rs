@@ -6,6 +6,7 @@ pub(super) mod gc;
 pub(super) mod graph;
 pub(super) mod history;
 pub(super) mod lock;
+pub(super) mod log;
 pub(super) mod plan;
 pub(super) mod reference;
 pub(super) mod run;
