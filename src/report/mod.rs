@@ -3,6 +3,7 @@
 //! A reporter hears of events one by one; it knows the engine's events and nothing else. A new one is a file with an
 //! implementation of [`Reporter`].
 
+mod event_schema;
 mod json;
 mod log;
 mod look;
@@ -19,6 +20,7 @@ use std::time::Duration;
 
 use crate::engine::Event;
 
+pub use event_schema::{events_reference, events_schema};
 pub use json::JsonLines;
 pub use look::{Look, Places, Size, Verbosity, quoted};
 pub use screen::above;

@@ -191,7 +191,9 @@ fn what_looks_like_a_recipe_is_one() {
         for Block { info, text, line } in blocks(&read(&page)) {
             let place = format!("{}:{line}", page.display());
             match info.split(' ').next().unwrap_or_default() {
-                "yaml" if text.contains("{ .. }") || text.contains("version: 1") && !text.contains("stages:") => {}
+                "yaml"
+                    if text.contains("{ .. }")
+                        || text.contains("version: 1") && !text.contains("stages:") => {}
                 "yaml" => {
                     seen += 1;
                     mistakes(&text).unwrap_or_else(|wrong| panic!("{place}: {wrong}"));

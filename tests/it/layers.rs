@@ -146,7 +146,13 @@ const LAYERS: [Layer; 10] = [
     Layer {
         name: "report",
         layers: &["engine"],
-        crates: &["anstream", "anstyle", "humantime", "unicode_width"],
+        crates: &[
+            "schemars",
+            "anstream",
+            "anstyle",
+            "humantime",
+            "unicode_width",
+        ],
     },
     Layer {
         name: "cli",
