@@ -27,10 +27,7 @@ pub fn schema(kinds: &[Kind]) -> Value {
     let mut alone = Map::new();
     for kind in kinds {
         let needed = needed(kind);
-        own.insert(
-            kind.name.to_owned(),
-            parameters(kind, &needed, &mut generator),
-        );
+        own.insert(kind.name.to_owned(), parameters(kind, &mut generator));
         let reference = json!({ "$ref": format!("#/$defs/{}", kind.name) });
         stage.insert(kind.name.to_owned(), reference.clone());
         defaults.insert(kind.name.to_owned(), reference);
@@ -150,7 +147,7 @@ fn needed(kind: &Kind) -> Vec<String> {
 }
 
 /// The schema of a kind's parameters, without a word on which of them are needed.
-fn parameters(kind: &Kind, needed: &[String], generator: &mut SchemaGenerator) -> Value {
+fn parameters(kind: &Kind, generator: &mut SchemaGenerator) -> Value {
     let mut schema = params(kind, generator);
     let about = paragraphs(&description(&schema));
     let Some(map) = schema.as_object_mut() else {
@@ -161,14 +158,6 @@ fn parameters(kind: &Kind, needed: &[String], generator: &mut SchemaGenerator) -
     map.insert("type".to_owned(), json!(["object", "null"]));
     let makes = format!("{about}\n\nMakes: `{}`.", kind.output);
     map.insert("description".to_owned(), json!(makes));
-    if !needed.is_empty() {
-        // What an editor writes when the kind is chosen.
-        let places = needed.iter().zip(1..);
-        let body = places.map(|(name, place)| (name.clone(), json!(format!("${place}"))));
-        let body: Map<String, Value> = body.collect();
-        let snippets = json!([{ "label": kind.name, "body": body }]);
-        map.insert("defaultSnippets".to_owned(), snippets);
-    }
     let properties = map.get_mut("properties").and_then(Value::as_object_mut);
     for (name, property) in properties.into_iter().flatten() {
         if let Some(property) = property.as_object_mut() {
