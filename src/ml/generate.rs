@@ -3,16 +3,16 @@
 use std::fmt;
 
 use anyhow::ensure;
-use pipeline_kernels::vectors::largest;
+use pipeline_kernels::vectors::argmax;
 
 use super::execution::{Execution, Token};
 use super::model::linear::Pass;
 use super::threads::in_pool;
 
-/// Tokens of prompts that go through the model at a time.
+/// The tokens of prompts that go through the model in one step.
 const CHUNK: usize = 32;
 
-/// A logit is a NaN or infinite where the next id is chosen.
+/// The error of a logit that is a NaN or infinite where the next id is chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct NotFinite;
 
@@ -24,28 +24,28 @@ impl fmt::Display for NotFinite {
 
 impl std::error::Error for NotFinite {}
 
-/// The id of the largest logit, the first one of equals. A NaN or an infinity among them is an error.
+/// The id of the largest logit (vocabulary), the lowest one of equals. A NaN or an infinity among them is an error.
 fn best(logits: &[f32]) -> anyhow::Result<u32> {
-    match largest(logits) {
+    match argmax(logits) {
         Some(id) => Ok(u32::try_from(id)?),
         None => Err(NotFinite.into()),
     }
 }
 
-/// The most probable continuation of each prompt, at most `limit` ids, up to and without the first id of `stops`. `tell` is
-/// called before each step and may stop with an error.
+/// Greedy decoding: continues each prompt with the most probable id, for at most `limit` ids, up to and without the first id of
+/// `stops`. Returns the ids of each continuation. `progress` is called before each step and may stop the generation with an error.
 ///
-/// Each prompt gets the answer that it gets alone: no sum depends on the other prompts.
+/// Each prompt gets the same answer as it would get alone, because no sum depends on the other prompts.
 ///
 /// # Errors
-/// An empty prompt, an id outside the vocabulary, [`NotFinite`] logits, or what `tell` says.
+/// A prompt is empty, an id is outside the vocabulary, a logit is [`NotFinite`], or `progress` returns an error.
 pub fn greedy(
     execution: &Execution<'_>,
     prompts: &[&[u32]],
     limit: usize,
     stops: &[u32],
     pass: Pass,
-    tell: &mut dyn FnMut() -> anyhow::Result<()>,
+    progress: &mut dyn FnMut() -> anyhow::Result<()>,
 ) -> anyhow::Result<Vec<Vec<u32>>> {
     let mut longest = 0;
     for prompt in prompts {
@@ -59,24 +59,24 @@ pub fn greedy(
     }
     let vocabulary = execution.model().arch.vocab_size;
     let mut decoder = execution.decoder(prompts.len(), longest + limit, pass)?;
-    // The id that follows, unless the answer ends.
+    // The token that follows, unless the answer ends.
     let mut follow = |token: Token, logits: &[f32]| -> anyhow::Result<Option<Token>> {
-        let answer: &mut Vec<u32> = &mut answers[token.text];
+        let answer: &mut Vec<u32> = &mut answers[token.sequence];
         let id = best(logits)?;
         if stops.contains(&id) {
             return Ok(None);
         }
         answer.push(id);
-        let text = token.text;
-        Ok((answer.len() < limit).then_some(Token { text, id }))
+        let sequence = token.sequence;
+        Ok((answer.len() < limit).then_some(Token { sequence, id }))
     };
-    let all = prompts.iter().enumerate().flat_map(|(text, prompt)| {
+    let all = prompts.iter().enumerate().flat_map(|(sequence, prompt)| {
         let tokens = prompt.iter().enumerate();
-        tokens.map(move |(at, &id)| (Token { text, id }, at + 1 == prompt.len()))
+        tokens.map(move |(at, &id)| (Token { sequence, id }, at + 1 == prompt.len()))
     });
     let all: Vec<(Token, bool)> = all.collect();
     for chunk in all.chunks(CHUNK) {
-        tell()?;
+        progress()?;
         let tokens: Vec<Token> = chunk.iter().map(|(token, _)| *token).collect();
         let last = chunk.iter().enumerate().filter(|(_, (_, last))| *last);
         let last: Vec<usize> = last.map(|(at, _)| at).collect();
@@ -86,7 +86,7 @@ pub fn greedy(
         next.extend(followers.collect::<anyhow::Result<Vec<_>>>()?);
     }
     while !next.is_empty() {
-        tell()?;
+        progress()?;
         let every: Vec<usize> = (0..next.len()).collect();
         let logits = in_pool(|| decoder.step(&next, &every))?;
         let rows = next.iter().zip(logits.chunks_exact(vocabulary));

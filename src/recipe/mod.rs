@@ -131,14 +131,35 @@ impl RecipeStage {
 }
 
 impl Recipe {
-    /// A sentence with all that the recipe implies, or none when it implies nothing.
+    /// A sentence with what the recipe implies, or none when it implies nothing.
     pub fn implied(&self) -> Option<String> {
-        let stages = self.stages.iter();
-        let all = stages.flat_map(|stage| stage.implied().map(move |edge| (stage, edge)));
-        let all: Vec<String> = all
-            .map(|(stage, edge)| format!("{}.{} is {}", stage.name, edge.parameter, edge.stage))
+        let mut groups: Vec<((&str, &str), Vec<&str>)> = Vec::new();
+        for stage in &self.stages {
+            for edge in stage.implied() {
+                let same = (edge.parameter.as_str(), edge.stage.as_str());
+                match groups.iter_mut().find(|(group, _)| *group == same) {
+                    Some((_, stages)) => stages.push(&stage.name),
+                    None => groups.push((same, vec![&stage.name])),
+                }
+            }
+        }
+        let all: Vec<String> = groups
+            .iter()
+            .take(MOST_IMPLIED)
+            .map(|((parameter, is), stages)| {
+                let more = match stages.len().saturating_sub(MOST_IMPLIED) {
+                    0 => String::new(),
+                    more => format!(" and {more} more"),
+                };
+                let stages = stages.get(..MOST_IMPLIED).unwrap_or(stages);
+                format!("`{parameter}` of {}{more} is {is}", stages.join(", "))
+            })
             .collect();
-        (!all.is_empty()).then(|| format!("implied: {}", all.join(", ")))
+        let more = match groups.len().saturating_sub(MOST_IMPLIED) {
+            0 => String::new(),
+            more => format!("; and {more} more"),
+        };
+        (!all.is_empty()).then(|| format!("implied: {}{more}", all.join("; ")))
     }
 
     /// The indices of the stages so that each comes after all it takes from; otherwise in the order of the recipe.
@@ -202,6 +223,9 @@ pub fn load(
     })?;
     parse(path, &text, overrides, kinds)
 }
+
+/// The most groups, and the most stages of one, that a sentence names.
+const MOST_IMPLIED: usize = 5;
 
 /// The longest recipe, in bytes. Longer is only what never ends, such as a device.
 const LONGEST: u64 = 64 << 20;

@@ -35,7 +35,7 @@ pub(crate) struct Parameters(pub(crate) Vec<Parameter>);
 
 impl Parameters {
     /// The parameters in the order of the struct.
-    pub(crate) fn of(kind: &Kind) -> Self {
+    pub(crate) fn from_kind(kind: &Kind) -> Self {
         let mut parameters = Self::read(&params(kind, &mut SchemaGenerator::default()));
         for parameter in &mut parameters.0 {
             let implied = |implied: &Implied| implied.parameter == parameter.name;

@@ -51,7 +51,7 @@ fn section(text: &mut String, kind: &Kind) {
     let about = paragraphs(&description(&schema));
     let (name, output) = (kind.name, kind.output);
     _ = writeln!(text, "\n## {name}\n\n{about}\n\nMakes: `{output}`.");
-    let parameters = Parameters::of(kind).0;
+    let parameters = Parameters::from_kind(kind).0;
     let examples = schema.get("examples").and_then(Value::as_array);
     for example in examples.into_iter().flatten() {
         _ = write!(text, "\n```yaml\n{}```\n", yaml(name, example, &parameters));

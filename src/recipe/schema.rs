@@ -141,7 +141,7 @@ fn recipe(defaults: &Value, definitions: &Value) -> Value {
 
 /// The parameters that a stage of the kind has to give.
 fn needed(kind: &Kind) -> Vec<String> {
-    let parameters = Parameters::of(kind).0.into_iter();
+    let parameters = Parameters::from_kind(kind).0.into_iter();
     let needed = parameters.filter(|parameter| parameter.required && !parameter.implied);
     needed.map(|parameter| parameter.name).collect()
 }

@@ -155,8 +155,7 @@ stages:
     }
     assert_eq!(
         short.implied().unwrap(),
-        "implied: chats.tokenizer is base, tokens.tokenizer is base, taught.model is base4, tuned.model is base4, \
-         scores.model is base4, merged.model is base"
+        "implied: `tokenizer` of chats, tokens is base; `model` of taught, tuned, scores is base4; `model` of merged is base"
     );
 }
 
@@ -195,7 +194,7 @@ stages:
     assert!(params(&recipe, "chats").get("tokenizer").is_none());
     assert_eq!(
         recipe.implied().unwrap(),
-        "implied: tokens.tokenizer is one"
+        "implied: `tokenizer` of tokens is one"
     );
 }
 

@@ -4,7 +4,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::arguments::TrainingArguments;
-use super::method::{Method, Prepared, Use};
+use super::method::{Common, Method, Prepared, Use};
 use super::stage::Train;
 use crate::engine::Context;
 use crate::ml::loss::Loss;
@@ -44,11 +44,23 @@ pub struct Parameters {
     #[schemars(extend("minimum" = 2))]
     #[schemars(extend("examples" = [2048]))]
     max_length: usize,
+}
+
+/// The parameters that other methods have too, with the defaults of `SFTTrainer`.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SftArguments {
     /// The highest learning rate. For LoRA, rates from 1e-4 to 2e-4 are common; for all weights, about 1e-5.
     #[serde(default = "learning_rate")]
     #[schemars(extend("exclusiveMinimum" = 0))]
     #[schemars(extend("examples" = [0.000_2]))]
     learning_rate: f64,
+}
+
+impl Common for SftArguments {
+    fn learning_rate(&self) -> f64 {
+        self.learning_rate
+    }
 }
 
 fn completion_only_loss() -> bool {
@@ -67,14 +79,7 @@ impl Method for Parameters {
     const KIND: &'static str = "train_sft";
     const VERSION: u32 = 7;
     type Output = Model;
-
-    fn learning_rate(&self) -> f64 {
-        self.learning_rate
-    }
-
-    fn dropout(&self) -> bool {
-        true
-    }
+    type Common = SftArguments;
 
     fn loss(&self) -> Box<dyn Loss> {
         Box::new(Sft {
