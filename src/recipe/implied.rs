@@ -79,13 +79,12 @@ pub(crate) fn fill(draft: &mut Draft, recipe: &mut Value) {
 /// Whether the stage leaves the parameter out, and what says the same in another way.
 fn is_open(stage: &Value, kind: &Kind, implied: &Implied) -> bool {
     match stage.get(kind.name) {
-        None => false,
         Some(Value::Null) => true,
         Some(Value::Mapping(own)) => {
             let given = |name: &str| own.get(name).is_some();
             !given(implied.parameter) && !implied.unless.iter().any(|name| given(name))
         }
-        Some(_) => false,
+        None | Some(_) => false,
     }
 }
 
