@@ -109,8 +109,8 @@ fn fill_stage(
         }
         let inner: Vec<RecipePath> = draft
             .broken
-            .iter()
-            .filter(|broken| broken.starts_with(&from))
+            .range(from.clone()..)
+            .take_while(|broken| broken.starts_with(&from))
             .map(|broken| [&to[..], broken.get(from.len()..).unwrap_or_default()].concat())
             .collect();
         draft.broken.extend(inner);

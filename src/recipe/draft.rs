@@ -153,6 +153,12 @@ impl<'a> Draft<'a> {
         self.push(message, span, None, hint);
     }
 
+    /// Whether the value at `path`, or something in it, is known to be wrong.
+    pub(crate) fn is_broken(&self, path: &RecipePath) -> bool {
+        let next = self.broken.range(path.clone()..).next();
+        next.is_some_and(|broken| broken.starts_with(path))
+    }
+
     /// Whether the value at `path` was given, wholly or in part, on the command line.
     pub(crate) fn is_from_command_line(&self, path: &RecipePath) -> bool {
         let path = &self.source_map.written(path);

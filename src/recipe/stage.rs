@@ -288,7 +288,7 @@ fn typed(
             let hint = advice.then(|| hints::parameter(key, kind, draft.kinds));
             draft.key_error(&at, message, hint);
             unknown.insert(key.to_owned());
-        } else if draft.broken.iter().any(|broken| broken.starts_with(&at)) {
+        } else if draft.is_broken(&at) {
             dropped.insert(key.to_owned());
         }
     }
@@ -321,7 +321,7 @@ fn typed(
         values.retain(|key, _| !dropped.contains(key) && !unknown.contains(key));
         let error = match (kind.parse)(values.clone().into()) {
             Ok(stage) => {
-                let told = draft.broken.iter().any(|broken| broken.starts_with(path));
+                let told = draft.is_broken(path);
                 return (Some(stage), dropped.is_empty() && !told);
             }
             Err(error) => error,
