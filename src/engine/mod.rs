@@ -87,7 +87,6 @@ pub use stage::{Implied, ImpliedBy, Problem, Stage};
 pub use stage_events::StageEvents;
 pub use stat::Stat;
 pub use store::{Found, Miss, Store};
-#[cfg(test)]
 pub(crate) use task::unmarked;
 pub use task::{TASK_VERSION, Task};
 pub use units::{Bytes, Span};

@@ -68,13 +68,14 @@ impl Store {
         }
     }
 
-    /// Makes git ignore a new store. One in a folder that has something else in it is left to its owner.
+    /// Makes git ignore a new store. One in a folder of another name that has something in it is left to its owner.
     pub(super) fn ignore_in_git(&self) {
         let Some(folder) = self.root.parent().filter(|_| !self.root.exists()) else {
             return;
         };
+        let own = folder.file_name().is_some_and(|name| name == ".pipeline");
         let empty = fs::read_dir(folder).map_or(true, |mut entries| entries.next().is_none());
-        if !empty {
+        if !(own || empty) {
             return;
         }
         // Only a convenience: whatever is in the way, the run itself will meet and tell it.

@@ -6,6 +6,7 @@
 //! against the size and hash of the listing, and only then renamed into the cache. Knows nothing of stages, recipes or the
 //! environment.
 
+mod account;
 mod client;
 mod digest;
 mod download;
@@ -19,10 +20,18 @@ mod names;
 mod proxies;
 mod settings;
 mod tls;
+mod token_store;
 
+pub use account::{Account, Answered};
 pub use client::{Hub, Watch};
 pub use listing::Listing;
 pub use names::{RemoteFile, RepoKind, Snapshot};
 pub use proxies::Proxies;
 pub(crate) use settings::is_offline;
 pub use settings::{HubSettings, VARIABLES};
+pub use token_store::TokenStore;
+
+/// An address for people: without a name, a password and a query.
+pub fn shown_address(address: &str) -> String {
+    endpoint::shown(address)
+}

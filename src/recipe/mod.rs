@@ -9,9 +9,11 @@
 mod defaults;
 mod draft;
 mod error;
+pub mod foreign;
 pub mod graph;
 mod hints;
 mod implied;
+pub mod outline;
 mod parameters;
 mod read;
 mod reference;
@@ -19,13 +21,17 @@ mod schema;
 mod sentence;
 mod set;
 mod source_map;
+mod spellings;
 mod stage;
 mod syntax;
 #[cfg(test)]
 mod tests;
+pub mod translate;
+mod typing;
 mod unused;
 mod vars;
 mod wiring;
+mod words;
 
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
@@ -43,6 +49,7 @@ pub use source_map::{
 };
 use source_map::{SourceMap, keys};
 pub use unused::Unused;
+pub use words::{about, described};
 
 /// A value given on the command line: `--set stages.tuned.train_orpo.beta=0.2`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -226,6 +233,25 @@ pub fn load(
 
 /// The most groups, and the most stages of one, that a sentence names.
 const MOST_IMPLIED: usize = 5;
+/// The stages of a recipe by name, with their kinds, as far as a text can be read that is perhaps being written.
+pub fn stage_names(text: &str) -> Vec<(String, Option<String>)> {
+    let Ok(recipe) = yaml::<serde_yaml::Value>(text) else {
+        return Vec::new();
+    };
+    let stages = recipe.get("stages").and_then(serde_yaml::Value::as_mapping);
+    let stages = stages.into_iter().flatten();
+    let named = stages.filter_map(|(name, stage)| {
+        let kind = stage.as_mapping().and_then(|map| map.keys().next());
+        let kind = kind.and_then(serde_yaml::Value::as_str).map(str::to_owned);
+        Some((name.as_str()?.to_owned(), kind))
+    });
+    named.collect()
+}
+
+/// Advice for a kind that doesn't exist.
+pub fn suggest_kind(name: &str, kinds: &[Kind]) -> String {
+    hints::kind(name, kinds)
+}
 
 /// The longest recipe, in bytes. Longer is only what never ends, such as a device.
 const LONGEST: u64 = 64 << 20;

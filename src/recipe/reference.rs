@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 use crate::engine::{Bounds, Handling, Kind, Resources};
 
 use super::parameters::{Parameter, Parameters, description, paragraphs, params, resolve};
+use super::words::{constant, type_name};
 
 /// The reference of these kinds, one section each.
 pub fn reference(kinds: &[Kind]) -> String {
@@ -160,63 +161,4 @@ fn meanings(schema: &Value, definitions: &Map<String, Value>) -> String {
         }
     }
     text
-}
-
-/// A type in words.
-fn type_name(schema: &Value, definitions: &Map<String, Value>) -> String {
-    if let Some(artifact) = schema.get("x-artifact").and_then(Value::as_str) {
-        return format!("stage that makes `{artifact}`");
-    }
-    if let Some(values) = schema.get("enum").and_then(Value::as_array) {
-        let values = values.iter().filter(|value| !value.is_null());
-        let values: Vec<String> = values.map(constant).collect();
-        return values.join(" or ");
-    }
-    if let Some(value) = schema.get("const") {
-        return constant(value);
-    }
-    if let Some(name) = schema.get("$ref").and_then(Value::as_str) {
-        let definition = resolve(schema, definitions);
-        return if definition.get("$ref").is_none() {
-            type_name(definition, definitions)
-        } else {
-            name.rsplit('/').next().unwrap_or(name).to_owned()
-        };
-    }
-    for key in ["anyOf", "oneOf", "allOf"] {
-        if let Some(parts) = schema.get(key).and_then(Value::as_array) {
-            let parts = parts
-                .iter()
-                .filter(|part| part.get("type").is_none_or(|kind| kind != "null"));
-            let parts: Vec<String> = parts.map(|part| type_name(part, definitions)).collect();
-            return parts.join(" or ");
-        }
-    }
-    let kinds = match schema.get("type") {
-        Some(Value::Array(kinds)) => kinds.iter().filter_map(Value::as_str).collect(),
-        Some(Value::String(kind)) => vec![kind.as_str()],
-        _ => vec!["any"],
-    };
-    let words = kinds.into_iter().filter(|kind| *kind != "null");
-    let words: Vec<String> = words
-        .map(|kind| match kind {
-            "integer" => "whole number".to_owned(),
-            "boolean" => "`true` or `false`".to_owned(),
-            "string" => "text".to_owned(),
-            "object" => "map".to_owned(),
-            "array" => match schema.get("items") {
-                Some(items) => format!("list of {}", type_name(items, definitions)),
-                None => "list".to_owned(),
-            },
-            other => other.to_owned(),
-        })
-        .collect();
-    words.join(" or ")
-}
-
-fn constant(value: &Value) -> String {
-    match value {
-        Value::String(text) => format!("`{text}`"),
-        other => format!("`{other}`"),
-    }
 }

@@ -165,6 +165,13 @@ impl SourceMap {
         filled.unwrap_or_else(|| path.to_vec())
     }
 
+    /// Where the first key is written.
+    pub(crate) fn first(&self) -> Option<SourceSpan> {
+        let keys = self.branches[Self::ROOT].below.values();
+        let spans = keys.filter_map(|id| Some(self.branches[*id].spans?.key));
+        spans.min_by_key(|span| (span.line, span.column))
+    }
+
     /// Where the key at `path` is written, or the nearest thing around it.
     pub(crate) fn key(&self, path: &[PathStep]) -> Option<SourceSpan> {
         self.find(path, |spans| spans.key)

@@ -162,12 +162,18 @@ const LAYERS: [Layer; 10] = [
         crates: &[
             "anstream",
             "clap",
+            "clap_complete",
+            "clap_mangen",
             "colorchoice_clap",
             "ctrlc",
+            "dialoguer",
             "pipeline_kernels",
+            "rustix",
             "serde_yaml",
             "similar",
             "terminal_size",
+            "textwrap",
+            "unicode_width",
         ],
     },
 ];
