@@ -23,7 +23,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use serde::Serialize;
 
-use crate::report::style::{WARNING, paint};
+use crate::report::style::{BOLD, WARNING, paint};
 use crate::report::{harmless, harmless_json, steers};
 pub use commands::reference::reference;
 
@@ -216,6 +216,12 @@ fn print_json(value: &impl Serialize) -> Result<(), Failure> {
 /// Writes to standard error, where nothing steers the terminal.
 fn eprint(text: &str) {
     eprint_rendered(&harmless(text));
+}
+
+/// Writes to standard output, the first line as a heading.
+fn print_headed(text: &str) {
+    let (head, rest) = text.split_once('\n').unwrap_or((text, ""));
+    print_rendered(&format!("{}\n{}", paint(BOLD, head), harmless(rest)));
 }
 
 /// Writes to standard output what is rendered already ([`style::paint`](crate::report::style::paint)); colours go only where they are wanted.

@@ -224,7 +224,8 @@ impl Project {
             format!(" --set {}", quoted(&assignment))
         });
         Places {
-            recipe: quoted(&path.to_string()) + &set.collect::<String>(),
+            recipe: quoted(&path.to_string()),
+            set: set.collect(),
             stages: stages
                 .map(|stage| (stage.name.clone(), span(stage)))
                 .collect(),

@@ -1,4 +1,4 @@
-//! The engine: what is stale, and how it becomes fresh.
+//! The engine decides which stages are stale, and runs them.
 //!
 //! It knows stages, artifacts, fingerprints and files; it knows nothing of machine learning, YAML or terminals.
 //! A kind of stage implements [`Stage`]; the engine sees it as a `Box<dyn `[`AnyStage`]`>` made by a [`Kind`].

@@ -4,6 +4,7 @@
 //! implementation of [`Reporter`].
 
 mod event_schema;
+mod frame;
 mod json;
 mod log;
 mod look;

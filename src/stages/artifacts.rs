@@ -1,4 +1,4 @@
-//! The artifacts, as types for [`crate::engine::Input`]. Their layouts on disk are other people's formats.
+//! The artifacts as types for [`crate::engine::Input`]. On disk they have the formats of other programs.
 
 use std::path::Path;
 

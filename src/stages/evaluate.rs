@@ -125,7 +125,7 @@ fn default_max_new_tokens() -> usize {
     64
 }
 
-/// Answers that are made side by side: each token then costs little more than the first of them.
+/// The number of answers generated together. A token of each then takes little longer than a token of one.
 const AT_A_TIME: usize = 16;
 
 /// The contents of `scores.json`.
@@ -209,7 +209,7 @@ impl Evaluate {
     }
 }
 
-/// The ids that end an answer, beside the one that ends it in the rows' chat template: those of `config.json` and of `generation_config.json`.
+/// The ids that end an answer besides that of the rows' chat template: those in `config.json` and `generation_config.json`.
 pub(super) fn stop_ids(folder: &Path, config: &Arch) -> anyhow::Result<Vec<u32>> {
     let mut stops = config.eos_token_ids.clone();
     let path = folder.join("generation_config.json");

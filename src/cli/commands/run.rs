@@ -18,7 +18,7 @@ use crate::cli::{
 use crate::engine::{Bytes, Event, Machine, Options, PublishOptions, Published, Summary, publish};
 use crate::recipe::RecipeStage;
 use crate::report::style::{BOLD, paint};
-use crate::report::{JsonLines, Reporter, Terminal, Verbosity, harmless, quoted, report};
+use crate::report::{JsonLines, Places, Reporter, Terminal, Verbosity, harmless, quoted, report};
 
 #[derive(clap::Args)]
 pub(in crate::cli) struct Args {
@@ -146,13 +146,13 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
         return Err(Failure::Reported);
     }
     if summary.ran > 0 && !args.json && verbosity() > Verbosity::Quiet {
-        suggest(&project, &targets, &project.places(&args.recipe).recipe);
+        suggest(&project, &targets, &project.places(&args.recipe));
     }
     Ok(())
 }
 
 /// The commands that are worth a try now.
-fn suggest(project: &Project, targets: &[usize], recipe: &str) {
+fn suggest(project: &Project, targets: &[usize], places: &Places) {
     let needed = project.graph.needed(targets);
     let order = project.recipe.order().into_iter();
     let stages = order.filter(|&index| needed.get(index) == Some(&true));
@@ -167,11 +167,8 @@ fn suggest(project: &Project, targets: &[usize], recipe: &str) {
     let mut commands = Vec::new();
     let mut suggest = |command: &str, stage: Option<&&RecipeStage>| {
         if is_command(command) {
-            let stage = stage.map(|stage| format!(" {}", quoted(&stage.name)));
-            commands.push(format!(
-                "pipeline {command} {recipe}{}",
-                stage.unwrap_or_default()
-            ));
+            let stage = stage.map(|stage| stage.name.as_str());
+            commands.push(places.command(command, stage));
         }
     };
     let trains = stages.iter().any(|stage| stage.stage.exclusive());

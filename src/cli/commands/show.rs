@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::cli::args::{RecipeArgs, StoreArgs};
 use crate::cli::project::Project;
-use crate::cli::{Failure, print, table};
+use crate::cli::{Failure, print_headed, table};
 use crate::engine::{Record, State, View, canonical_json};
 use crate::report::{ago, bytes, duration};
 use crate::stages::artifacts::ARTIFACTS;
@@ -57,7 +57,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
             project.recipe.path.display(),
             args.stage
         );
-        print(&text);
+        print_headed(&text);
         return Ok(());
     }
     let artifact = ARTIFACTS
@@ -73,7 +73,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
             }
         }
     }
-    print(&text);
+    print_headed(&text);
     Ok(())
 }
 

@@ -1,4 +1,4 @@
-//! What people see of an artifact.
+//! What `show` prints of an artifact.
 
 use std::fs;
 use std::path::Path;
