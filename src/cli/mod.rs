@@ -9,11 +9,14 @@ mod console;
 mod default_recipe;
 pub mod error;
 mod folders;
+mod gather;
 mod help;
 mod lock_file;
 mod machine;
 mod project;
 mod remote;
+mod serve;
+mod tracking;
 mod trust;
 
 use std::io::{ErrorKind, Read as _};
@@ -57,14 +60,22 @@ enum Command {
     Log(commands::log::Args),
     /// Lists the runs of a recipe
     History(commands::history::Args),
-    /// Compares two runs, with old and new values
+    /// Compares two runs: parameters, results and metrics, with old and new values
     Diff(commands::diff::Args),
+    /// Shows runs with their parameters that differ and their metrics, and names them
+    Runs(commands::runs::Args),
     /// Checks recipes and the local files they read, without running anything
     Validate(commands::validate::Args),
     /// Draws the graph of a recipe
     Graph(commands::graph::Args),
     /// Shows a stage's result: where it is, its record, and a look inside
     Show(commands::show::Args),
+    /// Makes a report to look at: stages, curves, scores, answers and data in one HTML file
+    Report(commands::report::Args),
+    /// Draws the curves of trainings as a picture
+    Plot(commands::plot::Args),
+    /// Writes the numbers of trainings for other programs: CSV, JSON, Parquet, TensorBoard
+    Metrics(commands::metrics::Args),
     /// Removes results that nobody needs any more
     Gc(commands::gc::Args),
     /// Manages the remote that machines share: send, fetch, list, clean and check results
@@ -160,6 +171,10 @@ pub fn main() -> ExitCode {
         Command::Validate(args) => commands::validate::run(&args),
         Command::Graph(args) => commands::graph::run(&args),
         Command::Show(args) => commands::show::run(&args),
+        Command::Report(args) => commands::report::run(&args),
+        Command::Plot(args) => commands::plot::run(&args),
+        Command::Metrics(args) => commands::metrics::run(&args),
+        Command::Runs(args) => commands::runs::run(&args),
         Command::Gc(args) => commands::gc::run(&args),
         Command::Cache(args) => commands::cache::run(&args),
         Command::Schema(args) => commands::schema::run(&args),

@@ -12,7 +12,7 @@ use anyhow::Context as _;
 use super::canonical::Digest;
 use super::event::{EVENT_VERSION, Event, send};
 use super::handling::{Free, Machine};
-use super::history::{Outcome, Run, RunInProgress, stages};
+use super::history::{Outcome, Run, RunInProgress, RunLabel, stages};
 use super::last_results::LastResults;
 use super::plan::{Prepared, Session, Verdict};
 use super::reason::Reason;
@@ -350,6 +350,7 @@ impl<'a> Runner<'a, '_> {
             seconds: self.started.1.elapsed().as_secs_f64(),
             outcome,
             stages: stages(self.session.graph, &self.fingerprints, contents, &self.ran),
+            label: RunLabel::default(),
         }
     }
 

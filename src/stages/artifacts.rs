@@ -84,16 +84,16 @@ impl Artifact for Tokens {
 impl Artifact for Model {
     const NAME: &'static str = "model";
 
-    fn show(folder: &Path, rows: usize) -> anyhow::Result<Vec<View>> {
-        show::model(folder, rows)
+    fn show(folder: &Path, _: usize) -> anyhow::Result<Vec<View>> {
+        show::model(folder)
     }
 }
 
 impl Artifact for Adapter {
     const NAME: &'static str = "adapter";
 
-    fn show(folder: &Path, rows: usize) -> anyhow::Result<Vec<View>> {
-        show::adapter(folder, rows)
+    fn show(folder: &Path, _: usize) -> anyhow::Result<Vec<View>> {
+        show::adapter(folder)
     }
 }
 

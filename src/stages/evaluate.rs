@@ -24,6 +24,7 @@ use crate::ml::model::arch::Arch;
 use crate::ml::model::batch::Row;
 use crate::ml::model::linear::Pass;
 use crate::ml::model::{CausalLm, Trained, tied};
+use crate::ml::train::bootstrap::intervals;
 use crate::ml::train::evaluate::{self, NotFinite};
 use crate::ml::train::{Passes, ReferenceModel, compute_dtype};
 use crate::text::tokenizer::Tokenizer;
@@ -353,11 +354,17 @@ impl Stage for Evaluate {
             });
             scores.map_err(|error| explain(error, &model, self.fp16, &split, &sources))
         };
-        let base = score(Pass::BASE, 0)?;
-        let with_adapter = match &adapter {
-            Some(_) => Some(score(Pass::INFER, rows.len())?),
-            None => None,
+        let (base, base_rows) = score(Pass::BASE, 0)?;
+        let (with_adapter, adapter_rows) = match &adapter {
+            Some(_) => {
+                let (metrics, by_row) = score(Pass::INFER, rows.len())?;
+                (Some(metrics), Some(by_row))
+            }
+            None => (None, None),
         };
+        if let Some(intervals) = intervals(&base_rows, adapter_rows.as_ref()) {
+            cx.note("intervals", intervals);
+        }
         let difference = with_adapter.as_ref().map(|scores| {
             let pairs = scores.iter().zip(&base);
             pairs.map(|((name, a), (_, b))| (*name, a - b)).collect()
