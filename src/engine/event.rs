@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::mpsc::Sender;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -14,7 +15,7 @@ use super::reason::Reason;
 pub const EVENT_VERSION: u32 = 1;
 
 /// The importance of a message.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Level {
     /// Worth reading once.
@@ -24,7 +25,7 @@ pub enum Level {
 }
 
 /// One thing that happened.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event {
     /// A run begins.
@@ -33,7 +34,7 @@ pub enum Event {
         recipe: String,
         /// How many stages it needs.
         stages: usize,
-        /// [`EVENT_VERSION`].
+        /// The version of events as JSON.
         version: u32,
     },
     /// The run was entered in the history, because a stage is about to run.
@@ -204,6 +205,7 @@ pub enum Event {
         total: Option<u64>,
         /// Metric name to value.
         #[serde(with = "numbers")]
+        #[schemars(with = "BTreeMap<String, numbers::Number>")]
         values: BTreeMap<String, f64>,
     },
     /// A sentence from a stage.
@@ -216,13 +218,15 @@ pub enum Event {
         text: String,
     },
     /// The process of a stage begins. This and the two events below are for the executor that started it, and are not passed on.
+    #[schemars(skip)]
     WorkStarted {
-        /// [`EVENT_VERSION`].
+        /// The version of events as JSON.
         version: u32,
         /// The version of the program.
         pipeline: String,
     },
     /// The stage in that process succeeded.
+    #[schemars(skip)]
     WorkDone {
         /// What goes into its record.
         notes: BTreeMap<String, Value>,
@@ -230,6 +234,7 @@ pub enum Event {
         written: BTreeMap<String, Entry>,
     },
     /// The stage in that process failed.
+    #[schemars(skip)]
     WorkFailed {
         /// The causes, from the outermost to the first.
         causes: Vec<String>,
@@ -289,9 +294,10 @@ mod numbers {
     use serde::de::Error as _;
     use serde::{Deserialize, Deserializer, Serializer};
 
-    #[derive(serde::Serialize, Deserialize)]
+    /// A number, or a text for one that is not finite.
+    #[derive(serde::Serialize, Deserialize, schemars::JsonSchema)]
     #[serde(untagged)]
-    enum Number {
+    pub(super) enum Number {
         Finite(f64),
         Other(String),
     }

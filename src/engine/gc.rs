@@ -147,6 +147,7 @@ impl Store {
     }
 
     fn use_lock(&self) -> anyhow::Result<File> {
+        self.ignore_in_git();
         super::store::open_lock(&self.lock_path(IN_USE))
     }
 

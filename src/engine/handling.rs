@@ -16,11 +16,13 @@ pub struct Handling {
     /// What the stage needs of the machine while it runs.
     #[serde(default)]
     pub resources: Resources,
-    /// How many times a failed stage is retried, with a growing pause.
+    /// How many times a failed stage is tried again, after a pause that grows.
     #[serde(default)]
+    #[schemars(extend("examples" = [2]))]
     pub retries: u32,
-    /// The longest that one attempt may take; a stage that takes longer is stopped and counts as failed.
+    /// The longest time that one attempt may take; a stage that takes longer is stopped and counts as failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = ["8h"]))]
     pub timeout: Option<Span>,
 }
 
@@ -28,18 +30,22 @@ pub struct Handling {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Resources {
-    /// Threads that the stage computes with; without it the stage counts as one core and may use all.
+    /// The number of threads that the stage computes with. By default it may use all cores, and counts as one when stages are
+    /// scheduled.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = [8]))]
     pub cpus: Option<NonZeroUsize>,
-    /// Memory to reserve for the stage. It is counted and not enforced, except that stages that read data, templates and models
-    /// may take no more than 4 GiB, or this if it is more.
+    /// Memory to reserve for the stage. Used for scheduling only; not a limit. Stages that only read data, templates and models are
+    /// limited to 4 GiB, or to this if it is more.
     #[serde(default)]
+    #[schemars(extend("examples" = ["20GiB"]))]
     pub memory: Bytes,
-    /// Devices that the stage has to itself.
+    /// The number of devices that the stage has to itself.
     #[serde(default)]
     pub gpus: usize,
     /// Whether the stage runs in a process of its own: whatever ends that process is then an ordinary failure of the stage, and its
-    /// memory is free afterwards. With `false` it runs in the runner's own process, which a crash ends, and no limit of memory holds.
+    /// memory is free afterwards. With `false` it runs in the runner's own process, which a crash ends, and no limit of memory
+    /// holds.
     #[serde(default = "isolated")]
     pub isolated: bool,
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use schemars::{Schema, SchemaGenerator};
 
 use super::reading::ParseError;
-use super::{Artifact, Context, Estimate, Position, Problem, RunEnv, Stage};
+use super::{Artifact, Context, Estimate, Implied, Position, Problem, RunEnv, Stage};
 
 /// An entry of the list of kinds: everything that is known about a kind without its parameters.
 #[derive(Clone, Copy)]
@@ -20,6 +20,8 @@ pub struct Kind {
     pub output: &'static str,
     /// Reads parameters.
     pub parse: fn(serde_json::Value) -> Result<Arc<dyn AnyStage>, ParseError>,
+    /// [`Stage::IMPLIED`].
+    pub implied: &'static [Implied],
     /// The JSON Schema of the parameters; its description is the kind's documentation.
     pub schema: fn(&mut SchemaGenerator) -> Schema,
 }
@@ -32,6 +34,7 @@ impl Kind {
             version: S::VERSION,
             output: <S::Output as Artifact>::NAME,
             parse: parse::<S>,
+            implied: S::IMPLIED,
             schema: S::json_schema,
         }
     }
@@ -59,7 +62,7 @@ pub trait AnyStage: Send + Sync {
     fn length_parameters(&self) -> &'static [&'static str];
     /// Every parameter with its default filled in; inputs, files and neutral settings are marked (see `engine::params`).
     fn params(&self) -> serde_json::Result<serde_json::Value>;
-    /// [`Stage::check`].
+    /// [`super::check`]: numbers out of bounds, and [`Stage::check`].
     fn check(&self) -> Vec<Problem>;
     /// [`Stage::external_facts`].
     fn external_facts(&self, env: &RunEnv) -> anyhow::Result<BTreeMap<String, String>>;
@@ -99,7 +102,7 @@ impl<S: Stage> AnyStage for S {
         serde_json::to_value(self)
     }
     fn check(&self) -> Vec<Problem> {
-        Stage::check(self)
+        super::check(self)
     }
     fn external_facts(&self, env: &RunEnv) -> anyhow::Result<BTreeMap<String, String>> {
         Stage::external_facts(self, env)

@@ -4,6 +4,7 @@
 //! A kind of stage implements [`Stage`]; the engine sees it as a `Box<dyn `[`AnyStage`]`>` made by a [`Kind`].
 
 mod artifact;
+mod bounds;
 mod canonical;
 mod context;
 mod control;
@@ -54,6 +55,7 @@ pub mod work;
 mod worker;
 
 pub use artifact::{Artifact, View};
+pub use bounds::{Bounds, check};
 pub use canonical::{Digest, canonical_json, digest_json};
 pub use context::Context;
 pub use control::Control;
@@ -85,7 +87,7 @@ pub use run::{Options, Summary, run};
 pub use run_env::RunEnv;
 pub use side_by_side::read_side_by_side;
 pub use sources::files_at;
-pub use stage::{Problem, Stage};
+pub use stage::{Implied, ImpliedBy, Problem, Stage};
 pub use stage_events::StageEvents;
 pub use stat::Stat;
 pub use store::{Found, Miss, Store};

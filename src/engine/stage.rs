@@ -36,6 +36,9 @@ pub trait Stage: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'stat
     /// nothing else are a family: what one of them left in [`Context::continuation`] the others find by [`Context::continuations`].
     const LENGTH_PARAMETERS: &'static [&'static str] = &[];
 
+    /// Parameters that a recipe may leave out, because the rest of the recipe says what they are.
+    const IMPLIED: &'static [Implied] = &[];
+
     /// Reads the parameters. Overridden where several structs stand side by side in one map ([`super::read_side_by_side`]).
     fn read(parameters: serde_json::Value) -> Result<Self, ParseError> {
         read_parameters(parameters)
@@ -47,7 +50,8 @@ pub trait Stage: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'stat
         Self::Output::NAME
     }
 
-    /// Checks rules between parameters that the types can't express. It is called before any stage runs, and must not read files.
+    /// Checks rules between parameters that neither their types nor bounds in their schema (`#[schemars(extend("minimum" = 1))]`, see
+    /// [`super::Bounds`]) can express. It is called before any stage runs, and must not read files.
     fn check(&self) -> Vec<Problem> {
         Vec::new()
     }
@@ -77,6 +81,35 @@ pub trait Stage: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'stat
 
     /// Makes the artifact in [`Context::out`]. On an error, only the scratch folder is kept.
     fn run(&self, cx: &Context) -> anyhow::Result<()>;
+}
+
+/// A parameter that names another stage, and that a recipe may leave out because the rest of the recipe says which one is meant.
+/// The recipe's reader fills it in, so a stage never sees the difference, and neither does its fingerprint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Implied {
+    /// The parameter: an [`super::Input`], optional or not.
+    pub parameter: &'static str,
+    /// Parameters that say the same in another way. Where one of them is given, nothing is implied.
+    pub unless: &'static [&'static str],
+    /// Where the name comes from; the first source that has one counts.
+    pub sources: &'static [ImpliedBy],
+}
+
+/// Where the name of an implied stage comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ImpliedBy {
+    /// What the stage that `input` names has for `parameter`: the `model` of the stage that made the adapter.
+    Input {
+        /// A parameter of this stage.
+        input: &'static str,
+        /// A parameter of the stage that it names.
+        parameter: &'static str,
+        /// A kind to step over: where the stage that was found is of this kind, what it has for `parameter` is meant. `merge` steps over
+        /// `quantize`, because merging into the dense weights loses less.
+        before: Option<&'static str>,
+    },
+    /// The only stage of the recipe that makes such an artifact without taking one: the model that everything starts from.
+    OnlyFirst,
 }
 
 /// A parameter that breaks a rule of its stage.

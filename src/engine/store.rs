@@ -1,6 +1,7 @@
 //! The store: artifacts by content, records by fingerprint, and the only way to add them.
 //!
 //! ```text
+//! .gitignore                    so that git ignores all of it
 //! v1/artifacts/<content>/       the files, read-only
 //! v1/artifacts/<content>.json   their manifest with stats
 //! v1/records/<fingerprint>.json
@@ -65,6 +66,21 @@ impl Store {
         Self {
             root: folder.join(VERSION),
         }
+    }
+
+    /// Makes git ignore a new store. One in a folder of another name that has something in it is left to its owner.
+    pub(super) fn ignore_in_git(&self) {
+        let Some(folder) = self.root.parent().filter(|_| !self.root.exists()) else {
+            return;
+        };
+        let own = folder.file_name().is_some_and(|name| name == ".pipeline");
+        let empty = fs::read_dir(folder).map_or(true, |mut entries| entries.next().is_none());
+        if !(own || empty) {
+            return;
+        }
+        // Only a convenience: whatever is in the way, the run itself will meet and tell it.
+        let _ =
+            fs::create_dir_all(folder).and_then(|()| fs::write(folder.join(".gitignore"), "*\n"));
     }
 
     /// The folder of an artifact.

@@ -107,7 +107,10 @@ macro_rules! number_or_text {
             }
 
             fn json_schema(_: &mut SchemaGenerator) -> Schema {
-                json_schema!({ "description": $text, "type": ["integer", "string"], "minimum": 0 })
+                json_schema!({
+                    "description": $text,
+                    "anyOf": [{ "type": "integer", "minimum": 0 }, { "type": "string", "minLength": 1 }],
+                })
             }
         }
     };

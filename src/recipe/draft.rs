@@ -11,11 +11,20 @@ use crate::engine::Kind;
 use super::error::{RecipeError, RecipeErrors};
 use super::foreign;
 use super::hints;
-use super::schema::Parameters;
+use super::parameters::Parameters;
 use super::source_map::{RecipePath, SourceMap, SourceSpan, child, keys, lines};
 
 /// The keys a recipe may have.
-pub(crate) const TOP: [&str; 5] = ["version", "description", "vars", "stages", "outputs"];
+pub(crate) const TOP: [&str; 6] = [
+    "version",
+    "description",
+    "vars",
+    "defaults",
+    "stages",
+    "outputs",
+];
+/// Keys at the top that begin so are the user's own, such as values for YAML's anchors.
+const OWN: &str = "x-";
 /// More mistakes than anybody reads.
 const MAX_ERRORS: usize = 100;
 /// The most that vars and `--set` may put in altogether: values, and bytes of texts.
@@ -34,6 +43,8 @@ pub(crate) struct Draft<'a> {
     pub(crate) through_vars: BTreeMap<RecipePath, String>,
     /// Values that are known to be wrong, so that their types are not looked at.
     pub(crate) broken: BTreeSet<RecipePath>,
+    /// Parameters that nobody gave and the rest of the recipe implies.
+    pub(crate) implied: BTreeSet<RecipePath>,
     /// Whether a key at the top is unknown, so that the one that is missing may be meant by it.
     pub(crate) has_unknown_keys: bool,
     /// What vars and `--set` may still put in.
@@ -54,6 +65,7 @@ impl<'a> Draft<'a> {
             set: BTreeMap::new(),
             through_vars: BTreeMap::new(),
             broken: BTreeSet::new(),
+            implied: BTreeSet::new(),
             has_unknown_keys: false,
             left: MOST_PUT_IN,
             parameters: BTreeMap::new(),
@@ -131,6 +143,7 @@ impl<'a> Draft<'a> {
         message: String,
         hint: Option<String>,
     ) {
+        let path = &self.source_map.written(path);
         if let Some(origin) = around(&self.set, path) {
             let origin = origin.clone();
             return self.push(message, None, Some(origin), hint);
@@ -144,8 +157,15 @@ impl<'a> Draft<'a> {
         self.push(message, span, None, hint);
     }
 
+    /// Whether the value at `path`, or something in it, is known to be wrong.
+    pub(crate) fn is_broken(&self, path: &RecipePath) -> bool {
+        let next = self.broken.range(path.clone()..).next();
+        next.is_some_and(|broken| broken.starts_with(path))
+    }
+
     /// Whether the value at `path` was given, wholly or in part, on the command line.
     pub(crate) fn is_from_command_line(&self, path: &RecipePath) -> bool {
+        let path = &self.source_map.written(path);
         around(&self.set, path).is_some() || around(&self.through_vars, path).is_some()
     }
 
@@ -179,7 +199,7 @@ impl<'a> Draft<'a> {
             return false;
         }
         for key in map.keys().filter_map(Value::as_str) {
-            if !TOP.contains(&key) {
+            if !TOP.contains(&key) && !key.starts_with(OWN) {
                 self.has_unknown_keys = true;
                 let message = format!("unknown key `{key}`");
                 let hint = match hints::nearest(key, TOP) {

@@ -2,7 +2,7 @@
 
 use crate::engine::Kind;
 
-use super::schema::Parameters;
+use super::parameters::Parameters;
 use super::spellings::{ELSEWHERE, KINDS_BY_MEANING, NO_KIND, SPELLINGS, VALUES, WITHIN};
 
 /// The most names that a sentence lists, and the most characters of each.

@@ -1,17 +1,22 @@
 //! Reads recipes: from YAML text to typed stages, with the position of every mistake.
 //!
 //! The steps are: text, then a YAML value ([`read`](self::read)), then `--set` ([`set`](self::set)), then `${vars}`
-//! ([`vars`](self::vars)), then typed stages ([`stage`](self::stage)), then edges and outputs ([`wiring`](self::wiring)).
+//! ([`vars`](self::vars)), then what stages leave out ([`defaults`](self::defaults), [`implied`](self::implied)), then typed stages
+//! ([`stage`](self::stage)), then edges and outputs ([`wiring`](self::wiring)).
 //! Every step continues after a mistake, so that [`load`] reports all of them at once. The module is given the list of kinds as a
 //! value, and does not depend on what a stage does. [`schema`] and [`reference`] describe recipes; [`graph`] draws one.
 
+mod defaults;
 mod draft;
 mod error;
 pub mod foreign;
 pub mod graph;
 mod hints;
+mod implied;
 pub mod outline;
+mod parameters;
 mod read;
+mod reference;
 mod schema;
 mod sentence;
 mod set;
@@ -26,6 +31,7 @@ mod typing;
 mod unused;
 mod vars;
 mod wiring;
+mod words;
 
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
@@ -36,12 +42,14 @@ use crate::engine::{AnyStage, Handling, Kind};
 use draft::Draft;
 pub use error::{RecipeError, RecipeErrors};
 pub use read::yaml;
-pub use schema::{about, described, reference, schema};
+pub use reference::reference;
+pub use schema::schema;
 pub use source_map::{
     PathStep, RecipePath, SourceSpan, display as display_path, parse as parse_path,
 };
 use source_map::{SourceMap, keys};
 pub use unused::Unused;
+pub use words::{about, described};
 
 /// A value given on the command line: `--set stages.tuned.train_orpo.beta=0.2`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -96,6 +104,8 @@ pub struct Edge {
     pub stage: String,
     /// The noun of the artifact.
     pub artifact: String,
+    /// Whether the recipe leaves the parameter out, because the rest of it says which stage is meant.
+    pub implied: bool,
 }
 
 /// A parameter that names a local file or folder.
@@ -120,7 +130,45 @@ pub struct Output {
     pub span: SourceSpan,
 }
 
+impl RecipeStage {
+    /// The parameters that the recipe leaves out because the rest of it says which stage is meant.
+    pub fn implied(&self) -> impl Iterator<Item = &Edge> {
+        self.edges.iter().filter(|edge| edge.implied)
+    }
+}
+
 impl Recipe {
+    /// A sentence with what the recipe implies, or none when it implies nothing.
+    pub fn implied(&self) -> Option<String> {
+        let mut groups: Vec<((&str, &str), Vec<&str>)> = Vec::new();
+        for stage in &self.stages {
+            for edge in stage.implied() {
+                let same = (edge.parameter.as_str(), edge.stage.as_str());
+                match groups.iter_mut().find(|(group, _)| *group == same) {
+                    Some((_, stages)) => stages.push(&stage.name),
+                    None => groups.push((same, vec![&stage.name])),
+                }
+            }
+        }
+        let all: Vec<String> = groups
+            .iter()
+            .take(MOST_IMPLIED)
+            .map(|((parameter, is), stages)| {
+                let more = match stages.len().saturating_sub(MOST_IMPLIED) {
+                    0 => String::new(),
+                    more => format!(" and {more} more"),
+                };
+                let stages = stages.get(..MOST_IMPLIED).unwrap_or(stages);
+                format!("`{parameter}` of {}{more} is {is}", stages.join(", "))
+            })
+            .collect();
+        let more = match groups.len().saturating_sub(MOST_IMPLIED) {
+            0 => String::new(),
+            more => format!("; and {more} more"),
+        };
+        (!all.is_empty()).then(|| format!("implied: {}{more}", all.join("; ")))
+    }
+
     /// The indices of the stages so that each comes after all it takes from; otherwise in the order of the recipe.
     pub fn order(&self) -> Vec<usize> {
         self.order.clone()
@@ -183,6 +231,8 @@ pub fn load(
     parse(path, &text, overrides, kinds)
 }
 
+/// The most groups, and the most stages of one, that a sentence names.
+const MOST_IMPLIED: usize = 5;
 /// The stages of a recipe by name, with their kinds, as far as a text can be read that is perhaps being written.
 pub fn stage_names(text: &str) -> Vec<(String, Option<String>)> {
     let Ok(recipe) = yaml::<serde_yaml::Value>(text) else {
@@ -244,6 +294,8 @@ pub fn parse(
     }
     set::apply(&mut draft, &mut value, overrides);
     vars::substitute(&mut draft, &mut value);
+    defaults::fill(&mut draft, &mut value);
+    implied::fill(&mut draft, &mut value);
     let vars = value.get("vars").and_then(serde_yaml::Value::as_mapping);
     let vars = vars.into_iter().flat_map(serde_yaml::Mapping::keys);
     let vars = vars.filter_map(|name| Some(name.as_str()?.to_owned()));

@@ -1,201 +1,267 @@
-//! Describes recipes from the parameter structs of the kinds: the JSON Schema and the reference of stages.
-
-use std::fmt::Write as _;
+//! The JSON Schema of recipes, from the kinds' params structs: for editors, and for whoever writes recipes by a program.
+//!
+//! What it says beside types comes from the same places as everything else: texts from doc comments, bounds and examples from
+//! attributes beside the parameters ([`crate::engine::Bounds`]).
 
 use schemars::{JsonSchema as _, SchemaGenerator};
 use serde_json::{Map, Value, json};
 
-use super::source_map::PathStep;
-use crate::engine::{FILE_KEY, Handling, Kind, NEUTRAL_KEY, Resources, STAGE_KEY};
+use crate::engine::{Bounds, Handling, Kind};
 
-/// One parameter, as the schema describes it.
-pub(crate) struct Parameter {
-    pub(crate) name: String,
-    pub(crate) required: bool,
-    pub(crate) description: String,
-    pub(crate) schema: Value,
-}
+use super::parameters::{Parameters, description, paragraphs, params};
 
-/// The parameters of a kind.
-pub(crate) struct Parameters(pub(crate) Vec<Parameter>);
-
-impl Parameters {
-    /// The parameters in the order of the struct.
-    pub(crate) fn from_kind(kind: &Kind) -> Self {
-        Self::read(&params(kind, &mut SchemaGenerator::default()))
-    }
-
-    fn read(schema: &Value) -> Self {
-        let required = schema.get("required").and_then(Value::as_array);
-        let properties = schema.get("properties").and_then(Value::as_object);
-        let mut parameters: Vec<Parameter> = properties
-            .into_iter()
-            .flatten()
-            .map(|(name, schema)| Parameter {
-                name: name.clone(),
-                required: required.is_some_and(|all| all.iter().any(|one| one == name)),
-                description: description(schema),
-                schema: schema.clone(),
-            })
-            .collect();
-        // The order of serde_json's maps depends on the features of other crates.
-        parameters.sort_by(|a, b| (!a.required, &a.name).cmp(&(!b.required, &b.name)));
-        Self(parameters)
-    }
-
-    /// Whether there is a parameter called `name`.
-    pub(crate) fn has(&self, name: &str) -> bool {
-        self.0.iter().any(|parameter| parameter.name == name)
-    }
-}
-
-/// What may stand at a path below a kind's parameters, in words; nothing where no parameter is.
-pub(crate) fn allowed(kind: &Kind, path: &[PathStep]) -> Option<String> {
-    let mut generator = SchemaGenerator::default();
-    let schema = params(kind, &mut generator);
-    words_at(schema, path, &generator.take_definitions(true))
-}
-
-/// [`allowed`] for the runner's keys beside a kind.
-pub(crate) fn allowed_beside(path: &[PathStep]) -> Option<String> {
-    let mut generator = SchemaGenerator::default();
-    let schema = Handling::json_schema(&mut generator).to_value();
-    words_at(schema, path, &generator.take_definitions(true))
-}
-
-fn words_at(
-    mut schema: Value,
-    path: &[PathStep],
-    definitions: &Map<String, Value>,
-) -> Option<String> {
-    if path.is_empty() {
-        return None;
-    }
-    for step in path {
-        if let Some(name) = schema.get("$ref").and_then(Value::as_str) {
-            schema = definitions.get(name.rsplit('/').next()?)?.clone();
-        }
-        schema = match step {
-            PathStep::Key(key) => schema.get("properties")?.get(key)?.clone(),
-            PathStep::Index(_) => schema.get("items")?.clone(),
-        };
-    }
-    Some(type_name(&schema, definitions))
-}
-
-/// The schema of a kind's parameters, with defaults as people write them.
-fn params(kind: &Kind, generator: &mut SchemaGenerator) -> Value {
-    let mut schema = (kind.schema)(generator).to_value();
-    let properties = schema.get_mut("properties").and_then(Value::as_object_mut);
-    for property in properties.into_iter().flat_map(Map::values_mut) {
-        if let Some(default) = property.get_mut("default") {
-            unmark(default);
-        }
-    }
-    schema
-}
-
-/// Removes the engine's markers from a default value.
-fn unmark(value: &mut Value) {
-    for key in [NEUTRAL_KEY, STAGE_KEY, FILE_KEY] {
-        if let Some(inner) = value.get_mut(key) {
-            *value = inner.take();
-        }
-    }
-}
-
-fn description(schema: &Value) -> String {
-    let text = schema.get("description").and_then(Value::as_str);
-    text.unwrap_or_default().to_owned()
-}
+/// The name of the schema, by which others may refer to it. It is not an address.
+const ID: &str = "urn:pipeline:recipe:1";
 
 /// The JSON Schema of recipes with these kinds (draft 2020-12). The same kinds give the same text.
 pub fn schema(kinds: &[Kind]) -> Value {
     let mut generator = SchemaGenerator::default();
-    let mut variants = Vec::new();
     let handling = Handling::json_schema(&mut generator).to_value();
     let handling = handling.get("properties").and_then(Value::as_object);
-    let mut handling = handling.cloned().unwrap_or_default();
-    handling.values_mut().for_each(allow_vars);
+    let mut stage = Map::new();
+    let mut complete = Map::new();
+    let mut defaults = Map::new();
+    let mut own = Map::new();
+    let handling: Map<String, Value> = handling.cloned().unwrap_or_default();
+    let names: Vec<&String> = handling.keys().collect();
+    let mut alone = Map::new();
     for kind in kinds {
-        let mut params = params(kind, &mut generator);
-        if let Some(properties) = params.get_mut("properties").and_then(Value::as_object_mut) {
-            properties.values_mut().for_each(allow_vars);
+        let needed = needed(kind);
+        own.insert(kind.name.to_owned(), parameters(kind, &mut generator));
+        let reference = json!({ "$ref": format!("#/$defs/{}", kind.name) });
+        stage.insert(kind.name.to_owned(), reference.clone());
+        defaults.insert(kind.name.to_owned(), reference);
+        if !needed.is_empty() {
+            let known = needed.iter().map(|name| (name.clone(), json!({})));
+            let known: Map<String, Value> = known.collect();
+            let needed = json!({ "type": "object", "properties": known, "required": needed });
+            complete.insert(kind.name.to_owned(), needed);
         }
-        let about = description(&params);
-        let needs = params.get("required").and_then(Value::as_array);
-        let bare = needs.is_none_or(Vec::is_empty);
-        let params = if bare {
-            json!({ "anyOf": [params, { "type": "null" }] })
-        } else {
-            params
-        };
-        let mut properties = handling.clone();
-        properties.insert(kind.name.to_owned(), params);
-        variants.push(json!({
-            "type": "object",
-            "description": format!("{about} Makes: {}.", kind.output),
-            "properties": properties,
-            "required": [kind.name],
-            "additionalProperties": false,
-        }));
+        let mut beside: Vec<&str> = names.iter().map(|name| name.as_str()).collect();
+        beside.insert(0, kind.name);
+        let only = json!({ "propertyNames": { "enum": beside } });
+        alone.insert(kind.name.to_owned(), only);
     }
+    let names = json!(names);
+    stage.extend(handling);
     let mut definitions = generator.take_definitions(true);
-    definitions.values_mut().for_each(allow_vars_inside);
+    definitions.extend(own);
     definitions.insert(
         "stage".to_owned(),
-        json!({ "description": "One stage: its kind, and the kind's parameters.", "oneOf": variants }),
+        json!({
+            "title": "stage",
+            "description": "One stage: its kind, and under it the kind's parameters. Settings of the runner stand beside the kind.",
+            "type": "object",
+            "properties": stage,
+            "additionalProperties": false,
+            "if": { "propertyNames": { "enum": names } },
+            "then": { "const": "a kind", "errorMessage": "A stage needs a kind, such as `train_sft`, with its parameters below." },
+            "dependentSchemas": alone,
+        }),
     );
-    let schema = json!({
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
+    definitions.insert(
+        "complete_stage".to_owned(),
+        json!({
+            "description": "What a stage has to have, if no `defaults` give it.",
+            "type": "object",
+            "properties": complete,
+        }),
+    );
+    for (name, definition) in &mut definitions {
+        let title = json!(name);
+        tidy(definition);
+        if let Some(map) = definition.as_object_mut() {
+            map.entry("title").or_insert(title);
+        }
+    }
+    sorted(recipe(
+        &Value::Object(defaults),
+        &Value::Object(definitions),
+    ))
+}
+
+/// The schema of the whole file.
+fn recipe(defaults: &Value, definitions: &Value) -> Value {
+    let mut schema = json!({
         "title": "pipeline recipe",
         "description": "Stages of a fine-tuning pipeline. A parameter that names a stage is an edge of the graph.",
         "type": "object",
         "properties": {
-            "version": { "description": "The version of the recipe language.", "const": 1 },
+            "version": { "description": "The version of the recipe language.", "const": 1, "examples": [1] },
             "description": { "description": "What the recipe is for.", "type": "string" },
             "vars": {
-                "description": "Values to use as `${name}` in stages and outputs; `--set vars.name=value` replaces one.",
+                "description": "Values to use as `${name}` in defaults, stages and outputs; `--set vars.name=value` replaces one.",
                 "type": ["object", "null"],
                 "propertyNames": { "pattern": r"^[\p{L}_][\p{L}\p{N}_]*$" },
+                "examples": [{ "seed": 42, "base": "HuggingFaceTB/SmolLM2-135M-Instruct" }],
+            },
+            "defaults": {
+                "description": "Parameters for all stages of a kind. A value in a stage wins.",
+                "type": ["object", "null"],
+                "properties": defaults,
+                "additionalProperties": false,
+                "examples": [{ "train_orpo": { "learning_rate": 0.000_008 } }],
             },
             "stages": {
-                "description": "The stages by name. The key under the name is the kind.",
+                "description": "The stages by name. The key under the name is the kind. Their order in the file doesn't matter.",
                 "type": "object",
                 "minProperties": 1,
                 "propertyNames": { "pattern": r"^[\p{L}\p{N}_-]+$" },
                 "additionalProperties": { "$ref": "#/$defs/stage" },
             },
             "outputs": {
-                "description": "Where results are published: the name of a stage and a folder inside the project.",
+                "description": "Where results are put for people to use: the name of a stage, and a folder inside the project.",
                 "type": ["object", "null"],
                 "additionalProperties": { "type": "string", "minLength": 1 },
+                "examples": [{ "merged": "out/my-model" }],
             },
+        },
+        "patternProperties": {
+            "^x-": { "description": "Yours: `pipeline` does not read it. A place for values that YAML's anchors repeat." },
         },
         "required": ["version", "stages"],
         "additionalProperties": false,
-        "$defs": definitions,
+        // Required parameters may come from `defaults`, which a schema can't follow; without any, they stand in the stage.
+        "if": { "properties": { "defaults": {} }, "required": ["defaults"] },
+        "else": {
+            "properties": {
+                "stages": { "type": "object", "additionalProperties": { "$ref": "#/$defs/complete_stage" } },
+            },
+        },
     });
-    sorted(schema)
-}
-
-/// The same value with the keys of every map sorted, whichever map `serde_json` was built with.
-fn sorted(value: Value) -> Value {
-    match value {
-        Value::Object(map) => {
-            let mut entries: Vec<(String, Value)> = map.into_iter().collect();
-            entries.sort_by(|a, b| a.0.cmp(&b.0));
-            let entries = entries.into_iter().map(|(key, value)| (key, sorted(value)));
-            Value::Object(entries.collect::<Map<_, _>>())
-        }
-        Value::Array(list) => Value::Array(list.into_iter().map(sorted).collect()),
-        scalar => scalar,
+    tidy(&mut schema);
+    if let Some(map) = schema.as_object_mut() {
+        let draft = "https://json-schema.org/draft/2020-12/schema";
+        map.insert("$schema".to_owned(), json!(draft));
+        map.insert("$id".to_owned(), json!(ID));
+        map.insert("$defs".to_owned(), definitions.clone());
     }
+    schema
 }
 
-/// Allows `${name}` wherever the schema wants something other than an arbitrary text.
+/// The parameters that a stage of the kind has to give.
+fn needed(kind: &Kind) -> Vec<String> {
+    let parameters = Parameters::from_kind(kind).0.into_iter();
+    let needed = parameters.filter(|parameter| parameter.required && !parameter.implied);
+    needed.map(|parameter| parameter.name).collect()
+}
+
+/// The schema of a kind's parameters, without a word on which of them are needed.
+fn parameters(kind: &Kind, generator: &mut SchemaGenerator) -> Value {
+    let mut schema = params(kind, generator);
+    let about = paragraphs(&description(&schema));
+    let Some(map) = schema.as_object_mut() else {
+        return schema;
+    };
+    map.remove("required");
+    map.insert("title".to_owned(), json!(kind.name));
+    map.insert("type".to_owned(), json!(["object", "null"]));
+    let makes = format!("{about}\n\nMakes: `{}`.", kind.output);
+    map.insert("description".to_owned(), json!(makes));
+    let properties = map.get_mut("properties").and_then(Value::as_object_mut);
+    for (name, property) in properties.into_iter().flatten() {
+        if let Some(property) = property.as_object_mut() {
+            property.insert("title".to_owned(), json!(name));
+        }
+    }
+    schema
+}
+
+/// Makes a schema fit for people and for strict readers: texts in Markdown with defaults and bounds, one list for the values of an enum,
+/// none of Rust's formats of numbers, and vars wherever something else than any text is wanted.
+fn tidy(schema: &mut Value) {
+    let Some(map) = schema.as_object_mut() else {
+        return;
+    };
+    for key in ["properties", "patternProperties"] {
+        let properties = map.get_mut(key).and_then(Value::as_object_mut);
+        for property in properties.into_iter().flat_map(Map::values_mut) {
+            tidy(property);
+            allow_vars(property);
+        }
+    }
+    for key in ["items", "additionalProperties"] {
+        if let Some(inner) = map.get_mut(key).filter(|inner| inner.is_object()) {
+            tidy(inner);
+            allow_vars(inner);
+        }
+    }
+    for key in ["anyOf", "oneOf", "allOf"] {
+        let parts = map.get_mut(key).and_then(Value::as_array_mut);
+        parts.into_iter().flatten().for_each(tidy);
+    }
+    one_list(map);
+    let format = map.get("format").and_then(Value::as_str);
+    if format.is_some_and(|format| {
+        format.starts_with("uint") || format.starts_with("int") || format == "double"
+    }) {
+        map.remove("format");
+    }
+    tell(map);
+}
+
+/// A choice between texts that each have a description, as one list.
+fn one_list(map: &mut Map<String, Value>) {
+    let Some(parts) = map.get("oneOf").and_then(Value::as_array) else {
+        return;
+    };
+    let values: Option<Vec<&Value>> = parts.iter().map(|part| part.get("const")).collect();
+    let Some(values) = values else { return };
+    let texts: Vec<String> = parts
+        .iter()
+        .map(|part| paragraphs(&description(part)))
+        .collect();
+    let (values, texts) = (json!(values), json!(texts));
+    map.remove("oneOf");
+    map.insert("type".to_owned(), json!("string"));
+    map.insert("enum".to_owned(), values);
+    map.insert("enumDescriptions".to_owned(), texts.clone());
+    map.insert("markdownEnumDescriptions".to_owned(), texts);
+}
+
+/// The description as running text, and for editors with what else there is to know.
+fn tell(map: &mut Map<String, Value>) {
+    let Some(text) = map.get("description").and_then(Value::as_str) else {
+        return;
+    };
+    let text = paragraphs(text);
+    let mut told = text;
+    let mut more = Vec::new();
+    match map.get("default") {
+        None | Some(Value::Null | Value::Object(_)) => {}
+        Some(Value::String(default)) => more.push(format!("Default: `{default}`.")),
+        Some(default) => more.push(format!("Default: `{default}`.")),
+    }
+    let schema = Value::Object(map.clone());
+    if let Some(words) = Bounds::of(&schema).map(Bounds::words)
+        && !words.is_empty()
+    {
+        more.push(format!("A number {words}."));
+    }
+    if map.contains_key("x-neutral") {
+        more.push("Changing it re-runs nothing.".to_owned());
+    }
+    if !more.is_empty() {
+        told = format!("{told}\n\n{}", more.join(" "));
+    }
+    // Some editors show the one, some the other.
+    map.insert("description".to_owned(), json!(told));
+    map.insert("markdownDescription".to_owned(), json!(told));
+}
+
+/// What is told about a parameter, which stays outside of alternatives, where editors look for it.
+const TOLD: [&str; 7] = [
+    "title",
+    "description",
+    "markdownDescription",
+    "default",
+    "examples",
+    "x-neutral",
+    "x-artifact",
+];
+
+/// Lets `${name}` stand where something else than any text is wanted.
 fn allow_vars(schema: &mut Value) {
-    allow_vars_inside(schema);
     let Some(map) = schema.as_object_mut() else {
         return;
     };
@@ -207,206 +273,55 @@ fn allow_vars(schema: &mut Value) {
             .iter()
             .any(|key| map.contains_key(*key)),
     };
-    if any_text
-        && !["enum", "const", "pattern", "format"]
-            .iter()
-            .any(|key| map.contains_key(*key))
-    {
+    let bound = ["enum", "const", "pattern", "format"];
+    if any_text && !bound.iter().any(|key| map.contains_key(*key)) {
         return;
     }
-    // Title, description and default stay in the outer schema, where editors look for them.
+    let var = r"\$\{";
+    // Bounds are for numbers and the pattern is for texts, so both can stand side by side.
+    let with_text = match map.get("type") {
+        Some(kind) if !bound.iter().any(|key| map.contains_key(*key)) => match kind {
+            Value::Array(kinds) => Some([&kinds[..], &[json!("string")]].concat()),
+            kind => Some(vec![kind.clone(), json!("string")]),
+        },
+        _ => None,
+    };
+    if let Some(kinds) = with_text {
+        map.insert("type".to_owned(), json!(kinds));
+        map.insert("pattern".to_owned(), json!(var));
+        return;
+    }
     let mut outer = Map::new();
-    for key in ["description", "default", "x-neutral"] {
+    for key in TOLD {
         if let Some(value) = map.remove(key) {
             outer.insert(key.to_owned(), value);
         }
     }
-    let inner = Value::Object(std::mem::take(map));
-    let var = json!({ "type": "string", "pattern": r"\$\{" });
-    outer.insert("anyOf".to_owned(), json!([inner, var]));
+    let var = json!({ "type": "string", "pattern": var });
+    // Alternatives stand side by side, so that a reader finds the one that was meant.
+    let mut parts = match map.remove("anyOf") {
+        Some(Value::Array(parts)) if map.is_empty() => parts,
+        Some(parts) => {
+            map.insert("anyOf".to_owned(), parts);
+            vec![Value::Object(std::mem::take(map))]
+        }
+        None => vec![Value::Object(std::mem::take(map))],
+    };
+    parts.push(var);
+    outer.insert("anyOf".to_owned(), json!(parts));
     *map = outer;
 }
 
-/// [`allow_vars`] for the elements and fields of a schema.
-fn allow_vars_inside(schema: &mut Value) {
-    let Some(map) = schema.as_object_mut() else {
-        return;
-    };
-    for key in ["items", "additionalProperties"] {
-        if let Some(inner) = map.get_mut(key).filter(|inner| inner.is_object()) {
-            allow_vars(inner);
-        }
-    }
-    if let Some(properties) = map.get_mut("properties").and_then(Value::as_object_mut) {
-        properties.values_mut().for_each(allow_vars);
-    }
-    for key in ["anyOf", "oneOf", "allOf"] {
-        if let Some(parts) = map.get_mut(key).and_then(Value::as_array_mut) {
-            parts.iter_mut().for_each(allow_vars_inside);
-        }
-    }
-}
-
-/// The reference of stages in Markdown, from the same structs.
-pub fn reference(kinds: &[Kind]) -> String {
-    let mut text = String::from("# Stages\n\nGenerated from the parameter structs; do not edit.\n");
-    _ = writeln!(
-        text,
-        "\nA setting marked *neutral* can't change the result, so changing it makes nothing stale.\n"
-    );
-    for kind in kinds {
-        let name = kind.name;
-        _ = writeln!(text, "- [`{name}`](#{name}) makes `{}`", kind.output);
-    }
-    text.push_str("\n## Beside the kind\n\n");
-    text.push_str(
-        "Settings of the runner stand beside a stage's kind, and changing them makes nothing stale: ",
-    );
-    text.push_str(
-        "`tuned: { train_orpo: { .. }, retries: 2, timeout: 8h, resources: { memory: 20GiB } }`.\n",
-    );
-    let mut generator = SchemaGenerator::default();
-    let handling = Handling::json_schema(&mut generator).to_value();
-    let resources = Resources::json_schema(&mut generator).to_value();
-    let definitions = generator.take_definitions(true);
-    text.push_str("\n| key | type | default | meaning |\n|---|---|---|---|\n");
-    for (prefix, schema) in [("", handling), ("resources.", resources)] {
-        for parameter in Parameters::read(&schema).0 {
-            row(&mut text, prefix, &parameter, &definitions);
-        }
-    }
-    for kind in kinds {
-        let mut generator = SchemaGenerator::default();
-        let schema = params(kind, &mut generator);
-        let definitions = generator.take_definitions(true);
-        let about = description(&schema);
-        _ = writeln!(
-            text,
-            "\n## {}\n\n{about}\n\nMakes: `{}`.",
-            kind.name, kind.output
-        );
-        let parameters = Parameters::read(&schema).0;
-        if parameters.is_empty() {
-            text.push_str("\nNo parameters.\n");
-            continue;
-        }
-        text.push_str("\n| parameter | type | default | meaning |\n|---|---|---|---|\n");
-        for parameter in parameters {
-            row(&mut text, "", &parameter, &definitions);
-        }
-    }
-    text
-}
-
-/// One row of a table of parameters.
-fn row(text: &mut String, prefix: &str, parameter: &Parameter, definitions: &Map<String, Value>) {
-    let default = match parameter.schema.get("default") {
-        Some(Value::Null | Value::Object(_)) => String::new(),
-        Some(default) => constant(default),
-        None if parameter.required => "*required*".to_owned(),
-        None => String::new(),
-    };
-    let neutral = parameter.schema.get("x-neutral").is_some();
-    let mut meaning = parameter.description.replace('\n', " ");
-    if neutral {
-        meaning.push_str(" *Neutral.*");
-    }
-    _ = writeln!(
-        text,
-        "| `{prefix}{}` | {} | {} | {} |",
-        parameter.name,
-        cell(&type_name(&parameter.schema, definitions)),
-        cell(&default),
-        cell(meaning.trim()),
-    );
-}
-
-fn cell(text: &str) -> String {
-    text.replace('|', "\\|")
-}
-
-/// A type in words.
-fn type_name(schema: &Value, definitions: &Map<String, Value>) -> String {
-    if let Some(artifact) = schema.get("x-artifact").and_then(Value::as_str) {
-        return format!("stage that makes `{artifact}`");
-    }
-    if let Some(values) = schema.get("enum").and_then(Value::as_array) {
-        let values = values.iter().filter(|value| !value.is_null());
-        let values: Vec<String> = values.map(constant).collect();
-        return values.join(" or ");
-    }
-    if let Some(value) = schema.get("const") {
-        return constant(value);
-    }
-    if let Some(name) = schema.get("$ref").and_then(Value::as_str) {
-        let name = name.rsplit('/').next().unwrap_or(name);
-        return match definitions.get(name) {
-            Some(definition) if definition.get("$ref").is_none() => {
-                type_name(definition, definitions)
-            }
-            _ => name.to_owned(),
-        };
-    }
-    for key in ["anyOf", "oneOf", "allOf"] {
-        if let Some(parts) = schema.get(key).and_then(Value::as_array) {
-            let parts = parts
-                .iter()
-                .filter(|part| part.get("type").is_none_or(|kind| kind != "null"));
-            let parts: Vec<String> = parts.map(|part| type_name(part, definitions)).collect();
-            return parts.join(" or ");
-        }
-    }
-    let kinds = match schema.get("type") {
-        Some(Value::Array(kinds)) => kinds.iter().filter_map(Value::as_str).collect(),
-        Some(Value::String(kind)) => vec![kind.as_str()],
-        _ => vec!["any"],
-    };
-    let words = kinds.into_iter().filter(|kind| *kind != "null");
-    let words: Vec<String> = words
-        .map(|kind| match kind {
-            "integer" => "whole number".to_owned(),
-            "boolean" => "`true` or `false`".to_owned(),
-            "string" => "text".to_owned(),
-            "object" => "map".to_owned(),
-            "array" => match schema.get("items") {
-                Some(items) => format!("list of {}", type_name(items, definitions)),
-                None => "list".to_owned(),
-            },
-            other => other.to_owned(),
-        })
-        .collect();
-    words.join(" or ")
-}
-
-fn constant(value: &Value) -> String {
+/// The same value with the keys of every map in order, whatever map `serde_json` was built with.
+fn sorted(value: Value) -> Value {
     match value {
-        Value::String(text) => format!("`{text}`"),
-        other => format!("`{other}`"),
+        Value::Object(map) => {
+            let mut entries: Vec<(String, Value)> = map.into_iter().collect();
+            entries.sort_by(|a, b| a.0.cmp(&b.0));
+            let entries = entries.into_iter().map(|(key, value)| (key, sorted(value)));
+            Value::Object(entries.collect::<Map<_, _>>())
+        }
+        Value::Array(list) => Value::Array(list.into_iter().map(sorted).collect()),
+        scalar => scalar,
     }
-}
-
-/// The parameters of a kind as people read them at a terminal: name, type, default and the first sentence.
-pub fn described(kind: &Kind) -> Vec<[String; 4]> {
-    let mut generator = SchemaGenerator::default();
-    let schema = params(kind, &mut generator);
-    let definitions = generator.take_definitions(true);
-    let parameters = Parameters::read(&schema).0.into_iter();
-    let rows = parameters.map(|parameter| {
-        let default = match parameter.schema.get("default") {
-            Some(Value::Null | Value::Object(_)) => String::new(),
-            Some(Value::String(text)) => text.clone(),
-            Some(default) => default.to_string(),
-            None if parameter.required => "required".to_owned(),
-            None => String::new(),
-        };
-        let meaning = parameter.description.replace('\n', " ");
-        let type_name = type_name(&parameter.schema, &definitions).replace('`', "");
-        [parameter.name, type_name, default, meaning]
-    });
-    rows.collect()
-}
-
-/// What a kind does, in its own words.
-pub fn about(kind: &Kind) -> String {
-    description(&params(kind, &mut SchemaGenerator::default()))
 }

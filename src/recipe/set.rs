@@ -60,8 +60,10 @@ fn check(draft: &Draft, recipe: &Value, steps: &RecipePath) -> Result<(), Refusa
         PathStep::Index(_) => None,
     });
     let top = names.next().flatten().unwrap_or_default();
-    if !matches!(top, "vars" | "stages" | "outputs" | "description")
-        || steps.len() < 2 && top != "description"
+    if !matches!(
+        top,
+        "vars" | "defaults" | "stages" | "outputs" | "description"
+    ) || steps.len() < 2 && top != "description"
     {
         let hint = match hints::nearest(top, TOP) {
             Some(known) => format!("did you mean `{known}`?"),
@@ -70,7 +72,8 @@ fn check(draft: &Draft, recipe: &Value, steps: &RecipePath) -> Result<(), Refusa
         let message = format!("`{}` can not be set", display(steps));
         return Err((message, Some(hint)));
     }
-    if top == "outputs" || top == "description" {
+    // What `defaults` may have is told where it is filled in.
+    if matches!(top, "defaults" | "outputs" | "description") {
         return Ok(());
     }
     let Some(Some(name)) = names.next() else {

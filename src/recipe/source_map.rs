@@ -100,7 +100,11 @@ pub(crate) struct EntrySpans {
 
 /// The spans of a whole recipe, as a tree: the root is the first branch.
 #[derive(Debug, Clone)]
-pub(crate) struct SourceMap(Vec<Branch>);
+pub(crate) struct SourceMap {
+    branches: Vec<Branch>,
+    /// Values that were filled in, and where they are written.
+    elsewhere: BTreeMap<RecipePath, RecipePath>,
+}
 
 /// The index of a branch.
 pub(crate) type BranchId = usize;
@@ -113,7 +117,10 @@ struct Branch {
 
 impl Default for SourceMap {
     fn default() -> Self {
-        Self(vec![Branch::default()])
+        Self {
+            branches: vec![Branch::default()],
+            elsewhere: BTreeMap::new(),
+        }
     }
 }
 
@@ -123,29 +130,45 @@ impl SourceMap {
 
     /// The branch one step below another, made if it is not there.
     pub(crate) fn grow(&mut self, above: BranchId, step: PathStep) -> BranchId {
-        let next = self.0.len();
-        let id = *self.0[above].below.entry(step).or_insert(next);
+        let next = self.branches.len();
+        let id = *self.branches[above].below.entry(step).or_insert(next);
         if id == next {
-            self.0.push(Branch::default());
+            self.branches.push(Branch::default());
         }
         id
     }
 
     /// Records the position of a branch.
     pub(crate) fn note(&mut self, id: BranchId, spans: EntrySpans) {
-        self.0[id].spans = Some(spans);
+        self.branches[id].spans = Some(spans);
     }
 
     /// Where a key below a branch is written.
     pub(crate) fn below(&self, above: BranchId, key: &str) -> Option<EntrySpans> {
-        let id = *self.0[above].below.get(&PathStep::Key(key.to_owned()))?;
-        self.0[id].spans
+        let id = *self.branches[above]
+            .below
+            .get(&PathStep::Key(key.to_owned()))?;
+        self.branches[id].spans
+    }
+
+    /// Notes that the value at `path` was filled in from the one at `from`.
+    pub(crate) fn written_elsewhere(&mut self, path: RecipePath, from: RecipePath) {
+        self.elsewhere.insert(path, from);
+    }
+
+    /// The path of what is written for the value at `path`: another one for a value that was filled in.
+    pub(crate) fn written(&self, path: &[PathStep]) -> RecipePath {
+        let filled = (1..=path.len()).rev().find_map(|length| {
+            let (to, rest) = path.split_at_checked(length)?;
+            Some([self.elsewhere.get(to)?, rest].concat())
+        });
+        filled.unwrap_or_else(|| path.to_vec())
     }
 
     /// Where the first key is written.
     pub(crate) fn first(&self) -> Option<SourceSpan> {
-        let keys = self.0[Self::ROOT].below.values();
-        let spans = keys.filter_map(|id| Some(self.0[*id].spans?.key));
+        let keys = self.branches[Self::ROOT].below.values();
+        let spans = keys.filter_map(|id| Some(self.branches[*id].spans?.key));
         spans.min_by_key(|span| (span.line, span.column))
     }
 
@@ -160,9 +183,10 @@ impl SourceMap {
     }
 
     fn find(&self, path: &[PathStep], pick: fn(&EntrySpans) -> SourceSpan) -> Option<SourceSpan> {
+        let path = self.written(path);
         let (mut id, mut around) = (Self::ROOT, None);
-        for step in path {
-            let branch = &self.0[id];
+        for step in &path {
+            let branch = &self.branches[id];
             // An entry from a merge has the position of the merge.
             if id != Self::ROOT {
                 let merge = self.below(id, "<<");
@@ -173,7 +197,7 @@ impl SourceMap {
                 None => return around.map(|spans| spans.key),
             }
         }
-        let spans = self.0[id].spans;
+        let spans = self.branches[id].spans;
         spans
             .map(|spans| pick(&spans))
             .or(around.map(|spans| spans.key))

@@ -9,10 +9,10 @@ use crate::engine::{AnyStage, Handling, Kind, Marker, markers, read_parameters};
 
 use super::draft::Draft;
 use super::hints;
-use super::schema;
 use super::sentence::noun;
 use super::source_map::{PathStep, RecipePath, child, display, keys};
 use super::typing::{self, Typed, below, json, not_finite, read_all};
+use super::words;
 use super::{Edge, SourceFile};
 
 /// Keys beside the kind that are kept free for what is to come.
@@ -138,7 +138,7 @@ fn handling(draft: &mut Draft, name: &str, path: &RecipePath, value: &Value) -> 
         (name, path),
         &mut given,
         &mut BTreeSet::new(),
-        &schema::allowed_beside,
+        &words::allowed_beside,
         read_parameters::<Handling>,
     );
     read.unwrap_or_default()
@@ -272,8 +272,7 @@ fn empty(draft: &mut Draft, kind: &Kind, path: &RecipePath, value: &Value) -> Ve
         let own = draft.parameters(kind);
         let first = parameter.split(['.', '[']).next().unwrap_or_default();
         let meaning = own.0.iter().find(|own| own.name == first);
-        let hint = meaning.and_then(|own| own.description.lines().next());
-        let hint = hint.map(|line| format!("`{first}`: {line}"));
+        let hint = meaning.map(|own| format!("`{first}`: {}", own.summary()));
         draft.value_error(at, message, hint);
     }
     found
@@ -295,6 +294,7 @@ fn edges_and_files(
                 stage: producer,
                 artifact,
             } => stage.edges.push(Edge {
+                implied: draft.implied.contains(&below(&stage.path, &parameter)),
                 parameter,
                 stage: producer,
                 artifact,

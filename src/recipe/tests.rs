@@ -190,6 +190,7 @@ fn train(params: &str) -> String {
     )
 }
 
+mod left_out;
 mod mistakes;
 mod properties;
 mod right;

@@ -10,9 +10,10 @@ use crate::engine::{AnyStage, Fault, Kind, ParseError};
 
 use super::draft::Draft;
 use super::hints;
-use super::schema::{Parameter, allowed};
+use super::parameters::Parameter;
 use super::sentence;
 use super::source_map::{PathStep, RecipePath, child, display, keys, parse};
+use super::words::allowed;
 
 /// How often a stage's parameters are read for the mistakes inside of them, and the most broken rules that are looked at one by one.
 const MOST_READINGS: usize = 100;
@@ -47,14 +48,19 @@ pub(crate) fn parameters(
             let hint = advice.then(|| hints::parameter(key, kind, draft.kinds));
             draft.key_error(&at, message, hint);
             unknown.insert(key.to_owned());
-        } else if draft.broken.iter().any(|broken| broken.starts_with(&at)) {
+        } else if draft.is_broken(&at) {
             dropped.insert(keys(&[key]));
         }
     }
     for parameter in &own.0 {
         if parameter.required && !params.contains_key(&parameter.name) {
+            if draft.broken.contains(&child(path, &parameter.name)) {
+                // It was to be implied, and why it is not was told there.
+                dropped.insert(keys(&[&parameter.name]));
+                continue;
+            }
             let message = format!("`{}` needs `{}`", kind.name, parameter.name);
-            let first = parameter.description.lines().next().unwrap_or_default();
+            let first = parameter.summary();
             let hint = (!first.is_empty()).then(|| format!("`{}`: {first}", parameter.name));
             draft.key_error(path, message, hint);
             dropped.insert(keys(&[&parameter.name]));
@@ -83,7 +89,7 @@ pub(crate) fn parameters(
         &says,
         kind.parse,
     );
-    let clean = dropped.is_empty();
+    let clean = dropped.is_empty() && !draft.is_broken(path);
     let mut stand_ins = BTreeSet::new();
     if let Some(stage) = read {
         return Some(Typed {

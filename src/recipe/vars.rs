@@ -1,4 +1,4 @@
-//! Substitutes vars (`${name}`) in stages and outputs, with their types. The inserted values are not substituted again.
+//! Substitutes vars (`${name}`) in defaults, stages and outputs, with their types. The inserted values are not substituted again.
 
 use std::collections::BTreeMap;
 
@@ -26,7 +26,7 @@ pub(crate) fn substitute(draft: &mut Draft, recipe: &mut Value) {
         }
         vars.insert(name, value.clone());
     }
-    for section in ["stages", "outputs"] {
+    for section in ["defaults", "stages", "outputs"] {
         if let Some(value) = recipe.get_mut(section).filter(|value| has_dollar(value)) {
             walk(draft, &vars, &mut keys(&[section]), value);
         }

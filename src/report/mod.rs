@@ -4,6 +4,7 @@
 //! implementation of [`Reporter`].
 
 pub mod chart;
+mod event_schema;
 mod frame;
 mod json;
 mod log;
@@ -25,6 +26,7 @@ use std::time::Duration;
 
 use crate::engine::Event;
 
+pub use event_schema::{events_reference, events_schema};
 pub use json::JsonLines;
 pub use look::{Look, Places, Size, Verbosity, quoted};
 pub use screen::above;

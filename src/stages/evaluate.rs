@@ -9,10 +9,10 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::artifacts::{Adapter, Model, Scores, Tokens};
-use super::model_input::{has_split, note_fallback, pad_id, rows};
+use super::model_input::{BASE_OF_ADAPTER, has_split, note_fallback, pad_id, rows};
 use super::rules::Rules;
 use super::text::{chat_template, tokenizers};
-use crate::engine::{Context, Input, Problem, Stage};
+use crate::engine::{Context, Implied, Input, Problem, Stage};
 use crate::ml::adapter::{Adapter as LoraAdapter, FILE};
 use crate::ml::execution::Execution;
 use crate::ml::generate;
@@ -29,45 +29,55 @@ use crate::ml::train::evaluate::{self, NotFinite};
 use crate::ml::train::{Passes, ReferenceModel, compute_dtype};
 use crate::text::tokenizer::Tokenizer;
 
-/// Scores a model on preference rows: `scores.json` with TRL's numbers, and `answers.jsonl` with greedy answers to the first
+/// Scores a model on preference rows: `scores.json` has TRL's numbers, and `answers.jsonl` has the model's answers to the first
 /// prompts.
 ///
-/// With `adapter` both the base alone and the base with the adapter are scored, and the differences stand beside them.
+/// With `adapter`, the base alone and the base with the adapter are scored, and the differences stand beside them.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(extend("examples" = [{"adapter": "tuned", "dataset": "tokens"}]))]
 pub struct Evaluate {
-    /// The model to score.
+    /// The model to score. It may be left out where `adapter` is given: then it is the model that the adapter was made for.
+    #[schemars(extend("examples" = ["base4"]))]
     model: Input<Model>,
-    /// The adapter to score beside the model alone.
+    /// An adapter to score beside the model alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = ["tuned"]))]
     adapter: Option<Input<Adapter>>,
-    /// The preference rows.
+    /// The preference rows to score.
+    #[schemars(extend("examples" = ["tokens"]))]
     dataset: Input<Tokens>,
-    /// The split to read. By default `test`, or `train` where there is no `test`.
+    /// The split to read. By default it is `test`, or `train` where there is no `test`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = ["test"]))]
     split: Option<String>,
-    /// Rows in a batch.
+    /// The number of rows in a batch.
     #[serde(default = "default_batch_size")]
+    #[schemars(extend("minimum" = 1))]
+    #[schemars(extend("examples" = [2]))]
     per_device_eval_batch_size: usize,
-    /// The loss whose numbers the scores have beside the general ones, by default `orpo`.
+    /// The loss whose numbers stand in the scores beside the general ones; `orpo` if it isn't given.
     #[serde(default, skip_serializing_if = "ScoredLoss::is_default")]
     loss: ScoredLoss,
     /// The reference model of `loss: dpo`. By default it is `model` without the adapter.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     ref_model: Option<Input<Model>>,
-    /// For ORPO the weight of the odds ratio in `loss`; in general the scale of `rewards/*`.
+    /// For ORPO, the weight of the odds ratio in `loss`; in general, the scale of `rewards/*`.
     #[serde(default = "default_beta")]
+    #[schemars(extend("minimum" = 0))]
     beta: f64,
-    /// How many prompts are answered greedily.
+    /// The number of prompts that are answered, always with the most likely next token.
     #[serde(default = "default_num_answers")]
+    #[schemars(extend("examples" = [10]))]
     num_answers: usize,
     /// The most tokens of an answer.
     #[serde(default = "default_max_new_tokens")]
+    #[schemars(extend("examples" = [200]))]
     max_new_tokens: usize,
-    /// Whether matrix products run in bf16. TRL's default: `true`, unless `fp16` is on.
+    /// Whether matrix products are computed in bf16. TRL's default: `true`, unless `fp16` is on.
     #[serde(default)]
     bf16: bool,
-    /// Whether matrix products run in f16.
+    /// Whether matrix products are computed in f16.
     #[serde(default)]
     fp16: bool,
 }
@@ -257,12 +267,10 @@ impl Stage for Evaluate {
     const VERSION: u32 = 3;
     const EXCLUSIVE: bool = true;
     type Output = Scores;
+    const IMPLIED: &'static [Implied] = BASE_OF_ADAPTER;
 
     fn check(&self) -> Vec<Problem> {
         let mut rules = Rules::default();
-        let batch = self.per_device_eval_batch_size as u64;
-        rules.at_least_1(batch, "per_device_eval_batch_size");
-        rules.not_negative(self.beta, "beta");
         let compares = self.ref_model.is_some() || self.adapter.is_some();
         rules.rule(
             self.loss == ScoredLoss::Orpo || compares,

@@ -13,6 +13,7 @@ pub mod model;
 mod model_input;
 pub mod preview;
 pub mod rules;
+mod support;
 pub mod text;
 pub mod train;
 
@@ -25,6 +26,7 @@ mod threads;
 mod test_hub;
 
 use crate::engine::Kind;
+pub use support::support;
 
 /// Every kind of stage, in the order of the reference docs.
 pub const KINDS: &[Kind] = &[

@@ -7,11 +7,22 @@ use anyhow::ensure;
 use super::text::tokenizers;
 use crate::data::table::splits;
 use crate::data::tokens::{self, TokenRow};
-use crate::engine::Context;
+use crate::engine::{Context, Implied, ImpliedBy};
 use crate::ml::execution::Execution;
 use crate::ml::model::arch::Arch;
 use crate::ml::model::batch::Row;
 use crate::text::tokenizer::special_tokens;
+
+/// The `model` of a stage that has an `adapter` is the one that the adapter was made for, unless the recipe gives another.
+pub(in crate::stages) const BASE_OF_ADAPTER: &[Implied] = &[Implied {
+    parameter: "model",
+    unless: &[],
+    sources: &[ImpliedBy::Input {
+        input: "adapter",
+        parameter: "model",
+        before: None,
+    }],
+}];
 
 /// The rows of a split, as `ml` reads them.
 pub(in crate::stages) fn rows(

@@ -1,4 +1,4 @@
-//! Checks of parameters.
+//! Rules that parameters have to keep beside the bounds in their schema.
 
 use crate::engine::Problem;
 
@@ -12,28 +12,5 @@ impl Rules {
         if !holds {
             self.0.push(Problem::new(parameter, message));
         }
-    }
-
-    /// The parameter has to be a number above 0.
-    pub fn positive(&mut self, value: f64, parameter: &str) {
-        let holds = value > 0. && value.is_finite();
-        self.rule(holds, parameter, "expected a number above 0");
-    }
-
-    /// The parameter has to be 0 or a number above.
-    pub fn not_negative(&mut self, value: f64, parameter: &str) {
-        let holds = value >= 0. && value.is_finite();
-        self.rule(holds, parameter, "expected a number not below 0");
-    }
-
-    /// The parameter has to be in [0, 1).
-    pub fn fraction(&mut self, value: f64, parameter: &str) {
-        let holds = (0. ..1.).contains(&value);
-        self.rule(holds, parameter, "expected a number from 0 to below 1");
-    }
-
-    /// The parameter has to be a count of 1 or more.
-    pub fn at_least_1(&mut self, value: u64, parameter: &str) {
-        self.rule(value > 0, parameter, "expected at least 1");
     }
 }

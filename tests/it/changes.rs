@@ -190,7 +190,7 @@ fn slow(project: &Project) {
     let text = text
         .replace("num_train_epochs: 8", "max_steps: 400")
         .replace("save_steps: 50", "save_steps: 1");
-    assert!(text.contains("max_steps: 400") && text.contains("save_steps: 1,"));
+    assert!(text.contains("max_steps: 400") && text.contains("save_steps: 1\n"));
     project.write("recipes/slow.yaml", &text);
 }
 

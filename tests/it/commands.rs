@@ -33,7 +33,7 @@ fn plans_and_reasons_tell_old_and_new_values() {
         "--set",
         "stages.split.split_dataset.test_size=0.25",
         "--set",
-        "vars.seed=7",
+        "stages.split.split_dataset.seed=7",
     ];
     let plan = project.succeeds(&[&["plan", QUICKSTART], &changed[..]].concat());
     assert!(plan.contains("`seed` changed from 42 to 7"), "{plan}");

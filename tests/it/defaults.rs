@@ -35,25 +35,18 @@ const CLASSES: [Class; 7] = [
 const ELSEWHERE: [(&str, &str, &str); 1] = [("train_orpo", "padding_free", "SFTConfig")];
 
 fn parameters(schema: &Value, kind: &str) -> Vec<(String, Value, String)> {
-    let variants = schema["$defs"]["stage"]["oneOf"].as_array().unwrap();
-    let found = variants
-        .iter()
-        .find_map(|variant| variant["properties"].get(kind));
-    let params = found.unwrap();
-    let params = params.get("anyOf").map_or(params, |parts| &parts[0]);
+    let params = &schema["$defs"][kind];
     let properties = params["properties"].as_object().unwrap();
     let one = |(name, schema): (&String, &Value)| {
         let text = schema["description"].as_str().unwrap_or_default();
-        let kind = schema
-            .get("type")
-            .or_else(|| schema["anyOf"][0].get("type"));
         // A flag that is not written while it is off.
-        let off = kind.is_some_and(|kind| kind == "boolean");
+        let off = schema["type"] == serde_json::json!(["boolean", "string"]);
         let absent = if off { Value::Bool(false) } else { Value::Null };
         let default = schema.get("default").cloned().unwrap_or(absent);
         (name.clone(), default, text.replace('\n', " "))
     };
-    let required = params["required"].as_array().cloned().unwrap_or_default();
+    let complete = &schema["$defs"]["complete_stage"]["properties"][kind];
+    let required = complete["required"].as_array().cloned().unwrap_or_default();
     let optional = properties
         .iter()
         .filter(|(name, _)| !required.contains(&Value::String((*name).clone())));

@@ -5,10 +5,11 @@ use std::fs;
 use pipeline::stages::KINDS;
 use serde_json::Value;
 
-use crate::support::program::{repository, update_wanted};
+use crate::support::program::{Project, repository, update_wanted};
 
-fn files() -> [(&'static str, String); 3] {
+fn files() -> [(&'static str, String); 6] {
     let schema = serde_json::to_string_pretty(&pipeline::recipe::schema(KINDS)).unwrap();
+    let events = serde_json::to_string_pretty(&pipeline::report::events_schema()).unwrap();
     [
         ("schemas/recipe.schema.json", schema + "\n"),
         (
@@ -16,6 +17,12 @@ fn files() -> [(&'static str, String); 3] {
             pipeline::recipe::reference(KINDS),
         ),
         ("docs/reference/cli.md", pipeline::cli::reference()),
+        ("schemas/events.schema.json", events + "\n"),
+        (
+            "docs/reference/events.md",
+            pipeline::report::events_reference(),
+        ),
+        ("docs/reference/support.md", pipeline::stages::support()),
     ]
 }
 
@@ -64,22 +71,47 @@ fn every_recipe_fits_the_schema() {
     assert!(!validator.is_valid(&wrong));
 }
 
-/// The recipes in the documentation are recipes.
+/// What a run really says.
 #[test]
-fn every_recipe_in_the_docs_is_one() {
-    let mut seen = 0;
-    for name in [
-        "README.md",
-        "docs/architecture.md",
-        "docs/adding-a-stage.md",
-    ] {
-        let text = fs::read_to_string(repository().join(name)).unwrap();
-        for block in text.split("```yaml\n").skip(1) {
-            let recipe = block.split("```").next().unwrap();
-            pipeline::recipe::parse(name.as_ref(), recipe, &[], KINDS)
-                .unwrap_or_else(|errors| panic!("{errors}"));
-            seen += 1;
-        }
+fn every_event_of_a_run_fits_its_schema() {
+    let project = Project::with_recipes();
+    let run = ["run", "--json", "recipes/quickstart.yaml"];
+    let short = [
+        "tuned",
+        "--set",
+        "stages.base.train_sft.max_steps=1",
+        "--set",
+        "stages.tuned.train_orpo.max_steps=1",
+    ];
+    let first = project.succeeds(&[&run[..], &short[..]].concat());
+    let again = project.succeeds(&[&run[..], &short[..]].concat());
+    let failing = ["--set", "stages.pairs.import_dataset.path=absent.jsonl"];
+    let failed = project.run(&[&run[..], &failing[..]].concat());
+    let schema = pipeline::report::events_schema();
+    let validator = jsonschema::validator_for(&schema).unwrap();
+    let mut seen = std::collections::BTreeSet::new();
+    for line in [first, again, failed.stdout]
+        .iter()
+        .flat_map(|text| text.lines())
+    {
+        let event: Value = serde_json::from_str(line).unwrap();
+        let errors: Vec<String> = validator
+            .iter_errors(&event)
+            .map(|error| error.to_string())
+            .collect();
+        assert!(errors.is_empty(), "{line}: {errors:?}");
+        seen.insert(event["event"].as_str().unwrap().to_owned());
     }
-    assert!(seen > 0);
+    for expected in [
+        "run_started",
+        "stage_started",
+        "stage_fresh",
+        "stage_done",
+        "metrics",
+        "run_finished",
+    ] {
+        assert!(seen.contains(expected), "{expected} of {seen:?}");
+    }
+    let wrong = serde_json::json!({ "time": "2026-01-01T00:00:00Z", "event": "stage_flew" });
+    assert!(!validator.is_valid(&wrong));
 }

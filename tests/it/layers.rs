@@ -157,6 +157,7 @@ const LAYERS: [Layer; 10] = [
             "plotters",
             "png",
             "prost",
+            "schemars",
             "sha2",
             "unicode_width",
             "ureq",

@@ -234,6 +234,8 @@ fn the_other_recipes_with_data_and_model_from_the_hub() {
             arguments.extend([
                 "--set",
                 "stages.chats.apply_chat_template.template=recipes/templates/llama3.jinja",
+                "--set",
+                "stages.chats.apply_chat_template.tokenizer=blank",
             ]);
         }
         let ran = project.ran(&arguments);

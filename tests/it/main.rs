@@ -5,6 +5,8 @@ mod account;
 #[cfg(test)]
 mod attacks;
 #[cfg(test)]
+mod bounds;
+#[cfg(test)]
 mod changes;
 #[cfg(test)]
 mod commands;
@@ -12,6 +14,8 @@ mod commands;
 mod data_cases;
 #[cfg(test)]
 mod defaults;
+#[cfg(test)]
+mod docs;
 #[cfg(test)]
 mod estimate;
 #[cfg(test)]

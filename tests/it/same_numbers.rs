@@ -19,10 +19,6 @@ fn tuned(threads: u64, cache: bool) -> (String, Option<u64>) {
     });
     project.write("recipes/data/pairs.jsonl", &rows.collect::<String>());
     let recipe = project.read("recipes/quickstart.yaml");
-    let recipe = recipe.replace(
-        "adapter: adapter, dataset: tokens, beta: 0.1, num_train_epochs: 3",
-        "adapter: adapter, dataset: tokens, beta: 0.1, num_train_epochs: 2",
-    );
     let resources = format!("  tuned:\n    resources: {{ cpus: {threads} }}\n");
     let recipe = recipe.replace("  tuned:\n", &resources);
     project.write("recipes/quickstart.yaml", &recipe);
@@ -36,6 +32,8 @@ fn tuned(threads: u64, cache: bool) -> (String, Option<u64>) {
         "4",
         "--set",
         "stages.base.train_sft.max_steps=2",
+        "--set",
+        "stages.tuned.train_orpo.num_train_epochs=2",
         "--set",
         "stages.adapter.attach_lora.layers_to_transform=[2, 3]",
         "--set",

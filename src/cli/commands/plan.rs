@@ -76,6 +76,9 @@ fn plan(args: &Args) -> Result<(), Failure> {
     } else {
         if verbosity() > Verbosity::Quiet {
             print_rendered(&table(&planned));
+            if let Some(implied) = project.recipe.implied() {
+                print_rendered(&format!("{}\n", paint(DIM, &implied)));
+            }
         }
         print_rendered(&sum(&planned));
     }

@@ -15,41 +15,62 @@ pub fn reference() -> String {
     if let Some(codes) = command.get_after_help() {
         _ = writeln!(text, "{codes}");
     }
-    for command in command.get_subcommands() {
-        if command.get_name() == "help" {
-            continue;
-        }
-        let arguments: Vec<&Arg> = command.get_arguments().collect();
-        _ = write!(
-            text,
-            "\n## pipeline {}\n\n{}.\n\n",
-            command.get_name(),
-            about(command)
-        );
-        _ = writeln!(
-            text,
-            "    pipeline {}{}",
-            command.get_name(),
-            usage(&arguments)
-        );
-        if !arguments.is_empty() {
-            text.push_str("\n| argument | meaning |\n|---|---|\n");
-        }
-        for argument in arguments {
-            let help = argument
-                .get_help()
-                .map(ToString::to_string)
-                .unwrap_or_default();
-            _ = writeln!(
-                text,
-                "| `{}` | {}{} |",
-                name(argument),
-                help.replace('|', "\\|"),
-                values(argument)
-            );
-        }
+    for command in visible(&command) {
+        section(&mut text, command, "pipeline", 2);
     }
     text
+}
+
+/// The commands below one that users see.
+fn visible(command: &Command) -> impl Iterator<Item = &Command> {
+    let commands = command.get_subcommands();
+    commands.filter(|command| command.get_name() != "help" && !command.is_hide_set())
+}
+
+/// A command and those below it, each with a heading of its own.
+fn section(text: &mut String, command: &Command, above: &str, level: usize) {
+    let name = format!("{above} {}", command.get_name());
+    let below: Vec<&Command> = visible(command).collect();
+    let arguments: Vec<&Arg> = command.get_arguments().collect();
+    let about = about(command);
+    let stop = if about.ends_with('.') { "" } else { "." };
+    _ = write!(text, "\n{} {name}\n\n{about}{stop}\n\n", "#".repeat(level));
+    let mut usage = usage(&arguments);
+    if !below.is_empty() {
+        usage.push_str(" COMMAND");
+    }
+    _ = writeln!(text, "    {name}{usage}");
+    if let Some(more) = command.get_after_help() {
+        indented(text, &more.to_string());
+    }
+    if !arguments.is_empty() {
+        text.push_str("\n| argument | meaning |\n|---|---|\n");
+    }
+    for argument in arguments {
+        let help = argument
+            .get_help()
+            .map(ToString::to_string)
+            .unwrap_or_default();
+        _ = writeln!(
+            text,
+            "| `{}` | {}{} |",
+            self::name(argument),
+            help.replace('|', "\\|"),
+            values(argument)
+        );
+    }
+    for command in below {
+        section(text, command, &name, level + 1);
+    }
+}
+
+/// Examples and the like as they stand in the help, which has lines of its own.
+fn indented(text: &mut String, more: &str) {
+    text.push_str("\n```text\n");
+    for line in more.trim_end().lines() {
+        _ = writeln!(text, "{}", line.trim_end());
+    }
+    text.push_str("```\n");
 }
 
 fn about(command: &Command) -> String {

@@ -139,16 +139,20 @@ fn about(project: &Project, stage: &str, record: &Record, folder: &Path) -> Stri
     text.push_str(&table(&rows));
     text.push_str("\nparameters\n");
     let mut rows = Vec::new();
+    let stage = project.recipe.stage(&record.stage);
+    let implied =
+        |name: &str| stage.is_some_and(|stage| stage.implied().any(|edge| edge.parameter == name));
     if let Value::Object(params) = &record.fingerprint.params {
         for (name, value) in params {
             let from = record.origins.get(name).map(|origin| match origin {
                 crate::engine::Origin::Stage(stage) => stage.clone(),
                 crate::engine::Origin::File(path) => path.clone(),
             });
-            rows.push(vec![
-                format!("  {name}"),
-                from.unwrap_or_else(|| canonical_json(value)),
-            ]);
+            let mut text = from.unwrap_or_else(|| canonical_json(value));
+            if implied(name) {
+                text.push_str(" (implied)");
+            }
+            rows.push(vec![format!("  {name}"), text]);
         }
     }
     text.push_str(&table(&rows));

@@ -25,72 +25,89 @@ const LARGEST_RANK: usize = 1 << 20;
 /// Makes an untrained LoRA adapter for a model: the same numbers that PEFT draws, in PEFT's folder layout.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(extend("examples" = [{"model": "base4", "r": 16, "lora_alpha": 16, "target_modules": "all-linear"}]))]
 pub struct AttachLora {
     /// The model to adapt, dense or in 4 bits.
+    #[schemars(extend("examples" = ["base4"]))]
     model: Input<Model>,
-    /// The rank: the inner width of the two matrices.
+    /// The rank: the inner width of the two matrices of each module. More rank means more trained parameters.
     #[serde(default = "default_r")]
+    #[schemars(extend("minimum" = 1, "maximum" = LARGEST_RANK))]
+    #[schemars(extend("examples" = [16, 64]))]
     r: usize,
-    /// The update is multiplied by `lora_alpha / r`.
+    /// The scale of the update, which is multiplied by `lora_alpha / r`. Once or twice `r` is common.
     #[serde(default = "default_alpha")]
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    #[schemars(extend("examples" = [16]))]
     lora_alpha: f64,
-    /// The probability of dropping an input value of the adapter, in training.
+    /// The probability with which a value that enters the adapter is dropped in training.
     #[serde(default)]
+    #[schemars(extend("minimum" = 0, "exclusiveMaximum" = 1))]
+    #[schemars(extend("examples" = [0.05]))]
     lora_dropout: f64,
     /// Which biases are trained beside the matrices. Most Llamas have none (`attention_bias` and `mlp_bias` in `config.json`).
     #[serde(default)]
     bias: Bias,
     /// The modules that get a pair of matrices: the ends of their paths, a regular expression that fits whole paths
-    /// (`'.*layers\.[0-7]\..*_proj'`), or `all-linear` for every projection of the layers. Beside `lm_head` and `embed_tokens` they
-    /// are possible too, but a training then takes the slower path, and merging a model whose head is its embeddings makes the head
-    /// a tensor of its own.
-    /// PEFT's default: none, which means these two for a Llama.
+    /// (`'.*layers\.[0-7]\..*_proj'`), or `all-linear` for every projection of the layers. `lm_head` and `embed_tokens` are
+    /// possible beside them, but a training then takes the slower path, and merging a model whose head is its embeddings makes the
+    /// head a tensor of its own. PEFT's default: none, which means these two for a Llama.
     #[serde(default)]
+    #[schemars(extend("examples" = ["all-linear", ["q_proj", "k_proj", "v_proj", "o_proj"]]))]
     target_modules: TargetModules,
-    /// Modules that get none all the same, likewise.
+    /// Modules that get no matrices although `target_modules` names them, given in the same ways.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = [["down_proj"]]))]
     exclude_modules: Option<Modules>,
-    /// The numbers of the layers whose modules are meant, with a list of `target_modules`. A module that is named by its whole path
-    /// is meant in any case, as in PEFT.
+    /// The numbers of the layers that are adapted, from 0, with a list of `target_modules`. A module that is named by its whole
+    /// path is adapted in any case, as in PEFT.
     #[serde(default, skip_serializing_if = "OneOrMany::is_empty")]
+    #[schemars(extend("examples" = [[30, 31]]))]
     layers_to_transform: OneOrMany<usize>,
     /// With `layers_to_transform`, the names of the lists of layers whose numbers are meant (`layers` in a Llama). By default the
     /// first number in a path counts.
     #[serde(default, skip_serializing_if = "OneOrMany::is_empty")]
     layers_pattern: OneOrMany<String>,
-    /// Multiply the update by `lora_alpha / sqrt(r)` instead (rank-stabilised LoRA).
+    /// Whether the update is multiplied by `lora_alpha / sqrt(r)` instead (rank-stabilised LoRA).
     #[serde(default)]
     use_rslora: bool,
-    /// Train the lengths of the rows of weight plus update as well (`DoRA`, arXiv 2402.09353). Costs a product of two matrices a
-    /// module and step.
+    /// Whether the lengths of the rows of weight plus update are trained as well (`DoRA`, arXiv 2402.09353). It costs one more
+    /// product of two matrices for each module and step.
     #[serde(default, skip_serializing_if = "is_off")]
     use_dora: bool,
     /// Ranks of some modules, by the ends of their paths or regular expressions. The first that fits counts, in the order in which
     /// they are written.
     #[serde(default, skip_serializing_if = "ByPattern::is_empty")]
+    #[schemars(extend("additionalProperties" = {"type": "integer", "minimum": 1, "maximum": LARGEST_RANK}))]
+    #[schemars(extend("examples" = [{"down_proj": 32}]))]
     rank_pattern: ByPattern<usize>,
-    /// The `lora_alpha` of some modules, likewise.
+    /// The `lora_alpha` of some modules, given in the same way as `rank_pattern`.
     #[serde(default, skip_serializing_if = "ByPattern::is_empty")]
+    #[schemars(extend("additionalProperties" = {"type": "number", "exclusiveMinimum": 0}))]
+    #[schemars(extend("examples" = [{"down_proj": 32.0}]))]
     alpha_pattern: ByPattern<f64>,
-    /// Modules that are trained whole and saved with the adapter, such as `embed_tokens` and `lm_head`, by the ends of their paths
-    /// (`norm` means every norm). They need as much memory as in a full training.
+    /// Modules that are trained whole and saved with the adapter, by the ends of their paths (`norm` means every norm). They need
+    /// as much memory as in a full training.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(extend("examples" = [["embed_tokens", "lm_head"]]))]
     modules_to_save: Vec<String>,
-    /// `true`: start with B = 0, so that the adapter changes nothing at first. `false`: B is random too. `loftq`: start with what
-    /// quantisation took from the weights (arXiv 2310.08659, one iteration), which takes the time of a singular value
-    /// decomposition a module; the adapter belongs to the 4-bit `model`, and PEFT's equal is one quantised with
-    /// `double_quant: false`.
+    /// How the matrices begin. `true`: B is 0, so the adapter changes nothing at first. `false`: B is random too. `loftq`: with
+    /// what quantisation took from the weights (arXiv 2310.08659, one iteration), which takes the time of a singular value
+    /// decomposition for each module; the adapter then belongs to the 4-bit `model`, and PEFT gives the same for a model quantised
+    /// with `double_quant: false`.
     #[serde(default)]
     init_lora_weights: Init,
     /// For `init_lora_weights: loftq`, the dense model that `model` was quantised from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = ["base"]))]
     loftq_from: Option<Input<Model>>,
-    /// The seed of A's numbers, which are those after `torch.manual_seed(seed)`. PEFT has none of its own; 42 is the default of
+    /// The seed of A's numbers, which are those after `torch.manual_seed(seed)`. PEFT has no seed of its own; 42 is the default of
     /// transformers' trainer.
     #[serde(default = "default_seed")]
     seed: u64,
-    /// Where PEFT finds the base model, such as a repository of the hub; written to `adapter_config.json`.
+    /// Where PEFT finds the base model, such as a repository of the hub. It is written to `adapter_config.json`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = ["meta-llama/Meta-Llama-3-8B"]))]
     base_model_name_or_path: Option<String>,
 }
 
@@ -198,17 +215,6 @@ impl Stage for AttachLora {
                 problems.push(Problem::new(parameter, message));
             }
         };
-        let ranks = 1..=LARGEST_RANK;
-        let expected = format!("expected a number from 1 to {LARGEST_RANK}");
-        rule(ranks.contains(&self.r), "r", &expected);
-        let alpha = self.lora_alpha > 0. && self.lora_alpha.is_finite();
-        rule(alpha, "lora_alpha", "expected a number above 0");
-        let dropout = (0. ..1.).contains(&self.lora_dropout);
-        rule(
-            dropout,
-            "lora_dropout",
-            "expected a number from 0 to below 1",
-        );
         let some = self.target_modules != TargetModules::Some(Modules::Named(Vec::new()));
         rule(
             some,
@@ -228,6 +234,7 @@ impl Stage for AttachLora {
         );
         let saved = self.modules_to_save.iter().all(|name| !name.is_empty());
         rule(saved, "modules_to_save", "expected names of modules");
+        let ranks = 1..=LARGEST_RANK;
         let bounded = self.rank_pattern.values().all(|rank| ranks.contains(rank));
         let expected = format!("expected ranks from 1 to {LARGEST_RANK}");
         rule(bounded, "rank_pattern", &expected);

@@ -16,18 +16,23 @@ use crate::text::tokenizer;
 
 /// Downloads a LoRA adapter from the Hugging Face hub: to go on training it, to score it, or to merge it.
 ///
-/// The chat template comes along, if there is one beside it (TRL saves it). The revision is resolved to a commit, and a moved branch makes the stage run again. Settings that would change the adapter's
-/// numbers in a way that this program does not compute are refused.
+/// The chat template beside it comes along, if there is one (TRL saves it). The revision is resolved to a commit, and the stage
+/// runs again when a branch has moved. Settings that would change the adapter's numbers in a way that this program does not compute
+/// are refused.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(extend("examples" = [{"repo": "owner/name"}]))]
 pub struct DownloadAdapter {
-    /// The repository, `owner/name`.
+    /// The repository of the adapter, `owner/name`.
+    #[schemars(extend("examples" = ["owner/name"]))]
     repo: String,
     /// A branch, a tag or a commit.
     #[serde(default = "main_revision")]
+    #[schemars(extend("examples" = ["main"]))]
     revision: String,
-    /// The folder in the repository that holds `adapter_config.json`, if it is not the topmost.
+    /// The folder in the repository that holds `adapter_config.json`, if it is not the top one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = ["checkpoint-500"]))]
     subfolder: Option<String>,
 }
 

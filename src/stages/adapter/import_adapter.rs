@@ -11,12 +11,15 @@ use crate::text::tokenizer;
 
 /// Takes a LoRA adapter from a local folder that PEFT saved: to go on training it, to score it, or to merge it.
 ///
-/// The two files of the adapter are copied, and the chat template beside them, if there is one (TRL saves it), so that later edits of the folder can't reach a result. Settings that would change
-/// its numbers in a way that this program does not compute are refused.
+/// The two files of the adapter are copied, and the chat template beside them, if there is one (TRL saves it), so that later edits
+/// of the folder can't reach a result. Settings that would change its numbers in a way that this program does not compute are
+/// refused.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(extend("examples" = [{"path": "adapters/mine"}]))]
 pub struct ImportAdapter {
     /// The folder with `adapter_config.json`.
+    #[schemars(extend("examples" = ["adapters/mine"]))]
     path: SourcePath,
 }
 

@@ -17,39 +17,50 @@ use crate::stages::from_hub::{Source, check, main_revision, pin};
 
 /// Downloads one split of a dataset from the Hugging Face hub.
 ///
-/// The data files (Parquet, Arrow, JSONL, JSON, CSV or TSV, packed or not) are found as `datasets` finds them: what the header of the repository's
-/// README declares, else the names (`data/train-00000-of-00001.parquet`, `test.jsonl`), else all files are `train`. The
-/// result has one split, `train`. The revision is resolved to a commit, and a moved branch makes the stage run again.
+/// The data files (Parquet, Arrow, JSONL, JSON, CSV or TSV, compressed or not) are found as `datasets` finds them: by what the
+/// header of the repository's README declares, else by their names (`data/train-00000-of-00001.parquet`, `test.jsonl`); else all
+/// files are `train`. The result has one split, `train`. The revision is resolved to a commit, and the stage runs again when a
+/// branch has moved.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(extend("examples" = [{"repo": "jondurbin/truthy-dpo-v0.1"}]))]
 pub struct DownloadDataset {
-    /// The repository, `owner/name`.
+    /// The repository of the dataset, `owner/name`.
+    #[schemars(extend("examples" = ["jondurbin/truthy-dpo-v0.1"]))]
     pub repo: String,
     /// A branch, a tag or a commit.
     #[serde(default = "main_revision")]
+    #[schemars(extend("examples" = ["main"]))]
     pub revision: String,
-    /// The split to take, as it is called there.
+    /// The split to take, by its name in the repository.
     #[serde(default = "train")]
+    #[schemars(extend("examples" = ["validation"]))]
     pub split: String,
     /// The configuration, where the repository has several.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = ["generation"]))]
     pub name: Option<String>,
     /// The data files to take, as paths or patterns, instead of those of `split`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = [["data/*.parquet"]]))]
     pub files: Option<Vec<String>>,
-    /// Which column of the files is which of ours, as in `{prompt: question, chosen: good, rejected: bad}`. Columns that are
-    /// called as ours are need no mention. In place of a column's name there may be a way into one (`answers[0].text`) or a text made of
-    /// several (`"${instruction}\n\n${input}"`, with minijinja's expressions).
+    /// Which column of the files is which of ours; columns that have our names need no mention. In place of a column's name there
+    /// may be a path into one (`answers[0].text`) or a text made of several (`"${instruction}\n\n${input}"`, with minijinja's
+    /// expressions).
     #[serde(default)]
+    #[schemars(extend("examples" = [{"prompt": "question", "chosen": "good", "rejected": "bad"}]))]
     pub columns: BTreeMap<String, String>,
-    /// The form of the rows, when their columns don't tell.
+    /// The form of the rows, where their columns don't tell.
     #[serde(default, skip_serializing_if = "RowFormats::is_empty")]
+    #[schemars(extend("examples" = ["sharegpt"]))]
     pub format: RowFormats,
-    /// Leave out up to so many rows that can't be used, and name them. Without it the first one is an error.
+    /// The number of rows that can't be used and may be left out; they are named. One more is an error.
     #[serde(default)]
     pub skip_invalid_rows: u64,
-    /// Take only so many rows.
+    /// The most rows to take.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("minimum" = 1))]
+    #[schemars(extend("examples" = [1000]))]
     pub max_rows: Option<usize>,
 }
 
@@ -81,9 +92,6 @@ impl Stage for DownloadDataset {
                     CANONICAL.join(", ")
                 )),
             );
-        }
-        if self.max_rows == Some(0) {
-            problems.push(Problem::new("max_rows", "expected a number above 0"));
         }
         self.format.check("", &mut problems);
         if self.files.as_ref().is_some_and(Vec::is_empty) {

@@ -21,55 +21,65 @@ use crate::stages::artifacts::Dataset;
 use find::{FindOptions, Found, find};
 use paths::Paths;
 
-/// Imports rows from local files: Parquet, Arrow, JSONL, JSON, CSV or TSV, packed (`.gz`, `.zst`, `.xz`, `.bz2`) or not.
+/// Imports rows from local files: Parquet, Arrow, JSONL, JSON, CSV or TSV, compressed (`.gz`, `.zst`, `.xz`, `.bz2`) or not.
 ///
 /// `path` is a file; a pattern of files (`data/*.jsonl`, `**`); a folder with one file for each split (`train.jsonl`, `test.jsonl`;
 /// `train-00000-of-00002.parquet` is a part of `train`), or with what `datasets` saved (`save_to_disk`); or a list of those.
 /// `datasets` takes several datasets instead, one behind the other or interleaved.
 ///
-/// A row has `prompt`, `chosen` and, for preferences, `rejected`, each of them text or a list of messages, and perhaps a
-/// `system` text; or it has `messages`; or another of the forms that data sets have (docs/data.md). Other columns are carried along.
+/// A row has `prompt`, `chosen` and, for preferences, `rejected`, each of them text or a list of messages, and perhaps a `system`
+/// text; or it has `messages`; or it has another of the forms that are in use (docs/data.md). Other columns are carried along.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(extend("examples" = [{"path": "data/pairs.jsonl"}]))]
 pub struct ImportDataset {
-    /// The file, the folder or the pattern of files, or a list of them. Every file that fits counts, not its path.
+    /// A file, a folder, a pattern of files, or a list of them. The contents of all files that fit count, not their paths.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = ["data/pairs.jsonl", ["data/a.jsonl", "data/b.parquet"]]))]
     path: Option<Paths>,
-    /// Several datasets in place of `path`. Without weights they follow each other; with them each row is drawn from one of them, as
-    /// `datasets.interleave_datasets` does it.
+    /// Several datasets in place of `path`. Without weights they follow each other; with weights each row is drawn from one of
+    /// them, as by `datasets.interleave_datasets`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(extend("examples" = [[{"path": "a.jsonl", "weight": 3}, {"path": "b.jsonl", "weight": 1}]]))]
     datasets: Vec<Part>,
     /// When interleaved datasets end. Where there are no weights, it takes a row from each in turn.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     stopping_strategy: Option<StoppingStrategy>,
-    /// Decides which of the datasets each row is drawn from; 42 if it isn't given.
+    /// The seed by which it is drawn which dataset each row comes from; 42 if it isn't given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     seed: Option<u64>,
-    /// The split that files become which are not in a folder. A folder's files name their splits themselves.
+    /// The split that a single file becomes. The files of a folder name their splits themselves.
     #[serde(default = "train")]
     split: String,
-    /// The configuration of a folder whose README has several.
+    /// The configuration to read, where the README of a folder declares several.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     name: Option<String>,
-    /// Which column of the file is which of ours, as in `{prompt: question, chosen: good, rejected: bad}`. Columns that are
-    /// called like ours need no mention. In place of a column's name there may be a way into one (`answers[0].text`) or a text made of
-    /// several (`"${instruction}\n\n${input}"`, with minijinja's expressions).
+    /// Which column of the files is which of ours; columns that have our names need no mention. In place of a column's name there
+    /// may be a path into one (`answers[0].text`) or a text made of several (`"${instruction}\n\n${input}"`, with minijinja's
+    /// expressions).
     #[serde(default)]
+    #[schemars(extend("examples" = [{"prompt": "question", "chosen": "good", "rejected": "bad"}]))]
     columns: BTreeMap<String, String>,
-    /// Take only so many rows of each split. Nothing behind them is read.
+    /// The most rows to take of each split. Nothing behind them is read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("minimum" = 1))]
+    #[schemars(extend("examples" = [1000]))]
     max_rows: Option<usize>,
-    /// The files' format, when their extension doesn't tell; the form of the rows, when their columns don't; or a list of both.
+    /// The format of the files, where their extension doesn't tell; the form of the rows, where their columns don't; or a list of
+    /// both.
     #[serde(default, skip_serializing_if = "RowFormats::is_empty")]
+    #[schemars(extend("examples" = ["sharegpt", ["csv", "alpaca"]]))]
     format: RowFormats,
-    /// Leave out up to so many rows that can't be used, and name them. Without it the first one is an error.
+    /// The number of rows that can't be used and may be left out; they are named. One more is an error.
     #[serde(default)]
     skip_invalid_rows: u64,
-    /// What stands between the values of a line of CSV, when it is neither a comma nor, in TSV, a tab: `";"`.
+    /// The character between the values of a line of CSV, where it is neither a comma nor, in TSV, a tab.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = [";"]))]
     delimiter: Option<String>,
-    /// The encoding of files of text that are not UTF-8: `utf-16`, `windows-1252`, `latin-1`, `shift_jis` and the others of the web.
+    /// The encoding of files that are not UTF-8, by the web's names.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = ["windows-1252", "utf-16"]))]
     encoding: Option<String>,
 }
 
@@ -77,24 +87,26 @@ pub struct ImportDataset {
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct Part {
-    /// As the stage's `path`.
+    /// The files of this dataset, given as for the stage's `path`.
     path: Paths,
     /// How often a row is drawn from it, compared with the weights of the others.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("exclusiveMinimum" = 0))]
     weight: Option<f64>,
-    /// The configuration of a folder whose README has several.
+    /// The configuration to read, where the README of a folder declares several.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     name: Option<String>,
     /// Its columns, in place of the stage's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     columns: Option<BTreeMap<String, String>>,
-    /// Take only so many of its rows.
+    /// The most of its rows to take.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("minimum" = 1))]
     max_rows: Option<usize>,
-    /// Its files' format, and the form of its rows.
+    /// The format of its files, and the form of its rows.
     #[serde(default, skip_serializing_if = "RowFormats::is_empty")]
     format: RowFormats,
-    /// What stands between the values of its lines.
+    /// The character between the values of its lines.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     delimiter: Option<String>,
     /// The encoding of its files.
@@ -117,7 +129,6 @@ impl Stage for ImportDataset {
         let top = Place {
             at: String::new(),
             columns: Some(&self.columns),
-            max_rows: self.max_rows,
             format: &self.format,
             delimiter: self.delimiter.as_deref(),
             encoding: self.encoding.as_deref(),
@@ -127,7 +138,6 @@ impl Stage for ImportDataset {
             let place = Place {
                 at: format!("datasets[{number}]."),
                 columns: part.columns.as_ref(),
-                max_rows: part.max_rows,
                 format: &part.format,
                 delimiter: part.delimiter.as_deref(),
                 encoding: part.encoding.as_deref(),
@@ -286,15 +296,9 @@ impl ImportDataset {
             .count();
         for (number, part) in self.datasets.iter().enumerate() {
             let parameter = format!("datasets[{number}].weight");
-            match part.weight {
-                Some(weight) if !(weight > 0.0 && weight.is_finite()) => {
-                    problems.push(Problem::new(parameter, "expected a number above 0"));
-                }
-                None if weighed > 0 => {
-                    let problem = Problem::new(parameter, "the other datasets have weights");
-                    problems.push(problem.hint("give every dataset a weight, or none of them"));
-                }
-                _ => {}
+            if part.weight.is_none() && weighed > 0 {
+                let problem = Problem::new(parameter, "the other datasets have weights");
+                problems.push(problem.hint("give every dataset a weight, or none of them"));
             }
         }
         let is_drawn = weighed > 0;
@@ -491,7 +495,6 @@ fn written(paths: &Paths) -> String {
 struct Place<'a> {
     at: String,
     columns: Option<&'a BTreeMap<String, String>>,
-    max_rows: Option<usize>,
     format: &'a RowFormats,
     delimiter: Option<&'a str>,
     encoding: Option<&'a str>,
@@ -510,12 +513,6 @@ impl Place<'_> {
                 "ours are {}; write `ours: theirs`",
                 CANONICAL.join(", ")
             )));
-        }
-        if self.max_rows == Some(0) {
-            problems.push(Problem::new(
-                format!("{at}max_rows"),
-                "expected a number above 0",
-            ));
         }
         self.format.check(at, problems);
         if let Some(Err(why)) = self.delimiter.map(delimiter_of) {

@@ -19,27 +19,34 @@ mod groups;
 
 /// Splits the rows of `train` into `train` and `test`.
 ///
-/// Which rows are held out is drawn with `seed`; in both splits the rows keep their order, and training shuffles them anyway. Rows of
-/// preferences with the same prompt stay together, so that none is trained on and tested. Other splits of the dataset are carried along.
+/// In both splits the rows keep their order; training shuffles them anyway. Rows of preferences with the same prompt stay together,
+/// so that no prompt is both trained on and tested. Other splits of the dataset are carried along.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(extend("examples" = [{"dataset": "pairs", "test_size": 0.1}]))]
 pub struct SplitDataset {
     /// The dataset to split.
+    #[schemars(extend("examples" = ["pairs"]))]
     dataset: Input<Dataset>,
-    /// How many rows become `test`: below 1 the part of all rows (rounded up), else their number.
+    /// How many rows become `test`: below 1 a share of all rows (rounded up), else their number.
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    #[schemars(extend("examples" = [0.1, 200]))]
     test_size: f64,
-    /// Decides which rows are held out.
+    /// The seed by which the rows that are held out are drawn.
     #[serde(default = "default_seed")]
     seed: u64,
-    /// Draw the rows; without it the last rows are held out.
+    /// Whether the rows that are held out are drawn. With `false` they are the last ones.
     #[serde(default = "default_shuffle")]
     shuffle: bool,
-    /// Rows with equal values in this column, or in all columns of a list, go into the same split: `prompt` (what is asked, also where
-    /// it is only in `chosen` and `rejected` or in `messages`), the default for preferences; `none` keeps nothing together, the default otherwise.
+    /// A column, or a list of columns: rows with equal values there go into the same split. `prompt` means what is asked, also
+    /// where it stands in `chosen` and `rejected` or in `messages`; that is the default for preferences. `none` keeps nothing
+    /// together; that is the default otherwise.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = ["prompt", ["user_id"]]))]
     group_by: Option<GroupBy>,
-    /// Hold out the same part of the rows of each value of this column.
+    /// A column: of each of its values the same share of rows is held out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = ["topic"]))]
     stratify: Option<String>,
 }
 
@@ -68,7 +75,7 @@ impl Stage for SplitDataset {
     fn check(&self) -> Vec<Problem> {
         let mut problems = Vec::new();
         let size = self.test_size;
-        let fits = size > 0.0 && size.is_finite() && (size < 1.0 || size.fract() == 0.0);
+        let fits = size < 1.0 || size.fract() == 0.0;
         if !fits {
             let problem = Problem::new(
                 "test_size",

@@ -22,62 +22,87 @@ use crate::text::bpe::train_llama3_tokenizer;
 
 /// Makes a model with random weights, in the layout of a Hugging Face model folder.
 ///
-/// Its tokenizer is either trained on the texts of a dataset, in Llama 3's make and with its special tokens and chat template, or
-/// taken from another model. Generation stops at the end of the text and at the end of a turn.
+/// Its tokenizer is trained on the texts of a dataset, of Llama 3's make and with its special tokens and chat template, or taken
+/// from another model. Generation stops at the end of the text and at the end of a turn.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(extend("examples" = [{"dataset": "split", "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4}]))]
 pub struct CreateModel {
     /// The dataset to train a tokenizer on: its columns `system`, `prompt`, `chosen`, `rejected`, `messages` and `text`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = ["split"]))]
     dataset: Option<Input<Dataset>>,
-    /// The split whose texts are used.
+    /// The split whose texts teach the tokenizer.
     #[serde(default = "default_split")]
     split: String,
-    /// The model whose tokenizer, special tokens and chat template are used instead.
+    /// The model whose tokenizer, special tokens and chat template are used instead of a trained one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = ["base"]))]
     tokenizer: Option<Input<Model>>,
-    /// The chat template of the trained tokenizer, instead of Llama 3's.
+    /// A file with the chat template of the trained tokenizer, instead of Llama 3's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = ["templates/mine.jinja"]))]
     chat_template: Option<SourcePath>,
-    /// Tokens, special ones included. If the dataset has too few texts for so many, the tokenizer is smaller, and the model keeps
-    /// rows for the rest. Needed with `dataset`; with `tokenizer` it is the tokenizer's size unless given.
+    /// The number of tokens, special ones included. If the dataset has too few texts for so many, the tokenizer is smaller, and the
+    /// model keeps rows for the rest. It is needed with `dataset`; with `tokenizer` it is that tokenizer's size unless given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("minimum" = 1, "maximum" = largest("vocab_size")))]
+    #[schemars(extend("examples" = [4096]))]
     vocab_size: Option<usize>,
-    /// The family of the model, transformers' `model_type`.
+    /// The family of the model: transformers' `model_type`.
     #[serde(default, skip_serializing_if = "FamilyName::is_default")]
     family: FamilyName,
     /// The width of the hidden states.
+    #[schemars(extend("minimum" = 1, "maximum" = largest("hidden_size")))]
+    #[schemars(extend("examples" = [256]))]
     hidden_size: usize,
-    /// The width inside the feed-forward part.
+    /// The width inside the feed-forward part of a layer.
+    #[schemars(extend("minimum" = 1, "maximum" = largest("intermediate_size")))]
+    #[schemars(extend("examples" = [768]))]
     intermediate_size: usize,
-    /// Layers.
+    /// The number of layers.
+    #[schemars(extend("minimum" = 1, "maximum" = largest("num_hidden_layers")))]
+    #[schemars(extend("examples" = [4]))]
     num_hidden_layers: usize,
-    /// Query heads.
+    /// The number of query heads.
+    #[schemars(extend("minimum" = 1, "maximum" = largest("num_attention_heads")))]
+    #[schemars(extend("examples" = [4]))]
     num_attention_heads: usize,
-    /// Key and value heads, each shared by as many query heads; as many as query heads unless given.
+    /// The number of key and value heads, each shared by equally many query heads. By default there are as many as query heads.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("minimum" = 1, "maximum" = largest("num_key_value_heads")))]
+    #[schemars(extend("examples" = [2]))]
     num_key_value_heads: Option<usize>,
-    /// The width of a head; `hidden_size / num_attention_heads` unless given.
+    /// The width of a head. By default it is `hidden_size / num_attention_heads`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("minimum" = 1, "maximum" = largest("head_dim")))]
+    #[schemars(extend("examples" = [64]))]
     head_dim: Option<usize>,
-    /// The number of keys that a query sees in every layer, its own included, in the families that have sliding windows; all up to its
-    /// own unless given.
+    /// The number of keys that a query sees in every layer, its own included, in the families that have sliding windows. By default
+    /// a query sees all keys up to its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("minimum" = 1, "maximum" = largest("sliding_window")))]
+    #[schemars(extend("examples" = [1024]))]
     sliding_window: Option<usize>,
-    /// The longest sequence, in tokens.
+    /// The longest sequence that the model is made for, in tokens.
     #[serde(default = "default_positions")]
+    #[schemars(extend("minimum" = 1, "maximum" = largest("max_position_embeddings")))]
+    #[schemars(extend("examples" = [2048]))]
     max_position_embeddings: usize,
-    /// The base of the rotary embedding's waves: Llama 3's, where transformers' default is the first Llama's 10000.
+    /// The base of the rotary embedding's wavelengths. The default is Llama 3's; transformers' is the first Llama's 10000.
     #[serde(default = "default_theta")]
+    #[schemars(extend("exclusiveMinimum" = 0))]
     rope_theta: f64,
-    /// Keeps the norm's division finite: Llama 3's.
+    /// A small number that keeps the division of a norm finite. The default is Llama 3's.
     #[serde(default = "default_eps")]
+    #[schemars(extend("exclusiveMinimum" = 0))]
     rms_norm_eps: f64,
-    /// Whether the head is the embeddings.
+    /// Whether the head shares the weights of the embeddings.
     #[serde(default)]
     tie_word_embeddings: bool,
     /// The standard deviation of the random weights.
     #[serde(default = "default_range")]
+    #[schemars(extend("exclusiveMinimum" = 0, "maximum" = 1))]
     initializer_range: f64,
     /// The type that weights are stored in.
     #[serde(default)]
@@ -85,8 +110,9 @@ pub struct CreateModel {
     /// The seed of the weights.
     #[serde(default = "default_seed")]
     seed: u64,
-    /// Above this size weights go into several files.
+    /// The size above which weights go into several files.
     #[serde(default = "default_shard")]
+    #[schemars(extend("examples" = ["500MB"]))]
     max_shard_size: String,
 }
 
@@ -169,24 +195,6 @@ impl Stage for CreateModel {
             "chat_template",
             "the model of `tokenizer` has its own",
         );
-        for (name, size) in [
-            ("vocab_size", self.vocab_size.unwrap_or(1)),
-            ("hidden_size", self.hidden_size),
-            ("intermediate_size", self.intermediate_size),
-            ("num_hidden_layers", self.num_hidden_layers),
-            ("num_attention_heads", self.num_attention_heads),
-            ("num_key_value_heads", self.key_value_heads()),
-            ("head_dim", self.head_dim.unwrap_or(1)),
-            ("sliding_window", self.sliding_window.unwrap_or(1)),
-            ("max_position_embeddings", self.max_position_embeddings),
-        ] {
-            let largest = largest(name);
-            rule(
-                size > 0 && size <= largest,
-                name,
-                &format!("expected a number from 1 to {largest}"),
-            );
-        }
         let heads = self.num_attention_heads.max(1);
         rule(
             heads.is_multiple_of(self.key_value_heads().max(1)),
@@ -213,22 +221,6 @@ impl Stage for CreateModel {
                 "expected an even multiple of `num_attention_heads`, or `head_dim` beside it",
             );
         }
-        let positive = |number: f64| number > 0. && number.is_finite();
-        rule(
-            positive(self.rope_theta),
-            "rope_theta",
-            "expected a number above 0",
-        );
-        rule(
-            positive(self.rms_norm_eps),
-            "rms_norm_eps",
-            "expected a number above 0",
-        );
-        rule(
-            positive(self.initializer_range) && self.initializer_range <= 1.,
-            "initializer_range",
-            "expected a number above 0 and not above 1, the range of transformers",
-        );
         let size = self.shard_size().is_some();
         rule(
             size,

@@ -15,22 +15,27 @@ use crate::stages::from_hub::{Source, check, main_revision, pin};
 
 /// Downloads a model from the Hugging Face hub: configuration, safetensors weights, tokenizer and chat template.
 ///
-/// Weights and `config.json` have to agree, as for `import_model`. The revision is resolved to a commit, and a moved branch makes the
-/// stage run again. Every file is verified by its size and hash, and shared with other programs through the hub's cache. Gated models
-/// need `HF_TOKEN` or `hf auth login`.
+/// Weights and `config.json` have to agree, as for `import_model`. The revision is resolved to a commit, and the stage runs again
+/// when a branch has moved. Every file is verified by its size and hash, and shared with other programs through the hub's cache.
+/// Gated models need `HF_TOKEN` or a login.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(extend("examples" = [{"repo": "HuggingFaceTB/SmolLM2-135M-Instruct"}]))]
 pub struct DownloadModel {
-    /// The repository, `owner/name`.
+    /// The repository of the model, `owner/name`.
+    #[schemars(extend("examples" = ["HuggingFaceTB/SmolLM2-135M-Instruct"]))]
     pub repo: String,
     /// A branch, a tag or a commit.
     #[serde(default = "main_revision")]
+    #[schemars(extend("examples" = ["main"]))]
     pub revision: String,
-    /// Patterns of the files to take instead of the usual ones (`*` also matches `/`).
+    /// Patterns of the files to take, instead of the usual ones (`*` also matches `/`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = [["*.safetensors", "*.json"]]))]
     pub allow_patterns: Option<Vec<String>>,
     /// Patterns of files to leave behind.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = [["original/*"]]))]
     pub ignore_patterns: Option<Vec<String>>,
 }
 

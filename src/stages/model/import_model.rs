@@ -16,13 +16,15 @@ use crate::stages::artifacts::Model;
 
 /// Takes a model from a local Hugging Face folder: configuration, safetensors weights, tokenizer and chat template.
 ///
-/// Everything else in the folder (checkpoints, pickled weights, `.git`) stays behind. The files are copied, so that later
-/// edits of the folder can't reach a result. Weights and `config.json` have to agree: a missing tensor or another shape is an error, and
+/// Everything else in the folder (checkpoints, pickled weights, `.git`) stays behind. The files are copied, so that later edits of
+/// the folder can't reach a result. Weights and `config.json` have to agree: a missing tensor or another shape is an error, and
 /// tensors that the model doesn't use are named in a warning.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(extend("examples" = [{"path": "models/my-llama"}]))]
 pub struct ImportModel {
     /// The folder with `config.json`.
+    #[schemars(extend("examples" = ["models/my-llama"]))]
     pub path: SourcePath,
 }
 

@@ -5,7 +5,7 @@ use std::path::Path;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::engine::{Context, Input, Stage};
+use crate::engine::{Context, Implied, ImpliedBy, Input, Stage};
 use crate::ml::adapter::Adapter as LoraAdapter;
 use crate::ml::lora::{merge, verify};
 use crate::ml::model::arch::Arch;
@@ -23,25 +23,32 @@ const LONGEST: usize = 10;
 /// A warning is given if more than this share of the adapter's change is lost in rounding.
 const MUCH: f64 = 0.5;
 
-/// Adds an adapter's update into the weights of a model: a model folder that needs no adapter any more.
+/// Adds an adapter's update to the weights of a model, which gives a model folder that needs no adapter any more.
 ///
-/// Weights keep their types and files; tokenizer, chat template and generation config are carried along untouched, unless the
-/// adapter was trained by another template: then that is the result's, without its comments, and the token that ends its answers is
-/// added to `eos_token_id` in `generation_config.json`. A model in
-/// 4 bits becomes dense (Unsloth's `merged_16bit`), but merging into the dense model that it was made from loses less.
-/// Where the head of the model is its embeddings and the adapter changes one of both, the result has both (`tie_word_embeddings: false`),
-/// as with PEFT. Matrices beside one of them count for that one alone, as they do in training; PEFT's `merge_and_unload` adds them into
-/// the tensor that both share.
-/// Sums are made in f32 and rounded once. So does PEFT, but for matrices beside the embeddings: their product is rounded to the weights' type
-/// before it is added, so that in bf16 and f16 its embeddings may differ by one rounding of the product.
-/// At the end the result proves itself: its logits on a few fixed prompts are compared with those of the model with the adapter
-/// (both in f32, a layer at a time). The difference is in the record, and where it is more than rounding explains the stage fails.
+/// Weights keep their types and files. Tokenizer, chat template and generation config are carried along untouched, unless the
+/// adapter was trained with another template: then the result has that one, without its comments, and the token that ends its
+/// answers is added to `eos_token_id` in `generation_config.json`. A model in 4 bits becomes dense (Unsloth's `merged_16bit`), but
+/// merging into the dense model that it was made from loses less.
+///
+/// Where the head of the model is its embeddings and the adapter changes one of them, the result has both (`tie_word_embeddings:
+/// false`), as with PEFT. Matrices beside one of them count for that one alone, as they do in training; PEFT's `merge_and_unload`
+/// adds them to the tensor that both share.
+///
+/// Sums are made in f32 and rounded once. PEFT does the same, except for matrices beside the embeddings: it rounds their product to
+/// the weights' type before adding it, so that in bf16 and f16 its embeddings may differ by one rounding.
+///
+/// At the end the result is checked: its logits on a few fixed prompts are compared with those of the model with the adapter (both
+/// in f32, a layer at a time). The difference stands in the record, and where it is more than rounding explains the stage fails.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(extend("examples" = [{"adapter": "tuned"}]))]
 pub struct Merge {
-    /// The model that the adapter stands beside.
+    /// The model to merge into. It may be left out: then it is the model that the adapter was made for, or, where that was made by
+    /// `quantize`, the dense model before it, because merging into dense weights loses less.
+    #[schemars(extend("examples" = ["base"]))]
     model: Input<Model>,
     /// The adapter.
+    #[schemars(extend("examples" = ["tuned"]))]
     adapter: Input<Adapter>,
 }
 
@@ -49,6 +56,15 @@ impl Stage for Merge {
     const KIND: &'static str = "merge";
     const VERSION: u32 = 3;
     type Output = Model;
+    const IMPLIED: &'static [Implied] = &[Implied {
+        parameter: "model",
+        unless: &[],
+        sources: &[ImpliedBy::Input {
+            input: "adapter",
+            parameter: "model",
+            before: Some("quantize"),
+        }],
+    }];
 
     fn run(&self, cx: &Context) -> anyhow::Result<()> {
         let adapter_folder = cx.input(&self.adapter)?;

@@ -9,31 +9,34 @@ use crate::ml::adapter::Adapter as LoraAdapter;
 use crate::ml::quant::quantize;
 use crate::stages::artifacts::{Adapter, Model};
 
-/// Quantises the projections of a model to bitsandbytes' 4-bit NF4, as transformers' `load_in_4bit` does; embeddings, norms and
-/// the head stay as they are.
+/// Quantises the projections of a model to bitsandbytes' 4-bit NF4, as transformers' `load_in_4bit` does. Embeddings, norms and the
+/// head stay as they are.
 ///
-/// The result is a model folder with the same files, which transformers with bitsandbytes loads too.
+/// The result is a model folder with the same files, which transformers with bitsandbytes loads, too.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(extend("examples" = [{"model": "base"}]))]
 pub struct Quantize {
     /// The dense model, stored in float32, float16 or bfloat16.
+    #[schemars(extend("examples" = ["base"]))]
     model: Input<Model>,
     /// The data type of the 4-bit values. transformers' default: `fp4`.
     #[serde(default)]
     scheme: Scheme,
-    /// Whether the magnitudes of the blocks are quantised too, to 8 bits: 0.37 bits less for each weight. QLoRA has it on.
+    /// Whether the scales of the blocks are quantised too, to 8 bits, which saves 0.37 bits for each weight. QLoRA has it on.
     /// transformers' default: `false`.
     #[serde(default = "yes")]
     double_quant: bool,
-    /// Weights that share a magnitude; transformers reads only blocks of 64.
+    /// The number of weights that share a scale. transformers reads only blocks of 64.
     #[serde(default = "default_blocksize")]
+    #[schemars(extend("enum" = [64]))]
     blocksize: usize,
-    /// What transformers is told to compute in (`bnb_4bit_compute_dtype`); the type of the dense weights if it is not given.
+    /// The type that transformers is told to compute in (`bnb_4bit_compute_dtype`). By default it is the type of the dense weights.
     /// Trainings here have settings of their own. transformers' default: `float32`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     compute_dtype: Option<Dtype>,
-    /// An adapter that `attach_lora` began by `init_lora_weights: loftq` beside an earlier 4-bit version of the model: what it
-    /// adds is taken away before quantising, which is LoftQ's next iteration. A new adapter follows, begun beside the result.
+    /// An adapter that `attach_lora` made with `init_lora_weights: loftq` for an earlier 4-bit version of the model. What it adds
+    /// is taken away before quantising, which is LoftQ's next iteration. A new adapter follows, made for the result.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     loftq: Option<Input<Adapter>>,
 }

@@ -19,7 +19,7 @@ use self::row::chat_row;
 use super::chat_template;
 use crate::data::lint::Lint;
 use crate::data::table::{BATCH_ROWS, Split, Writer, pass, pass_pieces, splits};
-use crate::engine::{Context, Input, Problem, Row, SourcePath, Stage, watched};
+use crate::engine::{Context, Implied, ImpliedBy, Input, Problem, Row, SourcePath, Stage, watched};
 use crate::stages::artifacts::{Chats, Dataset, Model};
 use crate::stages::lints;
 use crate::text::chat::{Rendered, Renderer};
@@ -34,34 +34,39 @@ const LONGEST: Duration = Duration::from_secs(5);
 /// The approximate number of bytes of text rendered at a time.
 const AT_ONCE: usize = 16 << 20;
 
-/// Renders rows to text with a chat template, as transformers and TRL do: `prompt`, `chosen` and, for preferences, `rejected`
-/// join to exactly what the template prints for the whole conversation.
+/// Renders rows to text with a chat template, as transformers and TRL do: `prompt`, `chosen` and, for preferences, `rejected` join
+/// to exactly what the template prints for the whole conversation.
 ///
 /// The template is a file, a text in the recipe, or else the tokenizer's own. It goes with the chats, and from them into what is
-/// trained on them. Rows whose texts were rendered before are taken as
-/// they are, and counted.
+/// trained on them. Rows whose texts are rendered already are taken as they are, and counted.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(extend("examples" = [{"dataset": "split", "template": "templates/llama3.jinja", "tokenizer": "base"}]))]
 pub struct ApplyChatTemplate {
-    /// The rows to render; every split of it.
+    /// The rows to render, in every split.
+    #[schemars(extend("examples" = ["split"]))]
     dataset: Input<Dataset>,
-    /// A file with the template.
+    /// A file with the chat template, in Jinja.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = ["templates/llama3.jinja"]))]
     template: Option<SourcePath>,
-    /// The template itself.
+    /// The chat template itself, as a text in the recipe.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     chat_template: Option<String>,
-    /// The model whose special tokens (`bos_token`, ..) and, unless another is given, whose template is used.
+    /// The model whose special tokens (`bos_token`, ..) are used, and whose template if no other is given. Where neither `template`
+    /// nor `chat_template` is given it may be left out: then it is the recipe's only model that is downloaded, imported or created.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = ["base"]))]
     tokenizer: Option<Input<Model>>,
-    /// Render a system message that is empty, too. Otherwise it is left out.
+    /// Whether an empty system message is rendered, too. By default it is left out.
     #[serde(default)]
     keep_empty_system: bool,
-    /// What to do with rows whose own text holds special tokens, which the tokenizer reads as such.
+    /// What to do with rows whose own text holds special tokens, which the tokenizer would read as such.
     #[serde(default)]
     special_tokens: SpecialTokens,
-    /// What `strftime_now` tells the template, as `YYYY-MM-DD`: a result must not depend on the day it was made.
+    /// The date that `strftime_now` tells the template, as `YYYY-MM-DD`: a result must not depend on the day it was made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = ["2026-01-31"]))]
     date: Option<String>,
     /// Lints that make the stage fail when a row has them, with the first rows named: any of `duplicate_prompts`, `leaked_prompts` and
     /// `special_tokens`. Without it they are counted and told.
@@ -85,6 +90,11 @@ impl Stage for ApplyChatTemplate {
     const VERSION: u32 = 3;
     type Output = Chats;
     const BOUNDED: bool = true;
+    const IMPLIED: &'static [Implied] = &[Implied {
+        parameter: "tokenizer",
+        unless: &["template", "chat_template"],
+        sources: &[ImpliedBy::OnlyFirst],
+    }];
 
     fn check(&self) -> Vec<Problem> {
         let mut problems = Vec::new();

@@ -17,7 +17,7 @@ use super::tokenizers::load;
 use crate::data::lint::{Lint, Place};
 use crate::data::table::{Split, Writer, pass, splits};
 use crate::data::tokens::{TokenRow, batch, schema};
-use crate::engine::{Context, Input, Problem, Row, Stage, watched};
+use crate::engine::{Context, Implied, ImpliedBy, Input, Problem, Row, Stage, watched};
 use crate::ml::io::folder;
 use crate::stages::artifacts::{Chats, Model, Tokens};
 use crate::stages::lints;
@@ -29,29 +29,38 @@ pub mod look;
 
 /// Turns texts into token ids as TRL does, the answer apart from its prompt.
 ///
-/// Preferences get one BOS and one EOS, as by `ORPOTrainer`, or with `trainer: dpo` none, as by `DPOTrainer`. Chats with one answer stay as the chat template printed them, as by
-/// `SFTTrainer`, which puts no EOS behind the end of a turn; a text without a prompt gets its EOS and what the tokenizer itself puts
-/// around it, usually a BOS.
+/// Preferences get one BOS and one EOS, as by `ORPOTrainer`; with `trainer: dpo` they get none, as by `DPOTrainer`. Chats with one
+/// answer stay as the chat template printed them, as by `SFTTrainer`, which puts no EOS behind the end of a turn. A text without a
+/// prompt gets its EOS, and what the tokenizer itself puts around it, usually a BOS.
 ///
 /// A row that is left without an answer token is dropped and counted in the record; TRL would train on a NaN.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(extend("examples" = [{"dataset": "chats", "max_length": 1024}]))]
 pub struct Tokenize {
-    /// The texts; every split of them.
+    /// The texts to tokenize, in every split.
+    #[schemars(extend("examples" = ["chats"]))]
     dataset: Input<Chats>,
-    /// The model whose tokenizer is used.
+    /// The model whose tokenizer is used. It may be left out: then it is the `tokenizer` of the chats, or else the recipe's only
+    /// model that is downloaded, imported or created.
+    #[schemars(extend("examples" = ["base"]))]
     tokenizer: Input<Model>,
-    /// Longest sequence of prompt and answer, in tokens.
+    /// The longest sequence of prompt and answer, in tokens. What is longer is cut.
     #[serde(default = "default_max_length")]
+    #[schemars(extend("minimum" = 2))]
+    #[schemars(extend("examples" = [2048]))]
     max_length: usize,
-    /// With it, a prompt that doesn't fit beside its longer answer is cut to so many tokens before the answers are cut, as TRL
+    /// The length in tokens to which a prompt is cut that doesn't fit beside its longer answer, before the answers are cut, as TRL
     /// did until 0.24. Without it, only answers are cut and prompts never, as in TRL 1.16.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("minimum" = 1))]
+    #[schemars(extend("examples" = [512]))]
     max_prompt_length: Option<usize>,
-    /// Which end of a prompt is kept when it is cut. Counts only with `max_prompt_length`.
+    /// Which end of a prompt is kept when it is cut. It counts only with `max_prompt_length`.
     #[serde(default)]
     truncation_mode: TruncationMode,
-    /// The trainer whose way of preparing preferences is followed, by default `orpo`. Rows with one answer are always prepared as by `SFTTrainer`.
+    /// The trainer of TRL's whose way of preparing preferences is followed; `orpo` if it isn't given. Rows with one answer are
+    /// always prepared as by `SFTTrainer`.
     #[serde(default, skip_serializing_if = "PreferenceTrainer::is_default")]
     trainer: PreferenceTrainer,
     /// Lints that make the stage fail when a row has them, with the first rows named: any of `equal_answers`, `empty_answers`,
@@ -100,19 +109,25 @@ impl Stage for Tokenize {
     const VERSION: u32 = 3;
     type Output = Tokens;
     const BOUNDED: bool = true;
+    const IMPLIED: &'static [Implied] = &[Implied {
+        parameter: "tokenizer",
+        unless: &[],
+        sources: &[
+            ImpliedBy::Input {
+                input: "dataset",
+                parameter: "tokenizer",
+                before: None,
+            },
+            ImpliedBy::OnlyFirst,
+        ],
+    }];
 
     fn check(&self) -> Vec<Problem> {
         let mut problems = Vec::new();
-        if self.max_length < 2 {
-            problems.push(Problem::new("max_length", "expected at least 2 tokens"));
-        }
         if let Some(most) = self.max_prompt_length
-            && (most == 0 || most >= self.max_length)
+            && most >= self.max_length
         {
-            let message = format!(
-                "expected a number above 0 and below `max_length` ({})",
-                self.max_length
-            );
+            let message = format!("expected a number below `max_length` ({})", self.max_length);
             problems.push(Problem::new("max_prompt_length", message));
         }
         if self.trainer == PreferenceTrainer::Dpo && self.max_prompt_length.is_some() {

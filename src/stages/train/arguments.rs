@@ -16,75 +16,105 @@ use crate::stages::rules::Rules;
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TrainingArguments {
-    /// The model to train, or the frozen base of the adapter; with an adapter it may be stored in 4 bits.
+    /// The model to train; with `adapter`, the frozen base of the adapter, dense or in 4 bits. It may be left out where `adapter`
+    /// is given: then it is the model that the adapter was made for.
+    #[schemars(extend("examples" = ["base4"]))]
     pub model: Input<Model>,
-    /// The adapter to train. Without one every weight of the model is trained, and the stage makes a model.
+    /// The adapter to train. Without one, every weight of the model is trained and the stage makes a model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = ["lora"]))]
     pub adapter: Option<Input<Adapter>>,
     /// The token ids to train on.
+    #[schemars(extend("examples" = ["tokens"]))]
     pub dataset: Input<Tokens>,
     /// The split of the dataset to train on.
     #[serde(default = "train_split")]
     pub train_split: String,
-    /// The split to evaluate on during training; see `eval_strategy`.
+    /// The split to evaluate on during training, if `eval_strategy` asks for it.
     #[serde(default = "eval_split")]
     pub eval_split: String,
-    /// The number of passes over all rows; may be fractional. With a higher number the training goes on where an earlier one
-    /// ended, if that is exactly the same as starting at the beginning: if the learning rate doesn't depend on the number of all
-    /// steps (`constant`; `constant_with_warmup` and `inverse_sqrt` with `warmup_steps` of 1 or more, or 0), and the earlier one did not
-    /// stop early or take its best weights. The log says which it does.
+    /// The number of passes over all rows. A fraction of a pass is possible.
+    ///
+    /// A higher number continues a finished training where it ended, if the result is exactly that of a longer training from the
+    /// start: the learning rate must not depend on the total number of steps (`constant`; `constant_with_warmup` and `inverse_sqrt`
+    /// with `warmup_steps` of 1 or more, or 0), and the earlier training must not have stopped early or gone back to its best
+    /// weights. The log says whether it continues.
     #[serde(default = "epochs")]
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    #[schemars(extend("examples" = [1, 0.5]))]
     num_train_epochs: f64,
-    /// The number of steps; -1 leaves it to `num_train_epochs`. With a higher number the training goes on as there.
+    /// The number of steps to train; -1 leaves it to `num_train_epochs`. A higher number continues a finished training under the
+    /// same conditions.
     #[serde(default = "max_steps")]
+    #[schemars(extend("minimum" = -1))]
+    #[schemars(extend("examples" = [1000]))]
     max_steps: i64,
-    /// Rows in a micro-batch.
+    /// The number of rows in a micro-batch. Together with `gradient_accumulation_steps` it gives the rows of a step.
     #[serde(default = "batch_size")]
+    #[schemars(extend("minimum" = 1))]
+    #[schemars(extend("examples" = [4]))]
     per_device_train_batch_size: usize,
-    /// Rows in a batch of an evaluation.
+    /// The number of rows in a batch of an evaluation.
     #[serde(default = "batch_size")]
+    #[schemars(extend("minimum" = 1))]
+    #[schemars(extend("examples" = [4]))]
     per_device_eval_batch_size: usize,
-    /// Micro-batches whose gradients are averaged for one step. The last step of an epoch may have fewer. Small ones go through the
-    /// model together, as long as no more than 512 MiB has to be kept for the backward pass; the result is that of one after another.
+    /// The number of micro-batches whose gradients are averaged for one step; the last step of an epoch may have fewer. Small
+    /// micro-batches are computed together while their activations fit in 512 MiB; results don't change.
     #[serde(default = "one")]
+    #[schemars(extend("minimum" = 1))]
+    #[schemars(extend("examples" = [8]))]
     gradient_accumulation_steps: usize,
-    /// How the learning rate changes.
+    /// How the learning rate changes over the training, after the warm-up.
     #[serde(default)]
     lr_scheduler_type: SchedulerType,
-    /// Steps over which the learning rate rises from 0; a number below 1 is a share of all steps.
+    /// The number of steps over which the learning rate rises from 0; a number below 1 is a share of all steps.
     #[serde(default)]
+    #[schemars(extend("minimum" = 0))]
+    #[schemars(extend("examples" = [100, 0.1]))]
     warmup_steps: f64,
-    /// The same as a share of all steps; used only if `warmup_steps` is 0.
+    /// The share of all steps over which the learning rate rises from 0. It is used only if `warmup_steps` is 0.
     #[serde(default)]
+    #[schemars(extend("minimum" = 0, "maximum" = 1))]
+    #[schemars(extend("examples" = [0.1]))]
     warmup_ratio: f64,
     /// The optimiser. TRL's default: `adamw_torch_fused`, which gives the same numbers.
     #[serde(default)]
     optim: Optim,
-    /// Decay rate of AdamW's first moment.
+    /// The decay rate of AdamW's first moment, the running mean of gradients.
     #[serde(default = "beta1")]
+    #[schemars(extend("minimum" = 0, "exclusiveMaximum" = 1))]
     adam_beta1: f64,
-    /// Decay rate of AdamW's second moment.
+    /// The decay rate of AdamW's second moment, the running mean of squared gradients.
     #[serde(default = "beta2")]
+    #[schemars(extend("minimum" = 0, "exclusiveMaximum" = 1))]
     adam_beta2: f64,
-    /// Added to the square root of AdamW's second moment, so that the division stays finite.
+    /// A small number that AdamW adds to the square root of its second moment, so that it never divides by 0.
     #[serde(default = "epsilon")]
+    #[schemars(extend("exclusiveMinimum" = 0))]
     adam_epsilon: f64,
-    /// Decoupled weight decay, which norms and biases are exempt from.
+    /// The decoupled weight decay: at each step, weights shrink by this times the learning rate. Norms and biases don't decay.
     #[serde(default)]
+    #[schemars(extend("minimum" = 0))]
+    #[schemars(extend("examples" = [0.01]))]
     weight_decay: f64,
-    /// The gradient is scaled down to this norm where it is larger; 0 for no clipping.
+    /// The largest norm of the gradient: a longer one is scaled down to it. 0 turns clipping off.
     #[serde(default = "max_grad_norm")]
+    #[schemars(extend("minimum" = 0))]
+    #[schemars(extend("examples" = [0.3]))]
     max_grad_norm: f64,
-    /// Whether layers are computed a second time in the backward pass instead of being kept: less memory, the same numbers.
+    /// Whether layers are computed a second time in the backward pass instead of being kept: less memory, more time, the same
+    /// numbers.
     #[serde(default = "yes")]
     gradient_checkpointing: Neutral<bool>,
-    /// Whether the output of the layers below the lowest adapter is kept on disk, for the next epoch and the next evaluation: the
-    /// same numbers, without computing these layers again. For adapters on upper layers alone (`layers_to_transform`); takes 4 bytes
-    /// for each token and hidden feature while the training runs.
+    /// Whether the output of the layers below the lowest adapter is kept on disk for the next epoch and the next evaluation: the
+    /// same numbers without computing these layers again. It helps adapters on upper layers alone (`layers_to_transform`), and
+    /// takes 4 bytes for each token and hidden feature while the training runs.
     #[serde(default)]
     pub cache_frozen_layers: Neutral<bool>,
     /// Whether padding is left out of the computation. Losses and gradients are the same; only ORPO's `logits/chosen` and
-    /// `logits/rejected` differ, because in TRL their means include the padding. TRL's default: `false`; its `ORPOTrainer` always pads.
+    /// `logits/rejected` differ, because in TRL their means include the padding. TRL's default: `false`; its `ORPOTrainer` always
+    /// pads.
     #[serde(default = "padding_free")]
     pub padding_free: bool,
     /// Whether matrix products are computed in bf16; everything else stays in f32. TRL's default: `true`, unless `fp16` is on; many
@@ -94,7 +124,7 @@ pub struct TrainingArguments {
     /// Whether matrix products are computed in f16, with a dynamic loss scale.
     #[serde(default)]
     pub fp16: bool,
-    /// The seed of everything random.
+    /// The seed of everything random: dropout, and the order of rows unless `data_seed` is given.
     #[serde(default = "seed")]
     seed: u64,
     /// The seed of the order of rows, if it is to differ from `seed`.
@@ -106,28 +136,34 @@ pub struct TrainingArguments {
     /// When the model is evaluated during training.
     #[serde(default)]
     eval_strategy: EvalStrategy,
-    /// Steps between evaluations, for `eval_strategy: steps`.
+    /// The number of steps between evaluations, for `eval_strategy: steps`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = [50]))]
     eval_steps: Option<u64>,
     /// Whether the result has the weights of the best evaluation instead of the last ones.
     #[serde(default)]
     load_best_model_at_end: bool,
-    /// The metric by which evaluations are compared, such as `loss` or `rewards/margins`; the prefix `eval_` may be left out. TRL's
-    /// default: none, which means `loss` too.
+    /// The metric by which evaluations are compared; the prefix `eval_` may be left out. TRL's default: none, which means `loss`
+    /// too.
     #[serde(default = "loss")]
+    #[schemars(extend("examples" = ["rewards/margins"]))]
     metric_for_best_model: String,
-    /// Whether a larger value of the metric is better. By default it is, unless its name ends with `loss`.
+    /// Whether a larger value of the metric is better. By default it is, unless the metric's name ends with `loss`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     greater_is_better: Option<bool>,
-    /// The training ends after this many evaluations in a row without improvement.
+    /// The number of evaluations in a row without improvement after which the training ends.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("minimum" = 1))]
+    #[schemars(extend("examples" = [3]))]
     early_stopping_patience: Option<u64>,
     /// By how much the metric has to improve to count as an improvement for `early_stopping_patience`.
     #[serde(default)]
+    #[schemars(extend("minimum" = 0))]
     early_stopping_threshold: f64,
-    /// How many steps whose loss or gradient is NaN or infinite are skipped, each with a warning, before another one stops the
+    /// The number of steps whose loss or gradient is NaN or infinite that are skipped, each with a warning. One more stops the
     /// training.
     #[serde(default)]
+    #[schemars(extend("examples" = [2]))]
     skip_nan_steps: u64,
     /// A training whose loss is above this for `loss_watchdog_patience` steps in a row is stopped, with a checkpoint, instead of running on
     /// for nothing. Without it, a loss that explodes or no longer moves is only told.
@@ -135,15 +171,22 @@ pub struct TrainingArguments {
     loss_watchdog_threshold: Neutral<Option<f64>>,
     /// How many steps in a row the loss may be above `loss_watchdog_threshold` before the training is stopped.
     #[serde(default = "loss_watchdog_patience")]
+    #[schemars(extend("minimum" = 1))]
     loss_watchdog_patience: Neutral<u64>,
-    /// Steps between the lines shown; the artifact's `metrics.jsonl` and `trainer_state.json` have every step.
+    /// The number of steps between the lines that are shown. `metrics.jsonl` and `trainer_state.json` in the result have every
+    /// step.
     #[serde(default = "logging_steps")]
+    #[schemars(extend("minimum" = 1))]
+    #[schemars(extend("examples" = [50]))]
     logging_steps: Neutral<u64>,
-    /// Steps between checkpoints, from which an interrupted training goes on.
+    /// The number of steps between checkpoints. An interrupted training goes on from the last one.
     #[serde(default = "save_steps")]
+    #[schemars(extend("minimum" = 1))]
+    #[schemars(extend("examples" = [100]))]
     save_steps: Neutral<u64>,
-    /// How many checkpoints are kept. TRL's default: none, which keeps all.
+    /// The number of checkpoints that are kept. TRL's default: none, which keeps all.
     #[serde(default = "save_total_limit")]
+    #[schemars(extend("minimum" = 1))]
     save_total_limit: Neutral<usize>,
     /// Where else metrics are sent while the training runs: `none`, or one or several of `tensorboard` (event files below
     /// `TENSORBOARD_LOGGING_DIR`, by default `.pipeline/tensorboard`), `mlflow` (the server at `MLFLOW_TRACKING_URI`) and `trackio` (the
@@ -155,39 +198,11 @@ pub struct TrainingArguments {
 impl TrainingArguments {
     /// Checks the rules between the parameters.
     pub(super) fn check(&self, rules: &mut Rules) {
-        rules.positive(self.num_train_epochs, "num_train_epochs");
         rules.rule(
-            self.max_steps == -1 || self.max_steps > 0,
+            self.max_steps != 0,
             "max_steps",
             "expected a number above 0, or -1",
         );
-        for (count, parameter) in [
-            (
-                self.per_device_train_batch_size,
-                "per_device_train_batch_size",
-            ),
-            (
-                self.per_device_eval_batch_size,
-                "per_device_eval_batch_size",
-            ),
-            (
-                self.gradient_accumulation_steps,
-                "gradient_accumulation_steps",
-            ),
-        ] {
-            rules.at_least_1(count as u64, parameter);
-        }
-        rules.not_negative(self.warmup_steps, "warmup_steps");
-        rules.rule(
-            (0. ..=1.).contains(&self.warmup_ratio),
-            "warmup_ratio",
-            "expected a number between 0 and 1",
-        );
-        rules.fraction(self.adam_beta1, "adam_beta1");
-        rules.fraction(self.adam_beta2, "adam_beta2");
-        rules.positive(self.adam_epsilon, "adam_epsilon");
-        rules.not_negative(self.weight_decay, "weight_decay");
-        rules.not_negative(self.max_grad_norm, "max_grad_norm");
         rules.rule(
             !(self.bf16 && self.fp16),
             "fp16",
@@ -211,18 +226,12 @@ impl TrainingArguments {
             "early_stopping_patience",
             "expected an `eval_strategy` other than `no`, which tells when to stop",
         );
-        rules.at_least_1(patience.unwrap_or(1), "early_stopping_patience");
-        rules.not_negative(self.early_stopping_threshold, "early_stopping_threshold");
         let threshold = self.loss_watchdog_threshold.0.unwrap_or(0.);
         rules.rule(
             threshold.is_finite(),
             "loss_watchdog_threshold",
             "expected a finite number",
         );
-        rules.at_least_1(*self.loss_watchdog_patience, "loss_watchdog_patience");
-        rules.at_least_1(*self.logging_steps, "logging_steps");
-        rules.at_least_1(*self.save_steps, "save_steps");
-        rules.at_least_1(*self.save_total_limit as u64, "save_total_limit");
     }
 
     /// The batch size of evaluations.

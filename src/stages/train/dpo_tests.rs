@@ -178,7 +178,7 @@ fn the_reference_is_the_model_before_the_first_step_or_a_named_one() {
 fn mistakes_are_told() {
     let problems = |text: &str| -> Vec<String> {
         let stage: TrainDpo = serde_yaml::from_str(text).unwrap();
-        let problems = Stage::check(&stage).into_iter();
+        let problems = crate::engine::check(&stage).into_iter();
         problems.map(|problem| problem.parameter).collect()
     };
     let start = "model: a, adapter: b, dataset: c";
@@ -190,7 +190,7 @@ fn mistakes_are_told() {
         format!("{{{start}, beta: 0, label_smoothing: 0.5, learning_rate: -1, max_steps: 0}}");
     assert_eq!(
         problems(&wrong),
-        ["learning_rate", "max_steps", "beta", "label_smoothing"]
+        ["beta", "label_smoothing", "learning_rate", "max_steps"]
     );
     let alone: Evaluate = serde_yaml::from_str("{model: a, dataset: c, loss: dpo}").unwrap();
     assert_eq!(Stage::check(&alone)[0].parameter, "loss");

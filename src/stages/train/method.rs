@@ -43,8 +43,8 @@ pub trait Method: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'sta
     /// The parameters that it has in common with other methods.
     type Common: Common;
 
-    /// Checks the rules of its own parameters.
-    fn check(&self, arguments: &TrainingArguments, rules: &mut Rules);
+    /// Checks the rules of its own parameters that bounds in their schema can't express.
+    fn check(&self, _arguments: &TrainingArguments, _rules: &mut Rules) {}
 
     /// The loss that is minimised.
     fn loss(&self) -> Box<dyn Loss>;

@@ -13,12 +13,13 @@ pub struct PreferenceArguments {
     /// Whether the adapter's dropout is off during training, as in TRL.
     #[serde(default = "yes")]
     disable_dropout: bool,
-    /// Whether the tokens that sequences have in common at their beginning are computed once for all of a step, if `padding_free` is
-    /// on and no dropout is at work: a prompt for its two answers, a system prompt for all rows. The same numbers in less time.
+    /// Whether tokens that sequences of a step have in common at their beginning are computed once: a prompt for its two answers, a
+    /// system prompt for all rows. The numbers are the same in less time. It needs `padding_free`, and no dropout at work.
     #[serde(default = "yes")]
     share_prompts: bool,
-    /// The highest learning rate.
+    /// The highest learning rate. For LoRA, rates from 5e-6 to 1e-4 are common.
     #[serde(default = "learning_rate")]
+    #[schemars(extend("exclusiveMinimum" = 0, "examples" = [0.000_008]))]
     learning_rate: f64,
 }
 

@@ -14,10 +14,11 @@ use super::inputs::Inputs;
 use super::method::{Common, Method};
 use super::run::run;
 use crate::engine::{
-    Artifact, Context, Estimate, ParseError, Position, Problem, Stage, read_side_by_side,
+    Artifact, Context, Estimate, Implied, ParseError, Position, Problem, Stage, read_side_by_side,
 };
 use crate::ml::train::newest_checkpoint;
 use crate::stages::artifacts::{Adapter, Model};
+use crate::stages::model_input::BASE_OF_ADAPTER;
 use crate::stages::rules::Rules;
 
 /// A training by a method.
@@ -75,6 +76,7 @@ impl<M: Method> Stage for Train<M> {
     const EXCLUSIVE: bool = true;
     /// The length of a training. With another length it may continue from where an earlier one ended.
     const LENGTH_PARAMETERS: &'static [&'static str] = &["num_train_epochs", "max_steps"];
+    const IMPLIED: &'static [Implied] = BASE_OF_ADAPTER;
     type Output = M::Output;
 
     fn read(parameters: serde_json::Value) -> Result<Self, ParseError> {
@@ -96,7 +98,6 @@ impl<M: Method> Stage for Train<M> {
 
     fn check(&self) -> Vec<Problem> {
         let mut rules = Rules::default();
-        rules.positive(self.common.learning_rate(), "learning_rate");
         self.arguments.check(&mut rules);
         self.method.check(&self.arguments, &mut rules);
         rules.0

@@ -173,7 +173,7 @@ fn evaluation_scores_base_and_adapter() {
 fn mistakes_are_told() {
     let problems = |text: &str| -> Vec<String> {
         let stage: TrainOrpo = serde_yaml::from_str(text).unwrap();
-        let problems = Stage::check(&stage);
+        let problems = crate::engine::check(&stage);
         problems
             .into_iter()
             .map(|problem| problem.parameter)
@@ -185,7 +185,7 @@ fn mistakes_are_told() {
         problems(&format!(
             "{start}, learning_rate: 0, max_steps: -2, beta: -1, bf16: true, fp16: true, eval_strategy: steps}}"
         )),
-        ["learning_rate", "max_steps", "fp16", "eval_steps", "beta"]
+        ["beta", "learning_rate", "max_steps", "fp16", "eval_steps"]
     );
 
     // A row that was tokenized for another model.

@@ -11,20 +11,20 @@ use crate::ml::loss::Loss;
 use crate::ml::loss::sft::{self, Answers, Sft};
 use crate::ml::model::batch::Row;
 use crate::stages::artifacts::Model;
-use crate::stages::rules::Rules;
 use crate::stages::text::added::Added;
 
 /// The stage.
 pub type TrainSft = Train<Parameters>;
 
-/// Trains on answers by their likelihood, with the numbers of TRL's `SFTTrainer`.
+/// Trains a model on answers (supervised fine-tuning), with the numbers of TRL's `SFTTrainer`.
 ///
-/// With `adapter` it trains the adapter on the frozen model and makes an adapter; without, it trains every weight and
-/// makes a model. Beside it lie `metrics.jsonl` and transformers' `trainer_state.json` with the metrics of every step. Parameters
+/// With `adapter` it trains the adapter on the frozen model and makes an adapter; without, it trains every weight and makes a
+/// model. Beside the weights lie `metrics.jsonl` and transformers' `trainer_state.json` with the metrics of every step. Parameters
 /// have TRL's names, and TRL's defaults unless something else is said.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 #[schemars(rename = "TrainSft")]
+#[schemars(extend("examples" = [{"adapter": "lora", "dataset": "tokens", "learning_rate": 0.000_2}]))]
 pub struct Parameters {
     /// Whether only the answer's tokens count in the loss, and not the prompt's. TRL's default: none, which means `true` for rows
     /// with a prompt of their own and `false` for whole conversations.
@@ -33,14 +33,16 @@ pub struct Parameters {
     /// Which answers of a preference dataset are learnt.
     #[serde(default)]
     answers: Answers,
-    /// Whether rows are packed into sequences of up to `max_length` tokens, so that there is little padding. Rows in one
-    /// sequence don't see each other, and positions begin again with each. Which rows go together is decided as by TRL's
-    /// `packing_strategy: bfd`; `per_device_train_batch_size` then counts sequences.
+    /// Whether rows are packed into sequences of up to `max_length` tokens, so that there is little padding. Rows in one sequence
+    /// don't see each other, and positions begin again with each. Which rows go together is decided as by TRL's `packing_strategy:
+    /// bfd`; `per_device_train_batch_size` then counts sequences.
     #[serde(default)]
     packing: bool,
-    /// The longest sequence that `packing` makes, in tokens; longer rows lose their end. It has no effect without `packing`:
-    /// rows are as long as `tokenize` made them.
+    /// The longest sequence that `packing` makes, in tokens; longer rows lose their end. Without `packing` it has no effect: rows
+    /// are as long as `tokenize` made them.
     #[serde(default = "max_length")]
+    #[schemars(extend("minimum" = 2))]
+    #[schemars(extend("examples" = [2048]))]
     max_length: usize,
 }
 
@@ -48,8 +50,10 @@ pub struct Parameters {
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SftArguments {
-    /// The highest learning rate.
+    /// The highest learning rate. For LoRA, rates from 1e-4 to 2e-4 are common; for all weights, about 1e-5.
     #[serde(default = "learning_rate")]
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    #[schemars(extend("examples" = [0.000_2]))]
     learning_rate: f64,
 }
 
@@ -76,14 +80,6 @@ impl Method for Parameters {
     const VERSION: u32 = 7;
     type Output = Model;
     type Common = SftArguments;
-
-    fn check(&self, _: &TrainingArguments, rules: &mut Rules) {
-        rules.rule(
-            self.max_length >= 2,
-            "max_length",
-            "expected at least 2 tokens",
-        );
-    }
 
     fn loss(&self) -> Box<dyn Loss> {
         Box::new(Sft {

@@ -179,7 +179,8 @@ fn modules_are_a_set_and_rules_are_kept() {
         ("rank_pattern: {q_proj: 1000000000}", "rank_pattern"),
         ("rank_pattern: {q_proj: 0}", "rank_pattern"),
     ] {
-        let problems = read(&format!("{{model: base, {wrong}}}")).unwrap().check();
+        let stage = read(&format!("{{model: base, {wrong}}}")).unwrap();
+        let problems = crate::engine::check(&stage);
         let parameters: Vec<_> = problems
             .iter()
             .map(|problem| problem.parameter.as_str())
@@ -189,14 +190,14 @@ fn modules_are_a_set_and_rules_are_kept() {
     assert!(read("{model: base, layers_to_transform: -1}").is_err());
     assert!(read("{model: base, layers_to_transform: [a]}").is_err());
     let wrong = "{model: base, r: 0, lora_alpha: 0, lora_dropout: 1, target_modules: []}";
-    let problems = read(wrong).unwrap().check();
+    let problems = crate::engine::check(&read(wrong).unwrap());
     let parameters: Vec<_> = problems
         .iter()
         .map(|problem| problem.parameter.as_str())
         .collect();
     assert_eq!(
         parameters,
-        ["r", "lora_alpha", "lora_dropout", "target_modules"]
+        ["lora_alpha", "lora_dropout", "r", "target_modules"]
     );
 }
 

@@ -74,13 +74,13 @@ fn the_limit_and_the_names_of_columns_count() {
 
 #[test]
 fn mistakes_are_told_before_anything_runs() {
-    let problems =
-        stage("{path: x.csv, columns: {question: prompt}, max_rows: 0, split: ../x}").check();
+    let stage = stage("{path: x.csv, columns: {question: prompt}, max_rows: 0, split: ../x}");
+    let problems = crate::engine::check(&stage);
     let parameters: Vec<_> = problems
         .iter()
         .map(|problem| problem.parameter.as_str())
         .collect();
-    assert_eq!(parameters, ["columns.question", "max_rows", "split"]);
+    assert_eq!(parameters, ["max_rows", "columns.question", "split"]);
 }
 
 #[test]
@@ -420,7 +420,7 @@ fn mistakes_of_several_datasets_are_told_before_anything_runs() {
         ),
         (
             "{datasets: [{path: a.csv, weight: 0, max_rows: 0}]}",
-            &["datasets[0].weight", "datasets[0].max_rows"],
+            &["datasets[0].max_rows", "datasets[0].weight"],
         ),
         (
             "{path: a.csv, delimiter: ab, encoding: klingon}",
@@ -431,7 +431,7 @@ fn mistakes_of_several_datasets_are_told_before_anything_runs() {
             &["delimiter"],
         ),
     ] {
-        let problems = stage(yaml).check();
+        let problems = crate::engine::check(&stage(yaml));
         let found: Vec<_> = problems
             .iter()
             .map(|problem| problem.parameter.as_str())

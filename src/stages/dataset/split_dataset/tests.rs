@@ -72,7 +72,7 @@ fn sizes_that_leave_nothing_are_errors() {
     for size in ["0", "-1", "1.5", ".nan", ".inf"] {
         let yaml = format!("{{dataset: pairs, test_size: {size}}}");
         let stage: SplitDataset = serde_yaml::from_str(&yaml).unwrap();
-        assert_eq!(stage.check().len(), 1, "{size}");
+        assert_eq!(crate::engine::check(&stage).len(), 1, "{size}");
     }
 }
 

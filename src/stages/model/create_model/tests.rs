@@ -272,7 +272,7 @@ fn rules_between_parameters_are_kept() {
         ),
         ("tokenizer: b, max_shard_size: 5", "max_shard_size"),
     ] {
-        let problems = stage(text).check();
+        let problems = crate::engine::check(&stage(text));
         let found: Vec<_> = problems
             .iter()
             .map(|problem| problem.parameter.as_str())
@@ -283,7 +283,7 @@ fn rules_between_parameters_are_kept() {
         "{tokenizer: b, hidden_size: 30, intermediate_size: 0, num_hidden_layers: 1, num_attention_heads: 4}",
     )
     .unwrap();
-    let problems = odd.check();
+    let problems = crate::engine::check(&odd);
     let found: Vec<_> = problems
         .iter()
         .map(|problem| problem.parameter.as_str())

@@ -287,10 +287,8 @@ fn when_no_row_is_left_the_stage_fails() {
 #[test]
 fn rules_between_parameters() {
     let problems = |yaml: &str| {
-        serde_yaml::from_str::<Tokenize>(yaml)
-            .unwrap()
-            .check()
-            .len()
+        let stage: Tokenize = serde_yaml::from_str(yaml).unwrap();
+        crate::engine::check(&stage).len()
     };
     assert_eq!(problems("{dataset: c, tokenizer: b}"), 0);
     assert_eq!(problems("{dataset: c, tokenizer: b, max_length: 0}"), 1);
