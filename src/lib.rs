@@ -16,6 +16,7 @@ pub mod cli;
 pub mod data;
 pub mod engine;
 pub mod hub;
+pub mod inference;
 pub mod ml;
 pub mod recipe;
 pub mod remote;

@@ -33,7 +33,7 @@ pub(super) struct StoreArgs {
     pub(super) verify: bool,
 }
 
-fn assignment(text: &str) -> Result<Override, String> {
+pub(super) fn assignment(text: &str) -> Result<Override, String> {
     let (path, value) = text
         .split_once('=')
         .ok_or("expected PATH=VALUE, such as `vars.seed=1`")?;

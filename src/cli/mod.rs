@@ -2,6 +2,7 @@
 //!
 //! This is the only place where the environment is read, where something is printed, and where a process ends.
 
+mod answering;
 mod args;
 mod commands;
 mod confine;
@@ -11,6 +12,7 @@ mod lock_file;
 mod machine;
 mod project;
 mod remote;
+mod target;
 mod trust;
 
 use std::io::{ErrorKind, Read as _, Write as _};
@@ -56,6 +58,12 @@ enum Command {
     Graph(commands::graph::Args),
     /// Shows a stage's result: where it is, its record, and a look inside
     Show(commands::show::Args),
+    /// Talks to a model that a recipe made, or to one in a folder
+    Chat(commands::chat::Args),
+    /// Answers a file of prompts with a model, as JSON lines
+    Generate(commands::generate::Args),
+    /// Puts a result on the Hugging Face hub, with a card
+    Publish(commands::publish::Args),
     /// Removes results that nobody needs any more
     Gc(commands::gc::Args),
     /// Manages the remote that machines share: send, fetch, list, clean and check results
@@ -114,6 +122,9 @@ pub fn main() -> ExitCode {
         Command::Validate(args) => commands::validate::run(&args),
         Command::Graph(args) => commands::graph::run(&args),
         Command::Show(args) => commands::show::run(&args),
+        Command::Chat(args) => commands::chat::run(&args),
+        Command::Generate(args) => commands::generate::run(&args),
+        Command::Publish(args) => commands::publish::run(&args),
         Command::Gc(args) => commands::gc::run(&args),
         Command::Cache(args) => commands::cache::run(&args),
         Command::Schema(args) => commands::schema::run(&args),
@@ -155,7 +166,6 @@ fn eprint(text: &str) {
 }
 
 /// Writes to standard output what is rendered already ([`style::paint`](crate::report::style::paint)); colours go only where they are wanted.
-#[expect(dead_code, reason = "used by the next commits")]
 fn print_rendered(text: &str) {
     let _ = anstream::stdout().lock().write_all(text.as_bytes());
 }

@@ -14,9 +14,11 @@ mod explain;
 mod headers;
 mod http;
 mod http_error;
+mod http_write;
 mod listing;
 mod names;
 mod proxies;
+mod publish;
 mod settings;
 mod tls;
 
@@ -24,5 +26,6 @@ pub use client::{Hub, Watch};
 pub use listing::Listing;
 pub use names::{RemoteFile, RepoKind, Snapshot};
 pub use proxies::Proxies;
+pub use publish::{Contents, NewFile, Progress, Publication, Pushed};
 pub(crate) use settings::is_offline;
 pub use settings::{HubSettings, VARIABLES};

@@ -108,4 +108,10 @@ pub trait Decoder: Send {
     /// # Errors
     /// A text that is not there or that would get too long, or an index outside `tokens`.
     fn step(&mut self, tokens: &[Token], wanted: &[usize]) -> Result<Vec<f32>>;
+
+    /// Forgets what a text has behind its first `length` tokens.
+    ///
+    /// # Errors
+    /// A text that is not there or is shorter.
+    fn truncate(&mut self, text: usize, length: usize) -> Result<()>;
 }

@@ -14,7 +14,14 @@ use super::schema::Parameters;
 use super::source_map::{RecipePath, SourceMap, SourceSpan, child, keys, lines};
 
 /// The keys a recipe may have.
-pub(crate) const TOP: [&str; 5] = ["version", "description", "vars", "stages", "outputs"];
+pub(crate) const TOP: [&str; 6] = [
+    "version",
+    "description",
+    "vars",
+    "stages",
+    "outputs",
+    "publish",
+];
 /// More mistakes than anybody reads.
 const MAX_ERRORS: usize = 100;
 /// The most that vars and `--set` may put in altogether: values, and bytes of texts.

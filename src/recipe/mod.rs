@@ -9,6 +9,7 @@ mod draft;
 mod error;
 pub mod graph;
 mod hints;
+mod publish;
 mod read;
 mod schema;
 mod sentence;
@@ -29,6 +30,7 @@ use crate::engine::{AnyStage, Handling, Kind};
 
 use draft::Draft;
 pub use error::{RecipeError, RecipeErrors};
+pub use publish::{PUBLISHED, Publish};
 pub use read::yaml;
 pub use schema::{reference, schema};
 pub use source_map::{
@@ -57,6 +59,8 @@ pub struct Recipe {
     pub stages: Vec<RecipeStage>,
     /// What is put where for people to use, in the order of the recipe.
     pub outputs: Vec<Output>,
+    /// What is published where on the hub when somebody asks for it, in the order of the recipe.
+    pub publish: Vec<Publish>,
     source_map: SourceMap,
     order: Vec<usize>,
 }
@@ -260,6 +264,7 @@ pub fn parse(
                 path,
             })
             .collect(),
+        publish: wired.publish,
         source_map: draft.source_map,
         order: wired.order,
     })

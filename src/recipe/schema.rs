@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use schemars::{JsonSchema as _, SchemaGenerator};
 use serde_json::{Map, Value, json};
 
+use super::publish;
 use crate::engine::{FILE_KEY, Handling, Kind, NEUTRAL_KEY, Resources, STAGE_KEY};
 
 /// One parameter, as the schema tells it.
@@ -111,6 +112,8 @@ pub fn schema(kinds: &[Kind]) -> Value {
         "stage".to_owned(),
         json!({ "description": "One stage: its kind, and the kind's parameters.", "oneOf": variants }),
     );
+    let mut published = publish::schema();
+    allow_vars_inside(&mut published);
     let schema = json!({
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "pipeline recipe",
@@ -136,6 +139,7 @@ pub fn schema(kinds: &[Kind]) -> Value {
                 "type": ["object", "null"],
                 "additionalProperties": { "type": "string", "minLength": 1 },
             },
+            "publish": published,
         },
         "required": ["version", "stages"],
         "additionalProperties": false,

@@ -60,17 +60,19 @@ fn check(draft: &Draft, recipe: &Value, steps: &RecipePath) -> Result<(), Refusa
         PathStep::Index(_) => None,
     });
     let top = names.next().flatten().unwrap_or_default();
-    if !matches!(top, "vars" | "stages" | "outputs" | "description")
-        || steps.len() < 2 && top != "description"
+    if !matches!(
+        top,
+        "vars" | "stages" | "outputs" | "publish" | "description"
+    ) || steps.len() < 2 && top != "description"
     {
         let hint = match hints::nearest(top, TOP) {
             Some(known) => format!("did you mean `{known}`?"),
-            None => "a path begins with `stages.`, `vars.` or `outputs.`".to_owned(),
+            None => "a path begins with `stages.`, `vars.`, `outputs.` or `publish.`".to_owned(),
         };
         let message = format!("`{}` can not be set", display(steps));
         return Err((message, Some(hint)));
     }
-    if top == "outputs" || top == "description" {
+    if ["outputs", "publish", "description"].contains(&top) {
         return Ok(());
     }
     let Some(Some(name)) = names.next() else {

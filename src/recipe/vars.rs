@@ -26,7 +26,7 @@ pub(crate) fn substitute(draft: &mut Draft, recipe: &mut Value) {
         }
         vars.insert(name, value.clone());
     }
-    for section in ["stages", "outputs"] {
+    for section in ["stages", "outputs", "publish"] {
         if let Some(value) = recipe.get_mut(section).filter(|value| has_dollar(value)) {
             walk(draft, &vars, &mut keys(&[section]), value);
         }

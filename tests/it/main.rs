@@ -5,6 +5,8 @@ mod attacks;
 #[cfg(test)]
 mod changes;
 #[cfg(test)]
+mod chat;
+#[cfg(test)]
 mod commands;
 #[cfg(test)]
 mod data_cases;
@@ -43,6 +45,8 @@ mod parameters;
 mod pins;
 #[cfg(test)]
 mod processor;
+#[cfg(test)]
+mod publish;
 #[cfg(test)]
 mod remote;
 #[cfg(test)]

@@ -1,12 +1,15 @@
 //! The subcommands, one file each.
 
 pub(super) mod cache;
+pub(super) mod chat;
 pub(super) mod diff;
 pub(super) mod gc;
+pub(super) mod generate;
 pub(super) mod graph;
 pub(super) mod history;
 pub(super) mod lock;
 pub(super) mod plan;
+pub(super) mod publish;
 pub(super) mod reference;
 pub(super) mod run;
 pub(super) mod schema;

@@ -149,6 +149,57 @@ pub fn preferences(
     Ok(metrics)
 }
 
+/// Scores rows of one answer each, `batch_size` at a time, as if all rows were one micro-batch of the loss ([`crate::ml::loss::sft::Sft`]):
+/// its metrics, and its value, the mean negative log-likelihood of all counted tokens in nats, as `loss`; beside them `perplexity`.
+///
+/// `report` is called with the number of rows done, and may stop with an error.
+///
+/// # Errors
+/// A [`NotFinite`] with the rows of a batch where a score is NaN or infinite.
+pub fn completions(
+    passes: &Passes<'_>,
+    rows: &[Row],
+    batch_size: usize,
+    pad: u32,
+    pass: Pass,
+    report: &mut dyn FnMut(usize) -> anyhow::Result<()>,
+) -> anyhow::Result<Metrics> {
+    ensure!(!rows.is_empty(), "there are no rows to evaluate");
+    let mut sorted: Vec<(usize, &Row)> = rows.iter().enumerate().collect();
+    sorted.sort_by_key(|(_, row)| row.prompt.len() + row.chosen.len());
+    let mut logps = Vec::new();
+    let mut stats = Vec::new();
+    let mut done = 0;
+    for numbered in sorted.chunks(batch_size.max(1)) {
+        let rows: Vec<&Row> = numbered.iter().map(|(_, row)| *row).collect();
+        let batch = passes.loss.batch(&rows, pad)?;
+        let targets = passes.loss.targets(&batch);
+        let scores = passes.score(&batch, &targets, pass)?;
+        let odd = targets.iter().zip(&scores.logps);
+        let odd: BTreeSet<usize> = odd
+            .filter(|(_, logp)| !logp.is_finite())
+            .filter_map(|(target, _)| Some(numbered.get(target.row)?.0))
+            .collect();
+        if !odd.is_empty() {
+            bail!(NotFinite {
+                rows: odd.into_iter().collect()
+            });
+        }
+        logps.extend(scores.logps);
+        stats.extend(scores.token_stats.into_iter().flatten());
+        done += rows.len();
+        report(done)?;
+    }
+    let tokens = logps.len() as f64;
+    let loss = -logps.iter().sum::<f64>() / tokens;
+    let mut metrics = Metrics::from([("loss", loss), ("perplexity", loss.exp())]);
+    if !stats.is_empty() {
+        metrics.insert("entropy", TokenStats::mean_entropy(&stats));
+        metrics.insert("mean_token_accuracy", TokenStats::accuracy(&stats));
+    }
+    Ok(metrics)
+}
+
 /// What was found of one sequence, by its targets.
 #[derive(Debug, Clone, Default)]
 struct BySequence {
