@@ -4,21 +4,24 @@
 //! in that store already is not sent again, so an upload that broke off goes on where it stopped, file by file. The token goes to the hub
 //! alone, never to the store's signed addresses, and never over plain http to another machine.
 
+mod large;
+mod repository;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read, Seek as _, SeekFrom};
 use std::path::PathBuf;
 
-use anyhow::{Context as _, anyhow, bail, ensure};
+use anyhow::{Context as _, bail, ensure};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde::Deserialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use ureq::http::Uri;
 
 use super::digest::{Hasher, feed};
 use super::http_error::HttpError;
-use super::names::{check_file, check_repo, check_revision, escape, escape_revision, is_commit};
+use super::names::{check_file, check_repo, check_revision, escape_revision, is_commit};
 use super::{Hub, RemoteFile, RepoKind, Snapshot};
 
 /// Files whose way is asked for at once, and that are announced to the store at once.
@@ -112,37 +115,6 @@ struct Way {
 }
 
 #[derive(Deserialize)]
-struct Batch {
-    objects: Vec<Object>,
-}
-
-#[derive(Deserialize)]
-struct Object {
-    oid: String,
-    actions: Option<Actions>,
-    error: Option<ObjectError>,
-}
-
-#[derive(Deserialize)]
-struct ObjectError {
-    #[serde(default)]
-    message: String,
-}
-
-#[derive(Deserialize)]
-struct Actions {
-    upload: Action,
-    verify: Option<Action>,
-}
-
-#[derive(Deserialize)]
-struct Action {
-    href: String,
-    #[serde(default)]
-    header: Map<String, Value>,
-}
-
-#[derive(Deserialize)]
 struct Committed {
     #[serde(rename = "commitOid")]
     oid: String,
@@ -219,49 +191,6 @@ impl NewFile {
 }
 
 impl Hub<'_> {
-    /// The licence that a model's card names, by the hub's own word for it; `None` where it names none or can't be asked for.
-    pub fn license(&self, kind: RepoKind, repo: &str, revision: &str) -> Option<String> {
-        if self.settings.offline {
-            return None;
-        }
-        let card = self.describe(kind, repo, revision, "").ok()?.card?;
-        let license = card.get("license")?.as_str()?;
-        let plain = |c: char| c.is_ascii_alphanumeric() || "-._+".contains(c);
-        (license.len() < 64 && license.chars().all(plain)).then(|| license.to_owned())
-    }
-
-    /// A file of a repository as it is now; `None` where there is none, or no such repository or revision.
-    ///
-    /// # Errors
-    /// A hub that can't be asked.
-    pub fn read_file(
-        &self,
-        kind: RepoKind,
-        repo: &str,
-        revision: &str,
-        path: &str,
-    ) -> anyhow::Result<Option<Vec<u8>>> {
-        check_repo(repo)?;
-        check_revision(revision)?;
-        let address = format!(
-            "{}/{}/resolve/{}/{}",
-            self.endpoint.address,
-            kind.page(repo),
-            escape_revision(revision),
-            escape(path)
-        );
-        let uri: Uri = address.parse()?;
-        match self.persist(|| self.http.get(&uri, 0))? {
-            Ok(mut reply) => {
-                let body = reply.response.body_mut().with_config().limit(LONGEST_CARD);
-                Ok(Some(body.read_to_vec()?))
-            }
-            Err(HttpError::Status { status: 404, .. }) => Ok(None),
-            Err(HttpError::Status { status: 401, .. }) if self.http.has_token() => Ok(None),
-            Err(failure) => Err(self.explain(kind, repo, revision, Some(path), &failure)),
-        }
-    }
-
     /// Puts files into a repository in one commit. `tell` hears how far it is.
     ///
     /// # Errors
@@ -282,7 +211,11 @@ impl Hub<'_> {
         for file in &publication.files {
             check_file(&file.path)?;
         }
-        self.check_doors()?;
+        self.check_may_publish()?;
+        let mut files = publication.files.iter();
+        if let Some(card) = files.find(|file| file.path == "README.md") {
+            self.check_card(*kind, card)?;
+        }
         self.make_repository(*kind, repo, publication.private)?;
         if branch != MAIN {
             self.make_branch(*kind, repo, branch)?;
@@ -300,103 +233,6 @@ impl Hub<'_> {
                     kind.noun()
                 )
             })
-    }
-
-    /// Whether something may be sent at all.
-    fn check_doors(&self) -> anyhow::Result<()> {
-        let endpoint = &self.endpoint;
-        ensure!(
-            !self.settings.offline,
-            "publishing needs the network, which `--offline` or `HF_HUB_OFFLINE` forbids"
-        );
-        ensure!(
-            endpoint.origin.scheme == "https" || endpoint.origin.is_loopback(),
-            "`HF_ENDPOINT` is {}, and nothing is published without encryption: your token would be everybody's; use an `https` address",
-            endpoint.address
-        );
-        ensure!(
-            self.http.has_token(),
-            "publishing needs a token that may write: {}",
-            if self.settings.token_withheld {
-                "unset `HF_HUB_DISABLE_IMPLICIT_TOKEN`, which keeps yours back"
-            } else {
-                "set `HF_TOKEN`, or log in with `hf auth login`"
-            }
-        );
-        Ok(())
-    }
-
-    fn ask<T: serde::de::DeserializeOwned>(
-        &self,
-        address: &str,
-        body: &Value,
-    ) -> anyhow::Result<Result<T, HttpError>> {
-        let uri: Uri = address
-            .parse()
-            .with_context(|| format!("`{address}` is no address"))?;
-        let body = serde_json::to_vec(body)?;
-        self.persist(|| self.http.post(&uri, "application/json", &body))
-    }
-
-    fn make_repository(&self, kind: RepoKind, repo: &str, private: bool) -> anyhow::Result<()> {
-        let noun = kind.noun();
-        let (owner, name) = repo.split_once('/').context("there is no owner")?;
-        let address = format!("{}/api/repos/create", self.endpoint.address);
-        let mut wanted = json!({ "name": name, "organization": owner, "type": noun });
-        if private {
-            wanted["visibility"] = "private".into();
-        }
-        let made = self.ask::<Value>(&address, &wanted)?;
-        match &made {
-            Ok(_) | Err(HttpError::Status { status: 409, .. }) => {}
-            // It may be there all the same, for a token that may write but not make repositories.
-            Err(HttpError::Status {
-                status: 401..=403, ..
-            }) => {
-                let there = self.persist(|| {
-                    let uri = self.api(kind, repo, "revision", MAIN, "");
-                    let uri = uri.map_err(|error| HttpError::Malformed(format!("{error:#}")))?;
-                    self.http
-                        .read::<Value>(&uri, &mut super::client::MAX_DESCRIPTION.clone())
-                })?;
-                if there.is_err()
-                    && let Err(failure) = &made
-                {
-                    return Err(self.explain_write(kind, repo, "making it", failure));
-                }
-            }
-            Err(failure) => return Err(self.explain_write(kind, repo, "making it", failure)),
-        }
-        if private {
-            // Nothing is sent before that is sure.
-            let described = self.describe(kind, repo, MAIN, "")?;
-            ensure!(
-                described.private == Some(true),
-                "the {noun} `{repo}` is open to everybody, and `private` is wanted; make it private in its settings at {}/{}/settings, \
-                 or publish under another name",
-                self.endpoint.address,
-                kind.page(repo)
-            );
-        }
-        Ok(())
-    }
-
-    fn make_branch(&self, kind: RepoKind, repo: &str, branch: &str) -> anyhow::Result<()> {
-        let address = format!(
-            "{}/api/{}/{repo}/branch/{}",
-            self.endpoint.address,
-            kind.plural(),
-            escape_revision(branch)
-        );
-        match self.ask::<Value>(&address, &json!({}))? {
-            Ok(_) | Err(HttpError::Status { status: 409, .. }) => Ok(()),
-            // Whether it is there is seen when files are announced.
-            Err(HttpError::Status { status: 403, .. }) => Ok(()),
-            Err(failure) => {
-                let doing = format!("making the branch `{branch}`");
-                Err(self.explain_write(kind, repo, &doing, &failure))
-            }
-        }
     }
 
     /// One commit; `None` when somebody else's came before it.
@@ -422,13 +258,6 @@ impl Hub<'_> {
                 escape_revision(branch)
             )
         };
-        let card = publication
-            .files
-            .iter()
-            .find(|file| file.path == "README.md");
-        if let Some(card) = card {
-            self.check_card(kind, card)?;
-        }
         let (mut sending, mut unchanged) = (Vec::new(), Vec::new());
         for files in publication.files.chunks(AT_ONCE) {
             self.announce(
@@ -522,41 +351,6 @@ impl Hub<'_> {
             return Ok(send());
         }
         self.persist(send)
-    }
-
-    /// Lets the hub look at the head of a card, before anything is sent.
-    fn check_card(&self, kind: RepoKind, card: &NewFile) -> anyhow::Result<()> {
-        #[derive(Deserialize)]
-        struct Found {
-            #[serde(default)]
-            errors: Vec<Mistake>,
-        }
-        #[derive(Deserialize)]
-        struct Mistake {
-            message: String,
-        }
-        let mut bytes = Vec::new();
-        card.contents
-            .part(0, LONGEST_CARD)?
-            .read_to_end(&mut bytes)?;
-        let content = String::from_utf8(bytes).context("`README.md` is not UTF-8")?;
-        let address = format!("{}/api/validate-yaml", self.endpoint.address);
-        let asked = json!({ "repoType": kind.noun(), "content": content });
-        // Mirrors don't have it, and the commit is looked at anyway.
-        let found = self
-            .ask::<Found>(&address, &asked)?
-            .map(|found| found.errors);
-        let mistakes: Vec<String> = found
-            .unwrap_or_default()
-            .iter()
-            .map(|mistake| self.http.quotable(&mistake.message))
-            .collect();
-        ensure!(
-            mistakes.is_empty(),
-            "the hub refuses the head of the card `README.md`: {}",
-            mistakes.join("; ")
-        );
-        Ok(())
     }
 
     /// Asks which way files go, and leaves out those that are there.
@@ -654,245 +448,5 @@ impl Hub<'_> {
             replaced && publication.files.iter().all(|file| file.path != *path)
         });
         Ok(old.map(str::to_owned).collect())
-    }
-
-    /// Sends what the store of large files does not have; returns how many bytes.
-    fn send_large(
-        &self,
-        publication: &Publication,
-        branch: &str,
-        sending: &[Sending<'_>],
-        tell: Progress<'_>,
-    ) -> anyhow::Result<u64> {
-        let Publication { kind, repo, .. } = publication;
-        let address = format!(
-            "{}/{}.git/info/lfs/objects/batch",
-            self.endpoint.address,
-            kind.page(repo)
-        );
-        let large: Vec<&Sending<'_>> = sending.iter().filter(|sending| sending.large).collect();
-        let mut sent = 0;
-        for large in large.chunks(AT_ONCE) {
-            let objects = large
-                .iter()
-                .map(|sending| (sending.hash.as_str(), *sending))
-                .collect::<BTreeMap<_, _>>();
-            let wanted: Vec<Value> = objects
-                .iter()
-                .map(|(oid, sending)| json!({ "oid": oid, "size": sending.size }))
-                .collect();
-            let mut asked = json!({
-                "operation": "upload", "transfers": ["basic", "multipart"], "objects": wanted, "hash_algo": "sha256",
-            });
-            // Who may only propose need not be allowed to write to the branch.
-            if !publication.create_pr {
-                asked["ref"] = json!({ "name": branch });
-            }
-            let uri: Uri = address.parse()?;
-            let body = serde_json::to_vec(&asked)?;
-            let batch: Batch = self
-                .persist(|| self.http.post(&uri, "application/vnd.git-lfs+json", &body))?
-                .map_err(|failure| {
-                    self.explain_write(*kind, repo, "announcing large files", &failure)
-                })?;
-            for object in batch.objects {
-                let sending = objects.get(object.oid.as_str()).with_context(|| {
-                    format!(
-                        "{} answers for a file that nobody asked about",
-                        self.endpoint.address
-                    )
-                })?;
-                let path = &sending.file.path;
-                if let Some(error) = object.error {
-                    bail!(
-                        "{} refuses `{path}`: \"{}\"",
-                        self.endpoint.address,
-                        self.http.quotable(&error.message)
-                    );
-                }
-                let Some(actions) = object.actions else {
-                    continue;
-                };
-                self.send_one(sending, &actions, tell)
-                    .map_err(|failure| match failure {
-                        Failed::Hub(failure) => {
-                            self.explain_write(*kind, repo, &format!("sending `{path}`"), &failure)
-                        }
-                        Failed::Here(error) => error.context(format!("could not send `{path}`")),
-                    })?;
-                sent += sending.size;
-            }
-        }
-        Ok(sent)
-    }
-
-    fn send_one(
-        &self,
-        sending: &Sending<'_>,
-        actions: &Actions,
-        tell: Progress<'_>,
-    ) -> Result<(), Failed> {
-        let Action { href, header } = &actions.upload;
-        let uri = |address: &str| -> Result<Uri, Failed> {
-            let uri = address.parse();
-            uri.map_err(|_| HttpError::Malformed("it names an address that is none".into()).into())
-        };
-        let mut put = |address: &Uri, start: u64, size: u64| -> Result<Option<String>, Failed> {
-            let sent = self.persist(|| {
-                let source = sending.file.contents.part(start, size);
-                let source = source.map_err(|error| {
-                    HttpError::Malformed(format!("the file can't be read: {error}"))
-                })?;
-                let mut watched = Watched {
-                    source,
-                    tick: &mut |read: u64| {
-                        tell(&sending.file.path, start + read, sending.size);
-                        self.watch.tick()
-                    },
-                    read: 0,
-                };
-                self.http.put(address, &mut watched, size)
-            });
-            sent.map_err(Failed::Here)?.map_err(Failed::Hub)
-        };
-        match header.get("chunk_size") {
-            None => _ = put(&uri(href)?, 0, sending.size)?,
-            Some(size) => {
-                let size = size.as_u64().or_else(|| size.as_str()?.parse().ok());
-                let size = size.filter(|size| *size > 0);
-                let size = size.ok_or_else(|| {
-                    HttpError::Malformed("it names no size of the parts of a file".into())
-                })?;
-                let mut parts: Vec<(u64, &str)> = header
-                    .iter()
-                    .filter_map(|(name, address)| Some((name.parse().ok()?, address.as_str()?)))
-                    .collect();
-                parts.sort_unstable();
-                if parts.len() as u64 != sending.size.div_ceil(size) {
-                    return Err(HttpError::Malformed(
-                        "it names addresses for other parts than the file has".into(),
-                    )
-                    .into());
-                }
-                let mut etags = Vec::with_capacity(parts.len());
-                for (number, (_, address)) in (0..).zip(&parts) {
-                    let start = number * size;
-                    let etag = put(&uri(address)?, start, size.min(sending.size - start))?;
-                    let etag = etag.ok_or_else(|| {
-                        HttpError::Malformed("it does not say what a part became".into())
-                    })?;
-                    etags.push(json!({ "partNumber": number + 1, "etag": etag }));
-                }
-                let body = json!({ "oid": sending.hash, "parts": etags });
-                let body = serde_json::to_vec(&body).map_err(|error| Failed::Here(error.into()))?;
-                let whole = uri(href)?;
-                // Its address is signed, as those of the parts.
-                let done = self.persist(|| self.http.post_signed(&whole, &body));
-                done.map_err(Failed::Here)?.map_err(Failed::Hub)?;
-            }
-        }
-        if let Some(verify) = &actions.verify {
-            let body = json!({ "oid": sending.hash, "size": sending.size });
-            let body = serde_json::to_vec(&body).map_err(|error| Failed::Here(error.into()))?;
-            let address = uri(&verify.href)?;
-            let done = self.persist(|| self.http.post_any(&address, "application/json", &body));
-            done.map_err(Failed::Here)?.map_err(Failed::Hub)?;
-        }
-        Ok(())
-    }
-
-    /// The sentence for something that a hub did not let us do.
-    fn explain_write(
-        &self,
-        kind: RepoKind,
-        repo: &str,
-        doing: &str,
-        failure: &HttpError,
-    ) -> anyhow::Error {
-        let endpoint = &self.endpoint.address;
-        let what = format!(
-            "the {} `{repo}` at {endpoint} could not be published ({doing})",
-            kind.noun()
-        );
-        let says = |says: &Option<String>| {
-            let says = says.as_deref().map(|says| self.http.quotable(says));
-            says.map_or_else(String::new, |says| format!(": \"{says}\""))
-        };
-        match failure {
-            HttpError::Status {
-                status: 401,
-                says: said,
-                ..
-            } => anyhow!(
-                "{what}: the token is wrong or has expired, or may not see it (401){}; set `HF_TOKEN` anew or log in with `hf auth login`",
-                says(said)
-            ),
-            HttpError::Status {
-                status: 403,
-                says: said,
-                ..
-            } => anyhow!(
-                "{what}: the token may not write there (403){}; use one with write access, of an account that belongs to `{}`",
-                says(said),
-                repo.split('/').next().unwrap_or_default()
-            ),
-            HttpError::Status {
-                status: 404,
-                code,
-                says: said,
-                ..
-            } if code.as_deref() == Some("RevisionNotFound") => {
-                anyhow!("{what}: it has no such branch (404){}", says(said))
-            }
-            HttpError::Status { status: 404, .. } => {
-                anyhow!("{what}: there is no such repository that this token may see (404)")
-            }
-            HttpError::Status {
-                status: 413,
-                says: said,
-                ..
-            } => {
-                anyhow!("{what}: it is too much (413){}", says(said))
-            }
-            HttpError::Status {
-                status, says: said, ..
-            } => {
-                anyhow!("{what}: it answers with status {status}{}", says(said))
-            }
-            HttpError::Connection(reason) => {
-                anyhow!("{what}: {reason}; what was sent stays there, and the same command goes on")
-            }
-            HttpError::Certificate(reason) => anyhow!("{what}: {reason}"),
-            HttpError::Malformed(reason) => anyhow!("{what}: {reason}"),
-        }
-    }
-}
-
-/// Why a file was not sent.
-enum Failed {
-    Hub(HttpError),
-    /// The watch ended it, or the like.
-    Here(anyhow::Error),
-}
-
-impl From<HttpError> for Failed {
-    fn from(failure: HttpError) -> Self {
-        Self::Hub(failure)
-    }
-}
-
-/// A reader that tells how far it is, and ends when it is told to.
-struct Watched<'r> {
-    source: Box<dyn Read + 'r>,
-    tick: &'r mut dyn FnMut(u64) -> anyhow::Result<()>,
-    read: u64,
-}
-
-impl Read for Watched<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        (self.tick)(self.read).map_err(std::io::Error::other)?;
-        let read = self.source.read(buffer)?;
-        self.read += read as u64;
-        Ok(read)
     }
 }

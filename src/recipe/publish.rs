@@ -1,6 +1,5 @@
 //! `publish:`: which results go to which repository of the Hugging Face hub, when somebody asks for it.
 
-use serde_json::{Value as Json, json};
 use serde_yaml::Value;
 
 use super::draft::Draft;
@@ -30,26 +29,6 @@ pub struct Publish {
 pub const PUBLISHED: [&str; 3] = ["model", "adapter", "dataset"];
 
 const KEYS: [&str; 5] = ["repo", "private", "revision", "license", "create_pr"];
-
-/// The section's JSON Schema.
-pub(super) fn schema() -> Json {
-    json!({
-        "description": "Where `pipeline publish` puts results: the name of a stage that makes a model, an adapter or a dataset, and a repository of the Hugging Face hub. `run` publishes nothing.",
-        "type": ["object", "null"],
-        "additionalProperties": {
-            "type": "object",
-            "properties": {
-                "repo": { "description": "The repository, as `owner/name`. It is made if it isn't there.", "type": "string", "minLength": 3 },
-                "private": { "description": "Whether only its owner may see it.", "type": "boolean", "default": false },
-                "revision": { "description": "The branch. It is made if it isn't there.", "type": "string", "minLength": 1, "default": "main" },
-                "license": { "description": "The licence, by the hub's word for it, such as `apache-2.0`. By default that of the base model.", "type": "string", "minLength": 1 },
-                "create_pr": { "description": "Whether the change is proposed instead of made.", "type": "boolean", "default": false },
-            },
-            "required": ["repo"],
-            "additionalProperties": false,
-        },
-    })
-}
 
 /// Reads and checks the section.
 pub(super) fn read(draft: &mut Draft, stages: &[DraftStage], recipe: &Value) -> Vec<Publish> {

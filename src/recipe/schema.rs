@@ -5,7 +5,6 @@ use std::fmt::Write as _;
 use schemars::{JsonSchema as _, SchemaGenerator};
 use serde_json::{Map, Value, json};
 
-use super::publish;
 use crate::engine::{FILE_KEY, Handling, Kind, NEUTRAL_KEY, Resources, STAGE_KEY};
 
 /// One parameter, as the schema tells it.
@@ -112,7 +111,7 @@ pub fn schema(kinds: &[Kind]) -> Value {
         "stage".to_owned(),
         json!({ "description": "One stage: its kind, and the kind's parameters.", "oneOf": variants }),
     );
-    let mut published = publish::schema();
+    let mut published = publish();
     allow_vars_inside(&mut published);
     let schema = json!({
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -146,6 +145,26 @@ pub fn schema(kinds: &[Kind]) -> Value {
         "$defs": definitions,
     });
     sorted(schema)
+}
+
+/// The section `publish`.
+fn publish() -> Value {
+    json!({
+        "description": "Where `pipeline publish` puts results: the name of a stage that makes a model, an adapter or a dataset, and a repository of the Hugging Face hub. `run` publishes nothing.",
+        "type": ["object", "null"],
+        "additionalProperties": {
+            "type": "object",
+            "properties": {
+                "repo": { "description": "The repository, as `owner/name`. It is made if it isn't there.", "type": "string", "minLength": 3 },
+                "private": { "description": "Whether only its owner may see it.", "type": "boolean", "default": false },
+                "revision": { "description": "The branch. It is made if it isn't there.", "type": "string", "minLength": 1, "default": "main" },
+                "license": { "description": "The licence, by the hub's word for it, such as `apache-2.0`. By default that of the base model.", "type": "string", "minLength": 1 },
+                "create_pr": { "description": "Whether the change is proposed instead of made.", "type": "boolean", "default": false },
+            },
+            "required": ["repo"],
+            "additionalProperties": false,
+        },
+    })
 }
 
 /// The same value with the keys of every map in order, whatever map `serde_json` was built with.

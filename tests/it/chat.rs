@@ -1,7 +1,13 @@
 //! `chat` and `generate` by the real program: with stages of a recipe and with folders, at a pipe.
 
-use std::io::Write as _;
-use std::process::Stdio;
+use std::fs::File;
+use std::io::{Read as _, Write as _};
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::pty::{Winsize, openpty};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use serde_json::{Value, json};
 
@@ -293,7 +299,7 @@ fn any_stage_that_leads_to_a_model_answers() {
         "64",
         "--prompt",
     ];
-    project.write("plain.jinja", "{{ messages[0].content }}");
+    project.write("plain.jinja", "{% for message in messages %}{{ message.content }}{% if message.role == 'assistant' %}<|eot_id|>{% endif %}{% endfor %}");
     let asked =
         lines(&project.succeeds(&[&raw[..], &[scored["prompt"].as_str().unwrap()]].concat()));
     assert_eq!(asked[0]["text"], scored["adapter"]);
@@ -454,4 +460,110 @@ stages:
         "{}",
         dpo.stderr
     );
+}
+
+/// The program at a terminal of 80 columns.
+struct AtTerminal {
+    child: Child,
+    screen: File,
+    shown: String,
+}
+
+impl AtTerminal {
+    fn start(project: &Project, arguments: &[&str]) -> Self {
+        let size = Winsize {
+            ws_row: 24,
+            ws_col: 80,
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
+        let pair = openpty(&size, None).unwrap();
+        let slave = || Stdio::from(pair.slave.try_clone().unwrap());
+        let mut command = project.command(arguments);
+        let child = command.stdin(slave()).stdout(slave()).stderr(slave());
+        let child = child.env("TERM", "xterm").spawn().unwrap();
+        Self {
+            child,
+            screen: File::from(pair.master),
+            shown: String::new(),
+        }
+    }
+
+    fn say(&mut self, text: &str) {
+        self.screen.write_all(text.as_bytes()).unwrap();
+    }
+
+    /// Reads until a text is shown, behind what was awaited before; gives what was shown with it.
+    fn wait_for(&mut self, text: &str) -> String {
+        let begun = Instant::now();
+        loop {
+            if let Some(at) = self.shown.find(text) {
+                let rest = self.shown.split_off(at + text.len());
+                return std::mem::replace(&mut self.shown, rest);
+            }
+            assert!(
+                begun.elapsed() < Duration::from_mins(2),
+                "no {text:?} in {:?}",
+                self.shown
+            );
+            let mut bytes = [0; 4096];
+            let read = self.screen.read(&mut bytes).unwrap_or(0);
+            assert!(read > 0, "no {text:?} in {:?}", self.shown);
+            self.shown
+                .push_str(&String::from_utf8_lossy(&bytes[..read]));
+        }
+    }
+}
+
+#[test]
+fn at_a_terminal_ctrl_c_ends_an_answer_and_not_the_conversation() {
+    let project = project();
+    let chat = ["chat", "model", "--max-new-tokens", "100000"];
+    let mut terminal = AtTerminal::start(&project, &chat);
+    terminal.wait_for("/help for help");
+    terminal.wait_for(">>> ");
+    terminal.say("Name a bird.\r");
+    // The answer has begun.
+    terminal.wait_for("\n");
+    std::thread::sleep(Duration::from_millis(300));
+    let pid = Pid::from_raw(terminal.child.id().try_into().unwrap());
+    kill(pid, Signal::SIGINT).unwrap();
+    terminal.wait_for("interrupted");
+    terminal.wait_for(">>> ");
+    terminal.say("/set max_new_tokens 3\r");
+    terminal.wait_for("max_new_tokens 3");
+    terminal.wait_for(">>> ");
+    terminal.say("/nonsense\r");
+    terminal.wait_for("there is no command `/nonsense`");
+    terminal.wait_for(">>> ");
+    terminal.say("\"\"\"two\rlines\"\"\"\r");
+    terminal.wait_for("3 tokens, ");
+    terminal.wait_for(">>> ");
+    terminal.say("/quit\r");
+    assert!(terminal.child.wait().unwrap().success());
+}
+
+#[test]
+fn two_answers_stand_side_by_side() {
+    let project = project();
+    let chat = [
+        "chat",
+        "adapter",
+        "--base",
+        "model",
+        "--compare",
+        "--max-new-tokens",
+        "5",
+    ];
+    let mut terminal = AtTerminal::start(&project, &chat);
+    terminal.wait_for(">>> ");
+    terminal.say("Name a bird.\r");
+    let heading = terminal.wait_for("tuned  ");
+    assert!(heading.contains("base  "), "{heading:?}");
+    terminal.wait_for("5 tokens, ");
+    terminal.wait_for(" │ 5 tokens, ");
+    terminal.wait_for(">>> ");
+    // Ctrl-D.
+    terminal.say("\u{4}");
+    assert!(terminal.child.wait().unwrap().success());
 }

@@ -132,6 +132,9 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
         cancel: Arc::clone(&cancel),
     };
     let hub = Hub::new(settings, &watch)?;
+    if !args.dry_run {
+        hub.check_may_publish()?;
+    }
     let mut done = Vec::new();
     for item in &items {
         match publish(args, item, &hub, env.variable("HF_TOKEN")) {

@@ -6,12 +6,12 @@ use crate::report::harmless;
 use crate::report::style::{BOLD, DIM, paint};
 
 /// Between the columns.
-const GAP: &str = " │ ";
+const GAP: &str = " │";
 
 /// Texts under their headings, each as wide as a part of `width` columns.
 pub(super) fn columns(texts: &[(&str, &str)], width: usize) -> String {
     let count = texts.len().max(1);
-    let gaps = (count - 1) * display_width(GAP);
+    let gaps = (count - 1) * (display_width(GAP) + 1);
     let each = (width.saturating_sub(gaps) / count).max(10);
     let wrapped: Vec<Vec<String>> = texts
         .iter()
@@ -30,7 +30,7 @@ pub(super) fn columns(texts: &[(&str, &str)], width: usize) -> String {
             " ".repeat(each.saturating_sub(display_width(text)))
         )
     };
-    let gap = paint(DIM, GAP);
+    let gap = format!("{} ", paint(DIM, GAP));
     let headings: Vec<String> = texts
         .iter()
         .map(|(heading, _)| paint(BOLD, &pad(heading)))

@@ -1,3 +1,5 @@
+//! Cards by their parts.
+
 use super::*;
 
 #[test]
