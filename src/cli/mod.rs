@@ -6,6 +6,7 @@ mod answering;
 mod args;
 mod commands;
 mod confine;
+mod console;
 pub mod error;
 mod folders;
 mod lock_file;
@@ -15,13 +16,14 @@ mod remote;
 mod target;
 mod trust;
 
-use std::io::{ErrorKind, Read as _, Write as _};
+use std::io::{ErrorKind, Read as _};
 use std::path::Path;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, Parser, Subcommand};
 use serde::Serialize;
 
+use crate::report::style::{WARNING, paint};
 use crate::report::{harmless, harmless_json, steers};
 pub use commands::reference::reference;
 
@@ -29,11 +31,14 @@ pub use commands::reference::reference;
 #[derive(Parser)]
 #[command(name = "pipeline", version, propagate_version = true)]
 #[command(
-    after_help = "Exit codes: 0 all went well, 1 a stage failed, 2 the recipe or the command line is wrong, 130 interrupted."
+    after_help = "Exit codes: 0 all went well, 1 a stage failed or something can't be told, 2 the recipe or the command line is wrong (of \
+                  `plan --exit-code`: there is something to do), 130 interrupted."
 )]
 struct Cli {
     #[command(flatten)]
     color: colorchoice_clap::Color,
+    #[command(flatten)]
+    display: console::DisplayArgs,
     #[command(subcommand)]
     command: Command,
 }
@@ -48,11 +53,13 @@ enum Command {
     Why(commands::why::Args),
     /// Pins the commits of branches and the contents of local files in a file beside the recipe
     Lock(commands::lock::Args),
+    /// Shows what a stage told in its last run
+    Log(commands::log::Args),
     /// Lists the runs of a recipe
     History(commands::history::Args),
     /// Compares two runs, with old and new values
     Diff(commands::diff::Args),
-    /// Checks a recipe without running anything
+    /// Checks recipes and the local files they read, without running anything
     Validate(commands::validate::Args),
     /// Draws the graph of a recipe
     Graph(commands::graph::Args),
@@ -83,6 +90,8 @@ enum Failure {
     Reported,
     /// The recipe or the command line is wrong: 2. The text is rendered.
     Usage(String),
+    /// `plan --exit-code` found something to do: 2.
+    Changes,
     /// Ctrl-C: 130.
     Interrupted,
 }
@@ -112,11 +121,13 @@ pub fn main() -> ExitCode {
         }
     };
     cli.color.write_global();
+    cli.display.set();
     let result = match cli.command {
         Command::Run(args) => commands::run::run(&args),
         Command::Plan(args) => commands::plan::run(&args),
         Command::Why(args) => commands::why::run(&args),
         Command::Lock(args) => commands::lock::run(&args),
+        Command::Log(args) => commands::log::run(&args),
         Command::History(args) => commands::history::run(&args),
         Command::Diff(args) => commands::diff::run(&args),
         Command::Validate(args) => commands::validate::run(&args),
@@ -130,6 +141,12 @@ pub fn main() -> ExitCode {
         Command::Schema(args) => commands::schema::run(&args),
         Command::Work(args) => commands::work::run(&args),
     };
+    if let (Ok(()), Some(error)) = (&result, console::unwritten()) {
+        eprint_rendered(&error::plain(&format!(
+            "could not write to standard output: {error}"
+        )));
+        return ExitCode::from(1);
+    }
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure::Failed(error)) => {
@@ -141,22 +158,20 @@ pub fn main() -> ExitCode {
             eprint_rendered(&text);
             ExitCode::from(2)
         }
+        Err(Failure::Changes) => ExitCode::from(2),
         Err(Failure::Interrupted) => ExitCode::from(130),
     }
 }
 
 /// Writes to standard output, where nothing steers the terminal. A reader that has seen enough (`| head`) is no error.
 fn print(text: &str) {
-    let _ = std::io::stdout()
-        .lock()
-        .write_all(harmless(text).as_bytes());
+    console::to_output(&harmless(text), false);
 }
 
 /// Writes JSON to standard output.
 fn print_json(value: &impl Serialize) -> Result<(), Failure> {
     let text = serde_json::to_string_pretty(value).map_err(anyhow::Error::from)?;
-    let text = format!("{}\n", harmless_json(&text));
-    let _ = std::io::stdout().lock().write_all(text.as_bytes());
+    console::to_output(&format!("{}\n", harmless_json(&text)), false);
     Ok(())
 }
 
@@ -167,12 +182,26 @@ fn eprint(text: &str) {
 
 /// Writes to standard output what is rendered already ([`style::paint`](crate::report::style::paint)); colours go only where they are wanted.
 fn print_rendered(text: &str) {
-    let _ = anstream::stdout().lock().write_all(text.as_bytes());
+    console::to_output(text, true);
 }
 
 /// Writes to standard error what is rendered already; colours go only where they are wanted.
 fn eprint_rendered(text: &str) {
-    let _ = anstream::stderr().lock().write_all(text.as_bytes());
+    console::to_errors(text);
+}
+
+/// Writes a warning to standard error.
+fn eprint_warning(text: &str) {
+    eprint_rendered(&format!(
+        "{} {}\n",
+        paint(WARNING, "warning:"),
+        harmless(text)
+    ));
+}
+
+/// Whether there is such a command.
+fn is_command(name: &str) -> bool {
+    Cli::command().find_subcommand(name).is_some()
 }
 
 /// Reads a text file of at most so many bytes. What is no file (a device, a pipe) is not opened: reading it might never end. Nor is a

@@ -8,7 +8,7 @@ use super::args::{RecipeArgs, StoreArgs};
 use super::confine::{self, Bounds};
 use super::folders::{normal, root};
 use super::remote::{self, RemoteArgs};
-use super::{Failure, eprint, error, lock_file, variable};
+use super::{Failure, eprint_warning, error, lock_file, variable};
 use crate::engine::glob::Pattern;
 use crate::engine::remote::Shared;
 use crate::engine::{
@@ -16,7 +16,7 @@ use crate::engine::{
     Store, canonical_json,
 };
 use crate::recipe::{Recipe, RecipeStage};
-use crate::report::Spans;
+use crate::report::{Places, quoted};
 use crate::stages::KINDS;
 
 /// Reads a recipe; all its mistakes are rendered.
@@ -166,7 +166,7 @@ impl Project {
 
     /// The record of a stage's result now, or of its last one when it is stale.
     pub(super) fn record_of(&self, index: usize) -> Option<Record> {
-        self.session(&[]).record(index)
+        self.session(&[]).current_record(index)
     }
 
     /// The runs of the recipe, the oldest first.
@@ -184,13 +184,21 @@ impl Project {
         self.store.events(&self.key, run)
     }
 
-    /// Where each stage stands in the recipe, for messages.
-    pub(super) fn spans(&self) -> Spans {
-        let span = |stage: &RecipeStage| format!("{}:{}", self.recipe.path.display(), stage.span);
+    /// How a command names the recipe, and where each stage stands in it, for messages.
+    pub(super) fn places(&self, args: &RecipeArgs) -> Places {
+        let path = self.recipe.path.display();
+        let span = |stage: &RecipeStage| format!("{path}:{}", stage.span);
         let stages = self.recipe.stages.iter();
-        stages
-            .map(|stage| (stage.name.clone(), span(stage)))
-            .collect()
+        let set = args.set.iter().map(|set| {
+            let assignment = format!("{}={}", set.path, set.value);
+            format!(" --set {}", quoted(&assignment))
+        });
+        Places {
+            recipe: quoted(&path.to_string()) + &set.collect::<String>(),
+            stages: stages
+                .map(|stage| (stage.name.clone(), span(stage)))
+                .collect(),
+        }
     }
 
     /// The text of a file that a stage reads now.
@@ -295,7 +303,7 @@ pub(super) fn run_env(offline: bool) -> RunEnv {
         offline: offline || forced,
         home: std::env::home_dir(),
         variables,
-        on_warning: Some(|text| eprint(&format!("warning: {text}\n"))),
+        on_warning: Some(eprint_warning),
         ..RunEnv::default()
     }
 }

@@ -8,7 +8,7 @@ use clap::Args;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::{Failure, eprint, error, read_text, trust, variable};
+use super::{Failure, eprint_warning, error, read_text, trust, variable};
 use crate::engine::remote::{Settings, Shared};
 use crate::remote::{Address, ObjectRemote};
 
@@ -108,8 +108,8 @@ impl RemoteArgs {
         }
         if address.is_exposed() {
             let shown = address.shown();
-            eprint(&format!(
-                "warning: the password for `{shown}` is sent over plain HTTP, where anyone on the way can read it\n"
+            eprint_warning(&format!(
+                "the password for `{shown}` is sent over plain HTTP, where anyone on the way can read it"
             ));
         }
         Ok(match ObjectRemote::open(&address, &variables()) {
@@ -197,7 +197,7 @@ pub(super) fn report_warnings(shared: &Shared) -> Result<(), Failure> {
     let warnings = shared.take_warnings();
     shared.check()?;
     for text in warnings {
-        eprint(&format!("warning: {text}\n"));
+        eprint_warning(&text);
     }
     Ok(())
 }

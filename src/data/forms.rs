@@ -211,6 +211,9 @@ impl Columns<'_> {
     }
 
     fn advice(&self) -> String {
+        if self.names.is_empty() {
+            return "there are no columns and no rows: is it empty?".to_owned();
+        }
         format!(
             "there is no column that can be used: found {}, expected `prompt`, `chosen` and `rejected`, or `messages`, or another form \
              that is known (docs/data.md); hint: say which is which, as in `columns: {{prompt: question, chosen: good, rejected: bad}}`",

@@ -102,11 +102,12 @@ impl Split {
         let mut all = splits(folder)?;
         let Some(files) = all.remove(name) else {
             let names: Vec<_> = all.keys().map(|name| format!("`{name}`")).collect();
+            // The folder is one of a store, which tells people nothing.
             bail!(
-                "there is no split `{name}` in `{}`: found {}",
-                folder.display(),
+                "the dataset has no split `{name}`, but {}; hint: `split_dataset` makes a `test` split, and the parameters that end in `split` \
+                 name another",
                 if names.is_empty() {
-                    "none".to_owned()
+                    "none at all".to_owned()
                 } else {
                     names.join(", ")
                 }
@@ -424,10 +425,7 @@ mod tests {
             .finish()
             .unwrap();
         let error = Split::open(folder.path(), "test").unwrap_err().to_string();
-        assert!(
-            error.contains("no split `test`") && error.contains("found `train`"),
-            "{error}"
-        );
+        assert!(error.contains("no split `test`, but `train`"), "{error}");
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow};
 use serde::Serialize;
@@ -12,11 +13,15 @@ use serde::Serialize;
 use super::canonical::{Digest, is_digest};
 use super::control::Control;
 use super::manifest::Entry;
+use super::position::Pace;
 use super::stage_events::StageEvents;
 use super::stat::Stat;
 use super::store::CONTINUATION;
 use super::task::Task;
 use super::{Event, Input, Level, RunEnv, SourcePath};
+
+/// The least time between two reports of progress, for whoever shows them.
+const BETWEEN_REPORTS: Duration = Duration::from_millis(100);
 
 /// Everything a [`super::Stage::run`] may use.
 pub struct Context {
@@ -35,6 +40,8 @@ pub struct Context {
     pub(crate) control: Control,
     pub(crate) gpus: Vec<usize>,
     pub(crate) notes: Mutex<BTreeMap<String, serde_json::Value>>,
+    /// When progress was last reported, and in which unit.
+    pub(crate) reported: Mutex<Option<(Instant, &'static str)>>,
     /// Digests of local files by path.
     pub(crate) known: BTreeMap<PathBuf, Entry>,
     /// Digests of files that are known already, by their names in the output.
@@ -70,6 +77,7 @@ impl Context {
             control,
             gpus: task.gpus.clone(),
             notes: Mutex::default(),
+            reported: Mutex::default(),
             known: known
                 .map(|(path, entry)| (path.into(), entry.clone()))
                 .collect(),
@@ -182,6 +190,15 @@ impl Context {
         Ok(&self.scratch)
     }
 
+    /// Keeps the pace of a stage that goes on where it was stopped, with its units in all, for what is told of it before it goes on.
+    pub fn keep_pace(&self, total: u64, seconds_a_unit: f64) {
+        let pace = Pace {
+            total,
+            seconds: seconds_a_unit,
+        };
+        pace.write(&self.scratch);
+    }
+
     /// A folder for what a stage of the same family that goes further could start from (see [`super::Stage::LENGTH_PARAMETERS`]). Made on
     /// first use; kept when the stage succeeds, until another of the family does or `gc` removes the result.
     pub fn continuation(&self) -> anyhow::Result<PathBuf> {
@@ -244,21 +261,38 @@ impl Context {
         self.control.check()
     }
 
-    /// Reports how far the stage is, in `unit`s. Cheap enough to call every few milliseconds, too expensive for every row.
+    /// Reports how far the stage is, in `unit`s. May be called as often as one likes: what comes soon after the last report is
+    /// not passed on, unless it is the end.
     pub fn progress(&self, done: u64, total: Option<u64>, unit: &'static str) {
+        let mut reported = self.reported.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        let is_soon =
+            reported.is_some_and(|(last, before)| before == unit && now - last < BETWEEN_REPORTS);
+        if is_soon && total != Some(done) {
+            return;
+        }
+        *reported = Some((now, unit));
+        drop(reported);
+        self.progress_now(done, total, unit);
+    }
+
+    /// [`Context::progress`] that is passed on in any case, for where a stage ends early.
+    pub fn progress_now(&self, done: u64, total: Option<u64>, unit: &'static str) {
         self.emit(Event::Progress {
             stage: self.stage.clone(),
             done,
             total,
             unit: unit.into(),
+            memory: resident_memory(),
         });
     }
 
-    /// Reports the metrics of one optimiser step.
-    pub fn metrics(&self, step: u64, values: BTreeMap<String, f64>) {
+    /// Reports the metrics of one optimiser step out of `total`.
+    pub fn metrics(&self, step: u64, total: Option<u64>, values: BTreeMap<String, f64>) {
         self.emit(Event::Metrics {
             stage: self.stage.clone(),
             step,
+            total,
             values,
         });
     }
@@ -292,6 +326,16 @@ impl Context {
     fn emit(&self, event: Event) {
         self.events.send(event);
     }
+}
+
+/// The bytes of memory that this process holds; none where the system does not tell.
+fn resident_memory() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
 }
 
 #[cfg(test)]
@@ -336,6 +380,7 @@ impl Context {
             known: BTreeMap::new(),
             written: Mutex::default(),
             notes: Mutex::default(),
+            reported: Mutex::default(),
         }
     }
 }

@@ -36,6 +36,11 @@ pub enum Event {
         /// [`EVENT_VERSION`].
         version: u32,
     },
+    /// The run is in the history from now on, because a stage is about to run.
+    RunNumbered {
+        /// Its number, which `history` and `log` take.
+        run: u64,
+    },
     /// Nothing can begin: somebody has the store to themselves, and the run waits for them.
     RunWaiting {
         /// Who holds the lock.
@@ -62,6 +67,9 @@ pub enum Event {
         kind: String,
         /// Every reason for running it.
         reasons: Vec<Reason>,
+        /// Seconds that its last result took, if there is one: about what to expect.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        expected: Option<f64>,
     },
     /// Another runner is making the same result; this one waits for it.
     StageWaiting {
@@ -98,8 +106,11 @@ pub enum Event {
         stage: String,
         /// What happened, with its causes.
         error: String,
-        /// The folder with its output and log, kept until it succeeds or `gc` runs.
+        /// The folder with what it wrote and its log, kept until it succeeds or `gc` runs; none if it wrote nothing.
         kept: Option<String>,
+        /// Whether it did not fail by itself but was stopped with the whole run.
+        #[serde(default)]
+        interrupted: bool,
     },
     /// A stage was not started because one before it failed or the run was interrupted.
     StageSkipped {
@@ -163,6 +174,9 @@ pub enum Event {
         seconds: f64,
         /// Seconds that the fresh stages took when they ran.
         saved: f64,
+        /// Whether the user stopped it.
+        #[serde(default)]
+        interrupted: bool,
     },
     /// How far a stage is, in `unit`s (`rows`, `bytes`, `steps`).
     Progress {
@@ -174,13 +188,20 @@ pub enum Event {
         total: Option<u64>,
         /// What is counted.
         unit: Cow<'static, str>,
+        /// Bytes of memory that the stage's process holds now, where the system tells.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        memory: Option<u64>,
     },
-    /// Numbers of one training or evaluation step, under the reference's names.
+    /// Numbers of one training or evaluation step, under the reference's names, with `epoch` and, of trainings, `tokens_per_second`:
+    /// tokens without padding over the time since the last such numbers, evaluations left out.
     Metrics {
         /// The stage's name in the recipe.
         stage: String,
         /// The optimiser step the numbers belong to.
         step: u64,
+        /// All steps of the training.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        total: Option<u64>,
         /// Metric name to value.
         #[serde(with = "numbers")]
         values: BTreeMap<String, f64>,
@@ -214,10 +235,41 @@ pub enum Event {
         causes: Vec<String>,
         /// Whether the disk is full.
         disk_full: bool,
+        /// Whether every further attempt would fail in the same way.
+        #[serde(default)]
+        lasting: bool,
     },
 }
 
 impl Event {
+    /// The stage that it is about, if it is about one.
+    pub fn stage(&self) -> Option<&str> {
+        match self {
+            Self::StageFresh { stage, .. }
+            | Self::StageStarted { stage, .. }
+            | Self::StageWaiting { stage, .. }
+            | Self::StageDone { stage, .. }
+            | Self::StageRetried { stage, .. }
+            | Self::StageFailed { stage, .. }
+            | Self::StageSkipped { stage }
+            | Self::StageFetching { stage }
+            | Self::StageFetched { stage, .. }
+            | Self::StageSent { stage, .. }
+            | Self::OutputPlaced { stage, .. }
+            | Self::Progress { stage, .. }
+            | Self::Metrics { stage, .. }
+            | Self::Message { stage, .. } => Some(stage),
+            Self::RunStarted { .. }
+            | Self::RunNumbered { .. }
+            | Self::RunWaiting { .. }
+            | Self::Warning { .. }
+            | Self::RunFinished { .. }
+            | Self::WorkStarted { .. }
+            | Self::WorkDone { .. }
+            | Self::WorkFailed { .. } => None,
+        }
+    }
+
     /// Adds the event as a line of JSON.
     pub fn write_line(&self, lines: &mut Vec<u8>) {
         let before = lines.len();
@@ -312,6 +364,7 @@ mod tests {
         let sent = Event::Metrics {
             stage: "a".into(),
             step: 1,
+            total: None,
             values: named.map(|(at, value)| (at.to_string(), *value)).collect(),
         };
         let mut line = Vec::new();

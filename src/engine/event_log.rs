@@ -3,17 +3,15 @@
 //!
 //! A run that changes nothing writes no file.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context as _, bail};
+use anyhow::bail;
 use serde::{Deserialize, Serialize};
-use tempfile::NamedTempFile;
 
 use super::event::Event;
-use super::files::TEMPORARY;
 use super::store::Store;
 
 /// From this size on, in bytes, metrics and messages are left out; how stages begin and end always stands there.
@@ -26,18 +24,24 @@ const MOST_RUNS: usize = 50;
 pub struct LoggedEvent {
     /// Seconds since the run began.
     pub at: f64,
+    /// The moment, in milliseconds since 1970; 0 in old logs.
+    #[serde(default)]
+    pub unix_ms: u64,
     /// What happened.
     #[serde(flatten)]
     pub event: Event,
 }
 
-/// The events of a run in progress. Without [`EventLog::keep`] nothing is left of it.
+/// The events of a run in progress. Without [`EventLog::keep`] nothing is left of it, unless the process is killed.
 pub struct EventLog {
     folder: PathBuf,
     started: Instant,
-    /// Events before the first stage began to run, up to which nothing is written.
+    /// Events before the run had a number, up to which nothing is written.
     pending: Vec<LoggedEvent>,
-    file: Option<NamedTempFile>,
+    file: Option<File>,
+    /// The run's number, once it has one.
+    number: Option<u64>,
+    kept: bool,
     size: usize,
     /// Whether something was left out.
     full: bool,
@@ -51,6 +55,8 @@ impl EventLog {
             started: Instant::now(),
             pending: Vec::new(),
             file: None,
+            number: None,
+            kept: false,
             size: 0,
             full: false,
         }
@@ -63,34 +69,31 @@ impl EventLog {
         }
         let logged = LoggedEvent {
             at: self.started.elapsed().as_secs_f64(),
+            unix_ms: unix_ms(),
             event: event.clone(),
         };
-        if self.file.is_some() {
+        if self.number.is_some() {
             self.write(&logged);
             return;
         }
-        let begins = matches!(event, Event::StageStarted { .. });
         self.pending.push(logged);
-        if begins {
-            self.open();
+        if let Event::RunNumbered { run } = event {
+            self.open(*run);
         }
     }
 
     /// Keeps the log as that of the run with this number, and removes logs of runs that are long past.
     pub fn keep(mut self, number: u64) -> anyhow::Result<()> {
-        if self.file.is_none() {
-            self.open();
+        if self.number.is_none() {
+            self.open(number);
         }
-        let Some(mut file) = self.file else {
+        self.kept = self.number == Some(number) && self.file.is_some();
+        if !self.kept {
             bail!(
                 "could not write the events of the run into `{}`",
                 self.folder.display()
             );
-        };
-        file.flush()?;
-        let path = self.folder.join(name(number));
-        file.persist(&path)
-            .with_context(|| format!("could not write `{}`", path.display()))?;
+        }
         if let Some(last) = number.checked_sub(MOST_RUNS as u64) {
             for number in logs(&self.folder)
                 .into_iter()
@@ -104,16 +107,12 @@ impl EventLog {
     }
 
     /// Opens the file and writes what came before. A store that can't be written keeps no events.
-    fn open(&mut self) {
-        let open = || {
-            fs::create_dir_all(&self.folder)?;
-            // Whoever may read the history may read this.
-            tempfile::Builder::new()
-                .prefix(TEMPORARY)
-                .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666))
-                .tempfile_in(&self.folder)
-        };
-        self.file = open().ok();
+    fn open(&mut self, number: u64) {
+        self.number = Some(number);
+        let path = self.folder.join(name(number));
+        self.file = fs::create_dir_all(&self.folder)
+            .and_then(|()| File::create(path))
+            .ok();
         for event in std::mem::take(&mut self.pending) {
             self.write(&event);
         }
@@ -131,6 +130,7 @@ impl EventLog {
                 let warning = Event::Warning { text: text.into() };
                 self.write(&LoggedEvent {
                     at: logged.at,
+                    unix_ms: logged.unix_ms,
                     event: warning,
                 });
             }
@@ -142,6 +142,22 @@ impl EventLog {
             self.file = None;
         }
     }
+}
+
+impl Drop for EventLog {
+    fn drop(&mut self) {
+        if let Some(number) = self.number
+            && !self.kept
+        {
+            // As long as it is there it is shown for a run that nobody knows.
+            let _ = fs::remove_file(self.folder.join(name(number)));
+        }
+    }
+}
+
+fn unix_ms() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.map_or(0, |now| now.as_millis() as u64)
 }
 
 impl Store {
@@ -191,6 +207,7 @@ mod tests {
             stage: stage.into(),
             kind: "toy".into(),
             reasons: vec![super::super::Reason::NeverRan],
+            expected: None,
         }
     }
 
@@ -214,7 +231,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::new(folder.path());
         let all = [
-            Event::StageSkipped { stage: "b".into() },
+            Event::RunNumbered { run: 3 },
             started("a"),
             message("hello"),
             Event::Progress {
@@ -222,6 +239,7 @@ mod tests {
                 done: 1,
                 total: None,
                 unit: "rows".into(),
+                memory: None,
             },
         ];
         let mut log = EventLog::new(&store, "toy");
@@ -236,9 +254,11 @@ mod tests {
         assert_eq!(texts(&store, 3), kept);
         // One that is not kept leaves nothing, and neither does one that does nothing.
         let mut log = EventLog::new(&store, "toy");
+        log.add(&Event::RunNumbered { run: 4 });
         log.add(&started("a"));
+        assert_eq!(texts(&store, 4).len(), 2, "killed now, it would be there");
         drop(log);
-        EventLog::new(&store, "toy").add(&all[0]);
+        EventLog::new(&store, "toy").add(&all[1]);
         assert_eq!(fs::read_dir(store.runs_folder("toy")).unwrap().count(), 1);
         assert!(store.events("toy", 4).is_none());
     }
@@ -248,7 +268,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::new(folder.path());
         let mut log = EventLog::new(&store, "toy");
-        log.add(&started("a"));
+        log.add(&Event::RunNumbered { run: 1 });
         let long = "x".repeat(1 << 20);
         (0..40).for_each(|_| log.add(&message(&long)));
         log.add(&started("b"));

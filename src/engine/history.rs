@@ -4,7 +4,8 @@
 //! content, so that a change can be told by its lines.
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
@@ -16,7 +17,7 @@ use super::graph::{Graph, Node};
 use super::plan::{Prepared, Session};
 use super::reason::{Reason, differences};
 use super::record::{FORMAT, Record};
-use super::store::Store;
+use super::store::{Store, open_lock, sign};
 
 /// Files above this size are not kept for their lines.
 const LONGEST_TEXT: u64 = 64 * 1024;
@@ -31,6 +32,10 @@ pub enum Outcome {
     Failed,
     /// It was stopped.
     Interrupted,
+    /// It is in progress.
+    Running,
+    /// It ended without a word: its process was killed, or the machine went down.
+    Killed,
 }
 
 /// A stage in a run.
@@ -94,9 +99,10 @@ impl Store {
     fn collect_runs(
         &self,
         recipe: &str,
-        read: impl Fn(std::path::PathBuf) -> std::io::Result<Vec<u8>>,
+        read: impl Fn(PathBuf) -> std::io::Result<Vec<u8>>,
     ) -> std::io::Result<Vec<Run>> {
-        let entries = match fs::read_dir(self.runs_folder(recipe)) {
+        let folder = self.runs_folder(recipe);
+        let entries = match fs::read_dir(&folder) {
             Ok(entries) => entries,
             Err(error) if is_io_trouble(&error) => return Err(error),
             Err(_) => return Ok(Vec::new()),
@@ -113,16 +119,56 @@ impl Store {
                 Err(_) => continue,
             };
             let run = serde_json::from_slice(&bytes).ok();
-            runs.extend(run.filter(|run: &Run| run.format == FORMAT));
+            let Some(mut run) = run.filter(|run: &Run| run.format == FORMAT) else {
+                continue;
+            };
+            if run.outcome == Outcome::Running && is_free(&lock_path(&folder, run.number)) {
+                run.outcome = Outcome::Killed;
+            }
+            runs.push(run);
         }
         runs.sort_by_key(|run| run.number);
         Ok(runs)
     }
 
-    /// Keeps a run, unless nothing changed since the last one. Its number is set, and returned.
-    pub(crate) fn remember(&self, recipe: &str, mut run: Run) -> anyhow::Result<Option<u64>> {
+    /// Writes down that a run is in progress, so that it is known whatever becomes of it. Its number is set.
+    pub(crate) fn begin_run(&self, recipe: &str, mut run: Run) -> anyhow::Result<RunInProgress> {
         let folder = self.runs_folder(recipe);
-        let last = self.last_run(recipe);
+        fs::create_dir_all(&folder)
+            .with_context(|| format!("could not make `{}`", folder.display()))?;
+        run.outcome = Outcome::Running;
+        run.number = self
+            .last_run(recipe, None)
+            .map_or(1, |last| last.number + 1);
+        loop {
+            let path = lock_path(&folder, run.number);
+            let lock = open_lock(&path)?;
+            // Another run may begin at the same time, or have taken the number just now.
+            if lock.try_lock().is_ok() && !run_path(&folder, run.number).exists() {
+                sign(&mut { lock.try_clone()? }, "");
+                write_atomically(
+                    &run_path(&folder, run.number),
+                    &serde_json::to_vec_pretty(&run)?,
+                )?;
+                return Ok(RunInProgress {
+                    folder,
+                    number: run.number,
+                    _lock: lock,
+                });
+            }
+            run.number += 1;
+        }
+    }
+
+    /// Keeps a run, unless nothing changed since the last one. Its number is set, and returned.
+    pub(crate) fn remember(
+        &self,
+        recipe: &str,
+        mut run: Run,
+        begun: Option<RunInProgress>,
+    ) -> anyhow::Result<Option<u64>> {
+        let folder = self.runs_folder(recipe);
+        let last = self.last_run(recipe, begun.as_ref().map(|begun| begun.number));
         if let Some(last) = &last {
             let same = |(name, stage): (&String, &RunStage)| {
                 last.stages.get(name).is_some_and(|old| {
@@ -130,14 +176,22 @@ impl Store {
                 })
             };
             let ran = run.stages.values().any(|stage| stage.ran);
-            if !ran && run.outcome == last.outcome && run.stages.iter().all(same) {
+            // Of a stage that began, people may want the log.
+            let began = ran || begun.is_some();
+            if !began && run.outcome == last.outcome && run.stages.iter().all(same) {
                 return Ok(None);
             }
+        }
+        if let Some(begun) = begun {
+            run.number = begun.number;
+            begun.update(&run)?;
+            begun.end();
+            return Ok(Some(run.number));
         }
         run.number = last.map_or(1, |last| last.number + 1);
         // Two runs that end at once: the file of one number belongs to the first.
         loop {
-            let path = folder.join(format!("{:06}.json", run.number));
+            let path = run_path(&folder, run.number);
             if !path.exists() {
                 write_atomically(&path, &serde_json::to_vec_pretty(&run)?)?;
                 return Ok(Some(run.number));
@@ -146,18 +200,21 @@ impl Store {
         }
     }
 
-    /// The newest run, found by its number in the file's name.
-    fn last_run(&self, recipe: &str) -> Option<Run> {
-        let entries = fs::read_dir(self.runs_folder(recipe)).ok()?;
+    /// The newest run but for one, found by its number in the file's name.
+    fn last_run(&self, recipe: &str, but: Option<u64>) -> Option<Run> {
+        let folder = self.runs_folder(recipe);
+        let but = but.map(|number| run_path(&folder, number));
+        let entries = fs::read_dir(folder).ok()?;
         let paths = entries.flatten().map(|entry| entry.path());
         let runs = paths.filter(|path| {
             path.extension()
                 .is_some_and(|extension| extension == "json")
+                && Some(path) != but.as_ref()
         });
         serde_json::from_slice(&fs::read(runs.max()?).ok()?).ok()
     }
 
-    pub(super) fn runs_folder(&self, recipe: &str) -> std::path::PathBuf {
+    pub(super) fn runs_folder(&self, recipe: &str) -> PathBuf {
         self.state("runs").join(recipe)
     }
 
@@ -167,7 +224,7 @@ impl Store {
     }
 
     /// Keeps the text of a small file under its content digest.
-    pub(crate) fn keep_text(&self, file: &std::path::Path, content: &str) -> anyhow::Result<()> {
+    pub(crate) fn keep_text(&self, file: &Path, content: &str) -> anyhow::Result<()> {
         let kept = self.state("texts").join(content);
         let small =
             fs::metadata(file).is_ok_and(|found| found.is_file() && found.len() <= LONGEST_TEXT);
@@ -221,6 +278,49 @@ impl Store {
             );
         }
         found
+    }
+}
+
+/// A run that is written down as being in progress, until this is dropped.
+pub(crate) struct RunInProgress {
+    folder: PathBuf,
+    pub(crate) number: u64,
+    // Dropping the file frees the lock, and so does the kernel when the process dies.
+    _lock: File,
+}
+
+impl RunInProgress {
+    /// Writes down what the run came to so far.
+    pub(crate) fn update(&self, run: &Run) -> anyhow::Result<()> {
+        let run = Run {
+            number: self.number,
+            ..run.clone()
+        };
+        write_atomically(
+            &run_path(&self.folder, self.number),
+            &serde_json::to_vec_pretty(&run)?,
+        )
+    }
+
+    /// Removes its lock, which nobody needs any more.
+    fn end(self) {
+        let _ = fs::remove_file(lock_path(&self.folder, self.number));
+    }
+}
+
+fn run_path(folder: &Path, number: u64) -> PathBuf {
+    folder.join(format!("{number:06}.json"))
+}
+
+fn lock_path(folder: &Path, number: u64) -> PathBuf {
+    folder.join(format!("{number:06}.lock"))
+}
+
+/// Whether nobody holds a lock.
+fn is_free(path: &Path) -> bool {
+    match File::open(path) {
+        Ok(file) => file.try_lock_shared().is_ok(),
+        Err(_) => true,
     }
 }
 

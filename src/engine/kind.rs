@@ -1,12 +1,13 @@
 //! A kind of stage as a value, and a stage of any kind behind one object-safe trait.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 
 use schemars::{Schema, SchemaGenerator};
 
 use super::reading::ParseError;
-use super::{Artifact, Context, Problem, RunEnv, Stage};
+use super::{Artifact, Context, Position, Problem, RunEnv, Stage};
 
 /// An entry of the list of kinds: everything that can be known without parameters.
 #[derive(Clone, Copy)]
@@ -62,6 +63,10 @@ pub trait AnyStage: Send + Sync {
     fn check(&self) -> Vec<Problem>;
     /// [`Stage::outside`].
     fn outside(&self, env: &RunEnv) -> anyhow::Result<BTreeMap<String, String>>;
+    /// [`Stage::position`].
+    fn position(&self, scratch: &Path) -> Option<Position>;
+    /// The parameters of [`Stage::on_first_rows`], marked as those of [`AnyStage::params`].
+    fn on_first_rows(&self, rows: usize) -> Option<serde_json::Value>;
     /// [`Stage::run`].
     fn run(&self, cx: &Context) -> anyhow::Result<()>;
 }
@@ -96,6 +101,12 @@ impl<S: Stage> AnyStage for S {
     }
     fn outside(&self, env: &RunEnv) -> anyhow::Result<BTreeMap<String, String>> {
         Stage::outside(self, env)
+    }
+    fn position(&self, scratch: &Path) -> Option<Position> {
+        Stage::position(self, scratch)
+    }
+    fn on_first_rows(&self, rows: usize) -> Option<serde_json::Value> {
+        serde_json::to_value(Stage::on_first_rows(self, rows)?).ok()
     }
     fn run(&self, cx: &Context) -> anyhow::Result<()> {
         Stage::run(self, cx)

@@ -293,13 +293,35 @@ impl Session<'_> {
         self.last_record(self.graph.nodes.get(index)?)
     }
 
+    /// The record of the result that a stage has now, whoever made it: another recipe, or a stage of another name; else that of its
+    /// last result.
+    pub fn current_record(&self, index: usize) -> Option<Record> {
+        let needed = self.graph.needed(&[index]);
+        let mut inspections = self.inspect(&needed, &mut self.sources());
+        let inspection = inspections.get_mut(index)?.take()?;
+        let fresh = matches!(inspection.state, State::Fresh { .. });
+        let fingerprint = inspection.fingerprint.filter(|_| fresh);
+        fingerprint
+            .and_then(|fingerprint| self.store.record(&fingerprint))
+            .or_else(|| self.record(index))
+    }
+
     /// The state of every stage, in the order of the recipe. Of a remote it asks records only.
     pub fn plan(&self) -> Vec<State> {
         let needed = vec![true; self.graph.nodes.len()];
-        let wanted = self.wanted(&needed, &[]);
+        self.look(&needed, &[])
+            .into_iter()
+            .flatten()
+            .map(|inspection| inspection.state)
+            .collect()
+    }
+
+    /// Looks at the stages that `targets` need (all when empty), as a run would.
+    pub(super) fn look(&self, needed: &[bool], targets: &[usize]) -> Vec<Option<Inspection>> {
+        let wanted = self.wanted(needed, targets);
         let mut sources = self.sources();
         loop {
-            let inspections = self.inspect(&needed, &mut sources);
+            let inspections = self.inspect(needed, &mut sources);
             let mut lacking = Vec::new();
             if !self.shared.pulls() {
                 lacking = self.lacking(&inspections, &wanted, false);
@@ -311,11 +333,7 @@ impl Session<'_> {
                 self.shared.distrust(fingerprint);
             }
             if lacking.is_empty() {
-                return inspections
-                    .into_iter()
-                    .flatten()
-                    .map(|inspection| inspection.state)
-                    .collect();
+                return inspections;
             }
         }
     }

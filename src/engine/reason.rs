@@ -83,7 +83,7 @@ pub enum Reason {
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::NeverRan => write!(f, "it has no earlier result"),
+            Self::NeverRan => write!(f, "first run"),
             Self::Forced => write!(f, "it is forced"),
             Self::KindChanged { old, new } => write!(f, "its kind changed from `{old}` to `{new}`"),
             Self::VersionChanged { old, new } => {

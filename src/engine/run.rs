@@ -5,14 +5,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::Scope;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 
 use super::canonical::Digest;
 use super::event::{EVENT_VERSION, Event, send};
 use super::handling::{Free, Machine};
-use super::history::{Outcome, Run, stages};
+use super::history::{Outcome, Run, RunInProgress, stages};
 use super::last_results::LastResults;
 use super::plan::{Prepared, Session, Verdict};
 use super::reason::Reason;
@@ -62,6 +62,9 @@ enum Lookup {
 
 /// What a worker sends back: the stage's index and what became of it.
 type Done = (usize, worker::Outcome);
+
+/// What is written down of a run in progress is renewed at most this often.
+const BETWEEN_RECORDS: Duration = Duration::from_secs(1);
 
 /// How often a stage is inspected again because a local file changed before the stage read it.
 const MAX_INSPECTIONS: usize = 3;
@@ -133,6 +136,7 @@ pub fn run(
             ran: vec![false; session.graph.nodes.len()],
             inspections: vec![0; session.graph.nodes.len()],
             summary: Summary::default(),
+            record: None,
         }
         .drive(scope, &needed, &mut sources, &results);
         shared.close();
@@ -144,6 +148,7 @@ pub fn run(
         failed,
         skipped,
         saved,
+        interrupted,
         ..
     } = summary;
     send(
@@ -155,6 +160,7 @@ pub fn run(
             skipped,
             seconds: started.elapsed().as_secs_f64(),
             saved,
+            interrupted,
         },
     );
     session.shared.check()?;
@@ -178,6 +184,8 @@ struct Runner<'a, 'b> {
     /// How often each stage was looked at again.
     inspections: Vec<usize>,
     summary: Summary,
+    /// What is written down of the run, from the first stage that is started, and when it was written.
+    record: Option<(RunInProgress, Instant)>,
 }
 
 impl<'a> Runner<'a, '_> {
@@ -225,6 +233,9 @@ impl<'a> Runner<'a, '_> {
                         release(&readers[index], needed, &mut open, &rank, &mut ready);
                     }
                 }
+                if !stale.is_empty() {
+                    self.begin_record(&contents);
+                }
                 self.start(scope, &mut stale);
             }
             if self.running.is_empty() {
@@ -263,6 +274,7 @@ impl<'a> Runner<'a, '_> {
                         self.summary.fresh += 1;
                     }
                     contents[index] = Some(made.artifact);
+                    self.update_record(&contents);
                     release(&readers[index], needed, &mut open, &rank, &mut ready);
                 }
             }
@@ -287,14 +299,36 @@ impl<'a> Runner<'a, '_> {
         self.summary
     }
 
+    /// Writes down that the run is in progress. A store that can't be written has no history, and still serves.
+    fn begin_record(&mut self, contents: &[Option<Digest>]) {
+        if self.record.is_some() {
+            return;
+        }
+        let run = self.as_recorded(Outcome::Running, contents);
+        let Session { store, recipe, .. } = self.session;
+        if let Ok(record) = store.begin_run(recipe, run) {
+            let run = record.number;
+            send(self.events, Event::RunNumbered { run });
+            self.record = Some((record, Instant::now()));
+        }
+    }
+
+    /// Writes down what is ready by now, at most once a second.
+    fn update_record(&mut self, contents: &[Option<Digest>]) {
+        let run = |runner: &Self| runner.as_recorded(Outcome::Running, contents);
+        if let Some((record, written)) = &self.record
+            && written.elapsed() >= BETWEEN_RECORDS
+        {
+            // The next one, or the last, has it as well.
+            let _ = record.update(&run(self));
+            if let Some((_, written)) = &mut self.record {
+                *written = Instant::now();
+            }
+        }
+    }
+
     /// Keeps what was run, for `history` and `diff`. A store that can't be written has no history, and still serves.
-    fn remember(&self, contents: &[Option<Digest>]) -> Option<u64> {
-        let Session {
-            graph,
-            store,
-            recipe,
-            ..
-        } = self.session;
+    fn remember(&mut self, contents: &[Option<Digest>]) -> Option<u64> {
         let outcome = match &self.summary {
             Summary {
                 interrupted: true, ..
@@ -302,15 +336,21 @@ impl<'a> Runner<'a, '_> {
             Summary { failed: 1.., .. } => Outcome::Failed,
             _ => Outcome::Done,
         };
-        let run = Run {
+        let run = self.as_recorded(outcome, contents);
+        let begun = self.record.take().map(|(record, _)| record);
+        let Session { store, recipe, .. } = self.session;
+        store.remember(recipe, run, begun).ok().flatten()
+    }
+
+    fn as_recorded(&self, outcome: Outcome, contents: &[Option<Digest>]) -> Run {
+        Run {
             format: FORMAT,
             number: 0,
             started: self.started.0,
             seconds: self.started.1.elapsed().as_secs_f64(),
             outcome,
-            stages: stages(graph, &self.fingerprints, contents, &self.ran),
-        };
-        store.remember(recipe, run).ok().flatten()
+            stages: stages(self.session.graph, &self.fingerprints, contents, &self.ran),
+        }
     }
 
     /// Tells that a stage failed before it ran.
@@ -319,6 +359,7 @@ impl<'a> Runner<'a, '_> {
             stage: stage.to_owned(),
             error,
             kept: None,
+            interrupted: false,
         };
         send(self.events, failed);
         self.summary.failed += 1;
@@ -449,6 +490,7 @@ impl<'a> Runner<'a, '_> {
                     stage: graph.nodes[index].name.clone(),
                     error: format!("could not start a thread: {error}"),
                     kept: None,
+                    interrupted: false,
                 };
                 send(self.events, failed);
                 let _ = self.done.send((index, worker::Outcome::Failed));

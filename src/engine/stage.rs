@@ -1,13 +1,14 @@
 //! The trait that a new kind of stage implements.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use schemars::JsonSchema;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::reading::{ParseError, read_parameters};
-use super::{Artifact, Context, RunEnv};
+use super::{Artifact, Context, Position, RunEnv};
 
 /// One kind of stage. The implementing struct is its parameters, and the single source of parsing, defaults, JSON Schema,
 /// reference docs, fingerprint and graph edges.
@@ -55,6 +56,18 @@ pub trait Stage: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'stat
     /// and [`Context::outside`] hands them to [`Stage::run`]. Local files need no mention here.
     fn outside(&self, _world: &RunEnv) -> anyhow::Result<BTreeMap<String, String>> {
         Ok(BTreeMap::new())
+    }
+
+    /// Where an interrupted run of the stage stopped and the next one goes on, as its scratch folder tells. Reads names and small files
+    /// only.
+    fn position(&self, _scratch: &Path) -> Option<Position> {
+        None
+    }
+
+    /// The same stage on no more than so many of the first rows of local files, so that what is wrong with them is found at once; for a
+    /// stage that reads nothing else.
+    fn on_first_rows(&self, _rows: usize) -> Option<Self> {
+        None
     }
 
     /// Makes the artifact in [`Context::out`]. On an error nothing of it is kept but the scratch folder.

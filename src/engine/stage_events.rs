@@ -49,6 +49,7 @@ impl StageEvents {
             stage: stage.to_owned(),
             error: format!("{error:#}"),
             kept: None,
+            interrupted: false,
         };
         let mut log = Vec::new();
         for event in self.last().iter().chain([&failed]) {

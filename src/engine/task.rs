@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
+use std::io::ErrorKind;
 use std::num::NonZeroUsize;
 
 use anyhow::{Context as _, anyhow, ensure};
@@ -132,12 +133,43 @@ pub(super) fn short(mut text: String) -> String {
     text
 }
 
+/// The first cause of an error that every further attempt at the stage would meet again: it lies in what the stage reads. Any other error
+/// of a stage may pass.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(super) struct Lasting(String);
+
+/// Marks a stage's own error as one that lasts, unless the system caused it: a disk, a connection, a process.
+pub(super) fn lasting(failed: anyhow::Error) -> anyhow::Error {
+    let passes = |cause: &std::io::Error| {
+        !matches!(
+            cause.kind(),
+            ErrorKind::NotFound
+                | ErrorKind::PermissionDenied
+                | ErrorKind::InvalidData
+                | ErrorKind::InvalidInput
+                | ErrorKind::UnexpectedEof
+                | ErrorKind::IsADirectory
+                | ErrorKind::NotADirectory
+        )
+    };
+    if failed
+        .chain()
+        .any(|cause| cause.downcast_ref().is_some_and(passes))
+    {
+        return failed;
+    }
+    error(causes(&failed), false, true)
+}
+
 /// The error of texts.
-pub(super) fn error(causes: Vec<String>, full: bool) -> anyhow::Error {
+pub(super) fn error(causes: Vec<String>, full: bool, lasting: bool) -> anyhow::Error {
     let mut causes = causes.into_iter().rev();
     let first = causes.next().unwrap_or_default();
     let first = if full {
-        anyhow::Error::from(std::io::Error::new(std::io::ErrorKind::StorageFull, first))
+        anyhow::Error::from(std::io::Error::new(ErrorKind::StorageFull, first))
+    } else if lasting {
+        anyhow::Error::from(Lasting(first))
     } else {
         anyhow!(first)
     };
@@ -148,7 +180,7 @@ pub(super) fn error(causes: Vec<String>, full: bool) -> anyhow::Error {
 pub(super) fn is_full(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
         let cause = cause.downcast_ref::<std::io::Error>();
-        cause.is_some_and(|cause| cause.kind() == std::io::ErrorKind::StorageFull)
+        cause.is_some_and(|cause| cause.kind() == ErrorKind::StorageFull)
     })
 }
 
@@ -183,10 +215,30 @@ mod tests {
         let sent = anyhow::Error::from(first)
             .context("could not write")
             .context("row 3");
-        let came = error(causes(&sent), is_full(&sent));
+        let came = error(causes(&sent), is_full(&sent), false);
         assert_eq!(format!("{came:#}"), format!("{sent:#}"));
         assert!(is_full(&came));
-        assert!(!is_full(&error(vec!["a".into(), "b".into()], false)));
+        assert!(!is_full(&error(vec!["a".into(), "b".into()], false, false)));
+    }
+
+    #[test]
+    fn what_lies_in_the_data_lasts_and_what_the_system_did_may_pass() {
+        let told = |error| format!("{:#}", lasting(error));
+        let data = || anyhow!("no such column").context("row 3");
+        assert!(lasting(data()).is::<Lasting>());
+        assert_eq!(told(data()), "row 3: no such column");
+        let system = |kind| anyhow::Error::from(std::io::Error::new(kind, "x")).context("row 3");
+        for (kind, lasts) in [
+            (ErrorKind::NotFound, true),
+            (ErrorKind::UnexpectedEof, true),
+            (ErrorKind::StorageFull, false),
+            (ErrorKind::TimedOut, false),
+            (ErrorKind::Other, false),
+        ] {
+            assert_eq!(lasting(system(kind)).is::<Lasting>(), lasts, "{kind:?}");
+        }
+        let far = error(causes(&lasting(data())), false, true);
+        assert!(far.is::<Lasting>() && format!("{far:#}") == "row 3: no such column");
     }
 
     #[test]

@@ -14,7 +14,7 @@ use super::control::Control;
 use super::event::{EVENT_VERSION, Event};
 use super::executor::{CANCEL, TaskResult, run_task};
 use super::stage_events::StageEvents;
-use super::task::{Task, causes, is_full, short};
+use super::task::{Lasting, Task, causes, is_full, short};
 use super::threads;
 use super::watch::look_on;
 use super::{Kind, RunEnv};
@@ -118,6 +118,7 @@ impl Work {
                 let failed = Event::WorkFailed {
                     causes: vec![text],
                     disk_full: false,
+                    lasting: true,
                 };
                 write(&last, &failed);
                 exit();
@@ -155,6 +156,7 @@ impl Work {
             Err(error) => Event::WorkFailed {
                 causes: causes(&error),
                 disk_full: is_full(&error),
+                lasting: error.is::<Lasting>(),
             },
         };
         write(&output, &last);

@@ -20,7 +20,7 @@ use super::record::{FORMAT, Record};
 use super::stage_events::StageEvents;
 use super::stat::seconds_now;
 use super::store::{Found, Miss};
-use super::task::{TASK_VERSION, Task, is_full, memory, unmarked};
+use super::task::{Lasting, TASK_VERSION, Task, is_full, memory, unmarked};
 
 /// The pause before the first retry; each further one is twice as long, up to [`LONGEST_PAUSE`].
 const PAUSE: Duration = Duration::from_secs(1);
@@ -71,7 +71,8 @@ impl Worker<'_, '_> {
         match self.make(prepared, reasons) {
             Ok(work) => work,
             Err(Failed { error, kept }) => {
-                let error = if self.cancel.load(Ordering::Relaxed) {
+                let interrupted = self.cancel.load(Ordering::Relaxed);
+                let error = if interrupted {
                     "interrupted".into()
                 } else {
                     format!("{error:#}")
@@ -80,6 +81,7 @@ impl Worker<'_, '_> {
                     stage: self.node().name.clone(),
                     error,
                     kept: kept.map(|path| path.display().to_string()),
+                    interrupted,
                 });
                 Outcome::Failed
             }
@@ -146,19 +148,23 @@ impl Worker<'_, '_> {
         if let Some(changed) = prepared.changed(node, false) {
             return Ok(Outcome::InputChanged(changed));
         }
+        let previous = store
+            .last(recipe, &node.name)
+            .and_then(|last| store.record(&last));
+        let expected = previous.as_ref().filter(|last| {
+            // Another kind takes another time.
+            last.fingerprint.kind == node.stage.kind()
+        });
         self.send(Event::StageStarted {
             stage: node.name.clone(),
             kind: node.stage.kind().to_owned(),
             reasons,
+            expected: expected.map(|last| last.seconds),
         });
         let started = seconds_now();
         let clock = Instant::now();
         let result = self.run_with_retries(prepared, &miss)?;
         let seconds = clock.elapsed().as_secs_f64();
-        let previous = store
-            .last(recipe, &node.name)
-            .and_then(|last| store.record(&last))
-            .map(|record| record.artifact);
         let record = Record {
             format: FORMAT,
             stage: node.name.clone(),
@@ -184,7 +190,7 @@ impl Worker<'_, '_> {
         self.send(Event::StageDone {
             stage: node.name.clone(),
             artifact: record.artifact.clone(),
-            same_bytes: previous.as_ref() == Some(&record.artifact),
+            same_bytes: previous.is_some_and(|last| last.artifact == record.artifact),
             seconds,
         });
         Ok(Outcome::Ready(Ready {
@@ -238,10 +244,14 @@ impl Worker<'_, '_> {
                     Err(error) => changed.context(format!("{error:#}")),
                 });
             }
-            let error = match result {
+            let mut error = match result {
                 Ok(result) => return Ok(result),
                 Err(error) => error,
             };
+            if retries_left > 0 && error.is::<Lasting>() {
+                retries_left = 0;
+                error = error.context("not tried again, because it would fail in the same way");
+            }
             if retries_left == 0 {
                 let kept = keep_failure(miss, &node.name, &events, &error);
                 return Err(Failed { error, kept });
@@ -316,7 +326,8 @@ impl Worker<'_, '_> {
     }
 }
 
-/// Keeps the output and the log of a failed stage. Where that is not possible nothing is kept; on a full disk only the log is.
+/// Keeps the output and the log of a failed stage, and gives the place if there is an output to look at. Where that is not possible nothing
+/// is kept; on a full disk only the log is.
 fn keep_failure(
     miss: &Miss<'_>,
     stage: &str,
@@ -331,5 +342,5 @@ fn keep_failure(
     if kept.is_err() {
         let _ = miss.discard();
     }
-    kept.ok()
+    kept.ok().filter(|kept| kept.join("output").is_dir())
 }

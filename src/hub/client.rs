@@ -264,7 +264,18 @@ impl<'a> Hub<'a> {
                 wait: Some(told),
                 ..
             } if !told.is_zero() => (status, *told),
-            _ => return Some(own),
+            _ => {
+                if tried == 1 {
+                    // The tries take some time, in which nothing else happens.
+                    self.watch.tell(&format!(
+                        "{} does not answer as it should ({}); trying up to {} more times",
+                        self.endpoint.address,
+                        failure.reason(),
+                        TRIES - 1
+                    ));
+                }
+                return Some(own);
+            }
         };
         if told > LONGEST_WAIT {
             return None;

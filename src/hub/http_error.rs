@@ -33,6 +33,16 @@ impl HttpError {
         }
     }
 
+    /// What happened, in a few words.
+    pub(super) fn reason(&self) -> String {
+        match self {
+            Self::Status { status, .. } => format!("status {status}"),
+            Self::Connection(reason) | Self::Certificate(reason) | Self::Malformed(reason) => {
+                reason.clone()
+            }
+        }
+    }
+
     /// Whether it looks as if the server knew nothing of such addresses at all: a mirror of a part of the hub.
     pub(super) fn is_unsupported(&self) -> bool {
         match self {

@@ -38,6 +38,7 @@ use super::model::batch::{Batch, Row};
 use super::model::linear::{Drops, Pass};
 use super::model::{Gradients, Llama};
 pub use best::{Best, Watch};
+pub use checkpoint::newest_checkpoint;
 pub use fault::{Fault, Origin};
 pub use job::Job;
 pub use log::{Ending, Log, Step};
@@ -227,6 +228,7 @@ impl<'a> Trainer<'a> {
                 .with_context(|| {
                     let (step, split) = (self.state.step + 1, &job.origin.split);
                     let rows = group.micro_batches[now.clone()].concat();
+                    let rows = self.search.rows(&rows);
                     format!("step {step}, rows {rows:?} of `{split}`")
                 })?;
             for (index, outcome) in now.clone().zip(outcomes) {

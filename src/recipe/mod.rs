@@ -19,6 +19,7 @@ mod stage;
 mod syntax;
 #[cfg(test)]
 mod tests;
+mod unused;
 mod vars;
 mod wiring;
 
@@ -37,6 +38,7 @@ pub use source_map::{
     PathStep, RecipePath, SourceSpan, display as display_path, parse as parse_path,
 };
 use source_map::{SourceMap, keys};
+pub use unused::Unused;
 
 /// A value given on the command line: `--set stages.tuned.train_orpo.beta=0.2`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,6 +63,7 @@ pub struct Recipe {
     pub outputs: Vec<Output>,
     /// What is published where on the hub when somebody asks for it, in the order of the recipe.
     pub publish: Vec<Publish>,
+    vars: Vec<String>,
     source_map: SourceMap,
     order: Vec<usize>,
 }
@@ -220,6 +223,10 @@ pub fn parse(
     }
     set::apply(&mut draft, &mut value, overrides);
     vars::substitute(&mut draft, &mut value);
+    let vars = value.get("vars").and_then(serde_yaml::Value::as_mapping);
+    let vars = vars.into_iter().flat_map(serde_yaml::Mapping::keys);
+    let vars = vars.filter_map(|name| Some(name.as_str()?.to_owned()));
+    let vars = vars.collect();
     let stages = stage::read(&mut draft, &value);
     let wired = wiring::wire(&mut draft, stages, &value);
     if !draft.errors.is_empty() {
@@ -265,6 +272,7 @@ pub fn parse(
             })
             .collect(),
         publish: wired.publish,
+        vars,
         source_map: draft.source_map,
         order: wired.order,
     })

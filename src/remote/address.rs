@@ -201,9 +201,30 @@ fn secrets_of(url: &Url) -> Vec<String> {
     secrets
 }
 
+/// Where the clouds' own machines ask who they are. Elsewhere nothing answers there.
+const MACHINE_IDENTITY: [&str; 3] = [
+    "169.254.169.254",
+    "169.254.170.2",
+    "metadata.google.internal",
+];
+
+/// What a library's error means, in words of ours where there are some.
+fn in_words(text: &str) -> &str {
+    if MACHINE_IDENTITY.iter().any(|host| text.contains(host)) {
+        return "no credentials were found: set `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`, `GOOGLE_SERVICE_ACCOUNT`, or \
+                `AZURE_STORAGE_ACCOUNT_NAME` and `AZURE_STORAGE_ACCOUNT_KEY`; this machine's own identity was asked for, and nothing \
+                answered";
+    }
+    // `Generic S3 error: ..` says nothing.
+    text.strip_prefix("Generic ")
+        .and_then(|text| text.split_once(" error: "))
+        .filter(|(service, _)| !service.contains(' '))
+        .map_or(text, |(_, text)| text)
+}
+
 /// A sentence of a server or a library, without secrets, in one line.
 pub(super) fn clean(text: &str, secrets: &[String]) -> String {
-    let text: Vec<_> = text.split_whitespace().collect();
+    let text: Vec<_> = in_words(text).split_whitespace().collect();
     let mut text = without_credentials(&text.join(" "));
     for secret in secrets {
         text = hide(&text, secret);
@@ -265,6 +286,17 @@ fn without_credentials(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_library_says_is_told_in_words() {
+        let raw = "Generic S3 error: Error performing PUT http://169.254.169.254/latest/api/token in 2s: connection refused";
+        assert!(clean(raw, &[]).starts_with("no credentials were found: set `AWS_ACCESS_KEY_ID`"));
+        assert_eq!(clean("Generic S3 error: it is  full", &[]), "it is full");
+        assert_eq!(
+            clean("Generic words in an error: x", &[]),
+            "Generic words in an error: x"
+        );
+    }
 
     fn address(text: &str) -> Address {
         Address::parse(text, std::path::Path::new("/project")).unwrap()

@@ -5,19 +5,26 @@
 
 mod json;
 mod log;
+mod look;
+mod progress;
+mod screen;
 pub mod style;
+mod table;
 mod terminal;
 mod text;
+mod width;
 
-use std::sync::mpsc::Receiver;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Duration;
 
 use crate::engine::Event;
 
 pub use json::JsonLines;
-pub use terminal::{Spans, Terminal};
+pub use look::{Look, Places, Size, Verbosity, quoted};
+pub use screen::above;
+pub use terminal::Terminal;
 pub(crate) use text::has_the_store;
-pub use text::{ago, bytes, duration, harmless, harmless_json, steers};
+pub use text::{ago, bytes, count, duration, harmless, harmless_json, steers, thousands};
 
 /// Hears of events.
 pub trait Reporter {
@@ -26,14 +33,29 @@ pub trait Reporter {
 
     /// Shows what was taken in: for now there is no further event.
     fn flush(&mut self) {}
+
+    /// Called some times a second while nothing happens.
+    fn tick(&mut self) {}
 }
 
 /// How long events may gather before they are shown: to wake for each would cost more than to show it.
 const GATHERING: Duration = Duration::from_millis(3);
+/// Without an event, reporters are called after this time.
+const TICK: Duration = Duration::from_millis(120);
 
 /// Hands every event to all reporters, until the last sender is gone.
 pub fn report(events: &Receiver<Event>, reporters: &mut [&mut dyn Reporter]) {
-    while let Ok(first) = events.recv() {
+    loop {
+        let first = match events.recv_timeout(TICK) {
+            Ok(first) => first,
+            Err(RecvTimeoutError::Timeout) => {
+                for reporter in reporters.iter_mut() {
+                    reporter.tick();
+                }
+                continue;
+            }
+            Err(RecvTimeoutError::Disconnected) => return,
+        };
         let mut show = |event: &Event| {
             for reporter in reporters.iter_mut() {
                 reporter.event(event);

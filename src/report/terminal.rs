@@ -1,64 +1,99 @@
-//! Events for people: a line for what happened, and a moving bar for what is happening.
+//! Events for people: a line for what happened, and at a terminal, below them, lines that change for what is happening.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::io::Write;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use anstyle::Style;
 
 use super::Reporter;
-use super::text::{bytes, duration, harmless, has_the_store, metrics};
-use crate::engine::{Event, Level, short};
+use super::look::{Look, Places, Verbosity, quoted};
+use super::progress::{Pen, Running};
+use super::screen::Screen;
+use super::style::{BOLD, DIM, ERROR, GOOD, RUNS, WAITS, WARNING, paint, stripped};
+use super::table::{Row, Table};
+use super::text::{bytes, count, duration, harmless, has_the_store, significant, thousands};
+use super::width::{cut, width, wrap};
+use crate::engine::{Event, Level, Reason, short};
 
-/// Without bars, a line of progress at most this often a stage.
+/// Without changing lines, a line of progress at most this often a stage.
 const QUIET: Duration = Duration::from_secs(10);
-
-/// Where stages stand in their recipe, by name.
-pub type Spans = BTreeMap<String, String>;
+/// Changing lines are drawn at most this often.
+const BETWEEN_FRAMES: Duration = Duration::from_millis(90);
+/// The columns of labels, and of the space behind them.
+const INDENT: usize = 11;
+/// The most columns of stages' names that are brought in line.
+const LONGEST_NAME: usize = 24;
+/// So many of a failed stage's last words are shown with the failure.
+const LAST_WORDS: usize = 3;
+/// The width of tables where no terminal has one.
+const PLAIN_WIDTH: usize = 140;
 
 /// Shows events to people.
 pub struct Terminal<W: Write> {
-    spans: Spans,
-    bars: Option<MultiProgress>,
-    running: BTreeMap<String, Running>,
+    places: Places,
+    look: Look,
+    screen: Screen<W>,
+    table: Table,
+    /// In the order in which they began.
+    running: Vec<(String, Running)>,
+    /// When a line of progress was last written, by stage.
+    told: BTreeMap<String, Instant>,
+    /// What stages said last.
+    last_words: BTreeMap<String, VecDeque<String>>,
+    /// The columns for names.
+    names: usize,
+    /// Whether it was said that stages run for the first time.
+    first_run: bool,
+    /// The stages of the run, and those that are ready.
+    stages: (usize, usize),
+    started: Instant,
     /// What is still to be written.
     lines: String,
-    out: W,
+    last_frame: Option<Instant>,
+    frames: usize,
 }
 
 impl<W: Write> Terminal<W> {
-    /// Writes lines to `out`.
-    pub fn lines(spans: Spans, out: W) -> Self {
-        Self {
-            spans,
-            bars: None,
-            running: BTreeMap::new(),
-            lines: String::new(),
-            out,
-        }
+    /// Writes to `out`.
+    pub fn new(places: Places, look: Look, out: W) -> Self {
+        Self::on(places, look, Screen::new(out))
     }
 
-    /// Writes lines to `out`, which is the terminal that standard error shows, and below them bars that move.
-    pub fn bars(spans: Spans, out: W) -> Self {
-        let bars = MultiProgress::with_draw_target(ProgressDrawTarget::stderr());
+    fn on(places: Places, look: Look, screen: Screen<W>) -> Self {
+        let names = places.stages.keys().map(|name| width(name)).max();
         Self {
-            bars: Some(bars),
-            ..Self::lines(spans, out)
+            places,
+            look,
+            screen,
+            table: Table::default(),
+            running: Vec::new(),
+            told: BTreeMap::new(),
+            last_words: BTreeMap::new(),
+            names: names.unwrap_or(0).min(LONGEST_NAME),
+            first_run: false,
+            stages: (0, 0),
+            started: Instant::now(),
+            lines: String::new(),
+            last_frame: None,
+            frames: 0,
         }
     }
 }
 
-struct Running {
-    bar: Option<ProgressBar>,
-    started: Instant,
-    told: Instant,
-    unit: String,
+impl<W: Write> Drop for Terminal<W> {
+    fn drop(&mut self) {
+        self.running.clear();
+        self.draw();
+    }
 }
 
 impl<W: Write> Reporter for Terminal<W> {
     fn event(&mut self, event: &Event) {
         match event {
-            Event::RunStarted { .. }
+            Event::RunStarted { stages, .. } => self.stages.0 = *stages,
+            Event::RunNumbered { .. }
             | Event::StageSkipped { .. }
             | Event::WorkStarted { .. }
             | Event::WorkDone { .. }
@@ -71,14 +106,14 @@ impl<W: Write> Reporter for Terminal<W> {
                 ..
             } => {
                 self.finish(stage);
+                self.stages.1 += 1;
                 let state = if *restored { "restored" } else { "fresh" };
-                let from = if *remote { " (from the remote)" } else { "" };
-                self.line(&format!(
-                    "{state:>9}  {stage}  {}{from}",
-                    short(Some(artifact))
-                ));
+                let from = if *remote { "  from the remote" } else { "" };
+                let artifact = short(Some(artifact));
+                let text = format!("{}  ", self.name(stage));
+                self.add(GOOD, state, &text, &format!("{artifact}{from}"));
             }
-            Event::StageFetching { stage } => self.begin(stage),
+            Event::StageFetching { stage } => self.begin(stage, None),
             Event::StageFetched {
                 stage,
                 files,
@@ -86,71 +121,49 @@ impl<W: Write> Reporter for Terminal<W> {
                 ..
             } => {
                 self.finish(stage);
-                self.line(&format!(
-                    "{:>9}  {stage}: {files} files, {}",
-                    "fetched",
-                    bytes(*size)
-                ));
+                self.moved("fetched", stage, *files, *size);
             }
             Event::StageSent {
                 stage,
                 files,
                 bytes: size,
                 ..
-            } => {
-                self.line(&format!(
-                    "{:>9}  {stage}: {files} files, {}",
-                    "sent",
-                    bytes(*size)
-                ));
-            }
-            Event::Warning { text } => self.line(&format!("{:>9}  {text}", "warning")),
+            } => self.moved("sent", stage, *files, *size),
+            Event::Warning { text } => self.add_always(WARNING, "warning", text),
             Event::StageStarted {
                 stage,
                 kind,
                 reasons,
-            } => {
-                let reasons: Vec<_> = reasons.iter().map(ToString::to_string).collect();
-                self.line(&format!(
-                    "{:>9}  {stage} ({kind}): {}",
-                    "runs",
-                    reasons.join("; ")
-                ));
-                self.begin(stage);
-            }
+                expected,
+            } => self.stage_started(stage, kind, reasons, *expected),
             Event::RunWaiting { holder } => {
-                self.line(&format!("{:>9}  {}", "waits", has_the_store(holder)));
+                self.add_always(WAITS, "waits", &has_the_store(holder));
             }
             Event::StageWaiting { stage, holder } => {
-                self.line(&format!(
-                    "{:>9}  {stage}: {holder} is making the same result",
-                    "waits"
-                ));
+                let text = format!("{stage}: {holder} is making the same result");
+                self.add(WAITS, "waits", &text, "");
             }
             Event::Progress {
                 stage,
                 done,
                 total,
                 unit,
-            } => self.progress(stage, *done, *total, unit),
+                memory,
+            } => self.progress(stage, (*done, *total), unit, *memory),
             Event::Metrics {
                 stage,
                 step,
                 values,
-            } => {
-                self.line(&format!(
-                    "{:>9}  {stage} step {step}: {}",
-                    "",
-                    metrics(values)
-                ));
-            }
+                ..
+            } => self.metrics(stage, *step, values),
             Event::Message { stage, level, text } => {
-                let level = if *level == Level::Warning {
-                    "warning"
+                self.remember(stage, text.clone());
+                let text = format!("{stage}: {text}");
+                if *level == Level::Warning {
+                    self.add_always(WARNING, "warning", &text);
                 } else {
-                    ""
-                };
-                self.line(&format!("{level:>9}  {stage}: {text}"));
+                    self.add(DIM, "", &text, "");
+                }
             }
             Event::StageDone {
                 stage,
@@ -159,39 +172,42 @@ impl<W: Write> Reporter for Terminal<W> {
                 seconds,
             } => {
                 self.finish(stage);
+                self.stages.1 += 1;
                 let same = if *same_bytes {
-                    ", same bytes as before"
+                    "  the same bytes as before"
                 } else {
                     ""
                 };
-                self.line(&format!(
-                    "{:>9}  {stage}  {} in {}{same}",
-                    "done",
-                    short(Some(artifact)),
-                    duration(*seconds)
-                ));
+                let artifact = short(Some(artifact));
+                let text = format!("{}  {:<10}  ", self.name(stage), duration(*seconds));
+                self.add(GOOD, "done", &text, &format!("{artifact}{same}"));
             }
             Event::StageRetried {
                 stage,
                 error,
                 pause,
-                ..
+                left,
             } => {
-                self.line(&format!(
-                    "{:>9}  {stage}: {error}; another try in {}",
-                    "failed",
+                let further = match left {
+                    0 => "the last one".to_owned(),
+                    left => format!("{left} more after it"),
+                };
+                let text = format!(
+                    "{stage}: {error}; another attempt in {}, {further}",
                     duration(*pause)
-                ));
+                );
+                self.add_always(ERROR, "failed", &text);
             }
-            Event::StageFailed { stage, error, kept } => {
-                self.finish(stage);
-                self.line(&format!("{:>9}  {stage}: {error}", "failed"));
-                if let Some(span) = self.spans.get(stage) {
-                    let line = format!("{:>9}  it is defined at {span}", "");
-                    self.line(&line);
-                }
-                if let Some(kept) = kept {
-                    self.line(&format!("{:>9}  its log and output are in {kept}", ""));
+            Event::StageFailed {
+                stage,
+                error,
+                kept,
+                interrupted,
+            } => {
+                if *interrupted || error == "interrupted" {
+                    self.stage_stopped(stage);
+                } else {
+                    self.stage_failed(stage, error, kept.as_deref());
                 }
             }
             Event::OutputPlaced {
@@ -205,7 +221,12 @@ impl<W: Write> Reporter for Terminal<W> {
                     0 => "",
                     _ => "; its large files are read-only links into the store",
                 };
-                self.line(&format!("{:>9}  {stage} -> {path}{same}{links}", "output"));
+                self.add(
+                    BOLD,
+                    "output",
+                    &format!("{stage} -> {path}{same}{links}"),
+                    "",
+                );
             }
             Event::RunFinished {
                 fresh,
@@ -214,135 +235,354 @@ impl<W: Write> Reporter for Terminal<W> {
                 skipped,
                 seconds,
                 saved,
+                interrupted,
             } => {
                 let mut parts = vec![format!("{fresh} fresh"), format!("{ran} ran")];
                 if *failed > 0 {
                     parts.push(format!("{failed} failed"));
                 }
                 if *skipped > 0 {
-                    parts.push(format!("{skipped} not started"));
+                    let what = if *interrupted { "finished" } else { "started" };
+                    parts.push(format!("{skipped} not {what}"));
                 }
                 let saved = if *saved >= 1.0 {
-                    format!(", {} saved", duration(*saved))
+                    format!("; reusing results saved {}", duration(*saved))
                 } else {
                     String::new()
                 };
-                let stages = fresh + ran + failed + skipped;
-                self.line(&format!(
-                    "{stages} stages: {} in {}{saved}",
+                let stages = (fresh + ran + failed + skipped) as u64;
+                let stopped = if *interrupted {
+                    "; the same command goes on from here"
+                } else {
+                    ""
+                };
+                let text = format!(
+                    "{}: {} in {}{saved}{stopped}",
+                    count(stages, "stages"),
                     parts.join(", "),
                     duration(*seconds)
-                ));
+                );
+                if self.look.verbosity > Verbosity::Quiet {
+                    self.table.interrupt();
+                    let columns = self.look.size.map_or(usize::MAX, |_| self.columns());
+                    for line in wrap(&text, columns) {
+                        self.write(&line);
+                    }
+                }
             }
         }
     }
 
     fn flush(&mut self) {
-        let lines = std::mem::take(&mut self.lines);
-        if lines.is_empty() {
-            return;
+        let is_due = self
+            .last_frame
+            .is_none_or(|last| last.elapsed() >= BETWEEN_FRAMES);
+        if !self.lines.is_empty() || (self.look.size.is_some() && is_due) {
+            self.draw();
         }
-        // Somebody closed the terminal: the run goes on.
-        let mut write = || _ = self.out.write_all(lines.as_bytes());
-        match &self.bars {
-            Some(bars) => bars.suspend(write),
-            None => write(),
-        }
+    }
+
+    fn tick(&mut self) {
+        self.flush();
     }
 }
 
 impl<W: Write> Terminal<W> {
-    fn begin(&mut self, stage: &str) {
-        self.finish(stage);
-        let bar = self.bars.as_ref().map(|bars| bars.add(spinner(stage)));
-        let now = Instant::now();
-        let running = Running {
-            bar,
-            started: now,
-            told: now,
-            unit: String::new(),
+    fn stage_started(
+        &mut self,
+        stage: &str,
+        kind: &str,
+        reasons: &[Reason],
+        expected: Option<f64>,
+    ) {
+        self.begin(stage, expected);
+        let is_first = |reason: &Reason| *reason == Reason::NeverRan;
+        let verbose = self.look.verbosity == Verbosity::Verbose;
+        let mut shown: Vec<String> = reasons
+            .iter()
+            .filter(|reason| !is_first(reason))
+            .map(ToString::to_string)
+            .collect();
+        // Said once, it is true of most stages.
+        if reasons.iter().any(is_first)
+            && (verbose || !std::mem::replace(&mut self.first_run, true))
+        {
+            shown.push(Reason::NeverRan.to_string());
+        }
+        let reasons = if shown.is_empty() {
+            String::new()
+        } else {
+            format!(": {}", shown.join("; "))
         };
-        self.running.insert(stage.to_owned(), running);
+        // At a terminal a line moves for it, and one stays when it is done; a reason that is worth a word comes before.
+        let is_worth_a_line = self.look.size.is_none() || verbose || reasons.len() > 20;
+        if is_worth_a_line {
+            self.add(RUNS, "runs", &format!("{stage} ({kind}){reasons}"), "");
+        }
     }
 
-    fn progress(&mut self, stage: &str, done: u64, total: Option<u64>, unit: &str) {
-        let Some(running) = self.running.get_mut(stage) else {
+    fn moved(&mut self, label: &str, stage: &str, files: usize, size: u64) {
+        let what = format!("{}, {}", count(files as u64, "files"), bytes(size));
+        let text = format!("{}  {what}", self.name(stage));
+        self.add(GOOD, label, &text, "");
+    }
+
+    fn stage_failed(&mut self, stage: &str, error: &str, kept: Option<&str>) {
+        let columns = self.columns();
+        let last_rows = self.table.end(stage, columns);
+        self.finish(stage);
+        for row in last_rows {
+            self.write(&row);
+        }
+        self.add_always(ERROR, "failed", &format!("{stage}: {error}"));
+        let mut more = Vec::new();
+        if let Some(span) = self.places.stages.get(stage) {
+            more.push(format!("it is defined at {span}"));
+        }
+        if let Some(words) = self.last_words.get(stage)
+            && !words.is_empty()
+        {
+            more.push("the end of its log:".to_owned());
+            more.extend(words.iter().map(|words| format!("  {words}")));
+        }
+        if !self.places.recipe.is_empty() {
+            let recipe = &self.places.recipe;
+            more.push(format!(
+                "`pipeline log {recipe} {}` shows all of it",
+                quoted(stage)
+            ));
+        }
+        if let Some(kept) = kept {
+            more.push(format!("what it wrote is kept in {kept}"));
+        }
+        for line in more {
+            self.add_always(DIM, "", &line);
+        }
+    }
+
+    fn stage_stopped(&mut self, stage: &str) {
+        let step = self
+            .running(stage)
+            .and_then(|running| running.step())
+            .map(|(step, total)| {
+                format!(
+                    "at step {} of {}; the same command goes on from there",
+                    thousands(step),
+                    thousands(total)
+                )
+            });
+        self.finish(stage);
+        let text = format!("{}  {}", self.name(stage), step.unwrap_or_default());
+        self.add_always(WARNING, "stopped", text.trim_end());
+    }
+
+    fn begin(&mut self, stage: &str, expected: Option<f64>) {
+        self.finish(stage);
+        let now = Instant::now();
+        self.told.insert(stage.to_owned(), now);
+        self.running
+            .push((stage.to_owned(), Running::new(now, expected)));
+    }
+
+    fn running(&mut self, stage: &str) -> Option<&mut Running> {
+        let mut running = self.running.iter_mut();
+        running
+            .find(|(name, _)| name == stage)
+            .map(|(_, running)| running)
+    }
+
+    fn progress(
+        &mut self,
+        stage: &str,
+        (done, total): (u64, Option<u64>),
+        unit: &str,
+        memory: Option<u64>,
+    ) {
+        let now = Instant::now();
+        let Some(running) = self.running(stage) else {
             return;
         };
-        if let Some(bar) = &running.bar {
-            if running.unit != unit {
-                unit.clone_into(&mut running.unit);
-                bar.reset_eta();
-                bar.set_style(style(total.is_some(), unit == "bytes"));
-            }
-            if let Some(total) = total {
-                bar.set_length(total);
-            }
-            bar.set_message(unit.to_owned());
-            bar.set_position(done);
+        running.progress(now, (done, total), unit, memory);
+        let (position, left) = (running.position().unwrap_or_default(), running.left(now));
+        if self.look.size.is_some() {
             return;
         }
-        if running.told.elapsed() < QUIET {
+        let told = self.told.entry(stage.to_owned()).or_insert(now);
+        if now - *told < QUIET {
             return;
         }
-        running.told = Instant::now();
-        let seconds = running.started.elapsed().as_secs_f64();
-        let count = |count: u64| {
-            if unit == "bytes" {
-                bytes(count)
-            } else {
-                format!("{count} {unit}")
-            }
+        *told = now;
+        let left = left.map_or_else(String::new, |left| {
+            format!(", about {} left", duration(left))
+        });
+        self.add(DIM, "", &format!("{stage}: {position}{left}"), "");
+    }
+
+    fn metrics(&mut self, stage: &str, step: u64, values: &BTreeMap<String, f64>) {
+        if let Some(running) = self.running(stage) {
+            running.metrics(values);
+        }
+        if let Some(loss) = values.get("loss") {
+            self.remember(stage, format!("step {step}: loss {}", significant(*loss)));
+        }
+        if self.look.verbosity == Verbosity::Quiet {
+            return;
+        }
+        let row = Row {
+            step,
+            values: values.clone(),
         };
-        let mut line = format!("{:>9}  {stage}: {}", "", count(done));
-        if let Some(total) = total.filter(|total| *total > 0 && done > 0) {
-            let left = seconds / done as f64 * total.saturating_sub(done) as f64;
-            line = format!("{line} of {}, about {} left", count(total), duration(left));
+        let shape = (self.look.verbosity == Verbosity::Verbose, self.columns());
+        for line in self.table.add(stage, row, Instant::now(), shape) {
+            self.write(&line);
         }
-        self.line(&line);
+        // The next line of progress would say the same.
+        self.told.insert(stage.to_owned(), Instant::now());
     }
 
     fn finish(&mut self, stage: &str) {
-        if let Some(bar) = self.running.remove(stage).and_then(|running| running.bar) {
-            bar.finish_and_clear();
-        }
-    }
-
-    /// Adds a line. What has several goes on indented, so that no text from elsewhere looks like another event.
-    fn line(&mut self, text: &str) {
-        for (index, line) in harmless(text)
-            .trim_end_matches('\n')
-            .split('\n')
-            .enumerate()
-        {
-            if index > 0 {
-                self.lines.push_str("           ");
+        if self.look.verbosity > Verbosity::Quiet {
+            let columns = self.columns();
+            for row in self.table.end(stage, columns) {
+                self.write(&row);
             }
-            self.lines.push_str(line);
-            self.lines.push('\n');
+        }
+        self.running.retain(|(name, _)| name != stage);
+        self.told.remove(stage);
+    }
+
+    fn remember(&mut self, stage: &str, words: String) {
+        let last = self.last_words.entry(stage.to_owned()).or_default();
+        if last.len() == LAST_WORDS {
+            last.pop_front();
+        }
+        last.push_back(words);
+    }
+
+    /// A stage's name with spaces behind it, so that what follows is in line.
+    fn name(&self, stage: &str) -> String {
+        let padding = " ".repeat(self.names.saturating_sub(width(stage)));
+        format!("{stage}{padding}")
+    }
+
+    /// The columns there are for a line.
+    fn columns(&self) -> usize {
+        // In the last column some terminals already begin a new line.
+        self.look
+            .size
+            .map_or(PLAIN_WIDTH, |size| size().0.saturating_sub(1))
+    }
+
+    /// Adds a line, unless only what has to be told is shown. `more` matters less than `text`.
+    fn add(&mut self, style: Style, label: &str, text: &str, more: &str) {
+        if self.look.verbosity > Verbosity::Quiet {
+            self.add_line(style, label, text, more);
         }
     }
+
+    /// Adds a line, however little is shown.
+    fn add_always(&mut self, style: Style, label: &str, text: &str) {
+        self.add_line(style, label, text, "");
+    }
+
+    /// What has several lines goes on indented, so that no text from elsewhere looks like another event.
+    fn add_line(&mut self, style: Style, label: &str, text: &str, more: &str) {
+        self.table.interrupt();
+        let text = harmless(text).into_owned();
+        let text = if more.is_empty() {
+            text.trim_end()
+        } else {
+            &text
+        };
+        let columns = match self.look.size {
+            Some(_) => self.columns().saturating_sub(INDENT).max(20),
+            None => usize::MAX,
+        };
+        let lines = text.split('\n').flat_map(|line| wrap(line, columns));
+        for (index, line) in lines.enumerate() {
+            let label = if index == 0 { label } else { "" };
+            let more = if index == 0 && !more.is_empty() {
+                paint(DIM, more)
+            } else {
+                String::new()
+            };
+            let label = paint(style, &format!("{label:>9}"));
+            self.write(&format!("{label}  {line}{more}"));
+        }
+    }
+
+    /// Adds a line as it is.
+    fn write(&mut self, line: &str) {
+        if self.look.color {
+            self.lines.push_str(line);
+        } else {
+            self.lines.push_str(stripped(line).trim_end());
+        }
+        self.lines.push('\n');
+    }
+
+    fn draw(&mut self) {
+        let frame = self.frame();
+        let lines = std::mem::take(&mut self.lines);
+        self.screen.draw(&lines, &frame);
+        self.last_frame = Some(Instant::now());
+    }
+
+    /// The lines that change.
+    fn frame(&mut self) -> Vec<String> {
+        let Some(size) = self.look.size else {
+            return Vec::new();
+        };
+        if self.running.is_empty() || self.look.verbosity == Verbosity::Quiet {
+            return Vec::new();
+        }
+        let (columns, rows) = size();
+        let columns = columns.saturating_sub(1);
+        self.frames += 1;
+        let frames = if self.look.unicode {
+            &["⠋", "⠙", "⠹", "⠸", "⠼", "⠴", "⠦", "⠧", "⠇", "⠏"][..]
+        } else {
+            &["|", "/", "-", "\\"][..]
+        };
+        let spinner = frames[self.frames % frames.len()];
+        let now = Instant::now();
+        let pen = Pen {
+            columns,
+            names: self.names,
+            unicode: self.look.unicode,
+        };
+        // One line is for all stages, one for the prompt behind.
+        let room = rows.saturating_sub(3).max(1);
+        let shown = self.running.iter().take(room);
+        let mut lines: Vec<String> = shown
+            .map(|(name, running)| {
+                running.line(&harmless(&name.replace('\n', " ")), spinner, now, pen)
+            })
+            .collect();
+        let (all, ready) = self.stages;
+        let hidden = self.running.len().saturating_sub(room);
+        let more = match hidden {
+            0 => String::new(),
+            hidden => format!(", {hidden} more running"),
+        };
+        let note = if self.look.stopping.load(Ordering::Relaxed) {
+            "stopping; Ctrl-C again stops at once".to_owned()
+        } else {
+            let elapsed = duration((now - self.started).as_secs_f64());
+            format!(
+                "{ready} of {}{more}, {elapsed}",
+                count(all as u64, "stages")
+            )
+        };
+        let indent = if columns >= 72 { INDENT } else { 3 };
+        let note = cut(&note, columns.saturating_sub(indent));
+        lines.push(format!("{}{}", " ".repeat(indent), paint(DIM, &note)));
+        if !self.look.color {
+            lines = lines.iter().map(|line| stripped(line)).collect();
+        }
+        lines
+    }
 }
 
-fn spinner(stage: &str) -> ProgressBar {
-    let bar = ProgressBar::no_length();
-    if let Ok(style) = ProgressStyle::with_template("{prefix:>20} {spinner} {elapsed}") {
-        bar.set_style(style);
-    }
-    bar.set_prefix(harmless(&stage.replace('\n', " ")).into_owned());
-    // The bar's own thread panics where the system gives no more; then it turns with the events alone.
-    if std::thread::Builder::new().spawn(|| ()).is_ok() {
-        bar.enable_steady_tick(Duration::from_millis(200));
-    }
-    bar
-}
-
-fn style(total: bool, bytes: bool) -> ProgressStyle {
-    let template = match (total, bytes) {
-        (true, false) => "{prefix:>20} {bar:30} {pos}/{len} {msg} {per_sec} {eta} left",
-        (true, true) => "{prefix:>20} {bar:30} {bytes}/{total_bytes} {bytes_per_sec} {eta} left",
-        (false, true) => "{prefix:>20} {spinner} {bytes} {bytes_per_sec}",
-        (false, false) => "{prefix:>20} {spinner} {pos} {msg} {per_sec}",
-    };
-    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
-}
+#[cfg(test)]
+mod tests;

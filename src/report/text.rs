@@ -1,7 +1,6 @@
 //! Numbers as people read them, and text from elsewhere that can't steer the terminal.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 /// Whether a character moves the cursor, hides text or turns its direction around. Ends of lines and tabs don't count.
@@ -82,29 +81,43 @@ pub fn bytes(bytes: u64) -> String {
     format!("{value:.1} TB")
 }
 
-/// The metrics of a step in one line: the ones people watch, with four significant digits.
-pub(super) fn metrics(values: &BTreeMap<String, f64>) -> String {
-    const WATCHED: [&str; 9] = [
-        "loss",
-        "eval_loss",
-        "rewards/accuracies",
-        "eval_rewards/accuracies",
-        "rewards/margins",
-        "log_odds_chosen",
-        "nll_loss",
-        "grad_norm",
-        "learning_rate",
-    ];
-    let watched = WATCHED
-        .iter()
-        .filter_map(|name| values.get_key_value(*name));
-    let shown: Vec<_> = watched
-        .map(|(name, value)| format!("{name} {}", significant(*value)))
-        .collect();
-    shown.join("  ")
+/// A number with commas between its thousands.
+pub fn thousands(number: u64) -> String {
+    let digits = number.to_string();
+    let mut text = String::with_capacity(digits.len() + digits.len() / 3);
+    for (place, digit) in digits.chars().enumerate() {
+        if place > 0 && (digits.len() - place).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
 }
 
-fn significant(value: f64) -> String {
+/// So many things, as in `1 stage` and `2 stages`. The noun is given in the plural, which ends in `s`.
+pub fn count(number: u64, things: &str) -> String {
+    let noun = match things.split_once(' ') {
+        _ if number != 1 => things.to_owned(),
+        None => things.strip_suffix('s').unwrap_or(things).to_owned(),
+        Some((noun, rest)) => format!("{} {rest}", noun.strip_suffix('s').unwrap_or(noun)),
+    };
+    format!("{} {noun}", thousands(number))
+}
+
+/// Bytes in the unit in which [`bytes`] tells `of`, without naming it.
+pub(super) fn bytes_of(bytes: u64, of: u64) -> String {
+    let (divisor, decimals) = match of as f64 {
+        0.0..999.5 => (1.0, 0),
+        999.5..999_500.0 => (1e3, 1),
+        999_500.0..999.5e6 => (1e6, 1),
+        999.5e6..999.5e9 => (1e9, 1),
+        _ => (1e12, 1),
+    };
+    format!("{:.decimals$}", bytes as f64 / divisor)
+}
+
+/// A number with four significant digits.
+pub(super) fn significant(value: f64) -> String {
     if value == 0.0 || !value.is_finite() {
         return format!("{value}");
     }
@@ -145,6 +158,18 @@ mod tests {
         assert_eq!(duration(8040.0), "2 h 14 min");
         assert_eq!(bytes(999), "999 B");
         assert_eq!(bytes(1_500_000), "1.5 MB");
+        assert_eq!(
+            [0, 999, 1000, 1_234_567].map(thousands),
+            ["0", "999", "1,000", "1,234,567"]
+        );
+        assert_eq!(count(1, "stages"), "1 stage");
+        assert_eq!(count(3000, "steps"), "3,000 steps");
+        assert_eq!(
+            count(1, "rows by the reference model"),
+            "1 row by the reference model"
+        );
+        assert_eq!(bytes_of(1_500_000, 2_000_000_000), "0.0");
+        assert_eq!(bytes_of(1_500_000, 20_000_000), "1.5");
         assert_eq!(significant(0.000_008), "8.000e-6");
         assert_eq!(significant(7.515_888), "7.516");
     }

@@ -13,12 +13,12 @@ fn a_plan_needs_nothing_and_writes_nothing() {
     let store = project.path("elsewhere");
     let plan = project.succeeds(&["plan", QUICKSTART, "--store", "elsewhere"]);
     assert!(
-        plan.contains("pairs    import_dataset       runs   it has no earlier result"),
+        plan.contains("pairs    import_dataset       runs     first run\n"),
         "{plan}"
     );
     assert!(
-        plan.contains("merged   merge                waits  on base, tuned")
-            || plan.contains("waits  on tuned, base"),
+        plan.contains("merged   merge                waits    on base, tuned\n")
+            || plan.contains("waits    on tuned, base\n"),
         "{plan}"
     );
     assert!(plan.contains("0 fresh, 1 to run, 10 waiting"), "{plan}");
@@ -55,7 +55,7 @@ fn plans_and_reasons_tell_old_and_new_values() {
     let why = project.succeeds(&["why", QUICKSTART, "chats"]);
     assert!(why.starts_with("`chats` is fresh"), "{why}");
     let why = project.succeeds(&["why", QUICKSTART, "tokens"]);
-    assert!(why.contains("it has no earlier result"), "{why}");
+    assert!(why.contains("first run"), "{why}");
 }
 
 #[test]

@@ -84,12 +84,8 @@ fn whatever_ends_the_process_of_a_stage_is_a_failure_of_that_stage() {
         assert!(error.contains(words), "{error}");
         // Its memory is free: the process is gone.
         assert!(!fs::exists(format!("/proc/{}", stage.unwrap())).unwrap());
-        let log = failed["base"]["kept"].as_str().unwrap();
-        assert!(
-            fs::read_to_string(format!("{log}/log.jsonl"))
-                .unwrap()
-                .contains(words)
-        );
+        let log = project.succeeds(&["log", "recipes/quickstart.yaml", "base"]);
+        assert!(log.contains(words), "{log}");
     }
 }
 

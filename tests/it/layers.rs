@@ -151,7 +151,7 @@ const LAYERS: [Layer; 11] = [
     Layer {
         name: "report",
         layers: &["engine"],
-        crates: &["anstream", "anstyle", "indicatif"],
+        crates: &["anstream", "anstyle", "humantime", "unicode_width"],
     },
     Layer {
         name: "cli",

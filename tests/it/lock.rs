@@ -46,7 +46,7 @@ fn the_same_lock_gives_the_same_fingerprints() {
     let refused = first.run(&["run", "here/r.yaml", "--locked"]);
     assert_eq!(refused.code, Some(2));
     assert!(
-        refused.stderr.contains("`chats`: chat.jinja nothing -> "),
+        refused.stderr.contains("`--locked` needs `here/r.yaml.lock`, which is not there\nhint: `pipeline lock here/r.yaml` writes it"),
         "{}",
         refused.stderr
     );

@@ -57,3 +57,5 @@ mod shrinking;
 mod story;
 #[cfg(test)]
 mod support;
+#[cfg(test)]
+mod terminal;

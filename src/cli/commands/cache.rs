@@ -181,7 +181,7 @@ fn project(recipe: &Path, store: &StoreArgs, which: &Which) -> Result<Project, F
 
 fn push(args: &Push) -> Result<(), Failure> {
     let cancel = Arc::new(AtomicBool::new(false));
-    stop_on_signal(&cancel)?;
+    stop_on_signal(&cancel, true)?;
     if let Some(recipe) = &args.recipe {
         let project = project(recipe, &args.store, &args.remote)?;
         let targets = project.find_all(&args.stages)?;
@@ -253,7 +253,7 @@ fn send(
 
 fn pull(args: &Pull) -> Result<(), Failure> {
     let cancel = Arc::new(AtomicBool::new(false));
-    stop_on_signal(&cancel)?;
+    stop_on_signal(&cancel, true)?;
     let mut project = Project::open(&args.recipe, &args.store)?;
     project.connect(&args.remote.args(), true)?;
     project.report_warnings()?;

@@ -4,7 +4,7 @@ use crate::cli::args::{RecipeArgs, StoreArgs};
 use crate::cli::project::Project;
 use crate::cli::{Failure, error, print, print_json, table};
 use crate::engine::{Outcome, Run, RunStage};
-use crate::report::{JsonLines, Reporter, Terminal, ago, duration};
+use crate::report::{ago, duration};
 
 #[derive(clap::Args)]
 pub(in crate::cli) struct Args {
@@ -23,7 +23,7 @@ pub(in crate::cli) struct Args {
 pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     let project = Project::open(&args.recipe, &args.store)?;
     if let Some(run) = args.events {
-        return show_events(&project, run, args.json);
+        return show_events(&project, &args.recipe, run, args.json);
     }
     let runs = project.runs();
     if args.json {
@@ -42,6 +42,8 @@ fn row(run: &Run) -> Vec<String> {
         Outcome::Done => "done",
         Outcome::Failed => "failed",
         Outcome::Interrupted => "interrupted",
+        Outcome::Running => "running",
+        Outcome::Killed => "killed",
     };
     let named = |wanted: fn(&RunStage) -> bool| {
         let stages = run.stages.iter().filter(|(_, stage)| wanted(stage));
@@ -68,21 +70,18 @@ fn row(run: &Run) -> Vec<String> {
 }
 
 /// Hands the events of a run to a reporter again.
-fn show_events(project: &Project, run: u64, json: bool) -> Result<(), Failure> {
+fn show_events(
+    project: &Project,
+    recipe: &RecipeArgs,
+    run: u64,
+    json: bool,
+) -> Result<(), Failure> {
     let Some(events) = project.events(run) else {
         let message = format!("no events of run {run} are kept");
         let hint =
             "`pipeline history` lists the runs; `pipeline gc` removes the events of old ones";
         return Err(Failure::Usage(error::with_hint(&message, hint)));
     };
-    let mut reporter: Box<dyn Reporter> = if json {
-        Box::new(JsonLines::new(std::io::stdout()))
-    } else {
-        Box::new(Terminal::lines(project.spans(), std::io::stdout()))
-    };
-    for logged in events {
-        reporter.event(&logged.event);
-        reporter.flush();
-    }
+    super::log::replay(project, recipe, events, json);
     Ok(())
 }

@@ -8,6 +8,7 @@ pub(super) mod generate;
 pub(super) mod graph;
 pub(super) mod history;
 pub(super) mod lock;
+pub(super) mod log;
 pub(super) mod plan;
 pub(super) mod publish;
 pub(super) mod reference;

@@ -1,17 +1,34 @@
-//! `plan`: what `run` would do, one line a stage.
+//! `plan`: what `run` would do, one line a stage, with what it is likely to take.
 
-use serde_json::json;
+use std::fmt::Write as _;
 
+use serde_json::{Value, json};
+
+use super::run::{check_lock, warn_of_unused};
 use crate::cli::args::{RecipeArgs, StoreArgs};
+use crate::cli::console::verbosity;
 use crate::cli::project::Project;
 use crate::cli::remote::RemoteArgs;
-use crate::cli::{Failure, print, print_json, table};
-use crate::engine::{State, short};
+use crate::cli::{Failure, eprint_rendered, print_json, print_rendered};
+use crate::engine::{Forecast, Position, Reason, State, short};
+use crate::report::style::{BOLD, DIM, ERROR, GOOD, RUNS, WAITS, paint};
+use crate::report::{Verbosity, bytes, count, duration, thousands};
 
 #[derive(clap::Args)]
 pub(in crate::cli) struct Args {
     #[command(flatten)]
     recipe: RecipeArgs,
+    /// The stages to plan, with everything they depend on [default: all]
+    stages: Vec<String>,
+    /// Plans to run this stage even if it is fresh; may be repeated
+    #[arg(long, value_name = "STAGE")]
+    force: Vec<String>,
+    /// Fails if any input differs from what the lock file pins
+    #[arg(long)]
+    locked: bool,
+    /// Exits with 0 if there is nothing to do, with 2 if there is something, with 1 if that can't be told
+    #[arg(long)]
+    exit_code: bool,
     /// The plan as JSON
     #[arg(long)]
     json: bool,
@@ -22,52 +39,213 @@ pub(in crate::cli) struct Args {
 }
 
 pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
+    let planned = plan(args);
+    match planned {
+        // 2 has another meaning here.
+        Err(Failure::Usage(text)) if args.exit_code => {
+            eprint_rendered(&text);
+            Err(Failure::Reported)
+        }
+        planned => planned,
+    }
+}
+
+fn plan(args: &Args) -> Result<(), Failure> {
     let mut project = Project::open(&args.recipe, &args.store)?;
     project.connect(&args.remote, true)?;
-    let states = project.plan();
+    let targets = project.find_all(&args.stages)?;
+    let forced = project.find_all(&args.force)?;
+    check_lock(&project, args.locked)?;
+    project.locked = args.locked;
+    let forecasts = project.session(&forced).forecast(&targets);
     project.report_warnings()?;
-    let order = project.recipe.order();
-    let planned = || {
-        let pairs = order
-            .iter()
-            .map(|&index| (project.recipe.stages.get(index), states.get(index)));
-        pairs.filter_map(|(stage, state)| Some((stage?, state?)))
-    };
-    if args.json {
-        let stages: Vec<_> = planned()
-            .map(|(stage, state)| json!({ "stage": stage.name, "kind": stage.kind.name, "plan": state }))
-            .collect();
-        return print_json(&stages);
-    }
-    let rows: Vec<Vec<String>> = planned()
-        .flat_map(|(stage, state)| {
-            let (state, mut why) = describe(state);
-            let first = if why.is_empty() {
-                String::new()
-            } else {
-                why.remove(0)
-            };
-            let head = vec![
-                stage.name.clone(),
-                stage.kind.name.to_owned(),
-                state.to_owned(),
-                first,
-            ];
-            let more = why
-                .into_iter()
-                .map(|why| vec![String::new(), String::new(), String::new(), why]);
-            std::iter::once(head).chain(more).collect::<Vec<_>>()
+    warn_of_unused(&project);
+    let order = project.recipe.order().into_iter();
+    let planned: Vec<Planned> = order
+        .filter_map(|index| {
+            let stage = project.recipe.stages.get(index)?;
+            Some(Planned {
+                name: &stage.name,
+                kind: stage.kind.name,
+                forecast: forecasts.get(index)?.as_ref()?,
+            })
         })
         .collect();
-    print(&table(&rows));
-    let count = |wanted: fn(&State) -> bool| states.iter().filter(|state| wanted(state)).count();
-    print(&format!(
-        "{} fresh, {} to run, {} waiting\n",
-        count(|state| matches!(state, State::Fresh { .. })),
-        count(|state| matches!(state, State::Runs { .. })),
-        count(|state| matches!(state, State::WaitsOn { .. })),
-    ));
+    if args.json {
+        print_json(&planned.iter().map(Planned::json).collect::<Vec<_>>())?;
+    } else {
+        if verbosity() > Verbosity::Quiet {
+            print_rendered(&table(&planned));
+        }
+        print_rendered(&sum(&planned));
+    }
+    let any = |wanted: fn(&State) -> bool| {
+        planned
+            .iter()
+            .any(|planned| wanted(&planned.forecast.state))
+    };
+    if any(|state| matches!(state, State::Unknown { .. })) {
+        return Err(Failure::Reported);
+    }
+    if args.exit_code && any(|state| !matches!(state, State::Fresh { .. })) {
+        return Err(Failure::Changes);
+    }
     Ok(())
+}
+
+/// A stage of the plan.
+struct Planned<'a> {
+    name: &'a str,
+    kind: &'static str,
+    forecast: &'a Forecast,
+}
+
+impl Planned<'_> {
+    fn json(&self) -> Value {
+        let mut value = json!({ "stage": self.name, "kind": self.kind });
+        if let (Some(value), Ok(Value::Object(forecast))) =
+            (value.as_object_mut(), serde_json::to_value(self.forecast))
+        {
+            value.extend(forecast);
+        }
+        value
+    }
+}
+
+/// The lines of all stages.
+fn table(planned: &[Planned<'_>]) -> String {
+    let width = |of: fn(&Planned<'_>) -> usize| planned.iter().map(of).max().unwrap_or(0);
+    let names = width(|planned| planned.name.chars().count());
+    let kinds = width(|planned| planned.kind.chars().count());
+    let expected: Vec<[String; 2]> = planned.iter().map(|one| expected(one.forecast)).collect();
+    let wide = |column: usize| {
+        let cells = expected.iter().map(|cells| cells[column].chars().count());
+        cells.max().unwrap_or(0)
+    };
+    let (times, sizes) = (wide(0), wide(1));
+    let mut text = String::new();
+    for (planned, [time, size]) in planned.iter().zip(&expected) {
+        let state = &planned.forecast.state;
+        let (word, mut why) = describe(state);
+        if let Some(position) = &planned.forecast.goes_on {
+            why.push(goes_on(position));
+        }
+        let style = match state {
+            State::Fresh { .. } => GOOD,
+            State::Runs { .. } => RUNS,
+            State::WaitsOn { .. } => WAITS,
+            State::Unknown { .. } => ERROR,
+        };
+        let head = format!(
+            "{}  {}  {}  ",
+            paint(BOLD, &format!("{:names$}", planned.name)),
+            format_args!("{:kinds$}", planned.kind),
+            paint(style, &format!("{word:7}"))
+        );
+        let mut costs = String::new();
+        for (cell, width) in [(time, times), (size, sizes)] {
+            if width > 0 {
+                _ = write!(costs, "{cell:>width$}  ");
+            }
+        }
+        let margin = names + kinds + 7 + 6 + costs.len();
+        let is_fresh = matches!(state, State::Fresh { .. });
+        let mut why = why.iter();
+        let first = why.next().map_or_else(String::new, |why| {
+            let why = crate::report::harmless(why);
+            if is_fresh {
+                paint(DIM, &why)
+            } else {
+                why.into_owned()
+            }
+        });
+        text.push_str(&head);
+        text.push_str(&paint(DIM, &costs));
+        text.push_str(&first);
+        trim_end(&mut text);
+        for why in why {
+            text.push_str(&" ".repeat(margin));
+            text.push_str(&crate::report::harmless(why));
+            trim_end(&mut text);
+        }
+    }
+    text
+}
+
+/// Ends a line without spaces before its end.
+fn trim_end(text: &mut String) {
+    text.truncate(text.trim_end_matches(' ').len());
+    text.push('\n');
+}
+
+/// What a stage that is not fresh is likely to take: time and space.
+fn expected(forecast: &Forecast) -> [String; 2] {
+    let time = forecast
+        .seconds
+        .map(|seconds| format!("~{}", duration(seconds)));
+    [
+        time.unwrap_or_default(),
+        forecast.bytes.map(bytes).unwrap_or_default(),
+    ]
+}
+
+/// How many stages are in which state, and what is likely to be taken in all.
+fn sum(planned: &[Planned<'_>]) -> String {
+    let count_of = |wanted: fn(&State) -> bool| {
+        let states = planned.iter().map(|planned| &planned.forecast.state);
+        states.filter(|state| wanted(state)).count()
+    };
+    let unknown = count_of(|state| matches!(state, State::Unknown { .. }));
+    let mut text = format!(
+        "{} fresh, {} to run, {} waiting",
+        count_of(|state| matches!(state, State::Fresh { .. })),
+        count_of(|state| matches!(state, State::Runs { .. })),
+        count_of(|state| matches!(state, State::WaitsOn { .. })),
+    );
+    if unknown > 0 {
+        text = format!("{text}, {unknown} unknown");
+    }
+    let stale = planned
+        .iter()
+        .filter(|planned| !matches!(planned.forecast.state, State::Fresh { .. }));
+    let stale: Vec<_> = stale.collect();
+    let seconds: Vec<f64> = stale
+        .iter()
+        .filter_map(|planned| planned.forecast.seconds)
+        .collect();
+    if !seconds.is_empty() {
+        let sizes: u64 = stale
+            .iter()
+            .filter_map(|planned| planned.forecast.bytes)
+            .sum();
+        text = format!(
+            "{text}; about {} and {} by the last results",
+            duration(seconds.iter().sum()),
+            bytes(sizes)
+        );
+        let without = stale.len() - seconds.len();
+        if without > 0 {
+            text = format!(
+                "{text}, without {} that never ran",
+                count(without as u64, "stages")
+            );
+        }
+    }
+    text.push('\n');
+    text
+}
+
+/// Where a stage goes on.
+pub(super) fn goes_on(position: &Position) -> String {
+    let unit = position.unit.strip_suffix('s').unwrap_or(&position.unit);
+    let total = position
+        .total
+        .map(|total| format!(" of {}", thousands(total)));
+    format!(
+        "goes on at {unit} {}{}",
+        thousands(position.done),
+        total.unwrap_or_default()
+    )
 }
 
 /// One word for a state, and a line for each thing to say about it.
@@ -89,7 +267,11 @@ pub(in crate::cli) fn describe(state: &State) -> (&'static str, Vec<String>) {
         State::Runs { reasons } => ("runs", reasons.iter().map(ToString::to_string).collect()),
         State::WaitsOn { stages, reasons } => {
             let waits = format!("on {}", stages.join(", "));
-            let reasons = reasons.iter().map(ToString::to_string);
+            // That it runs for the first time is true of everything behind a stage that does.
+            let reasons = reasons
+                .iter()
+                .filter(|reason| **reason != Reason::NeverRan)
+                .map(ToString::to_string);
             ("waits", std::iter::once(waits).chain(reasons).collect())
         }
         State::Unknown { error } => ("unknown", vec![error.clone()]),

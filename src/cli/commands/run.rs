@@ -1,7 +1,6 @@
-//! `run`: makes stale stages fresh and puts results in their places.
+//! `run`: runs what is out of date and writes the outputs.
 
 use std::collections::BTreeSet;
-use std::io::IsTerminal as _;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,11 +9,16 @@ use std::sync::mpsc::{Sender, channel};
 use anyhow::Context as _;
 
 use crate::cli::args::{RecipeArgs, StoreArgs};
+use crate::cli::console::{look_of_errors, verbosity};
 use crate::cli::project::Project;
 use crate::cli::remote::RemoteArgs;
-use crate::cli::{Failure, eprint, error, lock_file, machine};
+use crate::cli::{
+    Failure, eprint, eprint_rendered, eprint_warning, error, is_command, lock_file, machine,
+};
 use crate::engine::{Bytes, Event, Machine, Options, PublishOptions, Published, Summary, publish};
-use crate::report::{JsonLines, Reporter, Terminal, report};
+use crate::recipe::RecipeStage;
+use crate::report::style::{BOLD, paint};
+use crate::report::{JsonLines, Reporter, Terminal, Verbosity, harmless, quoted, report};
 
 #[derive(clap::Args)]
 pub(in crate::cli) struct Args {
@@ -37,8 +41,9 @@ pub(in crate::cli) struct Args {
     /// Memory for all running stages together, as their `resources` count it, such as `20GiB` [default: the machine's]
     #[arg(long, value_name = "SIZE")]
     memory: Option<Bytes>,
+    // No stage computes on one yet: it is only counted for `resources: { gpus: .. }`.
     /// Ids of the devices that stages may use, such as `0,1` [default: all]
-    #[arg(long, value_name = "IDS", value_delimiter = ',')]
+    #[arg(long, value_name = "IDS", value_delimiter = ',', hide = true)]
     gpus: Option<Vec<usize>>,
     /// After a failure, continues with the stages that do not depend on the failed one
     #[arg(long)]
@@ -63,8 +68,14 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     project.connect(&args.remote, args.no_push)?;
     let targets = project.find_all(&args.stages)?;
     let forced = project.find_all(&args.force)?;
-    check_lock(&project, args)?;
+    check_lock(&project, args.locked)?;
     project.locked = args.locked;
+    warn_of_unused(&project);
+    if args.gpus.is_some() {
+        eprint_warning(
+            "no stage computes on a GPU yet; `--gpus` only counts for `resources: { gpus: .. }`",
+        );
+    }
     let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
     let options = Options {
         jobs: args.jobs.map_or(cores, NonZeroUsize::get),
@@ -76,13 +87,15 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
         keep_going: args.keep_going,
     };
     let cancel = Arc::clone(&project.env.cancel);
-    stop_on_signal(&cancel)?;
+    let look = look_of_errors(Arc::clone(&cancel));
+    let says_it = !args.json && look.size.is_some() && verbosity() > Verbosity::Quiet;
+    stop_on_signal(&cancel, !says_it)?;
     let (events, received) = channel();
-    let mut reporter: Box<dyn Reporter + Send> = match (args.json, std::io::stderr().is_terminal())
-    {
-        (true, _) => Box::new(JsonLines::new(std::io::stdout())),
-        (false, true) => Box::new(Terminal::bars(project.spans(), std::io::stderr())),
-        (false, false) => Box::new(Terminal::lines(project.spans(), std::io::stderr())),
+    let mut reporter: Box<dyn Reporter + Send> = if args.json {
+        Box::new(JsonLines::new(std::io::stdout()))
+    } else {
+        let places = project.places(&args.recipe);
+        Box::new(Terminal::new(places, look, std::io::stderr()))
     };
     let mut log = project.event_log();
     let summary = std::thread::scope(|scope| {
@@ -132,16 +145,89 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     if summary.failed > 0 {
         return Err(Failure::Reported);
     }
+    if summary.ran > 0 && !args.json && verbosity() > Verbosity::Quiet {
+        suggest(&project, &targets, &project.places(&args.recipe).recipe);
+    }
     Ok(())
 }
 
-/// With `--locked` nothing may move. Without, a lock file that is behind is worth a sentence.
-fn check_lock(project: &Project, args: &Args) -> Result<(), Failure> {
-    let path = lock_file::path(&args.recipe.recipe);
-    if !args.locked && !path.exists() {
-        return Ok(());
+/// The commands that are worth a try now.
+fn suggest(project: &Project, targets: &[usize], recipe: &str) {
+    let needed = project.graph.needed(targets);
+    let order = project.recipe.order().into_iter();
+    let stages = order.filter(|&index| needed.get(index) == Some(&true));
+    let stages: Vec<&RecipeStage> = stages
+        .filter_map(|index| project.recipe.stages.get(index))
+        .collect();
+    // What was made last of a sort is what people wanted.
+    let last = |wanted: &[&str]| {
+        let mut found = stages.iter().rev();
+        found.find(|stage| wanted.contains(&stage.stage.output()))
+    };
+    let mut commands = Vec::new();
+    let mut suggest = |command: &str, stage: Option<&&RecipeStage>| {
+        if is_command(command) {
+            let stage = stage.map(|stage| format!(" {}", quoted(&stage.name)));
+            commands.push(format!(
+                "pipeline {command} {recipe}{}",
+                stage.unwrap_or_default()
+            ));
+        }
+    };
+    let trains = stages.iter().any(|stage| stage.stage.exclusive());
+    match (last(&["scores"]), last(&["model", "adapter"])) {
+        (None, None) => suggest("show", stages.last()),
+        (scores, model) => {
+            if scores.is_some() {
+                suggest("show", scores);
+            }
+            if model.is_some() && trains {
+                suggest("chat", model);
+            }
+        }
     }
-    let changes = project.session(&[]).changed_pins()?;
+    if trains {
+        suggest("report", None);
+    }
+    let lines = commands.iter().enumerate().map(|(at, command)| {
+        let label = if at == 0 { "try" } else { "" };
+        format!(
+            "{}  {}\n",
+            paint(BOLD, &format!("{label:>9}")),
+            harmless(command)
+        )
+    });
+    eprint_rendered(&lines.collect::<String>());
+}
+
+/// Tells what the recipe has and nothing uses.
+pub(in crate::cli) fn warn_of_unused(project: &Project) {
+    for unused in project.recipe.unused() {
+        let path = project.recipe.path.display();
+        let place = unused.span.map(|span| format!(" ({path}:{span})"));
+        eprint_warning(&format!("{}{}", unused.message, place.unwrap_or_default()));
+    }
+}
+
+/// With `--locked` nothing may move. Without, a lock file that is behind is worth a sentence.
+pub(in crate::cli) fn check_lock(project: &Project, locked: bool) -> Result<(), Failure> {
+    let recipe = &project.recipe.path;
+    let path = lock_file::path(recipe);
+    let shown = quoted(&recipe.display().to_string());
+    if !path.exists() {
+        if !locked {
+            return Ok(());
+        }
+        let message = format!("`--locked` needs `{}`, which is not there", path.display());
+        let hint = format!("`pipeline lock {shown}` writes it");
+        return Err(Failure::Usage(error::with_hint(&message, &hint)));
+    }
+    let changes = match project.session(&[]).changed_pins() {
+        Ok(changes) => changes,
+        Err(error) if locked => return Err(error.into()),
+        // What can't be read now is told of the stage that reads it.
+        Err(_) => return Ok(()),
+    };
     if changes.is_empty() {
         return Ok(());
     }
@@ -151,9 +237,9 @@ fn check_lock(project: &Project, args: &Args) -> Result<(), Failure> {
         path.display(),
         list.trim_end()
     );
-    if args.locked {
-        let hint = "`pipeline lock --update` updates the pins";
-        return Err(Failure::Usage(error::with_hint(&message, hint)));
+    if locked {
+        let hint = format!("`pipeline lock --update {shown}` pins those at hand");
+        return Err(Failure::Usage(error::with_hint(&message, &hint)));
     }
     eprint(&format!("note: {message}\n"));
     Ok(())
@@ -169,13 +255,22 @@ pub(in crate::cli) fn on_interrupt(act: impl FnMut() + Send + 'static) -> anyhow
     listening.context("could not listen to Ctrl-C")
 }
 
-/// The first Ctrl-C (or SIGTERM) lets stages stop by themselves; the second ends the process, which the store survives.
-pub(in crate::cli) fn stop_on_signal(cancel: &Arc<AtomicBool>) -> anyhow::Result<()> {
+/// The first Ctrl-C (or SIGTERM) lets stages stop by themselves, and is answered if `answers`; the second ends the process, which the
+/// store survives.
+pub(in crate::cli) fn stop_on_signal(
+    cancel: &Arc<AtomicBool>,
+    answers: bool,
+) -> anyhow::Result<()> {
     let cancel = Arc::clone(cancel);
     on_interrupt(move || {
         if cancel.swap(true, Ordering::Relaxed) {
+            // Nothing that moved stays on the terminal.
+            eprint("");
             #[expect(clippy::exit, reason = "the user asked twice")]
             std::process::exit(130);
+        }
+        if !answers {
+            return;
         }
         eprint("interrupted: waiting for stages to stop; press Ctrl-C again to stop at once\n");
     })

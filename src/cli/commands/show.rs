@@ -38,7 +38,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
         return Err(anyhow::anyhow!("`{}` has no result yet; {hint}", args.stage).into());
     };
     let folder = project.store.artifact(&record.artifact);
-    let mut text = about(&project, &record, &folder);
+    let mut text = about(&project, &args.stage, &record, &folder);
     if let Some(State::Runs { .. } | State::WaitsOn { .. }) = project.plan().get(index) {
         let hint = format!(
             "pipeline why {} {}",
@@ -77,10 +77,10 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     Ok(())
 }
 
-fn about(project: &Project, record: &Record, folder: &Path) -> String {
+fn about(project: &Project, stage: &str, record: &Record, folder: &Path) -> String {
     let mut text = format!(
-        "{} ({}) made {}\n\n",
-        record.stage, record.fingerprint.kind, record.output
+        "{stage} ({}) made {}\n\n",
+        record.fingerprint.kind, record.output
     );
     let manifest = project.store.manifest(&record.artifact);
     let size = manifest.map_or(0, |manifest| manifest.size());
@@ -100,6 +100,10 @@ fn about(project: &Project, record: &Record, folder: &Path) -> String {
             ),
         ],
     ];
+    if record.stage != stage {
+        let made = format!("by the same stage under the name `{}`", record.stage);
+        rows.push(vec!["first made".into(), made]);
+    }
     for (name, value) in &record.notes {
         rows.push(vec![name.clone(), canonical_json(value)]);
     }

@@ -1,22 +1,115 @@
-//! `validate`: checks a recipe without running anything.
+//! `validate`: checks recipes, the local files that they name, and the first rows of those, without running anything.
 
-use crate::cli::args::RecipeArgs;
-use crate::cli::project::load;
-use crate::cli::{Failure, print};
+use std::path::PathBuf;
+
+use super::run::warn_of_unused;
+use crate::cli::args::{RecipeArgs, StoreArgs};
+use crate::cli::console::verbosity;
+use crate::cli::project::Project;
+use crate::cli::{Failure, eprint_rendered, error, print};
+use crate::engine::files_at;
+use crate::recipe::{Override, SourceSpan};
+use crate::report::{Verbosity, count};
+
+/// So many of the first rows of a file are looked at.
+const FIRST_ROWS: usize = 100;
 
 #[derive(clap::Args)]
 pub(in crate::cli) struct Args {
+    /// The recipes, YAML files
+    #[arg(required = true, value_name = "RECIPE")]
+    recipes: Vec<PathBuf>,
+    /// Sets a value of the recipes, such as `vars.seed=1`; may be repeated
+    #[arg(long = "set", value_name = "PATH=VALUE", value_parser = crate::cli::args::assignment)]
+    set: Vec<Override>,
+    /// Allows the recipes to read files in this folder outside their project, also through links; may be repeated
+    #[arg(long, value_name = "DIR")]
+    allow_path: Vec<PathBuf>,
+    /// Checks the recipes alone, and not whether the files they read are there and can be read
+    #[arg(long)]
+    no_files: bool,
     #[command(flatten)]
-    recipe: RecipeArgs,
+    store: StoreArgs,
 }
 
 pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
-    let recipe = load(&args.recipe)?;
-    print(&format!(
-        "`{}` is valid: {} stages, {} outputs\n",
-        recipe.path.display(),
-        recipe.stages.len(),
-        recipe.outputs.len()
-    ));
+    let mut failure = None;
+    for recipe in &args.recipes {
+        let recipe = RecipeArgs {
+            recipe: recipe.clone(),
+            set: args.set.clone(),
+            allow_path: args.allow_path.clone(),
+        };
+        if let Err(failed) = validate(&recipe, args) {
+            // The next recipe may be wrong as well.
+            match failed {
+                Failure::Usage(text) => {
+                    eprint_rendered(&text);
+                    failure = Some(Failure::Usage(String::new()));
+                }
+                Failure::Failed(error) => {
+                    eprint_rendered(&error::plain(&format!("{error:#}")));
+                    failure = failure.or(Some(Failure::Reported));
+                }
+                other => failure = failure.or(Some(other)),
+            }
+        }
+    }
+    failure.map_or(Ok(()), Err)
+}
+
+fn validate(recipe: &RecipeArgs, args: &Args) -> Result<(), Failure> {
+    let project = Project::open(recipe, &args.store)?;
+    warn_of_unused(&project);
+    let path = project.recipe.path.display();
+    let mut wrong = 0;
+    let mut tell = |span: Option<SourceSpan>, message: &str| {
+        wrong += 1;
+        let place = span.map_or_else(|| path.to_string(), |span| format!("{path}:{span}"));
+        eprint_rendered(&error::plain(&format!("{message}\n  at {place}")));
+    };
+    let mut files = 0;
+    for (index, stage) in project.recipe.stages.iter().enumerate() {
+        if args.no_files {
+            break;
+        }
+        let mut all_there = true;
+        for file in &stage.files {
+            let parameter = format!(
+                "stages.{}.{}.{}",
+                stage.name, stage.kind.name, file.parameter
+            );
+            let span = project.recipe.span_of(&parameter).or(Some(stage.span));
+            let found = project.graph.nodes.get(index);
+            let found = found.and_then(|node| node.sources.get(&file.path));
+            let listed = found.map(|found| files_at(found));
+            match listed {
+                Some(Ok(listed)) => files += listed.len() as u64,
+                Some(Err(error)) => {
+                    all_there = false;
+                    tell(span, &format!("`{}`: {error:#}", stage.name));
+                }
+                None => {}
+            }
+        }
+        if all_there && let Err(error) = project.session(&[]).try_first_rows(index, FIRST_ROWS) {
+            tell(Some(stage.span), &format!("`{}`: {error:#}", stage.name));
+        }
+    }
+    if wrong > 0 {
+        return Err(Failure::Reported);
+    }
+    if verbosity() > Verbosity::Quiet {
+        let files = if files == 0 {
+            String::new()
+        } else {
+            format!(", {} read", count(files, "files"))
+        };
+        print(&format!(
+            "`{path}` is valid: {}, {}{files}\n",
+            count(project.recipe.stages.len() as u64, "stages"),
+            count(project.recipe.outputs.len() as u64, "outputs"),
+        ));
+    }
     Ok(())
 }

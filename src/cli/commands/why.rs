@@ -4,12 +4,12 @@ use std::fmt::Write as _;
 
 use similar::{ChangeTag, TextDiff};
 
-use super::plan::describe;
+use super::plan::{describe, goes_on};
 use crate::cli::args::{RecipeArgs, StoreArgs};
 use crate::cli::project::Project;
 use crate::cli::remote::RemoteArgs;
 use crate::cli::{Failure, print};
-use crate::engine::{Reason, State};
+use crate::engine::{Forecast, Reason, State};
 use crate::report::{ago, duration};
 
 #[derive(clap::Args)]
@@ -28,21 +28,22 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     let mut project = Project::open(&args.recipe, &args.store)?;
     project.connect(&args.remote, true)?;
     let index = project.find(&args.stage)?;
-    let states = project.plan();
+    let forecasts = project.session(&[]).forecast(&[index]);
     project.report_warnings()?;
     let mut text = String::new();
-    explain(&project, &states, index, &mut text);
+    explain(&project, &forecasts, index, &mut text);
     // What it waits on, and what that waits on: each once, nearest first.
     let mut told = vec![index];
     let mut next = 0;
     while let Some(&index) = told.get(next) {
         next += 1;
-        if let Some(State::WaitsOn { .. }) = states.get(index) {
+        let state = |index: usize| Some(&forecasts.get(index)?.as_ref()?.state);
+        if let Some(State::WaitsOn { .. }) = state(index) {
             for &input in &project.graph.inputs[index] {
-                let open = !matches!(states.get(input), Some(State::Fresh { .. }));
+                let open = !matches!(state(input), Some(State::Fresh { .. }));
                 if open && !told.contains(&input) {
                     text.push('\n');
-                    explain(&project, &states, input, &mut text);
+                    explain(&project, &forecasts, input, &mut text);
                     told.push(input);
                 }
             }
@@ -52,10 +53,13 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     Ok(())
 }
 
-fn explain(project: &Project, states: &[State], index: usize, text: &mut String) {
-    let (Some(stage), Some(state)) = (project.recipe.stages.get(index), states.get(index)) else {
+fn explain(project: &Project, forecasts: &[Option<Forecast>], index: usize, text: &mut String) {
+    let (Some(stage), Some(Some(forecast))) =
+        (project.recipe.stages.get(index), forecasts.get(index))
+    else {
         return;
     };
+    let state = &forecast.state;
     let name = &stage.name;
     let (word, lines) = describe(state);
     match state {
@@ -90,6 +94,9 @@ fn explain(project: &Project, states: &[State], index: usize, text: &mut String)
             _ = writeln!(text, "`{name}` {word} on {}", stages.join(", "));
             list(project, name, reasons, text);
         }
+    }
+    if let Some(position) = &forecast.goes_on {
+        _ = writeln!(text, "  {}, from its last checkpoint", goes_on(position));
     }
 }
 

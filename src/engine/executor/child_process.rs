@@ -122,9 +122,11 @@ impl Executor for ChildProcess {
                 Ok(Event::WorkDone { notes, written }) => {
                     outcome = Some(Ok(TaskResult { notes, written }));
                 }
-                Ok(Event::WorkFailed { causes, disk_full }) => {
-                    outcome = Some(Err(error(causes, disk_full)));
-                }
+                Ok(Event::WorkFailed {
+                    causes,
+                    disk_full,
+                    lasting,
+                }) => outcome = Some(Err(error(causes, disk_full, lasting))),
                 Ok(event) => events.send(event),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => break,

@@ -11,7 +11,7 @@ use rayon::ThreadPoolBuilder;
 use super::super::context::Context;
 use super::super::control::Control;
 use super::super::stage_events::StageEvents;
-use super::super::task::Task;
+use super::super::task::{Task, lasting};
 use super::super::{Kind, RunEnv, threads};
 use super::{Executor, TaskResult};
 
@@ -61,7 +61,14 @@ pub(in crate::engine) fn run_task(
     let stage =
         (kind.parse)(task.params.clone()).map_err(|error| anyhow!("`{}`: {error}", task.kind))?;
     let context = Context::new(task, Arc::clone(env), Arc::clone(events), control.clone());
-    stage.run(&context)?;
+    stage.run(&context).map_err(|error| {
+        // A stage without facts from outside depends on its inputs alone, and they stay what they are.
+        if stage.has_outside_facts() || context.cancelled() {
+            error
+        } else {
+            lasting(error)
+        }
+    })?;
     Ok(TaskResult {
         notes: context
             .notes

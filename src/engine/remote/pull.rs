@@ -344,6 +344,7 @@ impl Arrival<'_> {
                 done: done + piece.len() as u64,
                 total: Some(self.size),
                 unit: "bytes".into(),
+                memory: None,
             });
         }
         Ok(())

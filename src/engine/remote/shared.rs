@@ -87,7 +87,9 @@ impl Shared {
             },
             ..Self::none()
         };
-        shared.warn(&format!("{why}; going on without the remote"));
+        if !required {
+            shared.warn(&format!("{why}; going on without the remote"));
+        }
         shared.state().unreachable = Some(why.to_owned());
         shared
     }
@@ -119,7 +121,8 @@ impl Shared {
             "the remote `{}` can't be used: {error:#}",
             self.address().unwrap_or_default()
         );
-        if self.state().unreachable.replace(why.clone()).is_none() {
+        // Where it is required, this is the error that ends the command.
+        if self.state().unreachable.replace(why.clone()).is_none() && !self.settings.required {
             self.warn(&format!("{why}; going on without it"));
         }
     }
@@ -130,7 +133,7 @@ impl Shared {
             "the remote `{}` can't be written: {error:#}",
             self.address().unwrap_or_default()
         );
-        if self.state().unwritable.replace(why.clone()).is_none() {
+        if self.state().unwritable.replace(why.clone()).is_none() && !self.settings.required {
             self.warn(&format!(
                 "{why}; results stay here, and the next run sends them (`--no-push` sends nothing)"
             ));
@@ -143,7 +146,9 @@ impl Shared {
         let failed = state.unreachable.as_ref().or(state.unwritable.as_ref());
         match failed {
             Some(why) if self.settings.required => {
-                bail!("{why}, and --remote-required asks for it")
+                bail!(
+                    "{why}; hint: without `--remote-required` (or `required: true` in the project's settings) it goes on without the remote"
+                )
             }
             _ => Ok(()),
         }

@@ -56,7 +56,8 @@ impl Stage for Odd {
             MOST[*self.counter].fetch_max(threads, Ordering::SeqCst);
         }
         let mut result = if tries < *self.fails {
-            Err(anyhow::anyhow!("told to fail"))
+            // As a disk or a connection fails: the next attempt may go well.
+            Err(std::io::Error::other("told to fail").into())
         } else {
             Ok(())
         };
@@ -157,6 +158,31 @@ fn a_stage_is_tried_again_as_often_as_it_may() {
     assert_eq!((summary.ran, summary.failed), (1, 0));
     let retried = |event: &Event| matches!(event, Event::StageRetried { error, left: 0, .. } if error == "told to fail");
     assert!(events.iter().any(retried));
+}
+
+#[test]
+fn what_would_fail_in_the_same_way_is_not_tried_again() {
+    let toy = Toy::new(62);
+    let mut node = Node {
+        name: "joined".into(),
+        stage: Arc::new(Join {
+            inputs: Vec::new(),
+            separator: String::new(),
+            fail: Neutral("error".into()),
+            counter: Neutral(62),
+        }),
+        sources: [].into(),
+        handling: Handling::default(),
+    };
+    node.handling.retries = 3;
+    let (summary, events) = run_nodes(&toy, vec![node], &Options::for_test(1));
+    assert_eq!((summary.ran, summary.failed), (0, 1));
+    assert_eq!(RUNS[62].load(Ordering::SeqCst), 1);
+    let (error, _) = failure(&events);
+    assert_eq!(
+        error,
+        "not tried again, because it would fail in the same way: told to fail"
+    );
 }
 
 #[test]

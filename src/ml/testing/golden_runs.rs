@@ -504,7 +504,7 @@ fn a_loss_that_is_no_number_stops_with_the_step_and_the_rows() {
     .unwrap_err();
     let text = error.to_string();
     assert!(
-        text.contains("NaN in step 1 (rows [0, 1] of `train`)"),
+        text.contains("NaN in step 1 (rows [1, 2] of `train`)"),
         "{text}"
     );
 }

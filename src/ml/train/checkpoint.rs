@@ -176,6 +176,17 @@ pub(in crate::ml) fn any(folder: &Path) -> anyhow::Result<bool> {
     Ok(!checkpoints(folder)?.is_empty())
 }
 
+/// The step of the newest checkpoint in a folder, sound or not, by its name alone.
+pub fn newest_checkpoint(folder: &Path) -> Option<u64> {
+    let newest = checkpoints(folder).ok()?.pop()?;
+    newest
+        .file_name()?
+        .to_str()?
+        .strip_prefix("step-")?
+        .parse()
+        .ok()
+}
+
 /// Writes a checkpoint and removes all but the newest `keep`.
 pub(in crate::ml) fn save(
     folder: &Path,

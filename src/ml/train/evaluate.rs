@@ -46,7 +46,7 @@ pub(super) fn metrics(
 /// Rows whose scores are no numbers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NotFinite {
-    /// Their numbers, from 0.
+    /// Their numbers, from 1.
     pub rows: Vec<usize>,
 }
 
@@ -113,7 +113,7 @@ pub fn preferences(
         }
         if !odd.is_empty() {
             bail!(NotFinite {
-                rows: odd.into_iter().collect()
+                rows: odd.into_iter().map(|row| row + 1).collect()
             });
         }
         done += rows.len();

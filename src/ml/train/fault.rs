@@ -18,7 +18,7 @@ pub struct Fault {
     pub what: &'static str,
     /// Its value.
     pub value: f64,
-    /// The batch's rows, by their numbers in the split.
+    /// The batch's rows, by their numbers in the split, from 1.
     pub rows: Vec<usize>,
     /// The split.
     pub split: String,
@@ -90,10 +90,10 @@ impl<'a> Search<'a> {
         }
     }
 
-    /// The numbers, in the split, of rows given by their indices among those that are trained on.
+    /// The numbers from 1, in the split, of rows given by their indices among those that are trained on.
     pub(super) fn rows(&self, indices: &[usize]) -> Vec<usize> {
         let each = self.origin.rows_each.max(1);
-        let mut rows: Vec<usize> = indices.iter().map(|index| index / each).collect();
+        let mut rows: Vec<usize> = indices.iter().map(|index| index / each + 1).collect();
         rows.dedup();
         rows
     }

@@ -97,7 +97,7 @@ fn an_infinite_weight_stops_the_step_of_its_rows_or_is_skipped() {
     let fault: &Fault = error.downcast_ref().unwrap();
     let step = row / 4 + 1;
     assert_eq!(fault.step, step as u64);
-    assert_eq!(fault.rows, [row / 2 * 2, row / 2 * 2 + 1]);
+    assert_eq!(fault.rows, [row / 2 * 2 + 1, row / 2 * 2 + 2]);
     assert_eq!(fault.what, "loss");
     let text = error.to_string();
     assert!(

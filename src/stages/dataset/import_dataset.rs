@@ -142,6 +142,16 @@ impl Stage for ImportDataset {
         problems
     }
 
+    fn on_first_rows(&self, rows: usize) -> Option<Self> {
+        let most = |given: Option<usize>| Some(given.map_or(rows, |given| given.min(rows)));
+        let mut first = self.clone();
+        first.max_rows = most(self.max_rows);
+        for part in &mut first.datasets {
+            part.max_rows = most(part.max_rows);
+        }
+        Some(first)
+    }
+
     fn run(&self, cx: &Context) -> Result<()> {
         let mut counts = BTreeMap::new();
         let mut skipped = 0;

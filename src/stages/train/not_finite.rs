@@ -90,7 +90,7 @@ fn an_evaluation_of_a_broken_model_fails_with_split_and_rows() {
     holds(
         &error,
         &[
-            "rows [0, 1, 2, 3, 4] of `test`",
+            "rows [1, 2, 3, 4, 5] of `test`",
             &format!("`{DOWN}` in `model.safetensors` of the model holds a NaN (value 37 of 12288"),
         ],
     );
@@ -116,7 +116,7 @@ fn an_evaluation_of_a_broken_model_fails_with_split_and_rows() {
     holds(
         &error,
         &[
-            &format!("rows [{row}] of `test`"),
+            &format!("rows [{}] of `test`", row + 1),
             "`model.embed_tokens.weight`",
             "an infinity",
         ],

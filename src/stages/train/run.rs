@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, ensure};
 use candle_core::Device;
@@ -18,8 +19,8 @@ use crate::ml::model::batch::Row;
 use crate::ml::model::{Llama, Trained, tied};
 use crate::ml::train::save::{save_adapter, save_model};
 use crate::ml::train::{
-    Ending, Job, Origin, Passes, ReferenceModel, Start, Step, compute_dtype, continue_from, train,
-    trainer_state,
+    Ending, Job, Log, Origin, Passes, ReferenceModel, Start, Step, compute_dtype, continue_from,
+    train, trainer_state,
 };
 use crate::stages::model_input::{note_fallback, pad_id, rows};
 use crate::stages::text::chat_template;
@@ -247,6 +248,66 @@ struct Told {
     began: bool,
     tokens: u64,
     computed: u64,
+    throughput: Throughput,
+    pace: Pace,
+}
+
+/// Measures seconds a step, for what is told of the training should it be stopped.
+#[derive(Debug, Default)]
+struct Pace {
+    /// When the first step was told, and which it was.
+    first: Option<(Instant, u64)>,
+    kept: Option<Instant>,
+}
+
+impl Pace {
+    /// How often it is kept.
+    const PAUSE: Duration = Duration::from_secs(5);
+
+    fn add(&mut self, cx: &Context, step: &Step, now: Instant) {
+        let (began, first) = *self.first.get_or_insert((now, step.step));
+        let is_due = self.kept.is_none_or(|kept| now - kept >= Self::PAUSE);
+        if is_due && step.step > first {
+            self.kept = Some(now);
+            let steps = (step.step - first) as f64;
+            cx.keep_pace(step.total, (now - began).as_secs_f64() / steps);
+        }
+    }
+}
+
+/// Measures tokens per second between two logs of a training.
+#[derive(Debug, Default)]
+struct Throughput {
+    /// When the training last told something.
+    last: Option<Instant>,
+    tokens: u64,
+    time: Duration,
+}
+
+impl Throughput {
+    /// Counts what went by until `now`, which is when the training told `step`. What evaluations take does not count.
+    fn add(&mut self, step: &Step, now: Instant) {
+        let evaluated = step.logs.iter().any(is_evaluation);
+        if let Some(last) = self.last.replace(now)
+            && !evaluated
+        {
+            self.time += now - last;
+        }
+        self.tokens += step.tokens as u64;
+    }
+
+    /// Tokens per second since this was last asked.
+    fn take(&mut self) -> Option<f64> {
+        let (tokens, time) = (
+            std::mem::take(&mut self.tokens),
+            std::mem::take(&mut self.time),
+        );
+        (tokens > 0 && !time.is_zero()).then(|| tokens as f64 / time.as_secs_f64())
+    }
+}
+
+fn is_evaluation(log: &Log) -> bool {
+    log.values.contains_key("eval_loss")
 }
 
 impl Told {
@@ -264,13 +325,21 @@ impl Told {
         }
         self.tokens += step.tokens as u64;
         self.computed += step.computed as u64;
+        self.throughput.add(step, Instant::now());
+        self.pace.add(cx, step, Instant::now());
         cx.progress(step.step, Some(step.total), "steps");
         for log in &step.logs {
             let mut values = log.values.clone();
             values.insert("epoch".into(), log.epoch);
-            cx.metrics(log.step, values);
+            if !is_evaluation(log)
+                && let Some(tokens_per_second) = self.throughput.take()
+            {
+                values.insert("tokens_per_second".into(), tokens_per_second);
+            }
+            cx.metrics(log.step, Some(step.total), values);
         }
         if cx.cancelled() {
+            cx.progress_now(step.step, Some(step.total), "steps");
             ControlFlow::Break(())
         } else {
             ControlFlow::Continue(())

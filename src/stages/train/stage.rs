@@ -1,6 +1,7 @@
 //! A training as a stage: the parameters of its method beside those that all trainings have, flat in the recipe.
 
 use std::borrow::Cow;
+use std::path::Path;
 
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::de::Error as _;
@@ -9,7 +10,8 @@ use serde::{Deserialize, Deserializer, Serialize};
 use super::arguments::TrainingArguments;
 use super::method::Method;
 use super::run::run;
-use crate::engine::{Artifact, Context, ParseError, Problem, Stage, read_side_by_side};
+use crate::engine::{Artifact, Context, ParseError, Position, Problem, Stage, read_side_by_side};
+use crate::ml::train::newest_checkpoint;
 use crate::stages::artifacts::{Adapter, Model};
 use crate::stages::rules::Rules;
 
@@ -82,6 +84,11 @@ impl<M: Method> Stage for Train<M> {
         self.arguments.check(&mut rules);
         self.method.check(&self.arguments, &mut rules);
         rules.0
+    }
+
+    fn position(&self, scratch: &Path) -> Option<Position> {
+        let step = newest_checkpoint(scratch)?;
+        Some(Position::at(step, "steps", scratch))
     }
 
     fn run(&self, cx: &Context) -> anyhow::Result<()> {

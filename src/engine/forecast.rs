@@ -1,0 +1,121 @@
+//! What can be said of a stage before it runs, beside its state: about how long it takes, how much it makes, and where it goes on.
+
+use anyhow::Context as _;
+use serde::Serialize;
+
+use super::control::Control;
+use super::plan::{Session, State};
+use super::position::Position;
+use super::stage_events::StageEvents;
+use super::task::{TASK_VERSION, Task, memory, unmarked};
+
+/// What is to be expected of a stage.
+#[derive(Debug, Clone, Serialize)]
+pub struct Forecast {
+    /// Its state.
+    #[serde(rename = "plan")]
+    pub state: State,
+    /// Seconds it is likely to take if it runs: those of its last result, or what is left from where it goes on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seconds: Option<f64>,
+    /// Bytes it is likely to make: those of its last result.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bytes: Option<u64>,
+    /// Where it goes on, if an earlier run was stopped in it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub goes_on: Option<Position>,
+}
+
+impl Session<'_> {
+    /// The state of each stage that `targets` need (all stages when empty), in the order of the recipe, and what is to be expected of
+    /// those that are not fresh. Nothing for the others. Of a remote it asks records only.
+    pub fn forecast(&self, targets: &[usize]) -> Vec<Option<Forecast>> {
+        let needed = self.graph.needed(targets);
+        let looked = self.look(&needed, targets);
+        let all = looked.into_iter().enumerate();
+        let forecasts = all.map(|(index, inspection)| {
+            let inspection = inspection?;
+            if let State::Fresh { .. } = inspection.state {
+                return Some(Forecast {
+                    state: inspection.state,
+                    seconds: None,
+                    bytes: None,
+                    goes_on: None,
+                });
+            }
+            let node = &self.graph.nodes[index];
+            let last = self
+                .record(index)
+                .filter(|last| last.fingerprint.kind == node.stage.kind());
+            let goes_on = inspection.fingerprint.as_ref().and_then(|fingerprint| {
+                let scratch = self.store.scratch(fingerprint);
+                let known = scratch.is_dir() && !self.forced[index];
+                known.then(|| node.stage.position(&scratch))?
+            });
+            let left = goes_on.as_ref().and_then(|position| {
+                let share = |total: u64| {
+                    let seconds = last.as_ref()?.seconds;
+                    Some(seconds * (1.0 - position.done as f64 / total.max(1) as f64))
+                };
+                position.seconds_left.or_else(|| share(position.total?))
+            });
+            let bytes = last
+                .as_ref()
+                .and_then(|last| self.store.manifest(&last.artifact))
+                .map(|manifest| manifest.size());
+            Some(Forecast {
+                state: inspection.state,
+                seconds: left.or_else(|| last.map(|last| last.seconds)),
+                bytes,
+                goes_on,
+            })
+        });
+        forecasts.collect()
+    }
+
+    /// Runs a stage that has no inputs on the first rows of its local files, in a folder that goes away, to find what is wrong with them.
+    /// Does nothing for a stage that has no such rows.
+    pub fn try_first_rows(&self, index: usize, rows: usize) -> anyhow::Result<()> {
+        let node = &self.graph.nodes[index];
+        let Some(params) = node.stage.on_first_rows(rows) else {
+            return Ok(());
+        };
+        let folder = tempfile::tempdir().context("could not make a folder to try it in")?;
+        let place = |name: &str| -> anyhow::Result<std::ffi::OsString> {
+            let path = folder.path().join(name);
+            std::fs::create_dir(&path)?;
+            Ok(path.into_os_string())
+        };
+        let resources = &node.handling.resources;
+        let task = Task {
+            version: TASK_VERSION,
+            pipeline: env!("CARGO_PKG_VERSION").to_owned(),
+            stage: node.name.clone(),
+            kind: node.stage.kind().to_owned(),
+            params: unmarked(params),
+            exclusive: false,
+            offline: true,
+            cpus: resources.cpus,
+            memory: memory(node.stage.bounded(), resources),
+            gpus: Vec::new(),
+            inputs: [].into(),
+            sources: node
+                .sources
+                .iter()
+                .map(|(written, path)| (written.clone(), path.clone().into_os_string()))
+                .collect(),
+            outside: [].into(),
+            out: place("out")?,
+            scratch: place("scratch")?,
+            scratch_note: Vec::new(),
+            continuations: None,
+            known: Vec::new(),
+            warned: [].into(),
+        };
+        let (sender, _unheard) = std::sync::mpsc::channel();
+        let events = std::sync::Arc::new(StageEvents::new(sender));
+        let control = Control::new(std::sync::Arc::clone(&self.env.cancel), None);
+        let executor = self.executors.for_stage(resources);
+        executor.execute(&task, &events, &control).map(|_| ())
+    }
+}
