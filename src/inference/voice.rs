@@ -214,7 +214,7 @@ impl<'a> Voice<'a> {
             let growing = &ear.growing[number];
             replies.push(Reply {
                 finish_reason: match answer.finish {
-                    _ if growing.stopped => FinishReason::Stop,
+                    Finish::Broken if growing.stopped => FinishReason::Stop,
                     Finish::Stop => FinishReason::Stop,
                     Finish::Length => FinishReason::Length,
                     Finish::Broken => FinishReason::Interrupted,

@@ -13,7 +13,7 @@ use anyhow::Context as _;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::run::on_interrupt;
+use super::run::stop_waiting_on_interrupt;
 use crate::cli::answering::AnswerArgs;
 use crate::cli::target::TargetArgs;
 use crate::cli::{Failure, eprint, error};
@@ -116,13 +116,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
         _ => Some(Voice::new(&tuned, &execution, true, side_by_side, options)?),
     };
     let cancel = Arc::new(AtomicBool::new(false));
-    let interrupted = Arc::clone(&cancel);
-    on_interrupt(move || {
-        if interrupted.swap(true, Ordering::Relaxed) {
-            #[expect(clippy::exit, reason = "the user asked twice")]
-            std::process::exit(130);
-        }
-    })?;
+    stop_waiting_on_interrupt(&cancel)?;
     let mut out: Box<dyn Write> = match &args.output {
         None => Box::new(std::io::stdout()),
         Some(path) => {

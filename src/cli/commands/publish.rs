@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use self::card::{Card, is_ours};
 use self::lineage::Lineage;
-use super::run::stop_on_signal;
+use super::run::stop_waiting_on_interrupt;
 use crate::cli::args::{RecipeArgs, StoreArgs, assignment};
 use crate::cli::project::{Project, run_env};
 use crate::cli::{Failure, eprint, error, print, print_json};
@@ -127,7 +127,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     let mut settings = HubSettings::from_variables(&variable, env.home.as_deref())?;
     settings.offline |= env.offline;
     let cancel = Arc::clone(&env.cancel);
-    stop_on_signal(&cancel)?;
+    stop_waiting_on_interrupt(&cancel)?;
     let watch = Interruptible {
         cancel: Arc::clone(&cancel),
     };
@@ -442,8 +442,13 @@ fn told(item: &Item, pushed: &Pushed) -> String {
             item.name, pushed.url
         );
     }
-    let mut text = format!(
-        "published `{}`: {} {}, {} of large files sent, {} unchanged\n",
+    let removed = if pushed.removed.is_empty() {
+        String::new()
+    } else {
+        format!("removed what they replace: {}\n", pushed.removed.join(", "))
+    };
+    format!(
+        "published `{}`: {} {}, {} of large files sent, {} unchanged\n{removed}{}\n",
         item.name,
         pushed.changed.len(),
         if pushed.changed.len() == 1 {
@@ -452,17 +457,9 @@ fn told(item: &Item, pushed: &Pushed) -> String {
             "files"
         },
         bytes(pushed.sent),
-        pushed.unchanged.len()
-    );
-    if !pushed.removed.is_empty() {
-        text.push_str(&format!(
-            "removed what they replace: {}\n",
-            pushed.removed.join(", ")
-        ));
-    }
-    text.push_str(pushed.pull_request.as_ref().unwrap_or(&pushed.url));
-    text.push('\n');
-    text
+        pushed.unchanged.len(),
+        pushed.pull_request.as_ref().unwrap_or(&pushed.url)
+    )
 }
 
 /// A file as it is published: an adapter that doesn't name its base is told the base's name on the hub.

@@ -14,7 +14,7 @@ static SECRETS: LazyLock<Vec<(Regex, &str)>> = LazyLock::new(|| {
         ),
         (r"\b(?:sk-[A-Za-z0-9_-]{20,}|AKIA[0-9A-Z]{16})", "(hidden)"),
         (
-            r#"(?im)^(\s*(?:[A-Za-z0-9_-]*[_-])?(?:token|password|passwd|secret|api[_-]?key|access[_-]?key)\s*:\s*)[^\s{\[#].*$"#,
+            r"(?im)^(\s*(?:[A-Za-z0-9_-]*[_-])?(?:token|password|passwd|secret|api[_-]?key|access[_-]?key)\s*:\s*)[^\s{\[#].*$",
             "${1}(hidden)",
         ),
         (r"(?:/home|/Users)/[^/\s\x22']+", "~"),

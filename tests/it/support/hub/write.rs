@@ -1,6 +1,7 @@
 //! What changes repositories: making them, announcing files, the store of large files, commits. It refuses what the real hub refuses.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
 use std::sync::Arc;
 
 use base64::Engine as _;
@@ -516,7 +517,7 @@ fn commit(
     }
     let mut name = format!("{repo} {parent}");
     for (path, file) in &files {
-        name.push_str(&format!(" {path} {}", git_sha1(&file.bytes)));
+        let _ = write!(name, " {path} {}", git_sha1(&file.bytes));
     }
     let commit = hex(&sha1::Sha1::digest(name));
     found.commits.insert(commit.clone(), files);
