@@ -69,7 +69,7 @@ impl TargetArgs {
             allow_path: self.allow_path.clone(),
         };
         let project = Project::open(&recipe, &self.store)?;
-        let mut target = of_stage(project, self.stage.as_deref())?;
+        let mut target = of_stage(&project, self.stage.as_deref())?;
         if let Some(base) = &self.base {
             match &mut target.tuned {
                 Folders {
@@ -145,16 +145,16 @@ fn base_of(adapter: &Path) -> Result<PathBuf, Failure> {
 /// Nouns of artifacts that can be talked to, or that lead to one.
 const SPEAKING: [&str; 3] = ["model", "adapter", "scores"];
 
-fn of_stage(project: Project, stage: Option<&str>) -> Result<Target, Failure> {
+fn of_stage(project: &Project, stage: Option<&str>) -> Result<Target, Failure> {
     let index = match stage {
         Some(stage) => project.find(stage)?,
-        None => last(&project)?,
+        None => last(project)?,
     };
     let node = &project.recipe.stages[index];
     let (name, recipe) = (node.name.clone(), project.recipe.path.display().to_string());
     let output = node.stage.output();
     if !SPEAKING.contains(&output) {
-        let can = speaking(&project, &SPEAKING);
+        let can = speaking(project, &SPEAKING);
         let message = format!("`{name}` makes {output}, which can't answer");
         let hint = if can.is_empty() {
             format!("`{recipe}` has no stage that makes a model or an adapter")
@@ -199,7 +199,7 @@ fn of_stage(project: Project, stage: Option<&str>) -> Result<Target, Failure> {
         "adapter" => {
             let model = match of("model") {
                 Some(content) => content,
-                None => companion(&project, &name)?,
+                None => companion(project, &name)?,
             };
             let adapter = here(&record.artifact)?;
             (Folders::with_adapter(here(&model)?, adapter), None)

@@ -89,7 +89,9 @@ impl Sampling {
         }
         if (self.temperature - 1.).abs() > 0. {
             let temperature = self.temperature as f32;
-            scores.iter_mut().for_each(|score| *score /= temperature);
+            for score in scores.iter_mut() {
+                *score /= temperature;
+            }
         }
         if self.top_k > 0 && self.top_k < scores.len() {
             keep_largest(self.top_k, scores);
@@ -172,7 +174,7 @@ fn keep_relative(min_p: f32, scores: &mut [f32]) {
 /// The place of the first largest score.
 fn largest_place(scores: &[f32]) -> Option<usize> {
     let most = scores.iter().copied().max_by(f32::total_cmp)?;
-    scores.iter().position(|score| *score == most)
+    scores.iter().position(|score| *score >= most)
 }
 
 /// `exp(score - the largest)`: probabilities but for their sum.

@@ -154,9 +154,11 @@ impl Hub<'_> {
             escape_revision(branch)
         );
         match self.ask::<Value>(&address, &json!({}))? {
-            Ok(_) | Err(HttpError::Status { status: 409, .. }) => Ok(()),
-            // Whether it is there is seen when files are announced.
-            Err(HttpError::Status { status: 403, .. }) => Ok(()),
+            // Who may not make it need not: whether it is there is seen when files are announced.
+            Ok(_)
+            | Err(HttpError::Status {
+                status: 403 | 409, ..
+            }) => Ok(()),
             Err(failure) => {
                 let doing = format!("making the branch `{branch}`");
                 Err(self.explain_write(kind, repo, &doing, &failure))
@@ -260,8 +262,9 @@ impl Hub<'_> {
             HttpError::Connection(reason) => {
                 anyhow!("{what}: {reason}; what was sent stays there, and the same command goes on")
             }
-            HttpError::Certificate(reason) => anyhow!("{what}: {reason}"),
-            HttpError::Malformed(reason) => anyhow!("{what}: {reason}"),
+            HttpError::Certificate(reason) | HttpError::Malformed(reason) => {
+                anyhow!("{what}: {reason}")
+            }
         }
     }
 }

@@ -37,6 +37,7 @@ fn prompt(row: &Value) -> Prompt {
     Prompt::from_json(row, None, false).unwrap()
 }
 
+#[expect(clippy::unnecessary_wraps, reason = "it stands for a listener")]
 fn deaf(_: Option<Piece<'_>>) -> anyhow::Result<ControlFlow<()>> {
     Ok(ControlFlow::Continue(()))
 }

@@ -41,13 +41,13 @@ impl Lineage {
             .filter_map(|index| project.record_of(index))
             .collect();
         let folder = |content: &str| project.store.artifact(content);
-        Self::among(record, records, project.recipe.text.clone(), &folder)
+        Self::among(record, &records, project.recipe.text.clone(), &folder)
     }
 
     /// The same with the records of all stages, those that others need first.
     fn among(
         record: &Record,
-        records: Vec<Record>,
+        records: &[Record],
         recipe: String,
         folder: &dyn Fn(&str) -> std::path::PathBuf,
     ) -> Self {

@@ -90,9 +90,8 @@ pub(super) fn put(state: &mut State, request: &Request) -> Answer {
     match of("partNumber").map(str::parse::<u32>) {
         None if sha256(&request.body) != oid => return refusal(400, "BadDigest"),
         None => {
-            _ = state
-                .store
-                .insert(oid.to_owned(), Arc::new(request.body.clone()))
+            let body = Arc::new(request.body.clone());
+            state.store.insert(oid.to_owned(), body);
         }
         Some(Ok(part)) => {
             let parts = state.parts.entry(oid.to_owned()).or_default();
