@@ -25,7 +25,7 @@ use pipeline::engine::{
     Event, Executors, Graph, Handling, Machine, Node, Options, Pins, RunEnv, Session, Store, run,
 };
 use pipeline::stages::{KINDS, kind};
-use pipeline_kernels::{merge, nf4};
+use pipeline_kernels::{FloatType, merge, nf4};
 
 const STAGES: &str = "\
 pairs: { import_dataset: { path: rows.jsonl } }
@@ -390,20 +390,20 @@ fn best(mut work: impl FnMut()) -> f64 {
 
 fn kernels(bytes: usize) {
     let mut random = Random(7);
-    for stored in [nf4::Stored::F32, nf4::Stored::Bf16, nf4::Stored::F16] {
+    for stored in [FloatType::F32, FloatType::Bf16, FloatType::F16] {
         let count = bytes / stored.size();
         let mut input = Vec::with_capacity(bytes);
         for _ in 0..count {
             let value = (random.next() + random.next() + random.next() - 1.5) as f32 * 0.04;
             match stored {
-                nf4::Stored::F32 => input.extend(value.to_le_bytes()),
-                nf4::Stored::Bf16 => input.extend(half::bf16::from_f32(value).to_le_bytes()),
-                nf4::Stored::F16 => input.extend(half::f16::from_f32(value).to_le_bytes()),
+                FloatType::F32 => input.extend(value.to_le_bytes()),
+                FloatType::Bf16 => input.extend(half::bf16::from_f32(value).to_le_bytes()),
+                FloatType::F16 => input.extend(half::f16::from_f32(value).to_le_bytes()),
             }
         }
         let mut magnitudes = vec![0f32; count.div_ceil(nf4::BLOCK)];
         let mut packed = vec![0u8; count.div_ceil(2)];
-        let first = best(|| nf4::largest(stored, &input, &mut magnitudes));
+        let first = best(|| nf4::absmax(stored, &input, &mut magnitudes));
         let second = best(|| nf4::pack(stored, &input, &mut packed));
         let third = best(|| {
             drop(pipeline::ml::quant::nf4::encode::Magnitudes::nested(

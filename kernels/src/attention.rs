@@ -1,12 +1,13 @@
-//! Grouped-query attention over spans of tokens, forward and backward, without ever holding all scores.
+//! Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245) over spans of tokens, forward and backward, without ever holding
+//! all scores.
 //!
-//! A span is a run of tokens that may see each other: a sequence, or a prompt and the two answers that share it. What several
-//! spans begin with can be a span of its own, their context, so that sequences form a tree (tree training, arXiv 2511.00413).
-//! One task takes the query heads that share a key head of one span. Its keys and values, the context's in front, are put into
-//! panels of their own, and 32 queries at a time go over them: scores, softmax, weighted values. The backward makes the scores
-//! again from the queries, the keys and the logarithm of each softmax's sum (Dao et al. 2022, arXiv 2205.14135, section 3.1).
-//! What a task finds for its context's keys it keeps to itself; all is added in the order of the spans afterwards, so that
-//! results don't depend on which task ends first.
+//! A span is a run of tokens that may attend to each other: a sequence, or a prompt and the two answers that share it. A prefix that
+//! several spans have in common can be a span of its own, their context, so that sequences form a tree (tree training, arXiv
+//! 2511.00413). One task computes the query heads that share a key head of one span. It copies the keys and values, the context's
+//! first, into panels of its own, and computes scores, softmax and weighted values for 32 queries at a time. The backward pass
+//! recomputes the scores from the queries, the keys and the logarithm of each softmax's sum (Dao et al. 2022, arXiv 2205.14135,
+//! section 3.1). A task keeps the gradients of its context's keys and values to itself. They are added up afterwards in the order of
+//! the spans, so that results don't depend on which task ends first.
 
 mod local;
 mod loops;
@@ -19,49 +20,49 @@ use rayon::prelude::*;
 use crate::dispatch::run;
 use crate::micro::{Tile, multiply};
 use crate::panels::{self, LANES, count};
-use local::{Places, Shared, gather, scatter, scatter_transposed};
+use local::{Shared, TokenRanges, gather, scatter, scatter_transposed};
 use loops::{Dot, Limits, Mask, ScaleLanes, ScoresBackward, Softmax};
 use spans::Keys;
 pub use spans::{Span, Spans, Visible};
 
-/// The shape of the heads.
+/// The numbers of heads and their width.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Heads {
-    /// Query heads.
+    /// The number of query heads.
     pub queries: usize,
-    /// Key and value heads; each serves `queries / keys` query heads.
+    /// The number of key heads and of value heads; each serves `queries / keys` query heads.
     pub keys: usize,
-    /// Features of one head.
+    /// The number of features of one head.
     pub width: usize,
 }
 
-/// Queries, keys and values, in panels.
+/// Queries, keys and values, in panels of the same tokens.
 #[derive(Debug, Clone, Copy)]
 pub struct Inputs<'a> {
-    /// `queries * width` features.
+    /// The queries, panels of `queries * width` features.
     pub q: &'a [f32],
-    /// `keys * width` features.
+    /// The keys, panels of `keys * width` features.
     pub k: &'a [f32],
-    /// `keys * width` features.
+    /// The values, panels of `keys * width` features.
     pub v: &'a [f32],
 }
 
-/// Gradients of [`Inputs`].
+/// The gradients with respect to [`Inputs`], of the same shapes.
 pub struct Gradients<'a> {
-    /// Of the queries.
+    /// The gradient with respect to the queries.
     pub q: &'a mut [f32],
-    /// Of the keys.
+    /// The gradient with respect to the keys.
     pub k: &'a mut [f32],
-    /// Of the values.
+    /// The gradient with respect to the values.
     pub v: &'a mut [f32],
 }
 
-/// Rows of a tile.
+/// The rows of a tile of a product.
 const ROWS: usize = 8;
-/// A panel of one feature a row.
+/// One feature of a panel's tokens.
 type Row = [f32; LANES];
 
-/// Checks that all sizes are those of so many heads for the tokens of the spans; `like_queries` are panels like the queries.
+/// Checks that all sizes fit the heads and the tokens of the spans; `like_queries` must be panels like the queries.
 ///
 /// # Panics
 /// If they are not.
@@ -96,25 +97,26 @@ fn check(
     );
 }
 
-/// The most floats that wait to be added to the gradients of contexts' keys and values.
-const WAITING: usize = 1 << 24;
+/// The largest number of floats in which tasks keep gradients of contexts' keys and values at a time.
+const MAX_CONTEXT_GRADS: usize = 1 << 24;
 
 /// The query heads that share a key head of one span.
 struct Task<'a> {
     span: &'a Span,
     keys: &'a Keys,
     head: usize,
-    /// Where the gradients of the context's keys and values go.
+    /// Receives the gradients of the context's keys and values.
     context_grads: &'a mut [f32],
 }
 
-/// What a task keeps for the keys and values of its context: `[key, value][chunk of 32 features][key][32 features]`.
-fn waiting(keys: &Keys, heads: Heads) -> usize {
+/// The number of floats in which a task keeps the gradients of its context's keys and values, as
+/// `[keys, values][chunk of 32 features][key][32 features]`.
+fn context_grads_size(keys: &Keys, heads: Heads) -> usize {
     let wide = heads.width.next_multiple_of(LANES);
     keys.context.saturating_mul(2 * wide)
 }
 
-/// The tasks of some key heads; of `context_grads` each gets its part, by span and head.
+/// The tasks of some key heads. Each gets its part of `context_grads`, in the order of spans and heads.
 fn tasks<'a>(
     spans: &'a Spans,
     heads: Heads,
@@ -128,7 +130,7 @@ fn tasks<'a>(
             let own = if all.is_empty() {
                 0
             } else {
-                waiting(keys, heads)
+                context_grads_size(keys, heads)
             };
             let (own, rest) = all.split_at_mut(own);
             context_grads = Some(rest);
@@ -142,18 +144,20 @@ fn tasks<'a>(
             }
         }
     }
-    // The longest first, so that cores end together.
+    // The longest tasks come first, so that all cores finish at about the same time.
     tasks.sort_by_key(|task| std::cmp::Reverse(task.span.visible.len() * task.keys.count));
     tasks
 }
 
-/// `softmax(q k^T / sqrt(width)) v` of each head over the keys that a token may see (Vaswani et al. 2017, arXiv 1706.03762, equation 1).
+/// Computes `softmax(q k^T / sqrt(width)) v` for each head over the keys that a token may attend to (Vaswani et al. 2017, arXiv
+/// 1706.03762, equation 1).
 ///
-/// `out` are panels of `queries * width` features, like the queries. `log_sums`, panels of `queries` features, gets the logarithm of
-/// each softmax's sum. Tokens outside all spans are left alone. Panels of 32 keys that none of 32 queries may see cost nothing.
+/// `out` is panels of `queries * width` features, like the queries. `log_sums`, as many panels of `queries` features, receives the
+/// logarithm of each softmax's sum. Tokens outside all spans are left unchanged in both. Panels of 32 keys to which none of 32 queries
+/// may attend are skipped.
 ///
 /// # Panics
-/// If key heads don't divide query heads, or sizes are not those of the heads and spans.
+/// If the number of key heads does not divide that of query heads, or a size does not fit the heads or the spans.
 pub fn attention(
     inputs: Inputs<'_>,
     heads: Heads,
@@ -165,26 +169,26 @@ pub fn attention(
     let (out, log_sums) = (Shared::new(out), Shared::new(log_sums));
     tasks(spans, heads, 0..heads.keys, None)
         .into_par_iter()
-        .for_each_init(Work::default, |work, task| {
+        .for_each_init(Buffers::default, |buffers, task| {
             let Task { span, head, .. } = task;
-            work.load(inputs, heads, task.keys, head);
+            buffers.load(inputs, heads, task.keys, head);
             let tokens = [span.tokens()];
-            let queries = Places::all(&tokens);
+            let queries = TokenRanges::all(&tokens);
             let group = heads.queries / heads.keys;
             for query_head in head * group..(head + 1) * group {
                 for block in 0..span.visible.len().div_ceil(LANES) {
-                    work.forward(inputs.q, heads, span, query_head, block);
-                    let place = (heads.queries * heads.width, query_head * heads.width);
-                    scatter(&work.result, out, place, queries, block, false);
-                    let place = (heads.queries, query_head);
-                    scatter(&work.log_sum, log_sums, place, queries, block, false);
+                    buffers.forward(inputs.q, heads, span, query_head, block);
+                    let columns = (heads.queries * heads.width, query_head * heads.width);
+                    scatter(&buffers.result, out, columns, queries, block, false);
+                    let columns = (heads.queries, query_head);
+                    scatter(&buffers.log_sum, log_sums, columns, queries, block, false);
                 }
             }
         });
 }
 
-/// The backward of [`attention`]: writes the gradients of the queries, keys and values of all tokens in spans, panels like
-/// themselves. `out` and `log_sums` are what it gave, `grad_out` the gradient of the loss by `out`.
+/// The backward pass of [`attention`]: writes the gradients with respect to the queries, keys and values of all tokens in spans to
+/// `gradients`. `out` and `log_sums` are what [`attention`] wrote, `grad_out` is the gradient with respect to `out`, of its shape.
 ///
 /// # Panics
 /// As [`attention`] does.
@@ -210,29 +214,31 @@ pub fn attention_backward(
         Shared::new(gradients.k),
         Shared::new(gradients.v),
     );
-    // So many heads at a time that what waits to be added has a bound.
+    // As many heads at a time as `MAX_CONTEXT_GRADS` allows.
     let per_head: usize = spans
         .with_keys()
-        .map(|(_, keys)| waiting(keys, heads))
+        .map(|(_, keys)| context_grads_size(keys, heads))
         .sum();
-    let together = WAITING.checked_div(per_head).unwrap_or(heads.keys);
-    let together = together.clamp(1, heads.keys);
-    let mut context_grads = vec![0f32; per_head * together];
-    for first in (0..heads.keys).step_by(together) {
-        let head_range = first..(first + together).min(heads.keys);
+    let heads_at_once = MAX_CONTEXT_GRADS
+        .checked_div(per_head)
+        .unwrap_or(heads.keys);
+    let heads_at_once = heads_at_once.clamp(1, heads.keys);
+    let mut context_grads = vec![0f32; per_head * heads_at_once];
+    for first in (0..heads.keys).step_by(heads_at_once) {
+        let head_range = first..(first + heads_at_once).min(heads.keys);
         let context_grads = &mut context_grads[..per_head * head_range.len()];
         tasks(spans, heads, head_range.clone(), Some(context_grads))
             .into_par_iter()
-            .for_each_init(Work::default, |work, task| {
+            .for_each_init(Buffers::default, |buffers, task| {
                 let Task { span, head, .. } = task;
-                work.load(inputs, heads, task.keys, head);
-                work.clear(heads);
+                buffers.load(inputs, heads, task.keys, head);
+                buffers.clear(heads);
                 let tokens = [span.tokens()];
-                let queries = Places::all(&tokens);
+                let queries = TokenRanges::all(&tokens);
                 let group = heads.queries / heads.keys;
                 for query_head in head * group..(head + 1) * group {
                     for block in 0..span.visible.len().div_ceil(LANES) {
-                        work.backward(
+                        buffers.backward(
                             inputs.q,
                             (out, log_sums, grad_out),
                             heads,
@@ -240,38 +246,38 @@ pub fn attention_backward(
                             query_head,
                             block,
                         );
-                        let place = (heads.queries * heads.width, query_head * heads.width);
-                        scatter(&work.result, grad_q, place, queries, block, false);
+                        let columns = (heads.queries * heads.width, query_head * heads.width);
+                        scatter(&buffers.result, grad_q, columns, queries, block, false);
                     }
                 }
-                let keys = Places {
+                let keys = TokenRanges {
                     ranges: &task.keys.ranges,
                     skipped: task.keys.context,
                 };
-                let place = (heads.keys * heads.width, head * heads.width, heads.width);
-                scatter_transposed(&work.grad_k, grad_k, place, keys, false);
-                scatter_transposed(&work.grad_v, grad_v, place, keys, false);
-                work.keep_context_grads(heads, task.keys, task.context_grads);
+                let columns = (heads.keys * heads.width, head * heads.width, heads.width);
+                scatter_transposed(&buffers.grad_k, grad_k, columns, keys, false);
+                scatter_transposed(&buffers.grad_v, grad_v, columns, keys, false);
+                buffers.keep_context_grads(heads, task.keys, task.context_grads);
             });
         if per_head > 0 {
-            add_shared(spans, heads, head_range, context_grads, [grad_k, grad_v]);
+            add_context_grads(spans, heads, head_range, context_grads, [grad_k, grad_v]);
         }
     }
 }
 
-/// Adds to the gradients of contexts' keys and values what the spans behind them brought.
-fn add_shared(
+/// Adds the gradients that spans kept for the keys and values of their contexts.
+fn add_context_grads(
     spans: &Spans,
     heads: Heads,
     head_range: Range<usize>,
     context_grads: &[f32],
     outs: [Shared; 2],
 ) {
-    // Where the part of each span's first head begins, and its size.
+    // For each span, the index at which the part of its first head begins, and the size of a part.
     let parts: Vec<(usize, usize, &Keys)> = spans
         .with_keys()
         .scan(0, |start, (_, keys)| {
-            let (first, size) = (*start, waiting(keys, heads));
+            let (first, size) = (*start, context_grads_size(keys, heads));
             *start += size * head_range.len();
             Some((first, size, keys))
         })
@@ -294,27 +300,27 @@ fn add_shared(
                 let (start, size, keys) = parts[user];
                 let part = &context_grads[start + size * (head - head_range.start)..][..size];
                 for (chunk, sums) in sums.chunks_mut(blocks * LANES * LANES).enumerate() {
-                    let place = ((which * chunks + chunk) * keys.context + first) * LANES;
-                    let values = &part[place..place + count * LANES];
+                    let index = ((which * chunks + chunk) * keys.context + first) * LANES;
+                    let values = &part[index..index + count * LANES];
                     for (sum, value) in sums.iter_mut().zip(values) {
                         *sum += value;
                     }
                 }
             }
-            let place = (heads.keys * heads.width, head * heads.width, heads.width);
-            scatter_transposed(&sums, out, place, Places::all(&tokens), true);
+            let columns = (heads.keys * heads.width, head * heads.width, heads.width);
+            scatter_transposed(&sums, out, columns, TokenRanges::all(&tokens), true);
         }
     });
 }
 
 /// One task's buffers.
 #[derive(Default)]
-struct Work {
+struct Buffers {
     keys: Vec<f32>,   // [panel][width][32 keys]
     values: Vec<f32>, // the same
-    query: Vec<f32>,  // [width][32 queries], times the scale
-    scores: Vec<f32>, // [seen panel][32 keys][32 queries]
-    seen: Vec<usize>, // which panels of keys these are
+    query: Vec<f32>,  // [width][32 queries], multiplied by the scale
+    scores: Vec<f32>, // [panel in `seen`][32 keys][32 queries]
+    seen: Vec<usize>, // the panels of keys to which any of the queries attends
     result: Vec<f32>, // [width][32 queries]
     log_sum: Vec<f32>,
     grad_scores: Vec<f32>, // like scores
@@ -324,16 +330,16 @@ struct Work {
     grad_v: Vec<f32>,      // the same
 }
 
-impl Work {
+impl Buffers {
     fn load(&mut self, inputs: Inputs<'_>, heads: Heads, keys: &Keys, head: usize) {
         let (features, first) = (heads.keys * heads.width, head * heads.width);
         let blocks = keys.count.div_ceil(LANES);
-        let places = Places::all(&keys.ranges);
+        let tokens = TokenRanges::all(&keys.ranges);
         let size = heads.width * LANES;
         for (data, out) in [(inputs.k, &mut self.keys), (inputs.v, &mut self.values)] {
             out.resize(blocks * size, 0.);
             for (block, out) in out.chunks_mut(size).enumerate() {
-                gather(data, features, first, places, block, out);
+                gather(data, features, first, tokens, block, out);
             }
         }
     }
@@ -347,7 +353,7 @@ impl Work {
         }
     }
 
-    /// Keeps the sums of the context's keys and values, see [`waiting`].
+    /// Copies the gradients of the context's keys and values to `out`, see [`context_grads_size`].
     fn keep_context_grads(&self, heads: Heads, keys: &Keys, out: &mut [f32]) {
         let all = keys.count.div_ceil(LANES) * LANES * LANES;
         let chunks = heads.width.div_ceil(LANES);
@@ -359,13 +365,13 @@ impl Work {
         }
     }
 
-    /// The scores of 32 queries, masked with -inf.
+    /// Computes the scores of 32 queries, -inf where they may not attend.
     fn scores(&mut self, q: &[f32], heads: Heads, span: &Span, query_head: usize, block: usize) {
         let width = heads.width;
         self.query.resize(width * LANES, 0.);
         let first = query_head * width;
         let tokens = [span.tokens()];
-        let queries = Places::all(&tokens);
+        let queries = TokenRanges::all(&tokens);
         gather(
             q,
             heads.queries * width,
@@ -378,12 +384,12 @@ impl Work {
         for x in &mut self.query {
             *x *= scale;
         }
-        // Behind the last query, lanes see what the last one does.
+        // Lanes after the last query have the last one's limits.
         let limits: [Visible; LANES] = std::array::from_fn(|lane| {
-            let place = (block * LANES + lane).min(span.visible.len() - 1);
-            span.visible[place]
+            let index = (block * LANES + lane).min(span.visible.len() - 1);
+            span.visible[index]
         });
-        let limits = Limits::of(&limits);
+        let limits = Limits::new(&limits);
         self.seen.clear();
         let blocks = self.keys.len() / (width * LANES);
         self.seen
@@ -427,7 +433,7 @@ impl Work {
         let (features, first) = (heads.queries * width, query_head * width);
         self.scores(q, heads, span, query_head, block);
         let tokens = [span.tokens()];
-        let queries = Places::all(&tokens);
+        let queries = TokenRanges::all(&tokens);
         self.log_sum.resize(LANES, 0.);
         gather(
             log_sums,
@@ -453,7 +459,7 @@ impl Work {
         self.grad_scores.resize(self.scores.len(), 0.);
         let grad_scores = self.grad_scores.chunks_exact_mut(LANES * LANES);
         let scores = self.scores.chunks_exact_mut(LANES * LANES);
-        // Lanes behind the last query bring nothing.
+        // Lanes after the last query contribute nothing.
         let lanes = (span.visible.len() - block * LANES).min(LANES);
         for ((&panel, p), grad_scores) in self.seen.iter().zip(scores).zip(grad_scores) {
             let values = &self.values[panel * width * LANES..][..width * LANES];
@@ -476,8 +482,8 @@ impl Work {
             for (&panel, left) in self.seen.iter().zip(left) {
                 let chunks = self.transposed.chunks_exact(LANES * LANES).enumerate();
                 for (chunk, right) in chunks {
-                    let place = (chunk * keys + panel * LANES) * LANES;
-                    let out = &mut sums[place..place + LANES * LANES];
+                    let index = (chunk * keys + panel * LANES) * LANES;
+                    let out = &mut sums[index..index + LANES * LANES];
                     product(left, LANES, right, out, true);
                 }
             }
@@ -492,7 +498,7 @@ impl Work {
     }
 }
 
-/// `out[i][lane] (+)= sum over k < 32 of a[i][k] * b[k][lane]`, all rows being 32 long.
+/// `out[i][lane] = sum over k < 32 of a[i][k] * b[k][lane]`, added to `out` if `add`. All rows have 32 elements.
 fn product(a: &[f32], rows: usize, b: &[f32], out: &mut [f32], add: bool) {
     assert!(a.len() >= rows * LANES && b.len() >= LANES * LANES && out.len() >= rows * LANES);
     for row in (0..rows).step_by(ROWS) {
@@ -511,7 +517,7 @@ fn product(a: &[f32], rows: usize, b: &[f32], out: &mut [f32], add: bool) {
     }
 }
 
-/// `out[i][lane] = sum over k of a[k][i] * b[k][lane]` for `i < 32`, all rows being 32 long.
+/// `out[i][lane] = sum over k of a[k][i] * b[k][lane]` for `i < 32`. All rows have 32 elements.
 fn product_transposed(a: &[f32], b: &[f32], out: &mut [f32]) {
     let depth = a.len() / LANES;
     assert!(b.len() >= depth * LANES && out.len() >= LANES * LANES);
@@ -530,7 +536,7 @@ fn product_transposed(a: &[f32], b: &[f32], out: &mut [f32]) {
     }
 }
 
-/// `[width][32]` to `[chunk of 32 features][32][32 features]`, with zeros behind the last feature.
+/// Transposes `[width][32]` to `[chunk of 32 features][32][32 features]`, with zeros after the last feature.
 fn transpose(data: &[f32], width: usize, out: &mut Vec<f32>) {
     out.resize(width.div_ceil(LANES) * LANES * LANES, 0.);
     if !width.is_multiple_of(LANES) {

@@ -1,4 +1,4 @@
-//! Rounding to bfloat16, and panels of pairs of it.
+//! Rounding to bfloat16, and panels of pairs of bfloat16 numbers.
 
 use rayon::prelude::*;
 
@@ -6,7 +6,7 @@ use crate::dispatch::{Loop, run};
 use crate::micro::pair_rows;
 use crate::panels::{LANES, check, count};
 
-/// Rounds to bf16, ties to even. A number that is none stays none.
+/// The bits of `x` rounded to bf16, ties to even, in the low half of the result. A NaN stays a NaN.
 #[inline(always)]
 pub fn bf16_bits(x: f32) -> u32 {
     let bits = x.to_bits();
@@ -19,11 +19,12 @@ pub fn bf16_bits(x: f32) -> u32 {
     }
 }
 
-/// Two neighbouring features of each token as a pair of bf16: `[panel][feature / 2][lane]`, the first in the low half.
-/// With an odd number of features the last pair's second is 0.
+/// Rounds panels of `features` features to bf16 and stores each two neighbouring features of a token as one word:
+/// `out[panel][feature / 2][lane]`, the first of the two in the low half. With an odd number of features, the high half of the last
+/// word is 0.
 ///
 /// # Panics
-/// If `data` are no panels of `features`, or `out` has not as many for half of them.
+/// If `data` is not a whole number of panels of `features`, or `out` does not hold as many panels of `features.div_ceil(2)` words.
 pub fn pairs(data: &[f32], features: usize, out: &mut [u32]) {
     let half = features.div_ceil(2);
     let panels = count(data.len(), features, "the numbers to pair");
@@ -64,7 +65,7 @@ impl Loop for Pairs<'_> {
     }
 }
 
-/// Rounds every value to bf16, in place.
+/// Rounds every value to bf16, ties to even, in place.
 pub fn round_to_bf16(data: &mut [f32]) {
     struct Round<'a>(&'a mut [f32]);
     impl Loop for Round<'_> {
@@ -95,13 +96,13 @@ mod tests {
             data[7] = f32::from_bits(0x3f80_8000);
             let mut out = vec![0; 2 * LANES];
             pairs(&data, 3, &mut out);
-            for (place, pair) in out.iter().enumerate() {
-                let (row, lane) = (place / LANES * 2, place % LANES);
+            for (index, pair) in out.iter().enumerate() {
+                let (row, lane) = (index / LANES * 2, index % LANES);
                 let expected = |row: usize| {
                     data.get(row * LANES + lane)
                         .map_or(0, |x| u32::from(half::bf16::from_f32(*x).to_bits()))
                 };
-                assert_eq!(*pair, expected(row) | (expected(row + 1) << 16), "{place}");
+                assert_eq!(*pair, expected(row) | (expected(row + 1) << 16), "{index}");
             }
         });
     }

@@ -1,4 +1,4 @@
-//! One loop, compiled for several instruction sets, and chosen when the program runs.
+//! Loops compiled for several instruction sets, of which one is chosen when the program runs.
 //!
 //! A loop is written once, over arrays of 16 or 32 floats, as [`Loop::run`]. [`run`] calls it compiled for AVX-512, for
 //! AVX2 with FMA, or for what every processor of the architecture has (on a 64-bit Arm: NEON).
@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
 pub enum Isa {
-    /// Loops as the compiler makes them for what every processor has.
+    /// Code for the instructions that every processor of the architecture has.
     Portable = 1,
     /// 256-bit vectors with fused multiply-add.
     #[cfg(target_arch = "x86_64")]
@@ -25,10 +25,10 @@ pub enum Isa {
     /// 512-bit vectors with products of pairs of bf16.
     #[cfg(target_arch = "x86_64")]
     Avx512Bf16 = 4,
-    /// The same with products of matrices of bf16 in registers of their own, Intel's AMX.
+    /// The same with products of bf16 matrices in tile registers, Intel's AMX.
     #[cfg(target_arch = "x86_64")]
     AmxBf16 = 5,
-    /// 128-bit vectors, which every 64-bit Arm has, in the innermost loops of products too.
+    /// 128-bit vectors, which every 64-bit Arm has, with hand-written innermost loops of products.
     #[cfg(target_arch = "aarch64")]
     Neon = 2,
     /// The same with products of small matrices of bf16.
@@ -53,7 +53,7 @@ impl Isa {
     #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     pub const ALL: [Self; 1] = [Self::Portable];
 
-    /// Whether it multiplies pairs of bf16 as they are.
+    /// Whether it has instructions that multiply pairs of bf16.
     pub fn multiplies_pairs(self) -> bool {
         #[cfg(target_arch = "x86_64")]
         let least = Self::Avx512Bf16;
@@ -65,7 +65,7 @@ impl Isa {
         false
     }
 
-    /// What people call it.
+    /// Its name in settings and messages, such as `avx512-bf16`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Portable => "portable",
@@ -84,18 +84,18 @@ impl Isa {
         }
     }
 
-    /// The one with this [`Isa::name`].
+    /// The instruction set of this architecture with this [`Isa::name`], if there is one.
     pub fn named(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|isa| isa.name() == name)
     }
 
-    /// The best this processor has.
+    /// The best instruction set that this processor has.
     pub fn best() -> Self {
         static BEST: OnceLock<Isa> = OnceLock::new();
         *BEST.get_or_init(detect)
     }
 
-    /// The one in use on this thread: [`Isa::best`], unless [`limit`] or [`limited`] allowed less.
+    /// The instruction set in use on this thread: [`Isa::best`], unless [`limit`] or [`limited`] allows less.
     pub fn current() -> Self {
         let own = THREAD_LIMIT.get();
         #[cfg(all(test, target_arch = "x86_64"))]
@@ -123,11 +123,11 @@ pub fn limit(isa: Isa) {
     LIMIT.store(isa as u8, Ordering::Relaxed);
 }
 
-/// Does some work on threads of its own, as many as there are, that use no instruction set above this one: for tests, which so
-/// don't disturb each other.
+/// Runs `work` in a thread pool of its own, as large as the current one, whose threads use no instruction set above `isa`. Tests
+/// use it so that they don't disturb each other.
 ///
 /// # Panics
-/// If the system gives no threads, or the work panics.
+/// If the threads can't be started, or `work` panics.
 pub fn limited<T: Send>(isa: Isa, work: impl FnOnce() -> T + Send) -> T {
     on_threads(rayon::current_num_threads(), isa as u8, work)
 }
@@ -181,15 +181,16 @@ fn detect() -> Isa {
     Isa::Portable
 }
 
-/// A loop over floats. `FMA` says whether a fused multiply-add is one instruction.
+/// A loop over floats, which [`run`] compiles for each instruction set.
 pub trait Loop {
-    /// What it gives.
+    /// The loop's result.
     type Output;
-    /// Runs it; to be marked `#[inline(always)]`, so that it is compiled for the caller's instruction set.
+    /// Runs the loop. `FMA` says whether a fused multiply-add is one instruction. Implementations must be marked
+    /// `#[inline(always)]`, so that they are compiled for the caller's instruction set.
     fn run<const FMA: bool>(self) -> Self::Output;
 }
 
-/// Runs a loop with the instruction set in use.
+/// Runs a loop with the instruction set in use, see [`Isa::current`].
 pub fn run<L: Loop>(body: L) -> L::Output {
     #[cfg(target_arch = "x86_64")]
     match Isa::current() {
@@ -199,7 +200,7 @@ pub fn run<L: Loop>(body: L) -> L::Output {
         Isa::Avx2 => return unsafe { avx2(body) },
         Isa::Portable => {}
     }
-    // A 64-bit Arm has fused multiply-adds always.
+    // Every 64-bit Arm has fused multiply-adds.
     #[cfg(target_arch = "aarch64")]
     return body.run::<true>();
     #[cfg(not(target_arch = "aarch64"))]
@@ -218,7 +219,7 @@ fn avx2<L: Loop>(body: L) -> L::Output {
     body.run::<true>()
 }
 
-/// `a * b + c`, fused where that is one instruction.
+/// `a * b + c`, rounded once if `FMA` is true, else after each operation.
 #[inline(always)]
 pub fn fma<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
     if FMA { a.mul_add(b, c) } else { a * b + c }

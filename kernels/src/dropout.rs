@@ -1,26 +1,26 @@
-//! Dropout whose mask is a function of a seed and a place, so that it can be made again anywhere.
+//! Dropout whose mask depends on nothing but a seed and a value's index, so that any part of it can be recomputed anywhere.
 
 use rayon::prelude::*;
 
 use crate::panels::{self, LANES};
 use crate::random::{GAMMA, splitmix64};
 
-/// A stream of masks.
+/// A stream of dropout factors (Srivastava et al. 2014, JMLR 15, in the inverted form: kept values are scaled up in training).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Dropout {
-    /// Where the stream starts.
+    /// The state of splitmix64 at which the stream starts.
     pub start: u64,
-    /// The probability of dropping a value.
+    /// The probability of dropping a value, from 0 (inclusive) to 1 (exclusive).
     pub p: f64,
 }
 
 impl Dropout {
-    /// What a value that is kept is multiplied by.
+    /// The factor of a value that is kept, `1 / (1 - p)`.
     pub fn scale(self) -> f32 {
         (1. / (1. - self.p)) as f32
     }
 
-    /// The same stream from number `first` on.
+    /// The same stream without its first `first` factors.
     #[must_use]
     pub fn skip(self, first: u64) -> Self {
         Self {
@@ -29,7 +29,7 @@ impl Dropout {
         }
     }
 
-    /// The factors of the values number `first` and on of the stream: 0 or [`Dropout::scale`].
+    /// The endless stream of factors from index `first` on; each is 0 or [`Dropout::scale`].
     pub fn factors(self, first: u64) -> impl Iterator<Item = f32> {
         let (scale, limit) = (self.scale(), (self.p * 2f64.powi(64)) as u64);
         let mut state = self.skip(first).start;
@@ -42,19 +42,20 @@ impl Dropout {
         })
     }
 
-    /// Multiplies panels by the factors. Token `t` has the numbers `places[t] * features` and on.
+    /// Multiplies panels of `features` for `numbers.len()` tokens by the factors, in place. Token `t` takes the factors from index
+    /// `numbers[t] * features` on, one for each feature, so a token's mask depends on its number and not on where it is in the batch.
     ///
     /// # Panics
-    /// If there are not the panels of so many features for so many tokens.
-    pub fn apply(self, panels: &mut [f32], features: usize, places: &[u64]) {
-        let count = panels::panels(places.len());
+    /// If `panels` has not [`panels::size`]`(features, numbers.len())` floats.
+    pub fn apply(self, panels: &mut [f32], features: usize, numbers: &[u64]) {
+        let count = panels::panels(numbers.len());
         panels::check(panels.len(), features, count, "what is dropped from");
-        let tokens = places.par_chunks(LANES);
+        let tokens = numbers.par_chunks(LANES);
         let panels = panels.par_chunks_mut(features.max(1) * LANES);
-        panels.zip(tokens).for_each(|(panel, places)| {
-            for (lane, &place) in places.iter().enumerate() {
+        panels.zip(tokens).for_each(|(panel, numbers)| {
+            for (lane, &number) in numbers.iter().enumerate() {
                 let column = panel.iter_mut().skip(lane).step_by(LANES);
-                let factors = self.factors(place.wrapping_mul(features as u64));
+                let factors = self.factors(number.wrapping_mul(features as u64));
                 for (value, factor) in column.zip(factors) {
                     *value *= factor;
                 }
@@ -80,12 +81,12 @@ mod tests {
         assert!((100..200).contains(&zeros));
         let skipped = dropout.skip(123).factors(2);
         assert_eq!(skipped.take(5).collect::<Vec<_>>(), all[125..130]);
-        let places: Vec<u64> = (0..40).map(|token| (token * 7) % 41).collect();
+        let numbers: Vec<u64> = (0..40).map(|token| (token * 7) % 41).collect();
         let mut panels = vec![1.; size(5, 40)];
-        dropout.apply(&mut panels, 5, &places);
-        for (token, place) in places.iter().enumerate() {
+        dropout.apply(&mut panels, 5, &numbers);
+        for (token, number) in numbers.iter().enumerate() {
             let ours: Vec<f32> = column(&panels, 5, token).collect();
-            assert_eq!(ours, all[*place as usize * 5..][..5]);
+            assert_eq!(ours, all[*number as usize * 5..][..5]);
         }
     }
 }

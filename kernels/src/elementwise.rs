@@ -1,4 +1,5 @@
-//! What stands between the products of a layer, over panels: norms, rotations, the gated unit, sums. Each with its backward.
+//! The operations between the matrix products of a layer, over panels: norms, rotary embeddings, the gated unit and sums, each with
+//! its backward pass.
 
 use rayon::prelude::*;
 
@@ -9,10 +10,10 @@ use crate::panels::{LANES, check, count};
 /// One feature of a panel's tokens.
 type Row = [f32; LANES];
 
-/// Rows summed up before their sum joins the total, so that rounding errors don't grow with the number of features.
+/// The number of features that are summed before their sum joins the total, so that rounding errors don't grow with their number.
 const SUMMED: usize = 64;
 
-/// The sizes of a norm: panels of as many features as the weight has, and of one for `inverse`.
+/// Checks the sizes of a norm: `x` is panels of as many features as the weight has, `inverse` as many panels of one feature.
 fn check_norm(x: &[f32], weight: &[f32], inverse: &[f32], like_x: &[&[f32]]) {
     let panels = count(x.len(), weight.len(), "what is normed");
     check(inverse.len(), 1, panels, "the norm's factors");
@@ -24,13 +25,14 @@ fn check_norm(x: &[f32], weight: &[f32], inverse: &[f32], like_x: &[&[f32]]) {
 /// RMS norm, `out = x / sqrt(mean(x^2) + eps) * weight` (Zhang and Sennrich 2019, arXiv 1910.07467, equation 4), over the features
 /// of each token.
 ///
-/// `x` and `out` are panels of as many features as `weight` has. `inverse`, panels of one feature, gets `1 / sqrt(mean(x^2) + eps)`.
+/// `x` and `out` are panels of `weight.len()` features. `inverse`, as many panels of one feature, receives
+/// `1 / sqrt(mean(x^2) + eps)`, which the backward pass needs.
 ///
-/// Panels of several heads, each as wide as `weight`, are normed head by head: for the loops they are as many panels more, and
-/// `inverse` has a feature for each head. The same goes for all functions of the norm.
+/// The panels may also be of several heads, each of `weight.len()` features. Then each head is normed by itself, and `inverse` has a
+/// feature for each head. All `rms_norm` functions work in this way.
 ///
 /// # Panics
-/// If sizes are not such.
+/// If `x` is not a whole number of panels, `out` has another size than `x`, or `inverse` has not one feature for each of them.
 pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32], inverse: &mut [f32]) {
     check_norm(x, weight, inverse, &[out]);
     let size = weight.len().max(1) * LANES;
@@ -90,7 +92,7 @@ impl Loop for Norm<'_> {
     }
 }
 
-/// [`rms_norm`] once more from the `inverse` that it gave: `out = x * inverse * weight`.
+/// Recomputes the result of [`rms_norm`] from the `inverse` that it wrote: `out = x * inverse * weight`, all of the same sizes.
 ///
 /// # Panics
 /// As [`rms_norm`] does.
@@ -120,8 +122,9 @@ pub fn rms_norm_recompute(x: &[f32], weight: &[f32], inverse: &[f32], out: &mut 
         .for_each(|((x, out), inverse)| run(Again(x, weight, inverse, out)));
 }
 
-/// Backpropagates through [`rms_norm`]: adds to `grad_x`, panels like `x`, the gradient of the loss by `x`, where `grad_out` is
-/// that by the norm's result. With `g = grad_out * weight` and `i = inverse` that is `i g - x i^3 mean(x g)`.
+/// The backward pass of [`rms_norm`]: adds the gradient with respect to `x` to `grad_x`, where `grad_out` is the gradient with respect
+/// to the norm's result; both are panels like `x`. With `g = grad_out * weight` and `i = inverse`, the derivative of the norm's
+/// formula gives `i g - x i^3 mean(x g)`.
 ///
 /// # Panics
 /// As [`rms_norm`] does.
@@ -188,8 +191,8 @@ impl Loop for NormBack<'_> {
     }
 }
 
-/// Adds to `grad_weight`, a number a feature, the gradient of the norm's weight: the sum over tokens (and heads) of
-/// `grad_out * x * inverse`. Lanes behind the last token must be zero in `grad_out`.
+/// Adds the gradient with respect to the norm's weight, the sum over tokens (and heads) of `grad_out * x * inverse`, to `grad_weight`,
+/// which has one number for each feature. The lanes after the last token must be zero in `grad_out`.
 ///
 /// # Panics
 /// As [`rms_norm`] does.
@@ -202,8 +205,8 @@ pub fn rms_norm_grad_weight(x: &[f32], inverse: &[f32], grad_out: &[f32], grad_w
         .for_each(|(feature, sum)| {
             let mut total = 0f64;
             for (panel, inverse) in inverse.as_chunks::<LANES>().0.iter().enumerate() {
-                let place = (panel * features + feature) * LANES;
-                let rows = x[place..place + LANES].iter().zip(&grad_out[place..]);
+                let index = (panel * features + feature) * LANES;
+                let rows = x[index..index + LANES].iter().zip(&grad_out[index..]);
                 let part = rows.zip(inverse).map(|((x, g), i)| x * g * i);
                 total += f64::from(part.sum::<f32>());
             }
@@ -211,12 +214,14 @@ pub fn rms_norm_grad_weight(x: &[f32], inverse: &[f32], grad_out: &[f32], grad_w
         });
 }
 
-/// Rotary position embedding in place (Su et al. 2021, arXiv 2104.09864, equation 34, with the two halves of a head for
-/// neighbours, as Llama has them): rotates each head of `x` by the angles of its token. `x` are panels of `features`, a multiple of
-/// `2 * half`; `cos` and `sin` are panels of `half` features. `back` rotates the other way, which is the backward.
+/// Rotary position embedding in place (Su et al. 2021, arXiv 2104.09864, equation 34, with features `i` and `i + half` of a head as
+/// a pair where the paper has neighbours, as transformers' Llama does): rotates each head of `x` by the angles of its token.
+///
+/// `x` is panels of `features`, a multiple of the head's width `2 * half`; `cos` and `sin` are as many panels of `half` features.
+/// `back` rotates by the negative angles, which is the backward pass.
 ///
 /// # Panics
-/// If sizes are not such.
+/// If `features` is not a multiple of `2 * half`, `half` is 0, or the three slices have not the same number of panels.
 pub fn rope(x: &mut [f32], features: usize, cos: &[f32], sin: &[f32], half: usize, back: bool) {
     struct Rope<'a>(&'a mut [f32], &'a [f32], &'a [f32], usize, f32);
     impl Loop for Rope<'_> {
@@ -255,13 +260,14 @@ pub fn rope(x: &mut [f32], features: usize, cos: &[f32], sin: &[f32], half: usiz
         .for_each(|(x, (cos, sin))| run(Rope(x, cos, sin, half, sign)));
 }
 
-/// Values of one task where tokens don't matter.
+/// The number of values in one task of a loop that treats each value by itself.
 const SPAN: usize = 1 << 13;
 
-/// SwiGLU (Shazeer 2020, arXiv 2002.05202, equation 6): `out = silu(gate) * up`, number by number.
+/// SwiGLU (Shazeer 2020, arXiv 2002.05202, equation 6, without its products): `out = silu(gate) * up`, element by element, for
+/// slices of any layout and equal length.
 ///
 /// # Panics
-/// If lengths differ.
+/// If the lengths of the three differ.
 pub fn swiglu(gate: &[f32], up: &[f32], out: &mut [f32]) {
     struct Gated<'a>(&'a [f32], &'a [f32], &'a mut [f32]);
     impl Loop for Gated<'_> {
@@ -293,11 +299,11 @@ pub fn swiglu(gate: &[f32], up: &[f32], out: &mut [f32]) {
         .for_each(|((gate, up), out)| run(Gated(gate, up, out)));
 }
 
-/// The backward of [`swiglu`], in place: the buffer of `gate` gets the gradient by the gate, that of `up` the gradient by it, and
-/// that of `grad_out`, the gradient that comes in, the value `silu(gate) * up` once more.
+/// The backward pass of [`swiglu`], in place. `grad_out` is the gradient with respect to its result. Afterwards the slice `gate`
+/// holds the gradient with respect to the gate, `up` that with respect to `up`, and `grad_out` the result `silu(gate) * up`, recomputed.
 ///
 /// # Panics
-/// If lengths differ.
+/// If the lengths of the three differ.
 pub fn swiglu_backward(gate: &mut [f32], up: &mut [f32], grad_out: &mut [f32]) {
     struct Back<'a>(&'a mut [f32], &'a mut [f32], &'a mut [f32]);
     impl Loop for Back<'_> {
@@ -344,10 +350,10 @@ fn swiglu_backward_one<const FMA: bool>((gate, up, grad_out): (&mut f32, &mut f3
     *grad_out = silu * u;
 }
 
-/// `x += y * factor`, number by number.
+/// `x += y * factor`, element by element.
 ///
 /// # Panics
-/// If lengths differ.
+/// If the lengths of `x` and `y` differ.
 pub fn add(x: &mut [f32], y: &[f32], factor: f32) {
     struct Add<'a>(&'a mut [f32], &'a [f32], f32);
     impl Loop for Add<'_> {
@@ -365,7 +371,7 @@ pub fn add(x: &mut [f32], y: &[f32], factor: f32) {
         .for_each(|(x, y)| run(Add(x, y, factor)));
 }
 
-/// `x *= factor`, number by number.
+/// `x *= factor`, element by element.
 pub fn scale(x: &mut [f32], factor: f32) {
     x.par_chunks_mut(SPAN).for_each(|x| {
         for x in x {
@@ -384,21 +390,21 @@ mod tests {
     /// The slope of `sum(f(x) * g)` in each direction of `x`, by differences in f64.
     fn slopes(x: &[f32], g: &[f32], f: impl Fn(&[f64]) -> Vec<f64>) -> Vec<f64> {
         let x: Vec<f64> = x.iter().map(|x| f64::from(*x)).collect();
-        let at = |place: usize, by: f64| {
+        let at = |index: usize, by: f64| {
             let mut x = x.clone();
-            x[place] += by;
+            x[index] += by;
             let y = f(&x);
             y.iter().zip(g).map(|(y, g)| y * f64::from(*g)).sum::<f64>()
         };
         (0..x.len())
-            .map(|place| (at(place, 1e-5) - at(place, -1e-5)) / 2e-5)
+            .map(|index| (at(index, 1e-5) - at(index, -1e-5)) / 2e-5)
             .collect()
     }
 
     fn near(ours: &[f32], exact: &[f64], bound: f64) {
         assert_eq!(ours.len(), exact.len());
-        for (place, (a, b)) in ours.iter().zip(exact).enumerate() {
-            assert!((f64::from(*a) - b).abs() < bound, "{place}: {a} {b}");
+        for (index, (a, b)) in ours.iter().zip(exact).enumerate() {
+            assert!((f64::from(*a) - b).abs() < bound, "{index}: {a} {b}");
         }
     }
 
@@ -475,10 +481,10 @@ mod tests {
             rope(&mut y, 12, &cos, &sin, 3, false);
             // Token 35, second head, first pair of features.
             let at = |data: &[f32], f: usize| data[(12 + f) * LANES + 3];
-            let place = 3 * LANES + 3;
-            let expected = at(&x, 6) * cos[place] - at(&x, 9) * sin[place];
+            let index = 3 * LANES + 3;
+            let expected = at(&x, 6) * cos[index] - at(&x, 9) * sin[index];
             assert!((at(&y, 6) - expected).abs() < 1e-6);
-            let expected = at(&x, 9) * cos[place] + at(&x, 6) * sin[place];
+            let expected = at(&x, 9) * cos[index] + at(&x, 6) * sin[index];
             assert!((at(&y, 9) - expected).abs() < 1e-6);
             rope(&mut y, 12, &cos, &sin, 3, true);
             for (x, y) in x.iter().zip(&y) {

@@ -1,16 +1,18 @@
-//! The exponential function for vectors, and what is made of it.
+//! The exponential function and the logistic function, in a form that the compiler vectorises.
 
 use crate::dispatch::fma;
 
-/// `e^x`, within two units in the last place; 0 below -87.3 (no subnormal numbers) and infinite above 88.7.
+/// `e^x`, within two units in the last place; 0 below -87.3 (no subnormal numbers), infinite above 88.7, and NaN for a NaN.
+/// `FMA` says whether a fused multiply-add is one instruction, see [`crate::dispatch::Loop`].
 ///
-/// The argument is cut to `n ln 2 + r` with `|r| <= ln 2 / 2` (Cody and Waite 1980), and `e^r` is a polynomial of degree 6.
+/// The argument is split into `n ln 2 + r` with `|r| <= ln 2 / 2` (Cody and Waite 1980, "Software Manual for the Elementary
+/// Functions", chapter 6), and `e^r` is a polynomial of degree 6.
 #[inline(always)]
 pub fn exp<const FMA: bool>(x: f32) -> f32 {
-    const HIGH: f32 = 0.693_359_4; // ln 2 in few bits, so that n times it is exact
+    const HIGH: f32 = 0.693_359_4; // the first bits of ln 2, so few that their product with n is exact
     const LOW: f32 = -2.121_944_4e-4;
     let cut = x.clamp(-87.4, 88.8);
-    // Adding and taking away 1.5 * 2^23 rounds to a whole number.
+    // Adding and subtracting 1.5 * 2^23 rounds to an integer.
     let magic = 12_582_912.0_f32;
     let n = fma::<FMA>(cut, std::f32::consts::LOG2_E, magic) - magic;
     let r = fma::<FMA>(n, -HIGH, cut);
@@ -26,24 +28,24 @@ pub fn exp<const FMA: bool>(x: f32) -> f32 {
         p = fma::<FMA>(p, r, c);
     }
     let p = fma::<FMA>(p * r, r, r) + 1.;
-    // In two steps, because 2^128 is no float.
+    // In two steps, because 2^128 is not a float.
     let half = n * 0.5;
     let half = fma::<FMA>(half, 1., magic) - magic;
     let value = p * power(half) * power(n - half);
-    // Comparisons that keep a NaN.
+    // Both comparisons are false for a NaN, so it is kept.
     let value = if x < -87.336 { 0. } else { value };
     let value = if x > 88.722_84 { f32::INFINITY } else { value };
     if x.is_nan() { x } else { value }
 }
 
-/// `2^n` for whole `n` from -126 to 127.
+/// `2^n` for an integer `n` from -126 to 127.
 #[inline(always)]
 fn power(n: f32) -> f32 {
-    // `n as i32` saturates, which no vector instruction does; adding 2^23 + 127 leaves n + 127 in the low bits.
+    // `n as i32` saturates, which no vector instruction does. Adding 2^23 + 127 leaves n + 127 in the low bits instead.
     f32::from_bits((n + 8_388_735.).to_bits() << 23)
 }
 
-/// `1 / (1 + e^-x)`.
+/// The logistic function `1 / (1 + e^-x)`; see [`exp`] for its accuracy and `FMA`.
 #[inline(always)]
 pub fn sigmoid<const FMA: bool>(x: f32) -> f32 {
     1. / (1. + exp::<FMA>(-x))

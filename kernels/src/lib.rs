@@ -1,10 +1,10 @@
-//! The arithmetic of a Llama's training step on plain slices of floats: products of matrices, norms, rotations,
-//! attention and the loss over the vocabulary, each with its backward. Knows no tensors, no files and no model.
+//! The arithmetic of a transformer's training and decoding on plain slices of floats: matrix products, norms, rotary embeddings,
+//! attention and the softmax over the vocabulary, each with its backward pass. This crate knows no tensors, files or models.
 //!
 //! Activations live in *panels*: 32 tokens side by side for each feature (see [`panels`]). Every loop then runs over 32
 //! tokens at once, products need no packing of activations, and padding is at most 31 tokens a batch.
 //!
-//! What a function computes does not depend on the number of threads: work is cut by sizes alone.
+//! Results don't depend on the number of threads: work is split by sizes alone, and every sum has a fixed order.
 
 #![expect(
     unsafe_code,
@@ -23,6 +23,7 @@ pub mod dispatch;
 pub mod dropout;
 pub mod elementwise;
 pub mod exp;
+mod float_type;
 pub mod matrix;
 pub mod merge;
 mod micro;
@@ -34,6 +35,8 @@ pub mod random;
 pub mod reduce;
 pub mod vectors;
 pub mod vocabulary;
+
+pub use float_type::FloatType;
 
 #[cfg(test)]
 mod tests;

@@ -1,7 +1,7 @@
-//! Frozen and trained weights as they lie in memory, and how blocks of them are made ready for a product.
+//! Weights as they are stored in memory, and how blocks of them are packed for a product.
 //!
 //! A product reads a weight once for all tokens of a batch. So each block of it is converted, dequantised, transposed and
-//! put in order for the innermost loop in one go, into a buffer that stays in the cache; no second copy is ever kept.
+//! packed for the innermost loop in one pass, into a buffer that stays in the cache; no second copy of the weight is ever kept.
 
 mod transpose;
 mod unpack;
@@ -12,6 +12,7 @@ use std::ops::Range;
 use half::slice::HalfFloatSliceExt as _;
 use half::{bf16, f16};
 
+use crate::FloatType;
 use crate::bf16::bf16_bits;
 use crate::dispatch::{Loop, run};
 use crate::micro::{TILE, prefetch};
@@ -19,55 +20,33 @@ use transpose::transpose;
 
 pub use crate::nf4::BLOCK as NF4_BLOCK;
 
-/// A weight (rows, columns), row by row.
+/// The values of a weight (rows, columns), row-major.
 #[derive(Debug, Clone, Copy)]
 pub enum Values<'a> {
-    /// Single precision.
+    /// Single precision, `rows * columns` values.
     F32(&'a [f32]),
-    /// bfloat16.
+    /// bfloat16, `rows * columns` values.
     Bf16(&'a [bf16]),
-    /// Half precision.
+    /// Half precision, `rows * columns` values.
     F16(&'a [f16]),
     /// bitsandbytes' NF4.
     Nf4(Nf4<'a>),
 }
 
-/// A weight in NF4: `code[nibble] * absmax[place / 64]`, rounded.
+/// A weight in NF4 (Dettmers et al. 2023, arXiv 2305.14314, section 3): value `i` is `code[nibble i] * absmax[i / 64]`, rounded.
 #[derive(Debug, Clone, Copy)]
 pub struct Nf4<'a> {
-    /// Two codes a byte, the first in the high half.
+    /// Two 4-bit codes a byte, the first one in the high half.
     pub packed: &'a [u8],
-    /// The largest magnitude of each block.
+    /// The largest magnitude of each block of 64 values.
     pub absmax: &'a [f32],
-    /// The 16 values.
+    /// The value of each code, between -1 and 1.
     pub code: &'a [f32; 16],
-    /// What the values are rounded to.
-    pub rounding: Rounding,
+    /// The type to which dequantised values are rounded: that of the model's weights before they were quantised.
+    pub rounding: FloatType,
 }
 
-/// To what a dequantised value is rounded.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Rounding {
-    /// Not at all.
-    F32,
-    /// bfloat16.
-    Bf16,
-    /// Half precision.
-    F16,
-}
-
-impl Rounding {
-    #[inline(always)]
-    fn round(self, x: f32) -> f32 {
-        match self {
-            Self::F32 => x,
-            Self::Bf16 => f32::from_bits(bf16_bits(x) << 16),
-            Self::F16 => f16::from_f32(x).to_f32(),
-        }
-    }
-}
-
-/// A weight (rows, columns), or that transposed.
+/// A weight (rows, columns), or its transpose, as the left factor of a product.
 #[derive(Debug, Clone, Copy)]
 pub struct Matrix<'a> {
     values: Values<'a>,
@@ -77,7 +56,7 @@ pub struct Matrix<'a> {
 }
 
 impl<'a> Matrix<'a> {
-    /// A weight of `rows` by `columns`; `None` if there are not that many values.
+    /// A weight (rows, columns); `None` if `values` are not `rows * columns` values.
     pub fn new(values: Values<'a>, rows: usize, columns: usize) -> Option<Self> {
         let count = rows.checked_mul(columns)?;
         let fits = match values {
@@ -97,12 +76,12 @@ impl<'a> Matrix<'a> {
         })
     }
 
-    /// A weight in f32.
+    /// A weight (rows, columns) in f32; `None` if there are not `rows * columns` values.
     pub fn f32(values: &'a [f32], rows: usize, columns: usize) -> Option<Self> {
         Self::new(Values::F32(values), rows, columns)
     }
 
-    /// The transpose, which costs nothing.
+    /// The transpose; nothing is copied.
     #[must_use]
     pub fn transposed(self) -> Self {
         Self {
@@ -111,7 +90,7 @@ impl<'a> Matrix<'a> {
         }
     }
 
-    /// Rows of the product: features that come out.
+    /// The number of rows of the product: the features of its output.
     pub fn height(&self) -> usize {
         if self.transposed {
             self.columns
@@ -120,7 +99,7 @@ impl<'a> Matrix<'a> {
         }
     }
 
-    /// The length of its sums: features that go in.
+    /// The number of terms of each sum: the features of the product's input.
     pub fn depth(&self) -> usize {
         if self.transposed {
             self.rows
@@ -139,12 +118,12 @@ impl<'a> Matrix<'a> {
         self.values
     }
 
-    /// Whether its values are bf16 as they are.
+    /// Whether its values are stored in bf16.
     pub(crate) fn is_bf16(&self) -> bool {
         matches!(self.values, Values::Bf16(_))
     }
 
-    /// The values `span` of one stored row.
+    /// The values at columns `span` of one stored row, converted into `buffer` where they are not f32.
     pub(crate) fn row<'b>(
         &self,
         row: usize,
@@ -163,7 +142,7 @@ impl<'a> Matrix<'a> {
         buffer
     }
 
-    /// The same as bits of bf16, rounded where they were not.
+    /// The values at columns `span` of one stored row as bits of bf16, rounded where they are stored otherwise.
     fn row_bf16<'b>(
         &self,
         row: usize,
@@ -189,24 +168,24 @@ impl<'a> Matrix<'a> {
         Cow::Borrowed(bits)
     }
 
-    /// Puts the block `rows` by `depths` of the product's weight in order: `[rows / TILE][depth][TILE]`, zeros behind the
-    /// last row.
+    /// Packs the block of rows `rows` and depths `depths` of the product's weight as `[rows / TILE][depth][TILE]`, with zeros after
+    /// the last row.
     pub(crate) fn pack(&self, rows: Range<usize>, depths: Range<usize>, out: &mut Vec<f32>) {
         let depth = depths.len();
         sized(out, rows.len(), depth);
         let mut buffer = Vec::new();
         if self.transposed {
             for (k, row) in depths.clone().enumerate() {
-                self.ask_for(row + AHEAD, rows.clone(), depths.end);
+                self.prefetch_row(row + AHEAD, rows.clone(), depths.end);
                 let values = self.row(row, rows.clone(), &mut buffer);
                 let (whole, rest) = values.as_chunks::<TILE>();
-                let mut place = k * TILE;
+                let mut index = k * TILE;
                 for values in whole {
-                    out[place..place + TILE].copy_from_slice(values);
-                    place += depth * TILE;
+                    out[index..index + TILE].copy_from_slice(values);
+                    index += depth * TILE;
                 }
                 if !rest.is_empty() {
-                    out[place..place + rest.len()].copy_from_slice(rest);
+                    out[index..index + rest.len()].copy_from_slice(rest);
                 }
             }
             return;
@@ -228,34 +207,35 @@ impl<'a> Matrix<'a> {
         }
     }
 
-    /// Asks for a part of a stored row in front of `end`, which is read soon: from row to row, a processor doesn't guess it.
-    fn ask_for(&self, row: usize, span: Range<usize>, end: usize) {
+    /// Prefetches a part of a stored row, if the row is before `end`. Hardware prefetchers don't foresee the step from one row to
+    /// the next.
+    fn prefetch_row(&self, row: usize, span: Range<usize>, end: usize) {
         if row >= end {
             return;
         }
-        let places = row * self.columns + span.start..row * self.columns + span.end;
+        let indices = row * self.columns + span.start..row * self.columns + span.end;
         match self.values {
-            Values::F32(values) => prefetch(&values[places]),
-            Values::Bf16(values) => prefetch(&values[places]),
-            Values::F16(values) => prefetch(&values[places]),
-            Values::Nf4(nf4) => prefetch(&nf4.packed[places.start / 2..places.end / 2]),
+            Values::F32(values) => prefetch(&values[indices]),
+            Values::Bf16(values) => prefetch(&values[indices]),
+            Values::F16(values) => prefetch(&values[indices]),
+            Values::Nf4(nf4) => prefetch(&nf4.packed[indices.start / 2..indices.end / 2]),
         }
     }
 
-    /// Writes the values `span` of one stored row.
+    /// Converts the values at columns `span` of one stored row to f32.
     fn widen(&self, row: usize, span: Range<usize>, out: &mut [f32]) {
         let start = row * self.columns + span.start;
         let end = start + span.len();
         match self.values {
             Values::F32(values) => out.copy_from_slice(&values[start..end]),
             Values::Bf16(values) => run(Widen(&values[start..end], out)),
-            // By the processor's instructions where it has them (F16C).
+            // This uses the instructions of F16C where the processor has them.
             Values::F16(values) => values[start..end].convert_to_f32_slice(out),
             Values::Nf4(nf4) => nf4.values(start, out),
         }
     }
 
-    /// The same in pairs of bf16: `[rows / TILE][depth / 2][TILE]`. `depths` starts at an even number.
+    /// Like [`Matrix::pack`] with pairs of bf16: `[rows / TILE][depth / 2][TILE]`. `depths` must start at an even number.
     pub(crate) fn pack_pairs(&self, rows: Range<usize>, depths: Range<usize>, out: &mut Vec<u32>) {
         let depth = depths.len().div_ceil(2);
         sized(out, rows.len(), depth);
@@ -264,8 +244,8 @@ impl<'a> Matrix<'a> {
         if self.transposed {
             for k in 0..depth {
                 let row = depths.start + 2 * k;
-                self.ask_for(row + AHEAD, rows.clone(), depths.end);
-                self.ask_for(row + AHEAD + 1, rows.clone(), depths.end);
+                self.prefetch_row(row + AHEAD, rows.clone(), depths.end);
+                self.prefetch_row(row + AHEAD + 1, rows.clone(), depths.end);
                 let first = self.row_bf16(row, rows.clone(), &mut buffer, &mut bits);
                 let second = if row + 1 < depths.end {
                     self.row_bf16(row + 1, rows.clone(), &mut second_buffer, &mut second_bits)
@@ -295,7 +275,7 @@ impl<'a> Matrix<'a> {
     }
 }
 
-/// Stored rows that are asked for before they are read.
+/// How many stored rows ahead of the one that is read are prefetched.
 const AHEAD: usize = 8;
 
 struct Widen<'a>(&'a [bf16], &'a mut [f32]);
@@ -311,7 +291,7 @@ impl Loop for Widen<'_> {
     }
 }
 
-/// Neighbours as pairs, the first in the low half; behind an odd last one, zero.
+/// Joins neighbouring numbers to pairs, the first in the low half; an odd last one is paired with zero.
 struct PairUp<'a>(&'a [u16], &'a mut [u32]);
 
 impl Loop for PairUp<'_> {
@@ -329,7 +309,7 @@ impl Loop for PairUp<'_> {
     }
 }
 
-/// Numbers rounded to bf16.
+/// Rounds numbers to bits of bf16.
 struct RoundWords<'a>(&'a [f32], &'a mut [u16]);
 
 impl Loop for RoundWords<'_> {
@@ -343,7 +323,7 @@ impl Loop for RoundWords<'_> {
     }
 }
 
-/// Two rows as pairs, [`TILE`] of them at every `stride`.
+/// Joins two rows to pairs, [`TILE`] of them at every `stride`.
 struct PairTiles<'a> {
     first: &'a [u16],
     second: &'a [u16],
@@ -365,14 +345,14 @@ impl Loop for PairTiles<'_> {
                 out[i] = pair(first[i], second[i]);
             }
         }
-        let place = first.len() * self.stride;
+        let index = first.len() * self.stride;
         for (i, (first, second)) in first_rest.iter().zip(second_rest).enumerate() {
-            self.out[place + i] = pair(*first, *second);
+            self.out[index + i] = pair(*first, *second);
         }
     }
 }
 
-/// Makes a buffer as large as a block of so many rows, with zeros in the tile that the rows may not fill.
+/// Resizes a buffer to a packed block of `rows` rows and fills the last tile with zeros where the rows don't fill it.
 fn sized<T: Copy + Default>(out: &mut Vec<T>, rows: usize, depth: usize) {
     let size = rows.div_ceil(TILE) * depth * TILE;
     out.resize(size, T::default());

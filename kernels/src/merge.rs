@@ -1,28 +1,29 @@
-//! W + s B A for a part of W.
+//! The merge of a low-rank update into a weight: `W + s B A` for a part of `W` (Hu et al. 2021, arXiv 2106.09685, section 4.1).
 
 use crate::dispatch::{self, Loop};
 
-/// Values of a row that are summed at once; their sums stay in the first cache.
+/// The values of a row that are summed at once; their sums stay in the first-level cache.
 const WIDTH: usize = 512;
 
 /// The low-rank update of a matrix (rows, columns).
 #[derive(Debug, Clone, Copy)]
 pub struct Update<'a> {
-    /// (rank, columns), row by row.
+    /// The matrix A (rank, columns), row-major.
     pub a: &'a [f32],
-    /// (rows, rank), row by row.
+    /// The matrix B (rows, rank), row-major.
     pub b: &'a [f32],
-    /// The length of a row of `a` and of the matrix.
+    /// The length of a row of `a` and of the matrix that is updated.
     pub columns: usize,
-    /// The factor of the product.
+    /// The factor `s` of the product `B A`.
     pub scaling: f32,
 }
 
-/// Adds the update to `values`, which are those of the matrix from number `first` on. Each sum over the rank goes from its first
-/// term to its last, so the result depends neither on the processor nor on how the matrix is cut.
+/// Adds the update to `values`, which are the elements of the row-major matrix (rows, columns) from index `first` on. Each sum over
+/// the rank runs from its first term to its last without fused multiply-adds, so the result depends neither on the processor nor on
+/// how the matrix is split into parts.
 ///
 /// # Panics
-/// If `a` and `b` are not of one rank, or `values` reach beyond the matrix.
+/// If `a` and `b` are not of one rank, or `values` reaches beyond the end of the matrix.
 pub fn add(update: Update<'_>, first: usize, values: &mut [f32]) {
     let (columns, a, b) = (update.columns, update.a.len(), update.b.len());
     let rank = a.checked_div(columns).unwrap_or(0);
@@ -53,7 +54,7 @@ impl Loop for Add<'_, '_> {
     type Output = ();
     #[inline(always)]
     fn run<const FMA: bool>(self) {
-        // Never fused: bits must not depend on the machine.
+        // Never fused, so that the result's bits don't depend on the machine.
         add_plain(self.update, self.first, self.values);
     }
 }
@@ -77,7 +78,7 @@ fn add_plain(update: Update<'_>, mut first: usize, mut values: &mut [f32]) {
         let mut sums = [0f32; WIDTH];
         let sums = &mut sums[..count];
         let factors = &b[row * rank..][..rank];
-        let part = |place: usize| &a[place * columns + column..][..count];
+        let part = |index: usize| &a[index * columns + column..][..count];
         let (fours, ones) = factors.as_chunks::<4>();
         for (four, [f0, f1, f2, f3]) in fours.iter().enumerate() {
             let (a0, a1) = (part(4 * four), part(4 * four + 1));

@@ -1,4 +1,4 @@
-//! The innermost loops of products: a tile of a few rows by 32 lanes, summed up in registers.
+//! The innermost loops of products: a tile of a few rows by 32 lanes, whose sums stay in registers.
 //!
 //! `c[i][lane] = sum over k of a(i, k) * b[k][lane]`, where `b` and `c` have `V` times 16 lanes a row (of floats, or of pairs
 //! of bf16) and `a(i, k)` lies at `a[i * RS + k * KS]`. Rows of `a` that are packed have `RS = 1, KS = TILE`; those of a
@@ -20,10 +20,10 @@ use crate::dispatch::run;
 use crate::panels::LANES;
 use plain::{Plain, PlainPairs};
 
-/// Rows of a tile of packed weights.
+/// The number of rows in a tile of packed weights.
 pub(crate) const TILE: usize = 12;
 
-/// One tile's operands.
+/// The operands of one tile's product.
 ///
 /// # Safety
 /// Whoever makes one has to see to it that `a` may be read at every `i * RS + k * KS` for `k < depth` and `i < rows`, or
@@ -34,41 +34,41 @@ pub(crate) struct Tile<A, B> {
     pub(crate) b: *const B,
     pub(crate) depth: usize,
     pub(crate) c: *mut f32,
-    /// How many of the rows are wanted.
+    /// The number of rows that are computed.
     pub(crate) rows: usize,
-    /// What the sum is added to, if anything: rows like those of `c`, or `c` itself.
+    /// The values to which the sums are added, if there are any: rows like those of `c`, or `c` itself.
     pub(crate) from: Option<*const f32>,
 }
 
 #[cfg(target_arch = "x86_64")]
 impl<A, B> Tile<A, B> {
-    /// Asks for what the sums are added to, rows of so many lanes, to be in the first cache soon.
+    /// Prefetches the values to which the sums are added, rows of `lanes` floats, into the first-level cache.
     #[inline(always)]
-    fn ask_for_sums(&self, lanes: usize) {
+    fn prefetch_sums(&self, lanes: usize) {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         if let Some(from) = self.from {
-            for place in (0..self.rows * lanes).step_by(16) {
-                // SAFETY: no access, a wish.
-                unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(place).cast()) };
+            for index in (0..self.rows * lanes).step_by(16) {
+                // SAFETY: a prefetch is only a hint and never faults, whatever the address.
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(index).cast()) };
             }
         }
     }
 }
 
-/// Asks for values to be in the second cache soon.
+/// Prefetches values into the second-level cache.
 #[inline]
 pub(crate) fn prefetch<T>(values: &[T]) {
     #[cfg(target_arch = "x86_64")]
-    for place in (0..size_of_val(values)).step_by(64) {
+    for index in (0..size_of_val(values)).step_by(64) {
         use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        let place = values.as_ptr().cast::<i8>().wrapping_add(place);
-        // SAFETY: no access, a wish.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(place) };
+        let index = values.as_ptr().cast::<i8>().wrapping_add(index);
+        // SAFETY: a prefetch is only a hint and never faults, whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(index) };
     }
     let _ = values;
 }
 
-/// A tile of `M` rows in f32.
+/// Multiplies a tile of `M` rows in f32.
 ///
 /// # Safety
 /// See [`Tile`].
@@ -99,7 +99,7 @@ pub(crate) unsafe fn multiply<const M: usize, const V: usize, const RS: usize, c
     run(Plain::<M, V, RS, KS>(tile));
 }
 
-/// A tile of `M` of [`TILE`] packed rows of pairs of bf16, with sums in f32. `depth` counts pairs.
+/// Multiplies the first `M` of a tile's [`TILE`] packed rows of pairs of bf16, with sums in f32. `depth` counts pairs.
 ///
 /// # Safety
 /// See [`Tile`].
@@ -114,8 +114,8 @@ pub(crate) unsafe fn multiply_pairs<const M: usize>(tile: Tile<u32, u32>) {
     run(PlainPairs::<M>(tile));
 }
 
-/// Puts tiles of [`TILE`] packed rows of pairs in the order in which the instruction set in use wants them, if that is another
-/// one, and says so: [`multiply_arranged`] takes them then. What was in `spare` is lost.
+/// Reorders tiles of [`TILE`] packed rows of pairs if the instruction set in use reads them in another order, and returns whether it
+/// did: then [`multiply_arranged`] multiplies them. The contents of `spare` are overwritten.
 pub(crate) fn arrange(pairs: &mut Vec<u32>, spare: &mut Vec<u32>, depth: usize) -> bool {
     #[cfg(target_arch = "x86_64")]
     if Isa::current() >= Isa::AmxBf16 {
@@ -131,7 +131,7 @@ pub(crate) fn arrange(pairs: &mut Vec<u32>, spare: &mut Vec<u32>, depth: usize) 
     false
 }
 
-/// A tile of [`TILE`] packed rows of pairs that [`arrange`] put in order. `depth` counts pairs.
+/// Multiplies a tile of [`TILE`] packed rows of pairs that [`arrange`] reordered. `depth` counts pairs.
 ///
 /// # Safety
 /// See [`Tile`]; all [`TILE`] rows of `a` may be read.
@@ -150,15 +150,15 @@ pub(crate) unsafe fn multiply_arranged(tile: Tile<u32, u32>) {
     unreachable!("nothing is arranged for {} pairs", tile.depth);
 }
 
-/// Says that this thread has no more tiles to multiply for now.
+/// Releases the tile registers, to be called when a thread has no more tiles to multiply for now.
 pub(crate) fn done() {
     #[cfg(target_arch = "x86_64")]
     amx::release();
 }
 
-/// Rounds rows to bf16 and puts each two of them together as pairs, the first in the low halves; behind an odd last row, zeros.
-/// Gives false, and does nothing, where the processor has no instruction for it. AVX-512 makes denormal numbers 0, NEON leaves
-/// them; products of pairs take them for 0 in both.
+/// Rounds rows to bf16 and joins each two of them to pairs, the first in the low halves; an odd last row is paired with zeros.
+/// Returns false, and does nothing, where the processor has no instruction for it. AVX-512 rounds subnormal numbers to 0 and NEON
+/// keeps them; products of pairs take them for 0 on both.
 #[inline]
 pub(crate) fn pair_rows(rows: &[[f32; LANES]], out: &mut [[u32; LANES]]) -> bool {
     #[cfg(target_arch = "x86_64")]

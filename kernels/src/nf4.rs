@@ -1,16 +1,19 @@
-//! From weights to NF4 codes, in blocks of 64 with one largest magnitude each, with the bits of bitsandbytes.
+//! The quantisation of weights to NF4 (Dettmers et al. 2023, arXiv 2305.14314, section 3), in blocks of 64 values that share their
+//! largest magnitude. The results equal those of bitsandbytes' CPU path (`bitsandbytes/backends/default/ops.py`, `quantize_4bit`) bit by bit.
 
 #[cfg(target_arch = "x86_64")]
 mod wide;
 
 #[cfg(target_arch = "x86_64")]
+use crate::FloatType;
 use crate::dispatch::Isa;
 use crate::dispatch::{self, Loop};
 
-/// Values that share a largest magnitude.
+/// The number of values in a block.
 pub const BLOCK: usize = 64;
 
-/// The 16 values: quantiles of a normal distribution.
+/// The value of each 4-bit code: quantiles of a normal distribution, scaled to the range from -1 to 1 (Dettmers et al. 2023,
+/// appendix E, in the digits of `bitsandbytes/functional.py`, `get_4bit_type`).
 pub const CODE: [f32; 16] = [
     -1.0,
     -0.696_192_8,
@@ -30,7 +33,7 @@ pub const CODE: [f32; 16] = [
     1.0,
 ];
 
-/// Between neighbouring values.
+/// The midpoints between neighbouring values of [`CODE`].
 const MIDPOINTS: [f32; 15] = midpoints();
 
 const fn midpoints() -> [f32; 15] {
@@ -43,30 +46,9 @@ const fn midpoints() -> [f32; 15] {
     midpoints
 }
 
-/// How values are stored, little-endian.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Stored {
-    /// IEEE single precision.
-    F32,
-    /// IEEE half precision.
-    F16,
-    /// The upper half of single precision.
-    Bf16,
-}
-
-impl Stored {
-    /// Bytes of one value.
-    pub const fn size(self) -> usize {
-        match self {
-            Self::F32 => 4,
-            Self::F16 | Self::Bf16 => 2,
-        }
-    }
-}
-
-/// How many values `bytes` hold.
-fn count(stored: Stored, bytes: &[u8]) -> usize {
-    let size = stored.size();
+/// The number of values in `bytes`.
+fn count(dtype: FloatType, bytes: &[u8]) -> usize {
+    let size = dtype.size();
     assert!(
         bytes.len().is_multiple_of(size),
         "{} bytes are no values of {size}",
@@ -75,66 +57,68 @@ fn count(stored: Stored, bytes: &[u8]) -> usize {
     bytes.len() / size
 }
 
-/// Writes the largest magnitude of each block of `bytes` to `out`. If a block holds a NaN or an infinity, so is the result.
+/// Writes the largest magnitude of each block of the values in `bytes` to `out`; the last block may be shorter. If a block holds
+/// a NaN or an infinity, its result is not finite either.
 ///
 /// # Panics
-/// If `bytes` end within a value, or `out` has not one place a block.
-pub fn largest(stored: Stored, bytes: &[u8], out: &mut [f32]) {
-    let blocks = count(stored, bytes).div_ceil(BLOCK);
+/// If `bytes` ends within a value, or `out` has not one element for each block.
+pub fn absmax(dtype: FloatType, bytes: &[u8], out: &mut [f32]) {
+    let blocks = count(dtype, bytes).div_ceil(BLOCK);
     assert_eq!(out.len(), blocks, "places for the largest magnitudes");
     #[cfg(target_arch = "x86_64")]
     let (bytes, out) = if Isa::current() >= Isa::Avx512 {
         // SAFETY: the processor has AVX-512.
-        let done = unsafe { wide::largest(stored, bytes, out) };
-        (&bytes[done * BLOCK * stored.size()..], &mut out[done..])
+        let done = unsafe { wide::absmax(dtype, bytes, out) };
+        (&bytes[done * BLOCK * dtype.size()..], &mut out[done..])
     } else {
         (bytes, out)
     };
-    dispatch::run(Largest { stored, bytes, out });
+    dispatch::run(AbsMax { dtype, bytes, out });
 }
 
-/// Writes two codes a byte to `packed`: of each value's share in its block's largest magnitude the nearest code, halfway the
-/// lower one. An odd last value is followed by the code of 0. The values are finite; if not, codes are any.
+/// Quantises the values in `bytes` to codes and writes two of them a byte to `packed`, the first one in the high half. A value's
+/// code is the one nearest to its quotient by its block's largest magnitude; halfway between two it is the lower one. An odd last
+/// value is followed by the code of 0. The codes of a block with values that are not finite are unspecified.
 ///
 /// # Panics
-/// If `bytes` end within a value, or `packed` has not one byte for two of them.
-pub fn pack(stored: Stored, bytes: &[u8], packed: &mut [u8]) {
-    let pairs = count(stored, bytes).div_ceil(2);
+/// If `bytes` ends within a value, or `packed` has not one byte for every two values.
+pub fn pack(dtype: FloatType, bytes: &[u8], packed: &mut [u8]) {
+    let pairs = count(dtype, bytes).div_ceil(2);
     assert_eq!(packed.len(), pairs, "bytes for the codes");
     #[cfg(target_arch = "x86_64")]
     let (bytes, packed) = if Isa::current() >= Isa::Avx512 {
         // SAFETY: the processor has AVX-512.
-        let done = unsafe { wide::pack(stored, bytes, packed) };
+        let done = unsafe { wide::pack(dtype, bytes, packed) };
         (
-            &bytes[done * BLOCK * stored.size()..],
+            &bytes[done * BLOCK * dtype.size()..],
             &mut packed[done * BLOCK / 2..],
         )
     } else {
         (bytes, packed)
     };
     dispatch::run(Pack {
-        stored,
+        dtype,
         bytes,
         packed,
     });
 }
 
-struct Largest<'a> {
-    stored: Stored,
+struct AbsMax<'a> {
+    dtype: FloatType,
     bytes: &'a [u8],
     out: &'a mut [f32],
 }
 
-impl Loop for Largest<'_> {
+impl Loop for AbsMax<'_> {
     type Output = ();
     #[inline(always)]
     fn run<const FMA: bool>(self) {
-        largest_plain(self.stored, self.bytes, self.out);
+        absmax_plain(self.dtype, self.bytes, self.out);
     }
 }
 
 struct Pack<'a> {
-    stored: Stored,
+    dtype: FloatType,
     bytes: &'a [u8],
     packed: &'a mut [u8],
 }
@@ -143,40 +127,40 @@ impl Loop for Pack<'_> {
     type Output = ();
     #[inline(always)]
     fn run<const FMA: bool>(self) {
-        pack_plain(self.stored, self.bytes, self.packed);
+        pack_plain(self.dtype, self.bytes, self.packed);
     }
 }
 
 #[inline(always)]
-fn largest_plain(stored: Stored, bytes: &[u8], out: &mut [f32]) {
-    for (block, out) in bytes.chunks(BLOCK * stored.size()).zip(out) {
-        *out = most(&match stored {
-            Stored::F32 => singles(block),
-            Stored::F16 => halves(block),
-            Stored::Bf16 => uppers(block),
+fn absmax_plain(dtype: FloatType, bytes: &[u8], out: &mut [f32]) {
+    for (block, out) in bytes.chunks(BLOCK * dtype.size()).zip(out) {
+        *out = block_absmax(&match dtype {
+            FloatType::F32 => singles(block),
+            FloatType::F16 => halves(block),
+            FloatType::Bf16 => uppers(block),
         });
     }
 }
 
 #[inline(always)]
-fn pack_plain(stored: Stored, bytes: &[u8], packed: &mut [u8]) {
+fn pack_plain(dtype: FloatType, bytes: &[u8], packed: &mut [u8]) {
     let blocks = bytes
-        .chunks(BLOCK * stored.size())
+        .chunks(BLOCK * dtype.size())
         .zip(packed.chunks_mut(BLOCK / 2));
     for (block, packed) in blocks {
-        let mut values = match stored {
-            Stored::F32 => singles(block),
-            Stored::F16 => halves(block),
-            Stored::Bf16 => uppers(block),
+        let mut values = match dtype {
+            FloatType::F32 => singles(block),
+            FloatType::F16 => halves(block),
+            FloatType::Bf16 => uppers(block),
         };
-        if block.len() == BLOCK * stored.size() {
-            let inverse = share(most(&values));
+        if block.len() == BLOCK * dtype.size() {
+            let scale = inverse_absmax(block_absmax(&values));
             for value in &mut values {
-                *value *= inverse;
+                *value *= scale;
             }
         } else {
-            // Only a ragged last block is divided, as on bitsandbytes' CPU path.
-            let absmax = most(&values).max(1e-38);
+            // bitsandbytes' CPU path multiplies by the reciprocal too, but divides in an incomplete last block.
+            let absmax = block_absmax(&values).max(1e-38);
             for value in &mut values {
                 *value /= absmax;
             }
@@ -188,7 +172,7 @@ fn pack_plain(stored: Stored, bytes: &[u8], packed: &mut [u8]) {
     }
 }
 
-/// The values of a block; behind a ragged one's, zeros.
+/// The values of a block of f32, followed by zeros if it is incomplete.
 #[inline(always)]
 fn singles(block: &[u8]) -> [f32; BLOCK] {
     let mut values = [0f32; BLOCK];
@@ -198,6 +182,7 @@ fn singles(block: &[u8]) -> [f32; BLOCK] {
     values
 }
 
+/// The values of a block of bf16, followed by zeros if it is incomplete.
 #[inline(always)]
 fn uppers(block: &[u8]) -> [f32; BLOCK] {
     let mut values = [0f32; BLOCK];
@@ -207,9 +192,11 @@ fn uppers(block: &[u8]) -> [f32; BLOCK] {
     values
 }
 
+/// The values of a block of half precision, followed by zeros if it is incomplete.
 #[inline(always)]
 fn halves(block: &[u8]) -> [f32; BLOCK] {
-    // An exponent in its new place is 112 too low. The product is exact, denormal halves become normal.
+    // Once the bits are shifted to their places in an f32, the exponent is too low by 112. The product is exact, and subnormal
+    // halves become normal numbers.
     const LIFT: f32 = f32::from_bits((127 + 112) << 23);
     let mut values = [0f32; BLOCK];
     for (value, bytes) in values.iter_mut().zip(block.as_chunks::<2>().0) {
@@ -225,23 +212,24 @@ fn halves(block: &[u8]) -> [f32; BLOCK] {
     values
 }
 
-/// The largest magnitude. As bits, a larger magnitude is a larger whole number, with infinity and NaN above all.
+/// The largest magnitude of a block. Without their sign, the bits of a larger magnitude are a larger integer, and those of
+/// infinities and NaNs are the largest.
 #[inline(always)]
-fn most(values: &[f32; BLOCK]) -> f32 {
-    let mut most = 0u32;
+fn block_absmax(values: &[f32; BLOCK]) -> f32 {
+    let mut largest = 0u32;
     for value in values {
-        most = most.max(value.to_bits() & 0x7fff_ffff);
+        largest = largest.max(value.to_bits() & 0x7fff_ffff);
     }
-    f32::from_bits(most)
+    f32::from_bits(largest)
 }
 
-/// What the values of a whole block are multiplied by.
+/// The factor of the values of a complete block.
 #[inline(always)]
-fn share(most: f32) -> f32 {
-    1. / most.max(1e-38)
+fn inverse_absmax(largest: f32) -> f32 {
+    1. / largest.max(1e-38)
 }
 
-/// The number of midpoints below each value, which is its code: no branches, so that many are counted at once.
+/// The number of midpoints below each value, which is its code. There are no branches, so the compiler counts for many at once.
 #[inline(always)]
 fn counts(values: &[f32; BLOCK]) -> [u32; BLOCK] {
     let mut counts = [0u32; BLOCK];
@@ -270,11 +258,11 @@ mod tests {
         x * x * x * [1., 1e-3, 1e4, 1e-30][i / 640 % 4]
     }
 
-    fn bytes(stored: Stored, values: &[f32]) -> Vec<u8> {
-        let write = |value: &f32| match stored {
-            Stored::F32 => value.to_le_bytes().to_vec(),
-            Stored::Bf16 => ((value.to_bits() >> 16) as u16).to_le_bytes().to_vec(),
-            Stored::F16 => half(*value).to_le_bytes().to_vec(),
+    fn bytes(dtype: FloatType, values: &[f32]) -> Vec<u8> {
+        let write = |value: &f32| match dtype {
+            FloatType::F32 => value.to_le_bytes().to_vec(),
+            FloatType::Bf16 => ((value.to_bits() >> 16) as u16).to_le_bytes().to_vec(),
+            FloatType::F16 => half(*value).to_le_bytes().to_vec(),
         };
         values.iter().flat_map(write).collect()
     }
@@ -305,38 +293,38 @@ mod tests {
     #[test]
     fn blocks_are_packed_as_by_a_plain_loop() {
         let values: Vec<f32> = (0..64 * 40 + 21).map(number).collect();
-        for stored in [Stored::F32, Stored::F16, Stored::Bf16] {
-            let bytes = bytes(stored, &values);
+        for dtype in [FloatType::F32, FloatType::F16, FloatType::Bf16] {
+            let bytes = bytes(dtype, &values);
             let mut magnitudes = vec![0f32; values.len().div_ceil(BLOCK)];
-            largest(stored, &bytes, &mut magnitudes);
+            absmax(dtype, &bytes, &mut magnitudes);
             let mut packed = vec![0u8; values.len().div_ceil(2)];
-            pack(stored, &bytes, &mut packed);
+            pack(dtype, &bytes, &mut packed);
             with_each(|isa| {
-                let (mut again, mut most) = (vec![9; packed.len()], vec![9.; magnitudes.len()]);
-                pack(stored, &bytes, &mut again);
-                largest(stored, &bytes, &mut most);
-                assert!(again == packed && most == magnitudes, "{isa:?}");
+                let (mut again, mut largest) = (vec![9; packed.len()], vec![9.; magnitudes.len()]);
+                pack(dtype, &bytes, &mut again);
+                absmax(dtype, &bytes, &mut largest);
+                assert!(again == packed && largest == magnitudes, "{isa:?}");
             });
-            for (number, block) in bytes.chunks(BLOCK * stored.size()).enumerate() {
-                let values = match stored {
-                    Stored::F32 => singles(block),
-                    Stored::F16 => halves(block),
-                    Stored::Bf16 => uppers(block),
+            for (number, block) in bytes.chunks(BLOCK * dtype.size()).enumerate() {
+                let values = match dtype {
+                    FloatType::F32 => singles(block),
+                    FloatType::F16 => halves(block),
+                    FloatType::Bf16 => uppers(block),
                 };
-                let most = values.iter().fold(0f32, |most, x| most.max(x.abs()));
-                assert_eq!(magnitudes[number].to_bits(), most.to_bits());
-                let whole = block.len() == BLOCK * stored.size();
-                let count = block.len() / stored.size();
+                let largest = values.iter().fold(0f32, |largest, x| largest.max(x.abs()));
+                assert_eq!(magnitudes[number].to_bits(), largest.to_bits());
+                let whole = block.len() == BLOCK * dtype.size();
+                let count = block.len() / dtype.size();
                 for (i, value) in values[..count].iter().enumerate() {
-                    let most = most.max(1e-38);
+                    let largest = largest.max(1e-38);
                     let t = if whole {
-                        value * (1. / most)
+                        value * (1. / largest)
                     } else {
-                        value / most
+                        value / largest
                     };
                     let byte = packed[number * BLOCK / 2 + i / 2];
                     let code = if i % 2 == 0 { byte >> 4 } else { byte & 15 };
-                    assert_eq!(code, code_by_search(t), "{stored:?} {number} {i}");
+                    assert_eq!(code, code_by_search(t), "{dtype:?} {number} {i}");
                 }
             }
             assert_eq!(packed.last().map(|byte| byte & 15), Some(7));
@@ -358,10 +346,10 @@ mod tests {
             .flat_map(|part| part.iter().copied().chain([1.]))
             .collect();
         values.resize(values.len().next_multiple_of(BLOCK), 1.);
-        let bytes = bytes(Stored::F32, &values);
+        let bytes = bytes(FloatType::F32, &values);
         with_each(|isa| {
             let mut packed = vec![0; values.len() / 2];
-            pack(Stored::F32, &bytes, &mut packed);
+            pack(FloatType::F32, &bytes, &mut packed);
             for (byte, pair) in packed.iter().zip(values.as_chunks::<2>().0) {
                 let codes = [byte >> 4, byte & 15];
                 assert_eq!(codes, pair.map(code_by_search), "{isa:?} {pair:?}");
@@ -391,11 +379,11 @@ mod tests {
         with_each(|isa| {
             for bits in 0..=u16::MAX {
                 let block = [bits.to_le_bytes(); BLOCK].concat();
-                let (mut out, most) = ([0f32], most(&halves(&block)));
-                largest(Stored::F16, &block, &mut out);
-                let same = out[0].to_bits() == most.to_bits();
+                let (mut out, largest) = ([0f32], block_absmax(&halves(&block)));
+                absmax(FloatType::F16, &block, &mut out);
+                let same = out[0].to_bits() == largest.to_bits();
                 assert!(
-                    same || (out[0].is_nan() && most.is_nan()),
+                    same || (out[0].is_nan() && largest.is_nan()),
                     "{isa:?} {bits:x}"
                 );
             }
@@ -408,7 +396,7 @@ mod tests {
             let mut values = vec![1f32; 200];
             values[130] = bad;
             let mut out = [0f32; 4];
-            largest(Stored::F32, &bytes(Stored::F32, &values), &mut out);
+            absmax(FloatType::F32, &bytes(FloatType::F32, &values), &mut out);
             assert_eq!(out.map(f32::is_finite), [true, true, false, true]);
         }
     }

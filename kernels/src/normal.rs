@@ -1,35 +1,36 @@
-//! Normal random numbers by Marsaglia's polar method (1964). Each pair has a random stream of its own, so it depends on nothing but
-//! a key and its number; and it is made from whole numbers, additions, multiplications, divisions and square roots, which every
-//! machine rounds alike.
+//! Normal random numbers by the polar method (Marsaglia and Bray 1964, SIAM Review 6(3), "A Convenient Method for Generating Normal
+//! Variables"). Each pair of numbers has a random stream of its own and so depends on nothing but a key and the pair's index. Only
+//! integer arithmetic, additions, multiplications, divisions and square roots are used, which every machine rounds alike.
 
 use crate::dispatch::{self, Loop};
 use crate::random::splitmix64;
 
-/// Pairs that go through the logarithm together.
+/// The number of pairs whose logarithms are computed together.
 const PAIRS: usize = 128;
 
-/// Fills `values` with normal numbers of the standard deviation `scale`, of pair number `first` and those that follow.
+/// Fills `values` with normal numbers of mean 0 and standard deviation `scale`, two for each pair from index `first` on. With an
+/// odd number of values the second number of the last pair is left out.
 pub fn fill(key: u64, mut first: u64, scale: f64, values: &mut [f32]) {
     for values in values.chunks_mut(2 * PAIRS) {
         let mut points = [[0f64; PAIRS]; 2];
         let mut squares = [1f64; PAIRS];
         let count = values.len().div_ceil(2);
-        for place in 0..count {
-            let (point, square) = point(key, first.wrapping_add(place as u64));
-            [points[0][place], points[1][place]] = point;
-            squares[place] = square;
+        for index in 0..count {
+            let (point, square) = point(key, first.wrapping_add(index as u64));
+            [points[0][index], points[1][index]] = point;
+            squares[index] = square;
         }
-        stretch(&mut points, &squares);
-        for (place, pair) in values.chunks_mut(2).enumerate() {
+        to_normal(&mut points, &squares);
+        for (index, pair) in values.chunks_mut(2).enumerate() {
             for (value, points) in pair.iter_mut().zip(&points) {
-                *value = (points[place] * scale) as f32;
+                *value = (points[index] * scale) as f32;
             }
         }
         first = first.wrapping_add(count as u64);
     }
 }
 
-/// A random point inside the unit circle and the square of its distance from the middle, which is not 0.
+/// A random point inside the unit circle, and the square of its distance from the centre, which is not 0.
 fn point(key: u64, pair: u64) -> ([f64; 2], f64) {
     let mut counter = pair;
     let mut state = key ^ splitmix64(&mut counter);
@@ -46,27 +47,27 @@ fn point(key: u64, pair: u64) -> ([f64; 2], f64) {
     }
 }
 
-/// Points to normal numbers.
-fn stretch(points: &mut [[f64; PAIRS]; 2], squares: &[f64; PAIRS]) {
-    dispatch::run(Stretch { points, squares });
+/// Turns points inside the unit circle into pairs of independent standard normal numbers.
+fn to_normal(points: &mut [[f64; PAIRS]; 2], squares: &[f64; PAIRS]) {
+    dispatch::run(ToNormal { points, squares });
 }
 
-struct Stretch<'a> {
+struct ToNormal<'a> {
     points: &'a mut [[f64; PAIRS]; 2],
     squares: &'a [f64; PAIRS],
 }
 
-impl Loop for Stretch<'_> {
+impl Loop for ToNormal<'_> {
     type Output = ();
     #[inline(always)]
     fn run<const FMA: bool>(self) {
-        // Never fused: bits must not depend on the machine.
-        stretch_plain(self.points, self.squares);
+        // Never fused, so that the result's bits don't depend on the machine.
+        to_normal_plain(self.points, self.squares);
     }
 }
 
 #[inline(always)]
-fn stretch_plain(points: &mut [[f64; PAIRS]; 2], squares: &[f64; PAIRS]) {
+fn to_normal_plain(points: &mut [[f64; PAIRS]; 2], squares: &[f64; PAIRS]) {
     let [x, y] = points;
     for ((x, y), square) in x.iter_mut().zip(y).zip(squares) {
         let factor = (-2. * ln(*square) / square).sqrt();
@@ -75,11 +76,11 @@ fn stretch_plain(points: &mut [[f64; PAIRS]; 2], squares: &[f64; PAIRS]) {
     }
 }
 
-/// The natural logarithm of a normal number above 0, to about 1e-13. The standard library's is the platform's, whose last bits
-/// differ.
+/// The natural logarithm of a positive, not subnormal number, to about 1e-13. The standard library calls the platform's own, whose
+/// last bits differ from one platform to the next.
 #[inline(always)]
 fn ln(x: f64) -> f64 {
-    // x = m 2^e with m around 1, and ln m = 2 atanh((m - 1) / (m + 1)) by its series.
+    // x = m 2^e with m between sqrt(1/2) and sqrt(2), and ln m = 2 atanh((m - 1) / (m + 1)) by its power series.
     let bits = x.to_bits();
     let exponent = (bits >> 52) as i32 - 1023;
     let m = f64::from_bits((bits & ((1 << 52) - 1)) | (1023 << 52));
@@ -131,17 +132,17 @@ mod tests {
     fn the_wide_way_has_the_bits_of_the_plain_one() {
         let mut points = [[0f64; PAIRS]; 2];
         let mut squares = [0f64; PAIRS];
-        for place in 0..PAIRS {
-            let (point, square) = point(KEY, 1000 + place as u64);
-            [points[0][place], points[1][place]] = point;
-            squares[place] = square;
+        for index in 0..PAIRS {
+            let (point, square) = point(KEY, 1000 + index as u64);
+            [points[0][index], points[1][index]] = point;
+            squares[index] = square;
         }
         squares[0] = f64::MIN_POSITIVE;
         let mut plain = points;
-        stretch_plain(&mut plain, &squares);
+        to_normal_plain(&mut plain, &squares);
         with_each(|isa| {
             let mut again = points;
-            stretch(&mut again, &squares);
+            to_normal(&mut again, &squares);
             assert!(plain == again, "{isa:?}");
         });
     }

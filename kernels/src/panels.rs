@@ -1,27 +1,27 @@
-//! The layout of activations: `data[(panel * features + feature) * 32 + lane]`, token `panel * 32 + lane`.
+//! The layout of activations: feature `feature` of token `panel * 32 + lane` is `data[(panel * features + feature) * 32 + lane]`.
 //!
-//! Lanes behind the last token hold zeros in what a caller makes, and finite numbers in what is computed from that.
+//! The lanes after the last token hold zeros in panels that a caller makes, and finite numbers in what is computed from those.
 
 use rayon::prelude::*;
 
-/// Tokens in a panel.
+/// The number of tokens in a panel.
 pub const LANES: usize = 32;
 
-/// How many panels hold so many tokens.
+/// The number of panels that hold `tokens` tokens.
 pub fn panels(tokens: usize) -> usize {
     tokens.div_ceil(LANES)
 }
 
-/// How many floats hold `features` of so many tokens; `usize::MAX`, which no memory has, if they can't be counted.
+/// The number of floats in the panels of `features` features for `tokens` tokens; `usize::MAX` if it overflows.
 pub fn size(features: usize, tokens: usize) -> usize {
     let rows = panels(tokens).saturating_mul(features);
     rows.saturating_mul(LANES)
 }
 
-/// How many panels of so many features `length` floats are.
+/// The number of panels of `features` features that `length` floats make up.
 ///
 /// # Panics
-/// If they are no whole number of panels; `what` says of what.
+/// If `length` is not a whole number of panels; `what` names the argument in the message.
 pub(crate) fn count(length: usize, features: usize, what: &str) -> usize {
     let panel = features.saturating_mul(LANES);
     let whole = length.checked_rem(panel).unwrap_or(length) == 0;
@@ -32,10 +32,10 @@ pub(crate) fn count(length: usize, features: usize, what: &str) -> usize {
     length.checked_div(panel).unwrap_or(0)
 }
 
-/// Checks that `length` floats (or pairs) are so many panels of so many features.
+/// Checks that `length` floats (or pairs) make up `panels` panels of `features` features.
 ///
 /// # Panics
-/// If they are not; `what` says of what.
+/// If they don't; `what` names the argument in the message.
 pub(crate) fn check(length: usize, features: usize, panels: usize, what: &str) {
     let wanted = panels.saturating_mul(features).saturating_mul(LANES);
     assert_eq!(
@@ -44,7 +44,8 @@ pub(crate) fn check(length: usize, features: usize, panels: usize, what: &str) {
     );
 }
 
-/// Writes one row of floats a token, each of `features`, into panels. `row(token)` gives the row.
+/// Transposes rows into panels: `row(token)` gives the `features` values of each of `tokens` tokens. The lanes after the last
+/// token become zeros.
 ///
 /// # Panics
 /// If `out` has not [`size`]`(features, tokens)` floats, or a row not `features`.
@@ -74,10 +75,10 @@ pub fn fill<'a>(
     });
 }
 
-/// The features of one token.
+/// The `features` values of one token of panels `data`.
 ///
 /// # Panics
-/// If the panels don't hold the token.
+/// If `data` does not hold token number `token`.
 pub fn column(data: &[f32], features: usize, token: usize) -> impl Iterator<Item = f32> + '_ {
     let panel = features * LANES;
     let data = &data[token / LANES * panel..][..panel];

@@ -1,7 +1,7 @@
-//! Products of weights and activations: `out = W1 x1 + W2 x2 + ..`, over all cores.
+//! Products of weights and activations, `out = W1 x1 + W2 x2 + ..`, over all cores.
 //!
-//! The rows of all products of a call are dealt out in tasks. A task makes a block of a weight ready, as deep as fits into
-//! the cache, and goes with it over all panels. Where there are few rows, as in LoRA's first product, panels are dealt out.
+//! The rows of all products of a call are split into tasks. A task packs a block of a weight, as deep as fits into the cache, and
+//! multiplies all panels by it. Where there are few rows, as in LoRA's down projection, the panels are split instead.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -14,42 +14,43 @@ use crate::matrix::Matrix;
 use crate::micro::{TILE, Tile, arrange, done, multiply, multiply_arranged, multiply_pairs};
 use crate::panels::{self, LANES, count};
 
-/// The depth of a block, in features: its 32 tokens and its rows both stay in the second cache.
+/// The depth of a block, in features: the block's rows and a panel's 32 tokens both stay in the second-level cache.
 const DEPTH: usize = 512;
-/// The most of a term's last block, and of a block with shallow ones of other terms behind it.
+/// The largest depth of a term's last block, and of a block together with shallow blocks of the terms after it.
 const DEEPEST: usize = 640;
-/// The most tiles made ready at once.
+/// The largest number of tiles that are packed at once.
 const TILES: usize = 12;
-/// Tiles that are too few to be dealt out.
+/// The largest number of tiles with which panels are split instead of rows.
 const NARROW: usize = 4;
 
-/// Activations as one factor of a product.
+/// Activations as the right factor of a product, panels of as many features as the weight is deep.
 #[derive(Debug, Clone)]
 pub enum Factor<'a> {
-    /// Panels in f32.
+    /// Panels in f32: the product is computed in f32.
     F32(&'a [f32]),
-    /// Panels of pairs of bf16, see [`pairs`]: the other factor is rounded to bf16 too.
+    /// Panels rounded to bf16: the weight is rounded to bf16 too, and sums are in f32.
     Pairs(Pairs),
 }
 
-/// Activations rounded to bf16.
+/// Activations rounded to bf16, in the form that the processor multiplies best.
 #[derive(Debug, Clone)]
 pub struct Pairs(Kind);
 
 #[derive(Debug, Clone)]
 enum Kind {
-    /// For processors that multiply them.
+    /// Panels of [`pairs`], for processors with instructions for them.
     Bits(Vec<u32>),
-    /// For others: the rounded values in f32.
+    /// The rounded values in f32, for other processors.
     Rounded(Vec<f32>),
 }
 
 impl Pairs {
-    /// Rounds panels of so many features, into a buffer of the right kind. `take` gives one of a length, with anything in it.
+    /// Rounds panels of `features` features. `take` provides a buffer of the length that it is given, contents unspecified; it is
+    /// not called on processors that don't multiply pairs.
     ///
     /// # Panics
-    /// If `data` are no such panels, or `take` gives another length.
-    pub fn of(data: &[f32], features: usize, take: impl FnOnce(usize) -> Vec<u32>) -> Self {
+    /// If `data` is not a whole number of panels of `features`, or `take` returns a buffer of another length.
+    pub fn round(data: &[f32], features: usize, take: impl FnOnce(usize) -> Vec<u32>) -> Self {
         let panels = count(data.len(), features, "the numbers to pair");
         Self(if Isa::current().multiplies_pairs() {
             let mut out = take(panels * features.div_ceil(2) * LANES);
@@ -62,7 +63,7 @@ impl Pairs {
         })
     }
 
-    /// The buffer that was taken, if one was.
+    /// Returns the buffer that [`Pairs::round`] took, if it took one.
     pub fn into_buffer(self) -> Option<Vec<u32>> {
         match self.0 {
             Kind::Bits(buffer) => Some(buffer),
@@ -71,35 +72,35 @@ impl Pairs {
     }
 }
 
-/// One summand: a weight and what it is multiplied by.
+/// One term of a sum of products, `weight * x`.
 #[derive(Debug, Clone)]
 pub struct Term<'a> {
-    /// The weight.
+    /// The weight (height, depth).
     pub weight: Matrix<'a>,
-    /// Panels with as many features as the weight is deep.
+    /// Panels of `depth` features.
     pub x: &'a Factor<'a>,
 }
 
-/// What the sum of a product's terms is added to.
+/// The values to which the sum of a product's terms is added.
 #[derive(Debug, Clone, Copy)]
 pub enum Onto<'a> {
-    /// Nothing.
+    /// Zeros: the output is overwritten.
     Zero,
-    /// What is in the output.
+    /// The values in the output.
     Out,
-    /// Other panels of the output's size.
+    /// Other panels, of the output's size.
     Values(&'a [f32]),
 }
 
-/// One product: `out = onto + bias + sum of terms`.
+/// One product: `out = onto + bias + sum over terms of weight * x`.
 pub struct Product<'a> {
-    /// Panels with as many features as each weight is high.
+    /// Panels of as many features as each weight has rows.
     pub out: &'a mut [f32],
-    /// The summands.
+    /// The terms, whose weights all have the same number of rows.
     pub terms: Vec<Term<'a>>,
-    /// What the sum is added to.
+    /// The values to which the sum is added.
     pub onto: Onto<'a>,
-    /// What is added to each feature of all tokens: as many numbers as each weight is high.
+    /// A number for each feature of the output, which is added to that feature of all tokens.
     pub bias: Option<&'a [f32]>,
 }
 
@@ -117,8 +118,8 @@ struct Task {
     panels: Range<usize>,
 }
 
-/// The tasks of a product: rows dealt out, or, where there are few, panels.
-fn deal(product: usize, height: usize, panels: usize, tasks: &mut Vec<Task>) {
+/// Splits a product into tasks, by rows or, where there are few of them, by panels.
+fn split_into_tasks(product: usize, height: usize, panels: usize, tasks: &mut Vec<Task>) {
     let threads = rayon::current_num_threads().max(1);
     let tiles = height.div_ceil(TILE);
     let few = tiles <= NARROW;
@@ -143,10 +144,11 @@ fn deal(product: usize, height: usize, panels: usize, tasks: &mut Vec<Task>) {
     }
 }
 
-/// Computes some products that don't depend on each other.
+/// Computes several products that don't depend on each other.
 ///
 /// # Panics
-/// If a factor has not as many features as its weight is deep, or a weight not the height of its output.
+/// If, in one of them, the weights differ in their number of rows, the output is not a whole number of panels of so many features,
+/// a factor has not as many panels of its weight's depth, or `onto` or the bias has another size than the output needs.
 pub fn products(mut all: Vec<Product<'_>>) {
     let mut tasks = Vec::new();
     for (product, each) in all.iter_mut().enumerate() {
@@ -157,7 +159,7 @@ pub fn products(mut all: Vec<Product<'_>>) {
             assert_eq!(bias.len(), height, "the size of the bias");
         }
         if each.terms.iter().any(|term| term.weight.depth() > 0) {
-            deal(product, height, panels, &mut tasks);
+            split_into_tasks(product, height, panels, &mut tasks);
         } else {
             // A sum of nothing.
             match each.onto {
@@ -184,13 +186,13 @@ pub fn products(mut all: Vec<Product<'_>>) {
         let each = &all[task.product];
         BLOCKS.with_borrow_mut(|blocks| {
             // SAFETY: `check` saw that the output has `panels` panels of `height` rows, and `check_onto` that what is added to
-            // has as many; `deal` gave no two tasks a row of a panel in common.
-            unsafe { part_of(each, outs[task.product], task.rows, task.panels, blocks) };
+            // has as many; `split_into_tasks` gave no two tasks a row of a panel in common.
+            unsafe { run_task(each, outs[task.product], task.rows, task.panels, blocks) };
         });
     });
 }
 
-/// Computes one product.
+/// Computes one product without a bias, see [`Product`].
 ///
 /// # Panics
 /// As [`products`] does.
@@ -210,7 +212,7 @@ fn check_onto(product: &Product<'_>) {
     }
 }
 
-/// Gives the number of panels.
+/// Checks a product's sizes and returns the number of panels.
 fn check(product: &Product<'_>, height: usize) -> usize {
     if product.terms.is_empty() {
         return 0;
@@ -233,14 +235,14 @@ fn check(product: &Product<'_>, height: usize) -> usize {
     panels
 }
 
-/// Some of the depth of a term.
+/// A part of a term's depth.
 struct Piece<'a> {
     term: &'a Term<'a>,
     depths: Range<usize>,
 }
 
-/// The depths of all terms in pieces, and these in groups that go over the panels together: a shallow piece (of a LoRA pair)
-/// finds the sums of the deep one before it in the first cache.
+/// Splits the depths of all terms into pieces, and these into groups that are multiplied panel by panel together: a shallow piece
+/// (of a LoRA pair) then finds the sums of the deep one before it in the first-level cache.
 fn groups<'a>(terms: &'a [Term<'a>]) -> Vec<Vec<Piece<'a>>> {
     let mut groups: Vec<Vec<Piece<'a>>> = Vec::new();
     let mut room = 0;
@@ -272,7 +274,7 @@ fn groups<'a>(terms: &'a [Term<'a>]) -> Vec<Vec<Piece<'a>>> {
     groups
 }
 
-/// A piece of some rows, ready for the innermost loop.
+/// The weights of a piece for some rows, packed for the innermost loop.
 #[derive(Default)]
 struct Block {
     floats: Vec<f32>,
@@ -366,7 +368,7 @@ impl Piece<'_> {
 
 /// # Safety
 /// Nobody else may use `rows` of the output's `panels`, which must be as large as [`check`] wants it.
-unsafe fn part_of(
+unsafe fn run_task(
     product: &Product<'_>,
     out: Shared,
     rows: Range<usize>,
@@ -383,18 +385,18 @@ unsafe fn part_of(
         }
         for panel in panels.clone() {
             for (tile, row) in rows.clone().step_by(TILE).enumerate() {
-                let place = (panel * height + row) * LANES;
+                let index = (panel * height + row) * LANES;
                 // SAFETY: row `row` of panel `panel` is inside the output.
-                let c = unsafe { out.0.add(place) };
+                let c = unsafe { out.0.add(index) };
                 let mut from = match product.onto {
                     Onto::Zero if number == 0 => None,
-                    Onto::Values(values) if number == 0 => Some(values[place..].as_ptr()),
+                    Onto::Values(values) if number == 0 => Some(values[index..].as_ptr()),
                     _ => Some(c.cast_const()),
                 };
                 let count = TILE.min(rows.end - row);
                 if let Some(bias) = product.bias.filter(|_| number == 0) {
                     // SAFETY: these rows are the caller's, and what they are added to has as many as the output.
-                    unsafe { begin(&bias[row..row + count], (c, from)) };
+                    unsafe { write_bias(&bias[row..row + count], (c, from)) };
                     from = Some(c.cast_const());
                 }
                 for (piece, block) in pieces.iter().zip(blocks.iter()) {
@@ -408,23 +410,23 @@ unsafe fn part_of(
     done();
 }
 
-/// Puts a bias, and what else a sum begins with, into rows of 32 floats from `c` on.
+/// Writes a bias, added to the values that the sum starts with, into rows of 32 floats from `c` on.
 ///
 /// # Safety
 /// As many rows as `bias` has numbers are nobody else's, and may be read from `from` on.
-unsafe fn begin(bias: &[f32], (c, from): (*mut f32, Option<*const f32>)) {
+unsafe fn write_bias(bias: &[f32], (c, from): (*mut f32, Option<*const f32>)) {
     for (row, bias) in bias.iter().enumerate() {
-        for place in row * LANES..(row + 1) * LANES {
+        for index in row * LANES..(row + 1) * LANES {
             // SAFETY: one of the rows. `from` may be `c` itself, so both are only read and written by pointers.
             unsafe {
-                let before = from.map_or(0., |from| *from.add(place));
-                *c.add(place) = before + bias;
+                let before = from.map_or(0., |from| *from.add(index));
+                *c.add(index) = before + bias;
             }
         }
     }
 }
 
-/// A tile of packed rows, no more of them than needed.
+/// Multiplies a tile of packed rows, with the smallest kernel that covers the wanted ones.
 ///
 /// # Safety
 /// See [`Tile`].
@@ -440,7 +442,7 @@ unsafe fn packed(tile: Tile<f32, f32>) {
     }
 }
 
-/// The same for pairs.
+/// Like [`packed`], for pairs of bf16.
 ///
 /// # Safety
 /// See [`multiply_pairs`].

@@ -1,10 +1,10 @@
-//! Random numbers that are a function of a seed and a number alone.
+//! Random numbers that depend on nothing but a seed and an index.
 
-/// What splitmix64 adds to its state from one number to the next.
+/// The increment of splitmix64's state from one number to the next.
 pub(crate) const GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
 
-/// The next number of a splitmix64 stream, and its state moved on: the same on every machine (Steele, Lea and Flood 2014, "Fast
-/// splittable pseudorandom number generators", figure 16).
+/// Advances a splitmix64 state and returns the stream's next number, uniform over all of `u64` and the same on every machine
+/// (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators", figure 16).
 #[inline(always)]
 pub fn splitmix64(state: &mut u64) -> u64 {
     *state = state.wrapping_add(GAMMA);

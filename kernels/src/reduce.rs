@@ -1,4 +1,4 @@
-//! Sums over tokens: the gradients of weights.
+//! Sums over tokens: the gradients of weights and biases.
 
 use rayon::prelude::*;
 
@@ -10,22 +10,25 @@ const ROWS: usize = 8;
 /// Rows of one task, a multiple of any tile's.
 const PART: usize = 32;
 
-/// Where a sum goes in the result.
+/// How [`outer`] stores its result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Order {
-    /// `out[i][j]`.
+    /// As (rows, columns): the sum for features `i` and `j` is `out[i][j]`.
     Straight,
-    /// `out[j][i]`.
+    /// As (columns, rows): the sum for features `i` and `j` is `out[j][i]`.
     Transposed,
 }
 
-/// Adds `sum over tokens of a[i] * b[j]` to `out`, a matrix (rows, columns) or, with [`Order::Transposed`], (columns, rows): the
-/// gradient of a weight, where one factor is the gradient of what it gives and the other its input. Each factor comes with its
-/// number of features: `a` are panels of `rows`, `b` of `columns`, which should be the smaller, for it is transposed on the way. Lanes
-/// behind the last token must be zero in one of them.
+/// Adds the outer products of all tokens, `sum over tokens of a[i] * b[j]`, to `out`, a row-major matrix (rows, columns) or, with
+/// [`Order::Transposed`], (columns, rows). That is the gradient of a linear layer's weight, where one factor is the gradient of the
+/// layer's output and the other one its input.
+///
+/// Each factor comes with its number of features: `a` are panels of `rows` features, `b` are as many panels of `columns` features.
+/// `columns` should be the smaller number, because `b` is transposed on the way. The lanes after the last token must be zero in one
+/// of the two factors.
 ///
 /// # Panics
-/// If sizes are not such.
+/// If `out` has not `rows * columns` numbers, `a` is not a whole number of panels, or `b` has not as many panels as `a`.
 pub fn outer(a: (&[f32], usize), b: (&[f32], usize), out: &mut [f32], order: Order) {
     if b.1 <= 16 {
         outer_by::<1, 16>(a, b, out, order);
@@ -105,7 +108,7 @@ fn outer_by<const V: usize, const M: usize>(
     }
 }
 
-/// Sums of the rows from `first` on, as many as `sums` has, for one chunk of columns.
+/// Computes the sums of as many rows as `sums` holds, from row `first` on, for one chunk of columns.
 fn sum_rows<const V: usize, const M: usize>(
     (a, rows): (&[f32], usize),
     first: usize,
@@ -138,11 +141,11 @@ fn sum_rows<const V: usize, const M: usize>(
     }
 }
 
-/// Adds the sum over tokens of each feature of `data` to `out`, a number a feature: the gradient of a bias. Lanes behind the last
-/// token must be zero.
+/// Adds the sum over tokens of each feature of `data` to `out`, which has one number for each feature: the gradient of a bias when
+/// `data` is the gradient of the layer's output. The lanes after the last token must be zero.
 ///
 /// # Panics
-/// If `data` are not the panels of so many tokens, each with as many features as `out` has.
+/// If `data` has not [`size`](crate::panels::size)`(out.len(), tokens)` floats.
 pub fn sum_over_tokens(data: &[f32], tokens: usize, out: &mut [f32]) {
     let features = out.len();
     let count = panels(tokens);
@@ -171,8 +174,8 @@ mod tests {
                 let mut a = numbers(size(rows, tokens), 1);
                 let b = numbers(size(columns, tokens), 2);
                 // Behind the last token `a` is zero.
-                for (place, x) in a.iter_mut().enumerate() {
-                    let token = place / (rows * LANES) * LANES + place % LANES;
+                for (index, x) in a.iter_mut().enumerate() {
+                    let token = index / (rows * LANES) * LANES + index % LANES;
                     if token >= tokens {
                         *x = 0.;
                     }

@@ -1,7 +1,7 @@
-//! Products of weights with a few vectors, and what else text generation computes of single tokens.
+//! Products of weights with a few vectors, and the other operations of text generation, which computes single tokens.
 //!
-//! A weight is read from memory once for all vectors, which is what takes the time; what it is stored as becomes floats in
-//! registers. Each sum has an order of its own, so a result depends neither on the number of threads nor on the vectors beside it.
+//! A weight is read from memory once for all vectors, which takes most of the time; its stored values become floats in registers.
+//! Each sum has a fixed order, so a result depends neither on the number of threads nor on the other vectors of a call.
 
 mod attention;
 mod plain;
@@ -15,31 +15,32 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use rayon::prelude::*;
 
 pub use attention::{Attention, Cached};
-pub use rows::{gate, largest, norm, rotate, round};
+pub use rows::{argmax, rms_norm, rope, round_to_bf16, swiglu};
 
 use crate::matrix::Matrix;
 
-/// Rows that are summed up side by side.
+/// The number of rows that are summed side by side.
 const ROWS: usize = 4;
-/// Values of a weight that are worth a task of their own.
+/// The number of a weight's values in one task.
 const TASK: usize = 1 << 15;
 
-/// A weight and vectors, one after the other, each as long as the weight is deep.
+/// The product of a weight with several vectors.
 pub struct VectorProduct<'a> {
-    /// The weight, not transposed.
+    /// The weight (height, depth), not transposed.
     pub weight: Matrix<'a>,
-    /// (vectors, depth).
+    /// The vectors (vectors, depth), row-major.
     pub x: &'a [f32],
-    /// Whether the vectors hold numbers that bf16 has, so that their products may be made in bf16.
+    /// Whether all elements of `x` are exact in bf16, so that products may be computed in bf16 (with sums in f32).
     pub rounded: bool,
-    /// (vectors, height); what is there is lost.
+    /// The results (vectors, height), row-major; overwritten.
     pub out: &'a mut [f32],
 }
 
-/// Computes `out = W x` for each vector of some products that don't depend on each other, over all cores.
+/// Computes `out = W x` for each vector of several products that don't depend on each other, over all cores.
 ///
 /// # Panics
-/// If sizes don't fit or a weight is transposed.
+/// If a weight is transposed, `x` is not a whole number of vectors of the weight's depth, or `out` has another size than
+/// (vectors, height).
 pub fn vector_products(mut all: Vec<VectorProduct<'_>>) {
     let mut tasks = Vec::new();
     for (product, each) in all.iter().enumerate() {
@@ -53,9 +54,9 @@ pub fn vector_products(mut all: Vec<VectorProduct<'_>>) {
         let starts = (0..height).step_by(rows);
         tasks.extend(starts.map(|from| (product, from..(from + rows).min(height))));
     }
-    let outs: Vec<Outputs> = all.iter_mut().map(Outputs::of).collect();
+    let outs: Vec<Outputs> = all.iter_mut().map(Outputs::new).collect();
     #[cfg(target_arch = "x86_64")]
-    let laid = Laid::all(&all);
+    let layouts = VectorLayouts::all(&all);
     let all = &all;
     let work = |buffer: &mut Vec<f32>, product: usize, rows: Range<usize>| {
         let part = Part {
@@ -65,7 +66,7 @@ pub fn vector_products(mut all: Vec<VectorProduct<'_>>) {
             out: outs[product],
         };
         #[cfg(target_arch = "x86_64")]
-        if let Some((layout, words)) = laid.of(product) {
+        if let Some((layout, words)) = layouts.for_product(product) {
             wide::run(&part, layout, words);
             return;
         }
@@ -84,25 +85,25 @@ pub fn vector_products(mut all: Vec<VectorProduct<'_>>) {
     }
 }
 
-/// The products' vectors as the loops of [`wide`] read them.
+/// The products' vectors in the layouts that the loops of [`wide`] read.
 #[cfg(target_arch = "x86_64")]
-struct Laid {
-    /// By product, which of the layouts.
+struct VectorLayouts {
+    /// For each product, an index into `layouts`.
     products: Vec<Option<usize>>,
     layouts: Vec<(wide::Layout, Vec<u32>)>,
 }
 
 #[cfg(target_arch = "x86_64")]
-impl Laid {
+impl VectorLayouts {
     fn all(all: &[VectorProduct<'_>]) -> Self {
         let mut sources: Vec<(&[f32], wide::Layout, usize)> = Vec::new();
         let mut products = Vec::with_capacity(all.len());
         for each in all {
             let depth = each.weight.depth();
-            let layout = wide::Layout::of(&each.weight, each.rounded).filter(|_| depth > 0);
+            let layout = wide::Layout::for_weight(&each.weight, each.rounded).filter(|_| depth > 0);
             products.push(layout.map(|layout| {
-                let same = |(x, other, of): &(&[f32], wide::Layout, usize)| {
-                    std::ptr::eq(*x, each.x) && *other == layout && *of == depth
+                let same = |(x, other, other_depth): &(&[f32], wide::Layout, usize)| {
+                    std::ptr::eq(*x, each.x) && *other == layout && *other_depth == depth
                 };
                 sources.iter().position(same).unwrap_or_else(|| {
                     sources.push((each.x, layout, depth));
@@ -110,15 +111,15 @@ impl Laid {
                 })
             }));
         }
-        let lay = |(x, layout, depth)| (layout, wide::lay(layout, x, depth));
+        let lay_out = |(x, layout, depth)| (layout, wide::lay_out(layout, x, depth));
         Self {
             products,
-            layouts: sources.into_iter().map(lay).collect(),
+            layouts: sources.into_iter().map(lay_out).collect(),
         }
     }
 
-    /// The layout of a product's vectors and their words, if its loop is there.
-    fn of(&self, product: usize) -> Option<(wide::Layout, &[u32])> {
+    /// The layout of a product's vectors and their words, if [`wide`] has a loop for it.
+    fn for_product(&self, product: usize) -> Option<(wide::Layout, &[u32])> {
         let (layout, words) = &self.layouts[self.products[product]?];
         Some((*layout, words))
     }
@@ -128,12 +129,12 @@ impl Laid {
 struct Part<'a> {
     weight: Matrix<'a>,
     x: &'a [f32],
-    /// Nobody else uses the results of these.
+    /// The rows; no other task writes their results.
     rows: Range<usize>,
     out: Outputs,
 }
 
-/// The results of a product (vectors, height), which several tasks write.
+/// The results (vectors, height) of a product, which several tasks write.
 #[derive(Clone, Copy)]
 struct Outputs {
     first: *mut f32,
@@ -147,7 +148,7 @@ unsafe impl Send for Outputs {}
 unsafe impl Sync for Outputs {}
 
 impl Outputs {
-    fn of(product: &mut VectorProduct<'_>) -> Self {
+    fn new(product: &mut VectorProduct<'_>) -> Self {
         let height = product.weight.height();
         Self {
             first: product.out.as_mut_ptr(),

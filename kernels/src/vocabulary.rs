@@ -1,4 +1,4 @@
-//! Softmax over a vocabulary, in panels of logits: 32 tokens side by side for each id.
+//! Softmax over a vocabulary, in panels of logits: 32 tokens side by side for each token id of the vocabulary.
 
 use std::ops::Range;
 
@@ -10,31 +10,32 @@ use crate::panels::{self, LANES};
 
 type Row = [f32; LANES];
 
-/// What a panel's logits come to, each token's number in its lane.
+/// Statistics of the logits of one panel's 32 tokens, each token's in its lane.
 #[derive(Debug, Clone, Copy)]
 pub struct Summary {
-    /// The largest logit.
+    /// The largest logit of each token.
     pub largest: Row,
-    /// Its id, the first if there are several.
+    /// The token id of the largest logit; the lowest one of equals.
     pub argmax: [u32; LANES],
-    /// The sum of `e^(logit - largest)`.
+    /// The sum over ids of `e^(logit - largest)`.
     pub sum: Row,
-    /// The sum of `e^(logit - largest) * (logit - largest)`: with `sum` it gives the entropy.
+    /// The sum over ids of `e^(logit - largest) * (logit - largest)`; with `sum` it gives the entropy.
     pub weighted: Row,
 }
 
-/// Ids summed up before their sum joins the total.
+/// The number of ids that are summed before their sum joins the total, which keeps rounding errors small.
 const SUMMED: usize = 256;
 
 /// Replaces the logits of a part of the vocabulary by their exponentials, panel by panel over all cores: online softmax (Milakov
 /// and Gimelshein 2018, arXiv 1805.02867, algorithm 3).
 ///
-/// `logits` are panels of as many features as there are `ids`; `summaries`, one a panel, are those of the ids before, at first
-/// [`Summary::EMPTY`], and become those of all up to these. Each logit becomes `e^(logit - largest)` with the largest logit so far.
-/// Returns a factor for each panel and token, with which whatever was made of earlier exponentials has to be multiplied.
+/// `logits` are `summaries.len()` panels with a feature for each of `ids`. `summaries` holds what the ids before these came to, at
+/// first [`Summary::EMPTY`], and is updated to include these. Each logit becomes `e^(logit - largest)` with the largest logit so far.
+/// Returns (panels, 32) factors: everything that was computed from the exponentials of earlier ids has to be multiplied by its
+/// token's factor, because the largest logit may have grown.
 ///
 /// # Panics
-/// If `logits` are no panels of so many ids, as many as there are summaries, or ids have no room in 32 bits.
+/// If `logits` has not `summaries.len()` panels of `ids.len()` features, or the ids don't fit into 32 bits.
 pub fn online_softmax(
     logits: &mut [f32],
     ids: Range<usize>,
@@ -61,7 +62,7 @@ pub fn online_softmax(
 
 struct Exponentials<'a> {
     logits: &'a mut [f32],
-    /// The first one's id.
+    /// The id of the first logit.
     first: u32,
     summary: &'a mut Summary,
 }
@@ -81,7 +82,7 @@ impl Loop for Exponentials<'_> {
                 first[lane] = if more { id } else { first[lane] };
             }
         }
-        // Where all logits were -inf so far, their exponentials are 0.
+        // Where all logits were -inf so far, the exponentials are 0.
         let base = largest.map(|x| if x == f32::NEG_INFINITY { 0. } else { x });
         let (mut factors, mut sum, mut weighted) = ([0.; LANES], before.sum, before.weighted);
         for lane in 0..LANES {
@@ -98,7 +99,7 @@ impl Loop for Exponentials<'_> {
                     let e = exp::<FMA>(below);
                     row[lane] = e;
                     part[lane] += e;
-                    // Below -88 the factor 0 wins over an infinite distance.
+                    // Below -88 the exponential is 0; the limit keeps 0 times infinity from making a NaN.
                     weighted_part[lane] += e * below.max(-100.);
                 }
             }
@@ -118,7 +119,7 @@ impl Loop for Exponentials<'_> {
 }
 
 impl Summary {
-    /// That of no ids.
+    /// The summary of no ids at all.
     pub const EMPTY: Self = Self {
         largest: [f32::NEG_INFINITY; LANES],
         argmax: [0; LANES],
@@ -126,12 +127,18 @@ impl Summary {
         weighted: [0.; LANES],
     };
 
-    /// `log sum e^logit` of the token in a lane.
+    /// `log sum e^logit` over the ids so far, for the token in lane `lane`.
+    ///
+    /// # Panics
+    /// If `lane` is not below [`LANES`].
     pub fn log_sum(&self, lane: usize) -> f64 {
         f64::from(self.largest[lane]) + f64::from(self.sum[lane]).ln()
     }
 
-    /// The entropy of the token in a lane, in nats.
+    /// The entropy, in nats, of the softmax over the ids so far, for the token in lane `lane`: `ln sum - weighted / sum`.
+    ///
+    /// # Panics
+    /// If `lane` is not below [`LANES`].
     pub fn entropy(&self, lane: usize) -> f64 {
         let sum = f64::from(self.sum[lane]);
         sum.ln() - f64::from(self.weighted[lane]) / sum
@@ -188,10 +195,10 @@ pub(crate) mod tests {
             let vocabulary = 700;
             for (case, rise) in [(0, 0.), (1, 0.1), (2, -0.1), (3, 1.), (4, -1.)] {
                 let mut logits = numbers(vocabulary * LANES * 2, 7 + case);
-                for (place, logit) in logits.iter_mut().enumerate() {
-                    let id = place / LANES % vocabulary;
+                for (index, logit) in logits.iter_mut().enumerate() {
+                    let id = index / LANES % vocabulary;
                     *logit = *logit * 20. + id as f32 * rise;
-                    if id < 130 && place % LANES == 3 {
+                    if id < 130 && index % LANES == 3 {
                         *logit = f32::NEG_INFINITY;
                     }
                 }
@@ -209,8 +216,8 @@ pub(crate) mod tests {
                     let factors = online_softmax(&mut part, ids.clone(), &mut summaries);
                     for (panel, factors) in factors.iter().enumerate() {
                         let done = &mut parts[of(panel, 0)..of(panel, ids.end)];
-                        for (place, x) in done.iter_mut().enumerate() {
-                            *x *= factors[place % LANES];
+                        for (index, x) in done.iter_mut().enumerate() {
+                            *x *= factors[index % LANES];
                         }
                         let new = &part[panel * size * LANES..][..size * LANES];
                         parts[of(panel, ids.start)..of(panel, ids.end)].copy_from_slice(new);
@@ -219,9 +226,9 @@ pub(crate) mod tests {
                 }
                 assert_eq!(start, vocabulary);
                 // Exponents are rounded on the way, the larger ones by more.
-                for (place, (a, b)) in parts.iter().zip(&whole).enumerate() {
+                for (index, (a, b)) in parts.iter().zip(&whole).enumerate() {
                     let bound = b * f32::EPSILON * (4. - 2. * b.max(1e-30).ln());
-                    assert!((a - b).abs() <= bound + 1e-30, "{place}: {a} {b}");
+                    assert!((a - b).abs() <= bound + 1e-30, "{index}: {a} {b}");
                 }
                 for (ours, all) in summaries.iter().zip(&expected) {
                     assert_eq!((ours.argmax, ours.largest), (all.argmax, all.largest));

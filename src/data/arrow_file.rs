@@ -1,7 +1,7 @@
-//! Rows from files of Arrow: both formats of its IPC, streams (`save_to_disk` of `datasets`) and files (Feather, version 2).
+//! Rows from Arrow files, in both formats of its IPC: streams (`save_to_disk` of `datasets`) and files (Feather, version 2).
 //!
-//! A file holds a stream between its first bytes and a footer, and is read as that. Each message is measured before its bytes are read or
-//! decoded, because it may say anything.
+//! A file holds a stream between its first bytes and a footer, and that stream is read. The size of each message is checked before its bytes
+//! are read or decoded, because a message may claim any size.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -24,16 +24,16 @@ use super::table::BATCH_ROWS;
 
 /// The first bytes of the file format.
 const MAGIC: &[u8] = b"ARROW1";
-/// What stands before a message's length in a stream.
+/// The marker before a message's length in a stream.
 const CONTINUES: u32 = u32::MAX;
-/// The longest description of a message.
+/// The longest description of a message in bytes.
 const LONGEST_DESCRIPTION: u32 = 64 << 20;
-/// The most bytes of one batch of rows, as they are and unpacked.
+/// The largest number of bytes of a batch of rows, as stored and decompressed.
 const MOST_BYTES: u64 = 1 << 30;
-/// The most rows of one batch.
+/// The largest number of rows in a batch.
 const MOST_ROWS: i64 = 256 << 20;
 
-/// A file of Arrow, and its columns as they will be read.
+/// An Arrow file, and its columns as they are read.
 #[derive(Debug, Clone)]
 pub(super) struct ArrowFile {
     path: std::path::PathBuf,
@@ -53,7 +53,7 @@ impl ArrowFile {
         })
     }
 
-    /// The columns: texts, lists and values without the ways in which Arrow may keep them.
+    /// The columns with plain types, without the encodings in which Arrow may store them.
     pub(super) fn schema(&self) -> &SchemaRef {
         &self.schema
     }
@@ -95,7 +95,7 @@ impl ArrowFile {
 /// The messages of a file.
 struct Stream {
     file: BufReader<File>,
-    /// The bytes that are left of it.
+    /// The number of bytes that are left.
     left: u64,
     /// The columns as the file has them.
     schema: SchemaRef,
@@ -108,7 +108,7 @@ impl Stream {
         let head = head_of(path)?;
         let is_file = head.starts_with(MAGIC);
         let is_stream = matches!(head.as_slice(), [0xff, 0xff, 0xff, 0xff, ..]);
-        // Streams of old versions begin with the length of their first message.
+        // In old versions a stream starts with the length of its first message.
         let is_old = matches!(head.as_slice(), [_, _, 0, 0, more @ ..] if more.contains(&0));
         if !is_stream && !is_old {
             starts_as(&head, MAGIC, "Arrow file")?;
@@ -195,7 +195,7 @@ impl Stream {
         Ok(None)
     }
 
-    /// The description of the next message; none at the end.
+    /// The description of the next message; `None` at the end.
     fn description(&mut self) -> Result<Option<Buffer>> {
         if self.left == 0 {
             return Ok(None);
@@ -239,7 +239,7 @@ fn message(description: &Buffer) -> Result<Message<'_>> {
     root_as_message(description.as_slice()).map_err(|_| anyhow!(damaged()))
 }
 
-/// Makes sure that a batch's parts lie in its bytes, hold whole values, and are no more than can be held once they are unpacked.
+/// Checks that the parts of a batch lie within its bytes, hold whole values, and are not too large once they are decompressed.
 fn measure(batch: Layout<'_>, body: &Buffer, fields: &[FieldRef]) -> Result<()> {
     let rows = batch.length();
     ensure!(
@@ -274,7 +274,7 @@ fn measure(batch: Layout<'_>, body: &Buffer, fields: &[FieldRef]) -> Result<()> 
         let mut length = bytes.len() as u64;
         if packed && !bytes.is_empty() {
             let said = bytes.first_chunk().with_context(damaged)?;
-            // -1 says that it is not packed after all.
+            // A length of -1 means that the part is not compressed.
             length = match i64::from_le_bytes(*said) {
                 -1 => length,
                 said => u64::try_from(said).ok().with_context(damaged)?,
@@ -348,7 +348,7 @@ fn value_widths(
     Ok(())
 }
 
-/// The columns as they are read.
+/// The columns with the types in which they are read.
 fn readable(schema: &Schema) -> Result<SchemaRef> {
     let mut fields = Vec::with_capacity(schema.fields().len());
     let mut count = 0;
@@ -367,7 +367,7 @@ fn readable(schema: &Schema) -> Result<SchemaRef> {
     Ok(Arc::new(Schema::new(fields)))
 }
 
-/// A field with the types that Parquet files have: there are no dictionaries, views or large offsets in a column of ours.
+/// A field with the types of Parquet files: our columns have no dictionaries, views or large offsets.
 fn plain_field(field: &FieldRef, depth: usize, count: &mut usize) -> Result<FieldRef> {
     *count += 1;
     ensure!(
@@ -404,7 +404,7 @@ fn plain_field(field: &FieldRef, depth: usize, count: &mut usize) -> Result<Fiel
     Ok(Arc::new(plain.with_metadata(field.metadata().clone())))
 }
 
-/// Rows with the columns' plain types.
+/// Converts rows to the columns' plain types.
 fn plainly(rows: &RecordBatch, schema: &SchemaRef) -> Result<RecordBatch> {
     let columns: std::result::Result<Vec<_>, _> = rows
         .columns()

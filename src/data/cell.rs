@@ -1,5 +1,5 @@
-//! One value of a table as a tree, between JSON and Arrow. Unlike `serde_json::Value` it keeps the order of keys whatever
-//! features other crates turn on: a chat template may print a message, so the order can reach a result.
+//! One value of a table as a tree, for conversions between JSON and Arrow. Unlike `serde_json::Value` it always keeps the order of keys,
+//! whatever features other crates enable: a chat template may print a message, so the order can affect a result.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -28,7 +28,7 @@ pub enum Cell {
     Null,
     /// True or false.
     Bool(bool),
-    /// A whole number; of more than 38 digits there is none.
+    /// An integer of up to 38 digits.
     Int(i128),
     /// Any other number.
     Float(f64),
@@ -51,7 +51,7 @@ impl Cell {
         }
     }
 
-    /// The noun for messages.
+    /// A noun for the kind of value, for messages.
     pub fn noun(&self) -> &'static str {
         match self {
             Self::Null => "null",
@@ -63,7 +63,7 @@ impl Cell {
         }
     }
 
-    /// As JSON.
+    /// Converts the value to JSON.
     pub fn to_json(&self) -> Result<serde_json::Value> {
         Ok(serde_json::to_value(self)?)
     }
@@ -124,7 +124,7 @@ impl Cell {
         }
     }
 
-    /// The value that JSON text stands for, with whole numbers of up to 38 digits as they are written.
+    /// Parses JSON. Integers of up to 38 digits keep all their digits.
     pub fn parse(text: &str) -> Result<Self> {
         let value: Self = serde_json::from_str(text)
             .map_err(|error| anyhow!("it is no JSON that can be read: {}", reason(&error)))?;
@@ -141,8 +141,8 @@ impl Cell {
         items.map(Self::List)
     }
 
-    /// Without fields that hold null: Parquet and Arrow give all objects of a column the same fields, and nobody must see those that
-    /// were never written.
+    /// A map without the fields that are null. Parquet and Arrow give all objects of a column the same fields, and those that were never
+    /// written must not appear.
     fn map(array: &StructArray, row: usize) -> Result<Self> {
         let columns = array.fields().iter().zip(array.columns());
         let written = columns
@@ -154,7 +154,7 @@ impl Cell {
     }
 }
 
-/// The extension type by which Arrow and Parquet know text that is JSON.
+/// The key of a field's metadata under which Arrow and Parquet mark text as JSON.
 const EXTENSION: &str = "ARROW:extension:name";
 const JSON: &str = "arrow.json";
 
@@ -166,7 +166,7 @@ pub fn is_json(field: &Field) -> bool {
         .is_some_and(|name| name == JSON)
 }
 
-/// A column of JSON, as `datasets` writes values of several types.
+/// A field for JSON, as `datasets` writes values of several types.
 pub fn json_field(name: &str) -> Field {
     let mark = HashMap::from([
         (EXTENSION.to_owned(), JSON.to_owned()),
@@ -175,7 +175,7 @@ pub fn json_field(name: &str) -> Field {
     Field::new(name, DataType::Utf8, true).with_metadata(mark)
 }
 
-/// What is wrong with a JSON text, in words, without a place.
+/// What is wrong with a JSON text, without the position.
 pub(super) fn reason(error: &serde_json::Error) -> String {
     const WORDS: &[(&str, &str)] = &[
         ("EOF while parsing a string", "it ends inside a text"),
@@ -230,13 +230,13 @@ pub(super) fn reason(error: &serde_json::Error) -> String {
     known.map_or(text, |(_, words)| words).to_owned()
 }
 
-/// Whether there are as many digits in a row as a number of more than 64 bits has.
+/// Whether there are as many consecutive digits as in a number of more than 64 bits.
 fn has_long_number(text: &[u8]) -> bool {
     text.chunk_by(|a, b| a.is_ascii_digit() && b.is_ascii_digit())
         .any(|run| run.len() >= 19)
 }
 
-/// Whether there may be a `-0`, which is the whole number 0 to Python, and a float to serde.
+/// Whether there may be a `-0`, which is the integer 0 in Python and a float in serde.
 fn has_minus_zero(text: &[u8]) -> bool {
     text.windows(2).enumerate().any(|(at, pair)| {
         let before = at.checked_sub(1).and_then(|at| text.get(at));
@@ -247,7 +247,8 @@ fn has_minus_zero(text: &[u8]) -> bool {
     })
 }
 
-/// The same value read level by level, because serde makes a float of each long number. The text was read before, so it is not deep.
+/// Parses a value level by level, because serde converts every long number to a float. The text has been parsed before, so it is not
+/// nested too deeply.
 fn exact(raw: &RawValue) -> Result<Cell> {
     let text = raw.get();
     Ok(match text.as_bytes().first() {
@@ -274,8 +275,7 @@ fn exact(raw: &RawValue) -> Result<Cell> {
     })
 }
 
-/// The entries of an object, each value as it was written. As in Python, the last of two equal keys counts and keeps the first
-/// one's place.
+/// The entries of an object, each value as it was written. As in Python, the last of two equal keys counts, at the position of the first.
 pub(super) struct Entries(pub(super) Vec<(String, Box<RawValue>)>);
 
 impl<'de> Deserialize<'de> for Entries {
@@ -295,7 +295,7 @@ impl<'de> Deserialize<'de> for Entries {
     }
 }
 
-/// The entries of a map; the last of two equal keys counts and keeps the first one's place.
+/// The entries of a map. The last of two equal keys counts, at the position of the first.
 pub(super) fn entries<'de, A: MapAccess<'de>, T: Deserialize<'de>>(
     mut access: A,
 ) -> Result<Vec<(String, T)>, A::Error> {

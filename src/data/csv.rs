@@ -1,7 +1,7 @@
-//! Rows from values between delimiters, with a header line: CSV, TSV and their like.
+//! Rows from files with delimiters and a header line, such as CSV and TSV.
 //!
-//! Records are split as pandas does it, which `datasets` reads with. Every column is text, and an empty field is null: nothing else is
-//! guessed, so that `007`, `NA` and `None` stay what they are. A record with more or fewer fields than the header is an error.
+//! Records are split as in pandas, which `datasets` uses. Every column is text, and an empty field is null. Nothing else is guessed, so
+//! `007`, `NA` and `None` are kept. A record with more or fewer fields than the header is an error.
 
 use std::cell::Cell;
 use std::io::{BufRead, Read};
@@ -19,9 +19,9 @@ use super::reading::TextFile;
 use super::size::{BATCH_BYTES, LONGEST_ROW, MOST_FIELDS};
 use super::table::BATCH_ROWS;
 
-/// What is put behind the text: it comes out as a record of its own unless a quote is still open.
+/// A text that is appended to the file: it is a record of its own unless a quote is still open.
 const END: &str = "\u{0}the end of the file\u{0}";
-/// Other characters that may stand between fields, for advice.
+/// Other delimiters that a file may have, for a hint.
 const DELIMITERS: [(u8, &str); 4] = [(b',', ","), (b'\t', "\\t"), (b';', ";"), (b'|', "|")];
 
 /// The columns that the header names.
@@ -29,7 +29,7 @@ pub(super) fn header(file: &TextFile, delimiter: u8) -> Result<SchemaRef> {
     Ok(Records::open(file, delimiter)?.schema)
 }
 
-/// The number of rows, but not above `most`.
+/// The number of rows, at most `most`.
 pub(super) fn count(file: &TextFile, delimiter: u8, most: usize) -> Result<usize> {
     let mut records = Records::open(file, delimiter)?;
     let mut count = 0;
@@ -40,8 +40,8 @@ pub(super) fn count(file: &TextFile, delimiter: u8, most: usize) -> Result<usize
     Ok(count)
 }
 
-/// The first `most` rows as batches. Nothing behind them is looked at. With `skips` a row of another width is there with its mistake in
-/// the column [`BROKEN`].
+/// The first `most` rows as batches; nothing after them is read. With `skips`, a row with another number of fields is included, with its
+/// mistake in the column [`BROKEN`].
 pub(super) fn batches(
     file: &TextFile,
     delimiter: u8,
@@ -57,17 +57,17 @@ pub(super) fn batches(
     })))
 }
 
-/// The records of a file, one after the other.
+/// A reader of a file's records.
 struct Records {
     name: String,
     schema: SchemaRef,
     reader: Reader<Metered>,
-    /// How much was read since the last record, to end where a quote is never closed.
+    /// The number of bytes read since the last record, which is limited in case a quote is never closed.
     read: Rc<Cell<usize>>,
     record: StringRecord,
     /// The number of the current row, from 1.
     row: u64,
-    /// What is wrong behind the rows that were handed on.
+    /// The mistake after the rows that were returned.
     failed: Option<Error>,
 }
 
@@ -122,7 +122,7 @@ impl Records {
             bail!(
                 "{name}:{}: this row has a quote (`\"`) that is never closed, so that the rest of the file would be one field; hint: a \
                  quote inside a quoted field is written twice",
-                // It has no end of its own.
+                // The record never ends.
                 self.line() + 1
             );
         }
@@ -145,7 +145,7 @@ impl Records {
         Ok(true)
     }
 
-    /// Makes sure that the row has as many fields as the header.
+    /// Fails if the row has another number of fields than the header.
     fn width(&self) -> Result<()> {
         let columns = self.schema.fields().len();
         let found = self.record.len();
@@ -165,7 +165,7 @@ impl Records {
         Ok(())
     }
 
-    /// The line at which the record begins. The reader's own count is from before the blank lines above it.
+    /// The line at which the record begins. The reader's own count does not include blank lines directly before it.
     fn line(&self) -> u64 {
         let inside: usize = self
             .record
@@ -179,7 +179,7 @@ impl Records {
             .max(1)
     }
 
-    /// At most `most` rows. Those before a mistake come before it.
+    /// The next rows, at most `most`. If there is a mistake, the rows before it are returned first.
     fn batch(&mut self, most: usize, skips: bool) -> Result<Option<RecordBatch>> {
         if let Some(error) = self.failed.take() {
             return Err(error);
@@ -256,7 +256,7 @@ fn named(file: &str, header: &StringRecord, delimiter: u8) -> Result<SchemaRef> 
     }
     let mut names: Vec<String> = Vec::with_capacity(header.len());
     for (place, name) in header.iter().enumerate() {
-        // What pandas calls a column without a name, as those of its own row numbers are.
+        // This is pandas' name of a column without a name, such as that of its row numbers.
         let name = match name {
             "" => format!("Unnamed: {place}"),
             name => name.to_owned(),
@@ -274,7 +274,7 @@ fn named(file: &str, header: &StringRecord, delimiter: u8) -> Result<SchemaRef> 
     Ok(Arc::new(Schema::new(fields)))
 }
 
-/// A text with [`END`] behind it, which ends with an error when one row takes too much of it.
+/// A reader of a text followed by [`END`], which fails when one row takes too many bytes.
 struct Metered {
     text: Box<dyn BufRead + Send>,
     end: Vec<u8>,

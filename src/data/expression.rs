@@ -1,4 +1,4 @@
-//! Columns made of others: `"${instruction}\n\n${input}"`, `meta.question`, `answers[0].text`, as minijinja's expressions on a row.
+//! Columns computed from others, by minijinja's expressions on a row: `"${instruction}\n\n${input}"`, `meta.question`, `answers[0].text`.
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use minijinja::syntax::SyntaxConfig;
@@ -7,23 +7,23 @@ use minijinja::{AutoEscape, Environment, UndefinedBehavior, Value};
 
 use super::cell::Cell;
 
-/// Steps that one row may take.
+/// The number of steps that the evaluation for one row may take.
 const FUEL: u64 = 100_000;
-/// The longest expression, in bytes.
+/// The longest expression in bytes.
 const LONGEST: usize = 4096;
 const NAME: &str = "column";
 
-/// What `columns` says of one column.
+/// The expression for one column in `columns`.
 pub(super) struct Expression {
     environment: Environment<'static>,
-    /// The expression that gives the value itself, where the text is nothing else; else the template `NAME` gives a text.
+    /// The expression that gives the value itself, if the text is a single expression; otherwise the template `NAME` gives a text.
     alone: Option<String>,
     written: String,
     /// The columns that it reads.
     pub(super) reads: Vec<String>,
 }
 
-/// Whether a text that is no column's name is meant as an expression.
+/// Whether a text that is not the name of a column is meant as an expression.
 pub(super) fn is_expression(text: &str) -> bool {
     let path = || {
         let name = text.split(['.', '[']).next().unwrap_or_default();
@@ -35,7 +35,7 @@ pub(super) fn is_expression(text: &str) -> bool {
 }
 
 impl Expression {
-    /// Reads what was written for a column.
+    /// Parses the text that was written for a column.
     pub(super) fn new(written: &str) -> Result<Self> {
         ensure!(
             written.len() <= LONGEST,
@@ -55,7 +55,7 @@ impl Expression {
         environment.set_syntax(syntax.build()?);
         environment.set_fuel(Some(FUEL));
         environment.set_formatter(|out, state, value| match value.kind() {
-            // A value that is not there leaves nothing behind in a longer text.
+            // A missing value is an empty text inside a longer one.
             ValueKind::None => Ok(()),
             ValueKind::String | ValueKind::Number | ValueKind::Bool | ValueKind::Undefined => {
                 minijinja::escape_formatter(out, state, value)
@@ -73,7 +73,7 @@ impl Expression {
         let template = environment.get_template(NAME).map_err(explained)?;
         let mut reads: Vec<String> = template.undeclared_variables(false).into_iter().collect();
         reads.sort();
-        // With anything around it, a space or a line's end included, it is a text.
+        // With anything around the expression, even a space or a line break, the result is a text.
         let alone = source
             .strip_prefix("{{")
             .and_then(|text| text.strip_suffix("}}"))
@@ -90,13 +90,13 @@ impl Expression {
         })
     }
 
-    /// Whether it gives a value as it is, and not a text.
+    /// Whether its result is a value of any type, and not always a text.
     pub(super) fn is_alone(&self) -> bool {
         self.alone.is_some()
     }
 
-    /// The value for a row with these columns.
-    pub(super) fn of(&self, columns: Vec<(String, Cell)>) -> Result<Cell> {
+    /// Evaluates it for a row with these columns.
+    pub(super) fn evaluate(&self, columns: Vec<(String, Cell)>) -> Result<Cell> {
         let written = &self.written;
         let failed =
             |error: minijinja::Error| anyhow!("`{written}` has no value: {}", sentence(&error));
@@ -116,7 +116,7 @@ impl Expression {
     }
 }
 
-/// `${..}` as `{{ .. }}`.
+/// Replaces `${..}` by `{{ .. }}`.
 fn braces(text: &str) -> Result<String> {
     let mut made = String::new();
     let mut rest = text;
@@ -146,34 +146,40 @@ fn sentence(error: &minijinja::Error) -> String {
 mod tests {
     use super::*;
 
-    fn of(written: &str, row: &str) -> Result<Cell> {
+    fn evaluated(written: &str, row: &str) -> Result<Cell> {
         let Cell::Map(columns) = Cell::parse(row).unwrap() else {
             panic!("{row}");
         };
-        Expression::new(written)?.of(columns)
+        Expression::new(written)?.evaluate(columns)
     }
 
     #[test]
     fn texts_are_joined_and_values_kept() {
         let row = r#"{"a": "x", "b": null, "n": 12345678901234567890123, "m": {"q": ["<y>", {"t": [1.0]}]}}"#;
         let text = |text: &str| Cell::Text(text.to_owned());
-        assert_eq!(of("${a}\n\n${m.q[0]}\n", row).unwrap(), text("x\n\n<y>\n"));
-        assert_eq!(of("{{ a | upper }}-{{ b }}", row).unwrap(), text("X-"));
         assert_eq!(
-            of("{% if b %}{{ b }}{% else %}none{% endif %}", row).unwrap(),
+            evaluated("${a}\n\n${m.q[0]}\n", row).unwrap(),
+            text("x\n\n<y>\n")
+        );
+        assert_eq!(
+            evaluated("{{ a | upper }}-{{ b }}", row).unwrap(),
+            text("X-")
+        );
+        assert_eq!(
+            evaluated("{% if b %}{{ b }}{% else %}none{% endif %}", row).unwrap(),
             text("none")
         );
-        assert_eq!(of("m.q[0]", row).unwrap(), text("<y>"));
+        assert_eq!(evaluated("m.q[0]", row).unwrap(), text("<y>"));
         assert_eq!(
-            of("m.q[1]", row).unwrap(),
+            evaluated("m.q[1]", row).unwrap(),
             Cell::parse(r#"{"t": [1.0]}"#).unwrap()
         );
         assert_eq!(
-            of("${n}", row).unwrap(),
+            evaluated("${n}", row).unwrap(),
             Cell::Int(12_345_678_901_234_567_890_123)
         );
-        assert_eq!(of("${b}", row).unwrap(), Cell::Null);
-        assert_eq!(of("{{ a }}\n", row).unwrap(), text("x\n"));
+        assert_eq!(evaluated("${b}", row).unwrap(), Cell::Null);
+        assert_eq!(evaluated("{{ a }}\n", row).unwrap(), text("x\n"));
         assert_eq!(Expression::new("${a} ${m.q}").unwrap().reads, ["a", "m"]);
     }
 
@@ -191,7 +197,7 @@ mod tests {
                 "no value",
             ),
         ] {
-            let error = of(written, r#"{"a": "x", "m": [1]}"#).unwrap_err();
+            let error = evaluated(written, r#"{"a": "x", "m": [1]}"#).unwrap_err();
             assert!(
                 format!("{error:#}").contains(expected),
                 "{written}: {error:#}"

@@ -1,4 +1,4 @@
-//! Which columns of other people's files are which of ours: the forms that data sets have, recognised by their columns or named.
+//! The mapping from the columns of a file to ours, by the common forms of data sets, which are named or recognised by their columns.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -41,11 +41,11 @@ pub enum Form {
     Kto,
 }
 
-/// Where a column of ours comes from.
+/// The source of one of our columns.
 pub(super) enum From {
     /// A column, by its name in the file.
     Column(String),
-    /// Other columns.
+    /// An expression on other columns.
     Expression(Box<Expression>),
     /// Alpaca's instruction, with its input and the turns before it.
     Instruction {
@@ -56,7 +56,7 @@ pub(super) enum From {
 }
 
 impl From {
-    /// The columns of the file that it is made of.
+    /// The columns of the file from which it is computed.
     pub(super) fn reads(&self) -> Vec<&String> {
         match self {
             Self::Column(theirs) => vec![theirs],
@@ -78,9 +78,9 @@ pub(super) struct Reading {
     pub(super) form: Form,
     /// Our columns, in our order.
     pub(super) ours: Vec<(&'static str, From)>,
-    /// Columns that are carried along as they are, by their names in the file.
+    /// Columns that are copied unchanged, by their names in the file.
     pub(super) others: Vec<String>,
-    /// What was recognised, in words; none where the columns are called as ours are.
+    /// A sentence about what was recognised; `None` if the columns have our names.
     pub(super) told: Option<String>,
 }
 
@@ -89,7 +89,8 @@ const CONVERSATIONS: [&str; 2] = ["conversations", "conversation"];
 const INPUTS: [&str; 2] = ["input", "context"];
 const OUTPUTS: [&str; 2] = ["output", "response"];
 
-/// Finds out how rows with these columns are to be read. `columns` is what the recipe says, from our names to theirs.
+/// Decides how rows with these columns are read. `columns` is the recipe's mapping from our names to the file's, and `asked` the form that the
+/// recipe names.
 pub(super) fn recognise(
     names: &[String],
     columns: &BTreeMap<String, String>,
@@ -164,18 +165,18 @@ struct Columns<'a> {
     /// Columns that the recipe gave another name.
     renamed: Vec<String>,
     given: BTreeMap<&'static str, From>,
-    /// Columns that went into others.
+    /// Columns from which others are computed.
     used: Vec<String>,
 }
 
 impl Columns<'_> {
-    /// Whether a column is there that the recipe has not renamed.
+    /// Whether the file has a column of this name that the recipe does not rename.
     fn has(&self, name: &str) -> bool {
         self.names.iter().any(|known| known == name)
             && !self.renamed.iter().any(|known| known == name)
     }
 
-    /// Whether one of our columns is given, or called so in the file.
+    /// Whether the recipe gives one of our columns, or the file has it.
     fn ours(&self, name: &str) -> bool {
         self.given.contains_key(name) || self.has(name)
     }
@@ -221,7 +222,7 @@ impl Columns<'_> {
         )
     }
 
-    /// Makes a column of the file one of ours, unless that is given already.
+    /// Uses a column of the file as one of ours, unless that has a source already.
     fn take(&mut self, ours: &'static str, theirs: &str) -> bool {
         if self.given.contains_key(ours) {
             return true;
@@ -234,7 +235,7 @@ impl Columns<'_> {
         there
     }
 
-    /// The column must be there.
+    /// Uses the first of several columns of the file as one of ours; it is an error if none exists.
     fn need(&mut self, ours: &'static str, theirs: &[&'static str], form: &str) -> Result<()> {
         for name in theirs {
             if self.take(ours, name) {
@@ -252,7 +253,7 @@ impl Columns<'_> {
         )
     }
 
-    /// Fills in our columns by the form; says what was recognised.
+    /// Finds the sources of our columns for a form, and returns a sentence about what was recognised.
     fn fill(&mut self, form: Form, asked: bool) -> Result<Option<String>> {
         match form {
             Form::Messages => {
@@ -285,7 +286,7 @@ impl Columns<'_> {
                 Ok(self.prompt())
             }
             Form::PromptCompletion => {
-                // Prompts alone are data, too, though nothing can be learnt from them.
+                // Prompts alone are data too, although nothing can be learnt from them.
                 if asked || self.ours("chosen") || self.has("completion") {
                     self.need("chosen", &["chosen", "completion"], "prompt_completion")?;
                 }
@@ -320,7 +321,7 @@ impl Columns<'_> {
         }
     }
 
-    /// The prompt beside answers: its own column, a conversation, or an instruction.
+    /// Finds the source of the prompt: its own column, a conversation, or an instruction.
     fn prompt(&mut self) -> Option<String> {
         if self.take("prompt", "prompt") {
             return None;

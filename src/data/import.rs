@@ -1,8 +1,7 @@
-//! Bringing other people's files into the project's own columns: they become one Parquet file.
-//! Its one entry is [`import_files`]. Memory is bounded by a few thousand rows.
+//! Imports files into one Parquet file with our columns. The only entry is [`import_files`]. Memory is limited to a few thousand rows.
 //!
-//! Plain values keep their types. Whatever has parts (messages, tools, objects) is JSON as it was written, in a column that Parquet
-//! knows as JSON, until a chat template reads it.
+//! Plain values keep their types. Values with parts (messages, tools, objects) are kept as the JSON that was written, in a column that Parquet
+//! marks as JSON, until a chat template reads them.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -25,52 +24,55 @@ mod rows;
 mod source;
 mod values;
 
-/// What to import.
+/// The options of an import.
 #[derive(Debug, Clone, Default)]
 pub struct ImportOptions {
-    /// From our column's name to the file's, or to an expression on the file's columns.
+    /// From the names of our columns to those of the file, or to expressions on its columns.
     pub columns: BTreeMap<String, String>,
-    /// Stop after so many rows.
+    /// The largest number of rows.
     pub max_rows: Option<usize>,
-    /// The format, when the files' extensions don't tell.
+    /// The format, if the files' extensions don't determine it.
     pub format: Option<Format>,
-    /// The form of the rows, when their columns don't tell.
+    /// The form of the rows, if their columns don't determine it.
     pub form: Option<Form>,
-    /// Leave out up to so many rows that can't be used.
+    /// The largest number of unusable rows that are left out; more are an error.
     pub skip_invalid_rows: u64,
-    /// What stands between the values of a line, when the format doesn't tell.
+    /// The delimiter between the values of a line, if the format doesn't determine it.
     pub delimiter: Option<u8>,
-    /// The encoding of files of text, when it is not UTF-8.
+    /// The encoding of text files, if it is not UTF-8.
     pub encoding: Option<Encoding>,
-    /// What messages call files, when it is not their paths.
+    /// The names of files in messages, if they are not their paths.
     pub names: BTreeMap<PathBuf, String>,
 }
 
 impl ImportOptions {
-    /// What messages call a file.
+    /// The name of a file in messages.
     fn shown(&self, path: &Path) -> String {
         let name = self.names.get(path).cloned();
         name.unwrap_or_else(|| path.display().to_string())
     }
 }
 
-/// What was imported.
+/// The result of an import.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ImportReport {
     /// The number of rows.
     pub rows: usize,
     /// The columns of the new file.
     pub columns: Vec<String>,
-    /// What the user should know of how the rows were read.
+    /// Sentences for the user about how the rows were read.
     pub told: Vec<String>,
-    /// The number of rows that can't be used and were left out.
+    /// The number of unusable rows that were left out.
     pub rows_skipped: u64,
-    /// Why they can't be used; of many only the first.
+    /// Why the first of these can't be used.
     pub skipped: Vec<String>,
 }
 
-/// Imports `sources`, one after the other, as the Parquet file `destination`. `progress` hears the number of rows so far and
-/// may stop by an error. Columns that a file lacks become null.
+/// Imports `sources`, one after the other, into the Parquet file `destination`. `progress` is called with the number of rows so far and may
+/// stop with an error. Columns that a file lacks become null.
+///
+/// # Errors
+/// A file can't be read, has no usable form, or has more unusable rows than the options allow.
 pub fn import_files(
     sources: &[PathBuf],
     options: &ImportOptions,
@@ -81,7 +83,7 @@ pub fn import_files(
     let Some(first) = opened.first() else {
         bail!("there is no file to import");
     };
-    let union = Union::of(&opened);
+    let union = Union::new(&opened);
     ensure!(
         !union.names().is_empty(),
         "`{}` holds no rows",
@@ -106,7 +108,7 @@ pub fn import_files(
         });
         let mut read = 0_usize;
         let most = options.max_rows.unwrap_or(usize::MAX);
-        // More may be read than are taken where rows are left out.
+        // If rows are left out, more have to be read than are taken.
         let enough = usize::try_from(options.skip_invalid_rows)
             .unwrap_or(usize::MAX)
             .saturating_add(most);
@@ -124,7 +126,7 @@ pub fn import_files(
             .get(number)
             .map(|source| source.path.display().to_string())
             .unwrap_or_default();
-        let batch = rows.of(&batch, &path, first_row, left)?;
+        let batch = rows.convert(&batch, &path, first_row, left)?;
         left -= batch.num_rows();
         done += batch.num_rows() as u64;
         progress(done)?;
@@ -147,7 +149,7 @@ pub fn import_files(
     })
 }
 
-/// Makes sure that each file has a column of answers: one of another form would give rows of nothing.
+/// Fails if a file has no column of answers although others have: its rows would be empty.
 fn all_have_answers(sources: &[Source], reading: &Reading) -> Result<()> {
     const ANSWERS: [&str; 3] = ["chosen", "messages", "text"];
     let answers = reading.ours.iter();

@@ -1,4 +1,4 @@
-//! Rows from JSON lines and JSON lists, streamed twice: once for the columns' types, once for the rows.
+//! Rows from JSON lines and JSON lists. Files are streamed twice: once for the types of columns, and once for the rows.
 
 use std::cell::Cell as Counter;
 use std::collections::{BTreeMap, HashMap};
@@ -23,37 +23,37 @@ use row::{DEEPEST_JSON, Lookup, Parsed, Row, WithoutNan, too_deep, without_nan};
 
 mod row;
 
-/// Lines are parsed together until they have so many bytes.
+/// The number of bytes of lines that are parsed together.
 const BLOCK_BYTES: usize = 8 << 20;
 
-/// The name of the column that says of a row that can't be read why not. No JSON key or header is likely to be called so, and one
-/// that is would only make its row invalid.
+/// The name of the column with the reason why a row can't be read. No JSON key or header is likely to have this name; if one has, it only
+/// makes its row invalid.
 pub(super) const BROKEN: &str = "\u{0}broken";
-/// How the rows of a file are written.
+/// The layout of a file's rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Layout {
-    /// One object a line.
+    /// One object in each line.
     Lines,
     /// One list of objects.
     List,
-    /// Objects one behind the other, over as many lines as they like.
+    /// Consecutive objects, each over any number of lines.
     Objects,
 }
 
-/// What a file holds.
+/// The columns and the number of rows of a file.
 #[derive(Debug)]
 pub(super) struct Columns {
-    /// In the order in which they first appear.
+    /// The columns with their types, in the order in which they first appear.
     pub(super) kinds: Vec<(String, Kind)>,
-    /// The columns that hold NaN or an infinity, and the first row that does.
+    /// The columns with NaN or an infinity, each with its first row.
     pub(super) not_finite: BTreeMap<String, u64>,
-    /// The rows that can't be read.
+    /// The number of rows that can't be read.
     pub(super) broken: u64,
-    /// The rows that can.
+    /// The number of rows that can be read.
     pub(super) rows: usize,
 }
 
-/// How a file that is called JSON is written. Many files called `.json` hold JSON lines, and the other way round.
+/// Determines the layout of a JSON file. Many files called `.json` hold JSON lines, and vice versa.
 pub(super) fn layout(file: &TextFile) -> Result<Layout> {
     let mut reader = file.open()?;
     let start = reader
@@ -65,7 +65,7 @@ pub(super) fn layout(file: &TextFile) -> Result<Layout> {
     let mut block = Block::default();
     block.read(&mut reader, file.display(), 1)?;
     let first = block.texts().first().map(|(_, text)| text.to_vec());
-    // An object that goes on in the next line.
+    // An object that continues in the next line.
     let goes_on = first.is_some_and(|line| {
         serde_json::from_slice::<Parsed>(&line).is_err_and(|error| error.is_eof())
     });
@@ -76,14 +76,14 @@ pub(super) fn layout(file: &TextFile) -> Result<Layout> {
     })
 }
 
-/// Reads the whole file, or its first `most` rows, for its columns. Up to `skip` rows may be broken.
+/// Determines the columns by reading the whole file, or its first `most` rows. Up to `skip` rows may be broken.
 pub(super) fn columns(file: &TextFile, layout: Layout, most: usize, skip: u64) -> Result<Columns> {
     let mut columns: Vec<(String, Kind)> = Vec::new();
     let mut places: HashMap<String, usize> = HashMap::new();
     let mut not_finite = BTreeMap::new();
     let mut read = 0_usize;
     let mut broken = 0;
-    // Values are only needed for their types, and are dropped where they were read.
+    // Only the types of values are needed, so values are dropped on the thread that parsed them.
     let kinds = |row: Row| {
         let kinds = row.values.iter().map(|(name, value)| {
             let text = value.get();
@@ -93,7 +93,7 @@ pub(super) fn columns(file: &TextFile, layout: Layout, most: usize, skip: u64) -
             if text.contains("\\u") {
                 Cell::parse(text).with_context(|| format!("the column `{name}` can't be read"))?;
             }
-            Ok((name.clone(), Kind::of(value)))
+            Ok((name.clone(), Kind::from_value(value)))
         });
         let kinds = kinds.collect::<Result<Vec<_>>>()?;
         let great = row
@@ -141,7 +141,7 @@ pub(super) fn columns(file: &TextFile, layout: Layout, most: usize, skip: u64) -
     })
 }
 
-/// The fields of a file's rows, and, where some can't be read, the one that says why.
+/// The fields of a file's rows and, if some rows can't be read, the field of [`BROKEN`].
 pub(super) fn fields(columns: &Columns) -> Vec<Field> {
     let known = columns.kinds.iter();
     let mut fields: Vec<Field> = known.map(|(name, kind)| kind.field(name)).collect();
@@ -185,7 +185,7 @@ pub(super) fn batches(
                 bytes = 0;
                 Ok(sender.send(Ok(std::mem::take(&mut pending))).is_ok())
             });
-            // Nobody listening is no reason to complain.
+            // If the receiver is gone, nobody needs the rows.
             let _ = sender.send(Ok(pending));
             if let Err(error) = read {
                 let _ = sender.send(Err(error));
@@ -203,7 +203,7 @@ fn receive(
         let rows = rows?;
         let named: Vec<_> = rows
             .iter()
-            .map(|row| Lookup::of(row.as_ref().ok()))
+            .map(|row| Lookup::new(row.as_ref().ok()))
             .collect();
         let mut arrays: Vec<ArrayRef> = Vec::with_capacity(schema.fields().len());
         for (name, kind) in &columns.kinds {
@@ -223,15 +223,15 @@ fn receive(
     })
 }
 
-/// Where a row stands, for messages.
-struct Place<'a> {
+/// The position of a row, for messages.
+struct RowPosition<'a> {
     file: &'a str,
-    /// Counted from 1, blank lines left out.
+    /// Its number from 1, without blank lines.
     row: u64,
     line: Option<u64>,
 }
 
-impl fmt::Display for Place<'_> {
+impl fmt::Display for RowPosition<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.line {
             Some(line) if line != self.row => write!(f, "{}:{line}: row {}", self.file, self.row),
@@ -241,28 +241,28 @@ impl fmt::Display for Place<'_> {
     }
 }
 
-/// Calls `each` with what `of` makes of every row, and its place, until it says false. Rows come in order; lines are parsed and
-/// given to `of` on all cores.
+/// Calls `each` with the result of `convert` for every row, and its position, until `each` returns false. Rows come in order; lines are
+/// parsed and converted on all cores.
 fn rows<T: Send>(
     file: &TextFile,
     layout: Layout,
-    of: &(dyn Fn(Row) -> Result<T> + Sync),
-    each: &mut dyn FnMut(Result<T>, &Place<'_>) -> Result<bool>,
+    convert: &(dyn Fn(Row) -> Result<T> + Sync),
+    each: &mut dyn FnMut(Result<T>, &RowPosition<'_>) -> Result<bool>,
 ) -> Result<()> {
     let reader = file.open()?;
     let name = file.display().to_owned();
     match layout {
-        Layout::Lines => lines(reader, &name, of, each),
-        Layout::List => list(reader, &name, of, each),
-        Layout::Objects => objects(reader, &name, of, each),
+        Layout::Lines => lines(reader, &name, convert, each),
+        Layout::List => list(reader, &name, convert, each),
+        Layout::Objects => objects(reader, &name, convert, each),
     }
 }
 
-/// Lines of a file that are parsed together.
+/// A block of lines that are parsed together.
 #[derive(Default)]
 struct Block {
     bytes: Vec<u8>,
-    /// The number of each line that is not blank, and its end in the bytes.
+    /// For each line that is not blank, its number and its end in the bytes.
     lines: Vec<(u64, usize)>,
     last_number: u64,
 }
@@ -281,7 +281,7 @@ impl Block {
                 .map_err(|error| anyhow!("{name}:{number}: {error}"));
             let count = match count {
                 Ok(count) => count,
-                // The rows before it come first: no more of them may be wanted.
+                // The rows before the error come first, because no more of them may be needed.
                 Err(_) if !self.lines.is_empty() => {
                     self.bytes.truncate(start);
                     return Ok(true);
@@ -322,8 +322,8 @@ impl Block {
 fn lines<T: Send>(
     mut reader: impl BufRead,
     name: &str,
-    of: &(dyn Fn(Row) -> Result<T> + Sync),
-    each: &mut dyn FnMut(Result<T>, &Place<'_>) -> Result<bool>,
+    convert: &(dyn Fn(Row) -> Result<T> + Sync),
+    each: &mut dyn FnMut(Result<T>, &RowPosition<'_>) -> Result<bool>,
 ) -> Result<()> {
     let mut block = Block::default();
     let mut number = 0;
@@ -335,12 +335,15 @@ fn lines<T: Send>(
             .map(|(line_number, text)| {
                 let at = || format!("{name}:{line_number}");
                 let row = line(text, name, line_number);
-                (line_number, row.and_then(|row| of(row).with_context(at)))
+                (
+                    line_number,
+                    row.and_then(|row| convert(row).with_context(at)),
+                )
             })
             .collect();
         for (line, row) in parsed {
             number += 1;
-            let place = Place {
+            let place = RowPosition {
                 file: name,
                 row: number,
                 line: Some(line),
@@ -375,8 +378,8 @@ fn line(text: &[u8], name: &str, number: u64) -> Result<Row> {
 fn list<T>(
     reader: impl BufRead,
     name: &str,
-    of: &dyn Fn(Row) -> Result<T>,
-    each: &mut dyn FnMut(Result<T>, &Place<'_>) -> Result<bool>,
+    convert: &dyn Fn(Row) -> Result<T>,
+    each: &mut dyn FnMut(Result<T>, &RowPosition<'_>) -> Result<bool>,
 ) -> Result<()> {
     let mut outcome = Ok(());
     let mut stopped = false;
@@ -390,7 +393,7 @@ fn list<T>(
         left: &left,
         each: &mut |row, place| {
             let at = || place.to_string();
-            each(row.marked_row().and_then(of).with_context(at), place)
+            each(row.marked_row().and_then(convert).with_context(at), place)
         },
         outcome: &mut outcome,
         stopped: &mut stopped,
@@ -408,8 +411,8 @@ fn list<T>(
 fn objects<T>(
     reader: impl BufRead,
     name: &str,
-    of: &dyn Fn(Row) -> Result<T>,
-    each: &mut dyn FnMut(Result<T>, &Place<'_>) -> Result<bool>,
+    convert: &dyn Fn(Row) -> Result<T>,
+    each: &mut dyn FnMut(Result<T>, &RowPosition<'_>) -> Result<bool>,
 ) -> Result<()> {
     let left = Counter::new(LONGEST_ROW);
     let reader = Metered {
@@ -419,13 +422,13 @@ fn objects<T>(
     let parsed = serde_json::Deserializer::from_reader(reader).into_iter::<Parsed>();
     for (number, parsed) in (1..).zip(parsed) {
         left.set(LONGEST_ROW);
-        let place = Place {
+        let place = RowPosition {
             file: name,
             row: number,
             line: None,
         };
         let parsed = parsed.map_err(|error| no_json(name, &error))?;
-        let row = parsed.marked_row().and_then(of);
+        let row = parsed.marked_row().and_then(convert);
         if !each(row.with_context(|| place.to_string()), &place)? {
             return Ok(());
         }
@@ -447,7 +450,7 @@ fn no_json(name: &str, error: &serde_json::Error) -> anyhow::Error {
     )
 }
 
-/// A reader that ends with an error when too much is read of it at once.
+/// A reader that fails when too many bytes are read for one row.
 struct Metered<'a, R> {
     inner: R,
     left: &'a Counter<usize>,
@@ -465,11 +468,11 @@ impl<R: Read> Read for Metered<'_, R> {
     }
 }
 
-/// Hands on the elements of a list as they are parsed, so that the list is never held whole.
+/// A visitor that passes on the elements of a list as they are parsed, so that the whole list is never in memory.
 struct Rows<'a> {
     name: &'a str,
     left: &'a Counter<usize>,
-    each: &'a mut dyn FnMut(Parsed, &Place<'_>) -> Result<bool>,
+    each: &'a mut dyn FnMut(Parsed, &RowPosition<'_>) -> Result<bool>,
     outcome: &'a mut Result<()>,
     stopped: &'a mut bool,
 }
@@ -486,7 +489,7 @@ impl<'de> Visitor<'de> for Rows<'_> {
         while let Some(row) = access.next_element()? {
             number += 1;
             self.left.set(LONGEST_ROW);
-            let place = Place {
+            let place = RowPosition {
                 file: self.name,
                 row: number,
                 line: None,

@@ -25,7 +25,7 @@ pub(super) enum Kind {
 }
 
 impl Kind {
-    pub(super) fn of(value: &RawValue) -> Self {
+    pub(super) fn from_value(value: &RawValue) -> Self {
         let text = value.get();
         match text.as_bytes().first() {
             Some(b'n') | None => Self::Null,
@@ -139,9 +139,9 @@ mod tests {
     }
 
     fn kind(values: &[Box<RawValue>]) -> Kind {
-        values
-            .iter()
-            .fold(Kind::Null, |kind, value| kind.merge(Kind::of(value)))
+        values.iter().fold(Kind::Null, |kind, value| {
+            kind.merge(Kind::from_value(value))
+        })
     }
 
     #[test]

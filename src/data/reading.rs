@@ -49,12 +49,12 @@ impl TextFile {
     pub(super) fn open(&self) -> Result<Box<dyn BufRead + Send>> {
         let open = || -> Result<Box<dyn BufRead + Send>> {
             let plain = Peeked::new(File::open(&self.path)?);
-            let Some(packing) = Packing::of(&plain.head) else {
+            let Some(packing) = Packing::detect(&plain.head) else {
                 return self.text(plain);
             };
             let unpacked = packing.open(BufReader::with_capacity(BUFFER, plain))?;
             let unpacked = Peeked::new(unpacked);
-            if let Some(again) = Packing::of(&unpacked.head) {
+            if let Some(again) = Packing::detect(&unpacked.head) {
                 bail!(
                     "it is packed twice, by {} and by {}; hint: unpack it once",
                     packing.name(),

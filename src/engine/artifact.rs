@@ -2,16 +2,16 @@
 
 use std::path::Path;
 
-/// What a stage makes: a folder with files in an agreed layout. The type is only a name that makes wiring typed.
+/// The result of a stage: a folder with files in an agreed layout. The type has no values; it only makes the wiring of stages typed.
 pub trait Artifact: 'static {
-    /// The noun people see in errors: `dataset`, `tokens`, `model`.
+    /// The noun used in error messages: `dataset`, `tokens`, `model`.
     const NAME: &'static str;
 
-    /// A look inside a folder of this kind, for people; at most `rows` rows, steps or answers of each sort.
+    /// What `show` prints of a folder of this kind: at most `rows` rows, steps or answers of each sort.
     fn show(folder: &Path, rows: usize) -> anyhow::Result<Vec<View>>;
 }
 
-/// A part of a look inside an artifact.
+/// A part of what `show` prints of an artifact.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum View {
     /// A line, which may be empty.

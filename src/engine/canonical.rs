@@ -1,6 +1,6 @@
-//! Canonical JSON and digests: one text for one value, whatever order a map happens to have.
+//! Canonical JSON and digests: equal values have the same text, whatever the order of their maps.
 //!
-//! Ours and not `serde_json`'s, because its map order changes when any dependency turns on `preserve_order`.
+//! `serde_json`'s own output would not do: its map order changes if any dependency enables `preserve_order`.
 
 use serde::Serialize;
 use serde_json::Value;
@@ -39,7 +39,7 @@ pub(super) fn digest_entries(mut entries: Vec<(&str, &Value)>) -> Digest {
     blake3::hash(&text).to_hex().to_string()
 }
 
-/// [`digest_json`] of what has no maps in it.
+/// [`digest_json`] of a list without maps in it.
 pub(super) fn digest_list(list: &impl Serialize) -> Digest {
     let mut text = Vec::with_capacity(512);
     scalar(list, &mut text);
@@ -80,7 +80,7 @@ fn write(value: &Value, text: &mut Vec<u8>) {
     }
 }
 
-/// As `serde_json` writes it.
+/// Writes a scalar as `serde_json` does.
 fn scalar(value: &(impl Serialize + ?Sized), text: &mut Vec<u8>) {
     // Neither a value nor a vector can fail.
     let _ = serde_json::to_writer(text, value);

@@ -20,7 +20,7 @@ use super::store::CONTINUATION;
 use super::task::Task;
 use super::{Event, Input, Level, RunEnv, SourcePath};
 
-/// The least time between two reports of progress, for whoever shows them.
+/// The shortest time between two reports of progress.
 const BETWEEN_REPORTS: Duration = Duration::from_millis(100);
 
 /// Everything a [`super::Stage::run`] may use.
@@ -28,12 +28,12 @@ pub struct Context {
     pub(crate) stage: String,
     pub(crate) inputs: BTreeMap<String, PathBuf>,
     pub(crate) sources: BTreeMap<String, PathBuf>,
-    pub(crate) outside: BTreeMap<String, String>,
+    pub(crate) external_facts: BTreeMap<String, String>,
     pub(crate) out: PathBuf,
     pub(crate) scratch: PathBuf,
-    /// What to write beside the scratch folder when it is made: whose it is.
+    /// The note written beside the scratch folder, which says to which fingerprint the folder belongs.
     pub(crate) scratch_note: Vec<u8>,
-    /// What finished stages of the family left, if it has one.
+    /// The folder with the continuations of the stage's family, if it has one.
     pub(crate) continuations: Option<PathBuf>,
     pub(crate) env: Arc<RunEnv>,
     pub(crate) events: Arc<StageEvents>,
@@ -67,7 +67,7 @@ impl Context {
             stage: task.stage.clone(),
             inputs: paths(&task.inputs),
             sources: paths(&task.sources),
-            outside: task.outside.clone(),
+            external_facts: task.outside.clone(),
             out: (&task.out).into(),
             scratch: (&task.scratch).into(),
             scratch_note: task.scratch_note.clone(),
@@ -102,26 +102,27 @@ impl Context {
         found.ok_or_else(|| anyhow!("the file `{}` was not prepared", path.as_written()))
     }
 
-    /// A fact that [`super::Stage::outside`] found, as it is defined at the fingerprint.
-    pub fn outside(&self, name: &str) -> anyhow::Result<&str> {
-        let value = self.outside.get(name).map(String::as_str);
-        value.ok_or_else(|| anyhow!("the outside fact `{name}` was not recorded"))
+    /// A fact that [`super::Stage::external_facts`] found, as it stands in the fingerprint.
+    pub fn external_fact(&self, name: &str) -> anyhow::Result<&str> {
+        let value = self.external_facts.get(name).map(String::as_str);
+        value.ok_or_else(|| anyhow!("the external fact `{name}` was not recorded"))
     }
 
-    /// The folder to fill. It exists and is empty; it becomes the artifact when the stage succeeds.
+    /// The output folder. It exists and is empty, and becomes the artifact if the stage succeeds.
     pub fn out(&self) -> &Path {
         &self.out
     }
 
-    /// Copies a local file of the recipe into the output, under a relative `name`; on file systems with shared extents that
-    /// costs no space. Its digest is known already, so a large file is read once less.
+    /// Copies a local file of the recipe into the output, under a relative `name`. On file systems with shared extents the copy takes
+    /// no space. The digest of the file is already known, so that it is not read again to compute it.
     pub fn copy_in(&self, source: &Path, name: &str) -> anyhow::Result<()> {
         let target = self.out.join(name);
         let copy = || -> std::io::Result<()> {
             if let Some(parent) = target.parent() {
                 std::fs::create_dir_all(parent)?;
             }
-            let stat = |path: &Path| std::fs::metadata(path).map(|found| Stat::of(&found));
+            let stat =
+                |path: &Path| std::fs::metadata(path).map(|found| Stat::from_metadata(&found));
             let before = stat(source)?;
             std::fs::copy(source, &target)?;
             if let Some(known) = self.known.get(source)
@@ -135,20 +136,20 @@ impl Context {
         copy().with_context(|| format!("could not copy `{}`", source.display()))
     }
 
-    /// Tells the BLAKE3 digest, in hex, of a file that the stage wrote into the output under a relative `name`. It must have
-    /// been made of the very bytes that were written, and the file must be complete: then it is read once less.
+    /// Records the BLAKE3 digest, in hex, of a file that the stage wrote into the output under a relative `name`, so that the file need
+    /// not be read again to compute it. The digest must be that of the bytes written, and the file must be complete.
     pub fn written(&self, name: &str, blake3: &str) -> anyhow::Result<()> {
         let path = self.out.join(name);
         let metadata = std::fs::symlink_metadata(&path);
         let metadata = metadata.with_context(|| format!("could not read `{}`", path.display()))?;
         if is_digest(blake3) {
-            self.remember(name, blake3.to_owned(), Stat::of(&metadata));
+            self.remember(name, blake3.to_owned(), Stat::from_metadata(&metadata));
         }
         Ok(())
     }
 
-    /// Does `work` while files of the output, which are complete, go to the disk. The commit waits for the disk in any case; so it
-    /// has been busy before.
+    /// Does `work` while complete files of the output are flushed to the disk. The commit has to flush them in any case; this way
+    /// the disk is busy while the stage computes.
     pub fn while_synced<T>(
         &self,
         names: impl IntoIterator<Item = impl AsRef<Path>>,
@@ -165,7 +166,7 @@ impl Context {
             let syncing = std::thread::Builder::new().spawn_scoped(scope, sync);
             let syncing = syncing.context("could not start a thread")?;
             let done = work();
-            // The commit's own call might not be told of an error that this one was told of.
+            // The system reports a write error only once, so an error here must not be lost.
             let synced = syncing.join().map_err(|_| anyhow!("a thread stopped"))?;
             let done = done?;
             synced?;
@@ -178,7 +179,8 @@ impl Context {
         written.insert(name.to_owned(), Entry { blake3, stat });
     }
 
-    /// A folder that survives a crash and is found again by the same fingerprint. Made on first use, removed on success.
+    /// The scratch folder. It survives a crash, and the next attempt with the same fingerprint finds it again. It is created on first
+    /// use and removed on success.
     pub fn scratch(&self) -> anyhow::Result<&Path> {
         std::fs::create_dir_all(&self.scratch).with_context(|| {
             format!(
@@ -190,7 +192,7 @@ impl Context {
         Ok(&self.scratch)
     }
 
-    /// Keeps the pace of a stage that goes on where it was stopped, with its units in all, for what is told of it before it goes on.
+    /// Saves the pace of the stage and its total number of units, so that the time left can be estimated before a stopped stage resumes.
     pub fn keep_pace(&self, total: u64, seconds_a_unit: f64) {
         let pace = Pace {
             total,
@@ -199,8 +201,9 @@ impl Context {
         pace.write(&self.scratch);
     }
 
-    /// A folder for what a stage of the same family that goes further could start from (see [`super::Stage::LENGTH_PARAMETERS`]). Made on
-    /// first use; kept when the stage succeeds, until another of the family does or `gc` removes the result.
+    /// A folder for the end state of the stage, from which a longer stage of the same family can start (see
+    /// [`super::Stage::LENGTH_PARAMETERS`]). It is created on first use, and kept on success until another stage of the family succeeds
+    /// or `gc` removes the result.
     pub fn continuation(&self) -> anyhow::Result<PathBuf> {
         let end = self.scratch.join(CONTINUATION);
         std::fs::create_dir_all(&end)
@@ -209,7 +212,7 @@ impl Context {
         Ok(end)
     }
 
-    /// Without the note `gc` knows less of whose the folder is, and keeps it longer.
+    /// Writes the note beside the scratch folder. Without it `gc` can't tell to which stage the folder belongs, and keeps it longer.
     fn note_scratch(&self) {
         let note = self.scratch.with_extension("json");
         if !self.scratch_note.is_empty() && !note.exists() {
@@ -217,7 +220,7 @@ impl Context {
         }
     }
 
-    /// What finished stages of the same family left. It may be damaged, and may be gone at any time. Read-only.
+    /// The end states of finished stages of the same family. They are read-only, may be damaged, and may disappear at any time.
     pub fn continuations(&self) -> anyhow::Result<Vec<PathBuf>> {
         let Some(folder) = &self.continuations else {
             return Ok(Vec::new());
@@ -251,7 +254,8 @@ impl Context {
         &self.gpus
     }
 
-    /// Whether the run was interrupted or the stage's time is over. Long loops ask often and return an error from [`Context::check_cancelled`].
+    /// Whether the run was interrupted or the stage's time is over. Long loops check this often and return the error of
+    /// [`Context::check_cancelled`].
     pub fn cancelled(&self) -> bool {
         self.check_cancelled().is_err()
     }
@@ -261,8 +265,8 @@ impl Context {
         self.control.check()
     }
 
-    /// Reports how far the stage is, in `unit`s. May be called as often as one likes: what comes soon after the last report is
-    /// not passed on, unless it is the end.
+    /// Reports the progress of the stage in `unit`s. It may be called as often as convenient: a report that comes soon after the last one
+    /// is dropped, unless it is the final one.
     pub fn progress(&self, done: u64, total: Option<u64>, unit: &'static str) {
         let mut reported = self.reported.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
@@ -276,7 +280,7 @@ impl Context {
         self.progress_now(done, total, unit);
     }
 
-    /// [`Context::progress`] that is passed on in any case, for where a stage ends early.
+    /// Like [`Context::progress`], but the report is never dropped. For stages that end early.
     pub fn progress_now(&self, done: u64, total: Option<u64>, unit: &'static str) {
         self.emit(Event::Progress {
             stage: self.stage.clone(),
@@ -328,7 +332,7 @@ impl Context {
     }
 }
 
-/// The bytes of memory that this process holds; none where the system does not tell.
+/// The resident memory of this process in bytes; `None` if the system does not report it.
 fn resident_memory() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status
@@ -368,7 +372,7 @@ impl Context {
             stage: "test".into(),
             inputs: owned(inputs),
             sources: owned(sources),
-            outside: BTreeMap::new(),
+            external_facts: BTreeMap::new(),
             out,
             scratch: folder.join("scratch"),
             scratch_note: Vec::new(),

@@ -1,4 +1,4 @@
-//! The BLAKE3 digest of a file, large ones over all cores.
+//! The BLAKE3 digest of a file. Large files are hashed on all cores.
 
 use std::fs::File;
 use std::io;
@@ -17,14 +17,14 @@ use super::canonical::Digest;
 use super::files::cannot_read;
 use super::threads;
 
-/// Files of this size and more are hashed over all cores; below, one core is faster.
+/// The size in bytes from which a file is hashed on all cores. Below it, one core is faster.
 const LARGE: u64 = 1 << 20;
-/// The subtrees of BLAKE3's tree that a core takes at a time.
+/// The size in bytes of the subtrees of BLAKE3's tree that a core hashes at a time.
 const SUBTREE: u64 = 4 << 20;
-/// Bytes that are read at a time. They stay in the core's second-level cache until they are hashed.
+/// The number of bytes read at a time. They stay in the core's second-level cache until they are hashed.
 const SLICE: usize = 256 << 10;
 
-/// The BLAKE3 digest of a file. It is read and not mapped: whoever cuts a mapped file ends the process.
+/// The BLAKE3 digest of a file. The file is read and not mapped, since the process would be killed if a mapped file were truncated.
 pub(super) fn digest_file(path: &Path) -> anyhow::Result<Digest> {
     let digest = || -> anyhow::Result<Hash> {
         let file = File::open(path)?;

@@ -13,7 +13,7 @@ use super::reason::Reason;
 /// The version of events as JSON: raised when a reader of the last version would misread one.
 pub const EVENT_VERSION: u32 = 1;
 
-/// How much a message matters.
+/// The importance of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Level {
@@ -36,12 +36,12 @@ pub enum Event {
         /// [`EVENT_VERSION`].
         version: u32,
     },
-    /// The run is in the history from now on, because a stage is about to run.
+    /// The run was entered in the history, because a stage is about to run.
     RunNumbered {
         /// Its number, which `history` and `log` take.
         run: u64,
     },
-    /// Nothing can begin: somebody has the store to themselves, and the run waits for them.
+    /// The run waits for another process that has exclusive use of the store.
     RunWaiting {
         /// Who holds the lock.
         holder: String,
@@ -52,9 +52,9 @@ pub enum Event {
         stage: String,
         /// The content digest of its artifact.
         artifact: String,
-        /// Whether it is an earlier state that came back.
+        /// Whether it is the result of an earlier state of the recipe, to which the recipe returned.
         restored: bool,
-        /// Whether it was made elsewhere and is in the remote; its files are here only if they are needed.
+        /// Whether it was made elsewhere and is in the remote. Its files are fetched only if they are needed.
         remote: bool,
         /// Seconds the stage took when it ran.
         saved: f64,
@@ -67,7 +67,7 @@ pub enum Event {
         kind: String,
         /// Every reason for running it.
         reasons: Vec<Reason>,
-        /// Seconds that its last result took, if there is one: about what to expect.
+        /// Seconds that its last result took, if there is one, as an estimate.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         expected: Option<f64>,
     },
@@ -84,7 +84,7 @@ pub enum Event {
         stage: String,
         /// The content digest of its artifact.
         artifact: String,
-        /// Whether the bytes are those of its last result, so that nothing below it changes.
+        /// Whether the bytes are those of its last result, so that no stage after it changes.
         same_bytes: bool,
         /// Seconds it took.
         seconds: f64,
@@ -108,7 +108,7 @@ pub enum Event {
         error: String,
         /// The folder with what it wrote and its log, kept until it succeeds or `gc` runs; none if it wrote nothing.
         kept: Option<String>,
-        /// Whether it did not fail by itself but was stopped with the whole run.
+        /// Whether the stage was stopped together with the whole run.
         #[serde(default)]
         interrupted: bool,
     },
@@ -117,34 +117,34 @@ pub enum Event {
         /// The stage's name in the recipe.
         stage: String,
     },
-    /// The files of a result begin to come from the remote.
+    /// The files of a result are being downloaded from the remote.
     StageFetching {
         /// The stage's name in the recipe.
         stage: String,
     },
-    /// The files of a result are here.
+    /// The files of a result were downloaded from the remote.
     StageFetched {
         /// The stage's name in the recipe.
         stage: String,
         /// The content digest of its artifact.
         artifact: String,
-        /// The files that came over; those that another artifact here has did not.
+        /// The number of files downloaded, without those that another local artifact already has.
         files: usize,
         /// Their bytes.
         bytes: u64,
     },
-    /// A result is in the remote.
+    /// A result was uploaded to the remote.
     StageSent {
         /// The stage's name when it ran.
         stage: String,
         /// The content digest of its artifact.
         artifact: String,
-        /// The files that went over; those that the remote has did not.
+        /// The number of files uploaded, without those that the remote already had.
         files: usize,
         /// Their bytes.
         bytes: u64,
     },
-    /// Something about the whole run to act on; it goes on.
+    /// A warning about the whole run, which continues.
     Warning {
         /// The sentence.
         text: String,
@@ -162,7 +162,7 @@ pub enum Event {
     },
     /// The run is over.
     RunFinished {
-        /// Stages whose result was there.
+        /// Stages whose result already existed.
         fresh: usize,
         /// Stages that ran.
         ran: usize,
@@ -215,7 +215,7 @@ pub enum Event {
         /// The sentence.
         text: String,
     },
-    /// The process of a stage begins. This and the two events below are for the executor that started it, and go no further.
+    /// The process of a stage begins. This and the two events below are for the executor that started it, and are not passed on.
     WorkStarted {
         /// [`EVENT_VERSION`].
         version: u32,
@@ -338,7 +338,7 @@ mod numbers {
     }
 }
 
-/// Sends an event. That nobody listens any more is no reason to stop.
+/// Sends an event. Nothing happens if the receiver is gone.
 pub(super) fn send(events: &Sender<Event>, event: Event) {
     let _ = events.send(event);
 }

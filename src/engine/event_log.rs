@@ -14,9 +14,9 @@ use serde::{Deserialize, Serialize};
 use super::event::Event;
 use super::store::Store;
 
-/// From this size on, in bytes, metrics and messages are left out; how stages begin and end always stands there.
+/// The size in bytes from which metrics and messages are left out. The events at the beginning and end of stages are always kept.
 const LONGEST: usize = 32 << 20;
-/// Of so many runs of a recipe the events are kept.
+/// The number of runs of a recipe whose events are kept.
 const MOST_RUNS: usize = 50;
 
 /// An event of a run.
@@ -32,11 +32,11 @@ pub struct LoggedEvent {
     pub event: Event,
 }
 
-/// The events of a run in progress. Without [`EventLog::keep`] nothing is left of it, unless the process is killed.
+/// The events of a run in progress. The file is removed unless [`EventLog::keep`] is called or the process is killed.
 pub struct EventLog {
     folder: PathBuf,
     started: Instant,
-    /// Events before the run had a number, up to which nothing is written.
+    /// The events before the run has a number; until then nothing is written.
     pending: Vec<LoggedEvent>,
     file: Option<File>,
     /// The run's number, once it has one.
@@ -137,7 +137,7 @@ impl EventLog {
             return;
         }
         self.size += line.len();
-        // With a hole it would mislead: what can't be written ends it.
+        // A log with a gap would be misleading, so a failed write ends the log.
         if file.write_all(&line).is_err() {
             self.file = None;
         }
@@ -149,7 +149,7 @@ impl Drop for EventLog {
         if let Some(number) = self.number
             && !self.kept
         {
-            // As long as it is there it is shown for a run that nobody knows.
+            // Otherwise events would remain for a run that is not in the history.
             let _ = fs::remove_file(self.folder.join(name(number)));
         }
     }
@@ -181,7 +181,7 @@ impl Store {
     }
 }
 
-/// What the names of these files end with, behind the run's number.
+/// The suffix of the files' names, after the number of the run.
 const ENDING: &str = ".events.jsonl";
 
 fn name(run: u64) -> String {

@@ -1,5 +1,5 @@
-//! Executors: where and how a [`Task`] runs. Each takes a task, hands its events on, and gives what the stage noted; the engine
-//! knows nothing else of them. [`Executors::for_stage`] is the one place where an executor is chosen.
+//! Executors decide where and how a [`Task`] runs. An executor takes a task, passes its events on, and returns what the stage noted;
+//! the engine knows nothing else about it. [`Executors::for_stage`] is the only place where an executor is chosen.
 
 mod child_process;
 mod in_process;
@@ -20,7 +20,7 @@ pub use child_process::ChildProcess;
 pub use in_process::InProcess;
 pub(super) use in_process::run_task;
 
-/// What a stage that succeeded gives beside the files in its output folder.
+/// What a successful stage returns besides the files in its output folder.
 #[derive(Debug, Default)]
 pub struct TaskResult {
     /// Facts for its record.
@@ -31,7 +31,8 @@ pub struct TaskResult {
 
 /// Runs tasks.
 pub trait Executor: Send + Sync {
-    /// Runs a task to its end, which `control` may hasten, and hands its events on. Whatever ends the stage is an error of it.
+    /// Runs a task to its end, or until `control` stops it, and passes its events on. Anything that ends the stage early, a crash of
+    /// its process included, is returned as an error.
     fn execute(
         &self,
         task: &Task,
@@ -43,7 +44,7 @@ pub trait Executor: Send + Sync {
 /// The executors of a run.
 pub struct Executors {
     in_process: InProcess,
-    /// None where no program is known that runs a task, as in tests.
+    /// `None` if there is no program to start for a task, as in tests.
     child_process: Option<ChildProcess>,
 }
 

@@ -1,4 +1,4 @@
-//! Small operations on files that either happen whole or not at all.
+//! Small atomic operations on files.
 
 use std::fs::{self, File, Permissions};
 use std::io::{self, ErrorKind, Read as _, Write};
@@ -13,15 +13,15 @@ use serde::de::DeserializeOwned;
 
 use super::stat::Stat;
 
-/// How the names of files begin that are still being written; a killed program leaves them.
+/// The prefix of the names of files that are being written. A killed program leaves such files behind.
 pub(super) const TEMPORARY: &str = ".tmp";
 
-/// Writes a file through a temporary neighbour: afterwards it has the old contents or the new ones, also after a power cut.
+/// Writes a file through a temporary file beside it. Even after a power failure it has either the old contents or the new ones.
 pub fn write_atomically(path: &Path, contents: &[u8]) -> anyhow::Result<()> {
     let folder = path.parent().unwrap_or_else(|| Path::new("."));
     let write = || -> std::io::Result<()> {
         fs::create_dir_all(folder)?;
-        // As any new file, not for us alone: a store may be shared.
+        // With the usual permissions of a new file, since several users may share a store.
         let mut file = tempfile::Builder::new()
             .prefix(TEMPORARY)
             .permissions(Permissions::from_mode(0o666))
@@ -43,7 +43,7 @@ pub(super) fn write_sealed(path: &Path, memo: &impl Serialize) -> anyhow::Result
     write_atomically(path, &sealed)
 }
 
-/// Reads what [`write_sealed`] wrote; a damaged memo is none.
+/// Reads what [`write_sealed`] wrote; `None` if it is missing or damaged.
 pub(super) fn read_sealed<T: DeserializeOwned>(path: &Path) -> Option<T> {
     let sealed = fs::read(path).ok()?;
     let (seal, memo) = sealed.split_at_checked(65)?;
@@ -51,8 +51,8 @@ pub(super) fn read_sealed<T: DeserializeOwned>(path: &Path) -> Option<T> {
     serde_json::from_slice(memo).ok().filter(|_| whole)
 }
 
-/// Reads a file of at most so many bytes. Unlike [`fs::read`], it does not ask for the size first: a no-op run reads two files a
-/// stage.
+/// Reads a file of at most `longest` bytes. Unlike [`fs::read`], it does not ask for the size first, which is faster for small files:
+/// a run with nothing to do reads two files for each stage.
 pub(super) fn read_small(path: &Path, longest: usize) -> std::io::Result<Vec<u8>> {
     let mut contents = Vec::with_capacity(4096);
     let one_more = (longest as u64).saturating_add(1);
@@ -65,8 +65,8 @@ pub(super) fn read_small(path: &Path, longest: usize) -> std::io::Result<Vec<u8>
     Ok(contents)
 }
 
-/// Whether an error is no word about what is there: a permission, a disk or a server that fails. What is missing, cut short or
-/// something else than it should be is damage, and can be made again; this has to be told.
+/// Whether an error says nothing about the contents of a file: missing permissions, a failing disk or server. Such errors are reported.
+/// A file that is missing, truncated or wrong is damage instead, and is made again.
 pub(super) fn is_trouble(error: &anyhow::Error) -> bool {
     let mut causes = error.chain();
     causes.any(|cause| cause.downcast_ref().is_some_and(is_io_trouble))
@@ -87,17 +87,17 @@ pub(super) fn is_io_trouble(error: &std::io::Error) -> bool {
     )
 }
 
-/// The time by the clock of the file system that holds `folder`, in nanoseconds since 1970: what a file changed now would get.
+/// The time by the clock of the file system of `folder`, in nanoseconds since 1970: the time that a file changed now would get.
 pub(super) fn clock(folder: &Path) -> std::io::Result<i64> {
-    // Without a name, so that nothing is left and no folder changes.
+    // An unnamed file, which leaves nothing behind and changes no folder.
     let file = tempfile::tempfile_in(folder)?;
-    Ok(Stat::of(&file.metadata()?).changed)
+    Ok(Stat::from_metadata(&file.metadata()?).changed)
 }
 
-/// Waits until whatever changes now gets a later time than `newest`, by the file system's clock: two changes within one tick of it
-/// can't be told apart.
+/// Waits until a file changed from now on gets a later time than `newest` by the clock of the file system. Two changes within one tick
+/// of that clock can't be distinguished.
 pub(super) fn outlast(folder: &Path, newest: i64) -> std::io::Result<()> {
-    // The coarsest clocks tick every two seconds; a time that is further ahead was set wrong.
+    // The coarsest clocks tick every two seconds. A time further in the future was set wrongly.
     let end = Instant::now() + Duration::from_secs(3);
     while clock(folder)? <= newest && Instant::now() < end {
         std::thread::sleep(Duration::from_millis(1));
@@ -110,10 +110,10 @@ pub(crate) fn sync_folder(folder: &Path) -> std::io::Result<()> {
     File::open(folder)?.sync_all()
 }
 
-/// With more new files than this, one call for the whole file system is cheaper than one for each of them.
+/// The number of new files above which one call for the whole file system is cheaper than one call per file.
 const MANY: usize = 64;
 
-/// Makes new files in a folder durable: one by one, or, where there are many, by one call for their whole file system.
+/// Makes new files in a folder durable: one by one, or by one call for their whole file system if there are many.
 pub(crate) fn sync_files(folder: &Path, files: &[PathBuf]) -> anyhow::Result<()> {
     if files.len() > MANY && sync_file_system(folder) {
         return Ok(());
@@ -124,7 +124,7 @@ pub(crate) fn sync_files(folder: &Path, files: &[PathBuf]) -> anyhow::Result<()>
     })
 }
 
-/// Makes everything durable that was written to the file system of a folder. `false` where that can't be done by one call.
+/// Makes everything durable that was written to the file system of a folder. Returns `false` if the system has no call for that.
 #[cfg(any(target_os = "linux", target_os = "android"))]
 fn sync_file_system(folder: &Path) -> bool {
     File::open(folder).is_ok_and(|folder| rustix::fs::syncfs(folder).is_ok())
@@ -135,13 +135,12 @@ fn sync_file_system(_: &Path) -> bool {
     false
 }
 
-/// Exchanges what two paths name, in one step. An error of the kind [`ErrorKind::Unsupported`] where the system or the file
-/// system has no such step.
+/// Atomically exchanges what two paths name. Fails with [`ErrorKind::Unsupported`] if the system or the file system can't do that.
 pub(super) fn exchange(one: &Path, other: &Path) -> io::Result<()> {
     rename_with(one, other, Step::Exchange)
 }
 
-/// Gives `from` the name `to`, which must be free.
+/// Renames `from` to `to`. Fails if `to` exists.
 pub(super) fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
     match rename_with(from, to, Step::New) {
         Err(error) if error.kind() == ErrorKind::Unsupported => {
@@ -181,7 +180,7 @@ fn rename_with(_: &Path, _: &Path, _: Step) -> io::Result<()> {
     Err(ErrorKind::Unsupported.into())
 }
 
-/// The sentence for a file that could not be read.
+/// The error message for a file that could not be read.
 pub(super) fn cannot_read(path: &Path) -> String {
     format!("could not read `{}`", path.display())
 }

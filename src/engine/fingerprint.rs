@@ -1,8 +1,8 @@
-//! What a stage's result depends on: all of it, and nothing else.
+//! A fingerprint holds everything that the result of a stage depends on, and nothing else.
 //!
-//! In: kind, VERSION, every parameter with its default filled in, the content digest of each input and local file, and
-//! facts from outside. Out: names of stages, paths, neutral settings, device, threads, time. The whole is kept, not only
-//! its digest, so that a reason can always be told with its old and new value.
+//! It contains the kind, VERSION, every parameter with its default filled in, the content digest of each input and local file, and
+//! the external facts. It does not contain the names of stages, paths, neutral settings, the device, the number of threads or the time.
+//! The fingerprint is stored in full and not only as its digest, so that reasons can give old and new values.
 
 use std::collections::BTreeMap;
 
@@ -24,7 +24,7 @@ pub struct Fingerprint {
     pub version: u32,
     /// Parameters, with contents in place of inputs and files.
     pub params: Value,
-    /// Facts from outside.
+    /// External facts (see [`super::Stage::external_facts`]).
     pub outside: BTreeMap<String, String>,
 }
 
@@ -62,7 +62,7 @@ impl Fingerprint {
         ))
     }
 
-    /// The name of the result in the store.
+    /// The digest of the fingerprint, which names the result in the store.
     pub fn digest(&self) -> Digest {
         digest_entries(vec![
             ("kind", &json!(self.kind)),
@@ -72,8 +72,8 @@ impl Fingerprint {
         ])
     }
 
-    /// What this fingerprint has in common with those that differ from it only in the parameters of [`super::Stage::LENGTH_PARAMETERS`];
-    /// none where there are no such parameters.
+    /// The digest that this fingerprint shares with those that differ from it only in the parameters of
+    /// [`super::Stage::LENGTH_PARAMETERS`]; `None` if there are no such parameters.
     pub(crate) fn family(&self, grows: &[&str]) -> Option<Digest> {
         if grows.is_empty() {
             return None;
@@ -165,7 +165,7 @@ fn flatten(value: &Value, path: String, leaves: &mut BTreeMap<String, Value>) {
                 flatten(value, child(&path, key), leaves);
             }
         }
-        // A list of plain values reads best as one value; a list with inputs or maps in it is taken apart.
+        // A list of scalars is shown as one value; a list with inputs or maps is flattened.
         Value::Array(items) if items.iter().any(Value::is_object) => {
             for (index, item) in items.iter().enumerate() {
                 flatten(item, format!("{path}[{index}]"), leaves);

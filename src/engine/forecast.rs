@@ -1,4 +1,4 @@
-//! What can be said of a stage before it runs, beside its state: about how long it takes, how much it makes, and where it goes on.
+//! Estimates for a stage before it runs: how long it takes, how large its result is, and where it resumes.
 
 use anyhow::Context as _;
 use serde::Serialize;
@@ -9,19 +9,19 @@ use super::position::Position;
 use super::stage_events::StageEvents;
 use super::task::{TASK_VERSION, Task, memory, unmarked};
 
-/// What is to be expected of a stage.
+/// The estimates for a stage.
 #[derive(Debug, Clone, Serialize)]
 pub struct Forecast {
     /// Its state.
     #[serde(rename = "plan")]
     pub state: State,
-    /// Seconds it is likely to take if it runs: those of its last result, or what is left from where it goes on.
+    /// The seconds it is likely to take: those of its last result, or what is left from where it resumes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seconds: Option<f64>,
-    /// Bytes it is likely to make: those of its last result.
+    /// The likely size of its result in bytes: that of its last result.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bytes: Option<u64>,
-    /// Where it goes on, if an earlier run was stopped in it.
+    /// Where it resumes, if an earlier run was stopped during the stage.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub goes_on: Option<Position>,
 }
@@ -73,8 +73,8 @@ impl Session<'_> {
         forecasts.collect()
     }
 
-    /// Runs a stage that has no inputs on the first rows of its local files, in a folder that goes away, to find what is wrong with them.
-    /// Does nothing for a stage that has no such rows.
+    /// Runs a stage without inputs on the first rows of its local files, in a temporary folder, to find mistakes in them. Does nothing
+    /// for a stage that reads no such rows.
     pub fn try_first_rows(&self, index: usize, rows: usize) -> anyhow::Result<()> {
         let node = &self.graph.nodes[index];
         let Some(params) = node.stage.on_first_rows(rows) else {

@@ -1,8 +1,8 @@
-//! Frees space: removes results that nobody needs any more.
+//! Frees space by removing results that are not needed any more.
 //!
-//! Records and the history stay (a few KB each), so reasons can still be told, and a removed result is made again when it is
-//! wanted. Work that a stopped run left unfinished stays where a recipe at hand would go on with it, or might. A run in progress and a
-//! collection exclude each other.
+//! Records and the history stay (a few KB each), so that reasons can still be given; a removed result is made again when it is needed.
+//! Unfinished work of a stopped run is kept if one of the given recipes would, or might, resume it. Runs and collections exclude each
+//! other.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, TryLockError};
@@ -21,33 +21,33 @@ use super::reason::{Reason, differences};
 use super::record::LONGEST_RECORD;
 use super::store::{Store, sign, wait_for};
 
-/// How long a run waits for a collection before it says so.
+/// How long a run waits for a collection before it reports that it waits.
 const QUIET: Duration = Duration::from_millis(500);
 
-/// What to keep beside the results that are named.
+/// What to keep besides the results that are needed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Limits {
-    /// The results of each recipe's last runs.
+    /// The number of last runs of each recipe whose results are kept.
     pub keep_runs: usize,
-    /// Results that nobody needs may stay up to so many bytes, the newest first.
+    /// The bytes of other results that may stay; the newest are kept.
     pub max_size: u64,
 }
 
-/// What recipes need of a store.
+/// What recipes need from a store.
 #[derive(Debug, Default)]
 pub struct Needs {
     /// Contents of results.
     pub(super) results: BTreeSet<Digest>,
-    /// Fingerprints whose unfinished work would be gone on with.
+    /// Fingerprints whose unfinished work would be resumed.
     pub(super) fingerprints: BTreeSet<Digest>,
-    /// What is known of the fingerprints of stages that wait for others.
+    /// The known parts of the fingerprints of stages that wait for others.
     pub(super) open: Vec<(Fingerprint, BTreeMap<String, Origin>)>,
-    /// The kinds of stages of whose fingerprints nothing is known.
+    /// The kinds of stages whose fingerprints are entirely unknown.
     pub(super) open_kinds: BTreeSet<String>,
 }
 
 impl Needs {
-    /// Whether unfinished work may be that of a stage whose fingerprint can't be known yet.
+    /// Whether unfinished work may belong to a stage whose fingerprint is not known yet.
     fn may_need(&self, work: Option<&Fingerprint>) -> bool {
         let Some(work) = work else {
             // Nobody knows whose it is.
@@ -109,10 +109,10 @@ impl Session<'_> {
     }
 }
 
-/// Something that can go.
+/// Something that can be removed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Garbage {
-    /// What it is: `result`, `unfinished work`, `end state` (what a finished stage left), `events of a run`.
+    /// What it is: `result`, `unfinished work`, `end state` (from which a longer stage could start), `events of a run`.
     pub what: &'static str,
     /// The stage that made it, if a record tells.
     pub stage: Option<String>,
@@ -122,14 +122,14 @@ pub struct Garbage {
     pub size: u64,
 }
 
-/// The right to use a store's results: many runs share it, a collection has it alone.
+/// A lock on a store's results, which runs hold together and a collection holds alone.
 pub(crate) struct InUse(
     #[expect(dead_code, reason = "dropping the file frees the lock")] Option<File>,
 );
 
 impl Store {
-    /// Taken by a run, so that nothing is collected under it. A store that can't be written can't be locked, and still serves
-    /// what it has. `waiting` hears who collects, when that takes long; `cancel` ends the waiting.
+    /// Takes the shared lock of a run, so that nothing is collected meanwhile. A store that can't be written can't be locked, but its
+    /// results can still be used. `waiting` is called with the holder if the wait is long; `cancel` ends the wait.
     pub(crate) fn use_results(
         &self,
         cancel: &AtomicBool,
@@ -150,8 +150,8 @@ impl Store {
         super::store::open_lock(&self.lock_path(IN_USE))
     }
 
-    /// Finds what can go, and with `remove_it` removes it. Kept are the results in `needed`, those of the last runs, and the
-    /// newest of the rest up to a size. Fails while a run uses the store.
+    /// Finds what can be removed, and removes it if `remove_it`. Kept are the results in `needs`, those of the last runs, and the newest
+    /// of the others up to a total size. Fails while a run uses the store.
     pub fn collect(
         &self,
         needs: &Needs,
@@ -171,7 +171,7 @@ impl Store {
         sign(&mut lock, "`pipeline gc`, ");
         let mut keep = needs.results.clone();
         let mut unfinished = needs.fingerprints.clone();
-        // What can't be read keeps nothing: then nothing may be removed.
+        // If a run can't be read, the results it needs are unknown, so nothing may be removed.
         for recipe in self.list("state/runs")? {
             let runs = self.read_runs(&recipe)?;
             for run in runs.iter().rev().take(limits.keep_runs) {
@@ -209,7 +209,7 @@ impl Store {
             }
             room = 0;
             if remove_it {
-                // The manifest goes first: without it there is no result, whatever is left of the folder.
+                // The manifest is removed first: without it the rest of the folder does not count as a result.
                 remove(&self.artifact(&format!("{content}.json")))?;
                 remove(&result.path)?;
             }
@@ -274,14 +274,14 @@ impl Store {
                 discard("events of a run", None, path)?;
             }
         }
-        // Nobody writes now: these are of programs that were killed.
+        // Nothing is being written now, so these files were left by killed programs.
         for path in self.temporary() {
             discard("unfinished work", None, path)?;
         }
         Ok(garbage)
     }
 
-    /// Files of ours that were not finished: beside results, never in them.
+    /// The store's unfinished files. They lie beside results, never in them.
     fn temporary(&self) -> Vec<PathBuf> {
         let mut found = Vec::new();
         let mut open = vec![self.folder("artifacts"), self.folder("records")];
@@ -302,7 +302,7 @@ impl Store {
         found
     }
 
-    /// The fingerprint of which this is the unfinished work, if it was noted.
+    /// The fingerprint to which unfinished work belongs, if it was noted.
     fn whole_fingerprint(&self, fingerprint: &str) -> Option<Fingerprint> {
         let bytes = read_small(&self.scratch_note(fingerprint), LONGEST_RECORD).ok()?;
         let found: Fingerprint = serde_json::from_slice(&bytes).ok()?;
@@ -347,10 +347,10 @@ impl Store {
     }
 }
 
-/// The lock that runs share.
+/// The name of the lock file.
 const IN_USE: &str = "in-use";
 
-/// Whether a lock can't be had because nothing can be written there.
+/// Whether taking a lock failed because the store can't be written.
 fn is_unwritable(error: &anyhow::Error) -> bool {
     let kind = |cause: &std::io::Error| {
         matches!(

@@ -11,14 +11,14 @@ pub enum Star {
     StaysInFolder,
 }
 
-/// Whether the whole of `path` fits `pattern`.
+/// Whether `pattern` matches the whole of `path`.
 pub fn matches(pattern: &str, path: &str, star: Star) -> bool {
     let pattern: Vec<char> = pattern.chars().collect();
     let path: Vec<char> = path.chars().collect();
     matches_pattern(&pattern, &path, star)
 }
 
-/// A path with a pattern in it: the folder before the pattern, and the files below it that fit.
+/// A path with a pattern in it, split into the folder before the pattern and the pattern for files below it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pattern {
     folder: PathBuf,
@@ -26,7 +26,7 @@ pub struct Pattern {
 }
 
 impl Pattern {
-    /// The pattern that a path is, if there is nothing at the path itself.
+    /// Reads a path as a pattern; `None` if it has no pattern, or something exists at that path.
     pub fn parse(path: &Path) -> Option<Self> {
         if std::fs::symlink_metadata(path).is_ok() {
             return None;
@@ -42,7 +42,7 @@ impl Pattern {
         })
     }
 
-    /// The folder below which files fit.
+    /// The folder below which files are matched.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
@@ -52,12 +52,12 @@ impl Pattern {
         folder.join(&self.pattern)
     }
 
-    /// Whether a file fits by its name below the folder.
+    /// Whether the pattern matches a file, given its name relative to the folder.
     pub fn matches(&self, name: &str) -> bool {
         matches(&self.pattern, name, Star::StaysInFolder)
     }
 
-    /// Whether files in a folder of this name below the pattern's own may fit.
+    /// Whether the pattern can match files in a folder, given its name relative to the pattern's folder.
     pub fn reaches(&self, name: &str) -> bool {
         let mut parts = self.pattern.split('/');
         for folder in name.split('/') {
@@ -70,15 +70,15 @@ impl Pattern {
         parts.next().is_some()
     }
 
-    /// Whether it looks into folders of any depth.
+    /// Whether the pattern can match files at any depth.
     pub(super) fn is_deep(&self) -> bool {
         self.pattern.contains("**")
     }
 }
 
-/// A table over both texts instead of recursion: a pattern of many stars costs no more than the product of the lengths.
+/// Uses a table over both texts instead of recursion, so that a pattern with many stars costs at most the product of the lengths.
 fn matches_pattern(pattern: &[char], path: &[char], star: Star) -> bool {
-    // reached[i]: the pattern so far fits the first i characters.
+    // reached[i]: the pattern so far matches the first i characters.
     let mut reached = vec![false; path.len() + 1];
     reached[0] = true;
     let mut rest = pattern;

@@ -14,29 +14,29 @@ pub struct Node {
     pub name: String,
     /// What it does.
     pub stage: Arc<dyn AnyStage>,
-    /// Where each local file among its parameters really is, by the path as written.
+    /// The resolved path of each local file among its parameters, by the path as written.
     pub sources: BTreeMap<String, PathBuf>,
     /// How the runner treats it.
     pub handling: Handling,
 }
 
-/// Named stages with their edges; never a cycle.
+/// Named stages with their edges, without cycles.
 pub struct Graph {
     /// The stages, in the order of the recipe.
     pub nodes: Vec<Node>,
     /// For each stage, the stages it reads, without repetition.
     pub inputs: Vec<Vec<usize>>,
-    /// Every stage after those it reads; otherwise in the order of the recipe.
+    /// A topological order: every stage comes after those it reads; otherwise the order is that of the recipe.
     pub order: Vec<usize>,
 }
 
-/// A graph that can't be.
+/// Why there is no graph for the stages.
 #[derive(Debug, thiserror::Error)]
 pub enum GraphError {
-    /// Two stages with one name.
+    /// Two stages have the same name.
     #[error("two stages are called `{0}`")]
     Duplicate(String),
-    /// An edge to nowhere.
+    /// A stage reads one that does not exist.
     #[error("`{stage}` reads `{missing}`, which is no stage")]
     Unknown {
         /// The reading stage.
@@ -44,7 +44,7 @@ pub enum GraphError {
         /// The name that is not there.
         missing: String,
     },
-    /// Stages that wait for each other.
+    /// Stages that read each other in a cycle.
     #[error("the stages {0} wait for each other")]
     Cycle(String),
     /// Parameters that can't be written as JSON.
@@ -52,7 +52,7 @@ pub enum GraphError {
     Params {
         /// The stage.
         stage: String,
-        /// Serde's sentence.
+        /// The message from serde.
         error: String,
     },
 }

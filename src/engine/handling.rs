@@ -76,7 +76,7 @@ impl Resources {
     }
 }
 
-/// What is free while stages run.
+/// The resources that running stages leave free.
 pub(super) struct Free {
     cpus: usize,
     memory: Option<u64>,
@@ -92,7 +92,7 @@ impl Free {
         }
     }
 
-    /// Takes what a stage needs and gives the ids of its devices, the smallest free ones; `None` when it does not fit now.
+    /// Reserves what a stage needs and returns the ids of its devices, the smallest free ones; `None` if not enough is free now.
     pub(super) fn take(&mut self, wanted: &Resources) -> Option<Vec<usize>> {
         let cpus = self.cpus.checked_sub(wanted.cpus())?;
         let memory = match self.memory {
@@ -107,7 +107,7 @@ impl Free {
         Some(self.gpus.drain(..wanted.gpus).collect())
     }
 
-    /// Gives back what a stage took.
+    /// Releases what a stage reserved.
     pub(super) fn give(&mut self, wanted: &Resources, gpus: &[usize]) {
         self.cpus += wanted.cpus();
         self.memory = self.memory.map(|free| free + wanted.memory.0);
@@ -117,7 +117,7 @@ impl Free {
 }
 
 impl Machine {
-    /// An error when a stage wants more than there is: it could never start.
+    /// Fails if a stage needs more than the machine has, since it could never start.
     pub fn check(&self, stage: &str, wanted: &Resources) -> anyhow::Result<()> {
         if Free::all(self).take(wanted).is_some() {
             return Ok(());

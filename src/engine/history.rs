@@ -1,7 +1,7 @@
-//! The runs of each recipe: the fingerprints of each run's stages, so that any two runs can be compared afterwards.
+//! The runs of each recipe with the fingerprints of their stages, so that any two runs can be compared later.
 //!
-//! A run that changed nothing since the last one leaves no trace. Small text files that stages read (templates) are kept by
-//! content, so that a change can be told by its lines.
+//! A run that changed nothing since the last one is not recorded. Small text files that stages read (templates) are kept by content,
+//! so that a change can be shown line by line.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -19,14 +19,14 @@ use super::reason::{Reason, differences};
 use super::record::{FORMAT, Record};
 use super::store::{Store, open_lock, sign};
 
-/// Files above this size are not kept for their lines.
+/// The largest text file that is kept, in bytes.
 const LONGEST_TEXT: u64 = 64 * 1024;
 
 /// How a run ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
-    /// Everything that was asked for is there.
+    /// Everything requested was made or already existed.
     Done,
     /// A stage failed.
     Failed,
@@ -34,7 +34,7 @@ pub enum Outcome {
     Interrupted,
     /// It is in progress.
     Running,
-    /// It ended without a word: its process was killed, or the machine went down.
+    /// The process was killed or the machine went down, so the run recorded no end.
     Killed,
 }
 
@@ -45,7 +45,7 @@ pub struct RunStage {
     pub fingerprint: Digest,
     /// The content digest of its result; none if it failed or was stopped.
     pub artifact: Option<Digest>,
-    /// Whether it ran, and was not fresh.
+    /// Whether it ran, as opposed to being fresh.
     pub ran: bool,
 }
 
@@ -78,7 +78,7 @@ pub enum Difference {
     Changed {
         /// What differs in the fingerprint.
         reasons: Vec<Reason>,
-        /// Whether the results have the same bytes all the same.
+        /// Whether the results nevertheless have the same bytes.
         same_bytes: bool,
     },
 }
@@ -131,7 +131,7 @@ impl Store {
         Ok(runs)
     }
 
-    /// Writes down that a run is in progress, so that it is known whatever becomes of it. Its number is set.
+    /// Records that a run is in progress, so that it is in the history even if its process is killed. Sets its number.
     pub(crate) fn begin_run(&self, recipe: &str, mut run: Run) -> anyhow::Result<RunInProgress> {
         let folder = self.runs_folder(recipe);
         fs::create_dir_all(&folder)
@@ -160,7 +160,7 @@ impl Store {
         }
     }
 
-    /// Keeps a run, unless nothing changed since the last one. Its number is set, and returned.
+    /// Records a finished run, unless nothing changed since the last one. Sets its number and returns it.
     pub(crate) fn remember(
         &self,
         recipe: &str,
@@ -176,7 +176,7 @@ impl Store {
                 })
             };
             let ran = run.stages.values().any(|stage| stage.ran);
-            // Of a stage that began, people may want the log.
+            // A run in which a stage began is recorded, since its log may be wanted.
             let began = ran || begun.is_some();
             if !began && run.outcome == last.outcome && run.stages.iter().all(same) {
                 return Ok(None);
@@ -189,7 +189,7 @@ impl Store {
             return Ok(Some(run.number));
         }
         run.number = last.map_or(1, |last| last.number + 1);
-        // Two runs that end at once: the file of one number belongs to the first.
+        // If two runs end at the same time, the first gets the number.
         loop {
             let path = run_path(&folder, run.number);
             if !path.exists() {
@@ -200,7 +200,7 @@ impl Store {
         }
     }
 
-    /// The newest run but for one, found by its number in the file's name.
+    /// The newest run other than `but`, by the number in the name of its file.
     fn last_run(&self, recipe: &str, but: Option<u64>) -> Option<Run> {
         let folder = self.runs_folder(recipe);
         let but = but.map(|number| run_path(&folder, number));
@@ -218,7 +218,7 @@ impl Store {
         self.state("runs").join(recipe)
     }
 
-    /// The text with this content digest, if it was kept.
+    /// The kept text with this content digest, if there is one.
     pub fn text(&self, content: &str) -> Option<String> {
         fs::read_to_string(self.state("texts").join(content)).ok()
     }
@@ -233,7 +233,7 @@ impl Store {
         }
         let bytes =
             fs::read(file).with_context(|| format!("could not read `{}`", file.display()))?;
-        // Changed this moment, or no text: it is only for showing.
+        // The file changed just now or is not text. It is only kept for display, so that is no error.
         if blake3::hash(&bytes).to_hex().as_str() != content || std::str::from_utf8(&bytes).is_err()
         {
             return Ok(());
@@ -241,7 +241,7 @@ impl Store {
         write_atomically(&kept, &bytes)
     }
 
-    /// What differs between two runs, by stage. Stages that are alike are left out.
+    /// The differences between two runs, by stage. Stages without a difference are left out.
     pub fn compare(&self, old: &Run, new: &Run) -> BTreeMap<String, Difference> {
         let mut found = BTreeMap::new();
         for name in old
@@ -281,7 +281,7 @@ impl Store {
     }
 }
 
-/// A run that is written down as being in progress, until this is dropped.
+/// A run that is recorded as being in progress until this is dropped.
 pub(crate) struct RunInProgress {
     folder: PathBuf,
     pub(crate) number: u64,
@@ -290,7 +290,7 @@ pub(crate) struct RunInProgress {
 }
 
 impl RunInProgress {
-    /// Writes down what the run came to so far.
+    /// Records the state of the run so far.
     pub(crate) fn update(&self, run: &Run) -> anyhow::Result<()> {
         let run = Run {
             number: self.number,
@@ -302,7 +302,7 @@ impl RunInProgress {
         )
     }
 
-    /// Removes its lock, which nobody needs any more.
+    /// Removes its lock file, which is not needed any more.
     fn end(self) {
         let _ = fs::remove_file(lock_path(&self.folder, self.number));
     }
@@ -325,8 +325,8 @@ fn is_free(path: &Path) -> bool {
 }
 
 impl Session<'_> {
-    /// Keeps the small text files that a stage reads, only for telling a later change by its lines: those of a stage that ran
-    /// here, or whose result was made elsewhere or by an earlier recipe.
+    /// Keeps the small text files that a stage reads, so that a later change can be shown line by line. This includes stages whose result
+    /// was made elsewhere or by an earlier recipe.
     pub(super) fn keep_texts(&self, node: &Node, prepared: &Prepared) {
         let leaves = prepared.fingerprint.leaves();
         for (parameter, origin) in &prepared.origins {
@@ -345,7 +345,7 @@ fn differences_of(old: &Record, new: &Record) -> Vec<Reason> {
     differences(&old.fingerprint, &new.fingerprint, &new.origins)
 }
 
-/// The stages of a run that became known, by name.
+/// The stages of a run whose fingerprints are known, by name.
 pub(crate) fn stages(
     graph: &Graph,
     fingerprints: &[Option<Digest>],

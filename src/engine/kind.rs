@@ -9,7 +9,7 @@ use schemars::{Schema, SchemaGenerator};
 use super::reading::ParseError;
 use super::{Artifact, Context, Position, Problem, RunEnv, Stage};
 
-/// An entry of the list of kinds: everything that can be known without parameters.
+/// An entry of the list of kinds: everything that is known about a kind without its parameters.
 #[derive(Clone, Copy)]
 pub struct Kind {
     /// The key in the recipe.
@@ -53,16 +53,16 @@ pub trait AnyStage: Send + Sync {
     fn exclusive(&self) -> bool;
     /// [`Stage::BOUNDED`].
     fn bounded(&self) -> bool;
-    /// [`Stage::HAS_OUTSIDE_FACTS`].
-    fn has_outside_facts(&self) -> bool;
+    /// [`Stage::HAS_EXTERNAL_FACTS`].
+    fn has_external_facts(&self) -> bool;
     /// [`Stage::LENGTH_PARAMETERS`].
     fn length_parameters(&self) -> &'static [&'static str];
     /// Every parameter with its default filled in; inputs, files and neutral settings are marked (see `engine::params`).
     fn params(&self) -> serde_json::Result<serde_json::Value>;
     /// [`Stage::check`].
     fn check(&self) -> Vec<Problem>;
-    /// [`Stage::outside`].
-    fn outside(&self, env: &RunEnv) -> anyhow::Result<BTreeMap<String, String>>;
+    /// [`Stage::external_facts`].
+    fn external_facts(&self, env: &RunEnv) -> anyhow::Result<BTreeMap<String, String>>;
     /// [`Stage::position`].
     fn position(&self, scratch: &Path) -> Option<Position>;
     /// The parameters of [`Stage::on_first_rows`], marked as those of [`AnyStage::params`].
@@ -87,8 +87,8 @@ impl<S: Stage> AnyStage for S {
     fn bounded(&self) -> bool {
         S::BOUNDED
     }
-    fn has_outside_facts(&self) -> bool {
-        S::HAS_OUTSIDE_FACTS
+    fn has_external_facts(&self) -> bool {
+        S::HAS_EXTERNAL_FACTS
     }
     fn length_parameters(&self) -> &'static [&'static str] {
         S::LENGTH_PARAMETERS
@@ -99,8 +99,8 @@ impl<S: Stage> AnyStage for S {
     fn check(&self) -> Vec<Problem> {
         Stage::check(self)
     }
-    fn outside(&self, env: &RunEnv) -> anyhow::Result<BTreeMap<String, String>> {
-        Stage::outside(self, env)
+    fn external_facts(&self, env: &RunEnv) -> anyhow::Result<BTreeMap<String, String>> {
+        Stage::external_facts(self, env)
     }
     fn position(&self, scratch: &Path) -> Option<Position> {
         Stage::position(self, scratch)

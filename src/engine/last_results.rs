@@ -1,4 +1,4 @@
-//! The fingerprints of a recipe's last results in one file, so that a run with nothing to do reads one file and not one a stage.
+//! The fingerprints of a recipe's last results in one file, so that a run with nothing to do reads one file instead of one per stage.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -16,19 +16,19 @@ use super::store::Store;
 pub(crate) struct LastResults {
     store: Store,
     recipe: String,
-    /// What is in the memo, if it still holds.
+    /// The memo, if it is up to date.
     memo: Option<Memo>,
 }
 
 #[derive(Serialize, Deserialize)]
 struct Memo {
-    /// The time of the last change of the folder with a file a stage: any new result changes it.
+    /// The time of the last change of the folder that has one file per stage. Any new result changes it.
     changed: i64,
     stages: BTreeMap<String, Digest>,
 }
 
 impl LastResults {
-    /// Reads the memo; one that is behind is not used.
+    /// Reads the memo. An outdated one is not used.
     pub(crate) fn open(store: &Store, recipe: &str) -> Self {
         let mut last_results = Self {
             store: store.clone(),
@@ -49,9 +49,9 @@ impl LastResults {
         }
     }
 
-    /// Writes a new memo for these stages if the one that was opened does not hold any more.
+    /// Writes a new memo for these stages if the one that was opened is outdated.
     pub(super) fn save<'n>(&self, stages: impl Iterator<Item = &'n str>) -> anyhow::Result<()> {
-        // Taken before reading: what is set meanwhile makes the memo behind, never wrong.
+        // The time is taken before reading, so that a concurrent change makes the memo outdated but never wrong.
         let Some(changed) = self.changed() else {
             return Ok(());
         };
@@ -62,7 +62,7 @@ impl LastResults {
         {
             return Ok(());
         }
-        // What is set after this has another time.
+        // Any later change gets another time.
         let folder = self.store.folder("last");
         outlast(&folder, changed).with_context(|| format!("no clock in `{}`", folder.display()))?;
         let last = |stage: &str| Some((stage.to_owned(), self.store.last(&self.recipe, stage)?));
@@ -78,6 +78,6 @@ impl LastResults {
 
     fn changed(&self) -> Option<i64> {
         let folder = self.store.folder("last").join(&self.recipe);
-        Some(Stat::of(&fs::metadata(folder).ok()?).changed)
+        Some(Stat::from_metadata(&fs::metadata(folder).ok()?).changed)
     }
 }

@@ -1,5 +1,5 @@
-//! Hard links change the ctime of a file, and what has another ctime is read again, lest its bytes changed, too. Where this program links
-//! or unlinks files of the store, it remembers their new stats, so that a model of many GB is not read for nothing.
+//! Creating or removing a hard link changes the ctime of a file, and a file with a new ctime is read again in case its bytes changed. When
+//! this program links or unlinks files of the store, it records their new stats, so that a model of many GB is not read needlessly.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -10,14 +10,14 @@ use super::manifest::Manifest;
 use super::stat::Stat;
 use super::store::Store;
 
-/// Files of artifacts that are about to be linked or unlinked, and were as remembered before.
+/// Files of artifacts that are about to be linked or unlinked, and whose stats are still those recorded.
 pub(super) struct Linked<'a> {
     store: &'a Store,
     artifacts: Vec<(Digest, Manifest, Vec<String>)>,
 }
 
 impl<'a> Linked<'a> {
-    /// Looks at the files, by artifact.
+    /// Checks the stats of files, given by artifact.
     pub(super) fn before(store: &'a Store, files: BTreeMap<Digest, BTreeSet<String>>) -> Self {
         let mut artifacts = Vec::new();
         for (artifact, names) in files {
@@ -34,7 +34,7 @@ impl<'a> Linked<'a> {
         Self { store, artifacts }
     }
 
-    /// Remembers what became of them: other links, and the same size, time and inode.
+    /// Records the new stats of the files whose size, modification time and inode are unchanged.
     pub(super) fn after(self) {
         for (artifact, mut manifest, names) in self.artifacts {
             let mut changed = false;
@@ -48,7 +48,7 @@ impl<'a> Linked<'a> {
                     changed = true;
                 }
             }
-            // Only spares work.
+            // A failure only costs a later read of the file.
             let artifacts = self.store.folder("artifacts");
             if changed && outlast(&artifacts, manifest.newest()).is_ok() {
                 let _ = self.store.write_manifest(&artifact, &manifest);
@@ -64,5 +64,5 @@ pub(super) fn unedited(one: &Stat, other: &Stat) -> bool {
 
 fn stat(store: &Store, artifact: &str, name: &str) -> Option<Stat> {
     let found = fs::symlink_metadata(store.artifact(artifact).join(name)).ok()?;
-    Some(Stat::of(&found))
+    Some(Stat::from_metadata(&found))
 }

@@ -1,4 +1,4 @@
-//! Makes the pins of a recipe, and compares them with what a run would take.
+//! Makes the pins of a recipe, and compares them with what a run would use.
 
 use std::collections::BTreeMap;
 
@@ -13,8 +13,8 @@ use super::pins::{Pin, PinChange, Pins};
 use super::plan::Session;
 use super::sources::Sources;
 
-/// What a stage asks for: its kind and parameters, without contents and neutral settings.
-fn asked(node: &Node) -> anyhow::Result<Digest> {
+/// The digest of a stage's kind and parameters, without contents and neutral settings. A pin holds as long as it is the same.
+fn request_digest(node: &Node) -> anyhow::Result<Digest> {
     let params = node.stage.params()?;
     let blank = |names: Vec<String>| {
         names
@@ -42,15 +42,15 @@ fn asked(node: &Node) -> anyhow::Result<Digest> {
 }
 
 impl Session<'_> {
-    /// The facts that are pinned for a stage as it is now.
+    /// The external facts pinned for a stage with its current parameters.
     pub(crate) fn pinned(&self, node: &Node) -> anyhow::Result<Option<&BTreeMap<String, String>>> {
         let Some(pin) = self.pins.get(&node.name) else {
             return Ok(None);
         };
-        Ok((!pin.outside.is_empty() && asked(node)? == pin.asked).then_some(&pin.outside))
+        Ok((!pin.outside.is_empty() && request_digest(node)? == pin.asked).then_some(&pin.outside))
     }
 
-    /// Makes sure that a local file is as it is pinned: it may have changed since [`Session::changed_pins`] looked.
+    /// Fails if a local file differs from its pin. It may have changed since [`Session::changed_pins`] was called.
     pub(super) fn is_pinned(&self, node: &Node, written: &str, digest: &str) -> anyhow::Result<()> {
         let pin = self.pins.get(&node.name);
         let pinned = pin.and_then(|pin| pin.files.get(written));
@@ -61,13 +61,13 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// Pins for all moving inputs: `fresh(stage)` says which are looked up anew, and not taken from the pins at hand.
+    /// Pins for all inputs that can change by themselves. `fresh(stage)` says for which stages the existing pins are not reused.
     pub fn pin(&self, fresh: &dyn Fn(&str) -> bool) -> anyhow::Result<Pins> {
-        // A lock file is kept for long: what it says is read, whatever is remembered.
+        // A lock file is kept for a long time, so files are read even if their digest is remembered.
         let mut sources = Sources::open(self.store, true);
         let mut pins = Pins::new();
         for node in &self.graph.nodes {
-            let asked = asked(node)?;
+            let asked = request_digest(node)?;
             let old = self
                 .pins
                 .get(&node.name)
@@ -76,7 +76,7 @@ impl Session<'_> {
                 Some(pin) => pin.clone(),
                 None => Pin {
                     asked,
-                    outside: node.stage.outside(&self.env)?,
+                    outside: node.stage.external_facts(&self.env)?,
                     files: files(node, &mut sources)?,
                 },
             };
@@ -87,14 +87,14 @@ impl Session<'_> {
         Ok(pins)
     }
 
-    /// What a run would take that is not pinned so: changed files, and stages without a pin that holds. Asks nobody outside.
+    /// What a run would use that differs from the pins: changed files, and stages without a valid pin. Does not use the network.
     pub fn changed_pins(&self) -> anyhow::Result<Vec<PinChange>> {
         let mut sources = self.sources();
         let mut changes = Vec::new();
         for node in &self.graph.nodes {
             let pin = self.pins.get(&node.name);
             let holds = match pin {
-                Some(pin) => pin.asked == asked(node)?,
+                Some(pin) => pin.asked == request_digest(node)?,
                 None => false,
             };
             let pinned_files = pin.map(|pin| pin.files.clone()).unwrap_or_default();
@@ -109,7 +109,7 @@ impl Session<'_> {
                     });
                 }
             }
-            if !holds && node.stage.has_outside_facts() {
+            if !holds && node.stage.has_external_facts() {
                 changes.push(PinChange {
                     stage: node.name.clone(),
                     what: "what it takes from outside".into(),

@@ -12,7 +12,7 @@ use super::digest::digest_file;
 use super::files::{cannot_read, is_trouble};
 use super::stat::{Stat, is_settled, nanoseconds_now};
 
-/// The most bytes of a manifest, which has some hundred a file. A longer file is none.
+/// The largest size of a manifest in bytes. It has about a hundred bytes per file.
 pub(super) const LONGEST_MANIFEST: usize = 256 << 20;
 
 /// One file of a folder.
@@ -21,17 +21,17 @@ pub(super) const LONGEST_MANIFEST: usize = 256 << 20;
 pub struct Entry {
     /// BLAKE3 of the contents.
     pub blake3: Digest,
-    /// The stat under which that digest is known to hold.
+    /// The stat for which the digest is known to be right.
     pub stat: Stat,
 }
 
-/// An [`Entry`] as it is written: flat. `serde`'s own flattening takes three times as long to read.
+/// An [`Entry`] as it is stored, in one flat object. Reading it with `#[serde(flatten)]` would take three times as long.
 #[derive(Serialize, Deserialize)]
 struct Written {
     blake3: Digest,
     size: u64,
     modified: i64,
-    // Not in manifests of earlier versions: no file has this time, so that they are read once.
+    // Missing in manifests of earlier versions. No file has the default as its time, so those files are read once.
     #[serde(default)]
     changed: i64,
     inode: u64,
@@ -68,8 +68,8 @@ impl From<Entry> for Written {
 pub struct Manifest {
     /// Path to entry.
     pub files: BTreeMap<String, Entry>,
-    /// The time of the last change of each folder, by path, the whole under the empty one: while they stand, no name was added or
-    /// removed, and nothing need be listed.
+    /// The time of the last change of each folder by path; the top folder has the empty path. While these times are the same, no file
+    /// was added or removed, so the folders need not be listed.
     #[serde(
         default,
         rename = "folders_changed",
@@ -81,15 +81,15 @@ pub struct Manifest {
 /// How a folder compares with its manifest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Check {
-    /// Every file has the stat that is remembered.
+    /// Every file has the recorded stat.
     Sound,
-    /// Some stats differ, but the contents are the same; the manifest with new stats.
+    /// Some stats differ, but the contents are the same. Holds the manifest with the new stats.
     Touched(Manifest),
     /// The folder is not there.
     Missing,
-    /// Something in it is not what was recorded.
+    /// Something in it differs from the record.
     Damaged(String),
-    /// It could not be read for a reason that is no damage: a permission, a failing disk.
+    /// It could not be read, for a reason other than damage: missing permissions, a failing disk.
     Unreadable(String),
 }
 
@@ -177,12 +177,14 @@ impl Manifest {
         };
         !self.folders.is_empty()
             && self.folders.iter().all(|(name, changed)| {
-                metadata(name)
-                    .is_some_and(|found| found.is_dir() && Stat::of(&found).changed == *changed)
+                metadata(name).is_some_and(|found| {
+                    found.is_dir() && Stat::from_metadata(&found).changed == *changed
+                })
             })
             && self.files.iter().all(|(name, entry)| {
-                metadata(name)
-                    .is_some_and(|found| found.is_file() && Stat::of(&found) == entry.stat)
+                metadata(name).is_some_and(|found| {
+                    found.is_file() && Stat::from_metadata(&found) == entry.stat
+                })
             })
     }
 
@@ -243,14 +245,14 @@ pub(super) fn folders<'n>(
             folder.join(name)
         };
         let metadata = fs::symlink_metadata(path).ok()?;
-        Some((name.to_owned(), Stat::of(&metadata).changed))
+        Some((name.to_owned(), Stat::from_metadata(&metadata).changed))
     };
     names.into_iter().filter_map(changed).collect()
 }
 
 fn stat_of(path: &Path) -> anyhow::Result<Stat> {
     let metadata = fs::symlink_metadata(path).with_context(|| cannot_read(path))?;
-    Ok(Stat::of(&metadata))
+    Ok(Stat::from_metadata(&metadata))
 }
 
 /// The digest of a file with the stat it has before and after.

@@ -425,7 +425,7 @@ fn only_links_rot(published: &PublishedFiles, folder: &Path) -> bool {
                 return false;
             };
             let unedited = fs::symlink_metadata(path)
-                .is_ok_and(|found| unedited(&Stat::of(&found), &entry.stat));
+                .is_ok_and(|found| unedited(&Stat::from_metadata(&found), &entry.stat));
             (published.links.contains(name) && unedited)
                 || digest_file(path).is_ok_and(|found| found == entry.blake3)
         })
@@ -495,7 +495,7 @@ fn fill(
             &shares,
             cancel,
         )
-        .and_then(|linked| Ok((linked, Stat::of(&fs::symlink_metadata(&target)?))));
+        .and_then(|linked| Ok((linked, Stat::from_metadata(&fs::symlink_metadata(&target)?))));
         linked.with_context(|| {
             format!(
                 "could not copy `{}` to `{}`",

@@ -1,6 +1,6 @@
-//! Pins of inputs that can change by themselves: facts from outside (the commit of a branch) and the contents of local files, stage by stage.
+//! Pins of inputs that can change by themselves, stage by stage: external facts (the commit of a branch) and the contents of local files.
 //!
-//! A pin holds for the parameters it was made for. Edit the revision in the recipe, and the pin says nothing any more.
+//! A pin is valid for the parameters it was made for. If the revision in the recipe is edited, the pin is ignored.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,9 +12,9 @@ use super::canonical::Digest;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Pin {
-    /// The digest of the stage's kind and parameters, for which the rest holds.
+    /// The digest of the stage's kind and parameters for which the pin is valid.
     pub asked: Digest,
-    /// Facts from outside.
+    /// External facts (see [`super::Stage::external_facts`]).
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub outside: BTreeMap<String, String>,
     /// Content digests of local files, by the path as written.
@@ -22,7 +22,7 @@ pub struct Pin {
     pub files: BTreeMap<String, Digest>,
 }
 
-/// The pins of a recipe, by stage. Stages without moving inputs have none.
+/// The pins of a recipe, by stage. Stages whose inputs can't change by themselves have none.
 pub type Pins = BTreeMap<String, Pin>;
 
 /// An input that differs from its pin.

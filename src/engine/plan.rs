@@ -178,7 +178,7 @@ impl Session<'_> {
             files.insert(written.clone(), digest);
             seen.insert(written.clone(), looked);
         }
-        let outside = self.outside(node)?;
+        let outside = self.external_facts(node)?;
         let stage = &node.stage;
         let (fingerprint, origins) = Fingerprint::new(
             stage.kind(),
@@ -199,17 +199,18 @@ impl Session<'_> {
         })
     }
 
-    /// The digests of local files. Who wants to verify reads them all.
+    /// The digests of local files. With `verify` all of them are read again.
     pub(crate) fn sources(&self) -> Sources {
         Sources::open(self.store, self.verify)
     }
 
-    /// Facts from outside: those that are pinned, or as they are now. Offline, those of the last run stand in for what can't be asked.
-    fn outside(&self, node: &Node) -> anyhow::Result<BTreeMap<String, String>> {
+    /// The external facts of a stage: the pinned ones, or else the current ones. Offline, those of the last run are used if the current
+    /// ones can't be found out.
+    fn external_facts(&self, node: &Node) -> anyhow::Result<BTreeMap<String, String>> {
         if let Some(pinned) = self.pinned(node)? {
             return Ok(pinned.clone());
         }
-        match node.stage.outside(&self.env) {
+        match node.stage.external_facts(&self.env) {
             Err(error) if self.env.offline => self
                 .last_record(node)
                 .map(|record| record.fingerprint.outside)

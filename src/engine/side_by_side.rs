@@ -1,41 +1,55 @@
-//! Two structs of parameters whose fields stand side by side in one map.
+//! Structs of parameters whose fields are side by side in one map.
 //!
-//! serde's `flatten` could do that too, but it loses the place of a mistake and can't refuse unknown fields.
+//! serde's `flatten` could read them too, but it loses the position of a mistake and can't refuse unknown fields.
 
 use serde::de::{DeserializeOwned, Deserializer, Visitor};
 use serde_json::{Map, Value};
 
 use super::reading::{Fault, ParseError, read_parameters};
 
-/// Reads an `A` out of the fields that it has, and a `B` out of all others.
+/// Reads an `A` from the fields that it has, a `B` from those that it has, and a `C` from all others.
 ///
 /// # Errors
-/// As [`read_parameters`], with the same paths as if both were one struct.
-pub fn read_side_by_side<A: DeserializeOwned, B: DeserializeOwned>(
+/// As [`read_parameters`], with the same paths as if all were one struct.
+pub fn read_side_by_side<A: DeserializeOwned, B: DeserializeOwned, C: DeserializeOwned>(
     value: Value,
-) -> Result<(A, B), ParseError> {
+) -> Result<(A, B, C), ParseError> {
     let Value::Object(entries) = value else {
-        return Ok((read_parameters(value.clone())?, read_parameters(value)?));
+        // Each of them refuses it.
+        let [first, second] = [value.clone(), value.clone()];
+        return Ok((
+            read_parameters(first)?,
+            read_parameters(second)?,
+            read_parameters(value)?,
+        ));
     };
-    let fields = fields::<A>();
-    let (first, second): (Map<_, _>, Map<_, _>) = entries
-        .into_iter()
-        .partition(|(key, _)| fields.contains(&key.as_str()));
+    let (first, others) = split_off::<A>(entries);
+    let (second, third) = split_off::<B>(others);
     Ok((
         read_parameters(Value::Object(first))?,
         read_parameters(Value::Object(second))?,
+        read_parameters(Value::Object(third))?,
     ))
+}
+
+/// The entries for the fields of a `T`, and all others.
+fn split_off<T: DeserializeOwned>(
+    entries: Map<String, Value>,
+) -> (Map<String, Value>, Map<String, Value>) {
+    let fields = fields::<T>();
+    let entries = entries.into_iter();
+    entries.partition(|(key, _)| fields.contains(&key.as_str()))
 }
 
 /// The names of the fields that a struct is read from.
 fn fields<T: DeserializeOwned>() -> &'static [&'static str] {
     let mut found: &'static [&'static str] = &[];
-    // It never succeeds.
+    // This never succeeds.
     let _ = T::deserialize(FieldNames(&mut found));
     found
 }
 
-/// Takes the names that a struct asks for, and gives nothing.
+/// A deserializer that records the names of a struct's fields and then fails.
 struct FieldNames<'a>(&'a mut &'static [&'static str]);
 
 impl<'de> Deserializer<'de> for FieldNames<'_> {
@@ -84,7 +98,14 @@ mod tests {
         seed: u64,
     }
 
-    fn read(text: &str) -> Result<(Own, Shared), ParseError> {
+    #[derive(Debug, PartialEq, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Middle {
+        #[serde(default)]
+        rate: f64,
+    }
+
+    fn read(text: &str) -> Result<(Own, Middle, Shared), ParseError> {
         read_side_by_side(serde_yaml::from_str(text).unwrap())
     }
 
@@ -95,8 +116,10 @@ mod tests {
     }
 
     #[test]
-    fn both_are_read_from_one_map() {
-        let (own, shared) = read("{model: base, beta: 1, seed: 7, words: [a]}").unwrap();
+    fn all_are_read_from_one_map() {
+        let (own, middle, shared) =
+            read("{model: base, beta: 1, rate: 0.5, seed: 7, words: [a]}").unwrap();
+        assert_eq!(middle, Middle { rate: 0.5 });
         let words = vec!["a".to_owned()];
         assert_eq!(own, Own { beta: 1., words });
         let model = "base".to_owned();
@@ -111,6 +134,14 @@ mod tests {
         };
         wrong("{model: a, beta: 1, seed: -1}", "seed", &unfit("-1", "u64"));
         wrong("{model: a, beta: true}", "beta", &unfit("true", "f64"));
+        wrong(
+            "{model: a, beta: 1, rate: []}",
+            "rate",
+            &Fault::Unfit {
+                found: FoundValue::List,
+                expected: "f64".to_owned(),
+            },
+        );
         let element = unfit("1", "a string");
         wrong("{model: a, beta: 1, words: [a, 1]}", "words[1]", &element);
         wrong("{model: a}", ".", &Fault::Missing("beta"));

@@ -55,14 +55,14 @@ struct Identity {
 }
 
 impl Identity {
-    fn of(metadata: &Metadata) -> Self {
+    fn from_metadata(metadata: &Metadata) -> Self {
         Self {
-            stat: Stat::of(metadata),
+            stat: Stat::from_metadata(metadata),
             device: metadata.dev(),
         }
     }
 
-    /// What every change changes.
+    /// The parts of the stat that every change of the contents changes.
     fn state(&self) -> (u64, i64, i64) {
         (self.stat.size, self.stat.modified, self.stat.changed)
     }
@@ -106,7 +106,7 @@ impl Seen {
 
     /// The first path at which something is not as it was by sizes and times, and the files there are.
     fn compare(&self, source: &Path) -> (Option<PathBuf>, BTreeMap<PathBuf, Identity>) {
-        let Ok(listed) = Listed::of(source) else {
+        let Ok(listed) = Listed::read(source) else {
             return (Some(source.to_owned()), BTreeMap::new());
         };
         let mut links = listed.links;
@@ -131,7 +131,7 @@ fn links_on_the_way(path: &Path) -> Vec<(PathBuf, Identity)> {
     let link = |path: &Path| {
         let metadata = fs::symlink_metadata(path).ok()?;
         let is_link = metadata.is_symlink();
-        is_link.then(|| (path.to_owned(), Identity::of(&metadata)))
+        is_link.then(|| (path.to_owned(), Identity::from_metadata(&metadata)))
     };
     path.ancestors().filter_map(link).collect()
 }
@@ -139,16 +139,16 @@ fn links_on_the_way(path: &Path) -> Vec<(PathBuf, Identity)> {
 /// The files of a source.
 struct Listed {
     is_file: bool,
-    /// Name below the source, path, and which file it is; sorted by name.
+    /// The name relative to the source, the path and the identity of each file, sorted by name.
     files: Vec<(String, PathBuf, Identity)>,
     /// The links below the source, as they are themselves.
     links: BTreeMap<PathBuf, Identity>,
 }
 
 impl Listed {
-    /// Lists a file, or the files in a folder and those below it. Hidden ones in a folder don't count. Links are followed, so that a
-    /// snapshot folder of links reads as the files it stands for.
-    fn of(path: &Path) -> anyhow::Result<Self> {
+    /// Lists a file, or all files below a folder except hidden ones. Links are followed, so that a snapshot folder made of links is read
+    /// as the files they point to.
+    fn read(path: &Path) -> anyhow::Result<Self> {
         let cannot_read = |path: &Path| format!("could not read `{}`", path.display());
         if let Some(pattern) = Pattern::parse(path) {
             let listed = Self::below(pattern.folder(), Some(&pattern))?;
@@ -161,7 +161,7 @@ impl Listed {
         }
         let metadata = fs::metadata(path).with_context(|| cannot_read(path))?;
         if metadata.is_file() {
-            let identity = Identity::of(&metadata);
+            let identity = Identity::from_metadata(&metadata);
             return Ok(Self {
                 is_file: true,
                 files: vec![(String::new(), path.to_owned(), identity)],
@@ -210,7 +210,9 @@ impl Listed {
                 if kind.is_symlink() {
                     is_followed = !pattern.is_some_and(Pattern::is_deep);
                     let link = fs::symlink_metadata(&path).with_context(|| cannot_read(&path))?;
-                    listed.links.insert(path.clone(), Identity::of(&link));
+                    listed
+                        .links
+                        .insert(path.clone(), Identity::from_metadata(&link));
                 }
                 let metadata = fs::metadata(&path).with_context(|| cannot_read(&path))?;
                 if metadata.is_dir() {
@@ -225,7 +227,9 @@ impl Listed {
                     open.push((name, path));
                 } else if metadata.is_file() && pattern.is_none_or(|pattern| pattern.matches(&name))
                 {
-                    listed.files.push((name, path, Identity::of(&metadata)));
+                    listed
+                        .files
+                        .push((name, path, Identity::from_metadata(&metadata)));
                 }
             }
         }
@@ -237,7 +241,7 @@ impl Listed {
 /// The files at a path of a recipe, with their names below it, in order: the file itself without one, those in the folder, or those that
 /// fit the pattern. They are those whose contents count in the fingerprint.
 pub fn files_at(path: &Path) -> anyhow::Result<Vec<(String, PathBuf)>> {
-    let files = Listed::of(path)?.files.into_iter();
+    let files = Listed::read(path)?.files.into_iter();
     Ok(files.map(|(name, path, _)| (name, path)).collect())
 }
 
@@ -269,10 +273,10 @@ impl Sources {
         if let Ok(metadata) = fs::symlink_metadata(path)
             && metadata.is_symlink()
         {
-            let identity = Identity::of(&metadata);
+            let identity = Identity::from_metadata(&metadata);
             seen.links.insert(path.to_owned(), identity);
         }
-        let listed = Listed::of(path)?;
+        let listed = Listed::read(path)?;
         seen.links.extend(listed.links);
         let mut digests = Vec::with_capacity(listed.files.len());
         for (name, path, identity) in listed.files {
@@ -309,7 +313,7 @@ impl Sources {
     /// Remembers a digest of a file as it looks now.
     #[cfg(test)]
     pub(crate) fn pretend(&mut self, path: &Path, digest: &str) {
-        let identity = Identity::of(&fs::metadata(path).unwrap());
+        let identity = Identity::from_metadata(&fs::metadata(path).unwrap());
         let known = Known {
             entry: Entry {
                 blake3: digest.into(),
@@ -366,7 +370,7 @@ impl Sources {
         let blake3 = digest_file(path)?;
         let after =
             fs::metadata(path).with_context(|| format!("could not read `{}`", path.display()))?;
-        let settled = before == Identity::of(&after) && before.stat.settled_at(time);
+        let settled = before == Identity::from_metadata(&after) && before.stat.settled_at(time);
         if settled {
             let entry = Entry {
                 blake3: blake3.clone(),

@@ -29,8 +29,8 @@ pub trait Stage: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'stat
     /// of them: its process may then take no more than a few GiB of memory (see [`super::Task`]).
     const BOUNDED: bool = false;
 
-    /// Whether [`Stage::outside`] gives facts that can change by themselves, such as the commit of a branch.
-    const HAS_OUTSIDE_FACTS: bool = false;
+    /// Whether [`Stage::external_facts`] gives facts that can change by themselves, such as the commit of a branch.
+    const HAS_EXTERNAL_FACTS: bool = false;
 
     /// Parameters that only say how far the stage goes, such as a number of epochs. Stages whose fingerprints differ in
     /// nothing else are a family: what one of them left in [`Context::continuation`] the others find by [`Context::continuations`].
@@ -47,30 +47,30 @@ pub trait Stage: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'stat
         Self::Output::NAME
     }
 
-    /// Rules between parameters that the types can't express. Runs before anything else does, so it must not read files.
+    /// Checks rules between parameters that the types can't express. It is called before any stage runs, and must not read files.
     fn check(&self) -> Vec<Problem> {
         Vec::new()
     }
 
-    /// Facts from outside that decide the result, such as the commit that `main` means now. They enter the fingerprint,
-    /// and [`Context::outside`] hands them to [`Stage::run`]. Local files need no mention here.
-    fn outside(&self, _world: &RunEnv) -> anyhow::Result<BTreeMap<String, String>> {
+    /// External facts that determine the result, such as the commit that `main` refers to now. They become part of the fingerprint, and
+    /// [`Stage::run`] reads them with [`Context::external_fact`]. Local files are not listed here.
+    fn external_facts(&self, _world: &RunEnv) -> anyhow::Result<BTreeMap<String, String>> {
         Ok(BTreeMap::new())
     }
 
-    /// Where an interrupted run of the stage stopped and the next one goes on, as its scratch folder tells. Reads names and small files
-    /// only.
+    /// Where an interrupted run of the stage stopped and the next one resumes, according to its scratch folder. Reads only names and
+    /// small files.
     fn position(&self, _scratch: &Path) -> Option<Position> {
         None
     }
 
-    /// The same stage on no more than so many of the first rows of local files, so that what is wrong with them is found at once; for a
-    /// stage that reads nothing else.
+    /// The same stage limited to the first `rows` rows of its local files, so that mistakes in them are found at once; `None` unless the
+    /// stage reads only such files.
     fn on_first_rows(&self, _rows: usize) -> Option<Self> {
         None
     }
 
-    /// Makes the artifact in [`Context::out`]. On an error nothing of it is kept but the scratch folder.
+    /// Makes the artifact in [`Context::out`]. On an error, only the scratch folder is kept.
     fn run(&self, cx: &Context) -> anyhow::Result<()>;
 }
 

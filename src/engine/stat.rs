@@ -26,7 +26,7 @@ const SETTLING: i64 = 2_000_000_000;
 
 impl Stat {
     /// The stat of a file.
-    pub fn of(metadata: &Metadata) -> Self {
+    pub fn from_metadata(metadata: &Metadata) -> Self {
         let nanoseconds = |seconds: i64, rest: i64| {
             let whole = seconds.saturating_mul(1_000_000_000);
             whole.saturating_add(rest)

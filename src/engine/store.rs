@@ -377,7 +377,7 @@ impl Miss<'_> {
             // Before sealing, which changes the stat.
             let holds = known
                 .get(&name)
-                .filter(|known| known.stat == Stat::of(&found));
+                .filter(|known| known.stat == Stat::from_metadata(&found));
             if let Some(known) = holds {
                 digests.insert(name, known.blake3.clone());
             }

@@ -16,7 +16,7 @@ pub(super) enum Hasher {
 
 impl Hasher {
     /// For a file of `size` bytes. What has no hash is hashed as a large file.
-    pub(super) fn of(file: &RemoteFile, size: u64) -> Self {
+    pub(super) fn for_file(file: &RemoteFile, size: u64) -> Self {
         if file.sha256.is_none() && file.git_sha1.is_some() {
             let mut hasher = sha1::Sha1::new();
             hasher.update(format!("blob {size}\0"));
@@ -64,7 +64,7 @@ pub(super) fn is_file(
     let Some(expected) = file.etag() else {
         return Ok(file.size.is_some());
     };
-    let mut hasher = Hasher::of(file, metadata.len());
+    let mut hasher = Hasher::for_file(file, metadata.len());
     feed(&mut source, &mut hasher, tick)?;
     Ok(hasher.finish() == expected)
 }

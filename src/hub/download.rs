@@ -242,7 +242,7 @@ impl Hub<'_> {
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false);
         let mut target = options.open(part).with_context(writing)?;
-        let mut hasher = Hasher::of(file, size);
+        let mut hasher = Hasher::for_file(file, size);
         let mut have = feed(&mut target, &mut hasher, &mut || progress(0))?;
         if have > size {
             (have, hasher) = restart(&mut target, file, size).with_context(writing)?;
@@ -357,7 +357,7 @@ enum Streamed {
 fn restart(target: &mut File, file: &RemoteFile, size: u64) -> io::Result<(u64, Hasher)> {
     target.set_len(0)?;
     target.seek(SeekFrom::Start(0))?;
-    Ok((0, Hasher::of(file, size)))
+    Ok((0, Hasher::for_file(file, size)))
 }
 
 fn content_length(headers: &HeaderMap<HeaderValue>) -> Option<u64> {

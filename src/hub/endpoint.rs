@@ -38,7 +38,7 @@ impl Endpoint {
             "{}; a password in it has to be escaped (`%40` for `@`, `%2F` for `/`, `%23` for `#`)",
             expected()
         );
-        let origin = Origin::of(&uri).with_context(expected)?;
+        let origin = Origin::from_uri(&uri).with_context(expected)?;
         let authority = uri.authority().with_context(expected)?.as_str();
         let (login, host) = match authority.rsplit_once('@') {
             None => (None, authority),
@@ -100,7 +100,7 @@ pub(super) struct Origin {
 }
 
 impl Origin {
-    pub(super) fn of(uri: &Uri) -> Option<Self> {
+    pub(super) fn from_uri(uri: &Uri) -> Option<Self> {
         let scheme = uri.scheme_str()?.to_lowercase();
         let default = match scheme.as_str() {
             "https" => 443,
@@ -153,7 +153,7 @@ mod tests {
     #[test]
     fn the_token_goes_to_the_hub_that_a_mirror_leads_to_and_a_password_does_not() {
         let trusts = |endpoint: &str, origin: &str| {
-            let origin = Origin::of(&origin.parse().unwrap()).unwrap();
+            let origin = Origin::from_uri(&origin.parse().unwrap()).unwrap();
             Endpoint::parse(endpoint).unwrap().trusts(&origin)
         };
         assert!(trusts("https://hf.co", "https://huggingface.co/x"));
@@ -203,7 +203,7 @@ mod tests {
 
     #[test]
     fn another_port_is_another_origin() {
-        let origin = |text: &str| Origin::of(&text.parse().unwrap());
+        let origin = |text: &str| Origin::from_uri(&text.parse().unwrap());
         assert!(origin("https://a/x") == origin("https://A:443/y"));
         assert!(origin("http://a:1/") != origin("http://a:2/"));
         assert!(origin("http://a/") != origin("https://a/"));

@@ -203,14 +203,15 @@ impl Http {
             let headers = response.headers();
             match response.status().as_u16() {
                 200 => {
-                    let own = Origin::of(&uri).is_some_and(|origin| self.endpoint.trusts(&origin));
+                    let own =
+                        Origin::from_uri(&uri).is_some_and(|origin| self.endpoint.trusts(&origin));
                     return Ok(finish(facts, headers, own));
                 }
                 status @ (301 | 302 | 303 | 307 | 308) => {
                     facts.add(headers);
                     uri = target(&uri, status, headers)?;
                     let away =
-                        !Origin::of(&uri).is_some_and(|origin| self.endpoint.trusts(&origin));
+                        !Origin::from_uri(&uri).is_some_and(|origin| self.endpoint.trusts(&origin));
                     // A signed address is good for one GET.
                     if away && facts.size.is_some() {
                         return Ok(facts);
@@ -233,7 +234,8 @@ impl Http {
                 // An empty file has no first byte, and costs nothing whole.
                 416 if range.is_some() => range = None,
                 200 | 206 => {
-                    let own = Origin::of(&uri).is_some_and(|origin| self.endpoint.trusts(&origin));
+                    let own =
+                        Origin::from_uri(&uri).is_some_and(|origin| self.endpoint.trusts(&origin));
                     return Ok(finish(facts, headers, own));
                 }
                 status @ (301 | 302 | 303 | 307 | 308) => {
@@ -253,7 +255,7 @@ impl Http {
         range: Option<&str>,
         for_file: bool,
     ) -> Result<Response<Body>, HttpError> {
-        let origin = Origin::of(uri)
+        let origin = Origin::from_uri(uri)
             .ok_or_else(|| HttpError::Malformed("it names an address that is none".into()))?;
         let agent = self
             .agent(&origin, for_file)
@@ -355,7 +357,7 @@ fn next_page(link: &str, asked: &Uri, endpoint: &Endpoint) -> Result<Option<Uri>
             });
         if is_next {
             let next = address_of(asked, address).and_then(|next| {
-                if Origin::of(&next)? == endpoint.origin {
+                if Origin::from_uri(&next)? == endpoint.origin {
                     return Some(next);
                 }
                 let path = next.path_and_query()?;
@@ -392,7 +394,7 @@ fn address_of(from: &Uri, target: &str) -> Option<Uri> {
         format!("{scheme}://{}{folder}/{target}", from.authority()?)
     };
     let uri: Uri = address.parse().ok()?;
-    Origin::of(&uri).map(|_| uri)
+    Origin::from_uri(&uri).map(|_| uri)
 }
 
 /// Waits, but looks up often: `tick` ends the wait by an error.

@@ -10,61 +10,66 @@ use std::path::Path;
 
 use anyhow::{Context as _, bail, ensure};
 use candle_core::{Device, Tensor};
-pub use config::{AdapterConfig, Bias, Names, NewAdapter, is_meant};
+pub use config::{AdapterConfig, Bias, Names, NewAdapter, names_module};
 pub use patterns::Patterns;
-pub use targets::{ALL_LINEAR, DEFAULT_TARGETS, Meant};
+pub use targets::{ALL_LINEAR, DEFAULT_TARGETS, Selection};
 
 use super::io::finite;
 use super::io::weights::{self, Weights};
 use super::model::arch::Projection;
 use super::model::tensors::{EMBED_TOKENS, ENDS, is_plausible, projection_path};
 
-/// PEFT's prefix of every tensor name.
+/// The prefix that PEFT gives to every tensor name.
 const PREFIX: &str = "base_model.model.";
-/// The adapter's tensors.
+/// The file of an adapter's tensors.
 pub const FILE: &str = "adapter_model.safetensors";
-/// The adapter's settings.
+/// The file of an adapter's settings.
 pub const CONFIG: &str = "adapter_config.json";
 
-/// Behind a module's path, the names of what stands beside it.
+/// The suffixes that the names of an adapter's tensors add to the path of their module.
 const A: &str = ".lora_A.weight";
 const B: &str = ".lora_B.weight";
 const MAGNITUDE: &str = ".lora_magnitude_vector";
-/// The same of embeddings, whose rows are looked up: transposed, B A is added to the weight's transpose.
+/// Like [`A`], for embeddings. Their matrices are transposed: B A is added to the transpose of the weight.
 const ROWS_A: &str = ".lora_embedding_A";
 const ROWS_B: &str = ".lora_embedding_B";
 
-/// The two matrices beside one projection, beside the head, or beside the embeddings, whose own are transposed in the file.
+/// The two LoRA matrices of a projection, of the head or of the embeddings (Hu et al. 2021, arXiv 2106.09685).
 #[derive(Debug, Clone)]
 pub struct LoraPair {
-    /// A, (r, in).
+    /// The matrix A (r, in).
     pub a: Tensor,
-    /// B, (out, r).
+    /// The matrix B (out, r).
     pub b: Tensor,
-    /// The norms of the rows of W + s B A (out), where they are trained (`DoRA`).
+    /// `DoRA`'s trained norms (out) of the rows of W + s B A (Liu et al. 2024, arXiv 2402.09353, equation 5), if it is used.
     pub magnitude: Option<Tensor>,
 }
 
-/// An adapter: pairs by module path (`model.layers.0.self_attn.q_proj`).
+/// A LoRA adapter.
 #[derive(Debug, Clone)]
 pub struct Adapter {
     /// Its settings.
     pub config: AdapterConfig,
-    /// Its pairs.
+    /// Its pairs, by the path of their module (`model.layers.0.self_attn.q_proj`).
     pub tensors: BTreeMap<String, LoraPair>,
-    /// What it puts in the place of the model's tensors, by their names (`lm_head.weight`): modules that are trained whole, and
-    /// biases.
+    /// The tensors that replace those of the model with the same names (`lm_head.weight`): fully trained modules, and biases.
     pub saved: BTreeMap<String, Tensor>,
 }
 
 impl Adapter {
-    /// Reads an adapter folder.
+    /// Reads an adapter folder. Errors name the folder.
+    ///
+    /// # Errors
+    /// A file is missing or damaged, a setting is not supported, or settings and tensors contradict each other.
     pub fn load(folder: &Path) -> anyhow::Result<Self> {
         let adapter = Self::read(folder);
         adapter.with_context(|| format!("could not load the adapter `{}`", folder.display()))
     }
 
-    /// The same, for callers who have a better name for the folder in their errors.
+    /// Like [`Adapter::load`], with errors that don't name the folder, for callers who have a better name for it.
+    ///
+    /// # Errors
+    /// As [`Adapter::load`].
     pub fn read(folder: &Path) -> anyhow::Result<Self> {
         let text = std::fs::read(folder.join(CONFIG))
             .with_context(|| format!("could not read `{CONFIG}`"))?;
@@ -84,20 +89,20 @@ impl Adapter {
         Ok(adapter)
     }
 
-    /// Settings and tensors have to tell the same.
+    /// Fails if settings and tensors contradict each other.
     fn check(&self) -> anyhow::Result<()> {
         for (path, pair) in &self.tensors {
             ensure!(
                 !self.config.saves(path),
                 "the module `{path}` has LoRA matrices, and `modules_to_save` means it too"
             );
-            // PEFT goes by the settings, and would leave these out without an error.
+            // PEFT goes by the settings and would ignore these tensors without an error.
             let tied = self.config.ensure_weight_tying && ENDS.contains(&path.as_str());
             ensure!(
-                tied || self.config.targets.mean(path) == Meant::Yes,
+                tied || self.config.targets.selection(path) == Selection::Yes,
                 "`{FILE}` has matrices for `{path}`, which `{CONFIG}` does not mean ({}), so that PEFT leaves them out; \
                  expected settings and matrices of the same modules",
-                self.config.targets.told()
+                self.config.targets.description()
             );
             ensure!(
                 !self.config.use_dora || !ENDS.contains(&path.as_str()),
@@ -119,7 +124,7 @@ impl Adapter {
             let found = self
                 .saved
                 .keys()
-                .any(|tensor| is_meant(name, &tensor[..path(tensor)]));
+                .any(|tensor| names_module(name, &tensor[..path(tensor)]));
             ensure!(
                 found,
                 "`modules_to_save` names `{name}`, but `{FILE}` has no tensor of it"
@@ -129,13 +134,13 @@ impl Adapter {
         Ok(())
     }
 
-    /// Whether it is made of LoRA pairs beside projections of the layers alone.
+    /// Whether it consists of LoRA pairs of the layers' projections alone.
     pub fn is_lora_only(&self) -> bool {
         let ends = ENDS.iter().any(|path| self.tensors.contains_key(*path));
         !self.config.use_dora && self.saved.is_empty() && !ends
     }
 
-    /// Whether a tensor of the model, in whose place the adapter has its own, is trained in a training of the adapter.
+    /// Whether a training of the adapter trains the tensor called `name` of the model, which the adapter replaces.
     pub fn trains(&self, name: &str) -> bool {
         match name.rsplit_once('.') {
             Some((path, "bias")) if !self.config.saves(path) => match self.config.bias {
@@ -148,7 +153,10 @@ impl Adapter {
         }
     }
 
-    /// Writes an adapter folder; the same adapter makes the same bytes.
+    /// Writes an adapter folder. The same adapter always gives the same bytes.
+    ///
+    /// # Errors
+    /// A file can't be written.
     pub fn save(&self, folder: &Path) -> anyhow::Result<()> {
         std::fs::write(folder.join(CONFIG), self.config.json()?)
             .with_context(|| format!("could not write `{CONFIG}` to `{}`", folder.display()))?;
@@ -167,7 +175,7 @@ impl Adapter {
             }
         }
         for (name, tensor) in &self.saved {
-            // PEFT wraps a module that gets matrices; its own tensors are in the wrapped one.
+            // PEFT wraps a module that has matrices; the module's own tensors are in the wrapped one.
             let name = match name.rsplit_once('.') {
                 Some((path, kind)) if self.tensors.contains_key(path) => {
                     format!("{path}.base_layer.{kind}")
@@ -182,7 +190,7 @@ impl Adapter {
 
 type Tensors = (BTreeMap<String, LoraPair>, BTreeMap<String, Tensor>);
 
-/// The tensors of a file by what they are for.
+/// Sorts the tensors of a file into pairs and replacements.
 fn tensors(weights: &Weights, config: &AdapterConfig) -> anyhow::Result<Tensors> {
     let (mut pairs, mut saved) = (BTreeMap::new(), BTreeMap::new());
     let mut plain = Vec::new();
@@ -216,7 +224,7 @@ fn tensors(weights: &Weights, config: &AdapterConfig) -> anyhow::Result<Tensors>
                 tensor.dtype().is_float(),
                 "the tensor `{name}` has no floats"
             );
-            // PEFT saves the base's embeddings and head with matrices beside them.
+            // PEFT also saves the base's embeddings and head if they have matrices.
             let wrapped = own.replace(".base_layer.", ".");
             let path = wrapped.rsplit_once('.').map_or("", |(path, _)| path);
             let known = own == wrapped || own.ends_with(".bias") || ENDS.contains(&path);
@@ -241,7 +249,7 @@ fn tensors(weights: &Weights, config: &AdapterConfig) -> anyhow::Result<Tensors>
     Ok((pairs, saved))
 }
 
-/// The pair of embeddings: A (r, vocabulary) and B (hidden, r), transposed.
+/// Reads the pair of embeddings, whose file has A (r, vocabulary) and B (hidden, r), and transposes it.
 fn rows(
     weights: &Weights,
     name: &str,
@@ -253,7 +261,7 @@ fn rows(
         "the tensor `{name}` is a LoRA matrix of embeddings, which `{path}` are not"
     );
     let stem = name.strip_suffix(ROWS_A).unwrap_or(name);
-    // Looked at before the settings: these magnitudes belong to no other pair, and would be taken for strays.
+    // This is checked before the settings, because no other pair would use these magnitudes, and they would be reported as unknown.
     ensure!(magnitude_name(weights, stem).is_none(), no_dora(path));
     let (b, a) = two(weights, [name, &format!("{stem}{ROWS_B}")])?;
     let pair = LoraPair {
@@ -265,9 +273,9 @@ fn rows(
     Ok(pair)
 }
 
-/// The tensor of `DoRA`'s magnitudes beside a module's matrices, if it is there.
+/// The name of the tensor of `DoRA`'s magnitudes of a module, if there is one.
 fn magnitude_name(weights: &Weights, stem: &str) -> Option<String> {
-    // Inside PEFT it is a layer's weight, and some programs write it so.
+    // Inside PEFT it is the weight of a module, and some programs write it so.
     let names = [MAGNITUDE.to_owned(), format!("{MAGNITUDE}.weight")];
     let mut names = names.map(|suffix| format!("{stem}{suffix}")).into_iter();
     names.find(|name| weights.contains(name))
@@ -280,7 +288,7 @@ fn no_dora(path: &str) -> String {
     )
 }
 
-/// Two tensors of floats that stand beside each other.
+/// Reads two tensors of floating-point values.
 fn two(weights: &Weights, names: [&str; 2]) -> anyhow::Result<(Tensor, Tensor)> {
     let [first, second] = names.map(|name| -> anyhow::Result<Tensor> {
         ensure!(

@@ -1,9 +1,9 @@
-//! What a way of running a model must be able to do. [`super::reference`] and [`super::fused`] are two of them,
-//! and [`super::execution`] chooses.
+//! The interface of a backend, which runs a model. [`super::reference`] and [`super::fused`] are backends, and [`super::execution`]
+//! chooses between them.
 //!
-//! To add another kind of device: write a module with a type that holds `&Llama` and whatever it needs beside the weights, and
+//! To add another kind of device: write a module with a type that holds `&CausalLm` and whatever it needs beside the weights, and
 //! implement [`Backend`] for it; add a variant to [`super::execution::Kind`] and one arm to `Execution::new`. Nothing else asks which
-//! backend runs. A backend must mean what the reference does: its tests compare every score and every gradient with it.
+//! backend runs. A backend must compute what the reference computes: its tests compare every score and every gradient with it.
 
 use std::path::Path;
 
@@ -14,44 +14,45 @@ use super::model::batch::{Batch, Target};
 use super::model::head::TokenStats;
 use super::model::linear::Pass;
 
-/// Targets' scores.
+/// The scores of targets. Vectors have one element for each target.
 #[derive(Debug, Clone, Default)]
 pub struct Scores {
     /// The log-probability of each target, in nats.
     pub logps: Vec<f32>,
-    /// Entropy and arg max at each, if asked for.
+    /// The entropy and the arg max at each target, if requested.
     pub token_stats: Option<Vec<TokenStats>>,
 }
 
-/// What goes through a model in one pass.
+/// The size of one pass.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct PassSize {
-    /// How many micro-batches.
+    /// The number of micro-batches.
     pub micro_batches: usize,
-    /// How many tokens are computed: with padding where it is not left out, and what sequences share only once.
+    /// The number of tokens that are computed: padding counts where it is not left out, shared prefixes count once.
     pub tokens: usize,
 }
 
-/// A token that follows what its text has so far.
+/// A token that is appended to a sequence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Token {
-    /// The text.
-    pub text: usize,
-    /// The id.
+    /// The index of the sequence.
+    pub sequence: usize,
+    /// The token's id.
     pub id: u32,
 }
 
-/// A way of running one model, whose weights it reads anew in each pass: they may be trained in between.
+/// A way of running one model. Weights are read anew in each pass, because they may be trained in between.
 pub trait Backend: Send + Sync {
-    /// How many of the first of these micro-batches are best put through the model in one pass: at least one, if there are any.
+    /// How many of these micro-batches, from the first on, are best run in one pass; at least one, if there are any. `checkpointing` is
+    /// that of [`Backend::forward`].
     fn pass_size(&self, batches: &[&Batch], pass: Pass, checkpointing: bool) -> PassSize;
 
-    /// Runs the model on batches, no more than [`Backend::pass_size`] says, with the adapter or without it as `pass` says. With
-    /// `pass.tape` it keeps what [`ForwardPass::backward`] needs; with `checkpointing` only the layers' inputs, from which the backward
-    /// computes them again, with the same bits.
+    /// Runs the model on `batches`, of which there may be no more than [`Backend::pass_size`] says, with or without the adapter as
+    /// `pass` says. With `pass.tape` it keeps what [`ForwardPass::backward`] needs; with `checkpointing` only the layers' inputs, from
+    /// which the backward pass recomputes the rest with the same bits (Chen et al. 2016, arXiv 1604.06174).
     ///
     /// # Errors
-    /// An id outside the vocabulary, or more batches than one pass takes.
+    /// A token id is outside the vocabulary, or there are more batches than one pass takes.
     fn forward<'a>(
         &'a self,
         batches: &[&Batch],
@@ -59,54 +60,65 @@ pub trait Backend: Send + Sync {
         checkpointing: bool,
     ) -> Result<Box<dyn ForwardPass + 'a>>;
 
-    /// Starts so many empty texts, none of which gets longer than `longest` tokens.
+    /// Starts `sequences` empty sequences for generation, none of which may become longer than `longest` tokens.
+    ///
+    /// # Errors
+    /// A weight can't be converted to the type that products need.
     fn decoder<'a>(
         &'a self,
-        texts: usize,
+        sequences: usize,
         longest: usize,
         pass: Pass,
     ) -> Result<Box<dyn Decoder + 'a>>;
 
-    /// From now on keeps what the layers below the lowest trained one give of each sequence, in a file in `folder`, and does not
-    /// compute it a second time. Returns how many layers that are; none where it would save nothing, or this backend can't.
+    /// From now on keeps the output of the layers below the lowest trained one for each sequence, in a file in `folder`, and does not
+    /// compute it a second time. Returns the number of these layers, or `None` if that would save nothing or this backend can't do it.
+    ///
+    /// # Errors
+    /// The file can't be created.
     fn keep_frozen_states(&self, _folder: &Path) -> std::io::Result<Option<usize>> {
         Ok(None)
     }
 }
 
-/// Batches that went through a model. Rows of targets and sequences count all batches' sequences, one batch behind the other.
+/// A pass of batches through a model. The rows of targets and the numbers of sequences count the sequences of all batches, one batch
+/// after the other.
 pub trait ForwardPass {
-    /// Scores targets; with `token_stats` it also gives these. Only the last call counts for the backward.
+    /// Computes the log-probabilities of `targets`, and with `token_stats` also [`TokenStats`]. [`ForwardPass::backward`] goes through
+    /// the last call only.
     ///
     /// # Errors
-    /// A target outside its batch, or an id outside the vocabulary.
+    /// A target is outside its batch, or its id is outside the vocabulary.
     fn score(&mut self, targets: &[Target], token_stats: bool) -> Result<Scores>;
 
-    /// The mean over the vocabulary of the logits that each target is predicted from: (targets).
+    /// For each target, the mean over the vocabulary of the logits from which it is predicted.
     ///
     /// # Errors
-    /// A target outside its batch.
+    /// A target is outside its batch.
     fn target_mean_logits(&self, targets: &[Target]) -> Result<Vec<f64>>;
 
     /// The mean of all logits at all but the last position of the sequences `from..from + count`, see
-    /// [`super::model::head::mean_logit`]. A NaN if there is none.
+    /// [`super::model::head::mean_logit`]; a NaN if there are no logits.
+    ///
+    /// # Errors
+    /// The head's sum of rows can't be computed.
     fn mean_logit(&self, from: usize, count: usize) -> Result<f64>;
 
-    /// Backpropagates `grad_logps`, the gradient of the loss by each scored log-probability (as many as targets), and adds the
-    /// gradients of the trained tensors to `gradients`.
+    /// Backpropagates `grad_logps`, the gradient of the loss with respect to each scored log-probability (targets), and adds the
+    /// gradients with respect to the trained tensors to `gradients`.
     ///
     /// # Errors
     /// Nothing was scored, or the pass has no tape.
     fn backward(self: Box<Self>, grad_logps: &[f32], gradients: &mut Gradients) -> Result<()>;
 }
 
-/// Texts that a model goes on with.
+/// Sequences that a model continues, with their cached keys and values.
 pub trait Decoder: Send {
-    /// Appends tokens to their texts, in order. Returns the logits behind each of the tokens at the indices `wanted`, in
-    /// ascending order: (wanted, vocabulary).
+    /// Appends tokens to their sequences, in order. Returns the logits after each of the tokens at the indices `wanted`, which must be
+    /// ascending: (`wanted.len()`, vocabulary), row-major.
     ///
     /// # Errors
-    /// A text that is not there or that would get too long, or an index outside `tokens`.
+    /// A sequence does not exist or would become too long, or an index is outside `tokens`.
     fn step(&mut self, tokens: &[Token], wanted: &[usize]) -> Result<Vec<f32>>;
 
     /// Forgets what a text has behind its first `length` tokens.

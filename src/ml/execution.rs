@@ -1,4 +1,4 @@
-//! How a model is run: the one place that knows the backends and chooses among them.
+//! The execution of a model: the only module that knows the backends, and chooses among them.
 
 use std::fmt;
 use std::path::Path;
@@ -8,7 +8,7 @@ use candle_core::Result;
 use super::backend::{Backend, Decoder, ForwardPass};
 pub use super::backend::{PassSize, Scores, Token};
 use super::fused::{Fused, Packing};
-use super::model::Llama;
+use super::model::CausalLm;
 use super::model::batch::Batch;
 use super::model::linear::Pass;
 use super::reference::Reference;
@@ -23,26 +23,28 @@ pub enum Kind {
 }
 
 impl Default for Kind {
-    /// The fastest.
+    /// The fastest backend.
     fn default() -> Self {
         Self::Fused(Packing::default())
     }
 }
 
-/// A model and what runs it, chosen once. The model holds weights only; buffers and whatever else outlives a pass are here.
+/// A model with the backend that runs it, which is chosen once. The model holds weights only; buffers and whatever else outlives a
+/// pass are here.
 ///
-/// A pass says whether the adapter takes part ([`Pass::BASE`] leaves it out), so the base without its adapter is scored by the same
-/// execution, without a second set of weights.
+/// Each pass says whether the adapter takes part ([`Pass::BASE`] leaves it out), so the base model is scored by the same execution,
+/// without a second set of weights.
 pub struct Execution<'m> {
-    model: &'m Llama,
+    model: &'m CausalLm,
     kind: Kind,
     backend: Box<dyn Backend + 'm>,
     fallback: Option<String>,
 }
 
 impl<'m> Execution<'m> {
-    /// The wanted backend, or the reference where it lacks something that the model has; see [`Execution::fallback`].
-    pub fn new(model: &'m Llama, wanted: Kind) -> Self {
+    /// Runs `model` with the `wanted` backend, or with the reference if that backend does not support the model; see
+    /// [`Execution::fallback`].
+    pub fn new(model: &'m CausalLm, wanted: Kind) -> Self {
         let (kind, backend, fallback): (_, Box<dyn Backend + 'm>, _) = match wanted {
             Kind::Reference => (wanted, Box::new(Reference::new(model)), None),
             Kind::Fused(packing) => match Fused::new(model, packing) {
@@ -62,10 +64,10 @@ impl<'m> Execution<'m> {
         }
     }
 
-    /// A backend that a test looks into.
+    /// Runs `model` with a backend that a test made.
     #[cfg(test)]
     pub(in crate::ml) fn with(
-        model: &'m Llama,
+        model: &'m CausalLm,
         kind: Kind,
         backend: Box<dyn Backend + 'm>,
     ) -> Self {
@@ -77,22 +79,22 @@ impl<'m> Execution<'m> {
         }
     }
 
-    /// The fastest backend that the model can take.
-    pub fn fastest(model: &'m Llama) -> Self {
+    /// Runs `model` with the fastest backend that supports it.
+    pub fn fastest(model: &'m CausalLm) -> Self {
         Self::new(model, Kind::default())
     }
 
     /// The model.
-    pub fn model(&self) -> &'m Llama {
+    pub fn model(&self) -> &'m CausalLm {
         self.model
     }
 
-    /// What runs it.
+    /// The kind of backend that runs the model.
     pub fn kind(&self) -> Kind {
         self.kind
     }
 
-    /// Why it is not the wanted backend that runs the model, if it is not: what the wanted one lacks.
+    /// If the wanted backend does not run the model: what it does not support, as a clause for a message.
     pub fn fallback(&self) -> Option<&str> {
         self.fallback.as_deref()
     }
@@ -115,11 +117,11 @@ impl<'m> Execution<'m> {
     /// See [`Backend::decoder`].
     pub fn decoder<'a>(
         &'a self,
-        texts: usize,
+        sequences: usize,
         longest: usize,
         pass: Pass,
     ) -> Result<Box<dyn Decoder + 'a>> {
-        self.backend.decoder(texts, longest, pass)
+        self.backend.decoder(sequences, longest, pass)
     }
 
     /// See [`Backend::keep_frozen_states`].

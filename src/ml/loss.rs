@@ -1,8 +1,8 @@
-//! Losses: what a training minimises, as pure functions of log-probabilities.
+//! The losses that trainings minimise, as pure functions of log-probabilities.
 //!
-//! A [`Loss`] says how rows become a batch, which tokens it scores, and what else it wants to know of them. The trainer
-//! ([`crate::ml::train`]) runs the models and calls [`Loss::loss`], which gives the loss, its gradient by each log-probability, and the
-//! metrics that are logged. Nothing else knows which loss it is.
+//! A [`Loss`] says how rows become a batch, which tokens it scores, and what else it needs to know about them. The trainer
+//! ([`crate::ml::train`]) runs the models and calls [`Loss::loss`], which returns the loss, its gradient with respect to each
+//! log-probability, and the metrics that are logged. Nothing else depends on which loss it is.
 //!
 //! A new loss is a file here that implements the trait, and a stage that makes one (`stages::train`).
 
@@ -18,87 +18,87 @@ use super::model::head::TokenStats;
 
 pub use pairs::Preferences;
 
-/// Numbers by TRL's names.
+/// Metrics by the names that TRL gives them.
 pub type Metrics = BTreeMap<&'static str, f64>;
 
-/// What a loss wants to know beside the log-probabilities of its targets.
+/// What a loss needs beside the log-probabilities of its targets.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Needs {
-    /// The log-probabilities of the same targets by a reference model.
+    /// Whether it needs the log-probabilities of the same targets under a reference model.
     pub reference: bool,
-    /// Entropy and arg max at each target.
+    /// Whether it needs the entropy and the arg max at each target.
     pub token_stats: bool,
-    /// The mean over the vocabulary of the logits at each target.
+    /// Whether it needs the mean over the vocabulary of the logits at each target.
     pub target_logits: bool,
-    /// The mean of all logits of the preferred sequences and of the others.
+    /// Whether it needs the mean of all logits of the preferred sequences, and that of the others.
     pub sequence_logits: bool,
 }
 
-/// A micro-batch that went through the model. Slices have one element for each target.
+/// A scored micro-batch. Slices have one element for each target.
 #[derive(Debug, Clone, Copy)]
 pub struct Scored<'a> {
     /// The micro-batch.
     pub batch: &'a Batch,
-    /// The tokens that were scored: those of [`Loss::targets`], in that order.
+    /// The scored tokens: those of [`Loss::targets`], in that order.
     pub targets: &'a [Target],
     /// Their log-probabilities, in nats.
     pub logps: &'a [f64],
-    /// Their log-probabilities by the reference model, if the loss needs them.
+    /// Their log-probabilities under the reference model, in nats, if the loss needs them.
     pub reference_logps: Option<&'a [f64]>,
-    /// Entropy and arg max at each of them, if asked for.
+    /// The entropy and the arg max at each of them, if the loss needs them.
     pub token_stats: Option<&'a [TokenStats]>,
-    /// The mean over the vocabulary of the logits at each of them, if asked for.
+    /// The mean over the vocabulary of the logits at each of them, if the loss needs it.
     pub target_logits: Option<&'a [f64]>,
-    /// The mean of all logits of the preferred sequences and of the others, if asked for.
+    /// The mean of all logits of the preferred sequences, and that of the others, if the loss needs them.
     pub sequence_logits: Option<[f64; 2]>,
 }
 
-/// A micro-batch's loss.
+/// The loss of a micro-batch.
 #[derive(Debug, Clone)]
 pub struct Outcome {
     /// The loss, a mean over the micro-batch.
     pub loss: f64,
-    /// Its gradient by the log-probability of each target.
+    /// The gradient of the loss with respect to the log-probability of each target (targets).
     pub gradient: Vec<f32>,
-    /// What is logged beside the loss: of [`Loss::metrics`] those for which there is what they are made of.
+    /// The metrics that are logged beside the loss: those of [`Loss::metrics`] whose inputs are known.
     pub metrics: Metrics,
 }
 
-/// A loss.
+/// A loss, as a pure function of log-probabilities.
 pub trait Loss: Send + Sync {
-    /// Rows as one padded batch.
+    /// Puts rows together as one batch, padded with the id `pad`.
     ///
     /// # Errors
-    /// A row lacks an answer that the loss needs, or is empty.
+    /// A row is empty, or lacks an answer that the loss needs.
     fn batch(&self, rows: &[&Row], pad: u32) -> anyhow::Result<Batch>;
 
-    /// The tokens that are scored. Those of a sequence come in the order of their positions.
+    /// The tokens that are scored. Those of one sequence are in the order of their positions.
     fn targets(&self, batch: &Batch) -> Vec<Target>;
 
-    /// What it wants to know beside their log-probabilities.
+    /// What it needs beside the log-probabilities of its targets.
     fn needs(&self) -> Needs;
 
-    /// How much a micro-batch with so many targets weighs in its accumulation group. TRL gives each the same weight.
+    /// The weight of a micro-batch with `targets` targets in its accumulation group. By default, as in TRL, all weigh the same.
     fn weight(&self, _targets: usize) -> f64 {
         1.
     }
 
-    /// The names of its metrics, beside `loss`.
+    /// The names of its metrics beside `loss`.
     fn metrics(&self) -> &'static [&'static str];
 
-    /// Whether TRL's trainer logs `num_tokens`, the tokens that were trained on so far.
+    /// Whether TRL's trainer for this loss logs `num_tokens`, the number of tokens trained on so far.
     fn logs_num_tokens(&self) -> bool {
         false
     }
 
-    /// The loss, its gradient and its metrics: a pure function of what was scored.
+    /// Computes the loss, its gradient and its metrics from the scores alone.
     ///
     /// # Errors
-    /// The loss is undefined, or something is missing that it needs.
+    /// The loss is undefined for this micro-batch, or something that it needs is missing.
     fn loss(&self, scored: &Scored<'_>) -> anyhow::Result<Outcome>;
 }
 
-/// `1 / (1 + e^-x)`, without overflow.
+/// The logistic function `1 / (1 + e^-x)`, without overflow for any `x`.
 fn sigmoid(x: f64) -> f64 {
     if x >= 0. {
         1. / (1. + (-x).exp())
@@ -107,7 +107,7 @@ fn sigmoid(x: f64) -> f64 {
     }
 }
 
-/// `log sigmoid(x)`, without overflow.
+/// The logarithm of the logistic function, without overflow for any `x`.
 fn log_sigmoid(x: f64) -> f64 {
     x.min(0.) - (-x.abs()).exp().ln_1p()
 }

@@ -1,4 +1,4 @@
-//! Models, LoRA, NF4, losses, optimisers and training loops. Knows no YAML, no cache and no tables.
+//! Models, LoRA, NF4, losses, optimisers and the training loop. This layer knows no YAML, no store and no tables.
 
 pub mod adapter;
 pub mod backend;

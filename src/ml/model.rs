@@ -1,11 +1,11 @@
-//! Our own differentiable Llama.
+//! A differentiable causal language model of the families in [`families`], on candle's tensors.
 //!
-//! The graph is cut at every layer: a layer's input is a fresh variable, and the backward goes from layer to layer by
-//! vector-Jacobian products, `d/dx sum(layer(x) * g)`. So gradient checkpointing is the same walk with the layers' graphs
-//! made again, and gives the same bits.
+//! The graph is cut at every layer: a layer's input is a fresh variable, and the backward pass goes from layer to layer by
+//! vector-Jacobian products, `d/dx sum(layer(x) * g)`. Gradient checkpointing (Chen et al. 2016, arXiv 1604.06174) is then the same
+//! procedure with the layers' graphs recomputed, and gives the same bits.
 //!
-//! A layer takes the hidden states (batch, length, hidden), the angles and the mask; gives the hidden states; saves its
-//! graph, or with checkpointing only its input; and recomputes everything from that input.
+//! A layer maps hidden states (batch, length, hidden), with the rotary angles and the mask, to hidden states of the same shape. It
+//! keeps its graph, or with checkpointing only its input, from which everything is recomputed.
 
 pub mod arch;
 pub mod autograd;
@@ -30,49 +30,49 @@ use candle_core::{D, DType, Device, Result, Tensor, Var};
 use self::arch::Arch;
 use self::autograd::{masked_softmax, rms_norm, rope};
 use self::batch::Batch;
-use self::head::OfHead;
-use self::linear::{Drops, Linear, Lora, Pass, Weight};
+use self::head::HeadGradients;
+use self::linear::{DropoutSeed, Linear, Lora, Pass, Weight};
 use self::tensors::{EMBEDDINGS, HEAD};
-use ends::looked_up;
+use ends::embedding_rows;
 pub use layerwise::logits_by_layer;
 use masks::Masks;
 pub(super) use rope::angles;
 
-/// What is trained.
+/// Which tensors are trained.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Trained {
-    /// Nothing: inference.
+    /// None: inference.
     Nothing,
-    /// The adapter.
+    /// Those of the adapter.
     Adapter,
-    /// Every weight.
+    /// All weights.
     Everything,
 }
 
 /// A trained tensor.
 #[derive(Debug, Clone)]
 pub struct Parameter {
-    /// Its name: the tensor's in a model file, or `<module path>.lora_A.weight`.
+    /// Its name: that of the tensor in a model file, or `<module path>.lora_A.weight`.
     pub name: String,
     /// The tensor, in f32.
     pub var: Var,
-    /// Whether weight decay applies: not to norms and biases (transformers' rule).
+    /// Whether weight decay applies to it; by transformers' rule (`get_decay_parameter_names`) not to norms and biases.
     pub decays: bool,
 }
 
-/// A Llama with an optional adapter.
-pub struct Llama {
-    /// What it computes.
+/// A causal language model with an optional adapter.
+pub struct CausalLm {
+    /// The architecture.
     pub arch: Arch,
-    /// The trained tensors, in the modules' order.
+    /// The trained tensors, in the order of the modules.
     pub parameters: Vec<Parameter>,
-    /// Where it lives.
+    /// The device of all tensors.
     pub device: Device,
     pub(super) embed: Weight,
     pub(super) layers: Vec<Layer>,
     pub(super) norm: Norm,
     pub(super) head: Option<Weight>,
-    /// Matrices beside the embeddings, and beside the head; `DoRA` is nowhere there.
+    /// The pairs of the embeddings and of the head, which never have `DoRA`.
     pub(super) embed_lora: Option<Lora>,
     pub(super) head_lora: Option<Lora>,
     pub(super) compute: DType,
@@ -94,17 +94,17 @@ pub(super) struct Layer {
     pub(super) gate: Linear,
     pub(super) up: Linear,
     pub(super) down: Linear,
-    /// The norms of single query and key heads.
+    /// The norms of each query head and of each key head.
     pub(super) q_norm: Option<Norm>,
     pub(super) k_norm: Option<Norm>,
-    /// How many keys a query sees, its own included; all up to its own without one.
+    /// The size of the sliding window in keys, the query's own included; without one, a query attends to all keys up to its own.
     pub(super) window: Option<usize>,
     pub(super) heads: usize,
     pub(super) kv_heads: usize,
     pub(super) head_dim: usize,
 }
 
-/// What all layers share in one pass.
+/// What all layers have in common in one pass.
 #[derive(Clone)]
 struct Shared {
     cos: Tensor,  // (length, head_dim / 2), or that for each sequence
@@ -113,10 +113,10 @@ struct Shared {
     pass: Pass,
 }
 
-/// Keys and values of one layer, each (batch, key heads, length, width of a head).
+/// The keys and values of one layer, each (batch, key heads, length, head width).
 type KeysAndValues = Option<(Tensor, Tensor)>;
 
-/// The keys and values of all layers for text generation.
+/// The cached keys and values of all layers, for text generation.
 #[derive(Default)]
 pub struct Cache {
     layers: Vec<KeysAndValues>,
@@ -137,11 +137,11 @@ impl Cache {
     }
 }
 
-/// A forward pass that can be gone back.
+/// What a forward pass keeps for its backward pass.
 pub struct Tape {
     ids: Tensor,
     shared: Shared,
-    /// Input and, unless it is to be made again, output of each layer.
+    /// The input of each layer, and its output unless it will be recomputed.
     segments: Vec<(Tensor, Option<Tensor>)>,
     last: Var,
     normed: Tensor,
@@ -154,18 +154,18 @@ impl Tape {
     }
 }
 
-/// Gradients of a model's parameters, in their order.
+/// The gradients with respect to a model's parameters, in their order and of their shapes; `None` is a gradient of zeros.
 #[derive(Debug, Clone)]
 pub struct Gradients(pub Vec<Option<Tensor>>);
 
 impl Gradients {
-    /// No gradients yet.
-    pub fn none(model: &Llama) -> Self {
+    /// Gradients of zeros for all parameters of a model.
+    pub fn none(model: &CausalLm) -> Self {
         Self(vec![None; model.parameters.len()])
     }
 
-    fn add(&mut self, place: usize, gradient: &Tensor) -> Result<()> {
-        if let Some(slot) = self.0.get_mut(place) {
+    fn add(&mut self, index: usize, gradient: &Tensor) -> Result<()> {
+        if let Some(slot) = self.0.get_mut(index) {
             let gradient = gradient.detach();
             *slot = Some(match slot.take() {
                 Some(sum) => (sum + gradient)?,
@@ -175,22 +175,27 @@ impl Gradients {
         Ok(())
     }
 
-    /// Adds values to the gradient of a variable of the model.
-    pub(super) fn add_values(&mut self, model: &Llama, var: &Var, values: Vec<f32>) -> Result<()> {
+    /// Adds values (as many as `var` has elements, row-major) to the gradient with respect to a parameter of the model.
+    pub(super) fn add_values(
+        &mut self,
+        model: &CausalLm,
+        var: &Var,
+        values: Vec<f32>,
+    ) -> Result<()> {
         let same = |p: &Parameter| p.var.as_tensor().id() == var.as_tensor().id();
         match model.parameters.iter().position(same) {
-            Some(place) => {
+            Some(index) => {
                 let gradient = Tensor::from_vec(values, var.shape(), var.device())?;
-                self.add(place, &gradient)
+                self.add(index, &gradient)
             }
             None => candle_core::bail!("a trained tensor is no parameter of its model"),
         }
     }
 
-    fn collect(&mut self, model: &Llama, store: &mut GradStore) -> Result<()> {
-        for (place, parameter) in model.parameters.iter().enumerate() {
+    fn collect(&mut self, model: &CausalLm, store: &mut GradStore) -> Result<()> {
+        for (index, parameter) in model.parameters.iter().enumerate() {
             if let Some(gradient) = store.remove(parameter.var.as_tensor()) {
-                self.add(place, &gradient)?;
+                self.add(index, &gradient)?;
             }
         }
         Ok(())
@@ -209,7 +214,7 @@ impl Norm {
 }
 
 impl Layer {
-    /// Whether anything of its attention is trained, its norm included.
+    /// Whether a tensor of its attention is trained, the norm before it included.
     pub(super) fn trains_attention(&self) -> bool {
         let linears = [&self.q, &self.k, &self.v, &self.o];
         let mut norms = self.qk_norms().chain([&self.input_norm]);
@@ -226,7 +231,7 @@ impl Layer {
         self.qk_norms().chain([&self.input_norm, &self.post_norm])
     }
 
-    /// Whether anything of it is trained.
+    /// Whether any of its tensors is trained.
     pub(super) fn is_trained(&self) -> bool {
         let linears = [&self.gate, &self.up, &self.down];
         self.trains_attention()
@@ -243,8 +248,8 @@ impl Layer {
         &x + self.down.forward(&(gate * up)?, pass)?
     }
 
-    /// Grouped-query attention: the query heads that share a key head are rows of one product, so keys and values are
-    /// never repeated.
+    /// Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245). The query heads that share a key head are rows of one product, so
+    /// keys and values are never repeated.
     fn attention(&self, x: &Tensor, shared: &Shared, cache: &mut KeysAndValues) -> Result<Tensor> {
         let (batch, length, _) = x.dims3()?;
         let (heads, kv_heads, width) = (self.heads, self.kv_heads, self.head_dim);
@@ -290,8 +295,8 @@ impl Layer {
     }
 }
 
-impl Llama {
-    /// Whether it is a frozen base with LoRA pairs at most: no biases, no `DoRA`, no tensor trained or replaced.
+impl CausalLm {
+    /// Whether it is a frozen base with at most LoRA pairs: no biases, no `DoRA`, and no base tensor that is trained or replaced.
     pub fn is_lora_only(&self) -> bool {
         let norms = self.layers.iter().flat_map(Layer::norms);
         !self.has_pairs_at_ends()
@@ -306,12 +311,12 @@ impl Llama {
                 .all(|layer| layer.linears().into_iter().all(Linear::is_lora_only))
     }
 
-    /// The layers' windows.
+    /// The sliding window of each layer.
     fn windows(&self) -> impl Iterator<Item = Option<usize>> {
         self.layers.iter().map(|layer| layer.window)
     }
 
-    /// What all layers share for a batch.
+    /// The rotary angles and masks of a batch.
     fn shared(&self, batch: &Batch, pass: Pass) -> Result<Shared> {
         let (cos, sin) = match batch.positions() {
             None => angles(&self.arch, 0..batch.width, &self.device)?,
@@ -324,7 +329,7 @@ impl Llama {
         Ok(Shared {
             cos,
             sin,
-            masks: Masks::of(self.windows(), |window| batch.mask(window, &self.device))?,
+            masks: Masks::new(self.windows(), |window| batch.mask(window, &self.device))?,
             pass,
         })
     }
@@ -332,11 +337,18 @@ impl Llama {
     pub(in crate::ml) fn embed(&self, ids: &Tensor, pass: Pass) -> Result<Tensor> {
         let (batch, length) = ids.dims2()?;
         let ids = ids.flatten_all()?;
-        looked_up(&self.embed, self.embed_lora.as_ref(), &ids, pass)?.reshape((batch, length, ()))
+        embedding_rows(&self.embed, self.embed_lora.as_ref(), &ids, pass)?.reshape((
+            batch,
+            length,
+            (),
+        ))
     }
 
-    /// The embeddings, the output of each layer but the last, and the final hidden states after the norm, as transformers
-    /// counts `hidden_states`.
+    /// The hidden states (batch, length, hidden) as transformers returns them in `hidden_states`: the embeddings, the output of each layer
+    /// but the last, and the final hidden states after the norm.
+    ///
+    /// # Errors
+    /// An id is outside the vocabulary.
     pub fn hidden_states(&self, batch: &Batch, pass: Pass) -> Result<Vec<Tensor>> {
         let pass = Pass {
             tape: false,
@@ -354,7 +366,11 @@ impl Llama {
         Ok(states)
     }
 
-    /// The final hidden states as [`Llama::head_matrix`] takes them: (batch, length, hidden and what its matrices add).
+    /// The final hidden states in the form that [`CausalLm::head_matrix`] takes: (batch, length, hidden), or (batch, length, hidden + r)
+    /// if the head has a pair of rank r.
+    ///
+    /// # Errors
+    /// An id is outside the vocabulary.
     pub fn hidden(&self, batch: &Batch, pass: Pass) -> Result<Tensor> {
         let pass = Pass {
             tape: false,
@@ -365,10 +381,13 @@ impl Llama {
         for layer in &self.layers {
             x = layer.forward(&x, &shared, &mut None)?;
         }
-        self.widen(self.norm.forward(&x, pass)?, pass)
+        self.append_lora_inputs(self.norm.forward(&x, pass)?, pass)
     }
 
-    /// The logits of the next token after `ids`, which follow what `cache` has seen.
+    /// Appends `ids` to the sequence in `cache`, and returns the logits (vocabulary) of the token after them.
+    ///
+    /// # Errors
+    /// `ids` is empty, or an id is outside the vocabulary.
     pub fn next_logits(&self, ids: &[u32], cache: &mut Cache, pass: Pass) -> Result<Vec<f32>> {
         let pass = Pass {
             tape: false,
@@ -379,7 +398,7 @@ impl Llama {
             candle_core::bail!("there are no ids to go on from");
         }
         let keys = cache.length + length;
-        let masks = Masks::of(self.windows(), |window| {
+        let masks = Masks::new(self.windows(), |window| {
             let rows = (cache.length..keys).flat_map(|last| {
                 let first = window.map_or(0, |window| (last + 1).saturating_sub(window));
                 let seen = move |to| first <= to && to <= last;
@@ -401,16 +420,19 @@ impl Llama {
         }
         cache.length += length;
         let last = x.narrow(1, length - 1, 1)?.squeeze(1)?;
-        let last = self.widen(self.norm.forward(&last, pass)?, pass)?;
+        let last = self.append_lora_inputs(self.norm.forward(&last, pass)?, pass)?;
         let logits = self.head_matrix(pass)?.logits(&last)?;
         logits.squeeze(0)?.to_vec1()
     }
 
-    /// A forward pass that [`Llama::backward`] can go back. With `checkpointing` only the layers' inputs are kept.
+    /// A forward pass for [`CausalLm::backward`]. With `checkpointing` only the layers' inputs are kept.
+    ///
+    /// # Errors
+    /// An id is outside the vocabulary.
     pub fn record(
         &self,
         batch: &Batch,
-        dropout: Option<Drops>,
+        dropout: Option<DropoutSeed>,
         checkpointing: bool,
     ) -> Result<Tape> {
         let pass = Pass {
@@ -430,7 +452,7 @@ impl Llama {
         let mut x = self.embed(&ids, pass)?;
         let mut segments = Vec::with_capacity(self.layers.len());
         for (number, layer) in self.layers.iter().enumerate() {
-            // Nothing below the first layer is trained under LoRA, so its input needs no gradient.
+            // With LoRA nothing below the first layer is trained, so its input needs no gradient.
             let needed = number > 0 || self.trains_embeddings();
             let input = if needed {
                 Var::from_tensor(&x)?.into_inner()
@@ -447,7 +469,7 @@ impl Llama {
             }
         }
         let last = Var::from_tensor(&x)?;
-        let normed = self.widen(self.norm.forward(&last, pass)?, pass)?;
+        let normed = self.append_lora_inputs(self.norm.forward(&last, pass)?, pass)?;
         Ok(Tape {
             ids,
             shared,
@@ -457,28 +479,32 @@ impl Llama {
         })
     }
 
-    /// Adds to `gradients` what the gradients of the tape's hidden states and of the head bring.
+    /// Backpropagates `grad_hidden`, the gradient with respect to the tape's final hidden states (of their shape), through norm and
+    /// layers, and adds the gradients with respect to the parameters to `gradients`, those of the head from `grad_head` included.
+    ///
+    /// # Errors
+    /// A shape does not fit the tape.
     pub fn backward(
         &self,
         tape: Tape,
-        of_hidden: &Tensor,
-        of_head: &OfHead,
+        grad_hidden: &Tensor,
+        grad_head: &HeadGradients,
         gradients: &mut Gradients,
     ) -> Result<()> {
-        if let (Some(lora), Some(of_low)) = (&self.head_lora, &of_head.low)
+        if let (Some(lora), Some(of_low)) = (&self.head_lora, &grad_head.low)
             && let Some(var) = lora.b.trained()
         {
-            gradients.add(self.place_of(var), of_low)?;
+            gradients.add(self.parameter_index(var), of_low)?;
         }
-        if let Some(of_head) = &of_head.weight {
+        if let Some(grad_head) = &grad_head.weight {
             let name = if self.head.is_some() {
                 HEAD
             } else {
                 EMBEDDINGS
             };
-            gradients.add(self.place(name), of_head)?;
+            gradients.add(self.index_of(name), grad_head)?;
         }
-        let mut store = vjp(&tape.normed, of_hidden)?;
+        let mut store = vjp(&tape.normed, grad_hidden)?;
         gradients.collect(self, &mut store)?;
         let mut gradient = take(&mut store, tape.last.as_tensor())?;
         let layers = self.layers.iter().zip(tape.segments).rev();
@@ -502,7 +528,7 @@ impl Llama {
         }
         let rows = gradient.reshape(((), gradient.dim(D::Minus1)?))?;
         let ids = tape.ids.flatten_all()?;
-        // As in transformers (`padding_idx`), the row of the padding is not learnt from where it is looked up.
+        // As in transformers (`padding_idx`), looking up the padding's embedding gives its row no gradient.
         let learnt = |rows: &Tensor| match self.arch.pad_token_id {
             Some(pad) => rows.broadcast_mul(&ids.ne(pad)?.to_dtype(DType::F32)?.unsqueeze(1)?),
             None => Ok(rows.clone()),
@@ -512,36 +538,36 @@ impl Llama {
         {
             let scaled = (&rows * lora.scaling)?;
             let low = b.as_detached_tensor().index_select(&ids, 0)?;
-            gradients.add(self.place_of(a), &low.t()?.matmul(&scaled)?)?;
+            gradients.add(self.parameter_index(a), &low.t()?.matmul(&scaled)?)?;
             let of_low = scaled.matmul(&a.as_detached_tensor().t()?)?;
             let zeros = b.as_detached_tensor().zeros_like()?;
             gradients.add(
-                self.place_of(b),
+                self.parameter_index(b),
                 &zeros.index_add(&ids, &learnt(&of_low)?, 0)?,
             )?;
         }
         if let Some(var) = self.embed.trained() {
             let zeros = var.as_detached_tensor().zeros_like()?;
-            let of_embed = zeros.index_add(&ids, &learnt(&rows)?, 0)?;
-            gradients.add(self.place(EMBEDDINGS), &of_embed)?;
+            let grad_embed = zeros.index_add(&ids, &learnt(&rows)?, 0)?;
+            gradients.add(self.index_of(EMBEDDINGS), &grad_embed)?;
         }
         Ok(())
     }
 
-    fn place_of(&self, var: &Var) -> usize {
+    fn parameter_index(&self, var: &Var) -> usize {
         let id = var.as_tensor().id();
         let mut parameters = self.parameters.iter();
-        let place = parameters.position(|p| p.var.as_tensor().id() == id);
-        place.unwrap_or(usize::MAX)
+        let index = parameters.position(|p| p.var.as_tensor().id() == id);
+        index.unwrap_or(usize::MAX)
     }
 
-    fn place(&self, name: &str) -> usize {
-        let place = self.parameters.iter().position(|p| p.name == name);
-        place.unwrap_or(usize::MAX)
+    fn index_of(&self, name: &str) -> usize {
+        let index = self.parameters.iter().position(|p| p.name == name);
+        index.unwrap_or(usize::MAX)
     }
 }
 
-/// The vector-Jacobian product: gradients of `sum(output * gradient)`.
+/// The vector-Jacobian product: the gradients of `sum(output * gradient)` with respect to all variables.
 fn vjp(output: &Tensor, gradient: &Tensor) -> Result<GradStore> {
     (output * gradient.detach())?.sum_all()?.backward()
 }

@@ -1,5 +1,5 @@
-//! The reference backend: candle's operations over padded batches, written for reading. It shows what is right; every other backend
-//! is tested against it.
+//! The reference backend: candle's operations over padded batches, written to be read. It defines the right results; every other
+//! backend is tested against it.
 
 use candle_core::{Result, Tensor, bail};
 
@@ -7,16 +7,16 @@ use super::backend::{Backend, Decoder, ForwardPass, PassSize, Scores, Token};
 use super::model::batch::{Batch, Target};
 use super::model::head::{self, Scored};
 use super::model::linear::Pass;
-use super::model::{Cache, Gradients, Llama, Tape};
+use super::model::{Cache, CausalLm, Gradients, Tape};
 
-/// See the module.
+/// A model on the reference backend.
 pub struct Reference<'m> {
-    model: &'m Llama,
+    model: &'m CausalLm,
 }
 
 impl<'m> Reference<'m> {
-    /// Any model goes this way.
-    pub fn new(model: &'m Llama) -> Self {
+    /// Every model is supported.
+    pub fn new(model: &'m CausalLm) -> Self {
         Self { model }
     }
 }
@@ -59,17 +59,19 @@ impl Backend for Reference<'_> {
 
     fn decoder<'a>(
         &'a self,
-        texts: usize,
+        sequences: usize,
         longest: usize,
         pass: Pass,
     ) -> Result<Box<dyn Decoder + 'a>> {
-        Ok(Box::new(Texts::new(self.model, texts, longest, pass)))
+        Ok(Box::new(CachedSequences::new(
+            self.model, sequences, longest, pass,
+        )))
     }
 }
 
 /// One batch that went through the model.
 struct Forward<'m> {
-    model: &'m Llama,
+    model: &'m CausalLm,
     pass: Pass,
     hidden: Tensor, // (batch, length, hidden), after the norm
     tape: Option<Tape>,
@@ -111,29 +113,29 @@ impl ForwardPass for Forward<'_> {
     }
 }
 
-/// Texts with their keys and values, each on its own.
-pub struct Texts<'m> {
-    model: &'m Llama,
+/// Sequences with their keys and values, each computed by itself.
+pub struct CachedSequences<'m> {
+    model: &'m CausalLm,
     pass: Pass,
     longest: usize,
-    /// Of each text, how many tokens it has, and their keys and values.
+    /// For each sequence, the number of its tokens, and their keys and values.
     caches: Vec<(usize, Cache)>,
 }
 
-impl<'m> Texts<'m> {
-    /// So many empty texts, none of which gets longer than `longest` tokens.
-    pub fn new(model: &'m Llama, texts: usize, longest: usize, pass: Pass) -> Self {
-        let text = || (0, Cache::default());
+impl<'m> CachedSequences<'m> {
+    /// `sequences` empty sequences, none of which may become longer than `longest` tokens.
+    pub fn new(model: &'m CausalLm, sequences: usize, longest: usize, pass: Pass) -> Self {
+        let sequence = || (0, Cache::default());
         Self {
             model,
             pass,
             longest,
-            caches: std::iter::repeat_with(text).take(texts).collect(),
+            caches: std::iter::repeat_with(sequence).take(sequences).collect(),
         }
     }
 }
 
-impl Decoder for Texts<'_> {
+impl Decoder for CachedSequences<'_> {
     fn step(&mut self, tokens: &[Token], wanted: &[usize]) -> Result<Vec<f32>> {
         if let Some(index) = wanted.iter().find(|index| **index >= tokens.len()) {
             bail!("token {index} of {} is wanted", tokens.len())
@@ -142,14 +144,14 @@ impl Decoder for Texts<'_> {
         for (number, (length, cache)) in self.caches.iter_mut().enumerate() {
             let own = tokens.iter().enumerate();
             let own: Vec<usize> = own
-                .filter(|(_, token)| token.text == number)
+                .filter(|(_, token)| token.sequence == number)
                 .map(|(index, _)| index)
                 .collect();
             *length += own.len();
             if *length > self.longest {
-                bail!("text {number} would get longer than {}", self.longest)
+                bail!("sequence {number} would get longer than {}", self.longest)
             }
-            // The logits behind a run of tokens are those of its last one.
+            // A run of tokens gives the logits after its last one.
             for run in own.split_inclusive(|index| wanted.contains(index)) {
                 let ids: Vec<u32> = run.iter().map(|&index| tokens[index].id).collect();
                 let last = self.model.next_logits(&ids, cache, self.pass)?;
@@ -162,7 +164,7 @@ impl Decoder for Texts<'_> {
         for &index in wanted {
             match &logits[index] {
                 Some(logits) => all.extend(logits),
-                None => bail!("there is no text {}", tokens[index].text),
+                None => bail!("there is no sequence {}", tokens[index].sequence),
             }
         }
         Ok(all)

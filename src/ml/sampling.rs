@@ -7,7 +7,7 @@ use std::fmt;
 
 use anyhow::ensure;
 use pipeline_kernels::random::splitmix64;
-use pipeline_kernels::vectors::largest;
+use pipeline_kernels::vectors::argmax;
 
 use super::torch_rng::TorchRng;
 
@@ -221,7 +221,7 @@ impl Sampler {
     /// # Errors
     /// [`NotFinite`], if a NaN or an infinity is among the logits.
     pub fn next(&mut self, prompt: &[u32], answer: &[u32], logits: &[f32]) -> anyhow::Result<u32> {
-        let largest = largest(logits).ok_or(NotFinite)?;
+        let largest = argmax(logits).ok_or(NotFinite)?;
         let penalized = (self.sampling.repetition_penalty - 1.).abs() > 0.;
         if !self.sampling.do_sample && !penalized {
             return Ok(u32::try_from(largest)?);

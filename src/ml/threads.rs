@@ -1,6 +1,7 @@
-//! Where the work of many threads begins.
+//! The entry to parallel work.
 
-/// Runs something on one of the threads that share its work: called from another, each operation would wake and wait for them.
+/// Runs `work` on one of the pool's threads. Called from any other thread, each parallel operation would have to wake the pool and
+/// wait for it.
 pub(super) fn in_pool<T: Send>(work: impl FnOnce() -> T + Send) -> T {
     rayon::scope(|_| work())
 }

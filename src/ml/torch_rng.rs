@@ -1,9 +1,10 @@
-//! torch's random numbers on the CPU: the Mersenne twister MT19937 (Matsumoto and Nishimura 1998).
+//! torch's random numbers on the CPU: the Mersenne twister MT19937 (Matsumoto and Nishimura 1998, "Mersenne Twister: A 623-dimensionally
+//! equidistributed uniform pseudo-random number generator"; ATen/core/MT19937RNGEngine.h).
 
 use anyhow::ensure;
 use serde::{Deserialize, Serialize};
 
-/// The stream of `torch.Generator().manual_seed(seed)`. Its state can be saved and taken up again.
+/// The stream of `torch.Generator().manual_seed(seed)`. Its state can be serialised, and a stream can be continued from it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Saved")]
 pub struct TorchRng {
@@ -11,7 +12,7 @@ pub struct TorchRng {
     next: usize,
 }
 
-/// A state that was read and is not checked yet.
+/// A state that was deserialised and is not yet validated.
 #[derive(Deserialize)]
 struct Saved {
     state: Vec<u32>,
@@ -35,28 +36,28 @@ impl TryFrom<Saved> for TorchRng {
 const SIZE: usize = 624;
 
 impl TorchRng {
-    /// Starts the stream; as in torch only the low 32 bits of the seed count.
+    /// Starts the stream. As in torch, only the low 32 bits of the seed matter.
     pub fn new(seed: u64) -> Self {
         let mut state = Vec::with_capacity(SIZE);
         let mut last = seed as u32;
         state.push(last);
-        for place in 1..SIZE as u32 {
+        for index in 1..SIZE as u32 {
             last = 1_812_433_253u32
                 .wrapping_mul(last ^ (last >> 30))
-                .wrapping_add(place);
+                .wrapping_add(index);
             state.push(last);
         }
         Self { state, next: SIZE }
     }
 
-    /// The next 32 bits.
+    /// The next 32 random bits.
     pub fn next_u32(&mut self) -> u32 {
         if self.next == SIZE {
-            for place in 0..SIZE {
-                let high = self.state[place] & 0x8000_0000;
-                let y = high | (self.state[(place + 1) % SIZE] & 0x7fff_ffff);
+            for index in 0..SIZE {
+                let high = self.state[index] & 0x8000_0000;
+                let y = high | (self.state[(index + 1) % SIZE] & 0x7fff_ffff);
                 let twist = if y % 2 == 1 { 0x9908_b0df } else { 0 };
-                self.state[place] = self.state[(place + 397) % SIZE] ^ (y >> 1) ^ twist;
+                self.state[index] = self.state[(index + 397) % SIZE] ^ (y >> 1) ^ twist;
             }
             self.next = 0;
         }
@@ -68,8 +69,9 @@ impl TorchRng {
         y ^ (y >> 18)
     }
 
-    /// `count` numbers of `tensor.uniform_(low, high)` in f32. The last step is a fused multiply-add, as in torch's builds for
-    /// processors that have one; rounded twice, half of the numbers differ unless the width is a power of two.
+    /// `count` numbers of `tensor.uniform_(low, high)` in f32, from `low` (inclusive) to `high` (exclusive). The last operation is a
+    /// fused multiply-add, as in torch's builds for processors that have one; with two roundings, half of the numbers would differ unless
+    /// `high - low` is a power of two.
     pub fn uniform(&mut self, count: usize, low: f32, high: f32) -> Vec<f32> {
         const UNIT: f32 = 1. / (1 << 24) as f32;
         let width = high - low;
@@ -77,8 +79,12 @@ impl TorchRng {
         (0..count).map(draw).collect()
     }
 
-    /// `count` numbers of `tensor.normal_()` in f32, at least 16: Box and Muller's transform of eight pairs at a time, whose last
-    /// group is drawn anew where it would be short. Within the rounding of torch's vectorised logarithm and cosine.
+    /// `count` numbers of `tensor.normal_()` in f32, standard normal: the transform of Box and Muller (1958) for groups of eight pairs
+    /// (ATen/native/cpu/DistributionTemplates.h, `normal_fill`). If the last group would be incomplete, the last 16 numbers are drawn
+    /// again. The numbers equal torch's up to the rounding of its vectorised logarithm and cosine.
+    ///
+    /// # Errors
+    /// `count` is below 16, for which torch uses another method.
     pub fn normal(&mut self, count: usize) -> anyhow::Result<Vec<f32>> {
         ensure!(
             count >= GROUP,
@@ -100,35 +106,35 @@ impl TorchRng {
         self.uniform(1, 0., 1.).first().copied().unwrap_or_default()
     }
 
-    /// Drops `count` numbers.
+    /// Discards the next `count` numbers of 32 bits.
     pub fn skip(&mut self, count: usize) {
         for _ in 0..count {
             self.next_u32();
         }
     }
 
-    /// `torch.randperm(count)`, for fewer than 2^32 / 20 items.
+    /// `torch.randperm(count)`: a random order of `0..count`, for `count` below 2^32 / 20, from which on torch uses another method.
     pub fn permutation(&mut self, count: usize) -> Vec<usize> {
         let mut order: Vec<usize> = (0..count).collect();
-        for place in 0..count.saturating_sub(1) {
-            let other = self.next_u32() as usize % (count - place);
-            order.swap(place, place + other);
+        for index in 0..count.saturating_sub(1) {
+            let other = self.next_u32() as usize % (count - index);
+            order.swap(index, index + other);
         }
         order
     }
 }
 
-/// Normal numbers that torch makes together.
+/// The size of the groups in which torch computes normal numbers.
 const GROUP: usize = 16;
 
-/// Normal numbers from uniform ones, in pairs of one in the first half and one in the second.
+/// Turns uniform numbers into normal ones. A pair is one number of the first half and one of the second.
 fn pairs(uniform: [f32; GROUP]) -> [f32; GROUP] {
     let mut normal = [0.; GROUP];
-    for place in 0..GROUP / 2 {
-        let radius = (-2. * (1. - uniform[place]).ln()).sqrt();
-        let angle = std::f32::consts::TAU * uniform[place + GROUP / 2];
-        normal[place] = radius * angle.cos();
-        normal[place + GROUP / 2] = radius * angle.sin();
+    for index in 0..GROUP / 2 {
+        let radius = (-2. * (1. - uniform[index]).ln()).sqrt();
+        let angle = std::f32::consts::TAU * uniform[index + GROUP / 2];
+        normal[index] = radius * angle.cos();
+        normal[index + GROUP / 2] = radius * angle.sin();
     }
     normal
 }

@@ -1,7 +1,7 @@
 //! The training loop, from top to bottom.
 //!
-//! It knows no YAML, no store and no clock: it tells what it does by a callback, which may also stop it. With a folder for
-//! checkpoints, a stopped or killed training goes on where it was and ends with the same bits.
+//! It knows no YAML, no store and no clock. It reports what it does to a callback, which may also stop it. With a folder for checkpoints, a
+//! stopped or killed training is resumed where it was and ends with the same bits.
 
 pub(super) mod best;
 pub(in crate::ml) mod checkpoint;
@@ -35,8 +35,8 @@ use self::scaler::Scaler;
 use self::schedule::Schedule;
 use self::state::State;
 use super::model::batch::{Batch, Row};
-use super::model::linear::{Drops, Pass};
-use super::model::{Gradients, Llama};
+use super::model::linear::{DropoutSeed, Pass};
+use super::model::{CausalLm, Gradients};
 pub use best::{Best, Watch};
 pub use checkpoint::newest_checkpoint;
 pub use fault::{Fault, Origin};
@@ -47,13 +47,14 @@ pub use resume::{Start, continue_from};
 pub use settings::{EvalStrategy, Every, Settings};
 pub use trainer_state::trainer_state;
 
-/// Is told of each micro-batch and each step, and says whether the training goes on.
+/// A callback that is called after each micro-batch and each step, and decides whether the training continues.
 pub type Report<'a> = dyn FnMut(&Step) -> ControlFlow<()> + 'a;
 
-/// Trains the job's model on its rows, and evaluates on its other rows if the settings say when.
+/// Trains the job's model on its rows, and evaluates it on its evaluation rows as often as the settings say. The trained tensors are those of
+/// the model; `report` is called after each micro-batch and step.
 ///
 /// # Errors
-/// A loss or gradient is not finite ([`Fault`]), a loss is undefined, or a file can't be read or written.
+/// A loss or a gradient is not finite ([`Fault`]), a loss is undefined, or a file can't be read or written.
 pub fn train(
     job: &Job<'_>,
     settings: &Settings,
@@ -91,13 +92,13 @@ pub fn train(
     trainer.finish()
 }
 
-/// A training on its way.
+/// A running training.
 struct Trainer<'a> {
     job: &'a Job<'a>,
     settings: &'a Settings,
-    model: &'a Llama,
+    model: &'a CausalLm,
     grouping: Grouping,
-    /// The number of steps to be done.
+    /// The number of all steps.
     total: u64,
     schedule: Schedule,
     optimizer: Optimizer,
@@ -105,26 +106,26 @@ struct Trainer<'a> {
     search: Search<'a>,
 }
 
-/// What the micro-batches of a step come to.
+/// The sums over the micro-batches of a step.
 struct Accumulated {
-    /// The mean loss, each micro-batch weighted.
+    /// The mean loss, weighted by [`Loss::weight`].
     loss: f64,
-    /// Its gradient, times the loss scale.
+    /// The gradient of the mean loss, multiplied by the loss scale.
     gradients: Gradients,
     metrics: Window,
-    /// Tokens of the micro-batches, without padding.
+    /// The number of tokens in the micro-batches, without padding.
     tokens: usize,
-    /// Why it can't be used, if a loss is not finite.
+    /// The fault, if a loss is not finite.
     fault: Option<Fault>,
 }
 
-/// What an update was made of.
+/// The result of an update.
 struct Update {
     metrics: Window,
-    /// The gradient's norm before clipping.
+    /// The norm of the gradient before clipping.
     grad_norm: f64,
     learning_rate: f64,
-    /// Why it was left out, if something was not finite.
+    /// The fault for which the update was skipped, if something was not finite.
     fault: Option<Fault>,
 }
 
@@ -148,7 +149,7 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    /// Goes on from the newest sound checkpoint, if there is one. Returns what is to be said of those that could not be used.
+    /// Resumes the training from the newest sound checkpoint, if there is one. Returns a sentence for each newer one that could not be used.
     fn resume(&mut self) -> anyhow::Result<Vec<String>> {
         let Some(scratch) = self.job.scratch else {
             return Ok(Vec::new());
@@ -166,7 +167,7 @@ impl<'a> Trainer<'a> {
         self.state.step >= self.total || watch.is_some_and(|watch| watch.stops(&self.state.best))
     }
 
-    /// A report of where the training stands.
+    /// A report of the current state, without logs.
     fn step(&self) -> Step {
         Step {
             step: self.state.step,
@@ -175,8 +176,8 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    /// Forward and backward of a step's micro-batches; as many as fit go through the model in one pass. Nothing if the callback
-    /// stops the training in between.
+    /// The forward and backward passes of a step's micro-batches, as many of them in one pass as fit. `None` if the callback stops the
+    /// training in between.
     fn accumulate(
         &self,
         group: &Group,
@@ -206,12 +207,12 @@ impl<'a> Trainer<'a> {
         };
         let mut done = 0;
         while done < batches.len() {
-            let dropout = settings.dropout.then(|| Drops {
+            let dropout = settings.dropout.then(|| DropoutSeed {
                 seed: dropout_seed(settings.seed, self.state.step),
                 batch: done,
             });
             let rest: Vec<&Batch> = batches[done..].iter().collect();
-            let pass = Pass::learn(dropout);
+            let pass = Pass::train(dropout);
             let size = job.execution.pass_size(&rest, pass, settings.checkpointing);
             let now = done..done + size.micro_batches.clamp(1, rest.len());
             let scaled = batches[now.clone()]
@@ -258,7 +259,7 @@ impl<'a> Trainer<'a> {
         Ok(Some(accumulated))
     }
 
-    /// One step: unscale, clip, update. What is not finite changes neither weights nor moments nor the schedule.
+    /// One step of the optimiser: unscale, clip, update. If something is not finite, neither weights nor moments nor the schedule change.
     fn update(&mut self, group: &Group, accumulated: Accumulated) -> anyhow::Result<Update> {
         let settings = self.settings;
         let Accumulated {
@@ -271,7 +272,7 @@ impl<'a> Trainer<'a> {
         optim::scale(&mut gradients.0, 1. / self.state.scaler.scale)?;
         let grad_norm = optim::clip(&mut gradients.0, settings.max_grad_norm)?;
         let learning_rate = settings.learning_rate * self.schedule.factor(self.state.scheduled);
-        // A scale below 1 means that it is not the scale that makes the gradients overflow.
+        // If the scale is below 1 already, it is not the reason for which gradients overflow.
         let may_overflow = settings.loss_scaling && self.state.scaler.scale >= 1.;
         if fault.is_none() && !grad_norm.is_finite() && !may_overflow {
             let rows = group.micro_batches.concat();
@@ -303,7 +304,7 @@ impl<'a> Trainer<'a> {
         })
     }
 
-    /// Puts the step's numbers into the record, and returns those to show: means over the last steps, now and then.
+    /// Adds the step's metrics to the history, and returns those to show: every few steps, their means over the last steps.
     fn log(&mut self, group: &Group, update: &Update) -> Vec<Log> {
         if update.fault.is_none() {
             self.state.window.merge(&update.metrics);
@@ -335,15 +336,15 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    /// The epochs seen at the end of a group, with fraction.
+    /// The number of epochs seen at the end of a group, with its fraction.
     fn epochs_seen(&self, group: &Group) -> f64 {
         let before = group.number as usize * self.grouping.accumulation;
         let seen = (before + group.micro_batches.len()) as f64;
         group.epoch as f64 + seen / self.grouping.micro_batches() as f64
     }
 
-    /// Evaluates if that is due after this step, and keeps the weights if they are the best so far. After the last step the state is
-    /// kept for a longer training: as that training would have it, which is with this evaluation only if it is due there too.
+    /// Evaluates if that is due after this step, and keeps the weights if they are the best so far. After the last step the state is kept for
+    /// a longer training, as that training would have it: with this evaluation only if it is due there too.
     fn evaluate(&mut self, group: &Group) -> anyhow::Result<Option<Log>> {
         let (job, settings) = (self.job, self.settings);
         let is_last = self.state.step == self.total;
@@ -469,14 +470,14 @@ impl<'a> Trainer<'a> {
     }
 }
 
-/// A seed for one step that does not depend on what ran before it.
+/// The seed of dropout for one step, which does not depend on the steps before it.
 fn dropout_seed(seed: u64, step: u64) -> u64 {
     let mut state = seed;
     let mut state = splitmix64(&mut state) ^ step;
     splitmix64(&mut state)
 }
 
-/// The dtype of products under transformers' `bf16` and `fp16`.
+/// The compute dtype for transformers' `bf16` and `fp16`: bf16, f16, or f32 if neither is set.
 pub fn compute_dtype(bf16: bool, fp16: bool) -> DType {
     match (bf16, fp16) {
         (true, _) => DType::BF16,

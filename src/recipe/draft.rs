@@ -97,7 +97,7 @@ impl<'a> Draft<'a> {
     /// The parameters of a kind, made once.
     pub(crate) fn parameters(&mut self, kind: &Kind) -> Rc<Parameters> {
         let own = self.parameters.entry(kind.name);
-        Rc::clone(own.or_insert_with(|| Rc::new(Parameters::of(kind))))
+        Rc::clone(own.or_insert_with(|| Rc::new(Parameters::from_kind(kind))))
     }
 
     pub(crate) fn push(

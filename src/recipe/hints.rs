@@ -272,7 +272,7 @@ fn joined<'n>(names: impl IntoIterator<Item = &'n str>, word: &str) -> String {
 
 /// Advice for a parameter that `kind` doesn't have.
 pub(crate) fn parameter(name: &str, kind: &Kind, kinds: &'static [Kind]) -> String {
-    let own = Parameters::of(kind);
+    let own = Parameters::from_kind(kind);
     let own: Vec<&str> = own
         .0
         .iter()
@@ -291,7 +291,7 @@ pub(crate) fn parameter(name: &str, kind: &Kind, kinds: &'static [Kind]) -> Stri
     for wanted in std::iter::once(&name).chain(ours) {
         let holders: Vec<&str> = kinds
             .iter()
-            .filter(|other| other.name != kind.name && Parameters::of(other).has(wanted))
+            .filter(|other| other.name != kind.name && Parameters::from_kind(other).has(wanted))
             .map(|other| other.name)
             .collect();
         if !holders.is_empty() {

@@ -20,7 +20,7 @@ pub(crate) struct Parameters(pub(crate) Vec<Parameter>);
 
 impl Parameters {
     /// The parameters in the order of the struct.
-    pub(crate) fn of(kind: &Kind) -> Self {
+    pub(crate) fn from_kind(kind: &Kind) -> Self {
         Self::read(&params(kind, &mut SchemaGenerator::default()))
     }
 

@@ -24,7 +24,7 @@ use crate::ml::loss::sft::Sft;
 use crate::ml::loss::{Loss, Metrics};
 use crate::ml::model::batch::Row;
 use crate::ml::model::linear::Pass;
-use crate::ml::model::{Llama, Trained, tied};
+use crate::ml::model::{CausalLm, Trained, tied};
 use crate::ml::train::evaluate::{self, NotFinite};
 use crate::ml::train::{Passes, ReferenceModel, compute_dtype};
 use crate::text::tokenizer::Tokenizer;
@@ -259,7 +259,7 @@ fn told(prefers: bool, rows: usize, base: &Metrics, with_adapter: Option<&Metric
 /// Says which split's rows have scores that are no numbers, or that answers can't be made, and which tensor is to blame.
 fn explain(
     error: anyhow::Error,
-    model: &Llama,
+    model: &CausalLm,
     fp16: bool,
     split: &str,
     sources: &[(&str, PathBuf)],
@@ -327,7 +327,7 @@ impl Stage for Evaluate {
             Some(adapter) => Some(LoraAdapter::load(cx.input(adapter)?)?),
             None => None,
         };
-        let model = Llama::load(
+        let model = CausalLm::load(
             &config,
             &weights,
             adapter.as_ref(),
@@ -344,7 +344,7 @@ impl Stage for Evaluate {
                 let compute = compute_dtype(self.bf16, self.fp16);
                 let nothing = Trained::Nothing;
                 let device = Device::Cpu;
-                Some(Llama::load(
+                Some(CausalLm::load(
                     &config, &weights, None, nothing, compute, &device,
                 )?)
             }

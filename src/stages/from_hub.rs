@@ -104,7 +104,7 @@ impl<'a> Source<'a> {
         let snapshot = Snapshot {
             kind,
             repo: repo.to_owned(),
-            commit: cx.outside(COMMIT)?.to_owned(),
+            commit: cx.external_fact(COMMIT)?.to_owned(),
         };
         let listing = hub.list(&snapshot)?;
         if let Err(error) = hub.remember(&snapshot, revision) {
@@ -195,6 +195,22 @@ impl<'a> Source<'a> {
         Ok(path)
     }
 
+    /// Fetches files into the stage's output, each under its path inside `folder` of the repository.
+    pub(super) fn fetch_to_output(
+        &mut self,
+        folder: &str,
+        mut files: Vec<RemoteFile>,
+    ) -> anyhow::Result<()> {
+        self.expect(&mut files)?;
+        for file in &files {
+            self.cx.check_cancelled()?;
+            let path = self.fetch(file)?;
+            let name = file.path.strip_prefix(folder).unwrap_or(&file.path);
+            place(&path, &self.cx.out().join(name))?;
+        }
+        Ok(())
+    }
+
     /// Makes sure that the cache's files were what had been verified as long as they were read: other programs may write there.
     pub(super) fn unchanged(&self) -> anyhow::Result<()> {
         for (path, before) in &self.fetched {
@@ -213,7 +229,7 @@ impl<'a> Source<'a> {
 fn stat(path: &Path) -> anyhow::Result<Stat> {
     let found = std::fs::metadata(path);
     let found = found.with_context(|| format!("could not read `{}`", path.display()))?;
-    Ok(Stat::of(&found))
+    Ok(Stat::from_metadata(&found))
 }
 
 /// Files up to this size are copied: that costs nothing, and leaves the cache's file alone.

@@ -1,5 +1,5 @@
-//! Training a tokenizer of Llama 3's make: byte-level BPE with its split pattern, its special tokens behind the vocabulary,
-//! and a BOS before every text. Its one entry is [`train_llama3_tokenizer`].
+//! Trains a tokenizer like that of Llama 3: byte-level BPE with Llama 3's split pattern, the special tokens after the vocabulary,
+//! and a BOS before every text. The entry point is [`train_llama3_tokenizer`].
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -33,13 +33,13 @@ const SPECIAL: [&str; 6] = [
     EOT,
     PAD,
 ];
-/// The single bytes, from which every text can be made.
+/// The number of single-byte tokens, which can spell any text.
 const BYTES: usize = 256;
 
 /// What a model's configuration needs to know of its tokenizer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TrainedTokenizer {
-    /// The number of tokens, special ones included. Less than asked for when the texts hold fewer pairs.
+    /// The number of tokens, including special ones. Smaller than requested if the texts have too few pairs to merge.
     pub vocab_size: usize,
     /// `<|begin_of_text|>`.
     pub bos_id: u32,
@@ -116,7 +116,7 @@ pub fn train_llama3_tokenizer(
 }
 
 fn write_settings(folder: &Path, chat_template: &str) -> Result<()> {
-    // Written by hand, key by key, so that no map order of a library can change the bytes.
+    // The keys are written one by one, so that the order of a library's map can't change the bytes.
     let settings = [
         ("bos_token", json!(BOS)),
         ("clean_up_tokenization_spaces", json!(false)),

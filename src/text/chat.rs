@@ -1,6 +1,6 @@
-//! From a row as people wrote it to prompt and answers as text, by TRL's rules: everything is rendered as whole conversations,
-//! and the prompt is what they have in common with the rendered prompt, so prompt and answer always join to exactly what the
-//! template prints. Its one entry is [`Renderer::render`].
+//! Turns a row into the text of a prompt and of its answers by TRL's rules (`apply_chat_template` in `trl/data_utils.py`): prompt and
+//! answer are rendered together, and the prompt is the longest common beginning of that text and the prompt rendered alone. So
+//! prompt and answer always join to exactly what the template prints. The entry point is [`Renderer::render`].
 
 use std::collections::BTreeSet;
 
@@ -14,13 +14,13 @@ use super::template::{ChatTemplate, Extras, message};
 /// A side of a row: one text, or messages.
 #[derive(Debug, Clone)]
 pub enum Side {
-    /// The content of one message (or a whole conversation that somebody rendered already).
+    /// The content of one message, or a whole conversation that is already rendered.
     Text(String),
     /// Messages with `role` and `content`.
     Messages(Vec<Value>),
 }
 
-/// The columns of a row that matter here.
+/// The columns of a row that are rendered.
 #[derive(Debug, Clone, Default)]
 pub struct ChatRow {
     /// The system message.
@@ -33,7 +33,7 @@ pub struct ChatRow {
     pub rejected: Option<Side>,
     /// A whole conversation, used when there is no `chosen`.
     pub messages: Option<Vec<Value>>,
-    /// What the template gets beside the messages.
+    /// What the template is given besides the messages.
     pub extras: Extras,
 }
 
@@ -57,20 +57,20 @@ impl Rendered {
     }
 }
 
-/// What was noticed about a row.
+/// Observations about a row, which are counted and reported.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Seen {
-    /// It was rendered by the template already, and was taken as it is.
+    /// The row was already rendered by this template, and is used unchanged.
     pub already_rendered: bool,
-    /// It looks like the work of another template, and was taken as plain text.
+    /// The row looks as if another template had rendered it; it is treated as plain text.
     pub of_another_template: bool,
-    /// A special token in its own text, which the tokenizer will read as such.
+    /// A special token in the text of the row, which the tokenizer will encode as that token.
     pub special_token: Option<String>,
-    /// Answers before the last one, where one answer is learnt and not preferred to another.
+    /// The number of answers before the last one, in rows without a rejected answer. They are not trained on.
     pub earlier_answers: usize,
-    /// Its last turns are no answer, and were left out.
+    /// The conversation does not end with an answer; the turns after the last answer were left out.
     pub end_left_out: bool,
-    /// It has a system message of its own beside the one in its messages, which was left out.
+    /// The row has both a `system` column and a system message among its messages; the column was left out.
     pub system_left_out: bool,
 }
 
@@ -79,7 +79,7 @@ pub struct Seen {
 pub struct Renderer {
     template: ChatTemplate,
     markers: Vec<String>,
-    /// The bytes that they begin with: most texts have none of them.
+    /// The first bytes of the markers. Most texts contain none of them, which makes the search fast.
     marker_begins: BTreeSet<u8>,
     frame: Frame,
     /// What the template puts before an answer.
@@ -90,20 +90,20 @@ pub struct Renderer {
 
 /// Roles that every template is expected to know.
 const ROLES: [&str; 4] = ["system", "user", "assistant", "tool"];
-/// Put behind the text that an answer continues, to find where it ends in what the template prints.
+/// Appended to the text that an answer continues, to find the end of that text in what the template prints.
 const END_OF_PROMPT: &str = "CONTINUE_FINAL_MESSAGE_TAG ";
 
 impl Renderer {
     /// A renderer; an empty system message is left out unless `keep_empty_system`.
     pub fn new(template: ChatTemplate, keep_empty_system: bool) -> Self {
         let user = [message("user", "x")];
-        // A template may refuse such a short conversation; then nothing is known about its generation prompt.
+        // A template may refuse such a short conversation. Its generation prompt is then unknown.
         let with = template.render(&user, true).unwrap_or_default();
         let without = template.render(&user, false).unwrap_or_default();
         let generation_prompt = with.strip_prefix(&without).unwrap_or_default().to_owned();
         let markers = template.markers();
         let begins = markers.iter().filter_map(|marker| marker.bytes().next());
-        let frame = Frame::of(&template, &markers);
+        let frame = Frame::from_template(&template, &markers);
         Self {
             marker_begins: begins.collect(),
             reads_parts: reads_parts(&template),
@@ -125,7 +125,7 @@ impl Renderer {
         self.reads_parts
     }
 
-    /// Whether a role is one of the usual ones, or one that the template's source names.
+    /// Whether a role is one of [`ROLES`] or occurs in the source of the template.
     pub fn knows_role(&self, role: &str) -> bool {
         let named = |quote: char| {
             let quoted = format!("{quote}{role}{quote}");
@@ -134,7 +134,7 @@ impl Renderer {
         ROLES.contains(&role) || (!role.is_empty() && (named('\'') || named('"')))
     }
 
-    /// Whether the template's source has a name anywhere.
+    /// Whether a name occurs anywhere in the source of the template.
     pub fn reads(&self, name: &str) -> bool {
         self.template.source().contains(name)
     }
@@ -183,8 +183,8 @@ impl Renderer {
         if attribute(last, "role").as_deref() != Some("assistant") {
             return self.template.render_with(prompt, true, extras);
         }
-        // The answer continues the last message, as with transformers' `continue_final_message`: what the template prints after
-        // that message's text is no part of the prompt.
+        // The answer continues the last message, as with `continue_final_message` in transformers: what the template prints after
+        // the text of that message does not belong to the prompt.
         let Some(content) = attribute(last, "content") else {
             return self.template.render_with(prompt, false, extras);
         };
@@ -349,7 +349,7 @@ impl Renderer {
         seen.special_token = found.cloned();
     }
 
-    /// Prompt and answers of a row whose texts are rendered already; none when it can't be told where the answers begin.
+    /// The prompt and answers of a row whose texts are already rendered; `None` if the beginning of the answers can't be found.
     fn already_rendered(&self, row: &ChatRow) -> Option<Rendered> {
         let text = |side: &Option<Side>| match side {
             Some(Side::Text(text)) => Some(text.clone()),
@@ -380,7 +380,7 @@ impl Renderer {
         if begins(&prompt) && both(&prompt) {
             return Some(rendered(&prompt, prompt.len()));
         }
-        // Both answers hold the whole conversation: it ends where the template lets the assistant begin.
+        // Both answers contain the whole conversation. The prompt ends after the generation prompt of the template.
         let common = rejected
             .as_ref()
             .map_or(chosen.len(), |rejected| common_prefix(&chosen, rejected));
@@ -405,7 +405,7 @@ impl Side {
     }
 }
 
-/// The prompt of two lists that may hold the whole conversation: what they begin with alike.
+/// Splits two lists of messages, each of which may be a whole conversation, into their common beginning (the prompt) and the rest.
 fn split_pair(
     prompt: Option<Side>,
     mut chosen: Vec<Value>,
@@ -425,7 +425,7 @@ fn split_pair(
     if let (Some(Side::Text(text)), false) = (&prompt, whole) {
         return (vec![message("user", text)], chosen, rejected);
     }
-    // Equal lists still leave an answer.
+    // At least one message remains as the answer, even if the lists are equal.
     let most = chosen.len().min(rejected.len()).saturating_sub(1);
     let alike = chosen
         .iter()
@@ -438,7 +438,8 @@ fn split_pair(
     (prompt, chosen, rejected)
 }
 
-/// A conversation up to its last answer; what comes after that is of no use in training, and noted.
+/// Splits a conversation into what comes before its last answer and that answer. Messages after the answer can't be trained on; they
+/// are dropped, which is recorded in `seen`.
 fn split_last(mut messages: Vec<Value>, seen: &mut Seen) -> Result<(Vec<Value>, Vec<Value>)> {
     let last = messages
         .iter()
@@ -459,7 +460,7 @@ fn attribute(message: &Value, name: &str) -> Option<String> {
     value.as_str().map(str::to_owned)
 }
 
-/// How many bytes the longest common start of whole characters has.
+/// The length in bytes of the longest common beginning of `a` and `b` that ends between characters.
 fn common_prefix(a: &str, b: &str) -> usize {
     const STEP: usize = 32;
     let (a_bytes, b_bytes) = (a.as_bytes(), b.as_bytes());

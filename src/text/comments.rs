@@ -1,5 +1,5 @@
-//! A chat template without its comments, which renders as before: another comment is no other template, and nothing need be trained
-//! anew for it.
+//! Removes the comments of a chat template without changing what it renders, so that an edited comment does not make later stages run
+//! again.
 
 /// `source` without the comments that leave no trace in what is rendered. A comment stays where its neighbours could begin to
 /// trim white space across its place (`trim_blocks` and `lstrip_blocks` are on, as transformers has them).

@@ -1,5 +1,5 @@
-//! What the files beside `tokenizer.json` say of tokens, read as transformers 5 reads them: special tokens by name, tokens to add, and
-//! a class that builds its tokenizer anew. Its one entry is [`Declared::read`].
+//! Reads what the files beside `tokenizer.json` declare about tokens, as transformers 5 does: named special tokens, tokens to add, and
+//! tokenizer classes that build the tokenizer themselves. The entry point is [`Declared::read`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -24,29 +24,29 @@ const NAMES: [&str; 7] = [
 /// How transformers' `Qwen2Tokenizer` cuts a text into words.
 const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-/// What is said of tokens.
+/// The declarations about tokens in a model folder.
 #[derive(Debug, Default)]
 pub(super) struct Declared {
-    /// Special tokens by their names (`bos_token`, ..), those of the model's own names behind the usual ones.
+    /// Special tokens by name (`bos_token`, ..). Names that only this model has come after the usual ones.
     pub(super) named: Vec<(String, AddedToken)>,
-    /// Tokens with the places where they were written down, in the order of these places.
+    /// Added tokens by their declared id (the key in `added_tokens_decoder`).
     listed: BTreeMap<i64, AddedToken>,
     /// Special tokens without a name.
     extra: Vec<AddedToken>,
     /// Whether special tokens in a text are text.
     pub(super) split_special_tokens: bool,
-    /// The class builds the tokenizer from vocabulary and merges alone.
+    /// The tokenizer class, if it builds the tokenizer from vocabulary and merges alone.
     pub(super) rebuilt: Option<Rebuilt>,
 }
 
-/// A class that makes its tokenizer of vocabulary and merges alone, whatever else `tokenizer.json` says.
+/// A tokenizer class of transformers that builds its tokenizer from vocabulary and merges and ignores the rest of `tokenizer.json`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Rebuilt {
-    /// `LlamaTokenizer`: a text begins with a blank `first`, `always` or `never`.
+    /// `LlamaTokenizer`, with its `prepend_scheme`: whether a space is put before a text (`first`, `always` or `never`).
     Llama(&'static str),
-    /// `GPT2Tokenizer`, with or without a blank at the beginning of a text.
+    /// `GPT2Tokenizer`, and whether it puts a space before a text (`add_prefix_space`).
     Gpt2(bool),
-    /// `Qwen2Tokenizer`, as well.
+    /// `Qwen2Tokenizer`, and whether it puts a space before a text (`add_prefix_space`).
     Qwen2(bool),
 }
 
@@ -60,7 +60,7 @@ impl Declared {
                 .get("split_special_tokens")
                 .and_then(Value::as_bool)
                 .unwrap_or(false),
-            rebuilt: Rebuilt::of(folder, &config)?,
+            rebuilt: Rebuilt::from_config(folder, &config)?,
             ..Self::default()
         };
         let mut settings = config;
@@ -70,7 +70,7 @@ impl Declared {
             Some(Value::Object(items)) => !items.is_empty(),
             Some(_) => true,
         };
-        // The older name of a list of tokens.
+        // The older name of `extra_special_tokens`.
         if !truthy(settings.get("extra_special_tokens"))
             && let Some(tokens) = settings.remove("additional_special_tokens")
         {
@@ -78,7 +78,7 @@ impl Declared {
         }
         match settings.remove("added_tokens_decoder") {
             Some(listed) => declared.list(&listed)?,
-            // Files of older versions, which count only where the newer list is missing.
+            // The files of older versions are read only if `added_tokens_decoder` is missing.
             None => declared.read_older(folder, &mut settings)?,
         }
         for (name, token) in declared.rebuilt.into_iter().flat_map(Rebuilt::defaults) {
@@ -116,7 +116,8 @@ impl Declared {
         Ok(())
     }
 
-    /// `special_tokens_map.json` outweighs `tokenizer_config.json`, and `added_tokens.json` names more tokens.
+    /// Reads the files of older versions: `special_tokens_map.json` takes precedence over `tokenizer_config.json`, and
+    /// `added_tokens.json` adds tokens.
     fn read_older(&mut self, folder: &Path, settings: &mut Map<String, Value>) -> Result<()> {
         let map = json_file(&folder.join("special_tokens_map.json"))?;
         for (name, value) in object(map, "special_tokens_map.json")? {
@@ -167,7 +168,7 @@ impl Declared {
         Ok(())
     }
 
-    /// Tokens by name and lists without names.
+    /// Reads the named special tokens and the lists of unnamed ones.
     fn name(&mut self, settings: &Map<String, Value>) -> Result<()> {
         let flags: BTreeMap<String, AddedToken> = self
             .listed
@@ -193,7 +194,7 @@ impl Declared {
                 put(name, value)?;
             }
         }
-        // Names of the model's own, as `image_token`.
+        // Names that only this model has, such as `image_token`.
         for (name, value) in settings {
             let token = value.is_string()
                 || value.get("__type").and_then(Value::as_str) == Some("AddedToken");
@@ -221,7 +222,7 @@ impl Declared {
         Ok(())
     }
 
-    /// Adds to a tokenizer what it doesn't have. Ids are those of the vocabulary, or the next free ones.
+    /// Adds the declared tokens that a tokenizer lacks. A token in the vocabulary keeps its id; others get the next free ids.
     pub(super) fn add_to(&self, tokenizer: &mut tokenizers::Tokenizer) -> Result<()> {
         let mut tokens: Vec<AddedToken> = self.listed.values().cloned().collect();
         let mut known: BTreeSet<String> = tokenizer
@@ -250,7 +251,7 @@ impl Declared {
 
 impl Rebuilt {
     /// The class that the settings of a model folder name.
-    fn of(folder: &Path, config: &Map<String, Value>) -> Result<Option<Self>> {
+    fn from_config(folder: &Path, config: &Map<String, Value>) -> Result<Option<Self>> {
         let mut class = config
             .get("tokenizer_class")
             .and_then(Value::as_str)
@@ -264,7 +265,7 @@ impl Rebuilt {
         let flag = |name: &str| config.get(name).and_then(Value::as_bool);
         let prefix = flag("add_prefix_space");
         Ok(match class.strip_suffix("Fast").unwrap_or(&class) {
-            // Byte-level ones are taken as they are.
+            // A byte-level `LlamaTokenizer` (Llama 3's files) is used unchanged.
             "LlamaTokenizer" if !byte_level(folder)? => Some(Self::Llama(
                 match (prefix.unwrap_or(true), flag("legacy").unwrap_or(false)) {
                     (false, _) => "never",
@@ -287,7 +288,7 @@ impl Rebuilt {
         }
     }
 
-    /// Special tokens that it has where the settings don't name them.
+    /// The special tokens that the class defines if the settings don't.
     fn defaults(self) -> &'static [(&'static str, &'static str)] {
         match self {
             Self::Llama(_) => &[
@@ -308,7 +309,7 @@ impl Rebuilt {
         }
     }
 
-    /// `tokenizer.json` as the class makes it of vocabulary, merges and post-processor.
+    /// Changes `tokenizer.json` to what the class builds from its vocabulary, merges and post-processor.
     pub(super) fn apply(self, tokenizer: &mut Value) -> Result<()> {
         let kind = tokenizer.pointer("/model/type").and_then(Value::as_str);
         ensure!(
@@ -371,7 +372,7 @@ impl Rebuilt {
     }
 }
 
-/// Whether transformers takes a `tokenizer.json` for a byte-level one.
+/// Whether transformers treats the folder's `tokenizer.json` as byte-level.
 fn byte_level(folder: &Path) -> Result<bool> {
     let path = folder.join("tokenizer.json");
     if !path.is_file() {

@@ -1,6 +1,6 @@
-//! How deep the expressions of a chat template are nested. The template engine reads and compiles them by recursion and bounds only
-//! brackets and blocks; a chain of thousands of operators, attributes, filters or `elif` would use up the stack, which nothing
-//! can catch. So that is looked at before.
+//! Limits the nesting of expressions in a chat template. The template engine parses and compiles them recursively and limits only
+//! brackets and blocks. A chain of thousands of operators, attributes, filters or `elif` would overflow the stack, which can't be
+//! caught, so such templates are refused before they are parsed.
 
 /// The deepest expression, and the longest chain of `elif`. Real templates have some dozens.
 const DEEPEST: usize = 400;
@@ -8,7 +8,7 @@ const DEEPEST: usize = 400;
 /// The line of the first expression or chain of `elif` that is nested too deeply.
 pub(super) fn too_deep(source: &str) -> Option<usize> {
     let mut rest = source;
-    // The branches of every open `if`: each `elif` is nested in the one before.
+    // The number of branches of every open `if`, since the engine nests each `elif` in the one before.
     let mut branches: Vec<usize> = Vec::new();
     let mut all_branches = 0_usize;
     let line = |rest: &str| {
@@ -103,7 +103,7 @@ impl<'a> Tag<'a> {
                 self.rest = text;
                 return None;
             }
-            // Where a map is open, `}}` closes that.
+            // Inside a map, `}}` closes the map.
             if self.levels.len() == 1 && (text.starts_with("}}") || text.starts_with("-}}")) {
                 self.rest = text;
                 return None;
@@ -128,7 +128,7 @@ impl<'a> Tag<'a> {
                     self.levels.push(0);
                 }
                 ')' | ']' | '}' => {
-                    // What was inside is one value from here on.
+                    // A bracketed expression counts as one value afterwards.
                     if self.levels.len() > 1 {
                         self.depth -= self.levels.pop().unwrap_or(0);
                     }

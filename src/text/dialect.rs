@@ -1,20 +1,20 @@
-//! From a template as jinja2 reads it to one that the template engine reads in the same way. Its one entry is [`translate`]; lines
-//! keep their numbers.
+//! Translates a template so that the template engine interprets it as jinja2 interprets the original. The entry point is
+//! [`translate`]. Line numbers are kept.
 
 use anyhow::{Result, bail};
 
 use super::expressions::{CHARACTER_NAME, Reader, Unread};
 
-/// The function around what a loop goes through.
+/// The name of the function that wraps the iterable of a `for` loop.
 pub(super) const EACH: &str = "__each";
 
 /// A block of a template that is open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Block {
     Loop,
-    /// A branch, from which a loop can be left.
+    /// An `if` or `for`, in which `break` and `continue` work.
     Branch,
-    /// A scope or a capture, which the engine can't leave early.
+    /// A scope or a capture, which `break` and `continue` can't leave in the engine.
     Scope(&'static str),
 }
 
@@ -42,7 +42,7 @@ pub(super) fn translate(source: &str) -> Result<String> {
         } else if here.starts_with("{%") {
             let length = end_of_code(here, "%}");
             let tag = &here[..length];
-            // A tag that never ends is the parser's to complain about.
+            // The parser reports a tag that never ends.
             if tag.ends_with("%}") {
                 if word(tag) == "raw" {
                     let whole = end_of_raw(here, length);
@@ -66,7 +66,7 @@ pub(super) fn translate(source: &str) -> Result<String> {
     Ok(output)
 }
 
-/// The tag that begins a `raw` block: jinja2 keeps the newline behind it, and the engine is told to.
+/// The tag that begins a `raw` block. jinja2 keeps the newline after it, so the tag tells the engine to do the same.
 fn raw(tag: &str) -> String {
     let inner = &tag[..tag.len() - 2];
     if inner.ends_with(['-', '+']) {
@@ -117,7 +117,7 @@ fn statement(tag: &str, blocks: &mut Vec<Block>, line: usize) -> Result<String> 
         "call" => blocks.push(Block::Scope("call")),
         "block" => blocks.push(Block::Scope("block")),
         "autoescape" => blocks.push(Block::Scope("autoescape")),
-        // An assignment without a value captures what follows.
+        // `set` without a value captures the output up to `endset`.
         "set" if !assigns(inner) => blocks.push(Block::Scope("set")),
         "set" => check_target(inner, line)?,
         "endfor" | "endif" | "endwith" | "endfilter" | "endmacro" | "endcall" | "endblock"
@@ -215,12 +215,12 @@ fn with_expressions(tag: &str, blocks: &[Block], line: usize) -> Result<String> 
     Ok(format!("{{%{open}{out}%}}{last}{close}%}}"))
 }
 
-/// What belongs to a tag and stands outside of it.
+/// What a translated tag needs besides its own code.
 enum More {
     Nothing,
-    /// Tags behind it.
+    /// Tags to put after it.
     Tags(String),
-    /// A name of a `with` that a later value uses.
+    /// A name that a `with` assigns and a later value of the same tag uses.
     Shadowed(String),
 }
 
@@ -233,7 +233,7 @@ fn tag_code(reader: &mut Reader) -> Result<(String, More), Unread> {
         "for" => {
             out.push_str(&reader.up_to("in")?);
             out.push_str(reader.expect("in")?);
-            // The engine takes nothing for an empty list, which Python does not.
+            // The engine iterates over `none` and undefined values as over an empty list; Python does not.
             let items = reader.tuple(false)?;
             out.extend([" ", EACH, "(", &items, ")"]);
             if reader.is("if") {
@@ -271,7 +271,7 @@ fn tag_code(reader: &mut Reader) -> Result<(String, More), Unread> {
     Ok((out, More::Nothing))
 }
 
-/// The assignments of a `with`; the first name of it that a later value uses.
+/// Translates the assignments of a `with`. Returns the first assigned name that a later value uses.
 fn assignments(reader: &mut Reader, out: &mut String) -> Result<Option<String>, Unread> {
     let mut given: Vec<&str> = Vec::new();
     let mut shadowed = None;
@@ -293,7 +293,8 @@ fn assignments(reader: &mut Reader, out: &mut String) -> Result<Option<String>, 
     Ok(shadowed)
 }
 
-/// The parameters of a macro, and tags that give those a value whose default names one before it: the engine knows none of them yet.
+/// Translates the parameters of a macro. Also returns tags that set the parameters whose default refers to an earlier parameter, which
+/// the engine does not support in the signature.
 fn signature(reader: &mut Reader) -> Result<(String, String), Unread> {
     let mut out = reader.expect("(")?.to_owned();
     let mut tags = String::new();
@@ -380,8 +381,8 @@ fn word(tag: &str) -> &str {
     let end = inner.find(|c: char| !c.is_alphanumeric() && c != '_');
     &inner[..end.unwrap_or(inner.len())]
 }
-/// Where the code that begins here ends, outside of strings and brackets; everything when it never does (the template's parser
-/// complains).
+/// The position where the code at the beginning of `here` ends, outside strings and brackets; the length of `here` if it never ends,
+/// which the parser reports.
 fn end_of_code(here: &str, end: &str) -> usize {
     let bytes = here.as_bytes();
     let (mut quote, mut depth) = (None, 0_usize);

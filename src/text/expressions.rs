@@ -1,5 +1,5 @@
-//! Expressions of a template, read by jinja2's grammar and written again for the template engine: what the engine computes in another
-//! way than Python becomes a call of one of our functions. Its entries are [`Reader`] and the names of these functions.
+//! Parses the expressions of a template by jinja2's grammar and rewrites them for the template engine. Operators that the engine
+//! evaluates differently from Python become calls of our own functions. The entry points are [`Reader`] and the names of these functions.
 
 mod tokens;
 
@@ -9,13 +9,13 @@ pub(super) use tokens::Unread;
 
 /// `%`, which also formats texts.
 pub(super) const MODULO: &str = "__modulo";
-/// `~`, which prints as Python does.
+/// `~`, which converts its operands to text as Python does.
 pub(super) const CONCAT: &str = "__concat";
 /// A plus before a number.
 pub(super) const POSITIVE: &str = "__positive";
-/// An attribute that a value of Python may have as a method.
+/// Access to an attribute that may be a method of a Python value.
 pub(super) const ATTRIBUTE: &str = "__attribute";
-/// `<`, `<=`, `>` and `>=`, which Python has for values of one kind.
+/// `<`, `<=`, `>` and `>=`, which in Python need operands of comparable types.
 pub(super) const ORDERS: [(&str, &str); 4] = [
     ("<", "__less"),
     ("<=", "__less_or_equal"),
@@ -23,7 +23,7 @@ pub(super) const ORDERS: [(&str, &str); 4] = [
     (">=", "__greater_or_equal"),
 ];
 
-/// Names that are methods of Python's values; a dict's entries of these names are found by `[..]` alone.
+/// The methods of Python's `dict`. Entries of a dict with these names can only be read with `[..]`.
 pub(super) const DICT_METHODS: [&str; 11] = [
     "clear",
     "copy",
@@ -37,7 +37,7 @@ pub(super) const DICT_METHODS: [&str; 11] = [
     "update",
     "values",
 ];
-/// Methods of lists and texts that are not those of dicts.
+/// The methods of Python's `list` and `str` that `dict` does not have.
 pub(super) const OTHER_METHODS: [&str; 33] = [
     "append",
     "capitalize",
@@ -74,10 +74,10 @@ pub(super) const OTHER_METHODS: [&str; 33] = [
     "upper",
 ];
 
-/// What stands among the names for a character by its name, which is not read here.
+/// Recorded among the names for an escape like `\N{DASH}`, which is not supported.
 pub(super) const CHARACTER_NAME: &str = "\\N";
 
-/// The deepest brackets that are read; the engine takes fewer.
+/// The deepest nesting of brackets that is parsed. The engine's own limit is lower.
 const DEEPEST: usize = 160;
 
 /// Reads expressions out of the code of a tag.
@@ -114,7 +114,7 @@ impl<'a> Reader<'a> {
         token
     }
 
-    /// Whether a mark or a word comes next.
+    /// Whether the next token is this punctuation mark or word.
     pub(super) fn is(&self, text: &str) -> bool {
         let token = self.token();
         matches!(token.kind, Kind::Mark | Kind::Name) && token.text == text
@@ -167,7 +167,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Expressions with commas between them are a tuple, also without brackets.
+    /// Parses a comma-separated list of expressions, which is a tuple even without brackets.
     pub(super) fn tuple(&mut self, ternary: bool) -> Read<String> {
         let first = self.expression(ternary)?;
         if !self.is(",") {

@@ -12,13 +12,13 @@ pub(super) const LONGEST_TOKENIZER: u64 = 512 << 20;
 /// The longest of the other files.
 const LONGEST_CONFIG: u64 = 64 << 20;
 
-/// A file's own name: where the store keeps it is nobody's concern.
+/// The name of a file without its folder, for messages, where the path in the store would not help.
 pub(super) fn file_name(path: &Path) -> String {
     let name = path.file_name().unwrap_or(path.as_os_str());
     name.to_string_lossy().into_owned()
 }
 
-/// A file of at most `most` bytes, whatever its size was a moment ago.
+/// Reads a file of at most `most` bytes. The limit holds even if the file grows while it is read.
 pub(super) fn read_short(path: &Path, most: u64) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     File::open(path)?.take(most + 1).read_to_end(&mut bytes)?;
@@ -30,7 +30,7 @@ pub(super) fn read_short(path: &Path, most: u64) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// A small file of JSON, if it is there.
+/// Reads a small JSON file; `None` if it does not exist.
 pub(super) fn json_file(path: &Path) -> Result<Option<Value>> {
     if !path.is_file() {
         return Ok(None);

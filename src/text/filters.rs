@@ -1,5 +1,4 @@
-//! jinja2's filters, tests and functions for the template engine, with what they do in Python. [`install`] puts them into an
-//! environment.
+//! jinja2's filters, tests and functions for the template engine, with Python's behaviour. [`install`] adds them to an environment.
 
 mod arguments;
 mod characters;
@@ -23,7 +22,7 @@ use python::fail;
 
 /// Filters of the engine that jinja2 does not have.
 const FOREIGN_FILTERS: [&str; 5] = ["bool", "chain", "lines", "split", "zip"];
-/// Filters of jinja2 that have no place in a chat, or whose result would be another one each time.
+/// Filters of jinja2 that make no sense in a chat template, or whose result is random.
 const REFUSED_FILTERS: [&str; 4] = ["filesizeformat", "random", "urlize", "xmlattr"];
 
 /// Python's `str.isspace` of a character.
@@ -72,14 +71,14 @@ pub(super) fn install(environment: &mut Environment<'static>) {
         let (args, kwargs): (Rest<Value>, Kwargs) = from_args(&args)?;
         objects::namespace(state, &args, &kwargs)
     });
-    environment.add_function("cycler", |args: Rest<Value>| objects::Cycler::of(&args));
+    environment.add_function("cycler", |args: Rest<Value>| objects::Cycler::value(&args));
     environment.add_function("joiner", minijinja_contrib::globals::joiner);
     environment.add_function("lipsum", |_: Rest<Value>| -> Result<Value, Error> {
         Err(fail("`lipsum` makes another text each time"))
     });
 }
 
-/// A filter: what it is given, and its arguments.
+/// A filter, called with the value that it is applied to and with its arguments.
 type Filter = fn(&State, &Value, &[Value]) -> Result<Value, Error>;
 
 fn add(environment: &mut Environment<'static>, name: &'static str, filter: Filter) {
@@ -115,7 +114,7 @@ fn default(_state: &State, value: &Value, args: &[Value]) -> Result<Value, Error
     })
 }
 
-/// jinja2's `attr`, which does not look for a dict's entries.
+/// jinja2's `attr`, which finds attributes and no entries of dicts.
 fn attribute(_state: &State, value: &Value, args: &[Value]) -> Result<Value, Error> {
     let [name] = bind("attr", args, ["name"])?;
     let name = name.ok_or_else(|| fail("`attr` takes a name"))?;

@@ -1,14 +1,14 @@
-//! How Llama 3's pattern cuts text into words, written out: the regex engine takes most of the time of tokenizing. What a
-//! letter, a number and white space are is asked of the same engine, so both know the same Unicode.
+//! Splits text into words as Llama 3's pattern does, without a regex engine, which would take most of the time of tokenizing. The
+//! classes of characters (letter, number, white space) come from the library's engine, so both use the same version of Unicode.
 
 use std::sync::OnceLock;
 
 use tokenizers::utils::SysRegex;
 
-/// How Llama 3 cuts text into words before any pair is merged.
+/// The pattern by which Llama 3 splits text into words before pairs are merged.
 pub(super) const PATTERN: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-/// What the pattern distinguishes.
+/// The classes of characters that the pattern distinguishes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Class {
     /// `\p{L}`
@@ -17,11 +17,11 @@ enum Class {
     Number,
     /// `[\r\n]`
     Newline,
-    /// `\s` beside those
+    /// `\s` without `[\r\n]`.
     Space,
     /// Anything else.
     Other,
-    /// Behind the text.
+    /// The end of the text.
     End,
 }
 
@@ -80,7 +80,7 @@ fn class(character: char) -> Class {
     page[code % PAGE]
 }
 
-/// The class of the character at `place`, and its bytes.
+/// The class of the character at byte `place`, and its length in bytes.
 fn at(text: &str, place: usize) -> (Class, usize) {
     match text.as_bytes().get(place) {
         None => (Class::End, 0),
@@ -139,7 +139,7 @@ pub(super) fn word_end(text: &str, start: usize) -> usize {
     }
 }
 
-/// The bytes after an apostrophe that belong to it, in small or capital letters; a long s is a small s.
+/// The number of bytes after an apostrophe that form a contraction with it, in either case; a long s (U+017F) counts as s.
 fn contraction(rest: &[u8]) -> Option<usize> {
     let lower = |place: usize| rest.get(place).map(u8::to_ascii_lowercase);
     match (lower(0)?, lower(1)) {

@@ -1,12 +1,12 @@
-//! Telling a conversation that somebody rendered already from a text that only mentions marks: by what the template itself puts in
-//! front of a conversation and of an answer.
+//! Distinguishes a conversation that is already rendered from a text that only mentions special tokens, by what the template puts
+//! before a conversation and before an answer.
 
 use minijinja::Value;
 
 use super::filters::strip;
 use super::template::{ChatTemplate, message};
 
-/// How conversations begin that other templates made.
+/// The beginnings of conversations rendered by well-known templates, each with a marker that also occurs in them.
 const OTHERS: &[(&str, &str)] = &[
     ("<|im_start|>", "<|im_end|>"),
     ("<|begin_of_text|><|start_header_id|>", "<|end_header_id|>"),
@@ -19,18 +19,18 @@ const OTHERS: &[(&str, &str)] = &[
     ("<|system|>", "<|assistant|>"),
 ];
 
-/// What a template puts around what people say.
+/// The text that a template puts around messages.
 #[derive(Debug, Default)]
 pub(super) struct Frame {
-    /// What a conversation begins with: with a user, and with a system message.
+    /// What a conversation can begin with: the text before a user message and before a system message.
     openings: Vec<String>,
-    /// What stands before an answer.
+    /// The text between a user message and an answer.
     pub(super) answer: String,
 }
 
 impl Frame {
-    /// Looks at conversations that the template renders. One that it refuses tells nothing.
-    pub(super) fn of(template: &ChatTemplate, markers: &[String]) -> Self {
+    /// Finds the frame in conversations that the template renders. Conversations that it refuses are ignored.
+    pub(super) fn from_template(template: &ChatTemplate, markers: &[String]) -> Self {
         const SYSTEM: &str = "Sq5wv";
         const USER: &str = "Uq7xk";
         const ANSWER: &str = "Aq9zj";

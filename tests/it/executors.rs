@@ -109,29 +109,40 @@ fn a_stage_may_run_in_the_process_of_the_runner() {
     assert_eq!(other.artifacts(&arguments), own);
 }
 
-fn task(project: &Project, path: &str) -> Value {
-    let os = |path: &str| json!({ "Unix": project.path(path).to_str().unwrap().as_bytes() });
+/// A path of the project as a task has it.
+fn os(project: &Project, path: &str) -> Value {
+    json!({ "Unix": project.path(path).to_str().unwrap().as_bytes() })
+}
+
+/// A task without inputs, which fills the folder `out`.
+fn task_of(project: &Project, kind: &str, params: &Value) -> Value {
     json!({
         "version": 1,
         "pipeline": "0.1.0",
-        "stage": "pairs",
-        "kind": "import_dataset",
-        "params": { "path": path },
+        "stage": "one",
+        "kind": kind,
+        "params": params,
         "exclusive": false,
         "offline": true,
         "cpus": 1,
         "memory": null,
         "gpus": [],
         "inputs": {},
-        "sources": { path: os(path) },
+        "sources": {},
         "outside": {},
-        "out": os("out"),
-        "scratch": os("scratch"),
+        "out": os(project, "out"),
+        "scratch": os(project, "scratch"),
         "scratch_note": [],
         "continuations": null,
         "known": [],
         "warned": [],
     })
+}
+
+fn task(project: &Project, path: &str) -> Value {
+    let mut task = task_of(project, "import_dataset", &json!({ "path": path }));
+    task["sources"] = json!({ path: os(project, path) });
+    task
 }
 
 #[test]
@@ -170,4 +181,93 @@ fn a_task_is_a_file_that_any_scheduler_can_deliver() {
         "{}",
         refused.stderr
     );
+}
+
+/// The training `base` of the quickstart as a task of `steps` steps, with the results of a run for its inputs.
+fn training(project: &Project, steps: u64) -> Value {
+    let inputs = project.artifacts(&["recipes/quickstart.yaml", "blank", "tokens"]);
+    let folder = |name: &str| os(project, &format!(".pipeline/v1/artifacts/{}", inputs[name]));
+    let params = json!({
+        "model": "blank", "dataset": "tokens", "answers": "both", "completion_only_loss": false, "max_steps": steps,
+        "per_device_train_batch_size": 8, "learning_rate": 3e-3, "lr_scheduler_type": "cosine", "warmup_ratio": 0.1,
+        "gradient_checkpointing": false, "logging_steps": 1, "save_steps": 50, "seed": 42,
+    });
+    let mut task = task_of(project, "train_sft", &params);
+    task["exclusive"] = true.into();
+    task["inputs"] = json!({ "blank": folder("blank"), "tokens": folder("tokens") });
+    task
+}
+
+#[test]
+fn a_training_is_a_task_like_any_other() {
+    let project = Project::with_recipes();
+    project.ran(&["recipes/quickstart.yaml", "blank", "tokens"]);
+    fs::create_dir(project.path("out")).unwrap();
+    project.write("task.json", &training(&project, 2).to_string());
+    let told = events(&project.succeeds(&["work", "task.json"]));
+    let mut steps = told
+        .iter()
+        .filter(|event| event["event"] == "progress" && event["unit"] == "steps");
+    assert_eq!(steps.next_back().unwrap()["done"], 2);
+    let metrics: Vec<&Value> = told
+        .iter()
+        .filter(|event| event["event"] == "metrics")
+        .collect();
+    assert_eq!(metrics.len(), 2, "{told:?}");
+    assert_eq!(told.last().unwrap()["event"], "work_done");
+
+    // What a run makes of the same parameters.
+    let arguments = [
+        "recipes/quickstart.yaml",
+        "base",
+        "--set",
+        "stages.base.train_sft.max_steps=2",
+        "--set",
+        "stages.base.train_sft.logging_steps=1",
+    ];
+    project.ran(&arguments);
+    let base = &project.artifacts(&arguments)["base"];
+    for name in ["model.safetensors", "metrics.jsonl", "trainer_state.json"] {
+        let theirs = project.path(&format!(".pipeline/v1/artifacts/{base}/{name}"));
+        let ours = project.path(&format!("out/{name}"));
+        assert!(
+            fs::read(ours).unwrap() == fs::read(theirs).unwrap(),
+            "{name}"
+        );
+    }
+}
+
+#[test]
+fn a_scheduler_stops_a_training_by_a_signal_and_starts_it_again() {
+    let project = Project::with_recipes();
+    project.ran(&["recipes/quickstart.yaml", "blank", "tokens"]);
+    fs::create_dir(project.path("out")).unwrap();
+    project.write("task.json", &training(&project, 1_000_000).to_string());
+    let mut child = project.command(&["work", "task.json"]).spawn().unwrap();
+    let mut last = Value::Null;
+    for line in BufReader::new(child.stdout.take().unwrap()).lines() {
+        last = serde_json::from_str(&line.unwrap()).unwrap();
+        if last["event"] == "progress" && last["unit"] == "steps" && last["done"] == 2 {
+            kill(Pid::from_raw(child.id() as i32), Signal::SIGTERM).unwrap();
+        }
+    }
+    assert_eq!(child.wait().unwrap().code(), Some(1));
+    assert_eq!(last["event"], "work_failed", "{last}");
+    let saved = fs::read_dir(project.path("scratch")).unwrap().flatten();
+    let saved: Vec<String> = saved
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .filter(|name| name.starts_with("step-"))
+        .collect();
+    assert_eq!(saved.len(), 1, "{saved:?}");
+    let step: u64 = saved[0].trim_start_matches("step-").parse().unwrap();
+    project.write("task.json", &training(&project, step + 1).to_string());
+    let told = events(&project.succeeds(&["work", "task.json"]));
+    let words = format!(
+        "goes on after step {step} of {}, from a checkpoint",
+        step + 1
+    );
+    let said = told
+        .iter()
+        .any(|event| event["text"].as_str().is_some_and(|text| text == words));
+    assert!(said, "{told:?}");
 }

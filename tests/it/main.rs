@@ -39,6 +39,8 @@ mod longer;
 #[cfg(test)]
 mod mistakes;
 #[cfg(test)]
+mod out_of_memory;
+#[cfg(test)]
 mod outputs;
 #[cfg(test)]
 mod parameters;

@@ -18,8 +18,9 @@ mod peak;
 use std::hint::black_box;
 
 use half::bf16;
+use pipeline_kernels::FloatType;
 use pipeline_kernels::dispatch::{Isa, limit};
-use pipeline_kernels::matrix::{Matrix, NF4_BLOCK, Nf4, Rounding, Values};
+use pipeline_kernels::matrix::{Matrix, NF4_BLOCK, Nf4, Values};
 use pipeline_kernels::panels::size;
 use pipeline_kernels::product::{Factor, Onto, Pairs, Term, product};
 
@@ -123,7 +124,7 @@ fn settings() -> Result<Settings, String> {
 
 /// Numbers that are neither equal nor large.
 fn numbers(count: usize) -> Vec<f32> {
-    let number = |place: usize| ((place * 7919 + 13) % 1009) as f32 / 1009. - 0.5;
+    let number = |index: usize| ((index * 7919 + 13) % 1009) as f32 / 1009. - 0.5;
     (0..count).map(number).collect()
 }
 
@@ -157,9 +158,9 @@ impl Weights {
                 absmax: &self.absmax,
                 code: &self.code,
                 rounding: if kind == Kind::Nf4F32 {
-                    Rounding::F32
+                    FloatType::F32
                 } else {
-                    Rounding::Bf16
+                    FloatType::Bf16
                 },
             }),
         }
@@ -199,7 +200,7 @@ fn measure(
     };
     let x = numbers(size(matrix.depth(), settings.tokens));
     let x = if kind.in_bf16() {
-        Factor::Pairs(Pairs::of(&x, matrix.depth(), |length| vec![0; length]))
+        Factor::Pairs(Pairs::round(&x, matrix.depth(), |length| vec![0; length]))
     } else {
         Factor::F32(&x)
     };

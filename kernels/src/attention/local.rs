@@ -1,16 +1,16 @@
-//! From panels of a batch to panels of one span, and back.
+//! Copies between the panels of a batch and the panels of one span.
 
 use std::ops::Range;
 
 use crate::panels::LANES;
 
-/// Panels that several tasks write, each other tokens or features.
+/// Panels that several tasks write, each for other tokens or features.
 #[derive(Clone, Copy)]
 pub(super) struct Shared(*mut f32, usize);
 
-// SAFETY: tasks use disjoint places. `super::tasks` and `super::add_shared` make one for each span and key head; no two of
-// `Spans` have a token in common, and a task uses the places of its own span's tokens alone, and of these the features of its own
-// key head, or of the query heads that share it, which no other has because `super::check` saw that key heads divide them evenly.
+// SAFETY: tasks use disjoint elements. `super::tasks` and `super::add_context_grads` make one task for each span and key head. No two
+// of `Spans` have a token in common, and a task uses its own span's tokens alone, and of these the features of its own key head, or
+// of the query heads that share it, which no other task has because `super::check` saw that key heads divide them evenly.
 unsafe impl Send for Shared {}
 // SAFETY: the same.
 unsafe impl Sync for Shared {}
@@ -20,15 +20,15 @@ impl Shared {
         Self(data.as_mut_ptr(), data.len())
     }
 
-    fn write(self, place: usize, values: &[f32], add: bool) {
-        let end = place.checked_add(values.len());
+    fn write(self, index: usize, values: &[f32], add: bool) {
+        let end = index.checked_add(values.len());
         assert!(
             end.is_some_and(|end| end <= self.1),
             "a span outside the batch"
         );
         // SAFETY: inside, as asserted; nobody else uses these tokens' features (see above), and `values` are a task's own.
         unsafe {
-            let out = self.0.add(place);
+            let out = self.0.add(index);
             if add {
                 for (number, value) in values.iter().enumerate() {
                     *out.add(number) += value;
@@ -40,15 +40,15 @@ impl Shared {
     }
 }
 
-/// Tokens of a batch, one range behind the other.
+/// Ranges of a batch's tokens, taken one after the other.
 #[derive(Clone, Copy)]
-pub(super) struct Places<'a> {
+pub(super) struct TokenRanges<'a> {
     pub(super) ranges: &'a [Range<usize>],
-    /// So many of the first ones are left alone.
+    /// The number of tokens at the beginning that are skipped.
     pub(super) skipped: usize,
 }
 
-impl<'a> Places<'a> {
+impl<'a> TokenRanges<'a> {
     pub(super) fn all(ranges: &'a [Range<usize>]) -> Self {
         Self { ranges, skipped: 0 }
     }
@@ -57,7 +57,7 @@ impl<'a> Places<'a> {
         self.ranges.iter().map(ExactSizeIterator::len).sum()
     }
 
-    /// Runs of a block's lanes that lie in one panel of the batch: `(panel, lane there, lane here, count)`.
+    /// Runs of a block's lanes that lie in one panel of the batch: `(panel, lane in that panel, lane in the block, count)`.
     fn runs(self, block: usize) -> impl Iterator<Item = (usize, usize, usize, usize)> + 'a {
         let (first, end) = (block * LANES, (block + 1) * LANES);
         let mut before = 0;
@@ -80,20 +80,20 @@ impl<'a> Places<'a> {
     }
 }
 
-/// Copies features from `first` on of the tokens of a block of 32, as many as `out` has rows. Lanes behind the last are zero.
+/// Copies as many features as `out` has rows, from `first` on, for the tokens of a block of 32. Lanes after the last token become 0.
 pub(super) fn gather(
     data: &[f32],
     features: usize,
     first: usize,
-    places: Places<'_>,
+    tokens: TokenRanges<'_>,
     block: usize,
     out: &mut [f32],
 ) {
     let (rows, _) = out.as_chunks_mut::<LANES>();
-    if places.count() < (block + 1) * LANES {
+    if tokens.count() < (block + 1) * LANES {
         rows.fill([0.; LANES]);
     }
-    for (panel, there, here, count) in places.runs(block) {
+    for (panel, there, here, count) in tokens.runs(block) {
         let data = &data[(panel * features + first) * LANES..];
         if count == LANES {
             for (row, data) in rows.iter_mut().zip(data.as_chunks::<LANES>().0) {
@@ -107,35 +107,35 @@ pub(super) fn gather(
     }
 }
 
-/// The other way: puts rows of 32 tokens into the features from `first` on, or adds them to what is there.
+/// The reverse of [`gather`]: writes rows of 32 tokens to the features from `first` on, or adds them.
 pub(super) fn scatter(
     rows: &[f32],
     out: Shared,
     (features, first): (usize, usize),
-    places: Places<'_>,
+    tokens: TokenRanges<'_>,
     block: usize,
     add: bool,
 ) {
-    for (panel, there, here, count) in places.runs(block) {
+    for (panel, there, here, count) in tokens.runs(block) {
         for (feature, row) in rows.as_chunks::<LANES>().0.iter().enumerate() {
-            let place = (panel * features + first + feature) * LANES + there;
-            out.write(place, &row[here..here + count], add);
+            let index = (panel * features + first + feature) * LANES + there;
+            out.write(index, &row[here..here + count], add);
         }
     }
 }
 
-/// Puts sums `[chunk of 32 features][token][32 features]` into `width` features from `first` on, or adds them. There are sums for
-/// whole blocks of 32 tokens.
+/// Writes sums `[chunk of 32 features][token][32 features]` to `width` features from `first` on, or adds them. `sums` covers whole
+/// blocks of 32 tokens.
 pub(super) fn scatter_transposed(
     sums: &[f32],
     out: Shared,
     (features, first, width): (usize, usize, usize),
-    places: Places<'_>,
+    tokens: TokenRanges<'_>,
     add: bool,
 ) {
-    let blocks = places.count().div_ceil(LANES);
+    let blocks = tokens.count().div_ceil(LANES);
     let mut block_of = [0f32; LANES * LANES];
-    for block in places.skipped / LANES..blocks {
+    for block in tokens.skipped / LANES..blocks {
         for chunk in 0..width.div_ceil(LANES) {
             let sums = &sums[(chunk * blocks + block) * LANES * LANES..][..LANES * LANES];
             for (token, row) in sums.as_chunks::<LANES>().0.iter().enumerate() {
@@ -145,8 +145,8 @@ pub(super) fn scatter_transposed(
             }
             let wanted = (width - chunk * LANES).min(LANES);
             let rows = &block_of[..wanted * LANES];
-            let place = (features, first + chunk * LANES);
-            scatter(rows, out, place, places, block, add);
+            let columns = (features, first + chunk * LANES);
+            scatter(rows, out, columns, tokens, block, add);
         }
     }
 }

@@ -1,11 +1,11 @@
-//! The loops of attention over scores of 32 queries: mask, softmax and its way back.
+//! The loops of attention over the scores of 32 queries: mask, softmax and its backward pass.
 
 use super::{Row, Visible};
 use crate::dispatch::Loop;
 use crate::exp::exp;
 use crate::panels::LANES;
 
-/// What 32 queries may see, each in its lane.
+/// The limits of [`Visible`] of 32 queries, each in its lane.
 pub(super) struct Limits {
     first: [i32; LANES],
     prefix: [i32; LANES],
@@ -14,7 +14,7 @@ pub(super) struct Limits {
 }
 
 impl Limits {
-    pub(super) fn of(visible: &[Visible; LANES]) -> Self {
+    pub(super) fn new(visible: &[Visible; LANES]) -> Self {
         Self {
             first: visible.map(|v| v.first.cast_signed()),
             prefix: visible.map(|v| v.prefix.cast_signed()),
@@ -35,7 +35,7 @@ impl Limits {
         (0..LANES).map(lane)
     }
 
-    /// Whether any query sees any of the 32 keys from `key` on.
+    /// Whether any query attends to any of the 32 keys from `key` on.
     pub(super) fn sees(&self, key: usize) -> bool {
         let (start, end) = (key as i32, (key + LANES) as i32);
         self.lanes().any(|[first, prefix, from, to]| {
@@ -44,7 +44,7 @@ impl Limits {
         })
     }
 
-    /// Whether all see all of them.
+    /// Whether all queries attend to all of the 32 keys from `key` on.
     pub(super) fn sees_all(&self, key: usize) -> bool {
         let (start, end) = (key as i32, (key + LANES) as i32);
         self.lanes().all(|[first, prefix, from, to]| {
@@ -76,7 +76,8 @@ impl Loop for Mask<'_> {
     }
 }
 
-/// Scores to `e^(score - largest)`; gives the logarithm of the sums with the largest, and what to multiply by.
+/// Replaces scores by `e^(score - largest)`. Returns the logarithm of each query's sum of `e^score`, and the reciprocal of its sum of
+/// the new values.
 pub(super) struct Softmax<'a>(pub(super) &'a mut [f32]);
 
 impl Loop for Softmax<'_> {
@@ -118,7 +119,7 @@ impl Loop for ScaleLanes<'_> {
     }
 }
 
-/// The sum over features of a product.
+/// The dot products over features, one for each lane.
 pub(super) struct Dot<'a>(pub(super) &'a [f32], pub(super) &'a [f32]);
 
 impl Loop for Dot<'_> {
@@ -137,7 +138,8 @@ impl Loop for Dot<'_> {
     }
 }
 
-/// Scores to probabilities in place, and the gradients of the probabilities to those of the scores.
+/// Replaces scores by probabilities and the gradients of the probabilities by those of the scores, both in place (Dao et al. 2022,
+/// arXiv 2205.14135, algorithm 4).
 pub(super) struct ScoresBackward<'a> {
     pub(super) p: &'a mut [f32],
     pub(super) values: &'a mut [f32],

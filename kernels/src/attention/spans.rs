@@ -1,24 +1,24 @@
-//! Which keys the tokens of a pass may see, checked when it is put together.
+//! Which keys the tokens of a pass may attend to, checked when spans are put together.
 
 use std::ops::{Deref, Range};
 
-/// What one token may see of its span's keys: those in `first..to` that are before `prefix` or not before `from`.
+/// The keys of its span to which one token may attend: those in `first..to` that are before `prefix` or not before `from`.
 ///
 /// Keys are counted from the first token of the span's context, or of the span where it has none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Visible {
-    /// The first key that it may see, in the prefix or in its own branch; 0 but for a sliding window.
+    /// The first key, in the prefix or in the token's own branch; 0 unless there is a sliding window.
     pub first: u32,
-    /// The end of what all branches share.
+    /// The end of the prefix, which all branches share.
     pub prefix: u32,
     /// The start of the token's own branch.
     pub from: u32,
-    /// The end of what it may see; at least 1.
+    /// The end of the keys; at least 1.
     pub to: u32,
 }
 
 impl Visible {
-    /// The token with number `at` of a sequence of its own: it sees all tokens before it, and itself.
+    /// Causal attention in a sequence of its own: token number `at` attends to all tokens before it and to itself.
     pub fn causal(at: u32) -> Self {
         Self {
             first: 0,
@@ -28,13 +28,13 @@ impl Visible {
         }
     }
 
-    /// How many keys it sees, but for a window.
+    /// The number of keys to which it attends, without regard to a sliding window.
     pub fn count(self) -> u32 {
         self.prefix.min(self.from).min(self.to) + self.to.saturating_sub(self.from)
     }
 
-    /// The same without the first `count` of the keys that it sees, but for the last one: what a sliding window leaves, whether
-    /// the window begins in the prefix or in the token's own branch.
+    /// The same keys without the first `count` of them, of which the last one always stays. This is what a sliding window leaves,
+    /// whether it begins in the prefix or in the token's own branch.
     #[must_use]
     pub fn without_first(self, count: u32) -> Self {
         let shared = self.prefix.min(self.from).min(self.to);
@@ -51,15 +51,15 @@ impl Visible {
     }
 }
 
-/// A run of tokens that may see each other.
+/// A run of tokens that may attend to each other.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Span {
-    /// The first token.
+    /// The index of the first token in the batch.
     pub start: usize,
-    /// One entry a token.
+    /// The keys of each token of the span.
     pub visible: Vec<Visible>,
-    /// Earlier spans, by their numbers, whose tokens are the first of this one's keys: what its sequences begin with, computed
-    /// once for several spans.
+    /// The numbers of earlier spans whose tokens are the first of this one's keys: a prefix of its sequences that is computed once
+    /// for several spans.
     pub context: Vec<usize>,
 }
 
@@ -70,14 +70,14 @@ impl Span {
     }
 }
 
-/// Where the keys of a span are.
+/// The keys of a span.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Keys {
-    /// The tokens, one range behind the other.
+    /// Their tokens, as ranges one after the other.
     pub(super) ranges: Vec<Range<usize>>,
-    /// How many there are.
+    /// The number of keys.
     pub(super) count: usize,
-    /// How many of them are the context's.
+    /// The number of keys that belong to the context.
     pub(super) context: usize,
 }
 
@@ -86,16 +86,16 @@ pub(super) struct Keys {
 pub struct Spans {
     all: Vec<Span>,
     keys: Vec<Keys>,
-    /// Where the last one ends.
+    /// The end of the last span.
     pub(super) end: usize,
 }
 
 impl Spans {
-    /// Adds a span.
+    /// Appends a span.
     ///
     /// # Panics
-    /// If the span begins before the end of the one before it, if its context is no earlier span, or if a token sees nothing, or
-    /// something behind the span.
+    /// If the span begins before the end of the one before it, if its context names a span that is not earlier, if it has more than
+    /// 2^30 keys, or if one of its tokens attends to no key or to a key beyond the last one.
     pub fn push(&mut self, span: Span) {
         let length = span.visible.len();
         assert!(span.start >= self.end, "a span overlaps the one before it");
@@ -135,7 +135,7 @@ impl Spans {
         self.all.push(span);
     }
 
-    /// The same spans with other limits: `limit` gets the token and what it may see.
+    /// The same spans with other limits. `limit` maps the index of a token in the batch and its keys to its new keys.
     ///
     /// # Panics
     /// As [`Spans::push`] does.
@@ -157,7 +157,7 @@ impl Spans {
         self.all.iter().zip(&self.keys)
     }
 
-    /// For each span the later ones in whose context it is, and which of their keys is its first.
+    /// For each span, the later spans in whose context it is, each with the index of its first key among theirs.
     pub(super) fn users(&self) -> Vec<Vec<(usize, usize)>> {
         let mut users = vec![Vec::new(); self.all.len()];
         for (number, span) in self.all.iter().enumerate() {
@@ -190,7 +190,7 @@ impl Deref for Spans {
 }
 
 impl FromIterator<Span> for Spans {
-    /// See [`Spans::push`] for what is refused.
+    /// Panics as [`Spans::push`] does.
     fn from_iter<T: IntoIterator<Item = Span>>(all: T) -> Self {
         let mut spans = Self::default();
         all.into_iter().for_each(|span| spans.push(span));

@@ -87,7 +87,7 @@ pub(crate) fn shared(start: usize, p: u32, c: u32, r: u32) -> Span {
 
 fn plain(q: &[f64], k: &[f64], v: &[f64], heads: Heads, spans: &Spans) -> Vec<f64> {
     let w = heads.width;
-    let place = |features: usize, token: usize, f: usize| {
+    let index = |features: usize, token: usize, f: usize| {
         (token / LANES * features + f) * LANES + token % LANES
     };
     let mut out = vec![0.; q.len()];
@@ -103,7 +103,7 @@ fn plain(q: &[f64], k: &[f64], v: &[f64], heads: Heads, spans: &Spans) -> Vec<f6
                 };
                 let keys: Vec<usize> = (0..tokens.len()).filter(seen).collect();
                 let at = |data: &[f64], count: usize, head: usize, token: usize, f: usize| {
-                    data[place(count * w, token, head * w + f)]
+                    data[index(count * w, token, head * w + f)]
                 };
                 let score = |key: &usize| {
                     let dot = (0..w).map(|f| {
@@ -118,7 +118,7 @@ fn plain(q: &[f64], k: &[f64], v: &[f64], heads: Heads, spans: &Spans) -> Vec<f6
                     let values = keys.iter().zip(&p);
                     let value =
                         values.map(|(key, p)| p / sum * at(v, heads.keys, kh, tokens[*key], f));
-                    out[place(heads.queries * w, span.start + t, h * w + f)] = value.sum();
+                    out[index(heads.queries * w, span.start + t, h * w + f)] = value.sum();
                 }
             }
         }
@@ -200,8 +200,8 @@ fn values_and_slopes_are_those_of_plain_loops() {
             let mut out = vec![0.; q.len()];
             let mut log_sums = vec![0.; size(heads.queries, case.tokens)];
             attention(inputs, heads, &case.spans, &mut out, &mut log_sums);
-            for (place, (a, b)) in out.iter().zip(&exact).enumerate() {
-                assert!((f64::from(*a) - b).abs() < 2e-6, "{isa:?} {place}: {a} {b}");
+            for (index, (a, b)) in out.iter().zip(&exact).enumerate() {
+                assert!((f64::from(*a) - b).abs() < 2e-6, "{isa:?} {index}: {a} {b}");
             }
             let (mut grad_q, mut grad_k, mut grad_v) =
                 (vec![0.; q.len()], vec![0.; k.len()], vec![0.; v.len()]);

@@ -1,21 +1,21 @@
-//! Whether there is a unit for products of matrices, Intel's AMX.
+//! Detects whether the processor has Intel's unit for matrix products, AMX, and whether the system lets this process use it.
 
 use std::arch::asm;
 use std::arch::x86_64::{__cpuid, __cpuid_count};
 use std::sync::OnceLock;
 
-/// Rows of a register, and numbers of 32 bits in each.
+/// The rows of a tile register, and the 32-bit numbers in each.
 pub(crate) const WIDTH: usize = 16;
-/// Registers.
+/// The number of tile registers.
 pub(crate) const REGISTERS: usize = 8;
 
-/// Whether this processor multiplies tiles of bf16, and the system lets this process do it, which is asked for once.
+/// Whether this processor multiplies tiles of bf16 and the system permits it. The permission is requested once.
 pub(crate) fn available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
     *AVAILABLE.get_or_init(|| has_unit() && has_room() && is_permitted())
 }
 
-/// By `CPUID`: AMX-TILE, AMX-BF16 and registers as large as `micro::amx` supposes.
+/// Whether `CPUID` reports AMX-TILE, AMX-BF16 and registers as large as `micro::amx` assumes.
 fn has_unit() -> bool {
     if __cpuid(0).eax < 0x1d {
         return false;
@@ -30,7 +30,7 @@ fn has_unit() -> bool {
         && (palette.ecx & 0xffff) as usize >= WIDTH
 }
 
-/// Whether the system saves the registers: bits 17 and 18 of `XCR0`.
+/// Whether the system saves the tile registers on a context switch: bits 17 and 18 of `XCR0`.
 fn has_room() -> bool {
     const OSXSAVE: u32 = 1 << 27;
     if __cpuid(1).ecx & OSXSAVE == 0 {
@@ -50,7 +50,7 @@ fn has_room() -> bool {
     low & (0b11 << 17) == 0b11 << 17
 }
 
-/// Asks Linux for the registers' memory (Documentation/arch/x86/xstate.rst of the kernel's source).
+/// Requests permission from Linux to use the registers (Documentation/arch/x86/xstate.rst in the kernel's source).
 #[cfg(target_os = "linux")]
 fn is_permitted() -> bool {
     const ARCH_PRCTL: i64 = 158;

@@ -1,4 +1,4 @@
-//! Rows to the order of the innermost loop: a tile of rows next to each other becomes `[column][row]`.
+//! The transpose of a tile of rows to `[column][row]`, the order that the innermost loop reads.
 
 use crate::dispatch::{Loop, run};
 use crate::micro::TILE;
@@ -10,7 +10,7 @@ impl Word for f32 {}
 
 impl Word for u32 {}
 
-/// Turns `count` rows of words, `stride` apart, into a tile of `[column][TILE]`. Rows behind the last one get anything.
+/// Transposes `count` rows of words, `stride` apart, into a tile of `[column][TILE]`. Rows from `count` on are unspecified.
 ///
 /// # Panics
 /// If `count` is 0 or more than [`TILE`], or `values` are fewer than the rows.
@@ -53,7 +53,7 @@ pub(super) fn transpose<T: Word>(values: &[T], stride: usize, count: usize, tile
     });
 }
 
-/// 16 columns at a time, which stay in the registers' reach.
+/// The transpose by 16 columns at a time, which the compiler keeps in registers.
 struct Transpose<'a, T> {
     values: &'a [T],
     stride: usize,
@@ -101,10 +101,10 @@ mod avx2 {
 
     use super::TILE;
 
-    /// Columns at a time.
+    /// The columns transposed at a time.
     pub(super) const COLUMNS: usize = 8;
 
-    /// Four rows of eight to columns of four: column `k` is in half `k / 4` of number `k % 4`.
+    /// Transposes four rows of eight words: column `k` is in half `k / 4` of vector `k % 4`.
     #[target_feature(enable = "avx2")]
     fn columns(rows: [__m256; 4]) -> [__m256; 4] {
         let [a, b, c, d] = rows;

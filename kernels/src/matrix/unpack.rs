@@ -1,16 +1,17 @@
-//! NF4 codes to values.
+//! The dequantisation of NF4 codes.
 
-use super::{NF4_BLOCK, Nf4, Rounding};
+use super::{NF4_BLOCK, Nf4};
+use crate::FloatType;
 use crate::bf16::bf16_bits;
 #[cfg(target_arch = "x86_64")]
 use crate::dispatch::Isa;
 use crate::dispatch::{Loop, run};
 
 impl Nf4<'_> {
-    /// Writes the weight's values from number `first` on into `out`, as many as it has room for.
+    /// Dequantises `out.len()` of the weight's values, from index `first` on, into `out`.
     ///
     /// # Panics
-    /// If the codes or magnitudes end before.
+    /// If there are too few codes or magnitudes for them.
     pub fn dequantise(&self, first: usize, out: &mut [f32]) {
         let end = first.checked_add(out.len());
         let fits = |end: usize| {
@@ -25,18 +26,18 @@ impl Nf4<'_> {
         self.values(first, out);
     }
 
-    /// The values from number `first` on.
+    /// Writes the values from index `first` on.
     pub(super) fn values(&self, first: usize, out: &mut [f32]) {
         self.look_up(first, out, |values| values, vectors);
     }
 
-    /// The same as bits of bf16.
+    /// Writes the values from index `first` on as bits of bf16.
     pub(super) fn bf16_values(&self, first: usize, out: &mut [u16]) {
         self.look_up(first, out, |values| run(Words(&values)), words);
     }
 
-    /// The values from the place `first` on as `table` has them. `vectors` looks up as many codes as whole vectors hold, and gives how
-    /// many these were.
+    /// Writes the values from index `first` on. `table` converts the 16 values of a block to the output's type; `vectors` looks up as
+    /// many codes as whole vectors hold and returns how many these were.
     fn look_up<T: Copy>(
         &self,
         mut first: usize,
@@ -48,7 +49,7 @@ impl Nf4<'_> {
             let count = (NF4_BLOCK - first % NF4_BLOCK).min(out.len());
             let (now, rest) = out.split_at_mut(count);
             let absmax = self.absmax[first / NF4_BLOCK];
-            // Each of the block's values is one of these 16, so they are rounded once.
+            // Each of the block's values is one of these 16, so only these are rounded.
             let values = table(run(Table {
                 code: self.code,
                 absmax,
@@ -79,11 +80,11 @@ impl Nf4<'_> {
     }
 }
 
-/// The values of a block's codes, rounded.
+/// Computes the rounded values of a block's 16 codes.
 struct Table<'a> {
     code: &'a [f32; 16],
     absmax: f32,
-    rounding: Rounding,
+    rounding: FloatType,
 }
 
 impl Loop for Table<'_> {
@@ -96,19 +97,19 @@ impl Loop for Table<'_> {
             values[i] = self.code[i] * self.absmax;
         }
         match self.rounding {
-            Rounding::F32 => {}
-            Rounding::Bf16 => {
+            FloatType::F32 => {}
+            FloatType::Bf16 => {
                 for value in &mut values {
-                    *value = Rounding::Bf16.round(*value);
+                    *value = FloatType::Bf16.round(*value);
                 }
             }
-            Rounding::F16 => values = values.map(|value| self.rounding.round(value)),
+            FloatType::F16 => values = values.map(|value| self.rounding.round(value)),
         }
         values
     }
 }
 
-/// Values as bits of bf16.
+/// Converts values to bits of bf16.
 struct Words<'a>(&'a [f32; 16]);
 
 impl Loop for Words<'_> {
@@ -124,7 +125,7 @@ impl Loop for Words<'_> {
     }
 }
 
-/// Looks up as many codes as whole vectors hold, and gives how many these were.
+/// Looks up as many codes as whole vectors hold and returns how many these were.
 fn vectors(values: &[f32; 16], packed: &[u8], out: &mut [f32]) -> usize {
     #[cfg(target_arch = "x86_64")]
     {
@@ -140,7 +141,7 @@ fn vectors(values: &[f32; 16], packed: &[u8], out: &mut [f32]) -> usize {
     0
 }
 
-/// The same of 16 bits.
+/// Like [`vectors`], for values of 16 bits.
 fn words(values: &[u16; 16], packed: &[u8], out: &mut [u16]) -> usize {
     #[cfg(target_arch = "x86_64")]
     {
@@ -173,18 +174,18 @@ mod avx512 {
         out: *mut u16,
         count: usize,
     ) {
-        // SAFETY: 16 values. Codes are below 16, so nothing of the upper half is looked up.
+        // SAFETY: `values` has 16 values. Codes are below 16, so nothing in the upper half of the register is looked up.
         let table = unsafe { _mm512_castsi256_si512(_mm256_loadu_si256(values.as_ptr().cast())) };
         for first in (0..count).step_by(32) {
-            // SAFETY: 16 bytes, of 32 codes.
+            // SAFETY: these are the 16 bytes of the next 32 codes, which the caller promised.
             let bytes = unsafe { _mm_loadu_si128(packed.add(first / 2).cast()) };
             let both = _mm512_cvtepu8_epi32(bytes);
-            // The first of two codes is in the upper half of a byte; five bits of a word choose.
+            // The first of two codes is in the upper half of its byte. The permutation uses the low five bits of a word.
             let first_code = _mm512_srli_epi32::<4>(both);
             let second_code = _mm512_slli_epi32::<28>(both);
             let codes = _mm512_or_si512(first_code, _mm512_srli_epi32::<12>(second_code));
             let words = _mm512_permutexvar_epi16(codes, table);
-            // SAFETY: 32 values.
+            // SAFETY: `out` has room for these 32 values, as the caller promised.
             unsafe { _mm512_storeu_si512(out.add(first).cast(), words) };
         }
     }
@@ -208,7 +209,7 @@ mod avx2 {
         out: *mut f32,
         count: usize,
     ) {
-        // SAFETY: either half of the 16 values.
+        // SAFETY: each load reads one half of the 16 values.
         let table = unsafe {
             [
                 _mm256_loadu_ps(values.as_ptr()),
@@ -216,16 +217,16 @@ mod avx2 {
             ]
         };
         for first in (0..count).step_by(16) {
-            // SAFETY: eight bytes, of 16 codes.
+            // SAFETY: these are the eight bytes of the next 16 codes, which the caller promised.
             let bytes: __m128i = unsafe { _mm_loadl_epi64(packed.add(first / 2).cast()) };
             let both = _mm256_cvtepu8_epi32(bytes);
-            // The first of two codes is in the upper half of a byte.
+            // The first of two codes is in the upper half of its byte.
             let (even, odd) = (
                 value(table, _mm256_srli_epi32::<4>(both)),
                 value(table, both),
             );
             let (low, high) = (_mm256_unpacklo_ps(even, odd), _mm256_unpackhi_ps(even, odd));
-            // SAFETY: 16 values.
+            // SAFETY: `out` has room for these 16 values, as the caller promised.
             unsafe {
                 let out = out.add(first);
                 _mm256_storeu_ps(out, _mm256_permute2f128_ps::<0x20>(low, high));
@@ -239,7 +240,7 @@ mod avx2 {
     fn value([low, high]: [__m256; 2], codes: __m256i) -> __m256 {
         let low = _mm256_permutevar8x32_ps(low, codes);
         let high = _mm256_permutevar8x32_ps(high, codes);
-        // The fourth bit becomes the sign, which chooses.
+        // The code's fourth bit becomes the sign, by which the blend chooses.
         _mm256_blendv_ps(
             low,
             high,
@@ -263,16 +264,16 @@ mod tests {
             packed: &packed,
             absmax: &absmax,
             code: &code,
-            rounding: Rounding::F32,
+            rounding: FloatType::F32,
         };
-        let value = |place: usize| {
-            let byte = packed[place / 2];
-            let code = if place.is_multiple_of(2) {
+        let value = |index: usize| {
+            let byte = packed[index / 2];
+            let code = if index.is_multiple_of(2) {
                 byte >> 4
             } else {
                 byte & 15
             };
-            nf4.code[usize::from(code)] * absmax[place / NF4_BLOCK]
+            nf4.code[usize::from(code)] * absmax[index / NF4_BLOCK]
         };
         with_each(|isa| {
             for (first, count) in [

@@ -2,13 +2,14 @@
 //! multiplies and adds to a third.
 //!
 //! A tile of [`TILE`] packed rows by 32 lanes has its sums in two registers. For each 16 pairs of the depth, one register takes
-//! the rows and two take the lanes, which lie in a panel just as `TDPBF16PS` wants them: a row of pairs for each step. Packed rows do not:
-//! [`arrange`] puts 16 pairs of a row side by side. What is left of the depth has three registers of its own, so that whole blocks
-//! and the rest go with one configuration.
+//! the rows and two take the lanes. A panel already holds the lanes in the order of `TDPBF16PS`, a row of pairs for each step of the
+//! depth; packed rows are brought into theirs by [`arrange`], which puts 16 pairs of a row side by side. The rest of the depth has three
+//! registers of its own, so that one configuration serves whole blocks and the rest.
 //!
-//! For each 16 pairs the first and the second products are added up apart, fused and rounded to nearest, then the two sums to each
-//! other, and that to the sum so far; denormal numbers are 0 everywhere (Intel 64 and IA-32 Architectures Software Developer's Manual,
-//! volume 2, `TDPBF16PS`). The tests run this file's code on [`emulated`], which does what the manual says.
+//! Of each 16 pairs, the products of the first numbers and those of the second ones are summed separately, fused and rounded to
+//! nearest; then the two sums are added, and their sum is added to the result so far. Subnormal numbers count as 0 everywhere (Intel
+//! 64 and IA-32 Architectures Software Developer's Manual, volume 2, `TDPBF16PS`). The tests run this file's code on [`emulated`],
+//! which follows the manual.
 
 #[cfg(test)]
 mod emulated;
@@ -23,7 +24,7 @@ use crate::dispatch::amx::WIDTH;
 use crate::dispatch::{Loop, run};
 use processor::Processor;
 
-// What the registers hold.
+// The numbers of the registers, by what they hold.
 const LOW_SUMS: usize = 0;
 const HIGH_SUMS: usize = 1;
 const ROWS: usize = 2;
@@ -40,13 +41,13 @@ struct Configuration {
     palette: u8,
     start_row: u8,
     reserved: [u8; 14],
-    /// Bytes of a row.
+    /// The bytes of a row of each register.
     bytes: [u16; 16],
     rows: [u8; 16],
 }
 
 impl Configuration {
-    /// For a depth whose last block has `last` pairs.
+    /// The configuration for a depth whose last block has `last` pairs.
     fn new(last: usize) -> Self {
         let (mut bytes, mut rows) = ([0; 16], [0; 16]);
         let mut shape = |register: usize, height: usize, width: usize| {
@@ -73,15 +74,15 @@ impl Configuration {
     }
 }
 
-/// The instructions.
+/// The instructions of AMX.
 ///
 /// # Safety
 /// Each needs a unit that is there, and all but the first registers that are configured. Reads are of as many rows and bytes
 /// as the register was configured for, `stride` bytes apart, and so are writes, of memory that is nobody else's.
 trait Tiles {
-    /// `LDTILECFG`: gives the registers their shapes, and zeros.
+    /// `LDTILECFG`: sets the registers' shapes and fills them with zeros.
     unsafe fn configure(&mut self, shapes: &Configuration);
-    /// `TILERELEASE`: takes their shapes away.
+    /// `TILERELEASE`: clears the configuration.
     unsafe fn release(&mut self);
     /// `TILEZERO`.
     unsafe fn zero<const T: usize>(&mut self);
@@ -93,10 +94,10 @@ trait Tiles {
     unsafe fn multiply<const C: usize, const A: usize, const B: usize>(&mut self);
 }
 
-/// The registers of a thread.
+/// The tile registers of a thread.
 struct Unit<T> {
     tiles: T,
-    /// The pairs of the last block that they are configured for, if they are.
+    /// The number of pairs of the last block for which they are configured, if they are.
     last: Option<usize>,
 }
 
@@ -146,7 +147,7 @@ impl<T: Tiles> Unit<T> {
         run(Store { sums: &sums, tile });
     }
 
-    /// Lets the registers go, which the system has to save with the thread's others until then.
+    /// Releases the registers. Until then the system has to save them whenever it switches threads.
     fn release(&mut self) {
         if self.last.take().is_some() {
             // SAFETY: they were configured.
@@ -155,7 +156,7 @@ impl<T: Tiles> Unit<T> {
     }
 }
 
-/// Writes the wanted rows of the sums, added to what they are to be added to.
+/// Writes the wanted rows of the sums, added to the tile's `from`.
 struct Store<'a> {
     sums: &'a [[f32; LANES]; TILE],
     tile: Tile<u32, u32>,
@@ -195,7 +196,7 @@ thread_local! {
         const { RefCell::new(Unit::new(emulated::Emulated::new())) };
 }
 
-/// A tile of [`TILE`] packed rows, [`arrange`]d. Tests that run on a processor without the unit take the emulated one.
+/// Multiplies a tile of [`TILE`] packed rows in the order of [`arrange`]. Tests on a processor without the unit use the emulated one.
 ///
 /// # Safety
 /// See [`Tile`]; the processor must have AMX with bf16. All [`TILE`] rows of `a` are read.
@@ -210,15 +211,15 @@ pub(super) unsafe fn multiply(tile: Tile<u32, u32>) {
     UNIT.with_borrow_mut(|unit| unsafe { unit.multiply(tile) });
 }
 
-/// To be called when a thread has no more tiles to multiply for now.
+/// Releases the thread's registers, see [`super::done`].
 pub(super) fn release() {
     #[cfg(test)]
     EMULATED.with_borrow_mut(Unit::release);
     UNIT.with_borrow_mut(Unit::release);
 }
 
-/// Puts tiles of packed rows of pairs, `depth` pairs deep, in the order that [`multiply`] wants: from `[depth][TILE]` to blocks of
-/// 16 pairs of the depth, or as many as are left, each `[TILE][pairs]`. What was in `spare` is lost.
+/// Reorders tiles of packed rows of pairs, `depth` pairs deep, as [`multiply`] reads them: from `[depth][TILE]` to blocks of 16 pairs
+/// of the depth, or as many as are left, each `[TILE][pairs]`. The contents of `spare` are overwritten.
 pub(super) fn arrange(pairs: &mut Vec<u32>, spare: &mut Vec<u32>, depth: usize) {
     spare.resize(pairs.len(), 0);
     run(Arrange {

@@ -9,9 +9,9 @@ use std::arch::x86_64::{
 
 use super::Tile;
 
-/// Floats of a vector.
+/// The floats of a vector.
 const VECTOR: usize = 8;
-/// Lanes of a part.
+/// The lanes of a part of a tile.
 const PART: usize = 2 * VECTOR;
 
 /// # Safety
@@ -20,7 +20,7 @@ const PART: usize = 2 * VECTOR;
 pub(super) unsafe fn multiply<const M: usize, const V: usize, const RS: usize, const KS: usize>(
     tile: Tile<f32, f32>,
 ) {
-    tile.ask_for_sums(V * 16);
+    tile.prefetch_sums(V * 16);
     let rows = tile.rows.min(M);
     for lane in (0..V * 16).step_by(PART) {
         let mut row = 0;
@@ -42,7 +42,7 @@ pub(super) unsafe fn multiply<const M: usize, const V: usize, const RS: usize, c
     }
 }
 
-/// `R` rows of the tile from `row` on, and 16 of its lanes from `lane` on.
+/// Multiplies `R` rows of the tile from `row` on, and 16 of its lanes from `lane` on.
 ///
 /// # Safety
 /// All of these are wanted rows and lanes of a [`Tile`]; the processor must have AVX2 and FMA.
@@ -65,19 +65,19 @@ unsafe fn part<const R: usize, const V: usize, const RS: usize, const KS: usize>
             sums[0] = _mm256_fmadd_ps(value, low, sums[0]);
             sums[1] = _mm256_fmadd_ps(value, high, sums[1]);
         }
-        // Behind the last row these may point outside of what they came from, where nothing reads them.
+        // After the last row these may point outside of their allocation; nothing reads them there.
         (a, b) = (a.wrapping_add(KS), b.wrapping_add(V * 16));
     }
     for (i, sums) in sums.iter().enumerate() {
         for (at, sum) in sums.iter().enumerate() {
             // SAFETY: one of the promised rows of `c` and of `from`.
             unsafe {
-                let place = (row + i) * V * 16 + lane + at * VECTOR;
+                let index = (row + i) * V * 16 + lane + at * VECTOR;
                 let sum = match tile.from {
-                    Some(from) => _mm256_add_ps(_mm256_loadu_ps(from.add(place)), *sum),
+                    Some(from) => _mm256_add_ps(_mm256_loadu_ps(from.add(index)), *sum),
                     None => *sum,
                 };
-                _mm256_storeu_ps(tile.c.add(place), sum);
+                _mm256_storeu_ps(tile.c.add(index), sum);
             }
         }
     }

@@ -19,9 +19,9 @@ use std::arch::asm;
 
 use super::{LANES, TILE, Tile};
 
-/// Numbers of a vector.
+/// The 32-bit numbers of a vector.
 const VECTOR: usize = 4;
-/// Lanes of a part.
+/// The lanes of a part of a tile.
 const PART: usize = 2 * VECTOR;
 
 /// # Safety
@@ -50,7 +50,7 @@ pub(super) unsafe fn multiply<const M: usize, const V: usize, const RS: usize, c
     }
 }
 
-/// `R` rows of the tile from `row` on, and 8 of its lanes from `lane` on. Gives `R`.
+/// Multiplies `R` rows of the tile from `row` on, and 8 of its lanes from `lane` on. Returns `R`.
 ///
 /// # Safety
 /// `a` of all these rows may be read; `c` and `from` of those that are wanted. See [`Tile`].
@@ -93,7 +93,7 @@ unsafe fn part<const R: usize, const V: usize, const RS: usize, const KS: usize>
                     }
                 }
             }
-            // Behind the last row these may point outside of what they came from, where nothing reads them.
+            // After the last row these may point outside of their allocation; nothing reads them there.
             (a, b) = (a.wrapping_add(KS), b.wrapping_add(V * 16));
         }
         for (at, sums) in sums.iter().enumerate() {
@@ -105,8 +105,8 @@ unsafe fn part<const R: usize, const V: usize, const RS: usize, const KS: usize>
     R
 }
 
-/// Puts tiles of packed rows of pairs, `depth` pairs deep, in the order that [`multiply_pairs`] wants: two steps of a row side by
-/// side, which is a row of `BFMMLA`'s first factor. An odd last step stays as it is.
+/// Reorders tiles of packed rows of pairs, `depth` pairs deep, as [`multiply_pairs`] reads them: two steps of a row side by side, which
+/// is a row of `BFMMLA`'s first factor. An odd last step is left unchanged.
 pub(super) fn arrange(pairs: &mut [u32], depth: usize) {
     for tile in pairs.chunks_exact_mut((depth * TILE).max(1)) {
         let (steps, _) = tile.as_chunks_mut::<{ 2 * TILE }>();
@@ -120,7 +120,7 @@ pub(super) fn arrange(pairs: &mut [u32], depth: usize) {
     }
 }
 
-/// A tile of [`TILE`] packed rows, [`arrange`]d.
+/// Multiplies a tile of [`TILE`] packed rows in the order of [`arrange`].
 ///
 /// # Safety
 /// See [`Tile`]; all [`TILE`] rows of `a` may be read, and the processor must have bf16.
@@ -138,14 +138,14 @@ pub(super) unsafe fn multiply_pairs(tile: Tile<u32, u32>) {
     }
 }
 
-/// The first `2 R` rows and 8 lanes from `lane` on.
+/// Multiplies the first `2 R` rows and 8 lanes from `lane` on.
 ///
 /// # Safety
 /// See [`multiply_pairs`].
 #[target_feature(enable = "neon,bf16")]
 #[inline]
 unsafe fn part_of_pairs<const R: usize>(tile: Tile<u32, u32>, lane: usize) {
-    // Two rows by two lanes each: row by row.
+    // Each vector holds the sums of two rows by two lanes, row-major.
     let mut sums = [[vdupq_n_f32(0.); PART / 2]; R];
     let (mut a, mut b) = (tile.a, tile.b.wrapping_add(lane));
     // SAFETY: reads are of the rows that the caller promised, all `TILE` of `a`.
@@ -164,7 +164,7 @@ unsafe fn part_of_pairs<const R: usize>(tile: Tile<u32, u32>, lane: usize) {
             (a, b) = (a.wrapping_add(2 * TILE), b.wrapping_add(2 * LANES));
         }
         if !tile.depth.is_multiple_of(2) {
-            // The second of these steps is zeros, which change no sum.
+            // The second of these steps is all zeros, which changes no sum.
             let zero = vdupq_n_u32(0);
             let b_now = [(vld1q_u32(b), zero), (vld1q_u32(b.add(VECTOR)), zero)];
             let b_now = both_steps(b_now);
@@ -197,7 +197,7 @@ unsafe fn part_of_pairs<const R: usize>(tile: Tile<u32, u32>, lane: usize) {
     }
 }
 
-/// Both steps of a lane side by side, from two steps of twice four lanes.
+/// Puts both steps of a lane side by side, given two steps of twice four lanes.
 #[target_feature(enable = "neon,bf16")]
 #[inline]
 fn both_steps([low, high]: [(uint32x4_t, uint32x4_t); 2]) -> [uint32x4_t; PART / 2] {
@@ -209,11 +209,11 @@ fn both_steps([low, high]: [(uint32x4_t, uint32x4_t); 2]) -> [uint32x4_t; PART /
     ]
 }
 
-/// Adds the product of two rows of `a` and two of `b`, each four deep.
+/// Adds the product of two rows of `a` and two rows of `b`, each four numbers deep, to `sum`.
 #[target_feature(enable = "neon,bf16")]
 #[inline]
 fn matrices(mut sum: float32x4_t, a: uint32x4_t, b: uint32x4_t) -> float32x4_t {
-    // SAFETY: registers alone; the processor has bf16, as whoever calls a function with this feature saw.
+    // SAFETY: the instruction uses registers alone, and callers of a function with this feature made sure that the processor has it.
     unsafe {
         asm!(
             "bfmmla {sum:v}.4s, {a:v}.8h, {b:v}.8h",
@@ -226,21 +226,21 @@ fn matrices(mut sum: float32x4_t, a: uint32x4_t, b: uint32x4_t) -> float32x4_t {
     sum
 }
 
-/// Stores eight lanes of a row, added to what they are to be added to.
+/// Stores eight lanes of a row, added to the tile's `from`.
 ///
 /// # Safety
-/// `place` and the 7 behind it are in a wanted row. See [`Tile`].
+/// `index` and the 7 behind it are in a wanted row. See [`Tile`].
 #[inline]
-unsafe fn store<A: Copy, B: Copy>(tile: Tile<A, B>, place: usize, sums: [float32x4_t; 2]) {
+unsafe fn store<A: Copy, B: Copy>(tile: Tile<A, B>, index: usize, sums: [float32x4_t; 2]) {
     for (at, sum) in sums.into_iter().enumerate() {
-        let place = place + at * VECTOR;
+        let index = index + at * VECTOR;
         // SAFETY: the caller's promise, and every 64-bit Arm has NEON.
         unsafe {
             let sum = match tile.from {
-                Some(from) => vaddq_f32(vld1q_f32(from.add(place)), sum),
+                Some(from) => vaddq_f32(vld1q_f32(from.add(index)), sum),
                 None => sum,
             };
-            vst1q_f32(tile.c.add(place), sum);
+            vst1q_f32(tile.c.add(index), sum);
         }
     }
 }
@@ -255,7 +255,7 @@ pub(super) fn pair_rows(first: &[f32; LANES], second: &[f32; LANES], out: &mut [
         let (first, second) = (row(first), row(second));
         let pairs =
             std::arch::aarch64::vcombine_u16(vzip1_u16(first, second), vzip2_u16(first, second));
-        // SAFETY: and so has the result. The first number of a pair is in the low half of its 32 bits.
+        // SAFETY: the result has a whole number of vectors too. The first number of a pair is in the low half of its 32 bits.
         unsafe { vst1q_u16(out.as_mut_ptr().add(at).cast(), pairs) };
     }
 }

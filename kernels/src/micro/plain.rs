@@ -1,15 +1,14 @@
-//! The tiles of [`super`] by loops that the compiler makes vectors of.
+//! The tiles of [`super`] by loops that the compiler vectorises.
 
 use super::{LANES, TILE, Tile};
 use crate::dispatch::{Loop, fma};
 
-/// The tile by loops that the compiler makes vectors of: four rows by eight lanes at a time, so that
-/// 16 registers of four floats do.
+/// A tile in f32: four rows by eight lanes at a time, so that 16 registers of four floats are enough.
 pub(super) struct Plain<const M: usize, const V: usize, const RS: usize, const KS: usize>(
     pub(super) Tile<f32, f32>,
 );
 
-/// Lanes of a part.
+/// The lanes of a part of a tile.
 const PART: usize = 8;
 
 impl<const M: usize, const V: usize, const RS: usize, const KS: usize> Loop
@@ -34,8 +33,8 @@ impl<const M: usize, const V: usize, const RS: usize, const KS: usize> Plain<M, 
         let tile = self.0;
         let count = tile.rows.min(M) - row;
         let mut sums = [[0f32; PART]; 4];
-        // Rows that are not wanted repeat the last one.
-        let places: [usize; 4] = std::array::from_fn(|i| (row + i.min(count - 1)) * RS);
+        // Rows after the last wanted one repeat it.
+        let indices: [usize; 4] = std::array::from_fn(|i| (row + i.min(count - 1)) * RS);
         for k in 0..tile.depth {
             // SAFETY: inside row `k` of `b`.
             let b = unsafe {
@@ -44,9 +43,9 @@ impl<const M: usize, const V: usize, const RS: usize, const KS: usize> Plain<M, 
                     .cast::<[f32; PART]>()
                     .read_unaligned()
             };
-            for (sums, place) in sums.iter_mut().zip(places) {
+            for (sums, index) in sums.iter_mut().zip(indices) {
                 // SAFETY: one of the `a(i, k)`.
-                let a = unsafe { *tile.a.add(place + k * KS) };
+                let a = unsafe { *tile.a.add(index + k * KS) };
                 for (sum, b) in sums.iter_mut().zip(b) {
                     *sum = fma::<FMA>(a, b, *sum);
                 }
@@ -56,16 +55,16 @@ impl<const M: usize, const V: usize, const RS: usize, const KS: usize> Plain<M, 
             for (at, sum) in sums.iter().enumerate() {
                 // SAFETY: a wanted row of `c`.
                 unsafe {
-                    let place = (row + i) * V * 16 + lane + at;
-                    let sum = tile.from.map_or(*sum, |from| *from.add(place) + sum);
-                    *tile.c.add(place) = sum;
+                    let index = (row + i) * V * 16 + lane + at;
+                    let sum = tile.from.map_or(*sum, |from| *from.add(index) + sum);
+                    *tile.c.add(index) = sum;
                 }
             }
         }
     }
 }
 
-/// The tile of pairs by loops, for processors without an instruction for it.
+/// A tile of pairs of bf16, for processors without an instruction for them.
 pub(super) struct PlainPairs<const M: usize>(pub(super) Tile<u32, u32>);
 
 impl<const M: usize> Loop for PlainPairs<M> {
@@ -88,11 +87,11 @@ impl<const M: usize> Loop for PlainPairs<M> {
                 }
             }
             for (lane, sum) in sums.iter().enumerate() {
-                let place = row * LANES + lane;
+                let index = row * LANES + lane;
                 // SAFETY: a wanted row of `c` and of `from`.
                 unsafe {
-                    let sum = tile.from.map_or(*sum, |from| *from.add(place) + sum);
-                    *tile.c.add(place) = sum;
+                    let sum = tile.from.map_or(*sum, |from| *from.add(index) + sum);
+                    *tile.c.add(index) = sum;
                 }
             }
         }

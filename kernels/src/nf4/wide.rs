@@ -1,7 +1,7 @@
-//! The loops of [`super`] in AVX-512, whole blocks only: codes by looking up instead of counting.
+//! The loops of [`super`] in AVX-512, for complete blocks only. Codes are looked up instead of counted.
 //!
-//! A share is multiplied by [`STEPS`] and rounded, which gives one of 31 cells so narrow that none holds two midpoints. Its code
-//! is the number of midpoints in lower cells, and one more if it is above the midpoint in its own.
+//! A scaled value is multiplied by [`STEPS`] and rounded, which gives one of 31 cells so narrow that none holds two midpoints. Its
+//! code is the number of midpoints in lower cells, plus one if the value is above the midpoint in its own cell.
 
 use std::arch::x86_64::{
     __m256i, __m512, __m512i, _CMP_GT_OQ, _mm256_loadu_si256, _mm256_permutexvar_epi16,
@@ -13,15 +13,16 @@ use std::arch::x86_64::{
     _mm512_set1_epi32, _mm512_set1_ps, _mm512_slli_epi32,
 };
 
-use super::{BLOCK, MIDPOINTS, Stored, share};
+use super::{BLOCK, MIDPOINTS, inverse_absmax};
+use crate::FloatType;
 
-/// Cells in 1.
+/// The number of cells between 0 and 1.
 const STEPS: f32 = 15.4;
-/// Added to a small number, it leaves the nearest whole number in the lowest bits.
+/// Added to a small number, it leaves the nearest integer in the lowest bits.
 const ROUNDER: f32 = 12_582_912.;
 
-/// For each cell, by the lowest five bits of its number: the midpoint in it, or what nothing is above, and the number of
-/// midpoints in lower cells.
+/// For each cell, by the lowest five bits of its number: the midpoint in it (infinity if there is none), and the number of midpoints
+/// in lower cells.
 const CELLS: ([f32; 32], [i32; 32]) = cells();
 
 const fn cells() -> ([f32; 32], [i32; 32]) {
@@ -29,17 +30,17 @@ const fn cells() -> ([f32; 32], [i32; 32]) {
     let mut below = [0; 32];
     let mut cell = -16;
     while cell < 16 {
-        let place = (cell & 31) as usize;
+        let index = (cell & 31) as usize;
         let mut number = 0;
         while number < MIDPOINTS.len() {
-            // Rounded towards zero, which is down for what is not negative.
+            // The conversion rounds towards zero, which is down for this sum, because it is not negative.
             let found = (MIDPOINTS[number] as f64 * STEPS as f64 + 16.5) as i32 - 16;
             if found < cell {
-                below[place] += 1;
+                below[index] += 1;
             }
             if found == cell {
-                assert!(own[place] == f32::INFINITY, "two midpoints in a cell");
-                own[place] = MIDPOINTS[number];
+                assert!(own[index] == f32::INFINITY, "two midpoints in a cell");
+                own[index] = MIDPOINTS[number];
             }
             number += 1;
         }
@@ -48,59 +49,59 @@ const fn cells() -> ([f32; 32], [i32; 32]) {
     (own, below)
 }
 
-/// The values of a block.
+/// The values of a complete block.
 #[target_feature(enable = "avx512f")]
-fn values(stored: Stored, block: &[u8]) -> [__m512; 4] {
-    assert!(block.len() >= BLOCK * stored.size());
+fn values(dtype: FloatType, block: &[u8]) -> [__m512; 4] {
+    assert!(block.len() >= BLOCK * dtype.size());
     let half = |quarter: usize| {
         // SAFETY: 32 bytes of the block, which was found to be long enough.
         unsafe { _mm256_loadu_si256(block.as_ptr().add(quarter * 32).cast()) }
     };
-    match stored {
-        Stored::F32 => std::array::from_fn(|quarter| {
+    match dtype {
+        FloatType::F32 => std::array::from_fn(|quarter| {
             // SAFETY: 64 bytes of the block.
             unsafe { _mm512_loadu_ps(block.as_ptr().add(quarter * 64).cast()) }
         }),
-        Stored::F16 => std::array::from_fn(|quarter| _mm512_cvtph_ps(half(quarter))),
-        Stored::Bf16 => std::array::from_fn(|quarter| {
+        FloatType::F16 => std::array::from_fn(|quarter| _mm512_cvtph_ps(half(quarter))),
+        FloatType::Bf16 => std::array::from_fn(|quarter| {
             let upper = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(half(quarter)));
             _mm512_castsi512_ps(upper)
         }),
     }
 }
 
-/// The largest magnitude, see `super::most`.
+/// The largest magnitude, see `super::block_absmax`.
 #[target_feature(enable = "avx512f")]
-fn most(values: &[__m512; 4]) -> f32 {
+fn block_absmax(values: &[__m512; 4]) -> f32 {
     let no_sign = _mm512_set1_epi32(0x7fff_ffff);
     let [a, b, c, d] = values.map(|x| _mm512_and_si512(_mm512_castps_si512(x), no_sign));
-    let most = _mm512_max_epu32(_mm512_max_epu32(a, b), _mm512_max_epu32(c, d));
-    f32::from_bits(_mm512_reduce_max_epu32(most))
+    let largest = _mm512_max_epu32(_mm512_max_epu32(a, b), _mm512_max_epu32(c, d));
+    f32::from_bits(_mm512_reduce_max_epu32(largest))
 }
 
-/// See [`super::largest`]. Gives the number of blocks that are done: all whole ones.
+/// See [`super::absmax`]. Returns the number of blocks that are done, which is all complete ones.
 #[target_feature(enable = "avx512f")]
-pub(super) fn largest(stored: Stored, bytes: &[u8], out: &mut [f32]) -> usize {
-    let blocks = bytes.chunks_exact(BLOCK * stored.size()).zip(out);
+pub(super) fn absmax(dtype: FloatType, bytes: &[u8], out: &mut [f32]) -> usize {
+    let blocks = bytes.chunks_exact(BLOCK * dtype.size()).zip(out);
     let mut done = 0;
     for (block, out) in blocks {
-        *out = most(&values(stored, block));
+        *out = block_absmax(&values(dtype, block));
         done += 1;
     }
     done
 }
 
-/// See [`super::pack`]. Gives the number of blocks that are done: all whole ones.
+/// See [`super::pack`]. Returns the number of blocks that are done, which is all complete ones.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-pub(super) fn pack(stored: Stored, bytes: &[u8], packed: &mut [u8]) -> usize {
+pub(super) fn pack(dtype: FloatType, bytes: &[u8], packed: &mut [u8]) -> usize {
     let tables = Tables::new();
     let packed = packed.as_chunks_mut::<{ BLOCK / 2 }>().0;
-    let blocks = bytes.chunks_exact(BLOCK * stored.size()).zip(packed);
+    let blocks = bytes.chunks_exact(BLOCK * dtype.size()).zip(packed);
     let mut done = 0;
     for (block, packed) in blocks {
-        let values = values(stored, block);
-        let inverse = _mm512_set1_ps(share(most(&values)));
-        let codes = values.map(|x| tables.codes(_mm512_mul_ps(x, inverse)));
+        let values = values(dtype, block);
+        let scale = _mm512_set1_ps(inverse_absmax(block_absmax(&values)));
+        let codes = values.map(|x| tables.codes(_mm512_mul_ps(x, scale)));
         let bytes = tables.pairs(codes);
         // SAFETY: 32 bytes, as long as `packed`.
         unsafe { _mm256_storeu_si256(packed.as_mut_ptr().cast(), bytes) };
@@ -109,7 +110,7 @@ pub(super) fn pack(stored: Stored, bytes: &[u8], packed: &mut [u8]) -> usize {
     done
 }
 
-/// What stays in registers.
+/// The constants, which stay in registers.
 struct Tables {
     steps: __m512,
     rounder: __m512,
@@ -142,12 +143,12 @@ impl Tables {
             below: below.map(|x| _mm512_castps_si512(x)),
             one: _mm512_set1_epi32(1),
             factors: _mm512_set1_epi16(0x0110),
-            // Pair `4 a + b` of pairs lies at `4 b + a`; the last one is named first.
+            // Pair `4 a + b` lies at `4 b + a`. The intrinsic takes the last element first.
             order: _mm256_set_epi16(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0),
         }
     }
 
-    /// The codes of 16 shares from -1 to 1.
+    /// The codes of 16 scaled values from -1 to 1.
     #[target_feature(enable = "avx512f")]
     fn codes(&self, shares: __m512) -> __m512i {
         let cell = _mm512_fmadd_ps(shares, self.steps, self.rounder);
@@ -158,7 +159,7 @@ impl Tables {
         _mm512_mask_add_epi32(below, above, below, self.one)
     }
 
-    /// Two codes a byte, the first one in the upper half.
+    /// Packs two codes a byte, the first one in the upper half.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
     fn pairs(&self, [a, b, c, d]: [__m512i; 4]) -> __m256i {
         // Each quarter of 16 bytes has four codes of `a`, of `b`, of `c` and of `d`.

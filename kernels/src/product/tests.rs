@@ -3,8 +3,9 @@
 use half::{bf16, f16};
 
 use super::*;
+use crate::FloatType;
 use crate::dispatch::tests::with_each;
-use crate::matrix::{Nf4, Rounding, Values};
+use crate::matrix::{Nf4, Values};
 use crate::panels::{column, fill, size};
 
 /// Numbers between -1 and 1.
@@ -32,7 +33,7 @@ struct Weights {
     absmax: Vec<f32>,
 }
 
-fn nf4(weights: &Weights, rounding: Rounding) -> Values<'_> {
+fn nf4(weights: &Weights, rounding: FloatType) -> Values<'_> {
     Values::Nf4(Nf4 {
         packed: &weights.packed,
         absmax: &weights.absmax,
@@ -80,8 +81,8 @@ fn every_kind_of_weight_is_multiplied() {
                 Values::F32(&weights.f32),
                 Values::Bf16(&weights.bf16),
                 Values::F16(&weights.f16),
-                nf4(&weights, Rounding::F32),
-                nf4(&weights, Rounding::F16),
+                nf4(&weights, FloatType::F32),
+                nf4(&weights, FloatType::F16),
             ] {
                 for transposed in [false, true] {
                     for half in [false, true] {
@@ -98,7 +99,7 @@ fn every_kind_of_weight_is_multiplied() {
                         let mut panels = vec![0.; size(depth, tokens)];
                         fill(&mut panels, depth, tokens, |t| &x[t]);
                         let factor = if half {
-                            Factor::Pairs(Pairs::of(&panels, depth, |length| vec![9; length]))
+                            Factor::Pairs(Pairs::round(&panels, depth, |length| vec![9; length]))
                         } else {
                             Factor::F32(&panels)
                         };

@@ -43,8 +43,8 @@ fn plain([q, k, v, g]: [&[f32]; 4], heads: Heads, spans: &Spans) -> Plain {
                 let own = ((start + token) * queries + head) * width;
                 let own = own..own + width;
                 let key = |key: u32| {
-                    let place = tokens[key as usize] * keys + head / (queries / keys);
-                    place * width..(place + 1) * width
+                    let index = tokens[key as usize] * keys + head / (queries / keys);
+                    index * width..(index + 1) * width
                 };
                 let seen: Vec<u32> = (seen.first..seen.to)
                     .filter(|key| *key < seen.prefix || *key >= seen.from)

@@ -2,15 +2,16 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use crate::FloatType;
 use crate::attention::{
     Gradients, Heads, Inputs, Span, Spans, Visible, attention, attention_backward,
 };
 use crate::bf16::pairs;
 use crate::dropout::Dropout;
 use crate::elementwise as each;
-use crate::matrix::{Matrix, Nf4, Rounding, Values};
+use crate::matrix::{Matrix, Nf4, Values};
 use crate::merge::{self, Update};
-use crate::nf4::{self, Stored};
+use crate::nf4;
 use crate::panels::{self, LANES, column, fill, size};
 use crate::product::{Factor, Onto, Pairs, Product, Term, product, products};
 use crate::reduce::{Order, outer, sum_over_tokens};
@@ -63,7 +64,9 @@ fn products_refuse_wrong_sizes() {
     refused("what is added to", "added to", || {
         run(good, weight, &factor, Onto::Values(&values));
     });
-    let pairs = Factor::Pairs(Pairs::of(&floats(size(5, 40)), 5, |count| vec![0; count]));
+    let pairs = Factor::Pairs(Pairs::round(&floats(size(5, 40)), 5, |count| {
+        vec![0; count]
+    }));
     refused("pairs of another width", "the factor", || {
         run(good, weight, &pairs, Onto::Zero);
     });
@@ -84,7 +87,7 @@ fn products_refuse_wrong_sizes() {
         packed: &[0; 8],
         absmax: &[],
         code: &code,
-        rounding: Rounding::F32,
+        rounding: FloatType::F32,
     };
     assert!(Matrix::new(Values::Nf4(nf4), 5, 3).is_none());
 }
@@ -124,13 +127,13 @@ fn a_product_without_terms_or_depth_is_what_it_is_added_to() {
                 onto,
                 bias: Some(&[2., 3.]),
             }]);
-            let row = |place: usize| [2., 3.][place / LANES % 2];
+            let row = |index: usize| [2., 3.][index / LANES % 2];
             let values = match onto {
                 Onto::Values(values) => values.to_vec(),
                 _ => vec![0.; out.len()],
             };
             let expected = values.iter().enumerate();
-            let expected: Vec<f32> = expected.map(|(place, x)| x + row(place)).collect();
+            let expected: Vec<f32> = expected.map(|(index, x)| x + row(index)).collect();
             assert_eq!(out, expected, "{onto:?}");
         }
     }
@@ -152,13 +155,13 @@ fn a_product_without_terms_or_depth_is_what_it_is_added_to() {
 fn pairs_and_panels_refuse_wrong_sizes() {
     let data = floats(size(3, 40));
     refused("pairs of a part", "to pair", || {
-        Pairs::of(&data[1..], 3, |count| vec![0; count])
+        Pairs::round(&data[1..], 3, |count| vec![0; count])
     });
     refused("pairs of other features", "to pair", || {
-        Pairs::of(&data, 7, |count| vec![0; count])
+        Pairs::round(&data, 7, |count| vec![0; count])
     });
     refused("no features", "to pair", || {
-        Pairs::of(&data, 0, |count| vec![0; count])
+        Pairs::round(&data, 0, |count| vec![0; count])
     });
     refused("too few pairs", "the pairs", || {
         pairs(&data, 3, &mut vec![0; 2 * LANES]);
@@ -296,20 +299,20 @@ fn sums_refuse_wrong_sizes() {
 #[test]
 fn four_bits_refuse_wrong_sizes() {
     refused("half a value", "no values", || {
-        nf4::largest(Stored::F32, &[0; 7], &mut [0.; 1]);
+        nf4::absmax(FloatType::F32, &[0; 7], &mut [0.; 1]);
     });
     refused("too many places", "places for", || {
-        nf4::largest(Stored::F16, &[0; 128], &mut [0.; 2]);
+        nf4::absmax(FloatType::F16, &[0; 128], &mut [0.; 2]);
     });
     refused("too few places", "places for", || {
-        nf4::largest(Stored::F16, &[0; 130], &mut [0.; 1]);
+        nf4::absmax(FloatType::F16, &[0; 130], &mut [0.; 1]);
     });
     refused("half a value", "no values", || {
-        nf4::pack(Stored::Bf16, &[0; 7], &mut [0; 2]);
+        nf4::pack(FloatType::Bf16, &[0; 7], &mut [0; 2]);
     });
     for count in [31, 33] {
         refused("codes", "bytes for", || {
-            nf4::pack(Stored::Bf16, &[0; 128], &mut vec![0; count]);
+            nf4::pack(FloatType::Bf16, &[0; 128], &mut vec![0; count]);
         });
     }
     let code = [0f32; 16];
@@ -317,7 +320,7 @@ fn four_bits_refuse_wrong_sizes() {
         packed: &[0; 64],
         absmax: &[1., 1.],
         code: &code,
-        rounding: Rounding::F32,
+        rounding: FloatType::F32,
     };
     weight.dequantise(3, &mut [0.; 125]);
     for (first, count) in [(0, 129), (128, 1), (usize::MAX, 2)] {
@@ -327,7 +330,7 @@ fn four_bits_refuse_wrong_sizes() {
     }
     // What has no code gets any, and hurts nobody.
     let infinite = [0xff; 4 * 64 * 3];
-    nf4::pack(Stored::F32, &infinite, &mut [0; 96]);
+    nf4::pack(FloatType::F32, &infinite, &mut [0; 96]);
 }
 
 #[test]
@@ -377,20 +380,20 @@ fn vectors_refuse_wrong_sizes() {
         attention.compute(4);
     });
     refused("part of a row", "rows as long", || {
-        vectors::norm(&floats(7), &floats(3), 1e-5, &mut floats(7));
+        vectors::rms_norm(&floats(7), &floats(3), 1e-5, &mut floats(7));
     });
     refused("another result", "output's size", || {
-        vectors::norm(&floats(6), &floats(3), 1e-5, &mut floats(5));
+        vectors::rms_norm(&floats(6), &floats(3), 1e-5, &mut floats(5));
     });
-    vectors::norm(&[], &[], 1e-5, &mut []);
+    vectors::rms_norm(&[], &[], 1e-5, &mut []);
     refused("unlike gates", "gate and up", || {
-        vectors::gate(&mut floats(4), &floats(5));
+        vectors::swiglu(&mut floats(4), &floats(5));
     });
     refused("unlike angles", "cos and sin", || {
-        vectors::rotate(&mut floats(8), &floats(2), &floats(3), 1.);
+        vectors::rope(&mut floats(8), &floats(2), &floats(3), 1.);
     });
     refused("part of a head", "whole heads", || {
-        vectors::rotate(&mut floats(9), &floats(2), &floats(2), 1.);
+        vectors::rope(&mut floats(9), &floats(2), &floats(2), 1.);
     });
 }
 
@@ -522,9 +525,9 @@ fn attention_refuses_wrong_sizes() {
         "like the queries",
         "softmax's sums",
     ];
-    for (place, expected) in expected.into_iter().enumerate() {
+    for (index, expected) in expected.into_iter().enumerate() {
         let mut bad = good;
-        bad[place] -= LANES;
+        bad[index] -= LANES;
         refused("forward", expected, || forward(HEADS, &spans, bad));
     }
     let far: Spans = [span(64, &[seen(0, 0, 1)])].into_iter().collect();
@@ -533,7 +536,7 @@ fn attention_refuses_wrong_sizes() {
     });
     let good = [q, k, k, sums, q, q, k, k];
     backward(good);
-    for (place, expected) in [
+    for (index, expected) in [
         (3, "softmax's sums"),
         (4, "like the queries"),
         (5, "like the queries"),
@@ -541,7 +544,7 @@ fn attention_refuses_wrong_sizes() {
         (7, "values' gradient"),
     ] {
         let mut bad = good;
-        bad[place] -= LANES;
+        bad[index] -= LANES;
         refused("backward", expected, || backward(bad));
     }
 }

@@ -3,12 +3,13 @@
 use half::{bf16, f16};
 
 use super::guard::{Guarded, Side};
+use crate::FloatType;
 use crate::dispatch::tests::with_each;
 use crate::dropout::Dropout;
 use crate::elementwise as each;
-use crate::matrix::{Matrix, Nf4, Rounding, Values};
+use crate::matrix::{Matrix, Nf4, Values};
 use crate::merge::{self, Update};
-use crate::nf4::{self, Stored};
+use crate::nf4;
 use crate::panels::{LANES, column, fill, size};
 use crate::product::tests::numbers;
 use crate::product::{Factor, Onto, Pairs, Product, Term, products};
@@ -55,9 +56,9 @@ pub(super) fn guarded_panels(
 
 pub(super) fn near(what: &str, ours: impl IntoIterator<Item = f32>, exact: &[f64], bound: f64) {
     let mut count = 0;
-    for (place, ours) in ours.into_iter().enumerate() {
-        let far = (f64::from(ours) - exact[place]).abs();
-        assert!(far <= bound, "{what}, {place}: {ours} {}", exact[place]);
+    for (index, ours) in ours.into_iter().enumerate() {
+        let far = (f64::from(ours) - exact[index]).abs();
+        assert!(far <= bound, "{what}, {index}: {ours} {}", exact[index]);
         count += 1;
     }
     assert_eq!(count, exact.len(), "{what}");
@@ -82,7 +83,7 @@ fn products_of_any_shape() {
                 packed: &packed,
                 absmax: &absmax,
                 code: &code,
-                rounding: Rounding::Bf16,
+                rounding: FloatType::Bf16,
             };
             let codes = packed.iter().flat_map(|byte| [byte >> 4, byte & 15]);
             let four: Vec<f32> = codes
@@ -115,7 +116,7 @@ fn products_of_any_shape() {
             let rows = numbers(tokens * depth, case + 2);
             let x = guarded_panels(side, &rows, depth, tokens);
             let factor = if half {
-                Factor::Pairs(Pairs::of(&x, depth, |length| vec![9; length]))
+                Factor::Pairs(Pairs::round(&x, depth, |length| vec![9; length]))
             } else {
                 Factor::F32(&x)
             };
@@ -185,10 +186,10 @@ fn sums_over_tokens_of_any_shape() {
             };
             let exact: Vec<f64> = match order {
                 Order::Straight => (0..rows * columns)
-                    .map(|place| at(place / columns, place % columns))
+                    .map(|index| at(index / columns, index % columns))
                     .collect(),
                 Order::Transposed => (0..rows * columns)
-                    .map(|place| at(place % rows, place / rows))
+                    .map(|index| at(index % rows, index / rows))
                     .collect(),
             };
             let what = format!("{isa:?} {rows} x {columns}, {tokens}, {order:?}");
@@ -275,11 +276,11 @@ fn loops_over_features_of_any_shape() {
             assert!(gated.iter().all(|x| x.is_finite()), "{what}");
 
             let dropout = Dropout { start: 5, p: 0.4 };
-            let places: Vec<u64> = (0..tokens as u64).rev().collect();
+            let indices: Vec<u64> = (0..tokens as u64).rev().collect();
             let mut dropped = side.copy(&x);
-            dropout.apply(&mut dropped, features, &side.copy(&places));
-            for (token, place) in places.iter().enumerate() {
-                let factors = dropout.factors(place * features as u64);
+            dropout.apply(&mut dropped, features, &side.copy(&indices));
+            for (token, index) in indices.iter().enumerate() {
+                let factors = dropout.factors(index * features as u64);
                 let row = &rows[token * features..][..features];
                 let exact = row.iter().zip(factors).map(|(x, factor)| x * factor);
                 assert!(column(&dropped, features, token).eq(exact), "{what}");
@@ -307,10 +308,10 @@ fn rotations_of_any_shape() {
             for token in 0..tokens {
                 let exact: Vec<f64> = (0..features)
                     .map(|f| {
-                        let (place, upper) = (f % half, f / half % 2 == 1);
+                        let (index, upper) = (f % half, f / half % 2 == 1);
                         let at = |f: usize| f64::from(rows[token * features + f]);
-                        let c = f64::from(cos[token * half + place]);
-                        let s = f64::from(sin[token * half + place]);
+                        let c = f64::from(cos[token * half + index]);
+                        let s = f64::from(sin[token * half + index]);
                         if upper {
                             at(f) * c + at(f - half) * s
                         } else {
@@ -349,19 +350,19 @@ fn vocabularies_and_four_bits_of_any_length() {
 
             let count = dice.size(400);
             let values = numbers(count, case + 1);
-            for stored in [Stored::F32, Stored::Bf16, Stored::F16] {
+            for stored in [FloatType::F32, FloatType::Bf16, FloatType::F16] {
                 let bytes: Vec<u8> = values
                     .iter()
                     .flat_map(|x| match stored {
-                        Stored::F32 => x.to_le_bytes().to_vec(),
-                        Stored::Bf16 => bf16::from_f32(*x).to_le_bytes().to_vec(),
-                        Stored::F16 => half::f16::from_f32(*x).to_le_bytes().to_vec(),
+                        FloatType::F32 => x.to_le_bytes().to_vec(),
+                        FloatType::Bf16 => bf16::from_f32(*x).to_le_bytes().to_vec(),
+                        FloatType::F16 => half::f16::from_f32(*x).to_le_bytes().to_vec(),
                     })
                     .collect();
                 let bytes = side.copy(&bytes);
                 let mut most = side.copy(&vec![f32::NAN; count.div_ceil(64)]);
                 let mut packed = side.copy(&vec![0xaa; count.div_ceil(2)]);
-                nf4::largest(stored, &bytes, &mut most);
+                nf4::absmax(stored, &bytes, &mut most);
                 nf4::pack(stored, &bytes, &mut packed);
                 for (i, x) in values.iter().enumerate() {
                     let byte = packed[i / 2];
@@ -398,8 +399,8 @@ fn merges_and_vectors_of_any_shape() {
             };
             merge::add(update, first, &mut values);
             let exact: Vec<f64> = (first..first + count)
-                .map(|place| {
-                    let (row, column) = (place / columns, place % columns);
+                .map(|index| {
+                    let (row, column) = (index / columns, index % columns);
                     let terms = (0..rank)
                         .map(|k| f64::from(b[row * rank + k]) * f64::from(a[k * columns + column]));
                     1. + 0.5 * terms.sum::<f64>()
@@ -426,7 +427,7 @@ fn merges_and_vectors_of_any_shape() {
                 .collect();
             let packed = side.copy(&packed);
             let absmax = side.copy(&numbers((rows * deep).div_ceil(64), case + 4));
-            for rounding in [Rounding::F32, Rounding::Bf16, Rounding::F16] {
+            for rounding in [FloatType::F32, FloatType::Bf16, FloatType::F16] {
                 let nf4 = Nf4 {
                     packed: &packed,
                     absmax: &absmax,
@@ -434,13 +435,13 @@ fn merges_and_vectors_of_any_shape() {
                     rounding,
                 };
                 let dense: Vec<f32> = (0..rows * deep)
-                    .map(|place| {
-                        let code = packed[place / 2] >> (4 - 4 * (place % 2)) & 15;
-                        let value = nf4::CODE[usize::from(code)] * absmax[place / 64];
+                    .map(|index| {
+                        let code = packed[index / 2] >> (4 - 4 * (index % 2)) & 15;
+                        let value = nf4::CODE[usize::from(code)] * absmax[index / 64];
                         match rounding {
-                            Rounding::F32 => value,
-                            Rounding::Bf16 => bf16::from_f32(value).to_f32(),
-                            Rounding::F16 => f16::from_f32(value).to_f32(),
+                            FloatType::F32 => value,
+                            FloatType::Bf16 => bf16::from_f32(value).to_f32(),
+                            FloatType::F16 => f16::from_f32(value).to_f32(),
                         }
                     })
                     .collect();
@@ -515,8 +516,8 @@ fn check_vectors(
         out: &mut out,
     }]);
     let exact: Vec<f64> = (0..vectors * rows)
-        .map(|place| {
-            let (vector, row) = (place / rows, place % rows);
+        .map(|index| {
+            let (vector, row) = (index / rows, index % rows);
             let x = &x[vector * columns..][..columns];
             let w = &dense[row * columns..][..columns];
             x.iter()

@@ -1,13 +1,13 @@
-//! Attention of single tokens to what their text has so far.
+//! Attention of single tokens to the cached keys and values of their sequence.
 
 use half::bf16;
 
-use super::plain::{LANES, Stored, lanes, total};
+use super::plain::{LANES, StoredFloat, lanes, total};
 use crate::bf16::bf16_bits;
 use crate::dispatch::{Loop, fma, run};
 use crate::exp::exp;
 
-/// Keys or values of one key head, a token after the other: (length, width).
+/// The cached keys or values (length, width) of one key head, row-major.
 #[derive(Debug, Clone, Copy)]
 pub enum Cached<'a> {
     /// Single precision.
@@ -25,25 +25,26 @@ impl Cached<'_> {
     }
 }
 
-/// Attention of one token's query heads that share a key head.
+/// Attention of one token, for the query heads that share a key head.
 pub struct Attention<'a> {
-    /// (query heads, width), scaled already.
+    /// The queries (query heads, width), already divided by `sqrt(width)`.
     pub query: &'a [f32],
-    /// Their keys, (length, width).
+    /// The keys (length, width).
     pub keys: Cached<'a>,
-    /// Their values, (length, width).
+    /// The values (length, width).
     pub values: Cached<'a>,
-    /// (query heads, width).
+    /// The results (query heads, width); overwritten.
     pub out: &'a mut [f32],
-    /// Whether scores and probabilities are rounded to bf16, as a product in bf16 leaves them.
+    /// Whether scores and probabilities are rounded to bf16, as products in bf16 round them.
     pub rounded: bool,
 }
 
 impl Attention<'_> {
-    /// Computes `softmax(q K^T) V`.
+    /// Computes `softmax(q K^T) V` (Vaswani et al. 2017, arXiv 1706.03762, equation 1) for heads of `width` features.
     ///
     /// # Panics
-    /// If sizes don't fit, or keys and values are stored differently.
+    /// If `width` is 0, `query` or `keys` is not a whole number of rows of `width`, there is no key, `out` has another size than
+    /// `query` or `values` than `keys`, or keys and values have different types.
     pub fn compute(self, width: usize) {
         assert!(width > 0, "the width of a head");
         let (keys, values) = (self.keys.len(), self.values.len());
@@ -83,10 +84,10 @@ struct Attend<'a, T> {
     width: usize,
 }
 
-/// Columns of values that are summed up in registers.
+/// The columns of values that are summed in registers.
 const COLUMNS: usize = 64;
 
-impl<T: Stored> Loop for Attend<'_, T> {
+impl<T: StoredFloat> Loop for Attend<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -132,9 +133,9 @@ impl<T: Stored> Loop for Attend<'_, T> {
     }
 }
 
-/// Products of a vector with `R` others, one after the other.
+/// The dot products of a vector with `R` consecutive rows.
 #[inline(always)]
-fn dots<T: Stored, const R: usize, const FMA: bool>(a: &[f32], rows: &[T]) -> [f32; R] {
+fn dots<T: StoredFloat, const R: usize, const FMA: bool>(a: &[f32], rows: &[T]) -> [f32; R] {
     let width = a.len();
     let rows: [&[T]; R] = std::array::from_fn(|row| &rows[row * width..][..width]);
     let mut sums = [[0f32; LANES]; R];
@@ -142,7 +143,7 @@ fn dots<T: Stored, const R: usize, const FMA: bool>(a: &[f32], rows: &[T]) -> [f
     for from in (0..whole).step_by(LANES) {
         let a = lanes(a, from);
         for (sums, row) in sums.iter_mut().zip(rows) {
-            let b = lanes(row, from).map(Stored::get);
+            let b = lanes(row, from).map(StoredFloat::get);
             for (sum, (a, b)) in sums.iter_mut().zip(a.into_iter().zip(b)) {
                 *sum = fma::<FMA>(a, b, *sum);
             }
@@ -154,9 +155,9 @@ fn dots<T: Stored, const R: usize, const FMA: bool>(a: &[f32], rows: &[T]) -> [f
     })
 }
 
-/// The sum of `p[token]` times the first [`COLUMNS`] values of each row of `width`.
+/// The sum over tokens of `p[token]` times the first [`COLUMNS`] values of the token's row of `width`.
 #[inline(always)]
-fn weighted<T: Stored, const FMA: bool>(
+fn weighted<T: StoredFloat, const FMA: bool>(
     p: &[f32],
     values: &[T],
     width: usize,
@@ -174,9 +175,9 @@ fn weighted<T: Stored, const FMA: bool>(
     *out = sums;
 }
 
-/// The same of fewer columns.
+/// Like [`weighted`], for fewer columns.
 #[inline(always)]
-fn weighted_rest<T: Stored, const FMA: bool>(
+fn weighted_rest<T: StoredFloat, const FMA: bool>(
     p: &[f32],
     values: &[T],
     width: usize,

@@ -1,4 +1,4 @@
-//! Rows of weights times a few vectors by loops that the compiler makes vectors of.
+//! Rows of weights times a few vectors, by loops that the compiler vectorises.
 
 use half::bf16;
 
@@ -6,10 +6,10 @@ use super::{Outputs, Part, ROWS};
 use crate::dispatch::{self, Loop, fma};
 use crate::matrix::Values;
 
-/// Floats side by side in a sum.
+/// The number of partial sums of a sum.
 pub(super) const LANES: usize = 16;
 
-/// Some rows of a product. `buffer` is for values of a row.
+/// Computes some rows of a product. `buffer` holds the converted values of a row.
 pub(super) fn run(part: Part<'_>, buffer: &mut Vec<f32>) {
     let vectors = part.x.len().checked_div(part.weight.depth()).unwrap_or(0);
     assert!(
@@ -50,28 +50,28 @@ impl Loop for Plain<'_, '_> {
     }
 }
 
-/// A stored value.
-pub(super) trait Stored: Copy {
+/// A type of stored values.
+pub(super) trait StoredFloat: Copy {
     fn get(self) -> f32;
 }
 
-impl Stored for f32 {
+impl StoredFloat for f32 {
     #[inline(always)]
     fn get(self) -> f32 {
         self
     }
 }
 
-impl Stored for bf16 {
+impl StoredFloat for bf16 {
     #[inline(always)]
     fn get(self) -> f32 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
     }
 }
 
-/// The next rows with all vectors: [`ROWS`] of them, or one where fewer are left. Returns how many.
+/// Multiplies the next rows by all vectors: [`ROWS`] of them, or one where fewer are left. Returns the number of rows.
 #[inline(always)]
-fn block<T: Stored, const FMA: bool>(
+fn block<T: StoredFloat, const FMA: bool>(
     weight: &[T],
     x: &[f32],
     depth: usize,
@@ -92,9 +92,9 @@ fn block<T: Stored, const FMA: bool>(
     rows
 }
 
-/// `R` rows from `row` on with one vector.
+/// Multiplies `R` rows from `row` on by one vector.
 #[inline(always)]
-fn sums<T: Stored, const R: usize, const FMA: bool>(
+fn sums<T: StoredFloat, const R: usize, const FMA: bool>(
     weight: &[T],
     x: &[f32],
     vector: usize,
@@ -108,7 +108,7 @@ fn sums<T: Stored, const R: usize, const FMA: bool>(
     for from in (0..whole).step_by(LANES) {
         let x: [f32; LANES] = lanes(x, from);
         for (sums, row) in sums.iter_mut().zip(rows) {
-            let w = lanes(row, from).map(Stored::get);
+            let w = lanes(row, from).map(StoredFloat::get);
             for (sum, (w, x)) in sums.iter_mut().zip(w.into_iter().zip(x)) {
                 *sum = fma::<FMA>(w, x, *sum);
             }
@@ -122,6 +122,7 @@ fn sums<T: Stored, const R: usize, const FMA: bool>(
     }
 }
 
+/// The [`LANES`] values from index `from` on.
 #[inline(always)]
 pub(super) fn lanes<T: Copy>(values: &[T], from: usize) -> [T; LANES] {
     match values[from..].first_chunk() {
@@ -130,7 +131,7 @@ pub(super) fn lanes<T: Copy>(values: &[T], from: usize) -> [T; LANES] {
     }
 }
 
-/// The sum of the lanes, halves first.
+/// The sum of the lanes, by adding halves to each other.
 #[inline(always)]
 pub(super) fn total(lanes: &[f32; LANES]) -> f32 {
     let mut sums = *lanes;

@@ -1,12 +1,12 @@
-//! What is computed of single rows between the products of text generation.
+//! The operations on single rows between the products of text generation.
 
 use super::plain::{LANES, lanes, total};
 use crate::bf16::bf16_bits;
 use crate::dispatch::{Loop, fma, run};
 use crate::exp::sigmoid;
 
-/// Rounds to bf16.
-pub fn round(values: &mut [f32]) {
+/// Rounds every value to bf16, ties to even, in place, on the calling thread.
+pub fn round_to_bf16(values: &mut [f32]) {
     run(Round(values));
 }
 
@@ -23,11 +23,12 @@ impl Loop for Round<'_> {
     }
 }
 
-/// `x / sqrt(mean(x^2) + eps) * weight` of each row (Zhang and Sennrich 2019, arXiv 1910.07467, equation 4), to `out`.
+/// RMS norm (Zhang and Sennrich 2019, arXiv 1910.07467, equation 4): writes `x / sqrt(mean(x^2) + eps) * weight` of each row of
+/// `x` (rows, `weight.len()`) to `out`, of the same shape.
 ///
 /// # Panics
-/// If `x` is no whole number of rows as long as `weight`, or `out` has another size.
-pub fn norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+/// If `x` is not a whole number of rows of `weight.len()` values, or `out` has another size than `x`.
+pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     assert_eq!(x.len(), out.len(), "the output's size");
     let row = weight.len().max(1);
     assert!(x.len().is_multiple_of(row), "rows as long as the weight");
@@ -71,11 +72,11 @@ impl Loop for Norm<'_> {
     }
 }
 
-/// `gate = silu(gate) * up` (Shazeer 2020, arXiv 2002.05202, section 2).
+/// SwiGLU (Shazeer 2020, arXiv 2002.05202, equation 6, without its products): `gate = silu(gate) * up`, element by element.
 ///
 /// # Panics
-/// If the two have unlike sizes.
-pub fn gate(gate: &mut [f32], up: &[f32]) {
+/// If the lengths of the two differ.
+pub fn swiglu(gate: &mut [f32], up: &[f32]) {
     assert_eq!(gate.len(), up.len(), "the sizes of gate and up");
     run(Gate { gate, up });
 }
@@ -96,12 +97,13 @@ impl Loop for Gate<'_> {
     }
 }
 
-/// Turns the halves of each head of a row by the angles of its position, and multiplies by `scale` (Su et al. 2021,
-/// arXiv 2104.09864, equation 34, with the halves that Llama puts for neighbours). `cos` and `sin` have half a head's width.
+/// Rotary position embedding in place (Su et al. 2021, arXiv 2104.09864, equation 34, with features `i` and `i + cos.len()` of a head
+/// as a pair, as transformers' Llama does): rotates each head of `row` by the angles of its token and multiplies it by `scale`. `cos`
+/// and `sin` have one element for each pair, so a head has `2 * cos.len()` features.
 ///
 /// # Panics
-/// If `row` is no whole number of heads, or `cos` and `sin` have unlike sizes.
-pub fn rotate(row: &mut [f32], cos: &[f32], sin: &[f32], scale: f32) {
+/// If `row` is not a whole number of heads, or the lengths of `cos` and `sin` differ.
+pub fn rope(row: &mut [f32], cos: &[f32], sin: &[f32], scale: f32) {
     assert_eq!(cos.len(), sin.len(), "the sizes of cos and sin");
     let width = (2 * cos.len()).max(1);
     assert!(row.len().is_multiple_of(width), "whole heads");
@@ -130,19 +132,19 @@ impl Loop for Rotate<'_> {
             let (first, second) = head.split_at_mut(half);
             let angles = self.cos.iter().zip(self.sin);
             for ((a, b), (cos, sin)) in first.iter_mut().zip(second).zip(angles) {
-                let transposed = (*a * cos - *b * sin, *b * cos + *a * sin);
-                (*a, *b) = (transposed.0 * self.scale, transposed.1 * self.scale);
+                let rotated = (*a * cos - *b * sin, *b * cos + *a * sin);
+                (*a, *b) = (rotated.0 * self.scale, rotated.1 * self.scale);
             }
         }
     }
 }
 
-/// The place of the largest of some numbers, the first one of equals; `None` if there is none, or one is a NaN or infinite.
+/// The index of the largest value, the first one of equals; `None` if there is no value, or one is a NaN or infinite.
 #[expect(
     clippy::float_cmp,
     reason = "the largest is one of the numbers, as it is"
 )]
-pub fn largest(values: &[f32]) -> Option<usize> {
+pub fn argmax(values: &[f32]) -> Option<usize> {
     let largest = run(Largest(values))?;
     values.iter().position(|value| *value == largest)
 }
@@ -155,7 +157,7 @@ impl Loop for Largest<'_> {
     #[inline(always)]
     fn run<const FMA: bool>(self) -> Option<f32> {
         let mut most = [f32::NEG_INFINITY; LANES];
-        // As bits without a sign, a NaN or an infinity is above all numbers.
+        // Without their sign, the bits of a NaN or an infinity are above those of all finite numbers.
         let mut size = [0u32; LANES];
         let (whole, rest) = self.0.as_chunks::<LANES>();
         for values in whole {

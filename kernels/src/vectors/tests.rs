@@ -3,8 +3,9 @@
 use half::{bf16, f16};
 
 use super::*;
+use crate::FloatType;
 use crate::dispatch::tests::{with_each, with_threads};
-use crate::matrix::{NF4_BLOCK, Nf4, Rounding, Values};
+use crate::matrix::{NF4_BLOCK, Nf4, Values};
 use crate::nf4::CODE;
 
 /// Numbers between -1 and 1 that look random.
@@ -30,10 +31,10 @@ fn plain(weight: &[f32], x: &[f32], height: usize, depth: usize) -> Vec<f64> {
 
 fn close(what: &str, ours: &[f32], plain: &[f64], within: f64) {
     assert_eq!(ours.len(), plain.len());
-    for (place, (a, b)) in ours.iter().zip(plain).enumerate() {
+    for (index, (a, b)) in ours.iter().zip(plain).enumerate() {
         assert!(
             (f64::from(*a) - b).abs() < within,
-            "{what}, {place}: {a}, {b}"
+            "{what}, {index}: {a}, {b}"
         );
     }
 }
@@ -47,7 +48,7 @@ struct Weights {
     absmax: Vec<f32>,
 }
 
-const ROUNDINGS: [Rounding; 3] = [Rounding::F32, Rounding::Bf16, Rounding::F16];
+const ROUNDINGS: [FloatType; 3] = [FloatType::F32, FloatType::Bf16, FloatType::F16];
 
 impl Weights {
     fn new(count: usize) -> Self {
@@ -77,12 +78,12 @@ impl Weights {
                 rounding,
             };
             let codes = self.packed.iter().flat_map(|byte| [byte >> 4, byte & 15]);
-            let values = codes.enumerate().map(|(place, code)| {
-                let value = CODE[usize::from(code)] * self.absmax[place / NF4_BLOCK];
+            let values = codes.enumerate().map(|(index, code)| {
+                let value = CODE[usize::from(code)] * self.absmax[index / NF4_BLOCK];
                 match rounding {
-                    Rounding::F32 => value,
-                    Rounding::Bf16 => bf16::from_f32(value).to_f32(),
-                    Rounding::F16 => f16::from_f32(value).to_f32(),
+                    FloatType::F32 => value,
+                    FloatType::Bf16 => bf16::from_f32(value).to_f32(),
+                    FloatType::F16 => f16::from_f32(value).to_f32(),
                 }
             });
             let values = values.take(self.floats.len()).collect();
@@ -105,7 +106,7 @@ fn product(weight: Matrix<'_>, x: &[f32], rounded: bool) -> Vec<f32> {
 
 fn rounded(x: &[f32]) -> Vec<f32> {
     let mut x = x.to_vec();
-    round(&mut x);
+    round_to_bf16(&mut x);
     x
 }
 
@@ -271,16 +272,16 @@ fn rows_are_those_of_plain_formulas() {
         with_each(|isa| {
             let what = format!("{isa:?} {length}");
             let mut out = vec![f32::NAN; 3 * length];
-            norm(&x, &weight, 1e-5, &mut out);
+            rms_norm(&x, &weight, 1e-5, &mut out);
             close(&what, &out, &normed, 1e-5);
             let mut gates: Vec<f32> = x.iter().map(|x| 8. * x).collect();
-            gate(&mut gates, &up);
+            swiglu(&mut gates, &up);
             close(&what, &gates, &gated, 1e-5);
             let mut row = heads.clone();
-            rotate(&mut row, &cos, &sin, 0.5);
+            rope(&mut row, &cos, &sin, 0.5);
             close(&what, &row, &transposed, 1e-6);
             let mut some = x.clone();
-            round(&mut some);
+            round_to_bf16(&mut some);
             let same = some.iter().zip(&x);
             assert!({ same }.all(|(a, b)| a.to_bits() == bf16::from_f32(*b).to_f32().to_bits()));
         });
@@ -290,23 +291,23 @@ fn rows_are_those_of_plain_formulas() {
 #[test]
 fn the_largest_is_the_first_of_equals_and_everything_finite() {
     with_each(|_| {
-        assert_eq!(largest(&[]), None);
-        assert_eq!(largest(&[-3.]), Some(0));
+        assert_eq!(argmax(&[]), None);
+        assert_eq!(argmax(&[-3.]), Some(0));
         let mut values = numbers(100, 8);
-        for place in [0, 3, 16, 95, 96, 99] {
+        for index in [0, 3, 16, 95, 96, 99] {
             let mut values = values.clone();
-            values[place] = 7.;
-            assert_eq!(largest(&values), Some(place));
+            values[index] = 7.;
+            assert_eq!(argmax(&values), Some(index));
             values[99] = 7.;
-            assert_eq!(largest(&values), Some(place));
+            assert_eq!(argmax(&values), Some(index));
             for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
                 let mut values = values.clone();
-                values[place] = bad;
-                assert_eq!(largest(&values), None, "{place} {bad}");
+                values[index] = bad;
+                assert_eq!(argmax(&values), None, "{index} {bad}");
             }
         }
         values.fill(-0.);
         values[40] = 0.;
-        assert_eq!(largest(&values), Some(0));
+        assert_eq!(argmax(&values), Some(0));
     });
 }

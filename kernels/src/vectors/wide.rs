@@ -1,8 +1,7 @@
-//! Rows of weights times a few vectors in AVX-512 and AVX2: what a weight is stored as becomes floats, or pairs of bf16, in
-//! registers.
+//! Rows of weights times a few vectors in AVX-512 and AVX2. A weight's stored values become floats, or pairs of bf16, in registers.
 //!
-//! Weights are taken 64 at a time. In which order their registers hold them is left to what makes them cheapest (even ones
-//! and odd ones apart, where two share a byte or a word); the vectors are laid out alike before ([`lay`]).
+//! Weights are taken 64 at a time, in the order that is cheapest to load: where two of them share a byte or a word, those with even
+//! indices come before those with odd ones. The vectors are brought into the same order before ([`lay_out`]).
 
 mod weights;
 
@@ -11,32 +10,33 @@ use std::ops::Range;
 use weights::{Arithmetic, BF16, Codes, Dense, F16, F32, Floats256, Floats512, Pairs512, Weight};
 
 use super::{Outputs, Part};
+use crate::FloatType;
 use crate::bf16::bf16_bits;
 use crate::dispatch::{self, Isa, Loop};
-use crate::matrix::{Matrix, NF4_BLOCK, Rounding, Values};
+use crate::matrix::{Matrix, NF4_BLOCK, Values};
 
-/// Weights that are taken at a time.
+/// The number of weights that are taken at a time.
 const BLOCK: usize = 64;
 const _: () = assert!(BLOCK == NF4_BLOCK);
 
-/// How the values of a vector are laid out.
+/// The order of a vector's values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Layout {
     /// Floats in their order.
     Plain,
-    /// Of each 16, the even ones, then the odd ones.
+    /// Of each 16 floats, those with even indices before those with odd ones.
     Split8,
-    /// Of each 32, likewise.
+    /// Of each 32 floats, those with even indices before those with odd ones.
     Split16,
     /// Pairs of bf16 in their order.
     Pairs,
-    /// Pairs of bf16: of each 64 the even ones, then the odd ones.
+    /// Pairs of bf16: of each 64 numbers, those with even indices before those with odd ones.
     SplitPairs,
 }
 
 impl Layout {
-    /// That for products of a weight, if there is a loop for it here. `rounded` says whether vectors hold bf16.
-    pub(super) fn of(weight: &Matrix<'_>, rounded: bool) -> Option<Self> {
+    /// The layout for products with a weight, if this module has a loop for it. `rounded` says whether vectors are exact in bf16.
+    pub(super) fn for_weight(weight: &Matrix<'_>, rounded: bool) -> Option<Self> {
         let isa = Isa::current();
         let pairs = rounded && isa >= Isa::Avx512Bf16;
         let split = if isa >= Isa::Avx512 {
@@ -49,17 +49,17 @@ impl Layout {
         match weight.values() {
             Values::F32(_) => Some(Self::Plain),
             Values::Bf16(_) if pairs => Some(Self::Pairs),
-            // A row is widened as a whole, which has instructions of its own.
+            // The plain loop converts a row of half precision at once, with instructions made for it.
             Values::F16(_) => None,
-            // A row that begins within a block has no loop here, nor has half precision in AVX2, which may lack instructions for it.
+            // There is no loop for rows that begin within a block, nor for half precision in AVX2, which may lack the instructions.
             Values::Nf4(_) if !weight.depth().is_multiple_of(BLOCK) => None,
-            Values::Nf4(nf4) if nf4.rounding == Rounding::Bf16 && pairs => Some(Self::SplitPairs),
-            Values::Nf4(nf4) if nf4.rounding == Rounding::F16 && isa == Isa::Avx2 => None,
+            Values::Nf4(nf4) if nf4.rounding == FloatType::Bf16 && pairs => Some(Self::SplitPairs),
+            Values::Nf4(nf4) if nf4.rounding == FloatType::F16 && isa == Isa::Avx2 => None,
             Values::Bf16(_) | Values::Nf4(_) => Some(split),
         }
     }
 
-    /// Words of 64 values.
+    /// The number of words that hold 64 values.
     const fn words(self) -> usize {
         match self {
             Self::Plain | Self::Split8 | Self::Split16 => BLOCK,
@@ -67,16 +67,17 @@ impl Layout {
         }
     }
 
-    /// Words of a vector.
+    /// The number of words of a vector of `depth` values.
     pub(super) const fn stride(self, depth: usize) -> usize {
         depth.div_ceil(BLOCK) * self.words()
     }
 }
 
-/// Vectors (vectors, depth) in their layout, zeros behind each to a whole block: floats or pairs of bf16 as words.
-pub(super) fn lay(layout: Layout, x: &[f32], depth: usize) -> Vec<u32> {
+/// Brings vectors (vectors, depth) into their layout, as words of floats or of pairs of bf16. Each vector is filled up with zeros to a
+/// whole number of blocks.
+pub(super) fn lay_out(layout: Layout, x: &[f32], depth: usize) -> Vec<u32> {
     let mut words = Vec::new();
-    dispatch::run(Lay {
+    dispatch::run(LayOut {
         layout,
         x,
         depth,
@@ -85,14 +86,14 @@ pub(super) fn lay(layout: Layout, x: &[f32], depth: usize) -> Vec<u32> {
     words
 }
 
-struct Lay<'a> {
+struct LayOut<'a> {
     layout: Layout,
     x: &'a [f32],
     depth: usize,
     words: &'a mut Vec<u32>,
 }
 
-impl Loop for Lay<'_> {
+impl Loop for LayOut<'_> {
     type Output = ();
 
     #[inline(always)]
@@ -138,7 +139,7 @@ fn words(layout: Layout, block: &[f32; BLOCK], out: &mut Vec<u32>) {
     }
 }
 
-/// Some rows of a product, with vectors laid out for it by [`lay`].
+/// Computes some rows of a product from the words that [`lay_out`] made of its vectors.
 pub(super) fn run(part: &Part<'_>, layout: Layout, words: &[u32]) {
     let depth = part.weight.depth();
     let stride = layout.stride(depth);
@@ -155,7 +156,7 @@ pub(super) fn run(part: &Part<'_>, layout: Layout, words: &[u32]) {
         "rows and vectors of the product"
     );
     let isa = Isa::current();
-    // SAFETY: the weight has `depth` values in each of its rows; `Layout::of` gave the layout, for this instruction set or a
+    // SAFETY: the weight has `depth` values in each of its rows; `Layout::for_weight` gave the layout, for this instruction set or a
     // better one, which the processor was found to have; and nobody else uses the rows' results.
     unsafe {
         match (part.weight.values(), layout) {
@@ -178,12 +179,12 @@ pub(super) fn run(part: &Part<'_>, layout: Layout, words: &[u32]) {
                 avx512bf16(Codes::<BF16>::new(nf4, depth), &job);
             }
             (Values::Nf4(nf4), Layout::Split16) => match nf4.rounding {
-                Rounding::F32 => avx512(Codes::<F32>::new(nf4, depth), &job),
-                Rounding::Bf16 => avx512(Codes::<BF16>::new(nf4, depth), &job),
-                Rounding::F16 => avx512(Codes::<F16>::new(nf4, depth), &job),
+                FloatType::F32 => avx512(Codes::<F32>::new(nf4, depth), &job),
+                FloatType::Bf16 => avx512(Codes::<BF16>::new(nf4, depth), &job),
+                FloatType::F16 => avx512(Codes::<F16>::new(nf4, depth), &job),
             },
             (Values::Nf4(nf4), Layout::Split8) => match nf4.rounding {
-                Rounding::Bf16 => avx2(Codes::<BF16>::new(nf4, depth), &job),
+                FloatType::Bf16 => avx2(Codes::<BF16>::new(nf4, depth), &job),
                 _ => avx2(Codes::<F32>::new(nf4, depth), &job),
             },
             (values, layout) => unreachable!("{layout:?} for {values:?}"),
@@ -224,7 +225,7 @@ unsafe fn avx2<W: Weight<Floats256>>(w: W, job: &Job<'_>) {
     unsafe { all::<Floats256, W, 4>(w, job) }
 }
 
-/// All rows with all vectors, of which `M` (4 or 8) are taken at a time as long as there are so many.
+/// Multiplies all rows by all vectors, by `M` (4 or 8) of them at a time as long as there are so many.
 ///
 /// # Safety
 /// The processor has the instructions of `A`; `w` has the job's rows and depth; nobody else uses their results.
@@ -244,8 +245,8 @@ unsafe fn all<A: Arithmetic, W: Weight<A>, const M: usize>(w: W, job: &Job<'_>) 
     }
 }
 
-/// All rows with `V` vectors from `first` on, one row after the other: memory gives twice as much to one reader that goes straight
-/// on as to several side by side. Returns `V`.
+/// Multiplies all rows by `V` vectors from `first` on, one row after the other, because one sequential read of memory is twice as
+/// fast as several in parallel. Returns `V`.
 ///
 /// # Safety
 /// See [`all`]; so many vectors are there.
@@ -262,7 +263,7 @@ unsafe fn through<A: Arithmetic, W: Weight<A>, const V: usize>(
     V
 }
 
-/// A row with `V` vectors. The order of each sum does not depend on `V`.
+/// Multiplies a row by `V` vectors. The order of each sum does not depend on `V`.
 ///
 /// # Safety
 /// See [`all`]; so many vectors are there.
@@ -293,7 +294,7 @@ unsafe fn sums<A: Arithmetic, W: Weight<A>, const V: usize>(
     }
 }
 
-/// Adds the products of a block, those of each pair's registers to sums of their own.
+/// Adds the products of a block. The two registers of a pair have sums of their own.
 ///
 /// # Safety
 /// See [`all`]; `x` has a block of words at each of `V` strides.
@@ -308,9 +309,9 @@ unsafe fn step<A: Arithmetic, W: Weight<A>, const V: usize>(
         // SAFETY: the caller's promise.
         unsafe {
             let [even, odd] = W::pair(block, pair);
-            let place = 2 * pair * A::WORDS;
+            let index = 2 * pair * A::WORDS;
             for (v, sums) in sums.iter_mut().enumerate() {
-                let x = x.add(v * stride + place);
+                let x = x.add(v * stride + index);
                 sums[0] = A::add(sums[0], even, A::load(x));
                 sums[1] = A::add(sums[1], odd, A::load(x.add(A::WORDS)));
             }

@@ -1,4 +1,4 @@
-//! The columns of several files as one table: by name, each with a type that holds what all files have.
+//! The union of the columns of several files: by name, each with a type for the values of all files.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -14,19 +14,19 @@ use super::source::Source;
 use crate::data::cell::{Cell, is_json, json_field};
 use crate::data::json::BROKEN;
 
-/// The type under which a column is kept.
+/// The type of a column in the union.
 #[derive(Debug, Clone, PartialEq)]
 enum Type {
     Null,
     Text,
     Json,
     Plain(DataType),
-    /// Bytes, which no stage here can use.
+    /// Bytes, which no stage can use.
     Bytes,
 }
 
 impl Type {
-    fn of(field: &Field) -> Self {
+    fn from_field(field: &Field) -> Self {
         if is_json(field) {
             return Self::Json;
         }
@@ -34,7 +34,7 @@ impl Type {
             DataType::Null => Self::Null,
             DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View => Self::Text,
             DataType::Dictionary(_, values) => {
-                Self::of(&Field::new("", values.as_ref().clone(), true))
+                Self::from_field(&Field::new("", values.as_ref().clone(), true))
             }
             DataType::Int8
             | DataType::Int16
@@ -78,7 +78,7 @@ impl Type {
 
     fn field(&self, name: &str) -> Field {
         match self {
-            // A column without any value has no type of its own.
+            // A column without any value has no type, so it becomes text.
             Self::Null | Self::Text | Self::Bytes => Field::new(name, DataType::Utf8, true),
             Self::Json => json_field(name),
             Self::Plain(data_type) => Field::new(name, data_type.clone(), true),
@@ -106,12 +106,12 @@ fn holds_bytes(data_type: &DataType) -> bool {
 /// The columns of all files.
 pub(super) struct Union {
     columns: Vec<(String, Type)>,
-    /// Columns with NaN or an infinity, and where the first one is.
+    /// The columns with NaN or an infinity, each with the file and the row of the first one.
     not_finite: BTreeMap<String, (String, u64)>,
 }
 
 impl Union {
-    pub(super) fn of(sources: &[Source]) -> Self {
+    pub(super) fn new(sources: &[Source]) -> Self {
         let mut columns: Vec<(String, Type)> = Vec::new();
         let mut not_finite = BTreeMap::new();
         for source in sources {
@@ -119,7 +119,7 @@ impl Union {
                 if field.name() == BROKEN {
                     continue;
                 }
-                let found = Type::of(field);
+                let found = Type::from_field(field);
                 match columns.iter_mut().find(|(name, _)| name == field.name()) {
                     Some((_, known)) => {
                         *known = std::mem::replace(known, Type::Null).merge(found);
@@ -143,14 +143,14 @@ impl Union {
         self.columns.iter().map(|(name, _)| name.clone()).collect()
     }
 
-    /// Columns of bytes, which are left out.
+    /// Whether a column holds bytes, which are left out.
     pub(super) fn is_bytes(&self, name: &str) -> bool {
         self.columns
             .iter()
             .any(|(known, kind)| known == name && *kind == Type::Bytes)
     }
 
-    /// Where a column first has NaN or an infinity.
+    /// The file and the row in which a column first has NaN or an infinity.
     pub(super) fn not_finite(&self, name: &str) -> Option<&(String, u64)> {
         self.not_finite.get(name)
     }
@@ -160,13 +160,13 @@ impl Union {
         self.not_finite.keys()
     }
 
-    /// The field under which a column is kept.
+    /// The field of a column in the union.
     pub(super) fn field(&self, name: &str) -> Field {
         let found = self.columns.iter().find(|(known, _)| known == name);
         found.map_or(&Type::Null, |(_, kind)| kind).field(name)
     }
 
-    /// A column of a file's batch under its common type; null where the file has none.
+    /// A column of a file's batch in the type of the union; null if the file lacks the column.
     pub(super) fn column(&self, batch: &RecordBatch, name: &str) -> Result<ArrayRef> {
         let field = self.field(name);
         let schema: SchemaRef = batch.schema();
@@ -182,7 +182,7 @@ impl Union {
             if column.data_type() == field.data_type() {
                 return Ok(column.clone());
             }
-            // Only types that hold all values of the other come here, so nothing becomes null.
+            // The target type can hold all values, so nothing becomes null.
             return cast(column, field.data_type()).with_context(|| {
                 format!("the column `{name}` can't be read as {}", field.data_type())
             });

@@ -1,4 +1,4 @@
-//! The order in which rows of several datasets follow each other, equal to that of `datasets.interleave_datasets` for the same seed.
+//! The interleaving of the rows of several datasets, in the same order as `datasets.interleave_datasets` with the same seed.
 
 use std::path::Path;
 
@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::table::{BATCH_ROWS, Split, Writer};
 
-/// Rows that are put together at once. Each of them may be large.
+/// The number of rows that are assembled at once. Each of them may be large.
 const ROWS: usize = 256;
 
 /// When interleaving ends.
@@ -37,8 +37,8 @@ pub struct Mix {
 }
 
 impl Mix {
-    /// For each row the dataset that it comes from, for datasets of these lengths. Within a dataset rows follow each other, and begin
-    /// anew where it has no more.
+    /// The index of the dataset from which each row comes, for datasets of these lengths. The rows of a dataset are taken in order, and
+    /// start again at its beginning when it has no more.
     pub(super) fn order(&self, lengths: &[usize]) -> Result<Box<dyn Iterator<Item = usize>>> {
         let count = lengths.len();
         let longest = lengths.iter().copied().max().unwrap_or(0);
@@ -77,7 +77,7 @@ impl Mix {
         let mut draws = Draws::new(probabilities, self.seed);
         let mut taken = vec![0; count];
         let strategy = self.stopping_strategy;
-        // The datasets that still have rows that were not read.
+        // The number of datasets with rows that have not been read.
         let mut open = drawn.iter().filter(|drawn| **drawn).count();
         let all = open;
         Ok(Box::new(std::iter::from_fn(move || {
@@ -103,7 +103,7 @@ impl Mix {
     }
 }
 
-/// `numpy.random.default_rng(seed).choice(n, size=1000, p=probabilities)` again and again.
+/// The results of repeated calls of `numpy.random.default_rng(seed).choice(n, size=1000, p=probabilities)`.
 struct Draws {
     random: Pcg64,
     sums: Vec<f64>,
@@ -132,7 +132,8 @@ impl Draws {
     }
 }
 
-/// The default generator of `NumPy`: PCG64 (O'Neill 2014), started by its `SeedSequence`.
+/// The default generator of `NumPy`: PCG64 (O'Neill 2014, "PCG: A family of simple fast space-efficient statistically good algorithms for
+/// random number generation"), seeded by its `SeedSequence`.
 struct Pcg64 {
     state: u128,
     step: u128,
@@ -160,7 +161,7 @@ impl Pcg64 {
         self.state = self.state.wrapping_mul(FACTOR).wrapping_add(self.step);
     }
 
-    /// A number from 0 to below 1.
+    /// A uniform number from 0 (inclusive) to 1 (exclusive).
     fn double(&mut self) -> f64 {
         self.advance();
         let folded = ((self.state >> 64) as u64) ^ (self.state as u64);
@@ -196,8 +197,8 @@ fn seed_words(seed: u64) -> [u64; 4] {
     std::array::from_fn(|at| half(2 * at) | (half(2 * at + 1) << 32))
 }
 
-/// Puts the rows of several datasets, which lie one behind the other in the Parquet file `source`, into their order. `progress` hears the
-/// number of rows so far and may stop by an error. Gives the number of rows.
+/// Interleaves the rows of several datasets, which are stored one after the other in the Parquet file `source`, and writes at most `most` of
+/// them to `destination`. `progress` is called with the number of rows so far and may stop with an error. Returns the number of rows.
 pub fn mix_rows(
     source: &Path,
     lengths: &[usize],
@@ -226,20 +227,20 @@ pub fn mix_rows(
     Ok(rows)
 }
 
-/// The rows of some datasets, each from its first to its last, as often as they are asked for.
+/// An iterator over the rows of a dataset.
 pub(super) type Rows<'a> = Box<dyn Iterator<Item = Result<RecordBatch>> + 'a>;
 
-/// Rows of several datasets with the same columns, in an order.
+/// The interleaved rows of several datasets with the same columns.
 pub(super) struct Mixed<'a> {
     order: Box<dyn Iterator<Item = usize>>,
     sources: Vec<Side<'a>>,
 }
 
-/// One dataset on its way.
+/// The reading position in one dataset.
 struct Side<'a> {
     open: Box<dyn Fn() -> Rows<'a> + 'a>,
     rows: Rows<'a>,
-    /// The batch that the next row is in, and its place there.
+    /// The batch with the next row, and (`next`) that row's index in it.
     held: Option<RecordBatch>,
     place: usize,
 }
@@ -267,7 +268,7 @@ impl<'a> Mixed<'a> {
         if order.is_empty() {
             return Ok(None);
         }
-        // Each row as (batch, row), over the batches of all sides.
+        // Each row as (batch, row), with the batches of all datasets in one list.
         let mut batches: Vec<RecordBatch> = Vec::new();
         let mut rows = vec![(0, 0); order.len()];
         for (number, side) in self.sources.iter_mut().enumerate() {
@@ -283,7 +284,7 @@ impl<'a> Mixed<'a> {
 }
 
 impl Side<'_> {
-    /// Gives each of `wanted` the next row, and puts the batches that hold them behind `batches`.
+    /// Assigns the next rows to `wanted`, and appends the batches that hold them to `batches`.
     fn fill(
         &mut self,
         batches: &mut Vec<RecordBatch>,

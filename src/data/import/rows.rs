@@ -1,5 +1,5 @@
-//! Batches of a file's rows as batches of ours: columns under our names, messages with `role` and `content`, and what can't be used
-//! left out or refused.
+//! The conversion of a file's rows to ours: columns get our names, messages get `role` and `content`, and unusable rows are left out or
+//! refused.
 
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -20,23 +20,23 @@ use crate::data::forms::{Form, From, Reading, list};
 use crate::data::json::BROKEN;
 use crate::data::messages::{messages, need_answer, transcript};
 
-/// Rows that are left out are named up to here.
+/// The number of left-out rows that are named.
 const MOST_NAMED: usize = 20;
 
-/// How a value of ours is made of a row.
+/// The computation of one of our columns.
 enum Step {
-    /// A column as it is.
+    /// A column of the file, unchanged.
     As(String),
-    /// A value that is looked at: messages, tools, a label.
+    /// Values that are converted: messages, tools, a label.
     Made(Box<From>),
 }
 
-/// Makes our rows of a file's.
+/// Converts the rows of a file to ours.
 pub(super) struct Rows {
-    /// Whether texts that are transcripts become messages, and whether all have to be.
+    /// Whether texts that are transcripts become messages, in which case all texts must be transcripts.
     transcripts: bool,
     all_transcripts: bool,
-    /// Texts that were transcripts.
+    /// The number of texts that were transcripts.
     found_transcripts: AtomicU64,
     share_gpt: bool,
     union: Union,
@@ -114,8 +114,8 @@ impl Rows {
         &self.schema
     }
 
-    /// The first `most` usable rows of a batch of `file` that begins with its row `first`.
-    pub(super) fn of(
+    /// Converts the first `most` usable rows of a batch of `file` that starts with row number `first`.
+    pub(super) fn convert(
         &self,
         batch: &RecordBatch,
         file: &str,
@@ -126,7 +126,7 @@ impl Rows {
         let batch = batch.slice(0, batch.num_rows().min(most.saturating_add(skip)));
         let place = |row: usize| format!("{file}: row {}", first + row as u64);
         let mut errors: Vec<Option<anyhow::Error>> = (0..batch.num_rows()).map(|_| None).collect();
-        // These reasons name their place.
+        // These reasons include their position.
         if let Some(broken) = batch.column_by_name(BROKEN) {
             let broken = broken.as_string_opt::<i32>();
             for (row, reason) in broken.into_iter().flatten().enumerate() {
@@ -187,7 +187,7 @@ impl Rows {
         Ok(batch)
     }
 
-    /// Notes rows without an answer, in the words of the file's columns.
+    /// Adds errors for rows without an answer, which name the file's columns.
     fn missing_answers(
         &self,
         columns: &[ArrayRef],
@@ -260,7 +260,7 @@ impl Rows {
         Ok(())
     }
 
-    /// What the user should know, and the rows that were left out.
+    /// Sentences for the user, and the number of the rows that were left out with their reasons.
     pub(super) fn end(self) -> (Vec<String>, u64, Vec<String>) {
         let mut told = self.told;
         if self.found_transcripts.load(Ordering::Relaxed) > 0 {
@@ -314,7 +314,7 @@ impl Rows {
                     if theirs != name {
                         made = made.with_context(|| format!("in the column `{theirs}`"));
                     }
-                    // What is as it was needn't be written anew.
+                    // An unchanged value need not be serialised again.
                     match made? {
                         Made::Same(_) if is_json(&field) => {
                             let texts = array.as_string_opt::<i32>();
@@ -343,7 +343,7 @@ impl Rows {
                             Ok((read.clone(), value))
                         })
                         .collect();
-                    self.made(name, expression.of(cells?)?)
+                    self.made(name, expression.evaluate(cells?)?)
                 })
                 .collect()
             }
@@ -389,7 +389,7 @@ impl Rows {
         })
     }
 
-    /// A value as a value of our column `name`.
+    /// Converts a value to one of our column `name`.
     fn made(&self, name: &'static str, value: Cell) -> Result<Made> {
         if value == Cell::Null {
             return Ok(Made::Null);
@@ -425,7 +425,7 @@ impl Rows {
                         tool.noun()
                     );
                 }
-                Ok(Made::of(value, written))
+                Ok(Made::new(value, written))
             }
             "chat_template_kwargs" => {
                 let (value, written) = unpacked(value, name)?;
@@ -434,7 +434,7 @@ impl Rows {
                     "`chat_template_kwargs` is {}: expected an object",
                     value.noun()
                 );
-                Ok(Made::of(value, written))
+                Ok(Made::new(value, written))
             }
             "messages" => {
                 let (value, written) = unpacked(value, name)?;
@@ -444,7 +444,7 @@ impl Rows {
                     "`messages` is an empty list"
                 );
                 need_answer(&value)?;
-                Ok(Made::of(value, written || changed))
+                Ok(Made::new(value, written || changed))
             }
             _ => match value {
                 Cell::Text(text) if self.transcripts => match transcript(&text) {
@@ -474,7 +474,7 @@ impl Rows {
                 Cell::Text(text) => Ok(Made::Same(Cell::Text(text))),
                 value @ (Cell::List(_) | Cell::Map(_)) => {
                     let (value, changed) = messages(value, name, self.share_gpt)?;
-                    Ok(Made::of(value, changed))
+                    Ok(Made::new(value, changed))
                 }
                 other => bail!(
                     "`{name}` is {}: expected text, or a list of messages with `role` and `content`",
@@ -485,7 +485,7 @@ impl Rows {
     }
 }
 
-/// How one of our columns is made, and its field.
+/// The computation of one of our columns, and its field.
 fn step(
     name: &'static str,
     from: From,
@@ -500,7 +500,7 @@ fn step(
     };
     match from {
         From::Column(theirs) if name == "label" && form != Form::Kto => {
-            // Beside other forms it is a column like any other.
+            // In other forms it is a column like any other.
             let field = union.field(&theirs).with_name(name);
             (Step::As(theirs), field)
         }
@@ -523,7 +523,7 @@ fn step(
     }
 }
 
-/// Whether texts of a column need not be looked at.
+/// Whether texts of a column need no conversion.
 fn may_stay_text(name: &str, transcripts: bool) -> bool {
     match name {
         "system" | "text" => true,

@@ -1,4 +1,4 @@
-//! One file of rows, opened: its columns, and its rows in batches as often as they are asked for.
+//! An open file of rows: its columns, and its rows in batches, which can be read several times.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -33,11 +33,11 @@ pub enum Format {
     Arrow,
 }
 
-/// The extensions of packed files.
+/// The extensions of compressed files.
 const PACKED: [&str; 4] = ["gz", "zst", "xz", "bz2"];
 
 impl Format {
-    /// All formats, the best first: where a split is there in several of them the first is read.
+    /// All formats in the order of preference: if a split exists in several of them, the first is read.
     pub const ALL: [Self; 6] = [
         Self::Parquet,
         Self::Arrow,
@@ -47,8 +47,8 @@ impl Format {
         Self::Tsv,
     ];
 
-    /// The format that a file's extension stands for; that of a packed file's own name for `train.jsonl.gz`.
-    pub fn of(path: &Path) -> Option<Self> {
+    /// The format of a file by its extension; for a compressed file (`train.jsonl.gz`) by the one before.
+    pub fn of_file(path: &Path) -> Option<Self> {
         let extension = path.extension()?.to_str()?.to_lowercase();
         match extension.as_str() {
             "parquet" => Some(Self::Parquet),
@@ -58,14 +58,14 @@ impl Format {
             "tsv" | "tab" => Some(Self::Tsv),
             "arrow" | "feather" => Some(Self::Arrow),
             packed if PACKED.contains(&packed) => {
-                let inner = Self::of(Path::new(path.file_stem()?))?;
+                let inner = Self::of_file(Path::new(path.file_stem()?))?;
                 (!matches!(inner, Self::Parquet | Self::Arrow)).then_some(inner)
             }
             _ => None,
         }
     }
 
-    /// What the format is called in a recipe.
+    /// The name of the format in recipes.
     pub fn name(self) -> &'static str {
         match self {
             Self::Parquet => "parquet",
@@ -78,7 +78,7 @@ impl Format {
     }
 }
 
-/// The split that a file's name stands for: `train` for `train.jsonl.gz` and for `train-00000-of-00002.parquet`.
+/// The split of a file by its name: `train` for `train.jsonl.gz` and for `train-00000-of-00002.parquet`.
 pub fn split_of_file(path: &Path) -> String {
     let is_packed = |path: &Path| {
         let extension = path.extension().and_then(|extension| extension.to_str());
@@ -95,12 +95,12 @@ pub fn split_of_file(path: &Path) -> String {
 
 type Batches<'a> = Box<dyn Iterator<Item = Result<RecordBatch>> + 'a>;
 
-/// One file: its columns, and its rows as often as they are asked for.
+/// An open file of rows.
 pub(super) struct Source {
-    /// As messages have it.
+    /// Its name in messages.
     pub(super) path: PathBuf,
     pub(super) schema: SchemaRef,
-    /// Columns that hold NaN or an infinity where JSON has no such thing, and the first row that does.
+    /// The columns with NaN or an infinity, which JSON does not have, each with its first row.
     pub(super) not_finite: BTreeMap<String, u64>,
     batches: Box<dyn Fn() -> Result<Batches<'static>> + Sync>,
 }
@@ -112,11 +112,11 @@ impl Source {
     }
 }
 
-/// Opens files for their first rows: none behind those that have as many as `options` asks for.
+/// Opens files, but none after those that have as many rows as `options` allows.
 pub(super) fn open_all(paths: &[PathBuf], options: &ImportOptions) -> Result<Vec<Source>> {
     let mut left = options.max_rows.unwrap_or(usize::MAX);
     let mut sources = Vec::with_capacity(paths.len());
-    // How many rows of a file can be used is not known before they are read.
+    // The number of usable rows of a file is not known before they are read.
     let is_counted = options.max_rows.is_some() && options.skip_invalid_rows == 0;
     let more = usize::try_from(options.skip_invalid_rows).unwrap_or(usize::MAX);
     for (place, path) in paths.iter().enumerate() {
@@ -142,7 +142,7 @@ fn open(
     let by_delimiter = options.delimiter.map(|_| Format::Csv);
     let format = options
         .format
-        .or_else(|| Format::of(Path::new(&shown)))
+        .or_else(|| Format::of_file(Path::new(&shown)))
         .or(by_delimiter);
     let format = format.ok_or_else(|| {
         let names = Format::ALL.map(Format::name).join("`, `");
@@ -241,7 +241,7 @@ fn open(
     })
 }
 
-/// A Parquet file by itself: what another file beside it has is compared column by column.
+/// Opens a Parquet file by itself; the columns of several files are compared later.
 fn parquet(path: &Path, shown: &str) -> Result<Split> {
     let head = head_of(path).map_err(Error::from);
     head.and_then(|head| starts_as(&head, b"PAR1", "Parquet file"))
@@ -249,7 +249,7 @@ fn parquet(path: &Path, shown: &str) -> Result<Split> {
     Split::of_files("source", vec![path.to_owned()]).map_err(|error| plainly(&error, path, shown))
 }
 
-/// An error under the file's name as the recipe has it, without the words of the library.
+/// An error with the file's name from the recipe, without the library's own words.
 fn plainly(error: &Error, path: &Path, shown: &str) -> Error {
     let is_library = |cause: &(dyn std::error::Error + 'static)| {
         cause.is::<ParquetError>() || cause.is::<arrow_schema::ArrowError>()

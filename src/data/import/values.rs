@@ -1,4 +1,4 @@
-//! Values of our columns: what they are made of and how they are written.
+//! The values of our columns: how they are computed and serialised.
 
 use std::sync::Arc;
 
@@ -10,19 +10,19 @@ use arrow_schema::{DataType, Field};
 use crate::data::cell::{Cell, is_json};
 use crate::data::messages::text_message;
 
-/// A value of ours.
+/// A value of one of our columns.
 pub(super) enum Made {
     Null,
-    /// As it was.
+    /// An unchanged value.
     Same(Cell),
-    /// Written another way.
+    /// A converted value.
     Other(Cell),
-    /// JSON as it was written.
+    /// A value as the JSON that was written.
     Raw(String),
 }
 
 impl Made {
-    pub(super) fn of(value: Cell, changed: bool) -> Self {
+    pub(super) fn new(value: Cell, changed: bool) -> Self {
         if changed {
             Self::Other(value)
         } else {
@@ -31,7 +31,7 @@ impl Made {
     }
 }
 
-/// The value of a text that holds JSON, as CSV files have it; whether it was one.
+/// Parses a text that holds JSON, as in CSV files. The second result says whether it was such a text.
 pub(super) fn unpacked(value: Cell, name: &str) -> Result<(Cell, bool)> {
     match value {
         Cell::Text(text) => {
@@ -43,7 +43,7 @@ pub(super) fn unpacked(value: Cell, name: &str) -> Result<(Cell, bool)> {
     }
 }
 
-/// The turns of Alpaca's `history`, pairs of what was asked and answered, and the prompt behind them.
+/// The messages of Alpaca's `history`, pairs of questions and answers, followed by the prompt.
 pub(super) fn turns(history: Cell, prompt: String) -> Result<Cell> {
     let mut made = Vec::new();
     let pairs = match history {
@@ -70,7 +70,7 @@ pub(super) fn turns(history: Cell, prompt: String) -> Result<Cell> {
     Ok(Cell::List(made))
 }
 
-/// A column of values, which fit its field.
+/// Builds a column of values, which must fit its field.
 pub(super) fn build(field: &Field, cells: Vec<Made>) -> ArrayRef {
     if *field.data_type() == DataType::Boolean {
         let mut made = BooleanBuilder::with_capacity(cells.len());
@@ -91,7 +91,7 @@ pub(super) fn build(field: &Field, cells: Vec<Made>) -> ArrayRef {
             Made::Same(Cell::Text(text)) | Made::Other(Cell::Text(text)) if !json => {
                 made.append_value(text);
             }
-            // Values of ours can always be written.
+            // Our values can always be serialised.
             Made::Same(value) | Made::Other(value) => {
                 made.append_option(serde_json::to_string(&value).ok());
             }

@@ -39,7 +39,7 @@ pub(super) enum Lookup<'a> {
 }
 
 impl<'a> Lookup<'a> {
-    pub(super) fn of(row: Option<&'a Row>) -> Self {
+    pub(super) fn new(row: Option<&'a Row>) -> Self {
         match row {
             None => Self::Few(&[]),
             Some(row) if row.values.len() > 32 => {

@@ -147,7 +147,7 @@ pub(in crate::data) fn starts_as(head: &[u8], start: &[u8], noun: &str) -> Resul
     if head.is_empty() {
         bail!("it is empty, so it is no {noun}");
     }
-    if let Some(packing) = Packing::of(head) {
+    if let Some(packing) = Packing::detect(head) {
         bail!(
             "it is packed by {}: only files of text are read packed; hint: unpack it, {noun}s are compressed inside",
             packing.name()

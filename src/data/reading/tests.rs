@@ -17,7 +17,7 @@ fn text(path: &Path, encoding: Option<&str>) -> Result<String> {
     Ok(text)
 }
 
-fn of(bytes: &[u8], encoding: Option<&str>) -> Result<String, String> {
+fn read(bytes: &[u8], encoding: Option<&str>) -> Result<String, String> {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(bytes).unwrap();
     text(file.path(), encoding).map_err(|error| format!("{error:#}"))
@@ -25,7 +25,7 @@ fn of(bytes: &[u8], encoding: Option<&str>) -> Result<String, String> {
 
 #[track_caller]
 fn refused(bytes: &[u8], encoding: Option<&str>, parts: &[&str]) {
-    let error = of(bytes, encoding).unwrap_err();
+    let error = read(bytes, encoding).unwrap_err();
     for part in parts {
         assert!(error.contains(part), "{part:?} is not in: {error}");
     }
@@ -44,11 +44,11 @@ fn packed_files_are_unpacked_with_all_their_members() {
         assert_eq!(text(&path, None).unwrap(), plain, "{extension}");
         // Whatever it is called.
         let bytes = std::fs::read(path).unwrap();
-        assert_eq!(of(&bytes, None).unwrap(), plain, "{extension}");
+        assert_eq!(read(&bytes, None).unwrap(), plain, "{extension}");
     }
     let mut padded = std::fs::read(golden("rows.jsonl.gz")).unwrap();
     padded.extend([0; 700]);
-    assert_eq!(of(&padded, None).unwrap(), plain);
+    assert_eq!(read(&padded, None).unwrap(), plain);
 }
 
 #[test]
@@ -63,7 +63,7 @@ fn a_packed_file_that_is_cut_off_or_damaged_is_told() {
         for length in 20..whole.len() {
             // The end of the first member is an end.
             let cut = &whole[..length];
-            match of(cut, None) {
+            match read(cut, None) {
                 Ok(text) => assert_eq!(text.lines().count(), 1, "{name} {length}"),
                 Err(error) => assert!(
                     error.contains(&format!("the {name} file is cut off"))
@@ -77,7 +77,7 @@ fn a_packed_file_that_is_cut_off_or_damaged_is_told() {
         let mut damaged = whole.clone();
         let middle = damaged.len() - 20;
         damaged[middle] ^= 0x55;
-        assert!(of(&damaged, None).is_err(), "{name}");
+        assert!(read(&damaged, None).is_err(), "{name}");
         let mut behind = whole;
         behind.extend(b"something else");
         refused(&behind, None, &[&format!("the {name} file is damaged")]);
@@ -129,9 +129,9 @@ fn encodings_are_read_by_name() {
         );
     }
     let big: Vec<u8> = rows.encode_utf16().flat_map(u16::to_be_bytes).collect();
-    assert_eq!(of(&big, Some("utf-16be")).unwrap(), rows);
+    assert_eq!(read(&big, Some("utf-16be")).unwrap(), rows);
     let marked = [&[0xfe, 0xff], big.as_slice()].concat();
-    assert_eq!(of(&marked, Some("utf-16")).unwrap(), rows);
+    assert_eq!(read(&marked, Some("utf-16")).unwrap(), rows);
     assert_eq!(
         text(&golden("cp1252.csv"), Some("cp1252")).unwrap(),
         "prompt,chosen\nüber,naïve café\n“x”,–\n"
@@ -145,7 +145,7 @@ fn encodings_are_read_by_name() {
         assert_eq!(found, "prompt,chosen\n日本,木\n", "{name}");
     }
     // Every byte has a meaning in Latin-1; the web would read Windows' letters.
-    assert_eq!(of(b"\x80\x93", Some("latin-1")).unwrap(), "\u{80}\u{93}");
+    assert_eq!(read(b"\x80\x93", Some("latin-1")).unwrap(), "\u{80}\u{93}");
     for name in ["utf-9", "klingon", "", "utf-32", "utf-7"] {
         assert!(Encoding::named(name).is_err(), "{name}");
     }
@@ -156,9 +156,9 @@ fn a_long_text_is_decoded_across_pieces() {
     let line = "añb€c🌳\n".repeat(40_000);
     for shift in 0..5 {
         let text = format!("{}{line}", "x".repeat(shift));
-        assert_eq!(of(text.as_bytes(), None).unwrap(), text);
+        assert_eq!(read(text.as_bytes(), None).unwrap(), text);
         let wide: Vec<u8> = text.encode_utf16().flat_map(u16::to_le_bytes).collect();
-        assert_eq!(of(&wide, Some("utf-16le")).unwrap(), text);
+        assert_eq!(read(&wide, Some("utf-16le")).unwrap(), text);
     }
 }
 
@@ -198,9 +198,9 @@ fn what_is_no_text_in_its_encoding_is_told_with_its_place() {
     refused(&bare, None, &["looks like UTF-16", "`encoding: utf-16le`"]);
     refused(b"\xef\xbb\xbfa", Some("cp1252"), &["mark of utf-8"]);
     refused(b"\xff\xfe\0\0a\0\0\0", Some("utf-16"), &["UTF-32"]);
-    assert_eq!(of(b"\xef\xbb\xbfa", None).unwrap(), "a");
-    assert_eq!(of(b"\xef\xbb\xbfa", Some("utf-8-sig")).unwrap(), "a");
-    assert_eq!(of(b"", None).unwrap(), "");
+    assert_eq!(read(b"\xef\xbb\xbfa", None).unwrap(), "a");
+    assert_eq!(read(b"\xef\xbb\xbfa", Some("utf-8-sig")).unwrap(), "a");
+    assert_eq!(read(b"", None).unwrap(), "");
 }
 
 #[test]
@@ -243,5 +243,5 @@ fn files_that_hold_no_text_are_named() {
         refused(bytes, None, &["could not read `rows.txt`", part]);
     }
     // Letters that begin files of other formats may begin a text.
-    assert!(of(b"PAR1,chosen\na,b\n", None).is_ok());
+    assert!(read(b"PAR1,chosen\na,b\n", None).is_ok());
 }

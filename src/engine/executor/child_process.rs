@@ -1,5 +1,5 @@
-//! Runs a task in a process of its own: starts it, listens to it, stops it, and says in words what ended it. Whatever a file does to a
-//! library (a stack that overflows, memory that runs out, a mapped file that shrinks) ends that process and nothing else.
+//! Runs a task in its own process: starts it, reads its events, stops it, and explains why it ended. If a library crashes on a file
+//! (stack overflow, out of memory, a mapped file that shrinks), only that process ends.
 
 use std::io::{BufRead as _, BufReader, Read, Write as _};
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
@@ -18,16 +18,17 @@ use super::super::stage_events::StageEvents;
 use super::super::task::{Task, error};
 use super::{Executor, TaskResult};
 
-/// How often a running stage is looked after.
+/// The interval at which a running stage is checked.
 const TICK: Duration = Duration::from_millis(50);
-/// How long a stage that was told to stop may take. Trainings and evaluations take as long as they need to save what they have.
+/// How long a stage may take to stop before its process is killed. Trainings and evaluations have no limit, so that they can save
+/// their state.
 const PATIENCE: Duration = Duration::from_millis(500);
-/// What is kept of its standard error, in bytes.
+/// The number of bytes that are kept of the end of the process's standard error.
 const LAST_WORDS: usize = 16 << 10;
-/// The line that tells it to stop.
+/// The line on standard input that tells the process to stop.
 pub(in crate::engine) const CANCEL: &str = "cancel";
 
-/// The process, ended at the latest when this is dropped.
+/// The process, which is killed when this is dropped.
 struct Running(Child);
 
 impl Drop for Running {
@@ -43,10 +44,10 @@ impl Drop for Running {
 /// allocations that live on. A training of SmolLM2-135M's shape held 1.6 GB in that way of which it used 1.1 GB. Other allocators ignore
 /// the variable.
 const MMAP_THRESHOLD: &str = "MALLOC_MMAP_THRESHOLD_";
-/// That size for trainings and evaluations, in bytes. Their large buffers come from a pool, so few are mapped anew.
+/// That size for trainings and evaluations, in bytes. Their large buffers come from a pool, so that few allocations are mapped.
 const LARGE_ALLOCATION: usize = 1 << 20;
 
-/// Whether somebody chose that size themselves.
+/// Whether the user set that variable.
 #[expect(
     clippy::disallowed_methods,
     reason = "a setting of the allocator, which changes no result"
@@ -100,7 +101,7 @@ impl Executor for ChildProcess {
         let (sender, received) = channel();
         let start = |name: &str| std::thread::Builder::new().name(name.to_owned());
         start("listener").spawn(move || {
-            // What is no event was printed by a library.
+            // A line that is not an event was printed by a library.
             let lines = BufReader::new(output).split(b'\n').map_while(Result::ok);
             for event in lines.filter_map(|line| serde_json::from_slice::<Event>(&line).ok()) {
                 if sender.send(event).is_err() {
@@ -111,7 +112,7 @@ impl Executor for ChildProcess {
         let errors = start("errors").spawn(move || last_words(errors))?;
         let mut line = serde_json::to_vec(task)?;
         line.push(b'\n');
-        // A process that is gone already tells why by how it ended.
+        // If the process has already ended, its exit status says why.
         let _ = input.write_all(&line);
         let mut stopping: Option<Instant> = None;
         let mut killed = false;
@@ -186,7 +187,7 @@ fn last_words(mut errors: impl Read) -> String {
     String::from_utf8_lossy(&words).into_owned()
 }
 
-/// Why a process ended that said nothing itself.
+/// The error for a process that ended without reporting one.
 fn ended(status: ExitStatus, words: &str, memory: Option<u64>) -> anyhow::Error {
     let limit = || memory.map_or_else(String::new, |memory| format!(" of {}", Bytes(memory)));
     if words.contains("has overflowed its stack") {

@@ -63,7 +63,7 @@ pub(in crate::engine) fn run_task(
     let context = Context::new(task, Arc::clone(env), Arc::clone(events), control.clone());
     stage.run(&context).map_err(|error| {
         // A stage without facts from outside depends on its inputs alone, and they stay what they are.
-        if stage.has_outside_facts() || context.cancelled() {
+        if stage.has_external_facts() || context.cancelled() {
             error
         } else {
             lasting(error)

@@ -528,7 +528,7 @@ fn assemble(folder: &Path, manifest: &Manifest) -> anyhow::Result<Manifest> {
     for (entry, path) in whole.files.values_mut().zip(&paths) {
         let metadata = fs::symlink_metadata(path)
             .with_context(|| format!("could not read `{}`", path.display()))?;
-        entry.stat = Stat::of(&metadata);
+        entry.stat = Stat::from_metadata(&metadata);
     }
     Ok(whole)
 }

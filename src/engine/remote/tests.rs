@@ -525,7 +525,7 @@ fn a_result_altered_here_is_never_sent() {
     let content = here.store.record(&made).unwrap().artifact;
     let mut manifest = here.store.manifest(&content).unwrap();
     let entry = manifest.files.get_mut("model-1").unwrap();
-    entry.stat = super::super::stat::Stat::of(&fs::metadata(&file).unwrap());
+    entry.stat = super::super::stat::Stat::from_metadata(&fs::metadata(&file).unwrap());
     here.store.write_manifest(&content, &manifest).unwrap();
     let cancel = AtomicBool::new(false);
     let error = here

@@ -113,7 +113,7 @@ impl Then {
 }
 
 fn stat(path: &Path) -> Stat {
-    Stat::of(&fs::symlink_metadata(path).unwrap())
+    Stat::from_metadata(&fs::symlink_metadata(path).unwrap())
 }
 
 /// Waits until a change to a file gets another time than its last one.

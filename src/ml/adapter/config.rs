@@ -1,4 +1,4 @@
-//! `adapter_config.json`: what changes the numbers is understood or refused, all else is kept as it was.
+//! `adapter_config.json`. A setting that changes an adapter's numbers is either implemented or refused; all others are kept unchanged.
 
 use anyhow::{Context as _, bail, ensure};
 use serde::ser::{Serialize, SerializeMap, Serializer};
@@ -8,10 +8,10 @@ use super::patterns::{Orders, Pattern, Patterns};
 use super::targets::Targets;
 use crate::ml::io::folder::sorted;
 
-/// The keys whose patterns are tried in order.
+/// The keys with patterns, whose order matters.
 const RANKS: &str = "rank_pattern";
 const ALPHAS: &str = "alpha_pattern";
-/// Settings that change what an adapter computes in a way that this program does not: they have to be off.
+/// Settings that would change an adapter's numbers in a way that is not implemented. They must be off.
 const OFF: [&str; 10] = [
     "alora_invocation_tokens",
     "arrow_config",
@@ -24,10 +24,10 @@ const OFF: [&str; 10] = [
     "trainable_token_indices",
     "use_qalora",
 ];
-/// More of them, of which PEFT writes an object or nothing.
+/// More such settings, for which PEFT writes an object or nothing.
 const EMPTY: [&str; 3] = ["monteclora_config", "use_bdlora", "velora_config"];
 
-/// All other settings that PEFT knows: those that are computed, and those that change no number of a trained adapter.
+/// All other settings that PEFT knows: those that are implemented, and those that don't change a trained adapter's numbers.
 const KNOWN: [&str; 32] = [
     "alpha_pattern",
     "auto_mapping",
@@ -58,26 +58,26 @@ const KNOWN: [&str; 32] = [
     "task_type",
     "use_dora",
     "use_rslora",
-    // Of the first versions.
+    // From PEFT's first versions.
     "enable_lora",
     "merge_weights",
     "model_type",
 ];
 
-/// Which biases are trained with an adapter.
+/// The biases that are trained with an adapter.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Bias {
-    /// None.
+    /// No biases.
     #[default]
     None,
-    /// All that the model has.
+    /// All biases of the model.
     All,
-    /// Those of the modules with a pair of matrices.
+    /// The biases of the modules with a pair of matrices.
     LoraOnly,
 }
 
 impl Bias {
-    /// PEFT's name.
+    /// Its name in PEFT.
     pub fn name(self) -> &'static str {
         match self {
             Self::None => "none",
@@ -93,46 +93,46 @@ impl Bias {
     }
 }
 
-/// What `adapter_config.json` says, and all its keys to write back.
+/// The settings of `adapter_config.json`, and all its keys to be written back.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AdapterConfig {
-    /// The rank, where no pattern gives another.
+    /// The rank of the modules without a pattern of their own.
     pub r: usize,
-    /// The scaling's numerator, where no pattern gives another.
+    /// The scaling's numerator for the modules without a pattern of their own.
     pub lora_alpha: f64,
     /// The probability of dropping an input value in training.
     pub lora_dropout: f64,
-    /// Whether the scaling divides by the root of the rank.
+    /// Whether the scaling divides by the square root of the rank (Kalajdzievski 2023, arXiv 2312.03732).
     pub use_rslora: bool,
-    /// Whether the rows of the sum of weight and update get trained lengths (Liu et al. 2024, arXiv 2402.09353).
+    /// Whether the row norms of W + s B A are trained (`DoRA`; Liu et al. 2024, arXiv 2402.09353).
     pub use_dora: bool,
-    /// Which biases are trained.
+    /// The biases that are trained.
     pub bias: Bias,
-    /// Modules that are trained whole, by the ends of their paths.
+    /// The fully trained modules, by the last parts of their paths.
     pub modules_to_save: Vec<String>,
     /// The ranks of some modules.
     pub rank_pattern: Patterns<usize>,
-    /// The numerators of some modules.
+    /// The scaling's numerators of some modules.
     pub alpha_pattern: Patterns<f64>,
-    /// Whether a head that is the embeddings stays them, when they are trained whole.
+    /// Whether a tied head stays tied when the embeddings are fully trained.
     pub ensure_weight_tying: bool,
-    /// Which modules have a pair of matrices.
+    /// The modules with a pair of matrices.
     pub targets: Targets,
     /// The file as it was read.
     pub raw: Map<String, Value>,
 }
 
-/// Modules.
+/// A choice of modules.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Names {
-    /// By the ends of their paths.
+    /// By the last parts of their paths.
     List(Vec<String>),
-    /// By a regular expression that fits the whole path.
+    /// By a regular expression that matches the whole path.
     Pattern(String),
 }
 
 impl Names {
-    /// Whether a pattern is a regular expression.
+    /// Fails if a pattern is not a regular expression, or one that takes too long.
     pub fn check(&self) -> anyhow::Result<()> {
         match self {
             Self::List(_) => Ok(()),
@@ -157,34 +157,34 @@ pub struct NewAdapter {
     pub lora_alpha: f64,
     /// The probability of dropping an input value in training.
     pub lora_dropout: f64,
-    /// Whether the scaling divides by the root of the rank.
+    /// Whether the scaling divides by the square root of the rank.
     pub use_rslora: bool,
-    /// Whether rows get trained lengths.
+    /// Whether the row norms are trained (`DoRA`).
     pub use_dora: bool,
-    /// Which biases are trained.
+    /// The biases that are trained.
     pub bias: Bias,
-    /// Whether A is drawn anew and B is zero, so that the adapter changes nothing before it is trained.
+    /// Whether A is drawn a second time and B is set to zero, so that the adapter changes nothing before it is trained.
     pub init_lora_weights: bool,
-    /// The modules it stands beside.
+    /// The modules that get matrices.
     pub target_modules: Names,
-    /// Modules that it does not stand beside all the same.
+    /// The modules among these that get none.
     pub exclude_modules: Option<Names>,
-    /// The numbers of the layers whose modules are meant; of all, if empty.
+    /// The numbers of the layers whose modules get matrices; if empty, those of all layers.
     pub layers_to_transform: Vec<usize>,
-    /// What the lists of layers are called, where that is asked for.
+    /// The names of the lists of layers, for `layers_to_transform`.
     pub layers_pattern: Vec<String>,
-    /// Modules that are trained whole.
+    /// The modules that are fully trained.
     pub modules_to_save: Vec<String>,
     /// The ranks of some modules, by pattern.
     pub rank_pattern: Vec<(String, usize)>,
-    /// The numerators of some modules, by pattern.
+    /// The scaling's numerators of some modules, by pattern.
     pub alpha_pattern: Vec<(String, f64)>,
-    /// Where PEFT finds the base.
+    /// The name or the folder from which PEFT loads the base.
     pub base_model_name_or_path: Option<String>,
 }
 
 impl Default for NewAdapter {
-    /// PEFT's defaults, for no module.
+    /// PEFT's defaults, with no target modules.
     fn default() -> Self {
         Self {
             r: 8,
@@ -206,14 +206,14 @@ impl Default for NewAdapter {
     }
 }
 
-/// Whether a name of `modules_to_save` means the module at `path` or one around it. PEFT compares letters, not parts of the
-/// path: `norm` means every norm.
-pub fn is_meant(name: &str, path: &str) -> bool {
+/// Whether a name of `modules_to_save` selects the module at `path` or one that contains it. PEFT compares the ends of strings, not
+/// parts of the path, so `norm` selects every norm.
+pub fn names_module(name: &str, path: &str) -> bool {
     let mut around = path.match_indices('.').map(|(end, _)| &path[..end]);
     path.ends_with(name) || around.any(|around| around.ends_with(name))
 }
 
-/// A list, or null where there is nothing in it.
+/// A list, or `null` if it is empty.
 fn some<T: Serialize>(items: &[T]) -> Value {
     if items.is_empty() {
         Value::Null
@@ -222,7 +222,7 @@ fn some<T: Serialize>(items: &[T]) -> Value {
     }
 }
 
-/// The configuration on its way to a file.
+/// The configuration in the form in which it is serialised.
 struct Written<'a>(&'a AdapterConfig);
 
 impl Serialize for Written<'_> {
@@ -253,7 +253,7 @@ impl Serialize for Written<'_> {
     }
 }
 
-/// Entries of an object in an order of their own.
+/// The entries of an object in the given order.
 struct Ordered<'a>(&'a [&'a str], &'a Map<String, Value>);
 
 impl Serialize for Ordered<'_> {
@@ -266,7 +266,7 @@ impl Serialize for Ordered<'_> {
     }
 }
 
-/// A whole number without a fraction, as people give it to PEFT.
+/// A number as JSON, without a fraction if it is an integer, as people write it for PEFT.
 fn plain(number: f64) -> Value {
     if number.fract() == 0. && number.abs() < 1e15 {
         json!(number as i64)
@@ -276,8 +276,11 @@ fn plain(number: f64) -> Value {
 }
 
 impl AdapterConfig {
-    /// The configuration of a new adapter: the keys that every PEFT since 0.4 knows, and those of later ones only where they are
-    /// needed, for PEFT before 0.14 refuses keys that it does not know.
+    /// The configuration of a new adapter. It has the keys that every PEFT since 0.4 knows, and later ones only where they are needed,
+    /// because PEFT before 0.14 refuses keys that it does not know.
+    ///
+    /// # Errors
+    /// A pattern is not a regular expression.
     pub fn new(new: &NewAdapter) -> anyhow::Result<Self> {
         let save = &new.modules_to_save;
         let raw = json!({
@@ -342,38 +345,44 @@ impl AdapterConfig {
         Self::parse(raw, &orders)
     }
 
-    /// Understands `adapter_config.json`.
+    /// Reads the contents of an `adapter_config.json`.
+    ///
+    /// # Errors
+    /// It is not JSON, a value has the wrong type, or a setting is not supported.
     pub fn read(text: &[u8]) -> anyhow::Result<Self> {
         Self::parse(serde_json::from_slice(text)?, &Orders::read(text)?)
     }
 
-    /// `adapter_config.json` with its keys sorted, as PEFT writes it, but for the patterns, whose order counts. PEFT keeps
-    /// `target_modules` in a set, whose order differs from run to run; here it is sorted.
+    /// The contents of `adapter_config.json` with keys sorted, as PEFT writes it, except for the patterns, whose order matters. PEFT
+    /// keeps `target_modules` in a set, whose order differs from run to run; here it is sorted.
+    ///
+    /// # Errors
+    /// The settings can't be serialised.
     pub fn json(&self) -> anyhow::Result<String> {
         let mut text = serde_json::to_string_pretty(&Written(self))?;
         text.push('\n');
         Ok(text)
     }
 
-    /// The rank beside the module at `path` (`model.layers.0.self_attn.q_proj`).
+    /// The rank of the pair of the module at `path` (`model.layers.0.self_attn.q_proj`).
     pub fn rank(&self, path: &str) -> usize {
         self.rank_pattern.find(path).unwrap_or(self.r)
     }
 
-    /// What B A is multiplied by beside the module at `path`: alpha / r, or alpha / sqrt(r).
+    /// The factor of B A for the module at `path`: alpha / r, or alpha / sqrt(r) with `use_rslora`.
     pub fn scaling(&self, path: &str) -> f64 {
         let r = self.rank(path) as f64;
         let alpha = self.alpha_pattern.find(path).unwrap_or(self.lora_alpha);
         alpha / if self.use_rslora { r.sqrt() } else { r }
     }
 
-    /// Whether the module at `path` is trained whole, by itself or with one that holds it.
+    /// Whether the module at `path`, or one that contains it, is fully trained.
     pub fn saves(&self, path: &str) -> bool {
         let mut names = self.modules_to_save.iter();
-        names.any(|name| is_meant(name, path))
+        names.any(|name| names_module(name, path))
     }
 
-    /// Settings that no PEFT known here has, and that say something.
+    /// The settings that no known version of PEFT has, and that are not off.
     pub fn unknown(&self) -> impl Iterator<Item = &str> {
         let entries = self.raw.iter().filter(|(key, value)| {
             let known = [&KNOWN[..], &OFF, &EMPTY];
@@ -382,18 +391,18 @@ impl AdapterConfig {
         entries.map(|(key, _)| key.as_str())
     }
 
-    /// Whether only A is trained, and B stays as it was begun (`MiCA`).
+    /// Whether only A is trained and B keeps its initial values (`MiCA`).
     pub fn keeps_b(&self) -> bool {
         let init = self.raw.get("init_lora_weights").and_then(Value::as_str);
         init.is_some_and(|init| init.to_lowercase() == "mica")
     }
 
-    /// Whether the adapter was begun by `LoftQ`, which is beside a quantised base only.
+    /// Whether the adapter was initialised by `LoftQ`, which needs a quantised base.
     pub fn is_loftq(&self) -> bool {
         self.raw.get("init_lora_weights").and_then(Value::as_str) == Some("loftq")
     }
 
-    /// Understands the keys of `adapter_config.json`.
+    /// Reads the keys of `adapter_config.json`.
     pub(super) fn parse(raw: Map<String, Value>, orders: &Orders) -> anyhow::Result<Self> {
         let kind = raw.get("peft_type").and_then(Value::as_str);
         ensure!(
@@ -442,7 +451,7 @@ fn says_nothing(value: &Value) -> bool {
     }
 }
 
-/// What would change the numbers unseen.
+/// Fails on settings that would change the numbers and are not implemented.
 fn refuse(raw: &Map<String, Value>) -> anyhow::Result<()> {
     let off = |value: &Value| !value.is_object() && says_nothing(value);
     for name in OFF {
@@ -455,7 +464,7 @@ fn refuse(raw: &Map<String, Value>) -> anyhow::Result<()> {
             .is_none_or(|value| off(value) || value.as_object().is_some_and(Map::is_empty));
         ensure!(empty, "`{name}` is not supported, expected it to be empty");
     }
-    // These begin by changing the base, so that the adapter is worth nothing beside the base as it is.
+    // These methods change the base at initialisation, so the adapter means nothing with the unchanged base.
     let init = raw.get("init_lora_weights").and_then(Value::as_str);
     let init = init.unwrap_or_default();
     for changes in ["pissa", "olora", "corda", "lora_ga"] {

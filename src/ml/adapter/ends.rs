@@ -1,4 +1,4 @@
-//! What an adapter puts in the place of embeddings and head, and what that means where the base's head is its embeddings.
+//! An adapter's replacements of embeddings and head, and their meaning for a base whose head is tied to its embeddings.
 
 use std::borrow::Cow;
 
@@ -9,11 +9,14 @@ use super::Adapter;
 use crate::ml::model::tensors::{EMBEDDINGS, ENDS, HEAD};
 
 impl Adapter {
-    /// The adapter as it counts beside a base that is `tied`.
+    /// The adapter as it applies to a base whose embeddings are `tied` or not.
     ///
-    /// PEFT's files may have a tensor for both names where the base has one: with `ensure_weight_tying` both are the trained
-    /// embeddings, and with `save_embedding_layers` both are the base's. Then the embeddings are kept alone here, and the head
-    /// follows them.
+    /// PEFT's files may have tensors for both names where the base has one tensor: with `ensure_weight_tying` both are the trained
+    /// embeddings, and with `save_embedding_layers` both are the base's. The result then has the embeddings alone, and the head follows
+    /// them.
+    ///
+    /// # Errors
+    /// The two tensors differ although the settings say that they are tied.
     pub fn beside(&self, tied: bool) -> anyhow::Result<Cow<'_, Self>> {
         let Some(head) = self.saved.get(HEAD).filter(|_| tied && !self.frees_head()) else {
             return Ok(Cow::Borrowed(self));
@@ -37,15 +40,15 @@ impl Adapter {
         Ok(Cow::Owned(own))
     }
 
-    /// Whether the head of a tied base stops following the embeddings, as in PEFT: one of both is trained whole, and nothing
-    /// says that they stay tied.
+    /// Whether the head of a tied base stops following the embeddings, as in PEFT: one of the two is fully trained, and no setting
+    /// keeps them tied.
     fn frees_head(&self) -> bool {
         let config = &self.config;
         !config.ensure_weight_tying && ENDS.iter().any(|path| config.saves(path))
     }
 
-    /// Whether a base that is `tied` has a head of its own with this adapter: it is trained or replaced apart, or the
-    /// embeddings are without it.
+    /// Whether a base that is `tied` has a head of its own with this adapter, because only one of embeddings and head is trained or
+    /// replaced.
     pub fn unties(&self, tied: bool) -> bool {
         let replaced = [EMBEDDINGS, HEAD]
             .iter()

@@ -1,4 +1,4 @@
-//! Patterns of modules' paths, which are Python's regular expressions in PEFT.
+//! Patterns of module paths, which are regular expressions of Python in PEFT.
 
 use std::collections::BTreeMap;
 
@@ -7,10 +7,10 @@ use fancy_regex::Regex;
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::Value;
 
-/// A path that no pattern may take long for.
+/// A path for which every pattern must be quick.
 const PATH: &str = "model.layers.31.self_attn.q_proj";
 
-/// A regular expression that a path is held against, and its text.
+/// A regular expression for module paths, and its text.
 #[derive(Debug, Clone)]
 pub(super) struct Pattern {
     pub(super) text: String,
@@ -24,7 +24,7 @@ impl PartialEq for Pattern {
 }
 
 impl Pattern {
-    /// The pattern `text`, with what PEFT puts around it.
+    /// The pattern `text`, between the expressions that PEFT puts before and behind it.
     pub(super) fn new(text: &str, before: &str, behind: &str) -> anyhow::Result<Self> {
         let regex = Regex::new(&format!("{before}{text}{behind}"));
         let regex = regex.with_context(|| {
@@ -36,16 +36,16 @@ impl Pattern {
         Ok(Self { text, regex })
     }
 
-    /// One that has to fit a whole path: `re.fullmatch`.
+    /// A pattern that must match a whole path, as in `re.fullmatch`.
     pub(super) fn whole(text: &str) -> anyhow::Result<Self> {
         Self::new(text, "^(?:", ")$")
     }
 
-    pub(super) fn fits(&self, path: &str) -> bool {
+    pub(super) fn matches(&self, path: &str) -> bool {
         self.regex.is_match(path).unwrap_or(false)
     }
 
-    /// The number that the group `name` has in a path.
+    /// The number that the group `name` matches in a path.
     pub(super) fn number(&self, path: &str, name: &str) -> Option<i64> {
         let captures = self.regex.captures(path).ok().flatten()?;
         captures.name(name)?.as_str().parse().ok()
@@ -54,12 +54,15 @@ impl Pattern {
 
 /// Numbers for the modules whose paths end with a pattern (`rank_pattern`, `alpha_pattern`).
 ///
-/// The first that fits counts, as in PEFT (`get_pattern_key`), so their order is part of what they say.
+/// The first pattern that matches counts, as in PEFT (`get_pattern_key` in `peft/utils/other.py`), so their order matters.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Patterns<T>(Vec<(Pattern, T)>);
 
 impl<T: Copy> Patterns<T> {
-    /// Patterns in the order in which they are tried; what is no regular expression is an error.
+    /// The patterns `items`, in the order in which they are tried.
+    ///
+    /// # Errors
+    /// A pattern is not a regular expression, or one that takes too long.
     pub fn new(items: impl IntoIterator<Item = (String, T)>) -> anyhow::Result<Self> {
         let items = items.into_iter();
         let items = items.map(|(text, value)| {
@@ -69,26 +72,26 @@ impl<T: Copy> Patterns<T> {
         Ok(Self(items.collect::<anyhow::Result<_>>()?))
     }
 
-    /// The number of the first pattern that fits a module's path.
+    /// The number of the first pattern that matches the module at `path`.
     pub fn find(&self, path: &str) -> Option<T> {
-        let found = self.0.iter().find(|(pattern, _)| pattern.fits(path));
+        let found = self.0.iter().find(|(pattern, _)| pattern.matches(path));
         found.map(|(_, value)| *value)
     }
 
-    /// The patterns that fit none of `paths`, which change nothing.
+    /// The patterns that match none of `paths` and therefore have no effect.
     pub fn unused<'a>(&self, paths: &(impl Iterator<Item = &'a str> + Clone)) -> Vec<&str> {
-        let unused = |pattern: &Pattern| !paths.clone().any(|path| pattern.fits(path));
+        let unused = |pattern: &Pattern| !paths.clone().any(|path| pattern.matches(path));
         let unused = self.0.iter().filter(|(pattern, _)| unused(pattern));
         unused.map(|(pattern, _)| pattern.text.as_str()).collect()
     }
 
-    /// Their texts, in order.
+    /// The texts of the patterns, in order.
     pub(super) fn texts(&self) -> impl Iterator<Item = &str> {
         self.0.iter().map(|(pattern, _)| pattern.text.as_str())
     }
 }
 
-/// The keys of the objects in a JSON object, in the order of the file, which `serde_json` may not keep.
+/// The keys of the objects inside a JSON object in the order of the file, which `serde_json` may not keep.
 #[derive(Debug, Default)]
 pub(super) struct Orders(BTreeMap<String, Vec<String>>);
 
@@ -104,7 +107,7 @@ impl Orders {
         self
     }
 
-    /// The entries of the object under `key`, in order.
+    /// The entries of the object under `key`, in the order of the file.
     pub(super) fn entries<'a>(
         &self,
         key: &str,
@@ -118,7 +121,7 @@ impl Orders {
     }
 }
 
-/// An object's keys; nothing of any other value. Of two equal keys the first has the place, as in Python.
+/// The keys of an object; empty for any other value. Of two equal keys the first one determines the position, as in Python.
 struct Keys(Vec<String>);
 
 impl<'de> Deserialize<'de> for Keys {

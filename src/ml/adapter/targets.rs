@@ -1,4 +1,4 @@
-//! Which modules get a pair of matrices: PEFT's `target_modules`, `exclude_modules`, `layers_to_transform` and
+//! The choice of the modules that get a pair of matrices, by PEFT's `target_modules`, `exclude_modules`, `layers_to_transform` and
 //! `layers_pattern`.
 
 use anyhow::{Context as _, bail, ensure};
@@ -8,17 +8,17 @@ use super::patterns::Pattern;
 use crate::ml::model::arch::Projection;
 use crate::ml::model::tensors::{is_projection, projection_name};
 
-/// What means every projection of the layers.
+/// The value of `target_modules` that selects every projection of the layers.
 pub const ALL_LINEAR: &str = "all-linear";
-/// What PEFT takes for all families here where nothing is said (`TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING`).
+/// PEFT's default for all families here (`TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING` in `peft/utils/constants.py`).
 pub const DEFAULT_TARGETS: [Projection; 2] = [Projection::Q, Projection::V];
 
 /// Names of modules or a regular expression.
 #[derive(Debug, Clone, PartialEq)]
 enum Names {
-    /// Whole paths, or the ends of some.
+    /// Whole paths, or the last parts of paths.
     Ends(Vec<String>),
-    /// What has to fit a whole path.
+    /// A regular expression that must match a whole path.
     Pattern(Box<Pattern>),
     /// Every projection of the layers.
     AllLinear,
@@ -39,15 +39,16 @@ impl Names {
         }
     }
 
-    /// Whether a path is meant, and whether by its whole name or a pattern, so that no layer is asked for.
-    fn mean(&self, path: &str) -> Option<bool> {
+    /// `None` if the path is not selected; else whether it is selected by its whole path or a pattern, in which case
+    /// `layers_to_transform` does not apply.
+    fn selects(&self, path: &str) -> Option<bool> {
         match self {
             Self::Ends(names) if names.iter().any(|name| name == path) => Some(true),
             Self::Ends(names) => {
                 let mut names = names.iter();
                 names.any(|name| ends_with(path, name)).then_some(false)
             }
-            Self::Pattern(pattern) => pattern.fits(path).then_some(true),
+            Self::Pattern(pattern) => pattern.matches(path).then_some(true),
             Self::AllLinear => is_projection(path).then_some(true),
         }
     }
@@ -64,30 +65,30 @@ fn strings(value: &Value) -> Option<Vec<String>> {
     items.map(|item| Some(item.as_str()?.to_owned())).collect()
 }
 
-/// What PEFT says of a module.
+/// PEFT's decision about a module.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Meant {
+pub enum Selection {
     /// It gets matrices.
     Yes,
-    /// It does not.
+    /// It gets no matrices.
     No,
-    /// It is left out, by `exclude_modules` or because it is trained whole.
+    /// It is excluded, by `exclude_modules` or because it is fully trained.
     Excluded,
 }
 
-/// Which modules get matrices.
+/// The settings that decide which modules get matrices.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Targets {
     names: Names,
     exclude: Option<Names>,
-    /// Modules that are trained whole.
+    /// The modules that are fully trained.
     whole: Vec<Pattern>,
     layers: Option<Vec<i64>>,
     layers_pattern: Vec<Pattern>,
 }
 
 impl Targets {
-    /// Understands the keys of `adapter_config.json`. What PEFT refuses is an error.
+    /// Reads the keys of `adapter_config.json`. What PEFT refuses is an error.
     pub(super) fn parse(raw: &Map<String, Value>) -> anyhow::Result<Self> {
         let some = |key: &str| raw.get(key).filter(|value| !value.is_null());
         let names = match some("target_modules") {
@@ -156,32 +157,36 @@ impl Targets {
             names,
             exclude: exclude.transpose()?,
             whole: whole.collect::<anyhow::Result<_>>()?,
-            // An empty list asks for no layer in particular.
+            // As in PEFT, an empty list means all layers.
             layers: layers.filter(|layers| !layers.is_empty()),
             layers_pattern: layers_pattern.collect::<anyhow::Result<_>>()?,
         })
     }
 
-    /// Whether the module at `path` gets matrices (PEFT's `check_target_module_exists`).
-    pub fn mean(&self, path: &str) -> Meant {
-        let excluded = self.exclude.as_ref().and_then(|names| names.mean(path));
-        if excluded.is_some() || self.whole.iter().any(|pattern| pattern.fits(path)) {
-            return Meant::Excluded;
+    /// Decides about the module at `path` (`check_target_module_exists` in `peft/tuners/tuners_utils.py`).
+    pub fn selection(&self, path: &str) -> Selection {
+        let excluded = self.exclude.as_ref().and_then(|names| names.selects(path));
+        if excluded.is_some() || self.whole.iter().any(|pattern| pattern.matches(path)) {
+            return Selection::Excluded;
         }
-        let fits = match (self.names.mean(path), &self.layers) {
+        let matches = match (self.names.selects(path), &self.layers) {
             (None, _) => false,
             (Some(true), _) | (_, None) => true,
             (Some(false), Some(layers)) => self
                 .layer(path)
                 .is_some_and(|layer| layers.contains(&layer)),
         };
-        if fits { Meant::Yes } else { Meant::No }
+        if matches {
+            Selection::Yes
+        } else {
+            Selection::No
+        }
     }
 
     /// The number of the layer that a module is in.
     fn layer(&self, path: &str) -> Option<i64> {
         if self.layers_pattern.is_empty() {
-            // `re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", path)`: the first number with two parts before and one behind.
+            // `re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", path)`: the first number with two parts before it and one after it.
             let mut parts = path.split('.').skip(2).peekable();
             while let Some(part) = parts.next() {
                 if parts.peek().is_some() && is_number(part) {
@@ -191,11 +196,11 @@ impl Targets {
             return None;
         }
         let mut patterns = self.layers_pattern.iter();
-        let found = patterns.find(|pattern| pattern.fits(path))?;
+        let found = patterns.find(|pattern| pattern.matches(path))?;
         found.number(path, "index")
     }
 
-    /// The names of `target_modules` that end none of `paths`.
+    /// The names of `target_modules` that select none of `paths`.
     pub fn unused<'a>(&self, paths: &(impl Iterator<Item = &'a str> + Clone)) -> Vec<&str> {
         let Names::Ends(names) = &self.names else {
             return Vec::new();
@@ -213,8 +218,8 @@ impl Targets {
         self.exclude.is_some()
     }
 
-    /// What was asked for, for a message.
-    pub fn told(&self) -> String {
+    /// The value of `target_modules`, for a message.
+    pub fn description(&self) -> String {
         match &self.names {
             Names::Ends(names) => {
                 let names: Vec<_> = names.iter().map(|name| format!("`{name}`")).collect();

@@ -102,7 +102,7 @@ fn a_new_adapter_has_keys_that_old_and_new_peft_know() {
 fn patterns_fit_as_in_peft() {
     // What PEFT's `re.match(rf"(.*\.)?({key})$", path)` says.
     let path = "model.layers.1.self_attn.q_proj";
-    for (pattern, fits) in [
+    for (pattern, matches) in [
         ("q_proj", true),
         ("self_attn.q_proj", true),
         (path, true),
@@ -115,9 +115,9 @@ fn patterns_fit_as_in_peft() {
         (r"layers\.[2-4]\..*q_proj", false),
     ] {
         let patterns = Patterns::new([(pattern.to_owned(), 3)]).unwrap();
-        assert_eq!(patterns.find(path), fits.then_some(3), "{pattern}");
+        assert_eq!(patterns.find(path), matches.then_some(3), "{pattern}");
         let unused = patterns.unused(&[path].into_iter());
-        assert_eq!(unused, if fits { vec![] } else { vec![pattern] });
+        assert_eq!(unused, if matches { vec![] } else { vec![pattern] });
     }
     let two = [("q_proj".to_owned(), 1), (".*".to_owned(), 2)];
     assert_eq!(
@@ -399,8 +399,8 @@ fn patterns_keep_the_order_of_the_file() {
 fn whole_modules_are_meant_by_letters_as_in_peft() {
     let path = "model.layers.0.post_attention_layernorm";
     for (name, means) in [("norm", true), ("layernorm", true), ("layers.0", true)] {
-        assert_eq!(is_meant(name, path), means, "{name}");
+        assert_eq!(names_module(name, path), means, "{name}");
     }
-    assert!(!is_meant("post_attention", path) && !is_meant("input_layernorm", path));
-    assert!(is_meant("mlp", "model.layers.1.mlp.up_proj"));
+    assert!(!names_module("post_attention", path) && !names_module("input_layernorm", path));
+    assert!(names_module("mlp", "model.layers.1.mlp.up_proj"));
 }

@@ -14,24 +14,24 @@ use super::{Forward, Scored, decode, layer, lowest};
 use crate::ml::backend::{Backend, Decoder, ForwardPass, PassSize, Scores};
 use crate::ml::model::batch::{Batch, Target};
 use crate::ml::model::linear::Pass;
-use crate::ml::model::{self, Gradients, Llama};
-use crate::ml::reference::Texts;
+use crate::ml::model::{self, CausalLm, Gradients};
+use crate::ml::reference::CachedSequences;
 
-/// The most tokens of several micro-batches in one pass: more would save nothing.
+/// The largest number of tokens in a pass of several micro-batches; larger passes would save nothing more.
 pub(super) const TOKENS: usize = 2048;
-/// The most bytes that a pass of several micro-batches keeps for its backward.
-const KEPT: usize = 1 << 29;
+/// The largest number of bytes that a pass of several micro-batches keeps for its backward pass.
+const MAX_SAVED_BYTES: usize = 1 << 29;
 
-/// A model on the fast path, with what outlives a pass.
+/// A model on the fast path, with the buffers that outlive a pass.
 pub struct Fused<'m> {
-    pub(super) model: &'m Llama,
+    pub(super) model: &'m CausalLm,
     pub(super) packing: Packing,
     pub(super) pool: Pool,
-    /// What frozen layers give, where it is kept.
+    /// The kept output of the frozen layers, see [`Backend::keep_frozen_states`].
     pub(super) states: Mutex<Option<States>>,
 }
 
-/// What a model has that the fast path lacks.
+/// The error of a model that the fast path does not support; it says what is not supported.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unsupported(String);
 
@@ -43,8 +43,8 @@ impl fmt::Display for Unsupported {
 
 impl std::error::Error for Unsupported {}
 
-/// What the fast path lacks for this model, if anything.
-fn lacking(model: &Llama) -> Option<String> {
+/// The first feature of a model that the fast path does not support, if there is one.
+fn unsupported_feature(model: &CausalLm) -> Option<String> {
     if !model.device.is_cpu() {
         return Some("the model is not on the CPU".into());
     }
@@ -69,12 +69,12 @@ fn lacking(model: &Llama) -> Option<String> {
 }
 
 impl<'m> Fused<'m> {
-    /// A model on the fast path.
+    /// Runs `model` on the fast path.
     ///
     /// # Errors
-    /// The model has something that the fast path lacks.
-    pub fn new(model: &'m Llama, packing: Packing) -> std::result::Result<Self, Unsupported> {
-        match lacking(model) {
+    /// The model has a feature that the fast path does not support.
+    pub fn new(model: &'m CausalLm, packing: Packing) -> std::result::Result<Self, Unsupported> {
+        match unsupported_feature(model) {
             Some(why) => Err(Unsupported(why)),
             None => Ok(Self {
                 model,
@@ -85,7 +85,7 @@ impl<'m> Fused<'m> {
         }
     }
 
-    /// Each copy of a prompt drops values of its own: where a layer does, none are shared.
+    /// The packing of a pass. With dropout no prompts are shared, because each copy of a prompt drops other values.
     pub(super) fn packing(&self, pass: Pass) -> Packing {
         let drops = |layer: &model::Layer| {
             let mut linears = layer.linears().into_iter();
@@ -99,16 +99,16 @@ impl<'m> Fused<'m> {
 }
 
 impl Backend for Fused<'_> {
-    /// Several micro-batches in one pass save time: each block of a weight is made ready once for all of them, fewer panels are
-    /// part empty, and what several begin with is computed once. It costs memory, so there is a bound.
+    /// Several micro-batches in one pass save time: each block of a weight is packed once for all of them, fewer panels are partly empty,
+    /// and common prefixes are computed once. They also cost memory, so their number is limited.
     fn pass_size(&self, batches: &[&Batch], pass: Pass, checkpointing: bool) -> PassSize {
         let packing = self.packing(pass);
-        let kept = if pass.tape {
-            layer::kept(self.model, checkpointing)
+        let bytes_per_token = if pass.tape {
+            layer::saved_bytes(self.model, checkpointing)
         } else {
             0
         };
-        let most = TOKENS.min(KEPT / kept.max(1));
+        let most = TOKENS.min(MAX_SAVED_BYTES / bytes_per_token.max(1));
         let all = (1..=batches.len()).map(|count| PassSize {
             micro_batches: count,
             tokens: packing.tokens(batches.get(..count).unwrap_or_default()),
@@ -140,15 +140,15 @@ impl Backend for Fused<'_> {
 
     fn decoder<'a>(
         &'a self,
-        texts: usize,
+        sequences: usize,
         longest: usize,
         pass: Pass,
     ) -> Result<Box<dyn Decoder + 'a>> {
-        // What is trained in f32 and multiplied in bf16 has no kernel for single vectors.
+        // There is no kernel that multiplies single vectors in bf16 by a weight that is trained in f32.
         Ok(
-            match decode::Decoder::new(self.model, texts, longest, pass)? {
+            match decode::Decoder::new(self.model, sequences, longest, pass)? {
                 Some(decoder) => Box::new(decoder),
-                None => Box::new(Texts::new(self.model, texts, longest, pass)),
+                None => Box::new(CachedSequences::new(self.model, sequences, longest, pass)),
             },
         )
     }

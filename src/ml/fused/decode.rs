@@ -1,7 +1,7 @@
-//! The next tokens of several texts at once, on plain vectors: what text generation spends its time on.
+//! Text generation on plain vectors: the next tokens of several sequences at once.
 //!
-//! A step reads every weight once for all texts, keys and values are appended in place, and there are no tensors between the
-//! products. [`Llama::next_logits`] is the plain path: the two differ by the order of sums alone.
+//! A step reads every weight once for all sequences, keys and values are appended in place, and there are no tensors between the products.
+//! [`CausalLm::next_logits`] is the reference path; the two differ in the order of sums alone.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -15,31 +15,31 @@ use rayon::prelude::*;
 use super::weights::{BaseWeight, TensorView};
 use crate::ml::backend::{self, Token};
 use crate::ml::model::linear::{Base, Linear, Pass};
-use crate::ml::model::{Layer, Llama, Norm, angles};
+use crate::ml::model::{CausalLm, Layer, Norm, angles};
 
-/// Texts that a model goes on with.
+/// Sequences that a model continues.
 pub(super) struct Decoder<'a> {
     pass: Pass,
     layers: Vec<DecoderLayer<'a>>,
-    model: &'a Llama,
+    model: &'a CausalLm,
     /// The final norm's weight.
     norm: Vec<f32>,
-    /// (positions, half a head's width).
+    /// The cosines of the rotary angles (positions, `head_dim / 2`).
     cos: Vec<f32>,
     sin: Vec<f32>,
-    texts: Vec<Text>,
-    /// Whether products are in bf16: factors and results are rounded to it.
+    sequences: Vec<CachedSequence>,
+    /// Whether products are computed in bf16, which rounds their factors and results.
     rounded: bool,
 }
 
-/// What a text has so far.
-struct Text {
+/// The length and the cache of a sequence.
+struct CachedSequence {
     length: usize,
-    /// By layer and key head.
+    /// The keys and values by layer and key head.
     cache: Vec<Entries>,
 }
 
-/// Keys and values of one head, each (length, width), in the compute dtype.
+/// The keys and values of one head, each (length, width), in the compute dtype.
 #[derive(Debug, Clone)]
 enum Entries {
     F32(Vec<f32>, Vec<f32>),
@@ -74,7 +74,7 @@ impl Entries {
         }
     }
 
-    /// Some numbers of each.
+    /// A range of the keys and the same range of the values.
     fn span(&self, span: Range<usize>) -> (Cached<'_>, Cached<'_>) {
         match self {
             Self::F32(keys, values) => {
@@ -93,7 +93,7 @@ struct DecoderLayer<'a> {
     layer: &'a Layer,
     input_norm: Vec<f32>,
     post_norm: Vec<f32>,
-    /// Weights and eps of the norms of single heads.
+    /// The weight and the eps of the norm of each query head.
     q_norm: Option<(Vec<f32>, f64)>,
     k_norm: Option<(Vec<f32>, f64)>,
     q: Projection<'a>,
@@ -113,7 +113,7 @@ struct Projection<'a> {
     pair: Option<Pair>,
 }
 
-/// Whether values of this type are products' factors as they are, or widened.
+/// Whether all values of the type `stored` are exact in the compute dtype.
 fn is_exact(stored: DType, compute: DType) -> bool {
     stored == compute || compute == DType::F32 && matches!(stored, DType::BF16 | DType::F16)
 }
@@ -202,11 +202,11 @@ impl<'a> DecoderLayer<'a> {
 }
 
 impl<'a> Decoder<'a> {
-    /// So many empty texts, none of which gets longer than `longest` tokens. `None` where the kernels don't reach: on other
-    /// devices than the CPU, for products in f16, and with matrices beside embeddings or head.
+    /// `sequences` empty sequences, none of which may become longer than `longest` tokens. `None` for what the kernels don't support: other
+    /// devices than the CPU, products in f16, and pairs of embeddings or head.
     pub(super) fn new(
-        model: &'a Llama,
-        texts: usize,
+        model: &'a CausalLm,
+        sequences: usize,
         longest: usize,
         pass: Pass,
     ) -> Result<Option<Self>> {
@@ -235,7 +235,7 @@ impl<'a> Decoder<'a> {
             _ => Entries::F32(Vec::new(), Vec::new()),
         };
         let count = layers.len() * model.arch.num_key_value_heads;
-        let text = || Text {
+        let sequence = || CachedSequence {
             length: 0,
             cache: vec![entries.clone(); count],
         };
@@ -246,22 +246,29 @@ impl<'a> Decoder<'a> {
             norm: values(&model.norm.weight.value(pass), DType::F32)?,
             cos: values(&cos, DType::F32)?,
             sin: values(&sin, DType::F32)?,
-            texts: std::iter::repeat_with(text).take(texts).collect(),
+            sequences: std::iter::repeat_with(sequence).take(sequences).collect(),
             rounded: compute == DType::BF16,
         }))
     }
 
-    /// Where each token stands in its text.
-    fn places(&self, tokens: &[Token]) -> Result<Vec<usize>> {
+    /// The position of each token in its sequence.
+    fn positions_(&self, tokens: &[Token]) -> Result<Vec<usize>> {
         let longest = self.cos.len() / (self.model.arch.head_dim / 2).max(1);
-        let mut lengths: Vec<usize> = self.texts.iter().map(|text| text.length).collect();
+        let mut lengths: Vec<usize> = self
+            .sequences
+            .iter()
+            .map(|sequence| sequence.length)
+            .collect();
         let mut positions = Vec::with_capacity(tokens.len());
         for token in tokens {
             let Some(length) = lengths
-                .get_mut(token.text)
+                .get_mut(token.sequence)
                 .filter(|length| **length < longest)
             else {
-                bail!("a token of text {} has no place", token.text);
+                bail!(
+                    "a token of sequence {} is beyond its longest length",
+                    token.sequence
+                );
             };
             positions.push(*length);
             *length += 1;
@@ -271,11 +278,11 @@ impl<'a> Decoder<'a> {
 
     fn round(&self, values: &mut [f32]) {
         if self.rounded {
-            vectors::round(values);
+            vectors::round_to_bf16(values);
         }
     }
 
-    /// A factor of a product.
+    /// `x` as a factor of a product, rounded if products are computed in bf16.
     fn factor<'b>(&self, x: &'b [f32]) -> Cow<'b, [f32]> {
         let mut x = Cow::Borrowed(x);
         if self.rounded {
@@ -284,7 +291,7 @@ impl<'a> Decoder<'a> {
         x
     }
 
-    /// Projections of the same vectors (tokens, in), each to (tokens, out).
+    /// Applies several projections to the same vectors (tokens, in). Each result is (tokens, out).
     fn apply<const N: usize>(&self, all: [&Projection<'_>; N], x: &[f32]) -> Result<[Vec<f32>; N]> {
         let x = self.factor(x);
         let borrowed = all
@@ -351,16 +358,16 @@ impl<'a> Decoder<'a> {
         Ok(outs)
     }
 
-    /// Turns the halves of each head by the angles of the token's position, and multiplies by `scale`.
+    /// Applies the rotary embedding to rows of `row` values, one for each of `positions`, and multiplies them by `scale`.
     fn rotate(&self, rows: &mut [f32], row: usize, positions: &[usize], scale: f32) {
         let half = self.model.arch.head_dim / 2;
         for (row, position) in rows.chunks_exact_mut(row).zip(positions) {
             let span = position * half..(position + 1) * half;
-            vectors::rotate(row, &self.cos[span.clone()], &self.sin[span], scale);
+            vectors::rope(row, &self.cos[span.clone()], &self.sin[span], scale);
         }
     }
 
-    /// Each token's attention to its text up to itself: (tokens, heads * width).
+    /// The attention of each token to its sequence up to itself: (tokens, heads * width).
     fn attention(
         &self,
         number: usize,
@@ -372,9 +379,9 @@ impl<'a> Decoder<'a> {
         let (heads, width) = (layer.kv_heads, layer.head_dim);
         let group = layer.heads / heads.max(1) * width;
         let mut y = vec![0.; q.len()];
-        let attend = |(place, (out, query)): (usize, (&mut [f32], &[f32]))| {
-            let (token, head) = (place / heads, place % heads);
-            let entries = &self.texts[tokens[token].text].cache[number * heads + head];
+        let attend = |(index, (out, query)): (usize, (&mut [f32], &[f32]))| {
+            let (token, head) = (index / heads, index % heads);
+            let entries = &self.sequences[tokens[token].sequence].cache[number * heads + head];
             let end = positions[token] + 1;
             let first = layer.window.map_or(0, |window| end.saturating_sub(window));
             let (keys, values) = entries.span(first * width..end * width);
@@ -404,7 +411,7 @@ impl<'a> Decoder<'a> {
 impl backend::Decoder for Decoder<'_> {
     fn step(&mut self, tokens: &[Token], wanted: &[usize]) -> Result<Vec<f32>> {
         let hidden = self.model.arch.hidden_size;
-        let positions = self.places(tokens)?;
+        let positions = self.positions_(tokens)?;
         let ids: Vec<u32> = tokens.iter().map(|token| token.id).collect();
         let ids = Tensor::new(ids, &self.model.device)?.unsqueeze(0)?;
         let mut x = values(&self.model.embed(&ids, self.pass)?, DType::F32)?;
@@ -427,10 +434,10 @@ impl backend::Decoder for Decoder<'_> {
                 self.round(values);
             }
             let entries = k.chunks_exact(width).zip(v.chunks_exact(width));
-            for (place, (key, value)) in entries.enumerate() {
-                let (token, head) = (place / heads, place % heads);
-                let text = &mut self.texts[tokens[token].text];
-                text.cache[number * heads + head].push(key, value);
+            for (index, (key, value)) in entries.enumerate() {
+                let (token, head) = (index / heads, index % heads);
+                let sequence = &mut self.sequences[tokens[token].sequence];
+                sequence.cache[number * heads + head].push(key, value);
             }
             let mut y = self.attention(number, &q, tokens, &positions);
             self.round(&mut y);
@@ -439,18 +446,18 @@ impl backend::Decoder for Decoder<'_> {
             add(&mut x, &y);
             let normed = norm(&x, &weights.post_norm, layer.post_norm.eps);
             let [mut gate, up] = self.apply([&weights.gate, &weights.up], &normed)?;
-            vectors::gate(&mut gate, &up);
+            vectors::swiglu(&mut gate, &up);
             let [y] = self.apply([&weights.down], &gate)?;
             add(&mut x, &y);
         }
         for token in tokens {
-            self.texts[token.text].length += 1;
+            self.sequences[token.sequence].length += 1;
         }
         let mut last = Vec::with_capacity(wanted.len() * hidden);
-        for place in wanted {
-            match x.chunks_exact(hidden).nth(*place) {
+        for index in wanted {
+            match x.chunks_exact(hidden).nth(*index) {
                 Some(row) => last.extend_from_slice(row),
-                None => bail!("token {place} of {} is wanted", tokens.len()),
+                None => bail!("token {index} of {} is wanted", tokens.len()),
             }
         }
         let last = norm(&last, &self.norm, self.model.norm.eps);
@@ -480,7 +487,7 @@ impl backend::Decoder for Decoder<'_> {
     }
 }
 
-/// Products of a query and a key, in numbers, that are worth waking other threads.
+/// The number of multiplications of queries and keys from which on other threads are used.
 const PARALLEL: usize = 1 << 17;
 
 fn dense(values: &[f32], rows: usize, columns: usize) -> Result<Matrix<'_>> {
@@ -490,10 +497,10 @@ fn dense(values: &[f32], rows: usize, columns: usize) -> Result<Matrix<'_>> {
     }
 }
 
-/// The norm of each row, see [`vectors::norm`].
+/// The RMS norm of each row, see [`vectors::rms_norm`].
 fn norm(x: &[f32], weight: &[f32], eps: f64) -> Vec<f32> {
     let mut normed = vec![0.; x.len()];
-    vectors::norm(x, weight, eps as f32, &mut normed);
+    vectors::rms_norm(x, weight, eps as f32, &mut normed);
     normed
 }
 

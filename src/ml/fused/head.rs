@@ -1,9 +1,10 @@
 //! The end of the model: log-probabilities of given ids and their gradient in one pass over the vocabulary.
 //!
-//! The gradient of `logp(id | h) = (W h)_id - log sum e^(W h)` for `h` is `W_id - W^T softmax(W h)`. What it is multiplied by
-//! is known only when all log-probabilities are, but that is one number a target: so `W^T softmax(W h)` is made at once, while
-//! the logits are in memory, and nothing is computed twice. All tokens go over a block of the vocabulary after the other, whose
-//! logits stay in the third cache; what was made with a smaller largest logit is scaled down when a larger one comes up.
+//! The gradient of `logp(id | h) = (W h)_id - log sum e^(W h)` with respect to `h` is `W_id - W^T softmax(W h)`. Its factor in the loss is
+//! known only when all log-probabilities are, but it is a single number for each target. So `W^T softmax(W h)` is computed at once, while the
+//! logits are in memory, and nothing is computed twice. The vocabulary is processed in blocks, each for all tokens, whose logits stay in the
+//! third-level cache; when a block has a larger logit than those before, the earlier sums are scaled down (online softmax, see
+//! [`pipeline_kernels::vocabulary`]).
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -22,37 +23,38 @@ use crate::ml::model::Gradients;
 use crate::ml::model::batch::Target;
 use crate::ml::model::head::TokenStats;
 
-/// The number of logits at once: 16 MiB of them. In tests few, so that small vocabularies have several blocks.
+/// The number of logits in memory at once, 16 MiB. It is small in tests, so that small vocabularies have several blocks.
 const AT_ONCE: usize = if cfg!(test) { 1 << 12 } else { 1 << 22 };
-/// The least ids of a block, of which all blocks but the last are a multiple: the depth of a block of a product.
+/// The smallest number of ids in a block, and a divisor of that of all blocks but the last: the depth of a block of a product.
 const IDS: usize = 512;
 
 /// Scored targets.
 pub(super) struct Scored {
-    /// The log-probability of each target.
+    /// The log-probability of each target, in nats.
     pub(super) logps: Vec<f32>,
-    /// Entropy and arg max at each, if asked for.
+    /// The entropy and the arg max at each target, if requested.
     pub(super) token_stats: Option<Vec<TokenStats>>,
-    /// Tokens whose hidden states were scored.
+    /// The tokens whose hidden states were scored.
     tokens: Vec<usize>,
-    /// For each target, which of those, and its id.
+    /// For each target, the index of its token in `tokens`, and its id.
     rows: Vec<(usize, u32)>,
-    /// `W^T softmax(W h)` of each token, in panels; empty if no gradient was asked for.
+    /// `W^T softmax(W h)` of each token, in panels; empty if no gradient was requested.
     expected_head_row: Vec<f32>,
-    /// What each panel's logits come to.
+    /// The statistics of each panel's logits.
     summaries: Vec<Summary>,
 }
 
-/// The token in the layout that a target is predicted from.
+/// The token in the layout from which a target is predicted.
 pub(super) fn token(layout: &Layout, target: &Target) -> Result<usize> {
-    let places = layout.places.get(target.row);
-    match places.and_then(|places| places.get(target.position.wrapping_sub(1))) {
+    let token_indices = layout.token_indices.get(target.row);
+    match token_indices.and_then(|token_indices| token_indices.get(target.position.wrapping_sub(1)))
+    {
         Some(&token) => Ok(token),
         None => candle_core::bail!("a target lies outside the batch"),
     }
 }
 
-/// The hidden states of some tokens, in panels of their own.
+/// Copies the hidden states of some tokens into panels of their own.
 fn gather(forward: &Forward<'_>, tokens: &[usize], out: &mut [f32]) {
     let hidden = forward.shape.hidden;
     let rows: Vec<Vec<f32>> = tokens
@@ -64,7 +66,7 @@ fn gather(forward: &Forward<'_>, tokens: &[usize], out: &mut [f32]) {
     });
 }
 
-/// Ids of one block of the vocabulary, for so many tokens.
+/// The number of ids in a block of the vocabulary for this number of tokens.
 fn block(tokens: usize) -> usize {
     let ids = AT_ONCE / size(1, tokens).max(1);
     (ids / IDS).max(1) * IDS
@@ -115,8 +117,8 @@ pub(super) fn score(
     let count = scored.tokens.len();
     let mut x = pool.take(size(hidden, count));
     gather(forward, &scored.tokens, &mut x);
-    let wide = pool.factor(half, &x, hidden);
-    // Targets by their ids, for each block finds some of them.
+    let factor = pool.factor(half, &x, hidden);
+    // The targets in the order of their ids, so that each block finds its own.
     let mut by_id: Vec<usize> = (0..scored.rows.len()).collect();
     by_id.sort_by_key(|&target| scored.rows[target].1);
     let mut by_id = by_id.into_iter().peekable();
@@ -126,12 +128,12 @@ pub(super) fn score(
     for ids in blocks(vocabulary, count) {
         let logits = &mut buffer[..size(ids.len(), count)];
         let weight = held.rows(ids.clone())?;
-        product(logits, vec![Term { weight, x: &wide }], Onto::Zero);
+        product(logits, vec![Term { weight, x: &factor }], Onto::Zero);
         while let Some(target) = by_id.next_if(|&target| (scored.rows[target].1 as usize) < ids.end)
         {
             let (row, id) = scored.rows[target];
-            let place = row / LANES * ids.len() + (id as usize - ids.start);
-            chosen[target] = logits[place * LANES + row % LANES];
+            let index = row / LANES * ids.len() + (id as usize - ids.start);
+            chosen[target] = logits[index * LANES + row % LANES];
         }
         let factors = online_softmax(logits, ids.clone(), &mut summaries);
         if gradient {
@@ -142,17 +144,17 @@ pub(super) fn score(
                 multiply(expected_head_row, hidden, &factors);
                 Onto::Out
             };
-            let wide = pool.factor(half, logits, ids.len());
+            let factor = pool.factor(half, logits, ids.len());
             let term = Term {
                 weight: weight.transposed(),
-                x: &wide,
+                x: &factor,
             };
             product(expected_head_row, vec![term], onto);
-            pool.give_factors([wide]);
+            pool.give_factors([factor]);
         }
     }
     pool.give(buffer);
-    pool.give_factors([wide]);
+    pool.give_factors([factor]);
     pool.give(x);
     for (target, (row, id)) in scored.rows.iter().enumerate() {
         let (summary, lane) = (&summaries[row / LANES], row % LANES);
@@ -188,8 +190,8 @@ fn multiply(data: &mut [f32], features: usize, factors: &[[f32; LANES]]) {
 }
 
 impl Scored {
-    /// From the gradient of each log-probability: writes that of the hidden states, and adds that of the head's weight if it
-    /// is trained.
+    /// The backward pass: from the gradient with respect to each log-probability (targets), writes that with respect to the hidden states
+    /// (panels), and adds that with respect to the head's weight to `gradients` if it is trained.
     pub(super) fn backward(
         mut self,
         forward: &Forward<'_>,
@@ -232,7 +234,7 @@ impl Scored {
         Ok(())
     }
 
-    /// The head's gradient: `sum g (e_id - softmax(W h)) h^T`, the softmax made again.
+    /// Adds the gradient with respect to the head's weight, `sum g (e_id - softmax(W h)) h^T`, for which the softmax is recomputed.
     fn grad_weight(
         &self,
         forward: &Forward<'_>,
@@ -250,13 +252,13 @@ impl Scored {
         let mut total = vec![0f32; vocabulary * hidden];
         let mut x = pool.take(size(hidden, count));
         gather(forward, &self.tokens, &mut x);
-        let wide = pool.factor(shape.half, &x, hidden);
+        let factor = pool.factor(shape.half, &x, hidden);
         let mut buffer = pool.take(size(block(count).min(vocabulary), count));
         for ids in blocks(vocabulary, count) {
             let logits = &mut buffer[..size(ids.len(), count)];
             let weight = held.rows(ids.clone())?;
-            product(logits, vec![Term { weight, x: &wide }], Onto::Zero);
-            // With all logits' summaries, these exponentials are those of the whole.
+            product(logits, vec![Term { weight, x: &factor }], Onto::Zero);
+            // The summaries are those of the whole vocabulary, so these exponentials need no correction.
             online_softmax(logits, ids.clone(), &mut self.summaries.clone());
             let panels = self.summaries.iter().enumerate();
             let factors: Vec<[f32; LANES]> = panels
@@ -276,7 +278,7 @@ impl Scored {
             );
         }
         pool.give(buffer);
-        pool.give_factors([wide]);
+        pool.give_factors([factor]);
         pool.give(x);
         for ((row, id), g) in self.rows.iter().zip(grad_logps) {
             let out = &mut total[*id as usize * hidden..][..hidden];

@@ -1,17 +1,18 @@
 //! One layer, forward and backward.
 //!
 //! With `n1 = norm(x)`, `a = attention(rope(nq(Wq n1 + bq)), rope(nk(Wk n1 + bk)), Wv n1 + bv)`, `m = x + Wo a + bo`,
-//! `n2 = norm(m)` and `u = silu(Wg n2 + bg) * (Wu n2 + bu)`, the layer gives `m + Wd u + bd`; biases and the norms `nq` and `nk` of
-//! single heads are there if the model has them. Kept are `x`, `q`, `k`, `v`, `a`, `m`, the gate, the up projection and what each
-//! LoRA pair's A gives; the norms, `u`, and `q` and `k` behind their norms are made again.
+//! `n2 = norm(m)` and `u = silu(Wg n2 + bg) * (Wu n2 + bu)`, the layer's output is `m + Wd u + bd`. The biases and the norms `nq` and
+//! `nk` of each head are left out if the model has none. For the backward pass it keeps `x`, `q`, `k`, `v`, `a`, `m`, the gate, the up
+//! projection and the down projection of each LoRA pair (`A x`); the norms, `u`, and the normed `q` and `k` are recomputed.
 
 use candle_core::{Result, bail};
 use pipeline_kernels::attention::{
-    Gradients as HeadGradients, Inputs, attention, attention_backward,
+    Gradients as AttentionGradients, Inputs, attention, attention_backward,
 };
 use pipeline_kernels::elementwise::{
     rms_norm, rms_norm_backward, rms_norm_grad_weight, rms_norm_recompute, swiglu, swiglu_backward,
 };
+use pipeline_kernels::panels::LANES;
 use pipeline_kernels::product::Onto;
 
 use super::layout::Layout;
@@ -21,10 +22,10 @@ use super::shape::Shape;
 use super::trainable::Trainable;
 use super::weights::{HeadNorm, Layer};
 use crate::ml::model::linear::Pass;
-use crate::ml::model::{self, Llama, Norm};
+use crate::ml::model::{self, CausalLm, Norm};
 
-/// Bytes that a pass keeps of each token for its backward.
-pub(super) fn kept(model: &Llama, checkpointing: bool) -> usize {
+/// The number of bytes that a pass keeps of each token for its backward pass.
+pub(super) fn saved_bytes(model: &CausalLm, checkpointing: bool) -> usize {
     let arch = &model.arch;
     let (queries, keys) = (arch.num_attention_heads, arch.num_key_value_heads);
     let input = arch.hidden_size;
@@ -45,8 +46,8 @@ pub(super) fn kept(model: &Llama, checkpointing: bool) -> usize {
     floats * size_of::<f32>()
 }
 
-/// What a layer's backward needs. All are panels: of the hidden states' width, the heads' or the feed-forward block's, and the
-/// norms' factors of one feature.
+/// What the backward pass of a layer needs. All are panels, with the width of the hidden states, of the heads or of the feed-forward block;
+/// the norms' factors have one feature.
 pub(super) struct Saved {
     x: Vec<f32>,
     input_inverse: Vec<f32>,
@@ -59,7 +60,7 @@ pub(super) struct Saved {
     post_inverse: Vec<f32>,
     gate: Vec<f32>,
     up: Vec<f32>,
-    /// What the pairs' A give, scaled: of q, k, v; o; gate, up; down.
+    /// `s A x` of the pairs of q, k and v; of o; of gate and up; and of down.
     lora_down: [Vec<Vec<f32>>; 4],
 }
 
@@ -84,16 +85,16 @@ impl Saved {
 
 /// The queries or keys of a layer.
 enum SavedHeads {
-    /// As they go into the attention.
+    /// After the rotary embedding, as the attention takes them.
     Rotated(Vec<f32>),
-    /// As the projection gives them, in front of a norm.
+    /// As the projection computes them, before their norm.
     Raw(RawHeads),
 }
 
-/// Queries or keys in front of their norm.
+/// Queries or keys before their norm.
 struct RawHeads {
     values: Vec<f32>,
-    /// The factors of each head's norm, panels of a feature a head.
+    /// The factors `inverse` of each head's norm, panels with a feature for each head.
     inverse: Vec<f32>,
 }
 
@@ -105,8 +106,9 @@ impl SavedHeads {
         }
     }
 
-    /// The buffer that [`rotate`] rotated, once it is not needed any more: here it is, or goes back.
-    fn of(raw: Option<RawHeads>, rotated: Vec<f32>, pool: &Pool) -> Self {
+    /// Chooses what to keep once the attention is computed: the values before the norm if there is one, else the rotated ones. A buffer
+    /// that is not kept goes back to the pool.
+    fn keep(raw: Option<RawHeads>, rotated: Vec<f32>, pool: &Pool) -> Self {
         match raw {
             None => Self::Rotated(rotated),
             Some(raw) => {
@@ -116,7 +118,7 @@ impl SavedHeads {
         }
     }
 
-    /// The values as they go into the attention, and, with a norm, those in front of it with its factors.
+    /// The values as the attention takes them, and with a norm those before it, with its factors.
     fn rotated(
         self,
         norm: Option<&HeadNorm<'_>>,
@@ -138,7 +140,8 @@ impl SavedHeads {
     }
 }
 
-/// The queries or keys as the attention takes them; with a norm also what they were in front of it, and its factors.
+/// Applies the norm, if there is one, and the rotary embedding to queries or keys. With a norm it also returns the values before it, and
+/// its factors.
 fn rotate(
     mut raw: Vec<f32>,
     norm: Option<&HeadNorm<'_>>,
@@ -162,7 +165,7 @@ fn rotate(
     Ok((rotated, Some(raw)))
 }
 
-/// Backpropagates through [`rotate`]: from the gradient of what it gave to that of what it took.
+/// The backward pass of [`rotate`]: from the gradient with respect to its result to that with respect to its argument.
 fn rotate_backward(
     mut grad: Vec<f32>,
     raw: Option<RawHeads>,
@@ -188,7 +191,17 @@ fn rotate_backward(
     Ok(grad_raw)
 }
 
-/// What a pass works with.
+/// Sets all `features` of some tokens in panels to zero.
+fn clear_tokens(panels: &mut [f32], features: usize, tokens: &[usize]) {
+    for token in tokens {
+        let panel = &mut panels[token / LANES * features * LANES..][..features * LANES];
+        for value in panel.iter_mut().skip(token % LANES).step_by(LANES) {
+            *value = 0.;
+        }
+    }
+}
+
+/// What the layers of a pass have in common.
 #[derive(Clone, Copy)]
 pub(super) struct PassContext<'a> {
     pub(super) shape: &'a Shape,
@@ -196,8 +209,8 @@ pub(super) struct PassContext<'a> {
     pub(super) pool: &'a Pool,
 }
 
-/// Runs the layer on hidden states `x`, panels of the hidden width: returns what a backward needs, and the hidden states behind
-/// the layer. Without `whole`, for a backward alone, the last product is left out and these are empty.
+/// Runs the layer on hidden states `x`, panels of the hidden size. Returns what the backward pass needs, and the hidden states after the
+/// layer. If not `whole`, which is enough to recompute a layer for its backward pass, the last product is left out and these are empty.
 pub(super) fn forward(
     layer: &Layer<'_>,
     context: PassContext<'_>,
@@ -219,7 +232,8 @@ pub(super) fn forward(
     let mut v = shape.take(pool, shape.kv_width());
     let group = ProjectionGroup::new(&[&layer.q, &layer.k, &layer.v], hidden, shape);
     let qkv_down = group.forward(&normed, vec![&mut q, &mut k, &mut v], Onto::Zero, pool)?;
-    let (q, raw_q) = rotate(q, layer.q_norm.as_ref(), shape, pool)?;
+    let (mut q, raw_q) = rotate(q, layer.q_norm.as_ref(), shape, pool)?;
+    clear_tokens(&mut q, shape.q_width(), layout.averaging(layer.window));
     let (k, raw_k) = rotate(k, layer.k_norm.as_ref(), shape, pool)?;
     let mut attended = shape.take_clean(pool, shape.q_width());
     let mut log_sums = shape.take_clean(pool, shape.heads.queries);
@@ -230,8 +244,8 @@ pub(super) fn forward(
     };
     let spans = layout.spans(layer.window);
     attention(inputs, shape.heads, spans, &mut attended, &mut log_sums);
-    let q = SavedHeads::of(raw_q, q, pool);
-    let k = SavedHeads::of(raw_k, k, pool);
+    let q = SavedHeads::keep(raw_q, q, pool);
+    let k = SavedHeads::keep(raw_k, k, pool);
     let mut middle = shape.take(pool, hidden);
     let group = ProjectionGroup::new(&[&layer.o], shape.q_width(), shape);
     let o_down = group.forward(&attended, vec![&mut middle], Onto::Values(&x), pool)?;
@@ -272,15 +286,16 @@ pub(super) fn forward(
     Ok((saved, out))
 }
 
-/// A layer's weights as slices, and the layer itself, where its gradients go.
+/// A layer's weights as slices, and the layer itself, to whose parameters the gradients belong.
 #[derive(Clone, Copy)]
 pub(super) struct LayerRef<'a, 'b> {
     pub(super) weights: &'a Layer<'b>,
     pub(super) layer: &'a model::Layer,
 }
 
-/// Backpropagates through the layer: `grad_x`, the gradient by the hidden states that it gave, becomes that by those that it took
-/// if `wanted`; otherwise it goes no further than what is trained. Gradients of what is trained go to `trainable`.
+/// The backward pass of the layer. `grad_x`, panels of the hidden size, holds the gradient with respect to the layer's output and, if
+/// `wanted`, is replaced by that with respect to its input; otherwise the pass ends at the lowest trained tensor. The gradients with respect
+/// to trained tensors go to `trainable`.
 pub(super) fn backward(
     LayerRef { weights, layer }: LayerRef<'_, '_>,
     context: PassContext<'_>,
@@ -370,7 +385,8 @@ pub(super) fn backward(
     )?;
     pool.give_all(o_down.into_iter().chain(grad_lora_down));
     let norms = (weights.q_norm.as_ref(), weights.k_norm.as_ref());
-    let (q, raw_q) = q.rotated(norms.0, shape, pool)?;
+    let (mut q, raw_q) = q.rotated(norms.0, shape, pool)?;
+    clear_tokens(&mut q, shape.q_width(), layout.averaging(weights.window));
     let (k, raw_k) = k.rotated(norms.1, shape, pool)?;
     let mut grad_q = shape.take_clean(pool, shape.q_width());
     let mut grad_k = shape.take_clean(pool, shape.kv_width());
@@ -384,7 +400,7 @@ pub(super) fn backward(
         shape.heads,
         layout.spans(weights.window),
         (&attended, &log_sums, &grad_attended),
-        &mut HeadGradients {
+        &mut AttentionGradients {
             q: &mut grad_q,
             k: &mut grad_k,
             v: &mut grad_v,

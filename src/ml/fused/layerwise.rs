@@ -1,7 +1,7 @@
-//! A forward pass over a model folder, a layer at a time, for models that are too large to borrow.
+//! A forward pass over a model folder with one layer in memory at a time, for models that don't fit into memory.
 //!
-//! A layer's weights are read when it is their turn and used in the type in which they are stored; only f16, for which there is no
-//! product, becomes f32. Sums are in f32. The plain path's counterpart is [`crate::ml::model::logits_by_layer`].
+//! The weights of a layer are read when it is its turn and used in the type in which they are stored; only f16 is converted to f32. Sums are
+//! in f32. The counterpart of the reference path is [`crate::ml::model::logits_by_layer`].
 
 use std::ops::Range;
 
@@ -25,14 +25,14 @@ use crate::ml::io::weights::{RawTensor, Weights};
 use crate::ml::model::arch::{Arch, Projection as Role, QkNorm};
 use crate::ml::model::batch::Batch;
 use crate::ml::model::tensors::{
-    EMBEDDINGS, HEAD, NormKind, bias_of, norm_path, norm_shape, projection_path, weight_of,
+    EMBEDDINGS, HEAD, NormKind, bias_name, norm_path, norm_shape, projection_path, weight_name,
 };
 use crate::ml::quant::nf4::Nf4;
 
-/// Values that a thread converts at once.
+/// The number of values that a thread converts at once.
 const SPAN: usize = 1 << 14;
 
-/// A model folder and the adapter beside it.
+/// A model folder and an adapter for it.
 #[derive(Clone, Copy)]
 pub(in crate::ml) struct MappedModel<'a> {
     pub(in crate::ml) arch: &'a Arch,
@@ -68,7 +68,7 @@ impl WeightSource {
     }
 }
 
-/// A projection's weight, its bias, and its pair with the factor.
+/// A projection's weight, its bias, and its pair with its scaling.
 struct Module {
     base: WeightSource,
     bias: Option<Tensor>,
@@ -89,14 +89,17 @@ impl Module {
 }
 
 impl<'a> MappedModel<'a> {
-    /// Whether there is nothing that the kernels lack: `DoRA`, modules trained whole.
+    /// Whether the kernels support the adapter: no `DoRA`, no fully trained modules.
     pub(in crate::ml) fn is_supported(&self) -> bool {
         self.arch.head_dim.is_multiple_of(2) && self.adapter.is_none_or(Adapter::is_lora_only)
     }
 
-    /// The final hidden states after the norm, in panels: the tokens of all `batches`, one behind the other without padding.
-    /// Those in front of token number `lora_tokens` see the adapter. `layer_done` is told the number of layers that are done, and
-    /// may stop.
+    /// The final hidden states after the norm, in panels of the hidden size: those of the tokens of all `batches`, one after the other
+    /// without padding. The adapter applies to the first `lora_tokens` tokens. `layer_done` is called with the number of finished layers, and
+    /// may stop with an error.
+    ///
+    /// # Errors
+    /// A tensor is missing or has another shape, or an id is outside the vocabulary.
     pub(in crate::ml) fn hidden(
         &self,
         batches: &[&Batch],
@@ -109,7 +112,7 @@ impl<'a> MappedModel<'a> {
         };
         let mut layout = Layout::new(batches, packing);
         layout.add_windows(self.arch.layers.iter().filter_map(|layer| layer.window));
-        let mut shape = Shape::of(self.arch, &layout, &Device::Cpu, false)?;
+        let mut shape = Shape::from_arch(self.arch, &layout, &Device::Cpu, false)?;
         shape.lora_tokens = lora_tokens;
         let pool = Pool::default();
         let work = PassContext {
@@ -166,7 +169,7 @@ impl<'a> MappedModel<'a> {
     fn module(&self, layer: usize, role: Role) -> anyhow::Result<Module> {
         let shape = self.arch.shape(role);
         let path = projection_path(layer, role);
-        let name = weight_of(&path);
+        let name = weight_name(&path);
         let base = match Nf4::load(self.weights, &name)? {
             Some(nf4) => {
                 ensure!(
@@ -187,7 +190,7 @@ impl<'a> MappedModel<'a> {
             Ok((f32(&pair.a)?, f32(&pair.b)?, scaling))
         });
         let bias = if self.arch.has_bias(role) {
-            Some(self.vector(&bias_of(&path), shape.0)?)
+            Some(self.vector(&bias_name(&path), shape.0)?)
         } else {
             None
         };
@@ -205,14 +208,14 @@ impl<'a> MappedModel<'a> {
             "the tensor `{name}` has the shape {:?}, expected {shape:?} from config.json",
             raw.shape
         );
-        let float = Float::of(raw.dtype).with_context(|| {
+        let float = Float::from_safetensors(raw.dtype).with_context(|| {
             let dtype = raw.dtype;
             format!("the tensor `{name}` is stored as {dtype:?}, expected F32, F16 or BF16")
         })?;
         Ok((float, raw))
     }
 
-    /// Some rows of a dense weight.
+    /// Reads some rows of a dense weight (height, depth).
     fn rows(
         &self,
         name: &str,
@@ -237,7 +240,7 @@ impl<'a> MappedModel<'a> {
         })
     }
 
-    /// The head's weight (vocabulary, hidden), if it is stored in 4 bits.
+    /// Reads the head's weight (vocabulary, hidden) if it is stored in 4 bits.
     pub(in crate::ml) fn head_in_4_bits(&self) -> anyhow::Result<Option<Nf4>> {
         let (name, shape) = (
             self.head_name(),
@@ -254,7 +257,7 @@ impl<'a> MappedModel<'a> {
         Ok(head)
     }
 
-    /// Some rows of the head's weight, which is `packed` if it is stored in 4 bits.
+    /// Reads some rows of the head's weight (vocabulary, hidden), which is `packed` if it is stored in 4 bits.
     pub(in crate::ml) fn head(
         &self,
         packed: Option<&Nf4>,
@@ -279,18 +282,18 @@ impl<'a> MappedModel<'a> {
     }
 
     fn norm(&self, layer: usize, norm: NormKind) -> anyhow::Result<Tensor> {
-        let name = weight_of(&norm_path(layer, norm));
+        let name = weight_name(&norm_path(layer, norm));
         self.vector(&name, norm_shape(self.arch, norm))
     }
 
-    /// A tensor of so many numbers, in f32.
+    /// Reads a tensor of `length` elements, in f32.
     fn vector(&self, name: &str, length: usize) -> anyhow::Result<Tensor> {
         self.shaped(name, &[length])?;
         let tensor = self.weights.tensor(name, &Device::Cpu)?;
         Ok(tensor.to_dtype(DType::F32)?)
     }
 
-    /// The tokens' rows of the embedding, in panels.
+    /// The embeddings of the tokens, in panels of the hidden size.
     fn embed(&self, ids: &[u32]) -> anyhow::Result<Vec<f32>> {
         let width = self.arch.hidden_size;
         let (float, raw) = self.shaped(EMBEDDINGS, &[self.arch.vocab_size, width])?;

@@ -1,20 +1,20 @@
-//! Where the tokens of some batches go: one behind the other, without padding, what several sequences begin with once for all.
+//! The order of the tokens of a pass: one sequence after the other, without padding, and with common prefixes once for all of them.
 //!
-//! The sequences of a pass are put together as a tree (tree training, arXiv 2511.00413): a token sees those on the way from the
-//! root to it. What several rows begin with, as a system prompt, is a span of its own, and the context of the
-//! spans behind it; a row's prompt and the two answers to it are one span.
+//! The sequences of a pass form a tree (tree training, arXiv 2511.00413): a token attends to those on the path from the root to itself. A
+//! prefix of several rows, such as a system prompt, is a span of its own, and the context of the spans after it; a row's prompt and the two
+//! answers to it are one span.
 
 use pipeline_kernels::attention::{Span, Spans, Visible};
 
 use crate::ml::model::batch::{Batch, Sequence};
 use crate::ml::model::linear::BATCH_STRIDE;
 
-/// What of a batch need not be computed.
+/// What is left out of the computation of a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Packing {
-    /// Padding is left out. Only `logits/*` differ: TRL's mean goes over the padding too.
+    /// Whether padding is left out. Only `logits/*` differ then, because TRL's mean includes the padding.
     pub padding_free: bool,
-    /// What sequences begin with is computed once for all of them. Needs `padding_free`.
+    /// Whether common prefixes of sequences are computed once. Needs `padding_free`.
     pub share_prompts: bool,
 }
 
@@ -27,28 +27,37 @@ impl Default for Packing {
     }
 }
 
-/// A span of its own for what several rows begin with must spare so many tokens: it has panels and sums of its own.
+/// The number of tokens that a span of its own for a common prefix must save, because it needs panels and sums of its own.
 const WORTHWHILE: usize = 16;
 
-/// The tokens of some batches.
+/// The tokens of a pass.
 #[derive(Debug, Default)]
 pub(super) struct Layout {
     /// The id of each token.
     pub(super) ids: Vec<u32>,
-    /// Its position, from the start of its document.
+    /// The position of each token in its document.
     pub(super) positions: Vec<usize>,
-    /// Tokens that may see each other.
+    /// The spans of tokens that may attend to each other.
     spans: Spans,
-    /// The same for windows of so many keys.
-    windows: Vec<(usize, Spans)>,
-    /// For each sequence, all batches' one behind the other, the token at each position.
-    pub(super) places: Vec<Vec<usize>>,
-    /// For each token, its place in its padded batch (the first, if it is in several), with [`BATCH_STRIDE`] from one batch to
-    /// the next.
+    /// The spans for each size of a sliding window.
+    windows: Vec<Window>,
+    /// For each sequence of all batches, the token at each of its positions.
+    pub(super) token_indices: Vec<Vec<usize>>,
+    /// For each token, its index in its padded batch (the first batch, if it is in several), plus [`BATCH_STRIDE`] for each batch before it.
     pub(super) padded_index: Vec<u64>,
-    /// For each sequence, where its keys are not counted as its ids are: how many lie in front of its branch, and which of its
-    /// span's keys is the branch's first. Sums over keys are cut into panels by that.
+    /// For each sequence, the number of keys before its branch, and the index of the branch's first key among those of its span. The
+    /// panels over which sums over keys are split depend on these.
     pub(super) branches: Vec<(usize, usize)>,
+}
+
+/// A sliding window of layers.
+#[derive(Debug)]
+struct Window {
+    /// Its size in keys, a query's own included.
+    size: usize,
+    spans: Spans,
+    /// See [`Layout::averaging`].
+    averaging: Vec<usize>,
 }
 
 impl Packing {
@@ -56,7 +65,7 @@ impl Packing {
         self.padding_free && self.share_prompts
     }
 
-    /// How many tokens of some batches are computed in one pass.
+    /// The number of tokens that one pass computes for these batches.
     pub(super) fn tokens(self, batches: &[&Batch]) -> usize {
         if self.shares() {
             return Layout::new(batches, self).ids.len();
@@ -77,10 +86,10 @@ impl Packing {
 struct Member<'a> {
     batch: &'a Batch,
     sequence: &'a Sequence,
-    /// Its number in the batch, and in the layout.
+    /// Its index in the batch, and (`number`) in the layout.
     row: usize,
     number: usize,
-    /// The place of its batch's first token.
+    /// The padded index of its batch's first token.
     first: u64,
 }
 
@@ -89,7 +98,7 @@ impl<'a> Member<'a> {
         &self.sequence.ids
     }
 
-    /// The number of the other sequence of its pair.
+    /// The index in the layout of the other sequence of its pair.
     fn partner(&self) -> Option<usize> {
         let half = self.batch.sequences.len() / 2;
         let other = if self.row < half {
@@ -101,14 +110,14 @@ impl<'a> Member<'a> {
     }
 }
 
-/// What some sequences begin with, computed already.
+/// A common prefix of sequences that is already in the layout.
 #[derive(Clone, Default)]
 struct Start {
     tokens: Vec<usize>,
     spans: Vec<usize>,
 }
 
-/// How many ids all of some sequences begin with alike.
+/// The length of the common prefix of sequences.
 fn common(members: &[Member<'_>]) -> usize {
     let Some((first, others)) = members.split_first() else {
         return 0;
@@ -119,7 +128,7 @@ fn common(members: &[Member<'_>]) -> usize {
     })
 }
 
-/// Sequences by their id at a place, in the order in which the ids come up.
+/// Groups sequences by their id at position `at`, in the order in which the ids occur.
 fn split<'a>(members: &[Member<'a>], at: usize) -> Vec<Vec<Member<'a>>> {
     let mut groups: Vec<(Option<u32>, Vec<Member<'a>>)> = Vec::new();
     for member in members {
@@ -133,36 +142,63 @@ fn split<'a>(members: &[Member<'a>], at: usize) -> Vec<Vec<Member<'a>>> {
 }
 
 impl Layout {
-    /// Makes ready for layers whose queries see so many keys, their own included.
+    /// Adds the spans for sliding windows of the given sizes in keys, a query's own included.
     pub(super) fn add_windows(&mut self, windows: impl IntoIterator<Item = usize>) {
         let longest = self.positions.iter().max().map_or(0, |last| last + 1);
         for window in windows {
-            // One that is no shorter than the longest text leaves everything.
-            if window >= longest || self.windows.iter().any(|(known, _)| *known == window) {
+            // A window that is not shorter than the longest sequence changes nothing.
+            if window >= longest || self.windows.iter().any(|known| known.size == window) {
                 continue;
             }
-            let positions = &self.positions;
+            let outside = |token: usize| {
+                let seen = self.positions.get(token).map_or(0, |position| position + 1);
+                seen.saturating_sub(window) as u32
+            };
+            // Padding whose window contains no id attends to everything, see `Batch::mask`.
+            let mut averaging = Vec::new();
+            let mut lengths = vec![0; self.ids.len()];
+            for span in self.spans.iter() {
+                for (token, visible) in (span.start..).zip(&span.visible) {
+                    if outside(token) >= visible.count() {
+                        averaging.push(token);
+                    }
+                    lengths[token] = span.visible.len() as u32;
+                }
+            }
             let spans = self.spans.limited(|token, visible| {
-                let seen = positions.get(token).map_or(0, |position| position + 1);
-                let outside = seen.saturating_sub(window) as u32;
-                // Padding further behind would see nothing at all.
-                if outside < visible.count() {
-                    visible.without_first(outside)
+                if outside(token) < visible.count() {
+                    visible.without_first(outside(token))
                 } else {
-                    visible
+                    Visible {
+                        first: 0,
+                        prefix: 0,
+                        from: 0,
+                        to: lengths[token],
+                    }
                 }
             });
-            self.windows.push((window, spans));
+            self.windows.push(Window {
+                size: window,
+                spans,
+                averaging,
+            });
         }
     }
 
-    /// Which tokens see which, with a window that [`Layout::add_windows`] knows, or without one.
+    fn window(&self, window: Option<usize>) -> Option<&Window> {
+        self.windows.iter().find(|known| Some(known.size) == window)
+    }
+
+    /// The spans for a window that was added by [`Layout::add_windows`], or without a window.
     pub(super) fn spans(&self, window: Option<usize>) -> &Spans {
-        let known = self
-            .windows
-            .iter()
-            .find(|(known, _)| Some(*known) == window);
-        known.map_or(&self.spans, |(_, spans)| spans)
+        self.window(window)
+            .map_or(&self.spans, |known| &known.spans)
+    }
+
+    /// The tokens whose attention is the mean of all values: padding whose window contains no id, see
+    /// [`crate::ml::model::batch::Batch::mask`]. Their queries have to be zero.
+    pub(super) fn averaging(&self, window: Option<usize>) -> &[usize] {
+        self.window(window).map_or(&[], |known| &known.averaging)
     }
 
     pub(super) fn new(batches: &[&Batch], packing: Packing) -> Self {
@@ -190,10 +226,10 @@ impl Layout {
             }
         }
         let mut layout = Self::default();
-        layout.places.resize_with(members.len(), Vec::new);
+        layout.token_indices.resize_with(members.len(), Vec::new);
         layout.branches.resize(members.len(), (0, 0));
         if packing.shares() {
-            // Documents that are packed into one sequence keep to themselves.
+            // Sequences that hold several documents share no prefix.
             let (plain, packed): (Vec<_>, Vec<_>) = members
                 .into_iter()
                 .partition(|member| !member.sequence.is_packed());
@@ -211,15 +247,15 @@ impl Layout {
 
     fn push(&mut self, member: &Member<'_>, id: u32, position: usize) {
         let token = self.ids.len();
-        let places = &mut self.places[member.number];
-        let place = member.row * member.batch.width + places.len();
-        places.push(token);
-        self.padded_index.push(member.first + place as u64);
+        let token_indices = &mut self.token_indices[member.number];
+        let index = member.row * member.batch.width + token_indices.len();
+        token_indices.push(token);
+        self.padded_index.push(member.first + index as u64);
         self.ids.push(id);
         self.positions.push(position);
     }
 
-    /// One sequence, with all its padding if wanted.
+    /// Adds one sequence as a span, with its padding if `padded`.
     fn single(&mut self, member: &Member<'_>, padded: bool) {
         let length = member.ids().len();
         let width = if padded { member.batch.width } else { length };
@@ -242,7 +278,7 @@ impl Layout {
         });
     }
 
-    /// The rest of sequences that begin with `start`.
+    /// Adds the rest of sequences with the prefix `start`.
     fn grow(&mut self, members: &[Member<'_>], start: &Start) {
         let Some(first) = members.first() else {
             return;
@@ -257,24 +293,24 @@ impl Layout {
         let mut start = start.clone();
         if (groups.len() - 1) * (common - start.tokens.len()) >= WORTHWHILE {
             let from = self.ids.len();
-            // Of one of them alone, whose places are noted with the rest.
+            // The prefix is added for the first sequence alone, whose tokens are listed again together with the rest.
             self.span(&[*first], &start, common, common);
             start.tokens.extend(from..self.ids.len());
             start.spans.push(self.spans.len() - 1);
-            self.places[first.number].clear();
+            self.token_indices[first.number].clear();
         }
         for group in groups {
             self.grow(&group, &start);
         }
     }
 
-    /// One span for sequences that begin alike: the first `common` ids once, then the rest of each.
+    /// Adds one span for sequences with a common prefix: their first `common` ids once, then the rest of each.
     fn branching_span(&mut self, members: &[Member<'_>], start: &Start, common: usize) {
         let longest = members.iter().map(|member| member.ids().len()).max();
         self.span(members, start, common, longest.unwrap_or(0));
     }
 
-    /// The ids of sequences behind `start` and before `end`, what is common to all once.
+    /// Adds one span for the ids of sequences after `start` and before `end`; the first `common` ids are added once.
     fn span(&mut self, members: &[Member<'_>], start: &Start, common: usize, end: usize) {
         let known = start.tokens.len();
         let from = self.ids.len();
@@ -282,9 +318,9 @@ impl Layout {
         let mut shared = start.tokens.clone();
         for (number, member) in members.iter().enumerate() {
             let skipped = if number > 0 { common } else { known };
-            // In the span's keys, this token's own branch starts where the common part ends, or behind the one before.
+            // Among the span's keys, this sequence's own branch starts after the common part, or after the branch before it.
             let branch = if number > 0 { known + visible.len() } else { 0 };
-            self.places[member.number].clone_from(&shared);
+            self.token_indices[member.number].clone_from(&shared);
             if number > 0 {
                 self.branches[member.number] = (common, branch);
             }
@@ -330,9 +366,9 @@ mod tests {
         assert_eq!(Packing::default().tokens(&[&batch]), 9);
         assert_eq!(layout.ids, [1, 2, 3, 4, 5, 6, 7, 8, 9]);
         assert_eq!(layout.positions, [0, 1, 2, 3, 3, 4, 0, 1, 1]);
-        assert_eq!(layout.places[0], [0, 1, 2, 3]);
-        assert_eq!(layout.places[2], [0, 1, 2, 4, 5]);
-        assert_eq!(layout.places[3], [6, 8]);
+        assert_eq!(layout.token_indices[0], [0, 1, 2, 3]);
+        assert_eq!(layout.token_indices[2], [0, 1, 2, 4, 5]);
+        assert_eq!(layout.token_indices[3], [6, 8]);
         let seen = |span: usize, token: usize| -> Vec<u32> {
             let v = layout.spans[span].visible[token];
             (0..v.to)
@@ -365,7 +401,7 @@ mod tests {
         let both = Layout::new(&[&batch, &batch], free);
         assert_eq!(both.ids[13..], both.ids[..13]);
         assert_eq!(both.positions[13..], both.positions[..13]);
-        assert_eq!(both.places[4 + 1], [13 + 4, 13 + 5]);
+        assert_eq!(both.token_indices[4 + 1], [13 + 4, 13 + 5]);
         assert_eq!(both.spans[4 + 1].start, 13 + 4);
         assert_eq!(
             both.padded_index[13 + 4],
@@ -438,14 +474,14 @@ mod tests {
             let layout = Layout::new(&[&pairs, &single], Packing::default());
             let sequences = pairs.sequences.iter().chain(&single.sequences);
             let mut used = vec![false; layout.ids.len()];
-            for (sequence, places) in sequences.zip(&layout.places) {
+            for (sequence, token_indices) in sequences.zip(&layout.token_indices) {
                 let starts = sequence.starts(sequence.ids.len());
-                assert_eq!(places.len(), sequence.ids.len());
-                for (at, (&token, start)) in places.iter().zip(starts).enumerate() {
+                assert_eq!(token_indices.len(), sequence.ids.len());
+                for (at, (&token, start)) in token_indices.iter().zip(starts).enumerate() {
                     used[token] = true;
                     assert_eq!(layout.ids[token], sequence.ids[at]);
                     assert_eq!(layout.positions[token], at - start);
-                    assert_eq!(seen(&layout, token), places[start..=at]);
+                    assert_eq!(seen(&layout, token), token_indices[start..=at]);
                 }
             }
             assert!(used.into_iter().all(|used| used));

@@ -1,13 +1,13 @@
-//! The fast path of a Llama on the CPU: forward and backward of each layer written by hand over [`pipeline_kernels`].
+//! The fast path of a causal language model on the CPU: the forward and backward passes of each layer, written by hand on top of
+//! [`pipeline_kernels`].
 //!
-//! It takes, gives and means what the plain path in [`super::model`] does, which every result here is tested against. What it
-//! saves: tokens that need not be computed (padding, prompts that two answers share), gradients of frozen weights, most
-//! intermediate values, and every pass over memory that can be folded into another one. Activations live in panels of 32
-//! tokens, all sequences of all batches of a pass one behind the other.
+//! It computes the same as the reference path in [`super::model`], against which every result is tested. It saves the tokens that need not
+//! be computed (padding, prompts that two answers share), the gradients of frozen weights, most intermediate values, and every pass over
+//! memory that can be fused with another one. Activations live in panels of 32 tokens, with all sequences of all batches of a pass one after
+//! the other.
 //!
-//! A layer takes hidden states, keeps what its backward can't make again cheaply ([`layer::Saved`]), or with checkpointing
-//! only its input, and gives hidden states. Below the lowest layer with something that is trained nothing is kept, and the backward
-//! ends.
+//! A layer maps hidden states to hidden states. It keeps what its backward pass can't recompute cheaply ([`layer::Saved`]), or with
+//! checkpointing only its input. Below the lowest layer with a trained tensor nothing is kept, and the backward pass ends there.
 
 mod backend;
 mod decode;
@@ -28,7 +28,7 @@ use pipeline_kernels::panels::{LANES, column, fill, panels, size};
 
 use super::model::batch::{Batch, Target};
 use super::model::linear::Pass;
-use super::model::{self, Gradients, Llama};
+use super::model::{self, CausalLm, Gradients};
 pub use backend::{Fused, Unsupported};
 use head::Scored;
 use layer::{LayerRef, PassContext, Saved};
@@ -39,8 +39,8 @@ use shape::Shape;
 use trainable::Trainable;
 use weights::{Layer, TensorView};
 
-/// The number of the lowest layer that a backward goes through: nothing below it is trained.
-fn lowest(model: &Llama) -> usize {
+/// The number of the lowest layer that the backward pass goes through, below which nothing is trained.
+fn lowest(model: &CausalLm) -> usize {
     if model.embed.trained().is_some() {
         return 0;
     }
@@ -48,18 +48,18 @@ fn lowest(model: &Llama) -> usize {
     trained.unwrap_or(model.layers.len())
 }
 
-fn told_poisoned() -> candle_core::Error {
+fn poisoned_error() -> candle_core::Error {
     candle_core::Error::Msg("a thread that kept hidden states has panicked".into())
 }
 
 /// A forward pass.
 struct Forward<'m> {
-    model: &'m Llama,
+    model: &'m CausalLm,
     pool: &'m Pool,
     layout: Layout,
     shape: Shape,
     pass: Pass,
-    /// Of the layers from number `lowest` on.
+    /// What was kept of the layers from number `lowest` on.
     saved: Vec<SavedLayer>,
     lowest: usize,
     last: Vec<f32>,
@@ -68,15 +68,15 @@ struct Forward<'m> {
     hidden: Vec<f32>,
 }
 
-/// What is kept of a layer.
+/// What is kept of a layer for the backward pass.
 enum SavedLayer {
     Input(Vec<f32>),
     All(Box<Saved>),
 }
 
 impl<'m> Forward<'m> {
-    /// Runs the model on some batches. With a tape the layers keep what [`Forward::backward`] needs, with `checkpointing` only
-    /// their inputs.
+    /// Runs the model on several batches. With a tape the layers keep what [`Forward::backward`] needs, with `checkpointing` only their
+    /// inputs.
     fn new(
         fused: &'m Fused<'_>,
         batches: &[&Batch],
@@ -92,7 +92,7 @@ impl<'m> Forward<'m> {
         embed(model, &layout, pass, &mut x)?;
         let mut saved = Vec::new();
         let lowest = lowest(model);
-        let known = match states.lock().map_err(|_| told_poisoned())?.as_ref() {
+        let known = match states.lock().map_err(|_| poisoned_error())?.as_ref() {
             Some(states) => states.load(batches, &layout, &mut x)?,
             None => false,
         };
@@ -102,7 +102,7 @@ impl<'m> Forward<'m> {
             let tape = pass.tape && number >= lowest;
             if number == lowest
                 && !known
-                && let Some(states) = states.lock().map_err(|_| told_poisoned())?.as_mut()
+                && let Some(states) = states.lock().map_err(|_| poisoned_error())?.as_mut()
             {
                 states.store(batches, &layout, &x)?;
             }
@@ -116,12 +116,12 @@ impl<'m> Forward<'m> {
                 layout: &layout,
                 pool,
             };
-            let (kept, out) = layer::forward(&layer, work, x, true)?;
+            let (layer_saved, out) = layer::forward(&layer, work, x, true)?;
             x = out;
             if tape && !checkpointing {
-                saved.push(SavedLayer::All(Box::new(kept)));
+                saved.push(SavedLayer::All(Box::new(layer_saved)));
             } else {
-                kept.give_back(pool);
+                layer_saved.give_back(pool);
             }
         }
         let norm = TensorView::weight(&model.norm.weight, pass)?;
@@ -143,7 +143,7 @@ impl<'m> Forward<'m> {
         })
     }
 
-    /// Scores targets. With `gradient` it keeps what [`Forward::backward`] needs.
+    /// Computes the log-probabilities of targets. With `gradient` it keeps what [`Forward::backward`] needs.
     fn score(&self, targets: &[Target], token_stats: bool, gradient: bool) -> Result<Scored> {
         head::score(self, targets, token_stats, gradient)
     }
@@ -161,14 +161,17 @@ impl<'m> Forward<'m> {
         means.collect()
     }
 
-    /// See [`super::model::head::mean_logit`]; `from` counts all batches' sequences. Without padding the mean goes over the positions
-    /// that there are.
+    /// See [`super::model::head::mean_logit`]; `from` counts the sequences of all batches. If padding is left out, the mean is taken over
+    /// the remaining positions.
     fn mean_logit(&self, from: usize, count: usize) -> Result<f64> {
-        let sequences = self.layout.places.iter().skip(from).take(count);
+        let sequences = self.layout.token_indices.iter().skip(from).take(count);
         let mut weights = vec![0f32; self.hidden.len() / self.shape.hidden];
         let mut all = 0usize;
-        for places in sequences {
-            for &token in places.iter().take(places.len().saturating_sub(1)) {
+        for token_indices in sequences {
+            for &token in token_indices
+                .iter()
+                .take(token_indices.len().saturating_sub(1))
+            {
                 weights[token] += 1.;
                 all += 1;
             }
@@ -188,7 +191,8 @@ impl<'m> Forward<'m> {
         Ok(total / (self.model.arch.vocab_size * all) as f64)
     }
 
-    /// Adds to `gradients` what the gradients of the scored log-probabilities bring.
+    /// Backpropagates `grad_logps`, the gradient with respect to the scored log-probabilities, and adds the gradients with respect to the
+    /// parameters to `gradients`.
     fn backward(
         mut self,
         scored: Scored,
@@ -215,7 +219,7 @@ impl<'m> Forward<'m> {
             pool,
             gradients,
         };
-        while let Some(kept) = self.saved.pop() {
+        while let Some(layer_saved) = self.saved.pop() {
             let number = self.lowest + self.saved.len();
             let Some(layer) = model.layers.get(number) else {
                 continue;
@@ -226,7 +230,7 @@ impl<'m> Forward<'m> {
                 layout: &self.layout,
                 pool,
             };
-            let saved = match kept {
+            let saved = match layer_saved {
                 SavedLayer::All(saved) => *saved,
                 SavedLayer::Input(x) => {
                     let (saved, out) = layer::forward(&weights, work, x, false)?;
@@ -250,7 +254,7 @@ impl<'m> Forward<'m> {
         if let Some(var) = model.embed.trained() {
             let (rows, width) = (model.arch.vocab_size, self.shape.hidden);
             let mut grad_embed = vec![0f32; rows * width];
-            // As in transformers (`padding_idx`), the row of the padding is not learnt from where it is looked up.
+            // As in transformers (`padding_idx`), looking up the padding's embedding gives its row no gradient.
             let ids = self.layout.ids.iter().enumerate();
             let learnt = ids.filter(|(_, id)| Some(**id) != model.arch.pad_token_id);
             for (token, &id) in learnt {
@@ -273,8 +277,8 @@ impl Drop for Forward<'_> {
         for buffer in [&mut self.last, &mut self.inverse, &mut self.hidden] {
             pool.give(std::mem::take(buffer));
         }
-        for kept in self.saved.drain(..) {
-            match kept {
+        for layer_saved in self.saved.drain(..) {
+            match layer_saved {
                 SavedLayer::Input(x) => pool.give(x),
                 SavedLayer::All(saved) => saved.give_back(pool),
             }
@@ -282,8 +286,8 @@ impl Drop for Forward<'_> {
     }
 }
 
-/// The tokens' rows of the embedding.
-fn embed(model: &Llama, layout: &Layout, pass: Pass, x: &mut [f32]) -> Result<()> {
+/// Writes the embeddings of the tokens to the panels `x`.
+fn embed(model: &CausalLm, layout: &Layout, pass: Pass, x: &mut [f32]) -> Result<()> {
     let width = model.arch.hidden_size;
     let ids = Tensor::from_slice(&layout.ids, layout.ids.len(), &model.device)?;
     let rows = model.embed.value(pass).index_select(&ids, 0)?;

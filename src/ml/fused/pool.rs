@@ -1,7 +1,7 @@
-//! Buffers that are used again: fresh memory would have to be cleared by the system, page by page, at every operation.
+//! A pool of buffers. Without it the system would have to clear fresh memory, page by page, at every operation.
 //!
-//! Passes have unlike numbers of tokens, and buffers that grow leave holes behind them. So each gets the capacity for the longest
-//! pass to come; the system gives memory only to what is written.
+//! Passes differ in their number of tokens, and growing buffers would fragment the memory. So each buffer gets the capacity for the longest
+//! pass; the system allocates memory only for what is written.
 
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard};
@@ -13,24 +13,24 @@ use pipeline_kernels::product::{Factor, Pairs};
 pub(super) struct Pool {
     floats: Free<f32>,
     bits: Free<u32>,
-    /// Panels of this pass, and of the longest one.
+    /// The number of panels of this pass, and that of the longest pass.
     panels: AtomicUsize,
     most: AtomicUsize,
 }
 
 impl Pool {
-    /// Passes of up to so many panels are to come.
+    /// Announces that passes will have up to `panels` panels.
     pub(super) fn expect(&self, panels: usize) {
         self.most.fetch_max(panels, Relaxed);
     }
 
-    /// A pass of so many panels begins.
+    /// Announces the beginning of a pass of `panels` panels.
     pub(super) fn begin(&self, panels: usize) {
         self.panels.store(panels, Relaxed);
         self.expect(panels);
     }
 
-    /// What a buffer of this length may grow to.
+    /// The capacity for a buffer of this length: the length that it would have in the longest pass.
     fn capacity(&self, length: usize) -> usize {
         let panels = self.panels.load(Relaxed);
         if panels > 0 && length.is_multiple_of(panels) {
@@ -40,25 +40,25 @@ impl Pool {
         }
     }
 
-    /// A buffer of this length, with anything in it.
+    /// A buffer of this length, contents unspecified.
     pub(super) fn take(&self, length: usize) -> Vec<f32> {
         self.floats.take(length, self.capacity(length))
     }
 
-    /// Takes a buffer back.
+    /// Returns a buffer to the pool.
     pub(super) fn give(&self, buffer: Vec<f32>) {
         self.floats.give(buffer);
     }
 
-    /// Takes several back.
+    /// Returns several buffers to the pool.
     pub(super) fn give_all(&self, buffers: impl IntoIterator<Item = Vec<f32>>) {
         buffers.into_iter().for_each(|buffer| self.give(buffer));
     }
 
-    /// Values as a factor of a product, which is in bf16 if `half`.
+    /// Panels `x` of `features` as a factor of a product, which is computed in bf16 if `half`.
     pub(super) fn factor<'a>(&self, half: bool, x: &'a [f32], features: usize) -> Factor<'a> {
         if half {
-            Factor::Pairs(Pairs::of(x, features, |length| {
+            Factor::Pairs(Pairs::round(x, features, |length| {
                 self.bits.take(length, self.capacity(length))
             }))
         } else {
@@ -66,7 +66,7 @@ impl Pool {
         }
     }
 
-    /// Takes the buffers of factors back.
+    /// Returns the buffers of factors to the pool.
     pub(super) fn give_factors<'a>(&self, factors: impl IntoIterator<Item = Factor<'a>>) {
         for factor in factors {
             if let Factor::Pairs(pairs) = factor
@@ -77,7 +77,7 @@ impl Pool {
         }
     }
 
-    /// How many buffers are free.
+    /// The number of free buffers.
     #[cfg(test)]
     pub(super) fn count(&self) -> usize {
         self.floats.lock().len() + self.bits.lock().len()
@@ -97,13 +97,13 @@ impl<T> Default for Free<T> {
 impl<T: Copy + Default> Free<T> {
     fn take(&self, length: usize, capacity: usize) -> Vec<T> {
         let mut free = self.lock();
-        let place = free.partition_point(|buffer| buffer.capacity() < capacity);
-        // One much too large would be missed where it is needed.
+        let index = free.partition_point(|buffer| buffer.capacity() < capacity);
+        // A buffer that is much too large would be missing where it is needed.
         let fits = |buffer: &Vec<T>| buffer.capacity() <= 2 * capacity.max(1 << 10);
-        let mut buffer = match free.get(place) {
-            Some(buffer) if fits(buffer) => free.remove(place),
-            // None is large enough: the largest of about this size makes room for it.
-            _ => match place.checked_sub(1) {
+        let mut buffer = match free.get(index) {
+            Some(buffer) if fits(buffer) => free.remove(index),
+            // None is large enough, so the largest one of about this size is replaced.
+            _ => match index.checked_sub(1) {
                 Some(before) if free[before].capacity() > capacity / 2 => {
                     drop(free.remove(before));
                     Vec::with_capacity(capacity)
@@ -119,8 +119,8 @@ impl<T: Copy + Default> Free<T> {
     fn give(&self, buffer: Vec<T>) {
         if buffer.capacity() > 0 {
             let mut free = self.lock();
-            let place = free.partition_point(|other| other.capacity() < buffer.capacity());
-            free.insert(place, buffer);
+            let index = free.partition_point(|other| other.capacity() < buffer.capacity());
+            free.insert(index, buffer);
         }
     }
 
@@ -140,11 +140,11 @@ mod tests {
     fn buffers_come_back() {
         let pool = Pool::default();
         let first = pool.take(5000);
-        let place = first.as_ptr();
+        let index = first.as_ptr();
         pool.give(first);
         assert_eq!(pool.take(10).capacity(), 10);
         let again = pool.take(4000);
-        assert_eq!((again.as_ptr(), again.len()), (place, 4000));
+        assert_eq!((again.as_ptr(), again.len()), (index, 4000));
         pool.give(again);
         assert_eq!(pool.take(6000).len(), 6000);
     }
@@ -155,11 +155,11 @@ mod tests {
         pool.expect(10);
         pool.begin(3);
         let buffers = [64, 512].map(|width| pool.take(3 * width));
-        let places = buffers.each_ref().map(Vec::as_ptr);
+        let token_indices = buffers.each_ref().map(Vec::as_ptr);
         pool.give_all(buffers);
         pool.begin(10);
         let longer = [512, 64].map(|width| pool.take(10 * width));
-        assert_eq!(longer[0].as_ptr(), places[1]);
-        assert_eq!(longer[1].as_ptr(), places[0]);
+        assert_eq!(longer[0].as_ptr(), token_indices[1]);
+        assert_eq!(longer[1].as_ptr(), token_indices[0]);
     }
 }

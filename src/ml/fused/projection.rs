@@ -1,4 +1,4 @@
-//! Projections that share their input: `y_i = W_i x + s_i B_i A_i x`, and back.
+//! Projections that share their input, `y_i = W_i x + b_i + s_i B_i A_i x`, and their backward pass.
 
 use candle_core::Result;
 use pipeline_kernels::elementwise::{self, scale};
@@ -14,15 +14,15 @@ use super::trainable::Trainable;
 use super::weights::Projection;
 use crate::ml::model::linear::{Base, Linear};
 
-/// Some projections of the same values.
+/// Several projections of the same input.
 pub(super) struct ProjectionGroup<'a> {
     all: Vec<&'a Projection<'a>>,
-    /// Features of the input.
+    /// The number of features of the input.
     features: usize,
     shape: &'a Shape,
 }
 
-/// Copies over all cores.
+/// Copies values, on all threads.
 fn copy(from: &[f32], to: &mut [f32]) {
     const SPAN: usize = 1 << 14;
     to.par_chunks_mut(SPAN)
@@ -49,7 +49,7 @@ impl<'a> ProjectionGroup<'a> {
         }
     }
 
-    /// Buffers of each pair's rank; empty without a pair.
+    /// For each projection, a buffer of panels of its pair's rank; an empty one without a pair.
     fn ranks(&self, pool: &Pool) -> Vec<Vec<f32>> {
         let ranks = self.all.iter().map(|projection| projection.rank());
         ranks
@@ -57,7 +57,7 @@ impl<'a> ProjectionGroup<'a> {
             .collect()
     }
 
-    /// The input of a projection's pair, where dropout makes it another one.
+    /// The input of a projection's pair after dropout, if there is dropout.
     fn dropped(&self, projection: &Projection<'_>, x: &[f32], pool: &Pool) -> Option<Vec<f32>> {
         let dropout = projection.dropout?;
         let mut dropped = pool.take(x.len());
@@ -66,16 +66,16 @@ impl<'a> ProjectionGroup<'a> {
         Some(dropped)
     }
 
-    /// `s_i A_i x` of each pair, panels of its rank; empty without a pair. `x` are panels of the input's features.
+    /// `s_i A_i x` of each pair, in panels of its rank; empty without a pair. `x` is panels of the input's features.
     pub(super) fn lora_down(&self, x: &[f32], pool: &Pool) -> Result<Vec<Vec<f32>>> {
-        let wide = pool.factor(self.shape.half, x, self.features);
-        let lora_down = self.lora_down_of(x, &wide, pool)?;
-        pool.give_factors([wide]);
+        let factor = pool.factor(self.shape.half, x, self.features);
+        let lora_down = self.lora_down_of(x, &factor, pool)?;
+        pool.give_factors([factor]);
         Ok(lora_down)
     }
 
-    /// The same; `wide` is `x` as a factor.
-    fn lora_down_of(&self, x: &[f32], wide: &Factor<'_>, pool: &Pool) -> Result<Vec<Vec<f32>>> {
+    /// See [`ProjectionGroup::lora_down`]; `factor` is `x` as a factor.
+    fn lora_down_of(&self, x: &[f32], factor: &Factor<'_>, pool: &Pool) -> Result<Vec<Vec<f32>>> {
         let mut lora_down = self.ranks(pool);
         let dropped = self.all.iter().map(|p| self.dropped(p, x, pool));
         let dropped: Vec<Option<Vec<f32>>> = dropped.collect();
@@ -87,7 +87,7 @@ impl<'a> ProjectionGroup<'a> {
         let mut all = Vec::new();
         for ((projection, out), own) in self.all.iter().zip(&mut lora_down).zip(&own) {
             if let Some(pair) = &projection.lora {
-                let (weight, x) = (pair.a()?, own.as_ref().unwrap_or(wide));
+                let (weight, x) = (pair.a()?, own.as_ref().unwrap_or(factor));
                 all.push(alone(out, weight, x));
             }
         }
@@ -111,14 +111,14 @@ impl<'a> ProjectionGroup<'a> {
         }
     }
 
-    /// What the pairs' A give, as factors.
+    /// The values of [`ProjectionGroup::lora_down`] as factors.
     fn factors<'v>(&self, lora_down: &'v [Vec<f32>], pool: &Pool) -> Vec<Factor<'v>> {
         let each = self.all.iter().zip(lora_down);
         each.map(|(projection, x)| pool.factor(self.shape.half, x, projection.rank()))
             .collect()
     }
 
-    /// Puts `y_i` into `outs`, panels of each projection's features, added to `onto`. Returns [`ProjectionGroup::lora_down`].
+    /// Writes `onto + y_i` to `outs`, panels of each projection's output features. Returns [`ProjectionGroup::lora_down`].
     pub(super) fn forward(
         &self,
         x: &[f32],
@@ -126,14 +126,14 @@ impl<'a> ProjectionGroup<'a> {
         onto: Onto<'_>,
         pool: &Pool,
     ) -> Result<Vec<Vec<f32>>> {
-        let wide = pool.factor(self.shape.half, x, self.features);
-        let lora_down = self.lora_down_of(x, &wide, pool)?;
+        let factor = pool.factor(self.shape.half, x, self.features);
+        let lora_down = self.lora_down_of(x, &factor, pool)?;
         let factors = self.factors(&lora_down, pool);
         let mut all = Vec::new();
         for ((projection, out), low) in self.all.iter().zip(outs).zip(&factors) {
             let mut terms = vec![Term {
                 weight: projection.matrix()?,
-                x: &wide,
+                x: &factor,
             }];
             if let Some(pair) = &projection.lora {
                 terms.push(Term {
@@ -150,12 +150,12 @@ impl<'a> ProjectionGroup<'a> {
         }
         products(all);
         pool.give_factors(factors);
-        pool.give_factors([wide]);
+        pool.give_factors([factor]);
         Ok(lora_down)
     }
 
-    /// The gradients of what comes out, as factors.
-    fn wide<'v>(&self, grad_outs: &[&'v [f32]], pool: &Pool) -> Result<Vec<Factor<'v>>> {
+    /// The gradients with respect to the outputs as factors.
+    fn grad_factors<'v>(&self, grad_outs: &[&'v [f32]], pool: &Pool) -> Result<Vec<Factor<'v>>> {
         let each = self.all.iter().zip(grad_outs);
         each.map(|(projection, grad_out)| {
             Ok(pool.factor(self.shape.half, grad_out, projection.matrix()?.height()))
@@ -163,22 +163,22 @@ impl<'a> ProjectionGroup<'a> {
         .collect()
     }
 
-    /// `s_i B_i^T grad_y_i`: the gradients of what each pair's A gives, before it was scaled.
+    /// `s_i B_i^T grad_y_i`, in panels of each pair's rank: the gradient with respect to `A_i x`.
     pub(super) fn grad_lora_down(
         &self,
         grad_outs: &[&[f32]],
         pool: &Pool,
     ) -> Result<Vec<Vec<f32>>> {
-        let wide = self.wide(grad_outs, pool)?;
-        let grad_lora_down = self.grad_lora_down_of(&wide, pool)?;
-        pool.give_factors(wide);
+        let factors = self.grad_factors(grad_outs, pool)?;
+        let grad_lora_down = self.grad_lora_down_of(&factors, pool)?;
+        pool.give_factors(factors);
         Ok(grad_lora_down)
     }
 
-    fn grad_lora_down_of(&self, wide: &[Factor<'_>], pool: &Pool) -> Result<Vec<Vec<f32>>> {
+    fn grad_lora_down_of(&self, factors: &[Factor<'_>], pool: &Pool) -> Result<Vec<Vec<f32>>> {
         let mut grad_lora_down = self.ranks(pool);
         let mut all = Vec::new();
-        for ((projection, out), x) in self.all.iter().zip(&mut grad_lora_down).zip(wide) {
+        for ((projection, out), x) in self.all.iter().zip(&mut grad_lora_down).zip(factors) {
             if let Some(pair) = &projection.lora {
                 all.push(alone(out, pair.b()?.transposed(), x));
             }
@@ -188,21 +188,21 @@ impl<'a> ProjectionGroup<'a> {
         Ok(grad_lora_down)
     }
 
-    /// Puts the gradient of the input into `grad_x`. Returns [`ProjectionGroup::grad_lora_down`].
+    /// Writes the gradient with respect to the input to `grad_x`, panels of its features. Returns [`ProjectionGroup::grad_lora_down`].
     pub(super) fn backward(
         &self,
         grad_outs: &[&[f32]],
         grad_x: &mut [f32],
         pool: &Pool,
     ) -> Result<Vec<Vec<f32>>> {
-        let wide = self.wide(grad_outs, pool)?;
-        let grad_lora_down = self.grad_lora_down_of(&wide, pool)?;
+        let factors = self.grad_factors(grad_outs, pool)?;
+        let grad_lora_down = self.grad_lora_down_of(&factors, pool)?;
         let lora_down = self.factors(&grad_lora_down, pool);
         let mut terms = Vec::new();
-        for ((projection, wide), lora_down) in self.all.iter().zip(&wide).zip(&lora_down) {
+        for ((projection, factor), lora_down) in self.all.iter().zip(&factors).zip(&lora_down) {
             terms.push(Term {
                 weight: projection.matrix()?.transposed(),
-                x: wide,
+                x: factor,
             });
             if let (Some(pair), None) = (&projection.lora, projection.dropout) {
                 terms.push(Term {
@@ -222,11 +222,12 @@ impl<'a> ProjectionGroup<'a> {
             }
         }
         pool.give_factors(lora_down);
-        pool.give_factors(wide);
+        pool.give_factors(factors);
         Ok(grad_lora_down)
     }
 
-    /// Adds the gradients of what is trained. `x` is the input, `lora_down` and `grad_lora_down` what the passes gave.
+    /// Adds the gradients with respect to trained tensors to `trainable`. `x` is the input; `lora_down` and `grad_lora_down` are what the
+    /// forward and the backward pass returned.
     pub(super) fn gradients(
         &self,
         linears: &[&Linear],

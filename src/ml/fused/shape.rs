@@ -8,7 +8,7 @@ use pipeline_kernels::panels::{LANES, fill, size};
 use super::layout::Layout;
 use super::pool::Pool;
 use crate::ml::model::arch::Arch;
-use crate::ml::model::{self, Llama};
+use crate::ml::model::{self, CausalLm};
 
 /// The sizes of a pass and what all its layers share.
 pub(super) struct Shape {
@@ -18,21 +18,26 @@ pub(super) struct Shape {
     pub(super) heads: Heads,
     cos: Vec<f32>,
     sin: Vec<f32>,
-    /// For each token its number in the padded batches, on which its dropout depends.
+    /// For each token its index in the padded batches, on which its dropout depends.
     pub(super) padded_index: Vec<u64>,
-    /// Whether products with the base's weights are in bf16.
+    /// Whether products with the base's weights are computed in bf16.
     pub(super) half: bool,
-    /// The tokens in front of this one are the adapter's; the others see the base alone.
+    /// The number of tokens, from the first on, to which the adapter applies; the others see the base alone.
     pub(super) lora_tokens: usize,
 }
 
 impl Shape {
-    pub(super) fn new(model: &Llama, layout: &Layout) -> Result<Self> {
+    pub(super) fn new(model: &CausalLm, layout: &Layout) -> Result<Self> {
         let half = model.compute == DType::BF16;
-        Self::of(&model.arch, layout, &model.device, half)
+        Self::from_arch(&model.arch, layout, &model.device, half)
     }
 
-    pub(super) fn of(arch: &Arch, layout: &Layout, device: &Device, in_bf16: bool) -> Result<Self> {
+    pub(super) fn from_arch(
+        arch: &Arch,
+        layout: &Layout,
+        device: &Device,
+        in_bf16: bool,
+    ) -> Result<Self> {
         let tokens = layout.ids.len();
         let half = arch.head_dim / 2;
         let positions = layout.positions.iter().copied();
@@ -63,27 +68,27 @@ impl Shape {
         })
     }
 
-    /// Features of all query heads.
+    /// The number of features of all query heads.
     pub(super) fn q_width(&self) -> usize {
         self.heads.queries * self.heads.width
     }
 
-    /// Features of all key heads.
+    /// The number of features of all key heads.
     pub(super) fn kv_width(&self) -> usize {
         self.heads.keys * self.heads.width
     }
 
-    /// How many features panels of this pass have.
+    /// The number of features of panels of this pass.
     pub(super) fn features(&self, panels: &[f32]) -> usize {
         panels.len() / size(1, self.tokens).max(1)
     }
 
-    /// A buffer of so many features, contents unspecified.
+    /// A buffer for panels of `features`, contents unspecified.
     pub(super) fn take(&self, pool: &Pool, features: usize) -> Vec<f32> {
         pool.take(size(features, self.tokens))
     }
 
-    /// A buffer whose lanes behind the last token are zero.
+    /// A buffer for panels of `features` whose lanes after the last token are zero.
     pub(super) fn take_clean(&self, pool: &Pool, features: usize) -> Vec<f32> {
         let mut buffer = self.take(pool, features);
         let last = buffer.len().saturating_sub(features * LANES);
@@ -91,7 +96,7 @@ impl Shape {
         buffer
     }
 
-    /// Rotates heads by their tokens' positions, or back.
+    /// Applies the rotary embedding to panels of `features`, or with `back` its inverse.
     pub(super) fn rope(&self, x: &mut [f32], features: usize, back: bool) {
         let half = self.heads.width / 2;
         rope(x, features, &self.cos, &self.sin, half, back);

@@ -1,8 +1,8 @@
-//! What the layers below the lowest trained one give, kept on disk from one epoch to the next.
+//! The output of the layers below the lowest trained one, kept on disk from one epoch to the next.
 //!
-//! Nothing changes there, so a sequence's hidden states in front of the lowest trained layer are the same in every epoch, and to the
-//! last bit where its keys lie in the same panels: what is computed of a token depends on the tokens that it sees and not on those
-//! beside it in a pass. Where the keys lie otherwise ([`Layout::branches`]), states are computed and kept once more.
+//! These layers don't change, so a sequence's hidden states before the lowest trained layer are the same in every epoch. They are the same to
+//! the last bit if the sequence's keys are split into the same panels, because the results of a token depend on the tokens to which it
+//! attends and not on the others in its pass. If the keys are split differently ([`Layout::branches`]), states are computed and kept once more.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -18,19 +18,19 @@ use crate::ml::model::batch::{Batch, Sequence};
 /// See [`Layout::branches`].
 type Branch = (usize, usize);
 
-/// Hidden states of whole sequences, in a file without a name: it ends with the process.
+/// The hidden states of whole sequences, in an unnamed temporary file that disappears with the process.
 #[derive(Debug)]
 pub(super) struct States {
     file: File,
-    /// Features of a hidden state.
+    /// The number of features of a hidden state.
     width: usize,
-    /// Where a sequence's states begin, by its branch.
+    /// For each sequence, the offset of its states in the file, by its branch.
     starts: HashMap<Sequence, Vec<(Branch, u64)>>,
     end: u64,
 }
 
 impl States {
-    /// None yet; their file goes into `folder`.
+    /// An empty collection, with a file in `folder`.
     pub(super) fn new(folder: &Path, width: usize) -> std::io::Result<Self> {
         Ok(Self {
             file: tempfile::tempfile_in(folder)?,
@@ -40,7 +40,7 @@ impl States {
         })
     }
 
-    /// How many sequences' states are there.
+    /// The number of sequences whose states are kept.
     #[cfg(test)]
     pub(super) fn count(&self) -> usize {
         self.starts.values().map(Vec::len).sum()
@@ -52,13 +52,13 @@ impl States {
         same.next().map(|(_, start)| *start)
     }
 
-    /// Empties the file, so that no states can be read.
+    /// Truncates the file to nothing, so that reading states fails.
     #[cfg(test)]
     pub(super) fn cut(&self) {
         self.file.set_len(0).unwrap();
     }
 
-    /// The states of all tokens of a pass, into panels `x`, if all its sequences are there.
+    /// Reads the states of all tokens of a pass into the panels `x`. Returns false, and reads nothing, if a sequence's states are not kept.
     pub(super) fn load(&self, batches: &[&Batch], layout: &Layout, x: &mut [f32]) -> Result<bool> {
         let sequences = batches.iter().flat_map(|batch| &batch.sequences);
         let starts: Option<Vec<u64>> = sequences
@@ -71,12 +71,12 @@ impl States {
         let row = self.width * size_of::<f32>();
         let mut rows = vec![0f32; layout.ids.len() * self.width];
         let mut bytes = Vec::new();
-        for (start, places) in starts.into_iter().zip(&layout.places) {
-            bytes.resize(places.len() * row, 0);
+        for (start, token_indices) in starts.into_iter().zip(&layout.token_indices) {
+            bytes.resize(token_indices.len() * row, 0);
             self.file
                 .read_exact_at(&mut bytes, start)
-                .map_err(|error| told("read", &error))?;
-            for (bytes, token) in bytes.chunks_exact(row).zip(places) {
+                .map_err(|error| io_error("read", &error))?;
+            for (bytes, token) in bytes.chunks_exact(row).zip(token_indices) {
                 let values = bytes.as_chunks().0.iter().map(|x| f32::from_ne_bytes(*x));
                 let row = &mut rows[token * self.width..][..self.width];
                 row.iter_mut().zip(values).for_each(|(x, value)| *x = value);
@@ -88,24 +88,24 @@ impl States {
         Ok(true)
     }
 
-    /// Takes in the states of those sequences of a pass that are not there yet.
+    /// Keeps the states, from the panels `x`, of those sequences of a pass whose states are not kept yet.
     pub(super) fn store(&mut self, batches: &[&Batch], layout: &Layout, x: &[f32]) -> Result<()> {
         if !is_free_of_padding(batches, layout) {
             return Ok(());
         }
         let sequences = batches.iter().flat_map(|batch| &batch.sequences);
-        let places = layout.places.iter().zip(&layout.branches);
-        for (sequence, (places, branch)) in sequences.zip(places) {
+        let token_indices = layout.token_indices.iter().zip(&layout.branches);
+        for (sequence, (token_indices, branch)) in sequences.zip(token_indices) {
             if self.start(sequence, *branch).is_some() {
                 continue;
             }
-            let values = places
+            let values = token_indices
                 .iter()
                 .flat_map(|&token| column(x, self.width, token));
             let bytes: Vec<u8> = values.flat_map(f32::to_ne_bytes).collect();
             self.file
                 .write_all_at(&bytes, self.end)
-                .map_err(|error| told("write", &error))?;
+                .map_err(|error| io_error("write", &error))?;
             let known = self.starts.entry(sequence.clone()).or_default();
             known.push((*branch, self.end));
             self.end += bytes.len() as u64;
@@ -114,14 +114,14 @@ impl States {
     }
 }
 
-/// Padding has states of its own, which are not kept.
+/// Whether a pass has no padding, whose states are not kept.
 fn is_free_of_padding(batches: &[&Batch], layout: &Layout) -> bool {
     let sequences = batches.iter().flat_map(|batch| &batch.sequences);
-    let mut both = sequences.zip(&layout.places);
-    both.all(|(sequence, places)| places.len() == sequence.ids.len())
+    let mut both = sequences.zip(&layout.token_indices);
+    both.all(|(sequence, token_indices)| token_indices.len() == sequence.ids.len())
 }
 
-fn told(what: &str, error: &std::io::Error) -> Error {
+fn io_error(what: &str, error: &std::io::Error) -> Error {
     let what =
         format!("could not {what} the frozen layers' hidden states in the scratch folder: {error}");
     Error::Msg(what)

@@ -20,7 +20,7 @@ use crate::ml::model::Trained;
 use crate::ml::model::arch::{Arch, LayerArch};
 use crate::ml::model::batch::Row;
 use crate::ml::model::create::{Settings, create};
-use crate::ml::model::linear::Drops;
+use crate::ml::model::linear::DropoutSeed;
 use crate::ml::testing::golden::{self, rows};
 use crate::ml::testing::losses;
 
@@ -44,7 +44,7 @@ struct Result {
     evaluated: f64,
 }
 
-fn run(model: &Llama, kind: Kind, objective: &dyn Loss, checkpointing: bool) -> Result {
+fn run(model: &CausalLm, kind: Kind, objective: &dyn Loss, checkpointing: bool) -> Result {
     run_dropping(&Execution::new(model, kind), objective, checkpointing, None)
 }
 
@@ -57,13 +57,13 @@ fn run_dropping(
     let (model, kind) = (execution.model(), execution.kind());
     let rows = rows("trl-1.16");
     // Of unlike lengths, and more than one panel of tokens.
-    let batches = [&[2, 7, 9][..], &[3, 4]].map(|places| {
-        let rows: Vec<_> = places.iter().map(|&place: &usize| &rows[place]).collect();
+    let batches = [&[2, 7, 9][..], &[3, 4]].map(|indices: &[usize]| {
+        let rows: Vec<_> = indices.iter().map(|&index| &rows[index]).collect();
         objective.batch(&rows, 1023).unwrap()
     });
     let mut gradients = Gradients::none(model);
     let mut outcomes = Vec::new();
-    let pass = Pass::learn(dropout.map(|seed| Drops { seed, batch: 0 }));
+    let pass = Pass::train(dropout.map(|seed| DropoutSeed { seed, batch: 0 }));
     let PassSize {
         micro_batches: count,
         tokens,
@@ -75,7 +75,7 @@ fn run_dropping(
     }
     assert_eq!(count, if kind == Kind::Reference { 1 } else { 2 });
     for (number, batches) in batches.chunks(count).enumerate() {
-        let drops = dropout.map(|seed| Drops {
+        let drops = dropout.map(|seed| DropoutSeed {
             seed,
             batch: number,
         });
@@ -128,12 +128,12 @@ fn compare(ours: &Result, plain: &Result, packing: Packing, bound: f64, of_gradi
             assert!(value.is_finite());
         }
     }
-    for (place, (a, b)) in ours.gradients.iter().zip(&plain.gradients).enumerate() {
+    for (index, (a, b)) in ours.gradients.iter().zip(&plain.gradients).enumerate() {
         let (a, b) = (a.as_ref().unwrap(), b.as_ref().unwrap());
         let far = far(a, b);
         assert!(
             far < of_gradient,
-            "{packing:?}, the gradient of {place}: {far}"
+            "{packing:?}, the gradient of {index}: {far}"
         );
     }
 }
@@ -208,8 +208,8 @@ fn a_pass_of_micro_batches_has_a_bound() {
         .batch(&[&rows[2], &rows[7], &rows[9]], 1023)
         .unwrap();
     let many = vec![&batch; 100];
-    let pass = Pass::learn(None);
-    let count = |model: &Llama, kind: Kind| {
+    let pass = Pass::train(None);
+    let count = |model: &CausalLm, kind: Kind| {
         let execution = Execution::new(model, kind);
         assert_eq!(execution.kind(), kind);
         execution.pass_size(&many, pass, false).micro_batches
@@ -222,9 +222,9 @@ fn a_pass_of_micro_batches_has_a_bound() {
     assert!((1..free).contains(&count(&model, fused(PADDED))));
     assert_eq!(count(&model, Kind::Reference), 1);
     // A larger model keeps more of each token, and less with checkpointing.
-    let (all, inputs) = (layer::kept(&model, false), layer::kept(&model, true));
+    let [all, inputs] = [false, true].map(|inputs| layer::saved_bytes(&model, inputs));
     model.arch.intermediate_size *= 1000;
-    assert!(layer::kept(&model, false) > 100 * all && inputs < all);
+    assert!(layer::saved_bytes(&model, false) > 100 * all && inputs < all);
     assert!(count(&model, fused(FREE)) < free);
     model.arch.intermediate_size *= 1000;
     assert_eq!(
@@ -279,11 +279,11 @@ impl Backend for Seen<'_> {
 
     fn decoder<'a>(
         &'a self,
-        texts: usize,
+        sequences: usize,
         longest: usize,
         pass: Pass,
     ) -> candle_core::Result<Box<dyn Decoder + 'a>> {
-        self.0.decoder(texts, longest, pass)
+        self.0.decoder(sequences, longest, pass)
     }
 }
 
@@ -308,11 +308,11 @@ fn buffers_do_not_pile_up() {
 }
 
 /// A new model with heads of a shape, and widths that are no multiple of anything.
-fn of_shape(heads: usize, keys: usize, width: usize) -> Llama {
+fn of_shape(heads: usize, keys: usize, width: usize) -> CausalLm {
     of_vocabulary(97, heads, keys, width)
 }
 
-fn of_vocabulary(vocabulary: usize, heads: usize, keys: usize, width: usize) -> Llama {
+fn of_vocabulary(vocabulary: usize, heads: usize, keys: usize, width: usize) -> CausalLm {
     let folder = tempfile::tempdir().unwrap();
     let config = Arch {
         vocab_size: vocabulary,
@@ -333,7 +333,7 @@ fn of_vocabulary(vocabulary: usize, heads: usize, keys: usize, width: usize) -> 
     create(&config, settings, folder.path(), &mut |_, _| Ok(())).unwrap();
     let weights = Weights::open(folder.path()).unwrap();
     let device = candle_core::Device::Cpu;
-    Llama::load(
+    CausalLm::load(
         &config,
         &weights,
         None,
@@ -380,11 +380,11 @@ fn shapes_of_real_models_go_the_same_way() {
         let (loss, gradients) = run(Kind::Reference);
         let (ours, our_gradients) = run(Kind::Fused(SHARED));
         assert!((ours - loss).abs() < 1e-5 * loss.abs(), "{ours} {loss}");
-        for (place, (a, b)) in our_gradients.iter().zip(&gradients).enumerate() {
+        for (index, (a, b)) in our_gradients.iter().zip(&gradients).enumerate() {
             let far = far(a.as_ref().unwrap(), b.as_ref().unwrap());
             assert!(
                 far < 1e-4,
-                "{heads} {keys} {width}, the gradient of {place}: {far}"
+                "{heads} {keys} {width}, the gradient of {index}: {far}"
             );
         }
     }
@@ -439,7 +439,7 @@ fn what_rows_begin_with_is_computed_once() {
                 let execution = Execution::new(&model, kind);
                 let mut gradients = Gradients::none(&model);
                 let scaled = [(both[0], 1.5), (both[1], 0.5)];
-                let pass = Pass::learn(None);
+                let pass = Pass::train(None);
                 let count = execution
                     .pass_size(&both, pass, checkpointing)
                     .micro_batches;
@@ -465,9 +465,9 @@ fn what_rows_begin_with_is_computed_once() {
                 for (a, b) in ours.iter().zip(&losses) {
                     assert!((a - b).abs() < 1e-5 * b.abs(), "{a} {b}");
                 }
-                for (place, (a, b)) in our_gradients.iter().zip(&gradients).enumerate() {
+                for (index, (a, b)) in our_gradients.iter().zip(&gradients).enumerate() {
                     let far = far(a.as_ref().unwrap(), b.as_ref().unwrap());
-                    assert!(far < 2e-5, "the gradient of {place}: {far}");
+                    assert!(far < 2e-5, "the gradient of {index}: {far}");
                 }
             }
         }
@@ -479,7 +479,7 @@ fn what_rows_begin_with_is_computed_once() {
 fn nothing_is_kept_below_the_lowest_adapter() {
     let whole = golden::model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
     assert_eq!(lowest(&whole), 0);
-    let all = [false, true].map(|checkpointing| layer::kept(&whole, checkpointing));
+    let all = [false, true].map(|checkpointing| layer::saved_bytes(&whole, checkpointing));
     let objective: &dyn Loss = &Orpo { beta: 0.1 };
     let last = whole.layers.len() - 1;
     let config = Arch::read(&golden::folder("model")).unwrap();
@@ -494,7 +494,7 @@ fn nothing_is_kept_below_the_lowest_adapter() {
             ..NewAdapter::default()
         };
         let adapter = init::adapter(&config, &new, 5).unwrap();
-        let model = Llama::load(
+        let model = CausalLm::load(
             &config,
             &Weights::open(&golden::folder("model")).unwrap(),
             Some(&adapter),
@@ -509,11 +509,11 @@ fn nothing_is_kept_below_the_lowest_adapter() {
         for checkpointing in [false, true] {
             let ours = run(&model, Kind::Fused(SHARED), objective, checkpointing);
             compare(&ours, &plain, SHARED, 1e-5, 1e-5);
-            let bytes = layer::kept(&model, checkpointing);
+            let bytes = layer::saved_bytes(&model, checkpointing);
             assert!(bytes < all[usize::from(checkpointing)]);
             let rows = rows("trl-1.16");
             let batch = objective.batch(&[&rows[2]], 1023).unwrap();
-            let pass = Pass::learn(None);
+            let pass = Pass::train(None);
             let fused = Fused::new(&model, SHARED).unwrap();
             let forward = Forward::new(&fused, &[&batch], pass, checkpointing).unwrap();
             assert_eq!(forward.saved.len(), model.layers.len() - first);
@@ -523,7 +523,7 @@ fn nothing_is_kept_below_the_lowest_adapter() {
 }
 
 /// With hidden states kept on disk: the same bits, whatever passes they come from.
-fn the_frozen_layers_states_are_the_same(model: &Llama, objective: &dyn Loss, frozen: usize) {
+fn the_frozen_layers_states_are_the_same(model: &CausalLm, objective: &dyn Loss, frozen: usize) {
     let [padded, free, shared] =
         [PADDED, FREE, SHARED].map(|packing| run(model, Kind::Fused(packing), objective, false));
     let folder = tempfile::tempdir().unwrap();

@@ -1,20 +1,20 @@
-//! Where gradients go.
+//! The collection of gradients during a backward pass.
 
 use candle_core::Result;
 
 use super::pool::Pool;
 use crate::ml::model::linear::Weight;
-use crate::ml::model::{Gradients, Llama};
+use crate::ml::model::{CausalLm, Gradients};
 
-/// Where gradients go.
+/// Collects the gradients of a backward pass.
 pub(super) struct Trainable<'a> {
-    pub(super) model: &'a Llama,
+    pub(super) model: &'a CausalLm,
     pub(super) pool: &'a Pool,
     pub(super) gradients: &'a mut Gradients,
 }
 
 impl Trainable<'_> {
-    /// Adds a gradient if the weight is trained; `make` adds it to zeros of the weight's size.
+    /// Adds a gradient if `weight` is trained. `make` is given zeros, as many as the weight has elements, and adds the gradient to them.
     pub(super) fn add(&mut self, weight: &Weight, make: impl FnOnce(&mut [f32])) -> Result<()> {
         if let Some(var) = weight.trained() {
             let mut values = vec![0.; var.elem_count()];

@@ -1,4 +1,4 @@
-//! The weights of a layer as slices, borrowed for the time of a pass.
+//! The weights of a layer as slices, borrowed for a pass.
 
 use std::ops::Range;
 
@@ -10,7 +10,7 @@ use crate::ml::model::Norm;
 use crate::ml::model::linear::{Base, Linear, Pass, Weight};
 use crate::ml::quant::nf4;
 
-/// A tensor's values.
+/// The values of a tensor, borrowed.
 pub(in crate::ml) struct TensorView<'a> {
     storage: StorageRef<'a>,
     layout: &'a Layout,
@@ -51,7 +51,7 @@ impl<'a> TensorView<'a> {
         }
     }
 
-    /// Some rows of the matrix.
+    /// Some rows of a matrix.
     pub(super) fn rows(&self, rows: Range<usize>) -> Result<Matrix<'_>> {
         let (all, columns) = self.layout.shape().dims2()?;
         let span = rows.start.saturating_mul(columns)..rows.end.saturating_mul(columns);
@@ -77,21 +77,21 @@ impl<'a> TensorView<'a> {
     }
 }
 
-/// One projection's weights.
+/// The weights of one projection.
 pub(super) struct Projection<'a> {
     base: BaseWeight<'a>,
-    /// What is added to each feature, (out).
+    /// The bias (out).
     bias: Option<TensorView<'a>>,
     pub(super) lora: Option<Pair<'a>>,
-    /// What the pair's input loses.
+    /// The dropout of the pair's input, if there is any.
     pub(super) dropout: Option<Dropout>,
 }
 
-/// The base's weight of a projection.
+/// The base's weight of a projection (out, in).
 pub(in crate::ml) enum BaseWeight<'a> {
     Dense(TensorView<'a>),
     Nf4(&'a nf4::Nf4),
-    /// One that no tensor holds.
+    /// A matrix that is not held by a tensor.
     Bare(Matrix<'a>),
 }
 
@@ -141,7 +141,7 @@ impl<'a> Pair<'a> {
 }
 
 impl<'a> Projection<'a> {
-    /// A weight, a bias (out) and a pair, without dropout.
+    /// A projection of a weight (out, in), a bias (out) and a pair, without dropout.
     pub(super) fn new(
         base: BaseWeight<'a>,
         bias: Option<TensorView<'a>>,
@@ -182,24 +182,24 @@ impl<'a> Projection<'a> {
         self.base.matrix()
     }
 
-    /// What is added to each feature that comes out.
+    /// The bias (out), if there is one.
     pub(super) fn bias(&self) -> Result<Option<&[f32]>> {
         self.bias.as_ref().map(TensorView::floats).transpose()
     }
 
-    /// The rank of the adapter's pair, 0 without one.
+    /// The rank of the adapter's pair; 0 without one.
     pub(super) fn rank(&self) -> usize {
         self.lora.as_ref().map_or(0, |pair| pair.rank)
     }
 }
 
 impl Pair<'_> {
-    /// A, (r, in).
+    /// The matrix A (r, in).
     pub(super) fn a(&self) -> Result<Matrix<'_>> {
         self.a.matrix()
     }
 
-    /// B, (out, r).
+    /// The matrix B (out, r).
     pub(super) fn b(&self) -> Result<Matrix<'_>> {
         self.b.matrix()
     }
@@ -216,24 +216,24 @@ pub(super) struct Layer<'a> {
     pub(super) down: Projection<'a>,
     pub(super) input_norm: TensorView<'a>,
     pub(super) post_norm: TensorView<'a>,
-    /// The eps of these two.
+    /// The eps of the two norms above.
     pub(super) eps: (f32, f32),
-    /// The norms of single query and key heads.
+    /// The norms of each query head and of each key head.
     pub(super) q_norm: Option<HeadNorm<'a>>,
     pub(super) k_norm: Option<HeadNorm<'a>>,
-    /// How many keys a query sees, its own included; all up to its own without one.
+    /// The size of the sliding window in keys, the query's own included; without one, a query attends to all keys up to its own.
     pub(super) window: Option<usize>,
 }
 
 /// An RMS norm of each head.
 pub(super) struct HeadNorm<'a> {
-    /// As many numbers as a head is wide.
+    /// The weight (head width).
     pub(super) weight: TensorView<'a>,
     pub(super) eps: f32,
 }
 
 impl<'a> HeadNorm<'a> {
-    /// The norm with this weight, in f32.
+    /// A norm with this weight (head width), in f32.
     pub(super) fn new(weight: &'a Tensor, eps: f32) -> Self {
         Self {
             weight: TensorView::tensor(weight),

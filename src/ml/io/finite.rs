@@ -1,4 +1,4 @@
-//! Numbers that are none: which stored tensor holds a NaN or an infinity.
+//! The search for values that are not finite: which stored tensor holds a NaN or an infinity.
 
 use std::fmt;
 use std::path::Path;
@@ -10,9 +10,9 @@ use super::float::Float;
 use super::weights::{RawTensor, Weights};
 use crate::ml::quant::nf4::Nf4;
 
-/// Bytes that a thread looks through at once; whole numbers of any type.
+/// The bytes that a thread searches at once; a multiple of every type's size.
 const SPAN: usize = 1 << 18;
-/// Bytes that are read at once; whole spans.
+/// The bytes that are read at once; a multiple of [`SPAN`].
 const PIECE: usize = 1 << 22;
 
 /// The first value of a tensor that is not finite.
@@ -22,9 +22,9 @@ pub struct NotFinite {
     pub tensor: String,
     /// The name of the file that holds it.
     pub file: String,
-    /// The value's number in row-major order.
+    /// The value's index in row-major order.
     pub at: usize,
-    /// How many values the tensor has.
+    /// The number of values in the tensor.
     pub count: usize,
     /// The value.
     pub value: f32,
@@ -47,7 +47,7 @@ impl fmt::Display for NotFinite {
     }
 }
 
-/// A value that is not finite, in words.
+/// What to call a value that is not finite in a message: `a NaN` or `an infinity`.
 pub fn named(value: f32) -> &'static str {
     if value.is_nan() {
         "a NaN"
@@ -56,7 +56,7 @@ pub fn named(value: f32) -> &'static str {
     }
 }
 
-/// The number of the first value that is not finite, and the value.
+/// The index and the value of the first number in `bytes`, values of type `float`, that is not finite.
 pub fn first_in(float: Float, bytes: &[u8]) -> Option<(usize, f32)> {
     let spans = bytes.par_chunks(SPAN).enumerate();
     let (span, bytes) = spans.find_first(|(_, bytes)| !float.all_finite(bytes))?;
@@ -69,9 +69,9 @@ pub fn first_in(float: Float, bytes: &[u8]) -> Option<(usize, f32)> {
     Some((span * (SPAN / float.size()) + at, *value))
 }
 
-/// The first value of a stored tensor that is not finite; none for whole numbers.
+/// The index and the value of the first number of a stored tensor that is not finite; `None` for integer types.
 fn first_of(raw: &RawTensor<'_>) -> anyhow::Result<Option<(usize, f32)>> {
-    let Some(float) = Float::of(raw.dtype) else {
+    let Some(float) = Float::from_safetensors(raw.dtype) else {
         return Ok(None);
     };
     let mut piece = Vec::new();
@@ -85,9 +85,12 @@ fn first_of(raw: &RawTensor<'_>) -> anyhow::Result<Option<(usize, f32)>> {
     Ok(None)
 }
 
-/// Looks through one tensor. The codes of a 4-bit weight are bytes, whatever their tensor's type.
+/// Searches the tensor called `name`. The codes of a 4-bit weight are bytes and always finite, whatever the type of their tensor.
+///
+/// # Errors
+/// There is no such tensor, or its file can't be read.
 pub fn check(weights: &Weights, name: &str) -> anyhow::Result<Option<NotFinite>> {
-    if Nf4::shape_of(weights, name)?.is_some() {
+    if Nf4::stored_shape(weights, name)?.is_some() {
         return Ok(None);
     }
     let raw = weights.raw(name)?;
@@ -100,7 +103,10 @@ pub fn check(weights: &Weights, name: &str) -> anyhow::Result<Option<NotFinite>>
     }))
 }
 
-/// Looks through all tensors of a folder or file and gives the first one, by name, that has a value that is not finite.
+/// Searches all tensors of a folder or file and returns the first value that is not finite in the first such tensor by name.
+///
+/// # Errors
+/// A file can't be read.
 pub fn find(weights: &Weights) -> anyhow::Result<Option<NotFinite>> {
     for name in weights.names() {
         let found = check(weights, name)?;
@@ -111,8 +117,11 @@ pub fn find(weights: &Weights) -> anyhow::Result<Option<NotFinite>> {
     Ok(None)
 }
 
-/// Which of some stored weights holds a value that is not finite. Each has a noun (`model`) and a folder or file; the answer is
-/// a clause that names tensor, file and noun.
+/// Searches several stored weights, each given by a noun (`model`) and a folder or file. Returns a clause for a message that names
+/// the tensor, the file and the noun of the first value that is not finite, if there is one.
+///
+/// # Errors
+/// A file can't be read.
 pub fn blame(sources: &[(&str, &Path)]) -> anyhow::Result<Option<String>> {
     for (noun, path) in sources {
         let weights = if path.is_file() {
@@ -137,7 +146,7 @@ pub fn blame(sources: &[(&str, &Path)]) -> anyhow::Result<Option<String>> {
     Ok(None)
 }
 
-/// The first value of a tensor in memory that is not finite.
+/// The first value of a tensor of any shape that is not finite.
 pub fn in_memory(tensor: &Tensor) -> candle_core::Result<Option<f32>> {
     let values = tensor
         .to_dtype(DType::F32)?

@@ -1,18 +1,18 @@
-//! The three kinds of numbers in which weights are stored, between little-endian bytes and f32.
+//! The three floating-point types in which weights are stored, and their conversion between little-endian bytes and f32.
 
 use candle_core::DType;
 use half::{bf16, f16};
-use pipeline_kernels::nf4::Stored;
+use pipeline_kernels::FloatType;
 use safetensors::Dtype;
 
 /// A floating-point type that weights may be stored in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Float {
-    /// IEEE single precision.
+    /// IEEE 754 single precision.
     F32,
-    /// IEEE half precision.
+    /// IEEE 754 half precision.
     F16,
-    /// The upper half of single precision.
+    /// bfloat16: the upper half of a single-precision number.
     BF16,
 }
 
@@ -20,18 +20,18 @@ impl Float {
     /// All of them.
     pub const ALL: [Self; 3] = [Self::F32, Self::F16, Self::BF16];
 
-    /// The type under its name in safetensors; none for whole numbers and rarer types.
-    pub fn of(dtype: Dtype) -> Option<Self> {
+    /// The type with this name in safetensors; `None` for integers and rarer types.
+    pub fn from_safetensors(dtype: Dtype) -> Option<Self> {
         Self::ALL.into_iter().find(|float| float.stored() == dtype)
     }
 
-    /// The type under torch's name (`bfloat16`).
-    pub fn named(name: &str) -> Option<Self> {
+    /// The type with this name in torch (`bfloat16`).
+    pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|float| float.name() == name)
     }
 
-    /// The type under candle's name.
-    pub fn of_candle(dtype: DType) -> Option<Self> {
+    /// The type that candle calls `dtype`; `None` for integers and rarer types.
+    pub fn from_candle(dtype: DType) -> Option<Self> {
         Self::ALL.into_iter().find(|float| float.dtype() == dtype)
     }
 
@@ -63,15 +63,15 @@ impl Float {
     }
 
     /// The kernels' name.
-    pub fn kernel(self) -> Stored {
+    pub fn kernel(self) -> FloatType {
         match self {
-            Self::F32 => Stored::F32,
-            Self::F16 => Stored::F16,
-            Self::BF16 => Stored::Bf16,
+            Self::F32 => FloatType::F32,
+            Self::F16 => FloatType::F16,
+            Self::BF16 => FloatType::Bf16,
         }
     }
 
-    /// Bytes of one value.
+    /// The size of one value in bytes.
     pub fn size(self) -> usize {
         match self {
             Self::F32 => 4,
@@ -88,7 +88,7 @@ impl Float {
         }
     }
 
-    /// Bytes to values, as many as both sides have room for.
+    /// Converts bytes to values, as many as `bytes` holds and `out` has room for.
     pub fn read(self, bytes: &[u8], out: &mut [f32]) {
         let pairs = bytes
             .as_chunks::<2>()
@@ -115,7 +115,7 @@ impl Float {
         }
     }
 
-    /// Whether bytes hold neither a NaN nor an infinity.
+    /// Whether the values in `bytes` are all finite.
     pub fn all_finite(self, bytes: &[u8]) -> bool {
         let halves = |exponent: u16| {
             let bits = bytes.as_chunks::<2>().0.iter();
@@ -132,7 +132,7 @@ impl Float {
         }
     }
 
-    /// Values to bytes, rounded to the nearest with ties to even; as many as both sides have room for.
+    /// Converts values to bytes, rounded to the nearest with ties to even, as many as there are and `out` has room for.
     pub fn write(self, values: &[f32], out: &mut [u8]) {
         match self {
             Self::F32 => {
@@ -198,10 +198,10 @@ mod tests {
     #[test]
     fn names_lead_back() {
         for float in Float::ALL {
-            assert_eq!(Float::named(float.name()), Some(float));
-            assert_eq!(Float::of(float.stored()), Some(float));
-            assert_eq!(Float::of_candle(float.dtype()), Some(float));
+            assert_eq!(Float::from_name(float.name()), Some(float));
+            assert_eq!(Float::from_safetensors(float.stored()), Some(float));
+            assert_eq!(Float::from_candle(float.dtype()), Some(float));
         }
-        assert_eq!(Float::of(Dtype::U8), None);
+        assert_eq!(Float::from_safetensors(Dtype::U8), None);
     }
 }

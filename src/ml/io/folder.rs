@@ -1,4 +1,4 @@
-//! What lies beside the weights of a model folder.
+//! The files beside the weights of a model folder.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -9,13 +9,16 @@ use serde_json::{Map, Value};
 
 /// The model's configuration.
 pub const CONFIG: &str = "config.json";
-/// What a training leaves beside its weights; it tells of that training only.
+/// The metrics that a training leaves beside its weights. They describe that training only, so they are not copied to other models.
 pub const METRICS: &str = "metrics.jsonl";
-/// The same in transformers' form.
+/// The metrics in the form of transformers.
 pub const TRAINER_STATE: &str = "trainer_state.json";
 
-/// Copies a model folder's other files unchanged: tokenizer, chat template, generation config. Weights of any kind and their
-/// indexes stay behind, and so does what `skip` names.
+/// Copies the other files of the model folder `source` to `out` unchanged: tokenizer, chat template, generation config. Weights of any
+/// kind and their indexes are left out, and so are the files named in `skip`.
+///
+/// # Errors
+/// A file can't be read or written.
 pub fn carry(source: &Path, out: &Path, skip: &[&str]) -> anyhow::Result<()> {
     let entries = fs::read_dir(source).and_then(Iterator::collect::<Result<Vec<_>, _>>);
     let mut entries = entries.with_context(|| format!("could not list `{}`", source.display()))?;
@@ -26,7 +29,7 @@ pub fn carry(source: &Path, out: &Path, skip: &[&str]) -> anyhow::Result<()> {
         let to = out.join(&name);
         let copy = || -> anyhow::Result<()> {
             if from.is_dir() {
-                // Named chat templates are one folder deeper (`additional_chat_templates/`).
+                // Additional chat templates are one folder deeper (`additional_chat_templates/`).
                 fs::create_dir(&to)?;
                 carry(&from, &to, skip)
             } else if skip.contains(&text.as_ref())
@@ -35,7 +38,7 @@ pub fn carry(source: &Path, out: &Path, skip: &[&str]) -> anyhow::Result<()> {
             {
                 Ok(())
             } else {
-                // Read and written, so that the copy has its own permissions.
+                // Reading and writing gives the copy permissions of its own.
                 fs::write(&to, fs::read(&from)?)?;
                 Ok(())
             }
@@ -62,14 +65,14 @@ fn is_weights(name: &str) -> bool {
     name.ends_with(".index.json") || extension.is_some_and(|extension| weights.contains(&extension))
 }
 
-/// A JSON object as transformers and PEFT write it: indented by two, keys sorted, whatever order it came in.
+/// Serialises a JSON value as transformers and PEFT do: indented by two spaces, with keys sorted.
 pub fn sorted_json(value: &Value) -> anyhow::Result<String> {
     let mut text = serde_json::to_string_pretty(&sorted(value))?;
     text.push('\n');
     Ok(text)
 }
 
-/// A value whose objects have their keys sorted, at every depth.
+/// The value with the keys of its objects sorted, at every depth.
 pub fn sorted(value: &Value) -> Value {
     match value {
         Value::Object(map) => {
@@ -86,14 +89,17 @@ pub fn sorted(value: &Value) -> Value {
     }
 }
 
-/// The configuration of a model folder as it stands.
+/// Reads `config.json` of a model folder, unchanged.
+///
+/// # Errors
+/// The file can't be read, or is not a JSON object.
 pub fn config(folder: &Path) -> anyhow::Result<Map<String, Value>> {
     let path = folder.join(CONFIG);
     let read = || -> anyhow::Result<_> { Ok(serde_json::from_slice(&fs::read(&path)?)?) };
     read().with_context(|| format!("could not read `{}`", path.display()))
 }
 
-/// Writes the configuration of a model folder.
+/// Writes `config.json` to a model folder.
 pub fn write_config(folder: &Path, config: Map<String, Value>) -> anyhow::Result<()> {
     let path = folder.join(CONFIG);
     fs::write(&path, sorted_json(&Value::Object(config))?)

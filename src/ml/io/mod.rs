@@ -1,4 +1,4 @@
-//! Model folders on the disk: safetensors read by position and written in pieces, and the types of what they hold.
+//! Model folders on disk: safetensors files read by position and written in pieces, and the types of their values.
 
 pub mod finite;
 pub mod float;

@@ -1,6 +1,6 @@
-//! Writing a model's weights anew, file by file and tensor by tensor, in the same files as before.
+//! Rewrites a model's weights, file by file and tensor by tensor, into the same files as before.
 //!
-//! Tensors are made in pieces and written on a thread of its own, so that the next piece is made while the last one is written,
+//! Tensors are computed in pieces, and a thread of its own writes them. So the next piece is computed while the last one is written,
 //! and memory holds a few pieces, however large a tensor is.
 
 use std::borrow::Cow;
@@ -17,12 +17,12 @@ use super::folder::sorted_json;
 use super::weights::{Entry, INDEX, Weights, Writer};
 use crate::ml::quant::nf4::Nf4;
 
-/// Bytes that are made at once: whole numbers of any type, and whole blocks of 4-bit weights. Few enough to be in the cache still
+/// The bytes of a piece: a multiple of every type's size and of the blocks of 4-bit weights, and few enough to be still in the cache
 /// when they are digested and written.
 const PIECE: usize = 2 << 20;
-/// Bytes of smaller tensors that go to the writing thread together.
+/// The bytes of smaller tensors that are sent to the writing thread together.
 const TOGETHER: usize = 1 << 20;
-/// How often as many may wait for the disk.
+/// The number of such messages that may wait for the disk.
 const QUEUE: usize = 4;
 
 /// A tensor to write.
@@ -31,17 +31,17 @@ pub(in crate::ml) struct Output<'a> {
     source: Source<'a>,
 }
 
-/// Where bytes come from when a tensor's turn has come.
+/// The source of a tensor's bytes, which is used when it is the tensor's turn.
 enum Source<'a> {
     Whole(Box<dyn FnOnce() -> anyhow::Result<Cow<'a, [u8]>> + 'a>),
     Pieces(Box<Fill<'a>>),
 }
 
-/// Fills a piece whose first byte is the one of a number in the tensor.
+/// Fills a piece; the first argument is the offset of its first byte in the tensor.
 type Fill<'a> = dyn FnMut(usize, &mut [u8]) -> anyhow::Result<()> + 'a;
 
 impl<'a> Output<'a> {
-    /// A tensor that is made at once.
+    /// A tensor whose bytes are computed at once.
     pub(in crate::ml) fn whole(
         entry: Entry,
         bytes: impl FnOnce() -> anyhow::Result<Cow<'a, [u8]>> + 'a,
@@ -50,7 +50,7 @@ impl<'a> Output<'a> {
         Self { entry, source }
     }
 
-    /// A tensor that is made in pieces: `fill(first, bytes)` makes those from number `first` on, a multiple of 2 MiB.
+    /// A tensor that is computed in pieces: `fill(first, bytes)` computes the bytes from offset `first` on, a multiple of 2 MiB.
     pub(in crate::ml) fn pieces(
         entry: Entry,
         fill: impl FnMut(usize, &mut [u8]) -> anyhow::Result<()> + 'a,
@@ -59,13 +59,13 @@ impl<'a> Output<'a> {
         Self { entry, source }
     }
 
-    /// A tensor of the model as it is; a NaN or an infinity in it is an error when its turn comes.
+    /// A tensor of the model, unchanged; a NaN or an infinity in it is an error when it is written.
     pub(in crate::ml) fn finite(weights: &'a Weights, name: &str) -> anyhow::Result<Self> {
         let raw = weights.raw(name)?;
         let entry = Entry::new(name, raw.dtype, raw.shape);
         let owned = name.to_owned();
-        let codes = Nf4::shape_of(weights, name)?.is_some();
-        let float = Float::of(raw.dtype).filter(|_| !codes);
+        let codes = Nf4::stored_shape(weights, name)?.is_some();
+        let float = Float::from_safetensors(raw.dtype).filter(|_| !codes);
         Ok(Self::pieces(entry, move |first, bytes| {
             raw.read(first, bytes)?;
             if float.is_some_and(|float| !float.all_finite(bytes))
@@ -77,7 +77,7 @@ impl<'a> Output<'a> {
         }))
     }
 
-    /// A tensor as it is.
+    /// A tensor of the model, unchanged.
     pub(in crate::ml) fn same(weights: &'a Weights, name: &str) -> anyhow::Result<Self> {
         let raw = weights.raw(name)?;
         let entry = Entry::new(name, raw.dtype, raw.shape);
@@ -92,27 +92,27 @@ impl<'a> Output<'a> {
 pub struct Written {
     /// Its name in the folder.
     pub name: String,
-    /// The BLAKE3 digest of its bytes, made while they were written.
+    /// The BLAKE3 digest of its bytes in hexadecimal digits, computed while they were written.
     pub blake3: String,
 }
 
-/// What the writing thread is given: the name of the next tensor, or bytes of this one. Pieces come back to be filled again.
+/// A message to the writing thread: the name of the next tensor, or bytes of the current one. Pieces come back to be filled again.
 enum Order<'a> {
     Start(String),
     Bytes(Cow<'a, [u8]>),
     Piece(Vec<u8>),
 }
 
-/// Orders on their way to the writing thread. They go together, for tensors may be small, and threads that wait for each other
-/// at each one take longer than the writing.
+/// Messages to the writing thread. Several are sent together, because threads that wait for each other at each small tensor would take
+/// longer than the writing.
 struct Orders<'a> {
     waiting: Vec<Order<'a>>,
-    /// The bytes of the pieces among them.
+    /// The number of bytes in the pieces among them.
     bytes: usize,
     out: SyncSender<Vec<Order<'a>>>,
 }
 
-/// The writing thread has stopped.
+/// The error of a message to a writing thread that has stopped.
 struct Stopped;
 
 impl<'a> Orders<'a> {
@@ -135,7 +135,7 @@ impl<'a> Orders<'a> {
     }
 }
 
-/// Writes a file with `outputs` and gives its digest; `written` is told the name of each tensor that was made.
+/// Writes a file of `outputs` and returns its digest. `written` is called with the name of each tensor that was computed.
 pub(in crate::ml) fn write_file(
     path: &Path,
     outputs: Vec<Output<'_>>,
@@ -158,7 +158,7 @@ pub(in crate::ml) fn write_file(
                     Order::Bytes(bytes) => writer.append(&bytes)?,
                     Order::Piece(piece) => {
                         writer.append(&piece)?;
-                        // The maker may be done already.
+                        // The computing thread may have finished already.
                         let _ = free.send(piece);
                     }
                 }
@@ -182,20 +182,20 @@ pub(in crate::ml) fn write_file(
                 }
                 written(&entry.name)?;
             }
-            // One that has stopped tells why.
+            // If the thread has stopped, joining it returns the reason.
             let _ = orders.send();
             Ok(())
         };
         let made = make();
         drop(orders);
         let wrote = writing.join();
-        // A writer that failed tells the cause; one that misses tensors only repeats what the maker says.
+        // The writer's error is the cause, unless it only lacks tensors because computing them failed.
         made?;
         wrote.map_err(|_| anyhow!("the writer of `{}` stopped", path.display()))?
     })
 }
 
-/// Makes a tensor's bytes for the writer.
+/// Computes a tensor's bytes and sends them to the writing thread.
 fn send<'a>(
     output: Output<'a>,
     orders: &mut Orders<'a>,
@@ -226,8 +226,8 @@ fn send<'a>(
     }
 }
 
-/// Writes all files of a model anew: each with what `outputs` makes of its tensors. A sharded model gets a new index. Gives the
-/// files of weights.
+/// Writes all files of a model's weights to `out`. `outputs` returns what each of the model's tensors becomes. A sharded model gets a
+/// new index. Returns the files that were written.
 pub(in crate::ml) fn rewrite<'a>(
     weights: &'a Weights,
     out: &Path,
@@ -259,7 +259,7 @@ pub(in crate::ml) fn rewrite<'a>(
     Ok(files)
 }
 
-/// Which file holds which tensor.
+/// The index of a sharded model: which file holds which tensor.
 #[derive(Default)]
 pub(in crate::ml) struct Index {
     files: BTreeMap<String, String>,
@@ -290,16 +290,16 @@ mod tests {
 
     const LARGE: usize = 2 * PIECE + 1000;
 
-    fn byte(place: usize) -> u8 {
-        (place % 251) as u8
+    fn byte(index: usize) -> u8 {
+        (index % 251) as u8
     }
 
     fn outputs(in_pieces: bool) -> Vec<Output<'static>> {
         let large = Entry::new("large", Dtype::U8, [LARGE]);
         let large = if in_pieces {
             Output::pieces(large, |first, bytes| {
-                for (place, out) in bytes.iter_mut().enumerate() {
-                    *out = byte(first + place);
+                for (index, out) in bytes.iter_mut().enumerate() {
+                    *out = byte(first + index);
                 }
                 Ok(())
             })

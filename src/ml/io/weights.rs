@@ -1,9 +1,10 @@
 //! Tensors in safetensors files: a model folder with one `model.safetensors` or shards with an index, or a single file.
 //!
-//! When a file is opened, only its header is read, and whatever is wrong with it is an error with the file's name. Values are read
-//! where they are used, so a tensor costs memory only while it is held. Files are read and not mapped into memory: a file may have
-//! another name somewhere else, and whoever cuts it there would end the process (SIGBUS). Here that is an error.
+//! When a file is opened, only its header is read and checked; errors name the file. Values are read where they are used, so a tensor
+//! costs memory only while it is used. Files are read instead of mapped into memory: if somebody else truncated a mapped file, the
+//! process would die of SIGBUS, where a read returns an error.
 
+mod header;
 mod writer;
 
 use std::collections::BTreeMap;
@@ -18,19 +19,17 @@ use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
 use safetensors::Dtype;
-use safetensors::tensor::Metadata;
 
+pub use header::{Header, TensorInfo};
 pub(in crate::ml) use writer::bytes;
 pub use writer::{Entry, Writer, save};
 
-/// The name of a model's only file of weights.
+/// The file of weights of a model that is not sharded.
 pub const SINGLE: &str = "model.safetensors";
-/// The name of the index of a model with several.
+/// The index of a sharded model.
 pub const INDEX: &str = "model.safetensors.index.json";
 
-/// The longest header that is read; the format's own limit.
-const LONGEST_HEADER: u64 = 100_000_000;
-/// Bytes that one thread reads at once.
+/// The bytes that one thread reads at once.
 const PART: usize = 1 << 21;
 
 /// A tensor in its file. Its values are little-endian and in row-major order.
@@ -42,24 +41,30 @@ pub struct RawTensor<'a> {
     pub shape: &'a [usize],
     name: &'a str,
     shard: &'a Shard,
-    /// Bytes of the file.
+    /// The start and the end of its bytes in the file.
     range: (usize, usize),
 }
 
 impl RawTensor<'_> {
-    /// The number of its bytes.
+    /// The size of all its values in bytes.
     pub fn size(&self) -> usize {
         self.range.1 - self.range.0
     }
 
-    /// All its bytes.
+    /// Reads all its bytes.
+    ///
+    /// # Errors
+    /// The file can't be read, or was truncated since it was opened.
     pub fn bytes(&self) -> anyhow::Result<Vec<u8>> {
         let mut bytes = vec![0; self.size()];
         self.read(0, &mut bytes)?;
         Ok(bytes)
     }
 
-    /// Fills `out` with its bytes from number `first` on. An error if it has fewer, or if the file was cut since it was opened.
+    /// Fills `out` with its bytes from offset `first` on.
+    ///
+    /// # Errors
+    /// The tensor has fewer bytes, the file can't be read, or it was truncated since it was opened.
     pub fn read(&self, first: usize, out: &mut [u8]) -> anyhow::Result<()> {
         let inside = first.checked_add(out.len());
         ensure!(
@@ -91,12 +96,15 @@ impl RawTensor<'_> {
         })
     }
 
-    /// All its values, in the type in which they are stored.
+    /// Reads all its values. `T` must be the type in which they are stored.
     fn values<T: Pod>(&self) -> anyhow::Result<Vec<T>> {
         self.values_from(0, self.size() / size_of::<T>())
     }
 
-    /// Some of its values, from number `first` on. `T` has to be the type in which they are stored.
+    /// Reads `count` of its values, from index `first` on. `T` must be the type in which they are stored.
+    ///
+    /// # Errors
+    /// The tensor has fewer values, the file can't be read, or it was truncated since it was opened.
     pub fn values_from<T: Pod>(&self, first: usize, count: usize) -> anyhow::Result<Vec<T>> {
         let mut values = vec![<T as Zeroable>::zeroed(); count];
         self.read(first * size_of::<T>(), cast_slice_mut(&mut values))?;
@@ -113,24 +121,24 @@ struct Shard {
 }
 
 #[derive(Debug)]
-struct Place {
+struct TensorLocation {
     shard: usize,
     dtype: Dtype,
     shape: Vec<usize>,
-    /// Bytes of the file.
+    /// The start and the end of its bytes in the file.
     range: (usize, usize),
 }
 
 /// The tensors of a folder or file, read one by one.
 #[derive(Debug)]
 pub struct Weights {
-    place: PathBuf,
+    source: PathBuf,
     shards: Vec<Shard>,
     sharded: bool,
-    tensors: BTreeMap<String, Place>,
+    tensors: BTreeMap<String, TensorLocation>,
 }
 
-/// The index's map from tensor to file, if the folder is sharded. A single file wins over an index, as in transformers.
+/// The index's map from tensor to file, if the folder is sharded. As in transformers, a single file takes precedence over an index.
 fn weight_map(folder: &Path) -> anyhow::Result<Option<BTreeMap<String, String>>> {
     if folder.join(SINGLE).is_file() {
         return Ok(None);
@@ -164,10 +172,13 @@ fn weight_map(folder: &Path) -> anyhow::Result<Option<BTreeMap<String, String>>>
 }
 
 impl Weights {
-    /// Opens a model folder: only the headers are read.
+    /// Opens a model folder, of which only the headers are read.
+    ///
+    /// # Errors
+    /// There are no weights, a file can't be read, a header or the index is damaged, or two files hold the same tensor.
     pub fn open(folder: &Path) -> anyhow::Result<Self> {
         let mut weights = Self {
-            place: folder.to_path_buf(),
+            source: folder.to_path_buf(),
             shards: Vec::new(),
             sharded: false,
             tensors: BTreeMap::new(),
@@ -193,7 +204,7 @@ impl Weights {
             let found = weights
                 .tensors
                 .get(name)
-                .map(|place| weights.file_name(place.shard));
+                .map(|location| weights.file_name(location.shard));
             ensure!(
                 found == Some(file.as_str()),
                 "`{}` says that `{name}` is in `{file}`, but {}",
@@ -207,10 +218,13 @@ impl Weights {
         Ok(weights)
     }
 
-    /// Opens one safetensors file.
+    /// Opens one safetensors file, of which only the header is read.
+    ///
+    /// # Errors
+    /// The file can't be read, or its header is damaged.
     pub fn open_file(path: &Path) -> anyhow::Result<Self> {
         let mut weights = Self {
-            place: path.to_path_buf(),
+            source: path.to_path_buf(),
             shards: Vec::new(),
             sharded: false,
             tensors: BTreeMap::new(),
@@ -222,31 +236,30 @@ impl Weights {
     fn add(&mut self, path: &Path) -> anyhow::Result<()> {
         let mut add = || -> anyhow::Result<()> {
             let file = File::open(path)?;
-            let (header, metadata) =
-                header(&file).context("it is damaged or not a safetensors file")?;
+            let header = Header::read(&file).context("it is damaged or not a safetensors file")?;
             let shard = self.shards.len();
-            let tensors: BTreeMap<_, _> = metadata.tensors().into_iter().collect();
-            for (name, info) in tensors {
+            for (name, info) in header.tensors {
                 let (start, end) = info.data_offsets;
-                let range = (header + start, header + end);
-                let place = Place {
+                let location = TensorLocation {
                     shard,
                     dtype: info.dtype,
-                    shape: info.shape.clone(),
-                    range,
+                    shape: info.shape,
+                    range: (
+                        usize::try_from(header.start + start)?,
+                        usize::try_from(header.start + end)?,
+                    ),
                 };
-                if let Some(earlier) = self.tensors.insert(name.clone(), place) {
+                if let Some(earlier) = self.tensors.insert(name.clone(), location) {
                     bail!(
                         "it has the tensor `{name}`, which `{}` has too",
                         self.file_name(earlier.shard)
                     );
                 }
             }
-            let metadata = metadata.metadata().clone().unwrap_or_default();
             self.shards.push(Shard {
                 path: path.to_path_buf(),
                 file,
-                metadata: metadata.into_iter().collect(),
+                metadata: header.metadata,
             });
             Ok(())
         };
@@ -261,29 +274,29 @@ impl Weights {
         name.unwrap_or_default()
     }
 
-    /// Whether a tensor is there.
+    /// Whether there is a tensor called `name`.
     pub fn contains(&self, name: &str) -> bool {
         self.tensors.contains_key(name)
     }
 
-    /// Leaves a tensor out, as if the file had none of the name.
+    /// Hides a tensor, as if no file had it.
     pub fn hide(&mut self, name: &str) {
         self.tensors.remove(name);
     }
 
-    /// Gives a tensor another name.
+    /// Renames a tensor, if it exists.
     pub fn rename(&mut self, from: &str, to: &str) {
-        if let Some(place) = self.tensors.remove(from) {
-            self.tensors.insert(to.to_owned(), place);
+        if let Some(location) = self.tensors.remove(from) {
+            self.tensors.insert(to.to_owned(), location);
         }
     }
 
-    /// All names, sorted.
+    /// The names of all tensors, sorted.
     pub fn names(&self) -> Vec<&str> {
         self.tensors.keys().map(String::as_str).collect()
     }
 
-    /// Whether an index says which file holds which tensor.
+    /// Whether the model is sharded, that is, has an index.
     pub fn sharded(&self) -> bool {
         self.sharded
     }
@@ -300,7 +313,7 @@ impl Weights {
         let inside = self
             .tensors
             .iter()
-            .filter(|(_, place)| self.file_name(place.shard) == file);
+            .filter(|(_, location)| self.file_name(location.shard) == file);
         inside.map(|(name, _)| name.as_str()).collect()
     }
 
@@ -309,42 +322,48 @@ impl Weights {
         Some(self.file_name(self.tensors.get(name)?.shard))
     }
 
-    /// The notes in a file's header.
+    /// The metadata in the header of a file, if it has any.
     pub fn metadata(&self, file: &str) -> Option<&BTreeMap<String, String>> {
         let shard = (0..self.shards.len()).find(|shard| self.file_name(*shard) == file)?;
         Some(&self.shards.get(shard)?.metadata)
     }
 
-    /// The bytes of all tensors together.
+    /// The size of all tensors together in bytes.
     pub fn bytes(&self) -> u64 {
         let sizes = self
             .tensors
             .values()
-            .map(|place| place.range.1 - place.range.0);
+            .map(|location| location.range.1 - location.range.0);
         sizes.map(|size| size as u64).sum()
     }
 
-    /// The bytes of a tensor; 0 if it is not there.
+    /// The size of a tensor in bytes; 0 if there is none of this name.
     pub fn size_of(&self, name: &str) -> u64 {
-        let place = self.tensors.get(name);
-        place.map_or(0, |place| (place.range.1 - place.range.0) as u64)
+        let location = self.tensors.get(name);
+        location.map_or(0, |location| (location.range.1 - location.range.0) as u64)
     }
 
-    /// A tensor in its file, of which nothing is read yet.
+    /// A tensor in its file, whose values are not read yet.
+    ///
+    /// # Errors
+    /// There is no tensor called `name`.
     pub fn raw(&self, name: &str) -> anyhow::Result<RawTensor<'_>> {
-        let missing = || anyhow!("`{}` has no tensor `{name}`", self.place.display());
-        let (stored, place) = self.tensors.get_key_value(name).ok_or_else(missing)?;
-        let shard = self.shards.get(place.shard).ok_or_else(missing)?;
+        let missing = || anyhow!("`{}` has no tensor `{name}`", self.source.display());
+        let (stored, location) = self.tensors.get_key_value(name).ok_or_else(missing)?;
+        let shard = self.shards.get(location.shard).ok_or_else(missing)?;
         Ok(RawTensor {
-            dtype: place.dtype,
-            shape: &place.shape,
+            dtype: location.dtype,
+            shape: &location.shape,
             name: stored,
             shard,
-            range: place.range,
+            range: location.range,
         })
     }
 
-    /// A tensor in its stored dtype.
+    /// Reads a tensor in its stored shape and dtype.
+    ///
+    /// # Errors
+    /// There is no tensor called `name`, candle does not know its type, or the file can't be read.
     pub fn tensor(&self, name: &str, device: &Device) -> anyhow::Result<Tensor> {
         let raw = self.raw(name)?;
         let read = || -> anyhow::Result<Tensor> {
@@ -363,34 +382,10 @@ impl Weights {
             format!(
                 "could not read `{name}` ({:?}) from `{}`",
                 raw.dtype,
-                self.place.display()
+                self.source.display()
             )
         })
     }
-}
-
-/// Where a file's values begin, and what its header says. Its tensors lie one behind the other up to the file's end.
-fn header(file: &File) -> anyhow::Result<(usize, Metadata)> {
-    let metadata = file.metadata()?;
-    ensure!(metadata.is_file(), "it is not a file");
-    let mut length = [0; 8];
-    (file.read_exact_at(&mut length, 0)).context("it is shorter than a header")?;
-    let length = u64::from_le_bytes(length);
-    let room = metadata.len().saturating_sub(8);
-    ensure!(
-        length <= room.min(LONGEST_HEADER),
-        "it announces a header of {length} bytes"
-    );
-    let mut text = vec![0; usize::try_from(length)?];
-    file.read_exact_at(&mut text, 8)?;
-    let header: Metadata = serde_json::from_slice(&text)?;
-    ensure!(
-        header.data_len() as u64 == room - length,
-        "its header speaks of {} bytes of tensors, but there are {}",
-        header.data_len(),
-        room - length
-    );
-    Ok((8 + text.len(), header))
 }
 
 #[cfg(test)]

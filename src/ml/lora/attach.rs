@@ -1,37 +1,40 @@
-//! A new adapter beside a model: its first matrices, and what it takes from the model's weights.
+//! A new adapter for a model: its initial matrices, and what it takes from the model's weights.
 
 use anyhow::{Context as _, bail, ensure};
 use candle_core::{DType, Device, Tensor};
 
 use super::{init, svd};
-use crate::ml::adapter::{Adapter, Bias, LoraPair, NewAdapter, is_meant};
+use crate::ml::adapter::{Adapter, Bias, LoraPair, NewAdapter, names_module};
 use crate::ml::io::finite;
 use crate::ml::io::weights::Weights;
 use crate::ml::model::arch::Arch;
 use crate::ml::model::linear::row_norms;
-use crate::ml::model::tensors::{EMBEDDINGS, ENDS, HEAD, LM_HEAD, weight_of};
+use crate::ml::model::tensors::{EMBEDDINGS, ENDS, HEAD, LM_HEAD, weight_name};
 use crate::ml::quant::nf4::Nf4;
 
-/// A new adapter for the model `weights`. Matrices are drawn from `seed` as PEFT does it; modules that are trained whole and
-/// biases are copied; `DoRA`'s magnitudes are the norms of the rows as they are.
+/// Makes a new adapter for the model with the given weights. Matrices are drawn from `seed` as PEFT draws them, fully trained modules
+/// and biases are copied, and `DoRA`'s magnitudes are the row norms of the weights.
 ///
-/// With `loftq`, the dense weights from which the 4-bit ones of the model were made, the matrices begin as the best
-/// approximation of the quantisation's error (Li et al. 2023, arXiv 2310.08659, one iteration). `tell` is called with each
-/// module, and may stop.
+/// With `loftq`, the dense weights from which the model's 4-bit ones were made, the matrices start as the best low-rank approximation of
+/// the quantisation error (Li et al. 2023, arXiv 2310.08659, algorithm 1, one iteration). `progress` is called before each module with the
+/// number of finished modules and their total, and may stop with an error.
+///
+/// # Errors
+/// The settings don't fit the model, a weight is missing, has another shape or a value that is not finite, or `progress` returns an error.
 pub fn attach(
     arch: &Arch,
     weights: &Weights,
     new: &NewAdapter,
     seed: u64,
     loftq: Option<&Weights>,
-    tell: &mut dyn FnMut(usize, usize) -> anyhow::Result<()>,
+    progress: &mut dyn FnMut(usize, usize) -> anyhow::Result<()>,
 ) -> anyhow::Result<Adapter> {
     let mut adapter = init::adapter(arch, new, seed)?;
     copy_whole(&mut adapter, arch, weights)?;
     let total = adapter.tensors.len();
     let settings = adapter.config.clone();
     for (done, (path, pair)) in adapter.tensors.iter_mut().enumerate() {
-        tell(done, total)?;
+        progress(done, total)?;
         let end = ENDS.contains(&path.as_str());
         ensure!(
             !end || (!settings.use_dora && loftq.is_none()),
@@ -46,46 +49,46 @@ pub fn attach(
         let name = if tied {
             EMBEDDINGS.to_owned()
         } else {
-            weight_of(path)
+            weight_name(path)
         };
         let mut begin = || -> anyhow::Result<()> {
             if let Some(dense) = loftq {
-                (pair.a, pair.b) = error_of(weights, dense, &name, settings.rank(path))?;
+                (pair.a, pair.b) = quantisation_error(weights, dense, &name, settings.rank(path))?;
             }
             if settings.use_dora {
                 let base = base(weights, &name)?;
                 let norms = row_norms(&base, &pair.a, &pair.b, settings.scaling(path))?;
                 pair.magnitude = Some(norms);
             }
-            shape_fits(weights, &name, pair)
+            check_shape(weights, &name, pair)
         };
         begin().with_context(|| format!("could not begin the adapter of `{path}`"))?;
     }
     Ok(adapter)
 }
 
-/// Takes in the tensors of modules that are trained whole, and biases.
+/// Copies the tensors of fully trained modules, and biases.
 fn copy_whole(adapter: &mut Adapter, arch: &Arch, weights: &Weights) -> anyhow::Result<()> {
-    // As in PEFT, a head that was the embeddings gets values of its own when it is trained.
+    // As in PEFT, a tied head gets values of its own when it is trained.
     if arch.tie_word_embeddings && adapter.trains(HEAD) {
         let tensor = weights.tensor(EMBEDDINGS, &Device::Cpu)?;
         adapter.saved.insert(HEAD.to_owned(), tensor);
     }
     let mut unused = adapter.config.modules_to_save.clone();
-    unused.retain(|module| !adapter.saved.contains_key(HEAD) || !is_meant(module, LM_HEAD));
+    unused.retain(|module| !adapter.saved.contains_key(HEAD) || !names_module(module, LM_HEAD));
     for name in weights.names() {
         let is_own = name.ends_with(".weight") || name.ends_with(".bias");
         if !is_own || !adapter.trains(name) {
             continue;
         }
         ensure!(
-            Nf4::shape_of(weights, name)?.is_none(),
+            Nf4::stored_shape(weights, name)?.is_none(),
             "`modules_to_save` means `{name}` too, which is stored in 4 bits and can't be trained itself; expected `lm_head`, \
              `embed_tokens` or a norm"
         );
         let path = name.rsplit_once('.').map_or(name, |(path, _)| path);
-        unused.retain(|module| !is_meant(module, path));
-        is_finite(weights, name)?;
+        unused.retain(|module| !names_module(module, path));
+        ensure_finite(weights, name)?;
         let tensor = weights.tensor(name, &Device::Cpu)?;
         adapter.saved.insert(name.to_owned(), tensor);
     }
@@ -99,7 +102,7 @@ fn copy_whole(adapter: &mut Adapter, arch: &Arch, weights: &Weights) -> anyhow::
     Ok(())
 }
 
-/// A weight as products see it, (out, in) in f32; one with a NaN or an infinity can't begin anything.
+/// Reads a weight (out, in) in f32, dequantised if needed. A NaN or an infinity in it is an error.
 fn base(weights: &Weights, name: &str) -> anyhow::Result<Tensor> {
     for part in [
         name.to_owned(),
@@ -107,7 +110,7 @@ fn base(weights: &Weights, name: &str) -> anyhow::Result<Tensor> {
         format!("{name}.nested_absmax"),
     ] {
         if weights.contains(&part) {
-            is_finite(weights, &part)?;
+            ensure_finite(weights, &part)?;
         }
     }
     Ok(match Nf4::load(weights, name)? {
@@ -116,23 +119,23 @@ fn base(weights: &Weights, name: &str) -> anyhow::Result<Tensor> {
     })
 }
 
-fn is_finite(weights: &Weights, name: &str) -> anyhow::Result<()> {
+fn ensure_finite(weights: &Weights, name: &str) -> anyhow::Result<()> {
     if let Some(found) = finite::check(weights, name)? {
         bail!("{found}; look at where the model comes from");
     }
     Ok(())
 }
 
-/// The matrices A (r, in) and B (out, r) whose product is nearest to what quantisation took from a weight.
-fn error_of(
+/// The matrices A (r, in) and B (out, r) whose product B A is nearest to the quantisation error of a weight, by its singular values.
+fn quantisation_error(
     weights: &Weights,
     dense: &Weights,
     name: &str,
     r: usize,
 ) -> anyhow::Result<(Tensor, Tensor)> {
-    let is_quantised = Nf4::shape_of(weights, name)?.is_some();
+    let is_quantised = Nf4::stored_shape(weights, name)?.is_some();
     ensure!(
-        is_quantised && Nf4::shape_of(dense, name)?.is_none(),
+        is_quantised && Nf4::stored_shape(dense, name)?.is_none(),
         "LoftQ needs the weight in 4 bits in `model` and dense in `loftq_from`"
     );
     let (base, dense) = (base(weights, name)?, base(dense, name)?);
@@ -144,7 +147,7 @@ fn error_of(
     );
     let (out, input) = dense.dims2()?;
     let error = (dense - base)?.flatten_all()?.to_vec1::<f32>()?;
-    let svd = svd::largest(&error, (out, input), r)?;
+    let svd = svd::largest_singular_values(&error, (out, input), r)?;
     let (mut a, mut b) = (vec![0f32; r * input], vec![0f32; out * r]);
     for (k, value) in svd.values.iter().enumerate() {
         let root = value.sqrt();
@@ -159,8 +162,8 @@ fn error_of(
     ))
 }
 
-fn shape_fits(weights: &Weights, name: &str, pair: &LoraPair) -> anyhow::Result<()> {
-    let shape = match Nf4::shape_of(weights, name)? {
+fn check_shape(weights: &Weights, name: &str, pair: &LoraPair) -> anyhow::Result<()> {
+    let shape = match Nf4::stored_shape(weights, name)? {
         Some(((out, input), _)) => vec![out, input],
         None => weights.raw(name)?.shape.to_vec(),
     };
@@ -171,7 +174,7 @@ fn shape_fits(weights: &Weights, name: &str, pair: &LoraPair) -> anyhow::Result<
     Ok(())
 }
 
-/// Whether `bias` asks for what the model has not.
+/// Whether `bias` selects biases and the model has none.
 pub fn lacks_biases(arch: &Arch, bias: Bias) -> bool {
     bias != Bias::None && arch.biases.is_empty()
 }

@@ -1,32 +1,36 @@
-//! A new adapter, with the very numbers that PEFT draws after `torch.manual_seed(seed)`.
+//! The initial matrices of an adapter, with the same numbers that PEFT draws after `torch.manual_seed(seed)`.
 
 use std::collections::BTreeMap;
 
 use anyhow::{Context as _, bail, ensure};
 use candle_core::{Device, Tensor};
 
-use crate::ml::adapter::{Adapter, AdapterConfig, LoraPair, Meant, NewAdapter};
+use crate::ml::adapter::{Adapter, AdapterConfig, LoraPair, NewAdapter, Selection};
 use crate::ml::model::arch::Arch;
 use crate::ml::model::tensors::{Module, modules, projection_names};
 use crate::ml::torch_rng::TorchRng;
 
-/// Makes an adapter for the modules that `new` means, as PEFT chooses them.
+/// Makes an adapter for the modules that `new` selects, as PEFT selects them.
 ///
-/// torch's generator is used up as PEFT does it, module after module: `nn.Linear` draws A, then B; then A is drawn again
-/// and B becomes 0. Without `init_lora_weights` the first draws of both stay. Embeddings draw normal numbers, of which B's stay.
+/// Numbers are drawn in PEFT's order (`peft/tuners/lora/layer.py`, `reset_lora_parameters`), module by module: `nn.Linear` draws A, then B;
+/// then A is drawn again and B is set to 0. Without `init_lora_weights` the first draws of both are kept. Embeddings draw normal
+/// numbers, of which those of B are kept.
+///
+/// # Errors
+/// The settings select no module, or one that can't have matrices.
 pub fn adapter(arch: &Arch, new: &NewAdapter, seed: u64) -> anyhow::Result<Adapter> {
     let settings = AdapterConfig::new(new)?;
     let mut rng = TorchRng::new(seed);
     let mut tensors = BTreeMap::new();
     let mut excluded = false;
     for (path, module) in modules(arch) {
-        match settings.targets.mean(&path) {
-            Meant::No => continue,
-            Meant::Excluded => {
+        match settings.targets.selection(&path) {
+            Selection::No => continue,
+            Selection::Excluded => {
                 excluded = true;
                 continue;
             }
-            Meant::Yes => {}
+            Selection::Yes => {}
         }
         ensure!(
             !settings.saves(&path) || module == Module::Other,
@@ -39,7 +43,7 @@ pub fn adapter(arch: &Arch, new: &NewAdapter, seed: u64) -> anyhow::Result<Adapt
             Module::Other => bail!(
                 "`target_modules` means `{path}` too ({}), beside which matrices can't stand; expected projections such as {}, \
                  `embed_tokens` or `lm_head`",
-                settings.targets.told(),
+                settings.targets.description(),
                 known()
             ),
         };
@@ -50,7 +54,7 @@ pub fn adapter(arch: &Arch, new: &NewAdapter, seed: u64) -> anyhow::Result<Adapt
         !tensors.is_empty(),
         "no module of the model gets matrices: `target_modules` names {}{}; expected some of {}, `embed_tokens` or `lm_head`, or \
          `all-linear`",
-        settings.targets.told(),
+        settings.targets.description(),
         if excluded {
             ", and `exclude_modules` or `modules_to_save` takes what it means away"
         } else if new.layers_to_transform.is_empty() {
@@ -73,7 +77,7 @@ fn known() -> String {
         .join(", ")
 }
 
-/// The pair of embeddings (rows, width), transposed: PEFT's A is (r, rows), its B (width, r).
+/// The pair of embeddings (rows, width). PEFT's A is (r, rows) and its B (width, r); the result is their transpose.
 fn embedding(
     rng: &mut TorchRng,
     (rows, width): (usize, usize),
@@ -109,7 +113,7 @@ fn pair(
     let too_large = "it is too large";
     let a_count = r.checked_mul(input).context(too_large)?;
     let b_count = r.checked_mul(out).context(too_large)?;
-    // Kaiming's uniform bound for a slope of sqrt(5): sqrt(3) * sqrt(2 / 6) / sqrt(inputs).
+    // The bound of `kaiming_uniform_` with a slope of sqrt(5): sqrt(3) * sqrt(2 / 6) / sqrt(inputs).
     let bound = |inputs: usize| {
         let gain = (2f64 / (1. + 5f64.sqrt().powi(2))).sqrt();
         (3f64.sqrt() * (gain / (inputs as f64).sqrt())) as f32

@@ -1,4 +1,4 @@
-//! A model with its adapter added into the weights: W + s B A (Hu et al. 2021, arXiv 2106.09685, section 4.1).
+//! The merge of an adapter into the weights of its model: W + s B A (Hu et al. 2021, arXiv 2106.09685, section 4.1).
 
 mod not_finite;
 
@@ -19,34 +19,37 @@ use crate::ml::model::tensors::{EMBEDDINGS, HEAD, is_used};
 use crate::ml::model::tied;
 use crate::ml::quant::nf4::{Nf4, PARTS};
 
-/// Values that a thread takes at once.
+/// The values that a thread takes at once.
 const SPAN: usize = 1 << 12;
 
-/// What was done.
+/// The result of a merge.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Report {
-    /// Weights that the adapter changed.
+    /// The number of weights to which an update was added.
     pub merged: usize,
-    /// Tensors that the adapter replaced: modules trained whole, and biases.
+    /// The number of tensors that the adapter replaced: fully trained modules, and biases.
     pub replaced: usize,
-    /// 4-bit weights that are dense now.
+    /// The number of 4-bit weights that are dense now.
     pub dequantised: usize,
-    /// Whether the model's head was its embeddings, and is a tensor of its own now.
+    /// Whether the model's head was tied to its embeddings and is a tensor of its own now.
     pub untied: bool,
-    /// Bytes of all tensors of the result.
+    /// The size of all tensors of the result in bytes.
     pub bytes: u64,
-    /// The files of weights.
+    /// The files of weights that were written.
     pub files: Vec<Written>,
 }
 
-/// Merges `adapter` into the model in `source` and writes the folder `out`: the same files, with the same types. Sums are made
-/// in f32 and rounded once. In memory are a few MiB of the result at a time, or one 4-bit tensor.
+/// Merges `adapter` into the model in `source` and writes the folder `out`, with the same files and types. Sums are computed in f32 and
+/// rounded once. Memory holds a few MiB of the result at a time, or one 4-bit tensor.
 ///
-/// `DoRA` scales the rows of the sum. Tensors that the adapter replaces take the type of the model's; where the head of a model
-/// was its embeddings and these are replaced, it becomes a tensor of its own, as in PEFT.
+/// With `DoRA` the rows of the sum are scaled to their trained norms (Liu et al. 2024, arXiv 2402.09353, equation 5). Tensors that the
+/// adapter replaces get the model's type. As in PEFT, a tied head becomes its own tensor if only one of both ends is replaced.
 ///
-/// The weights of a 4-bit model become dense, in the type that they were quantised from, and `quantization_config` goes: what
-/// Unsloth calls `merged_16bit`. `progress` is told the weights' bytes used so far, of all that there are, and may stop.
+/// The weights of a 4-bit model become dense, in the type from which they were quantised, and `quantization_config` is removed (Unsloth
+/// calls this `merged_16bit`). `progress` is called with the bytes of weights used so far and their total, and may stop with an error.
+///
+/// # Errors
+/// The adapter does not fit the model, a merged value is not finite, or a file can't be read or written.
 pub fn merge(
     source: &Path,
     adapter: &Adapter,
@@ -72,12 +75,12 @@ pub fn merge(
     let mut output = |name: &str, stored: &str| -> anyhow::Result<Output<'_>> {
         let update = name.strip_suffix(".weight").and_then(|path| {
             let pair = adapter.tensors.get(path)?;
-            Some(Update::of(pair, adapter.config.scaling(path)))
+            Some(Update::new(pair, adapter.config.scaling(path)))
         });
         let update = update.transpose()?;
         let weights = &weights;
         let owned = stored.to_owned();
-        if let Some(((rows, columns), float)) = Nf4::shape_of(weights, stored)? {
+        if let Some(((rows, columns), float)) = Nf4::stored_shape(weights, stored)? {
             dequantised += 1;
             let entry = Entry::new(name, float.stored(), [rows, columns]);
             let load = move || {
@@ -101,7 +104,7 @@ pub fn merge(
             return Ok(kept);
         }
         let raw = weights.raw(stored)?;
-        let float = float_of(stored, raw.dtype)?;
+        let float = float_type(stored, raw.dtype)?;
         let entry = Entry::new(name, raw.dtype, raw.shape);
         if let Some(tensor) = own {
             return Ok(replaced(entry, float, tensor, update));
@@ -140,7 +143,7 @@ pub fn merge(
     Ok(report)
 }
 
-/// A tensor of the adapter in the place and type of the model's, and an update of it.
+/// The output of a tensor of the adapter that replaces the model's, in the model's type, with an update added if there is one.
 fn replaced(entry: Entry, float: Float, tensor: &Tensor, update: Option<Update>) -> Output<'_> {
     let load = move || {
         let values = tensor.to_dtype(DType::F32)?.flatten_all()?;
@@ -152,7 +155,7 @@ fn replaced(entry: Entry, float: Float, tensor: &Tensor, update: Option<Update>)
     summed(entry, float, update, None, load)
 }
 
-/// Whether a tensor belongs to a 4-bit weight.
+/// Whether the tensor called `name` is a part of a 4-bit weight.
 fn is_part(weights: &Weights, name: &str) -> bool {
     PARTS.iter().any(|part| {
         name.strip_suffix(part)
@@ -160,14 +163,14 @@ fn is_part(weights: &Weights, name: &str) -> bool {
     })
 }
 
-fn float_of(name: &str, dtype: safetensors::Dtype) -> anyhow::Result<Float> {
-    let float = Float::of(dtype);
+fn float_type(name: &str, dtype: safetensors::Dtype) -> anyhow::Result<Float> {
+    let float = Float::from_safetensors(dtype);
     float.with_context(|| {
         format!("the tensor `{name}` is stored as {dtype:?}, expected F32, F16 or BF16")
     })
 }
 
-/// The tensor of the model that stands where the adapter names one.
+/// The name of the model's tensor that corresponds to a name in the adapter: a tied head is stored as the embeddings.
 fn stored(name: &str, tied: bool) -> &str {
     if tied && name == HEAD {
         EMBEDDINGS
@@ -176,7 +179,7 @@ fn stored(name: &str, tied: bool) -> &str {
     }
 }
 
-/// Every pair of the adapter must have a weight of its shape in the model, and so must all that it replaces.
+/// Fails unless every pair of the adapter, and every tensor that it replaces, has a weight of its shape in the model.
 fn check(adapter: &Adapter, weights: &Weights, tied: bool) -> anyhow::Result<()> {
     for (name, tensor) in &adapter.saved {
         let name = stored(name, tied);
@@ -185,11 +188,11 @@ fn check(adapter: &Adapter, weights: &Weights, tied: bool) -> anyhow::Result<()>
             "the adapter replaces `{name}`, which the model does not have; was it trained for another model?"
         );
         ensure!(
-            Nf4::shape_of(weights, name)?.is_none(),
+            Nf4::stored_shape(weights, name)?.is_none(),
             "the adapter replaces `{name}`, which the model stores in 4 bits; merge it into the dense model"
         );
         let raw = weights.raw(name)?;
-        float_of(name, raw.dtype)?;
+        float_type(name, raw.dtype)?;
         ensure!(
             raw.shape == tensor.dims(),
             "the adapter's `{name}` has the shape {:?}, but the model's has {:?}; was it trained for another model?",
@@ -204,11 +207,11 @@ fn check(adapter: &Adapter, weights: &Weights, tied: bool) -> anyhow::Result<()>
             weights.contains(name),
             "the adapter changes `{path}`, which the model does not have; was it trained for another model?"
         );
-        let shape = if let Some(((rows, columns), _)) = Nf4::shape_of(weights, name)? {
+        let shape = if let Some(((rows, columns), _)) = Nf4::stored_shape(weights, name)? {
             vec![rows, columns]
         } else {
             let raw = weights.raw(name)?;
-            float_of(name, raw.dtype)?;
+            float_type(name, raw.dtype)?;
             raw.shape.to_vec()
         };
         let fits = matches!(
@@ -226,18 +229,18 @@ fn check(adapter: &Adapter, weights: &Weights, tied: bool) -> anyhow::Result<()>
     Ok(())
 }
 
-/// s B A of one weight, ready for sums.
+/// The update s B A of one weight.
 struct Update {
     a: Vec<f32>,
     b: Vec<f32>,
     columns: usize,
     scaling: f32,
-    /// What norms the rows of the sum get, in `DoRA`.
+    /// With `DoRA`, the norms that the rows of the sum get.
     magnitudes: Option<Vec<f32>>,
 }
 
 impl Update {
-    fn of(pair: &LoraPair, scaling: f64) -> anyhow::Result<Self> {
+    fn new(pair: &LoraPair, scaling: f64) -> anyhow::Result<Self> {
         let values = |matrix: &Tensor| -> anyhow::Result<Vec<f32>> {
             Ok(matrix.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
         };
@@ -250,7 +253,7 @@ impl Update {
         })
     }
 
-    /// Gives the rows of a whole sum the norms that DoRA trains.
+    /// Scales the rows of a complete sum to the norms that DoRA trained.
     fn rescale_rows(&self, values: &mut [f32]) {
         let magnitudes = self.magnitudes.as_deref().unwrap_or_default();
         let rows = values.par_chunks_mut(self.columns.max(1)).zip(magnitudes);
@@ -263,7 +266,7 @@ impl Update {
         });
     }
 
-    /// Adds it to the values from number `first` on.
+    /// Adds the update to the weight's values from index `first` on.
     fn add(&self, first: usize, values: &mut [f32]) {
         let update = kernel::Update {
             a: &self.a,
@@ -275,8 +278,8 @@ impl Update {
     }
 }
 
-/// W + s B A of one weight, in pieces; at once where rows are scaled. `load` gives what makes values of W: from the number of
-/// the first and, where W is `stored` in the type `float`, its bytes.
+/// The output W + s B A of one weight, computed in pieces, or at once if rows are scaled. `load` returns the function that computes values
+/// of W from the index of the first one and, where W is `stored` as plain numbers of type `float`, their bytes.
 fn summed<'a, R>(
     entry: Entry,
     float: Float,
@@ -332,11 +335,11 @@ where
     })
 }
 
-/// Makes values of W from the number of the first and, where W is stored as plain numbers, their bytes.
+/// Computes values of W from the index of the first one and, where W is stored as plain numbers, their bytes.
 type Read<'a> = dyn Fn(usize, &[u8], &mut [f32]) + Sync + 'a;
 
-/// Makes the bytes of W + s B A from value number `first` on. `read` makes those of W, whose bytes are in `bytes` if it is
-/// `stored` as plain numbers.
+/// Computes the bytes of W + s B A from value `first` on. `read` computes the values of W, whose bytes are in `bytes` if it is `stored` as
+/// plain numbers.
 fn sum(
     first: usize,
     bytes: &mut [u8],
@@ -538,7 +541,7 @@ mod tests {
             magnitude: None,
         };
         let summed = |pair: &LoraPair, float: Float| {
-            let update = Update::of(pair, 0.5).unwrap();
+            let update = Update::new(pair, 0.5).unwrap();
             let mut bytes = vec![0; 4 * float.size()];
             let read = |first: usize, _: &[u8], values: &mut [f32]| {
                 values.copy_from_slice(&[1f32, 2., 3., 4.][first..first + values.len()]);

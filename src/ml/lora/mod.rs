@@ -1,4 +1,4 @@
-//! LoRA on a model: how pairs begin, how they are attached, how they are merged, and how a merge is verified.
+//! LoRA on a model: the initialisation of pairs, their attachment, their merge, and the verification of a merge.
 
 pub mod attach;
 pub mod init;

@@ -1,26 +1,26 @@
-//! The largest singular values of a matrix and their vectors, by Golub and Kahan's bidiagonalisation from a random start
-//! (Golub and Van Loan, Matrix Computations, section 10.4), with vectors that are kept orthogonal.
+//! The largest singular values of a matrix and their vectors, by Golub and Kahan's bidiagonalisation from a random start (Golub and
+//! Van Loan, Matrix Computations, 4th edition, section 10.4) with full reorthogonalisation.
 //!
-//! The error of a quantisation has singular values close to each other. Lanczos' steps tell them apart far sooner than
-//! powers of the matrix would, and cost two products with a vector each, not a whole decomposition.
+//! The singular values of a quantisation error are close to each other. Lanczos steps separate them much sooner than power iteration
+//! would, and each costs two matrix-vector products, where a full decomposition would cost far more.
 
 use anyhow::ensure;
 use pipeline_kernels::random::splitmix64;
 use rayon::prelude::*;
 
-/// How far a pair of vectors may be from a singular one, in parts of the largest singular value.
+/// The largest residual of a pair of singular vectors, relative to the largest singular value.
 const TOLERANCE: f64 = 1e-7;
-/// Columns that a thread sums up at once.
+/// The columns that a thread sums at once.
 const COLUMNS: usize = 256;
 
-/// Singular values, the largest first, and their vectors.
+/// Singular values in descending order, and their vectors.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Svd {
-    /// The values.
+    /// The singular values (rank).
     pub values: Vec<f64>,
-    /// The vectors on the left, each as long as a column.
+    /// The left singular vectors (rank, rows), each of length 1.
     pub left: Vec<Vec<f64>>,
-    /// The vectors on the right, each as long as a row.
+    /// The right singular vectors (rank, columns), each of length 1.
     pub right: Vec<Vec<f64>>,
 }
 
@@ -31,15 +31,15 @@ struct Matrix<'a> {
 }
 
 impl Matrix<'_> {
-    /// A v.
+    /// The product A v.
     fn times(&self, v: &[f64]) -> Vec<f64> {
         let rows = self.values.par_chunks(self.columns);
         rows.map(|row| row.iter().zip(v).map(|(a, v)| f64::from(*a) * v).sum())
             .collect()
     }
 
-    /// u A.
-    fn before(&self, u: &[f64]) -> Vec<f64> {
+    /// The product u A.
+    fn left_times(&self, u: &[f64]) -> Vec<f64> {
         let mut sums = vec![0.; self.columns];
         let parts = sums.par_chunks_mut(COLUMNS).enumerate();
         parts.for_each(|(part, sums)| {
@@ -57,8 +57,8 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
-/// Takes from `x` what lies along `others`, twice for the sake of rounding, and gives the length that remains.
-fn apart(x: &mut [f64], others: &[Vec<f64>]) -> f64 {
+/// Subtracts from `x` its components along `others`, twice because of rounding errors, and returns the length that remains.
+fn orthogonalise(x: &mut [f64], others: &[Vec<f64>]) -> f64 {
     for _ in 0..2 {
         for other in others {
             let along = dot(x, other);
@@ -68,20 +68,20 @@ fn apart(x: &mut [f64], others: &[Vec<f64>]) -> f64 {
     dot(x, x).sqrt()
 }
 
-/// Appends `x` as a vector of length 1 orthogonal to `others`, and gives its length before. Where nothing of it is left, another
-/// stands in, if there is room.
+/// Makes `x` orthogonal to `others`, normalises it, appends it to them, and returns its length before the normalisation. If less than
+/// `small` remains of it, `another` vector is used instead, unless `others` span the whole space already.
 fn append(
     others: &mut Vec<Vec<f64>>,
     mut x: Vec<f64>,
     small: f64,
     another: impl FnOnce() -> Vec<f64>,
 ) -> f64 {
-    let length = apart(&mut x, others);
+    let length = orthogonalise(&mut x, others);
     let found = if length > small {
         length
     } else {
         x = another();
-        apart(&mut x, others)
+        orthogonalise(&mut x, others)
     };
     let scale = if found > small { 1. / found } else { 0. };
     for x in &mut x {
@@ -96,9 +96,12 @@ fn noise(length: usize, random: &mut u64) -> Vec<f64> {
     (0..length).map(number).collect()
 }
 
-/// The `rank` largest singular values of a matrix of `rows` x `columns`, and their vectors. The same matrix gives the same
-/// numbers. Values that are not finite are an error.
-pub fn largest(
+/// The `rank` largest singular values of a matrix (rows, columns), row-major, and their vectors. The same matrix always gives the same
+/// numbers.
+///
+/// # Errors
+/// A value is not finite, `values` is not of this size, `rank` is 0 or above the smaller dimension, or the iteration does not converge.
+pub fn largest_singular_values(
     values: &[f32],
     (rows, columns): (usize, usize),
     rank: usize,
@@ -117,26 +120,29 @@ pub fn largest(
     let small = norm.sqrt() * 1e-14;
     let mut random = 0;
     let (mut left, mut right) = (Vec::new(), Vec::new());
-    // Vectors on the right are sums of rows from the first, so that as many of them as there are rows are enough.
-    let start = matrix.before(&noise(rows, &mut random));
+    // The first right vector is a sum of rows, and so are all others, so there are never more of them than rows.
+    let start = matrix.left_times(&noise(rows, &mut random));
     append(&mut right, start, small, || noise(columns, &mut random));
-    // A's form in these vectors: a diagonal, and beside it the entries of the next column.
-    let (mut diagonal, mut beside) = (Vec::new(), Vec::new());
+    // In the basis of these vectors A is bidiagonal: a diagonal and a superdiagonal.
+    let (mut diagonal, mut superdiagonal) = (Vec::new(), Vec::new());
     let mut check = (2 * rank + 16).min(most);
     loop {
         let next = right.last().map(|v| matrix.times(v)).unwrap_or_default();
         diagonal.push(append(&mut left, next, small, || noise(rows, &mut random)));
-        let next = left.last().map(|u| matrix.before(u)).unwrap_or_default();
-        let another = || matrix.before(&noise(rows, &mut random));
-        beside.push(append(&mut right, next, small, another));
+        let next = left
+            .last()
+            .map(|u| matrix.left_times(u))
+            .unwrap_or_default();
+        let another = || matrix.left_times(&noise(rows, &mut random));
+        superdiagonal.push(append(&mut right, next, small, another));
         let steps = diagonal.len();
         if steps < check {
             continue;
         }
-        let small = Bidiagonal::solve(&diagonal, &beside)?;
-        let open = beside.last().copied().unwrap_or_default();
-        let near = |place: usize| {
-            let last = small.left.get(place).and_then(|p| p.last());
+        let small = Bidiagonal::solve(&diagonal, &superdiagonal)?;
+        let open = superdiagonal.last().copied().unwrap_or_default();
+        let near = |index: usize| {
+            let last = small.left.get(index).and_then(|p| p.last());
             (open * last.copied().unwrap_or_default()).abs() <= TOLERANCE * small.values[0]
         };
         if steps == most || (0..rank).all(near) {
@@ -146,7 +152,7 @@ pub fn largest(
     }
 }
 
-/// Singular values of the small matrix, and their vectors in the large one's coordinates.
+/// The singular values of the bidiagonal matrix, and their vectors in the basis of the Lanczos vectors.
 struct Bidiagonal {
     values: Vec<f64>,
     left: Vec<Vec<f64>>,
@@ -154,20 +160,24 @@ struct Bidiagonal {
 }
 
 impl Bidiagonal {
-    /// By the eigenvectors of its product with its own transpose, which has three diagonals.
-    fn solve(diagonal: &[f64], beside: &[f64]) -> anyhow::Result<Self> {
+    /// Computes them as the eigenvalues and eigenvectors of the matrix times its transpose, which is tridiagonal.
+    fn solve(diagonal: &[f64], superdiagonal: &[f64]) -> anyhow::Result<Self> {
         let size = diagonal.len();
         let squares = (0..size).map(|i| {
-            let beside = if i + 1 < size { beside[i] } else { 0. };
-            diagonal[i].powi(2) + beside.powi(2)
+            let superdiagonal = if i + 1 < size { superdiagonal[i] } else { 0. };
+            diagonal[i].powi(2) + superdiagonal.powi(2)
         });
-        let products = (1..size).map(|i| diagonal[i] * beside[i - 1]);
-        let (squares, left) = eigen(squares.collect(), products.collect())?;
+        let products = (1..size).map(|i| diagonal[i] * superdiagonal[i - 1]);
+        let (squares, left) = tridiagonal_eigen(squares.collect(), products.collect())?;
         let values: Vec<f64> = squares.iter().map(|x| x.max(0.).sqrt()).collect();
         let right = left.iter().zip(&values).map(|(p, value)| {
             let inverse = if *value > 0. { 1. / value } else { 0. };
             let entry = |j: usize| {
-                let above = if j > 0 { beside[j - 1] * p[j - 1] } else { 0. };
+                let above = if j > 0 {
+                    superdiagonal[j - 1] * p[j - 1]
+                } else {
+                    0.
+                };
                 (diagonal[j] * p[j] + above) * inverse
             };
             (0..size).map(entry).collect()
@@ -201,29 +211,29 @@ impl Bidiagonal {
     }
 }
 
-/// Eigenvalues of a symmetric matrix with three diagonals, the largest first, and their vectors: rotations chase what a
-/// shifted step leaves outside the diagonals (Golub and Van Loan, section 8.3).
-fn eigen(
+/// The eigenvalues of a symmetric tridiagonal matrix in descending order, and their vectors, by the implicit QR algorithm with
+/// Wilkinson's shift (Golub and Van Loan, Matrix Computations, 4th edition, algorithm 8.3.3).
+fn tridiagonal_eigen(
     mut diagonal: Vec<f64>,
-    mut beside: Vec<f64>,
+    mut superdiagonal: Vec<f64>,
 ) -> anyhow::Result<(Vec<f64>, Vec<Vec<f64>>)> {
     let size = diagonal.len();
-    // Row i is the vector of the i-th eigenvalue.
+    // Row i will be the eigenvector of eigenvalue i.
     let mut vectors: Vec<Vec<f64>> = (0..size)
         .map(|i| (0..size).map(|j| f64::from(u8::from(i == j))).collect())
         .collect();
     let mut end = size.saturating_sub(1);
     let mut rounds = 0;
     while end > 0 {
-        let negligible = |i: usize, diagonal: &[f64], beside: &[f64]| {
-            beside[i].abs() <= f64::EPSILON * (diagonal[i].abs() + diagonal[i + 1].abs())
+        let negligible = |i: usize, diagonal: &[f64], superdiagonal: &[f64]| {
+            superdiagonal[i].abs() <= f64::EPSILON * (diagonal[i].abs() + diagonal[i + 1].abs())
         };
-        if negligible(end - 1, &diagonal, &beside) {
+        if negligible(end - 1, &diagonal, &superdiagonal) {
             end -= 1;
             continue;
         }
         let mut begin = end - 1;
-        while begin > 0 && !negligible(begin - 1, &diagonal, &beside) {
+        while begin > 0 && !negligible(begin - 1, &diagonal, &superdiagonal) {
             begin -= 1;
         }
         rounds += 1;
@@ -231,11 +241,12 @@ fn eigen(
             rounds <= 60 * size,
             "the singular values did not settle down in {rounds} rounds"
         );
-        // Wilkinson's shift: the eigenvalue of the last two rows that is nearer to the last.
+        // Wilkinson's shift: the eigenvalue of the trailing 2 x 2 matrix that is nearer to its last entry.
         let half = (diagonal[end - 1] - diagonal[end]) / 2.;
-        let square = beside[end - 1].powi(2);
-        let shift = diagonal[end] - square / (half + half.hypot(beside[end - 1]).copysign(half));
-        let (mut x, mut z) = (diagonal[begin] - shift, beside[begin]);
+        let square = superdiagonal[end - 1].powi(2);
+        let shift =
+            diagonal[end] - square / (half + half.hypot(superdiagonal[end - 1]).copysign(half));
+        let (mut x, mut z) = (diagonal[begin] - shift, superdiagonal[begin]);
         for i in begin..end {
             let length = x.hypot(z);
             let (c, s) = if length > 0. {
@@ -244,16 +255,16 @@ fn eigen(
                 (1., 0.)
             };
             if i > begin {
-                beside[i - 1] = length;
+                superdiagonal[i - 1] = length;
             }
-            let (a, b, d) = (diagonal[i], beside[i], diagonal[i + 1]);
+            let (a, b, d) = (diagonal[i], superdiagonal[i], diagonal[i + 1]);
             diagonal[i] = c * c * a + 2. * c * s * b + s * s * d;
             diagonal[i + 1] = s * s * a - 2. * c * s * b + c * c * d;
-            beside[i] = c * s * (d - a) + (c * c - s * s) * b;
-            x = beside[i];
+            superdiagonal[i] = c * s * (d - a) + (c * c - s * s) * b;
+            x = superdiagonal[i];
             if i + 1 < end {
-                z = s * beside[i + 1];
-                beside[i + 1] *= c;
+                z = s * superdiagonal[i + 1];
+                superdiagonal[i + 1] *= c;
             }
             let (first, second) = vectors.split_at_mut(i + 1);
             for (p, q) in first[i].iter_mut().zip(&mut second[0]) {
@@ -288,10 +299,10 @@ mod tests {
         let values = [5., 4.9, 1.];
         let mut random = 11;
         let rest = noise(rows * columns, &mut random);
-        let entry = |place: usize| {
-            let (i, j) = (place / columns, place % columns);
+        let entry = |index: usize| {
+            let (i, j) = (index / columns, index % columns);
             let sum: f64 = (0..3).map(|k| values[k] * left[k][i] * right[k][j]).sum();
-            (sum + noise_size * rest[place]) as f32
+            (sum + noise_size * rest[index]) as f32
         };
         ((0..rows * columns).map(entry).collect(), values)
     }
@@ -307,7 +318,7 @@ mod tests {
             };
             let limit = 1e-6 * svd.values[0].max(1e-30);
             assert!(far(matrix.times(v), u) <= limit, "{k}");
-            assert!(far(matrix.before(u), v) <= limit, "{k}");
+            assert!(far(matrix.left_times(u), v) <= limit, "{k}");
             if *value > limit {
                 for other in 0..=k {
                     let expected = f64::from(u8::from(other == k));
@@ -322,7 +333,7 @@ mod tests {
     fn known_values_are_found_in_any_shape() {
         for shape in [(40, 90), (90, 40), (30, 30), (3, 200), (200, 3)] {
             let (values, expected) = known(shape.0, shape.1, 0.);
-            let svd = largest(&values, shape, 3).unwrap();
+            let svd = largest_singular_values(&values, shape, 3).unwrap();
             for (ours, known) in svd.values.iter().zip(expected) {
                 assert!((ours - known).abs() < 1e-5, "{shape:?} {ours} {known}");
             }
@@ -335,7 +346,7 @@ mod tests {
         // Noise alone: the spectrum of an error of quantisation.
         let shape = (300, 260);
         let (values, _) = known(shape.0, shape.1, 10.);
-        let all = largest(&values, shape, 260).unwrap();
+        let all = largest_singular_values(&values, shape, 260).unwrap();
         check(&values, shape, &all);
         let squares: f64 = all.values.iter().map(|x| x * x).sum();
         let norm: f64 = values.iter().map(|x| f64::from(*x).powi(2)).sum();
@@ -343,29 +354,29 @@ mod tests {
             (squares / norm - 1.).abs() < 1e-9,
             "all of the norm is found"
         );
-        let some = largest(&values, shape, 8).unwrap();
+        let some = largest_singular_values(&values, shape, 8).unwrap();
         check(&values, shape, &some);
         for (some, all) in some.values.iter().zip(&all.values) {
             assert!((some - all).abs() < 1e-9 * all, "{some} {all}");
         }
-        assert_eq!(largest(&values, shape, 8).unwrap(), some);
+        assert_eq!(largest_singular_values(&values, shape, 8).unwrap(), some);
     }
 
     #[test]
     fn what_has_no_rank_and_no_number_is_borne() {
-        let zero = largest(&[0.; 12], (3, 4), 2).unwrap();
+        let zero = largest_singular_values(&[0.; 12], (3, 4), 2).unwrap();
         assert!(zero.values.iter().all(|x| x.abs() < 1e-30));
         let (values, _) = known(20, 30, 0.);
-        let more = largest(&values, (20, 30), 6).unwrap();
+        let more = largest_singular_values(&values, (20, 30), 6).unwrap();
         assert!(
             more.values[3..].iter().all(|x| *x < 1e-5),
             "{:?}",
             more.values
         );
-        assert!(largest(&[f32::NAN; 4], (2, 2), 1).is_err());
-        assert!(largest(&[1.; 4], (2, 2), 3).is_err());
+        assert!(largest_singular_values(&[f32::NAN; 4], (2, 2), 1).is_err());
+        assert!(largest_singular_values(&[1.; 4], (2, 2), 3).is_err());
         // Two equal values, which one start can't tell apart without help.
-        let same = largest(&[2., 0., 0., 2.], (2, 2), 2).unwrap();
+        let same = largest_singular_values(&[2., 0., 0., 2.], (2, 2), 2).unwrap();
         assert!(same.values.iter().all(|x| (x - 2.).abs() < 1e-12));
         check(&[2., 0., 0., 2.], (2, 2), &same);
     }

@@ -1,5 +1,5 @@
-//! Whether a merged model says what its base says with the adapter: the logits of some prompts, in f32, with one layer in
-//! memory at a time.
+//! The verification of a merge: compares the logits of the merged model with those of its base with the adapter on a few prompts, in
+//! f32, with one layer in memory at a time.
 
 use std::path::Path;
 
@@ -17,27 +17,27 @@ use crate::ml::model::batch::{Batch, Sequence};
 use crate::ml::model::linear::Pass;
 use crate::ml::model::{logits_by_layer, tied};
 
-/// Rows of the head whose logits are made at a time; they stay in the cache.
+/// The rows of the head whose logits are computed at a time; they stay in the cache.
 const HEAD_ROWS: usize = 1 << 11;
 
-/// How near the merged model is.
+/// The result of a comparison.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct MergeCheck {
-    /// Positions that were compared: the tokens of all prompts.
+    /// The number of compared positions: the tokens of all prompts.
     pub positions: usize,
-    /// The largest difference of two logits.
+    /// The largest difference between two logits.
     pub largest: f64,
-    /// The difference's length by that of the logits, each position's mean taken off: the mean of all logits of a position
-    /// changes no probability.
+    /// The norm of the difference of the logits, relative to the norm of the logits. The mean of each position is subtracted from both,
+    /// because it does not change the probabilities.
     pub relative: f64,
-    /// The same for what the adapter changes: the base's logits with it and without.
+    /// The effect of the adapter, measured in the same way: the difference of the base's logits with it and without it.
     pub effect: f64,
-    /// The largest `relative` that the rounding of the merged weights explains.
+    /// The largest `relative` that the rounding of the merged weights can cause.
     pub bound: f64,
 }
 
 impl MergeCheck {
-    /// The share of what the adapter changes that got lost in rounding.
+    /// The fraction of the adapter's effect that was lost in rounding: `relative / effect`.
     pub fn fraction_lost(&self) -> f64 {
         if self.effect > 0. {
             self.relative / self.effect
@@ -47,8 +47,8 @@ impl MergeCheck {
     }
 }
 
-/// What rounding explains. It was made once, of each weight: 2^-9 in bf16 and 2^-12 in f16 at most, and a fraction of that in
-/// a product of many; the bounds leave room for all layers of a deep model.
+/// The largest relative difference that rounding can cause. Each weight is rounded once, with a relative error of at most 2^-9 in bf16
+/// and 2^-12 in f16, and in a product of many the error is a fraction of that. The bounds leave room for the layers of a deep model.
 fn bound(float: Float) -> f64 {
     match float {
         Float::F32 => 1e-4,
@@ -57,8 +57,11 @@ fn bound(float: Float) -> f64 {
     }
 }
 
-/// Compares the folder `merged` with the folder `base` and `adapter` on `prompts`, and fails if they are further apart than
-/// rounding explains. `progress` is told the layers done, of all that there are, and may stop.
+/// Compares the model in `merged` with the model in `base` with `adapter` on `prompts`, which are sequences of token ids. `progress` is
+/// called with the number of finished layers and their total, and may stop with an error.
+///
+/// # Errors
+/// The models differ by more than rounding can explain, they don't fit each other, or a file can't be read.
 pub fn verify_merge(
     base: &Path,
     adapter: &Adapter,
@@ -113,7 +116,7 @@ pub fn verify_merge(
     Ok(check)
 }
 
-/// The larger of two differences; a NaN stays.
+/// The larger of two differences; a NaN if one of them is.
 fn larger(most: f64, far: f64) -> f64 {
     if most.is_nan() || far <= most {
         most
@@ -122,7 +125,7 @@ fn larger(most: f64, far: f64) -> f64 {
     }
 }
 
-/// Sums over the logits of one position.
+/// The sums over the logits of one position.
 #[derive(Default)]
 struct Position {
     count: usize,
@@ -133,7 +136,7 @@ struct Position {
 }
 
 impl Position {
-    /// Adds some logits of the base without the adapter, of it with the adapter, and of the merged model.
+    /// Adds logits, each of the base without the adapter, of the base with it, and of the merged model.
     fn add(&mut self, logits: impl Iterator<Item = ((f32, f32), f32)>) {
         for ((without, with), merged) in logits {
             let (with, apart) = (f64::from(with), f64::from(merged) - f64::from(with));
@@ -146,7 +149,7 @@ impl Position {
     }
 }
 
-/// The sum of some values and that of their squares.
+/// The sum of values and the sum of their squares.
 #[derive(Default)]
 struct Moments {
     sum: f64,
@@ -159,15 +162,16 @@ impl Moments {
         self.squares += value * value;
     }
 
-    /// The squared distance of all values from their mean.
+    /// The sum of the squared distances of `count` values from their mean.
     fn spread(&self, count: usize) -> f64 {
         let spread = self.squares - self.sum * self.sum / count.max(1) as f64;
-        // What is left of equal values may be a little below 0; a NaN stays.
+        // Rounding may leave a little less than 0 for equal values; a NaN is kept.
         if spread < 0. { 0. } else { spread }
     }
 }
 
-/// The fast way: tokens with the adapter and tokens without go through the base together, and logits are made some at a time.
+/// The comparison on the fast path: tokens with the adapter and tokens without it go through the base together, and logits are computed
+/// in blocks.
 fn by_kernels(
     base: MappedModel<'_>,
     merged: MappedModel<'_>,
@@ -213,7 +217,7 @@ fn by_kernels(
     Ok(positions)
 }
 
-/// The plain path, for what the kernels lack.
+/// The comparison on the reference path, for what the kernels don't support.
 fn by_reference(
     base: MappedModel<'_>,
     merged: MappedModel<'_>,
@@ -238,8 +242,8 @@ fn by_reference(
     let merged = logits.first().context("there is no pass")?;
     let mut positions = Vec::with_capacity(batch.tokens());
     for (row, sequence) in batch.sequences.iter().enumerate() {
-        for place in 0..sequence.ids.len() {
-            let read = |logits: &Tensor| logits.get(row)?.get(place)?.to_vec1::<f32>();
+        for index in 0..sequence.ids.len() {
+            let read = |logits: &Tensor| logits.get(row)?.get(index)?.to_vec1::<f32>();
             let (without, with) = (read(without)?, read(with)?);
             let mut position = Position::default();
             position.add(without.into_iter().zip(with).zip(read(merged)?));
@@ -249,11 +253,11 @@ fn by_reference(
     Ok(positions)
 }
 
-/// The least precise type of a model's weights.
+/// The least precise type among a model's weights.
 fn coarsest(weights: &Weights) -> anyhow::Result<Float> {
     let mut coarsest = Float::F32;
     for name in weights.names() {
-        let float = Float::of(weights.raw(name)?.dtype);
+        let float = Float::from_safetensors(weights.raw(name)?.dtype);
         if let Some(float) = float
             && bound(float) > bound(coarsest)
         {

@@ -1,10 +1,10 @@
 //! Direct preference optimisation (Rafailov, Sharma, Mitchell, Ermon, Manning and Finn 2023, arXiv 2305.18290), as TRL's `DPOTrainer`
 //! computes it with `loss_type: sigmoid`.
 //!
-//! With `c` and `r` the log-probabilities of the two answers (sums over their tokens) minus those by the reference model, and
-//! `d = c - r`, the loss of a pair is `-log sigmoid(beta d)` (equation 7). With label smoothing e, the probability that a preference
-//! is the wrong way round, it is `-(1 - e) log sigmoid(beta d) - e log sigmoid(-beta d)` (Mitchell 2023, "A note on DPO with noisy
-//! preferences", equation 3). A micro-batch's loss is the mean over its pairs.
+//! With `c` and `r` the log-probabilities of the preferred and the rejected answer (sums over their tokens) minus those under the
+//! reference model, and `d = c - r`, the loss of a pair is `-log sigmoid(beta d)` (equation 7). With label smoothing e, the probability
+//! that the labels of a pair are swapped, it is `-(1 - e) log sigmoid(beta d) - e log sigmoid(-beta d)` (Mitchell 2023, "A note on DPO
+//! with noisy preferences", equation 3). The loss of a micro-batch is the mean over its pairs.
 
 use anyhow::Context as _;
 
@@ -13,17 +13,17 @@ use super::{Loss, Metrics, Needs, Outcome, Preferences, Scored, log_sigmoid, sig
 use crate::ml::model::batch::{Batch, Row, Target};
 use crate::ml::model::head::TokenStats;
 
-/// The loss.
+/// The loss of direct preference optimisation.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Dpo {
-    /// How strongly the model is held to the reference.
+    /// The strength of the constraint to stay close to the reference model (beta in the paper).
     pub beta: f64,
-    /// The probability that a preference is the wrong way round, in [0, 0.5).
+    /// The probability that the labels of a pair are swapped, in [0, 0.5).
     pub label_smoothing: f64,
 }
 
 impl Dpo {
-    /// The loss of a pair from `margin`, the difference of the two answers' log-ratios to the reference, and its derivative.
+    /// The loss of a pair and its derivative with respect to `margin`, the difference `d` between the two answers' log-ratios.
     fn pair(&self, margin: f64) -> (f64, f64) {
         let (x, e) = (self.beta * margin, self.label_smoothing);
         let loss = -(1. - e) * log_sigmoid(x) - e * log_sigmoid(-x);
@@ -37,7 +37,7 @@ impl Loss for Dpo {
         Ok(Batch::pairs(rows, pad)?)
     }
 
-    /// All answers.
+    /// The tokens of all answers.
     fn targets(&self, batch: &Batch) -> Vec<Target> {
         (0..batch.sequences.len())
             .flat_map(|row| batch.targets(row, true))

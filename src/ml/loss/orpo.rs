@@ -1,24 +1,25 @@
 //! Odds-ratio preference optimisation (Hong, Lee and Thorne 2024, arXiv 2403.07691), as TRL's `ORPOTrainer` computes it.
 //!
-//! With `c` and `r` the mean log-probabilities of the two answers' tokens,
-//! `log_odds = (c - r) - (log(1 - e^c) - log(1 - e^r))` (equations 3 and 4), and a micro-batch's loss is
-//! `nll - beta * mean(log sigmoid(log_odds))` (equations 6 and 7). `nll` is the mean over all tokens of the preferred
-//! sequences, *the prompt's included*; the odds see the answers only.
+//! With `c` and `r` the mean log-probabilities of the tokens of the preferred and the rejected answer,
+//! `log_odds = (c - r) - (log(1 - e^c) - log(1 - e^r))` (equations 3 and 4), and the loss of a micro-batch is
+//! `nll - beta * mean(log sigmoid(log_odds))` (equations 6 and 7). `nll` is the mean negative log-likelihood of all tokens of the
+//! preferred sequences, *the prompts included*; the odds depend on the answers only.
 //!
-//! The gradient is written out: `d log_odds / dc = 1 / (1 - e^c)`, which no `where` can turn into a NaN.
+//! The gradient is computed in closed form, `d log_odds / dc = 1 / (1 - e^c)`, which is finite where automatic differentiation through
+//! a masked expression could produce a NaN.
 
 use super::pairs::{in_answer, mean, share_preferred};
 use super::{Loss, Metrics, Needs, Outcome, Preferences, Scored, log_sigmoid, sigmoid};
 use crate::ml::model::batch::{Batch, Row, Target};
 
-/// The loss.
+/// The loss of odds-ratio preference optimisation.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Orpo {
-    /// The weight of the odds ratio beside the likelihood (lambda in the paper).
+    /// The weight of the odds ratio's term relative to the likelihood's (lambda in the paper).
     pub beta: f64,
 }
 
-/// Log-probabilities closer to 0 than this are below the resolution of f32; they are taken to be this far, and as constant.
+/// Log-probabilities closer to 0 than this are below the resolution of f32. They are replaced by this distance, and treated as constants.
 const NEAR_ZERO: f64 = 1e-9;
 
 /// The odds ratio of one pair.
@@ -26,15 +27,15 @@ const NEAR_ZERO: f64 = 1e-9;
 pub struct Odds {
     /// The logarithm of the ratio of the two odds.
     pub log_odds: f64,
-    /// `log sigmoid(log_odds)`.
+    /// `log sigmoid(log_odds)`, the term of the loss before its factor `-beta`.
     pub ratio: f64,
-    /// The gradient of `ratio` by the preferred answer's mean log-probability.
+    /// The derivative of `ratio` with respect to the preferred answer's mean log-probability.
     pub grad_chosen: f64,
-    /// The gradient of `ratio` by the other answer's.
+    /// The derivative of `ratio` with respect to the rejected answer's mean log-probability.
     pub grad_rejected: f64,
 }
 
-/// `log(1 - e^x)` for `x < 0` (Mächler 2012).
+/// `log(1 - e^x)` for `x < 0` (Mächler 2012, "Accurately computing log(1 - exp(-|a|))", equation 7).
 fn log1mexp(x: f64) -> f64 {
     if x < -std::f64::consts::LN_2 {
         (-x.exp()).ln_1p()
@@ -43,9 +44,10 @@ fn log1mexp(x: f64) -> f64 {
     }
 }
 
-/// The odds ratio of mean log-probabilities `chosen` and `rejected`, finite for all inputs up to 0.
+/// The odds ratio of a pair with the mean log-probabilities `chosen` and `rejected` in nats; finite for all inputs up to 0, and NaN for
+/// a NaN (module docs, equations 3, 4 and 6 of the paper).
 pub fn odds(chosen: f64, rejected: f64) -> Odds {
-    // Not `min`, which would swallow a NaN.
+    // `min` would discard a NaN.
     let clamp = |x: f64| if x > -NEAR_ZERO { -NEAR_ZERO } else { x };
     let (c, r) = (clamp(chosen), clamp(rejected));
     let log_odds = (c - r) - (log1mexp(c) - log1mexp(r));
@@ -64,7 +66,7 @@ impl Loss for Orpo {
         Ok(Batch::pairs(rows, pad)?)
     }
 
-    /// All tokens of the preferred sequences, and the answers of the others.
+    /// All tokens of the preferred sequences, and the answers of the rejected ones.
     fn targets(&self, batch: &Batch) -> Vec<Target> {
         let count = batch.sequences.len();
         (0..count)

@@ -1,4 +1,5 @@
-//! What losses of preference pairs share. A batch of n pairs has the n preferred sequences first, then the n others.
+//! What the losses of preference pairs have in common. A batch of n pairs has the n preferred sequences first, then the n rejected
+//! ones.
 
 use anyhow::ensure;
 
@@ -7,7 +8,8 @@ use crate::ml::model::batch::{Batch, Target};
 /// The log-probabilities of the answers of n pairs.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Preferences {
-    /// The sum over the tokens of each answer, and how many these are: n preferred ones, then n others.
+    /// For each answer, the sum of its tokens' log-probabilities in nats, and the number of its tokens: n preferred answers, then n
+    /// rejected ones.
     pub answers: Vec<(f64, usize)>,
 }
 
@@ -18,7 +20,7 @@ pub(super) fn in_answer(batch: &Batch, target: &Target) -> bool {
 }
 
 impl Preferences {
-    /// Sums `logps`, the log-probability of each of the targets, over the answers.
+    /// Sums `logps`, the log-probabilities of `targets` in nats, over the answers of `batch`. Targets outside the answers are ignored.
     ///
     /// # Errors
     /// An answer has no target.
@@ -43,7 +45,8 @@ impl Preferences {
         self.answers.len() / 2
     }
 
-    /// The mean log-probability of each answer's tokens, rounded to f32: TRL compares these in f32, and ties must tie here too.
+    /// The mean log-probability of each answer's tokens (2n), rounded to f32, because TRL compares these in f32 and what ties there must
+    /// tie here.
     pub fn means(&self) -> Vec<f64> {
         let answers = self.answers.iter();
         answers
@@ -51,7 +54,7 @@ impl Preferences {
             .collect()
     }
 
-    /// The mean over the pairs of the difference of the two answers' mean log-probabilities.
+    /// The mean over the pairs of the difference between the mean log-probabilities of the preferred and the rejected answer, in nats.
     pub fn margin(&self) -> f64 {
         let means = self.means();
         let (chosen, rejected) = means.split_at(self.pairs());
@@ -59,13 +62,13 @@ impl Preferences {
     }
 }
 
-/// The mean of some numbers, one for each pair.
+/// The mean of the values, of which there is one for each pair.
 pub(super) fn mean(values: impl ExactSizeIterator<Item = f64>) -> f64 {
     let count = values.len() as f64;
     values.sum::<f64>() / count
 }
 
-/// The share of pairs whose first number is the larger one. A tie counts as a loss.
+/// The share of pairs in which `chosen` is larger than `rejected`; equal values count as not preferred.
 pub(super) fn share_preferred(chosen: &[f64], rejected: &[f64]) -> f64 {
     let preferred = chosen.iter().zip(rejected).filter(|(c, r)| c > r).count();
     preferred as f64 / chosen.len() as f64

@@ -1,7 +1,7 @@
 //! Supervised fine-tuning: the negative log-likelihood of the answers, or of whole sequences.
 //!
-//! As in transformers, the mean goes over all counted tokens of an accumulation group, so that micro-batches with more
-//! tokens weigh more.
+//! As in transformers (`ForCausalLMLoss` with `num_items_in_batch`), the mean is taken over all scored tokens of an accumulation
+//! group, so micro-batches with more tokens weigh more.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -12,7 +12,7 @@ use super::{Loss, Metrics, Needs, Outcome, Scored};
 use crate::ml::model::batch::{Batch, Row, Target};
 use crate::ml::model::head::TokenStats;
 
-/// TRL packs so many rows at a time: the batch size of `Dataset.map`.
+/// The number of rows that TRL packs at a time: the batch size of `Dataset.map`.
 const PACKED_AT_ONCE: usize = 1000;
 
 /// Which answers are learnt.
@@ -29,13 +29,16 @@ pub enum Answers {
 }
 
 impl Answers {
-    /// How many rows one row becomes.
+    /// The number of rows that one row becomes.
     pub fn each(self) -> usize {
         1 + usize::from(self == Self::Both)
     }
 }
 
-/// Rows with one answer each.
+/// Splits rows into rows with one answer each, in the same order; with [`Answers::Both`] the preferred one comes first.
+///
+/// # Errors
+/// A row lacks the rejected answer.
 pub fn rows(rows: &[Row], answers: Answers) -> anyhow::Result<Vec<Row>> {
     let mut single = Vec::new();
     for (number, row) in rows.iter().enumerate() {
@@ -60,10 +63,10 @@ pub fn rows(rows: &[Row], answers: Answers) -> anyhow::Result<Vec<Row>> {
     Ok(single)
 }
 
-/// The loss.
+/// The loss of supervised fine-tuning: the mean negative log-likelihood of the targets, in nats.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Sft {
-    /// Whether the prompt's tokens are left out.
+    /// Whether the prompt's tokens are left out of the targets.
     pub completion_only: bool,
 }
 
@@ -88,7 +91,7 @@ impl Loss for Sft {
         }
     }
 
-    /// As in transformers' language modelling, which counts tokens.
+    /// The number of targets, as in transformers.
     fn weight(&self, targets: usize) -> f64 {
         targets as f64
     }
@@ -97,7 +100,7 @@ impl Loss for Sft {
         &["entropy", "mean_token_accuracy"]
     }
 
-    /// The mean negative log-likelihood, and how sure and how right the model is of the targets.
+    /// The mean negative log-likelihood, with the mean entropy and the accuracy at the targets as metrics.
     fn loss(&self, scored: &Scored<'_>) -> anyhow::Result<Outcome> {
         let count = scored.logps.len() as f64;
         let total: f64 = scored.logps.iter().sum();
@@ -117,16 +120,17 @@ impl Loss for Sft {
 /// Rows packed into fewer sequences.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Packed {
-    /// The sequences; each is a row that holds the others.
+    /// The sequences. Each is a row that holds the rows packed with it.
     pub rows: Vec<Row>,
-    /// Rows that were cut to the length.
+    /// The number of rows that were truncated.
     pub cut: usize,
-    /// Rows in which nothing was left to learn.
+    /// The number of rows that were dropped, because truncation left them without a target.
     pub dropped: usize,
 }
 
-/// Packs rows into sequences of at most `length` ids, the longest first and each into the fullest sequence that has room
-/// (TRL's `packing_strategy: bfd`). Longer rows lose their end.
+/// Packs rows into sequences of at most `length` ids by best fit decreasing, as TRL does (`packing_strategy: bfd`,
+/// `trl/data_utils.py`, `_pack_bfd`): the longest row first, and each into the fullest sequence that has room. Longer rows are
+/// truncated at the end. With `completion_only`, rows whose answer is cut off entirely are dropped.
 pub fn pack(rows: Vec<Row>, length: usize, completion_only: bool) -> Packed {
     let mut packed = Packed::default();
     let mut kept = Vec::with_capacity(rows.len());
@@ -150,7 +154,7 @@ pub fn pack(rows: Vec<Row>, length: usize, completion_only: bool) -> Packed {
             .map(|row| row.prompt.len() + row.chosen.len())
             .collect();
         for bin in bins(&lengths, length) {
-            let mut rows = bin.iter().filter_map(|&place| rows.get(place)).cloned();
+            let mut rows = bin.iter().filter_map(|&index| rows.get(index)).cloned();
             if let Some(mut first) = rows.next() {
                 first.packed.extend(rows);
                 packed.rows.push(first);
@@ -160,15 +164,15 @@ pub fn pack(rows: Vec<Row>, length: usize, completion_only: bool) -> Packed {
     packed
 }
 
-/// Which of so long things go together into bins of one size: best fit, decreasing. Empty things are left out; none may be
-/// larger than a bin.
+/// Packs items of the given lengths into bins of `size` by best fit decreasing. Returns the indices of the items in each bin. Empty
+/// items are left out; none may be longer than a bin.
 fn bins(lengths: &[usize], size: usize) -> Vec<Vec<usize>> {
-    let mut places: Vec<usize> = (0..lengths.len()).filter(|&at| lengths[at] > 0).collect();
-    places.sort_by_key(|&at| std::cmp::Reverse(lengths[at])); // stable
+    let mut indices: Vec<usize> = (0..lengths.len()).filter(|&at| lengths[at] > 0).collect();
+    indices.sort_by_key(|&at| std::cmp::Reverse(lengths[at])); // stable
     let mut bins: Vec<Vec<usize>> = Vec::new();
     let mut by_space = BTreeMap::<usize, VecDeque<usize>>::new();
-    for place in places {
-        let length = lengths[place];
+    for index in indices {
+        let length = lengths[index];
         let found = by_space.range(length..).next().map(|(space, _)| *space);
         let oldest = found.and_then(|space| {
             let queue = by_space.get_mut(&space)?;
@@ -182,7 +186,7 @@ fn bins(lengths: &[usize], size: usize) -> Vec<Vec<usize>> {
             bins.push(Vec::new());
             (bins.len() - 1, size)
         });
-        bins[bin].push(place);
+        bins[bin].push(index);
         if space > length {
             by_space.entry(space - length).or_default().push_back(bin);
         }

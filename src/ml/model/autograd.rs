@@ -1,7 +1,7 @@
-//! Operations whose gradient is written by hand: candle's fused kernels forward, a few plain ones backward.
+//! Operations with a backward pass of their own: candle's fused kernels forward, a few plain operations backward.
 //!
-//! candle's fused kernels have no backward and cut the graph without a word, and its own gradients also go to constants
-//! (masks, tables, frozen weights). Here the value is computed outside the graph and enters it with its own backward.
+//! candle's fused kernels have no backward pass and silently cut the graph, and its automatic gradients also compute those of constants
+//! (masks, tables, frozen weights). Here the value is computed outside the graph and enters it together with its backward pass.
 
 use std::sync::Mutex;
 
@@ -9,7 +9,7 @@ use candle_core::{
     CpuStorage, CustomOp1, D, DType, Error, Layout, Result, Shape, Storage, Tensor, bail,
 };
 
-/// A value that is already known, with the gradient of its one argument.
+/// A value that is already known, with the backward pass to its only argument.
 struct WithBackward<F> {
     name: &'static str,
     value: Mutex<Option<Tensor>>,
@@ -46,8 +46,8 @@ where
     }
 }
 
-/// Puts `value`, a function of `x` computed outside the graph, into the graph. `backward(x, value, gradient)` returns the
-/// gradient of `x`.
+/// Adds `value`, a function of `x` that was computed outside the graph, to the graph. `backward(x, value, gradient)` maps the gradient
+/// with respect to `value`, of its shape, to that with respect to `x`. `name` is for error messages.
 pub fn with_backward<F>(
     name: &'static str,
     x: &Tensor,
@@ -67,7 +67,8 @@ where
     })
 }
 
-/// `x / sqrt(mean(x^2) + eps) * weight` over the last dimension, `weight` being a constant.
+/// RMS norm, `x / sqrt(mean(x^2) + eps) * weight`, over the last dimension of `x` (.., width) (Zhang and Sennrich 2019, arXiv 1910.07467,
+/// equation 4). `weight` (width) is a constant: it gets no gradient.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     let weight = weight.detach();
     let constant = x.detach().contiguous()?;
@@ -83,8 +84,9 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     })
 }
 
-/// Rotates the two halves of the last dimension of `x` (batch, heads, length, width) by the angles whose cosines and
-/// sines are given (length, width / 2). The backward turns the other way.
+/// Rotary position embedding (Su et al. 2021, arXiv 2104.09864, equation 34, with features `i` and `i + width / 2` of a head as a pair):
+/// rotates `x` (batch, heads, length, width) by the angles whose cosines and sines (length, width / 2) are given. The backward pass
+/// rotates by the negative angles.
 pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     #[expect(clippy::disallowed_methods, reason = "the backward stands below")]
     fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
@@ -97,7 +99,7 @@ pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     })
 }
 
-/// Softmax over the last dimension of `scores + mask`, in f32. `mask` is a constant that broadcasts.
+/// Softmax over the last dimension of `scores + mask`, in f32. `mask` is a constant that is broadcast to the shape of `scores`.
 pub fn masked_softmax(scores: &Tensor, mask: &Tensor) -> Result<Tensor> {
     let masked = scores
         .detach()
@@ -114,8 +116,8 @@ pub fn masked_softmax(scores: &Tensor, mask: &Tensor) -> Result<Tensor> {
     })
 }
 
-/// `x W^T` for a frozen weight (out, in) that `weight` hands out in the dtype of the product: no gradient of the weight is
-/// ever made. The result has that dtype.
+/// The product `x W^T` of `x` (.., in) with a frozen weight (out, in), which `weight` returns in the dtype of the product. No gradient of
+/// the weight is ever computed. The result (.., out) has that dtype.
 pub fn frozen_linear<F>(x: &Tensor, weight: F) -> Result<Tensor>
 where
     F: Fn() -> Result<Tensor> + Send + Sync + 'static,
@@ -130,7 +132,7 @@ where
     })
 }
 
-/// `x` (.., k) times `w` (k, n), as one product of two matrices.
+/// The product of `x` (.., k) and `w` (k, n), (.., n), computed as one product of two matrices.
 pub fn matmul_rows(x: &Tensor, w: &Tensor) -> Result<Tensor> {
     let mut shape = x.dims().to_vec();
     let Some(last) = shape.pop() else {

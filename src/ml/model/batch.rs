@@ -1,45 +1,45 @@
-//! From rows of token ids to padded batches.
+//! Rows of token ids, and the padded batches that are made from them.
 
 use candle_core::{Device, Result, Tensor, bail};
 
-/// One row of training data: ids of a prompt and of its answers.
+/// One row of training data: the ids of a prompt and of its answers.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Row {
-    /// The prompt.
+    /// The ids of the prompt.
     pub prompt: Vec<u32>,
-    /// The preferred (or only) answer, without the prompt.
+    /// The ids of the preferred (or only) answer, without the prompt.
     pub chosen: Vec<u32>,
-    /// The other answer.
+    /// The ids of the rejected answer, without the prompt.
     pub rejected: Option<Vec<u32>>,
-    /// The other answer's prompt, where truncation made it differ.
+    /// The ids of the rejected answer's prompt, if truncation made it differ from `prompt`.
     pub rejected_prompt: Option<Vec<u32>>,
-    /// Rows that follow in the same sequence; none of them sees another.
+    /// Rows that are packed into the same sequence after this one; none of them attends to another.
     pub packed: Vec<Row>,
-    /// The log-probabilities of the answers' tokens by a reference model, if they are known.
+    /// The log-probabilities of the answers' tokens under a reference model, if they are known.
     pub reference_logps: Option<ReferenceLogps>,
 }
 
-/// The log-probabilities of a pair's tokens by a reference model, in nats.
+/// The log-probabilities of the answers' tokens of a pair under a reference model, in nats.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct ReferenceLogps {
-    /// Those of the preferred answer, one a token.
+    /// Those of the preferred answer, one for each token.
     pub chosen: Vec<f32>,
-    /// Those of the other answer.
+    /// Those of the rejected answer, one for each token.
     pub rejected: Vec<f32>,
 }
 
-/// A prompt and one answer, or several such documents one behind the other.
+/// A prompt and one answer, or several such documents one after the other.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Sequence {
     /// All ids.
     pub ids: Vec<u32>,
-    /// How many of them are the prompt, of the first document.
+    /// The number of ids of the first document's prompt.
     pub prompt: usize,
-    /// The documents behind the first: where each starts, and where its answer starts.
+    /// For each document after the first, the position at which it starts, and that at which its answer starts.
     behind: Vec<(usize, usize)>,
 }
 
-/// The place of one document in a sequence.
+/// The positions of one document in a sequence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Document {
     start: usize,
@@ -48,7 +48,7 @@ struct Document {
 }
 
 impl Sequence {
-    /// One document, whose first `prompt` ids are the prompt.
+    /// A sequence of one document, whose first `prompt` ids are the prompt.
     pub fn new(ids: Vec<u32>, prompt: usize) -> Self {
         Self {
             ids,
@@ -58,15 +58,15 @@ impl Sequence {
     }
 
     fn append(&mut self, other: &Self) {
-        // A document of nothing would be one that sees nothing.
+        // An empty document would have no key to attend to.
         if other.ids.is_empty() {
             return;
         }
         let start = self.ids.len();
         let first = std::iter::once((0, other.prompt));
-        let places = first.chain(other.behind.iter().copied());
+        let starts = first.chain(other.behind.iter().copied());
         self.behind
-            .extend(places.map(|(from, answer)| (start + from, start + answer)));
+            .extend(starts.map(|(from, answer)| (start + from, start + answer)));
         self.ids.extend(&other.ids);
     }
 
@@ -84,7 +84,7 @@ impl Sequence {
             .collect()
     }
 
-    /// For each position, padding included, the start of its document.
+    /// For each of `width` positions, padding included, the position at which its document starts.
     pub(in crate::ml) fn starts(&self, width: usize) -> Vec<usize> {
         let mut starts = Vec::with_capacity(width);
         for document in self.documents() {
@@ -101,7 +101,7 @@ impl Row {
         Sequence::new([prompt, answer].concat(), prompt.len())
     }
 
-    /// The prompt with the preferred answer, and behind it those of the packed rows.
+    /// The sequence of the prompt and the preferred answer, followed by those of the packed rows.
     pub fn chosen(&self) -> Sequence {
         let mut sequence = Self::sequence(&self.prompt, &self.chosen);
         for row in &self.packed {
@@ -110,7 +110,7 @@ impl Row {
         sequence
     }
 
-    /// The prompt with the other answer.
+    /// The sequence of the prompt and the rejected answer, if there is one.
     pub fn rejected(&self) -> Option<Sequence> {
         let prompt = self.rejected_prompt.as_ref().unwrap_or(&self.prompt);
         self.rejected
@@ -119,14 +119,14 @@ impl Row {
     }
 }
 
-/// The id that a logit vector is to be scored against.
+/// An id that is scored: the logits before it predict it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Target {
-    /// Which sequence.
+    /// The index of its sequence in the batch or, for several batches, among the sequences of all of them.
     pub row: usize,
-    /// The place of the id in it, at least 1; the logits at `position - 1` predict it.
+    /// Its position in the sequence, at least 1; the logits at `position - 1` predict it.
     pub position: usize,
-    /// The id.
+    /// The token id.
     pub id: u32,
 }
 
@@ -135,16 +135,19 @@ pub struct Target {
 pub struct Batch {
     /// The sequences without padding.
     pub sequences: Vec<Sequence>,
-    /// The common length.
+    /// The common length in tokens, padding included.
     pub width: usize,
     pad: u32,
     pairs: bool,
-    /// The log-probabilities of each sequence's answer by a reference model, if they are known.
+    /// The log-probabilities of each sequence's answer under a reference model, in nats, if they are known.
     reference: Option<Vec<Vec<f32>>>,
 }
 
 impl Batch {
-    /// A batch of `sequences`, padded with `pad`.
+    /// A batch of `sequences`, padded with the id `pad`.
+    ///
+    /// # Errors
+    /// There is no sequence, or one is empty.
     pub fn new(sequences: Vec<Sequence>, pad: u32) -> Result<Self> {
         let width = sequences.iter().map(|s| s.ids.len()).max().unwrap_or(0);
         if sequences.iter().any(|sequence| sequence.ids.is_empty()) {
@@ -162,7 +165,11 @@ impl Batch {
         })
     }
 
-    /// The preferred answers of `rows`, and after them the others: one forward for both (TRL's concatenated forward).
+    /// A batch of the preferred sequences of `rows`, followed by the rejected ones, so that one pass computes both (TRL's
+    /// `concatenated_forward`).
+    ///
+    /// # Errors
+    /// There is no row, or one is empty or lacks the rejected answer.
     pub fn pairs(rows: &[&Row], pad: u32) -> Result<Self> {
         let mut sequences: Vec<_> = rows.iter().map(|row| row.chosen()).collect();
         for row in rows {
@@ -187,7 +194,7 @@ impl Batch {
         })
     }
 
-    /// The log-probabilities by a reference model of targets in answers, if the rows have them.
+    /// The log-probabilities under the reference model of `targets`, which must be in answers, if the rows have them.
     pub(in crate::ml) fn reference_logps(&self, targets: &[Target]) -> Option<Vec<f64>> {
         let reference = self.reference.as_ref()?;
         let logps = targets.iter().map(|target| {
@@ -199,17 +206,17 @@ impl Batch {
         logps.collect()
     }
 
-    /// Whether the second half of the sequences belongs to the first, one by one.
+    /// Whether the sequences are pairs: those of the second half belong to those of the first, one by one.
     pub(in crate::ml) fn is_pairs(&self) -> bool {
         self.pairs
     }
 
-    /// The id that fills up.
+    /// The id of the padding.
     pub(in crate::ml) fn pad(&self) -> u32 {
         self.pad
     }
 
-    /// The ids, (batch, length).
+    /// The ids with padding, as a tensor (batch, length) of u32.
     pub fn ids(&self, device: &Device) -> Result<Tensor> {
         let padded = self.sequences.iter().flat_map(|sequence| {
             let padding = self.width - sequence.ids.len();
@@ -225,8 +232,8 @@ impl Batch {
         self.sequences.iter().any(Sequence::is_packed)
     }
 
-    /// The positions by which the model tells how far ids are from each other, if they are not just counted through: they
-    /// begin again with each document. (batch * length)
+    /// The positions (batch * length) for the rotary embedding, if sequences hold several documents: they start again at 0 with each
+    /// document. `None` if positions are just counted.
     pub fn positions(&self) -> Option<Vec<usize>> {
         let of = |sequence: &Sequence| {
             let starts = sequence.starts(self.width);
@@ -237,11 +244,11 @@ impl Batch {
             .then(|| self.sequences.iter().flat_map(of).collect())
     }
 
-    /// What is added to the attention scores: 0 where a position may look, -inf where it may not (later ones, padding,
-    /// other documents, and those that `window` keys up to its own do not reach). (batch or 1, 1, length, length)
+    /// The attention mask (batch or 1, 1, length, length), which is added to the scores: 0 where a query may attend to a key, -inf where
+    /// it may not (later keys, padding, other documents, and keys outside a sliding window of `window` keys up to its own).
     ///
-    /// Padding whose window reaches no id looks at everything alike, as in transformers' eager attention: the mean logits that TRL
-    /// logs count padding.
+    /// Padding whose window contains no id attends to everything alike, as in transformers' eager attention. That matters because the mean
+    /// logits that TRL logs count padding.
     pub fn mask(&self, window: Option<usize>, device: &Device) -> Result<Tensor> {
         let uniform = self.sequences.iter().all(|s| s.ids.len() == self.width);
         let count = if uniform && !self.packed() {
@@ -255,7 +262,7 @@ impl Batch {
             for (from, start) in sequence.starts(self.width).into_iter().enumerate() {
                 let reach = window.map_or(0, |window| (from + 1).saturating_sub(window));
                 let first = start.max(reach);
-                // Next to the lowest number every score is 0, so that all are equal.
+                // Added to the lowest float, scores make no difference, so that all keys count alike.
                 let hidden = if first < length {
                     f32::NEG_INFINITY
                 } else {
@@ -273,7 +280,7 @@ impl Batch {
         Tensor::from_vec(mask, (count, 1, self.width, self.width), device)
     }
 
-    /// The ids of one sequence that have a logit before them in their document; only those of the answers if `answer_only`.
+    /// The targets in the sequence `row`: all its ids but the first one of each document, or with `answer_only` those in answers alone.
     pub fn targets(&self, row: usize, answer_only: bool) -> Vec<Target> {
         let Some(sequence) = self.sequences.get(row) else {
             return Vec::new();
@@ -289,7 +296,7 @@ impl Batch {
         targets
     }
 
-    /// How many ids the batch has without padding.
+    /// The number of ids without padding.
     pub fn tokens(&self) -> usize {
         self.sequences.iter().map(|s| s.ids.len()).sum()
     }
@@ -318,15 +325,15 @@ mod tests {
         assert_eq!(batch.sequences[0].ids, [1, 2, 3, 4, 5, 6, 7]);
         let positions = [0, 1, 2, 0, 1, 2, 0, 1, 0, 1, 2, 3, 4, 5, 6, 7];
         assert_eq!(batch.positions().unwrap(), positions);
-        let places = |row, answer_only| -> Vec<_> {
+        let starts = |row, answer_only| -> Vec<_> {
             let targets = batch.targets(row, answer_only);
             targets.iter().map(|t| (t.position, t.id)).collect()
         };
         // Nothing predicts the first id of a document.
-        assert_eq!(places(0, false), [(1, 2), (2, 3), (4, 5), (5, 6)]);
-        assert_eq!(places(0, true), [(2, 3), (4, 5), (5, 6)]);
-        assert_eq!(places(1, true).len(), 7);
-        assert_eq!(places(2, false), []);
+        assert_eq!(starts(0, false), [(1, 2), (2, 3), (4, 5), (5, 6)]);
+        assert_eq!(starts(0, true), [(2, 3), (4, 5), (5, 6)]);
+        assert_eq!(starts(1, true).len(), 7);
+        assert_eq!(starts(2, false), []);
 
         let mask = batch.mask(None, &Device::Cpu).unwrap().squeeze(1).unwrap();
         let mask: Vec<Vec<Vec<f32>>> = mask.to_vec3().unwrap();

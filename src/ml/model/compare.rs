@@ -1,4 +1,4 @@
-//! Whether a folder's files hold the tensors that its `config.json` describes.
+//! The check that a folder's files hold the tensors that its `config.json` describes.
 
 use anyhow::{Context as _, bail, ensure};
 
@@ -8,15 +8,18 @@ use crate::ml::io::float::Float;
 use crate::ml::io::weights::Weights;
 use crate::ml::quant::nf4::Nf4;
 
-/// Buffers of old files that are made anew from `config.json`, here and in transformers.
+/// Whether a tensor is a buffer in old files that is recomputed from `config.json`, here as in transformers.
 fn is_made_anew(name: &str) -> bool {
     name.contains("rotary_emb.inv_freq")
 }
 
-/// Compares a folder's tensors with what its description says, by their headers alone. A tensor that is missing or has another
-/// shape is an error, as is one whose values are no floats. Gives the names of those that the model doesn't use, sorted.
+/// Compares the tensors of a folder with its architecture, by the files' headers alone. Returns the names of the tensors that the model
+/// does not use, sorted.
+///
+/// # Errors
+/// A tensor is missing, has another shape, or has values that are not floating-point numbers.
 pub fn compare(arch: &Arch, weights: &Weights) -> anyhow::Result<Vec<String>> {
-    // A tied pair of which only the head is stored: transformers takes it for both.
+    // If only the head of a tied pair is stored, transformers uses it for both.
     let only_head =
         arch.tie_word_embeddings && !weights.contains(EMBEDDINGS) && weights.contains(HEAD);
     for tensor in tensors(arch) {
@@ -39,12 +42,12 @@ fn check(weights: &Weights, name: &str, shape: &[usize]) -> anyhow::Result<()> {
              `save_pretrained` of a causal language model?"
         );
     }
-    let found = if let Some(((rows, columns), _)) = Nf4::shape_of(weights, name)? {
+    let found = if let Some(((rows, columns), _)) = Nf4::stored_shape(weights, name)? {
         vec![rows, columns]
     } else {
         let raw = weights.raw(name)?;
         let dtype = raw.dtype;
-        Float::of(dtype).with_context(|| {
+        Float::from_safetensors(dtype).with_context(|| {
             format!("the tensor `{name}` is stored as {dtype:?}, expected F32, F16 or BF16")
         })?;
         raw.shape.to_vec()

@@ -1,8 +1,8 @@
-//! A model with random weights, as transformers initialises one: normal for matrices, ones for norms, zeros for biases.
+//! A model with random weights, initialised as in transformers: normal numbers for matrices, ones for norms, zeros for biases.
 //!
-//! Every value depends only on the seed, the tensor's name and its place in it, so neither threads nor the order of tensors
-//! matter; and it is made from whole numbers, additions, multiplications, divisions and square roots, which every machine
-//! rounds alike, so neither do machines.
+//! Every value depends only on the seed, the tensor's name and the value's index in it, so neither the threads nor the order of tensors
+//! matter. Only integer arithmetic, additions, multiplications, divisions and square roots are used, which every machine rounds alike, so
+//! the machine does not matter either.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -21,35 +21,38 @@ use crate::ml::io::folder::{self, CONFIG};
 use crate::ml::io::rewrite::{Index, Output, Written, write_file};
 use crate::ml::io::weights::{Entry, SINGLE};
 
-/// The most bytes of weights: some hundred times what the largest models have.
+/// The largest accepted size of all weights in bytes, some hundred times that of the largest models.
 const LARGEST: u64 = 1 << 48;
-/// Values that a thread takes at once; even, for they come in pairs.
+/// The values that a thread takes at once; an even number, because they are drawn in pairs.
 const SPAN: usize = 1 << 12;
 
-/// What a new model is made of beside its shape.
+/// The settings of a new model beside its architecture.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Settings {
     /// The standard deviation of the matrices' values.
     pub initializer_range: f64,
-    /// The type that they are stored in.
+    /// The type in which weights are stored.
     pub float: Float,
     /// The seed.
     pub seed: u64,
-    /// Above so many bytes, weights go into several files.
+    /// The size in bytes above which weights are split into several files.
     pub max_shard_size: u64,
 }
 
-/// What was made.
+/// The result of a creation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Report {
-    /// The number of values.
+    /// The number of parameters.
     pub parameters: u64,
-    /// The files of weights.
+    /// The files of weights that were written.
     pub files: Vec<Written>,
 }
 
-/// Writes `config.json` and the weights. In memory are a few MiB at a time. `progress` is told the bytes written so far, of all,
-/// and may stop.
+/// Writes `config.json` and the weights of a new model to the folder `out`. Memory holds a few MiB at a time. `progress` is called with the
+/// bytes written so far and their total, and may stop with an error.
+///
+/// # Errors
+/// The model is too large, no family has this architecture, or a file can't be written.
 pub fn create(
     arch: &Arch,
     settings: Settings,
@@ -66,7 +69,7 @@ pub fn create(
     let tensors: Vec<_> = tensors(arch)
         .map(|tensor| {
             let entry = Entry::new(tensor.name, settings.float.stored(), tensor.shape);
-            (entry, Fill::of(tensor.role))
+            (entry, Fill::for_role(tensor.role))
         })
         .collect();
     let size = |entry: &Entry| -> anyhow::Result<u64> { Ok(entry.size()? as u64) };
@@ -77,7 +80,7 @@ pub fn create(
     }
     write_config(arch, settings, out)?;
 
-    // As in transformers: a file is closed when the next tensor would take it above the limit.
+    // As in transformers, a file is complete when the next tensor would take it above the limit.
     let mut files: Vec<Vec<(Entry, Fill)>> = vec![Vec::new()];
     let mut filled = 0u64;
     for (entry, fill) in tensors {
@@ -127,8 +130,8 @@ pub fn create(
     })
 }
 
-/// The number of weights that a model of this shape has; a tied head counts once. Whatever [`Arch::read`] accepts can be
-/// counted.
+/// The number of parameters of a model of this architecture; a tied head is not counted. It fits into `u64` for whatever [`Arch::read`]
+/// accepts.
 pub fn parameters(arch: &Arch) -> u64 {
     let values = |tensor: TensorSpec| {
         let sizes = tensor.shape.iter().map(|size| *size as u64);
@@ -145,7 +148,7 @@ pub fn parameters(arch: &Arch) -> u64 {
     tensors(&none).map(values).fold(layers, u64::saturating_add)
 }
 
-/// What a new tensor is filled with, as transformers' `_init_weights` does it.
+/// The initial values of a tensor, as in transformers' `_init_weights`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Fill {
     Normal,
@@ -153,7 +156,7 @@ enum Fill {
 }
 
 impl Fill {
-    fn of(role: Role) -> Self {
+    fn for_role(role: Role) -> Self {
         match role {
             Role::Embeddings | Role::Head | Role::Projection(_) => Self::Normal,
             Role::Norm(_) => Self::Constant(1.),
@@ -162,7 +165,7 @@ impl Fill {
     }
 }
 
-/// The values of a tensor from number `first` on, which is even.
+/// Writes the values of a tensor from index `first` on, which must be even, to `bytes`.
 fn tensor(name: &str, fill: Fill, first: usize, bytes: &mut [u8], settings: Settings) {
     let size = settings.float.size();
     let key = key(settings.seed, name);
@@ -181,7 +184,7 @@ fn tensor(name: &str, fill: Fill, first: usize, bytes: &mut [u8], settings: Sett
     });
 }
 
-/// A tensor's own number: FNV-1a of its name, mixed with the seed.
+/// The key of a tensor's random numbers: the FNV-1a hash of its name, mixed with the seed.
 fn key(seed: u64, name: &str) -> u64 {
     let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
@@ -192,16 +195,16 @@ fn key(seed: u64, name: &str) -> u64 {
     splitmix64(&mut state)
 }
 
-/// `config.json` in the spelling of transformers 4, which 5 reads too.
+/// Writes `config.json` in the spelling of transformers 4, which 5 reads too.
 fn write_config(arch: &Arch, settings: Settings, out: &Path) -> anyhow::Result<()> {
-    let mut raw = families::keys_of(arch)?;
+    let mut raw = families::config_keys(arch)?;
     raw.insert(
         "initializer_range".into(),
         settings.initializer_range.into(),
     );
     raw.insert("torch_dtype".into(), settings.float.name().into());
     folder::write_config(out, raw)?;
-    // What we write must be what we read, or the shape was never possible.
+    // Reading the file must give the same architecture; otherwise the architecture was never possible.
     let read = Arch::read(out)?;
     let expected = Arch {
         dtype: Some(settings.float.dtype()),

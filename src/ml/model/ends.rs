@@ -1,18 +1,21 @@
-//! The two ends of a model, embeddings and head, with and without matrices beside them.
+//! The two ends of a model, embeddings and head, with and without LoRA pairs.
 
 use candle_core::{D, DType, Result, Tensor};
 
-use super::Llama;
+use super::CausalLm;
 use super::autograd::matmul_rows;
 use super::head::Head;
 use super::linear::{Lora, Pass, Weight, apply_dropout};
 
-impl Llama {
+impl CausalLm {
     pub(in crate::ml) fn head(&self) -> &Weight {
         self.head.as_ref().unwrap_or(&self.embed)
     }
 
-    /// What the head does to hidden states (batch, length, hidden), outside any graph.
+    /// The head, which maps hidden states (see [`CausalLm::hidden`]) to logits, outside any graph.
+    ///
+    /// # Errors
+    /// Its weight can't be converted to the compute dtype.
     pub fn head_matrix(&self, pass: Pass) -> Result<Head> {
         let lora = self.head_lora.as_ref().filter(|_| pass.adapter);
         let low = lora.map(|lora| lora.b.value(pass).to_dtype(self.compute));
@@ -23,13 +26,16 @@ impl Llama {
         })
     }
 
-    /// The final hidden states as the head takes them: behind each, where it has matrices, the r numbers that its B is multiplied
-    /// by.
-    pub(super) fn widen(&self, normed: Tensor, pass: Pass) -> Result<Tensor> {
-        widened(normed, self.head_lora.as_ref(), self.compute, pass)
+    /// The final hidden states (batch, length, hidden) in the form that the head takes: if it has a pair, each is followed by the r numbers
+    /// that are multiplied by its B.
+    pub(super) fn append_lora_inputs(&self, normed: Tensor, pass: Pass) -> Result<Tensor> {
+        with_lora_inputs(normed, self.head_lora.as_ref(), self.compute, pass)
     }
 
-    /// The sum of the head's rows, in f64: see [`super::head::mean_logit`].
+    /// The sum of the head's rows (hidden, or hidden + r with a pair), in f64, for [`super::head::mean_logit`].
+    ///
+    /// # Errors
+    /// Its weight can't be converted.
     pub fn column_sum(&self, pass: Pass) -> Result<Tensor> {
         let total = match &self.frozen_column_sum {
             Some(sum) => sum.clone(),
@@ -41,7 +47,7 @@ impl Llama {
         }
     }
 
-    /// In parts: all of it in f64 would be the largest tensor of all.
+    /// Sums rows in parts, because the whole weight in f64 would be the largest tensor of all.
     fn sum_of_rows(&self, weight: &Tensor) -> Result<Tensor> {
         let (rows, columns) = weight.dims2()?;
         let mut total = Tensor::zeros(columns, DType::F64, &self.device)?;
@@ -58,20 +64,20 @@ impl Llama {
         self.head().trained().is_some()
     }
 
-    /// Whether the embeddings or the matrices beside them are.
+    /// Whether the embeddings or their pair are trained.
     pub(super) fn trains_embeddings(&self) -> bool {
         let pair = self.embed_lora.as_ref();
         self.embed.trained().is_some() || pair.is_some_and(|lora| lora.a.trained().is_some())
     }
 
-    /// Whether embeddings or head have matrices beside them.
+    /// Whether embeddings or head have a pair.
     pub fn has_pairs_at_ends(&self) -> bool {
         self.embed_lora.is_some() || self.head_lora.is_some()
     }
 }
 
-/// The rows (ids, hidden) of the embeddings in f32, outside any graph. PEFT drops nothing here.
-pub(super) fn looked_up(
+/// The rows of the embeddings for `ids` (.., hidden), in f32 and outside any graph. As in PEFT, there is no dropout.
+pub(super) fn embedding_rows(
     embed: &Weight,
     lora: Option<&Lora>,
     ids: &Tensor,
@@ -86,8 +92,8 @@ pub(super) fn looked_up(
     rows + (low.matmul(&lora.a.value(pass))? * lora.scaling)?
 }
 
-/// See [`Llama::widen`].
-pub(super) fn widened(
+/// See [`CausalLm::append_lora_inputs`], for a head whose pair is `lora`.
+pub(super) fn with_lora_inputs(
     normed: Tensor,
     lora: Option<&Lora>,
     compute: DType,

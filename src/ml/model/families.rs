@@ -1,7 +1,7 @@
-//! The families of models, one file each: from a `config.json` to the [`Arch`] that it describes, and back.
+//! The families of models, one file each: they convert a `config.json` to the [`Arch`] that it describes, and back.
 //!
-//! A new family is one file beside these, declared here, and its line in [`FAMILIES`]. What it may ask for is in
-//! [`super::arch`], where its switches go too if no family has had them before.
+//! A new family is a file beside these, declared here, and a line in [`FAMILIES`]. [`super::arch`] has the options that it may use; options
+//! that no family has had before go there too.
 
 mod keys;
 mod llama;
@@ -20,32 +20,32 @@ use super::arch::{Arch, QkNorm, WIDEST};
 
 /// A family of models.
 pub struct Family {
-    /// What `config.json` calls it.
+    /// Its `model_type` in `config.json`.
     pub model_type: &'static str,
     /// transformers' class of its causal language models.
     architecture: &'static str,
-    /// Those of [`OF_SOME`] that it knows.
+    /// The keys among [`FAMILY_KEYS`] that it reads.
     knows: &'static [&'static str],
-    /// Reads the description. What can't be computed is an error that names the key.
+    /// Reads the architecture. It is an error, which names the key, if something is not supported.
     describe: fn(Keys<'_>) -> anyhow::Result<Arch>,
     /// Writes the keys that not all families have.
     write: fn(&Arch, &mut Map<String, Value>),
 }
 
-/// Every family that can be computed.
+/// All supported families.
 pub const FAMILIES: &[Family] = &[llama::LLAMA, mistral::MISTRAL, qwen2::QWEN2, qwen3::QWEN3];
 
-/// What transformers takes where a file doesn't say it; all other defaults are the same in all families.
+/// transformers' defaults that differ between families, for keys that a file does not have.
 struct Defaults {
-    /// As many as query heads if none.
+    /// The number of key heads; if `None`, that of query heads.
     num_key_value_heads: Option<usize>,
-    /// `hidden_size / num_attention_heads` if none.
+    /// The width of a head; if `None`, `hidden_size / num_attention_heads`.
     head_dim: Option<usize>,
     max_position_embeddings: usize,
 }
 
-/// Keys that change numbers in some families. One that a family doesn't know has no effect on it, in transformers neither.
-const OF_SOME: [&str; 19] = [
+/// Keys that change numbers in some families. In the others they have no effect, here as in transformers.
+const FAMILY_KEYS: [&str; 19] = [
     "attention_bias",
     "attention_multiplier",
     "attn_logit_softcapping",
@@ -67,7 +67,7 @@ const OF_SOME: [&str; 19] = [
     "use_sliding_window",
 ];
 
-/// Keys that every family of transformers obeys and that are not computed, with the only value that is accepted beside `null`.
+/// Keys that every family of transformers obeys and that are not supported, each with the only value that is accepted beside `null`.
 const REFUSED: [(&str, Value, &str); 3] = [
     (
         "is_causal",
@@ -86,7 +86,10 @@ const REFUSED: [(&str, Value, &str); 3] = [
     ),
 ];
 
-/// The family called `model_type`; without one, or with another, an error that names those that there are.
+/// The family called `model_type`.
+///
+/// # Errors
+/// There is no `model_type`, or it is not supported; the error names those that are.
 pub fn family(model_type: Option<&str>) -> anyhow::Result<&'static Family> {
     let known = || {
         let names: Vec<_> = FAMILIES.iter().map(|family| family.model_type).collect();
@@ -105,7 +108,10 @@ impl Family {
 }
 
 impl Arch {
-    /// Reads `config.json` of a model folder. What this program can't compute is an error.
+    /// Reads `config.json` of a model folder.
+    ///
+    /// # Errors
+    /// The file can't be read, lacks a key, or has a setting that is not supported.
     pub fn read(folder: &Path) -> anyhow::Result<Self> {
         let path = folder.join("config.json");
         let text = std::fs::read_to_string(&path)
@@ -127,9 +133,12 @@ fn describe(config: &Value) -> anyhow::Result<Arch> {
     (family.describe)(keys)
 }
 
-/// The keys of a `config.json` that describes a model, in the spelling of transformers 4, which 5 reads too. Whether they say
-/// all of it, only reading them tells: a family may lack a switch.
-pub fn keys_of(arch: &Arch) -> anyhow::Result<Map<String, Value>> {
+/// The keys of a `config.json` that describes a model, in the spelling of transformers 4, which 5 reads too. A family may have no key for
+/// an option of [`Arch`]; reading the keys again shows whether something was lost.
+///
+/// # Errors
+/// The family is not supported.
+pub fn config_keys(arch: &Arch) -> anyhow::Result<Map<String, Value>> {
     let family = family(Some(arch.family))?;
     let eos = match arch.eos_token_ids[..] {
         [] => json!(null),
@@ -174,10 +183,12 @@ pub fn keys_of(arch: &Arch) -> anyhow::Result<Map<String, Value>> {
     Ok(keys)
 }
 
-/// A model of the family of `arch` with its numbers: what the family fixes (biases, norms of q and k) is as it wants it. A
-/// window that the family does not have is an error.
+/// The architecture `arch` with everything that its family prescribes (biases, norms of q and k).
+///
+/// # Errors
+/// It has a sliding window, which the family does not have, or sizes that the family refuses.
 pub fn complete(arch: &Arch) -> anyhow::Result<Arch> {
-    let complete = describe(&Value::Object(keys_of(arch)?))?;
+    let complete = describe(&Value::Object(config_keys(arch)?))?;
     ensure!(
         complete.layers == arch.layers,
         "the model type `{}` has no sliding window",
@@ -189,7 +200,7 @@ pub fn complete(arch: &Arch) -> anyhow::Result<Arch> {
     })
 }
 
-/// What all families read alike; layers, biases and norms of q and k are left to the family.
+/// Reads what is the same in all families; layers, biases and norms of q and k are left to the family.
 fn common(keys: Keys<'_>, family: &'static str, defaults: &Defaults) -> anyhow::Result<Arch> {
     keys.check_activation()?;
     let hidden_size = keys.size("hidden_size")?;
@@ -246,8 +257,11 @@ fn common(keys: Keys<'_>, family: &'static str, defaults: &Defaults) -> anyhow::
     })
 }
 
-/// The keys of a folder's `config.json` that change the numbers of other model types, but have no effect on the one it has, here
-/// as in transformers; and that model type.
+/// The `model_type` of a folder's `config.json`, and the keys in it that change the numbers of other model types but have no effect on this
+/// one, here as in transformers.
+///
+/// # Errors
+/// The file can't be read, or its family is not supported.
 pub fn without_effect(folder: &Path) -> anyhow::Result<(&'static str, Vec<&'static str>)> {
     let config = Value::Object(crate::ml::io::folder::config(folder)?);
     let family = family(config.get("model_type").and_then(Value::as_str))?;
@@ -256,7 +270,7 @@ pub fn without_effect(folder: &Path) -> anyhow::Result<(&'static str, Vec<&'stat
         let neutral = [json!(null), json!(false), json!(0), json!([])].contains(value);
         !neutral && value.as_f64() != Some(1.)
     };
-    let unknown = OF_SOME
+    let unknown = FAMILY_KEYS
         .into_iter()
         .filter(|name| !family.knows.contains(name));
     Ok((family.model_type, unknown.filter(is_set).collect()))

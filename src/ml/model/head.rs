@@ -1,8 +1,8 @@
 //! The end of the model: log-probabilities of given ids, and their gradient, without ever holding all logits.
 //!
-//! `logp(id | h) = (W h)_id - logsumexp(W h)`, so the gradient of `sum_n g_n logp_n` is `g_n (W_id - softmax(W h_n) W)` for
-//! `h_n` and `sum_n g_n (e_id - softmax(W h_n)) h_n^T` for W. Rows go through in chunks; a chunk's logits are made again
-//! in the backward.
+//! `logp(id | h) = (W h)_id - logsumexp(W h)`, so the gradient of `sum_n g_n logp_n` is `g_n (W_id - W^T softmax(W h_n))` with respect to
+//! `h_n`, and `sum_n g_n (e_id - softmax(W h_n)) h_n^T` with respect to W. Rows are processed in chunks; the backward pass recomputes a
+//! chunk's logits.
 
 use candle_core::{D, DType, Result, Tensor};
 
@@ -11,26 +11,26 @@ use super::batch::Target;
 /// The number of logits in one chunk.
 const CHUNK: usize = 1 << 24;
 
-/// The head: its weight, and B of the matrices beside it.
+/// The head: its weight, and the matrix B of its pair.
 ///
-/// Hidden states that go through it are (.., hidden), or with matrices (.., hidden + r): the last r are scaling A h, so that the
-/// logits are `W h + B (scaling A h)` and gradients of both parts come from one walk.
+/// It takes hidden states (.., hidden), or with a pair (.., hidden + r), of which the last r are `scaling A h`. Then the logits are
+/// `W h + B (scaling A h)`, and one backward pass gives the gradients of both parts.
 #[derive(Debug, Clone)]
 pub struct Head {
-    /// W (vocabulary, hidden), in the dtype of products.
+    /// The weight W (vocabulary, hidden), in the compute dtype.
     pub weight: Tensor,
-    /// B (vocabulary, r), likewise.
+    /// The matrix B (vocabulary, r) of its pair, in the compute dtype.
     pub low: Option<Tensor>,
     /// Whether W is trained.
     pub trains: bool,
 }
 
-/// Gradients of a [`Head`].
+/// The gradients with respect to a [`Head`].
 #[derive(Debug, Default)]
-pub struct OfHead {
-    /// That of W, where it is trained.
+pub struct HeadGradients {
+    /// The gradient with respect to W (vocabulary, hidden), if it is trained.
     pub weight: Option<Tensor>,
-    /// That of B, where there is one.
+    /// The gradient with respect to B (vocabulary, r), if there is one.
     pub low: Option<Tensor>,
 }
 
@@ -39,7 +39,7 @@ impl Head {
         self.weight.dim(0)
     }
 
-    /// Logits in f32 (n, vocabulary) of rows (n, hidden) or (n, hidden + r).
+    /// The logits (n, vocabulary), in f32, of rows (n, hidden) or, with a pair, (n, hidden + r).
     pub fn logits(&self, rows: &Tensor) -> Result<Tensor> {
         let Some(low) = &self.low else {
             return logits(rows, &self.weight);
@@ -49,7 +49,7 @@ impl Head {
         high + logits(&rows.narrow(1, hidden, r)?.contiguous()?, low)?
     }
 
-    /// Both parts' rows of some ids, in f32.
+    /// The rows of W, joined with those of B, for `ids`, in f32.
     fn rows(&self, ids: &Tensor) -> Result<Tensor> {
         let own = |part: &Tensor| part.index_select(ids, 0)?.to_dtype(DType::F32);
         match &self.low {
@@ -58,7 +58,7 @@ impl Head {
         }
     }
 
-    /// The product of numbers (n, vocabulary) with both parts, in f32.
+    /// The product of `spread` (n, vocabulary) with W, joined with that with B, in f32.
     fn back(&self, spread: &Tensor) -> Result<Tensor> {
         let own = |part: &Tensor| spread.matmul(part)?.to_dtype(DType::F32);
         match &self.low {
@@ -68,34 +68,34 @@ impl Head {
     }
 }
 
-/// The head's inputs for some targets.
+/// Scored targets, with the head's inputs for the backward pass.
 pub struct Scored {
     rows: Tensor,  // (targets, hidden), f32
-    index: Tensor, // (targets): places in the flattened hidden states
+    index: Tensor, // (targets): rows of the flattened hidden states
     ids: Tensor,   // (targets)
-    /// The log-probability of each target.
+    /// The log-probability of each target, in nats.
     pub logps: Vec<f32>,
-    /// Entropy and arg max at each, if asked for.
+    /// The entropy and the arg max at each target, if requested.
     pub token_stats: Option<Vec<TokenStats>>,
 }
 
-/// What the model expects at a target, beside the target's own probability.
+/// Statistics of the model's distribution at a target.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct TokenStats {
-    /// The entropy of the distribution over ids, in nats.
+    /// The entropy of the distribution over the vocabulary, in nats.
     pub entropy: f64,
     /// Whether the target is the most probable id.
     pub is_argmax: bool,
 }
 
 impl TokenStats {
-    /// The mean entropy, in nats.
+    /// The mean entropy, in nats; a NaN for no targets.
     pub fn mean_entropy(stats: &[Self]) -> f64 {
         let total: f64 = stats.iter().map(|stats| stats.entropy).sum();
         total / stats.len() as f64
     }
 
-    /// The share of targets that are the most probable id.
+    /// The share of targets that are the most probable id; a NaN for no targets.
     pub fn accuracy(stats: &[Self]) -> f64 {
         let right = stats.iter().filter(|stats| stats.is_argmax).count();
         right as f64 / stats.len() as f64
@@ -109,16 +109,19 @@ fn chunks(count: usize, vocabulary: usize) -> impl Iterator<Item = (usize, usize
         .map(move |start| (start, step.min(count - start)))
 }
 
-/// Logits in f32 of rows (n, hidden), the product in the weight's dtype.
+/// The logits (n, vocabulary), in f32, of rows (n, hidden) and a weight (vocabulary, hidden). The product is computed in the weight's
+/// dtype.
 pub fn logits(rows: &Tensor, weight: &Tensor) -> Result<Tensor> {
     rows.to_dtype(weight.dtype())?
         .matmul(&weight.t()?)?
         .to_dtype(DType::F32)
 }
 
-/// Scores `targets` by the final hidden states (batch, length, hidden) and the head.
+/// Computes the log-probabilities of `targets` from the final hidden states (batch, length, hidden), or with a pair (batch, length,
+/// hidden + r), and the head; with `token_stats` also [`TokenStats`], which takes one more softmax.
 ///
-/// With `token_stats` it also gives these, which takes one more softmax.
+/// # Errors
+/// A target is outside the batch, or its id is outside the vocabulary.
 pub fn score(
     hidden: &Tensor,
     head: &Head,
@@ -127,10 +130,10 @@ pub fn score(
 ) -> Result<Scored> {
     let (batch, width, size) = hidden.dims3()?;
     let device = hidden.device();
-    let places = targets
+    let rows = targets
         .iter()
         .map(|target| (target.row * width + target.position - 1) as u32);
-    let index = Tensor::from_iter(places, device)?;
+    let index = Tensor::from_iter(rows, device)?;
     let ids = Tensor::from_iter(targets.iter().map(|target| target.id), device)?;
     let rows = hidden
         .detach()
@@ -166,30 +169,34 @@ pub fn score(
 }
 
 impl Scored {
-    /// From the gradient of each log-probability: the gradients of the hidden states (of shape `like`) and of the head.
+    /// The backward pass: from the gradient with respect to each log-probability (targets), the gradients with respect to the hidden
+    /// states (of the shape of `like`) and to the head.
+    ///
+    /// # Errors
+    /// `gradient` has another length than there are targets.
     pub fn backward(
         &self,
         gradient: &[f32],
         head: &Head,
         like: &Tensor,
-    ) -> Result<(Tensor, OfHead)> {
+    ) -> Result<(Tensor, HeadGradients)> {
         let device = like.device();
         let (batch, width, size) = like.dims3()?;
         let hidden = head.weight.dim(1)?;
-        // Ids without a share in the loss (the prompt of a rejected answer) need no products.
+        // Targets without a part in the loss need no products.
         let kept: Vec<u32> = (0u32..)
             .zip(gradient)
-            .filter_map(|(place, g)| (*g != 0.).then_some(place))
+            .filter_map(|(row, g)| (*g != 0.).then_some(row))
             .collect();
-        let mut of_hidden = Tensor::zeros((batch * width, size), DType::F32, device)?;
+        let mut grad_hidden = Tensor::zeros((batch * width, size), DType::F32, device)?;
         let zeros = |part: &Tensor| Tensor::zeros(part.dims(), DType::F32, device);
-        let mut of_head = OfHead {
+        let mut grad_head = HeadGradients {
             weight: head.trains.then(|| zeros(&head.weight)).transpose()?,
             low: head.low.as_ref().map(zeros).transpose()?,
         };
         for (start, count) in chunks(kept.len(), head.vocabulary()?) {
             let kept = &kept[start..start + count];
-            let g: Vec<f32> = kept.iter().map(|&place| gradient[place as usize]).collect();
+            let g: Vec<f32> = kept.iter().map(|&row| gradient[row as usize]).collect();
             let g = Tensor::from_vec(g, (count, 1), device)?;
             let kept = Tensor::from_slice(kept, count, device)?;
             let rows = self.rows.index_select(&kept, 0)?;
@@ -197,21 +204,22 @@ impl Scored {
             let softmax = softmax(&head.logits(&rows)?)?;
             let spread = softmax.broadcast_mul(&g)?.to_dtype(head.weight.dtype())?; // (count, vocabulary)
             let of_rows = (head.rows(&ids)?.broadcast_mul(&g)? - head.back(&spread)?)?;
-            of_hidden = of_hidden.index_add(&self.index.index_select(&kept, 0)?, &of_rows, 0)?;
+            grad_hidden =
+                grad_hidden.index_add(&self.index.index_select(&kept, 0)?, &of_rows, 0)?;
             let add = |total: Tensor, first: usize, count: usize| -> Result<Tensor> {
                 let rows = rows.narrow(1, first, count)?.contiguous()?;
                 let narrow = rows.to_dtype(spread.dtype())?;
                 let all = spread.t()?.matmul(&narrow)?.to_dtype(DType::F32)?;
                 total.index_add(&ids, &rows.broadcast_mul(&g)?, 0)? - all
             };
-            if let Some(total) = of_head.weight.take() {
-                of_head.weight = Some(add(total, 0, hidden)?);
+            if let Some(total) = grad_head.weight.take() {
+                grad_head.weight = Some(add(total, 0, hidden)?);
             }
-            if let Some(total) = of_head.low.take() {
-                of_head.low = Some(add(total, hidden, size - hidden)?);
+            if let Some(total) = grad_head.low.take() {
+                grad_head.low = Some(add(total, hidden, size - hidden)?);
             }
         }
-        Ok((of_hidden.reshape((batch, width, size))?, of_head))
+        Ok((grad_hidden.reshape((batch, width, size))?, grad_head))
     }
 }
 
@@ -220,8 +228,11 @@ fn softmax(logits: &Tensor) -> Result<Tensor> {
     candle_nn::ops::softmax_last_dim(logits)
 }
 
-/// The mean over the vocabulary of the logits that each target is predicted from. `column_sum` is the sum of the head's rows, so no
-/// logits are made.
+/// For each target, the mean over the vocabulary of the logits from which it is predicted. It is computed from the final hidden states
+/// (batch, length, hidden) and the sum of the head's rows `column_sum` (hidden), without any logits.
+///
+/// # Errors
+/// A target is outside the batch.
 pub fn target_mean_logits(
     hidden: &Tensor,
     column_sum: &Tensor,
@@ -229,10 +240,10 @@ pub fn target_mean_logits(
     targets: &[Target],
 ) -> Result<Vec<f64>> {
     let (batch, width, size) = hidden.dims3()?;
-    let places = targets
+    let rows = targets
         .iter()
         .map(|target| (target.row * width + target.position - 1) as u32);
-    let index = Tensor::from_iter(places, hidden.device())?;
+    let index = Tensor::from_iter(rows, hidden.device())?;
     let rows = hidden
         .detach()
         .reshape((batch * width, size))?
@@ -245,8 +256,9 @@ pub fn target_mean_logits(
     means.to_vec1()
 }
 
-/// The mean of all logits at all but the last position, padding included, of the sequences `from..from + count`: TRL's
-/// `logits/chosen` and `logits/rejected`. `column_sum` is the sum of the head's rows, so no logits are made.
+/// The mean of all logits at all but the last position, padding included, of the sequences `from..from + count`: `logits/chosen` and
+/// `logits/rejected` of TRL (`get_batch_loss_metrics`). It is computed from the final hidden states (batch, length, hidden) and the sum of
+/// the head's rows `column_sum` (hidden), without any logits. A NaN if there are no positions.
 pub fn mean_logit(
     hidden: &Tensor,
     column_sum: &Tensor,

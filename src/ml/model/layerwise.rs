@@ -1,11 +1,11 @@
-//! A forward pass with one layer in memory at a time, for models that are too large to hold.
+//! A forward pass with one layer in memory at a time, for models that don't fit into memory.
 
 use candle_core::{DType, Device, Tensor};
 
 use super::super::adapter::Adapter;
 use super::arch::Arch;
 use super::batch::Batch;
-use super::ends::{looked_up, widened};
+use super::ends::{embedding_rows, with_lora_inputs};
 use super::head::Head;
 use super::linear::Pass;
 use super::load::Loader;
@@ -13,11 +13,14 @@ use super::tensors::{EMBED_TOKENS, EMBEDDINGS, HEAD, LM_HEAD, NormKind};
 use super::{Masks, Shared, Trained, angles};
 use crate::ml::io::weights::Weights;
 
-/// Rows of the head that are in f32 at a time.
+/// The rows of the head that are in f32 at a time.
 const HEAD_ROWS: usize = 1 << 14;
 
-/// The logits (batch, length, vocabulary) of a batch in f32, one tensor for each of `passes`: what [`super::Llama::load`] and
-/// [`super::Llama::hidden`] lead to. `layer_done` is told the number of layers that are done, and may stop.
+/// The logits (batch, length, vocabulary) of a batch in f32, one tensor for each of `passes`, equal to what [`super::CausalLm::load`] and
+/// [`super::CausalLm::hidden`] give. `layer_done` is called with the number of finished layers, and may stop with an error.
+///
+/// # Errors
+/// A tensor is missing or has another shape, the adapter does not fit, or an id is outside the vocabulary.
 pub fn logits_by_layer(
     arch: &Arch,
     weights: &Weights,
@@ -39,7 +42,7 @@ pub fn logits_by_layer(
         &device,
     );
     let (cos, sin) = angles(arch, 0..batch.width, &device)?;
-    let masks = Masks::of(arch.layers.iter().map(|layer| layer.window), |window| {
+    let masks = Masks::new(arch.layers.iter().map(|layer| layer.window), |window| {
         batch.mask(window, &device)
     })?;
     let shared = passes.iter().map(|&pass| Shared {
@@ -57,7 +60,7 @@ pub fn logits_by_layer(
     let stored = loader.stored(EMBEDDINGS)?;
     let (table, pair) = (loader.embeddings(stored)?, loader.pair(EMBED_TOKENS)?);
     let states = shared.iter().map(|shared| {
-        let rows = looked_up(&table, pair.as_ref(), &ids.flatten_all()?, shared.pass)?;
+        let rows = embedding_rows(&table, pair.as_ref(), &ids.flatten_all()?, shared.pass)?;
         Ok(rows.reshape((ids.dim(0)?, batch.width, ()))?)
     });
     let mut states = states.collect::<anyhow::Result<Vec<Tensor>>>()?;
@@ -78,7 +81,7 @@ pub fn logits_by_layer(
     let pair = loader.pair(LM_HEAD)?;
     let logits = states.iter().zip(&shared).map(|(state, shared)| {
         let state = norm.forward(state, shared.pass)?.flatten_to(1)?;
-        let state = widened(state, pair.as_ref(), DType::F32, shared.pass)?;
+        let state = with_lora_inputs(state, pair.as_ref(), DType::F32, shared.pass)?;
         let weight = weight.value(shared.pass);
         let low = pair.as_ref().filter(|_| shared.pass.adapter);
         let low = low.map(|pair| pair.b.value(shared.pass));

@@ -1,7 +1,7 @@
-//! A projection `x W^T`, with or without a LoRA pair beside it.
+//! A projection `x W^T`, with or without a LoRA pair.
 //!
-//! What is frozen never gets a gradient; what is trained is a [`Var`] in f32. Products run in the compute dtype, and the
-//! result is f32 again (autocast: products in half precision, everything between them in f32).
+//! Frozen tensors never get a gradient; trained ones are a [`Var`] in f32. Products are computed in the compute dtype and their results are
+//! converted to f32, as with torch's autocast: products in half precision, everything between them in f32.
 
 use std::sync::Arc;
 
@@ -11,27 +11,28 @@ use pipeline_kernels::dropout::Dropout;
 use super::autograd::{frozen_linear, matmul_rows};
 use crate::ml::quant::nf4::Nf4;
 
-/// How a forward pass is to be done.
+/// The options of a forward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pass {
-    /// Whether a graph is built for a later backward.
+    /// Whether a graph is built for a later backward pass.
     pub tape: bool,
     /// Whether the adapter takes part.
     pub adapter: bool,
-    /// What this pass's dropout depends on; none without dropout.
-    pub dropout: Option<Drops>,
+    /// The seed of this pass's dropout; `None` without dropout.
+    pub dropout: Option<DropoutSeed>,
 }
 
-/// What is dropped: a function of a step's seed, of the micro-batch's number in the step, and of the place in it.
+/// What the dropout masks of a pass depend on. A value's mask is a function of the step's seed, of the micro-batch's index in the step, and
+/// of the value's index in the micro-batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Drops {
+pub struct DropoutSeed {
     /// The step's seed.
     pub seed: u64,
-    /// The number of the pass's first micro-batch.
+    /// The index in the step of the pass's first micro-batch.
     pub batch: usize,
 }
 
-/// How far the places of one micro-batch are from those of the next.
+/// The difference between the token numbers of one micro-batch and those of the next, in dropout's random stream.
 pub const BATCH_STRIDE: u64 = 1 << 32;
 
 impl Pass {
@@ -41,8 +42,8 @@ impl Pass {
         adapter: true,
         dropout: None,
     };
-    /// Learning, with the adapter if there is one.
-    pub fn learn(dropout: Option<Drops>) -> Self {
+    /// Training, with the adapter if there is one.
+    pub fn train(dropout: Option<DropoutSeed>) -> Self {
         Self {
             tape: true,
             adapter: true,
@@ -57,24 +58,24 @@ impl Pass {
     };
 }
 
-/// A tensor that is trained or not.
+/// A tensor that is frozen or trained.
 #[derive(Debug, Clone)]
 pub enum Weight {
     /// A constant.
     Frozen(Tensor),
     /// A trained tensor, in f32.
     Trained(Var),
-    /// A tensor of the base and what an adapter puts in its place.
+    /// A tensor of the base, and the adapter's tensor that replaces it.
     Replaced {
-        /// What counts without the adapter.
+        /// The tensor without the adapter.
         base: Tensor,
-        /// What counts with it, frozen or trained.
+        /// The tensor with the adapter, frozen or trained.
         own: Box<Weight>,
     },
 }
 
 impl Weight {
-    /// The tensor, inside the graph only where the pass builds one.
+    /// The tensor in effect in a pass, inside the graph only if the pass builds one.
     pub fn tensor(&self, pass: Pass) -> Tensor {
         match self {
             Self::Frozen(tensor) => tensor.clone(),
@@ -84,7 +85,7 @@ impl Weight {
         }
     }
 
-    /// The tensor outside any graph.
+    /// The tensor in effect in a pass, outside any graph.
     pub fn value(&self, pass: Pass) -> Tensor {
         self.tensor(Pass {
             tape: false,
@@ -92,7 +93,7 @@ impl Weight {
         })
     }
 
-    /// The tensor that counts in a pass, where it lies.
+    /// The tensor in effect in a pass, by reference.
     pub fn stored(&self, pass: Pass) -> &Tensor {
         match self {
             Self::Frozen(tensor) => tensor,
@@ -111,7 +112,7 @@ impl Weight {
         }
     }
 
-    /// Whether what counts in a pass is trained.
+    /// Whether the tensor in effect in a pass is trained.
     pub(in crate::ml) fn is_trained(&self, pass: Pass) -> bool {
         match self {
             Self::Frozen(_) => false,
@@ -120,7 +121,7 @@ impl Weight {
         }
     }
 
-    /// Whether it is a constant of the base, whatever the pass.
+    /// Whether it is a constant of the base in every pass.
     pub fn is_frozen(&self) -> bool {
         matches!(self, Self::Frozen(_))
     }
@@ -137,44 +138,44 @@ fn on_tape(var: &Var, pass: Pass) -> Tensor {
 /// The weight (out, in) of a projection.
 #[derive(Clone)]
 pub enum Base {
-    /// A weight as it is; a frozen one in the compute dtype, or in a narrower one that it is stored in, and widened for each product.
+    /// A dense weight. A frozen one is in the compute dtype, or in the narrower dtype in which it is stored, and converted for each product.
     Dense(Weight),
-    /// A frozen 4-bit weight, dequantised for each product and dropped after it.
+    /// A frozen 4-bit weight, which is dequantised for each product.
     Nf4(Arc<Nf4>),
 }
 
-/// A low-rank pair: `y += B A dropout(x) * scaling`.
+/// A low-rank pair, which adds `scaling B A dropout(x)` to a projection's result (Hu et al. 2021, arXiv 2106.09685, equation 3).
 #[derive(Debug, Clone)]
 pub struct Lora {
-    /// A, (r, in).
+    /// The matrix A (r, in).
     pub a: Weight,
-    /// B, (out, r).
+    /// The matrix B (out, r).
     pub b: Weight,
-    /// The norms (out) that the rows of W + scaling B A get, in `DoRA` (Liu et al. 2024, arXiv 2402.09353).
+    /// With `DoRA`, the norms (out) of the rows of W + scaling B A (Liu et al. 2024, arXiv 2402.09353, equation 5).
     pub magnitude: Option<Weight>,
-    /// alpha / r, or alpha / sqrt(r).
+    /// The factor of B A: alpha / r, or alpha / sqrt(r).
     pub scaling: f64,
-    /// The probability of dropping an input value, in training.
+    /// The probability of dropping an input value in training.
     pub dropout: f64,
 }
 
 /// A projection; its name is the module's path (`model.layers.0.self_attn.q_proj`).
 #[derive(Clone)]
 pub struct Linear {
-    /// The weight.
+    /// The weight (out, in).
     pub base: Base,
-    /// What is added to the product, (out).
+    /// The bias (out), if there is one.
     pub bias: Option<Weight>,
-    /// The adapter's part.
+    /// The adapter's pair, if there is one.
     pub lora: Option<Lora>,
     /// The dtype of the products.
     pub compute: DType,
-    /// A number of its own for the dropout's random stream.
+    /// The projection's number, which is different for each, for dropout's random stream.
     pub index: u64,
 }
 
 impl Linear {
-    /// Whether anything of it is trained.
+    /// Whether any of its tensors is trained.
     pub(in crate::ml) fn is_trained(&self) -> bool {
         let trained = |weight: &Weight| weight.trained().is_some();
         let base = match &self.base {
@@ -188,13 +189,13 @@ impl Linear {
         base || lora || self.bias.as_ref().is_some_and(trained)
     }
 
-    /// Whether there is nothing beside a weight and a pair of matrices: no bias, no `DoRA`.
+    /// Whether it consists of a weight and at most a pair: no bias, no `DoRA`.
     pub fn has_kernels(&self) -> bool {
         let lora = self.lora.as_ref();
         self.bias.is_none() && lora.is_none_or(|lora| lora.magnitude.is_none())
     }
 
-    /// Whether it is a frozen weight with at most a pair of matrices: no bias, no `DoRA`, nothing replaced.
+    /// Whether it consists of a frozen weight and at most a pair: no bias, no `DoRA`, nothing replaced.
     pub fn is_lora_only(&self) -> bool {
         let base = match &self.base {
             Base::Dense(weight) => weight.is_frozen(),
@@ -204,7 +205,10 @@ impl Linear {
         base && self.bias.is_none() && lora.is_none_or(|lora| lora.magnitude.is_none())
     }
 
-    /// `x` (batch, length, in) to (batch, length, out), both f32.
+    /// Maps `x` (batch, length, in) to (batch, length, out), both in f32.
+    ///
+    /// # Errors
+    /// The last dimension of `x` is not that of the weight.
     pub fn forward(&self, x: &Tensor, pass: Pass) -> Result<Tensor> {
         let plain = self.base_product(x, pass)?;
         let y = match &self.bias {
@@ -222,8 +226,8 @@ impl Linear {
         let Some(magnitude) = &lora.magnitude else {
             return y + update;
         };
-        // Rows scaled from their own norm to the trained one. The norm is a constant to the gradient (section 4.3), and
-        // as in PEFT it is the dropped input that is scaled.
+        // Rows are scaled from their own norm to the trained one. The gradient treats the norm as a constant (DoRA, section 4.3), and as in
+        // PEFT the scale applies to the input after dropout.
         let plain = match &dropped {
             Some(x) => self.base_product(x, pass)?,
             None => plain,
@@ -232,7 +236,7 @@ impl Linear {
         y + (plain.broadcast_mul(&(&scale - 1.)?)? + update.broadcast_mul(&scale)?)?
     }
 
-    /// The product with the base's weight, in f32 and without the bias.
+    /// The product with the base's weight, without the bias, in f32.
     fn base_product(&self, x: &Tensor, pass: Pass) -> Result<Tensor> {
         let y = match &self.base {
             Base::Dense(weight) if weight.is_trained(pass) => {
@@ -251,7 +255,7 @@ impl Linear {
         y.to_dtype(DType::F32)
     }
 
-    /// The norms (out) of the rows of W + scaling B A, in f32 and outside any graph.
+    /// The norms (out) of the rows of W + scaling B A in f32, outside any graph.
     fn row_norms(&self, lora: &Lora, pass: Pass, device: &Device) -> Result<Tensor> {
         let base = match &self.base {
             Base::Dense(weight) => weight.value(pass).to_dtype(DType::F32)?,
@@ -271,15 +275,15 @@ impl Linear {
         matmul_rows(&x.to_dtype(self.compute)?, &weight.t()?)
     }
 
-    /// The masks of this projection in a pass, from its first micro-batch on, if its input is dropped at all. They depend on the
-    /// pass's [`Drops`] and the projection only, so that a recomputed layer drops the same values.
+    /// The dropout of the pair's input in a pass, from its first micro-batch on, if there is any. It depends on nothing but the pass's
+    /// [`DropoutSeed`] and the projection, so a recomputed layer drops the same values.
     pub(in crate::ml) fn dropout(&self, pass: Pass) -> Option<Dropout> {
         self.lora.as_ref()?.dropout_of(pass, self.index)
     }
 }
 
 impl Lora {
-    /// See [`Linear::dropout`]; `index` is the module's own number.
+    /// See [`Linear::dropout`]; `index` is [`Linear::index`].
     pub(in crate::ml) fn dropout_of(&self, pass: Pass, index: u64) -> Option<Dropout> {
         let drops = pass.dropout?;
         (pass.adapter && self.dropout > 0.).then(|| {
@@ -295,13 +299,13 @@ impl Lora {
     }
 }
 
-/// Drops values and scales the others up.
+/// Drops values of `x`, of any shape, and multiplies the others by [`Dropout::scale`].
 pub(in crate::ml) fn apply_dropout(x: &Tensor, dropout: Dropout) -> Result<Tensor> {
     let mask: Vec<f32> = dropout.factors(0).take(x.elem_count()).collect();
     x * Tensor::from_vec(mask, x.shape(), x.device())?
 }
 
-/// The norms (out) of the rows of W + scaling B A.
+/// The norms (out) of the rows of W + scaling B A, for a weight (out, in), A (r, in) and B (out, r).
 pub fn row_norms(base: &Tensor, a: &Tensor, b: &Tensor, scaling: f64) -> Result<Tensor> {
     let sum = (base + (b.matmul(a)? * scaling)?)?;
     sum.sqr()?.sum(1)?.sqrt()

@@ -1,4 +1,4 @@
-//! From a model folder's tensors and an adapter's pairs to a [`Llama`].
+//! Loads a [`CausalLm`] from the tensors of a model folder and the pairs of an adapter.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -6,19 +6,19 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use candle_core::{DType, Device, Tensor, Var};
 
-use super::super::adapter::{Adapter, LoraPair, Meant};
+use super::super::adapter::{Adapter, LoraPair, Selection};
 use super::arch::{Arch, Projection, QkNorm};
 use super::linear::{Base, Linear, Lora, Pass, Weight};
 use super::tensors::{
-    EMBED_TOKENS, EMBEDDINGS, ENDS, HEAD, LM_HEAD, Module, NormKind, Role, bias_of, modules,
-    norm_path, norm_shape, projection_path, weight_of,
+    EMBED_TOKENS, EMBEDDINGS, ENDS, HEAD, LM_HEAD, Module, NormKind, Role, bias_name, modules,
+    norm_path, norm_shape, projection_path, weight_name,
 };
-use super::{Layer, Llama, Norm, Parameter, Trained};
+use super::{CausalLm, Layer, Norm, Parameter, Trained};
 use crate::ml::io::float::Float;
 use crate::ml::io::weights::Weights;
 use crate::ml::quant::nf4::Nf4;
 
-/// Reads a model's tensors into the places where they are wanted.
+/// Reads a model's tensors, in the types and with the adapter's replacements that they need.
 pub(super) struct Loader<'a> {
     arch: &'a Arch,
     weights: &'a Weights,
@@ -28,11 +28,11 @@ pub(super) struct Loader<'a> {
     device: &'a Device,
     parameters: Vec<Parameter>,
     linears: u64,
-    /// The adapter's modules and tensors that found their places.
+    /// The adapter's modules and tensors that have been used.
     used: BTreeSet<String>,
 }
 
-/// What to say where a vocabulary's size differs.
+/// A hint for a shape that differs in the size of the vocabulary.
 fn resized(name: &str) -> &'static str {
     if [EMBEDDINGS, HEAD].contains(&name) {
         "; an adapter that was trained with other tokens needs the model whose embeddings were resized for them"
@@ -63,13 +63,13 @@ impl<'a> Loader<'a> {
         }
     }
 
-    /// Whether the adapter puts a weight of its own in the place `name`.
+    /// Whether the adapter replaces the tensor called `name`.
     fn is_replaced(&self, name: &str) -> bool {
         self.adapter
             .is_some_and(|adapter| adapter.saved.contains_key(name) || adapter.trains(name))
     }
 
-    /// A tensor of the base in its own type; one in 4 bits is dequantised, and can't be trained or replaced.
+    /// A tensor of the base in its stored type. A 4-bit one is dequantised; it can't be trained or replaced.
     fn shaped(&self, name: &str, shape: &[usize]) -> anyhow::Result<Tensor> {
         let tensor = if let Some(nf4) = Nf4::load(self.weights, name)? {
             anyhow::ensure!(
@@ -102,7 +102,7 @@ impl<'a> Loader<'a> {
         Ok(Weight::Trained(var))
     }
 
-    /// A weight of the base, or what the adapter puts in its place; a frozen one is held in `dtype`.
+    /// A weight of the base, or the adapter's tensor that replaces it; a frozen one is in `dtype`.
     fn weight(
         &mut self,
         name: &str,
@@ -111,11 +111,11 @@ impl<'a> Loader<'a> {
         dtype: DType,
     ) -> anyhow::Result<Weight> {
         let tensor = self.shaped(name, shape)?;
-        self.placed(name, &tensor, role, dtype)
+        self.effective(name, &tensor, role, dtype)
     }
 
-    /// What counts where `tensor` of the base has the place `name`.
-    fn placed(
+    /// The weight called `name` for `tensor` of the base, with the adapter's replacement if there is one.
+    fn effective(
         &mut self,
         name: &str,
         tensor: &Tensor,
@@ -162,7 +162,7 @@ impl<'a> Loader<'a> {
         self.weight(EMBEDDINGS, &shape, Role::Embeddings, dtype)
     }
 
-    /// The head's weight, in `dtype`; none where it is the embeddings, whatever these are.
+    /// The head's weight in `dtype`; `None` if it is tied to the embeddings.
     pub(super) fn head(&mut self, dtype: DType) -> anyhow::Result<Option<Weight>> {
         let shape = [self.arch.vocab_size, self.arch.hidden_size];
         let tied = self.arch.tie_word_embeddings;
@@ -173,10 +173,15 @@ impl<'a> Loader<'a> {
             return Ok(None);
         }
         let embeddings = self.shaped(EMBEDDINGS, &shape)?;
-        Ok(Some(self.placed(HEAD, &embeddings, Role::Head, dtype)?))
+        Ok(Some(self.effective(
+            HEAD,
+            &embeddings,
+            Role::Head,
+            dtype,
+        )?))
     }
 
-    /// The pair beside the embeddings or the head, if the adapter has one.
+    /// The pair of the embeddings or the head, if the adapter has one.
     pub(super) fn pair(&mut self, path: &str) -> anyhow::Result<Option<Lora>> {
         let Some(pair) = self.adapter.and_then(|adapter| adapter.tensors.get(path)) else {
             return Ok(None);
@@ -185,18 +190,19 @@ impl<'a> Loader<'a> {
         Ok(Some(self.lora(path, pair, shape)?))
     }
 
-    /// The type in which a tensor is stored; of one in 4 bits, the type that it is dequantised to.
+    /// The type in which a tensor is stored; for a 4-bit one, the type to which it is dequantised.
     pub(super) fn stored(&self, name: &str) -> anyhow::Result<DType> {
-        let float = match Nf4::shape_of(self.weights, name)? {
+        let float = match Nf4::stored_shape(self.weights, name)? {
             Some((_, float)) => Some(float),
-            None => Float::of(self.weights.raw(name)?.dtype),
+            None => Float::from_safetensors(self.weights.raw(name)?.dtype),
         };
         Ok(float.map_or(DType::F32, Float::dtype))
     }
 
-    /// The type in which a frozen matrix is held for products in the compute dtype: as it is stored where that loses nothing, for what is
-    /// narrower takes less memory and is widened on its way into a product. `tensor` is what is stored for the place `name`.
-    fn held(&self, name: &str, tensor: &str) -> anyhow::Result<DType> {
+    /// The type in which a frozen matrix is kept for products in the compute dtype. That is its stored type if every value is exact in the
+    /// compute dtype, because a narrower type takes less memory and is converted on its way into a product. `tensor` is the name under
+    /// which the matrix `name` is stored.
+    fn held_dtype(&self, name: &str, tensor: &str) -> anyhow::Result<DType> {
         if self.compute != DType::F32 || self.is_replaced(name) {
             return Ok(self.compute);
         }
@@ -204,7 +210,7 @@ impl<'a> Loader<'a> {
     }
 
     pub(super) fn norm(&mut self, layer: usize, norm: NormKind) -> anyhow::Result<Norm> {
-        let name = weight_of(&norm_path(layer, norm));
+        let name = weight_name(&norm_path(layer, norm));
         let shape = [norm_shape(self.arch, norm)];
         Ok(Norm {
             weight: self.weight(&name, &shape, Role::Norm(norm), DType::F32)?,
@@ -215,7 +221,7 @@ impl<'a> Loader<'a> {
     fn linear(&mut self, layer: usize, projection: Projection) -> anyhow::Result<Linear> {
         let path = &projection_path(layer, projection);
         let (out, input) = self.arch.shape(projection);
-        let name = weight_of(path);
+        let name = weight_name(path);
         let base = if let Some(nf4) = Nf4::load(self.weights, &name)? {
             anyhow::ensure!(
                 self.trained != Trained::Everything,
@@ -239,13 +245,13 @@ impl<'a> Loader<'a> {
             );
             Base::Nf4(Arc::new(nf4))
         } else {
-            let dtype = self.held(&name, &name)?;
+            let dtype = self.held_dtype(&name, &name)?;
             let role = Role::Projection(projection);
             Base::Dense(self.weight(&name, &[out, input], role, dtype)?)
         };
         let bias = if self.arch.has_bias(projection) {
             let role = Role::Bias(projection);
-            Some(self.weight(&bias_of(path), &[out], role, DType::F32)?)
+            Some(self.weight(&bias_name(path), &[out], role, DType::F32)?)
         } else {
             None
         };
@@ -339,8 +345,12 @@ impl<'a> Loader<'a> {
     }
 }
 
-impl Llama {
-    /// Reads a model, with an adapter if given. Products run in `compute` (f32, bf16 or f16).
+impl CausalLm {
+    /// Loads a model, with an adapter if there is one. `trained` says which tensors become parameters; products are computed in `compute`
+    /// (f32, bf16 or f16).
+    ///
+    /// # Errors
+    /// A tensor is missing or has another shape, the adapter does not fit the model, or what should be trained can't be trained.
     pub fn load(
         arch: &Arch,
         weights: &Weights,
@@ -354,17 +364,17 @@ impl Llama {
         let adapter = adapter.as_deref();
         let mut loader = Loader::new(arch, weights, adapter, trained, compute, device);
         if let Some(adapter) = adapter {
-            fits(adapter, arch, trained)?;
+            check_adapter(adapter, arch, trained)?;
         }
-        // Only rows of it are used, made f32 one by one; where it is the head's weight too, products are made with it.
+        // Only rows of the embeddings are used, which are converted to f32 one by one; if they are the head's weight too, products use them.
         let stored = loader.stored(EMBEDDINGS)?;
         let own_head = !tied || adapter.is_some_and(|adapter| adapter.unties(tied));
-        let held = if own_head {
+        let held_dtype = if own_head {
             stored
         } else {
-            loader.held(EMBEDDINGS, EMBEDDINGS)?
+            loader.held_dtype(EMBEDDINGS, EMBEDDINGS)?
         };
-        let embed = loader.embeddings(held)?;
+        let embed = loader.embeddings(held_dtype)?;
         let embed_lora = loader.pair(EMBED_TOKENS)?;
         let layers: Vec<_> = (0..arch.num_hidden_layers())
             .map(|number| {
@@ -373,8 +383,8 @@ impl Llama {
             })
             .collect::<anyhow::Result<_>>()?;
         let norm = loader.norm(0, NormKind::Final)?;
-        let held = loader.held(HEAD, if tied { EMBEDDINGS } else { HEAD })?;
-        let head = loader.head(held)?;
+        let held_dtype = loader.held_dtype(HEAD, if tied { EMBEDDINGS } else { HEAD })?;
+        let head = loader.head(held_dtype)?;
         let head_lora = loader.pair(LM_HEAD)?;
         let (parameters, used) = (loader.parameters, loader.used);
         if let Some(adapter) = adapter {
@@ -411,8 +421,8 @@ impl Llama {
     }
 }
 
-/// Whether a model of this shape can bear the adapter at all.
-fn fits(adapter: &Adapter, arch: &Arch, trained: Trained) -> anyhow::Result<()> {
+/// Fails if the adapter can't be used with a model of this architecture.
+fn check_adapter(adapter: &Adapter, arch: &Arch, trained: Trained) -> anyhow::Result<()> {
     let pairs = ENDS.iter().any(|path| adapter.tensors.contains_key(*path));
     anyhow::ensure!(
         trained != Trained::Adapter
@@ -428,7 +438,7 @@ fn fits(adapter: &Adapter, arch: &Arch, trained: Trained) -> anyhow::Result<()> 
         let modules = modules(arch);
         let meant = modules.iter().find(|(path, module)| {
             *module != Module::Other
-                && adapter.config.targets.mean(path) == Meant::Yes
+                && adapter.config.targets.selection(path) == Selection::Yes
                 && !adapter.tensors.contains_key(path)
         });
         if let Some((path, _)) = meant {

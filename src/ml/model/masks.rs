@@ -1,14 +1,14 @@
-//! The attention's masks of one pass.
+//! The attention masks of one pass.
 
 use candle_core::{Result, Tensor, bail};
 
-/// One mask for each window that layers have.
+/// One mask for each different sliding window of the layers.
 #[derive(Clone)]
 pub(super) struct Masks(Vec<(Option<usize>, Tensor)>);
 
 impl Masks {
-    /// Those of the layers' windows, each made by `mask`.
-    pub(super) fn of(
+    /// The masks for the layers' windows; `mask` computes each.
+    pub(super) fn new(
         windows: impl Iterator<Item = Option<usize>>,
         mask: impl Fn(Option<usize>) -> Result<Tensor>,
     ) -> Result<Self> {
@@ -21,7 +21,7 @@ impl Masks {
         Ok(Self(masks))
     }
 
-    /// That of a layer with a window.
+    /// The mask for a layer with this window.
     pub(super) fn get(&self, window: Option<usize>) -> Result<&Tensor> {
         match self.0.iter().find(|(own, _)| *own == window) {
             Some((_, mask)) => Ok(mask),

@@ -1,16 +1,16 @@
-//! Weights that don't fit into the type in which products are computed.
+//! The search for weights that overflow in the type in which products are computed.
 
 use candle_core::DType;
 use half::f16;
 
-use super::Llama;
+use super::CausalLm;
 use super::arch::Projection;
 use super::linear::{Base, Pass};
-use super::tensors::{HEAD, projection_path, weight_of};
+use super::tensors::{HEAD, projection_path, weight_name};
 use crate::ml::io::finite;
 
-impl Llama {
-    /// The first frozen weight with values beyond the range of f16, if that is what products run in; values that were no numbers
+impl CausalLm {
+    /// The name of the first frozen weight with values beyond the range of f16, if products are computed in f16. Values that are not finite
     /// in the file count too.
     pub fn overflown(&self) -> candle_core::Result<Option<String>> {
         if self.compute != DType::F16 {
@@ -29,7 +29,7 @@ impl Llama {
                     }
                 };
                 if overflown {
-                    return Ok(Some(weight_of(&projection_path(number, projection))));
+                    return Ok(Some(weight_name(&projection_path(number, projection))));
                 }
             }
         }

@@ -1,10 +1,11 @@
-//! The angles of the rotary embedding (Su et al. 2021, arXiv 2104.09864).
+//! The angles of the rotary embedding (Su et al. 2021, arXiv 2104.09864, section 3.4.2).
 
 use candle_core::{Device, Result, Tensor};
 
 use super::arch::Arch;
 
-/// Cosines and sines (positions, half a head's width), with Llama 3's scaling of long waves.
+/// The cosines and sines of the angles (positions, `head_dim / 2`), in f32, with Llama 3's scaling if the model has it
+/// (`_compute_llama3_parameters` in transformers' `modeling_rope_utils.py`).
 pub(in crate::ml) fn angles(
     config: &Arch,
     positions: impl IntoIterator<Item = usize>,

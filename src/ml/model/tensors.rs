@@ -1,53 +1,53 @@
-//! The one table of a model's modules and tensors: names, shapes and what each is for.
+//! The table of a model's modules and tensors: names, shapes and roles.
 //!
-//! Loading, layer-wise reading, creating, quantising, attaching, merging, comparing and `show` go by it; the name of a module stands
-//! nowhere else. Names and their order are those of torch's modules in transformers' `modeling_llama.py` and its descendants.
+//! Loading, layer-wise reading, creating, quantising, attaching, merging, comparing and `show` all use it, and no module's name appears
+//! anywhere else. Names and their order are those of torch's modules in transformers' `modeling_llama.py` and the files derived from it.
 //!
-//! A module that a new family adds to the layer is a line of [`LAYER`], and its shape one of [`tensor_of`].
+//! A module that a new family adds to the layer is a line of [`LAYER`], with its shapes in [`tensors_of`].
 
 use super::arch::{Arch, Projection, QkNorm};
 use crate::ml::quant::nf4::owner_of;
 
 /// The embeddings' module.
 pub const EMBED_TOKENS: &str = "model.embed_tokens";
-/// The embeddings (vocabulary, hidden), which are the head too where it is tied.
+/// The embeddings (vocabulary, hidden), which are also the weight of a tied head.
 pub const EMBEDDINGS: &str = "model.embed_tokens.weight";
 /// The head's module.
 pub const LM_HEAD: &str = "lm_head";
-/// The head (vocabulary, hidden).
+/// The head's weight (vocabulary, hidden).
 pub const HEAD: &str = "lm_head.weight";
-/// Both modules that have a row for each token.
+/// The modules at both ends, whose weights have a row for each token id.
 pub const ENDS: [&str; 2] = [EMBED_TOKENS, LM_HEAD];
-/// The list of layers.
+/// The path of the list of layers.
 const LAYERS: &str = "model.layers";
 const WEIGHT: &str = ".weight";
 const BIAS: &str = ".bias";
 
-/// A norm.
+/// The norms of a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NormKind {
-    /// In front of the attention.
+    /// The norm before the attention.
     Input,
-    /// In front of the feed-forward block.
+    /// The norm before the feed-forward block.
     PostAttention,
-    /// Of each query head, see [`QkNorm::PerHead`].
+    /// The norm of each query head, see [`QkNorm::PerHead`].
     Query,
-    /// Of each key head.
+    /// The norm of each key head.
     Key,
-    /// Behind the last layer.
+    /// The norm after the last layer.
     Final,
 }
 
-/// What a module is.
+/// The kind of a module.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Projection(Projection),
     Norm(NormKind),
-    /// It holds others, or no tensor.
+    /// A module that contains others, or has no tensor.
     Other,
 }
 
-/// The modules of a layer in the order in which torch registers them, by their paths in it.
+/// The modules of a layer, by their paths in it, in the order in which torch registers them.
 const LAYER: [(&str, Kind); 14] = [
     ("self_attn", Kind::Other),
     ("self_attn.q_proj", Kind::Projection(Projection::Q)),
@@ -67,29 +67,29 @@ const LAYER: [(&str, Kind); 14] = [
         Kind::Norm(NormKind::PostAttention),
     ),
 ];
-/// The modules behind the layers.
+/// The modules after the layers.
 const BEHIND: [(&str, Kind); 2] = [
     ("model.norm", Kind::Norm(NormKind::Final)),
     ("model.rotary_emb", Kind::Other),
 ];
 
-/// What a tensor is for.
+/// The role of a tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
     /// The embeddings.
     Embeddings,
-    /// The head, where it is not the embeddings.
+    /// The weight of a head that is not tied.
     Head,
     /// A norm's weight.
     Norm(NormKind),
-    /// A projection's weight: what is quantised, and what adapters stand beside.
+    /// A projection's weight, which can be quantised and have a LoRA pair.
     Projection(Projection),
     /// A projection's bias.
     Bias(Projection),
 }
 
 impl Role {
-    /// Whether weight decay applies: not to norms and biases (transformers' `get_decay_parameter_names`).
+    /// Whether weight decay applies to it; not to norms and biases (transformers' `get_decay_parameter_names`).
     pub fn decays(self) -> bool {
         !matches!(self, Self::Norm(_) | Self::Bias(_))
     }
@@ -100,29 +100,29 @@ impl Role {
 pub struct TensorSpec {
     /// Its name in the files.
     pub name: String,
-    /// Its shape: (out, in) of a matrix, as torch has it.
+    /// Its shape; (out, in) for a matrix, as in torch.
     pub shape: Vec<usize>,
-    /// What it is for.
+    /// Its role.
     pub role: Role,
 }
 
-/// What a module is to an adapter.
+/// A module as an adapter sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Module {
     /// A product with a weight (out, in).
     Linear(usize, usize),
-    /// Rows of a weight (vocabulary, hidden) that are looked up.
+    /// A look-up of rows of a weight (vocabulary, hidden).
     Embedding(usize, usize),
-    /// What can't have matrices: a norm, or modules together.
+    /// A module that can't have a pair: a norm, or a module that contains others.
     Other,
 }
 
-/// The path of a layer.
+/// The path of a layer (`model.layers.0`).
 pub fn layer_path(layer: usize) -> String {
     format!("{LAYERS}.{layer}")
 }
 
-/// The path of a module, in its layer if it has one.
+/// The path of a module, relative to its layer if it is in one.
 fn path_of(kind: Kind) -> &'static str {
     let mut all = LAYER.iter().chain(&BEHIND);
     all.find(|(_, own)| *own == kind)
@@ -134,7 +134,7 @@ pub fn projection_path(layer: usize, projection: Projection) -> String {
     format!("{LAYERS}.{layer}.{}", path_of(Kind::Projection(projection)))
 }
 
-/// The path of a norm; that of the final one does not depend on the layer.
+/// The path of a norm; `layer` does not matter for the final one.
 pub fn norm_path(layer: usize, norm: NormKind) -> String {
     let path = path_of(Kind::Norm(norm));
     match norm {
@@ -144,34 +144,34 @@ pub fn norm_path(layer: usize, norm: NormKind) -> String {
 }
 
 /// The name of the weight of the module at `path`.
-pub fn weight_of(path: &str) -> String {
+pub fn weight_name(path: &str) -> String {
     format!("{path}{WEIGHT}")
 }
 
 /// The name of the bias of the module at `path`.
-pub fn bias_of(path: &str) -> String {
+pub fn bias_name(path: &str) -> String {
     format!("{path}{BIAS}")
 }
 
-/// The module that a tensor belongs to.
-pub fn module_of(name: &str) -> &str {
+/// The path of the module to which the tensor called `name` belongs.
+pub fn module_path(name: &str) -> &str {
     name.strip_suffix(WEIGHT)
         .or_else(|| name.strip_suffix(BIAS))
         .unwrap_or(name)
 }
 
-/// A projection's own name (`q_proj`).
+/// The last part of a projection's path (`q_proj`).
 pub fn projection_name(projection: Projection) -> &'static str {
     let path = path_of(Kind::Projection(projection));
     path.rsplit_once('.').map_or(path, |(_, name)| name)
 }
 
-/// The names of all projections.
+/// The last parts of the paths of all projections.
 pub fn projection_names() -> [&'static str; 7] {
     Projection::ALL.map(projection_name)
 }
 
-/// Whether `path` is the path of some layer's projection, of a model with any number of layers.
+/// Whether `path` is the path of a projection, in a model with any number of layers.
 pub fn is_projection(path: &str) -> bool {
     let rest = path.strip_prefix(LAYERS);
     let rest = rest.and_then(|rest| rest.strip_prefix('.'));
@@ -179,12 +179,12 @@ pub fn is_projection(path: &str) -> bool {
     rest.is_some() && projection_names().contains(&name)
 }
 
-/// Whether `path` can be the path of a module of any model, or of a tensor.
+/// Whether `path` can be the path of a module or of a tensor in some model.
 pub fn is_plausible(path: &str) -> bool {
     path.starts_with("model.") || path.starts_with("lm_head.")
 }
 
-/// Whether a model has a module of its layers.
+/// Whether the layers of a model have a module of this kind.
 fn has(arch: &Arch, kind: Kind) -> bool {
     match kind {
         Kind::Norm(NormKind::Query | NormKind::Key) => arch.qk_norm == QkNorm::PerHead,
@@ -192,7 +192,7 @@ fn has(arch: &Arch, kind: Kind) -> bool {
     }
 }
 
-/// The shape of a norm's weight.
+/// The number of elements of a norm's weight.
 pub fn norm_shape(arch: &Arch, norm: NormKind) -> usize {
     match norm {
         NormKind::Query | NormKind::Key => arch.head_dim,
@@ -208,14 +208,14 @@ fn tensors_of(arch: &Arch, path: &str, kind: Kind) -> Vec<TensorSpec> {
         Kind::Other => Vec::new(),
         Kind::Norm(norm) => {
             let shape = vec![norm_shape(arch, norm)];
-            vec![tensor(weight_of(path), shape, Role::Norm(norm))]
+            vec![tensor(weight_name(path), shape, Role::Norm(norm))]
         }
         Kind::Projection(projection) => {
             let (out, input) = arch.shape(projection);
             let role = Role::Projection(projection);
-            let mut tensors = vec![tensor(weight_of(path), vec![out, input], role)];
+            let mut tensors = vec![tensor(weight_name(path), vec![out, input], role)];
             if arch.has_bias(projection) {
-                tensors.push(tensor(bias_of(path), vec![out], Role::Bias(projection)));
+                tensors.push(tensor(bias_name(path), vec![out], Role::Bias(projection)));
             }
             tensors
         }
@@ -231,7 +231,7 @@ pub fn layer_tensors(arch: &Arch, layer: usize) -> Vec<TensorSpec> {
     tensors.collect()
 }
 
-/// All tensors of a model, made one layer after another.
+/// All tensors of a model, in torch's order.
 pub fn tensors(arch: &Arch) -> impl Iterator<Item = TensorSpec> {
     let end = |name: &str, role| TensorSpec {
         name: name.to_owned(),
@@ -277,8 +277,8 @@ pub fn modules(arch: &Arch) -> Vec<(String, Module)> {
     modules
 }
 
-/// What a tensor called `name`, or a part of one in 4 bits, is to a model; none if the model doesn't use it. A tied model's files
-/// may have a head too.
+/// The role of the tensor called `name`, or of the 4-bit tensor of which it is a part; `None` if the model does not use it. The files of a
+/// tied model may have a head too.
 pub fn role(arch: &Arch, name: &str) -> Option<Role> {
     let name = owner_of(name).unwrap_or(name);
     match name {
@@ -304,7 +304,7 @@ pub fn role(arch: &Arch, name: &str) -> Option<Role> {
         .flatten()
 }
 
-/// Whether a model uses a tensor called `name`, or a part of one in 4 bits.
+/// Whether a model uses the tensor called `name`, or the 4-bit tensor of which it is a part.
 pub fn is_used(arch: &Arch, name: &str) -> bool {
     role(arch, name).is_some()
 }

@@ -66,7 +66,7 @@ fn adapters_alone_have_gradients() {
 }
 
 /// `parameters` moved by `by` along `directions`.
-fn shift(model: &Llama, start: &[Tensor], directions: &[Tensor], by: f64) {
+fn shift(model: &CausalLm, start: &[Tensor], directions: &[Tensor], by: f64) {
     for ((parameter, start), direction) in model.parameters.iter().zip(start).zip(directions) {
         let moved = (start + (direction * by).unwrap()).unwrap();
         parameter.var.set(&moved).unwrap();
@@ -228,7 +228,8 @@ fn holds_one_layer(kind: Kind, times: usize) {
         let (config, folder, adapter) = deeper(layers);
         let weights = Weights::open(folder.path()).unwrap();
         let (adapter, trained, device) = (Some(&adapter), Trained::Adapter, Device::Cpu);
-        let model = Llama::load(&config, &weights, adapter, trained, DType::F32, &device).unwrap();
+        let model =
+            CausalLm::load(&config, &weights, adapter, trained, DType::F32, &device).unwrap();
         let execution = Execution::new(&model, kind);
         let mut gradients = Gradients::none(&model);
         let add = &mut gradients;
@@ -276,7 +277,7 @@ fn dropout_follows_its_seed_and_nothing_else() {
     let learn = |seed: Option<u64>, checkpointing: bool| {
         let mut gradients = Gradients::none(&model);
         let add = &mut gradients;
-        let seed = seed.map(|seed| Drops { seed, batch: 0 });
+        let seed = seed.map(|seed| DropoutSeed { seed, batch: 0 });
         let outcome = losses::differentiate(
             objective,
             &Execution::fastest(&model),
@@ -313,7 +314,7 @@ fn dropout_keeps_the_mean_and_drops_its_share() {
     let (count, width) = (400, 64);
     let ones = Tensor::ones((1, count, width), DType::F32, &Device::Cpu).unwrap();
     let pass = Pass {
-        dropout: Some(Drops { seed: 7, batch: 0 }),
+        dropout: Some(DropoutSeed { seed: 7, batch: 0 }),
         ..Pass::INFER
     };
     let mut masks = Vec::new();
@@ -363,8 +364,8 @@ fn the_row_of_the_padding_is_not_learnt_from_lookups() {
                 &mut gradients,
             );
             outcome.unwrap();
-            let place = model.place("model.embed_tokens.weight");
-            let all = gradients.0[place].clone().unwrap();
+            let index = model.index_of("model.embed_tokens.weight");
+            let all = gradients.0[index].clone().unwrap();
             all.to_vec2::<f32>().unwrap()
         };
         let (with, without) = (gradient(1023), gradient(pad));

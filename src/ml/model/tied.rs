@@ -1,15 +1,15 @@
-//! Whether a model's head is its embeddings. `config.json` and the weights may say different things; what counts is what
-//! transformers 5 makes of them.
+//! Decides whether a model's head is tied to its embeddings. `config.json` and the weights may contradict each other; the decision is that
+//! of transformers 5.
 //!
 //! | `tie_word_embeddings` | tensors | the head |
 //! |---|---|---|
-//! | true | embeddings | is the embeddings |
-//! | true | both, equal | is the embeddings; its own copy is not used and not written again |
+//! | true | embeddings | is tied |
+//! | true | both, equal | is tied; its own copy is neither used nor written again |
 //! | true | both, different | is its own: the model is not tied, and is written with `tie_word_embeddings: false` |
-//! | true | head | is the embeddings, which have the head's values |
+//! | true | head | is tied; the embeddings have the head's values |
 //! | false or absent | both | is its own |
 //!
-//! Anything else lacks a tensor, for which transformers would draw random numbers; here it is an error.
+//! In all other cases a tensor is missing, which transformers would fill with random numbers; here it is an error.
 
 use std::path::Path;
 
@@ -23,11 +23,14 @@ use crate::ml::io::weights::{RawTensor, Weights};
 
 use super::tensors::{EMBEDDINGS, HEAD};
 
-/// Values that are compared at once.
+/// The number of values that are compared at once.
 const SPAN: usize = 1 << 20;
 
-/// Opens a model folder. In the configuration `tie_word_embeddings` is what transformers makes of it, and of a tied model the
-/// weights have the embeddings alone, by their own name.
+/// Opens a model folder. In the result, `tie_word_embeddings` is transformers' decision, and the weights of a tied model have the
+/// embeddings alone, under their own name.
+///
+/// # Errors
+/// `config.json` is not supported, or a file is missing or damaged.
 pub fn open(folder: &Path) -> anyhow::Result<(Arch, Weights)> {
     let mut arch = Arch::read(folder)?;
     let mut weights = Weights::open(folder)?;
@@ -55,8 +58,11 @@ pub fn open(folder: &Path) -> anyhow::Result<(Arch, Weights)> {
     Ok((arch, weights))
 }
 
-/// What to say of a folder whose `config.json` and tensors say different things. `arch` is what [`open`] made of both.
-pub fn told(folder: &Path, arch: &Arch) -> anyhow::Result<Option<&'static str>> {
+/// A sentence about a folder whose `config.json` and tensors contradict each other, if they do. `arch` is what [`open`] returned.
+///
+/// # Errors
+/// A file can't be read.
+pub fn conflict(folder: &Path, arch: &Arch) -> anyhow::Result<Option<&'static str>> {
     let says = Arch::read(folder)?.tie_word_embeddings;
     Ok((says && !arch.tie_word_embeddings).then_some(
         "`config.json` says `tie_word_embeddings: true`, but the files have an `lm_head.weight` with other values: the head is its own, as \
@@ -66,7 +72,10 @@ pub fn told(folder: &Path, arch: &Arch) -> anyhow::Result<Option<&'static str>> 
 
 /// Whether two tensors have the same values.
 fn equal(a: &RawTensor<'_>, b: &RawTensor<'_>) -> anyhow::Result<bool> {
-    let (Some(x), Some(y)) = (Float::of(a.dtype), Float::of(b.dtype)) else {
+    let (Some(x), Some(y)) = (
+        Float::from_safetensors(a.dtype),
+        Float::from_safetensors(b.dtype),
+    ) else {
         return Ok(false);
     };
     if a.shape != b.shape {
@@ -89,8 +98,11 @@ fn equal(a: &RawTensor<'_>, b: &RawTensor<'_>) -> anyhow::Result<bool> {
     Ok(true)
 }
 
-/// Copies the files beside the weights of the model in `source` to `out`, and writes its configuration as `change` leaves it.
-/// The weights have been written for a model whose head is its embeddings, or not, as `tied` says.
+/// Copies the files beside the weights of the model in `source` to `out`, and writes its configuration with `change` applied to it. `tied`
+/// says whether the weights in `out` were written for a tied model.
+///
+/// # Errors
+/// A file can't be read or written.
 pub fn carry(
     source: &Path,
     out: &Path,

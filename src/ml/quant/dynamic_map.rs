@@ -1,13 +1,13 @@
-//! bitsandbytes' 8-bit data type: 256 values that are dense near 0 (Dettmers 2015, arXiv 1511.04561). The moments of 8-bit
-//! AdamW and the magnitudes of doubly quantised 4-bit weights are stored in it.
+//! bitsandbytes' 8-bit data type: 256 values that are dense near 0 (Dettmers 2015, arXiv 1511.04561; `bitsandbytes/functional.py`,
+//! `create_dynamic_map`). The moments of 8-bit AdamW and the magnitudes of doubly quantised 4-bit weights are stored in it.
 
 use std::sync::LazyLock;
 
-/// The values in rising order, and the midpoints between neighbours.
+/// The values in ascending order, and the midpoints between neighbours.
 pub(in crate::ml) struct Table {
     /// The value of each code.
     pub(in crate::ml) values: Vec<f32>,
-    /// One fewer than values.
+    /// The midpoints between neighbouring values, one fewer than there are values.
     pub(in crate::ml) midpoints: Vec<f32>,
     /// The code of 0.
     pub(in crate::ml) zero: u8,
@@ -15,12 +15,12 @@ pub(in crate::ml) struct Table {
     first: Vec<u8>,
 }
 
-/// For all upper halves of numbers, the code of the smallest number that has it. Those halves are so fine that no two midpoints
-/// have one in common.
+/// For every value of the upper 16 bits of an f32, the code of the smallest number with these bits. No two midpoints have their upper
+/// bits in common, so the code of any number is this one or the next.
 fn first_codes(midpoints: &[f32]) -> Vec<u8> {
     let mut first = vec![0; 1 << 16];
     let mut code = 0;
-    // In rising order, without NaNs; of negative numbers the smallest has all lower bits set.
+    // In ascending order, without NaNs. Of the negative numbers with the same upper bits, the smallest has all lower bits set.
     let negative = (0x8000..0xff80u32).rev().map(|half| half << 16 | 0xffff);
     let positive = (0..=0x7f80u32).map(|half| half << 16);
     for bits in negative.chain(positive) {
@@ -39,14 +39,14 @@ static SIGNED: LazyLock<Table> = LazyLock::new(|| Table::new(true));
 static UNSIGNED: LazyLock<Table> = LazyLock::new(|| Table::new(false));
 
 impl Table {
-    /// For each power of ten from 1e-6 to 1: evenly spaced fractions, twice as many as for the power below.
+    /// Computes the table: for each power of ten from 1e-6 to 1 evenly spaced fractions, twice as many as for the power below.
     fn new(signed: bool) -> Self {
         let mut values = vec![0f32, 1.];
         for power in 0..7i32 {
             let count = (1usize << (power + i32::from(!signed))) + 1;
             let step = (1f32 - 0.1) / (count - 1) as f32;
             let edge = |i: usize| {
-                // torch's `linspace`: from both ends, each value rounded once (fused multiply-add).
+                // torch's `linspace` counts from both ends and rounds each value once (fused multiply-add).
                 if i < count / 2 {
                     step.mul_add(i as f32, 0.1)
                 } else {
@@ -77,12 +77,12 @@ impl Table {
         }
     }
 
-    /// The table with negative values, or without.
-    pub(in crate::ml) fn of(signed: bool) -> &'static Self {
+    /// The table with negative values if `signed`, else the one without.
+    pub(in crate::ml) fn get(signed: bool) -> &'static Self {
         if signed { &SIGNED } else { &UNSIGNED }
     }
 
-    /// The code of the nearest value; halfway, of the lower one.
+    /// The code of the value nearest to `x`; halfway between two, that of the lower one.
     pub(in crate::ml) fn code(&self, x: f32) -> u8 {
         let first = self.first.get((x.to_bits() >> 16) as usize);
         let first = first.copied().unwrap_or_default();
@@ -103,7 +103,7 @@ mod tests {
         let golden = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
         for (name, signed) in [("signed", true), ("unsigned", false)] {
             let theirs: Vec<f32> = golden[&format!("dynamic_map_{name}")].to_vec1().unwrap();
-            let ours = &Table::of(signed).values;
+            let ours = &Table::get(signed).values;
             for (code, (ours, theirs)) in ours.iter().zip(&theirs).enumerate() {
                 assert_eq!(ours.to_bits(), theirs.to_bits(), "{name} {code}");
             }
@@ -114,7 +114,7 @@ mod tests {
     #[test]
     fn codes_are_those_of_a_plain_search() {
         for signed in [true, false] {
-            let table = Table::of(signed);
+            let table = Table::get(signed);
             let edges = table.midpoints.iter().chain(&table.values);
             let near = edges.flat_map(|x| [x.next_down(), *x, x.next_up()]);
             let all = (0..1u32 << 18).map(|upper| f32::from_bits(upper << 14));
@@ -130,7 +130,7 @@ mod tests {
     #[test]
     fn every_value_has_its_own_code() {
         for signed in [true, false] {
-            let table = Table::of(signed);
+            let table = Table::get(signed);
             for (code, value) in table.values.iter().enumerate() {
                 assert_eq!(usize::from(table.code(*value)), code);
             }

@@ -1,6 +1,6 @@
-//! 4-bit weights as bitsandbytes stores them: NF4 codes in blocks of 64 with one largest magnitude each, which may be
-//! quantised itself (Dettmers, Pagnoni, Holtzman and Zettlemoyer 2023, arXiv 2305.14314). Reading is here, writing in
-//! [`encode`].
+//! 4-bit weights as bitsandbytes stores them: NF4 codes in blocks of 64 values with the largest magnitude of each block, which may be
+//! quantised itself (Dettmers, Pagnoni, Holtzman and Zettlemoyer 2023, arXiv 2305.14314, section 3; `bitsandbytes/functional.py`,
+//! `QuantState`). Reading is here, writing in [`encode`].
 
 pub mod encode;
 
@@ -8,7 +8,8 @@ use std::ops::Range;
 
 use anyhow::{Context as _, bail, ensure};
 use candle_core::{DType, Device, Result, Tensor};
-use pipeline_kernels::matrix::{Nf4 as Packed, Rounding};
+use pipeline_kernels::FloatType;
+use pipeline_kernels::matrix::Nf4 as Packed;
 pub(in crate::ml) use pipeline_kernels::nf4::{BLOCK, CODE};
 use rayon::prelude::*;
 use serde::Deserialize;
@@ -16,7 +17,7 @@ use serde::Deserialize;
 use crate::ml::io::float::Float;
 use crate::ml::io::weights::Weights;
 
-/// Behind a 4-bit weight's name, the names of the tensors that belong to it.
+/// The suffixes that the names of the tensors of a 4-bit weight add to its own name.
 pub(in crate::ml) const PARTS: [&str; 6] = [
     ".absmax",
     ".nested_absmax",
@@ -25,10 +26,10 @@ pub(in crate::ml) const PARTS: [&str; 6] = [
     ".quant_state.bitsandbytes__nf4",
     ".quant_state.bitsandbytes__fp4",
 ];
-/// The tensor that says how a weight is quantised.
+/// The suffix of the tensor that describes how a weight is quantised.
 const STATE: &str = PARTS[4];
 
-/// The 4-bit weight that a tensor of this name belongs to, if its name is that of such a part.
+/// The name of the 4-bit weight to which the tensor called `name` belongs, if its name has one of the suffixes [`PARTS`].
 pub(in crate::ml) fn owner_of(name: &str) -> Option<&str> {
     PARTS.iter().find_map(|part| name.strip_suffix(part))
 }
@@ -36,17 +37,17 @@ pub(in crate::ml) fn owner_of(name: &str) -> Option<&str> {
 /// A 4-bit weight.
 #[derive(Debug, Clone)]
 pub struct Nf4 {
-    /// Two codes a byte, the first in the high half.
+    /// Two 4-bit codes a byte, the first one in the high half.
     pub packed: Vec<u8>,
-    /// The largest magnitude of each block.
+    /// The largest magnitude of each block of 64 values, in row-major order.
     pub absmax: Vec<f32>,
-    /// (out, in).
+    /// The shape (out, in) of the weight.
     pub shape: (usize, usize),
-    /// What the values are rounded to: f32, bf16 or f16.
+    /// The type to which the values are rounded: f32, bf16 or f16.
     pub dtype: DType,
 }
 
-/// The JSON beside each weight.
+/// The JSON in the tensor of [`STATE`].
 #[derive(Deserialize)]
 struct QuantState {
     quant_type: String,
@@ -58,7 +59,10 @@ struct QuantState {
 }
 
 impl Nf4 {
-    /// Reads the weight called `name` (`...q_proj.weight`); none if it is not stored in 4 bits.
+    /// Reads the weight called `name` (`...q_proj.weight`); `None` if it is not stored in 4 bits.
+    ///
+    /// # Errors
+    /// A part is missing, has another size than the weight's shape needs, or is of a kind that is not supported, such as FP4.
     pub fn load(weights: &Weights, name: &str) -> anyhow::Result<Option<Self>> {
         if !weights.contains(&format!("{name}{STATE}")) {
             let other = PARTS
@@ -77,8 +81,12 @@ impl Nf4 {
             .map(Some)
     }
 
-    /// The shape and dtype of the 4-bit weight called `name`, without reading its values.
-    pub fn shape_of(
+    /// The shape (out, in) and the type of the values of the 4-bit weight called `name`, without reading its values; `None` if it is not
+    /// stored in 4 bits.
+    ///
+    /// # Errors
+    /// As those of [`Nf4::load`] that concern its description.
+    pub fn stored_shape(
         weights: &Weights,
         name: &str,
     ) -> anyhow::Result<Option<((usize, usize), Float)>> {
@@ -101,7 +109,7 @@ impl Nf4 {
         let (state, (rows, columns), float) = QuantState::read(weights, name)?;
         let count = rows * columns;
         let blocks = count.div_ceil(BLOCK);
-        // Codes are bytes in a tensor of any type (`bnb_4bit_quant_storage`), which is chosen for sharding and means nothing.
+        // The codes are bytes in a tensor of any type (`bnb_4bit_quant_storage`), which is chosen for sharding and has no meaning.
         let packed = weights.raw(name)?.bytes()?;
         ensure!(
             packed.len() == count.div_ceil(2),
@@ -125,7 +133,7 @@ impl Nf4 {
             chunks
                 .flat_map(|(codes, scale)| {
                     let map = &map;
-                    // Two roundings, as bitsandbytes has them.
+                    // This rounds twice, as bitsandbytes does.
                     codes
                         .iter()
                         .map(move |code| map[usize::from(*code)] * scale + offset)
@@ -147,14 +155,17 @@ impl Nf4 {
         })
     }
 
-    /// All values, rounded to the dtype of the weight.
+    /// Dequantises all values (out, in), row-major, rounded to the weight's dtype.
     pub fn dequantise(&self) -> Vec<f32> {
         let mut out = vec![0.; self.shape.0 * self.shape.1];
         self.dequantise_rows(0..self.shape.0, &mut out);
         out
     }
 
-    /// The values of some rows, as many as `out` has room for.
+    /// Dequantises the rows `rows` (rows, in) into `out`, as many values as it has room for.
+    ///
+    /// # Panics
+    /// If the weight has fewer values.
     pub fn dequantise_rows(&self, rows: Range<usize>, out: &mut [f32]) {
         const SPAN: usize = 1 << 14;
         let all = self.shape.0 * self.shape.1;
@@ -166,40 +177,43 @@ impl Nf4 {
         spans.for_each(|(span, out)| self.span(start + span * SPAN, out));
     }
 
-    /// The values from number `first` on, on this thread, as many as `out` has room for.
+    /// Dequantises `out.len()` values from index `first` on, on the calling thread.
+    ///
+    /// # Panics
+    /// If the weight has fewer values.
     pub fn dequantise_from(&self, first: usize, out: &mut [f32]) {
         let all = self.shape.0 * self.shape.1;
         let count = out.len().min(all.saturating_sub(first));
         self.span(first, out.get_mut(..count).unwrap_or_default());
     }
 
-    /// The values from `first` on.
+    /// Dequantises `out.len()` values from index `first` on, on all threads.
     fn span(&self, first: usize, out: &mut [f32]) {
         self.kernel().dequantise(first, out);
     }
 
-    /// The weight as the kernels read it.
+    /// The weight in the form that the kernels read.
     pub(in crate::ml) fn kernel(&self) -> Packed<'_> {
         Packed {
             packed: &self.packed,
             absmax: &self.absmax,
             code: &CODE,
-            rounding: match Float::of_candle(self.dtype) {
-                Some(Float::BF16) => Rounding::Bf16,
-                Some(Float::F16) => Rounding::F16,
-                _ => Rounding::F32,
+            rounding: match Float::from_candle(self.dtype) {
+                Some(Float::BF16) => FloatType::Bf16,
+                Some(Float::F16) => FloatType::F16,
+                _ => FloatType::F32,
             },
         }
     }
 
-    /// All values as a tensor (out, in).
+    /// Dequantises all values into a tensor (out, in) of type `dtype`.
     pub fn to_tensor(&self, dtype: DType, device: &Device) -> Result<Tensor> {
         Tensor::from_vec(self.dequantise(), self.shape, device)?.to_dtype(dtype)
     }
 }
 
 impl QuantState {
-    /// The state of a weight, its shape and the type of its values.
+    /// Reads the quantisation state of the weight called `name`, its shape (out, in) and the type of its values.
     fn read(weights: &Weights, name: &str) -> anyhow::Result<(Self, (usize, usize), Float)> {
         let text = weights.raw(&format!("{name}{STATE}"))?;
         let state: Self = serde_json::from_slice(&text.bytes()?)
@@ -222,7 +236,7 @@ impl QuantState {
                 .is_some_and(|count| count <= isize::MAX as usize / 4),
             "its shape ({rows}, {columns}) is too large"
         );
-        let float = Float::named(&state.dtype)
+        let float = Float::from_name(&state.dtype)
             .with_context(|| format!("its dtype is `{}`, expected a float", state.dtype))?;
         Ok((state, (rows, columns), float))
     }

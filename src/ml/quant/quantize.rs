@@ -1,4 +1,5 @@
-//! A dense model folder in bitsandbytes' NF4 layout: what transformers' `load_in_4bit` and `save_pretrained` would leave.
+//! The quantisation of a model folder to bitsandbytes' NF4 layout, with the result of transformers' `load_in_4bit` and
+//! `save_pretrained`.
 
 use std::borrow::Cow;
 use std::cell::RefCell;
@@ -19,34 +20,38 @@ use crate::ml::model::arch::Arch;
 use crate::ml::model::tensors::{Role, is_used, tensors};
 use crate::ml::model::tied;
 
-/// How to quantise.
+/// The settings of a quantisation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Settings {
     /// Whether the magnitudes of the blocks are quantised too.
     pub double_quant: bool,
-    /// The dtype in which transformers is to compute; that of the weights if none is given.
+    /// The dtype in which transformers will compute; if `None`, that of the weights.
     pub compute_dtype: Option<Float>,
 }
 
-/// What was done.
+/// The result of a quantisation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Report {
-    /// Weights that are 4-bit now.
+    /// The number of weights that are stored in 4 bits now.
     pub quantised: usize,
-    /// Bytes of all tensors before.
+    /// The size of all tensors before, in bytes.
     pub bytes_before: u64,
-    /// Bytes of all tensors after.
+    /// The size of all tensors afterwards, in bytes.
     pub bytes_after: u64,
-    /// The files of weights.
+    /// The files of weights that were written.
     pub files: Vec<Written>,
 }
 
-/// Quantises the projections of the layers of the model in `source` into the folder `out`. Embeddings, norms and the head
-/// stay as they are, and so do the files beside the weights. Each file is gone through twice: magnitudes first, for the header
-/// tells their sizes, then the codes.
+/// Quantises the projections of the layers of the model in `source` and writes the folder `out`. Embeddings, norms and the head are
+/// copied unchanged, and so are the files beside the weights. Each file is read twice: for the magnitudes, whose sizes the header
+/// needs, and for the codes.
 ///
-/// With `loftq`, an adapter that was begun from the error of an earlier quantisation of the same model, what it adds is taken
-/// away first: the next iteration of `LoftQ` (Li et al. 2023, arXiv 2310.08659). `progress` is told the weights' bytes read so far, of all that there are, and may stop.
+/// With `loftq`, an adapter that was initialised from the error of an earlier quantisation of the same model, its update is subtracted
+/// from the weights first: this is the next iteration of `LoftQ` (Li et al. 2023, arXiv 2310.08659, algorithm 1). `progress` is called
+/// with the bytes of weights read so far and their total, and may stop the quantisation with an error.
+///
+/// # Errors
+/// The model is quantised already, a weight has a value that is not finite, the adapter does not fit, or a file can't be read or written.
 pub fn quantize(
     source: &Path,
     out: &Path,
@@ -125,7 +130,7 @@ fn quantize_by(
             }
             let mut bytes = Vec::new();
             Output::pieces(part.entry, move |first, packed| {
-                // Two values a byte, and one in the last if their number is odd.
+                // Each byte holds two values; the last one holds one if their number is odd.
                 let first = 2 * first * float.size();
                 let count = (2 * packed.len() * float.size()).min(raw.size() - first);
                 bytes.resize(count, 0);
@@ -139,7 +144,7 @@ fn quantize_by(
             .map(output)
             .collect())
     };
-    // Codes bear the name of the weight they are made from.
+    // The tensor of codes has the name of its weight.
     let mut written = |name: &str| tick(weights.size_of(name));
     report.files = rewrite(&weights, out, outputs, &mut written)?;
     report.bytes_after = Weights::open(out)?.bytes();
@@ -167,7 +172,7 @@ fn quantize_by(
     Ok(report)
 }
 
-/// What a pair leaves of a weight to be quantised, in f32.
+/// The bytes in f32 of a weight minus the update of a pair, which is what `LoftQ` quantises.
 fn rest(raw: RawTensor<'_>, float: Float, pair: &LoraPair) -> anyhow::Result<Vec<u8>> {
     let bytes = raw.bytes()?;
     let mut values = vec![0f32; bytes.len() / float.size()];
@@ -181,7 +186,7 @@ fn rest(raw: RawTensor<'_>, float: Float, pair: &LoraPair) -> anyhow::Result<Vec
     Ok(rest.flat_map(f32::to_le_bytes).collect())
 }
 
-/// Every pair has to have its weight, and nothing but pairs has a meaning here.
+/// Fails unless the adapter consists of pairs alone, and each pair has its weight in the model.
 fn can_be_taken(adapter: &Adapter, wanted: &Wanted) -> anyhow::Result<()> {
     ensure!(
         adapter.is_lora_only(),
@@ -206,10 +211,10 @@ fn can_be_taken(adapter: &Adapter, wanted: &Wanted) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Names of weights, each with its shape and type.
+/// Names of weights, each with its shape (out, in) and type.
 type Wanted = BTreeMap<String, ((usize, usize), Float)>;
 
-/// The weights to quantise: as bitsandbytes' integration in transformers, the projections, and neither embeddings nor head.
+/// The weights to quantise. As in transformers' integration of bitsandbytes, these are the projections, but not embeddings or head.
 fn wanted(arch: &Arch, weights: &Weights) -> anyhow::Result<Wanted> {
     let mut wanted = BTreeMap::new();
     for tensor in tensors(arch) {
@@ -223,7 +228,7 @@ fn wanted(arch: &Arch, weights: &Weights) -> anyhow::Result<Wanted> {
             "the tensor `{name}` has the shape {:?}, expected {shape:?} from `{CONFIG}`",
             raw.shape
         );
-        let float = Float::of(raw.dtype).with_context(|| {
+        let float = Float::from_safetensors(raw.dtype).with_context(|| {
             format!(
                 "the tensor `{name}` is stored as {:?}, expected F32, F16 or BF16",
                 raw.dtype

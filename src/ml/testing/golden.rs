@@ -16,7 +16,7 @@ use crate::ml::loss::{Loss, Outcome};
 use crate::ml::model::arch::{Arch, Llama3Scaling, Rope};
 use crate::ml::model::batch::{Batch, Row, Sequence};
 use crate::ml::model::linear::Pass;
-use crate::ml::model::{Gradients, Llama, Trained};
+use crate::ml::model::{CausalLm, Gradients, Trained};
 use crate::ml::testing::losses;
 use crate::ml::train::{Passes, ReferenceModel, evaluate};
 
@@ -59,12 +59,17 @@ pub(crate) fn put(tensors: &mut BTreeMap<String, Tensor>, name: &str, at: usize,
     tensors.insert(name.into(), new.to_dtype(dtype).unwrap());
 }
 
-pub(crate) fn model(base: &str, adapter: Option<&str>, trained: Trained, compute: DType) -> Llama {
+pub(crate) fn model(
+    base: &str,
+    adapter: Option<&str>,
+    trained: Trained,
+    compute: DType,
+) -> CausalLm {
     let config = Arch::read(&folder(base)).unwrap();
     let weights = Weights::open(&folder(base)).unwrap();
     let adapter = adapter.map(|adapter| Adapter::load(&folder(adapter)).unwrap());
     let device = Device::Cpu;
-    Llama::load(
+    CausalLm::load(
         &config,
         &weights,
         adapter.as_ref(),
@@ -76,10 +81,10 @@ pub(crate) fn model(base: &str, adapter: Option<&str>, trained: Trained, compute
 }
 
 /// The golden model and adapter, with dropout.
-pub(crate) fn dropping(p: f64, trained: Trained) -> Llama {
+pub(crate) fn dropping(p: f64, trained: Trained) -> CausalLm {
     let mut adapter = Adapter::load(&folder("adapter_init")).unwrap();
     adapter.config.lora_dropout = p;
-    Llama::load(
+    CausalLm::load(
         &Arch::read(&folder("model")).unwrap(),
         &Weights::open(&folder("model")).unwrap(),
         Some(&adapter),
@@ -91,13 +96,13 @@ pub(crate) fn dropping(p: f64, trained: Trained) -> Llama {
 }
 
 /// `adapter_init` with rank-stabilised scaling.
-pub(crate) fn rslora_model() -> Llama {
+pub(crate) fn rslora_model() -> CausalLm {
     let mut adapter = Adapter::load(&folder("adapter_init")).unwrap();
     adapter.config.use_rslora = true;
     let config = Arch::read(&folder("model")).unwrap();
     let weights = Weights::open(&folder("model")).unwrap();
     let (trained, device) = (Trained::Adapter, Device::Cpu);
-    Llama::load(
+    CausalLm::load(
         &config,
         &weights,
         Some(&adapter),
@@ -154,7 +159,7 @@ pub(crate) fn prompt(ids: &Tensor) -> Batch {
     Batch::new(vec![Sequence::new(ids, 1)], 0).unwrap()
 }
 
-pub(crate) fn logits(model: &Llama, batch: &Batch, pass: Pass) -> Tensor {
+pub(crate) fn logits(model: &CausalLm, batch: &Batch, pass: Pass) -> Tensor {
     let hidden = model.hidden(batch, pass).unwrap().squeeze(0).unwrap();
     model.head_matrix(pass).unwrap().logits(&hidden).unwrap()
 }
@@ -204,7 +209,7 @@ fn logits_are_those_of_candle_with_scaled_rope_and_either_head() {
             ..base.clone()
         };
         let (nothing, device) = (Trained::Nothing, Device::Cpu);
-        let ours = Llama::load(&config, &weights, None, nothing, DType::F32, &device).unwrap();
+        let ours = CausalLm::load(&config, &weights, None, nothing, DType::F32, &device).unwrap();
         let ours = logits(&ours, &batch, Pass::BASE);
         let ours = ours.get(ours.dim(0).unwrap() - 1).unwrap();
 

@@ -8,20 +8,17 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 
 use super::golden::{far, folder, logits, tensors};
+use super::golden_peft::{gradients_are_near, row, write_tied_config};
 use crate::ml::adapter::{self, Adapter, Names, NewAdapter};
-use crate::ml::execution::Execution;
 use crate::ml::io::weights::Weights;
 use crate::ml::lora::attach::attach;
 use crate::ml::lora::merge::merge;
-use crate::ml::loss::Loss;
-use crate::ml::loss::sft::Sft;
 use crate::ml::model::arch::Arch;
 use crate::ml::model::batch::{Batch, Sequence};
 use crate::ml::model::linear::Pass;
-use crate::ml::model::{Gradients, Llama, Trained};
+use crate::ml::model::{CausalLm, Trained};
 use crate::ml::quant::nf4::Nf4;
 use crate::ml::quant::quantize;
-use crate::ml::testing::losses;
 use crate::ml::train::save::save_adapter;
 
 /// Each adapter and its base.
@@ -47,13 +44,7 @@ fn base(name: &str, scratch: &Path) -> PathBuf {
         return golden(name);
     }
     let out = scratch.join("tied");
-    fs::create_dir_all(&out).unwrap();
-    let config = fs::read_to_string(golden("model").join("config.json")).unwrap();
-    let config = config.replace(
-        "\"tie_word_embeddings\": false",
-        "\"tie_word_embeddings\": true",
-    );
-    fs::write(out.join("config.json"), config).unwrap();
+    write_tied_config(&out);
     let mut weights = tensors("adapters/model/model.safetensors");
     weights.remove("lm_head.weight").unwrap();
     crate::ml::io::weights::save(
@@ -65,21 +56,16 @@ fn base(name: &str, scratch: &Path) -> PathBuf {
     out
 }
 
-fn load(base: &Path, adapter: Option<&Adapter>, trained: Trained) -> anyhow::Result<Llama> {
+fn load(base: &Path, adapter: Option<&Adapter>, trained: Trained) -> anyhow::Result<CausalLm> {
     let config = Arch::read(base)?;
     let (weights, device) = (Weights::open(base)?, Device::Cpu);
-    Llama::load(&config, &weights, adapter, trained, DType::F32, &device)
+    CausalLm::load(&config, &weights, adapter, trained, DType::F32, &device)
 }
 
 fn batch() -> Batch {
     let ids = &tensors("adapters/outputs.safetensors")["input_ids"];
     let ids: Vec<u32> = ids.to_dtype(DType::U32).unwrap().to_vec1().unwrap();
     Batch::new(vec![Sequence::new(ids, 1)], 0).unwrap()
-}
-
-fn row(what: &str, case: &str, far: f64, tolerance: f64) {
-    println!("| {what} | {case} | {far:.1e} | {tolerance:.0e} |");
-    assert!(far <= tolerance, "{what} of {case}: {far}");
 }
 
 #[test]
@@ -139,50 +125,14 @@ fn name_of_peft(theirs: &str) -> String {
 fn gradients_are_those_of_peft() {
     let theirs = tensors("adapters/outputs.safetensors");
     let scratch = tempfile::tempdir().unwrap();
-    let objective: &dyn Loss = &Sft {
-        completion_only: false,
-    };
     for (case, name) in CASES {
         let adapter = Adapter::load(&golden(case)).unwrap();
-        let model = load(
-            &base(name, scratch.path()),
-            Some(&adapter),
-            Trained::Adapter,
-        )
-        .unwrap();
-        for checkpointing in [false, true] {
-            let mut gradients = Gradients::none(&model);
-            let add = &mut gradients;
-            let outcome = losses::differentiate(
-                objective,
-                &Execution::fastest(&model),
-                &[(&batch(), 1.)],
-                None,
-                checkpointing,
-                add,
-            );
-            let loss = theirs[&format!("{case}.loss")].to_scalar::<f32>().unwrap();
-            let relative = (outcome.unwrap()[0].loss / f64::from(loss) - 1.).abs();
-            row("loss, relative", case, relative, 2e-5);
-            let prefix = format!("{case}.grad.");
-            let all = theirs.iter().filter_map(|(name, gradient)| {
-                Some((name_of_peft(name.strip_prefix(&prefix)?), gradient))
-            });
-            let all: Vec<_> = all.collect();
-            assert_eq!(all.len(), model.parameters.len(), "{case}");
-            let mut most = 0f64;
-            for (name, theirs) in all {
-                let place = model.parameters.iter().position(|p| p.name == name);
-                let place = place.unwrap_or_else(|| panic!("{case} does not train `{name}`"));
-                let ours = gradients.0[place].as_ref().expect(&name);
-                let size = theirs.abs().unwrap().max_all().unwrap();
-                let size = f64::from(size.to_scalar::<f32>().unwrap());
-                assert!(size > 0., "{case} {name}");
-                // Biases of keys move all scores alike, so their true gradient is 0.
-                most = most.max(far(ours, theirs) / size.max(1e-3));
-            }
-            row("gradient, relative", case, most, 1e-4);
-        }
+        let base = base(name, scratch.path());
+        let model = load(&base, Some(&adapter), Trained::Adapter).unwrap();
+        // Biases of keys move all scores alike, so their true gradient is 0.
+        let ours = |name: &str, gradient: &Tensor| (name_of_peft(name), gradient.clone());
+        let count = gradients_are_near(&model, &batch(), case, &theirs, 1e-3, ours);
+        assert_eq!(count, model.parameters.len(), "{case}");
     }
 }
 

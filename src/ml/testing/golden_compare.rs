@@ -79,14 +79,6 @@ impl Comparison {
         self
     }
 
-    /// Leaves the mean logits out, which the reference takes over padding too.
-    pub(in crate::ml) fn without_padding(self) -> Self {
-        Self {
-            padded: false,
-            ..self
-        }
-    }
-
     /// One number of ours beside theirs.
     pub(in crate::ml) fn number(&mut self, place: &str, name: &str, ours: f64, theirs: f64) {
         let t = self.tolerance;

@@ -13,7 +13,7 @@ use crate::ml::execution::{Execution, Kind};
 use crate::ml::fused::Packing;
 use crate::ml::loss::dpo::Dpo;
 use crate::ml::model::batch::Row;
-use crate::ml::model::{Llama, Trained};
+use crate::ml::model::{CausalLm, Trained};
 use crate::ml::train::schedule::SchedulerType;
 use crate::ml::train::{Ending, Every, Job, Log, Passes, ReferenceModel, Settings, train};
 
@@ -68,7 +68,7 @@ fn rows() -> Vec<Row> {
     rows
 }
 
-fn adapted(name: &str, adapter: &str, trained: Trained) -> Llama {
+fn adapted(name: &str, adapter: &str, trained: Trained) -> CausalLm {
     model(name, Some(adapter), trained, DType::F32)
 }
 
@@ -111,7 +111,7 @@ fn epoch() -> Settings {
     }
 }
 
-fn final_adapter_far(model: &Llama) -> f64 {
+fn final_adapter_far(model: &CausalLm) -> f64 {
     let path = folder("dpo").join("adapter_final.safetensors");
     let golden = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
     let golden: BTreeMap<String, Tensor> = golden.into_iter().collect();

@@ -11,22 +11,19 @@ use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
 
 use super::golden::{far, folder, logits, tensors};
+use super::golden_peft::{self, row, write_tied_config};
 use crate::ml::adapter::{self, Adapter, Names, NewAdapter};
-use crate::ml::execution::Execution;
 use crate::ml::io::weights::{INDEX, Weights};
 use crate::ml::lora::init;
 use crate::ml::lora::merge::merge;
 use crate::ml::lora::verify::verify_merge;
-use crate::ml::loss::Loss;
-use crate::ml::loss::sft::Sft;
 use crate::ml::model::arch::{Arch, LayerArch};
 use crate::ml::model::batch::{Batch, Sequence};
 use crate::ml::model::linear::Pass;
 use crate::ml::model::tensors::{EMBEDDINGS, HEAD};
 use crate::ml::model::tied;
-use crate::ml::model::{Gradients, Llama, Trained, logits_by_layer};
+use crate::ml::model::{CausalLm, Trained, logits_by_layer};
 use crate::ml::quant::quantize;
-use crate::ml::testing::losses;
 use crate::ml::train::save::{save_adapter, save_model};
 
 /// Each adapter and its base.
@@ -69,11 +66,7 @@ fn base(kind: &str, scratch: &Path, sharded: bool) -> PathBuf {
         return model;
     }
     let out = scratch.join(kind);
-    fs::create_dir_all(&out).unwrap();
-    let config = fs::read_to_string(model.join("config.json")).unwrap();
-    let says = "\"tie_word_embeddings\": ";
-    let config = config.replace(&format!("{says}false"), &format!("{says}true"));
-    fs::write(out.join("config.json"), config).unwrap();
+    write_tied_config(&out);
     let mut weights = tensors("adapters/model/model.safetensors");
     match kind {
         "tied" => weights.remove(HEAD),
@@ -104,9 +97,9 @@ fn base(kind: &str, scratch: &Path, sharded: bool) -> PathBuf {
     out
 }
 
-fn load(base: &Path, adapter: Option<&Adapter>, trained: Trained) -> anyhow::Result<Llama> {
+fn load(base: &Path, adapter: Option<&Adapter>, trained: Trained) -> anyhow::Result<CausalLm> {
     let (config, weights) = tied::open(base)?;
-    Llama::load(
+    CausalLm::load(
         &config,
         &weights,
         adapter,
@@ -119,11 +112,6 @@ fn load(base: &Path, adapter: Option<&Adapter>, trained: Trained) -> anyhow::Res
 fn batch() -> Batch {
     let ids = outputs()["input_ids"].to_dtype(DType::U32).unwrap();
     Batch::new(vec![Sequence::new(ids.to_vec1().unwrap(), 1)], 0).unwrap()
-}
-
-fn row(what: &str, case: &str, far: f64, tolerance: f64) {
-    println!("| {what} | {case} | {far:.1e} | {tolerance:.0e} |");
-    assert!(far <= tolerance, "{what} of {case}: {far}");
 }
 
 /// The size of the largest logit, by which differences are measured.
@@ -141,49 +129,21 @@ fn ends(folder: &Path) -> (bool, Vec<&'static str>) {
     (config.tie_word_embeddings, names)
 }
 
-fn gradients_are_near(model: &Llama, case: &str, theirs: &BTreeMap<String, Tensor>) {
-    let objective: &dyn Loss = &Sft {
-        completion_only: false,
-    };
-    for checkpointing in [false, true] {
-        let mut gradients = Gradients::none(model);
-        let outcome = losses::differentiate(
-            objective,
-            &Execution::fastest(model),
-            &[(&batch(), 1.)],
-            None,
-            checkpointing,
-            &mut gradients,
-        );
-        let loss = theirs[&format!("{case}.loss")].to_scalar::<f32>().unwrap();
-        let apart = (outcome.unwrap()[0].loss / f64::from(loss) - 1.).abs();
-        row("loss, relative", case, apart, 2e-5);
-        let prefix = format!("{case}.grad.");
-        let mut most = 0f64;
-        for (name, theirs) in theirs {
-            let Some(name) = name.strip_prefix(&prefix) else {
-                continue;
-            };
-            let name = name
-                .replace("base_model.model.", "")
-                .replace(".modules_to_save", "");
-            let turned = name.contains("lora_embedding");
-            // Kept turned around: A is B's transpose.
-            let name = name.replace("lora_embedding_A", "lora_B.weight");
-            let name = name.replace("lora_embedding_B", "lora_A.weight");
-            let place = model.parameters.iter().position(|p| p.name == name);
-            let place = place.unwrap_or_else(|| panic!("{case} does not train `{name}`"));
-            let ours = gradients.0[place].as_ref().expect(&name);
-            let theirs = if turned {
-                theirs.t().unwrap().contiguous().unwrap()
-            } else {
-                theirs.clone()
-            };
-            most = most.max(relative(ours, &theirs));
-        }
-        assert!(most > 0., "{case} has gradients");
-        row("gradient, relative", case, most, 1e-4);
+/// The name and the gradient of ours for PEFT's.
+fn of_peft(name: &str, gradient: &Tensor) -> (String, Tensor) {
+    let own = name.replace("base_model.model.", "");
+    let own = own.replace(".modules_to_save", "");
+    if !own.contains("lora_embedding") {
+        return (own, gradient.clone());
     }
+    // Its matrices are transposed here: A is the transpose of B.
+    let own = own.replace("lora_embedding_A", "lora_B.weight");
+    let own = own.replace("lora_embedding_B", "lora_A.weight");
+    (own, gradient.t().unwrap().contiguous().unwrap())
+}
+
+fn gradients_are_near(model: &CausalLm, case: &str, theirs: &BTreeMap<String, Tensor>) {
+    golden_peft::gradients_are_near(model, &batch(), case, theirs, 0., of_peft);
 }
 
 #[test]
@@ -201,7 +161,7 @@ fn models_are_read_as_transformers_reads_them() {
             let base = base(kind, scratch.path(), sharded);
             let (config, _) = tied::open(&base).unwrap();
             assert_eq!(config.tie_word_embeddings, is_tied, "{kind}");
-            let told = tied::told(&base, &config).unwrap();
+            let told = tied::conflict(&base, &config).unwrap();
             assert_eq!(told.is_some(), kind == "different");
             let model = load(&base, None, Trained::Nothing).unwrap();
             let ours = logits(&model, &batch(), Pass::BASE);
@@ -221,7 +181,7 @@ fn models_are_read_as_transformers_reads_them() {
             };
             assert_eq!(ends(out.path()), (is_tied, names), "{kind}");
             let four = load(out.path(), None, Trained::Nothing).unwrap();
-            let head = |model: &Llama| model.head_matrix(Pass::BASE).unwrap().weight;
+            let head = |model: &CausalLm| model.head_matrix(Pass::BASE).unwrap().weight;
             assert!(far(&head(&four), &head(&model)).to_bits() == 0, "{kind}");
         }
     }

@@ -18,7 +18,7 @@ use crate::ml::model::arch::{Arch, Projection, QkNorm};
 use crate::ml::model::batch::Target;
 use crate::ml::model::compare::compare;
 use crate::ml::model::linear::Pass;
-use crate::ml::model::{Llama, Trained, logits_by_layer, tied};
+use crate::ml::model::{CausalLm, Trained, logits_by_layer, tied};
 use crate::ml::quant::quantize;
 use crate::ml::train::{Ending, Settings, train};
 
@@ -36,12 +36,12 @@ fn adapter(family: &str, name: &str) -> Adapter {
     Adapter::load(&path(family).join(name)).unwrap()
 }
 
-fn load(base: &std::path::Path, adapter: Option<&Adapter>, trained: Trained) -> Llama {
+fn load(base: &std::path::Path, adapter: Option<&Adapter>, trained: Trained) -> CausalLm {
     let (arch, weights) = tied::open(base).unwrap();
-    Llama::load(&arch, &weights, adapter, trained, DType::F32, &Device::Cpu).unwrap()
+    CausalLm::load(&arch, &weights, adapter, trained, DType::F32, &Device::Cpu).unwrap()
 }
 
-fn model(family: &str, name: &str, trained: Trained) -> Llama {
+fn model(family: &str, name: &str, trained: Trained) -> CausalLm {
     load(&path(family), Some(&adapter(family, name)), trained)
 }
 
@@ -88,7 +88,7 @@ fn logits_are_those_of_transformers() {
     for family in FAMILIES {
         let golden = golden(family);
         let batch = prompt(&golden["input_ids"]);
-        let check = |model: &Llama, pass, name: &str| {
+        let check = |model: &CausalLm, pass, name: &str| {
             let ours = logits(model, &batch, pass);
             let far = far(&last(&ours, &golden[name]), &golden[name]);
             assert!(far < 1e-4, "{family}, {name}: {far}");
@@ -144,7 +144,7 @@ fn log_probabilities_are_those_of_transformers_on_every_path() {
 }
 
 /// The execution of a kind, which must be able to take the model.
-fn execute(model: &Llama, kind: Kind) -> Execution<'_> {
+fn execute(model: &CausalLm, kind: Kind) -> Execution<'_> {
     let execution = Execution::new(model, kind);
     assert_eq!((execution.kind(), execution.fallback()), (kind, None));
     execution
@@ -166,12 +166,6 @@ fn run(
     assert!(matches!(ending.unwrap(), Ending::Finished { .. }));
     let golden = json(&format!("families/{family}/run.json"));
     let mut comparison = Comparison::new(&format!("{family}, {log}"), tolerance, execution.kind());
-    // What padding sees beyond its window is not worth computing.
-    let mut layers = execution.model().arch.layers.iter();
-    let windows = layers.any(|layer| layer.window.is_some());
-    if windows && execution.kind() != Kind::Reference {
-        comparison = comparison.without_padding();
-    }
     comparison.logs(&logs, golden[log].as_array().unwrap());
     comparison
 }
@@ -219,6 +213,31 @@ fn trainings_on_a_4_bit_base_are_those_of_trl() {
             let model = load(out.path(), Some(&adapter), Trained::Adapter);
             let execution = execute(&model, kind);
             run(family, &execution, &settings, "nf4_log_history", LOOSE).end();
+        }
+    }
+}
+
+#[test]
+fn the_codes_of_4_bit_weights_are_those_of_bitsandbytes() {
+    for family in FAMILIES {
+        let out = tempfile::tempdir().unwrap();
+        let plain = quantize::Settings {
+            double_quant: false,
+            compute_dtype: None,
+        };
+        quantize::quantize(&path(family), out.path(), plain, None, &mut ignore).unwrap();
+        let ours = Weights::open(out.path()).unwrap();
+        let theirs = Weights::open_file(&path(family).join("nf4.safetensors")).unwrap();
+        // A weight's codes and its magnitudes.
+        let layers = Arch::read(&path(family)).unwrap().num_hidden_layers();
+        assert_eq!(theirs.names().len(), 2 * 7 * layers, "{family}");
+        for name in theirs.names() {
+            let [ours, theirs] = [&ours, &theirs].map(|weights| weights.raw(name).unwrap());
+            assert_eq!(
+                ours.bytes().unwrap(),
+                theirs.bytes().unwrap(),
+                "{family}, {name}"
+            );
         }
     }
 }

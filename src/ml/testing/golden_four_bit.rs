@@ -19,7 +19,7 @@ use crate::ml::model::arch::Arch;
 use crate::ml::model::batch::{Batch, Sequence};
 use crate::ml::model::linear::Pass;
 use crate::ml::model::tensors::HEAD;
-use crate::ml::model::{Gradients, Llama, Trained, logits_by_layer};
+use crate::ml::model::{CausalLm, Gradients, Trained, logits_by_layer};
 use crate::ml::quant::nf4::Nf4;
 use crate::ml::testing::losses;
 
@@ -35,10 +35,10 @@ fn batch() -> Batch {
     Batch::new(vec![Sequence::new(ids(), 1)], 0).unwrap()
 }
 
-fn load(base: &Path, adapter: Option<&Adapter>, trained: Trained) -> anyhow::Result<Llama> {
+fn load(base: &Path, adapter: Option<&Adapter>, trained: Trained) -> anyhow::Result<CausalLm> {
     let config = Arch::read(base)?;
     let (weights, device) = (Weights::open(base)?, Device::Cpu);
-    Llama::load(&config, &weights, adapter, trained, DType::F32, &device)
+    CausalLm::load(&config, &weights, adapter, trained, DType::F32, &device)
 }
 
 fn adapter() -> Adapter {
@@ -157,7 +157,7 @@ fn adapters_are_begun_and_trained_beside_them() {
 fn a_head_in_4_bits_is_neither_trained_nor_replaced() {
     let base = folder("four_bit/bf16_head");
     let (config, weights) = (Arch::read(&base).unwrap(), Weights::open(&base).unwrap());
-    assert!(Nf4::shape_of(&weights, HEAD).unwrap().is_some());
+    assert!(Nf4::stored_shape(&weights, HEAD).unwrap().is_some());
     let error = load(&base, None, Trained::Everything);
     let error = error.err().unwrap();
     let error = format!("{error:#}");

@@ -14,7 +14,7 @@ use crate::ml::loss::Loss;
 use crate::ml::loss::orpo::Orpo;
 use crate::ml::loss::sft::Sft;
 use crate::ml::model::batch::Row;
-use crate::ml::model::{Llama, Trained};
+use crate::ml::model::{CausalLm, Trained};
 use crate::ml::train::optim::{self, Optim};
 use crate::ml::train::sampler::SamplingStrategy;
 use crate::ml::train::schedule::SchedulerType;
@@ -118,7 +118,7 @@ const HALF: Tolerance = Tolerance {
 };
 
 /// How far the trained adapter is from the reference's.
-fn adapter_far(model: &Llama, golden: &BTreeMap<String, Tensor>) -> f64 {
+fn adapter_far(model: &CausalLm, golden: &BTreeMap<String, Tensor>) -> f64 {
     assert_eq!(golden.len(), model.parameters.len());
     let far = model.parameters.iter().map(|parameter| {
         let theirs = &golden[&format!("base_model.model.{}", parameter.name)];
@@ -393,7 +393,7 @@ fn f16_with_a_loss_scale_learns_the_same() {
     compare("a_f32", &logs, HALF, execution.kind()).end();
 }
 
-fn bits(model: &Llama) -> Vec<Vec<u32>> {
+fn bits(model: &CausalLm) -> Vec<Vec<u32>> {
     let values = model.parameters.iter().map(|parameter| {
         let tensor = parameter.var.as_detached_tensor().flatten_all().unwrap();
         let values: Vec<f32> = tensor.to_vec1().unwrap();

@@ -4,7 +4,7 @@ use crate::ml::execution::Execution;
 use crate::ml::loss::{Loss, Outcome};
 use crate::ml::model::Gradients;
 use crate::ml::model::batch::Batch;
-use crate::ml::model::linear::Drops;
+use crate::ml::model::linear::DropoutSeed;
 use crate::ml::train::{Passes, ReferenceModel};
 
 fn passes<'a>(loss: &'a dyn Loss, execution: &'a Execution<'a>) -> Passes<'a> {
@@ -29,7 +29,7 @@ pub(in crate::ml) fn differentiate(
     loss: &dyn Loss,
     execution: &Execution<'_>,
     batches: &[(&Batch, f64)],
-    dropout: Option<Drops>,
+    dropout: Option<DropoutSeed>,
     checkpointing: bool,
     gradients: &mut Gradients,
 ) -> anyhow::Result<Vec<Outcome>> {

@@ -1,4 +1,4 @@
-//! What the tests of `ml` share, and those that hold it against the reference's numbers.
+//! What the tests of `ml` have in common, and those that compare it with the numbers of the reference.
 
 pub(in crate::ml) mod counting;
 pub(crate) mod golden;
@@ -8,5 +8,6 @@ mod golden_dpo;
 pub(in crate::ml) mod golden_ends;
 pub(in crate::ml) mod golden_families;
 pub(in crate::ml) mod golden_four_bit;
+mod golden_peft;
 pub(in crate::ml) mod golden_runs;
 pub(in crate::ml) mod losses;

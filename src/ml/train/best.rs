@@ -1,4 +1,4 @@
-//! The best evaluation, and when to stop for want of a better one: transformers' rules.
+//! The best evaluation, and early stopping if there is no better one, by transformers' rules.
 
 use std::fs::{self, File};
 use std::io::Write as _;
@@ -8,31 +8,31 @@ use anyhow::{Context as _, ensure};
 use candle_core::Device;
 use serde::{Deserialize, Serialize};
 
-use crate::ml::model::Llama;
+use crate::ml::model::CausalLm;
 
-/// What is watched in evaluations.
+/// The metric that decides which evaluation is the best.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Watch {
-    /// The metric, without `eval_`.
+    /// The name of the metric, without `eval_`.
     pub metric: String,
-    /// Whether more is better.
+    /// Whether larger values are better.
     pub greater: bool,
-    /// Whether the best weights are the result, and not the last ones.
+    /// Whether the result has the best weights instead of the last ones.
     pub load: bool,
-    /// Evaluations in a row without improvement that end the training.
+    /// The number of consecutive evaluations without improvement after which the training stops.
     pub patience: Option<u64>,
-    /// By how much the metric has to improve to count for the patience.
+    /// The change of the metric from which on it counts as an improvement for the patience.
     pub threshold: f64,
 }
 
 /// The best evaluation so far.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Best {
-    /// The metric's best value: infinite while there was only NaN.
+    /// The metric's best value; infinite as long as all values were NaN.
     pub metric: Option<f64>,
     /// The step of the best value.
     pub step: Option<u64>,
-    /// Evaluations in a row without improvement.
+    /// The number of consecutive evaluations without improvement.
     pub worse: u64,
     /// The digest of the file with the weights.
     pub(in crate::ml) digest: Option<String>,
@@ -47,15 +47,15 @@ impl Watch {
         }
     }
 
-    /// Whether the patience is at its end.
+    /// Whether the patience is exhausted.
     pub(super) fn stops(&self, best: &Best) -> bool {
         self.patience.is_some_and(|patience| best.worse >= patience)
     }
 }
 
 impl Best {
-    /// Takes up the value of one evaluation; tells whether it is the best so far. First the patience (`EarlyStoppingCallback`,
-    /// with the threshold), then the best value (`_determine_best_metric`, without).
+    /// Records the value of an evaluation and returns whether it is the best so far. First the patience is updated (transformers'
+    /// `EarlyStoppingCallback`, with the threshold), then the best value (`_determine_best_metric`, without it).
     pub(super) fn judge(&mut self, watch: &Watch, value: f64, step: u64) -> bool {
         let improved = self
             .metric
@@ -74,7 +74,7 @@ impl Best {
         is_best
     }
 
-    /// The same as numbers that are not rounded in JSON.
+    /// The same values in a form that JSON does not round.
     pub(in crate::ml) fn stored(&self) -> Stored {
         Stored {
             metric: self.metric.map(f64::to_bits),
@@ -85,7 +85,7 @@ impl Best {
     }
 }
 
-/// [`Best`] in a checkpoint.
+/// [`Best`] as it is stored in a checkpoint.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(in crate::ml) struct Stored {
     metric: Option<u64>,
@@ -112,12 +112,12 @@ impl Stored {
 
 const PREFIX: &str = "best-";
 
-fn place(folder: &Path, step: u64) -> PathBuf {
+fn weights_path(folder: &Path, step: u64) -> PathBuf {
     folder.join(format!("{PREFIX}{step:08}.safetensors"))
 }
 
-/// Keeps the weights as those of the best step; gives the file's digest.
-pub(super) fn keep(folder: &Path, model: &Llama, step: u64) -> anyhow::Result<String> {
+/// Writes the weights as those of the best step, and returns the digest of the file.
+pub(super) fn keep(folder: &Path, model: &CausalLm, step: u64) -> anyhow::Result<String> {
     let write = || -> anyhow::Result<String> {
         let tensors = model.parameters.iter();
         let tensors = tensors.map(|p| (p.name.clone(), p.var.as_detached_tensor()));
@@ -126,28 +126,28 @@ pub(super) fn keep(folder: &Path, model: &Llama, step: u64) -> anyhow::Result<St
         let mut file = File::create(&partial)?;
         file.write_all(&bytes)?;
         file.sync_all()?;
-        fs::rename(&partial, place(folder, step))?;
+        fs::rename(&partial, weights_path(folder, step))?;
         File::open(folder)?.sync_all()?;
         Ok(blake3::hash(&bytes).to_string())
     };
     write().with_context(|| format!("could not write the best weights to `{}`", folder.display()))
 }
 
-/// Whether the file of the best weights is whole. An error where it can't be read.
+/// Whether the file of the best weights is complete and unchanged. It is an error if it can't be read.
 pub(in crate::ml) fn is_sound(folder: &Path, best: &Best) -> anyhow::Result<bool> {
     let (Some(step), Some(digest)) = (best.step, &best.digest) else {
         return Ok(true);
     };
-    let bytes = fs::read(place(folder, step)).context("the best weights")?;
+    let bytes = fs::read(weights_path(folder, step)).context("the best weights")?;
     Ok(blake3::hash(&bytes).to_string() == *digest)
 }
 
-/// Gives the model the best weights.
-pub(super) fn restore(folder: &Path, model: &Llama, best: &Best) -> anyhow::Result<()> {
+/// Sets the model's parameters to the best weights.
+pub(super) fn restore(folder: &Path, model: &CausalLm, best: &Best) -> anyhow::Result<()> {
     let Some(step) = best.step else {
         return Ok(()); // no evaluation gave a number: the last weights stay, as with transformers
     };
-    let path = place(folder, step);
+    let path = weights_path(folder, step);
     let read = || -> anyhow::Result<()> {
         let bytes = fs::read(&path)?;
         let digest = blake3::hash(&bytes).to_string();
@@ -165,7 +165,10 @@ pub(super) fn restore(folder: &Path, model: &Llama, best: &Best) -> anyhow::Resu
 
 /// Removes the weights of all steps but `wanted`.
 pub(in crate::ml) fn prune(folder: &Path, wanted: &[u64]) -> anyhow::Result<()> {
-    let wanted: Vec<PathBuf> = wanted.iter().map(|&step| place(folder, step)).collect();
+    let wanted: Vec<PathBuf> = wanted
+        .iter()
+        .map(|&step| weights_path(folder, step))
+        .collect();
     for entry in fs::read_dir(folder)? {
         let path = entry?.path();
         let name = path.file_name().and_then(|name| name.to_str());

@@ -1,9 +1,9 @@
-//! Checkpoints of a training: everything that its next step depends on.
+//! Checkpoints of a training: everything on which its next step depends.
 //!
-//! A checkpoint is a folder `step-00000042` with `state.safetensors` (parameters and moments), `state.json` (the rest, and
-//! the digest of the first) and `digest` (that of the second). It is written under another name and renamed, so it is whole or absent; one that is
-//! damaged all the same is passed over; one that can't be read for another reason ends the training, because days of work may
-//! be in it. The order of rows and the dropout follow from seed and step.
+//! A checkpoint is a folder `step-00000042` with `state.safetensors` (parameters and moments), `state.json` (the rest, and the digest of the
+//! first file) and `digest` (that of the second one). It is written under another name and renamed, so it is complete or absent. One that is
+//! damaged nevertheless is passed over. One that can't be read for another reason ends the training, because days of work may be in it. The
+//! order of rows and the dropout follow from seed and step.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -19,9 +19,9 @@ use super::log::{Log, Window};
 use super::optim::Optimizer;
 use super::scaler::Scaler;
 use super::state::State;
-use crate::ml::model::Llama;
+use crate::ml::model::CausalLm;
 
-/// Raised when the files' meaning changes; other versions are ignored.
+/// The version of the format, which increases when the meaning of the files changes. Checkpoints of other versions are ignored.
 pub(in crate::ml) const VERSION: u32 = 2;
 
 /// The files of a checkpoint.
@@ -29,7 +29,13 @@ const TENSORS: &str = "state.safetensors";
 const STATE: &str = "state.json";
 const DIGEST: &str = "digest";
 
-/// `state.json`. Floats are kept as bits, so that nothing is rounded.
+/// The version in a `state.json` of any version.
+#[derive(Deserialize)]
+struct Version {
+    version: u32,
+}
+
+/// The contents of `state.json`. Floats are stored as their bits, so that nothing is rounded.
 #[derive(Serialize, Deserialize)]
 struct Stored {
     version: u32,
@@ -46,7 +52,7 @@ struct Stored {
     best: best::Stored,
 }
 
-/// A [`Log`] in `state.json`.
+/// A [`Log`] as it is stored in `state.json`.
 #[derive(Serialize, Deserialize)]
 struct Line {
     step: u64,
@@ -78,7 +84,7 @@ impl Line {
     }
 }
 
-fn tensors(model: &Llama, optimizer: &Optimizer) -> anyhow::Result<BTreeMap<String, Tensor>> {
+fn tensors(model: &CausalLm, optimizer: &Optimizer) -> anyhow::Result<BTreeMap<String, Tensor>> {
     let mut tensors = BTreeMap::new();
     for (name, tensor) in optimizer.save(&model.parameters)? {
         tensors.insert(format!("optimizer.{name}"), tensor);
@@ -93,7 +99,7 @@ fn tensors(model: &Llama, optimizer: &Optimizer) -> anyhow::Result<BTreeMap<Stri
 /// Writes a checkpoint into a folder.
 pub(in crate::ml) fn write(
     folder: &Path,
-    model: &Llama,
+    model: &CausalLm,
     optimizer: &Optimizer,
     state: &State,
 ) -> anyhow::Result<()> {
@@ -130,13 +136,13 @@ pub(in crate::ml) fn write(
     write().with_context(|| format!("could not write a checkpoint to `{}`", folder.display()))
 }
 
-fn place(folder: &Path, step: u64) -> PathBuf {
+fn folder_of_step(folder: &Path, step: u64) -> PathBuf {
     folder.join(format!("step-{step:08}"))
 }
 
-/// Puts the files of a checkpoint in their place, all or none.
+/// Writes the files of a checkpoint, all or none of them.
 fn put(folder: &Path, step: u64, files: &[(&str, &[u8])]) -> anyhow::Result<()> {
-    let place = place(folder, step);
+    let target = folder_of_step(folder, step);
     let partial = folder.join("partial");
     if partial.exists() {
         fs::remove_dir_all(&partial)?;
@@ -147,18 +153,18 @@ fn put(folder: &Path, step: u64, files: &[(&str, &[u8])]) -> anyhow::Result<()> 
         file.write_all(bytes)?;
         file.sync_all()?;
     }
-    if place.exists() {
-        // Damaged, or written by a run that was interrupted at the same step again.
-        fs::remove_dir_all(&place)?;
+    if target.exists() {
+        // It is damaged, or was written by a run that was interrupted at the same step.
+        fs::remove_dir_all(&target)?;
     }
-    fs::rename(&partial, &place)?;
+    fs::rename(&partial, &target)?;
     File::open(folder)?.sync_all()?;
     Ok(())
 }
 
-/// Copies a checkpoint from one folder to another, if it is sound.
+/// Copies a checkpoint from one folder to another; it is an error if it is not sound.
 pub(in crate::ml) fn copy(from: &Path, step: u64, to: &Path) -> anyhow::Result<()> {
-    let from = place(from, step);
+    let from = folder_of_step(from, step);
     let stored = read_stored(&from)?;
     ensure!(stored.step == step, "another step");
     let bytes = fs::read(from.join(TENSORS))?;
@@ -190,7 +196,7 @@ pub fn newest_checkpoint(folder: &Path) -> Option<u64> {
 /// Writes a checkpoint and removes all but the newest `keep`.
 pub(in crate::ml) fn save(
     folder: &Path,
-    model: &Llama,
+    model: &CausalLm,
     optimizer: &Optimizer,
     state: &State,
     keep: usize,
@@ -200,13 +206,13 @@ pub(in crate::ml) fn save(
         for old in checkpoints(folder)?.iter().rev().skip(keep.max(1)) {
             fs::remove_dir_all(old)?;
         }
-        // The weights of every best step that a checkpoint may go on from.
+        // The weights of every best step that a checkpoint refers to.
         let mut wanted = Vec::new();
         for kept in checkpoints(folder)? {
             match read_stored(&kept) {
                 Ok(stored) => wanted.extend(stored.best.step()),
                 Err(error) if is_damage(&error) => {}
-                // It may still be good.
+                // The checkpoint may still be good, so nothing is removed.
                 Err(_) => return Ok(()),
             }
         }
@@ -215,7 +221,7 @@ pub(in crate::ml) fn save(
     tidy().with_context(|| format!("could not remove old checkpoints of `{}`", folder.display()))
 }
 
-/// The checkpoints in a folder, oldest first.
+/// The checkpoints in a folder, the oldest one first.
 fn checkpoints(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
     let cannot_list = || format!("could not list `{}`", folder.display());
     let entries = match fs::read_dir(folder) {
@@ -234,17 +240,21 @@ fn checkpoints(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-fn read_stored(place: &Path) -> anyhow::Result<Stored> {
-    let json = fs::read(place.join(STATE))?;
-    let digest = fs::read_to_string(place.join(DIGEST))?;
+fn read_stored(checkpoint: &Path) -> anyhow::Result<Stored> {
+    let json = fs::read(checkpoint.join(STATE))?;
+    let digest = fs::read_to_string(checkpoint.join(DIGEST))?;
     ensure!(blake3::hash(&json).to_string() == digest, "damaged");
-    let stored: Stored = serde_json::from_slice(&json)?;
-    ensure!(stored.version == VERSION, "another version");
-    Ok(stored)
+    // Another version may have other fields.
+    let Version { version } = serde_json::from_slice(&json)?;
+    ensure!(
+        version == VERSION,
+        "it has another version of the format, {version} instead of {VERSION}"
+    );
+    Ok(serde_json::from_slice(&json)?)
 }
 
-/// Whether an error says that something is missing, cut short or altered. Anything else, such as a permission or a failing disk,
-/// says nothing about what is there.
+/// Whether an error means that something is missing, truncated or altered. Other errors, such as a missing permission or a failing disk, say
+/// nothing about the contents.
 pub(in crate::ml) fn is_damage(error: &anyhow::Error) -> bool {
     let mut causes = error.chain();
     let trouble = |error: &std::io::Error| {
@@ -259,22 +269,22 @@ pub(in crate::ml) fn is_damage(error: &anyhow::Error) -> bool {
     !causes.any(|cause| cause.downcast_ref().is_some_and(trouble))
 }
 
-/// A checkpoint as it was read.
+/// The contents of a checkpoint.
 struct Read {
     state: State,
     moments: BTreeMap<String, Tensor>,
     values: BTreeMap<String, Tensor>,
 }
 
-fn read(place: &Path, model: &Llama) -> anyhow::Result<Read> {
-    let stored = read_stored(place)?;
+fn read(checkpoint: &Path, model: &CausalLm) -> anyhow::Result<Read> {
+    let stored = read_stored(checkpoint)?;
     let best = stored.best.best();
-    let folder = place.parent().context("no folder")?;
+    let folder = checkpoint.parent().context("no folder")?;
     ensure!(
         best::is_sound(folder, &best)?,
         "the best weights are damaged"
     );
-    let bytes = fs::read(place.join(TENSORS))?;
+    let bytes = fs::read(checkpoint.join(TENSORS))?;
     ensure!(blake3::hash(&bytes).to_string() == stored.digest, "damaged");
     let tensors = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu)?;
     let mut moments = BTreeMap::new();
@@ -316,25 +326,25 @@ fn read(place: &Path, model: &Llama) -> anyhow::Result<Read> {
     })
 }
 
-/// Where a training goes on.
+/// The state from which a training is resumed.
 #[derive(Default)]
 pub(in crate::ml) struct Resumed {
     /// The state of the newest sound checkpoint, if there is one.
     pub(in crate::ml) state: Option<State>,
-    /// What is to be said of newer ones.
+    /// A sentence about each newer one, saying why it was not used.
     pub(in crate::ml) passed_over: Vec<String>,
 }
 
-/// Takes up the newest sound checkpoint, if there is one. Damaged ones are passed over; one that can't be read for another reason is
-/// an error. Model and optimiser are as they were or wholly those of the checkpoint, unless there is an error.
+/// Restores the newest sound checkpoint, if there is one. Damaged ones are passed over; it is an error if one can't be read for another
+/// reason. Without an error, model and optimiser are either unchanged or entirely those of the checkpoint.
 pub(in crate::ml) fn resume(
     folder: &Path,
-    model: &Llama,
+    model: &CausalLm,
     optimizer: &mut Optimizer,
 ) -> anyhow::Result<Resumed> {
     let mut resumed = Resumed::default();
-    for place in checkpoints(folder)?.iter().rev() {
-        let restored = read(place, model).and_then(|read| {
+    for checkpoint in checkpoints(folder)?.iter().rev() {
+        let restored = read(checkpoint, model).and_then(|read| {
             optimizer.restore(&model.parameters, &read.moments)?;
             Ok(read)
         });
@@ -350,15 +360,18 @@ pub(in crate::ml) fn resume(
             }
             Err(error) if is_damage(&error) => resumed.passed_over.push(format!(
                 "the checkpoint `{}` can't be used ({error:#}); the one before it is looked for",
-                place.display()
+                checkpoint.display()
             )),
             Err(error) => {
                 return Err(error.context(format!(
                     "could not read the checkpoint `{}`; make it readable and run again, or remove it to go on from the one before it",
-                    place.display()
+                    checkpoint.display()
                 )));
             }
         }
     }
     Ok(resumed)
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,4 +1,4 @@
-//! Numbers of a model on rows that it is not trained on.
+//! The metrics of a model on rows on which it is not trained.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -11,7 +11,8 @@ use crate::ml::model::batch::{Batch, Row};
 use crate::ml::model::head::TokenStats;
 use crate::ml::model::linear::Pass;
 
-/// TRL's evaluation during training: metrics are the mean of the batches' means, the loss is weighted by rows.
+/// TRL's evaluation during a training: each metric is the mean of the batches' means, and the loss is weighted by rows. `rows` are taken
+/// `batch_size` at a time and padded with the id `pad`. Returns the metrics by name, with the loss as `loss`.
 ///
 /// # Errors
 /// There are no rows, or the loss of a batch is undefined.
@@ -43,10 +44,10 @@ pub(super) fn metrics(
     Ok(means)
 }
 
-/// Rows whose scores are no numbers.
+/// The error of rows whose scores are not finite.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NotFinite {
-    /// Their numbers, from 1.
+    /// The numbers of the rows, from 1.
     pub rows: Vec<usize>,
 }
 
@@ -62,15 +63,15 @@ impl fmt::Display for NotFinite {
 
 impl std::error::Error for NotFinite {}
 
-/// Scores preference rows, `batch_size` at a time: the metrics of the loss, and its value as `loss`, as if all rows were one
-/// micro-batch; beside them `margin`, the mean difference of the two answers' mean log-probabilities, and `perplexity`, that of the
-/// preferred answers. `logits/*` are left out.
+/// Scores preference rows, `batch_size` at a time, padded with the id `pad`. Returns the metrics of the loss, and its value as `loss`, as if
+/// all rows were one micro-batch; also `margin`, the mean difference between the mean log-probabilities of the preferred and the rejected
+/// answer in nats, and `perplexity`, that of the preferred answers. `logits/*` are left out.
 ///
-/// `report` is called with the number of rows done, and may stop with an error.
+/// `report` is called with the number of finished rows, and may stop with an error.
 ///
 /// # Errors
-/// A [`NotFinite`] with the rows of a batch where a score is NaN or infinite: compared with anything, a NaN would count as a chosen
-/// answer that is not preferred.
+/// [`NotFinite`] with the rows of a batch in which a score is a NaN or infinite (a NaN would count as an answer that is not preferred), an
+/// undefined loss, or the error of `report`.
 pub fn preferences(
     passes: &Passes<'_>,
     rows: &[Row],
@@ -80,14 +81,14 @@ pub fn preferences(
     report: &mut dyn FnMut(usize) -> anyhow::Result<()>,
 ) -> anyhow::Result<Metrics> {
     ensure!(!rows.is_empty(), "there are no rows to evaluate");
-    // The numbers don't depend on the order: rows of like length go together, so that little is padding.
+    // The metrics don't depend on the order, so rows of similar length go together, which leaves little padding.
     let mut sorted: Vec<(usize, &Row)> = rows.iter().enumerate().collect();
     sorted.sort_by_key(|(_, row)| {
         let rejected = row.rejected.as_ref().map_or(0, Vec::len);
         row.prompt.len() + row.chosen.len().max(rejected)
     });
     let count = rows.len();
-    // By sequence: first the preferred ones of all rows, then the others.
+    // Results by sequence: the preferred ones of all rows, then the rejected ones.
     let mut all = vec![BySequence::default(); 2 * count];
     let mut done = 0;
     for numbered in sorted.chunks(batch_size.max(1)) {
@@ -200,7 +201,7 @@ pub fn completions(
     Ok(metrics)
 }
 
-/// What was found of one sequence, by its targets.
+/// The scores of one sequence, by its targets.
 #[derive(Debug, Clone, Default)]
 struct BySequence {
     logps: Vec<f64>,

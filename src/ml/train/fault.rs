@@ -1,4 +1,4 @@
-//! Numbers that are none: where they came up, and what the likely cause is.
+//! Steps with numbers that are not finite: where they occurred, and their likely cause.
 
 use std::cell::OnceCell;
 use std::fmt;
@@ -7,22 +7,22 @@ use std::path::{Path, PathBuf};
 use super::optim::Optimizer;
 use super::settings::Settings;
 use crate::ml::io::finite;
-use crate::ml::model::Llama;
+use crate::ml::model::CausalLm;
 
 /// A step whose loss or gradient is NaN or infinite.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Fault {
-    /// The step, from 1.
+    /// The number of the step, from 1.
     pub step: u64,
     /// What is not finite: `loss` or `gradient's norm`.
     pub what: &'static str,
     /// Its value.
     pub value: f64,
-    /// The batch's rows, by their numbers in the split, from 1.
+    /// The numbers of the batch's rows in the split, from 1.
     pub rows: Vec<usize>,
-    /// The split.
+    /// The name of the split.
     pub split: String,
-    /// The likely cause, and what may help.
+    /// A clause about the likely cause and what may help.
     pub cause: String,
 }
 
@@ -45,14 +45,14 @@ impl fmt::Display for Fault {
 
 impl std::error::Error for Fault {}
 
-/// Where a training's rows and weights come from, to name them when something is not finite.
+/// The origin of a training's rows and weights, to name them when something is not finite.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Origin {
-    /// The split of the rows.
+    /// The name of the rows' split.
     pub split: String,
-    /// How many rows to train on were made of each row of the split.
+    /// The number of training rows that were made from each row of the split.
     pub rows_each: usize,
-    /// The stored weights that the training began with, each with its noun (`model`).
+    /// The stored weights with which the training began, each with a noun for it (`model`).
     pub weights: Vec<(&'static str, PathBuf)>,
 }
 
@@ -66,8 +66,8 @@ impl Default for Origin {
     }
 }
 
-/// The first trained tensor with a value that is not finite.
-pub(super) fn broken(model: &Llama) -> candle_core::Result<Option<&str>> {
+/// The name of the first trained tensor with a value that is not finite.
+pub(super) fn broken(model: &CausalLm) -> candle_core::Result<Option<&str>> {
     for parameter in &model.parameters {
         if finite::in_memory(&parameter.var.as_detached_tensor())?.is_some() {
             return Ok(Some(&parameter.name));
@@ -76,7 +76,7 @@ pub(super) fn broken(model: &Llama) -> candle_core::Result<Option<&str>> {
     Ok(None)
 }
 
-/// Looks for the cause of a number that is not finite. Stored weights are looked through once.
+/// Searches for the cause of a number that is not finite. Stored weights are searched once.
 pub(super) struct Search<'a> {
     origin: &'a Origin,
     stored: OnceCell<Option<String>>,
@@ -90,7 +90,7 @@ impl<'a> Search<'a> {
         }
     }
 
-    /// The numbers from 1, in the split, of rows given by their indices among those that are trained on.
+    /// The numbers in the split, from 1, of rows that are given by their indices among the training rows.
     pub(super) fn rows(&self, indices: &[usize]) -> Vec<usize> {
         let each = self.origin.rows_each.max(1);
         let mut rows: Vec<usize> = indices.iter().map(|index| index / each + 1).collect();
@@ -98,7 +98,7 @@ impl<'a> Search<'a> {
         rows
     }
 
-    /// What is wrong with the stored weights that the training began with, if anything is.
+    /// A clause about a value that is not finite in the stored weights with which the training began, if there is one.
     fn stored(&self) -> anyhow::Result<Option<&str>> {
         if self.stored.get().is_none() {
             let weights = self.origin.weights.iter();
@@ -111,10 +111,10 @@ impl<'a> Search<'a> {
         Ok(self.stored.get().and_then(Option::as_deref))
     }
 
-    /// Why a step after `done` finished ones is likely not finite: first what is certain, then what is likely.
+    /// A clause about the likely cause of a fault in the step after `done` finished ones. Certain causes come before likely ones.
     pub(super) fn cause(
         &self,
-        model: &Llama,
+        model: &CausalLm,
         optimizer: &Optimizer,
         settings: &Settings,
         done: u64,
@@ -159,10 +159,10 @@ impl<'a> Search<'a> {
         })
     }
 
-    /// Fails if a trained tensor is not finite at the end.
+    /// Fails if a trained tensor has a value that is not finite at the end.
     pub(super) fn check_end(
         &self,
-        model: &Llama,
+        model: &CausalLm,
         settings: &Settings,
         step: u64,
     ) -> anyhow::Result<()> {

@@ -1,4 +1,4 @@
-//! What a training is given: a model, rows, a loss, and where its files go.
+//! The inputs of a training: a model, rows, a loss, and folders for its files.
 
 use std::path::Path;
 
@@ -11,12 +11,12 @@ use crate::ml::execution::Execution;
 use crate::ml::loss::Loss;
 use crate::ml::model::batch::Row;
 
-/// A training to be done.
+/// The inputs of a training.
 #[derive(Clone, Copy)]
 pub struct Job<'a> {
-    /// The model that is trained, and what runs it.
+    /// The model that is trained, with its backend.
     pub execution: &'a Execution<'a>,
-    /// What is minimised.
+    /// The loss that is minimised.
     pub loss: &'a dyn Loss,
     /// The reference model, for a loss that needs one.
     pub reference: ReferenceModel<'a>,
@@ -24,13 +24,13 @@ pub struct Job<'a> {
     pub rows: &'a [Row],
     /// The rows to evaluate on.
     pub eval_rows: &'a [Row],
-    /// The id that fills batches up.
+    /// The id with which batches are padded.
     pub pad: u32,
-    /// Where rows and weights come from, for messages.
+    /// The origin of rows and weights, for messages.
     pub origin: &'a Origin,
     /// The folder for checkpoints and for the best weights, if there is one.
     pub scratch: Option<&'a Path>,
-    /// The folder that keeps the last state for a training with more steps, if there is one: see [`super::continue_from`].
+    /// The folder in which the last state is kept for a training with more steps, if there is one: see [`super::continue_from`].
     pub continuation: Option<&'a Path>,
 }
 
@@ -43,7 +43,7 @@ impl Job<'_> {
         }
     }
 
-    /// Refuses at once what would fail later.
+    /// Fails at once for what would fail later.
     pub(super) fn check(&self, settings: &Settings) -> anyhow::Result<()> {
         ensure!(!self.rows.is_empty(), "there are no rows to train on");
         ensure!(

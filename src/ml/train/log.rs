@@ -1,23 +1,23 @@
-//! What a training tells: numbers, and how it ended.
+//! What a training reports: metrics, and how it ended.
 
 use std::collections::BTreeMap;
 
 use super::best::Best;
 use super::fault::Fault;
 
-/// Numbers at a step, by TRL's names.
+/// The metrics of a step, by TRL's names.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Log {
-    /// Finished steps.
+    /// The number of finished steps.
     pub step: u64,
-    /// Epochs seen, with fraction.
+    /// The number of epochs seen, with its fraction.
     pub epoch: f64,
-    /// The numbers.
+    /// The metrics.
     pub values: BTreeMap<String, f64>,
 }
 
 impl Log {
-    /// One line of JSON, with the numbers to the last digit.
+    /// One line of JSON, without a line break, with all digits of the numbers.
     pub fn line(&self) -> String {
         let mut line = format!("{{\"step\":{},\"epoch\":{:?}", self.step, self.epoch);
         for (name, value) in &self.values {
@@ -35,52 +35,52 @@ impl Log {
     }
 }
 
-/// What the callback is told: before the first step, after each micro-batch, and with logs after a step.
+/// A report to the callback, before the first step, after each micro-batch, and with logs after each step.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Step {
-    /// Finished steps.
+    /// The number of finished steps.
     pub step: u64,
-    /// All steps.
+    /// The number of all steps.
     pub total: u64,
-    /// Finished micro-batches of the step in progress; 0 after a step.
+    /// The number of finished micro-batches of the current step; 0 after a step.
     pub micro_batches: usize,
-    /// Tokens of this micro-batch, without padding.
+    /// The number of tokens in this micro-batch, without padding.
     pub tokens: usize,
-    /// Tokens computed in the pass that began with this micro-batch; 0 if it is not the first of a pass.
+    /// The number of tokens computed in the pass that started with this micro-batch; 0 if it is not the first one of a pass.
     pub computed: usize,
-    /// What is to be logged.
+    /// The metrics to show.
     pub logs: Vec<Log>,
-    /// Why this step's update was left out.
+    /// The fault for which this step's update was skipped.
     pub skipped: Option<Fault>,
-    /// In the first of a training: checkpoints that could not be used, and why.
+    /// In the first report of a training, a sentence about each checkpoint that could not be used.
     pub passed_over: Vec<String>,
 }
 
 /// How a training ended.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Ending {
-    /// All steps are done, or no better result was to be expected.
+    /// All steps are done, or the patience was exhausted.
     Finished {
-        /// The numbers of each step and of each evaluation.
+        /// The metrics of each step and of each evaluation.
         history: Vec<Log>,
-        /// Finished steps.
+        /// The number of finished steps.
         step: u64,
-        /// Steps left out because they were not finite.
+        /// The number of steps that were skipped because something was not finite.
         skipped: u64,
         /// The best evaluation.
         best: Best,
     },
-    /// The callback stopped it after so many steps; a checkpoint was written if there is a folder for it.
+    /// The callback stopped the training. A checkpoint was written if there is a folder for it.
     Interrupted {
-        /// Finished steps.
+        /// The number of finished steps.
         step: u64,
     },
 }
 
-/// Sums of numbers that are logged as means.
+/// The sums of metrics that are logged as means.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(in crate::ml) struct Window {
-    /// By name: sum and count.
+    /// For each name, the sum and the count of its values.
     pub(in crate::ml) sums: BTreeMap<String, (f64, u64)>,
 }
 

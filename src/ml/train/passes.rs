@@ -8,26 +8,26 @@ use crate::ml::loss::{Loss, Outcome, Scored};
 use crate::ml::model::Gradients;
 use crate::ml::model::batch::{Batch, ReferenceLogps, Row, Target};
 use crate::ml::model::head::TokenStats;
-use crate::ml::model::linear::{Drops, Pass};
+use crate::ml::model::linear::{DropoutSeed, Pass};
 use crate::ml::threads::in_pool;
 
-/// Where the log-probabilities by the reference model come from.
+/// The source of the log-probabilities under the reference model.
 #[derive(Debug, Clone, Copy)]
 pub enum ReferenceModel<'a> {
-    /// There is none.
+    /// There is no reference model.
     None,
-    /// The weights of the trained model, without the adapter.
+    /// The trained model without its adapter.
     Base,
-    /// Another model, with its adapter if it has one. It is not trained.
+    /// Another model, with its adapter if it has one, which is not trained.
     Frozen(&'a Execution<'a>),
-    /// They were given with the rows ([`crate::ml::model::batch::Row::reference_logps`]).
+    /// The rows have them ([`crate::ml::model::batch::Row::reference_logps`]).
     Rows,
 }
 
-/// What passes go through.
+/// The models and the loss of passes.
 #[derive(Clone, Copy)]
 pub struct Passes<'a> {
-    /// The model.
+    /// The trained model, with its backend.
     pub execution: &'a Execution<'a>,
     /// The loss.
     pub loss: &'a dyn Loss,
@@ -47,7 +47,7 @@ pub(super) struct TargetScores {
 struct Part<'a> {
     batch: &'a Batch,
     targets: Vec<Target>,
-    /// Its first sequence among those of the pass.
+    /// The index of its first sequence among those of the pass.
     first: usize,
 }
 
@@ -80,7 +80,7 @@ impl<'a> Targets<'a> {
 }
 
 impl Passes<'_> {
-    /// The loss of a micro-batch without a gradient.
+    /// Computes the loss of a micro-batch, without a gradient.
     ///
     /// # Errors
     /// The loss is undefined, or the pass fails.
@@ -94,23 +94,24 @@ impl Passes<'_> {
         })
     }
 
-    /// The losses of some micro-batches, no more than [`Execution::pass_size`] says; of each the gradient times its scale is
-    /// added to `gradients`, unless a loss is not finite.
+    /// Computes the losses of several micro-batches in one pass, no more than [`Execution::pass_size`] says. Each has a scale: the gradient of
+    /// its loss with respect to the parameters, multiplied by it, is added to `gradients`, unless a loss is not finite. See
+    /// [`Execution::forward`] for `checkpointing`.
     ///
     /// # Errors
     /// A loss is undefined, or the pass fails.
     pub(in crate::ml) fn differentiate(
         &self,
         batches: &[(&Batch, f64)],
-        dropout: Option<Drops>,
+        dropout: Option<DropoutSeed>,
         checkpointing: bool,
         gradients: &mut Gradients,
     ) -> anyhow::Result<Vec<Outcome>> {
-        let pass = Pass::learn(dropout);
+        let pass = Pass::train(dropout);
         in_pool(|| {
             let (batches, scales): (Vec<&Batch>, Vec<f64>) = batches.iter().copied().unzip();
             let targets = Targets::new(self.loss, &batches)?;
-            // Before the other pass, so that its buffers are free again.
+            // This comes before the other pass, so that the buffers of both are never needed at the same time.
             let reference = self.reference_logps(&targets)?;
             let mut forward = self.execution.forward(&batches, pass, checkpointing)?;
             let outcomes = self.outcomes(&mut *forward, &targets, reference.as_deref())?;
@@ -125,11 +126,11 @@ impl Passes<'_> {
         })
     }
 
-    /// Gives rows the log-probabilities of their answers by the reference model, so that [`ReferenceModel::Rows`] will do. `report` is
-    /// called with the number of rows done, and may stop with an error.
+    /// Computes the log-probabilities of the rows' answers under the reference model, `batch_size` rows at a time, and stores them in the
+    /// rows, for [`ReferenceModel::Rows`]. `report` is called with the number of finished rows, and may stop with an error.
     ///
     /// # Errors
-    /// A row is no pair, or the pass fails.
+    /// A row is not a pair, the pass fails, or `report` returns an error.
     pub fn precompute_reference(
         &self,
         rows: &mut [Row],
@@ -172,7 +173,7 @@ impl Passes<'_> {
         Ok(())
     }
 
-    /// The scores of some targets of a batch, with the adapter or without as `pass` says.
+    /// The scores of `targets` in a batch, with or without the adapter as `pass` says.
     pub(super) fn score(
         &self,
         batch: &Batch,
@@ -193,7 +194,7 @@ impl Passes<'_> {
         })
     }
 
-    /// The log-probabilities of all targets by the reference model, if the loss needs them.
+    /// The log-probabilities of all targets under the reference model, in nats, if the loss needs them.
     fn reference_logps(&self, targets: &Targets<'_>) -> anyhow::Result<Option<Vec<f64>>> {
         if !self.loss.needs().reference {
             return Ok(None);
@@ -231,7 +232,7 @@ impl Passes<'_> {
         Ok(Some(all))
     }
 
-    /// The outcome of each of the micro-batches that went through the model.
+    /// The outcome of the loss for each micro-batch of a pass.
     fn outcomes(
         &self,
         forward: &mut dyn ForwardPass,

@@ -1,8 +1,8 @@
-//! What a finished training keeps for one with more steps, and whether that one may go on from it.
+//! What a finished training keeps for a longer one, and whether the longer one may continue from it.
 //!
-//! It may where it would have made every step the same: same settings but for the number of steps, and a learning rate that does
-//! not depend on that number. The state is that before anything was done for being the last step, so the bits are those of
-//! a training from the beginning.
+//! It may if it would have made the same steps itself, that is, if the settings are the same but for the number of steps, and the learning
+//! rates of these steps don't depend on that number. The kept state is that before anything was done because the step was the last one, so
+//! the result has the same bits as that of a training from the beginning.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,12 +14,12 @@ use super::checkpoint;
 use super::optim::Optimizer;
 use super::settings::Settings;
 use super::state::State;
-use crate::ml::model::Llama;
+use crate::ml::model::CausalLm;
 
-/// How the training ended, after a line with the digest of that.
+/// The file that says how the training ended, after a line with its digest.
 const FILE: &str = "end.json";
 
-/// In the folder of checkpoints: the steps of the training that this one goes on from.
+/// A file in the folder of checkpoints with the number of steps of the training from which this one continues.
 const CONTINUED: &str = "continued";
 
 /// How a training ended.
@@ -27,32 +27,32 @@ const CONTINUED: &str = "continued";
 struct End {
     /// The version of the checkpoint beside it.
     version: u32,
-    /// Finished steps.
+    /// The number of finished steps.
     step: u64,
-    /// All steps it was to have.
+    /// The number of steps it should have had.
     total: u64,
-    /// Why no other may start from it; without this a checkpoint lies beside it.
+    /// The reason why no other may continue from it; without one there is a checkpoint beside it.
     obstacle: Option<String>,
 }
 
-/// Where a training starts, as far as earlier ones matter.
+/// The start of a training with regard to earlier ones.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Start {
-    /// There was no earlier one.
+    /// At the beginning, because there was no earlier training.
     Alone,
-    /// After the last step of an earlier one with fewer steps.
+    /// After the last step of an earlier training, which had this number of steps.
     After(u64),
-    /// At the beginning, although there was an earlier one: how many steps that had, and why they can't be gone on from.
+    /// At the beginning, although there was an earlier training: its number of steps, and why this one can't continue from it.
     Beginning(u64, String),
 }
 
 const BY_SCHEDULE: &str = "its learning rate depends on the number of all steps (`lr_scheduler_type`, `warmup_steps`, \
                            `warmup_ratio`)";
 
-/// Keeps the state after the last step in `folder`, if another training could go on from it.
+/// Keeps the state after the last step in `folder`, if another training could continue from it.
 pub(super) fn keep_continuation(
     folder: &Path,
-    model: &Llama,
+    model: &CausalLm,
     optimizer: &Optimizer,
     state: &State,
     settings: &Settings,
@@ -102,15 +102,15 @@ fn read(folder: &Path) -> anyhow::Result<End> {
     Ok(end)
 }
 
-/// Whether the first steps have the same learning rates in trainings of two lengths.
+/// Whether the first `steps` steps have the same learning rates in trainings of `a` and of `b` steps.
 fn same_rates(settings: &Settings, steps: u64, a: u64, b: u64) -> bool {
     let (a, b) = (settings.schedule(a), settings.schedule(b));
     (0..steps).all(|step| a.factor(step).to_bits() == b.factor(step).to_bits())
 }
 
-/// Puts the state of an earlier training into `scratch`, the folder of checkpoints, where [`super::train`] finds it, if going on from
-/// it is exactly the same as starting at the beginning. `continuations` are the folders that trainings kept
-/// ([`super::Job::continuation`]) which differ from this one in nothing but the number of steps.
+/// Copies the state of an earlier training to `scratch`, the folder of checkpoints, where [`super::train`] finds it, if continuing from it
+/// gives exactly the same result as starting at the beginning. `continuations` are the folders kept by trainings
+/// ([`super::Job::continuation`]) that differ from this one in nothing but the number of steps; `rows` is the number of training rows.
 ///
 /// # Errors
 /// A file can't be read, for a reason that says nothing about what is in it.
@@ -142,7 +142,7 @@ pub fn continue_from(
     for path in continuations {
         match read(path) {
             Ok(end) => known.push((path, end)),
-            // A damaged end is as good as none.
+            // A damaged file is treated like a missing one.
             Err(error) if checkpoint::is_damage(&error) => {}
             Err(error) => return Err(unreadable(path, error)),
         }

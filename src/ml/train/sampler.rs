@@ -16,8 +16,8 @@ pub enum SamplingStrategy {
     Sequential,
 }
 
-/// The order of `count` rows in an epoch (from 0): for [`SamplingStrategy::Random`] `torch.randperm` with the seed `seed + epoch`, as
-/// accelerate's `SeedableRandomSampler` does it.
+/// The order of `count` rows in an epoch, counted from 0. For [`SamplingStrategy::Random`] it is `torch.randperm` with the seed
+/// `seed + epoch`, as in accelerate's `SeedableRandomSampler`.
 pub fn order(strategy: SamplingStrategy, count: usize, seed: u64, epoch: u64) -> Vec<usize> {
     match strategy {
         SamplingStrategy::Random => TorchRng::new(seed.wrapping_add(epoch)).permutation(count),
@@ -25,52 +25,52 @@ pub fn order(strategy: SamplingStrategy, count: usize, seed: u64, epoch: u64) ->
     }
 }
 
-/// How rows fall into micro-batches, and these into steps.
+/// The division of rows into micro-batches, and of these into steps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Grouping {
-    /// All rows.
+    /// The number of rows.
     pub rows: usize,
-    /// Rows of a micro-batch; the last of an epoch may have fewer.
+    /// The number of rows in a micro-batch; the last one of an epoch may have fewer.
     pub batch_size: usize,
-    /// Micro-batches of a step; the last of an epoch may have fewer, and is a step all the same.
+    /// The number of micro-batches in a step; the last step of an epoch may have fewer.
     pub accumulation: usize,
 }
 
 impl Grouping {
-    /// The micro-batches of an epoch.
+    /// The number of micro-batches in an epoch.
     pub fn micro_batches(self) -> usize {
         self.rows.div_ceil(self.batch_size)
     }
 
-    /// The steps of an epoch.
+    /// The number of steps in an epoch.
     pub fn steps(self) -> u64 {
         self.micro_batches().div_ceil(self.accumulation) as u64
     }
 }
 
-/// One step's place in an epoch, and its rows.
+/// The rows of one step.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Group {
-    /// The epoch, from 0.
+    /// The number of the epoch, from 0.
     pub epoch: u64,
     /// The number of the step in the epoch, from 0.
     pub number: u64,
-    /// The rows of each micro-batch, by their indices.
+    /// The indices of the rows in each micro-batch.
     pub micro_batches: Vec<Vec<usize>>,
 }
 
-/// Deals out the rows of one step after the other.
+/// Chooses the rows of each step.
 #[derive(Debug)]
 pub struct Sampler {
     strategy: SamplingStrategy,
     seed: u64,
     grouping: Grouping,
-    /// The order of the epoch that was asked for last.
+    /// The last epoch that was requested, and its order of rows.
     order: Option<(u64, Vec<usize>)>,
 }
 
 impl Sampler {
-    /// A sampler of rows that fall into steps by `grouping`.
+    /// A sampler of rows that are divided into steps by `grouping`; `seed` is that of [`order`].
     pub fn new(strategy: SamplingStrategy, seed: u64, grouping: Grouping) -> Self {
         Self {
             strategy,
@@ -80,7 +80,7 @@ impl Sampler {
         }
     }
 
-    /// The rows of a step, from 0 and counted over all epochs.
+    /// The rows of step number `step`, counted from 0 over all epochs.
     pub fn group(&mut self, step: u64) -> Group {
         let (epoch, number) = (step / self.grouping.steps(), step % self.grouping.steps());
         let known = self.order.take().filter(|(of_epoch, _)| *of_epoch == epoch);

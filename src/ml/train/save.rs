@@ -1,4 +1,4 @@
-//! What a training made, written in the layout that it was read from.
+//! Writes the result of a training in the layout of its source.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -12,19 +12,22 @@ use crate::ml::io::finite;
 use crate::ml::io::float::Float;
 use crate::ml::io::rewrite::{Output, rewrite};
 use crate::ml::io::weights::{Entry, bytes};
-use crate::ml::model::Llama;
+use crate::ml::model::CausalLm;
 use crate::ml::model::tensors::{EMBEDDINGS, HEAD};
 use crate::ml::model::tied;
 
-fn trained(model: &Llama) -> BTreeMap<&str, Tensor> {
+fn trained(model: &CausalLm) -> BTreeMap<&str, Tensor> {
     let parameters = model.parameters.iter();
     parameters
         .map(|parameter| (parameter.name.as_str(), parameter.var.as_detached_tensor()))
         .collect()
 }
 
-/// Writes the adapter that was trained, with the settings it had before.
-pub fn save_adapter(model: &Llama, mut adapter: Adapter, out: &Path) -> anyhow::Result<()> {
+/// Writes the trained adapter of `model` to the folder `out`, with the settings of `adapter`, from which the training started.
+///
+/// # Errors
+/// A file can't be written.
+pub fn save_adapter(model: &CausalLm, mut adapter: Adapter, out: &Path) -> anyhow::Result<()> {
     for parameter in &model.parameters {
         let tensor = parameter.var.as_detached_tensor();
         let Some((path, part)) = parameter.name.split_once(".lora_") else {
@@ -39,7 +42,7 @@ pub fn save_adapter(model: &Llama, mut adapter: Adapter, out: &Path) -> anyhow::
             _ => pair.magnitude = Some(tensor),
         }
     }
-    // As PEFT writes it: a head that stays the embeddings stands beside them.
+    // As in PEFT, the file also has the head if it stays tied to the trained embeddings.
     if model.arch.tie_word_embeddings
         && adapter.config.ensure_weight_tying
         && adapter.saved.contains_key(HEAD)
@@ -50,9 +53,12 @@ pub fn save_adapter(model: &Llama, mut adapter: Adapter, out: &Path) -> anyhow::
     adapter.save(out)
 }
 
-/// Writes a model of which every weight was trained: the source's folder with new weights of the same names, types and files.
-/// In memory beside the model is one tensor.
-pub fn save_model(model: &Llama, source: &Path, out: &Path) -> anyhow::Result<()> {
+/// Writes a fully trained model to the folder `out`: that of `source` with new weights of the same names, types and files. Beside the model,
+/// memory holds one tensor.
+///
+/// # Errors
+/// A value is not finite in the type in which it is stored, or a file can't be read or written.
+pub fn save_model(model: &CausalLm, source: &Path, out: &Path) -> anyhow::Result<()> {
     let trained = trained(model);
     let (config, weights) = tied::open(source)?;
     let outputs = |name: &str| {
@@ -61,7 +67,7 @@ pub fn save_model(model: &Llama, source: &Path, out: &Path) -> anyhow::Result<()
         };
         let raw = weights.raw(name)?;
         let dtype = raw.dtype.try_into()?;
-        let float = Float::of(raw.dtype);
+        let float = Float::from_safetensors(raw.dtype);
         let entry = Entry::new(name, raw.dtype, raw.shape);
         let bytes = move || {
             let bytes = bytes(&tensor.to_dtype(dtype)?)?;

@@ -1,16 +1,17 @@
-//! torch's `GradScaler`: a loss scale that keeps f16 gradients between underflow and overflow.
+//! The loss scale of torch's `GradScaler`, which keeps f16 gradients from underflow and overflow (Micikevicius et al. 2018, arXiv
+//! 1710.03740, section 3.2).
 
 /// The first scale.
 const FIRST: f64 = 65_536.;
-/// Good steps in a row after which the scale doubles.
+/// The number of consecutive good steps after which the scale doubles.
 const GROWTH_INTERVAL: u64 = 2_000;
 
-/// The scale, and the good steps since it changed.
+/// The loss scale, and the number of good steps since it changed.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(in crate::ml) struct Scaler {
-    /// The factor on the loss.
+    /// The factor of the loss.
     pub(in crate::ml) scale: f64,
-    /// Good steps in a row.
+    /// The number of consecutive good steps.
     pub(in crate::ml) good: u64,
 }
 
@@ -21,7 +22,7 @@ impl Default for Scaler {
 }
 
 impl Scaler {
-    /// At work if `on`; otherwise the scale is 1.
+    /// A scaler with the first scale if `on`; otherwise the scale is always 1.
     pub(super) fn new(on: bool) -> Self {
         Self {
             scale: if on { FIRST } else { 1. },
@@ -29,8 +30,8 @@ impl Scaler {
         }
     }
 
-    /// The scale after a step (`GradScaler.update`): halved on overflow, doubled after 2000 good steps in a row as long as it
-    /// stays a number of f32.
+    /// Updates the scale after a step (`GradScaler.update`): it is halved on overflow, and doubled after 2000 consecutive good steps as long as
+    /// it stays finite in f32.
     pub(super) fn update(&mut self, overflow: bool) {
         if overflow {
             (self.scale, self.good) = (self.scale / 2., 0);

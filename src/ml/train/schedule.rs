@@ -1,4 +1,5 @@
-//! Learning-rate schedules, as transformers defines them: a factor from the number of finished steps.
+//! Learning-rate schedules as transformers defines them (optimization.py): the factor of the learning rate as a function of the number of
+//! finished steps.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -25,18 +26,18 @@ pub enum SchedulerType {
 /// A schedule for a whole training.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Schedule {
-    /// Its type.
+    /// The type of the schedule.
     pub scheduler: SchedulerType,
-    /// The cycles of [`SchedulerType::CosineWithRestarts`].
+    /// The number of cycles of [`SchedulerType::CosineWithRestarts`].
     pub cycles: u32,
-    /// Steps over which the rate rises from 0.
+    /// The number of steps over which the rate rises from 0.
     pub warmup: u64,
-    /// All steps.
+    /// The number of all steps.
     pub total: u64,
 }
 
 impl Schedule {
-    /// The factor after `step` finished steps; the first step uses `factor(0)`.
+    /// The factor of the learning rate, from 0 to 1, after `step` finished steps; the first step uses `factor(0)`.
     pub fn factor(&self, step: u64) -> f64 {
         let (s, warmup, total) = (step as f64, self.warmup as f64, self.total as f64);
         if self.scheduler == SchedulerType::Constant {
@@ -58,7 +59,7 @@ impl Schedule {
             SchedulerType::Linear => ((total - s) / (total - warmup).max(1.)).max(0.),
             SchedulerType::Constant | SchedulerType::ConstantWithWarmup => 1.,
             SchedulerType::InverseSqrt => {
-                // transformers: the time scale is the warm-up, or 10,000 without one.
+                // In transformers the time scale is the warm-up, or 10,000 steps without one.
                 let scale = if self.warmup == 0 { 10_000. } else { warmup };
                 let shift = scale - warmup;
                 1. / ((s + shift) / scale).sqrt()

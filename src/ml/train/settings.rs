@@ -11,31 +11,31 @@ use super::schedule::{Schedule, SchedulerType};
 /// The settings of a training that don't depend on its model, its rows or its loss. The defaults are transformers'.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Settings {
-    /// Rows in a micro-batch.
+    /// The number of rows in a micro-batch.
     pub batch_size: usize,
-    /// Rows in a batch of an evaluation.
+    /// The number of rows in a batch of an evaluation.
     pub eval_batch_size: usize,
-    /// Micro-batches in a step.
+    /// The number of micro-batches in a step.
     pub accumulation: usize,
-    /// How often all rows are seen.
+    /// The number of epochs, that is, how often all rows are seen.
     pub epochs: f64,
-    /// The number of steps, instead of `epochs`.
+    /// The number of steps, which takes precedence over `epochs`.
     pub max_steps: Option<u64>,
     /// The highest learning rate.
     pub learning_rate: f64,
-    /// How it changes.
+    /// The learning-rate schedule.
     pub scheduler: SchedulerType,
-    /// Steps of warm-up; below 1, a share of all steps.
+    /// The number of warm-up steps; below 1, a share of all steps.
     pub warmup: f64,
-    /// The optimiser.
+    /// The settings of the optimiser.
     pub optimizer: optim::Settings,
-    /// The largest norm of the gradient; 0 for no limit.
+    /// The norm to which gradients are clipped; 0 for no limit.
     pub max_grad_norm: f64,
-    /// Whether layers are computed again in the backward instead of being kept.
+    /// Whether layers are recomputed in the backward pass instead of being kept.
     pub checkpointing: bool,
     /// Whether losses are scaled for gradients in f16.
     pub loss_scaling: bool,
-    /// Whether the adapter's dropout is at work.
+    /// Whether the adapter's dropout is applied.
     pub dropout: bool,
     /// The seed of everything random but the order of rows.
     pub seed: u64,
@@ -43,17 +43,17 @@ pub struct Settings {
     pub data_seed: u64,
     /// The order of rows.
     pub sampling: SamplingStrategy,
-    /// How often the model is evaluated; none for never.
+    /// How often the model is evaluated; `None` for never.
     pub eval_every: Option<Every>,
-    /// Steps between the logs that are reported.
+    /// The number of steps between the reported logs.
     pub log_every: u64,
-    /// Steps between checkpoints.
+    /// The number of steps between checkpoints.
     pub save_every: u64,
-    /// How many checkpoints are kept.
+    /// The number of checkpoints that are kept.
     pub keep: usize,
-    /// What is watched in evaluations, if anything.
+    /// The metric that decides which evaluation is the best, if there is one.
     pub watch: Option<Watch>,
-    /// How many steps that are not finite are left out before one stops the training.
+    /// The number of steps with values that are not finite that are skipped before the next one ends the training.
     pub skip_nan_steps: u64,
 }
 
@@ -102,14 +102,14 @@ pub enum EvalStrategy {
 /// How often something happens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Every {
-    /// After so many steps.
+    /// After each group of this many steps.
     Steps(u64),
     /// After each epoch.
     Epoch,
 }
 
 impl Settings {
-    /// How so many rows fall into steps.
+    /// The division of this many rows into steps.
     pub(super) fn grouping(&self, rows: usize) -> Grouping {
         Grouping {
             rows,
@@ -118,7 +118,7 @@ impl Settings {
         }
     }
 
-    /// The number of steps that a training on so many rows takes.
+    /// The number of steps of a training on this many rows.
     pub fn total_steps(&self, rows: usize) -> u64 {
         let steps = self.grouping(rows).steps() as f64 * self.epochs;
         self.max_steps.unwrap_or(steps.ceil() as u64)

@@ -17,11 +17,11 @@ use crate::ml::model::arch::Arch;
 use crate::ml::testing::golden::{self, folder, rows, tensors};
 use crate::ml::testing::golden_runs::{job, settings};
 
-fn model(compute: DType) -> Llama {
+fn model(compute: DType) -> CausalLm {
     golden::model("model", Some("adapter_init"), Trained::Adapter, compute)
 }
 
-fn bits(model: &Llama) -> Vec<Vec<u32>> {
+fn bits(model: &CausalLm) -> Vec<Vec<u32>> {
     let values = model.parameters.iter().map(|parameter| {
         let tensor = parameter.var.as_detached_tensor().flatten_all().unwrap();
         let values: Vec<f32> = tensor.to_vec1().unwrap();
@@ -35,7 +35,7 @@ fn goes_on() -> impl FnMut(&Step) -> ControlFlow<()> {
 }
 
 /// The golden model, but the embedding of `id` is infinite.
-fn with_a_broken_token(id: u32) -> Llama {
+fn with_a_broken_token(id: u32) -> CausalLm {
     let place = tempfile::tempdir().unwrap();
     let mut tensors = tensors("model/model.safetensors");
     let embed = tensors.get_mut("model.embed_tokens.weight").unwrap();
@@ -46,7 +46,7 @@ fn with_a_broken_token(id: u32) -> Llama {
     candle_core::safetensors::save(&tensors, place.path().join("model.safetensors")).unwrap();
     let config = fs::read(folder("model").join("config.json")).unwrap();
     fs::write(place.path().join("config.json"), config).unwrap();
-    Llama::load(
+    CausalLm::load(
         &Arch::read(place.path()).unwrap(),
         &Weights::open(place.path()).unwrap(),
         Some(&Adapter::load(&folder("adapter_init")).unwrap()),
@@ -380,7 +380,7 @@ fn an_overflow_halves_the_scale_and_the_schedule_waits() {
     );
     assert_eq!(ending.unwrap(), Ending::Interrupted { step: 2 });
     assert!(bits(&trained) == before);
-    let resume = |model: &Llama| {
+    let resume = |model: &CausalLm| {
         let mut optimizer = Optimizer::new(settings.optimizer, &model.parameters);
         let state = checkpoint::resume(scratch.path(), model, &mut optimizer).unwrap();
         (state.state.unwrap(), optimizer)
@@ -509,7 +509,7 @@ fn a_checkpoint_that_can_not_be_read_stops_the_training() {
         ..settings()
     };
     let scratch = tempfile::tempdir().unwrap();
-    let go = |model: &Llama| {
+    let go = |model: &CausalLm| {
         let scratch = Some(scratch.path());
         train(
             &Job {

@@ -1,4 +1,4 @@
-//! `trainer_state.json`, as transformers writes it, for people's plotting scripts.
+//! `trainer_state.json` as transformers writes it, for existing plotting scripts.
 
 use anyhow::ensure;
 use serde_json::{Map, Value, json};
@@ -7,9 +7,11 @@ use super::log::Ending;
 use super::settings::{Every, Settings};
 use crate::ml::io::folder::sorted_json;
 
-/// The text of `trainer_state.json` for a finished training. The log has every step, whatever is shown while it runs.
+/// The contents of `trainer_state.json` for a finished training on `rows` rows. Its log has every step, whatever is shown while the training
+/// runs. Keys about time (`eval_runtime` and the like), and those that don't affect a result (`save_steps`), are left out.
 ///
-/// Left out are the keys that tell of time (`eval_runtime` and the like) or don't change a result (`save_steps`).
+/// # Errors
+/// The training was interrupted, or a number can't be serialised.
 pub fn trainer_state(ending: &Ending, settings: &Settings, rows: usize) -> anyhow::Result<String> {
     let Ending::Finished {
         history,
@@ -32,7 +34,7 @@ pub fn trainer_state(ending: &Ending, settings: &Settings, rows: usize) -> anyho
         Value::Object(entry)
     });
     let total = settings.total_steps(rows);
-    // transformers: the whole epochs that are begun.
+    // As in transformers, this is the number of epochs that are begun.
     let epochs = match settings.max_steps {
         Some(steps) => steps.div_ceil(settings.grouping(rows).steps().max(1)),
         None => settings.epochs.ceil() as u64,

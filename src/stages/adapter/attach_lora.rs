@@ -11,11 +11,11 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use self::modules::{ByPattern, Modules, OneOrMany, TargetModules};
 use crate::engine::{Context, Input, Problem, Stage};
-use crate::ml::adapter::{self, Meant, Names, NewAdapter, Patterns};
+use crate::ml::adapter::{self, Names, NewAdapter, Patterns, Selection};
 use crate::ml::io::weights::Weights;
 use crate::ml::lora::attach;
 use crate::ml::model::arch::{Arch, Projection};
-use crate::ml::model::tensors::{self, ENDS, projection_names, projection_path, weight_of};
+use crate::ml::model::tensors::{self, ENDS, projection_names, projection_path, weight_name};
 use crate::ml::model::tied;
 use crate::stages::artifacts::{Adapter, Model};
 
@@ -268,7 +268,7 @@ impl Stage for AttachLora {
         let (config, weights) = tied::open(folder)?;
         let new = self.settings();
         for layer in 0..config.num_hidden_layers() {
-            let name = weight_of(&projection_path(layer, Projection::Q));
+            let name = weight_name(&projection_path(layer, Projection::Q));
             weights
                 .raw(&name)
                 .context("the model lacks a layer that its `config.json` has")?;
@@ -406,7 +406,7 @@ fn unused(config: &Arch, adapter: &adapter::Adapter) -> Vec<String> {
     }
     let mut all = all;
     if settings.targets.excludes()
-        && !all.any(|path| settings.targets.mean(path) == Meant::Excluded)
+        && !all.any(|path| settings.targets.selection(path) == Selection::Excluded)
     {
         warnings.push("`exclude_modules` leaves out no module of the model".to_owned());
     }

@@ -34,7 +34,7 @@ pub struct DownloadAdapter {
 impl Stage for DownloadAdapter {
     const KIND: &'static str = "download_adapter";
     const VERSION: u32 = 2;
-    const HAS_OUTSIDE_FACTS: bool = true;
+    const HAS_EXTERNAL_FACTS: bool = true;
     type Output = Adapter;
     const BOUNDED: bool = true;
 
@@ -42,7 +42,7 @@ impl Stage for DownloadAdapter {
         check(&self.repo, &self.revision)
     }
 
-    fn outside(&self, env: &RunEnv) -> anyhow::Result<BTreeMap<String, String>> {
+    fn external_facts(&self, env: &RunEnv) -> anyhow::Result<BTreeMap<String, String>> {
         pin(env, RepoKind::Model, &self.repo, &self.revision)
     }
 
@@ -62,19 +62,14 @@ impl Stage for DownloadAdapter {
             .filter_map(|file| file.path.strip_prefix(folder.as_str()))
             .collect();
         let chosen = files::choose_files(&names).with_context(refused)?;
-        let mut files = chosen
+        let files = chosen
             .iter()
             .map(|name| {
                 let file = source.file(&format!("{folder}{name}"));
                 file.with_context(|| format!("`{name}` is gone"))
             })
             .collect::<anyhow::Result<Vec<_>>>()?;
-        source.expect(&mut files)?;
-        for (name, file) in chosen.iter().zip(&files) {
-            cx.check_cancelled()?;
-            let path = source.fetch(file)?;
-            place(&path, &cx.out().join(name))?;
-        }
+        source.fetch_to_output(&folder, files)?;
         // Beside it TRL saves the template: in a file of its own, and in older versions among the tokenizer's settings.
         let template = source.file(&format!("{folder}{}", chat_template::FILE));
         let settings = source.file(&format!("{folder}{}", chat_template::TOKENIZER_CONFIG));
@@ -141,8 +136,8 @@ mod tests {
             let stage: DownloadAdapter = serde_yaml::from_str(yaml).unwrap();
             assert_eq!(stage.check(), []);
             let mut cx = Context::for_test(folder.path(), &[], &[]);
-            cx.outside = stage.outside(&env)?;
-            assert_eq!(cx.outside["commit"], commit);
+            cx.external_facts = stage.external_facts(&env)?;
+            assert_eq!(cx.external_facts["commit"], commit);
             cx.env = Arc::new(env.clone());
             stage.run(&cx)?;
             assert!(fs::read(cx.out().join(FILE)).unwrap() == weights);

@@ -60,7 +60,7 @@ fn train() -> String {
 impl Stage for DownloadDataset {
     const KIND: &'static str = "download_dataset";
     const VERSION: u32 = 2;
-    const HAS_OUTSIDE_FACTS: bool = true;
+    const HAS_EXTERNAL_FACTS: bool = true;
     type Output = Dataset;
     const BOUNDED: bool = true;
 
@@ -101,7 +101,7 @@ impl Stage for DownloadDataset {
         problems
     }
 
-    fn outside(&self, env: &RunEnv) -> anyhow::Result<BTreeMap<String, String>> {
+    fn external_facts(&self, env: &RunEnv) -> anyhow::Result<BTreeMap<String, String>> {
         pin(env, RepoKind::Dataset, &self.repo, &self.revision)
     }
 
@@ -200,7 +200,7 @@ mod tests {
         env.variables
             .insert("HF_ENDPOINT".into(), server.endpoint.clone());
         let mut cx = Context::for_test(folder, &[], &[]);
-        cx.outside = stage.outside(&env)?;
+        cx.external_facts = stage.external_facts(&env)?;
         cx.env = Arc::new(env);
         stage.run(&cx)
     }

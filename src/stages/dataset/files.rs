@@ -61,7 +61,7 @@ pub(in crate::stages) fn choose_files(
 }
 
 pub(in crate::stages) fn format_of(path: &str) -> Option<Format> {
-    Format::of(Path::new(path))
+    Format::of_file(Path::new(path))
 }
 
 fn is_data(path: &str) -> bool {

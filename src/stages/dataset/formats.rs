@@ -9,7 +9,7 @@ use crate::ml::adapter::Adapter;
 use crate::ml::io::weights::Weights;
 use crate::ml::model::arch::Arch;
 use crate::ml::model::linear::Pass;
-use crate::ml::model::{Llama, Trained};
+use crate::ml::model::{CausalLm, Trained};
 use crate::ml::testing::golden;
 use crate::stages::adapter::attach_lora::AttachLora;
 use crate::stages::adapter::import_adapter::ImportAdapter;
@@ -33,7 +33,7 @@ fn logits(model: &Path, adapter: Option<&Path>) -> candle_core::Tensor {
     let config = Arch::read(model).unwrap();
     let adapter = adapter.map(|adapter| Adapter::load(adapter).unwrap());
     let (weights, device) = (Weights::open(model).unwrap(), Device::Cpu);
-    let model = Llama::load(
+    let model = CausalLm::load(
         &config,
         &weights,
         adapter.as_ref(),

@@ -156,7 +156,7 @@ impl SplitDataset {
             return Ok(draw(rows, asked, self.seed, self.shuffle));
         }
         let groups =
-            Groups::of(train, &by, cx).context("rows can't be put together by `group_by`")?;
+            Groups::build(train, &by, cx).context("rows can't be put together by `group_by`")?;
         ensure!(
             groups.of_row.len() == rows,
             "the split holds more or fewer rows than its files say"
@@ -217,7 +217,7 @@ impl SplitDataset {
         asked: usize,
         cx: &Context,
     ) -> Result<Vec<bool>> {
-        let classes = Groups::of(train, &By::Columns(vec![column.to_owned()]), cx)
+        let classes = Groups::build(train, &By::Columns(vec![column.to_owned()]), cx)
             .context("rows have no class to `stratify` by")?;
         let count = classes.sizes.len();
         // A group has the class of its last row.

@@ -11,7 +11,7 @@ use crate::engine::glob::{Star, matches};
 use crate::engine::{Context, Problem, RunEnv, Stage};
 use crate::hub::{RemoteFile, RepoKind};
 use crate::stages::artifacts::Model;
-use crate::stages::from_hub::{Source, check, main_revision, pin, place};
+use crate::stages::from_hub::{Source, check, main_revision, pin};
 
 /// Downloads a model from the Hugging Face hub: configuration, safetensors weights, tokenizer and chat template.
 ///
@@ -37,7 +37,7 @@ pub struct DownloadModel {
 impl Stage for DownloadModel {
     const KIND: &'static str = "download_model";
     const VERSION: u32 = 1;
-    const HAS_OUTSIDE_FACTS: bool = true;
+    const HAS_EXTERNAL_FACTS: bool = true;
     type Output = Model;
     const BOUNDED: bool = true;
 
@@ -45,20 +45,15 @@ impl Stage for DownloadModel {
         check(&self.repo, &self.revision)
     }
 
-    fn outside(&self, env: &RunEnv) -> anyhow::Result<BTreeMap<String, String>> {
+    fn external_facts(&self, env: &RunEnv) -> anyhow::Result<BTreeMap<String, String>> {
         pin(env, RepoKind::Model, &self.repo, &self.revision)
     }
 
     fn run(&self, cx: &Context) -> anyhow::Result<()> {
         let mut source = Source::open(cx, RepoKind::Model, &self.repo, &self.revision)?;
         let refused = || format!("the model `{}` can't be used", self.repo);
-        let mut files = self.choose_files(&mut source).with_context(refused)?;
-        source.expect(&mut files)?;
-        for file in &files {
-            cx.check_cancelled()?;
-            let path = source.fetch(file)?;
-            place(&path, &cx.out().join(&file.path))?;
-        }
+        let files = self.choose_files(&mut source).with_context(refused)?;
+        source.fetch_to_output("", files)?;
         source.unchanged()?;
         let checked = files::check(cx.out()).with_context(refused)?;
         super::import_model::tell(cx, &checked).with_context(refused)
@@ -100,6 +95,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
+    use crate::stages::from_hub::place;
     use crate::stages::test_hub::{Gate, HubServer, TOKEN};
 
     const REPO: &str = "some/model";
@@ -144,7 +140,7 @@ mod tests {
     /// What the engine does with a stage: the facts from outside, then the run.
     fn run(stage: &DownloadModel, env: &RunEnv, folder: &Path) -> anyhow::Result<Vec<String>> {
         let mut cx = Context::for_test(folder, &[], &[]);
-        cx.outside = stage.outside(env)?;
+        cx.external_facts = stage.external_facts(env)?;
         cx.env = Arc::new(env.clone());
         stage.run(&cx)?;
         let entries = std::fs::read_dir(cx.out()).unwrap().map(Result::unwrap);
@@ -173,7 +169,7 @@ mod tests {
         let env = env(&server, folder.path());
         let stage = stage("repo: some/model");
         assert_eq!(
-            stage.outside(&env).unwrap(),
+            stage.external_facts(&env).unwrap(),
             [("commit".into(), commit)].into()
         );
         let names = run(&stage, &env, folder.path()).unwrap();
@@ -205,7 +201,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let env = env(&server, folder.path());
         let mut cx = Context::for_test(folder.path(), &[], &[]);
-        cx.outside = stage("repo: some/model").outside(&env).unwrap();
+        cx.external_facts = stage("repo: some/model").external_facts(&env).unwrap();
         cx.env = Arc::new(env);
         let mut source = Source::open(&cx, RepoKind::Model, REPO, "main").unwrap();
         let file = source.file("config.json").unwrap();
@@ -329,7 +325,7 @@ mod tests {
         let commit = serve(&server, &golden());
         let folder = tempfile::tempdir().unwrap();
         let mut cx = Context::for_test(folder.path(), &[], &[]);
-        cx.outside = [("commit".to_owned(), commit)].into();
+        cx.external_facts = [("commit".to_owned(), commit)].into();
         cx.env = Arc::new(env(&server, folder.path()));
         cx.control.cancel();
         let error = stage("repo: some/model").run(&cx).unwrap_err();

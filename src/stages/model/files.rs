@@ -1,16 +1,16 @@
-//! What belongs to a model folder, wherever it comes from, and whether it is whole.
+//! The files of a model folder, wherever it comes from, and the check that it is complete.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::io::Read;
 use std::path::Path;
 
 use anyhow::{Context as _, bail, ensure};
 use serde::Deserialize;
 
-pub(in crate::stages) const CONFIG: &str = "config.json";
-pub(in crate::stages) const SINGLE: &str = "model.safetensors";
-pub(in crate::stages) const INDEX: &str = "model.safetensors.index.json";
+use crate::ml::io::weights::Header;
+
+pub(in crate::stages) use crate::ml::io::folder::CONFIG;
+pub(in crate::stages) use crate::ml::io::weights::{INDEX, SINGLE};
 
 /// The files beside the weights: configuration, tokenizer, chat template.
 const BESIDE: &[&str] = &[
@@ -28,10 +28,8 @@ const BESIDE: &[&str] = &[
 ];
 /// Named templates beside the default one.
 const TEMPLATES: &str = "additional_chat_templates/";
-/// Weights that can't be used, for the error's sake.
+/// The extensions of weights that can't be used, for an error that names them.
 const FOREIGN: &[&str] = &["bin", "pth", "pt", "gguf", "onnx", "h5", "msgpack", "ckpt"];
-/// safetensors' own limit.
-const MAX_HEADER: u64 = 100_000_000;
 
 /// Whether `path` is one of the files beside the weights.
 pub(in crate::stages) fn is_beside(path: &str) -> bool {
@@ -51,9 +49,9 @@ fn parse_index(text: &[u8]) -> anyhow::Result<Index> {
         .with_context(|| format!("`{INDEX}` is broken: expected JSON with a `weight_map`"))
 }
 
-/// The weights among `names`: one file, or an index and its shards. `read` gives the index's text.
+/// The weights among `names`: one file, or an index and its shards. `read` returns the text of the index.
 ///
-/// As in transformers, `model.safetensors` comes first; other layouts of the same weights stay behind.
+/// As in transformers, `model.safetensors` takes precedence; other layouts of the same weights are left out.
 pub(in crate::stages) fn weights(
     names: &BTreeSet<&str>,
     read: impl FnOnce() -> anyhow::Result<Vec<u8>>,
@@ -102,7 +100,7 @@ pub(in crate::stages) fn weights(
     bail!("it has no weights, expected `{SINGLE}` or `{INDEX}`")
 }
 
-/// What a whole model folder holds.
+/// The contents of a complete model folder.
 #[derive(Debug, PartialEq, Eq)]
 pub(in crate::stages) struct Checked {
     pub(in crate::stages) tensors: usize,
@@ -110,7 +108,7 @@ pub(in crate::stages) struct Checked {
     pub(in crate::stages) tokenizer: bool,
 }
 
-/// Checks a model folder: the configuration reads, every tensor has its bytes, the index and its shards agree.
+/// Checks a model folder: the configuration is JSON, every tensor has its bytes, and the index agrees with its shards.
 pub(in crate::stages) fn check(folder: &Path) -> anyhow::Result<Checked> {
     let read = |name: &str| {
         let path = folder.join(name);
@@ -136,11 +134,11 @@ pub(in crate::stages) fn check(folder: &Path) -> anyhow::Result<Checked> {
         tokenizer: folder.join("tokenizer.json").is_file(),
     };
     let mut count = |name: &str| -> anyhow::Result<BTreeSet<String>> {
-        let (tensors, bytes) =
-            header(&folder.join(name)).with_context(|| format!("`{name}` is broken"))?;
-        checked.tensors += tensors.len();
-        checked.bytes += bytes;
-        Ok(tensors)
+        let read = || Header::read(&File::open(folder.join(name))?);
+        let header = read().with_context(|| format!("`{name}` is broken"))?;
+        checked.tensors += header.tensors.len();
+        checked.bytes += header.size;
+        Ok(header.tensors.into_keys().collect())
     };
     if folder.join(SINGLE).is_file() {
         count(SINGLE)?;
@@ -168,84 +166,6 @@ pub(in crate::stages) fn check(folder: &Path) -> anyhow::Result<Checked> {
     }
     ensure!(checked.tensors > 0, "its weights hold no tensor");
     Ok(checked)
-}
-
-#[derive(Deserialize)]
-struct Tensor {
-    dtype: String,
-    shape: Vec<u64>,
-    data_offsets: (u64, u64),
-}
-
-impl Tensor {
-    /// Whether the bytes from `start` to `stop` are as many as its shape and type ask for.
-    fn fits(&self) -> bool {
-        let (start, stop) = self.data_offsets;
-        let Some(bytes) = stop.checked_sub(start) else {
-            return false;
-        };
-        let width: u64 = match self.dtype.as_str() {
-            "F64" | "I64" | "U64" => 8,
-            "F32" | "I32" | "U32" => 4,
-            "F16" | "BF16" | "I16" | "U16" => 2,
-            "F8_E4M3" | "F8_E5M2" | "I8" | "U8" | "BOOL" => 1,
-            // Whoever uses it knows.
-            _ => return true,
-        };
-        let sizes = self.shape.iter();
-        sizes.copied().try_fold(width, u64::checked_mul) == Some(bytes)
-    }
-}
-
-/// The names of a safetensors file's tensors and the bytes of their data; only the header is read.
-fn header(path: &Path) -> anyhow::Result<(BTreeSet<String>, u64)> {
-    let mut file = File::open(path)?;
-    let size = file.metadata()?.len();
-    let mut length = [0; 8];
-    file.read_exact(&mut length)
-        .context("it is shorter than a header")?;
-    let length = u64::from_le_bytes(length);
-    ensure!(
-        length <= MAX_HEADER && length.saturating_add(8) <= size,
-        "it announces a header of {length} bytes, but is {size} bytes long; is it a pointer of git-lfs or a page of text?"
-    );
-    let mut text = Vec::new();
-    file.take(length).read_to_end(&mut text)?;
-    let entries: BTreeMap<String, serde_json::Value> =
-        serde_json::from_slice(&text).context("its header is not JSON")?;
-    let mut names = BTreeSet::new();
-    let mut places = Vec::new();
-    for (name, entry) in entries {
-        if name == "__metadata__" {
-            continue;
-        }
-        let tensor: Tensor = serde_json::from_value(entry)
-            .with_context(|| format!("its header says nothing usable of the tensor `{name}`"))?;
-        let (start, stop) = tensor.data_offsets;
-        ensure!(
-            tensor.fits(),
-            "its header gives the tensor `{name}` ({} {:?}) the bytes {start} to {stop}",
-            tensor.dtype,
-            tensor.shape
-        );
-        places.push((start, stop));
-        names.insert(name);
-    }
-    places.sort_unstable();
-    let mut end = 0;
-    for (start, stop) in places {
-        ensure!(
-            start == end,
-            "its header leaves a gap between two tensors, or lays one over another, at byte {end}"
-        );
-        end = stop;
-    }
-    let data = size - 8 - length;
-    ensure!(
-        end == data,
-        "its header speaks of {end} bytes of tensors, but there are {data}; was it cut off?"
-    );
-    Ok((names, data))
 }
 
 #[cfg(test)]

@@ -95,7 +95,7 @@ pub(in crate::stages) fn tell(cx: &Context, checked: &Checked) -> anyhow::Result
             "`{key}` in `config.json` has no effect: the model type `{family}` doesn't know it, here as in transformers"
         ));
     }
-    if let Some(told) = tied::told(cx.out(), &config)? {
+    if let Some(told) = tied::conflict(cx.out(), &config)? {
         cx.warn(told);
     }
     if !checked.tokenizer {

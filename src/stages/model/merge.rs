@@ -136,7 +136,7 @@ mod tests {
     use crate::ml::io::weights::Weights;
     use crate::ml::model::arch::Arch;
     use crate::ml::model::linear::Pass;
-    use crate::ml::model::{Llama, Trained};
+    use crate::ml::model::{CausalLm, Trained};
     use crate::ml::testing::golden;
 
     #[test]
@@ -188,7 +188,7 @@ mod tests {
             let config = Arch::read(cx.out()).unwrap();
             let weights = Weights::open(cx.out()).unwrap();
             let (nothing, device) = (Trained::Nothing, Device::Cpu);
-            let merged = Llama::load(&config, &weights, None, nothing, DType::F32, &device);
+            let merged = CausalLm::load(&config, &weights, None, nothing, DType::F32, &device);
             let theirs = golden::tensors(file);
             let batch = golden::prompt(&theirs["input_ids"]);
             let ours = golden::logits(&merged.unwrap(), &batch, Pass::INFER);

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use super::fixture::Fixture;
 use super::tests::write_splits;
 use super::train_dpo::TrainDpo;
 use crate::data::tokens::TokenRow;
@@ -30,44 +31,27 @@ fn write_tokens(folder: &Path) {
     write_splits(folder, &rows);
 }
 
-struct Place {
-    folder: tempfile::TempDir,
+fn context(fixture: &Fixture, name: &str, adapter: &Path) -> Context {
+    let (model, other) = (golden::folder("model"), golden::folder("adapter_final"));
+    let inputs = [
+        ("model", model.as_path()),
+        ("adapter", adapter),
+        ("other", other.as_path()),
+    ];
+    fixture.context(name, &inputs)
 }
 
-impl Place {
-    fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        fs::create_dir(folder.path().join("tokens")).unwrap();
-        write_tokens(&folder.path().join("tokens"));
-        Self { folder }
-    }
-
-    fn context(&self, name: &str, adapter: &Path) -> Context {
-        let folder = self.folder.path();
-        Context::for_test(
-            &folder.join(name),
-            &[
-                ("model", &golden::folder("model")),
-                ("adapter", adapter),
-                ("other", &golden::folder("adapter_final")),
-                ("tokens", &folder.join("tokens")),
-            ],
-            &[],
-        )
-    }
-
-    /// Trains; gives the context and the steps' metrics.
-    fn train(&self, name: &str, adapter: &Path, parameters: &str) -> (Context, Vec<Value>) {
-        let cx = self.context(name, adapter);
-        let stage: TrainDpo = serde_yaml::from_str(parameters).unwrap();
-        assert_eq!(Stage::check(&stage), []);
-        Stage::run(&stage, &cx).unwrap();
-        let metrics = fs::read_to_string(cx.out().join("metrics.jsonl")).unwrap();
-        let lines = metrics
-            .lines()
-            .map(|line| serde_json::from_str(line).unwrap());
-        (cx, lines.collect())
-    }
+/// Runs a training and returns its context and the metrics of its steps.
+fn train(fixture: &Fixture, name: &str, adapter: &Path, parameters: &str) -> (Context, Vec<Value>) {
+    let cx = context(fixture, name, adapter);
+    let stage: TrainDpo = serde_yaml::from_str(parameters).unwrap();
+    assert_eq!(Stage::check(&stage), []);
+    Stage::run(&stage, &cx).unwrap();
+    let metrics = fs::read_to_string(cx.out().join("metrics.jsonl")).unwrap();
+    let lines = metrics
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap());
+    (cx, lines.collect())
 }
 
 const START: &str = "model: model, dataset: tokens, per_device_train_batch_size: 2, gradient_accumulation_steps: 2,
@@ -80,12 +64,12 @@ fn loss(step: &Value) -> f64 {
 
 #[test]
 fn the_stage_makes_the_adapter_of_trl() {
-    let place = Place::new();
+    let fixture = Fixture::new(write_tokens);
     let init = golden::folder("adapter_init");
     let text = format!(
         "{{{START}, adapter: adapter, ref_model: model, num_train_epochs: 2, save_steps: 4}}"
     );
-    let (cx, steps) = place.train("tuned", &init, &text);
+    let (cx, steps) = train(&fixture, "tuned", &init, &text);
     assert!(cx.messages(Level::Info)[0].contains("without the adapter"));
     let theirs = golden::tensors("dpo/adapter_final.safetensors");
     let ours = Adapter::load(cx.out()).unwrap();
@@ -101,7 +85,7 @@ fn the_stage_makes_the_adapter_of_trl() {
 
     // Interrupted at once and taken up again: the same bytes.
     let stage: TrainDpo = serde_yaml::from_str(&text).unwrap();
-    let mut again = place.context("again", &init);
+    let mut again = context(&fixture, "again", &init);
     again.control.cancel();
     assert_eq!(
         Stage::run(&stage, &again).unwrap_err().to_string(),
@@ -119,7 +103,7 @@ fn the_stage_makes_the_adapter_of_trl() {
     }
 
     // Scored against the base: what the adapter has learnt to prefer.
-    let scores = place.context("scores", cx.out());
+    let scores = context(&fixture, "scores", cx.out());
     let text = "{model: model, adapter: adapter, dataset: tokens, loss: dpo, num_answers: 0}";
     let stage: Evaluate = serde_yaml::from_str(text).unwrap();
     assert_eq!(Stage::check(&stage), []);
@@ -137,20 +121,20 @@ fn the_stage_makes_the_adapter_of_trl() {
 
 #[test]
 fn the_reference_is_the_model_before_the_first_step_or_a_named_one() {
-    let place = Place::new();
+    let fixture = Fixture::new(write_tokens);
     let init = golden::folder("adapter_init");
     let one = format!("{START}, max_steps: 1");
     let told = |cx: &Context| cx.messages(Level::Info)[0].clone();
 
     // An adapter that was trained before.
     let text = format!("{{{one}, adapter: adapter}}");
-    let (cx, steps) = place.train("initial", &init, &text);
+    let (cx, steps) = train(&fixture, "initial", &init, &text);
     assert!(told(&cx).contains("with the adapter before the first step"));
     assert!((loss(&steps[0]) - std::f64::consts::LN_2).abs() < 1e-7);
     assert_eq!(steps[0]["rewards/accuracies"], 0);
 
     // A new one: its base is the same model.
-    let new = place.folder.path().join("new");
+    let new = fixture.path().join("new");
     fs::create_dir(&new).unwrap();
     fs::copy(
         init.join("adapter_config.json"),
@@ -165,12 +149,12 @@ fn the_reference_is_the_model_before_the_first_step_or_a_named_one() {
     }
     let file = new.join("adapter_model.safetensors");
     crate::ml::io::weights::save(&file, &tensors, &[]).unwrap();
-    let (cx, steps) = place.train("new-adapter", &new, &text);
+    let (cx, steps) = train(&fixture, "new-adapter", &new, &text);
     assert!(told(&cx).contains("which changes nothing"));
     assert!((loss(&steps[0]) - std::f64::consts::LN_2).abs() < 1e-7);
 
     // Every weight.
-    let (cx, steps) = place.train("full", &init, &format!("{{{one}}}"));
+    let (cx, steps) = train(&fixture, "full", &init, &format!("{{{one}}}"));
     assert!(told(&cx).contains("the model before the first step"));
     assert!((loss(&steps[0]) - std::f64::consts::LN_2).abs() < 1e-7);
     assert!(cx.out().join("model.safetensors").is_file());
@@ -180,7 +164,7 @@ fn the_reference_is_the_model_before_the_first_step_or_a_named_one() {
         let text = format!(
             "{{{one}, adapter: adapter, ref_adapter: other, precompute_ref_log_probs: {precompute}}}"
         );
-        let (_, steps) = place.train(&format!("second-{precompute}"), &init, &text);
+        let (_, steps) = train(&fixture, &format!("second-{precompute}"), &init, &text);
         assert!(
             (loss(&steps[0]) - 0.830_464_005).abs() < 2e-5,
             "{}",

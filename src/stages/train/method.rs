@@ -1,4 +1,4 @@
-//! A method of training, as a stage has it: its own parameters, and what they mean.
+//! A method of training as a stage: its own parameters, and their meaning.
 //!
 //! A new method is a file beside this one with a struct of its own parameters that implements [`Method`], and one line in
 //! `stages::KINDS`.
@@ -14,7 +14,25 @@ use crate::ml::loss::Loss;
 use crate::ml::model::batch::Row;
 use crate::stages::rules::Rules;
 
-/// A method of training: its own parameters, and what they mean.
+/// Parameters that several methods have in common, though maybe with other defaults.
+pub trait Common:
+    Serialize + DeserializeOwned + JsonSchema + Clone + Send + Sync + 'static
+{
+    /// The highest learning rate.
+    fn learning_rate(&self) -> f64;
+
+    /// Whether the adapter's dropout is applied.
+    fn dropout(&self) -> bool {
+        true
+    }
+
+    /// Whether the tokens that sequences have in common at their beginning are computed once for all of a step.
+    fn share_prompts(&self) -> bool {
+        true
+    }
+}
+
+/// A method of training: its own parameters, and their meaning.
 pub trait Method: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'static {
     /// [`crate::engine::Stage::KIND`].
     const KIND: &'static str;
@@ -22,22 +40,13 @@ pub trait Method: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'sta
     const VERSION: u32;
     /// What it usually makes. It makes an adapter if it is given one, and else a model.
     type Output: Artifact;
-
-    /// The highest learning rate.
-    fn learning_rate(&self) -> f64;
-
-    /// Whether the adapter's dropout is at work.
-    fn dropout(&self) -> bool;
-
-    /// Whether the tokens that sequences have in common at their beginning are computed once for all of a step.
-    fn share_prompts(&self) -> bool {
-        true
-    }
+    /// The parameters that it has in common with other methods.
+    type Common: Common;
 
     /// Checks the rules of its own parameters.
     fn check(&self, arguments: &TrainingArguments, rules: &mut Rules);
 
-    /// What is minimised.
+    /// The loss that is minimised.
     fn loss(&self) -> Box<dyn Loss>;
 
     /// The reference model, for a loss that needs one.
@@ -50,7 +59,7 @@ pub trait Method: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'sta
         false
     }
 
-    /// From the rows of a split, as `tokenize` made them, to those that are trained or evaluated on.
+    /// Makes the rows to train or to evaluate on from those of a split, as `tokenize` wrote them.
     fn prepare(
         &self,
         cx: &Context,
@@ -60,12 +69,12 @@ pub trait Method: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'sta
     ) -> anyhow::Result<Prepared>;
 }
 
-/// What a split is for.
+/// The use of a split.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Use {
-    /// To train on.
+    /// Training.
     Training,
-    /// To evaluate on.
+    /// Evaluation.
     Evaluation,
 }
 
@@ -74,6 +83,6 @@ pub enum Use {
 pub struct Prepared {
     /// The rows.
     pub rows: Vec<Row>,
-    /// How many of them were made of each row of the split.
+    /// The number of them that were made from each row of the split.
     pub rows_each: usize,
 }

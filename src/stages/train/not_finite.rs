@@ -25,13 +25,13 @@ const NORM: &str = "model.layers.2.input_layernorm.weight";
 const Q: &str = "model.layers.0.self_attn.q_proj.weight";
 
 /// A folder with tokens, a model and an adapter; any of the two may be broken.
-struct Place {
+struct Case {
     folder: tempfile::TempDir,
     model: PathBuf,
     adapter: PathBuf,
 }
 
-impl Place {
+impl Case {
     fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
         std::fs::create_dir(folder.path().join("tokens")).unwrap();
@@ -45,12 +45,12 @@ impl Place {
 
     /// With one value of the model's tensor replaced.
     fn with(name: &str, at: usize, value: f32) -> Self {
-        let mut place = Self::new();
-        place.model = place.folder.path().join("broken");
-        golden::altered("model", &place.model, |tensors| {
+        let mut case = Self::new();
+        case.model = case.folder.path().join("broken");
+        golden::altered("model", &case.model, |tensors| {
             golden::put(tensors, name, at, value);
         });
-        place
+        case
     }
 
     fn context(&self) -> (tempfile::TempDir, Context) {
@@ -85,8 +85,8 @@ const EVALUATE: &str = "{model: model, dataset: tokens, num_answers: 0}";
 #[test]
 fn an_evaluation_of_a_broken_model_fails_with_split_and_rows() {
     // EuroEval#106: it was preferred in 0 %.
-    let place = Place::with(DOWN, 37, f32::NAN);
-    let error = place.fails::<Evaluate>(EVALUATE);
+    let case = Case::with(DOWN, 37, f32::NAN);
+    let error = case.fails::<Evaluate>(EVALUATE);
     holds(
         &error,
         &[
@@ -94,7 +94,7 @@ fn an_evaluation_of_a_broken_model_fails_with_split_and_rows() {
             &format!("`{DOWN}` in `model.safetensors` of the model holds a NaN (value 37 of 12288"),
         ],
     );
-    let error = place.fails::<Evaluate>("{model: model, adapter: adapter, dataset: tokens}");
+    let error = case.fails::<Evaluate>("{model: model, adapter: adapter, dataset: tokens}");
     holds(&error, &["of `test`", DOWN]);
 
     // Only some rows see the broken token.
@@ -110,9 +110,9 @@ fn an_evaluation_of_a_broken_model_fails_with_split_and_rows() {
     let id = (0..1000).find(|id| rows[..5].iter().filter(|row| has(row, *id)).count() == 1);
     let id = id.unwrap();
     let row = rows[..5].iter().position(|row| has(row, id)).unwrap();
-    let place = Place::with("model.embed_tokens.weight", id as usize * 64, f32::INFINITY);
+    let case = Case::with("model.embed_tokens.weight", id as usize * 64, f32::INFINITY);
     let one = "{model: model, dataset: tokens, num_answers: 0, per_device_eval_batch_size: 1}";
-    let error = place.fails::<Evaluate>(one);
+    let error = case.fails::<Evaluate>(one);
     holds(
         &error,
         &[
@@ -123,11 +123,11 @@ fn an_evaluation_of_a_broken_model_fails_with_split_and_rows() {
     );
 
     // Finite weights beyond the range of f16, which products are computed in.
-    let place = Place::with(DOWN, 0, 1e6);
+    let case = Case::with(DOWN, 0, 1e6);
     let half = "{model: model, dataset: tokens, num_answers: 0, fp16: true}";
-    let error = place.fails::<Evaluate>(half);
+    let error = case.fails::<Evaluate>(half);
     holds(&error, &[DOWN, "65504", "bf16"]);
-    let (_own, cx) = place.context();
+    let (_own, cx) = case.context();
     serde_yaml::from_str::<Evaluate>(EVALUATE)
         .unwrap()
         .run(&cx)
@@ -137,8 +137,8 @@ fn an_evaluation_of_a_broken_model_fails_with_split_and_rows() {
 #[test]
 fn a_training_names_the_broken_tensor_before_the_learning_rate() {
     let orpo = "{model: model, adapter: adapter, dataset: tokens, max_steps: 2, per_device_train_batch_size: 2}";
-    let place = Place::with(NORM, 3, f32::NAN);
-    let error = place.fails::<TrainOrpo>(orpo);
+    let case = Case::with(NORM, 3, f32::NAN);
+    let error = case.fails::<TrainOrpo>(orpo);
     holds(
         &error,
         &[
@@ -151,19 +151,19 @@ fn a_training_names_the_broken_tensor_before_the_learning_rate() {
     // Skipped steps say it too.
     let skipping = orpo.replace('}', ", skip_nan_steps: 1}");
     let stage: TrainOrpo = serde_yaml::from_str(&skipping).unwrap();
-    let (_own, cx) = place.context();
+    let (_own, cx) = case.context();
     stage.run(&cx).unwrap_err();
     let warned = cx.messages(Level::Warning);
     assert!(warned.len() == 1 && warned[0].contains(NORM), "{warned:?}");
 
     // A token that no row has: the loss is finite, but the result would be broken.
-    let place = Place::with("model.embed_tokens.weight", 1020 * 64, f32::NAN);
+    let case = Case::with("model.embed_tokens.weight", 1020 * 64, f32::NAN);
     let sft = "{model: model, dataset: tokens, max_steps: 1, per_device_train_batch_size: 1, learning_rate: 1.0e-5}";
     let rows = golden::rows("trl-1.16");
     assert!(rows.iter().all(|row| !row.chosen.contains(&1023)));
-    let place_of_pad = Place::with("model.embed_tokens.weight", 1023 * 64, f32::NAN);
-    for place in [place, place_of_pad] {
-        let error = place.fails::<TrainSft>(sft);
+    let case_of_pad = Case::with("model.embed_tokens.weight", 1023 * 64, f32::NAN);
+    for case in [case, case_of_pad] {
+        let error = case.fails::<TrainSft>(sft);
         holds(
             &error,
             &["`model.embed_tokens.weight` in `model.safetensors` of the model holds a NaN"],
@@ -171,16 +171,16 @@ fn a_training_names_the_broken_tensor_before_the_learning_rate() {
         assert!(!error.contains("learning_rate"), "{error}");
     }
 
-    let place = Place::with(DOWN, 0, 1e6);
-    let error = place.fails::<TrainOrpo>(&orpo.replace('}', ", fp16: true, skip_nan_steps: 0}"));
+    let case = Case::with(DOWN, 0, 1e6);
+    let error = case.fails::<TrainOrpo>(&orpo.replace('}', ", fp16: true, skip_nan_steps: 0}"));
     holds(&error, &[DOWN, "65504"]);
 }
 
 #[test]
 fn a_training_s_result_has_to_fit_into_the_model_s_type() {
-    let mut place = Place::new();
-    place.model = place.folder.path().join("half");
-    golden::altered("model", &place.model, |tensors| {
+    let mut case = Case::new();
+    case.model = case.folder.path().join("half");
+    golden::altered("model", &case.model, |tensors| {
         for tensor in tensors.values_mut() {
             *tensor = tensor.to_dtype(DType::F16).unwrap();
         }
@@ -188,26 +188,26 @@ fn a_training_s_result_has_to_fit_into_the_model_s_type() {
     });
     let sft = "{model: model, dataset: tokens, max_steps: 1, per_device_train_batch_size: 1, learning_rate: 1.0e+3, \
         max_grad_norm: 0, lr_scheduler_type: constant, optim: sgd}";
-    let error = place.fails::<TrainSft>(sft);
+    let error = case.fails::<TrainSft>(sft);
     holds(&error, &["float16 can't hold", "bfloat16"]);
 }
 
 #[test]
 fn dropout_of_attention_weights_is_not_left_out_silently() {
-    let mut place = Place::new();
-    place.model = place.folder.path().join("dropping");
-    golden::altered("model", &place.model, |_| ());
-    let path = place.model.join("config.json");
+    let mut case = Case::new();
+    case.model = case.folder.path().join("dropping");
+    golden::altered("model", &case.model, |_| ());
+    let path = case.model.join("config.json");
     let text = std::fs::read_to_string(&path).unwrap();
     std::fs::write(
         &path,
         text.replace("\"attention_dropout\": 0.0", "\"attention_dropout\": 0.1"),
     )
     .unwrap();
-    let error = place.fails::<TrainOrpo>("{model: model, adapter: adapter, dataset: tokens}");
+    let error = case.fails::<TrainOrpo>("{model: model, adapter: adapter, dataset: tokens}");
     holds(&error, &["`attention_dropout` 0.1", "config.json"]);
     // It plays no part where nothing is trained.
-    let (_own, cx) = place.context();
+    let (_own, cx) = case.context();
     serde_yaml::from_str::<Evaluate>(EVALUATE)
         .unwrap()
         .run(&cx)
@@ -217,31 +217,31 @@ fn dropout_of_attention_weights_is_not_left_out_silently() {
 #[test]
 fn what_is_made_of_broken_weights_is_refused() {
     let merge = "{model: model, adapter: adapter}";
-    let error = Place::with(NORM, 3, f32::NAN).fails::<Merge>(merge);
+    let error = Case::with(NORM, 3, f32::NAN).fails::<Merge>(merge);
     holds(
         &error,
         &[NORM, "`model.safetensors`", "a NaN (value 3 of 64"],
     );
-    let error = Place::with(Q, 4000, f32::NEG_INFINITY).fails::<Merge>(merge);
+    let error = Case::with(Q, 4000, f32::NEG_INFINITY).fails::<Merge>(merge);
     holds(
         &error,
         &[Q, "the model holds an infinity there (value 4000"],
     );
-    let error = Place::with(NORM, 3, f32::NAN).fails::<Quantize>("{model: model}");
+    let error = Case::with(NORM, 3, f32::NAN).fails::<Quantize>("{model: model}");
     holds(&error, &[NORM, "a NaN (value 3 of 64"]);
-    let error = Place::with(Q, 4000, f32::NAN).fails::<Quantize>("{model: model}");
+    let error = Case::with(Q, 4000, f32::NAN).fails::<Quantize>("{model: model}");
     holds(&error, &[Q, "NaN"]);
-    let place = Place::with(Q, 4000, f32::NAN);
-    let error = place.fails::<AttachLora>("{model: model, use_dora: true}");
+    let case = Case::with(Q, 4000, f32::NAN);
+    let error = case.fails::<AttachLora>("{model: model, use_dora: true}");
     holds(&error, &[Q, "a NaN (value 4000 of 4096"]);
-    let place = Place::with(NORM, 3, f32::INFINITY);
-    let error = place.fails::<AttachLora>("{model: model, modules_to_save: [norm]}");
+    let case = Case::with(NORM, 3, f32::INFINITY);
+    let error = case.fails::<AttachLora>("{model: model, modules_to_save: [norm]}");
     holds(&error, &[NORM, "an infinity"]);
     // LoftQ reads the dense model beside a good one in 4 bits.
-    let mut place = Place::with(Q, 4000, f32::NAN);
-    let broken = std::mem::replace(&mut place.model, golden::folder("model_nf4"));
+    let mut case = Case::with(Q, 4000, f32::NAN);
+    let broken = std::mem::replace(&mut case.model, golden::folder("model_nf4"));
     let own = tempfile::tempdir().unwrap();
-    let inputs: [(&str, &Path); 2] = [("model", &place.model), ("dense", &broken)];
+    let inputs: [(&str, &Path); 2] = [("model", &case.model), ("dense", &broken)];
     let cx = Context::for_test(own.path(), &inputs, &[]);
     let stage: AttachLora =
         serde_yaml::from_str("{model: model, init_lora_weights: loftq, loftq_from: dense}")
@@ -252,22 +252,22 @@ fn what_is_made_of_broken_weights_is_refused() {
 
 #[test]
 fn a_broken_adapter_is_refused_wherever_it_comes_in() {
-    let mut place = Place::new();
-    let good = std::mem::replace(&mut place.adapter, place.folder.path().join("adapter"));
-    std::fs::create_dir(&place.adapter).unwrap();
+    let mut case = Case::new();
+    let good = std::mem::replace(&mut case.adapter, case.folder.path().join("adapter"));
+    std::fs::create_dir(&case.adapter).unwrap();
     let config = "adapter_config.json";
-    std::fs::copy(good.join(config), place.adapter.join(config)).unwrap();
+    std::fs::copy(good.join(config), case.adapter.join(config)).unwrap();
     let mut tensors = golden::tensors("adapter_final/adapter_model.safetensors");
     let name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight";
     golden::put(&mut tensors, name, 9, f32::NAN);
-    let file = place.adapter.join("adapter_model.safetensors");
+    let file = case.adapter.join("adapter_model.safetensors");
     crate::ml::io::weights::save(&file, &tensors, &[]).unwrap();
     let both = "{model: model, adapter: adapter, dataset: tokens}";
     let errors = [
-        place.fails::<ImportAdapter>("{path: a}"),
-        place.fails::<Merge>("{model: model, adapter: adapter}"),
-        place.fails::<Evaluate>(both),
-        place.fails::<TrainOrpo>(both),
+        case.fails::<ImportAdapter>("{path: a}"),
+        case.fails::<Merge>("{model: model, adapter: adapter}"),
+        case.fails::<Evaluate>(both),
+        case.fails::<TrainOrpo>(both),
     ];
     for error in errors {
         holds(
@@ -283,10 +283,10 @@ fn a_broken_adapter_is_refused_wherever_it_comes_in() {
 
 #[test]
 fn merging_into_f16_tells_what_it_cannot_hold() {
-    let mut place = Place::new();
-    place.model = place.folder.path().join("half");
+    let mut case = Case::new();
+    case.model = case.folder.path().join("half");
     let halved = |value: f32| {
-        golden::altered("model", &place.model, |tensors| {
+        golden::altered("model", &case.model, |tensors| {
             for tensor in tensors.values_mut() {
                 *tensor = tensor.to_dtype(DType::F16).unwrap();
             }
@@ -302,17 +302,17 @@ fn merging_into_f16_tells_what_it_cannot_hold() {
         let new = wide(&tensors[&name]);
         tensors.insert(name, new);
     }
-    let good = std::mem::replace(&mut place.adapter, place.folder.path().join("adapter"));
-    std::fs::create_dir(&place.adapter).unwrap();
+    let good = std::mem::replace(&mut case.adapter, case.folder.path().join("adapter"));
+    std::fs::create_dir(&case.adapter).unwrap();
     let config = "adapter_config.json";
-    std::fs::copy(good.join(config), place.adapter.join(config)).unwrap();
+    std::fs::copy(good.join(config), case.adapter.join(config)).unwrap();
     crate::ml::io::weights::save(
-        &place.adapter.join("adapter_model.safetensors"),
+        &case.adapter.join("adapter_model.safetensors"),
         &tensors,
         &[],
     )
     .unwrap();
-    let error = place.fails::<Merge>("{model: model, adapter: adapter}");
+    let error = case.fails::<Merge>("{model: model, adapter: adapter}");
     holds(
         &error,
         &[Q, "value 0 (from 0) becomes", "float16 can't hold"],
@@ -344,8 +344,8 @@ fn an_answer_that_meets_a_broken_token_is_not_made() {
     // The last id of an answer is not looked up any more.
     let looked_up = answers.iter().flat_map(|answer| &answer[..7]);
     let id = looked_up.copied().find(|id| !known.contains(id)).unwrap();
-    let place = Place::with("model.embed_tokens.weight", id as usize * 64 + 1, f32::NAN);
-    let error = place
+    let case = Case::with("model.embed_tokens.weight", id as usize * 64 + 1, f32::NAN);
+    let error = case
         .fails::<Evaluate>("{model: model, dataset: tokens, num_answers: 5, max_new_tokens: 8}");
     holds(
         &error,

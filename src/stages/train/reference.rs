@@ -7,7 +7,7 @@ use candle_core::DType;
 use crate::engine::Context;
 use crate::ml::adapter::Adapter;
 use crate::ml::execution::{Execution, Kind};
-use crate::ml::model::{Llama, Trained, tied};
+use crate::ml::model::{CausalLm, Trained, tied};
 use crate::ml::train::ReferenceModel;
 
 /// Which model a training compares its own with.
@@ -32,7 +32,7 @@ pub(super) enum Loaded {
     /// The trained model without its adapter.
     Base,
     /// A model of its own.
-    Frozen(Box<Llama>),
+    Frozen(Box<CausalLm>),
 }
 
 /// Whether a model with this adapter computes what it computes without.
@@ -102,7 +102,7 @@ impl Loaded {
         };
         let (config, weights) = tied::open(folder)?;
         let device = candle_core::Device::Cpu;
-        let loaded = Llama::load(
+        let loaded = CausalLm::load(
             &config,
             &weights,
             other.as_ref(),

@@ -8,7 +8,7 @@ use anyhow::{Context as _, anyhow, ensure};
 use candle_core::Device;
 
 use super::arguments::TrainingArguments;
-use super::method::{Method, Use};
+use super::method::{Common as _, Method, Use};
 use super::reference::Loaded;
 use crate::engine::Context;
 use crate::ml::adapter::{Adapter, FILE};
@@ -16,7 +16,7 @@ use crate::ml::execution::{Execution, Kind};
 use crate::ml::fused::Packing;
 use crate::ml::io::folder::{METRICS, TRAINER_STATE};
 use crate::ml::model::batch::Row;
-use crate::ml::model::{Llama, Trained, tied};
+use crate::ml::model::{CausalLm, Trained, tied};
 use crate::ml::train::save::{save_adapter, save_model};
 use crate::ml::train::{
     Ending, Job, Log, Origin, Passes, ReferenceModel, Start, Step, compute_dtype, continue_from,
@@ -100,6 +100,7 @@ fn precompute_reference(
 pub(super) fn run<M: Method>(
     cx: &Context,
     method: &M,
+    common: &M::Common,
     arguments: &TrainingArguments,
 ) -> anyhow::Result<()> {
     let folder = cx.input(&arguments.model)?;
@@ -107,7 +108,7 @@ pub(super) fn run<M: Method>(
     let adapter_folder = arguments.adapter.as_ref().map(|a| cx.input(a));
     let adapter_folder = adapter_folder.transpose()?;
     let compute = compute_dtype(arguments.bf16, arguments.fp16);
-    let settings = arguments.settings(method.learning_rate(), method.dropout());
+    let settings = arguments.settings(common.learning_rate(), common.dropout());
     let (config, weights) = tied::open(folder)?;
     let pad = pad_id(folder, &config);
     ensure!(
@@ -140,7 +141,7 @@ pub(super) fn run<M: Method>(
         None => Trained::Everything,
     };
     let device = Device::Cpu;
-    let model = Llama::load(
+    let model = CausalLm::load(
         &config,
         &weights,
         adapter.as_ref(),
@@ -151,7 +152,7 @@ pub(super) fn run<M: Method>(
     drop(weights);
     let packing = Packing {
         padding_free: arguments.padding_free,
-        share_prompts: method.share_prompts(),
+        share_prompts: common.share_prompts(),
     };
     let execution = Execution::new(&model, Kind::Fused(packing));
     note_fallback(cx, &execution);

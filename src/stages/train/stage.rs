@@ -1,4 +1,5 @@
-//! A training as a stage: the parameters of its method beside those that all trainings have, flat in the recipe.
+//! A training as a stage: the parameters of its method, those that several methods have, and those of all trainings, side by side in the
+//! recipe.
 
 use std::borrow::Cow;
 use std::path::Path;
@@ -8,7 +9,7 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::arguments::TrainingArguments;
-use super::method::Method;
+use super::method::{Common, Method};
 use super::run::run;
 use crate::engine::{Artifact, Context, ParseError, Position, Problem, Stage, read_side_by_side};
 use crate::ml::train::newest_checkpoint;
@@ -17,15 +18,17 @@ use crate::stages::rules::Rules;
 
 /// A training by a method.
 #[derive(Debug, Clone, Serialize)]
-pub struct Train<M> {
+pub struct Train<M: Method> {
     #[serde(flatten)]
     method: M,
+    #[serde(flatten)]
+    common: M::Common,
     #[serde(flatten)]
     arguments: TrainingArguments,
 }
 
 impl<'de, M: Method> Deserialize<'de> for Train<M> {
-    /// Recipes are read by [`Stage::read`], which tells the places of mistakes.
+    /// Recipes are read by [`Stage::read`], which reports the positions of mistakes.
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         Self::read(Deserialize::deserialize(deserializer)?).map_err(D::Error::custom)
     }
@@ -36,24 +39,29 @@ impl<M: Method> JsonSchema for Train<M> {
         M::schema_name()
     }
 
-    /// The method's schema with the arguments' properties added.
+    /// The method's schema with the properties of the other two added.
     fn json_schema(generator: &mut SchemaGenerator) -> Schema {
         let mut schema = M::json_schema(generator);
-        let mut arguments = TrainingArguments::json_schema(generator);
-        if let Some(serde_json::Value::Object(all)) = arguments.remove("properties")
-            && let Some(own) = schema.ensure_object().get_mut("properties")
-            && let Some(own) = own.as_object_mut()
-        {
+        add_properties(&mut schema, M::Common::json_schema(generator));
+        add_properties(&mut schema, TrainingArguments::json_schema(generator));
+        schema
+    }
+}
+
+/// Adds the properties of `other`, and which of them are required.
+fn add_properties(schema: &mut Schema, mut other: Schema) {
+    if let Some(serde_json::Value::Object(all)) = other.remove("properties")
+        && let Some(own) = schema.ensure_object().get_mut("properties")
+        && let Some(own) = own.as_object_mut()
+    {
+        own.extend(all);
+    }
+    if let Some(serde_json::Value::Array(all)) = other.remove("required") {
+        let own = schema.ensure_object().entry("required");
+        let own = own.or_insert_with(|| serde_json::Value::Array(Vec::new()));
+        if let Some(own) = own.as_array_mut() {
             own.extend(all);
         }
-        if let Some(serde_json::Value::Array(all)) = arguments.remove("required") {
-            let own = schema.ensure_object().entry("required");
-            let own = own.or_insert_with(|| serde_json::Value::Array(Vec::new()));
-            if let Some(own) = own.as_array_mut() {
-                own.extend(all);
-            }
-        }
-        schema
     }
 }
 
@@ -61,13 +69,17 @@ impl<M: Method> Stage for Train<M> {
     const KIND: &'static str = M::KIND;
     const VERSION: u32 = M::VERSION;
     const EXCLUSIVE: bool = true;
-    /// How far a training goes. With another number it may go on from where an earlier one ended.
+    /// The length of a training. With another length it may continue from where an earlier one ended.
     const LENGTH_PARAMETERS: &'static [&'static str] = &["num_train_epochs", "max_steps"];
     type Output = M::Output;
 
     fn read(parameters: serde_json::Value) -> Result<Self, ParseError> {
-        let (method, arguments) = read_side_by_side(parameters)?;
-        Ok(Self { method, arguments })
+        let (method, common, arguments) = read_side_by_side(parameters)?;
+        Ok(Self {
+            method,
+            common,
+            arguments,
+        })
     }
 
     fn output(&self) -> &'static str {
@@ -80,7 +92,7 @@ impl<M: Method> Stage for Train<M> {
 
     fn check(&self) -> Vec<Problem> {
         let mut rules = Rules::default();
-        rules.positive(self.method.learning_rate(), "learning_rate");
+        rules.positive(self.common.learning_rate(), "learning_rate");
         self.arguments.check(&mut rules);
         self.method.check(&self.arguments, &mut rules);
         rules.0
@@ -92,6 +104,6 @@ impl<M: Method> Stage for Train<M> {
     }
 
     fn run(&self, cx: &Context) -> anyhow::Result<()> {
-        run(cx, &self.method, &self.arguments)
+        run(cx, &self.method, &self.common, &self.arguments)
     }
 }

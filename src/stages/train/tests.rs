@@ -5,6 +5,7 @@ use std::path::Path;
 
 use candle_core::Device;
 
+use super::fixture::Fixture;
 use crate::data::table::Writer;
 use crate::data::tokens::{TokenRow, batch, schema};
 use crate::engine::{AnyStage, Context, Control, Event, Stage};
@@ -37,32 +38,15 @@ pub(super) fn write_splits(folder: &Path, rows: &[TokenRow]) {
     }
 }
 
-struct Place {
-    folder: tempfile::TempDir,
+fn fixture() -> Fixture {
+    Fixture::new(write_tokens)
 }
 
-impl Place {
-    fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        fs::create_dir(folder.path().join("tokens")).unwrap();
-        write_tokens(&folder.path().join("tokens"));
-        Self { folder }
-    }
-
-    fn context(&self, name: &str, adapter: Option<&Path>) -> Context {
-        let golden = golden::folder("");
-        let adapter = adapter.map_or(golden.join("adapter_init"), Path::to_path_buf);
-        let folder = self.folder.path();
-        Context::for_test(
-            &folder.join(name),
-            &[
-                ("model", &golden.join("model")),
-                ("adapter", &adapter),
-                ("tokens", &folder.join("tokens")),
-            ],
-            &[],
-        )
-    }
+/// The context of a stage with the golden model and, unless another is given, the golden adapter before its training.
+fn context(fixture: &Fixture, name: &str, adapter: Option<&Path>) -> Context {
+    let (model, initial) = (golden::folder("model"), golden::folder("adapter_init"));
+    let adapter = adapter.unwrap_or(&initial);
+    fixture.context(name, &[("model", model.as_path()), ("adapter", adapter)])
 }
 
 const RUN_A: &str = "{model: model, adapter: adapter, dataset: tokens, beta: 0.1, num_train_epochs: 2,
@@ -71,8 +55,8 @@ const RUN_A: &str = "{model: model, adapter: adapter, dataset: tokens, beta: 0.1
 
 #[test]
 fn the_stage_makes_the_adapter_of_trl() {
-    let place = Place::new();
-    let cx = place.context("tuned", None);
+    let fixture = fixture();
+    let cx = context(&fixture, "tuned", None);
     let stage: TrainOrpo = serde_yaml::from_str(RUN_A).unwrap();
     assert_eq!(Stage::check(&stage), []);
     Stage::run(&stage, &cx).unwrap();
@@ -92,7 +76,7 @@ fn the_stage_makes_the_adapter_of_trl() {
     assert!((last["loss"].as_f64().unwrap() - 7.015_620_231_628_418).abs() < 2e-4);
 
     // Interrupted at once and taken up again: the same bytes.
-    let mut again = place.context("again", None);
+    let mut again = context(&fixture, "again", None);
     again.control.cancel();
     let error = Stage::run(&stage, &again).unwrap_err();
     assert_eq!(error.to_string(), "interrupted");
@@ -110,8 +94,8 @@ fn the_stage_makes_the_adapter_of_trl() {
 
 #[test]
 fn full_fine_tuning_makes_a_model_that_prefers() {
-    let place = Place::new();
-    let cx = place.context("model", None);
+    let fixture = fixture();
+    let cx = context(&fixture, "model", None);
     let text = "{model: model, dataset: tokens, num_train_epochs: 6, per_device_train_batch_size: 4, learning_rate: 5.0e-3}";
     let stage: TrainSft = serde_yaml::from_str(text).unwrap();
     assert_eq!(AnyStage::output(&stage), "model");
@@ -138,7 +122,7 @@ fn full_fine_tuning_makes_a_model_that_prefers() {
     let text = "{model: model, dataset: tokens, num_answers: 1, max_new_tokens: 8}";
     let stage: Evaluate = serde_yaml::from_str(text).unwrap();
     let score = |name: &str, model: &Path| -> serde_json::Value {
-        let mut cx = place.context(name, None);
+        let mut cx = context(&fixture, name, None);
         cx.inputs.insert("model".into(), model.to_path_buf());
         Stage::run(&stage, &cx).unwrap();
         let text = fs::read_to_string(cx.out().join("scores.json")).unwrap();
@@ -156,9 +140,9 @@ fn full_fine_tuning_makes_a_model_that_prefers() {
 
 #[test]
 fn evaluation_scores_base_and_adapter() {
-    let place = Place::new();
+    let fixture = fixture();
     let final_adapter = golden::folder("adapter_final");
-    let cx = place.context("scores", Some(&final_adapter));
+    let cx = context(&fixture, "scores", Some(&final_adapter));
     let text =
         "{model: model, adapter: adapter, dataset: tokens, num_answers: 2, max_new_tokens: 5}";
     let stage: Evaluate = serde_yaml::from_str(text).unwrap();
@@ -205,8 +189,8 @@ fn mistakes_are_told() {
     );
 
     // A row that was tokenized for another model.
-    let place = Place::new();
-    let tokens = place.folder.path().join("tokens");
+    let fixture = fixture();
+    let tokens = fixture.path().join("tokens");
     let row = TokenRow {
         prompt_ids: vec![1],
         chosen_ids: vec![70_000],
@@ -218,7 +202,7 @@ fn mistakes_are_told() {
     let text = format!("{start}, train_split: odd}}").replace("a,", "model,");
     let text = text.replace("b,", "adapter,").replace("c,", "tokens,");
     let stage: TrainOrpo = serde_yaml::from_str(&text).unwrap();
-    let error = Stage::run(&stage, &place.context("odd", None)).unwrap_err();
+    let error = Stage::run(&stage, &context(&fixture, "odd", None)).unwrap_err();
     assert!(error.to_string().contains("token id 70000"), "{error:#}");
 }
 
@@ -241,9 +225,9 @@ fn beginning(cx: &Context) -> (String, serde_json::Value) {
 /// Trains twice with different lengths, the second with what the first left, and once more alone. The second's beginning;
 /// whatever that is, it makes the bytes of the third.
 fn lengthened(short: &str, long: &str, damage: &dyn Fn(&Path)) -> (String, serde_json::Value) {
-    let place = Place::new();
+    let fixture = fixture();
     let run = |name: &str, length: &str, before: Option<&Context>| {
-        let mut cx = place.context(name, None);
+        let mut cx = context(&fixture, name, None);
         cx.continuations = before.map(|before| before.scratch().unwrap().to_path_buf());
         let yaml = format!(
             "{{model: model, adapter: adapter, dataset: tokens, learning_rate: 2.0e-3, seed: 5,
@@ -383,8 +367,8 @@ fn a_damaged_end_is_not_started_from() {
 
 #[test]
 fn the_trainer_s_state_is_that_of_transformers() {
-    let place = Place::new();
-    let cx = place.context("tuned", None);
+    let fixture = fixture();
+    let cx = context(&fixture, "tuned", None);
     let text = RUN_A.replace('}', ", eval_strategy: epoch, early_stopping_patience: 5}");
     let stage: TrainOrpo = serde_yaml::from_str(&text).unwrap();
     Stage::run(&stage, &cx).unwrap();

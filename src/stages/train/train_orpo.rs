@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::arguments::TrainingArguments;
 use super::method::{Method, Prepared, Use};
-use super::need_two_answers;
+use super::preferences::{PreferenceArguments, need_two_answers};
 use super::stage::Train;
 use crate::engine::Context;
 use crate::ml::loss::Loss;
@@ -33,46 +33,17 @@ pub struct Parameters {
     /// The weight of the odds ratio beside the likelihood (lambda in the paper).
     #[serde(default = "beta")]
     beta: f64,
-    /// Whether the adapter's dropout is off during training, as in TRL.
-    #[serde(default = "yes")]
-    disable_dropout: bool,
-    /// Whether the tokens that sequences have in common at their beginning are computed once for all of a step, if `padding_free` is
-    /// on and no dropout is at work: a prompt for its two answers, a system prompt for all rows. The same numbers in less time.
-    #[serde(default = "yes")]
-    share_prompts: bool,
-    /// The highest learning rate.
-    #[serde(default = "learning_rate")]
-    learning_rate: f64,
 }
 
 fn beta() -> f64 {
     0.1
 }
 
-fn yes() -> bool {
-    true
-}
-
-fn learning_rate() -> f64 {
-    1e-6
-}
-
 impl Method for Parameters {
     const KIND: &'static str = "train_orpo";
     const VERSION: u32 = 5;
     type Output = Adapter;
-
-    fn learning_rate(&self) -> f64 {
-        self.learning_rate
-    }
-
-    fn dropout(&self) -> bool {
-        !self.disable_dropout
-    }
-
-    fn share_prompts(&self) -> bool {
-        self.share_prompts
-    }
+    type Common = PreferenceArguments;
 
     fn check(&self, _: &TrainingArguments, rules: &mut Rules) {
         rules.not_negative(self.beta, "beta");

@@ -4,7 +4,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::arguments::TrainingArguments;
-use super::method::{Method, Prepared, Use};
+use super::method::{Common, Method, Prepared, Use};
 use super::stage::Train;
 use crate::engine::Context;
 use crate::ml::loss::Loss;
@@ -42,9 +42,21 @@ pub struct Parameters {
     /// rows are as long as `tokenize` made them.
     #[serde(default = "max_length")]
     max_length: usize,
+}
+
+/// The parameters that other methods have too, with the defaults of `SFTTrainer`.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SftArguments {
     /// The highest learning rate.
     #[serde(default = "learning_rate")]
     learning_rate: f64,
+}
+
+impl Common for SftArguments {
+    fn learning_rate(&self) -> f64 {
+        self.learning_rate
+    }
 }
 
 fn completion_only_loss() -> bool {
@@ -63,14 +75,7 @@ impl Method for Parameters {
     const KIND: &'static str = "train_sft";
     const VERSION: u32 = 7;
     type Output = Model;
-
-    fn learning_rate(&self) -> f64 {
-        self.learning_rate
-    }
-
-    fn dropout(&self) -> bool {
-        true
-    }
+    type Common = SftArguments;
 
     fn check(&self, _: &TrainingArguments, rules: &mut Rules) {
         rules.rule(

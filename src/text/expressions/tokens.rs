@@ -1,6 +1,6 @@
-//! The parts of an expression. Its entries are [`tokens`] and [`literal`].
+//! The lexer for expressions. Its entry points are [`tokens`] and [`literal`].
 
-/// Where an expression is something that is not read here. The engine has a sentence for it, or takes it as it is.
+/// The expression can't be parsed here. It is passed to the engine unchanged, which may accept it or report an error.
 #[derive(Debug)]
 pub(in crate::text) struct Unread;
 
@@ -15,7 +15,7 @@ pub(super) enum Kind {
     End,
 }
 
-/// A part of an expression with the white space before it.
+/// A token of an expression and the white space before it.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Token<'a> {
     pub(super) kind: Kind,
@@ -23,7 +23,7 @@ pub(super) struct Token<'a> {
     pub(super) text: &'a str,
 }
 
-/// A text with the escapes that the engine does not know written out.
+/// A string literal whose escapes that the engine does not know are replaced by the characters they stand for.
 pub(super) fn literal(text: &str) -> Read<String> {
     let mut out = String::with_capacity(text.len());
     let mut rest = text;
@@ -94,7 +94,7 @@ pub(super) fn tokens(code: &str) -> Read<Vec<Token<'_>>> {
     }
 }
 
-/// The length of a number. A point counts where digits follow it.
+/// The length of a number. A decimal point belongs to it only if digits follow.
 fn number(here: &str) -> usize {
     let bytes = here.as_bytes();
     let word = |from: usize| {

@@ -1,4 +1,4 @@
-//! What Python knows of characters and lines: white space, cases, digits.
+//! Python's classification of characters (white space, case, digits) and its line splitting.
 
 use std::sync::LazyLock;
 
@@ -27,7 +27,7 @@ pub(super) fn matches_class(c: char, class: &str) -> bool {
         .is_some_and(|class| class.is_match(c.encode_utf8(&mut text)))
 }
 
-/// Python's `str.isdigit`: decimal digits, and those set apart as superscripts or in circles.
+/// Python's `str.isdigit`: decimal digits, and digits such as superscripts and circled ones.
 pub(super) fn is_digit(c: char) -> bool {
     let special = matches!(u32::from(c),
         0xb2 | 0xb3 | 0xb9 | 0x1369..=0x1371 | 0x19da | 0x2070 | 0x2074..=0x2079 | 0x2080..=0x2089 | 0x2460..=0x2468
@@ -45,7 +45,7 @@ pub(super) fn is_identifier(text: &str) -> bool {
     first && chars.all(|c| c == '_' || matches_class(c, "alpha") || matches_class(c, "decimal"))
 }
 
-/// A letter at the beginning of a word: most are capitals, some have a form of their own.
+/// Writes the title-case form of a letter: usually its capital, for a few letters a form of its own.
 fn title_case(c: char, out: &mut String) {
     match c {
         'Ǆ' | 'ǅ' | 'ǆ' => out.push('ǅ'),

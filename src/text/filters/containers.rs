@@ -56,13 +56,13 @@ pub(super) fn dict(value: &Value, name: &str, args: &[Value]) -> Result<Option<V
     Ok(Some(match name {
         "keys" => {
             none()?;
-            View::of("dict_keys", keys()?)
+            View::value("dict_keys", keys()?)
         }
         "values" => {
             none()?;
             let values: Result<Vec<Value>, Error> =
                 keys()?.iter().map(|key| value.get_item(key)).collect();
-            View::of("dict_values", values?)
+            View::value("dict_values", values?)
         }
         "items" => {
             none()?;
@@ -71,7 +71,7 @@ pub(super) fn dict(value: &Value, name: &str, args: &[Value]) -> Result<Option<V
                 Ok(Value::from((key, item)))
             };
             let pairs: Result<Vec<Value>, Error> = keys()?.into_iter().map(pair).collect();
-            View::of("dict_items", pairs?)
+            View::value("dict_items", pairs?)
         }
         "get" => {
             let [key, default] = bind(name, args, ["", ""])?;

@@ -9,9 +9,9 @@ use super::arguments::{bind, flag};
 use super::python::{self, fail, is_namespace, number, type_name};
 use super::values::{Range, View};
 
-/// Bytes that cost a step.
+/// The number of bytes of output that cost one step of fuel.
 const BYTES_A_STEP: usize = 4;
-/// Bytes that are paid at once.
+/// Fuel is paid in pieces of this many bytes.
 const PIECE: usize = 4096;
 
 /// Python's `json.dumps(value, ensure_ascii=False, indent=.., separators=.., sort_keys=..)`, as transformers gives it to
@@ -61,10 +61,10 @@ pub(super) fn tojson(state: &State, value: &Value, args: &[Value]) -> Result<Val
     Ok(Value::from(json.output))
 }
 
-/// A JSON text in the making.
+/// A JSON text that is being written.
 struct Json<'a> {
     state: &'a State<'a, 'a>,
-    /// How much of the output has cost fuel.
+    /// The number of bytes of the output that are already paid for.
     paid: usize,
     output: String,
     indent: Option<String>,

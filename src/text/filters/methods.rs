@@ -1,5 +1,5 @@
-//! The methods of Python's `str`, `list`, `dict` and numbers that jinja2's sandbox lets templates call. Those that would change a
-//! value are refused, as there.
+//! The methods of Python's `str`, `list`, `dict` and numbers that jinja2's sandbox lets templates call. As in the sandbox, methods that
+//! change a value are refused.
 
 use minijinja::value::ValueKind;
 use minijinja::{Error, ErrorKind, State, Value};
@@ -12,10 +12,10 @@ use super::characters::{
 use super::python::{self, fail, is_dict, is_list, is_printable, type_name};
 use super::{containers, format, strip};
 
-/// The widest that a text is filled up to.
+/// The largest width that a text is padded to.
 const WIDEST: i64 = 10_000;
 
-/// What changes a list or a dict.
+/// The methods that change a list or a dict.
 pub(super) const CHANGES: [&str; 13] = [
     "append",
     "extend",
@@ -67,16 +67,16 @@ pub(super) fn method(
     ))
 }
 
-/// The part of a text between two places counted in characters, and how many characters stand before it.
+/// The part of a text between two positions counted in characters, and the number of characters before it.
 struct Window<'a> {
     text: &'a str,
     before: usize,
-    /// The beginning lies behind the end of the text, where not even an empty text is found.
+    /// Whether the start lies beyond the end of the text, where not even an empty string is found.
     beyond: bool,
 }
 
 impl<'a> Window<'a> {
-    fn of(
+    fn new(
         name: &str,
         whole: &'a str,
         start: Option<&Value>,
@@ -198,7 +198,7 @@ fn string(
         "startswith" | "endswith" => {
             let [parts, start, end] = bind(name, args, ["", "", ""])?;
             let parts = required(name, parts)?;
-            let window = Window::of(name, own, start.as_ref(), end.as_ref())?;
+            let window = Window::new(name, own, start.as_ref(), end.as_ref())?;
             let is = |part: &str| {
                 !window.beyond
                     && if name == "startswith" {
@@ -221,7 +221,7 @@ fn string(
         "find" | "rfind" | "index" | "rindex" => {
             let [part, start, end] = bind(name, args, ["", "", ""])?;
             let part = required(name, part)?;
-            let window = Window::of(name, own, start.as_ref(), end.as_ref())?;
+            let window = Window::new(name, own, start.as_ref(), end.as_ref())?;
             let found = window.find(text(name, &part)?, name.starts_with('r'));
             match found {
                 Some(place) => Value::from(place),
@@ -232,7 +232,7 @@ fn string(
         "count" => {
             let [part, start, end] = bind(name, args, ["", "", ""])?;
             let part = required(name, part)?;
-            let window = Window::of(name, own, start.as_ref(), end.as_ref())?;
+            let window = Window::new(name, own, start.as_ref(), end.as_ref())?;
             let count = if window.beyond {
                 0
             } else {
@@ -396,7 +396,7 @@ pub(super) fn replace(
     Ok(Value::from(own.replacen(old, new, places)))
 }
 
-/// Python's `str.join`. What is joined may be a list of lists, each of which holds the next one twice.
+/// Python's `str.join`. Fuel is paid for the result, which can be exponentially long (see [`super::python::Printer`]).
 fn join(state: &State, separator: &str, items: &Value) -> Result<Value, Error> {
     let mut printer = python::Printer::new(state);
     for (place, item) in items.try_iter()?.checked().enumerate() {
@@ -433,7 +433,7 @@ fn width_of(name: &str, width: Option<Value>) -> Result<usize, Error> {
     Ok(width.max(0) as usize)
 }
 
-/// What is missing for `own` to be `width` characters wide.
+/// The padding that makes `own` `width` characters wide.
 fn fill(own: &str, width: usize, with: char) -> String {
     let missing = width.saturating_sub(own.chars().count());
     std::iter::repeat_n(with, missing).collect()

@@ -151,7 +151,7 @@ pub(super) struct Cycler {
 }
 
 impl Cycler {
-    pub(super) fn of(items: &[Value]) -> Result<Value, Error> {
+    pub(super) fn value(items: &[Value]) -> Result<Value, Error> {
         if items.is_empty() {
             return Err(fail("`cycler` takes at least one item"));
         }

@@ -8,14 +8,14 @@ use minijinja::{Error, ErrorKind, State, Value};
 
 use super::values::{BoundMethod, Range, View};
 
-/// Bytes that cost a step, as in the template engine.
+/// The number of bytes of output that cost one step of fuel, as in the template engine.
 const BYTES_A_STEP: usize = 4;
-/// Bytes that are paid at once.
+/// Fuel is paid in pieces of this many bytes.
 const PIECE: usize = 4096;
 /// The deepest value that is printed.
 const DEEPEST: usize = 200;
 
-/// An error of an operation that Python would not do either.
+/// An error for an operation that fails in Python too.
 pub(super) fn fail(text: impl Into<String>) -> Error {
     Error::new(ErrorKind::InvalidOperation, text.into())
 }
@@ -34,7 +34,8 @@ pub(super) fn repr(state: &State, value: &Value) -> Result<String, Error> {
     Ok(printer.text)
 }
 
-/// A text in the making that costs fuel as it grows: what is printed may be a list of lists, each of which holds the next one twice.
+/// Writes a text and pays fuel for it as it grows. Without that a small value could print as a text of exponential length: a list
+/// of lists, each of which contains the next one twice.
 pub(super) struct Printer<'a> {
     state: &'a State<'a, 'a>,
     pub(super) text: String,
@@ -50,7 +51,7 @@ impl<'a> Printer<'a> {
         }
     }
 
-    /// Pays for what was written.
+    /// Pays fuel for what was written since the last payment.
     pub(super) fn pay(&mut self) -> Result<(), Error> {
         let unpaid = self.text.len() - self.paid;
         if unpaid >= PIECE {
@@ -60,7 +61,7 @@ impl<'a> Printer<'a> {
         Ok(())
     }
 
-    /// Writes a text that was paid for.
+    /// Writes a text that is already paid for.
     pub(super) fn free(&mut self, text: &str) {
         self.text.push_str(text);
         self.paid += text.len();
@@ -197,7 +198,7 @@ fn is_own(value: &Value, name: &str) -> bool {
     })
 }
 
-/// Whether a value was made by `namespace(..)`: a map to the engine, and none to Python.
+/// Whether a value was made by `namespace(..)`, which is a map in the engine but not in Python.
 pub(super) fn is_namespace(value: &Value) -> bool {
     is_own(value, "::Namespace")
 }
@@ -210,7 +211,7 @@ pub(super) fn is_dict(value: &Value) -> bool {
             .any(|name| is_own(value, name))
 }
 
-/// Whether a value is a list: written as one, or cut out of or joined from such.
+/// Whether a value is a Python list: a literal, a slice of a list, or a concatenation of lists.
 pub(super) fn is_list(value: &Value) -> bool {
     matches!(value.kind(), ValueKind::Seq | ValueKind::Iterable)
         && !is_tuple(value)
@@ -226,7 +227,7 @@ pub(super) fn is_tuple(value: &Value) -> bool {
 /// Whether a value can be called.
 pub(super) fn is_callable(value: &Value) -> bool {
     let object = value.as_object();
-    // What is undefined can be called in jinja2, and then says so.
+    // An undefined value counts as callable in jinja2; calling it raises an error that says it is undefined.
     value.is_undefined()
         || ["::Macro", "::Loop"].iter().any(|name| is_own(value, name))
         || object.is_some_and(|object| object.repr() == ObjectRepr::Plain)

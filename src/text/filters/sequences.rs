@@ -66,7 +66,7 @@ type Name<'a> = Cow<'a, str>;
 type Test<'a> = Option<Cow<'a, str>>;
 type More = Rest<ValueOrKwargs>;
 
-/// What a filter makes of a value that counts as true, and an empty list for any other.
+/// Applies `filter` to a value that is true in Python; returns an empty list for any other value.
 fn some(
     value: Value,
     filter: impl FnOnce(Value) -> Result<Vec<Value>, Error>,
@@ -103,7 +103,7 @@ fn at_path(item: &Value, path: &Value) -> Result<Value, Error> {
     Ok(value)
 }
 
-/// A text without its case, anything else as it is.
+/// A text in lower case unless `case_sensitive`; anything else unchanged.
 fn folded(value: Value, case_sensitive: bool) -> Value {
     match value.as_str() {
         Some(text) if !case_sensitive => Value::from(text.to_lowercase()),

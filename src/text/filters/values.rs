@@ -1,5 +1,4 @@
-//! Python's objects that the template engine has no type for: `range`, the views of a `dict`, and methods that are named and not
-//! called.
+//! Python objects that the template engine has no type for: `range`, the views of a `dict`, and bound methods.
 
 use std::fmt;
 use std::sync::Arc;
@@ -57,7 +56,7 @@ impl Object for Range {
     }
 }
 
-/// What `dict.keys()`, `dict.values()` and `dict.items()` give: iterated, counted, and never indexed.
+/// The result of `dict.keys()`, `dict.values()` and `dict.items()`. It can be iterated and has a length, but can't be indexed.
 #[derive(Debug)]
 pub(super) struct View {
     name: &'static str,
@@ -65,7 +64,7 @@ pub(super) struct View {
 }
 
 impl View {
-    pub(super) fn of(name: &'static str, items: Vec<Value>) -> Value {
+    pub(super) fn value(name: &'static str, items: Vec<Value>) -> Value {
         Value::from_object(Self { name, items })
     }
 
@@ -96,7 +95,7 @@ impl Object for View {
 /// Calls the method of this name of a value.
 pub(super) type CallMethod = fn(&mut State, &Value, &str, &[Value]) -> Result<Value, Error>;
 
-/// A method that is not called where it is named.
+/// A method that a template refers to without calling it.
 pub(super) struct BoundMethod {
     pub(super) value: Value,
     pub(super) name: String,

@@ -9,6 +9,7 @@ not 0, that adapter after the run, and:
   outputs.safetensors   logits of the last positions of a prompt: of the base, with the adapter, and after merging the trained
                         adapter by PEFT; and the merged weights of the last layer
   run.json              the log of 12 steps of ORPO, and of 6 on the same model in bitsandbytes' NF4
+  nf4.safetensors       the codes and the largest magnitudes that bitsandbytes makes of each projection, by the weight's name
   greedy.json           what the merged model goes on with, by `generate` and by hand with the gaps between the two largest logits
 """
 import argparse
@@ -143,6 +144,16 @@ def in_4_bits(folder):
     return model
 
 
+def codes(model):
+    """The codes of the 4-bit weights, two a byte, and the largest magnitudes of their blocks."""
+    tensors = {}
+    for name, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            tensors[f"{name}.weight"] = module.weight.data.flatten().clone()
+            tensors[f"{name}.weight.absmax"] = module.weight.quant_state.absmax.float().clone()
+    return tensors
+
+
 for name, config in FAMILIES.items():
     folder = os.path.join(OUT, name)
     base = new_model(config)
@@ -161,7 +172,9 @@ for name, config in FAMILIES.items():
     save_file(outputs, os.path.join(folder, "outputs.safetensors"), metadata={"format": "pt"})
     with open(os.path.join(folder, "greedy.json"), "w") as file:
         json.dump(greedy(merged), file, indent=1, ensure_ascii=False)
-    quantised = with_adapter(in_4_bits(folder))
+    quantised = in_4_bits(folder)
+    save_file(codes(quantised), os.path.join(folder, "nf4.safetensors"), metadata={"format": "pt"})
+    quantised = with_adapter(quantised)
     quantised_logits = logits(quantised)
     _, quantised_log = train(quantised, 1)
     with open(os.path.join(folder, "run.json"), "w") as file:

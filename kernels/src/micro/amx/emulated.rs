@@ -9,7 +9,7 @@ use crate::dispatch::{Loop, run};
 type Register = [[u32; WIDTH]; 16];
 
 pub(super) struct Emulated {
-    /// The rows and bytes a row of each, once configured.
+    /// The number of rows and the bytes of a row of each register, once they are configured.
     shapes: Option<[(usize, usize); REGISTERS]>,
     registers: [Register; REGISTERS],
 }
@@ -22,7 +22,7 @@ impl Emulated {
         }
     }
 
-    /// The rows and bytes a row.
+    /// The number of rows and the bytes of a row.
     fn shape(&self, register: usize) -> (usize, usize) {
         let Some(shapes) = self.shapes else {
             panic!("#UD: nothing is configured");
@@ -163,7 +163,7 @@ fn halves(pair: u32) -> [f32; 2] {
     ]
 }
 
-/// 0 for a denormal number.
+/// `x`, or 0 with its sign if it is subnormal.
 #[inline(always)]
 fn flushed(x: f32) -> f32 {
     if x.is_subnormal() {
@@ -183,5 +183,5 @@ fn added(a: f32, b: f32) -> f32 {
     flushed(flushed(a) + flushed(b))
 }
 
-/// What the driver may count on.
+/// The driver relies on a tile's rows fitting into a register.
 const _: () = assert!(TILE <= 16);

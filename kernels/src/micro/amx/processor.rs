@@ -1,5 +1,5 @@
-//! The instructions of AMX as the processor has them, and whether it has them. Rust has no stable functions for them, so they are
-//! written as assembly. The compiler never uses these registers, so they keep what is in them from one instruction to the next.
+//! The instructions of AMX. Rust has no stable functions for them, so they are written as assembly. The compiler never uses the tile
+//! registers, so they keep their contents from one instruction to the next.
 
 use std::arch::asm;
 

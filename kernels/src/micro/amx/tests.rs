@@ -9,8 +9,8 @@ use crate::product::tests::numbers;
 fn pairs(count: usize, seed: u64) -> Vec<u32> {
     let scales = [1., 1., 1e-3, 1e3, 1e-10, 1e-25, 1e-39, 1e10];
     let all = numbers(2 * count, seed);
-    let bits = all.iter().enumerate().map(|(place, x)| {
-        let scale = scales[(place * 7 + place / 64) % scales.len()];
+    let bits = all.iter().enumerate().map(|(index, x)| {
+        let scale = scales[(index * 7 + index / 64) % scales.len()];
         half::bf16::from_f32(x * scale).to_bits()
     });
     let bits: Vec<u16> = bits.collect();
@@ -77,12 +77,12 @@ fn sums_are_those_of_the_manual() {
                         emulated.multiply(tile);
                     }
                 }
-                for (place, c) in c.iter().enumerate() {
-                    let (row, lane) = (place / LANES, place % LANES);
+                for (index, c) in c.iter().enumerate() {
+                    let (row, lane) = (index / LANES, index % LANES);
                     let expected = match (row < rows, onto) {
                         (false, _) => 9.,
                         (true, false) => expected(&a, &b, (row, lane)),
-                        (true, true) => expected(&a, &b, (row, lane)) + from[place],
+                        (true, true) => expected(&a, &b, (row, lane)) + from[index],
                     };
                     assert_eq!(
                         c.to_bits(),
@@ -110,9 +110,9 @@ fn several_tiles_are_arranged() {
             for k in 0..depth {
                 let (first, width) = (k / 16 * 16, (depth - k / 16 * 16).min(16));
                 for i in 0..TILE {
-                    let place = first * TILE + i * width + k % 16;
+                    let index = first * TILE + i * width + k % 16;
                     assert_eq!(
-                        arranged[place],
+                        arranged[index],
                         packed[k * TILE + i],
                         "{depth} {tile} {k} {i}"
                     );

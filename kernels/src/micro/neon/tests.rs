@@ -38,8 +38,8 @@ fn apply<T>(
 }
 
 fn same(ours: &[f32], theirs: &[f32], what: &str) {
-    for (place, (a, b)) in ours.iter().zip(theirs).enumerate() {
-        assert_eq!(a.to_bits(), b.to_bits(), "{what}: {a}, {b} at {place}");
+    for (index, (a, b)) in ours.iter().zip(theirs).enumerate() {
+        assert_eq!(a.to_bits(), b.to_bits(), "{what}: {a}, {b} at {index}");
     }
 }
 
@@ -60,8 +60,8 @@ fn check<const M: usize, const V: usize, const RS: usize, const KS: usize>() {
                     multiply::<M, V, RS, KS>(tile);
                 });
                 let mut expected = operands.from.clone();
-                for (place, out) in expected.iter_mut().take(rows * V * 16).enumerate() {
-                    let (i, lane) = (place / (V * 16), place % (V * 16));
+                for (index, out) in expected.iter_mut().take(rows * V * 16).enumerate() {
+                    let (i, lane) = (index / (V * 16), index % (V * 16));
                     let sum = (0..depth).fold(0f32, |sum, k| {
                         let a = operands.a[i * RS + k * KS];
                         a.mul_add(operands.b[k * V * 16 + lane], sum)
@@ -137,8 +137,8 @@ fn dot(sum: f32, a: u32, b: u32) -> f32 {
 fn pairs(count: usize, seed: u64) -> Vec<u32> {
     let scales = [1., 1., 1e-3, 1e3, 1e-10, 1e-25, 1e-39, 1e10];
     let bits = numbers(2 * count, seed);
-    let scaled = bits.iter().enumerate().map(|(place, x)| {
-        let scale = scales[(place * 7 + place / 64) % scales.len()];
+    let scaled = bits.iter().enumerate().map(|(index, x)| {
+        let scale = scales[(index * 7 + index / 64) % scales.len()];
         half::bf16::from_f32(x * scale).to_bits()
     });
     let bits: Vec<u16> = scaled.collect();
@@ -170,8 +170,8 @@ fn pairs_are_added_as_the_manual_says() {
                     multiply_pairs(tile);
                 });
                 let mut expected = operands.from.clone();
-                for (place, out) in expected.iter_mut().take(rows * LANES).enumerate() {
-                    let (i, lane) = (place / LANES, place % LANES);
+                for (index, out) in expected.iter_mut().take(rows * LANES).enumerate() {
+                    let (i, lane) = (index / LANES, index % LANES);
                     let sum = (0..depth).fold(0f32, |sum, k| {
                         dot(sum, packed[k * TILE + i], operands.b[k * LANES + lane])
                     });

@@ -1,4 +1,4 @@
-//! Sums of products in registers, and what weights become there.
+//! Sums of products in registers, and the conversion of stored weights to what is multiplied there.
 
 use std::arch::x86_64::{
     __m256, __m256i, __m512, __m512bh, __m512i, _mm_loadl_epi64, _mm_loadu_si128, _mm256_add_epi32,
@@ -23,11 +23,11 @@ use crate::matrix::Nf4;
 /// # Safety of its functions
 /// The processor has the instructions.
 pub(super) trait Arithmetic {
-    /// Some factors.
+    /// A register of factors.
     type Factors: Copy;
-    /// Sums side by side.
+    /// A register of partial sums.
     type Sum: Copy;
-    /// Words of a register.
+    /// The number of words in a register.
     const WORDS: usize;
     unsafe fn zero() -> Self::Sum;
     /// Reads `WORDS` words.
@@ -36,11 +36,11 @@ pub(super) trait Arithmetic {
     unsafe fn total(sum: Self::Sum) -> f32;
 }
 
-/// 16 floats.
+/// 512-bit registers of 16 floats.
 pub(super) struct Floats512;
-/// 32 bf16 in pairs, whose products are added to 16 floats.
+/// 512-bit registers of 32 bf16 numbers in pairs, whose products are added to 16 floats.
 pub(super) struct Pairs512;
-/// 8 floats.
+/// 256-bit registers of 8 floats.
 pub(super) struct Floats256;
 
 impl Arithmetic for Floats512 {
@@ -144,19 +144,19 @@ impl Arithmetic for Floats256 {
 /// # Safety of its functions
 /// The processor has the instructions, and the row and the block are there.
 pub(super) trait Weight<A: Arithmetic>: Copy {
-    /// Where 64 weights lie, and what they are made with.
+    /// The address of 64 stored weights, and the values that their conversion needs.
     type Block: Copy;
-    /// Room for the last weights of a row.
+    /// A buffer for the incomplete last block of a row.
     type Room: Copy + Default;
-    /// Pairs of registers that hold 64 weights.
+    /// The number of pairs of registers that hold 64 weights.
     const PAIRS: usize;
     unsafe fn block(self, row: usize, block: usize) -> Self::Block;
-    /// The weights of a row behind its last whole block, in `room`, zeros behind them.
+    /// The weights of a row after its last whole block, copied to `room` and followed by zeros.
     unsafe fn rest(self, row: usize, room: &mut Self::Room) -> Self::Block;
     unsafe fn pair(block: &Self::Block, pair: usize) -> [A::Factors; 2];
 }
 
-/// A weight as it is: its first value and its depth.
+/// A weight that is not quantised: the address of its first value, and its depth.
 pub(super) struct Dense<T>(pub(super) *const T, pub(super) usize);
 
 impl<T> Copy for Dense<T> {}
@@ -185,7 +185,7 @@ impl<T: Copy> Dense<T> {
     }
 }
 
-/// What the numbers of a block are copied to; arrays of 64 have no `Default`.
+/// A buffer for a block's values; arrays of 64 elements have no `Default`.
 #[derive(Clone, Copy)]
 pub(super) struct Room<T>([T; BLOCK]);
 
@@ -283,12 +283,12 @@ impl<const ROUNDING: u8> Codes<ROUNDING> {
     /// A block's codes, two a byte, and its largest magnitude.
     #[inline(always)]
     unsafe fn at(self, row: usize, block: usize) -> (*const u8, f32) {
-        let place = row * self.blocks + block;
+        let index = row * self.blocks + block;
         // SAFETY: the caller's promise.
         unsafe {
             (
-                self.packed.add(place * (BLOCK / 2)),
-                *self.absmax.add(place),
+                self.packed.add(index * (BLOCK / 2)),
+                *self.absmax.add(index),
             )
         }
     }
@@ -301,7 +301,7 @@ impl<const ROUNDING: u8> Codes<ROUNDING> {
             let numbers = _mm512_mul_ps(_mm512_loadu_ps(self.code), _mm512_set1_ps(absmax));
             match ROUNDING {
                 BF16 => {
-                    // To the nearest, halfway to the even one.
+                    // Rounds to the nearest bf16, ties to even.
                     let bits = _mm512_castps_si512(numbers);
                     let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
                     let up = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
@@ -358,7 +358,7 @@ impl<const ROUNDING: u8> Weight<Floats512> for Codes<ROUNDING> {
         // SAFETY: 16 of the block's 32 bytes; see the trait.
         unsafe {
             let both = _mm512_cvtepu8_epi32(_mm_loadu_si128(codes.add(16 * pair).cast()));
-            // Only the lowest four bits of each word count.
+            // The permutation uses only the lowest four bits of each word.
             [
                 _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(both), *numbers),
                 _mm512_permutexvar_ps(both, *numbers),
@@ -379,7 +379,7 @@ impl Weight<Pairs512> for Codes<BF16> {
             let (codes, absmax) = self.at(row, block);
             let numbers = _mm512_mul_ps(_mm512_loadu_ps(self.code), _mm512_set1_ps(absmax));
             let rounded: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(numbers));
-            // Twice, so that a number's fifth bit does not count.
+            // The 16 numbers are there twice, so that the fifth bit of an index makes no difference.
             (codes, _mm512_broadcast_i64x4(rounded))
         }
     }
@@ -395,7 +395,7 @@ impl Weight<Pairs512> for Codes<BF16> {
         // SAFETY: the block's 32 bytes; see the trait.
         unsafe {
             let both = _mm512_cvtepu8_epi16(_mm256_loadu_si256(codes.cast()));
-            // Only the lowest five bits of each word count.
+            // The permutation uses only the lowest five bits of each word.
             [
                 _mm512_permutexvar_epi16(_mm512_srli_epi16::<4>(both), *numbers),
                 _mm512_permutexvar_epi16(both, *numbers),
@@ -430,7 +430,7 @@ impl<const ROUNDING: u8> Weight<Floats256> for Codes<ROUNDING> {
         // SAFETY: eight of the block's 32 bytes; see the trait.
         unsafe {
             let both = _mm256_cvtepu8_epi32(_mm_loadl_epi64(codes.add(8 * pair).cast()));
-            // The lowest three bits choose among eight, the fourth, as a sign, between the two.
+            // The lowest three bits choose one of eight numbers; the fourth, as a sign, chooses between the two registers.
             let number = |code: __m256i, sign: __m256i| {
                 _mm256_blendv_ps(
                     _mm256_permutevar8x32_ps(numbers[0], code),

@@ -8,7 +8,7 @@ use crate::ml::model::Cache;
 
 #[test]
 fn decoding_gives_the_reference_s_logits() {
-    let texts: [&[u32]; 3] = [&[5, 90, 7, 300, 41, 2], &[1000], &[12, 13, 14]];
+    let sequences: [&[u32]; 3] = [&[5, 90, 7, 300, 41, 2], &[1000], &[12, 13, 14]];
     for (base, compute, within) in [
         ("model", DType::F32, 1e-4),
         ("model_nf4", DType::F32, 1e-4),
@@ -16,32 +16,35 @@ fn decoding_gives_the_reference_s_logits() {
     ] {
         let model = golden::model(base, Some("adapter_final"), Trained::Nothing, compute);
         for pass in [Pass::BASE, Pass::INFER] {
-            let mut decoder = decode::Decoder::new(&model, texts.len(), 6, pass)
+            let mut decoder = decode::Decoder::new(&model, sequences.len(), 6, pass)
                 .unwrap()
                 .unwrap();
             // A token of each text at a time, as long as it has some, so that they stand beside each other.
-            let mut last = vec![Vec::new(); texts.len()];
+            let mut last = vec![Vec::new(); sequences.len()];
             for at in 0..6 {
-                let tokens: Vec<Token> = (0..texts.len())
-                    .filter_map(|text| Some((text, texts[text].get(at)?)))
-                    .map(|(text, &id)| Token { text, id })
+                let tokens: Vec<Token> = (0..sequences.len())
+                    .filter_map(|sequence| Some((sequence, sequences[sequence].get(at)?)))
+                    .map(|(sequence, &id)| Token { sequence, id })
                     .collect();
-                let places: Vec<usize> = (0..tokens.len()).collect();
-                let logits = decoder.step(&tokens, &places).unwrap();
+                let positions_: Vec<usize> = (0..tokens.len()).collect();
+                let logits = decoder.step(&tokens, &positions_).unwrap();
                 for (token, logits) in tokens.iter().zip(logits.chunks_exact(1024)) {
-                    last[token.text] = logits.to_vec();
+                    last[token.sequence] = logits.to_vec();
                 }
             }
-            for (text, ids) in texts.iter().enumerate() {
+            for (sequence, ids) in sequences.iter().enumerate() {
                 let plain = model.next_logits(ids, &mut Cache::default(), pass).unwrap();
                 let largest = plain.iter().fold(0f32, |most, x| most.max(x.abs()));
-                let pairs = plain.iter().zip(&last[text]);
+                let pairs = plain.iter().zip(&last[sequence]);
                 let far = pairs.fold(0f32, |far, (a, b)| far.max((a - b).abs()));
-                assert!(far < within * largest, "{base} {compute:?} {text}: {far}");
+                assert!(
+                    far < within * largest,
+                    "{base} {compute:?} {sequence}: {far}"
+                );
             }
-            let full = Token { text: 0, id: 1 };
+            let full = Token { sequence: 0, id: 1 };
             let error = decoder.step(&[full], &[]).unwrap_err().to_string();
-            assert!(error.contains("has no place"), "{error}");
+            assert!(error.contains("beyond its longest length"), "{error}");
         }
     }
     let half = golden::model("model", None, Trained::Nothing, DType::F16);
@@ -68,7 +71,7 @@ fn both_backends_answer_alike() {
     }
     let execution = Execution::new(&model, Kind::Reference);
     let mut decoder = execution.decoder(1, 2, Pass::INFER).unwrap();
-    let token = |text| Token { text, id: 1 };
+    let token = |sequence| Token { sequence, id: 1 };
     assert!(decoder.step(&[token(0)], &[1]).is_err());
     assert!(decoder.step(&[token(1)], &[0]).is_err());
     assert!(decoder.step(&[token(0); 3], &[2]).is_err());

@@ -1,4 +1,4 @@
-//! Writing safetensors files tensor by tensor, with the bytes that the safetensors library itself would make.
+//! Writes safetensors files tensor by tensor, with the same bytes as the safetensors library.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -11,12 +11,12 @@ use half::{bf16, f16};
 use safetensors::Dtype;
 use serde_json::json;
 
-/// Bytes that are written and digested at once.
+/// The bytes that are written and digested at once.
 const PIECE: usize = 1 << 19;
-/// Less is put together first.
+/// Fewer bytes than this are collected before they are written.
 const SMALL: usize = 1 << 16;
 
-/// A tensor that will be written.
+/// The declaration of a tensor that will be written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
     /// Its name.
@@ -28,7 +28,7 @@ pub struct Entry {
 }
 
 impl Entry {
-    /// A tensor's name, type and shape.
+    /// The declaration of a tensor.
     pub fn new(name: impl Into<String>, dtype: Dtype, shape: impl Into<Vec<usize>>) -> Self {
         Self {
             name: name.into(),
@@ -37,7 +37,10 @@ impl Entry {
         }
     }
 
-    /// The number of its bytes.
+    /// The size of its values in bytes.
+    ///
+    /// # Errors
+    /// The size does not fit into `usize`.
     pub fn size(&self) -> anyhow::Result<usize> {
         let count = self
             .shape
@@ -54,7 +57,7 @@ impl Entry {
     }
 }
 
-/// A file that is being written, and the digest of what was. A piece is digested while it is still in the cache.
+/// A file that is being written, and the digest of what was written. A piece is digested while it is still in the cache.
 #[derive(Debug)]
 struct Digesting {
     file: File,
@@ -74,25 +77,31 @@ impl Write for Digesting {
     }
 }
 
-/// A safetensors file that is being written. All tensors are declared first; then their bytes follow in the file's order.
+/// A safetensors file that is being written. All tensors are declared first; then their bytes are written in the file's order.
 #[derive(Debug)]
 pub struct Writer {
     path: PathBuf,
     file: BufWriter<Digesting>,
     entries: Vec<Entry>,
     next: usize,
-    /// Bytes of the tensor that was begun last which are still to come.
+    /// The bytes still missing from the current tensor.
     missing: usize,
 }
 
 impl Writer {
-    /// Starts a file with the header for `entries` and torch's note of the format. The order of the tensors is the
-    /// library's: wide types first, so that all are aligned, then by name. It is found in [`Writer::order`].
+    /// Creates a file and writes the header for `entries`, with the metadata `format: pt`. As in the safetensors library, tensors with
+    /// wider types come first, so that all are aligned, then they are sorted by name: see [`Writer::order`].
+    ///
+    /// # Errors
+    /// The file can't be created, or a size does not fit into `usize`.
     pub fn create(path: &Path, entries: Vec<Entry>) -> anyhow::Result<Self> {
         Self::with_metadata(path, entries, &[("format", "pt")])
     }
 
-    /// The same with other notes.
+    /// Like [`Writer::create`], with other metadata.
+    ///
+    /// # Errors
+    /// The file can't be created, or a size does not fit into `usize`.
     pub fn with_metadata(
         path: &Path,
         mut entries: Vec<Entry>,
@@ -125,7 +134,10 @@ impl Writer {
         &self.entries
     }
 
-    /// Writes the next tensor, which has to be `name`.
+    /// Writes the next tensor of [`Writer::order`], which must be `name`, with all its bytes: little-endian and row-major.
+    ///
+    /// # Errors
+    /// It is not the next tensor, the number of bytes is wrong, or the file can't be written.
     pub fn write(&mut self, name: &str, bytes: &[u8]) -> anyhow::Result<()> {
         if let Some(entry) = self.entries.get(self.next).filter(|e| e.name == name) {
             let size = entry.size()?;
@@ -140,7 +152,10 @@ impl Writer {
         self.append(bytes)
     }
 
-    /// Begins the next tensor, which has to be `name`. Its bytes follow by [`Writer::append`].
+    /// Begins the next tensor of [`Writer::order`], which must be `name`. Its bytes follow by [`Writer::append`].
+    ///
+    /// # Errors
+    /// It is not the next tensor, or the one before it is incomplete.
     pub fn start(&mut self, name: &str) -> anyhow::Result<()> {
         self.complete()?;
         let path = self.path.display();
@@ -156,7 +171,10 @@ impl Writer {
         Ok(())
     }
 
-    /// Writes the next bytes of the tensor that was begun last.
+    /// Writes the next bytes of the current tensor.
+    ///
+    /// # Errors
+    /// The tensor has fewer bytes, or the file can't be written.
     pub fn append(&mut self, bytes: &[u8]) -> anyhow::Result<()> {
         let left = self.missing.checked_sub(bytes.len());
         self.missing = left.with_context(|| {
@@ -179,7 +197,7 @@ impl Writer {
         entry.map_or("a tensor", |entry| entry.name.as_str())
     }
 
-    /// The tensor that was begun last must be whole.
+    /// Fails if the current tensor is incomplete.
     fn complete(&self) -> anyhow::Result<()> {
         ensure!(
             self.missing == 0,
@@ -191,7 +209,10 @@ impl Writer {
         Ok(())
     }
 
-    /// Ends the file and gives the BLAKE3 digest of its bytes. Every declared tensor must have been written.
+    /// Completes the file and returns the BLAKE3 digest of its bytes in hexadecimal digits.
+    ///
+    /// # Errors
+    /// A declared tensor was not written, or the file can't be written.
     pub fn finish(mut self) -> anyhow::Result<String> {
         self.complete()?;
         if let Some(entry) = self.entries.get(self.next) {
@@ -207,7 +228,7 @@ impl Writer {
     }
 }
 
-/// Compact JSON, padded with spaces to a multiple of 8 bytes.
+/// The file's header, compact JSON padded with spaces to a multiple of 8 bytes. Two tensors of one name are an error.
 fn header(entries: &[Entry], metadata: &[(&str, &str)]) -> anyhow::Result<Vec<u8>> {
     let mut members = Vec::with_capacity(entries.len() + 1);
     if !metadata.is_empty() {
@@ -241,7 +262,10 @@ fn header(entries: &[Entry], metadata: &[(&str, &str)]) -> anyhow::Result<Vec<u8
     Ok(header)
 }
 
-/// Writes a small safetensors file. Notes are sorted, so the same tensors make the same bytes.
+/// Writes a small safetensors file of tensors in memory. The metadata is sorted, so the same tensors always give the same bytes.
+///
+/// # Errors
+/// A tensor's type is not supported, or the file can't be written.
 pub fn save(
     path: &Path,
     tensors: &BTreeMap<String, Tensor>,

@@ -1,10 +1,10 @@
-//! Why a merged weight is not finite: the model, the adapter, or the type.
+//! Finds out why a merged weight is not finite: because of the model, the adapter, or the type.
 
 use super::Update;
 use crate::ml::io::finite;
 use crate::ml::io::float::Float;
 
-/// Why W + s B A is not finite, from value number `first` on.
+/// A clause that says why W + s B A is not finite, for a piece that starts at value `first`.
 pub(crate) fn why(
     first: usize,
     bytes: &[u8],

@@ -10,7 +10,7 @@ use crate::ml::io::folder::carry;
 use crate::ml::io::weights::save;
 use crate::ml::lora::merge::merge;
 use crate::ml::model::arch::{Arch, Projection};
-use crate::ml::model::{Llama, Trained};
+use crate::ml::model::{CausalLm, Trained};
 use crate::ml::testing::golden;
 
 fn prompts() -> Vec<Vec<u32>> {
@@ -66,7 +66,7 @@ fn layer_by_layer_the_logits_are_those_of_the_whole_model() {
         let weights = Weights::open(&golden).unwrap();
         let adapter = adapter(1.);
         let (device, nothing) = (Device::Cpu, Trained::Nothing);
-        let whole = Llama::load(
+        let whole = CausalLm::load(
             &config,
             &weights,
             Some(&adapter),

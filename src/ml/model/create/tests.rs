@@ -27,7 +27,7 @@ fn config() -> Arch {
 
 fn values(weights: &Weights, name: &str) -> Vec<f32> {
     let raw = weights.raw(name).unwrap();
-    let float = Float::of(raw.dtype).unwrap();
+    let float = Float::from_safetensors(raw.dtype).unwrap();
     let mut values = vec![0.; raw.size() / float.size()];
     float.read(&raw.bytes().unwrap(), &mut values);
     values

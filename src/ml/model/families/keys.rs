@@ -1,4 +1,4 @@
-//! The keys of a `config.json` that more than one family has, in either of transformers' spellings.
+//! The keys of a `config.json` that several families have, in the spellings of transformers 4 and 5.
 
 use anyhow::{Context as _, bail, ensure};
 use candle_core::DType;
@@ -12,17 +12,17 @@ use crate::ml::model::arch::{Llama3Scaling, Quantization, Rope, largest};
 pub(super) struct Keys<'a>(pub(super) &'a Value);
 
 impl<'a> Keys<'a> {
-    /// A key's value, unless it is `null`.
+    /// A key's value; `None` if it is absent or `null`.
     pub(super) fn some(self, name: &str) -> Option<&'a Value> {
         self.0.get(name).filter(|value| !value.is_null())
     }
 
-    /// Whether a key is there, be it `null`.
+    /// Whether the key exists, even if it is `null`.
     pub(super) fn has(self, name: &str) -> bool {
         self.0.get(name).is_some()
     }
 
-    /// A whole number from 1 on.
+    /// An integer from 1 on.
     pub(super) fn size(self, name: &str) -> anyhow::Result<usize> {
         let value = self.0.get(name).and_then(Value::as_u64);
         let value = value.and_then(|value| usize::try_from(value).ok());
@@ -33,7 +33,7 @@ impl<'a> Keys<'a> {
         }
     }
 
-    /// A whole number from 1 on, or what transformers takes where the file doesn't say it.
+    /// An integer from 1 on, or transformers' default if the key is absent.
     pub(super) fn size_or(self, name: &str, default: usize) -> anyhow::Result<usize> {
         match self.some(name) {
             None => Ok(default),
@@ -47,12 +47,12 @@ impl<'a> Keys<'a> {
         value.with_context(|| format!("`{name}` is missing or not a number"))
     }
 
-    /// A number, or what transformers takes where the file doesn't say it.
+    /// A number, or transformers' default if the key is absent.
     pub(super) fn number_or(self, name: &str, default: f64) -> anyhow::Result<f64> {
         self.some(name).map_or(Ok(default), |_| self.number(name))
     }
 
-    /// Yes or no; a key that is not there means no.
+    /// A boolean; false if the key is absent.
     pub(super) fn flag(self, name: &str) -> anyhow::Result<bool> {
         match self.some(name) {
             None => Ok(false),
@@ -61,12 +61,12 @@ impl<'a> Keys<'a> {
         }
     }
 
-    /// A token id, or none.
+    /// A token id, if there is one.
     pub(super) fn id(self, name: &str) -> anyhow::Result<Option<u32>> {
         self.0.get(name).map_or(Ok(None), |value| id(value, name))
     }
 
-    /// The ids that end a text: one, or a list.
+    /// The ids that end a text, given as one id or a list.
     pub(super) fn eos_ids(self) -> anyhow::Result<Vec<u32>> {
         let name = "eos_token_id";
         let ids = match self.0.get(name) {
@@ -80,7 +80,7 @@ impl<'a> Keys<'a> {
         Ok(ids.into_iter().flatten().collect())
     }
 
-    /// The gate's activation has to be the one that is computed.
+    /// Fails if the gate's activation is not `SiLU`.
     pub(super) fn check_activation(self) -> anyhow::Result<()> {
         if let Some(act) = self.0.get("hidden_act") {
             // Two names of one function.
@@ -93,20 +93,20 @@ impl<'a> Keys<'a> {
         Ok(())
     }
 
-    /// The dtype that the weights are meant to have.
+    /// The dtype of the weights.
     pub(super) fn dtype(self) -> Option<DType> {
         dtype(self.some("dtype").or_else(|| self.some("torch_dtype")))
     }
 
-    /// How the weights are quantised.
+    /// The quantisation of the weights, if they are quantised.
     pub(super) fn quantization(self) -> anyhow::Result<Option<Quantization>> {
         self.some("quantization_config")
             .map(quantization)
             .transpose()
     }
 
-    /// transformers 5 keeps both in `rope_parameters`; before, there were `rope_theta` and `rope_scaling`. Where a file has both
-    /// spellings, `rope_scaling` counts, as in transformers. `length` is the longest sequence of the model.
+    /// The rotary embedding. transformers 5 writes `rope_parameters`, earlier versions `rope_theta` and `rope_scaling`. If a file has both,
+    /// `rope_scaling` takes precedence, as in transformers. `length` is the longest sequence of the model.
     pub(super) fn rope(self, length: usize) -> anyhow::Result<Rope> {
         let filled = |name: &str| self.some(name).filter(|value| *value != &json!({}));
         let positive = |value: f64| value > 0. && value.is_finite();
@@ -125,7 +125,7 @@ impl<'a> Keys<'a> {
                 .as_f64()
                 .filter(|theta| positive(*theta))
                 .with_context(|| format!("`rope_theta` is {theta}, expected a number above 0"))?,
-            // transformers' `default_theta`, for the first models, whose files don't say it.
+            // transformers' `default_theta`, for the first models, whose files lack the key.
             None => 10_000.,
         };
         let full = self.some("partial_rotary_factor");
@@ -184,7 +184,7 @@ impl<'a> Keys<'a> {
         if kind == "default" {
             return Ok(None);
         }
-        // As in transformers: the file's own, else the rope's, else the model's length.
+        // As in transformers, the file's own value comes first, then that of the scaling, then the model's length.
         let original = "original_max_position_embeddings";
         let rope = Keys(scaling);
         let original_max_position_embeddings = if self.some(original).is_some() {
@@ -203,7 +203,7 @@ impl<'a> Keys<'a> {
     }
 }
 
-/// The parameters of the rope types that are computed.
+/// The supported rope types with their parameters.
 const ROPE_KEYS: [(&str, &[&str]); 2] = [
     ("default", &[]),
     ("llama3", &["factor", "low_freq_factor", "high_freq_factor"]),
@@ -212,10 +212,10 @@ const ROPE_KEYS: [(&str, &[&str]); 2] = [
 fn dtype(value: Option<&Value>) -> Option<DType> {
     let name = value.and_then(Value::as_str)?;
     let name = name.strip_prefix("torch.").unwrap_or(name);
-    Some(Float::named(name)?.dtype())
+    Some(Float::from_name(name)?.dtype())
 }
 
-/// A token id; `null`, and -1 in old files, mean that there is none.
+/// A token id; `null`, and -1 in old files, mean none.
 fn id(value: &Value, name: &str) -> anyhow::Result<Option<u32>> {
     if value.is_null() || value.as_i64() == Some(-1) {
         return Ok(None);

@@ -15,7 +15,7 @@ pub(super) const MISTRAL: Family = Family {
     write,
 };
 
-/// The window of the first models, whose files don't say it; newer ones say `null`.
+/// The window of the first models, whose files lack the key; newer ones have `null`.
 const WINDOW: usize = 4096;
 
 fn describe(keys: Keys<'_>) -> anyhow::Result<Arch> {

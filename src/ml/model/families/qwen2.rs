@@ -1,5 +1,5 @@
-//! Qwen2 and Qwen2.5 (transformers' `configuration_qwen2.py` and `modular_qwen2.py`): queries, keys and values have biases that
-//! no key speaks of, the output has none.
+//! Qwen2 and Qwen2.5 (transformers' `configuration_qwen2.py` and `modular_qwen2.py`): queries, keys and values always have biases, without
+//! any key for them, and the attention's output has none.
 
 use super::keys::Keys;
 use super::{Defaults, Family, common, windows};
@@ -16,7 +16,7 @@ pub(super) const QWEN2: Family = Family {
 fn describe(keys: Keys<'_>) -> anyhow::Result<Arch> {
     let defaults = Defaults {
         num_key_value_heads: Some(32),
-        // A key of `LlamaAttention`, which Qwen2's is made from.
+        // This key is read by `LlamaAttention`, from which Qwen2's attention is derived.
         head_dim: None,
         max_position_embeddings: 32_768,
     };

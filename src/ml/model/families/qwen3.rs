@@ -1,5 +1,5 @@
-//! Qwen3, the dense ones (transformers' `configuration_qwen3.py` and `modular_qwen3.py`): an RMS norm of each head's queries and
-//! keys, and heads of a width of their own.
+//! The dense models of Qwen3 (transformers' `configuration_qwen3.py` and `modular_qwen3.py`): an RMS norm of the queries and keys of each
+//! head, and a head width that is independent of the hidden size.
 
 use serde_json::{Map, Value, json};
 

@@ -368,7 +368,7 @@ fn windows_are_where_transformers_has_them() {
 fn what_is_written_is_what_is_read() {
     for family in FAMILIES {
         let mut arch = described(family.model_type, &[]).unwrap();
-        let read = |arch: &Arch| describe(&Value::Object(keys_of(arch).unwrap())).unwrap();
+        let read = |arch: &Arch| describe(&Value::Object(config_keys(arch).unwrap())).unwrap();
         assert_eq!(read(&arch), arch, "{}", family.model_type);
         arch.layers = vec![LayerArch { window: Some(5) }; 3];
         arch.attention_dropout = 0.25;

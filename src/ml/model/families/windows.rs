@@ -1,4 +1,4 @@
-//! Sliding windows as Qwen2 and Qwen3 spell them: in the layers that `layer_types` calls `sliding_attention`, or from number
+//! Sliding windows in the spelling of Qwen2 and Qwen3: in the layers that `layer_types` calls `sliding_attention`, or in all layers from
 //! `max_window_layers` on.
 
 use anyhow::{bail, ensure};
@@ -7,14 +7,14 @@ use serde_json::{Map, Value, json};
 use super::keys::Keys;
 use crate::ml::model::arch::{Arch, LayerArch};
 
-/// The keys of [`super::OF_SOME`] among those that are read here.
+/// The keys among [`super::FAMILY_KEYS`] that are read here.
 pub(super) const KEYS: [&str; 3] = ["layer_types", "sliding_window", "use_sliding_window"];
 
-/// The names of `layer_types`; transformers renames `attention`, which older files have.
+/// The names of layers without a window in `layer_types`; older files have `attention`, which transformers renames.
 const FULL: [&str; 2] = ["full_attention", "attention"];
 const SLIDING: &str = "sliding_attention";
 
-/// The layers of a `config.json`.
+/// Reads the layers of a `config.json`.
 pub(super) fn read(keys: Keys<'_>) -> anyhow::Result<Vec<LayerArch>> {
     let count = keys.size("num_hidden_layers")?;
     let window = match (keys.flag("use_sliding_window")?, keys.has("sliding_window")) {
@@ -55,7 +55,7 @@ pub(super) fn read(keys: Keys<'_>) -> anyhow::Result<Vec<LayerArch>> {
     layers.collect()
 }
 
-/// Writes the layers' windows; models made here have one width at most.
+/// Writes the layers' windows; models that are created here have at most one size of window.
 pub(super) fn write(arch: &Arch, keys: &mut Map<String, Value>) {
     let window = arch.layers.iter().find_map(|layer| layer.window);
     let first = arch.layers.iter().position(|layer| layer.window.is_some());

@@ -1,9 +1,9 @@
-//! From weights to NF4, with the bits of bitsandbytes.
+//! The quantisation of weights to NF4, with the same bits as bitsandbytes.
 //!
-//! In double quantisation its devices differ, and we take the exact way. The 8-bit codes of the magnitudes are the *nearest* of
-//! the table, as on CUDA; on a CPU, bitsandbytes 0.50 looks them up in a coarse grid, and about one code in 200 is a neighbour
-//! of the nearest. The mean of the magnitudes is rounded once; torch's has a last bit that depends on the order of its sum.
-//! The tests put the CPU's ways in their place, and then meet its files byte for byte.
+//! In double quantisation, bitsandbytes' devices differ from each other, and this module does what is exact. The 8-bit codes of the
+//! magnitudes are the *nearest* of the table, as on CUDA; on a CPU, bitsandbytes 0.50 looks them up in a coarse grid, and about one
+//! code in 200 is a neighbour of the nearest one. The mean of the magnitudes is rounded once, while the last bit of torch's mean depends
+//! on the order of its sum. The tests substitute the CPU's rules for these two, and then reproduce its files byte for byte.
 
 use std::fmt::Write as _;
 
@@ -18,15 +18,18 @@ use crate::ml::io::float::Float;
 use crate::ml::io::weights::Entry;
 use crate::ml::quant::dynamic_map::Table;
 
-/// Magnitudes that share a largest one, when they are quantised too.
+/// The number of magnitudes in a block of double quantisation.
 pub(crate) const NESTED_BLOCK: usize = 256;
-/// Blocks that a thread takes at once.
+/// The blocks that a thread takes at once.
 const SPAN: usize = 256;
-/// Blocks that are read at once.
+/// The blocks that are read at once.
 const PIECE: usize = 1 << 15;
 
-/// The largest magnitude of each block of a tensor of `size` bytes, which `read(first, out)` gives from a byte on, a few MiB at a
-/// time. NaN and infinity have no code and are errors.
+/// Computes the largest magnitude of each block of 64 values of a tensor of `size` bytes with values of type `float`.
+/// `read(first, out)` reads its bytes from offset `first` on, a few MiB at a time.
+///
+/// # Errors
+/// A value is a NaN or infinite, which has no code, or `read` fails.
 pub fn block_absmax(
     float: Float,
     size: usize,
@@ -42,12 +45,12 @@ pub fn block_absmax(
         bytes.resize((PIECE * BLOCK * value).min(size - first), 0);
         read(first, &mut bytes)?;
         if is_alone() {
-            nf4::largest(float.kernel(), &bytes, absmax);
+            nf4::absmax(float.kernel(), &bytes, absmax);
         } else {
             absmax
                 .par_chunks_mut(SPAN)
                 .zip(bytes.par_chunks(BLOCK * SPAN * value))
-                .for_each(|(absmax, bytes)| nf4::largest(float.kernel(), bytes, absmax));
+                .for_each(|(absmax, bytes)| nf4::absmax(float.kernel(), bytes, absmax));
         }
     }
     if let Some(block) = absmax.iter().position(|x| !x.is_finite()) {
@@ -60,7 +63,7 @@ pub fn block_absmax(
     Ok(absmax)
 }
 
-/// Reads from memory, for [`block_absmax`].
+/// A function for [`block_absmax`] that reads from memory.
 pub fn from_memory(bytes: &[u8]) -> impl FnMut(usize, &mut [u8]) -> anyhow::Result<()> {
     |first, out| {
         out.copy_from_slice(&bytes[first..first + out.len()]);
@@ -68,8 +71,11 @@ pub fn from_memory(bytes: &[u8]) -> impl FnMut(usize, &mut [u8]) -> anyhow::Resu
     }
 }
 
-/// Two codes a byte, into `packed`: those of the weights in `bytes`, which begin with a block. An odd last value is followed by
-/// the code of 0.
+/// Quantises the values in `bytes`, of type `float`, and writes two codes a byte to `packed`. The values must begin with a block. An
+/// odd last value is followed by the code of 0.
+///
+/// # Panics
+/// If `bytes` ends within a value, or `packed` has not one byte for every two values.
 pub fn pack(float: Float, bytes: &[u8], packed: &mut [u8]) {
     if is_alone() {
         nf4::pack(float.kernel(), bytes, packed);
@@ -81,35 +87,35 @@ pub fn pack(float: Float, bytes: &[u8], packed: &mut [u8]) {
     }
 }
 
-/// Whether there is one thread to work on: to wait for it takes longer than the work on a small tensor.
+/// Whether the pool has only one thread. Then waiting for it would take longer than the work on a small tensor.
 fn is_alone() -> bool {
     rayon::current_num_threads() == 1
 }
 
-/// How the magnitudes of a weight are stored.
+/// The largest magnitudes of a weight's blocks, in the form in which they are stored.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Magnitudes {
-    /// As they are.
+    /// In f32, one for each block.
     Plain(Vec<f32>),
-    /// In 8 bits with magnitudes of their own, after their mean is taken away.
+    /// Quantised to 8 bits after their mean was subtracted (Dettmers et al. 2023, arXiv 2305.14314, section 3, double quantisation).
     Nested {
-        /// The code of each magnitude.
+        /// The 8-bit code of each magnitude.
         codes: Vec<u8>,
-        /// The largest of each 256 of them.
+        /// The largest magnitude of each block of 256 differences to the mean.
         absmax: Vec<f32>,
-        /// Their mean.
+        /// The mean of the magnitudes.
         offset: f32,
     },
 }
 
 impl Magnitudes {
-    /// Double quantisation, with the nearest codes.
+    /// Quantises the magnitudes, each to the nearest code.
     pub fn nested(absmax: &[f32]) -> Self {
-        let table = Table::of(true);
+        let table = Table::get(true);
         Self::nested_by(absmax, mean(absmax), |x| table.code(x))
     }
 
-    /// Double quantisation with the mean given, and a choice of the code for a value in -1 to 1.
+    /// Quantises the magnitudes with the given mean, and a function that chooses the code of a value from -1 to 1.
     pub(in crate::ml) fn nested_by(absmax: &[f32], offset: f32, code: impl Fn(f32) -> u8) -> Self {
         let mut codes = Vec::with_capacity(absmax.len());
         let mut largest = Vec::with_capacity(absmax.len().div_ceil(NESTED_BLOCK));
@@ -128,7 +134,7 @@ impl Magnitudes {
     }
 }
 
-/// The mean, rounded once. torch sums in f32, in an order that depends on the device, so its last bit may differ.
+/// The mean, rounded once. torch sums in f32 in an order that depends on the device, so the last bit of its mean may differ.
 fn mean(values: &[f32]) -> f32 {
     let sum: f64 = values.iter().map(|x| f64::from(*x)).sum();
     (sum / values.len().max(1) as f64) as f32
@@ -137,13 +143,16 @@ fn mean(values: &[f32]) -> f32 {
 /// One tensor of a quantised weight.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Part {
-    /// Where it belongs.
+    /// Its name, type and shape.
     pub entry: Entry,
-    /// Its values; none for the packed codes, which are made by [`pack`] when they are written.
+    /// Its bytes; `None` for the packed codes, which [`pack`] computes when they are written.
     pub bytes: Option<Vec<u8>>,
 }
 
-/// The tensors that the weight `name` of a shape (out, in) becomes.
+/// The tensors in which the weight called `name`, of shape (out, in) and with values of type `float`, is stored once it is quantised.
+///
+/// # Errors
+/// The weight has too many values to be counted.
 pub fn parts(
     name: &str,
     float: Float,
@@ -185,12 +194,12 @@ pub fn parts(
             absmax,
             offset,
         } => {
-            let map = &Table::of(true).values;
+            let map = &Table::get(true).values;
             parts.push(part(".absmax", Dtype::U8, codes.clone()));
             parts.push(part(".nested_absmax", Dtype::F32, floats(absmax)));
             parts.push(part(".nested_quant_map", Dtype::F32, floats(map)));
             let offset = python_float(f64::from(*offset));
-            // Writing to a string never fails.
+            // Formatting into a `String` never fails.
             let _ = write!(
                 state,
                 ", \"nested_blocksize\": {NESTED_BLOCK}, \"nested_dtype\": \"float32\", \"nested_offset\": {offset}"
@@ -202,7 +211,7 @@ pub fn parts(
     Ok(parts)
 }
 
-/// A number as Python's `repr` writes it: the fewest digits that lead back, with an exponent only far from 1.
+/// Formats a number as Python's `repr` does: with the fewest digits that are parsed back to it, and an exponent only far from 1.
 fn python_float(x: f64) -> String {
     let magnitude = x.abs();
     if magnitude != 0. && !(1e-4..1e16).contains(&magnitude) {

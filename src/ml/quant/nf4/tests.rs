@@ -24,7 +24,7 @@ pub(in crate::ml) fn bits(values: &[f32]) -> Vec<u32> {
 
 /// Double quantisation as bitsandbytes 0.50 does it on the CPU that made the golden files.
 pub(in crate::ml) fn nested_of_the_cpu(absmax: &[f32]) -> Magnitudes {
-    let table = Table::of(true);
+    let table = Table::get(true);
     Magnitudes::nested_by(absmax, mean_of_the_cpu(absmax), |x| {
         code_of_the_cpu(table, x)
     })
@@ -106,7 +106,7 @@ fn every_case_of_bitsandbytes_is_met_byte_for_byte() {
     let golden = Weights::open_file(&golden::folder("nf4.safetensors")).unwrap();
     for case in CASES {
         let input = golden.raw(&format!("{case}.input")).unwrap();
-        let float = Float::of(input.dtype).unwrap();
+        let float = Float::from_safetensors(input.dtype).unwrap();
         let shape = (input.shape[0], input.shape[1]);
         let name = format!("{case}.weight");
         let own = |other: &&str| other.starts_with(&name);
@@ -156,8 +156,11 @@ fn every_case_of_bitsandbytes_is_met_byte_for_byte() {
 
 fn float_values(weights: &Weights, name: &str, out: &mut [f32]) {
     let raw = weights.raw(name).unwrap();
-    assert_eq!(raw.size(), out.len() * Float::of(raw.dtype).unwrap().size());
-    Float::of(raw.dtype)
+    assert_eq!(
+        raw.size(),
+        out.len() * Float::from_safetensors(raw.dtype).unwrap().size()
+    );
+    Float::from_safetensors(raw.dtype)
         .unwrap()
         .read(&raw.bytes().unwrap(), out);
 }
@@ -174,7 +177,7 @@ fn values_at_the_edges_get_the_codes_of_bitsandbytes() {
 fn the_cpu_s_grid_is_met_and_the_nearest_codes_are_close_to_it() {
     let golden = Weights::open_file(&golden::folder("nf4.safetensors")).unwrap();
     for (name, signed) in [("signed", true), ("unsigned", false)] {
-        let table = Table::of(signed);
+        let table = Table::get(signed);
         let raw = |part: &str| {
             let raw = golden.raw(&format!("dyn8_{name}.{part}")).unwrap();
             raw.bytes().unwrap()
@@ -209,7 +212,7 @@ fn the_model_of_bitsandbytes_is_read() {
     let name = "model.layers.0.self_attn.q_proj.weight";
     let nf4 = Nf4::load(&weights, name).unwrap().unwrap();
     assert_eq!(
-        Nf4::shape_of(&weights, name).unwrap(),
+        Nf4::stored_shape(&weights, name).unwrap(),
         Some(((64, 64), Float::F32))
     );
     assert!(bits(&nf4.dequantise()) == bits(&theirs));
@@ -235,15 +238,15 @@ proptest! {
             let Magnitudes::Nested { codes, absmax, offset } = Magnitudes::nested(&absmax) else {
                 panic!("nested magnitudes are expected")
             };
-            let map = &Table::of(true).values;
-            let value = |(place, code): (usize, &u8)| map[usize::from(*code)] * absmax[place / 256] + offset;
+            let map = &Table::get(true).values;
+            let value = |(index, code): (usize, &u8)| map[usize::from(*code)] * absmax[index / 256] + offset;
             codes.iter().enumerate().map(value).collect()
         } else {
             absmax.clone()
         };
         let nf4 = Nf4 { packed, absmax: stored.clone(), shape: (1, values.len()), dtype: DType::F32 };
-        for (place, (back, value)) in nf4.dequantise().iter().zip(&values).enumerate() {
-            let (exact, stored) = (absmax[place / 64], stored[place / 64]);
+        for (index, (back, value)) in nf4.dequantise().iter().zip(&values).enumerate() {
+            let (exact, stored) = (absmax[index / 64], stored[index / 64]);
             // Half of the widest gap between two codes, and the error of the magnitude.
             let bound = 0.1521 * exact + (exact - stored).abs();
             prop_assert!((back - value).abs() <= bound, "{back} {value} {exact}");

@@ -1,16 +1,16 @@
-//! AdamW (Loshchilov and Hutter 2019, "Decoupled weight decay regularization", algorithm 2), in the order of operations of torch's
-//! `AdamW` and of bitsandbytes' on the CPU: weight decay, moments, step.
+//! AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2), with the order of operations of torch's `AdamW` and of
+//! bitsandbytes' on the CPU: weight decay, moments, step.
 
 use super::{Rule, Slot, Step, Update};
 
 /// The constants of AdamW.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct AdamW {
-    /// Decay rate of the first moment, in [0, 1).
+    /// The decay rate of the first moment, in [0, 1).
     pub(super) beta1: f64,
-    /// Decay rate of the second moment, in [0, 1).
+    /// The decay rate of the second moment, in [0, 1).
     pub(super) beta2: f64,
-    /// Added to the square root of the second moment, so that the division stays finite.
+    /// The number that is added to the square root of the second moment, so that the quotient stays finite.
     pub(super) epsilon: f64,
 }
 
@@ -19,9 +19,9 @@ pub(super) struct AdamW {
 struct Scalars {
     beta1: f32,
     beta2: f32,
-    /// What weight decay leaves of a parameter.
+    /// The factor by which weight decay multiplies a parameter.
     keep: f32,
-    /// The learning rate over the bias correction of the first moment.
+    /// The learning rate divided by the bias correction of the first moment.
     step_size: f32,
     /// The square root of the bias correction of the second moment.
     root: f32,

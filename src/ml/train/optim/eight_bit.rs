@@ -1,14 +1,14 @@
-//! Moments in 8 bits: blocks of 256 values with one largest magnitude each, and a code into a table that is dense near 0
-//! (Dettmers, Lewis, Shleifer and Zettlemoyer 2022, "8-bit optimizers via block-wise quantization"; bitsandbytes' tables).
+//! Moments in 8 bits: blocks of 256 values that share their largest magnitude, and for each value a code of a data type that is dense near
+//! 0 (Dettmers, Lewis, Shleifer and Zettlemoyer 2022, arXiv 2110.02861, section 2; bitsandbytes' data types).
 
 use candle_core::{Device, Result, Tensor};
 
 use crate::ml::quant::dynamic_map::Table;
 
-/// Values that share a largest magnitude.
+/// The number of values in a block.
 pub(crate) const BLOCK: usize = 256;
 
-/// A moment of one parameter.
+/// A quantised moment of one parameter.
 #[derive(Debug)]
 pub(crate) struct Moment8 {
     codes: Vec<u8>,
@@ -16,7 +16,7 @@ pub(crate) struct Moment8 {
     signed: bool,
 }
 
-/// A stretch of a moment: whole blocks, and at the end of the parameter perhaps a part of one.
+/// A span of a moment: whole blocks, of which the last one of the parameter may be incomplete.
 pub(crate) struct Span<'a> {
     codes: &'a mut [u8],
     absmax: &'a mut [f32],
@@ -24,10 +24,10 @@ pub(crate) struct Span<'a> {
 }
 
 impl Moment8 {
-    /// All zeros.
+    /// A moment of `count` zeros.
     pub(crate) fn zero(count: usize, signed: bool) -> Self {
         Self {
-            codes: vec![Table::of(signed).zero; count],
+            codes: vec![Table::get(signed).zero; count],
             absmax: vec![0.; count.div_ceil(BLOCK)],
             signed,
         }
@@ -43,9 +43,9 @@ impl Moment8 {
         self.codes.len()
     }
 
-    /// Stretches of `length` values, a multiple of [`BLOCK`]; the last one may be shorter.
+    /// Splits the moment into spans of `length` values, a multiple of [`BLOCK`]; the last one may be shorter.
     pub(crate) fn spans(&mut self, length: usize) -> impl Iterator<Item = Span<'_>> {
-        let table = Table::of(self.signed);
+        let table = Table::get(self.signed);
         let codes = self.codes.chunks_mut(length);
         let spans = codes.zip(self.absmax.chunks_mut(length / BLOCK));
         spans.map(move |(codes, absmax)| Span {
@@ -55,7 +55,7 @@ impl Moment8 {
         })
     }
 
-    /// Codes and magnitudes.
+    /// The codes (values) and the largest magnitudes (blocks) as tensors.
     pub(crate) fn tensors(&self) -> Result<(Tensor, Tensor)> {
         Ok((
             Tensor::from_slice(&self.codes, self.codes.len(), &Device::Cpu)?,
@@ -63,7 +63,7 @@ impl Moment8 {
         ))
     }
 
-    /// The moment that [`Moment8::tensors`] gave, of as many values as this one.
+    /// The moment of the tensors that [`Moment8::tensors`] returned, of as many values as this one; other sizes are an error.
     pub(crate) fn with(&self, codes: &Tensor, absmax: &Tensor) -> Result<Self> {
         Ok(Self {
             codes: codes.to_vec1()?,
@@ -73,13 +73,13 @@ impl Moment8 {
     }
 }
 
-/// The part of a slice that belongs to a block.
+/// The indices of a block in a slice of `length` values.
 fn block_of(number: usize, length: usize) -> std::ops::Range<usize> {
     number * BLOCK..((number + 1) * BLOCK).min(length)
 }
 
 impl Span<'_> {
-    /// Reads the values of one block into the start of `values`.
+    /// Dequantises one block into the start of `values`.
     pub(crate) fn read(&self, block: usize, values: &mut [f32; BLOCK]) {
         let table = &self.table.values;
         let absmax = self.absmax[block];
@@ -89,7 +89,7 @@ impl Span<'_> {
         }
     }
 
-    /// Quantises new values of one block by their own largest magnitude.
+    /// Quantises the new values of one block, with their own largest magnitude.
     pub(crate) fn write(&mut self, block: usize, values: &[f32]) {
         let absmax = values.iter().fold(0f32, |most, x| most.max(x.abs()));
         self.absmax[block] = absmax;

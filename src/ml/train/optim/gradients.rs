@@ -2,18 +2,18 @@
 
 use candle_core::{Result, Tensor};
 
-/// The L2 norm of all gradients together, as torch takes it: the norm of the tensors' norms.
+/// The L2 norm of all gradients together, computed as in torch's `clip_grad_norm_`: the norm of the tensors' norms.
 pub fn norm(gradients: &[Option<Tensor>]) -> Result<f64> {
     let mut sum = 0f64;
     for gradient in gradients.iter().flatten() {
-        // In f64: candle adds f32 in one chain, which loses digits on large tensors.
+        // The sum is in f64, because candle adds f32 one after the other, which loses digits on large tensors.
         let squares = gradient.flatten_all()?.to_vec1::<f32>()?;
         sum += squares.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>();
     }
     Ok(sum.sqrt())
 }
 
-/// Multiplies all gradients by `factor`.
+/// Multiplies all gradients by `factor`, in place.
 pub fn scale(gradients: &mut [Option<Tensor>], factor: f64) -> Result<()> {
     for gradient in gradients.iter_mut().flatten() {
         *gradient = (&*gradient * factor)?;
@@ -21,8 +21,8 @@ pub fn scale(gradients: &mut [Option<Tensor>], factor: f64) -> Result<()> {
     Ok(())
 }
 
-/// Scales the gradients down to the norm `limit` and returns the norm they had (torch's `clip_grad_norm_`). A limit of 0
-/// clips nothing.
+/// Scales all gradients down so that their norm is at most `limit`, and returns their norm before (torch's `clip_grad_norm_`). With a limit
+/// of 0 nothing is clipped.
 pub fn clip(gradients: &mut [Option<Tensor>], limit: f64) -> Result<f64> {
     let norm = norm(gradients)?;
     let factor = limit / (norm + 1e-6);

@@ -1,7 +1,7 @@
-//! Optimisers whose state is their own, so that a training can be saved and resumed to the bit.
+//! Optimisers whose state can be saved and restored to the bit.
 //!
-//! A [`Rule`] says what is kept of each parameter (its slots) and how one step changes a stretch of it. Everything else is the
-//! same for all rules and stands here and in [`slots`]: threads, slots in f32 or in 8 bits, saving and restoring.
+//! A [`Rule`] declares the values that are kept for each parameter (its slots) and computes how one step changes a span of it. Everything
+//! else is the same for all rules and implemented here and in [`slots`]: threads, slots in f32 or in 8 bits, saving and restoring.
 //!
 //! A new rule is a file beside `adamw.rs` and, for each name that recipes have for it, a variant of [`Optim`] with a line in
 //! [`Optim::rule`].
@@ -52,17 +52,17 @@ pub enum Optim {
     Sgd,
 }
 
-/// How the slots of large parameters are kept.
+/// The type of the slots of large parameters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Precision {
-    /// In f32.
+    /// f32.
     Full,
-    /// In 8 bits, by blocks.
+    /// 8 bits, quantised by blocks.
     EightBit,
 }
 
 impl Optim {
-    /// Its rule, and how it keeps its slots.
+    /// Its rule, and the type of its slots.
     fn rule(self, settings: &Settings) -> (Box<dyn Rule>, Precision) {
         let adamw = || {
             Box::new(AdamW {
@@ -83,18 +83,18 @@ impl Optim {
     }
 }
 
-/// The settings of an optimiser. Rules take the constants that they know.
+/// The settings of an optimiser. A rule ignores those that it does not use.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Settings {
-    /// Which one.
+    /// The optimiser.
     pub optim: Optim,
-    /// Decay rate of AdamW's first moment.
+    /// The decay rate of AdamW's first moment.
     pub beta1: f64,
-    /// Decay rate of AdamW's second moment.
+    /// The decay rate of AdamW's second moment.
     pub beta2: f64,
-    /// Added to the square root of AdamW's second moment.
+    /// The number that is added to the square root of AdamW's second moment.
     pub epsilon: f64,
-    /// Decoupled weight decay, multiplied by the learning rate.
+    /// The decoupled weight decay, which is multiplied by the learning rate.
     pub weight_decay: f64,
 }
 
@@ -111,39 +111,39 @@ impl Default for Settings {
     }
 }
 
-/// A value that a rule keeps for each element of a parameter; 0 before the first step.
+/// A value that a rule keeps for each element of a parameter; it is 0 before the first step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Slot {
     /// Its name in checkpoints.
     pub name: &'static str,
-    /// Whether it can be negative: 8 bits then have a sign.
+    /// Whether it can be negative, which decides the data type in 8 bits.
     pub signed: bool,
 }
 
-/// What a rule is told of a step of one parameter.
+/// The scalars of a step of one parameter.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Step {
-    /// The number of the step, from 1. Steps that were left out are not counted.
+    /// The number of the step, from 1. Skipped steps are not counted.
     pub number: u64,
     /// The learning rate.
     pub learning_rate: f64,
-    /// The weight decay; 0 for parameters that don't decay.
+    /// The weight decay; 0 for parameters to which it does not apply.
     pub weight_decay: f64,
 }
 
-/// Updates a stretch of a parameter in place: takes its values, its gradients and one slice for each slot, all of one length.
+/// Updates a span of a parameter in place. The arguments are its values, its gradients, and one slice for each slot, all of the same length.
 pub type Update = Box<dyn Fn(&mut [f32], &[f32], &mut [&mut [f32]]) + Send + Sync>;
 
-/// An update rule that treats each element of a parameter alike.
+/// An update rule that treats each element of a parameter by itself.
 pub trait Rule: Send + Sync {
-    /// What it keeps.
+    /// The values that it keeps for each element.
     fn slots(&self) -> &'static [Slot];
 
-    /// The update of one step. Called once for each parameter; the update is then called for its stretches, on several threads.
+    /// The update of one step. This is called once for each parameter, and the update is then called for its spans on several threads.
     fn update(&self, step: Step) -> Update;
 }
 
-/// An optimiser over fixed parameters.
+/// An optimiser with its state for a fixed list of parameters.
 pub struct Optimizer {
     rule: Box<dyn Rule>,
     weight_decay: f64,
@@ -151,13 +151,13 @@ pub struct Optimizer {
     steps: u64,
 }
 
-/// Tensors with fewer elements keep their slots in f32 (bitsandbytes' `min_8bit_size`).
+/// The number of elements below which slots are kept in f32 (bitsandbytes' `min_8bit_size`).
 const SMALLEST_8BIT: usize = 4096;
-/// Embeddings too, whatever their size: transformers' trainer sees to that (`register_module_override`).
+/// Parameters whose slots are always kept in f32, as in transformers' trainer (`register_module_override`).
 const EMBEDDINGS: &str = "embed_tokens.weight";
 
 impl Optimizer {
-    /// An optimiser before its first step. Gradients and updates come in the order of `parameters`.
+    /// An optimiser before its first step, for `parameters`; all methods must be called with the same list.
     pub fn new(settings: Settings, parameters: &[Parameter]) -> Self {
         let (rule, precision) = settings.optim.rule(&settings);
         let states = parameters.iter().map(|parameter| {
@@ -177,7 +177,10 @@ impl Optimizer {
         }
     }
 
-    /// One step with a learning rate. Parameters without a gradient stay as they are.
+    /// Updates the parameters in place, with one gradient of its shape for each. Parameters without a gradient are not changed.
+    ///
+    /// # Errors
+    /// A gradient has another number of elements than its parameter.
     pub fn step(
         &mut self,
         parameters: &[Parameter],
@@ -210,7 +213,11 @@ impl Optimizer {
         Ok(())
     }
 
-    /// The whole state as tensors, for a checkpoint: `steps`, and `<slot>.<parameter>` with the absmax of 8-bit slots beside it.
+    /// The whole state as tensors, for a checkpoint: `steps`, and `<slot>.<parameter>` of as many elements as the parameter, with the block
+    /// maxima of 8-bit slots as another tensor.
+    ///
+    /// # Errors
+    /// A tensor can't be allocated.
     pub fn save(&self, parameters: &[Parameter]) -> Result<BTreeMap<String, Tensor>> {
         let steps = Tensor::new(&[self.steps as i64], &Device::Cpu)?;
         let mut tensors = BTreeMap::from([("steps".to_owned(), steps)]);
@@ -222,14 +229,17 @@ impl Optimizer {
         Ok(tensors)
     }
 
-    /// The first parameter that has a slot with a value that is not finite.
+    /// The name of the first parameter that has a slot with a value that is not finite.
     pub fn broken<'a>(&self, parameters: &'a [Parameter]) -> Option<&'a str> {
         let mut all = parameters.iter().zip(&self.states);
         let broken = all.find(|(_, state)| !state.0.iter().all(slots::Values::is_finite));
         broken.map(|(parameter, _)| parameter.name.as_str())
     }
 
-    /// Restores what [`Optimizer::save`] gave. On an error, which says what does not fit, nothing is restored.
+    /// Restores the state that [`Optimizer::save`] returned.
+    ///
+    /// # Errors
+    /// A tensor is missing or does not fit its parameter; then nothing is restored.
     pub fn restore(
         &mut self,
         parameters: &[Parameter],
@@ -239,7 +249,7 @@ impl Optimizer {
             bail!("the checkpoint has no fitting `steps`")
         };
         let steps = steps.to_dtype(DType::I64)?.to_vec1::<i64>()?;
-        // All of it is read before anything is replaced.
+        // Everything is read before anything is replaced.
         let mut restored = Vec::with_capacity(self.states.len());
         for (parameter, state) in parameters.iter().zip(&self.states) {
             let slots = self.rule.slots().iter().zip(&state.0);

@@ -1,8 +1,8 @@
-//! Stochastic gradient descent without momentum, with decoupled weight decay; torch's `SGD` where nothing decays.
+//! Stochastic gradient descent without momentum, with decoupled weight decay. Without weight decay it is torch's `SGD`.
 
 use super::{Rule, Slot, Step, Update};
 
-/// Plain gradient descent.
+/// Gradient descent without momentum.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Sgd;
 

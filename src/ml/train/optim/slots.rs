@@ -1,4 +1,4 @@
-//! What a rule keeps of one parameter, in f32 or in 8 bits, and the stretches of it that tasks of their own update.
+//! The slots of one parameter, in f32 or in 8 bits, and the spans of it that are updated by different tasks.
 
 use std::collections::BTreeMap;
 
@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Result, Tensor, bail};
 use super::eight_bit::{self, BLOCK, Moment8};
 use super::{Slot, Update};
 
-/// The elements that one task updates; a multiple of the 8-bit block.
+/// The number of elements that one task updates; a multiple of the 8-bit block.
 pub(super) const SPAN: usize = 1 << 14;
 
 /// The values of one slot, one for each element of the parameter.
@@ -21,7 +21,7 @@ pub(super) enum Values {
 #[derive(Debug)]
 pub(super) struct State(pub(super) Vec<Values>);
 
-/// A stretch of all slots of a parameter. They are all in f32 or all in 8 bits.
+/// A span of all slots of a parameter, which are all in f32 or all in 8 bits.
 #[derive(Default)]
 pub(super) struct Span<'a> {
     full: Vec<&'a mut [f32]>,
@@ -36,7 +36,7 @@ impl Values {
         }
     }
 
-    /// Puts it among the tensors of a checkpoint.
+    /// Adds the values to the tensors of a checkpoint.
     pub(super) fn save(&self, name: &str, tensors: &mut BTreeMap<String, Tensor>) -> Result<()> {
         match self {
             Self::Full(values) => {
@@ -52,7 +52,7 @@ impl Values {
         Ok(())
     }
 
-    /// The values of a checkpoint in the form of this one. An error if they have another form.
+    /// Reads the values called `name` from the tensors of a checkpoint. It is an error if they have another type or size than these.
     pub(super) fn load(&self, name: &str, tensors: &BTreeMap<String, Tensor>) -> Result<Self> {
         let get = |name: &str, dtype: DType, count: usize| match tensors.get(name) {
             Some(tensor) if tensor.dtype() == dtype && tensor.dims() == [count] => Ok(tensor),
@@ -84,7 +84,7 @@ impl State {
         Self(values.collect())
     }
 
-    /// Stretches of [`SPAN`] elements of a parameter with `count` of them; the last one may be shorter.
+    /// Splits the slots of a parameter of `count` elements into spans of [`SPAN`] elements; the last one may be shorter.
     pub(super) fn spans(&mut self, count: usize) -> Vec<Span<'_>> {
         let mut spans: Vec<Span<'_>> = Vec::new();
         spans.resize_with(count.div_ceil(SPAN), Span::default);
@@ -107,7 +107,7 @@ impl State {
 }
 
 impl Span<'_> {
-    /// Updates the same stretch of the parameter, given its values and gradients.
+    /// Updates the same span of the parameter, given its values and gradients.
     pub(super) fn update(mut self, p: &mut [f32], g: &[f32], update: &Update) {
         if self.eight.is_empty() {
             update(p, g, &mut self.full);

@@ -40,7 +40,7 @@ const SHOWN: usize = 60;
 
 impl Groups {
     /// Puts the rows of a split together.
-    pub(crate) fn of(split: &Split, by: &By, cx: &Context) -> Result<Self> {
+    pub(crate) fn build(split: &Split, by: &By, cx: &Context) -> Result<Self> {
         let mut groups = Self {
             of_row: Vec::with_capacity(split.rows().min(1 << 20)),
             sizes: Vec::new(),

@@ -9,7 +9,7 @@ use super::*;
 use crate::data::import::{ImportOptions, import_files};
 use crate::data::table::Writer;
 use crate::ml::io::weights::Weights;
-use crate::ml::model::{Llama, Trained};
+use crate::ml::model::{CausalLm, Trained};
 use crate::ml::testing::golden;
 use crate::text::tokenizer::{Tokenizer, chat_template};
 
@@ -75,7 +75,7 @@ fn a_new_model_is_whole() {
     assert!((config.rope.theta - 500_000.).abs() < 1e-9);
     let weights = Weights::open(cx.out()).unwrap();
     let (nothing, device) = (Trained::Nothing, candle_core::Device::Cpu);
-    Llama::load(
+    CausalLm::load(
         &config,
         &weights,
         None,
