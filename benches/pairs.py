@@ -75,6 +75,10 @@ class Project:
         self.held = tempfile.TemporaryDirectory(prefix="pair-", dir=os.environ.get("PAIRS_TMP"))
         self.folder = Path(self.held.name)
         (self.folder / ".git").mkdir()
+        if threads:
+            # A stage has a process of its own, whose threads follow this alone.
+            stages = {name: {**stage, "resources": {"cpus": threads}} for name, stage in recipe["stages"].items()}
+            recipe = {**recipe, "stages": stages}
         # JSON is YAML.
         (self.folder / "recipe.yaml").write_text(json.dumps(recipe, indent=1))
 

@@ -8,6 +8,7 @@ Each round measures every candidate once, so that noise of the machine meets all
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -119,25 +120,33 @@ def main():
 
 
 def model(folder, size):
-    """A one-tensor Llama folder of about `size` bytes, random so that no file system can cheat."""
+    """A Llama folder of about `size` bytes with one layer and a large vocabulary, random so that no file system can cheat."""
     folder.mkdir()
-    hidden, vocab = 1024, max(2, size // (1024 * 4))
+    hidden, inner, vocab = 1024, 64, max(2, size // (1024 * 4))
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "intermediate_size": 64,
-        "num_attention_heads": 16, "num_hidden_layers": 0, "vocab_size": vocab, "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 64, "torch_dtype": "float32",
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "intermediate_size": inner,
+        "num_attention_heads": 16, "num_hidden_layers": 1, "vocab_size": vocab, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 64, "tie_word_embeddings": True, "torch_dtype": "float32",
     }
     (folder / "config.json").write_text(json.dumps(config))
-    tensors = {
-        "model.embed_tokens.weight": {"dtype": "F32", "shape": [vocab, hidden], "data_offsets": [0, vocab * hidden * 4]},
+    layer = "model.layers.0."
+    shapes = {
+        "model.embed_tokens": [vocab, hidden], "model.norm": [hidden],
+        **{f"{layer}{name}_layernorm": [hidden] for name in ("input", "post_attention")},
+        **{f"{layer}self_attn.{name}_proj": [hidden, hidden] for name in "qkvo"},
+        **{f"{layer}mlp.{name}_proj": [inner, hidden] for name in ("gate", "up")}, f"{layer}mlp.down_proj": [hidden, inner],
     }
+    tensors, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 4 * math.prod(shape)
+        tensors[f"{name}.weight"] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
     header = json.dumps(tensors).encode()
     header += b" " * (-len(header) % 8)
     with open(folder / "model.safetensors", "wb") as out:
         out.write(len(header).to_bytes(8, "little") + header)
-        for _ in range(vocab * hidden * 4 // 2**20):
+        for _ in range(end // 2**20):
             out.write(os.urandom(2**20))
-        out.write(os.urandom(vocab * hidden * 4 % 2**20))
+        out.write(os.urandom(end % 2**20))
 
 
 if __name__ == "__main__":

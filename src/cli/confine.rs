@@ -102,7 +102,12 @@ impl Bounds {
         bounds.keep(&root.join(remote::SETTINGS), "the project's settings");
         bounds.keep(&lock_file::path(&file), "the lock file");
         bounds.keep(&file, "the recipe");
+        let mut seen = BTreeSet::new();
         for file in recipe.stages.iter().flat_map(|stage| &stage.files) {
+            // Many stages may read one file; its links are resolved once.
+            if !seen.insert((file.from_command_line, &file.path)) {
+                continue;
+            }
             let start = if file.from_command_line {
                 &bounds.here
             } else {

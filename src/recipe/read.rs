@@ -5,11 +5,12 @@
 //! (style: no second YAML parser). Duplicate keys and merges are dealt with on the way, because a plain typed read keeps the last of two equal keys.
 
 use std::cell::{Cell, RefCell};
+use std::str::Chars;
 
 use serde::de::{DeserializeSeed, EnumAccess, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_yaml::{Mapping, Value};
 
-use super::source_map::{BranchId, EntrySpans, PathStep, SourceMap, SourceSpan, lines};
+use super::source_map::{BranchId, EntrySpans, Line, PathStep, SourceMap, SourceSpan, lines};
 use super::syntax::{Mistake, OURS, syntax};
 
 /// The largest recipe, in bytes.
@@ -49,7 +50,7 @@ pub(crate) fn read(text: &str) -> Result<Read, Mistake> {
         return Err(whole(message, "the limit is 128 levels"));
     }
     let reader = Reader {
-        lines: lines(text),
+        lines: lines(text).into_iter().map(Line::new).collect(),
         source_map: RefCell::default(),
         mistakes: RefCell::default(),
         values: Cell::new(0),
@@ -66,7 +67,7 @@ pub(crate) fn read(text: &str) -> Result<Read, Mistake> {
             source_map: reader.source_map.into_inner(),
             mistakes: reader.mistakes.into_inner(),
         }),
-        Err(error) => Err(syntax(&error, &reader.lines)),
+        Err(error) => Err(syntax(&error, &lines(text))),
     }
 }
 
@@ -97,7 +98,7 @@ fn brackets(text: &str) -> usize {
 }
 
 struct Reader<'text> {
-    lines: Vec<&'text str>,
+    lines: Vec<Line<'text>>,
     source_map: RefCell<SourceMap>,
     mistakes: RefCell<Vec<Mistake>>,
     values: Cell<usize>,
@@ -423,12 +424,15 @@ impl Reader<'_> {
         }
     }
 
-    /// The text from a span to the end of its line.
-    fn rest(&self, line: usize, column: usize) -> impl Iterator<Item = char> + Clone + '_ {
-        let line = self.lines.get(line.wrapping_sub(1)).copied();
-        line.unwrap_or_default()
-            .chars()
-            .skip(column.saturating_sub(1))
+    /// The text before a column of a line, and from it to the end of the line.
+    fn split(&self, line: usize, column: usize) -> (&str, &str) {
+        let line = self.lines.get(line.wrapping_sub(1));
+        line.map_or(("", ""), |line| line.split(column))
+    }
+
+    /// The characters from a column to the end of the line.
+    fn rest(&self, line: usize, column: usize) -> Chars<'_> {
+        self.split(line, column).1.chars()
     }
 
     /// How many characters a scalar covers on its first line.
@@ -487,14 +491,12 @@ impl Reader<'_> {
             Value::Mapping(_) => '{',
             _ => return None,
         };
-        let before = self.rest(first.line, 1).take(first.column - 1);
-        let (at, last) = before
-            .enumerate()
-            .filter(|(_, c)| !c.is_whitespace())
-            .last()?;
+        let (before, _) = self.split(first.line, first.column);
+        let mut backwards = before.chars().rev().enumerate();
+        let (blanks, last) = backwards.find(|(_, c)| !c.is_whitespace())?;
         (last == bracket).then_some(SourceSpan {
             line: first.line,
-            column: at + 1,
+            column: first.column - 1 - blanks,
             length: 1,
         })
     }

@@ -190,3 +190,54 @@ pub(crate) fn lines(text: &str) -> Vec<&str> {
     lines.push(text.get(start..).unwrap_or_default());
     lines
 }
+
+/// A line in which a character is found by its number without counting from the start of the line: a recipe may be one long line.
+pub(crate) struct Line<'text> {
+    text: &'text str,
+    /// The byte at which each [`Self::STRIDE`]-th character begins.
+    bytes: Vec<usize>,
+}
+
+impl<'text> Line<'text> {
+    const STRIDE: usize = 64;
+
+    pub(crate) fn new(text: &'text str) -> Self {
+        let starts = text.char_indices().step_by(Self::STRIDE);
+        Self {
+            text,
+            bytes: starts.map(|(byte, _)| byte).collect(),
+        }
+    }
+
+    /// The text before a column and the text from it on. Columns count characters from 1; one behind the line is its end.
+    pub(crate) fn split(&self, column: usize) -> (&'text str, &'text str) {
+        let character = column.saturating_sub(1);
+        let mut byte = self.text.len();
+        if let Some(&start) = self.bytes.get(character / Self::STRIDE) {
+            let near = self.text.get(start..).unwrap_or_default();
+            let at = near.char_indices().nth(character % Self::STRIDE);
+            byte = at.map_or(byte, |(at, _)| start + at);
+        }
+        self.text.split_at(byte)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_is_split_at_any_column() {
+        for text in ["", "a", "é日a", &"äb\u{1f600}".repeat(100), &"x".repeat(64)] {
+            let line = Line::new(text);
+            let characters: Vec<char> = text.chars().collect();
+            for column in 1..=characters.len() + 2 {
+                let (before, after) = characters.split_at((column - 1).min(characters.len()));
+                let expected = (before.iter().collect(), after.iter().collect());
+                let (before, after) = line.split(column);
+                assert_eq!((before.to_owned(), after.to_owned()), expected, "{column}");
+            }
+            assert_eq!(line.split(0), line.split(1), "told of no place");
+        }
+    }
+}

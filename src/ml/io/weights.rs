@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, anyhow, bail, ensure};
 use bytemuck::{Pod, Zeroable, cast_slice_mut};
 use candle_core::{DType, Device, Tensor};
+use half::vec::HalfBitsVecExt as _;
 use half::{bf16, f16};
 use rayon::prelude::*;
 use safetensors::Dtype;
@@ -369,8 +370,15 @@ impl Weights {
         let read = || -> anyhow::Result<Tensor> {
             Ok(match raw.dtype {
                 Dtype::F32 => Tensor::from_vec(raw.values::<f32>()?, raw.shape, device)?,
-                Dtype::BF16 => Tensor::from_vec(raw.values::<bf16>()?, raw.shape, device)?,
-                Dtype::F16 => Tensor::from_vec(raw.values::<f16>()?, raw.shape, device)?,
+                // Zeros of `u16` come from the system as they are; those of `bf16` and `f16` are written one by one.
+                Dtype::BF16 => {
+                    let values: Vec<bf16> = raw.values::<u16>()?.reinterpret_into();
+                    Tensor::from_vec(values, raw.shape, device)?
+                }
+                Dtype::F16 => {
+                    let values: Vec<f16> = raw.values::<u16>()?.reinterpret_into();
+                    Tensor::from_vec(values, raw.shape, device)?
+                }
                 Dtype::U8 => Tensor::from_vec(raw.bytes()?, raw.shape, device)?,
                 other => {
                     let dtype = DType::try_from(other)?;

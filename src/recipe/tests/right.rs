@@ -35,6 +35,32 @@ fn producers_come_first() {
     assert_eq!(read(text).unwrap().order(), [1, 0]);
 }
 
+/// Took minutes when columns were counted from the start of the line.
+#[test]
+fn a_long_recipe_may_be_one_line_of_json() {
+    let stages: Vec<String> = (0..5_000)
+        .map(|i| format!(r#""s{i}": {{ "import_text": {{"path": "é{i}", "columns": [ "a"] }} }}"#))
+        .collect();
+    let text = format!(r#"{{"version": 1, "stages": {{{}}}}}"#, stages.join(", "));
+    let recipe = read(&text).unwrap();
+    assert_eq!(recipe.stages.len(), 5_000);
+    for i in [0, 999, 4_999] {
+        let (before, _) = text.split_once(&format!(r#""é{i}""#)).unwrap();
+        let column = before.chars().count() + 1;
+        let path = format!("stages.s{i}.import_text");
+        let value = recipe.span_of(&format!("{path}.path")).unwrap();
+        let length = format!(r#""é{i}""#).chars().count();
+        assert_eq!(
+            (value.line, value.column, value.length),
+            (1, column, length)
+        );
+        let list = recipe.span_of(&format!("{path}.columns")).unwrap();
+        assert_eq!(list.column, column + length + r#", "columns": "#.len());
+        let element = recipe.span_of(&format!("{path}.columns[0]")).unwrap();
+        assert_eq!(element.column, list.column + 2);
+    }
+}
+
 #[test]
 fn overrides_keep_types_and_remember_where_they_come_from() {
     let recipe = set(
