@@ -133,7 +133,7 @@ impl Http {
     }
 
     fn origin(&self, uri: &Uri) -> Result<Origin, HttpError> {
-        let origin = Origin::of(uri);
+        let origin = Origin::from_uri(uri);
         let origin = origin.filter(|origin| {
             // The hub by https sends nobody to open lines.
             origin.scheme == "https" || self.endpoint.origin.scheme != "https"

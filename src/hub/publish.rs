@@ -181,7 +181,7 @@ impl NewFile {
             sha256,
             git_sha1,
         };
-        let mut hasher = Hasher::of(&like, size);
+        let mut hasher = Hasher::for_file(&like, size);
         let mut source = self.contents.part(0, u64::MAX)?;
         let read = feed(&mut source, &mut hasher, &mut || hub.watch.tick())?;
         ensure!(read == size, "`{}` changed while it was read", self.path);

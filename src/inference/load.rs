@@ -8,7 +8,7 @@ use chrono::NaiveDate;
 
 use crate::ml::adapter::Adapter;
 use crate::ml::generation_config::GenerationConfig;
-use crate::ml::model::{Llama, Trained, tied};
+use crate::ml::model::{CausalLm, Trained, tied};
 use crate::text::template::ChatTemplate;
 use crate::text::tokenizer::{Tokenizer, chat_template, special_tokens};
 use crate::text::turn_end::turn_end;
@@ -33,7 +33,7 @@ pub(super) struct Manners {
 
 /// A model in memory.
 pub struct Loaded {
-    pub(super) model: Llama,
+    pub(super) model: CausalLm,
     pub(super) tokenizer: Tokenizer,
     /// Those of the model with its adapter, if it has one.
     pub(super) manners: Manners,
@@ -59,7 +59,7 @@ impl Loaded {
         let adapter = folders.adapter.as_deref().map(Adapter::load).transpose()?;
         let compute = if bf16 { DType::BF16 } else { DType::F32 };
         let device = Device::Cpu;
-        let model = Llama::load(
+        let model = CausalLm::load(
             &arch,
             &weights,
             adapter.as_ref(),
@@ -104,7 +104,7 @@ impl Loaded {
     }
 
     /// The model.
-    pub fn model(&self) -> &Llama {
+    pub fn model(&self) -> &CausalLm {
         &self.model
     }
 

@@ -132,7 +132,9 @@ impl<'a> Generator<'a> {
         for (text, prompt) in prompts.iter().enumerate() {
             let known = self.keep_beginning(text, prompt)?;
             let tokens = prompt.iter().enumerate().skip(known);
-            all.extend(tokens.map(|(at, &id)| (Token { text, id }, at + 1 == prompt.len())));
+            all.extend(
+                tokens.map(|(at, &id)| (Token { sequence: text, id }, at + 1 == prompt.len())),
+            );
         }
         let mut choice = Choice {
             prompts,
@@ -153,13 +155,13 @@ impl<'a> Generator<'a> {
             let last: Vec<usize> = last.map(|(at, _)| at).collect();
             let logits = self.step(&tokens, &last)?;
             for (&at, logits) in last.iter().zip(logits.chunks_exact(self.vocabulary)) {
-                next.extend(choice.follow(tokens[at].text, logits, listener)?);
+                next.extend(choice.follow(tokens[at].sequence, logits, listener)?);
             }
         }
         while !next.is_empty() {
             if listener.step()?.is_break() {
                 for token in &next {
-                    choice.answers[token.text].finish = Finish::Broken;
+                    choice.answers[token.sequence].finish = Finish::Broken;
                 }
                 break;
             }
@@ -167,7 +169,7 @@ impl<'a> Generator<'a> {
             let logits = self.step(&next, &every)?;
             let mut followers = Vec::with_capacity(next.len());
             for (token, logits) in next.iter().zip(logits.chunks_exact(self.vocabulary)) {
-                followers.extend(choice.follow(token.text, logits, listener)?);
+                followers.extend(choice.follow(token.sequence, logits, listener)?);
             }
             next = followers;
         }
@@ -189,7 +191,7 @@ impl<'a> Generator<'a> {
         let decoder = &mut self.decoder;
         let logits = in_pool(|| decoder.step(tokens, wanted))?;
         for token in tokens {
-            self.seen[token.text].push(token.id);
+            self.seen[token.sequence].push(token.id);
         }
         Ok(logits)
     }
@@ -225,7 +227,7 @@ impl Choice<'_> {
             return Ok(None);
         }
         let room = self.prompts[text].len() + answer.ids.len() <= self.longest;
-        Ok((answer.ids.len() < self.limit && room).then_some(Token { text, id }))
+        Ok((answer.ids.len() < self.limit && room).then_some(Token { sequence: text, id }))
     }
 
     /// Before anything was answered.

@@ -475,7 +475,7 @@ impl backend::Decoder for Decoder<'_> {
 
     fn truncate(&mut self, text: usize, length: usize) -> Result<()> {
         let width = self.model.arch.head_dim;
-        let found = self.texts.get_mut(text);
+        let found = self.sequences.get_mut(text);
         let Some(text) = found.filter(|text| text.length >= length) else {
             bail!("there are no {length} tokens of text {text} to keep");
         };
