@@ -284,7 +284,8 @@ fn starts_with(path: &Path, folder: &Path) -> bool {
     path.starts_with(folder) || lower(path).starts_with(lower(folder))
 }
 
-fn error(recipe: &Recipe, path: &str, message: String, hint: String) -> RecipeError {
+/// A mistake in the value at a path of a recipe.
+pub(super) fn error(recipe: &Recipe, path: &str, message: String, hint: String) -> RecipeError {
     let span = recipe.span_of(path);
     let line = span.and_then(|span| recipe.text.lines().nth(span.line.checked_sub(1)?));
     RecipeError {

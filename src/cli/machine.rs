@@ -13,11 +13,24 @@ pub(super) fn memory() -> Option<Bytes> {
     Some(Bytes(limit.map_or(all, |limit: u64| limit.min(all))))
 }
 
+/// The memory that can be had now without pushing something out, where the system tells it.
+pub(super) fn available_memory() -> Option<Bytes> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let free = line_of(&text, "MemAvailable:")?;
+    let bytes = |path: &str| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
+    let left = bytes("/sys/fs/cgroup/memory.max")
+        .zip(bytes("/sys/fs/cgroup/memory.current"))
+        .map(|(limit, used)| limit.saturating_sub(used));
+    Some(Bytes(left.map_or(free, |left| left.min(free))))
+}
+
 /// The bytes in the line `MemTotal:  16384 kB`.
 fn meminfo(text: &str) -> Option<u64> {
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix("MemTotal:"))?;
+    line_of(text, "MemTotal:")
+}
+
+fn line_of(text: &str, name: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
     let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     kilobytes.checked_mul(1024)
 }

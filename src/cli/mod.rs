@@ -7,8 +7,10 @@ mod args;
 mod commands;
 mod confine;
 mod console;
+mod default_recipe;
 pub mod error;
 mod folders;
+mod help;
 mod lock_file;
 mod machine;
 mod project;
@@ -20,7 +22,7 @@ use std::io::{ErrorKind, Read as _};
 use std::path::Path;
 use std::process::ExitCode;
 
-use clap::{CommandFactory as _, Parser, Subcommand};
+use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use serde::Serialize;
 
 use crate::report::style::{WARNING, paint};
@@ -77,10 +79,31 @@ enum Command {
     Cache(commands::cache::Args),
     /// Prints the JSON Schema of recipes, for editors
     Schema(commands::schema::Args),
+    /// Writes a recipe for your data, a model and a method
+    Init(commands::init::Args),
+    /// Makes a recipe of a config of axolotl, LLaMA-Factory or TRL
+    Import(commands::import::Args),
+    /// Lists the kinds of stages, or the parameters of one
+    Kinds(commands::kinds::Args),
+    /// Checks the machine, the store, the hub and the remote, and says what to do
+    Doctor(commands::doctor::Args),
+    /// Keeps a token for the hub, as `hf auth login` does
+    Login(commands::login::Login),
+    /// Forgets the tokens for the hub
+    Logout(commands::login::Logout),
+    /// Tells who the token for the hub belongs to
+    Whoami(commands::login::Whoami),
+    /// Prints what makes a shell complete commands, recipes and stages
+    Completions(commands::completions::Args),
+    /// Writes manual pages
+    Man(commands::man::Args),
     /// Runs one stage for another process of this program
     #[command(hide = true)]
     Work(commands::work::Args),
 }
+
+/// The variable by which a shell asks for completions.
+const COMPLETE: &str = "PIPELINE_COMPLETE";
 
 /// How a command ended, if not with its work done.
 enum Failure {
@@ -105,7 +128,19 @@ impl From<anyhow::Error> for Failure {
 /// Runs the program.
 pub fn main() -> ExitCode {
     std::panic::set_hook(Box::new(|panic| eprint(&format!("{panic}\n"))));
-    let cli = match Cli::try_parse() {
+    clap_complete::CompleteEnv::with_factory(help::command)
+        .var(COMPLETE)
+        .bin("pipeline")
+        .complete();
+    let mut command = help::command();
+    let arguments = std::env::args_os().collect();
+    let here = std::env::current_dir().unwrap_or_default();
+    let arguments = match default_recipe::fill(&Cli::command(), arguments, &here) {
+        Ok(arguments) => arguments,
+        Err(failure) => return exit_code(Err(failure)),
+    };
+    let matches = command.try_get_matches_from_mut(arguments);
+    let cli = match matches.and_then(|matches| Cli::from_arg_matches(&matches)) {
         Ok(cli) => cli,
         Err(error) => {
             // Help and version are no errors.
@@ -139,8 +174,22 @@ pub fn main() -> ExitCode {
         Command::Gc(args) => commands::gc::run(&args),
         Command::Cache(args) => commands::cache::run(&args),
         Command::Schema(args) => commands::schema::run(&args),
+        Command::Init(args) => commands::init::run(&args),
+        Command::Import(args) => commands::import::run(&args),
+        Command::Kinds(args) => commands::kinds::run(&args),
+        Command::Doctor(args) => commands::doctor::run(&args),
+        Command::Login(args) => commands::login::login(&args),
+        Command::Logout(args) => commands::login::logout(&args),
+        Command::Whoami(args) => commands::login::whoami(&args),
+        Command::Completions(args) => commands::completions::run(&args),
+        Command::Man(args) => commands::man::run(&args),
         Command::Work(args) => commands::work::run(&args),
     };
+    exit_code(result)
+}
+
+/// Tells what went wrong and gives the code for it.
+fn exit_code(result: Result<(), Failure>) -> ExitCode {
     if let (Ok(()), Some(error)) = (&result, console::unwritten()) {
         eprint_rendered(&error::plain(&format!(
             "could not write to standard output: {error}"

@@ -15,9 +15,10 @@ use crate::engine::{
     EventLog, Executors, Graph, LoggedEvent, Node, Pins, Record, Run, RunEnv, Session, State,
     Store, canonical_json,
 };
-use crate::recipe::{Recipe, RecipeStage};
+use crate::recipe::{Recipe, RecipeErrors, RecipeStage};
 use crate::report::{Places, quoted};
 use crate::stages::KINDS;
+use crate::stages::foresight::{self, Planned};
 
 /// Reads a recipe; all its mistakes are rendered.
 pub(super) fn load(args: &RecipeArgs) -> Result<Recipe, Failure> {
@@ -30,9 +31,38 @@ fn load_with(args: &RecipeArgs, store: Option<&Path>) -> Result<(Recipe, Bounds)
     crate::recipe::load(&args.recipe, &args.set, KINDS)
         .and_then(|recipe| {
             let bounds = Bounds::new(&recipe, args, &here, store);
-            confine::check(&recipe, &bounds).map(|()| (recipe, bounds))
+            confine::check(&recipe, &bounds)?;
+            foresee(&recipe, &here)?;
+            Ok((recipe, bounds))
         })
         .map_err(|errors| Failure::Usage(error::render(&errors)))
+}
+
+/// Refuses the recipe if something in it is certain to fail.
+fn foresee(recipe: &Recipe, here: &Path) -> Result<(), RecipeErrors> {
+    let file = normal(&here.join(&recipe.path));
+    let folder = file.parent().unwrap_or(here);
+    let planned: Vec<Planned<'_>> = recipe
+        .stages
+        .iter()
+        .map(|stage| Planned {
+            name: &stage.name,
+            stage: stage.stage.as_ref(),
+            files: sources(stage, folder, here),
+        })
+        .collect();
+    let errors = foresight::foresee(&planned).into_iter().filter_map(|told| {
+        let kind = recipe.stage(&told.stage)?.kind.name;
+        let path = format!("stages.{}.{kind}.{}", told.stage, told.parameter);
+        Some(confine::error(recipe, &path, told.message, told.hint))
+    });
+    let mut errors: Vec<_> = errors.collect();
+    errors.sort_by_key(|error| error.span.map(|span| (span.line, span.column)));
+    if errors.is_empty() {
+        Ok(())
+    } else {
+        Err(RecipeErrors(errors))
+    }
 }
 
 fn here() -> Result<PathBuf, Failure> {

@@ -85,7 +85,6 @@ pub use stage::{Problem, Stage};
 pub use stage_events::StageEvents;
 pub use stat::Stat;
 pub use store::{Found, Miss, Store};
-#[cfg(test)]
 pub(crate) use task::unmarked;
 pub use task::{TASK_VERSION, Task};
 pub use units::{Bytes, Span};

@@ -6,6 +6,7 @@
 //! against the size and hash of the listing, and only then renamed into the cache. Knows nothing of stages, recipes or the
 //! environment.
 
+mod account;
 mod client;
 mod digest;
 mod download;
@@ -21,7 +22,9 @@ mod proxies;
 mod publish;
 mod settings;
 mod tls;
+mod token_store;
 
+pub use account::{Account, Answered};
 pub use client::{Hub, Watch};
 pub use listing::Listing;
 pub use names::{RemoteFile, RepoKind, Snapshot};
@@ -29,3 +32,9 @@ pub use proxies::Proxies;
 pub use publish::{Contents, NewFile, Progress, Publication, Pushed};
 pub(crate) use settings::is_offline;
 pub use settings::{HubSettings, VARIABLES};
+pub use token_store::TokenStore;
+
+/// An address for people: without a name, a password and a query.
+pub fn shown_address(address: &str) -> String {
+    endpoint::shown(address)
+}

@@ -96,9 +96,7 @@ impl HubSettings {
                 .map(|value| expand(name, &value, home))
                 .transpose()
         };
-        let hub_home = path("HF_HOME")?
-            .or(path("XDG_CACHE_HOME")?.map(|cache| cache.join("huggingface")))
-            .or(home.map(|home| home.join(".cache/huggingface")));
+        let hub_home = hub_home(variable, home)?;
         let cache = path("HF_HUB_CACHE")?
             .or(path("HUGGINGFACE_HUB_CACHE")?)
             .or(hub_home.as_ref().map(|home| home.join("hub")))
@@ -124,7 +122,7 @@ impl HubSettings {
         ]
         .into_iter()
         .find_map(|name| Some((name, PathBuf::from(set(name)?))));
-        let file = path("HF_TOKEN_PATH")?.or(hub_home.map(|home| home.join("token")));
+        let file = token_file(variable, home)?;
         let token = match set("HF_TOKEN").or_else(|| set("HUGGING_FACE_HUB_TOKEN")) {
             None => file.map_or(Ok(None), |file| kept_token(&file))?,
             token => token,
@@ -143,6 +141,32 @@ impl HubSettings {
     /// The hub's address, which may hold a name and a password: for [`super::endpoint::Endpoint::parse`] alone.
     pub(super) fn written_endpoint(&self) -> &str {
         self.endpoint.as_deref().unwrap_or(endpoint::DEFAULT)
+    }
+}
+
+/// The folder of the hub's programs.
+fn hub_home(
+    variable: &dyn Fn(&str) -> Option<String>,
+    home: Option<&Path>,
+) -> anyhow::Result<Option<PathBuf>> {
+    let path = |name: &str| {
+        let set = variable(name).filter(|value| !value.trim().is_empty());
+        set.map(|value| expand(name, &value, home)).transpose()
+    };
+    Ok(path("HF_HOME")?
+        .or(path("XDG_CACHE_HOME")?.map(|cache| cache.join("huggingface")))
+        .or(home.map(|home| home.join(".cache/huggingface"))))
+}
+
+/// The file with the token of `hf auth login`.
+pub(super) fn token_file(
+    variable: &dyn Fn(&str) -> Option<String>,
+    home: Option<&Path>,
+) -> anyhow::Result<Option<PathBuf>> {
+    let set = variable("HF_TOKEN_PATH").filter(|value| !value.trim().is_empty());
+    match set {
+        Some(path) => expand("HF_TOKEN_PATH", &path, home).map(Some),
+        None => Ok(hub_home(variable, home)?.map(|home| home.join("token"))),
     }
 }
 

@@ -9,6 +9,7 @@ use serde_yaml::Value;
 use crate::engine::Kind;
 
 use super::error::{RecipeError, RecipeErrors};
+use super::foreign;
 use super::hints;
 use super::schema::Parameters;
 use super::source_map::{RecipePath, SourceMap, SourceSpan, child, keys, lines};
@@ -40,6 +41,8 @@ pub(crate) struct Draft<'a> {
     pub(crate) through_vars: BTreeMap<RecipePath, String>,
     /// Values that are known to be wrong, so that their types are not looked at.
     pub(crate) broken: BTreeSet<RecipePath>,
+    /// Whether a key at the top is unknown, so that the one that is missing may be meant by it.
+    pub(crate) has_unknown_keys: bool,
     /// What vars and `--set` may still put in.
     left: (usize, usize),
     /// What is known of kinds that occurred.
@@ -58,6 +61,7 @@ impl<'a> Draft<'a> {
             set: BTreeMap::new(),
             through_vars: BTreeMap::new(),
             broken: BTreeSet::new(),
+            has_unknown_keys: false,
             left: MOST_PUT_IN,
             parameters: BTreeMap::new(),
         }
@@ -163,8 +167,27 @@ impl<'a> Draft<'a> {
             self.push(message.to_owned(), span, None, Some(hint));
             return false;
         };
+        if let Some(program) = foreign::recognise(map) {
+            let span = SourceSpan {
+                line: 1,
+                column: 1,
+                length: 1,
+            };
+            let span = self.source_map.first().unwrap_or(span);
+            let message = format!("this is a config of {}, not a recipe", program.name());
+            let hint = format!(
+                "`pipeline import {} {}` makes a recipe of it. Where its keys are in a recipe (`training` is train_sft, train_orpo or \
+                 train_dpo):{}",
+                program.argument(),
+                self.file.display(),
+                foreign::table(program, map)
+            );
+            self.push(message, Some(span), None, Some(hint));
+            return false;
+        }
         for key in map.keys().filter_map(Value::as_str) {
             if !TOP.contains(&key) {
+                self.has_unknown_keys = true;
                 let message = format!("unknown key `{key}`");
                 let hint = match hints::nearest(key, TOP) {
                     Some(known) => format!("did you mean `{known}`?"),
@@ -223,7 +246,17 @@ impl<'a> Draft<'a> {
                 .collect(),
             Some(other) => {
                 let found = super::sentence::noun(other);
-                self.value_error(&path, format!("`{name}` must be a map, not {found}"), None);
+                let hint = match name {
+                    "stages" => {
+                        "each stage has a name in place of a dash: `pairs: { import_dataset: { .. } }`"
+                    }
+                    "vars" => "as in `vars: { seed: 42 }`",
+                    _ => {
+                        "as in `outputs: { merged: out/merged }`: the name of a stage and a folder"
+                    }
+                };
+                let message = format!("`{name}` must be a map, not {found}");
+                self.value_error(&path, message, Some(hint.to_owned()));
                 Vec::new()
             }
         }

@@ -7,18 +7,23 @@
 
 mod draft;
 mod error;
+pub mod foreign;
 pub mod graph;
 mod hints;
+pub mod outline;
 mod publish;
 mod read;
 mod schema;
 mod sentence;
 mod set;
 mod source_map;
+mod spellings;
 mod stage;
 mod syntax;
 #[cfg(test)]
 mod tests;
+pub mod translate;
+mod typing;
 mod unused;
 mod vars;
 mod wiring;
@@ -33,7 +38,7 @@ use draft::Draft;
 pub use error::{RecipeError, RecipeErrors};
 pub use publish::{PUBLISHED, Publish};
 pub use read::yaml;
-pub use schema::{reference, schema};
+pub use schema::{about, described, reference, schema};
 pub use source_map::{
     PathStep, RecipePath, SourceSpan, display as display_path, parse as parse_path,
 };
@@ -180,6 +185,26 @@ pub fn load(
         )
     })?;
     parse(path, &text, overrides, kinds)
+}
+
+/// The stages of a recipe by name, with their kinds, as far as a text can be read that is perhaps being written.
+pub fn stage_names(text: &str) -> Vec<(String, Option<String>)> {
+    let Ok(recipe) = yaml::<serde_yaml::Value>(text) else {
+        return Vec::new();
+    };
+    let stages = recipe.get("stages").and_then(serde_yaml::Value::as_mapping);
+    let stages = stages.into_iter().flatten();
+    let named = stages.filter_map(|(name, stage)| {
+        let kind = stage.as_mapping().and_then(|map| map.keys().next());
+        let kind = kind.and_then(serde_yaml::Value::as_str).map(str::to_owned);
+        Some((name.as_str()?.to_owned(), kind))
+    });
+    named.collect()
+}
+
+/// Advice for a kind that doesn't exist.
+pub fn suggest_kind(name: &str, kinds: &[Kind]) -> String {
+    hints::kind(name, kinds)
 }
 
 /// The longest recipe, in bytes. Longer is only what never ends, such as a device.

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use schemars::{JsonSchema as _, SchemaGenerator};
 use serde_json::{Map, Value, json};
 
+use super::source_map::PathStep;
 use crate::engine::{FILE_KEY, Handling, Kind, NEUTRAL_KEY, Resources, STAGE_KEY};
 
 /// One parameter, as the schema tells it.
@@ -46,6 +47,40 @@ impl Parameters {
     pub(crate) fn has(&self, name: &str) -> bool {
         self.0.iter().any(|parameter| parameter.name == name)
     }
+}
+
+/// What may stand at a path below a kind's parameters, in words; nothing where no parameter is.
+pub(crate) fn allowed(kind: &Kind, path: &[PathStep]) -> Option<String> {
+    let mut generator = SchemaGenerator::default();
+    let schema = params(kind, &mut generator);
+    words_at(schema, path, &generator.take_definitions(true))
+}
+
+/// [`allowed`] for the runner's keys beside a kind.
+pub(crate) fn allowed_beside(path: &[PathStep]) -> Option<String> {
+    let mut generator = SchemaGenerator::default();
+    let schema = Handling::json_schema(&mut generator).to_value();
+    words_at(schema, path, &generator.take_definitions(true))
+}
+
+fn words_at(
+    mut schema: Value,
+    path: &[PathStep],
+    definitions: &Map<String, Value>,
+) -> Option<String> {
+    if path.is_empty() {
+        return None;
+    }
+    for step in path {
+        if let Some(name) = schema.get("$ref").and_then(Value::as_str) {
+            schema = definitions.get(name.rsplit('/').next()?)?.clone();
+        }
+        schema = match step {
+            PathStep::Key(key) => schema.get("properties")?.get(key)?.clone(),
+            PathStep::Index(_) => schema.get("items")?.clone(),
+        };
+    }
+    Some(type_name(&schema, definitions))
 }
 
 /// The schema of a kind's parameters, with defaults as people write them.
@@ -371,4 +406,30 @@ fn constant(value: &Value) -> String {
         Value::String(text) => format!("`{text}`"),
         other => format!("`{other}`"),
     }
+}
+
+/// The parameters of a kind as people read them at a terminal: name, type, default and the first sentence.
+pub fn described(kind: &Kind) -> Vec<[String; 4]> {
+    let mut generator = SchemaGenerator::default();
+    let schema = params(kind, &mut generator);
+    let definitions = generator.take_definitions(true);
+    let parameters = Parameters::read(&schema).0.into_iter();
+    let rows = parameters.map(|parameter| {
+        let default = match parameter.schema.get("default") {
+            Some(Value::Null | Value::Object(_)) => String::new(),
+            Some(Value::String(text)) => text.clone(),
+            Some(default) => default.to_string(),
+            None if parameter.required => "required".to_owned(),
+            None => String::new(),
+        };
+        let meaning = parameter.description.replace('\n', " ");
+        let type_name = type_name(&parameter.schema, &definitions).replace('`', "");
+        [parameter.name, type_name, default, meaning]
+    });
+    rows.collect()
+}
+
+/// What a kind does, in its own words.
+pub fn about(kind: &Kind) -> String {
+    description(&params(kind, &mut SchemaGenerator::default()))
 }

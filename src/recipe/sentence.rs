@@ -11,8 +11,13 @@ pub(crate) struct Sentence {
     pub(crate) hint: Option<String>,
 }
 
-/// Says that `parameter` of `kind` can't be read.
-pub(crate) fn describe(parameter: &str, kind: &str, fault: &Fault) -> Sentence {
+/// Says that `parameter` of `kind` can't be read. `allowed` says in words what may stand there, as the schema has it.
+pub(crate) fn describe(
+    parameter: &str,
+    kind: &str,
+    fault: &Fault,
+    allowed: &dyn Fn() -> Option<String>,
+) -> Sentence {
     let subject = if parameter.is_empty() {
         format!("`{kind}`")
     } else {
@@ -20,23 +25,15 @@ pub(crate) fn describe(parameter: &str, kind: &str, fault: &Fault) -> Sentence {
     };
     let (message, hint) = match fault {
         Fault::Unfit { found, expected } => {
-            let number =
-                matches!(expected.as_str(), "f64" | "f32") || expected.starts_with(['u', 'i']);
-            let hint = (number && matches!(found, FoundValue::Text(_)))
-                .then(|| "write the number without quotes and without a unit".to_owned());
             let message = format!("{subject} must be {}, not {found}", expectation(expected));
-            (message, hint)
+            (message, form(parameter, expected, found))
         }
         Fault::Word { found, known } => {
             let message = format!(
                 "{subject} must be {}, not `{found}`",
                 hints::either(known.iter().copied())
             );
-            let hint = hints::nearest(found, known.iter().copied());
-            (
-                message,
-                hint.map(|known| format!("did you mean `{known}`?")),
-            )
+            (message, hints::word(parameter, found, known))
         }
         Fault::Missing(name) => (format!("{subject} needs `{name}`"), None),
         // The path ends with the key itself.
@@ -47,9 +44,42 @@ pub(crate) fn describe(parameter: &str, kind: &str, fault: &Fault) -> Sentence {
             };
             (format!("unknown parameter {subject}"), Some(hint))
         }
+        // serde's own words for a value that is none of several types.
+        Fault::Other(told) if told.contains("did not match any variant") => match allowed() {
+            Some(allowed) => (format!("{subject} must be {allowed}"), None),
+            None => (format!("{subject} is of a type that does not fit"), None),
+        },
         Fault::Other(told) => (format!("{subject} is wrong: {told}"), None),
     };
     Sentence { message, hint }
+}
+
+/// How a value is written that has another form than it should.
+fn form(parameter: &str, expected: &str, found: &FoundValue) -> Option<String> {
+    let number = matches!(expected, "f64" | "f32") || expected.starts_with(['u', 'i']);
+    let name = parameter.rsplit('.').next().unwrap_or(parameter);
+    match found {
+        FoundValue::Text(text) if expected == "a boolean" => {
+            let meant = match text.to_lowercase().as_str() {
+                "yes" | "y" | "on" | "true" | "1" => "true",
+                "no" | "n" | "off" | "false" | "0" | "none" => "false",
+                _ => return None,
+            };
+            Some(format!(
+                "write `{name}: {meant}` without quotes; `{text}` is a text in YAML 1.2"
+            ))
+        }
+        FoundValue::Text(text) if expected == "a sequence" => {
+            Some(format!("write a list of one: `{name}: [{text}]`"))
+        }
+        FoundValue::Text(_) if number => {
+            Some("write the number without quotes and without a unit".to_owned())
+        }
+        FoundValue::Nothing => Some(format!(
+            "write a value behind `{name}:`, or leave the key out for the default"
+        )),
+        _ => None,
+    }
 }
 
 fn expectation(expected: &str) -> String {

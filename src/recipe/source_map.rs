@@ -142,6 +142,13 @@ impl SourceMap {
         self.0[id].spans
     }
 
+    /// Where the first key is written.
+    pub(crate) fn first(&self) -> Option<SourceSpan> {
+        let keys = self.0[Self::ROOT].below.values();
+        let spans = keys.filter_map(|id| Some(self.0[*id].spans?.key));
+        spans.min_by_key(|span| (span.line, span.column))
+    }
+
     /// Where the key at `path` is written, or the nearest thing around it.
     pub(crate) fn key(&self, path: &[PathStep]) -> Option<SourceSpan> {
         self.find(path, |spans| spans.key)

@@ -5,12 +5,14 @@ use std::sync::Arc;
 
 use serde_yaml::{Mapping, Value};
 
-use crate::engine::{AnyStage, Fault, Handling, Kind, Marker, markers, read_parameters};
+use crate::engine::{AnyStage, Handling, Kind, Marker, markers, read_parameters};
 
 use super::draft::Draft;
 use super::hints;
-use super::sentence::{self, noun};
-use super::source_map::{PathStep, RecipePath, child, display, keys, parse};
+use super::schema;
+use super::sentence::noun;
+use super::source_map::{PathStep, RecipePath, child, display, keys};
+use super::typing::{self, Typed, below, json, not_finite, read_all};
 use super::{Edge, SourceFile};
 
 /// Keys beside the kind that are kept free for what is to come.
@@ -54,7 +56,7 @@ impl DraftStage {
 pub(crate) fn read(draft: &mut Draft, recipe: &Value) -> Vec<DraftStage> {
     let before = draft.errors.len();
     let section = draft.section(recipe, "stages");
-    if section.is_empty() && draft.errors.len() == before {
+    if section.is_empty() && draft.errors.len() == before && !draft.has_unknown_keys {
         let hint = "as in `stages: { pairs: { import_dataset: { path: pairs.jsonl } } }`";
         draft.key_error(
             &keys(&["stages"]),
@@ -104,79 +106,42 @@ fn stage(draft: &mut Draft, name: String, path: &RecipePath, value: &Value) -> D
         }
     };
     let given = Value::Mapping(params.clone());
-    let (typed, clean) = typed(draft, kind, &staged.path, params);
-    if let Some(typed) = typed {
+    if let Some(typed) = typing::parameters(draft, kind, &staged.path, params) {
         let empty = empty(draft, kind, &staged.path, &given);
-        if clean {
-            for problem in typed.check() {
-                let path = below(&staged.path, &problem.parameter);
-                if empty.contains(&path) {
-                    continue;
-                }
-                let message = format!(
-                    "`{}` of `{}`: {}",
-                    problem.parameter, kind.name, problem.message
-                );
-                draft.value_error(&path, message, problem.hint);
-            }
-        }
-        match typed.params() {
-            Ok(params) => edges_and_files(draft, &mut staged, &params),
+        typed.check(draft, kind, &staged.path, &empty);
+        match typed.stage.params() {
+            Ok(params) => edges_and_files(draft, &mut staged, &params, &typed),
             Err(error) => {
                 let message = format!("the parameters of `{}` can not be kept: {error}", kind.name);
                 draft.value_error(&staged.path, message, None);
             }
         }
-        staged.typed = Some(typed);
+        staged.typed = Some(typed.stage);
     }
     staged
 }
 
-/// Reads the runner's own keys beside the kind. Each is read alone, so that a mistake in one hides none in another.
+/// Reads the runner's own keys beside the kind, telling every mistake in them.
 fn handling(draft: &mut Draft, name: &str, path: &RecipePath, value: &Value) -> Handling {
-    let mut handling = Handling::default();
+    let mut given = serde_json::Map::new();
     for key in HANDLING {
         let Some(setting) = value.get(key) else {
             continue;
         };
-        let setting = match json(setting, child(path, key)) {
-            Ok(setting) => setting,
-            Err(at) => {
-                not_finite(draft, path, name, &at);
-                continue;
-            }
-        };
-        let alone = serde_json::Map::from_iter([(key.to_owned(), setting)]);
-        match read_parameters::<Handling>(alone.into()) {
-            Ok(read) => match key {
-                "resources" => handling.resources = read.resources,
-                "retries" => handling.retries = read.retries,
-                _ => handling.timeout = read.timeout,
-            },
-            Err(error) => {
-                let at = below(path, &error.path);
-                let parameter = at.get(path.len()..).unwrap_or_default();
-                let sentence = sentence::describe(&display(parameter), name, &error.fault);
-                if matches!(error.fault, Fault::Unknown { .. }) {
-                    draft.key_error(&at, sentence.message, sentence.hint);
-                } else {
-                    draft.value_error(&at, sentence.message, sentence.hint);
-                }
-            }
+        match json(setting, child(path, key)) {
+            Ok(setting) => _ = given.insert(key.to_owned(), setting),
+            Err(at) => not_finite(draft, path, name, &at),
         }
     }
-    handling
-}
-
-/// The path of a parameter as a stage names it.
-fn below(stage: &RecipePath, parameter: &str) -> RecipePath {
-    let mut path = stage.clone();
-    match parse(parameter) {
-        Ok(steps) => path.extend(steps),
-        Err(_) if parameter.is_empty() || parameter == "." => {}
-        Err(_) => path.extend(keys(&[parameter])),
-    }
-    path
+    let read = read_all(
+        draft,
+        (name, path),
+        &mut given,
+        &mut BTreeSet::new(),
+        &schema::allowed_beside,
+        read_parameters::<Handling>,
+    );
+    read.unwrap_or_default()
 }
 
 /// Finds the one kind of a stage; everything else beside it is a mistake.
@@ -269,77 +234,6 @@ fn kind(draft: &mut Draft, name: &str, path: &RecipePath, value: &Value) -> Opti
     found
 }
 
-/// Types the parameters, telling every mistake in them. Wrong ones are left out and the rest is read again, so the second
-/// value says whether all that the kind has are in the typed stage.
-fn typed(
-    draft: &mut Draft,
-    kind: &'static Kind,
-    path: &RecipePath,
-    params: Mapping,
-) -> (Option<Arc<dyn AnyStage>>, bool) {
-    let own = draft.parameters(kind);
-    let mut dropped = BTreeSet::new();
-    let mut unknown = BTreeSet::new();
-    for key in params.keys().filter_map(Value::as_str) {
-        let at = child(path, key);
-        if !own.has(key) {
-            let message = format!("unknown parameter `{key}` of `{}`", kind.name);
-            let advice = draft.gives_advice();
-            let hint = advice.then(|| hints::parameter(key, kind, draft.kinds));
-            draft.key_error(&at, message, hint);
-            unknown.insert(key.to_owned());
-        } else if draft.broken.iter().any(|broken| broken.starts_with(&at)) {
-            dropped.insert(key.to_owned());
-        }
-    }
-    for parameter in &own.0 {
-        if parameter.required && !params.contains_key(&parameter.name) {
-            let message = format!("`{}` needs `{}`", kind.name, parameter.name);
-            let first = parameter.description.lines().next().unwrap_or_default();
-            let hint = (!first.is_empty()).then(|| format!("`{}`: {first}", parameter.name));
-            draft.key_error(path, message, hint);
-            dropped.insert(parameter.name.clone());
-        }
-    }
-    let mut values = serde_json::Map::new();
-    for (key, value) in params {
-        let Value::String(key) = key else { continue };
-        match json(&value, child(path, &key)) {
-            Ok(value) => _ = values.insert(key, value),
-            Err(at) => {
-                not_finite(draft, path, kind.name, &at);
-                dropped.insert(key);
-            }
-        }
-    }
-    loop {
-        values.retain(|key, _| !dropped.contains(key) && !unknown.contains(key));
-        let error = match (kind.parse)(values.clone().into()) {
-            Ok(stage) => return (Some(stage), dropped.is_empty()),
-            Err(error) => error,
-        };
-        if let Fault::Missing(name) = error.fault
-            && error.path == "."
-            && dropped.contains(name)
-        {
-            return (None, false);
-        }
-        let at = below(path, &error.path);
-        let parameter = at.get(path.len()..).unwrap_or_default();
-        let sentence = sentence::describe(&display(parameter), kind.name, &error.fault);
-        if matches!(error.fault, Fault::Unknown { .. }) {
-            draft.key_error(&at, sentence.message, sentence.hint);
-        } else {
-            draft.value_error(&at, sentence.message, sentence.hint);
-        }
-        let culprit = match parameter.first() {
-            Some(PathStep::Key(key)) if values.contains_key(key) => key.clone(),
-            _ => return (None, false),
-        };
-        dropped.insert(culprit);
-    }
-}
-
 /// Tells every empty text and name among the parameters: none of them means anything. Returns where they are.
 fn empty(draft: &mut Draft, kind: &Kind, path: &RecipePath, value: &Value) -> Vec<RecipePath> {
     let mut found = Vec::new();
@@ -386,8 +280,16 @@ fn empty(draft: &mut Draft, kind: &Kind, path: &RecipePath, value: &Value) -> Ve
 }
 
 /// The edges and files among serialised parameters.
-fn edges_and_files(draft: &Draft, stage: &mut DraftStage, params: &serde_json::Value) {
+fn edges_and_files(
+    draft: &Draft,
+    stage: &mut DraftStage,
+    params: &serde_json::Value,
+    typed: &Typed,
+) {
     for (parameter, marker) in markers(params) {
+        if typed.stand_ins.contains(&parameter) {
+            continue;
+        }
         match marker {
             Marker::Stage {
                 stage: producer,
@@ -408,47 +310,4 @@ fn edges_and_files(draft: &Draft, stage: &mut DraftStage, params: &serde_json::V
             Marker::Neutral => {}
         }
     }
-}
-
-/// A value as JSON, which has no numbers but finite ones: where there is another, the error is its path below `at`.
-fn json(value: &Value, at: RecipePath) -> Result<serde_json::Value, RecipePath> {
-    Ok(match value {
-        Value::Null => serde_json::Value::Null,
-        Value::Bool(value) => (*value).into(),
-        Value::String(text) => text.clone().into(),
-        Value::Number(number) => match (number.as_u64(), number.as_i64(), number.as_f64()) {
-            (Some(number), ..) => number.into(),
-            (_, Some(number), _) => number.into(),
-            (.., Some(number)) if number.is_finite() => number.into(),
-            _ => return Err(at),
-        },
-        Value::Sequence(values) => {
-            let values = values.iter().enumerate();
-            let values = values.map(|(index, value)| {
-                let mut at = at.clone();
-                at.push(PathStep::Index(index));
-                json(value, at)
-            });
-            serde_json::Value::Array(values.collect::<Result<_, _>>()?)
-        }
-        Value::Mapping(map) => {
-            // Reading refuses keys that are no texts, and tags.
-            let entries = map
-                .iter()
-                .filter_map(|(key, value)| Some((key.as_str()?, value)));
-            let entries = entries.map(|(key, value)| {
-                let value = json(value, child(&at, key))?;
-                Ok::<_, RecipePath>((key.to_owned(), value))
-            });
-            serde_json::Value::Object(entries.collect::<Result<_, _>>()?)
-        }
-        Value::Tagged(_) => return Err(at),
-    })
-}
-
-/// Says of a number that it is not finite.
-fn not_finite(draft: &mut Draft, stage: &RecipePath, kind: &str, at: &RecipePath) {
-    let parameter = display(at.get(stage.len()..).unwrap_or_default());
-    let message = format!("`{parameter}` of `{kind}` must be a finite number");
-    draft.value_error(at, message, None);
 }

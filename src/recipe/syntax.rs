@@ -64,7 +64,7 @@ pub(super) fn syntax(error: &serde_yaml::Error, lines: &[&str]) -> Mistake {
         } else if unquoted_var(span.and_then(|span| lines.get(span.line - 1)).copied()) {
             "a var needs quotes inside `{ }` and `[ ]`: `\"${name}\"`".to_owned()
         } else {
-            context.to_owned()
+            unclosed(context)
         };
         (format!("this is not valid YAML: {problem}"), hint)
     };
@@ -73,6 +73,22 @@ pub(super) fn syntax(error: &serde_yaml::Error, lines: &[&str]) -> Mistake {
         span,
         hint: Some(hint).filter(|hint| !hint.is_empty()),
     }
+}
+
+/// The parser's context in words: a bracket that is not closed.
+fn unclosed(context: &str) -> String {
+    let flow = [
+        ("while parsing a flow mapping at ", '{', '}'),
+        ("while parsing a flow sequence at ", '[', ']'),
+    ];
+    for (told, open, close) in flow {
+        if let Some(place) = context.strip_prefix(told) {
+            return format!(
+                "the `{open}` at {place} has no `{close}`, or a comma is missing behind it"
+            );
+        }
+    }
+    context.to_owned()
 }
 
 /// Whether a line has a var without quotes inside brackets, where its brace begins a map.

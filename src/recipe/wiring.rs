@@ -48,6 +48,10 @@ fn parameter_path(stage: &DraftStage, parameter: &str) -> RecipePath {
 
 fn edges(draft: &mut Draft, stages: &[DraftStage], stage: &DraftStage) {
     for edge in &stage.edges {
+        // That it is empty is told elsewhere.
+        if edge.stage.trim().is_empty() {
+            continue;
+        }
         let path = parameter_path(stage, &edge.parameter);
         let makers = |wanted: &str| -> Vec<&str> {
             stages
@@ -81,10 +85,22 @@ fn edges(draft: &mut Draft, stages: &[DraftStage], stage: &DraftStage) {
             && output != edge.artifact
         {
             let message = format!(
-                "the stage `{}` wants `{}`, but `{}` makes `{}`",
-                stage.name, edge.artifact, producer.name, output
+                "`{}` of `{}` takes a stage that makes `{}`, but the stage `{}` makes `{}`",
+                edge.parameter,
+                stage.kind.map_or(stage.name.as_str(), |kind| kind.name),
+                edge.artifact,
+                producer.name,
+                output
             );
+            // A kind that makes one thing or another, by a parameter of that name.
+            let depends = producer
+                .kind
+                .is_some_and(|kind| draft.parameters(kind).has(&edge.artifact));
             let hint = match makers(&edge.artifact)[..] {
+                _ if depends => format!(
+                    "without `{0}`, `{1}` trains the whole model and makes a `{output}`; with `{0}` it makes an `{0}`",
+                    edge.artifact, producer.name
+                ),
                 [] => {
                     let kinds = draft.kinds.iter();
                     let kinds = kinds.filter(|kind| kind.output == edge.artifact);
@@ -102,9 +118,12 @@ fn edges(draft: &mut Draft, stages: &[DraftStage], stage: &DraftStage) {
 }
 
 fn made_by(makers: &[&str], artifact: &str) -> String {
-    let verb = if makers.len() == 1 { "makes" } else { "make" };
+    let (noun, verb) = match makers {
+        [_] => ("stage", "makes"),
+        _ => ("stages", "make"),
+    };
     format!(
-        "{} {verb} `{artifact}`",
+        "the {noun} {} {verb} `{artifact}`",
         hints::list(makers.iter().copied())
     )
 }

@@ -6,6 +6,7 @@ pub mod adapter;
 pub mod artifacts;
 pub mod dataset;
 pub mod evaluate;
+pub mod foresight;
 mod from_hub;
 pub mod model;
 mod model_input;

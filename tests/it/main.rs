@@ -1,6 +1,8 @@
 //! The one integration-test binary: drives the real program in temporary folders, without a network.
 
 #[cfg(test)]
+mod account;
+#[cfg(test)]
 mod attacks;
 #[cfg(test)]
 mod changes;
@@ -27,6 +29,10 @@ mod history;
 #[cfg(test)]
 mod hub;
 #[cfg(test)]
+mod importing;
+#[cfg(test)]
+mod init;
+#[cfg(test)]
 mod interruptions;
 #[cfg(test)]
 mod layers;
@@ -36,6 +42,8 @@ mod llama3;
 mod lock;
 #[cfg(test)]
 mod longer;
+#[cfg(test)]
+mod messages;
 #[cfg(test)]
 mod mistakes;
 #[cfg(test)]
@@ -53,6 +61,8 @@ mod publish;
 mod remote;
 #[cfg(test)]
 mod same_numbers;
+#[cfg(test)]
+mod shells;
 #[cfg(test)]
 mod shrinking;
 #[cfg(test)]

@@ -163,6 +163,56 @@ class Case:
         print(f"{'ok' if good else 'DIFFERS':>7}  {self.name:<44} {their:<24} {our:<34} {files}", flush=True)
 
 
+LOGIN = """
+import json, sys
+import huggingface_hub as hub
+from huggingface_hub.utils import get_stored_tokens
+for word in sys.argv[1:]:
+    if word == "login":
+        hub.login(token="%s")
+    elif word == "logout":
+        hub.logout()
+print("THEIRS " + json.dumps({"token": hub.get_token(), "stored": get_stored_tokens(),
+                              "name": hub.whoami()["name"] if hub.get_token() else None}))
+""" % TOKEN
+
+
+def logins(case):
+    """Who logs in by one program is logged in for the other, and the files are the same."""
+    home = case.our_home
+
+    def ours(*arguments, text=None):
+        return subprocess.run([case.pipeline, *arguments], env=case.variables(home, None), input=text,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=60, cwd=case.place)
+
+    def theirs(*words):
+        done = subprocess.run([sys.executable, "-c", LOGIN, *words], env=case.variables(home, None),
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=60)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("THEIRS ")]
+        assert lines, done.stderr
+        return json.loads(lines[0][7:])
+
+    def files():
+        return {name: (home / name).read_text() for name in ("token", "stored_tokens") if (home / name).exists()}
+
+    assert ours("login", text=TOKEN + "\n").returncode == 0
+    by_us = files()
+    seen = theirs()
+    case.name = "our login, seen by huggingface_hub"
+    case.tell(seen == {"token": TOKEN, "stored": {"laptop": TOKEN}, "name": "somebody"}, str(seen["name"]), "logged in", "")
+    theirs("logout")
+    case.name = "its logout, seen by us"
+    case.tell(not files() and ours("whoami").returncode == 1, "logged out", "logged out", "")
+    theirs("login")
+    case.name = "its login, seen by us"
+    case.tell(ours("whoami").stdout.startswith("somebody\n"), "logged in", "somebody", "")
+    case.name = "the files of both logins"
+    case.tell(files() == by_us, "", "", "2 files equal" if files() == by_us else f"{files()} and {by_us}")
+    assert ours("logout").returncode == 0
+    case.name = "our logout, seen by huggingface_hub"
+    case.tell(theirs() == {"token": None, "stored": {}, "name": None}, "logged out", "logged out", "")
+
+
 def main():
     pipeline, program = (str(Path(path).resolve()) for path in sys.argv[1:3])
     scratch = Path(tempfile.mkdtemp(prefix="check_hub."))
@@ -277,6 +327,7 @@ def main():
         else:
             mirror.check("a/model", files=names)
     order("mirror", without=[])
+    logins(case("logins"))
 
     server.end()
     shutil.rmtree(scratch)

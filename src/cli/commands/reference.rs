@@ -2,13 +2,13 @@
 
 use std::fmt::Write as _;
 
-use clap::{Arg, Command, CommandFactory as _};
+use clap::{Arg, Command};
 
-use crate::cli::Cli;
+use crate::cli::help;
 
 /// The contents of `docs/reference/cli.md`.
 pub fn reference() -> String {
-    let command = Cli::command();
+    let command = help::command();
     let mut text =
         String::from("# Command line\n\nGenerated from the argument structs; do not edit.\n\n");
     _ = writeln!(text, "{}\n", about(&command));

@@ -24,7 +24,7 @@ fn many_mistakes_come_at_once_and_in_order() {
     wrong(
         &text,
         &[
-            "r.yaml:11:34: the stage `tuned` wants `tokens`, but `raw` makes `text` (`tokens` makes `tokens`)",
+            "r.yaml:11:34: `dataset` of `train_toy` takes a stage that makes `tokens`, but the stage `raw` makes `text` (the stage `tokens` makes `tokens`)",
             "r.yaml:11:39: unknown parameter `micro_batch_size` of `train_toy` (here it is called `per_device_train_batch_size`)",
             "r.yaml:11:66: `beta` of `train_toy` must be a number, not the text \"fast\" (write the number without quotes and without a unit)",
             "r.yaml:11:91: `lr_scheduler_type` of `train_toy` must be `linear` or `cosine`, not `cosin` (did you mean `cosine`?)",
@@ -121,7 +121,10 @@ fn stages_and_kinds() {
     );
     wrong(
         &train("dataset: tokens, lora: {rr: 1}"),
-        &["r.yaml:11:49: unknown parameter `lora.rr` of `train_toy` (known are `r`)"],
+        &[
+            "r.yaml:11:48: `lora` of `train_toy` needs `r`",
+            "r.yaml:11:49: unknown parameter `lora.rr` of `train_toy` (known are `r`)",
+        ],
     );
 }
 
@@ -129,12 +132,14 @@ fn stages_and_kinds() {
 fn edges_and_outputs() {
     wrong(
         &train("dataset: tuned"),
-        &["r.yaml:11:34: the stage `tuned` takes its own result (`tokens` makes `tokens`)"],
+        &[
+            "r.yaml:11:34: the stage `tuned` takes its own result (the stage `tokens` makes `tokens`)",
+        ],
     );
     wrong(
         &GOOD.replace("dataset: raw", "dataset: tuned"),
         &[
-            "r.yaml:9:16: the stage `tokens` wants `text`, but `tuned` makes `model` (`raw` makes `text`)",
+            "r.yaml:9:16: `dataset` of `tokenize` takes a stage that makes `text`, but the stage `tuned` makes `model` (the stage `raw` makes `text`)",
             "r.yaml:11:34: the stages wait on each other: `tokens` -> `tuned` -> `tokens` (each arrow reads \"takes the result of\"; one of them must go)",
         ],
     );

@@ -260,6 +260,19 @@ impl Stage for AttachLora {
             "loftq_from",
             "`init_lora_weights: loftq` and `loftq_from` go together",
         );
+        // Paths have dots but for the head's, so a name alone fits none.
+        if let TargetModules::Some(Modules::Pattern(text)) = &self.target_modules
+            && text != "lm_head"
+            && text.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
+        {
+            let message = format!(
+                "the text `{text}` is a regular expression for whole paths of modules, and fits none of them"
+            );
+            let problem = Problem::new("target_modules", message);
+            problems.push(problem.hint(format!(
+                "write `[{text}]` for the modules of that name, or `all-linear` for all projections"
+            )));
+        }
         problems
     }
 

@@ -4,6 +4,7 @@ mod find;
 mod paths;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
@@ -187,7 +188,65 @@ impl Stage for ImportDataset {
     }
 }
 
+/// Files with these extensions are packed; to see a row of them is not cheap.
+const PACKED: [&str; 4] = ["gz", "zst", "xz", "bz2"];
+/// The largest file that is looked at before its stage runs, in bytes, where all of it has to be read to see a row.
+const LARGEST_TO_PEEK: u64 = 16 << 20;
+
 impl ImportDataset {
+    /// Our columns of the first row, and the file as it was written, where that is cheap to see: one file of a local `path`. `files` says
+    /// where files are by the path as it was written. Nothing where the row can't be read; its stage tells why.
+    pub(in crate::stages) fn columns_of_first_row(
+        &self,
+        files: &BTreeMap<String, PathBuf>,
+    ) -> Option<(String, Vec<String>)> {
+        let [path] = &self.path.as_ref()?.0[..] else {
+            return None;
+        };
+        let written = path.as_written();
+        let file = files.get(written)?;
+        let about = std::fs::metadata(file).ok()?;
+        let format = self.format.file().or(Format::of_file(file))?;
+        let small = about.len() <= LARGEST_TO_PEEK;
+        let is_cheap = match format {
+            Format::Parquet | Format::Jsonl | Format::Csv | Format::Tsv => true,
+            Format::Json => small,
+            Format::Arrow => false,
+        };
+        let packed = |extension: &OsStr| PACKED.iter().any(|packed| extension == *packed);
+        if !about.is_file() || !is_cheap || file.extension().is_some_and(packed) {
+            return None;
+        }
+        let options = ImportOptions {
+            columns: self.columns.clone(),
+            max_rows: Some(1),
+            format: self.format.file(),
+            form: self.format.form(),
+            delimiter: self
+                .delimiter
+                .as_deref()
+                .map(delimiter_of)
+                .transpose()
+                .ok()?,
+            encoding: self
+                .encoding
+                .as_deref()
+                .map(Encoding::named)
+                .transpose()
+                .ok()?,
+            ..ImportOptions::default()
+        };
+        let folder = tempfile::tempdir().ok()?;
+        let destination = folder.path().join("first.parquet");
+        let report = import_files(
+            std::slice::from_ref(file),
+            &options,
+            &destination,
+            &mut |_| Ok(()),
+        );
+        Some((written.to_owned(), report.ok()?.columns))
+    }
+
     fn check_paths(&self) -> Vec<Problem> {
         let mut problems = Vec::new();
         match (&self.path, self.datasets.is_empty()) {

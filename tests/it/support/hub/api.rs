@@ -22,6 +22,13 @@ pub(super) fn answer(state: &State, request: &Request, rest: &str) -> Answer {
     if let Err(refusal) = check_token(state, request) {
         return refusal;
     }
+    if rest == "whoami-v2" {
+        return if may_see(request) {
+            whoami()
+        } else {
+            Answer::error(401, "", "Invalid username or password.")
+        };
+    }
     let parts: Vec<&str> = rest.split('/').collect();
     let [kind @ ("models" | "datasets"), first, more @ ..] = &parts[..] else {
         return Answer::error(404, "", NO_PAGE);
@@ -89,6 +96,17 @@ pub(super) fn check_token(state: &State, request: &Request) -> Result<(), Answer
             "Invalid credentials in Authorization header",
         )),
     }
+}
+
+/// The account of [`TOKEN`].
+fn whoami() -> Answer {
+    Answer::json(&json!({
+        "type": "user",
+        "name": "somebody",
+        "fullname": "Some Body",
+        "orgs": [{ "type": "org", "name": "some" }],
+        "auth": { "type": "access_token", "accessToken": { "displayName": "laptop", "role": "write" } },
+    }))
 }
 
 fn may_see(request: &Request) -> bool {

@@ -1,0 +1,191 @@
+//! What will fail is told before anything runs, as far as the recipe and a cheap look at local files can tell: a chain of stages that
+//! can't work together, rows that lack what a training learns from, a model that is not computed.
+//!
+//! Only what is certain is told: a file that can't be looked at is left to its stage.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use super::dataset::import_dataset::ImportDataset;
+use crate::engine::{AnyStage, Marker, markers, unmarked};
+use crate::ml::model::families;
+
+/// The longest `config.json` that is looked at, in bytes.
+const LONGEST_CONFIG: u64 = 1 << 20;
+
+/// A stage of a recipe, as far as is needed here.
+pub struct Planned<'a> {
+    /// Its name in the recipe.
+    pub name: &'a str,
+    /// The stage.
+    pub stage: &'a dyn AnyStage,
+    /// Where the local files are that it reads, by the path as it was written.
+    pub files: BTreeMap<String, PathBuf>,
+}
+
+/// Something that will fail.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Foreseen {
+    /// The stage.
+    pub stage: String,
+    /// The parameter that is wrong.
+    pub parameter: &'static str,
+    /// What is wrong.
+    pub message: String,
+    /// What to do.
+    pub hint: String,
+}
+
+/// Looks at all stages of a recipe.
+pub fn foresee(stages: &[Planned<'_>]) -> Vec<Foreseen> {
+    let recipe = Stages {
+        by_name: stages.iter().map(|stage| (stage.name, stage)).collect(),
+    };
+    let mut found = Vec::new();
+    for planned in stages {
+        let mut tell = |parameter, message: String, hint: String| {
+            found.push(Foreseen {
+                stage: planned.name.to_owned(),
+                parameter,
+                message,
+                hint,
+            });
+        };
+        match planned.stage.kind() {
+            "import_model" => {
+                if let Some((_, config)) = config(planned)
+                    && let Err(error) = families::family(model_type(&config))
+                {
+                    let hint = "models of other families can't be computed yet";
+                    tell("path", error.to_string(), hint.to_owned());
+                }
+            }
+            "quantize" => {
+                if let Some(quantised) = recipe.quantised(planned) {
+                    let hint =
+                        format!("use `{}` where `{}` is used", quantised.stage, planned.name);
+                    let message = format!("{} already", quantised.sentence);
+                    tell("model", message, hint);
+                }
+            }
+            "train_sft" | "train_orpo" | "train_dpo" => {
+                if recipe.edge(planned, "adapter").is_none()
+                    && let Some(quantised) = recipe.quantised(planned)
+                {
+                    let hint = "give `adapter` a stage that makes one (`attach_lora`), or name the dense model here";
+                    let message = format!(
+                        "{}, and without `adapter` the model itself is trained, which needs dense weights",
+                        quantised.sentence
+                    );
+                    tell("model", message, hint.to_owned());
+                }
+                if planned.stage.kind() != "train_sft"
+                    && let Some(rows) = recipe.rows(planned)
+                    && !rows.columns.iter().any(|column| column == "rejected")
+                {
+                    let message = format!(
+                        "`{}` learns from preferences, but the rows of `{}` (stage `{}`) have no `rejected`",
+                        planned.stage.kind(),
+                        rows.path,
+                        rows.stage
+                    );
+                    let hint = format!(
+                        "they have {}; `train_sft` learns from single answers, and `columns: {{ rejected: .. }}` of `{}` names a column \
+                         of another name",
+                        rows.columns.join(", "),
+                        rows.stage
+                    );
+                    tell("dataset", message, hint);
+                }
+            }
+            _ => {}
+        }
+    }
+    found
+}
+
+struct Stages<'a> {
+    by_name: BTreeMap<&'a str, &'a Planned<'a>>,
+}
+
+/// A model that is stored in 4 bits.
+struct Quantised {
+    stage: String,
+    sentence: String,
+}
+
+/// Rows of a local file.
+struct Rows {
+    stage: String,
+    path: String,
+    columns: Vec<String>,
+}
+
+impl<'a> Stages<'a> {
+    /// The stage that a parameter names.
+    fn edge(&self, planned: &Planned<'_>, parameter: &str) -> Option<&'a Planned<'a>> {
+        let params = planned.stage.params().ok()?;
+        let named = markers(&params)
+            .into_iter()
+            .find_map(|(at, marker)| match marker {
+                Marker::Stage { stage, .. } if at == parameter => Some(stage),
+                _ => None,
+            })?;
+        self.by_name.get(named.as_str()).copied()
+    }
+
+    /// Whether the `model` of a stage is stored in 4 bits.
+    fn quantised(&self, planned: &Planned<'_>) -> Option<Quantised> {
+        let model = self.edge(planned, "model")?;
+        let sentence = match model.stage.kind() {
+            "quantize" => format!("`{}` is stored in 4 bits", model.name),
+            "import_model" => {
+                let (path, config) = config(model)?;
+                config
+                    .get("quantization_config")
+                    .filter(|it| it.is_object())?;
+                format!("`{}` (`{path}`) is stored in 4 bits", model.name)
+            }
+            _ => return None,
+        };
+        Some(Quantised {
+            stage: model.name.to_owned(),
+            sentence,
+        })
+    }
+
+    /// The rows that a stage's `dataset` comes from, where they are in a local file.
+    fn rows(&self, planned: &Planned<'a>) -> Option<Rows> {
+        let mut at = self.edge(planned, "dataset")?;
+        // A recipe has no cycle.
+        while at.stage.kind() != "import_dataset" {
+            at = self.edge(at, "dataset")?;
+        }
+        let params = unmarked(at.stage.params().ok()?);
+        let import: ImportDataset = serde_json::from_value(params).ok()?;
+        let (path, columns) = import.columns_of_first_row(&at.files)?;
+        Some(Rows {
+            stage: at.name.to_owned(),
+            path,
+            columns,
+        })
+    }
+}
+
+/// The `config.json` of an imported model, with the folder as it was written.
+fn config(planned: &Planned<'_>) -> Option<(String, Value)> {
+    let (written, folder) = planned.files.first_key_value()?;
+    let path: &Path = &folder.join("config.json");
+    let about = std::fs::metadata(path).ok()?;
+    if !about.is_file() || about.len() > LONGEST_CONFIG {
+        return None;
+    }
+    let config = serde_json::from_slice(&std::fs::read(path).ok()?).ok()?;
+    Some((written.clone(), config))
+}
+
+fn model_type(config: &Value) -> Option<&str> {
+    config.get("model_type").and_then(Value::as_str)
+}
