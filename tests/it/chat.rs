@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use crate::support::program::{Ended, Project, copy, repository};
 
 /// A recipe of a few steps on the golden model.
-const RECIPE: &str = r#"
+const RECIPE: &str = r"
 version: 1
 stages:
   pairs: { import_dataset: { path: rows.jsonl } }
@@ -27,7 +27,7 @@ stages:
   tuned4: { train_orpo: { model: base4, adapter: start, dataset: tokens, max_steps: 1, seed: 1 } }
   scores: { evaluate: { model: base, adapter: tuned, dataset: tokens, split: train, num_answers: 1 } }
   merged: { merge: { model: base, adapter: tuned } }
-"#;
+";
 
 fn project() -> Project {
     let project = Project::empty();
@@ -44,6 +44,11 @@ fn project() -> Project {
 fn golden() -> Vec<Value> {
     let text = std::fs::read_to_string(repository().join("tests/golden/sampling/answers.json"));
     serde_json::from_str(&text.unwrap()).unwrap()
+}
+
+fn json_lines(rows: impl Iterator<Item = Value>) -> String {
+    let lines: Vec<String> = rows.map(|row| row.to_string()).collect();
+    lines.join("\n") + "\n"
 }
 
 fn lines(text: &str) -> Vec<Value> {
@@ -71,10 +76,10 @@ const SHORT: [&str; 2] = ["--max-new-tokens", "24"];
 fn a_file_of_prompts_is_answered_as_by_transformers() {
     let project = project();
     let rows = golden();
-    let prompts: String = rows
+    let prompts = rows
         .iter()
-        .map(|row| format!("{}\n", json!({ "messages": row["messages"] })))
-        .collect();
+        .map(|row| json!({ "messages": row["messages"] }));
+    let prompts = json_lines(prompts);
     project.write("prompts.jsonl", &prompts);
     let folders = [
         "generate",
@@ -410,7 +415,7 @@ fn rows_of_one_answer_are_scored_and_answered() {
         json!({ "prompt": "What is 2 + 2?", "response": "4." }),
         json!({ "prompt": "Name a bird.", "response": "A robin." }),
     ];
-    let rows: String = rows.iter().map(|row| format!("{row}\n")).collect();
+    let rows = json_lines(rows.into_iter());
     project.write("sft.jsonl", &rows.replace("response", "completion"));
     project.write(
         "sft.yaml",

@@ -5,7 +5,7 @@ use serde_json::Value;
 use crate::support::hub::{HubServer, READER, TOKEN};
 use crate::support::program::{Project, copy, repository};
 
-const RECIPE: &str = r#"
+const RECIPE: &str = r"
 version: 1
 vars: { hub_token: hf_never_tell_this_to_anybody }
 stages:
@@ -19,7 +19,7 @@ stages:
   merged: { merge: { model: base, adapter: tuned } }
 publish:
   merged: { repo: me/merged, private: true }
-"#;
+";
 
 /// A project that has run, and its hub.
 fn scene() -> (Project, HubServer) {
