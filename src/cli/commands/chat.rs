@@ -76,9 +76,12 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     sides.push(Side::new("tuned", voice));
     let signals = Arc::new(Signals::default());
     let told = Arc::clone(&signals);
+    let at_terminal = std::io::stdin().is_terminal() && std::io::stdout().is_terminal();
     on_interrupt(move || {
+        let answering = told.answering.load(Ordering::Relaxed);
         let again = told.interrupted.swap(true, Ordering::Relaxed);
-        if again || !told.answering.load(Ordering::Relaxed) {
+        // At a terminal the line editor hears of it where nothing is answered.
+        if answering && again || !answering && !at_terminal {
             #[expect(
                 clippy::exit,
                 reason = "there is no answer to end, or the user asked twice"
@@ -86,7 +89,6 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
             std::process::exit(130);
         }
     })?;
-    let at_terminal = std::io::stdin().is_terminal() && std::io::stdout().is_terminal();
     if at_terminal {
         let sampling = session::described(sides[0].voice.options());
         eprint_rendered(&format!(

@@ -1,3 +1,5 @@
+//! Answers against those of transformers, and what ends them.
+
 use std::path::Path;
 
 use chrono::NaiveDate;
