@@ -55,15 +55,19 @@ pub(super) fn look_of_errors(stopping: Arc<AtomicBool>) -> Look {
         verbosity: verbosity(),
         size: moves.then_some(size as fn() -> (usize, usize)),
         stopping,
+        columns: None,
     }
 }
 
 /// How events are shown on standard output, as lines.
 pub(super) fn look_of_output() -> Look {
+    let stdout = std::io::stdout();
+    let size = terminal_size::terminal_size_of(&stdout);
     Look {
-        color: AutoStream::choice(&std::io::stdout()) != ColorChoice::Never,
+        color: AutoStream::choice(&stdout) != ColorChoice::Never,
         unicode: is_unicode(),
         verbosity: verbosity(),
+        columns: size.map(|(columns, _)| usize::from(columns.0)),
         ..Look::default()
     }
 }

@@ -17,7 +17,7 @@ const GROUPS: [(&str, &[&str]); 6] = [
     (
         "Look",
         &[
-            "show", "log", "graph", "report", "plot", "history", "runs", "diff", "tag",
+            "show", "log", "graph", "report", "plot", "metrics", "history", "runs", "diff",
         ],
     ),
     ("Try", &["chat", "generate"]),

@@ -10,12 +10,15 @@ mod console;
 mod default_recipe;
 pub mod error;
 mod folders;
+mod gather;
 mod help;
 mod lock_file;
 mod machine;
 mod project;
 mod remote;
+mod serve;
 mod target;
+mod tracking;
 mod trust;
 
 use std::io::{ErrorKind, Read as _};
@@ -25,7 +28,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use serde::Serialize;
 
-use crate::report::style::{WARNING, paint};
+use crate::report::style::{BOLD, WARNING, paint};
 use crate::report::{harmless, harmless_json, steers};
 pub use commands::reference::reference;
 
@@ -59,8 +62,10 @@ enum Command {
     Log(commands::log::Args),
     /// Lists the runs of a recipe
     History(commands::history::Args),
-    /// Compares two runs, with old and new values
+    /// Compares two runs: parameters, results and metrics, with old and new values
     Diff(commands::diff::Args),
+    /// Shows runs with their parameters that differ and their metrics, and names them
+    Runs(commands::runs::Args),
     /// Checks recipes and the local files they read, without running anything
     Validate(commands::validate::Args),
     /// Draws the graph of a recipe
@@ -73,6 +78,12 @@ enum Command {
     Generate(commands::generate::Args),
     /// Puts a result on the Hugging Face hub, with a card
     Publish(commands::publish::Args),
+    /// Makes a report to look at: stages, curves, scores, answers and data in one HTML file
+    Report(commands::report::Args),
+    /// Draws the curves of trainings as a picture
+    Plot(commands::plot::Args),
+    /// Writes the numbers of trainings for other programs: CSV, JSON, Parquet, TensorBoard
+    Metrics(commands::metrics::Args),
     /// Removes results that nobody needs any more
     Gc(commands::gc::Args),
     /// Manages the remote that machines share: send, fetch, list, clean and check results
@@ -171,6 +182,10 @@ pub fn main() -> ExitCode {
         Command::Chat(args) => commands::chat::run(&args),
         Command::Generate(args) => commands::generate::run(&args),
         Command::Publish(args) => commands::publish::run(&args),
+        Command::Report(args) => commands::report::run(&args),
+        Command::Plot(args) => commands::plot::run(&args),
+        Command::Metrics(args) => commands::metrics::run(&args),
+        Command::Runs(args) => commands::runs::run(&args),
         Command::Gc(args) => commands::gc::run(&args),
         Command::Cache(args) => commands::cache::run(&args),
         Command::Schema(args) => commands::schema::run(&args),
@@ -227,6 +242,12 @@ fn print_json(value: &impl Serialize) -> Result<(), Failure> {
 /// Writes to standard error, where nothing steers the terminal.
 fn eprint(text: &str) {
     eprint_rendered(&harmless(text));
+}
+
+/// Writes to standard output, the first line as a heading.
+fn print_headed(text: &str) {
+    let (head, rest) = text.split_once('\n').unwrap_or((text, ""));
+    print_rendered(&format!("{}\n{}", paint(BOLD, head), harmless(rest)));
 }
 
 /// Writes to standard output what is rendered already ([`style::paint`](crate::report::style::paint)); colours go only where they are wanted.

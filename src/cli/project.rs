@@ -12,8 +12,8 @@ use super::{Failure, eprint_warning, error, lock_file, variable};
 use crate::engine::glob::Pattern;
 use crate::engine::remote::Shared;
 use crate::engine::{
-    EventLog, Executors, Graph, LoggedEvent, Node, Pins, Record, Run, RunEnv, Session, State,
-    Store, canonical_json,
+    EventLog, Executors, Graph, LoggedEvent, Node, Outcome, Pins, Record, Run, RunEnv, RunLabel,
+    Session, State, Store, canonical_json,
 };
 use crate::recipe::{Recipe, RecipeErrors, RecipeStage};
 use crate::report::{Places, quoted};
@@ -204,6 +204,11 @@ impl Project {
         self.store.runs(&self.key)
     }
 
+    /// Names and tags one of its runs.
+    pub(super) fn label_run(&self, number: u64, label: &RunLabel) -> anyhow::Result<()> {
+        self.store.label_run(&self.key, number, label)
+    }
+
     /// The log of a run that begins now.
     pub(super) fn event_log(&self) -> EventLog {
         EventLog::new(&self.store, &self.key)
@@ -212,6 +217,16 @@ impl Project {
     /// The events of one of its runs; none if they are not kept any more.
     pub(super) fn events(&self, run: u64) -> Option<impl Iterator<Item = LoggedEvent> + use<>> {
         self.store.events(&self.key, run)
+    }
+
+    /// The events so far of a run of the recipe that is in progress; none if there is no such run.
+    pub(super) fn running_events(&self) -> Option<Vec<LoggedEvent>> {
+        let runs = self.runs();
+        let running = runs
+            .iter()
+            .rev()
+            .find(|run| run.outcome == Outcome::Running)?;
+        Some(self.events(running.number)?.collect())
     }
 
     /// How a command names the recipe, and where each stage stands in it, for messages.
@@ -224,7 +239,8 @@ impl Project {
             format!(" --set {}", quoted(&assignment))
         });
         Places {
-            recipe: quoted(&path.to_string()) + &set.collect::<String>(),
+            recipe: quoted(&path.to_string()),
+            set: set.collect(),
             stages: stages
                 .map(|stage| (stage.name.clone(), span(stage)))
                 .collect(),

@@ -81,7 +81,7 @@ pub(super) struct Reading {
     /// Columns that are copied unchanged, by their names in the file.
     pub(super) others: Vec<String>,
     /// A sentence about what was recognised; `None` if the columns have our names.
-    pub(super) told: Option<String>,
+    pub(super) message: Option<String>,
 }
 
 /// Columns that may hold a conversation under another name.
@@ -135,9 +135,9 @@ pub(super) fn recognise(
         Some(form) => form,
         None => columns.form()?,
     };
-    let mut told = columns.fill(form, asked.is_some())?;
+    let mut message = columns.fill(form, asked.is_some())?;
     if asked.is_some() {
-        told = None;
+        message = None;
     }
     for known in ["system", "tools", "chat_template_kwargs", "label"] {
         columns.take(known, known);
@@ -156,7 +156,7 @@ pub(super) fn recognise(
         form,
         ours,
         others,
-        told,
+        message,
     })
 }
 
@@ -290,8 +290,10 @@ impl Columns<'_> {
                 if asked || self.ours("chosen") || self.has("completion") {
                     self.need("chosen", &["chosen", "completion"], "prompt_completion")?;
                 }
-                let told = self.prompt();
-                Ok(told.or_else(|| self.told("chosen", "completion", "prompt and completion")))
+                let message = self.prompt();
+                Ok(message.or_else(|| {
+                    self.renamed_answer("chosen", "completion", "prompt and completion")
+                }))
             }
             Form::Kto => {
                 self.need("prompt", &["prompt"], "kto")?;
@@ -304,13 +306,13 @@ impl Columns<'_> {
             }
             Form::Alpaca => {
                 self.need("chosen", &["output", "response", "chosen"], "alpaca")?;
-                let told = self.prompt();
+                let message = self.prompt();
                 ensure!(
                     self.given.contains_key("prompt"),
                     "`format: alpaca` needs a column `instruction`: found {}",
                     list(self.names)
                 );
-                Ok(told)
+                Ok(message)
             }
             Form::Text => {
                 self.need("text", &["text"], "text")?;
@@ -339,19 +341,19 @@ impl Columns<'_> {
         self.used.push(instruction.clone());
         self.used.extend(input.clone());
         self.used.extend(history.clone());
-        let mut told = "`instruction`".to_owned();
+        let mut message = "`instruction`".to_owned();
         if let Some(input) = &input {
             _ = write!(
-                told,
+                message,
                 ", and behind a blank line `{input}` where it is not empty,"
             );
         }
-        told.push_str(" is the prompt");
+        message.push_str(" is the prompt");
         if let Some(From::Column(answer)) = self.given.get("chosen") {
-            _ = write!(told, ", `{answer}` the answer");
+            _ = write!(message, ", `{answer}` the answer");
         }
         if history.is_some() {
-            told.push_str(", `history` the turns before");
+            message.push_str(", `history` the turns before");
         }
         let from = From::Instruction {
             instruction,
@@ -359,7 +361,7 @@ impl Columns<'_> {
             history,
         };
         self.given.insert("prompt", from);
-        Some(format!("read as Alpaca's rows: {told}"))
+        Some(format!("read as Alpaca's rows: {message}"))
     }
 
     fn conversations(&self, ours: &str) -> Option<String> {
@@ -371,7 +373,7 @@ impl Columns<'_> {
         }
     }
 
-    fn told(&self, ours: &str, theirs: &str, what: &str) -> Option<String> {
+    fn renamed_answer(&self, ours: &str, theirs: &str, what: &str) -> Option<String> {
         match self.given.get(ours) {
             Some(From::Column(name)) if name == theirs && self.used.contains(name) => {
                 Some(format!("read as {what}: `{theirs}` is the answer"))

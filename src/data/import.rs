@@ -61,7 +61,7 @@ pub struct ImportReport {
     /// The columns of the new file.
     pub columns: Vec<String>,
     /// Sentences for the user about how the rows were read.
-    pub told: Vec<String>,
+    pub messages: Vec<String>,
     /// The number of unusable rows that were left out.
     pub rows_skipped: u64,
     /// Why the first of these can't be used.
@@ -134,7 +134,7 @@ pub fn import_files(
     })?;
     let columns = rows.schema().fields().iter();
     let columns = columns.map(|field| field.name().clone()).collect();
-    let (told, rows_skipped, skipped) = rows.end();
+    let (messages, rows_skipped, skipped) = rows.end();
     ensure!(
         written > 0 || skipped.is_empty(),
         "no row can be used; {}",
@@ -143,7 +143,7 @@ pub fn import_files(
     Ok(ImportReport {
         rows: written,
         columns,
-        told,
+        messages,
         rows_skipped,
         skipped,
     })

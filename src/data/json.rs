@@ -370,7 +370,7 @@ fn line(text: &[u8], name: &str, number: u64) -> Result<Row> {
     let shown: String = text.trim_end().chars().take(80).collect();
     Err(anyhow!(
         "{name}:{number}:{}: this line is no JSON: {}\n  {shown}",
-        error.column(),
+        error.column().max(1),
         reason(&error)
     ))
 }
@@ -445,7 +445,7 @@ fn no_json(name: &str, error: &serde_json::Error) -> anyhow::Error {
     anyhow!(
         "{name}:{}:{}: {no_json}{}",
         error.line(),
-        error.column(),
+        error.column().max(1),
         reason(error)
     )
 }

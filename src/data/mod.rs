@@ -11,7 +11,9 @@ mod forms;
 pub mod import;
 mod json;
 mod kind;
+pub mod lengths;
 pub(crate) mod messages;
+pub mod numbers;
 mod reading;
 pub mod show;
 mod size;
@@ -19,6 +21,7 @@ pub mod table;
 pub mod tokens;
 
 pub use import::{Format, ImportOptions, ImportReport};
+pub use lengths::{Lengths, lengths};
 pub use reading::Encoding;
 pub use show::{Summary, head, summary};
 pub use table::{Split, Writer, splits};

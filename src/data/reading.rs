@@ -122,7 +122,7 @@ impl<R: Read> Read for Peeked<R> {
 }
 
 /// An error about what a file holds, in a sentence of ours.
-fn told(sentence: impl Into<String>) -> Error {
+fn invalid_data(sentence: impl Into<String>) -> Error {
     Error::new(ErrorKind::InvalidData, sentence.into())
 }
 

@@ -7,15 +7,17 @@ pub trait Artifact: 'static {
     /// The noun used in error messages: `dataset`, `tokens`, `model`.
     const NAME: &'static str;
 
-    /// What `show` prints of a folder of this kind: at most `rows` rows, steps or answers of each sort.
+    /// What `show` prints of a folder of this kind: at most `rows` rows or answers of each sort.
     fn show(folder: &Path, rows: usize) -> anyhow::Result<Vec<View>>;
 }
 
 /// A part of what `show` prints of an artifact.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum View {
     /// A line, which may be empty.
     Line(String),
     /// Rows of cells, whose columns have equal widths.
     Table(Vec<Vec<String>>),
+    /// Numbers by step, by name.
+    Curves(Vec<(String, Vec<f64>)>),
 }

@@ -185,10 +185,10 @@ mod tests {
             memory: Some(Bytes(8_000_000_000)),
             gpus: Vec::new(),
         };
-        let told = |wanted| machine.check("tuned", &wanted).unwrap_err().to_string();
-        assert!(told(wants(3, 0, 0)).contains("wants 3 cpus, and this run has 2"));
-        assert!(told(wants(1, 0, 1)).contains("wants 1 gpus, and this run has 0"));
-        let memory = told(wants(1, 9_000_000_000, 0));
+        let messages = |wanted| machine.check("tuned", &wanted).unwrap_err().to_string();
+        assert!(messages(wants(3, 0, 0)).contains("wants 3 cpus, and this run has 2"));
+        assert!(messages(wants(1, 0, 1)).contains("wants 1 gpus, and this run has 0"));
+        let memory = messages(wants(1, 9_000_000_000, 0));
         assert!(
             memory.contains("9.0 GB of memory") && memory.contains("--memory"),
             "{memory}"

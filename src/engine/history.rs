@@ -3,7 +3,7 @@
 //! A run that changed nothing since the last one is not recorded. Small text files that stages read (templates) are kept by content,
 //! so that a change can be shown line by line.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
@@ -49,6 +49,24 @@ pub struct RunStage {
     pub ran: bool,
 }
 
+/// What people call a run.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunLabel {
+    /// Its name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// Its tags.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub tags: BTreeSet<String>,
+}
+
+impl RunLabel {
+    /// Whether it says nothing.
+    pub fn is_empty(&self) -> bool {
+        self.name.is_none() && self.tags.is_empty()
+    }
+}
+
 /// One run of a recipe.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Run {
@@ -64,6 +82,9 @@ pub struct Run {
     pub outcome: Outcome,
     /// The stages whose fingerprint became known.
     pub stages: BTreeMap<String, RunStage>,
+    /// What people call it. It has a file of its own, so that a run in progress can be named.
+    #[serde(default, skip_serializing_if = "RunLabel::is_empty")]
+    pub label: RunLabel,
 }
 
 /// How a stage differs between two runs.
@@ -122,6 +143,9 @@ impl Store {
             let Some(mut run) = run.filter(|run: &Run| run.format == FORMAT) else {
                 continue;
             };
+            if let Ok(label) = fs::read(self.label_path(recipe, run.number)) {
+                run.label = serde_json::from_slice(&label).unwrap_or_default();
+            }
             if run.outcome == Outcome::Running && is_free(&lock_path(&folder, run.number)) {
                 run.outcome = Outcome::Killed;
             }
@@ -129,6 +153,16 @@ impl Store {
         }
         runs.sort_by_key(|run| run.number);
         Ok(runs)
+    }
+
+    fn label_path(&self, recipe: &str, number: u64) -> std::path::PathBuf {
+        self.runs_folder(recipe).join(format!("{number:06}.label"))
+    }
+
+    /// Names and tags a run, in place of what it was called before.
+    pub fn label_run(&self, recipe: &str, number: u64, label: &RunLabel) -> anyhow::Result<()> {
+        let path = self.label_path(recipe, number);
+        write_atomically(&path, &serde_json::to_vec(label)?)
     }
 
     /// Records that a run is in progress, so that it is in the history even if its process is killed. Sets its number.

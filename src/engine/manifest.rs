@@ -120,7 +120,7 @@ impl Manifest {
         Ok(Self { files, folders })
     }
 
-    /// Remembers the folders of a copy in `folder`.
+    /// Records the folders of a copy in `folder`.
     pub(super) fn remember_folders(&mut self, folder: &Path) {
         self.folders = folders(folder, self.files.keys().map(String::as_str));
     }
@@ -139,7 +139,7 @@ impl Manifest {
         digest_list(&files.collect::<Vec<_>>())
     }
 
-    /// Bytes of all files. A manifest that was tampered with may speak of more than can be counted.
+    /// The bytes of all files. The sum saturates, since a manifest that was tampered with may claim any sizes.
     pub fn size(&self) -> u64 {
         let sizes = self.files.values().map(|entry| entry.stat.size);
         sizes.fold(0, u64::saturating_add)
@@ -164,7 +164,7 @@ impl Manifest {
         }
     }
 
-    /// Whether every folder and file has the stat that is remembered.
+    /// Whether every folder and file has the recorded stat.
     fn is_as_remembered(&self, folder: &Path) -> bool {
         let mut path = folder.to_path_buf();
         let mut metadata = |name: &str| {
@@ -190,7 +190,7 @@ impl Manifest {
 
     fn compare(&self, folder: &Path, thorough: bool) -> anyhow::Result<Option<Self>> {
         let time = nanoseconds_now();
-        // Taken before the names are read: what is added meanwhile changes them again.
+        // The times are taken before the names are read, since a file added meanwhile changes them again.
         let times = folders(folder, self.files.keys().map(String::as_str));
         let found: BTreeMap<_, _> = walk(folder)?.into_iter().collect();
         if let Some(extra) = found.keys().find(|name| !self.files.contains_key(*name)) {
@@ -198,7 +198,7 @@ impl Manifest {
         }
         let mut touched = self.clone();
         for (name, time_of_it) in times {
-            // One that may still change unseen is looked at again next time.
+            // A file that may still change without a new time is checked again next time.
             if is_settled(time_of_it, time) {
                 touched.folders.insert(name, time_of_it);
             }

@@ -1,11 +1,11 @@
-//! The marks in serialised parameters by which the engine finds edges, local files and neutral settings (`engine::params` writes
-//! them).
+//! Reads the markers in serialised parameters by which the engine finds edges, local files and neutral settings (`engine::params`
+//! writes them).
 
 use serde_json::Value;
 
 use super::params::{ARTIFACT_KEY, FILE_KEY, NEUTRAL_KEY, STAGE_KEY};
 
-/// What is marked in serialised parameters.
+/// A marker in serialised parameters.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Marker {
     /// An edge: the producer's name and the artifact that is wanted.

@@ -1,4 +1,4 @@
-//! The engine: what is stale, and how it becomes fresh.
+//! The engine decides which stages are stale, and runs them.
 //!
 //! It knows stages, artifacts, fingerprints and files; it knows nothing of machine learning, YAML or terminals.
 //! A kind of stage implements [`Stage`]; the engine sees it as a `Box<dyn `[`AnyStage`]`>` made by a [`Kind`].
@@ -59,12 +59,13 @@ pub use event::{EVENT_VERSION, Event, Level};
 pub use event_log::{EventLog, LoggedEvent};
 pub use executor::{ChildProcess, Executor, Executors, InProcess, TaskResult};
 pub use files::write_atomically;
+pub(crate) use fingerprint::content;
 pub use fingerprint::{Fingerprint, Origin};
 pub use forecast::Forecast;
 pub use gc::{Garbage, Limits, Needs};
 pub use graph::{Graph, GraphError, Node, topological_order};
 pub use handling::{Handling, Machine, Resources};
-pub use history::{Difference, Outcome, Run, RunStage};
+pub use history::{Difference, Outcome, Run, RunLabel, RunStage};
 pub use kind::{AnyStage, Kind};
 pub use manifest::{Check, Entry, Manifest};
 pub use markers::{Marker, markers};

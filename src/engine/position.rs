@@ -1,23 +1,23 @@
-//! Where a stage stands that was stopped on its way, and how fast it was.
+//! The position and pace of an interrupted stage.
 
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-/// Where an interrupted stage goes on.
+/// Where an interrupted stage resumes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Position {
-    /// What is done, in `unit`s.
+    /// The number of `unit`s done.
     pub done: u64,
-    /// Units in all, where they are known.
+    /// The total number of units, if known.
     pub total: Option<u64>,
     /// What is counted.
     pub unit: String,
-    /// Seconds that the rest takes at the pace so far, where it is known.
+    /// The seconds that the rest takes at the pace so far, if known.
     pub seconds_left: Option<f64>,
 }
 
-/// Where the pace of a stage that can go on is kept in its scratch folder.
+/// The file in the scratch folder with the pace of a stage that can be resumed.
 const PACE: &str = "pace.json";
 
 /// The pace of a stage.
@@ -35,7 +35,7 @@ impl Pace {
         serde_json::from_slice(&std::fs::read(scratch.join(PACE)).ok()?).ok()
     }
 
-    /// Keeps it in a scratch folder. It is only for a forecast.
+    /// Writes it into a scratch folder. Errors are ignored, since it is only used for a forecast.
     pub(super) fn write(&self, scratch: &Path) {
         if let Ok(bytes) = serde_json::to_vec(self) {
             let _ = std::fs::write(scratch.join(PACE), bytes);
@@ -44,7 +44,7 @@ impl Pace {
 }
 
 impl Position {
-    /// Where a stage goes on that has so many `unit`s behind it, with what its scratch folder tells of its pace.
+    /// The position after `done` `unit`s, with the pace recorded in the scratch folder.
     pub fn at(done: u64, unit: &str, scratch: &Path) -> Self {
         let pace = Pace::read(scratch);
         Self {

@@ -1,5 +1,4 @@
-//! Reads parameters out of a JSON value. What does not fit is told as data ([`Fault`]), so that the sentence for the reader
-//! is made from facts and not from another library's English.
+//! Reads parameters from a JSON value. Errors are data ([`Fault`]), so that messages are composed here and not by another library.
 
 use std::fmt::Display;
 
@@ -20,7 +19,7 @@ pub struct ParseError {
     pub fault: Fault,
 }
 
-/// Reads a `T` out of a JSON value, or says what keeps it from being one.
+/// Reads a `T` from a JSON value, or returns why the value is not one.
 pub fn read_parameters<T: DeserializeOwned>(value: Value) -> Result<T, ParseError> {
     serde_path_to_error::deserialize(Parameters(value)).map_err(|error| ParseError {
         path: error.path().to_string(),
@@ -28,7 +27,7 @@ pub fn read_parameters<T: DeserializeOwned>(value: Value) -> Result<T, ParseErro
     })
 }
 
-/// Why a value is no parameter.
+/// Why a value is not a valid parameter.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Fault {
     /// A value of another type, or one out of range.
@@ -39,7 +38,7 @@ pub enum Fault {
         /// What was wanted, in the words of serde's visitors (`f64`, `a string`, `struct Name`).
         expected: String,
     },
-    /// A word that is none of the known ones.
+    /// A word that is not among the known ones.
     #[error("`{found}` is none of {}", .known.join(", "))]
     Word {
         /// What stands there.
@@ -58,12 +57,12 @@ pub enum Fault {
         /// The fields there are.
         known: &'static [&'static str],
     },
-    /// What a type's own reading says.
+    /// The message of a type's own deserialization.
     #[error("{0}")]
     Other(String),
 }
 
-/// A value, as far as a sentence about it needs.
+/// A value, as far as a message about it needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FoundValue {
     /// A text.
@@ -221,7 +220,7 @@ impl<'de> Deserializer<'de> for Parameters {
         known: &'static [&'static str],
         visitor: V,
     ) -> Result<V::Value, Fault> {
-        // Words with values of their own would come as maps; no kind has any.
+        // Enum variants with data would be maps; no kind has any.
         match &self.0 {
             Value::String(word) => visitor.visit_enum(StrDeserializer::new(word)),
             other => Err(Fault::Unfit {

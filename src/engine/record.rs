@@ -1,4 +1,4 @@
-//! The record of one finished stage: its whole fingerprint, what came out, and facts that don't count.
+//! The record of one finished stage: its whole fingerprint, its result, and facts that don't affect freshness.
 
 use std::collections::BTreeMap;
 
@@ -8,20 +8,20 @@ use serde_json::Value;
 use super::canonical::Digest;
 use super::fingerprint::{Fingerprint, Origin};
 
-/// The format of the records below; another format is another folder.
+/// The format of records. Records of another format would be in another folder.
 pub(super) const FORMAT: u32 = 1;
 
-/// The most bytes of a record; usual are a few KB. A longer file is none.
+/// The largest size of a record in bytes; most have a few KB.
 pub(super) const LONGEST_RECORD: usize = 16 << 20;
 
-/// What is kept of a finished stage. A few KB, under the fingerprint's digest.
+/// What is kept about a finished stage, under the digest of its fingerprint.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Record {
     /// [`FORMAT`].
     pub format: u32,
     /// The name the stage had when it ran.
     pub stage: String,
-    /// Everything that decided the result.
+    /// Everything that determined the result.
     pub fingerprint: Fingerprint,
     /// Where the content digests in the fingerprint came from, by parameter.
     pub origins: BTreeMap<String, Origin>,
@@ -29,7 +29,7 @@ pub struct Record {
     pub output: String,
     /// The content digest of the artifact.
     pub artifact: Digest,
-    /// What the stage wrote down: rows read, rows dropped, sizes.
+    /// What the stage noted: rows read, rows dropped, sizes.
     pub notes: BTreeMap<String, Value>,
     /// Every parameter as it was, neutral ones included.
     pub params: Value,

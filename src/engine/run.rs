@@ -1,4 +1,4 @@
-//! Makes stale stages fresh: starts what is ready, one exclusive stage at a time, and commits each result by itself.
+//! Runs stale stages: starts those that are ready, at most one exclusive stage at a time, and commits each result separately.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use anyhow::Context as _;
 use super::canonical::Digest;
 use super::event::{EVENT_VERSION, Event, send};
 use super::handling::{Free, Machine};
-use super::history::{Outcome, Run, RunInProgress, stages};
+use super::history::{Outcome, Run, RunInProgress, RunLabel, stages};
 use super::last_results::LastResults;
 use super::plan::{Prepared, Session, Verdict};
 use super::reason::Reason;
@@ -21,21 +21,21 @@ use super::sources::Sources;
 use super::stat::seconds_now;
 use super::worker::{self, Worker};
 
-/// How to go about a run.
+/// The settings of a run.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Stages that may run at a time.
+    /// The number of stages that may run at the same time.
     pub jobs: usize,
-    /// What they may take together.
+    /// The resources that they may use together.
     pub machine: Machine,
-    /// After a failure, goes on with what does not need the failed stage.
+    /// Whether stages that don't need a failed stage still run after the failure.
     pub keep_going: bool,
 }
 
-/// How a run went.
+/// The outcome of a run.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Summary {
-    /// Stages whose result was there.
+    /// Stages whose result already existed.
     pub fresh: usize,
     /// Stages that ran.
     pub ran: usize,
@@ -63,10 +63,10 @@ enum Lookup {
 /// What a worker sends back: the stage's index and what became of it.
 type Done = (usize, worker::Outcome);
 
-/// What is written down of a run in progress is renewed at most this often.
+/// The shortest time between two updates of the record of a run in progress.
 const BETWEEN_RECORDS: Duration = Duration::from_secs(1);
 
-/// How often a stage is inspected again because a local file changed before the stage read it.
+/// The number of times that a stage is inspected again because a local file changed before the stage read it.
 const MAX_INSPECTIONS: usize = 3;
 
 /// Runs what `targets` need (everything when empty). Errors of stages are events and counts; an `Err` is an error of the
@@ -109,7 +109,7 @@ pub fn run(
     let mut sources = session.sources();
     session.fetch(&needed, targets, &mut sources, events, cancel)?;
     let (summary, _shared) = std::thread::scope(|scope| {
-        // Moved here, so that a panic ends the sender, too.
+        // Moved here, so that a panic drops the sender too.
         let shared = shared;
         let (done, results) = channel();
         let Session {
@@ -286,7 +286,7 @@ impl<'a> Runner<'a, '_> {
             .save(graph.nodes.iter().map(|node| node.name.as_str()));
         self.summary.interrupted = self.cancel.load(Ordering::Relaxed);
         if self.summary.interrupted {
-            // A stage that stops because it was told to has not failed.
+            // A stage that was stopped has not failed.
             self.summary.failed = 0;
         }
         let left = needed.iter().filter(|needed| **needed).count()
@@ -299,7 +299,7 @@ impl<'a> Runner<'a, '_> {
         self.summary
     }
 
-    /// Writes down that the run is in progress. A store that can't be written has no history, and still serves.
+    /// Records that the run is in progress. A store that can't be written has no history, but its results can be used.
     fn begin_record(&mut self, contents: &[Option<Digest>]) {
         if self.record.is_some() {
             return;
@@ -327,7 +327,7 @@ impl<'a> Runner<'a, '_> {
         }
     }
 
-    /// Keeps what was run, for `history` and `diff`. A store that can't be written has no history, and still serves.
+    /// Records the run for `history` and `diff`. A store that can't be written has no history, but its results can be used.
     fn remember(&mut self, contents: &[Option<Digest>]) -> Option<u64> {
         let outcome = match &self.summary {
             Summary {
@@ -350,10 +350,11 @@ impl<'a> Runner<'a, '_> {
             seconds: self.started.1.elapsed().as_secs_f64(),
             outcome,
             stages: stages(self.session.graph, &self.fingerprints, contents, &self.ran),
+            label: RunLabel::default(),
         }
     }
 
-    /// Tells that a stage failed before it ran.
+    /// Reports that a stage failed before it ran.
     fn fail(&mut self, stage: &str, error: String) {
         let failed = Event::StageFailed {
             stage: stage.to_owned(),
@@ -444,7 +445,7 @@ impl<'a> Runner<'a, '_> {
         Lookup::Fresh(artifact)
     }
 
-    /// Starts stale stages while there is a free place and what they take is free. Exclusive ones go one at a time.
+    /// Starts stale stages while the number of stages and their resources allow it. Exclusive stages run one at a time.
     fn start<'scope>(
         &mut self,
         scope: &'scope Scope<'scope, 'a>,
@@ -482,7 +483,7 @@ impl<'a> Runner<'a, '_> {
             let done = self.done.clone();
             let started = std::thread::Builder::new().spawn_scoped(scope, move || {
                 let result = worker.work(&prepared, reasons);
-                // The runner outlives its workers.
+                // Sending can't fail, since the runner outlives its workers.
                 let _ = done.send((index, result));
             });
             if let Err(error) = started {

@@ -1,4 +1,4 @@
-//! The events of one attempt at a stage: sent on as they come, and the last ones kept for the log of a failure.
+//! The events of one attempt at a stage. They are passed on as they come, and the last ones are kept for the log of a failure.
 
 use std::collections::VecDeque;
 use std::sync::mpsc::Sender;
@@ -6,10 +6,10 @@ use std::sync::{Mutex, PoisonError};
 
 use super::event::{Event, send};
 
-/// The most events in the log of a failure.
+/// The largest number of events in the log of a failure.
 const LONGEST_LOG: usize = 10_000;
 
-/// Where the events of one attempt at a stage go.
+/// The receiver of the events of one attempt at a stage.
 pub struct StageEvents {
     sender: Sender<Event>,
     /// The last events, but for progress.

@@ -1,4 +1,4 @@
-//! What a file looked like, and the clock that such looks are compared with.
+//! The stat of a file, and the clock that its times are compared with.
 
 use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;
@@ -6,8 +6,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
-/// What a file looked like when its digest was taken. Equal stats mean an unread, equal file: whoever writes to a file can set its
-/// modification time back, but not the time of its last change.
+/// The stat of a file when its digest was computed. A file with an equal stat has not changed and is not read again: a writer can reset
+/// the modification time of a file, but not its ctime.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stat {
     /// Bytes.
@@ -20,8 +20,8 @@ pub struct Stat {
     pub inode: u64,
 }
 
-/// A file changed within this many nanoseconds may change again without getting a new time, on file systems that count in
-/// seconds; what was read of it is not remembered.
+/// A file changed within this many nanoseconds may change again without getting a new time, on file systems with times in seconds. The
+/// digest of such a file is not remembered.
 const SETTLING: i64 = 2_000_000_000;
 
 impl Stat {
@@ -39,8 +39,8 @@ impl Stat {
         }
     }
 
-    /// Whether the file's last change was long enough before `time` that every later one has another time. Then what was read since
-    /// `time` holds as long as the stat does.
+    /// Whether the last change of the file was so long before `time` that every later change gets another time. If so, what was read
+    /// since `time` is valid as long as the stat is the same.
     pub(super) fn settled_at(&self, time: i64) -> bool {
         is_settled(self.changed, time)
     }

@@ -1,4 +1,4 @@
-//! The store: artifacts by content, records by fingerprint, and the one way in.
+//! The store: artifacts by content, records by fingerprint, and the only way to add them.
 //!
 //! ```text
 //! v1/artifacts/<content>/       the files, read-only
@@ -16,7 +16,7 @@
 //! v1/locks/<fingerprint>
 //! ```
 //!
-//! A stage's result comes in by one rename, and only through a [`Miss`], which holds the stage's lock.
+//! The result of a stage enters the store by one rename, and only through a [`Miss`], which holds the stage's lock.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, Permissions, TryLockError};
@@ -46,21 +46,21 @@ pub struct Store {
     root: PathBuf,
 }
 
-/// What the store says about a fingerprint.
+/// The state of a fingerprint's result in the store.
 #[derive(Debug)]
 pub enum Found {
-    /// A record, and its artifact as recorded; with the manifest to remember where only times changed.
+    /// There is a record, and its artifact is as recorded. Holds a new manifest if only times changed.
     Hit(Box<Record>, Option<Manifest>),
     /// No record.
     Nothing,
-    /// A record whose artifact is not there.
+    /// There is a record, but its artifact is missing.
     Missing(Box<Record>),
-    /// A record whose artifact is not what was recorded.
+    /// There is a record, but its artifact differs from it.
     Damaged(Box<Record>, String),
 }
 
 impl Store {
-    /// The store in `folder`. Nothing is made until something is written.
+    /// The store in `folder`, which is created on the first write.
     pub fn new(folder: &Path) -> Self {
         Self {
             root: folder.join(VERSION),
@@ -91,7 +91,7 @@ impl Store {
     fn read_record(&self, fingerprint: &str) -> anyhow::Result<Option<Record>> {
         let bytes = read_or_absent(&self.record_path(fingerprint), LONGEST_RECORD)?;
         let record = bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok());
-        // A record under another fingerprint's name was moved or altered; what names no digest must not become a path.
+        // A record under the name of another fingerprint was moved or altered. A text that is not a digest must not become a path.
         Ok(record.filter(|record: &Record| {
             record.format == FORMAT
                 && record.fingerprint.digest() == fingerprint
@@ -218,7 +218,7 @@ impl Store {
                 continue;
             };
             if lock.try_lock().is_ok() {
-                // A folder that can't be removed now is tried again at the next start.
+                // If a folder can't be removed now, the next start tries again.
                 let _ = remove(&entry.path());
             }
         }
@@ -246,7 +246,7 @@ impl Store {
     ) -> anyhow::Result<(Digest, bool)> {
         let content = manifest.digest();
         let target = self.artifact(&content);
-        // Two stages may make the same bytes at the same time.
+        // Two stages may produce the same contents at the same time.
         let _held = take_lock(&self.lock_path(&content), cancel, waiting)?;
         // Read whole: the stage may have run because somebody asked to verify, and found what no time tells.
         let new = !matches!(self.check(&content, true), Check::Sound | Check::Touched(_));
@@ -298,7 +298,7 @@ impl Store {
     }
 }
 
-/// The right to make one fingerprint's result: whoever holds it is alone.
+/// The exclusive right to make the result of one fingerprint.
 pub struct Miss<'a> {
     store: &'a Store,
     fingerprint: Digest,
@@ -374,7 +374,7 @@ impl Miss<'_> {
         for (name, path) in walk(&partial)? {
             let sealing = || format!("could not seal `{}`", path.display());
             let found = fs::symlink_metadata(&path).with_context(sealing)?;
-            // Before sealing, which changes the stat.
+            // The stat is compared before sealing, which changes it.
             let holds = known
                 .get(&name)
                 .filter(|known| known.stat == Stat::from_metadata(&found));
@@ -418,7 +418,7 @@ fn read_or_absent(path: &Path, longest: usize) -> anyhow::Result<Option<Vec<u8>>
     }
 }
 
-/// How often a lock that somebody else holds is tried.
+/// The interval at which a lock held by another process is tried.
 const PATIENCE: Duration = Duration::from_millis(20);
 
 /// Takes a lock alone, and writes into it who has it. `waiting` is called once, with the holder, when somebody else has it.
@@ -450,7 +450,7 @@ pub(super) fn wait_for(
     waiting: &mut dyn FnMut(&str),
 ) -> anyhow::Result<()> {
     let start = Instant::now();
-    let mut told = false;
+    let mut reported = false;
     loop {
         match attempt(file) {
             Ok(()) => return Ok(()),
@@ -459,10 +459,10 @@ pub(super) fn wait_for(
                 return Err(error).with_context(|| format!("could not lock `{}`", path.display()));
             }
         }
-        if !told && start.elapsed() >= quiet {
-            told = true;
+        if !reported && start.elapsed() >= quiet {
+            reported = true;
             let mut holder = String::new();
-            // Only for the message: the holder may be writing it this moment.
+            // The holder may be writing its name at this moment, but the name is only used in a message.
             let _ = file
                 .rewind()
                 .and_then(|()| file.read_to_string(&mut holder));
@@ -508,7 +508,7 @@ pub(super) fn open_lock(path: &Path) -> anyhow::Result<File> {
         .with_context(|| format!("could not open the lock `{}`", path.display()))
 }
 
-/// ` on <host>`, where the system tells its name: two machines may share a store.
+/// ` on <host>` if the system has a host name, since two machines may share a store.
 fn host() -> String {
     let name = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let name = name.trim();
@@ -527,7 +527,7 @@ fn hex(byte: u8) -> String {
 /// The longest name of a file that is made of a stage's name; file systems have 255 bytes.
 const LONGEST_NAME: usize = 200;
 
-/// A stage's name as a file name: what is not plain is written as hex, and of what is too long there is the beginning and a digest.
+/// The file name for the name of a stage. Special characters are written in hex; a long name is cut off and completed with a digest.
 fn file_name(stage: &str) -> String {
     let mut name = String::with_capacity(stage.len());
     for byte in stage.bytes() {

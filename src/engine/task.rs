@@ -1,4 +1,4 @@
-//! A stage as a task: everything that runs it, in whatever process or on whatever machine, as plain data.
+//! A stage as a task: everything needed to run it, in any process or on any machine, as plain data.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
@@ -13,14 +13,14 @@ use super::Resources;
 use super::manifest::Entry;
 use super::params::{ARTIFACT_KEY, FILE_KEY, NEUTRAL_KEY, STAGE_KEY};
 
-/// The most memory, in bytes, of a stage that reads what anybody may have written and holds little of it at a time
-/// ([`super::Stage::BOUNDED`]), unless its `resources` say more. Many times what real data takes.
+/// The memory limit, in bytes, of a stage that reads untrusted files and holds little of them at a time ([`super::Stage::BOUNDED`]),
+/// unless its `resources` allow more. It is many times what real data needs.
 const BOUNDED_MEMORY: u64 = 4 << 30;
 
-/// The most characters of a text that a stage tells.
+/// The largest number of characters of a message from a stage.
 const LONGEST_TEXT: usize = 8000;
 
-/// One try of one stage, without secrets: those come with the environment.
+/// One attempt at one stage. It contains no secrets; those are passed in the environment.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Task {
     /// [`TASK_VERSION`].
@@ -33,14 +33,14 @@ pub struct Task {
     pub kind: String,
     /// Its parameters as a recipe has them, with defaults.
     pub params: Value,
-    /// Whether it is a long computation that has the machine to itself ([`super::Stage::EXCLUSIVE`]): told to stop, it may take the
-    /// time to save what it has, where others are ended.
+    /// Whether it is a long computation that runs alone on the machine ([`super::Stage::EXCLUSIVE`]). When stopped, it gets the time to
+    /// save its state, while other stages are killed after a moment.
     pub exclusive: bool,
     /// Never touch the network.
     pub offline: bool,
     /// Threads it may compute with.
     pub cpus: Option<NonZeroUsize>,
-    /// The most bytes of memory that the process may have for itself; mapped files and stacks don't count.
+    /// The largest number of bytes of private memory of the process. Mapped files and stacks don't count.
     pub memory: Option<u64>,
     /// The devices it has to itself.
     pub gpus: Vec<usize>,
@@ -48,19 +48,19 @@ pub struct Task {
     pub inputs: BTreeMap<String, OsString>,
     /// Local files by the path as it was written.
     pub sources: BTreeMap<String, OsString>,
-    /// Facts from outside.
+    /// External facts (see [`super::Stage::external_facts`]).
     pub outside: BTreeMap<String, String>,
-    /// The folder to fill.
+    /// The output folder, which is empty.
     pub out: OsString,
-    /// The folder that survives a crash.
+    /// The scratch folder, which survives a crash.
     pub scratch: OsString,
     /// What to write beside the scratch folder when it is made.
     pub scratch_note: Vec<u8>,
-    /// The folder with what finished stages of its family left.
+    /// The folder with the end states of finished stages of its family.
     pub continuations: Option<OsString>,
     /// Digests of local files by path.
     pub known: Vec<(OsString, Entry)>,
-    /// What the user was warned of already.
+    /// The warnings that the user has already seen.
     pub warned: BTreeSet<String>,
 }
 
@@ -116,7 +116,7 @@ pub(crate) fn unmarked(params: Value) -> Value {
     }
 }
 
-/// The causes of an error as texts, none so long that nobody would read it: a template may raise any text.
+/// The causes of an error as texts of limited length, since a template may raise a text of any length.
 pub(super) fn causes(error: &anyhow::Error) -> Vec<String> {
     error
         .chain()
@@ -133,13 +133,13 @@ pub(super) fn short(mut text: String) -> String {
     text
 }
 
-/// The first cause of an error that every further attempt at the stage would meet again: it lies in what the stage reads. Any other error
-/// of a stage may pass.
+/// The first cause of an error that would recur in every further attempt, because it lies in what the stage reads. Any other error may
+/// be temporary.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub(super) struct Lasting(String);
 
-/// Marks a stage's own error as one that lasts, unless the system caused it: a disk, a connection, a process.
+/// Marks an error of a stage as lasting, unless the system caused it (a disk, a connection, a process).
 pub(super) fn lasting(failed: anyhow::Error) -> anyhow::Error {
     let passes = |cause: &std::io::Error| {
         !matches!(

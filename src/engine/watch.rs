@@ -1,6 +1,5 @@
-//! Notices work that never ends where nothing can interrupt it: inside a library, on one row. Only a stage in a process of its own
-//! is watched, for only a process can be ended from outside. Counted is the processor's time, so that a busy machine makes nothing
-//! look stuck.
+//! Detects work that does not end and can't be interrupted, such as a library call on one row. Only stages in their own process are
+//! watched, since only a process can be killed. CPU time is measured, so that nothing looks stuck because the machine is busy.
 
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,15 +9,15 @@ use std::time::Duration;
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike as _;
 
-/// How often is looked.
+/// The interval between two checks.
 const TICK: Duration = Duration::from_millis(100);
 
-/// What one thread is at.
+/// The work of one thread.
 #[derive(Default)]
 struct Slot {
-    /// Odd while it is at something.
+    /// A counter that is odd while the thread does watched work.
     turn: AtomicU64,
-    /// The most microseconds that may take.
+    /// The largest number of microseconds that the work may take.
     most: AtomicU64,
     number: AtomicU64,
     of: Mutex<Option<Arc<str>>>,
@@ -39,8 +38,7 @@ pub struct Row {
     pub of: Arc<str>,
 }
 
-/// Does some work that nothing can interrupt. In a watched process that ends with an error when it takes longer than `most`
-/// of the processor's time.
+/// Does work that can't be interrupted. A watched process ends with an error if the work takes more CPU time than `most`.
 pub fn watched<R>(row: Row, most: Duration, work: impl FnOnce() -> R) -> R {
     let slot = OWN.with_borrow_mut(|own| {
         let made = || {
@@ -74,7 +72,7 @@ impl Drop for Turn<'_> {
     }
 }
 
-/// Looks on for ever, and calls `stuck` with a sentence once something took too long.
+/// Checks forever, and calls `stuck` with a message once some work took too long.
 pub(super) fn look_on(stuck: impl Fn(String)) {
     // The turn of each slot, and what it has taken so far.
     let mut seen: Vec<(u64, u64)> = Vec::new();
@@ -106,7 +104,7 @@ pub(super) fn look_on(stuck: impl Fn(String)) {
     }
 }
 
-/// The microseconds that this process has computed; 0 where the system doesn't say.
+/// The CPU time of this process in microseconds; 0 if the system does not report it.
 fn processor_time() -> u64 {
     getrusage(UsageWho::RUSAGE_SELF).map_or(0, |usage| {
         let time = usage.user_time() + usage.system_time();

@@ -19,16 +19,16 @@ use super::threads;
 use super::watch::look_on;
 use super::{Kind, RunEnv};
 
-/// The stack of each thread that computes. It is not used up but by what is nested deeply.
+/// The stack size of each computing thread. Only deeply nested data uses it up.
 const STACK: usize = 16 << 20;
 
-/// What the last panic said, and where.
+/// The message and the place of the last panic.
 static PANIC: Mutex<Option<String>> = Mutex::new(None);
 
-/// Where a process speaks; it ends after its last word.
+/// The output of a process for its events. The process ends after its last event.
 type Output = Arc<Mutex<Box<dyn Write + Send>>>;
 
-/// Keeps what a panic says for the error of the stage. Called before a task is run.
+/// Keeps the message of a panic for the error of the stage. Called before a task is run.
 pub fn catch_panics() {
     std::panic::set_hook(Box::new(|panic| {
         let text = panic.payload_as_str().unwrap_or("no message");
@@ -37,20 +37,20 @@ pub fn catch_panics() {
     }));
 }
 
-/// Ties this process to the one that started it. Called first of all.
+/// Makes this process end with the one that started it. Called before anything else.
 pub fn end_with_parent() {
-    // Whatever happens to the other process, this one must not go on writing: its right to do so ends with that one. Where the
-    // system has no such call, the end of standard input says the same.
+    // If the parent dies, this process must not continue to write, since the parent's lock is gone. Where the system has no such call,
+    // the end of standard input serves the same purpose.
     #[cfg(target_os = "linux")]
     let _ = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL);
 }
 
-/// Where the orders of the process that started this one come from; its end means that the other process is gone.
+/// The input with the orders of the parent process. Its end means that the parent is gone.
 pub type Orders = Box<dyn BufRead + Send>;
 
 /// A process that runs one task.
 pub struct Work {
-    /// What may be run.
+    /// The kinds of stages that can be run.
     pub kinds: &'static [Kind],
     /// The settings of the run, whether it is offline or not.
     pub env: fn(bool) -> RunEnv,
@@ -76,8 +76,8 @@ pub fn read_task_file(path: &Path) -> anyhow::Result<Task> {
 }
 
 impl Work {
-    /// Runs a task and writes its events to `output`, a line of JSON each; the last one says how it ended. An error is that it could
-    /// not begin. Returns whether the stage succeeded.
+    /// Runs a task and writes its events to `output`, one line of JSON each; the last event says how the task ended. Returns whether the
+    /// stage succeeded. Fails if the task could not begin.
     pub fn serve(
         self,
         task: &Task,
@@ -95,7 +95,7 @@ impl Work {
         if let Some(memory) = task.memory {
             let stacks = (threads as u64 + 8) * STACK as u64;
             let memory = memory.saturating_add(stacks);
-            // Where the system refuses, the stage's own bounds are left.
+            // If the system refuses the limit, the stage's own checks still hold.
             let _ = setrlimit(Resource::RLIMIT_DATA, memory, memory);
         }
         let exit = self.exit;
@@ -139,7 +139,7 @@ impl Work {
         env.cancel = Arc::clone(&self.cancel);
         env.warned = Arc::new(Mutex::new(task.warned.clone()));
         let env = Arc::new(env);
-        // The other process has the clock, and says when time is over.
+        // The parent process enforces the time limit.
         let control = Control::new(self.cancel, None);
         let result = std::thread::scope(|scope| {
             let stage = start("stage").stack_size(STACK);
@@ -164,7 +164,7 @@ impl Work {
     }
 }
 
-/// An event with no text so long that nobody would read it.
+/// The event with its texts limited in length.
 fn shortened(event: Event) -> Event {
     match event {
         Event::Message { stage, level, text } => Event::Message {
@@ -190,7 +190,7 @@ fn panicked() -> anyhow::Error {
     anyhow!(panic.unwrap_or_else(|| in_words("no message", None)))
 }
 
-/// A panic as a sentence. A library's own panic comes from what it was given; ours is a mistake of ours.
+/// The error message for a panic. A panic in a library is blamed on its input, a panic in this program on a bug.
 fn in_words(text: &str, place: Option<(&str, u32)>) -> String {
     let text: String = text.chars().take(300).collect();
     let Some((file, line)) = place else {

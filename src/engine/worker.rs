@@ -1,4 +1,4 @@
-//! One stale stage on its own thread: lock, tries, commit; what a failure leaves is set aside.
+//! Runs one stale stage on its own thread: takes the lock, makes attempts, commits the result, and keeps the files of a failure.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -38,15 +38,15 @@ pub(super) struct Worker<'a, 'b> {
 
 /// How the work on a stage ended.
 pub(super) enum Outcome {
-    /// Its result is there.
+    /// Its result is in the store.
     Ready(Ready),
-    /// A local file is not as it was when the stage was looked at, and nothing has read it yet: the stage has to be looked at again.
+    /// A local file changed after the stage was inspected and before the stage read it, so that it has to be inspected again.
     InputChanged(PathBuf),
-    /// It failed, and said so.
+    /// It failed and reported the error.
     Failed,
 }
 
-/// A result that is there.
+/// A result in the store.
 pub(super) struct Ready {
     pub(super) artifact: Digest,
     /// Whether the stage ran: another runner may have made the result meanwhile.
@@ -66,7 +66,7 @@ impl From<anyhow::Error> for Failed {
 }
 
 impl Worker<'_, '_> {
-    /// Makes the result, or reports why not.
+    /// Makes the result, or reports why that failed.
     pub(super) fn work(&self, prepared: &Prepared, reasons: Vec<Reason>) -> Outcome {
         match self.make(prepared, reasons) {
             Ok(work) => work,
@@ -199,7 +199,7 @@ impl Worker<'_, '_> {
         }))
     }
 
-    /// Makes sure that what the stage read is still what it was looked at for: else its result would go under a wrong fingerprint.
+    /// Fails if the files that the stage read changed since it was inspected; its result would get a wrong fingerprint.
     fn check_what_was_read(&self, prepared: &Prepared) -> anyhow::Result<()> {
         if let Some(path) = prepared.changed(self.node(), true) {
             bail!(
@@ -218,7 +218,7 @@ impl Worker<'_, '_> {
         Ok(())
     }
 
-    /// Runs the stage until it succeeds or has failed as often as it may.
+    /// Runs the stage until it succeeds or has no attempts left.
     fn run_with_retries(&self, prepared: &Prepared, miss: &Miss<'_>) -> Result<TaskResult, Failed> {
         let node = self.node();
         let mut pause = PAUSE;
@@ -237,7 +237,7 @@ impl Worker<'_, '_> {
                 return Err(error.into());
             }
             if let Err(changed) = self.check_what_was_read(prepared) {
-                // Another try would read the same.
+                // Another attempt would read the same.
                 retries_left = 0;
                 result = Err(match result {
                     Ok(_) => changed,
@@ -314,7 +314,7 @@ impl Worker<'_, '_> {
                 .scratch(&prepared.digest)
                 .into_os_string(),
             scratch_note: serde_json::to_vec(&prepared.fingerprint)?,
-            // Who forces a stage wants it made from its inputs alone.
+            // A forced stage is made from its inputs alone.
             continuations: (self.family(prepared))
                 .filter(|_| !self.session.forced[self.index])
                 .map(|family| self.session.store.continuations(&family).into_os_string()),

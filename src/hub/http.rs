@@ -97,32 +97,12 @@ impl Http {
         if let Some(agent) = agents.get(&key) {
             return Ok(agent.clone());
         }
-        let proxy = match proxy {
-            None => None,
-            // The address may hold a password.
-            Some(address) => Some(Proxy::new(address).ok().context(
-                "the address of the proxy (`HTTPS_PROXY`, `HTTP_PROXY` or `ALL_PROXY`) makes no sense",
-            )?),
-        };
-        let limit = Some(if for_file {
+        let limit = if for_file {
             self.settings.timeout
         } else {
             self.settings.answer_timeout
-        });
-        let mut config = Agent::config_builder()
-            .http_status_as_error(false)
-            .max_redirects(0)
-            .max_redirects_will_error(false)
-            .timeout_resolve(limit)
-            .timeout_connect(limit)
-            .timeout_send_request(limit)
-            .timeout_recv_response(limit)
-            .timeout_per_read(limit)
-            .proxy(proxy);
-        if secure {
-            config = config.tls_config(tls::config(&self.settings)?);
-        }
-        let agent: Agent = config.build().into();
+        };
+        let agent = build(&self.settings, secure, proxy, limit)?;
         agents.insert(key, agent.clone());
         Ok(agent)
     }
@@ -410,6 +390,52 @@ pub(super) fn wait(
         left = left.saturating_sub(slice);
     }
     tick()
+}
+
+/// A client for another server, with the proxies and certificates of the surroundings.
+///
+/// # Errors
+/// The address is none, or a proxy or the certificates can't be used.
+pub fn agent_for(settings: &HubSettings, address: &str) -> anyhow::Result<Agent> {
+    let address: ureq::http::Uri = address.parse().context("the address makes no sense")?;
+    let scheme = address.scheme_str().context("the address has no scheme")?;
+    let host = address.host().context("the address names no host")?;
+    let proxy = settings.proxies.for_host(scheme, host);
+    build(settings, scheme == "https", proxy, OTHER_SERVERS)
+}
+
+/// How long another server than the hub may take.
+const OTHER_SERVERS: Duration = Duration::from_secs(10);
+
+/// A client that keeps to a time limit in every part of a request. Statuses are no errors to it, and redirects are not followed.
+fn build(
+    settings: &HubSettings,
+    secure: bool,
+    proxy: Option<&str>,
+    limit: Duration,
+) -> anyhow::Result<Agent> {
+    let proxy = match proxy {
+        None => None,
+        // The address may hold a password.
+        Some(address) => Some(Proxy::new(address).ok().context(
+            "the address of the proxy (`HTTPS_PROXY`, `HTTP_PROXY` or `ALL_PROXY`) makes no sense",
+        )?),
+    };
+    let limit = Some(limit);
+    let mut config = Agent::config_builder()
+        .http_status_as_error(false)
+        .max_redirects(0)
+        .max_redirects_will_error(false)
+        .timeout_resolve(limit)
+        .timeout_connect(limit)
+        .timeout_send_request(limit)
+        .timeout_recv_response(limit)
+        .timeout_per_read(limit)
+        .proxy(proxy);
+    if secure {
+        config = config.tls_config(tls::config(settings)?);
+    }
+    Ok(config.build().into())
 }
 
 #[cfg(test)]

@@ -26,6 +26,7 @@ mod token_store;
 
 pub use account::{Account, Answered};
 pub use client::{Hub, Watch};
+pub use http::agent_for;
 pub use listing::Listing;
 pub use names::{RemoteFile, RepoKind, Snapshot};
 pub use proxies::Proxies;

@@ -4,6 +4,7 @@
 //! stopped or killed training is resumed where it was and ends with the same bits.
 
 pub(super) mod best;
+pub mod bootstrap;
 pub(in crate::ml) mod checkpoint;
 pub mod evaluate;
 mod fault;

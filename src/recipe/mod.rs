@@ -1,9 +1,9 @@
-//! The recipe: YAML text to typed stages, with the position of every mistake.
+//! Reads recipes: from YAML text to typed stages, with the position of every mistake.
 //!
-//! The way: text, then a YAML value ([`read`](self::read)), then `--set` ([`set`](self::set)), then `${vars}`
+//! The steps are: text, then a YAML value ([`read`](self::read)), then `--set` ([`set`](self::set)), then `${vars}`
 //! ([`vars`](self::vars)), then typed stages ([`stage`](self::stage)), then edges and outputs ([`wiring`](self::wiring)).
-//! Every step goes on after a mistake, so that [`load`] tells all of them at once. It knows the list of kinds only as a
-//! value, and nothing of what a stage does. [`schema`] and [`reference`] describe recipes; [`graph`] draws one.
+//! Every step continues after a mistake, so that [`load`] reports all of them at once. The module is given the list of kinds as a
+//! value, and does not depend on what a stage does. [`schema`] and [`reference`] describe recipes; [`graph`] draws one.
 
 mod draft;
 mod error;

@@ -1,8 +1,8 @@
-//! Text to a YAML value, with the position of everything.
+//! Reads text into a YAML value, with the position of every key and value.
 //!
-//! `serde_yaml` tells a line and column only in errors, so each scalar is read by a visitor that keeps the value and fails
-//! on purpose: the error carries the position, and the parser stands behind the scalar and goes on. One pass finds all spans
-//! (style: no second YAML parser). Duplicate keys and merges are dealt with on the way, because a plain typed read keeps the last of two equal keys.
+//! `serde_yaml` gives a line and column only in errors. So each scalar is read by a visitor that keeps the value and then fails on
+//! purpose: the error carries the position, and the parser continues after the scalar. One pass finds all spans, without a second YAML
+//! parser. Duplicate keys and merges are handled in the same pass, since a plain typed read would keep the last of two equal keys.
 
 use std::cell::{Cell, RefCell};
 use std::str::Chars;
@@ -15,23 +15,23 @@ use super::syntax::{Mistake, OURS, syntax};
 
 /// The largest recipe, in bytes.
 const MAX_BYTES: usize = 1 << 20;
-/// The most values after aliases and merges are expanded.
+/// The largest number of values after aliases and merges are expanded.
 const MAX_VALUES: usize = 200_000;
-/// The most bytes of texts after aliases and merges are expanded.
+/// The largest number of bytes of texts after aliases and merges are expanded.
 const MAX_TEXT: usize = 16 << 20;
-/// The deepest nesting of brackets; YAML's own limit of 128 levels is told later, but reading deeper costs too much.
+/// The deepest nesting of brackets. The parser reports its own limit of 128 levels only later, and reading deeper takes too long.
 const MAX_BRACKETS: usize = 500;
-/// What the failing visitor says.
+/// The message of the error that the visitor raises on purpose.
 const MARK: &str = "$place";
 
-/// What reading gives.
+/// The result of [`read`].
 pub(crate) struct Read {
     pub(crate) value: Value,
     pub(crate) source_map: SourceMap,
     pub(crate) mistakes: Vec<Mistake>,
 }
 
-/// Reads a recipe's text. The error is a mistake after which nothing can be read.
+/// Reads the text of a recipe. The error is a mistake after which nothing else can be read.
 pub(crate) fn read(text: &str) -> Result<Read, Mistake> {
     let whole = |message: String, hint: &str| Mistake {
         message,
@@ -71,7 +71,7 @@ pub(crate) fn read(text: &str) -> Result<Read, Mistake> {
     }
 }
 
-/// Reads another YAML file of a project, with the same bounds: the parser takes time by the square of the nesting. Errors are a
+/// Reads another YAML file of a project with the same limits, since the parser takes time quadratic in the nesting. The error is a
 /// sentence.
 pub fn yaml<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
     if text.len() > MAX_TEXT || brackets(text) > MAX_BRACKETS {
@@ -83,7 +83,7 @@ pub fn yaml<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
     serde_yaml::from_str(text).map_err(|error| error.to_string())
 }
 
-/// How deep the brackets of a text are nested at most, quoted or not.
+/// The deepest nesting of the brackets in a text, including quoted ones.
 fn brackets(text: &str) -> usize {
     let (mut depth, mut most) = (0_usize, 0);
     for byte in text.bytes() {
@@ -110,11 +110,11 @@ struct Reader<'text> {
 struct Node<'a, 'text> {
     reader: &'a Reader<'text>,
     id: BranchId,
-    /// Where the key is, or `None` for an element of a list and the whole.
+    /// The position of the key; `None` for an element of a list and for the whole document.
     key: Option<SourceSpan>,
 }
 
-/// Reads a scalar or a container; a scalar lands in `kept`.
+/// Reads a scalar or a container. A scalar is stored in `kept`.
 struct Visit<'a, 'text> {
     node: &'a Node<'a, 'text>,
     kept: &'a RefCell<Option<Value>>,
@@ -296,7 +296,7 @@ impl<'de> Visitor<'de> for Visit<'_, '_> {
     }
 }
 
-/// Reads a key: its text, or `None` for anything that is no text.
+/// Reads a key: its text, or `None` for a key that is not a text.
 struct KeySeed<'a, 'text>(&'a Reader<'text>);
 
 struct KeyVisitor<'a>(&'a RefCell<Option<Value>>);
@@ -365,7 +365,7 @@ impl<'de> Visitor<'de> for KeyVisitor<'_> {
     fn visit_none<E: serde::de::Error>(self) -> Result<(), E> {
         self.keep(Value::Null)
     }
-    // A container as a key: nothing is kept, so that the error ends the reading.
+    // If a key is a container, nothing is kept, so that the error ends the reading.
     fn visit_seq<A: SeqAccess<'de>>(self, _: A) -> Result<(), A::Error> {
         Err(A::Error::custom(format!(
             "{OURS}a key must be a text, not a list"
@@ -389,7 +389,7 @@ impl Reader<'_> {
         self.source_map.borrow_mut().grow(above, step)
     }
 
-    /// Counts a text, which may be an alias's.
+    /// Counts the bytes of a text, including repetitions by aliases.
     fn count(&self, scalar: Option<&Value>) -> Result<(), String> {
         let text = scalar.and_then(Value::as_str).map_or(0, str::len);
         self.text.set(self.text.get() + text);
@@ -410,7 +410,7 @@ impl Reader<'_> {
         });
     }
 
-    /// The span of a deliberate error; the parser says none for the very first character.
+    /// The position carried by a deliberate error. The parser gives none for the very first character.
     fn mark(&self, error: &str, value: &Value) -> SourceSpan {
         let numbers = error.rsplit_once(" at line ").and_then(|(_, span)| {
             let (line, column) = span.split_once(" column ")?;
@@ -466,8 +466,8 @@ impl Reader<'_> {
         length.max(1)
     }
 
-    /// Where a value stands: scalars where the parser says, what an alias repeats at the alias, flow collections at their
-    /// bracket, block collections at their key.
+    /// The position of a value: that of the parser for scalars, the alias for repeated values, the bracket for flow collections, and
+    /// the key for block collections.
     fn value_span(
         &self,
         value: &Value,
@@ -501,7 +501,7 @@ impl Reader<'_> {
         })
     }
 
-    /// What stands on the same line behind a key.
+    /// The text after a key on the same line.
     fn behind(&self, key: SourceSpan) -> Option<SourceSpan> {
         let rest = self.rest(key.line, key.column).skip(key.length);
         let mut marks = rest.clone().enumerate().filter(|(_, c)| !c.is_whitespace());

@@ -1,4 +1,4 @@
-//! What recipes look like, from the kinds' params structs: JSON Schema and the reference of stages.
+//! Describes recipes from the parameter structs of the kinds: the JSON Schema and the reference of stages.
 
 use std::fmt::Write as _;
 
@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 use super::source_map::PathStep;
 use crate::engine::{FILE_KEY, Handling, Kind, NEUTRAL_KEY, Resources, STAGE_KEY};
 
-/// One parameter, as the schema tells it.
+/// One parameter, as the schema describes it.
 pub(crate) struct Parameter {
     pub(crate) name: String,
     pub(crate) required: bool,
@@ -95,7 +95,7 @@ fn params(kind: &Kind, generator: &mut SchemaGenerator) -> Value {
     schema
 }
 
-/// Takes the engine's marks off a default.
+/// Removes the engine's markers from a default value.
 fn unmark(value: &mut Value) {
     for key in [NEUTRAL_KEY, STAGE_KEY, FILE_KEY] {
         if let Some(inner) = value.get_mut(key) {
@@ -202,7 +202,7 @@ fn publish() -> Value {
     })
 }
 
-/// The same value with the keys of every map in order, whatever map `serde_json` was built with.
+/// The same value with the keys of every map sorted, whichever map `serde_json` was built with.
 fn sorted(value: Value) -> Value {
     match value {
         Value::Object(map) => {
@@ -216,7 +216,7 @@ fn sorted(value: Value) -> Value {
     }
 }
 
-/// Lets `${name}` stand wherever something else than any text is wanted.
+/// Allows `${name}` wherever the schema wants something other than an arbitrary text.
 fn allow_vars(schema: &mut Value) {
     allow_vars_inside(schema);
     let Some(map) = schema.as_object_mut() else {
@@ -237,7 +237,7 @@ fn allow_vars(schema: &mut Value) {
     {
         return;
     }
-    // What is told about the parameter stays outside, where editors look for it.
+    // Title, description and default stay in the outer schema, where editors look for them.
     let mut outer = Map::new();
     for key in ["description", "default", "x-neutral"] {
         if let Some(value) = map.remove(key) {

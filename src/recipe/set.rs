@@ -47,13 +47,13 @@ fn apply_one(
         )
     })?;
     put(recipe, &steps, value).map_err(|message| (message, None))?;
-    // What an earlier override put inside is replaced too.
+    // This also replaces what earlier overrides put inside the value.
     draft.set.retain(|path, _| !path.starts_with(&steps));
     draft.set.insert(steps, origin.to_owned());
     Ok(())
 }
 
-/// Refuses paths to nowhere: only parameters and the runner's settings of a stage may be new.
+/// Refuses paths that don't exist, except those of new parameters and runner settings of a stage.
 fn check(draft: &Draft, recipe: &Value, steps: &RecipePath) -> Result<(), Refusal> {
     let mut names = steps.iter().map(|step| match step {
         PathStep::Key(key) => Some(key.as_str()),
@@ -106,7 +106,7 @@ fn check(draft: &Draft, recipe: &Value, steps: &RecipePath) -> Result<(), Refusa
                 .iter()
                 .find(|key| draft.kinds.iter().any(|kind| kind.name == **key));
             let Some(own) = own else {
-                // The stage itself is wrong; that is told elsewhere.
+                // The stage itself is wrong, which is reported elsewhere.
                 return Err((format!("the stage `{name}` has no `{kind}`"), None));
             };
             let rest = display(steps.get(2..).unwrap_or_default());
@@ -125,7 +125,7 @@ fn check(draft: &Draft, recipe: &Value, steps: &RecipePath) -> Result<(), Refusa
     Ok(())
 }
 
-/// Puts a value at a path, making the maps on the way.
+/// Puts a value at a path, and creates missing maps along it.
 fn put(recipe: &mut Value, steps: &[PathStep], value: Value) -> Result<(), String> {
     let mut at = recipe;
     for (depth, step) in steps.iter().enumerate() {

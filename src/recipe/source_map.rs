@@ -1,4 +1,4 @@
-//! Where things are written: paths into a recipe, and the line and column of each key and value.
+//! Positions in a recipe: paths into it, and the line and column of each key and value.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -131,7 +131,7 @@ impl SourceMap {
         id
     }
 
-    /// Notes where a branch is written.
+    /// Records the position of a branch.
     pub(crate) fn note(&mut self, id: BranchId, spans: EntrySpans) {
         self.0[id].spans = Some(spans);
     }
@@ -163,7 +163,7 @@ impl SourceMap {
         let (mut id, mut around) = (Self::ROOT, None);
         for step in path {
             let branch = &self.0[id];
-            // What a merge brought in is written at the merge.
+            // An entry from a merge has the position of the merge.
             if id != Self::ROOT {
                 let merge = self.below(id, "<<");
                 around = merge.or(branch.spans).or(around);

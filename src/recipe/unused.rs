@@ -1,10 +1,10 @@
-//! What a recipe has and nothing uses: most likely a mistake, and no reason to refuse it.
+//! Finds parts of a recipe that nothing uses. They are probably mistakes, but no reason to refuse the recipe.
 
 use std::collections::BTreeSet;
 
 use super::{Recipe, SourceSpan};
 
-/// Something that nothing uses.
+/// A part of a recipe that nothing uses.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unused {
     /// The sentence.
@@ -13,12 +13,12 @@ pub struct Unused {
     pub span: Option<SourceSpan>,
 }
 
-/// Artifacts that are made to be looked at.
+/// Artifacts that are made to be read by people, so that no stage needs to use them.
 const LOOKED_AT: [&str; 1] = ["scores"];
 
 impl Recipe {
-    /// Vars that no value takes in, and stages that neither a stage nor an output uses. A recipe without outputs is for what its last
-    /// stages make, and an evaluation is for itself.
+    /// Vars that no value uses, and stages that neither a stage nor an output uses. In a recipe without outputs the last stages count
+    /// as used, and so do evaluations in any recipe.
     pub fn unused(&self) -> Vec<Unused> {
         let mut unused = Vec::new();
         for name in &self.vars {

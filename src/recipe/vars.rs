@@ -1,4 +1,4 @@
-//! `${name}`: vars, put into stages and outputs once, with their types.
+//! Substitutes vars (`${name}`) in stages and outputs, with their types. The inserted values are not substituted again.
 
 use std::collections::BTreeMap;
 
@@ -9,8 +9,8 @@ use super::hints;
 use super::sentence::{noun, scalar};
 use super::source_map::{PathStep, RecipePath, keys};
 
-/// Replaces every `${name}`. A text that is nothing but `${name}` becomes the var's value, whatever its type; inside a
-/// longer text the value must be a scalar. `$${` stands for `${`. Below `columns` a name that is no var stays as it is.
+/// Replaces every `${name}`. A text that consists only of `${name}` becomes the var's value, whatever its type; inside a longer text
+/// the value must be a scalar. `$${` stands for `${`. Below `columns`, a name that is not a var is left unchanged.
 pub(crate) fn substitute(draft: &mut Draft, recipe: &mut Value) {
     let mut vars = BTreeMap::new();
     for (name, path, value) in draft.section(recipe, "vars") {
@@ -33,7 +33,7 @@ pub(crate) fn substitute(draft: &mut Draft, recipe: &mut Value) {
     }
 }
 
-/// Whether there is anything to put in.
+/// Whether a value may contain a var.
 fn has_dollar(value: &Value) -> bool {
     match value {
         Value::String(text) => text.contains("${"),
@@ -94,7 +94,7 @@ fn walk(
     }
 }
 
-/// The text with its vars put in; `None` when that is not possible.
+/// The text with its vars substituted; `None` if that is not possible.
 fn replace(
     draft: &mut Draft,
     vars: &BTreeMap<String, Value>,
@@ -121,7 +121,7 @@ fn replace(
         };
         let Some(value) = vars.get(name) else {
             if in_columns(path) {
-                // `columns` makes texts of a row's columns in the same way.
+                // In `columns`, `${name}` may also refer to a column of a row.
                 made.push_str("${");
                 made.push_str(name);
                 made.push('}');
@@ -178,7 +178,7 @@ fn replace(
     Some(made.into())
 }
 
-/// Whether a text says which columns of a file become one of ours.
+/// Whether a path leads into a `columns` parameter, which maps columns of a file to ours.
 fn in_columns(path: &RecipePath) -> bool {
     path.iter()
         .any(|step| matches!(step, PathStep::Key(key) if key == "columns"))

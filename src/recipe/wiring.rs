@@ -1,4 +1,4 @@
-//! Edges and outputs: every name names a stage, every stage makes what is wanted from it, and nothing waits on itself.
+//! Checks edges and outputs: every name refers to a stage, every stage makes the artifact that is wanted, and there are no cycles.
 
 use std::collections::BTreeMap;
 use std::path::Component;
@@ -128,14 +128,14 @@ fn made_by(makers: &[&str], artifact: &str) -> String {
     )
 }
 
-/// Sorts the stages so that producers come first; each cycle is told once.
+/// Sorts the stages so that producers come first. Reports each cycle once.
 fn order(draft: &mut Draft, stages: &[DraftStage]) -> Vec<usize> {
     let index: BTreeMap<&str, usize> = stages
         .iter()
         .enumerate()
         .map(|(index, stage)| (stage.name.as_str(), index))
         .collect();
-    // A stage that takes its own result is told elsewhere.
+    // A stage that reads its own result is reported elsewhere.
     let inputs: Vec<Vec<usize>> = stages
         .iter()
         .map(|stage| {
@@ -198,7 +198,7 @@ fn outputs(draft: &mut Draft, stages: &[DraftStage], recipe: &Value) -> Vec<(Str
                 continue;
             }
         };
-        // Not every file system tells `A` from `a`.
+        // Some file systems don't distinguish `A` from `a`.
         let lower: Vec<String> = folder.iter().map(|part| part.to_lowercase()).collect();
         let other = folders
             .iter()
@@ -220,7 +220,7 @@ const RESERVED: [&str; 6] = [".git", "git~1", ".hg", ".svn", ".jj", ".pipeline"]
 /// The longest name of a folder on usual file systems, in bytes.
 const LONGEST: usize = 255;
 
-/// The parts of a relative path, when it stays inside the folder it starts at; else why not.
+/// The parts of a relative path that stays inside its starting folder; otherwise the reason why it does not.
 fn inside(path: &str) -> Result<Vec<String>, String> {
     let mut parts = Vec::new();
     if path.chars().any(char::is_control) {

@@ -30,6 +30,8 @@ pub struct Look {
     pub verbosity: Verbosity,
     /// For a terminal that can move its cursor; without, there are only lines that stay.
     pub size: Option<Size>,
+    /// The columns for lines that stay where no `size` says it; without, as many as they need.
+    pub columns: Option<usize>,
     /// Set when the user has asked the run to stop.
     pub stopping: Arc<AtomicBool>,
 }
@@ -37,10 +39,24 @@ pub struct Look {
 /// What the events' recipe is called and where its stages stand, for messages.
 #[derive(Debug, Clone, Default)]
 pub struct Places {
-    /// The recipe as a command names it, with what it was given by `--set`.
+    /// The recipe as a command names it.
     pub recipe: String,
+    /// What the recipe was given by `--set`, as a command has it: empty, or with a space in front.
+    pub set: String,
     /// Where each stage is defined, by its name.
     pub stages: BTreeMap<String, String>,
+}
+
+impl Places {
+    /// A command about the recipe, or about one of its stages.
+    pub fn command(&self, command: &str, stage: Option<&str>) -> String {
+        let stage = stage.map(|stage| format!(" {}", quoted(stage)));
+        let Self { recipe, set, .. } = self;
+        format!(
+            "pipeline {command} {recipe}{}{set}",
+            stage.unwrap_or_default()
+        )
+    }
 }
 
 /// An argument as a shell reads it.

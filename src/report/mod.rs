@@ -3,15 +3,21 @@
 //! A reporter hears of events one by one; it knows the engine's events and nothing else. A new one is a file with an
 //! implementation of [`Reporter`].
 
+pub mod chart;
+mod frame;
 mod json;
 mod log;
 mod look;
+pub mod page;
 mod progress;
 mod screen;
+pub mod sparkline;
 pub mod style;
 mod table;
+pub mod tensorboard;
 mod terminal;
 mod text;
+pub mod tracking;
 mod width;
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError};

@@ -114,10 +114,12 @@ impl Running {
 
     /// Seconds left, from what was done lately, or else from how long the last result took.
     pub(super) fn left(&self, now: Instant) -> Option<f64> {
-        let known = self.count.as_ref().and_then(|count| {
-            let left = count.total?.saturating_sub(count.done);
-            Some(left as f64 / self.rate(now)?)
-        });
+        let count = self.count.as_ref();
+        let open = count.and_then(|count| Some(count.total?.saturating_sub(count.done)));
+        if open == Some(0) {
+            return None;
+        }
+        let known = open.and_then(|open| Some(open as f64 / self.rate(now)?));
         known.or_else(|| {
             let left = self.expected? - (now - self.started).as_secs_f64();
             (left > 0.0).then_some(left)

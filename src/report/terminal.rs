@@ -1,6 +1,6 @@
 //! Events for people: a line for what happened, and at a terminal, below them, lines that change for what is happening.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io::Write;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -8,13 +8,14 @@ use std::time::{Duration, Instant};
 use anstyle::Style;
 
 use super::Reporter;
-use super::look::{Look, Places, Verbosity, quoted};
+use super::frame::Frame;
+use super::look::{Look, Places, Verbosity};
 use super::progress::{Pen, Running};
 use super::screen::Screen;
 use super::style::{BOLD, DIM, ERROR, GOOD, RUNS, WAITS, WARNING, paint, stripped};
 use super::table::{Row, Table};
 use super::text::{bytes, count, duration, harmless, has_the_store, significant, thousands};
-use super::width::{cut, width, wrap};
+use super::width::{width, wrap};
 use crate::engine::{Event, Level, Reason, short};
 
 /// Without changing lines, a line of progress at most this often a stage.
@@ -46,6 +47,8 @@ pub struct Terminal<W: Write> {
     names: usize,
     /// Whether it was said that stages run for the first time.
     first_run: bool,
+    /// The stages that ran.
+    ran: BTreeSet<String>,
     /// The stages of the run, and those that are ready.
     stages: (usize, usize),
     started: Instant,
@@ -73,6 +76,7 @@ impl<W: Write> Terminal<W> {
             last_words: BTreeMap::new(),
             names: names.unwrap_or(0).min(LONGEST_NAME),
             first_run: false,
+            ran: BTreeSet::new(),
             stages: (0, 0),
             started: Instant::now(),
             lines: String::new(),
@@ -173,6 +177,7 @@ impl<W: Write> Reporter for Terminal<W> {
             } => {
                 self.finish(stage);
                 self.stages.1 += 1;
+                self.ran.insert(stage.clone());
                 let same = if *same_bytes {
                     "  the same bytes as before"
                 } else {
@@ -237,13 +242,17 @@ impl<W: Write> Reporter for Terminal<W> {
                 saved,
                 interrupted,
             } => {
-                let mut parts = vec![format!("{fresh} fresh"), format!("{ran} ran")];
+                let number = |count: &usize| thousands(*count as u64);
+                let mut parts = vec![
+                    format!("{} fresh", number(fresh)),
+                    format!("{} ran", number(ran)),
+                ];
                 if *failed > 0 {
-                    parts.push(format!("{failed} failed"));
+                    parts.push(format!("{} failed", number(failed)));
                 }
                 if *skipped > 0 {
                     let what = if *interrupted { "finished" } else { "started" };
-                    parts.push(format!("{skipped} not {what}"));
+                    parts.push(format!("{} not {what}", number(skipped)));
                 }
                 let saved = if *saved >= 1.0 {
                     format!("; reusing results saved {}", duration(*saved))
@@ -264,8 +273,7 @@ impl<W: Write> Reporter for Terminal<W> {
                 );
                 if self.look.verbosity > Verbosity::Quiet {
                     self.table.interrupt();
-                    let columns = self.look.size.map_or(usize::MAX, |_| self.columns());
-                    for line in wrap(&text, columns) {
+                    for line in wrap(&text, self.room().unwrap_or(usize::MAX)) {
                         self.write(&line);
                     }
                 }
@@ -298,11 +306,19 @@ impl<W: Write> Terminal<W> {
         self.begin(stage, expected);
         let is_first = |reason: &Reason| *reason == Reason::NeverRan;
         let verbose = self.look.verbosity == Verbosity::Verbose;
-        let mut shown: Vec<String> = reasons
-            .iter()
-            .filter(|reason| !is_first(reason))
-            .map(ToString::to_string)
+        let other = reasons.iter().filter(|reason| !is_first(reason));
+        let mut shown: Vec<String> = other
+            .filter_map(|reason| match reason {
+                // That it ran is on the screen.
+                Reason::InputChanged { stage, .. } if self.ran.contains(stage) && !verbose => {
+                    let plain = self.look.size.is_none();
+                    plain.then(|| format!("`{stage}` changed"))
+                }
+                reason => Some(reason.to_string()),
+            })
             .collect();
+        // At a terminal a line moves for it, and one stays when it is done; a reason that is worth a word comes before.
+        let is_shown = self.look.size.is_none() || verbose || !shown.is_empty();
         // Said once, it is true of most stages.
         if reasons.iter().any(is_first)
             && (verbose || !std::mem::replace(&mut self.first_run, true))
@@ -314,9 +330,7 @@ impl<W: Write> Terminal<W> {
         } else {
             format!(": {}", shown.join("; "))
         };
-        // At a terminal a line moves for it, and one stays when it is done; a reason that is worth a word comes before.
-        let is_worth_a_line = self.look.size.is_none() || verbose || reasons.len() > 20;
-        if is_worth_a_line {
+        if is_shown {
             self.add(RUNS, "runs", &format!("{stage} ({kind}){reasons}"), "");
         }
     }
@@ -339,18 +353,18 @@ impl<W: Write> Terminal<W> {
         if let Some(span) = self.places.stages.get(stage) {
             more.push(format!("it is defined at {span}"));
         }
+        // Who looks at the log itself needs no more of it.
+        let is_live = !self.places.recipe.is_empty();
         if let Some(words) = self.last_words.get(stage)
             && !words.is_empty()
+            && is_live
         {
             more.push("the end of its log:".to_owned());
             more.extend(words.iter().map(|words| format!("  {words}")));
         }
-        if !self.places.recipe.is_empty() {
-            let recipe = &self.places.recipe;
-            more.push(format!(
-                "`pipeline log {recipe} {}` shows all of it",
-                quoted(stage)
-            ));
+        if is_live {
+            let command = self.places.command("log", Some(stage));
+            more.push(format!("`{command}` shows all of it"));
         }
         if let Some(kept) = kept {
             more.push(format!("what it wrote is kept in {kept}"));
@@ -465,12 +479,16 @@ impl<W: Write> Terminal<W> {
         format!("{stage}{padding}")
     }
 
-    /// The columns there are for a line.
-    fn columns(&self) -> usize {
+    /// The columns there are for a line, if there is an end to them.
+    fn room(&self) -> Option<usize> {
+        let columns = self.look.size.map(|size| size().0).or(self.look.columns);
         // In the last column some terminals already begin a new line.
-        self.look
-            .size
-            .map_or(PLAIN_WIDTH, |size| size().0.saturating_sub(1))
+        columns.map(|columns| columns.saturating_sub(1))
+    }
+
+    /// The columns there are for a table.
+    fn columns(&self) -> usize {
+        self.room().unwrap_or(PLAIN_WIDTH)
     }
 
     /// Adds a line, unless only what has to be told is shown. `more` matters less than `text`.
@@ -494,10 +512,9 @@ impl<W: Write> Terminal<W> {
         } else {
             &text
         };
-        let columns = match self.look.size {
-            Some(_) => self.columns().saturating_sub(INDENT).max(20),
-            None => usize::MAX,
-        };
+        let columns = self
+            .room()
+            .map_or(usize::MAX, |columns| columns.saturating_sub(INDENT).max(20));
         let lines = text.split('\n').flat_map(|line| wrap(line, columns));
         for (index, line) in lines.enumerate() {
             let label = if index == 0 { label } else { "" };
@@ -537,50 +554,26 @@ impl<W: Write> Terminal<W> {
             return Vec::new();
         }
         let (columns, rows) = size();
-        let columns = columns.saturating_sub(1);
         self.frames += 1;
-        let frames = if self.look.unicode {
-            &["⠋", "⠙", "⠹", "⠸", "⠼", "⠴", "⠦", "⠧", "⠇", "⠏"][..]
+        let frame = Frame {
+            running: &self.running,
+            stages: self.stages,
+            elapsed: self.started.elapsed().as_secs_f64(),
+            stopping: self.look.stopping.load(Ordering::Relaxed),
+            number: self.frames,
+            rows,
+            pen: Pen {
+                columns: columns.saturating_sub(1),
+                names: self.names,
+                unicode: self.look.unicode,
+            },
+        };
+        let lines = frame.lines();
+        if self.look.color {
+            lines
         } else {
-            &["|", "/", "-", "\\"][..]
-        };
-        let spinner = frames[self.frames % frames.len()];
-        let now = Instant::now();
-        let pen = Pen {
-            columns,
-            names: self.names,
-            unicode: self.look.unicode,
-        };
-        // One line is for all stages, one for the prompt behind.
-        let room = rows.saturating_sub(3).max(1);
-        let shown = self.running.iter().take(room);
-        let mut lines: Vec<String> = shown
-            .map(|(name, running)| {
-                running.line(&harmless(&name.replace('\n', " ")), spinner, now, pen)
-            })
-            .collect();
-        let (all, ready) = self.stages;
-        let hidden = self.running.len().saturating_sub(room);
-        let more = match hidden {
-            0 => String::new(),
-            hidden => format!(", {hidden} more running"),
-        };
-        let note = if self.look.stopping.load(Ordering::Relaxed) {
-            "stopping; Ctrl-C again stops at once".to_owned()
-        } else {
-            let elapsed = duration((now - self.started).as_secs_f64());
-            format!(
-                "{ready} of {}{more}, {elapsed}",
-                count(all as u64, "stages")
-            )
-        };
-        let indent = if columns >= 72 { INDENT } else { 3 };
-        let note = cut(&note, columns.saturating_sub(indent));
-        lines.push(format!("{}{}", " ".repeat(indent), paint(DIM, &note)));
-        if !self.look.color {
-            lines = lines.iter().map(|line| stripped(line)).collect();
+            lines.iter().map(|line| stripped(line)).collect()
         }
-        lines
     }
 }
 

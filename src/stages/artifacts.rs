@@ -1,4 +1,4 @@
-//! The artifacts, as types for [`crate::engine::Input`]. Their layouts on disk are other people's formats.
+//! The artifacts as types for [`crate::engine::Input`]. On disk they have the formats of other programs.
 
 use std::path::Path;
 
@@ -84,16 +84,16 @@ impl Artifact for Tokens {
 impl Artifact for Model {
     const NAME: &'static str = "model";
 
-    fn show(folder: &Path, rows: usize) -> anyhow::Result<Vec<View>> {
-        show::model(folder, rows)
+    fn show(folder: &Path, _: usize) -> anyhow::Result<Vec<View>> {
+        show::model(folder)
     }
 }
 
 impl Artifact for Adapter {
     const NAME: &'static str = "adapter";
 
-    fn show(folder: &Path, rows: usize) -> anyhow::Result<Vec<View>> {
-        show::adapter(folder, rows)
+    fn show(folder: &Path, _: usize) -> anyhow::Result<Vec<View>> {
+        show::adapter(folder)
     }
 }
 

@@ -25,6 +25,7 @@ use crate::ml::loss::{Loss, Metrics};
 use crate::ml::model::batch::Row;
 use crate::ml::model::linear::Pass;
 use crate::ml::model::{CausalLm, Trained, tied};
+use crate::ml::train::bootstrap::intervals;
 use crate::ml::train::evaluate::{self, NotFinite};
 use crate::ml::train::{Passes, ReferenceModel, compute_dtype};
 use crate::text::tokenizer::Tokenizer;
@@ -118,7 +119,7 @@ fn default_max_new_tokens() -> usize {
     64
 }
 
-/// Answers that are made side by side: each token then costs little more than the first of them.
+/// The number of answers generated together. A token of each then takes little longer than a token of one.
 const AT_A_TIME: usize = 16;
 
 /// The contents of `scores.json`.
@@ -387,11 +388,17 @@ impl Stage for Evaluate {
             };
             scores.map_err(|error| explain(error, &model, self.fp16, &split, &sources))
         };
-        let base = score(Pass::BASE, 0)?;
-        let with_adapter = match &adapter {
-            Some(_) => Some(score(Pass::INFER, rows.len())?),
-            None => None,
+        let (base, base_rows) = score(Pass::BASE, 0)?;
+        let (with_adapter, adapter_rows) = match &adapter {
+            Some(_) => {
+                let (metrics, by_row) = score(Pass::INFER, rows.len())?;
+                (Some(metrics), Some(by_row))
+            }
+            None => (None, None),
         };
+        if let Some(intervals) = intervals(&base_rows, adapter_rows.as_ref()) {
+            cx.note("intervals", intervals);
+        }
         let difference = with_adapter.as_ref().map(|scores| {
             let pairs = scores.iter().zip(&base);
             pairs.map(|((name, a), (_, b))| (*name, a - b)).collect()

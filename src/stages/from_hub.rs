@@ -1,4 +1,4 @@
-//! What the stages that download share: the hub of a run, its pinned commit, and files with progress.
+//! Code shared by the stages that download: the hub client of a run, the pinned commit, and downloads with progress.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -9,14 +9,14 @@ use anyhow::{Context as _, ensure};
 use crate::engine::{Context, Problem, RunEnv, Stat};
 use crate::hub::{Hub, HubSettings, Listing, RemoteFile, RepoKind, Snapshot, Watch};
 
-/// The outside fact that pins a revision.
+/// The name of the external fact that pins a revision.
 const COMMIT: &str = "commit";
 
 pub(super) fn main_revision() -> String {
     "main".into()
 }
 
-/// The hub as the run's settings say.
+/// The hub client for the settings of the run.
 fn hub<'a>(env: &RunEnv, watch: &'a dyn Watch) -> anyhow::Result<Hub<'a>> {
     let variable = |name: &str| env.variable(name).map(str::to_owned);
     let mut settings = HubSettings::from_variables(&variable, env.home.as_deref())?;
@@ -35,7 +35,7 @@ impl Watch for RunEnv {
     }
 }
 
-/// A stage waits for the hub. What was told when it was planned is not told again.
+/// A stage waits for the hub. Warnings that were given when it was planned are not repeated.
 impl Watch for Context {
     fn tick(&self) -> anyhow::Result<()> {
         self.check_cancelled()
@@ -48,7 +48,7 @@ impl Watch for Context {
     }
 }
 
-/// The commit that `revision` means now.
+/// The commit that `revision` refers to now.
 pub(super) fn pin(
     env: &RunEnv,
     kind: RepoKind,
@@ -87,7 +87,7 @@ pub(super) struct Source<'a> {
     snapshot: Snapshot,
     /// Its files.
     pub(super) listing: Listing,
-    /// What was fetched, as it was when it had been verified.
+    /// The fetched files with their stats after they were verified.
     fetched: Vec<(PathBuf, Stat)>,
     done: u64,
     total: u64,
@@ -178,11 +178,11 @@ impl<'a> Source<'a> {
     pub(super) fn fetch(&mut self, file: &RemoteFile) -> anyhow::Result<PathBuf> {
         let (cx, before) = (self.cx, self.done);
         let total = (self.total > 0).then_some(self.total);
-        let mut told: Option<Instant> = None;
+        let mut reported: Option<Instant> = None;
         let path = self.hub.fetch(&self.snapshot, file, &mut |bytes| {
             cx.check_cancelled()?;
-            if told.is_none_or(|told| told.elapsed() > Duration::from_millis(100)) {
-                told = Some(Instant::now());
+            if reported.is_none_or(|reported| reported.elapsed() > Duration::from_millis(100)) {
+                reported = Some(Instant::now());
                 cx.progress(before + bytes, total, "bytes");
             }
             Ok(())
@@ -211,11 +211,11 @@ impl<'a> Source<'a> {
         Ok(())
     }
 
-    /// Makes sure that the cache's files were what had been verified as long as they were read: other programs may write there.
+    /// Fails if a file of the cache changed after it was verified, since other programs may write there.
     pub(super) fn unchanged(&self) -> anyhow::Result<()> {
         for (path, before) in &self.fetched {
             let now = stat(path)?;
-            // The time of the last change (ctime) is another when a file was linked.
+            // Linking a file changes its ctime, so that is not compared.
             ensure!(
                 (now.size, now.modified, now.inode) == (before.size, before.modified, before.inode),
                 "`{}` changed while it was read; run again, and it is fetched anew where it is not what the hub has",

@@ -1,4 +1,4 @@
-//! What stages that run a model read before: rows of token ids, the id of the padding, and which backend runs it.
+//! The inputs of stages that run a model: rows of token ids, the id of padding, and the backend.
 
 use std::path::Path;
 
@@ -13,7 +13,7 @@ use crate::ml::model::arch::Arch;
 use crate::ml::model::batch::Row;
 use crate::text::tokenizer::special_tokens;
 
-/// The rows of a split, as `ml` knows them.
+/// The rows of a split, as `ml` reads them.
 pub(in crate::stages) fn rows(
     dataset: &Path,
     split: &str,
@@ -58,7 +58,7 @@ pub(in crate::stages) fn has_split(dataset: &Path, split: &str) -> anyhow::Resul
     Ok(splits(dataset)?.contains_key(split))
 }
 
-/// The id that fills batches up: the tokenizer's pad token, or what the model's config names.
+/// The id of padding: that of the tokenizer's pad token, or the one in the model's configuration.
 pub(in crate::stages) fn pad_id(model: &Path, config: &Arch) -> u32 {
     let named = || {
         let special = special_tokens(model).ok()?;
@@ -74,7 +74,7 @@ pub(in crate::stages) fn pad_id(model: &Path, config: &Arch) -> u32 {
     }
 }
 
-/// Puts into the record why a model is not run the fast way, if it is not.
+/// Notes in the record why a model is not run on the fast path, if it is not.
 pub(in crate::stages) fn note_fallback(cx: &Context, execution: &Execution<'_>) {
     if let Some(why) = execution.fallback() {
         cx.note("reference_path", why);

@@ -1,4 +1,4 @@
-//! Rules that parameters have to keep.
+//! Checks of parameters.
 
 use crate::engine::Problem;
 
@@ -7,7 +7,7 @@ use crate::engine::Problem;
 pub struct Rules(pub(in crate::stages) Vec<Problem>);
 
 impl Rules {
-    /// Unless the rule holds, `message` is the problem of the parameter.
+    /// Adds a problem with `message` for the parameter unless the rule holds.
     pub fn rule(&mut self, holds: bool, parameter: &str, message: &str) {
         if !holds {
             self.0.push(Problem::new(parameter, message));

@@ -125,7 +125,7 @@ impl Renderer {
         self.reads_parts
     }
 
-    /// Whether a role is one of [`ROLES`] or occurs in the source of the template.
+    /// Whether a role is one of `ROLES` or occurs in the source of the template.
     pub fn knows_role(&self, role: &str) -> bool {
         let named = |quote: char| {
             let quoted = format!("{quote}{role}{quote}");

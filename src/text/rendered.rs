@@ -35,14 +35,14 @@ impl Frame {
         const USER: &str = "Uq7xk";
         const ANSWER: &str = "Aq9zj";
         let marked = |text: &str| markers.iter().any(|marker| text.contains(marker.as_str()));
-        let asked = [message("user", USER), message("assistant", ANSWER)];
+        let plain = [message("user", USER), message("assistant", ANSWER)];
         let system = [
             message("system", SYSTEM),
             message("user", USER),
             message("assistant", ANSWER),
         ];
         let mut frame = Self::default();
-        for (first, chat) in [(USER, &asked[..]), (SYSTEM, &system[..])] {
+        for (first, chat) in [(USER, &plain[..]), (SYSTEM, &system[..])] {
             let Ok(text) = template.render(chat, false) else {
                 continue;
             };

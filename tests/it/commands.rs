@@ -96,7 +96,7 @@ fn results_can_be_looked_at() {
     );
     let tuned = show("tuned");
     assert!(
-        tuned.contains("lora_alpha      16") && tuned.contains("\"log_odds_chosen\""),
+        tuned.contains("lora_alpha      16") && tuned.contains("metrics of 2 steps"),
         "{tuned}"
     );
     let scores = show("scores");

@@ -43,6 +43,8 @@ mod lock;
 #[cfg(test)]
 mod longer;
 #[cfg(test)]
+mod looking;
+#[cfg(test)]
 mod messages;
 #[cfg(test)]
 mod mistakes;

@@ -229,7 +229,7 @@ fn files_are_fetched_when_a_stage_needs_them() {
     third.variable("PIPELINE_REMOTE", "");
     third.write("here/chat.jinja", &format!("{TEMPLATE}?"));
     let plan = third.succeeds(&["plan", "here/r.yaml"]);
-    assert!(plan.ends_with("0 fresh, 1 to run, 2 waiting\n"), "{plan}");
+    assert!(plan.contains("\n0 fresh, 1 to run, 2 waiting"), "{plan}");
     assert_eq!(third.ran(&["here/r.yaml"]), ["chats", "pairs", "split"]);
 }
 

@@ -334,6 +334,36 @@ fn a_result_of_another_recipe_is_shown_under_its_own_name() {
     contains(&show, &["by the same stage under the name `chats`"]);
 }
 
+#[test]
+fn a_hub_that_does_not_answer_is_told_at_once() {
+    let mut project = Project::empty();
+    project.variable("HF_ENDPOINT", "http://127.0.0.1:1");
+    let recipe = "version: 1\nstages: { pairs: { download_dataset: { repo: some/pairs } } }\n";
+    project.write("r.yaml", recipe);
+    let mut plan = project.command(&["plan", "r.yaml"]).spawn().unwrap();
+    let mut told = String::new();
+    let mut errors = BufReader::new(plan.stderr.take().unwrap());
+    errors.read_line(&mut told).unwrap();
+    contains(
+        &told,
+        &[
+            "warning: http://127.0.0.1:1 does not answer as it should",
+            "; trying up to 4 more times\n",
+        ],
+    );
+    // It is still trying.
+    assert!(plan.try_wait().unwrap().is_none());
+    let interrupt = format!("kill -INT {}", plan.id());
+    assert!(
+        Command::new("sh")
+            .args(["-c", &interrupt])
+            .status()
+            .unwrap()
+            .success()
+    );
+    plan.wait().unwrap();
+}
+
 /// One training that takes a while.
 const TRAINING: [&str; 10] = [
     "recipes/quickstart.yaml",

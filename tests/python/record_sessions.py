@@ -104,7 +104,7 @@ def check(program):
             failures += 1
             print(f"FAILED {message}\n{session.text()}\n")
 
-    moving = re.compile(r"[━╌⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏]|stages, \d|s left| of \d+ steps")
+    moving = re.compile(r"[━╌⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏]|stages, \d|\d s left| of \d+ steps")
     cases = [(f"{columns} columns", {"columns": columns}) for columns in (50, 80, 100, 200)]
     cases.append(("a window that changes", {"columns": 120, "resize": [(1, 60), (2, 200), (3, 50), (5, 90)]}))
     for name, settings in cases:
@@ -161,7 +161,11 @@ def record(program, target):
         command = "$ pipeline " + " ".join(arguments)
         (target / f"{name}.txt").write_text(f"{command}\n{text}\n")
         if session.frames:
-            widest = max(session.frames, key=lambda lines: (len(lines), sum(map(len, lines))))
+            # A training shows most.
+            def worth(lines):
+                return any("loss" in line for line in lines), len(lines), sum(map(len, lines))
+
+            widest = max(session.frames, key=worth)
             (target / f"{name}.live.txt").write_text("\n".join(line.rstrip() for line in widest) + "\n")
         print(f"{name}: exit code {session.code}")
     shutil.rmtree(folder)

@@ -37,6 +37,9 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     Ok(())
 }
 
+/// So many stages are named.
+const MOST_NAMES: usize = 4;
+
 fn row(run: &Run) -> Vec<String> {
     let outcome = match run.outcome {
         Outcome::Done => "done",
@@ -47,10 +50,14 @@ fn row(run: &Run) -> Vec<String> {
     };
     let named = |wanted: fn(&RunStage) -> bool| {
         let stages = run.stages.iter().filter(|(_, stage)| wanted(stage));
-        stages
-            .map(|(name, _)| name.as_str())
-            .collect::<Vec<_>>()
-            .join(", ")
+        let names: Vec<&str> = stages.map(|(name, _)| name.as_str()).collect();
+        match names.get(..MOST_NAMES) {
+            Some(first) if names.len() > MOST_NAMES + 1 => {
+                let more = names.len() - MOST_NAMES;
+                format!("{} and {more} more", first.join(", "))
+            }
+            _ => names.join(", "),
+        }
     };
     let mut what = vec![named(|stage| stage.ran)];
     if what[0].is_empty() {

@@ -85,7 +85,9 @@ pub(super) fn replay(
     }
     let mut look = look_of_output();
     look.verbosity = Verbosity::Verbose;
-    let mut terminal = Terminal::new(project.places(recipe), look, std::io::stdout());
+    let mut places = project.places(recipe);
+    places.recipe.clear();
+    let mut terminal = Terminal::new(places, look, std::io::stdout());
     for logged in events {
         terminal.event(&logged.event);
         terminal.flush();

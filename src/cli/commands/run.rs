@@ -12,13 +12,16 @@ use crate::cli::args::{RecipeArgs, StoreArgs};
 use crate::cli::console::{look_of_errors, verbosity};
 use crate::cli::project::Project;
 use crate::cli::remote::RemoteArgs;
+use crate::cli::tracking::tracking;
 use crate::cli::{
     Failure, eprint, eprint_rendered, eprint_warning, error, is_command, lock_file, machine,
 };
-use crate::engine::{Bytes, Event, Machine, Options, PublishOptions, Published, Summary, publish};
+use crate::engine::{
+    Bytes, Event, Machine, Options, PublishOptions, Published, RunLabel, Summary, publish,
+};
 use crate::recipe::RecipeStage;
 use crate::report::style::{BOLD, paint};
-use crate::report::{JsonLines, Reporter, Terminal, Verbosity, harmless, quoted, report};
+use crate::report::{JsonLines, Places, Reporter, Terminal, Verbosity, harmless, quoted, report};
 
 #[derive(clap::Args)]
 pub(in crate::cli) struct Args {
@@ -29,6 +32,12 @@ pub(in crate::cli) struct Args {
     /// Runs this stage even if it is fresh; may be repeated
     #[arg(long, value_name = "STAGE")]
     force: Vec<String>,
+    /// Names the run, for `runs` and `diff`
+    #[arg(long)]
+    name: Option<String>,
+    /// Tags the run; may be repeated
+    #[arg(long, value_name = "TAG")]
+    tag: Vec<String>,
     /// Writes events to standard output as JSON, one per line
     #[arg(long)]
     json: bool,
@@ -98,10 +107,13 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
         Box::new(Terminal::new(places, look, std::io::stderr()))
     };
     let mut log = project.event_log();
+    let mut tracking = tracking(&project, args.name.as_deref())?;
     let summary = std::thread::scope(|scope| {
-        let log = &mut log;
+        let (log, tracking) = (&mut log, &mut tracking);
         std::thread::Builder::new()
-            .spawn_scoped(scope, move || report(&received, &mut [&mut *reporter, log]))
+            .spawn_scoped(scope, move || {
+                report(&received, &mut [&mut *reporter, log, tracking]);
+            })
             .context("could not start a thread")?;
         // The sender goes when this is done, and with it the reporters.
         let events = events;
@@ -135,6 +147,20 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
         // It is only for looking at later.
         let _ = log.keep(number);
     }
+    for warning in tracking.finish() {
+        eprint_warning(&warning);
+    }
+    let label = RunLabel {
+        name: args.name.clone(),
+        tags: args.tag.iter().cloned().collect(),
+    };
+    if !label.is_empty() {
+        label_run(
+            &project,
+            summary.as_ref().and_then(|summary| summary.run),
+            label,
+        )?;
+    }
     project.report_warnings()?;
     let Some(summary) = summary else {
         return Err(Failure::Interrupted);
@@ -146,13 +172,28 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
         return Err(Failure::Reported);
     }
     if summary.ran > 0 && !args.json && verbosity() > Verbosity::Quiet {
-        suggest(&project, &targets, &project.places(&args.recipe).recipe);
+        suggest(&project, &targets, &project.places(&args.recipe));
     }
     Ok(())
 }
 
+/// Names a run. One that changed nothing left no trace: then the last one, with the same results, gets the name.
+fn label_run(project: &Project, number: Option<u64>, label: RunLabel) -> anyhow::Result<()> {
+    let runs = project.runs();
+    let Some(run) = (match number {
+        Some(number) => runs.into_iter().find(|run| run.number == number),
+        None => runs.into_iter().next_back(),
+    }) else {
+        return Ok(());
+    };
+    let mut new = run.label;
+    new.name = label.name.or(new.name);
+    new.tags.extend(label.tags);
+    project.label_run(run.number, &new)
+}
+
 /// The commands that are worth a try now.
-fn suggest(project: &Project, targets: &[usize], recipe: &str) {
+fn suggest(project: &Project, targets: &[usize], places: &Places) {
     let needed = project.graph.needed(targets);
     let order = project.recipe.order().into_iter();
     let stages = order.filter(|&index| needed.get(index) == Some(&true));
@@ -167,11 +208,8 @@ fn suggest(project: &Project, targets: &[usize], recipe: &str) {
     let mut commands = Vec::new();
     let mut suggest = |command: &str, stage: Option<&&RecipeStage>| {
         if is_command(command) {
-            let stage = stage.map(|stage| format!(" {}", quoted(&stage.name)));
-            commands.push(format!(
-                "pipeline {command} {recipe}{}",
-                stage.unwrap_or_default()
-            ));
+            let stage = stage.map(|stage| stage.name.as_str());
+            commands.push(places.command(command, stage));
         }
     };
     let trains = stages.iter().any(|stage| stage.stage.exclusive());

@@ -7,9 +7,11 @@ use anyhow::Context as _;
 use serde_json::Value;
 
 use crate::cli::args::{RecipeArgs, StoreArgs};
+use crate::cli::gather::number;
 use crate::cli::project::Project;
-use crate::cli::{Failure, print, table};
+use crate::cli::{Failure, print_headed, table};
 use crate::engine::{Record, State, View, canonical_json};
+use crate::report::sparkline::sparkline;
 use crate::report::{ago, bytes, duration};
 use crate::stages::artifacts::ARTIFACTS;
 
@@ -19,7 +21,7 @@ pub(in crate::cli) struct Args {
     recipe: RecipeArgs,
     /// The stage
     stage: String,
-    /// How many rows of each split, steps of a training and answers of an evaluation to show
+    /// How many rows of each split and answers of an evaluation to show
     #[arg(long, short = 'n', value_name = "N", default_value_t = 3)]
     rows: usize,
     #[command(flatten)]
@@ -57,7 +59,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
             project.recipe.path.display(),
             args.stage
         );
-        print(&text);
+        print_headed(&text);
         return Ok(());
     }
     let artifact = ARTIFACTS
@@ -70,11 +72,33 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
             match view {
                 View::Line(line) => _ = writeln!(text, "{line}"),
                 View::Table(rows) => text.push_str(&table(&rows)),
+                View::Curves(curves) => text.push_str(&table(&drawn(&curves))),
             }
         }
     }
-    print(&text);
+    print_headed(&text);
     Ok(())
+}
+
+/// Curves as a table: each with its shape, where it begins and ends, and its extremes.
+fn drawn(curves: &[(String, Vec<f64>)]) -> Vec<Vec<String>> {
+    const WIDTH: usize = 32;
+    let head = ["  metric", "curve", "first", "last", "lowest", "highest"];
+    let mut rows = vec![head.map(str::to_owned).to_vec()];
+    for (name, values) in curves {
+        let lowest = values.iter().copied().fold(f64::NAN, f64::min);
+        let highest = values.iter().copied().fold(f64::NAN, f64::max);
+        let shown = |value: Option<f64>| value.map(number).unwrap_or_default();
+        rows.push(vec![
+            format!("  {name}"),
+            sparkline(values, WIDTH),
+            shown(values.first().copied()),
+            shown(values.last().copied()),
+            number(lowest),
+            number(highest),
+        ]);
+    }
+    rows
 }
 
 fn about(project: &Project, stage: &str, record: &Record, folder: &Path) -> String {
@@ -104,7 +128,9 @@ fn about(project: &Project, stage: &str, record: &Record, folder: &Path) -> Stri
         let made = format!("by the same stage under the name `{}`", record.stage);
         rows.push(vec!["first made".into(), made]);
     }
-    for (name, value) in &record.notes {
+    // Intervals are many; the report shows them.
+    let notes = record.notes.iter().filter(|(name, _)| *name != "intervals");
+    for (name, value) in notes {
         rows.push(vec![name.clone(), canonical_json(value)]);
     }
     for (fact, value) in &record.fingerprint.outside {

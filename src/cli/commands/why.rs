@@ -8,7 +8,7 @@ use super::plan::{describe, goes_on};
 use crate::cli::args::{RecipeArgs, StoreArgs};
 use crate::cli::project::Project;
 use crate::cli::remote::RemoteArgs;
-use crate::cli::{Failure, print};
+use crate::cli::{Failure, print_headed};
 use crate::engine::{Forecast, Reason, State};
 use crate::report::{ago, duration};
 
@@ -49,7 +49,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
             }
         }
     }
-    print(&text);
+    print_headed(&text);
     Ok(())
 }
 

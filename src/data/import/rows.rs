@@ -42,7 +42,7 @@ pub(super) struct Rows {
     union: Union,
     steps: Vec<(&'static str, Step)>,
     others: Vec<(String, AtomicU64)>,
-    told: Vec<String>,
+    messages: Vec<String>,
     schema: SchemaRef,
     skip: u64,
     skipped: std::sync::Mutex<(u64, Vec<String>)>,
@@ -54,7 +54,7 @@ impl Rows {
             form,
             ours,
             others,
-            told,
+            message,
         } = reading;
         let mut fields = Vec::new();
         let mut steps = Vec::new();
@@ -81,16 +81,16 @@ impl Rows {
         let (bytes, others): (Vec<String>, Vec<String>) =
             others.into_iter().partition(|name| union.is_bytes(name));
         fields.extend(others.iter().map(|name| union.field(name)));
-        let mut told: Vec<String> = told.into_iter().collect();
+        let mut messages: Vec<String> = message.into_iter().collect();
         if !bytes.is_empty() {
-            told.push(format!(
+            messages.push(format!(
                 "left out, because they hold bytes: {}",
                 list(&bytes)
             ));
         }
         let odd: Vec<&String> = union.all_not_finite().collect();
         if !odd.is_empty() {
-            told.push(format!("NaN and infinities became null in {}", list(&odd)));
+            messages.push(format!("NaN and infinities became null in {}", list(&odd)));
         }
         Ok(Self {
             transcripts,
@@ -103,7 +103,7 @@ impl Rows {
                 .into_iter()
                 .map(|name| (name, AtomicU64::new(0)))
                 .collect(),
-            told,
+            messages,
             schema: Arc::new(Schema::new(fields)),
             skip: options.skip_invalid_rows,
             skipped: std::sync::Mutex::default(),
@@ -262,9 +262,9 @@ impl Rows {
 
     /// Sentences for the user, and the number of the rows that were left out with their reasons.
     pub(super) fn end(self) -> (Vec<String>, u64, Vec<String>) {
-        let mut told = self.told;
+        let mut messages = self.messages;
         if self.found_transcripts.load(Ordering::Relaxed) > 0 {
-            told.push("texts that begin with `Human:` or `Assistant:` are read as transcripts, turn by turn".to_owned());
+            messages.push("texts that begin with `Human:` or `Assistant:` are read as transcripts, turn by turn".to_owned());
         }
         let unused: Vec<String> = self
             .others
@@ -280,7 +280,7 @@ impl Rows {
             if more > 0 {
                 _ = write!(text, " and {more} more");
             }
-            told.push(format!(
+            messages.push(format!(
                 "carried along, but no part of prompts and answers: {text}"
             ));
         }
@@ -291,7 +291,7 @@ impl Rows {
         if count > named.len() as u64 {
             named.push(format!("and {} more", count - named.len() as u64));
         }
-        (told, count, named)
+        (messages, count, named)
     }
 
     fn values(

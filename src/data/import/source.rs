@@ -260,6 +260,6 @@ fn plainly(error: &Error, path: &Path, shown: &str) -> Error {
              it anew"
         );
     }
-    let told = format!("{error:#}");
-    anyhow!(told.replace(&path.display().to_string(), shown))
+    let message = format!("{error:#}");
+    anyhow!(message.replace(&path.display().to_string(), shown))
 }

@@ -306,9 +306,9 @@ fn json_is_read_over_several_lines_and_with_nan() {
         );
         assert!(
             report
-                .told
+                .messages
                 .iter()
-                .any(|told| told.contains("`more`, `score`")),
+                .any(|message| message.contains("`more`, `score`")),
             "{report:?}"
         );
     }

@@ -4,7 +4,7 @@ use std::io::{BufRead, Error, ErrorKind, Read, Result};
 
 use encoding_rs::DecoderResult;
 
-use super::told;
+use super::invalid_data;
 
 /// Bytes that are decoded at once.
 const PIECE: usize = 64 << 10;
@@ -280,7 +280,7 @@ impl BufRead for Decoded {
         while self.place >= self.text.len() {
             if let Some((kind, sentence)) = &self.failed {
                 return Err(match kind {
-                    ErrorKind::InvalidData => told(sentence.clone()),
+                    ErrorKind::InvalidData => invalid_data(sentence.clone()),
                     kind => Error::new(*kind, sentence.clone()),
                 });
             }

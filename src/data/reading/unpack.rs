@@ -2,7 +2,7 @@
 
 use std::io::{BufRead, Error, ErrorKind, Read, Result};
 
-use super::told;
+use super::invalid_data;
 
 /// The most memory that a packed file may ask for to be unpacked. `xz -9` and `zstd --ultra -22` take less.
 const MOST_MEMORY: u64 = 256 << 20;
@@ -130,17 +130,17 @@ impl Unpacked {
             || (self.packing == Packing::Zstd && error.to_string().contains("too much memory"));
         let (name, count) = (self.packing.name(), self.count);
         if memory {
-            return told(format!(
+            return invalid_data(format!(
                 "unpacking this {name} file takes more than {} MiB of memory; hint: pack it anew without a longer window than usual",
                 MOST_MEMORY >> 20
             ));
         }
         if error.kind() == ErrorKind::UnexpectedEof {
-            return told(format!(
+            return invalid_data(format!(
                 "the {name} file is cut off: it ends after {count} bytes of text in the middle of what it should hold; hint: fetch it anew"
             ));
         }
-        told(format!(
+        invalid_data(format!(
             "the {name} file is damaged behind its first {count} bytes of text; hint: fetch it anew"
         ))
     }

@@ -1,8 +1,7 @@
-//! Takes an artifact from the remote: its manifest, then only the files that no artifact here has, each checked against its digest.
+//! Downloads an artifact from the remote: its manifest, then only the files that no local artifact has, each checked by its digest.
 //!
-//! Files arrive in `incoming/<content>/`, which survives an interruption: what is whole is not fetched again, and what is half
-//! goes on where it stopped. A result may have very many small files: those arrive in memory, many at a time, and are made durable
-//! together.
+//! Files arrive in `incoming/<content>/`, which survives an interruption: complete files are not fetched again, and incomplete ones are
+//! resumed. A result may have very many small files, which are downloaded into memory, many at a time, and made durable together.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, Permissions};
@@ -28,18 +27,18 @@ use super::super::store::{Store, take_lock};
 use super::layout::{blob_key, get, manifest_key, parse_manifest};
 use super::{Remote, Shared};
 
-/// Files that travel at a time.
+/// The number of files that are downloaded at the same time.
 pub(super) const PARALLEL: usize = 8;
-/// Small files that travel at a time: almost all of their time is waiting for answers.
+/// The number of small files that are downloaded at the same time. Almost all of their time is spent waiting for answers.
 const PARALLEL_SMALL: usize = 32;
-/// Files of at most so many bytes are small: they arrive in memory.
+/// The largest size in bytes of a small file, which is downloaded into memory.
 const SMALL: u64 = 256 << 10;
-/// Of files of more bytes the size is asked for first.
+/// The size in bytes above which the remote is asked for a file's size first.
 const HUGE: u64 = 64 << 20;
-/// How often a file that broke off goes on before the remote counts as unreachable.
+/// How many times an interrupted download is resumed before the remote counts as unreachable.
 const TRIES: usize = 3;
 
-/// Why an artifact could not be had.
+/// Why an artifact could not be downloaded.
 enum Trouble {
     /// What is there is not what it should be, or not all of it: another result has to do.
     Damaged {
@@ -48,7 +47,7 @@ enum Trouble {
     },
     /// The remote does not answer.
     Unreachable(anyhow::Error),
-    /// The trouble is on this side: a full disk, an interruption.
+    /// A local problem: a full disk, an interruption.
     Here(anyhow::Error),
 }
 
@@ -329,7 +328,7 @@ impl Arrival<'_> {
 
     fn piece(&self, part: &mut Part, piece: &[u8], size: u64) -> anyhow::Result<()> {
         ensure!(!self.cancel.load(Ordering::Relaxed), "interrupted");
-        // A file that is too long is found out without filling the disk.
+        // Stops at a file that is too long before it fills the disk.
         let room = size.saturating_add(1).saturating_sub(part.length);
         let piece = &piece[..piece.len().min(room as usize)];
         part.append(piece)?;

@@ -1,4 +1,4 @@
-//! Gives results to the remote: the files it lacks, then the manifest, and the record last, if nobody else has published one.
+//! Uploads results to the remote: first the files it lacks, then the manifest, and last the record, unless another one was published.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -20,7 +20,7 @@ use super::layout::{
 use super::pull::{PARALLEL, in_parallel};
 use super::{Remote, Shared};
 
-/// What went over for one result.
+/// What was uploaded for one result.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Sent {
     /// Files that the remote lacked.
@@ -199,7 +199,7 @@ impl Departure<'_> {
     }
 }
 
-/// A file that fails at its end if its contents are not those that its name promises, so that nothing wrong is ever sent.
+/// A reader of a file that fails at the end if the contents don't match the digest, so that no wrong file is uploaded.
 struct Checked<'a> {
     file: File,
     hasher: blake3::Hasher,

@@ -1,4 +1,4 @@
-//! What one run knows of its remote: what was asked already, what is not to be trusted, and whether it answers at all.
+//! The state of a remote during one run: which answers are known, what is damaged, and whether the remote answers at all.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -34,20 +34,20 @@ pub struct Shared {
 
 #[derive(Default)]
 pub(super) struct State {
-    /// Why the remote is not asked any more, nor written to.
+    /// Why the remote is not used any more, for reading or for writing.
     unreachable: Option<String>,
     unwritable: Option<String>,
-    /// What it said about fingerprints.
+    /// The remote's answers about fingerprints.
     records: BTreeMap<Digest, Option<Record>>,
-    /// Fingerprints whose result there is no use.
+    /// Fingerprints whose result in the remote can't be used.
     distrusted: BTreeSet<Digest>,
-    /// Records, manifests and blobs that have to be written again.
+    /// Damaged records, manifests and blobs, which have to be written again.
     pub(super) bad: BTreeSet<Digest>,
     /// Fingerprints whose files may stay in the remote: nobody needs them here.
     remote_only: BTreeSet<Digest>,
     /// Files of the store by digest.
     pub(super) here: Option<BTreeMap<Digest, PathBuf>>,
-    /// Where warnings go; before and after a run they are kept.
+    /// The receiver of warnings during a run. Before and after a run, warnings are kept.
     events: Option<Sender<Event>>,
     warnings: Vec<String>,
     /// Fingerprints to push.
@@ -68,7 +68,7 @@ impl Shared {
         }
     }
 
-    /// A remote. Nothing is asked yet.
+    /// A remote, which is not contacted yet.
     pub fn new(remote: Arc<dyn Remote>, settings: Settings) -> Self {
         Self {
             remote: Some(remote),
@@ -168,7 +168,7 @@ impl Shared {
         }
     }
 
-    /// The warnings that no run has told yet.
+    /// The warnings that no run has reported yet.
     pub fn take_warnings(&self) -> Vec<String> {
         std::mem::take(&mut self.state().warnings)
     }
@@ -291,7 +291,7 @@ impl Shared {
     }
 }
 
-/// A run in progress; dropping it ends the queue, also after a panic.
+/// A run in progress. Dropping it ends the queue, even after a panic.
 pub(crate) struct Open<'a>(&'a Shared);
 
 impl Open<'_> {

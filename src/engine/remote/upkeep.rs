@@ -1,4 +1,4 @@
-//! Looking after a remote: what is in it, what nobody needs, and what is damaged.
+//! Maintenance of a remote: lists its contents, removes what is not needed, and finds damage.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
@@ -17,7 +17,7 @@ use super::layout::{
 use super::pull::{PARALLEL, in_parallel};
 use super::{Object, Remote, Shared};
 
-/// Files without a record are spared for so long: somebody may be sending them this moment.
+/// How long files without a record are kept, since they may belong to an upload in progress.
 const GRACE: Duration = Duration::from_hours(24);
 
 /// A result in a remote.
@@ -41,7 +41,7 @@ pub struct Listed {
     pub seconds: f64,
 }
 
-/// An object that can go.
+/// An object that can be removed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Waste {
     /// What it is: `record`, `manifest`, `file` or `unfinished` (what a writer that was killed left).
@@ -119,7 +119,7 @@ impl Shared {
                 let needed = digest_of(&object.key).is_some_and(|digest| keep.contains(digest));
                 !needed && old(object, age)
             });
-        // An unreadable record keeps nothing, and goes by its age like any other.
+        // An unreadable record protects no files, and is removed by its age like any other.
         let kept: BTreeSet<Digest> = records(remote, &kept)?
             .into_values()
             .filter_map(|record| Some(record.ok()?.artifact))
@@ -239,7 +239,7 @@ fn examine(remote: &dyn Remote, digest: &str) -> anyhow::Result<Option<String>> 
         Ok(())
     })?;
     let right = hasher.finalize().to_hex().as_str() == digest;
-    // One that is gone meanwhile was collected.
+    // An object that disappeared meanwhile was collected.
     Ok((there && !right).then(|| "its contents are others than its name says".to_owned()))
 }
 

@@ -5,9 +5,10 @@ use std::fmt;
 
 use anyhow::{bail, ensure};
 
+use super::bootstrap::{RowScore, RowScores};
 use super::passes::Passes;
-use crate::ml::loss::{Metrics, Preferences, Scored};
-use crate::ml::model::batch::{Batch, Row};
+use crate::ml::loss::{Metrics, Outcome, Preferences, Scored};
+use crate::ml::model::batch::{Batch, Row, Target};
 use crate::ml::model::head::TokenStats;
 use crate::ml::model::linear::Pass;
 
@@ -79,7 +80,7 @@ pub fn preferences(
     pad: u32,
     pass: Pass,
     report: &mut dyn FnMut(usize) -> anyhow::Result<()>,
-) -> anyhow::Result<Metrics> {
+) -> anyhow::Result<(Metrics, RowScores)> {
     ensure!(!rows.is_empty(), "there are no rows to evaluate");
     // The metrics don't depend on the order, so rows of similar length go together, which leaves little padding.
     let mut sorted: Vec<(usize, &Row)> = rows.iter().enumerate().collect();
@@ -123,19 +124,7 @@ pub fn preferences(
     let rows: Vec<&Row> = sorted.iter().map(|(_, row)| *row).collect();
     let batch = Batch::pairs(&rows, pad)?;
     let targets = passes.loss.targets(&batch);
-    let logps = joined(&all, |sequence| &sequence.logps);
-    let reference = joined(&all, |sequence| &sequence.reference);
-    let stats = joined(&all, |sequence| &sequence.stats);
-    let needs = passes.loss.needs();
-    let outcome = passes.loss.loss(&Scored {
-        batch: &batch,
-        targets: &targets,
-        logps: &logps,
-        reference_logps: needs.reference.then_some(&reference[..]),
-        token_stats: needs.token_stats.then_some(&stats[..]),
-        target_logits: None,
-        sequence_logits: None,
-    })?;
+    let (outcome, logps) = outcome(passes, &batch, &targets, &all)?;
     let mut metrics = outcome.metrics;
     let preferences = Preferences::new(&batch, &targets, &logps)?;
     let (chosen, _) = preferences.answers.split_at(count);
@@ -147,11 +136,96 @@ pub fn preferences(
     metrics.insert("loss", outcome.loss);
     metrics.insert("perplexity", (sum / tokens as f64).exp());
     metrics.insert("margin", preferences.margin());
-    Ok(metrics)
+    let scores = by_row(passes, &rows, &all, pad, &metrics)?;
+    Ok((metrics, scores))
+}
+
+/// The loss and metrics of a batch whose sequences were scored, and the log-probabilities of its targets.
+fn outcome(
+    passes: &Passes<'_>,
+    batch: &Batch,
+    targets: &[Target],
+    sequences: &[BySequence],
+) -> anyhow::Result<(Outcome, Vec<f64>)> {
+    let logps = joined(sequences, |sequence| &sequence.logps);
+    let reference = joined(sequences, |sequence| &sequence.reference);
+    let stats = joined(sequences, |sequence| &sequence.stats);
+    let needs = passes.loss.needs();
+    let outcome = passes.loss.loss(&Scored {
+        batch,
+        targets,
+        logps: &logps,
+        reference_logps: needs.reference.then_some(&reference[..]),
+        token_stats: needs.token_stats.then_some(&stats[..]),
+        target_logits: None,
+        sequence_logits: None,
+    })?;
+    Ok((outcome, logps))
+}
+
+/// The metrics of preference rows by row, for intervals: those that are means over the rows, or over the tokens that are scored of the
+/// preferred sequences, and `perplexity`. `all` has the scores of the preferred sequences, then of the others.
+fn by_row(
+    passes: &Passes<'_>,
+    rows: &[&Row],
+    all: &[BySequence],
+    pad: u32,
+    metrics: &Metrics,
+) -> anyhow::Result<RowScores> {
+    let mut values: BTreeMap<&'static str, Vec<f64>> = BTreeMap::new();
+    let mut tokens = Vec::with_capacity(rows.len());
+    let mut perplexity = RowScore {
+        numerators: Vec::with_capacity(rows.len()),
+        denominators: Vec::with_capacity(rows.len()),
+        exponential: true,
+    };
+    let (chosen, rejected) = all.split_at(rows.len());
+    for ((row, chosen), rejected) in rows.iter().zip(chosen).zip(rejected) {
+        let batch = Batch::pairs(&[*row], pad)?;
+        let targets = passes.loss.targets(&batch);
+        let pair = [chosen.clone(), rejected.clone()];
+        let (outcome, logps) = outcome(passes, &batch, &targets, &pair)?;
+        let preferences = Preferences::new(&batch, &targets, &logps)?;
+        for (name, value) in outcome.metrics {
+            values.entry(name).or_default().push(value);
+        }
+        values
+            .entry("margin")
+            .or_default()
+            .push(preferences.margin());
+        tokens.push(targets.iter().filter(|target| target.row == 0).count() as f64);
+        let (sum, count) = preferences.answers[0];
+        perplexity.numerators.push(-sum);
+        perplexity.denominators.push(count as f64);
+    }
+    let mut scores = RowScores::from([("perplexity", perplexity)]);
+    for (name, values) in values {
+        let Some(&whole) = metrics.get(name) else {
+            continue;
+        };
+        let by_token = RowScore {
+            numerators: values
+                .iter()
+                .zip(&tokens)
+                .map(|(value, n)| value * n)
+                .collect(),
+            denominators: tokens.clone(),
+            exponential: false,
+        };
+        // What is put together in another way has no interval.
+        let made_so = |score: &RowScore| {
+            let value = score.value(0..rows.len());
+            (value - whole).abs() <= 1e-6 * value.abs().max(whole.abs()) + 1e-12
+        };
+        let found = [RowScore::mean(values), by_token].into_iter().find(made_so);
+        scores.extend(found.map(|score| (name, score)));
+    }
+    Ok(scores)
 }
 
 /// Scores rows of one answer each, `batch_size` at a time, as if all rows were one micro-batch of the loss ([`crate::ml::loss::sft::Sft`]):
-/// its metrics, and its value, the mean negative log-likelihood of all counted tokens in nats, as `loss`; beside them `perplexity`.
+/// its metrics, and its value, the mean negative log-likelihood of all counted tokens in nats, as `loss`; beside them `perplexity`. The second
+/// value has them by row, for intervals.
 ///
 /// `report` is called with the number of rows done, and may stop with an error.
 ///
@@ -164,41 +238,67 @@ pub fn completions(
     pad: u32,
     pass: Pass,
     report: &mut dyn FnMut(usize) -> anyhow::Result<()>,
-) -> anyhow::Result<Metrics> {
+) -> anyhow::Result<(Metrics, RowScores)> {
     ensure!(!rows.is_empty(), "there are no rows to evaluate");
     let mut sorted: Vec<(usize, &Row)> = rows.iter().enumerate().collect();
     sorted.sort_by_key(|(_, row)| row.prompt.len() + row.chosen.len());
-    let mut logps = Vec::new();
-    let mut stats = Vec::new();
+    let mut all = vec![BySequence::default(); rows.len()];
     let mut done = 0;
     for numbered in sorted.chunks(batch_size.max(1)) {
         let rows: Vec<&Row> = numbered.iter().map(|(_, row)| *row).collect();
         let batch = passes.loss.batch(&rows, pad)?;
         let targets = passes.loss.targets(&batch);
         let scores = passes.score(&batch, &targets, pass)?;
-        let odd = targets.iter().zip(&scores.logps);
-        let odd: BTreeSet<usize> = odd
-            .filter(|(_, logp)| !logp.is_finite())
-            .filter_map(|(target, _)| Some(numbered.get(target.row)?.0))
-            .collect();
+        let mut odd = BTreeSet::new();
+        for (index, target) in targets.iter().enumerate() {
+            let logp = scores.logps[index];
+            if !logp.is_finite() {
+                odd.extend(numbered.get(target.row).map(|(number, _)| *number));
+            }
+            let sequence = &mut all[done + target.row];
+            sequence.logps.push(logp);
+            if let Some(stats) = &scores.token_stats {
+                sequence.stats.push(stats[index]);
+            }
+        }
         if !odd.is_empty() {
             bail!(NotFinite {
                 rows: odd.into_iter().collect()
             });
         }
-        logps.extend(scores.logps);
-        stats.extend(scores.token_stats.into_iter().flatten());
         done += rows.len();
         report(done)?;
     }
-    let tokens = logps.len() as f64;
-    let loss = -logps.iter().sum::<f64>() / tokens;
-    let mut metrics = Metrics::from([("loss", loss), ("perplexity", loss.exp())]);
-    if !stats.is_empty() {
-        metrics.insert("entropy", TokenStats::mean_entropy(&stats));
-        metrics.insert("mean_token_accuracy", TokenStats::accuracy(&stats));
+    let tokens: Vec<f64> = all.iter().map(|one| one.logps.len() as f64).collect();
+    let by_token = |sums: Vec<f64>, exponential| RowScore {
+        numerators: sums,
+        denominators: tokens.clone(),
+        exponential,
+    };
+    let nll: Vec<f64> = all
+        .iter()
+        .map(|one| -one.logps.iter().sum::<f64>())
+        .collect();
+    let mut scores = RowScores::from([
+        ("loss", by_token(nll.clone(), false)),
+        ("perplexity", by_token(nll, true)),
+    ]);
+    if all.iter().all(|one| !one.stats.is_empty()) {
+        let sums = |mean: fn(&[TokenStats]) -> f64| -> Vec<f64> {
+            let pairs = all.iter().zip(&tokens);
+            pairs
+                .map(|(one, tokens)| mean(&one.stats) * tokens)
+                .collect()
+        };
+        let entropy = by_token(sums(TokenStats::mean_entropy), false);
+        let accuracy = by_token(sums(TokenStats::accuracy), false);
+        scores.extend([("entropy", entropy), ("mean_token_accuracy", accuracy)]);
     }
-    Ok(metrics)
+    let metrics = scores
+        .iter()
+        .map(|(name, score)| (*name, score.value(0..rows.len())))
+        .collect();
+    Ok((metrics, scores))
 }
 
 /// The scores of one sequence, by its targets.

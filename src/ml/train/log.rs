@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use serde_json::Value;
+
 use super::best::Best;
 use super::fault::Fault;
 
@@ -32,6 +34,27 @@ impl Log {
         }
         line.push('}');
         line
+    }
+
+    /// Reads what [`Log::line`] wrote; none if it is something else. `null` is read as NaN.
+    pub fn parse(line: &str) -> Option<Self> {
+        let Ok(Value::Object(fields)) = serde_json::from_str(line) else {
+            return None;
+        };
+        let number = |value: &Value| match value {
+            Value::Null => Some(f64::NAN),
+            value => value.as_f64(),
+        };
+        let values = fields
+            .iter()
+            .filter(|(name, _)| !matches!(name.as_str(), "step" | "epoch"));
+        Some(Self {
+            step: fields.get("step")?.as_u64()?,
+            epoch: fields.get("epoch").and_then(number).unwrap_or(f64::NAN),
+            values: values
+                .filter_map(|(name, value)| Some((name.clone(), number(value)?)))
+                .collect(),
+        })
     }
 }
 
@@ -102,5 +125,25 @@ impl Window {
         means
             .map(|(name, (sum, count))| (name.clone(), sum / *count as f64))
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_is_read_as_it_was_written() {
+        let log = Log {
+            step: 3,
+            epoch: 0.1,
+            values: [("loss", 0.1 + 0.2), ("rewards/margins", -5e-324)]
+                .map(|(name, value)| (name.to_owned(), value))
+                .into(),
+        };
+        assert_eq!(Log::parse(&log.line()), Some(log));
+        let read = Log::parse("{\"step\":1,\"epoch\":1.0,\"loss\":null,\"note\":\"x\"}").unwrap();
+        assert!(read.values["loss"].is_nan() && read.values.len() == 1);
+        assert_eq!(Log::parse("nonsense"), None);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Mutex;
 
-use super::super::look::Size;
+use super::super::look::{Size, quoted};
 use super::super::width::width;
 use super::*;
 
@@ -102,6 +102,7 @@ fn places() -> Places {
     let stages = ["pairs", "base", "tuned", "scores"];
     Places {
         recipe: "r.yaml".into(),
+        set: String::new(),
         stages: stages
             .iter()
             .enumerate()

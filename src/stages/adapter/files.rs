@@ -1,4 +1,4 @@
-//! What belongs to an adapter folder, wherever it comes from, and whether it can be used.
+//! The files of an adapter folder from any source, and the check that it can be used.
 
 use std::path::Path;
 
@@ -9,7 +9,7 @@ use crate::ml::adapter::{Adapter, Bias, CONFIG, FILE};
 use crate::ml::model::tensors::ENDS;
 use crate::stages::text::chat_template;
 
-/// The files of an adapter, if `names` has them all. Whatever else lies there tells of its training or of its base.
+/// The files of an adapter, if `names` has all of them. Other files there describe its training or its base model.
 pub(in crate::stages) fn choose_files(names: &[&str]) -> anyhow::Result<[&'static str; 2]> {
     let has = |name: &str| names.contains(&name);
     if !has(CONFIG) {
@@ -31,7 +31,7 @@ pub(in crate::stages) fn choose_files(names: &[&str]) -> anyhow::Result<[&'stati
     Ok([CONFIG, FILE])
 }
 
-/// Takes the chat template that lies beside an adapter. What can't be read is told, for an adapter works without.
+/// Copies the chat template beside an adapter. One that can't be read is only a warning, since the adapter works without it.
 pub(in crate::stages) fn take_template(
     cx: &Context,
     read: impl FnOnce() -> anyhow::Result<Option<String>>,
@@ -47,7 +47,7 @@ pub(in crate::stages) fn take_template(
     }
 }
 
-/// Reads the adapter that is in the stage's output, and notes what it holds.
+/// Reads the adapter in the stage's output, and notes what it contains.
 pub(in crate::stages) fn check(cx: &Context) -> anyhow::Result<()> {
     let adapter = Adapter::read(cx.out())?;
     let config = &adapter.config;
@@ -103,7 +103,7 @@ pub(in crate::stages) fn names_in(folder: &Path) -> anyhow::Result<Vec<String>> 
     let mut names = Vec::new();
     for entry in entries {
         let entry = entry?;
-        // Through links: folders of the hub's cache consist of them.
+        // Links are followed, since folders of the hub's cache consist of them.
         if let Ok(name) = entry.file_name().into_string()
             && entry.path().is_file()
         {

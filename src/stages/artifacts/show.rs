@@ -1,5 +1,6 @@
-//! What people see of an artifact.
+//! What `show` prints of an artifact.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
@@ -7,10 +8,12 @@ use serde_json::Value;
 
 use crate::data;
 use crate::engine::{Bytes, View, canonical_json};
+use crate::ml::io::folder::METRICS;
 use crate::ml::io::weights::Weights;
 use crate::ml::model::arch::{Arch, QkNorm};
 use crate::ml::model::create::parameters;
 use crate::ml::model::tensors::projection_name;
+use crate::ml::train::Log;
 
 fn line(text: impl Into<String>) -> View {
     View::Line(text.into())
@@ -33,7 +36,7 @@ pub(super) fn splits(folder: &Path, rows: usize) -> anyhow::Result<Vec<View>> {
 }
 
 /// A model: its sizes and weights, and how it was trained.
-pub(super) fn model(folder: &Path, rows: usize) -> anyhow::Result<Vec<View>> {
+pub(super) fn model(folder: &Path) -> anyhow::Result<Vec<View>> {
     let config = Arch::read(folder)?;
     let weights = Weights::open(folder)?;
     let sizes = [
@@ -83,12 +86,12 @@ pub(super) fn model(folder: &Path, rows: usize) -> anyhow::Result<Vec<View>> {
     ];
     let sizes = sizes.map(|(name, value)| vec![format!("  {name}"), value]);
     let mut views = vec![line(""), line("model"), View::Table(sizes.to_vec())];
-    views.extend(metrics(folder, rows)?);
+    views.extend(metrics(folder)?);
     Ok(views)
 }
 
 /// An adapter: its settings, and how it was trained.
-pub(super) fn adapter(folder: &Path, rows: usize) -> anyhow::Result<Vec<View>> {
+pub(super) fn adapter(folder: &Path) -> anyhow::Result<Vec<View>> {
     let config: Value = serde_json::from_slice(&fs::read(folder.join("adapter_config.json"))?)?;
     let names = [
         "r",
@@ -103,7 +106,7 @@ pub(super) fn adapter(folder: &Path, rows: usize) -> anyhow::Result<Vec<View>> {
         vec![format!("  {name}"), value]
     });
     let mut views = vec![line(""), line("adapter"), View::Table(settings.to_vec())];
-    views.extend(metrics(folder, rows)?);
+    views.extend(metrics(folder)?);
     Ok(views)
 }
 
@@ -145,26 +148,26 @@ pub(super) fn scores(folder: &Path, rows: usize) -> anyhow::Result<Vec<View>> {
     Ok(views)
 }
 
-/// The last steps of a training.
-fn metrics(folder: &Path, rows: usize) -> anyhow::Result<Vec<View>> {
-    let path = folder.join("metrics.jsonl");
+/// The curves of a training.
+fn metrics(folder: &Path) -> anyhow::Result<Vec<View>> {
+    let path = folder.join(METRICS);
     if !path.is_file() {
         return Ok(Vec::new());
     }
-    let metrics = fs::read_to_string(path)?;
-    let lines: Vec<&str> = metrics.lines().collect();
-    let title = format!(
-        "metrics: {} lines, the first and the last {rows}",
-        lines.len()
-    );
-    let mut views = vec![line(""), line(title)];
-    let first = lines.first().into_iter().copied();
-    let last = lines
-        .iter()
-        .skip(1.max(lines.len().saturating_sub(rows)))
-        .copied();
-    views.extend(first.chain(last).map(line));
-    Ok(views)
+    let text = fs::read_to_string(path)?;
+    let logs: Vec<Log> = text.lines().filter_map(Log::parse).collect();
+    let mut curves: BTreeMap<String, Vec<f64>> = BTreeMap::new();
+    for log in &logs {
+        for (name, value) in &log.values {
+            curves.entry(name.clone()).or_default().push(*value);
+        }
+    }
+    let steps = logs.last().map_or(0, |log| log.step);
+    Ok(vec![
+        line(""),
+        line(format!("metrics of {steps} steps")),
+        View::Curves(curves.into_iter().collect()),
+    ])
 }
 
 /// What a model's attention has beside heads, in words.

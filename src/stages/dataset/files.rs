@@ -1,4 +1,4 @@
-//! Which files of a repository are a split's data, by the rules of `datasets`: what the README's header says, else names.
+//! Finds the data files of a split in a repository by the rules of `datasets`: from the header of the README, or else from names.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -10,7 +10,7 @@ use serde_yaml::Value;
 use crate::data::import::Format;
 use crate::engine::glob::{Star, matches};
 
-/// Descriptions, never data.
+/// Files that describe a dataset and never contain its data.
 const NOT_DATA: &[&str] = &[
     "config.json",
     "dataset_info.json",
@@ -18,7 +18,7 @@ const NOT_DATA: &[&str] = &[
     "dataset_dict.json",
     "state.json",
 ];
-/// The words by which names tell a split.
+/// The words in names that identify a split.
 const WORDS: &[(&str, &[&str])] = &[
     ("train", &["train", "training"]),
     ("validation", &["validation", "valid", "dev", "val"]),
@@ -210,7 +210,7 @@ pub(in crate::stages) fn shard(name: &str) -> Option<(&str, usize, usize)> {
     ))
 }
 
-/// A split of which a part is missing would be another dataset.
+/// Fails if a part of a split is missing, since the split would be incomplete.
 pub(in crate::stages) fn all_shards(chosen: &[String]) -> anyhow::Result<()> {
     let mut groups: BTreeMap<(String, usize), Vec<usize>> = BTreeMap::new();
     for path in chosen {

@@ -1,4 +1,4 @@
-//! Which files of a local folder are its splits: by the rules of [`super::files`], for all splits at once.
+//! Finds the files of all splits in a local folder by the rules of [`super::files`].
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -19,7 +19,7 @@ const SPLITS: [&str; 7] = ["train", "validation", "valid", "val", "dev", "test",
 pub(in crate::stages) struct Splits {
     /// The files of each split, in order.
     pub(in crate::stages) files: BTreeMap<String, Vec<String>>,
-    /// Data files that were left aside, and why.
+    /// Data files that are not used, and why.
     pub(in crate::stages) aside: Vec<(String, String)>,
 }
 
@@ -116,8 +116,8 @@ impl Splits {
         }
         for path in data {
             let taken = self.files.values().flatten().any(|file| file == path);
-            let told = self.aside.iter().any(|(file, _)| file == path);
-            if !taken && !told {
+            let reported = self.aside.iter().any(|(file, _)| file == path);
+            if !taken && !reported {
                 self.aside.push(((*path).to_owned(), why.to_owned()));
             }
         }

@@ -18,7 +18,7 @@ use crate::data::import::{
 };
 use crate::engine::{Context, Problem, Stage};
 use crate::stages::artifacts::Dataset;
-use find::{Asked, Found, find};
+use find::{FindOptions, Found, find};
 use paths::Paths;
 
 /// Imports rows from local files: Parquet, Arrow, JSONL, JSON, CSV or TSV, packed (`.gz`, `.zst`, `.xz`, `.bz2`) or not.
@@ -324,14 +324,14 @@ impl ImportDataset {
         let format = format.or(self.format.file());
         let form = part.and_then(|part| part.format.form());
         let name = part.and_then(|part| part.name.as_deref());
-        let asked = Asked {
+        let options = FindOptions {
             split: &self.split,
             name: name.or(self.name.as_deref()),
             format,
         };
-        let found = find(cx, paths, &asked)?;
-        for told in &found.told {
-            cx.info(told.clone());
+        let found = find(cx, paths, &options)?;
+        for message in &found.messages {
+            cx.info(message.clone());
         }
         let delimiter = part.and_then(|part| part.delimiter.as_deref());
         let delimiter = delimiter.or(self.delimiter.as_deref());
@@ -467,8 +467,8 @@ fn read(
 
 /// Says how rows were read, and which were left out. `of` names them in front of each sentence.
 pub(in crate::stages) fn tell(cx: &Context, of: &str, report: &ImportReport) {
-    for told in &report.told {
-        cx.info(format!("{of}: {told}"));
+    for message in &report.messages {
+        cx.info(format!("{of}: {message}"));
     }
     if report.rows_skipped > 0 {
         cx.warn(format!(

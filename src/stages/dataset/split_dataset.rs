@@ -96,13 +96,13 @@ impl Stage for SplitDataset {
         );
         let train = Split::open(folder, "train")?;
         let rows = train.rows();
-        let asked = test_rows(rows, self.test_size);
+        let wanted = test_rows(rows, self.test_size);
         ensure!(
-            asked < rows,
-            "`test_size` {} holds out {asked} of {rows} rows and leaves none to train on",
+            wanted < rows,
+            "`test_size` {} holds out {wanted} of {rows} rows and leaves none to train on",
             self.test_size
         );
-        let is_test = self.chosen(&train, asked, cx)?;
+        let is_test = self.chosen(&train, wanted, cx)?;
         let held_out = is_test.iter().filter(|test| **test).count();
         let mut writers = [
             Writer::create(cx.out(), "train", train.schema().clone())?,
@@ -141,8 +141,8 @@ impl Stage for SplitDataset {
 }
 
 impl SplitDataset {
-    /// Which rows are held out, about `asked` of them.
-    fn chosen(&self, train: &Split, asked: usize, cx: &Context) -> Result<Vec<bool>> {
+    /// Which rows are held out, about `wanted` of them.
+    fn chosen(&self, train: &Split, wanted: usize, cx: &Context) -> Result<Vec<bool>> {
         let by = match &self.group_by {
             Some(GroupBy::Column(name)) if name == "none" => By::Nothing,
             Some(GroupBy::Column(name)) if name == "prompt" => By::Prompt,
@@ -153,7 +153,7 @@ impl SplitDataset {
         };
         let rows = train.rows();
         if by == By::Nothing && self.stratify.is_none() {
-            return Ok(draw(rows, asked, self.seed, self.shuffle));
+            return Ok(draw(rows, wanted, self.seed, self.shuffle));
         }
         let groups =
             Groups::build(train, &by, cx).context("rows can't be put together by `group_by`")?;
@@ -162,15 +162,15 @@ impl SplitDataset {
             "the split holds more or fewer rows than its files say"
         );
         let is_held_out = match &self.stratify {
-            None if groups.sizes.len() == rows => draw(rows, asked, self.seed, self.shuffle),
+            None if groups.sizes.len() == rows => draw(rows, wanted, self.seed, self.shuffle),
             None => {
                 let all: Vec<usize> = (0..groups.sizes.len()).collect();
                 let mut chosen = vec![false; all.len()];
                 let random = self.shuffle.then_some(SplitMix(self.seed));
-                hold_out(&groups, all, asked, random, &mut chosen);
+                hold_out(&groups, all, wanted, random, &mut chosen);
                 chosen
             }
-            Some(column) => self.stratified(train, &groups, column, asked, cx)?,
+            Some(column) => self.stratified(train, &groups, column, wanted, cx)?,
         };
         let is_test: Vec<bool> = groups
             .of_row
@@ -185,18 +185,18 @@ impl SplitDataset {
                 By::Columns(columns) => format!("equal `{}`", columns.join("`, `")),
                 By::Nothing => "nothing in common".to_owned(),
             };
-            let mut told =
+            let mut message =
                 format!("rows with {what} stay together: {rows} rows are {count} groups");
-            if held_out != asked {
+            if held_out != wanted {
                 _ = write!(
-                    told,
-                    ", so that {held_out} rows are held out where {asked} are asked for"
+                    message,
+                    ", so that {held_out} rows are held out where {wanted} are asked for"
                 );
             }
-            if held_out.abs_diff(asked) * 10 > asked {
-                cx.warn(told);
+            if held_out.abs_diff(wanted) * 10 > wanted {
+                cx.warn(message);
             } else {
-                cx.info(told);
+                cx.info(message);
             }
         }
         ensure!(
@@ -208,13 +208,13 @@ impl SplitDataset {
         Ok(is_test)
     }
 
-    /// Which groups are held out, of each class the same part.
+    /// Which rows are held out: the same share of each class.
     fn stratified(
         &self,
         train: &Split,
         groups: &Groups,
         column: &str,
-        asked: usize,
+        wanted: usize,
         cx: &Context,
     ) -> Result<Vec<bool>> {
         let classes = Groups::build(train, &By::Columns(vec![column.to_owned()]), cx)
@@ -239,25 +239,25 @@ impl SplitDataset {
         }
         let rows = train.rows();
         ensure!(
-            asked >= count && rows - asked >= count,
+            wanted >= count && rows - wanted >= count,
             "the column `{column}` has {count} classes, more than the {} rows of `{}`; hint: leave `stratify` out, or hold out {}",
-            asked.min(rows - asked),
-            if asked < count { "test" } else { "train" },
-            if asked < count { "more" } else { "fewer" },
+            wanted.min(rows - wanted),
+            if wanted < count { "test" } else { "train" },
+            if wanted < count { "more" } else { "fewer" },
         );
         let mut chosen = vec![false; groups.sizes.len()];
         let mut random = SplitMix(self.seed);
-        for (members, asked) in members.into_iter().zip(proportional(&sizes, asked)) {
+        for (members, wanted) in members.into_iter().zip(proportional(&sizes, wanted)) {
             let seed = splitmix64(&mut random.0);
-            if asked > 0 {
-                hold_out(groups, members, asked, Some(SplitMix(seed)), &mut chosen);
+            if wanted > 0 {
+                hold_out(groups, members, wanted, Some(SplitMix(seed)), &mut chosen);
             }
         }
         Ok(chosen)
     }
 }
 
-/// Parts of `whole` in proportion to `sizes`: each is rounded down, and those that lost most by it get one more.
+/// Divides `whole` in proportion to `sizes`: each part is rounded down, and those with the largest remainders get one more.
 fn proportional(sizes: &[usize], whole: usize) -> Vec<usize> {
     let all: usize = sizes.iter().sum();
     let exact = |size: usize| size as u128 * whole as u128;
@@ -274,11 +274,11 @@ fn proportional(sizes: &[usize], whole: usize) -> Vec<usize> {
     parts
 }
 
-/// Marks some of these groups, so that they have about `asked` rows: those that fit in a random order, or from the last one on.
+/// Marks some of these groups, so that they have about `wanted` rows: those that fit in a random order, or from the last one on.
 fn hold_out(
     groups: &Groups,
     mut order: Vec<usize>,
-    asked: usize,
+    wanted: usize,
     random: Option<SplitMix>,
     chosen: &mut [bool],
 ) {
@@ -290,7 +290,7 @@ fn hold_out(
             }
         }
     }
-    let mut left = asked;
+    let mut left = wanted;
     let mut smallest: Option<usize> = None;
     for group in order.iter().copied() {
         let size = groups.sizes[group];
@@ -301,9 +301,9 @@ fn hold_out(
             smallest = Some(group);
         }
     }
-    // One more is nearer than none if it goes less beyond than is missing; and something has to be held out.
+    // A group is added if that brings the number of rows nearer to the wanted one, and in any case if nothing is held out yet.
     if let Some(group) = smallest.filter(|_| left > 0)
-        && (groups.sizes[group] - left < left || left == asked)
+        && (groups.sizes[group] - left < left || left == wanted)
     {
         chosen[group] = true;
     }
@@ -330,7 +330,7 @@ fn draw(rows: usize, held_out: usize, seed: u64, shuffle: bool) -> Vec<bool> {
         is_test[rows - held_out..].fill(true);
         return is_test;
     }
-    // Floyd's sampling: each set of `held_out` rows is as likely as any other, and no permutation is held.
+    // Floyd's sampling (Bentley and Floyd 1987): every set of `held_out` rows is equally likely, and no permutation is stored.
     let mut random = SplitMix(seed);
     for last in rows - held_out..rows {
         let drawn = random.below(last as u64 + 1) as usize;

@@ -127,7 +127,7 @@ impl CreateModel {
     }
 }
 
-/// The columns whose texts teach the tokenizer.
+/// The columns whose texts the tokenizer is trained on.
 const COLUMNS: [&str; 6] = ["system", "prompt", "chosen", "rejected", "messages", "text"];
 const GENERATION_CONFIG: &str = "generation_config.json";
 
@@ -348,28 +348,28 @@ impl CreateModel {
             }
             None => None,
         };
-        let asked = self.vocab_size.context("`vocab_size` is missing")?;
+        let wanted = self.vocab_size.context("`vocab_size` is missing")?;
         let (queue, texts) = sync_channel(1024);
         let trained = std::thread::scope(|scope| {
             let reader = std::thread::Builder::new()
                 .spawn_scoped(scope, || send_texts(cx, &split, queue))
                 .context("could not start a thread")?;
             let texts = texts.into_iter();
-            let trained = train_llama3_tokenizer(texts, asked, cx.out(), template.as_deref());
+            let trained = train_llama3_tokenizer(texts, wanted, cx.out(), template.as_deref());
             let read = reader
                 .join()
                 .map_err(|_| anyhow!("the reader of the texts stopped"))?;
             read.and(trained)
         })?;
-        if trained.vocab_size < asked {
+        if trained.vocab_size < wanted {
             cx.warn(format!(
-                "the texts of `{}` hold only {} different tokens; the model keeps rows for {asked}, of which the rest stay unused",
+                "the texts of `{}` hold only {} different tokens; the model keeps rows for {wanted}, of which the rest stay unused",
                 self.split, trained.vocab_size
             ));
         }
         cx.note("tokens", trained.vocab_size);
         Ok(Vocabulary {
-            size: asked.max(trained.vocab_size),
+            size: wanted.max(trained.vocab_size),
             bos: Some(trained.bos_id),
             eos: Some(trained.eos_id),
             eot: Some(trained.eot_id),
@@ -378,7 +378,7 @@ impl CreateModel {
     }
 }
 
-/// Sends all texts of the columns that teach, row by row.
+/// Sends all texts of these columns, row by row.
 #[expect(
     clippy::needless_pass_by_value,
     reason = "the queue must close when the last text is sent"
@@ -408,7 +408,7 @@ fn send_texts(cx: &Context, split: &Split, queue: SyncSender<String>) -> anyhow:
                 );
                 for text in texts {
                     if queue.send(text).is_err() {
-                        // The training failed, and tells why itself.
+                        // The training failed, and returns its own error.
                         return Ok(());
                     }
                 }

@@ -63,11 +63,10 @@ impl Stage for ImportModel {
     }
 }
 
-/// Unused tensors that a warning names; of more it tells the number.
+/// The largest number of unused tensors that a warning names.
 const NAMED: usize = 8;
 
-/// Compares the weights with the configuration, notes what a model holds, and warns of what it lacks and of what counts for
-/// nothing.
+/// Compares the weights with the configuration, notes what the model contains, and warns of missing and unused tensors.
 pub(in crate::stages) fn tell(cx: &Context, checked: &Checked) -> anyhow::Result<()> {
     cx.note("tensors", checked.tensors);
     cx.note("weight_bytes", checked.bytes);
@@ -95,8 +94,8 @@ pub(in crate::stages) fn tell(cx: &Context, checked: &Checked) -> anyhow::Result
             "`{key}` in `config.json` has no effect: the model type `{family}` doesn't know it, here as in transformers"
         ));
     }
-    if let Some(told) = tied::conflict(cx.out(), &config)? {
-        cx.warn(told);
+    if let Some(conflict) = tied::conflict(cx.out(), &config)? {
+        cx.warn(conflict);
     }
     if !checked.tokenizer {
         cx.warn("the model has no `tokenizer.json`: `tokenize` needs another model's");
@@ -112,7 +111,7 @@ fn choose_files(folder: &Path) -> anyhow::Result<Vec<String>> {
         };
         for entry in entries {
             let entry = entry?;
-            // Through links: folders of the hub's cache consist of them. Hidden files are no part of what a recipe reads.
+            // Links are followed, since folders of the hub's cache consist of them. Hidden files don't belong to the contents.
             if let Ok(name) = entry.file_name().into_string()
                 && !name.starts_with('.')
                 && entry.path().is_file()

@@ -12,15 +12,15 @@ use crate::ml::model::arch::Arch;
 use crate::stages::artifacts::{Adapter, Model};
 use crate::stages::text::{chat_template, tokenizers};
 
-/// What the merged model is asked, beside the base with the adapter.
+/// The prompts on which the merged model is compared with the base and its adapter.
 const PROMPTS: [&str; 3] = [
     "What is the capital of France, and why did it become the capital?",
     "Write a function that returns the n-th Fibonacci number.\n\n```python\ndef fibonacci(n):",
     "Is it true that goldfish forget everything after three seconds?",
 ];
-/// Tokens of a prompt that are asked: those of all prompts fill a panel of 32, so that nothing is computed of empty lanes.
+/// The number of tokens used of each prompt. Those of all prompts fill a panel of 32 rows, so that no lane of the kernels is empty.
 const LONGEST: usize = 10;
-/// The share of what the adapter changes above which its loss is worth a warning.
+/// A warning is given if more than this share of the adapter's change is lost in rounding.
 const MUCH: f64 = 0.5;
 
 /// Adds an adapter's update into the weights of a model: a model folder that needs no adapter any more.
@@ -103,7 +103,7 @@ impl Stage for Merge {
     }
 }
 
-/// The prompts as ids: those of the model's tokenizer, or, where there is none, ids from all over the vocabulary.
+/// The prompts as ids of the model's tokenizer; if it has none, ids from all over the vocabulary.
 fn prompts(model: &Path) -> anyhow::Result<Vec<Vec<u32>>> {
     let config = Arch::read(model)?;
     let longest = LONGEST.min(config.max_position_embeddings).max(1);
@@ -117,7 +117,7 @@ fn prompts(model: &Path) -> anyhow::Result<Vec<Vec<u32>>> {
         ids.truncate(longest);
         let known = ids.iter().all(|&id| (id as usize) < vocabulary);
         if ids.is_empty() || !known {
-            // Steps that share no divisor with the usual sizes of vocabularies.
+            // The steps are coprime to the usual sizes of vocabularies.
             let steps = (0..longest).map(|at| (at * 10_007 + number * 7_919) % vocabulary);
             ids = steps.map(|id| id as u32).collect();
         }

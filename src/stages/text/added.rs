@@ -1,5 +1,5 @@
-//! What `tokenize` put around each sequence of a preference dataset, in a file beside the tokens: `SFTTrainer` puts nothing there, so
-//! `train_sft` takes it off again.
+//! The special tokens that `tokenize` added to each sequence of a preference dataset, in a file beside the tokens. `SFTTrainer` adds
+//! none, so `train_sft` removes them.
 
 use std::fs;
 use std::path::Path;
@@ -14,19 +14,19 @@ const FILE: &str = "added.json";
 /// The tokens that were added.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(in crate::stages) struct Added {
-    /// The BOS before every prompt.
+    /// The BOS added before every prompt.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(in crate::stages) bos: Option<u32>,
-    /// The EOS behind every answer.
+    /// The EOS added after every answer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(in crate::stages) eos: Option<u32>,
-    /// Some sequences got one and others had it, so it can't be told which.
+    /// Whether some sequences already had the token, so that it is not known which ones got it.
     #[serde(default)]
     pub(in crate::stages) mixed: bool,
 }
 
 impl Added {
-    /// Writes it into an artifact, unless there is nothing to tell.
+    /// Writes the file into an artifact, unless nothing was added.
     pub(in crate::stages) fn write(self, out: &Path) -> anyhow::Result<()> {
         if self == Self::default() {
             return Ok(());
@@ -35,7 +35,7 @@ impl Added {
             .with_context(|| format!("could not write `{FILE}`"))
     }
 
-    /// What an artifact tells.
+    /// Reads the file of an artifact.
     pub(in crate::stages) fn read(artifact: &Path) -> anyhow::Result<Self> {
         let path = artifact.join(FILE);
         if !path.is_file() {
@@ -45,7 +45,7 @@ impl Added {
         read().with_context(|| format!("could not read `{FILE}`"))
     }
 
-    /// A preference row without what was added. A row that was cut has lost its EOS already.
+    /// A preference row without the added tokens. A truncated row has already lost its EOS.
     pub(in crate::stages) fn take_off(self, row: &mut Row) {
         if row.rejected.is_none() {
             return;

@@ -27,9 +27,9 @@ use crate::text::tokenizer::{self, read_template, special_tokens};
 mod counts;
 mod row;
 
-/// The longest that one row may take; real ones take less than a thousandth of it.
+/// The longest CPU time for one row. Real rows take less than a thousandth of it.
 const LONGEST: Duration = Duration::from_secs(5);
-/// Bytes of text that are about rendered at once.
+/// The approximate number of bytes of text rendered at a time.
 const AT_ONCE: usize = 16 << 20;
 
 /// Renders rows to text with a chat template, as transformers and TRL do: `prompt`, `chosen` and, for preferences, `rejected`
@@ -110,7 +110,7 @@ impl Stage for ApplyChatTemplate {
         let total: usize = splits.iter().map(Split::rows).sum();
         let mut counts = Counts::default();
         let renderer = if splits.iter().all(is_text) {
-            // Whole texts need no template, and a model that learns from them often has none.
+            // Whole texts need no template, and models trained on them often have none.
             None
         } else {
             let template = Row {
@@ -240,7 +240,7 @@ impl ApplyChatTemplate {
         let writer = Writer::create(cx.out(), split.name(), schema.clone())?;
         let mut done = 0;
         let of: Arc<str> = format!("of the split `{}`", split.name()).into();
-        // Rows that are rendered at once: the text that a template makes of a row can be of any size.
+        // The number of rows rendered at a time is limited, since a template can make a text of any size of a row.
         let fewest = rayon::current_num_threads();
         let mut at_once = fewest;
         let rows = pass_pieces(split, writer, |batch, made| {
@@ -308,7 +308,7 @@ impl ApplyChatTemplate {
     }
 }
 
-/// A column of all rows' texts, copied once.
+/// A column with the texts of all rows, which are copied only once.
 fn texts(rows: &[Rendered], text: fn(&Rendered) -> Option<&str>) -> ArrayRef {
     let bytes = rows.iter().filter_map(text).map(str::len).sum();
     let mut column = StringBuilder::with_capacity(rows.len(), bytes);

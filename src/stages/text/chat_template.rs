@@ -1,5 +1,5 @@
-//! The chat template on its way: from `apply_chat_template` beside the chats, the tokens and the adapter into the trained model,
-//! so that people talk to a model as it was trained.
+//! Carries the chat template from `apply_chat_template` along with the chats, the tokens and the adapter to the trained model, so that
+//! the model is used with the template that it was trained with.
 
 use std::fs;
 use std::path::Path;

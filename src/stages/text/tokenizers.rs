@@ -1,5 +1,4 @@
-//! Reading a model's tokenizer under watch: its regular expressions and tables are somebody else's, and so is the library that reads
-//! them.
+//! Loads a model's tokenizer under a time limit, since its regular expressions and tables are untrusted.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -8,7 +7,7 @@ use std::time::Duration;
 use crate::engine::{Row, watched};
 use crate::text::tokenizer::Tokenizer;
 
-/// The longest that may take; the largest real ones take a few seconds.
+/// The longest CPU time for that. The largest real tokenizers take a few seconds.
 const LONGEST: Duration = Duration::from_mins(1);
 
 /// [`Tokenizer::load`].

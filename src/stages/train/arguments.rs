@@ -3,6 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::report_to::ReportTo;
 use crate::engine::{Input, Neutral};
 use crate::ml::train::optim::{self, Optim};
 use crate::ml::train::sampler::SamplingStrategy;
@@ -137,9 +138,11 @@ pub struct TrainingArguments {
     /// How many checkpoints are kept. TRL's default: none, which keeps all.
     #[serde(default = "save_total_limit")]
     save_total_limit: Neutral<usize>,
-    /// Where else metrics are sent: only `none` so far.
+    /// Where else metrics are sent while the training runs: `none`, or one or several of `tensorboard` (event files below
+    /// `TENSORBOARD_LOGGING_DIR`, by default `.pipeline/tensorboard`), `mlflow` (the server at `MLFLOW_TRACKING_URI`) and `trackio` (the
+    /// server at `TRACKIO_SERVER_URL`). A tracker that can't be reached is told and holds nothing up.
     #[serde(default = "report_to")]
-    report_to: Neutral<String>,
+    report_to: Neutral<ReportTo>,
 }
 
 impl TrainingArguments {
@@ -206,11 +209,6 @@ impl TrainingArguments {
         rules.at_least_1(*self.logging_steps, "logging_steps");
         rules.at_least_1(*self.save_steps, "save_steps");
         rules.at_least_1(*self.save_total_limit as u64, "save_total_limit");
-        rules.rule(
-            *self.report_to == "none",
-            "report_to",
-            "expected `none`, the only one so far",
-        );
     }
 
     /// The batch size of evaluations.
@@ -320,6 +318,6 @@ fn save_steps() -> Neutral<u64> {
 fn save_total_limit() -> Neutral<usize> {
     Neutral(2)
 }
-fn report_to() -> Neutral<String> {
-    Neutral("none".into())
+fn report_to() -> Neutral<ReportTo> {
+    Neutral(ReportTo::default())
 }

@@ -124,12 +124,12 @@ fn the_reference_is_the_model_before_the_first_step_or_a_named_one() {
     let fixture = Fixture::new(write_tokens);
     let init = golden::folder("adapter_init");
     let one = format!("{START}, max_steps: 1");
-    let told = |cx: &Context| cx.messages(Level::Info)[0].clone();
+    let reference_message = |cx: &Context| cx.messages(Level::Info)[0].clone();
 
     // An adapter that was trained before.
     let text = format!("{{{one}, adapter: adapter}}");
     let (cx, steps) = train(&fixture, "initial", &init, &text);
-    assert!(told(&cx).contains("with the adapter before the first step"));
+    assert!(reference_message(&cx).contains("with the adapter before the first step"));
     assert!((loss(&steps[0]) - std::f64::consts::LN_2).abs() < 1e-7);
     assert_eq!(steps[0]["rewards/accuracies"], 0);
 
@@ -150,12 +150,12 @@ fn the_reference_is_the_model_before_the_first_step_or_a_named_one() {
     let file = new.join("adapter_model.safetensors");
     crate::ml::io::weights::save(&file, &tensors, &[]).unwrap();
     let (cx, steps) = train(&fixture, "new-adapter", &new, &text);
-    assert!(told(&cx).contains("which changes nothing"));
+    assert!(reference_message(&cx).contains("which changes nothing"));
     assert!((loss(&steps[0]) - std::f64::consts::LN_2).abs() < 1e-7);
 
     // Every weight.
     let (cx, steps) = train(&fixture, "full", &init, &format!("{{{one}}}"));
-    assert!(told(&cx).contains("the model before the first step"));
+    assert!(reference_message(&cx).contains("the model before the first step"));
     assert!((loss(&steps[0]) - std::f64::consts::LN_2).abs() < 1e-7);
     assert!(cx.out().join("model.safetensors").is_file());
 

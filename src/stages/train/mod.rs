@@ -4,6 +4,7 @@ pub mod arguments;
 pub mod method;
 mod preferences;
 mod reference;
+pub mod report_to;
 mod run;
 pub mod stage;
 pub mod train_dpo;

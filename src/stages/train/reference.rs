@@ -66,19 +66,21 @@ impl Loaded {
         adapter: Option<&Adapter>,
         compute: DType,
     ) -> anyhow::Result<Self> {
-        let told = |what: &str| cx.info(format!("the reference is {what}"));
+        let report = |what: &str| cx.info(format!("the reference is {what}"));
         let (folder, other) = match (reference, adapter) {
             (Reference::None, _) => return Ok(Self::None),
             (Reference::Initial, Some(adapter)) if changes_nothing(adapter)? => {
-                told("the model without the adapter, which changes nothing before the first step");
+                report(
+                    "the model without the adapter, which changes nothing before the first step",
+                );
                 return Ok(Self::Base);
             }
             (Reference::Initial, None) => {
-                told("the model before the first step");
+                report("the model before the first step");
                 (model, None)
             }
             (Reference::Initial, Some(adapter)) => {
-                told("the model with the adapter before the first step");
+                report("the model with the adapter before the first step");
                 (model, Some(adapter.clone()))
             }
             (
@@ -90,10 +92,10 @@ impl Loaded {
             ) => {
                 let other = other.as_deref().unwrap_or(model);
                 if own.is_none() && other == model && trained.is_some() {
-                    told("the model without the adapter");
+                    report("the model without the adapter");
                     return Ok(Self::Base);
                 }
-                told(match own {
+                report(match own {
                     Some(_) => "a model with an adapter of its own",
                     None => "a model of its own",
                 });

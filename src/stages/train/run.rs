@@ -26,7 +26,7 @@ use crate::stages::model_input::{note_fallback, pad_id, rows};
 use crate::stages::text::chat_template;
 
 /// Says where the training starts, and puts it into the record.
-fn tell_start(cx: &Context, start: &Start, done: u64, total: u64) {
+fn report_start(cx: &Context, start: &Start, done: u64, total: u64) {
     if let Start::After(step) = start
         && done >= *step
     {
@@ -118,7 +118,7 @@ pub(super) fn run<M: Method>(
         config.attention_dropout
     );
     let adapter = adapter_folder.map(Adapter::load).transpose()?;
-    // Rows that can't be trained on are told before the weights are read.
+    // Rows that can't be trained on are reported before the weights are read.
     let read = |split: &str, purpose| {
         let rows = rows(dataset, split, config.vocab_size)?;
         method.prepare(cx, arguments, rows, purpose)
@@ -199,10 +199,10 @@ pub(super) fn run<M: Method>(
         scratch: Some(scratch),
         continuation: Some(&continuation),
     };
-    let mut told = Told::default();
-    let ending = train(&job, &settings, &mut |step| told.step(cx, &start, step))?;
-    cx.note("tokens", told.tokens);
-    cx.note("computed_tokens", told.computed);
+    let mut reporter = StepReporter::default();
+    let ending = train(&job, &settings, &mut |step| reporter.step(cx, &start, step))?;
+    cx.note("tokens", reporter.tokens);
+    cx.note("computed_tokens", reporter.computed);
     let Ending::Finished {
         history,
         step,
@@ -243,9 +243,9 @@ pub(super) fn run<M: Method>(
     Ok(())
 }
 
-/// What was told of a training so far.
+/// Passes the progress, metrics and warnings of a training's steps on to the stage's context.
 #[derive(Debug, Default)]
-struct Told {
+struct StepReporter {
     began: bool,
     tokens: u64,
     computed: u64,
@@ -253,16 +253,16 @@ struct Told {
     pace: Pace,
 }
 
-/// Measures seconds a step, for what is told of the training should it be stopped.
+/// Measures the seconds per step, for the estimate of the time left if the training is stopped and resumed.
 #[derive(Debug, Default)]
 struct Pace {
-    /// When the first step was told, and which it was.
+    /// The time and the number of the first step.
     first: Option<(Instant, u64)>,
     kept: Option<Instant>,
 }
 
 impl Pace {
-    /// How often it is kept.
+    /// The time between two updates of the file.
     const PAUSE: Duration = Duration::from_secs(5);
 
     fn add(&mut self, cx: &Context, step: &Step, now: Instant) {
@@ -279,14 +279,14 @@ impl Pace {
 /// Measures tokens per second between two logs of a training.
 #[derive(Debug, Default)]
 struct Throughput {
-    /// When the training last told something.
+    /// The time of the last step.
     last: Option<Instant>,
     tokens: u64,
     time: Duration,
 }
 
 impl Throughput {
-    /// Counts what went by until `now`, which is when the training told `step`. What evaluations take does not count.
+    /// Adds the tokens of `step` and the time since the last step, unless it includes an evaluation.
     fn add(&mut self, step: &Step, now: Instant) {
         let evaluated = step.logs.iter().any(is_evaluation);
         if let Some(last) = self.last.replace(now)
@@ -297,7 +297,7 @@ impl Throughput {
         self.tokens += step.tokens as u64;
     }
 
-    /// Tokens per second since this was last asked.
+    /// The tokens per second since the last call.
     fn take(&mut self) -> Option<f64> {
         let (tokens, time) = (
             std::mem::take(&mut self.tokens),
@@ -311,15 +311,15 @@ fn is_evaluation(log: &Log) -> bool {
     log.values.contains_key("eval_loss")
 }
 
-impl Told {
-    /// Passes on what a step tells; ends the training if the stage is cancelled.
+impl StepReporter {
+    /// Reports a step, and ends the training if the stage is cancelled.
     fn step(&mut self, cx: &Context, start: &Start, step: &Step) -> ControlFlow<()> {
         for passed_over in &step.passed_over {
             cx.warn(passed_over);
         }
         if !self.began {
             self.began = true;
-            tell_start(cx, start, step.step, step.total);
+            report_start(cx, start, step.step, step.total);
         }
         if let Some(fault) = &step.skipped {
             cx.warn(format!("left out an update: {fault}"));

@@ -1,5 +1,5 @@
-//! A training as a stage: the parameters of its method, those that several methods have, and those of all trainings, side by side in the
-//! recipe.
+//! A training as a stage. In the recipe, the parameters of its method, those common to several methods and those of all trainings stand
+//! side by side.
 
 use std::borrow::Cow;
 use std::path::Path;

@@ -110,8 +110,11 @@ fn what_is_asked_for_in_vain_is_a_warning() {
         ("target_modules: [q_proj, c_attn]", "`c_attn`"),
         ("exclude_modules: [c_attn]", "`exclude_modules`"),
     ] {
-        let told = warnings(&format!("{{model: base, {settings}}}"));
-        assert!(told.len() == 1 && told[0].contains(said), "{told:?}");
+        let messages = warnings(&format!("{{model: base, {settings}}}"));
+        assert!(
+            messages.len() == 1 && messages[0].contains(said),
+            "{messages:?}"
+        );
     }
     assert!(
         warnings("{model: base, exclude_modules: v_proj|.*layers.0.*, rank_pattern: {q_proj: 2}}")
@@ -209,8 +212,8 @@ fn parameters_survive_the_way_to_another_process() {
     ] {
         let stage: AttachLora = serde_yaml::from_str(yaml).unwrap();
         let params = serde_json::to_value(&stage).unwrap();
-        let told = crate::engine::unmarked(params.clone());
-        let read: AttachLora = crate::engine::read_parameters(told).unwrap();
+        let messages = crate::engine::unmarked(params.clone());
+        let read: AttachLora = crate::engine::read_parameters(messages).unwrap();
         assert_eq!(serde_json::to_value(&read).unwrap(), params, "{yaml}");
     }
 }

@@ -1,4 +1,4 @@
-//! The data files behind the paths of a recipe: of files, folders, patterns and what `datasets` saved.
+//! Finds the data files for the paths of a recipe: files, folders, patterns, and datasets saved by `save_to_disk`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -20,9 +20,9 @@ const SPLITS: &str = "dataset_dict.json";
 /// The largest of them.
 const LONGEST: u64 = 16 << 20;
 
-/// What the recipe says besides the paths.
-pub(crate) struct Asked<'a> {
-    /// The split that files become which don't name their own.
+/// The recipe's other settings for finding files.
+pub(crate) struct FindOptions<'a> {
+    /// The split of files whose names don't identify one.
     pub(crate) split: &'a str,
     pub(crate) name: Option<&'a str>,
     pub(crate) format: Option<Format>,
@@ -33,30 +33,30 @@ pub(crate) struct Asked<'a> {
 pub(crate) struct Found {
     /// The files of each split, in order.
     pub(crate) splits: BTreeMap<String, Vec<PathBuf>>,
-    /// What messages call them.
+    /// The names of the files in messages.
     pub(crate) names: BTreeMap<PathBuf, String>,
-    /// What was taken and left aside, where that is not plain from the recipe.
-    pub(crate) told: Vec<String>,
+    /// Messages about which files are used and which are not, where the recipe does not make that clear.
+    pub(crate) messages: Vec<String>,
 }
 
 /// Finds the data files.
-pub(crate) fn find(cx: &Context, paths: &Paths, asked: &Asked<'_>) -> Result<Found> {
+pub(crate) fn find(cx: &Context, paths: &Paths, options: &FindOptions<'_>) -> Result<Found> {
     let mut found = Found::default();
     for path in &paths.0 {
         let written = path.as_written();
         let place = cx.source(path)?;
         if let Some(pattern) = Pattern::parse(place) {
-            matching(&mut found, place, written, asked.split)?;
+            matching(&mut found, place, written, options.split)?;
             ensure!(
                 !found.splits.is_empty(),
                 "no data file fits `{written}`; hint: files are looked for below `{}`",
                 pattern.folder().display()
             );
         } else if place.is_dir() {
-            folder(&mut found, place, written, asked)
+            folder(&mut found, place, written, options)
                 .with_context(|| format!("the folder `{written}` can't be imported"))?;
         } else {
-            found.add(asked.split, place, written)?;
+            found.add(options.split, place, written)?;
         }
     }
     if paths.0.len() > 1 || found.names.len() > 1 {
@@ -64,7 +64,7 @@ pub(crate) fn find(cx: &Context, paths: &Paths, asked: &Asked<'_>) -> Result<Fou
             let names = files.iter().filter_map(|file| found.names.get(file));
             let names: Vec<&String> = names.collect();
             found
-                .told
+                .messages
                 .insert(0, format!("`{split}` is read from {}", some(&names)));
         }
     }
@@ -95,7 +95,7 @@ fn matching(found: &mut Found, place: &Path, written: &str, split: &str) -> Resu
         let shown = shown(&folder.join(&name));
         if is_description(&name) {
             found
-                .told
+                .messages
                 .push(format!("`{shown}` describes data, and is left aside"));
             continue;
         }
@@ -119,7 +119,7 @@ fn matching(found: &mut Found, place: &Path, written: &str, split: &str) -> Resu
 }
 
 /// Adds the files of a folder.
-fn folder(found: &mut Found, place: &Path, written: &str, asked: &Asked<'_>) -> Result<()> {
+fn folder(found: &mut Found, place: &Path, written: &str, options: &FindOptions<'_>) -> Result<()> {
     let shown_name = |name: &str| shown(&Path::new(written).join(name));
     if place.join(SPLITS).is_file() {
         let saved: SavedSplits = read(&place.join(SPLITS), SPLITS)?;
@@ -136,7 +136,7 @@ fn folder(found: &mut Found, place: &Path, written: &str, asked: &Asked<'_>) -> 
     }
     if place.join(STATE).is_file() {
         for name in saved_files(place)? {
-            found.add(asked.split, &place.join(&name), &shown_name(&name))?;
+            found.add(options.split, &place.join(&name), &shown_name(&name))?;
         }
         return Ok(());
     }
@@ -148,7 +148,7 @@ fn folder(found: &mut Found, place: &Path, written: &str, asked: &Asked<'_>) -> 
         }
         None => None,
     };
-    let splits = all_splits(&names, readme.as_deref(), asked.name, asked.format)?;
+    let splits = all_splits(&names, readme.as_deref(), options.name, options.format)?;
     for (split, files) in splits.files {
         for name in files {
             found.add(&split, &place.join(&name), &shown_name(&name))?;
@@ -156,7 +156,7 @@ fn folder(found: &mut Found, place: &Path, written: &str, asked: &Asked<'_>) -> 
     }
     for (name, why) in splits.aside {
         found
-            .told
+            .messages
             .push(format!("`{}` is left aside: {why}", shown_name(&name)));
     }
     Ok(())

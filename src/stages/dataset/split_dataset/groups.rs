@@ -1,4 +1,4 @@
-//! Which rows belong together, and which class each has: by the values of columns.
+//! Groups rows, and finds their classes, by the values of columns.
 
 use std::collections::HashMap;
 
@@ -13,25 +13,25 @@ use crate::data::cell::is_json;
 use crate::data::table::{BATCH_ROWS, Split};
 use crate::engine::{Context, canonical_json};
 
-/// What rows are put together by.
+/// What rows are grouped by.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum By {
-    /// Each row is by itself.
+    /// Each row is its own group.
     Nothing,
-    /// What is asked: the column `prompt`, what `chosen` and `rejected` begin with alike, or all of `messages` before the last answer.
+    /// The prompt: the column `prompt`, the common beginning of `chosen` and `rejected`, or all `messages` before the last answer.
     Prompt,
     /// The values of columns.
     Columns(Vec<String>),
 }
 
-/// Rows by what they have in common.
+/// The groups of a split's rows.
 pub(crate) struct Groups {
     /// The number of each row's group; groups are numbered as they first appear.
     pub(crate) of_row: Vec<usize>,
     pub(crate) sizes: Vec<usize>,
     /// The last row of each group.
     pub(crate) last: Vec<usize>,
-    /// Something to show of each group.
+    /// A text that describes each group in messages.
     pub(crate) shown: Vec<String>,
 }
 
@@ -39,7 +39,7 @@ pub(crate) struct Groups {
 const SHOWN: usize = 60;
 
 impl Groups {
-    /// Puts the rows of a split together.
+    /// Groups the rows of a split.
     pub(crate) fn build(split: &Split, by: &By, cx: &Context) -> Result<Self> {
         let mut groups = Self {
             of_row: Vec::with_capacity(split.rows().min(1 << 20)),

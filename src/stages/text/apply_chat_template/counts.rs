@@ -1,11 +1,11 @@
-//! What was noticed about rows that were rendered, for the record and for the user.
+//! Counts of observations about rendered rows, for the record and for the user.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::engine::Context;
 use crate::text::chat::Rendered;
 
-/// Rows of one kind, and the first of them.
+/// The number of rows of one kind, and the first of them.
 #[derive(Default)]
 struct Seen {
     rows: usize,
@@ -26,7 +26,7 @@ impl Seen {
     }
 }
 
-/// What goes into the record.
+/// The counts in the record.
 #[derive(Default)]
 pub(crate) struct Counts {
     pub(crate) rows: BTreeMap<String, usize>,

@@ -1,4 +1,4 @@
-//! A row of a table as a chat: messages as a template gets them from transformers.
+//! Converts a row of a table into a chat, with the messages that transformers would pass to the template.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,9 +12,9 @@ use crate::data::messages::{is_speaker, part_text};
 use crate::text::chat::{ChatRow, Renderer, Side};
 use crate::text::template::Extras;
 
-/// Names that templates and libraries have for what a model thought before it answered; the first is the one that most read.
+/// The names that templates and libraries use for a model's reasoning before an answer. Most read the first.
 const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
-/// What a row's `chat_template_kwargs` can't change: they are no variables, or are this stage's own.
+/// Names that a row's `chat_template_kwargs` can't set: they are not variables, or this stage sets them itself.
 const OWN: [&str; 12] = [
     "messages",
     "conversation",
@@ -30,7 +30,7 @@ const OWN: [&str; 12] = [
     "return_dict",
 ];
 
-/// The chat in a row, and what of it the template doesn't read.
+/// The chat in a row, and those parts of it that the template does not read.
 pub(crate) fn chat_row(
     renderer: &Renderer,
     batch: &RecordBatch,
@@ -68,7 +68,7 @@ pub(crate) fn chat_row(
         Some(Side::Text(_)) => bail!("`messages` is text: expected a list of messages"),
     };
     let (chosen, rejected) = (side("chosen")?, side("rejected")?);
-    // Of KTO's rows; elsewhere a label is a column like any other.
+    // In rows for KTO. In other rows a label is an ordinary column.
     if rejected.is_none() && whole.is_none() && cell("label")? == Cell::Bool(false) {
         bail!(
             "its `label` is false: its answer is a bad one, which no loss can use yet; hint: `format: prompt_completion` where the data is \
@@ -96,7 +96,7 @@ pub(crate) fn chat_row(
 fn extras(tools: Cell, variables: Cell) -> Result<Extras> {
     let tools = match tools {
         Cell::Null => None,
-        // As in TRL: templates print what introduces tools for an empty list, too.
+        // As in TRL, an empty list of tools is passed as none, since templates would print the introduction of tools for it.
         Cell::List(tools) if tools.is_empty() => None,
         tools @ Cell::List(_) => Some(Value::from(Serde(tools))),
         other => bail!("`tools` is {}: expected a list", other.noun()),
@@ -139,7 +139,7 @@ fn messages(
     Ok(made)
 }
 
-/// A message as a template gets it: without keys that hold null, its reasoning under all names, its content text or parts.
+/// A message as it is passed to the template: without null values, with its reasoning under all names, and with text or parts as content.
 fn message(renderer: &Renderer, item: Cell, unread: &mut BTreeSet<String>) -> Result<Cell> {
     let Cell::Map(mut entries) = item else {
         bail!("it is {}: expected an object", item.noun());

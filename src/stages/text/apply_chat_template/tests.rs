@@ -131,13 +131,13 @@ fn a_row_that_fails_is_named() {
 #[test]
 fn what_the_template_does_not_read_is_told() {
     let rows = r#"{"messages": [{"role": "user", "content": "q", "weight": 0}, {"role": "assistant", "content": "a", "thinking": "t"}], "tools": [{"name": "f"}], "chat_template_kwargs": {"think": true}}"#;
-    let told = |template: &str| {
+    let messages = |template: &str| {
         let yaml = format!("{{dataset: pairs, chat_template: \"{template}\"}}");
         let (_folder, cx) = run(&yaml, &[("train", rows)]).unwrap();
         format!("{:?}", cx.events.last())
     };
     let each = "{% for m in messages %}{{ m.content }}{{ m.reasoning_content }}{% endfor %}";
-    let all = told(each);
+    let all = messages(each);
     for name in [
         "`weight` of messages",
         "`tools`",
@@ -153,7 +153,7 @@ fn what_the_template_does_not_read_is_told() {
         "{{ m.content }}",
         "{{ m.content }}{{ tools }}{{ think }}{{ m.weight }}",
     );
-    let none = told(&reading.replace("m.reasoning_content", "m.role"));
+    let none = messages(&reading.replace("m.reasoning_content", "m.role"));
     assert!(
         none.contains("`thinking` of messages") && !none.contains("`tools`"),
         "{none}"

@@ -46,7 +46,7 @@ fn merged(change: &dyn Fn(&Path, &Path)) -> (tempfile::TempDir, PathBuf, Vec<Str
 
 #[test]
 fn the_merged_model_speaks_as_the_adapter_was_trained() {
-    let (_folder, out, told) = merged(&|model, adapter| {
+    let (_folder, out, messages) = merged(&|model, adapter| {
         write(OTHER, adapter).unwrap();
         fs::create_dir(model.join(NAMED)).unwrap();
         fs::write(model.join(NAMED).join("tool_use.jinja"), "t").unwrap();
@@ -67,12 +67,12 @@ fn the_merged_model_speaks_as_the_adapter_was_trained() {
     assert_eq!(config["eos_token_id"], 1019);
     config["eos_token_id"] = json!([1019, 1022]);
     assert_eq!(json_in(&out, GENERATION_CONFIG), config);
-    assert_eq!(told.len(), 1, "{told:?}");
+    assert_eq!(messages.len(), 1, "{messages:?}");
     assert!(
-        told[0].contains(FILE)
-            && told[0].contains("`<|eot_id|>`")
-            && told[0].contains(GENERATION_CONFIG),
-        "{told:?}"
+        messages[0].contains(FILE)
+            && messages[0].contains("`<|eot_id|>`")
+            && messages[0].contains(GENERATION_CONFIG),
+        "{messages:?}"
     );
     // What transformers prints for the merged folder (tests/python/check_formats.py holds both against each other).
     let template = ChatTemplate::new(OTHER, special_tokens(&out).unwrap(), None).unwrap();
@@ -92,13 +92,13 @@ fn what_says_the_same_stays_to_the_byte() {
         assert!(read(out) == read(&golden::folder("model")), "{name}");
     };
     // Without a template beside the adapter.
-    let (_folder, out, told) = merged(&|_, _| ());
+    let (_folder, out, messages) = merged(&|_, _| ());
     for name in [FILE, TOKENIZER_CONFIG, GENERATION_CONFIG] {
         same(&out, name);
     }
-    assert_eq!(told, [] as [String; 0]);
+    assert_eq!(messages, [] as [String; 0]);
     // With the model's own one, whose answers end with a token that no generation stopped at.
-    let (_folder, out, told) = merged(&|model, adapter| carry(model, adapter).unwrap());
+    let (_folder, out, messages) = merged(&|model, adapter| carry(model, adapter).unwrap());
     for name in [FILE, TOKENIZER_CONFIG] {
         same(&out, name);
     }
@@ -106,7 +106,10 @@ fn what_says_the_same_stays_to_the_byte() {
         json_in(&out, GENERATION_CONFIG)["eos_token_id"],
         json!([1019, 1022])
     );
-    assert!(told.len() == 1 && !told[0].contains(FILE), "{told:?}");
+    assert!(
+        messages.len() == 1 && !messages[0].contains(FILE),
+        "{messages:?}"
+    );
     // An older place that says something else contradicts.
     let (_folder, out, _) = merged(&|model, adapter| {
         write(LLAMA3, model).unwrap();
@@ -122,7 +125,7 @@ fn what_says_the_same_stays_to_the_byte() {
 #[test]
 fn a_stop_token_is_added_where_it_is_missing_and_not_made_up() {
     let stops = |change: &dyn Fn(&Path), template: &str| {
-        let (_folder, out, told) = merged(&|model, adapter| {
+        let (_folder, out, messages) = merged(&|model, adapter| {
             write(template, adapter).unwrap();
             change(model);
         });
@@ -130,7 +133,7 @@ fn a_stop_token_is_added_where_it_is_missing_and_not_made_up() {
         let config = file
             .is_file()
             .then(|| json_in(&out, GENERATION_CONFIG)["eos_token_id"].clone());
-        (config, told.join(" "))
+        (config, messages.join(" "))
     };
     let set = |eos: Value| {
         move |model: &Path| {
@@ -151,11 +154,14 @@ fn a_stop_token_is_added_where_it_is_missing_and_not_made_up() {
     );
     let gone = |model: &Path| fs::remove_file(model.join(GENERATION_CONFIG)).unwrap();
     assert_eq!(stops(&gone, LLAMA3).0, Some(json!([1019, 1022])));
-    let (eos, told) = stops(
+    let (eos, messages) = stops(
         &gone,
         "{% for m in messages %}{{ m.content }}\n{% endfor %}",
     );
-    assert!(eos.is_none() && told.contains("no token"), "{eos:?} {told}");
+    assert!(
+        eos.is_none() && messages.contains("no token"),
+        "{eos:?} {messages}"
+    );
     // A model without a tokenizer.
     let bare = |model: &Path| fs::remove_file(model.join("tokenizer.json")).unwrap();
     assert_eq!(stops(&bare, LLAMA3).0, Some(json!(1019)));

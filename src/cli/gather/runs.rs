@@ -1,0 +1,119 @@
+//! The runs of a recipe with their parameters and metrics, for tables and comparisons.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde_json::Value;
+
+use super::curves;
+use super::evaluation::scores;
+use crate::cli::project::Project;
+use crate::engine::{Artifact as _, Origin, Record, Run, short};
+use crate::stages::artifacts::Scores;
+
+/// The numbers of a training that stand for it in a table: the last ones.
+const OF_TRAININGS: [&str; 2] = ["loss", "eval_loss"];
+/// The numbers of an evaluation that stand for it in a table.
+const OF_EVALUATIONS: [&str; 4] = ["rewards/accuracies", "margin", "perplexity", "loss"];
+
+/// A run with what its stages were given and came to.
+pub(in crate::cli) struct RunInfo {
+    /// The run.
+    pub(in crate::cli) run: Run,
+    /// Parameters by `stage.parameter`; contents of files by their digest.
+    pub(in crate::cli) parameters: BTreeMap<String, Value>,
+    /// Metrics by `stage.metric`.
+    pub(in crate::cli) metrics: BTreeMap<String, f64>,
+}
+
+/// All runs, the oldest first.
+pub(in crate::cli) fn runs(project: &Project) -> Vec<RunInfo> {
+    let mut memo: BTreeMap<String, BTreeMap<String, f64>> = BTreeMap::new();
+    let runs = project.runs().into_iter();
+    runs.map(|run| {
+        let mut parameters = BTreeMap::new();
+        let mut metrics = BTreeMap::new();
+        for (name, stage) in &run.stages {
+            let Some(record) = project.store.record(&stage.fingerprint) else {
+                continue;
+            };
+            for (parameter, value) in self::parameters(&record) {
+                parameters.insert(format!("{name}.{parameter}"), value);
+            }
+            if stage.artifact.is_none() {
+                continue;
+            }
+            let numbers = memo
+                .entry(stage.fingerprint.clone())
+                .or_insert_with(|| self::metrics(project, &record));
+            for (metric, value) in numbers.iter() {
+                metrics.insert(format!("{name}.{metric}"), *value);
+            }
+        }
+        RunInfo {
+            run,
+            parameters,
+            metrics,
+        }
+    })
+    .collect()
+}
+
+/// What a stage was given, but for the results of other stages.
+fn parameters(record: &Record) -> BTreeMap<String, Value> {
+    let mut parameters = BTreeMap::new();
+    for (name, value) in record.fingerprint.leaves() {
+        match record.origins.get(&name) {
+            Some(Origin::Stage(_)) => {}
+            Some(Origin::File(_)) => {
+                let digest = crate::engine::content(&value);
+                parameters.insert(name, Value::from(short(digest)));
+            }
+            None => _ = parameters.insert(name, value),
+        }
+    }
+    let outside = record.fingerprint.outside.iter();
+    parameters.extend(outside.map(|(name, value)| (name.clone(), Value::from(short(Some(value))))));
+    parameters
+}
+
+/// The numbers of a stage's result: all scores of an evaluation, and the last ones of a training. Where its files are gone, those that its
+/// record has.
+pub(in crate::cli) fn metrics(project: &Project, record: &Record) -> BTreeMap<String, f64> {
+    let folder = project.store.artifact(&record.artifact);
+    let mut found = BTreeMap::new();
+    if record.output == Scores::NAME {
+        let scores = scores(&folder);
+        let part = |name: &str| scores.as_ref()?.get(name)?.as_object().cloned();
+        let shown = part("adapter").or_else(|| part("base"));
+        let noted = || record.notes.clone().into_iter().collect();
+        for (name, value) in shown.unwrap_or_else(noted) {
+            if let Some(value) = value.as_f64() {
+                found.insert(name, value);
+            }
+        }
+        return found;
+    }
+    for log in curves::read(&folder) {
+        for (name, value) in log.values {
+            found.insert(name, value);
+        }
+    }
+    found
+}
+
+/// Whether a metric stands for its stage in a table that has no room for all.
+pub(in crate::cli) fn is_watched(name: &str) -> bool {
+    let metric = name.split_once('.').map_or(name, |(_, metric)| metric);
+    OF_TRAININGS.contains(&metric) || OF_EVALUATIONS.contains(&metric)
+}
+
+/// The names of parameters whose values are not the same in all of these runs.
+pub(in crate::cli) fn differing(runs: &[&RunInfo]) -> Vec<String> {
+    let names: BTreeSet<&String> = runs.iter().flat_map(|run| run.parameters.keys()).collect();
+    let differs = |name: &&String| {
+        let mut values = runs.iter().map(|run| run.parameters.get(*name));
+        let first = values.next().flatten();
+        values.any(|value| value != first)
+    };
+    names.into_iter().filter(differs).cloned().collect()
+}
