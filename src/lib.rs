@@ -7,6 +7,7 @@
 //! - [`data`] and [`text`]: Parquet tables; chat templates and tokenizers.
 //! - [`hub`]: the Hugging Face hub behind one struct.
 //! - [`remote`]: shared caches (folders, S3, Google Cloud Storage, Azure, HTTP) behind one struct.
+//! - [`inference`]: a model that answers prompts, for `chat` and `generate`.
 //! - [`stages`]: one file a kind of stage; the only place where the layers above meet.
 //! - [`recipe`]: YAML text to a typed recipe, with places for every error.
 //! - [`report`]: consumers of the engine's events (terminal, JSON lines).
@@ -16,6 +17,7 @@ pub mod cli;
 pub mod data;
 pub mod engine;
 pub mod hub;
+pub mod inference;
 pub mod ml;
 pub mod recipe;
 pub mod remote;

@@ -2,6 +2,7 @@
 //!
 //! This is the only place where the environment is read, where something is printed, and where a process ends.
 
+mod answering;
 mod args;
 mod commands;
 mod confine;
@@ -16,6 +17,7 @@ mod machine;
 mod project;
 mod remote;
 mod serve;
+mod target;
 mod tracking;
 mod trust;
 
@@ -74,6 +76,12 @@ enum Command {
     Graph(commands::graph::Args),
     /// Shows a stage's result: where it is, its record, and a look inside
     Show(commands::show::Args),
+    /// Talks to a model that a recipe made, or to one in a folder
+    Chat(commands::chat::Args),
+    /// Answers a file of prompts with a model, as JSON lines
+    Generate(commands::generate::Args),
+    /// Puts a result on the Hugging Face hub, with a card
+    Publish(commands::publish::Args),
     /// Makes a report to look at: stages, curves, scores, answers and data in one HTML file
     Report(commands::report::Args),
     /// Draws the curves of trainings as a picture
@@ -177,6 +185,9 @@ pub fn main() -> ExitCode {
         Command::Validate(args) => commands::validate::run(&args),
         Command::Graph(args) => commands::graph::run(&args),
         Command::Show(args) => commands::show::run(&args),
+        Command::Chat(args) => commands::chat::run(&args),
+        Command::Generate(args) => commands::generate::run(&args),
+        Command::Publish(args) => commands::publish::run(&args),
         Command::Report(args) => commands::report::run(&args),
         Command::Plot(args) => commands::plot::run(&args),
         Command::Metrics(args) => commands::metrics::run(&args),

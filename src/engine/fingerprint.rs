@@ -85,6 +85,14 @@ impl Fingerprint {
         Some(family.digest())
     }
 
+    /// The content digests of inputs and local files, by parameter.
+    pub fn contents(&self) -> BTreeMap<String, Digest> {
+        let leaves = self.leaves().into_iter();
+        leaves
+            .filter_map(|(path, leaf)| Some((path, content(&leaf)?.to_owned())))
+            .collect()
+    }
+
     /// Every scalar parameter by its path; a content digest counts as one scalar.
     pub(crate) fn leaves(&self) -> BTreeMap<String, Value> {
         let mut leaves = BTreeMap::new();

@@ -328,6 +328,10 @@ pub(super) struct Description {
     pub(super) sha: String,
     #[serde(default)]
     pub(super) siblings: Vec<Sibling>,
+    pub(super) private: Option<bool>,
+    /// The head of its card.
+    #[serde(rename = "cardData")]
+    pub(super) card: Option<serde_json::Map<String, serde_json::Value>>,
 }
 
 #[derive(Deserialize)]

@@ -14,7 +14,7 @@ use super::headers::{Facts, check_encoding, finish, text, told_wait};
 use super::http_error::HttpError;
 use super::{HubSettings, tls};
 
-const MAX_REDIRECTS: usize = 10;
+pub(super) const MAX_REDIRECTS: usize = 10;
 /// The longest sentence of a server that is passed on.
 const LONGEST_SENTENCE: usize = 300;
 
@@ -38,9 +38,9 @@ impl Reply {
 /// The HTTP client: hf-hub's headers on our own agents, because hf-hub's has no time limits.
 pub(super) struct Http {
     settings: HubSettings,
-    headers: HeaderMap<HeaderValue>,
-    authorization: Option<HeaderValue>,
-    endpoint: Endpoint,
+    pub(super) headers: HeaderMap<HeaderValue>,
+    pub(super) authorization: Option<HeaderValue>,
+    pub(super) endpoint: Endpoint,
     /// Made when first needed.
     agents: Mutex<BTreeMap<AgentKind, Agent>>,
 }
@@ -89,7 +89,7 @@ impl Http {
         self.authorization.is_some()
     }
 
-    fn agent(&self, origin: &Origin, for_file: bool) -> anyhow::Result<Agent> {
+    pub(super) fn agent(&self, origin: &Origin, for_file: bool) -> anyhow::Result<Agent> {
         let secure = origin.scheme == "https";
         let proxy = self.settings.proxies.for_host(&origin.scheme, &origin.host);
         let key = (secure, proxy.map(str::to_owned), for_file);
@@ -256,15 +256,7 @@ impl Http {
         {
             request = request.header(header::AUTHORIZATION, authorization);
         }
-        request.call().map_err(|error| match error {
-            ureq::Error::BadUri(_) | ureq::Error::Http(_) => {
-                HttpError::Malformed("it names an address that is none".into())
-            }
-            error => match tls::refusal(&error, &origin.host) {
-                Some(reason) => HttpError::Certificate(reason),
-                None => HttpError::Connection(error.to_string()),
-            },
-        })
+        request.call().map_err(|error| failure(&error, &origin))
     }
 
     /// A server's sentence as people may read it: no control characters, no end of a page, no token.
@@ -284,8 +276,21 @@ impl Http {
     }
 }
 
+/// The error of a request that brought no answer.
+pub(super) fn failure(error: &ureq::Error, origin: &Origin) -> HttpError {
+    match error {
+        ureq::Error::BadUri(_) | ureq::Error::Http(_) => {
+            HttpError::Malformed("it names an address that is none".into())
+        }
+        error => match tls::refusal(error, &origin.host) {
+            Some(reason) => HttpError::Certificate(reason),
+            None => HttpError::Connection(error.to_string()),
+        },
+    }
+}
+
 /// The error of an answer with another status than was asked for.
-fn status_error(status: u16, headers: &HeaderMap<HeaderValue>) -> HttpError {
+pub(super) fn status_error(status: u16, headers: &HeaderMap<HeaderValue>) -> HttpError {
     HttpError::Status {
         status,
         code: text(headers, "x-error-code").map(str::to_owned),
@@ -294,11 +299,15 @@ fn status_error(status: u16, headers: &HeaderMap<HeaderValue>) -> HttpError {
     }
 }
 
-fn too_many() -> HttpError {
+pub(super) fn too_many() -> HttpError {
     HttpError::Malformed(format!("it redirects more than {MAX_REDIRECTS} times"))
 }
 
-fn target(from: &Uri, status: u16, headers: &HeaderMap<HeaderValue>) -> Result<Uri, HttpError> {
+pub(super) fn target(
+    from: &Uri,
+    status: u16,
+    headers: &HeaderMap<HeaderValue>,
+) -> Result<Uri, HttpError> {
     text(headers, "location")
         .and_then(|target| follow(from, target))
         .ok_or_else(|| {

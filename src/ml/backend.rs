@@ -123,4 +123,10 @@ pub trait Decoder: Send {
     /// # Errors
     /// A sequence does not exist or would become too long, or an index is outside `tokens`.
     fn step(&mut self, tokens: &[Token], wanted: &[usize]) -> Result<Vec<f32>>;
+
+    /// Forgets what a text has behind its first `length` tokens.
+    ///
+    /// # Errors
+    /// A text that is not there or is shorter.
+    fn truncate(&mut self, text: usize, length: usize) -> Result<()>;
 }

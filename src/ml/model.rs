@@ -123,6 +123,20 @@ pub struct Cache {
     length: usize,
 }
 
+impl Cache {
+    /// Forgets what is behind the first `length` tokens, of at least so many.
+    pub(super) fn truncate(&mut self, length: usize) -> Result<()> {
+        for layer in &mut self.layers {
+            let kept = layer.take().filter(|_| length > 0);
+            if let Some((keys, values)) = kept {
+                *layer = Some((keys.narrow(2, 0, length)?, values.narrow(2, 0, length)?));
+            }
+        }
+        self.length = length;
+        Ok(())
+    }
+}
+
 /// What a forward pass keeps for its backward pass.
 pub struct Tape {
     ids: Tensor,

@@ -169,4 +169,14 @@ impl Decoder for CachedSequences<'_> {
         }
         Ok(all)
     }
+
+    fn truncate(&mut self, text: usize, length: usize) -> Result<()> {
+        match self.caches.get_mut(text) {
+            Some((has, cache)) if *has >= length => {
+                *has = length;
+                cache.truncate(length)
+            }
+            _ => bail!("there are no {length} tokens of text {text} to keep"),
+        }
+    }
 }

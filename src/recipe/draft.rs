@@ -15,13 +15,14 @@ use super::parameters::Parameters;
 use super::source_map::{RecipePath, SourceMap, SourceSpan, child, keys, lines};
 
 /// The keys a recipe may have.
-pub(crate) const TOP: [&str; 6] = [
+pub(crate) const TOP: [&str; 7] = [
     "version",
     "description",
     "vars",
     "defaults",
     "stages",
     "outputs",
+    "publish",
 ];
 /// Keys at the top that begin so are the user's own, such as values for YAML's anchors.
 const OWN: &str = "x-";

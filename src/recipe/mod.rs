@@ -15,6 +15,7 @@ mod hints;
 mod implied;
 pub mod outline;
 mod parameters;
+mod publish;
 mod read;
 mod reference;
 mod schema;
@@ -41,6 +42,7 @@ use crate::engine::{AnyStage, Handling, Kind};
 
 use draft::Draft;
 pub use error::{RecipeError, RecipeErrors};
+pub use publish::{PUBLISHED, Publish};
 pub use read::yaml;
 pub use reference::reference;
 pub use schema::schema;
@@ -72,6 +74,8 @@ pub struct Recipe {
     pub stages: Vec<RecipeStage>,
     /// What is put where for people to use, in the order of the recipe.
     pub outputs: Vec<Output>,
+    /// What is published where on the hub when somebody asks for it, in the order of the recipe.
+    pub publish: Vec<Publish>,
     vars: Vec<String>,
     source_map: SourceMap,
     order: Vec<usize>,
@@ -344,6 +348,7 @@ pub fn parse(
                 path,
             })
             .collect(),
+        publish: wired.publish,
         vars,
         source_map: draft.source_map,
         order: wired.order,

@@ -115,6 +115,7 @@ fn recipe(defaults: &Value, definitions: &Value) -> Value {
                 "additionalProperties": { "type": "string", "minLength": 1 },
                 "examples": [{ "merged": "out/my-model" }],
             },
+            "publish": publish(),
         },
         "patternProperties": {
             "^x-": { "description": "Yours: `pipeline` does not read it. A place for values that YAML's anchors repeat." },
@@ -137,6 +138,26 @@ fn recipe(defaults: &Value, definitions: &Value) -> Value {
         map.insert("$defs".to_owned(), definitions.clone());
     }
     schema
+}
+
+/// The section `publish`.
+fn publish() -> Value {
+    json!({
+        "description": "Where `pipeline publish` puts results: the name of a stage that makes a model, an adapter or a dataset, and a repository of the Hugging Face hub. `run` publishes nothing.",
+        "type": ["object", "null"],
+        "additionalProperties": {
+            "type": "object",
+            "properties": {
+                "repo": { "description": "The repository, as `owner/name`. It is made if it isn't there.", "type": "string", "minLength": 3 },
+                "private": { "description": "Whether only its owner may see it.", "type": "boolean", "default": false },
+                "revision": { "description": "The branch. It is made if it isn't there.", "type": "string", "minLength": 1, "default": "main" },
+                "license": { "description": "The licence, by the hub's word for it, such as `apache-2.0`. By default that of the base model.", "type": "string", "minLength": 1 },
+                "create_pr": { "description": "Whether the change is proposed instead of made.", "type": "boolean", "default": false },
+            },
+            "required": ["repo"],
+            "additionalProperties": false,
+        },
+    })
 }
 
 /// The parameters that a stage of the kind has to give.

@@ -62,18 +62,19 @@ fn check(draft: &Draft, recipe: &Value, steps: &RecipePath) -> Result<(), Refusa
     let top = names.next().flatten().unwrap_or_default();
     if !matches!(
         top,
-        "vars" | "defaults" | "stages" | "outputs" | "description"
+        "vars" | "defaults" | "stages" | "outputs" | "publish" | "description"
     ) || steps.len() < 2 && top != "description"
     {
         let hint = match hints::nearest(top, TOP) {
             Some(known) => format!("did you mean `{known}`?"),
-            None => "a path begins with `stages.`, `vars.` or `outputs.`".to_owned(),
+            None => "a path begins with `stages.`, `vars.`, `defaults.`, `outputs.` or `publish.`"
+                .to_owned(),
         };
         let message = format!("`{}` can not be set", display(steps));
         return Err((message, Some(hint)));
     }
     // What `defaults` may have is told where it is filled in.
-    if matches!(top, "defaults" | "outputs" | "description") {
+    if ["defaults", "outputs", "publish", "description"].contains(&top) {
         return Ok(());
     }
     let Some(Some(name)) = names.next() else {

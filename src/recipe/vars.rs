@@ -26,7 +26,7 @@ pub(crate) fn substitute(draft: &mut Draft, recipe: &mut Value) {
         }
         vars.insert(name, value.clone());
     }
-    for section in ["defaults", "stages", "outputs"] {
+    for section in ["defaults", "stages", "outputs", "publish"] {
         if let Some(value) = recipe.get_mut(section).filter(|value| has_dollar(value)) {
             walk(draft, &vars, &mut keys(&[section]), value);
         }

@@ -9,6 +9,7 @@ use crate::engine::topological_order;
 
 use super::draft::Draft;
 use super::hints;
+use super::publish::{self, Publish};
 use super::sentence::noun;
 use super::source_map::{RecipePath, parse};
 use super::stage::DraftStage;
@@ -18,6 +19,7 @@ pub(crate) struct Wired {
     pub(crate) stages: Vec<DraftStage>,
     /// Stage and path.
     pub(crate) outputs: Vec<(String, String)>,
+    pub(crate) publish: Vec<Publish>,
     /// Indices, producers first.
     pub(crate) order: Vec<usize>,
 }
@@ -29,9 +31,11 @@ pub(crate) fn wire(draft: &mut Draft, stages: Vec<DraftStage>, recipe: &Value) -
     }
     let order = order(draft, &stages);
     let outputs = outputs(draft, &stages, recipe);
+    let publish = publish::read(draft, &stages, recipe);
     Wired {
         stages,
         outputs,
+        publish,
         order,
     }
 }

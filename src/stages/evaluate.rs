@@ -1,9 +1,9 @@
-//! `evaluate`: how well a model prefers the chosen answers, with and without an adapter.
+//! `evaluate`: how well a model prefers the chosen answers, or predicts the only ones, with and without an adapter.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, anyhow};
+use anyhow::{Context as _, anyhow, ensure};
 use candle_core::Device;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -16,11 +16,12 @@ use crate::engine::{Context, Implied, Input, Problem, Stage};
 use crate::ml::adapter::{Adapter as LoraAdapter, FILE};
 use crate::ml::execution::Execution;
 use crate::ml::generate;
+use crate::ml::generation_config::stop_ids;
 use crate::ml::io::finite;
 use crate::ml::loss::dpo::Dpo;
 use crate::ml::loss::orpo::Orpo;
+use crate::ml::loss::sft::Sft;
 use crate::ml::loss::{Loss, Metrics};
-use crate::ml::model::arch::Arch;
 use crate::ml::model::batch::Row;
 use crate::ml::model::linear::Pass;
 use crate::ml::model::{CausalLm, Trained, tied};
@@ -29,8 +30,10 @@ use crate::ml::train::evaluate::{self, NotFinite};
 use crate::ml::train::{Passes, ReferenceModel, compute_dtype};
 use crate::text::tokenizer::Tokenizer;
 
-/// Scores a model on preference rows: `scores.json` has TRL's numbers, and `answers.jsonl` has the model's answers to the first
-/// prompts.
+/// Scores a model on rows: `scores.json` with TRL's numbers, and `answers.jsonl` with greedy answers to the first prompts.
+///
+/// Preference rows are scored by how well the model prefers the chosen answers. Rows without `rejected` are scored by how well it
+/// predicts the answers: `loss` is the mean negative log-likelihood of their tokens, and `perplexity` its exponential.
 ///
 /// With `adapter`, the base alone and the base with the adapter are scored, and the differences stand beside them.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -44,7 +47,7 @@ pub struct Evaluate {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("examples" = ["tuned"]))]
     adapter: Option<Input<Adapter>>,
-    /// The preference rows to score.
+    /// The rows to score: preferences, or one answer each.
     #[schemars(extend("examples" = ["tokens"]))]
     dataset: Input<Tokens>,
     /// The split to read. By default it is `test`, or `train` where there is no `test`.
@@ -56,7 +59,7 @@ pub struct Evaluate {
     #[schemars(extend("minimum" = 1))]
     #[schemars(extend("examples" = [2]))]
     per_device_eval_batch_size: usize,
-    /// The loss whose numbers stand in the scores beside the general ones; `orpo` if it isn't given.
+    /// The loss whose numbers the scores of preferences have beside the general ones, by default `orpo`.
     #[serde(default, skip_serializing_if = "ScoredLoss::is_default")]
     loss: ScoredLoss,
     /// The reference model of `loss: dpo`. By default it is `model` without the adapter.
@@ -167,6 +170,31 @@ impl Evaluate {
         })
     }
 
+    /// Whether the rows are preferences; an error where some are and others are not, or an answer is empty.
+    fn check_rows(&self, rows: &[Row], split: &str) -> anyhow::Result<bool> {
+        let prefers = rows.iter().any(|row| row.rejected.is_some());
+        let answered = |ids: Option<&Vec<u32>>| ids.is_some_and(|ids| !ids.is_empty());
+        for (number, row) in rows.iter().enumerate() {
+            let number = number + 1;
+            if prefers {
+                ensure!(
+                    answered(Some(&row.chosen)) && answered(row.rejected.as_ref()),
+                    "row {number} of the split `{split}` lacks a chosen or rejected answer; `evaluate` compares the two"
+                );
+            }
+            // The first token of a text has nothing that it could be predicted from.
+            ensure!(
+                !row.chosen.is_empty() && row.prompt.len() + row.chosen.len() > 1,
+                "row {number} of the split `{split}` has no answer to predict"
+            );
+        }
+        ensure!(
+            prefers || self.loss == ScoredLoss::Orpo,
+            "the rows of the split `{split}` have no rejected answers, which `loss: dpo` compares with; without `loss` the answers alone are scored"
+        );
+        Ok(prefers)
+    }
+
     fn answers(
         &self,
         cx: &Context,
@@ -210,23 +238,33 @@ impl Evaluate {
     }
 }
 
-/// The ids that end an answer besides that of the rows' chat template: those in `config.json` and `generation_config.json`.
-pub(super) fn stop_ids(folder: &Path, config: &Arch) -> anyhow::Result<Vec<u32>> {
-    let mut stops = config.eos_token_ids.clone();
-    let path = folder.join("generation_config.json");
-    if path.is_file() {
-        let read = || -> anyhow::Result<serde_json::Value> {
-            Ok(serde_json::from_slice(&fs::read(&path)?)?)
+/// The outcome in a sentence.
+fn told(prefers: bool, rows: usize, base: &Metrics, with_adapter: Option<&Metrics>) -> String {
+    let of = |metrics: &Metrics, name: &str| metrics.get(name).copied().unwrap_or(f64::NAN);
+    if prefers {
+        let accuracy = |metrics| 100. * of(metrics, "rewards/accuracies");
+        let prefers = "the chosen answer is preferred in";
+        return match with_adapter {
+            Some(with) => format!(
+                "{prefers} {:.0} % of {rows} rows with the adapter, in {:.0} % without",
+                accuracy(with),
+                accuracy(base)
+            ),
+            None => format!("{prefers} {:.0} % of {rows} rows", accuracy(base)),
         };
-        let value = read().with_context(|| format!("could not read `{}`", path.display()))?;
-        let eos = value.get("eos_token_id");
-        let many = eos.and_then(serde_json::Value::as_array);
-        let all = many.map_or_else(|| eos.into_iter().collect(), |many| many.iter().collect());
-        let all: Vec<&serde_json::Value> = all;
-        let ids = all.into_iter().filter_map(serde_json::Value::as_u64);
-        stops.extend(ids.filter_map(|id| u32::try_from(id).ok()));
     }
-    Ok(stops)
+    let perplexity = |metrics| of(metrics, "perplexity");
+    match with_adapter {
+        Some(with) => format!(
+            "the answers of {rows} rows have a perplexity of {:.3} with the adapter, of {:.3} without",
+            perplexity(with),
+            perplexity(base)
+        ),
+        None => format!(
+            "the answers of {rows} rows have a perplexity of {:.3}",
+            perplexity(base)
+        ),
+    }
 }
 
 /// Says which split's rows have scores that are no numbers, or that answers can't be made, and which tensor is to blame.
@@ -293,14 +331,7 @@ impl Stage for Evaluate {
         let (config, weights) = tied::open(folder)?;
         let split = self.split(dataset)?;
         let rows = rows(dataset, &split, config.vocab_size)?;
-        let answered = |ids: Option<&Vec<u32>>| ids.is_some_and(|ids| !ids.is_empty());
-        for (number, row) in rows.iter().enumerate() {
-            anyhow::ensure!(
-                answered(Some(&row.chosen)) && answered(row.rejected.as_ref()),
-                "row {} of the split `{split}` lacks a chosen or rejected answer; `evaluate` compares the two",
-                number + 1
-            );
-        }
+        let prefers = self.check_rows(&rows, &split)?;
         let adapter = match &self.adapter {
             Some(adapter) => Some(LoraAdapter::load(cx.input(adapter)?)?),
             None => None,
@@ -329,7 +360,13 @@ impl Stage for Evaluate {
             None => None,
         };
         let reference = reference.as_ref().map(Execution::fastest);
-        let loss = self.loss.loss(self.beta);
+        let loss: Box<dyn Loss> = if prefers {
+            self.loss.loss(self.beta)
+        } else {
+            Box::new(Sft {
+                completion_only: true,
+            })
+        };
         let passes = Passes {
             execution: &execution,
             loss: &*loss,
@@ -348,10 +385,15 @@ impl Stage for Evaluate {
         let total = Some((rows.len() * times) as u64);
         let score = |pass, before: usize| {
             let size = self.per_device_eval_batch_size;
-            let scores = evaluate::preferences(&passes, &rows, size, pad, pass, &mut |done| {
+            let mut report = |done| {
                 cx.progress((before + done) as u64, total, "rows");
                 cx.check_cancelled()
-            });
+            };
+            let scores = if prefers {
+                evaluate::preferences(&passes, &rows, size, pad, pass, &mut report)
+            } else {
+                evaluate::completions(&passes, &rows, size, pad, pass, &mut report)
+            };
             scores.map_err(|error| explain(error, &model, self.fp16, &split, &sources))
         };
         let (base, base_rows) = score(Pass::BASE, 0)?;
@@ -370,25 +412,15 @@ impl Stage for Evaluate {
             pairs.map(|((name, a), (_, b))| (*name, a - b)).collect()
         });
         let shown = with_adapter.as_ref().unwrap_or(&base);
-        for name in ["rewards/accuracies", "margin", "perplexity"] {
+        let names: &[&str] = if prefers {
+            &["rewards/accuracies", "margin", "perplexity"]
+        } else {
+            &["loss", "mean_token_accuracy", "perplexity"]
+        };
+        for name in names {
             cx.note(name, shown.get(name));
         }
-        let accuracy = |scores: &Metrics| {
-            100. * scores
-                .get("rewards/accuracies")
-                .copied()
-                .unwrap_or(f64::NAN)
-        };
-        let prefers = "the chosen answer is preferred in";
-        cx.info(match &with_adapter {
-            Some(with) => format!(
-                "{prefers} {:.0} % of {} rows with the adapter, in {:.0} % without",
-                accuracy(with),
-                rows.len(),
-                accuracy(&base)
-            ),
-            None => format!("{prefers} {:.0} % of {} rows", accuracy(&base), rows.len()),
-        });
+        cx.info(told(prefers, rows.len(), &base, with_adapter.as_ref()));
         let report = Report {
             split,
             rows: rows.len(),

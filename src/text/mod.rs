@@ -17,5 +17,6 @@ mod llama3_split;
 pub mod preference;
 mod rendered;
 pub mod template;
+pub mod text_stream;
 pub mod tokenizer;
 pub mod turn_end;

@@ -3,6 +3,7 @@
 mod manners;
 mod mirrors;
 mod proxies;
+mod publishing;
 mod refusals;
 mod tls;
 

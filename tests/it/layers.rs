@@ -32,7 +32,7 @@ const COMMON: [&str; 7] = [
     "thiserror",
 ];
 
-const LAYERS: [Layer; 10] = [
+const LAYERS: [Layer; 11] = [
     Layer {
         name: "engine",
         layers: &[],
@@ -139,6 +139,11 @@ const LAYERS: [Layer; 10] = [
         ],
     },
     Layer {
+        name: "inference",
+        layers: &["ml", "text"],
+        crates: &["candle_core", "chrono", "minijinja"],
+    },
+    Layer {
         name: "recipe",
         layers: &["engine"],
         crates: &["schemars", "serde_yaml", "strsim"],
@@ -166,7 +171,16 @@ const LAYERS: [Layer; 10] = [
     Layer {
         name: "cli",
         layers: &[
-            "engine", "ml", "data", "text", "hub", "stages", "recipe", "remote", "report",
+            "engine",
+            "ml",
+            "data",
+            "text",
+            "hub",
+            "stages",
+            "inference",
+            "recipe",
+            "remote",
+            "report",
         ],
         crates: &[
             "anstream",
@@ -180,6 +194,8 @@ const LAYERS: [Layer; 10] = [
             "dialoguer",
             "open",
             "pipeline_kernels",
+            "regex",
+            "rustyline",
             "rustix",
             "serde_yaml",
             "similar",

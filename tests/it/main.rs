@@ -9,6 +9,8 @@ mod bounds;
 #[cfg(test)]
 mod changes;
 #[cfg(test)]
+mod chat;
+#[cfg(test)]
 mod commands;
 #[cfg(test)]
 mod data_cases;
@@ -63,6 +65,8 @@ mod pins;
 mod preview;
 #[cfg(test)]
 mod processor;
+#[cfg(test)]
+mod publish;
 #[cfg(test)]
 mod remote;
 #[cfg(test)]

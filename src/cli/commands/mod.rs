@@ -1,11 +1,13 @@
 //! The subcommands, one file each.
 
 pub(super) mod cache;
+pub(super) mod chat;
 pub(super) mod completions;
 pub(super) mod diff;
 pub(super) mod doctor;
 pub(super) mod estimate;
 pub(super) mod gc;
+pub(super) mod generate;
 pub(super) mod graph;
 pub(super) mod history;
 pub(super) mod import;
@@ -19,6 +21,7 @@ pub(super) mod metrics;
 pub(super) mod plan;
 pub(super) mod plot;
 pub(super) mod preview;
+pub(super) mod publish;
 pub(super) mod reference;
 pub(super) mod report;
 pub(super) mod run;

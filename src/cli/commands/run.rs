@@ -293,6 +293,17 @@ pub(in crate::cli) fn on_interrupt(act: impl FnMut() + Send + 'static) -> anyhow
     listening.context("could not listen to Ctrl-C")
 }
 
+/// The first Ctrl-C (or SIGTERM) is remembered in `cancel`; the second ends the process.
+pub(in crate::cli) fn stop_waiting_on_interrupt(cancel: &Arc<AtomicBool>) -> anyhow::Result<()> {
+    let cancel = Arc::clone(cancel);
+    on_interrupt(move || {
+        if cancel.swap(true, Ordering::Relaxed) {
+            #[expect(clippy::exit, reason = "the user asked twice")]
+            std::process::exit(130);
+        }
+    })
+}
+
 /// The first Ctrl-C (or SIGTERM) lets stages stop by themselves, and is answered if `answers`; the second ends the process, which the
 /// store survives.
 pub(in crate::cli) fn stop_on_signal(

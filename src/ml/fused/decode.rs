@@ -60,6 +60,20 @@ impl Entries {
         }
     }
 
+    /// Forgets all but so many numbers of each.
+    fn truncate(&mut self, count: usize) {
+        match self {
+            Self::F32(keys, values) => {
+                keys.truncate(count);
+                values.truncate(count);
+            }
+            Self::Bf16(keys, values) => {
+                keys.truncate(count);
+                values.truncate(count);
+            }
+        }
+    }
+
     /// A range of the keys and the same range of the values.
     fn span(&self, span: Range<usize>) -> (Cached<'_>, Cached<'_>) {
         match self {
@@ -457,6 +471,19 @@ impl backend::Decoder for Decoder<'_> {
         }]);
         self.round(&mut logits);
         Ok(logits)
+    }
+
+    fn truncate(&mut self, text: usize, length: usize) -> Result<()> {
+        let width = self.model.arch.head_dim;
+        let found = self.sequences.get_mut(text);
+        let Some(text) = found.filter(|text| text.length >= length) else {
+            bail!("there are no {length} tokens of text {text} to keep");
+        };
+        text.length = length;
+        for entries in &mut text.cache {
+            entries.truncate(length * width);
+        }
+        Ok(())
     }
 }
 

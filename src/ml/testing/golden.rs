@@ -11,12 +11,14 @@ use crate::ml::fused::Packing;
 use crate::ml::generate;
 use crate::ml::io::weights::Weights;
 use crate::ml::loss::orpo::Orpo;
+use crate::ml::loss::sft::Sft;
 use crate::ml::loss::{Loss, Outcome};
 use crate::ml::model::arch::{Arch, Llama3Scaling, Rope};
 use crate::ml::model::batch::{Batch, Row, Sequence};
 use crate::ml::model::linear::Pass;
 use crate::ml::model::{CausalLm, Gradients, Trained};
 use crate::ml::testing::losses;
+use crate::ml::train::{Passes, ReferenceModel, evaluate};
 
 pub(crate) fn folder(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
@@ -452,5 +454,50 @@ fn greedy_tokens_are_those_of_transformers() {
         )
         .unwrap();
         assert_eq!(stopped[1], alone[0]);
+    }
+}
+
+#[test]
+fn answers_are_as_probable_as_in_transformers() {
+    let text = std::fs::read_to_string(folder("sampling/completions.json")).unwrap();
+    let golden: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let ids =
+        |value: &serde_json::Value| -> Vec<u32> { serde_json::from_value(value.clone()).unwrap() };
+    let rows: Vec<Row> = golden["rows"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|row| Row {
+            prompt: ids(&row["prompt"]),
+            chosen: ids(&row["chosen"]),
+            ..Row::default()
+        })
+        .collect();
+    let model = model("model", Some("adapter_final"), Trained::Nothing, DType::F32);
+    for kind in [Kind::Reference, Kind::default()] {
+        let execution = Execution::new(&model, kind);
+        let passes = Passes {
+            execution: &execution,
+            loss: &Sft {
+                completion_only: true,
+            },
+            reference: ReferenceModel::None,
+        };
+        for (name, pass) in [("base", Pass::BASE), ("tuned", Pass::INFER)] {
+            for batch_size in [1, 3, 8] {
+                let found =
+                    evaluate::completions(&passes, &rows, batch_size, 1023, pass, &mut |_| Ok(()));
+                let (found, _) = found.unwrap();
+                for metric in ["loss", "entropy", "mean_token_accuracy"] {
+                    let expected = golden[name][metric].as_f64().unwrap();
+                    let far = (found[metric] - expected).abs();
+                    assert!(
+                        far < 2e-6 * expected.abs().max(1.),
+                        "{kind:?} {name} {metric}: {far}"
+                    );
+                }
+                assert!((found["perplexity"].ln() - found["loss"]).abs() < 1e-12);
+            }
+        }
     }
 }

@@ -223,6 +223,84 @@ fn by_row(
     Ok(scores)
 }
 
+/// Scores rows of one answer each, `batch_size` at a time, as if all rows were one micro-batch of the loss ([`crate::ml::loss::sft::Sft`]):
+/// its metrics, and its value, the mean negative log-likelihood of all counted tokens in nats, as `loss`; beside them `perplexity`. The second
+/// value has them by row, for intervals.
+///
+/// `report` is called with the number of rows done, and may stop with an error.
+///
+/// # Errors
+/// A [`NotFinite`] with the rows of a batch where a score is NaN or infinite.
+pub fn completions(
+    passes: &Passes<'_>,
+    rows: &[Row],
+    batch_size: usize,
+    pad: u32,
+    pass: Pass,
+    report: &mut dyn FnMut(usize) -> anyhow::Result<()>,
+) -> anyhow::Result<(Metrics, RowScores)> {
+    ensure!(!rows.is_empty(), "there are no rows to evaluate");
+    let mut sorted: Vec<(usize, &Row)> = rows.iter().enumerate().collect();
+    sorted.sort_by_key(|(_, row)| row.prompt.len() + row.chosen.len());
+    let mut all = vec![BySequence::default(); rows.len()];
+    let mut done = 0;
+    for numbered in sorted.chunks(batch_size.max(1)) {
+        let rows: Vec<&Row> = numbered.iter().map(|(_, row)| *row).collect();
+        let batch = passes.loss.batch(&rows, pad)?;
+        let targets = passes.loss.targets(&batch);
+        let scores = passes.score(&batch, &targets, pass)?;
+        let mut odd = BTreeSet::new();
+        for (index, target) in targets.iter().enumerate() {
+            let logp = scores.logps[index];
+            if !logp.is_finite() {
+                odd.extend(numbered.get(target.row).map(|(number, _)| *number));
+            }
+            let sequence = &mut all[done + target.row];
+            sequence.logps.push(logp);
+            if let Some(stats) = &scores.token_stats {
+                sequence.stats.push(stats[index]);
+            }
+        }
+        if !odd.is_empty() {
+            bail!(NotFinite {
+                rows: odd.into_iter().collect()
+            });
+        }
+        done += rows.len();
+        report(done)?;
+    }
+    let tokens: Vec<f64> = all.iter().map(|one| one.logps.len() as f64).collect();
+    let by_token = |sums: Vec<f64>, exponential| RowScore {
+        numerators: sums,
+        denominators: tokens.clone(),
+        exponential,
+    };
+    let nll: Vec<f64> = all
+        .iter()
+        .map(|one| -one.logps.iter().sum::<f64>())
+        .collect();
+    let mut scores = RowScores::from([
+        ("loss", by_token(nll.clone(), false)),
+        ("perplexity", by_token(nll, true)),
+    ]);
+    if all.iter().all(|one| !one.stats.is_empty()) {
+        let sums = |mean: fn(&[TokenStats]) -> f64| -> Vec<f64> {
+            let pairs = all.iter().zip(&tokens);
+            pairs
+                .map(|(one, tokens)| mean(&one.stats) * tokens)
+                .collect()
+        };
+        let entropy = by_token(sums(TokenStats::mean_entropy), false);
+        let accuracy = by_token(sums(TokenStats::accuracy), false);
+        scores.extend([("entropy", entropy), ("mean_token_accuracy", accuracy)]);
+    }
+    let metrics = scores
+        .iter()
+        .map(|(name, score)| (*name, score.value(0..rows.len())))
+        .collect();
+    Ok((metrics, scores))
+}
+
 /// The scores of one sequence, by its targets.
 #[derive(Debug, Clone, Default)]
 struct BySequence {

@@ -11,7 +11,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use super::arguments::TrainingArguments;
 use super::estimate::estimate;
 use super::inputs::Inputs;
-use super::method::{Common, Method};
+use super::method::Method;
 use super::run::run;
 use crate::engine::{
     Artifact, Context, Estimate, Implied, ParseError, Position, Problem, Stage, read_side_by_side,

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use super::*;
 use crate::engine::{Level, Stage};
+use crate::ml::generation_config::stop_ids;
 use crate::ml::testing::golden;
-use crate::stages::evaluate::stop_ids;
 use crate::stages::model::merge::Merge;
 use crate::stages::train::tests::write_tokens;
 use crate::stages::train::train_sft::TrainSft;

@@ -48,6 +48,16 @@ enum Order {
     Mirror {
         without: Vec<String>,
     },
+    /// From which size on large files are sent in parts, and of which size these are.
+    Multipart {
+        threshold: u64,
+        chunk: u64,
+    },
+    /// The hashes of the files of a branch.
+    Files {
+        repo: String,
+        branch: String,
+    },
     /// How many requests there were.
     Requests {},
 }
@@ -105,6 +115,16 @@ pub(crate) fn obey(hub: &HubServer, line: &str) -> Result<Value, String> {
                 no_redirects: has("redirects"),
                 no_lengths: has("lengths"),
             });
+        }
+        Order::Multipart { threshold, chunk } => hub.multipart(threshold, chunk),
+        Order::Files { repo, branch } => {
+            let files = hub.files(&repo, &branch);
+            let files = files.ok_or_else(|| format!("no {branch} of {repo}"))?;
+            let hashes: BTreeMap<&String, String> = files
+                .iter()
+                .map(|(path, bytes)| (path, super::sha256(bytes)))
+                .collect();
+            return Ok(json!({ "files": hashes }));
         }
         Order::Requests {} => return Ok(json!({ "requests": hub.requests().len() })),
     }

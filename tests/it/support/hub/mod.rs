@@ -9,6 +9,7 @@ pub(crate) mod alone;
 mod api;
 mod files;
 mod wire;
+mod write;
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -20,6 +21,8 @@ use sha1::Digest as _;
 
 /// The token that opens gated repositories here.
 pub(crate) const TOKEN: &str = "hf_opens_everything";
+/// A token that may only read.
+pub(crate) const READER: &str = "hf_only_reads_things";
 
 /// How a repository greets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -150,6 +153,14 @@ struct State {
     cdn: String,
     /// A name and a password that a proxy before the hub asks for.
     login: Option<String>,
+    /// Large files that were sent, by their hash.
+    store: BTreeMap<String, Arc<Vec<u8>>>,
+    /// Parts of those on their way.
+    parts: BTreeMap<String, BTreeMap<u32, Vec<u8>>>,
+    /// From which size on a large file is sent in parts, and the size of those.
+    multipart: (u64, u64),
+    /// Whether it makes an open repository where a private one is asked for.
+    ignores_private: bool,
 }
 
 /// The hub. It lives until the test process ends.
@@ -173,6 +184,7 @@ impl HubServer {
     fn listen(tls: Option<&Arc<ServerConfig>>, host: &str) -> Self {
         let state = Arc::new(Mutex::new(State {
             page: 1000,
+            multipart: (5 << 30, 5 << 30),
             ..State::default()
         }));
         let endpoint = listen(&state, false, tls, host);
@@ -249,6 +261,39 @@ impl HubServer {
     /// Lists so many entries of a tree at a time.
     pub(crate) fn page(&self, entries: usize) {
         self.state.lock().unwrap().page = entries;
+    }
+
+    /// Sends large files above `threshold` bytes in parts of `chunk` bytes.
+    pub(crate) fn multipart(&self, threshold: u64, chunk: u64) {
+        self.state.lock().unwrap().multipart = (threshold, chunk);
+    }
+
+    /// Makes an open repository where a private one is asked for, as a hub that does not know the setting.
+    pub(crate) fn ignore_private(&self) {
+        self.state.lock().unwrap().ignores_private = true;
+    }
+
+    /// The files of a branch of `models/owner/name` or `datasets/owner/name`, if there is one.
+    pub(crate) fn files(&self, repo: &str, branch: &str) -> Option<BTreeMap<String, Vec<u8>>> {
+        let state = self.state.lock().unwrap();
+        let repository = state.repositories.get(repo)?;
+        let files = &repository.commits[repository.branches.get(branch)?];
+        let plain = files.iter();
+        Some(
+            plain
+                .map(|(path, file)| (path.clone(), file.bytes.to_vec()))
+                .collect(),
+        )
+    }
+
+    /// How many commits a repository has.
+    pub(crate) fn commits(&self, repo: &str) -> usize {
+        self.state.lock().unwrap().repositories[repo].commits.len()
+    }
+
+    /// Whether a repository is private.
+    pub(crate) fn is_private(&self, repo: &str) -> bool {
+        self.state.lock().unwrap().repositories[repo].gate == Gate::Private
     }
 
     /// Asks everybody for a name and a password (`name:password`), as a proxy before a hub does.

@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::sync::{Arc, Mutex};
 
-use super::{Asked, Fault, State, api, files};
+use super::{Asked, Fault, State, api, files, write};
 
 /// One request.
 pub(super) struct Request {
@@ -96,10 +96,13 @@ pub(super) fn converse(
     while let Some(request) = read(&mut reader)? {
         let (answer, fault) = {
             let mut state = state.lock().unwrap();
-            let answer = if cdn {
-                files::from_cdn(&state, &request)
-            } else {
-                answer(&state, &request)
+            let fault = refusal(&mut state, &request);
+            let answer = match (&fault, cdn) {
+                // Whatever it brings is not taken.
+                (Some(_), _) => Answer::text(500, ""),
+                (None, true) if request.method == "PUT" => write::put(&mut state, &request),
+                (None, true) => files::from_cdn(&state, &request),
+                (None, false) => answer(&mut state, &request),
             };
             state.requests.push(Asked {
                 method: request.method.clone(),
@@ -109,7 +112,7 @@ pub(super) fn converse(
                 cdn,
                 file: answer.file.clone().filter(|_| request.method == "GET"),
             });
-            let fault = fault(&mut state, &request, &answer);
+            let fault = fault.or_else(|| self::fault(&mut state, &request, &answer));
             (answer, fault)
         };
         if !send(&mut reader, &request, answer, fault.as_ref())? {
@@ -119,7 +122,7 @@ pub(super) fn converse(
     Ok(())
 }
 
-fn answer(state: &State, request: &Request) -> Answer {
+fn answer(state: &mut State, request: &Request) -> Answer {
     if request.header("host").is_none() {
         return Answer::text(400, "no host");
     }
@@ -127,6 +130,10 @@ fn answer(state: &State, request: &Request) -> Answer {
     if state.login.is_some() && state.login.as_deref() != login.strip_prefix("Basic ") {
         return Answer::text(401, "<html>who are you?</html>")
             .with("WWW-Authenticate", "Basic realm=\"mirror\"");
+    }
+    let checked = api::check_token(state, request);
+    if let (Ok(()), Some(answer)) = (checked, write::answer(state, request)) {
+        return answer;
     }
     let answer = match request.path().strip_prefix("/api/") {
         Some(rest) if !rest.starts_with("resolve-cache/") => api::answer(state, request, rest),
@@ -136,6 +143,23 @@ fn answer(state: &State, request: &Request) -> Answer {
     answer
         .with("RateLimit", "\"api\";r=499;t=297")
         .with("RateLimit-Policy", "\"fixed window\";\"api\";q=500;w=300")
+}
+
+/// What goes wrong with a request that would change something, before it does.
+fn refusal(state: &mut State, request: &Request) -> Option<Fault> {
+    if !["POST", "PUT"].contains(&request.method.as_str()) {
+        return None;
+    }
+    let concerns =
+        |part: &str, fault: &Fault| !fault.is_of_a_body() && request.target.contains(part);
+    let found = state
+        .faults
+        .iter_mut()
+        .find(|(part, fault, left)| *left > 0 && concerns(part, fault));
+    found.map(|(_, fault, left)| {
+        *left -= 1;
+        fault.clone()
+    })
 }
 
 fn fault(state: &mut State, request: &Request, answer: &Answer) -> Option<Fault> {

@@ -1,0 +1,102 @@
+//! `chat`: a conversation with a model that a recipe made, or with a folder.
+
+mod columns;
+mod input;
+mod session;
+
+use std::io::IsTerminal as _;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use self::input::Input;
+use self::session::{Session, Side};
+use super::run::on_interrupt;
+use crate::cli::answering::AnswerArgs;
+use crate::cli::target::TargetArgs;
+use crate::cli::{Failure, eprint_rendered, error};
+use crate::inference::Voice;
+use crate::ml::execution::Execution;
+use crate::report::style::{BOLD, DIM, paint};
+
+#[derive(clap::Args)]
+#[command(after_help = "Examples:
+  pipeline chat recipe.yaml                 the last model or adapter that the recipe made
+  pipeline chat recipe.yaml tuned --compare the adapter's answers beside those of its base
+  pipeline chat out/merged --temperature 0.7 --system 'Be brief.'
+  echo 'Why is the sky blue?' | pipeline chat out/merged
+
+At a terminal /help lists what can be done in a conversation; Ctrl-C ends an answer, Ctrl-D the conversation. From a pipe each line is
+what the user says next.")]
+pub(in crate::cli) struct Args {
+    #[command(flatten)]
+    target: TargetArgs,
+    /// What the system says first
+    #[arg(long, value_name = "TEXT")]
+    system: Option<String>,
+    /// Answers without the training, too: by the adapter's base, or by the model that the stage began with
+    #[arg(long)]
+    compare: bool,
+    #[command(flatten)]
+    answers: AnswerArgs,
+}
+
+/// What Ctrl-C is told.
+#[derive(Debug, Default)]
+struct Signals {
+    /// Whether an answer is on its way.
+    answering: AtomicBool,
+    /// Whether it was interrupted.
+    interrupted: AtomicBool,
+}
+
+pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
+    let target = args.target.open()?;
+    let (tuned, base) = args.answers.load_sides(&target, args.compare)?;
+    if !tuned.has_template() {
+        let message = format!(
+            "`{}` has no chat template, so it can't hold a conversation",
+            target.name
+        );
+        let hint =
+            "give one with `--template FILE`, or go on with texts by `pipeline generate --raw`";
+        return Err(Failure::Usage(error::with_hint(&message, hint)));
+    }
+    let execution = Execution::fastest(tuned.model());
+    let base_execution = base.as_ref().map(|base| Execution::fastest(base.model()));
+    let options = args.answers.options(tuned.generation())?;
+    let mut sides = Vec::new();
+    if args.compare {
+        let voice = match (&base, &base_execution) {
+            (Some(base), Some(execution)) => Voice::new(base, execution, false, 1, options.clone()),
+            _ => Voice::new(&tuned, &execution, true, 1, options.clone()),
+        };
+        sides.push(Side::new("base", voice?));
+    }
+    let voice = Voice::new(&tuned, &execution, false, 1, options)?;
+    sides.push(Side::new("tuned", voice));
+    let signals = Arc::new(Signals::default());
+    let told = Arc::clone(&signals);
+    let at_terminal = std::io::stdin().is_terminal() && std::io::stdout().is_terminal();
+    on_interrupt(move || {
+        let answering = told.answering.load(Ordering::Relaxed);
+        let again = told.interrupted.swap(true, Ordering::Relaxed);
+        // At a terminal the line editor hears of it where nothing is answered.
+        if answering && again || !answering && !at_terminal {
+            #[expect(
+                clippy::exit,
+                reason = "there is no answer to end, or the user asked twice"
+            )]
+            std::process::exit(130);
+        }
+    })?;
+    if at_terminal {
+        let sampling = session::described(sides[0].voice.options());
+        eprint_rendered(&format!(
+            "{} {}\n",
+            paint(BOLD, &target.name),
+            paint(DIM, &format!("({sampling}) /help for help"))
+        ));
+    }
+    let mut session = Session::new(sides, args.system.clone(), at_terminal, signals);
+    session.run(&mut Input::new(at_terminal)?)
+}
