@@ -182,8 +182,9 @@ fn config(planned: &Planned<'_>) -> Option<(String, Value)> {
     if !about.is_file() || about.len() > LONGEST_CONFIG {
         return None;
     }
-    let config = serde_json::from_slice(&std::fs::read(path).ok()?).ok()?;
-    Some((written.clone(), config))
+    // What is no map is for the stage to refuse.
+    let config: Value = serde_json::from_slice(&std::fs::read(path).ok()?).ok()?;
+    config.is_object().then(|| (written.clone(), config))
 }
 
 fn model_type(config: &Value) -> Option<&str> {
