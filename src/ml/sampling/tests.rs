@@ -1,3 +1,5 @@
+//! Tests of sampling: every processor beside transformers' scores, and the distribution that is drawn from.
+
 use serde_json::Value;
 
 use super::*;
