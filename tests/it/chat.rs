@@ -523,11 +523,15 @@ impl AtTerminal {
 #[test]
 fn at_a_terminal_ctrl_c_ends_an_answer_and_not_the_conversation() {
     let project = project();
-    // Room for an answer that does not end by itself meanwhile.
-    let config = project.read("model/config.json");
-    let mut config: Value = serde_json::from_str(&config).unwrap();
-    config["max_position_embeddings"] = 131_072.into();
-    project.write("model/config.json", &config.to_string());
+    // An answer that does not end by itself meanwhile: there is room, and no token ends it.
+    for file in ["model/config.json", "model/generation_config.json"] {
+        let mut config: Value = serde_json::from_str(&project.read(file)).unwrap();
+        config["eos_token_id"] = serde_json::json!([]);
+        if file == "model/config.json" {
+            config["max_position_embeddings"] = 131_072.into();
+        }
+        project.write(file, &config.to_string());
+    }
     let chat = ["chat", "model", "--max-new-tokens", "100000"];
     let mut terminal = AtTerminal::start(&project, &chat);
     terminal.wait_for("/help for help");
