@@ -77,8 +77,7 @@ fn a_wrong_default_is_told_once_and_where_it_stands() {
     wrong(
         &text,
         &[
-            "r.yaml:5:26: unknown parameter `lr` of `train_toy` (`train_toy` takes `dataset`, `beta`, `fp16`, `logging_steps`, `lora`, \
-             `lr_scheduler_type`, `model`, `per_device_train_batch_size`, `seed` and `target_modules`)",
+            "r.yaml:5:26: unknown parameter `lr` of `train_toy` (`pipeline kinds train_toy` lists all parameters)",
             "r.yaml:5:48: `logging_steps` of `train_toy` must be a whole number, 0 or more, not the text \"x\" (write the number without \
              quotes and without a unit)",
             "r.yaml:5:53: `defaults` is by kinds of stages, and `train_toi` is none (did you mean `train_toy`?)",

@@ -14,7 +14,7 @@ use super::{Gate, READER, Repository, State, Stored, TOKEN, git_sha1, hex, sha25
 
 /// Larger files don't go into a commit.
 const LONGEST_REGULAR: usize = 10 << 20;
-/// The part of a signed address that opens the store.
+/// What opens the store in a signed address.
 const SIGNATURE: &str = "up1oad";
 /// Owners that [`TOKEN`] may write for.
 pub(super) const OWNERS: [&str; 2] = ["me", "some"];
@@ -588,9 +588,7 @@ fn validate(request: &Request) -> Result<Answer, Answer> {
         .iter()
         .map(|message| json!({ "message": message }))
         .collect();
-    let answer = Answer::json(&json!({ "errors": listed, "warnings": [] }));
-    // The real one says so by the status, too.
-    Ok(answer)
+    Ok(Answer::json(&json!({ "errors": listed, "warnings": [] })))
 }
 
 /// The head of a card.
