@@ -4,8 +4,8 @@
 #[cfg(target_arch = "x86_64")]
 mod wide;
 
-#[cfg(target_arch = "x86_64")]
 use crate::FloatType;
+#[cfg(target_arch = "x86_64")]
 use crate::dispatch::Isa;
 use crate::dispatch::{self, Loop};
 

@@ -87,7 +87,7 @@ fn a_wrong_default_is_told_once_and_where_it_stands() {
     let text = with_defaults("train_toy: { seed: \"${sed}\" }").replace(", seed: \"${seed}\"", "");
     wrong(
         &text,
-        &["r.yaml:5:33: there is no var `sed` (did you mean `seed`?)"],
+        &["r.yaml:5:32: there is no var `sed` (did you mean `${seed}`?)"],
     );
 }
 
