@@ -3,7 +3,7 @@
 //! `serde_json`'s own output would not do: its map order changes if any dependency enables `preserve_order`.
 
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 /// A BLAKE3 digest as 64 lower-case hex digits.
 pub type Digest = String;
@@ -84,6 +84,22 @@ fn write(value: &Value, text: &mut Vec<u8>) {
 fn scalar(value: &(impl Serialize + ?Sized), text: &mut Vec<u8>) {
     // Neither a value nor a vector can fail.
     let _ = serde_json::to_writer(text, value);
+}
+
+/// The same value with the keys of every map in order, whatever map `serde_json` was built with.
+pub fn sorted_keys(value: Value) -> Value {
+    match value {
+        Value::Object(map) => {
+            let mut entries: Vec<(String, Value)> = map.into_iter().collect();
+            entries.sort_by(|a, b| a.0.cmp(&b.0));
+            let entries = entries
+                .into_iter()
+                .map(|(key, value)| (key, sorted_keys(value)));
+            Value::Object(entries.collect::<Map<_, _>>())
+        }
+        Value::Array(list) => Value::Array(list.into_iter().map(sorted_keys).collect()),
+        scalar => scalar,
+    }
 }
 
 #[cfg(test)]

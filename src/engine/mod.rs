@@ -56,7 +56,7 @@ mod worker;
 
 pub use artifact::{Artifact, View};
 pub use bounds::{Bounds, check};
-pub use canonical::{Digest, canonical_json, digest_json};
+pub use canonical::{Digest, canonical_json, digest_json, sorted_keys};
 pub use context::Context;
 pub use control::Control;
 pub use estimate::Estimate;

@@ -6,7 +6,7 @@
 use schemars::{JsonSchema as _, SchemaGenerator};
 use serde_json::{Map, Value, json};
 
-use crate::engine::{Bounds, Handling, Kind};
+use crate::engine::{Bounds, Handling, Kind, sorted_keys};
 
 use super::parameters::{Parameters, description, paragraphs, params};
 
@@ -74,7 +74,7 @@ pub fn schema(kinds: &[Kind]) -> Value {
             map.entry("title").or_insert(title);
         }
     }
-    sorted(recipe(
+    sorted_keys(recipe(
         &Value::Object(defaults),
         &Value::Object(definitions),
     ))
@@ -331,18 +331,4 @@ fn allow_vars(schema: &mut Value) {
     parts.push(var);
     outer.insert("anyOf".to_owned(), json!(parts));
     *map = outer;
-}
-
-/// The same value with the keys of every map in order, whatever map `serde_json` was built with.
-fn sorted(value: Value) -> Value {
-    match value {
-        Value::Object(map) => {
-            let mut entries: Vec<(String, Value)> = map.into_iter().collect();
-            entries.sort_by(|a, b| a.0.cmp(&b.0));
-            let entries = entries.into_iter().map(|(key, value)| (key, sorted(value)));
-            Value::Object(entries.collect::<Map<_, _>>())
-        }
-        Value::Array(list) => Value::Array(list.into_iter().map(sorted).collect()),
-        scalar => scalar,
-    }
 }

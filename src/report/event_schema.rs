@@ -3,9 +3,9 @@
 use std::fmt::Write as _;
 
 use schemars::SchemaGenerator;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
-use crate::engine::{EVENT_VERSION, Event};
+use crate::engine::{EVENT_VERSION, Event, sorted_keys};
 
 /// The name of the schema, by which others may refer to it. It is not an address.
 const ID: &str = "urn:pipeline:events:1";
@@ -37,7 +37,7 @@ pub fn events_schema() -> Value {
         map.insert("$id".to_owned(), json!(ID));
         map.insert("$defs".to_owned(), definitions);
     }
-    sorted(schema)
+    sorted_keys(schema)
 }
 
 fn time() -> Value {
@@ -60,20 +60,6 @@ fn plain(schema: &mut Value) {
         }
         Value::Array(list) => list.iter_mut().for_each(plain),
         _ => {}
-    }
-}
-
-/// The same value with the keys of every map in order, whatever map `serde_json` was built with.
-fn sorted(value: Value) -> Value {
-    match value {
-        Value::Object(map) => {
-            let mut entries: Vec<(String, Value)> = map.into_iter().collect();
-            entries.sort_by(|a, b| a.0.cmp(&b.0));
-            let entries = entries.into_iter().map(|(key, value)| (key, sorted(value)));
-            Value::Object(entries.collect::<Map<_, _>>())
-        }
-        Value::Array(list) => Value::Array(list.into_iter().map(sorted).collect()),
-        scalar => scalar,
     }
 }
 
