@@ -6,6 +6,7 @@
 //!
 //! A new loss is a file here that implements the trait, and a stage that makes one (`stages::train`).
 
+pub mod cpo;
 pub mod dpo;
 pub mod orpo;
 mod pairs;

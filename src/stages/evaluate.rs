@@ -105,10 +105,7 @@ impl ScoredLoss {
     fn loss(self, beta: f64) -> Box<dyn Loss> {
         match self {
             Self::Orpo => Box::new(Orpo { beta }),
-            Self::Dpo => Box::new(Dpo {
-                beta,
-                label_smoothing: 0.,
-            }),
+            Self::Dpo => Box::new(Dpo::sigmoid(beta, 0.)),
         }
     }
 }

@@ -70,7 +70,7 @@ pub fn foresee(stages: &[Planned<'_>]) -> Vec<Foreseen> {
                     tell("model", message, hint);
                 }
             }
-            "train_sft" | "train_orpo" | "train_dpo" => {
+            "train_sft" | "train_orpo" | "train_dpo" | "train_cpo" => {
                 if recipe.edge(planned, "adapter").is_none()
                     && let Some(quantised) = recipe.quantised(planned)
                 {

@@ -45,6 +45,7 @@ pub const KINDS: &[Kind] = &[
     Kind::of::<train::train_sft::TrainSft>(),
     Kind::of::<train::train_orpo::TrainOrpo>(),
     Kind::of::<train::train_dpo::TrainDpo>(),
+    Kind::of::<train::train_cpo::TrainCpo>(),
     Kind::of::<evaluate::Evaluate>(),
     Kind::of::<model::merge::Merge>(),
 ];

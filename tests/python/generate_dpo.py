@@ -125,7 +125,7 @@ def adapter(made):
 def run(kind, epochs=2, **more):
     rows = [to_conversation(row) for row in ROWS[:24]]
     evaluated = rows[:5]
-    if kind in ("base", "nf4", "aot"):
+    if kind in ("base", "nf4", "aot", "loss"):
         model = load("model_nf4", device_map="cpu") if kind == "nf4" else load("model")
         for module in model.modules():
             # On processors with bf16 bitsandbytes would repack 4-bit weights for evaluations, and compute these in bf16.
@@ -153,18 +153,23 @@ def run(kind, epochs=2, **more):
     return made, {"args": values, "log_history": history, "eval": keep}
 
 
-OUT.mkdir(exist_ok=True)
-cases = ids()
-lines = ",\n".join(json.dumps(case, ensure_ascii=False) for case in cases)
-(OUT / "ids.json").write_text("[\n" + lines + "\n]\n", encoding="utf-8")
-runs = {}
-made, runs["base"] = run("base")
-save_file(adapter(made), OUT / "adapter_final.safetensors", metadata={"format": "pt"})
-_, runs["initial"] = run("initial", 1)
-_, runs["second"] = run("second", 1)
-_, runs["full"] = run("full", 1)
-_, runs["aot"] = run("aot", 1, loss_type=["aot"], label_smoothing=0.1, per_device_train_batch_size=1, beta=0.5)
-_, runs["nf4"] = run("nf4")
-(OUT / "runs.json").write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
-for name, made in runs.items():
-    print(name, made["log_history"][0], made["eval"], sep="\n")
+def main():
+    OUT.mkdir(exist_ok=True)
+    cases = ids()
+    lines = ",\n".join(json.dumps(case, ensure_ascii=False) for case in cases)
+    (OUT / "ids.json").write_text("[\n" + lines + "\n]\n", encoding="utf-8")
+    runs = {}
+    made, runs["base"] = run("base")
+    save_file(adapter(made), OUT / "adapter_final.safetensors", metadata={"format": "pt"})
+    _, runs["initial"] = run("initial", 1)
+    _, runs["second"] = run("second", 1)
+    _, runs["full"] = run("full", 1)
+    _, runs["aot"] = run("aot", 1, loss_type=["aot"], label_smoothing=0.1, per_device_train_batch_size=1, beta=0.5)
+    _, runs["nf4"] = run("nf4")
+    (OUT / "runs.json").write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
+    for name, made in runs.items():
+        print(name, made["log_history"][0], made["eval"], sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,34 +1,79 @@
-//! Direct preference optimisation (Rafailov, Sharma, Mitchell, Ermon, Manning and Finn 2023, arXiv 2305.18290), as TRL's `DPOTrainer`
-//! computes it with `loss_type: sigmoid`.
+//! Direct preference optimisation (Rafailov, Sharma, Mitchell, Ermon, Manning and Finn 2023, arXiv 2305.18290) and its relatives, as
+//! TRL's `DPOTrainer` computes them.
 //!
 //! With `c` and `r` the log-probabilities of the preferred and the rejected answer (sums over their tokens) minus those under the
 //! reference model, and `d = c - r`, the loss of a pair is `-log sigmoid(beta d)` (equation 7). With label smoothing e, the probability
 //! that the labels of a pair are swapped, it is `-(1 - e) log sigmoid(beta d) - e log sigmoid(-beta d)` (Mitchell 2023, "A note on DPO
-//! with noisy preferences", equation 3). The loss of a micro-batch is the mean over its pairs.
+//! with noisy preferences", equation 3). [`LossType`] has the other losses. The loss of a micro-batch is the mean over its pairs; several
+//! losses are added with their weights.
+
+mod terms;
 
 use anyhow::Context as _;
 
+use self::terms::Pair;
 use super::pairs::{mean, share_preferred};
-use super::{Loss, Metrics, Needs, Outcome, Preferences, Scored, log_sigmoid, sigmoid};
+use super::{Loss, Metrics, Needs, Outcome, Preferences, Scored};
 use crate::ml::model::batch::{Batch, Row, Target};
 use crate::ml::model::head::TokenStats;
 
-/// The loss of direct preference optimisation.
-#[derive(Debug, Clone, Copy, PartialEq)]
+pub use terms::{Divergence, LossType};
+
+/// The loss of direct preference optimisation, or a mixture of losses.
+#[derive(Debug, Clone, PartialEq)]
 pub struct Dpo {
     /// The strength of the constraint to stay close to the reference model (beta in the paper).
     pub beta: f64,
     /// The probability that the labels of a pair are swapped, in [0, 0.5).
     pub label_smoothing: f64,
+    /// The losses that are added, each with its weight.
+    pub terms: Vec<(LossType, f64)>,
+    /// The weight of the tokens by which an answer is longer than the other one of its pair, in [0, 1] (Liu et al. 2024, LD-DPO, arXiv
+    /// 2409.06411); without it all tokens weigh 1.
+    pub ld_alpha: Option<f64>,
+    /// What the policy is held to the reference by.
+    pub divergence: Divergence,
+    /// The temperature of [`LossType::Discopop`].
+    pub discopop_tau: f64,
 }
 
 impl Dpo {
-    /// The loss of a pair and its derivative with respect to `margin`, the difference `d` between the two answers' log-ratios.
-    fn pair(&self, margin: f64) -> (f64, f64) {
-        let (x, e) = (self.beta * margin, self.label_smoothing);
-        let loss = -(1. - e) * log_sigmoid(x) - e * log_sigmoid(-x);
-        let derivative = self.beta * (e * sigmoid(x) - (1. - e) * sigmoid(-x));
-        (loss, derivative)
+    /// The sigmoid loss.
+    pub fn sigmoid(beta: f64, label_smoothing: f64) -> Self {
+        Self {
+            beta,
+            label_smoothing,
+            terms: vec![(LossType::Sigmoid, 1.)],
+            ld_alpha: None,
+            divergence: Divergence::ReverseKl,
+            discopop_tau: 0.05,
+        }
+    }
+
+    /// The weight of each target in the log-probability of its answer.
+    fn weights(&self, targets: &[Target], answers: &[(f64, usize)]) -> Option<Vec<f64>> {
+        let alpha = self.ld_alpha?;
+        let pairs = answers.len() / 2;
+        let mut seen = vec![0usize; answers.len()];
+        let weights = targets.iter().map(|target| {
+            let other = (target.row + pairs) % answers.len();
+            let shared = answers[target.row].1.min(answers[other].1);
+            seen[target.row] += 1;
+            if seen[target.row] <= shared {
+                1.
+            } else {
+                alpha
+            }
+        });
+        Some(weights.collect())
+    }
+}
+
+/// `logps`, each times its weight.
+fn weighted(logps: &[f64], weights: Option<&[f64]>) -> Vec<f64> {
+    match weights {
+        None => logps.to_vec(),
+        Some(weights) => logps.iter().zip(weights).map(|(l, w)| l * w).collect(),
     }
 }
 
@@ -77,25 +122,54 @@ impl Loss for Dpo {
         let reference = scored
             .reference_logps
             .context("there are no log-probabilities by a reference model")?;
-        let policy = Preferences::new(batch, targets, scored.logps)?;
-        let reference = Preferences::new(batch, targets, reference)?;
+        let counted = Preferences::new(batch, targets, scored.logps)?;
+        let weights = self.weights(targets, &counted.answers);
+        let weights = weights.as_deref();
+        let sums = |logps: &[f64]| Preferences::new(batch, targets, &weighted(logps, weights));
+        let (policy, reference) = (sums(scored.logps)?, sums(reference)?);
         let pairs = policy.pairs();
         let ratios = policy.answers.iter().zip(&reference.answers);
         let ratios: Vec<f64> = ratios.map(|((p, _), (r, _))| p - r).collect();
         let (chosen, rejected) = ratios.split_at(pairs);
-        let outcomes: Vec<(f64, f64)> = chosen
-            .iter()
-            .zip(rejected)
-            .map(|(c, r)| self.pair(c - r))
+        let tokens = |answer: usize| policy.answers[answer].1 as f64;
+        let all: Vec<Pair> = (0..pairs)
+            .map(|pair| Pair {
+                chosen: chosen[pair],
+                rejected: rejected[pair],
+                chosen_tokens: tokens(pair),
+                rejected_tokens: tokens(pairs + pair),
+            })
             .collect();
+        let differences = |of: &Preferences| -> Vec<f64> {
+            let (chosen, rejected) = of.answers.split_at(pairs);
+            let both = chosen.iter().zip(rejected);
+            both.map(|((c, _), (r, _))| c - r).collect()
+        };
+        let (policy_margins, reference_margins) = (differences(&policy), differences(&reference));
 
-        let gradient = targets.iter().map(|target| {
-            let (pair, sign) = if target.row < pairs {
-                (target.row, 1.)
-            } else {
-                (target.row - pairs, -1.)
-            };
-            (sign * outcomes[pair].1 / pairs as f64) as f32
+        // The targets of the preferred answers come first.
+        let border = targets.partition_point(|target| target.row < pairs);
+        let mut loss = 0.;
+        // With respect to the log-probability of each answer, and to that of each token of the preferred answers.
+        let (mut grad_answers, mut grad_token) = (vec![0f64; 2 * pairs], 0f64);
+        for &(kind, weight) in &self.terms {
+            if kind == LossType::Sft {
+                let likelihood = mean(scored.logps[..border].iter().copied());
+                loss -= weight * likelihood;
+                grad_token -= weight / border as f64;
+                continue;
+            }
+            let losses = self.pairs(kind, &all, &policy_margins, &reference_margins);
+            loss += weight * mean(losses.iter().map(|own| own.loss));
+            for (pair, own) in losses.iter().enumerate() {
+                grad_answers[pair] += weight * own.grad_chosen / pairs as f64;
+                grad_answers[pairs + pair] += weight * own.grad_rejected / pairs as f64;
+            }
+        }
+        let gradient = targets.iter().enumerate().map(|(index, target)| {
+            let weight = weights.map_or(1., |weights| weights[index]);
+            let own = if index < border { grad_token } else { 0. };
+            (grad_answers[target.row] * weight + own) as f32
         });
 
         let side = |values: &[f64]| mean(values.iter().copied());
@@ -115,8 +189,6 @@ impl Loss for Dpo {
                 mean(logps_rejected.iter().map(|(sum, _)| *sum)),
             ),
         ]);
-        // The targets of the preferred answers come first.
-        let border = targets.partition_point(|target| target.row < pairs);
         if let Some(logits) = scored.target_logits {
             let (chosen, rejected) = logits.split_at(border);
             metrics.insert("logits/chosen", side(chosen));
@@ -130,7 +202,7 @@ impl Loss for Dpo {
             );
         }
         Ok(Outcome {
-            loss: mean(outcomes.iter().map(|(loss, _)| *loss)),
+            loss,
             gradient: gradient.collect(),
             metrics,
         })

@@ -29,10 +29,9 @@ const KINDS: [Kind; 3] = [
     }),
 ];
 
-const LOSS: Dpo = Dpo {
-    beta: 0.1,
-    label_smoothing: 0.,
-};
+fn loss() -> Dpo {
+    Dpo::sigmoid(0.1, 0.)
+}
 
 /// Log-probabilities of whole answers are sums of up to -460, so that f32 tells differences of 3e-5 apart; rewards are a tenth of such
 /// differences, which add up over the tokens.
@@ -53,7 +52,7 @@ struct Pair {
     rejected: Vec<u32>,
 }
 
-fn rows() -> Vec<Row> {
+pub(in crate::ml) fn rows() -> Vec<Row> {
     let cases: Vec<Case> = serde_json::from_value(json("dpo/ids.json")).unwrap();
     let rows = cases.into_iter().next().unwrap().rows.into_iter();
     let rows: Vec<Row> = rows
@@ -72,7 +71,7 @@ fn adapted(name: &str, adapter: &str, trained: Trained) -> CausalLm {
     model(name, Some(adapter), trained, DType::F32)
 }
 
-fn logs(job: &Job<'_>, settings: &Settings) -> Vec<Log> {
+pub(in crate::ml) fn logs(job: &Job<'_>, settings: &Settings) -> Vec<Log> {
     let mut logs = Vec::new();
     let ending = train(job, settings, &mut |step| {
         logs.extend(step.logs.clone());
@@ -134,7 +133,7 @@ fn an_adapter_against_its_base_is_that_of_trl() {
         let model = adapted("model", "adapter_init", Trained::Adapter);
         let execution = Execution::new(&model, kind);
         let job = Job {
-            loss: &LOSS,
+            loss: &loss(),
             reference: ReferenceModel::Base,
             eval_rows: &eval_rows,
             ..job(&execution, &rows)
@@ -149,7 +148,7 @@ fn an_adapter_against_its_base_is_that_of_trl() {
     let execution = Execution::fastest(&model);
     let passes = Passes {
         execution: &execution,
-        loss: &LOSS,
+        loss: &loss(),
         reference: ReferenceModel::Base,
     };
     for rows in [&mut rows, &mut eval_rows] {
@@ -162,7 +161,7 @@ fn an_adapter_against_its_base_is_that_of_trl() {
         assert_eq!(done.last(), Some(&rows.len()));
     }
     let job = Job {
-        loss: &LOSS,
+        loss: &loss(),
         reference: ReferenceModel::Rows,
         eval_rows: &eval_rows,
         ..job(&execution, &rows)
@@ -186,7 +185,7 @@ fn an_adapter_on_4_bits_is_that_of_trl() {
         let model = adapted("model_nf4", "adapter_init", Trained::Adapter);
         let execution = Execution::new(&model, kind);
         let job = Job {
-            loss: &LOSS,
+            loss: &loss(),
             reference: ReferenceModel::Base,
             eval_rows: &rows[..5],
             ..job(&execution, &rows)
@@ -208,7 +207,7 @@ fn an_adapter_against_a_second_model_is_that_of_trl() {
                 let execution = Execution::new(&model, kind);
                 let reference = Execution::new(&reference, other);
                 let job = Job {
-                    loss: &LOSS,
+                    loss: &loss(),
                     reference: ReferenceModel::Frozen(&reference),
                     eval_rows: &rows[..5],
                     ..job(&execution, &rows)
@@ -240,7 +239,7 @@ fn every_weight_against_the_model_before_is_that_of_trl() {
         let execution = Execution::new(&model, kind);
         let reference = Execution::new(&reference, kind);
         let job = Job {
-            loss: &LOSS,
+            loss: &loss(),
             reference: ReferenceModel::Frozen(&reference),
             eval_rows: &rows[..5],
             ..job(&execution, &rows)
@@ -262,10 +261,7 @@ fn label_smoothing_is_that_of_trl() {
         let model = adapted("model", "adapter_init", Trained::Adapter);
         let execution = Execution::new(&model, kind);
         let job = Job {
-            loss: &Dpo {
-                beta: 0.5,
-                label_smoothing: 0.1,
-            },
+            loss: &Dpo::sigmoid(0.5, 0.1),
             reference: ReferenceModel::Base,
             ..job(&execution, &rows)
         };
@@ -288,7 +284,7 @@ fn a_stopped_training_goes_on_to_the_same_bits() {
         let model = adapted("model", "adapter_init", Trained::Adapter);
         let execution = Execution::fastest(&model);
         let job = Job {
-            loss: &LOSS,
+            loss: &loss(),
             reference: ReferenceModel::Base,
             eval_rows: &rows[..5],
             scratch,

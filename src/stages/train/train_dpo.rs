@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Reference;
 use super::arguments::TrainingArguments;
+use super::loss_types::{FDivergenceType, LossType, LossTypes};
 use super::method::{Method, Prepared, Use};
 use super::preferences::{PreferenceArguments, need_two_answers};
 use super::stage::Train;
@@ -13,13 +14,14 @@ use crate::ml::loss::Loss;
 use crate::ml::loss::dpo::Dpo;
 use crate::ml::model::batch::Row;
 use crate::stages::artifacts::{Adapter, Model};
+use crate::stages::rules::Rules;
 use crate::stages::text::added::Added;
 
 /// The stage.
 pub type TrainDpo = Train<Parameters>;
 
-/// Trains a model on preferences by direct preference optimisation (DPO, arXiv 2305.18290), with the numbers of TRL's `DPOTrainer`
-/// and its `sigmoid` loss.
+/// Trains a model on preferences by direct preference optimisation (DPO, arXiv 2305.18290), with the numbers of TRL's
+/// `DPOTrainer`.
 ///
 /// With `adapter` it trains the adapter on the frozen model and makes an adapter; without, it trains every weight and makes a
 /// model. Beside the weights lie `metrics.jsonl` and transformers' `trainer_state.json` with TRL's metrics of every step.
@@ -41,8 +43,36 @@ pub struct Parameters {
     #[schemars(extend("exclusiveMinimum" = 0))]
     #[schemars(extend("examples" = [0.1, 0.01]))]
     beta: f64,
-    /// The assumed probability that a preference is the wrong way round. Above 0, the loss pulls a little in the other direction
-    /// too (conservative DPO). TRL 1.16's `sigmoid` loss ignores it.
+    /// The loss by TRL's name, or a list of several that are added.
+    #[serde(default, skip_serializing_if = "LossTypes::is_default")]
+    #[schemars(extend("examples" = ["sigmoid", "ipo", ["sigmoid", "sft"]]))]
+    loss_type: LossTypes,
+    /// The weights of several losses, in their order; without them each weighs 1.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(extend("examples" = [[1.0, 0.2]]))]
+    loss_weights: Vec<f64>,
+    /// The weight of the tokens by which one answer of a pair is longer than the other (LD-DPO, arXiv 2409.06411). Without it they weigh as
+    /// much as all others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("minimum" = 0, "maximum" = 1))]
+    #[schemars(extend("examples" = [0.5]))]
+    ld_alpha: Option<f64>,
+    /// What measures the distance to the reference model (arXiv 2309.16240), for the losses `sigmoid`, `sigmoid_norm`, `hinge`, `ipo`,
+    /// `exo_pair`, `robust`, `discopop` and `sft`.
+    #[serde(default, skip_serializing_if = "FDivergenceType::is_default")]
+    f_divergence_type: FDivergenceType,
+    /// The order of `alpha_divergence`.
+    #[serde(default = "alpha", skip_serializing_if = "is_alpha")]
+    #[schemars(extend("examples" = [0.5]))]
+    f_alpha_divergence_coef: f64,
+    /// The temperature at which `discopop` blends its two parts.
+    #[serde(default = "tau", skip_serializing_if = "is_tau")]
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    #[schemars(extend("examples" = [0.05]))]
+    discopop_tau: f64,
+    /// The assumed probability that a preference is the wrong way round. Above 0, the losses `sigmoid`, `aot` and `aot_unpaired` pull a
+    /// little in the other direction too (conservative DPO), and `robust` makes up for it; TRL 1.16's `sigmoid` ignores it. `exo_pair`
+    /// needs one, such as 0.001.
     #[serde(default)]
     #[schemars(extend("minimum" = 0, "exclusiveMaximum" = 0.5))]
     #[schemars(extend("examples" = [0.1]))]
@@ -63,16 +93,72 @@ fn beta() -> f64 {
     0.1
 }
 
+fn alpha() -> f64 {
+    0.5
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it")]
+fn is_alpha(value: &f64) -> bool {
+    value.to_bits() == alpha().to_bits()
+}
+
+fn tau() -> f64 {
+    0.05
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it")]
+fn is_tau(value: &f64) -> bool {
+    value.to_bits() == tau().to_bits()
+}
+
 impl Method for Parameters {
     const KIND: &'static str = "train_dpo";
     const VERSION: u32 = 1;
     type Output = Adapter;
     type Common = PreferenceArguments;
 
+    fn check(&self, _: &TrainingArguments, rules: &mut Rules) {
+        let kinds = &self.loss_type.0;
+        rules.rule(
+            self.loss_weights.is_empty() || self.loss_weights.len() == kinds.len(),
+            "loss_weights",
+            &format!(
+                "there are {} weights and {} losses, expected a weight for each loss of `loss_type`",
+                self.loss_weights.len(),
+                kinds.len()
+            ),
+        );
+        rules.rule(
+            self.label_smoothing > 0. || !kinds.contains(&LossType::ExoPair),
+            "label_smoothing",
+            "the loss `exo_pair` needs a value above 0, such as 0.001",
+        );
+        let plain = self.f_divergence_type == FDivergenceType::ReverseKl;
+        let without = kinds.iter().find(|kind| !kind.has_divergence());
+        if let (false, Some(kind)) = (plain, without) {
+            rules.rule(
+                false,
+                "f_divergence_type",
+                &format!(
+                    "the loss `{}` has no other divergence than `reverse_kl`",
+                    kind.name()
+                ),
+            );
+        }
+    }
+
     fn loss(&self) -> Box<dyn Loss> {
+        let weights = self.loss_weights.iter().copied();
+        let kinds = self.loss_type.0.iter().map(|kind| kind.loss());
         Box::new(Dpo {
             beta: self.beta,
             label_smoothing: self.label_smoothing,
+            terms: kinds.zip(weights.chain(std::iter::repeat(1.))).collect(),
+            ld_alpha: self.ld_alpha,
+            divergence: self
+                .f_divergence_type
+                .divergence(self.f_alpha_divergence_coef),
+            discopop_tau: self.discopop_tau,
         })
     }
 

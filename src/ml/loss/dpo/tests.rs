@@ -6,10 +6,42 @@ use super::*;
 use crate::ml::model::batch::Sequence;
 
 fn loss(beta: f64, label_smoothing: f64) -> Dpo {
+    Dpo::sigmoid(beta, label_smoothing)
+}
+
+/// A loss of one kind.
+fn one(kind: LossType, beta: f64, label_smoothing: f64) -> Dpo {
     Dpo {
-        beta,
-        label_smoothing,
+        terms: vec![(kind, 1.)],
+        ..Dpo::sigmoid(beta, label_smoothing)
     }
+}
+
+const KINDS: [LossType; 15] = [
+    LossType::Sigmoid,
+    LossType::Hinge,
+    LossType::Ipo,
+    LossType::ExoPair,
+    LossType::NcaPair,
+    LossType::Robust,
+    LossType::BcoPair,
+    LossType::SppoHard,
+    LossType::Aot,
+    LossType::AotUnpaired,
+    LossType::ApoZero,
+    LossType::ApoDown,
+    LossType::Discopop,
+    LossType::Sft,
+    LossType::SigmoidNorm,
+];
+
+fn divergence() -> impl Strategy<Value = Divergence> {
+    prop_oneof![
+        Just(Divergence::ReverseKl),
+        Just(Divergence::ForwardKl),
+        Just(Divergence::JsDivergence),
+        (0.2f64..1.8).prop_map(Divergence::AlphaDivergence),
+    ]
 }
 
 /// Two pairs, with answers of 3, 1, 2 and 4 tokens.
@@ -52,8 +84,8 @@ proptest! {
     ) {
         let loss = loss(beta, smoothing);
         let h = 1e-5;
-        let quotient = (loss.pair(margin + h).0 - loss.pair(margin - h).0) / (2. * h);
-        let derivative = loss.pair(margin).1;
+        let quotient = (loss.smoothed_sigmoid(margin + h).0 - loss.smoothed_sigmoid(margin - h).0) / (2. * h);
+        let derivative = loss.smoothed_sigmoid(margin).1;
         prop_assert!((quotient - derivative).abs() < 1e-8, "{} {}", quotient, derivative);
     }
 
@@ -74,6 +106,72 @@ proptest! {
         }
     }
 
+    /// Every kind of loss and any two of them, with tokens beyond the shorter answer that weigh less, and every divergence.
+    #[test]
+    fn the_gradient_of_each_kind_is_the_difference_quotient(
+        policy in logps(), reference in logps(), beta in 0.05f64..0.5, smoothing in 0.01f64..0.45,
+        kind in 0usize..15, other in 0usize..15, weight in -1f64..2., ld_alpha in prop::option::of(0f64..1.), divergence in divergence(),
+    ) {
+        let loss = Dpo {
+            terms: vec![(KINDS[kind], 1.), (KINDS[other], weight)],
+            ld_alpha,
+            divergence,
+            discopop_tau: 0.5,
+            ..loss(beta, smoothing)
+        };
+        let at = outcome(&loss, &policy, &reference);
+        let scale = 1. + at.loss.abs();
+        for (index, g) in at.gradient.iter().enumerate() {
+            let moved = |by: f64| {
+                let mut policy = policy.clone();
+                policy[index] += by;
+                outcome(&loss, &policy, &reference).loss
+            };
+            let (up, here, down) = (moved(1e-5), at.loss, moved(-1e-5));
+            // At the hinge's corner and where an order changes there is no derivative.
+            prop_assume!(((up - here) - (here - down)).abs() < 1e-6 * scale);
+            let quotient = (up - down) / 2e-5;
+            prop_assert!((quotient - f64::from(*g)).abs() < 1e-5 * (scale + quotient.abs()), "{} {} {}", index, quotient, g);
+        }
+    }
+
+    /// Where it has no reference to go by, no loss but those of likelihoods depends on what both answers of a pair have in common.
+    #[test]
+    fn a_single_pair_is_paired_with_itself(policy in logps(), reference in logps(), beta in 0.05f64..0.5, smoothing in 0f64..0.45) {
+        let single = |kind| {
+            let batch = Batch::new(
+                vec![Sequence::new(vec![1, 2, 3, 4], 1), Sequence::new(vec![1, 9, 8], 1)], 0,
+            ).unwrap();
+            let loss = one(kind, beta, smoothing);
+            let targets = loss.targets(&batch);
+            let scored = Scored {
+                batch: &batch,
+                targets: &targets,
+                logps: &policy[..5],
+                reference_logps: Some(&reference[..5]),
+                token_stats: None,
+                target_logits: None,
+                sequence_logits: None,
+            };
+            loss.loss(&scored).unwrap().loss
+        };
+        // With one pair there is nothing to sort.
+        let sigmoid = single(LossType::Sigmoid);
+        prop_assert!((single(LossType::Aot) - sigmoid).abs() < 1e-12);
+        prop_assert!((single(LossType::AotUnpaired) - sigmoid).abs() < 1e-12);
+    }
+
+    /// Smoothing by nothing leaves the plain loss, and an alpha of 1 the reverse divergence.
+    #[test]
+    fn limits_lead_to_the_sigmoid_loss(policy in logps(), reference in logps(), beta in 0.05f64..0.5) {
+        let plain = outcome(&loss(beta, 0.), &policy, &reference).loss;
+        let robust = outcome(&one(LossType::Robust, beta, 0.), &policy, &reference).loss;
+        let near_one = Dpo { divergence: Divergence::AlphaDivergence(1. + 1e-5), ..loss(beta, 0.) };
+        prop_assert!((plain - robust).abs() < 1e-12);
+        let close = outcome(&near_one, &policy, &reference).loss;
+        prop_assert!((plain - close).abs() < 1e-2 * (1. + plain), "{} {}", plain, close);
+    }
+
     /// Only the difference to the reference counts, and what both answers of a pair have in common does not.
     #[test]
     fn a_shift_of_policy_and_reference_changes_nothing(
@@ -92,7 +190,7 @@ proptest! {
     /// With a smoothing of 1 minus its own the preferences are the other way round.
     #[test]
     fn smoothing_mirrors_the_margin(margin in -60f64..60., smoothing in 0f64..1.) {
-        let (a, b) = (loss(0.2, smoothing).pair(margin), loss(0.2, 1. - smoothing).pair(-margin));
+        let (a, b) = (loss(0.2, smoothing).smoothed_sigmoid(margin), loss(0.2, 1. - smoothing).smoothed_sigmoid(-margin));
         prop_assert!((a.0 - b.0).abs() < 1e-12 && (a.1 + b.1).abs() < 1e-12);
     }
 }
@@ -117,14 +215,14 @@ fn a_model_that_is_its_reference_has_a_loss_of_log_2_and_prefers_nothing() {
 fn the_limits_are_finite() {
     for (beta, smoothing) in [(0.1, 0.), (0.1, 0.2), (50., 0.)] {
         for margin in [-1e300, -1e6, 0., 1e6, 1e300] {
-            let (loss, derivative) = loss(beta, smoothing).pair(margin);
+            let (loss, derivative) = loss(beta, smoothing).smoothed_sigmoid(margin);
             assert!(loss >= 0. && !loss.is_nan(), "{loss}");
             assert!(derivative.abs() <= beta, "{derivative}");
         }
     }
     // A wrong pair far off is pushed with beta, a right one no more.
-    assert!((loss(0.1, 0.).pair(-1e6).1 + 0.1).abs() < 1e-15);
-    assert!(loss(0.1, 0.).pair(1e6).1.abs() < 1e-15);
+    assert!((loss(0.1, 0.).smoothed_sigmoid(-1e6).1 + 0.1).abs() < 1e-15);
+    assert!(loss(0.1, 0.).smoothed_sigmoid(1e6).1.abs() < 1e-15);
 }
 
 #[test]

@@ -1,0 +1,152 @@
+//! Whole trainings by the losses of DPO's and CPO's families against TRL's logs (`tests/python/generate_losses.py`).
+
+use serde_json::Value;
+
+use super::golden::{model, rows};
+use super::golden_compare::{Comparison, EXACT, Tolerance, json};
+use super::golden_dpo;
+use super::golden_runs::{job, settings};
+use crate::ml::execution::{Execution, Kind};
+use crate::ml::fused::Packing;
+use crate::ml::loss::Loss;
+use crate::ml::loss::cpo::{self, Cpo};
+use crate::ml::loss::dpo::{Divergence, Dpo, LossType};
+use crate::ml::model::Trained;
+use crate::ml::model::batch::Row;
+use crate::ml::train::{Job, ReferenceModel};
+use candle_core::DType;
+
+const KINDS: [Kind; 2] = [
+    Kind::Reference,
+    Kind::Fused(Packing {
+        padding_free: true,
+        share_prompts: true,
+    }),
+];
+
+/// As for `golden_dpo`: rewards are small differences of large sums.
+const CLOSE: Tolerance = Tolerance {
+    cancelled: 2e-5,
+    ..EXACT
+};
+
+/// A number among the arguments of a run, or TRL's default.
+fn number(args: &Value, name: &str, default: f64) -> f64 {
+    args.get(name)
+        .map_or(default, |value| value.as_f64().unwrap())
+}
+
+fn dpo_term(name: &str) -> LossType {
+    match name {
+        "sigmoid" => LossType::Sigmoid,
+        "hinge" => LossType::Hinge,
+        "ipo" => LossType::Ipo,
+        "exo_pair" => LossType::ExoPair,
+        "nca_pair" => LossType::NcaPair,
+        "robust" => LossType::Robust,
+        "bco_pair" => LossType::BcoPair,
+        "sppo_hard" => LossType::SppoHard,
+        "aot" => LossType::Aot,
+        "aot_unpaired" => LossType::AotUnpaired,
+        "apo_zero" => LossType::ApoZero,
+        "apo_down" => LossType::ApoDown,
+        "discopop" => LossType::Discopop,
+        "sft" => LossType::Sft,
+        "sigmoid_norm" => LossType::SigmoidNorm,
+        other => panic!("TRL has no loss called {other}"),
+    }
+}
+
+fn dpo(args: &Value) -> Dpo {
+    let names = args["loss_type"].as_array().unwrap();
+    let weights = |index: usize| match &args["loss_weights"] {
+        Value::Array(weights) => weights[index].as_f64().unwrap(),
+        _ => 1.,
+    };
+    let terms = names.iter().enumerate();
+    Dpo {
+        terms: terms
+            .map(|(index, name)| (dpo_term(name.as_str().unwrap()), weights(index)))
+            .collect(),
+        ld_alpha: args["ld_alpha"].as_f64(),
+        divergence: match args["f_divergence_type"].as_str() {
+            None => Divergence::ReverseKl,
+            Some("forward_kl") => Divergence::ForwardKl,
+            Some("js_divergence") => Divergence::JsDivergence,
+            Some("alpha_divergence") => {
+                Divergence::AlphaDivergence(number(args, "f_alpha_divergence_coef", 0.5))
+            }
+            Some(other) => panic!("TRL has no divergence called {other}"),
+        },
+        ..Dpo::sigmoid(
+            number(args, "beta", 0.1),
+            number(args, "label_smoothing", 0.),
+        )
+    }
+}
+
+fn cpo(args: &Value) -> Cpo {
+    let name = args["loss_type"].as_str().unwrap_or("sigmoid");
+    Cpo {
+        loss_type: match name {
+            "sigmoid" => cpo::LossType::Sigmoid,
+            "hinge" => cpo::LossType::Hinge,
+            "ipo" => cpo::LossType::Ipo,
+            "simpo" | "alphapo" => cpo::LossType::Simpo,
+            other => panic!("TRL has no loss called {other}"),
+        },
+        beta: number(args, "beta", 0.1),
+        label_smoothing: number(args, "label_smoothing", 0.),
+        cpo_alpha: if name == "alphapo" {
+            0.
+        } else {
+            number(args, "cpo_alpha", 1.)
+        },
+        simpo_gamma: number(args, "simpo_gamma", 0.5),
+        alpha: number(args, "alpha", 0.),
+    }
+}
+
+/// Every number of every step of every run in `file`.
+fn compare(
+    file: &str,
+    rows: &[Row],
+    reference: ReferenceModel<'_>,
+    loss: impl Fn(&Value) -> Box<dyn Loss>,
+) {
+    let runs = json(&format!("losses/{file}.json"));
+    for (name, run) in runs.as_object().unwrap() {
+        let loss = loss(&run["args"]);
+        let history = run["log_history"].as_array().unwrap();
+        assert_eq!(history.len(), 12, "{name}");
+        for kind in KINDS {
+            let model = model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
+            let execution = Execution::new(&model, kind);
+            let job = Job {
+                loss: &*loss,
+                reference,
+                ..job(&execution, rows)
+            };
+            let title = format!("{file} {name}");
+            let mut comparison = Comparison::new(&title, CLOSE, kind).against_reference();
+            comparison.logs(&golden_dpo::logs(&job, &settings()), history);
+            comparison.end();
+        }
+    }
+}
+
+#[test]
+fn losses_of_dpo_are_those_of_trl() {
+    let rows = golden_dpo::rows();
+    compare("dpo", &rows, ReferenceModel::Base, |args| {
+        Box::new(dpo(args))
+    });
+}
+
+#[test]
+fn losses_of_cpo_are_those_of_trl() {
+    let rows = rows("trl-1.16");
+    compare("cpo", &rows, ReferenceModel::None, |args| {
+        Box::new(cpo(args))
+    });
+}
