@@ -32,9 +32,9 @@ DPO = {
     "sigmoid_norm": {"loss_type": ["sigmoid_norm"], "beta": 2.0},
     "sigmoid_sft": {"loss_type": ["sigmoid", "sft"], "loss_weights": [0.8, 0.5]},
     "ld_alpha": {"loss_type": ["sigmoid"], "ld_alpha": 0.4},
-    "forward_kl": {"loss_type": ["sigmoid"], "f_divergence_type": "forward_kl"},
+    "forward_kl": {"loss_type": ["sigmoid"], "beta": 0.01, "f_divergence_type": "forward_kl"},
     "js_divergence": {"loss_type": ["hinge"], "f_divergence_type": "js_divergence"},
-    "alpha_divergence": {"loss_type": ["ipo"], "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.6},
+    "alpha_divergence": {"loss_type": ["sigmoid"], "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.95},
 }
 
 CPO = {
@@ -42,7 +42,7 @@ CPO = {
     "hinge": {"loss_type": "hinge", "beta": 0.02},
     "ipo": {"loss_type": "ipo"},
     "simpo": {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.0, "cpo_alpha": 0.0},
-    "alphapo": {"loss_type": "alphapo", "beta": 2.0, "alpha": 0.25, "simpo_gamma": 0.5},
+    "alphapo": {"loss_type": "alphapo", "beta": 0.5, "alpha": 0.1, "simpo_gamma": 0.2},
 }
 
 

@@ -240,7 +240,7 @@ mod tests {
                 // Means are rounded to f32, so steps are not too small.
                 let (up, down) = (moved(1e-2), moved(-1e-2));
                 let corner = ((up - at.loss) - (at.loss - down)).abs();
-                prop_assume!(corner < 2e-3 * scale);
+                prop_assume!(corner < 1e-4 * scale);
                 let quotient = (up - down) / 2e-2;
                 prop_assert!((quotient - f64::from(*g)).abs() < 2e-3 * (scale + quotient.abs()), "{} {} {}", index, quotient, g);
             }
