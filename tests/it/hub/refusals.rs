@@ -254,7 +254,8 @@ fn only_what_may_pass_is_tried_again() {
         scene.server.fault(path, fault, 99);
         let error = scene.fetch(WEIGHTS).unwrap_err();
         scene.server.forgive();
-        error.chain().any(|cause| cause.is::<std::io::Error>())
+        let mut causes = error.chain();
+        causes.any(<dyn std::error::Error>::is::<std::io::Error>)
     };
     for (status, expected) in [
         (401, false),
