@@ -129,6 +129,10 @@ pub(super) struct Layer {
 }
 
 /// The projections of queries, keys and values.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "there is one of them for each layer"
+)]
 pub(super) enum Qkv {
     Separate { q: Linear, k: Linear, v: Linear },
     Fused(Linear),
