@@ -14,9 +14,9 @@ use pipeline_kernels::matrix::{Matrix, Values};
 use pipeline_kernels::panels::{fill, size};
 use rayon::prelude::*;
 
-use super::backend::unsupported_option;
 use super::layer::{self, PassContext};
 use super::layout::Layout;
+use super::options::unsupported_option;
 use super::shape::Shape;
 use super::weights::{BaseWeight, HeadNorm, Layer, Pair, Projection, TensorView};
 use super::{Packing, Pool};

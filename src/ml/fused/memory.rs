@@ -104,7 +104,7 @@ impl PassSizes {
             let ends = crate::ml::model::tensors::ENDS;
             !adapter.config.use_dora && !ends.iter().any(|path| adapter.tensors.contains_key(*path))
         });
-        let supported = super::backend::unsupported_option(arch).is_none();
+        let supported = super::options::unsupported_option(arch).is_none();
         if !matches!(compute, DType::F32 | DType::BF16) || !is_lora_only || !supported {
             return None;
         }
