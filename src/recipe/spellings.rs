@@ -326,9 +326,10 @@ pub(super) const KINDS_BY_MEANING: &[(&[&str], &[&str])] = &[
     ),
     (&["orpo", "train_preference", "preference"], &["train_orpo"]),
     (&["dpo", "train_pref"], &["train_dpo"]),
+    (&["cpo", "train_simpo", "alphapo"], &["train_cpo"]),
     (
         &["train", "training", "fit", "trainer"],
-        &["train_sft", "train_orpo", "train_dpo"],
+        &["train_sft", "train_orpo", "train_dpo", "train_cpo"],
     ),
     (
         &[
@@ -443,10 +444,7 @@ pub(super) const NO_KIND: &[(&str, &str)] = &[
         "kto",
         "it is not computed here; `train_orpo` and `train_dpo` learn from preferences",
     ),
-    (
-        "simpo",
-        "it is not computed here; `train_orpo` and `train_dpo` learn from preferences",
-    ),
+    ("simpo", "it is `train_cpo` with `loss_type: simpo`"),
     (
         "ppo",
         "it is not computed here; `train_orpo` and `train_dpo` learn from preferences",

@@ -41,11 +41,38 @@ pub struct Translation {
 }
 
 /// How a model is trained.
-const METHODS: [(&str, &str); 3] = [
-    ("sft", "train_sft"),
-    ("orpo", "train_orpo"),
-    ("dpo", "train_dpo"),
+const METHODS: [Method; 7] = [
+    Method::new("sft", "train_sft", &[]),
+    Method::new("orpo", "train_orpo", &[]),
+    Method::new("dpo", "train_dpo", &[]),
+    Method::new("ipo", "train_dpo", &[("loss_type", "ipo")]),
+    Method::new("hinge", "train_dpo", &[("loss_type", "hinge")]),
+    Method::new("cpo", "train_cpo", &[]),
+    Method::new("simpo", "train_cpo", &[("loss_type", "simpo")]),
 ];
+
+/// A method of training by the name that other programs give it.
+struct Method {
+    name: &'static str,
+    /// The kind of its stage.
+    kind: &'static str,
+    /// Its parameters there.
+    parameters: &'static [(&'static str, &'static str)],
+}
+
+impl Method {
+    const fn new(
+        name: &'static str,
+        kind: &'static str,
+        parameters: &'static [(&'static str, &'static str)],
+    ) -> Self {
+        Self {
+            name,
+            kind,
+            parameters,
+        }
+    }
+}
 
 /// The config while it is read.
 struct Config<'a> {
@@ -189,7 +216,7 @@ fn training(
     program: Program,
     asked: Option<&str>,
 ) -> Result<&'static str, String> {
-    let named = |method: &str| METHODS.iter().find(|(name, _)| *name == method);
+    let named = |method: &str| METHODS.iter().find(|known| known.name == method);
     let found = match program {
         Program::Axolotl => config.text("rl").map(|method| ("rl", method.to_owned())),
         Program::LlamaFactory => match (config.text("stage"), config.text("pref_loss")) {
@@ -210,13 +237,24 @@ fn training(
     }
     if let Some(method) = asked {
         let known = named(method).ok_or_else(|| format!("there is no method `{method}`"))?;
-        return Ok(known.1);
+        return Ok(known.kind);
     }
     if let Some((key, method)) = found {
         let known = named(&method).ok_or_else(|| {
-            format!("`{key}: {method}` is not computed here; the methods are sft, orpo and dpo")
+            let names: Vec<_> = METHODS.iter().map(|known| known.name).collect();
+            format!(
+                "`{key}: {method}` is not computed here; the methods are {}",
+                names.join(", ")
+            )
         })?;
-        return Ok(known.1);
+        for (parameter, value) in known.parameters {
+            config.set(key, known.kind, parameter, (*value).into());
+        }
+        // LLaMA-Factory's loss has no likelihood of its own.
+        if program == Program::LlamaFactory && known.name == "simpo" {
+            config.set(key, known.kind, "cpo_alpha", 0.into());
+        }
+        return Ok(known.kind);
     }
     if program == Program::Trl {
         let about_pairs = [
@@ -226,17 +264,13 @@ fn training(
             "precompute_ref_log_probs",
             "label_smoothing",
         ];
+        if ["cpo_alpha", "simpo_gamma"]
+            .iter()
+            .any(|key| config.get(key).is_some())
+        {
+            return Ok("train_cpo");
+        }
         if about_pairs.iter().any(|key| config.get(key).is_some()) {
-            if let Some(loss) = config.text("loss_type")
-                && loss != "sigmoid"
-            {
-                return Err(format!(
-                    "`loss_type: {loss}` is not computed here; of DPO's losses only `sigmoid`"
-                ));
-            }
-            if config.get("loss_type").is_some() {
-                config.went("loss_type", "train_dpo");
-            }
             return Ok("train_dpo");
         }
     }

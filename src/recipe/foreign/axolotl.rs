@@ -63,7 +63,12 @@ pub(super) const KEYS: Table = &[
     ("orpo_alpha", Is(TRAINING, "beta")),
     ("dpo_label_smoothing", Is("train_dpo", "label_smoothing")),
     ("dpo_use_weighting", Lacks("pairs are not weighted")),
-    ("rpo_alpha", Lacks("DPO has no likelihood term")),
+    (
+        "rpo_alpha",
+        Lacks("`loss_type: [sigmoid, sft]` with `loss_weights` adds the likelihood"),
+    ),
+    ("cpo_alpha", Is("train_cpo", "cpo_alpha")),
+    ("simpo_gamma", Is("train_cpo", "simpo_gamma")),
     (
         "datasets",
         Becomes("import_dataset or download_dataset, and its `columns`"),

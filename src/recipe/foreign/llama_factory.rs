@@ -37,7 +37,11 @@ pub(super) const KEYS: Table = &[
     ),
     ("pref_loss", Becomes("the kind of training")),
     ("pref_beta", Is(TRAINING, "beta")),
-    ("pref_ftx", Lacks("DPO has no likelihood term")),
+    (
+        "pref_ftx",
+        Lacks("`loss_type: [sigmoid, sft]` with `loss_weights` adds the likelihood"),
+    ),
+    ("simpo_gamma", Is("train_cpo", "simpo_gamma")),
     (
         "ref_model",
         Becomes("train_dpo.ref_model: a stage that makes the model"),

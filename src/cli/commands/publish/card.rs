@@ -44,10 +44,11 @@ struct Head<'c> {
 }
 
 /// Methods of training, by the kinds of their stages.
-const METHODS: [(&str, &str); 3] = [
+const METHODS: [(&str, &str); 4] = [
     ("train_sft", "sft"),
     ("train_dpo", "dpo"),
     ("train_orpo", "orpo"),
+    ("train_cpo", "cpo"),
 ];
 
 /// Settings that people look for, in this order.
