@@ -19,6 +19,7 @@ use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::{AddedToken, Tokenizer};
 
 use self::splits::Splits;
+use super::tokenizer::guarded;
 
 /// The type of a token (`llama_token_type`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,7 +98,7 @@ impl Vocabulary<'_> {
     /// The algorithm or the way to split texts is not known (the error names those that are), the lists contradict each other, or a file
     /// can't be written.
     pub fn write(&self, folder: &Path) -> Result<()> {
-        let text = self.tokenizer()?.to_string(true).map_err(failed)?;
+        let text = guarded(|| self.tokenizer()?.to_string(true).map_err(failed))??;
         let write = |name: &str, text: &str| {
             std::fs::write(folder.join(name), text)
                 .with_context(|| format!("could not write `{name}`"))
@@ -260,24 +261,32 @@ impl Vocabulary<'_> {
         if bos.is_none() && eos.is_none() {
             return Ok(());
         }
-        let pieces = |sequence: &str, id: u32| {
-            let piece = |text: Option<&str>| text.map(|text| format!("{text}:{id}"));
-            let all = [piece(bos), Some(format!("{sequence}:{id}")), piece(eos)];
+        // As in `tokenizer.json`: the library's short form has no place for a colon in a token.
+        let pieces = |sequence: &str, type_id: u32| {
+            let special = |text: Option<&str>| {
+                text.map(|text| json!({"SpecialToken": {"id": text, "type_id": type_id}}))
+            };
+            let sequence = json!({"Sequence": {"id": sequence, "type_id": type_id}});
+            let all = [special(bos), Some(sequence), special(eos)];
             all.into_iter().flatten().collect::<Vec<_>>()
         };
-        let single = pieces("$A", 0);
-        let pair = [pieces("$A", 0), pieces("$B", 1)].concat();
         let named = [(bos, self.bos), (eos, self.eos)];
-        let named = named
+        let named: Map<String, Value> = named
             .into_iter()
-            .filter_map(|(text, id)| Some((text?.to_owned(), id?)));
-        let template = TemplateProcessing::builder()
-            .try_single(single)
-            .and_then(|builder| builder.try_pair(pair))
-            .map_err(|error| anyhow!("the tokenizer's post-processor can't be made: {error}"))?
-            .special_tokens(named.collect::<Vec<_>>())
-            .build()
-            .context("the tokenizer's post-processor can't be made")?;
+            .filter_map(|(text, id)| {
+                let text = text?;
+                let token = json!({"id": text, "ids": [id?], "tokens": [text]});
+                Some((text.to_owned(), token))
+            })
+            .collect();
+        let pair = [pieces("A", 0), pieces("B", 1)].concat();
+        let template: TemplateProcessing = serde_json::from_value(json!({
+            "type": "TemplateProcessing",
+            "single": pieces("A", 0),
+            "pair": pair,
+            "special_tokens": named,
+        }))
+        .context("the tokenizer's post-processor can't be made")?;
         tokenizer.with_post_processor(Some(template));
         Ok(())
     }

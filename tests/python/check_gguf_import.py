@@ -55,7 +55,7 @@ def run(program, folder, recipe):
 def imported(program, file, work, dtype="float32"):
     """The folder that the program makes of a file."""
     folder = Path(tempfile.mkdtemp(dir=work))
-    (folder / "model.gguf").symlink_to(Path(file).resolve())
+    shutil.copyfile(file, folder / "model.gguf")
     stage = {"import_model": {"path": "model.gguf", "dtype": dtype}}
     told = run(program, folder, {"version": 1, "stages": {"model": stage}, "outputs": {"model": "out"}})
     return folder / "out", told
@@ -197,7 +197,7 @@ def families(size):
     import transformers as t
 
     common = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=6, num_attention_heads=4,
-                  num_key_value_heads=2, max_position_embeddings=256, vocab_size=size)
+                  num_key_value_heads=2, max_position_embeddings=256, vocab_size=size, pad_token_id=0)
     llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
               "original_max_position_embeddings": 8192, "rope_theta": 500000.0}
     yield "llama", t.LlamaConfig(**common, tie_word_embeddings=False)
@@ -213,16 +213,22 @@ def families(size):
     yield "gemma3", t.Gemma3TextConfig(**common, head_dim=32, query_pre_attn_scalar=32, sliding_window=8)
     yield "olmo2", t.Olmo2Config(**common)
     yield "olmo3", t.Olmo3Config(**common, sliding_window=8)
-    yield "phi3", t.Phi3Config(**common, pad_token_id=0)
+    yield "phi3", t.Phi3Config(**common)
 
 
 def check_families(program, source, tokenizer, work):
     import torch
     from transformers import AutoModelForCausalLM
 
-    size = len(json.loads((tokenizer / "tokenizer.json").read_text())["model"]["vocab"])
+    # transformers builds Qwen2's tokenizer anew, so that model has its own.
+    tiny_model_of(source / "models/ggml-vocab-qwen2.gguf", work / "qwen2-vocabulary.gguf")
+    qwen2, _ = imported(program, work / "qwen2-vocabulary.gguf", work)
     torch.manual_seed(20)
-    for name, config in families(size):
+    size_of = lambda folder: len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"])
+    both = [(tokenizer, family) for family in families(size_of(tokenizer)) if family[0] != "qwen2"]
+    both += [(qwen2, family) for family in families(size_of(qwen2)) if family[0] == "qwen2"]
+    for tokenizer, (name, config) in both:
+        size = size_of(tokenizer)
         folder = work / f"family-{name}"
         config.bos_token_id, config.eos_token_id = 1, 2
         before = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

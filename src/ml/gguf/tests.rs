@@ -58,7 +58,7 @@ fn a_file_becomes_a_model_folder() {
         assert!(arch.tie_word_embeddings);
         assert_eq!((arch.head_dim, arch.eos_token_ids), (16, vec![2]));
         let expected = Weights::open_file(&golden("llama.safetensors")).unwrap();
-        assert!(weights.names().eq(expected.names()));
+        assert_eq!(weights.names(), expected.names());
         for name in expected.names() {
             let (found, wanted) = (weights.raw(name).unwrap(), expected.raw(name).unwrap());
             assert_eq!(found.shape, wanted.shape, "{name}");

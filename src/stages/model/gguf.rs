@@ -8,6 +8,7 @@ use anyhow::Context as _;
 use super::dtype::Dtype;
 use crate::engine::Context;
 use crate::ml::gguf::Array;
+use crate::ml::gguf::config::model_type;
 use crate::ml::gguf::import::{import, suggested};
 use crate::ml::gguf::read::File;
 use crate::text::vocabulary::{TokenKind, Vocabulary};
@@ -52,7 +53,22 @@ pub(super) fn import_file(cx: &Context, path: &Path, dtype: Option<Dtype>) -> an
         // The weights are of use with another model's tokenizer.
         cx.warn(format!("the file's tokenizer can't be made: {error:#}"));
     }
-    write_templates(&file, cx)
+    for warning in write_templates(&file, cx.out())? {
+        cx.warn(warning);
+    }
+    Ok(())
+}
+
+/// Writes the tokenizer and the chat template of the file `path` to the folder `out`, without the weights.
+pub(in crate::stages) fn tokenizer_alone(path: &Path, out: &Path) -> anyhow::Result<()> {
+    let file = File::open(path)?;
+    write_tokenizer(&file, out)?;
+    write_templates(&file, out).map(drop)
+}
+
+/// Why the model in the file `path` is not supported, as far as its metadata tell. What can't be read at all is for the stage to refuse.
+pub(in crate::stages) fn unsupported(path: &Path) -> Option<anyhow::Error> {
+    model_type(&File::open(path).ok()?).err()
 }
 
 fn write_tokenizer(file: &File, out: &Path) -> anyhow::Result<()> {
@@ -90,16 +106,19 @@ fn write_tokenizer(file: &File, out: &Path) -> anyhow::Result<()> {
     vocabulary.write(out)
 }
 
-/// Writes the chat template, and named ones beside it.
-fn write_templates(file: &File, cx: &Context) -> anyhow::Result<()> {
+/// Writes the chat template, and named ones beside it. Returns what is to be warned of.
+fn write_templates(file: &File, out: &Path) -> anyhow::Result<Vec<String>> {
     const KEY: &str = "tokenizer.chat_template";
+    let mut warnings = Vec::new();
     if let Some(text) = file.text(KEY)? {
-        fs::write(cx.out().join("chat_template.jinja"), text)
+        fs::write(out.join("chat_template.jinja"), text)
             .context("could not write `chat_template.jinja`")?;
     } else {
-        cx.warn("the file has no chat template: `apply_chat_template` needs a `template`");
+        warnings.push(
+            "the file has no chat template: `apply_chat_template` needs a `template`".to_owned(),
+        );
     }
-    let folder = cx.out().join("additional_chat_templates");
+    let folder = out.join("additional_chat_templates");
     for key in file.metadata().keys() {
         let Some(name) = key
             .strip_prefix(KEY)
@@ -109,7 +128,7 @@ fn write_templates(file: &File, cx: &Context) -> anyhow::Result<()> {
         };
         let plain = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
         let Some(text) = file.text(key)?.filter(|_| name.chars().all(plain)) else {
-            cx.warn(format!(
+            warnings.push(format!(
                 "the chat template `{name}` is left out: a file can't be called that"
             ));
             continue;
@@ -120,7 +139,7 @@ fn write_templates(file: &File, cx: &Context) -> anyhow::Result<()> {
         };
         write().with_context(|| format!("could not write the chat template `{name}`"))?;
     }
-    Ok(())
+    Ok(warnings)
 }
 
 #[cfg(test)]

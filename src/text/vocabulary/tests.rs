@@ -50,6 +50,16 @@ fn byte_level_tokens_merge_and_special_ones_are_found() {
     let tokenizer = without.tokenizer().unwrap();
     assert_eq!(tokenizer.encode("abc", true).unwrap().get_ids(), [9]);
     assert_eq!(tokenizer.decode(&[6, 0, 5], true).unwrap(), " abab");
+    // Nothing in a token's text is taken for more than text.
+    let mut odd = lists.clone();
+    odd.0[0] = "$A:1 ".into();
+    let around = Vocabulary {
+        eos: Some(0),
+        add_eos: Some(true),
+        ..bytes(&odd, "llama-bpe")
+    };
+    let tokenizer = around.tokenizer().unwrap();
+    assert_eq!(tokenizer.encode("abc", true).unwrap().get_ids(), [0, 9, 0]);
 }
 
 #[test]

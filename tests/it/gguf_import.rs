@@ -37,6 +37,10 @@ fn a_gguf_file_is_a_model_to_train() {
     project.write("recipe.yaml", RECIPE);
     let row = r#"{"messages": [{"role": "user", "content": "Where is the cat?"}, {"role": "assistant", "content": "On the mat."}]}"#;
     project.write("rows.jsonl", &format!("{row}\n{row}\n"));
+    // Before anything is made, its tokenizer is known.
+    let ended = project.run(&["preview", "recipe.yaml"]);
+    assert_eq!(ended.code, Some(0), "{}{}", ended.stdout, ended.stderr);
+    assert!(ended.stdout.contains("<|im_start|>"), "{}", ended.stdout);
     let ended = project.run(&["run", "recipe.yaml"]);
     assert_eq!(ended.code, Some(0), "{}{}", ended.stdout, ended.stderr);
     for name in [
@@ -104,7 +108,11 @@ fn what_is_wrong_with_a_file_is_said() {
     big[4..8].copy_from_slice(&3u32.to_be_bytes());
     fs::write(project.path("big.gguf"), &big).unwrap();
     fs::create_dir(project.path("folder")).unwrap();
-    fs::write(project.path("folder/config.json"), "{}").unwrap();
+    fs::write(
+        project.path("folder/config.json"),
+        r#"{"model_type": "llama"}"#,
+    )
+    .unwrap();
     fs::write(project.path("folder/model.gguf"), &whole).unwrap();
     for (path, whys) in [
         (
