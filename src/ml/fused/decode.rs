@@ -8,6 +8,7 @@ use std::ops::Range;
 
 use candle_core::{DType, Result, Tensor, bail};
 use half::bf16;
+use pipeline_kernels::gated::Activation;
 use pipeline_kernels::matrix::Matrix;
 use pipeline_kernels::vectors::{self, Attention, Cached, VectorProduct, vector_products};
 use rayon::prelude::*;
@@ -363,7 +364,9 @@ impl<'a> Decoder<'a> {
         let half = self.model.arch.head_dim / 2;
         for (row, position) in rows.chunks_exact_mut(row).zip(positions) {
             let span = position * half..(position + 1) * half;
-            vectors::rope(row, &self.cos[span.clone()], &self.sin[span], scale);
+            let width = self.model.arch.head_dim;
+            vectors::rope(row, width, &self.cos[span.clone()], &self.sin[span]);
+            vectors::scale(row, scale);
         }
     }
 
@@ -390,6 +393,7 @@ impl<'a> Decoder<'a> {
                 keys,
                 values,
                 out,
+                softcap: None,
                 rounded: self.rounded,
             };
             attention.compute(width);
@@ -446,7 +450,7 @@ impl backend::Decoder for Decoder<'_> {
             add(&mut x, &y);
             let normed = norm(&x, &weights.post_norm, layer.post_norm.eps);
             let [mut gate, up] = self.apply([&weights.gate, &weights.up], &normed)?;
-            vectors::swiglu(&mut gate, &up);
+            vectors::gated_unit(Activation::Silu, &mut gate, &up);
             let [y] = self.apply([&weights.down], &gate)?;
             add(&mut x, &y);
         }

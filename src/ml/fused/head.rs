@@ -140,7 +140,7 @@ pub(super) fn score(
             let index = row / LANES * ids.len() + (id as usize - ids.start);
             chosen[target] = logits[index * LANES + row % LANES];
         }
-        let factors = online_softmax(logits, ids.clone(), &mut summaries);
+        let factors = online_softmax(logits, ids.clone(), None, &mut summaries);
         if gradient {
             let expected_head_row = &mut scored.expected_head_row;
             let onto = if ids.start == 0 {
@@ -264,7 +264,7 @@ impl Scored {
             let weight = held.rows(ids.clone())?;
             product(logits, vec![Term { weight, x: &factor }], Onto::Zero);
             // The summaries are those of the whole vocabulary, so these exponentials need no correction.
-            online_softmax(logits, ids.clone(), &mut self.summaries.clone());
+            online_softmax(logits, ids.clone(), None, &mut self.summaries.clone());
             let panels = self.summaries.iter().enumerate();
             let factors: Vec<[f32; LANES]> = panels
                 .map(|(panel, summary)| {

@@ -7,11 +7,12 @@
 
 use candle_core::{Result, bail};
 use pipeline_kernels::attention::{
-    Gradients as AttentionGradients, Inputs, attention, attention_backward,
+    Gradients as AttentionGradients, Inputs, Scores, attention, attention_backward,
 };
 use pipeline_kernels::elementwise::{
-    rms_norm, rms_norm_backward, rms_norm_grad_weight, rms_norm_recompute, swiglu, swiglu_backward,
+    rms_norm, rms_norm_backward, rms_norm_grad_weight, rms_norm_recompute,
 };
+use pipeline_kernels::gated::{Activation, gated_unit, gated_unit_backward};
 use pipeline_kernels::panels::LANES;
 use pipeline_kernels::product::Onto;
 
@@ -220,7 +221,15 @@ pub(super) fn forward(
         v: &v,
     };
     let spans = layout.spans(layer.window);
-    attention(inputs, shape.heads, spans, &mut attended, &mut log_sums);
+    let scores = Scores::of_width(shape.heads.width);
+    attention(
+        inputs,
+        shape.heads,
+        scores,
+        spans,
+        &mut attended,
+        &mut log_sums,
+    );
     let q = SavedHeads::keep(raw_q, q, pool);
     let k = SavedHeads::keep(raw_k, k, pool);
     let mut middle = shape.take(pool, hidden);
@@ -236,7 +245,7 @@ pub(super) fn forward(
     let gate_up_down = group.forward(&normed, vec![&mut gate, &mut up], Onto::Zero, pool)?;
     pool.give(normed);
     let mut gated = shape.take(pool, inner);
-    swiglu(&gate, &up, &mut gated);
+    gated_unit(Activation::Silu, &gate, &up, &mut gated);
     let group = ProjectionGroup::new(&[&layer.down], inner, shape);
     let (down_down, out) = if whole {
         let mut out = shape.take(pool, hidden);
@@ -306,7 +315,7 @@ pub(super) fn backward(
     let mut grad_gated = shape.take(pool, inner);
     let group = ProjectionGroup::new(&[&weights.down], inner, shape);
     let grad_lora_down = group.backward(&[grad_x], &mut grad_gated, pool)?;
-    swiglu_backward(&mut gate, &mut up, &mut grad_gated);
+    gated_unit_backward(Activation::Silu, &mut gate, &mut up, &mut grad_gated);
     let (grad_gate, grad_up, gated) = (gate, up, grad_gated); // what their buffers hold now
     group.gradients(
         &[&layer.down],
@@ -375,6 +384,7 @@ pub(super) fn backward(
             v: &v,
         },
         shape.heads,
+        Scores::of_width(shape.heads.width),
         layout.spans(weights.window),
         (&attended, &log_sums, &grad_attended),
         &mut AttentionGradients {

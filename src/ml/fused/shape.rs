@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Result};
 use pipeline_kernels::attention::Heads;
-use pipeline_kernels::elementwise::rope;
+use pipeline_kernels::elementwise::{Rotary, rope};
 use pipeline_kernels::panels::{LANES, fill, size};
 
 use super::layout::Layout;
@@ -98,7 +98,12 @@ impl Shape {
 
     /// Applies the rotary embedding to panels of `features`, or with `back` its inverse.
     pub(super) fn rope(&self, x: &mut [f32], features: usize, back: bool) {
-        let half = self.heads.width / 2;
-        rope(x, features, &self.cos, &self.sin, half, back);
+        let rotary = Rotary {
+            cos: &self.cos,
+            sin: &self.sin,
+            pairs: self.heads.width / 2,
+            width: self.heads.width,
+        };
+        rope(x, features, rotary, back);
     }
 }
