@@ -27,7 +27,7 @@ pub mod tied;
 use candle_core::backprop::GradStore;
 use candle_core::{D, DType, Device, Result, Tensor, Var};
 
-use self::arch::Arch;
+use self::arch::{Activation, Arch};
 use self::autograd::{masked_softmax, rms_norm, rope};
 use self::batch::Batch;
 use self::head::HeadGradients;
@@ -37,6 +37,7 @@ use ends::embedding_rows;
 pub use layerwise::logits_by_layer;
 use masks::Masks;
 pub(super) use rope::angles;
+use rope::{all_angles, batch_angles, is_outdated};
 
 /// Which tensors are trained.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,6 +59,23 @@ pub struct Parameter {
     pub var: Var,
     /// Whether weight decay applies to it; by transformers' rule (`get_decay_parameter_names`) not to norms and biases.
     pub decays: bool,
+    /// Whether it is 1 more than the tensor in files ([`Arch::norm_adds_one`]).
+    pub adds_one: bool,
+}
+
+impl Parameter {
+    /// The tensor as files have it, in f32 and outside any graph.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn stored(&self) -> Result<Tensor> {
+        let tensor = self.var.as_detached_tensor();
+        if self.adds_one {
+            tensor - 1.
+        } else {
+            Ok(tensor)
+        }
+    }
 }
 
 /// A causal language model with an optional adapter.
@@ -84,31 +102,49 @@ pub(super) struct Norm {
     pub(super) eps: f64,
 }
 
+/// A decoder layer. It has the norms of its model's [`arch::NormPlaces`].
 pub(super) struct Layer {
-    pub(super) input_norm: Norm,
-    pub(super) q: Linear,
-    pub(super) k: Linear,
-    pub(super) v: Linear,
+    pub(super) input_norm: Option<Norm>,
+    pub(super) qkv: Qkv,
     pub(super) o: Linear,
-    pub(super) post_norm: Norm,
-    pub(super) gate: Linear,
-    pub(super) up: Linear,
+    pub(super) post_attention_norm: Option<Norm>,
+    pub(super) pre_feedforward_norm: Option<Norm>,
+    pub(super) gate_up: GateUp,
     pub(super) down: Linear,
-    /// The norms of each query head and of each key head.
+    pub(super) post_feedforward_norm: Option<Norm>,
+    /// The norms of the queries and of the keys, of each head or of all together.
     pub(super) q_norm: Option<Norm>,
     pub(super) k_norm: Option<Norm>,
     /// The size of the sliding window in keys, the query's own included; without one, a query attends to all keys up to its own.
     pub(super) window: Option<usize>,
+    /// The number of its rotary embedding, if it has one.
+    pub(super) rope: Option<usize>,
     pub(super) heads: usize,
     pub(super) kv_heads: usize,
     pub(super) head_dim: usize,
+    pub(super) score_scale: f64,
+    pub(super) score_softcap: Option<f64>,
+    pub(super) activation: Activation,
+    pub(super) residual_scale: f64,
+}
+
+/// The projections of queries, keys and values.
+pub(super) enum Qkv {
+    Separate { q: Linear, k: Linear, v: Linear },
+    Fused(Linear),
+}
+
+/// The projections of the gate and of what it multiplies.
+pub(super) enum GateUp {
+    Separate { gate: Linear, up: Linear },
+    Fused(Linear),
 }
 
 /// What all layers have in common in one pass.
 #[derive(Clone)]
 struct Shared {
-    cos: Tensor,  // (length, head_dim / 2), or that for each sequence
-    sin: Tensor,  // the same
+    /// For each rotary embedding the cosines and sines (length, `rotary_dim / 2`), or those for each sequence.
+    angles: Vec<(Tensor, Tensor)>,
     masks: Masks, // (batch or 1, 1, length, keys)
     pass: Pass,
 }
@@ -121,6 +157,9 @@ type KeysAndValues = Option<(Tensor, Tensor)>;
 pub struct Cache {
     layers: Vec<KeysAndValues>,
     length: usize,
+    ids: Vec<u32>,
+    /// The length of the sequence when the last keys were rotated.
+    rotated_for: usize,
 }
 
 impl Cache {
@@ -133,6 +172,7 @@ impl Cache {
             }
         }
         self.length = length;
+        self.ids.truncate(length);
         Ok(())
     }
 }
@@ -213,11 +253,80 @@ impl Norm {
     }
 }
 
+impl Qkv {
+    fn linears(&self) -> Vec<&Linear> {
+        match self {
+            Self::Separate { q, k, v } => vec![q, k, v],
+            Self::Fused(qkv) => vec![qkv],
+        }
+    }
+}
+
+impl GateUp {
+    fn linears(&self) -> Vec<&Linear> {
+        match self {
+            Self::Separate { gate, up } => vec![gate, up],
+            Self::Fused(gate_up) => vec![gate_up],
+        }
+    }
+
+    /// The gate and what it multiplies, each (batch, length, inner).
+    fn forward(&self, x: &Tensor, pass: Pass) -> Result<(Tensor, Tensor)> {
+        match self {
+            Self::Separate { gate, up } => Ok((gate.forward(x, pass)?, up.forward(x, pass)?)),
+            Self::Fused(gate_up) => {
+                let both = gate_up.forward(x, pass)?;
+                let inner = both.dim(D::Minus1)? / 2;
+                Ok((both.narrow(2, 0, inner)?, both.narrow(2, inner, inner)?))
+            }
+        }
+    }
+}
+
+/// `x` through a norm, if there is one.
+fn normed(norm: Option<&Norm>, x: Tensor, pass: Pass) -> Result<Tensor> {
+    match norm {
+        Some(norm) => norm.forward(&x, pass),
+        None => Ok(x),
+    }
+}
+
+/// `x` times `factor`, if that is not 1.
+pub(super) fn scaled(x: Tensor, factor: f64) -> Result<Tensor> {
+    if factor.to_bits() == 1f64.to_bits() {
+        Ok(x)
+    } else {
+        x * factor
+    }
+}
+
+/// `cap * tanh(x / cap)`, if there is a cap.
+pub(super) fn softcapped(x: Tensor, cap: Option<f64>) -> Result<Tensor> {
+    match cap {
+        Some(cap) => (x / cap)?.tanh()? * cap,
+        None => Ok(x),
+    }
+}
+
 impl Layer {
-    /// Whether a tensor of its attention is trained, the norm before it included.
+    /// Its projections, in the order of [`Arch::projections`].
+    pub(in crate::ml) fn linears(&self) -> Vec<&Linear> {
+        let (mut qkv, mut gate_up) = (self.qkv.linears(), self.gate_up.linears());
+        match self.qkv {
+            Qkv::Separate { .. } => qkv.push(&self.o),
+            Qkv::Fused(_) => qkv.insert(0, &self.o),
+        }
+        gate_up.push(&self.down);
+        qkv.append(&mut gate_up);
+        qkv
+    }
+
+    /// Whether a tensor of its attention is trained, the norms before and after it included.
     pub(super) fn trains_attention(&self) -> bool {
-        let linears = [&self.q, &self.k, &self.v, &self.o];
-        let mut norms = self.qk_norms().chain([&self.input_norm]);
+        let own = [&self.input_norm, &self.post_attention_norm];
+        let mut norms = self.qk_norms().chain(own.into_iter().flatten());
+        let mut linears = self.qkv.linears();
+        linears.push(&self.o);
         norms.any(|norm| norm.weight.trained().is_some())
             || linears.into_iter().any(Linear::is_trained)
     }
@@ -228,24 +337,88 @@ impl Layer {
 
     /// Its norms.
     pub(super) fn norms(&self) -> impl Iterator<Item = &Norm> {
-        self.qk_norms().chain([&self.input_norm, &self.post_norm])
+        let own = [
+            &self.input_norm,
+            &self.post_attention_norm,
+            &self.pre_feedforward_norm,
+            &self.post_feedforward_norm,
+        ];
+        self.qk_norms().chain(own.into_iter().flatten())
     }
 
     /// Whether any of its tensors is trained.
     pub(super) fn is_trained(&self) -> bool {
-        let linears = [&self.gate, &self.up, &self.down];
-        self.trains_attention()
-            || self.post_norm.weight.trained().is_some()
-            || linears.into_iter().any(Linear::is_trained)
+        self.norms().any(|norm| norm.weight.trained().is_some())
+            || self.linears().into_iter().any(Linear::is_trained)
     }
 
     fn forward(&self, x: &Tensor, shared: &Shared, cache: &mut KeysAndValues) -> Result<Tensor> {
         let pass = shared.pass;
-        let x = (x + self.attention(&self.input_norm.forward(x, pass)?, shared, cache)?)?;
-        let inner = self.post_norm.forward(&x, pass)?;
-        let gate = self.gate.forward(&inner, pass)?.silu()?;
-        let up = self.up.forward(&inner, pass)?;
-        &x + self.down.forward(&(gate * up)?, pass)?
+        let inner = normed(self.input_norm.as_ref(), x.clone(), pass)?;
+        let y = self.attention(&inner, shared, cache)?;
+        let y = normed(self.post_attention_norm.as_ref(), y, pass)?;
+        let x = (x + scaled(y, self.residual_scale)?)?;
+        let inner = normed(self.pre_feedforward_norm.as_ref(), x.clone(), pass)?;
+        let (gate, up) = self.gate_up.forward(&inner, pass)?;
+        let gate = match self.activation {
+            Activation::Silu => gate.silu()?,
+            Activation::GeluTanh => gate.gelu()?,
+        };
+        let y = self.down.forward(&(gate * up)?, pass)?;
+        let y = normed(self.post_feedforward_norm.as_ref(), y, pass)?;
+        x + scaled(y, self.residual_scale)?
+    }
+
+    /// Queries, keys and values, each (batch, length, heads * width).
+    fn projected(&self, x: &Tensor, pass: Pass) -> Result<[Tensor; 3]> {
+        match &self.qkv {
+            Qkv::Separate { q, k, v } => Ok([
+                q.forward(x, pass)?,
+                k.forward(x, pass)?,
+                v.forward(x, pass)?,
+            ]),
+            Qkv::Fused(qkv) => {
+                let all = qkv.forward(x, pass)?;
+                let (queries, keys) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+                Ok([
+                    all.narrow(2, 0, queries)?,
+                    all.narrow(2, queries, keys)?,
+                    all.narrow(2, queries + keys, keys)?,
+                ])
+            }
+        }
+    }
+
+    /// Splits `y` (batch, length, heads * width) into heads: (batch, heads, length, width). A norm with a weight of the width applies to each
+    /// head, a longer one to all of them together.
+    fn split(&self, y: &Tensor, heads: usize, norm: Option<&Norm>, pass: Pass) -> Result<Tensor> {
+        let (batch, length, _) = y.dims3()?;
+        let shape = (batch, length, heads, self.head_dim);
+        let y = match norm {
+            Some(norm) if norm.weight.stored(pass).elem_count() != self.head_dim => {
+                norm.forward(y, pass)?.reshape(shape)?
+            }
+            Some(norm) => norm.forward(&y.reshape(shape)?, pass)?,
+            None => y.reshape(shape)?,
+        };
+        y.transpose(1, 2)
+    }
+
+    /// Rotates the first features of `y` (batch, heads, length, width), if the layer has a rotary embedding.
+    fn rotated(&self, y: &Tensor, shared: &Shared) -> Result<Tensor> {
+        let Some(rope_number) = self.rope else {
+            return y.contiguous();
+        };
+        let Some((cos, sin)) = shared.angles.get(rope_number) else {
+            candle_core::bail!("there is no rotary embedding number {rope_number}")
+        };
+        let rotary_dim = 2 * cos.dim(D::Minus1)?;
+        if rotary_dim == self.head_dim {
+            return rope(y, cos, sin);
+        }
+        let rotated = rope(&y.narrow(3, 0, rotary_dim)?, cos, sin)?;
+        let rest = y.narrow(3, rotary_dim, self.head_dim - rotary_dim)?;
+        Tensor::cat(&[&rotated, &rest.contiguous()?], 3)
     }
 
     /// Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245). The query heads that share a key head are rows of one product, so
@@ -254,26 +427,18 @@ impl Layer {
         let (batch, length, _) = x.dims3()?;
         let (heads, kv_heads, width) = (self.heads, self.kv_heads, self.head_dim);
         let group = heads / kv_heads;
-        let compute = self.q.compute;
-        let split = |linear: &Linear, heads: usize, norm: Option<&Norm>| {
-            let y = linear.forward(x, shared.pass)?;
-            let y = y.reshape((batch, length, heads, width))?;
-            let y = match norm {
-                Some(norm) => norm.forward(&y, shared.pass)?,
-                None => y,
-            };
-            y.transpose(1, 2) // (batch, heads, length, width)
-        };
-        let q = split(&self.q, heads, self.q_norm.as_ref())?;
-        let q = (rope(&q, &shared.cos, &shared.sin)? * (width as f64).powf(-0.5))?;
-        let k = split(&self.k, kv_heads, self.k_norm.as_ref())?;
-        let mut k = rope(&k, &shared.cos, &shared.sin)?;
-        let mut v = split(&self.v, kv_heads, None)?;
+        let (compute, pass) = (self.o.compute, shared.pass);
+        let [q, k, v] = self.projected(x, pass)?;
+        let q = self.split(&q, heads, self.q_norm.as_ref(), pass)?;
+        let q = (self.rotated(&q, shared)? * self.score_scale)?;
+        let k = self.split(&k, kv_heads, self.k_norm.as_ref(), pass)?;
+        let mut k = self.rotated(&k, shared)?;
+        let mut v = self.split(&v, kv_heads, None, pass)?;
         if let Some((keys, values)) = cache.take() {
             k = Tensor::cat(&[&keys, &k], 2)?;
             v = Tensor::cat(&[&values, &v], 2)?;
         }
-        if !shared.pass.tape {
+        if !pass.tape {
             *cache = Some((k.clone(), v.clone()));
         }
         let keys = k.dim(2)?;
@@ -282,6 +447,10 @@ impl Layer {
             .to_dtype(compute)?
             .matmul(&k.to_dtype(compute)?.transpose(2, 3)?)?
             .reshape((batch, heads, length, keys))?;
+        let scores = match self.score_softcap {
+            Some(_) => softcapped(scores.to_dtype(DType::F32)?, self.score_softcap)?,
+            None => scores,
+        };
         let p = masked_softmax(&scores, shared.masks.get(self.window)?)?;
         let p = p.reshape((batch, kv_heads, group * length, keys))?;
         let y = p
@@ -291,7 +460,7 @@ impl Layer {
             .reshape((batch, heads, length, width))?
             .transpose(1, 2)?
             .reshape((batch, length, heads * width))?;
-        self.o.forward(&y, shared.pass)
+        self.o.forward(&y, pass)
     }
 }
 
@@ -318,17 +487,8 @@ impl CausalLm {
 
     /// The rotary angles and masks of a batch.
     fn shared(&self, batch: &Batch, pass: Pass) -> Result<Shared> {
-        let (cos, sin) = match batch.positions() {
-            None => angles(&self.arch, 0..batch.width, &self.device)?,
-            Some(positions) => {
-                let (cos, sin) = angles(&self.arch, positions, &self.device)?;
-                let shape = (batch.sequences.len(), batch.width, ());
-                (cos.reshape(shape)?, sin.reshape(shape)?)
-            }
-        };
         Ok(Shared {
-            cos,
-            sin,
+            angles: batch_angles(&self.arch, batch, &self.device)?,
             masks: Masks::new(self.windows(), |window| batch.mask(window, &self.device))?,
             pass,
         })
@@ -337,11 +497,8 @@ impl CausalLm {
     pub(in crate::ml) fn embed(&self, ids: &Tensor, pass: Pass) -> Result<Tensor> {
         let (batch, length) = ids.dims2()?;
         let ids = ids.flatten_all()?;
-        embedding_rows(&self.embed, self.embed_lora.as_ref(), &ids, pass)?.reshape((
-            batch,
-            length,
-            (),
-        ))
+        let rows = embedding_rows(&self.embed, self.embed_lora.as_ref(), &ids, pass)?;
+        scaled(rows, self.arch.embedding_scale)?.reshape((batch, length, ()))
     }
 
     /// The hidden states (batch, length, hidden) as transformers returns them in `hidden_states`: the embeddings, the output of each layer
@@ -398,6 +555,12 @@ impl CausalLm {
             candle_core::bail!("there are no ids to go on from");
         }
         let keys = cache.length + length;
+        let mut ropes = self.arch.ropes.iter();
+        if cache.length > 0 && ropes.any(|rope| is_outdated(rope, cache.rotated_for, keys)) {
+            let all = [&cache.ids, ids].concat();
+            *cache = Cache::default();
+            return self.next_logits(&all, cache, pass);
+        }
         let masks = Masks::new(self.windows(), |window| {
             let rows = (cache.length..keys).flat_map(|last| {
                 let first = window.map_or(0, |window| (last + 1).saturating_sub(window));
@@ -406,10 +569,8 @@ impl CausalLm {
             });
             Tensor::from_vec(rows.collect(), (1, 1, length, keys), &self.device)
         })?;
-        let (cos, sin) = angles(&self.arch, cache.length..keys, &self.device)?;
         let shared = Shared {
-            cos,
-            sin,
+            angles: all_angles(&self.arch, || cache.length..keys, keys, &self.device)?,
             masks,
             pass,
         };
@@ -418,7 +579,9 @@ impl CausalLm {
         for (layer, keys_and_values) in self.layers.iter().zip(&mut cache.layers) {
             x = layer.forward(&x, &shared, keys_and_values)?;
         }
-        cache.length += length;
+        cache.length = keys;
+        cache.ids.extend(ids);
+        cache.rotated_for = keys;
         let last = x.narrow(1, length - 1, 1)?.squeeze(1)?;
         let last = self.append_lora_inputs(self.norm.forward(&last, pass)?, pass)?;
         let logits = self.head_matrix(pass)?.logits(&last)?;
@@ -527,6 +690,7 @@ impl CausalLm {
             return Ok(());
         }
         let rows = gradient.reshape(((), gradient.dim(D::Minus1)?))?;
+        let rows = scaled(rows, self.arch.embedding_scale)?;
         let ids = tape.ids.flatten_all()?;
         // As in transformers (`padding_idx`), looking up the padding's embedding gives its row no gradient.
         let learnt = |rows: &Tensor| match self.arch.pad_token_id {
