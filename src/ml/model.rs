@@ -36,8 +36,8 @@ use self::tensors::{EMBEDDINGS, HEAD};
 use ends::embedding_rows;
 pub use layerwise::logits_by_layer;
 use masks::Masks;
-pub(super) use rope::angles;
 use rope::{all_angles, batch_angles, is_outdated};
+pub(super) use rope::{angles, have_same_angles};
 
 /// Which tensors are trained.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -254,7 +254,7 @@ impl Norm {
 }
 
 impl Qkv {
-    fn linears(&self) -> Vec<&Linear> {
+    pub(in crate::ml) fn linears(&self) -> Vec<&Linear> {
         match self {
             Self::Separate { q, k, v } => vec![q, k, v],
             Self::Fused(qkv) => vec![qkv],
@@ -263,7 +263,7 @@ impl Qkv {
 }
 
 impl GateUp {
-    fn linears(&self) -> Vec<&Linear> {
+    pub(in crate::ml) fn linears(&self) -> Vec<&Linear> {
         match self {
             Self::Separate { gate, up } => vec![gate, up],
             Self::Fused(gate_up) => vec![gate_up],

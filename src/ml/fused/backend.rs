@@ -13,12 +13,9 @@ use super::pool::Pool;
 use super::states::States;
 use super::{Forward, Scored, decode, lowest};
 use crate::ml::backend::{Backend, Decoder, ForwardPass, PassSize, Scores};
-use crate::ml::model::arch::{
-    Activation, Arch, LayerArch, NormPlaces, QkNorm, Rope, RopeScaling, default_score_scale,
-};
 use crate::ml::model::batch::{Batch, Target};
 use crate::ml::model::linear::Pass;
-use crate::ml::model::{self, CausalLm, Gradients};
+use crate::ml::model::{self, CausalLm, Gradients, have_same_angles};
 use crate::ml::reference::CachedSequences;
 
 /// The largest number of tokens in a pass of several micro-batches; larger passes would save nothing more.
@@ -58,9 +55,6 @@ fn unsupported_feature(model: &CausalLm) -> Option<String> {
             model.compute.as_str()
         ));
     }
-    if let Some(option) = unsupported_option(&model.arch) {
-        return Some(option.into());
-    }
     if model.has_pairs_at_ends() {
         return Some("the adapter has matrices beside the embeddings or the head".into());
     }
@@ -70,62 +64,6 @@ fn unsupported_feature(model: &CausalLm) -> Option<String> {
         return Some("the adapter is a DoRA".into());
     }
     None
-}
-
-/// The first option of an architecture that the fast path does not compute, if there is one.
-pub(super) fn unsupported_option(arch: &Arch) -> Option<&'static str> {
-    let is_one = |factor: f64| factor.to_bits() == 1f64.to_bits();
-    let plain_rope = |layer: &LayerArch| layer.rope == Some(0);
-    let depends_on_length = |rope: &Rope| {
-        matches!(
-            rope.scaling,
-            Some(RopeScaling::Dynamic { .. } | RopeScaling::LongRope(_))
-        )
-    };
-    let options = [
-        (arch.fused_projections, "projections are fused"),
-        (
-            !arch.layers.iter().all(plain_rope),
-            "not all layers have the same rotary embedding",
-        ),
-        (
-            arch.ropes.iter().any(depends_on_length),
-            "the rotary embedding depends on the longest sequence",
-        ),
-        (
-            arch.rotary_dim != arch.head_dim,
-            "only a part of each head is rotated",
-        ),
-        (
-            arch.qk_norm == QkNorm::Whole,
-            "queries and keys have norms over all heads",
-        ),
-        (
-            arch.norm_places != NormPlaces::Before,
-            "there are norms after the blocks",
-        ),
-        (
-            arch.activation != Activation::Silu,
-            "the activation is not SiLU",
-        ),
-        (!is_one(arch.embedding_scale), "embeddings are scaled"),
-        (
-            !is_one(arch.residual_scale),
-            "the blocks' results are scaled",
-        ),
-        (
-            arch.score_scale.to_bits() != default_score_scale(arch.head_dim).to_bits(),
-            "attention scores have a scale of their own",
-        ),
-        (
-            arch.score_softcap.is_some(),
-            "attention scores have a soft-cap",
-        ),
-        (!is_one(arch.logit_scale), "logits are scaled"),
-        (arch.logit_softcap.is_some(), "logits have a soft-cap"),
-    ];
-    let mut options = options.into_iter();
-    options.find_map(|(has, option)| has.then_some(option))
 }
 
 impl<'m> Fused<'m> {
@@ -163,15 +101,22 @@ fn most_tokens(saved_bytes: usize) -> usize {
     TOKENS.min(MAX_SAVED_BYTES / saved_bytes.max(1))
 }
 
-/// How many of the first of these micro-batches go through the model in one pass of no more tokens, one in any case.
-fn pass_size(batches: &[&Batch], packing: Packing, most: usize) -> PassSize {
+/// How many of the first of these micro-batches, of which `alike` says whether a pass can share what they have in common, go through the
+/// model in one pass of no more tokens, one in any case.
+fn pass_size(
+    batches: &[&Batch],
+    packing: Packing,
+    most: usize,
+    alike: impl Fn(&Batch, &Batch) -> bool,
+) -> PassSize {
     let all = (1..=batches.len()).map(|count| PassSize {
         micro_batches: count,
         tokens: packing.tokens(batches.get(..count).unwrap_or_default()),
     });
     let mut best = PassSize::default();
     for size in all {
-        if size.micro_batches > 1 && size.tokens > most {
+        let last = size.micro_batches - 1;
+        if last > 0 && (size.tokens > most || !alike(batches[0], batches[last])) {
             break;
         }
         best = size;
@@ -194,6 +139,7 @@ pub fn pass_size_of(
         batches,
         packing,
         most_tokens(sizes.saved_bytes(checkpointing)),
+        |_, _| true,
     )
 }
 
@@ -207,7 +153,9 @@ impl Backend for Fused<'_> {
             0
         };
         let most = most_tokens(bytes_per_token);
-        let best = pass_size(batches, self.packing(pass), most);
+        let best = pass_size(batches, self.packing(pass), most, |a, b| {
+            have_same_angles(&self.model.arch, a.length(), b.length())
+        });
         if best.micro_batches > 1 {
             self.pool.expect(panels(most));
         }
