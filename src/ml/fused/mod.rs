@@ -28,6 +28,7 @@ use candle_core::{DType, Result, Tensor};
 use pipeline_kernels::elementwise::{rms_norm, rms_norm_backward, rms_norm_grad_weight, scale};
 use pipeline_kernels::panels::{LANES, column, fill, panels, size};
 
+use super::model::autograd::scaled;
 use super::model::batch::{Batch, Target};
 use super::model::linear::Pass;
 use super::model::{self, CausalLm, Gradients, have_same_angles};
@@ -325,7 +326,7 @@ fn embed(model: &CausalLm, layout: &Layout, pass: Pass, x: &mut [f32]) -> Result
     let width = model.arch.hidden_size;
     let ids = Tensor::from_slice(&layout.ids, layout.ids.len(), &model.device)?;
     let rows = model.embed.value(pass).index_select(&ids, 0)?;
-    let rows = model::scaled(rows.to_dtype(DType::F32)?, model.arch.embedding_scale)?;
+    let rows = scaled(rows.to_dtype(DType::F32)?, model.arch.embedding_scale)?;
     let rows = rows.flatten_all()?.to_vec1::<f32>()?;
     fill(x, width, layout.ids.len(), |token| {
         rows.get(token * width..(token + 1) * width)

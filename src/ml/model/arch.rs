@@ -128,7 +128,7 @@ pub enum NormPlaces {
     /// Before each of the two blocks (Llama).
     #[default]
     Before,
-    /// After each block, before its result is added to the hidden states (OLMo 2).
+    /// After each block, before its result is added to the hidden states (`OLMo` 2).
     After,
     /// Before and after each block (Gemma 2).
     Both,
@@ -191,7 +191,7 @@ pub enum RopeScaling {
         /// The length up to which nothing is scaled, in tokens.
         max_position_embeddings: usize,
     },
-    /// YaRN (Peng et al. 2023, arXiv 2309.00071).
+    /// `YaRN` (Peng et al. 2023, arXiv 2309.00071).
     Yarn(YarnScaling),
     /// Llama 3's.
     Llama3(Llama3Scaling),
@@ -199,7 +199,7 @@ pub enum RopeScaling {
     LongRope(LongRopeScaling),
 }
 
-/// The parameters of YaRN, with transformers' defaults filled in.
+/// The parameters of `YaRN`, with transformers' defaults filled in.
 #[derive(Debug, Clone, PartialEq)]
 pub struct YarnScaling {
     /// The factor by which long wavelengths are multiplied.

@@ -6,8 +6,8 @@
 
 use candle_core::{D, DType, Result, Tensor};
 
+use super::autograd::{scaled, softcapped};
 use super::batch::Target;
-use super::{scaled, softcapped};
 
 /// The number of logits in one chunk.
 const CHUNK: usize = 1 << 24;

@@ -4,13 +4,16 @@ use candle_core::{DType, Device, Tensor};
 
 use super::super::adapter::Adapter;
 use super::arch::Arch;
+use super::autograd::scaled;
 use super::batch::Batch;
 use super::ends::{embedding_rows, with_lora_inputs};
 use super::head::Head;
+use super::layer::Shared;
 use super::linear::Pass;
 use super::load::Loader;
+use super::rope::batch_angles;
 use super::tensors::{EMBED_TOKENS, EMBEDDINGS, HEAD, LM_HEAD, NormKind};
-use super::{Masks, Shared, Trained, batch_angles, scaled};
+use super::{Masks, Trained};
 use crate::ml::io::weights::Weights;
 
 /// The rows of the head that are in f32 at a time.

@@ -167,7 +167,7 @@ fn dynamic_base(theta: f64, dim: usize, factor: f64, longest: usize, length: usi
     }
 }
 
-/// The pairs of features between which YaRN goes over from the plain wavelengths to the scaled ones (`find_correction_range` and
+/// The pairs of features between which `YaRN` goes over from the plain wavelengths to the scaled ones (`find_correction_range` and
 /// `linear_ramp_factor` in `_compute_yarn_parameters`).
 fn yarn_range(theta: f64, dim: usize, yarn: &YarnScaling) -> (f32, f32) {
     let original = yarn.original_max_position_embeddings as f64;
