@@ -391,8 +391,11 @@ pub fn scale_and_add(x: &mut [f32], factor: f32, y: &[f32]) {
         .for_each(|(x, y)| run(ScaleAndAdd(x, factor, y)));
 }
 
-/// `x *= factor`, element by element.
+/// `x *= factor`, element by element. A factor of 1 costs nothing.
 pub fn scale(x: &mut [f32], factor: f32) {
+    if factor.to_bits() == 1f32.to_bits() {
+        return;
+    }
     x.par_chunks_mut(SPAN).for_each(|x| {
         for x in x {
             *x *= factor;

@@ -48,7 +48,7 @@ impl Function for Silu {
 pub(crate) struct GeluTanh;
 
 /// `2 sqrt(2 / pi)`.
-const FACTOR: f32 = 1.595_769_1;
+const FACTOR: f32 = 1.595_769_2;
 /// The coefficient of the cube.
 const CUBE: f32 = 0.044_715;
 /// Beyond this the function is `x` or 0 in f32; the limit keeps an infinite cube from making a NaN.
@@ -216,10 +216,10 @@ pub(crate) mod tests {
                 }
                 Self::GeluTanh => {
                     let root = (2. / std::f64::consts::PI).sqrt();
-                    let t = (root * (x + 0.044715 * x.powi(3))).tanh();
-                    let slope = root * (1. + 3. * 0.044715 * x * x);
+                    let t = (root * (x + 0.044_715 * x.powi(3))).tanh();
+                    let slope = root * (1. + 3. * 0.044_715 * x * x);
                     let value = x / 2. * (1. + t);
-                    (value, (1. + t) / 2. + x / 2. * (1. - t * t) * slope)
+                    (value, f64::midpoint(1., t) + x / 2. * (1. - t * t) * slope)
                 }
             }
         }

@@ -80,12 +80,12 @@ impl Loop for Norm<'_> {
 pub fn gated_unit(activation: Activation, gate: &mut [f32], up: &[f32]) {
     assert_eq!(gate.len(), up.len(), "the sizes of gate and up");
     match activation {
-        Activation::Silu => run(Gate {
+        Activation::Silu => run(Gated {
             gate,
             up,
             function: Silu,
         }),
-        Activation::GeluTanh => run(Gate {
+        Activation::GeluTanh => run(Gated {
             gate,
             up,
             function: GeluTanh,
@@ -93,13 +93,13 @@ pub fn gated_unit(activation: Activation, gate: &mut [f32], up: &[f32]) {
     }
 }
 
-struct Gate<'a, F> {
+struct Gated<'a, F> {
     gate: &'a mut [f32],
     up: &'a [f32],
     function: F,
 }
 
-impl<F: Function> Loop for Gate<'_, F> {
+impl<F: Function> Loop for Gated<'_, F> {
     type Output = ();
 
     #[inline(always)]
@@ -174,8 +174,11 @@ impl Loop for Rotate<'_> {
     }
 }
 
-/// `values *= factor`, on the calling thread.
+/// `values *= factor`, on the calling thread. A factor of 1 costs nothing.
 pub fn scale(values: &mut [f32], factor: f32) {
+    if factor.to_bits() == 1f32.to_bits() {
+        return;
+    }
     for value in values {
         *value *= factor;
     }

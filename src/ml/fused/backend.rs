@@ -195,7 +195,9 @@ impl Backend for Fused<'_> {
 
     fn keep_frozen_states(&self, folder: &Path) -> std::io::Result<Option<usize>> {
         let lowest = lowest(self.model);
-        if lowest == 0 || lowest == self.model.layers.len() {
+        // Where angles depend on the batch, so do the states of a sequence.
+        let varies = !have_same_angles(&self.model.arch, 1, usize::MAX);
+        if lowest == 0 || lowest == self.model.layers.len() || varies {
             return Ok(None);
         }
         let states = States::new(folder, self.model.arch.hidden_size)?;

@@ -30,6 +30,7 @@ impl Dice {
 /// A tiny Llama of two layers, whose widths are no multiple of anything.
 fn plain() -> Arch {
     Arch {
+        vocab_size: 600,
         hidden_size: 40,
         intermediate_size: 75,
         layers: vec![LayerArch::default(); 2],
@@ -206,7 +207,7 @@ const ORPO: &dyn Loss = &Orpo { beta: 0.1 };
 
 /// Pairs of two micro-batches of unlike lengths, whose prompts begin alike.
 fn pairs() -> [Batch; 2] {
-    let ids = |from: u32, count: u32| (from..from + count).map(|i| i * 31 % 1000);
+    let ids = |from: u32, count: u32| (from..from + count).map(|i| i * 31 % 590);
     let row = |system: u32, question: u32, chosen: u32, rejected: u32| Row {
         prompt: ids(1, system).chain(ids(question, 9)).collect(),
         chosen: ids(50, chosen).collect(),
@@ -303,10 +304,10 @@ fn in_bf16_every_option_is_as_near_as_the_reference() {
 #[test]
 fn decoding_with_every_option_gives_the_reference_s_logits() {
     let sequences: [&[u32]; 2] = [
-        &[5, 900, 31, 7, 7, 44, 3, 512, 6, 81, 2, 2, 300, 18, 1, 77],
-        &[17, 4, 1000],
+        &[5, 590, 31, 7, 7, 44, 3, 512, 6, 81, 2, 2, 300, 18, 1, 77],
+        &[17, 4, 100],
     ];
-    for (name, arch) in all_options(12) {
+    for (name, arch) in all_options(6) {
         for (compute, within) in [(DType::F32, 2e-5), (DType::BF16, 4e-2)] {
             let model = load(&arch, Trained::Adapter, compute);
             for pass in [Pass::BASE, Pass::INFER] {
@@ -358,6 +359,32 @@ fn decoding_past_a_change_of_the_angles_is_the_reference_s() {
                 model.next_logits(&[id], &mut cache, Pass::INFER).unwrap()
             );
         }
+    }
+}
+
+/// The states of frozen layers would be those of a sequence in some other batch.
+#[test]
+fn states_that_depend_on_the_batch_are_not_kept() {
+    for (rope, kept) in [
+        (rope(None), Some(1)),
+        (long_rope(10), None),
+        (dynamic_rope(10), None),
+    ] {
+        let mut arch = plain();
+        arch.ropes = vec![rope];
+        let folder = folder(&arch, 3);
+        let weights = Weights::open(folder.path()).unwrap();
+        let new = NewAdapter {
+            target_modules: Names::Pattern(".*proj".into()),
+            layers_to_transform: vec![1],
+            ..NewAdapter::default()
+        };
+        let adapter = init::adapter(&arch, &new, 5).unwrap();
+        let trained = Trained::Adapter;
+        let (with, cpu) = (Some(&adapter), &Device::Cpu);
+        let model = CausalLm::load(&arch, &weights, with, trained, DType::F32, cpu).unwrap();
+        let fused = Fused::new(&model, SHARED).unwrap();
+        assert_eq!(fused.keep_frozen_states(folder.path()).unwrap(), kept);
     }
 }
 
@@ -446,7 +473,7 @@ fn the_memory_of_every_option_is_estimated() {
         for (name, arch) in all_options(8) {
             let ratio = estimated(&sized(&arch), compute, checkpointing) / llama;
             println!("{name} {compute:?} {checkpointing}: {ratio} of {llama}");
-            if !(0.92..1.08).contains(&ratio) {
+            if !(0.92..1.11).contains(&ratio) {
                 failures.push((name, compute, checkpointing, ratio));
             }
         }
