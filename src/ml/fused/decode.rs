@@ -378,7 +378,7 @@ impl<'a> Decoder<'a> {
         let x = self.factor(x);
         let borrowed = all
             .iter()
-            .map(|one| one.borrowed())
+            .map(Projection::borrowed)
             .collect::<Result<Vec<_>>>()?;
         let mut outs: Vec<Vec<f32>> = vec![Vec::new(); all.len()];
         let mut lows = outs.clone();

@@ -44,6 +44,9 @@ fn alone<'a>(out: &'a mut [f32], weight: Matrix<'a>, x: &'a Factor<'a>) -> Produ
     }
 }
 
+/// The results of a group, or the parts of its single projection's result, in panels.
+type Parts<const N: usize> = [Vec<f32>; N];
+
 /// The gradients with respect to the results of a group.
 pub(super) enum GradOuts {
     /// One for each projection.
@@ -89,7 +92,7 @@ impl<'a> ProjectionGroup<'a> {
         x: &[f32],
         widths: [usize; N],
         pool: &Pool,
-    ) -> Result<([Vec<f32>; N], Vec<Vec<f32>>)> {
+    ) -> Result<(Parts<N>, Vec<Vec<f32>>)> {
         let mut parts = widths.map(|width| self.shape.take(pool, width));
         if self.all.len() == N {
             let outs = parts.iter_mut().collect();
