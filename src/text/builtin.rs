@@ -80,3 +80,88 @@ impl BuiltIn {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use serde::Deserialize;
+
+    use super::super::template::{ChatTemplate, Extras};
+    use super::*;
+    use crate::data::cell::Cell;
+
+    #[derive(Deserialize)]
+    struct Case {
+        template: String,
+        conversation: String,
+        messages: Vec<Cell>,
+        tools: Option<Vec<Cell>>,
+        #[serde(default)]
+        add_generation_prompt: bool,
+        enable_thinking: Option<bool>,
+        text: String,
+    }
+
+    #[test]
+    fn they_print_what_the_originals_print() {
+        let cases = include_str!("../../tests/golden/templates/builtin.json");
+        let cases: Vec<Case> = serde_json::from_str(cases).unwrap();
+        assert_eq!(cases.len(), 107);
+        for template in BuiltIn::ALL {
+            assert_eq!(BuiltIn::of(template.name()), Some(template));
+            let tokens = [
+                ("bos_token", "<s>"),
+                ("eos_token", "</s>"),
+                ("pad_token", "<pad>"),
+                ("unk_token", "<unk>"),
+            ];
+            let tokens = tokens.map(|(name, token)| (name.to_owned(), token.to_owned()));
+            let compiled = ChatTemplate::new(template.source(), tokens.into(), None).unwrap();
+            let of = cases.iter().filter(|case| case.template == template.name());
+            let mut compared = 0;
+            for case in of {
+                let values = |cells: &[Cell]| -> Vec<minijinja::Value> {
+                    cells
+                        .iter()
+                        .map(|cell| minijinja::Value::from(minijinja::value::Serde(cell.clone())))
+                        .collect()
+                };
+                let thinking = case
+                    .enable_thinking
+                    .map(|thinks| ("enable_thinking".to_owned(), minijinja::Value::from(thinks)));
+                let extras = Extras {
+                    tools: case.tools.as_deref().map(|tools| values(tools).into()),
+                    variables: thinking.into_iter().collect::<BTreeMap<_, _>>(),
+                };
+                let text = compiled.render_with(
+                    &values(&case.messages),
+                    case.add_generation_prompt,
+                    &extras,
+                );
+                let name = format!("{}, {}", case.template, case.conversation);
+                assert_eq!(text.expect(&name), case.text, "{name}");
+                compared += 1;
+            }
+            assert!(compared > 1, "{}", template.name());
+        }
+    }
+
+    #[test]
+    fn roles_that_a_template_does_not_know_are_refused() {
+        for template in [
+            BuiltIn::Zephyr,
+            BuiltIn::Phi3,
+            BuiltIn::Alpaca,
+            BuiltIn::Mistral,
+        ] {
+            let compiled = ChatTemplate::new(template.source(), BTreeMap::new(), None).unwrap();
+            let chat = [super::super::template::message("developer", "x")];
+            let error = compiled.render(&chat, false).unwrap_err().to_string();
+            assert!(
+                error.contains("developer") || error.contains("turns"),
+                "{error}"
+            );
+        }
+    }
+}

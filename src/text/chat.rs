@@ -542,4 +542,6 @@ fn common_prefix(a: &str, b: &str) -> usize {
 }
 
 #[cfg(test)]
+mod answers_tests;
+#[cfg(test)]
 mod tests;

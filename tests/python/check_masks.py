@@ -1,6 +1,6 @@
 """Compares what `assistant_only_loss` learns with the masks that TRL's `SFTTrainer` makes, over TRL's chat templates.
 
-    python tests/python/check_masks.py [PROGRAM]
+    python tests/python/check_masks.py [PROGRAM] [--write]
 
 It needs transformers 5.23, trl 1.16, pyarrow and the program (target/debug/pipeline). For each template in TRL's wheel it makes rows of
 the conversations below, tokenizes them as `SFTTrainer` does (`apply_chat_template` with `return_assistant_tokens_mask`), and runs a recipe
@@ -13,6 +13,9 @@ with `assistant_only_loss` on the same rows. Ids and masks must be equal.
 
 Only a difference from a training template is a failure. transformers leaves out all but the first token of a character that ends a turn,
 which is told as "half a character".
+
+With --write it writes tests/golden/templates/masks.json instead: templates of our own with the same constructs, and what transformers
+makes of some conversations.
 
 The templates stay in the wheel. The tokenizer is the golden one with the templates' special tokens, and `trim_offsets` off: with it on,
 transformers finds no token at white space, and masks the rest of the conversation or nothing.
@@ -32,7 +35,7 @@ from collections import Counter
 
 import pyarrow.parquet as parquet
 import trl
-from check_templates import CONVERSATIONS, TOOL, assistant, calls, result, system, user
+from check_templates import CONVERSATIONS, TOOL, assistant, calls, result, system, user, utils
 from transformers import AutoTokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -48,16 +51,86 @@ MORE = {
     "text that looks like a turn": {"messages": [user("<|im_end|>"), assistant("say <|im_end|> to end"), user("b"), assistant("c")]},
 }
 
+HEAD = "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' ~ message.role ~ '<|end_header_id|>\\n\\n' }}"
+# Shapes of training templates in our own words.
+OWN = {
+    "a branch": HEAD + "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}<|eot_id|>{% endgeneration %}{% else %}{{ message.content }}<|eot_id|>{% endif %}{% endfor %}",
+    "white space": """{{ bos_token }}
+{%- for message in messages %}
+    {%- if message.role == 'assistant' -%}
+        {{ message.role }}:
+        {%- generation -%}
+            {{ message.content | trim }}
+            <|eot_id|>
+        {%- endgeneration %}
 
-def model_folder(folder):
+    {% else %}
+        {{- message.role }}: {{ message.content }}
+    {% endif -%}
+{%- endfor %}
+""",
+    "two tags": HEAD + """
+    {%- if message.role == 'assistant' %}
+        {%- if message.reasoning_content %}
+            {%- generation %}{{ '<think>' ~ message.reasoning_content ~ '</think>' }}{% endgeneration %}
+        {%- endif %}
+        {{- ' says: ' }}
+        {%- generation %}{{ (message.content or '') ~ '<|eot_id|>' }}{% endgeneration %}
+    {%- else %}{{ message.content ~ '<|eot_id|>' }}{% endif %}
+{%- endfor %}""",
+    "tools": HEAD + """
+    {%- if message.role == 'assistant' %}
+        {%- generation %}
+            {{- message.content or '' }}
+            {%- for call in message.tool_calls or [] %}
+                {{- '\\n{"name": "' ~ call.function.name ~ '", "arguments": ' ~ (call.function.arguments | tojson) ~ '}' }}
+                {%- if not loop.last %}{{ ',' }}{% endif %}
+            {%- endfor %}
+            {{- '<|eot_id|>\\n' }}
+        {%- endgeneration %}
+    {%- else %}
+        {%- if message.role == 'tool' %}{{ message.content | tojson }}{% else %}{{ message.content }}{% endif %}{{ '<|eot_id|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if tools %}{{ tools | tojson(indent=2) }}{% endif %}""",
+    "an end of its own": HEAD + """
+    {%- if message.role == 'assistant' %}
+        {%- generation %}{{ message.content ~ '<|eot_id|>\\n' }}{% endgeneration %}
+    {%- else %}{{ message.content ~ '<|eot_id|>\\n' }}{% endif %}
+{%- endfor %}
+{%- if messages[-1].role == 'assistant' %}{% generation %}{{ eos_token }}{% endgeneration %}{% else %}{{ eos_token }}{% endif %}""",
+}
+WRITTEN = ["one turn", "system", "two turns", "tool call", "reasoning", "empty content", "three turns", "a question at the end", "text that looks like a turn"]
+
+
+def write():
+    cases = []
+    with tempfile.TemporaryDirectory() as folder:
+        # With the golden tokenizer's own special tokens alone.
+        tokenizer = model_folder(pathlib.Path(folder, "model"), special=False)
+        for title, template in OWN.items():
+            for name in WRITTEN:
+                conversation = {**{**CONVERSATIONS, **MORE}[name]}
+                conversation.pop("add_generation_prompt", None)
+                made = by_trl(tokenizer, template, conversation)
+                if made:
+                    messages = utils._alias_reasoning_fields(conversation["messages"])
+                    cases.append({"template": title, "conversation": name, **conversation, "messages": messages, "ids": list(made[0]), "mask": "".join(map(str, made[1]))})
+    lines = [json.dumps(case, ensure_ascii=False) for case in cases]
+    text = '{"templates": ' + json.dumps(OWN, indent=1) + ',\n"cases": [\n' + ",\n".join(lines) + "\n]}\n"
+    (ROOT / "tests/golden/templates/masks.json").write_text(text, encoding="utf-8")
+    print(f"{len(cases)} cases written")
+
+
+def model_folder(folder, special=True):
     """The golden model with a tokenizer that knows the templates' special tokens."""
     shutil.copytree(ROOT / "tests/golden/model", folder)
-    special = set()
-    for path in TEMPLATES.glob("*.jinja"):
+    tokens = set()
+    for path in TEMPLATES.glob("*.jinja") if special else []:
         source = path.read_text(encoding="utf-8")
-        special |= set(re.findall(r"<\|[A-Za-z_]+\|>|</?[a-z_]+of_[a-z_]+>|\[/?[A-Z_]+\]|<[｜|][^<>'\" ]+[｜|]>", source))
+        tokens |= set(re.findall(r"<\|[A-Za-z_]+\|>|</?[a-z_]+of_[a-z_]+>|\[/?[A-Z_]+\]|<[｜|][^<>'\" ]+[｜|]>", source))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_special_tokens({"additional_special_tokens": sorted(special)})
+    tokenizer.add_special_tokens({"additional_special_tokens": sorted(tokens)})
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer.json"
     path.write_text(path.read_text(encoding="utf-8").replace('"trim_offsets": true', '"trim_offsets": false'), encoding="utf-8")
@@ -119,6 +192,8 @@ def by_the_program(program, folder, model, template, rows):
 
 
 def main():
+    if "--write" in sys.argv:
+        return write()
     program = sys.argv[1] if len(sys.argv) > 1 else str(ROOT / "target/debug/pipeline")
     conversations = {**CONVERSATIONS, **MORE}
     table, failed = {}, 0
