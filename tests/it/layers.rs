@@ -193,6 +193,7 @@ const LAYERS: [Layer; 11] = [
             "csv",
             "ctrlc",
             "dialoguer",
+            "nix",
             "open",
             "pipeline_kernels",
             "regex",
