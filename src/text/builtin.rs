@@ -8,7 +8,7 @@ use super::template::LLAMA3;
 pub enum BuiltIn {
     /// Llama 3 and Llama 3 Instruct.
     Llama3,
-    /// ChatML without a system message of its own: OpenHermes and many others.
+    /// ChatML without a system message of its own: `OpenHermes` and many others.
     Chatml,
     /// Qwen3, with tools and thinking.
     Qwen3,
@@ -19,7 +19,7 @@ pub enum BuiltIn {
     Mistral,
     /// Phi-3 and Phi-3.5 mini.
     Phi3,
-    /// Zephyr and TinyLlama.
+    /// Zephyr and `TinyLlama`.
     Zephyr,
     /// Stanford's Alpaca.
     Alpaca,

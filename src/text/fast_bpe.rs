@@ -1,5 +1,5 @@
 //! Encodes texts with byte-level BPE tokenizers whose way of splitting words [`Split`] knows: those of Llama 3, Qwen, GPT-4o, Mistral's
-//! tekken, SmolLM, DeepSeek and the like. The ids are those of the `tokenizers` library, at many times its speed: special tokens and words
+//! tekken, `SmolLM`, `DeepSeek` and the like. The ids are those of the `tokenizers` library, at many times its speed: special tokens and words
 //! are found by code written for these patterns, and the ids of words are cached. New words are merged by the library.
 
 use std::collections::HashMap;

@@ -10,17 +10,17 @@ use super::characters::{
     CASELESS, LETTER, LOWER, MARK, NEWLINE, NUMBER, PUNCTUATION, SPACE, SYMBOL, UPPER, at, run,
 };
 
-/// The pattern of Llama 3, and so of Phi-4, OLMo 2 and SmolLM3: that of OpenAI's cl100k.
+/// The pattern of Llama 3, and so of Phi-4, `OLMo` 2 and `SmolLM3`: that of `cl100k` of GPT-4.
 pub(super) const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 /// That of Qwen2, Qwen2.5 and Qwen3, with single digits.
 const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 /// That of Qwen3.5, with marks in words.
 const QWEN3_5: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-/// That of GPT-4o (OpenAI's o200k), and so of Phi-4-mini, Llama 4 and gpt-oss: words begin anew where a capital follows a small letter.
+/// That of GPT-4o (`o200k`), and so of Phi-4-mini, Llama 4 and gpt-oss: words begin anew where a capital follows a small letter.
 const GPT4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 /// That of Mistral's tekken (Nemo, Small 3, Ministral).
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-/// The three of DeepSeek V3 and R1, applied one after the other: numbers, Chinese and Japanese, and the rest.
+/// The three of `DeepSeek` V3 and R1, applied one after the other: numbers, Chinese and Japanese, and the rest.
 const DEEPSEEK: [&str; 3] = [
     r"\p{N}{1,3}",
     r"[一-龥぀-ゟ゠-ヿ]+",
@@ -30,14 +30,14 @@ const DEEPSEEK: [&str; 3] = [
 /// What one match of a pattern takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Words {
-    /// OpenAI's cl100k: contractions, letters with any character before them, up to `digits` digits, the rest. With `marks`, marks
+    /// `cl100k` of GPT-4: contractions, letters with any character before them, up to `digits` digits, the rest. With `marks`, marks
     /// count as letters.
     Cl100k { digits: usize, marks: bool },
-    /// OpenAI's o200k, where a word ends before a capital, with contractions at its end.
+    /// `o200k`, where a word ends before a capital, with contractions at its end.
     O200k { digits: usize, contractions: bool },
     /// GPT-2's, which is part of the pre-tokenizer `ByteLevel`.
     Gpt2,
-    /// The last of DeepSeek's. What no match takes is a word as well.
+    /// The last of `DeepSeek`'s. What no match takes is a word as well.
     DeepSeek,
 }
 
@@ -85,9 +85,9 @@ pub(super) const PATTERNS: [(&str, Words); 5] = [
 pub(super) enum Split {
     /// The whole text is one piece.
     Whole(Words),
-    /// Each digit is a word (`Digits`, as SmolLM, StarCoder and Granite have it), what is between two a piece.
+    /// Each digit is a word (`Digits`, as `SmolLM`, `StarCoder` and Granite have it), what is between two a piece.
     Digits(Words),
-    /// DeepSeek's numbers, and its Chinese and Japanese.
+    /// `DeepSeek`'s numbers, and its Chinese and Japanese.
     DeepSeek,
 }
 
@@ -173,7 +173,7 @@ impl Split {
     }
 }
 
-/// DeepSeek's `[一-龥぀-ゟ゠-ヿ]`.
+/// `DeepSeek`'s `[一-龥぀-ゟ゠-ヿ]`.
 fn is_kana(character: Option<char>) -> bool {
     matches!(
         character,
@@ -327,6 +327,7 @@ fn o200k(text: &str, start: usize, contractions: bool, digits: usize) -> usize {
 }
 
 fn gpt2(text: &str, start: usize) -> usize {
+    const OTHERS: u16 = !(LETTER | NUMBER | SPACE | NEWLINE);
     let bytes = text.as_bytes();
     if bytes[start] == b'\'' {
         match bytes.get(start + 1..).unwrap_or_default() {
@@ -335,7 +336,6 @@ fn gpt2(text: &str, start: usize) -> usize {
             _ => {}
         }
     }
-    const OTHERS: u16 = !(LETTER | NUMBER | SPACE | NEWLINE);
     let from = start + usize::from(bytes[start] == b' ');
     let (class, _) = at(text, from);
     for of in [LETTER, NUMBER, OTHERS] {

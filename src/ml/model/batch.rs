@@ -66,6 +66,7 @@ impl Sequence {
     ///
     /// # Panics
     /// There are not as many values in `mask` as there are ids.
+    #[must_use]
     pub fn masked(self, mask: Vec<bool>) -> Self {
         assert_eq!(
             mask.len(),
