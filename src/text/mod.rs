@@ -24,3 +24,4 @@ pub mod text_stream;
 pub mod tokenizer;
 pub mod turn_end;
 mod turns;
+pub mod vocabulary;
