@@ -23,6 +23,7 @@ pub mod dispatch;
 pub mod dropout;
 pub mod elementwise;
 pub mod exp;
+pub mod ggml;
 mod float_type;
 pub mod matrix;
 pub mod merge;
