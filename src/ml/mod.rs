@@ -6,6 +6,7 @@ pub mod execution;
 pub mod fused;
 pub mod generate;
 pub mod generation_config;
+pub mod gguf;
 pub mod io;
 pub mod lora;
 pub mod loss;

@@ -1,0 +1,17 @@
+//! GGUF, the file format of llama.cpp: the types of its tensors and the values of its metadata.
+//!
+//! The format is described in ggml's `docs/gguf.md`, the types in its `ggml-common.h`.
+
+mod ggml_type;
+pub mod names;
+mod value;
+
+pub use ggml_type::GgmlType;
+pub use value::{Array, Value, ValueType};
+
+/// The first four bytes of a file.
+pub const MAGIC: [u8; 4] = *b"GGUF";
+/// The version of the format that is written today; 1 and 2 are read as well.
+pub const VERSION: u32 = 3;
+/// The alignment in bytes of the tensors of a file that doesn't say `general.alignment`.
+pub const ALIGNMENT: u64 = 32;
