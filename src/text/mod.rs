@@ -12,6 +12,8 @@ mod dialect;
 mod expressions;
 mod files;
 mod filters;
+mod gguf_split;
+pub mod gguf_vocabulary;
 mod llama3_bpe;
 mod llama3_split;
 pub mod preference;
