@@ -31,7 +31,7 @@ const AROUND: &[Name] = &[
     ("ffn_norm", "pre_feedforward_layernorm"),
     ("post_ffw_norm", "post_feedforward_layernorm"),
 ];
-/// Norms after both blocks (OLMo 2).
+/// Norms after both blocks (`OLMo` 2).
 const AFTER: &[Name] = &[
     ("post_attention_norm", "post_attention_layernorm"),
     ("post_ffw_norm", "post_feedforward_layernorm"),
