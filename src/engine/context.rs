@@ -108,6 +108,13 @@ impl Context {
         value.ok_or_else(|| anyhow!("the external fact `{name}` was not recorded"))
     }
 
+    /// The digest of the stage's fingerprint, which stands for its parameters and for all that its inputs are made of; `None` where the task
+    /// doesn't say it.
+    pub fn fingerprint(&self) -> Option<Digest> {
+        let fingerprint: Fingerprint = serde_json::from_slice(&self.scratch_note).ok()?;
+        Some(fingerprint.digest())
+    }
+
     /// The output folder. It exists and is empty, and becomes the artifact if the stage succeeds.
     pub fn out(&self) -> &Path {
         &self.out

@@ -3,12 +3,14 @@
 //! Weights are read in pieces of some megabytes, changed to what llama.cpp expects of the architecture (rows of q and k in another order, 1
 //! added to Gemma's norms), converted or quantised by all threads, and handed to the thread that writes.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context as _, bail, ensure};
 use pipeline_kernels::ggml::{BlockType, quantize};
 use rayon::prelude::*;
 
+use super::dequantise::dequantise;
 use super::hyperparameters::hyperparameters;
 use super::mixture::{self, FileType, tensor_type};
 use super::names::GgufArch;
@@ -26,6 +28,52 @@ const PIECE: usize = 1 << 21;
 /// The values that a thread converts at once.
 const SPAN: usize = 1 << 14;
 
+/// What rounding to a tensor's type changed.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Rounding {
+    /// The sum of the squares of its values.
+    pub length: f64,
+    /// The sum of the squares of the differences of its values and those in the file.
+    pub apart: f64,
+}
+
+impl Rounding {
+    /// What another part of the same tensor, or another tensor, adds.
+    pub(super) fn add(&mut self, other: Self) {
+        self.length += other.length;
+        self.apart += other.apart;
+    }
+
+    /// The norm of the differences relative to the norm of the values.
+    pub fn relative(self) -> f64 {
+        if self.length > 0. {
+            (self.apart / self.length).sqrt()
+        } else {
+            0.
+        }
+    }
+
+    /// Of values and what became of them.
+    pub(super) fn of(values: &[f32], rounded: &[f32]) -> Self {
+        // Each span's sums are added in order, so they don't depend on the threads.
+        let spans = values.par_chunks(SPAN).zip(rounded.par_chunks(SPAN));
+        let sums: Vec<Self> = spans
+            .map(|(values, rounded)| {
+                let mut sums = Self::default();
+                for (value, rounded) in values.iter().zip(rounded) {
+                    let (value, rounded) = (f64::from(*value), f64::from(*rounded));
+                    sums.length += value * value;
+                    sums.apart += (value - rounded) * (value - rounded);
+                }
+                sums
+            })
+            .collect();
+        let mut all = Self::default();
+        sums.into_iter().for_each(|sums| all.add(sums));
+        all
+    }
+}
+
 /// What was written.
 #[derive(Debug)]
 pub struct Exported {
@@ -39,6 +87,8 @@ pub struct Exported {
     pub bytes_before: u64,
     /// The size of the file.
     pub bytes_after: u64,
+    /// What rounding changed in each of the model's tensors, by transformers' names.
+    pub roundings: BTreeMap<String, Rounding>,
     /// What llama.cpp will do in another way.
     pub warnings: Vec<String>,
 }
@@ -91,15 +141,20 @@ pub fn export(
     let infos: Vec<TensorInfo> = planned.iter().map(|planned| planned.info.clone()).collect();
     let total = weights.bytes();
     let mut read = 0;
+    let mut roundings = BTreeMap::new();
     let path = out.join(name);
     let blake3 = write_file(&path, &metadata, &infos, &mut |index, sink| {
         let planned = planned.get(index).context("a tensor was lost")?;
         let failed = || format!("could not make the tensor `{}`", planned.info.name);
-        make(planned, &weights, sink, &mut |bytes| {
+        let rounding = make(planned, &weights, sink, &mut |bytes| {
             read += bytes;
             progress(read.min(total), total)
-        })
-        .with_context(failed)
+        });
+        let rounding = rounding.with_context(failed)?;
+        if let Source::Weight { name, .. } = &planned.source {
+            roundings.insert(name.clone(), rounding);
+        }
+        Ok(())
     })?;
     let bytes_after = std::fs::metadata(&path)
         .with_context(|| format!("could not read `{}`", path.display()))?
@@ -117,6 +172,7 @@ pub fn export(
         fallbacks,
         bytes_before: total,
         bytes_after,
+        roundings,
         warnings: hyperparameters.warnings,
     })
 }
@@ -205,16 +261,20 @@ fn place(name: &str) -> (i64, String) {
     (layer.unwrap_or(-1), name.to_owned())
 }
 
-/// Makes a tensor's bytes. `read` is called with the number of bytes that were read.
+/// Makes a tensor's bytes, and tells what rounding changed. `read` is called with the number of bytes that were read.
 fn make(
     planned: &Planned<'_>,
     weights: &Weights,
     sink: &mut Sink,
     read: &mut dyn FnMut(u64) -> anyhow::Result<()>,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<Rounding> {
     let kind = planned.info.kind;
+    let mut rounding = Rounding::default();
     let (raw, float, name, heads_of, adds_one) = match &planned.source {
-        Source::Values(values) => return sink.send(store(kind, values, Vec::new())?),
+        Source::Values(values) => {
+            sink.send(store(kind, values, Vec::new())?)?;
+            return Ok(rounding);
+        }
         Source::Weight {
             name,
             raw,
@@ -223,25 +283,21 @@ fn make(
             adds_one,
         } => (raw, *float, name, *heads_of, *adds_one),
     };
-    let columns = raw.shape.last().copied().unwrap_or(1).max(1);
-    let all = raw.size() / float.size();
-    let rows = all / columns;
-    // Whole heads, where their rows change places; whole rows in any case.
-    let unit = match heads_of {
+    let columns = match (raw.shape, heads_of) {
         // A bias is permuted like the rows of a weight.
-        Some(head) if raw.shape.len() == 1 => head,
-        Some(head) => head * columns,
-        None => columns,
+        ([_], Some(_)) => 1,
+        (shape, _) => shape.last().copied().unwrap_or(1).max(1),
     };
+    let all = raw.size() / float.size();
+    // Whole rows, and whole heads where their rows change places.
+    let unit = heads_of.unwrap_or(1) * columns;
     ensure!(
-        all.is_multiple_of(unit) && rows > 0,
+        all > 0 && all.is_multiple_of(unit),
         "its shape is {:?}, which is no whole number of heads",
         raw.shape
     );
     let step = (PIECE / unit).max(1) * unit;
-    let as_it_is = heads_of.is_none() && !adds_one && stored(float) == kind;
-    let mut bytes = Vec::new();
-    let mut values = Vec::new();
+    let (mut bytes, mut values, mut rounded) = (Vec::new(), Vec::new(), Vec::new());
     for first in (0..all).step_by(step) {
         let count = step.min(all - first);
         bytes.resize(count * float.size(), 0);
@@ -253,36 +309,39 @@ fn make(
             }
         }
         read(bytes.len() as u64)?;
-        if as_it_is {
-            let mut piece = sink.piece();
-            piece.clone_from(&bytes);
-            sink.send(piece)?;
-            continue;
-        }
         values.resize(count, 0.);
         let spans = values.par_chunks_mut(SPAN);
         spans
             .zip(bytes.par_chunks(SPAN * float.size()))
             .for_each(|(values, bytes)| float.read(bytes, values));
-        if adds_one {
-            values.iter_mut().for_each(|value| *value += 1.);
-        }
         if let Some(head) = heads_of {
-            values = neighbours(&values, head, unit / head);
+            values = neighbours(&values, head, columns);
         }
-        let piece = sink.piece();
-        sink.send(store(kind, &values, piece)?)?;
+        let offset = if adds_one { 1. } else { 0. };
+        if adds_one {
+            values.iter_mut().for_each(|value| *value += offset);
+        }
+        let piece = store(kind, &values, sink.piece())?;
+        rounded.resize(count, 0.);
+        load(kind, &piece, &mut rounded)?;
+        if adds_one {
+            for value in values.iter_mut().chain(&mut rounded) {
+                *value -= offset;
+            }
+        }
+        rounding.add(Rounding::of(&values, &rounded));
+        sink.send(piece)?;
     }
-    Ok(())
+    Ok(rounding)
 }
 
-/// The type in GGUF of values that are stored as `float`.
-fn stored(float: Float) -> GgmlType {
-    match float {
-        Float::F32 => GgmlType::F32,
-        Float::F16 => GgmlType::F16,
-        Float::BF16 => GgmlType::BF16,
-    }
+/// The values of whole blocks.
+fn load(kind: GgmlType, bytes: &[u8], out: &mut [f32]) -> anyhow::Result<()> {
+    let spans = out.par_chunks_mut(SPAN);
+    let bytes = bytes.par_chunks(kind.bytes(SPAN)?);
+    spans
+        .zip(bytes)
+        .try_for_each(|(out, bytes)| dequantise(kind, bytes, out))
 }
 
 /// The rows of heads in llama.cpp's order: it rotates neighbours, where transformers rotates halves, so row `i + p * head / 2` of a head

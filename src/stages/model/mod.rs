@@ -5,6 +5,7 @@ pub mod download_model;
 pub(in crate::stages) mod dtype;
 mod family;
 pub(in crate::stages) mod files;
+pub mod export_gguf;
 pub mod import_model;
 pub mod merge;
 pub mod quantize;
