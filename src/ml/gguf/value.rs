@@ -122,10 +122,11 @@ impl Value {
         }
     }
 
-    /// A number, of whatever type.
+    /// A number, of whatever type. A single-precision one is the shortest decimal fraction that rounds to it: what was 1e-5 before it
+    /// was written is 1e-5 again.
     pub fn number(&self) -> Option<f64> {
         match *self {
-            Self::F32(value) => Some(value.into()),
+            Self::F32(value) => value.to_string().parse().ok(),
             Self::F64(value) => Some(value),
             Self::I8(value) => Some(value.into()),
             Self::I16(value) => Some(value.into()),
