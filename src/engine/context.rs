@@ -12,6 +12,7 @@ use serde::Serialize;
 
 use super::canonical::{Digest, is_digest};
 use super::control::Control;
+use super::fingerprint::Fingerprint;
 use super::manifest::Entry;
 use super::position::Pace;
 use super::stage_events::StageEvents;

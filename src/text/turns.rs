@@ -119,9 +119,13 @@ impl Turns {
             return None;
         }
         let before_assistant = to_assistant.strip_prefix(behind_user.as_str())?;
-        // Any cut between the turns prints the same; this one leaves the most to the user's turn.
-        let at = begin.len() - common_end(begin, to_user);
-        let (begin, before_user) = begin.split_at(at);
+        // Any cut between the turns prints the same. Where both kinds of turns end alike it is there, else before what all users' turns have.
+        let alike = to_user
+            .strip_prefix(behind_user.as_str())
+            .filter(|before| begin.ends_with(before));
+        let common = to_user.len() - common_end(begin, to_user);
+        let before_user = alike.or_else(|| to_user.get(common..))?;
+        let begin = begin.strip_suffix(before_user)?;
         let behind_assistant = to_user.strip_suffix(before_user)?;
         let mut turns = Self {
             begin: begin.to_owned(),

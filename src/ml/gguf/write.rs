@@ -31,8 +31,8 @@ impl TensorInfo {
     /// # Errors
     /// They are too many to be counted.
     pub fn values(&self) -> anyhow::Result<usize> {
-        let count = self.shape.iter();
-        let count = count.try_fold(1usize, |count, size| count.checked_mul(*size));
+        let mut sizes = self.shape.iter();
+        let count = sizes.try_fold(1usize, |count, size| count.checked_mul(*size));
         count.with_context(|| format!("the tensor `{}` is too large", self.name))
     }
 
