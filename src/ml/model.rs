@@ -15,6 +15,7 @@ pub mod create;
 mod ends;
 pub mod families;
 pub mod head;
+mod layer;
 mod layerwise;
 pub mod linear;
 mod load;
@@ -28,15 +29,18 @@ use candle_core::backprop::GradStore;
 use candle_core::{D, DType, Device, Result, Tensor, Var};
 
 use self::arch::Arch;
-use self::autograd::{masked_softmax, rms_norm, rope};
+use self::autograd::scaled;
 use self::batch::Batch;
 use self::head::HeadGradients;
 use self::linear::{DropoutSeed, Linear, Lora, Pass, Weight};
 use self::tensors::{EMBEDDINGS, HEAD};
 use ends::embedding_rows;
+pub(super) use layer::{GateUp, Layer, Norm, Qkv};
+use layer::{KeysAndValues, Shared};
 pub use layerwise::logits_by_layer;
 use masks::Masks;
 pub(super) use rope::angles;
+use rope::{all_angles, batch_angles, is_outdated};
 
 /// Which tensors are trained.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,6 +62,23 @@ pub struct Parameter {
     pub var: Var,
     /// Whether weight decay applies to it; by transformers' rule (`get_decay_parameter_names`) not to norms and biases.
     pub decays: bool,
+    /// Whether it is 1 more than the tensor in files ([`Arch::norm_adds_one`]).
+    pub adds_one: bool,
+}
+
+impl Parameter {
+    /// The tensor as files have it, in f32 and outside any graph.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn stored(&self) -> Result<Tensor> {
+        let tensor = self.var.as_detached_tensor();
+        if self.adds_one {
+            tensor - 1.
+        } else {
+            Ok(tensor)
+        }
+    }
 }
 
 /// A causal language model with an optional adapter.
@@ -79,48 +100,14 @@ pub struct CausalLm {
     frozen_column_sum: Option<Tensor>,
 }
 
-pub(super) struct Norm {
-    pub(super) weight: Weight,
-    pub(super) eps: f64,
-}
-
-pub(super) struct Layer {
-    pub(super) input_norm: Norm,
-    pub(super) q: Linear,
-    pub(super) k: Linear,
-    pub(super) v: Linear,
-    pub(super) o: Linear,
-    pub(super) post_norm: Norm,
-    pub(super) gate: Linear,
-    pub(super) up: Linear,
-    pub(super) down: Linear,
-    /// The norms of each query head and of each key head.
-    pub(super) q_norm: Option<Norm>,
-    pub(super) k_norm: Option<Norm>,
-    /// The size of the sliding window in keys, the query's own included; without one, a query attends to all keys up to its own.
-    pub(super) window: Option<usize>,
-    pub(super) heads: usize,
-    pub(super) kv_heads: usize,
-    pub(super) head_dim: usize,
-}
-
-/// What all layers have in common in one pass.
-#[derive(Clone)]
-struct Shared {
-    cos: Tensor,  // (length, head_dim / 2), or that for each sequence
-    sin: Tensor,  // the same
-    masks: Masks, // (batch or 1, 1, length, keys)
-    pass: Pass,
-}
-
-/// The keys and values of one layer, each (batch, key heads, length, head width).
-type KeysAndValues = Option<(Tensor, Tensor)>;
-
 /// The cached keys and values of all layers, for text generation.
 #[derive(Default)]
 pub struct Cache {
     layers: Vec<KeysAndValues>,
     length: usize,
+    ids: Vec<u32>,
+    /// The length of the sequence when the last keys were rotated.
+    rotated_for: usize,
 }
 
 impl Cache {
@@ -133,6 +120,7 @@ impl Cache {
             }
         }
         self.length = length;
+        self.ids.truncate(length);
         Ok(())
     }
 }
@@ -202,99 +190,6 @@ impl Gradients {
     }
 }
 
-impl Norm {
-    fn forward(&self, x: &Tensor, pass: Pass) -> Result<Tensor> {
-        let weight = self.weight.tensor(pass);
-        if self.weight.trained().is_none() {
-            return rms_norm(x, &weight, self.eps);
-        }
-        let ones = weight.detach().ones_like()?;
-        rms_norm(x, &ones, self.eps)?.broadcast_mul(&weight)
-    }
-}
-
-impl Layer {
-    /// Whether a tensor of its attention is trained, the norm before it included.
-    pub(super) fn trains_attention(&self) -> bool {
-        let linears = [&self.q, &self.k, &self.v, &self.o];
-        let mut norms = self.qk_norms().chain([&self.input_norm]);
-        norms.any(|norm| norm.weight.trained().is_some())
-            || linears.into_iter().any(Linear::is_trained)
-    }
-
-    fn qk_norms(&self) -> impl Iterator<Item = &Norm> {
-        self.q_norm.iter().chain(&self.k_norm)
-    }
-
-    /// Its norms.
-    pub(super) fn norms(&self) -> impl Iterator<Item = &Norm> {
-        self.qk_norms().chain([&self.input_norm, &self.post_norm])
-    }
-
-    /// Whether any of its tensors is trained.
-    pub(super) fn is_trained(&self) -> bool {
-        let linears = [&self.gate, &self.up, &self.down];
-        self.trains_attention()
-            || self.post_norm.weight.trained().is_some()
-            || linears.into_iter().any(Linear::is_trained)
-    }
-
-    fn forward(&self, x: &Tensor, shared: &Shared, cache: &mut KeysAndValues) -> Result<Tensor> {
-        let pass = shared.pass;
-        let x = (x + self.attention(&self.input_norm.forward(x, pass)?, shared, cache)?)?;
-        let inner = self.post_norm.forward(&x, pass)?;
-        let gate = self.gate.forward(&inner, pass)?.silu()?;
-        let up = self.up.forward(&inner, pass)?;
-        &x + self.down.forward(&(gate * up)?, pass)?
-    }
-
-    /// Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245). The query heads that share a key head are rows of one product, so
-    /// keys and values are never repeated.
-    fn attention(&self, x: &Tensor, shared: &Shared, cache: &mut KeysAndValues) -> Result<Tensor> {
-        let (batch, length, _) = x.dims3()?;
-        let (heads, kv_heads, width) = (self.heads, self.kv_heads, self.head_dim);
-        let group = heads / kv_heads;
-        let compute = self.q.compute;
-        let split = |linear: &Linear, heads: usize, norm: Option<&Norm>| {
-            let y = linear.forward(x, shared.pass)?;
-            let y = y.reshape((batch, length, heads, width))?;
-            let y = match norm {
-                Some(norm) => norm.forward(&y, shared.pass)?,
-                None => y,
-            };
-            y.transpose(1, 2) // (batch, heads, length, width)
-        };
-        let q = split(&self.q, heads, self.q_norm.as_ref())?;
-        let q = (rope(&q, &shared.cos, &shared.sin)? * (width as f64).powf(-0.5))?;
-        let k = split(&self.k, kv_heads, self.k_norm.as_ref())?;
-        let mut k = rope(&k, &shared.cos, &shared.sin)?;
-        let mut v = split(&self.v, kv_heads, None)?;
-        if let Some((keys, values)) = cache.take() {
-            k = Tensor::cat(&[&keys, &k], 2)?;
-            v = Tensor::cat(&[&values, &v], 2)?;
-        }
-        if !shared.pass.tape {
-            *cache = Some((k.clone(), v.clone()));
-        }
-        let keys = k.dim(2)?;
-        let q = q.reshape((batch, kv_heads, group * length, width))?;
-        let scores = q
-            .to_dtype(compute)?
-            .matmul(&k.to_dtype(compute)?.transpose(2, 3)?)?
-            .reshape((batch, heads, length, keys))?;
-        let p = masked_softmax(&scores, shared.masks.get(self.window)?)?;
-        let p = p.reshape((batch, kv_heads, group * length, keys))?;
-        let y = p
-            .to_dtype(compute)?
-            .matmul(&v.contiguous()?.to_dtype(compute)?)?
-            .to_dtype(DType::F32)?
-            .reshape((batch, heads, length, width))?
-            .transpose(1, 2)?
-            .reshape((batch, length, heads * width))?;
-        self.o.forward(&y, shared.pass)
-    }
-}
-
 impl CausalLm {
     /// Whether it is a frozen base with at most LoRA pairs: no biases, no `DoRA`, and no base tensor that is trained or replaced.
     pub fn is_lora_only(&self) -> bool {
@@ -318,17 +213,8 @@ impl CausalLm {
 
     /// The rotary angles and masks of a batch.
     fn shared(&self, batch: &Batch, pass: Pass) -> Result<Shared> {
-        let (cos, sin) = match batch.positions() {
-            None => angles(&self.arch, 0..batch.width, &self.device)?,
-            Some(positions) => {
-                let (cos, sin) = angles(&self.arch, positions, &self.device)?;
-                let shape = (batch.sequences.len(), batch.width, ());
-                (cos.reshape(shape)?, sin.reshape(shape)?)
-            }
-        };
         Ok(Shared {
-            cos,
-            sin,
+            angles: batch_angles(&self.arch, batch, &self.device)?,
             masks: Masks::new(self.windows(), |window| batch.mask(window, &self.device))?,
             pass,
         })
@@ -337,11 +223,8 @@ impl CausalLm {
     pub(in crate::ml) fn embed(&self, ids: &Tensor, pass: Pass) -> Result<Tensor> {
         let (batch, length) = ids.dims2()?;
         let ids = ids.flatten_all()?;
-        embedding_rows(&self.embed, self.embed_lora.as_ref(), &ids, pass)?.reshape((
-            batch,
-            length,
-            (),
-        ))
+        let rows = embedding_rows(&self.embed, self.embed_lora.as_ref(), &ids, pass)?;
+        scaled(rows, self.arch.embedding_scale)?.reshape((batch, length, ()))
     }
 
     /// The hidden states (batch, length, hidden) as transformers returns them in `hidden_states`: the embeddings, the output of each layer
@@ -398,6 +281,12 @@ impl CausalLm {
             candle_core::bail!("there are no ids to go on from");
         }
         let keys = cache.length + length;
+        let mut ropes = self.arch.ropes.iter();
+        if cache.length > 0 && ropes.any(|rope| is_outdated(rope, cache.rotated_for, keys)) {
+            let all = [&cache.ids, ids].concat();
+            *cache = Cache::default();
+            return self.next_logits(&all, cache, pass);
+        }
         let masks = Masks::new(self.windows(), |window| {
             let rows = (cache.length..keys).flat_map(|last| {
                 let first = window.map_or(0, |window| (last + 1).saturating_sub(window));
@@ -406,10 +295,8 @@ impl CausalLm {
             });
             Tensor::from_vec(rows.collect(), (1, 1, length, keys), &self.device)
         })?;
-        let (cos, sin) = angles(&self.arch, cache.length..keys, &self.device)?;
         let shared = Shared {
-            cos,
-            sin,
+            angles: all_angles(&self.arch, || cache.length..keys, keys, &self.device)?,
             masks,
             pass,
         };
@@ -418,7 +305,9 @@ impl CausalLm {
         for (layer, keys_and_values) in self.layers.iter().zip(&mut cache.layers) {
             x = layer.forward(&x, &shared, keys_and_values)?;
         }
-        cache.length += length;
+        cache.length = keys;
+        cache.ids.extend(ids);
+        cache.rotated_for = keys;
         let last = x.narrow(1, length - 1, 1)?.squeeze(1)?;
         let last = self.append_lora_inputs(self.norm.forward(&last, pass)?, pass)?;
         let logits = self.head_matrix(pass)?.logits(&last)?;
@@ -527,6 +416,7 @@ impl CausalLm {
             return Ok(());
         }
         let rows = gradient.reshape(((), gradient.dim(D::Minus1)?))?;
+        let rows = scaled(rows, self.arch.embedding_scale)?;
         let ids = tape.ids.flatten_all()?;
         // As in transformers (`padding_idx`), looking up the padding's embedding gives its row no gradient.
         let learnt = |rows: &Tensor| match self.arch.pad_token_id {

@@ -91,15 +91,15 @@ impl ForwardPass for Forward<'_> {
     }
 
     fn target_mean_logits(&self, targets: &[Target]) -> Result<Vec<f64>> {
-        let sum = self.model.column_sum(self.pass)?;
-        let vocabulary = self.model.arch.vocab_size;
-        head::target_mean_logits(&self.hidden, &sum, vocabulary, targets)
+        let head = self.model.head_matrix(self.pass)?;
+        let sum = || self.model.column_sum(self.pass);
+        head::target_mean_logits(&self.hidden, &head, sum, targets)
     }
 
     fn mean_logit(&self, from: usize, count: usize) -> Result<f64> {
-        let sum = self.model.column_sum(self.pass)?;
-        let vocabulary = self.model.arch.vocab_size;
-        head::mean_logit(&self.hidden, &sum, vocabulary, from, count)
+        let head = self.model.head_matrix(self.pass)?;
+        let sum = || self.model.column_sum(self.pass);
+        head::mean_logit(&self.hidden, &head, sum, from, count)
     }
 
     fn backward(self: Box<Self>, grad_logps: &[f32], gradients: &mut Gradients) -> Result<()> {

@@ -9,6 +9,7 @@ use pipeline_kernels::panels::panels;
 
 use super::layout::Packing;
 use super::memory::{PassSizes, saved_bytes};
+use super::options::unsupported_option;
 use super::pool::Pool;
 use super::states::States;
 use super::{Forward, Scored, decode, lowest};
@@ -55,8 +56,8 @@ fn unsupported_feature(model: &CausalLm) -> Option<String> {
             model.compute.as_str()
         ));
     }
-    if !model.arch.head_dim.is_multiple_of(2) {
-        return Some(format!("`head_dim` {} is odd", model.arch.head_dim));
+    if let Some(option) = unsupported_option(&model.arch) {
+        return Some(option.into());
     }
     if model.has_pairs_at_ends() {
         return Some("the adapter has matrices beside the embeddings or the head".into());

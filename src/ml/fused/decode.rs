@@ -12,7 +12,7 @@ use pipeline_kernels::matrix::Matrix;
 use pipeline_kernels::vectors::{self, Attention, Cached, VectorProduct, vector_products};
 use rayon::prelude::*;
 
-use super::weights::{BaseWeight, TensorView};
+use super::weights::{BaseWeight, TensorView, plain_parts};
 use crate::ml::backend::{self, Token};
 use crate::ml::model::linear::{Base, Linear, Pass};
 use crate::ml::model::{CausalLm, Layer, Norm, angles};
@@ -91,8 +91,9 @@ impl Entries {
 /// A layer's small tensors as vectors, and its projections.
 struct DecoderLayer<'a> {
     layer: &'a Layer,
-    input_norm: Vec<f32>,
-    post_norm: Vec<f32>,
+    /// The weights and the eps of the norms before attention and feed-forward block.
+    input_norm: (Vec<f32>, f64),
+    post_norm: (Vec<f32>, f64),
     /// The weight and the eps of the norm of each query head.
     q_norm: Option<(Vec<f32>, f64)>,
     k_norm: Option<(Vec<f32>, f64)>,
@@ -178,18 +179,23 @@ impl<'a> DecoderLayer<'a> {
                 |norm: &Norm| Ok((values(&norm.weight.value(pass), DType::F32)?, norm.eps));
             norm.as_ref().map(weight).transpose()
         };
+        let parts = plain_parts(layer)?;
+        let norm = |norm: &Norm| {
+            let weight = values(&norm.weight.value(pass), DType::F32)?;
+            Result::Ok((weight, norm.eps))
+        };
         Ok(Self {
+            input_norm: norm(parts.input_norm)?,
+            post_norm: norm(parts.post_norm)?,
             layer,
-            input_norm: values(&layer.input_norm.weight.value(pass), DType::F32)?,
-            post_norm: values(&layer.post_norm.weight.value(pass), DType::F32)?,
             q_norm: head_norm(&layer.q_norm)?,
             k_norm: head_norm(&layer.k_norm)?,
-            q: Projection::new(&layer.q, pass)?,
-            k: Projection::new(&layer.k, pass)?,
-            v: Projection::new(&layer.v, pass)?,
+            q: Projection::new(parts.q, pass)?,
+            k: Projection::new(parts.k, pass)?,
+            v: Projection::new(parts.v, pass)?,
             o: Projection::new(&layer.o, pass)?,
-            gate: Projection::new(&layer.gate, pass)?,
-            up: Projection::new(&layer.up, pass)?,
+            gate: Projection::new(parts.gate, pass)?,
+            up: Projection::new(parts.up, pass)?,
             down: Projection::new(&layer.down, pass)?,
         })
     }
@@ -229,7 +235,7 @@ impl<'a> Decoder<'a> {
         {
             return Ok(None);
         }
-        let (cos, sin) = angles(&model.arch, 0..longest, &model.device)?;
+        let (cos, sin) = angles(&model.arch, 0, 0..longest, longest, &model.device)?;
         let entries = match compute {
             DType::BF16 => Entries::Bf16(Vec::new(), Vec::new()),
             _ => Entries::F32(Vec::new(), Vec::new()),
@@ -418,7 +424,7 @@ impl backend::Decoder for Decoder<'_> {
         for number in 0..self.layers.len() {
             let weights = &self.layers[number];
             let layer = weights.layer;
-            let normed = norm(&x, &weights.input_norm, layer.input_norm.eps);
+            let normed = norm(&x, &weights.input_norm.0, weights.input_norm.1);
             let [mut q, mut k, mut v] =
                 self.apply([&weights.q, &weights.k, &weights.v], &normed)?;
             for (x, head_norm) in [(&mut q, &weights.q_norm), (&mut k, &weights.k_norm)] {
@@ -444,7 +450,7 @@ impl backend::Decoder for Decoder<'_> {
             let weights = &self.layers[number];
             let [y] = self.apply([&weights.o], &y)?;
             add(&mut x, &y);
-            let normed = norm(&x, &weights.post_norm, layer.post_norm.eps);
+            let normed = norm(&x, &weights.post_norm.0, weights.post_norm.1);
             let [mut gate, up] = self.apply([&weights.gate, &weights.up], &normed)?;
             vectors::swiglu(&mut gate, &up);
             let [y] = self.apply([&weights.down], &gate)?;

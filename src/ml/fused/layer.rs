@@ -20,7 +20,7 @@ use super::pool::Pool;
 use super::projection::ProjectionGroup;
 use super::shape::Shape;
 use super::trainable::Trainable;
-use super::weights::{HeadNorm, Layer};
+use super::weights::{HeadNorm, Layer, plain_parts};
 use crate::ml::model::{self, Norm};
 
 /// What the backward pass of a layer needs. All are panels, with the width of the hidden states, of the heads or of the feed-forward block;
@@ -319,6 +319,7 @@ pub(super) fn backward(
     pool.give_all(down_down.into_iter().chain(grad_lora_down));
     pool.give(gated);
     let mut normed = shape.take(pool, hidden);
+    let parts = plain_parts(layer)?;
     let weight = weights.post_norm.floats()?;
     rms_norm_recompute(&middle, weight, &post_inverse, &mut normed);
     let group = ProjectionGroup::new(&[&weights.gate, &weights.up], hidden, shape);
@@ -326,7 +327,7 @@ pub(super) fn backward(
     let grad_outs: [&[f32]; 2] = [&grad_gate, &grad_up];
     let grad_lora_down = group.backward(&grad_outs, &mut grad_normed, pool)?;
     group.gradients(
-        &[&layer.gate, &layer.up],
+        &[parts.gate, parts.up],
         &grad_outs,
         &normed,
         &gate_up_down,
@@ -335,7 +336,7 @@ pub(super) fn backward(
     )?;
     pool.give_all(gate_up_down.into_iter().chain(grad_lora_down));
     pool.give_all([grad_gate, grad_up]);
-    trainable.add(&layer.post_norm.weight, |sum| {
+    trainable.add(&parts.post_norm.weight, |sum| {
         rms_norm_grad_weight(&middle, &post_inverse, &grad_normed, sum);
     })?;
     rms_norm_backward(&middle, weight, &post_inverse, &grad_normed, grad_x);
@@ -388,18 +389,19 @@ pub(super) fn backward(
     let grad_q = rotate_backward(grad_q, raw_q, norm, context, trainable)?;
     let norm = (norms.1, layer.k_norm.as_ref());
     let grad_k = rotate_backward(grad_k, raw_k, norm, context, trainable)?;
+    let parts = plain_parts(layer)?;
     let weight = weights.input_norm.floats()?;
     rms_norm_recompute(&x, weight, &input_inverse, &mut normed);
     let group = ProjectionGroup::new(&[&weights.q, &weights.k, &weights.v], hidden, shape);
     let grad_outs: [&[f32]; 3] = [&grad_q, &grad_k, &grad_v];
-    let needed = wanted || layer.input_norm.weight.trained().is_some();
+    let needed = wanted || parts.input_norm.weight.trained().is_some();
     let grad_lora_down = if needed {
         group.backward(&grad_outs, &mut grad_normed, pool)?
     } else {
         group.grad_lora_down(&grad_outs, pool)?
     };
     group.gradients(
-        &[&layer.q, &layer.k, &layer.v],
+        &[parts.q, parts.k, parts.v],
         &grad_outs,
         &normed,
         &qkv_down,
@@ -408,7 +410,7 @@ pub(super) fn backward(
     )?;
     pool.give_all(qkv_down.into_iter().chain(grad_lora_down));
     if needed {
-        trainable.add(&layer.input_norm.weight, |sum| {
+        trainable.add(&parts.input_norm.weight, |sum| {
             rms_norm_grad_weight(&x, &input_inverse, &grad_normed, sum);
         })?;
         rms_norm_backward(&x, weight, &input_inverse, &grad_normed, grad_x);

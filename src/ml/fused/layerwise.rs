@@ -16,6 +16,7 @@ use rayon::prelude::*;
 
 use super::layer::{self, PassContext};
 use super::layout::Layout;
+use super::options::unsupported_option;
 use super::shape::Shape;
 use super::weights::{BaseWeight, HeadNorm, Layer, Pair, Projection, TensorView};
 use super::{Packing, Pool};
@@ -91,7 +92,7 @@ impl Module {
 impl<'a> MappedModel<'a> {
     /// Whether the kernels support the adapter: no `DoRA`, no fully trained modules.
     pub(in crate::ml) fn is_supported(&self) -> bool {
-        self.arch.head_dim.is_multiple_of(2) && self.adapter.is_none_or(Adapter::is_lora_only)
+        unsupported_option(self.arch).is_none() && self.adapter.is_none_or(Adapter::is_lora_only)
     }
 
     /// The final hidden states after the norm, in panels of the hidden size: those of the tokens of all `batches`, one after the other
@@ -134,14 +135,14 @@ impl<'a> MappedModel<'a> {
     }
 
     fn layer(&self, number: usize, work: PassContext<'_>, x: Vec<f32>) -> anyhow::Result<Vec<f32>> {
-        let modules = Role::ALL.map(|role| self.module(number, role));
+        let modules = Role::SEPARATE.map(|role| self.module(number, role));
         let [q, k, v, o, gate, up, down] = modules;
         let (q, k, v, o, gate, up, down) = (q?, k?, v?, o?, gate?, up?, down?);
         let input_norm = self.norm(number, NormKind::Input)?;
-        let post_norm = self.norm(number, NormKind::PostAttention)?;
+        let post_norm = self.norm(number, NormKind::PreFeedforward)?;
         let head_norm = |norm| match self.arch.qk_norm {
             QkNorm::None => Ok(None),
-            QkNorm::PerHead => self.norm(number, norm).map(Some),
+            QkNorm::PerHead | QkNorm::Whole => self.norm(number, norm).map(Some),
         };
         let (q_norm, k_norm) = (head_norm(NormKind::Query)?, head_norm(NormKind::Key)?);
         let eps = self.arch.rms_norm_eps as f32;
@@ -282,8 +283,13 @@ impl<'a> MappedModel<'a> {
     }
 
     fn norm(&self, layer: usize, norm: NormKind) -> anyhow::Result<Tensor> {
-        let name = weight_name(&norm_path(layer, norm));
-        self.vector(&name, norm_shape(self.arch, norm))
+        let name = weight_name(&norm_path(self.arch, layer, norm));
+        let weight = self.vector(&name, norm_shape(self.arch, norm))?;
+        if self.arch.norm_adds_one {
+            Ok((weight + 1.)?)
+        } else {
+            Ok(weight)
+        }
     }
 
     /// Reads a tensor of `length` elements, in f32.

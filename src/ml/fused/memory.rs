@@ -8,7 +8,7 @@ use pipeline_kernels::panels::size;
 
 use super::head;
 use crate::ml::adapter::Adapter;
-use crate::ml::model::arch::{Arch, Projection, QkNorm};
+use crate::ml::model::arch::{Arch, QkNorm};
 use crate::ml::model::linear::Pass;
 use crate::ml::model::tensors::{EMBEDDINGS, layer_path, projection_path};
 use crate::ml::model::{self, CausalLm, Trained};
@@ -104,11 +104,12 @@ impl PassSizes {
             let ends = crate::ml::model::tensors::ENDS;
             !adapter.config.use_dora && !ends.iter().any(|path| adapter.tensors.contains_key(*path))
         });
-        if !matches!(compute, DType::F32 | DType::BF16) || !is_lora_only {
+        let supported = super::options::unsupported_option(arch).is_none();
+        if !matches!(compute, DType::F32 | DType::BF16) || !is_lora_only || !supported {
             return None;
         }
         let rank = |layer: usize| {
-            let pairs = Projection::ALL.iter().filter_map(|projection| {
+            let pairs = arch.projections().iter().filter_map(|projection| {
                 let path = projection_path(layer, *projection);
                 adapter?.tensors.get(&path)?.a.dims().first().copied()
             });

@@ -16,6 +16,7 @@ mod layer;
 pub(super) mod layerwise;
 mod layout;
 mod memory;
+mod options;
 mod pool;
 mod projection;
 mod shape;

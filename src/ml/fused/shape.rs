@@ -41,7 +41,8 @@ impl Shape {
         let tokens = layout.ids.len();
         let half = arch.head_dim / 2;
         let positions = layout.positions.iter().copied();
-        let (cos, sin) = model::angles(arch, positions, device)?;
+        let length = layout.positions.iter().max().map_or(0, |last| last + 1);
+        let (cos, sin) = model::angles(arch, 0, positions, length, device)?;
         let panels = |angles: candle_core::Tensor| -> Result<Vec<f32>> {
             let rows = angles.flatten_all()?.to_vec1::<f32>()?;
             let mut out = vec![0.; size(half, tokens)];

@@ -18,7 +18,7 @@ use crate::ml::loss::orpo::Orpo;
 use crate::ml::loss::sft::Sft;
 use crate::ml::loss::{Loss, Outcome};
 use crate::ml::model::Trained;
-use crate::ml::model::arch::{Arch, LayerArch};
+use crate::ml::model::arch::{Arch, LayerArch, default_score_scale};
 use crate::ml::model::batch::Row;
 use crate::ml::model::create::{Settings, create};
 use crate::ml::model::linear::DropoutSeed;
@@ -323,6 +323,8 @@ fn of_vocabulary(vocabulary: usize, heads: usize, keys: usize, width: usize) -> 
         num_attention_heads: heads,
         num_key_value_heads: keys,
         head_dim: width,
+        rotary_dim: width,
+        score_scale: default_score_scale(width),
         ..Arch::read(&golden::folder("model")).unwrap()
     };
     let settings = Settings {

@@ -225,6 +225,47 @@ pub(super) struct Layer<'a> {
     pub(super) window: Option<usize>,
 }
 
+/// The parts of a layer that has separate projections, and norms before its two blocks only.
+pub(super) struct PlainParts<'a> {
+    pub(super) q: &'a Linear,
+    pub(super) k: &'a Linear,
+    pub(super) v: &'a Linear,
+    pub(super) gate: &'a Linear,
+    pub(super) up: &'a Linear,
+    pub(super) input_norm: &'a Norm,
+    pub(super) post_norm: &'a Norm,
+}
+
+/// The parts of a layer.
+///
+/// # Errors
+/// The fast path does not support the layer, see `super::backend`.
+pub(super) fn plain_parts(layer: &crate::ml::model::Layer) -> Result<PlainParts<'_>> {
+    use crate::ml::model::{GateUp, Qkv};
+    match (
+        &layer.qkv,
+        &layer.gate_up,
+        &layer.input_norm,
+        &layer.pre_feedforward_norm,
+    ) {
+        (
+            Qkv::Separate { q, k, v },
+            GateUp::Separate { gate, up },
+            Some(input_norm),
+            Some(post_norm),
+        ) => Ok(PlainParts {
+            q,
+            k,
+            v,
+            gate,
+            up,
+            input_norm,
+            post_norm,
+        }),
+        _ => bail!("the fast path does not support layers of this kind"),
+    }
+}
+
 /// An RMS norm of each head.
 pub(super) struct HeadNorm<'a> {
     /// The weight (head width).
@@ -255,17 +296,18 @@ impl<'a> HeadNorm<'a> {
 impl<'a> Layer<'a> {
     pub(super) fn borrow(layer: &'a crate::ml::model::Layer, pass: Pass) -> Result<Self> {
         let borrow = |linear| Projection::borrow(linear, pass);
+        let parts = plain_parts(layer)?;
         Ok(Self {
-            q: borrow(&layer.q)?,
-            k: borrow(&layer.k)?,
-            v: borrow(&layer.v)?,
+            q: borrow(parts.q)?,
+            k: borrow(parts.k)?,
+            v: borrow(parts.v)?,
             o: borrow(&layer.o)?,
-            gate: borrow(&layer.gate)?,
-            up: borrow(&layer.up)?,
+            gate: borrow(parts.gate)?,
+            up: borrow(parts.up)?,
             down: borrow(&layer.down)?,
-            input_norm: TensorView::weight(&layer.input_norm.weight, pass)?,
-            post_norm: TensorView::weight(&layer.post_norm.weight, pass)?,
-            eps: (layer.input_norm.eps as f32, layer.post_norm.eps as f32),
+            input_norm: TensorView::weight(&parts.input_norm.weight, pass)?,
+            post_norm: TensorView::weight(&parts.post_norm.weight, pass)?,
+            eps: (parts.input_norm.eps as f32, parts.post_norm.eps as f32),
             q_norm: HeadNorm::borrow(layer.q_norm.as_ref(), pass)?,
             k_norm: HeadNorm::borrow(layer.k_norm.as_ref(), pass)?,
             window: layer.window,

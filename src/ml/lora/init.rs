@@ -44,7 +44,7 @@ pub fn adapter(arch: &Arch, new: &NewAdapter, seed: u64) -> anyhow::Result<Adapt
                 "`target_modules` means `{path}` too ({}), beside which matrices can't stand; expected projections such as {}, \
                  `embed_tokens` or `lm_head`",
                 settings.targets.description(),
-                known()
+                known(arch)
             ),
         };
         let pair = pair.with_context(|| format!("could not make the matrices of `{path}`"))?;
@@ -62,7 +62,7 @@ pub fn adapter(arch: &Arch, new: &NewAdapter, seed: u64) -> anyhow::Result<Adapt
         } else {
             " in the layers of `layers_to_transform`"
         },
-        known()
+        known(arch)
     );
     Ok(Adapter {
         config: settings,
@@ -71,10 +71,12 @@ pub fn adapter(arch: &Arch, new: &NewAdapter, seed: u64) -> anyhow::Result<Adapt
     })
 }
 
-fn known() -> String {
-    projection_names()
+/// The names of a model's projections, for a message.
+fn known(arch: &Arch) -> String {
+    let names: Vec<_> = projection_names(arch)
         .map(|name| format!("`{name}`"))
-        .join(", ")
+        .collect();
+    names.join(", ")
 }
 
 /// The pair of embeddings (rows, width). PEFT's A is (r, rows) and its B (width, r); the result is their transpose.

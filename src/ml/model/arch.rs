@@ -1,16 +1,18 @@
 //! The architecture of a model: dimensions and options, read from `config.json` by one of the [`super::families`].
 //!
-//! A decoder layer is `x + attention(norm(x))`, then `x + down(silu(gate(n)) * up(n))` with `n = norm(x)`. [`Arch`] describes which
-//! variations of it a model has. A variation that a family's files can request beside these is refused by name when they are read.
+//! A decoder layer has two blocks, attention and feed-forward, each of which adds its result to the hidden states `x`:
 //!
-//! Where the options of further families go:
+//! ```text
+//! x = x + residual_scale * norm(attention(norm(x)))
+//! x = x + residual_scale * norm(down(activation(gate(n)) * up(n)))    with n = norm(x)
+//! ```
 //!
-//! - what differs from layer to layer (a second rotary table or none, experts): a field of [`LayerArch`];
-//! - a norm over the whole width of q and k: a variant of [`QkNorm`];
-//! - factors (embedding, residual, score and logit scales), soft-caps, the gate's activation, norms after the blocks, the fraction
-//!   of a head that is rotated: a field of [`Arch`];
-//! - norms that multiply by `1 + w`: folded into the weight when it is loaded;
-//! - fused projections (`qkv_proj`): [`Projection`] and the table of tensors, `super::tensors`.
+//! [`NormPlaces`] says which of the four norms there are. Before the first layer, embeddings are multiplied by `embedding_scale`; after the
+//! last one there is one more norm, and the head's logits `l` become `cap * tanh(logit_scale * l / cap)`.
+//!
+//! [`Arch`] describes which variations of it a model has. A variation that a family's files can request beside these is refused by name when
+//! they are read. What differs from layer to layer is a field of [`LayerArch`]; a further option is a field of [`Arch`], and
+//! `super::tensors` has the modules that come with it.
 //!
 //! A backend that does not compute a field must refuse the models that use it (`fused::backend`).
 
@@ -35,13 +37,37 @@ pub struct Arch {
     pub num_key_value_heads: usize,
     /// The width of a head, an even number. `num_attention_heads * head_dim` may differ from `hidden_size`.
     pub head_dim: usize,
+    /// The number of the first features of a head that are rotated, an even number; the others keep their values. It is `head_dim` but for
+    /// models with a `partial_rotary_factor`.
+    pub rotary_dim: usize,
     /// Added to the mean square in every RMS norm, those of q and k included.
     pub rms_norm_eps: f64,
-    /// The rotary embedding of all layers.
-    pub rope: Rope,
+    /// The rotary embeddings, to which the layers refer by number.
+    pub ropes: Vec<Rope>,
     /// The norm of queries and keys before the rotary embedding.
     pub qk_norm: QkNorm,
-    /// The projections that add a bias, in the order of [`Projection::ALL`].
+    /// Where a layer has norms.
+    pub norm_places: NormPlaces,
+    /// Whether the files have the weight `w` of norms that multiply by `1 + w` (Gemma). Every norm in memory has the weight by which it
+    /// multiplies: 1 is added in f32 when it is loaded, and taken away when it is saved.
+    pub norm_adds_one: bool,
+    /// The activation of the gate.
+    pub activation: Activation,
+    /// The factor of the embeddings after they are looked up; a tied head is not multiplied by it.
+    pub embedding_scale: f64,
+    /// The factor of both blocks' results before they are added to the hidden states.
+    pub residual_scale: f64,
+    /// The factor of the attention scores before the softmax: `1 / sqrt(head_dim)` in most families.
+    pub score_scale: f64,
+    /// The cap of the scaled attention scores, `cap * tanh(score / cap)`, before the mask is added.
+    pub score_softcap: Option<f64>,
+    /// The factor of the logits.
+    pub logit_scale: f64,
+    /// The cap of the scaled logits, `cap * tanh(logit / cap)`.
+    pub logit_softcap: Option<f64>,
+    /// Whether queries, keys and values are one projection ([`Projection::Qkv`]), and gate and up one ([`Projection::GateUp`]).
+    pub fused_projections: bool,
+    /// The projections that add a bias, in the order of [`Arch::projections`].
     pub biases: Vec<Projection>,
     /// Whether the head is tied to the embeddings, that is, has the same weight.
     pub tie_word_embeddings: bool,
@@ -63,11 +89,23 @@ pub struct Arch {
 }
 
 /// What may differ from layer to layer.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LayerArch {
     /// The size of the sliding window, at least 1: the query at position i attends to the keys at `i - window + 1 ..= i` of its sequence, as
     /// in transformers' `sliding_window_causal_mask_function`. Without one it attends to all keys up to its own.
     pub window: Option<usize>,
+    /// The number of its rotary embedding among [`Arch::ropes`]; `None` if its queries and keys are not rotated.
+    pub rope: Option<usize>,
+}
+
+impl Default for LayerArch {
+    /// A layer without a window, with the first rotary embedding.
+    fn default() -> Self {
+        Self {
+            window: None,
+            rope: Some(0),
+        }
+    }
 }
 
 /// The norm of queries and keys, applied after the projection's bias and before the rotary embedding.
@@ -79,6 +117,31 @@ pub enum QkNorm {
     /// An RMS norm over the `head_dim` values of each head. A layer has one weight (`head_dim`) for all query heads and one for all key
     /// heads; the eps is that of the other norms.
     PerHead,
+    /// An RMS norm over the values of all query heads together, with a weight (`num_attention_heads * head_dim`), and one over those of all
+    /// key heads together, with a weight (`num_key_value_heads * head_dim`); the eps is that of the other norms (`modular_olmo2.py`).
+    Whole,
+}
+
+/// The norms of a layer, apart from those of queries and keys.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum NormPlaces {
+    /// Before each of the two blocks (Llama).
+    #[default]
+    Before,
+    /// After each block, before its result is added to the hidden states (`OLMo` 2).
+    After,
+    /// Before and after each block (Gemma 2).
+    Both,
+}
+
+/// The activation of the gate.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Activation {
+    /// `x * sigmoid(x)`.
+    #[default]
+    Silu,
+    /// `0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))` (Hendrycks and Gimpel 2016, arXiv 1606.08415, section 2).
+    GeluTanh,
 }
 
 /// The projections of a layer, in the order in which torch registers them.
@@ -98,15 +161,59 @@ pub enum Projection {
     Up,
     /// The feed-forward block's output: (`hidden_size`, `intermediate_size`).
     Down,
+    /// Queries, keys and values in one matrix, whose rows are those of Q, K and V in this order.
+    Qkv,
+    /// Gate and up in one matrix, whose rows are those of both in this order.
+    GateUp,
 }
 
-/// The rotary embedding (Su et al. 2021, arXiv 2104.09864), over halves of a head as in transformers' `rotate_half`.
+/// A rotary embedding (Su et al. 2021, arXiv 2104.09864), over halves of a head's rotated features as in transformers' `rotate_half`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rope {
-    /// The base: pair i of a head rotates by `theta^(-2i / head_dim)` radians for each position.
+    /// The base: pair i of a head rotates by `theta^(-2i / rotary_dim)` radians for each position.
     pub theta: f64,
-    /// The scaling of long wavelengths, if there is one.
-    pub scaling: Option<Llama3Scaling>,
+    /// The scaling of wavelengths, if there is one.
+    pub scaling: Option<RopeScaling>,
+}
+
+/// The ways of scaling a rotary embedding for longer sequences (`ROPE_INIT_FUNCTIONS` in transformers' `modeling_rope_utils.py`).
+#[derive(Debug, Clone, PartialEq)]
+pub enum RopeScaling {
+    /// All wavelengths times a factor.
+    Linear {
+        /// The factor.
+        factor: f64,
+    },
+    /// A base that grows with the length of the longest sequence, once that exceeds `max_position_embeddings` (NTK-aware scaling).
+    Dynamic {
+        /// The factor by which the usable length grows.
+        factor: f64,
+        /// The length up to which nothing is scaled, in tokens.
+        max_position_embeddings: usize,
+    },
+    /// `YaRN` (Peng et al. 2023, arXiv 2309.00071).
+    Yarn(YarnScaling),
+    /// Llama 3's.
+    Llama3(Llama3Scaling),
+    /// `LongRoPE` (Ding et al. 2024, arXiv 2402.13753): one factor a wavelength, in two sets.
+    LongRope(LongRopeScaling),
+}
+
+/// The parameters of `YaRN`, with transformers' defaults filled in.
+#[derive(Debug, Clone, PartialEq)]
+pub struct YarnScaling {
+    /// The factor by which long wavelengths are multiplied.
+    pub factor: f64,
+    /// The factor of cosines and sines.
+    pub attention_factor: f64,
+    /// Wavelengths with more rotations than this in the original length are not changed.
+    pub beta_fast: f64,
+    /// Wavelengths with fewer rotations than this in the original length are long.
+    pub beta_slow: f64,
+    /// The length for which the model was originally trained, in tokens.
+    pub original_max_position_embeddings: usize,
+    /// Whether the first and the last pair of the range between them are rounded to whole numbers.
+    pub truncate: bool,
 }
 
 /// Llama 3's scaling of the rotary embedding (`_compute_llama3_parameters` in transformers' `modeling_rope_utils.py`).
@@ -122,6 +229,19 @@ pub struct Llama3Scaling {
     pub original_max_position_embeddings: usize,
 }
 
+/// The parameters of `LongRoPE`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LongRopeScaling {
+    /// The factor of each wavelength (`rotary_dim / 2`) while no sequence is longer than the original length.
+    pub short_factor: Vec<f64>,
+    /// The factor of each wavelength (`rotary_dim / 2`) for longer sequences.
+    pub long_factor: Vec<f64>,
+    /// The factor of cosines and sines.
+    pub attention_factor: f64,
+    /// The length for which the model was originally trained, in tokens.
+    pub original_max_position_embeddings: usize,
+}
+
 /// The settings of `quantization_config` for weights in bitsandbytes' NF4.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Quantization {
@@ -132,8 +252,8 @@ pub struct Quantization {
 }
 
 impl Projection {
-    /// All projections, in the order in which torch registers them.
-    pub const ALL: [Self; 7] = [
+    /// The projections of a layer without fused ones, in the order in which torch registers them.
+    pub const SEPARATE: [Self; 7] = [
         Self::Q,
         Self::K,
         Self::V,
@@ -142,6 +262,8 @@ impl Projection {
         Self::Up,
         Self::Down,
     ];
+    /// The projections of a layer with [`Arch::fused_projections`], in the order in which torch registers them.
+    pub const FUSED: [Self; 4] = [Self::O, Self::Qkv, Self::GateUp, Self::Down];
     /// The projections of the attention.
     pub const ATTENTION: [Self; 4] = [Self::Q, Self::K, Self::V, Self::O];
     /// The projections of the feed-forward block.
@@ -152,6 +274,15 @@ impl Arch {
     /// The number of decoder layers.
     pub fn num_hidden_layers(&self) -> usize {
         self.layers.len()
+    }
+
+    /// The projections of each layer, in the order in which torch registers them.
+    pub fn projections(&self) -> &'static [Projection] {
+        if self.fused_projections {
+            &Projection::FUSED
+        } else {
+            &Projection::SEPARATE
+        }
     }
 
     /// Whether a projection has a bias; this is the same in all layers.
@@ -170,13 +301,15 @@ impl Arch {
             Projection::O => (hidden, queries),
             Projection::Gate | Projection::Up => (inner, hidden),
             Projection::Down => (hidden, inner),
+            Projection::Qkv => (queries + 2 * keys, hidden),
+            Projection::GateUp => (2 * inner, hidden),
         }
     }
+}
 
-    /// The factor of the attention scores before the softmax, `1 / sqrt(head_dim)`.
-    pub fn score_scale(&self) -> f64 {
-        (self.head_dim as f64).powf(-0.5)
-    }
+/// The factor of the attention scores in most families, `1 / sqrt(head_dim)`.
+pub fn default_score_scale(head_dim: usize) -> f64 {
+    (head_dim as f64).powf(-0.5)
 }
 
 /// The largest sizes that are accepted. They are far above those of any model, and the size in bytes of the largest such model fits into

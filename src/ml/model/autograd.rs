@@ -84,6 +84,23 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     })
 }
 
+/// `x` times `factor`, if that is not 1.
+pub fn scaled(x: Tensor, factor: f64) -> Result<Tensor> {
+    if factor.to_bits() == 1f64.to_bits() {
+        Ok(x)
+    } else {
+        x * factor
+    }
+}
+
+/// `cap * tanh(x / cap)`, if there is a cap.
+pub fn softcapped(x: Tensor, cap: Option<f64>) -> Result<Tensor> {
+    match cap {
+        Some(cap) => (x / cap)?.tanh()? * cap,
+        None => Ok(x),
+    }
+}
+
 /// Rotary position embedding (Su et al. 2021, arXiv 2104.09864, equation 34, with features `i` and `i + width / 2` of a head as a pair):
 /// rotates `x` (batch, heads, length, width) by the angles whose cosines and sines (length, width / 2) are given. The backward pass
 /// rotates by the negative angles.

@@ -69,7 +69,7 @@ pub fn create(
     let tensors: Vec<_> = tensors(arch)
         .map(|tensor| {
             let entry = Entry::new(tensor.name, settings.float.stored(), tensor.shape);
-            (entry, Fill::for_role(tensor.role))
+            (entry, Fill::for_role(arch, tensor.role))
         })
         .collect();
     let size = |entry: &Entry| -> anyhow::Result<u64> { Ok(entry.size()? as u64) };
@@ -156,9 +156,10 @@ enum Fill {
 }
 
 impl Fill {
-    fn for_role(role: Role) -> Self {
+    fn for_role(arch: &Arch, role: Role) -> Self {
         match role {
             Role::Embeddings | Role::Head | Role::Projection(_) => Self::Normal,
+            Role::Norm(_) if arch.norm_adds_one => Self::Constant(0.),
             Role::Norm(_) => Self::Constant(1.),
             Role::Bias(_) => Self::Constant(0.),
         }

@@ -23,6 +23,8 @@ impl CausalLm {
             weight: self.head().value(pass).to_dtype(self.compute)?,
             low: low.transpose()?,
             trains: self.head().is_trained(pass),
+            scale: self.arch.logit_scale,
+            softcap: self.arch.logit_softcap,
         })
     }
 

@@ -16,7 +16,7 @@ use anyhow::{Context as _, ensure};
 use serde_json::{Map, Value, json};
 
 use self::keys::Keys;
-use super::arch::{Arch, QkNorm, WIDEST};
+use super::arch::{Activation, Arch, NormPlaces, QkNorm, WIDEST, default_score_scale};
 
 /// A family of models.
 pub struct Family {
@@ -145,15 +145,7 @@ pub fn config_keys(arch: &Arch) -> anyhow::Result<Map<String, Value>> {
         [one] => json!(one),
         _ => json!(arch.eos_token_ids),
     };
-    let scaling = arch.rope.scaling.as_ref().map(|rope| {
-        json!({
-            "rope_type": "llama3",
-            "factor": rope.factor,
-            "low_freq_factor": rope.low_freq_factor,
-            "high_freq_factor": rope.high_freq_factor,
-            "original_max_position_embeddings": rope.original_max_position_embeddings,
-        })
-    });
+    let rope = arch.ropes.first().context("there is no rotary embedding")?;
     let common = json!({
         "architectures": [family.architecture],
         "attention_dropout": arch.attention_dropout,
@@ -170,8 +162,8 @@ pub fn config_keys(arch: &Arch) -> anyhow::Result<Map<String, Value>> {
         "num_key_value_heads": arch.num_key_value_heads,
         "pad_token_id": arch.pad_token_id,
         "rms_norm_eps": arch.rms_norm_eps,
-        "rope_scaling": scaling,
-        "rope_theta": arch.rope.theta,
+        "rope_scaling": rope.scaling.as_ref().map(keys::write_scaling),
+        "rope_theta": rope.theta,
         "tie_word_embeddings": arch.tie_word_embeddings,
         "use_cache": true,
         "vocab_size": arch.vocab_size,
@@ -243,8 +235,19 @@ fn common(keys: Keys<'_>, family: &'static str, defaults: &Defaults) -> anyhow::
         num_key_value_heads,
         head_dim,
         rms_norm_eps,
-        rope: keys.rope(length)?,
+        rotary_dim: head_dim,
+        ropes: vec![keys.rope(length)?],
         qk_norm: QkNorm::None,
+        norm_places: NormPlaces::Before,
+        norm_adds_one: false,
+        activation: Activation::Silu,
+        embedding_scale: 1.,
+        residual_scale: 1.,
+        score_scale: default_score_scale(head_dim),
+        score_softcap: None,
+        logit_scale: 1.,
+        logit_softcap: None,
+        fused_projections: false,
         biases: Vec::new(),
         tie_word_embeddings: keys.flag("tie_word_embeddings")?,
         max_position_embeddings: length,

@@ -2,10 +2,11 @@
 //!
 //! `logp(id | h) = (W h)_id - logsumexp(W h)`, so the gradient of `sum_n g_n logp_n` is `g_n (W_id - W^T softmax(W h_n))` with respect to
 //! `h_n`, and `sum_n g_n (e_id - softmax(W h_n)) h_n^T` with respect to W. Rows are processed in chunks; the backward pass recomputes a
-//! chunk's logits.
+//! chunk's logits. With a scale or a soft-cap, logits are a function of `W h`, by whose slope each part of the gradient is multiplied.
 
 use candle_core::{D, DType, Result, Tensor};
 
+use super::autograd::{scaled, softcapped};
 use super::batch::Target;
 
 /// The number of logits in one chunk.
@@ -23,6 +24,10 @@ pub struct Head {
     pub low: Option<Tensor>,
     /// Whether W is trained.
     pub trains: bool,
+    /// The factor of the logits.
+    pub scale: f64,
+    /// The cap of the scaled logits, `cap * tanh(logit / cap)`.
+    pub softcap: Option<f64>,
 }
 
 /// The gradients with respect to a [`Head`].
@@ -41,6 +46,23 @@ impl Head {
 
     /// The logits (n, vocabulary), in f32, of rows (n, hidden) or, with a pair, (n, hidden + r).
     pub fn logits(&self, rows: &Tensor) -> Result<Tensor> {
+        softcapped(scaled(self.product(rows)?, self.scale)?, self.softcap)
+    }
+
+    /// The slope (n, vocabulary) of logits (n, vocabulary) as a function of the product with the weight; `None` if it is 1.
+    fn slope(&self, logits: &Tensor) -> Result<Option<Tensor>> {
+        match self.softcap {
+            // d/dx tanh(x) = 1 - tanh(x)^2
+            Some(cap) => Ok(Some(
+                (logits / cap)?.sqr()?.affine(-self.scale, self.scale)?,
+            )),
+            None if self.scale.to_bits() == 1f64.to_bits() => Ok(None),
+            None => Ok(Some(logits.ones_like()?.affine(self.scale, 0.)?)),
+        }
+    }
+
+    /// The logits without scale and soft-cap.
+    fn product(&self, rows: &Tensor) -> Result<Tensor> {
         let Some(low) = &self.low else {
             return logits(rows, &self.weight);
         };
@@ -201,8 +223,16 @@ impl Scored {
             let kept = Tensor::from_slice(kept, count, device)?;
             let rows = self.rows.index_select(&kept, 0)?;
             let ids = self.ids.index_select(&kept, 0)?;
-            let softmax = softmax(&head.logits(&rows)?)?;
-            let spread = softmax.broadcast_mul(&g)?.to_dtype(head.weight.dtype())?; // (count, vocabulary)
+            let logits = head.logits(&rows)?;
+            let spread = softmax(&logits)?.broadcast_mul(&g)?; // (count, vocabulary)
+            let (spread, g) = match head.slope(&logits)? {
+                None => (spread, g),
+                Some(slope) => {
+                    let at_id = slope.gather(&ids.unsqueeze(1)?, 1)?;
+                    ((spread * slope)?, (g * at_id)?)
+                }
+            };
+            let spread = spread.to_dtype(head.weight.dtype())?;
             let of_rows = (head.rows(&ids)?.broadcast_mul(&g)? - head.back(&spread)?)?;
             grad_hidden =
                 grad_hidden.index_add(&self.index.index_select(&kept, 0)?, &of_rows, 0)?;
@@ -228,15 +258,16 @@ fn softmax(logits: &Tensor) -> Result<Tensor> {
     candle_nn::ops::softmax_last_dim(logits)
 }
 
-/// For each target, the mean over the vocabulary of the logits from which it is predicted. It is computed from the final hidden states
-/// (batch, length, hidden) and the sum of the head's rows `column_sum` (hidden), without any logits.
+/// For each target, the mean over the vocabulary of the logits from which it is predicted, from the final hidden states (batch, length,
+/// hidden), or with a pair (batch, length, hidden + r). Without a soft-cap, logits are linear in the head's rows, and only the sum of these
+/// is multiplied: `column_sum` (hidden, or hidden + r) returns it.
 ///
 /// # Errors
 /// A target is outside the batch.
 pub fn target_mean_logits(
     hidden: &Tensor,
-    column_sum: &Tensor,
-    vocabulary: usize,
+    head: &Head,
+    column_sum: impl FnOnce() -> Result<Tensor>,
     targets: &[Target],
 ) -> Result<Vec<f64>> {
     let (batch, width, size) = hidden.dims3()?;
@@ -248,21 +279,28 @@ pub fn target_mean_logits(
         .detach()
         .reshape((batch * width, size))?
         .index_select(&index, 0)?;
+    let vocabulary = head.vocabulary()?;
+    if head.softcap.is_some() {
+        let sums = row_sums(&rows, head)?;
+        return Ok(sums.iter().map(|sum| sum / vocabulary as f64).collect());
+    }
     let sums = rows
         .to_dtype(DType::F64)?
-        .matmul(&column_sum.reshape((size, 1))?)?
+        .matmul(&column_sum()?.reshape((size, 1))?)?
         .flatten_all()?;
     let means = (sums / vocabulary as f64)?;
-    means.to_vec1()
+    scaled(means, head.scale)?.to_vec1()
 }
 
 /// The mean of all logits at all but the last position, padding included, of the sequences `from..from + count`: `logits/chosen` and
-/// `logits/rejected` of TRL (`get_batch_loss_metrics`). It is computed from the final hidden states (batch, length, hidden) and the sum of
-/// the head's rows `column_sum` (hidden), without any logits. A NaN if there are no positions.
+/// `logits/rejected` of TRL (`get_batch_loss_metrics`). Arguments are those of [`target_mean_logits`]. A NaN if there are no positions.
+///
+/// # Errors
+/// There are fewer sequences.
 pub fn mean_logit(
     hidden: &Tensor,
-    column_sum: &Tensor,
-    vocabulary: usize,
+    head: &Head,
+    column_sum: impl FnOnce() -> Result<Tensor>,
     from: usize,
     count: usize,
 ) -> Result<f64> {
@@ -274,11 +312,24 @@ pub fn mean_logit(
         .detach()
         .narrow(0, from, count)?
         .narrow(1, 0, width - 1)?;
-    let total = rows
-        .contiguous()?
-        .reshape((count * (width - 1), size))?
-        .sum(0)?;
-    let total = (total.to_dtype(DType::F64)? * column_sum)?.sum_all()?;
+    let rows = rows.contiguous()?.reshape((count * (width - 1), size))?;
+    let values = (head.vocabulary()? * count * (width - 1)) as f64;
+    if head.softcap.is_some() {
+        return Ok(row_sums(&rows, head)?.iter().sum::<f64>() / values);
+    }
+    let total = rows.sum(0)?;
+    let total = (total.to_dtype(DType::F64)? * column_sum()?)?.sum_all()?;
     let total = total.to_scalar::<f64>()?;
-    Ok(total / (vocabulary * count * (width - 1)) as f64)
+    Ok(total * head.scale / values)
+}
+
+/// The sum of the logits of each of these rows (n, hidden or hidden + r).
+fn row_sums(rows: &Tensor, head: &Head) -> Result<Vec<f64>> {
+    let count = rows.dim(0)?;
+    let mut sums = Vec::with_capacity(count);
+    for (start, count) in chunks(count, head.vocabulary()?) {
+        let logits = head.logits(&rows.narrow(0, start, count)?)?;
+        sums.extend(logits.to_dtype(DType::F64)?.sum(1)?.to_vec1::<f64>()?);
+    }
+    Ok(sums)
 }

@@ -4,13 +4,16 @@ use candle_core::{DType, Device, Tensor};
 
 use super::super::adapter::Adapter;
 use super::arch::Arch;
+use super::autograd::scaled;
 use super::batch::Batch;
 use super::ends::{embedding_rows, with_lora_inputs};
 use super::head::Head;
+use super::layer::Shared;
 use super::linear::Pass;
 use super::load::Loader;
+use super::rope::batch_angles;
 use super::tensors::{EMBED_TOKENS, EMBEDDINGS, HEAD, LM_HEAD, NormKind};
-use super::{Masks, Shared, Trained, angles};
+use super::{Masks, Trained};
 use crate::ml::io::weights::Weights;
 
 /// The rows of the head that are in f32 at a time.
@@ -41,13 +44,12 @@ pub fn logits_by_layer(
         DType::F32,
         &device,
     );
-    let (cos, sin) = angles(arch, 0..batch.width, &device)?;
+    let angles = batch_angles(arch, batch, &device)?;
     let masks = Masks::new(arch.layers.iter().map(|layer| layer.window), |window| {
         batch.mask(window, &device)
     })?;
     let shared = passes.iter().map(|&pass| Shared {
-        cos: cos.clone(),
-        sin: sin.clone(),
+        angles: angles.clone(),
         masks: masks.clone(),
         pass: Pass {
             tape: false,
@@ -61,6 +63,7 @@ pub fn logits_by_layer(
     let (table, pair) = (loader.embeddings(stored)?, loader.pair(EMBED_TOKENS)?);
     let states = shared.iter().map(|shared| {
         let rows = embedding_rows(&table, pair.as_ref(), &ids.flatten_all()?, shared.pass)?;
+        let rows = scaled(rows, arch.embedding_scale)?;
         Ok(rows.reshape((ids.dim(0)?, batch.width, ()))?)
     });
     let mut states = states.collect::<anyhow::Result<Vec<Tensor>>>()?;
@@ -94,6 +97,8 @@ pub fn logits_by_layer(
                     .map(|low| low.narrow(0, from, count))
                     .transpose()?,
                 trains: false,
+                scale: arch.logit_scale,
+                softcap: arch.logit_softcap,
             };
             head.logits(&state)
         });

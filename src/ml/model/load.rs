@@ -7,13 +7,13 @@ use anyhow::Context as _;
 use candle_core::{DType, Device, Tensor, Var};
 
 use super::super::adapter::{Adapter, LoraPair, Selection};
-use super::arch::{Arch, Projection, QkNorm};
+use super::arch::{Arch, Projection};
 use super::linear::{Base, Linear, Lora, Pass, Weight};
 use super::tensors::{
-    EMBED_TOKENS, EMBEDDINGS, ENDS, HEAD, LM_HEAD, Module, NormKind, Role, bias_name, modules,
-    norm_path, norm_shape, projection_path, weight_name,
+    EMBED_TOKENS, EMBEDDINGS, ENDS, HEAD, LM_HEAD, Module, NormKind, Role, bias_name, layer_norms,
+    modules, norm_path, norm_shape, projection_path, weight_name,
 };
-use super::{CausalLm, Layer, Norm, Parameter, Trained};
+use super::{CausalLm, GateUp, Layer, Norm, Parameter, Qkv, Trained};
 use crate::ml::io::float::Float;
 use crate::ml::io::weights::Weights;
 use crate::ml::quant::nf4::Nf4;
@@ -92,14 +92,35 @@ impl<'a> Loader<'a> {
         Ok(tensor)
     }
 
-    fn train(&mut self, name: String, tensor: &Tensor, decays: bool) -> anyhow::Result<Weight> {
+    /// Makes a parameter of `tensor`; `role` is `None` for a tensor of the adapter.
+    fn train(
+        &mut self,
+        name: String,
+        tensor: &Tensor,
+        role: Option<Role>,
+    ) -> anyhow::Result<Weight> {
         let var = Var::from_tensor(&tensor.to_dtype(DType::F32)?.force_contiguous()?)?;
         self.parameters.push(Parameter {
             name,
             var: var.clone(),
-            decays,
+            decays: role.is_none_or(Role::decays),
+            adds_one: role.is_some_and(|role| self.adds_one(role)),
         });
         Ok(Weight::Trained(var))
+    }
+
+    /// Whether 1 is added to the stored tensors of a role.
+    fn adds_one(&self, role: Role) -> bool {
+        self.arch.norm_adds_one && matches!(role, Role::Norm(_))
+    }
+
+    /// A stored tensor as it is used.
+    fn folded(&self, tensor: &Tensor, role: Role) -> anyhow::Result<Tensor> {
+        if self.adds_one(role) {
+            Ok((tensor.to_dtype(DType::F32)? + 1.)?)
+        } else {
+            Ok(tensor.clone())
+        }
     }
 
     /// A weight of the base, or the adapter's tensor that replaces it; a frozen one is in `dtype`.
@@ -110,7 +131,7 @@ impl<'a> Loader<'a> {
         role: Role,
         dtype: DType,
     ) -> anyhow::Result<Weight> {
-        let tensor = self.shaped(name, shape)?;
+        let tensor = self.folded(&self.shaped(name, shape)?, role)?;
         self.effective(name, &tensor, role, dtype)
     }
 
@@ -123,7 +144,7 @@ impl<'a> Loader<'a> {
         dtype: DType,
     ) -> anyhow::Result<Weight> {
         if self.trained == Trained::Everything {
-            return self.train(name.to_owned(), tensor, role.decays());
+            return self.train(name.to_owned(), tensor, Some(role));
         }
         let Some(adapter) = self.adapter else {
             return Ok(Weight::Frozen(tensor.to_dtype(dtype)?));
@@ -134,7 +155,7 @@ impl<'a> Loader<'a> {
         }
         let trains = self.trained == Trained::Adapter && adapter.trains(name);
         let own = match own {
-            Some(own) => own.to_device(self.device)?,
+            Some(own) => self.folded(&own.to_device(self.device)?, role)?,
             None if trains => tensor.clone(),
             None => return Ok(Weight::Frozen(tensor.to_dtype(dtype)?)),
         };
@@ -146,7 +167,7 @@ impl<'a> Loader<'a> {
             resized(name)
         );
         let own = if trains {
-            self.train(name.to_owned(), &own, role.decays())?
+            self.train(name.to_owned(), &own, Some(role))?
         } else {
             Weight::Frozen(own.to_dtype(dtype)?)
         };
@@ -210,7 +231,7 @@ impl<'a> Loader<'a> {
     }
 
     pub(super) fn norm(&mut self, layer: usize, norm: NormKind) -> anyhow::Result<Norm> {
-        let name = weight_name(&norm_path(layer, norm));
+        let name = weight_name(&norm_path(self.arch, layer, norm));
         let shape = [norm_shape(self.arch, norm)];
         Ok(Norm {
             weight: self.weight(&name, &shape, Role::Norm(norm), DType::F32)?,
@@ -291,7 +312,7 @@ impl<'a> Loader<'a> {
         let mut weight = |suffix: &str, tensor: &Tensor| -> anyhow::Result<Weight> {
             let tensor = tensor.to_device(self.device)?.to_dtype(DType::F32)?;
             if self.trained == Trained::Adapter {
-                self.train(format!("{path}.{suffix}"), &tensor, true)
+                self.train(format!("{path}.{suffix}"), &tensor, None)
             } else {
                 Ok(Weight::Frozen(tensor))
             }
@@ -309,38 +330,59 @@ impl<'a> Loader<'a> {
         })
     }
 
+    fn qkv(&mut self, layer: usize) -> anyhow::Result<Qkv> {
+        if self.arch.fused_projections {
+            return Ok(Qkv::Fused(self.linear(layer, Projection::Qkv)?));
+        }
+        Ok(Qkv::Separate {
+            q: self.linear(layer, Projection::Q)?,
+            k: self.linear(layer, Projection::K)?,
+            v: self.linear(layer, Projection::V)?,
+        })
+    }
+
+    fn gate_up(&mut self, layer: usize) -> anyhow::Result<GateUp> {
+        if self.arch.fused_projections {
+            return Ok(GateUp::Fused(self.linear(layer, Projection::GateUp)?));
+        }
+        Ok(GateUp::Separate {
+            gate: self.linear(layer, Projection::Gate)?,
+            up: self.linear(layer, Projection::Up)?,
+        })
+    }
+
     pub(super) fn layer(&mut self, number: usize) -> anyhow::Result<Layer> {
         let arch = self.arch;
-        let mut linear = |projection| self.linear(number, projection);
-        let (q, k) = (linear(Projection::Q)?, linear(Projection::K)?);
-        let (v, o) = (linear(Projection::V)?, linear(Projection::O)?);
-        let (gate, up) = (linear(Projection::Gate)?, linear(Projection::Up)?);
-        let down = linear(Projection::Down)?;
-        let input_norm = self.norm(number, NormKind::Input)?;
-        let post_norm = self.norm(number, NormKind::PostAttention)?;
-        let (q_norm, k_norm) = match arch.qk_norm {
-            QkNorm::None => (None, None),
-            QkNorm::PerHead => (
-                Some(self.norm(number, NormKind::Query)?),
-                Some(self.norm(number, NormKind::Key)?),
-            ),
+        let qkv = self.qkv(number)?;
+        let o = self.linear(number, Projection::O)?;
+        let gate_up = self.gate_up(number)?;
+        let down = self.linear(number, Projection::Down)?;
+        let own = layer_norms(arch);
+        let mut norm = |norm| {
+            let there = own.contains(&norm);
+            there.then(|| self.norm(number, norm)).transpose()
         };
+        let described = arch.layers.get(number).copied().unwrap_or_default();
         Ok(Layer {
-            q,
-            k,
-            v,
+            input_norm: norm(NormKind::Input)?,
+            pre_feedforward_norm: norm(NormKind::PreFeedforward)?,
+            q_norm: norm(NormKind::Query)?,
+            k_norm: norm(NormKind::Key)?,
+            post_attention_norm: norm(NormKind::PostAttention)?,
+            post_feedforward_norm: norm(NormKind::PostFeedforward)?,
+            qkv,
             o,
-            gate,
-            up,
+            gate_up,
             down,
-            input_norm,
-            post_norm,
-            q_norm,
-            k_norm,
-            window: arch.layers.get(number).and_then(|layer| layer.window),
+            window: described.window,
+            rope: described.rope,
             heads: arch.num_attention_heads,
             kv_heads: arch.num_key_value_heads,
             head_dim: arch.head_dim,
+            score_scale: arch.score_scale,
+            score_softcap: arch.score_softcap,
+            activation: arch.activation,
+            residual_scale: arch.residual_scale,
         })
     }
 }
@@ -453,12 +495,4 @@ fn check_adapter(adapter: &Adapter, arch: &Arch, trained: Trained) -> anyhow::Re
         "the adapter was begun by LoftQ for a 4-bit model, but this one is dense; hint: `quantize` it with `double_quant: false`"
     );
     Ok(())
-}
-
-impl Layer {
-    pub(in crate::ml) fn linears(&self) -> [&Linear; 7] {
-        [
-            &self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down,
-        ]
-    }
 }

@@ -4,7 +4,6 @@ use candle_core::DType;
 use half::f16;
 
 use super::CausalLm;
-use super::arch::Projection;
 use super::linear::{Base, Pass};
 use super::tensors::{HEAD, projection_path, weight_name};
 use crate::ml::io::finite;
@@ -17,7 +16,7 @@ impl CausalLm {
             return Ok(None);
         }
         for (number, layer) in self.layers.iter().enumerate() {
-            for (projection, linear) in Projection::ALL.into_iter().zip(layer.linears()) {
+            for (projection, linear) in self.arch.projections().iter().zip(layer.linears()) {
                 let overflown = match &linear.base {
                     Base::Dense(weight) => {
                         let weight = weight.stored(Pass::BASE);
@@ -29,7 +28,7 @@ impl CausalLm {
                     }
                 };
                 if overflown {
-                    return Ok(Some(weight_name(&projection_path(number, projection))));
+                    return Ok(Some(weight_name(&projection_path(number, *projection))));
                 }
             }
         }

@@ -3,9 +3,18 @@
 //! Loading, layer-wise reading, creating, quantising, attaching, merging, comparing and `show` all use it, and no module's name appears
 //! anywhere else. Names and their order are those of torch's modules in transformers' `modeling_llama.py` and the files derived from it.
 //!
-//! A module that a new family adds to the layer is a line of [`LAYER`], with its shapes in [`tensors_of`].
+//! A module that a new family adds to the layer is a line of [`LAYER`] or of [`norms`], with its shapes in [`tensors_of`].
+//!
+//! A norm's [`NormKind`] is its place in the layer, and its name depends on which others there are:
+//!
+//! | place | Llama | OLMo 2 | Gemma 2 |
+//! |---|---|---|---|
+//! | before the attention | `input_layernorm` | | `input_layernorm` |
+//! | after the attention | | `post_attention_layernorm` | `post_attention_layernorm` |
+//! | before the feed-forward block | `post_attention_layernorm` | | `pre_feedforward_layernorm` |
+//! | after the feed-forward block | | `post_feedforward_layernorm` | `post_feedforward_layernorm` |
 
-use super::arch::{Arch, Projection, QkNorm};
+use super::arch::{Arch, NormPlaces, Projection, QkNorm};
 use crate::ml::quant::nf4::owner_of;
 
 /// The embeddings' module.
@@ -23,16 +32,20 @@ const LAYERS: &str = "model.layers";
 const WEIGHT: &str = ".weight";
 const BIAS: &str = ".bias";
 
-/// The norms of a model.
+/// The norms of a model, by their places.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NormKind {
-    /// The norm before the attention.
+    /// Before the attention.
     Input,
-    /// The norm before the feed-forward block.
+    /// After the attention, before its result is added to the hidden states.
     PostAttention,
-    /// The norm of each query head, see [`QkNorm::PerHead`].
+    /// Before the feed-forward block.
+    PreFeedforward,
+    /// After the feed-forward block, before its result is added to the hidden states.
+    PostFeedforward,
+    /// The norm of the queries, see [`QkNorm`].
     Query,
-    /// The norm of each key head.
+    /// The norm of the keys.
     Key,
     /// The norm after the last layer.
     Final,
@@ -47,26 +60,65 @@ enum Kind {
     Other,
 }
 
-/// The modules of a layer, by their paths in it, in the order in which torch registers them.
-const LAYER: [(&str, Kind); 14] = [
+/// The modules of a layer before its own norms, by their paths in it, in the order in which torch registers them.
+const LAYER: [(&str, Kind); 15] = [
     ("self_attn", Kind::Other),
     ("self_attn.q_proj", Kind::Projection(Projection::Q)),
     ("self_attn.k_proj", Kind::Projection(Projection::K)),
     ("self_attn.v_proj", Kind::Projection(Projection::V)),
     ("self_attn.o_proj", Kind::Projection(Projection::O)),
+    ("self_attn.qkv_proj", Kind::Projection(Projection::Qkv)),
     ("self_attn.q_norm", Kind::Norm(NormKind::Query)),
     ("self_attn.k_norm", Kind::Norm(NormKind::Key)),
     ("mlp", Kind::Other),
     ("mlp.gate_proj", Kind::Projection(Projection::Gate)),
     ("mlp.up_proj", Kind::Projection(Projection::Up)),
+    ("mlp.gate_up_proj", Kind::Projection(Projection::GateUp)),
     ("mlp.down_proj", Kind::Projection(Projection::Down)),
     ("mlp.act_fn", Kind::Other),
-    ("input_layernorm", Kind::Norm(NormKind::Input)),
-    (
-        "post_attention_layernorm",
-        Kind::Norm(NormKind::PostAttention),
-    ),
+    ("mlp.activation_fn", Kind::Other),
 ];
+const INPUT_LAYERNORM: &str = "input_layernorm";
+const POST_ATTENTION_LAYERNORM: &str = "post_attention_layernorm";
+const PRE_FEEDFORWARD_LAYERNORM: &str = "pre_feedforward_layernorm";
+const POST_FEEDFORWARD_LAYERNORM: &str = "post_feedforward_layernorm";
+
+/// The norms of a layer apart from those of queries and keys, by their paths in it, in the order in which torch registers them.
+fn norms(places: NormPlaces) -> &'static [(&'static str, NormKind)] {
+    match places {
+        NormPlaces::Before => &[
+            (INPUT_LAYERNORM, NormKind::Input),
+            (POST_ATTENTION_LAYERNORM, NormKind::PreFeedforward),
+        ],
+        NormPlaces::After => &[
+            (POST_ATTENTION_LAYERNORM, NormKind::PostAttention),
+            (POST_FEEDFORWARD_LAYERNORM, NormKind::PostFeedforward),
+        ],
+        NormPlaces::Both => &[
+            (INPUT_LAYERNORM, NormKind::Input),
+            (POST_ATTENTION_LAYERNORM, NormKind::PostAttention),
+            (PRE_FEEDFORWARD_LAYERNORM, NormKind::PreFeedforward),
+            (POST_FEEDFORWARD_LAYERNORM, NormKind::PostFeedforward),
+        ],
+    }
+}
+
+/// The modules of the layers of a model, by their paths in one, in the order in which torch registers them.
+fn layer_modules(arch: &Arch) -> impl Iterator<Item = (&'static str, Kind)> {
+    let own = LAYER.iter().copied().filter(|(path, kind)| match kind {
+        Kind::Projection(projection) => arch.projections().contains(projection),
+        Kind::Norm(_) => arch.qk_norm != QkNorm::None,
+        Kind::Other => match *path {
+            "mlp.act_fn" => !arch.fused_projections,
+            "mlp.activation_fn" => arch.fused_projections,
+            _ => true,
+        },
+    });
+    let norms = norms(arch.norm_places).iter();
+    let norms = norms.map(|(path, norm)| (*path, Kind::Norm(*norm)));
+    own.chain(norms)
+}
+
 /// The modules after the layers.
 const BEHIND: [(&str, Kind); 2] = [
     ("model.norm", Kind::Norm(NormKind::Final)),
@@ -122,25 +174,36 @@ pub fn layer_path(layer: usize) -> String {
     format!("{LAYERS}.{layer}")
 }
 
-/// The path of a module, relative to its layer if it is in one.
-fn path_of(kind: Kind) -> &'static str {
-    let mut all = LAYER.iter().chain(&BEHIND);
-    all.find(|(_, own)| *own == kind)
-        .map_or("", |(path, _)| *path)
+/// The path of a projection, relative to its layer.
+fn projection_in_layer(projection: Projection) -> &'static str {
+    let found = LAYER
+        .iter()
+        .find(|(_, kind)| *kind == Kind::Projection(projection));
+    found.map_or("", |(path, _)| *path)
 }
 
 /// The path of a layer's projection (`model.layers.0.self_attn.q_proj`).
 pub fn projection_path(layer: usize, projection: Projection) -> String {
-    format!("{LAYERS}.{layer}.{}", path_of(Kind::Projection(projection)))
+    format!("{LAYERS}.{layer}.{}", projection_in_layer(projection))
 }
 
 /// The path of a norm; `layer` does not matter for the final one.
-pub fn norm_path(layer: usize, norm: NormKind) -> String {
-    let path = path_of(Kind::Norm(norm));
-    match norm {
-        NormKind::Final => path.to_owned(),
-        _ => format!("{LAYERS}.{layer}.{path}"),
+pub fn norm_path(arch: &Arch, layer: usize, norm: NormKind) -> String {
+    let kind = Kind::Norm(norm);
+    if let Some((path, _)) = BEHIND.iter().find(|(_, own)| *own == kind) {
+        return (*path).to_owned();
     }
+    let path = layer_modules(arch).find(|(_, own)| *own == kind);
+    format!("{LAYERS}.{layer}.{}", path.map_or("", |(path, _)| path))
+}
+
+/// The norms of each layer of a model, those of queries and keys included.
+pub fn layer_norms(arch: &Arch) -> Vec<NormKind> {
+    let kinds = layer_modules(arch).filter_map(|(_, kind)| match kind {
+        Kind::Norm(norm) => Some(norm),
+        Kind::Projection(_) | Kind::Other => None,
+    });
+    kinds.collect()
 }
 
 /// The name of the weight of the module at `path`.
@@ -162,13 +225,13 @@ pub fn module_path(name: &str) -> &str {
 
 /// The last part of a projection's path (`q_proj`).
 pub fn projection_name(projection: Projection) -> &'static str {
-    let path = path_of(Kind::Projection(projection));
+    let path = projection_in_layer(projection);
     path.rsplit_once('.').map_or(path, |(_, name)| name)
 }
 
-/// The last parts of the paths of all projections.
-pub fn projection_names() -> [&'static str; 7] {
-    Projection::ALL.map(projection_name)
+/// The last parts of the paths of a model's projections.
+pub fn projection_names(arch: &Arch) -> impl Iterator<Item = &'static str> {
+    arch.projections().iter().copied().map(projection_name)
 }
 
 /// Whether `path` is the path of a projection, in a model with any number of layers.
@@ -176,7 +239,8 @@ pub fn is_projection(path: &str) -> bool {
     let rest = path.strip_prefix(LAYERS);
     let rest = rest.and_then(|rest| rest.strip_prefix('.'));
     let name = path.rsplit_once('.').map_or("", |(_, name)| name);
-    rest.is_some() && projection_names().contains(&name)
+    let all = Projection::SEPARATE.iter().chain(&Projection::FUSED);
+    rest.is_some() && { all }.any(|projection| projection_name(*projection) == name)
 }
 
 /// Whether `path` can be the path of a module or of a tensor in some model.
@@ -184,19 +248,17 @@ pub fn is_plausible(path: &str) -> bool {
     path.starts_with("model.") || path.starts_with("lm_head.")
 }
 
-/// Whether the layers of a model have a module of this kind.
-fn has(arch: &Arch, kind: Kind) -> bool {
-    match kind {
-        Kind::Norm(NormKind::Query | NormKind::Key) => arch.qk_norm == QkNorm::PerHead,
-        _ => true,
-    }
-}
-
 /// The number of elements of a norm's weight.
 pub fn norm_shape(arch: &Arch, norm: NormKind) -> usize {
     match norm {
-        NormKind::Query | NormKind::Key => arch.head_dim,
-        NormKind::Input | NormKind::PostAttention | NormKind::Final => arch.hidden_size,
+        NormKind::Query | NormKind::Key if arch.qk_norm == QkNorm::PerHead => arch.head_dim,
+        NormKind::Query => arch.num_attention_heads * arch.head_dim,
+        NormKind::Key => arch.num_key_value_heads * arch.head_dim,
+        NormKind::Input
+        | NormKind::PostAttention
+        | NormKind::PreFeedforward
+        | NormKind::PostFeedforward
+        | NormKind::Final => arch.hidden_size,
     }
 }
 
@@ -204,7 +266,6 @@ pub fn norm_shape(arch: &Arch, norm: NormKind) -> usize {
 fn tensors_of(arch: &Arch, path: &str, kind: Kind) -> Vec<TensorSpec> {
     let tensor = |name, shape, role| TensorSpec { name, shape, role };
     match kind {
-        _ if !has(arch, kind) => Vec::new(),
         Kind::Other => Vec::new(),
         Kind::Norm(norm) => {
             let shape = vec![norm_shape(arch, norm)];
@@ -225,9 +286,8 @@ fn tensors_of(arch: &Arch, path: &str, kind: Kind) -> Vec<TensorSpec> {
 /// The tensors of one layer, in torch's order.
 pub fn layer_tensors(arch: &Arch, layer: usize) -> Vec<TensorSpec> {
     let path = layer_path(layer);
-    let modules = LAYER.iter();
-    let tensors =
-        modules.flat_map(|(name, kind)| tensors_of(arch, &format!("{path}.{name}"), *kind));
+    let tensors = layer_modules(arch)
+        .flat_map(|(name, kind)| tensors_of(arch, &format!("{path}.{name}"), kind));
     tensors.collect()
 }
 
@@ -261,10 +321,10 @@ pub fn modules(arch: &Arch) -> Vec<(String, Module)> {
     for layer in 0..arch.num_hidden_layers() {
         let path = layer_path(layer);
         modules.push(other(&path));
-        for (name, kind) in LAYER.iter().filter(|(_, kind)| has(arch, *kind)) {
+        for (name, kind) in layer_modules(arch) {
             let module = match kind {
                 Kind::Projection(projection) => {
-                    let (out, input) = arch.shape(*projection);
+                    let (out, input) = arch.shape(projection);
                     Module::Linear(out, input)
                 }
                 Kind::Norm(_) | Kind::Other => Module::Other,

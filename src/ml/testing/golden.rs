@@ -13,7 +13,7 @@ use crate::ml::io::weights::Weights;
 use crate::ml::loss::orpo::Orpo;
 use crate::ml::loss::sft::Sft;
 use crate::ml::loss::{Loss, Outcome};
-use crate::ml::model::arch::{Arch, Llama3Scaling, Rope};
+use crate::ml::model::arch::{Arch, Llama3Scaling, Rope, RopeScaling};
 use crate::ml::model::batch::{Batch, Row, Sequence};
 use crate::ml::model::linear::Pass;
 use crate::ml::model::{CausalLm, Gradients, Trained};
@@ -196,15 +196,15 @@ fn logits_are_those_of_candle_with_scaled_rope_and_either_head() {
     let mut last = Vec::new();
     for tied in [false, true] {
         let config = Arch {
-            rope: Rope {
-                scaling: Some(Llama3Scaling {
+            ropes: vec![Rope {
+                theta: base.ropes[0].theta,
+                scaling: Some(RopeScaling::Llama3(Llama3Scaling {
                     factor: 8.,
                     low_freq_factor: 1.,
                     high_freq_factor: 4.,
                     original_max_position_embeddings: 256,
-                }),
-                ..base.rope
-            },
+                })),
+            }],
             tie_word_embeddings: tied,
             ..base.clone()
         };

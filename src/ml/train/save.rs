@@ -16,10 +16,10 @@ use crate::ml::model::CausalLm;
 use crate::ml::model::tensors::{EMBEDDINGS, HEAD};
 use crate::ml::model::tied;
 
-fn trained(model: &CausalLm) -> BTreeMap<&str, Tensor> {
+fn trained(model: &CausalLm) -> candle_core::Result<BTreeMap<&str, Tensor>> {
     let parameters = model.parameters.iter();
     parameters
-        .map(|parameter| (parameter.name.as_str(), parameter.var.as_detached_tensor()))
+        .map(|parameter| Ok((parameter.name.as_str(), parameter.stored()?)))
         .collect()
 }
 
@@ -29,7 +29,7 @@ fn trained(model: &CausalLm) -> BTreeMap<&str, Tensor> {
 /// A file can't be written.
 pub fn save_adapter(model: &CausalLm, mut adapter: Adapter, out: &Path) -> anyhow::Result<()> {
     for parameter in &model.parameters {
-        let tensor = parameter.var.as_detached_tensor();
+        let tensor = parameter.stored()?;
         let Some((path, part)) = parameter.name.split_once(".lora_") else {
             adapter.saved.insert(parameter.name.clone(), tensor);
             continue;
@@ -59,7 +59,7 @@ pub fn save_adapter(model: &CausalLm, mut adapter: Adapter, out: &Path) -> anyho
 /// # Errors
 /// A value is not finite in the type in which it is stored, or a file can't be read or written.
 pub fn save_model(model: &CausalLm, source: &Path, out: &Path) -> anyhow::Result<()> {
-    let trained = trained(model);
+    let trained = trained(model)?;
     let (config, weights) = tied::open(source)?;
     let outputs = |name: &str| {
         let Some(tensor) = trained.get(name) else {

@@ -286,9 +286,9 @@ impl Stage for AttachLora {
     fn run(&self, cx: &Context) -> anyhow::Result<()> {
         let folder = cx.input(&self.model)?;
         let (config, weights) = tied::open(folder)?;
-        let new = self.settings();
+        let new = self.settings(&config);
         for layer in 0..config.num_hidden_layers() {
-            let name = weight_name(&projection_path(layer, Projection::Q));
+            let name = weight_name(&projection_path(layer, Projection::O));
             weights
                 .raw(&name)
                 .context("the model lacks a layer that its `config.json` has")?;
@@ -318,11 +318,11 @@ impl Stage for AttachLora {
 }
 
 impl AttachLora {
-    fn settings(&self) -> NewAdapter {
+    fn settings(&self, arch: &Arch) -> NewAdapter {
         let target_modules = match &self.target_modules {
             TargetModules::Some(modules) => modules.of_peft(),
             TargetModules::AllLinear => {
-                let names = projection_names().into_iter().map(str::to_owned);
+                let names = projection_names(arch).map(str::to_owned);
                 let whole = |name: &str| {
                     let mut saved = self.modules_to_save.iter();
                     saved.any(|saved| name.ends_with(saved.as_str()))

@@ -224,7 +224,7 @@ fn attention(arch: &Arch) -> String {
             windows.len()
         )],
     };
-    if arch.qk_norm == QkNorm::PerHead {
+    if arch.qk_norm != QkNorm::None {
         words.push("norms of queries and keys".to_owned());
     }
     if !arch.biases.is_empty() {

@@ -14,7 +14,9 @@ use crate::data::cell::Cell;
 use crate::data::table::{BATCH_ROWS, Split};
 use crate::engine::{Bytes, Context, Input, Problem, SourcePath, Stage};
 use crate::ml::io::folder::{self, CONFIG, sorted_json};
-use crate::ml::model::arch::{Arch, LayerArch, QkNorm, Rope, largest};
+use crate::ml::model::arch::{
+    Activation, Arch, LayerArch, NormPlaces, QkNorm, Rope, default_score_scale, largest,
+};
 use crate::ml::model::{create, families};
 use crate::stages::artifacts::{Dataset, Model};
 use crate::stages::text::tokenizers;
@@ -271,6 +273,7 @@ impl CreateModel {
 
     fn config(&self, vocabulary: &Vocabulary) -> Arch {
         let head_dim = self.hidden_size / self.num_attention_heads.max(1);
+        let head_dim = self.head_dim.unwrap_or(head_dim);
         Arch {
             family: self.family.0.model_type,
             vocab_size: vocabulary.size,
@@ -278,19 +281,32 @@ impl CreateModel {
             intermediate_size: self.intermediate_size,
             layers: vec![
                 LayerArch {
-                    window: self.sliding_window
+                    window: self.sliding_window,
+                    ..LayerArch::default()
                 };
                 self.num_hidden_layers
             ],
             num_attention_heads: self.num_attention_heads,
             num_key_value_heads: self.key_value_heads(),
-            head_dim: self.head_dim.unwrap_or(head_dim),
+            head_dim,
+            rotary_dim: head_dim,
             rms_norm_eps: self.rms_norm_eps,
-            rope: Rope {
+            ropes: vec![Rope {
                 theta: self.rope_theta,
                 scaling: None,
-            },
+            }],
+            // What the family prescribes comes in `families::complete`.
             qk_norm: QkNorm::None,
+            norm_places: NormPlaces::Before,
+            norm_adds_one: false,
+            activation: Activation::Silu,
+            embedding_scale: 1.,
+            residual_scale: 1.,
+            score_scale: default_score_scale(head_dim),
+            score_softcap: None,
+            logit_scale: 1.,
+            logit_softcap: None,
+            fused_projections: false,
             biases: Vec::new(),
             max_position_embeddings: self.max_position_embeddings,
             tie_word_embeddings: self.tie_word_embeddings,

@@ -7,7 +7,7 @@ use pipeline_kernels::random::splitmix64;
 use super::*;
 use crate::ml::backend::Token;
 use crate::ml::model::linear::Weight;
-use crate::ml::model::{Cache, Norm, Parameter};
+use crate::ml::model::{Cache, GateUp, Norm, Parameter, Qkv};
 
 /// A tensor of random numbers around `middle`, trained or not.
 fn weight(model: &mut CausalLm, name: String, length: usize, middle: f32, trained: bool) -> Weight {
@@ -23,6 +23,7 @@ fn weight(model: &mut CausalLm, name: String, length: usize, middle: f32, traine
         name,
         var: var.clone(),
         decays: false,
+        adds_one: false,
     });
     Weight::Trained(var)
 }
@@ -33,15 +34,13 @@ pub(super) fn dress(model: &mut CausalLm, window: usize, trained: bool) {
         let mut layer = std::mem::take(&mut model.layers);
         let own = &mut layer[number];
         let width = own.head_dim;
-        let linears = [
-            &mut own.q,
-            &mut own.k,
-            &mut own.v,
-            &mut own.o,
-            &mut own.gate,
-            &mut own.up,
-            &mut own.down,
-        ];
+        let Qkv::Separate { q, k, v } = &mut own.qkv else {
+            panic!("the projections are fused");
+        };
+        let GateUp::Separate { gate, up } = &mut own.gate_up else {
+            panic!("the projections are fused");
+        };
+        let linears = [q, k, v, &mut own.o, gate, up, &mut own.down];
         for (at, linear) in linears.into_iter().enumerate() {
             let out = match &linear.base {
                 crate::ml::model::linear::Base::Dense(weight) => {

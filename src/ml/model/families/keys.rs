@@ -5,7 +5,7 @@ use candle_core::DType;
 use serde_json::{Value, json};
 
 use crate::ml::io::float::Float;
-use crate::ml::model::arch::{Llama3Scaling, Quantization, Rope, largest};
+use crate::ml::model::arch::{Llama3Scaling, Quantization, Rope, RopeScaling, largest};
 
 /// A parsed `config.json`.
 #[derive(Clone, Copy)]
@@ -142,7 +142,10 @@ impl<'a> Keys<'a> {
                 "the factors of the rope type `llama3` are out of order"
             );
         }
-        Ok(Rope { theta, scaling })
+        Ok(Rope {
+            theta,
+            scaling: scaling.map(RopeScaling::Llama3),
+        })
     }
 
     fn rope_scaling(
@@ -247,4 +250,35 @@ fn quantization(config: &Value) -> anyhow::Result<Quantization> {
         double_quant: on("bnb_4bit_use_double_quant"),
         compute_dtype: dtype(config.get("bnb_4bit_compute_dtype")),
     })
+}
+
+/// The keys of a scaling in `rope_scaling`.
+pub(super) fn write_scaling(scaling: &RopeScaling) -> Value {
+    match scaling {
+        RopeScaling::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
+        RopeScaling::Dynamic { factor, .. } => json!({"rope_type": "dynamic", "factor": factor}),
+        RopeScaling::Yarn(yarn) => json!({
+            "rope_type": "yarn",
+            "factor": yarn.factor,
+            "attention_factor": yarn.attention_factor,
+            "beta_fast": yarn.beta_fast,
+            "beta_slow": yarn.beta_slow,
+            "original_max_position_embeddings": yarn.original_max_position_embeddings,
+            "truncate": yarn.truncate,
+        }),
+        RopeScaling::Llama3(rope) => json!({
+            "rope_type": "llama3",
+            "factor": rope.factor,
+            "low_freq_factor": rope.low_freq_factor,
+            "high_freq_factor": rope.high_freq_factor,
+            "original_max_position_embeddings": rope.original_max_position_embeddings,
+        }),
+        RopeScaling::LongRope(rope) => json!({
+            "rope_type": "longrope",
+            "short_factor": rope.short_factor,
+            "long_factor": rope.long_factor,
+            "attention_factor": rope.attention_factor,
+            "original_max_position_embeddings": rope.original_max_position_embeddings,
+        }),
+    }
 }

@@ -31,7 +31,13 @@ fn describe(keys: Keys<'_>) -> anyhow::Result<Arch> {
         Some(WINDOW)
     };
     Ok(Arch {
-        layers: vec![LayerArch { window }; keys.size("num_hidden_layers")?],
+        layers: vec![
+            LayerArch {
+                window,
+                ..LayerArch::default()
+            };
+            keys.size("num_hidden_layers")?
+        ],
         ..common(keys, MISTRAL.model_type, &defaults)?
     })
 }

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::ml::model::arch::{LayerArch, Quantization};
+use crate::ml::model::arch::{LayerArch, Quantization, RopeScaling};
 use candle_core::DType;
 
 #[test]
@@ -13,7 +13,7 @@ fn both_spellings_say_the_same() {
     let text = std::fs::read_to_string(golden.join("config.v4style.json")).unwrap();
     let old = describe(&serde_json::from_str(&text).unwrap()).unwrap();
     assert_eq!(new, old);
-    assert!((new.rope.theta - 500_000.).abs() < 1e-9);
+    assert!((new.ropes[0].theta - 500_000.).abs() < 1e-9);
     assert_eq!(new.dtype, Some(DType::F32));
     assert_eq!(new.eos_token_ids, [1019]);
 }
@@ -164,7 +164,7 @@ fn many_wide_heads_are_refused() {
 #[test]
 fn the_first_llamas_and_many_ends_are_read() {
     let old = golden_with(&[("rope_parameters", Value::Null)]).unwrap();
-    assert!((old.rope.theta - 10_000.).abs() < 1e-9);
+    assert!((old.ropes[0].theta - 10_000.).abs() < 1e-9);
     let many = golden_with(&[
         ("eos_token_id", json!([1, 2])),
         ("pad_token_id", json!(-1)),
@@ -181,11 +181,11 @@ fn both_spellings_of_rope_count_as_in_transformers() {
         "original_max_position_embeddings": 64});
     let rope = |changes: &[(&str, Value)]| {
         let config = golden_with(changes).unwrap();
-        let original = config
-            .rope
-            .scaling
-            .map(|rope| rope.original_max_position_embeddings);
-        (config.rope.theta, original)
+        let original = match &config.ropes[0].scaling {
+            Some(RopeScaling::Llama3(rope)) => Some(rope.original_max_position_embeddings),
+            _ => None,
+        };
+        (config.ropes[0].theta, original)
     };
     // `rope_scaling` counts, and then not the other's theta.
     assert_eq!(rope(&[("rope_scaling", llama3.clone())]), (1e4, Some(64)));
@@ -299,8 +299,20 @@ fn defaults_are_those_of_each_family() {
         assert_eq!(arch.num_key_value_heads, keys, "{family}");
         assert_eq!(arch.head_dim, width, "{family}");
         assert_eq!(arch.max_position_embeddings, length, "{family}");
-        assert_eq!(arch.layers, vec![LayerArch { window }; 3], "{family}");
-        assert!((arch.rope.theta - 1e4).abs() < 1e-9 && (arch.rms_norm_eps - 1e-6).abs() < 1e-18);
+        assert_eq!(
+            arch.layers,
+            vec![
+                LayerArch {
+                    window,
+                    ..LayerArch::default()
+                };
+                3
+            ],
+            "{family}"
+        );
+        assert!(
+            (arch.ropes[0].theta - 1e4).abs() < 1e-9 && (arch.rms_norm_eps - 1e-6).abs() < 1e-18
+        );
         assert!(!arch.tie_word_embeddings);
         let null = [("num_key_value_heads", Value::Null)];
         assert_eq!(described(family, &null).unwrap().num_key_value_heads, 32);
@@ -370,7 +382,13 @@ fn what_is_written_is_what_is_read() {
         let mut arch = described(family.model_type, &[]).unwrap();
         let read = |arch: &Arch| describe(&Value::Object(config_keys(arch).unwrap())).unwrap();
         assert_eq!(read(&arch), arch, "{}", family.model_type);
-        arch.layers = vec![LayerArch { window: Some(5) }; 3];
+        arch.layers = vec![
+            LayerArch {
+                window: Some(5),
+                ..LayerArch::default()
+            };
+            3
+        ];
         arch.attention_dropout = 0.25;
         arch.eos_token_ids = vec![3, 4];
         let has_windows = family.model_type != "llama";

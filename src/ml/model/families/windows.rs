@@ -35,6 +35,7 @@ pub(super) fn read(keys: Keys<'_>) -> anyhow::Result<Vec<LayerArch>> {
         };
         let layer = |number| LayerArch {
             window: window.filter(|_| number >= first),
+            ..LayerArch::default()
         };
         return Ok((0..count).map(layer).collect());
     };
@@ -45,8 +46,11 @@ pub(super) fn read(keys: Keys<'_>) -> anyhow::Result<Vec<LayerArch>> {
         types.len()
     );
     let layers = types.iter().map(|kind| match (kind.as_str(), window) {
-        (Some(kind), _) if FULL.contains(&kind) => Ok(LayerArch { window: None }),
-        (Some(SLIDING), Some(_)) => Ok(LayerArch { window }),
+        (Some(kind), _) if FULL.contains(&kind) => Ok(LayerArch::default()),
+        (Some(SLIDING), Some(_)) => Ok(LayerArch {
+            window,
+            ..LayerArch::default()
+        }),
         (Some(SLIDING), None) => bail!(
             "`layer_types` has `{SLIDING}`, but `use_sliding_window` and `sliding_window` give no window, which transformers refuses"
         ),

@@ -21,6 +21,7 @@ fn parameter(value: &Tensor) -> [Parameter; 1] {
         name: "p".into(),
         var: Var::from_tensor(value).unwrap(),
         decays: true,
+        adds_one: false,
     }]
 }
 
@@ -68,6 +69,7 @@ fn sgd_is_that_of_torch_and_decays_by_group() {
         name: "p".into(),
         var: Var::from_tensor(&tensor(values)).unwrap(),
         decays,
+        adds_one: false,
     };
     let parameters = [
         parameter(&[0.5, -1.25, 3., 1e-3], true),

@@ -95,7 +95,7 @@ fn what_is_asked_for_in_vain_is_a_warning() {
         let stage: AttachLora = serde_yaml::from_str(yaml).unwrap();
         assert_eq!(stage.check(), []);
         let config = Arch::read(&golden::folder("model")).unwrap();
-        let adapter = crate::ml::lora::init::adapter(&config, &stage.settings(), 1).unwrap();
+        let adapter = crate::ml::lora::init::adapter(&config, &stage.settings(&config), 1).unwrap();
         unused(&config, &adapter)
     };
     for (settings, said) in [

@@ -72,7 +72,7 @@ fn a_new_model_is_whole() {
         ),
         (400, 2, 8)
     );
-    assert!((config.rope.theta - 500_000.).abs() < 1e-9);
+    assert!((config.ropes[0].theta - 500_000.).abs() < 1e-9);
     let weights = Weights::open(cx.out()).unwrap();
     let (nothing, device) = (Trained::Nothing, candle_core::Device::Cpu);
     CausalLm::load(
