@@ -3,7 +3,8 @@
 //!
 //! The layouts of the blocks and the choice of their scales are those of llama.cpp's reference quantisers without an importance matrix
 //! (`ggml/src/ggml-quants.c`, `quantize_row_*_ref`, and `ggml-common.h` for the layouts). Sums have the reference's order and no
-//! operations are fused, so every processor makes the same bytes.
+//! operations are fused, so every processor makes the same bytes. They are the reference's, but for levels whose scale is 0 in f16: these are
+//! zeros, where the reference leaves what its search had.
 
 mod blocks;
 mod super_blocks;

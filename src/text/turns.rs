@@ -123,8 +123,15 @@ impl Turns {
         let alike = to_user
             .strip_prefix(behind_user.as_str())
             .filter(|before| begin.ends_with(before));
-        let common = to_user.len() - common_end(begin, to_user);
-        let before_user = alike.or_else(|| to_user.get(common..))?;
+        let bos = template
+            .special_token("bos_token")
+            .filter(|bos| begin.starts_with(bos));
+        let common = match common_end(begin, to_user) {
+            whole if whole == begin.len() => whole,
+            // A BOS is not cut in two.
+            part => part.min(begin.len() - bos.map_or(0, str::len)),
+        };
+        let before_user = alike.or_else(|| to_user.get(to_user.len() - common..))?;
         let begin = begin.strip_suffix(before_user)?;
         let behind_assistant = to_user.strip_suffix(before_user)?;
         let mut turns = Self {
@@ -296,7 +303,11 @@ impl Turns {
 /// A text that begins every user's turn and, in the first, a BOS too: such a template begins each of them with a BOS, which stays.
 fn literal_after_bos(text: &str, bos: Option<&str>) -> String {
     match bos.and_then(|bos| text.strip_prefix(bos).map(|rest| (bos, rest))) {
-        Some((bos, rest)) => format!("{{{{ if gt $i 1 }}}}{}{{{{ end }}}}{}", literal(bos), literal(rest)),
+        Some((bos, rest)) => format!(
+            "{{{{ if gt $i 1 }}}}{}{{{{ end }}}}{}",
+            literal(bos),
+            literal(rest)
+        ),
         None => literal(text),
     }
 }

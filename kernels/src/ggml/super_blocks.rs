@@ -110,7 +110,13 @@ fn scale_and_minimum(x: &[Lanes; 32], most: f32, offset: f32, steps: usize) -> (
                 own_scale[i]
             }
         });
-        let own_minimum = lanes(|i| if own_minimum[i] > 0. { 0. } else { own_minimum[i] });
+        let own_minimum = lanes(|i| {
+            if own_minimum[i] > 0. {
+                0.
+            } else {
+                own_minimum[i]
+            }
+        });
         let mut error = [0.; PARTS];
         for ((x, w), levels) in x.iter().zip(&weight).zip(&levels) {
             error = lanes(|i| {

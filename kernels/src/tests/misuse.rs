@@ -554,12 +554,15 @@ fn attention_refuses_wrong_sizes() {
 fn blocks_refuse_wrong_sizes() {
     for kind in BlockType::ALL {
         let (values, bytes) = (kind.values(), kind.bytes());
-        let run = |values: usize, bytes: usize| quantize(kind, &floats(values), &mut vec![0; bytes]);
+        let run =
+            |values: usize, bytes: usize| quantize(kind, &floats(values), &mut vec![0; bytes]);
         run(3 * values, 3 * bytes);
         run(0, 0);
         refused("half a block", "whole blocks", || run(values / 2, bytes));
         for wrong in [0, bytes - 1, bytes + 1, 2 * bytes] {
-            refused("another size", "bytes for the blocks", || run(values, wrong));
+            refused("another size", "bytes for the blocks", || {
+                run(values, wrong)
+            });
         }
     }
 }

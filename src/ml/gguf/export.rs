@@ -131,13 +131,7 @@ pub fn export(
     metadata.extend(hyperparameters.keys);
     metadata.push(("general.file_type".into(), Value::U32(file_type.id())));
     metadata.push(("general.quantization_version".into(), Value::U32(2)));
-    let (planned, fallbacks) = plan(
-        &arch,
-        gguf,
-        &weights,
-        file_type,
-        hyperparameters.tensors,
-    )?;
+    let (planned, fallbacks) = plan(&arch, gguf, &weights, file_type, hyperparameters.tensors)?;
     let infos: Vec<TensorInfo> = planned.iter().map(|planned| planned.info.clone()).collect();
     let total = weights.bytes();
     let mut read = 0;
@@ -222,10 +216,16 @@ fn plan<'a>(
         }
         let raw = weights.raw(name)?;
         let float = Float::from_safetensors(raw.dtype).with_context(|| {
-            format!("the tensor `{name}` has the type {:?}, which is no type of weights", raw.dtype)
+            format!(
+                "the tensor `{name}` has the type {:?}, which is no type of weights",
+                raw.dtype
+            )
         })?;
         let theirs = gguf.to_gguf(name).with_context(|| {
-            format!("llama.cpp's `{}` has no counterpart of the tensor `{name}`", gguf.name)
+            format!(
+                "llama.cpp's `{}` has no counterpart of the tensor `{name}`",
+                gguf.name
+            )
         })?;
         let kind = tensor_type(file_type, model, &theirs, raw.shape);
         planned.push(Planned {
@@ -400,3 +400,6 @@ fn block_type(kind: GgmlType) -> anyhow::Result<BlockType> {
         other => bail!("tensors are not written in the type {other}"),
     })
 }
+
+#[cfg(test)]
+mod tests;

@@ -14,13 +14,13 @@ use crate::ml::model::families::config_keys;
 
 /// What a GGUF file says of an architecture.
 #[derive(Debug, Default)]
-pub struct Hyperparameters {
+pub(super) struct Hyperparameters {
     /// The keys of the metadata.
-    pub keys: Vec<(String, Value)>,
+    pub(super) keys: Vec<(String, Value)>,
     /// Tensors beside the model's weights, by their names in the file.
-    pub tensors: Vec<(&'static str, Vec<f32>)>,
+    pub(super) tensors: Vec<(&'static str, Vec<f32>)>,
     /// What llama.cpp does in another way.
-    pub warnings: Vec<String>,
+    pub(super) warnings: Vec<String>,
 }
 
 /// The keys of a `config.json`, with transformers' names.
@@ -69,7 +69,9 @@ impl Config<'_> {
     }
 
     fn put(&mut self, name: &str, value: Value) {
-        self.out.keys.push((format!("{}.{name}", self.prefix), value));
+        self.out
+            .keys
+            .push((format!("{}.{name}", self.prefix), value));
     }
 
     fn put_number(&mut self, name: &str, value: f64) {
@@ -88,7 +90,7 @@ impl Config<'_> {
 ///
 /// # Errors
 /// llama.cpp computes such a model in another way, or the configuration lacks a key.
-pub fn hyperparameters(gguf: &GgufArch, arch: &Arch) -> anyhow::Result<Hyperparameters> {
+pub(super) fn hyperparameters(gguf: &GgufArch, arch: &Arch) -> anyhow::Result<Hyperparameters> {
     let keys = config_keys(arch)?;
     let mut config = Config {
         keys: &keys,
@@ -154,7 +156,11 @@ fn score_scale(config: &Config<'_>, gguf: &GgufArch, arch: &Arch) -> anyhow::Res
 
 /// Sliding windows: written where llama.cpp computes them.
 fn windows(config: &mut Config<'_>, gguf: &GgufArch, arch: &Arch) -> anyhow::Result<()> {
-    let mut sizes: Vec<usize> = arch.layers.iter().filter_map(|layer| layer.window).collect();
+    let mut sizes: Vec<usize> = arch
+        .layers
+        .iter()
+        .filter_map(|layer| layer.window)
+        .collect();
     sizes.dedup();
     let Some(size) = sizes.first().copied() else {
         if gguf.name == "phi3" {
@@ -162,7 +168,9 @@ fn windows(config: &mut Config<'_>, gguf: &GgufArch, arch: &Arch) -> anyhow::Res
             config.put("attention.sliding_window", Value::U32(0));
         } else if gguf.name == "gemma2" {
             // Without a key llama.cpp takes 4096 for every second layer.
-            bail!("the model has no sliding window, and llama.cpp computes Gemma 2 with windows only");
+            bail!(
+                "the model has no sliding window, and llama.cpp computes Gemma 2 with windows only"
+            );
         }
         return Ok(());
     };

@@ -177,20 +177,34 @@ mod tests {
     fn sensitive_tensors_get_more_bits() {
         // The layers for which llama-quantize printed q6_K for a model of 32 layers.
         let more = (0..32).filter(|layer| {
-            kind(FileType::Q4_K_M, &format!("blk.{layer}.ffn_down.weight"), 512) == GgmlType::Q6_K
+            kind(
+                FileType::Q4_K_M,
+                &format!("blk.{layer}.ffn_down.weight"),
+                512,
+            ) == GgmlType::Q6_K
         });
         let more: Vec<usize> = more.collect();
         assert_eq!(
             more,
             [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31]
         );
-        for name in ["blk.0.attn_v.weight", "blk.0.attn_qkv.weight", "output.weight"] {
+        for name in [
+            "blk.0.attn_v.weight",
+            "blk.0.attn_qkv.weight",
+            "output.weight",
+        ] {
             assert_eq!(kind(FileType::Q5_K_M, name, 512), GgmlType::Q6_K, "{name}");
             assert_eq!(kind(FileType::Q8_0, name, 512), GgmlType::Q8_0, "{name}");
         }
         assert_eq!(kind(FileType::Q4_0, "output.weight", 512), GgmlType::Q6_K);
-        assert_eq!(kind(FileType::Q4_0, "blk.0.attn_v.weight", 512), GgmlType::Q4_0);
-        assert_eq!(kind(FileType::Q4_K_M, "token_embd.weight", 512), GgmlType::Q4_K);
+        assert_eq!(
+            kind(FileType::Q4_0, "blk.0.attn_v.weight", 512),
+            GgmlType::Q4_0
+        );
+        assert_eq!(
+            kind(FileType::Q4_K_M, "token_embd.weight", 512),
+            GgmlType::Q4_K
+        );
         let tied = Model {
             tied: true,
             ..MODEL
@@ -209,7 +223,10 @@ mod tests {
         assert_eq!(at(FileType::Q4_0, 576), GgmlType::Q4_0);
         assert_eq!(at(FileType::Q4_0, 40), GgmlType::F16);
         assert_eq!(at(FileType::Q4_K_M, 40), GgmlType::F16);
-        assert_eq!(kind(FileType::Q4_0, "output.weight", 576), GgmlType::Q6_K.min(GgmlType::Q8_0));
+        assert_eq!(
+            kind(FileType::Q4_0, "output.weight", 576),
+            GgmlType::Q6_K.min(GgmlType::Q8_0)
+        );
         assert_eq!(kind(FileType::Q4_K_M, "output.weight", 576), GgmlType::Q8_0);
     }
 

@@ -16,13 +16,13 @@ const QUEUE: usize = 2;
 
 /// A tensor to be written.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TensorInfo {
+pub(super) struct TensorInfo {
     /// Its name.
-    pub name: String,
+    pub(super) name: String,
     /// The type of its values.
-    pub kind: GgmlType,
+    pub(super) kind: GgmlType,
     /// Its shape in torch's order: rows before columns. GGUF has the reverse.
-    pub shape: Vec<usize>,
+    pub(super) shape: Vec<usize>,
 }
 
 impl TensorInfo {
@@ -30,7 +30,7 @@ impl TensorInfo {
     ///
     /// # Errors
     /// They are too many to be counted.
-    pub fn values(&self) -> anyhow::Result<usize> {
+    pub(super) fn values(&self) -> anyhow::Result<usize> {
         let mut sizes = self.shape.iter();
         let count = sizes.try_fold(1usize, |count, size| count.checked_mul(*size));
         count.with_context(|| format!("the tensor `{}` is too large", self.name))
@@ -40,14 +40,14 @@ impl TensorInfo {
     ///
     /// # Errors
     /// Its values are no whole number of blocks.
-    pub fn bytes(&self) -> anyhow::Result<usize> {
+    pub(super) fn bytes(&self) -> anyhow::Result<usize> {
         let bytes = self.kind.bytes(self.values()?);
         bytes.with_context(|| format!("could not store the tensor `{}`", self.name))
     }
 }
 
 /// Where the bytes of the tensors go.
-pub(in crate::ml) struct Sink {
+pub(super) struct Sink {
     pieces: SyncSender<Vec<u8>>,
     used: Receiver<Vec<u8>>,
     /// The number of bytes that were sent of the current tensor.
@@ -56,7 +56,7 @@ pub(in crate::ml) struct Sink {
 
 impl Sink {
     /// A piece that was written, to be filled again, or a new one.
-    pub(in crate::ml) fn piece(&mut self) -> Vec<u8> {
+    pub(super) fn piece(&mut self) -> Vec<u8> {
         self.used.try_recv().unwrap_or_default()
     }
 
@@ -64,7 +64,7 @@ impl Sink {
     ///
     /// # Errors
     /// The writing thread has stopped; its own error is the reason.
-    pub(in crate::ml) fn send(&mut self, piece: Vec<u8>) -> anyhow::Result<()> {
+    pub(super) fn send(&mut self, piece: Vec<u8>) -> anyhow::Result<()> {
         self.sent += piece.len();
         self.pieces
             .send(piece)
@@ -77,7 +77,7 @@ impl Sink {
 ///
 /// # Errors
 /// The file can't be written, a tensor's size is wrong, or `make` fails.
-pub(in crate::ml) fn write_file(
+pub(super) fn write_file(
     path: &Path,
     metadata: &[(String, Value)],
     tensors: &[TensorInfo],
@@ -108,7 +108,7 @@ pub(in crate::ml) fn write_file(
             used,
             sent: 0,
         };
-        let mut make_all = || -> anyhow::Result<()> {
+        let make_all = || -> anyhow::Result<()> {
             sink.send(head)?;
             for (index, tensor) in tensors.iter().enumerate() {
                 sink.sent = 0;

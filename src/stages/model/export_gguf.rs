@@ -163,18 +163,12 @@ impl Stage for ExportGguf {
             cx.warn(warning.clone());
         }
         modelfile::write(cx, model, &file, &tokens)?;
-        cx.while_synced([&exported.file.name], || {
-            verify(cx, model, &exported)
-        })
+        cx.while_synced([&exported.file.name], || verify(cx, model, &exported))
     }
 }
 
 /// Reads the file back and compares it with the model.
-fn verify(
-    cx: &Context,
-    model: &Path,
-    exported: &Exported,
-) -> anyhow::Result<()> {
+fn verify(cx: &Context, model: &Path, exported: &Exported) -> anyhow::Result<()> {
     let restored = cx.scratch()?.join("restored");
     if restored.exists() {
         fs::remove_dir_all(&restored)
@@ -242,7 +236,10 @@ fn name_of(model: &Path) -> anyhow::Result<String> {
     let config = crate::ml::io::folder::config(model)?;
     let name = config.get("_name_or_path").and_then(|name| name.as_str());
     let last = name.and_then(|name| name.trim_end_matches('/').rsplit('/').next());
-    Ok(last.filter(|name| is_plain(name)).unwrap_or("model").to_owned())
+    Ok(last
+        .filter(|name| is_plain(name))
+        .unwrap_or("model")
+        .to_owned())
 }
 
 #[cfg(test)]

@@ -3,9 +3,9 @@
 pub mod create_model;
 pub mod download_model;
 pub(in crate::stages) mod dtype;
+pub mod export_gguf;
 mod family;
 pub(in crate::stages) mod files;
-pub mod export_gguf;
 pub mod import_model;
 pub mod merge;
 pub mod quantize;

@@ -19,7 +19,7 @@ fn sentence_piece() -> Value {
         "added_tokens": [
             {"id": 0, "content": "<unk>", "special": true, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false},
             {"id": 1, "content": "<s>", "special": true, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false},
-            {"id": 265, "content": "▁▁", "special": false, "single_word": false, "lstrip": false, "rstrip": true, "normalized": false},
+            {"id": 264, "content": "▁▁", "special": false, "single_word": false, "lstrip": false, "rstrip": true, "normalized": false},
         ],
         "normalizer": {"type": "Sequence", "normalizers": [
             {"type": "Prepend", "prepend": "▁"},
@@ -56,7 +56,10 @@ fn byte_level_tokens_keep_their_merges() {
     let tokenizer = Tokenizer::load(Path::new(MODEL)).unwrap();
     let size = tokenizer.vocab_size();
     let vocabulary = Vocabulary::new(&tokenizer, size + 3, None).unwrap();
-    assert_eq!((vocabulary.model, vocabulary.pre.as_str()), ("gpt2", "llama-bpe"));
+    assert_eq!(
+        (vocabulary.model, vocabulary.pre.as_str()),
+        ("gpt2", "llama-bpe")
+    );
     assert_eq!(vocabulary.tokens.len(), size + 3);
     assert!(vocabulary.scores.is_none() && vocabulary.unknown.is_none());
     for (id, text) in vocabulary.tokens.iter().enumerate().take(size) {
@@ -70,7 +73,10 @@ fn byte_level_tokens_keep_their_merges() {
     assert!(merges.iter().all(|merge| merge.split(' ').count() == 2));
     // The model has to have a row for each token.
     let error = Vocabulary::new(&tokenizer, size - 1, None).unwrap_err();
-    assert!(error.to_string().contains("the model has ids below"), "{error}");
+    assert!(
+        error.to_string().contains("the model has ids below"),
+        "{error}"
+    );
     // A name that is given is taken.
     let named = Vocabulary::new(&tokenizer, size, Some("smaug-bpe")).unwrap();
     assert_eq!(named.pre, "smaug-bpe");
@@ -80,12 +86,22 @@ fn byte_level_tokens_keep_their_merges() {
 fn merges_become_scores() {
     let tokenizer = load(&sentence_piece()).unwrap();
     let vocabulary = Vocabulary::new(&tokenizer, 266, None).unwrap();
-    assert_eq!((vocabulary.model, vocabulary.pre.as_str()), ("llama", "default"));
+    assert_eq!(
+        (vocabulary.model, vocabulary.pre.as_str()),
+        ("llama", "default")
+    );
     assert_eq!(vocabulary.add_space_prefix, Some(true));
     assert_eq!(vocabulary.unknown, Some(0));
     let of = |text: &str| {
-        let id = vocabulary.tokens.iter().position(|token| token == text).unwrap();
-        (vocabulary.types[id], vocabulary.scores.as_ref().unwrap()[id])
+        let id = vocabulary
+            .tokens
+            .iter()
+            .position(|token| token == text)
+            .unwrap();
+        (
+            vocabulary.types[id],
+            vocabulary.scores.as_ref().unwrap()[id],
+        )
     };
     assert_eq!(of("▁a"), (TokenType::Normal, 0.));
     assert_eq!(of("ab"), (TokenType::Normal, -1.));
@@ -96,7 +112,7 @@ fn merges_become_scores() {
     assert_eq!(of("<s>").0, TokenType::Control);
     // llama.cpp finds it before spaces are written otherwise.
     assert_eq!(of("  "), (TokenType::UserDefined, ADDED_SCORE));
-    assert_eq!(of("[PAD264]"), (TokenType::Unused, UNUSED_SCORE));
+    assert_eq!(of("[PAD265]"), (TokenType::Unused, UNUSED_SCORE));
     assert!(vocabulary.warnings[0].contains("white space"));
 }
 
@@ -135,9 +151,21 @@ fn llama_cpp_s_names_are_found_by_what_a_tokenizer_does() {
     let llama3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
     let qwen2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
     for (pre, ignores, expected) in [
-        (sequence(vec![split(llama3), byte_level(false)]), true, "llama-bpe"),
-        (sequence(vec![split(llama3), byte_level(false)]), false, "dbrx"),
-        (sequence(vec![split(qwen2), byte_level(false)]), false, "qwen2"),
+        (
+            sequence(vec![split(llama3), byte_level(false)]),
+            true,
+            "llama-bpe",
+        ),
+        (
+            sequence(vec![split(llama3), byte_level(false)]),
+            false,
+            "dbrx",
+        ),
+        (
+            sequence(vec![split(qwen2), byte_level(false)]),
+            false,
+            "qwen2",
+        ),
         (byte_level(true), false, "gpt-2"),
         (sequence(vec![digits, byte_level(true)]), false, "smollm"),
     ] {

@@ -82,7 +82,9 @@ fn what_is_not_constant_is_no_plain_template() {
         "{{ messages[0]['content'] }}".to_owned(),
         "Hello!".to_owned(),
         // Only the last answer is kept.
-        each("{% if m['role'] != 'assistant' or loop.index > 3 %}{{ m['role'] }}: {{ m['content'] }}\n{% endif %}"),
+        each(
+            "{% if m['role'] != 'assistant' or loop.index > 3 %}{{ m['role'] }}: {{ m['content'] }}\n{% endif %}",
+        ),
     ] {
         assert_eq!(Turns::find(&template(&source)), None, "{source}");
     }

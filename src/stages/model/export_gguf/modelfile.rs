@@ -25,18 +25,15 @@ const PARAMETERS: [(&str, &str); 5] = [
 ];
 
 /// Writes the `Modelfile` for the file called `gguf`.
-pub(super) fn write(
-    cx: &Context,
-    model: &Path,
-    gguf: &str,
-    tokens: &Tokens,
-) -> anyhow::Result<()> {
+pub(super) fn write(cx: &Context, model: &Path, gguf: &str, tokens: &Tokens) -> anyhow::Result<()> {
     let mut text = format!("FROM ./{gguf}\n");
     let turns = match tokens.renderer(model)? {
         Some(template) => Turns::find(&template),
         None => None,
     };
-    let template = turns.as_ref().map(|turns| turns.go_template(tokens.added_bos()));
+    let template = turns
+        .as_ref()
+        .map(|turns| turns.go_template(tokens.added_bos()));
     match (template, &tokens.template) {
         (Some(template), _) if !template.contains("\"\"\"") => {
             if turns.is_some_and(|turns| turns.trims) {
