@@ -138,7 +138,7 @@ fn steps(pre: &Value) -> Option<Vec<Step>> {
                 let isolated = part.get("behavior")?.as_str()? == "Isolated";
                 // What is removed and inverted is the same as what is isolated where a pattern matches everything.
                 let removed = part.get("behavior")?.as_str()? == "Removed" && flag(part, "invert");
-                if !(isolated && !flag(part, "invert")) && !removed {
+                if !removed && (!isolated || flag(part, "invert")) {
                     return None;
                 }
                 steps.push(if pattern == r"\p{N}" {
@@ -153,10 +153,10 @@ fn steps(pre: &Value) -> Option<Vec<Step>> {
     Some(steps)
 }
 
-/// Whether a SentencePiece tokenizer puts a space before a text.
+/// Whether a `SentencePiece` tokenizer puts a space before a text.
 ///
 /// # Errors
-/// It does something else than SentencePiece's BPE does.
+/// It does something else than `SentencePiece`'s BPE does.
 pub(super) fn adds_space(json: &Value) -> Result<bool> {
     let mut adds = false;
     let mut escapes = false;

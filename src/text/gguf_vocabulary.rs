@@ -2,7 +2,7 @@
 //! which llama.cpp cuts a text into words.
 //!
 //! Two kinds can be told: byte-level BPE (`gpt2`), whose split pattern llama.cpp knows by a name ([`super::gguf_split`]), and
-//! SentencePiece's BPE (`llama`), whose merges become scores: the earlier a merge, the higher the score of what it makes, so that
+//! `SentencePiece`'s BPE (`llama`), whose merges become scores: the earlier a merge, the higher the score of what it makes, so that
 //! llama.cpp merges in the same order.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -271,7 +271,7 @@ fn looks_special(text: &str) -> bool {
         || between("<unused", ">")
 }
 
-/// SentencePiece's scores for merges: llama.cpp merges the pair whose whole has the highest score first, so what the first merge makes
+/// `SentencePiece`'s scores for merges: llama.cpp merges the pair whose whole has the highest score first, so what the first merge makes
 /// has the score 0, the next -1, and so on.
 fn scores(
     vocabulary: &Vocabulary,

@@ -31,7 +31,7 @@ mod gc;
 #[cfg(test)]
 mod generated;
 #[cfg(test)]
-mod gguf;
+mod gguf_out;
 #[cfg(test)]
 mod history;
 #[cfg(test)]

@@ -74,7 +74,7 @@ fn scale_and_minimum(x: &[Lanes; 32], most: f32, offset: f32, steps: usize) -> (
         sum_x = lanes(|i| sum_x[i] + w[i] * x[i]);
     }
     let mut minimum = lanes(|i| if least[i] > 0. { 0. } else { least[i] });
-    let constant = lanes(|i| f32::from(u8::from(largest[i] == minimum[i])));
+    let constant = lanes(|i| f32::from(u8::from(largest[i] - minimum[i] == 0.)));
     let first = minimum;
 
     let inverse = lanes(|i| most / (largest[i] - minimum[i]));

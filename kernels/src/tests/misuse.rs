@@ -561,7 +561,7 @@ fn blocks_refuse_wrong_sizes() {
         refused("half a block", "whole blocks", || run(values / 2, bytes));
         for wrong in [0, bytes - 1, bytes + 1, 2 * bytes] {
             refused("another size", "bytes for the blocks", || {
-                run(values, wrong)
+                run(values, wrong);
             });
         }
     }

@@ -69,7 +69,9 @@ impl Rounding {
             })
             .collect();
         let mut all = Self::default();
-        sums.into_iter().for_each(|sums| all.add(sums));
+        for sums in sums {
+            all.add(sums);
+        }
         all
     }
 }
@@ -319,7 +321,9 @@ fn make(
         }
         let offset = if adds_one { 1. } else { 0. };
         if adds_one {
-            values.iter_mut().for_each(|value| *value += offset);
+            for value in &mut values {
+                *value += offset;
+            }
         }
         let piece = store(kind, &values, sink.piece())?;
         rounded.resize(count, 0.);

@@ -12,7 +12,7 @@ fn load(json: &Value) -> Result<Tokenizer> {
     Tokenizer::load(folder.path())
 }
 
-/// A small tokenizer of SentencePiece's kind. `▁ab` comes before `ab`, so merges are not in the order of ids.
+/// A small tokenizer of `SentencePiece`'s kind. `▁ab` comes before `ab`, so merges are not in the order of ids.
 fn sentence_piece() -> Value {
     json!({
         "version": "1.0",

@@ -41,7 +41,7 @@ pub(super) fn write(cx: &Context, model: &Path, gguf: &str, tokens: &Tokens) -> 
                     "# The chat template removes white space around messages, which Ollama's language can't.\n",
                 );
             }
-            _ = write!(text, "TEMPLATE \"\"\"{template}\"\"\"\n");
+            _ = writeln!(text, "TEMPLATE \"\"\"{template}\"\"\"");
             cx.note("modelfile_template", true);
         }
         (_, Some(_)) => {
