@@ -12,6 +12,8 @@ use super::{Failure, eprint, error};
 
 /// The recipe of a project.
 pub(super) const NAME: &str = "pipeline.yaml";
+/// The argument of commands that take a recipe or a folder with a model.
+const TARGET: &str = "target";
 /// How a recipe ends.
 const ENDINGS: [&str; 3] = ["yaml", "yml", "json"];
 
@@ -71,11 +73,17 @@ pub(super) fn fill(
         return Ok(arguments);
     }
     let word = place.and_then(|place| arguments.get(place));
-    if word.is_some_and(|word| is_recipe(word)) {
+    let takes_folders = needs.is_some_and(|argument| argument.get_id() == TARGET);
+    let is_named = |word: &OsString| is_recipe(word) || takes_folders && Path::new(word).is_dir();
+    if word.is_some_and(is_named) {
         return Ok(arguments);
     }
     let Some(recipe) = find(here) else {
         let message = match word {
+            Some(word) if takes_folders => format!(
+                "`{}` is no recipe and no folder, and there is no `{NAME}` here or in a folder above",
+                word.to_string_lossy()
+            ),
             Some(word) => format!(
                 "there is no recipe: `{}` is no file, and there is no `{NAME}` here or in a folder above",
                 word.to_string_lossy()
@@ -102,7 +110,8 @@ pub(super) fn fill(
 
 /// Whether a positional argument is the recipe, and a command can't do without.
 fn is_recipe_argument(argument: &Arg) -> bool {
-    ["recipe", "recipes"].contains(&argument.get_id().as_str()) && argument.is_required_set()
+    ["recipe", "recipes", TARGET].contains(&argument.get_id().as_str())
+        && argument.is_required_set()
 }
 
 /// The index of the first word from `at` on that belongs to no option of the commands in `chain`.
@@ -238,6 +247,13 @@ mod tests {
             ),
             (&["cache", "push", "--all"], &["cache", "push", "--all"]),
             (&["run", "--help"], &["run", "--help"]),
+            (&["chat", "--compare"], &["chat", "--compare", NAME]),
+            (&["chat", "tuned"], &["chat", NAME, "tuned"]),
+            (&["chat", "."], &["chat", "."]),
+            (
+                &["generate", "--prompt", "a", "tuned"],
+                &["generate", "--prompt", "a", NAME, "tuned"],
+            ),
             (&["schema"], &["schema"]),
             (&[], &[]),
             (&["fly"], &["fly"]),

@@ -5,11 +5,11 @@ use std::collections::BTreeSet;
 use anyhow::Context as _;
 use serde::Serialize;
 
-use super::control::Control;
 use super::plan::{Session, State};
 use super::position::Position;
 use super::stage_events::StageEvents;
-use super::task::{TASK_VERSION, Task, memory, unmarked};
+use super::task::unmarked;
+use super::trial::Trial;
 
 /// The estimates for a stage.
 #[derive(Debug, Clone, Serialize)]
@@ -93,41 +93,14 @@ impl Session<'_> {
             return Ok(());
         }
         let folder = tempfile::tempdir().context("could not make a folder to try it in")?;
-        let place = |name: &str| -> anyhow::Result<std::ffi::OsString> {
-            let path = folder.path().join(name);
-            std::fs::create_dir(&path)?;
-            Ok(path.into_os_string())
-        };
-        let resources = &node.handling.resources;
-        let task = Task {
-            version: TASK_VERSION,
-            pipeline: env!("CARGO_PKG_VERSION").to_owned(),
-            stage: node.name.clone(),
-            kind: node.stage.kind().to_owned(),
-            params: unmarked(params),
-            exclusive: false,
-            offline: true,
-            cpus: resources.cpus,
-            memory: memory(node.stage.bounded(), resources),
-            gpus: Vec::new(),
-            inputs: [].into(),
-            sources: node
-                .sources
-                .iter()
-                .map(|(written, path)| (written.clone(), path.clone().into_os_string()))
-                .collect(),
-            outside: [].into(),
-            out: place("out")?,
-            scratch: place("scratch")?,
-            scratch_note: Vec::new(),
-            continuations: None,
-            known: Vec::new(),
-            warned: [].into(),
-        };
         let (sender, _unheard) = std::sync::mpsc::channel();
-        let events = std::sync::Arc::new(StageEvents::new(sender));
-        let control = Control::new(std::sync::Arc::clone(&self.env.cancel), None);
-        let executor = self.executors.for_stage(resources);
-        executor.execute(&task, &events, &control).map(|_| ())
+        let trial = Trial {
+            index,
+            parameters: unmarked(params),
+            inputs: [].into(),
+            folder: folder.path(),
+            events: std::sync::Arc::new(StageEvents::new(sender)),
+        };
+        self.try_out(&trial).map(|_| ())
     }
 }

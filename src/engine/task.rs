@@ -139,7 +139,7 @@ pub(super) fn short(mut text: String) -> String {
 #[error("{0}")]
 pub(super) struct Lasting(String);
 
-/// Marks an error of a stage as lasting, unless the system caused it (a disk, a connection, a process).
+/// Marks an error of a stage as lasting, unless the system caused it (a disk, a connection, a process). What a stage reads stays what it is.
 pub(super) fn lasting(failed: anyhow::Error) -> anyhow::Error {
     let passes = |cause: &std::io::Error| {
         !matches!(
@@ -233,6 +233,7 @@ mod tests {
             (ErrorKind::UnexpectedEof, true),
             (ErrorKind::StorageFull, false),
             (ErrorKind::TimedOut, false),
+            (ErrorKind::ConnectionReset, false),
             (ErrorKind::Other, false),
         ] {
             assert_eq!(lasting(system(kind)).is::<Lasting>(), lasts, "{kind:?}");

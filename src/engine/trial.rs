@@ -41,6 +41,12 @@ impl Session<'_> {
         Ok(unmarked(self.graph.nodes[index].stage.params()?))
     }
 
+    /// The parameters of [`super::Stage::on_first_rows`] as a recipe has them.
+    pub fn parameters_of_first_rows(&self, index: usize, rows: usize) -> Option<Value> {
+        let parameters = self.graph.nodes[index].stage.on_first_rows(rows)?;
+        Some(unmarked(parameters))
+    }
+
     /// Runs a stage in its usual place of execution, and gives what it noted. It can be interrupted as a run can.
     ///
     /// # Errors

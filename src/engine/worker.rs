@@ -248,7 +248,7 @@ impl Worker<'_, '_> {
                 Ok(result) => return Ok(result),
                 Err(error) => error,
             };
-            if retries_left > 0 && error.is::<Lasting>() {
+            if retries_left > 0 && (error.is::<Lasting>() || is_full(&error)) {
                 retries_left = 0;
                 error = error.context("not tried again, because it would fail in the same way");
             }

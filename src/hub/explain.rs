@@ -1,13 +1,32 @@
 //! The sentences for what goes wrong at a hub, with what to do.
 
+use std::io::{self, ErrorKind};
+
 use anyhow::anyhow;
 
 use super::http_error::HttpError;
 use super::{Hub, RepoKind};
 
 impl Hub<'_> {
-    /// The sentence for a failed request.
+    /// The error of a failed request. Where the same request may work later, its cause is an [`io::Error`] of a kind that passes.
     pub(super) fn explain(
+        &self,
+        kind: RepoKind,
+        repo: &str,
+        revision: &str,
+        file: Option<&str>,
+        failure: &HttpError,
+    ) -> anyhow::Error {
+        let error = self.sentence(kind, repo, revision, file, failure);
+        if failure.is_transient() {
+            io::Error::new(ErrorKind::TimedOut, error.to_string()).into()
+        } else {
+            error
+        }
+    }
+
+    /// The sentence for a failed request.
+    fn sentence(
         &self,
         kind: RepoKind,
         repo: &str,

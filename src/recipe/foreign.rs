@@ -36,6 +36,10 @@ pub(super) enum Meaning {
 /// Stands for `train_sft`, `train_orpo` or `train_dpo`.
 pub(super) const TRAINING: &str = "training";
 
+/// What there is instead of an upload at the end of a training.
+const PUBLISHES: &str =
+    "`publish:` names a repository for a stage's result, and `pipeline publish` uploads it";
+
 type Table = &'static [(&'static str, Meaning)];
 
 /// Keys that are the same in several programs, after their own.
@@ -155,15 +159,12 @@ const COMMON: Table = &{
         ("report_to", Is(TRAINING, "report_to")),
         (
             "run_name",
-            Needless("runs are listed by `pipeline history`"),
+            Lacks("`pipeline runs --name` names a run afterwards"),
         ),
-        ("push_to_hub", Lacks("outputs are folders on this machine")),
-        ("hub_model_id", Lacks("outputs are folders on this machine")),
-        ("hub_strategy", Lacks("outputs are folders on this machine")),
-        (
-            "hub_private_repo",
-            Lacks("outputs are folders on this machine"),
-        ),
+        ("push_to_hub", Lacks(PUBLISHES)),
+        ("hub_model_id", Lacks(PUBLISHES)),
+        ("hub_strategy", Lacks(PUBLISHES)),
+        ("hub_private_repo", Lacks(PUBLISHES)),
         (
             "trust_remote_code",
             Needless("no code of a repository is ever run"),
@@ -221,7 +222,7 @@ const COMMON: Table = &{
         ),
         (
             "plot_loss",
-            Needless("`pipeline show` prints the metrics of every step"),
+            Needless("`pipeline plot` and `pipeline report` draw the curves"),
         ),
     ]
 };

@@ -167,15 +167,15 @@ pub(super) const ELSEWHERE: &[(&str, &str)] = &[
     ),
     (
         "output_dir",
-        "`outputs:` at the top level says where results are published",
+        "`outputs:` at the top level says which folder a result is put into",
     ),
     (
         "export_dir",
-        "`outputs:` at the top level says where results are published",
+        "`outputs:` at the top level says which folder a result is put into",
     ),
     (
         "overwrite_output_dir",
-        "results are stored by their content, and `outputs:` says where they are published",
+        "results are cached by their content, and `outputs:` says which folders they are put into",
     ),
     (
         "save_total_limit",
@@ -199,7 +199,7 @@ pub(super) const ELSEWHERE: &[(&str, &str)] = &[
     ),
     (
         "plot_loss",
-        "the metrics of every step are kept with the result; `pipeline show` prints them",
+        "the metrics of every step are kept with the result; `pipeline plot` draws them",
     ),
     (
         "metric_logger",
@@ -424,12 +424,13 @@ pub(super) const KINDS_BY_MEANING: &[(&[&str], &[&str])] = &[
 pub(super) const NO_KIND: &[(&str, &str)] = &[
     (
         "generate",
-        "answers of the model are part of `evaluate` (`max_new_tokens`)",
+        "`pipeline generate` answers prompts with a stage's model, and `evaluate` keeps answers to its first rows (`num_answers`)",
     ),
     (
         "inference",
-        "answers of the model are part of `evaluate` (`max_new_tokens`)",
+        "`pipeline generate` and `pipeline chat` answer prompts with a stage's model",
     ),
+    ("chat", "`pipeline chat` talks with a stage's model"),
     (
         "export",
         "`outputs:` at the top level puts a stage's result into a folder; `merge` makes a model that transformers loads",

@@ -204,7 +204,9 @@ impl Evaluate {
         stops: &[u32],
     ) -> anyhow::Result<String> {
         let mut lines = String::new();
-        let rows = &rows[..rows.len().min(self.num_answers)];
+        // A row that is a text has no prompt to answer.
+        let rows = rows.iter().filter(|row| !row.prompt.is_empty());
+        let rows: Vec<&Row> = rows.take(self.num_answers).collect();
         for rows in rows.chunks(AT_A_TIME) {
             let prompts: Vec<&[u32]> = rows.iter().map(|row| row.prompt.as_slice()).collect();
             let answers = |pass| {

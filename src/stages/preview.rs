@@ -20,12 +20,11 @@ pub fn is_data(output: &str) -> bool {
     [Dataset::NAME, Chats::NAME, Tokens::NAME].contains(&output)
 }
 
-/// The parameters of a stage of this kind so that it takes no more than the first `rows` rows of what it reads from outside; and what to say
-/// of a result that is another one than with all rows.
+/// The parameters of a stage of this kind so that it takes no more than the first `rows` rows of what it reads; and what to say of a result
+/// that is another one than with all rows. Stages that read local files alone have [`crate::engine::Stage::on_first_rows`].
 pub fn shortened(kind: &str, mut parameters: Value, rows: usize) -> (Value, Option<&'static str>) {
     match kind {
-        dataset::import_dataset::ImportDataset::KIND
-        | dataset::download_dataset::DownloadDataset::KIND => {
+        dataset::download_dataset::DownloadDataset::KIND => {
             let most = parameters["max_rows"].as_u64().unwrap_or(u64::MAX);
             parameters["max_rows"] = json!(most.min(rows as u64));
             (parameters, None)

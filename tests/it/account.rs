@@ -1,33 +1,16 @@
 //! `login`, `logout`, `whoami` and `doctor`, against a hub on this machine.
 
-use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt as _;
-use std::process::Stdio;
 
 use serde_json::Value;
 
 use crate::support::hub::{HubServer, TOKEN};
-use crate::support::program::{Ended, Project};
+use crate::support::program::Project;
 
 fn project(server: &HubServer) -> Project {
     let mut project = Project::empty();
     project.variable("HF_ENDPOINT", &server.endpoint);
     project
-}
-
-fn with_input(project: &Project, arguments: &[&str], input: &str) -> Ended {
-    let mut child = project
-        .command(arguments)
-        .stdin(Stdio::piped())
-        .spawn()
-        .unwrap();
-    child
-        .stdin
-        .take()
-        .unwrap()
-        .write_all(input.as_bytes())
-        .unwrap();
-    child.wait_with_output().unwrap().into()
 }
 
 #[test]
@@ -40,7 +23,7 @@ fn a_token_is_kept_where_other_programs_keep_it() {
         "{}",
         nobody.stderr
     );
-    let wrong = with_input(&project, &["login"], "hf_wrong\n");
+    let wrong = project.with_input(&["login"], "hf_wrong\n");
     assert!(
         wrong.code == Some(1) && wrong.stderr.contains("does not know this token"),
         "{}",
@@ -48,11 +31,11 @@ fn a_token_is_kept_where_other_programs_keep_it() {
     );
     assert!(!wrong.stderr.contains("hf_wrong"));
     for bad in ["", "api_org_x"] {
-        assert_eq!(with_input(&project, &["login"], bad).code, Some(2));
+        assert_eq!(project.with_input(&["login"], bad).code, Some(2));
     }
     assert!(!project.path("home/.cache/huggingface/token").exists());
 
-    let ended = with_input(&project, &["login"], &format!("{TOKEN}\n"));
+    let ended = project.with_input(&["login"], &format!("{TOKEN}\n"));
     assert_eq!(ended.code, Some(0), "{}", ended.stderr);
     assert!(
         ended.stdout.contains("as `somebody`") && !ended.stdout.contains(TOKEN),

@@ -1,15 +1,11 @@
 //! `chat` and `generate` by the real program: with stages of a recipe and with folders, at a pipe.
 
-use std::fs::File;
-use std::io::{Read as _, Write as _};
-use std::process::{Child, Stdio};
-use std::time::{Duration, Instant};
-
-use nix::pty::{Winsize, openpty};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::support::program::{Ended, Project, copy, repository};
+use crate::support::program::{Project, copy, repository};
+use crate::support::terminal::AtTerminal;
 
 /// A recipe of a few steps on the golden model.
 const RECIPE: &str = r"
@@ -53,19 +49,6 @@ fn lines(text: &str) -> Vec<Value> {
     text.lines()
         .map(|line| serde_json::from_str(line).unwrap())
         .collect()
-}
-
-/// Runs the program with a text as its standard input.
-fn with_input(project: &Project, arguments: &[&str], input: &str) -> Ended {
-    let mut command = project.command(arguments);
-    let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
-    child
-        .stdin
-        .take()
-        .unwrap()
-        .write_all(input.as_bytes())
-        .unwrap();
-    child.wait_with_output().unwrap().into()
 }
 
 const SHORT: [&str; 2] = ["--max-new-tokens", "24"];
@@ -131,11 +114,11 @@ fn a_file_of_prompts_is_answered_as_by_transformers() {
         "out.jsonl",
     ];
     let drawn = [&drawn[..], &SHORT].concat();
-    let ended = with_input(&project, &drawn, "Why is the sky blue?\n\nName a bird.\n");
+    let ended = project.with_input(&drawn, "Why is the sky blue?\n\nName a bird.\n");
     assert_eq!(ended.code, Some(0), "{}", ended.stderr);
     let first = project.read("out.jsonl");
     assert_eq!(lines(&first)[1]["prompt"], "Name a bird.");
-    with_input(&project, &drawn, "Why is the sky blue?\nName a bird.\n");
+    project.with_input(&drawn, "Why is the sky blue?\nName a bird.\n");
     let texts = |text: &str| {
         lines(text)
             .iter()
@@ -172,18 +155,14 @@ fn a_conversation_goes_through_a_pipe() {
     let rows = golden();
     let said = rows[0]["messages"][0]["content"].as_str().unwrap();
     let chat = [&["chat", "model"][..], &SHORT].concat();
-    let ended = with_input(&project, &chat, &format!("{said}\n"));
+    let ended = project.with_input(&chat, &format!("{said}\n"));
     assert_eq!(ended.code, Some(0), "{}", ended.stderr);
     let expected = rows[0]["base 1.0"]["text"].as_str().unwrap();
     assert_eq!(ended.stdout.trim_end(), harmless(expected).trim_end());
 
     // What was said before counts, until it is forgotten; the conversation is kept as rows of a dataset.
     let talk = "Name a bird.\nAnd a fish?\n/save talk.jsonl\n/reset\nName a bird.\n/save talk.jsonl\n/quit\nnever\n";
-    let ended = with_input(
-        &project,
-        &[&chat[..], &["--system", "Be brief."]].concat(),
-        talk,
-    );
+    let ended = project.with_input(&[&chat[..], &["--system", "Be brief."]].concat(), talk);
     assert_eq!(ended.code, Some(0), "{}", ended.stderr);
     let saved = lines(&project.read("talk.jsonl"));
     let messages = |row: &Value| row["messages"].as_array().unwrap().clone();
@@ -202,8 +181,7 @@ fn a_conversation_goes_through_a_pipe() {
     );
     project.succeeds(&["run", "again.yaml"]);
 
-    let both = with_input(
-        &project,
+    let both = project.with_input(
         &[
             "chat",
             "adapter",
@@ -217,8 +195,7 @@ fn a_conversation_goes_through_a_pipe() {
     );
     let (base, tuned) = (both.stdout.find("base: "), both.stdout.find("tuned: "));
     assert!(base.is_some() && base < tuned, "{}", both.stdout);
-    let drawn = with_input(
-        &project,
+    let drawn = project.with_input(
         &[&chat[..], &["--max-new-tokens", "3"]].concat(),
         "/set temperature warm\n",
     );
@@ -328,50 +305,37 @@ fn any_stage_that_leads_to_a_model_answers() {
 #[test]
 fn what_can_not_answer_says_why() {
     let project = project();
-    let refused = |arguments: &[&str], piece: &str| {
-        let ended = project.run(arguments);
-        assert!(
-            matches!(ended.code, Some(1 | 2)),
-            "{arguments:?}: {ended:?}"
-        );
-        assert!(
-            ended.stderr.contains(piece),
-            "{arguments:?}: {}",
-            ended.stderr
-        );
-        assert!(!ended.stderr.contains("panicked"), "{}", ended.stderr);
-    };
-    refused(&["chat", "recipe.yaml", "tokens"], "choose one of");
-    refused(&["chat", "recipe.yaml", "tune"], "did you mean `tuned`");
-    refused(&["chat", "nowhere"], "could not read the recipe");
-    refused(&["chat", "home"], "neither a model");
-    refused(&["chat", "adapter"], "--base DIR");
-    refused(&["chat", "model", "stage"], "is a folder");
-    refused(&["generate", "model"], "there is no prompt");
-    refused(
+    project.refuses(&["chat", "recipe.yaml", "tokens"], "choose one of");
+    project.refuses(&["chat", "recipe.yaml", "tune"], "did you mean `tuned`");
+    project.refuses(&["chat", "nowhere"], "`nowhere` is no recipe and no folder");
+    project.refuses(&["chat", "home"], "neither a model");
+    project.refuses(&["chat", "adapter"], "--base DIR");
+    project.refuses(&["chat", "model", "stage"], "is a folder");
+    project.refuses(&["generate", "model"], "there is no prompt");
+    project.refuses(
         &["generate", "model", "--prompt", "x", "--top-p", "3"],
         "`top_p` is 3",
     );
-    refused(
+    project.refuses(
         &[
             "generate", "model", "--prompt", "x", "--greedy", "--top-p", "0.3",
         ],
         "--greedy",
     );
-    refused(
+    project.refuses(
         &["generate", "model", "--prompt", "x", "--compare"],
         "--base DIR",
     );
-    refused(
+    project.refuses(
         &["generate", "model", "--prompts", "none.jsonl"],
         "none.jsonl",
     );
     project.write("bad.jsonl", "{\"prompt\": \"x\"}\n{\"text\": \"y\"}\n");
-    refused(
+    project.refuses(
         &["generate", "model", "--prompts", "bad.jsonl"],
         "line 2 of `bad.jsonl`",
     );
-    refused(
+    project.refuses(
         &[
             "generate",
             "model",
@@ -383,7 +347,7 @@ fn what_can_not_answer_says_why() {
         "none.jinja",
     );
     project.write("loud.jinja", "{{ raise_exception('only in French') }}");
-    refused(
+    project.refuses(
         &[
             "generate",
             "model",
@@ -400,10 +364,10 @@ fn what_can_not_answer_says_why() {
     let mut config: Value = serde_json::from_str(&config).unwrap();
     config.as_object_mut().unwrap().remove("chat_template");
     project.write("model/tokenizer_config.json", &config.to_string());
-    refused(&["chat", "model"], "no chat template");
-    refused(&["generate", "model", "--prompt", "x"], "--raw");
+    project.refuses(&["chat", "model"], "no chat template");
+    project.refuses(&["generate", "model", "--prompt", "x"], "--raw");
     project.write("model/model.safetensors", "junk");
-    refused(&["chat", "model"], "model.safetensors");
+    project.refuses(&["chat", "model"], "model.safetensors");
 }
 
 #[test]
@@ -465,57 +429,55 @@ stages:
     );
 }
 
-/// The program at a terminal of 80 columns.
-struct AtTerminal {
-    child: Child,
-    screen: File,
-    shown: String,
-}
-
-impl AtTerminal {
-    fn start(project: &Project, arguments: &[&str]) -> Self {
-        let size = Winsize {
-            ws_row: 24,
-            ws_col: 80,
-            ws_xpixel: 0,
-            ws_ypixel: 0,
-        };
-        let pair = openpty(&size, None).unwrap();
-        let slave = || Stdio::from(pair.slave.try_clone().unwrap());
-        let mut command = project.command(arguments);
-        let child = command.stdin(slave()).stdout(slave()).stderr(slave());
-        let child = child.env("TERM", "xterm").spawn().unwrap();
-        Self {
-            child,
-            screen: File::from(pair.master),
-            shown: String::new(),
+#[test]
+fn at_a_terminal_ctrl_c_ends_an_answer_and_then_the_conversation() {
+    let project = project();
+    // An answer that does not end by itself meanwhile: there is room, and no token ends it.
+    for file in ["model/config.json", "model/generation_config.json"] {
+        let mut config: Value = serde_json::from_str(&project.read(file)).unwrap();
+        config["eos_token_id"] = json!([]);
+        if file == "model/config.json" {
+            config["max_position_embeddings"] = 131_072.into();
         }
+        project.write(file, &config.to_string());
     }
+    let chat = ["chat", "model", "--max-new-tokens", "100000"];
+    let mut terminal = AtTerminal::start(&project, &chat);
+    let interrupted = |terminal: &mut AtTerminal| {
+        terminal.wait_for(">>> ");
+        terminal.say("Name a bird.\r");
+        // The line, and then the answer's first tokens.
+        terminal.wait_for("\n");
+        std::thread::sleep(Duration::from_millis(500));
+        terminal.interrupt();
+        terminal.wait_for(", interrupted");
+    };
+    interrupted(&mut terminal);
+    terminal.wait_for(">>> ");
+    terminal.say("/set max_new_tokens 3\r");
+    terminal.wait_for("max_new_tokens 3");
+    terminal.wait_for(">>> ");
+    terminal.say("/nonsense\r");
+    terminal.wait_for("there is no command `/nonsense`");
+    terminal.wait_for(">>> ");
+    terminal.say("\"\"\"two\r");
+    terminal.wait_for("... ");
+    terminal.say("lines\"\"\"\r");
+    terminal.wait_for("3 tokens, ");
+    terminal.wait_for(">>> ");
+    // The line editor takes it as a key; the first one is a warning.
+    terminal.say("\u{3}");
+    terminal.wait_for("Ctrl-C again");
+    terminal.wait_for(">>> ");
+    terminal.say("\u{3}");
+    assert_eq!(terminal.ended(), Some(0));
 
-    fn say(&mut self, text: &str) {
-        self.screen.write_all(text.as_bytes()).unwrap();
-    }
-
-    /// Reads until a text is shown, behind what was awaited before; gives what was shown with it.
-    fn wait_for(&mut self, text: &str) -> String {
-        let begun = Instant::now();
-        loop {
-            if let Some(at) = self.shown.find(text) {
-                let rest = self.shown.split_off(at + text.len());
-                return std::mem::replace(&mut self.shown, rest);
-            }
-            assert!(
-                begun.elapsed() < Duration::from_mins(2),
-                "no {text:?} in {:?}",
-                self.shown
-            );
-            let mut bytes = [0; 4096];
-            let read = self.screen.read(&mut bytes).unwrap_or(0);
-            assert!(read > 0, "no {text:?} in {:?}", self.shown);
-            self.shown
-                .push_str(&String::from_utf8_lossy(&bytes[..read]));
-        }
-    }
+    // A signal does not come from the keyboard there, and leaves at once.
+    let mut terminal = AtTerminal::start(&project, &chat);
+    interrupted(&mut terminal);
+    terminal.wait_for(">>> ");
+    terminal.interrupt();
+    assert_eq!(terminal.ended(), Some(130));
 }
 
 #[test]
@@ -540,5 +502,5 @@ fn two_answers_stand_side_by_side() {
     terminal.wait_for(">>> ");
     // Ctrl-D.
     terminal.say("\u{4}");
-    assert!(terminal.child.wait().unwrap().success());
+    assert_eq!(terminal.ended(), Some(0));
 }

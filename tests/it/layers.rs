@@ -192,6 +192,7 @@ const LAYERS: [Layer; 11] = [
             "csv",
             "ctrlc",
             "dialoguer",
+            "nix",
             "open",
             "pipeline_kernels",
             "regex",

@@ -57,6 +57,8 @@ mod messages;
 #[cfg(test)]
 mod mistakes;
 #[cfg(test)]
+mod out_of_memory;
+#[cfg(test)]
 mod outputs;
 #[cfg(test)]
 mod parameters;

@@ -227,40 +227,14 @@ fn folders_and_data_can_be_published() {
 fn what_can_not_be_published_says_why() {
     let (mut project, hub) = scene();
     project.succeeds(&["run", "recipe.yaml", "tuned"]);
-    let refused = |project: &Project, arguments: &[&str], piece: &str| {
-        let ended = project.run(arguments);
-        assert!(
-            matches!(ended.code, Some(1 | 2)),
-            "{arguments:?}: {ended:?}"
-        );
-        assert!(
-            ended.stderr.contains(piece),
-            "{arguments:?}: {}",
-            ended.stderr
-        );
-    };
-    refused(
-        &project,
+    project.refuses(
         &["publish", "recipe.yaml", "tokens", "--repo", "me/x"],
         "no repositories for",
     );
-    refused(
-        &project,
-        &["publish", "recipe.yaml", "tuned"],
-        "--repo OWNER/NAME",
-    );
-    refused(
-        &project,
-        &["publish", "recipe.yaml", "merged"],
-        "not up to date",
-    );
-    refused(
-        &project,
-        &["publish", "recipe.yaml", "tuned", "--repo", "x"],
-        "owner",
-    );
-    refused(
-        &project,
+    project.refuses(&["publish", "recipe.yaml", "tuned"], "--repo OWNER/NAME");
+    project.refuses(&["publish", "recipe.yaml", "merged"], "not up to date");
+    project.refuses(&["publish", "recipe.yaml", "tuned", "--repo", "x"], "owner");
+    project.refuses(
         &[
             "publish",
             "recipe.yaml",
@@ -272,13 +246,11 @@ fn what_can_not_be_published_says_why() {
         ],
         "license",
     );
-    refused(
-        &project,
+    project.refuses(
         &["publish", "recipe.yaml", "tuned", "--repo", "openai/x"],
         "(403)",
     );
-    refused(
-        &project,
+    project.refuses(
         &[
             "publish",
             "recipe.yaml",
@@ -290,8 +262,7 @@ fn what_can_not_be_published_says_why() {
         "--offline",
     );
     project.variable("HF_TOKEN", READER);
-    refused(
-        &project,
+    project.refuses(
         &["publish", "recipe.yaml", "tuned", "--repo", "me/x"],
         "write",
     );

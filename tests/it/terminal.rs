@@ -1,10 +1,10 @@
 //! What people read on the way: plans with exit codes, logs, runs that were stopped or killed, and how much of it is shown.
 
-use std::io::{BufRead as _, BufReader, Read as _};
 use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
+use crate::support::heard::{Heard, ended};
 use crate::support::program::{Ended, Project, events};
 
 const RECIPE: &str = "\
@@ -196,6 +196,28 @@ fn several_recipes_are_checked_with_their_files_and_first_rows() {
         "{}",
         once.stderr
     );
+    // So is a template that can't be read, or that refuses one of the rows.
+    project.write("chat.jinja", "\n{{ messages }");
+    let unreadable = project.run(&["validate", "r.yaml"]);
+    assert_eq!(unreadable.code, Some(1));
+    contains(
+        &unreadable.stderr,
+        &["line 2 of the chat template", "at r.yaml:6:3"],
+    );
+    let refuses = format!(
+        "\n{{%- if messages[0].content == 'p2' %}}{{{{ raise_exception('no p2') }}}}{{% endif %}}{TEMPLATE}"
+    );
+    project.write("chat.jinja", &refuses);
+    let refused = project.run(&["validate", "r.yaml"]);
+    assert_eq!(refused.code, Some(1));
+    contains(
+        &refused.stderr,
+        &[
+            "row 3 of the split `train`",
+            "line 2 of the chat template",
+            "no p2",
+        ],
+    );
     let recipe_only = project.run(&["validate", "wrong.yaml", "--no-files"]);
     assert_eq!(recipe_only.code, Some(0), "{}", recipe_only.stderr);
 }
@@ -351,9 +373,7 @@ fn a_hub_that_does_not_answer_is_told_at_once() {
     let recipe = "version: 1\nstages: { pairs: { download_dataset: { repo: some/pairs } } }\n";
     project.write("r.yaml", recipe);
     let mut plan = project.command(&["plan", "r.yaml"]).spawn().unwrap();
-    let mut told = String::new();
-    let mut errors = BufReader::new(plan.stderr.take().unwrap());
-    errors.read_line(&mut told).unwrap();
+    let told = Heard::new(plan.stderr.take().unwrap()).wait_for("\n");
     contains(
         &told,
         &[
@@ -395,11 +415,8 @@ fn a_stopped_training_says_where_it_goes_on_and_plans_know_it() {
         .command(&[&["run", "-v"], &TRAINING[..]].concat())
         .spawn()
         .unwrap();
-    let mut told = String::new();
-    let mut errors = BufReader::new(run.stderr.take().unwrap());
-    while !told.contains("      3    0.0") {
-        assert!(errors.read_line(&mut told).unwrap() > 0, "{told}");
-    }
+    let mut errors = Heard::new(run.stderr.take().unwrap());
+    errors.wait_for("      3    0.0");
     let interrupt = format!("kill -INT {}", run.id());
     assert!(
         Command::new("sh")
@@ -408,8 +425,8 @@ fn a_stopped_training_says_where_it_goes_on_and_plans_know_it() {
             .unwrap()
             .success()
     );
-    errors.read_to_string(&mut told).unwrap();
-    assert_eq!(run.wait().unwrap().code(), Some(130));
+    let told = errors.rest();
+    assert_eq!(ended(&mut run).code(), Some(130));
     let stopped = told
         .lines()
         .find(|line| line.starts_with("  stopped  base "))
@@ -444,11 +461,8 @@ fn a_killed_run_is_in_the_history_with_its_log() {
         .command(&[&["run", "-v"], &TRAINING[..]].concat())
         .spawn()
         .unwrap();
-    let mut told = String::new();
-    let mut errors = BufReader::new(run.stderr.take().unwrap());
-    while !told.contains("      5    0.0") {
-        assert!(errors.read_line(&mut told).unwrap() > 0, "{told}");
-    }
+    let mut errors = Heard::new(run.stderr.take().unwrap());
+    errors.wait_for("      5    0.0");
     contains(
         &project.succeeds(&["history", TRAINING[0]]),
         &["1  ", "running"],

@@ -8,6 +8,8 @@ use std::io::IsTerminal as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use nix::sys::termios::{SetArg, tcgetattr, tcsetattr};
+
 use self::input::Input;
 use self::session::{Session, Side};
 use super::run::on_interrupt;
@@ -77,11 +79,19 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     let signals = Arc::new(Signals::default());
     let told = Arc::clone(&signals);
     let at_terminal = std::io::stdin().is_terminal() && std::io::stdout().is_terminal();
+    // The line editor listens to SIGINT as soon as it is there, and would keep it from us.
+    let mut input = Input::new(at_terminal)?;
+    // It changes the terminal while it waits for a key.
+    let terminal = at_terminal.then(|| tcgetattr(std::io::stdin()).ok());
+    let terminal = terminal.flatten();
     on_interrupt(move || {
         let answering = told.answering.load(Ordering::Relaxed);
         let again = told.interrupted.swap(true, Ordering::Relaxed);
-        // At a terminal the line editor hears of it where nothing is answered.
-        if answering && again || !answering && !at_terminal {
+        // Where a line is edited Ctrl-C is a key, so that a signal comes from elsewhere.
+        if again || !answering {
+            if let Some(terminal) = &terminal {
+                let _ = tcsetattr(std::io::stdin(), SetArg::TCSANOW, terminal);
+            }
             #[expect(
                 clippy::exit,
                 reason = "there is no answer to end, or the user asked twice"
@@ -98,5 +108,5 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
         ));
     }
     let mut session = Session::new(sides, args.system.clone(), at_terminal, signals);
-    session.run(&mut Input::new(at_terminal)?)
+    session.run(&mut input)
 }

@@ -34,7 +34,7 @@ pub(in crate::cli) struct Args {
 }
 
 /// A stage with what it will take, and with what it took before.
-struct Estimated {
+pub(super) struct Estimated {
     stage: String,
     estimate: Estimate,
     /// Seconds, as long as the same number of tokens took in the last run.
@@ -43,16 +43,20 @@ struct Estimated {
     measured: Option<u64>,
 }
 
-pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
-    let project = Project::open(&args.recipe, &args.store)?;
-    let states = project.plan();
-    let asked = args.stage.as_deref().map(|name| project.find(name));
-    let asked = asked.transpose()?;
+/// A training that can't be estimated yet, and the stages that have to run before.
+type Missing = (String, Vec<String>);
+
+/// What the trainings that are `wanted` will take, where their inputs are there; and the others.
+pub(super) fn estimates(
+    project: &Project,
+    states: &[State],
+    wanted: impl Fn(usize) -> bool,
+) -> anyhow::Result<(Vec<Estimated>, Vec<Missing>)> {
     let session = project.session(&[]);
     let (mut found, mut missing) = (Vec::new(), Vec::new());
     for index in project.graph.order.iter().copied() {
         let node = &project.graph.nodes[index];
-        if asked.is_some_and(|asked| asked != index) || !node.stage.exclusive() {
+        if !wanted(index) || !node.stage.exclusive() {
             continue;
         }
         let mut inputs: BTreeMap<String, PathBuf> = BTreeMap::new();
@@ -89,6 +93,16 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
             measured: note("peak_memory"),
         });
     }
+    Ok((found, missing))
+}
+
+pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
+    let project = Project::open(&args.recipe, &args.store)?;
+    let states = project.plan();
+    let asked = args.stage.as_deref().map(|name| project.find(name));
+    let asked = asked.transpose()?;
+    let wanted = |index: usize| asked.is_none_or(|asked| asked == index);
+    let (found, missing) = estimates(&project, &states, wanted)?;
     if args.json {
         let all = found.iter().map(|one| {
             json!({
@@ -131,7 +145,8 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     Ok(())
 }
 
-fn shown(one: &Estimated, machine: Option<u64>) -> String {
+/// The lines about one training.
+pub(super) fn shown(one: &Estimated, machine: Option<u64>) -> String {
     let mut text = format!("{}\n", one.stage);
     let mut rows: Vec<Vec<String>> = Vec::new();
     let mut row = |name: &str, value: String| rows.push(vec![format!("  {name}"), value]);

@@ -476,9 +476,12 @@ fn outline(data: &Data, model: &Model, method: Method, adapter: Adapter) -> Outl
         tuned.set("eval_strategy", "epoch".into());
     }
     stages.push(tuned);
-    if method != Method::Sft && is_held_out {
-        let mut scores = OutlineStage::new("scores", "evaluate")
-            .commented("How often the model prefers the chosen answer, on rows it has not seen.");
+    if is_held_out {
+        let told = match method {
+            Method::Sft => "How well the model predicts the answers, on rows it has not seen.",
+            _ => "How often the model prefers the chosen answer, on rows it has not seen.",
+        };
+        let mut scores = OutlineStage::new("scores", "evaluate").commented(told);
         if has_adapter {
             scores = scores.with("model", beside).with("adapter", "tuned");
         } else {

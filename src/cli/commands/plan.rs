@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 
 use serde_json::{Value, json};
 
+use super::estimate::{estimates, shown};
 use super::run::{check_lock, warn_of_unused};
 use crate::cli::args::{RecipeArgs, StoreArgs};
 use crate::cli::console::verbosity;
@@ -81,6 +82,9 @@ fn plan(args: &Args) -> Result<(), Failure> {
             }
         }
         print_rendered(&sum(&planned));
+        if verbosity() == Verbosity::Verbose {
+            print_estimates(&project, &forecasts)?;
+        }
     }
     let any = |wanted: fn(&State) -> bool| {
         planned
@@ -92,6 +96,20 @@ fn plan(args: &Args) -> Result<(), Failure> {
     }
     if args.exit_code && any(|state| !matches!(state, State::Fresh { .. })) {
         return Err(Failure::Changes);
+    }
+    Ok(())
+}
+
+/// What the trainings that will run take, where their inputs are there.
+fn print_estimates(project: &Project, forecasts: &[Option<Forecast>]) -> Result<(), Failure> {
+    let states = project.plan();
+    let runs = |index: usize| {
+        let forecast = forecasts.get(index).and_then(Option::as_ref);
+        forecast.is_some_and(|forecast| !matches!(forecast.state, State::Fresh { .. }))
+    };
+    let (found, _) = estimates(project, &states, runs)?;
+    for one in found {
+        print_rendered(&format!("\n{}", shown(&one, project.env.memory)));
     }
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! `preview`: the first rows as a training will see them, without a run.
 
-mod trials;
+pub(super) mod trials;
 mod view;
 
 use crate::cli::args::{RecipeArgs, StoreArgs};

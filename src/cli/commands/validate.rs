@@ -1,16 +1,19 @@
-//! `validate`: checks recipes, the local files that they name, and the first rows of those, without running anything.
+//! `validate`: checks recipes, the local files that they name, and the first rows of those with their chat templates, without running anything.
 
+use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
+use super::preview::trials::Trials;
 use super::run::warn_of_unused;
 use crate::cli::args::{RecipeArgs, StoreArgs};
 use crate::cli::console::verbosity;
 use crate::cli::project::Project;
 use crate::cli::{Failure, eprint_rendered, error, print};
-use crate::engine::files_at;
+use crate::engine::{Artifact as _, files_at};
 use crate::recipe::{Override, SourceSpan};
 use crate::report::{Verbosity, count};
+use crate::stages::artifacts::Chats;
 
 /// So many of the first rows of a file are looked at.
 const FIRST_ROWS: usize = 100;
@@ -63,9 +66,9 @@ fn validate(recipe: &RecipeArgs, args: &Args) -> Result<(), Failure> {
     let project = Project::open(recipe, &args.store)?;
     warn_of_unused(&project);
     let path = project.recipe.path.display();
-    let mut wrong = 0;
-    let mut tell = |span: Option<SourceSpan>, message: &str| {
-        wrong += 1;
+    let wrong = Cell::new(0);
+    let tell = |span: Option<SourceSpan>, message: &str| {
+        wrong.set(wrong.get() + 1);
         let place = span.map_or_else(|| path.to_string(), |span| format!("{path}:{span}"));
         eprint_rendered(&error::plain(&format!("{message}\n  at {place}")));
     };
@@ -99,7 +102,18 @@ fn validate(recipe: &RecipeArgs, args: &Args) -> Result<(), Failure> {
             tell(Some(stage.span), &format!("`{}`: {error:#}", stage.name));
         }
     }
-    if wrong > 0 {
+    if wrong.get() == 0 && !args.no_files {
+        let mut trials = Trials::new(&project, FIRST_ROWS)?;
+        for index in project.graph.order.iter().copied() {
+            let stage = &project.recipe.stages[index];
+            if stage.kind.output == Chats::NAME
+                && let Err(error) = trials.check(index)
+            {
+                tell(Some(stage.span), &format!("{error:#}"));
+            }
+        }
+    }
+    if wrong.get() > 0 {
         return Err(Failure::Reported);
     }
     if verbosity() > Verbosity::Quiet {

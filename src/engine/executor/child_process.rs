@@ -90,6 +90,7 @@ impl Executor for ChildProcess {
         events: &Arc<StageEvents>,
         control: &Control,
     ) -> anyhow::Result<TaskResult> {
+        let before = kills_for_memory();
         let child = command(&self.program, task.exclusive).spawn();
         let mut running = Running(child.context("could not start a process for the stage")?);
         let child = &mut running.0;
@@ -160,7 +161,8 @@ impl Executor for ChildProcess {
         let words = errors
             .join()
             .map_err(|_| anyhow!("the process of the stage could not be read"))?;
-        Err(ended(status, &words, task.memory))
+        let starved = kills_for_memory() > before;
+        Err(ended(status, &words, task.memory, starved))
     }
 }
 
@@ -187,8 +189,17 @@ fn last_words(mut errors: impl Read) -> String {
     String::from_utf8_lossy(&words).into_owned()
 }
 
-/// The error for a process that ended without reporting one.
-fn ended(status: ExitStatus, words: &str, memory: Option<u64>) -> anyhow::Error {
+/// How many processes of the machine Linux has killed because memory ran out.
+fn kills_for_memory() -> Option<u64> {
+    let counts = std::fs::read_to_string("/proc/vmstat").ok()?;
+    let count = counts
+        .lines()
+        .find_map(|line| line.strip_prefix("oom_kill "))?;
+    count.trim().parse().ok()
+}
+
+/// The error for a process that ended without reporting one. `starved`: the system killed something meanwhile because memory ran out.
+fn ended(status: ExitStatus, words: &str, memory: Option<u64>, starved: bool) -> anyhow::Error {
     let limit = || memory.map_or_else(String::new, |memory| format!(" of {}", Bytes(memory)));
     if words.contains("has overflowed its stack") {
         return anyhow!(
@@ -213,6 +224,10 @@ fn ended(status: ExitStatus, words: &str, memory: Option<u64>) -> anyhow::Error 
         format!(", and wrote: {last}")
     };
     match status.signal() {
+        Some(9) if starved => anyhow!(
+            "the system ran out of memory and killed its process (SIGKILL); hint: smaller batches, shorter rows or a smaller model need \
+             less, and so do fewer stages and other programs at the same time{last}"
+        ),
         Some(9) => anyhow!(
             "its process was killed from outside (SIGKILL), as the system does when memory runs out{last}"
         ),
@@ -250,11 +265,13 @@ mod tests {
     fn every_end_has_words() {
         let killed = ExitStatus::from_raw;
         let memory = Some(4 << 30);
-        let text = |status, words: &str| ended(killed(status), words, memory).to_string();
+        let text = |status, words: &str| ended(killed(status), words, memory, false).to_string();
         let overflow = "thread 'x' has overflowed its stack\nfatal runtime error";
         assert!(text(6, overflow).contains("nested too deeply"));
         assert!(text(6, "memory allocation of 99 bytes failed").contains("limit of 4.3 GB"));
-        assert!(text(9, "").contains("SIGKILL"));
+        assert!(text(9, "").contains("from outside (SIGKILL)"));
+        let starved = ended(killed(9), "", memory, true).to_string();
+        assert!(starved.contains("out of memory"));
         assert!(text(7, "").contains("became shorter"));
         assert!(text(11, "a\nlast").ends_with("wrote: last"));
         assert!(text(3 << 8, "").contains("exit code 3"));

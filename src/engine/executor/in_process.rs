@@ -62,8 +62,7 @@ pub(in crate::engine) fn run_task(
         (kind.parse)(task.params.clone()).map_err(|error| anyhow!("`{}`: {error}", task.kind))?;
     let context = Context::new(task, Arc::clone(env), Arc::clone(events), control.clone());
     stage.run(&context).map_err(|error| {
-        // A stage without facts from outside depends on its inputs alone, and they stay what they are.
-        if stage.has_external_facts() || context.cancelled() {
+        if context.cancelled() {
             error
         } else {
             lasting(error)

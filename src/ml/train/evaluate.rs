@@ -81,47 +81,9 @@ pub fn preferences(
     pass: Pass,
     report: &mut dyn FnMut(usize) -> anyhow::Result<()>,
 ) -> anyhow::Result<(Metrics, RowScores)> {
-    ensure!(!rows.is_empty(), "there are no rows to evaluate");
-    // The metrics don't depend on the order, so rows of similar length go together, which leaves little padding.
-    let mut sorted: Vec<(usize, &Row)> = rows.iter().enumerate().collect();
-    sorted.sort_by_key(|(_, row)| {
-        let rejected = row.rejected.as_ref().map_or(0, Vec::len);
-        row.prompt.len() + row.chosen.len().max(rejected)
-    });
+    let make = |rows: &[&Row]| Ok(Batch::pairs(rows, pad)?);
+    let (rows, all) = by_sequence(passes, rows, 2, batch_size, pass, &make, report)?;
     let count = rows.len();
-    // Results by sequence: the preferred ones of all rows, then the rejected ones.
-    let mut all = vec![BySequence::default(); 2 * count];
-    let mut done = 0;
-    for numbered in sorted.chunks(batch_size.max(1)) {
-        let rows: Vec<&Row> = numbered.iter().map(|(_, row)| *row).collect();
-        let batch = Batch::pairs(&rows, pad)?;
-        let targets = passes.loss.targets(&batch);
-        let scores = passes.score(&batch, &targets, pass)?;
-        let mut odd = BTreeSet::new();
-        for (index, target) in targets.iter().enumerate() {
-            let (side, row) = (target.row / rows.len(), target.row % rows.len());
-            let logp = scores.logps[index];
-            if !logp.is_finite() {
-                odd.extend(numbered.get(row).map(|(number, _)| *number));
-            }
-            let sequence = &mut all[side * count + done + row];
-            sequence.logps.push(logp);
-            if let Some(reference) = &scores.reference {
-                sequence.reference.push(reference[index]);
-            }
-            if let Some(stats) = &scores.token_stats {
-                sequence.stats.push(stats[index]);
-            }
-        }
-        if !odd.is_empty() {
-            bail!(NotFinite {
-                rows: odd.into_iter().map(|row| row + 1).collect()
-            });
-        }
-        done += rows.len();
-        report(done)?;
-    }
-    let rows: Vec<&Row> = sorted.iter().map(|(_, row)| *row).collect();
     let batch = Batch::pairs(&rows, pad)?;
     let targets = passes.loss.targets(&batch);
     let (outcome, logps) = outcome(passes, &batch, &targets, &all)?;
@@ -138,6 +100,59 @@ pub fn preferences(
     metrics.insert("margin", preferences.margin());
     let scores = by_row(passes, &rows, &all, pad, &metrics)?;
     Ok((metrics, scores))
+}
+
+/// The scores of rows with `sides` sequences each, `batch_size` rows at a time; `make` makes a batch of some. Rows of similar length go together,
+/// which leaves little padding and changes no metric. Returns the rows in that order, and the scores of their first sequences, then of their
+/// second ones.
+fn by_sequence<'r>(
+    passes: &Passes<'_>,
+    rows: &'r [Row],
+    sides: usize,
+    batch_size: usize,
+    pass: Pass,
+    make: &dyn Fn(&[&Row]) -> anyhow::Result<Batch>,
+    report: &mut dyn FnMut(usize) -> anyhow::Result<()>,
+) -> anyhow::Result<(Vec<&'r Row>, Vec<BySequence>)> {
+    ensure!(!rows.is_empty(), "there are no rows to evaluate");
+    let mut sorted: Vec<(usize, &Row)> = rows.iter().enumerate().collect();
+    sorted.sort_by_key(|(_, row)| {
+        let rejected = row.rejected.as_ref().map_or(0, Vec::len);
+        row.prompt.len() + row.chosen.len().max(rejected)
+    });
+    let count = rows.len();
+    let mut all = vec![BySequence::default(); sides * count];
+    let mut done = 0;
+    for numbered in sorted.chunks(batch_size.max(1)) {
+        let rows: Vec<&Row> = numbered.iter().map(|(_, row)| *row).collect();
+        let batch = make(&rows)?;
+        let targets = passes.loss.targets(&batch);
+        let scores = passes.score(&batch, &targets, pass)?;
+        let mut odd = BTreeSet::new();
+        for (index, target) in targets.iter().enumerate() {
+            let (side, row) = (target.row / rows.len(), target.row % rows.len());
+            let logp = scores.logps[index];
+            if !logp.is_finite() {
+                odd.extend(numbered.get(row).map(|(number, _)| number + 1));
+            }
+            let sequence = &mut all[side * count + done + row];
+            sequence.logps.push(logp);
+            if let Some(reference) = &scores.reference {
+                sequence.reference.push(reference[index]);
+            }
+            if let Some(stats) = &scores.token_stats {
+                sequence.stats.push(stats[index]);
+            }
+        }
+        if !odd.is_empty() {
+            bail!(NotFinite {
+                rows: odd.into_iter().collect()
+            });
+        }
+        done += rows.len();
+        report(done)?;
+    }
+    Ok((sorted.into_iter().map(|(_, row)| row).collect(), all))
 }
 
 /// The loss and metrics of a batch whose sequences were scored, and the log-probabilities of its targets.
@@ -239,36 +254,8 @@ pub fn completions(
     pass: Pass,
     report: &mut dyn FnMut(usize) -> anyhow::Result<()>,
 ) -> anyhow::Result<(Metrics, RowScores)> {
-    ensure!(!rows.is_empty(), "there are no rows to evaluate");
-    let mut sorted: Vec<(usize, &Row)> = rows.iter().enumerate().collect();
-    sorted.sort_by_key(|(_, row)| row.prompt.len() + row.chosen.len());
-    let mut all = vec![BySequence::default(); rows.len()];
-    let mut done = 0;
-    for numbered in sorted.chunks(batch_size.max(1)) {
-        let rows: Vec<&Row> = numbered.iter().map(|(_, row)| *row).collect();
-        let batch = passes.loss.batch(&rows, pad)?;
-        let targets = passes.loss.targets(&batch);
-        let scores = passes.score(&batch, &targets, pass)?;
-        let mut odd = BTreeSet::new();
-        for (index, target) in targets.iter().enumerate() {
-            let logp = scores.logps[index];
-            if !logp.is_finite() {
-                odd.extend(numbered.get(target.row).map(|(number, _)| *number));
-            }
-            let sequence = &mut all[done + target.row];
-            sequence.logps.push(logp);
-            if let Some(stats) = &scores.token_stats {
-                sequence.stats.push(stats[index]);
-            }
-        }
-        if !odd.is_empty() {
-            bail!(NotFinite {
-                rows: odd.into_iter().collect()
-            });
-        }
-        done += rows.len();
-        report(done)?;
-    }
+    let make = |rows: &[&Row]| passes.loss.batch(rows, pad);
+    let (rows, all) = by_sequence(passes, rows, 1, batch_size, pass, &make, report)?;
     let tokens: Vec<f64> = all.iter().map(|one| one.logps.len() as f64).collect();
     let by_token = |sums: Vec<f64>, exponential| RowScore {
         numerators: sums,

@@ -61,10 +61,7 @@ pub(super) const KEYS: Table = &[
     ("rl_beta", Is(TRAINING, "beta")),
     ("dpo_beta", Is(TRAINING, "beta")),
     ("orpo_alpha", Is(TRAINING, "beta")),
-    (
-        "dpo_label_smoothing",
-        Lacks("losses have no label smoothing"),
-    ),
+    ("dpo_label_smoothing", Is("train_dpo", "label_smoothing")),
     ("dpo_use_weighting", Lacks("pairs are not weighted")),
     ("rpo_alpha", Lacks("DPO has no likelihood term")),
     (
@@ -89,10 +86,7 @@ pub(super) const KEYS: Table = &[
         "dataset_exact_deduplication",
         Lacks("rows are taken as they are"),
     ),
-    (
-        "push_dataset_to_hub",
-        Lacks("outputs are folders on this machine"),
-    ),
+    ("push_dataset_to_hub", Lacks(super::PUBLISHES)),
     ("val_set_size", Becomes("split_dataset.test_size")),
     (
         "chat_template",
@@ -178,7 +172,7 @@ pub(super) const KEYS: Table = &[
     ("evals_per_epoch", Becomes("training.eval_strategy: epoch")),
     (
         "eval_table_size",
-        Needless("answers are part of `evaluate`"),
+        Needless("`evaluate` keeps answers to its first rows (`num_answers`)"),
     ),
     ("eval_max_new_tokens", Is("evaluate", "max_new_tokens")),
     (

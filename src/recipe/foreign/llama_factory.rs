@@ -153,5 +153,8 @@ pub(super) const KEYS: Table = &[
         "export_legacy_format",
         Needless("results are always safetensors"),
     ),
-    ("infer_backend", Needless("answers are part of `evaluate`")),
+    (
+        "infer_backend",
+        Needless("`pipeline chat` and `pipeline generate` answer prompts"),
+    ),
 ];

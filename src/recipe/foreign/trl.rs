@@ -89,7 +89,7 @@ pub(super) const KEYS: Table = &[
         "loss_type",
         Becomes("the kind of training; of DPO's losses only `sigmoid`"),
     ),
-    ("label_smoothing", Lacks("losses have no label smoothing")),
+    ("label_smoothing", Is("train_dpo", "label_smoothing")),
     ("rpo_alpha", Lacks("DPO has no likelihood term")),
     (
         "precompute_ref_log_probs",

@@ -30,7 +30,7 @@ fn many_mistakes_come_at_once_and_in_order() {
             "r.yaml:11:91: `lr_scheduler_type` of `train_toy` must be `linear` or `cosine`, not `cosin` (did you mean `cosine`?)",
             "r.yaml:11:108: `lora.r` of `train_toy` must be a whole number, 0 or more, not the text \"x\" (write the number without quotes and without a unit)",
             "r.yaml:11:132: `target_modules[1]` of `train_toy` must be a text, not a list",
-            "r.yaml:11:138: unknown parameter `output_dir` of `train_toy` (`outputs:` at the top level says where results are published)",
+            "r.yaml:11:138: unknown parameter `output_dir` of `train_toy` (`outputs:` at the top level says which folder a result is put into)",
             "r.yaml:11:153: unknown parameter `max_length` of `train_toy` (it is a parameter of `tokenize`)",
             "r.yaml:11:168: unknown parameter `seeds` of `train_toy` (did you mean `seed`?)",
             "r.yaml:11:184: `fp16` of `train_toy` must be `true` or `false`, not 1",

@@ -198,8 +198,7 @@ pub(super) fn outline(
         tuned.set("max_length", length);
     }
     stages.push(tuned);
-    // Answers alone are scored during the training (`eval_strategy`).
-    if is_held_out && training != "train_sft" {
+    if is_held_out {
         let mut scores = OutlineStage::new("scores", "evaluate");
         if has_adapter {
             scores = scores.with("model", beside).with("adapter", "tuned");

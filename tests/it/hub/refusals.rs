@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::support::hub::Mirror;
+use crate::support::program::Project;
 
 #[test]
 fn closed_doors_say_what_to_do() {
@@ -244,4 +245,50 @@ fn two_programs_at_once_fetch_a_file_once() {
         }
     });
     assert_eq!(scene.bodies(WEIGHTS).len(), 1);
+}
+
+#[test]
+fn only_what_may_pass_is_tried_again() {
+    let scene = plain();
+    let passes = |path: &str, fault: Fault| {
+        scene.server.fault(path, fault, 99);
+        let error = scene.fetch(WEIGHTS).unwrap_err();
+        scene.server.forgive();
+        let mut causes = error.chain();
+        causes.any(<dyn std::error::Error>::is::<std::io::Error>)
+    };
+    for (status, expected) in [
+        (401, false),
+        (403, false),
+        (404, false),
+        (429, true),
+        (500, true),
+        (503, true),
+    ] {
+        let page = Fault::Page(status, "no".into());
+        assert_eq!(passes("/resolve/", page), expected, "{status}");
+    }
+    assert!(passes("/resolve/", Fault::CutAfter(0)));
+    // Another content comes again.
+    assert!(!passes("/resolve/", Fault::WrongBytes));
+
+    // A stage that is told to try again asks once where that can't help.
+    let mut project = Project::empty();
+    project.variable("HF_ENDPOINT", &scene.server.endpoint);
+    let recipe = format!(
+        "version: 1\nstages:\n  base: {{ download_model: {{ repo: {REPO} }}, retries: 3 }}\noutputs: {{ base: out/base }}\n"
+    );
+    project.write("r.yaml", &recipe);
+    scene
+        .server
+        .fault("/resolve/", Fault::Page(403, "no".into()), 99);
+    let ended = project.run(&["run", "r.yaml"]);
+    assert_eq!(ended.code, Some(1));
+    assert!(
+        ended
+            .stderr
+            .contains("not tried again, because it would fail in the same way"),
+        "{}",
+        ended.stderr
+    );
 }

@@ -1,5 +1,7 @@
 //! What the tests share.
 
+pub(crate) mod heard;
 pub(crate) mod hub;
 pub(crate) mod objects;
 pub(crate) mod program;
+pub(crate) mod terminal;

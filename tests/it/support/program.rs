@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
@@ -76,6 +77,29 @@ impl Project {
 
     pub(crate) fn run(&self, arguments: &[&str]) -> Ended {
         self.command(arguments).output().unwrap().into()
+    }
+
+    /// Runs the program with a text as its standard input.
+    pub(crate) fn with_input(&self, arguments: &[&str], input: &str) -> Ended {
+        let mut command = self.command(arguments);
+        let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
+        let mut stdin = child.stdin.take().unwrap();
+        stdin.write_all(input.as_bytes()).unwrap();
+        drop(stdin);
+        child.wait_with_output().unwrap().into()
+    }
+
+    /// Runs the program, which has to refuse and to say why.
+    #[track_caller]
+    pub(crate) fn refuses(&self, arguments: &[&str], why: &str) {
+        let ended = self.run(arguments);
+        assert!(
+            matches!(ended.code, Some(1 | 2)),
+            "{arguments:?}: {ended:?}"
+        );
+        let told = &ended.stderr;
+        assert!(told.contains(why), "{arguments:?}: {told}");
+        assert!(!told.contains("panicked"), "{arguments:?}: {told}");
     }
 
     /// Runs the program, which has to succeed; gives its standard output.

@@ -76,15 +76,20 @@ impl<'a> Session<'a> {
 
     /// Goes on until the user ends it.
     pub(super) fn run(&mut self, input: &mut Input) -> Result<(), Failure> {
+        let mut warned = false;
         loop {
+            self.signals.answering.store(false, Ordering::Relaxed);
             let said = match input.next()? {
                 Said::End => return Ok(()),
+                Said::Interrupt if warned => return Ok(()),
                 Said::Interrupt => {
-                    tell("Ctrl-D or /quit ends the conversation");
+                    warned = true;
+                    tell("Ctrl-C again, Ctrl-D or /quit ends the conversation");
                     continue;
                 }
                 Said::Text(text) => text,
             };
+            warned = false;
             let next = match self.command(&said) {
                 Ok(next) => next,
                 Err(mistake) if self.at_terminal => {
@@ -214,7 +219,6 @@ impl<'a> Session<'a> {
         self.signals.interrupted.store(false, Ordering::Relaxed);
         self.signals.answering.store(true, Ordering::Relaxed);
         let answered = self.answer_all();
-        self.signals.answering.store(false, Ordering::Relaxed);
         if answered.is_err() {
             // It was not answered, and would stand before what is said next.
             for side in &mut self.sides {

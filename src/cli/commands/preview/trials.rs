@@ -1,6 +1,6 @@
 //! The cheap stages of a recipe, tried out on a few rows in a folder that goes away.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
@@ -34,7 +34,7 @@ pub(super) struct Found {
 }
 
 /// The stages that were tried out so far.
-pub(super) struct Trials<'a> {
+pub(in crate::cli::commands) struct Trials<'a> {
     pub(super) project: &'a Project,
     session: Session<'a>,
     states: Vec<State>,
@@ -43,10 +43,12 @@ pub(super) struct Trials<'a> {
     done: BTreeMap<usize, PathBuf>,
     /// What was tried, in order.
     pub(super) tried: Vec<Tried>,
+    /// Stages that ran and failed.
+    failed: BTreeSet<usize>,
 }
 
 impl<'a> Trials<'a> {
-    pub(super) fn new(project: &'a Project, rows: usize) -> Result<Self> {
+    pub(in crate::cli::commands) fn new(project: &'a Project, rows: usize) -> Result<Self> {
         let folder = tempfile::Builder::new()
             .prefix("pipeline-preview-")
             .tempdir();
@@ -58,6 +60,7 @@ impl<'a> Trials<'a> {
             folder: folder.context("could not make a temporary folder")?,
             done: BTreeMap::new(),
             tried: Vec::new(),
+            failed: BTreeSet::new(),
         })
     }
 
@@ -111,6 +114,15 @@ impl<'a> Trials<'a> {
             }
         }
         Ok(Found { stage, rows, plain })
+    }
+
+    /// Runs a stage that makes rows, and those before it, on the first rows. The error is that stage's own: nothing is said of one that can't
+    /// be tried before another stage ran, or behind one that failed.
+    pub(in crate::cli::commands) fn check(&mut self, index: usize) -> Result<()> {
+        match self.data(index) {
+            Err(error) if self.failed.contains(&index) => Err(error),
+            _ => Ok(()),
+        }
     }
 
     /// Whether every training that reads these tokens learns prompts, too.
@@ -181,8 +193,14 @@ impl<'a> Trials<'a> {
             };
             inputs.insert(graph.nodes[input].name.clone(), folder);
         }
-        let parameters = self.session.parameters(index)?;
-        let (parameters, told) = shortened(node.stage.kind(), parameters, self.rows);
+        let (parameters, told) = match self.session.parameters_of_first_rows(index, self.rows) {
+            Some(parameters) => (parameters, None),
+            None => shortened(
+                node.stage.kind(),
+                self.session.parameters(index)?,
+                self.rows,
+            ),
+        };
         let (sender, events) = channel();
         let folder = self.folder.path().join(index.to_string());
         let trial = Trial {
@@ -195,6 +213,9 @@ impl<'a> Trials<'a> {
         let result = self.session.try_out(&trial);
         let out = trial.out();
         drop(trial);
+        if result.is_err() {
+            self.failed.insert(index);
+        }
         let result = result.with_context(|| format!("`{}` fails on these rows", node.name))?;
         let mut messages: Vec<(Level, String)> = told
             .into_iter()
