@@ -31,7 +31,9 @@ mod gc;
 #[cfg(test)]
 mod generated;
 #[cfg(test)]
-mod gguf_out;
+mod gguf_export;
+#[cfg(test)]
+mod gguf_import;
 #[cfg(test)]
 mod history;
 #[cfg(test)]

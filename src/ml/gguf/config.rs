@@ -93,8 +93,25 @@ fn arch(file: &File) -> anyhow::Result<&'static GgufArch> {
     arch.with_context(|| format!("the architecture `{name}` is not supported, {}", known()))
 }
 
+/// transformers' `model_type` of the model in a file.
+///
+/// # Errors
+/// Its architecture or its family is not supported, or it has experts.
+pub fn model_type(file: &File) -> anyhow::Result<&'static str> {
+    let arch = arch(file)?;
+    let keys = Keys { file, arch };
+    let experts = keys.optional_size("expert_count")?.unwrap_or(0);
+    ensure!(
+        experts == 0,
+        "it has {experts} experts a layer; models with experts are not supported"
+    );
+    let model_type = stored_family(&keys)?;
+    family(Some(model_type))?;
+    Ok(model_type)
+}
+
 /// The family of a file: several are stored as `llama`, and `OLMo` 3 as `OLMo` 2.
-fn model_type(keys: &Keys<'_>) -> anyhow::Result<&'static str> {
+fn stored_family(keys: &Keys<'_>) -> anyhow::Result<&'static str> {
     let [first, others @ ..] = keys.arch.model_types else {
         bail!("the architecture `{}` has no family", keys.arch.name);
     };
@@ -123,12 +140,7 @@ pub fn describe(file: &File, float: Float) -> anyhow::Result<Description> {
         file,
         arch: arch(file)?,
     };
-    let experts = keys.optional_size("expert_count")?.unwrap_or(0);
-    ensure!(
-        experts == 0,
-        "it has {experts} experts a layer; models with experts are not supported"
-    );
-    let model_type = model_type(&keys)?;
+    let model_type = model_type(file)?;
     let layers = keys.size("block_count")?;
     ensure!(
         (1..=MOST_LAYERS).contains(&layers),

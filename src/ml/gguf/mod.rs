@@ -28,3 +28,6 @@ pub const MAGIC: [u8; 4] = *b"GGUF";
 pub const VERSION: u32 = 3;
 /// The alignment in bytes of the tensors of a file that doesn't say `general.alignment`.
 pub const ALIGNMENT: u64 = 32;
+
+#[cfg(test)]
+mod tests;

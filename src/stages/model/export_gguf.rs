@@ -20,10 +20,20 @@ use crate::ml::gguf::verify::verify_export;
 use crate::ml::io::float::Float;
 use crate::ml::model::arch::Arch;
 use crate::stages::artifacts::{Gguf, Model};
-use crate::stages::model::merge;
+use crate::stages::model::{gguf, merge};
+use crate::stages::text::tokenizers;
 
 /// A mean divergence from which the user is told that a type loses much.
 const MUCH: f64 = 0.5;
+
+/// The texts whose ids must be the same in the file: scripts, white space, numbers, code and emoji.
+const TEXTS: [&str; 5] = [
+    "Hello, World! It's 2026; we've 12345 things & 3.14159 more. I'LL don't",
+    "  two  spaces   three\tand a tab\t\tand\n\nnewlines\r\n  end  ",
+    "Größe, façade, naïve, Żółć. Привет, мир! Ελληνικά. 中文分词测试：今天天气很好。日本語のテキスト。한국어도",
+    "العربية من اليمين ١٢٣٤ שלום हिन्दी में पाठ ภาษาไทย 😀🚀 👩‍👩‍👧 🇩🇪",
+    "def f(x):\n    return {'a': [1, 2, 3]}  # comment\n\tif (a != b && c >= 0x1F) { i++; }\n",
+];
 
 /// Writes a model to one GGUF file, which llama.cpp, Ollama and LM Studio open: weights, tokenizer, special and stop tokens, and the chat
 /// template. Beside it is a `Modelfile` for `ollama create`, whose TEMPLATE renders as the chat template does; where that can't be told in
@@ -132,14 +142,14 @@ impl Stage for ExportGguf {
         let model = cx.input(&self.model)?;
         let file_type = self.outtype.file_type();
         let arch = Arch::read(model)?;
-        let gguf = export::architecture(&arch)?;
+        let architecture = export::architecture(&arch)?.name;
         let name = match &self.name {
             Some(name) => name.clone(),
             None => name_of(model)?,
         };
         let about = About {
             name: &name,
-            architecture: gguf.name,
+            architecture,
             license: self.license.as_deref(),
             base_model: self.base_model.as_deref(),
             fingerprint: cx.fingerprint(),
@@ -150,6 +160,7 @@ impl Stage for ExportGguf {
         );
         let tokens = Tokens::read(cx, model, arch.vocab_size, self.pre.as_deref())?;
         let mut metadata = about.metadata(&arch);
+        metadata.extend(metadata::sampling_keys(model)?);
         metadata.extend(tokens.metadata());
         let file = format!("{name}-{}.gguf", file_type.name());
         let mut progress = |done, total| {
@@ -183,6 +194,18 @@ fn verify(cx: &Context, model: &Path, exported: &Exported) -> anyhow::Result<()>
     };
     import::import(&file, Float::F32, u64::MAX, &restored, &mut progress)
         .context("the file that was written can't be read back; this is a bug in pipeline")?;
+    let path = cx.out().join(&exported.file.name);
+    gguf::tokenizer_alone(&path, &restored)
+        .context("the file's tokenizer can't be read back; hint: `pre` may name a way of splitting that is not known here")?;
+    let (own, other) = (tokenizers::load(model)?, tokenizers::load(&restored)?);
+    for text in TEXTS {
+        let (own, other) = (own.encode(text)?, other.encode(text)?);
+        ensure!(
+            own == other,
+            "the file's tokenizer gives other ids for {text:?}: {other:?}, expected {own:?}. This is a bug in pipeline, or the tokenizer does \
+             what llama.cpp can't"
+        );
+    }
     let prompts = merge::prompts(model)?;
     let mut progress = |done, total| {
         cx.progress(done, Some(total), "steps");

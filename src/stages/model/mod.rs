@@ -6,6 +6,7 @@ pub(in crate::stages) mod dtype;
 pub mod export_gguf;
 mod family;
 pub(in crate::stages) mod files;
+pub(in crate::stages) mod gguf;
 pub mod import_model;
 pub mod merge;
 pub mod quantize;

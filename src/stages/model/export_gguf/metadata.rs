@@ -11,9 +11,9 @@ use crate::ml::gguf::{Array, Value};
 use crate::ml::model::arch::Arch;
 use crate::ml::model::create::parameters;
 use crate::stages::text::{chat_template, tokenizers};
-use crate::text::gguf_vocabulary::Vocabulary;
 use crate::text::template::ChatTemplate;
 use crate::text::tokenizer::{self, SpecialToken, special_tokens};
+use crate::text::vocabulary::export::TokenList;
 
 /// Where a file comes from (`general.*`).
 pub(super) struct About<'a> {
@@ -87,7 +87,7 @@ impl About<'_> {
 
 /// The tokens of a model, those with a meaning among them, and its chat template (`tokenizer.*`).
 pub(super) struct Tokens {
-    vocabulary: Vocabulary,
+    vocabulary: TokenList,
     bos: Option<SpecialToken>,
     eos: Option<SpecialToken>,
     pad: Option<SpecialToken>,
@@ -112,7 +112,7 @@ impl Tokens {
         pre: Option<&str>,
     ) -> anyhow::Result<Self> {
         let tokenizer = tokenizers::load(model)?;
-        let vocabulary = Vocabulary::new(&tokenizer, size, pre)
+        let vocabulary = TokenList::new(&tokenizer, size, pre)
             .context("the tokenizer can't be put into a GGUF file")?;
         let template = tokenizer::chat_template(model)?;
         let mut ends: Vec<SpecialToken> = Vec::new();
@@ -191,7 +191,7 @@ impl Tokens {
     /// The keys, by llama.cpp's names.
     pub(super) fn metadata(&self) -> Vec<(String, Value)> {
         let vocabulary = &self.vocabulary;
-        let types = vocabulary.types.iter().map(|kind| *kind as i32).collect();
+        let types = vocabulary.kinds.iter().map(|kind| kind.id()).collect();
         let texts = |texts: &[String]| Value::Array(Array::String(texts.to_vec()));
         let mut keys: Vec<(&str, Value)> = vec![
             ("model", text(vocabulary.model)),
@@ -234,18 +234,79 @@ impl Tokens {
     }
 }
 
+/// A setting of sampling by everybody's names.
+pub(super) struct Sampling {
+    transformers: &'static str,
+    gguf: &'static str,
+    pub(super) ollama: &'static str,
+}
+
+const SAMPLING: [Sampling; 5] = [
+    Sampling {
+        transformers: "temperature",
+        gguf: "temp",
+        ollama: "temperature",
+    },
+    Sampling {
+        transformers: "top_k",
+        gguf: "top_k",
+        ollama: "top_k",
+    },
+    Sampling {
+        transformers: "top_p",
+        gguf: "top_p",
+        ollama: "top_p",
+    },
+    Sampling {
+        transformers: "min_p",
+        gguf: "min_p",
+        ollama: "min_p",
+    },
+    Sampling {
+        transformers: "repetition_penalty",
+        gguf: "penalty_repeat",
+        ollama: "repeat_penalty",
+    },
+];
+
+/// A JSON file of a model folder, if there is one.
+fn json_of(model: &Path, name: &str) -> anyhow::Result<BTreeMap<String, Json>> {
+    let path = model.join(name);
+    if !path.is_file() {
+        return Ok(BTreeMap::new());
+    }
+    let read = || anyhow::Ok(serde_json::from_slice(&std::fs::read(&path)?)?);
+    read().with_context(|| format!("could not read `{}`", path.display()))
+}
+
+/// The settings of sampling in `generation_config.json`.
+pub(super) fn sampling(model: &Path) -> anyhow::Result<Vec<(&'static Sampling, Json)>> {
+    let config = json_of(model, "generation_config.json")?;
+    let found = SAMPLING.iter().filter_map(|setting| {
+        let value = config.get(setting.transformers)?;
+        value.is_number().then(|| (setting, value.clone()))
+    });
+    Ok(found.collect())
+}
+
+/// The same as keys of the file (`general.sampling.*`).
+pub(super) fn sampling_keys(model: &Path) -> anyhow::Result<Vec<(String, Value)>> {
+    let keys = sampling(model)?.into_iter().filter_map(|(setting, value)| {
+        let value = if setting.gguf == "top_k" {
+            Value::I32(i32::try_from(value.as_i64()?).ok()?)
+        } else {
+            Value::F32(value.as_f64()? as f32)
+        };
+        Some((format!("general.sampling.{}", setting.gguf), value))
+    });
+    Ok(keys.collect())
+}
+
 /// The ids that end a generation by `generation_config.json` and `config.json`.
 fn end_ids(model: &Path) -> anyhow::Result<Vec<u32>> {
     let mut ids = Vec::new();
     for name in ["generation_config.json", "config.json"] {
-        let path = model.join(name);
-        if !path.is_file() {
-            continue;
-        }
-        let read = || -> anyhow::Result<BTreeMap<String, Json>> {
-            Ok(serde_json::from_slice(&std::fs::read(&path)?)?)
-        };
-        let config = read().with_context(|| format!("could not read `{}`", path.display()))?;
+        let config = json_of(model, name)?;
         let found = match config.get("eos_token_id") {
             Some(Json::Array(ids)) => ids.iter().filter_map(Json::as_u64).collect(),
             Some(id) => id.as_u64().into_iter().collect(),

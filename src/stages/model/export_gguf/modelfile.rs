@@ -7,23 +7,13 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use anyhow::Context as _;
-use serde_json::Value;
 
-use super::metadata::Tokens;
+use super::metadata::{Tokens, sampling};
 use crate::engine::Context;
 use crate::text::turns::Turns;
 
 /// The file's name, which `ollama create` looks for.
 const NAME: &str = "Modelfile";
-/// Settings of generation by transformers' and by Ollama's names.
-const PARAMETERS: [(&str, &str); 5] = [
-    ("temperature", "temperature"),
-    ("top_p", "top_p"),
-    ("top_k", "top_k"),
-    ("min_p", "min_p"),
-    ("repetition_penalty", "repeat_penalty"),
-];
-
 /// Writes the `Modelfile` for the file called `gguf`.
 pub(super) fn write(cx: &Context, model: &Path, gguf: &str, tokens: &Tokens) -> anyhow::Result<()> {
     let mut text = format!("FROM ./{gguf}\n");
@@ -60,23 +50,8 @@ pub(super) fn write(cx: &Context, model: &Path, gguf: &str, tokens: &Tokens) -> 
             _ = writeln!(text, "PARAMETER stop \"{end}\"");
         }
     }
-    for (name, value) in parameters(model)? {
-        _ = writeln!(text, "PARAMETER {name} {value}");
+    for (setting, value) in sampling(model)? {
+        _ = writeln!(text, "PARAMETER {} {value}", setting.ollama);
     }
     std::fs::write(cx.out().join(NAME), text).with_context(|| format!("could not write `{NAME}`"))
-}
-
-/// The settings of sampling in `generation_config.json`, by Ollama's names.
-fn parameters(model: &Path) -> anyhow::Result<Vec<(&'static str, Value)>> {
-    let path = model.join("generation_config.json");
-    if !path.is_file() {
-        return Ok(Vec::new());
-    }
-    let read = || -> anyhow::Result<Value> { Ok(serde_json::from_slice(&std::fs::read(&path)?)?) };
-    let config = read().with_context(|| format!("could not read `{}`", path.display()))?;
-    let found = PARAMETERS.into_iter().filter_map(|(theirs, name)| {
-        let value = config.get(theirs)?;
-        value.is_number().then(|| (name, value.clone()))
-    });
-    Ok(found.collect())
 }

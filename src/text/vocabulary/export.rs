@@ -1,7 +1,7 @@
 //! A tokenizer as GGUF holds it (`tokenizer.ggml.*`): a list of tokens with their types and merges or scores, and the name of the way in
 //! which llama.cpp cuts a text into words.
 //!
-//! Two kinds can be told: byte-level BPE (`gpt2`), whose split pattern llama.cpp knows by a name ([`super::gguf_split`]), and
+//! Two kinds can be told: byte-level BPE (`gpt2`), whose split pattern llama.cpp knows by a name ([`super::recognise`]), and
 //! `SentencePiece`'s BPE (`llama`), whose merges become scores: the earlier a merge, the higher the score of what it makes, so that
 //! llama.cpp merges in the same order.
 
@@ -10,30 +10,12 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 
-use super::gguf_split;
-use super::tokenizer::Tokenizer;
+use super::{TokenKind, recognise};
+use crate::text::tokenizer::Tokenizer;
 
-/// The type of a token, by GGUF's numbers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(i32)]
-pub enum TokenType {
-    /// A piece of text.
-    Normal = 1,
-    /// What stands for text that the vocabulary can't spell.
-    Unknown = 2,
-    /// A token with a meaning, which never comes from a user's text.
-    Control = 3,
-    /// An added token that is text.
-    UserDefined = 4,
-    /// An id without a token.
-    Unused = 5,
-    /// A byte (`<0x0A>`).
-    Byte = 6,
-}
-
-/// A vocabulary for a GGUF file.
+/// The tokens of a model, for a GGUF file.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Vocabulary {
+pub struct TokenList {
     /// `tokenizer.ggml.model`: `gpt2` or `llama`.
     pub model: &'static str,
     /// `tokenizer.ggml.pre`.
@@ -41,7 +23,7 @@ pub struct Vocabulary {
     /// The tokens by their ids.
     pub tokens: Vec<String>,
     /// Their types.
-    pub types: Vec<TokenType>,
+    pub kinds: Vec<TokenKind>,
     /// Their scores, for `llama`.
     pub scores: Option<Vec<f32>>,
     /// The merges, two tokens with a space between each, for `gpt2`.
@@ -59,7 +41,7 @@ const ADDED_SCORE: f32 = -1e8;
 /// The score of an id that has no token.
 const UNUSED_SCORE: f32 = -2e8;
 
-impl Vocabulary {
+impl TokenList {
     /// The vocabulary of `tokenizer` for a model with `size` ids. `pre` names the way of splitting, if it is not to be recognised.
     ///
     /// # Errors
@@ -78,17 +60,17 @@ impl Vocabulary {
         let plain = plain_tokens(model)?;
         let added = added_tokens(&json)?;
         let merges = merges(model)?;
-        let mut tokens: Vec<Option<(String, TokenType)>> = vec![None; size];
+        let mut tokens: Vec<Option<(String, TokenKind)>> = vec![None; size];
         for (id, text) in &plain {
-            *slot(&mut tokens, *id, text)? = Some((text.clone(), TokenType::Normal));
+            *slot(&mut tokens, *id, text)? = Some((text.clone(), TokenKind::Normal));
         }
         let byte_fallback = model.get("byte_fallback") == Some(&Value::Bool(true));
-        let is_byte_level = gguf_split::is_byte_level(&json);
+        let is_byte_level = recognise::is_byte_level(&json);
         let mut vocabulary = Self {
             model: if is_byte_level { "gpt2" } else { "llama" },
             pre: "default".to_owned(),
             tokens: Vec::new(),
-            types: Vec::new(),
+            kinds: Vec::new(),
             scores: None,
             merges: None,
             add_space_prefix: None,
@@ -98,7 +80,7 @@ impl Vocabulary {
         if is_byte_level {
             vocabulary.pre = match pre {
                 Some(pre) => pre.to_owned(),
-                None => gguf_split::recognise(&json)?.to_owned(),
+                None => recognise::recognise(&json)?.to_owned(),
             };
             vocabulary.merges = Some(merges.iter().map(|(a, b)| format!("{a} {b}")).collect());
         } else {
@@ -106,31 +88,31 @@ impl Vocabulary {
                 byte_fallback,
                 "the tokenizer is neither byte-level nor has it tokens for bytes (`byte_fallback`), which GGUF's kinds of BPE need"
             );
-            vocabulary.add_space_prefix = Some(gguf_split::adds_space(&json)?);
+            vocabulary.add_space_prefix = Some(recognise::adds_space(&json)?);
             for (text, kind) in tokens.iter_mut().flatten() {
                 if is_byte(text) {
-                    *kind = TokenType::Byte;
+                    *kind = TokenKind::Byte;
                 }
             }
             if let Some(unknown) = model.get("unk_token").and_then(Value::as_str) {
                 let id = plain.iter().find(|(_, text)| text.as_str() == unknown);
                 if let Some((id, text)) = id {
-                    *slot(&mut tokens, *id, text)? = Some((text.clone(), TokenType::Unknown));
+                    *slot(&mut tokens, *id, text)? = Some((text.clone(), TokenKind::Unknown));
                     vocabulary.unknown = Some(*id);
                 }
             }
         }
         for token in &added {
             let kind = if token.special || looks_special(&token.text) {
-                TokenType::Control
+                TokenKind::Control
             } else {
-                TokenType::UserDefined
+                TokenKind::UserDefined
             };
             let slot = slot(&mut tokens, token.id, &token.text)?;
-            if !matches!(slot, Some((_, TokenType::Unknown))) {
+            if !matches!(slot, Some((_, TokenKind::Unknown))) {
                 let text = match kind {
                     // llama.cpp finds these in the text as it was before spaces were written as `▁`.
-                    TokenType::UserDefined if !is_byte_level => token.text.replace('▁', " "),
+                    TokenKind::UserDefined if !is_byte_level => token.text.replace('▁', " "),
                     _ => token.text.clone(),
                 };
                 *slot = Some((text, kind));
@@ -145,16 +127,16 @@ impl Vocabulary {
     }
 
     /// Sets tokens and types; an id without a token gets a name that no token has.
-    fn fill(&mut self, tokens: Vec<Option<(String, TokenType)>>) -> Result<()> {
+    fn fill(&mut self, tokens: Vec<Option<(String, TokenKind)>>) -> Result<()> {
         let mut seen = HashSet::new();
         for (id, token) in tokens.into_iter().enumerate() {
-            let (text, kind) = token.unwrap_or_else(|| (format!("[PAD{id}]"), TokenType::Unused));
+            let (text, kind) = token.unwrap_or_else(|| (format!("[PAD{id}]"), TokenKind::Unused));
             ensure!(
                 seen.insert(text.clone()),
                 "the token `{text}` has two ids, which a GGUF file can't hold"
             );
             self.tokens.push(text);
-            self.types.push(kind);
+            self.kinds.push(kind);
         }
         Ok(())
     }
@@ -177,10 +159,10 @@ impl Vocabulary {
 
 /// The place of an id.
 fn slot<'t>(
-    tokens: &'t mut [Option<(String, TokenType)>],
+    tokens: &'t mut [Option<(String, TokenKind)>],
     id: u32,
     text: &str,
-) -> Result<&'t mut Option<(String, TokenType)>> {
+) -> Result<&'t mut Option<(String, TokenKind)>> {
     let size = tokens.len();
     let place = tokens.get_mut(id as usize);
     place.with_context(|| {
@@ -274,7 +256,7 @@ fn looks_special(text: &str) -> bool {
 /// `SentencePiece`'s scores for merges: llama.cpp merges the pair whose whole has the highest score first, so what the first merge makes
 /// has the score 0, the next -1, and so on.
 fn scores(
-    vocabulary: &Vocabulary,
+    vocabulary: &TokenList,
     merges: &[(String, String)],
     added: &[Added],
 ) -> Result<Vec<f32>> {
@@ -288,16 +270,16 @@ fn scores(
     );
     let added: HashSet<u32> = added.iter().map(|token| token.id).collect();
     let mut scores = Vec::with_capacity(vocabulary.tokens.len());
-    for (id, (text, kind)) in vocabulary.tokens.iter().zip(&vocabulary.types).enumerate() {
+    for (id, (text, kind)) in vocabulary.tokens.iter().zip(&vocabulary.kinds).enumerate() {
         let is_added = u32::try_from(id).is_ok_and(|id| added.contains(&id));
         scores.push(match kind {
-            TokenType::Normal if !is_added => match ranks.get(text) {
+            TokenKind::Normal if !is_added => match ranks.get(text) {
                 Some(rank) => -(*rank as f32),
                 // A single character, which nothing is merged to.
                 None => -((merges.len() + id) as f32),
             },
-            TokenType::Unused => UNUSED_SCORE,
-            TokenType::Byte | TokenType::Unknown => 0.,
+            TokenKind::Unused => UNUSED_SCORE,
+            TokenKind::Byte | TokenKind::Unknown => 0.,
             _ => ADDED_SCORE,
         });
     }

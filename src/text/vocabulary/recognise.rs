@@ -1,45 +1,12 @@
 //! llama.cpp's names for the ways in which tokenizers cut a text into words (`tokenizer.ggml.pre`).
 //!
-//! llama.cpp's converter tells them by a digest of the ids of one text. Here they are told by what the tokenizer does: the patterns in
-//! `tokenizer.json` are compared with those that llama.cpp has in `llama-vocab.cpp`.
+//! llama.cpp's converter tells them by a digest of the ids of one text. Here they are told by what the tokenizer does: the steps in
+//! `tokenizer.json` are compared with those of the ways that [`Splits`] knows.
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
-/// A step before BPE.
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum Step {
-    /// Words are what the pattern matches and what is between.
-    Split(String),
-    /// Every digit is a word.
-    Digits,
-    /// GPT-2's pattern.
-    Gpt2,
-}
-
-/// How Llama 3 cuts a text, and many after it.
-const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const QWEN35: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const GPT4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-/// GPT-2's own, where a file spells it out.
-const GPT2: &str = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
-const GPT2_LONG: &str =
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
-
-/// The name by pattern, and by whether a word that is a token is taken without merging (`ignore_merges`); `None` where llama.cpp does the
-/// same in both cases.
-const PATTERNS: [(&str, Option<bool>, &str); 8] = [
-    (LLAMA3, Some(true), "llama-bpe"),
-    (LLAMA3, Some(false), "dbrx"),
-    (QWEN2, Some(false), "qwen2"),
-    (QWEN35, Some(false), "qwen35"),
-    (GPT4O, Some(false), "gpt-4o"),
-    (TEKKEN, Some(true), "tekken"),
-    (GPT2, Some(false), "gpt-2"),
-    (GPT2_LONG, Some(false), "gpt-2"),
-];
+use super::splits::{Found, Splits};
 
 /// Whether a tokenizer works on bytes written as characters.
 pub(super) fn is_byte_level(json: &Value) -> bool {
@@ -101,25 +68,14 @@ pub(super) fn recognise(json: &Value) -> Result<&'static str> {
             );
         }
     }
+    let nfc = !parts(normalizer, "normalizers").is_empty();
     let steps = steps(pre).with_context(found)?;
-    let name = match &steps[..] {
-        [Step::Split(pattern)] => {
-            let named = PATTERNS.iter().find(|(known, ignores, _)| {
-                known == pattern && ignores.is_none_or(|ignores| ignores == ignores_merges)
-            });
-            // Where the vocabulary has no word that merges don't make, the setting makes no difference.
-            let named = named.or_else(|| PATTERNS.iter().find(|(known, ..)| known == pattern));
-            named.map(|(.., name)| *name)
-        }
-        [Step::Gpt2] if !ignores_merges => Some("gpt-2"),
-        [Step::Digits, Step::Gpt2] if !ignores_merges => Some("smollm"),
-        _ => None,
-    };
-    name.with_context(found)
+    let way = Splits::by_steps(&steps, ignores_merges, nfc);
+    way.map(Splits::name).with_context(found)
 }
 
 /// The steps of a byte-level pre-tokenizer; `None` if there is one of another kind.
-fn steps(pre: &Value) -> Option<Vec<Step>> {
+fn steps(pre: &Value) -> Option<Vec<Found>> {
     let mut steps = Vec::new();
     for part in parts(pre, "pretokenizers") {
         match kind(part) {
@@ -129,10 +85,10 @@ fn steps(pre: &Value) -> Option<Vec<Step>> {
                 }
                 // Without the setting the library splits.
                 if part.get("use_regex") != Some(&Value::Bool(false)) {
-                    steps.push(Step::Gpt2);
+                    steps.push(Found::Gpt2);
                 }
             }
-            "Digits" if flag(part, "individual_digits") => steps.push(Step::Digits),
+            "Digits" if flag(part, "individual_digits") => steps.push(Found::Digits),
             "Split" => {
                 let pattern = part.get("pattern")?.get("Regex")?.as_str()?;
                 let isolated = part.get("behavior")?.as_str()? == "Isolated";
@@ -142,9 +98,9 @@ fn steps(pre: &Value) -> Option<Vec<Step>> {
                     return None;
                 }
                 steps.push(if pattern == r"\p{N}" {
-                    Step::Digits
+                    Found::Digits
                 } else {
-                    Step::Split(pattern.to_owned())
+                    Found::Pattern(pattern.to_owned())
                 });
             }
             _ => return None,

@@ -55,7 +55,7 @@ fn vocabulary_of_bytes() -> Value {
 fn byte_level_tokens_keep_their_merges() {
     let tokenizer = Tokenizer::load(Path::new(MODEL)).unwrap();
     let size = tokenizer.vocab_size();
-    let vocabulary = Vocabulary::new(&tokenizer, size + 3, None).unwrap();
+    let vocabulary = TokenList::new(&tokenizer, size + 3, None).unwrap();
     assert_eq!(
         (vocabulary.model, vocabulary.pre.as_str()),
         ("gpt2", "llama-bpe")
@@ -66,26 +66,26 @@ fn byte_level_tokens_keep_their_merges() {
         assert_eq!(tokenizer.token_of(id as u32).as_ref(), Some(text));
     }
     assert_eq!(vocabulary.tokens[size + 1], format!("[PAD{}]", size + 1));
-    assert_eq!(vocabulary.types[size + 1], TokenType::Unused);
+    assert_eq!(vocabulary.kinds[size + 1], TokenKind::Unused);
     let eot = tokenizer.token("<|eot_id|>").unwrap().id as usize;
-    assert_eq!(vocabulary.types[eot], TokenType::Control);
+    assert_eq!(vocabulary.kinds[eot], TokenKind::Control);
     let merges = vocabulary.merges.unwrap();
     assert!(merges.iter().all(|merge| merge.split(' ').count() == 2));
     // The model has to have a row for each token.
-    let error = Vocabulary::new(&tokenizer, size - 1, None).unwrap_err();
+    let error = TokenList::new(&tokenizer, size - 1, None).unwrap_err();
     assert!(
         error.to_string().contains("the model has ids below"),
         "{error}"
     );
     // A name that is given is taken.
-    let named = Vocabulary::new(&tokenizer, size, Some("smaug-bpe")).unwrap();
+    let named = TokenList::new(&tokenizer, size, Some("smaug-bpe")).unwrap();
     assert_eq!(named.pre, "smaug-bpe");
 }
 
 #[test]
 fn merges_become_scores() {
     let tokenizer = load(&sentence_piece()).unwrap();
-    let vocabulary = Vocabulary::new(&tokenizer, 266, None).unwrap();
+    let vocabulary = TokenList::new(&tokenizer, 266, None).unwrap();
     assert_eq!(
         (vocabulary.model, vocabulary.pre.as_str()),
         ("llama", "default")
@@ -99,20 +99,20 @@ fn merges_become_scores() {
             .position(|token| token == text)
             .unwrap();
         (
-            vocabulary.types[id],
+            vocabulary.kinds[id],
             vocabulary.scores.as_ref().unwrap()[id],
         )
     };
-    assert_eq!(of("▁a"), (TokenType::Normal, 0.));
-    assert_eq!(of("ab"), (TokenType::Normal, -1.));
-    assert_eq!(of("▁ab"), (TokenType::Normal, -2.));
+    assert_eq!(of("▁a"), (TokenKind::Normal, 0.));
+    assert_eq!(of("ab"), (TokenKind::Normal, -1.));
+    assert_eq!(of("▁ab"), (TokenKind::Normal, -2.));
     assert!(of("b").1 < -2.);
-    assert_eq!(of("<0x0A>"), (TokenType::Byte, 0.));
-    assert_eq!(of("<unk>").0, TokenType::Unknown);
-    assert_eq!(of("<s>").0, TokenType::Control);
+    assert_eq!(of("<0x0A>"), (TokenKind::Byte, 0.));
+    assert_eq!(of("<unk>").0, TokenKind::Unknown);
+    assert_eq!(of("<s>").0, TokenKind::Control);
     // llama.cpp finds it before spaces are written otherwise.
-    assert_eq!(of("  "), (TokenType::UserDefined, ADDED_SCORE));
-    assert_eq!(of("[PAD265]"), (TokenType::Unused, UNUSED_SCORE));
+    assert_eq!(of("  "), (TokenKind::UserDefined, ADDED_SCORE));
+    assert_eq!(of("[PAD265]"), (TokenKind::Unused, UNUSED_SCORE));
     assert!(vocabulary.warnings[0].contains("white space"));
 }
 
@@ -122,7 +122,7 @@ fn what_can_not_be_told_is_refused_with_what_was_found() {
         let mut json = sentence_piece();
         change(&mut json);
         let tokenizer = load(&json).unwrap();
-        format!("{:#}", Vocabulary::new(&tokenizer, 266, None).unwrap_err())
+        format!("{:#}", TokenList::new(&tokenizer, 266, None).unwrap_err())
     };
     let error = refused(&|json| json["model"]["byte_fallback"] = false.into());
     assert!(error.contains("byte_fallback"), "{error}");
@@ -170,6 +170,6 @@ fn llama_cpp_s_names_are_found_by_what_a_tokenizer_does() {
         (sequence(vec![digits, byte_level(true)]), false, "smollm"),
     ] {
         let json = json!({"normalizer": {"type": "NFC"}, "pre_tokenizer": pre, "model": {"ignore_merges": ignores}});
-        assert_eq!(gguf_split::recognise(&json).unwrap(), expected);
+        assert_eq!(recognise::recognise(&json).unwrap(), expected);
     }
 }
