@@ -101,6 +101,7 @@ pub struct Vocabulary<'a> {
     pub model_max_length: Option<u64>,
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "for `map_err`")]
 fn failed(error: tokenizers::Error) -> anyhow::Error {
     anyhow!("the tokenizer can't be made: {error}")
 }

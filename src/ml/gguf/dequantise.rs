@@ -188,7 +188,7 @@ fn q3_k(bytes: &[u8], out: &mut [f32]) {
     }
 }
 
-/// The scale and the minimum of sub-block i of Q4_K and Q5_K: 6 bits each in 12 bytes.
+/// The scale and the minimum of sub-block i of `Q4_K` and `Q5_K`: 6 bits each in 12 bytes.
 fn scale_and_minimum(packed: &[u8], i: usize) -> (f32, f32) {
     let (scale, minimum) = if i < 4 {
         (packed[i] & 63, packed[i + 4] & 63)
@@ -214,7 +214,7 @@ fn q4_k(bytes: &[u8], out: &mut [f32]) {
     }
 }
 
-/// As Q4_K, with 32 bytes of fifth bits before the values.
+/// As `Q4_K`, with 32 bytes of fifth bits before the values.
 fn q5_k(bytes: &[u8], out: &mut [f32]) {
     let (d, minimum) = (half(bytes, 0), half(bytes, 2));
     let high = &bytes[16..48];
@@ -379,7 +379,7 @@ fn tq1_0(bytes: &[u8], out: &mut [f32]) {
     const POWERS: [u8; 5] = [1, 3, 9, 27, 81];
     let d = half(bytes, 52);
     let digit = |byte: u8, power: u8| {
-        let digit = u16::from(byte.wrapping_mul(power)) * 3 >> 8;
+        let digit = (u16::from(byte.wrapping_mul(power)) * 3) >> 8;
         d * (f32::from(digit) - 1.)
     };
     for (i, out) in out.iter_mut().enumerate() {

@@ -48,7 +48,7 @@ impl TensorInfo {
 #[derive(Debug)]
 pub struct File {
     path: PathBuf,
-    file: fs::File,
+    open: fs::File,
     metadata: BTreeMap<String, Value>,
     tensors: BTreeMap<String, TensorInfo>,
 }
@@ -65,7 +65,7 @@ impl File {
             let (metadata, tensors) = Header::read(&file, size)?;
             Ok(Self {
                 path: path.to_path_buf(),
-                file,
+                open: file,
                 metadata,
                 tensors,
             })
@@ -94,7 +94,7 @@ impl File {
             "a tensor has {} bytes, fewer than are wanted",
             tensor.bytes
         );
-        let read = self.file.read_exact_at(out, tensor.start + first as u64);
+        let read = self.open.read_exact_at(out, tensor.start + first as u64);
         read.map_err(|error| match error.kind() {
             ErrorKind::UnexpectedEof => anyhow!("the file became shorter while it was read"),
             _ => error.into(),

@@ -1,3 +1,5 @@
+//! Small vocabularies of each kind, and what can be wrong with one.
+
 use super::*;
 
 fn texts(texts: &[&str]) -> Vec<String> {
