@@ -59,6 +59,8 @@ fn a_trained_model_becomes_a_file_once() {
         "gguf",
         "--repo",
         "me/tuned",
+        "--license",
+        "mit",
         "--dry-run",
         "--offline",
     ]);
@@ -87,7 +89,8 @@ fn mistakes_are_told_before_anything_runs() {
     );
     let error = refused("{ model: merged, name: tuned }", "{ model: tuned }");
     assert!(
-        error.contains("adapter") && error.contains("merge"),
+        error.contains("takes a stage that makes `model`")
+            && error.contains("`merge: { adapter: tuned }`"),
         "{error}"
     );
     let error = refused("name: tuned }", "name: a/b }");

@@ -1,3 +1,5 @@
+//! Blocks on every instruction set, and with values at the edges.
+
 use super::*;
 use crate::dispatch::tests::{with_each, with_threads};
 

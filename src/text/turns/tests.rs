@@ -1,3 +1,5 @@
+//! Templates that are plain, and some that are not.
+
 use std::collections::BTreeMap;
 
 use super::*;

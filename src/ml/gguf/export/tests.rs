@@ -1,3 +1,5 @@
+//! Exports read back, beside llama.cpp's own bytes, and what is refused.
+
 use candle_core::{Device, Tensor};
 
 use super::super::import::import;

@@ -1,3 +1,5 @@
+//! The stage on the golden model: its file, its `Modelfile`, its notes and its refusals.
+
 use super::*;
 use crate::ml::gguf::Value;
 use crate::ml::testing::golden;

@@ -1,3 +1,5 @@
+//! Tokenizers of both kinds as lists, and those that can't be told.
+
 use std::path::Path;
 
 use serde_json::json;
