@@ -23,5 +23,6 @@ pub mod template;
 pub mod text_stream;
 pub mod tokenizer;
 pub mod turn_end;
+pub mod turn_format;
 mod turns;
 pub mod vocabulary;

@@ -33,6 +33,8 @@ mod gc;
 #[cfg(test)]
 mod generated;
 #[cfg(test)]
+mod gguf_export;
+#[cfg(test)]
 mod gguf_import;
 #[cfg(test)]
 mod history;
