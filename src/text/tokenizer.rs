@@ -1,5 +1,7 @@
 //! The tokenizer of a model folder: `tokenizer.json`, the special tokens, and the chat template that lies beside them.
 
+mod new_tokens;
+
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -12,6 +14,7 @@ use super::declared::Declared;
 use super::files::{LONGEST_TOKENIZER, file_name, json_file, read_short};
 use super::llama3_bpe::Llama3Bpe;
 use super::template::LONGEST;
+pub use new_tokens::NewToken;
 
 /// A special token with its id.
 #[derive(Debug, Clone, PartialEq, Eq)]

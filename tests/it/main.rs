@@ -81,3 +81,5 @@ mod story;
 mod support;
 #[cfg(test)]
 mod terminal;
+#[cfg(test)]
+mod tokens;
