@@ -153,7 +153,9 @@ fn drawn(
             } else {
                 normal(rng, old + count)?.split_off(old)
             };
-            values.iter_mut().for_each(|x| *x *= std as f32);
+            for x in &mut values {
+                *x *= std as f32;
+            }
             Ok(values)
         }
         NewRows::Mean => {
@@ -244,7 +246,9 @@ fn covariance(raw: &RawTensor<'_>, float: Float, mean: &[f32]) -> anyhow::Result
         Ok(())
     })?;
     let scale = EPSILON / before as f64;
-    sums.iter_mut().for_each(|sum| *sum *= scale);
+    for sum in &mut sums {
+        *sum *= scale;
+    }
     Ok(sums)
 }
 
