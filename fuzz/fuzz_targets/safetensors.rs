@@ -27,5 +27,5 @@ fuzz_target!(|data: &[u8]| {
         }
         assert!(weights.file_of(name).is_some());
     }
-    let _ = pipeline::ml::model::config::LlamaConfig::read(FOLDER.path());
+    let _ = pipeline::ml::model::arch::Arch::read(FOLDER.path());
 });

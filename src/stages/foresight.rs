@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::dataset::import_dataset::ImportDataset;
+use super::model::gguf;
 use crate::engine::{AnyStage, Marker, markers, unmarked};
 use crate::ml::model::families;
 
@@ -55,7 +56,13 @@ pub fn foresee(stages: &[Planned<'_>]) -> Vec<Foreseen> {
         };
         match planned.stage.kind() {
             "import_model" => {
-                if let Some((_, config)) = config(planned)
+                if let Some(path) = gguf_file(planned) {
+                    if let Some(error) = gguf::unsupported(path) {
+                        let hint =
+                            "take another file of the model, or one of a model that is supported";
+                        tell("path", format!("{error:#}"), hint.to_owned());
+                    }
+                } else if let Some((_, config)) = config(planned)
                     && let Err(error) = families::family(model_type(&config))
                 {
                     let hint = "models of other families can't be computed yet";
@@ -185,6 +192,12 @@ fn config(planned: &Planned<'_>) -> Option<(String, Value)> {
     // What is no map is for the stage to refuse.
     let config: Value = serde_json::from_slice(&std::fs::read(path).ok()?).ok()?;
     config.is_object().then(|| (written.clone(), config))
+}
+
+/// The GGUF file that a stage imports.
+fn gguf_file<'a>(planned: &'a Planned<'_>) -> Option<&'a Path> {
+    let (written, path) = planned.files.first_key_value()?;
+    Some(path.as_path()).filter(|path| gguf::is_gguf(written) && path.is_file())
 }
 
 fn model_type(config: &Value) -> Option<&str> {

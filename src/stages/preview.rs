@@ -1,6 +1,6 @@
 //! Stages made cheap, for a look at a recipe before time is spent.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
@@ -61,9 +61,17 @@ pub fn shortened(kind: &str, mut parameters: Value, rows: usize) -> (Value, Opti
     }
 }
 
+/// Writes the tokenizer and the chat template of a GGUF file to the folder `out`.
+///
+/// # Errors
+/// The file can't be read, or its tokenizer is not known.
+pub fn tokenizer_of_gguf(file: &Path, out: &Path) -> Result<()> {
+    model::gguf::tokenizer_alone(file, out)
+}
+
 /// Where the tokenizer of a model comes from that is not made yet.
 pub enum TokenizerSource {
-    /// A folder that is there.
+    /// A folder that is there, or a GGUF file.
     Folder(PathBuf),
     /// A local file or folder of the recipe, as it is written there.
     Source(String),
@@ -95,7 +103,8 @@ pub fn tokenizer_source(
             let folder = folder.with_context(|| {
                 format!("the tokenizer of `{repo}` is not here; hint: run the stage that downloads it first")
             })?;
-            Some(TokenizerSource::Folder(folder))
+            let file = text("file").map(|file| folder.join(file));
+            Some(TokenizerSource::Folder(file.unwrap_or(folder)))
         }
         _ => text("model").map(TokenizerSource::Stage),
     })

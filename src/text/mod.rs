@@ -20,3 +20,4 @@ pub mod template;
 pub mod text_stream;
 pub mod tokenizer;
 pub mod turn_end;
+pub mod vocabulary;

@@ -218,13 +218,13 @@ impl Tokenizer {
 }
 
 /// Calls the library, which panics at tables and regular expressions that nobody means.
-fn guarded<R>(call: impl FnOnce() -> R) -> Result<R> {
+pub(super) fn guarded<R>(call: impl FnOnce() -> R) -> Result<R> {
     // What the library leaves half done is not looked at again.
     catch_unwind(AssertUnwindSafe(call)).map_err(|panic| {
         let text = panic.downcast_ref::<String>().map(String::as_str);
         let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
         let text = text.unwrap_or("it does not say why");
-        anyhow!("the tokenizers library gave up: {text}; hint: `tokenizer.json` may be damaged")
+        anyhow!("the tokenizers library gave up: {text}; hint: the tokenizer's file may be damaged")
     })
 }
 

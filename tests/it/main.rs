@@ -31,6 +31,8 @@ mod gc;
 #[cfg(test)]
 mod generated;
 #[cfg(test)]
+mod gguf_import;
+#[cfg(test)]
 mod history;
 #[cfg(test)]
 mod hub;

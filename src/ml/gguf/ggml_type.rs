@@ -7,7 +7,7 @@ use anyhow::{Context as _, ensure};
 /// A type of tensors by ggml's name. Values are stored in blocks: [`GgmlType::block`] values of a row take [`GgmlType::block_bytes`] bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(u32)]
-#[allow(missing_docs, non_camel_case_types)] // ggml's names
+#[expect(missing_docs, non_camel_case_types, reason = "ggml's names")]
 pub enum GgmlType {
     F32 = 0,
     F16 = 1,

@@ -3,7 +3,7 @@
 /// The type of a value; the number is the file's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
-#[allow(missing_docs)] // Rust's names, but for the last
+#[expect(missing_docs, reason = "Rust's names, but for the last")]
 pub enum ValueType {
     U8 = 0,
     I8 = 1,
@@ -51,7 +51,7 @@ impl ValueType {
 
 /// A value of the metadata.
 #[derive(Debug, Clone, PartialEq)]
-#[allow(missing_docs)] // one variant a type
+#[expect(missing_docs, reason = "one variant a type")]
 pub enum Value {
     U8(u8),
     I8(i8),
@@ -70,7 +70,7 @@ pub enum Value {
 
 /// An array of the metadata. All its elements have one type.
 #[derive(Debug, Clone, PartialEq)]
-#[allow(missing_docs)] // one variant a type
+#[expect(missing_docs, reason = "one variant a type")]
 pub enum Array {
     U8(Vec<u8>),
     I8(Vec<i8>),
@@ -122,10 +122,11 @@ impl Value {
         }
     }
 
-    /// A number, of whatever type.
+    /// A number, of whatever type. A single-precision one is the shortest decimal fraction that rounds to it: what was 1e-5 before it
+    /// was written is 1e-5 again.
     pub fn number(&self) -> Option<f64> {
         match *self {
-            Self::F32(value) => Some(value.into()),
+            Self::F32(value) => value.to_string().parse().ok(),
             Self::F64(value) => Some(value),
             Self::I8(value) => Some(value.into()),
             Self::I16(value) => Some(value.into()),

@@ -23,7 +23,7 @@ pub struct Family {
     /// Its `model_type` in `config.json`.
     pub model_type: &'static str,
     /// transformers' class of its causal language models.
-    architecture: &'static str,
+    pub architecture: &'static str,
     /// The keys among [`FAMILY_KEYS`] that it reads.
     knows: &'static [&'static str],
     /// Reads the architecture. It is an error, which names the key, if something is not supported.

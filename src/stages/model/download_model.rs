@@ -6,7 +6,9 @@ use anyhow::Context as _;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::dtype::Dtype;
 use super::files::{self, INDEX};
+use super::gguf;
 use crate::engine::glob::{Star, matches};
 use crate::engine::{Context, Problem, RunEnv, Stage};
 use crate::hub::{RemoteFile, RepoKind};
@@ -14,6 +16,8 @@ use crate::stages::artifacts::Model;
 use crate::stages::from_hub::{Source, check, main_revision, pin};
 
 /// Downloads a model from the Hugging Face hub: configuration, safetensors weights, tokenizer and chat template.
+///
+/// With `file`, a GGUF file of the repository becomes such a folder, as with `import_model`.
 ///
 /// Weights and `config.json` have to agree, as for `import_model`. The revision is resolved to a commit, and the stage runs again
 /// when a branch has moved. Every file is verified by its size and hash, and shared with other programs through the hub's cache.
@@ -29,6 +33,14 @@ pub struct DownloadModel {
     #[serde(default = "main_revision")]
     #[schemars(extend("examples" = ["main"]))]
     pub revision: String,
+    /// A GGUF file of the repository to take, instead of configuration and safetensors weights.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = ["SmolLM2-135M-Instruct.Q8_0.gguf"]))]
+    pub file: Option<String>,
+    /// The type in which the weights of a GGUF file are stored. By default it is that of the file's matrices, if they are floats, and
+    /// `bfloat16` if they are quantised.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(in crate::stages) dtype: Option<Dtype>,
     /// Patterns of the files to take, instead of the usual ones (`*` also matches `/`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("examples" = [["*.safetensors", "*.json"]]))]
@@ -47,7 +59,33 @@ impl Stage for DownloadModel {
     const BOUNDED: bool = true;
 
     fn check(&self) -> Vec<Problem> {
-        check(&self.repo, &self.revision)
+        let mut problems = check(&self.repo, &self.revision);
+        if let Some(file) = &self.file {
+            if !gguf::is_gguf(file) {
+                problems.push(
+                    Problem::new("file", "expected the name of a GGUF file").hint(
+                        "without `file`, the stage takes configuration and safetensors weights",
+                    ),
+                );
+            }
+            if self.allow_patterns.is_some() || self.ignore_patterns.is_some() {
+                let patterns = if self.allow_patterns.is_some() {
+                    "allow_patterns"
+                } else {
+                    "ignore_patterns"
+                };
+                problems.push(Problem::new(
+                    patterns,
+                    "`file` names the one file that is taken",
+                ));
+            }
+        } else if self.dtype.is_some() {
+            problems.push(
+                Problem::new("dtype", "it is for GGUF files, and there is no `file`")
+                    .hint("safetensors weights are taken as they are"),
+            );
+        }
+        problems
     }
 
     fn external_facts(&self, env: &RunEnv) -> anyhow::Result<BTreeMap<String, String>> {
@@ -57,6 +95,27 @@ impl Stage for DownloadModel {
     fn run(&self, cx: &Context) -> anyhow::Result<()> {
         let mut source = Source::open(cx, RepoKind::Model, &self.repo, &self.revision)?;
         let refused = || format!("the model `{}` can't be used", self.repo);
+        if let Some(name) = &self.file {
+            let file = source.file(name).with_context(|| {
+                let known = source.listing.files.iter().map(|file| file.path.as_str());
+                let known: Vec<_> = known.filter(|path| gguf::is_gguf(path)).take(20).collect();
+                let found = if known.is_empty() {
+                    "it has no GGUF file".to_owned()
+                } else {
+                    format!("it has `{}`", known.join("`, `"))
+                };
+                format!("`{}` has no file `{name}`; {found}", self.repo)
+            })?;
+            let mut files = [file];
+            source.expect(&mut files)?;
+            let [file] = &files;
+            let path = source.fetch(file)?;
+            let refused = || format!("the GGUF file `{name}` of `{}` can't be used", self.repo);
+            gguf::import_file(cx, &path, self.dtype).with_context(refused)?;
+            source.unchanged()?;
+            let checked = files::check(cx.out()).with_context(refused)?;
+            return super::import_model::tell(cx, &checked).with_context(refused);
+        }
         let files = self.choose_files(&mut source).with_context(refused)?;
         source.fetch_to_output("", files)?;
         source.unchanged()?;

@@ -11,10 +11,13 @@ use crate::ml::io::float::Float;
 pub(in crate::stages) enum Dtype {
     /// IEEE single precision, 4 bytes.
     #[default]
+    #[serde(alias = "f32")]
     Float32,
     /// IEEE half precision, 2 bytes.
+    #[serde(alias = "f16")]
     Float16,
     /// The upper half of single precision, 2 bytes.
+    #[serde(alias = "bf16")]
     Bfloat16,
 }
 

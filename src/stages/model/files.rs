@@ -29,7 +29,7 @@ const BESIDE: &[&str] = &[
 /// Named templates beside the default one.
 const TEMPLATES: &str = "additional_chat_templates/";
 /// The extensions of weights that can't be used, for an error that names them.
-const FOREIGN: &[&str] = &["bin", "pth", "pt", "gguf", "onnx", "h5", "msgpack", "ckpt"];
+const FOREIGN: &[&str] = &["bin", "pth", "pt", "onnx", "h5", "msgpack", "ckpt"];
 
 /// Whether `path` is one of the files beside the weights.
 pub(in crate::stages) fn is_beside(path: &str) -> bool {
@@ -90,6 +90,12 @@ pub(in crate::stages) fn weights(
     }
     if let Some(odd) = with(&["safetensors"]) {
         bail!("its weights are called `{odd}`, expected `{SINGLE}` or `{INDEX}`");
+    }
+    if let Some(file) = with(&["gguf"]) {
+        bail!(
+            "its weights are only there as `{file}`, expected `{SINGLE}` or `{INDEX}`; to take that file, add it to the `path` of \
+             `import_model` or give it as `file` of `download_model`"
+        );
     }
     if let Some(foreign) = with(FOREIGN) {
         bail!(

@@ -1,4 +1,4 @@
-//! `import_model`: a model folder from this machine.
+//! `import_model`: a model folder or a GGUF file from this machine.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -7,25 +7,36 @@ use anyhow::{Context as _, ensure};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::dtype::Dtype;
 use super::files::{self, Checked, INDEX};
+use super::gguf;
 use crate::engine::{Context, Problem, SourcePath, Stage};
 use crate::ml::model::compare::compare;
 use crate::ml::model::families::without_effect;
 use crate::ml::model::tied;
 use crate::stages::artifacts::Model;
 
-/// Takes a model from a local Hugging Face folder: configuration, safetensors weights, tokenizer and chat template.
+/// Takes a model from a local Hugging Face folder (configuration, safetensors weights, tokenizer and chat template), or makes such a
+/// folder of a GGUF file.
 ///
-/// Everything else in the folder (checkpoints, pickled weights, `.git`) stays behind. The files are copied, so that later edits of
+/// Everything else in a folder (checkpoints, pickled weights, `.git`) stays behind. The files are copied, so that later edits of
 /// the folder can't reach a result. Weights and `config.json` have to agree: a missing tensor or another shape is an error, and
 /// tensors that the model doesn't use are named in a warning.
+///
+/// The weights of a GGUF file are computed from its blocks, whatever the types of its tensors (`Q4_K`, `Q8_0`, `IQ4_XS`, ..), and
+/// configuration, tokenizer, special tokens and chat template come from its metadata. What quantising has taken from the model does
+/// not come back.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 #[schemars(extend("examples" = [{"path": "models/my-llama"}]))]
 pub struct ImportModel {
-    /// The folder with `config.json`.
-    #[schemars(extend("examples" = ["models/my-llama"]))]
+    /// The folder with `config.json`, or a GGUF file.
+    #[schemars(extend("examples" = ["models/my-llama", "models/my-llama.Q4_K_M.gguf"]))]
     pub path: SourcePath,
+    /// The type in which the weights of a GGUF file are stored. By default it is that of the file's matrices, if they are floats, and
+    /// `bfloat16` if they are quantised.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(in crate::stages) dtype: Option<Dtype>,
 }
 
 impl Stage for ImportModel {
@@ -36,23 +47,31 @@ impl Stage for ImportModel {
 
     fn check(&self) -> Vec<Problem> {
         if self.path.as_written().trim().is_empty() {
-            return vec![Problem::new("path", "expected a folder with `config.json`")];
+            return vec![Problem::new(
+                "path",
+                "expected a folder with `config.json`, or a GGUF file",
+            )];
         }
         Vec::new()
     }
 
     fn run(&self, cx: &Context) -> anyhow::Result<()> {
         let folder = cx.source(&self.path)?;
-        let refused = || {
-            format!(
-                "the model folder `{}` can't be used",
-                self.path.as_written()
-            )
-        };
+        let written = self.path.as_written();
+        if gguf::is_gguf(written) && folder.is_file() {
+            let refused = || format!("the GGUF file `{written}` can't be used");
+            gguf::import_file(cx, folder, self.dtype).with_context(refused)?;
+            let checked = files::check(cx.out()).with_context(refused)?;
+            return tell(cx, &checked).with_context(refused);
+        }
+        let refused = || format!("the model folder `{written}` can't be used");
         ensure!(
             folder.is_dir(),
-            "`{}` is no folder, expected one with `config.json`",
-            self.path.as_written()
+            "`{written}` is no folder, expected one with `config.json`, or a file that ends in `.gguf`",
+        );
+        ensure!(
+            self.dtype.is_none(),
+            "`dtype` is for GGUF files, and `{written}` is a folder, whose weights are taken as they are; hint: leave `dtype` out",
         );
         let chosen = choose_files(folder).with_context(refused)?;
         for (done, name) in chosen.iter().enumerate() {
@@ -139,6 +158,7 @@ mod tests {
     fn import(source: &Path, folder: &Path) -> anyhow::Result<()> {
         let stage = ImportModel {
             path: SourcePath::new("m"),
+            dtype: None,
         };
         stage.run(&Context::for_test(folder, &[], &[("m", source)]))
     }
@@ -205,6 +225,7 @@ mod tests {
             let cx = Context::for_test(folder.path(), &[], &[("m", &source)]);
             let stage = ImportModel {
                 path: SourcePath::new("m"),
+                dtype: None,
             };
             let ran = stage.run(&cx).map_err(|error| format!("{error:#}"));
             ran.map(|()| {

@@ -6,6 +6,7 @@ pub mod download_model;
 pub(in crate::stages) mod dtype;
 mod family;
 pub(in crate::stages) mod files;
+pub(in crate::stages) mod gguf;
 pub mod import_model;
 pub mod merge;
 pub mod quantize;

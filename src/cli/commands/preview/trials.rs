@@ -13,7 +13,9 @@ use crate::cli::project::Project;
 use crate::data::sample::first_rows;
 use crate::engine::{Artifact as _, Event, Level, Session, StageEvents, State, Trial};
 use crate::stages::artifacts::{Chats, Dataset, Model, Tokens};
-use crate::stages::preview::{Row, TokenizerSource, is_data, look, shortened, tokenizer_source};
+use crate::stages::preview::{
+    Row, TokenizerSource, is_data, look, shortened, tokenizer_of_gguf, tokenizer_source,
+};
 
 /// What was seen of one stage.
 pub(super) struct Tried {
@@ -261,6 +263,15 @@ impl<'a> Trials<'a> {
                 "the tokenizer of `{}` is not known before it ran",
                 node.name
             ),
+        };
+        let folder = if folder.is_file() {
+            let out = self.folder.path().join(format!("tokenizer-{index}"));
+            std::fs::create_dir_all(&out)?;
+            tokenizer_of_gguf(&folder, &out)
+                .with_context(|| format!("the tokenizer of `{}` can't be made", node.name))?;
+            out
+        } else {
+            folder
         };
         self.done.insert(index, folder.clone());
         Ok(folder)
