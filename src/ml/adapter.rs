@@ -4,6 +4,7 @@ mod config;
 mod ends;
 mod patterns;
 mod targets;
+mod token_rows;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -13,6 +14,7 @@ use candle_core::{Device, Tensor};
 pub use config::{AdapterConfig, Bias, Names, NewAdapter, names_module};
 pub use patterns::Patterns;
 pub use targets::{ALL_LINEAR, DEFAULT_TARGETS, Selection};
+pub use token_rows::{DELTA, TokenRows};
 
 use super::io::finite;
 use super::io::weights::{self, Weights};
@@ -54,6 +56,8 @@ pub struct Adapter {
     pub tensors: BTreeMap<String, LoraPair>,
     /// The tensors that replace those of the model with the same names (`lm_head.weight`): fully trained modules, and biases.
     pub saved: BTreeMap<String, Tensor>,
+    /// The rows of embeddings and head that replace those of some tokens, by the path of their module.
+    pub token_rows: BTreeMap<String, TokenRows>,
 }
 
 impl Adapter {
@@ -79,12 +83,13 @@ impl Adapter {
         if let Some(found) = finite::find(&weights)? {
             bail!("{found}; the adapter may have diverged in its training");
         }
-        let (tensors, saved) = tensors(&weights, &config)?;
-        let adapter = Self {
+        let mut adapter = Self {
             config,
-            tensors,
-            saved,
+            tensors: BTreeMap::new(),
+            saved: BTreeMap::new(),
+            token_rows: BTreeMap::new(),
         };
+        adapter.take(&weights)?;
         adapter.check()?;
         Ok(adapter)
     }
@@ -119,6 +124,24 @@ impl Adapter {
                 if self.config.use_dora { "lacks" } else { "has" }
             );
         }
+        for path in self.token_rows.keys() {
+            ensure!(
+                !self.config.saves(path) && !self.tensors.contains_key(path),
+                "`trainable_token_indices` means `{path}`, which {} too; expected one of both",
+                if self.config.saves(path) {
+                    "`modules_to_save` means"
+                } else {
+                    "has LoRA matrices,"
+                }
+            );
+        }
+        if let Some(ids) = self.config.token_ids(EMBED_TOKENS) {
+            ensure!(
+                self.token_rows.contains_key(EMBED_TOKENS),
+                "`trainable_token_indices` means {} tokens, but `{FILE}` has no rows of them",
+                ids.len()
+            );
+        }
         for name in &self.config.modules_to_save {
             let path = |tensor: &str| tensor.rsplit_once('.').map_or(0, |(path, _)| path.len());
             let found = self
@@ -137,7 +160,7 @@ impl Adapter {
     /// Whether it consists of LoRA pairs of the layers' projections alone.
     pub fn is_lora_only(&self) -> bool {
         let ends = ENDS.iter().any(|path| self.tensors.contains_key(*path));
-        !self.config.use_dora && self.saved.is_empty() && !ends
+        !self.config.use_dora && self.saved.is_empty() && self.token_rows.is_empty() && !ends
     }
 
     /// Whether a training of the adapter trains the tensor called `name` of the model, which the adapter replaces.
@@ -174,9 +197,15 @@ impl Adapter {
                 tensors.insert(format!("{PREFIX}{path}{MAGNITUDE}"), magnitude.clone());
             }
         }
+        for (path, rows) in &self.token_rows {
+            tensors.insert(format!("{PREFIX}{path}{DELTA}"), rows.values.clone());
+        }
         for (name, tensor) in &self.saved {
-            // PEFT wraps a module that has matrices; the module's own tensors are in the wrapped one.
+            // PEFT wraps a module that has matrices or rows; the module's own tensors are in the wrapped one.
             let name = match name.rsplit_once('.') {
+                Some((path, kind)) if self.token_rows.contains_key(path) => {
+                    format!("{path}{}.{kind}", token_rows::BASE)
+                }
                 Some((path, kind)) if self.tensors.contains_key(path) => {
                     format!("{path}.base_layer.{kind}")
                 }
@@ -188,65 +217,103 @@ impl Adapter {
     }
 }
 
-type Tensors = (BTreeMap<String, LoraPair>, BTreeMap<String, Tensor>);
-
-/// Sorts the tensors of a file into pairs and replacements.
-fn tensors(weights: &Weights, config: &AdapterConfig) -> anyhow::Result<Tensors> {
-    let (mut pairs, mut saved) = (BTreeMap::new(), BTreeMap::new());
-    let mut plain = Vec::new();
-    for name in weights.names() {
-        let own = name.strip_prefix(PREFIX).unwrap_or(name);
-        ensure!(
-            is_plausible(own),
-            "`{name}` belongs to no module of a causal language model; expected a name such as `{PREFIX}{}{A}`, as PEFT gives it to an \
+impl Adapter {
+    /// Sorts the tensors of a file into pairs, rows and replacements.
+    fn take(&mut self, weights: &Weights) -> anyhow::Result<()> {
+        let mut plain = Vec::new();
+        for name in weights.names() {
+            let own = name.strip_prefix(PREFIX).unwrap_or(name);
+            ensure!(
+                is_plausible(own),
+                "`{name}` belongs to no module of a causal language model; expected a name such as `{PREFIX}{}{A}`, as PEFT gives it to an \
              adapter of a whole one (`LlamaForCausalLM`)",
-            projection_path(0, Projection::Q)
-        );
-        if let Some(path) = own.strip_suffix(A) {
-            pairs.insert(path.to_owned(), pair(weights, name, path, config)?);
-        } else if let Some(path) = own.strip_suffix(ROWS_A) {
-            pairs.insert(path.to_owned(), rows(weights, name, path, config)?);
-        } else if [".lora_A.", ".lora_B.", MAGNITUDE, ROWS_B]
-            .iter()
-            .any(|part| own.contains(part))
-        {
-            let (path, part) = own.split_once(".lora_").unwrap_or_default();
-            let beside = if part.starts_with("embedding") {
-                ROWS_A
+                projection_path(0, Projection::Q)
+            );
+            if let Some(path) = own.strip_suffix(A) {
+                self.tensors
+                    .insert(path.to_owned(), pair(weights, name, path, &self.config)?);
+            } else if let Some(path) = own.strip_suffix(ROWS_A) {
+                self.tensors
+                    .insert(path.to_owned(), rows(weights, name, path, &self.config)?);
+            } else if let Some(path) = own.strip_suffix(DELTA) {
+                let rows = token_rows(weights, name, path, &self.config)?;
+                self.token_rows.insert(path.to_owned(), rows);
+            } else if [".lora_A.", ".lora_B.", MAGNITUDE, ROWS_B]
+                .iter()
+                .any(|part| own.contains(part))
+            {
+                let (path, part) = own.split_once(".lora_").unwrap_or_default();
+                let beside = if part.starts_with("embedding") {
+                    ROWS_A
+                } else {
+                    A
+                };
+                let a = format!("{}{path}{beside}", &name[..name.len() - own.len()]);
+                ensure!(weights.contains(&a), "`{name}` has no `{a}` beside it");
+            } else if !own.contains("lora_") && (own.ends_with(".weight") || own.ends_with(".bias"))
+            {
+                let tensor = weights.tensor(name, &Device::Cpu)?;
+                ensure!(
+                    tensor.dtype().is_float(),
+                    "the tensor `{name}` has no floats"
+                );
+                // PEFT also saves the base's embeddings and head if they have matrices.
+                let wrapped = own.replace(&format!("{}.", token_rows::BASE), ".");
+                let wrapped = wrapped.replace(".base_layer.", ".");
+                let path = wrapped.rsplit_once('.').map_or("", |(path, _)| path);
+                let known = own == wrapped || own.ends_with(".bias") || ENDS.contains(&path);
+                ensure!(
+                    known,
+                    "the tensor `{name}` is no LoRA matrix, weight or bias"
+                );
+                if own == wrapped && own.ends_with(".weight") {
+                    plain.push(path.to_owned());
+                }
+                self.saved.insert(wrapped, tensor);
             } else {
-                A
-            };
-            let a = format!("{}{path}{beside}", &name[..name.len() - own.len()]);
-            ensure!(weights.contains(&a), "`{name}` has no `{a}` beside it");
-        } else if !own.contains("lora_") && (own.ends_with(".weight") || own.ends_with(".bias")) {
-            let tensor = weights.tensor(name, &Device::Cpu)?;
-            ensure!(
-                tensor.dtype().is_float(),
-                "the tensor `{name}` has no floats"
-            );
-            // PEFT also saves the base's embeddings and head if they have matrices.
-            let wrapped = own.replace(".base_layer.", ".");
-            let path = wrapped.rsplit_once('.').map_or("", |(path, _)| path);
-            let known = own == wrapped || own.ends_with(".bias") || ENDS.contains(&path);
-            ensure!(
-                known,
-                "the tensor `{name}` is no LoRA matrix, weight or bias"
-            );
-            if own == wrapped && own.ends_with(".weight") {
-                plain.push(path.to_owned());
+                bail!("the tensor `{name}` is no LoRA matrix, weight or bias");
             }
-            saved.insert(wrapped, tensor);
-        } else {
-            bail!("the tensor `{name}` is no LoRA matrix, weight or bias");
         }
+        for path in plain {
+            ensure!(
+                !self.tensors.contains_key(&path),
+                "the module `{path}` has both LoRA matrices and a weight of its own"
+            );
+        }
+        Ok(())
     }
-    for path in plain {
-        ensure!(
-            !pairs.contains_key(&path),
-            "the module `{path}` has both LoRA matrices and a weight of its own"
-        );
-    }
-    Ok((pairs, saved))
+}
+
+/// Reads the rows of some tokens.
+fn token_rows(
+    weights: &Weights,
+    name: &str,
+    path: &str,
+    config: &AdapterConfig,
+) -> anyhow::Result<TokenRows> {
+    ensure!(
+        ENDS.contains(&path),
+        "the tensor `{name}` holds rows of tokens, which `{path}` does not have"
+    );
+    let values = weights.tensor(name, &Device::Cpu)?;
+    // PEFT writes those of a head that follows the embeddings, too, where it writes the embeddings.
+    let ids = config
+        .token_ids(path)
+        .or_else(|| config.token_ids(EMBED_TOKENS));
+    let ids = ids.with_context(|| {
+        format!("the tensor `{name}` holds rows of tokens, and `trainable_token_indices` does not say which")
+    })?;
+    let fits = matches!(values.dims(), [rows, _] if *rows == ids.len());
+    ensure!(
+        values.dtype().is_float() && fits,
+        "the tensor `{name}` has the shape {:?}, expected floats with {} rows as in `trainable_token_indices`",
+        values.dims(),
+        ids.len()
+    );
+    Ok(TokenRows {
+        ids: ids.to_vec(),
+        values,
+    })
 }
 
 /// Reads the pair of embeddings, whose file has A (r, vocabulary) and B (hidden, r), and transposes it.

@@ -21,6 +21,7 @@ pub mod linear;
 mod load;
 mod masks;
 mod overflow;
+pub mod resize;
 mod rope;
 pub mod tensors;
 pub mod tied;
@@ -33,7 +34,6 @@ use self::autograd::scaled;
 use self::batch::Batch;
 use self::head::HeadGradients;
 use self::linear::{DropoutSeed, Linear, Lora, Pass, Weight};
-use self::tensors::{EMBEDDINGS, HEAD};
 use ends::embedding_rows;
 pub(super) use layer::{GateUp, Layer, Norm, Qkv};
 use layer::{KeysAndValues, Shared};
@@ -213,6 +213,7 @@ impl CausalLm {
 
     /// The rotary angles and masks of a batch.
     fn shared(&self, batch: &Batch, pass: Pass) -> Result<Shared> {
+        self.refresh()?;
         Ok(Shared {
             angles: batch_angles(&self.arch, batch, &self.device)?,
             masks: Masks::new(self.windows(), |window| batch.mask(window, &self.device))?,
@@ -385,13 +386,11 @@ impl CausalLm {
         {
             gradients.add(self.parameter_index(var), of_low)?;
         }
-        if let Some(grad_head) = &grad_head.weight {
-            let name = if self.head.is_some() {
-                HEAD
-            } else {
-                EMBEDDINGS
-            };
-            gradients.add(self.index_of(name), grad_head)?;
+        if let Some(grad_head) = &grad_head.weight
+            && let Some(var) = self.head().trained()
+        {
+            let grad_head = self.head().trained_rows(grad_head)?;
+            gradients.add(self.parameter_index(var), &grad_head)?;
         }
         let mut store = vjp(&tape.normed, grad_hidden)?;
         gradients.collect(self, &mut store)?;
@@ -437,9 +436,11 @@ impl CausalLm {
             )?;
         }
         if let Some(var) = self.embed.trained() {
-            let zeros = var.as_detached_tensor().zeros_like()?;
+            let (vocabulary, hidden) = self.embed.stored(Pass::INFER).dims2()?;
+            let zeros = Tensor::zeros((vocabulary, hidden), DType::F32, &self.device)?;
             let grad_embed = zeros.index_add(&ids, &learnt(&rows)?, 0)?;
-            gradients.add(self.index_of(EMBEDDINGS), &grad_embed)?;
+            let grad_embed = self.embed.trained_rows(&grad_embed)?;
+            gradients.add(self.parameter_index(var), &grad_embed)?;
         }
         Ok(())
     }
@@ -448,11 +449,6 @@ impl CausalLm {
         let id = var.as_tensor().id();
         let mut parameters = self.parameters.iter();
         let index = parameters.position(|p| p.var.as_tensor().id() == id);
-        index.unwrap_or(usize::MAX)
-    }
-
-    fn index_of(&self, name: &str) -> usize {
-        let index = self.parameters.iter().position(|p| p.name == name);
         index.unwrap_or(usize::MAX)
     }
 }

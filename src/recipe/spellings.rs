@@ -53,6 +53,10 @@ pub(super) const SPELLINGS: &[(&str, &[&str])] = &[
     ("lora_modules_to_save", &["modules_to_save"]),
     ("peft_use_rslora", &["use_rslora"]),
     ("rslora", &["use_rslora"]),
+    ("trainable_tokens", &["trainable_token_indices"]),
+    ("token_indices", &["trainable_token_indices"]),
+    ("additional_special_tokens", &["special_tokens"]),
+    ("new_tokens", &["tokens"]),
     ("num_epochs", &["num_train_epochs"]),
     ("epochs", &["num_train_epochs"]),
     ("max_steps_per_epoch", &["max_steps"]),
@@ -418,6 +422,16 @@ pub(super) const KINDS_BY_MEANING: &[(&[&str], &[&str])] = &[
     (
         &["init_model", "new_model", "from_config", "random_model"],
         &["create_model"],
+    ),
+    (
+        &[
+            "add_special_tokens",
+            "resize_token_embeddings",
+            "resize_vocab",
+            "new_tokens",
+            "extend_tokenizer",
+        ],
+        &["add_tokens"],
     ),
 ];
 

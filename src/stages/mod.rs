@@ -40,6 +40,7 @@ pub const KINDS: &[Kind] = &[
     Kind::of::<model::create_model::CreateModel>(),
     Kind::of::<text::apply_chat_template::ApplyChatTemplate>(),
     Kind::of::<text::tokenize::Tokenize>(),
+    Kind::of::<model::add_tokens::AddTokens>(),
     Kind::of::<model::quantize::Quantize>(),
     Kind::of::<adapter::attach_lora::AttachLora>(),
     Kind::of::<train::train_sft::TrainSft>(),

@@ -94,6 +94,8 @@ pub fn tokenizer_source(
     Ok(match kind {
         model::import_model::ImportModel::KIND => text("path").map(TokenizerSource::Source),
         CreateModel::KIND => Some(TokenizerSource::Made),
+        // It has more tokens than the model that it is made of.
+        model::add_tokens::AddTokens::KIND => None,
         DownloadModel::KIND => {
             let repo = text("repo").unwrap_or_default();
             let revision = text("revision").unwrap_or_else(from_hub::main_revision);

@@ -1,5 +1,7 @@
 //! The tokenizer of a model folder: `tokenizer.json`, the special tokens, and the chat template that lies beside them.
 
+mod new_tokens;
+
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -13,6 +15,7 @@ use super::declared::Declared;
 use super::fast_bpe::FastBpe;
 use super::files::{LONGEST_TOKENIZER, file_name, json_file, read_short};
 use super::template::LONGEST;
+pub use new_tokens::NewToken;
 
 /// A special token with its id.
 #[derive(Debug, Clone, PartialEq, Eq)]

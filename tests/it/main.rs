@@ -87,3 +87,5 @@ mod story;
 mod support;
 #[cfg(test)]
 mod terminal;
+#[cfg(test)]
+mod tokens;

@@ -1,18 +1,21 @@
 //! `adapter_config.json`. A setting that changes an adapter's numbers is either implemented or refused; all others are kept unchanged.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context as _, bail, ensure};
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::{Map, Value, json};
 
 use super::patterns::{Orders, Pattern, Patterns};
 use super::targets::Targets;
+use super::token_rows;
 use crate::ml::io::folder::sorted;
 
 /// The keys with patterns, whose order matters.
 const RANKS: &str = "rank_pattern";
 const ALPHAS: &str = "alpha_pattern";
 /// Settings that would change an adapter's numbers in a way that is not implemented. They must be off.
-const OFF: [&str; 10] = [
+const OFF: [&str; 9] = [
     "alora_invocation_tokens",
     "arrow_config",
     "fan_in_fan_out",
@@ -21,14 +24,13 @@ const OFF: [&str; 10] = [
     "lora_bias",
     "megatron_config",
     "target_parameters",
-    "trainable_token_indices",
     "use_qalora",
 ];
 /// More such settings, for which PEFT writes an object or nothing.
 const EMPTY: [&str; 3] = ["monteclora_config", "use_bdlora", "velora_config"];
 
 /// All other settings that PEFT knows: those that are implemented, and those that don't change a trained adapter's numbers.
-const KNOWN: [&str; 32] = [
+const KNOWN: [&str; 33] = [
     "alpha_pattern",
     "auto_mapping",
     "base_model_name_or_path",
@@ -56,6 +58,7 @@ const KNOWN: [&str; 32] = [
     "runtime_config",
     "target_modules",
     "task_type",
+    "trainable_token_indices",
     "use_dora",
     "use_rslora",
     // From PEFT's first versions.
@@ -110,6 +113,8 @@ pub struct AdapterConfig {
     pub bias: Bias,
     /// The fully trained modules, by the last parts of their paths.
     pub modules_to_save: Vec<String>,
+    /// The ids of the tokens whose rows are trained, by the ends of the paths of embeddings and head.
+    pub trainable_token_indices: BTreeMap<String, Vec<u32>>,
     /// The ranks of some modules.
     pub rank_pattern: Patterns<usize>,
     /// The scaling's numerators of some modules.
@@ -175,6 +180,8 @@ pub struct NewAdapter {
     pub layers_pattern: Vec<String>,
     /// The modules that are fully trained.
     pub modules_to_save: Vec<String>,
+    /// The ids of the tokens whose rows are trained, by the names of modules (`embed_tokens`, `lm_head`).
+    pub trainable_token_indices: BTreeMap<String, Vec<u32>>,
     /// The ranks of some modules, by pattern.
     pub rank_pattern: Vec<(String, usize)>,
     /// The scaling's numerators of some modules, by pattern.
@@ -199,6 +206,7 @@ impl Default for NewAdapter {
             layers_to_transform: Vec::new(),
             layers_pattern: Vec::new(),
             modules_to_save: Vec::new(),
+            trainable_token_indices: BTreeMap::new(),
             rank_pattern: Vec::new(),
             alpha_pattern: Vec::new(),
             base_model_name_or_path: None,
@@ -318,6 +326,10 @@ impl AdapterConfig {
         if let Some(exclude) = &new.exclude_modules {
             later("exclude_modules", exclude.json()); // 0.14
         }
+        if !new.trainable_token_indices.is_empty() {
+            let written = token_rows::written(&new.trainable_token_indices);
+            later(token_rows::SETTING, written); // 0.15
+        }
         if new.use_rslora {
             later("use_rslora", true.into()); // 0.8
         }
@@ -382,6 +394,13 @@ impl AdapterConfig {
         names.any(|name| names_module(name, path))
     }
 
+    /// The ids of the tokens whose rows are trained in the module at `path`, if there are such.
+    pub fn token_ids(&self, path: &str) -> Option<&[u32]> {
+        let mut names = self.trainable_token_indices.iter();
+        let found = names.find(|(name, _)| token_rows::names_end(name, path));
+        found.map(|(_, ids)| ids.as_slice())
+    }
+
     /// The settings that no known version of PEFT has, and that are not off.
     pub fn unknown(&self) -> impl Iterator<Item = &str> {
         let entries = self.raw.iter().filter(|(key, value)| {
@@ -427,6 +446,7 @@ impl AdapterConfig {
             use_dora: on("use_dora"),
             bias: bias(&raw)?,
             modules_to_save: modules_to_save(&raw)?,
+            trainable_token_indices: token_rows::parse(&raw)?,
             rank_pattern: patterns(&raw, RANKS, orders, |value| {
                 let rank = value.as_u64().filter(|rank| *rank > 0)?;
                 usize::try_from(rank).ok()

@@ -2,11 +2,11 @@
 
 use std::borrow::Cow;
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 use candle_core::{DType, Tensor};
 
 use super::Adapter;
-use crate::ml::model::tensors::{EMBEDDINGS, ENDS, HEAD};
+use crate::ml::model::tensors::{EMBED_TOKENS, EMBEDDINGS, ENDS, HEAD, LM_HEAD};
 
 impl Adapter {
     /// The adapter as it applies to a base whose embeddings are `tied` or not.
@@ -18,6 +18,27 @@ impl Adapter {
     /// # Errors
     /// The two tensors differ although the settings say that they are tied.
     pub fn beside(&self, tied: bool) -> anyhow::Result<Cow<'_, Self>> {
+        ensure!(
+            tied || self.config.token_ids(LM_HEAD).is_none()
+                || self.token_rows.contains_key(LM_HEAD),
+            "`trainable_token_indices` means tokens of `{LM_HEAD}`, but the adapter has no rows of them; it was trained for a model whose \
+             head is its embeddings"
+        );
+        if let Some(head) = self.token_rows.get(LM_HEAD)
+            && let Some(embeddings) = self.token_rows.get(EMBED_TOKENS)
+            && tied
+            && head.ids == embeddings.ids
+        {
+            let same = equal(&embeddings.values, &head.values);
+            ensure!(
+                same.context("could not compare rows of embeddings and head")?,
+                "the adapter has different rows of the same tokens for embeddings and head, but the model's head is its embeddings \
+                 (`tie_word_embeddings`); was it trained for another model?"
+            );
+            let mut own = self.clone();
+            own.token_rows.remove(LM_HEAD);
+            return Ok(Cow::Owned(own.beside(tied)?.into_owned()));
+        }
         let Some(head) = self.saved.get(HEAD).filter(|_| tied && !self.frees_head()) else {
             return Ok(Cow::Borrowed(self));
         };
@@ -54,7 +75,8 @@ impl Adapter {
             .iter()
             .any(|name| self.saved.contains_key(*name));
         let pairs = ENDS.iter().any(|path| self.tensors.contains_key(*path));
-        tied && (pairs || replaced && self.frees_head())
+        let rows = self.token_rows.contains_key(LM_HEAD);
+        tied && (pairs || rows || replaced && self.frees_head())
     }
 }
 

@@ -134,7 +134,11 @@ fn patterns_fit_as_in_peft() {
 #[test]
 fn what_is_not_computed_is_refused_by_name() {
     for (name, value) in [
-        ("trainable_token_indices", json!([1, 2])),
+        ("trainable_token_indices", json!([1, 2, 1])),
+        ("trainable_token_indices", json!({"q_proj": [1]})),
+        ("trainable_token_indices", json!({"lm_head": []})),
+        ("trainable_token_indices", json!([-1])),
+        ("trainable_token_indices", json!("<tool>")),
         ("lora_bias", json!(true)),
         ("modules_to_save", json!("lm_head")),
         ("modules_to_save", json!([""])),
@@ -165,6 +169,11 @@ fn what_is_not_computed_is_refused_by_name() {
     }
     for (name, value) in [
         ("modules_to_save", json!([])),
+        ("trainable_token_indices", json!([])),
+        (
+            "trainable_token_indices",
+            json!({"model.embed_tokens": [3, 1]}),
+        ),
         ("init_lora_weights", json!("gaussian")),
     ] {
         let mut raw = golden_raw();

@@ -312,7 +312,11 @@ impl Scored {
         let Some(var) = model.head().trained() else {
             return Ok(());
         };
-        let held = TensorView::weight(model.head(), forward.pass)?;
+        // Where some rows alone are trained, the others' gradients are not needed.
+        let weight = model
+            .head()
+            .trained_rows(model.head().stored(forward.pass))?;
+        let held = TensorView::tensor(&weight);
         let (vocabulary, count) = (held.matrix()?.height(), self.tokens.len());
         let mut total = vec![0f32; vocabulary * hidden];
         let mut x = pool.take(size(hidden, count));
@@ -347,7 +351,10 @@ impl Scored {
         pool.give_factors([factor]);
         pool.give(x);
         for ((row, id), g) in self.rows.iter().zip(grad_logits) {
-            let out = &mut total[*id as usize * hidden..][..hidden];
+            let Some(trained) = model.head().trained_row(*id) else {
+                continue;
+            };
+            let out = &mut total[trained * hidden..][..hidden];
             let values = column(&forward.hidden, hidden, self.tokens[*row]);
             for (out, value) in out.iter_mut().zip(values) {
                 *out += g * value;

@@ -10,7 +10,7 @@ use super::head;
 use crate::ml::adapter::Adapter;
 use crate::ml::model::arch::{Arch, NormPlaces, QkNorm};
 use crate::ml::model::linear::Pass;
-use crate::ml::model::tensors::{EMBEDDINGS, layer_path, projection_path};
+use crate::ml::model::tensors::{EMBED_TOKENS, EMBEDDINGS, layer_path, projection_path};
 use crate::ml::model::{self, CausalLm, Trained};
 
 /// What of a model decides how much memory a pass takes.
@@ -131,7 +131,9 @@ impl PassSizes {
             let mut saved = adapter.iter().flat_map(|adapter| adapter.saved.keys());
             saved.any(|name| name.starts_with(&below))
         };
-        let embeds = adapter.is_some_and(|adapter| adapter.trains(EMBEDDINGS));
+        let embeds = adapter.is_some_and(|adapter| {
+            adapter.trains(EMBEDDINGS) || adapter.token_rows.contains_key(EMBED_TOKENS)
+        });
         let lowest = if trained == Trained::Everything || embeds {
             0
         } else {

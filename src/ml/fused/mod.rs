@@ -100,6 +100,7 @@ impl<'m> Forward<'m> {
         let shape = Shape::new(model, &layout)?;
         pool.begin(panels(shape.tokens));
         let mut x = pool.take(size(shape.hidden, shape.tokens));
+        model.refresh()?;
         embed(model, &layout, pass, &mut x)?;
         let mut saved = Vec::new();
         let lowest = lowest(model);
@@ -286,14 +287,17 @@ impl<'m> Forward<'m> {
             )?;
         }
         if let Some(var) = model.embed.trained() {
-            let (rows, width) = (model.arch.vocab_size, self.shape.hidden);
+            let width = self.shape.hidden;
             scale(&mut grad_x, model.arch.embedding_scale as f32);
-            let mut grad_embed = vec![0f32; rows * width];
+            let mut grad_embed = vec![0f32; var.elem_count()];
             // As in transformers (`padding_idx`), looking up the padding's embedding gives its row no gradient.
             let ids = self.layout.ids.iter().enumerate();
             let learnt = ids.filter(|(_, id)| Some(**id) != model.arch.pad_token_id);
             for (token, &id) in learnt {
-                let row = &mut grad_embed[id as usize * width..][..width];
+                let Some(row) = model.embed.trained_row(id) else {
+                    continue;
+                };
+                let row = &mut grad_embed[row * width..][..width];
                 let column = pipeline_kernels::panels::column(&grad_x, width, token);
                 for (sum, g) in row.iter_mut().zip(column) {
                     *sum += g;

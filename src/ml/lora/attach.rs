@@ -4,12 +4,13 @@ use anyhow::{Context as _, bail, ensure};
 use candle_core::{DType, Device, Tensor};
 
 use super::{init, svd};
-use crate::ml::adapter::{Adapter, Bias, LoraPair, NewAdapter, names_module};
+use crate::ml::adapter::{Adapter, Bias, LoraPair, NewAdapter, TokenRows, names_module};
 use crate::ml::io::finite;
+use crate::ml::io::float::Float;
 use crate::ml::io::weights::Weights;
 use crate::ml::model::arch::Arch;
 use crate::ml::model::linear::row_norms;
-use crate::ml::model::tensors::{EMBEDDINGS, ENDS, HEAD, LM_HEAD, weight_name};
+use crate::ml::model::tensors::{EMBED_TOKENS, EMBEDDINGS, ENDS, HEAD, LM_HEAD, weight_name};
 use crate::ml::quant::nf4::Nf4;
 
 /// Makes a new adapter for the model with the given weights. Matrices are drawn from `seed` as PEFT draws them, fully trained modules
@@ -31,6 +32,7 @@ pub fn attach(
 ) -> anyhow::Result<Adapter> {
     let mut adapter = init::adapter(arch, new, seed)?;
     copy_whole(&mut adapter, arch, weights)?;
+    copy_rows(&mut adapter, arch, weights)?;
     let total = adapter.tensors.len();
     let settings = adapter.config.clone();
     for (done, (path, pair)) in adapter.tensors.iter_mut().enumerate() {
@@ -98,6 +100,54 @@ fn copy_whole(adapter: &mut Adapter, arch: &Arch, weights: &Weights) -> anyhow::
             "`modules_to_save` names `{module}`, but the model has no such module; expected `lm_head`, `embed_tokens`, a norm \
              or a projection"
         );
+    }
+    Ok(())
+}
+
+/// Copies the rows of tokens that are trained.
+fn copy_rows(adapter: &mut Adapter, arch: &Arch, weights: &Weights) -> anyhow::Result<()> {
+    for path in ENDS {
+        let Some(ids) = adapter.config.token_ids(path) else {
+            continue;
+        };
+        let tied = arch.tie_word_embeddings && path == LM_HEAD;
+        // As in PEFT, a head that is the embeddings follows them if both name the same tokens.
+        if tied && adapter.config.token_ids(EMBED_TOKENS) == Some(ids) {
+            continue;
+        }
+        let name = if tied {
+            EMBEDDINGS.to_owned()
+        } else {
+            weight_name(path)
+        };
+        let raw = weights.raw(&name)?;
+        let float = Float::from_safetensors(raw.dtype);
+        let float = float.filter(|_| raw.shape == [arch.vocab_size, arch.hidden_size]);
+        let float = float.with_context(|| {
+            format!("`{name}` is no matrix of floats of the shape in `config.json`, so its rows can't be trained")
+        })?;
+        let mut values = Vec::with_capacity(ids.len() * arch.hidden_size);
+        for id in ids {
+            ensure!(
+                (*id as usize) < arch.vocab_size,
+                "`trainable_token_indices` has the token {id}, but the model's vocabulary has {}; hint: `add_tokens` makes room for new ones",
+                arch.vocab_size
+            );
+            let mut bytes = vec![0; arch.hidden_size * float.size()];
+            raw.read(*id as usize * bytes.len(), &mut bytes)?;
+            let mut row = vec![0f32; arch.hidden_size];
+            float.read(&bytes, &mut row);
+            values.extend(row);
+        }
+        let rows = TokenRows {
+            ids: ids.to_vec(),
+            values: Tensor::from_vec(values, (ids.len(), arch.hidden_size), &Device::Cpu)?,
+        };
+        ensure!(
+            rows.floats()?.iter().all(|x| x.is_finite()),
+            "a row of `{name}` holds a NaN or an infinity; look at where the model comes from"
+        );
+        adapter.token_rows.insert(path.to_owned(), rows);
     }
     Ok(())
 }

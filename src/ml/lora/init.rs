@@ -68,6 +68,7 @@ pub fn adapter(arch: &Arch, new: &NewAdapter, seed: u64) -> anyhow::Result<Adapt
         config: settings,
         tensors,
         saved: BTreeMap::new(),
+        token_rows: BTreeMap::new(),
     })
 }
 

@@ -11,11 +11,11 @@ use candle_core::{DType, Tensor};
 use pipeline_kernels::merge as kernel;
 use rayon::prelude::*;
 
-use crate::ml::adapter::{Adapter, LoraPair};
+use crate::ml::adapter::{Adapter, LoraPair, TokenRows};
 use crate::ml::io::float::Float;
 use crate::ml::io::rewrite::{Output, Written, rewrite};
 use crate::ml::io::weights::{Entry, RawTensor, Weights};
-use crate::ml::model::tensors::{EMBEDDINGS, HEAD, is_used};
+use crate::ml::model::tensors::{EMBEDDINGS, HEAD, is_used, module_path, weight_name};
 use crate::ml::model::tied;
 use crate::ml::quant::nf4::{Nf4, PARTS};
 
@@ -65,7 +65,7 @@ pub fn merge(
     let progress = RefCell::new((0u64, progress));
     let mut report = Report {
         merged: adapter.tensors.len(),
-        replaced: adapter.saved.len(),
+        replaced: adapter.saved.len() + adapter.token_rows.len(),
         dequantised: 0,
         untied: false,
         bytes: 0,
@@ -94,7 +94,8 @@ pub fn merge(
             return Ok(summed(entry, float, update, None, load));
         }
         let own = adapter.saved.get(name);
-        if own.is_none() && update.is_none() {
+        let rows = adapter.token_rows.get(module_path(name));
+        if own.is_none() && update.is_none() && rows.is_none() {
             let mut kept = if is_used(&config, stored) {
                 Output::finite(weights, stored)?
             } else {
@@ -106,6 +107,9 @@ pub fn merge(
         let raw = weights.raw(stored)?;
         let float = float_type(stored, raw.dtype)?;
         let entry = Entry::new(name, raw.dtype, raw.shape);
+        if let Some(rows) = rows {
+            return with_rows(entry, float, own, rows, raw);
+        }
         if let Some(tensor) = own {
             return Ok(replaced(entry, float, tensor, update));
         }
@@ -155,6 +159,48 @@ fn replaced(entry: Entry, float: Float, tensor: &Tensor, update: Option<Update>)
     summed(entry, float, update, None, load)
 }
 
+/// The output of embeddings or a head with rows of the adapter's, in the model's type. The others are the adapter's `own`, or those of the
+/// model.
+fn with_rows<'a>(
+    entry: Entry,
+    float: Float,
+    own: Option<&'a Tensor>,
+    rows: &TokenRows,
+    raw: RawTensor<'a>,
+) -> anyhow::Result<Output<'a>> {
+    let (places, values) = (rows.by_id(), rows.floats()?);
+    let width = rows.values.dim(1)?;
+    let overlay = move |first: usize, out: &mut [f32]| {
+        let (begin, end) = (first / width, (first + out.len()).div_ceil(width));
+        let ids = u32::try_from(begin).unwrap_or(u32::MAX)..u32::try_from(end).unwrap_or(u32::MAX);
+        for (id, place) in places.range(ids) {
+            let row = &values[place * width..][..width];
+            // The part of the row that is among the values asked for.
+            let start = *id as usize * width;
+            let from = first.max(start);
+            let to = (first + out.len()).min(start + width);
+            out[from - first..to - first].copy_from_slice(&row[from - start..to - start]);
+        }
+    };
+    let overlay = std::sync::Arc::new(overlay);
+    let whole = own
+        .map(|tensor| tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>())
+        .transpose()?;
+    let whole = std::sync::Arc::new(whole);
+    let stored = whole.is_none().then_some(raw);
+    let load = move || {
+        let (overlay, whole) = (overlay.clone(), whole.clone());
+        Ok(move |first: usize, stored: &[u8], out: &mut [f32]| {
+            match &*whole {
+                Some(whole) => out.copy_from_slice(&whole[first..first + out.len()]),
+                None => float.read(stored, out),
+            }
+            overlay(first, out);
+        })
+    };
+    Ok(summed(entry, float, None, stored, load))
+}
+
 /// Whether the tensor called `name` is a part of a 4-bit weight.
 fn is_part(weights: &Weights, name: &str) -> bool {
     PARTS.iter().any(|part| {
@@ -199,6 +245,20 @@ fn check(adapter: &Adapter, weights: &Weights, tied: bool) -> anyhow::Result<()>
             tensor.dims(),
             raw.shape
         );
+    }
+    for (path, rows) in &adapter.token_rows {
+        let name = weight_name(path);
+        let name = stored(&name, tied);
+        ensure!(
+            weights.contains(name) && Nf4::stored_shape(weights, name)?.is_none(),
+            "the adapter has rows for `{path}`, which the model lacks or stores in 4 bits; was it trained for another model?"
+        );
+        let raw = weights.raw(name)?;
+        float_type(name, raw.dtype)?;
+        match *raw.shape {
+            [vocabulary, hidden] => rows.check(path, vocabulary, hidden)?,
+            _ => bail!("`{name}` has the shape {:?}, expected a matrix", raw.shape),
+        }
     }
     for (path, pair) in &adapter.tensors {
         let name = format!("{path}.weight");
@@ -376,225 +436,4 @@ fn sum(
 }
 
 #[cfg(test)]
-mod tests {
-    use std::collections::BTreeMap;
-    use std::fs;
-
-    use candle_core::Device;
-
-    use super::*;
-    use crate::ml::io::weights::save;
-    use crate::ml::model::arch::Arch;
-    use crate::ml::testing::golden;
-
-    #[expect(clippy::unnecessary_wraps, reason = "the type of a progress callback")]
-    fn ignore(_: u64, _: u64) -> anyhow::Result<()> {
-        Ok(())
-    }
-
-    fn final_adapter() -> Adapter {
-        Adapter::load(&golden::folder("adapter_final")).unwrap()
-    }
-
-    fn values(weights: &Weights, name: &str) -> Vec<f32> {
-        let tensor = weights.tensor(name, &Device::Cpu).unwrap();
-        tensor
-            .to_dtype(DType::F32)
-            .unwrap()
-            .flatten_all()
-            .unwrap()
-            .to_vec1()
-            .unwrap()
-    }
-
-    fn far(a: &[f32], b: &[f32]) -> f32 {
-        assert_eq!(a.len(), b.len());
-        a.iter()
-            .zip(b)
-            .fold(0., |most, (a, b)| most.max((a - b).abs()))
-    }
-
-    #[test]
-    fn the_merged_model_is_that_of_peft() {
-        let out = tempfile::tempdir().unwrap();
-        let source = golden::folder("model");
-        let mut last = (0, 0);
-        let mut progress = |done, total| {
-            last = (done, total);
-            Ok(())
-        };
-        let report = merge(&source, &final_adapter(), out.path(), &mut progress).unwrap();
-        assert_eq!((report.merged, report.dequantised), (21, 0));
-        assert_eq!(last, (1_115_904, 1_115_904));
-        let ours = Weights::open(out.path()).unwrap();
-        let theirs = Weights::open_file(&golden::folder("merged_model.safetensors")).unwrap();
-        assert_eq!(ours.names(), theirs.names());
-        for name in ours.names() {
-            let far = far(&values(&ours, name), &values(&theirs, name));
-            assert!(far < 1e-6, "{name} {far}");
-        }
-        // The header is theirs byte for byte; all other files are the base's.
-        let head = |path: &Path| fs::read(path).unwrap()[..3096].to_vec();
-        assert!(
-            head(&out.path().join("model.safetensors"))
-                == head(&golden::folder("merged_model.safetensors"))
-        );
-        for entry in fs::read_dir(&source).unwrap() {
-            let name = entry.unwrap().file_name();
-            if name != "model.safetensors" {
-                let read = |folder: &Path| fs::read(folder.join(&name)).unwrap();
-                assert!(read(&source) == read(out.path()), "{}", name.display());
-            }
-        }
-    }
-
-    #[test]
-    fn a_4_bit_base_becomes_dense() {
-        let out = tempfile::tempdir().unwrap();
-        let source = golden::folder("model_nf4");
-        let mut last = (0, 0);
-        let mut progress = |done, total| {
-            last = (done, total);
-            Ok(())
-        };
-        let report = merge(&source, &final_adapter(), out.path(), &mut progress).unwrap();
-        assert_eq!((report.dequantised, report.bytes), (21, 1_115_904));
-        assert_eq!(last.0, last.1);
-        let ours = Weights::open(out.path()).unwrap();
-        let theirs = golden::tensors("nf4_model_outputs.safetensors");
-        let theirs = theirs["dequant_merged.layers.0.q_proj.weight"]
-            .flatten_all()
-            .unwrap();
-        let ours_q = values(&ours, "model.layers.0.self_attn.q_proj.weight");
-        assert!(far(&ours_q, &theirs.to_vec1().unwrap()) < 1e-6);
-        let dense = Weights::open(&golden::folder("model")).unwrap();
-        assert_eq!(ours.names(), dense.names());
-        let config = Arch::read(out.path()).unwrap();
-        assert_eq!(config.quantization, None);
-        assert_eq!(config, Arch::read(&golden::folder("model")).unwrap());
-    }
-
-    #[test]
-    fn rank_stabilised_scaling_is_that_of_peft() {
-        let out = tempfile::tempdir().unwrap();
-        let mut adapter = Adapter::load(&golden::folder("adapter_init")).unwrap();
-        adapter.config.use_rslora = true;
-        merge(&golden::folder("model"), &adapter, out.path(), &mut ignore).unwrap();
-        let name = "model.layers.0.self_attn.q_proj.weight";
-        let ours = values(&Weights::open(out.path()).unwrap(), name);
-        let base = values(&Weights::open(&golden::folder("model")).unwrap(), name);
-        let delta: Vec<f32> = ours.iter().zip(&base).map(|(a, b)| a - b).collect();
-        let theirs = golden::tensors("rslora_delta.safetensors");
-        let theirs = theirs["layers.0.self_attn.q_proj.delta"]
-            .flatten_all()
-            .unwrap();
-        assert!(far(&delta, &theirs.to_vec1().unwrap()) < 1e-6);
-    }
-
-    #[test]
-    fn an_untrained_adapter_changes_no_byte() {
-        let out = tempfile::tempdir().unwrap();
-        let mut adapter = final_adapter();
-        for pair in adapter.tensors.values_mut() {
-            pair.b = pair.b.zeros_like().unwrap();
-        }
-        let source = golden::folder("model");
-        merge(&source, &adapter, out.path(), &mut ignore).unwrap();
-        let read = |folder: &Path| fs::read(folder.join("model.safetensors")).unwrap();
-        assert!(read(&source) == read(out.path()));
-    }
-
-    #[test]
-    fn what_does_not_fit_is_told() {
-        let out = tempfile::tempdir().unwrap();
-        let source = golden::folder("model");
-        let fails = |adapter: &Adapter| {
-            let error = merge(&source, adapter, out.path(), &mut ignore).unwrap_err();
-            format!("{error:#}")
-        };
-        let mut deep = final_adapter();
-        let pair = deep.tensors["model.layers.2.mlp.up_proj"].clone();
-        deep.tensors
-            .insert("model.layers.3.mlp.up_proj".into(), pair.clone());
-        assert!(fails(&deep).contains("`model.layers.3.mlp.up_proj`"));
-        let mut wide = final_adapter();
-        wide.tensors
-            .insert("model.layers.2.mlp.down_proj".into(), pair);
-        assert!(fails(&wide).contains("another model"));
-
-        let path = "model.layers.0.self_attn.q_proj";
-        let mut wild = final_adapter();
-        let pair = wild.tensors.get_mut(path).unwrap();
-        pair.b = (pair.b.ones_like().unwrap() * f64::from(f32::MAX)).unwrap();
-        let error = fails(&wild);
-        assert!(
-            error.contains("q_proj.weight") && error.contains("the adapter's update leads to"),
-            "{error}"
-        );
-    }
-
-    #[test]
-    fn half_precision_is_rounded_once_and_overflow_noticed() {
-        let pair = LoraPair {
-            a: Tensor::new(&[[1f32, 2.]], &Device::Cpu).unwrap(),
-            b: Tensor::new(&[[0.001f32], [3.]], &Device::Cpu).unwrap(),
-            magnitude: None,
-        };
-        let summed = |pair: &LoraPair, float: Float| {
-            let update = Update::new(pair, 0.5).unwrap();
-            let mut bytes = vec![0; 4 * float.size()];
-            let read = |first: usize, _: &[u8], values: &mut [f32]| {
-                values.copy_from_slice(&[1f32, 2., 3., 4.][first..first + values.len()]);
-            };
-            sum(0, &mut bytes, float, Some(&update), None, &read).map(|()| bytes)
-        };
-        let bytes = summed(&pair, Float::BF16).unwrap();
-        let mut read = [0.; 4];
-        Float::BF16.read(&bytes, &mut read);
-        let exact = [1.0005, 2.001, 4.5, 7.].map(|x| Float::BF16.round(x));
-        assert_eq!(read.map(f32::to_bits), exact.map(f32::to_bits));
-        let large = LoraPair {
-            b: (&pair.b * 1e5).unwrap(),
-            ..pair.clone()
-        };
-        assert!(summed(&large, Float::F32).is_ok());
-        let error = summed(&large, Float::F16).unwrap_err().to_string();
-        assert!(
-            error.contains("value 2 (from 0) becomes 1.50003e5, which float16"),
-            "{error}"
-        );
-    }
-
-    #[test]
-    fn a_folder_s_own_adapter_of_another_dtype_is_taken() {
-        // PEFT saves adapters of 16-bit models in f32; others may not.
-        let folder = tempfile::tempdir().unwrap();
-        let out = tempfile::tempdir().unwrap();
-        let theirs = golden::folder("adapter_final");
-        let tensors = golden::tensors("adapter_final/adapter_model.safetensors");
-        let half = tensors
-            .into_iter()
-            .map(|(name, tensor)| (name, tensor.to_dtype(DType::BF16).unwrap()));
-        save(
-            &folder.path().join("adapter_model.safetensors"),
-            &half.collect::<BTreeMap<_, _>>(),
-            &[],
-        )
-        .unwrap();
-        fs::copy(
-            theirs.join("adapter_config.json"),
-            folder.path().join("adapter_config.json"),
-        )
-        .unwrap();
-        let adapter = Adapter::load(folder.path()).unwrap();
-        merge(&golden::folder("model"), &adapter, out.path(), &mut ignore).unwrap();
-        let ours = Weights::open(out.path()).unwrap();
-        let exact = Weights::open_file(&golden::folder("merged_model.safetensors")).unwrap();
-        for name in ours.names() {
-            assert!(
-                far(&values(&ours, name), &values(&exact, name)) < 1e-2,
-                "{name}"
-            );
-        }
-    }
-}
+mod tests;

@@ -61,6 +61,15 @@ impl CausalLm {
         Ok(total)
     }
 
+    /// Takes the trained rows of embeddings and head over into them, which has to be done before a pass.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub(in crate::ml) fn refresh(&self) -> Result<()> {
+        self.embed.refresh()?;
+        self.head.as_ref().map_or(Ok(()), Weight::refresh)
+    }
+
     /// Whether the head is trained.
     pub fn trains_head(&self) -> bool {
         self.head().trained().is_some()

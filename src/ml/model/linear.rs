@@ -3,6 +3,8 @@
 //! Frozen tensors never get a gradient; trained ones are a [`Var`] in f32. Products are computed in the compute dtype and their results are
 //! converted to f32, as with torch's autocast: products in half precision, everything between them in f32.
 
+mod replaced_rows;
+
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
@@ -10,6 +12,7 @@ use pipeline_kernels::dropout::Dropout;
 
 use super::autograd::{frozen_linear, matmul_rows};
 use crate::ml::quant::nf4::Nf4;
+pub use replaced_rows::ReplacedRows;
 
 /// The options of a forward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,6 +75,8 @@ pub enum Weight {
         /// The tensor with the adapter, frozen or trained.
         own: Box<Weight>,
     },
+    /// Embeddings or a head of the base, of which the adapter replaces some rows.
+    Rows(Arc<ReplacedRows>),
 }
 
 impl Weight {
@@ -82,6 +87,7 @@ impl Weight {
             Self::Trained(var) => on_tape(var, pass),
             Self::Replaced { own, .. } if pass.adapter => own.tensor(pass),
             Self::Replaced { base, .. } => base.clone(),
+            Self::Rows(rows) => rows.stored(pass).clone(),
         }
     }
 
@@ -100,15 +106,17 @@ impl Weight {
             Self::Trained(var) => var.as_tensor(),
             Self::Replaced { own, .. } if pass.adapter => own.stored(pass),
             Self::Replaced { base, .. } => base,
+            Self::Rows(rows) => rows.stored(pass),
         }
     }
 
-    /// The trained tensor, if it is one.
+    /// The trained tensor, if there is one: the weight itself, or rows of it.
     pub fn trained(&self) -> Option<&Var> {
         match self {
             Self::Frozen(_) => None,
             Self::Trained(var) => Some(var),
             Self::Replaced { own, .. } => own.trained(),
+            Self::Rows(rows) => rows.rows().trained(),
         }
     }
 
@@ -118,6 +126,39 @@ impl Weight {
             Self::Frozen(_) => false,
             Self::Trained(_) => true,
             Self::Replaced { own, .. } => pass.adapter && own.is_trained(pass),
+            Self::Rows(rows) => pass.adapter && rows.rows().is_trained(pass),
+        }
+    }
+
+    /// The place in the trained tensor of the weight's row number `id`; `None` if that row is not trained.
+    pub(in crate::ml) fn trained_row(&self, id: u32) -> Option<usize> {
+        match self {
+            Self::Frozen(_) => None,
+            Self::Trained(_) => Some(id as usize),
+            Self::Replaced { own, .. } => own.trained_row(id),
+            Self::Rows(rows) => rows.place(id),
+        }
+    }
+
+    /// The rows of `whole` (rows, ..), which has as many as the weight, that belong to the trained tensor.
+    ///
+    /// # Errors
+    /// `whole` has fewer rows.
+    pub(in crate::ml) fn trained_rows(&self, whole: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Rows(rows) => rows.pick(whole),
+            _ => Ok(whole.clone()),
+        }
+    }
+
+    /// Takes trained rows over into the weight they are a part of. This has to be done after they change and before a pass.
+    ///
+    /// # Errors
+    /// Never for a weight that was made.
+    pub(in crate::ml) fn refresh(&self) -> Result<()> {
+        match self {
+            Self::Rows(rows) => rows.refresh(),
+            _ => Ok(()),
         }
     }
 

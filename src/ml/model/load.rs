@@ -6,12 +6,12 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use candle_core::{DType, Device, Tensor, Var};
 
-use super::super::adapter::{Adapter, LoraPair, Selection};
+use super::super::adapter::{Adapter, DELTA, LoraPair, Selection, TokenRows};
 use super::arch::{Arch, Projection};
-use super::linear::{Base, Linear, Lora, Pass, Weight};
+use super::linear::{Base, Linear, Lora, Pass, ReplacedRows, Weight};
 use super::tensors::{
     EMBED_TOKENS, EMBEDDINGS, ENDS, HEAD, LM_HEAD, Module, NormKind, Role, bias_name, layer_norms,
-    modules, norm_path, norm_shape, projection_path, weight_name,
+    module_path, modules, norm_path, norm_shape, projection_path, weight_name,
 };
 use super::{CausalLm, GateUp, Layer, Norm, Parameter, Qkv, Trained};
 use crate::ml::io::float::Float;
@@ -153,6 +153,10 @@ impl<'a> Loader<'a> {
         if own.is_some() {
             self.used.insert(name.to_owned());
         }
+        if let Some(rows) = adapter.token_rows.get(module_path(name)) {
+            let whole = own.unwrap_or(tensor);
+            return self.with_rows(name, tensor, whole, rows, dtype);
+        }
         let trains = self.trained == Trained::Adapter && adapter.trains(name);
         let own = match own {
             Some(own) => self.folded(&own.to_device(self.device)?, role)?,
@@ -175,6 +179,36 @@ impl<'a> Loader<'a> {
             base: tensor.to_dtype(dtype)?,
             own: Box::new(own),
         })
+    }
+
+    /// The weight called `name` for `tensor` of the base, with rows of the adapter's in `whole`, which is the base's or the adapter's own.
+    fn with_rows(
+        &mut self,
+        name: &str,
+        tensor: &Tensor,
+        whole: &Tensor,
+        rows: &TokenRows,
+        dtype: DType,
+    ) -> anyhow::Result<Weight> {
+        anyhow::ensure!(
+            whole.dims() == tensor.dims(),
+            "the adapter's `{name}` has the shape {:?}, expected {:?} from config.json{}",
+            whole.dims(),
+            tensor.dims(),
+            resized(name)
+        );
+        let path = module_path(name);
+        let (vocabulary, hidden) = tensor.dims2()?;
+        rows.check(path, vocabulary, hidden)?;
+        let values = rows.values.to_device(self.device)?;
+        let own = if self.trained == Trained::Adapter {
+            self.train(format!("{path}{DELTA}"), &values, None)?
+        } else {
+            Weight::Frozen(values)
+        };
+        let whole = whole.to_device(self.device)?.to_dtype(dtype)?;
+        let rows = ReplacedRows::new(tensor.to_dtype(dtype)?, &whole, rows, own)?;
+        Ok(Weight::Rows(Arc::new(rows)))
     }
 
     /// The embeddings' weight, in `dtype`.

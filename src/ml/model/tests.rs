@@ -364,7 +364,9 @@ fn the_row_of_the_padding_is_not_learnt_from_lookups() {
                 &mut gradients,
             );
             outcome.unwrap();
-            let index = model.index_of("model.embed_tokens.weight");
+            let mut parameters = model.parameters.iter();
+            let embeddings = |parameter: &Parameter| parameter.name == "model.embed_tokens.weight";
+            let index = parameters.position(embeddings).unwrap();
             let all = gradients.0[index].clone().unwrap();
             all.to_vec2::<f32>().unwrap()
         };

@@ -11,4 +11,5 @@ pub(in crate::ml) mod golden_four_bit;
 mod golden_losses;
 mod golden_peft;
 pub(in crate::ml) mod golden_runs;
+mod golden_tokens;
 pub(in crate::ml) mod losses;

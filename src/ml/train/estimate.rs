@@ -12,7 +12,7 @@ use serde::Serialize;
 use super::resume::keeps_state;
 use super::sampler::Sampler;
 use super::settings::Settings;
-use crate::ml::adapter::Adapter;
+use crate::ml::adapter::{Adapter, DELTA};
 use crate::ml::fused::{Packing, PassLength, PassMemory, PassSizes, pass_size_of};
 use crate::ml::io::float::Float;
 use crate::ml::io::weights::Weights;
@@ -20,7 +20,7 @@ use crate::ml::loss::Loss;
 use crate::ml::model::Trained;
 use crate::ml::model::arch::Arch;
 use crate::ml::model::batch::{Batch, Row};
-use crate::ml::model::tensors::{HEAD, Role, tensors};
+use crate::ml::model::tensors::{EMBED_TOKENS, HEAD, LM_HEAD, Role, tensors, weight_name};
 use crate::ml::quant::nf4::{BLOCK, Nf4};
 
 /// A model that is not loaded: what its files say.
@@ -160,6 +160,18 @@ impl Unloaded<'_> {
                 if is_trained && count > 0 {
                     train(&mut all, &format!("{path}.{part}"), count);
                 }
+            }
+        }
+        for (path, rows) in &adapter.token_rows {
+            let count = rows.values.elem_count();
+            // The weight is there with these rows and without.
+            let whole = [self.arch.vocab_size, self.arch.hidden_size];
+            all.adapter += copies * count * float;
+            let tied = self.arch.tie_word_embeddings && path == LM_HEAD;
+            let name = weight_name(if tied { EMBED_TOKENS } else { path });
+            all.frozen += self.frozen(&name, Role::Embeddings, whole.iter().product())?;
+            if is_trained {
+                train(&mut all, &format!("{path}{DELTA}"), count);
             }
         }
         // Tensors in the place of the base's, and a head of the adapter's own beside tied embeddings.

@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{Context as _, bail};
 use candle_core::Tensor;
 
-use crate::ml::adapter::Adapter;
+use crate::ml::adapter::{Adapter, DELTA};
 use crate::ml::io::finite;
 use crate::ml::io::float::Float;
 use crate::ml::io::rewrite::{Output, rewrite};
@@ -30,6 +30,12 @@ fn trained(model: &CausalLm) -> candle_core::Result<BTreeMap<&str, Tensor>> {
 pub fn save_adapter(model: &CausalLm, mut adapter: Adapter, out: &Path) -> anyhow::Result<()> {
     for parameter in &model.parameters {
         let tensor = parameter.stored()?;
+        if let Some(path) = parameter.name.strip_suffix(DELTA) {
+            let rows = adapter.token_rows.get_mut(path);
+            let rows = rows.with_context(|| format!("`{path}` was trained without being there"))?;
+            rows.values = tensor;
+            continue;
+        }
         let Some((path, part)) = parameter.name.split_once(".lora_") else {
             adapter.saved.insert(parameter.name.clone(), tensor);
             continue;

@@ -215,8 +215,11 @@ pub(super) const KEYS: Table = &[
         "s2_attention",
         Lacks("shifted sparse attention is not computed"),
     ),
-    ("special_tokens", Lacks("special tokens are the model's")),
-    ("tokens", Lacks("the vocabulary is the model's")),
+    (
+        "special_tokens",
+        Lacks("a stage `add_tokens` adds tokens and names them"),
+    ),
+    ("tokens", Lacks("a stage `add_tokens` adds tokens")),
     (
         "wandb_project",
         Needless("every step is in the result; `pipeline show` prints it"),

@@ -29,7 +29,10 @@ pub(super) const KEYS: Table = &[
         "use_fast_tokenizer",
         Needless("`tokenizer.json` is read as it is"),
     ),
-    ("resize_vocab", Lacks("the vocabulary is the model's")),
+    (
+        "resize_vocab",
+        Lacks("a stage `add_tokens` adds tokens and rows for them"),
+    ),
     ("stage", Becomes("the kind of training")),
     (
         "finetuning_type",

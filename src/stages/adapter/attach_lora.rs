@@ -1,6 +1,7 @@
 //! `attach_lora`: a new adapter.
 
 mod modules;
+mod tokens;
 
 use std::fmt;
 
@@ -10,6 +11,7 @@ use serde::de::Visitor;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use self::modules::{ByPattern, Modules, OneOrMany, TargetModules};
+use self::tokens::Tokens;
 use crate::engine::{Context, Input, Problem, Stage};
 use crate::ml::adapter::{self, Names, NewAdapter, Patterns, Selection};
 use crate::ml::io::weights::Weights;
@@ -93,6 +95,12 @@ pub struct AttachLora {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(extend("examples" = [["embed_tokens", "lm_head"]]))]
     modules_to_save: Vec<String>,
+    /// Tokens whose rows of the embeddings are trained, by text or id: those that `add_tokens` added, say. The other rows stay as they are. A
+    /// head that is the embeddings follows them; one of its own is trained where it is named, as in
+    /// `{embed_tokens: [..], lm_head: [..]}`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = [["<tool>", "</tool>"], {"embed_tokens": ["<tool>"], "lm_head": ["<tool>"]}]))]
+    trainable_token_indices: Option<Tokens>,
     /// How the matrices begin. `true`: B is 0, so the adapter changes nothing at first. `false`: B is random too. `loftq`: with
     /// what quantisation took from the weights (arXiv 2310.08659, one iteration), which takes the time of a singular value
     /// decomposition for each module; the adapter then belongs to the 4-bit `model`, and PEFT gives the same for a model quantised
@@ -236,6 +244,15 @@ impl Stage for AttachLora {
         );
         let saved = self.modules_to_save.iter().all(|name| !name.is_empty());
         rule(saved, "modules_to_save", "expected names of modules");
+        let mistake = self
+            .trainable_token_indices
+            .as_ref()
+            .and_then(Tokens::mistake);
+        rule(
+            mistake.is_none(),
+            "trainable_token_indices",
+            mistake.as_deref().unwrap_or_default(),
+        );
         let ranks = 1..=LARGEST_RANK;
         let bounded = self.rank_pattern.values().all(|rank| ranks.contains(rank));
         let expected = format!("expected ranks from 1 to {LARGEST_RANK}");
@@ -288,7 +305,10 @@ impl Stage for AttachLora {
     fn run(&self, cx: &Context) -> anyhow::Result<()> {
         let folder = cx.input(&self.model)?;
         let (config, weights) = tied::open(folder)?;
-        let new = self.settings(&config);
+        let mut new = self.settings(&config);
+        if let Some(tokens) = &self.trainable_token_indices {
+            new.trainable_token_indices = tokens.ids(folder)?;
+        }
         for layer in 0..config.num_hidden_layers() {
             let name = weight_name(&projection_path(layer, Projection::O));
             weights
@@ -347,6 +367,7 @@ impl AttachLora {
             init_lora_weights: self.init_lora_weights != Init::Zero(false),
             target_modules,
             modules_to_save: self.modules_to_save.clone(),
+            trainable_token_indices: std::collections::BTreeMap::new(),
             exclude_modules: self.exclude_modules.as_ref().map(Modules::of_peft),
             layers_to_transform: self.layers_to_transform.0.clone(),
             layers_pattern: self.layers_pattern.0.clone(),
@@ -372,7 +393,24 @@ impl AttachLora {
             .map(candle_core::Tensor::elem_count)
             .sum();
         cx.note("modules", adapter.tensors.len());
-        cx.note("parameters", count.sum::<usize>() + whole);
+        let rows = adapter
+            .token_rows
+            .values()
+            .map(|rows| rows.values.elem_count());
+        let rows: usize = rows.sum();
+        cx.note("parameters", count.sum::<usize>() + whole + rows);
+        if rows > 0 {
+            cx.note("parameters_of_token_rows", rows);
+        }
+        if let Some(tokens) = &self.trainable_token_indices
+            && !config.tie_word_embeddings
+            && !tokens.has_head()
+        {
+            cx.warn(
+                "the model's head is its own, so that the probabilities of these tokens are not learnt, or not how they are read; hint: \
+                 `trainable_token_indices: {embed_tokens: [..], lm_head: [..]}` trains both rows of a token",
+            );
+        }
         if whole > 0 {
             cx.note("parameters_of_whole_tensors", whole);
         }

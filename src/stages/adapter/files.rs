@@ -59,6 +59,10 @@ pub(in crate::stages) fn check(cx: &Context) -> anyhow::Result<()> {
     if !adapter.saved.is_empty() {
         cx.note("whole_tensors", adapter.saved.len());
     }
+    if !adapter.token_rows.is_empty() {
+        let rows = adapter.token_rows.values().map(|rows| rows.ids.len());
+        cx.note("token_rows", rows.sum::<usize>());
+    }
     if config.use_dora {
         cx.note("use_dora", true);
     }

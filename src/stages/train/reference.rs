@@ -46,7 +46,7 @@ fn changes_nothing(adapter: &Adapter) -> anyhow::Result<bool> {
             .to_scalar::<f64>()?
             == 0.)
     };
-    if !adapter.saved.is_empty() {
+    if !adapter.saved.is_empty() || !adapter.token_rows.is_empty() {
         return Ok(false);
     }
     for pair in adapter.tensors.values() {
