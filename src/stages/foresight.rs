@@ -65,7 +65,7 @@ pub fn foresee(stages: &[Planned<'_>]) -> Vec<Foreseen> {
                 } else if let Some((_, config)) = config(planned)
                     && let Err(error) = families::family(model_type(&config))
                 {
-                    let hint = "models of other families can't be computed yet";
+                    let hint = "docs/families.md has the models that can be computed";
                     tell("path", error.to_string(), hint.to_owned());
                 }
             }

@@ -12,11 +12,19 @@ use crate::ml::train::optim::Optim;
 use crate::ml::train::schedule::SchedulerType;
 
 /// Models of a family that people know.
-const KNOWN_BY: [(&str, &str); 4] = [
+const KNOWN_BY: [(&str, &str); 12] = [
+    ("gemma", "Gemma 1"),
+    ("gemma2", "Gemma 2"),
+    ("gemma3_text", "Gemma 3 270M and 1B"),
+    ("granite", "Granite 3 (dense)"),
     ("llama", "Llama 2 and 3, SmolLM2, TinyLlama, Vicuna, Yi"),
     ("mistral", "Mistral 7B, Zephyr"),
+    ("olmo2", "OLMo 2"),
+    ("olmo3", "OLMo 3"),
+    ("phi3", "Phi-3, Phi-3.5, Phi-4, Phi-4-mini"),
     ("qwen2", "Qwen2, Qwen2.5"),
     ("qwen3", "Qwen3 (dense)"),
+    ("smollm3", "SmolLM3"),
 ];
 
 /// The contents of `docs/reference/support.md`.

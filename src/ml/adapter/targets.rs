@@ -10,7 +10,7 @@ use crate::ml::model::tensors::{is_projection, projection_name};
 
 /// The value of `target_modules` that selects every projection of the layers.
 pub const ALL_LINEAR: &str = "all-linear";
-/// PEFT's default for all families here (`TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING` in `peft/utils/constants.py`).
+/// PEFT's default for all families here that it has one for (`TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING` in `peft/utils/constants.py`).
 pub const DEFAULT_TARGETS: [Projection; 2] = [Projection::Q, Projection::V];
 
 /// Names of modules or a regular expression.

@@ -3,20 +3,33 @@
 //! A new family is a file beside these, declared here, and a line in [`FAMILIES`]. [`super::arch`] has the options that it may use; options
 //! that no family has had before go there too.
 
+mod gemma;
+mod gemma2;
+mod gemma3_text;
+mod granite;
 mod keys;
 mod llama;
 mod mistral;
+mod olmo2;
+mod olmo3;
+mod phi3;
 mod qwen2;
 mod qwen3;
+mod ropes;
+mod smollm3;
 mod windows;
 
 use std::path::Path;
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 use serde_json::{Map, Value, json};
 
 use self::keys::Keys;
-use super::arch::{Activation, Arch, NormPlaces, QkNorm, WIDEST, default_score_scale};
+use self::ropes::RopeDefaults;
+use super::arch::{
+    Activation, Arch, NormPlaces, Projection, QkNorm, Rope, WIDEST, default_score_scale,
+};
+use crate::ml::io::float::Float;
 
 /// A family of models.
 pub struct Family {
@@ -28,12 +41,57 @@ pub struct Family {
     knows: &'static [&'static str],
     /// Reads the architecture. It is an error, which names the key, if something is not supported.
     describe: fn(Keys<'_>) -> anyhow::Result<Arch>,
+    /// Gives a new model what the family prescribes: its pattern of layers, and the factors of its published models.
+    prescribe: fn(&mut Arch),
     /// Writes the keys that not all families have.
     write: fn(&Arch, &mut Map<String, Value>),
 }
 
 /// All supported families.
-pub const FAMILIES: &[Family] = &[llama::LLAMA, mistral::MISTRAL, qwen2::QWEN2, qwen3::QWEN3];
+pub const FAMILIES: &[Family] = &[
+    llama::LLAMA,
+    mistral::MISTRAL,
+    qwen2::QWEN2,
+    qwen3::QWEN3,
+    smollm3::SMOLLM3,
+    granite::GRANITE,
+    gemma::GEMMA,
+    gemma2::GEMMA2,
+    gemma3_text::GEMMA3_TEXT,
+    olmo2::OLMO2,
+    olmo3::OLMO3,
+    phi3::PHI3,
+];
+
+/// Model types that people try and that are not supported, each with what is missing.
+const MISSING: [(&str, &str); 17] = [
+    ("gemma3", "its vision part"),
+    ("gemma3n", "its per-layer embeddings"),
+    (
+        "gemma4",
+        "its per-layer embeddings and shared keys and values",
+    ),
+    ("granitemoe", "its mixture of experts"),
+    (
+        "granitemoehybrid",
+        "its mixture of experts and its Mamba-2 layers",
+    ),
+    ("lfm2", "its convolution layers"),
+    ("llama4", "its mixture of experts and its vision part"),
+    ("mistral3", "its vision part"),
+    ("mixtral", "its mixture of experts"),
+    ("olmoe", "its mixture of experts"),
+    ("gpt_oss", "its mixture of experts and its attention sinks"),
+    ("phimoe", "its mixture of experts"),
+    ("qwen2_5_vl", "its vision part"),
+    ("qwen2_moe", "its mixture of experts"),
+    ("qwen3_5", "its linear attention"),
+    ("qwen3_moe", "its mixture of experts"),
+    (
+        "qwen3_next",
+        "its mixture of experts and its linear attention",
+    ),
+];
 
 /// transformers' defaults that differ between families, for keys that a file does not have.
 struct Defaults {
@@ -42,10 +100,39 @@ struct Defaults {
     /// The width of a head; if `None`, `hidden_size / num_attention_heads`.
     head_dim: Option<usize>,
     max_position_embeddings: usize,
+    rms_norm_eps: f64,
+    tie_word_embeddings: bool,
+    pad_token_id: Option<u32>,
+    activation: Activation,
+    /// The key of the activation.
+    activation_key: &'static str,
+    /// Whether `gelu` means its approximation by tanh.
+    old_gelu: bool,
+    rope: RopeDefaults,
+    /// The bases of the rotary embeddings, and their keys in version 4, where layers without and with a window have one each.
+    by_layer_type: Option<([f64; 2], [Option<&'static str>; 2])>,
+}
+
+impl Default for Defaults {
+    fn default() -> Self {
+        Self {
+            num_key_value_heads: None,
+            head_dim: None,
+            max_position_embeddings: 2048,
+            rms_norm_eps: 1e-6,
+            tie_word_embeddings: false,
+            pad_token_id: None,
+            activation: Activation::Silu,
+            activation_key: "hidden_act",
+            old_gelu: false,
+            rope: RopeDefaults::default(),
+            by_layer_type: None,
+        }
+    }
 }
 
 /// Keys that change numbers in some families. In the others they have no effect, here as in transformers.
-const FAMILY_KEYS: [&str; 19] = [
+const FAMILY_KEYS: [&str; 22] = [
     "attention_bias",
     "attention_multiplier",
     "attn_logit_softcapping",
@@ -56,12 +143,15 @@ const FAMILY_KEYS: [&str; 19] = [
     "logit_scale",
     "logits_scaling",
     "mlp_bias",
+    "no_rope_layer_interval",
     "no_rope_layers",
     "num_experts",
     "num_local_experts",
     "query_pre_attn_scalar",
     "residual_multiplier",
+    "rope_local_base_freq",
     "sliding_window",
+    "sliding_window_pattern",
     "use_bidirectional_attention",
     "use_qk_norm",
     "use_sliding_window",
@@ -96,6 +186,13 @@ pub fn family(model_type: Option<&str>) -> anyhow::Result<&'static Family> {
         format!("expected one of `{}`", names.join("`, `"))
     };
     let kind = model_type.with_context(|| format!("`model_type` is missing, {}", known()))?;
+    if let Some((_, part)) = MISSING.iter().find(|(name, _)| *name == kind) {
+        let instead = match kind {
+            "gemma3" => "; expected a text model (`gemma3_text`), as those of 270M and 1B are",
+            _ => "",
+        };
+        bail!("the model type `{kind}` is not supported: {part} can't be computed yet{instead}");
+    }
     let family = FAMILIES.iter().find(|family| family.model_type == kind);
     family.with_context(|| format!("the model type `{kind}` is not supported, {}", known()))
 }
@@ -152,7 +249,10 @@ pub fn config_keys(arch: &Arch) -> anyhow::Result<Map<String, Value>> {
         "bos_token_id": arch.bos_token_id,
         "eos_token_id": eos,
         "head_dim": arch.head_dim,
-        "hidden_act": "silu",
+        "hidden_act": match arch.activation {
+            Activation::Silu => "silu",
+            Activation::GeluTanh => "gelu_pytorch_tanh",
+        },
         "hidden_size": arch.hidden_size,
         "intermediate_size": arch.intermediate_size,
         "max_position_embeddings": arch.max_position_embeddings,
@@ -162,7 +262,7 @@ pub fn config_keys(arch: &Arch) -> anyhow::Result<Map<String, Value>> {
         "num_key_value_heads": arch.num_key_value_heads,
         "pad_token_id": arch.pad_token_id,
         "rms_norm_eps": arch.rms_norm_eps,
-        "rope_scaling": rope.scaling.as_ref().map(keys::write_scaling),
+        "rope_scaling": rope.scaling.as_ref().map(ropes::write_scaling),
         "rope_theta": rope.theta,
         "tie_word_embeddings": arch.tie_word_embeddings,
         "use_cache": true,
@@ -175,12 +275,18 @@ pub fn config_keys(arch: &Arch) -> anyhow::Result<Map<String, Value>> {
     Ok(keys)
 }
 
-/// The architecture `arch` with everything that its family prescribes (biases, norms of q and k).
+/// The architecture `arch` with everything that its family prescribes (biases, norms, the pattern of layers, factors).
 ///
 /// # Errors
 /// It has a sliding window, which the family does not have, or sizes that the family refuses.
 pub fn complete(arch: &Arch) -> anyhow::Result<Arch> {
-    let complete = describe(&Value::Object(config_keys(arch)?))?;
+    let mut arch = arch.clone();
+    (family(Some(arch.family))?.prescribe)(&mut arch);
+    let mut keys = config_keys(&arch)?;
+    if let Some(float) = arch.dtype.and_then(Float::from_candle) {
+        keys.insert("torch_dtype".into(), float.name().into());
+    }
+    let complete = describe(&Value::Object(keys))?;
     ensure!(
         complete.layers == arch.layers,
         "the model type `{}` has no sliding window",
@@ -194,7 +300,11 @@ pub fn complete(arch: &Arch) -> anyhow::Result<Arch> {
 
 /// Reads what is the same in all families; layers, biases and norms of q and k are left to the family.
 fn common(keys: Keys<'_>, family: &'static str, defaults: &Defaults) -> anyhow::Result<Arch> {
-    keys.check_activation()?;
+    let activation = keys.activation(
+        defaults.activation_key,
+        defaults.activation,
+        defaults.old_gelu,
+    )?;
     let hidden_size = keys.size("hidden_size")?;
     let num_attention_heads = keys.size("num_attention_heads")?;
     let num_key_value_heads = match defaults.num_key_value_heads {
@@ -219,12 +329,13 @@ fn common(keys: Keys<'_>, family: &'static str, defaults: &Defaults) -> anyhow::
         width <= WIDEST,
         "{num_attention_heads} heads of the width {head_dim} are {width} wide, expected at most {WIDEST}"
     );
-    let rms_norm_eps = keys.number_or("rms_norm_eps", 1e-6)?;
+    let rms_norm_eps = keys.number_or("rms_norm_eps", defaults.rms_norm_eps)?;
     ensure!(
         rms_norm_eps >= 0.,
         "`rms_norm_eps` is {rms_norm_eps}, expected a number not below 0"
     );
     let length = keys.size_or("max_position_embeddings", defaults.max_position_embeddings)?;
+    let (ropes, rotary_dim) = rotary_embeddings(keys, length, head_dim, defaults)?;
     Ok(Arch {
         family,
         vocab_size: keys.size("vocab_size")?,
@@ -235,12 +346,12 @@ fn common(keys: Keys<'_>, family: &'static str, defaults: &Defaults) -> anyhow::
         num_key_value_heads,
         head_dim,
         rms_norm_eps,
-        rotary_dim: head_dim,
-        ropes: vec![keys.rope(length)?],
+        rotary_dim,
+        ropes,
         qk_norm: QkNorm::None,
         norm_places: NormPlaces::Before,
         norm_adds_one: false,
-        activation: Activation::Silu,
+        activation,
         embedding_scale: 1.,
         residual_scale: 1.,
         score_scale: default_score_scale(head_dim),
@@ -249,15 +360,53 @@ fn common(keys: Keys<'_>, family: &'static str, defaults: &Defaults) -> anyhow::
         logit_softcap: None,
         fused_projections: false,
         biases: Vec::new(),
-        tie_word_embeddings: keys.flag("tie_word_embeddings")?,
+        tie_word_embeddings: keys.flag_or("tie_word_embeddings", defaults.tie_word_embeddings)?,
         max_position_embeddings: length,
         attention_dropout: keys.number_or("attention_dropout", 0.)?,
         bos_token_id: keys.id("bos_token_id")?,
         eos_token_ids: keys.eos_ids()?,
-        pad_token_id: keys.id("pad_token_id")?,
+        pad_token_id: if keys.has("pad_token_id") {
+            keys.id("pad_token_id")?
+        } else {
+            defaults.pad_token_id
+        },
         dtype: keys.dtype(),
         quantization: keys.quantization()?,
     })
+}
+
+/// The rotary embeddings of a model, and the number of features of a head that they rotate.
+fn rotary_embeddings(
+    keys: Keys<'_>,
+    length: usize,
+    head_dim: usize,
+    defaults: &Defaults,
+) -> anyhow::Result<(Vec<Rope>, usize)> {
+    if let Some((thetas, names)) = defaults.by_layer_type {
+        let ropes = ropes::by_layer_type(keys, length, head_dim, thetas, names)?;
+        return Ok((ropes, head_dim));
+    }
+    let (rope, rotary_dim) = ropes::shared(keys, length, head_dim, &defaults.rope)?;
+    Ok((vec![rope], rotary_dim))
+}
+
+/// The projections with biases in families whose attention has all or none of them, by the key `attention_bias`.
+fn attention_biases(keys: Keys<'_>) -> anyhow::Result<Vec<Projection>> {
+    let all = keys.flag("attention_bias")?;
+    Ok(if all {
+        Projection::ATTENTION.to_vec()
+    } else {
+        Vec::new()
+    })
+}
+
+/// The same in families whose feed-forward block has biases by the key `mlp_bias` too.
+fn biases(keys: Keys<'_>) -> anyhow::Result<Vec<Projection>> {
+    let mut biases = attention_biases(keys)?;
+    if keys.flag("mlp_bias")? {
+        biases.extend(Projection::MLP);
+    }
+    Ok(biases)
 }
 
 /// The `model_type` of a folder's `config.json`, and the keys in it that change the numbers of other model types but have no effect on this
@@ -279,5 +428,7 @@ pub fn without_effect(folder: &Path) -> anyhow::Result<(&'static str, Vec<&'stat
     Ok((family.model_type, unknown.filter(is_set).collect()))
 }
 
+#[cfg(test)]
+mod published;
 #[cfg(test)]
 mod tests;

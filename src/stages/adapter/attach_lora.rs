@@ -15,7 +15,9 @@ use crate::ml::adapter::{self, Names, NewAdapter, Patterns, Selection};
 use crate::ml::io::weights::Weights;
 use crate::ml::lora::attach;
 use crate::ml::model::arch::{Arch, Projection};
-use crate::ml::model::tensors::{self, ENDS, projection_names, projection_path, weight_name};
+use crate::ml::model::tensors::{
+    self, ENDS, projection_name, projection_names, projection_path, weight_name,
+};
 use crate::ml::model::tied;
 use crate::stages::artifacts::{Adapter, Model};
 
@@ -320,6 +322,10 @@ impl Stage for AttachLora {
 impl AttachLora {
     fn settings(&self, arch: &Arch) -> NewAdapter {
         let target_modules = match &self.target_modules {
+            // The projection that holds what the default means.
+            all if arch.fused_projections && *all == TargetModules::default() => {
+                Names::List(vec![projection_name(Projection::Qkv).to_owned()])
+            }
             TargetModules::Some(modules) => modules.of_peft(),
             TargetModules::AllLinear => {
                 let names = projection_names(arch).map(str::to_owned);

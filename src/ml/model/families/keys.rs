@@ -2,10 +2,10 @@
 
 use anyhow::{Context as _, bail, ensure};
 use candle_core::DType;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::ml::io::float::Float;
-use crate::ml::model::arch::{Llama3Scaling, Quantization, Rope, RopeScaling, largest};
+use crate::ml::model::arch::{Activation, Quantization, largest};
 
 /// A parsed `config.json`.
 #[derive(Clone, Copy)]
@@ -52,10 +52,34 @@ impl<'a> Keys<'a> {
         self.some(name).map_or(Ok(default), |_| self.number(name))
     }
 
+    /// A factor: a finite number above 0, or transformers' default if the key is absent.
+    pub(super) fn factor_or(self, name: &str, default: f64) -> anyhow::Result<f64> {
+        let number = self.number_or(name, default)?;
+        ensure!(
+            number > 0. && number.is_finite(),
+            "`{name}` is {number}, expected a number above 0"
+        );
+        Ok(number)
+    }
+
+    /// A cap: a number above 0, none if it is `null`, or transformers' default if the key is absent.
+    pub(super) fn cap_or(self, name: &str, default: Option<f64>) -> anyhow::Result<Option<f64>> {
+        match self.0.get(name) {
+            None => Ok(default),
+            Some(Value::Null) => Ok(None),
+            Some(_) => self.factor_or(name, 1.).map(Some),
+        }
+    }
+
     /// A boolean; false if the key is absent.
     pub(super) fn flag(self, name: &str) -> anyhow::Result<bool> {
+        self.flag_or(name, false)
+    }
+
+    /// A boolean, or transformers' default if the key is absent.
+    pub(super) fn flag_or(self, name: &str, default: bool) -> anyhow::Result<bool> {
         match self.some(name) {
-            None => Ok(false),
+            None => Ok(default),
             Some(Value::Bool(on)) => Ok(*on),
             Some(other) => bail!("`{name}` is {other}, expected true or false"),
         }
@@ -80,17 +104,33 @@ impl<'a> Keys<'a> {
         Ok(ids.into_iter().flatten().collect())
     }
 
-    /// Fails if the gate's activation is not `SiLU`.
-    pub(super) fn check_activation(self) -> anyhow::Result<()> {
-        if let Some(act) = self.0.get("hidden_act") {
-            // Two names of one function.
-            ensure!(
-                act == "silu" || act == "swish",
-                "the activation `{}` (`hidden_act`) is not supported, expected `silu`",
-                act.as_str().map_or_else(|| act.to_string(), str::to_owned)
-            );
+    /// The gate's activation, from the key `name`, or transformers' default if it is absent. `old_gelu` says whether `gelu` means its
+    /// approximation by tanh.
+    pub(super) fn activation(
+        self,
+        name: &str,
+        default: Activation,
+        old_gelu: bool,
+    ) -> anyhow::Result<Activation> {
+        match self.0.get(name) {
+            None => Ok(default),
+            // Two names of one function each.
+            Some(Value::String(act)) if ["silu", "swish"].contains(&act.as_str()) => {
+                Ok(Activation::Silu)
+            }
+            Some(Value::String(act))
+                if ["gelu_pytorch_tanh", "gelu_new"].contains(&act.as_str()) =>
+            {
+                Ok(Activation::GeluTanh)
+            }
+            Some(Value::String(act)) if old_gelu && act == "gelu" => Ok(Activation::GeluTanh),
+            Some(other) => bail!(
+                "the activation `{}` (`{name}`) is not supported, expected `silu` or `gelu_pytorch_tanh`",
+                other
+                    .as_str()
+                    .map_or_else(|| other.to_string(), str::to_owned)
+            ),
         }
-        Ok(())
     }
 
     /// The dtype of the weights.
@@ -104,113 +144,7 @@ impl<'a> Keys<'a> {
             .map(quantization)
             .transpose()
     }
-
-    /// The rotary embedding. transformers 5 writes `rope_parameters`, earlier versions `rope_theta` and `rope_scaling`. If a file has both,
-    /// `rope_scaling` takes precedence, as in transformers. `length` is the longest sequence of the model.
-    pub(super) fn rope(self, length: usize) -> anyhow::Result<Rope> {
-        let filled = |name: &str| self.some(name).filter(|value| *value != &json!({}));
-        let positive = |value: f64| value > 0. && value.is_finite();
-        let name = if filled("rope_scaling").is_some() {
-            "rope_scaling"
-        } else {
-            "rope_parameters"
-        };
-        let parameters = filled(name);
-        let theta = match parameters.and_then(|rope| rope.get("rope_theta")) {
-            Some(theta) => Some(theta),
-            None => self.some("rope_theta"),
-        };
-        let theta = match theta {
-            Some(theta) => theta
-                .as_f64()
-                .filter(|theta| positive(*theta))
-                .with_context(|| format!("`rope_theta` is {theta}, expected a number above 0"))?,
-            // transformers' `default_theta`, for the first models, whose files lack the key.
-            None => 10_000.,
-        };
-        let full = self.some("partial_rotary_factor");
-        ensure!(
-            full.is_none_or(|factor| factor.as_f64() == Some(1.)),
-            "`partial_rotary_factor` is not 1; the heads are rotated whole"
-        );
-        let scaling = parameters.map_or(Ok(None), |rope| self.rope_scaling(name, rope, length))?;
-        if let Some(rope) = &scaling {
-            ensure!(
-                positive(rope.factor)
-                    && positive(rope.low_freq_factor)
-                    && rope.high_freq_factor > rope.low_freq_factor,
-                "the factors of the rope type `llama3` are out of order"
-            );
-        }
-        Ok(Rope {
-            theta,
-            scaling: scaling.map(RopeScaling::Llama3),
-        })
-    }
-
-    fn rope_scaling(
-        self,
-        name: &str,
-        scaling: &Value,
-        length: usize,
-    ) -> anyhow::Result<Option<Llama3Scaling>> {
-        let keys = scaling.as_object();
-        let keys = keys.with_context(|| format!("`{name}` is {scaling}, expected an object"))?;
-        let kind = match scaling.get("rope_type").or_else(|| scaling.get("type")) {
-            None => "default",
-            Some(kind) => kind
-                .as_str()
-                .with_context(|| format!("the `rope_type` is {kind}, expected a text"))?,
-        };
-        let found = ROPE_KEYS.iter().find(|(known, _)| *known == kind);
-        let Some((_, own)) = found else {
-            bail!("the rope type `{kind}` is not supported, expected `default` or `llama3`");
-        };
-        let common = [
-            "rope_type",
-            "type",
-            "rope_theta",
-            "original_max_position_embeddings",
-        ];
-        // Factors that change nothing.
-        let neutral = |key: &str, value: &Value| {
-            value.is_null() || key.ends_with("factor") && value.as_f64() == Some(1.)
-        };
-        for (key, value) in keys {
-            let known = common.contains(&key.as_str()) || own.contains(&key.as_str());
-            ensure!(
-                known || neutral(key, value),
-                "`{name}` has `{key}`, which the rope type `{kind}` doesn't know; was another `rope_type` meant? transformers \
-                 warns of it and goes on without; hint: remove the key if that is right"
-            );
-        }
-        if kind == "default" {
-            return Ok(None);
-        }
-        // As in transformers, the file's own value comes first, then that of the scaling, then the model's length.
-        let original = "original_max_position_embeddings";
-        let rope = Keys(scaling);
-        let original_max_position_embeddings = if self.some(original).is_some() {
-            self.size(original)?
-        } else if rope.some(original).is_some() {
-            rope.size(original)?
-        } else {
-            length
-        };
-        Ok(Some(Llama3Scaling {
-            factor: rope.number("factor")?,
-            low_freq_factor: rope.number("low_freq_factor")?,
-            high_freq_factor: rope.number("high_freq_factor")?,
-            original_max_position_embeddings,
-        }))
-    }
 }
-
-/// The supported rope types with their parameters.
-const ROPE_KEYS: [(&str, &[&str]); 2] = [
-    ("default", &[]),
-    ("llama3", &["factor", "low_freq_factor", "high_freq_factor"]),
-];
 
 fn dtype(value: Option<&Value>) -> Option<DType> {
     let name = value.and_then(Value::as_str)?;
@@ -250,35 +184,4 @@ fn quantization(config: &Value) -> anyhow::Result<Quantization> {
         double_quant: on("bnb_4bit_use_double_quant"),
         compute_dtype: dtype(config.get("bnb_4bit_compute_dtype")),
     })
-}
-
-/// The keys of a scaling in `rope_scaling`.
-pub(super) fn write_scaling(scaling: &RopeScaling) -> Value {
-    match scaling {
-        RopeScaling::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
-        RopeScaling::Dynamic { factor, .. } => json!({"rope_type": "dynamic", "factor": factor}),
-        RopeScaling::Yarn(yarn) => json!({
-            "rope_type": "yarn",
-            "factor": yarn.factor,
-            "attention_factor": yarn.attention_factor,
-            "beta_fast": yarn.beta_fast,
-            "beta_slow": yarn.beta_slow,
-            "original_max_position_embeddings": yarn.original_max_position_embeddings,
-            "truncate": yarn.truncate,
-        }),
-        RopeScaling::Llama3(rope) => json!({
-            "rope_type": "llama3",
-            "factor": rope.factor,
-            "low_freq_factor": rope.low_freq_factor,
-            "high_freq_factor": rope.high_freq_factor,
-            "original_max_position_embeddings": rope.original_max_position_embeddings,
-        }),
-        RopeScaling::LongRope(rope) => json!({
-            "rope_type": "longrope",
-            "short_factor": rope.short_factor,
-            "long_factor": rope.long_factor,
-            "attention_factor": rope.attention_factor,
-            "original_max_position_embeddings": rope.original_max_position_embeddings,
-        }),
-    }
 }

@@ -4,7 +4,7 @@ use anyhow::ensure;
 use serde_json::{Map, Value, json};
 
 use super::keys::Keys;
-use super::{Defaults, Family, common};
+use super::{Defaults, Family, biases, common};
 use crate::ml::model::arch::{Arch, LayerArch, Projection};
 
 pub(super) const LLAMA: Family = Family {
@@ -12,14 +12,14 @@ pub(super) const LLAMA: Family = Family {
     architecture: "LlamaForCausalLM",
     knows: &["attention_bias", "mlp_bias"],
     describe,
+    prescribe: |_| (),
     write,
 };
 
 fn describe(keys: Keys<'_>) -> anyhow::Result<Arch> {
     let defaults = Defaults {
-        num_key_value_heads: None,
-        head_dim: None,
         max_position_embeddings: 2048,
+        ..Defaults::default()
     };
     let arch = common(keys, LLAMA.model_type, &defaults)?;
     let (hidden, heads) = (arch.hidden_size, arch.num_attention_heads);
@@ -27,17 +27,10 @@ fn describe(keys: Keys<'_>) -> anyhow::Result<Arch> {
         hidden.is_multiple_of(heads),
         "`hidden_size` {hidden} is no multiple of the {heads} attention heads, which transformers refuses"
     );
-    let mut biases = Vec::new();
-    if keys.flag("attention_bias")? {
-        biases.extend(Projection::ATTENTION);
-    }
-    if keys.flag("mlp_bias")? {
-        biases.extend(Projection::MLP);
-    }
     let layers = vec![LayerArch::default(); keys.size("num_hidden_layers")?];
     Ok(Arch {
         layers,
-        biases,
+        biases: biases(keys)?,
         ..arch
     })
 }

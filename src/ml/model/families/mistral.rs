@@ -4,7 +4,7 @@
 use serde_json::{Map, Value, json};
 
 use super::keys::Keys;
-use super::{Defaults, Family, common};
+use super::{Defaults, Family, common, windows};
 use crate::ml::model::arch::{Arch, LayerArch};
 
 pub(super) const MISTRAL: Family = Family {
@@ -12,6 +12,7 @@ pub(super) const MISTRAL: Family = Family {
     architecture: "MistralForCausalLM",
     knows: &["sliding_window"],
     describe,
+    prescribe: |_| (),
     write,
 };
 
@@ -21,23 +22,15 @@ const WINDOW: usize = 4096;
 fn describe(keys: Keys<'_>) -> anyhow::Result<Arch> {
     let defaults = Defaults {
         num_key_value_heads: Some(8),
-        head_dim: None,
         max_position_embeddings: 4096 * 32,
+        ..Defaults::default()
     };
-    let window = if keys.has("sliding_window") {
-        let some = keys.some("sliding_window");
-        some.map(|_| keys.size("sliding_window")).transpose()?
-    } else {
-        Some(WINDOW)
+    let layer = LayerArch {
+        window: windows::own(keys, WINDOW)?,
+        ..LayerArch::default()
     };
     Ok(Arch {
-        layers: vec![
-            LayerArch {
-                window,
-                ..LayerArch::default()
-            };
-            keys.size("num_hidden_layers")?
-        ],
+        layers: vec![layer; keys.size("num_hidden_layers")?],
         ..common(keys, MISTRAL.model_type, &defaults)?
     })
 }

@@ -10,19 +10,20 @@ pub(super) const QWEN2: Family = Family {
     architecture: "Qwen2ForCausalLM",
     knows: &windows::KEYS,
     describe,
+    prescribe: |_| (),
     write: windows::write,
 };
 
 fn describe(keys: Keys<'_>) -> anyhow::Result<Arch> {
     let defaults = Defaults {
         num_key_value_heads: Some(32),
-        // This key is read by `LlamaAttention`, from which Qwen2's attention is derived.
-        head_dim: None,
         max_position_embeddings: 32_768,
+        ..Defaults::default()
     };
     Ok(Arch {
         layers: windows::read(keys)?,
         biases: vec![Projection::Q, Projection::K, Projection::V],
+        // The key `head_dim` is read by `LlamaAttention`, from which Qwen2's attention is derived.
         ..common(keys, QWEN2.model_type, &defaults)?
     })
 }

@@ -4,7 +4,7 @@
 use serde_json::{Map, Value, json};
 
 use super::keys::Keys;
-use super::{Defaults, Family, common, windows};
+use super::{Defaults, Family, attention_biases, common, windows};
 use crate::ml::model::arch::{Arch, Projection, QkNorm};
 
 pub(super) const QWEN3: Family = Family {
@@ -17,6 +17,7 @@ pub(super) const QWEN3: Family = Family {
         "use_sliding_window",
     ],
     describe,
+    prescribe: |_| (),
     write,
 };
 
@@ -25,16 +26,12 @@ fn describe(keys: Keys<'_>) -> anyhow::Result<Arch> {
         num_key_value_heads: Some(32),
         head_dim: Some(128),
         max_position_embeddings: 32_768,
-    };
-    let biases = if keys.flag("attention_bias")? {
-        Projection::ATTENTION.to_vec()
-    } else {
-        Vec::new()
+        ..Defaults::default()
     };
     Ok(Arch {
         layers: windows::read(keys)?,
         qk_norm: QkNorm::PerHead,
-        biases,
+        biases: attention_biases(keys)?,
         ..common(keys, QWEN3.model_type, &defaults)?
     })
 }

@@ -128,6 +128,14 @@ fn a_new_model_may_be_of_any_family() {
         ("qwen3", "head_dim: 16, ", 0, None),
         ("mistral", "", 0, None),
         ("mistral", "sliding_window: 9, ", 0, Some(9)),
+        ("smollm3", "", 0, None),
+        ("granite", "", 0, None),
+        ("gemma", "head_dim: 16, ", 0, None),
+        ("gemma2", "", 0, None),
+        ("gemma3_text", "num_key_value_heads: 1, ", 0, None),
+        ("olmo2", "", 0, None),
+        ("olmo3", "", 0, None),
+        ("phi3", "sliding_window: 9, ", 0, Some(9)),
     ] {
         let name = format!("{family}{}", more.len());
         let cx = context(folder.path(), &name);
@@ -153,6 +161,9 @@ fn a_new_model_may_be_of_any_family() {
             let bias = values("model.layers.1.self_attn.k_proj.bias");
             assert!(bias.iter().all(|x| *x == 0.));
         }
+        if family.starts_with("gemma") {
+            assert!(values("model.norm.weight").iter().all(|x| *x == 0.));
+        }
         if family == "qwen3" {
             let norm = values("model.layers.1.self_attn.k_norm.weight");
             assert_eq!(norm, [1.; 16]);
@@ -161,7 +172,7 @@ fn a_new_model_may_be_of_any_family() {
     let error = serde_yaml::from_str::<CreateModel>(&format!("{{family: gemma, {SHAPE}}}"));
     let error = error.unwrap_err().to_string();
     assert!(
-        error.contains("`gemma`") && error.contains("`qwen3`"),
+        error.contains("`mamba2`") && error.contains("`qwen3`"),
         "{error}"
     );
     // A Llama's family is not written, as before there were others.
