@@ -288,7 +288,7 @@ def check_families(program, source, tokenizer, work, wanted):
         for file in ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model"]:
             if (tokenizer / file).exists():
                 shutil.copy(tokenizer / file, folder / file)
-        if name == "phi3":
+        if name.startswith("phi3"):
             settings = json.loads((folder / "tokenizer_config.json").read_text())
             settings["tokenizer_class"] = "GPT2Tokenizer"
             (folder / "tokenizer_config.json").write_text(json.dumps(settings))
