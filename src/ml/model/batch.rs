@@ -271,6 +271,12 @@ impl Batch {
             .then(|| self.sequences.iter().flat_map(of).collect())
     }
 
+    /// One more than the largest position, padding included, on which some rotary embeddings depend.
+    pub fn length(&self) -> usize {
+        let last = self.positions().and_then(|all| all.into_iter().max());
+        last.map_or(self.width, |last| last + 1)
+    }
+
     /// The attention mask (batch or 1, 1, length, length), which is added to the scores: 0 where a query may attend to a key, -inf where
     /// it may not (later keys, padding, other documents, and keys outside a sliding window of `window` keys up to its own).
     ///
