@@ -4,7 +4,7 @@
 //! With `c` and `r` the rewards of the preferred and the rejected answer, and `d = c - r`, the loss of a pair is
 //! `-(1 - e) log sigmoid(beta d) - e log sigmoid(-beta d)` (equation 3, with label smoothing e), or what [`LossType`] says. A reward is the
 //! log-probability of the answer, a sum over its tokens, or their mean for `ipo` and `simpo`; with `alpha` other than 0 it is
-//! `(1 - p^(-alpha)) / alpha` of its exponential p (Gupta et al. 2025, AlphaPO, arXiv 2501.03884). The loss of a micro-batch is the mean over
+//! `(1 - p^(-alpha)) / alpha` of its exponential p (Gupta et al. 2025, arXiv 2501.03884). The loss of a micro-batch is the mean over
 //! its pairs plus `cpo_alpha` times the mean negative log-likelihood of the tokens of its preferred answers.
 
 use super::pairs::{mean, share_preferred};
@@ -115,9 +115,12 @@ impl Loss for Cpo {
         let &Scored { batch, targets, .. } = scored;
         let preferences = Preferences::new(batch, targets, scored.logps)?;
         let pairs = preferences.pairs();
-        let tokens = |answer: usize| match self.averages() {
-            true => preferences.answers[answer].1 as f64,
-            false => 1.,
+        let tokens = |answer: usize| {
+            if self.averages() {
+                preferences.answers[answer].1 as f64
+            } else {
+                1.
+            }
         };
         let logps: Vec<f64> = if self.averages() {
             preferences.means()
