@@ -44,6 +44,7 @@ impl Tokenizer {
         let added = super::guarded(|| self.inner.add_tokens(all.clone()))?;
         added.map_err(|error| anyhow!("the tokens can't be added: {error}"))?;
         self.fast = None;
+        self.untrimmed = std::sync::Arc::default();
         let ids = all
             .iter()
             .map(|token| self.inner.token_to_id(&token.content));
