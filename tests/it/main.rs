@@ -25,6 +25,8 @@ mod estimate;
 #[cfg(test)]
 mod executors;
 #[cfg(test)]
+mod families;
+#[cfg(test)]
 mod faults;
 #[cfg(test)]
 mod files;

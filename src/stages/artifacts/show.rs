@@ -227,6 +227,20 @@ fn attention(arch: &Arch) -> String {
     if arch.qk_norm != QkNorm::None {
         words.push("norms of queries and keys".to_owned());
     }
+    let unrotated = arch.layers.iter().filter(|layer| layer.rope.is_none());
+    let unrotated = unrotated.count();
+    if unrotated > 0 {
+        words.push(format!(
+            "no rotary embedding in {unrotated} of {layers} layers"
+        ));
+    }
+    if arch.rotary_dim != arch.head_dim {
+        let (part, whole) = (arch.rotary_dim, arch.head_dim);
+        words.push(format!("{part} of {whole} features of a head rotated"));
+    }
+    if let Some(cap) = arch.score_softcap {
+        words.push(format!("scores capped at {cap}"));
+    }
     if !arch.biases.is_empty() {
         let names: Vec<_> = arch.biases.iter().copied().map(projection_name).collect();
         words.push(format!("biases of {}", names.join(", ")));
@@ -246,6 +260,18 @@ mod tests {
             ("families/qwen2", "causal; biases of q_proj, k_proj, v_proj"),
             ("families/qwen3", "causal; norms of queries and keys"),
             ("families/mistral", "windows of 16 keys in 2 of 2 layers"),
+            (
+                "families/smollm3",
+                "windows of 20 keys in 1 of 2 layers; no rotary embedding in 1 of 2 layers",
+            ),
+            (
+                "families/gemma2",
+                "windows of 16 keys in 1 of 2 layers; scores capped at 3",
+            ),
+            (
+                "families/phi3",
+                "causal; 24 of 32 features of a head rotated",
+            ),
         ] {
             let arch = Arch::read(&golden::folder(name)).unwrap();
             assert_eq!(attention(&arch), expected, "{name}");
