@@ -12,18 +12,21 @@
 mod local;
 mod loops;
 mod spans;
+mod tiles;
 
 use std::ops::Range;
 
 use rayon::prelude::*;
 
 use crate::dispatch::run;
-use crate::micro::{Tile, multiply};
 use crate::panels::{self, LANES, count};
 use local::{Shared, TokenRanges, gather, scatter, scatter_transposed};
-use loops::{Dot, Limits, Mask, ScaleLanes, ScoresBackward, Softmax};
+use loops::{
+    CappedScoresBackward, Dot, Limits, Mask, ScaleLanes, ScoresBackward, SoftCap, Softmax,
+};
 use spans::Keys;
 pub use spans::{Span, Spans, Visible};
+use tiles::{product, product_transposed, transpose};
 
 /// The numbers of heads and their width.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,6 +37,25 @@ pub struct Heads {
     pub keys: usize,
     /// The number of features of one head.
     pub width: usize,
+}
+
+/// What becomes of the products of queries and keys before the softmax.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Scores {
+    /// The factor of the products, `1 / sqrt(width)` in most models.
+    pub scale: f32,
+    /// The soft-cap: the scaled product `s` becomes `cap * tanh(s / cap)` (Gemma 2, arXiv 2408.00118, section 2).
+    pub softcap: Option<f32>,
+}
+
+impl Scores {
+    /// The products divided by the root of the heads' width, without a soft-cap (Vaswani et al. 2017, arXiv 1706.03762, equation 1).
+    pub fn of_width(width: usize) -> Self {
+        Self {
+            scale: (width as f32).sqrt().recip(),
+            softcap: None,
+        }
+    }
 }
 
 /// Queries, keys and values, in panels of the same tokens.
@@ -57,8 +79,6 @@ pub struct Gradients<'a> {
     pub v: &'a mut [f32],
 }
 
-/// The rows of a tile of a product.
-const ROWS: usize = 8;
 /// One feature of a panel's tokens.
 type Row = [f32; LANES];
 
@@ -149,8 +169,8 @@ fn tasks<'a>(
     tasks
 }
 
-/// Computes `softmax(q k^T / sqrt(width)) v` for each head over the keys that a token may attend to (Vaswani et al. 2017, arXiv
-/// 1706.03762, equation 1).
+/// Computes `softmax(scores) v` for each head over the keys that a token may attend to (Vaswani et al. 2017, arXiv 1706.03762,
+/// equation 1); the scores are `q k^T` scaled and capped as [`Scores`] says.
 ///
 /// `out` is panels of `queries * width` features, like the queries. `log_sums`, as many panels of `queries` features, receives the
 /// logarithm of each softmax's sum. Tokens outside all spans are left unchanged in both. Panels of 32 keys to which none of 32 queries
@@ -161,6 +181,7 @@ fn tasks<'a>(
 pub fn attention(
     inputs: Inputs<'_>,
     heads: Heads,
+    scores: Scores,
     spans: &Spans,
     out: &mut [f32],
     log_sums: &mut [f32],
@@ -169,22 +190,25 @@ pub fn attention(
     let (out, log_sums) = (Shared::new(out), Shared::new(log_sums));
     tasks(spans, heads, 0..heads.keys, None)
         .into_par_iter()
-        .for_each_init(Buffers::default, |buffers, task| {
-            let Task { span, head, .. } = task;
-            buffers.load(inputs, heads, task.keys, head);
-            let tokens = [span.tokens()];
-            let queries = TokenRanges::all(&tokens);
-            let group = heads.queries / heads.keys;
-            for query_head in head * group..(head + 1) * group {
-                for block in 0..span.visible.len().div_ceil(LANES) {
-                    buffers.forward(inputs.q, heads, span, query_head, block);
-                    let columns = (heads.queries * heads.width, query_head * heads.width);
-                    scatter(&buffers.result, out, columns, queries, block, false);
-                    let columns = (heads.queries, query_head);
-                    scatter(&buffers.log_sum, log_sums, columns, queries, block, false);
+        .for_each_init(
+            || Buffers::new(scores),
+            |buffers, task| {
+                let Task { span, head, .. } = task;
+                buffers.load(inputs, heads, task.keys, head);
+                let tokens = [span.tokens()];
+                let queries = TokenRanges::all(&tokens);
+                let group = heads.queries / heads.keys;
+                for query_head in head * group..(head + 1) * group {
+                    for block in 0..span.visible.len().div_ceil(LANES) {
+                        buffers.forward(inputs.q, heads, span, query_head, block);
+                        let columns = (heads.queries * heads.width, query_head * heads.width);
+                        scatter(&buffers.result, out, columns, queries, block, false);
+                        let columns = (heads.queries, query_head);
+                        scatter(&buffers.log_sum, log_sums, columns, queries, block, false);
+                    }
                 }
-            }
-        });
+            },
+        );
 }
 
 /// The backward pass of [`attention`]: writes the gradients with respect to the queries, keys and values of all tokens in spans to
@@ -195,6 +219,7 @@ pub fn attention(
 pub fn attention_backward(
     inputs: Inputs<'_>,
     heads: Heads,
+    scores: Scores,
     spans: &Spans,
     (out, log_sums, grad_out): (&[f32], &[f32], &[f32]),
     gradients: &mut Gradients<'_>,
@@ -229,36 +254,39 @@ pub fn attention_backward(
         let context_grads = &mut context_grads[..per_head * head_range.len()];
         tasks(spans, heads, head_range.clone(), Some(context_grads))
             .into_par_iter()
-            .for_each_init(Buffers::default, |buffers, task| {
-                let Task { span, head, .. } = task;
-                buffers.load(inputs, heads, task.keys, head);
-                buffers.clear(heads);
-                let tokens = [span.tokens()];
-                let queries = TokenRanges::all(&tokens);
-                let group = heads.queries / heads.keys;
-                for query_head in head * group..(head + 1) * group {
-                    for block in 0..span.visible.len().div_ceil(LANES) {
-                        buffers.backward(
-                            inputs.q,
-                            (out, log_sums, grad_out),
-                            heads,
-                            span,
-                            query_head,
-                            block,
-                        );
-                        let columns = (heads.queries * heads.width, query_head * heads.width);
-                        scatter(&buffers.result, grad_q, columns, queries, block, false);
+            .for_each_init(
+                || Buffers::new(scores),
+                |buffers, task| {
+                    let Task { span, head, .. } = task;
+                    buffers.load(inputs, heads, task.keys, head);
+                    buffers.clear(heads);
+                    let tokens = [span.tokens()];
+                    let queries = TokenRanges::all(&tokens);
+                    let group = heads.queries / heads.keys;
+                    for query_head in head * group..(head + 1) * group {
+                        for block in 0..span.visible.len().div_ceil(LANES) {
+                            buffers.backward(
+                                inputs.q,
+                                (out, log_sums, grad_out),
+                                heads,
+                                span,
+                                query_head,
+                                block,
+                            );
+                            let columns = (heads.queries * heads.width, query_head * heads.width);
+                            scatter(&buffers.result, grad_q, columns, queries, block, false);
+                        }
                     }
-                }
-                let keys = TokenRanges {
-                    ranges: &task.keys.ranges,
-                    skipped: task.keys.context,
-                };
-                let columns = (heads.keys * heads.width, head * heads.width, heads.width);
-                scatter_transposed(&buffers.grad_k, grad_k, columns, keys, false);
-                scatter_transposed(&buffers.grad_v, grad_v, columns, keys, false);
-                buffers.keep_context_grads(heads, task.keys, task.context_grads);
-            });
+                    let keys = TokenRanges {
+                        ranges: &task.keys.ranges,
+                        skipped: task.keys.context,
+                    };
+                    let columns = (heads.keys * heads.width, head * heads.width, heads.width);
+                    scatter_transposed(&buffers.grad_k, grad_k, columns, keys, false);
+                    scatter_transposed(&buffers.grad_v, grad_v, columns, keys, false);
+                    buffers.keep_context_grads(heads, task.keys, task.context_grads);
+                },
+            );
         if per_head > 0 {
             add_context_grads(spans, heads, head_range, context_grads, [grad_k, grad_v]);
         }
@@ -314,11 +342,11 @@ fn add_context_grads(
 }
 
 /// One task's buffers.
-#[derive(Default)]
 struct Buffers {
+    options: Scores,
     keys: Vec<f32>,   // [panel][width][32 keys]
     values: Vec<f32>, // the same
-    query: Vec<f32>,  // [width][32 queries], multiplied by the scale
+    query: Vec<f32>,  // [width][32 queries], multiplied by the scores' scale
     scores: Vec<f32>, // [panel in `seen`][32 keys][32 queries]
     seen: Vec<usize>, // the panels of keys to which any of the queries attends
     result: Vec<f32>, // [width][32 queries]
@@ -331,6 +359,24 @@ struct Buffers {
 }
 
 impl Buffers {
+    fn new(options: Scores) -> Self {
+        Self {
+            options,
+            keys: Vec::new(),
+            values: Vec::new(),
+            query: Vec::new(),
+            scores: Vec::new(),
+            seen: Vec::new(),
+            result: Vec::new(),
+            log_sum: Vec::new(),
+            grad_scores: Vec::new(),
+            grad_result: Vec::new(),
+            transposed: Vec::new(),
+            grad_k: Vec::new(),
+            grad_v: Vec::new(),
+        }
+    }
+
     fn load(&mut self, inputs: Inputs<'_>, heads: Heads, keys: &Keys, head: usize) {
         let (features, first) = (heads.keys * heads.width, head * heads.width);
         let blocks = keys.count.div_ceil(LANES);
@@ -380,9 +426,8 @@ impl Buffers {
             block,
             &mut self.query,
         );
-        let scale = (width as f32).sqrt().recip();
         for x in &mut self.query {
-            *x *= scale;
+            *x *= self.options.scale;
         }
         // Lanes after the last query have the last one's limits.
         let limits: [Visible; LANES] = std::array::from_fn(|lane| {
@@ -399,6 +444,9 @@ impl Buffers {
         for (&panel, scores) in self.seen.iter().zip(scores) {
             let keys = &self.keys[panel * width * LANES..][..width * LANES];
             product_transposed(keys, &self.query, scores);
+            if let Some(cap) = self.options.softcap {
+                run(SoftCap(scores, cap));
+            }
             if !limits.sees_all(panel * LANES) {
                 run(Mask(scores, &limits, panel * LANES));
             }
@@ -464,13 +512,17 @@ impl Buffers {
         for ((&panel, p), grad_scores) in self.seen.iter().zip(scores).zip(grad_scores) {
             let values = &self.values[panel * width * LANES..][..width * LANES];
             product_transposed(values, &self.grad_result, grad_scores);
-            run(ScoresBackward {
+            let backward = ScoresBackward {
                 p,
                 values: grad_scores,
                 log_sum: &self.log_sum,
                 delta: &delta,
                 lanes,
-            });
+            };
+            match self.options.softcap {
+                None => run(backward),
+                Some(cap) => run(CappedScoresBackward(backward, cap)),
+            }
         }
         let keys = self.keys.len() / width;
         for (data, left, sums) in [
@@ -493,60 +545,8 @@ impl Buffers {
             let keys = &self.keys[panel * width * LANES..][..width * LANES];
             product(keys, width, grad_scores, &mut self.result, number > 0);
         }
-        let scale = [(width as f32).sqrt().recip(); LANES];
+        let scale = [self.options.scale; LANES];
         run(ScaleLanes(&mut self.result, &scale));
-    }
-}
-
-/// `out[i][lane] = sum over k < 32 of a[i][k] * b[k][lane]`, added to `out` if `add`. All rows have 32 elements.
-fn product(a: &[f32], rows: usize, b: &[f32], out: &mut [f32], add: bool) {
-    assert!(a.len() >= rows * LANES && b.len() >= LANES * LANES && out.len() >= rows * LANES);
-    for row in (0..rows).step_by(ROWS) {
-        let c = out[row * LANES..].as_mut_ptr();
-        // SAFETY: as asserted; rows that are wanted are there.
-        unsafe {
-            multiply::<ROWS, 2, LANES, 1>(Tile {
-                a: a[row * LANES..].as_ptr(),
-                b: b.as_ptr(),
-                depth: LANES,
-                c,
-                from: add.then_some(c.cast_const()),
-                rows: ROWS.min(rows - row),
-            });
-        }
-    }
-}
-
-/// `out[i][lane] = sum over k of a[k][i] * b[k][lane]` for `i < 32`. All rows have 32 elements.
-fn product_transposed(a: &[f32], b: &[f32], out: &mut [f32]) {
-    let depth = a.len() / LANES;
-    assert!(b.len() >= depth * LANES && out.len() >= LANES * LANES);
-    for row in (0..LANES).step_by(ROWS) {
-        // SAFETY: as asserted; `a` has `depth` rows of 32, and `row + ROWS <= 32`.
-        unsafe {
-            multiply::<ROWS, 2, 1, LANES>(Tile {
-                a: a[row..].as_ptr(),
-                b: b.as_ptr(),
-                depth,
-                c: out[row * LANES..].as_mut_ptr(),
-                from: None,
-                rows: ROWS,
-            });
-        }
-    }
-}
-
-/// Transposes `[width][32]` to `[chunk of 32 features][32][32 features]`, with zeros after the last feature.
-fn transpose(data: &[f32], width: usize, out: &mut Vec<f32>) {
-    out.resize(width.div_ceil(LANES) * LANES * LANES, 0.);
-    if !width.is_multiple_of(LANES) {
-        out.fill(0.);
-    }
-    for (feature, row) in data.as_chunks::<LANES>().0.iter().take(width).enumerate() {
-        let out = &mut out[feature / LANES * LANES * LANES..][..LANES * LANES];
-        for (lane, value) in row.iter().enumerate() {
-            out[lane * LANES + feature % LANES] = *value;
-        }
     }
 }
 

@@ -1,10 +1,9 @@
-//! The operations between the matrix products of a layer, over panels: norms, rotary embeddings, the gated unit and sums, each with
-//! its backward pass.
+//! The operations between the matrix products of a layer, over panels: norms, rotary embeddings and sums, each with its backward
+//! pass. The gated unit is in [`crate::gated`].
 
 use rayon::prelude::*;
 
 use crate::dispatch::{Loop, fma, run};
-use crate::exp::sigmoid;
 use crate::panels::{LANES, check, count};
 
 /// One feature of a panel's tokens.
@@ -68,25 +67,92 @@ impl Loop for Norm<'_> {
         let Some(inverse) = self.inverse.as_chunks_mut::<LANES>().0.first_mut() else {
             return;
         };
-        let mut total: Row = [0.; LANES];
-        for rows in x.chunks(SUMMED) {
-            let mut sum: Row = [0.; LANES];
-            for row in rows {
-                for lane in 0..LANES {
-                    sum[lane] = fma::<FMA>(row[lane], row[lane], sum[lane]);
-                }
-            }
-            for lane in 0..LANES {
-                total[lane] += sum[lane];
-            }
-        }
-        let count = self.weight.len() as f32;
-        for lane in 0..LANES {
-            inverse[lane] = 1. / (total[lane] / count + self.eps).sqrt();
-        }
+        *inverse = inverse_root_mean_square::<FMA>(x, self.eps);
         for ((x, out), weight) in x.iter().zip(out).zip(self.weight) {
             for lane in 0..LANES {
                 out[lane] = x[lane] * inverse[lane] * weight;
+            }
+        }
+    }
+}
+
+/// `1 / sqrt(mean(x^2) + eps)` over the features of each token of a panel.
+#[inline(always)]
+fn inverse_root_mean_square<const FMA: bool>(x: &[Row], eps: f32) -> Row {
+    let mut total: Row = [0.; LANES];
+    for rows in x.chunks(SUMMED) {
+        let mut sum: Row = [0.; LANES];
+        for row in rows {
+            for lane in 0..LANES {
+                sum[lane] = fma::<FMA>(row[lane], row[lane], sum[lane]);
+            }
+        }
+        for lane in 0..LANES {
+            total[lane] += sum[lane];
+        }
+    }
+    let count = x.len() as f32;
+    total.map(|total| 1. / (total / count + eps).sqrt())
+}
+
+/// RMS norm of a branch that is then added to its residual, `out = residual + factor * x / sqrt(mean(x^2) + eps) * weight`: as
+/// [`rms_norm`], with `residual` of the size of `x`. Its backward pass is [`rms_norm_backward`] of `factor` times the gradient.
+///
+/// # Panics
+/// As [`rms_norm`] does, and if `residual` has another size than `x`.
+pub fn rms_norm_onto(
+    x: &[f32],
+    weight: &[f32],
+    eps: f32,
+    (residual, factor): (&[f32], f32),
+    out: &mut [f32],
+    inverse: &mut [f32],
+) {
+    check_norm(x, weight, inverse, &[residual, out]);
+    let size = weight.len().max(1) * LANES;
+    let panels = x.par_chunks(size).zip(residual.par_chunks(size));
+    panels
+        .zip(out.par_chunks_mut(size))
+        .zip(inverse.par_chunks_mut(LANES))
+        .for_each(|(((x, residual), out), inverse)| {
+            run(NormOnto {
+                x,
+                weight,
+                eps,
+                residual,
+                factor,
+                out,
+                inverse,
+            });
+        });
+}
+
+struct NormOnto<'a> {
+    x: &'a [f32],
+    weight: &'a [f32],
+    eps: f32,
+    residual: &'a [f32],
+    factor: f32,
+    out: &'a mut [f32],
+    inverse: &'a mut [f32],
+}
+
+impl Loop for NormOnto<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        let (x, _) = self.x.as_chunks::<LANES>();
+        let (residual, _) = self.residual.as_chunks::<LANES>();
+        let (out, _) = self.out.as_chunks_mut::<LANES>();
+        let Some(inverse) = self.inverse.as_chunks_mut::<LANES>().0.first_mut() else {
+            return;
+        };
+        *inverse = inverse_root_mean_square::<FMA>(x, self.eps);
+        for (((x, residual), out), weight) in x.iter().zip(residual).zip(out).zip(self.weight) {
+            let weight = weight * self.factor;
+            for lane in 0..LANES {
+                out[lane] = fma::<FMA>(x[lane] * inverse[lane], weight, residual[lane]);
             }
         }
     }
@@ -214,29 +280,43 @@ pub fn rms_norm_grad_weight(x: &[f32], inverse: &[f32], grad_out: &[f32], grad_w
         });
 }
 
-/// Rotary position embedding in place (Su et al. 2021, arXiv 2104.09864, equation 34, with features `i` and `i + half` of a head as
+/// The angles of rotary position embeddings of a pass, and the heads that they rotate.
+#[derive(Debug, Clone, Copy)]
+pub struct Rotary<'a> {
+    /// The cosines of the angles, panels of `pairs` features.
+    pub cos: &'a [f32],
+    /// The sines, of the same shape.
+    pub sin: &'a [f32],
+    /// The number of rotated pairs of features of a head.
+    pub pairs: usize,
+    /// The number of features of a head, at least `2 * pairs`; those after the first `2 * pairs` stay as they are.
+    pub width: usize,
+}
+
+/// Rotary position embedding in place (Su et al. 2021, arXiv 2104.09864, equation 34, with features `i` and `i + pairs` of a head as
 /// a pair where the paper has neighbours, as transformers' Llama does): rotates each head of `x` by the angles of its token.
 ///
-/// `x` is panels of `features`, a multiple of the head's width `2 * half`; `cos` and `sin` are as many panels of `half` features.
-/// `back` rotates by the negative angles, which is the backward pass.
+/// `x` is panels of `features`, a multiple of the head's width, as many as the angles are. `back` rotates by the negative angles,
+/// which is the backward pass.
 ///
 /// # Panics
-/// If `features` is not a multiple of `2 * half`, `half` is 0, or the three slices have not the same number of panels.
-pub fn rope(x: &mut [f32], features: usize, cos: &[f32], sin: &[f32], half: usize, back: bool) {
-    struct Rope<'a>(&'a mut [f32], &'a [f32], &'a [f32], usize, f32);
+/// If `features` is not a multiple of the head's width, a head has fewer features than are rotated, `pairs` is 0, or `x` and the
+/// angles have not the same number of panels.
+pub fn rope(x: &mut [f32], features: usize, rotary: Rotary<'_>, back: bool) {
+    struct Rope<'a>(&'a mut [f32], Rotary<'a>, f32);
     impl Loop for Rope<'_> {
         type Output = ();
         #[inline(always)]
         fn run<const FMA: bool>(self) {
             let (x, _) = self.0.as_chunks_mut::<LANES>();
-            let (cos, _) = self.1.as_chunks::<LANES>();
-            let (sin, _) = self.2.as_chunks::<LANES>();
-            for head in x.chunks_exact_mut(2 * self.3) {
-                let (low, high) = head.split_at_mut(self.3);
+            let (cos, _) = self.1.cos.as_chunks::<LANES>();
+            let (sin, _) = self.1.sin.as_chunks::<LANES>();
+            for head in x.chunks_exact_mut(self.1.width) {
+                let (low, high) = head.split_at_mut(self.1.pairs);
                 for (((a, b), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
                     for lane in 0..LANES {
                         let (x, y) = (a[lane], b[lane]);
-                        let s = sin[lane] * self.4;
+                        let s = sin[lane] * self.2;
                         a[lane] = x * cos[lane] - y * s;
                         b[lane] = y * cos[lane] + x * s;
                     }
@@ -244,111 +324,30 @@ pub fn rope(x: &mut [f32], features: usize, cos: &[f32], sin: &[f32], half: usiz
             }
         }
     }
+    let Rotary {
+        cos,
+        sin,
+        pairs,
+        width,
+    } = rotary;
     assert!(
-        half > 0 && features.is_multiple_of(half.saturating_mul(2)),
-        "{features} features are no heads of twice {half}"
+        pairs > 0 && pairs.saturating_mul(2) <= width && features.is_multiple_of(width),
+        "{features} features are no heads of {width} with {pairs} rotated pairs"
     );
     let panels = count(x.len(), features, "what is rotated");
-    check(cos.len(), half, panels, "the cosines");
-    check(sin.len(), half, panels, "the sines");
+    check(cos.len(), pairs, panels, "the cosines");
+    check(sin.len(), pairs, panels, "the sines");
     let sign = if back { -1. } else { 1. };
     let angles = cos
-        .par_chunks(half.max(1) * LANES)
-        .zip(sin.par_chunks(half.max(1) * LANES));
+        .par_chunks(pairs * LANES)
+        .zip(sin.par_chunks(pairs * LANES));
     x.par_chunks_mut(features.max(1) * LANES)
         .zip(angles)
-        .for_each(|(x, (cos, sin))| run(Rope(x, cos, sin, half, sign)));
+        .for_each(|(x, (cos, sin))| run(Rope(x, Rotary { cos, sin, ..rotary }, sign)));
 }
 
 /// The number of values in one task of a loop that treats each value by itself.
 const SPAN: usize = 1 << 13;
-
-/// SwiGLU (Shazeer 2020, arXiv 2002.05202, equation 6, without its products): `out = silu(gate) * up`, element by element, for
-/// slices of any layout and equal length.
-///
-/// # Panics
-/// If the lengths of the three differ.
-pub fn swiglu(gate: &[f32], up: &[f32], out: &mut [f32]) {
-    struct Gated<'a>(&'a [f32], &'a [f32], &'a mut [f32]);
-    impl Loop for Gated<'_> {
-        type Output = ();
-        #[inline(always)]
-        fn run<const FMA: bool>(self) {
-            let (gate, last_gate) = self.0.as_chunks::<16>();
-            let (up, last_up) = self.1.as_chunks::<16>();
-            let (out, last) = self.2.as_chunks_mut::<16>();
-            for ((g, u), out) in gate.iter().zip(up).zip(out) {
-                for lane in 0..16 {
-                    out[lane] = g[lane] * sigmoid::<FMA>(g[lane]) * u[lane];
-                }
-            }
-            for ((g, u), out) in last_gate.iter().zip(last_up).zip(last) {
-                *out = g * sigmoid::<FMA>(*g) * u;
-            }
-        }
-    }
-    assert_eq!(
-        gate.len(),
-        up.len(),
-        "lengths of the gate and what it gates"
-    );
-    assert_eq!(gate.len(), out.len(), "lengths of the gate and the result");
-    let parts = gate.par_chunks(SPAN).zip(up.par_chunks(SPAN));
-    parts
-        .zip(out.par_chunks_mut(SPAN))
-        .for_each(|((gate, up), out)| run(Gated(gate, up, out)));
-}
-
-/// The backward pass of [`swiglu`], in place. `grad_out` is the gradient with respect to its result. Afterwards the slice `gate`
-/// holds the gradient with respect to the gate, `up` that with respect to `up`, and `grad_out` the result `silu(gate) * up`, recomputed.
-///
-/// # Panics
-/// If the lengths of the three differ.
-pub fn swiglu_backward(gate: &mut [f32], up: &mut [f32], grad_out: &mut [f32]) {
-    struct Back<'a>(&'a mut [f32], &'a mut [f32], &'a mut [f32]);
-    impl Loop for Back<'_> {
-        type Output = ();
-        #[inline(always)]
-        fn run<const FMA: bool>(self) {
-            let (gate, last_gate) = self.0.as_chunks_mut::<16>();
-            let (up, last_up) = self.1.as_chunks_mut::<16>();
-            let (grad_out, last) = self.2.as_chunks_mut::<16>();
-            for ((gate, up), grad_out) in gate.iter_mut().zip(up).zip(grad_out) {
-                for lane in 0..16 {
-                    let all = (&mut gate[lane], &mut up[lane], &mut grad_out[lane]);
-                    swiglu_backward_one::<FMA>(all);
-                }
-            }
-            for ((gate, up), grad_out) in last_gate.iter_mut().zip(last_up).zip(last) {
-                swiglu_backward_one::<FMA>((gate, up, grad_out));
-            }
-        }
-    }
-    assert_eq!(
-        gate.len(),
-        up.len(),
-        "lengths of the gate and what it gates"
-    );
-    assert_eq!(
-        gate.len(),
-        grad_out.len(),
-        "lengths of the gate and the gradient"
-    );
-    let parts = gate.par_chunks_mut(SPAN).zip(up.par_chunks_mut(SPAN));
-    parts
-        .zip(grad_out.par_chunks_mut(SPAN))
-        .for_each(|((gate, up), grad_out)| run(Back(gate, up, grad_out)));
-}
-
-#[inline(always)]
-fn swiglu_backward_one<const FMA: bool>((gate, up, grad_out): (&mut f32, &mut f32, &mut f32)) {
-    let (g, u, d) = (*gate, *up, *grad_out);
-    let s = sigmoid::<FMA>(g);
-    let silu = g * s;
-    *gate = d * u * s * (1. + g * (1. - s));
-    *up = d * silu;
-    *grad_out = silu * u;
-}
 
 /// `x += y * factor`, element by element.
 ///
@@ -371,8 +370,32 @@ pub fn add(x: &mut [f32], y: &[f32], factor: f32) {
         .for_each(|(x, y)| run(Add(x, y, factor)));
 }
 
-/// `x *= factor`, element by element.
+/// `x = x * factor + y`, element by element: a branch that becomes the sum of a residual and the scaled branch.
+///
+/// # Panics
+/// If the lengths of `x` and `y` differ.
+pub fn scale_and_add(x: &mut [f32], factor: f32, y: &[f32]) {
+    struct ScaleAndAdd<'a>(&'a mut [f32], f32, &'a [f32]);
+    impl Loop for ScaleAndAdd<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<const FMA: bool>(self) {
+            for (x, y) in self.0.iter_mut().zip(self.2) {
+                *x = fma::<FMA>(*x, self.1, *y);
+            }
+        }
+    }
+    assert_eq!(x.len(), y.len(), "lengths of the summands");
+    x.par_chunks_mut(SPAN)
+        .zip(y.par_chunks(SPAN))
+        .for_each(|(x, y)| run(ScaleAndAdd(x, factor, y)));
+}
+
+/// `x *= factor`, element by element. A factor of 1 costs nothing.
 pub fn scale(x: &mut [f32], factor: f32) {
+    if factor.to_bits() == 1f32.to_bits() {
+        return;
+    }
     x.par_chunks_mut(SPAN).for_each(|x| {
         for x in x {
             *x *= factor;
@@ -381,14 +404,14 @@ pub fn scale(x: &mut [f32], factor: f32) {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::dispatch::tests::with_each;
     use crate::panels::size;
     use crate::product::tests::numbers;
 
     /// The slope of `sum(f(x) * g)` in each direction of `x`, by differences in f64.
-    fn slopes(x: &[f32], g: &[f32], f: impl Fn(&[f64]) -> Vec<f64>) -> Vec<f64> {
+    pub(crate) fn slopes(x: &[f32], g: &[f32], f: impl Fn(&[f64]) -> Vec<f64>) -> Vec<f64> {
         let x: Vec<f64> = x.iter().map(|x| f64::from(*x)).collect();
         let at = |index: usize, by: f64| {
             let mut x = x.clone();
@@ -401,7 +424,7 @@ mod tests {
             .collect()
     }
 
-    fn near(ours: &[f32], exact: &[f64], bound: f64) {
+    pub(crate) fn near(ours: &[f32], exact: &[f64], bound: f64) {
         assert_eq!(ours.len(), exact.len());
         for (index, (a, b)) in ours.iter().zip(exact).enumerate() {
             assert!((f64::from(*a) - b).abs() < bound, "{index}: {a} {b}");
@@ -431,6 +454,15 @@ mod tests {
             let mut inverse = vec![0.; LANES];
             rms_norm(&x, &w, 1e-5, &mut out, &mut inverse);
             near(&out, &plain_norm(&wide, &w), 1e-6);
+            let (residual, mut sum) = (numbers(x.len(), 4), vec![0.; x.len()]);
+            let mut same = vec![0.; LANES];
+            rms_norm_onto(&x, &w, 1e-5, (&residual, 0.3), &mut sum, &mut same);
+            assert_eq!(inverse, same);
+            let exact = out.iter().zip(&residual);
+            let exact: Vec<f64> = exact
+                .map(|(y, r)| f64::from(*r) + 0.3 * f64::from(*y))
+                .collect();
+            near(&sum, &exact, 1e-6);
             let mut again = vec![0.; x.len()];
             rms_norm_recompute(&x, &w, &inverse, &mut again);
             assert_eq!(out, again);
@@ -449,28 +481,6 @@ mod tests {
     }
 
     #[test]
-    fn gates_and_their_gradients() {
-        with_each(|_| {
-            let (gate, up, g) = (numbers(64, 1), numbers(64, 2), numbers(64, 3));
-            let plain = |gate: &[f64], up: &[f64]| -> Vec<f64> {
-                let both = gate.iter().zip(up);
-                both.map(|(g, u)| g / (1. + (-g).exp()) * u).collect()
-            };
-            let wide = |x: &[f32]| -> Vec<f64> { x.iter().map(|x| f64::from(*x)).collect() };
-            let mut out = vec![0.; 64];
-            swiglu(&gate, &up, &mut out);
-            near(&out, &plain(&wide(&gate), &wide(&up)), 1e-6);
-            let grad_gate = slopes(&gate, &g, |gate| plain(gate, &wide(&up)));
-            let grad_up = slopes(&up, &g, |up| plain(&wide(&gate), up));
-            let (mut a, mut b, mut c) = (gate.clone(), up.clone(), g.clone());
-            swiglu_backward(&mut a, &mut b, &mut c);
-            near(&a, &grad_gate, 1e-6);
-            near(&b, &grad_up, 1e-6);
-            near(&c, &wide(&out), 1e-6);
-        });
-    }
-
-    #[test]
     fn rotations_turn_and_turn_back() {
         with_each(|_| {
             let x = numbers(size(12, 40), 1);
@@ -478,7 +488,13 @@ mod tests {
             let cos: Vec<f32> = angles.iter().map(|a| a.cos()).collect();
             let sin: Vec<f32> = angles.iter().map(|a| a.sin()).collect();
             let mut y = x.clone();
-            rope(&mut y, 12, &cos, &sin, 3, false);
+            let rotary = Rotary {
+                cos: &cos,
+                sin: &sin,
+                pairs: 3,
+                width: 6,
+            };
+            rope(&mut y, 12, rotary, false);
             // Token 35, second head, first pair of features.
             let at = |data: &[f32], f: usize| data[(12 + f) * LANES + 3];
             let index = 3 * LANES + 3;
@@ -486,7 +502,7 @@ mod tests {
             assert!((at(&y, 6) - expected).abs() < 1e-6);
             let expected = at(&x, 9) * cos[index] + at(&x, 6) * sin[index];
             assert!((at(&y, 9) - expected).abs() < 1e-6);
-            rope(&mut y, 12, &cos, &sin, 3, true);
+            rope(&mut y, 12, rotary, true);
             for (x, y) in x.iter().zip(&y) {
                 assert!((x - y).abs() < 1e-6);
             }
@@ -499,5 +515,7 @@ mod tests {
         add(&mut x, &[10., 20.], 0.5);
         scale(&mut x, 2.);
         assert_eq!(x, [12., 24.]);
+        scale_and_add(&mut x, 0.5, &[1., 2.]);
+        assert_eq!(x, [7., 14.]);
     }
 }

@@ -1,4 +1,4 @@
-//! The exponential function and the logistic function, in a form that the compiler vectorises.
+//! The exponential function, the logistic function and the hyperbolic tangent, in a form that the compiler vectorises.
 
 use crate::dispatch::fma;
 
@@ -51,6 +51,25 @@ pub fn sigmoid<const FMA: bool>(x: f32) -> f32 {
     1. / (1. + exp::<FMA>(-x))
 }
 
+/// The hyperbolic tangent, within four units in the last place; NaN for a NaN. See [`exp`] for `FMA`.
+///
+/// Near 0, where `1 - 2 / (1 + e^(2 |x|))` cancels, it is `x + x^3 p(x^2)` with the polynomial `p` of degree 4 that has the least
+/// largest relative error up to 0.65.
+#[inline(always)]
+pub fn tanh<const FMA: bool>(x: f32) -> f32 {
+    let size = x.abs();
+    let square = size * size;
+    let mut p = -5.515_164e-3;
+    for c in [2.046_942e-2, -5.368_802_3e-2, 1.333_083e-1, -3.333_326e-1] {
+        p = fma::<FMA>(p, square, c);
+    }
+    let near = fma::<FMA>(p * square, size, size);
+    let far = 1. - 2. / (1. + exp::<FMA>(2. * size));
+    // The comparison is false for a NaN, which `far` keeps.
+    let value = if size < 0.65 { near } else { far };
+    value.copysign(x)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -83,5 +102,33 @@ mod tests {
         assert!(
             (sigmoid::<true>(-100.)).abs() < 1e-30 && (sigmoid::<true>(100.) - 1.).abs() < 1e-7
         );
+    }
+
+    #[test]
+    fn tanh_is_that_of_f64() {
+        for exponent in -60..60 {
+            for step in 0..400u16 {
+                let x = 1.13f32.powi(exponent) * (1. + f32::from(step) / 400.);
+                let exact = f64::from(x).tanh();
+                for value in [tanh::<true>(x), tanh::<false>(x)] {
+                    let far = (f64::from(value) - exact).abs() / exact;
+                    assert!(far < 2.4e-7, "{x}: {value} {exact}");
+                }
+                assert_eq!(tanh::<true>(-x).to_bits(), (-tanh::<true>(x)).to_bits());
+            }
+        }
+        for (x, y) in [
+            (0., 0.),
+            (-0., -0.),
+            (1e-30, 1e-30),
+            (20., 1.),
+            (-1e30, -1.),
+            (f32::INFINITY, 1.),
+            (f32::NEG_INFINITY, -1.),
+        ] {
+            assert_eq!(tanh::<true>(x).to_bits(), f32::to_bits(y), "{x}");
+            assert_eq!(tanh::<false>(x).to_bits(), f32::to_bits(y), "{x}");
+        }
+        assert!(tanh::<true>(f32::NAN).is_nan() && tanh::<false>(f32::NAN).is_nan());
     }
 }

@@ -24,6 +24,7 @@ pub mod dropout;
 pub mod elementwise;
 pub mod exp;
 mod float_type;
+pub mod gated;
 pub mod ggml;
 pub mod matrix;
 pub mod merge;

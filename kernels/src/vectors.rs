@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use rayon::prelude::*;
 
 pub use attention::{Attention, Cached};
-pub use rows::{argmax, rms_norm, rope, round_to_bf16, swiglu};
+pub use rows::{argmax, gated_unit, rms_norm, rope, round_to_bf16, scale, soft_cap};
 
 use crate::matrix::Matrix;
 

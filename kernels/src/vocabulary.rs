@@ -5,7 +5,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use crate::dispatch::{Loop, run};
-use crate::exp::exp;
+use crate::exp::{exp, tanh};
 use crate::panels::{self, LANES};
 
 type Row = [f32; LANES];
@@ -31,6 +31,11 @@ const SUMMED: usize = 256;
 ///
 /// `logits` are `summaries.len()` panels with a feature for each of `ids`. `summaries` holds what the ids before these came to, at
 /// first [`Summary::EMPTY`], and is updated to include these. Each logit becomes `e^(logit - largest)` with the largest logit so far.
+/// With a `softcap` the logits first become `cap * tanh(logit / cap)` (Gemma 2, arXiv 2408.00118, section 2), and the summaries are
+/// those of the capped ones. What is left in the place of a logit is then the exponential of the capped logit times the derivative
+/// of the cap, `1 - tanh^2`: divided by the sum of the exponentials it is what a logit contributes to the gradient of the sum's
+/// logarithm, with or without a soft-cap.
+///
 /// Returns (panels, 32) factors: everything that was computed from the exponentials of earlier ids has to be multiplied by its
 /// token's factor, because the largest logit may have grown.
 ///
@@ -39,6 +44,7 @@ const SUMMED: usize = 256;
 pub fn online_softmax(
     logits: &mut [f32],
     ids: Range<usize>,
+    softcap: Option<f32>,
     summaries: &mut [Summary],
 ) -> Vec<[f32; LANES]> {
     panels::check(logits.len(), ids.len(), summaries.len(), "the logits");
@@ -51,13 +57,51 @@ pub fn online_softmax(
     let first = ids.start as u32;
     let each = panels.zip(summaries);
     each.map(|(logits, summary)| {
-        run(Exponentials {
+        let exponentials = Exponentials {
             logits,
             first,
             summary,
-        })
+        };
+        match softcap {
+            None => run(exponentials),
+            Some(cap) => run(Capped(exponentials, cap)),
+        }
     })
     .collect()
+}
+
+/// Adds, for each token, its logits of a part of the vocabulary to its sum, with a `softcap` as in [`online_softmax`]. `logits` are
+/// `sums.len()` panels, all of the same number of features.
+///
+/// # Panics
+/// If `logits` is not a multiple of so many panels.
+pub fn sum_capped(logits: &[f32], softcap: f32, sums: &mut [[f64; LANES]]) {
+    let ids = logits.len() / (sums.len() * LANES).max(1);
+    panels::check(logits.len(), ids, sums.len(), "the logits");
+    let panels = logits.par_chunks(ids.max(1) * LANES).zip(sums);
+    panels.for_each(|(logits, sums)| run(SumCapped(logits, softcap, sums)));
+}
+
+struct SumCapped<'a>(&'a [f32], f32, &'a mut [f64; LANES]);
+
+impl Loop for SumCapped<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        let inverse = 1. / self.1;
+        for rows in self.0.as_chunks::<LANES>().0.chunks(SUMMED) {
+            let mut part: Row = [0.; LANES];
+            for row in rows {
+                for lane in 0..LANES {
+                    part[lane] += tanh::<FMA>(row[lane] * inverse);
+                }
+            }
+            for lane in 0..LANES {
+                self.2[lane] += f64::from(part[lane] * self.1);
+            }
+        }
+    }
 }
 
 struct Exponentials<'a> {
@@ -72,6 +116,35 @@ impl Loop for Exponentials<'_> {
 
     #[inline(always)]
     fn run<const FMA: bool>(self) -> Row {
+        self.each::<FMA>(|_| 1.)
+    }
+}
+
+/// The same for logits with a soft-cap.
+struct Capped<'a>(Exponentials<'a>, f32);
+
+impl Loop for Capped<'_> {
+    type Output = Row;
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) -> Row {
+        let (cap, inverse) = (self.1, 1. / self.1);
+        for row in self.0.logits.as_chunks_mut::<LANES>().0 {
+            for lane in 0..LANES {
+                row[lane] = cap * tanh::<FMA>(row[lane] * inverse);
+            }
+        }
+        self.0.each::<FMA>(|logit| {
+            let t = logit * inverse;
+            1. - t * t
+        })
+    }
+}
+
+impl Exponentials<'_> {
+    /// `slope` is the derivative of a logit with respect to what it was computed from.
+    #[inline(always)]
+    fn each<const FMA: bool>(self, slope: impl Fn(f32) -> f32) -> Row {
         let (rows, _) = self.logits.as_chunks_mut::<LANES>();
         let before = *self.summary;
         let (mut largest, mut first) = (before.largest, before.argmax);
@@ -97,7 +170,7 @@ impl Loop for Exponentials<'_> {
                 for lane in 0..LANES {
                     let below = row[lane] - base[lane];
                     let e = exp::<FMA>(below);
-                    row[lane] = e;
+                    row[lane] = e * slope(row[lane]);
                     part[lane] += e;
                     // Below -88 the exponential is 0; the limit keeps 0 times infinity from making a NaN.
                     weighted_part[lane] += e * below.max(-100.);
@@ -155,7 +228,7 @@ pub(crate) mod tests {
     pub(crate) fn exponentials(logits: &mut [f32], vocabulary: usize) -> Vec<Summary> {
         let panels = panels::count(logits.len(), vocabulary, "the logits");
         let mut summaries = vec![Summary::EMPTY; panels];
-        online_softmax(logits, 0..vocabulary, &mut summaries);
+        online_softmax(logits, 0..vocabulary, None, &mut summaries);
         summaries
     }
 
@@ -213,7 +286,7 @@ pub(crate) mod tests {
                     let mut part: Vec<f32> = (0..2)
                         .flat_map(|panel| logits[of(panel, ids.start)..of(panel, ids.end)].to_vec())
                         .collect();
-                    let factors = online_softmax(&mut part, ids.clone(), &mut summaries);
+                    let factors = online_softmax(&mut part, ids.clone(), None, &mut summaries);
                     for (panel, factors) in factors.iter().enumerate() {
                         let done = &mut parts[of(panel, 0)..of(panel, ids.end)];
                         for (index, x) in done.iter_mut().enumerate() {
@@ -236,6 +309,60 @@ pub(crate) mod tests {
                         assert!((ours.log_sum(lane) - all.log_sum(lane)).abs() < 1e-6);
                         let far = (ours.entropy(lane) - all.entropy(lane)).abs();
                         assert!(far < 1e-5, "{case} {lane}: {far}");
+                    }
+                }
+            }
+        });
+    }
+
+    /// In parts, against plain sums in f64: the capped logits' statistics, and what each logit contributes to the gradient.
+    #[test]
+    fn soft_caps_are_those_of_plain_formulas() {
+        with_each(|_| {
+            let vocabulary = 600;
+            for (cap, size) in [(2f32, 6f32), (30., 40.)] {
+                let mut logits = numbers(vocabulary * LANES * 2, 9);
+                for logit in &mut logits {
+                    *logit *= size;
+                }
+                let mut summaries = vec![Summary::EMPTY; 2];
+                let mut sums = [[1f64; LANES]; 2];
+                let mut left = vec![0f32; logits.len()];
+                for ids in [0..512, 512..vocabulary] {
+                    let of = |panel: usize, id: usize| (panel * vocabulary + id) * LANES;
+                    let mut part: Vec<f32> = (0..2)
+                        .flat_map(|panel| logits[of(panel, ids.start)..of(panel, ids.end)].to_vec())
+                        .collect();
+                    sum_capped(&part, cap, &mut sums);
+                    let factors = online_softmax(&mut part, ids.clone(), Some(cap), &mut summaries);
+                    for (panel, factors) in factors.iter().enumerate() {
+                        for (index, x) in left[of(panel, 0)..of(panel, ids.start)]
+                            .iter_mut()
+                            .enumerate()
+                        {
+                            *x *= factors[index % LANES];
+                        }
+                        let new = &part[panel * ids.len() * LANES..][..ids.len() * LANES];
+                        left[of(panel, ids.start)..of(panel, ids.end)].copy_from_slice(new);
+                    }
+                }
+                for (panel, summary) in summaries.iter().enumerate() {
+                    for lane in 0..LANES {
+                        let index = |id: usize| (panel * vocabulary + id) * LANES + lane;
+                        let t = |id: usize| (f64::from(logits[index(id)]) / f64::from(cap)).tanh();
+                        let at = |id: usize| f64::from(cap) * t(id);
+                        let sum: f64 = (0..vocabulary).map(|id| at(id).exp()).sum();
+                        assert!((summary.log_sum(lane) - sum.ln()).abs() < 1e-5);
+                        let p = |id: usize| at(id).exp() / sum;
+                        let entropy: f64 = (0..vocabulary).map(|id| -p(id) * p(id).ln()).sum();
+                        assert!((summary.entropy(lane) - entropy).abs() < 1e-5);
+                        let total = 1. + (0..vocabulary).map(at).sum::<f64>();
+                        assert!((sums[panel][lane] - total).abs() < 1e-3, "{total}");
+                        for id in 0..vocabulary {
+                            let ours = f64::from(left[index(id)] / summary.sum[lane]);
+                            let exact = p(id) * (1. - t(id) * t(id));
+                            assert!((ours - exact).abs() < 1e-6, "{id}: {ours} {exact}");
+                        }
                     }
                 }
             }

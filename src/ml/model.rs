@@ -39,8 +39,8 @@ pub(super) use layer::{GateUp, Layer, Norm, Qkv};
 use layer::{KeysAndValues, Shared};
 pub use layerwise::logits_by_layer;
 use masks::Masks;
-pub(super) use rope::angles;
 use rope::{all_angles, batch_angles, is_outdated};
+pub(super) use rope::{angles, have_same_angles};
 
 /// Which tensors are trained.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -2,7 +2,7 @@
 
 use super::{Row, Visible};
 use crate::dispatch::Loop;
-use crate::exp::exp;
+use crate::exp::{exp, tanh};
 use crate::panels::LANES;
 
 /// The limits of [`Visible`] of 32 queries, each in its lane.
@@ -71,6 +71,23 @@ impl Loop for Mask<'_> {
                 let ours = (key < limits.prefix[lane]) | (key >= limits.from[lane]);
                 let seen = ours & (key >= limits.first[lane]) & (key < limits.to[lane]);
                 row[lane] = if seen { row[lane] } else { f32::NEG_INFINITY };
+            }
+        }
+    }
+}
+
+/// Replaces scores by `cap * tanh(score / cap)`.
+pub(super) struct SoftCap<'a>(pub(super) &'a mut [f32], pub(super) f32);
+
+impl Loop for SoftCap<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        let inverse = 1. / self.1;
+        for row in self.0.as_chunks_mut::<LANES>().0 {
+            for lane in 0..LANES {
+                row[lane] = self.1 * tanh::<FMA>(row[lane] * inverse);
             }
         }
     }
@@ -153,6 +170,14 @@ impl Loop for ScoresBackward<'_> {
 
     #[inline(always)]
     fn run<const FMA: bool>(self) {
+        self.each::<FMA>(|_| 1.);
+    }
+}
+
+impl ScoresBackward<'_> {
+    /// `slope` is the derivative of a score with respect to the product that it was computed from.
+    #[inline(always)]
+    fn each<const FMA: bool>(self, slope: impl Fn(f32) -> f32) {
         let Some(log_sum) = self.log_sum.as_chunks::<LANES>().0.first() else {
             return;
         };
@@ -160,10 +185,28 @@ impl Loop for ScoresBackward<'_> {
         let rows = self.p.as_chunks_mut::<LANES>().0.iter_mut();
         for (p, grad_score) in rows.zip(self.values.as_chunks_mut::<LANES>().0) {
             for lane in 0..LANES {
-                let value = exp::<FMA>(p[lane] - log_sum[lane]) * kept[lane];
+                let score = p[lane];
+                let value = exp::<FMA>(score - log_sum[lane]) * kept[lane];
                 p[lane] = value;
-                grad_score[lane] = value * (grad_score[lane] - self.delta[lane]);
+                grad_score[lane] = value * (grad_score[lane] - self.delta[lane]) * slope(score);
             }
         }
+    }
+}
+
+/// [`ScoresBackward`] of scores with a soft-cap, whose derivative is `1 - tanh^2 = 1 - (score / cap)^2`.
+pub(super) struct CappedScoresBackward<'a>(pub(super) ScoresBackward<'a>, pub(super) f32);
+
+impl Loop for CappedScoresBackward<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        let inverse = 1. / self.1;
+        self.0.each::<FMA>(|score| {
+            // The limit keeps a masked score of -inf, whose probability is 0, from making a NaN.
+            let t = (score * inverse).max(-1.);
+            1. - t * t
+        });
     }
 }

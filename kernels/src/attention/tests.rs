@@ -199,7 +199,8 @@ fn values_and_slopes_are_those_of_plain_loops() {
             };
             let mut out = vec![0.; q.len()];
             let mut log_sums = vec![0.; size(heads.queries, case.tokens)];
-            attention(inputs, heads, &case.spans, &mut out, &mut log_sums);
+            let scores = Scores::of_width(heads.width);
+            attention(inputs, heads, scores, &case.spans, &mut out, &mut log_sums);
             for (index, (a, b)) in out.iter().zip(&exact).enumerate() {
                 assert!((f64::from(*a) - b).abs() < 2e-6, "{isa:?} {index}: {a} {b}");
             }
@@ -208,6 +209,7 @@ fn values_and_slopes_are_those_of_plain_loops() {
             attention_backward(
                 inputs,
                 heads,
+                scores,
                 &case.spans,
                 (&out, &log_sums, &g),
                 &mut Gradients {

@@ -4,7 +4,7 @@ use super::guard::Side;
 use super::shapes::{Dice, guarded_panels, near};
 use crate::attention::tests::{behind, causal, keys as keys_of, shared, tree, window};
 use crate::attention::{
-    Gradients, Heads, Inputs, Span, Spans, Visible, attention, attention_backward,
+    Gradients, Heads, Inputs, Scores, Span, Spans, Visible, attention, attention_backward,
 };
 use crate::dispatch::tests::with_each;
 use crate::panels::{column, size};
@@ -19,7 +19,7 @@ struct Plain {
 }
 
 /// Attention of rows by token in plain loops, and its backward from the gradient `g` of what it gives.
-fn plain([q, k, v, g]: [&[f32]; 4], heads: Heads, spans: &Spans) -> Plain {
+fn plain([q, k, v, g]: [&[f32]; 4], heads: Heads, scores: Scores, spans: &Spans) -> Plain {
     let Heads {
         queries,
         keys,
@@ -33,7 +33,15 @@ fn plain([q, k, v, g]: [&[f32]; 4], heads: Heads, spans: &Spans) -> Plain {
         k: vec![0.; k.len()],
         v: vec![0.; v.len()],
     };
-    let scale = (width as f64).sqrt().recip();
+    let scale = f64::from(scores.scale);
+    // A score, and its derivative with respect to the product of a query and a key.
+    let score = |product: f64| match scores.softcap.map(f64::from) {
+        None => (scale * product, scale),
+        Some(cap) => {
+            let t = (scale * product / cap).tanh();
+            (cap * t, scale * (1. - t * t))
+        }
+    };
     let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
     for span in spans.iter() {
         let tokens = keys_of(spans, span);
@@ -49,21 +57,21 @@ fn plain([q, k, v, g]: [&[f32]; 4], heads: Heads, spans: &Spans) -> Plain {
                 let seen: Vec<u32> = (seen.first..seen.to)
                     .filter(|key| *key < seen.prefix || *key >= seen.from)
                     .collect();
-                let scores: Vec<f64> = seen
+                let scores: Vec<(f64, f64)> = seen
                     .iter()
-                    .map(|at| scale * dot(&q[own.clone()], &k[key(*at)]))
+                    .map(|at| score(dot(&q[own.clone()], &k[key(*at)])))
                     .collect();
-                let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-                let sum: f64 = scores.iter().map(|x| (x - most).exp()).sum();
-                let p: Vec<f64> = scores.iter().map(|x| (x - most).exp() / sum).collect();
+                let most = scores.iter().map(|x| x.0).fold(f64::NEG_INFINITY, f64::max);
+                let sum: f64 = scores.iter().map(|x| (x.0 - most).exp()).sum();
+                let p: Vec<f64> = scores.iter().map(|x| (x.0 - most).exp() / sum).collect();
                 for (at, p) in seen.iter().zip(&p) {
                     for (out, v) in all.out[own.clone()].iter_mut().zip(&v[key(*at)]) {
                         *out += p * v;
                     }
                 }
                 let delta = dot(&all.out[own.clone()], &g[own.clone()]);
-                for (at, p) in seen.iter().zip(&p) {
-                    let slope = p * (dot(&v[key(*at)], &g[own.clone()]) - delta) * scale;
+                for ((at, p), score) in seen.iter().zip(&p).zip(&scores) {
+                    let slope = p * (dot(&v[key(*at)], &g[own.clone()]) - delta) * score.1;
                     for f in 0..width {
                         let (mine, its) = (own.start + f, key(*at).start + f);
                         all.v[its] += p * g[mine];
@@ -78,6 +86,18 @@ fn plain([q, k, v, g]: [&[f32]; 4], heads: Heads, spans: &Spans) -> Plain {
 }
 
 fn check_attention(side: Side, heads: Heads, spans: &Spans, tokens: usize, seed: u64) {
+    let plain = Scores::of_width(heads.width);
+    // A scale under which most scores are near the cap, which is wide or narrow.
+    let scale = plain.scale * 4.;
+    let capped = |cap: f32| Scores {
+        scale,
+        softcap: Some(cap),
+    };
+    let scores = [plain, capped(0.3), capped(50.)][seed as usize / 50 % 3];
+    check_scores(side, heads, scores, spans, tokens, seed);
+}
+
+fn check_scores(side: Side, heads: Heads, scores: Scores, spans: &Spans, tokens: usize, seed: u64) {
     let (q_features, k_features) = (heads.queries * heads.width, heads.keys * heads.width);
     let rows = [q_features, k_features, k_features, q_features];
     let rows: Vec<Vec<f32>> = rows
@@ -88,7 +108,7 @@ fn check_attention(side: Side, heads: Heads, spans: &Spans, tokens: usize, seed:
     let [q, k, v, g] = &rows[..] else {
         unreachable!("four")
     };
-    let exact = plain([q, k, v, g], heads, spans);
+    let exact = plain([q, k, v, g], heads, scores, spans);
     let panels = |rows: &[f32], features: usize| guarded_panels(side, rows, features, tokens);
     let (pq, pk, pv, pg) = (
         panels(q, q_features),
@@ -104,21 +124,28 @@ fn check_attention(side: Side, heads: Heads, spans: &Spans, tokens: usize, seed:
         };
         let zeros = |features: usize| side.copy(&vec![0f32; size(features, tokens)]);
         let (mut out, mut sums) = (zeros(q_features), zeros(heads.queries));
-        attention(inputs, heads, spans, &mut out, &mut sums);
+        attention(inputs, heads, scores, spans, &mut out, &mut sums);
         let (mut gq, mut gk, mut gv) = (zeros(q_features), zeros(k_features), zeros(k_features));
         let mut gradients = Gradients {
             q: &mut gq,
             k: &mut gk,
             v: &mut gv,
         };
-        attention_backward(inputs, heads, spans, (&out, &sums, &pg), &mut gradients);
+        attention_backward(
+            inputs,
+            heads,
+            scores,
+            spans,
+            (&out, &sums, &pg),
+            &mut gradients,
+        );
         for (name, ours, exact, features, bound) in [
             ("out", &out, &exact.out, q_features, 5e-6),
             ("q", &gq, &exact.q, q_features, 2e-5),
             ("k", &gk, &exact.k, k_features, 1e-4),
             ("v", &gv, &exact.v, k_features, 1e-4),
         ] {
-            let what = format!("{isa:?} {name} {heads:?}, {tokens}");
+            let what = format!("{isa:?} {name} {heads:?}, {scores:?}, {tokens}");
             for token in 0..tokens {
                 let exact = &exact[token * features..][..features];
                 near(&what, column(ours, features, token), exact, bound);
@@ -187,6 +214,7 @@ fn attention_of_real_models() {
             .collect();
         let tokens = 705 + length as usize;
         check_attention(Side::Behind, heads, &spans, tokens, 7);
+        check_attention(Side::Behind, heads, &spans, tokens, 100);
     }
 }
 
@@ -267,7 +295,8 @@ fn keys_outside_of_all_windows_are_not_computed() {
     let run = |k: &[f32], v: &[f32]| {
         let inputs = Inputs { q: &q, k, v };
         let (mut out, mut sums) = (vec![0.; q.len()], vec![0.; size(2, tokens)]);
-        attention(inputs, heads, &spans, &mut out, &mut sums);
+        let scores = Scores::of_width(heads.width);
+        attention(inputs, heads, scores, &spans, &mut out, &mut sums);
         (last..tokens)
             .flat_map(|token| column(&out, 16, token).collect::<Vec<_>>())
             .collect::<Vec<f32>>()

@@ -1,14 +1,16 @@
 //! Wrong sizes end in a sentence, never in a wrong result or in somebody else's memory.
 
+mod features;
+
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::FloatType;
 use crate::attention::{
-    Gradients, Heads, Inputs, Span, Spans, Visible, attention, attention_backward,
+    Gradients, Heads, Inputs, Scores, Span, Spans, Visible, attention, attention_backward,
 };
 use crate::bf16::pairs;
 use crate::dropout::Dropout;
-use crate::elementwise as each;
+use crate::gated::Activation;
 use crate::ggml::{BlockType, quantize};
 use crate::matrix::{Matrix, Nf4, Values};
 use crate::merge::{self, Update};
@@ -17,7 +19,6 @@ use crate::panels::{self, LANES, column, fill, size};
 use crate::product::{Factor, Onto, Pairs, Product, Term, product, products};
 use crate::reduce::{Order, outer, sum_over_tokens};
 use crate::vectors::{self, Attention, Cached, VectorProduct, vector_products};
-use crate::vocabulary::tests::exponentials;
 
 /// Runs what has to panic with a message that contains `expected`.
 fn refused<T>(what: &str, expected: &str, misuse: impl FnOnce() -> T) {
@@ -184,78 +185,6 @@ fn pairs_and_panels_refuse_wrong_sizes() {
 }
 
 #[test]
-fn loops_over_features_refuse_wrong_sizes() {
-    let panel = || floats(size(3, 40));
-    let (w, inverse) = (floats(3), floats(size(1, 40)));
-    let norm = "what is normed";
-    refused("a norm's weight", norm, || {
-        each::rms_norm(&panel(), &[1.; 7], 1., &mut panel(), &mut floats(64));
-    });
-    refused("no weight", norm, || {
-        each::rms_norm(&panel(), &[], 1., &mut panel(), &mut floats(64));
-    });
-    refused("a norm's factors", "factors", || {
-        each::rms_norm(&panel(), &w, 1., &mut panel(), &mut floats(32));
-    });
-    refused("a norm's result", "a norm", || {
-        each::rms_norm(&panel(), &w, 1., &mut floats(96), &mut floats(64));
-    });
-    refused("the same again", "a norm", || {
-        each::rms_norm_recompute(&panel(), &w, &inverse, &mut floats(96));
-    });
-    refused("the gradient that comes in", "a norm", || {
-        each::rms_norm_backward(&panel(), &w, &inverse, &floats(96), &mut panel());
-    });
-    refused("the gradient that goes out", "a norm", || {
-        each::rms_norm_backward(&panel(), &w, &inverse, &panel(), &mut floats(96));
-    });
-    refused("the weight's gradient", norm, || {
-        each::rms_norm_grad_weight(&panel(), &inverse, &panel(), &mut floats(4));
-    });
-    let (x, angles) = (floats(size(12, 40)), floats(size(3, 40)));
-    let rope = |features: usize, half: usize, cos: &[f32], sin: &[f32]| {
-        each::rope(&mut x.clone(), features, cos, sin, half, false);
-    };
-    rope(12, 3, &angles, &angles);
-    refused("no half", "no heads", || rope(12, 0, &angles, &angles));
-    refused("half a head", "no heads", || rope(12, 4, &angles, &angles));
-    refused("a half that wraps", "no heads", || {
-        rope(12, usize::MAX / 2 + 4, &angles, &angles);
-    });
-    refused("other features", "is rotated", || {
-        rope(18, 3, &angles, &angles);
-    });
-    refused("short cosines", "cosines", || {
-        rope(12, 3, &angles[LANES..], &angles);
-    });
-    refused("short sines", "the sines", || {
-        rope(12, 3, &angles, &angles[..LANES]);
-    });
-    let lengths = "lengths of";
-    refused("a gate", lengths, || {
-        each::swiglu(&floats(9), &floats(8), &mut floats(9));
-    });
-    refused("a gated result", lengths, || {
-        each::swiglu(&floats(9), &floats(9), &mut floats(8));
-    });
-    refused("a gate's gradient", lengths, || {
-        each::swiglu_backward(&mut floats(9), &mut floats(8), &mut floats(9));
-    });
-    refused("a gradient", lengths, || {
-        each::swiglu_backward(&mut floats(9), &mut floats(9), &mut floats(10));
-    });
-    refused("a sum", lengths, || {
-        each::add(&mut floats(2), &floats(3), 1.);
-    });
-    refused("logits", "the logits", || {
-        exponentials(&mut floats(size(3, 40)), 4)
-    });
-    refused("a huge vocabulary", "a vocabulary", || {
-        exponentials(&mut [], 1 << 40)
-    });
-}
-
-#[test]
 fn sums_refuse_wrong_sizes() {
     let (a, b) = (floats(size(3, 40)), floats(size(5, 40)));
     let run = |a: (&[f32], usize), b: (&[f32], usize), out: usize| {
@@ -360,6 +289,7 @@ fn vectors_refuse_wrong_sizes() {
             keys: Cached::F32(&floats(keys)),
             values: Cached::F32(&floats(values)),
             out: &mut floats(query),
+            softcap: None,
             rounded: false,
         };
         attention.compute(width);
@@ -376,6 +306,7 @@ fn vectors_refuse_wrong_sizes() {
             keys: Cached::F32(&floats(12)),
             values: Cached::Bf16(&[half::bf16::ONE; 12]),
             out: &mut floats(8),
+            softcap: None,
             rounded: false,
         };
         attention.compute(4);
@@ -388,13 +319,16 @@ fn vectors_refuse_wrong_sizes() {
     });
     vectors::rms_norm(&[], &[], 1e-5, &mut []);
     refused("unlike gates", "gate and up", || {
-        vectors::swiglu(&mut floats(4), &floats(5));
+        vectors::gated_unit(Activation::Silu, &mut floats(4), &floats(5));
     });
     refused("unlike angles", "cos and sin", || {
-        vectors::rope(&mut floats(8), &floats(2), &floats(3), 1.);
+        vectors::rope(&mut floats(8), 4, &floats(2), &floats(3));
     });
     refused("part of a head", "whole heads", || {
-        vectors::rope(&mut floats(9), &floats(2), &floats(2), 1.);
+        vectors::rope(&mut floats(9), 4, &floats(2), &floats(2));
+    });
+    refused("a narrow head", "whole heads", || {
+        vectors::rope(&mut floats(9), 3, &floats(2), &floats(2));
     });
 }
 
@@ -491,7 +425,15 @@ fn attention_refuses_wrong_sizes() {
             k: &k,
             v: &v,
         };
-        attention(inputs, heads, spans, &mut floats(out), &mut floats(sums));
+        let scores = Scores::of_width(4);
+        attention(
+            inputs,
+            heads,
+            scores,
+            spans,
+            &mut floats(out),
+            &mut floats(sums),
+        );
     };
     let backward = |sizes: [usize; 8]| {
         let [q, k, v, sums, out, grad_q, grad_k, grad_v] = sizes.map(floats);
@@ -507,7 +449,8 @@ fn attention_refuses_wrong_sizes() {
             v: &mut grad_v,
         };
         let known = (&out[..], &sums[..], &q[..]);
-        attention_backward(inputs, HEADS, &spans, known, &mut gradients);
+        let scores = Scores::of_width(4);
+        attention_backward(inputs, HEADS, scores, &spans, known, &mut gradients);
     };
     let good = [q, k, k, q, sums];
     forward(HEADS, &spans, good);

@@ -7,6 +7,7 @@ use crate::FloatType;
 use crate::dispatch::tests::with_each;
 use crate::dropout::Dropout;
 use crate::elementwise as each;
+use crate::gated::{Activation, gated_unit, gated_unit_backward};
 use crate::matrix::{Matrix, Nf4, Values};
 use crate::merge::{self, Update};
 use crate::nf4;
@@ -217,6 +218,20 @@ fn loops_over_features_of_any_shape() {
             each::rms_norm(&x, &weight, 1e-5, &mut out, &mut inverse);
             each::rms_norm_recompute(&x, &weight, &inverse, &mut again);
             assert!(out[..] == again[..], "{what}");
+            let residual = numbers(tokens * features, case + 5);
+            let onto = guarded_panels(side, &residual, features, tokens);
+            let mut sum = side.copy(&vec![f32::NAN; x.len()]);
+            again[..inverse.len()].copy_from_slice(&inverse);
+            each::rms_norm_onto(&x, &weight, 1e-5, (&onto, -0.7), &mut sum, &mut inverse);
+            assert!(again[..inverse.len()] == inverse[..], "{what}");
+            for token in 0..tokens {
+                let normed = column(&out, features, token);
+                let exact: Vec<f64> = normed
+                    .zip(&residual[token * features..])
+                    .map(|(y, r)| f64::from(*r) - 0.7 * f64::from(y))
+                    .collect();
+                near(&what, column(&sum, features, token), &exact, 1e-5);
+            }
             let gradient = numbers(tokens * features, case + 2);
             let g = guarded_panels(side, &gradient, features, tokens);
             let mut grad_x = side.copy(&vec![0.; x.len()]);
@@ -249,23 +264,23 @@ fn loops_over_features_of_any_shape() {
             let length = x.len() - x.len().min(dice.throw(40));
             let (gate, up) = (side.copy(&x[..length]), side.copy(&g[..length]));
             let mut gated = side.copy(&vec![f32::NAN; length]);
-            each::swiglu(&gate, &up, &mut gated);
-            let sigmoid = |x: f64| (1. + (-x).exp()).recip();
+            let activation = Activation::ALL[dice.throw(2)];
+            gated_unit(activation, &gate, &up, &mut gated);
             let both = gate.iter().zip(&up[..]);
             let exact: Vec<f64> = both
-                .map(|(g, u)| f64::from(*g) * sigmoid(f64::from(*g)) * f64::from(*u))
+                .map(|(g, u)| activation.exact(f64::from(*g)).0 * f64::from(*u))
                 .collect();
             near(&what, gated.iter().copied(), &exact, 1e-6);
             let incoming = numbers(length, case + 3);
             let mut grad_gate = side.copy(&gate);
             let (mut grad_up, mut back) = (side.copy(&up), side.copy(&incoming));
-            each::swiglu_backward(&mut grad_gate, &mut grad_up, &mut back);
+            gated_unit_backward(activation, &mut grad_gate, &mut grad_up, &mut back);
             near(&what, back.iter().copied(), &exact, 1e-6);
             let exact: Vec<[f64; 2]> = (0..length)
                 .map(|at| {
                     let (g, u) = (f64::from(gate[at]), f64::from(up[at]));
-                    let (s, d) = (sigmoid(g), f64::from(incoming[at]));
-                    [d * u * s * (1. + g * (1. - s)), d * g * s]
+                    let ((value, slope), d) = (activation.exact(g), f64::from(incoming[at]));
+                    [d * u * slope, d * value]
                 })
                 .collect();
             let part = |part: usize| exact.iter().map(|x| x[part]).collect::<Vec<f64>>();
@@ -273,6 +288,7 @@ fn loops_over_features_of_any_shape() {
             near(&what, grad_up.iter().copied(), &part(1), 1e-6);
             each::add(&mut gated, &up, -2.);
             each::scale(&mut gated, 3.);
+            each::scale_and_add(&mut gated, 0.5, &up);
             assert!(gated.iter().all(|x| x.is_finite()), "{what}");
 
             let dropout = Dropout { start: 5, p: 0.4 };
@@ -295,7 +311,8 @@ fn rotations_of_any_shape() {
         let mut dice = Dice(4);
         for case in 0..40u64 {
             let (half, heads, tokens) = (dice.size(70) + 1, dice.throw(4) + 1, dice.size(80));
-            let (side, features) = (dice.side(), 2 * half * heads);
+            let width = 2 * half + [0, 0, dice.throw(20)][dice.throw(3)];
+            let (side, features) = (dice.side(), width * heads);
             let rows = numbers(tokens * features, case);
             let angles = numbers(tokens * half, case + 1);
             let cos: Vec<f32> = angles.iter().map(|a| a.cos()).collect();
@@ -303,13 +320,22 @@ fn rotations_of_any_shape() {
             let mut x = guarded_panels(side, &rows, features, tokens);
             let cos_panels = guarded_panels(side, &cos, half, tokens);
             let sin_panels = guarded_panels(side, &sin, half, tokens);
-            each::rope(&mut x, features, &cos_panels, &sin_panels, half, false);
-            let what = format!("{isa:?} {heads} heads of {half}, {tokens}");
+            let rotary = each::Rotary {
+                cos: &cos_panels,
+                sin: &sin_panels,
+                pairs: half,
+                width,
+            };
+            each::rope(&mut x, features, rotary, false);
+            let what = format!("{isa:?} {heads} heads of {half}, {width}, {tokens}");
             for token in 0..tokens {
                 let exact: Vec<f64> = (0..features)
                     .map(|f| {
-                        let (index, upper) = (f % half, f / half % 2 == 1);
+                        let (index, upper) = (f % width % half, f % width >= half);
                         let at = |f: usize| f64::from(rows[token * features + f]);
+                        if f % width >= 2 * half {
+                            return at(f);
+                        }
                         let c = f64::from(cos[token * half + index]);
                         let s = f64::from(sin[token * half + index]);
                         if upper {
@@ -468,11 +494,13 @@ fn merges_and_vectors_of_any_shape() {
             let values = side.copy(&numbers(length * width, case + 5));
             let query = side.copy(&numbers(group * width, case + 6));
             let mut out = side.copy(&vec![f32::NAN; group * width]);
+            let softcap = [None, Some(0.5), Some(20.)][dice.throw(3)];
             let attention = Attention {
                 query: &query,
                 keys: Cached::F32(&keys),
                 values: Cached::F32(&values),
                 out: &mut out,
+                softcap,
                 rounded: false,
             };
             attention.compute(width);
@@ -482,7 +510,9 @@ fn merges_and_vectors_of_any_shape() {
                 let p: Vec<f64> = (0..length)
                     .map(|t| {
                         let dot = (0..width).map(|f| f64::from(query[f]) * at(&keys, t, f));
-                        dot.sum::<f64>().exp()
+                        let score = dot.sum::<f64>();
+                        let capped = |cap: f32| f64::from(cap) * (score / f64::from(cap)).tanh();
+                        softcap.map_or(score, capped).exp()
                     })
                     .collect();
                 let sum: f64 = p.iter().sum();

@@ -5,7 +5,7 @@ use half::bf16;
 use super::plain::{LANES, StoredFloat, lanes, total};
 use crate::bf16::bf16_bits;
 use crate::dispatch::{Loop, fma, run};
-use crate::exp::exp;
+use crate::exp::{exp, tanh};
 
 /// The cached keys or values (length, width) of one key head, row-major.
 #[derive(Debug, Clone, Copy)]
@@ -27,7 +27,7 @@ impl Cached<'_> {
 
 /// Attention of one token, for the query heads that share a key head.
 pub struct Attention<'a> {
-    /// The queries (query heads, width), already divided by `sqrt(width)`.
+    /// The queries (query heads, width), already multiplied by the scores' scale.
     pub query: &'a [f32],
     /// The keys (length, width).
     pub keys: Cached<'a>,
@@ -35,12 +35,15 @@ pub struct Attention<'a> {
     pub values: Cached<'a>,
     /// The results (query heads, width); overwritten.
     pub out: &'a mut [f32],
+    /// The soft-cap of the scores, see [`crate::attention::Scores`].
+    pub softcap: Option<f32>,
     /// Whether scores and probabilities are rounded to bf16, as products in bf16 round them.
     pub rounded: bool,
 }
 
 impl Attention<'_> {
-    /// Computes `softmax(q K^T) V` (Vaswani et al. 2017, arXiv 1706.03762, equation 1) for heads of `width` features.
+    /// Computes `softmax(q K^T) V` (Vaswani et al. 2017, arXiv 1706.03762, equation 1), with a soft-cap of the scores if there is one,
+    /// for heads of `width` features.
     ///
     /// # Panics
     /// If `width` is 0, `query` or `keys` is not a whole number of rows of `width`, there is no key, `out` has another size than
@@ -52,13 +55,15 @@ impl Attention<'_> {
         assert_eq!(self.query.len(), self.out.len(), "the output's size");
         assert_eq!(keys, values, "the sizes of keys and values");
         assert!(keys > 0 && keys.is_multiple_of(width), "the keys");
-        let (query, out, rounded) = (self.query, self.out, self.rounded);
+        let (query, out) = (self.query, self.out);
+        let (softcap, rounded) = (self.softcap, self.rounded);
         match (self.keys, self.values) {
             (Cached::F32(keys), Cached::F32(values)) => run(Attend {
                 query,
                 keys,
                 values,
                 out,
+                softcap,
                 rounded,
                 width,
             }),
@@ -67,6 +72,7 @@ impl Attention<'_> {
                 keys,
                 values,
                 out,
+                softcap,
                 rounded,
                 width,
             }),
@@ -80,6 +86,7 @@ struct Attend<'a, T> {
     keys: &'a [T],
     values: &'a [T],
     out: &'a mut [f32],
+    softcap: Option<f32>,
     rounded: bool,
     width: usize,
 }
@@ -112,6 +119,12 @@ impl<T: StoredFloat> Loop for Attend<'_, T> {
                 [*p] = dots::<T, 1, FMA>(query, &self.keys[token * width..]);
             }
             round(&mut p);
+            if let Some(cap) = self.softcap {
+                let inverse = 1. / cap;
+                for p in &mut p {
+                    *p = cap * tanh::<FMA>(*p * inverse);
+                }
+            }
             let most = p.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             for p in &mut p {
                 *p = exp::<FMA>(*p - most);

@@ -3,7 +3,8 @@
 use super::plain::{LANES, lanes, total};
 use crate::bf16::bf16_bits;
 use crate::dispatch::{Loop, fma, run};
-use crate::exp::sigmoid;
+use crate::exp::tanh;
+use crate::gated::{Activation, Function, GeluTanh, Silu};
 
 /// Rounds every value to bf16, ties to even, in place, on the calling thread.
 pub fn round_to_bf16(values: &mut [f32]) {
@@ -72,54 +73,90 @@ impl Loop for Norm<'_> {
     }
 }
 
-/// SwiGLU (Shazeer 2020, arXiv 2002.05202, equation 6, without its products): `gate = silu(gate) * up`, element by element.
+/// The gated unit `gate = activation(gate) * up`, element by element, on the calling thread.
 ///
 /// # Panics
 /// If the lengths of the two differ.
-pub fn swiglu(gate: &mut [f32], up: &[f32]) {
+pub fn gated_unit(activation: Activation, gate: &mut [f32], up: &[f32]) {
     assert_eq!(gate.len(), up.len(), "the sizes of gate and up");
-    run(Gate { gate, up });
+    match activation {
+        Activation::Silu => run(Gated {
+            gate,
+            up,
+            function: Silu,
+        }),
+        Activation::GeluTanh => run(Gated {
+            gate,
+            up,
+            function: GeluTanh,
+        }),
+    }
 }
 
-struct Gate<'a> {
+struct Gated<'a, F> {
     gate: &'a mut [f32],
     up: &'a [f32],
+    function: F,
 }
 
-impl Loop for Gate<'_> {
+impl<F: Function> Loop for Gated<'_, F> {
     type Output = ();
 
     #[inline(always)]
     fn run<const FMA: bool>(self) {
         for (gate, up) in self.gate.iter_mut().zip(self.up) {
-            *gate = *gate * sigmoid::<FMA>(*gate) * up;
+            *gate = self.function.gated::<FMA>(*gate, *up);
+        }
+    }
+}
+
+/// The soft-cap `x = cap * tanh(x / cap)` of each number (Gemma 2, arXiv 2408.00118, section 2), on the calling thread.
+pub fn soft_cap(values: &mut [f32], cap: f32) {
+    run(SoftCap { values, cap });
+}
+
+struct SoftCap<'a> {
+    values: &'a mut [f32],
+    cap: f32,
+}
+
+impl Loop for SoftCap<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        let inverse = 1. / self.cap;
+        for value in self.values {
+            *value = self.cap * tanh::<FMA>(*value * inverse);
         }
     }
 }
 
 /// Rotary position embedding in place (Su et al. 2021, arXiv 2104.09864, equation 34, with features `i` and `i + cos.len()` of a head
-/// as a pair, as transformers' Llama does): rotates each head of `row` by the angles of its token and multiplies it by `scale`. `cos`
-/// and `sin` have one element for each pair, so a head has `2 * cos.len()` features.
+/// as a pair, as transformers' Llama does): rotates the first `2 * cos.len()` features of each head of `row` by the angles of its
+/// token. `cos` and `sin` have one element for each pair; a head has `width` features, and those after the rotated ones stay.
 ///
 /// # Panics
-/// If `row` is not a whole number of heads, or the lengths of `cos` and `sin` differ.
-pub fn rope(row: &mut [f32], cos: &[f32], sin: &[f32], scale: f32) {
+/// If `row` is not a whole number of heads, a head has fewer features than are rotated, or the lengths of `cos` and `sin` differ.
+pub fn rope(row: &mut [f32], width: usize, cos: &[f32], sin: &[f32]) {
     assert_eq!(cos.len(), sin.len(), "the sizes of cos and sin");
-    let width = (2 * cos.len()).max(1);
-    assert!(row.len().is_multiple_of(width), "whole heads");
+    assert!(
+        width >= 2 * cos.len() && row.len().is_multiple_of(width.max(1)),
+        "whole heads"
+    );
     run(Rotate {
         row,
+        width,
         cos,
         sin,
-        scale,
     });
 }
 
 struct Rotate<'a> {
     row: &'a mut [f32],
+    width: usize,
     cos: &'a [f32],
     sin: &'a [f32],
-    scale: f32,
 }
 
 impl Loop for Rotate<'_> {
@@ -127,15 +164,23 @@ impl Loop for Rotate<'_> {
 
     #[inline(always)]
     fn run<const FMA: bool>(self) {
-        let half = self.cos.len();
-        for head in self.row.chunks_exact_mut((2 * half).max(1)) {
-            let (first, second) = head.split_at_mut(half);
+        for head in self.row.chunks_exact_mut(self.width.max(1)) {
+            let (first, second) = head.split_at_mut(self.cos.len());
             let angles = self.cos.iter().zip(self.sin);
             for ((a, b), (cos, sin)) in first.iter_mut().zip(second).zip(angles) {
-                let rotated = (*a * cos - *b * sin, *b * cos + *a * sin);
-                (*a, *b) = (rotated.0 * self.scale, rotated.1 * self.scale);
+                (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
             }
         }
+    }
+}
+
+/// `values *= factor`, on the calling thread. A factor of 1 costs nothing.
+pub fn scale(values: &mut [f32], factor: f32) {
+    if factor.to_bits() == 1f32.to_bits() {
+        return;
+    }
+    for value in values {
+        *value *= factor;
     }
 }
 

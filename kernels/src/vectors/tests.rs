@@ -5,6 +5,7 @@ use half::{bf16, f16};
 use super::*;
 use crate::FloatType;
 use crate::dispatch::tests::{with_each, with_threads};
+use crate::gated::Activation;
 use crate::matrix::{NF4_BLOCK, Nf4, Values};
 use crate::nf4::CODE;
 
@@ -196,19 +197,23 @@ fn attention_is_that_of_a_plain_loop() {
         let halves = |x: &[f32]| -> Vec<bf16> { x.iter().map(|x| bf16::from_f32(*x)).collect() };
         let (half_keys, half_values) = (halves(&keys), halves(&values));
         let wide = |x: &[f32], token: usize, i: usize| f64::from(x[token * width + i]);
-        let mut expected = Vec::new();
+        let (mut expected, mut capped) = (Vec::new(), Vec::new());
         for query in query.chunks_exact(width) {
             let score = |token| {
                 let terms = (0..width).map(|i| f64::from(query[i]) * wide(&keys, token, i));
                 terms.sum::<f64>()
             };
-            let p: Vec<f64> = (0..length).map(|token| score(token).exp()).collect();
-            let total: f64 = p.iter().sum();
-            expected.extend((0..width).map(|i| {
-                let terms = p.iter().enumerate();
-                let sum = terms.map(|(token, p)| p * wide(&values, token, i));
-                sum.sum::<f64>() / total
-            }));
+            let attend = |score: &dyn Fn(usize) -> f64, expected: &mut Vec<f64>| {
+                let p: Vec<f64> = (0..length).map(|token| score(token).exp()).collect();
+                let total: f64 = p.iter().sum();
+                expected.extend((0..width).map(|i| {
+                    let terms = p.iter().enumerate();
+                    let sum = terms.map(|(token, p)| p * wide(&values, token, i));
+                    sum.sum::<f64>() / total
+                }));
+            };
+            attend(&score, &mut expected);
+            attend(&|token| 0.4 * (score(token) / 0.4).tanh(), &mut capped);
         }
         with_each(|isa| {
             for (stored, rounded, within) in [
@@ -224,16 +229,19 @@ fn attention_is_that_of_a_plain_loop() {
                     3e-2,
                 ),
             ] {
-                let mut out = vec![f32::NAN; group * width];
-                let attention = Attention {
-                    query: &query,
-                    keys: stored.0,
-                    values: stored.1,
-                    out: &mut out,
-                    rounded,
-                };
-                attention.compute(width);
-                close(&format!("{isa:?} {width}"), &out, &expected, within);
+                for (softcap, expected) in [(None, &expected), (Some(0.4), &capped)] {
+                    let mut out = vec![f32::NAN; group * width];
+                    let attention = Attention {
+                        query: &query,
+                        keys: stored.0,
+                        values: stored.1,
+                        out: &mut out,
+                        softcap,
+                        rounded,
+                    };
+                    attention.compute(width);
+                    close(&format!("{isa:?} {width}"), &out, expected, within);
+                }
             }
         });
     }
@@ -275,11 +283,37 @@ fn rows_are_those_of_plain_formulas() {
             rms_norm(&x, &weight, 1e-5, &mut out);
             close(&what, &out, &normed, 1e-5);
             let mut gates: Vec<f32> = x.iter().map(|x| 8. * x).collect();
-            swiglu(&mut gates, &up);
+            gated_unit(Activation::Silu, &mut gates, &up);
             close(&what, &gates, &gated, 1e-5);
             let mut row = heads.clone();
-            rope(&mut row, &cos, &sin, 0.5);
+            rope(&mut row, 2 * length, &cos, &sin);
+            scale(&mut row, 0.5);
             close(&what, &row, &transposed, 1e-6);
+            // Behind what is rotated, a wider head stays as it is.
+            let wide = |row: &[f32]| -> Vec<f32> {
+                let heads = row.chunks(2 * length).map(|head| [head, &[7.; 3]].concat());
+                heads.flatten().collect()
+            };
+            let mut wider = wide(&heads);
+            rope(&mut wider, 2 * length + 3, &cos, &sin);
+            let mut narrow = heads.clone();
+            rope(&mut narrow, 2 * length, &cos, &sin);
+            assert_eq!(wider, wide(&narrow));
+            let mut gates: Vec<f32> = x.iter().map(|x| 8. * x).collect();
+            let both = gates.iter().zip(&up);
+            let exact = |(x, up): (&f32, &f32)| {
+                Activation::GeluTanh.exact(f64::from(*x)).0 * f64::from(*up)
+            };
+            let exact: Vec<f64> = both.map(exact).collect();
+            gated_unit(Activation::GeluTanh, &mut gates, &up);
+            close(&what, &gates, &exact, 1e-5);
+            let mut capped = heads.clone();
+            soft_cap(&mut capped, 0.7);
+            let exact: Vec<f64> = heads
+                .iter()
+                .map(|x| 0.7 * (f64::from(*x) / 0.7).tanh())
+                .collect();
+            close(&what, &capped, &exact, 1e-6);
             let mut some = x.clone();
             round_to_bf16(&mut some);
             let same = some.iter().zip(&x);

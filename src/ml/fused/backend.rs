@@ -9,14 +9,13 @@ use pipeline_kernels::panels::panels;
 
 use super::layout::Packing;
 use super::memory::{PassSizes, saved_bytes};
-use super::options::unsupported_option;
 use super::pool::Pool;
 use super::states::States;
 use super::{Forward, Scored, decode, lowest};
 use crate::ml::backend::{Backend, Decoder, ForwardPass, PassSize, Scores};
 use crate::ml::model::batch::{Batch, Target};
 use crate::ml::model::linear::Pass;
-use crate::ml::model::{self, CausalLm, Gradients};
+use crate::ml::model::{self, CausalLm, Gradients, have_same_angles};
 use crate::ml::reference::CachedSequences;
 
 /// The largest number of tokens in a pass of several micro-batches; larger passes would save nothing more.
@@ -55,9 +54,6 @@ fn unsupported_feature(model: &CausalLm) -> Option<String> {
             "products run in {}; the fast path has f32 and bf16",
             model.compute.as_str()
         ));
-    }
-    if let Some(option) = unsupported_option(&model.arch) {
-        return Some(option.into());
     }
     if model.has_pairs_at_ends() {
         return Some("the adapter has matrices beside the embeddings or the head".into());
@@ -105,15 +101,22 @@ fn most_tokens(saved_bytes: usize) -> usize {
     TOKENS.min(MAX_SAVED_BYTES / saved_bytes.max(1))
 }
 
-/// How many of the first of these micro-batches go through the model in one pass of no more tokens, one in any case.
-fn pass_size(batches: &[&Batch], packing: Packing, most: usize) -> PassSize {
+/// How many of the first of these micro-batches, of which `alike` says whether a pass can share what they have in common, go through the
+/// model in one pass of no more tokens, one in any case.
+fn pass_size(
+    batches: &[&Batch],
+    packing: Packing,
+    most: usize,
+    alike: impl Fn(&Batch, &Batch) -> bool,
+) -> PassSize {
     let all = (1..=batches.len()).map(|count| PassSize {
         micro_batches: count,
         tokens: packing.tokens(batches.get(..count).unwrap_or_default()),
     });
     let mut best = PassSize::default();
     for size in all {
-        if size.micro_batches > 1 && size.tokens > most {
+        let last = size.micro_batches - 1;
+        if last > 0 && (size.tokens > most || !alike(batches[0], batches[last])) {
             break;
         }
         best = size;
@@ -136,6 +139,7 @@ pub fn pass_size_of(
         batches,
         packing,
         most_tokens(sizes.saved_bytes(checkpointing)),
+        |_, _| true,
     )
 }
 
@@ -149,7 +153,9 @@ impl Backend for Fused<'_> {
             0
         };
         let most = most_tokens(bytes_per_token);
-        let best = pass_size(batches, self.packing(pass), most);
+        let best = pass_size(batches, self.packing(pass), most, |a, b| {
+            have_same_angles(&self.model.arch, a.length(), b.length())
+        });
         if best.micro_batches > 1 {
             self.pool.expect(panels(most));
         }
@@ -189,7 +195,9 @@ impl Backend for Fused<'_> {
 
     fn keep_frozen_states(&self, folder: &Path) -> std::io::Result<Option<usize>> {
         let lowest = lowest(self.model);
-        if lowest == 0 || lowest == self.model.layers.len() {
+        // Where angles depend on the batch, so do the states of a sequence.
+        let varies = !have_same_angles(&self.model.arch, 1, usize::MAX);
+        if lowest == 0 || lowest == self.model.layers.len() || varies {
             return Ok(None);
         }
         let states = States::new(folder, self.model.arch.hidden_size)?;

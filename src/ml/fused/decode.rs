@@ -8,25 +8,27 @@ use std::ops::Range;
 
 use candle_core::{DType, Result, Tensor, bail};
 use half::bf16;
+use pipeline_kernels::gated::Activation;
 use pipeline_kernels::matrix::Matrix;
 use pipeline_kernels::vectors::{self, Attention, Cached, VectorProduct, vector_products};
 use rayon::prelude::*;
 
-use super::weights::{BaseWeight, TensorView, plain_parts};
+use super::weights::{BaseWeight, TensorView, activation};
 use crate::ml::backend::{self, Token};
 use crate::ml::model::linear::{Base, Linear, Pass};
-use crate::ml::model::{CausalLm, Layer, Norm, angles};
+use crate::ml::model::{CausalLm, Layer, Norm, angles, have_same_angles};
 
 /// Sequences that a model continues.
 pub(super) struct Decoder<'a> {
     pass: Pass,
     layers: Vec<DecoderLayer<'a>>,
     model: &'a CausalLm,
-    /// The final norm's weight.
-    norm: Vec<f32>,
-    /// The cosines of the rotary angles (positions, `head_dim / 2`).
-    cos: Vec<f32>,
-    sin: Vec<f32>,
+    /// The final norm.
+    norm: RowNorm,
+    /// The cosines and sines (positions, `rotary_dim / 2`) of each rotary embedding.
+    angles: Vec<(Vec<f32>, Vec<f32>)>,
+    /// The largest length of a sequence.
+    longest: usize,
     sequences: Vec<CachedSequence>,
     /// Whether products are computed in bf16, which rounds their factors and results.
     rounded: bool,
@@ -91,19 +93,61 @@ impl Entries {
 /// A layer's small tensors as vectors, and its projections.
 struct DecoderLayer<'a> {
     layer: &'a Layer,
-    /// The weights and the eps of the norms before attention and feed-forward block.
-    input_norm: (Vec<f32>, f64),
-    post_norm: (Vec<f32>, f64),
-    /// The weight and the eps of the norm of each query head.
-    q_norm: Option<(Vec<f32>, f64)>,
-    k_norm: Option<(Vec<f32>, f64)>,
-    q: Projection<'a>,
-    k: Projection<'a>,
-    v: Projection<'a>,
+    input_norm: Option<RowNorm>,
+    post_attention_norm: Option<RowNorm>,
+    pre_feedforward_norm: Option<RowNorm>,
+    post_feedforward_norm: Option<RowNorm>,
+    /// The norms of the queries and of the keys, of each head or of all together.
+    q_norm: Option<RowNorm>,
+    k_norm: Option<RowNorm>,
+    /// The projections of queries, keys and values, or the one whose rows are theirs in this order.
+    qkv: Vec<Projection<'a>>,
     o: Projection<'a>,
-    gate: Projection<'a>,
-    up: Projection<'a>,
+    /// The projections of gate and up, or the one whose rows are theirs in this order.
+    gate_up: Vec<Projection<'a>>,
     down: Projection<'a>,
+    softcap: Option<f32>,
+    activation: Activation,
+    residual_scale: f32,
+}
+
+/// An RMS norm of rows as long as its weight.
+struct RowNorm {
+    weight: Vec<f32>,
+    eps: f64,
+}
+
+impl RowNorm {
+    fn new(norm: &Norm, pass: Pass) -> Result<Self> {
+        Ok(Self {
+            weight: values(&norm.weight.value(pass), DType::F32)?,
+            eps: norm.eps,
+        })
+    }
+
+    /// See [`vectors::rms_norm`].
+    fn apply(&self, x: &[f32]) -> Vec<f32> {
+        let mut normed = vec![0.; x.len()];
+        vectors::rms_norm(x, &self.weight, self.eps as f32, &mut normed);
+        normed
+    }
+}
+
+/// `x` after a norm, if there is one.
+fn normed<'b>(x: &'b [f32], norm: Option<&RowNorm>) -> Cow<'b, [f32]> {
+    norm.map_or(Cow::Borrowed(x), |norm| Cow::Owned(norm.apply(x)))
+}
+
+/// Rows of `widths` together, as rows of their own for each of them.
+fn split<const N: usize>(rows: &[f32], widths: [usize; N]) -> [Vec<f32>; N] {
+    let total: usize = widths.iter().sum();
+    let mut first = 0;
+    widths.map(|width| {
+        let span = first..first + width;
+        first = span.end;
+        let rows = rows.chunks_exact(total.max(1));
+        rows.flat_map(|row| &row[span.clone()]).copied().collect()
+    })
 }
 
 struct Projection<'a> {
@@ -174,42 +218,49 @@ impl<'a> Projection<'a> {
 
 impl<'a> DecoderLayer<'a> {
     fn new(layer: &'a Layer, pass: Pass) -> Result<Self> {
-        let head_norm = |norm: &Option<Norm>| -> Result<Option<(Vec<f32>, f64)>> {
-            let weight =
-                |norm: &Norm| Ok((values(&norm.weight.value(pass), DType::F32)?, norm.eps));
-            norm.as_ref().map(weight).transpose()
+        let norm = |norm: &Option<Norm>| {
+            let norm = norm.as_ref();
+            norm.map(|norm| RowNorm::new(norm, pass)).transpose()
         };
-        let parts = plain_parts(layer)?;
-        let norm = |norm: &Norm| {
-            let weight = values(&norm.weight.value(pass), DType::F32)?;
-            Result::Ok((weight, norm.eps))
+        let all = |linears: Vec<&'a Linear>| -> Result<Vec<_>> {
+            let each = linears.into_iter();
+            each.map(|linear| Projection::new(linear, pass)).collect()
         };
         Ok(Self {
-            input_norm: norm(parts.input_norm)?,
-            post_norm: norm(parts.post_norm)?,
             layer,
-            q_norm: head_norm(&layer.q_norm)?,
-            k_norm: head_norm(&layer.k_norm)?,
-            q: Projection::new(parts.q, pass)?,
-            k: Projection::new(parts.k, pass)?,
-            v: Projection::new(parts.v, pass)?,
+            input_norm: norm(&layer.input_norm)?,
+            post_attention_norm: norm(&layer.post_attention_norm)?,
+            pre_feedforward_norm: norm(&layer.pre_feedforward_norm)?,
+            post_feedforward_norm: norm(&layer.post_feedforward_norm)?,
+            q_norm: norm(&layer.q_norm)?,
+            k_norm: norm(&layer.k_norm)?,
+            qkv: all(layer.qkv.linears())?,
             o: Projection::new(&layer.o, pass)?,
-            gate: Projection::new(parts.gate, pass)?,
-            up: Projection::new(parts.up, pass)?,
+            gate_up: all(layer.gate_up.linears())?,
             down: Projection::new(&layer.down, pass)?,
+            softcap: layer.score_softcap.map(|cap| cap as f32),
+            activation: activation(layer.activation),
+            residual_scale: layer.residual_scale as f32,
         })
     }
 
-    fn projections(&self) -> [&Projection<'a>; 7] {
-        [
-            &self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down,
-        ]
+    fn projections(&self) -> impl Iterator<Item = &Projection<'a>> {
+        let (qkv, gate_up) = (self.qkv.iter(), self.gate_up.iter());
+        qkv.chain([&self.o]).chain(gate_up).chain([&self.down])
+    }
+
+    /// Adds a block's result `y` to the hidden states `x`, after its norm and times its factor.
+    fn join(&self, x: &mut [f32], y: &[f32], norm: Option<&RowNorm>) {
+        let y = normed(y, norm);
+        for (x, y) in x.iter_mut().zip(y.iter()) {
+            *x += y * self.residual_scale;
+        }
     }
 }
 
 impl<'a> Decoder<'a> {
     /// `sequences` empty sequences, none of which may become longer than `longest` tokens. `None` for what the kernels don't support: other
-    /// devices than the CPU, products in f16, and pairs of embeddings or head.
+    /// devices than the CPU, products in f16, pairs of embeddings or head, `DoRA`, and rotary embeddings that change on the way to `longest`.
     pub(super) fn new(
         model: &'a CausalLm,
         sequences: usize,
@@ -221,7 +272,10 @@ impl<'a> Decoder<'a> {
             return Ok(None);
         }
         let linears = model.layers.iter().flat_map(Layer::linears);
-        if model.has_pairs_at_ends() || !{ linears }.all(Linear::has_kernels) {
+        if model.has_pairs_at_ends()
+            || !{ linears }.all(Linear::has_kernels)
+            || !have_same_angles(&model.arch, 1, longest)
+        {
             return Ok(None);
         }
         let layers = model
@@ -235,7 +289,12 @@ impl<'a> Decoder<'a> {
         {
             return Ok(None);
         }
-        let (cos, sin) = angles(&model.arch, 0, 0..longest, longest, &model.device)?;
+        let ropes = 0..model.arch.ropes.len();
+        let angles = ropes.map(|rope| {
+            let (cos, sin) = angles(&model.arch, rope, 0..longest, longest, &model.device)?;
+            Ok((values(&cos, DType::F32)?, values(&sin, DType::F32)?))
+        });
+        let angles = angles.collect::<Result<_>>()?;
         let entries = match compute {
             DType::BF16 => Entries::Bf16(Vec::new(), Vec::new()),
             _ => Entries::F32(Vec::new(), Vec::new()),
@@ -249,9 +308,9 @@ impl<'a> Decoder<'a> {
             pass,
             layers,
             model,
-            norm: values(&model.norm.weight.value(pass), DType::F32)?,
-            cos: values(&cos, DType::F32)?,
-            sin: values(&sin, DType::F32)?,
+            norm: RowNorm::new(&model.norm, pass)?,
+            angles,
+            longest,
             sequences: std::iter::repeat_with(sequence).take(sequences).collect(),
             rounded: compute == DType::BF16,
         }))
@@ -259,7 +318,6 @@ impl<'a> Decoder<'a> {
 
     /// The position of each token in its sequence.
     fn positions_(&self, tokens: &[Token]) -> Result<Vec<usize>> {
-        let longest = self.cos.len() / (self.model.arch.head_dim / 2).max(1);
         let mut lengths: Vec<usize> = self
             .sequences
             .iter()
@@ -269,7 +327,7 @@ impl<'a> Decoder<'a> {
         for token in tokens {
             let Some(length) = lengths
                 .get_mut(token.sequence)
-                .filter(|length| **length < longest)
+                .filter(|length| **length < self.longest)
             else {
                 bail!(
                     "a token of sequence {} is beyond its longest length",
@@ -297,16 +355,34 @@ impl<'a> Decoder<'a> {
         x
     }
 
-    /// Applies several projections to the same vectors (tokens, in). Each result is (tokens, out).
-    fn apply<const N: usize>(&self, all: [&Projection<'_>; N], x: &[f32]) -> Result<[Vec<f32>; N]> {
+    /// Applies projections to the same vectors (tokens, in). Each result is (tokens, width): that of a projection, or a part of that of a
+    /// single one.
+    fn parts<const N: usize>(
+        &self,
+        all: &[Projection<'_>],
+        x: &[f32],
+        widths: [usize; N],
+    ) -> Result<[Vec<f32>; N]> {
+        let outs = self.apply(all, x)?;
+        match (<[Vec<f32>; N]>::try_from(outs), widths) {
+            (Ok(outs), _) => Ok(outs),
+            (Err(outs), widths) => match &outs[..] {
+                [joined] => Ok(split(joined, widths)),
+                outs => bail!("{} projections for {N} results", outs.len()),
+            },
+        }
+    }
+
+    /// Applies projections to the same vectors (tokens, in). Each result is (tokens, out).
+    fn apply(&self, all: &[Projection<'_>], x: &[f32]) -> Result<Vec<Vec<f32>>> {
         let x = self.factor(x);
         let borrowed = all
             .iter()
-            .map(|one| one.borrowed())
+            .map(Projection::borrowed)
             .collect::<Result<Vec<_>>>()?;
-        let mut outs: [Vec<f32>; N] = std::array::from_fn(|_| Vec::new());
-        let mut lows: [Vec<f32>; N] = std::array::from_fn(|_| Vec::new());
-        let mut products = Vec::with_capacity(2 * N);
+        let mut outs: Vec<Vec<f32>> = vec![Vec::new(); all.len()];
+        let mut lows = outs.clone();
+        let mut products = Vec::with_capacity(2 * all.len());
         let mut count = 0;
         for (((one, borrowed), out), low) in all.iter().zip(&borrowed).zip(&mut outs).zip(&mut lows)
         {
@@ -330,7 +406,7 @@ impl<'a> Decoder<'a> {
             });
         }
         vector_products(products);
-        let mut highs: [Vec<f32>; N] = std::array::from_fn(|_| Vec::new());
+        let mut highs: Vec<Vec<f32>> = vec![Vec::new(); all.len()];
         let mut products = Vec::new();
         for (((one, low), high), out) in all.iter().zip(&mut lows).zip(&mut highs).zip(&mut outs) {
             self.round(out);
@@ -364,12 +440,15 @@ impl<'a> Decoder<'a> {
         Ok(outs)
     }
 
-    /// Applies the rotary embedding to rows of `row` values, one for each of `positions`, and multiplies them by `scale`.
-    fn rotate(&self, rows: &mut [f32], row: usize, positions: &[usize], scale: f32) {
-        let half = self.model.arch.head_dim / 2;
+    /// Applies a rotary embedding, if there is one, to rows of `row` values, one for each of `positions`.
+    fn rotate(&self, rope: Option<usize>, rows: &mut [f32], row: usize, positions: &[usize]) {
+        let (width, pairs) = (self.model.arch.head_dim, self.model.arch.rotary_dim / 2);
+        let Some((cos, sin)) = rope.and_then(|rope| self.angles.get(rope)) else {
+            return;
+        };
         for (row, position) in rows.chunks_exact_mut(row).zip(positions) {
-            let span = position * half..(position + 1) * half;
-            vectors::rope(row, &self.cos[span.clone()], &self.sin[span], scale);
+            let span = position * pairs..(position + 1) * pairs;
+            vectors::rope(row, width, &cos[span.clone()], &sin[span]);
         }
     }
 
@@ -396,6 +475,7 @@ impl<'a> Decoder<'a> {
                 keys,
                 values,
                 out,
+                softcap: self.layers[number].softcap,
                 rounded: self.rounded,
             };
             attention.compute(width);
@@ -424,18 +504,18 @@ impl backend::Decoder for Decoder<'_> {
         for number in 0..self.layers.len() {
             let weights = &self.layers[number];
             let layer = weights.layer;
-            let normed = norm(&x, &weights.input_norm.0, weights.input_norm.1);
-            let [mut q, mut k, mut v] =
-                self.apply([&weights.q, &weights.k, &weights.v], &normed)?;
-            for (x, head_norm) in [(&mut q, &weights.q_norm), (&mut k, &weights.k_norm)] {
-                if let Some((weight, eps)) = head_norm {
-                    *x = norm(x, weight, *eps);
+            let input = normed(&x, weights.input_norm.as_ref());
+            let (heads, width) = (layer.kv_heads, layer.head_dim);
+            let widths = [layer.heads * width, heads * width, heads * width];
+            let [mut q, mut k, mut v] = self.parts(&weights.qkv, &input, widths)?;
+            for (x, norm) in [(&mut q, &weights.q_norm), (&mut k, &weights.k_norm)] {
+                if let Some(norm) = norm {
+                    *x = norm.apply(x);
                 }
             }
-            let scale = (layer.head_dim as f64).powf(-0.5) as f32;
-            let (heads, width) = (layer.kv_heads, layer.head_dim);
-            self.rotate(&mut q, layer.heads * width, &positions, scale);
-            self.rotate(&mut k, heads * width, &positions, 1.);
+            self.rotate(layer.rope, &mut q, layer.heads * width, &positions);
+            vectors::scale(&mut q, layer.score_scale as f32);
+            self.rotate(layer.rope, &mut k, heads * width, &positions);
             for values in [&mut q, &mut k, &mut v] {
                 self.round(values);
             }
@@ -448,13 +528,14 @@ impl backend::Decoder for Decoder<'_> {
             let mut y = self.attention(number, &q, tokens, &positions);
             self.round(&mut y);
             let weights = &self.layers[number];
-            let [y] = self.apply([&weights.o], &y)?;
-            add(&mut x, &y);
-            let normed = norm(&x, &weights.post_norm.0, weights.post_norm.1);
-            let [mut gate, up] = self.apply([&weights.gate, &weights.up], &normed)?;
-            vectors::swiglu(&mut gate, &up);
-            let [y] = self.apply([&weights.down], &gate)?;
-            add(&mut x, &y);
+            let [y] = self.parts(std::slice::from_ref(&weights.o), &y, [hidden])?;
+            weights.join(&mut x, &y, weights.post_attention_norm.as_ref());
+            let input = normed(&x, weights.pre_feedforward_norm.as_ref());
+            let widths = [self.model.arch.intermediate_size; 2];
+            let [mut gate, up] = self.parts(&weights.gate_up, &input, widths)?;
+            vectors::gated_unit(weights.activation, &mut gate, &up);
+            let [y] = self.parts(std::slice::from_ref(&weights.down), &gate, [hidden])?;
+            weights.join(&mut x, &y, weights.post_feedforward_norm.as_ref());
         }
         for token in tokens {
             self.sequences[token.sequence].length += 1;
@@ -466,7 +547,7 @@ impl backend::Decoder for Decoder<'_> {
                 None => bail!("token {index} of {} is wanted", tokens.len()),
             }
         }
-        let last = norm(&last, &self.norm, self.model.norm.eps);
+        let last = self.norm.apply(&last);
         let head = TensorView::tensor(self.model.head().stored(self.pass));
         let mut logits = vec![0.; wanted.len() * self.model.arch.vocab_size];
         vector_products(vec![VectorProduct {
@@ -476,6 +557,10 @@ impl backend::Decoder for Decoder<'_> {
             out: &mut logits,
         }]);
         self.round(&mut logits);
+        vectors::scale(&mut logits, self.model.arch.logit_scale as f32);
+        if let Some(cap) = self.model.arch.logit_softcap {
+            vectors::soft_cap(&mut logits, cap as f32);
+        }
         Ok(logits)
     }
 
@@ -501,13 +586,6 @@ fn dense(values: &[f32], rows: usize, columns: usize) -> Result<Matrix<'_>> {
         Some(matrix) => Ok(matrix),
         None => bail!("a pair has not ({rows}, {columns}) values"),
     }
-}
-
-/// The RMS norm of each row, see [`vectors::rms_norm`].
-fn norm(x: &[f32], weight: &[f32], eps: f64) -> Vec<f32> {
-    let mut normed = vec![0.; x.len()];
-    vectors::rms_norm(x, weight, eps as f32, &mut normed);
-    normed
 }
 
 fn add(x: &mut [f32], y: &[f32]) {

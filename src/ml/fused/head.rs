@@ -5,6 +5,9 @@
 //! logits are in memory, and nothing is computed twice. The vocabulary is processed in blocks, each for all tokens, whose logits stay in the
 //! third-level cache; when a block has a larger logit than those before, the earlier sums are scaled down (online softmax, see
 //! [`pipeline_kernels::vocabulary`]).
+//!
+//! A factor of the logits becomes one of the hidden states. With a soft-cap a logit is `cap tanh(l / cap)` with `l = (W h)_id`, whose slope
+//! `1 - tanh^2` multiplies each row of `W` in the gradient.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -13,7 +16,7 @@ use candle_core::{DType, Result, Tensor};
 use pipeline_kernels::panels::{LANES, column, fill, panels, size};
 use pipeline_kernels::product::{Onto, Term, product};
 use pipeline_kernels::reduce::{Order, outer};
-use pipeline_kernels::vocabulary::{Summary, online_softmax};
+use pipeline_kernels::vocabulary::{Summary, online_softmax, sum_capped};
 use rayon::prelude::*;
 
 use super::Forward;
@@ -38,7 +41,9 @@ pub(super) struct Scored {
     tokens: Vec<usize>,
     /// For each target, the index of its token in `tokens`, and its id.
     rows: Vec<(usize, u32)>,
-    /// `W^T softmax(W h)` of each token, in panels; empty if no gradient was requested.
+    /// The slope of each target's logit with respect to the product of the head and the hidden state; empty without a soft-cap.
+    slopes: Vec<f32>,
+    /// `W^T softmax(W h)` of each token (with a soft-cap `W^T` times softmax and slopes), in panels; empty if no gradient was requested.
     expected_head_row: Vec<f32>,
     /// The statistics of each panel's logits.
     summaries: Vec<Summary>,
@@ -54,12 +59,16 @@ pub(super) fn token(layout: &Layout, target: &Target) -> Result<usize> {
     }
 }
 
-/// Copies the hidden states of some tokens into panels of their own.
+/// Copies the hidden states of some tokens, times the logits' factor, into panels of their own.
 fn gather(forward: &Forward<'_>, tokens: &[usize], out: &mut [f32]) {
     let hidden = forward.shape.hidden;
+    let factor = forward.model.arch.logit_scale as f32;
     let rows: Vec<Vec<f32>> = tokens
         .iter()
-        .map(|&token| column(&forward.hidden, hidden, token).collect())
+        .map(|&token| {
+            let column = column(&forward.hidden, hidden, token);
+            column.map(|x| x * factor).collect()
+        })
         .collect();
     fill(out, hidden, tokens.len(), |row| {
         rows.get(row).map_or(&[], Vec::as_slice)
@@ -108,10 +117,12 @@ pub(super) fn score(
         candle_core::bail!("the id {id} lies outside the vocabulary of {vocabulary}")
     }
     let (pool, half) = (forward.pool, shape.half);
+    let softcap = softcap(forward);
     let mut scored = Scored {
         logps: vec![0.; targets.len()],
         token_stats: token_stats.then(|| vec![TokenStats::default(); targets.len()]),
         expected_head_row: Vec::new(),
+        slopes: Vec::new(),
         summaries: Vec::new(),
         tokens,
         rows,
@@ -140,7 +151,7 @@ pub(super) fn score(
             let index = row / LANES * ids.len() + (id as usize - ids.start);
             chosen[target] = logits[index * LANES + row % LANES];
         }
-        let factors = online_softmax(logits, ids.clone(), &mut summaries);
+        let factors = online_softmax(logits, ids.clone(), softcap, &mut summaries);
         if gradient {
             let expected_head_row = &mut scored.expected_head_row;
             let onto = if ids.start == 0 {
@@ -161,6 +172,14 @@ pub(super) fn score(
     pool.give(buffer);
     pool.give_factors([factor]);
     pool.give(x);
+    if let Some(cap) = softcap {
+        let tanh = |logit: &f32| (logit / cap).tanh();
+        let slopes = chosen.iter().map(|logit| 1. - tanh(logit).powi(2));
+        scored.slopes = slopes.collect();
+        for logit in &mut chosen {
+            *logit = cap * tanh(logit);
+        }
+    }
     for (target, (row, id)) in scored.rows.iter().enumerate() {
         let (summary, lane) = (&summaries[row / LANES], row % LANES);
         scored.logps[target] = (f64::from(chosen[target]) - summary.log_sum(lane)) as f32;
@@ -177,6 +196,33 @@ pub(super) fn score(
     }
     scored.summaries = summaries;
     Ok(scored)
+}
+
+/// The soft-cap of the logits, if there is one.
+fn softcap(forward: &Forward<'_>) -> Option<f32> {
+    forward.model.arch.logit_softcap.map(|cap| cap as f32)
+}
+
+/// The sum over the vocabulary of the logits of each of these tokens, with a soft-cap.
+pub(super) fn capped_sums(forward: &Forward<'_>, tokens: &[usize], cap: f32) -> Result<Vec<f64>> {
+    let (pool, hidden, count) = (forward.pool, forward.shape.hidden, tokens.len());
+    let held = TensorView::weight(forward.model.head(), forward.pass)?;
+    let vocabulary = held.matrix()?.height();
+    let mut x = pool.take(size(hidden, count));
+    gather(forward, tokens, &mut x);
+    let factor = pool.factor(forward.shape.half, &x, hidden);
+    let mut buffer = pool.take(logits_at_once(vocabulary, count));
+    let mut sums = vec![[0f64; LANES]; panels(count)];
+    for ids in blocks(vocabulary, count) {
+        let logits = &mut buffer[..size(ids.len(), count)];
+        let weight = held.rows(ids)?;
+        product(logits, vec![Term { weight, x: &factor }], Onto::Zero);
+        sum_capped(logits, cap, &mut sums);
+    }
+    pool.give(buffer);
+    pool.give_factors([factor]);
+    pool.give(x);
+    Ok(sums.into_iter().flatten().take(count).collect())
 }
 
 /// Multiplies each token's features by its factor.
@@ -217,16 +263,20 @@ impl Scored {
         for ((row, _), g) in self.rows.iter().zip(grad_logps) {
             sums[*row] += g;
         }
+        let logit_scale = model.arch.logit_scale as f32;
         let expected_head_row = std::mem::take(&mut self.expected_head_row);
         for (row, (&token, sum)) in self.tokens.iter().zip(&sums).enumerate() {
             let out = &mut grad_hidden[token / LANES * hidden * LANES + token % LANES..];
             let values = column(&expected_head_row, hidden, row);
+            let factor = sum * logit_scale;
             for (out, value) in out.iter_mut().step_by(LANES).zip(values) {
-                *out -= sum * value;
+                *out -= factor * value;
             }
         }
         forward.pool.give(expected_head_row);
-        for (((row, _), g), weight) in self.rows.iter().zip(grad_logps).zip(at_id.chunks(hidden)) {
+        let grad_logits = self.grad_logits(grad_logps, logit_scale);
+        for (((row, _), g), weight) in self.rows.iter().zip(&grad_logits).zip(at_id.chunks(hidden))
+        {
             let token = self.tokens[*row];
             let out = &mut grad_hidden[token / LANES * hidden * LANES + token % LANES..];
             for (out, value) in out.iter_mut().step_by(LANES).zip(weight) {
@@ -234,9 +284,19 @@ impl Scored {
             }
         }
         if model.trains_head() {
-            self.grad_weight(forward, &sums, grad_logps, gradients)?;
+            self.grad_weight(forward, &sums, &grad_logits, gradients)?;
         }
         Ok(())
+    }
+
+    /// The gradient of each target's log-probability with respect to the product of the head's row and the hidden state, but for the part
+    /// through the sum over the vocabulary.
+    fn grad_logits(&self, grad_logps: &[f32], logit_scale: f32) -> Vec<f32> {
+        let mut grads: Vec<f32> = grad_logps.iter().map(|g| g * logit_scale).collect();
+        for (grad, slope) in grads.iter_mut().zip(&self.slopes) {
+            *grad *= slope;
+        }
+        grads
     }
 
     /// Adds the gradient with respect to the head's weight, `sum g (e_id - softmax(W h)) h^T`, for which the softmax is recomputed.
@@ -244,7 +304,7 @@ impl Scored {
         &self,
         forward: &Forward<'_>,
         sums: &[f32],
-        grad_logps: &[f32],
+        grad_logits: &[f32],
         gradients: &mut Gradients,
     ) -> Result<()> {
         let (model, shape) = (forward.model, &forward.shape);
@@ -264,7 +324,8 @@ impl Scored {
             let weight = held.rows(ids.clone())?;
             product(logits, vec![Term { weight, x: &factor }], Onto::Zero);
             // The summaries are those of the whole vocabulary, so these exponentials need no correction.
-            online_softmax(logits, ids.clone(), &mut self.summaries.clone());
+            let softcap = softcap(forward);
+            online_softmax(logits, ids.clone(), softcap, &mut self.summaries.clone());
             let panels = self.summaries.iter().enumerate();
             let factors: Vec<[f32; LANES]> = panels
                 .map(|(panel, summary)| {
@@ -285,7 +346,7 @@ impl Scored {
         pool.give(buffer);
         pool.give_factors([factor]);
         pool.give(x);
-        for ((row, id), g) in self.rows.iter().zip(grad_logps) {
+        for ((row, id), g) in self.rows.iter().zip(grad_logits) {
             let out = &mut total[*id as usize * hidden..][..hidden];
             let values = column(&forward.hidden, hidden, self.tokens[*row]);
             for (out, value) in out.iter_mut().zip(values) {

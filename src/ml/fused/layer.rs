@@ -1,42 +1,49 @@
 //! One layer, forward and backward.
 //!
-//! With `n1 = norm(x)`, `a = attention(rope(nq(Wq n1 + bq)), rope(nk(Wk n1 + bk)), Wv n1 + bv)`, `m = x + Wo a + bo`,
-//! `n2 = norm(m)` and `u = silu(Wg n2 + bg) * (Wu n2 + bu)`, the layer's output is `m + Wd u + bd`. The biases and the norms `nq` and
-//! `nk` of each head are left out if the model has none. For the backward pass it keeps `x`, `q`, `k`, `v`, `a`, `m`, the gate, the up
-//! projection and the down projection of each LoRA pair (`A x`); the norms, `u`, and the normed `q` and `k` are recomputed.
+//! With `n1 = norm(x)`, `a = attention(rope(nq(Wq n1 + bq)), rope(nk(Wk n1 + bk)), Wv n1 + bv)`, `m = x + s norm(Wo a + bo)`,
+//! `n2 = norm(m)` and `u = act(Wg n2 + bg) * (Wu n2 + bu)`, the layer's output is `m + s norm(Wd u + bd)`. What a model has not (biases,
+//! the norms before or after the two blocks, the norms `nq` and `nk` of each head or of all together, the factor `s`, the rotary
+//! embedding) is left out, at no cost.
+//!
+//! For the backward pass a layer keeps `x`, `q`, `k`, `v`, `a`, `m`, the gate, the up projection, the down projection of each LoRA pair
+//! (`A x`), and what a norm after a block was applied to; the norms, `u`, and the normed `q` and `k` are recomputed.
 
 use candle_core::{Result, bail};
 use pipeline_kernels::attention::{
     Gradients as AttentionGradients, Inputs, attention, attention_backward,
 };
-use pipeline_kernels::elementwise::{
-    rms_norm, rms_norm_backward, rms_norm_grad_weight, rms_norm_recompute, swiglu, swiglu_backward,
-};
+use pipeline_kernels::elementwise::{rms_norm, rms_norm_recompute};
+use pipeline_kernels::gated::{gated_unit, gated_unit_backward};
 use pipeline_kernels::panels::LANES;
-use pipeline_kernels::product::Onto;
 
-use super::layout::Layout;
+use super::block::{
+    BlockEnd, BlockResult, NormedValues, norm_before, norm_before_backward, recompute_norm,
+};
 use super::pool::Pool;
 use super::projection::ProjectionGroup;
-use super::shape::Shape;
+use super::shape::{PassContext, Shape};
 use super::trainable::Trainable;
-use super::weights::{HeadNorm, Layer, plain_parts};
+use super::weights::{Layer, NormView};
 use crate::ml::model::{self, Norm};
 
 /// What the backward pass of a layer needs. All are panels, with the width of the hidden states, of the heads or of the feed-forward block;
 /// the norms' factors have one feature.
 pub(super) struct Saved {
     x: Vec<f32>,
+    /// The factors of the norm before the attention; empty without one.
     input_inverse: Vec<f32>,
     q: SavedHeads,
     k: SavedHeads,
     v: Vec<f32>,
     log_sums: Vec<f32>,
     attended: Vec<f32>,
+    post_attention: Option<NormedValues>,
     middle: Vec<f32>,
-    post_inverse: Vec<f32>,
+    /// The factors of the norm before the feed-forward block; empty without one.
+    middle_inverse: Vec<f32>,
     gate: Vec<f32>,
     up: Vec<f32>,
+    post_feedforward: Option<NormedValues>,
     /// `s A x` of the pairs of q, k and v; of o; of gate and up; and of down.
     lora_down: [Vec<Vec<f32>>; 4],
 }
@@ -45,6 +52,10 @@ impl Saved {
     pub(super) fn give_back(self, pool: &Pool) {
         self.q.give_back(pool);
         self.k.give_back(pool);
+        let normed = [self.post_attention, self.post_feedforward];
+        for normed in normed.into_iter().flatten() {
+            normed.give_back(pool);
+        }
         pool.give_all([
             self.x,
             self.input_inverse,
@@ -52,7 +63,7 @@ impl Saved {
             self.log_sums,
             self.attended,
             self.middle,
-            self.post_inverse,
+            self.middle_inverse,
             self.gate,
             self.up,
         ]);
@@ -65,27 +76,20 @@ enum SavedHeads {
     /// After the rotary embedding, as the attention takes them.
     Rotated(Vec<f32>),
     /// As the projection computes them, before their norm.
-    Raw(RawHeads),
-}
-
-/// Queries or keys before their norm.
-struct RawHeads {
-    values: Vec<f32>,
-    /// The factors `inverse` of each head's norm, panels with a feature for each head.
-    inverse: Vec<f32>,
+    Raw(NormedValues),
 }
 
 impl SavedHeads {
     fn give_back(self, pool: &Pool) {
         match self {
             Self::Rotated(rotated) => pool.give(rotated),
-            Self::Raw(raw) => pool.give_all([raw.values, raw.inverse]),
+            Self::Raw(raw) => raw.give_back(pool),
         }
     }
 
     /// Chooses what to keep once the attention is computed: the values before the norm if there is one, else the rotated ones. A buffer
     /// that is not kept goes back to the pool.
-    fn keep(raw: Option<RawHeads>, rotated: Vec<f32>, pool: &Pool) -> Self {
+    fn keep(raw: Option<NormedValues>, rotated: Vec<f32>, pool: &Pool) -> Self {
         match raw {
             None => Self::Rotated(rotated),
             Some(raw) => {
@@ -98,17 +102,17 @@ impl SavedHeads {
     /// The values as the attention takes them, and with a norm those before it, with its factors.
     fn rotated(
         self,
-        norm: Option<&HeadNorm<'_>>,
+        norm: Option<&NormView<'_>>,
+        rope: Option<usize>,
         shape: &Shape,
         pool: &Pool,
-    ) -> Result<(Vec<f32>, Option<RawHeads>)> {
+    ) -> Result<(Vec<f32>, Option<NormedValues>)> {
         Ok(match (self, norm) {
             (Self::Raw(raw), Some(norm)) => {
                 let mut rotated = pool.take(raw.values.len());
-                let weight = norm.weight.floats()?;
-                rms_norm_recompute(&raw.values, weight, &raw.inverse, &mut rotated);
+                rms_norm_recompute(&raw.values, norm.weight()?, &raw.inverse, &mut rotated);
                 let features = shape.features(&rotated);
-                shape.rope(&mut rotated, features, false);
+                shape.rope(rope, &mut rotated, features, false);
                 (rotated, Some(raw))
             }
             (Self::Rotated(rotated), _) => (rotated, None),
@@ -117,25 +121,26 @@ impl SavedHeads {
     }
 }
 
-/// Applies the norm, if there is one, and the rotary embedding to queries or keys. With a norm it also returns the values before it, and
-/// its factors.
+/// Applies the norm, if there is one, and the rotary embedding number `rope` to queries or keys. With a norm it also returns the values
+/// before it, and its factors.
 fn rotate(
     mut raw: Vec<f32>,
-    norm: Option<&HeadNorm<'_>>,
+    norm: Option<&NormView<'_>>,
+    rope: Option<usize>,
     shape: &Shape,
     pool: &Pool,
-) -> Result<(Vec<f32>, Option<RawHeads>)> {
+) -> Result<(Vec<f32>, Option<NormedValues>)> {
     let features = shape.features(&raw);
     let Some(norm) = norm else {
-        shape.rope(&mut raw, features, false);
+        shape.rope(rope, &mut raw, features, false);
         return Ok((raw, None));
     };
+    let weight = norm.weight()?;
     let mut rotated = pool.take(raw.len());
-    let mut inverse = shape.take(pool, features / shape.heads.width);
-    let weight = norm.weight.floats()?;
+    let mut inverse = shape.take(pool, features / weight.len().max(1));
     rms_norm(&raw, weight, norm.eps, &mut rotated, &mut inverse);
-    shape.rope(&mut rotated, features, false);
-    let raw = RawHeads {
+    shape.rope(rope, &mut rotated, features, false);
+    let raw = NormedValues {
         values: raw,
         inverse,
     };
@@ -145,26 +150,20 @@ fn rotate(
 /// The backward pass of [`rotate`]: from the gradient with respect to its result to that with respect to its argument.
 fn rotate_backward(
     mut grad: Vec<f32>,
-    raw: Option<RawHeads>,
-    (norm, trained): (Option<&HeadNorm<'_>>, Option<&Norm>),
+    raw: Option<NormedValues>,
+    (norm, trained): (Option<&NormView<'_>>, Option<&Norm>),
+    rope: Option<usize>,
     PassContext { shape, pool, .. }: PassContext<'_>,
     trainable: &mut Trainable<'_>,
 ) -> Result<Vec<f32>> {
     let features = shape.features(&grad);
-    shape.rope(&mut grad, features, true);
+    shape.rope(rope, &mut grad, features, true);
     let (Some(raw), Some(norm)) = (raw, norm) else {
         return Ok(grad);
     };
-    if let Some(trained) = trained {
-        trainable.add(&trained.weight, |sum| {
-            rms_norm_grad_weight(&raw.values, &raw.inverse, &grad, sum);
-        })?;
-    }
-    let mut grad_raw = pool.take(raw.values.len());
-    grad_raw.fill(0.);
-    let weight = norm.weight.floats()?;
-    rms_norm_backward(&raw.values, weight, &raw.inverse, &grad, &mut grad_raw);
-    pool.give_all([raw.values, raw.inverse, grad]);
+    let grad_raw = raw.backward(&grad, norm, trained, trainable)?;
+    raw.give_back(pool);
+    pool.give(grad);
     Ok(grad_raw)
 }
 
@@ -178,16 +177,9 @@ fn clear_tokens(panels: &mut [f32], features: usize, tokens: &[usize]) {
     }
 }
 
-/// What the layers of a pass have in common.
-#[derive(Clone, Copy)]
-pub(super) struct PassContext<'a> {
-    pub(super) shape: &'a Shape,
-    pub(super) layout: &'a Layout,
-    pub(super) pool: &'a Pool,
-}
-
 /// Runs the layer on hidden states `x`, panels of the hidden size. Returns what the backward pass needs, and the hidden states after the
-/// layer. If not `whole`, which is enough to recompute a layer for its backward pass, the last product is left out and these are empty.
+/// layer. If not `whole`, which is enough to recompute a layer for its backward pass, what only the latter need is left out and these are
+/// empty.
 pub(super) fn forward(
     layer: &Layer<'_>,
     context: PassContext<'_>,
@@ -200,18 +192,16 @@ pub(super) fn forward(
         pool,
     } = context;
     let (hidden, inner) = (shape.hidden, shape.inner);
-    let mut normed = shape.take(pool, hidden);
-    let mut input_inverse = shape.take(pool, 1);
-    let weight = layer.input_norm.floats()?;
-    rms_norm(&x, weight, layer.eps.0, &mut normed, &mut input_inverse);
-    let mut q = shape.take(pool, shape.q_width());
-    let mut k = shape.take(pool, shape.kv_width());
-    let mut v = shape.take(pool, shape.kv_width());
-    let group = ProjectionGroup::new(&[&layer.q, &layer.k, &layer.v], hidden, shape);
-    let qkv_down = group.forward(&normed, vec![&mut q, &mut k, &mut v], Onto::Zero, pool)?;
-    let (mut q, raw_q) = rotate(q, layer.q_norm.as_ref(), shape, pool)?;
+    let norms = &layer.norms;
+    let (normed, input_inverse) = norm_before(&x, norms.input.as_ref(), context)?.unzip();
+    let group = ProjectionGroup::new(&layer.qkv, hidden, shape);
+    let widths = [shape.q_width(), shape.kv_width(), shape.kv_width()];
+    let input = normed.as_deref().unwrap_or(&x);
+    let ([q, k, v], qkv_down) = group.forward_parts(input, widths, pool)?;
+    pool.give_all(normed);
+    let (mut q, raw_q) = rotate(q, norms.q.as_ref(), layer.rope, shape, pool)?;
     clear_tokens(&mut q, shape.q_width(), layout.averaging(layer.window));
-    let (k, raw_k) = rotate(k, layer.k_norm.as_ref(), shape, pool)?;
+    let (k, raw_k) = rotate(k, norms.k.as_ref(), layer.rope, shape, pool)?;
     let mut attended = shape.take_clean(pool, shape.q_width());
     let mut log_sums = shape.take_clean(pool, shape.heads.queries);
     let inputs = Inputs {
@@ -220,44 +210,56 @@ pub(super) fn forward(
         v: &v,
     };
     let spans = layout.spans(layer.window);
-    attention(inputs, shape.heads, spans, &mut attended, &mut log_sums);
+    let outs = (&mut attended[..], &mut log_sums[..]);
+    attention(inputs, shape.heads, layer.scores, spans, outs.0, outs.1);
     let q = SavedHeads::keep(raw_q, q, pool);
     let k = SavedHeads::keep(raw_k, k, pool);
-    let mut middle = shape.take(pool, hidden);
-    let group = ProjectionGroup::new(&[&layer.o], shape.q_width(), shape);
-    let o_down = group.forward(&attended, vec![&mut middle], Onto::Values(&x), pool)?;
-
-    let mut post_inverse = shape.take(pool, 1);
-    let weight = layer.post_norm.floats()?;
-    rms_norm(&middle, weight, layer.eps.1, &mut normed, &mut post_inverse);
-    let mut gate = shape.take(pool, inner);
-    let mut up = shape.take(pool, inner);
-    let group = ProjectionGroup::new(&[&layer.gate, &layer.up], hidden, shape);
-    let gate_up_down = group.forward(&normed, vec![&mut gate, &mut up], Onto::Zero, pool)?;
-    pool.give(normed);
-    let mut gated = shape.take(pool, inner);
-    swiglu(&gate, &up, &mut gated);
-    let group = ProjectionGroup::new(&[&layer.down], inner, shape);
-    let (down_down, out) = if whole {
-        let mut out = shape.take(pool, hidden);
-        let onto = Onto::Values(&middle);
-        (group.forward(&gated, vec![&mut out], onto, pool)?, out)
-    } else {
-        (group.lora_down(&gated, pool)?, Vec::new())
+    let end = BlockEnd {
+        group: ProjectionGroup::new([&layer.o], shape.q_width(), shape),
+        norm: norms.post_attention.as_ref(),
+        trained: None,
+        scale: layer.residual_scale,
     };
+    let BlockResult {
+        out: middle,
+        normed: post_attention,
+        lora_down: o_down,
+    } = end.forward(&attended, &x, true, context)?;
+
+    let norm = norms.pre_feedforward.as_ref();
+    let (normed, middle_inverse) = norm_before(&middle, norm, context)?.unzip();
+    let group = ProjectionGroup::new(&layer.gate_up, hidden, shape);
+    let input = normed.as_deref().unwrap_or(&middle);
+    let ([gate, up], gate_up_down) = group.forward_parts(input, [inner, inner], pool)?;
+    pool.give_all(normed);
+    let mut gated = shape.take(pool, inner);
+    gated_unit(layer.activation, &gate, &up, &mut gated);
+    let end = BlockEnd {
+        group: ProjectionGroup::new([&layer.down], inner, shape),
+        norm: norms.post_feedforward.as_ref(),
+        trained: None,
+        scale: layer.residual_scale,
+    };
+    let BlockResult {
+        out,
+        normed: post_feedforward,
+        lora_down: down_down,
+    } = end.forward(&gated, &middle, whole, context)?;
     pool.give(gated);
     let saved = Saved {
         x,
-        input_inverse,
+        input_inverse: input_inverse.unwrap_or_default(),
         q,
         k,
         v,
         log_sums,
         attended,
+        post_attention,
         middle,
-        post_inverse,
+        middle_inverse: middle_inverse.unwrap_or_default(),
         gate,
         up,
+        post_feedforward,
         lora_down: [qkv_down, o_down, gate_up_down, down_down],
     };
     Ok((saved, out))
@@ -287,6 +289,7 @@ pub(super) fn backward(
         pool,
     } = context;
     let (hidden, inner) = (shape.hidden, shape.inner);
+    let norms = &weights.norms;
     let Saved {
         x,
         input_inverse,
@@ -295,77 +298,99 @@ pub(super) fn backward(
         v,
         log_sums,
         attended,
+        post_attention,
         middle,
-        post_inverse,
+        middle_inverse,
         mut gate,
         mut up,
+        post_feedforward,
         lora_down: [qkv_down, o_down, gate_up_down, down_down],
     } = saved;
 
     // The feed-forward block.
+    let end = BlockEnd {
+        group: ProjectionGroup::new([&weights.down], inner, shape),
+        norm: norms.post_feedforward.as_ref(),
+        trained: layer.post_feedforward_norm.as_ref(),
+        scale: weights.residual_scale,
+    };
+    let own = end.backward(grad_x, post_feedforward, trainable)?;
+    let grad_down = own.as_deref().unwrap_or(grad_x);
     let mut grad_gated = shape.take(pool, inner);
-    let group = ProjectionGroup::new(&[&weights.down], inner, shape);
-    let grad_lora_down = group.backward(&[grad_x], &mut grad_gated, pool)?;
-    swiglu_backward(&mut gate, &mut up, &mut grad_gated);
+    let grad_lora_down = end.group.backward(&[grad_down], &mut grad_gated, pool)?;
+    gated_unit_backward(weights.activation, &mut gate, &mut up, &mut grad_gated);
     let (grad_gate, grad_up, gated) = (gate, up, grad_gated); // what their buffers hold now
-    group.gradients(
+    end.group.gradients(
         &[&layer.down],
-        &[grad_x],
+        &[grad_down],
         &gated,
         &down_down,
         &grad_lora_down,
         trainable,
     )?;
-    pool.give_all(down_down.into_iter().chain(grad_lora_down));
+    pool.give_all(down_down.into_iter().chain(grad_lora_down).chain(own));
     pool.give(gated);
-    let mut normed = shape.take(pool, hidden);
-    let parts = plain_parts(layer)?;
-    let weight = weights.post_norm.floats()?;
-    rms_norm_recompute(&middle, weight, &post_inverse, &mut normed);
-    let group = ProjectionGroup::new(&[&weights.gate, &weights.up], hidden, shape);
-    let mut grad_normed = shape.take(pool, hidden);
-    let grad_outs: [&[f32]; 2] = [&grad_gate, &grad_up];
-    let grad_lora_down = group.backward(&grad_outs, &mut grad_normed, pool)?;
+    let norm = norms.pre_feedforward.as_ref();
+    let normed = recompute_norm(&middle, norm, &middle_inverse, pool)?;
+    let group = ProjectionGroup::new(&weights.gate_up, hidden, shape);
+    let mut grad_input = shape.take(pool, hidden);
+    let grad_outs = group.join([grad_gate, grad_up], pool);
+    let grad_lora_down = group.backward(&grad_outs.all(), &mut grad_input, pool)?;
     group.gradients(
-        &[parts.gate, parts.up],
-        &grad_outs,
-        &normed,
+        &layer.gate_up.linears(),
+        &grad_outs.all(),
+        normed.as_deref().unwrap_or(&middle),
         &gate_up_down,
         &grad_lora_down,
         trainable,
     )?;
     pool.give_all(gate_up_down.into_iter().chain(grad_lora_down));
-    pool.give_all([grad_gate, grad_up]);
-    trainable.add(&parts.post_norm.weight, |sum| {
-        rms_norm_grad_weight(&middle, &post_inverse, &grad_normed, sum);
-    })?;
-    rms_norm_backward(&middle, weight, &post_inverse, &grad_normed, grad_x);
-    pool.give_all([middle, post_inverse]);
+    grad_outs.give_back(pool);
+    let norm = (norm, layer.pre_feedforward_norm.as_ref());
+    norm_before_backward(
+        &middle,
+        &middle_inverse,
+        norm,
+        &grad_input,
+        grad_x,
+        trainable,
+    )?;
+    pool.give_all([middle, middle_inverse].into_iter().chain(normed));
 
     // Attention.
     if !wanted && !layer.trains_attention() {
         q.give_back(pool);
         k.give_back(pool);
+        if let Some(normed) = post_attention {
+            normed.give_back(pool);
+        }
         pool.give_all(qkv_down.into_iter().chain(o_down));
-        pool.give_all([x, input_inverse, v, log_sums, attended, grad_normed, normed]);
+        pool.give_all([x, input_inverse, v, log_sums, attended, grad_input]);
         return Ok(());
     }
-    let group = ProjectionGroup::new(&[&weights.o], shape.q_width(), shape);
+    let end = BlockEnd {
+        group: ProjectionGroup::new([&weights.o], shape.q_width(), shape),
+        norm: norms.post_attention.as_ref(),
+        trained: layer.post_attention_norm.as_ref(),
+        scale: weights.residual_scale,
+    };
+    let own = end.backward(grad_x, post_attention, trainable)?;
+    let grad_o = own.as_deref().unwrap_or(grad_x);
     let mut grad_attended = shape.take_clean(pool, shape.q_width());
-    let grad_lora_down = group.backward(&[grad_x], &mut grad_attended, pool)?;
-    group.gradients(
+    let grad_lora_down = end.group.backward(&[grad_o], &mut grad_attended, pool)?;
+    end.group.gradients(
         &[&layer.o],
-        &[grad_x],
+        &[grad_o],
         &attended,
         &o_down,
         &grad_lora_down,
         trainable,
     )?;
-    pool.give_all(o_down.into_iter().chain(grad_lora_down));
-    let norms = (weights.q_norm.as_ref(), weights.k_norm.as_ref());
-    let (mut q, raw_q) = q.rotated(norms.0, shape, pool)?;
+    pool.give_all(o_down.into_iter().chain(grad_lora_down).chain(own));
+    let rope = weights.rope;
+    let (mut q, raw_q) = q.rotated(norms.q.as_ref(), rope, shape, pool)?;
     clear_tokens(&mut q, shape.q_width(), layout.averaging(weights.window));
-    let (k, raw_k) = k.rotated(norms.1, shape, pool)?;
+    let (k, raw_k) = k.rotated(norms.k.as_ref(), rope, shape, pool)?;
     let mut grad_q = shape.take_clean(pool, shape.q_width());
     let mut grad_k = shape.take_clean(pool, shape.kv_width());
     let mut grad_v = shape.take_clean(pool, shape.kv_width());
@@ -376,6 +401,7 @@ pub(super) fn backward(
             v: &v,
         },
         shape.heads,
+        weights.scores,
         layout.spans(weights.window),
         (&attended, &log_sums, &grad_attended),
         &mut AttentionGradients {
@@ -385,44 +411,35 @@ pub(super) fn backward(
         },
     );
     pool.give_all([attended, log_sums, grad_attended, q, k, v]);
-    let norm = (norms.0, layer.q_norm.as_ref());
-    let grad_q = rotate_backward(grad_q, raw_q, norm, context, trainable)?;
-    let norm = (norms.1, layer.k_norm.as_ref());
-    let grad_k = rotate_backward(grad_k, raw_k, norm, context, trainable)?;
-    let parts = plain_parts(layer)?;
-    let weight = weights.input_norm.floats()?;
-    rms_norm_recompute(&x, weight, &input_inverse, &mut normed);
-    let group = ProjectionGroup::new(&[&weights.q, &weights.k, &weights.v], hidden, shape);
-    let grad_outs: [&[f32]; 3] = [&grad_q, &grad_k, &grad_v];
-    let needed = wanted || parts.input_norm.weight.trained().is_some();
+    let norm = (norms.q.as_ref(), layer.q_norm.as_ref());
+    let grad_q = rotate_backward(grad_q, raw_q, norm, rope, context, trainable)?;
+    let norm = (norms.k.as_ref(), layer.k_norm.as_ref());
+    let grad_k = rotate_backward(grad_k, raw_k, norm, rope, context, trainable)?;
+    let norm = norms.input.as_ref();
+    let normed = recompute_norm(&x, norm, &input_inverse, pool)?;
+    let group = ProjectionGroup::new(&weights.qkv, hidden, shape);
+    let grad_outs = group.join([grad_q, grad_k, grad_v], pool);
+    let trains_norm = |norm: &Norm| norm.weight.trained().is_some();
+    let needed = wanted || layer.input_norm.as_ref().is_some_and(trains_norm);
     let grad_lora_down = if needed {
-        group.backward(&grad_outs, &mut grad_normed, pool)?
+        group.backward(&grad_outs.all(), &mut grad_input, pool)?
     } else {
-        group.grad_lora_down(&grad_outs, pool)?
+        group.grad_lora_down(&grad_outs.all(), pool)?
     };
     group.gradients(
-        &[parts.q, parts.k, parts.v],
-        &grad_outs,
-        &normed,
+        &layer.qkv.linears(),
+        &grad_outs.all(),
+        normed.as_deref().unwrap_or(&x),
         &qkv_down,
         &grad_lora_down,
         trainable,
     )?;
     pool.give_all(qkv_down.into_iter().chain(grad_lora_down));
+    grad_outs.give_back(pool);
     if needed {
-        trainable.add(&parts.input_norm.weight, |sum| {
-            rms_norm_grad_weight(&x, &input_inverse, &grad_normed, sum);
-        })?;
-        rms_norm_backward(&x, weight, &input_inverse, &grad_normed, grad_x);
+        let norm = (norm, layer.input_norm.as_ref());
+        norm_before_backward(&x, &input_inverse, norm, &grad_input, grad_x, trainable)?;
     }
-    pool.give_all([
-        grad_q,
-        grad_k,
-        grad_v,
-        grad_normed,
-        normed,
-        x,
-        input_inverse,
-    ]);
+    pool.give_all([grad_input, x, input_inverse].into_iter().chain(normed));
     Ok(())
 }

@@ -9,29 +9,37 @@ use anyhow::{Context as _, ensure};
 use candle_core::{DType, Device, Tensor};
 use half::slice::HalfFloatSliceExt as _;
 use half::{bf16, f16};
-use pipeline_kernels::elementwise::rms_norm;
+use pipeline_kernels::elementwise::{rms_norm, scale};
 use pipeline_kernels::matrix::{Matrix, Values};
 use pipeline_kernels::panels::{fill, size};
+use pipeline_kernels::vectors;
 use rayon::prelude::*;
 
-use super::layer::{self, PassContext};
+use super::layer;
 use super::layout::Layout;
-use super::options::unsupported_option;
-use super::shape::Shape;
-use super::weights::{BaseWeight, HeadNorm, Layer, Pair, Projection, TensorView};
+use super::shape::{PassContext, Shape};
+use super::weights::{
+    BaseWeight, Layer, NormView, Norms, Pair, Projection, TensorView, activation, scores,
+};
 use super::{Packing, Pool};
 use crate::ml::adapter::Adapter;
 use crate::ml::io::float::Float;
 use crate::ml::io::weights::{RawTensor, Weights};
-use crate::ml::model::arch::{Arch, Projection as Role, QkNorm};
+use crate::ml::model::arch::{Arch, Projection as Role};
 use crate::ml::model::batch::Batch;
 use crate::ml::model::tensors::{
-    EMBEDDINGS, HEAD, NormKind, bias_name, norm_path, norm_shape, projection_path, weight_name,
+    EMBEDDINGS, HEAD, NormKind, bias_name, layer_norms, norm_path, norm_shape, projection_path,
+    weight_name,
 };
 use crate::ml::quant::nf4::Nf4;
 
 /// The number of values that a thread converts at once.
 const SPAN: usize = 1 << 14;
+
+/// A norm, if there is one.
+fn view(norm: Option<&Tensor>, eps: f32) -> Option<NormView<'_>> {
+    norm.map(|norm| NormView::new(norm, eps))
+}
 
 /// A model folder and an adapter for it.
 #[derive(Clone, Copy)]
@@ -92,7 +100,7 @@ impl Module {
 impl<'a> MappedModel<'a> {
     /// Whether the kernels support the adapter: no `DoRA`, no fully trained modules.
     pub(in crate::ml) fn is_supported(&self) -> bool {
-        unsupported_option(self.arch).is_none() && self.adapter.is_none_or(Adapter::is_lora_only)
+        self.adapter.is_none_or(Adapter::is_lora_only)
     }
 
     /// The final hidden states after the norm, in panels of the hidden size: those of the tokens of all `batches`, one after the other
@@ -134,33 +142,70 @@ impl<'a> MappedModel<'a> {
         Ok(hidden)
     }
 
-    fn layer(&self, number: usize, work: PassContext<'_>, x: Vec<f32>) -> anyhow::Result<Vec<f32>> {
-        let modules = Role::SEPARATE.map(|role| self.module(number, role));
-        let [q, k, v, o, gate, up, down] = modules;
-        let (q, k, v, o, gate, up, down) = (q?, k?, v?, o?, gate?, up?, down?);
-        let input_norm = self.norm(number, NormKind::Input)?;
-        let post_norm = self.norm(number, NormKind::PreFeedforward)?;
-        let head_norm = |norm| match self.arch.qk_norm {
-            QkNorm::None => Ok(None),
-            QkNorm::PerHead | QkNorm::Whole => self.norm(number, norm).map(Some),
-        };
-        let (q_norm, k_norm) = (head_norm(NormKind::Query)?, head_norm(NormKind::Key)?);
-        let eps = self.arch.rms_norm_eps as f32;
+    /// Scales and caps logits, the products of the head and the hidden states, in any order.
+    pub(in crate::ml) fn finish_logits(&self, logits: &mut [f32]) {
+        let (scale, softcap) = (self.arch.logit_scale as f32, self.arch.logit_softcap);
+        logits.par_chunks_mut(SPAN).for_each(|logits| {
+            vectors::scale(logits, scale);
+            if let Some(cap) = softcap {
+                vectors::soft_cap(logits, cap as f32);
+            }
+        });
+    }
 
+    fn layer(&self, number: usize, work: PassContext<'_>, x: Vec<f32>) -> anyhow::Result<Vec<f32>> {
+        let arch = self.arch;
+        let modules = |roles: &[Role]| -> anyhow::Result<Vec<Module>> {
+            let own = roles
+                .iter()
+                .filter(|role| arch.projections().contains(role));
+            own.map(|role| self.module(number, *role)).collect()
+        };
+        let qkv = modules(&[Role::Q, Role::K, Role::V, Role::Qkv])?;
+        let gate_up = modules(&[Role::Gate, Role::Up, Role::GateUp])?;
+        let (o, down) = (
+            self.module(number, Role::O)?,
+            self.module(number, Role::Down)?,
+        );
+        let own = layer_norms(arch);
+        let read = |norm: NormKind| {
+            let there = own.contains(&norm);
+            there.then(|| self.norm(number, norm)).transpose()
+        };
+        let (input, q, k) = (
+            read(NormKind::Input)?,
+            read(NormKind::Query)?,
+            read(NormKind::Key)?,
+        );
+        let post_attention = read(NormKind::PostAttention)?;
+        let pre_feedforward = read(NormKind::PreFeedforward)?;
+        let post_feedforward = read(NormKind::PostFeedforward)?;
+        let eps = arch.rms_norm_eps as f32;
+        let described = arch.layers.get(number).copied().unwrap_or_default();
         let layer = Layer {
-            q: q.borrow()?,
-            k: k.borrow()?,
-            v: v.borrow()?,
+            qkv: qkv
+                .iter()
+                .map(Module::borrow)
+                .collect::<anyhow::Result<_>>()?,
             o: o.borrow()?,
-            gate: gate.borrow()?,
-            up: up.borrow()?,
+            gate_up: gate_up
+                .iter()
+                .map(Module::borrow)
+                .collect::<anyhow::Result<_>>()?,
             down: down.borrow()?,
-            input_norm: TensorView::tensor(&input_norm),
-            post_norm: TensorView::tensor(&post_norm),
-            eps: (eps, eps),
-            q_norm: q_norm.as_ref().map(|norm| HeadNorm::new(norm, eps)),
-            k_norm: k_norm.as_ref().map(|norm| HeadNorm::new(norm, eps)),
-            window: self.arch.layers.get(number).and_then(|layer| layer.window),
+            norms: Norms {
+                input: view(input.as_ref(), eps),
+                q: view(q.as_ref(), eps),
+                k: view(k.as_ref(), eps),
+                post_attention: view(post_attention.as_ref(), eps),
+                pre_feedforward: view(pre_feedforward.as_ref(), eps),
+                post_feedforward: view(post_feedforward.as_ref(), eps),
+            },
+            window: described.window,
+            rope: described.rope,
+            scores: scores(arch.score_scale, arch.score_softcap),
+            activation: activation(arch.activation),
+            residual_scale: arch.residual_scale as f32,
         };
         let (saved, out) = layer::forward(&layer, work, x, true)?;
         saved.give_back(work.pool);
@@ -314,6 +359,7 @@ impl<'a> MappedModel<'a> {
             raw.read(id as usize * bytes.len(), &mut bytes)?;
             float.read(&bytes, row);
         }
+        scale(&mut rows, self.arch.embedding_scale as f32);
         let mut out = vec![0f32; size(width, ids.len())];
         fill(&mut out, width, ids.len(), |token| {
             rows.get(token * width..(token + 1) * width)

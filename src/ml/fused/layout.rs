@@ -37,6 +37,8 @@ pub(super) struct Layout {
     pub(super) ids: Vec<u32>,
     /// The position of each token in its document.
     pub(super) positions: Vec<usize>,
+    /// For each token the length of its batch (the first one, if it is in several): one more than the largest position, padding included.
+    pub(super) lengths: Vec<usize>,
     /// The spans of tokens that may attend to each other.
     spans: Spans,
     /// The spans for each size of a sliding window.
@@ -91,6 +93,8 @@ struct Member<'a> {
     number: usize,
     /// The padded index of its batch's first token.
     first: u64,
+    /// See [`Layout::lengths`].
+    length: usize,
 }
 
 impl<'a> Member<'a> {
@@ -206,6 +210,7 @@ impl Layout {
         for (&batch, number) in batches.iter().zip(0u64..) {
             let from = members.len();
             let count = batch.sequences.len();
+            let length = batch.length();
             let member = |row: usize| {
                 Some(Member {
                     batch,
@@ -213,6 +218,7 @@ impl Layout {
                     row,
                     number: from + row,
                     first: number * BATCH_STRIDE,
+                    length,
                 })
             };
             if packing.shares() && batch.is_pairs() {
@@ -253,6 +259,7 @@ impl Layout {
         self.padded_index.push(member.first + index as u64);
         self.ids.push(id);
         self.positions.push(position);
+        self.lengths.push(member.length);
     }
 
     /// Adds one sequence as a span, with its padding if `padded`.

@@ -8,7 +8,7 @@ use pipeline_kernels::panels::size;
 
 use super::head;
 use crate::ml::adapter::Adapter;
-use crate::ml::model::arch::{Arch, QkNorm};
+use crate::ml::model::arch::{Arch, NormPlaces, QkNorm};
 use crate::ml::model::linear::Pass;
 use crate::ml::model::tensors::{EMBEDDINGS, layer_path, projection_path};
 use crate::ml::model::{self, CausalLm, Trained};
@@ -25,10 +25,15 @@ pub struct PassSizes {
     vocabulary: usize,
     /// Of each layer that a backward goes through, the ranks of its pairs together.
     ranks: Vec<usize>,
-    /// Whether products are in bf16, the adapter drops inputs, and heads have norms.
+    /// Whether products are in bf16, the adapter drops inputs, and queries and keys have norms.
     half: bool,
     drops: bool,
     head_norms: bool,
+    /// The norms after a layer's blocks, and whether there are norms before them.
+    norms_after: usize,
+    norms_before: bool,
+    /// Whether projections are fused.
+    fused: bool,
 }
 
 /// The bytes of a pass.
@@ -75,7 +80,13 @@ impl PassSizes {
             ranks,
             half: compute == DType::BF16,
             drops,
-            head_norms: arch.qk_norm == QkNorm::PerHead,
+            head_norms: arch.qk_norm != QkNorm::None,
+            norms_after: match arch.norm_places {
+                NormPlaces::Before => 0,
+                NormPlaces::After | NormPlaces::Both => 2,
+            },
+            norms_before: arch.norm_places != NormPlaces::After,
+            fused: arch.fused_projections,
         }
     }
 
@@ -104,8 +115,7 @@ impl PassSizes {
             let ends = crate::ml::model::tensors::ENDS;
             !adapter.config.use_dora && !ends.iter().any(|path| adapter.tensors.contains_key(*path))
         });
-        let supported = super::options::unsupported_option(arch).is_none();
-        if !matches!(compute, DType::F32 | DType::BF16) || !is_lora_only || !supported {
+        if !matches!(compute, DType::F32 | DType::BF16) || !is_lora_only {
             return None;
         }
         let rank = |layer: usize| {
@@ -140,7 +150,8 @@ impl PassSizes {
 
     /// Floats that a layer keeps of each token: see [`super::layer::Saved`].
     fn saved(&self, rank: usize) -> usize {
-        2 * (self.hidden + self.queries + self.keys + self.inner) + rank
+        let hidden = (2 + self.norms_after) * self.hidden;
+        hidden + 2 * (self.queries + self.keys + self.inner) + rank
     }
 
     /// Bytes that a pass keeps of each token for its backward.
@@ -152,6 +163,19 @@ impl PassSizes {
             all.sum()
         };
         floats * size_of::<f32>()
+    }
+
+    /// The results of fused projections before they are split, and their gradients after they are joined.
+    fn joined(&self) -> usize {
+        let (qkv, gate_up) = (self.queries + 2 * self.keys, 2 * self.inner);
+        let (larger, smaller) = (qkv.max(gate_up), qkv.min(gate_up));
+        if !self.fused {
+            0
+        } else if 2 * smaller >= larger {
+            larger // the smaller ones find room in the buffer of the larger ones
+        } else {
+            larger + smaller
+        }
     }
 
     /// The memory of a pass with a backward.
@@ -170,6 +194,10 @@ impl PassSizes {
         if self.drops {
             working += 3 * h;
         }
+        if !self.norms_before {
+            working -= h;
+        }
+        working += self.joined();
         if self.half {
             // As factors: gate and up, an input, queries, keys and values.
             working += (2 * i + h + q + 2 * k) / 2;
@@ -185,7 +213,7 @@ impl PassSizes {
     pub fn scoring(&self, pass: PassLength) -> PassMemory {
         let rank = self.ranks.iter().max().copied().unwrap_or(0);
         let half = if self.half { self.inner / 2 } else { 0 };
-        let working = self.saved(rank) + 2 * self.hidden + self.inner + half;
+        let working = self.saved(rank) + 2 * self.hidden + self.inner + half + self.joined();
         PassMemory {
             kept: 0,
             working: working * size(1, pass.tokens) * size_of::<f32>(),

@@ -10,13 +10,13 @@
 //! checkpointing only its input. Below the lowest layer with a trained tensor nothing is kept, and the backward pass ends there.
 
 mod backend;
+mod block;
 mod decode;
 mod head;
 mod layer;
 pub(super) mod layerwise;
 mod layout;
 mod memory;
-mod options;
 mod pool;
 mod projection;
 mod shape;
@@ -25,20 +25,21 @@ mod trainable;
 pub(super) mod weights;
 
 use candle_core::{DType, Result, Tensor};
-use pipeline_kernels::elementwise::{rms_norm, rms_norm_backward, rms_norm_grad_weight};
+use pipeline_kernels::elementwise::{rms_norm, rms_norm_backward, rms_norm_grad_weight, scale};
 use pipeline_kernels::panels::{LANES, column, fill, panels, size};
 
+use super::model::autograd::scaled;
 use super::model::batch::{Batch, Target};
 use super::model::linear::Pass;
-use super::model::{self, CausalLm, Gradients};
+use super::model::{self, CausalLm, Gradients, have_same_angles};
 pub use backend::{Fused, Unsupported, pass_size_of};
 use head::Scored;
-use layer::{LayerRef, PassContext, Saved};
+use layer::{LayerRef, Saved};
 use layout::Layout;
 pub use layout::Packing;
 pub use memory::{PassLength, PassMemory, PassSizes};
 use pool::Pool;
-use shape::Shape;
+use shape::{PassContext, Shape};
 use trainable::Trainable;
 use weights::{Layer, TensorView};
 
@@ -87,7 +88,14 @@ impl<'m> Forward<'m> {
         checkpointing: bool,
     ) -> Result<Self> {
         let (model, pool, states) = (fused.model, &fused.pool, &fused.states);
-        let mut layout = Layout::new(batches, fused.packing(pass));
+        let mut packing = fused.packing(pass);
+        if let Some((first, others)) = batches.split_first() {
+            // A token of several micro-batches needs the same angles in all of them.
+            packing.share_prompts &= others
+                .iter()
+                .all(|other| have_same_angles(&model.arch, first.length(), other.length()));
+        }
+        let mut layout = Layout::new(batches, packing);
         layout.add_windows(model.layers.iter().filter_map(|layer| layer.window));
         let shape = Shape::new(model, &layout)?;
         pool.begin(panels(shape.tokens));
@@ -153,15 +161,27 @@ impl<'m> Forward<'m> {
 
     /// See [`super::backend::ForwardPass::target_mean_logits`].
     fn target_mean_logits(&self, targets: &[Target]) -> Result<Vec<f64>> {
+        let tokens = targets.iter();
+        let tokens = tokens.map(|target| head::token(&self.layout, target));
+        self.mean_logits(&tokens.collect::<Result<Vec<_>>>()?)
+    }
+
+    /// The mean over the vocabulary of each of these tokens' logits. Without a soft-cap, logits are linear in the head's rows, and only the
+    /// sum of these is multiplied.
+    fn mean_logits(&self, tokens: &[usize]) -> Result<Vec<f64>> {
+        let arch = &self.model.arch;
+        let vocabulary = arch.vocab_size as f64;
+        if let Some(cap) = arch.logit_softcap {
+            let sums = head::capped_sums(self, tokens, cap as f32)?;
+            return Ok(sums.into_iter().map(|sum| sum / vocabulary).collect());
+        }
         let sums = self.model.column_sum(self.pass)?.to_vec1::<f64>()?;
-        let vocabulary = self.model.arch.vocab_size as f64;
-        let means = targets.iter().map(|target| {
-            let token = head::token(&self.layout, target)?;
+        let mean = |&token: &usize| {
             let column = column(&self.hidden, self.shape.hidden, token);
             let total: f64 = column.zip(&sums).map(|(x, sum)| f64::from(x) * sum).sum();
-            Ok(total / vocabulary)
-        });
-        means.collect()
+            total * arch.logit_scale / vocabulary
+        };
+        Ok(tokens.iter().map(mean).collect())
     }
 
     /// See [`super::model::head::mean_logit`]; `from` counts the sequences of all batches. If padding is left out, the mean is taken over
@@ -182,6 +202,17 @@ impl<'m> Forward<'m> {
         if all == 0 {
             return Ok(f64::NAN);
         }
+        if self.model.arch.logit_softcap.is_some() {
+            let tokens = weights.iter().enumerate();
+            let tokens = tokens.filter_map(|(token, weight)| (*weight > 0.).then_some(token));
+            let tokens: Vec<usize> = tokens.collect();
+            let means = self.mean_logits(&tokens)?;
+            let means = tokens.iter().zip(means);
+            let total: f64 = { means }
+                .map(|(token, mean)| f64::from(weights[*token]) * mean)
+                .sum();
+            return Ok(total / all as f64);
+        }
         let sums = self.model.column_sum(self.pass)?.to_vec1::<f64>()?;
         let mut total = 0f64;
         let panels = self.hidden.chunks_exact(self.shape.hidden * LANES);
@@ -191,7 +222,7 @@ impl<'m> Forward<'m> {
                 total += f64::from(row.sum::<f32>()) * sum;
             }
         }
-        Ok(total / (self.model.arch.vocab_size * all) as f64)
+        Ok(total * self.model.arch.logit_scale / (self.model.arch.vocab_size * all) as f64)
     }
 
     /// Backpropagates `grad_logps`, the gradient with respect to the scored log-probabilities, and adds the gradients with respect to the
@@ -256,6 +287,7 @@ impl<'m> Forward<'m> {
         }
         if let Some(var) = model.embed.trained() {
             let (rows, width) = (model.arch.vocab_size, self.shape.hidden);
+            scale(&mut grad_x, model.arch.embedding_scale as f32);
             let mut grad_embed = vec![0f32; rows * width];
             // As in transformers (`padding_idx`), looking up the padding's embedding gives its row no gradient.
             let ids = self.layout.ids.iter().enumerate();
@@ -294,7 +326,8 @@ fn embed(model: &CausalLm, layout: &Layout, pass: Pass, x: &mut [f32]) -> Result
     let width = model.arch.hidden_size;
     let ids = Tensor::from_slice(&layout.ids, layout.ids.len(), &model.device)?;
     let rows = model.embed.value(pass).index_select(&ids, 0)?;
-    let rows = rows.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+    let rows = scaled(rows.to_dtype(DType::F32)?, model.arch.embedding_scale)?;
+    let rows = rows.flatten_all()?.to_vec1::<f32>()?;
     fill(x, width, layout.ids.len(), |token| {
         rows.get(token * width..(token + 1) * width)
             .unwrap_or_default()

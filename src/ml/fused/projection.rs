@@ -1,4 +1,8 @@
 //! Projections that share their input, `y_i = W_i x + b_i + s_i B_i A_i x`, and their backward pass.
+//!
+//! Some models have one projection for several results (queries, keys and values; gate and up), whose rows stand one after the other in
+//! its weight. It is one projection here too, with one pair; its result is split into parts of their own, and the gradients of the parts
+//! are joined.
 
 use candle_core::Result;
 use pipeline_kernels::elementwise::{self, scale};
@@ -40,13 +44,96 @@ fn alone<'a>(out: &'a mut [f32], weight: Matrix<'a>, x: &'a Factor<'a>) -> Produ
     }
 }
 
+/// The results of a group, or the parts of its single projection's result, in panels.
+type Parts<const N: usize> = [Vec<f32>; N];
+
+/// The gradients with respect to the results of a group.
+pub(super) enum GradOuts {
+    /// One for each projection.
+    Each(Vec<Vec<f32>>),
+    /// That of a single projection, joined from those of its parts.
+    Joined(Vec<f32>),
+}
+
+impl GradOuts {
+    /// One for each projection.
+    pub(super) fn all(&self) -> Vec<&[f32]> {
+        match self {
+            Self::Each(all) => all.iter().map(Vec::as_slice).collect(),
+            Self::Joined(one) => vec![one],
+        }
+    }
+
+    pub(super) fn give_back(self, pool: &Pool) {
+        match self {
+            Self::Each(all) => pool.give_all(all),
+            Self::Joined(one) => pool.give(one),
+        }
+    }
+}
+
 impl<'a> ProjectionGroup<'a> {
-    pub(super) fn new(all: &[&'a Projection<'a>], features: usize, shape: &'a Shape) -> Self {
+    pub(super) fn new(
+        all: impl IntoIterator<Item = &'a Projection<'a>>,
+        features: usize,
+        shape: &'a Shape,
+    ) -> Self {
         Self {
-            all: all.to_vec(),
+            all: all.into_iter().collect(),
             features,
             shape,
         }
+    }
+
+    /// The results in panels of `widths` features, of one projection each or parts of a single one's. Returns
+    /// [`ProjectionGroup::lora_down`] too.
+    pub(super) fn forward_parts<const N: usize>(
+        &self,
+        x: &[f32],
+        widths: [usize; N],
+        pool: &Pool,
+    ) -> Result<(Parts<N>, Vec<Vec<f32>>)> {
+        let mut parts = widths.map(|width| self.shape.take(pool, width));
+        if self.all.len() == N {
+            let outs = parts.iter_mut().collect();
+            let lora_down = self.forward(x, outs, Onto::Zero, pool)?;
+            return Ok((parts, lora_down));
+        }
+        let total = widths.iter().sum();
+        let mut joined = self.shape.take(pool, total);
+        let lora_down = self.forward(x, vec![&mut joined], Onto::Zero, pool)?;
+        let mut first = 0;
+        for (part, width) in parts.iter_mut().zip(widths) {
+            let panels = part.par_chunks_mut(width * LANES);
+            let joined = joined.par_chunks(total * LANES);
+            panels.zip(joined).for_each(|(part, joined)| {
+                part.copy_from_slice(&joined[first * LANES..][..width * LANES]);
+            });
+            first += width;
+        }
+        pool.give(joined);
+        Ok((parts, lora_down))
+    }
+
+    /// The gradients with respect to the results of [`ProjectionGroup::forward_parts`] as those of the projections.
+    pub(super) fn join<const N: usize>(&self, parts: [Vec<f32>; N], pool: &Pool) -> GradOuts {
+        if self.all.len() == N {
+            return GradOuts::Each(parts.into());
+        }
+        let widths = parts.each_ref().map(|part| self.shape.features(part));
+        let total: usize = widths.iter().sum();
+        let mut joined = self.shape.take(pool, total);
+        let panels = joined.par_chunks_mut(total.max(1) * LANES).enumerate();
+        panels.for_each(|(number, panel)| {
+            let mut rest = panel;
+            for (part, width) in parts.iter().zip(widths) {
+                let (own, behind) = rest.split_at_mut(width * LANES);
+                own.copy_from_slice(&part[number * own.len()..][..own.len()]);
+                rest = behind;
+            }
+        });
+        pool.give_all(parts);
+        GradOuts::Joined(joined)
     }
 
     /// For each projection, a buffer of panels of its pair's rank; an empty one without a pair.

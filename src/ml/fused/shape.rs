@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Result};
 use pipeline_kernels::attention::Heads;
-use pipeline_kernels::elementwise::rope;
+use pipeline_kernels::elementwise::{Rotary, rope};
 use pipeline_kernels::panels::{LANES, fill, size};
 
 use super::layout::Layout;
@@ -10,14 +10,24 @@ use super::pool::Pool;
 use crate::ml::model::arch::Arch;
 use crate::ml::model::{self, CausalLm};
 
+/// What the layers of a pass have in common.
+#[derive(Clone, Copy)]
+pub(super) struct PassContext<'a> {
+    pub(super) shape: &'a Shape,
+    pub(super) layout: &'a Layout,
+    pub(super) pool: &'a Pool,
+}
+
 /// The sizes of a pass and what all its layers share.
 pub(super) struct Shape {
     pub(super) tokens: usize,
     pub(super) hidden: usize,
     pub(super) inner: usize,
     pub(super) heads: Heads,
-    cos: Vec<f32>,
-    sin: Vec<f32>,
+    /// The cosines and sines of each rotary embedding, panels of a feature for each rotated pair.
+    angles: Vec<(Vec<f32>, Vec<f32>)>,
+    /// The number of rotated pairs of features of a head.
+    pairs: usize,
     /// For each token its index in the padded batches, on which its dropout depends.
     pub(super) padded_index: Vec<u64>,
     /// Whether products with the base's weights are computed in bf16.
@@ -39,19 +49,9 @@ impl Shape {
         in_bf16: bool,
     ) -> Result<Self> {
         let tokens = layout.ids.len();
-        let half = arch.head_dim / 2;
-        let positions = layout.positions.iter().copied();
-        let length = layout.positions.iter().max().map_or(0, |last| last + 1);
-        let (cos, sin) = model::angles(arch, 0, positions, length, device)?;
-        let panels = |angles: candle_core::Tensor| -> Result<Vec<f32>> {
-            let rows = angles.flatten_all()?.to_vec1::<f32>()?;
-            let mut out = vec![0.; size(half, tokens)];
-            fill(&mut out, half, tokens, |token| {
-                rows.get(token * half..(token + 1) * half)
-                    .unwrap_or_default()
-            });
-            Ok(out)
-        };
+        let ropes = 0..arch.ropes.len();
+        let angles = ropes.map(|rope| angles(arch, rope, layout, device));
+        let angles = angles.collect::<Result<_>>()?;
         Ok(Self {
             tokens,
             hidden: arch.hidden_size,
@@ -61,8 +61,8 @@ impl Shape {
                 keys: arch.num_key_value_heads,
                 width: arch.head_dim,
             },
-            cos: panels(cos)?,
-            sin: panels(sin)?,
+            angles,
+            pairs: arch.rotary_dim / 2,
             padded_index: layout.padded_index.clone(),
             half: in_bf16,
             lora_tokens: tokens,
@@ -97,9 +97,52 @@ impl Shape {
         buffer
     }
 
-    /// Applies the rotary embedding to panels of `features`, or with `back` its inverse.
-    pub(super) fn rope(&self, x: &mut [f32], features: usize, back: bool) {
-        let half = self.heads.width / 2;
-        rope(x, features, &self.cos, &self.sin, half, back);
+    /// Applies a rotary embedding, if there is one, to panels of `features`, or with `back` its transpose.
+    pub(super) fn rope(&self, number: Option<usize>, x: &mut [f32], features: usize, back: bool) {
+        let angles = number.and_then(|number| self.angles.get(number));
+        if let Some((cos, sin)) = angles.filter(|_| self.pairs > 0) {
+            let rotary = Rotary {
+                cos,
+                sin,
+                pairs: self.pairs,
+                width: self.heads.width,
+            };
+            rope(x, features, rotary, back);
+        }
     }
+}
+
+/// The cosines and sines of a rotary embedding for the tokens of a pass, in panels of a feature for each rotated pair.
+fn angles(
+    arch: &Arch,
+    rope: usize,
+    layout: &Layout,
+    device: &Device,
+) -> Result<(Vec<f32>, Vec<f32>)> {
+    let (tokens, pairs) = (layout.ids.len(), arch.rotary_dim / 2);
+    let mut cos = vec![0f32; tokens * pairs];
+    let mut sin = cos.clone();
+    // Angles may depend on the length of the token's micro-batch.
+    let mut lengths = layout.lengths.clone();
+    lengths.sort_unstable();
+    lengths.dedup();
+    for length in lengths {
+        let own = || (0..tokens).filter(|token| layout.lengths[*token] == length);
+        let positions = own().map(|token| layout.positions[token]);
+        let (some_cos, some_sin) = model::angles(arch, rope, positions, length, device)?;
+        for (all, some) in [(&mut cos, some_cos), (&mut sin, some_sin)] {
+            let some = some.flatten_all()?.to_vec1::<f32>()?;
+            for (token, row) in own().zip(some.chunks_exact(pairs.max(1))) {
+                all[token * pairs..][..pairs].copy_from_slice(row);
+            }
+        }
+    }
+    let panels = |rows: &[f32]| {
+        let mut out = vec![0.; size(pairs, tokens)];
+        fill(&mut out, pairs, tokens, |token| {
+            &rows[token * pairs..][..pairs]
+        });
+        out
+    };
+    Ok((panels(&cos), panels(&sin)))
 }

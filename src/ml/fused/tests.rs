@@ -2,6 +2,7 @@
 
 mod decode;
 mod families;
+mod options;
 
 use candle_core::Tensor;
 

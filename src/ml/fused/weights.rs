@@ -3,10 +3,13 @@
 use std::ops::Range;
 
 use candle_core::{CpuStorage, Layout, Result, Storage, StorageRef, Tensor, bail};
+use pipeline_kernels::attention::Scores;
 use pipeline_kernels::dropout::Dropout;
+use pipeline_kernels::gated::Activation;
 use pipeline_kernels::matrix::{Matrix, Values};
 
 use crate::ml::model::Norm;
+use crate::ml::model::arch;
 use crate::ml::model::linear::{Base, Linear, Pass, Weight};
 use crate::ml::quant::nf4;
 
@@ -205,76 +208,45 @@ impl Pair<'_> {
     }
 }
 
-/// A layer's weights.
+/// A layer's weights, and what else it computes with.
 pub(super) struct Layer<'a> {
-    pub(super) q: Projection<'a>,
-    pub(super) k: Projection<'a>,
-    pub(super) v: Projection<'a>,
+    /// The projections of queries, keys and values, or the one whose rows are theirs in this order.
+    pub(super) qkv: Vec<Projection<'a>>,
     pub(super) o: Projection<'a>,
-    pub(super) gate: Projection<'a>,
-    pub(super) up: Projection<'a>,
+    /// The projections of gate and up, or the one whose rows are theirs in this order.
+    pub(super) gate_up: Vec<Projection<'a>>,
     pub(super) down: Projection<'a>,
-    pub(super) input_norm: TensorView<'a>,
-    pub(super) post_norm: TensorView<'a>,
-    /// The eps of the two norms above.
-    pub(super) eps: (f32, f32),
-    /// The norms of each query head and of each key head.
-    pub(super) q_norm: Option<HeadNorm<'a>>,
-    pub(super) k_norm: Option<HeadNorm<'a>>,
+    pub(super) norms: Norms<'a>,
     /// The size of the sliding window in keys, the query's own included; without one, a query attends to all keys up to its own.
     pub(super) window: Option<usize>,
+    /// The number of the rotary embedding, if there is one.
+    pub(super) rope: Option<usize>,
+    pub(super) scores: Scores,
+    pub(super) activation: Activation,
+    /// The factor of each block's result before it is added to the hidden states.
+    pub(super) residual_scale: f32,
 }
 
-/// The parts of a layer that has separate projections, and norms before its two blocks only.
-pub(super) struct PlainParts<'a> {
-    pub(super) q: &'a Linear,
-    pub(super) k: &'a Linear,
-    pub(super) v: &'a Linear,
-    pub(super) gate: &'a Linear,
-    pub(super) up: &'a Linear,
-    pub(super) input_norm: &'a Norm,
-    pub(super) post_norm: &'a Norm,
+/// The norms of a layer, as far as it has them.
+#[derive(Default)]
+pub(super) struct Norms<'a> {
+    pub(super) input: Option<NormView<'a>>,
+    /// Those of the queries and of the keys, of each head or of all together.
+    pub(super) q: Option<NormView<'a>>,
+    pub(super) k: Option<NormView<'a>>,
+    pub(super) post_attention: Option<NormView<'a>>,
+    pub(super) pre_feedforward: Option<NormView<'a>>,
+    pub(super) post_feedforward: Option<NormView<'a>>,
 }
 
-/// The parts of a layer.
-///
-/// # Errors
-/// The fast path does not support the layer, see `super::backend`.
-pub(super) fn plain_parts(layer: &crate::ml::model::Layer) -> Result<PlainParts<'_>> {
-    use crate::ml::model::{GateUp, Qkv};
-    match (
-        &layer.qkv,
-        &layer.gate_up,
-        &layer.input_norm,
-        &layer.pre_feedforward_norm,
-    ) {
-        (
-            Qkv::Separate { q, k, v },
-            GateUp::Separate { gate, up },
-            Some(input_norm),
-            Some(post_norm),
-        ) => Ok(PlainParts {
-            q,
-            k,
-            v,
-            gate,
-            up,
-            input_norm,
-            post_norm,
-        }),
-        _ => bail!("the fast path does not support layers of this kind"),
-    }
-}
-
-/// An RMS norm of each head.
-pub(super) struct HeadNorm<'a> {
-    /// The weight (head width).
-    pub(super) weight: TensorView<'a>,
+/// An RMS norm over as many features as its weight has elements, in f32.
+pub(super) struct NormView<'a> {
+    weight: TensorView<'a>,
     pub(super) eps: f32,
 }
 
-impl<'a> HeadNorm<'a> {
-    /// A norm with this weight (head width), in f32.
+impl<'a> NormView<'a> {
+    /// A norm with this weight, in f32.
     pub(super) fn new(weight: &'a Tensor, eps: f32) -> Self {
         Self {
             weight: TensorView::tensor(weight),
@@ -282,35 +254,64 @@ impl<'a> HeadNorm<'a> {
         }
     }
 
-    fn borrow(norm: Option<&'a Norm>, pass: Pass) -> Result<Option<Self>> {
-        let view = |norm: &'a Norm| {
-            Ok(Self {
-                weight: TensorView::weight(&norm.weight, pass)?,
-                eps: norm.eps as f32,
-            })
-        };
-        norm.map(view).transpose()
+    /// A norm of a model.
+    pub(super) fn borrow(norm: &'a Norm, pass: Pass) -> Result<Self> {
+        Ok(Self {
+            weight: TensorView::weight(&norm.weight, pass)?,
+            eps: norm.eps as f32,
+        })
+    }
+
+    pub(super) fn weight(&self) -> Result<&[f32]> {
+        self.weight.floats()
+    }
+}
+
+/// The activation as the kernels know it.
+pub(super) fn activation(activation: arch::Activation) -> Activation {
+    match activation {
+        arch::Activation::Silu => Activation::Silu,
+        arch::Activation::GeluTanh => Activation::GeluTanh,
+    }
+}
+
+/// The treatment of attention scores as the kernels know it.
+pub(super) fn scores(scale: f64, softcap: Option<f64>) -> Scores {
+    Scores {
+        scale: scale as f32,
+        softcap: softcap.map(|cap| cap as f32),
     }
 }
 
 impl<'a> Layer<'a> {
     pub(super) fn borrow(layer: &'a crate::ml::model::Layer, pass: Pass) -> Result<Self> {
-        let borrow = |linear| Projection::borrow(linear, pass);
-        let parts = plain_parts(layer)?;
+        let all = |linears: Vec<&'a Linear>| -> Result<Vec<_>> {
+            let each = linears.into_iter();
+            each.map(|linear| Projection::borrow(linear, pass))
+                .collect()
+        };
+        let norm = |norm: &'a Option<Norm>| {
+            let norm = norm.as_ref();
+            norm.map(|norm| NormView::borrow(norm, pass)).transpose()
+        };
         Ok(Self {
-            q: borrow(parts.q)?,
-            k: borrow(parts.k)?,
-            v: borrow(parts.v)?,
-            o: borrow(&layer.o)?,
-            gate: borrow(parts.gate)?,
-            up: borrow(parts.up)?,
-            down: borrow(&layer.down)?,
-            input_norm: TensorView::weight(&parts.input_norm.weight, pass)?,
-            post_norm: TensorView::weight(&parts.post_norm.weight, pass)?,
-            eps: (parts.input_norm.eps as f32, parts.post_norm.eps as f32),
-            q_norm: HeadNorm::borrow(layer.q_norm.as_ref(), pass)?,
-            k_norm: HeadNorm::borrow(layer.k_norm.as_ref(), pass)?,
+            qkv: all(layer.qkv.linears())?,
+            o: Projection::borrow(&layer.o, pass)?,
+            gate_up: all(layer.gate_up.linears())?,
+            down: Projection::borrow(&layer.down, pass)?,
+            norms: Norms {
+                input: norm(&layer.input_norm)?,
+                q: norm(&layer.q_norm)?,
+                k: norm(&layer.k_norm)?,
+                post_attention: norm(&layer.post_attention_norm)?,
+                pre_feedforward: norm(&layer.pre_feedforward_norm)?,
+                post_feedforward: norm(&layer.post_feedforward_norm)?,
+            },
             window: layer.window,
+            rope: layer.rope,
+            scores: scores(layer.score_scale, layer.score_softcap),
+            activation: activation(layer.activation),
+            residual_scale: layer.residual_scale as f32,
         })
     }
 }

@@ -207,6 +207,8 @@ fn by_kernels(
             product(&mut of_both[..], heads.0.matrix()?, &both),
             product(&mut of_own[..], heads.1.matrix()?, &own),
         ]);
+        base.finish_logits(&mut of_both);
+        merged.finish_logits(&mut of_own);
         let all = positions.par_iter_mut().enumerate();
         all.for_each(|(token, position)| {
             let with = column(&of_both, count, token);

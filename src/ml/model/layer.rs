@@ -78,7 +78,7 @@ impl Norm {
 }
 
 impl Qkv {
-    fn linears(&self) -> Vec<&Linear> {
+    pub(in crate::ml) fn linears(&self) -> Vec<&Linear> {
         match self {
             Self::Separate { q, k, v } => vec![q, k, v],
             Self::Fused(qkv) => vec![qkv],
@@ -87,7 +87,7 @@ impl Qkv {
 }
 
 impl GateUp {
-    fn linears(&self) -> Vec<&Linear> {
+    pub(in crate::ml) fn linears(&self) -> Vec<&Linear> {
         match self {
             Self::Separate { gate, up } => vec![gate, up],
             Self::Fused(gate_up) => vec![gate_up],

@@ -189,10 +189,10 @@ impl Linear {
         base || lora || self.bias.as_ref().is_some_and(trained)
     }
 
-    /// Whether it consists of a weight and at most a pair: no bias, no `DoRA`.
+    /// Whether it has no `DoRA`, for which there are no kernels.
     pub fn has_kernels(&self) -> bool {
         let lora = self.lora.as_ref();
-        self.bias.is_none() && lora.is_none_or(|lora| lora.magnitude.is_none())
+        lora.is_none_or(|lora| lora.magnitude.is_none())
     }
 
     /// Whether it consists of a frozen weight and at most a pair: no bias, no `DoRA`, nothing replaced.

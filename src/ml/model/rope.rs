@@ -80,6 +80,22 @@ pub(super) fn is_outdated(rope: &Rope, before: usize, after: usize) -> bool {
     }
 }
 
+/// Whether the angles of a position are the same in micro-batches of these two lengths, see [`angles`].
+pub(in crate::ml) fn have_same_angles(arch: &Arch, a: usize, b: usize) -> bool {
+    let same = |rope: &Rope| match &rope.scaling {
+        Some(RopeScaling::Dynamic {
+            max_position_embeddings: longest,
+            ..
+        }) => a.max(*longest) == b.max(*longest),
+        Some(RopeScaling::LongRope(long)) => {
+            let original = long.original_max_position_embeddings;
+            (a > original) == (b > original)
+        }
+        _ => true,
+    };
+    a == b || arch.ropes.iter().all(same)
+}
+
 /// The factor of cosines and sines, if it is not 1.
 fn attention_factor(rope: &Rope) -> Option<f64> {
     let factor = match &rope.scaling {
