@@ -99,23 +99,12 @@ fn edges(draft: &mut Draft, stages: &[DraftStage], stage: &DraftStage) {
                 && producer
                     .kind
                     .is_some_and(|kind| draft.parameters(kind).has(&edge.artifact));
-            // A kind that makes the one of the other: `merge` a model of an adapter.
-            let between = draft.kinds.iter().find(|kind| {
-                let parameters = draft.parameters(kind);
-                kind.output == edge.artifact
-                    && parameters.has(output)
-                    && parameters.has(&edge.artifact)
-            });
-            let hint = match (between, &makers(&edge.artifact)[..]) {
+            let hint = match makers(&edge.artifact)[..] {
                 _ if depends => format!(
                     "without `{0}`, `{1}` trains the whole model and makes a `{output}`; with `{0}` it makes an `{0}`",
                     edge.artifact, producer.name
                 ),
-                (Some(between), _) => format!(
-                    "`{0}` makes a `{1}` of it: take a stage with `{0}: {{ {output}: {2} }}`",
-                    between.name, edge.artifact, producer.name
-                ),
-                (None, []) => {
+                [] => {
                     let kinds = draft.kinds.iter();
                     let kinds = kinds.filter(|kind| kind.output == edge.artifact);
                     format!(
@@ -124,7 +113,7 @@ fn edges(draft: &mut Draft, stages: &[DraftStage], stage: &DraftStage) {
                         hints::either(kinds.map(|kind| kind.name))
                     )
                 }
-                (None, makers) => made_by(makers, &edge.artifact),
+                ref makers => made_by(makers, &edge.artifact),
             };
             draft.value_error(&path, message, Some(hint));
         }

@@ -90,7 +90,7 @@ fn mistakes_are_told_before_anything_runs() {
     let error = refused("{ model: merged, name: tuned }", "{ model: tuned }");
     assert!(
         error.contains("takes a stage that makes `model`")
-            && error.contains("`merge: { adapter: tuned }`"),
+            && error.contains("the stages `base` and `merged` make `model`"),
         "{error}"
     );
     let error = refused("name: tuned }", "name: a/b }");

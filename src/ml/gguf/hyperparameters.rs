@@ -9,7 +9,7 @@ use serde_json::{Map, Value as Json};
 
 use super::names::GgufArch;
 use super::{Array, Value};
-use crate::ml::model::arch::Arch;
+use crate::ml::model::arch::{Activation, Arch, Projection};
 use crate::ml::model::families::config_keys;
 
 /// What a GGUF file says of an architecture.
@@ -114,7 +114,8 @@ pub(super) fn hyperparameters(gguf: &GgufArch, arch: &Arch) -> anyhow::Result<Hy
         config.put(name, Value::U32(head));
     }
     config.put_number("attention.layer_norm_rms_epsilon", arch.rms_norm_eps);
-    rope(&mut config, head)?;
+    rope(&mut config, u32::try_from(arch.rotary_dim)?)?;
+    check_options(gguf, arch)?;
     windows(&mut config, gguf, arch)?;
     match gguf.name {
         "granite" => {
@@ -131,6 +132,45 @@ pub(super) fn hyperparameters(gguf: &GgufArch, arch: &Arch) -> anyhow::Result<Hy
         _ => {}
     }
     Ok(config.out)
+}
+
+/// What llama.cpp has built in for an architecture: which layers rotate, the activation, and which projections may have biases.
+fn check_options(gguf: &GgufArch, arch: &Arch) -> anyhow::Result<()> {
+    let every_fourth = gguf.name == "smollm3";
+    let rotates = |layer: usize| !(every_fourth && (layer + 1).is_multiple_of(4));
+    let other = arch
+        .layers
+        .iter()
+        .enumerate()
+        .find(|(number, layer)| layer.rope.is_some() != rotates(*number));
+    ensure!(
+        other.is_none(),
+        "llama.cpp rotates queries and keys of `{}` models in {}, and this model does not in layer {}",
+        gguf.name,
+        if every_fourth {
+            "all layers but every fourth"
+        } else {
+            "all layers"
+        },
+        other.map_or(0, |(number, _)| number)
+    );
+    let gelu = ["gemma2", "gemma3"].contains(&gguf.name);
+    ensure!(
+        gelu == (arch.activation == Activation::GeluTanh),
+        "llama.cpp computes `{}` models with {} in the gate, and this model has {:?}",
+        gguf.name,
+        if gelu { "GELU" } else { "SiLU" },
+        arch.activation
+    );
+    let all = ["llama", "granite"].contains(&gguf.name);
+    let qkv = [Projection::Q, Projection::K, Projection::V, Projection::Qkv];
+    let bias = arch.biases.iter().find(|bias| !all && !qkv.contains(bias));
+    ensure!(
+        bias.is_none(),
+        "llama.cpp has no bias beside this projection of `{}` models: {bias:?}",
+        gguf.name
+    );
+    Ok(())
 }
 
 /// llama.cpp scales Gemma's scores by the width of a head, and in the largest models by that of the hidden states for a head.
@@ -201,13 +241,8 @@ fn windows(config: &mut Config<'_>, gguf: &GgufArch, arch: &Arch) -> anyhow::Res
 }
 
 /// The rotary embedding.
-fn rope(config: &mut Config<'_>, head: u32) -> anyhow::Result<()> {
+fn rope(config: &mut Config<'_>, width: u32) -> anyhow::Result<()> {
     let theta = config.rope_number("rope_theta").unwrap_or(10_000.);
-    let share = config
-        .rope_number("partial_rotary_factor")
-        .or_else(|| config.number("partial_rotary_factor"))
-        .unwrap_or(1.);
-    let width = (f64::from(head) * share) as u32;
     config.put("rope.dimension_count", Value::U32(width));
     config.put_number("rope.freq_base", theta);
     let local = config.keys.get("rope_parameters");

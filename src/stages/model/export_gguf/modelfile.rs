@@ -1,7 +1,7 @@
 //! The `Modelfile` beside a GGUF file, by which `ollama create` takes it.
 //!
 //! Ollama doesn't run chat templates in Jinja; its own are in Go's template language. Where the chat template puts constant texts around
-//! turns ([`Turns`]), the same is written in Go's.
+//! turns ([`PlainTemplate`]), the same is written in Go's.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -10,7 +10,7 @@ use anyhow::Context as _;
 
 use super::metadata::{Tokens, sampling};
 use crate::engine::Context;
-use crate::text::turn_format::Turns;
+use crate::text::plain_template::PlainTemplate;
 
 /// The file's name, which `ollama create` looks for.
 const NAME: &str = "Modelfile";
@@ -18,7 +18,7 @@ const NAME: &str = "Modelfile";
 pub(super) fn write(cx: &Context, model: &Path, gguf: &str, tokens: &Tokens) -> anyhow::Result<()> {
     let mut text = format!("FROM ./{gguf}\n");
     let turns = match tokens.renderer(model)? {
-        Some(template) => Turns::find(&template),
+        Some(template) => PlainTemplate::find(&template),
         None => None,
     };
     let template = turns

@@ -1,6 +1,6 @@
 //! What a chat template puts around each turn, found by rendering conversations: for formats that can't run Jinja.
 //!
-//! A template whose output is a constant text before and behind each turn is *plain*. [`Turns::find`] renders a few conversations whose
+//! A template whose output is a constant text before and behind each turn is *plain*. [`PlainTemplate::find`] renders a few conversations whose
 //! contents are words that no template has, cuts the texts at them, and compares what it found with the template on others. What
 //! passes is told exactly for every conversation of that shape; what does not is no plain template.
 
@@ -10,7 +10,7 @@ use super::template::{ChatTemplate, message};
 
 /// The texts around the turns of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Turns {
+pub struct PlainTemplate {
     /// What stands at the beginning where there is no system message: a BOS, or a system message of the template's own.
     pub begin: String,
     /// The system message.
@@ -28,7 +28,7 @@ pub struct Turns {
 /// Where a system message stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum System {
-    /// In a turn of its own in the place of [`Turns::begin`], between these texts.
+    /// In a turn of its own in the place of [`PlainTemplate::begin`], between these texts.
     Own(String, String),
     /// In the first user's turn before its content, followed by this text.
     InFirst(String),
@@ -99,7 +99,7 @@ fn common_end(a: &str, b: &str) -> usize {
         .sum()
 }
 
-impl Turns {
+impl PlainTemplate {
     /// The texts around the turns of `template`, or `None` if it is not plain.
     pub fn find(template: &ChatTemplate) -> Option<Self> {
         use Role::{Assistant, System as Says, User};

@@ -27,7 +27,7 @@ const LLAMA2: &str = "{% for m in messages %}{% if m['role'] == 'system' %}{{ ra
 
 #[test]
 fn turns_of_their_own_are_told_apart() {
-    let turns = Turns::find(&template(CHATML)).unwrap();
+    let turns = PlainTemplate::find(&template(CHATML)).unwrap();
     let system = ("<|im_start|>system\n", "<|im_end|>\n");
     assert_eq!(
         turns.system,
@@ -49,7 +49,7 @@ fn turns_of_their_own_are_told_apart() {
 
 #[test]
 fn a_system_message_may_stand_in_the_first_user_turn_or_in_the_last() {
-    let gemma = Turns::find(&template(GEMMA)).unwrap();
+    let gemma = PlainTemplate::find(&template(GEMMA)).unwrap();
     assert_eq!(gemma.system, System::InFirst("\n\n".to_owned()));
     assert_eq!(gemma.begin, "<s>");
     assert!(gemma.trims);
@@ -58,7 +58,7 @@ fn a_system_message_may_stand_in_the_first_user_turn_or_in_the_last() {
     assert!(!go.contains("<s>") && go.contains("(eq $i 1)"), "{go}");
     assert!(gemma.go_template(None).starts_with("<s>"));
 
-    let mistral = Turns::find(&template(MISTRAL)).unwrap();
+    let mistral = PlainTemplate::find(&template(MISTRAL)).unwrap();
     assert_eq!(mistral.system, System::InLast("\n\n".to_owned()));
     assert_eq!(mistral.assistant, (" ".to_owned(), "</s>".to_owned()));
     assert_eq!(mistral.generation_prompt, "");
@@ -66,7 +66,7 @@ fn a_system_message_may_stand_in_the_first_user_turn_or_in_the_last() {
 
 #[test]
 fn a_bos_before_each_turn_stays_but_for_the_first() {
-    let llama2 = Turns::find(&template(LLAMA2)).unwrap();
+    let llama2 = PlainTemplate::find(&template(LLAMA2)).unwrap();
     assert_eq!(llama2.system, System::None);
     assert_eq!(llama2.begin, "");
     let go = llama2.go_template(Some("<s>"));
@@ -88,7 +88,7 @@ fn what_is_not_constant_is_no_plain_template() {
             "{% if m['role'] != 'assistant' or loop.index > 3 %}{{ m['role'] }}: {{ m['content'] }}\n{% endif %}",
         ),
     ] {
-        assert_eq!(Turns::find(&template(&source)), None, "{source}");
+        assert_eq!(PlainTemplate::find(&template(&source)), None, "{source}");
     }
 }
 
