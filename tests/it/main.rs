@@ -35,6 +35,8 @@ mod gc;
 #[cfg(test)]
 mod generated;
 #[cfg(test)]
+mod gguf_export;
+#[cfg(test)]
 mod gguf_import;
 #[cfg(test)]
 mod history;

@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use crate::data;
 use crate::engine::{Bytes, View, canonical_json};
+use crate::ml::gguf;
 use crate::ml::io::folder::METRICS;
 use crate::ml::io::weights::Weights;
 use crate::ml::model::arch::{Arch, QkNorm};
@@ -107,6 +108,44 @@ pub(super) fn adapter(folder: &Path) -> anyhow::Result<Vec<View>> {
     });
     let mut views = vec![line(""), line("adapter"), View::Table(settings.to_vec())];
     views.extend(metrics(folder)?);
+    Ok(views)
+}
+
+/// A GGUF file: what it says of itself, and the types of its tensors.
+pub(super) fn gguf(folder: &Path) -> anyhow::Result<Vec<View>> {
+    let mut views = Vec::new();
+    let mut names: Vec<_> = fs::read_dir(folder)?.collect::<Result<_, _>>()?;
+    names.sort_by_key(fs::DirEntry::file_name);
+    for entry in names {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if !name.ends_with(".gguf") {
+            continue;
+        }
+        let file = gguf::read::File::open(&entry.path())?;
+        let mut rows = Vec::new();
+        for (key, value) in file.metadata() {
+            let text = match value {
+                gguf::Value::String(text) if text.chars().count() <= 80 && !text.contains('\n') => {
+                    text.clone()
+                }
+                gguf::Value::String(text) => format!("{} characters", text.chars().count()),
+                gguf::Value::Array(values) => format!("{} values", values.len()),
+                gguf::Value::Bool(value) => value.to_string(),
+                number => number.number().map_or_else(String::new, |n| n.to_string()),
+            };
+            rows.push(vec![format!("  {key}"), text]);
+        }
+        let mut kinds: BTreeMap<_, usize> = BTreeMap::new();
+        for tensor in file.tensors().values() {
+            *kinds.entry(tensor.kind).or_default() += 1;
+        }
+        let kinds: Vec<String> = kinds
+            .iter()
+            .map(|(kind, count)| format!("{count} {kind}"))
+            .collect();
+        rows.push(vec!["  tensors".to_owned(), kinds.join(", ")]);
+        views.extend([line(""), line(name), View::Table(rows)]);
+    }
     Ok(views)
 }
 
