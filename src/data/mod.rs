@@ -15,6 +15,7 @@ pub mod lengths;
 pub mod lint;
 pub(crate) mod messages;
 pub mod numbers;
+pub mod ranges;
 mod reading;
 pub mod sample;
 pub mod show;

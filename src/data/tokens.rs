@@ -3,6 +3,9 @@
 //!
 //! `rejected_prompt_ids` is null unless the rejected side's prompt differs: a byte-pair merge across the border of prompt and
 //! answer can move one token of the prompt into one answer and not into the other.
+//!
+//! `assistant_masks`, in rows whose turns are all learnt, has a 1 for each id of prompt and answer that the assistant says, and a 0
+//! for each other one.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -30,6 +33,20 @@ pub struct TokenRow {
     pub rejected_ids: Option<Vec<u32>>,
     /// The worse answer's prompt, only where it differs from `prompt_ids`.
     pub rejected_prompt_ids: Option<Vec<u32>>,
+    /// For each id of `prompt_ids` and `chosen_ids`, 1 where the assistant says it and 0 elsewhere.
+    pub assistant_masks: Option<Vec<u32>>,
+}
+
+/// What rows of a table hold beside a prompt and an answer.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Columns {
+    /// Nothing.
+    #[default]
+    Answers,
+    /// Rejected answers.
+    Preferences,
+    /// Masks of what the assistant says.
+    Turns,
 }
 
 /// A prompt and an answer as one sequence.
@@ -80,11 +97,15 @@ fn join(prompt: &[u32], answer: &[u32]) -> Sequence {
     }
 }
 
-/// The columns of a tokens file; `preferences` adds the two of the rejected side.
-pub fn schema(preferences: bool) -> SchemaRef {
+/// The columns of a tokens file.
+pub fn schema(columns: Columns) -> SchemaRef {
     let mut fields = vec![field("prompt_ids"), field("chosen_ids")];
-    if preferences {
-        fields.extend([field("rejected_ids"), field("rejected_prompt_ids")]);
+    match columns {
+        Columns::Answers => {}
+        Columns::Preferences => {
+            fields.extend([field("rejected_ids"), field("rejected_prompt_ids")]);
+        }
+        Columns::Turns => fields.push(field("assistant_masks")),
     }
     Arc::new(Schema::new(fields))
 }
@@ -98,16 +119,20 @@ fn item_field() -> Arc<Field> {
 }
 
 /// Rows as an Arrow batch of [`schema`].
-pub fn batch(rows: &[TokenRow], preferences: bool) -> Result<RecordBatch> {
-    let mut columns = vec![
+pub fn batch(rows: &[TokenRow], columns: Columns) -> Result<RecordBatch> {
+    let mut lists_of = vec![
         lists(rows, |row| Some(&row.prompt_ids))?,
         lists(rows, |row| Some(&row.chosen_ids))?,
     ];
-    if preferences {
-        columns.push(lists(rows, |row| row.rejected_ids.as_ref())?);
-        columns.push(lists(rows, |row| row.rejected_prompt_ids.as_ref())?);
+    match columns {
+        Columns::Answers => {}
+        Columns::Preferences => {
+            lists_of.push(lists(rows, |row| row.rejected_ids.as_ref())?);
+            lists_of.push(lists(rows, |row| row.rejected_prompt_ids.as_ref())?);
+        }
+        Columns::Turns => lists_of.push(lists(rows, |row| row.assistant_masks.as_ref())?),
     }
-    Ok(RecordBatch::try_new(schema(preferences), columns)?)
+    Ok(RecordBatch::try_new(schema(columns), lists_of)?)
 }
 
 fn lists<'a>(
@@ -160,6 +185,7 @@ fn unpack(batch: &RecordBatch) -> Result<Vec<TokenRow>> {
     let chosen = ids(batch, "chosen_ids")?;
     let rejected = ids(batch, "rejected_ids")?;
     let rejected_prompt = ids(batch, "rejected_prompt_ids")?;
+    let masks = ids(batch, "assistant_masks")?;
     let required = |column: &Option<Vec<Option<Vec<u32>>>>, row: usize, name: &str| {
         let value = column
             .as_ref()
@@ -178,6 +204,7 @@ fn unpack(batch: &RecordBatch) -> Result<Vec<TokenRow>> {
                 chosen_ids: required(&chosen, row, "chosen_ids")?,
                 rejected_ids: optional(&rejected, row),
                 rejected_prompt_ids: optional(&rejected_prompt, row),
+                assistant_masks: optional(&masks, row),
             })
         })
         .collect()
@@ -225,14 +252,18 @@ mod tests {
             chosen_ids: vec![3],
             rejected_ids: Some(vec![4, 5]),
             rejected_prompt_ids: None,
+            assistant_masks: None,
         };
         let slipped = TokenRow {
             rejected_prompt_ids: Some(vec![1]),
             ..plain.clone()
         };
         let rows = vec![plain, slipped];
-        let mut writer = Writer::create(folder.path(), "train", schema(true)).unwrap();
-        writer.write(&batch(&rows, true).unwrap()).unwrap();
+        let mut writer =
+            Writer::create(folder.path(), "train", schema(Columns::Preferences)).unwrap();
+        writer
+            .write(&batch(&rows, Columns::Preferences).unwrap())
+            .unwrap();
         writer.finish().unwrap();
         assert_eq!(read(folder.path(), "train").unwrap(), rows);
         let rejected = rows[1].rejected().unwrap();
@@ -252,11 +283,23 @@ mod tests {
             chosen_ids: vec![8],
             ..TokenRow::default()
         }];
-        let mut writer = Writer::create(folder.path(), "test", schema(false)).unwrap();
-        writer.write(&batch(&rows, false).unwrap()).unwrap();
+        let mut writer = Writer::create(folder.path(), "test", schema(Columns::Answers)).unwrap();
+        writer
+            .write(&batch(&rows, Columns::Answers).unwrap())
+            .unwrap();
         writer.finish().unwrap();
         assert_eq!(read(folder.path(), "test").unwrap(), rows);
         assert_eq!(rows[0].rejected(), None);
+        let masked = vec![TokenRow {
+            assistant_masks: Some(vec![0, 1]),
+            ..rows[0].clone()
+        }];
+        let mut writer = Writer::create(folder.path(), "turns", schema(Columns::Turns)).unwrap();
+        writer
+            .write(&batch(&masked, Columns::Turns).unwrap())
+            .unwrap();
+        writer.finish().unwrap();
+        assert_eq!(read(folder.path(), "turns").unwrap(), masked);
     }
 
     #[test]

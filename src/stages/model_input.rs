@@ -38,6 +38,7 @@ pub(in crate::stages) fn rows(
             chosen_ids,
             rejected_ids,
             rejected_prompt_ids,
+            assistant_masks,
         } = row;
         let all = [
             Some(&prompt_ids),
@@ -52,7 +53,20 @@ pub(in crate::stages) fn rows(
             number + 1,
             largest.copied().unwrap_or_default(),
         );
+        let mask = assistant_masks
+            .map(|mask| {
+                ensure!(
+                    mask.len() == prompt_ids.len() + chosen_ids.len(),
+                    "row {} of the split `{split}` has {} ids and a mask for {}",
+                    number + 1,
+                    prompt_ids.len() + chosen_ids.len(),
+                    mask.len()
+                );
+                Ok(mask.into_iter().map(|learnt| learnt != 0).collect())
+            })
+            .transpose()?;
         rows.push(Row {
+            mask,
             prompt: prompt_ids,
             chosen: chosen_ids,
             rejected: rejected_ids,

@@ -17,7 +17,7 @@ use tokenizers::processors::sequence::Sequence as PostProcessors;
 use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::{AddedToken, SplitDelimiterBehavior};
 
-use super::llama3_split::PATTERN;
+use super::split::LLAMA3 as PATTERN;
 use super::template::LLAMA3;
 
 const BOS: &str = "<|begin_of_text|>";

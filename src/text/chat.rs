@@ -3,6 +3,7 @@
 //! prompt and answer always join to exactly what the template prints. The entry point is [`Renderer::render`].
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use minijinja::Value;
@@ -10,6 +11,7 @@ use minijinja::Value;
 use super::filters::is_space;
 use super::rendered::{Frame, reads_parts};
 use super::template::{ChatTemplate, Extras, message};
+use super::turns::by_turns;
 
 /// A side of a row: one text, or messages.
 #[derive(Debug, Clone)]
@@ -46,6 +48,8 @@ pub struct Rendered {
     pub chosen: String,
     /// The worse answer, for preferences.
     pub rejected: Option<String>,
+    /// What the assistant says, as ranges of bytes of prompt and answer together, where it was asked for ([`Renderer::render_answers`]).
+    pub answers: Option<Vec<Range<usize>>>,
     /// What was noticed about the row.
     pub seen: Seen,
 }
@@ -171,6 +175,61 @@ impl Renderer {
             prompt: chosen[..border].to_owned(),
             rejected: rejected.map(|rejected| rejected[border..].to_owned()),
             chosen: chosen[border..].to_owned(),
+            answers: None,
+            seen,
+        })
+    }
+
+    /// The row as text, and where in it the assistant speaks: in all of its turns, those of the prompt included. Whole conversations
+    /// (`messages`) have an empty prompt, and nothing behind their last answer is left out.
+    ///
+    /// # Errors
+    /// Besides those of [`Self::render`]: rows with a rejected answer, rows that are rendered already, and templates that print a
+    /// conversation in another way when more follows, unless they have `{% generation %}` tags.
+    pub fn render_answers(&self, row: ChatRow) -> Result<Rendered> {
+        let mut seen = self.look_at(&row);
+        ensure!(
+            !seen.already_rendered,
+            "the row is rendered already, so which parts of it the assistant says is not known; hint: import messages"
+        );
+        ensure!(
+            row.rejected.is_none(),
+            "the row has a `rejected`, and preferences are learnt from their answers alone; hint: leave the column out"
+        );
+        let extras = row.extras.clone();
+        let (messages, before) = match row {
+            ChatRow {
+                chosen: None,
+                messages: Some(messages),
+                system,
+                ..
+            } => (self.with_system(system, messages, &mut seen), None),
+            row => {
+                let (mut prompt, chosen, _) = self.conversation(row, &mut seen)?;
+                ensure!(!prompt.is_empty(), "the row has an answer but no prompt");
+                let opening = self.opening(&prompt, &extras);
+                let opening = opening.context("the prompt could not be rendered")?;
+                prompt.extend(chosen);
+                (prompt, Some(opening))
+            }
+        };
+        seen.earlier_answers = 0;
+        seen.end_left_out = false;
+        let text = self
+            .template
+            .render_with(&messages, false, &extras)
+            .context("the conversation could not be rendered")?;
+        let answers = if self.template.has_generation() {
+            self.template.generated(&messages, &extras, &text)?
+        } else {
+            by_turns(&self.template, &messages, &text, &extras)?
+        };
+        let border = before.map_or(0, |opening| common_prefix(&opening, &text));
+        Ok(Rendered {
+            prompt: text[..border].to_owned(),
+            chosen: text[border..].to_owned(),
+            rejected: None,
+            answers: Some(answers),
             seen,
         })
     }
@@ -229,7 +288,7 @@ impl Renderer {
             messages,
             extras: _,
         } = row;
-        let (mut prompt, chosen, rejected) = match (chosen, rejected) {
+        let (prompt, chosen, rejected) = match (chosen, rejected) {
             (Some(Side::Text(chosen)), rejected) => {
                 let rejected = match rejected {
                     Some(Side::Messages(_)) => bail!("`chosen` is text and `rejected` is messages"),
@@ -279,17 +338,24 @@ impl Renderer {
                 .is_none_or(|rejected| !rejected.is_empty()),
             "`rejected` has no message after the prompt"
         );
+        Ok((self.with_system(system, prompt, seen), chosen, rejected))
+    }
+
+    /// Messages with that of the column `system` before them, unless they have one of their own.
+    fn with_system(
+        &self,
+        system: Option<String>,
+        mut messages: Vec<Value>,
+        seen: &mut Seen,
+    ) -> Vec<Value> {
         let system = system.filter(|system| self.keep_empty_system || !system.is_empty());
-        let has_system = prompt
-            .first()
-            .and_then(|first| attribute(first, "role"))
-            .as_deref()
-            == Some("system");
+        let first = messages.first().and_then(|first| attribute(first, "role"));
+        let has_system = first.as_deref() == Some("system");
         seen.system_left_out = has_system && system.is_some();
         if let Some(system) = system.filter(|_| !has_system) {
-            prompt.insert(0, message("system", &system));
+            messages.insert(0, message("system", &system));
         }
-        Ok((prompt, chosen, rejected))
+        messages
     }
 
     fn look_at(&self, row: &ChatRow) -> Seen {
@@ -364,6 +430,7 @@ impl Renderer {
             rejected: rejected
                 .as_ref()
                 .map(|rejected| rejected[border..].to_owned()),
+            answers: None,
             seen: Seen {
                 already_rendered: true,
                 ..Seen::default()
@@ -474,5 +541,7 @@ fn common_prefix(a: &str, b: &str) -> usize {
     alike
 }
 
+#[cfg(test)]
+mod answers_tests;
 #[cfg(test)]
 mod tests;

@@ -4,6 +4,7 @@
 use anyhow::{Result, bail};
 
 use super::expressions::{CHARACTER_NAME, Reader, Unread};
+use super::generation::{BEGIN, END};
 
 /// The name of the function that wraps the iterable of a `for` loop.
 pub(super) const EACH: &str = "__each";
@@ -84,11 +85,16 @@ fn statement(tag: &str, blocks: &mut Vec<Block>, line: usize) -> Result<String> 
         "generation" | "endgeneration" if inner != name => {}
         "generation" => {
             blocks.push(Block::Scope("generation"));
-            return Ok(tag.replacen("generation", "with", 1));
+            // The variables print nothing unless marks are asked for. The inner scope's tag treats white space as the original does.
+            let (open, close) = tag.split_once("generation").unwrap_or_default();
+            return Ok(format!("{open}with %}}{{{{ {BEGIN} }}}}{{% with{close}"));
         }
         "endgeneration" => {
             blocks.pop();
-            return Ok(tag.replacen("endgeneration", "endwith", 1));
+            let (open, close) = tag.split_once("endgeneration").unwrap_or_default();
+            return Ok(format!(
+                "{open}endwith %}}{{{{ {END} }}}}{{% endwith{close}"
+            ));
         }
         "include" | "import" | "from" | "extends" => bail!(
             "line {line} of the chat template: `{name}` reads another template, which transformers does not allow; hint: put its \
@@ -431,7 +437,7 @@ mod tests {
     fn generation_tags_become_scopes_with_their_whitespace_control() {
         assert_eq!(
             translated("a{%- generation %}{{ x }}{% endgeneration -%}b"),
-            "a{%- with %}{{ x }}{% endwith -%}b"
+            "a{%- with %}{{ __generation }}{% with %}{{ x }}{% endwith %}{{ __endgeneration }}{% endwith -%}b"
         );
     }
 
@@ -449,7 +455,10 @@ mod tests {
         ] {
             assert_eq!(translated(source), source);
         }
-        assert_eq!(translated("é{% generation %}ü"), "é{% with %}ü");
+        assert_eq!(
+            translated("é{% generation %}ü"),
+            "é{% with %}{{ __generation }}{% with %}ü"
+        );
     }
 
     #[test]

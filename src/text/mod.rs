@@ -4,20 +4,24 @@
 //! [`tokenizer`]; [`bpe`] trains a new tokenizer.
 
 pub mod bpe;
+pub mod builtin;
+mod characters;
 pub mod chat;
 pub mod comments;
 mod declared;
 mod depth;
 mod dialect;
 mod expressions;
+mod fast_bpe;
 mod files;
 mod filters;
-mod llama3_bpe;
-mod llama3_split;
+mod generation;
 pub mod preference;
 mod rendered;
+mod split;
 pub mod template;
 pub mod text_stream;
 pub mod tokenizer;
 pub mod turn_end;
+mod turns;
 pub mod vocabulary;

@@ -1,6 +1,8 @@
 //! From texts to token ids as TRL's trainers make them: where the answer begins, which BOS and EOS are added, and what is cut when
 //! a sequence is too long. [`encode`] is the way of the preference trainers, [`encode_alone`] that of `SFTTrainer`.
 
+use std::ops::Range;
+
 use anyhow::Result;
 
 use super::tokenizer::Tokenizer;
@@ -41,6 +43,9 @@ pub struct RowIds {
     pub chosen: SideIds,
     /// The worse answer's side, for preferences.
     pub rejected: Option<SideIds>,
+    /// For each id of the (better) answer's side, prompt and answer, whether the assistant says it; `None` where it was not asked for
+    /// ([`encode_turns`]).
+    pub assistant_masks: Option<Vec<bool>>,
     /// Whether the prompt lost tokens.
     pub prompt_cut: bool,
     /// Whether an answer lost tokens.
@@ -60,6 +65,8 @@ pub enum SkipReason {
     NoAnswer,
     /// The answers change more than one token of the prompt; TRL stops there.
     PromptsDiffer,
+    /// Of what the assistant says, no token is left within `max_length`.
+    NoAssistantToken,
 }
 
 impl SkipReason {
@@ -69,6 +76,7 @@ impl SkipReason {
             Self::PromptTooLong => "prompt_too_long",
             Self::NoAnswer => "no_answer",
             Self::PromptsDiffer => "prompts_differ",
+            Self::NoAssistantToken => "no_assistant_token",
         }
     }
 }
@@ -158,6 +166,61 @@ pub fn encode_alone(
         ..RowIds::default()
     };
     Ok(cut(row, truncation))
+}
+
+/// The ids of a conversation that a chat template printed, and which of them the assistant says, as `SFTTrainer` makes them with
+/// `assistant_only_loss`. `answers` are ranges of bytes of `prompt` and `answer` together. A token that lies in one of them with any
+/// of its bytes belongs to it.
+pub fn encode_turns(
+    tokenizer: &Tokenizer,
+    prompt: &str,
+    answer: &str,
+    answers: &[Range<usize>],
+    truncation: Truncation,
+) -> Result<Result<RowIds, SkipReason>> {
+    let (mut ids, places) = tokenizer.encode_with_places(&[prompt, answer].concat())?;
+    let mut mask = vec![false; ids.len()];
+    let mut first = 0;
+    for range in answers {
+        let outside = |place: &Range<usize>| place.end <= range.start;
+        first += places[first..]
+            .iter()
+            .take_while(|place| outside(place))
+            .count();
+        let inside = places[first..].iter().enumerate();
+        for (at, _) in inside.take_while(|(_, place)| place.start < range.end) {
+            mask[first + at] = true;
+        }
+    }
+    let border = if prompt.is_empty() {
+        0
+    } else {
+        let alone = tokenizer.encode(prompt)?;
+        ids.iter().zip(&alone).take_while(|(a, b)| a == b).count()
+    };
+    let answer = ids.split_off(border);
+    let whole = SideIds {
+        prompt: ids,
+        answer,
+    };
+    let row = RowIds {
+        chosen: whole,
+        ..RowIds::default()
+    };
+    Ok(cut(row, truncation).and_then(|mut row| {
+        let (prompts, answers) = mask.split_at(border);
+        let kept = row.chosen.prompt.len();
+        let prompts = match truncation {
+            Truncation::PromptThenAnswers { keep_end: true, .. } => &prompts[border - kept..],
+            _ => &prompts[..kept],
+        };
+        let mask = [prompts, &answers[..row.chosen.answer.len()]].concat();
+        if !mask.contains(&true) {
+            return Err(SkipReason::NoAssistantToken);
+        }
+        row.assistant_masks = Some(mask);
+        Ok(row)
+    }))
 }
 
 /// The ids of a preference row as `DPOTrainer` makes them. What a chat template printed gets no BOS and no EOS; texts without a prompt

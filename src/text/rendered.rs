@@ -98,7 +98,7 @@ impl Frame {
     }
 }
 
-/// Whether a template reads a content that is a list of parts as it reads the text itself.
+/// Whether a template reads a content that is a list of parts: as it reads the text itself, or nothing else, as some for images do.
 pub(super) fn reads_parts(template: &ChatTemplate) -> bool {
     const TEXT: &str = "Pq3vt";
     let part = |text: &str| Value::from_pairs([("type", "text"), ("text", text)]);
@@ -111,7 +111,8 @@ pub(super) fn reads_parts(template: &ChatTemplate) -> bool {
     let texts = [message("user", TEXT), message("assistant", TEXT)];
     let parts = [of_parts("user", TEXT), of_parts("assistant", TEXT)];
     match (template.render(&texts, true), template.render(&parts, true)) {
-        (Ok(texts), Ok(parts)) => texts == parts,
+        (Ok(texts), Ok(parts)) => texts == parts || (parts.contains(TEXT) && !texts.contains(TEXT)),
+        (Err(_), Ok(parts)) => parts.contains(TEXT),
         _ => false,
     }
 }

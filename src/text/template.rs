@@ -2,6 +2,7 @@
 //! is [`ChatTemplate`].
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
@@ -11,6 +12,7 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Object;
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, UndefinedBehavior, Value};
 
+use super::generation::{BEGIN, END, MARKS, unmark};
 use super::{depth, dialect, filters};
 
 /// The Llama 3 template in our own words.
@@ -29,6 +31,8 @@ pub struct ChatTemplate {
     environment: Environment<'static>,
     source: String,
     special_tokens: Arc<BTreeMap<String, Value>>,
+    /// Whether it has `{% generation %}` tags.
+    generation: bool,
 }
 
 /// What a template is given beside the messages.
@@ -47,6 +51,8 @@ struct Variables {
     messages: Value,
     add_generation_prompt: bool,
     extras: Extras,
+    /// Whether `{% generation %}` tags print their marks.
+    marked: bool,
 }
 
 impl Object for Variables {
@@ -59,6 +65,8 @@ impl Object for Variables {
             "messages" => Some(self.messages.clone()),
             "tools" => Some(self.extras.tools.clone().unwrap_or(Value::from(()))),
             "add_generation_prompt" => Some(Value::from(self.add_generation_prompt)),
+            BEGIN => self.marked.then(|| Value::from(MARKS[0])),
+            END => self.marked.then(|| Value::from(MARKS[1])),
             _ => {
                 let given = self.extras.variables.get(key);
                 let found = given.or_else(|| self.special_tokens.get(key)).cloned();
@@ -104,13 +112,16 @@ impl ChatTemplate {
             },
         );
         environment.add_function("strftime_now", move |format: &str| strftime(date, format));
+        let translated = dialect::translate(source)?;
+        let generation = translated.contains(&format!("{{{{ {BEGIN} }}}}"));
         environment
-            .add_template_owned(NAME, dialect::translate(source)?)
+            .add_template_owned(NAME, translated)
             .map_err(|error| explain(&error, source))
             .context("the chat template can't be read")?;
         Ok(Self {
             environment,
             source: source.to_owned(),
+            generation,
             special_tokens: Arc::new(
                 special_tokens
                     .into_iter()
@@ -147,8 +158,39 @@ impl ChatTemplate {
             special_tokens: self.special_tokens.clone(),
             messages: Value::from(messages.to_vec()),
             add_generation_prompt,
+            marked: false,
         };
         self.text(Value::from_object(variables))
+    }
+
+    /// Whether the template says by `{% generation %}` tags what the assistant says.
+    pub fn has_generation(&self) -> bool {
+        self.generation
+    }
+
+    /// The ranges of bytes in `{% generation %}` tags of `text`, which is the conversation as [`Self::render_with`] prints it.
+    ///
+    /// # Errors
+    /// A template that fails, and one that changes what stands in its tags after it printed it.
+    pub fn generated(
+        &self,
+        messages: &[Value],
+        extras: &Extras,
+        text: &str,
+    ) -> Result<Vec<Range<usize>>> {
+        let variables = Variables {
+            extras: extras.clone(),
+            special_tokens: self.special_tokens.clone(),
+            messages: Value::from(messages.to_vec()),
+            add_generation_prompt: false,
+            marked: true,
+        };
+        let (unmarked, ranges) = unmark(&self.text(Value::from_object(variables))?)?;
+        ensure!(
+            unmarked == text,
+            "the template changes what stands in its `generation` tags after it printed it, so what the assistant says can't be found"
+        );
+        Ok(ranges)
     }
 
     /// The template's text with these variables.

@@ -1,16 +1,17 @@
 //! The tokenizer of a model folder: `tokenizer.json`, the special tokens, and the chat template that lies beside them.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use serde_json::Value;
 
 use super::declared::Declared;
+use super::fast_bpe::FastBpe;
 use super::files::{LONGEST_TOKENIZER, file_name, json_file, read_short};
-use super::llama3_bpe::Llama3Bpe;
 use super::template::LONGEST;
 
 /// A special token with its id.
@@ -26,10 +27,12 @@ pub struct SpecialToken {
 #[derive(Debug, Clone)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
-    /// The short way, for tokenizers of Llama 3's make.
-    llama3: Option<Arc<Llama3Bpe>>,
+    /// The short way, for byte-level tokenizers whose patterns are known.
+    fast: Option<Arc<FastBpe>>,
     /// What the tokenizer itself puts before and behind a text, where that is the same for all.
     around: Option<(Vec<u32>, Vec<u32>)>,
+    /// The same without its post-processor, which trims white space off the places of tokens; made when it is first needed.
+    untrimmed: Arc<OnceLock<tokenizers::Tokenizer>>,
     /// The beginning of a text, when the model has such a token.
     pub bos: Option<SpecialToken>,
     /// The end of an answer.
@@ -67,9 +70,10 @@ impl Tokenizer {
             .with_truncation(None)
             .map_err(|error| anyhow!("`{}` can't be used: {error}", file_name(&path)))?;
         let mut tokenizer = Self {
-            llama3: Llama3Bpe::from_tokenizer(&inner).map(Arc::new),
+            fast: FastBpe::from_tokenizer(&inner).map(Arc::new),
             inner,
             around: None,
+            untrimmed: Arc::default(),
             bos: None,
             eos: None,
             pad: None,
@@ -149,16 +153,41 @@ impl Tokenizer {
 
     /// The ids of a text as it stands: no BOS or EOS is added, special tokens inside the text become their ids.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        match &self.llama3 {
-            Some(llama3) => llama3.encode(&self.inner, text),
-            None => self.encode_with(text, false),
+        if let Some(fast) = &self.fast
+            && let Some(ids) = fast.encode(&self.inner, text)?
+        {
+            return Ok(ids);
         }
+        self.encode_with(text, false)
+    }
+
+    /// The ids of a text as [`Self::encode`] gives them, and the range of the text's bytes that each of them stands for. Ids of one
+    /// character have its whole range each.
+    pub fn encode_with_places(&self, text: &str) -> Result<(Vec<u32>, Vec<Range<usize>>)> {
+        if let Some(fast) = &self.fast
+            && let Some(ids) = fast.encode(&self.inner, text)?
+            && let Some(places) = fast.places(&self.inner, &ids, text.len())
+        {
+            return Ok((ids, places));
+        }
+        let untrimmed = self.untrimmed.get_or_init(|| {
+            let mut tokenizer = self.inner.clone();
+            tokenizer.with_post_processor(None::<tokenizers::PostProcessorWrapper>);
+            tokenizer
+        });
+        let encoding = guarded(|| untrimmed.encode(text, false))
+            .and_then(|encoding| encoding.map_err(|error| anyhow!("{error}")));
+        let encoding =
+            encoding.map_err(|error| anyhow!("a text could not be tokenized: {error}"))?;
+        let places = encoding.get_offsets().iter();
+        let places = places.map(|(start, end)| *start..*end).collect();
+        Ok((encoding.get_ids().to_vec(), places))
     }
 
     /// The ids of a text with what the tokenizer adds by itself (usually a BOS).
     pub fn encode_with_special(&self, text: &str) -> Result<Vec<u32>> {
         match &self.around {
-            Some((before, behind)) if self.llama3.is_some() => {
+            Some((before, behind)) if self.fast.is_some() => {
                 Ok([before, &self.encode(text)?[..], behind].concat())
             }
             _ => self.encode_with(text, true),

@@ -93,6 +93,7 @@ const LAYERS: [Layer; 11] = [
             "minijinja_contrib",
             "regex",
             "tokenizers",
+            "unicode_normalization_alignments",
         ],
     },
     Layer {

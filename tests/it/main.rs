@@ -11,6 +11,8 @@ mod changes;
 #[cfg(test)]
 mod chat;
 #[cfg(test)]
+mod chat_templates;
+#[cfg(test)]
 mod commands;
 #[cfg(test)]
 mod data_cases;

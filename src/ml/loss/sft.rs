@@ -117,6 +117,17 @@ impl Loss for Sft {
     }
 }
 
+/// Whether a row has an id that is scored, with `completion_only` in its answer.
+pub fn has_target(row: &Row, completion_only: bool) -> bool {
+    let all = row.prompt.len() + row.chosen.len();
+    let first = if completion_only { row.prompt.len() } else { 0 };
+    let mut scored = first.max(1)..all;
+    match &row.mask {
+        None => !scored.is_empty(),
+        Some(mask) => scored.any(|at| mask.get(at).is_none_or(|scored| *scored)),
+    }
+}
+
 /// Rows packed into fewer sequences.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Packed {
@@ -138,11 +149,12 @@ pub fn pack(rows: Vec<Row>, length: usize, completion_only: bool) -> Packed {
         if row.prompt.len() + row.chosen.len() > length {
             row.prompt.truncate(length);
             row.chosen.truncate(length - row.prompt.len());
+            if let Some(mask) = &mut row.mask {
+                mask.truncate(length);
+            }
             packed.cut += 1;
         }
-        let all = row.prompt.len() + row.chosen.len();
-        let first = if completion_only { row.prompt.len() } else { 0 };
-        if first.max(1) < all {
+        if has_target(&row, completion_only) {
             kept.push(row);
         } else {
             packed.dropped += 1;

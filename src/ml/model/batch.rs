@@ -13,6 +13,8 @@ pub struct Row {
     pub rejected: Option<Vec<u32>>,
     /// The ids of the rejected answer's prompt, if truncation made it differ from `prompt`.
     pub rejected_prompt: Option<Vec<u32>>,
+    /// For each id of the prompt and the preferred answer, whether it may be scored; all may if there is none.
+    pub mask: Option<Vec<bool>>,
     /// Rows that are packed into the same sequence after this one; none of them attends to another.
     pub packed: Vec<Row>,
     /// The log-probabilities of the answers' tokens under a reference model, if they are known.
@@ -37,6 +39,8 @@ pub struct Sequence {
     pub prompt: usize,
     /// For each document after the first, the position at which it starts, and that at which its answer starts.
     behind: Vec<(usize, usize)>,
+    /// For each id, whether it may be scored; empty if all may.
+    mask: Vec<bool>,
 }
 
 /// The positions of one document in a sequence.
@@ -54,7 +58,22 @@ impl Sequence {
             ids,
             prompt,
             behind: Vec::new(),
+            mask: Vec::new(),
         }
+    }
+
+    /// The same sequence in which only the ids may be scored for which `mask` is true.
+    ///
+    /// # Panics
+    /// There are not as many values in `mask` as there are ids.
+    #[must_use]
+    pub fn masked(self, mask: Vec<bool>) -> Self {
+        assert_eq!(
+            mask.len(),
+            self.ids.len(),
+            "a mask needs a value for each id"
+        );
+        Self { mask, ..self }
     }
 
     fn append(&mut self, other: &Self) {
@@ -68,6 +87,11 @@ impl Sequence {
         self.behind
             .extend(starts.map(|(from, answer)| (start + from, start + answer)));
         self.ids.extend(&other.ids);
+        if !self.mask.is_empty() || !other.mask.is_empty() {
+            self.mask.resize(start, true);
+            self.mask.extend(&other.mask);
+            self.mask.resize(self.ids.len(), true);
+        }
     }
 
     /// Whether there is more than one document.
@@ -104,6 +128,9 @@ impl Row {
     /// The sequence of the prompt and the preferred answer, followed by those of the packed rows.
     pub fn chosen(&self) -> Sequence {
         let mut sequence = Self::sequence(&self.prompt, &self.chosen);
+        if let Some(mask) = &self.mask {
+            sequence = sequence.masked(mask.clone());
+        }
         for row in &self.packed {
             sequence.append(&row.chosen());
         }
@@ -287,6 +314,7 @@ impl Batch {
     }
 
     /// The targets in the sequence `row`: all its ids but the first one of each document, or with `answer_only` those in answers alone.
+    /// Ids that a mask leaves out are no targets.
     pub fn targets(&self, row: usize, answer_only: bool) -> Vec<Target> {
         let Some(sequence) = self.sequences.get(row) else {
             return Vec::new();
@@ -297,6 +325,7 @@ impl Batch {
             let first = answer.max(document.start + 1);
             let ids = sequence.ids.iter().enumerate();
             let ids = ids.take(document.end).skip(first);
+            let ids = ids.filter(|(at, _)| sequence.mask.get(*at).is_none_or(|scored| *scored));
             targets.extend(ids.map(|(position, &id)| Target { row, position, id }));
         }
         targets
@@ -355,6 +384,31 @@ mod tests {
         let plain = Batch::new(vec![long.chosen(), long.chosen()], 0).unwrap();
         assert!(plain.positions().is_none());
         assert_eq!(plain.mask(None, &Device::Cpu).unwrap().dims(), [1, 1, 8, 8]);
+    }
+
+    #[test]
+    fn masks_leave_targets_out_of_packed_rows_too() {
+        let masked = |row: Row, mask: &[bool]| Row {
+            mask: Some(mask.to_vec()),
+            ..row
+        };
+        let packed = Row {
+            packed: vec![
+                masked(row(&[], &[4, 5, 6]), &[true, true, false]),
+                row(&[7], &[8]),
+            ],
+            ..row(&[1], &[2, 3])
+        };
+        let alone = masked(row(&[1, 2], &[3, 4]), &[true, true, false, true]);
+        let batch = Batch::new(vec![packed.chosen(), alone.chosen()], 0).unwrap();
+        let ids = |row, answer_only| -> Vec<u32> {
+            let targets = batch.targets(row, answer_only);
+            targets.iter().map(|target| target.id).collect()
+        };
+        assert_eq!(ids(0, false), [2, 3, 5, 8]);
+        assert_eq!(ids(0, true), [2, 3, 5, 8]);
+        assert_eq!(ids(1, false), [2, 4]);
+        assert_eq!(ids(1, true), [4]);
     }
 
     #[test]

@@ -76,7 +76,7 @@ pub(super) const KEYS: Table = &[
     ("completion_only_loss", Is(TRAINING, "completion_only_loss")),
     (
         "assistant_only_loss",
-        Lacks("which answers of a conversation are learnt is up to its rows"),
+        Is("apply_chat_template", "assistant_only_loss"),
     ),
     ("chat_template_path", Is("apply_chat_template", "template")),
     ("eos_token", Lacks("special tokens are the model's")),

@@ -16,18 +16,22 @@ use std::time::Duration;
 
 use self::counts::Counts;
 use self::row::chat_row;
+use self::source::TemplateSource;
 use super::chat_template;
 use crate::data::lint::Lint;
+use crate::data::ranges;
 use crate::data::table::{BATCH_ROWS, Split, Writer, pass, pass_pieces, splits};
-use crate::engine::{Context, Implied, ImpliedBy, Input, Problem, Row, SourcePath, Stage, watched};
+use crate::engine::{Context, Implied, ImpliedBy, Input, Problem, Row, Stage, watched};
 use crate::stages::artifacts::{Chats, Dataset, Model};
 use crate::stages::lints;
+use crate::text::builtin::BuiltIn;
 use crate::text::chat::{Rendered, Renderer};
 use crate::text::template::ChatTemplate;
 use crate::text::tokenizer::{self, read_template, special_tokens};
 
 mod counts;
 mod row;
+mod source;
 
 /// The longest CPU time for one row. Real rows take less than a thousandth of it.
 const LONGEST: Duration = Duration::from_secs(5);
@@ -37,7 +41,7 @@ const AT_ONCE: usize = 16 << 20;
 /// Renders rows to text with a chat template, as transformers and TRL do: `prompt`, `chosen` and, for preferences, `rejected` join
 /// to exactly what the template prints for the whole conversation.
 ///
-/// The template is a file, a text in the recipe, or else the tokenizer's own. It goes with the chats, and from them into what is
+/// The template is one of the built-in ones, a file, a text in the recipe, or else the tokenizer's own. It goes with the chats, and from them into what is
 /// trained on them. Rows whose texts are rendered already are taken as they are, and counted.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -46,10 +50,11 @@ pub struct ApplyChatTemplate {
     /// The rows to render, in every split.
     #[schemars(extend("examples" = ["split"]))]
     dataset: Input<Dataset>,
-    /// A file with the chat template, in Jinja.
+    /// The name of a built-in chat template (`llama3`, `chatml`, `qwen3`, `gemma`, `mistral`, `phi3`, `zephyr` or `alpaca`), or a
+    /// file with one, in Jinja. A file with such a name is written as a path: `./llama3`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(extend("examples" = ["templates/llama3.jinja"]))]
-    template: Option<SourcePath>,
+    #[schemars(extend("examples" = ["chatml", "templates/llama3.jinja"]))]
+    template: Option<TemplateSource>,
     /// The chat template itself, as a text in the recipe.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     chat_template: Option<String>,
@@ -61,6 +66,14 @@ pub struct ApplyChatTemplate {
     /// Whether an empty system message is rendered, too. By default it is left out.
     #[serde(default)]
     keep_empty_system: bool,
+    /// Whether `train_sft` learns all that the assistant says, in every turn, and nothing else. Without it, it learns the last turn.
+    /// What the assistant says is what stands in the template's `{% generation %}` tags. Of a template that has none it is found
+    /// by rendering turn by turn, which fails if the template prints a turn in another way when more follows.
+    #[serde(default, skip_serializing_if = "is_false")]
+    assistant_only_loss: bool,
+    /// With `assistant_only_loss`, what to do with rows in which the assistant says nothing.
+    #[serde(default, skip_serializing_if = "WithoutAnswer::is_default")]
+    rows_without_answer: WithoutAnswer,
     /// What to do with rows whose own text holds special tokens, which the tokenizer would read as such.
     #[serde(default)]
     special_tokens: SpecialTokens,
@@ -72,6 +85,29 @@ pub struct ApplyChatTemplate {
     /// `special_tokens`. Without it they are counted and told.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     deny_lints: Vec<Lint>,
+}
+
+/// What to do with rows in which the assistant says nothing.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum WithoutAnswer {
+    /// Fail at the first one.
+    #[default]
+    Refuse,
+    /// Leave them out, and count them.
+    Drop,
+}
+
+impl WithoutAnswer {
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it")]
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it")]
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 /// What to do with special tokens in rows' own texts.
@@ -107,7 +143,13 @@ impl Stage for ApplyChatTemplate {
         }
         if self.template.is_none() && self.chat_template.is_none() && self.tokenizer.is_none() {
             let problem = Problem::new("template", "there is no chat template");
-            problems.push(problem.hint("name a file with `template`, or a model with `tokenizer`"));
+            problems.push(problem.hint(
+                "name a built-in template or a file with `template`, or a model with `tokenizer`",
+            ));
+        }
+        if self.rows_without_answer != WithoutAnswer::Refuse && !self.assistant_only_loss {
+            let message = "it counts only with `assistant_only_loss: true`";
+            problems.push(Problem::new("rows_without_answer", message));
         }
         if let Err(problem) = self.parsed_date() {
             problems.push(problem);
@@ -143,7 +185,15 @@ impl Stage for ApplyChatTemplate {
                 Some(renderer) if !is_text(split) => {
                     self.render_split(cx, renderer, split, total as u64, &mut counts)?;
                 }
-                _ => pass_texts(cx, split, total as u64, &mut counts)?,
+                _ => {
+                    ensure!(
+                        !self.assistant_only_loss,
+                        "the rows of the split `{}` are whole texts, of which `assistant_only_loss` can't tell what the assistant says; \
+                         hint: import messages",
+                        split.name()
+                    );
+                    pass_texts(cx, split, total as u64, &mut counts)?;
+                }
             }
         }
         counts.tell(cx, &self.deny_lints)
@@ -166,7 +216,8 @@ impl ApplyChatTemplate {
             .transpose()?;
         let source = match (&self.chat_template, &self.template) {
             (Some(source), _) => source.clone(),
-            (None, Some(file)) => {
+            (None, Some(TemplateSource::BuiltIn(template))) => template.source().to_owned(),
+            (None, Some(TemplateSource::File(file))) => {
                 let path = cx.source(file)?;
                 let text = read_template(path);
                 text.with_context(|| {
@@ -176,7 +227,10 @@ impl ApplyChatTemplate {
             (None, None) => {
                 let model = model.context("there is no chat template")?;
                 tokenizer::chat_template(model)?.ok_or_else(|| {
-                    anyhow!("the tokenizer has no chat template; hint: name a file with `template`, as templates/llama3.jinja")
+                    anyhow!(
+                        "the tokenizer has no chat template; hint: name one with `template`: a file, or one of {}",
+                        BuiltIn::names()
+                    )
                 })?
             }
         };
@@ -251,10 +305,19 @@ impl ApplyChatTemplate {
         let preferences = has("rejected");
         let mut names = vec!["prompt", "chosen"];
         names.extend(preferences.then_some("rejected"));
-        let fields: Vec<_> = names
+        ensure!(
+            !preferences || !self.assistant_only_loss,
+            "the split `{}` has a column `rejected`, and preferences are learnt from their answers alone; hint: leave out \
+             `assistant_only_loss`, or the column where the data is imported",
+            split.name()
+        );
+        let mut fields: Vec<_> = names
             .iter()
             .map(|name| Field::new(*name, DataType::Utf8, true))
             .collect();
+        if self.assistant_only_loss {
+            fields.push(ranges::field());
+        }
         let schema = Arc::new(Schema::new(fields));
         let writer = Writer::create(cx.out(), split.name(), schema.clone())?;
         let mut done = 0;
@@ -277,7 +340,11 @@ impl ApplyChatTemplate {
                     };
                     let render = || {
                         let (chat, unread) = chat_row(renderer, &batch, row)?;
-                        let rendered = renderer.render(chat)?;
+                        let rendered = if self.assistant_only_loss {
+                            self.answers(renderer.render_answers(chat)?)?
+                        } else {
+                            renderer.render(chat)?
+                        };
                         ensure!(
                             !preferences || rendered.rejected.is_some(),
                             "the row has no `rejected`"
@@ -292,10 +359,12 @@ impl ApplyChatTemplate {
                     watched(watch, LONGEST, render).with_context(|| format!("row {number} {of}"))
                 })
                 .collect();
-                let (rendered, unread): (Vec<Rendered>, Vec<_>) = rendered?.into_iter().unzip();
+                let (mut rendered, unread): (Vec<Rendered>, Vec<_>) = rendered?.into_iter().unzip();
                 for ((row, rendered), unread) in (done + start + 1..).zip(&rendered).zip(unread) {
                     counts.add(row, split.name(), rendered, unread);
                 }
+                let says_nothing = |row: &Rendered| row.answers.as_ref().is_some_and(Vec::is_empty);
+                rendered.retain(|row| !says_nothing(row));
                 let column = |text: fn(&Rendered) -> Option<&str>| texts(&rendered, text);
                 let mut columns = vec![
                     column(|row| Some(&row.prompt)),
@@ -303,6 +372,10 @@ impl ApplyChatTemplate {
                 ];
                 if preferences {
                     columns.push(column(|row| row.rejected.as_deref()));
+                }
+                if self.assistant_only_loss {
+                    let answers = rendered.iter().map(|row| row.answers.as_deref());
+                    columns.push(ranges::column(answers.map(Option::unwrap_or_default))?);
                 }
                 let bytes: usize = rendered.iter().map(Rendered::bytes).sum();
                 at_once = if bytes < AT_ONCE / 2 {
@@ -323,7 +396,28 @@ impl ApplyChatTemplate {
         })?;
         counts.all += done;
         counts.rows.insert(split.name().to_owned(), rows);
+        ensure!(
+            rows > 0 || done == 0,
+            "the assistant says nothing in any row of the split `{}`; hint: look at what the chat template prints for the assistant",
+            split.name()
+        );
         Ok(())
+    }
+}
+
+impl ApplyChatTemplate {
+    /// A row in which the assistant says something, or one that is dropped because it doesn't.
+    fn answers(&self, rendered: Rendered) -> Result<Rendered> {
+        ensure!(
+            self.rows_without_answer == WithoutAnswer::Drop
+                || rendered
+                    .answers
+                    .as_ref()
+                    .is_none_or(|answers| !answers.is_empty()),
+            "the assistant says nothing in it, so with `assistant_only_loss` nothing is learnt; hint: `rows_without_answer: drop` leaves \
+             such rows out"
+        );
+        Ok(rendered)
     }
 }
 

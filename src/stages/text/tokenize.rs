@@ -1,5 +1,6 @@
 //! `tokenize`: text to token ids.
 
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,13 +16,16 @@ use self::counts::Counts;
 use super::chat_template;
 use super::tokenizers::load;
 use crate::data::lint::{Lint, Place};
+use crate::data::ranges;
 use crate::data::table::{Split, Writer, pass, splits};
-use crate::data::tokens::{TokenRow, batch, schema};
+use crate::data::tokens::{Columns, TokenRow, batch, schema};
 use crate::engine::{Context, Implied, ImpliedBy, Input, Problem, Row, Stage, watched};
 use crate::ml::io::folder;
 use crate::stages::artifacts::{Chats, Model, Tokens};
 use crate::stages::lints;
-use crate::text::preference::{RowIds, SkipReason, Truncation, encode, encode_alone, encode_pair};
+use crate::text::preference::{
+    RowIds, SkipReason, Truncation, encode, encode_alone, encode_pair, encode_turns,
+};
 use crate::text::tokenizer::Tokenizer;
 
 mod counts;
@@ -185,7 +189,11 @@ impl Tokenize {
             prompt,
             chosen,
             rejected,
+            answers,
         } = texts;
+        if let Some(answers) = answers {
+            return encode_turns(tokenizer, prompt, chosen, &answers, truncation);
+        }
         match rejected {
             Some(rejected) if self.trainer == PreferenceTrainer::Dpo => {
                 encode_pair(tokenizer, prompt, chosen, rejected, truncation)
@@ -204,8 +212,16 @@ impl Tokenize {
         total: u64,
         counts: &mut Counts,
     ) -> Result<()> {
-        let preferences = split.schema().field_with_name("rejected").is_ok();
-        let writer = Writer::create(cx.out(), split.name(), schema(preferences))?;
+        let has = |name: &str| split.schema().field_with_name(name).is_ok();
+        let preferences = has("rejected");
+        let columns = if preferences {
+            Columns::Preferences
+        } else if has(ranges::NAME) {
+            Columns::Turns
+        } else {
+            Columns::Answers
+        };
+        let writer = Writer::create(cx.out(), split.name(), schema(columns))?;
         let mut done = 0;
         let before = counts.empty_answers;
         let of: Arc<str> = format!("of the split `{}`", split.name()).into();
@@ -231,10 +247,12 @@ impl Tokenize {
                             number: number as u64,
                             of: Arc::clone(&of),
                         };
+                        let answers = ranges::read(&texts, row, prompt.len() + chosen.len())?;
                         let texts = Texts {
                             prompt,
                             chosen,
                             rejected,
+                            answers,
                         };
                         watched(watch, longest(bytes), || {
                             self.encode(tokenizer, texts, self.truncation())
@@ -260,7 +278,7 @@ impl Tokenize {
             done += texts.num_rows();
             cx.progress((counts.read + done) as u64, Some(total), "rows");
             cx.check_cancelled()?;
-            batch(&kept, preferences)
+            batch(&kept, columns)
         })?;
         let empty = counts.empty_answers - before;
         ensure!(
@@ -284,11 +302,13 @@ impl Tokenize {
 }
 
 /// The texts of a row.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 struct Texts<'a> {
     prompt: &'a str,
     chosen: &'a str,
     rejected: Option<&'a str>,
+    /// Where in prompt and answer the assistant speaks, if only that is learnt.
+    answers: Option<Vec<Range<usize>>>,
 }
 
 /// The longest that texts of so many bytes may take, many times what they do take.
@@ -309,6 +329,9 @@ fn token_row(row: RowIds) -> TokenRow {
         chosen_ids: row.chosen.answer,
         rejected_ids,
         rejected_prompt_ids,
+        assistant_masks: row
+            .assistant_masks
+            .map(|mask| mask.into_iter().map(u32::from).collect()),
     }
 }
 

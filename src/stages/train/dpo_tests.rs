@@ -26,6 +26,7 @@ fn write_tokens(folder: &Path) {
             chosen_ids: ids(row, "chosen"),
             rejected_ids: Some(ids(row, "rejected")),
             rejected_prompt_ids: None,
+            assistant_masks: None,
         })
         .collect();
     write_splits(folder, &rows);

@@ -7,7 +7,7 @@ use candle_core::Device;
 
 use super::fixture::Fixture;
 use crate::data::table::Writer;
-use crate::data::tokens::{TokenRow, batch, schema};
+use crate::data::tokens::{Columns, TokenRow, batch, schema};
 use crate::engine::{AnyStage, Context, Control, Event, Stage};
 use crate::ml::adapter::Adapter;
 use crate::ml::testing::golden;
@@ -24,6 +24,7 @@ pub(in crate::stages) fn write_tokens(folder: &Path) {
             chosen_ids: row.chosen,
             rejected_ids: row.rejected,
             rejected_prompt_ids: row.rejected_prompt,
+            assistant_masks: None,
         })
         .collect();
     write_splits(folder, &rows);
@@ -32,8 +33,10 @@ pub(in crate::stages) fn write_tokens(folder: &Path) {
 /// Rows as an artifact: all of them as `train`, the first five as `test`.
 pub(super) fn write_splits(folder: &Path, rows: &[TokenRow]) {
     for (name, rows) in [("train", rows), ("test", &rows[..5])] {
-        let mut writer = Writer::create(folder, name, schema(true)).unwrap();
-        writer.write(&batch(rows, true).unwrap()).unwrap();
+        let mut writer = Writer::create(folder, name, schema(Columns::Preferences)).unwrap();
+        writer
+            .write(&batch(rows, Columns::Preferences).unwrap())
+            .unwrap();
         writer.finish().unwrap();
     }
 }
@@ -196,8 +199,10 @@ fn mistakes_are_told() {
         chosen_ids: vec![70_000],
         ..TokenRow::default()
     };
-    let mut writer = Writer::create(&tokens, "odd", schema(false)).unwrap();
-    writer.write(&batch(&[row], false).unwrap()).unwrap();
+    let mut writer = Writer::create(&tokens, "odd", schema(Columns::Answers)).unwrap();
+    writer
+        .write(&batch(&[row], Columns::Answers).unwrap())
+        .unwrap();
     writer.finish().unwrap();
     let text = format!("{start}, train_split: odd}}").replace("a,", "model,");
     let text = text.replace("b,", "adapter,").replace("c,", "tokens,");

@@ -27,7 +27,8 @@ pub type TrainSft = Train<Parameters>;
 #[schemars(extend("examples" = [{"adapter": "lora", "dataset": "tokens", "learning_rate": 0.000_2}]))]
 pub struct Parameters {
     /// Whether only the answer's tokens count in the loss, and not the prompt's. TRL's default: none, which means `true` for rows
-    /// with a prompt of their own and `false` for whole conversations.
+    /// with a prompt of their own and `false` for whole conversations. Of rows whose chat template was applied with
+    /// `assistant_only_loss`, only what the assistant says counts in either case.
     #[serde(default = "completion_only_loss")]
     completion_only_loss: bool,
     /// Which answers of a preference dataset are learnt.
@@ -110,6 +111,12 @@ impl Method for Parameters {
                 "row {} has no answer to learn",
                 index / rows_each + 1
             );
+            anyhow::ensure!(
+                row.mask.is_none() || sft::has_target(row, completion_only),
+                "the assistant says nothing in the answer of row {}; hint: `completion_only_loss: false` learns what it says in the \
+                 prompt as well",
+                index / rows_each + 1
+            );
         }
         if !self.packing {
             return Ok(Prepared { rows, rows_each });
@@ -140,13 +147,22 @@ impl Method for Parameters {
 /// Tells what is learnt of a row, and what is left out of preferences.
 fn tell(cx: &Context, completion_only: bool, rows: &[Row], added: Added) {
     let whole = rows.iter().filter(|row| row.prompt.is_empty()).count();
+    let masked = rows.iter().any(|row| row.mask.is_some());
     cx.info(match (completion_only, whole) {
+        (false, _) if masked => "learns all that the assistant says (`assistant_only_loss`)",
+        (true, whole) if masked && whole == rows.len() => {
+            "learns all that the assistant says (`assistant_only_loss`)"
+        }
+        (true, _) if masked => {
+            "learns what the assistant says in each row's answer; `completion_only_loss: false` learns what it says in prompts as well"
+        }
         (false, _) => "learns all tokens of each row, prompts included (`completion_only_loss: false`)",
         (true, whole) if whole == rows.len() => {
             "learns all tokens of each row, for the rows are texts without a prompt"
         }
         (true, _) => {
-            "learns each row's answer, which is the last turn of its chat; `completion_only_loss: false` learns prompts as well"
+            "learns each row's answer, which is the last turn of its chat; `completion_only_loss: false` learns prompts as well, and \
+             `assistant_only_loss: true` where the chat template is applied all turns of the assistant"
         }
     });
     if rows.iter().all(|row| row.rejected.is_none()) {

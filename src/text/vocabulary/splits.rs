@@ -9,7 +9,7 @@ use tokenizers::pre_tokenizers::digits::Digits;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 
-use crate::text::llama3_split::PATTERN as LLAMA3;
+use crate::text::split::LLAMA3;
 
 /// A way to split texts.
 #[derive(Debug)]

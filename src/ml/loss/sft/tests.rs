@@ -60,14 +60,22 @@ fn run(name: &str, completion_only: bool, packing: Option<usize>) {
 }
 
 fn train_and_compare(name: &str, job: &Job<'_>, settings: &Settings) {
-    let golden = &json("sft/sft.json")[name];
+    compare(
+        name,
+        &json("sft/sft.json")[name]["log_history"],
+        job,
+        settings,
+    );
+}
+
+fn compare(name: &str, logged: &serde_json::Value, job: &Job<'_>, settings: &Settings) {
     let mut logs = Vec::new();
     let ending = train(job, settings, &mut |step| {
         logs.extend(step.logs.clone());
         ControlFlow::Continue(())
     });
     assert!(matches!(ending.unwrap(), Ending::Finished { .. }));
-    let mut theirs = golden["log_history"].as_array().unwrap().clone();
+    let mut theirs = logged.as_array().unwrap().clone();
     for log in &mut theirs {
         // A count of all tokens so far, which the program keeps elsewhere.
         log.as_object_mut().unwrap().remove("num_tokens").unwrap();
@@ -85,6 +93,58 @@ fn whole_sequences_are_learnt_as_trl_does() {
 #[test]
 fn answers_are_learnt_as_trl_does() {
     run("completion_only", true, None);
+}
+
+#[test]
+fn what_the_assistant_says_is_learnt_as_trl_does() {
+    let golden = json("sft/assistant.json");
+    let row = |row: &serde_json::Value| {
+        let labels: Vec<i64> = serde_json::from_value(row["labels"].clone()).unwrap();
+        Row {
+            chosen: serde_json::from_value(row["ids"].clone()).unwrap(),
+            mask: Some(labels.iter().map(|label| *label != -100).collect()),
+            ..Row::default()
+        }
+    };
+    let rows: Vec<Row> = golden["rows"].as_array().unwrap().iter().map(row).collect();
+    for (name, packing) in [("log_history", false), ("packed_log_history", true)] {
+        let rows = if packing {
+            pack(rows.clone(), 256, true).rows
+        } else {
+            rows.clone()
+        };
+        let settings = Settings {
+            epochs: 1.,
+            batch_size: if packing { 1 } else { 2 },
+            ..settings()
+        };
+        for kind in [Kind::Reference, Kind::Fused(Packing::default())] {
+            let model = model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
+            let execution = Execution::new(&model, kind);
+            let job = Job {
+                loss: &Sft {
+                    completion_only: true,
+                },
+                ..job(&execution, &rows)
+            };
+            compare(&format!("assistant {name}"), &golden[name], &job, &settings);
+        }
+    }
+}
+
+#[test]
+fn rows_without_a_scored_id_are_dropped_from_packs() {
+    let masked = |mask: &[bool]| Row {
+        chosen: vec![1; mask.len()],
+        mask: Some(mask.to_vec()),
+        ..Row::default()
+    };
+    let (learnt, late) = (masked(&[true, true]), masked(&[false, false, false, true]));
+    assert!(has_target(&learnt, true) && has_target(&late, false));
+    // Nothing predicts the first id.
+    assert!(!has_target(&masked(&[true, false]), true));
+    let packed = pack(vec![learnt.clone(), late], 3, true);
+    assert_eq!((packed.rows, packed.dropped), (vec![learnt], 1));
 }
 
 #[test]

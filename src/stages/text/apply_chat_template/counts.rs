@@ -40,6 +40,7 @@ pub(crate) struct Counts {
     earlier_answers: Seen,
     ends_left_out: Seen,
     systems_left_out: Seen,
+    without_answer: Seen,
     /// What the template doesn't read.
     unread: BTreeMap<String, Seen>,
     lints: Lints,
@@ -64,6 +65,10 @@ impl Counts {
             (seen.earlier_answers > 0, &mut self.earlier_answers),
             (seen.end_left_out, &mut self.ends_left_out),
             (seen.system_left_out, &mut self.systems_left_out),
+            (
+                rendered.answers.as_ref().is_some_and(Vec::is_empty),
+                &mut self.without_answer,
+            ),
         ] {
             if is_so {
                 count.add(row, split);
@@ -75,7 +80,15 @@ impl Counts {
             self.lints.add(Lint::SpecialTokens, place, Some(&more));
             self.rows_with_special_tokens += 1;
         }
-        self.lints.add_prompt(&rendered.prompt, place);
+        // A conversation whose turns are all learnt has no prompt of its own; its text stands for it.
+        self.lints.add_prompt(
+            if rendered.prompt.is_empty() {
+                &rendered.chosen
+            } else {
+                &rendered.prompt
+            },
+            place,
+        );
     }
 
     /// Notes a row that is a whole text.
@@ -119,7 +132,7 @@ impl Counts {
         warn(
             "rows_with_earlier_answers",
             &self.earlier_answers,
-            "have several answers, of which only the last one is learnt; TRL's SFTTrainer learns all that is in `messages`",
+            "have several answers, of which only the last one is learnt; hint: `assistant_only_loss: true` learns all of them",
         );
         warn(
             "rows_with_ends_left_out",
@@ -130,6 +143,11 @@ impl Counts {
             "rows_with_systems_left_out",
             &self.systems_left_out,
             "have a `system` beside a system message of their own, which counts",
+        );
+        warn(
+            "rows_without_answer",
+            &self.without_answer,
+            "were left out, for the assistant says nothing in them",
         );
         for (name, seen) in &self.unread {
             let (rows, first) = (seen.rows, seen.first());

@@ -7,6 +7,7 @@ use arrow_array::RecordBatch;
 use serde::Serialize;
 
 use super::{Texts, Tokenize, column, longest, text};
+use crate::data::ranges;
 use crate::data::table::{Split, splits};
 use crate::engine::{Row as Watched, Stage as _, watched};
 use crate::stages::text::tokenizers::load;
@@ -85,7 +86,7 @@ pub fn look(
             let batch = batch?;
             for at in 0..batch.num_rows().min(count - done) {
                 let mut row = stage.row(&tokenizer, &batch, at, (&name, done + at + 1))?;
-                if learns_prompts {
+                if learns_prompts && batch.column_by_name(ranges::NAME).is_none() {
                     learn_prompts(&mut row);
                 }
                 rows.push(row);
@@ -117,10 +118,12 @@ impl Tokenize {
             Some(_) => Some(of("rejected")?),
             None => None,
         };
+        let (prompt, chosen) = (of("prompt")?, of("chosen")?);
         let texts = Texts {
-            prompt: of("prompt")?,
-            chosen: of("chosen")?,
+            prompt,
+            chosen,
             rejected,
+            answers: ranges::read(batch, at, prompt.len() + chosen.len())?,
         };
         let bytes = texts.prompt.len() + texts.chosen.len() + rejected.map_or(0, str::len);
         let watch = Watched {
@@ -132,7 +135,7 @@ impl Tokenize {
         };
         let (kept, whole) = watched(watch, 2 * longest(bytes), || {
             anyhow::Ok((
-                self.encode(tokenizer, texts, self.truncation())?,
+                self.encode(tokenizer, texts.clone(), self.truncation())?,
                 self.encode(tokenizer, texts, uncut)?,
             ))
         })
@@ -149,14 +152,15 @@ impl Tokenize {
         } else {
             "answer"
         };
+        let mask = whole.assistant_masks.as_deref();
         let mut sides = vec![Side {
             name: first,
-            pieces: pieces(tokenizer, &kept.chosen, &whole.chosen)?,
+            pieces: pieces(tokenizer, &kept.chosen, &whole.chosen, mask)?,
         }];
         if let (Some(kept), Some(whole)) = (&kept.rejected, &whole.rejected) {
             sides.push(Side {
                 name: "rejected",
-                pieces: pieces(tokenizer, kept, whole)?,
+                pieces: pieces(tokenizer, kept, whole, None)?,
             });
         }
         Ok(Row {
@@ -168,8 +172,13 @@ impl Tokenize {
     }
 }
 
-/// What is kept of a sequence, and what was cut of it.
-fn pieces(tokenizer: &Tokenizer, kept: &SideIds, whole: &SideIds) -> Result<Vec<Piece>> {
+/// What is kept of a sequence, and what was cut of it. `mask` tells for each id of the whole sequence whether it may be learnt.
+fn pieces(
+    tokenizer: &Tokenizer,
+    kept: &SideIds,
+    whole: &SideIds,
+    mask: Option<&[bool]>,
+) -> Result<Vec<Piece>> {
     let lost = whole.prompt.len().saturating_sub(kept.prompt.len());
     // Either end of a prompt may be gone.
     let at_start = lost > 0 && whole.prompt.ends_with(&kept.prompt);
@@ -186,14 +195,29 @@ fn pieces(tokenizer: &Tokenizer, kept: &SideIds, whole: &SideIds) -> Result<Vec<
         .into_iter()
         .chain([(Role::Trained, trained), (Role::Cut, cut)]);
     let mut pieces: Vec<Piece> = Vec::new();
-    for (role, ids) in all.filter(|(_, ids)| !ids.is_empty()) {
-        let token = |id: &u32| tokenizer.token_of(*id).unwrap_or_default();
-        pieces.push(Piece {
-            role,
-            text: tokenizer.decode(ids, false)?,
-            ids: ids.to_vec(),
-            tokens: ids.iter().map(token).collect(),
-        });
+    let mut start = 0;
+    for (role, mut ids) in all {
+        let mut masks = mask.map_or(&[][..], |mask| &mask[start..start + ids.len()]);
+        start += ids.len();
+        while !ids.is_empty() {
+            // Up to where the mask changes.
+            let learnt = masks.first().copied().unwrap_or(true);
+            let alike = masks.iter().take_while(|mask| **mask == learnt).count();
+            let (piece, rest) = ids.split_at(if masks.is_empty() { ids.len() } else { alike });
+            masks = &masks[alike..];
+            ids = rest;
+            let role = match (role, mask) {
+                (Role::Trained, Some(_)) if !learnt => Role::Prompt,
+                _ => role,
+            };
+            let token = |id: &u32| tokenizer.token_of(*id).unwrap_or_default();
+            pieces.push(Piece {
+                role,
+                text: tokenizer.decode(piece, false)?,
+                ids: piece.to_vec(),
+                tokens: piece.iter().map(token).collect(),
+            });
+        }
     }
     Ok(pieces)
 }
