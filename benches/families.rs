@@ -10,22 +10,22 @@
 
 #![expect(clippy::print_stdout, reason = "a program of its own")]
 
+use std::collections::HashMap;
 use std::hint::black_box;
 use std::time::Instant;
 
 use anyhow::{Context as _, ensure};
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor, safetensors};
 use pipeline::ml::adapter::{Names, NewAdapter};
 use pipeline::ml::execution::{Execution, Kind};
-use pipeline::ml::io::float::Float;
 use pipeline::ml::io::weights::Weights;
 use pipeline::ml::lora::init;
 use pipeline::ml::model::arch::{
     Activation, Arch, LayerArch, NormPlaces, Projection, QkNorm, Rope, default_score_scale,
 };
 use pipeline::ml::model::batch::{Batch, Sequence};
-use pipeline::ml::model::create::{Settings, create};
 use pipeline::ml::model::linear::Pass;
+use pipeline::ml::model::tensors::{Role, tensors};
 use pipeline::ml::model::{CausalLm, Gradients, Trained};
 use pipeline_kernels::matrix::Matrix;
 use pipeline_kernels::panels::size;
@@ -207,14 +207,26 @@ fn speed_of_products(arch: &Arch, in_bf16: bool, start: Instant) -> anyhow::Resu
 
 /// A model with random weights.
 fn model(arch: &Arch, compute: DType) -> anyhow::Result<CausalLm> {
-    let folder = tempfile::tempdir()?;
-    let settings = Settings {
-        initializer_range: 0.02,
-        float: Float::F32,
-        seed: 3407,
-        max_shard_size: u64::MAX,
+    let mut number = 0usize;
+    let mut next = || {
+        number += 1;
+        ((number * 7919 + 13) % 1009) as f32 / 1009. - 0.5
     };
-    create(arch, settings, folder.path(), &mut |_, _| Ok(()))?;
+    let mut all = HashMap::new();
+    for spec in tensors(arch) {
+        let count = spec.shape.iter().product();
+        let values: Vec<f32> = match spec.role {
+            Role::Norm(_) if arch.norm_adds_one => vec![0.; count],
+            Role::Norm(_) => vec![1.; count],
+            _ => (0..count).map(|_| 0.07 * next()).collect(),
+        };
+        all.insert(
+            spec.name,
+            Tensor::from_vec(values, spec.shape, &Device::Cpu)?,
+        );
+    }
+    let folder = tempfile::tempdir()?;
+    safetensors::save(&all, folder.path().join("model.safetensors"))?;
     let weights = Weights::open(folder.path())?;
     let new = NewAdapter {
         r: RANK,
