@@ -25,6 +25,7 @@ pub mod elementwise;
 pub mod exp;
 mod float_type;
 pub mod gated;
+pub mod ggml;
 pub mod matrix;
 pub mod merge;
 mod micro;

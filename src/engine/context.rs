@@ -12,6 +12,7 @@ use serde::Serialize;
 
 use super::canonical::{Digest, is_digest};
 use super::control::Control;
+use super::fingerprint::Fingerprint;
 use super::manifest::Entry;
 use super::position::Pace;
 use super::stage_events::StageEvents;
@@ -106,6 +107,13 @@ impl Context {
     pub fn external_fact(&self, name: &str) -> anyhow::Result<&str> {
         let value = self.external_facts.get(name).map(String::as_str);
         value.ok_or_else(|| anyhow!("the external fact `{name}` was not recorded"))
+    }
+
+    /// The digest of the stage's fingerprint, which stands for its parameters and for all that its inputs are made of; `None` where the task
+    /// doesn't say it.
+    pub fn fingerprint(&self) -> Option<Digest> {
+        let fingerprint: Fingerprint = serde_json::from_slice(&self.scratch_note).ok()?;
+        Some(fingerprint.digest())
     }
 
     /// The output folder. It exists and is empty, and becomes the artifact if the stage succeeds.

@@ -26,7 +26,7 @@ pub struct Publish {
 }
 
 /// Nouns of artifacts that a hub has repositories for.
-pub const PUBLISHED: [&str; 3] = ["model", "adapter", "dataset"];
+pub const PUBLISHED: [&str; 4] = ["model", "adapter", "dataset", "gguf"];
 
 const KEYS: [&str; 5] = ["repo", "private", "revision", "license", "create_pr"];
 
@@ -47,7 +47,8 @@ pub(super) fn read(draft: &mut Draft, stages: &[DraftStage], recipe: &Value) -> 
                 if let Some(output) = maker.output().filter(|output| !PUBLISHED.contains(output)) {
                     let message =
                         format!("`{stage}` makes {output}, which the hub has no repositories for");
-                    let hint = "models, adapters and datasets can be published".to_owned();
+                    let hint =
+                        "models, adapters, datasets and GGUF files can be published".to_owned();
                     draft.key_error(&path, message, Some(hint));
                 }
             }

@@ -93,9 +93,12 @@ fn edges(draft: &mut Draft, stages: &[DraftStage], stage: &DraftStage) {
                 output
             );
             // A kind that makes one thing or another, by a parameter of that name.
-            let depends = producer
-                .kind
-                .is_some_and(|kind| draft.parameters(kind).has(&edge.artifact));
+            let mut given = producer.edges.iter();
+            let given = given.any(|given| given.parameter == edge.artifact);
+            let depends = !given
+                && producer
+                    .kind
+                    .is_some_and(|kind| draft.parameters(kind).has(&edge.artifact));
             let hint = match makers(&edge.artifact)[..] {
                 _ if depends => format!(
                     "without `{0}`, `{1}` trains the whole model and makes a `{output}`; with `{0}` it makes an `{0}`",

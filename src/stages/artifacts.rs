@@ -24,13 +24,14 @@ impl ArtifactKind {
 }
 
 /// All artifacts.
-pub const ARTIFACTS: [ArtifactKind; 6] = [
+pub const ARTIFACTS: [ArtifactKind; 7] = [
     ArtifactKind::of::<Dataset>(),
     ArtifactKind::of::<Chats>(),
     ArtifactKind::of::<Tokens>(),
     ArtifactKind::of::<Model>(),
     ArtifactKind::of::<Adapter>(),
     ArtifactKind::of::<Scores>(),
+    ArtifactKind::of::<Gguf>(),
 ];
 
 /// Rows as people wrote them: Parquet files per split, with `system`, `prompt`, `chosen`, `rejected` or `messages`.
@@ -56,6 +57,10 @@ pub struct Adapter;
 /// The numbers of an evaluation: `scores.json`.
 #[derive(Debug)]
 pub struct Scores;
+
+/// A model in one GGUF file, with a `Modelfile` for Ollama.
+#[derive(Debug)]
+pub struct Gguf;
 
 impl Artifact for Dataset {
     const NAME: &'static str = "dataset";
@@ -102,6 +107,14 @@ impl Artifact for Scores {
 
     fn show(folder: &Path, rows: usize) -> anyhow::Result<Vec<View>> {
         show::scores(folder, rows)
+    }
+}
+
+impl Artifact for Gguf {
+    const NAME: &'static str = "gguf";
+
+    fn show(folder: &Path, _: usize) -> anyhow::Result<Vec<View>> {
+        show::gguf(folder)
     }
 }
 

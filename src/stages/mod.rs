@@ -48,6 +48,7 @@ pub const KINDS: &[Kind] = &[
     Kind::of::<train::train_dpo::TrainDpo>(),
     Kind::of::<evaluate::Evaluate>(),
     Kind::of::<model::merge::Merge>(),
+    Kind::of::<model::export_gguf::ExportGguf>(),
 ];
 
 /// The kind called `name`.

@@ -16,6 +16,7 @@ mod fast_bpe;
 mod files;
 mod filters;
 mod generation;
+pub mod plain_template;
 pub mod preference;
 mod rendered;
 mod split;

@@ -240,6 +240,19 @@ impl Tokenizer {
         self.inner.id_to_token(id)
     }
 
+    /// The ids that the tokenizer itself puts before and behind a text, where they are the same for all texts.
+    pub fn surroundings(&self) -> Option<(&[u32], &[u32])> {
+        let (before, behind) = self.around.as_ref()?;
+        Some((before, behind))
+    }
+
+    /// The tokenizer as a `tokenizer.json`, with all that the files beside it declare.
+    pub fn to_json(&self) -> Result<Value> {
+        let text = self.inner.to_string(false);
+        let text = text.map_err(|error| anyhow!("the tokenizer can't be written: {error}"))?;
+        Ok(serde_json::from_str(&text)?)
+    }
+
     /// The number of tokens, special ones included.
     pub fn vocab_size(&self) -> usize {
         self.inner.get_vocab_size(true)

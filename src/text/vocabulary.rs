@@ -4,6 +4,8 @@
 //! Ids are those of llama.cpp for the same lists. Where a tokenizer of transformers does something that llama.cpp leaves out (Qwen's
 //! normalisation of Unicode), it is done as in transformers.
 
+pub mod export;
+mod recognise;
 mod sentencepiece;
 mod splits;
 
@@ -39,6 +41,18 @@ pub enum TokenKind {
 }
 
 impl TokenKind {
+    /// Its number in a file.
+    pub fn id(self) -> i32 {
+        match self {
+            Self::Normal => 1,
+            Self::Unknown => 2,
+            Self::Control => 3,
+            Self::UserDefined => 4,
+            Self::Unused => 5,
+            Self::Byte => 6,
+        }
+    }
+
     /// The type with this number in a file; other numbers are those of normal tokens.
     pub fn from_id(id: u64) -> Self {
         match id {

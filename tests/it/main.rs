@@ -25,6 +25,8 @@ mod estimate;
 #[cfg(test)]
 mod executors;
 #[cfg(test)]
+mod families;
+#[cfg(test)]
 mod faults;
 #[cfg(test)]
 mod files;
@@ -32,6 +34,8 @@ mod files;
 mod gc;
 #[cfg(test)]
 mod generated;
+#[cfg(test)]
+mod gguf_export;
 #[cfg(test)]
 mod gguf_import;
 #[cfg(test)]

@@ -21,6 +21,7 @@ stages:
   base4: { quantize: { model: base } }
   adapter: { attach_lora: { model: base4, r: 4 } }
   merged: { merge: { model: base, adapter: adapter } }
+  gguf: { export_gguf: { model: merged, name: small } }
 ";
 
 /// What puts the model where the recipe reads it; a recipe doesn't read its own outputs.

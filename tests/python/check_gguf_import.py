@@ -10,7 +10,8 @@ models: each file is imported in float32, and its tensors are compared with thos
 bit by bit; its tokenizer with llama.cpp's own on texts in many scripts; the logits of the folder (transformers, float32) with llama.cpp's.
 vocabularies: the files that llama.cpp tests its tokenizers with (`models/ggml-vocab-*.gguf` with `.inp` and `.out`), each made a tiny model.
 families: a tiny model of each family, saved by transformers and converted by llama.cpp's own converter, is imported again: its tensors and
-its logits are those of before. The tokenizer is that of the first of the models.
+its logits are those of before. The tokenizer is that of the first of the models; for families that llama.cpp converts with SentencePiece alone
+one is trained, and our ids are compared with SentencePiece's own.
 """
 
 import argparse
@@ -192,6 +193,38 @@ def check_vocabularies(program, source, work):
             print(f"   {text[:60]!r}\n      {str(mine)[:160]}\n      {str(ids)[:160]}")
 
 
+SENTENCEPIECE = ["gemma", "gemma2"]
+
+
+def sentencepiece_folder(work):
+    """A tokenizer of SentencePiece, trained on our texts."""
+    import sentencepiece
+
+    folder = work / "sentencepiece"
+    folder.mkdir()
+    (folder / "texts.txt").write_text("\n".join(line for text in TEXTS for line in text.splitlines()) * 3)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "texts.txt"), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=900,
+        byte_fallback=True, character_coverage=0.98, pad_id=0, eos_id=2, bos_id=1, unk_id=3, add_dummy_prefix=False,
+        remove_extra_whitespaces=False, normalization_rule_name="identity", user_defined_symbols=["<start_of_turn>", "\u2581\u2581"],
+        minloglevel=2,
+    )
+    # SentencePiece's own file doesn't tell llama.cpp's converter which symbols are defined by users.
+    symbols = {"4": {"content": "<start_of_turn>", "special": True}, "5": {"content": "\u2581\u2581", "special": False}}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": symbols}))
+    return folder
+
+
+def compare_sentencepiece(trained, folder):
+    import sentencepiece
+    from tokenizers import Tokenizer
+
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(trained / "tokenizer.model"))
+    ours = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    texts = [text for text in TEXTS if "\r" not in text]
+    return [text for text in texts if ours.encode(text, add_special_tokens=False).ids != theirs.encode(text)], len(texts)
+
+
 def families(size):
     """Tiny configurations, by family."""
     import transformers as t
@@ -211,12 +244,22 @@ def families(size):
     yield "granite", t.GraniteConfig(**common, embedding_multiplier=12.0, attention_multiplier=0.015625,
                                      residual_multiplier=0.22, logits_scaling=8.0)
     yield "gemma3", t.Gemma3TextConfig(**common, head_dim=32, query_pre_attn_scalar=32, sliding_window=8)
+    yield "gemma3-full", t.Gemma3TextConfig(**common, head_dim=32, query_pre_attn_scalar=32, sliding_window=8,
+                                            rope_parameters={"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                                                             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}})
+    yield "gemma2", t.Gemma2Config(**common, head_dim=32, query_pre_attn_scalar=32, sliding_window=8)
+    yield "gemma", t.GemmaConfig(**common, head_dim=32)
     yield "olmo2", t.Olmo2Config(**common)
     yield "olmo3", t.Olmo3Config(**common, sliding_window=8)
+    yarn = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}
+    yield "qwen3-yarn", t.Qwen3Config(**common, head_dim=32, rope_parameters=yarn)
     yield "phi3", t.Phi3Config(**common)
+    long = {"rope_type": "longrope", "short_factor": [1.0 + i / 8 for i in range(6)], "long_factor": [2.0 + i for i in range(6)],
+            "partial_rotary_factor": 0.75, "original_max_position_embeddings": 64, "rope_theta": 1e4}
+    yield "phi3-long", t.Phi3Config(**common, original_max_position_embeddings=64, rope_parameters=long)
 
 
-def check_families(program, source, tokenizer, work):
+def check_families(program, source, tokenizer, work, wanted):
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -225,10 +268,15 @@ def check_families(program, source, tokenizer, work):
     qwen2, _ = imported(program, work / "qwen2-vocabulary.gguf", work)
     torch.manual_seed(20)
     size_of = lambda folder: len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"])
-    both = [(tokenizer, family) for family in families(size_of(tokenizer)) if family[0] != "qwen2"]
+    trained = sentencepiece_folder(work)
+    special = ["qwen2", *SENTENCEPIECE]
+    both = [(tokenizer, family) for family in families(size_of(tokenizer)) if family[0] not in special]
     both += [(qwen2, family) for family in families(size_of(qwen2)) if family[0] == "qwen2"]
+    both += [(trained, family) for family in families(900) if family[0] in SENTENCEPIECE]
     for tokenizer, (name, config) in both:
-        size = size_of(tokenizer)
+        if wanted and name not in wanted:
+            continue
+        size = config.vocab_size
         folder = work / f"family-{name}"
         config.bos_token_id, config.eos_token_id = 1, 2
         before = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -237,10 +285,10 @@ def check_families(program, source, tokenizer, work):
                 if "norm" in key or "bias" in key:
                     value.add_(torch.randn_like(value) * 0.1)
         before.save_pretrained(folder)
-        for file in ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]:
+        for file in ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model"]:
             if (tokenizer / file).exists():
                 shutil.copy(tokenizer / file, folder / file)
-        if name == "phi3":
+        if name.startswith("phi3"):
             settings = json.loads((folder / "tokenizer_config.json").read_text())
             settings["tokenizer_class"] = "GPT2Tokenizer"
             (folder / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -267,6 +315,9 @@ def check_families(program, source, tokenizer, work):
         with torch.no_grad():
             distance = (after(ids).logits - before(ids).logits).abs().max().item()
         print(f"{name:14} {after.config.model_type:12} weights {largest:.1e}, logits {distance:.1e}")
+        if tokenizer == trained:
+            different, count = compare_sentencepiece(trained, out)
+            print(f"{'':14} {count - len(different)} of {count} texts as SentencePiece {different[:2]}")
 
 
 def main():
@@ -274,6 +325,7 @@ def main():
     parser.add_argument("program")
     parser.add_argument("--models", nargs="*", default=[])
     parser.add_argument("--llama-cpp", type=Path)
+    parser.add_argument("--family", nargs="*", help="of the families, these only (llama3, gemma2, ..)")
     parser.add_argument("--only", choices=["models", "vocabularies", "families"])
     arguments = parser.parse_args()
     program = str(Path(arguments.program).resolve())
@@ -287,7 +339,7 @@ def main():
             check_vocabularies(program, arguments.llama_cpp.resolve(), work)
         if wanted("families") and arguments.llama_cpp and arguments.models:
             tokenizer, _ = imported(program, arguments.models[0], work)
-            check_families(program, arguments.llama_cpp.resolve(), tokenizer, work)
+            check_families(program, arguments.llama_cpp.resolve(), tokenizer, work, arguments.family)
 
 
 main()

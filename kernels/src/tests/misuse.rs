@@ -11,6 +11,7 @@ use crate::attention::{
 use crate::bf16::pairs;
 use crate::dropout::Dropout;
 use crate::gated::Activation;
+use crate::ggml::{BlockType, quantize};
 use crate::matrix::{Matrix, Nf4, Values};
 use crate::merge::{self, Update};
 use crate::nf4;
@@ -489,5 +490,22 @@ fn attention_refuses_wrong_sizes() {
         let mut bad = good;
         bad[index] -= LANES;
         refused("backward", expected, || backward(bad));
+    }
+}
+
+#[test]
+fn blocks_refuse_wrong_sizes() {
+    for kind in BlockType::ALL {
+        let (values, bytes) = (kind.values(), kind.bytes());
+        let run =
+            |values: usize, bytes: usize| quantize(kind, &floats(values), &mut vec![0; bytes]);
+        run(3 * values, 3 * bytes);
+        run(0, 0);
+        refused("half a block", "whole blocks", || run(values / 2, bytes));
+        for wrong in [0, bytes - 1, bytes + 1, 2 * bytes] {
+            refused("another size", "bytes for the blocks", || {
+                run(values, wrong);
+            });
+        }
     }
 }

@@ -89,7 +89,7 @@ pub(in crate::cli) struct Args {
 struct Item {
     /// What people call it.
     name: String,
-    /// `model`, `adapter` or `dataset`.
+    /// `model`, `adapter`, `dataset` or `gguf`.
     noun: String,
     folder: PathBuf,
     /// Its files, below the folder.
@@ -171,9 +171,11 @@ fn of_folder(args: &Args) -> Result<Item, Failure> {
         "adapter"
     } else if folder.join("config.json").is_file() {
         "model"
+    } else if gguf_file(folder).is_some() {
+        "gguf"
     } else {
         let message = format!(
-            "`{}` holds neither a model nor an adapter",
+            "`{}` holds neither a model nor an adapter nor a GGUF file",
             folder.display()
         );
         return Err(usage(&message, "`--dataset` publishes a folder of data"));
@@ -264,7 +266,7 @@ fn of_recipe(args: &Args) -> Result<(Vec<Item>, Arc<RunEnv>), Failure> {
         let noun = project.recipe.stages[index].stage.output();
         if !PUBLISHED.contains(&noun) {
             let message = format!("`{name}` makes {noun}, which the hub has no repositories for");
-            let hint = "models, adapters and datasets can be published";
+            let hint = "models, adapters, datasets and GGUF files can be published";
             return Err(Failure::Usage(error::with_hint(&message, hint)));
         }
         // What the world gets is what the recipe says now.
@@ -307,6 +309,15 @@ fn of_recipe(args: &Args) -> Result<(Vec<Item>, Arc<RunEnv>), Failure> {
         });
     }
     Ok((items, Arc::clone(&project.env)))
+}
+
+/// The name of the first GGUF file in a folder.
+fn gguf_file(folder: &Path) -> Option<String> {
+    let names = std::fs::read_dir(folder).ok()?.filter_map(|entry| {
+        let name = entry.ok()?.file_name().into_string().ok()?;
+        Some(name).filter(|name| name.ends_with(".gguf"))
+    });
+    names.min()
 }
 
 fn publish(

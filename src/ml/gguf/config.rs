@@ -334,6 +334,10 @@ fn own_keys(
             }
             set("mlp_bias", json!(keys.has("blk.0.ffn_up.bias")));
         }
+        "gemma" => {
+            set("hidden_act", json!("gelu_pytorch_tanh"));
+            set("hidden_activation", json!("gelu_pytorch_tanh"));
+        }
         "gemma2" | "gemma3_text" => {
             let wide = LARGEST_GEMMAS.contains(&context.layers);
             let (hidden, heads) = (

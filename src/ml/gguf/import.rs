@@ -85,12 +85,15 @@ impl Tensor<'_> {
     fn fill(&self, file: &File, float: Float, first: usize, out: &mut [u8]) -> anyhow::Result<()> {
         let size = float.size();
         let (first, count) = (first / size, out.len() / size);
-        let (_, width) = self.rows();
-        // What has to be read: whole rows, and whole heads where rows are permuted.
-        let unit = width * self.head.unwrap_or(1);
+        // What has to be read: whole blocks, and whole heads where rows are permuted.
+        let (block, bytes) = (self.info.kind.block(), self.info.kind.block_bytes());
+        let unit = match (self.head, self.info.shape.len()) {
+            (None, _) => block,
+            (Some(_), 1) => self.info.values(),
+            (Some(head), _) => self.rows().1 * head,
+        };
         let start = first / unit * unit;
         let end = (first + count).next_multiple_of(unit);
-        let (block, bytes) = (self.info.kind.block(), self.info.kind.block_bytes());
         let mut raw = vec![0; (end - start) / block * bytes];
         file.read(self.info, start / block * bytes, &mut raw)?;
         let parts = out.par_chunks_mut(SPAN * size).enumerate();
@@ -272,4 +275,72 @@ pub fn import(
         kinds,
         files,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ml::gguf::{MAGIC, VERSION};
+
+    /// A vector of quantised values whose blocks are longer than heads, and a matrix, in pieces of all sizes.
+    #[test]
+    fn rows_are_permuted_back_whatever_the_pieces() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.gguf");
+        let mut bytes = MAGIC.to_vec();
+        bytes.extend(VERSION.to_le_bytes());
+        bytes.extend(1u64.to_le_bytes());
+        bytes.extend(0u64.to_le_bytes());
+        bytes.extend(1u64.to_le_bytes());
+        bytes.extend(b"x");
+        bytes.extend(1u32.to_le_bytes());
+        bytes.extend(128u64.to_le_bytes());
+        bytes.extend(GgmlType::Q8_0.id().to_le_bytes());
+        bytes.extend(0u64.to_le_bytes());
+        bytes.resize(bytes.len().next_multiple_of(32), 0);
+        for block in 0..4u8 {
+            bytes.extend(half::f16::ONE.to_le_bytes());
+            bytes.extend((0..32).map(|value| block * 32 + value));
+        }
+        std::fs::write(&path, &bytes).unwrap();
+        let file = File::open(&path).unwrap();
+        let vector = file.tensors()["x"].clone();
+        let matrix = TensorInfo {
+            shape: vec![4, 32],
+            ..vector.clone()
+        };
+        for (info, head, width) in [(&vector, 16, 1), (&vector, 64, 1), (&matrix, 4, 32)] {
+            let tensor = Tensor {
+                name: String::new(),
+                info,
+                head: Some(head),
+                offset: 1.,
+            };
+            let expected: Vec<f32> = (0..128)
+                .map(|value: usize| {
+                    let (row, column) = (value / width, value % width);
+                    let inside = row % head;
+                    let source = row - inside + 2 * (inside % (head / 2)) + inside / (head / 2);
+                    (source * width + column) as f32 - 1.
+                })
+                .collect();
+            for piece in [1, 7, 32, 100, 128] {
+                let mut found = Vec::new();
+                for first in (0..128).step_by(piece) {
+                    let mut out = vec![0; 4 * piece.min(128 - first)];
+                    tensor.fill(&file, Float::F32, 4 * first, &mut out).unwrap();
+                    let values = out.as_chunks::<4>().0.iter();
+                    found.extend(values.map(|bytes| f32::from_le_bytes(*bytes)));
+                }
+                let same = found
+                    .iter()
+                    .zip(&expected)
+                    .all(|(a, b)| a.to_bits() == b.to_bits());
+                assert!(
+                    same && found.len() == 128,
+                    "{head} {width} {piece}: {found:?}"
+                );
+            }
+        }
+    }
 }

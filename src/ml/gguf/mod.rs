@@ -7,12 +7,17 @@
 mod codebooks;
 pub mod config;
 pub mod dequantise;
+pub mod export;
 mod ggml_type;
+mod hyperparameters;
 pub mod import;
+pub mod mixture;
 pub mod names;
 pub mod read;
 mod rope;
 mod value;
+pub mod verify;
+mod write;
 
 pub use ggml_type::GgmlType;
 pub use value::{Array, Value, ValueType};

@@ -92,6 +92,10 @@ pub const ARCHS: &[GgufArch] = &[
     },
     GgufArch {
         norms_plus_one: true,
+        ..arch("gemma", &["gemma"])
+    },
+    GgufArch {
+        norms_plus_one: true,
         norms: AROUND,
         ..arch("gemma2", &["gemma2"])
     },

@@ -280,6 +280,23 @@ fn models_that_are_not_computed_are_refused_by_name() {
     }
 }
 
+#[test]
+fn the_fuzz_target_s_seeds_are_read_or_refused() {
+    let seeds = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds/gguf");
+    let (mut read_whole, mut refused) = (Vec::new(), Vec::new());
+    for seed in fs::read_dir(seeds).unwrap() {
+        let seed = seed.unwrap();
+        let name = seed.file_name().into_string().unwrap();
+        match read(&fs::read(seed.path()).unwrap()) {
+            Ok(()) => read_whole.push(name),
+            Err(_) => refused.push(name),
+        }
+    }
+    read_whole.sort();
+    assert_eq!(read_whole, ["gemma3", "llama", "qwen2", "sentencepiece"]);
+    assert!(refused.len() > 6);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 

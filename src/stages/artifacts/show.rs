@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use crate::data;
 use crate::engine::{Bytes, View, canonical_json};
+use crate::ml::gguf;
 use crate::ml::io::folder::METRICS;
 use crate::ml::io::weights::Weights;
 use crate::ml::model::arch::{Arch, QkNorm};
@@ -110,6 +111,44 @@ pub(super) fn adapter(folder: &Path) -> anyhow::Result<Vec<View>> {
     Ok(views)
 }
 
+/// A GGUF file: what it says of itself, and the types of its tensors.
+pub(super) fn gguf(folder: &Path) -> anyhow::Result<Vec<View>> {
+    let mut views = Vec::new();
+    let mut names: Vec<_> = fs::read_dir(folder)?.collect::<Result<_, _>>()?;
+    names.sort_by_key(fs::DirEntry::file_name);
+    for entry in names {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if !name.ends_with(".gguf") {
+            continue;
+        }
+        let file = gguf::read::File::open(&entry.path())?;
+        let mut rows = Vec::new();
+        for (key, value) in file.metadata() {
+            let text = match value {
+                gguf::Value::String(text) if text.chars().count() <= 80 && !text.contains('\n') => {
+                    text.clone()
+                }
+                gguf::Value::String(text) => format!("{} characters", text.chars().count()),
+                gguf::Value::Array(values) => format!("{} values", values.len()),
+                gguf::Value::Bool(value) => value.to_string(),
+                number => number.number().map_or_else(String::new, |n| n.to_string()),
+            };
+            rows.push(vec![format!("  {key}"), text]);
+        }
+        let mut kinds: BTreeMap<_, usize> = BTreeMap::new();
+        for tensor in file.tensors().values() {
+            *kinds.entry(tensor.kind).or_default() += 1;
+        }
+        let kinds: Vec<String> = kinds
+            .iter()
+            .map(|(kind, count)| format!("{count} {kind}"))
+            .collect();
+        rows.push(vec!["  tensors".to_owned(), kinds.join(", ")]);
+        views.extend([line(""), line(name), View::Table(rows)]);
+    }
+    Ok(views)
+}
+
 /// An evaluation: its numbers and some answers.
 pub(super) fn scores(folder: &Path, rows: usize) -> anyhow::Result<Vec<View>> {
     let scores: Value = serde_json::from_slice(&fs::read(folder.join("scores.json"))?)?;
@@ -188,6 +227,20 @@ fn attention(arch: &Arch) -> String {
     if arch.qk_norm != QkNorm::None {
         words.push("norms of queries and keys".to_owned());
     }
+    let unrotated = arch.layers.iter().filter(|layer| layer.rope.is_none());
+    let unrotated = unrotated.count();
+    if unrotated > 0 {
+        words.push(format!(
+            "no rotary embedding in {unrotated} of {layers} layers"
+        ));
+    }
+    if arch.rotary_dim != arch.head_dim {
+        let (part, whole) = (arch.rotary_dim, arch.head_dim);
+        words.push(format!("{part} of {whole} features of a head rotated"));
+    }
+    if let Some(cap) = arch.score_softcap {
+        words.push(format!("scores capped at {cap}"));
+    }
     if !arch.biases.is_empty() {
         let names: Vec<_> = arch.biases.iter().copied().map(projection_name).collect();
         words.push(format!("biases of {}", names.join(", ")));
@@ -207,6 +260,18 @@ mod tests {
             ("families/qwen2", "causal; biases of q_proj, k_proj, v_proj"),
             ("families/qwen3", "causal; norms of queries and keys"),
             ("families/mistral", "windows of 16 keys in 2 of 2 layers"),
+            (
+                "families/smollm3",
+                "windows of 20 keys in 1 of 2 layers; no rotary embedding in 1 of 2 layers",
+            ),
+            (
+                "families/gemma2",
+                "windows of 16 keys in 1 of 2 layers; scores capped at 3",
+            ),
+            (
+                "families/phi3",
+                "causal; 24 of 32 features of a head rotated",
+            ),
         ] {
             let arch = Arch::read(&golden::folder(name)).unwrap();
             assert_eq!(attention(&arch), expected, "{name}");

@@ -80,8 +80,8 @@ pub struct CreateModel {
     #[schemars(extend("minimum" = 1, "maximum" = largest("head_dim")))]
     #[schemars(extend("examples" = [64]))]
     head_dim: Option<usize>,
-    /// The number of keys that a query sees in every layer, its own included, in the families that have sliding windows. By default
-    /// a query sees all keys up to its own.
+    /// The number of keys that a query sees, its own included, in the families that have sliding windows: in every layer, or in those
+    /// that have a window in the family's models. By default a query sees all keys up to its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("minimum" = 1, "maximum" = largest("sliding_window")))]
     #[schemars(extend("examples" = [1024]))]

@@ -49,9 +49,11 @@ pub(super) fn import_file(cx: &Context, path: &Path, dtype: Option<Dtype>) -> an
         .collect();
     cx.note("gguf_types", kinds.join(", "));
     cx.note("dtype", float.name());
-    if let Err(error) = write_tokenizer(&file, cx.out()) {
-        // The weights are of use with another model's tokenizer.
-        cx.warn(format!("the file's tokenizer can't be made: {error:#}"));
+    // The weights are of use with another model's tokenizer.
+    let warning = write_tokenizer(&file, cx.out())
+        .unwrap_or_else(|error| Some(format!("the file's tokenizer can't be made: {error:#}")));
+    if let Some(warning) = warning {
+        cx.warn(warning);
     }
     for warning in write_templates(&file, cx.out())? {
         cx.warn(warning);
@@ -71,7 +73,8 @@ pub(in crate::stages) fn unsupported(path: &Path) -> Option<anyhow::Error> {
     model_type(&File::open(path).ok()?).err()
 }
 
-fn write_tokenizer(file: &File, out: &Path) -> anyhow::Result<()> {
+/// Writes the tokenizer. Returns what is to be warned of.
+fn write_tokenizer(file: &File, out: &Path) -> anyhow::Result<Option<String>> {
     let key = |name: &str| format!("tokenizer.ggml.{name}");
     let model = file.text(&key("model"))?;
     let model = model.context("it has none (`tokenizer.ggml.model`)")?;
@@ -103,7 +106,13 @@ fn write_tokenizer(file: &File, out: &Path) -> anyhow::Result<()> {
         strips_right: name.contains("phi-3") || name.contains("phi3"),
         model_max_length: file.unsigned(&format!("{arch}.context_length"))?,
     };
-    vocabulary.write(out)
+    vocabulary.write(out)?;
+    let splits = vocabulary.model == "gpt2" && [None, Some("default")].contains(&vocabulary.pre);
+    Ok(splits.then(|| {
+        "the file doesn't say how texts are split into words (`tokenizer.ggml.pre`), so they are split as llama.cpp does it then, which \
+         needn't be what the model was trained with; a newer file of the model may say it"
+            .to_owned()
+    }))
 }
 
 /// Writes the chat template, and named ones beside it. Returns what is to be warned of.

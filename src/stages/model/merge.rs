@@ -120,7 +120,7 @@ impl Stage for Merge {
 }
 
 /// The prompts as ids of the model's tokenizer; if it has none, ids from all over the vocabulary.
-fn prompts(model: &Path) -> anyhow::Result<Vec<Vec<u32>>> {
+pub(super) fn prompts(model: &Path) -> anyhow::Result<Vec<Vec<u32>>> {
     let config = Arch::read(model)?;
     let longest = LONGEST.min(config.max_position_embeddings).max(1);
     let vocabulary = config.vocab_size.max(1);

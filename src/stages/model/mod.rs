@@ -4,6 +4,7 @@ pub mod add_tokens;
 pub mod create_model;
 pub mod download_model;
 pub(in crate::stages) mod dtype;
+pub mod export_gguf;
 mod family;
 pub(in crate::stages) mod files;
 pub(in crate::stages) mod gguf;

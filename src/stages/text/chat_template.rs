@@ -56,7 +56,11 @@ pub(in crate::stages) fn stop_token(
 }
 
 /// The token that ends an answer. A template that came with an adapter need not be one that this program can render.
-fn end_of_turns(cx: &Context, template: &str, model: &Path) -> Option<SpecialToken> {
+pub(in crate::stages) fn end_of_turns(
+    cx: &Context,
+    template: &str,
+    model: &Path,
+) -> Option<SpecialToken> {
     if !model.join("tokenizer.json").is_file() {
         return None;
     }

@@ -38,7 +38,23 @@ enum Step {
     Pattern(&'static str),
 }
 
+/// A step before BPE, as a file has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Found {
+    /// Words are what the pattern matches and what is between.
+    Pattern(String),
+    /// Every digit is a word.
+    Digits,
+    /// GPT-2's pattern.
+    Gpt2,
+}
+
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+/// The spellings of GPT-2's pattern in files.
+const GPT2S: [&str; 2] = [
+    GPT2,
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+];
 const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN35: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -230,6 +246,32 @@ impl Splits {
     /// The way that llama.cpp calls `name`.
     pub(super) fn by_name(name: &str) -> Option<&'static Self> {
         WAYS.iter().find(|way| way.names.contains(&name))
+    }
+
+    /// llama.cpp's first name of it.
+    pub(super) fn name(&self) -> &'static str {
+        self.names.first().copied().unwrap_or("default")
+    }
+
+    /// The way that has the steps of a file. Of several, one that agrees in the other settings comes first: texts of tokens that merges don't
+    /// make are rare, and so are texts that NFC changes.
+    pub(super) fn by_steps(
+        found: &[Found],
+        ignore_merges: bool,
+        nfc: bool,
+    ) -> Option<&'static Self> {
+        let same = |step: &Step, found: &Found| match (step, found) {
+            (Step::Digits, Found::Digits) | (Step::Gpt2, Found::Gpt2) => true,
+            (Step::Gpt2 | Step::Gpt2Pattern, Found::Pattern(text)) => {
+                GPT2S.contains(&text.as_str())
+            }
+            (Step::Pattern(known), Found::Pattern(text)) => known == text,
+            _ => false,
+        };
+        let ways = WAYS.iter().filter(|way| {
+            way.steps.len() == found.len() && way.steps.iter().zip(found).all(|(a, b)| same(a, b))
+        });
+        ways.min_by_key(|way| (way.ignore_merges != ignore_merges, way.nfc != nfc))
     }
 
     /// The pre-tokenizer: the steps, then the characters of byte-level BPE for all bytes.

@@ -18,7 +18,7 @@ const MARK_END: &str = " -->\n";
 pub(super) struct Card<'c> {
     pub(super) name: &'c str,
     pub(super) repo: &'c str,
-    /// `model`, `adapter` or `dataset`.
+    /// `model`, `adapter`, `dataset` or `gguf`.
     pub(super) noun: &'c str,
     pub(super) license: Option<&'c str>,
     pub(super) lineage: Option<&'c Lineage>,
@@ -121,6 +121,7 @@ impl Card<'_> {
         let base = self.base().filter(|_| !is_data);
         let relation = match self.noun {
             "adapter" => "adapter",
+            "gguf" if methods.is_empty() => "quantized",
             _ if self.lineage.is_some_and(|lineage| {
                 lineage.record.fingerprint.kind == "quantize" && methods.is_empty()
             }) =>
@@ -132,6 +133,9 @@ impl Card<'_> {
         let mut tags: Vec<String> = methods.iter().map(|method| (*method).to_owned()).collect();
         if self.noun == "adapter" {
             tags.push("lora".to_owned());
+        }
+        if self.noun == "gguf" {
+            tags.push("gguf".to_owned());
         }
         tags.push("pipeline".to_owned());
         let head = Head {
@@ -188,17 +192,29 @@ impl Card<'_> {
             ("adapter", "") => "A LoRA adapter".to_owned(),
             ("adapter", methods) => format!("A LoRA adapter, trained with {methods}"),
             ("dataset", _) => "A dataset".to_owned(),
+            ("gguf", "") => {
+                "A language model as GGUF, for llama.cpp, Ollama and LM Studio".to_owned()
+            }
+            ("gguf", methods) => format!(
+                "A language model as GGUF, for llama.cpp, Ollama and LM Studio, fine-tuned with {methods}"
+            ),
             (_, "") => "A language model".to_owned(),
             (_, methods) => format!("A language model, fine-tuned with {methods}"),
         };
         match base {
             Some(base) if self.noun == "adapter" => format!("{made}, for {}.\n\n", link(&base)),
-            Some(base) if self.noun == "model" => format!("{made}, from {}.\n\n", link(&base)),
+            Some(base) if ["model", "gguf"].contains(&self.noun) => {
+                format!("{made}, from {}.\n\n", link(&base))
+            }
             _ => format!("{made}.\n\n"),
         }
     }
 
     fn usage(&self) -> String {
+        if self.noun == "gguf" {
+            let code = format!("llama-cli -hf {0}\nollama run hf.co/{0}", self.repo);
+            return format!("## Use\n\n{}\n", fenced("sh", &code));
+        }
         let code = if self.noun == "adapter" {
             let base = self.base().unwrap_or_else(|| "BASE".to_owned());
             format!(

@@ -56,7 +56,7 @@ impl<'a> Keys<'a> {
     pub(super) fn factor_or(self, name: &str, default: f64) -> anyhow::Result<f64> {
         let number = self.number_or(name, default)?;
         ensure!(
-            number > 0. && number.is_finite(),
+            number > 0. && number.is_finite() && number.recip().is_finite(),
             "`{name}` is {number}, expected a number above 0"
         );
         Ok(number)

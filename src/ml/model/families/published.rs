@@ -1,5 +1,7 @@
 //! Tests of the families with the keys of their published models, in the spellings of transformers 4 and 5.
 
+use proptest::prelude::*;
+
 use super::*;
 use crate::ml::model::arch::{LongRopeScaling, RopeScaling, YarnScaling};
 
@@ -328,5 +330,86 @@ fn what_makes_no_rotary_embedding_is_refused() {
     ] {
         let error = format!("{:#}", scaled(&scaling).unwrap_err());
         assert!(error.contains(expected), "{scaling}: {error}");
+    }
+}
+
+/// Keys of all families, each of which may have any value.
+const KEYS: [&str; 30] = [
+    "attention_bias",
+    "attention_multiplier",
+    "attn_logit_softcapping",
+    "dtype",
+    "embedding_multiplier",
+    "final_logit_softcapping",
+    "head_dim",
+    "hidden_act",
+    "hidden_activation",
+    "hidden_size",
+    "layer_types",
+    "logits_scaling",
+    "max_position_embeddings",
+    "mlp_bias",
+    "no_rope_layer_interval",
+    "no_rope_layers",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+    "query_pre_attn_scalar",
+    "residual_multiplier",
+    "rope_local_base_freq",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "sliding_window",
+    "sliding_window_pattern",
+    "use_sliding_window",
+];
+
+fn any_json() -> impl Strategy<Value = Value> {
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        (-3i64..40).prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        any::<f64>().prop_map(Value::from),
+        Just(json!("yarn")),
+        Just(json!("longrope")),
+        Just(json!("sliding_attention")),
+    ];
+    leaf.prop_recursive(3, 24, 6, |inner| {
+        let keys = prop_oneof![
+            Just("rope_type".to_owned()),
+            Just("factor".to_owned()),
+            Just("short_factor".to_owned()),
+            Just("long_factor".to_owned()),
+            Just("full_attention".to_owned()),
+            Just("original_max_position_embeddings".to_owned()),
+        ];
+        prop_oneof![
+            prop::collection::vec(inner.clone(), 0..6).prop_map(Value::from),
+            prop::collection::btree_map(keys, inner, 0..5)
+                .prop_map(|map| Value::Object(map.into_iter().collect())),
+        ]
+    })
+}
+
+proptest! {
+    #[test]
+    fn any_keys_are_read_or_refused(family in 0..FAMILIES.len(), changes in prop::collection::vec((0..KEYS.len(), any_json()), 0..4)) {
+        let mut config = json!({"model_type": FAMILIES[family].model_type, "vocab_size": 64, "hidden_size": 64,
+            "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+            "max_position_embeddings": 512});
+        for (key, value) in changes {
+            config[KEYS[key]] = value;
+        }
+        if let Ok(arch) = describe(&config) {
+            for rope in 0..arch.ropes.len() {
+                let positions = [0usize, 1, 700];
+                crate::ml::model::angles(&arch, rope, positions, 701, &candle_core::Device::Cpu).unwrap();
+            }
+            config_keys(&arch).unwrap();
+        }
     }
 }
