@@ -12,9 +12,10 @@ type Renamed = (&'static str, &'static str);
 /// A kind, the class that has its parameters, whose it is, and parameters that have another name there.
 type Class = (&'static str, &'static str, &'static str, &'static [Renamed]);
 
-const CLASSES: [Class; 7] = [
+const CLASSES: [Class; 8] = [
     ("train_orpo", "ORPOConfig", "TRL", &[]),
     ("train_dpo", "DPOConfig", "TRL", &[]),
+    ("train_cpo", "CPOConfig", "TRL", &[]),
     ("train_sft", "SFTConfig", "TRL", &[]),
     ("evaluate", "ORPOConfig", "TRL", &[]),
     ("tokenize", "ORPOConfig", "TRL", &[]),
@@ -32,7 +33,10 @@ const CLASSES: [Class; 7] = [
 ];
 
 /// Parameters of ours that the class doesn't know but another of the library's does.
-const ELSEWHERE: [(&str, &str, &str); 1] = [("train_orpo", "padding_free", "SFTConfig")];
+const ELSEWHERE: [(&str, &str, &str); 2] = [
+    ("train_orpo", "padding_free", "SFTConfig"),
+    ("train_cpo", "padding_free", "SFTConfig"),
+];
 
 fn parameters(schema: &Value, kind: &str) -> Vec<(String, Value, String)> {
     let params = &schema["$defs"][kind];

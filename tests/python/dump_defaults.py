@@ -19,6 +19,7 @@ os.environ.update(CUDA_VISIBLE_DEVICES="", TRL_EXPERIMENTAL_SILENCE="1")
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 from trl import DPOConfig, SFTConfig
+from trl.experimental.cpo import CPOConfig
 from trl.experimental.orpo import ORPOConfig
 
 OUT = Path(__file__).parents[1] / "golden/defaults.json"
@@ -51,6 +52,7 @@ def training(config):
 
 defaults = {
     "ORPOConfig": training(ORPOConfig),
+    "CPOConfig": training(CPOConfig),
     "DPOConfig": training(DPOConfig),
     "SFTConfig": training(SFTConfig),
     "LoraConfig": {name: value for name, value in fields(LoraConfig()).items() if name not in ("runtime_config", "peft_version")},

@@ -43,7 +43,7 @@ pub struct Parameters {
     #[schemars(extend("exclusiveMinimum" = 0))]
     #[schemars(extend("examples" = [0.1, 0.01]))]
     beta: f64,
-    /// The loss by TRL's name, or a list of several that are added.
+    /// The loss by TRL's name, or a list of several that are added. TRL's default: `["sigmoid"]`, which is the same.
     #[serde(default, skip_serializing_if = "LossTypes::is_default")]
     #[schemars(extend("examples" = ["sigmoid", "ipo", ["sigmoid", "sft"]]))]
     loss_type: LossTypes,
@@ -58,14 +58,14 @@ pub struct Parameters {
     #[schemars(extend("examples" = [0.5]))]
     ld_alpha: Option<f64>,
     /// What measures the distance to the reference model (arXiv 2309.16240), for the losses `sigmoid`, `sigmoid_norm`, `hinge`, `ipo`,
-    /// `exo_pair`, `robust`, `discopop` and `sft`.
+    /// `exo_pair`, `robust`, `discopop` and `sft`. TRL's default: `reverse_kl`.
     #[serde(default, skip_serializing_if = "FDivergenceType::is_default")]
     f_divergence_type: FDivergenceType,
-    /// The order of `alpha_divergence`.
+    /// The order of `alpha_divergence`. TRL's default: `0.5`.
     #[serde(default = "alpha", skip_serializing_if = "is_alpha")]
     #[schemars(extend("examples" = [0.5]))]
     f_alpha_divergence_coef: f64,
-    /// The temperature at which `discopop` blends its two parts.
+    /// The temperature at which `discopop` blends its two parts. TRL's default: `0.05`.
     #[serde(default = "tau", skip_serializing_if = "is_tau")]
     #[schemars(extend("exclusiveMinimum" = 0))]
     #[schemars(extend("examples" = [0.05]))]
