@@ -11,7 +11,7 @@ use candle_core::Result;
 
 use super::model::Gradients;
 use super::model::batch::{Batch, Target};
-use super::model::head::TokenStats;
+use super::model::head::{Positions, TokenStats};
 use super::model::linear::Pass;
 
 /// The scores of targets. Vectors have one element for each target.
@@ -100,12 +100,12 @@ pub trait ForwardPass {
     /// A target is outside its batch.
     fn target_mean_logits(&self, targets: &[Target]) -> Result<Vec<f64>>;
 
-    /// The mean of all logits at all but the last position of the sequences `from..from + count`, see
+    /// The mean of all logits at these positions of the sequences `from..from + count`, see
     /// [`super::model::head::mean_logit`]; a NaN if there are no logits.
     ///
     /// # Errors
     /// The head's sum of rows can't be computed.
-    fn mean_logit(&self, from: usize, count: usize) -> Result<f64>;
+    fn mean_logit(&self, from: usize, count: usize, positions: Positions) -> Result<f64>;
 
     /// Backpropagates `grad_logps`, the gradient of the loss with respect to each scored log-probability (targets), and adds the
     /// gradients with respect to the trained tensors to `gradients`.

@@ -15,7 +15,7 @@ pub mod sft;
 use std::collections::BTreeMap;
 
 use super::model::batch::{Batch, Row, Target};
-use super::model::head::TokenStats;
+use super::model::head::{Positions, TokenStats};
 
 pub use pairs::Preferences;
 
@@ -31,8 +31,8 @@ pub struct Needs {
     pub token_stats: bool,
     /// Whether it needs the mean over the vocabulary of the logits at each target.
     pub target_logits: bool,
-    /// Whether it needs the mean of all logits of the preferred sequences, and that of the others.
-    pub sequence_logits: bool,
+    /// The positions of whose logits it needs the mean, once over the preferred sequences and once over the others.
+    pub sequence_logits: Option<Positions>,
 }
 
 /// A scored micro-batch. Slices have one element for each target.

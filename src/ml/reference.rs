@@ -5,7 +5,7 @@ use candle_core::{Result, Tensor, bail};
 
 use super::backend::{Backend, Decoder, ForwardPass, PassSize, Scores, Token};
 use super::model::batch::{Batch, Target};
-use super::model::head::{self, Scored};
+use super::model::head::{self, Positions, Scored};
 use super::model::linear::Pass;
 use super::model::{Cache, CausalLm, Gradients, Tape};
 
@@ -96,10 +96,10 @@ impl ForwardPass for Forward<'_> {
         head::target_mean_logits(&self.hidden, &head, sum, targets)
     }
 
-    fn mean_logit(&self, from: usize, count: usize) -> Result<f64> {
+    fn mean_logit(&self, from: usize, count: usize, positions: Positions) -> Result<f64> {
         let head = self.model.head_matrix(self.pass)?;
         let sum = || self.model.column_sum(self.pass);
-        head::mean_logit(&self.hidden, &head, sum, from, count)
+        head::mean_logit(&self.hidden, &head, sum, (from, count), positions)
     }
 
     fn backward(self: Box<Self>, grad_logps: &[f32], gradients: &mut Gradients) -> Result<()> {

@@ -78,6 +78,7 @@ stages:
   base4: { quantize: { model: base } }
   lora: { attach_lora: { model: base4 } }
   tuned: { train_orpo: { adapter: lora, dataset: tokens } }
+  merged: { merge: { adapter: tuned } }
 ";
 
 /// A recipe with one more stage of the kind, `it`.

@@ -201,7 +201,8 @@ fn signed_scale(x: &[Lanes; 16], half: f32) -> Lanes {
 fn six_bits(values: &[f32]) -> (f32, [u8; 8]) {
     let mut largest = 0f32;
     for value in values {
-        largest = largest.max(*value);
+        // Not `max`, which may take the -0 of a part of zeros.
+        largest = if *value > largest { *value } else { largest };
     }
     let inverse = if largest > 0. { 63. / largest } else { 0. };
     let mut codes = [0; 8];

@@ -14,6 +14,7 @@ use super::states::States;
 use super::{Forward, Scored, decode, lowest};
 use crate::ml::backend::{Backend, Decoder, ForwardPass, PassSize, Scores};
 use crate::ml::model::batch::{Batch, Target};
+use crate::ml::model::head::Positions;
 use crate::ml::model::linear::Pass;
 use crate::ml::model::{self, CausalLm, Gradients, have_same_angles};
 use crate::ml::reference::CachedSequences;
@@ -231,8 +232,8 @@ impl ForwardPass for Run<'_> {
         self.forward.target_mean_logits(targets)
     }
 
-    fn mean_logit(&self, from: usize, count: usize) -> Result<f64> {
-        self.forward.mean_logit(from, count)
+    fn mean_logit(&self, from: usize, count: usize, positions: Positions) -> Result<f64> {
+        self.forward.mean_logit(from, count, positions)
     }
 
     fn backward(self: Box<Self>, grad_logps: &[f32], gradients: &mut Gradients) -> Result<()> {

@@ -30,6 +30,7 @@ use pipeline_kernels::panels::{LANES, column, fill, panels, size};
 
 use super::model::autograd::scaled;
 use super::model::batch::{Batch, Target};
+use super::model::head::Positions;
 use super::model::linear::Pass;
 use super::model::{self, CausalLm, Gradients, have_same_angles};
 pub use backend::{Fused, Unsupported, pass_size_of};
@@ -187,15 +188,13 @@ impl<'m> Forward<'m> {
 
     /// See [`super::model::head::mean_logit`]; `from` counts the sequences of all batches. If padding is left out, the mean is taken over
     /// the remaining positions.
-    fn mean_logit(&self, from: usize, count: usize) -> Result<f64> {
+    fn mean_logit(&self, from: usize, count: usize, positions: Positions) -> Result<f64> {
         let sequences = self.layout.token_indices.iter().skip(from).take(count);
         let mut weights = vec![0f32; self.hidden.len() / self.shape.hidden];
         let mut all = 0usize;
         for token_indices in sequences {
-            for &token in token_indices
-                .iter()
-                .take(token_indices.len().saturating_sub(1))
-            {
+            let counted = positions.count(token_indices.len());
+            for &token in token_indices.iter().take(counted) {
                 weights[token] += 1.;
                 all += 1;
             }

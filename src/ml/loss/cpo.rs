@@ -10,6 +10,7 @@
 use super::pairs::{mean, share_preferred};
 use super::{Loss, Metrics, Needs, Outcome, Preferences, Scored, log_sigmoid, sigmoid};
 use crate::ml::model::batch::{Batch, Row, Target};
+use crate::ml::model::head::Positions;
 
 /// A loss of pairs, by TRL's name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,7 +93,7 @@ impl Loss for Cpo {
 
     fn needs(&self) -> Needs {
         Needs {
-            sequence_logits: true,
+            sequence_logits: Some(Positions::All),
             ..Needs::default()
         }
     }

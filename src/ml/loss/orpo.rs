@@ -11,6 +11,7 @@
 use super::pairs::{in_answer, mean, share_preferred};
 use super::{Loss, Metrics, Needs, Outcome, Preferences, Scored, log_sigmoid, sigmoid};
 use crate::ml::model::batch::{Batch, Row, Target};
+use crate::ml::model::head::Positions;
 
 /// The loss of odds-ratio preference optimisation.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -76,7 +77,7 @@ impl Loss for Orpo {
 
     fn needs(&self) -> Needs {
         Needs {
-            sequence_logits: true,
+            sequence_logits: Some(Positions::ButLast),
             ..Needs::default()
         }
     }

@@ -292,7 +292,26 @@ pub fn target_mean_logits(
     scaled(means, head.scale)?.to_vec1()
 }
 
-/// The mean of all logits at all but the last position, padding included, of the sequences `from..from + count`: `logits/chosen` and
+/// Which positions of sequences count in a mean.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Positions {
+    /// All but the last, from which nothing is predicted.
+    ButLast,
+    /// All.
+    All,
+}
+
+impl Positions {
+    /// How many of a sequence's `length` positions count: the first ones.
+    pub fn count(self, length: usize) -> usize {
+        match self {
+            Self::ButLast => length.saturating_sub(1),
+            Self::All => length,
+        }
+    }
+}
+
+/// The mean of all logits at these positions, padding included, of the sequences `from..from + count`: `logits/chosen` and
 /// `logits/rejected` of TRL (`get_batch_loss_metrics`). Arguments are those of [`target_mean_logits`]. A NaN if there are no positions.
 ///
 /// # Errors
@@ -301,19 +320,20 @@ pub fn mean_logit(
     hidden: &Tensor,
     head: &Head,
     column_sum: impl FnOnce() -> Result<Tensor>,
-    from: usize,
-    count: usize,
+    (from, count): (usize, usize),
+    positions: Positions,
 ) -> Result<f64> {
     let (_, width, size) = hidden.dims3()?;
-    if width < 2 || count == 0 {
+    let width = positions.count(width);
+    if width == 0 || count == 0 {
         return Ok(f64::NAN);
     }
     let rows = hidden
         .detach()
         .narrow(0, from, count)?
-        .narrow(1, 0, width - 1)?;
-    let rows = rows.contiguous()?.reshape((count * (width - 1), size))?;
-    let values = (head.vocabulary()? * count * (width - 1)) as f64;
+        .narrow(1, 0, width)?;
+    let rows = rows.contiguous()?.reshape((count * width, size))?;
+    let values = (head.vocabulary()? * count * width) as f64;
     if head.softcap.is_some() {
         return Ok(row_sums(&rows, head)?.iter().sum::<f64>() / values);
     }

@@ -252,11 +252,11 @@ impl Passes<'_> {
         for part in &targets.parts {
             let span = start..start + part.targets.len();
             start = span.end;
-            let sequence_logits = if needs.sequence_logits {
+            let sequence_logits = if let Some(positions) = needs.sequence_logits {
                 let half = part.batch.sequences.len() / 2;
                 Some([
-                    forward.mean_logit(part.first, half)?,
-                    forward.mean_logit(part.first + half, half)?,
+                    forward.mean_logit(part.first, half, positions)?,
+                    forward.mean_logit(part.first + half, half, positions)?,
                 ])
             } else {
                 None

@@ -168,7 +168,7 @@ fn llama_cpp_s_names_are_found_by_what_a_tokenizer_does() {
             false,
             "qwen2",
         ),
-        (byte_level(true), false, "gpt-2"),
+        (byte_level(true), false, "olmo"),
         (sequence(vec![digits, byte_level(true)]), false, "smollm"),
     ] {
         let json = json!({"normalizer": {"type": "NFC"}, "pre_tokenizer": pre, "model": {"ignore_merges": ignores}});
