@@ -129,6 +129,26 @@ fn the_same_bytes_are_made_by_one_thread_and_by_many() {
     assert_eq!(made(1), made(3));
 }
 
+/// Tensors that the file holds as they are say nothing about how far logits may be from the model's.
+#[test]
+fn large_norms_do_not_hide_the_rounding_of_the_matrices() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("model");
+    std::fs::create_dir(&model).unwrap();
+    for file in std::fs::read_dir(golden::folder("model")).unwrap() {
+        let file = file.unwrap();
+        std::fs::copy(file.path(), model.join(file.file_name())).unwrap();
+    }
+    let path = model.join("model.safetensors");
+    let mut tensors = candle_core::safetensors::load(&path, &Device::Cpu).unwrap();
+    let norm = tensors.get_mut("model.norm.weight").unwrap();
+    *norm = (&*norm * 3e4).unwrap();
+    candle_core::safetensors::save(&tensors, &path).unwrap();
+    let (_, check) = round_trip(&model, FileType::Q8_0, folder.path());
+    let check = check.unwrap();
+    assert!(check.weights > 1e-3 && check.relative > 1e-4, "{check:?}");
+}
+
 #[test]
 fn another_model_is_not_taken_for_the_file() {
     let folder = tempfile::tempdir().unwrap();
