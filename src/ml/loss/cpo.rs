@@ -7,22 +7,29 @@
 //! `(1 - p^(-alpha)) / alpha` of its exponential p (Gupta et al. 2025, arXiv 2501.03884). The loss of a micro-batch is the mean over
 //! its pairs plus `cpo_alpha` times the mean negative log-likelihood of the tokens of its preferred answers.
 
-use super::pairs::{mean, share_preferred};
-use super::{Loss, Metrics, Needs, Outcome, Preferences, Scored, log_sigmoid, sigmoid};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::pairs::{hinge, mean, share_preferred, smoothed_logistic};
+use super::{Loss, Metrics, Needs, Outcome, Preferences, Scored};
 use crate::ml::model::batch::{Batch, Row, Target};
 use crate::ml::model::head::Positions;
 
 /// A loss of pairs, by TRL's name.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
 pub enum LossType {
-    /// The sigmoid loss of the module's docs.
+    /// CPO's own: `-(1 - e) log sigmoid(beta d) - e log sigmoid(-beta d)` of the difference d of the two rewards, with the label smoothing e.
+    #[default]
     Sigmoid,
     /// `max(0, 1 - beta d)` (Zhao et al. 2023, SLiC-HF, arXiv 2305.10425).
     Hinge,
-    /// `(d - 1 / (2 beta))^2` (Azar et al. 2023, arXiv 2310.12036, equation 17).
+    /// `(d - 1 / (2 beta))^2` of means over tokens (Azar et al. 2023, arXiv 2310.12036, equation 17).
     Ipo,
-    /// The sigmoid loss of `d - gamma / beta` (Meng, Xia and Chen 2024, arXiv 2405.14734, equation 6).
+    /// The sigmoid loss of means over tokens, with `d - simpo_gamma / beta` in the place of d (Meng, Xia and Chen 2024, arXiv 2405.14734, equation 6).
     Simpo,
+    /// `simpo` without the likelihood, whatever `cpo_alpha` is.
+    Alphapo,
 }
 
 /// The loss of contrastive preference optimisation.
@@ -54,28 +61,32 @@ impl Cpo {
 
     /// The loss of a pair whose rewards differ by `d`, and its derivative.
     fn pair(&self, d: f64) -> (f64, f64) {
-        let (beta, e) = (self.beta, self.label_smoothing);
-        let smoothed = |x: f64| {
-            let loss = -(1. - e) * log_sigmoid(x) - e * log_sigmoid(-x);
-            (loss, beta * (e * sigmoid(x) - (1. - e) * sigmoid(-x)))
-        };
-        match self.loss_type {
-            LossType::Sigmoid => smoothed(beta * d),
-            LossType::Simpo => smoothed(beta * d - self.simpo_gamma),
-            LossType::Hinge => {
-                let below = 1. - beta * d;
-                (below.max(0.), if below > 0. { -beta } else { 0. })
+        let beta = self.beta;
+        let (loss, slope) = match self.loss_type {
+            LossType::Sigmoid => smoothed_logistic(beta * d, self.label_smoothing),
+            LossType::Simpo | LossType::Alphapo => {
+                smoothed_logistic(beta * d - self.simpo_gamma, self.label_smoothing)
             }
+            LossType::Hinge => hinge(beta * d),
             LossType::Ipo => {
                 let far = d - 0.5 / beta;
-                (far * far, 2. * far)
+                return (far * far, 2. * far);
             }
+        };
+        (loss, beta * slope)
+    }
+
+    /// The weight of the likelihood.
+    fn likelihood(&self) -> f64 {
+        match self.loss_type {
+            LossType::Alphapo => 0.,
+            _ => self.cpo_alpha,
         }
     }
 
     /// Whether log-probabilities are means over an answer's tokens.
     fn averages(&self) -> bool {
-        matches!(self.loss_type, LossType::Ipo | LossType::Simpo)
+        self.loss_type != LossType::Sigmoid && self.loss_type != LossType::Hinge
     }
 }
 
@@ -86,9 +97,7 @@ impl Loss for Cpo {
 
     /// The tokens of all answers.
     fn targets(&self, batch: &Batch) -> Vec<Target> {
-        (0..batch.sequences.len())
-            .flat_map(|row| batch.targets(row, true))
-            .collect()
+        batch.answer_targets()
     }
 
     fn needs(&self) -> Needs {
@@ -134,7 +143,8 @@ impl Loss for Cpo {
             .collect();
         // The targets of the preferred answers come first.
         let border = targets.partition_point(|target| target.row < pairs);
-        let nll = if self.cpo_alpha == 0. {
+        let alpha = self.likelihood();
+        let nll = if alpha == 0. {
             0.
         } else {
             -mean(scored.logps[..border].iter().copied())
@@ -142,7 +152,7 @@ impl Loss for Cpo {
 
         let gradient = targets.iter().map(|target| {
             let (pair, sign, likelihood) = if target.row < pairs {
-                (target.row, 1., self.cpo_alpha / border as f64)
+                (target.row, 1., alpha / border as f64)
             } else {
                 (target.row - pairs, -1., 0.)
             };
@@ -171,7 +181,7 @@ impl Loss for Cpo {
             metrics.insert("logits/rejected", rejected);
         }
         Ok(Outcome {
-            loss: mean(losses.iter().map(|(loss, _)| *loss)) + self.cpo_alpha * nll,
+            loss: mean(losses.iter().map(|(loss, _)| *loss)) + alpha * nll,
             gradient: gradient.collect(),
             metrics,
         })
@@ -185,11 +195,12 @@ mod tests {
     use super::*;
     use crate::ml::model::batch::Sequence;
 
-    const KINDS: [LossType; 4] = [
+    const KINDS: [LossType; 5] = [
         LossType::Sigmoid,
         LossType::Hinge,
         LossType::Ipo,
         LossType::Simpo,
+        LossType::Alphapo,
     ];
 
     fn cpo(loss_type: LossType, beta: f64) -> Cpo {
@@ -229,7 +240,7 @@ mod tests {
     proptest! {
         #[test]
         fn the_gradient_is_the_difference_quotient(
-            logps in prop::collection::vec(-2f64..-0.01, 10), kind in 0usize..4, beta in 0.05f64..2.,
+            logps in prop::collection::vec(-2f64..-0.01, 10), kind in 0usize..5, beta in 0.05f64..2.,
             label_smoothing in 0f64..0.5, cpo_alpha in 0f64..2., alpha in prop_oneof![Just(0.), -0.5f64..0.5],
         ) {
             let loss = Cpo { label_smoothing, cpo_alpha, alpha, ..cpo(KINDS[kind], beta) };

@@ -84,9 +84,7 @@ impl Loss for Dpo {
 
     /// The tokens of all answers.
     fn targets(&self, batch: &Batch) -> Vec<Target> {
-        (0..batch.sequences.len())
-            .flat_map(|row| batch.targets(row, true))
-            .collect()
+        batch.answer_targets()
     }
 
     fn needs(&self) -> Needs {

@@ -3,7 +3,20 @@
 
 use anyhow::ensure;
 
+use super::{log_sigmoid, sigmoid};
 use crate::ml::model::batch::{Batch, Target};
+
+/// The logistic loss of `x` with the label smoothing `e`, `-(1 - e) log sigmoid(x) - e log sigmoid(-x)` (Mitchell 2023, "A note on DPO
+/// with noisy preferences", equation 3), and its derivative.
+pub(super) fn smoothed_logistic(x: f64, e: f64) -> (f64, f64) {
+    let loss = -(1. - e) * log_sigmoid(x) - e * log_sigmoid(-x);
+    (loss, e * sigmoid(x) - (1. - e) * sigmoid(-x))
+}
+
+/// `max(0, 1 - x)`, and its derivative, which is 0 at the corner.
+pub(super) fn hinge(x: f64) -> (f64, f64) {
+    ((1. - x).max(0.), if x < 1. { -1. } else { 0. })
+}
 
 /// The log-probabilities of the answers of n pairs.
 #[derive(Debug, Clone, PartialEq)]

@@ -313,6 +313,12 @@ impl Batch {
         Tensor::from_vec(mask, (count, 1, self.width, self.width), device)
     }
 
+    /// The targets in the answers of all sequences, in their order.
+    pub fn answer_targets(&self) -> Vec<Target> {
+        let rows = 0..self.sequences.len();
+        rows.flat_map(|row| self.targets(row, true)).collect()
+    }
+
     /// The targets in the sequence `row`: all its ids but the first one of each document, or with `answer_only` those in answers alone.
     /// Ids that a mask leaves out are no targets.
     pub fn targets(&self, row: usize, answer_only: bool) -> Vec<Target> {

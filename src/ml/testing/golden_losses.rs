@@ -1,5 +1,6 @@
 //! Whole trainings by the losses of DPO's and CPO's families against TRL's logs (`tests/python/generate_losses.py`).
 
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::golden::{model, rows};
@@ -9,8 +10,8 @@ use super::golden_runs::{job, settings};
 use crate::ml::execution::{Execution, Kind};
 use crate::ml::fused::Packing;
 use crate::ml::loss::Loss;
-use crate::ml::loss::cpo::{self, Cpo};
-use crate::ml::loss::dpo::{Divergence, Dpo, LossType};
+use crate::ml::loss::cpo::Cpo;
+use crate::ml::loss::dpo::{Divergence, Dpo};
 use crate::ml::model::Trained;
 use crate::ml::model::batch::Row;
 use crate::ml::train::{Job, ReferenceModel};
@@ -38,25 +39,9 @@ fn number(args: &Value, name: &str, default: f64) -> f64 {
         .map_or(default, |value| value.as_f64().unwrap())
 }
 
-fn dpo_term(name: &str) -> LossType {
-    match name {
-        "sigmoid" => LossType::Sigmoid,
-        "hinge" => LossType::Hinge,
-        "ipo" => LossType::Ipo,
-        "exo_pair" => LossType::ExoPair,
-        "nca_pair" => LossType::NcaPair,
-        "robust" => LossType::Robust,
-        "bco_pair" => LossType::BcoPair,
-        "sppo_hard" => LossType::SppoHard,
-        "aot" => LossType::Aot,
-        "aot_unpaired" => LossType::AotUnpaired,
-        "apo_zero" => LossType::ApoZero,
-        "apo_down" => LossType::ApoDown,
-        "discopop" => LossType::Discopop,
-        "sft" => LossType::Sft,
-        "sigmoid_norm" => LossType::SigmoidNorm,
-        other => panic!("TRL has no loss called {other}"),
-    }
+/// A loss by TRL's name.
+fn named<T: DeserializeOwned>(name: &Value) -> T {
+    serde_json::from_value(name.clone()).unwrap()
 }
 
 fn dpo(args: &Value) -> Dpo {
@@ -68,7 +53,7 @@ fn dpo(args: &Value) -> Dpo {
     let terms = names.iter().enumerate();
     Dpo {
         terms: terms
-            .map(|(index, name)| (dpo_term(name.as_str().unwrap()), weights(index)))
+            .map(|(index, name)| (named(name), weights(index)))
             .collect(),
         ld_alpha: args["ld_alpha"].as_f64(),
         divergence: match args["f_divergence_type"].as_str() {
@@ -88,22 +73,11 @@ fn dpo(args: &Value) -> Dpo {
 }
 
 fn cpo(args: &Value) -> Cpo {
-    let name = args["loss_type"].as_str().unwrap_or("sigmoid");
     Cpo {
-        loss_type: match name {
-            "sigmoid" => cpo::LossType::Sigmoid,
-            "hinge" => cpo::LossType::Hinge,
-            "ipo" => cpo::LossType::Ipo,
-            "simpo" | "alphapo" => cpo::LossType::Simpo,
-            other => panic!("TRL has no loss called {other}"),
-        },
+        loss_type: args.get("loss_type").map(named).unwrap_or_default(),
         beta: number(args, "beta", 0.1),
         label_smoothing: number(args, "label_smoothing", 0.),
-        cpo_alpha: if name == "alphapo" {
-            0.
-        } else {
-            number(args, "cpo_alpha", 1.)
-        },
+        cpo_alpha: number(args, "cpo_alpha", 1.),
         simpo_gamma: number(args, "simpo_gamma", 0.5),
         alpha: number(args, "alpha", 0.),
     }

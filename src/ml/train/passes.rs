@@ -142,8 +142,7 @@ impl Passes<'_> {
         for rows in rows.chunks_mut(batch_size.max(1)) {
             let pairs: Vec<&Row> = rows.iter().collect();
             let batch = Batch::pairs(&pairs, pad)?;
-            let answers = (0..batch.sequences.len()).flat_map(|row| batch.targets(row, true));
-            let answers: Vec<Target> = answers.collect();
+            let answers = batch.answer_targets();
             let targets = Targets {
                 parts: vec![Part {
                     batch: &batch,

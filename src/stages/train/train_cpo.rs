@@ -9,7 +9,7 @@ use super::preferences::{PreferenceArguments, need_two_answers};
 use super::stage::Train;
 use crate::engine::Context;
 use crate::ml::loss::Loss;
-use crate::ml::loss::cpo::{self, Cpo};
+use crate::ml::loss::cpo::{Cpo, LossType};
 use crate::ml::model::batch::Row;
 use crate::stages::artifacts::Adapter;
 
@@ -58,23 +58,6 @@ pub struct Parameters {
     alpha: f64,
 }
 
-/// A loss of pairs, by TRL's name.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-enum LossType {
-    /// CPO's own: the logistic loss of the difference between the answers' log-probabilities.
-    #[default]
-    Sigmoid,
-    /// Nothing to learn from pairs whose difference is `1 / beta` or more.
-    Hinge,
-    /// The square of how far the difference of the means over tokens is from `1 / (2 beta)`.
-    Ipo,
-    /// The logistic loss of the difference of the means over tokens, less the margin `simpo_gamma`.
-    Simpo,
-    /// `simpo` with `cpo_alpha: 0`.
-    Alphapo,
-}
-
 fn beta() -> f64 {
     0.1
 }
@@ -95,18 +78,10 @@ impl Method for Parameters {
 
     fn loss(&self) -> Box<dyn Loss> {
         Box::new(Cpo {
-            loss_type: match self.loss_type {
-                LossType::Sigmoid => cpo::LossType::Sigmoid,
-                LossType::Hinge => cpo::LossType::Hinge,
-                LossType::Ipo => cpo::LossType::Ipo,
-                LossType::Simpo | LossType::Alphapo => cpo::LossType::Simpo,
-            },
+            loss_type: self.loss_type,
             beta: self.beta,
             label_smoothing: self.label_smoothing,
-            cpo_alpha: match self.loss_type {
-                LossType::Alphapo => 0.,
-                _ => self.cpo_alpha,
-            },
+            cpo_alpha: self.cpo_alpha,
             simpo_gamma: self.simpo_gamma,
             alpha: self.alpha,
         })

@@ -5,13 +5,13 @@ use serde::{Deserialize, Serialize};
 
 use super::Reference;
 use super::arguments::TrainingArguments;
-use super::loss_types::{FDivergenceType, LossType, LossTypes};
+use super::loss_types::{FDivergenceType, LossTypes};
 use super::method::{Method, Prepared, Use};
 use super::preferences::{PreferenceArguments, need_two_answers};
 use super::stage::Train;
 use crate::engine::{Context, Input};
 use crate::ml::loss::Loss;
-use crate::ml::loss::dpo::Dpo;
+use crate::ml::loss::dpo::{Dpo, LossType};
 use crate::ml::model::batch::Row;
 use crate::stages::artifacts::{Adapter, Model};
 use crate::stages::rules::Rules;
@@ -149,7 +149,7 @@ impl Method for Parameters {
 
     fn loss(&self) -> Box<dyn Loss> {
         let weights = self.loss_weights.iter().copied();
-        let kinds = self.loss_type.0.iter().map(|kind| kind.loss());
+        let kinds = self.loss_type.0.iter().copied();
         Box::new(Dpo {
             beta: self.beta,
             label_smoothing: self.label_smoothing,

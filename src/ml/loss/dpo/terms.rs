@@ -3,14 +3,20 @@
 //! `c` and `r` are the log-ratios of the preferred and the rejected answer: their log-probabilities minus those under the reference
 //! model. `s_c` and `s_r` are the scores that a [`Divergence`] makes of them, `x = beta (s_c - s_r)`, and `e` is the label smoothing.
 
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
 use super::Dpo;
+use crate::ml::loss::pairs::{hinge, smoothed_logistic};
 use crate::ml::loss::{log_sigmoid, sigmoid};
 
 /// A loss of pairs, by TRL's name.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
 pub enum LossType {
     /// `-(1 - e) log sigmoid(x) - e log sigmoid(-x)` (Rafailov et al. 2023, arXiv 2305.18290, equation 7; with smoothing Mitchell 2023,
     /// equation 3). TRL ignores the smoothing.
+    #[default]
     Sigmoid,
     /// `max(0, 1 - x)` (Zhao et al. 2023, SLiC-HF, arXiv 2305.10425, and Liu et al. 2023, RSO, arXiv 2309.06657).
     Hinge,
@@ -40,6 +46,30 @@ pub enum LossType {
     Sft,
     /// `-log sigmoid(beta (s_c / |c| - s_r / |r|))`, the sigmoid loss of means over tokens.
     SigmoidNorm,
+}
+
+impl LossType {
+    /// TRL's name.
+    pub fn name(self) -> String {
+        let name = serde_json::to_value(self).ok();
+        let name = name.as_ref().and_then(|name| name.as_str());
+        name.unwrap_or_default().to_owned()
+    }
+
+    /// Whether the loss has forms with other divergences: it depends on the difference of the two scores alone, or on none.
+    pub fn has_divergence(self) -> bool {
+        matches!(
+            self,
+            Self::Sigmoid
+                | Self::SigmoidNorm
+                | Self::Hinge
+                | Self::Ipo
+                | Self::ExoPair
+                | Self::Robust
+                | Self::Discopop
+                | Self::Sft
+        )
+    }
 }
 
 /// What the policy is held to the reference by: the score `f'` of an answer's probability ratio `t = e^u` (Wang et al. 2023, arXiv
@@ -112,10 +142,8 @@ impl PairLoss {
 impl Dpo {
     /// The sigmoid loss of `beta margin`, with label smoothing, and its derivative with respect to `margin`.
     pub(super) fn smoothed_sigmoid(&self, margin: f64) -> (f64, f64) {
-        let (x, e) = (self.beta * margin, self.label_smoothing);
-        let loss = -(1. - e) * log_sigmoid(x) - e * log_sigmoid(-x);
-        let derivative = self.beta * (e * sigmoid(x) - (1. - e) * sigmoid(-x));
-        (loss, derivative)
+        let (loss, slope) = smoothed_logistic(self.beta * margin, self.label_smoothing);
+        (loss, self.beta * slope)
     }
 
     /// The loss of a pair; `None` for those kinds that look at more than one pair: [`LossType::Aot`], [`LossType::AotUnpaired`] and
@@ -141,8 +169,8 @@ impl Dpo {
         Some(match kind {
             LossType::Sigmoid => of_scores(self.smoothed_sigmoid(margin), 1., 1.),
             LossType::Hinge => {
-                let slope = if x < 1. { -beta } else { 0. };
-                of_scores(((1. - x).max(0.), slope), 1., 1.)
+                let (loss, slope) = hinge(x);
+                of_scores((loss, beta * slope), 1., 1.)
             }
             LossType::Ipo => {
                 let far = mean_margin - 0.5 / beta;
