@@ -448,7 +448,7 @@ pub(super) const NO_KIND: &[(&str, &str)] = &[
     ("chat", "`pipeline chat` talks with a stage's model"),
     (
         "export",
-        "`outputs:` at the top level puts a stage's result into a folder; `merge` makes a model that transformers loads",
+        "`outputs:` at the top level puts a stage's result into a folder; `merge` makes a model that transformers loads, and `export_gguf` a file for llama.cpp and Ollama",
     ),
     (
         "save",

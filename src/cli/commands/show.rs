@@ -10,7 +10,7 @@ use crate::cli::args::{RecipeArgs, StoreArgs};
 use crate::cli::gather::number;
 use crate::cli::project::Project;
 use crate::cli::{Failure, print_headed, table};
-use crate::engine::{Record, State, View, canonical_json};
+use crate::engine::{Estimate, Record, State, View, canonical_json};
 use crate::report::sparkline::sparkline;
 use crate::report::{ago, bytes, duration};
 use crate::stages::artifacts::ARTIFACTS;
@@ -101,6 +101,32 @@ fn drawn(curves: &[(String, Vec<f64>)]) -> Vec<Vec<String>> {
     rows
 }
 
+/// What a stage noted, for people: sizes with units, and of an estimate its memory, for what else it has stands beside it as it was in the end.
+fn noted(name: &str, value: &Value) -> String {
+    if name == "peak_memory"
+        && let Some(size) = value.as_u64()
+    {
+        return bytes(size);
+    }
+    if name == "estimate"
+        && let Ok(estimate) = serde_json::from_value::<Estimate>(value.clone())
+    {
+        let mut parts: Vec<_> = estimate.memory.iter().collect();
+        parts.sort_by_key(|(_, size)| std::cmp::Reverse(**size));
+        let parts = parts
+            .iter()
+            .map(|(name, size)| format!("{name} {}", bytes(**size)));
+        let parts = parts.collect::<Vec<_>>().join(", ");
+        let least = if estimate.is_lower_bound {
+            "at least "
+        } else {
+            ""
+        };
+        return format!("{least}{} of memory: {parts}", bytes(estimate.peak_memory));
+    }
+    canonical_json(value)
+}
+
 fn about(project: &Project, stage: &str, record: &Record, folder: &Path) -> String {
     let mut text = format!(
         "{stage} ({}) made {}\n\n",
@@ -131,7 +157,7 @@ fn about(project: &Project, stage: &str, record: &Record, folder: &Path) -> Stri
     // Intervals are many; the report shows them.
     let notes = record.notes.iter().filter(|(name, _)| *name != "intervals");
     for (name, value) in notes {
-        rows.push(vec![name.clone(), canonical_json(value)]);
+        rows.push(vec![name.clone(), noted(name, value)]);
     }
     for (fact, value) in &record.fingerprint.outside {
         rows.push(vec![fact.clone(), value.clone()]);
