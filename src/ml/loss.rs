@@ -7,10 +7,12 @@
 //! A new loss is a file here that implements the trait, and a stage that makes one (`stages::train`).
 
 pub mod cpo;
+pub mod dft;
 pub mod dpo;
 pub mod orpo;
 mod pairs;
 pub mod sft;
+pub mod smoothed;
 
 use std::collections::BTreeMap;
 
@@ -78,6 +80,12 @@ pub trait Loss: Send + Sync {
 
     /// What it needs beside the log-probabilities of its targets.
     fn needs(&self) -> Needs;
+
+    /// The part e of each target's probability that is spread over the vocabulary. Its scores are then `(1 - e) log p + e m` instead of `log p`,
+    /// where `m` is the mean of the log-probabilities of all ids in its place.
+    fn label_smoothing(&self) -> f64 {
+        0.
+    }
 
     /// The weight of a micro-batch with `targets` targets in its accumulation group. By default, as in TRL, all weigh the same.
     fn weight(&self, _targets: usize) -> f64 {

@@ -43,7 +43,7 @@ impl Backend for Reference<'_> {
             )
         };
         let (hidden, tape) = if pass.tape {
-            let tape = self.model.record(batch, pass.dropout, checkpointing)?;
+            let tape = self.model.record(batch, pass, checkpointing)?;
             (tape.hidden(), Some(tape))
         } else {
             (self.model.hidden(batch, pass)?, None)

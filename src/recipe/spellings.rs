@@ -304,13 +304,39 @@ pub(super) const VALUES: &[(&str, &str, &str)] = &[
     ("init_lora_weights", "kaiming", "that is `true`"),
     (
         "init_lora_weights",
-        "pissa",
-        "it is not computed here; `loftq` also begins from the weights, for a 4-bit model",
+        "pissa_niter_16",
+        "did you mean `pissa`? Its singular values are exact, so that there are no iterations to count",
+    ),
+    (
+        "init_lora_weights",
+        "pissa_niter_4",
+        "did you mean `pissa`? Its singular values are exact, so that there are no iterations to count",
+    ),
+    (
+        "init_lora_weights",
+        "eva",
+        "it is not computed here; `pissa` begins with the singular vectors of the weights",
     ),
     (
         "lr_scheduler_type",
-        "polynomial",
-        "`linear` is the polynomial of degree 1",
+        "reduce_on_plateau",
+        "did you mean `reduce_lr_on_plateau`?",
+    ),
+    (
+        "lr_scheduler_type",
+        "wsd",
+        "did you mean `warmup_stable_decay`?",
+    ),
+    ("optim", "lion", "did you mean `lion_32bit`?"),
+    (
+        "optim",
+        "muon",
+        "it is not computed here, and transformers has no such name",
+    ),
+    (
+        "packing_strategy",
+        "wrapped",
+        "it would cut rows anywhere; `bfd_split` loses no token either",
     ),
     ("eval_strategy", "none", "did you mean `no`?"),
 ];

@@ -8,9 +8,11 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use super::adapter::attach_lora::AttachLora;
 use super::dataset::import_dataset::ImportDataset;
 use super::model::gguf;
-use crate::engine::{AnyStage, Marker, markers, unmarked};
+use super::model::merge::Merge;
+use crate::engine::{AnyStage, Marker, Stage, markers, unmarked};
 use crate::ml::model::families;
 
 /// The longest `config.json` that is looked at, in bytes.
@@ -46,6 +48,7 @@ pub fn foresee(stages: &[Planned<'_>]) -> Vec<Foreseen> {
     };
     let mut found = Vec::new();
     for planned in stages {
+        found.extend(recipe.whole_beside_a_part_of_it(planned));
         let mut tell = |parameter, message: String, hint: String| {
             found.push(Foreseen {
                 stage: planned.name.to_owned(),
@@ -143,6 +146,54 @@ impl<'a> Stages<'a> {
         self.by_name.get(named.as_str()).copied()
     }
 
+    /// Whether an adapter that began with a part of the weights is beside a model that still has that part.
+    fn whole_beside_a_part_of_it(&self, planned: &Planned<'a>) -> Option<Foreseen> {
+        let attached = self.part_of_weights(self.edge(planned, "adapter")?)?;
+        let model = self.edge(planned, "model")?;
+        let is_attached =
+            |other: Option<&Planned<'_>>| other.is_some_and(|other| other.name == attached.name);
+        let mut at = model;
+        while at.stage.kind() == "quantize" {
+            if is_attached(self.edge(at, "loftq")) {
+                return None;
+            }
+            at = self.edge(at, "model")?;
+        }
+        let subtracts = |stage: &Planned<'_>| {
+            is_attached(self.edge(stage, "adapter"))
+                && params::<Merge>(stage).is_some_and(|merge| merge.subtracts())
+        };
+        // A model from elsewhere may be what it has to be.
+        let is_base = self
+            .edge(attached, "model")
+            .is_some_and(|base| base.name == at.name);
+        if subtracts(planned) || subtracts(at) || !is_base {
+            return None;
+        }
+        Some(Foreseen {
+            stage: planned.name.to_owned(),
+            parameter: "model",
+            message: format!(
+                "the adapter of `{}` began as a part of the weights of `{}`, which are whole here, so that this part counts twice",
+                attached.name, at.name
+            ),
+            hint: format!(
+                "let `model` be a stage `merge: {{ model: {}, adapter: {}, weight: -1 }}`, or for 4 bits `quantize: {{ model: {}, loftq: {} }}`",
+                at.name, attached.name, at.name, attached.name
+            ),
+        })
+    }
+
+    /// The stage that made an adapter as a part of the weights, through the trainings after it.
+    fn part_of_weights(&self, adapter: &'a Planned<'a>) -> Option<&'a Planned<'a>> {
+        let mut at = adapter;
+        while at.stage.kind().starts_with("train_") {
+            at = self.edge(at, "adapter")?;
+        }
+        let attached = params::<AttachLora>(at)?;
+        attached.takes_from_model().then_some(at)
+    }
+
     /// Whether the `model` of a stage is stored in 4 bits.
     fn quantised(&self, planned: &Planned<'_>) -> Option<Quantised> {
         let model = self.edge(planned, "model")?;
@@ -179,6 +230,14 @@ impl<'a> Stages<'a> {
             columns,
         })
     }
+}
+
+/// The parameters of a stage of this kind.
+fn params<S: Stage>(planned: &Planned<'_>) -> Option<S> {
+    if planned.stage.kind() != S::KIND {
+        return None;
+    }
+    serde_json::from_value(unmarked(planned.stage.params().ok()?)).ok()
 }
 
 /// The `config.json` of an imported model, with the folder as it was written.

@@ -66,7 +66,7 @@ pub fn support() -> String {
         values::<SchedulerType>()
     );
     text.push_str(
-        "| adapters | LoRA, rsLoRA, DoRA, LoftQ, `modules_to_save`, in PEFT's format |\n",
+        "| adapters | LoRA, rsLoRA, DoRA, LoRA+, LoftQ, PiSSA, OLoRA, `modules_to_save`, in PEFT's format; several combined as by `add_weighted_adapter` |\n",
     );
     _ = write!(
         text,

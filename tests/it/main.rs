@@ -3,6 +3,8 @@
 #[cfg(test)]
 mod account;
 #[cfg(test)]
+mod adapters;
+#[cfg(test)]
 mod attacks;
 #[cfg(test)]
 mod bounds;
@@ -91,3 +93,5 @@ mod support;
 mod terminal;
 #[cfg(test)]
 mod tokens;
+#[cfg(test)]
+mod training_settings;

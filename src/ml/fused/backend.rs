@@ -84,14 +84,16 @@ impl<'m> Fused<'m> {
         }
     }
 
-    /// The packing of a pass. With dropout no prompts are shared, because each copy of a prompt drops other values.
+    /// The packing of a pass. With dropout or noise no prompts are shared, because each copy of a prompt has other values.
     pub(super) fn packing(&self, pass: Pass) -> Packing {
         let drops = |layer: &model::Layer| {
             let mut linears = layer.linears().into_iter();
             linears.any(|linear| linear.dropout(pass).is_some())
         };
         Packing {
-            share_prompts: self.packing.share_prompts && !self.model.layers.iter().any(drops),
+            share_prompts: self.packing.share_prompts
+                && pass.noise.is_none()
+                && !self.model.layers.iter().any(drops),
             ..self.packing
         }
     }
@@ -173,6 +175,9 @@ impl Backend for Fused<'_> {
         pass: Pass,
         checkpointing: bool,
     ) -> Result<Box<dyn ForwardPass + 'a>> {
+        if pass.label_smoothing > 0. {
+            candle_core::bail!("the fast path does not compute label smoothing")
+        }
         Ok(Box::new(Run {
             forward: Forward::new(self, batches, pass, checkpointing)?,
             scored: None,

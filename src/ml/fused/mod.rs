@@ -102,7 +102,7 @@ impl<'m> Forward<'m> {
         pool.begin(panels(shape.tokens));
         let mut x = pool.take(size(shape.hidden, shape.tokens));
         model.refresh()?;
-        embed(model, &layout, pass, &mut x)?;
+        embed(model, &layout, batches, pass, &mut x)?;
         let mut saved = Vec::new();
         let lowest = lowest(model);
         let known = match states.lock().map_err(|_| poisoned_error())?.as_ref() {
@@ -325,12 +325,23 @@ impl Drop for Forward<'_> {
 }
 
 /// Writes the embeddings of the tokens to the panels `x`.
-fn embed(model: &CausalLm, layout: &Layout, pass: Pass, x: &mut [f32]) -> Result<()> {
+fn embed(
+    model: &CausalLm,
+    layout: &Layout,
+    batches: &[&Batch],
+    pass: Pass,
+    x: &mut [f32],
+) -> Result<()> {
     let width = model.arch.hidden_size;
     let ids = Tensor::from_slice(&layout.ids, layout.ids.len(), &model.device)?;
     let rows = model.embed.value(pass).index_select(&ids, 0)?;
     let rows = scaled(rows.to_dtype(DType::F32)?, model.arch.embedding_scale)?;
-    let rows = rows.flatten_all()?.to_vec1::<f32>()?;
+    let mut rows = rows.flatten_all()?.to_vec1::<f32>()?;
+    if let Some(noise) = pass.noise {
+        let lengths: Vec<usize> = batches.iter().map(|batch| batch.width).collect();
+        let tokens = layout.padded_index.iter().copied();
+        model::noise::add(noise, &mut rows, width, tokens, &lengths);
+    }
     fill(x, width, layout.ids.len(), |token| {
         rows.get(token * width..(token + 1) * width)
             .unwrap_or_default()

@@ -28,6 +28,9 @@ pub struct Head {
     pub scale: f64,
     /// The cap of the scaled logits, `cap * tanh(logit / cap)`.
     pub softcap: Option<f64>,
+    /// The part e of a target's probability that is spread over the vocabulary; scores are then `(1 - e) log p + e m`, where `m` is the mean of
+    /// the log-probabilities of all ids.
+    pub label_smoothing: f64,
 }
 
 /// The gradients with respect to a [`Head`].
@@ -168,7 +171,12 @@ pub fn score(
         let ids = ids.narrow(0, start, count)?;
         let chosen = logits.gather(&ids.unsqueeze(1)?, 1)?;
         let all = logits.log_sum_exp(D::Minus1)?;
-        logps.extend((chosen.squeeze(1)? - &all)?.to_vec1::<f32>()?);
+        let mut score = chosen.squeeze(1)?;
+        if head.label_smoothing > 0. {
+            let mean = logits.mean(D::Minus1)?;
+            score = ((score * (1. - head.label_smoothing))? + (mean * head.label_smoothing)?)?;
+        }
+        logps.extend((score - &all)?.to_vec1::<f32>()?);
         if let Some(token_stats) = &mut token_stats {
             // -sum p log p = log sum e^x - sum p x
             let mean = (softmax(&logits)? * &logits)?.sum(D::Minus1)?;
@@ -224,7 +232,10 @@ impl Scored {
             let rows = self.rows.index_select(&kept, 0)?;
             let ids = self.ids.index_select(&kept, 0)?;
             let logits = head.logits(&rows)?;
-            let spread = softmax(&logits)?.broadcast_mul(&g)?; // (count, vocabulary)
+            // What each logit's part in the score is, but for the target's own: (count, vocabulary).
+            let of_all = head.label_smoothing / head.vocabulary()? as f64;
+            let spread = (softmax(&logits)? - of_all)?.broadcast_mul(&g)?;
+            let g = (g * (1. - head.label_smoothing))?;
             let (spread, g) = match head.slope(&logits)? {
                 None => (spread, g),
                 Some(slope) => {

@@ -91,6 +91,7 @@ pub fn logits_by_layer(
         let parts = (0..arch.vocab_size).step_by(HEAD_ROWS).map(|from| {
             let count = HEAD_ROWS.min(arch.vocab_size - from);
             let head = Head {
+                label_smoothing: 0.,
                 weight: weight.narrow(0, from, count)?.to_dtype(DType::F32)?,
                 low: low
                     .as_ref()

@@ -8,7 +8,7 @@ use crate::ml::loss::{Loss, Outcome, Scored};
 use crate::ml::model::Gradients;
 use crate::ml::model::batch::{Batch, ReferenceLogps, Row, Target};
 use crate::ml::model::head::TokenStats;
-use crate::ml::model::linear::{DropoutSeed, Pass};
+use crate::ml::model::linear::Pass;
 use crate::ml::threads::in_pool;
 
 /// The source of the log-probabilities under the reference model.
@@ -88,14 +88,15 @@ impl Passes<'_> {
         in_pool(|| {
             let targets = Targets::new(self.loss, &[batch])?;
             let reference = self.reference_logps(&targets)?;
-            let mut forward = self.execution.forward(&[batch], Pass::INFER, false)?;
+            let pass = self.smoothed(Pass::INFER);
+            let mut forward = self.execution.forward(&[batch], pass, false)?;
             let outcomes = self.outcomes(&mut *forward, &targets, reference.as_deref())?;
             outcomes.into_iter().next().context("no outcome")
         })
     }
 
     /// Computes the losses of several micro-batches in one pass, no more than [`Execution::pass_size`] says. Each has a scale: the gradient of
-    /// its loss with respect to the parameters, multiplied by it, is added to `gradients`, unless a loss is not finite. See
+    /// its loss with respect to the parameters, multiplied by it, is added to `gradients`, unless a loss is not finite. `pass` has a tape; see
     /// [`Execution::forward`] for `checkpointing`.
     ///
     /// # Errors
@@ -103,16 +104,16 @@ impl Passes<'_> {
     pub(in crate::ml) fn differentiate(
         &self,
         batches: &[(&Batch, f64)],
-        dropout: Option<DropoutSeed>,
+        pass: Pass,
         checkpointing: bool,
         gradients: &mut Gradients,
     ) -> anyhow::Result<Vec<Outcome>> {
-        let pass = Pass::train(dropout);
         in_pool(|| {
             let (batches, scales): (Vec<&Batch>, Vec<f64>) = batches.iter().copied().unzip();
             let targets = Targets::new(self.loss, &batches)?;
             // This comes before the other pass, so that the buffers of both are never needed at the same time.
             let reference = self.reference_logps(&targets)?;
+            let pass = self.smoothed(pass);
             let mut forward = self.execution.forward(&batches, pass, checkpointing)?;
             let outcomes = self.outcomes(&mut *forward, &targets, reference.as_deref())?;
             if outcomes.iter().all(|outcome| outcome.loss.is_finite()) {
@@ -170,6 +171,14 @@ impl Passes<'_> {
             report(done)?;
         }
         Ok(())
+    }
+
+    /// A pass with the loss's label smoothing.
+    fn smoothed(&self, pass: Pass) -> Pass {
+        Pass {
+            label_smoothing: self.loss.label_smoothing(),
+            ..pass
+        }
     }
 
     /// The scores of `targets` in a batch, with or without the adapter as `pass` says.

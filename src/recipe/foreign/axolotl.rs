@@ -155,6 +155,10 @@ pub(super) const KEYS: Table = &[
     ("peft_use_rslora", Is("attach_lora", "use_rslora")),
     ("peft_use_dora", Is("attach_lora", "use_dora")),
     (
+        "peft_init_lora_weights",
+        Is("attach_lora", "init_lora_weights"),
+    ),
+    (
         "merge_lora",
         Needless("a stage `merge` follows the training"),
     ),
@@ -168,7 +172,6 @@ pub(super) const KEYS: Table = &[
     ),
     ("num_epochs", Is(TRAINING, "num_train_epochs")),
     ("optimizer", Is(TRAINING, "optim")),
-    ("optim_args", Lacks("optimisers take no further settings")),
     ("lr_scheduler", Is(TRAINING, "lr_scheduler_type")),
     (
         "train_on_inputs",

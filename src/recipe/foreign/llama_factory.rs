@@ -61,12 +61,11 @@ pub(super) const KEYS: Table = &[
     ("use_dora", Is("attach_lora", "use_dora")),
     (
         "pissa_init",
-        Lacks("`init_lora_weights: loftq` also begins from the weights"),
+        Lacks(
+            "`init_lora_weights: pissa` of `attach_lora` goes with a stage `merge` with `weight: -1`, which takes what it begins with from the model",
+        ),
     ),
-    (
-        "loraplus_lr_ratio",
-        Lacks("both matrices have one learning rate"),
-    ),
+    ("use_dft_loss", Becomes("train_sft.loss_type: dft")),
     (
         "create_new_adapter",
         Needless("`attach_lora` makes a new one, `import_adapter` goes on with one"),

@@ -72,7 +72,7 @@ pub(super) const KEYS: Table = &[
         Lacks("`max_length` bounds prompt and answer together"),
     ),
     ("truncation_mode", Is("tokenize", "truncation_mode")),
-    ("packing_strategy", Needless("rows are packed as by `bfd`")),
+    ("packing_strategy", Is("train_sft", "packing_strategy")),
     ("completion_only_loss", Is(TRAINING, "completion_only_loss")),
     (
         "assistant_only_loss",

@@ -51,7 +51,10 @@ impl Inputs {
         let dataset = cx.input(&arguments.dataset)?;
         let adapter_folder = arguments.adapter.as_ref().map(|a| cx.input(a));
         let adapter_folder = adapter_folder.transpose()?;
-        let settings = arguments.settings(common.learning_rate(), common.dropout());
+        let settings = Settings {
+            neftune_noise_alpha: common.neftune_noise_alpha(),
+            ..arguments.settings(common.learning_rate(), common.dropout())
+        };
         let (arch, weights) = tied::open(folder)?;
         let pad = pad_id(folder, &arch);
         ensure!(

@@ -26,6 +26,11 @@ pub trait Common:
         true
     }
 
+    /// The strength of the noise on the embeddings (NEFTune), if there is any.
+    fn neftune_noise_alpha(&self) -> Option<f64> {
+        None
+    }
+
     /// Whether the tokens that sequences have in common at their beginning are computed once for all of a step.
     fn share_prompts(&self) -> bool {
         true

@@ -136,14 +136,24 @@ pub(super) fn run<M: Method>(
     let device = Device::Cpu;
     let model = CausalLm::load(&arch, &weights, adapter.as_ref(), trained, compute, &device)?;
     drop(weights);
-    let execution = Execution::new(&model, Kind::Fused(packing));
+    let loss = method.loss();
+    let execution = if loss.label_smoothing() > 0. {
+        cx.note("reference_path", "label smoothing");
+        cx.info("runs on the slower reference path, for the fast one lacks label smoothing");
+        Execution::new(&model, Kind::Reference)
+    } else {
+        Execution::new(&model, Kind::Fused(packing))
+    };
     note_fallback(cx, &execution);
     let longest = estimate.counts.get("longest_pass").copied();
     execution.expect(usize::try_from(longest.unwrap_or(0))?);
-    if *arguments.cache_frozen_layers {
+    if *arguments.cache_frozen_layers && settings.neftune_noise_alpha.is_some() {
+        cx.warn(
+            "`cache_frozen_layers` does nothing here: with `neftune_noise_alpha` the lowest layers give something else each time",
+        );
+    } else if *arguments.cache_frozen_layers {
         cache_frozen_layers(cx, &execution, &[train_rows, &eval_rows])?;
     }
-    let loss = method.loss();
     let mut loaded = Loaded::new(cx, &reference.0, reference.1, compute)?;
     if method.precomputes_reference() {
         let own = loaded.execution(Kind::Fused(packing));
