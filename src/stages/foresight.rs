@@ -80,7 +80,7 @@ pub fn foresee(stages: &[Planned<'_>]) -> Vec<Foreseen> {
                     tell("model", message, hint);
                 }
             }
-            "train_sft" | "train_orpo" | "train_dpo" | "train_cpo" => {
+            "train_sft" | "train_orpo" | "train_dpo" | "train_cpo" | "train_kto" => {
                 if recipe.edge(planned, "adapter").is_none()
                     && let Some(quantised) = recipe.quantised(planned)
                 {
@@ -91,7 +91,7 @@ pub fn foresee(stages: &[Planned<'_>]) -> Vec<Foreseen> {
                     );
                     tell("model", message, hint.to_owned());
                 }
-                if planned.stage.kind() != "train_sft"
+                if !["train_sft", "train_kto"].contains(&planned.stage.kind())
                     && let Some(rows) = recipe.rows(planned)
                     && !rows.columns.iter().any(|column| column == "rejected")
                 {

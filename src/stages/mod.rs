@@ -47,6 +47,7 @@ pub const KINDS: &[Kind] = &[
     Kind::of::<train::train_orpo::TrainOrpo>(),
     Kind::of::<train::train_dpo::TrainDpo>(),
     Kind::of::<train::train_cpo::TrainCpo>(),
+    Kind::of::<train::train_kto::TrainKto>(),
     Kind::of::<adapter::combine_adapters::CombineAdapters>(),
     Kind::of::<evaluate::Evaluate>(),
     Kind::of::<model::merge::Merge>(),

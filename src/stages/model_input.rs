@@ -39,6 +39,8 @@ pub(in crate::stages) fn rows(
             rejected_ids,
             rejected_prompt_ids,
             assistant_masks,
+            label,
+            margin,
         } = row;
         let all = [
             Some(&prompt_ids),
@@ -71,6 +73,8 @@ pub(in crate::stages) fn rows(
             chosen: chosen_ids,
             rejected: rejected_ids,
             rejected_prompt: rejected_prompt_ids,
+            label,
+            margin,
             ..Row::default()
         });
     }
