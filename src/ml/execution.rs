@@ -5,7 +5,7 @@ use std::path::Path;
 
 use candle_core::Result;
 
-use super::backend::{Backend, Decoder, ForwardPass};
+use super::backend::{Backend, Decoder, ForwardPass, WithBase};
 pub use super::backend::{PassSize, Scores, Token};
 use super::fused::{Fused, Packing};
 use super::model::CausalLm;
@@ -117,6 +117,17 @@ impl<'m> Execution<'m> {
         checkpointing: bool,
     ) -> Result<Box<dyn ForwardPass + 'a>> {
         self.backend.forward(batches, pass, checkpointing)
+    }
+
+    /// See [`Backend::forward_beside_base`].
+    pub fn forward_beside_base<'a>(
+        &'a self,
+        batches: &[&Batch],
+        pass: Pass,
+        checkpointing: bool,
+    ) -> Result<Option<WithBase<'a>>> {
+        self.backend
+            .forward_beside_base(batches, pass, checkpointing)
     }
 
     /// See [`Backend::decoder`].

@@ -12,7 +12,7 @@ use super::memory::{PassSizes, saved_bytes};
 use super::pool::Pool;
 use super::states::States;
 use super::{Forward, Scored, decode, lowest};
-use crate::ml::backend::{Backend, Decoder, ForwardPass, PassSize, Scores};
+use crate::ml::backend::{Backend, Decoder, ForwardPass, PassSize, Scores, WithBase};
 use crate::ml::model::batch::{Batch, Target};
 use crate::ml::model::head::Positions;
 use crate::ml::model::linear::Pass;
@@ -178,9 +178,35 @@ impl Backend for Fused<'_> {
         if pass.label_smoothing > 0. {
             candle_core::bail!("the fast path does not compute label smoothing")
         }
+        let (forward, _) = Forward::new(self, batches, pass, checkpointing, false)?;
         Ok(Box::new(Run {
-            forward: Forward::new(self, batches, pass, checkpointing)?,
+            forward,
             scored: None,
+        }))
+    }
+
+    /// Memory stays bounded: the base keeps nothing but the hidden states of the layer at work. With dropout no prompts are shared, but the
+    /// base, which drops nothing, can share them; in passes of its own it has fewer tokens.
+    fn forward_beside_base<'a>(
+        &'a self,
+        batches: &[&Batch],
+        pass: Pass,
+        checkpointing: bool,
+    ) -> Result<Option<WithBase<'a>>> {
+        let trains_none = lowest(self.model) == self.model.layers.len();
+        if trains_none || self.packing(pass) != self.packing(Pass::BASE) {
+            return Ok(None);
+        }
+        let (forward, base) = Forward::new(self, batches, pass, checkpointing, true)?;
+        let run = |forward| -> Box<dyn ForwardPass + 'a> {
+            Box::new(Run {
+                forward,
+                scored: None,
+            })
+        };
+        Ok(base.map(|base| WithBase {
+            adapted: run(forward),
+            base: run(base),
         }))
     }
 

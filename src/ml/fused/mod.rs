@@ -24,6 +24,8 @@ mod states;
 mod trainable;
 pub(super) mod weights;
 
+use std::sync::Arc;
+
 use candle_core::{DType, Result, Tensor};
 use pipeline_kernels::elementwise::{rms_norm, rms_norm_backward, rms_norm_grad_weight, scale};
 use pipeline_kernels::panels::{LANES, column, fill, panels, size};
@@ -61,8 +63,8 @@ fn poisoned_error() -> candle_core::Error {
 struct Forward<'m> {
     model: &'m CausalLm,
     pool: &'m Pool,
-    layout: Layout,
-    shape: Shape,
+    layout: Arc<Layout>,
+    shape: Arc<Shape>,
     pass: Pass,
     /// What was kept of the layers from number `lowest` on.
     saved: Vec<SavedLayer>,
@@ -81,13 +83,15 @@ enum SavedLayer {
 
 impl<'m> Forward<'m> {
     /// Runs the model on several batches. With a tape the layers keep what [`Forward::backward`] needs, with `checkpointing` only their
-    /// inputs.
+    /// inputs. With `beside_base` the base alone runs on the same tokens, each layer right before the same layer with the adapter, and its
+    /// pass is returned too. What no trained tensor can change, the layers below the lowest trained one, is then computed once for both.
     fn new(
         fused: &'m Fused<'_>,
         batches: &[&Batch],
         pass: Pass,
         checkpointing: bool,
-    ) -> Result<Self> {
+        beside_base: bool,
+    ) -> Result<(Self, Option<Self>)> {
         let (model, pool, states) = (fused.model, &fused.pool, &fused.states);
         let mut packing = fused.packing(pass);
         if let Some((first, others)) = batches.split_first() {
@@ -104,31 +108,42 @@ impl<'m> Forward<'m> {
         model.refresh()?;
         embed(model, &layout, batches, pass, &mut x)?;
         let mut saved = Vec::new();
+        let mut base = None;
         let lowest = lowest(model);
         let known = match states.lock().map_err(|_| poisoned_error())?.as_ref() {
             Some(states) => states.load(batches, &layout, &mut x)?,
             None => false,
         };
         let first = if known { lowest } else { 0 };
+        let work = PassContext {
+            shape: &shape,
+            layout: &layout,
+            pool,
+        };
         for (number, layer) in model.layers.iter().enumerate().skip(first) {
-            let layer = Layer::borrow(layer, pass)?;
-            let tape = pass.tape && number >= lowest;
             if number == lowest
                 && !known
                 && let Some(states) = states.lock().map_err(|_| poisoned_error())?.as_mut()
             {
                 states.store(batches, &layout, &x)?;
             }
+            if beside_base && number >= lowest {
+                let x = match base.take() {
+                    Some(x) => x,
+                    None => base_input(model, &layout, number, &x, pool)?,
+                };
+                let layer = Layer::borrow(layer, Pass::BASE)?;
+                let (layer_saved, out) = layer::forward(&layer, work, x, true)?;
+                layer_saved.give_back(pool);
+                base = Some(out);
+            }
+            let layer = Layer::borrow(layer, pass)?;
+            let tape = pass.tape && number >= lowest;
             if tape && checkpointing {
                 let mut input = pool.take(x.len());
                 input.copy_from_slice(&x);
                 saved.push(SavedLayer::Input(input));
             }
-            let work = PassContext {
-                shape: &shape,
-                layout: &layout,
-                pool,
-            };
             let (layer_saved, out) = layer::forward(&layer, work, x, true)?;
             x = out;
             if tape && !checkpointing {
@@ -137,23 +152,28 @@ impl<'m> Forward<'m> {
                 layer_saved.give_back(pool);
             }
         }
-        let norm = TensorView::weight(&model.norm.weight, pass)?;
-        let mut hidden = pool.take(x.len());
-        let mut inverse = pool.take(size(1, shape.tokens));
-        let eps = model.norm.eps as f32;
-        rms_norm(&x, norm.floats()?, eps, &mut hidden, &mut inverse);
-        Ok(Self {
-            model,
-            pool,
-            layout,
-            shape,
-            pass,
-            saved,
-            lowest,
-            last: x,
-            inverse,
-            hidden,
-        })
+        let (layout, shape) = (Arc::new(layout), Arc::new(shape));
+        let end = |pass: Pass, x: Vec<f32>, saved: Vec<SavedLayer>| -> Result<Self> {
+            let norm = TensorView::weight(&model.norm.weight, pass)?;
+            let mut hidden = pool.take(x.len());
+            let mut inverse = pool.take(size(1, shape.tokens));
+            let eps = model.norm.eps as f32;
+            rms_norm(&x, norm.floats()?, eps, &mut hidden, &mut inverse);
+            Ok(Self {
+                model,
+                pool,
+                layout: Arc::clone(&layout),
+                shape: Arc::clone(&shape),
+                pass,
+                saved,
+                lowest,
+                last: x,
+                inverse,
+                hidden,
+            })
+        };
+        let base = base.map(|x| end(Pass::BASE, x, Vec::new()));
+        Ok((end(pass, x, saved)?, base.transpose()?))
     }
 
     /// Computes the log-probabilities of targets. With `gradient` it keeps what [`Forward::backward`] needs.
@@ -322,6 +342,24 @@ impl Drop for Forward<'_> {
             }
         }
     }
+}
+
+/// The hidden states with which the base alone goes into layer number `number`, the lowest trained one, panels of the hidden size: those of
+/// the model with its adapter, `x`, unless they are embeddings, which may be trained.
+fn base_input(
+    model: &CausalLm,
+    layout: &Layout,
+    number: usize,
+    x: &[f32],
+    pool: &Pool,
+) -> Result<Vec<f32>> {
+    let mut own = pool.take(x.len());
+    if number == 0 {
+        embed(model, layout, Pass::BASE, &mut own)?;
+    } else {
+        own.copy_from_slice(x);
+    }
+    Ok(own)
 }
 
 /// Writes the embeddings of the tokens to the panels `x`.
