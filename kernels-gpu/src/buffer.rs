@@ -11,18 +11,31 @@ use crate::device::Counters;
 /// dropped.
 #[derive(Debug)]
 pub struct Buffer {
-    pub(crate) handle: Handle,
+    /// `None` where there was no memory; the device then launches nothing any more.
+    pub(crate) handle: Option<Handle>,
     length: usize,
     counters: Arc<Counters>,
+    held: u64,
 }
 
 impl Buffer {
     pub(crate) fn new(handle: Handle, length: usize, counters: Arc<Counters>) -> Self {
         counters.hold(Self::bytes_of(length));
         Self {
-            handle,
+            handle: Some(handle),
             length,
             counters,
+            held: Self::bytes_of(length),
+        }
+    }
+
+    /// A buffer without memory.
+    pub(crate) fn missing(length: usize, counters: Arc<Counters>) -> Self {
+        Self {
+            handle: None,
+            length,
+            counters,
+            held: 0,
         }
     }
 
@@ -40,15 +53,28 @@ impl Buffer {
         self.length == 0
     }
 
+    /// Leaves the first `length` words; the memory stays the same.
+    ///
+    /// # Panics
+    /// If there are fewer.
+    pub fn shorten(&mut self, length: usize) {
+        let all = self.length;
+        assert!(length <= all, "{length} words of a buffer of {all}");
+        self.length = length;
+    }
+
     /// The buffer as an argument of a kernel.
     pub(crate) fn arg(&self) -> BufferArg {
+        let Some(handle) = self.handle.clone() else {
+            unreachable!("a device that failed launches nothing");
+        };
         // SAFETY: `Device` allocated at least as many words as `length` says.
-        unsafe { BufferArg::from_raw_parts(self.handle.clone(), self.length.max(1)) }
+        unsafe { BufferArg::from_raw_parts(handle, self.length.max(1)) }
     }
 }
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        self.counters.free(Self::bytes_of(self.length));
+        self.counters.free(self.held);
     }
 }

@@ -1,7 +1,7 @@
 //! An opened adapter: allocations, copies and the counts of both.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use cubecl::future::block_on;
 use cubecl::prelude::{Client, CubeCount, CubeDim};
@@ -72,6 +72,8 @@ pub struct Device {
     largest_binding: u64,
     /// The most bytes that may be held.
     memory: AtomicU64,
+    /// What failed first.
+    failure: OnceLock<Error>,
     /// Stands for an argument that a kernel doesn't read.
     pub(crate) nothing: Buffer,
 }
@@ -149,6 +151,7 @@ impl Device {
             client,
             largest_binding: adapter.largest_binding,
             memory: AtomicU64::new(u64::MAX),
+            failure: OnceLock::new(),
             adapter,
             counters,
             nothing,
@@ -230,7 +233,46 @@ impl Device {
         self.make(padded.len() / 4, Some(&padded))
     }
 
+    /// A buffer as [`Device::allocate`] makes it. Where that fails, the device remembers why ([`Device::failure`]): from then on it does
+    /// nothing, and all that is read from it is that error. So a pass of many operations needs to look for errors at its end alone.
+    pub fn take(&self, length: usize) -> Buffer {
+        self.or_remember(self.allocate(length), length)
+    }
+
+    /// A buffer with these floats, as [`Device::take`] makes one.
+    pub fn take_with(&self, values: &[f32]) -> Buffer {
+        self.or_remember(self.upload(values), values.len())
+    }
+
+    /// A buffer with these words, as [`Device::take`] makes one.
+    pub fn take_with_words(&self, values: &[u32]) -> Buffer {
+        self.or_remember(self.upload_words(values), values.len())
+    }
+
+    fn or_remember(&self, made: Result<Buffer, Error>, length: usize) -> Buffer {
+        made.unwrap_or_else(|error| {
+            // The first failure is the one to be told.
+            let _ = self.failure.set(error);
+            Buffer::missing(length, self.counters.clone())
+        })
+    }
+
+    /// The failure after which the device does nothing any more.
+    pub fn failure(&self) -> Option<&Error> {
+        self.failure.get()
+    }
+
+    fn ready(&self) -> Result<(), Error> {
+        self.failure().map_or(Ok(()), |error| Err(error.clone()))
+    }
+
+    /// Whether an operation on `count` values has nothing to do: there are none, or something failed before.
+    pub(crate) fn idle(&self, count: usize) -> bool {
+        count == 0 || self.failure().is_some()
+    }
+
     fn make(&self, length: usize, contents: Option<&[u8]>) -> Result<Buffer, Error> {
+        self.ready()?;
         let bytes = Buffer::bytes_of(length);
         let (limit, held) = (self.largest_binding, self.counts().held_bytes);
         if bytes > limit {
@@ -266,7 +308,7 @@ impl Device {
     /// If `values` has another length than the buffer.
     pub fn write(&self, buffer: &mut Buffer, values: &[f32]) {
         assert_eq!(values.len(), buffer.len(), "the floats that are written");
-        if values.is_empty() {
+        if self.idle(values.len()) {
             return;
         }
         let bytes: &[u8] = bytemuck::cast_slice(values);
@@ -274,7 +316,9 @@ impl Device {
         let size = bytes.len() as u64;
         self.counters.uploaded.fetch_add(size, Ordering::Relaxed);
         let bytes = cubecl::bytes::Bytes::from_bytes_vec(bytes.to_vec());
-        self.client.write(&buffer.handle, bytes);
+        if let Some(handle) = &buffer.handle {
+            self.client.write(handle, bytes);
+        }
     }
 
     /// A buffer's floats. This waits for all operations before it.
@@ -282,7 +326,7 @@ impl Device {
     /// # Errors
     /// If one of the operations that led to them failed, or the device was lost.
     pub fn read(&self, buffer: &Buffer) -> Result<Vec<f32>, Error> {
-        self.read_bytes(buffer, |bytes| bytemuck::pod_collect_to_vec(bytes))
+        self.read_bytes(buffer, bytemuck::pod_collect_to_vec)
     }
 
     /// A buffer's words, as [`Device::read`] reads floats.
@@ -290,7 +334,7 @@ impl Device {
     /// # Errors
     /// As [`Device::read`].
     pub fn read_words(&self, buffer: &Buffer) -> Result<Vec<u32>, Error> {
-        self.read_bytes(buffer, |bytes| bytemuck::pod_collect_to_vec(bytes))
+        self.read_bytes(buffer, bytemuck::pod_collect_to_vec)
     }
 
     fn read_bytes<T>(
@@ -298,10 +342,14 @@ impl Device {
         buffer: &Buffer,
         collect: impl Fn(&[u8]) -> Vec<T>,
     ) -> Result<Vec<T>, Error> {
+        self.ready()?;
         if buffer.is_empty() {
             return Ok(Vec::new());
         }
-        let bytes = self.client.read_one(buffer.handle.clone());
+        let Some(handle) = &buffer.handle else {
+            return Err(Error::Failed("a buffer has no memory".into()));
+        };
+        let bytes = self.client.read_one(handle.clone());
         let bytes = bytes.map_err(|error| failed(&error))?;
         let size = 4 * buffer.len();
         self.counters.downloads.fetch_add(1, Ordering::Relaxed);
@@ -321,6 +369,7 @@ impl Device {
     /// # Errors
     /// If the device was lost.
     pub fn wait(&self) -> Result<(), Error> {
+        self.ready()?;
         block_on(self.client.sync()).map_err(|error| failed(&error))
     }
 

@@ -1,4 +1,4 @@
-//! The operations of crate `pipeline-kernels` on a GPU: kernels in Rust (CubeCL), compiled at run time for whatever graphics interface
+//! The operations of crate `pipeline-kernels` on a GPU: kernels in Rust (`CubeCL`), compiled at run time for whatever graphics interface
 //! the machine has (Vulkan, Metal, DirectX 12), without a toolkit of a vendor.
 //!
 //! Operations have the names, the arguments and the meaning of crate `pipeline-kernels`, as methods of [`Device`] on [`Buffer`]s.
@@ -16,11 +16,18 @@
     unsafe_code,
     reason = "the interface of CubeCL wants the length of a buffer repeated; one function does it"
 )]
+#![allow(
+    clippy::too_many_arguments,
+    clippy::fn_params_excessive_bools,
+    reason = "a kernel's arguments are its buffers and numbers"
+)]
 
 pub mod adapters;
 mod buffer;
 mod device;
+mod elementwise;
 mod error;
+mod gated;
 mod kernels;
 mod norm;
 mod product;
@@ -29,6 +36,7 @@ mod weight;
 pub use adapters::{Adapter, adapters};
 pub use buffer::Buffer;
 pub use device::{Counts, Device};
+pub use elementwise::{Features, Rotary};
 pub use error::Error;
 pub use product::{Onto, Product, Term};
 pub use weight::{Matrix, Weight};

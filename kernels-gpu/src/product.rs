@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use cubecl::prelude::*;
-use pipeline_kernels::panels::{self, LANES};
+use pipeline_kernels::panels::LANES;
 
 use crate::buffer::Buffer;
 use crate::device::{Device, UNITS};
@@ -352,12 +352,17 @@ impl Device {
     /// As [`Device::products`].
     pub fn product(&self, product: Product<'_>) {
         let (height, panels) = check(&product);
-        if height == 0 || panels == 0 {
+        if self.idle(height * panels) {
             return;
         }
-        let mut onto = product.onto;
-        let mut bias = product.bias;
-        let mut terms = product.terms.iter().peekable();
+        let Product {
+            out,
+            terms,
+            mut onto,
+            mut bias,
+            half,
+        } = product;
+        let mut terms = terms.iter().peekable();
         while let Some(term) = terms.next() {
             let pair = terms.peek().and_then(|next| next.as_pair());
             let transposed = term.weight.transposed;
@@ -365,7 +370,7 @@ impl Device {
             let mut with_pair = false;
             if pieces.peek().is_none() {
                 // A depth of 0.
-                self.add_nothing(product.out, (height, panels), onto, bias);
+                self.add_nothing(out, height, onto, bias);
                 (onto, bias) = (Onto::Out, None);
             }
             let mut number = 0;
@@ -381,14 +386,7 @@ impl Device {
                 } else {
                     (Onto::Out, None)
                 };
-                self.launch(
-                    product.out,
-                    (height, panels),
-                    &piece,
-                    own,
-                    (from, added),
-                    product.half,
-                );
+                self.launch(out, (height, panels), &piece, own, (from, added), half);
                 number += 1;
             }
             (onto, bias) = (Onto::Out, None);
@@ -452,14 +450,7 @@ impl Device {
     }
 
     /// A sum of nothing: `onto` and the bias alone.
-    fn add_nothing(
-        &self,
-        out: &mut Buffer,
-        (height, panels): (usize, usize),
-        onto: Onto<'_>,
-        bias: Option<&Buffer>,
-    ) {
-        let _ = panels::size(height, panels);
+    fn add_nothing(&self, out: &mut Buffer, height: usize, onto: Onto<'_>, bias: Option<&Buffer>) {
         let (cubes, units) = self.units(out.len());
         let (mode, onto) = match onto {
             Onto::Zero => (0, None),

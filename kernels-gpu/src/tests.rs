@@ -6,11 +6,15 @@ use pipeline_kernels::panels::size;
 
 use crate::{Device, adapters};
 
+mod elementwise;
 mod norm;
 mod product;
 
 /// The device of all tests; `None` where there is no adapter, which is a failure where `PIPELINE_NEEDS_GPU` is set.
-#[expect(clippy::print_stderr, reason = "a skipped test says so")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the variable is of these tests, not of the program"
+)]
 fn device() -> Option<&'static Device> {
     static DEVICE: OnceLock<Option<Device>> = OnceLock::new();
     let device = DEVICE.get_or_init(|| {

@@ -29,5 +29,22 @@ fn norms_and_their_sum_with_a_residual() {
         elementwise::rms_norm_onto(&x, &weight, 1e-5, added, &mut expected.0, &mut expected.1);
         device.rms_norm_onto(&dx, &dw, 1e-5, (&onto, 0.7), &mut out, &mut inverse);
         near(&device.read(&out).unwrap(), &expected.0, 1e-6);
+        let mut again = device.allocate(x.len()).unwrap();
+        elementwise::rms_norm(&x, &weight, 1e-5, &mut expected.0, &mut expected.1);
+        device.rms_norm_recompute(&dx, &dw, &inverse, &mut again);
+        near(&device.read(&again).unwrap(), &expected.0, 1e-6);
+        let (grad, mut grad_x) = (panels(features * heads, tokens, 4), numbers(x.len(), 5));
+        let (dg, mut dgx) = (
+            device.upload(&grad).unwrap(),
+            device.upload(&grad_x).unwrap(),
+        );
+        elementwise::rms_norm_backward(&x, &weight, &expected.1, &grad, &mut grad_x);
+        device.rms_norm_backward(&dx, &dw, &inverse, &dg, &mut dgx);
+        near(&device.read(&dgx).unwrap(), &grad_x, 2e-6);
+        let mut grad_weight = numbers(features, 6);
+        let mut dgw = device.upload(&grad_weight).unwrap();
+        elementwise::rms_norm_grad_weight(&x, &expected.1, &grad, &mut grad_weight);
+        device.rms_norm_grad_weight(&dx, &inverse, &dg, &mut dgw);
+        near(&device.read(&dgw).unwrap(), &grad_weight, 2e-6);
     }
 }
