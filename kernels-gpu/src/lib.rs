@@ -31,6 +31,9 @@ mod gated;
 mod kernels;
 mod norm;
 mod product;
+mod reduce;
+mod tokens;
+mod vocabulary;
 mod weight;
 
 pub use adapters::{Adapter, adapters};
@@ -39,6 +42,7 @@ pub use device::{Counts, Device};
 pub use elementwise::{Features, Rotary};
 pub use error::Error;
 pub use product::{Onto, Product, Term};
+pub use vocabulary::Summaries;
 pub use weight::{Matrix, Weight};
 
 #[cfg(test)]

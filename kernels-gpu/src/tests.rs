@@ -9,6 +9,9 @@ use crate::{Device, adapters};
 mod elementwise;
 mod norm;
 mod product;
+mod reduce;
+mod tokens;
+mod vocabulary;
 
 /// The device of all tests; `None` where there is no adapter, which is a failure where `PIPELINE_NEEDS_GPU` is set.
 #[expect(
