@@ -5,7 +5,7 @@ use std::sync::Arc;
 use cubecl::prelude::BufferArg;
 use cubecl::server::Handle;
 
-use crate::device::Counters;
+use crate::counters::Counters;
 
 /// A buffer of 32-bit words on the device: floats, unsigned numbers, or packed smaller values. Its memory is given back when it is
 /// dropped.

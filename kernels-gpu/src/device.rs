@@ -10,6 +10,7 @@ use cubecl::wgpu::{RuntimeOptions, WgpuSetup, try_init_device, wgpu};
 
 use crate::adapters::{Adapter, adapters};
 use crate::buffer::Buffer;
+use crate::counters::{Counters, Counts};
 use crate::error::{Error, text};
 
 /// The units of the cubes of most kernels.
@@ -19,57 +20,13 @@ const SHARED_MEMORY: u32 = 16_384;
 /// The buffers of the kernel that has most, and the one in which its numbers are passed.
 const BINDINGS: u32 = 10;
 
-/// What a device was made to do since it was opened.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Counts {
-    /// The kernels that were launched.
-    pub launches: u64,
-    /// The copies to the device.
-    pub uploads: u64,
-    /// The bytes that were copied to the device.
-    pub uploaded_bytes: u64,
-    /// The copies from the device.
-    pub downloads: u64,
-    /// The bytes that were copied from the device.
-    pub downloaded_bytes: u64,
-    /// The buffers that were asked for.
-    pub allocations: u64,
-    /// The bytes of the buffers that are held now.
-    pub held_bytes: u64,
-    /// The most bytes that were held at a time.
-    pub peak_bytes: u64,
-}
-
-#[derive(Debug, Default)]
-pub(crate) struct Counters {
-    launches: AtomicU64,
-    uploads: AtomicU64,
-    uploaded: AtomicU64,
-    downloads: AtomicU64,
-    downloaded: AtomicU64,
-    allocations: AtomicU64,
-    held: AtomicU64,
-    peak: AtomicU64,
-}
-
-impl Counters {
-    pub(crate) fn hold(&self, bytes: u64) {
-        let held = self.held.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        self.peak.fetch_max(held, Ordering::Relaxed);
-        self.allocations.fetch_add(1, Ordering::Relaxed);
-    }
-
-    pub(crate) fn free(&self, bytes: u64) {
-        self.held.fetch_sub(bytes, Ordering::Relaxed);
-    }
-}
-
 /// An adapter that was opened. Its buffers and operations belong together: one device's buffer is no argument for another's operation.
 pub struct Device {
     pub(crate) client: Client,
     adapter: Adapter,
     counters: Arc<Counters>,
-    largest_binding: u64,
+    /// The most bytes of one buffer of a weight.
+    weight_part: u64,
     /// The most bytes that may be held.
     memory: AtomicU64,
     /// What failed first.
@@ -149,7 +106,7 @@ impl Device {
         let nothing = Buffer::new(client.empty(4), 1, counters.clone());
         Ok(Self {
             client,
-            largest_binding: adapter.largest_binding,
+            weight_part: adapter.largest_binding,
             memory: AtomicU64::new(u64::MAX),
             failure: OnceLock::new(),
             adapter,
@@ -163,16 +120,16 @@ impl Device {
         &self.adapter
     }
 
-    /// The same device with a smaller limit of a buffer's size in bytes, at which weights are split.
+    /// The same device with weights in buffers of at most `bytes`; the adapter's limit holds in any case.
     #[must_use]
-    pub fn with_largest_binding(mut self, bytes: u64) -> Self {
-        self.largest_binding = bytes.min(self.adapter.largest_binding);
+    pub fn with_weight_parts(mut self, bytes: u64) -> Self {
+        self.weight_part = bytes.min(self.adapter.largest_binding);
         self
     }
 
-    /// The most bytes of a buffer.
-    pub fn largest_binding(&self) -> u64 {
-        self.largest_binding
+    /// The most bytes of one buffer of a weight.
+    pub(crate) fn weight_part(&self) -> u64 {
+        self.weight_part
     }
 
     /// Sets the most bytes that may be held at a time; allocations beyond fail as if the device had no more memory.
@@ -182,18 +139,7 @@ impl Device {
 
     /// What the device was made to do so far.
     pub fn counts(&self) -> Counts {
-        let counters = &self.counters;
-        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        Counts {
-            launches: of(&counters.launches),
-            uploads: of(&counters.uploads),
-            uploaded_bytes: of(&counters.uploaded),
-            downloads: of(&counters.downloads),
-            downloaded_bytes: of(&counters.downloaded),
-            allocations: of(&counters.allocations),
-            held_bytes: of(&counters.held),
-            peak_bytes: of(&counters.peak),
-        }
+        self.counters.counts()
     }
 
     /// A buffer of `length` words with unspecified contents.
@@ -274,7 +220,7 @@ impl Device {
     fn make(&self, length: usize, contents: Option<&[u8]>) -> Result<Buffer, Error> {
         self.ready()?;
         let bytes = Buffer::bytes_of(length);
-        let (limit, held) = (self.largest_binding, self.counts().held_bytes);
+        let (limit, held) = (self.adapter.largest_binding, self.counts().held_bytes);
         if bytes > limit {
             return Err(Error::TooLarge { bytes, limit });
         }

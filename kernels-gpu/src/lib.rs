@@ -19,29 +19,39 @@
 #![allow(
     clippy::too_many_arguments,
     clippy::fn_params_excessive_bools,
-    reason = "a kernel's arguments are its buffers and numbers"
+    clippy::manual_is_multiple_of,
+    clippy::manual_midpoint,
+    reason = "a kernel's arguments are its buffers and numbers, and it knows no other functions than the device has"
 )]
 
 pub mod adapters;
+mod attention;
 mod buffer;
+mod counters;
 mod device;
 mod elementwise;
 mod error;
 mod gated;
 mod kernels;
 mod norm;
+mod optimiser;
 mod product;
 mod reduce;
+mod spans;
 mod tokens;
 mod vocabulary;
 mod weight;
 
 pub use adapters::{Adapter, adapters};
+pub use attention::Attention;
 pub use buffer::Buffer;
-pub use device::{Counts, Device};
+pub use counters::Counts;
+pub use device::Device;
 pub use elementwise::{Features, Rotary};
 pub use error::Error;
+pub use optimiser::{AdamW, MOMENT_BLOCK, Moment8};
 pub use product::{Onto, Product, Term};
+pub use spans::Spans;
 pub use vocabulary::Summaries;
 pub use weight::{Matrix, Weight};
 

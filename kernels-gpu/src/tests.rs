@@ -6,8 +6,11 @@ use pipeline_kernels::panels::size;
 
 use crate::{Device, adapters};
 
+mod attention;
 mod elementwise;
+mod failures;
 mod norm;
+mod optimiser;
 mod product;
 mod reduce;
 mod tokens;

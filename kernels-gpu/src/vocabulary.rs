@@ -90,7 +90,7 @@ fn online_softmax_kernel(
         for other in 0..PARTS {
             let logit = shared[other * WIDE + lane];
             let id = shared_ids[other * WIDE + lane];
-            if logit > largest || (fresh && logit == largest && id < best) {
+            if logit > largest || (fresh && logit >= largest && id < best) {
                 largest = logit;
                 best = id;
                 fresh = true;

@@ -161,7 +161,7 @@ impl Device {
         };
         // The words of a part, and its NF4 scales, fit into a buffer each, and parts begin with a block.
         let row_bits = (columns as u64 * format.bits()).max(1);
-        let limit = self.largest_binding().saturating_mul(8);
+        let limit = self.weight_part().saturating_mul(8);
         let mut step = usize::try_from(limit / row_bits).unwrap_or(usize::MAX);
         if step < rows {
             step -= step % NF4_BLOCK;

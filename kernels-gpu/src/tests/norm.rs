@@ -1,3 +1,5 @@
+//! RMS norms and their gradients against the CPU.
+
 use pipeline_kernels::elementwise;
 use pipeline_kernels::panels::size;
 

@@ -1,3 +1,5 @@
+//! Sums over tokens and of squares.
+
 use pipeline_kernels::reduce::{self, Order};
 
 use super::{device, near, numbers, panels};

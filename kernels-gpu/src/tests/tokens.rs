@@ -1,3 +1,5 @@
+//! Rows of embeddings and single tokens.
+
 use half::bf16;
 use pipeline_kernels::matrix::Values;
 use pipeline_kernels::panels::column;
@@ -12,7 +14,7 @@ fn rows_of_embeddings_also_in_several_buffers() {
     let halves: Vec<bf16> = values.iter().map(|x| bf16::from_f32(*x)).collect();
     let ids: Vec<u32> = (0..70).map(|token| token * 31 % 400).collect();
     let limited = crate::Device::of(device.adapter().clone()).unwrap();
-    let limited = limited.with_largest_binding(4 * 128 * 6);
+    let limited = limited.with_weight_parts(4 * 128 * 6);
     for (device, buffers) in [(device, [1, 1]), (&limited, [4, 2])] {
         let forms = [Values::F32(&values), Values::Bf16(&halves)];
         for (form, count) in forms.into_iter().zip(buffers) {

@@ -1,3 +1,5 @@
+//! Softmax over a vocabulary in parts against the CPU.
+
 use pipeline_kernels::panels::LANES;
 use pipeline_kernels::vocabulary::{Summary, online_softmax, sum_capped};
 
