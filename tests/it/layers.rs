@@ -310,7 +310,7 @@ fn each_layer_uses_its_crates_only() {
 
 #[test]
 fn files_do_not_use_each_other_in_circles() {
-    for folder in ["src", "kernels/src"] {
+    for folder in ["src", "kernels/src", "kernels-gpu/src"] {
         let sources = library(folder);
         let imports = imports(&sources);
         let edges = imports.edges();
@@ -396,7 +396,7 @@ fn circles_are_found_through_re_exports_groups_and_inline_paths() {
 
 #[test]
 fn files_are_short_and_say_what_they_are() {
-    for folder in ["src", "tests/it", "kernels/src"] {
+    for folder in ["src", "tests/it", "kernels/src", "kernels-gpu/src"] {
         for (name, text) in sources(&repository().join(folder)) {
             let path: PathBuf = Path::new(folder).join(name);
             assert!(
