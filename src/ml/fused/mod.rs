@@ -355,7 +355,7 @@ fn base_input(
 ) -> Result<Vec<f32>> {
     let mut own = pool.take(x.len());
     if number == 0 {
-        embed(model, layout, Pass::BASE, &mut own)?;
+        embed(model, layout, &[], Pass::BASE, &mut own)?;
     } else {
         own.copy_from_slice(x);
     }

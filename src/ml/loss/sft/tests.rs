@@ -291,6 +291,7 @@ fn the_weights_of_dynamic_fine_tuning_are_constants() {
         token_stats: None,
         target_logits: None,
         sequence_logits: None,
+        mismatched: None,
     };
     let sft = Sft {
         completion_only: true,
