@@ -13,6 +13,7 @@ use super::pool::Pool;
 use super::states::States;
 use super::{Forward, Scored, decode, lowest};
 use crate::ml::backend::{Backend, Decoder, ForwardPass, PassSize, Scores};
+use crate::ml::model::arch::Arch;
 use crate::ml::model::batch::{Batch, Target};
 use crate::ml::model::head::Positions;
 use crate::ml::model::linear::Pass;
@@ -125,8 +126,9 @@ fn pass_size(
     best
 }
 
-/// The same for a model of these sizes that is not loaded, in a pass with a backward.
+/// The same for a model of this architecture and of these sizes that is not loaded, in a pass with a backward.
 pub fn pass_size_of(
+    arch: &Arch,
     batches: &[&Batch],
     packing: Packing,
     sizes: &PassSizes,
@@ -140,7 +142,7 @@ pub fn pass_size_of(
         batches,
         packing,
         most_tokens(sizes.saved_bytes(checkpointing)),
-        |_, _| true,
+        |a, b| have_same_angles(arch, a.length(), b.length()),
     )
 }
 
