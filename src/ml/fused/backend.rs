@@ -13,7 +13,6 @@ use super::pool::Pool;
 use super::states::States;
 use super::{Forward, Scored, decode, lowest};
 use crate::ml::backend::{Backend, Decoder, ForwardPass, PassSize, Scores};
-use crate::ml::model::arch::Arch;
 use crate::ml::model::batch::{Batch, Target};
 use crate::ml::model::head::Positions;
 use crate::ml::model::linear::Pass;
@@ -128,7 +127,7 @@ fn pass_size(
 
 /// The same for a model of this architecture and of these sizes that is not loaded, in a pass with a backward.
 pub fn pass_size_of(
-    arch: &Arch,
+    arch: &model::arch::Arch,
     batches: &[&Batch],
     packing: Packing,
     sizes: &PassSizes,
