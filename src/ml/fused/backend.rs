@@ -127,8 +127,9 @@ fn pass_size(
     best
 }
 
-/// The same for a model of these sizes that is not loaded, in a pass with a backward.
+/// The same for a model of this architecture and of these sizes that is not loaded, in a pass with a backward.
 pub fn pass_size_of(
+    arch: &model::arch::Arch,
     batches: &[&Batch],
     packing: Packing,
     sizes: &PassSizes,
@@ -142,7 +143,7 @@ pub fn pass_size_of(
         batches,
         packing,
         most_tokens(sizes.saved_bytes(checkpointing)),
-        |_, _| true,
+        |a, b| have_same_angles(arch, a.length(), b.length()),
     )
 }
 

@@ -228,7 +228,13 @@ impl Planned<'_> {
                 let rest: Vec<&Batch> = rest.iter().collect();
                 let (count, tokens) = match sizes {
                     Some(sizes) => {
-                        let size = pass_size_of(&rest, self.packing, sizes, settings.checkpointing);
+                        let size = pass_size_of(
+                            self.model.arch,
+                            &rest,
+                            self.packing,
+                            sizes,
+                            settings.checkpointing,
+                        );
                         (size.micro_batches.max(1), size.tokens)
                     }
                     None => (1, rest[0].sequences.len() * rest[0].width),

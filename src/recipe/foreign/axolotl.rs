@@ -93,10 +93,7 @@ pub(super) const KEYS: Table = &[
     ),
     ("push_dataset_to_hub", Lacks(super::PUBLISHES)),
     ("val_set_size", Becomes("split_dataset.test_size")),
-    (
-        "chat_template",
-        Becomes("apply_chat_template.chat_template"),
-    ),
+    ("chat_template", Becomes("apply_chat_template.template")),
     (
         "chat_template_jinja",
         Is("apply_chat_template", "chat_template"),
@@ -218,11 +215,8 @@ pub(super) const KEYS: Table = &[
         "s2_attention",
         Lacks("shifted sparse attention is not computed"),
     ),
-    (
-        "special_tokens",
-        Lacks("a stage `add_tokens` adds tokens and names them"),
-    ),
-    ("tokens", Lacks("a stage `add_tokens` adds tokens")),
+    ("special_tokens", Becomes("a stage `add_tokens`")),
+    ("tokens", Becomes("add_tokens.tokens")),
     (
         "wandb_project",
         Needless("every step is in the result; `pipeline show` prints it"),

@@ -31,8 +31,10 @@ pub(super) const KEYS: Table = &[
     ),
     (
         "resize_vocab",
-        Lacks("a stage `add_tokens` adds tokens and rows for them"),
+        Needless("a stage `add_tokens` adds tokens and rows for them"),
     ),
+    ("add_tokens", Becomes("add_tokens.tokens")),
+    ("add_special_tokens", Becomes("add_tokens.special_tokens")),
     ("stage", Becomes("the kind of training")),
     (
         "finetuning_type",
@@ -90,7 +92,7 @@ pub(super) const KEYS: Table = &[
     ("media_dir", Lacks("rows are text")),
     (
         "template",
-        Becomes("apply_chat_template.chat_template; the model's own if it has one"),
+        Becomes("apply_chat_template.template; the model's own for most of its families"),
     ),
     ("cutoff_len", Is("tokenize", "max_length")),
     ("max_samples", Becomes("import_dataset.max_rows")),
@@ -119,7 +121,7 @@ pub(super) const KEYS: Table = &[
     ),
     (
         "mask_history",
-        Lacks("which answers of a conversation are learnt is up to its rows"),
+        Becomes("apply_chat_template.assistant_only_loss, turned around"),
     ),
     ("neat_packing", Is(TRAINING, "packing")),
     (
