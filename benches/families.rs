@@ -140,6 +140,7 @@ fn llama() -> Arch {
         fused_projections: false,
         biases: Vec::new(),
         tie_word_embeddings: false,
+        scores: false,
         max_position_embeddings: 2048,
         attention_dropout: 0.,
         bos_token_id: None,

@@ -12,6 +12,7 @@ pub mod dpo;
 pub mod kto;
 pub mod orpo;
 mod pairs;
+pub mod reward;
 pub mod sft;
 pub mod smoothed;
 
@@ -34,6 +35,8 @@ pub struct Needs {
     pub token_stats: bool,
     /// Whether it needs the mean over the vocabulary of the logits at each target.
     pub target_logits: bool,
+    /// Whether the model's head gives one number at each target, which the loss takes in the place of log-probabilities.
+    pub scores: bool,
     /// The positions of whose logits it needs the mean, once over the preferred sequences and once over the others.
     pub sequence_logits: Option<Positions>,
 }
@@ -45,7 +48,7 @@ pub struct Scored<'a> {
     pub batch: &'a Batch,
     /// The scored tokens: those of [`Loss::targets`], in that order.
     pub targets: &'a [Target],
-    /// Their log-probabilities, in nats.
+    /// Their log-probabilities, in nats; of a loss that [`Needs::scores`], their scores.
     pub logps: &'a [f64],
     /// Their log-probabilities under the reference model, in nats, if the loss needs them.
     pub reference_logps: Option<&'a [f64]>,
@@ -65,7 +68,7 @@ pub struct Scored<'a> {
 pub struct Outcome {
     /// The loss, a mean over the micro-batch.
     pub loss: f64,
-    /// The gradient of the loss with respect to the log-probability of each target (targets).
+    /// The gradient of the loss with respect to the log-probability, or the score, of each target (targets).
     pub gradient: Vec<f32>,
     /// The metrics that are logged beside the loss: those of [`Loss::metrics`] whose inputs are known.
     pub metrics: Metrics,

@@ -13,6 +13,7 @@ pub mod loss;
 pub mod model;
 pub mod quant;
 pub mod reference;
+pub mod reward;
 pub mod sampling;
 mod threads;
 pub mod torch_rng;

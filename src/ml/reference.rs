@@ -111,6 +111,22 @@ impl ForwardPass for Forward<'_> {
         self.model
             .backward(tape, &grad_hidden, &grad_head, gradients)
     }
+
+    fn backward_scores(
+        self: Box<Self>,
+        targets: &[Target],
+        grad_scores: &[f32],
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        let Some(tape) = self.tape else {
+            bail!("there is no way back: nothing was recorded")
+        };
+        let head = self.model.head_matrix(self.pass)?;
+        let (grad_hidden, grad_head) =
+            head::backward_scores(&self.hidden, &head, targets, grad_scores)?;
+        self.model
+            .backward(tape, &grad_hidden, &grad_head, gradients)
+    }
 }
 
 /// Sequences with their keys and values, each computed by itself.

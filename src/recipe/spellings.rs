@@ -366,6 +366,7 @@ pub(super) const KINDS_BY_MEANING: &[(&[&str], &[&str])] = &[
             "train_dpo",
             "train_cpo",
             "train_kto",
+            "train_reward",
         ],
     ),
     (
@@ -495,9 +496,5 @@ pub(super) const NO_KIND: &[(&str, &str)] = &[
     (
         "grpo",
         "it is not computed here; `train_orpo` and `train_dpo` learn from preferences",
-    ),
-    (
-        "reward",
-        "reward models are not trained here; `train_orpo` and `train_dpo` learn from preferences directly",
     ),
 ];

@@ -41,7 +41,7 @@ pub struct Translation {
 }
 
 /// How a model is trained.
-const METHODS: [Method; 8] = [
+const METHODS: [Method; 10] = [
     Method::new("sft", "train_sft", &[]),
     Method::new("orpo", "train_orpo", &[]),
     Method::new("dpo", "train_dpo", &[]),
@@ -50,6 +50,8 @@ const METHODS: [Method; 8] = [
     Method::new("cpo", "train_cpo", &[]),
     Method::new("simpo", "train_cpo", &[("loss_type", "simpo")]),
     Method::new("kto", "train_kto", &[]),
+    Method::new("reward", "train_reward", &[]),
+    Method::new("rm", "train_reward", &[]),
 ];
 
 /// A method of training by the name that other programs give it.
@@ -274,6 +276,9 @@ fn training(
             .any(|key| config.get(key).is_some())
         {
             return Ok("train_cpo");
+        }
+        if config.get("center_rewards_coefficient").is_some() {
+            return Ok("train_reward");
         }
         let about_labels = ["desirable_weight", "undesirable_weight"];
         let is_kto = ["kto", "apo_zero_unpaired"]

@@ -80,7 +80,8 @@ pub fn foresee(stages: &[Planned<'_>]) -> Vec<Foreseen> {
                     tell("model", message, hint);
                 }
             }
-            "train_sft" | "train_orpo" | "train_dpo" | "train_cpo" | "train_kto" => {
+            "train_sft" | "train_orpo" | "train_dpo" | "train_cpo" | "train_kto"
+            | "train_reward" => {
                 if recipe.edge(planned, "adapter").is_none()
                     && let Some(quantised) = recipe.quantised(planned)
                 {

@@ -7,13 +7,15 @@ use pipeline::stages::KINDS;
 
 use crate::support::program::{Project, copy, repository, update_wanted};
 
-const CONFIGS: [(&str, &str); 6] = [
+const CONFIGS: [(&str, &str); 8] = [
     ("axolotl", "axolotl_qlora.yaml"),
     ("axolotl", "axolotl_orpo.yml"),
     ("llamafactory", "llamafactory_sft.yaml"),
     ("llamafactory", "llamafactory_dpo.yaml"),
     ("trl", "trl_sft.yaml"),
     ("trl", "trl_dpo.yaml"),
+    ("trl", "trl_kto.yaml"),
+    ("trl", "trl_reward.yaml"),
 ];
 
 fn project() -> Project {

@@ -1,4 +1,4 @@
-//! Trainings by KTO, CPO and weighted DPO, from rows to an adapter, driven as a user would.
+//! Trainings by KTO, CPO and weighted DPO and of reward models, from rows to an adapter, driven as a user would.
 
 use serde_json::{Value, json};
 
@@ -110,7 +110,7 @@ fn labelled_rows_and_pairs_train_by_kto() {
         "stages.tuned.train_kto.undesirable_weight=1.5",
     ]);
     assert!(
-        plan.contains("`undesirable_weight` changed from 2 to 1.5"),
+        plan.contains("`undesirable_weight` changed from 2.0 to 1.5"),
         "{}",
         plan
     );
@@ -199,4 +199,95 @@ fn pairs_weigh_by_their_probability() {
         "{}",
         ended.stderr
     );
+}
+
+/// A recipe that trains a reward model on rows with margins.
+fn reward_recipe(training: &str) -> String {
+    recipe("", ", trainer: reward", training)
+        .replace(
+            "attach_lora: {model: blank, ",
+            "attach_lora: {model: scoring, ",
+        )
+        .replace(
+            "  lora:",
+            "  scoring:
+    add_score_head: {model: blank}
+  lora:",
+        )
+}
+
+#[test]
+fn pairs_train_a_reward_model() {
+    let project = Project::empty();
+    let rows: String = pairs()
+        .lines()
+        .map(|line| line.replace("}", ",\"margin\":0.5}") + "\n")
+        .collect();
+    project.write("rows.jsonl", &rows);
+    let text = reward_recipe(&format!(
+        "train_reward: {{{COMMON}, max_steps: 8, center_rewards_coefficient: 0.01}}"
+    ))
+    .replace(", max_steps: 3", "")
+        + "  merged:
+    merge: {adapter: tuned}
+outputs: {merged: out/reward}
+";
+    project.write("recipe.yaml", &text);
+    run(&project);
+    let own = steps(&project);
+    assert_eq!(own.len(), 8);
+    // The margin makes the loss of a model without a preference larger than ln 2.
+    assert!(number(&own[0], "loss") > 0.8, "{}", own[0]);
+    assert!(number(&own[7], "loss") < number(&own[0], "loss"));
+    assert!(number(&own[7], "accuracy") > 0.9 && number(&own[7], "margin") > 0.);
+    assert!(number(&own[7], "min_reward") < number(&own[7], "max_reward"));
+    let artifact = &project.artifacts(&["recipe.yaml"])["tuned"];
+    let folder = format!(".pipeline/v1/artifacts/{artifact}");
+    let settings: Value =
+        serde_json::from_str(&project.read(&format!("{folder}/adapter_config.json"))).unwrap();
+    assert_eq!(settings["task_type"], "SEQ_CLS");
+    assert_eq!(settings["modules_to_save"], json!(["score"]));
+    let config: Value = serde_json::from_str(&project.read("out/reward/config.json")).unwrap();
+    assert_eq!(
+        config["architectures"],
+        json!(["LlamaForSequenceClassification"])
+    );
+    assert_eq!(config["id2label"], json!({"0": "LABEL_0"}));
+
+    // The merged model is one of its own, which is trained on whole.
+    let more = "version: 1
+stages:
+  rows:
+    import_dataset: {path: rows.jsonl}
+  reward:
+    import_model: {path: out/reward}
+  chats:
+    apply_chat_template: {dataset: rows, template: chatml, tokenizer: reward}
+  tokens:
+    tokenize: {dataset: chats, tokenizer: reward, trainer: reward}
+  tuned:
+    train_reward: {model: reward, dataset: tokens, max_steps: 1, learning_rate: 0.0001}
+";
+    project.write("recipe.yaml", more);
+    run(&project);
+    let first = &steps(&project)[0];
+    assert!(number(first, "accuracy") > 0.9, "{first}");
+    project.write(
+        "prompts.jsonl",
+        "{\"messages\": [{\"role\": \"user\", \"content\": \"hi\"}]}\n",
+    );
+    let generate = ["generate", "out/reward", "--prompts", "prompts.jsonl"];
+    project.refuses(&generate, "the model gives scores and no text");
+}
+
+#[test]
+fn scores_and_logits_are_not_mixed_up() {
+    let project = Project::empty();
+    project.write("rows.jsonl", &pairs());
+    let training = format!("train_reward: {{{COMMON}}}");
+    project.write("recipe.yaml", &recipe("", ", trainer: reward", &training));
+    project.refuses(&["run", "recipe.yaml"], "hint: `add_score_head`");
+    let text = reward_recipe(&format!("train_dpo: {{{COMMON}}}"));
+    project.write("recipe.yaml", &text);
+    project.refuses(&["run", "recipe.yaml"], "head gives scores");
 }

@@ -52,6 +52,7 @@ def lora():
 def run(name):
     values = arguments(**RUNS[name])
     del values["beta"]
+    values["max_length"] = 400  # rows above it would be dropped
     tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "model")
     args = RewardConfig(output_dir=tempfile.mkdtemp(), report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, **values)
     train = rows(name)

@@ -276,4 +276,17 @@ impl ForwardPass for Run<'_> {
             _ => bail!("there is no way back: nothing was recorded or scored"),
         }
     }
+
+    fn backward_scores(
+        self: Box<Self>,
+        targets: &[Target],
+        grad_scores: &[f32],
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        if !self.forward.pass.tape {
+            bail!("there is no way back: nothing was recorded");
+        }
+        self.forward
+            .backward_scores(targets, grad_scores, gradients)
+    }
 }

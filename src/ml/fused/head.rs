@@ -241,6 +241,37 @@ fn multiply(data: &mut [f32], features: usize, factors: &[[f32; LANES]]) {
     });
 }
 
+/// The backward pass of a head that gives one number `w h` of a hidden state: from the gradient with respect to each target's number, writes
+/// that with respect to the hidden states (panels), and adds that with respect to w to `gradients` if it is trained.
+pub(super) fn backward_scores(
+    forward: &Forward<'_>,
+    targets: &[Target],
+    grad_scores: &[f32],
+    grad_hidden: &mut [f32],
+    gradients: &mut Gradients,
+) -> Result<()> {
+    let (model, hidden) = (forward.model, forward.shape.hidden);
+    let weight = model.head().value(forward.pass).to_dtype(DType::F32)?;
+    let weight = weight.flatten_all()?.to_vec1::<f32>()?;
+    grad_hidden.fill(0.);
+    let mut grad_weight = vec![0f32; hidden];
+    for (target, g) in targets.iter().zip(grad_scores) {
+        let token = token(&forward.layout, target)?;
+        let out = &mut grad_hidden[token / LANES * hidden * LANES + token % LANES..];
+        for (out, w) in out.iter_mut().step_by(LANES).zip(&weight) {
+            *out += g * w;
+        }
+        let values = column(&forward.hidden, hidden, token);
+        for (sum, h) in grad_weight.iter_mut().zip(values) {
+            *sum += g * h;
+        }
+    }
+    match model.head().trained() {
+        Some(var) => gradients.add_values(model, var, grad_weight),
+        None => Ok(()),
+    }
+}
+
 impl Scored {
     /// The backward pass: from the gradient with respect to each log-probability (targets), writes that with respect to the hidden states
     /// (panels), and adds that with respect to the head's weight to `gradients` if it is trained.

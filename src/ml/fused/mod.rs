@@ -192,7 +192,7 @@ impl<'m> Forward<'m> {
     /// sum of these is multiplied.
     fn mean_logits(&self, tokens: &[usize]) -> Result<Vec<f64>> {
         let arch = &self.model.arch;
-        let vocabulary = arch.vocab_size as f64;
+        let vocabulary = arch.head_rows() as f64;
         if let Some(cap) = arch.logit_softcap {
             let sums = head::capped_sums(self, tokens, cap as f32)?;
             return Ok(sums.into_iter().map(|sum| sum / vocabulary).collect());
@@ -242,20 +242,32 @@ impl<'m> Forward<'m> {
                 total += f64::from(row.sum::<f32>()) * sum;
             }
         }
-        Ok(total * self.model.arch.logit_scale / (self.model.arch.vocab_size * all) as f64)
+        Ok(total * self.model.arch.logit_scale / (self.model.arch.head_rows() * all) as f64)
     }
 
     /// Backpropagates `grad_logps`, the gradient with respect to the scored log-probabilities, and adds the gradients with respect to the
     /// parameters to `gradients`.
-    fn backward(
-        mut self,
-        scored: Scored,
-        grad_logps: &[f32],
+    fn backward(self, scored: Scored, grad_logps: &[f32], gradients: &mut Gradients) -> Result<()> {
+        let mut grad_hidden = self.pool.take(self.hidden.len());
+        scored.backward(&self, grad_logps, &mut grad_hidden, gradients)?;
+        self.backward_from(grad_hidden, gradients)
+    }
+
+    /// The same for `grad_scores`, the gradient with respect to the numbers that the head of a scoring model gives of `targets`.
+    fn backward_scores(
+        self,
+        targets: &[Target],
+        grad_scores: &[f32],
         gradients: &mut Gradients,
     ) -> Result<()> {
+        let mut grad_hidden = self.pool.take(self.hidden.len());
+        head::backward_scores(&self, targets, grad_scores, &mut grad_hidden, gradients)?;
+        self.backward_from(grad_hidden, gradients)
+    }
+
+    /// The backward pass from `grad_hidden`, the gradient with respect to the final hidden states (panels), on.
+    fn backward_from(mut self, grad_hidden: Vec<f32>, gradients: &mut Gradients) -> Result<()> {
         let (model, pool) = (self.model, self.pool);
-        let mut grad_hidden = pool.take(self.hidden.len());
-        scored.backward(&self, grad_logps, &mut grad_hidden, gradients)?;
         let mut grad_x = pool.take(self.last.len());
         grad_x.fill(0.);
         let norm = TensorView::weight(&model.norm.weight, self.pass)?;

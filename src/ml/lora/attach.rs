@@ -1,5 +1,7 @@
 //! A new adapter for a model: its initial matrices, and what it takes from the model's weights.
 
+use std::borrow::Cow;
+
 use anyhow::{Context as _, bail, ensure};
 use candle_core::{DType, Device, Tensor};
 
@@ -56,12 +58,20 @@ pub fn attach(
     beginning: Beginning<'_>,
     progress: &mut dyn FnMut(usize, usize) -> anyhow::Result<()>,
 ) -> anyhow::Result<Adapter> {
+    let mut new = Cow::Borrowed(new);
+    // As PEFT does for `task_type: SEQ_CLS`: a head that gives scores is trained whole.
+    if arch.scores && !new.modules_to_save.iter().any(|name| name == "score") {
+        new.to_mut().modules_to_save.push("score".into());
+    }
     let orthogonal = matches!(beginning, Beginning::Orthogonal);
     let mut adapter = if orthogonal {
-        init::orthogonal(arch, new, seed)?
+        init::orthogonal(arch, &new, seed)?
     } else {
-        init::adapter(arch, new, seed)?
+        init::adapter(arch, &new, seed)?
     };
+    if arch.scores {
+        adapter.config = adapter.config.classifying();
+    }
     copy_whole(&mut adapter, arch, weights)?;
     copy_rows(&mut adapter, arch, weights)?;
     let total = adapter.tensors.len();

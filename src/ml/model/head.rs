@@ -311,6 +311,36 @@ pub fn target_mean_logits(
     scaled(means, head.scale)?.to_vec1()
 }
 
+/// The backward pass of a head (1, hidden) that gives one number of a hidden state: from the gradient with respect to each target's number
+/// (targets), the gradients with respect to the hidden states (batch, length, hidden) and to the head.
+///
+/// # Errors
+/// A target is outside the batch.
+pub fn backward_scores(
+    hidden: &Tensor,
+    head: &Head,
+    targets: &[Target],
+    grad_scores: &[f32],
+) -> Result<(Tensor, HeadGradients)> {
+    let (batch, width, size) = hidden.dims3()?;
+    let device = hidden.device();
+    let rows = targets
+        .iter()
+        .map(|target| (target.row * width + target.position - 1) as u32);
+    let index = Tensor::from_iter(rows, device)?;
+    let flat = hidden.detach().reshape((batch * width, size))?;
+    let g = Tensor::from_slice(grad_scores, (targets.len(), 1), device)?;
+    let of_rows = g.matmul(&head.weight.to_dtype(DType::F32)?)?; // (targets, hidden)
+    let grad_hidden = flat.zeros_like()?.index_add(&index, &of_rows, 0)?;
+    let weight = if head.trains {
+        Some(g.t()?.matmul(&flat.index_select(&index, 0)?)?)
+    } else {
+        None
+    };
+    let grad_head = HeadGradients { weight, low: None };
+    Ok((grad_hidden.reshape((batch, width, size))?, grad_head))
+}
+
 /// Which positions of sequences count in a mean.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Positions {

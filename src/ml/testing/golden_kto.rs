@@ -33,6 +33,14 @@ const CLOSE: Tolerance = Tolerance {
     ..EXACT
 };
 
+/// With a larger `beta` the last bits of log-probabilities, and of the estimate of the divergence, count more.
+const LOOSE: Tolerance = Tolerance {
+    relative: 3e-4,
+    grad_norm: 3e-4,
+    cancelled: 1e-4,
+    ..EXACT
+};
+
 #[derive(Deserialize)]
 struct Labelled {
     prompt: Vec<u32>,
@@ -165,6 +173,10 @@ fn compare(name: &str, kind: Kind, tolerance: Tolerance, precompute: bool) {
     comparison.end();
 }
 
+fn tolerance(name: &str) -> Tolerance {
+    if name == "weights" { LOOSE } else { CLOSE }
+}
+
 #[test]
 fn trainings_are_those_of_trl() {
     for name in [
@@ -176,11 +188,11 @@ fn trainings_are_those_of_trl() {
         "initial",
     ] {
         for kind in KINDS {
-            compare(name, kind, CLOSE, false);
+            compare(name, kind, tolerance(name), false);
         }
     }
     for name in ["base", "weights", "apo_zero_unpaired"] {
-        compare(name, Kind::default(), CLOSE, true);
+        compare(name, Kind::default(), tolerance(name), true);
     }
 }
 

@@ -11,6 +11,7 @@ pub(in crate::ml) mod golden_four_bit;
 mod golden_kto;
 mod golden_losses;
 mod golden_peft;
+mod golden_reward;
 pub(in crate::ml) mod golden_runs;
 mod golden_tokens;
 pub(in crate::ml) mod losses;

@@ -4,7 +4,7 @@ use anyhow::{Context as _, ensure};
 
 use crate::ml::backend::{ForwardPass, WithBase};
 use crate::ml::execution::Execution;
-use crate::ml::loss::{Loss, Outcome, Scored};
+use crate::ml::loss::{Loss, Needs, Outcome, Scored};
 use crate::ml::model::Gradients;
 use crate::ml::model::batch::{Batch, ReferenceLogps, Row, Target};
 use crate::ml::model::head::TokenStats;
@@ -137,7 +137,12 @@ impl Passes<'_> {
                     let gradient = outcome.gradient.iter();
                     gradient.map(move |g| (f64::from(*g) * scale) as f32)
                 });
-                forward.backward(&scaled.collect::<Vec<f32>>(), gradients)?;
+                let scaled: Vec<f32> = scaled.collect();
+                if self.loss.needs().scores {
+                    forward.backward_scores(&targets.all, &scaled, gradients)?;
+                } else {
+                    forward.backward(&scaled, gradients)?;
+                }
             }
             Ok(outcomes)
         })
@@ -211,11 +216,11 @@ impl Passes<'_> {
             let reference = self.reference_logps(&all)?;
             let needs = self.loss.needs();
             let mut forward = self.execution.forward(&[batch], pass, false)?;
-            let scores = forward.score(targets, needs.token_stats)?;
+            let (logps, token_stats) = scores(&mut *forward, targets, needs)?;
             Ok(TargetScores {
-                logps: wide(&scores.logps),
+                logps,
                 reference,
-                token_stats: scores.token_stats,
+                token_stats,
             })
         })
     }
@@ -297,8 +302,7 @@ impl Passes<'_> {
         mismatched: &[Option<f64>],
     ) -> anyhow::Result<Vec<Outcome>> {
         let needs = self.loss.needs();
-        let scores = forward.score(&targets.all, needs.token_stats)?;
-        let logps = wide(&scores.logps);
+        let (logps, token_stats) = scores(forward, &targets.all, needs)?;
         let logits = if needs.target_logits {
             Some(forward.target_mean_logits(&targets.all)?)
         } else {
@@ -323,7 +327,7 @@ impl Passes<'_> {
                 targets: &part.targets,
                 logps: &logps[span.clone()],
                 reference_logps: reference.map(|all| &all[span.clone()]),
-                token_stats: scores.token_stats.as_ref().map(|all| &all[span.clone()]),
+                token_stats: token_stats.as_ref().map(|all| &all[span.clone()]),
                 target_logits: logits.as_ref().map(|all| &all[span.clone()]),
                 sequence_logits,
                 mismatched: *mismatched,
@@ -331,6 +335,20 @@ impl Passes<'_> {
         }
         Ok(outcomes)
     }
+}
+
+/// The log-probabilities of targets, or their scores, and the statistics that a loss needs.
+fn scores(
+    forward: &mut dyn ForwardPass,
+    targets: &[Target],
+    needs: Needs,
+) -> anyhow::Result<(Vec<f64>, Option<Vec<TokenStats>>)> {
+    if needs.scores {
+        // The mean over the one row of the head.
+        return Ok((forward.target_mean_logits(targets)?, None));
+    }
+    let scores = forward.score(targets, needs.token_stats)?;
+    Ok((wide(&scores.logps), scores.token_stats))
 }
 
 /// The log-probabilities of all targets by this model, in nats, in as many passes as it takes.

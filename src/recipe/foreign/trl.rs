@@ -1,4 +1,4 @@
-//! The keys of TRL's command line: arguments of `TrainingArguments`, `SFTConfig`, `DPOConfig`, `KTOConfig`, `ORPOConfig`, `ModelConfig` and
+//! The keys of TRL's command line: arguments of `TrainingArguments`, `SFTConfig`, `DPOConfig`, `KTOConfig`, `RewardConfig`, `ORPOConfig`, `ModelConfig` and
 //! `ScriptArguments`.
 
 use super::Meaning::{Becomes, Is, Lacks, Needless};
@@ -41,7 +41,9 @@ pub(super) const KEYS: Table = &[
     ("lora_modules_to_save", Is("attach_lora", "modules_to_save")),
     (
         "lora_task_type",
-        Needless("every model here is a causal language model"),
+        Needless(
+            "it follows from the stages: `add_score_head` makes a model for a sequence classification",
+        ),
     ),
     ("use_rslora", Is("attach_lora", "use_rslora")),
     ("use_dora", Is("attach_lora", "use_dora")),
@@ -95,6 +97,10 @@ pub(super) const KEYS: Table = &[
     ),
     ("discopop_tau", Is("train_dpo", "discopop_tau")),
     ("use_weighting", Is("train_dpo", "use_weighting")),
+    (
+        "center_rewards_coefficient",
+        Is("train_reward", "center_rewards_coefficient"),
+    ),
     ("desirable_weight", Is("train_kto", "desirable_weight")),
     ("undesirable_weight", Is("train_kto", "undesirable_weight")),
     ("cpo_alpha", Is("train_cpo", "cpo_alpha")),

@@ -168,16 +168,24 @@ pub(super) fn outline(
     let trainer = match training {
         "train_dpo" => Some("dpo"),
         "train_kto" => Some("kto"),
+        "train_reward" => Some("reward"),
         _ => None,
     };
     if let Some(trainer) = trainer {
         tokens.set("trainer", trainer.into());
     }
     stages.push(tokens);
-    let mut beside = base;
+    // A reward model has a head of its own.
+    let dense = if training == "train_reward" {
+        stages.push(OutlineStage::new("scoring", "add_score_head").with("model", base));
+        "scoring"
+    } else {
+        base
+    };
+    let mut beside = dense;
     if has_adapter && four_bit_wanted {
         beside = "base4";
-        let quantize = OutlineStage::new(beside, "quantize").with("model", base);
+        let quantize = OutlineStage::new(beside, "quantize").with("model", dense);
         stages.push(with_all(quantize, config.values_of(&["quantize"])));
     }
     if has_adapter {
@@ -228,7 +236,7 @@ pub(super) fn outline(
         tuned.set("max_length", length);
     }
     stages.push(tuned);
-    if is_held_out {
+    if is_held_out && training != "train_reward" {
         let mut scores = OutlineStage::new("scores", "evaluate");
         if has_adapter {
             scores = scores.with("model", beside).with("adapter", "tuned");
@@ -248,7 +256,7 @@ pub(super) fn outline(
     if has_adapter {
         stages.push(
             OutlineStage::new("merged", "merge")
-                .with("model", base)
+                .with("model", dense)
                 .with("adapter", "tuned"),
         );
     }

@@ -63,6 +63,17 @@ impl Inputs {
              not computed here; hint: set it to 0 there if it is not meant",
             arch.attention_dropout
         );
+        ensure!(
+            arch.scores || !M::SCORES,
+            "the model's head gives logits, and `{}` trains one that gives scores; hint: `add_score_head` makes such a model of it",
+            M::KIND
+        );
+        ensure!(
+            M::SCORES || !arch.scores,
+            "the model's head gives scores (`score.weight`), and `{}` trains one that gives logits; hint: name the language model that it \
+             was made of",
+            M::KIND
+        );
         let adapter = adapter_folder.map(Adapter::load).transpose()?;
         let read = |split: &str, purpose| {
             let rows = rows(dataset, split, arch.vocab_size)?;

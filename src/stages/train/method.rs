@@ -44,6 +44,8 @@ pub trait Method: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'sta
     const KIND: &'static str;
     /// [`crate::engine::Stage::VERSION`].
     const VERSION: u32;
+    /// Whether it trains a model whose head gives scores, see [`crate::ml::model::arch::Arch::scores`].
+    const SCORES: bool = false;
     /// What it usually makes. It makes an adapter if it is given one, and else a model.
     type Output: Artifact;
     /// The parameters that it has in common with other methods.

@@ -16,6 +16,7 @@ pub mod train_cpo;
 pub mod train_dpo;
 pub mod train_kto;
 pub mod train_orpo;
+pub mod train_reward;
 pub mod train_sft;
 
 #[cfg(test)]
