@@ -12,6 +12,7 @@ mod lints;
 pub mod model;
 mod model_input;
 pub mod preview;
+mod reference_columns;
 pub mod rules;
 mod support;
 pub mod text;
@@ -43,6 +44,7 @@ pub const KINDS: &[Kind] = &[
     Kind::of::<model::add_tokens::AddTokens>(),
     Kind::of::<model::quantize::Quantize>(),
     Kind::of::<adapter::attach_lora::AttachLora>(),
+    Kind::of::<text::score_reference::ScoreReference>(),
     Kind::of::<train::train_sft::TrainSft>(),
     Kind::of::<train::train_orpo::TrainOrpo>(),
     Kind::of::<train::train_dpo::TrainDpo>(),

@@ -57,6 +57,9 @@ struct Targets<'a> {
     all: Vec<Target>,
 }
 
+/// A pass through the trained model, and the log-probabilities of its targets under the reference model, in nats, if the loss needs them.
+type Compared<'a> = (Box<dyn ForwardPass + 'a>, Option<Vec<f64>>);
+
 impl<'a> Targets<'a> {
     fn new(loss: &dyn Loss, batches: &[&'a Batch]) -> anyhow::Result<Self> {
         let (mut parts, mut all) = (Vec::new(), Vec::new());
@@ -198,7 +201,7 @@ impl Passes<'_> {
         pass: Pass,
         checkpointing: bool,
         targets: &Targets<'_>,
-    ) -> anyhow::Result<(Box<dyn ForwardPass + '_>, Option<Vec<f64>>)> {
+    ) -> anyhow::Result<Compared<'_>> {
         let execution = self.execution;
         if self.loss.needs().reference
             && matches!(self.reference, ReferenceModel::Base)

@@ -145,7 +145,8 @@ pub(super) fn run<M: Method>(
     }
     let loss = method.loss();
     let mut loaded = Loaded::new(cx, &reference.0, reference.1, compute)?;
-    if method.precomputes_reference() {
+    let precomputes = method.precomputes_reference() && !matches!(loaded, Loaded::Rows);
+    if precomputes {
         let own = loaded.execution(Kind::Fused(packing));
         let passes = Passes {
             execution: &execution,
@@ -158,7 +159,7 @@ pub(super) fn run<M: Method>(
         loaded = Loaded::None;
     }
     let own = loaded.execution(Kind::Fused(packing));
-    let reference = if method.precomputes_reference() {
+    let reference = if precomputes {
         ReferenceModel::Rows
     } else {
         loaded.model(own.as_ref())
