@@ -8,6 +8,7 @@
 
 pub mod cpo;
 pub mod dpo;
+pub mod kto;
 pub mod orpo;
 mod pairs;
 pub mod sft;
@@ -52,6 +53,9 @@ pub struct Scored<'a> {
     pub target_logits: Option<&'a [f64]>,
     /// The mean of all logits of the preferred sequences, and that of the others, if the loss needs them.
     pub sequence_logits: Option<[f64; 2]>,
+    /// The mean over the sequences of [`Batch::mismatched`], if the batch has some, of the difference between the log-probability of the
+    /// answer and that under the reference model, in nats.
+    pub mismatched: Option<f64>,
 }
 
 /// The loss of a micro-batch.

@@ -331,9 +331,16 @@ pub(super) const KINDS_BY_MEANING: &[(&[&str], &[&str])] = &[
     (&["orpo", "train_preference", "preference"], &["train_orpo"]),
     (&["dpo", "train_pref"], &["train_dpo"]),
     (&["cpo", "train_simpo", "alphapo"], &["train_cpo"]),
+    (&["kto"], &["train_kto"]),
     (
         &["train", "training", "fit", "trainer"],
-        &["train_sft", "train_orpo", "train_dpo", "train_cpo"],
+        &[
+            "train_sft",
+            "train_orpo",
+            "train_dpo",
+            "train_cpo",
+            "train_kto",
+        ],
     ),
     (
         &[
@@ -453,10 +460,6 @@ pub(super) const NO_KIND: &[(&str, &str)] = &[
     (
         "save",
         "`outputs:` at the top level puts a stage's result into a folder",
-    ),
-    (
-        "kto",
-        "it is not computed here; `train_orpo` and `train_dpo` learn from preferences",
     ),
     ("simpo", "it is `train_cpo` with `loss_type: simpo`"),
     (

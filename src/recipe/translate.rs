@@ -41,7 +41,7 @@ pub struct Translation {
 }
 
 /// How a model is trained.
-const METHODS: [Method; 7] = [
+const METHODS: [Method; 8] = [
     Method::new("sft", "train_sft", &[]),
     Method::new("orpo", "train_orpo", &[]),
     Method::new("dpo", "train_dpo", &[]),
@@ -49,6 +49,7 @@ const METHODS: [Method; 7] = [
     Method::new("hinge", "train_dpo", &[("loss_type", "hinge")]),
     Method::new("cpo", "train_cpo", &[]),
     Method::new("simpo", "train_cpo", &[("loss_type", "simpo")]),
+    Method::new("kto", "train_kto", &[]),
 ];
 
 /// A method of training by the name that other programs give it.
@@ -269,6 +270,13 @@ fn training(
             .any(|key| config.get(key).is_some())
         {
             return Ok("train_cpo");
+        }
+        let about_labels = ["desirable_weight", "undesirable_weight"];
+        let is_kto = ["kto", "apo_zero_unpaired"]
+            .map(Some)
+            .contains(&config.text("loss_type"));
+        if is_kto || about_labels.iter().any(|key| config.get(key).is_some()) {
+            return Ok("train_kto");
         }
         if about_pairs.iter().any(|key| config.get(key).is_some()) {
             return Ok("train_dpo");

@@ -77,7 +77,7 @@ pub fn foresee(stages: &[Planned<'_>]) -> Vec<Foreseen> {
                     tell("model", message, hint);
                 }
             }
-            "train_sft" | "train_orpo" | "train_dpo" | "train_cpo" => {
+            "train_sft" | "train_orpo" | "train_dpo" | "train_cpo" | "train_kto" => {
                 if recipe.edge(planned, "adapter").is_none()
                     && let Some(quantised) = recipe.quantised(planned)
                 {
@@ -88,7 +88,7 @@ pub fn foresee(stages: &[Planned<'_>]) -> Vec<Foreseen> {
                     );
                     tell("model", message, hint.to_owned());
                 }
-                if planned.stage.kind() != "train_sft"
+                if !["train_sft", "train_kto"].contains(&planned.stage.kind())
                     && let Some(rows) = recipe.rows(planned)
                     && !rows.columns.iter().any(|column| column == "rejected")
                 {
@@ -191,7 +191,7 @@ impl<'a> Stages<'a> {
         planned: &Planned<'_>,
     ) -> Option<(&'a str, &'static str, &'static str)> {
         let scored = self.edge(planned, "dataset")?;
-        let takes_them = planned.stage.kind() == "train_dpo";
+        let takes_them = ["train_dpo", "train_kto"].contains(&planned.stage.kind());
         if !takes_them || scored.stage.kind() != "score_reference" {
             return None;
         }

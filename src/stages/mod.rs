@@ -49,6 +49,7 @@ pub const KINDS: &[Kind] = &[
     Kind::of::<train::train_orpo::TrainOrpo>(),
     Kind::of::<train::train_dpo::TrainDpo>(),
     Kind::of::<train::train_cpo::TrainCpo>(),
+    Kind::of::<train::train_kto::TrainKto>(),
     Kind::of::<evaluate::Evaluate>(),
     Kind::of::<model::merge::Merge>(),
     Kind::of::<model::export_gguf::ExportGguf>(),

@@ -37,6 +37,8 @@ pub(in crate::stages) fn row(
         rejected_ids,
         rejected_prompt_ids,
         assistant_masks,
+        label,
+        margin,
     } = row;
     let all = [
         Some(&prompt_ids),
@@ -67,6 +69,8 @@ pub(in crate::stages) fn row(
         chosen: chosen_ids,
         rejected: rejected_ids,
         rejected_prompt: rejected_prompt_ids,
+        label,
+        margin,
         ..Row::default()
     })
 }

@@ -75,7 +75,7 @@ pub fn support() -> String {
     );
     text.push_str("| compressed by | gzip, zstd, xz, bzip2 |\n| from | local files, the Hugging Face hub and its mirrors |\n");
     text.push_str(
-        "\n## Not there\n\nImages and sound; GRPO, PPO and other reinforcement learning; KTO and reward models; pretraining over several machines; other quantised \
+        "\n## Not there\n\nImages and sound; GRPO, PPO and other reinforcement learning; reward models; pretraining over several machines; other quantised \
          formats than NF4; pickled weights (`.bin`), which would have to be run to be read.\n",
     );
     text

@@ -85,12 +85,12 @@ fn configs_become_recipes_line_by_line() {
 fn what_can_not_be_trained_is_refused() {
     let project = project();
     project.write(
-        "kto.yaml",
-        "base_model: a/b\nrl: kto\ndatasets: [{path: a/c}]\nmicro_batch_size: 1\n",
+        "grpo.yaml",
+        "base_model: a/b\nrl: grpo\ndatasets: [{path: a/c}]\nmicro_batch_size: 1\n",
     );
-    let ended = project.run(&["import", "axolotl", "kto.yaml"]);
+    let ended = project.run(&["import", "axolotl", "grpo.yaml"]);
     assert!(
-        ended.code == Some(2) && ended.stderr.contains("`rl: kto` is not computed here"),
+        ended.code == Some(2) && ended.stderr.contains("`rl: grpo` is not computed here"),
         "{}",
         ended.stderr
     );

@@ -70,6 +70,8 @@ mod outputs;
 mod parameters;
 mod pins;
 #[cfg(test)]
+mod preference_losses;
+#[cfg(test)]
 mod preview;
 #[cfg(test)]
 mod processor;

@@ -1,6 +1,6 @@
 //! The reference as a stage: computed once for every training that compares with it.
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::support::program::{Project, events, stages};
 
@@ -106,4 +106,68 @@ fn rows_are_looked_at_before_the_reference_is_computed() {
     assert_eq!(preview, tokens);
     let shown = project.succeeds(&["preview", RECIPE]);
     assert!(shown.contains("tokens"), "{shown}");
+}
+
+/// The same bytes with the reference in each step and with its columns: DPO, KTO with the answers of other rows, and KTO without.
+#[test]
+fn columns_change_nothing_but_the_time() {
+    let project = Project::empty();
+    let row = |n: usize| {
+        json!({
+            "prompt": format!("What is {n} and {n}, if {} is the sum of them without one?", n + n - 1),
+            "chosen": format!("It is {}, of course.", n + n),
+            "rejected": "Leave me alone, I am tired of your questions."
+        })
+    };
+    let rows: String = (1..=12).map(|n| row(n).to_string() + "\n").collect();
+    project.write("rows.jsonl", &rows);
+    let common = "adapter: lora, max_steps: 5, per_device_train_batch_size: 4, learning_rate: 0.01, eval_strategy: steps, eval_steps: 2, \
+                  eval_split: train";
+    let trainings = [
+        ("dpo", "dpo", "train_dpo", ""),
+        ("kto", "kto", "train_kto", ""),
+        ("apo", "kto", "train_kto", "loss_type: apo_zero_unpaired, "),
+    ];
+    let mut stages = String::new();
+    for trainer in ["dpo", "kto"] {
+        stages += &format!(
+            "  {trainer}:
+    tokenize: {{dataset: chats, tokenizer: blank, max_length: 60, trainer: {trainer}}}
+  {trainer}_scored:
+    score_reference: {{model: blank, dataset: {trainer}, per_device_eval_batch_size: 3}}
+"
+        );
+    }
+    for (name, trainer, kind, more) in trainings {
+        for (suffix, scored) in [("", ""), ("_scored", "_scored")] {
+            stages += &format!(
+                "  by_{name}{suffix}:
+    {kind}: {{{more}dataset: {trainer}{scored}, {common}}}
+"
+            );
+        }
+    }
+    let recipe = format!(
+        "version: 1
+stages:
+  rows:
+    import_dataset: {{path: rows.jsonl}}
+  blank:
+    create_model: {{dataset: rows, vocab_size: 320, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2,
+      num_attention_heads: 2, num_key_value_heads: 1, max_position_embeddings: 128}}
+  chats:
+    apply_chat_template: {{dataset: rows, template: chatml, tokenizer: blank}}
+  lora:
+    attach_lora: {{model: blank, r: 4, target_modules: [q_proj, v_proj]}}
+{stages}"
+    );
+    project.write("recipe.yaml", &recipe);
+    project.succeeds(&["run", "recipe.yaml"]);
+    let artifacts = project.artifacts(&["recipe.yaml"]);
+    for (name, ..) in trainings {
+        let [plain, scored] =
+            ["", "_scored"].map(|suffix| &artifacts[&format!("by_{name}{suffix}")]);
+        assert_eq!(plain, scored, "{name}");
+    }
+    assert_ne!(artifacts["by_kto"], artifacts["by_apo"]);
 }

@@ -187,6 +187,7 @@ pub(super) fn score(
             token_stats[target] = TokenStats {
                 entropy: summary.entropy(lane),
                 is_argmax: summary.argmax[lane] == *id,
+                log_sum_sq_probs: summary.log_sum_sq_probs(lane),
             };
         }
     }

@@ -108,6 +108,9 @@ pub struct TokenStats {
     pub entropy: f64,
     /// Whether the target is the most probable id.
     pub is_argmax: bool,
+    /// The logarithm of the sum over the vocabulary of the squared probabilities, `ln sum p^2`: that of the probability that an id drawn from
+    /// the distribution is drawn twice.
+    pub log_sum_sq_probs: f64,
 }
 
 impl TokenStats {
@@ -172,12 +175,17 @@ pub fn score(
         if let Some(token_stats) = &mut token_stats {
             // -sum p log p = log sum e^x - sum p x
             let mean = (softmax(&logits)? * &logits)?.sum(D::Minus1)?;
-            let entropies = (all - mean)?.to_vec1::<f32>()?;
+            let entropies = (&all - mean)?.to_vec1::<f32>()?;
+            // log sum p^2 = log sum e^(2 x) - 2 log sum e^x
+            let squares =
+                ((&logits * 2.)?.log_sum_exp(D::Minus1)? - (all * 2.)?)?.to_vec1::<f32>()?;
             let first = logits.argmax(D::Minus1)?.to_vec1::<u32>()?;
-            let all = entropies.iter().zip(first).zip(ids.to_vec1::<u32>()?);
-            token_stats.extend(all.map(|((&entropy, first), id)| TokenStats {
+            let is_argmax = first.iter().zip(ids.to_vec1::<u32>()?);
+            let all = entropies.iter().zip(squares).zip(is_argmax);
+            token_stats.extend(all.map(|((&entropy, squares), (first, id))| TokenStats {
                 entropy: f64::from(entropy),
-                is_argmax: first == id,
+                is_argmax: *first == id,
+                log_sum_sq_probs: f64::from(squares),
             }));
         }
     }

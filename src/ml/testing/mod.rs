@@ -8,6 +8,7 @@ mod golden_dpo;
 pub(in crate::ml) mod golden_ends;
 pub(in crate::ml) mod golden_families;
 pub(in crate::ml) mod golden_four_bit;
+mod golden_kto;
 mod golden_losses;
 mod golden_peft;
 pub(in crate::ml) mod golden_runs;

@@ -12,7 +12,7 @@ use crate::ml::model::batch::{Batch, Row, Target};
 use crate::ml::model::head::TokenStats;
 use crate::ml::model::linear::Pass;
 
-/// TRL's evaluation during a training: each metric is the mean of the batches' means, and the loss is weighted by rows. `rows` are taken
+/// TRL's evaluation during a training: each metric is the mean of the means of those batches that have it, and the loss is weighted by rows. `rows` are taken
 /// `batch_size` at a time and padded with the id `pad`. Returns the metrics by name, with the loss as `loss`.
 ///
 /// # Errors
@@ -24,22 +24,21 @@ pub(super) fn metrics(
     pad: u32,
 ) -> anyhow::Result<BTreeMap<String, f64>> {
     ensure!(!rows.is_empty(), "there are no rows to evaluate");
-    let mut sums = BTreeMap::<String, f64>::new();
+    let mut sums = BTreeMap::<String, (f64, usize)>::new();
     let mut loss = 0.;
-    let mut batches = 0usize;
     for rows in rows.chunks(batch_size.max(1)) {
         let references: Vec<&Row> = rows.iter().collect();
         let batch = passes.loss.batch(&references, pad)?;
         let outcome = passes.evaluate(&batch)?;
         loss += outcome.loss * rows.len() as f64;
-        batches += 1;
         for (name, value) in outcome.metrics {
-            *sums.entry(name.to_owned()).or_default() += value;
+            let sum = sums.entry(name.to_owned()).or_default();
+            *sum = (sum.0 + value, sum.1 + 1);
         }
     }
     let mut means: BTreeMap<_, _> = sums
         .into_iter()
-        .map(|(name, sum)| (name, sum / batches as f64))
+        .map(|(name, (sum, batches))| (name, sum / batches as f64))
         .collect();
     means.insert("loss".into(), loss / rows.len() as f64);
     Ok(means)
@@ -174,6 +173,7 @@ fn outcome(
         token_stats: needs.token_stats.then_some(&stats[..]),
         target_logits: None,
         sequence_logits: None,
+        mismatched: None,
     })?;
     Ok((outcome, logps))
 }

@@ -1,4 +1,4 @@
-//! The keys of TRL's command line: arguments of `TrainingArguments`, `SFTConfig`, `DPOConfig`, `ORPOConfig`, `ModelConfig` and
+//! The keys of TRL's command line: arguments of `TrainingArguments`, `SFTConfig`, `DPOConfig`, `KTOConfig`, `ORPOConfig`, `ModelConfig` and
 //! `ScriptArguments`.
 
 use super::Meaning::{Becomes, Is, Lacks, Needless};
@@ -94,7 +94,9 @@ pub(super) const KEYS: Table = &[
         Is("train_dpo", "f_alpha_divergence_coef"),
     ),
     ("discopop_tau", Is("train_dpo", "discopop_tau")),
-    ("use_weighting", Lacks("pairs are not weighted")),
+    ("use_weighting", Is("train_dpo", "use_weighting")),
+    ("desirable_weight", Is("train_kto", "desirable_weight")),
+    ("undesirable_weight", Is("train_kto", "undesirable_weight")),
     ("cpo_alpha", Is("train_cpo", "cpo_alpha")),
     ("simpo_gamma", Is("train_cpo", "simpo_gamma")),
     ("label_smoothing", Is(TRAINING, "label_smoothing")),
@@ -104,7 +106,7 @@ pub(super) const KEYS: Table = &[
     ),
     (
         "precompute_ref_log_probs",
-        Is("train_dpo", "precompute_ref_log_probs"),
+        Is(TRAINING, "precompute_ref_log_probs"),
     ),
     ("disable_dropout", Is(TRAINING, "disable_dropout")),
     ("num_proc", Needless("all cores are used")),

@@ -148,8 +148,13 @@ pub(super) fn outline(
     let mut tokens = with_all(tokens, config.values_of(&["tokenize"]));
     complete(&mut tokens, program, "tokenize");
     let max_length = get(&tokens, "max_length").cloned();
-    if training == "train_dpo" {
-        tokens.set("trainer", "dpo".into());
+    let trainer = match training {
+        "train_dpo" => Some("dpo"),
+        "train_kto" => Some("kto"),
+        _ => None,
+    };
+    if let Some(trainer) = trainer {
+        tokens.set("trainer", trainer.into());
     }
     stages.push(tokens);
     let mut beside = "base";
@@ -190,6 +195,14 @@ pub(super) fn outline(
     tuned = with_all(tuned, config.values_of(&[TRAINING, training]));
     training_values(config, &mut tuned, is_held_out);
     complete(&mut tuned, program, TRAINING);
+    // Another program's own default, which it refuses here itself.
+    let one = Some(&json!(1));
+    if training == "train_kto"
+        && config.get("micro_batch_size").is_none()
+        && get(&tuned, "per_device_train_batch_size") == one
+    {
+        tuned.set("per_device_train_batch_size", json!(2));
+    }
     // Sequences are packed to the length that rows have at most.
     if training == "train_sft"
         && get(&tuned, "packing").is_some_and(is_true)

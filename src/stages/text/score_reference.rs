@@ -10,13 +10,16 @@ use serde::{Deserialize, Serialize};
 
 use super::added::Added;
 use super::chat_template;
+use super::labelled::Labelled;
 use crate::data::reference_logps::{self, Logps};
 use crate::data::table::{Split, Writer, pass, splits};
 use crate::data::tokens;
 use crate::engine::{Context, Implied, Input, Problem, Stage};
 use crate::ml::adapter::Adapter as LoraAdapter;
 use crate::ml::execution::Execution;
+use crate::ml::loss::Loss;
 use crate::ml::loss::dpo::Dpo;
+use crate::ml::loss::kto::{Kto, LossType};
 use crate::ml::model::batch::Row;
 use crate::ml::model::{CausalLm, Trained, tied};
 use crate::ml::train::{Passes, ReferenceModel, compute_dtype};
@@ -25,13 +28,15 @@ use crate::stages::model_input::{BASE_OF_ADAPTER, note_fallback, pad_id, row};
 use crate::stages::reference_columns::{Made, RowsDigest, Scorer, changes_nothing};
 use crate::stages::rules::Rules;
 
-/// Scores the answers of preferences by a reference model, for trainings that compare their model with it: the tokens with a
-/// log-probability for each token of an answer beside them, in the columns `ref_chosen_logps` and `ref_rejected_logps`.
+/// Scores answers by a reference model, for trainings that compare their model with it: the tokens with a log-probability for each token
+/// of an answer beside them, in the columns `ref_chosen_logps` and, for preferences, `ref_rejected_logps`.
 ///
 /// `train_dpo` with these tokens as its `dataset` neither loads nor runs a reference model, and has the same numbers to the last bit, so that
-/// a search for `beta` or a loss computes the reference once. It takes them only if they were computed by its own reference model: for a new
-/// adapter the model without it, else the model or adapter before the first step, or what `ref_model` and `ref_adapter` name. Every split is
-/// scored. TRL's `precompute_ref_log_probs` keeps the sum over an answer alone, which holds for one `ld_alpha`.
+/// a search for `beta` or a loss computes the reference once. `train_kto` does the same with labelled rows for `apo_zero_unpaired`; `kto`
+/// computes the answers behind other rows' prompts, which depend on its batch size, once before the first step. A training takes the columns
+/// only if they were computed by its own reference model: for a new adapter the model without it, else the model or adapter before the first
+/// step, or what `ref_model` and `ref_adapter` name. Every split is scored. TRL's `precompute_ref_log_probs` keeps the sum over an answer
+/// alone, which holds for one `ld_alpha`.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 #[schemars(extend("examples" = [{"model": "base4", "dataset": "tokens"}]))]
@@ -43,7 +48,7 @@ pub struct ScoreReference {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("examples" = ["sft"]))]
     adapter: Option<Input<Adapter>>,
-    /// The preferences to score.
+    /// The rows to score: preferences, or labelled answers for `train_kto`.
     #[schemars(extend("examples" = ["tokens"]))]
     dataset: Input<Tokens>,
     /// The number of rows in a batch.
@@ -106,16 +111,26 @@ impl Stage for ScoreReference {
         let splits = splits.map(|(name, files)| Split::of_files(&name, files));
         let splits = splits.collect::<anyhow::Result<Vec<Split>>>()?;
         ensure!(!splits.is_empty(), "there is no split to score");
+        let labelled = Labelled::find(dataset)?;
         // Any loss that needs a reference model: what is scored are the tokens of answers.
-        let loss = Dpo::sigmoid(1., 0.);
+        let loss: Box<dyn Loss> = match labelled {
+            None => Box::new(Dpo::sigmoid(1., 0.)),
+            Some(_) => Box::new(Kto {
+                loss_type: LossType::ApoZeroUnpaired,
+                beta: 1.,
+                desirable_weight: 1.,
+                undesirable_weight: 1.,
+            }),
+        };
         let scoring = Scoring {
             cx,
             passes: Passes {
                 execution: &execution,
-                loss: &loss,
+                loss: &*loss,
                 reference: ReferenceModel::Frozen(&execution),
             },
             added: Added::read(dataset)?,
+            labelled,
             pad: pad_id(folder, &arch),
             batch_size: self.per_device_eval_batch_size,
             total: splits.iter().map(Split::rows).sum(),
@@ -129,6 +144,9 @@ impl Stage for ScoreReference {
         cx.note("rows", done);
         Made::new(by, digests).write(cx.out())?;
         scoring.added.write(cx.out())?;
+        if let Some(labelled) = labelled {
+            labelled.write(cx.out())?;
+        }
         chat_template::carry(dataset, cx.out())
     }
 }
@@ -138,6 +156,7 @@ struct Scoring<'a> {
     cx: &'a Context,
     passes: Passes<'a>,
     added: Added,
+    labelled: Option<Labelled>,
     pad: u32,
     batch_size: usize,
     /// The number of rows of all splits.
@@ -175,12 +194,17 @@ impl Scoring<'_> {
             digest.add(&row);
             // What the training takes off isn't scored.
             self.added.take_off(&mut row);
-            let answers = [Some(&row.chosen), row.rejected.as_ref()];
+            let answered = |ids: Option<&Vec<u32>>| ids.is_some_and(|ids| !ids.is_empty());
+            let is_whole = match self.labelled {
+                None => answered(Some(&row.chosen)) && answered(row.rejected.as_ref()),
+                Some(labelled) => {
+                    labelled.cut(&mut row);
+                    answered(Some(&row.chosen)) && row.label.is_some()
+                }
+            };
             ensure!(
-                answers
-                    .iter()
-                    .all(|ids| ids.is_some_and(|ids| !ids.is_empty())),
-                "row {number} of the split `{}` lacks a chosen or rejected answer, and `score_reference` scores preferences",
+                is_whole,
+                "row {number} of the split `{}` lacks a chosen or rejected answer, and `score_reference` scores preferences; hint: `tokenize` with                  `trainer: kto` makes labelled answers for `train_kto`",
                 split.name()
             );
             rows.push(row);

@@ -25,8 +25,7 @@ pub(super) fn write_tokens(folder: &Path) {
             prompt_ids: ids(row, "prompt"),
             chosen_ids: ids(row, "chosen"),
             rejected_ids: Some(ids(row, "rejected")),
-            rejected_prompt_ids: None,
-            assistant_masks: None,
+            ..TokenRow::default()
         })
         .collect();
     write_splits(folder, &rows);

@@ -38,6 +38,8 @@ pub(super) struct Inputs {
     pub(super) pad: u32,
     /// Where the reference model comes from, and that in words.
     pub(super) reference: (Source, &'static str),
+    /// Whether the reference model's log-probabilities are computed for all rows before the first step.
+    pub(super) precomputes: bool,
 }
 
 impl Inputs {
@@ -71,7 +73,6 @@ impl Inputs {
             let adapter = adapter_folder;
             let scorer = named.scorer(&reference.0, folder, adapter, compute)?;
             columns.check(&scorer, reference.1)?;
-            reference = (Source::Rows, reference.1);
         }
         let read = |split: &str, purpose| -> anyhow::Result<Prepared> {
             let mut rows = rows(dataset, split, arch.vocab_size)?;
@@ -89,6 +90,15 @@ impl Inputs {
             Some(_) => read(&arguments.eval_split, Use::Evaluation)?.rows,
             None => Vec::new(),
         };
+        let mut precomputes = method.precomputes_reference();
+        if columns.is_some() {
+            // Answers behind the prompts of other rows have no columns, so that they need the reference model once.
+            let first = train.rows.first().into_iter().collect::<Vec<_>>();
+            precomputes = method.loss().batch(&first, pad)?.mismatched().is_some();
+            if !precomputes {
+                reference = (Source::Rows, reference.1);
+            }
+        }
         Ok(Self {
             folder: folder.to_owned(),
             weights,
@@ -104,6 +114,7 @@ impl Inputs {
             compute,
             pad,
             reference,
+            precomputes,
             arch,
             adapter,
         })

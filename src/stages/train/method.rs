@@ -6,6 +6,7 @@
 use schemars::JsonSchema;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use super::arguments::TrainingArguments;
 use super::reference::Reference;
@@ -42,6 +43,11 @@ pub trait Method: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'sta
     type Output: Artifact;
     /// The parameters that it has in common with other methods.
     type Common: Common;
+
+    /// The defaults of parameters that it shares with other methods, where its own differ.
+    fn defaults() -> Vec<(&'static str, Value)> {
+        Vec::new()
+    }
 
     /// Checks the rules of its own parameters that bounds in their schema can't express.
     fn check(&self, _arguments: &TrainingArguments, _rules: &mut Rules) {}

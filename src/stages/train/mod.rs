@@ -14,6 +14,7 @@ mod run;
 pub mod stage;
 pub mod train_cpo;
 pub mod train_dpo;
+pub mod train_kto;
 pub mod train_orpo;
 pub mod train_sft;
 

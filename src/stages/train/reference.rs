@@ -4,11 +4,12 @@ use std::path::{Path, PathBuf};
 
 use candle_core::DType;
 
-use crate::engine::Context;
+use crate::engine::{Context, Input};
 use crate::ml::adapter::Adapter;
 use crate::ml::execution::{Execution, Kind};
 use crate::ml::model::{CausalLm, Trained, tied};
 use crate::ml::train::ReferenceModel;
+use crate::stages::artifacts::{self as stages, Model};
 use crate::stages::reference_columns::{Scorer, changes_nothing};
 
 /// Which model a training compares its own with.
@@ -51,6 +52,23 @@ pub(super) enum Source {
 }
 
 impl Reference {
+    /// The model and the adapter that a recipe names, or TRL's default if it names none.
+    pub(super) fn named(
+        cx: &Context,
+        model: Option<&Input<Model>>,
+        adapter: Option<&Input<stages::Adapter>>,
+    ) -> anyhow::Result<Self> {
+        if model.is_none() && adapter.is_none() {
+            return Ok(Self::Initial);
+        }
+        let model = model.map(|model| cx.input(model)).transpose()?;
+        let adapter = adapter.map(|adapter| cx.input(adapter)).transpose()?;
+        Ok(Self::Other {
+            model: model.map(Into::into),
+            adapter: adapter.map(Into::into),
+        })
+    }
+
     /// Where the reference model comes from, and that in words. `model` and `adapter` are those that are trained.
     pub(super) fn source(
         &self,

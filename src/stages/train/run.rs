@@ -124,6 +124,7 @@ pub(super) fn run<M: Method>(
         compute,
         pad,
         reference,
+        precomputes,
     } = inputs;
     let origin = Origin {
         split: arguments.train_split.clone(),
@@ -145,7 +146,6 @@ pub(super) fn run<M: Method>(
     }
     let loss = method.loss();
     let mut loaded = Loaded::new(cx, &reference.0, reference.1, compute)?;
-    let precomputes = method.precomputes_reference() && !matches!(loaded, Loaded::Rows);
     if precomputes {
         let own = loaded.execution(Kind::Fused(packing));
         let passes = Passes {

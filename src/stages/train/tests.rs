@@ -24,7 +24,7 @@ pub(in crate::stages) fn write_tokens(folder: &Path) {
             chosen_ids: row.chosen,
             rejected_ids: row.rejected,
             rejected_prompt_ids: row.rejected_prompt,
-            assistant_masks: None,
+            ..TokenRow::default()
         })
         .collect();
     write_splits(folder, &rows);

@@ -44,11 +44,12 @@ struct Head<'c> {
 }
 
 /// Methods of training, by the kinds of their stages.
-const METHODS: [(&str, &str); 4] = [
+const METHODS: [(&str, &str); 5] = [
     ("train_sft", "sft"),
     ("train_dpo", "dpo"),
     ("train_orpo", "orpo"),
     ("train_cpo", "cpo"),
+    ("train_kto", "kto"),
 ];
 
 /// Settings that people look for, in this order.
