@@ -110,7 +110,7 @@ fn labelled_rows_and_pairs_train_by_kto() {
         "stages.tuned.train_kto.undesirable_weight=1.5",
     ]);
     assert!(
-        plan.contains("`undesirable_weight` changed from 2 to 1.5"),
+        plan.contains("`undesirable_weight` changed from 2.0 to 1.5"),
         "{}",
         plan
     );

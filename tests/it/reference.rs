@@ -114,7 +114,7 @@ fn columns_change_nothing_but_the_time() {
     let project = Project::empty();
     let row = |n: usize| {
         json!({
-            "prompt": format!("What is {n} and {n}, if {} is the sum of them without one?", n + n - 1),
+            "prompt": format!("What is {n} and {n}?"),
             "chosen": format!("It is {}, of course.", n + n),
             "rejected": "Leave me alone, I am tired of your questions."
         })
@@ -128,25 +128,26 @@ fn columns_change_nothing_but_the_time() {
         ("kto", "kto", "train_kto", ""),
         ("apo", "kto", "train_kto", "loss_type: apo_zero_unpaired, "),
     ];
-    let mut stages = String::new();
+    let mut stages = Vec::new();
     for trainer in ["dpo", "kto"] {
-        stages += &format!(
+        stages.push(format!(
             "  {trainer}:
     tokenize: {{dataset: chats, tokenizer: blank, max_length: 60, trainer: {trainer}}}
   {trainer}_scored:
     score_reference: {{model: blank, dataset: {trainer}, per_device_eval_batch_size: 3}}
 "
-        );
+        ));
     }
     for (name, trainer, kind, more) in trainings {
         for (suffix, scored) in [("", ""), ("_scored", "_scored")] {
-            stages += &format!(
+            stages.push(format!(
                 "  by_{name}{suffix}:
     {kind}: {{{more}dataset: {trainer}{scored}, {common}}}
 "
-            );
+            ));
         }
     }
+    let stages = stages.concat();
     let recipe = format!(
         "version: 1
 stages:
