@@ -206,7 +206,11 @@ pub fn rows(folder: &Path, split: &str) -> Result<impl Iterator<Item = Result<To
         }))
 }
 
-fn unpack(batch: &RecordBatch) -> Result<Vec<TokenRow>> {
+/// The rows of a batch.
+///
+/// # Errors
+/// It has no columns of ids, or a row has none.
+pub fn unpack(batch: &RecordBatch) -> Result<Vec<TokenRow>> {
     let prompt = ids(batch, "prompt_ids")?;
     let chosen = ids(batch, "chosen_ids")?;
     let rejected = ids(batch, "rejected_ids")?;

@@ -113,8 +113,30 @@ pub fn foresee(stages: &[Planned<'_>]) -> Vec<Foreseen> {
             }
             _ => {}
         }
+        if let Some((scored, theirs, own)) = recipe.scored_otherwise(planned) {
+            let message = format!(
+                "the reference log-probabilities of `{scored}` are computed in {theirs}, and this training computes in {own}"
+            );
+            let hint = "set `bf16` and `fp16` of both alike".to_owned();
+            found.push(Foreseen {
+                stage: planned.name.to_owned(),
+                parameter: "dataset",
+                message,
+                hint,
+            });
+        }
     }
     found
+}
+
+/// The type in which a stage computes products.
+fn compute(params: &Value) -> &'static str {
+    let is_on = |name: &str| params[name] == Value::Bool(true);
+    match (is_on("bf16"), is_on("fp16")) {
+        (true, _) => "bf16",
+        (_, true) => "f16",
+        _ => "f32",
+    }
 }
 
 struct Stages<'a> {
@@ -213,6 +235,21 @@ impl<'a> Stages<'a> {
             stage: model.name.to_owned(),
             sentence,
         })
+    }
+
+    /// For a training that takes reference log-probabilities which are computed in another type: their stage, its type and the training's.
+    fn scored_otherwise(
+        &self,
+        planned: &Planned<'_>,
+    ) -> Option<(&'a str, &'static str, &'static str)> {
+        let scored = self.edge(planned, "dataset")?;
+        let takes_them = ["train_dpo", "train_kto"].contains(&planned.stage.kind());
+        if !takes_them || scored.stage.kind() != "score_reference" {
+            return None;
+        }
+        let theirs = compute(&scored.stage.params().ok()?);
+        let own = compute(&planned.stage.params().ok()?);
+        (theirs != own).then_some((scored.name, theirs, own))
     }
 
     /// The rows that a stage's `dataset` comes from, where they are in a local file.

@@ -12,6 +12,7 @@ mod lints;
 pub mod model;
 mod model_input;
 pub mod preview;
+mod reference_columns;
 pub mod rules;
 mod support;
 pub mod text;
@@ -44,6 +45,7 @@ pub const KINDS: &[Kind] = &[
     Kind::of::<model::add_score_head::AddScoreHead>(),
     Kind::of::<model::quantize::Quantize>(),
     Kind::of::<adapter::attach_lora::AttachLora>(),
+    Kind::of::<text::score_reference::ScoreReference>(),
     Kind::of::<train::train_sft::TrainSft>(),
     Kind::of::<train::train_orpo::TrainOrpo>(),
     Kind::of::<train::train_dpo::TrainDpo>(),

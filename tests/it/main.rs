@@ -80,6 +80,8 @@ mod processor;
 #[cfg(test)]
 mod publish;
 #[cfg(test)]
+mod reference;
+#[cfg(test)]
 mod remote;
 #[cfg(test)]
 mod same_numbers;

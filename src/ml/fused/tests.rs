@@ -1,6 +1,7 @@
 //! The fast path beside the reference: losses, metrics and gradients.
 
 mod beside_base;
+mod bits;
 mod decode;
 mod families;
 mod ids;

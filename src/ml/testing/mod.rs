@@ -1,6 +1,6 @@
 //! What the tests of `ml` have in common, and those that compare it with the numbers of the reference.
 
-pub(in crate::ml) mod counting;
+pub(crate) mod counting;
 pub(crate) mod golden;
 pub(in crate::ml) mod golden_adapters;
 pub(in crate::ml) mod golden_compare;

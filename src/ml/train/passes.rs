@@ -57,6 +57,9 @@ struct Targets<'a> {
     all: Vec<Target>,
 }
 
+/// A pass through the trained model, and the log-probabilities of its targets under the reference model, in nats, if the loss needs them.
+type Compared<'a> = (Box<dyn ForwardPass + 'a>, Option<Vec<f64>>);
+
 impl<'a> Targets<'a> {
     /// The tokens of all answers.
     fn of_answers(batches: &[&'a Batch]) -> Self {
@@ -149,7 +152,7 @@ impl Passes<'_> {
     }
 
     /// Computes the log-probabilities of the rows' answers under the reference model, `batch_size` rows at a time, and stores them in the
-    /// rows, for [`ReferenceModel::Rows`]. `report` is called with the number of finished rows, and may stop with an error.
+    /// rows, for [`ReferenceModel::Rows`]. Rows that have those of their own answers keep them. `report` is called with the number of finished rows, and may stop with an error.
     ///
     /// # Errors
     /// A row lacks what the loss needs, the pass fails, or `report` returns an error.
@@ -164,13 +167,7 @@ impl Passes<'_> {
         for rows in rows.chunks_mut(batch_size.max(1)) {
             let references: Vec<&Row> = rows.iter().collect();
             let batch = self.loss.batch(&references, pad)?;
-            let targets = Targets::of_answers(&[&batch]);
-            let logps = in_pool(|| self.reference_logps(&targets))?;
-            let logps = logps.context("the loss needs no reference model")?;
             let count = rows.len();
-            for row in rows.iter_mut() {
-                row.reference_logps = Some(ReferenceLogps::default());
-            }
             if let Some(other) = batch.mismatched() {
                 let targets = Targets::of_answers(&[other]);
                 let logps = in_pool(|| self.reference_logps(&targets))?.unwrap_or_default();
@@ -181,13 +178,21 @@ impl Passes<'_> {
                     known.push(logp as f32);
                 }
             }
-            for (target, logp) in targets.all.iter().zip(logps) {
-                let known = rows[target.row % count].reference_logps.as_mut();
-                let known = known.context("a row has no place for them")?;
-                if target.row < count {
-                    known.chosen.push(logp as f32);
-                } else {
-                    known.rejected.push(logp as f32);
+            if rows.iter().any(|row| row.reference_logps.is_none()) {
+                let targets = Targets::of_answers(&[&batch]);
+                let logps = in_pool(|| self.reference_logps(&targets))?;
+                let logps = logps.context("the loss needs no reference model")?;
+                let mut known = vec![ReferenceLogps::default(); count];
+                for (target, logp) in targets.all.iter().zip(logps) {
+                    let known = &mut known[target.row % count];
+                    if target.row < count {
+                        known.chosen.push(logp as f32);
+                    } else {
+                        known.rejected.push(logp as f32);
+                    }
+                }
+                for (row, known) in rows.iter_mut().zip(known) {
+                    row.reference_logps = Some(known);
                 }
             }
             done += count;
@@ -233,7 +238,7 @@ impl Passes<'_> {
         pass: Pass,
         checkpointing: bool,
         targets: &Targets<'_>,
-    ) -> anyhow::Result<(Box<dyn ForwardPass + '_>, Option<Vec<f64>>)> {
+    ) -> anyhow::Result<Compared<'_>> {
         let execution = self.execution;
         if self.loss.needs().reference
             && matches!(self.reference, ReferenceModel::Base)

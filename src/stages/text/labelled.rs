@@ -7,6 +7,8 @@ use std::path::Path;
 use anyhow::{Context as _, anyhow};
 use serde::{Deserialize, Serialize};
 
+use crate::ml::model::batch::Row;
+
 const FILE: &str = "labelled.json";
 
 /// What `tokenize` says of labelled rows.
@@ -21,6 +23,18 @@ impl Labelled {
     pub(in crate::stages) fn write(self, out: &Path) -> anyhow::Result<()> {
         fs::write(out.join(FILE), serde_json::to_string(&self)? + "\n")
             .with_context(|| format!("could not write `{FILE}`"))
+    }
+
+    /// Cuts the answer of a row that is too long together with its prompt.
+    pub(in crate::stages) fn cut(self, row: &mut Row) {
+        let most = self.max_length.saturating_sub(row.prompt.len());
+        row.chosen.truncate(most);
+    }
+
+    /// Reads the file of an artifact that may hold other rows.
+    pub(in crate::stages) fn find(artifact: &Path) -> anyhow::Result<Option<Self>> {
+        let there = artifact.join(FILE).is_file();
+        there.then(|| Self::read(artifact, "")).transpose()
     }
 
     /// Reads the file of an artifact. `kind` is the stage that needs it.

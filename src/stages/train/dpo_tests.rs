@@ -15,7 +15,7 @@ use crate::ml::testing::golden;
 use crate::stages::evaluate::Evaluate;
 
 /// The rows of the golden runs as an artifact with `train` (24 rows) and `test` (5 rows).
-fn write_tokens(folder: &Path) {
+pub(super) fn write_tokens(folder: &Path) {
     let text = fs::read_to_string(golden::folder("dpo/ids.json")).unwrap();
     let cases: Value = serde_json::from_str(&text).unwrap();
     let ids = |row: &Value, name: &str| serde_json::from_value(row[name].clone()).unwrap();

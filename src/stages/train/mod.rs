@@ -26,6 +26,8 @@ mod fixture;
 #[cfg(test)]
 mod not_finite;
 #[cfg(test)]
+mod reference_tests;
+#[cfg(test)]
 pub(in crate::stages) mod tests;
 
 pub use reference::Reference;

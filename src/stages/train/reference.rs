@@ -10,6 +10,7 @@ use crate::ml::execution::{Execution, Kind};
 use crate::ml::model::{CausalLm, Trained, tied};
 use crate::ml::train::ReferenceModel;
 use crate::stages::artifacts::{self as stages, Model};
+use crate::stages::reference_columns::{Scorer, changes_nothing};
 
 /// Which model a training compares its own with.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,28 +35,8 @@ pub(super) enum Loaded {
     Base,
     /// A model of its own.
     Frozen(Box<CausalLm>),
-}
-
-/// Whether a model with this adapter computes what it computes without.
-fn changes_nothing(adapter: &Adapter) -> anyhow::Result<bool> {
-    let is_zero = |tensor: &candle_core::Tensor| -> candle_core::Result<bool> {
-        Ok(tensor
-            .abs()?
-            .flatten_all()?
-            .max(0)?
-            .to_dtype(DType::F64)?
-            .to_scalar::<f64>()?
-            == 0.)
-    };
-    if !adapter.saved.is_empty() || !adapter.token_rows.is_empty() {
-        return Ok(false);
-    }
-    for pair in adapter.tensors.values() {
-        if pair.magnitude.is_some() || !(is_zero(&pair.b)? || is_zero(&pair.a)?) {
-            return Ok(false);
-        }
-    }
-    Ok(true)
+    /// The rows have its log-probabilities.
+    Rows,
 }
 
 /// Where a reference model comes from.
@@ -66,6 +47,8 @@ pub(super) enum Source {
     Base,
     /// A model of its own: its folder, and its adapter if it has one.
     Own(PathBuf, Option<Box<Adapter>>),
+    /// The rows have its log-probabilities ([`crate::stages::reference_columns`]).
+    Rows,
 }
 
 impl Reference {
@@ -128,6 +111,29 @@ impl Reference {
     }
 }
 
+impl Reference {
+    /// What log-probabilities that rows have already must have been computed by, for a training whose reference comes from `source`. `model`
+    /// and `adapter` are the folders of those that are trained.
+    pub(super) fn scorer(
+        &self,
+        source: &Source,
+        model: &Path,
+        adapter: Option<&Path>,
+        compute: DType,
+    ) -> anyhow::Result<Scorer> {
+        let Source::Own(folder, own) = source else {
+            return Scorer::new(model, None, compute);
+        };
+        let adapter = match self {
+            Self::Other { adapter, .. } => adapter.as_deref(),
+            _ => adapter,
+        };
+        let plain = own.as_deref().map(changes_nothing).transpose()?;
+        let adapter = adapter.filter(|_| plain == Some(false));
+        Scorer::new(folder, adapter, compute)
+    }
+}
+
 impl Loaded {
     /// Loads a reference model.
     pub(super) fn new(
@@ -137,11 +143,16 @@ impl Loaded {
         compute: DType,
     ) -> anyhow::Result<Self> {
         if !told.is_empty() {
-            cx.info(format!("the reference is {told}"));
+            let known = match source {
+                Source::Rows => "; its log-probabilities come with the dataset",
+                _ => "",
+            };
+            cx.info(format!("the reference is {told}{known}"));
         }
         let (folder, adapter) = match source {
             Source::None => return Ok(Self::None),
             Source::Base => return Ok(Self::Base),
+            Source::Rows => return Ok(Self::Rows),
             Source::Own(folder, adapter) => (folder, adapter),
         };
         let (config, weights) = tied::open(folder)?;
@@ -161,7 +172,7 @@ impl Loaded {
     pub(super) fn execution(&self, kind: Kind) -> Option<Execution<'_>> {
         match self {
             Self::Frozen(model) => Some(Execution::new(model, kind)),
-            Self::None | Self::Base => None,
+            Self::None | Self::Base | Self::Rows => None,
         }
     }
 
@@ -169,6 +180,7 @@ impl Loaded {
     pub(super) fn model<'a>(&self, execution: Option<&'a Execution<'a>>) -> ReferenceModel<'a> {
         match (self, execution) {
             (Self::Base, _) => ReferenceModel::Base,
+            (Self::Rows, _) => ReferenceModel::Rows,
             (Self::Frozen(_), Some(execution)) => ReferenceModel::Frozen(execution),
             _ => ReferenceModel::None,
         }

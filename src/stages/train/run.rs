@@ -124,6 +124,7 @@ pub(super) fn run<M: Method>(
         compute,
         pad,
         reference,
+        precomputes,
     } = inputs;
     let origin = Origin {
         split: arguments.train_split.clone(),
@@ -155,7 +156,7 @@ pub(super) fn run<M: Method>(
         cache_frozen_layers(cx, &execution, &[train_rows, &eval_rows])?;
     }
     let mut loaded = Loaded::new(cx, &reference.0, reference.1, compute)?;
-    if method.precomputes_reference() {
+    if precomputes {
         let own = loaded.execution(Kind::Fused(packing));
         let passes = Passes {
             execution: &execution,
@@ -168,7 +169,7 @@ pub(super) fn run<M: Method>(
         loaded = Loaded::None;
     }
     let own = loaded.execution(Kind::Fused(packing));
-    let reference = if method.precomputes_reference() {
+    let reference = if precomputes {
         ReferenceModel::Rows
     } else {
         loaded.model(own.as_ref())

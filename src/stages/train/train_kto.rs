@@ -129,16 +129,15 @@ impl Method for Parameters {
         mut rows: Vec<Row>,
         purpose: Use,
     ) -> anyhow::Result<Prepared> {
-        let Labelled { max_length } = Labelled::read(cx.input(&arguments.dataset)?, Self::KIND)?;
+        let labelled = Labelled::read(cx.input(&arguments.dataset)?, Self::KIND)?;
         if purpose == Use::Training {
             self.tell(cx, &rows);
         }
         // As in TRL, neighbours are those of a training even in an evaluation with larger batches.
         let size = arguments.settings(0., false).batch_size;
-        pair_with_neighbours(&mut rows, size, max_length);
+        pair_with_neighbours(&mut rows, size, labelled.max_length);
         for row in &mut rows {
-            row.chosen
-                .truncate(max_length.saturating_sub(row.prompt.len()));
+            labelled.cut(row);
         }
         Ok(Prepared { rows, rows_each: 1 })
     }
