@@ -407,10 +407,9 @@ fn merged(
             MajoritySignMethod::Total => values.clone().sum(),
             MajoritySignMethod::Frequency => values.clone().map(sign).sum(),
         };
-        let majority = if total >= 0. { 1. } else { -1. };
         let (mut sum, mut kept) = (0f32, 0f32);
         for (x, weight) in values.zip(weights) {
-            if sign(x) == majority {
+            if x != 0. && (x > 0.) == (total >= 0.) {
                 sum += x * weight;
                 kept += 1.;
             }
