@@ -345,8 +345,8 @@ mod tests {
                 let taken = (pair.b.matmul(&pair.a).unwrap() * ours.config.scaling(path)).unwrap();
                 let rest = (base(&weights, &weight_name(path)).unwrap() - taken).unwrap();
                 let far = golden::far(&rest, golden("rest"));
-                println!("| init_lora_weights | {name}, what is left | {far:.1e} | | 2e-6 |");
-                assert!(far < 2e-6, "{name} {path}: {far}");
+                println!("| init_lora_weights | {name}, what is left | {far:.1e} | | 5e-6 |");
+                assert!(far < 5e-6, "{name} {path}: {far}");
             }
             // Done is done: PEFT must not begin again.
             assert_eq!(ours.config.raw["init_lora_weights"], true);

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::batch::Row;
+use super::linear::DropoutSeed;
 use super::*;
 use crate::ml::adapter::Adapter;
 use crate::ml::execution::{Execution, Kind};

@@ -1,5 +1,5 @@
-//! Learning rates that follow a metric of the evaluations: torch's `ReduceLROnPlateau` (torch/optim/lr_scheduler.py) and transformers'
-//! `GreedyLR` (optimization.py; arXiv 2512.14527, algorithm 1).
+//! Learning rates that follow a metric of the evaluations: torch's `ReduceLROnPlateau` (`torch/optim/lr_scheduler.py`) and transformers'
+//! `GreedyLR` (`optimization.py`; arXiv 2512.14527, algorithm 1).
 
 use std::collections::VecDeque;
 

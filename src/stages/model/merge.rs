@@ -54,6 +54,7 @@ pub struct Merge {
     /// What the adapter's update is multiplied by. -1 takes it away: of a new adapter with `init_lora_weights: pissa` or `olora` that leaves the
     /// model beside which it is trained.
     #[serde(default = "one", skip_serializing_if = "is_one")]
+    #[schemars(extend("default" = 1))]
     #[schemars(extend("examples" = [0.5, -1]))]
     weight: f64,
 }

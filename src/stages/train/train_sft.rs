@@ -40,10 +40,12 @@ pub struct Parameters {
     /// The loss: `nll`, the negative log-likelihood of the tokens, or `dft`, the same weighted by each token's probability (dynamic
     /// fine-tuning, arXiv 2508.05629).
     #[serde(default, skip_serializing_if = "LossType::is_nll")]
+    #[schemars(extend("default" = "nll"))]
     loss_type: LossType,
     /// The part of each token's probability that is spread over the whole vocabulary (label smoothing), for `loss_type: nll`. It takes the
     /// slower reference path.
     #[serde(default, skip_serializing_if = "is_zero")]
+    #[schemars(extend("default" = 0))]
     #[schemars(extend("minimum" = 0, "maximum" = 1))]
     #[schemars(extend("examples" = [0.1]))]
     label_smoothing_factor: f64,
@@ -55,6 +57,7 @@ pub struct Parameters {
     /// What `packing` does with rows that are longer than `max_length`: `bfd` cuts their end off, `bfd_split` splits them, which loses no token
     /// but tears what belongs together.
     #[serde(default, skip_serializing_if = "is_bfd")]
+    #[schemars(extend("default" = "bfd"))]
     packing_strategy: PackingStrategy,
     /// The longest sequence that `packing` makes, in tokens; longer rows are cut or split. Without `packing` it has no effect: rows
     /// are as long as `tokenize` made them.
