@@ -5,7 +5,6 @@
 pub mod adapter;
 pub mod artifacts;
 pub mod dataset;
-pub mod evaluate;
 pub mod foresight;
 mod from_hub;
 mod lints;
@@ -13,6 +12,7 @@ pub mod model;
 mod model_input;
 pub mod preview;
 pub mod rules;
+pub mod scores;
 mod support;
 pub mod text;
 pub mod train;
@@ -47,7 +47,9 @@ pub const KINDS: &[Kind] = &[
     Kind::of::<train::train_orpo::TrainOrpo>(),
     Kind::of::<train::train_dpo::TrainDpo>(),
     Kind::of::<train::train_cpo::TrainCpo>(),
-    Kind::of::<evaluate::Evaluate>(),
+    Kind::of::<scores::evaluate::Evaluate>(),
+    Kind::of::<scores::evaluate_choices::EvaluateChoices>(),
+    Kind::of::<scores::evaluate_answers::EvaluateAnswers>(),
     Kind::of::<model::merge::Merge>(),
     Kind::of::<model::export_gguf::ExportGguf>(),
 ];
