@@ -140,6 +140,15 @@ pub(super) fn recognise(
         Some(form) => form,
         None => columns.form()?,
     };
+    let foreign = ["question", "choices", "answer"]
+        .into_iter()
+        .find(|name| columns.given.contains_key(name));
+    if let (Some(name), false) = (foreign, form == Form::Choices) {
+        bail!(
+            "`columns` maps to `{name}`, which only questions with `choices` and an `answer` have; hint: a mapping is from our name to the \
+             file's, as in `columns: {{prompt: question}}`"
+        );
+    }
     let mut message = columns.fill(form, asked.is_some())?;
     if asked.is_some() {
         message = None;
@@ -535,6 +544,12 @@ mod tests {
             ),
             (&["a"], &[("prompt", "${b}")], None, "reads `b`"),
             (&["a"], &[("best", "a")], None, "no column of ours"),
+            (
+                &["prompt", "completion"],
+                &[("question", "prompt"), ("chosen", "completion")],
+                None,
+                "`columns` maps to `question`, which only questions",
+            ),
             (
                 &["prompt", "completion"],
                 &[],

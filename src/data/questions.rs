@@ -160,7 +160,7 @@ mod tests {
             // A text that is a choice is that choice, whatever else it could be.
             (r#"["1", "0"]"#, r#""0""#, 1),
             (r#"["B", "A"]"#, r#""A""#, 1),
-            (r#"[3, 4]"#, r#""4""#, 1),
+            ("[3, 4]", r#""4""#, 1),
             (labelled, r#""1""#, 0),
             (labelled, r#""yes""#, 1),
         ] {
