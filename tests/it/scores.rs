@@ -280,6 +280,47 @@ fn a_gate_fails_a_run_and_computes_nothing_again() {
 }
 
 #[test]
+fn the_recipe_that_compares_methods_scores_each_on_the_same_rows() {
+    let recipe = "recipes/orpo-vs-dpo.yaml";
+    let project = Project::with_recipes();
+    let trainings = [
+        ("base", "train_sft"),
+        ("orpo", "train_orpo"),
+        ("sft", "train_sft"),
+        ("dpo", "train_dpo"),
+        ("simpo", "train_cpo"),
+    ];
+    let mut sets = Vec::new();
+    for (stage, kind) in trainings {
+        sets.push(format!("stages.{stage}.{kind}.max_steps=3"));
+        if stage != "base" {
+            sets.push(format!("stages.{stage}_scores.evaluate.num_answers=0"));
+        }
+    }
+    let mut arguments = vec![recipe];
+    for set in &sets {
+        arguments.extend(["--set", set.as_str()]);
+    }
+    project.succeeds(&[&["run"][..], &arguments[..]].concat());
+    let scores = |name: &str| -> Value {
+        let text = project.read(&format!("out/orpo-vs-dpo/{name}/scores.json"));
+        serde_json::from_str(&text).unwrap()
+    };
+    let orpo = scores("orpo");
+    assert_eq!(orpo["rows"], 60);
+    for name in ["sft", "dpo", "simpo"] {
+        let other = scores(name);
+        assert_eq!(other["base"], orpo["base"], "{name}");
+        assert_ne!(other["adapter"], orpo["adapter"], "{name}");
+    }
+    let beta = ["--set", "stages.dpo.train_dpo.beta=0.2"];
+    assert_eq!(
+        project.ran(&[&arguments[..], &beta[..]].concat()),
+        ["dpo", "dpo_scores"]
+    );
+}
+
+#[test]
 fn mistakes_in_requirements_are_shown_in_their_places() {
     let project = Project::with_recipes();
     let recipe = project.read("recipes/quickstart.yaml").replace(
