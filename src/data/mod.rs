@@ -2,12 +2,12 @@
 //!
 //! [`table`] reads and writes splits, [`import`] brings other people's files in, [`tokens`] is the layout of token ids,
 //! [`reference_logps`] that of their log-probabilities under a reference model,
-//! [`lint`] finds what is likely wrong with rows, [`show`] is a look at the head of a folder, `reading` opens files of text, [`cell`] the values between JSON and Arrow.
+//! [`lint`] finds what is likely wrong with rows, [`questions`] reads questions with choices, [`show`] is a look at the head of a folder, `reading` opens files of text, [`cell`] the values between JSON and Arrow.
 
 mod arrow_file;
 pub mod cell;
 mod csv;
-mod expression;
+pub mod expression;
 mod forms;
 pub mod import;
 mod json;
@@ -16,6 +16,7 @@ pub mod lengths;
 pub mod lint;
 pub(crate) mod messages;
 pub mod numbers;
+pub mod questions;
 pub mod ranges;
 mod reading;
 pub mod reference_logps;

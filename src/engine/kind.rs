@@ -72,6 +72,10 @@ pub trait AnyStage: Send + Sync {
     fn position(&self, scratch: &Path) -> Option<Position>;
     /// The parameters of [`Stage::on_first_rows`], marked as those of [`AnyStage::params`].
     fn on_first_rows(&self, rows: usize) -> Option<serde_json::Value>;
+    /// [`Stage::has_requirements`].
+    fn has_requirements(&self) -> bool;
+    /// [`Stage::accept`].
+    fn accept(&self, result: &Path) -> anyhow::Result<()>;
     /// [`Stage::run`].
     fn run(&self, cx: &Context) -> anyhow::Result<()>;
 }
@@ -115,6 +119,12 @@ impl<S: Stage> AnyStage for S {
     }
     fn on_first_rows(&self, rows: usize) -> Option<serde_json::Value> {
         serde_json::to_value(Stage::on_first_rows(self, rows)?).ok()
+    }
+    fn has_requirements(&self) -> bool {
+        Stage::has_requirements(self)
+    }
+    fn accept(&self, result: &Path) -> anyhow::Result<()> {
+        Stage::accept(self, result)
     }
     fn run(&self, cx: &Context) -> anyhow::Result<()> {
         Stage::run(self, cx)

@@ -79,6 +79,17 @@ pub trait Stage: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'stat
         None
     }
 
+    /// Whether [`Stage::accept`] asks anything of the result.
+    fn has_requirements(&self) -> bool {
+        false
+    }
+
+    /// Holds the result in the folder `result` against requirements, which are neutral parameters: whenever it was made, and whenever it
+    /// is fresh. An error fails the stage in this run, but the result stays in the store and is not made again.
+    fn accept(&self, _result: &Path) -> anyhow::Result<()> {
+        Ok(())
+    }
+
     /// Makes the artifact in [`Context::out`]. On an error, only the scratch folder is kept.
     fn run(&self, cx: &Context) -> anyhow::Result<()>;
 }

@@ -5,7 +5,6 @@
 pub mod adapter;
 pub mod artifacts;
 pub mod dataset;
-pub mod evaluate;
 pub mod foresight;
 mod from_hub;
 mod lints;
@@ -14,6 +13,7 @@ mod model_input;
 pub mod preview;
 mod reference_columns;
 pub mod rules;
+pub mod scores;
 mod support;
 pub mod text;
 pub mod train;
@@ -53,7 +53,9 @@ pub const KINDS: &[Kind] = &[
     Kind::of::<train::train_kto::TrainKto>(),
     Kind::of::<train::train_reward::TrainReward>(),
     Kind::of::<adapter::combine_adapters::CombineAdapters>(),
-    Kind::of::<evaluate::Evaluate>(),
+    Kind::of::<scores::evaluate::Evaluate>(),
+    Kind::of::<scores::evaluate_choices::EvaluateChoices>(),
+    Kind::of::<scores::evaluate_answers::EvaluateAnswers>(),
     Kind::of::<model::merge::Merge>(),
     Kind::of::<model::export_gguf::ExportGguf>(),
 ];

@@ -90,9 +90,16 @@ pub(in crate::stages) fn rows(
     Ok(rows)
 }
 
-/// Whether a dataset has a split.
-pub(in crate::stages) fn has_split(dataset: &Path, split: &str) -> anyhow::Result<bool> {
-    Ok(splits(dataset)?.contains_key(split))
+/// The split that an evaluation reads: `given`, or `test`, or `train` where there is no `test`.
+pub(in crate::stages) fn split_or_test(
+    dataset: &Path,
+    given: Option<&str>,
+) -> anyhow::Result<String> {
+    Ok(match given {
+        Some(split) => split.to_owned(),
+        None if splits(dataset)?.contains_key("test") => "test".to_owned(),
+        None => "train".to_owned(),
+    })
 }
 
 /// The id of padding: that of the tokenizer's pad token, or the one in the model's configuration.

@@ -86,6 +86,8 @@ mod remote;
 #[cfg(test)]
 mod same_numbers;
 #[cfg(test)]
+mod scores;
+#[cfg(test)]
 mod shells;
 #[cfg(test)]
 mod shrinking;

@@ -155,7 +155,7 @@ fn table(planned: &[Planned<'_>]) -> String {
             State::Fresh { .. } => GOOD,
             State::Runs { .. } => RUNS,
             State::WaitsOn { .. } => WAITS,
-            State::Unknown { .. } => ERROR,
+            State::Fails { .. } | State::Unknown { .. } => ERROR,
         };
         let head = format!(
             "{}  {}  {}  ",
@@ -223,12 +223,19 @@ fn sum(planned: &[Planned<'_>]) -> String {
         count_of(|state| matches!(state, State::Runs { .. })),
         count_of(|state| matches!(state, State::WaitsOn { .. })),
     );
+    let failing = count_of(|state| matches!(state, State::Fails { .. }));
+    if failing > 0 {
+        text = format!("{text}, {failing} failing");
+    }
     if unknown > 0 {
         text = format!("{text}, {unknown} unknown");
     }
-    let stale = planned
-        .iter()
-        .filter(|planned| !matches!(planned.forecast.state, State::Fresh { .. }));
+    let stale = planned.iter().filter(|planned| {
+        !matches!(
+            planned.forecast.state,
+            State::Fresh { .. } | State::Fails { .. }
+        )
+    });
     let stale: Vec<_> = stale.collect();
     let seconds: Vec<f64> = stale
         .iter()
@@ -295,6 +302,7 @@ pub(in crate::cli) fn describe(state: &State) -> (&'static str, Vec<String>) {
                 .map(ToString::to_string);
             ("waits", std::iter::once(waits).chain(reasons).collect())
         }
+        State::Fails { error, .. } => ("fails", vec![error.clone()]),
         State::Unknown { error } => ("unknown", vec![error.clone()]),
     }
 }

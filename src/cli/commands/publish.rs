@@ -272,6 +272,11 @@ fn of_recipe(args: &Args) -> Result<(Vec<Item>, Arc<RunEnv>), Failure> {
         // What the world gets is what the recipe says now.
         match plan.get(index) {
             Some(State::Fresh { .. }) => {}
+            Some(State::Fails { error, .. }) => {
+                return Err(
+                    anyhow::anyhow!("`{name}` fails what is required of it: {error}").into(),
+                );
+            }
             Some(State::Unknown { error }) => {
                 return Err(anyhow::anyhow!(
                     "whether `{name}` is up to date can't be told: {error}"

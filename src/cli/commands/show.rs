@@ -7,6 +7,7 @@ use anyhow::Context as _;
 use serde_json::Value;
 
 use crate::cli::args::{RecipeArgs, StoreArgs};
+use crate::cli::gather::evaluation::intervals;
 use crate::cli::gather::number;
 use crate::cli::project::Project;
 use crate::cli::{Failure, print_headed, table};
@@ -75,6 +76,10 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
                 View::Curves(curves) => text.push_str(&table(&drawn(&curves))),
             }
         }
+    }
+    if let Some(rows) = intervals(&record) {
+        text.push('\n');
+        text.push_str(&table(&rows));
     }
     print_headed(&text);
     Ok(())
@@ -154,7 +159,7 @@ fn about(project: &Project, stage: &str, record: &Record, folder: &Path) -> Stri
         let made = format!("by the same stage under the name `{}`", record.stage);
         rows.push(vec!["first made".into(), made]);
     }
-    // Intervals are many; the report shows them.
+    // Intervals are many; they are shown at the end.
     let notes = record.notes.iter().filter(|(name, _)| *name != "intervals");
     for (name, value) in notes {
         rows.push(vec![name.clone(), noted(name, value)]);

@@ -85,6 +85,14 @@ fn explain(project: &Project, forecasts: &[Option<Forecast>], index: usize, text
             }
             _ = writeln!(text, "  {}", project.store.artifact(artifact).display());
         }
+        State::Fails { artifact, error } => {
+            _ = writeln!(text, "`{name}` {word}: {error}");
+            _ = writeln!(
+                text,
+                "  its result is up to date and stays: {}",
+                project.store.artifact(artifact).display()
+            );
+        }
         State::Unknown { error } => _ = writeln!(text, "the state of `{name}` is unknown: {error}"),
         State::Runs { reasons } => {
             _ = writeln!(text, "`{name}` {word}:");

@@ -3,7 +3,7 @@
 pub(super) mod curves;
 mod data;
 mod environment;
-mod evaluation;
+pub(super) mod evaluation;
 pub(super) mod page;
 pub(super) mod runs;
 pub(super) mod stages;

@@ -84,7 +84,7 @@ pub(in crate::cli) fn metrics(project: &Project, record: &Record) -> BTreeMap<St
     if record.output == Scores::NAME {
         let scores = scores(&folder);
         let part = |name: &str| scores.as_ref()?.get(name)?.as_object().cloned();
-        let shown = part("adapter").or_else(|| part("base"));
+        let shown = ["adapter", "model", "base"].into_iter().find_map(part);
         let noted = || record.notes.clone().into_iter().collect();
         for (name, value) in shown.unwrap_or_else(noted) {
             if let Some(value) = value.as_f64() {

@@ -163,13 +163,15 @@ pub(super) fn scores(folder: &Path, rows: usize) -> anyhow::Result<Vec<View>> {
         .get("base")
         .and_then(Value::as_object)
         .map(|base| base.keys().cloned().collect::<Vec<_>>());
-    let mut lines = vec![
-        ["", "base", "with adapter", "difference"]
-            .map(str::to_owned)
-            .to_vec(),
-    ];
+    let has = |part: &str| scores.get(part).is_some_and(Value::is_object);
+    let (compared, titles) = if has("model") {
+        ("model", ["", "baseline", "model", "difference"])
+    } else {
+        ("adapter", ["", "base", "with adapter", "difference"])
+    };
+    let mut lines = vec![titles.map(str::to_owned).to_vec()];
     for name in names.unwrap_or_default() {
-        let parts = ["base", "adapter", "difference"].map(|part| number(of(part, &name)));
+        let parts = ["base", compared, "difference"].map(|part| number(of(part, &name)));
         lines.push(std::iter::once(name).chain(parts).collect());
     }
     let mut views = vec![line(""), View::Table(lines)];
@@ -177,7 +179,7 @@ pub(super) fn scores(folder: &Path, rows: usize) -> anyhow::Result<Vec<View>> {
     for answer in answers.lines().take(rows) {
         let answer: Value = serde_json::from_str(answer)?;
         views.push(line(""));
-        for name in ["prompt", "chosen", "rejected", "base", "adapter"] {
+        for name in ["prompt", "chosen", "rejected", "base", "adapter", "model"] {
             if let Some(value) = answer.get(name).and_then(Value::as_str) {
                 let value = value.trim().replace('\n', "\n           ");
                 views.push(line(format!("{name:>9}: {value}")));

@@ -12,7 +12,7 @@ use crate::data::tokens::TokenRow;
 use crate::engine::{Context, Control, Level, Stage};
 use crate::ml::adapter::Adapter;
 use crate::ml::testing::golden;
-use crate::stages::evaluate::Evaluate;
+use crate::stages::scores::evaluate::Evaluate;
 
 /// The rows of the golden runs as an artifact with `train` (24 rows) and `test` (5 rows).
 pub(super) fn write_tokens(folder: &Path) {

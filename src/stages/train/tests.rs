@@ -11,7 +11,7 @@ use crate::data::tokens::{Columns, TokenRow, batch, schema};
 use crate::engine::{AnyStage, Context, Control, Event, Stage};
 use crate::ml::adapter::Adapter;
 use crate::ml::testing::golden;
-use crate::stages::evaluate::Evaluate;
+use crate::stages::scores::evaluate::Evaluate;
 use crate::stages::train::train_orpo::TrainOrpo;
 use crate::stages::train::train_sft::TrainSft;
 
