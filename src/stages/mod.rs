@@ -4,6 +4,7 @@
 
 pub mod adapter;
 pub mod artifacts;
+pub mod command;
 pub mod dataset;
 pub mod evaluate;
 pub mod foresight;
@@ -50,6 +51,7 @@ pub const KINDS: &[Kind] = &[
     Kind::of::<evaluate::Evaluate>(),
     Kind::of::<model::merge::Merge>(),
     Kind::of::<model::export_gguf::ExportGguf>(),
+    Kind::of::<command::run_command::RunCommand>(),
 ];
 
 /// The kind called `name`.

@@ -59,6 +59,8 @@ mod longer;
 #[cfg(test)]
 mod looking;
 #[cfg(test)]
+mod matrix;
+#[cfg(test)]
 mod messages;
 #[cfg(test)]
 mod mistakes;
@@ -78,6 +80,8 @@ mod publish;
 #[cfg(test)]
 mod remote;
 #[cfg(test)]
+mod run_command;
+#[cfg(test)]
 mod same_numbers;
 #[cfg(test)]
 mod shells;
@@ -87,6 +91,8 @@ mod shrinking;
 mod story;
 #[cfg(test)]
 mod support;
+#[cfg(test)]
+mod table;
 #[cfg(test)]
 mod terminal;
 #[cfg(test)]
