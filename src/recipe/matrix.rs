@@ -183,7 +183,7 @@ impl Expander<'_> {
         for axis in axes {
             let longer = combinations.iter().flat_map(|combination| {
                 axis.iter()
-                    .map(|value| [&combination[..], &[value.clone()]].concat())
+                    .map(|value| [&combination[..], std::slice::from_ref(value)].concat())
             });
             combinations = longer.collect();
         }
@@ -267,7 +267,7 @@ impl Expander<'_> {
                 let Some(there) = made[read].as_ref().filter(|_| read != stage) else {
                     continue;
                 };
-                let path = self.path_of(declared, input);
+                let path = path_of(declared, input);
                 let Some(taken) = picks(draft, &path, &picked, there) else {
                     continue;
                 };
@@ -297,7 +297,7 @@ impl Expander<'_> {
             for made_of in &mut partial {
                 for (position, input) in declared.inputs.iter().enumerate() {
                     if let Names::Collect(names) = &input.found.names {
-                        let path = self.path_of(declared, input);
+                        let path = path_of(declared, input);
                         let combination = &made_of.combination;
                         let names = names.iter().flat_map(|name| {
                             self.collected(draft, combination, name, &path, index, made)
@@ -338,17 +338,6 @@ impl Expander<'_> {
         taken
             .map(|(made, _)| axes::name(&self.declared[read].name, &made.combination))
             .collect()
-    }
-
-    /// Where an input is written.
-    fn path_of(&self, declared: &Declared, input: &Input) -> RecipePath {
-        let kind = declared.kind.map_or("", |kind| kind.name);
-        let start = if input.is_default {
-            keys(&["defaults", kind])
-        } else {
-            keys(&["stages", &declared.name, kind])
-        };
-        [start, input.found.path.clone()].concat()
     }
 
     /// The section `stages` with what was made.
@@ -524,6 +513,17 @@ fn values(combination: &Combination) -> Vars {
     values
         .map(|value| (value.axis.clone(), value.value.clone()))
         .collect()
+}
+
+/// Where an input is written.
+fn path_of(declared: &Declared, input: &Input) -> RecipePath {
+    let kind = declared.kind.map_or("", |kind| kind.name);
+    let start = if input.is_default {
+        keys(&["defaults", kind])
+    } else {
+        keys(&["stages", &declared.name, kind])
+    };
+    [start, input.found.path.clone()].concat()
 }
 
 fn too_many(draft: &mut Draft, path: &RecipePath, name: &str) {

@@ -4,6 +4,7 @@ mod condition;
 
 use std::cmp::Ordering;
 use std::collections::BTreeSet;
+use std::fmt::Write as _;
 
 use serde_json::{Map, Value, json};
 
@@ -296,7 +297,7 @@ fn markdown(rows: &[Vec<String>]) -> String {
     for (number, row) in rows.iter().enumerate() {
         text.push_str(&line(row));
         if number == 0 {
-            text.push_str(&format!("|{}\n", " --- |".repeat(row.len())));
+            _ = writeln!(text, "|{}", " --- |".repeat(row.len()));
         }
     }
     text

@@ -82,12 +82,11 @@ pub(in crate::cli) fn results(project: &Project, wanted: &[usize]) -> Vec<Row> {
                 continue;
             };
             let key = (row.declared.clone(), stage.fingerprint.clone());
-            match places.get(&key) {
-                Some(place) => rows[*place] = row,
-                None => {
-                    places.insert(key, rows.len());
-                    rows.push(row);
-                }
+            if let Some(place) = places.get(&key) {
+                rows[*place] = row;
+            } else {
+                places.insert(key, rows.len());
+                rows.push(row);
             }
         }
     }

@@ -235,5 +235,5 @@ fn is_called(value: &AxisValue, wanted: &str) -> bool {
         return true;
     }
     let numbers = value.label.parse::<f64>().ok().zip(wanted.parse().ok());
-    numbers.is_some_and(|(one, other): (f64, f64)| one == other)
+    numbers.is_some_and(|(one, other): (f64, f64)| one.total_cmp(&other).is_eq())
 }

@@ -32,7 +32,10 @@ pub(super) enum Names {
 
 /// The schemas of kinds that occurred.
 #[derive(Default)]
-pub(super) struct Schemas(BTreeMap<&'static str, Rc<(Json, Map<String, Json>)>>);
+pub(super) struct Schemas(BTreeMap<&'static str, Rc<WithDefinitions>>);
+
+/// A schema and the definitions that it refers to.
+type WithDefinitions = (Json, Map<String, Json>);
 
 impl Schemas {
     /// The inputs among parameters.

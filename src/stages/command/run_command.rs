@@ -275,15 +275,12 @@ fn filled(argument: &str, paths: &BTreeMap<String, PathBuf>) -> OsString {
             .get(1..)
             .and_then(|inside| inside.split_once('}'))
             .and_then(|(name, after)| Some((paths.get(name)?, after)));
-        match named {
-            Some((path, after)) => {
-                made.push(path);
-                rest = after;
-            }
-            None => {
-                made.push("{");
-                rest = from.get(1..).unwrap_or_default();
-            }
+        if let Some((path, after)) = named {
+            made.push(path);
+            rest = after;
+        } else {
+            made.push("{");
+            rest = from.get(1..).unwrap_or_default();
         }
     }
     made.push(rest);
