@@ -58,6 +58,8 @@ pub trait AnyStage: Send + Sync {
     fn bounded(&self) -> bool;
     /// [`Stage::HAS_EXTERNAL_FACTS`].
     fn has_external_facts(&self) -> bool;
+    /// [`Stage::RUNS_PROGRAMS`].
+    fn runs_programs(&self) -> bool;
     /// [`Stage::LENGTH_PARAMETERS`].
     fn length_parameters(&self) -> &'static [&'static str];
     /// Every parameter with its default filled in; inputs, files and neutral settings are marked (see `engine::params`).
@@ -98,6 +100,9 @@ impl<S: Stage> AnyStage for S {
     }
     fn has_external_facts(&self) -> bool {
         S::HAS_EXTERNAL_FACTS
+    }
+    fn runs_programs(&self) -> bool {
+        S::RUNS_PROGRAMS
     }
     fn length_parameters(&self) -> &'static [&'static str] {
         S::LENGTH_PARAMETERS

@@ -32,6 +32,9 @@ pub trait Stage: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'stat
     /// Whether [`Stage::external_facts`] gives facts that can change by themselves, such as the commit of a branch.
     const HAS_EXTERNAL_FACTS: bool = false;
 
+    /// Whether the stage runs programs that the recipe names: then it is not tried out before a run.
+    const RUNS_PROGRAMS: bool = false;
+
     /// Parameters that only say how far the stage goes, such as a number of epochs. Stages whose fingerprints differ in
     /// nothing else are a family: what one of them left in [`Context::continuation`] the others find by [`Context::continuations`].
     const LENGTH_PARAMETERS: &'static [&'static str] = &[];

@@ -4,6 +4,7 @@
 
 pub mod adapter;
 pub mod artifacts;
+pub mod command;
 pub mod dataset;
 pub mod foresight;
 mod from_hub;
@@ -58,6 +59,7 @@ pub const KINDS: &[Kind] = &[
     Kind::of::<scores::evaluate_answers::EvaluateAnswers>(),
     Kind::of::<model::merge::Merge>(),
     Kind::of::<model::export_gguf::ExportGguf>(),
+    Kind::of::<command::run_command::RunCommand>(),
 ];
 
 /// The kind called `name`.

@@ -133,6 +133,7 @@ const LAYERS: [Layer; 11] = [
             "candle_core",
             "chrono",
             "minijinja",
+            "nix",
             "pipeline_kernels",
             "reflink_copy",
             // Patterns of right answers.

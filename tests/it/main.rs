@@ -61,6 +61,8 @@ mod longer;
 #[cfg(test)]
 mod looking;
 #[cfg(test)]
+mod matrix;
+#[cfg(test)]
 mod messages;
 #[cfg(test)]
 mod mistakes;
@@ -84,6 +86,8 @@ mod reference;
 #[cfg(test)]
 mod remote;
 #[cfg(test)]
+mod run_command;
+#[cfg(test)]
 mod same_numbers;
 #[cfg(test)]
 mod scores;
@@ -95,6 +99,8 @@ mod shrinking;
 mod story;
 #[cfg(test)]
 mod support;
+#[cfg(test)]
+mod table;
 #[cfg(test)]
 mod terminal;
 #[cfg(test)]

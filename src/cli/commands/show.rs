@@ -13,7 +13,7 @@ use crate::cli::project::Project;
 use crate::cli::{Failure, print_headed, table};
 use crate::engine::{Estimate, Record, State, View, canonical_json};
 use crate::report::sparkline::sparkline;
-use crate::report::{ago, bytes, duration};
+use crate::report::{ago, bytes, duration, quoted};
 use crate::stages::artifacts::ARTIFACTS;
 
 #[derive(clap::Args)]
@@ -32,22 +32,20 @@ pub(in crate::cli) struct Args {
 pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     let project = Project::open(&args.recipe, &args.store)?;
     let index = project.find(&args.stage)?;
+    let stage = &project.recipe.stages[index].name;
+    let arguments = format!(
+        "{} {}",
+        quoted(&project.recipe.path.display().to_string()),
+        quoted(stage)
+    );
     let Some(record) = project.record_of(index) else {
-        let hint = format!(
-            "`pipeline run {} {}` makes it",
-            project.recipe.path.display(),
-            args.stage
-        );
-        return Err(anyhow::anyhow!("`{}` has no result yet; {hint}", args.stage).into());
+        let hint = format!("`pipeline run {arguments}` makes it");
+        return Err(anyhow::anyhow!("`{stage}` has no result yet; {hint}").into());
     };
     let folder = project.store.artifact(&record.artifact);
-    let mut text = about(&project, &args.stage, &record, &folder);
+    let mut text = about(&project, stage, &record, &folder);
     if let Some(State::Runs { .. } | State::WaitsOn { .. }) = project.plan().get(index) {
-        let hint = format!(
-            "pipeline why {} {}",
-            project.recipe.path.display(),
-            args.stage
-        );
+        let hint = format!("pipeline why {arguments}");
         _ = writeln!(
             text,
             "\nThis is the last result; the stage is stale now: `{hint}` tells why."
@@ -56,9 +54,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     if !folder.is_dir() {
         _ = writeln!(
             text,
-            "\nIts files are not here: `pipeline cache pull {} {}` fetches them, if a remote has them.",
-            project.recipe.path.display(),
-            args.stage
+            "\nIts files are not here: `pipeline cache pull {arguments}` fetches them, if a remote has them."
         );
         print_headed(&text);
         return Ok(());

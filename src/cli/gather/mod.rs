@@ -5,6 +5,7 @@ mod data;
 mod environment;
 pub(super) mod evaluation;
 pub(super) mod page;
+pub(super) mod results;
 pub(super) mod runs;
 pub(super) mod stages;
 pub(super) mod training;

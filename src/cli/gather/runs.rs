@@ -59,7 +59,7 @@ pub(in crate::cli) fn runs(project: &Project) -> Vec<RunInfo> {
 }
 
 /// What a stage was given, but for the results of other stages.
-fn parameters(record: &Record) -> BTreeMap<String, Value> {
+pub(super) fn parameters(record: &Record) -> BTreeMap<String, Value> {
     let mut parameters = BTreeMap::new();
     for (name, value) in record.fingerprint.leaves() {
         match record.origins.get(&name) {
@@ -99,6 +99,13 @@ pub(in crate::cli) fn metrics(project: &Project, record: &Record) -> BTreeMap<St
         }
     }
     found
+}
+
+/// The metrics that stand for a stage, those of evaluations first.
+pub(in crate::cli) fn watched() -> impl Iterator<Item = &'static str> {
+    OF_EVALUATIONS
+        .into_iter()
+        .chain(OF_TRAININGS.into_iter().rev())
 }
 
 /// Whether a metric stands for its stage in a table that has no room for all.

@@ -36,6 +36,30 @@ pub(super) fn splits(folder: &Path, rows: usize) -> anyhow::Result<Vec<View>> {
     Ok(views)
 }
 
+/// Files: their names and sizes, ten for each row that is asked for.
+pub(super) fn files(folder: &Path, rows: usize) -> anyhow::Result<Vec<View>> {
+    let most = rows.saturating_mul(10);
+    let mut names = Vec::new();
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let found = entry.metadata()?;
+        let size = if found.is_dir() {
+            "folder".to_owned()
+        } else {
+            Bytes(found.len()).to_string()
+        };
+        names.push(vec![format!("  {name}"), size]);
+    }
+    names.sort();
+    let more = names.len().saturating_sub(most);
+    names.truncate(most);
+    if more > 0 {
+        names.push(vec![format!("  and {more} more"), String::new()]);
+    }
+    Ok(vec![line(""), View::Table(names)])
+}
+
 /// A model: its sizes and weights, and how it was trained.
 pub(super) fn model(folder: &Path) -> anyhow::Result<Vec<View>> {
     let config = Arch::read(folder)?;

@@ -12,6 +12,7 @@ use tempfile::TempDir;
 use crate::cli::project::Project;
 use crate::data::sample::first_rows;
 use crate::engine::{Artifact as _, Event, Level, Session, StageEvents, State, Trial};
+use crate::report::quoted;
 use crate::stages::artifacts::{Chats, Dataset, Model, Tokens};
 use crate::stages::preview::{
     Row, TokenizerSource, hands_on, is_data, look, shortened, tokenizer_of_gguf, tokenizer_source,
@@ -183,8 +184,9 @@ impl<'a> Trials<'a> {
         if let Some(done) = self.done.get(&index) {
             return Ok(done.clone());
         }
-        let reads_hub = self.project.graph.nodes[index].stage.has_external_facts();
-        let out = match self.fresh(index).filter(|_| reads_hub) {
+        let stage = &self.project.graph.nodes[index].stage;
+        let is_kept = stage.has_external_facts() || stage.runs_programs();
+        let out = match self.fresh(index).filter(|_| is_kept) {
             // What came from the hub need not be found there again.
             Some(folder) => {
                 let out = self.folder.path().join(index.to_string()).join("out");
@@ -201,6 +203,14 @@ impl<'a> Trials<'a> {
     fn try_out(&mut self, index: usize) -> Result<PathBuf> {
         let graph = &self.project.graph;
         let node = &graph.nodes[index];
+        if node.stage.runs_programs() {
+            bail!(
+                "`{}` runs a program, which is not done for a look: `pipeline run {} {}` runs it",
+                node.name,
+                quoted(&self.project.recipe.path.display().to_string()),
+                quoted(&node.name)
+            );
+        }
         let mut inputs = BTreeMap::new();
         for &input in &graph.inputs[index] {
             let folder = match self.output(input) {
