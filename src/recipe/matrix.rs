@@ -279,8 +279,8 @@ impl Expander<'_> {
                 match joined(partial, &taken, read, position, room) {
                     Some(joined) if joined.is_empty() => {
                         let message = format!(
-                            "no combination of `{}` fits `{name}`: their axes of one name have no value in common",
-                            declared.name
+                            "`{}` fits no combination of `{name}`: axes of one name are one axis, and there it never has this value",
+                            axes::name(&declared.name, own)
                         );
                         let hint = "rename an axis, or pick a value, as in `tuned[seed=1]`";
                         draft.value_error(&path, message, Some(hint.to_owned()));

@@ -12,7 +12,6 @@ use crate::ml::loss::Loss;
 use crate::ml::loss::orpo::Orpo;
 use crate::ml::loss::sft::Sft;
 use crate::ml::model::arch::LayerArch;
-use crate::ml::model::linear::DropoutSeed;
 use crate::ml::testing::counting::peak;
 use crate::ml::testing::golden::{self, rows};
 use crate::ml::testing::losses;

@@ -162,7 +162,7 @@ fn near_golden(name: &str, ours: &[f32]) {
 
 /// Scores are sums of products around 0, of which f32 keeps some digits less.
 const CLOSE: Tolerance = Tolerance {
-    near_zero: 5e-6,
+    near_zero: 1e-5,
     ..EXACT
 };
 

@@ -109,7 +109,7 @@ fn values_may_be_named_lists_come_from_vars_and_axes_of_one_name_are_one() {
         "vars: {{lengths: [10, 20]}}\n{HEAD}  wide:\n    matrix: {{columns: {{few: [a], many: [a, b]}}}}\n    \
          import_text: {{path: x, columns: \"${{columns}}\"}}\n  \
          a:\n    matrix: {{n: \"${{lengths}}\"}}\n    tokenize: {{dataset: wide, max_length: \"${{n}}\"}}\n  \
-         b:\n    matrix: {{n: [20, 30]}}\n    train_toy: {{dataset: a}}\n"
+         b:\n    matrix: {{n: [20]}}\n    train_toy: {{dataset: a}}\n"
     );
     let recipe = read(&text).unwrap();
     assert_eq!(
@@ -189,7 +189,7 @@ fn mistakes_of_matrices_have_places() {
                 "{n: [1]}",
                 "  u:\n    matrix: {n: [2]}\n    train_toy: {dataset: t}\n",
             ),
-            "9:26 no combination of `u` fits `t`",
+            "9:26 `u[n=2]` fits no combination of `t`",
         ),
         (
             with("{n: [1]}", "  u: {train_toy: {dataset: \"raw[n=2]\"}}\n"),
