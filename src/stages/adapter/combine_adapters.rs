@@ -20,14 +20,14 @@ use crate::stages::text::chat_template;
 /// not scaled, and singular vectors may have other signs.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-#[schemars(extend("examples" = [{"adapters": ["friendly", "brief"], "weights": [0.7, 0.3]}]))]
+#[schemars(extend("examples" = [{"model": "base", "adapters": ["lora", "tuned"], "weights": [0.7, 0.3]}]))]
 pub struct CombineAdapters {
     /// The model that the adapters were made for. It may be left out: then it is the model of the first one.
     #[schemars(extend("examples" = ["base"]))]
     model: Input<Model>,
     /// The adapters.
     #[schemars(extend("minItems" = 1))]
-    #[schemars(extend("examples" = [["friendly", "brief"]]))]
+    #[schemars(extend("examples" = [["lora", "tuned"]]))]
     adapters: Vec<Input<Adapter>>,
     /// The weight of each adapter. A negative one takes away what its adapter adds.
     #[schemars(extend("examples" = [[0.7, 0.3]]))]

@@ -83,7 +83,7 @@ enum LossType {
     reason = "serde's signature of a condition"
 )]
 fn is_zero(factor: &f64) -> bool {
-    *factor <= 0.
+    factor.to_bits() == 0f64.to_bits()
 }
 
 impl LossType {
