@@ -32,6 +32,14 @@ pub struct PassSize {
     pub tokens: usize,
 }
 
+/// Passes of the same batches with the adapter and without.
+pub struct WithBase<'a> {
+    /// That with the adapter, as it was asked for.
+    pub adapted: Box<dyn ForwardPass + 'a>,
+    /// That of the base alone, without a tape and without dropout ([`Pass::BASE`]).
+    pub base: Box<dyn ForwardPass + 'a>,
+}
+
 /// A token that is appended to a sequence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Token {
@@ -62,6 +70,20 @@ pub trait Backend: Send + Sync {
         pass: Pass,
         checkpointing: bool,
     ) -> Result<Box<dyn ForwardPass + 'a>>;
+
+    /// The same as [`Backend::forward`] with `pass`, and with [`Pass::BASE`] on the same batches, in one pass over the weights: each layer
+    /// computes both before the next one does. `None` if this backend can't, or if it would gain nothing; then two passes give the same.
+    ///
+    /// # Errors
+    /// Those of [`Backend::forward`].
+    fn forward_beside_base<'a>(
+        &'a self,
+        _batches: &[&Batch],
+        _pass: Pass,
+        _checkpointing: bool,
+    ) -> Result<Option<WithBase<'a>>> {
+        Ok(None)
+    }
 
     /// Starts `sequences` empty sequences for generation, none of which may become longer than `longest` tokens.
     ///

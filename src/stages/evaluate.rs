@@ -9,12 +9,15 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::artifacts::{Adapter, Model, Scores, Tokens};
-use super::model_input::{BASE_OF_ADAPTER, has_split, note_fallback, pad_id, rows};
+use super::model_input::{
+    BASE_OF_ADAPTER, execution_on, has_split, note_work, pad_id, place, rows,
+};
 use super::rules::Rules;
 use super::text::{chat_template, tokenizers};
 use crate::engine::{Context, Implied, Input, Problem, Stage};
 use crate::ml::adapter::{Adapter as LoraAdapter, FILE};
 use crate::ml::execution::Execution;
+use crate::ml::fused::Packing;
 use crate::ml::generate;
 use crate::ml::generation_config::stop_ids;
 use crate::ml::io::finite;
@@ -344,8 +347,9 @@ impl Stage for Evaluate {
             &Device::Cpu,
         )?;
         drop(weights);
-        let execution = Execution::fastest(&model);
-        note_fallback(cx, &execution);
+        let place = place(cx)?;
+        let packing = Packing::default();
+        let execution = execution_on(cx, &model, packing, &place)?;
         let reference = match &self.ref_model {
             Some(reference) => {
                 let (config, weights) = tied::open(cx.input(reference)?)?;
@@ -358,7 +362,9 @@ impl Stage for Evaluate {
             }
             None => None,
         };
-        let reference = reference.as_ref().map(Execution::fastest);
+        let reference = (reference.as_ref())
+            .map(|reference| execution_on(cx, reference, packing, &place))
+            .transpose()?;
         let loss: Box<dyn Loss> = if prefers {
             self.loss.loss(self.beta)
         } else {
@@ -406,6 +412,7 @@ impl Stage for Evaluate {
         if let Some(intervals) = intervals(&base_rows, adapter_rows.as_ref()) {
             cx.note("intervals", intervals);
         }
+        note_work(cx, &place);
         let difference = with_adapter.as_ref().map(|scores| {
             let pairs = scores.iter().zip(&base);
             pairs.map(|((name, a), (_, b))| (*name, a - b)).collect()

@@ -180,8 +180,8 @@ impl PassSizes {
         }
     }
 
-    /// The memory of a pass with a backward.
-    pub fn learning(&self, pass: PassLength, checkpointing: bool) -> PassMemory {
+    /// The memory of a pass with a backward, and with `beside_base` of a pass of the base alone beside it.
+    pub fn learning(&self, pass: PassLength, checkpointing: bool, beside_base: bool) -> PassMemory {
         // The norms' factors and the attention's sums of each layer.
         let small = if checkpointing { 1 } else { self.ranks.len() } * (2 + self.heads);
         let norms = if self.head_norms {
@@ -193,6 +193,10 @@ impl PassSizes {
         // The last and the final hidden states, the gradient of the former, two behind norms less the one that is given back by then;
         // one of the gated unit; and the gradients of attention.
         let mut working = 4 * h + i + 2 * q + 2 * k + norms + small;
+        if beside_base {
+            // The base's hidden states. What else its layers need goes back before the same layer of the model itself.
+            working += h;
+        }
         if self.drops {
             working += 3 * h;
         }
@@ -264,17 +268,24 @@ mod tests {
         let (folder, adapter) = (golden::folder("model"), golden::folder("adapter_init"));
         let arch = Arch::read(&folder).unwrap();
         let adapter = Adapter::load(&adapter).unwrap();
-        for (compute, checkpointing) in [
-            (DType::F32, false),
-            (DType::F32, true),
-            (DType::BF16, false),
-            (DType::BF16, true),
-        ] {
+        let cases = [DType::F32, DType::BF16].into_iter().flat_map(|compute| {
+            [false, true].into_iter().flat_map(move |checkpointing| {
+                [false, true].map(|beside_base| (compute, checkpointing, beside_base))
+            })
+        });
+        for (compute, checkpointing, beside_base) in cases {
             let trained = Trained::Adapter;
             let model = golden::model("model", Some("adapter_init"), trained, compute);
             let fused = Fused::new(&model, Packing::default()).unwrap();
             let pass = Pass::train(None);
-            let mut forward = fused.forward(&[&batch], pass, checkpointing).unwrap();
+            let mut forward = if beside_base {
+                let both = fused.forward_beside_base(&[&batch], pass, checkpointing);
+                let mut both = both.unwrap().unwrap();
+                both.base.score(&targets, false).unwrap();
+                both.adapted
+            } else {
+                fused.forward(&[&batch], pass, checkpointing).unwrap()
+            };
             forward.score(&targets, false).unwrap();
             let mut gradients = Gradients::none(&model);
             let grad_logps = vec![0.1; targets.len()];
@@ -286,13 +297,13 @@ mod tests {
                 tokens: Packing::default().tokens(&[&batch]),
                 targets: targets.len(),
             };
-            let estimate = sizes.learning(length, checkpointing).all();
+            let estimate = sizes.learning(length, checkpointing, beside_base).all();
             // The head's rows at the targets are no buffers of the pool.
             let at_targets = 2 * targets.len() * arch.hidden_size * size_of::<f32>();
-            let ratio = (estimate - at_targets) as f64 / fused.pool.bytes() as f64;
+            let ratio = (estimate - at_targets) as f64 / fused.device.pool.bytes() as f64;
             assert!(
                 (0.9..1.1).contains(&ratio),
-                "{compute:?}, checkpointing {checkpointing}: {ratio}"
+                "{compute:?}, checkpointing {checkpointing}, beside {beside_base}: {ratio}"
             );
         }
     }

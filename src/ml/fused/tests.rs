@@ -1,10 +1,14 @@
 //! The fast path beside the reference: losses, metrics and gradients.
 
+mod beside_base;
 mod decode;
 mod families;
+#[cfg(feature = "gpu")]
+mod gpu;
+mod ids;
 mod options;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use super::backend::TOKENS;
 use super::memory::saved_bytes;
@@ -301,12 +305,12 @@ fn buffers_do_not_pile_up() {
     let objective: &dyn Loss = &Orpo { beta: 0.1 };
     let fused = Fused::new(&model, SHARED).unwrap();
     run_seen(&fused, SHARED, objective);
-    let after = fused.pool.count();
+    let after = fused.device.pool.count();
     for _ in 0..3 {
         run_seen(&fused, SHARED, objective);
     }
     assert!(after > 0);
-    assert_eq!(fused.pool.count(), after);
+    assert_eq!(fused.device.pool.count(), after);
 }
 
 /// A new model with heads of a shape, and widths that are no multiple of anything.
@@ -519,7 +523,8 @@ fn nothing_is_kept_below_the_lowest_adapter() {
             let batch = objective.batch(&[&rows[2]], 1023).unwrap();
             let pass = Pass::train(None);
             let fused = Fused::new(&model, SHARED).unwrap();
-            let forward = Forward::new(&fused, &[&batch], pass, checkpointing).unwrap();
+            let forward = Forward::new(&fused, &[&batch], pass, checkpointing, false);
+            let (forward, _) = forward.unwrap();
             assert_eq!(forward.saved.len(), model.layers.len() - first);
         }
         the_frozen_layers_states_are_the_same(&model, objective, first);
@@ -566,35 +571,4 @@ fn the_frozen_layers_states_are_the_same(model: &CausalLm, objective: &dyn Loss,
     } else {
         evaluated.unwrap();
     }
-}
-
-#[test]
-fn an_id_outside_the_vocabulary_is_told() {
-    let model = of_shape(2, 1, 16);
-    let objective: &dyn Loss = &Orpo { beta: 0.1 };
-    let row = |id: u32| Row {
-        prompt: vec![1, 2],
-        chosen: vec![3, id],
-        rejected: Some(vec![4]),
-        ..Row::default()
-    };
-    let batch = objective.batch(&[&row(96)], 0).unwrap();
-    let fused = Fused::new(&model, SHARED).unwrap();
-    let forward = Forward::new(&fused, &[&batch], Pass::INFER, false).unwrap();
-    let target = |id| Target {
-        row: 0,
-        position: 2,
-        id,
-    };
-    assert!(forward.score(&[target(96)], false, false).is_ok());
-    // In the first panel of logits, this would be a number of another token.
-    for id in [97, 98, u32::MAX] {
-        let error = forward.score(&[target(id)], true, true).err().unwrap();
-        assert!(
-            error.to_string().contains("outside the vocabulary of 97"),
-            "{error}"
-        );
-    }
-    let batch = objective.batch(&[&row(97)], 0).unwrap();
-    assert!(Forward::new(&fused, &[&batch], Pass::INFER, false).is_err());
 }

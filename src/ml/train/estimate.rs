@@ -44,6 +44,8 @@ pub struct Planned<'a> {
     pub model: Unloaded<'a>,
     /// A reference model that is a model of its own.
     pub reference: Option<Unloaded<'a>>,
+    /// Whether the reference model is the trained one without its adapter.
+    pub base_is_reference: bool,
     /// What of a batch need not be computed.
     pub packing: Packing,
     /// What is minimised.
@@ -284,7 +286,13 @@ impl Planned<'_> {
             None => ModelBytes::default(),
         };
         let pass = |of: &dyn Fn(&PassSizes) -> PassMemory| own_sizes.as_ref().map(of);
-        let learning = pass(&|sizes| sizes.learning(dealt.longest, settings.checkpointing));
+        let learning = pass(&|sizes| {
+            sizes.learning(
+                dealt.longest,
+                settings.checkpointing,
+                self.base_is_reference,
+            )
+        });
         let evaluated = self.evaluated()?;
         let scoring = pass(&|sizes| sizes.scoring(evaluated)).unwrap_or_default();
         let mut passes = learning.unwrap_or_default();

@@ -2,7 +2,7 @@
 
 use anyhow::{Context as _, ensure};
 
-use crate::ml::backend::ForwardPass;
+use crate::ml::backend::{ForwardPass, WithBase};
 use crate::ml::execution::Execution;
 use crate::ml::loss::{Loss, Outcome, Scored};
 use crate::ml::model::Gradients;
@@ -87,8 +87,7 @@ impl Passes<'_> {
     pub(in crate::ml) fn evaluate(&self, batch: &Batch) -> anyhow::Result<Outcome> {
         in_pool(|| {
             let targets = Targets::new(self.loss, &[batch])?;
-            let reference = self.reference_logps(&targets)?;
-            let mut forward = self.execution.forward(&[batch], Pass::INFER, false)?;
+            let (mut forward, reference) = self.forward(&[batch], Pass::INFER, false, &targets)?;
             let outcomes = self.outcomes(&mut *forward, &targets, reference.as_deref())?;
             outcomes.into_iter().next().context("no outcome")
         })
@@ -111,9 +110,7 @@ impl Passes<'_> {
         in_pool(|| {
             let (batches, scales): (Vec<&Batch>, Vec<f64>) = batches.iter().copied().unzip();
             let targets = Targets::new(self.loss, &batches)?;
-            // This comes before the other pass, so that the buffers of both are never needed at the same time.
-            let reference = self.reference_logps(&targets)?;
-            let mut forward = self.execution.forward(&batches, pass, checkpointing)?;
+            let (mut forward, reference) = self.forward(&batches, pass, checkpointing, &targets)?;
             let outcomes = self.outcomes(&mut *forward, &targets, reference.as_deref())?;
             if outcomes.iter().all(|outcome| outcome.loss.is_finite()) {
                 let scaled = outcomes.iter().zip(scales).flat_map(|(outcome, scale)| {
@@ -191,6 +188,29 @@ impl Passes<'_> {
                 token_stats: scores.token_stats,
             })
         })
+    }
+
+    /// The pass of these batches through the trained model, and the log-probabilities of `targets` under the reference model, in nats, if the
+    /// loss needs them. Where the reference is the model without its adapter, both come from one pass over the weights.
+    fn forward(
+        &self,
+        batches: &[&Batch],
+        pass: Pass,
+        checkpointing: bool,
+        targets: &Targets<'_>,
+    ) -> anyhow::Result<(Box<dyn ForwardPass + '_>, Option<Vec<f64>>)> {
+        let execution = self.execution;
+        if self.loss.needs().reference
+            && matches!(self.reference, ReferenceModel::Base)
+            && let Some(both) = execution.forward_beside_base(batches, pass, checkpointing)?
+        {
+            let WithBase { adapted, mut base } = both;
+            let logps = wide(&base.score(&targets.all, false)?.logps);
+            return Ok((adapted, Some(logps)));
+        }
+        // This comes before the other pass, so that the buffers of both are never needed at the same time.
+        let reference = self.reference_logps(targets)?;
+        Ok((execution.forward(batches, pass, checkpointing)?, reference))
     }
 
     /// The log-probabilities of all targets under the reference model, in nats, if the loss needs them.

@@ -41,6 +41,8 @@ pub(super) fn estimate<M: Method>(method: &M, inputs: &Inputs) -> anyhow::Result
             compute: inputs.compute,
         },
         reference,
+        base_is_reference: matches!(inputs.reference.0, Source::Base)
+            && !method.precomputes_reference(),
         packing: inputs.packing,
         loss: &*loss,
         settings: &inputs.settings,

@@ -16,7 +16,7 @@ use super::process::Resident;
 use super::reference::Loaded;
 use crate::engine::Context;
 use crate::ml::adapter::FILE;
-use crate::ml::execution::{Execution, Kind};
+use crate::ml::execution::Execution;
 use crate::ml::io::folder::{METRICS, TRAINER_STATE};
 use crate::ml::model::CausalLm;
 use crate::ml::model::batch::Row;
@@ -25,7 +25,7 @@ use crate::ml::train::{
     Ending, Job, Log, Origin, Passes, ReferenceModel, Start, Step, continue_from, train,
     trainer_state,
 };
-use crate::stages::model_input::note_fallback;
+use crate::stages::model_input::{execution_on, note_work, place};
 use crate::stages::text::chat_template;
 
 /// Says where the training starts, and puts it into the record.
@@ -136,8 +136,8 @@ pub(super) fn run<M: Method>(
     let device = Device::Cpu;
     let model = CausalLm::load(&arch, &weights, adapter.as_ref(), trained, compute, &device)?;
     drop(weights);
-    let execution = Execution::new(&model, Kind::Fused(packing));
-    note_fallback(cx, &execution);
+    let place = place(cx)?;
+    let execution = execution_on(cx, &model, packing, &place)?;
     let longest = estimate.counts.get("longest_pass").copied();
     execution.expect(usize::try_from(longest.unwrap_or(0))?);
     if *arguments.cache_frozen_layers {
@@ -146,7 +146,7 @@ pub(super) fn run<M: Method>(
     let loss = method.loss();
     let mut loaded = Loaded::new(cx, &reference.0, reference.1, compute)?;
     if method.precomputes_reference() {
-        let own = loaded.execution(Kind::Fused(packing));
+        let own = loaded.execution(packing, &place)?;
         let passes = Passes {
             execution: &execution,
             loss: &*loss,
@@ -157,7 +157,7 @@ pub(super) fn run<M: Method>(
         drop(own);
         loaded = Loaded::None;
     }
-    let own = loaded.execution(Kind::Fused(packing));
+    let own = loaded.execution(packing, &place)?;
     let reference = if method.precomputes_reference() {
         ReferenceModel::Rows
     } else {
@@ -186,6 +186,7 @@ pub(super) fn run<M: Method>(
     let ending = train(&job, &settings, &mut |step| reporter.step(cx, &start, step))?;
     cx.note("tokens", reporter.tokens);
     cx.note("computed_tokens", reporter.computed);
+    note_work(cx, &place);
     if let Some(resident) = Resident::of_this_process() {
         cx.note("peak_memory", resident.peak);
     }
