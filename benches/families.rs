@@ -39,7 +39,7 @@ const WINDOW: usize = 128;
 /// A family's name, and what its layers have beside a Llama's.
 type Family = (&'static str, fn(&mut Arch));
 
-const FAMILIES: [Family; 10] = [
+const FAMILIES: [Family; 12] = [
     ("llama", |_| {}),
     ("qwen2", |arch| {
         arch.biases = vec![Projection::Q, Projection::K, Projection::V];
@@ -78,9 +78,20 @@ const FAMILIES: [Family; 10] = [
         arch.norm_places = NormPlaces::After;
         arch.qk_norm = QkNorm::Whole;
     }),
+    ("olmo3", |arch| {
+        arch.norm_places = NormPlaces::After;
+        arch.qk_norm = QkNorm::Whole;
+        for (number, layer) in arch.layers.iter_mut().enumerate() {
+            layer.window = (number % 4 != 3).then_some(WINDOW);
+        }
+    }),
     ("phi3", |arch| {
         arch.fused_projections = true;
         arch.rotary_dim = arch.head_dim * 3 / 4;
+    }),
+    ("gemma", |arch| {
+        gemma(arch);
+        arch.norm_places = NormPlaces::Before;
     }),
     ("gemma2", |arch| {
         gemma(arch);
@@ -92,7 +103,7 @@ const FAMILIES: [Family; 10] = [
     }),
 ];
 
-/// What Gemma 2 and 3 have in common.
+/// What Gemma 2 and 3 have in common, and Gemma 1 but for the norms behind the blocks.
 fn gemma(arch: &mut Arch) {
     arch.norm_places = NormPlaces::Both;
     arch.norm_adds_one = true;
@@ -129,6 +140,7 @@ fn llama() -> Arch {
         fused_projections: false,
         biases: Vec::new(),
         tie_word_embeddings: false,
+        scores: false,
         max_position_embeddings: 2048,
         attention_dropout: 0.,
         bos_token_id: None,

@@ -1,4 +1,4 @@
-"""One ORPO training as a pair: TRL + PEFT + transformers, and `pipeline`, on the same model, rows, adapter and settings.
+"""One training as a pair, ORPO or DPO: TRL + PEFT + transformers, and `pipeline`, on the same model, rows, adapter and settings.
 
     cargo build --release
     python3 benches/train_pair.py --pipeline target/release/pipeline --python VENV/bin/python --trl PATH/trl_bench.py \
@@ -16,7 +16,10 @@ the preparation of the rows, ours has it done by earlier stages, in other proces
 
 With `--folder` both sides take whatever model lies in MODEL, real weights too, and `trl_bench.py` is not needed.
 
-`--ours KEY=VALUE` sets a further parameter of `train_orpo`, `--quick` leaves their side out. Standard library only.
+`--method dpo` compares DPO, for which theirs needs `--folder`: with the reference model in each step, or, by `--reference rows` for ours and
+`--trl-reference rows` for theirs, computed before the first step (ours by `score_reference`, in a stage that isn't timed; nor is theirs).
+
+`--ours KEY=VALUE` sets a further parameter of the training, `--quick` leaves their side out. Standard library only.
 """
 
 import argparse
@@ -47,6 +50,9 @@ def arguments():
     parser.add_argument("--model", type=Path, help="a folder of save-model, of the same preset and dtype")
     parser.add_argument("--folder", action="store_true", help="theirs loads MODEL too, whatever it is, by trl_folder.py; MODEL/adapter_init is its `adapter`")
     parser.add_argument("--data", required=True, type=Path, help="rows as Parquet or JSONL: system, prompt, chosen, rejected")
+    parser.add_argument("--method", default="orpo", choices=["orpo", "dpo"])
+    parser.add_argument("--reference", default="pass", choices=["pass", "rows"])
+    parser.add_argument("--trl-reference", default="pass", choices=["pass", "rows"])
     parser.add_argument("--dtype", default="f32", choices=["f32", "bf16"])
     parser.add_argument("--trl-dtype", choices=["f32", "bf16"], help="theirs, if it is to differ")
     parser.add_argument("--gc", type=int, default=0, choices=[0, 1])
@@ -64,6 +70,8 @@ def arguments():
     args.trl_dtype = args.trl_dtype or args.dtype
     if args.folder and not args.model or not args.folder and not args.trl:
         parser.error("expected --trl, or --folder with --model")
+    if args.method == "dpo" and not args.folder and not args.quick:
+        parser.error("--method dpo: expected --folder")
     if args.steps < 2:
         parser.error("--steps: expected at least 2, for the first one does not count")
     return args
@@ -102,14 +110,21 @@ def recipe(args, model):
         "chats": {"apply_chat_template": {"dataset": "pairs", "tokenizer": "base"}},
         "tokens": {"tokenize": {"dataset": "chats", "tokenizer": "base", "max_length": args.max_length}},
         "lora": lora,
-        "tuned": {"train_orpo": train},
+        "tuned": {f"train_{args.method}": train},
     }
+    if args.method == "dpo":
+        stages["tokens"]["tokenize"]["trainer"] = "dpo"
+    if args.reference == "rows":
+        reference = {"model": "base", "dataset": "tokens", "bf16": args.dtype == "bf16"}
+        stages["reference"] = {"score_reference": reference}
+        train["dataset"] = "reference"
     return {"version": 1, "stages": stages, "outputs": {"tokens": "out/tokens"}}
 
 
 def theirs(args):
     if args.folder:
         command = [args.python, Path(__file__).parent / "trl_folder.py", "train", "--model", args.model.resolve(), "--data", args.data.resolve()]
+        command += ["--method", args.method, "--reference", args.trl_reference]
     else:
         command = [args.python, args.trl.resolve(), "train", "--preset", args.preset, "--data", args.data.resolve()]
     for name in ["steps", "batch", "accum", "rank", "threads", "gc", "max_length"]:
@@ -142,7 +157,7 @@ def main():
         if not args.model:
             save_model(args, model)
         project = Project(args.pipeline, recipe(args, model), args.threads)
-        project.run("tokens", "lora")
+        project.run("tokens", "lora", *(["reference"] if args.reference == "rows" else []))
         table_of_tokens = project.folder / "out/tokens/train.parquet"
         counted = subprocess.run([args.python, "-c", COUNT, table_of_tokens], capture_output=True, text=True, check=True)
         lengths = json.loads(counted.stdout)
@@ -167,7 +182,8 @@ def main():
 
 
 def show(args, runs):
-    print(f"\n{name_of(args)}, {args.dtype} (theirs {args.trl_dtype}), gc {args.gc}, {args.threads} threads, {args.data.name}, {args.rounds} rounds:\n")
+    print(f"\n{args.method}, reference: ours {args.reference}, theirs {args.trl_reference}")
+    print(f"{name_of(args)}, {args.dtype} (theirs {args.trl_dtype}), gc {args.gc}, {args.threads} threads, {args.data.name}, {args.rounds} rounds:\n")
     names = [("real tokens/s", "tokens_per_s", "{:.1f}"), ("CPU s a step", "cpu_s", "{:.3f}"), ("peak MB", "peak_mb", "{:.0f}")]
     rows = [["", "theirs", "ours", "ours / theirs"]]
     for title, name, form in names:

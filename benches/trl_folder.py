@@ -1,7 +1,7 @@
-"""TRL's side of a pair on a model that lies in a folder, for `train_pair.py --folder`: ORPOTrainer with LoRA on the CPU, one JSON line.
+"""TRL's side of a pair on a model that lies in a folder, for `train_pair.py --folder`: ORPOTrainer or DPOTrainer with LoRA on the CPU, one JSON line.
 
     trl_folder.py adapter --model MODEL --rank 16                  writes MODEL/adapter_init, which both sides start from
-    trl_folder.py train --model MODEL --data rows.parquet --steps 6 --batch 2 --accum 2 --threads 2
+    trl_folder.py train --model MODEL --data rows.parquet --steps 6 --batch 2 --accum 2 --threads 2 [--method dpo [--reference rows]]
 
 Needs torch, transformers, trl, peft and datasets in the versions of docs/performance.md.
 """
@@ -26,6 +26,8 @@ def arguments():
     parser.add_argument("command", choices=["adapter", "train"])
     parser.add_argument("--model", required=True)
     parser.add_argument("--data")
+    parser.add_argument("--method", default="orpo", choices=["orpo", "dpo"])
+    parser.add_argument("--reference", default="pass", choices=["pass", "rows"], help="for DPO, computed in each step or before the first")
     parser.add_argument("--dtype", default="f32", choices=["f32", "bf16"])
     for name, value in [("steps", 6), ("batch", 2), ("accum", 2), ("rank", 16), ("threads", 2), ("gc", 0), ("max-length", 512)]:
         parser.add_argument(f"--{name}", type=int, default=value)
@@ -67,20 +69,43 @@ def rows(args):
     return table.map(messages, remove_columns=[name for name in table.column_names if name not in ("prompt", "chosen", "rejected")])
 
 
-def train(args):
+def orpo(args, model, tokens, settings):
+    """The trainer's class, its settings and its model."""
     import peft
-    import torch
-    import transformers
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
-
-    model, tokenizer = load(args)
-    model = peft.PeftModel.from_pretrained(model, os.path.join(args.model, "adapter_init"), is_trainable=True)
-    walls, cpus, tokens = [], [], [0]
 
     class Counting(ORPOTrainer):
         def get_batch_loss_metrics(self, model, batch, train_eval="train"):
             tokens[-1] += int(batch["chosen_attention_mask"].sum() + batch["rejected_attention_mask"].sum())
             return super().get_batch_loss_metrics(model, batch, train_eval)
+
+    model = peft.PeftModel.from_pretrained(model, os.path.join(args.model, "adapter_init"), is_trainable=True)
+    return Counting, ORPOConfig(**settings), {"model": model}
+
+
+def dpo(args, model, tokens, settings):
+    """The same for DPO. The adapter is the trainer's own, as a new one, so that its reference is the model without it."""
+    import peft
+    from trl import DPOConfig, DPOTrainer
+
+    class Counting(DPOTrainer):
+        def _compute_loss(self, model, inputs, return_outputs):
+            tokens[-1] += int(inputs["attention_mask"].sum())
+            return super()._compute_loss(model, inputs, return_outputs)
+
+    config = peft.PeftConfig.from_pretrained(os.path.join(args.model, "adapter_init"))
+    config.inference_mode = False
+    return Counting, DPOConfig(precompute_ref_log_probs=args.reference == "rows", **settings), {"model": model, "peft_config": config}
+
+
+def train(args):
+    import peft
+    import safetensors.torch
+    import torch
+    import transformers
+
+    model, tokenizer = load(args)
+    walls, cpus, tokens = [], [], [0]
 
     class Clock(transformers.TrainerCallback):
         def on_step_begin(self, *_, **__):
@@ -92,13 +117,17 @@ def train(args):
             tokens.append(0)
 
     with tempfile.TemporaryDirectory() as out:
-        settings = ORPOConfig(
+        settings = dict(
             output_dir=out, max_length=args.max_length, beta=0.1, learning_rate=2e-4, lr_scheduler_type="cosine", max_steps=args.steps,
             per_device_train_batch_size=args.batch, gradient_accumulation_steps=args.accum, logging_steps=1, optim="adamw_torch",
             gradient_checkpointing=bool(args.gc), bf16=args.dtype == "bf16", seed=3407, train_sampling_strategy="sequential",
             report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True,
         )
-        trainer = Counting(model=model, args=settings, train_dataset=rows(args), processing_class=tokenizer, callbacks=[Clock()])
+        trainer, settings, own = (orpo if args.method == "orpo" else dpo)(args, model, tokens, settings)
+        trainer = trainer(args=settings, train_dataset=rows(args), processing_class=tokenizer, callbacks=[Clock()], **own)
+        if "peft_config" in own:
+            initial = safetensors.torch.load_file(os.path.join(args.model, "adapter_init", "adapter_model.safetensors"))
+            peft.set_peft_model_state_dict(trainer.model, initial)
         torch.set_num_threads(args.threads)
         # The trainer prints its logs.
         with contextlib.redirect_stdout(sys.stderr):

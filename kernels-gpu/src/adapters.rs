@@ -38,6 +38,8 @@ pub fn adapters() -> Vec<Adapter> {
     }
     let instance = wgpu::Instance::new(wgpu::InstanceDescriptor {
         backends: interfaces(),
+        // Debug builds would look for validation layers; whoever wants these asks the loader (VK_INSTANCE_LAYERS).
+        flags: wgpu::InstanceFlags::empty(),
         ..wgpu::InstanceDescriptor::new_without_display_handle()
     });
     let found = block_on(instance.enumerate_adapters(interfaces()));

@@ -23,6 +23,8 @@ const BINDINGS: u32 = 10;
 /// An adapter that was opened. Its buffers and operations belong together: one device's buffer is no argument for another's operation.
 pub struct Device {
     pub(crate) client: Client,
+    #[cfg(test)]
+    pub(crate) raw: wgpu::Device,
     adapter: Adapter,
     counters: Arc<Counters>,
     /// The most bytes of one buffer of a weight.
@@ -92,6 +94,8 @@ impl Device {
             experimental_features: wgpu::ExperimentalFeatures::disabled(),
         });
         let (device, queue) = block_on(request).map_err(|error| unusable(text(&error)))?;
+        #[cfg(test)]
+        let raw = device.clone();
         let setup = WgpuSetup {
             instance: adapter.instance.clone(),
             adapter: adapter.inner.clone(),
@@ -106,6 +110,8 @@ impl Device {
         let nothing = Buffer::new(client.empty(4), 1, counters.clone());
         Ok(Self {
             client,
+            #[cfg(test)]
+            raw,
             weight_part: adapter.largest_binding,
             memory: AtomicU64::new(u64::MAX),
             failure: OnceLock::new(),

@@ -21,6 +21,8 @@ pub struct Summary {
     pub sum: Row,
     /// The sum over ids of `e^(logit - largest) * (logit - largest)`; with `sum` it gives the entropy.
     pub weighted: Row,
+    /// The sum over ids of `e^(2 (logit - largest))`; with `sum` it gives the sum of squared probabilities.
+    pub squares: Row,
 }
 
 /// The number of ids that are summed before their sum joins the total, which keeps rounding errors small.
@@ -158,26 +160,31 @@ impl Exponentials<'_> {
         // Where all logits were -inf so far, the exponentials are 0.
         let base = largest.map(|x| if x == f32::NEG_INFINITY { 0. } else { x });
         let (mut factors, mut sum, mut weighted) = ([0.; LANES], before.sum, before.weighted);
+        let mut squares = before.squares;
         for lane in 0..LANES {
             let below = before.largest[lane] - base[lane];
             factors[lane] = exp::<FMA>(below);
             weighted[lane] = (weighted[lane] + sum[lane] * below.max(-100.)) * factors[lane];
             sum[lane] *= factors[lane];
+            squares[lane] *= factors[lane] * factors[lane];
         }
         for rows in rows.chunks_mut(SUMMED) {
             let (mut part, mut weighted_part): (Row, Row) = ([0.; LANES], [0.; LANES]);
+            let mut squares_part: Row = [0.; LANES];
             for row in rows {
                 for lane in 0..LANES {
                     let below = row[lane] - base[lane];
                     let e = exp::<FMA>(below);
                     row[lane] = e * slope(row[lane]);
                     part[lane] += e;
+                    squares_part[lane] += e * e;
                     // Below -88 the exponential is 0; the limit keeps 0 times infinity from making a NaN.
                     weighted_part[lane] += e * below.max(-100.);
                 }
             }
             for lane in 0..LANES {
                 sum[lane] += part[lane];
+                squares[lane] += squares_part[lane];
                 weighted[lane] += weighted_part[lane];
             }
         }
@@ -186,6 +193,7 @@ impl Exponentials<'_> {
             argmax: first,
             sum,
             weighted,
+            squares,
         };
         factors
     }
@@ -198,6 +206,7 @@ impl Summary {
         argmax: [0; LANES],
         sum: [0.; LANES],
         weighted: [0.; LANES],
+        squares: [0.; LANES],
     };
 
     /// `log sum e^logit` over the ids so far, for the token in lane `lane`.
@@ -215,6 +224,14 @@ impl Summary {
     pub fn entropy(&self, lane: usize) -> f64 {
         let sum = f64::from(self.sum[lane]);
         sum.ln() - f64::from(self.weighted[lane]) / sum
+    }
+
+    /// `ln sum p^2` of the softmax p over the ids so far, for the token in lane `lane`: `ln squares - 2 ln sum`.
+    ///
+    /// # Panics
+    /// If `lane` is not below [`LANES`].
+    pub fn log_sum_sq_probs(&self, lane: usize) -> f64 {
+        f64::from(self.squares[lane]).ln() - 2. * f64::from(self.sum[lane]).ln()
     }
 }
 

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use crate::recipe::Override;
+use crate::recipe::{Override, PROFILE};
 
 /// What every command that reads a recipe takes.
 #[derive(Args)]
@@ -14,6 +14,9 @@ pub(super) struct RecipeArgs {
     /// Sets a value of the recipe, such as `stages.tuned.train_orpo.beta=0.2` or `vars.seed=1`; may be repeated
     #[arg(long = "set", value_name = "PATH=VALUE", value_parser = assignment)]
     pub(super) set: Vec<Override>,
+    /// Uses a profile of the recipe, before `--set`; the same as `--set profile=NAME`; may be repeated
+    #[arg(long, value_name = "NAME", value_parser = profile)]
+    pub(super) profile: Vec<Override>,
     /// Allows the recipe to read files in this folder outside its project, also through links; may be repeated
     #[arg(long, value_name = "DIR")]
     pub(super) allow_path: Vec<PathBuf>,
@@ -31,6 +34,21 @@ pub(super) struct StoreArgs {
     /// Verifies the contents of every result instead of trusting unchanged times and sizes
     #[arg(long)]
     pub(super) verify: bool,
+}
+
+impl RecipeArgs {
+    /// Everything that the command line changes in the recipe, in its order.
+    pub(super) fn changes(&self) -> Vec<Override> {
+        self.profile.iter().chain(&self.set).cloned().collect()
+    }
+}
+
+#[expect(clippy::unnecessary_wraps, reason = "a parser of values may fail")]
+fn profile(name: &str) -> Result<Override, String> {
+    Ok(Override {
+        path: PROFILE.to_owned(),
+        value: name.to_owned(),
+    })
 }
 
 pub(super) fn assignment(text: &str) -> Result<Override, String> {

@@ -17,7 +17,7 @@ const GROUPS: [(&str, &[&str]); 6] = [
     (
         "Look",
         &[
-            "show", "log", "graph", "report", "plot", "metrics", "history", "runs", "diff",
+            "show", "log", "graph", "report", "plot", "metrics", "history", "runs", "table", "diff",
         ],
     ),
     ("Try", &["chat", "generate"]),
@@ -168,7 +168,9 @@ fn completed(mut command: Command) -> Command {
     }
     command.mut_args(|argument| match argument.get_id().as_str() {
         "recipe" | "recipes" => argument.add(ArgValueCompleter::new(recipes_and_stages)),
-        "stage" | "stages" | "force" | "targets" => argument.add(ArgValueCandidates::new(stages)),
+        "stage" | "stages" | "force" | "downstream" | "targets" => {
+            argument.add(ArgValueCandidates::new(stages))
+        }
         "kind" => argument.add(ArgValueCandidates::new(kinds)),
         _ => argument,
     })
@@ -193,7 +195,7 @@ fn stages() -> Vec<CompletionCandidate> {
         .or_else(found)
         .and_then(|path| super::read_text(&path, 1 << 20).ok());
     let stages = text
-        .map(|text| crate::recipe::stage_names(&text))
+        .map(|text| crate::recipe::stage_names(&text, crate::stages::KINDS))
         .unwrap_or_default();
     stages
         .into_iter()

@@ -70,6 +70,8 @@ enum Command {
     Estimate(commands::estimate::Args),
     /// Shows runs with their parameters that differ and their metrics, and names them
     Runs(commands::runs::Args),
+    /// Compares the results of a recipe: parameters that differ and metrics, one row a result, the best one marked
+    Table(commands::table::Args),
     /// Checks recipes and the local files they read, without running anything
     Validate(commands::validate::Args),
     /// Draws the graph of a recipe
@@ -192,6 +194,7 @@ pub fn main() -> ExitCode {
         Command::Plot(args) => commands::plot::run(&args),
         Command::Metrics(args) => commands::metrics::run(&args),
         Command::Runs(args) => commands::runs::run(&args),
+        Command::Table(args) => commands::table::run(&args),
         Command::Gc(args) => commands::gc::run(&args),
         Command::Cache(args) => commands::cache::run(&args),
         Command::Schema(args) => commands::schema::run(&args),

@@ -28,7 +28,7 @@ pub(super) fn load(args: &RecipeArgs) -> Result<Recipe, Failure> {
 /// The same with what it may read and write, when its results go to `store`.
 fn load_with(args: &RecipeArgs, store: Option<&Path>) -> Result<(Recipe, Bounds), Failure> {
     let here = here()?;
-    crate::recipe::load(&args.recipe, &args.set, KINDS)
+    crate::recipe::load(&args.recipe, &args.changes(), KINDS)
         .and_then(|recipe| {
             let bounds = Bounds::new(&recipe, args, &here, store);
             confine::check(&recipe, &bounds)?;
@@ -179,19 +179,48 @@ impl Project {
         self.session(&[]).plan()
     }
 
-    /// The position of a stage that was named on the command line.
+    /// The position of the one stage that a name on the command line means.
     pub(super) fn find(&self, name: &str) -> Result<usize, Failure> {
-        self.graph.find(name).ok_or_else(|| {
-            let hint = self.recipe.suggest(name).map_or_else(
-                || {
-                    let names = self.graph.nodes.iter().map(|node| node.name.as_str());
-                    format!("its stages are {}", names.collect::<Vec<_>>().join(", "))
-                },
-                |near| format!("did you mean `{near}`?"),
-            );
-            let message = format!("`{}` has no stage `{name}`", self.recipe.path.display());
-            Failure::Usage(error::with_hint(&message, &hint))
-        })
+        match self.find_several(name)?[..] {
+            [one] => Ok(one),
+            ref several => {
+                let message = format!("`{name}` is {} stages", several.len());
+                let hint = format!("name one of {}", self.names(several));
+                Err(Failure::Usage(error::with_hint(&message, &hint)))
+            }
+        }
+    }
+
+    /// The positions of the stages that a name on the command line means: with a matrix they may be several.
+    fn find_several(&self, name: &str) -> Result<Vec<usize>, Failure> {
+        let found = self.recipe.matching(name);
+        if !found.is_empty() {
+            return Ok(found);
+        }
+        let of = name.split('[').next().unwrap_or_default();
+        let relatives = self.recipe.matching(of);
+        let hint = if of != name && !relatives.is_empty() {
+            format!("of `{of}` there is {}", self.names(&relatives))
+        } else if let Some(near) = self.recipe.suggest(name) {
+            format!("did you mean `{near}`?")
+        } else {
+            let all: Vec<usize> = (0..self.recipe.stages.len()).collect();
+            format!("its stages are {}", self.names(&all))
+        };
+        let message = format!("`{}` has no stage `{name}`", self.recipe.path.display());
+        Err(Failure::Usage(error::with_hint(&message, &hint)))
+    }
+
+    /// The names of stages in a sentence.
+    fn names(&self, stages: &[usize]) -> String {
+        const MOST: usize = 100;
+        let names = stages.iter().take(MOST);
+        let names = names.filter_map(|index| Some(self.recipe.stages.get(*index)?.name.clone()));
+        let mut names: Vec<String> = names.collect();
+        if let Some(more) = stages.len().checked_sub(MOST).filter(|more| *more > 0) {
+            names.push(format!("and {more} more"));
+        }
+        names.join(", ")
     }
 
     /// The record of a stage's result now, or of its last one when it is stale.
@@ -234,7 +263,8 @@ impl Project {
         let path = self.recipe.path.display();
         let span = |stage: &RecipeStage| format!("{path}:{}", stage.span);
         let stages = self.recipe.stages.iter();
-        let set = args.set.iter().map(|set| {
+        let changes = args.changes();
+        let set = changes.iter().map(|set| {
             let assignment = format!("{}={}", set.path, set.value);
             format!(" --set {}", quoted(&assignment))
         });
@@ -269,8 +299,32 @@ impl Project {
         Some(canonical_json(record.notes.get("rows")?))
     }
 
+    /// The positions of the stages to run: those that are named, and those of `downstream` with all that depend on them.
+    pub(super) fn targets(
+        &self,
+        names: &[String],
+        downstream: &[String],
+    ) -> Result<Vec<usize>, Failure> {
+        let mut targets = self.find_all(names)?;
+        for index in self.graph.downstream(&self.find_all(downstream)?) {
+            if !targets.contains(&index) {
+                targets.push(index);
+            }
+        }
+        Ok(targets)
+    }
+
+    /// The positions of all stages that names on the command line mean, each once.
     pub(super) fn find_all(&self, names: &[String]) -> Result<Vec<usize>, Failure> {
-        names.iter().map(|name| self.find(name)).collect()
+        let mut all = Vec::new();
+        for name in names {
+            for index in self.find_several(name)? {
+                if !all.contains(&index) {
+                    all.push(index);
+                }
+            }
+        }
+        Ok(all)
     }
 }
 
@@ -350,6 +404,7 @@ pub(super) fn run_env(offline: bool) -> RunEnv {
         memory: machine::memory_of_process(),
         home: std::env::home_dir(),
         variables,
+        lookup: Some(variable),
         on_warning: Some(eprint_warning),
         ..RunEnv::default()
     }

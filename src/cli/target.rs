@@ -64,6 +64,7 @@ impl TargetArgs {
             return self.folder();
         }
         let recipe = RecipeArgs {
+            profile: Vec::new(),
             recipe: self.target.clone(),
             set: self.set.clone(),
             allow_path: self.allow_path.clone(),

@@ -14,13 +14,13 @@ const LONGEST: usize = 4096;
 const NAME: &str = "column";
 
 /// The expression for one column in `columns`.
-pub(super) struct Expression {
+pub struct Expression {
     environment: Environment<'static>,
     /// The expression that gives the value itself, if the text is a single expression; otherwise the template `NAME` gives a text.
     alone: Option<String>,
     written: String,
     /// The columns that it reads.
-    pub(super) reads: Vec<String>,
+    pub reads: Vec<String>,
 }
 
 /// Whether a text that is not the name of a column is meant as an expression.
@@ -36,7 +36,10 @@ pub(super) fn is_expression(text: &str) -> bool {
 
 impl Expression {
     /// Parses the text that was written for a column.
-    pub(super) fn new(written: &str) -> Result<Self> {
+    ///
+    /// # Errors
+    /// The text is too long, or no expression.
+    pub fn new(written: &str) -> Result<Self> {
         ensure!(
             written.len() <= LONGEST,
             "it has {} bytes; at most {LONGEST} are read",
@@ -96,7 +99,10 @@ impl Expression {
     }
 
     /// Evaluates it for a row with these columns.
-    pub(super) fn evaluate(&self, columns: Vec<(String, Cell)>) -> Result<Cell> {
+    ///
+    /// # Errors
+    /// It has no value in this row, or takes too many steps.
+    pub fn evaluate(&self, columns: Vec<(String, Cell)>) -> Result<Cell> {
         let written = &self.written;
         let failed =
             |error: minijinja::Error| anyhow!("`{written}` has no value: {}", sentence(&error));

@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use super::expression::{Expression, is_expression};
 
 /// The columns that later stages know.
-pub const CANONICAL: [&str; 9] = [
+pub const CANONICAL: [&str; 12] = [
     "system",
     "prompt",
     "chosen",
@@ -18,6 +18,9 @@ pub const CANONICAL: [&str; 9] = [
     "label",
     "tools",
     "chat_template_kwargs",
+    "question",
+    "choices",
+    "answer",
 ];
 
 /// A form of rows.
@@ -39,6 +42,8 @@ pub enum Form {
     Transcripts,
     /// `prompt`, `completion` and a `label` that says whether it is a good one.
     Kto,
+    /// A `question` with `choices`, and an `answer` that says which one is right.
+    Choices,
 }
 
 /// The source of one of our columns.
@@ -135,6 +140,15 @@ pub(super) fn recognise(
         Some(form) => form,
         None => columns.form()?,
     };
+    let foreign = ["question", "choices", "answer"]
+        .into_iter()
+        .find(|name| columns.given.contains_key(name));
+    if let (Some(name), false) = (foreign, form == Form::Choices) {
+        bail!(
+            "`columns` maps to `{name}`, which only questions with `choices` and an `answer` have; hint: a mapping is from our name to the \
+             file's, as in `columns: {{prompt: question}}`"
+        );
+    }
     let mut message = columns.fill(form, asked.is_some())?;
     if asked.is_some() {
         message = None;
@@ -206,6 +220,8 @@ impl Columns<'_> {
             Form::Text
         } else if self.ours("prompt") {
             Form::PromptCompletion
+        } else if self.ours("choices") && self.ours("answer") {
+            Form::Choices
         } else {
             bail!("{}", self.advice())
         })
@@ -313,6 +329,12 @@ impl Columns<'_> {
                     list(self.names)
                 );
                 Ok(message)
+            }
+            Form::Choices => {
+                self.need("choices", &["choices"], "choices")?;
+                self.need("answer", &["answer"], "choices")?;
+                self.take("question", "question");
+                Ok(None)
             }
             Form::Text => {
                 self.need("text", &["text"], "text")?;
@@ -469,6 +491,10 @@ mod tests {
             ),
             (&["text", "meta"], "Text: text=text | meta"),
             (
+                &["id", "question", "choices", "answer"],
+                "Choices: question=question choices=choices answer=answer | id",
+            ),
+            (
                 &["chosen", "rejected"],
                 "Preference: chosen=chosen rejected=rejected | ",
             ),
@@ -518,6 +544,12 @@ mod tests {
             ),
             (&["a"], &[("prompt", "${b}")], None, "reads `b`"),
             (&["a"], &[("best", "a")], None, "no column of ours"),
+            (
+                &["prompt", "completion"],
+                &[("question", "prompt"), ("chosen", "completion")],
+                None,
+                "`columns` maps to `question`, which only questions",
+            ),
             (
                 &["prompt", "completion"],
                 &[],

@@ -6,14 +6,20 @@
 //!
 //! `assistant_masks`, in rows whose turns are all learnt, has a 1 for each id of prompt and answer that the assistant says, and a 0
 //! for each other one.
+//!
+//! `label`, in rows with single answers for KTO, says whether the answer is desirable. These answers are cut to `max_length` of `tokenize`
+//! by themselves and not together with their prompt, for they are put behind other prompts, too. `margin`, in rows for a reward model that
+//! have one, is by how much the reward of the better answer shall be higher.
 
 use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, anyhow};
 use arrow_array::cast::AsArray;
-use arrow_array::types::Int32Type;
-use arrow_array::{Array, ArrayRef, Int32Array, ListArray, RecordBatch};
+use arrow_array::types::{Float64Type, Int32Type};
+use arrow_array::{
+    Array, ArrayRef, BooleanArray, Float64Array, Int32Array, ListArray, RecordBatch,
+};
 use arrow_buffer::{NullBuffer, OffsetBuffer};
 use arrow_schema::{DataType, Field, Schema, SchemaRef};
 
@@ -23,7 +29,7 @@ use super::table::{BATCH_ROWS, Split};
 pub const IGNORED: i64 = -100;
 
 /// Token ids of one conversation, with one answer or with two.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct TokenRow {
     /// The prompt, with its BOS.
     pub prompt_ids: Vec<u32>,
@@ -35,6 +41,10 @@ pub struct TokenRow {
     pub rejected_prompt_ids: Option<Vec<u32>>,
     /// For each id of `prompt_ids` and `chosen_ids`, 1 where the assistant says it and 0 elsewhere.
     pub assistant_masks: Option<Vec<u32>>,
+    /// Whether the answer is desirable, for rows with a label.
+    pub label: Option<bool>,
+    /// By how much the reward of the better answer shall be higher, for preferences that say so.
+    pub margin: Option<f64>,
 }
 
 /// What rows of a table hold beside a prompt and an answer.
@@ -45,8 +55,12 @@ pub enum Columns {
     Answers,
     /// Rejected answers.
     Preferences,
+    /// Rejected answers and margins.
+    Margins,
     /// Masks of what the assistant says.
     Turns,
+    /// Labels.
+    Labels,
 }
 
 /// A prompt and an answer as one sequence.
@@ -102,10 +116,14 @@ pub fn schema(columns: Columns) -> SchemaRef {
     let mut fields = vec![field("prompt_ids"), field("chosen_ids")];
     match columns {
         Columns::Answers => {}
-        Columns::Preferences => {
+        Columns::Preferences | Columns::Margins => {
             fields.extend([field("rejected_ids"), field("rejected_prompt_ids")]);
         }
         Columns::Turns => fields.push(field("assistant_masks")),
+        Columns::Labels => fields.push(Field::new("label", DataType::Boolean, true)),
+    }
+    if columns == Columns::Margins {
+        fields.push(Field::new("margin", DataType::Float64, true));
     }
     Arc::new(Schema::new(fields))
 }
@@ -126,11 +144,19 @@ pub fn batch(rows: &[TokenRow], columns: Columns) -> Result<RecordBatch> {
     ];
     match columns {
         Columns::Answers => {}
-        Columns::Preferences => {
+        Columns::Preferences | Columns::Margins => {
             lists_of.push(lists(rows, |row| row.rejected_ids.as_ref())?);
             lists_of.push(lists(rows, |row| row.rejected_prompt_ids.as_ref())?);
         }
         Columns::Turns => lists_of.push(lists(rows, |row| row.assistant_masks.as_ref())?),
+        Columns::Labels => {
+            let labels = rows.iter().map(|row| row.label);
+            lists_of.push(Arc::new(labels.collect::<BooleanArray>()));
+        }
+    }
+    if columns == Columns::Margins {
+        let margins = rows.iter().map(|row| row.margin);
+        lists_of.push(Arc::new(margins.collect::<Float64Array>()));
     }
     Ok(RecordBatch::try_new(schema(columns), lists_of)?)
 }
@@ -180,12 +206,23 @@ pub fn rows(folder: &Path, split: &str) -> Result<impl Iterator<Item = Result<To
         }))
 }
 
-fn unpack(batch: &RecordBatch) -> Result<Vec<TokenRow>> {
+/// The rows of a batch.
+///
+/// # Errors
+/// It has no columns of ids, or a row has none.
+pub fn unpack(batch: &RecordBatch) -> Result<Vec<TokenRow>> {
     let prompt = ids(batch, "prompt_ids")?;
     let chosen = ids(batch, "chosen_ids")?;
     let rejected = ids(batch, "rejected_ids")?;
     let rejected_prompt = ids(batch, "rejected_prompt_ids")?;
     let masks = ids(batch, "assistant_masks")?;
+    let labels = typed(batch, "label", |column| column.as_boolean_opt(), "booleans")?;
+    let margins = typed(
+        batch,
+        "margin",
+        |column| column.as_primitive_opt::<Float64Type>(),
+        "floats of 64 bits",
+    )?;
     let required = |column: &Option<Vec<Option<Vec<u32>>>>, row: usize, name: &str| {
         let value = column
             .as_ref()
@@ -205,9 +242,34 @@ fn unpack(batch: &RecordBatch) -> Result<Vec<TokenRow>> {
                 rejected_ids: optional(&rejected, row),
                 rejected_prompt_ids: optional(&rejected_prompt, row),
                 assistant_masks: optional(&masks, row),
+                label: labels
+                    .filter(|labels| labels.is_valid(row))
+                    .map(|labels| labels.value(row)),
+                margin: margins
+                    .filter(|margins| margins.is_valid(row))
+                    .map(|margins| margins.value(row)),
             })
         })
         .collect()
+}
+
+/// A column of one type, if there is one of this name.
+fn typed<'a, T>(
+    batch: &'a RecordBatch,
+    name: &str,
+    read: impl Fn(&'a ArrayRef) -> Option<&'a T>,
+    expected: &str,
+) -> Result<Option<&'a T>> {
+    let Some(column) = batch.column_by_name(name) else {
+        return Ok(None);
+    };
+    let found = read(column).ok_or_else(|| {
+        anyhow!(
+            "the column `{name}` holds {}: expected {expected}",
+            column.data_type()
+        )
+    })?;
+    Ok(Some(found))
 }
 
 fn ids(batch: &RecordBatch, name: &str) -> Result<Option<Vec<Option<Vec<u32>>>>> {
@@ -251,8 +313,7 @@ mod tests {
             prompt_ids: vec![1, 2],
             chosen_ids: vec![3],
             rejected_ids: Some(vec![4, 5]),
-            rejected_prompt_ids: None,
-            assistant_masks: None,
+            ..TokenRow::default()
         };
         let slipped = TokenRow {
             rejected_prompt_ids: Some(vec![1]),
@@ -300,6 +361,41 @@ mod tests {
             .unwrap();
         writer.finish().unwrap();
         assert_eq!(read(folder.path(), "turns").unwrap(), masked);
+    }
+
+    #[test]
+    fn labels_and_margins_survive_the_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let answer = TokenRow {
+            prompt_ids: vec![7],
+            chosen_ids: vec![8],
+            ..TokenRow::default()
+        };
+        let labelled: Vec<TokenRow> = [true, false]
+            .map(|label| TokenRow {
+                label: Some(label),
+                ..answer.clone()
+            })
+            .into();
+        let pair = TokenRow {
+            rejected_ids: Some(vec![9]),
+            ..answer
+        };
+        let margins: Vec<TokenRow> = [Some(0.5), None]
+            .map(|margin| TokenRow {
+                margin,
+                ..pair.clone()
+            })
+            .into();
+        for (name, columns, rows) in [
+            ("labels", Columns::Labels, labelled),
+            ("margins", Columns::Margins, margins),
+        ] {
+            let mut writer = Writer::create(folder.path(), name, schema(columns)).unwrap();
+            writer.write(&batch(&rows, columns).unwrap()).unwrap();
+            writer.finish().unwrap();
+            assert_eq!(read(folder.path(), name).unwrap(), rows);
+        }
     }
 
     #[test]

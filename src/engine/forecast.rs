@@ -37,7 +37,7 @@ impl Session<'_> {
         let all = looked.into_iter().enumerate();
         let forecasts = all.map(|(index, inspection)| {
             let inspection = inspection?;
-            if let State::Fresh { .. } = inspection.state {
+            if let State::Fresh { .. } | State::Fails { .. } = inspection.state {
                 return Some(Forecast {
                     state: inspection.state,
                     seconds: None,

@@ -81,7 +81,7 @@ impl Session<'_> {
             needs.fingerprints.extend(inspection.fingerprint.clone());
             let node = &self.graph.nodes[index];
             let undecided = match &inspection.state {
-                State::Fresh { artifact, .. } => {
+                State::Fresh { artifact, .. } | State::Fails { artifact, .. } => {
                     needs.results.insert(artifact.clone());
                     false
                 }

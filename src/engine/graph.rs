@@ -124,6 +124,19 @@ impl Graph {
         needed
     }
 
+    /// These stages and all that depend on them, in the order of the recipe.
+    pub fn downstream(&self, stages: &[usize]) -> Vec<usize> {
+        let readers = self.readers();
+        let mut found = vec![false; self.nodes.len()];
+        let mut open = stages.to_vec();
+        while let Some(index) = open.pop() {
+            if !std::mem::replace(&mut found[index], true) {
+                open.extend(&readers[index]);
+            }
+        }
+        (0..found.len()).filter(|index| found[*index]).collect()
+    }
+
     /// For each stage, the stages that read it.
     pub fn readers(&self) -> Vec<Vec<usize>> {
         let mut readers = vec![Vec::new(); self.nodes.len()];

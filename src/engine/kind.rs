@@ -58,6 +58,8 @@ pub trait AnyStage: Send + Sync {
     fn bounded(&self) -> bool;
     /// [`Stage::HAS_EXTERNAL_FACTS`].
     fn has_external_facts(&self) -> bool;
+    /// [`Stage::RUNS_PROGRAMS`].
+    fn runs_programs(&self) -> bool;
     /// [`Stage::LENGTH_PARAMETERS`].
     fn length_parameters(&self) -> &'static [&'static str];
     /// Every parameter with its default filled in; inputs, files and neutral settings are marked (see `engine::params`).
@@ -72,6 +74,10 @@ pub trait AnyStage: Send + Sync {
     fn position(&self, scratch: &Path) -> Option<Position>;
     /// The parameters of [`Stage::on_first_rows`], marked as those of [`AnyStage::params`].
     fn on_first_rows(&self, rows: usize) -> Option<serde_json::Value>;
+    /// [`Stage::has_requirements`].
+    fn has_requirements(&self) -> bool;
+    /// [`Stage::accept`].
+    fn accept(&self, result: &Path) -> anyhow::Result<()>;
     /// [`Stage::run`].
     fn run(&self, cx: &Context) -> anyhow::Result<()>;
 }
@@ -95,6 +101,9 @@ impl<S: Stage> AnyStage for S {
     fn has_external_facts(&self) -> bool {
         S::HAS_EXTERNAL_FACTS
     }
+    fn runs_programs(&self) -> bool {
+        S::RUNS_PROGRAMS
+    }
     fn length_parameters(&self) -> &'static [&'static str] {
         S::LENGTH_PARAMETERS
     }
@@ -115,6 +124,12 @@ impl<S: Stage> AnyStage for S {
     }
     fn on_first_rows(&self, rows: usize) -> Option<serde_json::Value> {
         serde_json::to_value(Stage::on_first_rows(self, rows)?).ok()
+    }
+    fn has_requirements(&self) -> bool {
+        Stage::has_requirements(self)
+    }
+    fn accept(&self, result: &Path) -> anyhow::Result<()> {
+        Stage::accept(self, result)
     }
     fn run(&self, cx: &Context) -> anyhow::Result<()> {
         Stage::run(self, cx)

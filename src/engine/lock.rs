@@ -47,7 +47,9 @@ impl Session<'_> {
         let Some(pin) = self.pins.get(&node.name) else {
             return Ok(None);
         };
-        Ok((!pin.outside.is_empty() && request_digest(node)? == pin.asked).then_some(&pin.outside))
+        // The version of a program can't be had by asking for it.
+        let is_pinned = !pin.outside.is_empty() && node.stage.has_external_facts();
+        Ok((is_pinned && request_digest(node)? == pin.asked).then_some(&pin.outside))
     }
 
     /// Fails if a local file differs from its pin. It may have changed since [`Session::changed_pins`] was called.
@@ -76,7 +78,11 @@ impl Session<'_> {
                 Some(pin) => pin.clone(),
                 None => Pin {
                     asked,
-                    outside: node.stage.external_facts(&self.env)?,
+                    outside: if node.stage.has_external_facts() {
+                        node.stage.external_facts(&self.env)?
+                    } else {
+                        BTreeMap::new()
+                    },
                     files: files(node, &mut sources)?,
                 },
             };

@@ -34,6 +34,13 @@ pub enum State {
         /// Whether it was made elsewhere: its record is in the remote, and its files are fetched when they are needed.
         remote: bool,
     },
+    /// Its result is in the store and does not meet what the stage requires of it: a run fails without making it again.
+    Fails {
+        /// The content digest.
+        artifact: Digest,
+        /// Which requirement is not met.
+        error: String,
+    },
     /// It would run.
     Runs {
         /// Every reason.
@@ -275,6 +282,15 @@ impl Session<'_> {
         }
     }
 
+    /// Whether a stage's result, whose files are here, meets what the stage requires.
+    pub(super) fn accept(&self, index: usize, content: &Digest) -> anyhow::Result<()> {
+        let stage = &self.graph.nodes[index].stage;
+        if !stage.has_requirements() {
+            return Ok(());
+        }
+        stage.accept(&self.store.artifact(content))
+    }
+
     fn last_record(&self, node: &Node) -> Option<Record> {
         self.store
             .record(&self.store.last(self.recipe, &node.name)?)
@@ -300,7 +316,7 @@ impl Session<'_> {
         let needed = self.graph.needed(&[index]);
         let mut inspections = self.inspect(&needed, &mut self.sources());
         let inspection = inspections.get_mut(index)?.take()?;
-        let fresh = matches!(inspection.state, State::Fresh { .. });
+        let fresh = matches!(inspection.state, State::Fresh { .. } | State::Fails { .. });
         let fingerprint = inspection.fingerprint.filter(|_| fresh);
         fingerprint
             .and_then(|fingerprint| self.store.record(&fingerprint))
@@ -402,10 +418,16 @@ impl Session<'_> {
                             }
                             | Verdict::RemoteOnly {
                                 record, restored, ..
-                            } => State::Fresh {
-                                artifact: record.artifact,
-                                restored,
-                                remote: remote_only,
+                            } => match self.accept(index, &record.artifact) {
+                                Err(error) if !remote_only => State::Fails {
+                                    artifact: record.artifact,
+                                    error: format!("{error:#}"),
+                                },
+                                _ => State::Fresh {
+                                    artifact: record.artifact,
+                                    restored,
+                                    remote: remote_only,
+                                },
                             },
                             Verdict::Stale(reasons) => State::Runs { reasons },
                         }
@@ -424,7 +446,10 @@ impl Session<'_> {
             if let State::Fresh { artifact, .. } = &state {
                 contents[index] = Some(artifact.clone());
             }
-            let content = contents[index].clone();
+            let content = match &state {
+                State::Fails { artifact, .. } => Some(artifact.clone()),
+                _ => contents[index].clone(),
+            };
             inspections[index] = Some(Inspection {
                 state,
                 content,

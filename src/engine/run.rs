@@ -415,7 +415,7 @@ impl<'a> Runner<'a, '_> {
             }
             Verdict::RemoteOnly {
                 record, restored, ..
-            } if shared.is_set_remote_only(&prepared.digest) => {
+            } if !node.stage.has_requirements() && shared.is_set_remote_only(&prepared.digest) => {
                 // So do these.
                 self.session.keep_texts(node, &prepared);
                 let _ = store.note_remote_only(&prepared.digest, &record);
@@ -429,6 +429,10 @@ impl<'a> Runner<'a, '_> {
                 return Lookup::Stale(Box::new(prepared), reasons);
             }
         };
+        if let Err(error) = self.session.accept(index, &record.artifact) {
+            self.fail(name, format!("{error:#}"));
+            return Lookup::Failed;
+        }
         self.summary.fresh += 1;
         self.summary.saved += record.seconds;
         let artifact = record.artifact;

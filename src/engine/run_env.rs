@@ -18,6 +18,8 @@ pub struct RunEnv {
     pub home: Option<PathBuf>,
     /// Chosen environment variables (`HF_ENDPOINT`, `HF_TOKEN`, ...). May hold secrets: never logged, recorded or hashed.
     pub variables: BTreeMap<String, String>,
+    /// The value of any other environment variable, for programs that a recipe runs. It may be a secret, too.
+    pub lookup: Option<fn(&str) -> Option<String>>,
     /// Set when the user interrupts.
     pub cancel: Arc<AtomicBool>,
     /// Where warnings go that belong to no running stage.

@@ -32,6 +32,9 @@ pub trait Stage: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'stat
     /// Whether [`Stage::external_facts`] gives facts that can change by themselves, such as the commit of a branch.
     const HAS_EXTERNAL_FACTS: bool = false;
 
+    /// Whether the stage runs programs that the recipe names: then it is not tried out before a run.
+    const RUNS_PROGRAMS: bool = false;
+
     /// Parameters that only say how far the stage goes, such as a number of epochs. Stages whose fingerprints differ in
     /// nothing else are a family: what one of them left in [`Context::continuation`] the others find by [`Context::continuations`].
     const LENGTH_PARAMETERS: &'static [&'static str] = &[];
@@ -77,6 +80,17 @@ pub trait Stage: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'stat
     /// stage reads only such files.
     fn on_first_rows(&self, _rows: usize) -> Option<Self> {
         None
+    }
+
+    /// Whether [`Stage::accept`] asks anything of the result.
+    fn has_requirements(&self) -> bool {
+        false
+    }
+
+    /// Holds the result in the folder `result` against requirements, which are neutral parameters: whenever it was made, and whenever it
+    /// is fresh. An error fails the stage in this run, but the result stays in the store and is not made again.
+    fn accept(&self, _result: &Path) -> anyhow::Result<()> {
+        Ok(())
     }
 
     /// Makes the artifact in [`Context::out`]. On an error, only the scratch folder is kept.

@@ -132,6 +132,7 @@ impl Worker<'_, '_> {
                 self.session.keep_texts(node, prepared);
             }
             store.set_last(recipe, &node.name, &prepared.digest)?;
+            self.session.accept(self.index, &record.artifact)?;
             self.send(Event::StageFresh {
                 stage: node.name.clone(),
                 artifact: record.artifact.clone(),
@@ -187,6 +188,7 @@ impl Worker<'_, '_> {
         shared.made(store, &prepared.digest);
         self.session.keep_texts(node, prepared);
         store.set_last(recipe, &node.name, &prepared.digest)?;
+        self.session.accept(self.index, &record.artifact)?;
         self.send(Event::StageDone {
             stage: node.name.clone(),
             artifact: record.artifact.clone(),

@@ -19,7 +19,7 @@ pub use token_rows::{DELTA, TokenRows};
 use super::io::finite;
 use super::io::weights::{self, Weights};
 use super::model::arch::Projection;
-use super::model::tensors::{EMBED_TOKENS, ENDS, is_plausible, projection_path};
+use super::model::tensors::{EMBED_TOKENS, ENDS, SCORE, is_plausible, projection_path};
 
 /// The prefix that PEFT gives to every tensor name.
 const PREFIX: &str = "base_model.model.";
@@ -143,6 +143,13 @@ impl Adapter {
             );
         }
         for name in &self.config.modules_to_save {
+            // PEFT adds both names of a head to those of every sequence classification, which has one of them.
+            if self.config.is_classifier()
+                && ["classifier", "score"].contains(&name.as_str())
+                && self.saved.contains_key(SCORE)
+            {
+                continue;
+            }
             let path = |tensor: &str| tensor.rsplit_once('.').map_or(0, |(path, _)| path.len());
             let found = self
                 .saved

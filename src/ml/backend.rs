@@ -135,6 +135,21 @@ pub trait ForwardPass {
     /// # Errors
     /// Nothing was scored, or the pass has no tape.
     fn backward(self: Box<Self>, grad_logps: &[f32], gradients: &mut Gradients) -> Result<()>;
+
+    /// The same for `grad_scores`, the gradient of the loss with respect to the number that the head of a model with
+    /// [`super::model::arch::Arch::scores`] gives at each of `targets` (targets), which [`ForwardPass::target_mean_logits`] returns. Nothing
+    /// has to be scored before.
+    ///
+    /// # Errors
+    /// The pass has no tape, a target is outside its batch, or the backend can't do it.
+    fn backward_scores(
+        self: Box<Self>,
+        _targets: &[Target],
+        _grad_scores: &[f32],
+        _gradients: &mut Gradients,
+    ) -> Result<()> {
+        candle_core::bail!("this backend does not train a head that gives one number")
+    }
 }
 
 /// Sequences that a model continues, with their cached keys and values.

@@ -177,6 +177,9 @@ impl<'m> Execution<'m> {
         longest: usize,
         pass: Pass,
     ) -> Result<Box<dyn Decoder + 'a>> {
+        if self.model.arch.scores {
+            candle_core::bail!("the model gives scores and no text: its head is `score.weight`")
+        }
         self.backend.decoder(sequences, longest, pass)
     }
 

@@ -7,10 +7,14 @@
 //! A new loss is a file here that implements the trait, and a stage that makes one (`stages::train`).
 
 pub mod cpo;
+pub mod dft;
 pub mod dpo;
+pub mod kto;
 pub mod orpo;
 mod pairs;
+pub mod reward;
 pub mod sft;
+pub mod smoothed;
 
 use std::collections::BTreeMap;
 
@@ -31,6 +35,8 @@ pub struct Needs {
     pub token_stats: bool,
     /// Whether it needs the mean over the vocabulary of the logits at each target.
     pub target_logits: bool,
+    /// Whether the model's head gives one number at each target, which the loss takes in the place of log-probabilities.
+    pub scores: bool,
     /// The positions of whose logits it needs the mean, once over the preferred sequences and once over the others.
     pub sequence_logits: Option<Positions>,
 }
@@ -42,7 +48,7 @@ pub struct Scored<'a> {
     pub batch: &'a Batch,
     /// The scored tokens: those of [`Loss::targets`], in that order.
     pub targets: &'a [Target],
-    /// Their log-probabilities, in nats.
+    /// Their log-probabilities, in nats; of a loss that [`Needs::scores`], their scores.
     pub logps: &'a [f64],
     /// Their log-probabilities under the reference model, in nats, if the loss needs them.
     pub reference_logps: Option<&'a [f64]>,
@@ -52,6 +58,9 @@ pub struct Scored<'a> {
     pub target_logits: Option<&'a [f64]>,
     /// The mean of all logits of the preferred sequences, and that of the others, if the loss needs them.
     pub sequence_logits: Option<[f64; 2]>,
+    /// The mean over the sequences of [`Batch::mismatched`], if the batch has some, of the difference between the log-probability of the
+    /// answer and that under the reference model, in nats.
+    pub mismatched: Option<f64>,
 }
 
 /// The loss of a micro-batch.
@@ -59,7 +68,7 @@ pub struct Scored<'a> {
 pub struct Outcome {
     /// The loss, a mean over the micro-batch.
     pub loss: f64,
-    /// The gradient of the loss with respect to the log-probability of each target (targets).
+    /// The gradient of the loss with respect to the log-probability, or the score, of each target (targets).
     pub gradient: Vec<f32>,
     /// The metrics that are logged beside the loss: those of [`Loss::metrics`] whose inputs are known.
     pub metrics: Metrics,
@@ -78,6 +87,12 @@ pub trait Loss: Send + Sync {
 
     /// What it needs beside the log-probabilities of its targets.
     fn needs(&self) -> Needs;
+
+    /// The part e of each target's probability that is spread over the vocabulary. Its scores are then `(1 - e) log p + e m` instead of `log p`,
+    /// where `m` is the mean of the log-probabilities of all ids in its place.
+    fn label_smoothing(&self) -> f64 {
+        0.
+    }
 
     /// The weight of a micro-batch with `targets` targets in its accumulation group. By default, as in TRL, all weigh the same.
     fn weight(&self, _targets: usize) -> f64 {

@@ -20,6 +20,7 @@ mod layerwise;
 pub mod linear;
 mod load;
 mod masks;
+pub(in crate::ml) mod noise;
 mod overflow;
 pub mod resize;
 mod rope;
@@ -33,7 +34,7 @@ use self::arch::Arch;
 use self::autograd::scaled;
 use self::batch::Batch;
 use self::head::HeadGradients;
-use self::linear::{DropoutSeed, Linear, Lora, Pass, Weight};
+use self::linear::{Linear, Lora, Pass, Weight};
 use ends::embedding_rows;
 pub(super) use layer::{GateUp, Layer, Norm, Qkv};
 use layer::{KeysAndValues, Shared};
@@ -319,17 +320,8 @@ impl CausalLm {
     ///
     /// # Errors
     /// An id is outside the vocabulary.
-    pub fn record(
-        &self,
-        batch: &Batch,
-        dropout: Option<DropoutSeed>,
-        checkpointing: bool,
-    ) -> Result<Tape> {
-        let pass = Pass {
-            tape: true,
-            adapter: true,
-            dropout,
-        };
+    pub fn record(&self, batch: &Batch, pass: Pass, checkpointing: bool) -> Result<Tape> {
+        let pass = Pass { tape: true, ..pass };
         let shared = self.shared(batch, pass)?;
         let without = Shared {
             pass: Pass {
@@ -340,6 +332,13 @@ impl CausalLm {
         };
         let ids = batch.ids(&self.device)?;
         let mut x = self.embed(&ids, pass)?;
+        if let Some(noise) = pass.noise {
+            let (rows, length, width) = x.dims3()?;
+            let mut values = x.flatten_all()?.to_vec1::<f32>()?;
+            let tokens = 0..(rows * length) as u64;
+            noise::add(noise, &mut values, width, tokens, &[length]);
+            x = Tensor::from_vec(values, (rows, length, width), &self.device)?;
+        }
         let mut segments = Vec::with_capacity(self.layers.len());
         for (number, layer) in self.layers.iter().enumerate() {
             // With LoRA nothing below the first layer is trained, so its input needs no gradient.

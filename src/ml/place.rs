@@ -73,6 +73,7 @@ pub fn adapters() -> Option<Vec<Adapter>> {
 /// A place where models are run.
 #[derive(Debug, Clone)]
 pub struct Place {
+    #[cfg(feature = "gpu")]
     pub(super) wanted: Wanted,
     /// The GPU, if it is one.
     #[cfg(feature = "gpu")]
@@ -85,6 +86,7 @@ impl Place {
     /// The processor.
     pub fn cpu() -> Self {
         Self {
+            #[cfg(feature = "gpu")]
             wanted: Wanted::Cpu,
             #[cfg(feature = "gpu")]
             gpu: None,
@@ -117,6 +119,7 @@ impl Place {
             #[cfg(not(feature = "gpu"))]
             Ok(()) => Ok(Self::cpu()),
             Err(why) if wanted == Wanted::Auto => Ok(Self {
+                #[cfg(feature = "gpu")]
                 wanted,
                 instead: Some(why),
                 ..Self::cpu()

@@ -43,7 +43,7 @@ impl Backend for Reference<'_> {
             )
         };
         let (hidden, tape) = if pass.tape {
-            let tape = self.model.record(batch, pass.dropout, checkpointing)?;
+            let tape = self.model.record(batch, pass, checkpointing)?;
             (tape.hidden(), Some(tape))
         } else {
             (self.model.hidden(batch, pass)?, None)
@@ -108,6 +108,22 @@ impl ForwardPass for Forward<'_> {
         };
         let head = self.model.head_matrix(self.pass)?;
         let (grad_hidden, grad_head) = scored.backward(grad_logps, &head, &self.hidden)?;
+        self.model
+            .backward(tape, &grad_hidden, &grad_head, gradients)
+    }
+
+    fn backward_scores(
+        self: Box<Self>,
+        targets: &[Target],
+        grad_scores: &[f32],
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        let Some(tape) = self.tape else {
+            bail!("there is no way back: nothing was recorded")
+        };
+        let head = self.model.head_matrix(self.pass)?;
+        let (grad_hidden, grad_head) =
+            head::backward_scores(&self.hidden, &head, targets, grad_scores)?;
         self.model
             .backward(tape, &grad_hidden, &grad_head, gradients)
     }

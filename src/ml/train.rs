@@ -3,6 +3,7 @@
 //! It knows no YAML, no store and no clock. It reports what it does to a callback, which may also stop it. With a folder for checkpoints, a
 //! stopped or killed training is resumed where it was and ends with the same bits.
 
+pub(in crate::ml) mod adaptive;
 pub(super) mod best;
 pub mod bootstrap;
 pub(in crate::ml) mod checkpoint;
@@ -29,6 +30,7 @@ use anyhow::{Context as _, bail};
 use candle_core::DType;
 use pipeline_kernels::random::splitmix64;
 
+use self::adaptive::Adaptive;
 use self::checkpoint::Resumed;
 use self::fault::Search;
 use self::log::Window;
@@ -39,7 +41,7 @@ use self::schedule::Schedule;
 use self::state::State;
 use self::watchdog::Watchdog;
 use super::model::batch::{Batch, Row};
-use super::model::linear::{DropoutSeed, Pass};
+use super::model::linear::{DropoutSeed, EmbeddingNoise, Pass};
 use super::model::{CausalLm, Gradients};
 pub use best::{Best, Watch};
 pub use checkpoint::newest_checkpoint;
@@ -145,16 +147,18 @@ impl<'a> Trainer<'a> {
     fn new(job: &'a Job<'a>, settings: &'a Settings) -> Self {
         let model = job.execution.model();
         let total = settings.total_steps(job.rows.len());
+        let schedule = settings.schedule(total);
         Self {
             job,
             settings,
             model,
             grouping: settings.grouping(job.rows.len()),
             total,
-            schedule: settings.schedule(total),
+            schedule,
             optimizer: Optimizer::new(settings.optimizer, &model.parameters),
             state: State {
                 scaler: Scaler::new(settings.loss_scaling),
+                adaptive: Adaptive::new(&schedule),
                 ..State::default()
             },
             search: Search::new(job.origin),
@@ -224,12 +228,16 @@ impl<'a> Trainer<'a> {
         };
         let mut done = 0;
         while done < batches.len() {
-            let dropout = settings.dropout.then(|| DropoutSeed {
+            let seed = DropoutSeed {
                 seed: dropout_seed(settings.seed, self.state.step),
                 batch: done,
-            });
+            };
+            let noise = settings.neftune_noise_alpha;
+            let pass = Pass {
+                noise: noise.map(|alpha| EmbeddingNoise { alpha, seed }),
+                ..Pass::train(settings.dropout.then_some(seed))
+            };
             let rest: Vec<&Batch> = batches[done..].iter().collect();
-            let pass = Pass::train(dropout);
             let size = job.execution.pass_size(&rest, pass, settings.checkpointing);
             let now = done..done + size.micro_batches.clamp(1, rest.len());
             let scaled = batches[now.clone()]
@@ -239,7 +247,7 @@ impl<'a> Trainer<'a> {
             let outcomes = passes
                 .differentiate(
                     &scaled.collect::<Vec<_>>(),
-                    dropout,
+                    pass,
                     settings.checkpointing,
                     &mut accumulated.gradients,
                 )
@@ -288,7 +296,10 @@ impl<'a> Trainer<'a> {
         } = accumulated;
         optim::scale(&mut gradients.0, 1. / self.state.scaler.scale)?;
         let grad_norm = optim::clip(&mut gradients.0, settings.max_grad_norm)?;
-        let learning_rate = settings.learning_rate * self.schedule.factor(self.state.scheduled);
+        let learning_rate = match &self.state.adaptive {
+            Some(adaptive) => adaptive.rate(),
+            None => settings.learning_rate * self.schedule.factor(self.state.scheduled),
+        };
         // If the scale is below 1 already, it is not the reason for which gradients overflow.
         let may_overflow = settings.loss_scaling && self.state.scaler.scale >= 1.;
         if fault.is_none() && !grad_norm.is_finite() && !may_overflow {
@@ -386,6 +397,11 @@ impl<'a> Trainer<'a> {
             let mut metrics = evaluate::metrics(&job.passes(), job.eval_rows, size, pad)?;
             if job.loss.logs_num_tokens() {
                 metrics.insert("num_tokens".into(), self.state.tokens as f64);
+            }
+            if let Some(adaptive) = &mut self.state.adaptive
+                && let Some(value) = metrics.get(&settings.scheduler_metric)
+            {
+                adaptive.follow(&self.schedule, *value);
             }
             if let Some(watch) = &settings.watch
                 && let Some(value) = metrics.get(&watch.metric)

@@ -8,14 +8,15 @@ use serde_yaml::Value;
 
 use crate::engine::Kind;
 
+use super::combination::Expanded;
 use super::error::{RecipeError, RecipeErrors};
 use super::foreign;
 use super::hints;
 use super::parameters::Parameters;
-use super::source_map::{RecipePath, SourceMap, SourceSpan, child, keys, lines};
+use super::source_map::{PathStep, RecipePath, SourceMap, SourceSpan, child, keys, lines};
 
 /// The keys a recipe may have.
-pub(crate) const TOP: [&str; 7] = [
+pub(crate) const TOP: [&str; 8] = [
     "version",
     "description",
     "vars",
@@ -23,12 +24,13 @@ pub(crate) const TOP: [&str; 7] = [
     "stages",
     "outputs",
     "publish",
+    "profiles",
 ];
 /// Keys at the top that begin so are the user's own, such as values for YAML's anchors.
 const OWN: &str = "x-";
 /// More mistakes than anybody reads.
 const MAX_ERRORS: usize = 100;
-/// The most that vars and `--set` may put in altogether: values, and bytes of texts.
+/// The most that vars, matrices and `--set` may put in altogether: values, and bytes of texts.
 const MOST_PUT_IN: (usize, usize) = (200_000, 16 << 20);
 
 pub(crate) struct Draft<'a> {
@@ -46,9 +48,11 @@ pub(crate) struct Draft<'a> {
     pub(crate) broken: BTreeSet<RecipePath>,
     /// Parameters that nobody gave and the rest of the recipe implies.
     pub(crate) implied: BTreeSet<RecipePath>,
+    /// The stages that a matrix made, by name.
+    pub(crate) expanded: BTreeMap<String, Expanded>,
     /// Whether a key at the top is unknown, so that the one that is missing may be meant by it.
     pub(crate) has_unknown_keys: bool,
-    /// What vars and `--set` may still put in.
+    /// What vars, matrices and `--set` may still put in.
     left: (usize, usize),
     /// What is known of kinds that occurred.
     parameters: BTreeMap<&'static str, Rc<Parameters>>,
@@ -67,6 +71,7 @@ impl<'a> Draft<'a> {
             through_vars: BTreeMap::new(),
             broken: BTreeSet::new(),
             implied: BTreeSet::new(),
+            expanded: BTreeMap::new(),
             has_unknown_keys: false,
             left: MOST_PUT_IN,
             parameters: BTreeMap::new(),
@@ -97,7 +102,7 @@ impl<'a> Draft<'a> {
                 Ok(())
             }
             _ => Err(format!(
-                "vars and `--set` insert more than {} values or {} MiB of text",
+                "vars, matrices and `--set` insert more than {} values or {} MiB of text",
                 MOST_PUT_IN.0,
                 MOST_PUT_IN.1 >> 20
             )),
@@ -144,6 +149,15 @@ impl<'a> Draft<'a> {
         message: String,
         hint: Option<String>,
     ) {
+        let made = match path.get(1) {
+            Some(PathStep::Key(name)) if self.expanded.contains_key(name) => Some(name.as_str()),
+            _ => None,
+        };
+        let hint = match (hint, made) {
+            (Some(hint), Some(name)) => Some(format!("{hint} (in `{name}`)")),
+            (None, Some(name)) => Some(format!("it is so in `{name}`")),
+            (hint, None) => hint,
+        };
         let path = &self.source_map.written(path);
         if let Some(origin) = around(&self.set, path) {
             let origin = origin.clone();
@@ -265,6 +279,9 @@ impl<'a> Draft<'a> {
                         "each stage has a name in place of a dash: `pairs: { import_dataset: { .. } }`"
                     }
                     "vars" => "as in `vars: { seed: 42 }`",
+                    "profiles" => {
+                        "as in `profiles: { smoke: { stages.tuned.train_orpo.max_steps: 3 } }`"
+                    }
                     _ => {
                         "as in `outputs: { merged: out/merged }`: the name of a stage and a folder"
                     }

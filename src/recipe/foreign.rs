@@ -70,11 +70,17 @@ const COMMON: Table = &{
         ),
         ("num_train_epochs", Is(TRAINING, "num_train_epochs")),
         ("lr_scheduler_type", Is(TRAINING, "lr_scheduler_type")),
-        (
-            "lr_scheduler_kwargs",
-            Lacks("schedules take no further settings"),
-        ),
+        ("lr_scheduler_kwargs", Is(TRAINING, "lr_scheduler_kwargs")),
         ("optim", Is(TRAINING, "optim")),
+        (
+            "optim_args",
+            Becomes("training.optim_args, a map: `momentum=0.9` is `{ momentum: 0.9 }`"),
+        ),
+        ("loraplus_lr_ratio", Is(TRAINING, "loraplus_lr_ratio")),
+        (
+            "loraplus_lr_embedding",
+            Is(TRAINING, "loraplus_lr_embedding"),
+        ),
         (
             "gradient_checkpointing",
             Is(TRAINING, "gradient_checkpointing"),
@@ -210,11 +216,11 @@ const COMMON: Table = &{
         ),
         (
             "neftune_noise_alpha",
-            Lacks("noise on embeddings is not computed"),
+            Is("train_sft", "neftune_noise_alpha"),
         ),
         (
             "label_smoothing_factor",
-            Lacks("losses have no label smoothing"),
+            Is("train_sft", "label_smoothing_factor"),
         ),
         (
             "include_tokens_per_second",

@@ -88,10 +88,13 @@ fn is_open(stage: &Value, kind: &Kind, implied: &Implied) -> bool {
     }
 }
 
-/// What a stage gives for a parameter.
+/// What a stage gives for a parameter; of a list the first one.
 fn given<'v>(stages: &Stages<'v>, stage: &str, parameter: &str) -> Option<&'v str> {
     let (kind, value) = stages.get(stage)?;
-    value.get(kind.name)?.get(parameter)?.as_str()
+    let value = value.get(kind.name)?.get(parameter)?;
+    value
+        .as_str()
+        .or_else(|| value.as_sequence()?.first()?.as_str())
 }
 
 /// The stage that is meant by a parameter of the stage `name`.

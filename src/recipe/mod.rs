@@ -1,11 +1,12 @@
 //! Reads recipes: from YAML text to typed stages, with the position of every mistake.
 //!
 //! The steps are: text, then a YAML value ([`read`](self::read)), then `--set` ([`set`](self::set)), then `${vars}`
-//! ([`vars`](self::vars)), then what stages leave out ([`defaults`](self::defaults), [`implied`](self::implied)), then typed stages
+//! ([`vars`](self::vars)) and one stage for each combination of a [`matrix`], then what stages leave out ([`defaults`](self::defaults), [`implied`](self::implied)), then typed stages
 //! ([`stage`](self::stage)), then edges and outputs ([`wiring`](self::wiring)).
 //! Every step continues after a mistake, so that [`load`] reports all of them at once. The module is given the list of kinds as a
 //! value, and does not depend on what a stage does. [`schema`] and [`reference`] describe recipes; [`graph`] draws one.
 
+mod combination;
 mod defaults;
 mod draft;
 mod error;
@@ -13,6 +14,7 @@ pub mod foreign;
 pub mod graph;
 mod hints;
 mod implied;
+mod matrix;
 pub mod outline;
 mod parameters;
 mod publish;
@@ -40,6 +42,7 @@ use std::sync::Arc;
 
 use crate::engine::{AnyStage, Handling, Kind};
 
+pub use combination::AxisValue;
 use draft::Draft;
 pub use error::{RecipeError, RecipeErrors};
 pub use publish::{PUBLISHED, Publish};
@@ -62,6 +65,9 @@ pub struct Override {
     pub value: String,
 }
 
+/// The path that chooses a profile in place of a value: `--set profile=smoke`.
+pub const PROFILE: &str = "profile";
+
 /// A recipe that can be planned: typed, wired, without a cycle.
 pub struct Recipe {
     /// The file.
@@ -83,8 +89,12 @@ pub struct Recipe {
 
 /// One stage of a recipe.
 pub struct RecipeStage {
-    /// The name in the recipe.
+    /// The name: in the recipe, or what a matrix made of that, as in `tuned[beta=0.1,seed=2]`.
     pub name: String,
+    /// The name in the recipe.
+    pub declared: String,
+    /// The values of the matrix that it stands for; empty for a stage without one.
+    pub combination: Vec<AxisValue>,
     /// The kind.
     pub kind: &'static Kind,
     /// The typed parameters.
@@ -183,6 +193,21 @@ impl Recipe {
         self.stages.iter().find(|stage| stage.name == name)
     }
 
+    /// The stages that a name means: the one called so, or those that a matrix made of it and that have the values it picks.
+    pub fn matching(&self, name: &str) -> Vec<usize> {
+        let numbered = || self.stages.iter().enumerate();
+        if let Some((exact, _)) = numbered().find(|(_, stage)| stage.name == name) {
+            return vec![exact];
+        }
+        let Some(picked) = matrix::picked(name) else {
+            return Vec::new();
+        };
+        numbered()
+            .filter(|(_, stage)| stage.declared == picked.stage && picked.fits(&stage.combination))
+            .map(|(index, _)| index)
+            .collect()
+    }
+
     /// Where the value at a path such as `stages.tuned.train_orpo.beta` is written, or the nearest thing around it.
     pub fn span_of(&self, path: &str) -> Option<SourceSpan> {
         self.source_map.value(&source_map::parse(path).ok()?)
@@ -190,7 +215,9 @@ impl Recipe {
 
     /// The stage name that is most like `name`, for a did-you-mean.
     pub fn suggest(&self, name: &str) -> Option<&str> {
-        hints::nearest(name, self.stages.iter().map(|stage| stage.name.as_str()))
+        let names = self.stages.iter().map(|stage| stage.name.as_str());
+        let declared = self.stages.iter().map(|stage| stage.declared.as_str());
+        hints::nearest(name, declared.chain(names))
     }
 }
 
@@ -237,15 +264,33 @@ pub fn load(
 
 /// The most groups, and the most stages of one, that a sentence names.
 const MOST_IMPLIED: usize = 5;
-/// The stages of a recipe by name, with their kinds, as far as a text can be read that is perhaps being written.
-pub fn stage_names(text: &str) -> Vec<(String, Option<String>)> {
+/// The stages of a recipe by name, with their kinds, as far as a text can be read that is perhaps being written. Of a recipe that can be
+/// read wholly also those that a matrix makes.
+pub fn stage_names(text: &str, kinds: &'static [Kind]) -> Vec<(String, Option<String>)> {
+    if text.contains(matrix::MATRIX)
+        && let Ok(recipe) = parse(Path::new(""), text, &[], kinds)
+    {
+        let mut names: Vec<(String, Option<String>)> = Vec::new();
+        for stage in recipe.stages {
+            let kind = Some(stage.kind.name.to_owned());
+            if names.iter().all(|(name, _)| *name != stage.declared) {
+                names.push((stage.declared.clone(), kind.clone()));
+            }
+            if stage.name != stage.declared {
+                names.push((stage.name, kind));
+            }
+        }
+        return names;
+    }
     let Ok(recipe) = yaml::<serde_yaml::Value>(text) else {
         return Vec::new();
     };
     let stages = recipe.get("stages").and_then(serde_yaml::Value::as_mapping);
     let stages = stages.into_iter().flatten();
     let named = stages.filter_map(|(name, stage)| {
-        let kind = stage.as_mapping().and_then(|map| map.keys().next());
+        let keys = stage.as_mapping().into_iter().flat_map(|map| map.keys());
+        let mut keys = keys.filter(|key| *key != matrix::MATRIX);
+        let kind = keys.next();
         let kind = kind.and_then(serde_yaml::Value::as_str).map(str::to_owned);
         Some((name.as_str()?.to_owned(), kind))
     });
@@ -297,13 +342,12 @@ pub fn parse(
         return Err(draft.into_errors());
     }
     set::apply(&mut draft, &mut value, overrides);
-    vars::substitute(&mut draft, &mut value);
+    let vars = vars::read(&mut draft, &value);
+    vars::substitute(&mut draft, &vars, &mut value, &["defaults"]);
+    matrix::expand(&mut draft, &vars, &mut value);
     defaults::fill(&mut draft, &mut value);
     implied::fill(&mut draft, &mut value);
-    let vars = value.get("vars").and_then(serde_yaml::Value::as_mapping);
-    let vars = vars.into_iter().flat_map(serde_yaml::Mapping::keys);
-    let vars = vars.filter_map(|name| Some(name.as_str()?.to_owned()));
-    let vars = vars.collect();
+    let vars = vars.into_keys().collect();
     let stages = stage::read(&mut draft, &value);
     let wired = wiring::wire(&mut draft, stages, &value);
     if !draft.errors.is_empty() {
@@ -321,8 +365,15 @@ pub fn parse(
         let (Some(kind), Some(typed)) = (stage.kind, stage.typed) else {
             continue;
         };
+        let expanded = draft.expanded.get(&stage.name).cloned();
+        let (declared, combination) = match expanded {
+            Some(expanded) => (expanded.declared, expanded.combination),
+            None => (stage.name.clone(), Vec::new()),
+        };
         stages.push(RecipeStage {
             name: stage.name,
+            declared,
+            combination,
             kind,
             stage: typed,
             handling: stage.handling,

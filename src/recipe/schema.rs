@@ -22,7 +22,8 @@ pub fn schema(kinds: &[Kind]) -> Value {
     let mut complete = Map::new();
     let mut defaults = Map::new();
     let mut own = Map::new();
-    let handling: Map<String, Value> = handling.cloned().unwrap_or_default();
+    let mut handling: Map<String, Value> = handling.cloned().unwrap_or_default();
+    handling.insert("matrix".to_owned(), matrix());
     let names: Vec<&String> = handling.keys().collect();
     let mut alone = Map::new();
     for kind in kinds {
@@ -116,6 +117,12 @@ fn recipe(defaults: &Value, definitions: &Value) -> Value {
                 "examples": [{ "merged": "out/my-model" }],
             },
             "publish": publish(),
+            "profiles": {
+                "description": "Sets of changes by name, for `--profile NAME`: from paths, as for `--set`, to values.",
+                "type": ["object", "null"],
+                "additionalProperties": { "type": "object" },
+                "examples": [{ "smoke": { "stages.tuned.train_orpo.max_steps": 3 } }],
+            },
         },
         "patternProperties": {
             "^x-": { "description": "Yours: `pipeline` does not read it. A place for values that YAML's anchors repeat." },
@@ -138,6 +145,24 @@ fn recipe(defaults: &Value, definitions: &Value) -> Value {
         map.insert("$defs".to_owned(), definitions.clone());
     }
     schema
+}
+
+/// The key `matrix` beside a kind.
+fn matrix() -> Value {
+    json!({
+        "description": "Makes one stage for each combination of values. `${axis}` in the parameters is the value of the combination. A stage that takes from this one is made once for each, too.",
+        "type": "object",
+        "minProperties": 1,
+        "propertyNames": { "pattern": r"^[\p{L}_][\p{L}\p{N}_]*$" },
+        "additionalProperties": {
+            "description": "The values of an axis: a list, or a map from names to values.",
+            "type": ["array", "object"],
+            "items": { "type": ["string", "number", "boolean"] },
+            "minItems": 1,
+            "minProperties": 1,
+        },
+        "examples": [{ "beta": [0.05, 0.1, 0.2], "seed": [1, 2] }],
+    })
 }
 
 /// The section `publish`.

@@ -1,20 +1,80 @@
-//! `--set path=value`, applied to the YAML value.
+//! `--set path=value` and the recipe's profiles, applied to the YAML value.
 
 use serde_yaml::{Mapping, Value};
 
-use super::Override;
 use super::draft::{Draft, TOP};
 use super::hints;
+use super::matrix::MATRIX;
 use super::read::read;
-use super::source_map::{PathStep, RecipePath, display, parse};
+use super::sentence::noun;
+use super::source_map::{PathStep, RecipePath, child, display, keys, parse};
 use super::stage::HANDLING;
+use super::{Override, PROFILE};
 
 /// Applies the overrides in their order.
 pub(crate) fn apply(draft: &mut Draft, recipe: &mut Value, overrides: &[Override]) {
+    check_profiles(draft, recipe);
     for Override { path, value } in overrides {
+        if path == PROFILE {
+            apply_profile(draft, recipe, value);
+            continue;
+        }
         let origin = format!("--set {path}={value}");
         if let Err((message, hint)) = apply_one(draft, recipe, path, value, &origin) {
             draft.push(message, None, Some(origin), hint);
+        }
+    }
+}
+
+/// Tells what can't be set in any profile, whether it is used or not.
+fn check_profiles(draft: &mut Draft, recipe: &Value) {
+    for (_, path, values) in draft.section(recipe, "profiles") {
+        let Value::Mapping(values) = values else {
+            let message = format!("a profile must be a map, not {}", noun(values));
+            let hint =
+                "from paths to values, as in `smoke: { stages.tuned.train_orpo.max_steps: 3 }`";
+            draft.value_error(&path, message, Some(hint.to_owned()));
+            continue;
+        };
+        for key in values.keys().filter_map(Value::as_str) {
+            let example = || Some("as in `stages.tuned.train_orpo.beta: 0.2`".to_owned());
+            let steps = parse(key).map_err(|message| (message, example()));
+            if let Err((message, hint)) = steps.and_then(|steps| check(draft, recipe, &steps)) {
+                draft.key_error(&child(&path, key), message, hint);
+            }
+        }
+    }
+}
+
+/// Puts the values of a profile into the recipe. They keep the places where they are written.
+fn apply_profile(draft: &mut Draft, recipe: &mut Value, name: &str) {
+    let origin = format!("--profile {name}");
+    let profiles = recipe.get("profiles").and_then(Value::as_mapping);
+    let Some(profile) = profiles.and_then(|profiles| profiles.get(name)).cloned() else {
+        let known = profiles.into_iter().flat_map(Mapping::keys);
+        let known: Vec<&str> = known.filter_map(Value::as_str).collect();
+        let hint = match hints::nearest(name, known.iter().copied()) {
+            Some(near) => format!("did you mean `{near}`?"),
+            None if known.is_empty() => "the recipe has no `profiles`".to_owned(),
+            None => format!("the recipe has {}", hints::list(known)),
+        };
+        let message = format!("there is no profile `{name}`");
+        return draft.push(message, None, Some(origin), Some(hint));
+    };
+    for (path, value) in profile.as_mapping().into_iter().flatten() {
+        let Some(path) = path.as_str() else { continue };
+        let written = keys(&["profiles", name, path]);
+        // What is wrong with a path is told already.
+        let Ok(steps) = parse(path) else { continue };
+        if check(draft, recipe, &steps).is_err() {
+            continue;
+        }
+        let put = draft
+            .spend(value)
+            .and_then(|()| put(recipe, &steps, value.clone()));
+        match put {
+            Ok(()) => draft.source_map.written_elsewhere(steps, written),
+            Err(message) => draft.key_error(&written, message, None),
         }
     }
 }
@@ -49,6 +109,7 @@ fn apply_one(
     put(recipe, &steps, value).map_err(|message| (message, None))?;
     // This also replaces what earlier overrides put inside the value.
     draft.set.retain(|path, _| !path.starts_with(&steps));
+    draft.source_map.written_in_place(&steps);
     draft.set.insert(steps, origin.to_owned());
     Ok(())
 }
@@ -103,7 +164,7 @@ fn check(draft: &Draft, recipe: &Value, steps: &RecipePath) -> Result<(), Refusa
             .flat_map(Mapping::keys)
             .filter_map(Value::as_str)
             .collect();
-        if !there.contains(&kind) && !HANDLING.contains(&kind) {
+        if !there.contains(&kind) && !HANDLING.contains(&kind) && kind != MATRIX {
             let own = there
                 .iter()
                 .find(|key| draft.kinds.iter().any(|kind| kind.name == **key));

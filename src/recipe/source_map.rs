@@ -43,10 +43,11 @@ pub fn display(path: &[PathStep]) -> String {
     text
 }
 
-/// Reads the notation of [`display`]. Errors are a sentence fragment.
+/// Reads the notation of [`display`]. What stands in brackets and is no number belongs to the name before it, as in
+/// `stages.tuned[beta=0.1].train_orpo`. Errors are a sentence fragment.
 pub fn parse(text: &str) -> Result<RecipePath, String> {
     let mut steps = Vec::new();
-    for part in text.split('.') {
+    for part in parts(text) {
         let (key, mut rest) = part.split_at(part.find('[').unwrap_or(part.len()));
         if key.is_empty() && (rest.is_empty() || steps.is_empty()) {
             return Err(format!("the path `{text}` has an empty part"));
@@ -55,14 +56,16 @@ pub fn parse(text: &str) -> Result<RecipePath, String> {
             steps.push(PathStep::Key(key.to_owned()));
         }
         while let Some(inside) = rest.strip_prefix('[') {
-            let number = inside.split_once(']');
-            let index = number.and_then(|(digits, _)| digits.parse().ok());
-            let (Some((_, after)), Some(index)) = (number, index) else {
-                return Err(format!(
-                    "the path `{text}` needs a number between `[` and `]`"
-                ));
+            let Some((inside, after)) = inside.split_once(']') else {
+                return Err(needs_number(text));
             };
-            steps.push(PathStep::Index(index));
+            match (inside.parse(), steps.last_mut()) {
+                (Ok(index), _) => steps.push(PathStep::Index(index)),
+                (Err(_), Some(PathStep::Key(name))) if inside.contains('=') => {
+                    _ = write!(name, "[{inside}]");
+                }
+                _ => return Err(needs_number(text)),
+            }
             rest = after;
         }
         if !rest.is_empty() {
@@ -70,6 +73,29 @@ pub fn parse(text: &str) -> Result<RecipePath, String> {
         }
     }
     Ok(steps)
+}
+
+fn needs_number(path: &str) -> String {
+    format!("the path `{path}` needs a number between `[` and `]`")
+}
+
+/// What stands between the dots of a path; those inside of brackets divide nothing.
+fn parts(text: &str) -> Vec<&str> {
+    let mut parts = Vec::new();
+    let (mut start, mut inside) = (0, false);
+    for (at, character) in text.char_indices() {
+        match character {
+            '[' => inside = true,
+            ']' => inside = false,
+            '.' if !inside => {
+                parts.push(text.get(start..at).unwrap_or_default());
+                start = at + 1;
+            }
+            _ => {}
+        }
+    }
+    parts.push(text.get(start..).unwrap_or_default());
+    parts
 }
 
 /// A stretch of the recipe's text, within one line.
@@ -154,6 +180,11 @@ impl SourceMap {
     /// Notes that the value at `path` was filled in from the one at `from`.
     pub(crate) fn written_elsewhere(&mut self, path: RecipePath, from: RecipePath) {
         self.elsewhere.insert(path, from);
+    }
+
+    /// Forgets that the value at `path`, or one in it, is written elsewhere.
+    pub(crate) fn written_in_place(&mut self, path: &[PathStep]) {
+        self.elsewhere.retain(|to, _| !to.starts_with(path));
     }
 
     /// The path of what is written for the value at `path`: another one for a value that was filled in.

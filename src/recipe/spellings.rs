@@ -304,13 +304,39 @@ pub(super) const VALUES: &[(&str, &str, &str)] = &[
     ("init_lora_weights", "kaiming", "that is `true`"),
     (
         "init_lora_weights",
-        "pissa",
-        "it is not computed here; `loftq` also begins from the weights, for a 4-bit model",
+        "pissa_niter_16",
+        "did you mean `pissa`? Its singular values are exact, so that there are no iterations to count",
+    ),
+    (
+        "init_lora_weights",
+        "pissa_niter_4",
+        "did you mean `pissa`? Its singular values are exact, so that there are no iterations to count",
+    ),
+    (
+        "init_lora_weights",
+        "eva",
+        "it is not computed here; `pissa` begins with the singular vectors of the weights",
     ),
     (
         "lr_scheduler_type",
-        "polynomial",
-        "`linear` is the polynomial of degree 1",
+        "reduce_on_plateau",
+        "did you mean `reduce_lr_on_plateau`?",
+    ),
+    (
+        "lr_scheduler_type",
+        "wsd",
+        "did you mean `warmup_stable_decay`?",
+    ),
+    ("optim", "lion", "did you mean `lion_32bit`?"),
+    (
+        "optim",
+        "muon",
+        "it is not computed here, and transformers has no such name",
+    ),
+    (
+        "packing_strategy",
+        "wrapped",
+        "it would cut rows anywhere; `bfd_split` loses no token either",
     ),
     ("eval_strategy", "none", "did you mean `no`?"),
 ];
@@ -331,9 +357,17 @@ pub(super) const KINDS_BY_MEANING: &[(&[&str], &[&str])] = &[
     (&["orpo", "train_preference", "preference"], &["train_orpo"]),
     (&["dpo", "train_pref"], &["train_dpo"]),
     (&["cpo", "train_simpo", "alphapo"], &["train_cpo"]),
+    (&["kto"], &["train_kto"]),
     (
         &["train", "training", "fit", "trainer"],
-        &["train_sft", "train_orpo", "train_dpo", "train_cpo"],
+        &[
+            "train_sft",
+            "train_orpo",
+            "train_dpo",
+            "train_cpo",
+            "train_kto",
+            "train_reward",
+        ],
     ),
     (
         &[
@@ -448,15 +482,11 @@ pub(super) const NO_KIND: &[(&str, &str)] = &[
     ("chat", "`pipeline chat` talks with a stage's model"),
     (
         "export",
-        "`outputs:` at the top level puts a stage's result into a folder; `merge` makes a model that transformers loads",
+        "`outputs:` at the top level puts a stage's result into a folder; `merge` makes a model that transformers loads, and `export_gguf` a file for llama.cpp and Ollama",
     ),
     (
         "save",
         "`outputs:` at the top level puts a stage's result into a folder",
-    ),
-    (
-        "kto",
-        "it is not computed here; `train_orpo` and `train_dpo` learn from preferences",
     ),
     ("simpo", "it is `train_cpo` with `loss_type: simpo`"),
     (
@@ -466,9 +496,5 @@ pub(super) const NO_KIND: &[(&str, &str)] = &[
     (
         "grpo",
         "it is not computed here; `train_orpo` and `train_dpo` learn from preferences",
-    ),
-    (
-        "reward",
-        "reward models are not trained here; `train_orpo` and `train_dpo` learn from preferences directly",
     ),
 ];

@@ -16,13 +16,12 @@ use super::words;
 use super::{Edge, SourceFile};
 
 /// Keys beside the kind that are kept free for what is to come.
-const RESERVED: [&str; 8] = [
+const RESERVED: [&str; 7] = [
     "cache",
     "description",
     "env",
     "for_each",
     "launch",
-    "matrix",
     "when",
     "where",
 ];
@@ -72,7 +71,7 @@ pub(crate) fn read(draft: &mut Draft, recipe: &Value) -> Vec<DraftStage> {
 
 fn stage(draft: &mut Draft, name: String, path: &RecipePath, value: &Value) -> DraftStage {
     let plain = |c: char| c.is_alphanumeric() || matches!(c, '_' | '-');
-    if name.is_empty() || !name.chars().all(plain) {
+    if (name.is_empty() || !name.chars().all(plain)) && !draft.expanded.contains_key(&name) {
         let message = format!("`{name}` is not a valid name of a stage");
         let hint = "a name consists of letters, digits, `_` and `-`".to_owned();
         draft.key_error(path, message, Some(hint));

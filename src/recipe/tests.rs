@@ -191,6 +191,8 @@ fn train(params: &str) -> String {
 }
 
 mod left_out;
+mod matrix;
 mod mistakes;
+mod profiles;
 mod properties;
 mod right;

@@ -41,7 +41,7 @@ pub struct Translation {
 }
 
 /// How a model is trained.
-const METHODS: [Method; 7] = [
+const METHODS: [Method; 10] = [
     Method::new("sft", "train_sft", &[]),
     Method::new("orpo", "train_orpo", &[]),
     Method::new("dpo", "train_dpo", &[]),
@@ -49,6 +49,9 @@ const METHODS: [Method; 7] = [
     Method::new("hinge", "train_dpo", &[("loss_type", "hinge")]),
     Method::new("cpo", "train_cpo", &[]),
     Method::new("simpo", "train_cpo", &[("loss_type", "simpo")]),
+    Method::new("kto", "train_kto", &[]),
+    Method::new("reward", "train_reward", &[]),
+    Method::new("rm", "train_reward", &[]),
 ];
 
 /// A method of training by the name that other programs give it.
@@ -188,6 +191,10 @@ pub fn translate(
     };
     let training = training(&mut config, program, method)?;
     simple_keys(&mut config, program);
+    optim_args(&mut config);
+    if config.is_on("use_dft_loss") {
+        config.set("use_dft_loss", TRAINING, "loss_type", "dft".into());
+    }
     let mut outline = stages::outline(&mut config, program, training)?;
     for (kind, parameter, _, key) in std::mem::take(&mut config.values) {
         config.carried.retain(|(_, carried, _)| *carried != key);
@@ -270,7 +277,22 @@ fn training(
         {
             return Ok("train_cpo");
         }
-        if about_pairs.iter().any(|key| config.get(key).is_some()) {
+        if config.get("center_rewards_coefficient").is_some() {
+            return Ok("train_reward");
+        }
+        let about_labels = ["desirable_weight", "undesirable_weight"];
+        let is_kto = ["kto", "apo_zero_unpaired"]
+            .map(Some)
+            .contains(&config.text("loss_type"));
+        if is_kto || about_labels.iter().any(|key| config.get(key).is_some()) {
+            return Ok("train_kto");
+        }
+        let of_answers = config
+            .text("loss_type")
+            .is_some_and(|loss| ["nll", "dft", "chunked_nll"].contains(&loss));
+        let mut about_pairs = about_pairs.iter();
+        if about_pairs.any(|key| config.get(key).is_some() && !(of_answers && *key == "loss_type"))
+        {
             return Ok("train_dpo");
         }
     }
@@ -306,6 +328,21 @@ fn simple_keys(config: &mut Config<'_>, program: Program) {
             ),
         }
     }
+}
+
+/// transformers' text of an optimiser's settings, `momentum=0.9,nesterov=true`, as a map.
+fn optim_args(config: &mut Config<'_>) {
+    let Some(text) = config.text("optim_args").map(str::to_owned) else {
+        return;
+    };
+    let pairs = text.split(',').filter_map(|pair| pair.split_once('='));
+    let typed = |value: &str| match value.parse::<f64>() {
+        Ok(number) => json!(number),
+        Err(_) => json!(["true", "1", "yes"].contains(&value.to_lowercase().as_str())),
+    };
+    let map = pairs.map(|(key, value)| (key.trim().to_owned(), typed(value.trim())));
+    let map: serde_json::Map<String, Value> = map.collect();
+    config.set("optim_args", TRAINING, "optim_args", Value::Object(map));
 }
 
 /// Tells of keys that nothing was told of yet.

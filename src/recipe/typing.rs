@@ -52,6 +52,7 @@ pub(crate) fn parameters(
             dropped.insert(keys(&[key]));
         }
     }
+    let mut missing = Vec::new();
     for parameter in &own.0 {
         if parameter.required && !params.contains_key(&parameter.name) {
             if draft.broken.contains(&child(path, &parameter.name)) {
@@ -59,12 +60,23 @@ pub(crate) fn parameters(
                 dropped.insert(keys(&[&parameter.name]));
                 continue;
             }
-            let message = format!("`{}` needs `{}`", kind.name, parameter.name);
-            let first = parameter.summary();
-            let hint = (!first.is_empty()).then(|| format!("`{}`: {first}", parameter.name));
-            draft.key_error(path, message, hint);
+            missing.push(parameter);
             dropped.insert(keys(&[&parameter.name]));
         }
+    }
+    if !missing.is_empty() {
+        let names = missing.iter().map(|parameter| parameter.name.as_str());
+        let message = format!("`{}` needs {}", kind.name, hints::list(names));
+        let hint = match missing[..] {
+            [one] => Some(one.summary())
+                .filter(|first| !first.is_empty())
+                .map(|first| format!("`{}`: {first}", one.name)),
+            _ => Some(format!(
+                "`pipeline kinds {}` says what each of them is",
+                kind.name
+            )),
+        };
+        draft.key_error(path, message, hint);
     }
     let mut given = Map::new();
     for (key, value) in params {

@@ -35,12 +35,19 @@ impl Recipe {
         let edges = self.stages.iter().flat_map(|stage| &stage.edges);
         let mut used: BTreeSet<&str> = edges.map(|edge| edge.stage.as_str()).collect();
         used.extend(self.outputs.iter().map(|output| output.stage.as_str()));
+        // One stage of a matrix that is used is enough for all of them.
+        let stages = self.stages.iter();
+        let in_use = stages.filter(|stage| used.contains(stage.name.as_str()));
+        let mut told: BTreeSet<&str> = in_use.map(|stage| stage.declared.as_str()).collect();
         for stage in &self.stages {
-            if !used.contains(stage.name.as_str()) && !LOOKED_AT.contains(&stage.stage.output()) {
+            if !used.contains(stage.name.as_str())
+                && !LOOKED_AT.contains(&stage.stage.output())
+                && told.insert(&stage.declared)
+            {
                 unused.push(Unused {
                     message: format!(
                         "no stage uses the result of `{0}`, and it is no output; `outputs: {{ {0}: out/{0} }}` would put it there",
-                        stage.name
+                        stage.declared
                     ),
                     span: Some(stage.span),
                 });

@@ -9,9 +9,50 @@ use super::hints;
 use super::sentence::{noun, scalar};
 use super::source_map::{PathStep, RecipePath, keys};
 
-/// Replaces every `${name}`. A text that consists only of `${name}` becomes the var's value, whatever its type; inside a longer text
-/// the value must be a scalar. `$${` stands for `${`. Below `columns`, a name that is not a var is left unchanged.
-pub(crate) fn substitute(draft: &mut Draft, recipe: &mut Value) {
+/// The values by name.
+pub(crate) type Vars = BTreeMap<String, Value>;
+
+/// What `${name}` means at a place: a value of the matrix around it, or a var.
+#[derive(Clone, Copy)]
+pub(crate) struct Scope<'v> {
+    pub(crate) vars: &'v Vars,
+    /// The values of the matrix by axis.
+    pub(crate) axes: &'v Vars,
+}
+
+impl Scope<'_> {
+    fn get(&self, name: &str) -> Option<&Value> {
+        self.axes.get(name).or_else(|| self.vars.get(name))
+    }
+
+    fn names(&self) -> impl Iterator<Item = &str> {
+        let names = self.axes.keys().chain(self.vars.keys());
+        names.map(String::as_str)
+    }
+
+    /// A text with its names replaced; `None` where that is not possible, which [`walk`] tells.
+    pub(crate) fn text(&self, text: &str) -> Option<String> {
+        let mut made = String::new();
+        let mut rest = text;
+        while let Some((before, after)) = rest.split_once("${") {
+            if let Some(before) = before.strip_suffix('$') {
+                made.push_str(before);
+                made.push_str("${");
+                rest = after;
+                continue;
+            }
+            made.push_str(before);
+            let (name, after) = after.split_once('}')?;
+            made.push_str(&scalar(self.get(name)?)?);
+            rest = after;
+        }
+        made.push_str(rest);
+        Some(made)
+    }
+}
+
+/// Reads the vars; a mistake in one is told.
+pub(crate) fn read(draft: &mut Draft, recipe: &Value) -> Vars {
     let mut vars = BTreeMap::new();
     for (name, path, value) in draft.section(recipe, "vars") {
         if !is_name(&name) {
@@ -26,9 +67,18 @@ pub(crate) fn substitute(draft: &mut Draft, recipe: &mut Value) {
         }
         vars.insert(name, value.clone());
     }
-    for section in ["defaults", "stages", "outputs", "publish"] {
-        if let Some(value) = recipe.get_mut(section).filter(|value| has_dollar(value)) {
-            walk(draft, &vars, &mut keys(&[section]), value);
+    vars
+}
+
+/// Replaces every `${name}` in some sections of a recipe. A text that consists only of `${name}` becomes the var's value, whatever its
+/// type; inside a longer text the value must be a scalar. `$${` stands for `${`. Below `columns`, a name that is not a var is left
+/// unchanged.
+pub(crate) fn substitute(draft: &mut Draft, vars: &Vars, recipe: &mut Value, sections: &[&str]) {
+    let axes = Vars::new();
+    let scope = Scope { vars, axes: &axes };
+    for section in sections {
+        if let Some(value) = recipe.get_mut(*section) {
+            walk(draft, scope, &mut keys(&[section]), value);
         }
     }
 }
@@ -43,7 +93,8 @@ fn has_dollar(value: &Value) -> bool {
     }
 }
 
-fn is_name(name: &str) -> bool {
+/// Whether a var or an axis may be called so.
+pub(crate) fn is_name(name: &str) -> bool {
     let mut characters = name.chars();
     characters
         .next()
@@ -65,28 +116,31 @@ fn reference_in(value: &Value) -> Option<String> {
     }
 }
 
-fn walk(
-    draft: &mut Draft,
-    vars: &BTreeMap<String, Value>,
-    path: &mut RecipePath,
-    value: &mut Value,
-) {
+/// Replaces every `${name}` in a value.
+pub(crate) fn walk(draft: &mut Draft, scope: Scope<'_>, path: &mut RecipePath, value: &mut Value) {
+    if !has_dollar(value) {
+        return;
+    }
+    replace_in(draft, scope, path, value);
+}
+
+fn replace_in(draft: &mut Draft, scope: Scope<'_>, path: &mut RecipePath, value: &mut Value) {
     match value {
-        Value::String(text) if text.contains("${") => match replace(draft, vars, path, text) {
+        Value::String(text) if text.contains("${") => match replace(draft, scope, path, text) {
             Some(replaced) => *value = replaced,
             None => _ = draft.broken.insert(path.clone()),
         },
         Value::Sequence(list) => {
             for (index, value) in list.iter_mut().enumerate() {
                 path.push(PathStep::Index(index));
-                walk(draft, vars, path, value);
+                replace_in(draft, scope, path, value);
                 path.pop();
             }
         }
         Value::Mapping(map) => {
             for (key, value) in map.iter_mut() {
                 path.push(PathStep::Key(key.as_str().unwrap_or_default().to_owned()));
-                walk(draft, vars, path, value);
+                replace_in(draft, scope, path, value);
                 path.pop();
             }
         }
@@ -95,12 +149,7 @@ fn walk(
 }
 
 /// The text with its vars substituted; `None` if that is not possible.
-fn replace(
-    draft: &mut Draft,
-    vars: &BTreeMap<String, Value>,
-    path: &RecipePath,
-    text: &str,
-) -> Option<Value> {
+fn replace(draft: &mut Draft, scope: Scope<'_>, path: &RecipePath, text: &str) -> Option<Value> {
     let mut made = String::new();
     let mut rest = text;
     while let Some(start) = rest.find("${") {
@@ -119,7 +168,7 @@ fn replace(
             draft.value_error(path, message, Some(escape.to_owned()));
             return None;
         };
-        let Some(value) = vars.get(name) else {
+        let Some(value) = scope.get(name) else {
             if in_columns(path) {
                 // In `columns`, `${name}` may also refer to a column of a row.
                 made.push_str("${");
@@ -130,22 +179,22 @@ fn replace(
             }
             let nearest = draft
                 .gives_advice()
-                .then(|| hints::nearest(name, vars.keys().map(String::as_str)));
+                .then(|| hints::nearest(name, scope.names()));
             let hint = match nearest.flatten() {
                 Some(known) => format!("did you mean `${{{known}}}`?"),
-                None if vars.is_empty() => {
+                None if scope.names().next().is_none() => {
                     format!("the recipe has no vars; {escape}")
                 }
-                None => format!(
-                    "the vars are {}; {escape}",
-                    hints::list(vars.keys().map(String::as_str))
-                ),
+                None => format!("the vars are {}; {escape}", hints::list(scope.names())),
             };
             draft.value_error(path, format!("there is no var `{name}`"), Some(hint));
             return None;
         };
-        if let Some(origin) = draft.set.get(&keys(&["vars", name])).cloned() {
-            draft.through_vars.insert(path.clone(), origin);
+        if !scope.axes.contains_key(name)
+            && let Some(origin) = draft.set.get(&keys(&["vars", name])).cloned()
+        {
+            let written = draft.source_map.written(path);
+            draft.through_vars.insert(written, origin);
         }
         let too_much = |draft: &mut Draft, message| {
             let hint = "keep data and long texts in files of their own".to_owned();

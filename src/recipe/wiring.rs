@@ -5,7 +5,7 @@ use std::path::Component;
 
 use serde_yaml::Value;
 
-use crate::engine::topological_order;
+use crate::engine::{Anything, Artifact as _, topological_order};
 
 use super::draft::Draft;
 use super::hints;
@@ -26,8 +26,11 @@ pub(crate) struct Wired {
 
 /// Checks edges and outputs.
 pub(crate) fn wire(draft: &mut Draft, stages: Vec<DraftStage>, recipe: &Value) -> Wired {
+    let names = stages.iter().enumerate();
+    let names = names.map(|(index, stage)| (stage.name.as_str(), index));
+    let names: BTreeMap<&str, usize> = names.collect();
     for stage in &stages {
-        edges(draft, &stages, stage);
+        edges(draft, &stages, &names, stage);
     }
     let order = order(draft, &stages);
     let outputs = outputs(draft, &stages, recipe);
@@ -46,7 +49,12 @@ fn parameter_path(stage: &DraftStage, parameter: &str) -> RecipePath {
     path
 }
 
-fn edges(draft: &mut Draft, stages: &[DraftStage], stage: &DraftStage) {
+fn edges(
+    draft: &mut Draft,
+    stages: &[DraftStage],
+    names: &BTreeMap<&str, usize>,
+    stage: &DraftStage,
+) {
     for edge in &stage.edges {
         // That it is empty is told elsewhere.
         if edge.stage.trim().is_empty() {
@@ -57,11 +65,15 @@ fn edges(draft: &mut Draft, stages: &[DraftStage], stage: &DraftStage) {
             stages
                 .iter()
                 .filter(|other| other.name != stage.name)
-                .filter(|other| other.output() == Some(wanted))
+                .filter(|other| wanted == Anything::NAME || other.output() == Some(wanted))
                 .map(|other| other.name.as_str())
                 .collect()
         };
-        let Some(producer) = stages.iter().find(|other| other.name == edge.stage) else {
+        let producer = names.get(edge.stage.as_str()).map(|index| &stages[*index]);
+        let Some(producer) = producer else {
+            if draft.is_broken(&path) {
+                continue;
+            }
             let names = stages.iter().map(|other| other.name.as_str());
             let hint = match hints::nearest(&edge.stage, names) {
                 Some(known) => format!("did you mean `{known}`?"),
@@ -83,6 +95,7 @@ fn edges(draft: &mut Draft, stages: &[DraftStage], stage: &DraftStage) {
             draft.value_error(&path, message, hint);
         } else if let Some(output) = producer.output()
             && output != edge.artifact
+            && edge.artifact != Anything::NAME
         {
             let message = format!(
                 "`{}` of `{}` takes a stage that makes `{}`, but the stage `{}` makes `{}`",

@@ -123,7 +123,7 @@ pub(crate) fn type_name(schema: &Value, definitions: &Map<String, Value>) -> Str
 
 pub(crate) fn constant(value: &Value) -> String {
     match value {
-        Value::String(text) => format!("`{text}`"),
+        Value::String(text) if !text.contains(char::is_control) => format!("`{text}`"),
         other => format!("`{other}`"),
     }
 }

@@ -24,7 +24,7 @@ impl ArtifactKind {
 }
 
 /// All artifacts.
-pub const ARTIFACTS: [ArtifactKind; 7] = [
+pub const ARTIFACTS: [ArtifactKind; 8] = [
     ArtifactKind::of::<Dataset>(),
     ArtifactKind::of::<Chats>(),
     ArtifactKind::of::<Tokens>(),
@@ -32,6 +32,7 @@ pub const ARTIFACTS: [ArtifactKind; 7] = [
     ArtifactKind::of::<Adapter>(),
     ArtifactKind::of::<Scores>(),
     ArtifactKind::of::<Gguf>(),
+    ArtifactKind::of::<Folder>(),
 ];
 
 /// Rows as people wrote them: Parquet files per split, with `system`, `prompt`, `chosen`, `rejected` or `messages`.
@@ -61,6 +62,18 @@ pub struct Scores;
 /// A model in one GGUF file, with a `Modelfile` for Ollama.
 #[derive(Debug)]
 pub struct Gguf;
+
+/// Any files, made by a command.
+#[derive(Debug)]
+pub struct Folder;
+
+impl Artifact for Folder {
+    const NAME: &'static str = "folder";
+
+    fn show(folder: &Path, rows: usize) -> anyhow::Result<Vec<View>> {
+        show::files(folder, rows)
+    }
+}
 
 impl Artifact for Dataset {
     const NAME: &'static str = "dataset";

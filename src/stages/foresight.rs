@@ -8,9 +8,11 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use super::adapter::attach_lora::AttachLora;
 use super::dataset::import_dataset::ImportDataset;
 use super::model::gguf;
-use crate::engine::{AnyStage, Marker, markers, unmarked};
+use super::model::merge::Merge;
+use crate::engine::{AnyStage, Marker, Stage, markers, unmarked};
 use crate::ml::model::families;
 
 /// The longest `config.json` that is looked at, in bytes.
@@ -46,6 +48,7 @@ pub fn foresee(stages: &[Planned<'_>]) -> Vec<Foreseen> {
     };
     let mut found = Vec::new();
     for planned in stages {
+        found.extend(recipe.whole_beside_a_part_of_it(planned));
         let mut tell = |parameter, message: String, hint: String| {
             found.push(Foreseen {
                 stage: planned.name.to_owned(),
@@ -77,7 +80,8 @@ pub fn foresee(stages: &[Planned<'_>]) -> Vec<Foreseen> {
                     tell("model", message, hint);
                 }
             }
-            "train_sft" | "train_orpo" | "train_dpo" | "train_cpo" => {
+            "train_sft" | "train_orpo" | "train_dpo" | "train_cpo" | "train_kto"
+            | "train_reward" => {
                 if recipe.edge(planned, "adapter").is_none()
                     && let Some(quantised) = recipe.quantised(planned)
                 {
@@ -88,7 +92,7 @@ pub fn foresee(stages: &[Planned<'_>]) -> Vec<Foreseen> {
                     );
                     tell("model", message, hint.to_owned());
                 }
-                if planned.stage.kind() != "train_sft"
+                if !["train_sft", "train_kto"].contains(&planned.stage.kind())
                     && let Some(rows) = recipe.rows(planned)
                     && !rows.columns.iter().any(|column| column == "rejected")
                 {
@@ -109,8 +113,30 @@ pub fn foresee(stages: &[Planned<'_>]) -> Vec<Foreseen> {
             }
             _ => {}
         }
+        if let Some((scored, theirs, own)) = recipe.scored_otherwise(planned) {
+            let message = format!(
+                "the reference log-probabilities of `{scored}` are computed in {theirs}, and this training computes in {own}"
+            );
+            let hint = "set `bf16` and `fp16` of both alike".to_owned();
+            found.push(Foreseen {
+                stage: planned.name.to_owned(),
+                parameter: "dataset",
+                message,
+                hint,
+            });
+        }
     }
     found
+}
+
+/// The type in which a stage computes products.
+fn compute(params: &Value) -> &'static str {
+    let is_on = |name: &str| params[name] == Value::Bool(true);
+    match (is_on("bf16"), is_on("fp16")) {
+        (true, _) => "bf16",
+        (_, true) => "f16",
+        _ => "f32",
+    }
 }
 
 struct Stages<'a> {
@@ -143,6 +169,54 @@ impl<'a> Stages<'a> {
         self.by_name.get(named.as_str()).copied()
     }
 
+    /// Whether an adapter that began with a part of the weights is beside a model that still has that part.
+    fn whole_beside_a_part_of_it(&self, planned: &Planned<'a>) -> Option<Foreseen> {
+        let attached = self.part_of_weights(self.edge(planned, "adapter")?)?;
+        let model = self.edge(planned, "model")?;
+        let is_attached =
+            |other: Option<&Planned<'_>>| other.is_some_and(|other| other.name == attached.name);
+        let mut at = model;
+        while at.stage.kind() == "quantize" {
+            if is_attached(self.edge(at, "loftq")) {
+                return None;
+            }
+            at = self.edge(at, "model")?;
+        }
+        let subtracts = |stage: &Planned<'_>| {
+            is_attached(self.edge(stage, "adapter"))
+                && params::<Merge>(stage).is_some_and(|merge| merge.subtracts())
+        };
+        // A model from elsewhere may be what it has to be.
+        let is_base = self
+            .edge(attached, "model")
+            .is_some_and(|base| base.name == at.name);
+        if subtracts(planned) || subtracts(at) || !is_base {
+            return None;
+        }
+        Some(Foreseen {
+            stage: planned.name.to_owned(),
+            parameter: "model",
+            message: format!(
+                "the adapter of `{}` began as a part of the weights of `{}`, which are whole here, so that this part counts twice",
+                attached.name, at.name
+            ),
+            hint: format!(
+                "let `model` be a stage `merge: {{ model: {}, adapter: {}, weight: -1 }}`, or for 4 bits `quantize: {{ model: {}, loftq: {} }}`",
+                at.name, attached.name, at.name, attached.name
+            ),
+        })
+    }
+
+    /// The stage that made an adapter as a part of the weights, through the trainings after it.
+    fn part_of_weights(&self, adapter: &'a Planned<'a>) -> Option<&'a Planned<'a>> {
+        let mut at = adapter;
+        while at.stage.kind().starts_with("train_") {
+            at = self.edge(at, "adapter")?;
+        }
+        let attached = params::<AttachLora>(at)?;
+        attached.takes_from_model().then_some(at)
+    }
+
     /// Whether the `model` of a stage is stored in 4 bits.
     fn quantised(&self, planned: &Planned<'_>) -> Option<Quantised> {
         let model = self.edge(planned, "model")?;
@@ -163,6 +237,21 @@ impl<'a> Stages<'a> {
         })
     }
 
+    /// For a training that takes reference log-probabilities which are computed in another type: their stage, its type and the training's.
+    fn scored_otherwise(
+        &self,
+        planned: &Planned<'_>,
+    ) -> Option<(&'a str, &'static str, &'static str)> {
+        let scored = self.edge(planned, "dataset")?;
+        let takes_them = ["train_dpo", "train_kto"].contains(&planned.stage.kind());
+        if !takes_them || scored.stage.kind() != "score_reference" {
+            return None;
+        }
+        let theirs = compute(&scored.stage.params().ok()?);
+        let own = compute(&planned.stage.params().ok()?);
+        (theirs != own).then_some((scored.name, theirs, own))
+    }
+
     /// The rows that a stage's `dataset` comes from, where they are in a local file.
     fn rows(&self, planned: &Planned<'a>) -> Option<Rows> {
         let mut at = self.edge(planned, "dataset")?;
@@ -179,6 +268,14 @@ impl<'a> Stages<'a> {
             columns,
         })
     }
+}
+
+/// The parameters of a stage of this kind.
+fn params<S: Stage>(planned: &Planned<'_>) -> Option<S> {
+    if planned.stage.kind() != S::KIND {
+        return None;
+    }
+    serde_json::from_value(unmarked(planned.stage.params().ok()?)).ok()
 }
 
 /// The `config.json` of an imported model, with the folder as it was written.

@@ -4,15 +4,17 @@
 
 pub mod adapter;
 pub mod artifacts;
+pub mod command;
 pub mod dataset;
-pub mod evaluate;
 pub mod foresight;
 mod from_hub;
 mod lints;
 pub mod model;
 mod model_input;
 pub mod preview;
+mod reference_columns;
 pub mod rules;
+pub mod scores;
 mod support;
 pub mod text;
 pub mod train;
@@ -41,15 +43,23 @@ pub const KINDS: &[Kind] = &[
     Kind::of::<text::apply_chat_template::ApplyChatTemplate>(),
     Kind::of::<text::tokenize::Tokenize>(),
     Kind::of::<model::add_tokens::AddTokens>(),
+    Kind::of::<model::add_score_head::AddScoreHead>(),
     Kind::of::<model::quantize::Quantize>(),
     Kind::of::<adapter::attach_lora::AttachLora>(),
+    Kind::of::<text::score_reference::ScoreReference>(),
     Kind::of::<train::train_sft::TrainSft>(),
     Kind::of::<train::train_orpo::TrainOrpo>(),
     Kind::of::<train::train_dpo::TrainDpo>(),
     Kind::of::<train::train_cpo::TrainCpo>(),
-    Kind::of::<evaluate::Evaluate>(),
+    Kind::of::<train::train_kto::TrainKto>(),
+    Kind::of::<train::train_reward::TrainReward>(),
+    Kind::of::<adapter::combine_adapters::CombineAdapters>(),
+    Kind::of::<scores::evaluate::Evaluate>(),
+    Kind::of::<scores::evaluate_choices::EvaluateChoices>(),
+    Kind::of::<scores::evaluate_answers::EvaluateAnswers>(),
     Kind::of::<model::merge::Merge>(),
     Kind::of::<model::export_gguf::ExportGguf>(),
+    Kind::of::<command::run_command::RunCommand>(),
 ];
 
 /// The kind called `name`.

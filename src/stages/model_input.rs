@@ -28,6 +28,57 @@ pub(in crate::stages) const BASE_OF_ADAPTER: &[Implied] = &[Implied {
     }],
 }];
 
+/// Row `number`, from 1, of a split, as `ml` reads it.
+pub(in crate::stages) fn row(
+    row: TokenRow,
+    number: usize,
+    split: &str,
+    vocabulary: usize,
+) -> anyhow::Result<Row> {
+    let TokenRow {
+        prompt_ids,
+        chosen_ids,
+        rejected_ids,
+        rejected_prompt_ids,
+        assistant_masks,
+        label,
+        margin,
+    } = row;
+    let all = [
+        Some(&prompt_ids),
+        Some(&chosen_ids),
+        rejected_ids.as_ref(),
+        rejected_prompt_ids.as_ref(),
+    ];
+    let largest = all.into_iter().flatten().flatten().max();
+    ensure!(
+        largest.is_none_or(|id| (*id as usize) < vocabulary),
+        "row {number} of the split `{split}` has the token id {}, but the model knows only {vocabulary} ids; was it tokenized for another model?",
+        largest.copied().unwrap_or_default(),
+    );
+    let mask = assistant_masks
+        .map(|mask| {
+            ensure!(
+                mask.len() == prompt_ids.len() + chosen_ids.len(),
+                "row {number} of the split `{split}` has {} ids and a mask for {}",
+                prompt_ids.len() + chosen_ids.len(),
+                mask.len()
+            );
+            Ok(mask.into_iter().map(|learnt| learnt != 0).collect())
+        })
+        .transpose()?;
+    Ok(Row {
+        mask,
+        prompt: prompt_ids,
+        chosen: chosen_ids,
+        rejected: rejected_ids,
+        rejected_prompt: rejected_prompt_ids,
+        label,
+        margin,
+        ..Row::default()
+    })
+}
+
 /// The rows of a split, as `ml` reads them.
 pub(in crate::stages) fn rows(
     dataset: &Path,
@@ -36,55 +87,23 @@ pub(in crate::stages) fn rows(
 ) -> anyhow::Result<Vec<Row>> {
     let read = tokens::read(dataset, split)?;
     let mut rows = Vec::with_capacity(read.len());
-    for (number, row) in read.into_iter().enumerate() {
-        let TokenRow {
-            prompt_ids,
-            chosen_ids,
-            rejected_ids,
-            rejected_prompt_ids,
-            assistant_masks,
-        } = row;
-        let all = [
-            Some(&prompt_ids),
-            Some(&chosen_ids),
-            rejected_ids.as_ref(),
-            rejected_prompt_ids.as_ref(),
-        ];
-        let largest = all.into_iter().flatten().flatten().max();
-        ensure!(
-            largest.is_none_or(|id| (*id as usize) < vocabulary),
-            "row {} of the split `{split}` has the token id {}, but the model knows only {vocabulary} ids; was it tokenized for another model?",
-            number + 1,
-            largest.copied().unwrap_or_default(),
-        );
-        let mask = assistant_masks
-            .map(|mask| {
-                ensure!(
-                    mask.len() == prompt_ids.len() + chosen_ids.len(),
-                    "row {} of the split `{split}` has {} ids and a mask for {}",
-                    number + 1,
-                    prompt_ids.len() + chosen_ids.len(),
-                    mask.len()
-                );
-                Ok(mask.into_iter().map(|learnt| learnt != 0).collect())
-            })
-            .transpose()?;
-        rows.push(Row {
-            mask,
-            prompt: prompt_ids,
-            chosen: chosen_ids,
-            rejected: rejected_ids,
-            rejected_prompt: rejected_prompt_ids,
-            ..Row::default()
-        });
+    for (tokens, number) in read.into_iter().zip(1..) {
+        rows.push(row(tokens, number, split, vocabulary)?);
     }
     ensure!(!rows.is_empty(), "the split `{split}` has no rows");
     Ok(rows)
 }
 
-/// Whether a dataset has a split.
-pub(in crate::stages) fn has_split(dataset: &Path, split: &str) -> anyhow::Result<bool> {
-    Ok(splits(dataset)?.contains_key(split))
+/// The split that an evaluation reads: `given`, or `test`, or `train` where there is no `test`.
+pub(in crate::stages) fn split_or_test(
+    dataset: &Path,
+    given: Option<&str>,
+) -> anyhow::Result<String> {
+    Ok(match given {
+        Some(split) => split.to_owned(),
+        None if splits(dataset)?.contains_key("test") => "test".to_owned(),
+        None => "train".to_owned(),
+    })
 }
 
 /// The id of padding: that of the tokenizer's pad token, or the one in the model's configuration.

@@ -9,6 +9,7 @@ use super::artifacts::{Chats, Dataset, Tokens};
 use super::from_hub::cached;
 use super::model::create_model::CreateModel;
 use super::model::download_model::DownloadModel;
+use super::text::score_reference::ScoreReference;
 use super::{dataset, from_hub, model};
 use crate::engine::{Artifact as _, RunEnv, Stage as _};
 use crate::hub::RepoKind;
@@ -18,6 +19,11 @@ pub use super::text::tokenize::look::{Piece, Role, Row, Side, look};
 /// Whether a stage that makes this artifact is cheap on few rows.
 pub fn is_data(output: &str) -> bool {
     [Dataset::NAME, Chats::NAME, Tokens::NAME].contains(&output)
+}
+
+/// The parameter that names the stage whose rows a stage of this kind hands on, where it adds to them what takes a model to compute.
+pub fn hands_on(kind: &str) -> Option<&'static str> {
+    (kind == ScoreReference::KIND).then_some("dataset")
 }
 
 /// The parameters of a stage of this kind so that it takes no more than the first `rows` rows of what it reads; and what to say of a result

@@ -7,6 +7,10 @@ use serde_json::Value;
 
 use super::KINDS;
 use super::dataset::row_format::RowFormats;
+use super::model::export_gguf::Outtype;
+use crate::ml::gguf::GgmlType;
+use crate::ml::gguf::dequantise;
+use crate::ml::gguf::names::ARCHS;
 use crate::ml::model::families::FAMILIES;
 use crate::ml::train::optim::Optim;
 use crate::ml::train::schedule::SchedulerType;
@@ -59,6 +63,7 @@ pub fn support() -> String {
     text.push_str("| 64-bit Arm | NEON, with bf16 where the processor has it |\n");
     text.push_str("| GPU | not yet |\n| system | Linux |\n| computing in | f32; `bf16: true` and `fp16: true` for matrix products |\n");
     text.push_str("| weights stored in | float32, float16, bfloat16, bitsandbytes' NF4 |\n");
+    text.push_str(&gguf());
     _ = write!(
         text,
         "\n## Trainings\n\n| | |\n|---|---|\n| optimisers | {} |\n| schedules | {} |\n",
@@ -66,7 +71,7 @@ pub fn support() -> String {
         values::<SchedulerType>()
     );
     text.push_str(
-        "| adapters | LoRA, rsLoRA, DoRA, LoftQ, `modules_to_save`, in PEFT's format |\n",
+        "| adapters | LoRA, rsLoRA, DoRA, LoRA+, LoftQ, PiSSA, OLoRA, `modules_to_save`, in PEFT's format; several combined as by `add_weighted_adapter` |\n",
     );
     _ = write!(
         text,
@@ -75,10 +80,27 @@ pub fn support() -> String {
     );
     text.push_str("| compressed by | gzip, zstd, xz, bzip2 |\n| from | local files, the Hugging Face hub and its mirrors |\n");
     text.push_str(
-        "\n## Not there\n\nImages and sound; GRPO, PPO and other reinforcement learning; KTO and reward models; pretraining over several machines; other quantised \
+        "\n## Not there\n\nImages and sound; GRPO, PPO and other reinforcement learning; pretraining over several machines; other quantised \
          formats than NF4; pickled weights (`.bin`), which would have to be run to be read.\n",
     );
     text
+}
+
+/// What of GGUF files is read and written.
+fn gguf() -> String {
+    let listed = |names: Vec<&str>| {
+        let names: Vec<_> = names.iter().map(|name| format!("`{name}`")).collect();
+        names.join(", ")
+    };
+    let read = GgmlType::all().filter(|kind| dequantise::check(*kind).is_ok());
+    format!(
+        "\n## GGUF files\n\n| | |\n|---|---|\n| architectures of llama.cpp | {} |\n| types of tensors that `import_model` and `download_model` read \
+         | {} |\n| `outtype` of `export_gguf` | {} |\n| tokenizers | byte-level BPE, SentencePiece's BPE |\n\n[GGUF files](../gguf.md) says what is refused, and \
+         what llama.cpp computes in another way.\n",
+        listed(ARCHS.iter().map(|arch| arch.name).collect()),
+        listed(read.map(GgmlType::name).collect()),
+        values::<Outtype>()
+    )
 }
 
 /// The values of an enum, as recipes have them.

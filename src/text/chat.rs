@@ -304,6 +304,11 @@ impl Renderer {
             }
             (Some(Side::Messages(chosen)), Some(Side::Messages(rejected))) => {
                 let (prompt, chosen, rejected) = split_pair(prompt, chosen, rejected);
+                ensure!(
+                    !prompt.is_empty() || chosen.is_empty() || rejected.is_empty(),
+                    "`chosen` and `rejected` begin with different messages, so there is no prompt to both; \
+                     hint: let both begin with the same turn of the user, or give the row a `prompt`"
+                );
                 (prompt, chosen, Some(rejected))
             }
             (Some(Side::Messages(_)), Some(Side::Text(_))) => {

@@ -68,6 +68,31 @@ const WORDS: [&str; 6] = [
 
 type Turn<'t> = (Role, &'t str);
 
+/// A conversation to which no answer is asked for, and what the template puts behind a whole conversation in place of a generation prompt: an
+/// EOS (Phi-3) or nothing.
+struct Closed {
+    end: String,
+}
+
+impl Closed {
+    /// By a conversation as it is rendered, and the same with a generation prompt.
+    fn find(template: &ChatTemplate, closed: &str, asked: &str) -> Option<Self> {
+        if asked.starts_with(closed) {
+            return Some(Self { end: String::new() });
+        }
+        let end = template.special_token("eos_token")?;
+        let open = closed.strip_suffix(end)?;
+        asked.starts_with(open).then(|| Self {
+            end: end.to_owned(),
+        })
+    }
+
+    fn render(&self, template: &ChatTemplate, turns: &[Turn<'_>]) -> Option<String> {
+        let text = render(template, turns, false)?;
+        text.strip_suffix(self.end.as_str()).map(str::to_owned)
+    }
+}
+
 fn render(template: &ChatTemplate, turns: &[Turn<'_>], generate: bool) -> Option<String> {
     let messages: Vec<Value> = turns
         .iter()
@@ -104,11 +129,13 @@ impl PlainTemplate {
     pub fn find(template: &ChatTemplate) -> Option<Self> {
         use Role::{Assistant, System as Says, User};
         let long = [(User, WORDS[0]), (Assistant, WORDS[1]), (User, WORDS[2])];
-        let open = render(template, &long[..1], false)?;
         let asked = render(template, &long[..1], true)?;
+        let closed = render(template, &long[..1], false)?;
+        let closed = Closed::find(template, &closed, &asked)?;
+        let open = closed.render(template, &long[..1])?;
         let generation_prompt = asked.strip_prefix(&open)?.to_owned();
         let short = cut(&open, &long[..1])?;
-        let parts = cut(&render(template, &long, false)?, &long)?;
+        let parts = cut(&closed.render(template, &long)?, &long)?;
         let [first, behind_user] = &short[..] else {
             return None;
         };

@@ -27,6 +27,15 @@ pub enum Truncation {
     },
 }
 
+impl Truncation {
+    /// The longest sequence, in tokens.
+    pub fn max_length(self) -> usize {
+        match self {
+            Self::Answers { max_length } | Self::PromptThenAnswers { max_length, .. } => max_length,
+        }
+    }
+}
+
 /// The ids of one side of a row: a prompt and an answer.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct SideIds {
@@ -67,6 +76,8 @@ pub enum SkipReason {
     PromptsDiffer,
     /// Of what the assistant says, no token is left within `max_length`.
     NoAssistantToken,
+    /// A whole sequence is longer than `max_length`, and is not cut.
+    TooLong,
 }
 
 impl SkipReason {
@@ -77,6 +88,7 @@ impl SkipReason {
             Self::NoAnswer => "no_answer",
             Self::PromptsDiffer => "prompts_differ",
             Self::NoAssistantToken => "no_assistant_token",
+            Self::TooLong => "too_long",
         }
     }
 }
@@ -233,20 +245,10 @@ pub fn encode_pair(
     rejected: &str,
     truncation: Truncation,
 ) -> Result<Result<RowIds, SkipReason>> {
-    let whole = |answer: &str| match &tokenizer.eos {
-        _ if !prompt.is_empty() => tokenizer.encode(&[prompt, answer].concat()),
-        Some(eos) if !answer.ends_with(&eos.text) => {
-            tokenizer.encode_with_special(&[answer, &eos.text].concat())
-        }
-        _ => tokenizer.encode_with_special(answer),
-    };
-    let alone = if prompt.is_empty() {
-        tokenizer.encode_with_special("")?
-    } else {
-        tokenizer.encode(prompt)?
-    };
-    let common = |ids: &[u32]| ids.iter().zip(&alone).take_while(|(a, b)| a == b).count();
-    let (chosen, rejected) = (whole(chosen)?, whole(rejected)?);
+    let alone = prompt_alone(tokenizer, prompt)?;
+    let common = |ids: &[u32]| common(ids, &alone);
+    let chosen = whole(tokenizer, prompt, chosen)?;
+    let rejected = whole(tokenizer, prompt, rejected)?;
     let border = common(&chosen).min(common(&rejected));
     let side = |mut prompt: Vec<u32>| {
         let answer = prompt.split_off(border);
@@ -258,6 +260,83 @@ pub fn encode_pair(
         ..RowIds::default()
     };
     Ok(cut(row, truncation))
+}
+
+/// The ids of a labelled row as `KTOTrainer` makes them, each text as by [`encode_pair`]. The answer begins where its ids leave those of the
+/// prompt alone. It is cut to `max_length` tokens by itself, because it is also put behind other prompts; a row whose prompt has so many
+/// is dropped.
+pub fn encode_labelled(
+    tokenizer: &Tokenizer,
+    prompt: &str,
+    answer: &str,
+    max_length: usize,
+) -> Result<Result<RowIds, SkipReason>> {
+    let alone = prompt_alone(tokenizer, prompt)?;
+    let mut prompt = whole(tokenizer, prompt, answer)?;
+    let answer = prompt.split_off(common(&prompt, &alone));
+    if prompt.len() >= max_length {
+        return Ok(Err(SkipReason::PromptTooLong));
+    }
+    let answer_cut = prompt.len() + answer.len() > max_length;
+    let mut row = RowIds {
+        chosen: SideIds { prompt, answer },
+        answer_cut,
+        ..RowIds::default()
+    };
+    row.chosen.answer.truncate(max_length);
+    Ok(cut(
+        row,
+        Truncation::Answers {
+            max_length: usize::MAX,
+        },
+    ))
+}
+
+/// The ids of a preference row as `RewardTrainer` makes them: those of [`encode_pair`], but a row with a sequence of more than `max_length`
+/// tokens is dropped.
+pub fn encode_whole_pair(
+    tokenizer: &Tokenizer,
+    prompt: &str,
+    chosen: &str,
+    rejected: &str,
+    max_length: usize,
+) -> Result<Result<RowIds, SkipReason>> {
+    let nothing = Truncation::Answers {
+        max_length: usize::MAX,
+    };
+    let row = encode_pair(tokenizer, prompt, chosen, rejected, nothing)?;
+    Ok(row.and_then(|row| {
+        let mut sides = std::iter::once(&row.chosen).chain(&row.rejected);
+        if sides.any(|side| side.prompt.len() + side.answer.len() > max_length) {
+            return Err(SkipReason::TooLong);
+        }
+        Ok(row)
+    }))
+}
+
+/// The ids of a prompt and an answer together. A text without a prompt gets its EOS and what the tokenizer itself puts around it.
+fn whole(tokenizer: &Tokenizer, prompt: &str, answer: &str) -> Result<Vec<u32>> {
+    match &tokenizer.eos {
+        _ if !prompt.is_empty() => tokenizer.encode(&[prompt, answer].concat()),
+        Some(eos) if !answer.ends_with(&eos.text) => {
+            tokenizer.encode_with_special(&[answer, &eos.text].concat())
+        }
+        _ => tokenizer.encode_with_special(answer),
+    }
+}
+
+/// The ids of a prompt by itself.
+fn prompt_alone(tokenizer: &Tokenizer, prompt: &str) -> Result<Vec<u32>> {
+    if prompt.is_empty() {
+        tokenizer.encode_with_special("")
+    } else {
+        tokenizer.encode(prompt)
+    }
+}
+
+/// How many ids two sequences have in common at their beginning.
+fn common(a: &[u32], b: &[u32]) -> usize {
+    a.iter().zip(b).take_while(|(a, b)| a == b).count()
 }
 
 /// A row cut to its length, or why nothing is left of it.

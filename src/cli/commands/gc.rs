@@ -31,6 +31,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     let mut store = None;
     for recipe in &args.recipes {
         let recipe = RecipeArgs {
+            profile: Vec::new(),
             recipe: recipe.clone(),
             set: Vec::new(),
             allow_path: Vec::new(),

@@ -21,9 +21,15 @@ pub(in crate::cli) struct Args {
 
 pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     let project = Project::open(&args.recipe, &args.store)?;
-    project.find_all(&args.stages)?;
+    let wanted = project.find_all(&args.stages)?;
     let fresh = |stage: &str| {
-        args.update && (args.stages.is_empty() || args.stages.iter().any(|name| name == stage))
+        let named = || {
+            project
+                .graph
+                .find(stage)
+                .is_some_and(|index| wanted.contains(&index))
+        };
+        args.update && (args.stages.is_empty() || named())
     };
     let pins = project.session(&[]).pin(&fresh)?;
     let changes = pin_changes(&project.pins, &pins);

@@ -27,7 +27,7 @@ pub(in crate::cli) struct Args {
 
 pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     let project = Project::open(&args.recipe, &args.store)?;
-    project.find(&args.stage)?;
+    let stage = &project.recipe.stages[project.find(&args.stage)?].name;
     let runs = project.runs();
     let wanted = runs
         .iter()
@@ -35,14 +35,13 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
         .filter(|run| args.run.is_none_or(|wanted| wanted == run.number));
     for run in wanted {
         let events = project.events(run.number).into_iter().flatten();
-        let own: Vec<LoggedEvent> = events.filter(|logged| is_of(logged, &args.stage)).collect();
+        let own: Vec<LoggedEvent> = events.filter(|logged| is_of(logged, stage)).collect();
         if !own.iter().any(|logged| told(&logged.event)) {
             continue;
         }
         if !args.json {
             print(&format!(
-                "`{}` in run {}, {}\n",
-                args.stage,
+                "`{stage}` in run {}, {}\n",
                 run.number,
                 ago(run.started)
             ));
@@ -53,15 +52,15 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     let recipe = quoted(&project.recipe.path.display().to_string());
     let (message, hint) = match args.run {
         Some(run) => (
-            format!("no log of `{}` in run {run} is kept", args.stage),
+            format!("no log of `{stage}` in run {run} is kept"),
             format!("`pipeline history {recipe}` lists the runs and what ran in each"),
         ),
         None => (
-            format!("no log of `{}` is kept", args.stage),
+            format!("no log of `{stage}` is kept"),
             format!(
                 "it did not run here yet, or long ago: the logs of the last 50 runs are kept; `pipeline why {recipe} {}` says where \
                  its result is from",
-                quoted(&args.stage)
+                quoted(stage)
             ),
         ),
     };

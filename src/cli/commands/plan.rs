@@ -21,6 +21,9 @@ pub(in crate::cli) struct Args {
     recipe: RecipeArgs,
     /// The stages to plan, with everything they depend on [default: all]
     stages: Vec<String>,
+    /// Plans this stage and all that depend on it, with what they need; may be repeated
+    #[arg(long, value_name = "STAGE")]
+    downstream: Vec<String>,
     /// Plans to run this stage even if it is fresh; may be repeated
     #[arg(long, value_name = "STAGE")]
     force: Vec<String>,
@@ -54,7 +57,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
 fn plan(args: &Args) -> Result<(), Failure> {
     let mut project = Project::open(&args.recipe, &args.store)?;
     project.connect(&args.remote, true)?;
-    let targets = project.find_all(&args.stages)?;
+    let targets = project.targets(&args.stages, &args.downstream)?;
     let forced = project.find_all(&args.force)?;
     check_lock(&project, args.locked)?;
     project.locked = args.locked;
@@ -155,7 +158,7 @@ fn table(planned: &[Planned<'_>]) -> String {
             State::Fresh { .. } => GOOD,
             State::Runs { .. } => RUNS,
             State::WaitsOn { .. } => WAITS,
-            State::Unknown { .. } => ERROR,
+            State::Fails { .. } | State::Unknown { .. } => ERROR,
         };
         let head = format!(
             "{}  {}  {}  ",
@@ -223,12 +226,19 @@ fn sum(planned: &[Planned<'_>]) -> String {
         count_of(|state| matches!(state, State::Runs { .. })),
         count_of(|state| matches!(state, State::WaitsOn { .. })),
     );
+    let failing = count_of(|state| matches!(state, State::Fails { .. }));
+    if failing > 0 {
+        text = format!("{text}, {failing} failing");
+    }
     if unknown > 0 {
         text = format!("{text}, {unknown} unknown");
     }
-    let stale = planned
-        .iter()
-        .filter(|planned| !matches!(planned.forecast.state, State::Fresh { .. }));
+    let stale = planned.iter().filter(|planned| {
+        !matches!(
+            planned.forecast.state,
+            State::Fresh { .. } | State::Fails { .. }
+        )
+    });
     let stale: Vec<_> = stale.collect();
     let seconds: Vec<f64> = stale
         .iter()
@@ -295,6 +305,7 @@ pub(in crate::cli) fn describe(state: &State) -> (&'static str, Vec<String>) {
                 .map(ToString::to_string);
             ("waits", std::iter::once(waits).chain(reasons).collect())
         }
+        State::Fails { error, .. } => ("fails", vec![error.clone()]),
         State::Unknown { error } => ("unknown", vec![error.clone()]),
     }
 }

@@ -40,7 +40,8 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     let standings = standings(&project);
     let running = project.running_events();
     let mut all = Vec::new();
-    for (index, stage) in indices.into_iter().zip(&args.stages) {
+    for index in indices {
+        let stage = &project.recipe.stages[index].name;
         let standing = standings.iter().find(|standing| standing.index == index);
         let record = standing.and_then(|standing| standing.record.as_ref());
         let found = attempts(&project, stage, record, running.as_deref());

@@ -215,6 +215,7 @@ fn asked(args: &Args, mut publish: Publish) -> Publish {
 
 fn of_recipe(args: &Args) -> Result<(Vec<Item>, Arc<RunEnv>), Failure> {
     let recipe = RecipeArgs {
+        profile: Vec::new(),
         recipe: args.target.clone(),
         set: args.set.clone(),
         allow_path: args.allow_path.clone(),
@@ -231,7 +232,7 @@ fn of_recipe(args: &Args) -> Result<(Vec<Item>, Arc<RunEnv>), Failure> {
     };
     let wanted: Vec<Publish> = match &args.stage {
         Some(stage) => {
-            project.find(stage)?;
+            let stage = &project.recipe.stages[project.find(stage)?].name;
             vec![of(stage).unwrap_or_else(|| Publish {
                 stage: stage.clone(),
                 ..Publish::default()
@@ -272,6 +273,11 @@ fn of_recipe(args: &Args) -> Result<(Vec<Item>, Arc<RunEnv>), Failure> {
         // What the world gets is what the recipe says now.
         match plan.get(index) {
             Some(State::Fresh { .. }) => {}
+            Some(State::Fails { error, .. }) => {
+                return Err(
+                    anyhow::anyhow!("`{name}` fails what is required of it: {error}").into(),
+                );
+            }
             Some(State::Unknown { error }) => {
                 return Err(anyhow::anyhow!(
                     "whether `{name}` is up to date can't be told: {error}"

@@ -30,6 +30,9 @@ pub(in crate::cli) struct Args {
     recipe: RecipeArgs,
     /// The stages to run, with everything they depend on [default: all]
     stages: Vec<String>,
+    /// Runs this stage and all that depend on it, with what they need; may be repeated
+    #[arg(long, value_name = "STAGE")]
+    downstream: Vec<String>,
     /// Runs this stage even if it is fresh; may be repeated
     #[arg(long, value_name = "STAGE")]
     force: Vec<String>,
@@ -79,7 +82,7 @@ pub(in crate::cli) struct Args {
 pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     let mut project = Project::open(&args.recipe, &args.store)?;
     project.connect(&args.remote, args.no_push)?;
-    let targets = project.find_all(&args.stages)?;
+    let targets = project.targets(&args.stages, &args.downstream)?;
     let forced = project.find_all(&args.force)?;
     check_lock(&project, args.locked)?;
     project.locked = args.locked;

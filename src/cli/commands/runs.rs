@@ -228,7 +228,8 @@ fn rows(shown: &[&RunInfo], args: &Args) -> Vec<Vec<String>> {
     rows
 }
 
-fn shortened(text: &str) -> String {
+/// A text that is not too long for a table.
+pub(super) fn shortened(text: &str) -> String {
     if text.chars().count() <= LONGEST {
         return text.to_owned();
     }

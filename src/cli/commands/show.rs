@@ -7,12 +7,13 @@ use anyhow::Context as _;
 use serde_json::Value;
 
 use crate::cli::args::{RecipeArgs, StoreArgs};
+use crate::cli::gather::evaluation::intervals;
 use crate::cli::gather::number;
 use crate::cli::project::Project;
 use crate::cli::{Failure, print_headed, table};
-use crate::engine::{Record, State, View, canonical_json};
+use crate::engine::{Estimate, Record, State, View, canonical_json};
 use crate::report::sparkline::sparkline;
-use crate::report::{ago, bytes, duration};
+use crate::report::{ago, bytes, duration, quoted};
 use crate::stages::artifacts::ARTIFACTS;
 
 #[derive(clap::Args)]
@@ -31,22 +32,20 @@ pub(in crate::cli) struct Args {
 pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     let project = Project::open(&args.recipe, &args.store)?;
     let index = project.find(&args.stage)?;
+    let stage = &project.recipe.stages[index].name;
+    let arguments = format!(
+        "{} {}",
+        quoted(&project.recipe.path.display().to_string()),
+        quoted(stage)
+    );
     let Some(record) = project.record_of(index) else {
-        let hint = format!(
-            "`pipeline run {} {}` makes it",
-            project.recipe.path.display(),
-            args.stage
-        );
-        return Err(anyhow::anyhow!("`{}` has no result yet; {hint}", args.stage).into());
+        let hint = format!("`pipeline run {arguments}` makes it");
+        return Err(anyhow::anyhow!("`{stage}` has no result yet; {hint}").into());
     };
     let folder = project.store.artifact(&record.artifact);
-    let mut text = about(&project, &args.stage, &record, &folder);
+    let mut text = about(&project, stage, &record, &folder);
     if let Some(State::Runs { .. } | State::WaitsOn { .. }) = project.plan().get(index) {
-        let hint = format!(
-            "pipeline why {} {}",
-            project.recipe.path.display(),
-            args.stage
-        );
+        let hint = format!("pipeline why {arguments}");
         _ = writeln!(
             text,
             "\nThis is the last result; the stage is stale now: `{hint}` tells why."
@@ -55,9 +54,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     if !folder.is_dir() {
         _ = writeln!(
             text,
-            "\nIts files are not here: `pipeline cache pull {} {}` fetches them, if a remote has them.",
-            project.recipe.path.display(),
-            args.stage
+            "\nIts files are not here: `pipeline cache pull {arguments}` fetches them, if a remote has them."
         );
         print_headed(&text);
         return Ok(());
@@ -75,6 +72,10 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
                 View::Curves(curves) => text.push_str(&table(&drawn(&curves))),
             }
         }
+    }
+    if let Some(rows) = intervals(&record) {
+        text.push('\n');
+        text.push_str(&table(&rows));
     }
     print_headed(&text);
     Ok(())
@@ -99,6 +100,32 @@ fn drawn(curves: &[(String, Vec<f64>)]) -> Vec<Vec<String>> {
         ]);
     }
     rows
+}
+
+/// What a stage noted, for people: sizes with units, and of an estimate its memory, for what else it has stands beside it as it was in the end.
+fn noted(name: &str, value: &Value) -> String {
+    if name == "peak_memory"
+        && let Some(size) = value.as_u64()
+    {
+        return bytes(size);
+    }
+    if name == "estimate"
+        && let Ok(estimate) = serde_json::from_value::<Estimate>(value.clone())
+    {
+        let mut parts: Vec<_> = estimate.memory.iter().collect();
+        parts.sort_by_key(|(_, size)| std::cmp::Reverse(**size));
+        let parts = parts
+            .iter()
+            .map(|(name, size)| format!("{name} {}", bytes(**size)));
+        let parts = parts.collect::<Vec<_>>().join(", ");
+        let least = if estimate.is_lower_bound {
+            "at least "
+        } else {
+            ""
+        };
+        return format!("{least}{} of memory: {parts}", bytes(estimate.peak_memory));
+    }
+    canonical_json(value)
 }
 
 fn about(project: &Project, stage: &str, record: &Record, folder: &Path) -> String {
@@ -128,10 +155,10 @@ fn about(project: &Project, stage: &str, record: &Record, folder: &Path) -> Stri
         let made = format!("by the same stage under the name `{}`", record.stage);
         rows.push(vec!["first made".into(), made]);
     }
-    // Intervals are many; the report shows them.
+    // Intervals are many; they are shown at the end.
     let notes = record.notes.iter().filter(|(name, _)| *name != "intervals");
     for (name, value) in notes {
-        rows.push(vec![name.clone(), canonical_json(value)]);
+        rows.push(vec![name.clone(), noted(name, value)]);
     }
     for (fact, value) in &record.fingerprint.outside {
         rows.push(vec![fact.clone(), value.clone()]);

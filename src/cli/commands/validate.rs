@@ -40,6 +40,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     let mut failure = None;
     for recipe in &args.recipes {
         let recipe = RecipeArgs {
+            profile: Vec::new(),
             recipe: recipe.clone(),
             set: args.set.clone(),
             allow_path: args.allow_path.clone(),
@@ -106,7 +107,12 @@ fn validate(recipe: &RecipeArgs, args: &Args) -> Result<(), Failure> {
         let mut trials = Trials::new(&project, FIRST_ROWS)?;
         for index in project.graph.order.iter().copied() {
             let stage = &project.recipe.stages[index];
+            let needed = project.graph.needed(&[index]);
+            let mut upstream = project.graph.nodes.iter().zip(needed);
+            // No program runs for a look.
+            let runs_programs = upstream.any(|(node, needed)| needed && node.stage.runs_programs());
             if stage.kind.output == Chats::NAME
+                && !runs_programs
                 && let Err(error) = trials.check(index)
             {
                 tell(Some(stage.span), &format!("{error:#}"));

@@ -27,13 +27,18 @@ pub(in crate::cli) struct Args {
 pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     let mut project = Project::open(&args.recipe, &args.store)?;
     project.connect(&args.remote, true)?;
-    let index = project.find(&args.stage)?;
-    let forecasts = project.session(&[]).forecast(&[index]);
+    let asked = project.find_all(std::slice::from_ref(&args.stage))?;
+    let forecasts = project.session(&[]).forecast(&asked);
     project.report_warnings()?;
     let mut text = String::new();
-    explain(&project, &forecasts, index, &mut text);
+    for (number, index) in asked.iter().enumerate() {
+        if number > 0 {
+            text.push('\n');
+        }
+        explain(&project, &forecasts, *index, &mut text);
+    }
     // What it waits on, and what that waits on: each once, nearest first.
-    let mut told = vec![index];
+    let mut told = asked;
     let mut next = 0;
     while let Some(&index) = told.get(next) {
         next += 1;
@@ -84,6 +89,14 @@ fn explain(project: &Project, forecasts: &[Option<Forecast>], index: usize, text
                 );
             }
             _ = writeln!(text, "  {}", project.store.artifact(artifact).display());
+        }
+        State::Fails { artifact, error } => {
+            _ = writeln!(text, "`{name}` {word}: {error}");
+            _ = writeln!(
+                text,
+                "  its result is up to date and stays: {}",
+                project.store.artifact(artifact).display()
+            );
         }
         State::Unknown { error } => _ = writeln!(text, "the state of `{name}` is unknown: {error}"),
         State::Runs { reasons } => {

@@ -16,9 +16,10 @@ const LONGEST: usize = 4000;
 /// The most answers in the page.
 const MOST_ANSWERS: usize = 50;
 /// The parts of `scores.json`, and what they are called.
-const PARTS: [(&str, &str); 3] = [
+const PARTS: [(&str, &str); 4] = [
     ("base", "base"),
     ("adapter", "with adapter"),
+    ("model", "model"),
     ("difference", "difference"),
 ];
 
@@ -40,6 +41,10 @@ pub(super) fn evaluation(
     names.sort_by_key(|name| {
         let first = [
             "rewards/accuracies",
+            "acc",
+            "acc_norm",
+            "exact_match",
+            "regex_match",
             "margin",
             "perplexity",
             "loss",
@@ -55,6 +60,10 @@ pub(super) fn evaluation(
     table
         .head
         .extend(parts.iter().map(|(_, title)| (*title).to_owned()));
+    let p_values = intervals.and_then(|intervals| intervals.get("p_values"));
+    if p_values.is_some() {
+        table.head.push("p".into());
+    }
     let earlier: Vec<(u64, Value)> = earlier
         .iter()
         .filter_map(|(run, record)| {
@@ -83,11 +92,14 @@ pub(super) fn evaluation(
             }
             row.push(cell);
         }
+        if let Some(p_values) = p_values {
+            let value = p_values.get(name).and_then(Value::as_f64);
+            row.push(value.map_or_else(String::new, number));
+        }
         for (_, scores) in &earlier {
-            let shown = scores
-                .get("adapter")
-                .filter(|part| part.is_object())
-                .or(scores.get("base"));
+            let shown = ["adapter", "model", "base"]
+                .into_iter()
+                .find_map(|part| scores.get(part).filter(|part| part.is_object()));
             let value = shown
                 .and_then(|part| part.get(name))
                 .and_then(Value::as_f64);
@@ -111,6 +123,9 @@ pub(super) fn evaluation(
                 number(confidence * 100.),
                 number(resamples)
             );
+            if p_values.is_some() {
+                about += " p is the two-sided p-value of that paired bootstrap for no difference.";
+            }
         }
         _ => about += " No intervals: this result was made before they were computed.",
     }
@@ -121,6 +136,40 @@ pub(super) fn evaluation(
         table,
         answers: answers(&folder),
     })
+}
+
+/// The intervals that a record notes, as a table with a head; none if it notes none.
+pub(in crate::cli) fn intervals(record: &Record) -> Option<Vec<Vec<String>>> {
+    let noted = record.notes.get("intervals")?;
+    let parts: Vec<(&Value, &str)> = PARTS
+        .into_iter()
+        .filter_map(|(part, title)| Some((noted.get(part)?, title)))
+        .collect();
+    let confidence = noted.get("confidence").and_then(Value::as_f64)?;
+    let p_values = noted.get("p_values");
+    let mut head = vec![format!("{} % intervals", number(confidence * 100.))];
+    head.extend(parts.iter().map(|(_, title)| (*title).to_owned()));
+    head.extend(p_values.map(|_| "p".to_owned()));
+    let mut rows = vec![head];
+    for name in parts.first()?.0.as_object()?.keys() {
+        let ends = |part: &Value| {
+            let ends = part.get(name)?.as_array()?;
+            let (low, high) = (ends.first()?.as_f64()?, ends.get(1)?.as_f64()?);
+            Some(format!("{low:.4} to {high:.4}"))
+        };
+        let cells = parts.iter().map(|(part, _)| ends(part).unwrap_or_default());
+        let p = p_values.map(|p_values| {
+            let value = p_values.get(name).and_then(Value::as_f64);
+            value.map_or_else(String::new, |value| format!("{value:.4}"))
+        });
+        rows.push(
+            std::iter::once(name.clone())
+                .chain(cells)
+                .chain(p)
+                .collect(),
+        );
+    }
+    Some(rows)
 }
 
 /// The numbers of an evaluation; none if its files are not here.
@@ -134,15 +183,17 @@ fn answers(folder: &Path) -> Vec<Answer> {
     let answers = lines.filter_map(|line| {
         let line: Value = serde_json::from_str(line).ok()?;
         let text = |name: &str| Some(head(line.get(name)?.as_str()?.trim(), LONGEST));
-        let after = text("adapter");
+        let (with_adapter, model) = (text("adapter"), text("model"));
+        let (before_label, after_label) = match (&with_adapter, &model) {
+            (Some(_), _) => ("Without the adapter", "With the adapter"),
+            (None, Some(_)) => ("The baseline", "The model"),
+            (None, None) => ("The model", ""),
+        };
+        let after = with_adapter.or(model);
         Some(Answer {
             prompt: text("prompt")?,
-            before_label: if after.is_some() {
-                "Without the adapter"
-            } else {
-                "The model"
-            }
-            .into(),
+            before_label: before_label.into(),
+            after_label: after_label.into(),
             before: text("base")?,
             after,
             chosen: text("chosen"),

@@ -3,8 +3,9 @@
 pub(super) mod curves;
 mod data;
 mod environment;
-mod evaluation;
+pub(super) mod evaluation;
 pub(super) mod page;
+pub(super) mod results;
 pub(super) mod runs;
 pub(super) mod stages;
 pub(super) mod training;

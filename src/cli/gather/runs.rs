@@ -59,7 +59,7 @@ pub(in crate::cli) fn runs(project: &Project) -> Vec<RunInfo> {
 }
 
 /// What a stage was given, but for the results of other stages.
-fn parameters(record: &Record) -> BTreeMap<String, Value> {
+pub(super) fn parameters(record: &Record) -> BTreeMap<String, Value> {
     let mut parameters = BTreeMap::new();
     for (name, value) in record.fingerprint.leaves() {
         match record.origins.get(&name) {
@@ -84,7 +84,7 @@ pub(in crate::cli) fn metrics(project: &Project, record: &Record) -> BTreeMap<St
     if record.output == Scores::NAME {
         let scores = scores(&folder);
         let part = |name: &str| scores.as_ref()?.get(name)?.as_object().cloned();
-        let shown = part("adapter").or_else(|| part("base"));
+        let shown = ["adapter", "model", "base"].into_iter().find_map(part);
         let noted = || record.notes.clone().into_iter().collect();
         for (name, value) in shown.unwrap_or_else(noted) {
             if let Some(value) = value.as_f64() {
@@ -99,6 +99,13 @@ pub(in crate::cli) fn metrics(project: &Project, record: &Record) -> BTreeMap<St
         }
     }
     found
+}
+
+/// The metrics that stand for a stage, those of evaluations first.
+pub(in crate::cli) fn watched() -> impl Iterator<Item = &'static str> {
+    OF_EVALUATIONS
+        .into_iter()
+        .chain(OF_TRAININGS.into_iter().rev())
 }
 
 /// Whether a metric stands for its stage in a table that has no room for all.

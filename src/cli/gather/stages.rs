@@ -149,7 +149,7 @@ pub(super) fn stages(
 fn state(state: &State, told: Option<&Told>, live: bool) -> (&'static str, String, Option<String>) {
     if let Some(told) = told {
         if let Some(error) = &told.failed
-            && !matches!(state, State::Fresh { .. })
+            && !matches!(state, State::Fresh { .. } | State::Fails { .. })
         {
             return ("failed", "failed".into(), Some(error.clone()));
         }
@@ -170,6 +170,7 @@ fn state(state: &State, told: Option<&Told>, live: bool) -> (&'static str, Strin
             };
             ("fresh", "up to date".into(), text.map(str::to_owned))
         }
+        State::Fails { error, .. } => ("failed", "fails".into(), Some(error.clone())),
         State::Runs { .. } => ("runs", "to run".into(), None),
         State::WaitsOn { stages, .. } => (
             "waits",

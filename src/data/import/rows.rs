@@ -395,7 +395,8 @@ impl Rows {
             return Ok(Made::Null);
         }
         match name {
-            "system" | "text" => match value {
+            "choices" | "answer" => Ok(Made::Same(value)),
+            "system" | "text" | "question" => match value {
                 Cell::Text(text) => Ok(Made::Same(Cell::Text(text))),
                 other => bail!("`{name}` is {}: expected text", other.noun()),
             },
@@ -504,12 +505,18 @@ fn step(
             let field = union.field(&theirs).with_name(name);
             (Step::As(theirs), field)
         }
+        From::Column(theirs) if matches!(name, "choices" | "answer") => {
+            // Who asks the questions reads them.
+            let field = union.field(&theirs).with_name(name);
+            (Step::As(theirs), field)
+        }
         From::Column(theirs) if is_text(&theirs) && may_stay_text(name, transcripts) => {
             (Step::As(theirs), text(name))
         }
         from => {
             let field = match (name, &from) {
-                ("system" | "text", _) | (_, From::Instruction { history: None, .. }) => text(name),
+                ("system" | "text" | "question", _)
+                | (_, From::Instruction { history: None, .. }) => text(name),
                 ("label", _) if form == Form::Kto => Field::new(name, DataType::Boolean, true),
                 ("prompt" | "chosen" | "rejected", From::Expression(expression))
                     if !expression.is_alone() && !transcripts =>
@@ -526,7 +533,7 @@ fn step(
 /// Whether texts of a column need no conversion.
 fn may_stay_text(name: &str, transcripts: bool) -> bool {
     match name {
-        "system" | "text" => true,
+        "system" | "text" | "question" => true,
         "prompt" | "chosen" | "rejected" => !transcripts,
         _ => false,
     }

@@ -401,6 +401,18 @@ impl AdapterConfig {
         found.map(|(_, ids)| ids.as_slice())
     }
 
+    /// Whether it is for a sequence classification, that is, a model whose head gives scores.
+    pub fn is_classifier(&self) -> bool {
+        self.raw.get("task_type").and_then(Value::as_str) == Some("SEQ_CLS")
+    }
+
+    /// Makes it one for a sequence classification.
+    #[must_use]
+    pub fn classifying(mut self) -> Self {
+        self.raw.insert("task_type".into(), "SEQ_CLS".into());
+        self
+    }
+
     /// The settings that no known version of PEFT has, and that are not off.
     pub fn unknown(&self) -> impl Iterator<Item = &str> {
         let entries = self.raw.iter().filter(|(key, value)| {

@@ -101,14 +101,16 @@ impl<'m, D: Device> Fused<'m, D> {
         }
     }
 
-    /// The packing of a pass. With dropout no prompts are shared, because each copy of a prompt drops other values.
+    /// The packing of a pass. With dropout or noise no prompts are shared, because each copy of a prompt has other values.
     pub(super) fn packing(&self, pass: Pass) -> Packing {
         let drops = |layer: &model::Layer| {
             let mut linears = layer.linears().into_iter();
             linears.any(|linear| linear.dropout(pass).is_some())
         };
         Packing {
-            share_prompts: self.packing.share_prompts && !self.model.layers.iter().any(drops),
+            share_prompts: self.packing.share_prompts
+                && pass.noise.is_none()
+                && !self.model.layers.iter().any(drops),
             ..self.packing
         }
     }
@@ -142,8 +144,9 @@ fn pass_size(
     best
 }
 
-/// The same for a model of these sizes that is not loaded, in a pass with a backward.
+/// The same for a model of this architecture and of these sizes that is not loaded, in a pass with a backward.
 pub fn pass_size_of(
+    arch: &model::arch::Arch,
     batches: &[&Batch],
     packing: Packing,
     sizes: &PassSizes,
@@ -157,7 +160,7 @@ pub fn pass_size_of(
         batches,
         packing,
         most_tokens(sizes.saved_bytes(checkpointing)),
-        |_, _| true,
+        |a, b| have_same_angles(arch, a.length(), b.length()),
     )
 }
 
@@ -190,6 +193,9 @@ impl<D: Device> Backend for Fused<'_, D> {
         pass: Pass,
         checkpointing: bool,
     ) -> Result<Box<dyn ForwardPass + 'a>> {
+        if pass.label_smoothing > 0. {
+            candle_core::bail!("the fast path does not compute label smoothing")
+        }
         let (forward, _) = Forward::new(self, batches, pass, checkpointing, false)?;
         Ok(Box::new(Run {
             forward,
@@ -286,5 +292,18 @@ impl<D: Device> ForwardPass for Run<'_, D> {
             }
             _ => bail!("there is no way back: nothing was recorded or scored"),
         }
+    }
+
+    fn backward_scores(
+        self: Box<Self>,
+        targets: &[Target],
+        grad_scores: &[f32],
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        if !self.forward.pass.tape {
+            bail!("there is no way back: nothing was recorded");
+        }
+        self.forward
+            .backward_scores(targets, grad_scores, gradients)
     }
 }

@@ -12,7 +12,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use candle_core::{Result, bail};
+use candle_core::{DType, Result, bail};
 use pipeline_kernels::panels::{LANES, panels, size};
 use pipeline_kernels::reduce::Order;
 
@@ -194,6 +194,7 @@ pub(super) fn score<D: Device>(
             token_stats[target] = TokenStats {
                 entropy: summary.entropy(lane),
                 is_argmax: summary.argmax[lane] == *id,
+                log_sum_sq_probs: summary.log_sum_sq_probs(lane),
             };
         }
     }
@@ -234,6 +235,40 @@ pub(super) fn capped_sums<D: Device>(
     device.give_factors([factor]);
     device.give(x);
     Ok(sums.into_iter().flatten().take(count).collect())
+}
+
+/// The backward pass of a head that gives one number `w h` of a hidden state: from the gradient with respect to each target's number, writes
+/// that with respect to the hidden states (panels), and adds that with respect to w to `gradients` if it is trained.
+pub(super) fn backward_scores<D: Device>(
+    forward: &Forward<'_, D>,
+    targets: &[Target],
+    grad_scores: &[f32],
+    trainable: &mut Trainable<'_, D>,
+) -> Result<D::Buffer> {
+    let (model, device, hidden) = (forward.model, forward.device, forward.shape.hidden);
+    let weight = model.head().value(forward.pass).to_dtype(DType::F32)?;
+    let weight = weight.flatten_all()?.to_vec1::<f32>()?;
+    let tokens = targets.iter().map(|target| token(&forward.layout, target));
+    let tokens: Vec<usize> = tokens.collect::<Result<_>>()?;
+    let mut grad_hidden = vec![0f32; device.length(&forward.hidden)];
+    for (&token, g) in tokens.iter().zip(grad_scores) {
+        let out = &mut grad_hidden[token / LANES * hidden * LANES + token % LANES..];
+        for (out, w) in out.iter_mut().step_by(LANES).zip(&weight) {
+            *out += g * w;
+        }
+    }
+    if model.head().trained().is_some() {
+        let rows: Vec<(usize, f32, usize)> = tokens
+            .iter()
+            .zip(grad_scores)
+            .map(|(&token, &g)| (token, g, 0))
+            .collect();
+        trainable.add(model.head(), |device, sum| {
+            device.add_to_rows(&forward.hidden, hidden, &rows, sum);
+            Ok(())
+        })?;
+    }
+    Ok(device.upload(grad_hidden))
 }
 
 impl<D: Device> Scored<D> {

@@ -28,7 +28,7 @@ use crate::ml::io::weights::{RawTensor, Weights};
 use crate::ml::model::arch::{Arch, Projection as Role};
 use crate::ml::model::batch::Batch;
 use crate::ml::model::tensors::{
-    EMBEDDINGS, HEAD, NormKind, bias_name, layer_norms, norm_path, norm_shape, projection_path,
+    EMBEDDINGS, NormKind, bias_name, layer_norms, norm_path, norm_shape, projection_path,
     weight_name,
 };
 use crate::ml::quant::nf4::Nf4;
@@ -295,7 +295,7 @@ impl<'a> MappedModel<'a> {
     pub(in crate::ml) fn head_in_4_bits(&self) -> anyhow::Result<Option<Nf4>> {
         let (name, shape) = (
             self.head_name(),
-            (self.arch.vocab_size, self.arch.hidden_size),
+            (self.arch.head_rows(), self.arch.hidden_size),
         );
         let head = Nf4::load(self.weights, name)?;
         if let Some(head) = &head {
@@ -314,7 +314,7 @@ impl<'a> MappedModel<'a> {
         packed: Option<&Nf4>,
         rows: Range<usize>,
     ) -> anyhow::Result<WeightSource> {
-        let shape = (self.arch.vocab_size, self.arch.hidden_size);
+        let shape = (self.arch.head_rows(), self.arch.hidden_size);
         let Some(packed) = packed else {
             return self.rows(self.head_name(), shape, rows);
         };
@@ -328,7 +328,7 @@ impl<'a> MappedModel<'a> {
         if self.arch.tie_word_embeddings {
             EMBEDDINGS
         } else {
-            HEAD
+            self.arch.head_name()
         }
     }
 

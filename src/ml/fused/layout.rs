@@ -2,7 +2,10 @@
 //!
 //! The sequences of a pass form a tree (tree training, arXiv 2511.00413): a token attends to those on the path from the root to itself. A
 //! prefix of several rows, such as a system prompt, is a span of its own, and the context of the spans after it; a row's prompt and the two
-//! answers to it are one span.
+//! answers to it are one span. The answers to a prompt stay together whatever rows are beside theirs, so that the bits of a row don't depend
+//! on the other rows of a pass.
+
+use std::collections::HashMap;
 
 use pipeline_kernels::attention::{Span, Spans, Visible};
 
@@ -143,6 +146,41 @@ fn split<'a>(members: &[Member<'a>], at: usize) -> Vec<Vec<Member<'a>>> {
         }
     }
     groups.into_iter().map(|(_, group)| group).collect()
+}
+
+/// The pairs among sequences with a common prefix whose two sequences part right behind it, those with equal ids together, and the other
+/// sequences.
+fn parting_pairs<'a>(
+    members: &[Member<'a>],
+    common: usize,
+) -> (Vec<Vec<[Member<'a>; 2]>>, Vec<Member<'a>>) {
+    let by_number: HashMap<usize, Member<'a>> = members
+        .iter()
+        .map(|member| (member.number, *member))
+        .collect();
+    let parts_from = |member: &Member<'a>| {
+        let partner = by_number.get(&member.partner()?)?;
+        (member.ids().get(common) != partner.ids().get(common)).then_some(*partner)
+    };
+    let mut pairs: Vec<Vec<[Member<'a>; 2]>> = Vec::new();
+    let mut known: HashMap<[&'a [u32]; 2], usize> = HashMap::new();
+    let mut rest = Vec::new();
+    for member in members {
+        let Some(partner) = parts_from(member) else {
+            rest.push(*member);
+            continue;
+        };
+        if member.number > partner.number {
+            continue;
+        }
+        let ids = [member.sequence.ids.as_slice(), &partner.sequence.ids];
+        let index = *known.entry(ids).or_insert_with(|| {
+            pairs.push(Vec::new());
+            pairs.len() - 1
+        });
+        pairs[index].push([*member, partner]);
+    }
+    (pairs, rest)
 }
 
 impl Layout {
@@ -301,15 +339,26 @@ impl Layout {
             self.branching_span(members, start, common);
             return;
         }
-        let groups = split(members, common);
+        let (pairs, rest) = parting_pairs(members, common);
+        let groups = split(&rest, common);
         let mut start = start.clone();
-        if (groups.len() - 1) * (common - start.tokens.len()) >= WORTHWHILE {
+        if (pairs.len() + groups.len() - 1) * (common - start.tokens.len()) >= WORTHWHILE {
             let from = self.ids.len();
             // The prefix is added for the first sequence alone, whose tokens are listed again together with the rest.
             self.span(&[*first], &start, common, common);
             start.tokens.extend(from..self.ids.len());
             start.spans.push(self.spans.len() - 1);
             self.token_indices[first.number].clear();
+        }
+        for same in pairs {
+            self.branching_span(&same[0], &start, common);
+            for (side, known) in same[0].iter().enumerate() {
+                for other in &same[1..] {
+                    let tokens = self.token_indices[known.number].clone();
+                    self.token_indices[other[side].number] = tokens;
+                    self.branches[other[side].number] = self.branches[known.number];
+                }
+            }
         }
         for group in groups {
             self.grow(&group, &start);
@@ -498,6 +547,16 @@ mod tests {
             }
             assert!(used.into_iter().all(|used| used));
             assert_eq!(layout.padded_index.len(), layout.ids.len());
+            // A pair's keys lie where they lie without other rows.
+            for row in 0..4 {
+                let [chosen, rejected] = [row, row + 4].map(|row| &pairs.sequences[row].ids);
+                let both = chosen.iter().zip(rejected);
+                let common = both.take_while(|(a, b)| a == b).count();
+                if chosen != rejected {
+                    assert_eq!(layout.branches[row], (0, 0));
+                    assert_eq!(layout.branches[row + 4], (common, chosen.len()));
+                }
+            }
         }
     }
 

@@ -76,7 +76,7 @@ impl PassSizes {
             queries: arch.num_attention_heads * arch.head_dim,
             keys: arch.num_key_value_heads * arch.head_dim,
             heads: arch.num_attention_heads,
-            vocabulary: arch.vocab_size,
+            vocabulary: arch.head_rows(),
             ranks,
             half: compute == DType::BF16,
             drops,

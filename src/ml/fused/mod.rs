@@ -29,7 +29,7 @@ pub(super) mod weights;
 use std::sync::Arc;
 
 use candle_core::Result;
-use pipeline_kernels::panels::{panels, size};
+use pipeline_kernels::panels::{fill, panels, size};
 
 use super::model::batch::{Batch, Target};
 use super::model::head::Positions;
@@ -108,7 +108,7 @@ impl<'m, D: Device> Forward<'m, D> {
         model.refresh()?;
         device.begin(model, panels(shape.tokens));
         let mut x = device.take(size(shape.hidden, shape.tokens));
-        embed(model, &layout, pass, device, &mut x)?;
+        embed(model, &layout, batches, pass, device, &mut x)?;
         let mut saved = Vec::new();
         let mut base = None;
         let lowest = lowest(model);
@@ -198,7 +198,7 @@ impl<'m, D: Device> Forward<'m, D> {
     /// sum of these is multiplied.
     fn mean_logits(&self, tokens: &[usize]) -> Result<Vec<f64>> {
         let arch = &self.model.arch;
-        let vocabulary = arch.vocab_size as f64;
+        let vocabulary = arch.head_rows() as f64;
         if let Some(cap) = arch.logit_softcap {
             let sums = head::capped_sums(self, tokens, cap as f32)?;
             return Ok(sums.into_iter().map(|sum| sum / vocabulary).collect());
@@ -244,13 +244,13 @@ impl<'m, D: Device> Forward<'m, D> {
         let total = self
             .device
             .weighted_sum(&self.hidden, hidden, weights, &sums)?;
-        Ok(total * self.model.arch.logit_scale / (self.model.arch.vocab_size * all) as f64)
+        Ok(total * self.model.arch.logit_scale / (self.model.arch.head_rows() * all) as f64)
     }
 
     /// Backpropagates `grad_logps`, the gradient with respect to the scored log-probabilities, and adds the gradients with respect to the
     /// parameters to `gradients`.
     fn backward(
-        mut self,
+        self,
         scored: Scored<D>,
         grad_logps: &[f32],
         gradients: &mut Gradients,
@@ -259,6 +259,29 @@ impl<'m, D: Device> Forward<'m, D> {
         let mut trainable = Trainable::new(model, device, gradients);
         let mut grad_hidden = device.take(device.length(&self.hidden));
         scored.backward(&self, grad_logps, &mut grad_hidden, &mut trainable)?;
+        self.backward_from(grad_hidden, trainable)
+    }
+
+    /// The same for `grad_scores`, the gradient with respect to the numbers that the head of a scoring model gives of `targets`.
+    fn backward_scores(
+        self,
+        targets: &[Target],
+        grad_scores: &[f32],
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        let (model, device) = (self.model, self.device);
+        let mut trainable = Trainable::new(model, device, gradients);
+        let grad_hidden = head::backward_scores(&self, targets, grad_scores, &mut trainable)?;
+        self.backward_from(grad_hidden, trainable)
+    }
+
+    /// The backward pass from `grad_hidden`, the gradient with respect to the final hidden states (panels), on.
+    fn backward_from(
+        mut self,
+        grad_hidden: D::Buffer,
+        mut trainable: Trainable<'_, D>,
+    ) -> Result<()> {
+        let (model, device) = (self.model, self.device);
         let mut grad_x = device.take(device.length(&self.last));
         device.clear(&mut grad_x);
         let norm = TensorView::weight(&model.norm.weight, self.pass)?;
@@ -348,7 +371,7 @@ fn base_input<D: Device>(
 ) -> Result<D::Buffer> {
     let mut own = device.take(device.length(x));
     if number == 0 {
-        embed(model, layout, Pass::BASE, device, &mut own)?;
+        embed(model, layout, &[], Pass::BASE, device, &mut own)?;
     } else {
         device.copy(x, &mut own);
     }
@@ -359,12 +382,27 @@ fn base_input<D: Device>(
 fn embed<D: Device>(
     model: &CausalLm,
     layout: &Layout,
+    batches: &[&Batch],
     pass: Pass,
     device: &D,
     x: &mut D::Buffer,
 ) -> Result<()> {
     let factor = model.arch.embedding_scale;
-    device.lookup(&model.embed, pass, &layout.ids, factor, x)
+    device.lookup(&model.embed, pass, &layout.ids, factor, x)?;
+    if let Some(noise) = pass.noise {
+        let (width, count) = (model.arch.hidden_size, layout.ids.len());
+        let mut rows = vec![0f32; count * width];
+        let lengths: Vec<usize> = batches.iter().map(|batch| batch.width).collect();
+        let tokens = layout.padded_index.iter().copied();
+        model::noise::add(noise, &mut rows, width, tokens, &lengths);
+        let mut panels = vec![0f32; device.length(x)];
+        fill(&mut panels, width, count, |token| {
+            rows.get(token * width..(token + 1) * width)
+                .unwrap_or_default()
+        });
+        device.add(x, &device.upload(panels), 1.);
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! The fast path beside the reference: losses, metrics and gradients.
 
 mod beside_base;
+mod bits;
 mod decode;
 mod families;
 #[cfg(feature = "gpu")]
@@ -20,7 +21,7 @@ use crate::ml::io::float::Float;
 use crate::ml::io::weights::Weights;
 use crate::ml::lora::init;
 use crate::ml::loss::orpo::Orpo;
-use crate::ml::loss::sft::Sft;
+use crate::ml::loss::sft::{PackingStrategy, Sft, pack};
 use crate::ml::loss::{Loss, Outcome};
 use crate::ml::model::Trained;
 use crate::ml::model::arch::{Arch, LayerArch, default_score_scale};
@@ -249,7 +250,7 @@ fn packed_rows_keep_to_themselves() {
     let objective: &dyn Loss = &Sft {
         completion_only: true,
     };
-    let packed = crate::ml::loss::sft::pack(rows[..6].to_vec(), 192, true);
+    let packed = pack(rows[..6].to_vec(), 192, true, PackingStrategy::Bfd);
     let rows: Vec<_> = packed.rows.iter().collect();
     let batch = objective.batch(&rows, 1023).unwrap();
     assert!(batch.positions().is_some());

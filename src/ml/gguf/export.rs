@@ -127,6 +127,10 @@ pub fn export(
     progress: &mut dyn FnMut(u64, u64) -> anyhow::Result<()>,
 ) -> anyhow::Result<Exported> {
     let (arch, weights) = tied::open(model)?;
+    ensure!(
+        !arch.scores,
+        "the model's head gives scores (`score.weight`), which is not written as GGUF"
+    );
     let gguf = architecture(&arch)?;
     let hyperparameters = hyperparameters(gguf, &arch)?;
     let mut metadata = metadata;

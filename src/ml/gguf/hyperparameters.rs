@@ -1,8 +1,10 @@
 //! A model's architecture as the keys of a GGUF file, by the names and with the meaning of llama.cpp's converter (`conversion/*.py`), and the
-//! tensors that hold factors of the rotary embedding.
+//! tensors that hold factors of the rotary embeddings.
 //!
 //! What llama.cpp computes in another way than the family does in transformers is an error, or a warning where it only matters beyond
 //! some length.
+
+mod ropes;
 
 use anyhow::{Context as _, bail, ensure};
 use serde_json::{Map, Value as Json};
@@ -39,33 +41,6 @@ impl Config<'_> {
         let size = self.keys.get(name).and_then(Json::as_u64);
         let size = size.and_then(|size| u32::try_from(size).ok());
         size.with_context(|| format!("`{name}` is missing in the model's configuration"))
-    }
-
-    /// The setting of the rotary embedding; newer files have it in `rope_parameters`, for each type of layer where they differ.
-    fn rope(&self, name: &str) -> Option<&Json> {
-        let parameters = self.keys.get("rope_parameters").and_then(Json::as_object);
-        let own = parameters.map(|all| {
-            let full = all.get("full_attention").and_then(Json::as_object);
-            full.unwrap_or(all)
-        });
-        let scaling = self.keys.get("rope_scaling").and_then(Json::as_object);
-        let found = own.and_then(|own| own.get(name));
-        let found = found.or_else(|| scaling.and_then(|scaling| scaling.get(name)));
-        found.or_else(|| self.keys.get(name).filter(|_| name == "rope_theta"))
-    }
-
-    fn rope_number(&self, name: &str) -> Option<f64> {
-        self.rope(name).and_then(Json::as_f64)
-    }
-
-    fn rope_factors(&self, name: &str) -> anyhow::Result<Vec<f32>> {
-        let factors = self.rope(name).and_then(Json::as_array);
-        let factors = factors.with_context(|| format!("the rotary embedding has no `{name}`"))?;
-        let numbers = factors
-            .iter()
-            .map(|factor| factor.as_f64().map(|f| f as f32));
-        let numbers: Option<Vec<f32>> = numbers.collect();
-        numbers.with_context(|| format!("`{name}` of the rotary embedding is no list of numbers"))
     }
 
     fn put(&mut self, name: &str, value: Value) {
@@ -114,7 +89,7 @@ pub(super) fn hyperparameters(gguf: &GgufArch, arch: &Arch) -> anyhow::Result<Hy
         config.put(name, Value::U32(head));
     }
     config.put_number("attention.layer_norm_rms_epsilon", arch.rms_norm_eps);
-    rope(&mut config, u32::try_from(arch.rotary_dim)?)?;
+    ropes::write(&mut config, gguf, arch)?;
     check_options(gguf, arch)?;
     windows(&mut config, gguf, arch)?;
     match gguf.name {
@@ -125,6 +100,12 @@ pub(super) fn hyperparameters(gguf: &GgufArch, arch: &Arch) -> anyhow::Result<Hy
             config.copy("logit_scale", "logits_scaling");
         }
         "gemma2" | "gemma3" => {
+            // Without the keys llama.cpp takes 50 and 30.
+            ensure!(
+                gguf.name == "gemma3"
+                    || arch.score_softcap.is_some() && arch.logit_softcap.is_some(),
+                "llama.cpp computes Gemma 2 with soft-caps only, of scores and of logits, and this model lacks one"
+            );
             config.copy("attn_logit_softcapping", "attn_logit_softcapping");
             config.copy("final_logit_softcapping", "final_logit_softcapping");
             score_scale(&config, gguf, arch)?;
@@ -154,7 +135,7 @@ fn check_options(gguf: &GgufArch, arch: &Arch) -> anyhow::Result<()> {
         },
         other.map_or(0, |(number, _)| number)
     );
-    let gelu = ["gemma2", "gemma3"].contains(&gguf.name);
+    let gelu = ["gemma", "gemma2", "gemma3"].contains(&gguf.name);
     ensure!(
         gelu == (arch.activation == Activation::GeluTanh),
         "llama.cpp computes `{}` models with {} in the gate, and this model has {:?}",
@@ -169,6 +150,29 @@ fn check_options(gguf: &GgufArch, arch: &Arch) -> anyhow::Result<()> {
         bias.is_none(),
         "llama.cpp has no bias beside this projection of `{}` models: {bias:?}",
         gguf.name
+    );
+    check_shapes(gguf, arch)
+}
+
+/// What llama.cpp takes for granted of an architecture's tensors: it doesn't open a file in which that is otherwise.
+fn check_shapes(gguf: &GgufArch, arch: &Arch) -> anyhow::Result<()> {
+    let all_heads = arch.num_attention_heads * arch.head_dim;
+    ensure!(
+        all_heads == arch.hidden_size || !["qwen2", "olmo2", "phi3"].contains(&gguf.name),
+        "the heads of `{}` models are together as wide as the hidden states in llama.cpp, and this model's are {all_heads} wide in place of {}",
+        gguf.name,
+        arch.hidden_size
+    );
+    let tied = arch.tie_word_embeddings;
+    let (never, always) = (
+        gguf.name == "olmo2",
+        ["gemma", "gemma2"].contains(&gguf.name),
+    );
+    ensure!(
+        !(tied && never || !tied && always),
+        "llama.cpp knows `{}` models only {} the embeddings for a head, and this model has `tie_word_embeddings: {tied}`",
+        gguf.name,
+        if never { "without" } else { "with" }
     );
     Ok(())
 }
@@ -238,128 +242,4 @@ fn windows(config: &mut Config<'_>, gguf: &GgufArch, arch: &Arch) -> anyhow::Res
             Ok(())
         }
     }
-}
-
-/// The rotary embedding.
-fn rope(config: &mut Config<'_>, width: u32) -> anyhow::Result<()> {
-    let theta = config.rope_number("rope_theta").unwrap_or(10_000.);
-    config.put("rope.dimension_count", Value::U32(width));
-    config.put_number("rope.freq_base", theta);
-    let local = config.keys.get("rope_parameters");
-    let local = local.and_then(|all| all.get("sliding_attention")?.get("rope_theta")?.as_f64());
-    if let Some(local) = local.or_else(|| config.number("rope_local_base_freq")) {
-        config.put_number("rope.freq_base_swa", local);
-    }
-    let kind = config.rope("rope_type").or_else(|| config.rope("type"));
-    let kind = kind.and_then(Json::as_str).unwrap_or("default").to_owned();
-    let needed = |config: &Config<'_>, name: &str| {
-        let number = config.rope_number(name);
-        number.with_context(|| format!("the rotary embedding has no `{name}`"))
-    };
-    match kind.as_str() {
-        "default" => {}
-        "linear" => {
-            let factor = needed(config, "factor")?;
-            config.put("rope.scaling.type", Value::String("linear".into()));
-            config.put_number("rope.scaling.factor", factor);
-        }
-        "llama3" => {
-            let factors = llama3_factors(
-                theta,
-                width,
-                needed(config, "factor")?,
-                needed(config, "low_freq_factor")?,
-                needed(config, "high_freq_factor")?,
-                needed(config, "original_max_position_embeddings")?,
-            );
-            config.out.tensors.push(("rope_freqs.weight", factors));
-        }
-        "yarn" => {
-            let factor = needed(config, "factor")?;
-            let original = match config.rope_number("original_max_position_embeddings") {
-                Some(original) => original,
-                None => f64::from(config.size("max_position_embeddings")?),
-            };
-            config.put("rope.scaling.type", Value::String("yarn".into()));
-            config.put_number("rope.scaling.factor", factor);
-            config.put(
-                "rope.scaling.original_context_length",
-                Value::U32(original as u32),
-            );
-            for (name, from) in [
-                ("rope.scaling.yarn_attn_factor", "attention_factor"),
-                ("rope.scaling.yarn_beta_fast", "beta_fast"),
-                ("rope.scaling.yarn_beta_slow", "beta_slow"),
-            ] {
-                if let Some(value) = config.rope_number(from) {
-                    config.put_number(name, value);
-                }
-            }
-        }
-        "longrope" | "su" => longrope(config)?,
-        "dynamic" => config.out.warnings.push(
-            "llama.cpp has no dynamic scaling of the rotary embedding: answers are the model's up to its original length only".into(),
-        ),
-        other => bail!("llama.cpp has no rotary embedding of the type `{other}`"),
-    }
-    Ok(())
-}
-
-/// Phi-3's two lists of factors, of which llama.cpp takes one by the length of its context, and the factor of the rotation.
-fn longrope(config: &mut Config<'_>) -> anyhow::Result<()> {
-    let (long, short) = (
-        config.rope_factors("long_factor")?,
-        config.rope_factors("short_factor")?,
-    );
-    let most = f64::from(config.size("max_position_embeddings")?);
-    let original = config
-        .rope_number("original_max_position_embeddings")
-        .or_else(|| config.number("original_max_position_embeddings"))
-        .context("the rotary embedding has no `original_max_position_embeddings`")?;
-    let scale = most / original;
-    let factor = config.rope_number("attention_factor").unwrap_or_else(|| {
-        if scale > 1. {
-            (1. + scale.ln() / original.ln()).sqrt()
-        } else {
-            1.
-        }
-    });
-    config.put("rope.scaling.type", Value::String("longrope".into()));
-    config.put(
-        "rope.scaling.original_context_length",
-        Value::U32(original as u32),
-    );
-    config.put_number("rope.scaling.attn_factor", factor);
-    config.out.tensors.push(("rope_factors_long.weight", long));
-    config
-        .out
-        .tensors
-        .push(("rope_factors_short.weight", short));
-    Ok(())
-}
-
-/// Llama 3's scaling as factors by which llama.cpp divides frequencies (`_compute_llama3_parameters` in transformers'
-/// `modeling_rope_utils.py`): 1 for short wavelengths, `factor` for long ones, and between them a mean of both.
-fn llama3_factors(
-    theta: f64,
-    width: u32,
-    factor: f64,
-    low: f64,
-    high: f64,
-    original: f64,
-) -> Vec<f32> {
-    let pairs = (0..width / 2).map(f64::from);
-    let factors = pairs.map(|pair| {
-        let frequency = theta.powf(-2. * pair / f64::from(width));
-        let wavelength = 2. * std::f64::consts::PI / frequency;
-        if wavelength < original / high {
-            1.
-        } else if wavelength > original / low {
-            factor
-        } else {
-            let smooth = (original / wavelength - low) / (high - low);
-            1. / ((1. - smooth) / factor + smooth)
-        }
-    });
-    factors.map(|factor| factor as f32).collect()
 }

@@ -10,10 +10,12 @@ use super::dequantise::dequantise;
 use super::names::GgufArch;
 use super::read::File;
 
-/// The factors of the rotary embedding by Llama 3's scaling.
-const FREQUENCIES: &str = "rope_freqs.weight";
-const LONG: &str = "rope_factors_long.weight";
-const SHORT: &str = "rope_factors_short.weight";
+/// The tensor of factors by Llama 3's scaling.
+pub(super) const FREQUENCIES: &str = "rope_freqs.weight";
+/// The tensor of factors for texts longer than the original length.
+pub(super) const LONG: &str = "rope_factors_long.weight";
+/// The tensor of factors for other texts.
+pub(super) const SHORT: &str = "rope_factors_short.weight";
 /// Tensors of a file that are no weights: what they say goes to `config.json`.
 pub(super) const TENSORS: [&str; 3] = [FREQUENCIES, LONG, SHORT];
 /// The largest relative difference of a factor that is taken for rounding.
@@ -26,6 +28,16 @@ pub(super) struct Context {
     pub(super) theta: Option<f64>,
     /// The longest sequence.
     pub(super) length: u64,
+}
+
+/// The factor of cosines and sines that llama.cpp computes for `YaRN` by a `factor` of wavelengths; a file's `rope.scaling.attn_factor`
+/// multiplies it.
+pub(super) fn yarn_attention(factor: f64) -> f64 {
+    if factor > 1. {
+        1. + 0.1 * factor.ln()
+    } else {
+        1.
+    }
 }
 
 /// Adds `rope_scaling`, where there is any.
@@ -93,6 +105,12 @@ pub(super) fn scaling(
                     if let Some(value) = number(theirs)? {
                         scaling[ours] = json!(value);
                     }
+                }
+                // `yarn_attn_factor` is what the model's own configuration said, by llama.cpp's converter.
+                if let Some(own) = number("attn_factor")?
+                    && scaling.get("attention_factor").is_none()
+                {
+                    scaling["attention_factor"] = json!(own * yarn_attention(factor));
                 }
                 scaling
             }

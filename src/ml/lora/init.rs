@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context as _, bail, ensure};
 use candle_core::{Device, Tensor};
 
+use super::principal;
 use crate::ml::adapter::{Adapter, AdapterConfig, LoraPair, NewAdapter, Selection};
 use crate::ml::model::arch::Arch;
 use crate::ml::model::tensors::{Module, modules, projection_names};
@@ -19,6 +20,23 @@ use crate::ml::torch_rng::TorchRng;
 /// # Errors
 /// The settings select no module, or one that can't have matrices.
 pub fn adapter(arch: &Arch, new: &NewAdapter, seed: u64) -> anyhow::Result<Adapter> {
+    drawn(arch, new, seed, pair)
+}
+
+/// Makes an adapter like [`adapter`], in which A and B of each projection are random matrices whose product B A is 0 (PEFT's
+/// `init_lora_weights: orthogonal`; `LoraLayer.orthogonal_init` in `peft/tuners/lora/layer.py`): their rows and columns are combinations of
+/// different rows of one orthogonal matrix.
+///
+/// # Errors
+/// As [`adapter`], and a rank is odd or 2.
+pub fn orthogonal(arch: &Arch, new: &NewAdapter, seed: u64) -> anyhow::Result<Adapter> {
+    drawn(arch, new, seed, orthogonal_pair)
+}
+
+/// Makes the matrices of a projection (out, in) of this rank.
+type Draw = fn(&mut TorchRng, (usize, usize), usize, &NewAdapter) -> anyhow::Result<LoraPair>;
+
+fn drawn(arch: &Arch, new: &NewAdapter, seed: u64, draw: Draw) -> anyhow::Result<Adapter> {
     let settings = AdapterConfig::new(new)?;
     let mut rng = TorchRng::new(seed);
     let mut tensors = BTreeMap::new();
@@ -38,7 +56,7 @@ pub fn adapter(arch: &Arch, new: &NewAdapter, seed: u64) -> anyhow::Result<Adapt
         );
         let r = settings.rank(&path);
         let pair = match module {
-            Module::Linear(out, input) => pair(&mut rng, (out, input), r, new),
+            Module::Linear(out, input) => draw(&mut rng, (out, input), r, new),
             Module::Embedding(rows, width) => embedding(&mut rng, (rows, width), r, new),
             Module::Other => bail!(
                 "`target_modules` means `{path}` too ({}), beside which matrices can't stand; expected projections such as {}, \
@@ -135,6 +153,32 @@ fn pair(
     Ok(LoraPair {
         a: Tensor::from_vec(a, (r, input), &Device::Cpu)?,
         b: Tensor::from_vec(b, (out, r), &Device::Cpu)?,
+        magnitude: None,
+    })
+}
+
+/// The pair of a projection that begins with orthogonal matrices. `nn.Linear` draws numbers of both before.
+fn orthogonal_pair(
+    rng: &mut TorchRng,
+    (out, input): (usize, usize),
+    r: usize,
+    _: &NewAdapter,
+) -> anyhow::Result<LoraPair> {
+    let too_large = "it is too large";
+    rng.skip(r.checked_mul(input).context(too_large)?);
+    rng.skip(r.checked_mul(out).context(too_large)?);
+    let square = r.checked_mul(r).context(too_large)?;
+    let (even, odd) = principal::halves(&rng.normal(square)?, r)?;
+    let half = r / 2;
+    let matrix =
+        |values: Vec<f32>, shape: (usize, usize)| Tensor::from_vec(values, shape, &Device::Cpu);
+    let of_input = matrix(rng.normal(input * half)?, (input, half))?;
+    let of_output = matrix(rng.normal(half * out)?, (half, out))?;
+    let a = (of_input.matmul(&matrix(even, (half, r))?)?.t()? / 10.)?;
+    let b = (of_output.t()?.matmul(&matrix(odd, (half, r))?)? / 10.)?;
+    Ok(LoraPair {
+        a: a.contiguous()?,
+        b: b.contiguous()?,
         magnitude: None,
     })
 }

@@ -28,7 +28,7 @@ pub struct MergeCheck {
     /// The largest difference between two logits.
     pub largest: f64,
     /// The norm of the difference of the logits, relative to the norm of the logits. The mean of each position is subtracted from both,
-    /// because it does not change the probabilities.
+    /// because it does not change the probabilities; not of scores.
     pub relative: f64,
     /// The effect of the adapter, measured in the same way: the difference of the base's logits with it and without it.
     pub effect: f64,
@@ -77,6 +77,7 @@ pub fn verify_merge(
         weights: &weights,
         adapter: Some(adapter),
     };
+    let scores = base.arch.scores;
     let (arch, weights) = tied::open(merged)?;
     let merged = MappedModel {
         arch: &arch,
@@ -89,9 +90,13 @@ pub fn verify_merge(
         by_reference(base, merged, &batch, progress)?
     };
 
-    let length: f64 = positions.iter().map(|p| p.with.spread(p.count)).sum();
-    let apart: f64 = positions.iter().map(|p| p.apart.spread(p.count)).sum();
-    let effect: f64 = positions.iter().map(|p| p.effect.spread(p.count)).sum();
+    // Of a score nothing may be subtracted.
+    let norm = |of: &Moments, count: usize| {
+        if scores { of.squares } else { of.spread(count) }
+    };
+    let length: f64 = positions.iter().map(|p| norm(&p.with, p.count)).sum();
+    let apart: f64 = positions.iter().map(|p| norm(&p.apart, p.count)).sum();
+    let effect: f64 = positions.iter().map(|p| norm(&p.effect, p.count)).sum();
     ensure!(
         length.is_finite() && length > 0.,
         "the base with the adapter gives no finite logits; the adapter may have diverged in its training"
@@ -185,7 +190,7 @@ fn by_kernels(
     let own = merged.hidden(&[batch], tokens, &mut |number| done(layers + number))?;
     let (both, own) = (Factor::F32(&both), Factor::F32(&own));
     let mut positions: Vec<Position> = (0..tokens).map(|_| Position::default()).collect();
-    let vocabulary = base.arch.vocab_size;
+    let vocabulary = base.arch.head_rows();
     let packed = (base.head_in_4_bits()?, merged.head_in_4_bits()?);
     let (mut of_both, mut of_own) = (Vec::new(), Vec::new());
     for start in (0..vocabulary).step_by(HEAD_ROWS) {

@@ -233,6 +233,7 @@ mod tests {
             token_stats: None,
             target_logits: None,
             sequence_logits: None,
+            mismatched: None,
         };
         loss.loss(&scored).unwrap()
     }

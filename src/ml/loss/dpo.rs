@@ -31,6 +31,9 @@ pub struct Dpo {
     /// The weight of the tokens by which an answer is longer than the other one of its pair, in [0, 1] (Liu et al. 2024, LD-DPO, arXiv
     /// 2409.06411); without it all tokens weigh 1.
     pub ld_alpha: Option<f64>,
+    /// Whether the loss of a pair is multiplied by how probable both of its answers are for the model that is trained, for all losses that
+    /// are of pairs (Zhou et al. 2024, WPO, arXiv 2406.11827, equation 2): see [`Dpo::weighting`].
+    pub use_weighting: bool,
     /// What the policy is held to the reference by.
     pub divergence: Divergence,
     /// The temperature of [`LossType::Discopop`].
@@ -45,6 +48,7 @@ impl Dpo {
             label_smoothing,
             terms: vec![(LossType::Sigmoid, 1.)],
             ld_alpha: None,
+            use_weighting: false,
             divergence: Divergence::ReverseKl,
             discopop_tau: 0.05,
         }
@@ -66,6 +70,35 @@ impl Dpo {
             }
         });
         Some(weights.collect())
+    }
+
+    /// The weight of each pair, which counts as a constant: the product over both answers of `exp(mean(log p - log sum q^2))` over the
+    /// answer's tokens, of which p is the probability and q that of each id in its place. `logps` are those of `targets`, and `answers` has
+    /// the number of targets of each.
+    ///
+    /// # Errors
+    /// `stats` is missing.
+    fn weighting(
+        &self,
+        scored: &Scored<'_>,
+        answers: &[(f64, usize)],
+    ) -> anyhow::Result<Option<Vec<f64>>> {
+        if !self.use_weighting {
+            return Ok(None);
+        }
+        let stats = scored
+            .token_stats
+            .context("there are no sums of squared probabilities")?;
+        let mut sums = vec![0f64; answers.len()];
+        for ((target, logp), stats) in scored.targets.iter().zip(scored.logps).zip(stats) {
+            sums[target.row] += logp - stats.log_sum_sq_probs;
+        }
+        let means = sums.iter().zip(answers);
+        let weights: Vec<f64> = means.map(|(sum, (_, n))| (sum / *n as f64).exp()).collect();
+        let (chosen, rejected) = weights.split_at(answers.len() / 2);
+        Ok(Some(
+            chosen.iter().zip(rejected).map(|(c, r)| c * r).collect(),
+        ))
     }
 }
 
@@ -145,6 +178,7 @@ impl Loss for Dpo {
         };
         let (policy_margins, reference_margins) = (differences(&policy), differences(&reference));
 
+        let weighting = self.weighting(scored, &counted.answers)?;
         // The targets of the preferred answers come first.
         let border = targets.partition_point(|target| target.row < pairs);
         let mut loss = 0.;
@@ -157,7 +191,10 @@ impl Loss for Dpo {
                 grad_token -= weight / border as f64;
                 continue;
             }
-            let losses = self.pairs(kind, &all, &policy_margins, &reference_margins);
+            let mut losses = self.pairs(kind, &all, &policy_margins, &reference_margins);
+            for (own, weight) in losses.iter_mut().zip(weighting.iter().flatten()) {
+                *own = own.times(*weight);
+            }
             loss += weight * mean(losses.iter().map(|own| own.loss));
             for (pair, own) in losses.iter().enumerate() {
                 grad_answers[pair] += weight * own.grad_chosen / pairs as f64;

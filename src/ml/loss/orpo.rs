@@ -179,6 +179,7 @@ mod tests {
             token_stats: None,
             target_logits: None,
             sequence_logits: Some([0., 0.]),
+            mismatched: None,
         }
     }
 

@@ -133,34 +133,67 @@ pub fn has_target(row: &Row, completion_only: bool) -> bool {
 pub struct Packed {
     /// The sequences. Each is a row that holds the rows packed with it.
     pub rows: Vec<Row>,
-    /// The number of rows that were truncated.
+    /// The number of rows that were truncated, or split.
     pub cut: usize,
     /// The number of rows that were dropped, because truncation left them without a target.
     pub dropped: usize,
 }
 
-/// Packs rows into sequences of at most `length` ids by best fit decreasing, as TRL does (`packing_strategy: bfd`,
-/// `trl/data_utils.py`, `_pack_bfd`): the longest row first, and each into the fullest sequence that has room. Longer rows are
-/// truncated at the end. With `completion_only`, rows whose answer is cut off entirely are dropped.
-pub fn pack(rows: Vec<Row>, length: usize, completion_only: bool) -> Packed {
+/// What becomes of rows that are longer than a packed sequence.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum PackingStrategy {
+    /// They are truncated at the end.
+    #[default]
+    Bfd,
+    /// They are split, and each part is packed like a row of its own, so that no token is lost. A part sees nothing of the part before it.
+    BfdSplit,
+}
+
+/// Packs rows into sequences of at most `length` ids by best fit decreasing, as TRL does (`trl/data_utils.py`, `_pack_bfd`): the longest row
+/// first, and each into the fullest sequence that has room. Longer rows are truncated or split as `strategy` says. With `completion_only`,
+/// truncated rows whose answer is cut off entirely are dropped, and so are sequences without a target.
+pub fn pack(
+    rows: Vec<Row>,
+    length: usize,
+    completion_only: bool,
+    strategy: PackingStrategy,
+) -> Packed {
     let mut packed = Packed::default();
-    let mut kept = Vec::with_capacity(rows.len());
-    for mut row in rows {
-        if row.prompt.len() + row.chosen.len() > length {
-            row.prompt.truncate(length);
-            row.chosen.truncate(length - row.prompt.len());
-            if let Some(mask) = &mut row.mask {
-                mask.truncate(length);
+    let mut chunks: Vec<Vec<Row>> = Vec::new();
+    match strategy {
+        PackingStrategy::Bfd => {
+            let mut kept = Vec::with_capacity(rows.len());
+            for mut row in rows {
+                if row.prompt.len() + row.chosen.len() > length {
+                    row.prompt.truncate(length);
+                    row.chosen.truncate(length - row.prompt.len());
+                    if let Some(mask) = &mut row.mask {
+                        mask.truncate(length);
+                    }
+                    packed.cut += 1;
+                }
+                if has_target(&row, completion_only) {
+                    kept.push(row);
+                } else {
+                    packed.dropped += 1;
+                }
             }
-            packed.cut += 1;
+            chunks.extend(kept.chunks(PACKED_AT_ONCE).map(<[Row]>::to_vec));
         }
-        if has_target(&row, completion_only) {
-            kept.push(row);
-        } else {
-            packed.dropped += 1;
+        PackingStrategy::BfdSplit => {
+            for rows in rows.chunks(PACKED_AT_ONCE) {
+                let parts = rows.iter().map(|row| split(row, length));
+                let mut all = Vec::with_capacity(rows.len());
+                for parts in parts {
+                    packed.cut += usize::from(parts.len() > 1);
+                    all.extend(parts);
+                }
+                chunks.push(all);
+            }
         }
     }
-    for rows in kept.chunks(PACKED_AT_ONCE) {
+    for rows in &chunks {
         let lengths: Vec<usize> = rows
             .iter()
             .map(|row| row.prompt.len() + row.chosen.len())
@@ -169,11 +202,35 @@ pub fn pack(rows: Vec<Row>, length: usize, completion_only: bool) -> Packed {
             let mut rows = bin.iter().filter_map(|&index| rows.get(index)).cloned();
             if let Some(mut first) = rows.next() {
                 first.packed.extend(rows);
-                packed.rows.push(first);
+                // A sequence that is nothing but parts of prompts teaches nothing.
+                let mut all = std::iter::once(&first).chain(&first.packed);
+                if all.any(|row| has_target(row, completion_only)) {
+                    packed.rows.push(first);
+                }
             }
         }
     }
     packed
+}
+
+/// Splits a row into parts of `length` ids, of which the last may be shorter. A part that begins in the answer has no prompt.
+fn split(row: &Row, length: usize) -> Vec<Row> {
+    let (prompt, all) = (row.prompt.len(), row.prompt.len() + row.chosen.len());
+    let starts = (0..all).step_by(length.max(1));
+    let part = |start: usize| {
+        let end = (start + length).min(all);
+        let of_answer = start.max(prompt) - prompt..end.max(prompt) - prompt;
+        Row {
+            prompt: row.prompt[start.min(prompt)..end.min(prompt)].to_vec(),
+            chosen: row.chosen[of_answer].to_vec(),
+            mask: row.mask.as_ref().map(|mask| {
+                let scored = (start..end).map(|at| mask.get(at).copied().unwrap_or(true));
+                scored.collect()
+            }),
+            ..Row::default()
+        }
+    };
+    starts.map(part).collect()
 }
 
 /// Packs items of the given lengths into bins of `size` by best fit decreasing. Returns the indices of the items in each bin. Empty

@@ -18,6 +18,11 @@
 
 use candle_core::DType;
 
+/// The head's weight (vocabulary, hidden).
+pub const HEAD: &str = "lm_head.weight";
+/// The weight (1, hidden) of a head that gives one number.
+pub const SCORE: &str = "score.weight";
+
 /// A model's architecture, and the other settings of its `config.json`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Arch {
@@ -71,6 +76,9 @@ pub struct Arch {
     pub biases: Vec<Projection>,
     /// Whether the head is tied to the embeddings, that is, has the same weight.
     pub tie_word_embeddings: bool,
+    /// Whether the head gives one number instead of logits: the score of a sequence at its last token (transformers' models
+    /// `ForSequenceClassification` with one label, which are reward models). Such a head is not tied, and its number is not scaled or capped.
+    pub scores: bool,
 
     /// The longest sequence for which the model was made, in tokens; nothing is computed from it.
     pub max_position_embeddings: usize,
@@ -271,6 +279,28 @@ impl Projection {
 }
 
 impl Arch {
+    /// The name of the head's weight, where it is not tied.
+    pub fn head_name(&self) -> &'static str {
+        if self.scores { SCORE } else { HEAD }
+    }
+
+    /// The number of rows of the head's weight.
+    pub fn head_rows(&self) -> usize {
+        if self.scores { 1 } else { self.vocab_size }
+    }
+
+    /// The architecture of a model with the same layers whose head gives one number.
+    #[must_use]
+    pub fn scoring(self) -> Self {
+        Self {
+            scores: true,
+            tie_word_embeddings: false,
+            logit_scale: 1.,
+            logit_softcap: None,
+            ..self
+        }
+    }
+
     /// The number of decoder layers.
     pub fn num_hidden_layers(&self) -> usize {
         self.layers.len()

@@ -19,6 +19,21 @@ pub struct Row {
     pub packed: Vec<Row>,
     /// The log-probabilities of the answers' tokens under a reference model, if they are known.
     pub reference_logps: Option<ReferenceLogps>,
+    /// Whether the answer is desirable, of rows with one answer of which that is known.
+    pub label: Option<bool>,
+    /// The answer of another row, if it is scored behind this prompt too.
+    pub mismatched: Option<Mismatched>,
+    /// By how much the reward of the preferred answer shall exceed that of the rejected one, if that is known.
+    pub margin: Option<f64>,
+}
+
+/// The answer of another row behind a row's prompt.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Mismatched {
+    /// The ids of the answer.
+    pub answer: Vec<u32>,
+    /// The log-probabilities of the answer's tokens under a reference model, in nats, if they are known.
+    pub reference_logps: Option<Vec<f32>>,
 }
 
 /// The log-probabilities of the answers' tokens of a pair under a reference model, in nats.
@@ -168,6 +183,12 @@ pub struct Batch {
     pairs: bool,
     /// The log-probabilities of each sequence's answer under a reference model, in nats, if they are known.
     reference: Option<Vec<Vec<f32>>>,
+    /// For each sequence, whether its answer is desirable; empty if that is not known.
+    labels: Vec<bool>,
+    /// The same prompts with the answers of other rows, if these are scored, too.
+    mismatched: Option<Box<Batch>>,
+    /// For each pair, by how much the rewards of its answers shall differ; empty if that is not known.
+    margins: Vec<f64>,
 }
 
 impl Batch {
@@ -189,7 +210,60 @@ impl Batch {
             pad,
             pairs: false,
             reference: None,
+            labels: Vec::new(),
+            mismatched: None,
+            margins: Vec::new(),
         })
+    }
+
+    /// A batch of the sequences of `rows`, each with a label. With `mismatched` it has a second batch beside it
+    /// ([`Batch::mismatched`]), of the same prompts with the answers in [`Row::mismatched`].
+    ///
+    /// # Errors
+    /// There is no row, or one is empty or lacks its label or the other answer.
+    pub fn unpaired(rows: &[&Row], mismatched: bool, pad: u32) -> Result<Self> {
+        let Some(labels) = rows.iter().map(|row| row.label).collect() else {
+            bail!("a row has no label that says whether its answer is desirable");
+        };
+        let known = rows
+            .iter()
+            .map(|row| Some(row.reference_logps.as_ref()?.chosen.clone()));
+        let mut batch = Self {
+            labels,
+            reference: known.collect(),
+            ..Self::new(rows.iter().map(|row| row.chosen()).collect(), pad)?
+        };
+        if mismatched {
+            let others: Option<Vec<&Mismatched>> =
+                rows.iter().map(|row| row.mismatched.as_ref()).collect();
+            let Some(others) = others else {
+                bail!("a row has no answer of another row");
+            };
+            let sequences = rows.iter().zip(&others);
+            let sequences = sequences.map(|(row, other)| Row::sequence(&row.prompt, &other.answer));
+            let known = others.iter().map(|other| other.reference_logps.clone());
+            batch.mismatched = Some(Box::new(Self {
+                reference: known.collect(),
+                ..Self::new(sequences.collect(), pad)?
+            }));
+        }
+        Ok(batch)
+    }
+
+    /// For each sequence, whether its answer is desirable; empty if that is not known.
+    pub fn labels(&self) -> &[bool] {
+        &self.labels
+    }
+
+    /// The same prompts with the answers of other rows, if these are scored, too: without a gradient, for an estimate of how far the trained
+    /// model is from the reference model.
+    pub fn mismatched(&self) -> Option<&Self> {
+        self.mismatched.as_deref()
+    }
+
+    /// For each pair, by how much the rewards of its answers shall differ; empty if that is not known of each.
+    pub fn margins(&self) -> &[f64] {
+        &self.margins
     }
 
     /// A batch of the preferred sequences of `rows`, followed by the rejected ones, so that one pass computes both (TRL's
@@ -214,9 +288,11 @@ impl Batch {
             let rejected = known.iter().map(|logps| logps.rejected.clone());
             chosen.chain(rejected).collect()
         });
+        let margins: Option<Vec<f64>> = rows.iter().map(|row| row.margin).collect();
         Ok(Self {
             pairs: true,
             reference,
+            margins: margins.unwrap_or_default(),
             ..Self::new(sequences, pad)?
         })
     }

@@ -25,6 +25,7 @@ impl CausalLm {
             trains: self.head().is_trained(pass),
             scale: self.arch.logit_scale,
             softcap: self.arch.logit_softcap,
+            label_smoothing: pass.label_smoothing,
         })
     }
 

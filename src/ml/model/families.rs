@@ -361,6 +361,7 @@ fn common(keys: Keys<'_>, family: &'static str, defaults: &Defaults) -> anyhow::
         fused_projections: false,
         biases: Vec::new(),
         tie_word_embeddings: keys.flag_or("tie_word_embeddings", defaults.tie_word_embeddings)?,
+        scores: false,
         max_position_embeddings: length,
         attention_dropout: keys.number_or("attention_dropout", 0.)?,
         bos_token_id: keys.id("bos_token_id")?,

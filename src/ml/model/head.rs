@@ -28,6 +28,9 @@ pub struct Head {
     pub scale: f64,
     /// The cap of the scaled logits, `cap * tanh(logit / cap)`.
     pub softcap: Option<f64>,
+    /// The part e of a target's probability that is spread over the vocabulary; scores are then `(1 - e) log p + e m`, where `m` is the mean of
+    /// the log-probabilities of all ids.
+    pub label_smoothing: f64,
 }
 
 /// The gradients with respect to a [`Head`].
@@ -108,6 +111,9 @@ pub struct TokenStats {
     pub entropy: f64,
     /// Whether the target is the most probable id.
     pub is_argmax: bool,
+    /// The logarithm of the sum over the vocabulary of the squared probabilities, `ln sum p^2`: that of the probability that an id drawn from
+    /// the distribution is drawn twice.
+    pub log_sum_sq_probs: f64,
 }
 
 impl TokenStats {
@@ -168,16 +174,26 @@ pub fn score(
         let ids = ids.narrow(0, start, count)?;
         let chosen = logits.gather(&ids.unsqueeze(1)?, 1)?;
         let all = logits.log_sum_exp(D::Minus1)?;
-        logps.extend((chosen.squeeze(1)? - &all)?.to_vec1::<f32>()?);
+        let mut score = chosen.squeeze(1)?;
+        if head.label_smoothing > 0. {
+            let mean = logits.mean(D::Minus1)?;
+            score = ((score * (1. - head.label_smoothing))? + (mean * head.label_smoothing)?)?;
+        }
+        logps.extend((score - &all)?.to_vec1::<f32>()?);
         if let Some(token_stats) = &mut token_stats {
             // -sum p log p = log sum e^x - sum p x
             let mean = (softmax(&logits)? * &logits)?.sum(D::Minus1)?;
-            let entropies = (all - mean)?.to_vec1::<f32>()?;
+            let entropies = (&all - mean)?.to_vec1::<f32>()?;
+            // log sum p^2 = log sum e^(2 x) - 2 log sum e^x
+            let squares =
+                ((&logits * 2.)?.log_sum_exp(D::Minus1)? - (all * 2.)?)?.to_vec1::<f32>()?;
             let first = logits.argmax(D::Minus1)?.to_vec1::<u32>()?;
-            let all = entropies.iter().zip(first).zip(ids.to_vec1::<u32>()?);
-            token_stats.extend(all.map(|((&entropy, first), id)| TokenStats {
+            let is_argmax = first.iter().zip(ids.to_vec1::<u32>()?);
+            let all = entropies.iter().zip(squares).zip(is_argmax);
+            token_stats.extend(all.map(|((&entropy, squares), (first, id))| TokenStats {
                 entropy: f64::from(entropy),
-                is_argmax: first == id,
+                is_argmax: *first == id,
+                log_sum_sq_probs: f64::from(squares),
             }));
         }
     }
@@ -224,7 +240,10 @@ impl Scored {
             let rows = self.rows.index_select(&kept, 0)?;
             let ids = self.ids.index_select(&kept, 0)?;
             let logits = head.logits(&rows)?;
-            let spread = softmax(&logits)?.broadcast_mul(&g)?; // (count, vocabulary)
+            // What each logit's part in the score is, but for the target's own: (count, vocabulary).
+            let of_all = head.label_smoothing / head.vocabulary()? as f64;
+            let spread = (softmax(&logits)? - of_all)?.broadcast_mul(&g)?;
+            let g = (g * (1. - head.label_smoothing))?;
             let (spread, g) = match head.slope(&logits)? {
                 None => (spread, g),
                 Some(slope) => {
@@ -290,6 +309,36 @@ pub fn target_mean_logits(
         .flatten_all()?;
     let means = (sums / vocabulary as f64)?;
     scaled(means, head.scale)?.to_vec1()
+}
+
+/// The backward pass of a head (1, hidden) that gives one number of a hidden state: from the gradient with respect to each target's number
+/// (targets), the gradients with respect to the hidden states (batch, length, hidden) and to the head.
+///
+/// # Errors
+/// A target is outside the batch.
+pub fn backward_scores(
+    hidden: &Tensor,
+    head: &Head,
+    targets: &[Target],
+    grad_scores: &[f32],
+) -> Result<(Tensor, HeadGradients)> {
+    let (batch, width, size) = hidden.dims3()?;
+    let device = hidden.device();
+    let rows = targets
+        .iter()
+        .map(|target| (target.row * width + target.position - 1) as u32);
+    let index = Tensor::from_iter(rows, device)?;
+    let flat = hidden.detach().reshape((batch * width, size))?;
+    let g = Tensor::from_slice(grad_scores, (targets.len(), 1), device)?;
+    let of_rows = g.matmul(&head.weight.to_dtype(DType::F32)?)?; // (targets, hidden)
+    let grad_hidden = flat.zeros_like()?.index_add(&index, &of_rows, 0)?;
+    let weight = if head.trains {
+        Some(g.t()?.matmul(&flat.index_select(&index, 0)?)?)
+    } else {
+        None
+    };
+    let grad_head = HeadGradients { weight, low: None };
+    Ok((grad_hidden.reshape((batch, width, size))?, grad_head))
 }
 
 /// Which positions of sequences count in a mean.

@@ -12,7 +12,7 @@ use super::layer::Shared;
 use super::linear::Pass;
 use super::load::Loader;
 use super::rope::batch_angles;
-use super::tensors::{EMBED_TOKENS, EMBEDDINGS, HEAD, LM_HEAD, NormKind};
+use super::tensors::{EMBED_TOKENS, EMBEDDINGS, LM_HEAD, NormKind};
 use super::{Masks, Trained};
 use crate::ml::io::weights::Weights;
 
@@ -76,7 +76,7 @@ pub fn logits_by_layer(
         layer_done(number + 1)?;
     }
     let norm = loader.norm(0, NormKind::Final)?;
-    let stored = loader.stored(if tied { EMBEDDINGS } else { HEAD })?;
+    let stored = loader.stored(if tied { EMBEDDINGS } else { arch.head_name() })?;
     let weight = match loader.head(stored)? {
         Some(own) => own,
         None => loader.embeddings(stored)?,
@@ -88,9 +88,10 @@ pub fn logits_by_layer(
         let weight = weight.value(shared.pass);
         let low = pair.as_ref().filter(|_| shared.pass.adapter);
         let low = low.map(|pair| pair.b.value(shared.pass));
-        let parts = (0..arch.vocab_size).step_by(HEAD_ROWS).map(|from| {
-            let count = HEAD_ROWS.min(arch.vocab_size - from);
+        let parts = (0..arch.head_rows()).step_by(HEAD_ROWS).map(|from| {
+            let count = HEAD_ROWS.min(arch.head_rows() - from);
             let head = Head {
+                label_smoothing: 0.,
                 weight: weight.narrow(0, from, count)?.to_dtype(DType::F32)?,
                 low: low
                     .as_ref()

@@ -15,7 +15,7 @@ use crate::ml::quant::nf4::Nf4;
 pub use replaced_rows::ReplacedRows;
 
 /// The options of a forward pass.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Pass {
     /// Whether a graph is built for a later backward pass.
     pub tape: bool,
@@ -23,6 +23,11 @@ pub struct Pass {
     pub adapter: bool,
     /// The seed of this pass's dropout; `None` without dropout.
     pub dropout: Option<DropoutSeed>,
+    /// The noise on the embeddings of a pass with a tape, if there is any.
+    pub noise: Option<EmbeddingNoise>,
+    /// The part e of a target's probability that is spread over the vocabulary: scores are then `(1 - e) log p + e m`, where `m` is the mean of
+    /// the log-probabilities of all ids.
+    pub label_smoothing: f64,
 }
 
 /// What the dropout masks of a pass depend on. A value's mask is a function of the step's seed, of the micro-batch's index in the step, and
@@ -35,6 +40,16 @@ pub struct DropoutSeed {
     pub batch: usize,
 }
 
+/// The noise on embeddings of a pass: uniform numbers of at most `alpha / sqrt(length * width)` in size, where `length` is that of the longest
+/// sequence of the micro-batch and `width` the number of features.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct EmbeddingNoise {
+    /// The strength of the noise (`neftune_noise_alpha`).
+    pub alpha: f64,
+    /// What the noise depends on beside places.
+    pub seed: DropoutSeed,
+}
+
 /// The difference between the token numbers of one micro-batch and those of the next, in dropout's random stream.
 pub const BATCH_STRIDE: u64 = 1 << 32;
 
@@ -44,6 +59,8 @@ impl Pass {
         tape: false,
         adapter: true,
         dropout: None,
+        noise: None,
+        label_smoothing: 0.,
     };
     /// Training, with the adapter if there is one.
     pub fn train(dropout: Option<DropoutSeed>) -> Self {
@@ -51,6 +68,8 @@ impl Pass {
             tape: true,
             adapter: true,
             dropout,
+            noise: None,
+            label_smoothing: 0.,
         }
     }
     /// Inference of the base alone.
@@ -58,6 +77,8 @@ impl Pass {
         tape: false,
         adapter: false,
         dropout: None,
+        noise: None,
+        label_smoothing: 0.,
     };
 }
 

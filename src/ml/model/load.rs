@@ -10,8 +10,8 @@ use super::super::adapter::{Adapter, DELTA, LoraPair, Selection, TokenRows};
 use super::arch::{Arch, Projection};
 use super::linear::{Base, Linear, Lora, Pass, ReplacedRows, Weight};
 use super::tensors::{
-    EMBED_TOKENS, EMBEDDINGS, ENDS, HEAD, LM_HEAD, Module, NormKind, Role, bias_name, layer_norms,
-    module_path, modules, norm_path, norm_shape, projection_path, weight_name,
+    EMBED_TOKENS, EMBEDDINGS, ENDS, HEAD, LM_HEAD, Module, NormKind, Role, SCORE, bias_name,
+    layer_norms, module_path, modules, norm_path, norm_shape, projection_path, weight_name,
 };
 use super::{CausalLm, GateUp, Layer, Norm, Parameter, Qkv, Trained};
 use crate::ml::io::float::Float;
@@ -219,11 +219,13 @@ impl<'a> Loader<'a> {
 
     /// The head's weight in `dtype`; `None` if it is tied to the embeddings.
     pub(super) fn head(&mut self, dtype: DType) -> anyhow::Result<Option<Weight>> {
-        let shape = [self.arch.vocab_size, self.arch.hidden_size];
         let tied = self.arch.tie_word_embeddings;
         if !tied {
-            return Ok(Some(self.weight(HEAD, &shape, Role::Head, dtype)?));
+            let shape = [self.arch.head_rows(), self.arch.hidden_size];
+            let name = self.arch.head_name();
+            return Ok(Some(self.weight(name, &shape, Role::Head, dtype)?));
         }
+        let shape = [self.arch.vocab_size, self.arch.hidden_size];
         if !self.adapter.is_some_and(|adapter| adapter.unties(tied)) {
             return Ok(None);
         }
@@ -459,7 +461,8 @@ impl CausalLm {
             })
             .collect::<anyhow::Result<_>>()?;
         let norm = loader.norm(0, NormKind::Final)?;
-        let held_dtype = loader.held_dtype(HEAD, if tied { EMBEDDINGS } else { HEAD })?;
+        let name = arch.head_name();
+        let held_dtype = loader.held_dtype(name, if tied { EMBEDDINGS } else { name })?;
         let head = loader.head(held_dtype)?;
         let head_lora = loader.pair(LM_HEAD)?;
         let (parameters, used) = (loader.parameters, loader.used);
@@ -505,6 +508,11 @@ fn check_adapter(adapter: &Adapter, arch: &Arch, trained: Trained) -> anyhow::Re
             || !(arch.tie_word_embeddings && adapter.config.ensure_weight_tying && pairs),
         "training matrices beside embeddings that the head shares (`ensure_weight_tying`) is not supported; expected the embeddings \
          in `modules_to_save`, or `ensure_weight_tying: false`"
+    );
+    anyhow::ensure!(
+        arch.scores || !adapter.saved.contains_key(SCORE),
+        "the adapter has a head that gives scores (`{SCORE}`), and the model has one that gives logits; hint: `add_score_head` makes a \
+         model with such a head of it"
     );
     if trained == Trained::Adapter {
         anyhow::ensure!(

@@ -15,6 +15,7 @@
 //! | after the feed-forward block | | `post_feedforward_layernorm` | `post_feedforward_layernorm` |
 
 use super::arch::{Arch, NormPlaces, Projection, QkNorm};
+pub use super::arch::{HEAD, SCORE};
 use crate::ml::quant::nf4::owner_of;
 
 /// The embeddings' module.
@@ -23,8 +24,6 @@ pub const EMBED_TOKENS: &str = "model.embed_tokens";
 pub const EMBEDDINGS: &str = "model.embed_tokens.weight";
 /// The head's module.
 pub const LM_HEAD: &str = "lm_head";
-/// The head's weight (vocabulary, hidden).
-pub const HEAD: &str = "lm_head.weight";
 /// The modules at both ends, whose weights have a row for each token id.
 pub const ENDS: [&str; 2] = [EMBED_TOKENS, LM_HEAD];
 /// The path of the list of layers.
@@ -245,7 +244,9 @@ pub fn is_projection(path: &str) -> bool {
 
 /// Whether `path` can be the path of a module or of a tensor in some model.
 pub fn is_plausible(path: &str) -> bool {
-    path.starts_with("model.") || path.starts_with("lm_head.")
+    ["model.", "lm_head.", "score."]
+        .iter()
+        .any(|start| path.starts_with(start))
 }
 
 /// The number of elements of a norm's weight.
@@ -293,17 +294,18 @@ pub fn layer_tensors(arch: &Arch, layer: usize) -> Vec<TensorSpec> {
 
 /// All tensors of a model, in torch's order.
 pub fn tensors(arch: &Arch) -> impl Iterator<Item = TensorSpec> {
-    let end = |name: &str, role| TensorSpec {
+    let end = |name: &str, rows, role| TensorSpec {
         name: name.to_owned(),
-        shape: vec![arch.vocab_size, arch.hidden_size],
+        shape: vec![rows, arch.hidden_size],
         role,
     };
     let layers = (0..arch.num_hidden_layers()).flat_map(|layer| layer_tensors(arch, layer));
     let behind = BEHIND
         .iter()
         .flat_map(|(path, kind)| tensors_of(arch, path, *kind));
-    let head = (!arch.tie_word_embeddings).then(|| end(HEAD, Role::Head));
-    std::iter::once(end(EMBEDDINGS, Role::Embeddings))
+    let head =
+        (!arch.tie_word_embeddings).then(|| end(arch.head_name(), arch.head_rows(), Role::Head));
+    std::iter::once(end(EMBEDDINGS, arch.vocab_size, Role::Embeddings))
         .chain(layers)
         .chain(behind)
         .chain(head)
@@ -333,7 +335,11 @@ pub fn modules(arch: &Arch) -> Vec<(String, Module)> {
         }
     }
     modules.extend(BEHIND.iter().map(|(path, _)| other(path)));
-    modules.push((LM_HEAD.into(), Module::Linear(vocabulary, hidden)));
+    modules.push(if arch.scores {
+        other("score")
+    } else {
+        (LM_HEAD.into(), Module::Linear(vocabulary, hidden))
+    });
     modules
 }
 
@@ -343,7 +349,7 @@ pub fn role(arch: &Arch, name: &str) -> Option<Role> {
     let name = owner_of(name).unwrap_or(name);
     match name {
         EMBEDDINGS => return Some(Role::Embeddings),
-        HEAD => return Some(Role::Head),
+        HEAD | SCORE => return (name == arch.head_name()).then_some(Role::Head),
         _ => {}
     }
     let named = |tensors: Vec<TensorSpec>| {

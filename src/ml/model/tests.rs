@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::batch::Row;
+use super::linear::DropoutSeed;
 use super::*;
 use crate::ml::adapter::Adapter;
 use crate::ml::execution::{Execution, Kind};
@@ -34,7 +35,7 @@ fn adapters_alone_have_gradients() {
             .map(|p| format!("{:?}", p.var.as_tensor().id()))
             .collect();
         assert_eq!(trained.len(), 3 * 7 * 2);
-        let tape = model.record(&batch, None, false).unwrap();
+        let tape = model.record(&batch, Pass::INFER, false).unwrap();
         let mut found = BTreeSet::new();
         for (number, (input, output)) in tape.segments.iter().enumerate() {
             // Nothing trained lies below the first layer.

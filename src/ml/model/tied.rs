@@ -21,12 +21,12 @@ use crate::ml::io::float::Float;
 use crate::ml::io::folder::{self, CONFIG};
 use crate::ml::io::weights::{RawTensor, Weights};
 
-use super::tensors::{EMBEDDINGS, HEAD};
+use super::tensors::{EMBEDDINGS, HEAD, SCORE};
 
 /// The number of values that are compared at once.
 const SPAN: usize = 1 << 20;
 
-/// Opens a model folder. In the result, `tie_word_embeddings` is transformers' decision, and the weights of a tied model have the
+/// Opens a model folder. One with a `score.weight` in the place of a head is a model that scores ([`Arch::scores`]). In the result, `tie_word_embeddings` is transformers' decision, and the weights of a tied model have the
 /// embeddings alone, under their own name.
 ///
 /// # Errors
@@ -34,7 +34,13 @@ const SPAN: usize = 1 << 20;
 pub fn open(folder: &Path) -> anyhow::Result<(Arch, Weights)> {
     let mut arch = Arch::read(folder)?;
     let mut weights = Weights::open(folder)?;
-    let (embeddings, head) = (weights.contains(EMBEDDINGS), weights.contains(HEAD));
+    if weights.contains(SCORE) && !weights.contains(HEAD) {
+        arch = arch.scoring();
+    }
+    let (embeddings, head) = (
+        weights.contains(EMBEDDINGS),
+        weights.contains(arch.head_name()),
+    );
     if arch.tie_word_embeddings && embeddings && head {
         if equal(&weights.raw(EMBEDDINGS)?, &weights.raw(HEAD)?)? {
             weights.hide(HEAD);
@@ -64,7 +70,7 @@ pub fn open(folder: &Path) -> anyhow::Result<(Arch, Weights)> {
 /// A file can't be read.
 pub fn conflict(folder: &Path, arch: &Arch) -> anyhow::Result<Option<&'static str>> {
     let says = Arch::read(folder)?.tie_word_embeddings;
-    Ok((says && !arch.tie_word_embeddings).then_some(
+    Ok((says && !arch.tie_word_embeddings && !arch.scores).then_some(
         "`config.json` says `tie_word_embeddings: true`, but the files have an `lm_head.weight` with other values: the head is its own, as \
          in transformers 5; other programs may take the embeddings for it",
     ))

@@ -169,19 +169,20 @@ fn logits_and_hidden_states_are_those_of_transformers() {
     let golden = tensors("logits_base.safetensors");
     let batch = prompt(&golden["input_ids"]);
     let model = model("model", Some("adapter_init"), Trained::Nothing, DType::F32);
-    assert!(far(&logits(&model, &batch, Pass::BASE), &golden["logits"]) < 1e-4);
-    let with_adapter = logits(&model, &batch, Pass::INFER);
-    assert!(far(&with_adapter, &golden["logits_adapter_init"]) < 1e-4);
+    for (pass, name) in [(Pass::BASE, "logits"), (Pass::INFER, "logits_adapter_init")] {
+        let far = far(&logits(&model, &batch, pass), &golden[name]);
+        println!("\n| llama | {name} | {far:.1e} | | 1e-4 |");
+        assert!(far < 1e-4, "{name}: {far}");
+    }
 
     let golden = tensors("hidden_base.safetensors");
     let states = model.hidden_states(&batch, Pass::BASE).unwrap();
     assert_eq!(states.len(), golden.len());
     for (number, state) in states.iter().enumerate() {
         let state = state.squeeze(0).unwrap();
-        assert!(
-            far(&state, &golden[&format!("hidden.{number}")]) < 1e-4,
-            "{number}"
-        );
+        let far = far(&state, &golden[&format!("hidden.{number}")]);
+        println!("| llama | hidden states {number} | {far:.1e} | | 1e-4 |");
+        assert!(far < 1e-4, "{number}: {far}");
     }
 }
 

@@ -11,7 +11,7 @@ use super::golden::{far, folder, logits, tensors};
 use super::golden_peft::{gradients_are_near, row, write_tied_config};
 use crate::ml::adapter::{self, Adapter, Names, NewAdapter};
 use crate::ml::io::weights::Weights;
-use crate::ml::lora::attach::attach;
+use crate::ml::lora::attach::{Beginning, attach};
 use crate::ml::lora::merge::merge;
 use crate::ml::model::arch::Arch;
 use crate::ml::model::batch::{Batch, Sequence};
@@ -241,7 +241,15 @@ fn loftq_s_iterations_are_those_of_peft() {
     let begin = |four: &Path| {
         let config = Arch::read(four).unwrap();
         let four = Weights::open(four).unwrap();
-        attach(&config, &four, &new, 1, Some(&dense), &mut |_, _| Ok(())).unwrap()
+        attach(
+            &config,
+            &four,
+            &new,
+            1,
+            Beginning::Loftq(&dense),
+            &mut |_, _| Ok(()),
+        )
+        .unwrap()
     };
     let mut begun = begin(&golden("model_nf4"));
     for iteration in [1, 2] {

@@ -90,6 +90,8 @@ impl Comparison {
             "learning_rate" => (0., 0.),
             "grad_norm" => (t.grad_norm, 0.),
             "rewards/accuracies" => (0., t.accuracy),
+            // A difference between sums over whole answers, which no `beta` makes smaller.
+            "kl" => (t.relative, 10. * t.cancelled),
             _ if self.against_reference && plain.starts_with("rewards/") => {
                 (t.relative, t.near_zero.max(t.cancelled))
             }

@@ -10,7 +10,7 @@ use crate::ml::adapter::{Adapter, Names, NewAdapter};
 use crate::ml::execution::{Execution, Kind};
 use crate::ml::generate::greedy;
 use crate::ml::io::weights::Weights;
-use crate::ml::lora::attach::attach;
+use crate::ml::lora::attach::{Beginning, attach};
 use crate::ml::lora::merge::merge;
 use crate::ml::lora::verify::verify_merge;
 use crate::ml::loss::Loss;
@@ -131,7 +131,10 @@ fn adapters_are_begun_and_trained_beside_them() {
             use_dora: true,
             ..NewAdapter::default()
         };
-        let dora = attach(&config, &weights, &new, 1, None, &mut |_, _| Ok(())).unwrap();
+        let dora = attach(&config, &weights, &new, 1, Beginning::Drawn, &mut |_, _| {
+            Ok(())
+        })
+        .unwrap();
         assert_eq!(dora.tensors.len(), 4);
         for adapter in [&dora, &adapter()] {
             let model = load(&base, Some(adapter), Trained::Adapter).unwrap();
@@ -178,6 +181,9 @@ fn a_head_in_4_bits_is_neither_trained_nor_replaced() {
         modules_to_save: vec!["lm_head".into()],
         ..NewAdapter::default()
     };
-    let error = attach(&config, &weights, &new, 1, None, &mut |_, _| Ok(())).unwrap_err();
+    let error = attach(&config, &weights, &new, 1, Beginning::Drawn, &mut |_, _| {
+        Ok(())
+    })
+    .unwrap_err();
     assert!(error.to_string().contains("`lm_head.weight`"), "{error}");
 }

@@ -56,6 +56,7 @@ fn dpo(args: &Value) -> Dpo {
             .map(|(index, name)| (named(name), weights(index)))
             .collect(),
         ld_alpha: args["ld_alpha"].as_f64(),
+        use_weighting: args["use_weighting"] == true,
         divergence: match args["f_divergence_type"].as_str() {
             None => Divergence::ReverseKl,
             Some("forward_kl") => Divergence::ForwardKl,

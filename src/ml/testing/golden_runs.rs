@@ -15,9 +15,9 @@ use crate::ml::loss::orpo::Orpo;
 use crate::ml::loss::sft::Sft;
 use crate::ml::model::batch::Row;
 use crate::ml::model::{CausalLm, Trained};
-use crate::ml::train::optim::{self, Optim};
+use crate::ml::train::optim::{self, LoraPlus, Optim};
 use crate::ml::train::sampler::SamplingStrategy;
-use crate::ml::train::schedule::SchedulerType;
+use crate::ml::train::schedule::{SchedulerKwargs, SchedulerType};
 use crate::ml::train::{Ending, Every, Job, Log, Origin, ReferenceModel, Settings, train};
 
 /// The settings of run A.
@@ -411,7 +411,10 @@ fn a_stopped_training_goes_on_to_the_same_bits() {
     for (optim, trained) in [
         (Optim::Adamw8bit, Trained::Everything),
         (Optim::AdamwTorch, Trained::Adapter),
+        // With noise, a learning rate that follows evaluations, and rates of their own for B.
+        (Optim::Adafactor, Trained::Adapter),
     ] {
+        let extras = optim == Optim::Adafactor;
         let settings = Settings {
             sampling: SamplingStrategy::Random,
             dropout: true,
@@ -420,7 +423,23 @@ fn a_stopped_training_goes_on_to_the_same_bits() {
             accumulation: 5,
             optimizer: optim::Settings {
                 optim,
+                lora_plus: extras.then_some(LoraPlus {
+                    ratio: 4.,
+                    embedding: 1.,
+                }),
                 ..settings().optimizer
+            },
+            neftune_noise_alpha: extras.then_some(5.),
+            eval_every: extras.then_some(Every::Steps(1)),
+            scheduler: if extras {
+                SchedulerType::ReduceLrOnPlateau
+            } else {
+                settings().scheduler
+            },
+            scheduler_kwargs: SchedulerKwargs {
+                patience: extras.then_some(0),
+                threshold: extras.then_some(1.),
+                ..SchedulerKwargs::default()
             },
             ..settings()
         };
@@ -433,6 +452,7 @@ fn a_stopped_training_goes_on_to_the_same_bits() {
         let ending = train(
             &Job {
                 loss: LOSS,
+                eval_rows: &rows[..2],
                 ..job(&Execution::fastest(&whole), &rows)
             },
             &settings,
@@ -448,6 +468,7 @@ fn a_stopped_training_goes_on_to_the_same_bits() {
                 &Job {
                     loss: LOSS,
                     scratch: Some(scratch.path()),
+                    eval_rows: &rows[..2],
                     ..job(&Execution::fastest(&model), &rows)
                 },
                 &settings,
@@ -473,6 +494,7 @@ fn a_stopped_training_goes_on_to_the_same_bits() {
             &Job {
                 loss: LOSS,
                 scratch: Some(scratch.path()),
+                eval_rows: &rows[..2],
                 ..job(&Execution::fastest(&resumed), &rows)
             },
             &settings,

@@ -16,7 +16,7 @@ use super::golden_runs::{KINDS, job, settings};
 use crate::ml::adapter::{Adapter, DELTA, FILE, Names, NewAdapter};
 use crate::ml::execution::{Execution, Kind};
 use crate::ml::io::weights::{Weights, save};
-use crate::ml::lora::attach::attach;
+use crate::ml::lora::attach::{Beginning, attach};
 use crate::ml::lora::merge::merge;
 use crate::ml::lora::verify::verify_merge;
 use crate::ml::model::batch::{Batch, Row, Sequence};
@@ -325,7 +325,15 @@ fn a_new_adapter_with_tokens_is_that_of_peft() {
             trainable_token_indices: indices,
             ..NewAdapter::default()
         };
-        let made = attach(&arch, &weights, &new, SEED, None, &mut |_, _| Ok(())).unwrap();
+        let made = attach(
+            &arch,
+            &weights,
+            &new,
+            SEED,
+            Beginning::Drawn,
+            &mut |_, _| Ok(()),
+        )
+        .unwrap();
         let theirs = adapter(&format!("{case}_init"));
         assert_eq!(
             made.config
@@ -360,13 +368,29 @@ fn a_new_adapter_with_tokens_is_that_of_peft() {
             .into(),
             ..new.clone()
         };
-        let made = attach(&arch, &weights, &both, SEED, None, &mut |_, _| Ok(())).unwrap();
+        let made = attach(
+            &arch,
+            &weights,
+            &both,
+            SEED,
+            Beginning::Drawn,
+            &mut |_, _| Ok(()),
+        )
+        .unwrap();
         assert_eq!(made.token_rows.contains_key(LM_HEAD), case == "untied");
         let beyond = NewAdapter {
             trainable_token_indices: [("embed_tokens".to_owned(), vec![1029])].into(),
             ..new
         };
-        let error = attach(&arch, &weights, &beyond, SEED, None, &mut |_, _| Ok(())).unwrap_err();
+        let error = attach(
+            &arch,
+            &weights,
+            &beyond,
+            SEED,
+            Beginning::Drawn,
+            &mut |_, _| Ok(()),
+        )
+        .unwrap_err();
         assert!(format!("{error:#}").contains("the token 1029"), "{error:#}");
     }
 }
@@ -389,7 +413,15 @@ fn a_tied_head_with_rows_of_its_own_is_untied() {
             trainable_token_indices: indices.collect(),
             ..NewAdapter::default()
         };
-        let mut adapter = attach(&arch, &weights, &new, SEED, None, &mut |_, _| Ok(())).unwrap();
+        let mut adapter = attach(
+            &arch,
+            &weights,
+            &new,
+            SEED,
+            Beginning::Drawn,
+            &mut |_, _| Ok(()),
+        )
+        .unwrap();
         for rows in adapter.token_rows.values_mut() {
             rows.values = (&rows.values + 0.5).unwrap();
         }

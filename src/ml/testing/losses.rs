@@ -4,7 +4,7 @@ use crate::ml::execution::Execution;
 use crate::ml::loss::{Loss, Outcome};
 use crate::ml::model::Gradients;
 use crate::ml::model::batch::Batch;
-use crate::ml::model::linear::DropoutSeed;
+use crate::ml::model::linear::{DropoutSeed, Pass};
 use crate::ml::train::{Passes, ReferenceModel};
 
 fn passes<'a>(loss: &'a dyn Loss, execution: &'a Execution<'a>) -> Passes<'a> {
@@ -33,5 +33,5 @@ pub(in crate::ml) fn differentiate(
     checkpointing: bool,
     gradients: &mut Gradients,
 ) -> anyhow::Result<Vec<Outcome>> {
-    passes(loss, execution).differentiate(batches, dropout, checkpointing, gradients)
+    passes(loss, execution).differentiate(batches, Pass::train(dropout), checkpointing, gradients)
 }

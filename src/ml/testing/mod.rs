@@ -1,6 +1,6 @@
 //! What the tests of `ml` have in common, and those that compare it with the numbers of the reference.
 
-pub(in crate::ml) mod counting;
+pub(crate) mod counting;
 pub(crate) mod golden;
 pub(in crate::ml) mod golden_adapters;
 pub(in crate::ml) mod golden_compare;
@@ -8,8 +8,10 @@ mod golden_dpo;
 pub(in crate::ml) mod golden_ends;
 pub(in crate::ml) mod golden_families;
 pub(in crate::ml) mod golden_four_bit;
+mod golden_kto;
 mod golden_losses;
 mod golden_peft;
+mod golden_reward;
 pub(in crate::ml) mod golden_runs;
 mod golden_tokens;
 pub(in crate::ml) mod losses;

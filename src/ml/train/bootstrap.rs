@@ -5,7 +5,6 @@
 use std::collections::BTreeMap;
 
 use pipeline_kernels::random::splitmix64;
-use serde::Serialize;
 
 /// How many samples are drawn.
 const RESAMPLES: usize = 2000;
@@ -54,7 +53,7 @@ pub type RowScores = BTreeMap<&'static str, RowScore>;
 pub type Ends = BTreeMap<&'static str, [f64; 2]>;
 
 /// Intervals of scores, and how they were made.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Intervals {
     /// The share of samples inside.
     pub confidence: f64,
@@ -62,28 +61,36 @@ pub struct Intervals {
     pub resamples: usize,
     /// What the random numbers started from.
     pub seed: u64,
-    /// Of the model alone.
+    /// Of the base.
     pub base: Ends,
-    /// Of the model with the adapter.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub adapter: Option<Ends>,
-    /// Of the adapter's minus the base's, both on the same sample.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub difference: Option<Ends>,
+    /// Of what is compared with the base.
+    pub paired: Option<Paired>,
 }
 
-/// Intervals for the scores of a model and, of the same rows, of the model with an adapter. None for less than two rows.
+/// The comparison of two models on the same samples of rows.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Paired {
+    /// Intervals of the model that is compared with the base.
+    pub compared: Ends,
+    /// Intervals of its scores minus those of the base, both on the same sample.
+    pub difference: Ends,
+    /// By name, the two-sided p-value of the paired bootstrap for no difference: twice the smaller of the shares of samples in which the
+    /// difference is at most 0, and at least 0. It is what makes the interval of the difference end at 0.
+    pub p_values: BTreeMap<&'static str, f64>,
+}
+
+/// Intervals for the scores of a model and, of the same rows, of one that is compared with it. None for less than two rows.
 ///
 /// # Panics
 /// Scores have different numbers of rows.
-pub fn intervals(base: &RowScores, adapter: Option<&RowScores>) -> Option<Intervals> {
+pub fn intervals(base: &RowScores, compared: Option<&RowScores>) -> Option<Intervals> {
     let rows = base.values().next()?.numerators.len();
     if rows < 2 {
         return None;
     }
     for score in base
         .values()
-        .chain(adapter.into_iter().flat_map(BTreeMap::values))
+        .chain(compared.into_iter().flat_map(BTreeMap::values))
     {
         assert_eq!(
             (score.numerators.len(), score.denominators.len()),
@@ -102,7 +109,7 @@ pub fn intervals(base: &RowScores, adapter: Option<&RowScores>) -> Option<Interv
         for (name, score) in base {
             let of_base = score.value(drawn.iter().copied());
             samples[0].entry(name).or_default().push(of_base);
-            let Some(score) = adapter.and_then(|adapter| adapter.get(name)) else {
+            let Some(score) = compared.and_then(|compared| compared.get(name)) else {
                 continue;
             };
             let with = score.value(drawn.iter().copied());
@@ -110,6 +117,9 @@ pub fn intervals(base: &RowScores, adapter: Option<&RowScores>) -> Option<Interv
             samples[2].entry(name).or_default().push(with - of_base);
         }
     }
+    let p_values = samples[2].iter();
+    let p_values = p_values.filter_map(|(name, values)| Some((*name, p_value(values)?)));
+    let p_values = p_values.collect();
     let [base, with, difference] = samples.map(|samples| {
         let samples = samples.into_iter();
         let ends = samples.filter_map(|(name, values)| Some((name, ends(values)?)));
@@ -120,9 +130,26 @@ pub fn intervals(base: &RowScores, adapter: Option<&RowScores>) -> Option<Interv
         resamples: RESAMPLES,
         seed: SEED,
         base,
-        adapter: adapter.map(|_| with),
-        difference: adapter.map(|_| difference),
+        paired: compared.map(|_| Paired {
+            compared: with,
+            difference,
+            p_values,
+        }),
     })
+}
+
+/// The two-sided p-value for no difference, from differences of samples. The observed rows count as one more sample, so that it is never 0
+/// (Davison and Hinkley 1997, "Bootstrap Methods and their Application", equation 4.11). None if a difference is not finite.
+fn p_value(differences: &[f64]) -> Option<f64> {
+    if differences.iter().any(|value| !value.is_finite()) {
+        return None;
+    }
+    let share = |of: fn(&f64) -> bool| {
+        let count = differences.iter().filter(|value| of(value)).count();
+        (count + 1) as f64 / (differences.len() + 1) as f64
+    };
+    let smaller = share(|value| *value <= 0.).min(share(|value| *value >= 0.));
+    Some((2. * smaller).min(1.))
 }
 
 /// The ends of the middle part of some values. None if a value is not finite.
@@ -164,10 +191,28 @@ mod tests {
         let base = scores(values.clone());
         let adapter = scores(values.iter().map(|value| value + 1.).collect());
         let found = intervals(&base, Some(&adapter)).unwrap();
-        let [low, high] = found.difference.unwrap()["x"];
+        let paired = found.paired.unwrap();
+        let [low, high] = paired.difference["x"];
         assert!((low - 1.).abs() < 1e-9 && (high - 1.).abs() < 1e-9);
+        let smallest = 2. / (RESAMPLES + 1) as f64;
+        assert!((paired.p_values["x"] - smallest).abs() < 1e-12);
         let [low, high] = found.base["x"];
         assert!(high - low > 100.);
+    }
+
+    #[test]
+    fn a_p_value_is_that_of_the_normal_distribution_where_it_holds() {
+        // Differences of mean 0.1 and standard deviation 1 in 400 rows: a mean two standard errors from 0.
+        let values: Vec<f64> = (0..400)
+            .map(|row| 0.1 + if row % 2 == 0 { 1. } else { -1. })
+            .collect();
+        let base = scores(vec![0.; 400]);
+        let found = intervals(&base, Some(&scores(values))).unwrap();
+        let p = found.paired.unwrap().p_values["x"];
+        assert!((p - 0.0455).abs() < 0.015, "{p}");
+        let same = intervals(&base, Some(&base)).unwrap().paired.unwrap();
+        assert!((same.p_values["x"] - 1.).abs() < 1e-12);
+        assert_eq!(p_value(&[1., f64::NAN]), None);
     }
 
     #[test]

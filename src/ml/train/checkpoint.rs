@@ -14,6 +14,7 @@ use anyhow::{Context as _, ensure};
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
+use super::adaptive::Adaptive;
 use super::best;
 use super::log::{Log, Window};
 use super::optim::Optimizer;
@@ -50,6 +51,8 @@ struct Stored {
     window: BTreeMap<String, (u64, u64)>,
     history: Vec<Line>,
     best: best::Stored,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    adaptive: Option<Adaptive>,
 }
 
 /// A [`Log`] as it is stored in `state.json`.
@@ -120,6 +123,7 @@ pub(in crate::ml) fn write(
                 .collect(),
             history: state.history.iter().map(Line::new).collect(),
             best: state.best.stored(),
+            adaptive: state.adaptive.clone(),
         };
         let json = serde_json::to_vec(&stored)?;
         let digest = blake3::hash(&json).to_string();
@@ -306,6 +310,7 @@ fn read(checkpoint: &Path, model: &CausalLm) -> anyhow::Result<Read> {
         step: stored.step,
         scheduled: stored.scheduled,
         skipped: stored.skipped,
+        adaptive: stored.adaptive,
         tokens: stored.tokens,
         scaler: Scaler {
             scale: f64::from_bits(stored.scale),

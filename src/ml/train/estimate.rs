@@ -127,10 +127,11 @@ impl Unloaded<'_> {
     fn bytes(&self, settings: &Settings) -> anyhow::Result<ModelBytes> {
         let mut all = ModelBytes::default();
         let float = size_of::<f32>();
-        let train = |all: &mut ModelBytes, name: &str, count: usize| {
+        let train = |all: &mut ModelBytes, name: &str, shape: &[usize]| {
+            let count = shape.iter().product();
             all.elements += count;
             all.largest = all.largest.max(count);
-            all.optimizer += settings.optimizer.bytes(name, count);
+            all.optimizer += settings.optimizer.bytes(name, shape);
         };
         for tensor in tensors(self.arch) {
             let count = tensor.shape.iter().product::<usize>();
@@ -140,7 +141,7 @@ impl Unloaded<'_> {
             }
             if self.trained == Trained::Everything {
                 all.trained += count * float;
-                train(&mut all, &tensor.name, count);
+                train(&mut all, &tensor.name, &tensor.shape);
             } else {
                 all.frozen += self.frozen(&tensor.name, tensor.role, count)?;
             }
@@ -157,10 +158,10 @@ impl Unloaded<'_> {
                 ("B", Some(&pair.b)),
                 ("m", pair.magnitude.as_ref()),
             ] {
-                let count = tensor.map_or(0, candle_core::Tensor::elem_count);
-                all.adapter += copies * count * float;
-                if is_trained && count > 0 {
-                    train(&mut all, &format!("{path}.{part}"), count);
+                let Some(tensor) = tensor else { continue };
+                all.adapter += copies * tensor.elem_count() * float;
+                if is_trained {
+                    train(&mut all, &format!("{path}.{part}"), tensor.dims());
                 }
             }
         }
@@ -173,21 +174,21 @@ impl Unloaded<'_> {
             let name = weight_name(if tied { EMBED_TOKENS } else { path });
             all.frozen += self.frozen(&name, Role::Embeddings, whole.iter().product())?;
             if is_trained {
-                train(&mut all, &format!("{path}{DELTA}"), count);
+                train(&mut all, &format!("{path}{DELTA}"), rows.values.dims());
             }
         }
         // Tensors in the place of the base's, and a head of the adapter's own beside tied embeddings.
-        let own = tensors(self.arch).map(|tensor| (tensor.name, tensor.shape.iter().product()));
+        let own = tensors(self.arch).map(|tensor| (tensor.name, tensor.shape));
         let head = adapter.saved.get(HEAD);
         let head = head.filter(|_| self.arch.tie_word_embeddings);
-        let head = head.map(|head| (HEAD.to_owned(), head.elem_count()));
-        for (name, count) in own.chain(head) {
+        let head = head.map(|head| (HEAD.to_owned(), head.dims().to_vec()));
+        for (name, shape) in own.chain(head) {
             let trains = is_trained && adapter.trains(&name);
             if trains || adapter.saved.contains_key(&name) {
-                all.adapter += copies * count * float;
+                all.adapter += copies * shape.iter().product::<usize>() * float;
             }
             if trains {
-                train(&mut all, &name, count);
+                train(&mut all, &name, &shape);
             }
         }
         Ok(all)
@@ -227,7 +228,13 @@ impl Planned<'_> {
                 let rest: Vec<&Batch> = rest.iter().collect();
                 let (count, tokens) = match sizes {
                     Some(sizes) => {
-                        let size = pass_size_of(&rest, self.packing, sizes, settings.checkpointing);
+                        let size = pass_size_of(
+                            self.model.arch,
+                            &rest,
+                            self.packing,
+                            sizes,
+                            settings.checkpointing,
+                        );
                         (size.micro_batches.max(1), size.tokens)
                     }
                     None => (1, rest[0].sequences.len() * rest[0].width),

@@ -7,12 +7,14 @@ use anyhow::{bail, ensure};
 
 use super::bootstrap::{RowScore, RowScores};
 use super::passes::Passes;
+use crate::ml::execution::Execution;
 use crate::ml::loss::{Metrics, Outcome, Preferences, Scored};
 use crate::ml::model::batch::{Batch, Row, Target};
 use crate::ml::model::head::TokenStats;
 use crate::ml::model::linear::Pass;
+use crate::ml::threads::in_pool;
 
-/// TRL's evaluation during a training: each metric is the mean of the batches' means, and the loss is weighted by rows. `rows` are taken
+/// TRL's evaluation during a training: each metric is the mean of the means of those batches that have it, and the loss is weighted by rows. `rows` are taken
 /// `batch_size` at a time and padded with the id `pad`. Returns the metrics by name, with the loss as `loss`.
 ///
 /// # Errors
@@ -24,22 +26,21 @@ pub(super) fn metrics(
     pad: u32,
 ) -> anyhow::Result<BTreeMap<String, f64>> {
     ensure!(!rows.is_empty(), "there are no rows to evaluate");
-    let mut sums = BTreeMap::<String, f64>::new();
+    let mut sums = BTreeMap::<String, (f64, usize)>::new();
     let mut loss = 0.;
-    let mut batches = 0usize;
     for rows in rows.chunks(batch_size.max(1)) {
         let references: Vec<&Row> = rows.iter().collect();
         let batch = passes.loss.batch(&references, pad)?;
         let outcome = passes.evaluate(&batch)?;
         loss += outcome.loss * rows.len() as f64;
-        batches += 1;
         for (name, value) in outcome.metrics {
-            *sums.entry(name.to_owned()).or_default() += value;
+            let sum = sums.entry(name.to_owned()).or_default();
+            *sum = (sum.0 + value, sum.1 + 1);
         }
     }
     let mut means: BTreeMap<_, _> = sums
         .into_iter()
-        .map(|(name, sum)| (name, sum / batches as f64))
+        .map(|(name, (sum, batches))| (name, sum / batches as f64))
         .collect();
     means.insert("loss".into(), loss / rows.len() as f64);
     Ok(means)
@@ -174,6 +175,7 @@ fn outcome(
         token_stats: needs.token_stats.then_some(&stats[..]),
         target_logits: None,
         sequence_logits: None,
+        mismatched: None,
     })?;
     Ok((outcome, logps))
 }
@@ -286,6 +288,47 @@ pub fn completions(
         .map(|(name, score)| (*name, score.value(0..rows.len())))
         .collect();
     Ok((metrics, scores))
+}
+
+/// The log-likelihood of each row's (preferred) answer after its prompt, in nats: the sum over its tokens, in f64. `batch_size` rows are
+/// computed at a time, padded with the id `pad`; rows of similar length go together. The values are in the order of `rows`.
+///
+/// `report` is called with the number of finished rows, and may stop with an error.
+///
+/// # Errors
+/// A row without an id, [`NotFinite`] with the rows of a batch whose value is a NaN or infinite, or the error of `report`.
+pub fn log_likelihoods(
+    execution: &Execution<'_>,
+    rows: &[Row],
+    batch_size: usize,
+    pad: u32,
+    pass: Pass,
+    report: &mut dyn FnMut(usize) -> anyhow::Result<()>,
+) -> anyhow::Result<Vec<f64>> {
+    let mut order: Vec<usize> = (0..rows.len()).collect();
+    order.sort_by_key(|&row| rows[row].prompt.len() + rows[row].chosen.len());
+    let mut sums = vec![0.; rows.len()];
+    let mut done = 0;
+    for numbers in order.chunks(batch_size.max(1)) {
+        let sequences = numbers.iter().map(|&row| rows[row].chosen()).collect();
+        let batch = Batch::new(sequences, pad)?;
+        let targets = batch.answer_targets();
+        let scores = in_pool(|| {
+            let mut forward = execution.forward(&[&batch], pass, false)?;
+            forward.score(&targets, false)
+        })?;
+        for (target, logp) in targets.iter().zip(&scores.logps) {
+            sums[numbers[target.row]] += f64::from(*logp);
+        }
+        let odd = numbers.iter().filter(|&&row| !sums[row].is_finite());
+        let odd: Vec<usize> = odd.map(|row| row + 1).collect();
+        if !odd.is_empty() {
+            bail!(NotFinite { rows: odd });
+        }
+        done += numbers.len();
+        report(done)?;
+    }
+    Ok(sums)
 }
 
 /// The scores of one sequence, by its targets.

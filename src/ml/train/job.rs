@@ -6,6 +6,7 @@ use anyhow::ensure;
 
 use super::fault::Origin;
 use super::passes::{Passes, ReferenceModel};
+use super::schedule::SchedulerType;
 use super::settings::Settings;
 use crate::ml::execution::Execution;
 use crate::ml::loss::Loss;
@@ -50,24 +51,44 @@ impl Job<'_> {
             !self.loss.needs().reference || !matches!(self.reference, ReferenceModel::None),
             "the loss needs a reference model"
         );
-        let Some(watch) = &settings.watch else {
-            return Ok(());
-        };
+        let schedule = settings.schedule(settings.total_steps(self.rows.len()));
+        ensure!(
+            schedule.scheduler != SchedulerType::Polynomial
+                || schedule.lr_end() < settings.learning_rate,
+            "`polynomial` decays to `lr_end` {}, expected less than `learning_rate`, which is {}",
+            schedule.lr_end(),
+            settings.learning_rate
+        );
+        let follows = settings.scheduler.follows_evaluations();
+        if let Some(watch) = &settings.watch {
+            self.check_metric(settings, "the best step is found", &watch.metric)?;
+            ensure!(
+                self.scratch.is_some() || !watch.load,
+                "the best weights need a folder"
+            );
+        }
+        if follows {
+            self.check_metric(
+                settings,
+                "the learning rate changes",
+                &settings.scheduler_metric,
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Fails if there are no evaluations or if they don't give this metric.
+    fn check_metric(&self, settings: &Settings, what: &str, metric: &str) -> anyhow::Result<()> {
         ensure!(
             settings.eval_every.is_some() && !self.eval_rows.is_empty(),
-            "the best step is found by evaluations, but there are none"
-        );
-        ensure!(
-            self.scratch.is_some() || !watch.load,
-            "the best weights need a folder"
+            "{what} by evaluations, but there are none"
         );
         let mut names = self.loss.metrics().to_vec();
         names.push("loss");
         names.sort_unstable();
         ensure!(
-            names.contains(&watch.metric.as_str()),
-            "`metric_for_best_model` is `{}`, but the evaluation gives {}",
-            watch.metric,
+            names.contains(&metric),
+            "`metric_for_best_model` is `{metric}`, but the evaluation gives {}",
             names.join(", ")
         );
         Ok(())

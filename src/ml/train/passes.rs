@@ -4,11 +4,11 @@ use anyhow::{Context as _, ensure};
 
 use crate::ml::backend::{ForwardPass, WithBase};
 use crate::ml::execution::Execution;
-use crate::ml::loss::{Loss, Outcome, Scored};
+use crate::ml::loss::{Loss, Needs, Outcome, Scored};
 use crate::ml::model::Gradients;
 use crate::ml::model::batch::{Batch, ReferenceLogps, Row, Target};
 use crate::ml::model::head::TokenStats;
-use crate::ml::model::linear::{DropoutSeed, Pass};
+use crate::ml::model::linear::Pass;
 use crate::ml::threads::in_pool;
 
 /// The source of the log-probabilities under the reference model.
@@ -57,13 +57,30 @@ struct Targets<'a> {
     all: Vec<Target>,
 }
 
+/// A pass through the trained model, and the log-probabilities of its targets under the reference model, in nats, if the loss needs them.
+type Compared<'a> = (Box<dyn ForwardPass + 'a>, Option<Vec<f64>>);
+
 impl<'a> Targets<'a> {
+    /// The tokens of all answers.
+    fn of_answers(batches: &[&'a Batch]) -> Self {
+        Self::of(batches, Batch::answer_targets)
+    }
+
     fn new(loss: &dyn Loss, batches: &[&'a Batch]) -> anyhow::Result<Self> {
+        let targets = Self::of(batches, |batch| loss.targets(batch));
+        let parts = &mut targets.parts.iter();
+        ensure!(
+            parts.all(|part| !part.targets.is_empty()),
+            "the batch has no token to learn"
+        );
+        Ok(targets)
+    }
+
+    fn of(batches: &[&'a Batch], targets: impl Fn(&Batch) -> Vec<Target>) -> Self {
         let (mut parts, mut all) = (Vec::new(), Vec::new());
         let mut first = 0;
         for &batch in batches {
-            let targets = loss.targets(batch);
-            ensure!(!targets.is_empty(), "the batch has no token to learn");
+            let targets = targets(batch);
             all.extend(targets.iter().map(|target| Target {
                 row: first + target.row,
                 ..*target
@@ -75,7 +92,7 @@ impl<'a> Targets<'a> {
             });
             first += batch.sequences.len();
         }
-        Ok(Self { parts, all })
+        Self { parts, all }
     }
 }
 
@@ -87,14 +104,17 @@ impl Passes<'_> {
     pub(in crate::ml) fn evaluate(&self, batch: &Batch) -> anyhow::Result<Outcome> {
         in_pool(|| {
             let targets = Targets::new(self.loss, &[batch])?;
-            let (mut forward, reference) = self.forward(&[batch], Pass::INFER, false, &targets)?;
-            let outcomes = self.outcomes(&mut *forward, &targets, reference.as_deref())?;
+            let pass = self.smoothed(Pass::INFER);
+            let (mut forward, reference) = self.forward(&[batch], pass, false, &targets)?;
+            let mismatched = self.mismatched(&[batch])?;
+            let outcomes =
+                self.outcomes(&mut *forward, &targets, reference.as_deref(), &mismatched)?;
             outcomes.into_iter().next().context("no outcome")
         })
     }
 
     /// Computes the losses of several micro-batches in one pass, no more than [`Execution::pass_size`] says. Each has a scale: the gradient of
-    /// its loss with respect to the parameters, multiplied by it, is added to `gradients`, unless a loss is not finite. See
+    /// its loss with respect to the parameters, multiplied by it, is added to `gradients`, unless a loss is not finite. `pass` has a tape; see
     /// [`Execution::forward`] for `checkpointing`.
     ///
     /// # Errors
@@ -102,32 +122,40 @@ impl Passes<'_> {
     pub(in crate::ml) fn differentiate(
         &self,
         batches: &[(&Batch, f64)],
-        dropout: Option<DropoutSeed>,
+        pass: Pass,
         checkpointing: bool,
         gradients: &mut Gradients,
     ) -> anyhow::Result<Vec<Outcome>> {
-        let pass = Pass::train(dropout);
         in_pool(|| {
             let (batches, scales): (Vec<&Batch>, Vec<f64>) = batches.iter().copied().unzip();
             let targets = Targets::new(self.loss, &batches)?;
+            // This comes before the other pass, so that the buffers of both are never needed at the same time.
+            let mismatched = self.mismatched(&batches)?;
+            let pass = self.smoothed(pass);
             let (mut forward, reference) = self.forward(&batches, pass, checkpointing, &targets)?;
-            let outcomes = self.outcomes(&mut *forward, &targets, reference.as_deref())?;
+            let outcomes =
+                self.outcomes(&mut *forward, &targets, reference.as_deref(), &mismatched)?;
             if outcomes.iter().all(|outcome| outcome.loss.is_finite()) {
                 let scaled = outcomes.iter().zip(scales).flat_map(|(outcome, scale)| {
                     let gradient = outcome.gradient.iter();
                     gradient.map(move |g| (f64::from(*g) * scale) as f32)
                 });
-                forward.backward(&scaled.collect::<Vec<f32>>(), gradients)?;
+                let scaled: Vec<f32> = scaled.collect();
+                if self.loss.needs().scores {
+                    forward.backward_scores(&targets.all, &scaled, gradients)?;
+                } else {
+                    forward.backward(&scaled, gradients)?;
+                }
             }
             Ok(outcomes)
         })
     }
 
     /// Computes the log-probabilities of the rows' answers under the reference model, `batch_size` rows at a time, and stores them in the
-    /// rows, for [`ReferenceModel::Rows`]. `report` is called with the number of finished rows, and may stop with an error.
+    /// rows, for [`ReferenceModel::Rows`]. Rows that have those of their own answers keep them. `report` is called with the number of finished rows, and may stop with an error.
     ///
     /// # Errors
-    /// A row is not a pair, the pass fails, or `report` returns an error.
+    /// A row lacks what the loss needs, the pass fails, or `report` returns an error.
     pub fn precompute_reference(
         &self,
         rows: &mut [Row],
@@ -137,36 +165,48 @@ impl Passes<'_> {
     ) -> anyhow::Result<()> {
         let mut done = 0;
         for rows in rows.chunks_mut(batch_size.max(1)) {
-            let pairs: Vec<&Row> = rows.iter().collect();
-            let batch = Batch::pairs(&pairs, pad)?;
-            let answers = batch.answer_targets();
-            let targets = Targets {
-                parts: vec![Part {
-                    batch: &batch,
-                    targets: answers.clone(),
-                    first: 0,
-                }],
-                all: answers,
-            };
-            let logps = in_pool(|| self.reference_logps(&targets))?;
-            let logps = logps.context("the loss needs no reference model")?;
+            let references: Vec<&Row> = rows.iter().collect();
+            let batch = self.loss.batch(&references, pad)?;
             let count = rows.len();
-            for row in rows.iter_mut() {
-                row.reference_logps = Some(ReferenceLogps::default());
+            if let Some(other) = batch.mismatched() {
+                let targets = Targets::of_answers(&[other]);
+                let logps = in_pool(|| self.reference_logps(&targets))?.unwrap_or_default();
+                for (target, logp) in targets.all.iter().zip(logps) {
+                    let known = rows[target.row].mismatched.as_mut();
+                    let known = known.context("a row has no answer of another row")?;
+                    let known = known.reference_logps.get_or_insert_default();
+                    known.push(logp as f32);
+                }
             }
-            for (target, logp) in targets.all.iter().zip(logps) {
-                let known = rows[target.row % count].reference_logps.as_mut();
-                let known = known.context("a row has no place for them")?;
-                if target.row < count {
-                    known.chosen.push(logp as f32);
-                } else {
-                    known.rejected.push(logp as f32);
+            if rows.iter().any(|row| row.reference_logps.is_none()) {
+                let targets = Targets::of_answers(&[&batch]);
+                let logps = in_pool(|| self.reference_logps(&targets))?;
+                let logps = logps.context("the loss needs no reference model")?;
+                let mut known = vec![ReferenceLogps::default(); count];
+                for (target, logp) in targets.all.iter().zip(logps) {
+                    let known = &mut known[target.row % count];
+                    if target.row < count {
+                        known.chosen.push(logp as f32);
+                    } else {
+                        known.rejected.push(logp as f32);
+                    }
+                }
+                for (row, known) in rows.iter_mut().zip(known) {
+                    row.reference_logps = Some(known);
                 }
             }
             done += count;
             report(done)?;
         }
         Ok(())
+    }
+
+    /// A pass with the loss's label smoothing.
+    fn smoothed(&self, pass: Pass) -> Pass {
+        Pass {
+            label_smoothing: self.loss.label_smoothing(),
+            ..pass
+        }
     }
 
     /// The scores of `targets` in a batch, with or without the adapter as `pass` says.
@@ -181,11 +221,11 @@ impl Passes<'_> {
             let reference = self.reference_logps(&all)?;
             let needs = self.loss.needs();
             let mut forward = self.execution.forward(&[batch], pass, false)?;
-            let scores = forward.score(targets, needs.token_stats)?;
+            let (logps, token_stats) = scores(&mut *forward, targets, needs)?;
             Ok(TargetScores {
-                logps: wide(&scores.logps),
+                logps,
                 reference,
-                token_stats: scores.token_stats,
+                token_stats,
             })
         })
     }
@@ -198,7 +238,7 @@ impl Passes<'_> {
         pass: Pass,
         checkpointing: bool,
         targets: &Targets<'_>,
-    ) -> anyhow::Result<(Box<dyn ForwardPass + '_>, Option<Vec<f64>>)> {
+    ) -> anyhow::Result<Compared<'_>> {
         let execution = self.execution;
         if self.loss.needs().reference
             && matches!(self.reference, ReferenceModel::Base)
@@ -230,25 +270,32 @@ impl Passes<'_> {
             }
             ReferenceModel::None => anyhow::bail!("the loss needs a reference model"),
         };
-        let mut all = Vec::with_capacity(targets.all.len());
-        let mut rest = &targets.parts[..];
-        while !rest.is_empty() {
-            let batches: Vec<&Batch> = rest.iter().map(|part| part.batch).collect();
-            let size = execution.pass_size(&batches, pass, false).micro_batches;
-            let (now, later) = rest.split_at(size.clamp(1, rest.len()));
-            let first = now.first().map_or(0, |part| part.first);
-            let own = now.iter().flat_map(|part| {
-                part.targets.iter().map(|target| Target {
-                    row: part.first - first + target.row,
-                    ..*target
-                })
-            });
-            let own: Vec<Target> = own.collect();
-            let mut forward = execution.forward(&batches[..now.len()], pass, false)?;
-            all.extend(wide(&forward.score(&own, false)?.logps));
-            rest = later;
+        Ok(Some(logps(execution, pass, targets)?))
+    }
+
+    /// For each batch that has sequences with the answers of other rows, the mean over these of the difference between an answer's
+    /// log-probability and that under the reference model.
+    fn mismatched(&self, batches: &[&Batch]) -> anyhow::Result<Vec<Option<f64>>> {
+        let others: Vec<&Batch> = batches
+            .iter()
+            .filter_map(|batch| batch.mismatched())
+            .collect();
+        if others.is_empty() {
+            return Ok(vec![None; batches.len()]);
         }
-        Ok(Some(all))
+        let targets = Targets::of_answers(&others);
+        let policy = logps(self.execution, Pass::INFER, &targets)?;
+        let reference = self.reference_logps(&targets)?;
+        let reference = reference.context("the loss needs no reference model")?;
+        let mut ratios = policy.iter().zip(&reference).map(|(p, r)| p - r);
+        let mut means = targets.parts.iter().map(|part| {
+            let sum: f64 = ratios.by_ref().take(part.targets.len()).sum();
+            sum / part.batch.sequences.len() as f64
+        });
+        let means = batches
+            .iter()
+            .map(|batch| batch.mismatched().and_then(|_| means.next()));
+        Ok(means.collect())
     }
 
     /// The outcome of the loss for each micro-batch of a pass.
@@ -257,10 +304,10 @@ impl Passes<'_> {
         forward: &mut dyn ForwardPass,
         targets: &Targets<'_>,
         reference: Option<&[f64]>,
+        mismatched: &[Option<f64>],
     ) -> anyhow::Result<Vec<Outcome>> {
         let needs = self.loss.needs();
-        let scores = forward.score(&targets.all, needs.token_stats)?;
-        let logps = wide(&scores.logps);
+        let (logps, token_stats) = scores(forward, &targets.all, needs)?;
         let logits = if needs.target_logits {
             Some(forward.target_mean_logits(&targets.all)?)
         } else {
@@ -268,7 +315,7 @@ impl Passes<'_> {
         };
         let mut start = 0;
         let mut outcomes = Vec::with_capacity(targets.parts.len());
-        for part in &targets.parts {
+        for (part, mismatched) in targets.parts.iter().zip(mismatched) {
             let span = start..start + part.targets.len();
             start = span.end;
             let sequence_logits = if let Some(positions) = needs.sequence_logits {
@@ -285,13 +332,51 @@ impl Passes<'_> {
                 targets: &part.targets,
                 logps: &logps[span.clone()],
                 reference_logps: reference.map(|all| &all[span.clone()]),
-                token_stats: scores.token_stats.as_ref().map(|all| &all[span.clone()]),
+                token_stats: token_stats.as_ref().map(|all| &all[span.clone()]),
                 target_logits: logits.as_ref().map(|all| &all[span.clone()]),
                 sequence_logits,
+                mismatched: *mismatched,
             })?);
         }
         Ok(outcomes)
     }
+}
+
+/// The log-probabilities of targets, or their scores, and the statistics that a loss needs.
+fn scores(
+    forward: &mut dyn ForwardPass,
+    targets: &[Target],
+    needs: Needs,
+) -> anyhow::Result<(Vec<f64>, Option<Vec<TokenStats>>)> {
+    if needs.scores {
+        // The mean over the one row of the head.
+        return Ok((forward.target_mean_logits(targets)?, None));
+    }
+    let scores = forward.score(targets, needs.token_stats)?;
+    Ok((wide(&scores.logps), scores.token_stats))
+}
+
+/// The log-probabilities of all targets by this model, in nats, in as many passes as it takes.
+fn logps(execution: &Execution<'_>, pass: Pass, targets: &Targets<'_>) -> anyhow::Result<Vec<f64>> {
+    let mut all = Vec::with_capacity(targets.all.len());
+    let mut rest = &targets.parts[..];
+    while !rest.is_empty() {
+        let batches: Vec<&Batch> = rest.iter().map(|part| part.batch).collect();
+        let size = execution.pass_size(&batches, pass, false).micro_batches;
+        let (now, later) = rest.split_at(size.clamp(1, rest.len()));
+        let first = now.first().map_or(0, |part| part.first);
+        let own = now.iter().flat_map(|part| {
+            part.targets.iter().map(|target| Target {
+                row: part.first - first + target.row,
+                ..*target
+            })
+        });
+        let own: Vec<Target> = own.collect();
+        let mut forward = execution.forward(&batches[..now.len()], pass, false)?;
+        all.extend(wide(&forward.score(&own, false)?.logps));
+        rest = later;
+    }
+    Ok(all)
 }
 
 fn wide(logps: &[f32]) -> Vec<f64> {

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::best::Watch;
 use super::optim;
 use super::sampler::{Grouping, SamplingStrategy};
-use super::schedule::{Schedule, SchedulerType};
+use super::schedule::{Schedule, SchedulerKwargs, SchedulerType};
 use super::watchdog::LossLimit;
 
 /// The settings of a training that don't depend on its model, its rows or its loss. The defaults are transformers'.
@@ -26,6 +26,10 @@ pub struct Settings {
     pub learning_rate: f64,
     /// The learning-rate schedule.
     pub scheduler: SchedulerType,
+    /// The settings of the schedule.
+    pub scheduler_kwargs: SchedulerKwargs,
+    /// The metric of evaluations, without `eval_`, that a schedule follows which follows one.
+    pub scheduler_metric: String,
     /// The number of warm-up steps; below 1, a share of all steps.
     pub warmup: f64,
     /// The settings of the optimiser.
@@ -38,6 +42,8 @@ pub struct Settings {
     pub loss_scaling: bool,
     /// Whether the adapter's dropout is applied.
     pub dropout: bool,
+    /// The strength of the noise on the embeddings (NEFTune), if there is any.
+    pub neftune_noise_alpha: Option<f64>,
     /// The seed of everything random but the order of rows.
     pub seed: u64,
     /// The seed of the order of rows.
@@ -70,12 +76,15 @@ impl Default for Settings {
             max_steps: None,
             learning_rate: 5e-5,
             scheduler: SchedulerType::default(),
+            scheduler_kwargs: SchedulerKwargs::default(),
+            scheduler_metric: "loss".to_owned(),
             warmup: 0.,
             optimizer: optim::Settings::default(),
             max_grad_norm: 1.,
             checkpointing: false,
             loss_scaling: false,
             dropout: true,
+            neftune_noise_alpha: None,
             seed: 42,
             data_seed: 42,
             sampling: SamplingStrategy::default(),
@@ -137,7 +146,8 @@ impl Settings {
         };
         Schedule {
             scheduler: self.scheduler,
-            cycles: 1,
+            kwargs: self.scheduler_kwargs,
+            learning_rate: self.learning_rate,
             warmup: warmup as u64,
             total,
         }

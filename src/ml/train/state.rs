@@ -1,5 +1,6 @@
 //! The state of a training apart from its tensors.
 
+use super::adaptive::Adaptive;
 use super::best::Best;
 use super::log::{Log, Window};
 use super::scaler::Scaler;
@@ -23,4 +24,6 @@ pub(in crate::ml) struct State {
     pub(in crate::ml) history: Vec<Log>,
     /// The best evaluation.
     pub(in crate::ml) best: Best,
+    /// The learning rate, if it follows evaluations.
+    pub(in crate::ml) adaptive: Option<Adaptive>,
 }

@@ -93,10 +93,7 @@ pub(super) const KEYS: Table = &[
     ),
     ("push_dataset_to_hub", Lacks(super::PUBLISHES)),
     ("val_set_size", Becomes("split_dataset.test_size")),
-    (
-        "chat_template",
-        Becomes("apply_chat_template.chat_template"),
-    ),
+    ("chat_template", Becomes("apply_chat_template.template")),
     (
         "chat_template_jinja",
         Is("apply_chat_template", "chat_template"),
@@ -155,6 +152,10 @@ pub(super) const KEYS: Table = &[
     ("peft_use_rslora", Is("attach_lora", "use_rslora")),
     ("peft_use_dora", Is("attach_lora", "use_dora")),
     (
+        "peft_init_lora_weights",
+        Is("attach_lora", "init_lora_weights"),
+    ),
+    (
         "merge_lora",
         Needless("a stage `merge` follows the training"),
     ),
@@ -168,7 +169,6 @@ pub(super) const KEYS: Table = &[
     ),
     ("num_epochs", Is(TRAINING, "num_train_epochs")),
     ("optimizer", Is(TRAINING, "optim")),
-    ("optim_args", Lacks("optimisers take no further settings")),
     ("lr_scheduler", Is(TRAINING, "lr_scheduler_type")),
     (
         "train_on_inputs",
@@ -215,11 +215,8 @@ pub(super) const KEYS: Table = &[
         "s2_attention",
         Lacks("shifted sparse attention is not computed"),
     ),
-    (
-        "special_tokens",
-        Lacks("a stage `add_tokens` adds tokens and names them"),
-    ),
-    ("tokens", Lacks("a stage `add_tokens` adds tokens")),
+    ("special_tokens", Becomes("a stage `add_tokens`")),
+    ("tokens", Becomes("add_tokens.tokens")),
     (
         "wandb_project",
         Needless("every step is in the result; `pipeline show` prints it"),

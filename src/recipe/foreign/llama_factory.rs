@@ -31,8 +31,10 @@ pub(super) const KEYS: Table = &[
     ),
     (
         "resize_vocab",
-        Lacks("a stage `add_tokens` adds tokens and rows for them"),
+        Needless("a stage `add_tokens` adds tokens and rows for them"),
     ),
+    ("add_tokens", Becomes("add_tokens.tokens")),
+    ("add_special_tokens", Becomes("add_tokens.special_tokens")),
     ("stage", Becomes("the kind of training")),
     (
         "finetuning_type",
@@ -61,12 +63,11 @@ pub(super) const KEYS: Table = &[
     ("use_dora", Is("attach_lora", "use_dora")),
     (
         "pissa_init",
-        Lacks("`init_lora_weights: loftq` also begins from the weights"),
+        Lacks(
+            "`init_lora_weights: pissa` of `attach_lora` goes with a stage `merge` with `weight: -1`, which takes what it begins with from the model",
+        ),
     ),
-    (
-        "loraplus_lr_ratio",
-        Lacks("both matrices have one learning rate"),
-    ),
+    ("use_dft_loss", Becomes("train_sft.loss_type: dft")),
     (
         "create_new_adapter",
         Needless("`attach_lora` makes a new one, `import_adapter` goes on with one"),
@@ -91,7 +92,7 @@ pub(super) const KEYS: Table = &[
     ("media_dir", Lacks("rows are text")),
     (
         "template",
-        Becomes("apply_chat_template.chat_template; the model's own if it has one"),
+        Becomes("apply_chat_template.template; the model's own for most of its families"),
     ),
     ("cutoff_len", Is("tokenize", "max_length")),
     ("max_samples", Becomes("import_dataset.max_rows")),
@@ -120,7 +121,7 @@ pub(super) const KEYS: Table = &[
     ),
     (
         "mask_history",
-        Lacks("which answers of a conversation are learnt is up to its rows"),
+        Becomes("apply_chat_template.assistant_only_loss, turned around"),
     ),
     ("neat_packing", Is(TRAINING, "packing")),
     (

@@ -1,4 +1,4 @@
-//! The keys of TRL's command line: arguments of `TrainingArguments`, `SFTConfig`, `DPOConfig`, `ORPOConfig`, `ModelConfig` and
+//! The keys of TRL's command line: arguments of `TrainingArguments`, `SFTConfig`, `DPOConfig`, `KTOConfig`, `RewardConfig`, `ORPOConfig`, `ModelConfig` and
 //! `ScriptArguments`.
 
 use super::Meaning::{Becomes, Is, Lacks, Needless};
@@ -41,7 +41,9 @@ pub(super) const KEYS: Table = &[
     ("lora_modules_to_save", Is("attach_lora", "modules_to_save")),
     (
         "lora_task_type",
-        Needless("every model here is a causal language model"),
+        Needless(
+            "it follows from the stages: `add_score_head` makes a model for a sequence classification",
+        ),
     ),
     ("use_rslora", Is("attach_lora", "use_rslora")),
     ("use_dora", Is("attach_lora", "use_dora")),
@@ -72,7 +74,7 @@ pub(super) const KEYS: Table = &[
         Lacks("`max_length` bounds prompt and answer together"),
     ),
     ("truncation_mode", Is("tokenize", "truncation_mode")),
-    ("packing_strategy", Needless("rows are packed as by `bfd`")),
+    ("packing_strategy", Is("train_sft", "packing_strategy")),
     ("completion_only_loss", Is(TRAINING, "completion_only_loss")),
     (
         "assistant_only_loss",
@@ -94,7 +96,13 @@ pub(super) const KEYS: Table = &[
         Is("train_dpo", "f_alpha_divergence_coef"),
     ),
     ("discopop_tau", Is("train_dpo", "discopop_tau")),
-    ("use_weighting", Lacks("pairs are not weighted")),
+    ("use_weighting", Is("train_dpo", "use_weighting")),
+    (
+        "center_rewards_coefficient",
+        Is("train_reward", "center_rewards_coefficient"),
+    ),
+    ("desirable_weight", Is("train_kto", "desirable_weight")),
+    ("undesirable_weight", Is("train_kto", "undesirable_weight")),
     ("cpo_alpha", Is("train_cpo", "cpo_alpha")),
     ("simpo_gamma", Is("train_cpo", "simpo_gamma")),
     ("label_smoothing", Is(TRAINING, "label_smoothing")),
@@ -104,7 +112,7 @@ pub(super) const KEYS: Table = &[
     ),
     (
         "precompute_ref_log_probs",
-        Is("train_dpo", "precompute_ref_log_probs"),
+        Is(TRAINING, "precompute_ref_log_probs"),
     ),
     ("disable_dropout", Is(TRAINING, "disable_dropout")),
     ("num_proc", Needless("all cores are used")),

@@ -21,6 +21,8 @@ pub(super) struct Source {
     pub(super) format: Option<String>,
     /// From our column to theirs.
     pub(super) columns: BTreeMap<String, String>,
+    /// Whether the program learns all that the assistant says in a conversation.
+    pub(super) all_answers: bool,
 }
 
 /// All that a config names, and the key that names them.
@@ -29,13 +31,30 @@ pub(super) struct Sources {
     pub(super) all: Vec<Source>,
 }
 
-/// The chat templates that are known by name here.
-const TEMPLATES: [(&str, &str); 2] = [
-    ("chatml", CHATML),
-    (
-        "llama3",
-        include_str!("../../../recipes/templates/llama3.jinja"),
-    ),
+/// axolotl's templates that render as a built-in one does, by their names without `_` and `-`.
+const AXOLOTL_TEMPLATES: [(&str, &str); 8] = [
+    ("chatml", "chatml"),
+    ("llama3", "llama3"),
+    ("gemma", "gemma"),
+    ("gemma3", "gemma"),
+    ("mistralv2v3", "mistral"),
+    ("phi3", "phi3"),
+    ("phi35", "phi3"),
+    ("qwen3", "qwen3"),
+];
+
+/// The same of LLaMA-Factory.
+const LLAMA_FACTORY_TEMPLATES: [(&str, &str); 10] = [
+    ("alpaca", "alpaca"),
+    ("chatml", "chatml"),
+    ("llama3", "llama3"),
+    ("gemma", "gemma"),
+    ("gemma2", "gemma"),
+    ("gemma3", "gemma"),
+    ("mistral", "mistral"),
+    ("phi", "phi3"),
+    ("qwen3", "qwen3"),
+    ("zephyr", "zephyr"),
 ];
 
 /// The template that the name ChatML stands for.
@@ -108,6 +127,7 @@ fn axolotl(config: &mut Config<'_>) -> Result<Sources, String> {
             files = vec![path];
         }
         let (format, columns) = form(config, key, &dataset);
+        let all_answers = all_answers(config, key, &dataset);
         for place in files {
             let local =
                 is_local(config.folder, &place) || loader || place.matches('/').count() != 1;
@@ -118,10 +138,35 @@ fn axolotl(config: &mut Config<'_>) -> Result<Sources, String> {
                 split: text_of(&dataset, "split"),
                 format: format.clone(),
                 columns: columns.clone(),
+                all_answers,
             });
         }
     }
     Ok(Sources { key, all })
+}
+
+/// Whether axolotl learns all answers of a dataset's conversations: those of `roles_to_train`, by default the assistant's.
+fn all_answers(config: &mut Config<'_>, key: &str, dataset: &Value) -> bool {
+    let kind = text_of(dataset, "type").unwrap_or_default();
+    let assistant = ["assistant", "gpt", "model", "chatbot"];
+    let other = match dataset.get("roles_to_train") {
+        None | Some(Value::Null) => false,
+        Some(Value::Array(roles)) => {
+            !roles
+                .iter()
+                .all(|role| role.as_str().is_some_and(|role| assistant.contains(&role)))
+                || roles.is_empty()
+        }
+        Some(_) => true,
+    };
+    if other {
+        config.lose(
+            key,
+            "the `roles_to_train` of a dataset: what the assistant says is learnt, or whole conversations (`completion_only_loss: false`)",
+        );
+    }
+    let conversations = kind.starts_with("chat_template") || kind.starts_with("sharegpt");
+    conversations && !config.is_on("train_on_inputs")
 }
 
 /// The form of rows by axolotl's `type`.
@@ -311,6 +356,9 @@ fn llama_factory(config: &mut Config<'_>) -> Result<Sources, String> {
             split: text_of(about, "split"),
             format: format.map(str::to_owned),
             columns,
+            all_answers: sharegpt
+                && !config.is_on("mask_history")
+                && !config.is_on("train_on_prompt"),
         });
     }
     Ok(Sources { key, all })
@@ -336,6 +384,7 @@ fn trl(config: &mut Config<'_>) -> Result<Sources, String> {
             split,
             format: None,
             columns: columns.clone(),
+            all_answers: false,
         };
     if let Some(listed) = config.get("datasets").and_then(Value::as_array).cloned() {
         let mut all = Vec::new();
@@ -365,7 +414,7 @@ fn trl(config: &mut Config<'_>) -> Result<Sources, String> {
 }
 
 /// The chat template by its name.
-pub(super) fn template(config: &mut Config<'_>, chats: &mut OutlineStage) {
+pub(super) fn template(config: &mut Config<'_>, program: Program, chats: &mut OutlineStage) {
     for key in ["chat_template", "template"] {
         let Some(name) = config.text(key).map(str::to_owned) else {
             continue;
@@ -375,13 +424,17 @@ pub(super) fn template(config: &mut Config<'_>, chats: &mut OutlineStage) {
             config.went(key, "apply_chat_template");
             continue;
         }
+        let known: &[_] = match program {
+            Program::LlamaFactory => &LLAMA_FACTORY_TEMPLATES,
+            Program::Axolotl | Program::Trl => &AXOLOTL_TEMPLATES,
+        };
         let plain = name.replace(['_', '-'], "").to_lowercase();
-        match TEMPLATES.iter().find(|(known, _)| *known == plain) {
-            Some((_, text)) if key == "chat_template" => {
-                config.went(key, "apply_chat_template.chat_template");
-                chats.set("chat_template", (*text).into());
+        match known.iter().find(|(known, _)| *known == plain) {
+            Some((_, ours)) => {
+                config.went(key, "apply_chat_template.template");
+                chats.set("template", (*ours).into());
             }
-            _ => config.lose(
+            None => config.lose(
                 key,
                 format!("`{name}`: the model's own chat template is used; `template: FILE` of `apply_chat_template` takes another"),
             ),

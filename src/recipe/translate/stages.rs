@@ -110,7 +110,11 @@ pub(super) fn outline(
             None => {}
         }
     }
-    let (mut stages, mut dataset) = dataset(config, program, training)?;
+    let Rows {
+        stage: rows,
+        all_answers,
+    } = dataset(config, program, training)?;
+    let (mut stages, mut dataset) = (vec![rows], "rows".to_owned());
     let held_out = ["val_set_size", "val_size"].into_iter().find_map(|key| {
         let size = config.get(key)?.as_f64()?;
         Some((key, size))
@@ -137,25 +141,51 @@ pub(super) fn outline(
     }
     let is_held_out = dataset == "split";
     stages.push(model);
+    let mut base = "base";
+    if let Some(stage) = new_tokens(config) {
+        base = NEW_TOKENS;
+        stages.push(stage);
+    }
     let mut chats = OutlineStage::new("chats", "apply_chat_template")
         .with("dataset", dataset.clone())
-        .with("tokenizer", "base");
-    rows::template(config, &mut chats);
+        .with("tokenizer", base);
+    rows::template(config, program, &mut chats);
+    if training == "train_sft" {
+        if config.get("mask_history").is_some() {
+            config.went("mask_history", "apply_chat_template.assistant_only_loss");
+        }
+        if all_answers {
+            chats.set("assistant_only_loss", true.into());
+        }
+    }
     stages.push(with_all(chats, config.values_of(&["apply_chat_template"])));
     let tokens = OutlineStage::new("tokens", "tokenize")
         .with("dataset", "chats")
-        .with("tokenizer", "base");
+        .with("tokenizer", base);
     let mut tokens = with_all(tokens, config.values_of(&["tokenize"]));
     complete(&mut tokens, program, "tokenize");
     let max_length = get(&tokens, "max_length").cloned();
-    if training == "train_dpo" {
-        tokens.set("trainer", "dpo".into());
+    let trainer = match training {
+        "train_dpo" => Some("dpo"),
+        "train_kto" => Some("kto"),
+        "train_reward" => Some("reward"),
+        _ => None,
+    };
+    if let Some(trainer) = trainer {
+        tokens.set("trainer", trainer.into());
     }
     stages.push(tokens);
-    let mut beside = "base";
+    // A reward model has a head of its own.
+    let dense = if training == "train_reward" {
+        stages.push(OutlineStage::new("scoring", "add_score_head").with("model", base));
+        "scoring"
+    } else {
+        base
+    };
+    let mut beside = dense;
     if has_adapter && four_bit_wanted {
         beside = "base4";
-        let quantize = OutlineStage::new(beside, "quantize").with("model", "base");
+        let quantize = OutlineStage::new(beside, "quantize").with("model", dense);
         stages.push(with_all(quantize, config.values_of(&["quantize"])));
     }
     if has_adapter {
@@ -169,7 +199,7 @@ pub(super) fn outline(
         if let Some(seed) = config.get("seed") {
             lora.set("seed", seed.clone());
         }
-        if !is_local {
+        if !is_local && base == "base" {
             lora.set("base_model_name_or_path", name.clone().into());
         }
         let from = ["lora_model_dir", "adapter_name_or_path"]
@@ -190,6 +220,14 @@ pub(super) fn outline(
     tuned = with_all(tuned, config.values_of(&[TRAINING, training]));
     training_values(config, &mut tuned, is_held_out);
     complete(&mut tuned, program, TRAINING);
+    // Another program's own default, which it refuses here itself.
+    let one = Some(&json!(1));
+    if training == "train_kto"
+        && config.get("micro_batch_size").is_none()
+        && get(&tuned, "per_device_train_batch_size") == one
+    {
+        tuned.set("per_device_train_batch_size", json!(2));
+    }
     // Sequences are packed to the length that rows have at most.
     if training == "train_sft"
         && get(&tuned, "packing").is_some_and(is_true)
@@ -198,7 +236,7 @@ pub(super) fn outline(
         tuned.set("max_length", length);
     }
     stages.push(tuned);
-    if is_held_out {
+    if is_held_out && training != "train_reward" {
         let mut scores = OutlineStage::new("scores", "evaluate");
         if has_adapter {
             scores = scores.with("model", beside).with("adapter", "tuned");
@@ -210,7 +248,7 @@ pub(super) fn outline(
             scores.set("loss", "dpo".into());
         }
         if training == "train_dpo" && !has_adapter {
-            scores.set("ref_model", "base".into());
+            scores.set("ref_model", base.into());
         }
         stages.push(with_all(scores, config.values_of(&["evaluate"])));
     }
@@ -218,7 +256,7 @@ pub(super) fn outline(
     if has_adapter {
         stages.push(
             OutlineStage::new("merged", "merge")
-                .with("model", "base")
+                .with("model", dense)
                 .with("adapter", "tuned"),
         );
     }
@@ -241,13 +279,67 @@ fn with_all(mut stage: OutlineStage, values: Vec<(String, Value)>) -> OutlineSta
     stage
 }
 
-/// The stage that makes the rows, and its name.
-fn dataset(
-    config: &mut Config<'_>,
-    program: Program,
-    training: &str,
-) -> Result<(Vec<OutlineStage>, String), String> {
+/// The name of the stage that adds tokens.
+const NEW_TOKENS: &str = "with_tokens";
+
+/// The stage `add_tokens` for the tokens that a config adds to the model's, if it adds any.
+fn new_tokens(config: &mut Config<'_>) -> Option<OutlineStage> {
+    let listed = |value: &Value| -> Vec<Value> {
+        match value {
+            Value::String(text) => text.split(',').map(|token| json!(token.trim())).collect(),
+            Value::Array(tokens) => tokens.clone(),
+            _ => Vec::new(),
+        }
+    };
+    let mut stage = OutlineStage::new(NEW_TOKENS, "add_tokens").with("model", "base");
+    for (key, parameter) in [
+        ("tokens", "tokens"),
+        ("add_tokens", "tokens"),
+        ("add_special_tokens", "special_tokens"),
+    ] {
+        if let Some(tokens) = config.get(key).map(listed).filter(|all| !all.is_empty()) {
+            config.went(key, &format!("add_tokens.{parameter}"));
+            stage.set(parameter, tokens.into());
+        }
+    }
+    let key = "special_tokens";
+    if let Some(named) = config.get(key).and_then(Value::as_object).cloned() {
+        let has_others = stage.parameters.len() > 1;
+        let pads = |name: &str| name == "pad_token";
+        if !has_others && named.keys().all(|name| pads(name)) {
+            let why = "sequences are not filled up, so no token has to do that";
+            config.note(key, why.to_owned(), false);
+        } else {
+            for (name, token) in named {
+                let (parameter, token) = match (name.as_str(), token) {
+                    (_, Value::Null) => continue,
+                    ("additional_special_tokens", tokens) => {
+                        ("special_tokens", listed(&tokens).into())
+                    }
+                    ("bos_token" | "eos_token" | "pad_token", token) => (name.as_str(), token),
+                    _ => {
+                        config.lose(key, format!("`{name}`: no text leads to it here"));
+                        continue;
+                    }
+                };
+                config.went(key, &format!("add_tokens.{parameter}"));
+                stage.set(parameter, token);
+            }
+        }
+    }
+    (stage.parameters.len() > 1).then_some(stage)
+}
+
+/// The stage that makes the rows.
+struct Rows {
+    stage: OutlineStage,
+    /// Whether all that the assistant says is learnt.
+    all_answers: bool,
+}
+
+fn dataset(config: &mut Config<'_>, program: Program, training: &str) -> Result<Rows, String> {
     let sources = rows::sources(config, program, training != "train_sft")?;
+    let all_answers = sources.all.iter().any(|source| source.all_answers);
     let limit = config.get("max_samples").cloned();
     let (key, mut local, mut remote) = (sources.key, Vec::new(), Vec::new());
     for source in sources.all {
@@ -303,7 +395,7 @@ fn dataset(
         config.went("max_samples", &format!("{kind}.max_rows"));
         stage.set("max_rows", limit);
     }
-    Ok((vec![stage], "rows".to_owned()))
+    Ok(Rows { stage, all_answers })
 }
 
 /// The form and columns of a source.

@@ -137,7 +137,9 @@ pub struct Answer {
     pub before_label: String,
     /// The model's answer.
     pub before: String,
-    /// The answer with the adapter.
+    /// What the second answer is of.
+    pub after_label: String,
+    /// The answer with the adapter, or of the model beside a baseline.
     pub after: Option<String>,
     /// The better answer of the data.
     pub chosen: Option<String>,
@@ -353,6 +355,7 @@ mod tests {
                 answers: vec![Answer {
                     prompt: bad(),
                     before_label: bad(),
+                    after_label: bad(),
                     before: bad(),
                     after: Some(bad()),
                     chosen: Some(bad()),

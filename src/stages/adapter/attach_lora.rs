@@ -15,7 +15,7 @@ use self::tokens::Tokens;
 use crate::engine::{Context, Input, Problem, Stage};
 use crate::ml::adapter::{self, Names, NewAdapter, Patterns, Selection};
 use crate::ml::io::weights::Weights;
-use crate::ml::lora::attach;
+use crate::ml::lora::attach::{self, Beginning};
 use crate::ml::model::arch::{Arch, Projection};
 use crate::ml::model::tensors::{
     self, ENDS, projection_name, projection_names, projection_path, weight_name,
@@ -104,7 +104,10 @@ pub struct AttachLora {
     /// How the matrices begin. `true`: B is 0, so the adapter changes nothing at first. `false`: B is random too. `loftq`: with
     /// what quantisation took from the weights (arXiv 2310.08659, one iteration), which takes the time of a singular value
     /// decomposition for each module; the adapter then belongs to the 4-bit `model`, and PEFT gives the same for a model quantised
-    /// with `double_quant: false`.
+    /// with `double_quant: false`. `orthogonal`: with random matrices whose product is 0, for an even rank from 4 on. `pissa`: with the largest
+    /// singular values of each weight (arXiv 2404.02948); `olora`: with the first columns of its QR decomposition (arXiv 2406.01775). These
+    /// two are a part of the weights, so they are trained beside a model that lacks it: `merge` with `weight: -1` makes that, and
+    /// `quantize` with `loftq` its 4 bits.
     #[serde(default)]
     init_lora_weights: Init,
     /// For `init_lora_weights: loftq`, the dense model that `model` was quantised from.
@@ -160,6 +163,12 @@ pub(in crate::stages) enum Init {
 pub(in crate::stages) enum Method {
     /// From the error of quantisation.
     Loftq,
+    /// With matrices whose product is 0.
+    Orthogonal,
+    /// With the largest singular values of the weight.
+    Pissa,
+    /// With the QR decomposition of the weight.
+    Olora,
 }
 
 impl<'de> Deserialize<'de> for Init {
@@ -169,7 +178,7 @@ impl<'de> Deserialize<'de> for Init {
             type Value = Init;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("`true`, `false` or `loftq`")
+                f.write_str("`true`, `false`, `loftq`, `orthogonal`, `pissa` or `olora`")
             }
 
             fn visit_bool<E: serde::de::Error>(self, zero: bool) -> Result<Init, E> {
@@ -179,7 +188,13 @@ impl<'de> Deserialize<'de> for Init {
             fn visit_str<E: serde::de::Error>(self, name: &str) -> Result<Init, E> {
                 match name {
                     "loftq" => Ok(Init::Named(Method::Loftq)),
-                    _ => Err(E::unknown_variant(name, &["true", "false", "loftq"])),
+                    "orthogonal" => Ok(Init::Named(Method::Orthogonal)),
+                    "pissa" => Ok(Init::Named(Method::Pissa)),
+                    "olora" => Ok(Init::Named(Method::Olora)),
+                    _ => Err(E::unknown_variant(
+                        name,
+                        &["true", "false", "loftq", "orthogonal", "pissa", "olora"],
+                    )),
                 }
             }
         }
@@ -286,6 +301,11 @@ impl Stage for AttachLora {
             "loftq_from",
             "`init_lora_weights: loftq` and `loftq_from` go together",
         );
+        rule(
+            !self.takes_from_model() || !self.use_dora,
+            "use_dora",
+            "DoRA can't begin with a part of the weights (`init_lora_weights: pissa` or `olora`)",
+        );
         // Paths have dots but for the head's, so a name alone fits none.
         if let TargetModules::Some(Modules::Pattern(text)) = &self.target_modules
             && text != "lm_head"
@@ -322,12 +342,19 @@ impl Stage for AttachLora {
             "`init_lora_weights: loftq` is for a model in 4 bits, but `model` is dense; hint: let `model` be the `quantize` stage and \
              `loftq_from` its own model"
         );
+        let beginning = match (self.init_lora_weights, &dense) {
+            (Init::Named(Method::Pissa), _) => Beginning::Pissa,
+            (Init::Named(Method::Olora), _) => Beginning::Olora,
+            (Init::Named(Method::Orthogonal), _) => Beginning::Orthogonal,
+            (_, Some(dense)) => Beginning::Loftq(dense),
+            (_, None) => Beginning::Drawn,
+        };
         let adapter = attach::attach(
             &config,
             &weights,
             &new,
             self.seed,
-            dense.as_ref(),
+            beginning,
             &mut |done, total| {
                 cx.progress(done as u64, Some(total as u64), "modules");
                 cx.check_cancelled()
@@ -340,6 +367,14 @@ impl Stage for AttachLora {
 }
 
 impl AttachLora {
+    /// Whether the matrices begin with a part of the model's weights, which the model that they are trained beside must lack.
+    pub(in crate::stages) fn takes_from_model(&self) -> bool {
+        matches!(
+            self.init_lora_weights,
+            Init::Named(Method::Pissa | Method::Olora)
+        )
+    }
+
     fn settings(&self, arch: &Arch) -> NewAdapter {
         let target_modules = match &self.target_modules {
             // The projection that holds what the default means.
@@ -363,7 +398,7 @@ impl AttachLora {
             use_rslora: self.use_rslora,
             use_dora: self.use_dora,
             bias: self.bias.of_peft(),
-            // LoftQ's start is done, and the base is what it has to be: PEFT must not do it again.
+            // The start is done, and the base is what it has to be: PEFT must not do it again.
             init_lora_weights: self.init_lora_weights != Init::Zero(false),
             target_modules,
             modules_to_save: self.modules_to_save.clone(),

@@ -36,6 +36,30 @@ pub(super) fn splits(folder: &Path, rows: usize) -> anyhow::Result<Vec<View>> {
     Ok(views)
 }
 
+/// Files: their names and sizes, ten for each row that is asked for.
+pub(super) fn files(folder: &Path, rows: usize) -> anyhow::Result<Vec<View>> {
+    let most = rows.saturating_mul(10);
+    let mut names = Vec::new();
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let found = entry.metadata()?;
+        let size = if found.is_dir() {
+            "folder".to_owned()
+        } else {
+            Bytes(found.len()).to_string()
+        };
+        names.push(vec![format!("  {name}"), size]);
+    }
+    names.sort();
+    let more = names.len().saturating_sub(most);
+    names.truncate(most);
+    if more > 0 {
+        names.push(vec![format!("  and {more} more"), String::new()]);
+    }
+    Ok(vec![line(""), View::Table(names)])
+}
+
 /// A model: its sizes and weights, and how it was trained.
 pub(super) fn model(folder: &Path) -> anyhow::Result<Vec<View>> {
     let config = Arch::read(folder)?;
@@ -163,13 +187,15 @@ pub(super) fn scores(folder: &Path, rows: usize) -> anyhow::Result<Vec<View>> {
         .get("base")
         .and_then(Value::as_object)
         .map(|base| base.keys().cloned().collect::<Vec<_>>());
-    let mut lines = vec![
-        ["", "base", "with adapter", "difference"]
-            .map(str::to_owned)
-            .to_vec(),
-    ];
+    let has = |part: &str| scores.get(part).is_some_and(Value::is_object);
+    let (compared, titles) = if has("model") {
+        ("model", ["", "baseline", "model", "difference"])
+    } else {
+        ("adapter", ["", "base", "with adapter", "difference"])
+    };
+    let mut lines = vec![titles.map(str::to_owned).to_vec()];
     for name in names.unwrap_or_default() {
-        let parts = ["base", "adapter", "difference"].map(|part| number(of(part, &name)));
+        let parts = ["base", compared, "difference"].map(|part| number(of(part, &name)));
         lines.push(std::iter::once(name).chain(parts).collect());
     }
     let mut views = vec![line(""), View::Table(lines)];
@@ -177,7 +203,7 @@ pub(super) fn scores(folder: &Path, rows: usize) -> anyhow::Result<Vec<View>> {
     for answer in answers.lines().take(rows) {
         let answer: Value = serde_json::from_str(answer)?;
         views.push(line(""));
-        for name in ["prompt", "chosen", "rejected", "base", "adapter"] {
+        for name in ["prompt", "chosen", "rejected", "base", "adapter", "model"] {
             if let Some(value) = answer.get(name).and_then(Value::as_str) {
                 let value = value.trim().replace('\n', "\n           ");
                 views.push(line(format!("{name:>9}: {value}")));

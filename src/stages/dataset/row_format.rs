@@ -44,6 +44,8 @@ pub(in crate::stages) enum RowFormat {
     Transcripts,
     /// Rows: `prompt`, `completion` and a `label` that says whether it is a good one.
     Kto,
+    /// Rows: a `question` with `choices`, and an `answer` that says which one is right.
+    Choices,
 }
 
 impl RowFormat {
@@ -69,6 +71,7 @@ impl RowFormat {
             Self::Text => Form::Text,
             Self::Transcripts => Form::Transcripts,
             Self::Kto => Form::Kto,
+            Self::Choices => Form::Choices,
             _ => return None,
         })
     }

@@ -310,6 +310,7 @@ impl CreateModel {
             biases: Vec::new(),
             max_position_embeddings: self.max_position_embeddings,
             tie_word_embeddings: self.tie_word_embeddings,
+            scores: false,
             attention_dropout: 0.,
             bos_token_id: vocabulary.bos,
             eos_token_ids: vocabulary.eos.into_iter().collect(),

@@ -124,7 +124,7 @@ fn is_plain(name: &str) -> bool {
 
 impl Stage for ExportGguf {
     const KIND: &'static str = "export_gguf";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     type Output = Gguf;
 
     fn check(&self) -> Vec<Problem> {

@@ -2,12 +2,13 @@
 
 use std::path::Path;
 
+use anyhow::Context as _;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::engine::{Context, Implied, ImpliedBy, Input, Stage};
+use crate::engine::{Context, Implied, ImpliedBy, Input, Problem, Stage};
 use crate::ml::adapter::Adapter as LoraAdapter;
-use crate::ml::lora::{merge, verify};
+use crate::ml::lora::{combine, merge, verify};
 use crate::ml::model::arch::Arch;
 use crate::stages::artifacts::{Adapter, Model};
 use crate::stages::text::{chat_template, tokenizers};
@@ -50,6 +51,31 @@ pub struct Merge {
     /// The adapter.
     #[schemars(extend("examples" = ["tuned"]))]
     adapter: Input<Adapter>,
+    /// What the adapter's update is multiplied by. -1 takes it away: of a new adapter with `init_lora_weights: pissa` or `olora` that leaves the
+    /// model beside which it is trained.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    #[schemars(extend("default" = 1))]
+    #[schemars(extend("examples" = [0.5, -1]))]
+    weight: f64,
+}
+
+fn one() -> f64 {
+    1.
+}
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde's signature of a condition"
+)]
+fn is_one(weight: &f64) -> bool {
+    weight.to_bits() == 1f64.to_bits()
+}
+
+impl Merge {
+    /// Whether it takes the adapter's update away.
+    pub(in crate::stages) fn subtracts(&self) -> bool {
+        self.weight.to_bits() == (-1f64).to_bits()
+    }
 }
 
 impl Stage for Merge {
@@ -66,9 +92,19 @@ impl Stage for Merge {
         }],
     }];
 
+    fn check(&self) -> Vec<Problem> {
+        if self.weight.is_finite() && self.weight != 0. {
+            return Vec::new();
+        }
+        vec![Problem::new("weight", "expected a number other than 0")]
+    }
+
     fn run(&self, cx: &Context) -> anyhow::Result<()> {
         let adapter_folder = cx.input(&self.adapter)?;
-        let adapter = LoraAdapter::load(adapter_folder)?;
+        let mut adapter = LoraAdapter::load(adapter_folder)?;
+        if !is_one(&self.weight) {
+            adapter = combine::weighted(adapter, self.weight).context("could not use `weight`")?;
+        }
         let model = cx.input(&self.model)?;
         let report = merge::merge(model, &adapter, cx.out(), &mut |done, total| {
             cx.progress(done, Some(total), "bytes");

@@ -1,5 +1,6 @@
 //! Models: how they come, are made, quantised and merged.
 
+pub mod add_score_head;
 pub mod add_tokens;
 pub mod create_model;
 pub mod download_model;

@@ -1,12 +1,15 @@
 //! `apply_chat_template`: rows to text.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use arrow_array::builder::StringBuilder;
 use arrow_array::cast::AsArray;
-use arrow_array::{Array, ArrayRef, RecordBatch, StringArray};
+use arrow_array::{Array, ArrayRef, BooleanArray, RecordBatch, StringArray};
+use arrow_cast::cast;
 use arrow_schema::{DataType, Field, Schema};
+use arrow_select::filter::filter;
 use chrono::NaiveDate;
 use rayon::prelude::*;
 use schemars::JsonSchema;
@@ -42,7 +45,8 @@ const AT_ONCE: usize = 16 << 20;
 /// to exactly what the template prints for the whole conversation.
 ///
 /// The template is one of the built-in ones, a file, a text in the recipe, or else the tokenizer's own. It goes with the chats, and from them into what is
-/// trained on them. Rows whose texts are rendered already are taken as they are, and counted.
+/// trained on them. Rows whose texts are rendered already are taken as they are, and counted. The `label` of rows for KTO and the `margin` of
+/// preferences go with the texts.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 #[schemars(extend("examples" = [{"dataset": "split", "template": "templates/llama3.jinja", "tokenizer": "base"}]))]
@@ -123,7 +127,7 @@ pub enum SpecialTokens {
 
 impl Stage for ApplyChatTemplate {
     const KIND: &'static str = "apply_chat_template";
-    const VERSION: u32 = 3;
+    const VERSION: u32 = 4;
     type Output = Chats;
     const BOUNDED: bool = true;
     const IMPLIED: &'static [Implied] = &[Implied {
@@ -251,6 +255,38 @@ fn is_text(split: &Split) -> bool {
     has("text") && !has("chosen") && !has("messages")
 }
 
+/// The column that goes with the texts: the labels of rows with one answer, or the margins of preferences.
+fn carried(split: &Split) -> Option<Field> {
+    let schema = split.schema();
+    let has = |name: &str| schema.field_with_name(name).is_ok();
+    let (name, data_type) = if has("rejected") {
+        ("margin", DataType::Float64)
+    } else {
+        ("label", DataType::Boolean)
+    };
+    let field = schema.field_with_name(name).ok()?;
+    // In other rows a label is an ordinary column.
+    let fits = match data_type {
+        DataType::Boolean => *field.data_type() == DataType::Boolean && !has("messages"),
+        _ => field.data_type().is_numeric(),
+    };
+    fits.then(|| Field::new(name, data_type, true))
+}
+
+/// Those of the rows `rows` of the column `field` that are kept, in its type.
+fn carry(
+    batch: &RecordBatch,
+    field: &Field,
+    rows: Range<usize>,
+    kept: &BooleanArray,
+) -> Result<ArrayRef> {
+    let column = batch
+        .column_by_name(field.name())
+        .with_context(|| format!("there is no column `{}`", field.name()))?;
+    let column = cast(&column.slice(rows.start, rows.len()), field.data_type())?;
+    Ok(filter(&column, kept)?)
+}
+
 /// Whole texts as chats: an empty prompt and the text as the answer.
 fn pass_texts(cx: &Context, split: &Split, total: u64, counts: &mut Counts) -> Result<()> {
     let fields = ["prompt", "chosen"].map(|name| Field::new(name, DataType::Utf8, true));
@@ -315,6 +351,8 @@ impl ApplyChatTemplate {
             .iter()
             .map(|name| Field::new(*name, DataType::Utf8, true))
             .collect();
+        let carried = carried(split);
+        fields.extend(carried.clone());
         if self.assistant_only_loss {
             fields.push(ranges::field());
         }
@@ -363,8 +401,13 @@ impl ApplyChatTemplate {
                 for ((row, rendered), unread) in (done + start + 1..).zip(&rendered).zip(unread) {
                     counts.add(row, split.name(), rendered, unread);
                 }
-                let says_nothing = |row: &Rendered| row.answers.as_ref().is_some_and(Vec::is_empty);
-                rendered.retain(|row| !says_nothing(row));
+                let says_something =
+                    |row: &Rendered| !row.answers.as_ref().is_some_and(Vec::is_empty);
+                let kept: BooleanArray = rendered
+                    .iter()
+                    .map(|row| Some(says_something(row)))
+                    .collect();
+                rendered.retain(says_something);
                 let column = |text: fn(&Rendered) -> Option<&str>| texts(&rendered, text);
                 let mut columns = vec![
                     column(|row| Some(&row.prompt)),
@@ -372,6 +415,9 @@ impl ApplyChatTemplate {
                 ];
                 if preferences {
                     columns.push(column(|row| row.rejected.as_deref()));
+                }
+                if let Some(field) = &carried {
+                    columns.push(carry(&batch, field, start..end, &kept)?);
                 }
                 if self.assistant_only_loss {
                     let answers = rendered.iter().map(|row| row.answers.as_deref());

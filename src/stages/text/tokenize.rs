@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use arrow_array::cast::AsArray;
+use arrow_array::types::Float64Type;
 use arrow_array::{Array, RecordBatch, StringArray};
 use rayon::prelude::*;
 use schemars::JsonSchema;
@@ -14,17 +15,19 @@ use serde::{Deserialize, Serialize};
 
 use self::counts::Counts;
 use super::chat_template;
+use super::labelled::Labelled;
 use super::tokenizers::load;
 use crate::data::lint::{Lint, Place};
 use crate::data::ranges;
-use crate::data::table::{Split, Writer, pass, splits};
+use crate::data::table::{Split, Writer, pass_pieces, splits};
 use crate::data::tokens::{Columns, TokenRow, batch, schema};
 use crate::engine::{Context, Implied, ImpliedBy, Input, Problem, Row, Stage, watched};
 use crate::ml::io::folder;
 use crate::stages::artifacts::{Chats, Model, Tokens};
 use crate::stages::lints;
 use crate::text::preference::{
-    RowIds, SkipReason, Truncation, encode, encode_alone, encode_pair, encode_turns,
+    RowIds, SkipReason, Truncation, encode, encode_alone, encode_labelled, encode_pair,
+    encode_turns, encode_whole_pair,
 };
 use crate::text::tokenizer::Tokenizer;
 
@@ -36,6 +39,8 @@ pub mod look;
 /// Preferences get one BOS and one EOS, as by `ORPOTrainer`; with `trainer: dpo` they get none, as by `DPOTrainer`. Chats with one
 /// answer stay as the chat template printed them, as by `SFTTrainer`, which puts no EOS behind the end of a turn. A text without a
 /// prompt gets its EOS, and what the tokenizer itself puts around it, usually a BOS.
+///
+/// `trainer: kto` makes the rows of `train_kto`, and `trainer: reward` those of `train_reward`.
 ///
 /// A row that is left without an answer token is dropped and counted in the record; TRL would train on a NaN.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -64,7 +69,7 @@ pub struct Tokenize {
     #[serde(default)]
     truncation_mode: TruncationMode,
     /// The trainer of TRL's whose way of preparing preferences is followed; `orpo` if it isn't given. Rows with one answer are
-    /// always prepared as by `SFTTrainer`.
+    /// prepared as by `SFTTrainer`, except by `kto`.
     #[serde(default, skip_serializing_if = "PreferenceTrainer::is_default")]
     trainer: PreferenceTrainer,
     /// Lints that make the stage fail when a row has them, with the first rows named: any of `equal_answers`, `empty_answers`,
@@ -84,7 +89,15 @@ pub enum PreferenceTrainer {
     /// `DPOTrainer`: sequences stay as the chat template printed them, and both answers begin at the first token in which either of them
     /// changes the prompt. Rows whose prompt fills `max_length` are dropped.
     Dpo,
+    /// `KTOTrainer`: single answers with the `label` of their row. A preference becomes two rows, and of every thousand preferences the chosen
+    /// answers come first. Rows whose prompt fills `max_length` are dropped; answers are cut when `train_kto` reads them.
+    Kto,
+    /// `RewardTrainer`: as by `dpo`, but nothing is cut: a row with a sequence above `max_length` is dropped. The `margin` of a row is kept.
+    Reward,
 }
+
+/// The number of preferences of which the chosen answers come first in rows for KTO: the batch size of `Dataset.map`.
+const UNPAIRED_AT_ONCE: usize = 1000;
 
 impl PreferenceTrainer {
     #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it")]
@@ -134,8 +147,15 @@ impl Stage for Tokenize {
             let message = format!("expected a number below `max_length` ({})", self.max_length);
             problems.push(Problem::new("max_prompt_length", message));
         }
-        if self.trainer == PreferenceTrainer::Dpo && self.max_prompt_length.is_some() {
-            let message = "`DPOTrainer` does not cut prompts; expected only with `trainer: orpo`";
+        let other = match self.trainer {
+            PreferenceTrainer::Orpo => None,
+            PreferenceTrainer::Dpo => Some("DPOTrainer"),
+            PreferenceTrainer::Kto => Some("KTOTrainer"),
+            PreferenceTrainer::Reward => Some("RewardTrainer"),
+        };
+        if let (Some(trainer), Some(_)) = (other, self.max_prompt_length) {
+            let message =
+                format!("`{trainer}` does not cut prompts; expected only with `trainer: orpo`");
             problems.push(Problem::new("max_prompt_length", message));
         }
         problems.extend(lints::check(&self.deny_lints, Lint::OF_TOKENS));
@@ -160,6 +180,12 @@ impl Stage for Tokenize {
         }
         counts.tell(cx, &self.deny_lints)?;
         counts.added(&tokenizer).write(cx.out())?;
+        if self.trainer == PreferenceTrainer::Kto {
+            Labelled {
+                max_length: self.max_length,
+            }
+            .write(cx.out())?;
+        }
         chat_template::carry(folder, cx.out())
     }
 }
@@ -194,13 +220,126 @@ impl Tokenize {
         if let Some(answers) = answers {
             return encode_turns(tokenizer, prompt, chosen, &answers, truncation);
         }
-        match rejected {
-            Some(rejected) if self.trainer == PreferenceTrainer::Dpo => {
+        let max_length = truncation.max_length();
+        match (rejected, self.trainer) {
+            (Some(rejected), PreferenceTrainer::Dpo) => {
                 encode_pair(tokenizer, prompt, chosen, rejected, truncation)
             }
-            Some(_) => encode(tokenizer, prompt, chosen, rejected, truncation),
-            None => encode_alone(tokenizer, prompt, chosen, truncation),
+            (Some(rejected), PreferenceTrainer::Reward) => {
+                encode_whole_pair(tokenizer, prompt, chosen, rejected, max_length)
+            }
+            (_, PreferenceTrainer::Kto) => encode_labelled(tokenizer, prompt, chosen, max_length),
+            (Some(_), PreferenceTrainer::Orpo) => {
+                encode(tokenizer, prompt, chosen, rejected, truncation)
+            }
+            (None, _) => encode_alone(tokenizer, prompt, chosen, truncation),
         }
+    }
+
+    /// The columns of a split's tokens.
+    fn columns(&self, split: &Split) -> Result<Columns> {
+        let has = |name: &str| split.schema().field_with_name(name).is_ok();
+        let (preferences, name) = (has("rejected"), split.name());
+        let only_pairs = [PreferenceTrainer::Kto, PreferenceTrainer::Reward];
+        ensure!(
+            !has(ranges::NAME) || !only_pairs.contains(&self.trainer),
+            "the split `{name}` says which turns are the assistant's, which count for `train_sft` alone; hint: leave out \
+             `assistant_only_loss` where the chat template is applied, or `trainer` here"
+        );
+        Ok(match self.trainer {
+            PreferenceTrainer::Kto => {
+                ensure!(
+                    preferences || has("label"),
+                    "the rows of the split `{name}` have neither a `label` that says whether the answer is a good one nor a `rejected` answer; \
+                     hint: `columns: {{label: ..}}` where the data is imported names a column of another name, and `format: kto` reads it"
+                );
+                Columns::Labels
+            }
+            PreferenceTrainer::Reward => {
+                ensure!(
+                    preferences,
+                    "the rows of the split `{name}` have no `rejected` answer, which a reward model is trained with"
+                );
+                if has("margin") {
+                    Columns::Margins
+                } else {
+                    Columns::Preferences
+                }
+            }
+            _ if preferences => Columns::Preferences,
+            _ if has(ranges::NAME) => Columns::Turns,
+            _ => Columns::Answers,
+        })
+    }
+
+    /// The label of a row and its margin, as far as the trainer uses them.
+    fn marks(&self, texts: &RecordBatch, row: usize, preferences: bool) -> Result<Marks> {
+        let labels = texts.column_by_name("label");
+        let labels = labels.and_then(|column| column.as_boolean_opt());
+        let label = labels.filter(|labels| labels.is_valid(row));
+        let label = label.map(|labels| labels.value(row));
+        if preferences {
+            let margins = texts.column_by_name("margin");
+            let margins = margins.and_then(|column| column.as_primitive_opt::<Float64Type>());
+            let margin = margins.filter(|margins| margins.is_valid(row));
+            let margin = margin.map(|margins| margins.value(row));
+            if self.trainer == PreferenceTrainer::Reward && margins.is_some() {
+                ensure!(
+                    margin.is_some_and(f64::is_finite),
+                    "the row's `margin` is missing or no number"
+                );
+                return Ok(Marks {
+                    label: None,
+                    margin,
+                });
+            }
+            return Ok(Marks::default());
+        }
+        if self.trainer == PreferenceTrainer::Kto {
+            ensure!(label.is_some(), "the row has no `label`");
+            return Ok(Marks {
+                label,
+                margin: None,
+            });
+        }
+        ensure!(
+            label != Some(false),
+            "its `label` is false: its answer is a bad one; hint: `trainer: kto` keeps labels for `train_kto`, and `format: \
+             prompt_completion` where the data is imported takes all answers as good ones"
+        );
+        Ok(Marks::default())
+    }
+
+    /// The rows of ids that a row of texts becomes: one, or two of a preference for KTO.
+    fn rows(
+        &self,
+        tokenizer: &Tokenizer,
+        texts: &Texts<'_>,
+        marks: Marks,
+    ) -> Result<Vec<Result<TokenizedRow, SkipReason>>> {
+        let one = |texts: Texts<'_>, marks: Marks| {
+            let ids = self.encode(tokenizer, texts, self.truncation())?;
+            anyhow::Ok(ids.map(|ids| TokenizedRow { ids, marks }))
+        };
+        let Some(rejected) = texts
+            .rejected
+            .filter(|_| self.trainer == PreferenceTrainer::Kto)
+        else {
+            return Ok(vec![one(texts.clone(), marks)?]);
+        };
+        let side = |chosen, label| {
+            let texts = Texts {
+                chosen,
+                rejected: None,
+                ..texts.clone()
+            };
+            let marks = Marks {
+                label: Some(label),
+                margin: None,
+            };
+            one(texts, marks)
+        };
+        Ok(vec![side(texts.chosen, true)?, side(rejected, false)?])
     }
 
     fn tokenize_split(
@@ -212,26 +351,21 @@ impl Tokenize {
         total: u64,
         counts: &mut Counts,
     ) -> Result<()> {
-        let has = |name: &str| split.schema().field_with_name(name).is_ok();
-        let preferences = has("rejected");
-        let columns = if preferences {
-            Columns::Preferences
-        } else if has(ranges::NAME) {
-            Columns::Turns
-        } else {
-            Columns::Answers
-        };
+        let preferences = split.schema().field_with_name("rejected").is_ok();
+        let columns = self.columns(split)?;
+        let unpairs = preferences && self.trainer == PreferenceTrainer::Kto;
+        let (mut chosen_rows, mut rejected_rows) = (Vec::new(), Vec::new());
         let writer = Writer::create(cx.out(), split.name(), schema(columns))?;
         let mut done = 0;
         let before = counts.empty_answers;
         let of: Arc<str> = format!("of the split `{}`", split.name()).into();
-        let rows = pass(split, writer, |texts| {
+        let rows = pass_pieces(split, writer, |texts, made| {
             let prompt = column(&texts, "prompt")?;
             let chosen = column(&texts, "chosen")?;
             let rejected = preferences
                 .then(|| column(&texts, "rejected"))
                 .transpose()?;
-            let rows: Result<Vec<Result<RowIds, SkipReason>>> = (0..texts.num_rows())
+            let rows: Result<Vec<Vec<Result<TokenizedRow, SkipReason>>>> = (0..texts.num_rows())
                 .into_par_iter()
                 .with_min_len(8)
                 .map(|row| {
@@ -248,37 +382,47 @@ impl Tokenize {
                             of: Arc::clone(&of),
                         };
                         let answers = ranges::read(&texts, row, prompt.len() + chosen.len())?;
-                        let texts = Texts {
+                        let own = Texts {
                             prompt,
                             chosen,
                             rejected,
                             answers,
                         };
-                        watched(watch, longest(bytes), || {
-                            self.encode(tokenizer, texts, self.truncation())
-                        })
+                        let marks = self.marks(&texts, row, preferences)?;
+                        watched(watch, longest(bytes), || self.rows(tokenizer, &own, marks))
                     });
                     ids.with_context(|| format!("row {number} {of}"))
                 })
                 .collect();
             let mut kept = Vec::with_capacity(texts.num_rows());
-            for (row, number) in rows?.into_iter().zip(done + 1..) {
-                let place = Place {
+            for (sides, number) in rows?.into_iter().zip(done + 1..) {
+                let place = || Place {
                     row: number,
                     split: split.name(),
                 };
-                match row {
-                    Ok(row) => {
-                        counts.add(&row, place, tokenizer, vocabulary)?;
-                        kept.push(token_row(row));
+                for (side, row) in sides.into_iter().enumerate() {
+                    match row {
+                        Ok(TokenizedRow { ids, marks }) => {
+                            counts.add(&ids, place(), tokenizer, vocabulary)?;
+                            let row = token_row(ids, marks);
+                            match (unpairs, side) {
+                                (false, _) => kept.push(row),
+                                (true, 0) => chosen_rows.push(row),
+                                (true, _) => rejected_rows.push(row),
+                            }
+                        }
+                        Err(cause) => counts.drop(cause, place()),
                     }
-                    Err(cause) => counts.drop(cause, place),
+                }
+                if unpairs && (number % UNPAIRED_AT_ONCE == 0 || number == split.rows()) {
+                    kept.append(&mut chosen_rows);
+                    kept.append(&mut rejected_rows);
                 }
             }
             done += texts.num_rows();
             cx.progress((counts.read + done) as u64, Some(total), "rows");
             cx.check_cancelled()?;
-            batch(&kept, columns)
+            made.send(batch(&kept, columns)?)
         })?;
         let empty = counts.empty_answers - before;
         ensure!(
@@ -301,6 +445,19 @@ impl Tokenize {
     }
 }
 
+/// The ids of a row, or of one side of a preference.
+struct TokenizedRow {
+    ids: RowIds,
+    marks: Marks,
+}
+
+/// What is said of a row beside its texts.
+#[derive(Clone, Copy, Default)]
+struct Marks {
+    label: Option<bool>,
+    margin: Option<f64>,
+}
+
 /// The texts of a row.
 #[derive(Clone)]
 struct Texts<'a> {
@@ -316,7 +473,7 @@ fn longest(bytes: usize) -> Duration {
     Duration::from_secs(10 + (bytes >> 17) as u64)
 }
 
-fn token_row(row: RowIds) -> TokenRow {
+fn token_row(row: RowIds, marks: Marks) -> TokenRow {
     let (rejected_ids, rejected_prompt_ids) = match row.rejected {
         None => (None, None),
         Some(side) => (
@@ -332,6 +489,8 @@ fn token_row(row: RowIds) -> TokenRow {
         assistant_masks: row
             .assistant_masks
             .map(|mask| mask.into_iter().map(u32::from).collect()),
+        label: marks.label,
+        margin: marks.margin,
     }
 }
 

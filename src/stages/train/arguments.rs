@@ -5,12 +5,63 @@ use serde::{Deserialize, Serialize};
 
 use super::report_to::ReportTo;
 use crate::engine::{Input, Neutral};
-use crate::ml::train::optim::{self, Optim};
+use crate::ml::train::optim::{self, LoraPlus, Momentum, Optim};
 use crate::ml::train::sampler::SamplingStrategy;
-use crate::ml::train::schedule::SchedulerType;
+use crate::ml::train::schedule::{SchedulerKwargs, SchedulerType};
 use crate::ml::train::{EvalStrategy, Every, LossLimit, Settings, Watch};
 use crate::stages::artifacts::{Adapter, Model, Tokens};
 use crate::stages::rules::Rules;
+
+/// The settings of an optimiser, by torch's names.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct OptimArgs {
+    /// The decay rate of the sum of gradients by which `sgd` steps; 0, the default, for each gradient alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("minimum" = 0, "exclusiveMaximum" = 1))]
+    #[schemars(extend("examples" = [0.9]))]
+    momentum: Option<f64>,
+    /// What is left out of each gradient but the first one, 0 by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("minimum" = 0, "maximum" = 1))]
+    dampening: Option<f64>,
+    /// Whether the step looks ahead (Nesterov's momentum).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    nesterov: Option<bool>,
+}
+
+impl OptimArgs {
+    fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
+    fn momentum(&self) -> Momentum {
+        Momentum {
+            momentum: self.momentum.unwrap_or(0.),
+            dampening: self.dampening.unwrap_or(0.),
+            nesterov: self.nesterov.unwrap_or(false),
+        }
+    }
+
+    /// What is wrong with them, as torch would refuse it.
+    fn mistake(&self, optim: Optim) -> Option<&'static str> {
+        let Momentum {
+            momentum,
+            dampening,
+            nesterov,
+        } = self.momentum();
+        if optim != Optim::Sgd && !self.is_empty() {
+            Some("only `optim: sgd` takes settings")
+        } else if nesterov && (momentum <= 0. || dampening > 0.) {
+            Some("`nesterov` needs a `momentum` above 0 and no `dampening`")
+        } else {
+            None
+        }
+    }
+}
+
+/// The learning rate of matrices beside the embeddings with LoRA+, PEFT's default.
+const LORAPLUS_LR_EMBEDDING: f64 = 1e-6;
 
 /// What every method of training is told beside its own parameters.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -68,6 +119,10 @@ pub struct TrainingArguments {
     /// How the learning rate changes over the training, after the warm-up.
     #[serde(default)]
     lr_scheduler_type: SchedulerType,
+    /// The settings of `lr_scheduler_type`, by transformers' names.
+    #[serde(default, skip_serializing_if = "SchedulerKwargs::is_empty")]
+    #[schemars(extend("examples" = [{"num_cycles": 3}, {"min_lr_rate": 0.1}]))]
+    lr_scheduler_kwargs: SchedulerKwargs,
     /// The number of steps over which the learning rate rises from 0; a number below 1 is a share of all steps.
     #[serde(default)]
     #[schemars(extend("minimum" = 0))]
@@ -81,11 +136,25 @@ pub struct TrainingArguments {
     /// The optimiser. TRL's default: `adamw_torch_fused`, which gives the same numbers.
     #[serde(default)]
     optim: Optim,
-    /// The decay rate of AdamW's first moment, the running mean of gradients.
+    /// The settings of `sgd` beside learning rate and weight decay. Other optimisers have none.
+    #[serde(default, skip_serializing_if = "OptimArgs::is_empty")]
+    #[schemars(extend("examples" = [{"momentum": 0.9}]))]
+    optim_args: OptimArgs,
+    /// How many times the learning rate of B is that of A in each pair of an adapter (LoRA+, arXiv 2402.12354); 16 is the paper's value.
+    /// Biases, norms and DoRA's magnitudes learn like B. Without it all learn alike.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    #[schemars(extend("examples" = [16]))]
+    loraplus_lr_ratio: Option<f64>,
+    /// With `loraplus_lr_ratio`, the highest learning rate of both matrices beside the embeddings; 1e-6 if it isn't given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    loraplus_lr_embedding: Option<f64>,
+    /// The decay rate of AdamW's first moment, the running mean of gradients; for Lion, of the mean by whose sign it steps.
     #[serde(default = "beta1")]
     #[schemars(extend("minimum" = 0, "exclusiveMaximum" = 1))]
     adam_beta1: f64,
-    /// The decay rate of AdamW's second moment, the running mean of squared gradients.
+    /// The decay rate of AdamW's second moment, the running mean of squared gradients; for Lion, of the mean that it keeps.
     #[serde(default = "beta2")]
     #[schemars(extend("minimum" = 0, "exclusiveMaximum" = 1))]
     adam_beta2: f64,
@@ -143,7 +212,8 @@ pub struct TrainingArguments {
     /// Whether the result has the weights of the best evaluation instead of the last ones.
     #[serde(default)]
     load_best_model_at_end: bool,
-    /// The metric by which evaluations are compared; the prefix `eval_` may be left out. TRL's default: none, which means `loss`
+    /// The metric by which evaluations are compared, and which `reduce_lr_on_plateau` and `greedy` follow; the prefix `eval_` may be left out.
+    /// TRL's default: none, which means `loss`
     /// too.
     #[serde(default = "loss")]
     #[schemars(extend("examples" = ["rewards/margins"]))]
@@ -215,6 +285,29 @@ impl TrainingArguments {
             "expected at least 1 with `eval_strategy: steps`",
         );
         let evaluates = self.eval_strategy != EvalStrategy::No;
+        let mistake = self.lr_scheduler_kwargs.mistake(self.lr_scheduler_type);
+        rules.rule(
+            mistake.is_none(),
+            "lr_scheduler_kwargs",
+            mistake.as_deref().unwrap_or_default(),
+        );
+        rules.rule(
+            evaluates || !self.lr_scheduler_type.follows_evaluations(),
+            "lr_scheduler_type",
+            "this schedule follows evaluations, expected an `eval_strategy` other than `no`",
+        );
+        let mistake = self.optim_args.mistake(self.optim);
+        rules.rule(mistake.is_none(), "optim_args", mistake.unwrap_or_default());
+        rules.rule(
+            self.adapter.is_some() || self.loraplus_lr_ratio.is_none(),
+            "loraplus_lr_ratio",
+            "expected an `adapter`, of whose matrices it is",
+        );
+        rules.rule(
+            self.loraplus_lr_ratio.is_some() || self.loraplus_lr_embedding.is_none(),
+            "loraplus_lr_embedding",
+            "expected `loraplus_lr_ratio` beside it",
+        );
         rules.rule(
             evaluates || !self.load_best_model_at_end,
             "load_best_model_at_end",
@@ -243,6 +336,8 @@ impl TrainingArguments {
     pub(super) fn settings(&self, learning_rate: f64, dropout: bool) -> Settings {
         let watches = self.load_best_model_at_end || self.early_stopping_patience.is_some();
         let metric = &self.metric_for_best_model;
+        let plain_metric = metric.strip_prefix("eval_").unwrap_or(metric);
+        let embedding = self.loraplus_lr_embedding.unwrap_or(LORAPLUS_LR_EMBEDDING);
         Settings {
             batch_size: self.per_device_train_batch_size,
             eval_batch_size: self.per_device_eval_batch_size,
@@ -251,6 +346,8 @@ impl TrainingArguments {
             max_steps: u64::try_from(self.max_steps).ok(),
             learning_rate,
             scheduler: self.lr_scheduler_type,
+            scheduler_kwargs: self.lr_scheduler_kwargs,
+            scheduler_metric: plain_metric.to_owned(),
             warmup: if self.warmup_steps > 0. {
                 self.warmup_steps
             } else {
@@ -262,11 +359,17 @@ impl TrainingArguments {
                 beta2: self.adam_beta2,
                 epsilon: self.adam_epsilon,
                 weight_decay: self.weight_decay,
+                momentum: self.optim_args.momentum(),
+                lora_plus: self.loraplus_lr_ratio.map(|ratio| LoraPlus {
+                    ratio,
+                    embedding: embedding / learning_rate,
+                }),
             },
             max_grad_norm: self.max_grad_norm,
             checkpointing: *self.gradient_checkpointing,
             loss_scaling: self.fp16,
             dropout,
+            neftune_noise_alpha: None,
             seed: self.seed,
             data_seed: self.data_seed.unwrap_or(self.seed),
             sampling: self.train_sampling_strategy,
@@ -279,7 +382,7 @@ impl TrainingArguments {
             save_every: *self.save_steps,
             keep: *self.save_total_limit,
             watch: watches.then(|| Watch {
-                metric: metric.strip_prefix("eval_").unwrap_or(metric).to_owned(),
+                metric: plain_metric.to_owned(),
                 greater: self.greater_is_better.unwrap_or(!metric.ends_with("loss")),
                 load: self.load_best_model_at_end,
                 patience: self.early_stopping_patience,

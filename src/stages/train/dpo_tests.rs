@@ -12,10 +12,10 @@ use crate::data::tokens::TokenRow;
 use crate::engine::{Context, Control, Level, Stage};
 use crate::ml::adapter::Adapter;
 use crate::ml::testing::golden;
-use crate::stages::evaluate::Evaluate;
+use crate::stages::scores::evaluate::Evaluate;
 
 /// The rows of the golden runs as an artifact with `train` (24 rows) and `test` (5 rows).
-fn write_tokens(folder: &Path) {
+pub(super) fn write_tokens(folder: &Path) {
     let text = fs::read_to_string(golden::folder("dpo/ids.json")).unwrap();
     let cases: Value = serde_json::from_str(&text).unwrap();
     let ids = |row: &Value, name: &str| serde_json::from_value(row[name].clone()).unwrap();
@@ -25,8 +25,7 @@ fn write_tokens(folder: &Path) {
             prompt_ids: ids(row, "prompt"),
             chosen_ids: ids(row, "chosen"),
             rejected_ids: Some(ids(row, "rejected")),
-            rejected_prompt_ids: None,
-            assistant_masks: None,
+            ..TokenRow::default()
         })
         .collect();
     write_splits(folder, &rows);

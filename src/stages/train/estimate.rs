@@ -19,7 +19,7 @@ const BASE: u64 = 32 << 20;
 /// What the training will take.
 pub(super) fn estimate<M: Method>(method: &M, inputs: &Inputs) -> anyhow::Result<Estimate> {
     let own = match &inputs.reference.0 {
-        Source::Own(folder, adapter) if !method.precomputes_reference() => {
+        Source::Own(folder, adapter) if !inputs.precomputes => {
             Some((tied::open(folder)?, adapter.as_deref()))
         }
         _ => None,
@@ -41,8 +41,7 @@ pub(super) fn estimate<M: Method>(method: &M, inputs: &Inputs) -> anyhow::Result
             compute: inputs.compute,
         },
         reference,
-        base_is_reference: matches!(inputs.reference.0, Source::Base)
-            && !method.precomputes_reference(),
+        base_is_reference: matches!(inputs.reference.0, Source::Base) && !inputs.precomputes,
         packing: inputs.packing,
         loss: &*loss,
         settings: &inputs.settings,

@@ -17,6 +17,7 @@ use crate::ml::model::batch::Row;
 use crate::ml::model::{Trained, tied};
 use crate::ml::train::{Settings, compute_dtype};
 use crate::stages::model_input::{pad_id, rows};
+use crate::stages::reference_columns::{Made, check_lengths};
 
 /// A training before its weights are read.
 pub(super) struct Inputs {
@@ -37,6 +38,8 @@ pub(super) struct Inputs {
     pub(super) pad: u32,
     /// Where the reference model comes from, and that in words.
     pub(super) reference: (Source, &'static str),
+    /// Whether the reference model's log-probabilities are computed for all rows before the first step.
+    pub(super) precomputes: bool,
 }
 
 impl Inputs {
@@ -51,7 +54,10 @@ impl Inputs {
         let dataset = cx.input(&arguments.dataset)?;
         let adapter_folder = arguments.adapter.as_ref().map(|a| cx.input(a));
         let adapter_folder = adapter_folder.transpose()?;
-        let settings = arguments.settings(common.learning_rate(), common.dropout());
+        let settings = Settings {
+            neftune_noise_alpha: common.neftune_noise_alpha(),
+            ..arguments.settings(common.learning_rate(), common.dropout())
+        };
         let (arch, weights) = tied::open(folder)?;
         let pad = pad_id(folder, &arch);
         ensure!(
@@ -60,17 +66,53 @@ impl Inputs {
              not computed here; hint: set it to 0 there if it is not meant",
             arch.attention_dropout
         );
+        ensure!(
+            arch.scores || !M::SCORES,
+            "the model's head gives logits, and `{}` trains one that gives scores; hint: `add_score_head` makes such a model of it",
+            M::KIND
+        );
+        ensure!(
+            M::SCORES || !arch.scores,
+            "the model's head gives scores (`score.weight`), and `{}` trains one that gives logits; hint: name the language model that it \
+             was made of",
+            M::KIND
+        );
         let adapter = adapter_folder.map(Adapter::load).transpose()?;
-        let read = |split: &str, purpose| {
-            let rows = rows(dataset, split, arch.vocab_size)?;
-            method.prepare(cx, arguments, rows, purpose)
+        let compute = compute_dtype(arguments.bf16, arguments.fp16);
+        let named = method.reference(cx)?;
+        let mut reference = named.source(folder, adapter.as_ref())?;
+        let compares = !matches!(reference.0, Source::None);
+        let columns = Made::read(dataset)?.filter(|_| compares);
+        if let Some(columns) = &columns {
+            let adapter = adapter_folder;
+            let scorer = named.scorer(&reference.0, folder, adapter, compute)?;
+            columns.check(&scorer, reference.1)?;
+        }
+        let read = |split: &str, purpose| -> anyhow::Result<Prepared> {
+            let mut rows = rows(dataset, split, arch.vocab_size)?;
+            if let Some(columns) = &columns {
+                columns.attach(dataset, split, &mut rows)?;
+            }
+            let prepared = method.prepare(cx, arguments, rows, purpose)?;
+            if columns.is_some() {
+                check_lengths(&prepared.rows, split)?;
+            }
+            Ok(prepared)
         };
         let train = read(&arguments.train_split, Use::Training)?;
         let eval_rows = match settings.eval_every {
             Some(_) => read(&arguments.eval_split, Use::Evaluation)?.rows,
             None => Vec::new(),
         };
-        let reference = method.reference(cx)?.source(folder, adapter.as_ref())?;
+        let mut precomputes = method.precomputes_reference();
+        if columns.is_some() {
+            // Answers behind the prompts of other rows have no columns, so that they need the reference model once.
+            let first = train.rows.first().into_iter().collect::<Vec<_>>();
+            precomputes = method.loss().batch(&first, pad)?.mismatched().is_some();
+            if !precomputes {
+                reference = (Source::Rows, reference.1);
+            }
+        }
         Ok(Self {
             folder: folder.to_owned(),
             weights,
@@ -83,9 +125,10 @@ impl Inputs {
                 padding_free: arguments.padding_free,
                 share_prompts: common.share_prompts(),
             },
-            compute: compute_dtype(arguments.bf16, arguments.fp16),
+            compute,
             pad,
             reference,
+            precomputes,
             arch,
             adapter,
         })

@@ -6,6 +6,7 @@
 use schemars::JsonSchema;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use super::arguments::TrainingArguments;
 use super::reference::Reference;
@@ -26,6 +27,11 @@ pub trait Common:
         true
     }
 
+    /// The strength of the noise on the embeddings (NEFTune), if there is any.
+    fn neftune_noise_alpha(&self) -> Option<f64> {
+        None
+    }
+
     /// Whether the tokens that sequences have in common at their beginning are computed once for all of a step.
     fn share_prompts(&self) -> bool {
         true
@@ -38,10 +44,17 @@ pub trait Method: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'sta
     const KIND: &'static str;
     /// [`crate::engine::Stage::VERSION`].
     const VERSION: u32;
+    /// Whether it trains a model whose head gives scores, see [`crate::ml::model::arch::Arch::scores`].
+    const SCORES: bool = false;
     /// What it usually makes. It makes an adapter if it is given one, and else a model.
     type Output: Artifact;
     /// The parameters that it has in common with other methods.
     type Common: Common;
+
+    /// The defaults of parameters that it shares with other methods, where its own differ.
+    fn defaults() -> Vec<(&'static str, Value)> {
+        Vec::new()
+    }
 
     /// Checks the rules of its own parameters that bounds in their schema can't express.
     fn check(&self, _arguments: &TrainingArguments, _rules: &mut Rules) {}

@@ -14,7 +14,9 @@ mod run;
 pub mod stage;
 pub mod train_cpo;
 pub mod train_dpo;
+pub mod train_kto;
 pub mod train_orpo;
+pub mod train_reward;
 pub mod train_sft;
 
 #[cfg(test)]
@@ -23,6 +25,8 @@ mod dpo_tests;
 mod fixture;
 #[cfg(test)]
 mod not_finite;
+#[cfg(test)]
+mod reference_tests;
 #[cfg(test)]
 pub(in crate::stages) mod tests;
 

@@ -14,9 +14,9 @@ use crate::ml::model::linear::Pass;
 use crate::ml::testing::golden;
 use crate::stages::adapter::attach_lora::AttachLora;
 use crate::stages::adapter::import_adapter::ImportAdapter;
-use crate::stages::evaluate::Evaluate;
 use crate::stages::model::merge::Merge;
 use crate::stages::model::quantize::Quantize;
+use crate::stages::scores::evaluate::Evaluate;
 use crate::stages::train::train_orpo::TrainOrpo;
 use crate::stages::train::train_sft::TrainSft;
 

@@ -5,13 +5,15 @@ use std::path::{Path, PathBuf};
 use anyhow::anyhow;
 use candle_core::DType;
 
-use crate::engine::Context;
+use crate::engine::{Context, Input};
 use crate::ml::adapter::Adapter;
 use crate::ml::execution::Execution;
 use crate::ml::fused::Packing;
 use crate::ml::model::{CausalLm, Trained, tied};
 use crate::ml::place::Place;
 use crate::ml::train::ReferenceModel;
+use crate::stages::artifacts::{self as stages, Model};
+use crate::stages::reference_columns::{Scorer, changes_nothing};
 
 /// Which model a training compares its own with.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,28 +38,8 @@ pub(super) enum Loaded {
     Base,
     /// A model of its own.
     Frozen(Box<CausalLm>),
-}
-
-/// Whether a model with this adapter computes what it computes without.
-fn changes_nothing(adapter: &Adapter) -> anyhow::Result<bool> {
-    let is_zero = |tensor: &candle_core::Tensor| -> candle_core::Result<bool> {
-        Ok(tensor
-            .abs()?
-            .flatten_all()?
-            .max(0)?
-            .to_dtype(DType::F64)?
-            .to_scalar::<f64>()?
-            == 0.)
-    };
-    if !adapter.saved.is_empty() || !adapter.token_rows.is_empty() {
-        return Ok(false);
-    }
-    for pair in adapter.tensors.values() {
-        if pair.magnitude.is_some() || !(is_zero(&pair.b)? || is_zero(&pair.a)?) {
-            return Ok(false);
-        }
-    }
-    Ok(true)
+    /// The rows have its log-probabilities.
+    Rows,
 }
 
 /// Where a reference model comes from.
@@ -68,9 +50,28 @@ pub(super) enum Source {
     Base,
     /// A model of its own: its folder, and its adapter if it has one.
     Own(PathBuf, Option<Box<Adapter>>),
+    /// The rows have its log-probabilities ([`crate::stages::reference_columns`]).
+    Rows,
 }
 
 impl Reference {
+    /// The model and the adapter that a recipe names, or TRL's default if it names none.
+    pub(super) fn named(
+        cx: &Context,
+        model: Option<&Input<Model>>,
+        adapter: Option<&Input<stages::Adapter>>,
+    ) -> anyhow::Result<Self> {
+        if model.is_none() && adapter.is_none() {
+            return Ok(Self::Initial);
+        }
+        let model = model.map(|model| cx.input(model)).transpose()?;
+        let adapter = adapter.map(|adapter| cx.input(adapter)).transpose()?;
+        Ok(Self::Other {
+            model: model.map(Into::into),
+            adapter: adapter.map(Into::into),
+        })
+    }
+
     /// Where the reference model comes from, and that in words. `model` and `adapter` are those that are trained.
     pub(super) fn source(
         &self,
@@ -113,6 +114,29 @@ impl Reference {
     }
 }
 
+impl Reference {
+    /// What log-probabilities that rows have already must have been computed by, for a training whose reference comes from `source`. `model`
+    /// and `adapter` are the folders of those that are trained.
+    pub(super) fn scorer(
+        &self,
+        source: &Source,
+        model: &Path,
+        adapter: Option<&Path>,
+        compute: DType,
+    ) -> anyhow::Result<Scorer> {
+        let Source::Own(folder, own) = source else {
+            return Scorer::new(model, None, compute);
+        };
+        let adapter = match self {
+            Self::Other { adapter, .. } => adapter.as_deref(),
+            _ => adapter,
+        };
+        let plain = own.as_deref().map(changes_nothing).transpose()?;
+        let adapter = adapter.filter(|_| plain == Some(false));
+        Scorer::new(folder, adapter, compute)
+    }
+}
+
 impl Loaded {
     /// Loads a reference model.
     pub(super) fn new(
@@ -122,11 +146,16 @@ impl Loaded {
         compute: DType,
     ) -> anyhow::Result<Self> {
         if !told.is_empty() {
-            cx.info(format!("the reference is {told}"));
+            let known = match source {
+                Source::Rows => "; its log-probabilities come with the dataset",
+                _ => "",
+            };
+            cx.info(format!("the reference is {told}{known}"));
         }
         let (folder, adapter) = match source {
             Source::None => return Ok(Self::None),
             Source::Base => return Ok(Self::Base),
+            Source::Rows => return Ok(Self::Rows),
             Source::Own(folder, adapter) => (folder, adapter),
         };
         let (config, weights) = tied::open(folder)?;
@@ -153,7 +182,7 @@ impl Loaded {
                 Ok(execution) => Ok(Some(execution)),
                 Err(why) => Err(anyhow!("the reference model can't run on the GPU: {why}")),
             },
-            Self::None | Self::Base => Ok(None),
+            Self::None | Self::Base | Self::Rows => Ok(None),
         }
     }
 
@@ -161,6 +190,7 @@ impl Loaded {
     pub(super) fn model<'a>(&self, execution: Option<&'a Execution<'a>>) -> ReferenceModel<'a> {
         match (self, execution) {
             (Self::Base, _) => ReferenceModel::Base,
+            (Self::Rows, _) => ReferenceModel::Rows,
             (Self::Frozen(_), Some(execution)) => ReferenceModel::Frozen(execution),
             _ => ReferenceModel::None,
         }

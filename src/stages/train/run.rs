@@ -16,7 +16,7 @@ use super::process::Resident;
 use super::reference::Loaded;
 use crate::engine::Context;
 use crate::ml::adapter::FILE;
-use crate::ml::execution::Execution;
+use crate::ml::execution::{Execution, Kind};
 use crate::ml::io::folder::{METRICS, TRAINER_STATE};
 use crate::ml::model::CausalLm;
 use crate::ml::model::batch::Row;
@@ -124,6 +124,7 @@ pub(super) fn run<M: Method>(
         compute,
         pad,
         reference,
+        precomputes,
     } = inputs;
     let origin = Origin {
         split: arguments.train_split.clone(),
@@ -137,15 +138,25 @@ pub(super) fn run<M: Method>(
     let model = CausalLm::load(&arch, &weights, adapter.as_ref(), trained, compute, &device)?;
     drop(weights);
     let place = place(cx)?;
-    let execution = execution_on(cx, &model, packing, &place)?;
+    let loss = method.loss();
+    let execution = if loss.label_smoothing() > 0. {
+        cx.note("reference_path", "label smoothing");
+        cx.info("runs on the slower reference path, for the fast one lacks label smoothing");
+        Execution::new(&model, Kind::Reference)
+    } else {
+        execution_on(cx, &model, packing, &place)?
+    };
     let longest = estimate.counts.get("longest_pass").copied();
     execution.expect(usize::try_from(longest.unwrap_or(0))?);
-    if *arguments.cache_frozen_layers {
+    if *arguments.cache_frozen_layers && settings.neftune_noise_alpha.is_some() {
+        cx.warn(
+            "`cache_frozen_layers` does nothing here: with `neftune_noise_alpha` the lowest layers give something else each time",
+        );
+    } else if *arguments.cache_frozen_layers {
         cache_frozen_layers(cx, &execution, &[train_rows, &eval_rows])?;
     }
-    let loss = method.loss();
     let mut loaded = Loaded::new(cx, &reference.0, reference.1, compute)?;
-    if method.precomputes_reference() {
+    if precomputes {
         let own = loaded.execution(packing, &place)?;
         let passes = Passes {
             execution: &execution,
@@ -158,7 +169,7 @@ pub(super) fn run<M: Method>(
         loaded = Loaded::None;
     }
     let own = loaded.execution(packing, &place)?;
-    let reference = if method.precomputes_reference() {
+    let reference = if precomputes {
         ReferenceModel::Rows
     } else {
         loaded.model(own.as_ref())

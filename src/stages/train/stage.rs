@@ -49,6 +49,13 @@ impl<M: Method> JsonSchema for Train<M> {
         let mut schema = M::json_schema(generator);
         add_properties(&mut schema, M::Common::json_schema(generator));
         add_properties(&mut schema, TrainingArguments::json_schema(generator));
+        for (name, default) in M::defaults() {
+            let properties = schema.ensure_object().get_mut("properties");
+            let own = properties.and_then(|properties| properties.get_mut(name));
+            if let Some(own) = own.and_then(serde_json::Value::as_object_mut) {
+                own.insert("default".into(), default);
+            }
+        }
         schema
     }
 }
@@ -79,7 +86,12 @@ impl<M: Method> Stage for Train<M> {
     const IMPLIED: &'static [Implied] = BASE_OF_ADAPTER;
     type Output = M::Output;
 
-    fn read(parameters: serde_json::Value) -> Result<Self, ParseError> {
+    fn read(mut parameters: serde_json::Value) -> Result<Self, ParseError> {
+        if let Some(given) = parameters.as_object_mut() {
+            for (name, default) in M::defaults() {
+                given.entry(name).or_insert(default);
+            }
+        }
         let (method, common, arguments) = read_side_by_side(parameters)?;
         Ok(Self {
             method,

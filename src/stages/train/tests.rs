@@ -11,7 +11,7 @@ use crate::data::tokens::{Columns, TokenRow, batch, schema};
 use crate::engine::{AnyStage, Context, Control, Event, Stage};
 use crate::ml::adapter::Adapter;
 use crate::ml::testing::golden;
-use crate::stages::evaluate::Evaluate;
+use crate::stages::scores::evaluate::Evaluate;
 use crate::stages::train::train_orpo::TrainOrpo;
 use crate::stages::train::train_sft::TrainSft;
 
@@ -24,7 +24,7 @@ pub(in crate::stages) fn write_tokens(folder: &Path) {
             chosen_ids: row.chosen,
             rejected_ids: row.rejected,
             rejected_prompt_ids: row.rejected_prompt,
-            assistant_masks: None,
+            ..TokenRow::default()
         })
         .collect();
     write_splits(folder, &rows);

@@ -57,6 +57,10 @@ pub struct Parameters {
     #[schemars(extend("minimum" = 0, "maximum" = 1))]
     #[schemars(extend("examples" = [0.5]))]
     ld_alpha: Option<f64>,
+    /// Whether each pair is weighted by how probable both of its answers are for the model that is trained (WPO, arXiv 2406.11827), so that
+    /// rows of another model count about as if it had written them itself. Not for `aot`, `aot_unpaired` and `sft`.
+    #[serde(default, skip_serializing_if = "is_off")]
+    use_weighting: bool,
     /// What measures the distance to the reference model (arXiv 2309.16240), for the losses `sigmoid`, `sigmoid_norm`, `hinge`, `ipo`,
     /// `exo_pair`, `robust`, `discopop` and `sft`. TRL's default: `reverse_kl`.
     #[serde(default, skip_serializing_if = "FDivergenceType::is_default")]
@@ -102,6 +106,11 @@ fn is_alpha(value: &f64) -> bool {
     value.to_bits() == alpha().to_bits()
 }
 
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it")]
+fn is_off(value: &bool) -> bool {
+    !value
+}
+
 fn tau() -> f64 {
     0.05
 }
@@ -133,6 +142,17 @@ impl Method for Parameters {
             "label_smoothing",
             "the loss `exo_pair` needs a value above 0, such as 0.001",
         );
+        let unweighted = kinds.iter().find(|kind| !kind.is_weighted());
+        if let (true, Some(kind)) = (self.use_weighting, unweighted) {
+            rules.rule(
+                false,
+                "use_weighting",
+                &format!(
+                    "the loss `{}` is not one of single pairs, which could be weighted",
+                    kind.name()
+                ),
+            );
+        }
         let plain = self.f_divergence_type == FDivergenceType::ReverseKl;
         let without = kinds.iter().find(|kind| !kind.has_divergence());
         if let (false, Some(kind)) = (plain, without) {
@@ -155,6 +175,7 @@ impl Method for Parameters {
             label_smoothing: self.label_smoothing,
             terms: kinds.zip(weights.chain(std::iter::repeat(1.))).collect(),
             ld_alpha: self.ld_alpha,
+            use_weighting: self.use_weighting,
             divergence: self
                 .f_divergence_type
                 .divergence(self.f_alpha_divergence_coef),
@@ -163,15 +184,7 @@ impl Method for Parameters {
     }
 
     fn reference(&self, cx: &Context) -> anyhow::Result<Reference> {
-        if self.ref_model.is_none() && self.ref_adapter.is_none() {
-            return Ok(Reference::Initial);
-        }
-        let model = self.ref_model.as_ref().map(|model| cx.input(model));
-        let adapter = self.ref_adapter.as_ref().map(|adapter| cx.input(adapter));
-        Ok(Reference::Other {
-            model: model.transpose()?.map(Into::into),
-            adapter: adapter.transpose()?.map(Into::into),
-        })
+        Reference::named(cx, self.ref_model.as_ref(), self.ref_adapter.as_ref())
     }
 
     fn precomputes_reference(&self) -> bool {

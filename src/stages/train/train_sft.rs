@@ -8,9 +8,12 @@ use super::method::{Common, Method, Prepared, Use};
 use super::stage::Train;
 use crate::engine::Context;
 use crate::ml::loss::Loss;
-use crate::ml::loss::sft::{self, Answers, Sft};
+use crate::ml::loss::dft::Dft;
+use crate::ml::loss::sft::{self, Answers, PackingStrategy, Sft};
+use crate::ml::loss::smoothed::Smoothed;
 use crate::ml::model::batch::Row;
 use crate::stages::artifacts::Model;
+use crate::stages::rules::Rules;
 use crate::stages::text::added::Added;
 
 /// The stage.
@@ -34,17 +37,71 @@ pub struct Parameters {
     /// Which answers of a preference dataset are learnt.
     #[serde(default)]
     answers: Answers,
+    /// The loss: `nll`, the negative log-likelihood of the tokens, or `dft`, the same weighted by each token's probability (dynamic
+    /// fine-tuning, arXiv 2508.05629).
+    #[serde(default, skip_serializing_if = "LossType::is_nll")]
+    #[schemars(extend("default" = "nll"))]
+    loss_type: LossType,
+    /// The part of each token's probability that is spread over the whole vocabulary (label smoothing), for `loss_type: nll`. It takes the
+    /// slower reference path.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    #[schemars(extend("default" = 0))]
+    #[schemars(extend("minimum" = 0, "maximum" = 1))]
+    #[schemars(extend("examples" = [0.1]))]
+    label_smoothing_factor: f64,
     /// Whether rows are packed into sequences of up to `max_length` tokens, so that there is little padding. Rows in one sequence
-    /// don't see each other, and positions begin again with each. Which rows go together is decided as by TRL's `packing_strategy:
-    /// bfd`; `per_device_train_batch_size` then counts sequences.
+    /// don't see each other, and positions begin again with each. Which rows go together is decided as by TRL's `packing_strategy`;
+    /// `per_device_train_batch_size` then counts sequences.
     #[serde(default)]
     packing: bool,
-    /// The longest sequence that `packing` makes, in tokens; longer rows lose their end. Without `packing` it has no effect: rows
+    /// What `packing` does with rows that are longer than `max_length`: `bfd` cuts their end off, `bfd_split` splits them, which loses no token
+    /// but tears what belongs together.
+    #[serde(default, skip_serializing_if = "is_bfd")]
+    #[schemars(extend("default" = "bfd"))]
+    packing_strategy: PackingStrategy,
+    /// The longest sequence that `packing` makes, in tokens; longer rows are cut or split. Without `packing` it has no effect: rows
     /// are as long as `tokenize` made them.
     #[serde(default = "max_length")]
     #[schemars(extend("minimum" = 2))]
     #[schemars(extend("examples" = [2048]))]
     max_length: usize,
+}
+
+/// A loss of supervised fine-tuning.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+enum LossType {
+    /// The negative log-likelihood.
+    #[default]
+    Nll,
+    /// The negative log-likelihood, weighted by the probability.
+    Dft,
+}
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde's signature of a condition"
+)]
+fn is_zero(factor: &f64) -> bool {
+    *factor <= 0.
+}
+
+impl LossType {
+    #[expect(
+        clippy::trivially_copy_pass_by_ref,
+        reason = "serde's signature of a condition"
+    )]
+    fn is_nll(&self) -> bool {
+        *self == Self::Nll
+    }
+}
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde's signature of a condition"
+)]
+fn is_bfd(strategy: &PackingStrategy) -> bool {
+    *strategy == PackingStrategy::Bfd
 }
 
 /// The parameters that other methods have too, with the defaults of `SFTTrainer`.
@@ -56,11 +113,21 @@ pub struct SftArguments {
     #[schemars(extend("exclusiveMinimum" = 0))]
     #[schemars(extend("examples" = [0.000_2]))]
     learning_rate: f64,
+    /// The strength of the noise that is added to the embeddings in training (NEFTune, arXiv 2310.05914), commonly 5 to 15. Its numbers have
+    /// the distribution of transformers', but another stream, because torch's depends on all that was drawn before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    #[schemars(extend("examples" = [5]))]
+    neftune_noise_alpha: Option<f64>,
 }
 
 impl Common for SftArguments {
     fn learning_rate(&self) -> f64 {
         self.learning_rate
+    }
+
+    fn neftune_noise_alpha(&self) -> Option<f64> {
+        self.neftune_noise_alpha
     }
 }
 
@@ -82,10 +149,26 @@ impl Method for Parameters {
     type Output = Model;
     type Common = SftArguments;
 
+    fn check(&self, _: &TrainingArguments, rules: &mut Rules) {
+        rules.rule(
+            self.loss_type == LossType::Nll || self.label_smoothing_factor <= 0.,
+            "label_smoothing_factor",
+            "expected `loss_type: nll`, which alone has label smoothing",
+        );
+    }
+
     fn loss(&self) -> Box<dyn Loss> {
-        Box::new(Sft {
+        let sft = Sft {
             completion_only: self.completion_only_loss,
-        })
+        };
+        match self.loss_type {
+            LossType::Nll if self.label_smoothing_factor > 0. => Box::new(Smoothed {
+                sft,
+                label_smoothing_factor: self.label_smoothing_factor,
+            }),
+            LossType::Nll => Box::new(sft),
+            LossType::Dft => Box::new(Dft(sft)),
+        }
     }
 
     fn prepare(
@@ -122,7 +205,12 @@ impl Method for Parameters {
             return Ok(Prepared { rows, rows_each });
         }
         let count = rows.len();
-        let pack = sft::pack(rows, self.max_length, completion_only);
+        let pack = sft::pack(
+            rows,
+            self.max_length,
+            completion_only,
+            self.packing_strategy,
+        );
         anyhow::ensure!(
             !pack.rows.is_empty(),
             "no row has a token left to learn within `max_length` {}; hint: raise it",
@@ -131,7 +219,13 @@ impl Method for Parameters {
         if purpose == Use::Training {
             cx.note("rows_packed", count - pack.dropped);
             if pack.cut > 0 {
-                cx.note("rows_cut", pack.cut);
+                cx.note(
+                    match self.packing_strategy {
+                        PackingStrategy::Bfd => "rows_cut",
+                        PackingStrategy::BfdSplit => "rows_split",
+                    },
+                    pack.cut,
+                );
             }
             if pack.dropped > 0 {
                 cx.note("rows_dropped", pack.dropped);

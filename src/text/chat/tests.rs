@@ -400,6 +400,14 @@ fn rows_that_lack_something_say_what() {
         ),
         (
             ChatRow {
+                chosen: list(&[("user", "a"), ("assistant", "x")]),
+                rejected: list(&[("user", "b"), ("assistant", "y")]),
+                ..ChatRow::default()
+            },
+            "begin with different messages",
+        ),
+        (
+            ChatRow {
                 messages: Some(vec![message("user", "x")]),
                 ..ChatRow::default()
             },

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::*;
+use crate::text::builtin::BuiltIn;
 
 fn template(source: &str) -> ChatTemplate {
     let tokens = [("bos_token", "<s>"), ("eos_token", "</s>")];
@@ -102,4 +103,27 @@ fn the_end_of_two_texts_is_cut_between_characters() {
     assert_eq!(common_end("aé", "bé"), 2);
     assert_eq!(common_end("é", "\u{a9}"), 0);
     assert_eq!(common_end("", "x"), 0);
+}
+
+/// Phi-3's ends with an EOS where no answer is asked for.
+#[test]
+fn what_ends_a_whole_conversation_is_no_part_of_a_turn() {
+    let phi = PlainTemplate::find(&template(BuiltIn::Phi3.source())).unwrap();
+    let turn = |role: &str| (format!("<|{role}|>\n"), "<|end|>\n".to_owned());
+    assert_eq!(
+        (phi.user.clone(), phi.assistant.clone()),
+        (turn("user"), turn("assistant"))
+    );
+    assert_eq!(phi.generation_prompt, "<|assistant|>\n");
+    let (before, behind) = turn("system");
+    assert_eq!(phi.system, System::Own(before, behind));
+    assert!(!phi.go_template(None).contains("</s>"));
+}
+
+#[test]
+fn every_built_in_template_is_plain() {
+    for built_in in BuiltIn::ALL {
+        let found = PlainTemplate::find(&template(built_in.source()));
+        assert!(found.is_some(), "{}", built_in.name());
+    }
 }

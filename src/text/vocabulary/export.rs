@@ -55,7 +55,7 @@ impl TokenList {
             .unwrap_or_default();
         ensure!(
             kind == "BPE",
-            "the tokenizer's model is `{kind}`; GGUF files are made of byte-level BPE and SentencePiece BPE"
+            "the tokenizer's model is `{kind}`; llama.cpp computes the supported families with byte-level BPE and SentencePiece's BPE only"
         );
         let plain = plain_tokens(model)?;
         let added = added_tokens(&json)?;

@@ -89,6 +89,15 @@ fn what_contradicts_itself_is_refused() {
         ..bytes(&lists, "gpt-2")
     };
     assert!(error(rwkv).contains("`rwkv`"));
+    let unigram = Vocabulary {
+        model: "t5",
+        ..bytes(&lists, "gpt-2")
+    };
+    let text = error(unigram);
+    assert!(
+        text.contains("`t5`") && text.contains("SentencePiece's unigram"),
+        "{text}"
+    );
     let beyond = Vocabulary {
         eos: Some(10),
         ..bytes(&lists, "gpt-2")

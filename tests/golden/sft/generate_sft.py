@@ -39,21 +39,25 @@ def run(completion_only, packing, max_length=192, **kw):
     logs = [{k: l[k] for k in keep} for l in t.state.log_history if "loss" in l]
     return dict(args=d, seq_lengths=lengths, log_history=logs)
 
-out = {
-    "full": run(False, False),
-    "completion_only": run(True, False),
-    "packed_full": run(False, True, per_device_train_batch_size=1),
-    "packed_completion_only": run(True, True, max_length=256, per_device_train_batch_size=1),
-}
-# Which rows go together: lengths with many ties, so that their order shows. Row number = the ids' value.
-g = torch.Generator().manual_seed(1)
-lengths = torch.randint(0, 20, (200,), generator=g).tolist()
-packed = pack_dataset(Dataset.from_list([dict(input_ids=[i] * n) for i, n in enumerate(lengths)]), 32, "bfd")
-order = []
-for ids, ns in zip(packed["input_ids"], packed["seq_lengths"]):
-    at = 0; bin = []
-    for n in ns: bin.append(ids[at]); at += n
-    order.append(bin)
-long = pack_dataset(Dataset.from_list([dict(input_ids=[i] * n) for i, n in enumerate([40, 3, 16, 32, 1])]), 16, "bfd")
-out["bins"] = dict(lengths=lengths, seq_length=32, bins=order, truncated=dict(lengths=[40, 3, 16, 32, 1], seq_length=16, seq_lengths=long["seq_lengths"][:]))
-with open(os.path.join(HERE, "sft.json"), "w") as f: json.dump(out, f, indent=1)
+def main():
+    out = {
+        "full": run(False, False),
+        "completion_only": run(True, False),
+        "packed_full": run(False, True, per_device_train_batch_size=1),
+        "packed_completion_only": run(True, True, max_length=256, per_device_train_batch_size=1),
+    }
+    # Which rows go together: lengths with many ties, so that their order shows. Row number = the ids' value.
+    g = torch.Generator().manual_seed(1)
+    lengths = torch.randint(0, 20, (200,), generator=g).tolist()
+    packed = pack_dataset(Dataset.from_list([dict(input_ids=[i] * n) for i, n in enumerate(lengths)]), 32, "bfd")
+    order = []
+    for ids, ns in zip(packed["input_ids"], packed["seq_lengths"]):
+        at = 0; bin = []
+        for n in ns: bin.append(ids[at]); at += n
+        order.append(bin)
+    long = pack_dataset(Dataset.from_list([dict(input_ids=[i] * n) for i, n in enumerate([40, 3, 16, 32, 1])]), 16, "bfd")
+    out["bins"] = dict(lengths=lengths, seq_length=32, bins=order, truncated=dict(lengths=[40, 3, 16, 32, 1], seq_length=16, seq_lengths=long["seq_lengths"][:]))
+    with open(os.path.join(HERE, "sft.json"), "w") as f: json.dump(out, f, indent=1)
+
+if __name__ == "__main__":
+    main()

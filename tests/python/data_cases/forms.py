@@ -124,9 +124,9 @@ def preferences():
         refused("form_that_does_not_fit_at_all", [{"prompt": "hi", "completion": "oak"}], ["conversations", "prompt"], pairs={"format": "sharegpt"}),
         refused("form_that_lacks_a_column", [{"instruction": "add"}], ["output"], pairs={"format": "alpaca"}),
         refused("form_unknown", [{"messages": HI}], ["sharegpt", "alpaca"], pairs={"format": "chatml"}),
-        # KTO: an answer with a label. A bad answer is none to learn.
-        jsonl("kto", [{"prompt": [user("hi")], "completion": [assistant("oak")], "label": True}, {"prompt": [user("hi")], "completion": [assistant("no")], "label": False}], rows=[{"prompt": [user("hi")], "completion": [assistant("oak")]}], told=["label", "1"], refused=["label"]),
-        jsonl("kto_texts", [{"prompt": "hi", "completion": "oak", "label": True}, {"prompt": "hi", "completion": "no", "label": False}], rows=[{"prompt": "hi", "chosen": "oak"}], told=["label", "1"], refused=["label"]),
+        # KTO: an answer with a label, good or bad.
+        jsonl("kto", [{"prompt": [user("hi")], "completion": [assistant("oak")], "label": True}, {"prompt": [user("hi")], "completion": [assistant("no")], "label": False}], rows=[{"prompt": [user("hi")], "completion": [assistant("oak")]}, {"prompt": [user("hi")], "completion": [assistant("no")]}]),
+        jsonl("kto_texts", [{"prompt": "hi", "completion": "oak", "label": True}, {"prompt": "hi", "completion": "no", "label": False}], rows=[{"prompt": "hi", "chosen": "oak"}, {"prompt": "hi", "chosen": "no"}]),
         jsonl("kto_named", [{"prompt": "hi", "completion": "oak", "label": True}], rows=[{"prompt": "hi", "chosen": "oak"}], refused=["label"], pairs={"format": "kto"}),
     ]
 

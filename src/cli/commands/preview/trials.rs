@@ -12,9 +12,10 @@ use tempfile::TempDir;
 use crate::cli::project::Project;
 use crate::data::sample::first_rows;
 use crate::engine::{Artifact as _, Event, Level, Session, StageEvents, State, Trial};
+use crate::report::quoted;
 use crate::stages::artifacts::{Chats, Dataset, Model, Tokens};
 use crate::stages::preview::{
-    Row, TokenizerSource, is_data, look, shortened, tokenizer_of_gguf, tokenizer_source,
+    Row, TokenizerSource, hands_on, is_data, look, shortened, tokenizer_of_gguf, tokenizer_source,
 };
 
 /// What was seen of one stage.
@@ -75,7 +76,7 @@ impl<'a> Trials<'a> {
     pub(super) fn targets(&self, asked: Option<usize>) -> Result<Vec<usize>> {
         let graph = &self.project.graph;
         let candidates: Vec<usize> = match asked {
-            Some(index) if is_data(self.output(index)) => return Ok(vec![index]),
+            Some(index) if is_data(self.output(index)) => return Ok(vec![self.rows_of(index)?]),
             Some(index) => graph.inputs[index].clone(),
             None => graph.order.clone(),
         };
@@ -85,6 +86,10 @@ impl<'a> Trials<'a> {
                 .filter(|index| self.output(*index) == noun)
                 .collect();
             if !found.is_empty() {
+                let found = found.into_iter().map(|index| self.rows_of(index));
+                let mut found = found.collect::<Result<Vec<usize>>>()?;
+                let mut seen = BTreeSet::new();
+                found.retain(|index| seen.insert(*index));
                 return Ok(found);
             }
         }
@@ -95,6 +100,15 @@ impl<'a> Trials<'a> {
             ),
             None => bail!("the recipe has no stage that makes rows"),
         }
+    }
+
+    /// The stage that made the rows which a stage hands on, or the stage itself.
+    fn rows_of(&self, index: usize) -> Result<usize> {
+        let Some(name) = hands_on(self.project.graph.nodes[index].stage.kind()) else {
+            return Ok(index);
+        };
+        let parameters = self.session.parameters(index)?;
+        self.rows_of(self.input(&parameters, name)?)
     }
 
     /// The first rows of a target.
@@ -130,7 +144,11 @@ impl<'a> Trials<'a> {
     /// Whether every training that reads these tokens learns prompts, too.
     fn learns_prompts(&self, tokens: usize) -> bool {
         let graph = &self.project.graph;
-        let readers = (0..graph.nodes.len()).filter(|index| graph.inputs[*index].contains(&tokens));
+        let reads = |index: usize| {
+            let mut inputs = graph.inputs[index].iter();
+            inputs.any(|input| self.rows_of(*input).ok() == Some(tokens))
+        };
+        let readers = (0..graph.nodes.len()).filter(|index| reads(*index));
         let setting = |index| {
             let parameters = self.session.parameters(index).ok()?;
             let trains = parameters.get("learning_rate").is_some();
@@ -162,11 +180,13 @@ impl<'a> Trials<'a> {
 
     /// The folder with a stage's first rows.
     fn data(&mut self, index: usize) -> Result<PathBuf> {
+        let index = self.rows_of(index)?;
         if let Some(done) = self.done.get(&index) {
             return Ok(done.clone());
         }
-        let reads_hub = self.project.graph.nodes[index].stage.has_external_facts();
-        let out = match self.fresh(index).filter(|_| reads_hub) {
+        let stage = &self.project.graph.nodes[index].stage;
+        let is_kept = stage.has_external_facts() || stage.runs_programs();
+        let out = match self.fresh(index).filter(|_| is_kept) {
             // What came from the hub need not be found there again.
             Some(folder) => {
                 let out = self.folder.path().join(index.to_string()).join("out");
@@ -183,6 +203,14 @@ impl<'a> Trials<'a> {
     fn try_out(&mut self, index: usize) -> Result<PathBuf> {
         let graph = &self.project.graph;
         let node = &graph.nodes[index];
+        if node.stage.runs_programs() {
+            bail!(
+                "`{}` runs a program, which is not done for a look: `pipeline run {} {}` runs it",
+                node.name,
+                quoted(&self.project.recipe.path.display().to_string()),
+                quoted(&node.name)
+            );
+        }
         let mut inputs = BTreeMap::new();
         for &input in &graph.inputs[index] {
             let folder = match self.output(input) {

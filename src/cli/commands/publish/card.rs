@@ -44,11 +44,13 @@ struct Head<'c> {
 }
 
 /// Methods of training, by the kinds of their stages.
-const METHODS: [(&str, &str); 4] = [
+const METHODS: [(&str, &str); 6] = [
     ("train_sft", "sft"),
     ("train_dpo", "dpo"),
     ("train_orpo", "orpo"),
     ("train_cpo", "cpo"),
+    ("train_kto", "kto"),
+    ("train_reward", "reward-trainer"),
 ];
 
 /// Settings that people look for, in this order.

@@ -144,10 +144,12 @@ fn scores(stage: &str, folder: &Path, with_adapter: bool) -> Option<Scores> {
             .filter_map(|(name, value)| Some((name.clone(), value.as_f64()?)))
             .collect()
     };
-    let (base, adapter) = (part("base"), part("adapter"));
-    let metrics = base.keys().chain(adapter.keys()).map(|name| {
-        let numbers = if with_adapter {
-            (base.get(name).copied(), adapter.get(name).copied())
+    let base = part("base");
+    // With a baseline the model has a part of its own.
+    let tuned = part(if with_adapter { "adapter" } else { "model" });
+    let metrics = base.keys().chain(tuned.keys()).map(|name| {
+        let numbers = if with_adapter || !tuned.is_empty() {
+            (base.get(name).copied(), tuned.get(name).copied())
         } else {
             // The model was scored by itself.
             (None, base.get(name).copied())

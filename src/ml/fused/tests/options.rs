@@ -479,3 +479,32 @@ fn the_memory_of_every_option_is_estimated() {
     }
     assert!(failures.is_empty(), "{failures:?}");
 }
+
+/// Micro-batches whose angles differ go through the model one after the other, and are estimated so.
+#[test]
+fn passes_are_estimated_as_they_are_made() {
+    let batches = pairs();
+    let both = batches.each_ref();
+    assert!(both[0].length() < both[1].length());
+    for (rope, expected) in [
+        (rope(None), 2),
+        (long_rope(both[0].length()), 1),
+        (long_rope(both[1].length()), 2),
+        (dynamic_rope(both[0].length()), 1),
+    ] {
+        let mut arch = plain();
+        arch.ropes = vec![rope];
+        let model = load(&arch, Trained::Adapter, DType::F32);
+        let fused = Fused::new(&model, SHARED).unwrap();
+        let made = fused.pass_size(&both, Pass::train(None), false);
+        let adapter = adapter(&arch);
+        let trained = Trained::Adapter;
+        let sizes = PassSizes::of_files(&arch, Some(&adapter), trained, DType::F32, false).unwrap();
+        let estimated = pass_size_of(&arch, &both, SHARED, &sizes, false);
+        assert_eq!(made.micro_batches, expected);
+        assert_eq!(
+            (estimated.micro_batches, estimated.tokens),
+            (made.micro_batches, made.tokens)
+        );
+    }
+}

@@ -49,6 +49,11 @@ pub enum LossType {
 }
 
 impl LossType {
+    /// Whether it is a loss of each pair by itself, so that pairs can be weighted.
+    pub fn is_weighted(self) -> bool {
+        !matches!(self, Self::Aot | Self::AotUnpaired | Self::Sft)
+    }
+
     /// TRL's name.
     pub fn name(self) -> String {
         let name = serde_json::to_value(self).ok();
@@ -129,6 +134,15 @@ pub(super) struct PairLoss {
 }
 
 impl PairLoss {
+    /// The loss and its derivatives, multiplied by `weight`.
+    pub(super) fn times(self, weight: f64) -> Self {
+        Self {
+            loss: weight * self.loss,
+            grad_chosen: weight * self.grad_chosen,
+            grad_rejected: weight * self.grad_rejected,
+        }
+    }
+
     /// A function of the two log-ratios' difference: its value and derivative.
     fn of_difference((loss, derivative): (f64, f64)) -> Self {
         Self {

@@ -68,6 +68,7 @@ fn outcome(loss: &Dpo, logps: &[f64], reference: &[f64]) -> Outcome {
         token_stats: None,
         target_logits: None,
         sequence_logits: None,
+        mismatched: None,
     };
     loss.loss(&scored).unwrap()
 }
@@ -152,6 +153,7 @@ proptest! {
                 token_stats: None,
                 target_logits: None,
                 sequence_logits: None,
+                mismatched: None,
             };
             loss.loss(&scored).unwrap().loss
         };
@@ -170,6 +172,47 @@ proptest! {
         prop_assert!((plain - robust).abs() < 1e-12);
         let close = outcome(&near_one, &policy, &reference).loss;
         prop_assert!((plain - close).abs() < 1e-2 * (1. + plain), "{} {}", plain, close);
+    }
+
+    /// With weights the loss of a single pair is that without, times a constant.
+    #[test]
+    fn weights_are_the_answers_probability(
+        policy in prop::collection::vec(-9f64..-0.01, 5), reference in prop::collection::vec(-9f64..-0.01, 5),
+        squares in prop::collection::vec(-9f64..-0.01, 5), kind in 0usize..15,
+    ) {
+        prop_assume!(KINDS[kind].is_weighted());
+        let stats: Vec<TokenStats> = squares
+            .iter()
+            .map(|squares| TokenStats { log_sum_sq_probs: *squares, ..TokenStats::default() })
+            .collect();
+        let of = |use_weighting| {
+            let sequences = vec![Sequence::new(vec![1, 2, 3, 4], 1), Sequence::new(vec![1, 9, 8], 1)];
+            let batch = Batch::new(sequences, 0).unwrap();
+            let loss = Dpo { use_weighting, ..one(KINDS[kind], 0.2, 0.1) };
+            let targets = loss.targets(&batch);
+            let scored = Scored {
+                batch: &batch,
+                targets: &targets,
+                logps: &policy,
+                reference_logps: Some(&reference),
+                token_stats: Some(&stats),
+                target_logits: None,
+                sequence_logits: None,
+                mismatched: None,
+            };
+            loss.loss(&scored).unwrap()
+        };
+        let (plain, weighted) = (of(false), of(true));
+        let mean = |range: std::ops::Range<usize>| {
+            let count = range.len() as f64;
+            range.map(|at| policy[at] - squares[at]).sum::<f64>() / count
+        };
+        let weight = (mean(0..3) + mean(3..5)).exp();
+        prop_assert!((weighted.loss - weight * plain.loss).abs() <= 1e-9 * (1. + weighted.loss.abs()));
+        for (weighted, plain) in weighted.gradient.iter().zip(&plain.gradient) {
+            let expected = weight * f64::from(*plain);
+            prop_assert!((f64::from(*weighted) - expected).abs() <= 1e-6 * (1e-6 + expected.abs()));
+        }
     }
 
     /// Only the difference to the reference counts, and what both answers of a pair have in common does not.
@@ -238,6 +281,7 @@ fn without_a_reference_there_is_no_loss() {
         token_stats: None,
         target_logits: None,
         sequence_logits: None,
+        mismatched: None,
     };
     let error = loss.loss(&scored).unwrap_err().to_string();
     assert!(error.contains("reference"), "{error}");

@@ -38,20 +38,17 @@ impl Scalars {
 }
 
 impl Rule for AdamW {
-    fn slots(&self) -> &'static [Slot] {
-        &[
-            Slot {
-                name: "m",
-                signed: true,
-            },
-            Slot {
-                name: "v",
-                signed: false,
-            },
-        ]
+    fn slots(&self, shape: &[usize]) -> Vec<Slot> {
+        let count = shape.iter().product();
+        let slot = |name, signed| Slot {
+            name,
+            signed,
+            count,
+        };
+        vec![slot("m", true), slot("v", false)]
     }
 
-    fn update(&self, step: Step) -> Update {
+    fn update(&self, step: Step, _: &[usize]) -> Update {
         let number = step.number as f64;
         let correction1 = 1. - self.beta1.powf(number);
         let correction2 = 1. - self.beta2.powf(number);
@@ -63,13 +60,13 @@ impl Rule for AdamW {
             root: correction2.sqrt() as f32,
             epsilon: self.epsilon as f32,
         };
-        Box::new(move |p, g, slots| {
+        Update::Elementwise(Box::new(move |p, g, slots| {
             let [m, v] = slots else {
                 unreachable!("AdamW has two slots, not {}", slots.len())
             };
             for (((p, g), m), v) in p.iter_mut().zip(g).zip(m.iter_mut()).zip(v.iter_mut()) {
                 scalars.apply(p, *g, m, v);
             }
-        })
+        }))
     }
 }

@@ -6,9 +6,12 @@
 //! A new rule is a file beside `adamw.rs` and, for each name that recipes have for it, a variant of [`Optim`] with a line in
 //! [`Optim::rule`].
 
+mod adafactor;
 mod adamw;
 mod eight_bit;
 mod gradients;
+mod lion;
+mod rates;
 mod sgd;
 mod slots;
 
@@ -20,8 +23,12 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::ml::model::Parameter;
+use adafactor::Adafactor;
 use adamw::AdamW;
 pub use gradients::{clip, norm, scale};
+use lion::Lion;
+pub use rates::LoraPlus;
+pub use sgd::Momentum;
 use sgd::Sgd;
 use slots::{SPAN, State};
 
@@ -47,7 +54,23 @@ pub enum Optim {
     /// The same as `adamw_8bit`: where the moments are kept makes no difference here.
     #[serde(rename = "paged_adamw_8bit")]
     PagedAdamw8bit,
-    /// Stochastic gradient descent without momentum.
+    /// Adafactor with the learning rate of the schedule: instead of a second moment it keeps the means of the squared gradients over the rows
+    /// and over the columns of a matrix.
+    #[serde(rename = "adafactor")]
+    Adafactor,
+    /// Lion, which steps by the sign of a mean of gradients, with that mean in f32. `adam_beta1` and `adam_beta2` are its decay rates.
+    #[serde(rename = "lion_32bit")]
+    Lion32bit,
+    /// The same as `lion_32bit`: where the mean is kept makes no difference here.
+    #[serde(rename = "paged_lion_32bit")]
+    PagedLion32bit,
+    /// Lion with its mean in blockwise 8 bits (bitsandbytes); those of embeddings and of small tensors stay in f32.
+    #[serde(rename = "lion_8bit")]
+    Lion8bit,
+    /// The same as `lion_8bit`: where the mean is kept makes no difference here.
+    #[serde(rename = "paged_lion_8bit")]
+    PagedLion8bit,
+    /// Stochastic gradient descent; `optim_args` may give it a momentum.
     #[serde(rename = "sgd")]
     Sgd,
 }
@@ -69,28 +92,34 @@ impl Precision {
 }
 
 impl Settings {
-    /// The bytes that the optimiser keeps of a parameter of this name with `count` elements.
-    pub fn bytes(&self, name: &str, count: usize) -> usize {
+    /// The bytes that the optimiser keeps of a parameter of this name and shape.
+    pub fn bytes(&self, name: &str, shape: &[usize]) -> usize {
         let (rule, precision) = self.optim.rule(self);
-        let each = if precision.is_eight_bit(name, count) {
-            slots::eight_bit_bytes(count)
-        } else {
-            count * size_of::<f32>()
-        };
-        rule.slots().len() * each
+        let eight_bit = precision.is_eight_bit(name, shape.iter().product());
+        let slots = rule.slots(shape).into_iter().map(|slot| {
+            if eight_bit {
+                slots::eight_bit_bytes(slot.count)
+            } else {
+                slot.count * size_of::<f32>()
+            }
+        });
+        slots.sum()
     }
 }
 
 impl Optim {
     /// Its rule, and the type of its slots.
     fn rule(self, settings: &Settings) -> (Box<dyn Rule>, Precision) {
+        let Settings { beta1, beta2, .. } = *settings;
         let adamw = || {
+            let epsilon = settings.epsilon;
             Box::new(AdamW {
-                beta1: settings.beta1,
-                beta2: settings.beta2,
-                epsilon: settings.epsilon,
+                beta1,
+                beta2,
+                epsilon,
             })
         };
+        let lion = || Box::new(Lion { beta1, beta2 });
         match self {
             Self::AdamwTorch | Self::AdamwTorchFused | Self::PagedAdamw32bit => {
                 (adamw(), Precision::Full)
@@ -98,7 +127,10 @@ impl Optim {
             Self::Adamw8bit | Self::AdamwBnb8bit | Self::PagedAdamw8bit => {
                 (adamw(), Precision::EightBit)
             }
-            Self::Sgd => (Box::new(Sgd), Precision::Full),
+            Self::Adafactor => (Box::new(Adafactor), Precision::Full),
+            Self::Lion32bit | Self::PagedLion32bit => (lion(), Precision::Full),
+            Self::Lion8bit | Self::PagedLion8bit => (lion(), Precision::EightBit),
+            Self::Sgd => (Box::new(Sgd(settings.momentum)), Precision::Full),
         }
     }
 }
@@ -108,14 +140,18 @@ impl Optim {
 pub struct Settings {
     /// The optimiser.
     pub optim: Optim,
-    /// The decay rate of AdamW's first moment.
+    /// The decay rate of AdamW's first moment, or of the mean by whose sign Lion steps.
     pub beta1: f64,
-    /// The decay rate of AdamW's second moment.
+    /// The decay rate of AdamW's second moment, or of the mean that Lion keeps.
     pub beta2: f64,
     /// The number that is added to the square root of AdamW's second moment.
     pub epsilon: f64,
     /// The decoupled weight decay, which is multiplied by the learning rate.
     pub weight_decay: f64,
+    /// The momentum of gradient descent.
+    pub momentum: Momentum,
+    /// Learning rates of their own for some tensors of an adapter.
+    pub lora_plus: Option<LoraPlus>,
 }
 
 impl Default for Settings {
@@ -127,17 +163,21 @@ impl Default for Settings {
             beta2: 0.999,
             epsilon: 1e-8,
             weight_decay: 0.,
+            momentum: Momentum::default(),
+            lora_plus: None,
         }
     }
 }
 
-/// A value that a rule keeps for each element of a parameter; it is 0 before the first step.
+/// Values that a rule keeps of a parameter; they are 0 before the first step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Slot {
-    /// Its name in checkpoints.
+    /// Their name in checkpoints.
     pub name: &'static str,
-    /// Whether it can be negative, which decides the data type in 8 bits.
+    /// Whether they can be negative, which decides the data type in 8 bits.
     pub signed: bool,
+    /// How many there are. A rule that updates spans keeps one for each element.
+    pub count: usize,
 }
 
 /// The scalars of a step of one parameter.
@@ -151,22 +191,34 @@ pub struct Step {
     pub weight_decay: f64,
 }
 
-/// Updates a span of a parameter in place. The arguments are its values, its gradients, and one slice for each slot, all of the same length.
-pub type Update = Box<dyn Fn(&mut [f32], &[f32], &mut [&mut [f32]]) + Send + Sync>;
+/// Changes values in place, given their gradients and the slots.
+pub type Change = Box<dyn Fn(&mut [f32], &[f32], &mut [&mut [f32]]) + Send + Sync>;
 
-/// An update rule that treats each element of a parameter by itself.
+/// The update of a parameter in one step.
+pub enum Update {
+    /// Each element is updated by itself. The arguments are a span of the values, their gradients, and for each slot a slice of the same
+    /// length.
+    Elementwise(Change),
+    /// All elements are updated together. The arguments are the values of the whole parameter, row-major, their gradients, and for each slot
+    /// all of its values.
+    Whole(Change),
+}
+
+/// An update rule.
 pub trait Rule: Send + Sync {
-    /// The values that it keeps for each element.
-    fn slots(&self) -> &'static [Slot];
+    /// The values that it keeps of a parameter of this shape.
+    fn slots(&self, shape: &[usize]) -> Vec<Slot>;
 
-    /// The update of one step. This is called once for each parameter, and the update is then called for its spans on several threads.
-    fn update(&self, step: Step) -> Update;
+    /// The update of a parameter of this shape in one step. This is called once for each parameter; an elementwise update is then called for
+    /// its spans on several threads.
+    fn update(&self, step: Step, shape: &[usize]) -> Update;
 }
 
 /// An optimiser with its state for a fixed list of parameters.
 pub struct Optimizer {
     rule: Box<dyn Rule>,
     weight_decay: f64,
+    lora_plus: Option<LoraPlus>,
     states: Vec<State>,
     steps: u64,
 }
@@ -183,11 +235,12 @@ impl Optimizer {
         let states = parameters.iter().map(|parameter| {
             let count = parameter.var.elem_count();
             let eight_bit = precision.is_eight_bit(&parameter.name, count);
-            State::new(rule.slots(), count, eight_bit)
+            State::new(rule.slots(parameter.var.dims()), eight_bit)
         });
         Self {
             states: states.collect(),
             weight_decay: settings.weight_decay,
+            lora_plus: settings.lora_plus,
             rule,
             steps: 0,
         }
@@ -210,20 +263,29 @@ impl Optimizer {
             let var = &parameter.var;
             let mut p: Vec<f32> = var.as_detached_tensor().flatten_all()?.to_vec1()?;
             let g: Vec<f32> = gradient.flatten_all()?.to_vec1()?;
-            let update = self.rule.update(Step {
+            let shape = var.dims();
+            let own_rate = self
+                .lora_plus
+                .map(|rates| rates.factor(&parameter.name, shape));
+            let step = Step {
                 number: self.steps,
-                learning_rate,
+                learning_rate: own_rate.map_or(learning_rate, |factor| learning_rate * factor),
                 weight_decay: if parameter.decays {
                     self.weight_decay
                 } else {
                     0.
                 },
-            });
-            let spans = state.spans(p.len());
-            let parts = p.par_chunks_mut(SPAN).zip(g.par_chunks(SPAN));
-            parts
-                .zip(spans)
-                .for_each(|((p, g), slots)| slots.update(p, g, &update));
+            };
+            match self.rule.update(step, shape) {
+                Update::Elementwise(change) => {
+                    let spans = state.spans(p.len());
+                    let parts = p.par_chunks_mut(SPAN).zip(g.par_chunks(SPAN));
+                    parts
+                        .zip(spans)
+                        .for_each(|((p, g), slots)| slots.update(p, g, &change));
+                }
+                Update::Whole(change) => state.update(&mut p, &g, &change),
+            }
             var.set(&Tensor::from_vec(p, var.shape(), var.device())?)?;
         }
         Ok(())
@@ -238,7 +300,8 @@ impl Optimizer {
         let steps = Tensor::new(&[self.steps as i64], &Device::Cpu)?;
         let mut tensors = BTreeMap::from([("steps".to_owned(), steps)]);
         for (parameter, state) in parameters.iter().zip(&self.states) {
-            for (slot, values) in self.rule.slots().iter().zip(&state.0) {
+            let slots = self.rule.slots(parameter.var.dims());
+            for (slot, values) in slots.iter().zip(&state.0) {
                 values.save(&format!("{}.{}", slot.name, parameter.name), &mut tensors)?;
             }
         }
@@ -268,8 +331,8 @@ impl Optimizer {
         // Everything is read before anything is replaced.
         let mut restored = Vec::with_capacity(self.states.len());
         for (parameter, state) in parameters.iter().zip(&self.states) {
-            let slots = self.rule.slots().iter().zip(&state.0);
-            let values = slots.map(|(slot, values)| {
+            let slots = self.rule.slots(parameter.var.dims());
+            let values = slots.iter().zip(&state.0).map(|(slot, values)| {
                 values.load(&format!("{}.{}", slot.name, parameter.name), tensors)
             });
             restored.push(State(values.collect::<Result<Vec<_>>>()?));

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Device, Result, Tensor, bail};
 
 use super::eight_bit::{self, BLOCK, Moment8};
-use super::{Slot, Update};
+use super::{Change, Slot};
 
 /// The number of elements that one task updates; a multiple of the 8-bit block.
 pub(super) const SPAN: usize = 1 << 14;
@@ -15,7 +15,7 @@ pub(super) fn eight_bit_bytes(count: usize) -> usize {
     count + count.div_ceil(BLOCK) * size_of::<f32>()
 }
 
-/// The values of one slot, one for each element of the parameter.
+/// The values of one slot.
 #[derive(Debug)]
 pub(super) enum Values {
     Full(Vec<f32>),
@@ -77,13 +77,13 @@ impl Values {
 }
 
 impl State {
-    /// Slots of zeros for `count` elements.
-    pub(super) fn new(slots: &[Slot], count: usize, eight_bit: bool) -> Self {
-        let values = slots.iter().map(|slot| {
+    /// Slots of zeros. Only those of rules that update spans can be in 8 bits.
+    pub(super) fn new(slots: Vec<Slot>, eight_bit: bool) -> Self {
+        let values = slots.into_iter().map(|slot| {
             if eight_bit {
-                Values::Eight(Moment8::zero(count, slot.signed))
+                Values::Eight(Moment8::zero(slot.count, slot.signed))
             } else {
-                Values::Full(vec![0.; count])
+                Values::Full(vec![0.; slot.count])
             }
         });
         Self(values.collect())
@@ -109,11 +109,20 @@ impl State {
         }
         spans
     }
+
+    /// Updates the whole parameter, given its values and gradients, by slots in f32.
+    pub(super) fn update(&mut self, p: &mut [f32], g: &[f32], update: &Change) {
+        let slots = self.0.iter_mut().filter_map(|values| match values {
+            Values::Full(values) => Some(values.as_mut_slice()),
+            Values::Eight(_) => None,
+        });
+        update(p, g, &mut slots.collect::<Vec<_>>());
+    }
 }
 
 impl Span<'_> {
     /// Updates the same span of the parameter, given its values and gradients.
-    pub(super) fn update(mut self, p: &mut [f32], g: &[f32], update: &Update) {
+    pub(super) fn update(mut self, p: &mut [f32], g: &[f32], update: &Change) {
         if self.eight.is_empty() {
             update(p, g, &mut self.full);
             return;

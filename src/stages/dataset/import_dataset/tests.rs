@@ -74,13 +74,13 @@ fn the_limit_and_the_names_of_columns_count() {
 
 #[test]
 fn mistakes_are_told_before_anything_runs() {
-    let stage = stage("{path: x.csv, columns: {question: prompt}, max_rows: 0, split: ../x}");
+    let stage = stage("{path: x.csv, columns: {best: prompt}, max_rows: 0, split: ../x}");
     let problems = crate::engine::check(&stage);
     let parameters: Vec<_> = problems
         .iter()
         .map(|problem| problem.parameter.as_str())
         .collect();
-    assert_eq!(parameters, ["max_rows", "columns.question", "split"]);
+    assert_eq!(parameters, ["max_rows", "columns.best", "split"]);
 }
 
 #[test]

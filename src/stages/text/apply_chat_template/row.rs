@@ -68,13 +68,6 @@ pub(crate) fn chat_row(
         Some(Side::Text(_)) => bail!("`messages` is text: expected a list of messages"),
     };
     let (chosen, rejected) = (side("chosen")?, side("rejected")?);
-    // In rows for KTO. In other rows a label is an ordinary column.
-    if rejected.is_none() && whole.is_none() && cell("label")? == Cell::Bool(false) {
-        bail!(
-            "its `label` is false: its answer is a bad one, which no loss can use yet; hint: `format: prompt_completion` where the data is \
-             imported takes all answers as good ones"
-        );
-    }
     let prompt = side("prompt")?;
     let extras = extras(cell("tools")?, cell("chat_template_kwargs")?)?;
     if extras.tools.is_some() && !renderer.reads("tools") {

@@ -142,11 +142,16 @@ impl Tokenize {
         .with_context(|| format!("row {number} of the split `{split}`"))?;
         let dropped = kept.as_ref().err().map(|cause| cause.name());
         let whole = whole.unwrap_or_default();
-        let kept = kept.unwrap_or_else(|_| RowIds {
+        let mut kept = kept.unwrap_or_else(|_| RowIds {
             chosen: SideIds::default(),
             rejected: whole.rejected.as_ref().map(|_| SideIds::default()),
             ..RowIds::default()
         });
+        // A labelled answer is cut only where it is trained on.
+        let room = self.max_length.saturating_sub(kept.chosen.prompt.len());
+        if self.max_prompt_length.is_none() {
+            kept.chosen.answer.truncate(room);
+        }
         let first = if rejected.is_some() {
             "chosen"
         } else {

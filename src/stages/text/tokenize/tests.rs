@@ -381,3 +381,108 @@ fn preferences_for_dpo_stay_as_the_template_printed_them() {
             .unwrap();
     assert_eq!(Stage::check(&stage)[0].parameter, "max_prompt_length");
 }
+
+/// Texts of the golden rows with a label each, and what `KTOTrainer` makes of them.
+#[test]
+fn labelled_rows_and_pairs_become_those_of_trl() {
+    use arrow_array::{ArrayRef, BooleanArray};
+    let cases: serde_json::Value =
+        serde_json::from_str(include_str!("../../../../tests/golden/dpo/ids.json")).unwrap();
+    let golden: serde_json::Value =
+        serde_json::from_str(include_str!("../../../../tests/golden/kto/ids.json")).unwrap();
+    let texts = cases[0]["texts"].as_array().unwrap();
+    let label = |number: usize| number % 3 != 1;
+    let column = |text: &dyn Fn(usize, &serde_json::Value) -> String| -> ArrayRef {
+        let all = texts.iter().enumerate();
+        Arc::new(StringArray::from_iter_values(
+            all.map(|(number, row)| text(number, row)),
+        ))
+    };
+    let of = |name: &'static str| {
+        move |_: usize, row: &serde_json::Value| row[name].as_str().unwrap().to_owned()
+    };
+    let labelled = column(&|number, row| {
+        let name = if label(number) { "chosen" } else { "rejected" };
+        row[name].as_str().unwrap().to_owned()
+    });
+    let labels: ArrayRef = Arc::new(BooleanArray::from(
+        (0..texts.len()).map(label).collect::<Vec<_>>(),
+    ));
+    let tables = [
+        (
+            "base",
+            vec![
+                ("prompt", column(&of("prompt"))),
+                ("chosen", labelled),
+                ("label", labels),
+            ],
+        ),
+        (
+            "paired",
+            vec![
+                ("prompt", column(&of("prompt"))),
+                ("chosen", column(&of("chosen"))),
+                ("rejected", column(&of("rejected"))),
+            ],
+        ),
+    ];
+    for (name, columns) in tables {
+        let folder = tempfile::tempdir().unwrap();
+        let dataset = folder.path().join("chats");
+        std::fs::create_dir(&dataset).unwrap();
+        let batch = RecordBatch::try_from_iter(columns).unwrap();
+        let mut writer = Writer::create(&dataset, "train", batch.schema()).unwrap();
+        writer.write(&batch).unwrap();
+        writer.finish().unwrap();
+        let inputs = [("chats", dataset.as_path()), ("base", Path::new(MODEL))];
+        let cx = Context::for_test(folder.path(), &inputs, &[]);
+        let text = "{dataset: chats, tokenizer: base, trainer: kto, max_length: 192}";
+        let stage: Tokenize = serde_yaml::from_str(text).unwrap();
+        stage.run(&cx).unwrap();
+        let rows = read(cx.out(), "train").unwrap();
+        let theirs = golden[name].as_array().unwrap();
+        assert_eq!(rows.len(), theirs.len());
+        for (number, (row, theirs)) in rows.iter().zip(theirs).enumerate() {
+            let ids =
+                |name: &str| -> Vec<u32> { serde_json::from_value(theirs[name].clone()).unwrap() };
+            assert_eq!(row.prompt_ids, ids("prompt"), "{name} {number}");
+            let mut answer = ids("completion");
+            answer.truncate(192);
+            assert_eq!(row.chosen_ids, answer, "{name} {number}");
+            assert_eq!(row.label, theirs["label"].as_bool(), "{name} {number}");
+        }
+        let kept = Labelled::read(cx.out(), "train_kto").unwrap();
+        assert_eq!(kept.max_length, 192);
+        if name == "base" {
+            // Others can't use a bad answer.
+            let stage: Tokenize =
+                serde_yaml::from_str("{dataset: chats, tokenizer: base}").unwrap();
+            let cx = Context::for_test(&folder.path().join("other"), &inputs, &[]);
+            let error = format!("{:#}", stage.run(&cx).unwrap_err());
+            assert!(
+                error.contains("row 2") && error.contains("`label` is false"),
+                "{error}"
+            );
+        }
+    }
+}
+
+#[test]
+fn pairs_for_a_reward_model_are_kept_whole_or_dropped() {
+    let text = "{dataset: chats, tokenizer: base, trainer: reward, max_length: 100}";
+    let (_folder, cx) = run(text, &texts(), true).unwrap();
+    let rows = read(cx.out(), "train").unwrap();
+    let uncut = "{dataset: chats, tokenizer: base, trainer: reward, max_length: 10000}";
+    let (_folder, cx) = run(uncut, &texts(), true).unwrap();
+    let mut all = read(cx.out(), "train").unwrap();
+    let count = all.len();
+    let longest = |row: &TokenRow| {
+        row.chosen()
+            .ids
+            .len()
+            .max(row.rejected().unwrap().ids.len())
+    };
+    all.retain(|row| longest(row) <= 100);
+    assert!(!rows.is_empty() && rows.len() < count);
+    assert_eq!(rows, all);
+}

@@ -4,19 +4,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, anyhow, ensure};
-use candle_core::Device;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::artifacts::{Adapter, Model, Scores, Tokens};
-use super::model_input::{
-    BASE_OF_ADAPTER, execution_on, has_split, note_work, pad_id, place, rows,
-};
-use super::rules::Rules;
-use super::text::{chat_template, tokenizers};
-use crate::engine::{Context, Implied, Input, Problem, Stage};
-use crate::ml::adapter::{Adapter as LoraAdapter, FILE};
-use crate::ml::execution::Execution;
+use super::models::{Loaded, Models, Side};
+use super::report::{self, Part, Scored};
+use super::require::{Requirements, is_empty};
+use crate::engine::{Context, Implied, Input, Neutral, Problem, Stage};
 use crate::ml::fused::Packing;
 use crate::ml::generate;
 use crate::ml::generation_config::stop_ids;
@@ -25,12 +19,16 @@ use crate::ml::loss::dpo::Dpo;
 use crate::ml::loss::orpo::Orpo;
 use crate::ml::loss::sft::Sft;
 use crate::ml::loss::{Loss, Metrics};
+use crate::ml::model::CausalLm;
 use crate::ml::model::batch::Row;
-use crate::ml::model::linear::Pass;
-use crate::ml::model::{CausalLm, Trained, tied};
-use crate::ml::train::bootstrap::intervals;
 use crate::ml::train::evaluate::{self, NotFinite};
 use crate::ml::train::{Passes, ReferenceModel, compute_dtype};
+use crate::stages::artifacts::{Adapter, Model, Scores, Tokens};
+use crate::stages::model_input::{
+    BASE_OF_ADAPTER, execution_on, note_work, pad_id, place, rows, split_or_test,
+};
+use crate::stages::rules::Rules;
+use crate::stages::text::{chat_template, tokenizers};
 use crate::text::tokenizer::Tokenizer;
 
 /// Scores a model on rows: `scores.json` with TRL's numbers, and `answers.jsonl` with greedy answers to the first prompts.
@@ -38,7 +36,10 @@ use crate::text::tokenizer::Tokenizer;
 /// Preference rows are scored by how well the model prefers the chosen answers. Rows without `rejected` are scored by how well it
 /// predicts the answers: `loss` is the mean negative log-likelihood of their tokens, and `perplexity` its exponential.
 ///
-/// With `adapter`, the base alone and the base with the adapter are scored, and the differences stand beside them.
+/// With `adapter`, the base alone and the base with the adapter are scored, and the differences stand beside them; with `baseline` that model
+/// and `model`. Intervals and p-values by the paired bootstrap stand in the record.
+///
+/// With `require` the stage fails where scores are not what they must be.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 #[schemars(extend("examples" = [{"adapter": "tuned", "dataset": "tokens"}]))]
@@ -50,6 +51,10 @@ pub struct Evaluate {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("examples" = ["tuned"]))]
     adapter: Option<Input<Adapter>>,
+    /// Another model with the same tokens to compare with, in the place of the model without the adapter.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = ["base"]))]
+    baseline: Option<Input<Model>>,
     /// The rows to score: preferences, or one answer each.
     #[schemars(extend("examples" = ["tokens"]))]
     dataset: Input<Tokens>,
@@ -86,6 +91,11 @@ pub struct Evaluate {
     /// Whether matrix products are computed in f16.
     #[serde(default)]
     fp16: bool,
+    /// What scores must be, by their names: of the model with the adapter if there is one, and behind `difference/` the change against the
+    /// base or the baseline. A run fails where one is not. The scores stay, and other requirements don't compute them again.
+    #[serde(default, skip_serializing_if = "is_empty")]
+    #[schemars(extend("examples" = [{"rewards/accuracies": ">= 0.6", "difference/perplexity": "<= 0"}]))]
+    require: Neutral<Requirements>,
 }
 
 /// A loss that preferences are scored by.
@@ -132,21 +142,6 @@ fn default_max_new_tokens() -> usize {
 /// The number of answers generated together. A token of each then takes little longer than a token of one.
 const AT_A_TIME: usize = 16;
 
-/// The contents of `scores.json`.
-#[derive(Serialize)]
-struct Report {
-    split: String,
-    rows: usize,
-    /// The model alone.
-    base: Metrics,
-    /// The model with the adapter.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    adapter: Option<Metrics>,
-    /// `adapter` minus `base`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    difference: Option<Metrics>,
-}
-
 /// A line of `answers.jsonl`.
 #[derive(Serialize)]
 struct Answer {
@@ -154,20 +149,33 @@ struct Answer {
     chosen: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     rejected: Option<String>,
-    /// What the model alone answers.
+    /// What the model alone answers, or the baseline.
     base: String,
     /// What it answers with the adapter.
     #[serde(skip_serializing_if = "Option::is_none")]
     adapter: Option<String>,
+    /// What the model answers, beside a baseline.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    model: Option<String>,
 }
 
 impl Evaluate {
-    fn split(&self, dataset: &Path) -> anyhow::Result<String> {
-        Ok(match &self.split {
-            Some(split) => split.clone(),
-            None if has_split(dataset, "test")? => "test".into(),
-            None => "train".into(),
-        })
+    /// The names of all scores of preferences and of single answers.
+    fn metrics(&self) -> Vec<&'static str> {
+        let answers = Sft {
+            completion_only: true,
+        };
+        let of_loss = self.loss.loss(self.beta);
+        let general = ["rewards/accuracies", "loss", "perplexity", "margin"];
+        let all = [&general, of_loss.metrics(), answers.metrics()].concat();
+        // Means of logits are for trainings alone.
+        let mut all: Vec<_> = all
+            .into_iter()
+            .filter(|name| !name.starts_with("logits/"))
+            .collect();
+        all.sort_unstable();
+        all.dedup();
+        all
     }
 
     /// Whether the rows are preferences; an error where some are and others are not, or an answer is empty.
@@ -198,7 +206,7 @@ impl Evaluate {
     fn answers(
         &self,
         cx: &Context,
-        execution: &Execution<'_>,
+        sides: &[Side<'_>],
         tokenizer: &Tokenizer,
         rows: &[Row],
         stops: &[u32],
@@ -209,19 +217,21 @@ impl Evaluate {
         let rows: Vec<&Row> = rows.take(self.num_answers).collect();
         for rows in rows.chunks(AT_A_TIME) {
             let prompts: Vec<&[u32]> = rows.iter().map(|row| row.prompt.as_slice()).collect();
-            let answers = |pass| {
+            let of = |part| -> anyhow::Result<Vec<Option<String>>> {
+                let Some(side) = sides.iter().find(|side| side.part == part) else {
+                    return Ok(vec![None; rows.len()]);
+                };
                 let mut tell = || cx.check_cancelled();
                 let limit = self.max_new_tokens;
-                let all = generate::greedy(execution, &prompts, limit, stops, pass, &mut tell)?;
-                let texts = all.iter().map(|ids| tokenizer.decode(ids, true));
-                texts.collect::<anyhow::Result<Vec<_>>>()
+                let execution = side.execution;
+                let all =
+                    generate::greedy(execution, &prompts, limit, stops, side.pass, &mut tell)?;
+                let texts = all.iter().map(|ids| tokenizer.decode(ids, true).map(Some));
+                texts.collect()
             };
-            let base = answers(Pass::BASE)?;
-            let adapted = match &self.adapter {
-                Some(_) => answers(Pass::INFER)?.into_iter().map(Some).collect(),
-                None => vec![None; rows.len()],
-            };
-            for ((row, base), adapter) in rows.iter().zip(base).zip(adapted) {
+            let (base, adapter, model) = (of(Part::Base)?, of(Part::Adapter)?, of(Part::Model)?);
+            let answers = base.into_iter().zip(adapter).zip(model);
+            for (row, ((base, adapter), model)) in rows.iter().zip(answers) {
                 let line = Answer {
                     prompt: tokenizer.decode(&row.prompt, false)?,
                     chosen: tokenizer.decode(&row.chosen, true)?,
@@ -229,8 +239,9 @@ impl Evaluate {
                         Some(ids) => Some(tokenizer.decode(ids, true)?),
                         None => None,
                     },
-                    base,
+                    base: base.unwrap_or_default(),
                     adapter,
+                    model,
                 };
                 lines.push_str(&serde_json::to_string(&line)?);
                 lines.push('\n');
@@ -241,25 +252,33 @@ impl Evaluate {
 }
 
 /// The outcome in a sentence.
-fn told(prefers: bool, rows: usize, base: &Metrics, with_adapter: Option<&Metrics>) -> String {
+fn told(prefers: bool, rows: usize, sides: &[Scored]) -> String {
+    let (Some(base), Some(last)) = (sides.first(), sides.last()) else {
+        return String::new();
+    };
     let of = |metrics: &Metrics, name: &str| metrics.get(name).copied().unwrap_or(f64::NAN);
+    let names = match last.part {
+        Part::Base => None,
+        Part::Adapter => Some(("with the adapter", "without")),
+        Part::Model => Some(("by the model", "by the baseline")),
+    };
     if prefers {
-        let accuracy = |metrics| 100. * of(metrics, "rewards/accuracies");
+        let accuracy = |side: &Scored| 100. * of(&side.metrics, "rewards/accuracies");
         let prefers = "the chosen answer is preferred in";
-        return match with_adapter {
-            Some(with) => format!(
-                "{prefers} {:.0} % of {rows} rows with the adapter, in {:.0} % without",
-                accuracy(with),
+        return match names {
+            Some((with, without)) => format!(
+                "{prefers} {:.0} % of {rows} rows {with}, in {:.0} % {without}",
+                accuracy(last),
                 accuracy(base)
             ),
             None => format!("{prefers} {:.0} % of {rows} rows", accuracy(base)),
         };
     }
-    let perplexity = |metrics| of(metrics, "perplexity");
-    match with_adapter {
-        Some(with) => format!(
-            "the answers of {rows} rows have a perplexity of {:.3} with the adapter, of {:.3} without",
-            perplexity(with),
+    let perplexity = |side: &Scored| of(&side.metrics, "perplexity");
+    match names {
+        Some((with, without)) => format!(
+            "the answers of {rows} rows have a perplexity of {:.3} {with}, of {:.3} {without}",
+            perplexity(last),
             perplexity(base)
         ),
         None => format!(
@@ -270,7 +289,7 @@ fn told(prefers: bool, rows: usize, base: &Metrics, with_adapter: Option<&Metric
 }
 
 /// Says which split's rows have scores that are no numbers, or that answers can't be made, and which tensor is to blame.
-fn explain(
+pub(super) fn explain(
     error: anyhow::Error,
     model: &CausalLm,
     fp16: bool,
@@ -322,48 +341,47 @@ impl Stage for Evaluate {
             "ref_model",
             "expected only with `loss: dpo`",
         );
+        rules.rule(
+            self.loss == ScoredLoss::Orpo || self.baseline.is_none() || self.ref_model.is_some(),
+            "loss",
+            "`dpo` with a `baseline` needs a `ref_model` for both",
+        );
         let both = self.bf16 && self.fp16;
         rules.rule(!both, "fp16", "`bf16` and `fp16` exclude each other");
+        let compares = self.adapter.is_some() || self.baseline.is_some();
+        rules
+            .0
+            .extend(self.require.check(&self.metrics(), compares));
         rules.0
     }
 
+    fn has_requirements(&self) -> bool {
+        !self.require.is_empty()
+    }
+
+    fn accept(&self, result: &Path) -> anyhow::Result<()> {
+        self.require.accept(result)
+    }
+
     fn run(&self, cx: &Context) -> anyhow::Result<()> {
-        let folder = cx.input(&self.model)?;
         let dataset = cx.input(&self.dataset)?;
-        let (config, weights) = tied::open(folder)?;
-        let split = self.split(dataset)?;
-        let rows = rows(dataset, &split, config.vocab_size)?;
+        let split = split_or_test(dataset, self.split.as_deref())?;
+        let compute = compute_dtype(self.bf16, self.fp16);
+        let (adapter, baseline) = (self.adapter.as_ref(), self.baseline.as_ref());
+        let known = Models::vocabulary(cx, &self.model, baseline)?;
+        let rows = rows(dataset, &split, known)?;
         let prefers = self.check_rows(&rows, &split)?;
-        let adapter = match &self.adapter {
-            Some(adapter) => Some(LoraAdapter::load(cx.input(adapter)?)?),
-            None => None,
-        };
-        let model = CausalLm::load(
-            &config,
-            &weights,
-            adapter.as_ref(),
-            Trained::Nothing,
-            compute_dtype(self.bf16, self.fp16),
-            &Device::Cpu,
-        )?;
-        drop(weights);
         let place = place(cx)?;
-        let packing = Packing::default();
-        let execution = execution_on(cx, &model, packing, &place)?;
+        let models = Models::open(cx, &self.model, adapter, baseline, compute)?;
+        let executions = models.executions(cx, &place)?;
+        let sides = models.sides(&executions);
         let reference = match &self.ref_model {
-            Some(reference) => {
-                let (config, weights) = tied::open(cx.input(reference)?)?;
-                let compute = compute_dtype(self.bf16, self.fp16);
-                let nothing = Trained::Nothing;
-                let device = Device::Cpu;
-                Some(CausalLm::load(
-                    &config, &weights, None, nothing, compute, &device,
-                )?)
-            }
+            Some(reference) => Some(Loaded::open(cx.input(reference)?, None, compute)?),
             None => None,
         };
-        let reference = (reference.as_ref())
-            .map(|reference| execution_on(cx, reference, packing, &place))
+        let reference = reference
+            .as_ref()
+            .map(|loaded| execution_on(cx, &loaded.model, Packing::default(), &place))
             .transpose()?;
         let loss: Box<dyn Loss> = if prefers {
             self.loss.loss(self.beta)
@@ -372,77 +390,61 @@ impl Stage for Evaluate {
                 completion_only: true,
             })
         };
-        let passes = Passes {
-            execution: &execution,
-            loss: &*loss,
-            reference: match &reference {
-                Some(reference) => ReferenceModel::Frozen(reference),
-                None => ReferenceModel::Base,
-            },
-        };
-        let pad = pad_id(folder, &config);
-        let mut sources = vec![("model", folder.to_path_buf())];
-        if let Some(adapter) = &self.adapter {
-            sources.push(("adapter", cx.input(adapter)?.join(FILE)));
-        }
-
-        let times = if adapter.is_some() { 2 } else { 1 };
-        let total = Some((rows.len() * times) as u64);
-        let score = |pass, before: usize| {
+        let folder = &models.scored.folder;
+        let pad = pad_id(folder, &models.scored.model.arch);
+        let total = Some((rows.len() * sides.len()) as u64);
+        let mut scored = Vec::with_capacity(sides.len());
+        for (number, side) in sides.iter().enumerate() {
+            let passes = Passes {
+                execution: side.execution,
+                loss: &*loss,
+                reference: match &reference {
+                    Some(reference) => ReferenceModel::Frozen(reference),
+                    None => ReferenceModel::Base,
+                },
+            };
             let size = self.per_device_eval_batch_size;
+            let before = number * rows.len();
             let mut report = |done| {
                 cx.progress((before + done) as u64, total, "rows");
                 cx.check_cancelled()
             };
             let scores = if prefers {
-                evaluate::preferences(&passes, &rows, size, pad, pass, &mut report)
+                evaluate::preferences(&passes, &rows, size, pad, side.pass, &mut report)
             } else {
-                evaluate::completions(&passes, &rows, size, pad, pass, &mut report)
+                evaluate::completions(&passes, &rows, size, pad, side.pass, &mut report)
             };
-            scores.map_err(|error| explain(error, &model, self.fp16, &split, &sources))
-        };
-        let (base, base_rows) = score(Pass::BASE, 0)?;
-        let (with_adapter, adapter_rows) = match &adapter {
-            Some(_) => {
-                let (metrics, by_row) = score(Pass::INFER, rows.len())?;
-                (Some(metrics), Some(by_row))
-            }
-            None => (None, None),
-        };
-        if let Some(intervals) = intervals(&base_rows, adapter_rows.as_ref()) {
-            cx.note("intervals", intervals);
+            let explained = |error| {
+                let model = &side.loaded.model;
+                explain(error, model, self.fp16, &split, &models.sources(side))
+            };
+            let (metrics, by_row) = scores.map_err(explained)?;
+            scored.push(Scored {
+                part: side.part,
+                metrics,
+                by_row,
+            });
         }
         note_work(cx, &place);
-        let difference = with_adapter.as_ref().map(|scores| {
-            let pairs = scores.iter().zip(&base);
-            pairs.map(|((name, a), (_, b))| (*name, a - b)).collect()
-        });
-        let shown = with_adapter.as_ref().unwrap_or(&base);
         let names: &[&str] = if prefers {
             &["rewards/accuracies", "margin", "perplexity"]
         } else {
             &["loss", "mean_token_accuracy", "perplexity"]
         };
-        for name in names {
-            cx.note(name, shown.get(name));
-        }
-        cx.info(told(prefers, rows.len(), &base, with_adapter.as_ref()));
-        let report = Report {
-            split,
-            rows: rows.len(),
-            base,
-            adapter: with_adapter,
-            difference,
-        };
-        let text = serde_json::to_string_pretty(&report)? + "\n";
-        fs::write(cx.out().join("scores.json"), text).context("could not write `scores.json`")?;
+        report::write(cx, &split, rows.len(), &scored, names)?;
+        cx.info(told(prefers, rows.len(), &scored));
         if self.num_answers > 0 {
             let tokenizer = tokenizers::load(folder)?;
-            let mut stops = stop_ids(folder, &config)?;
+            let mut stops = stop_ids(folder, &models.scored.model.arch)?;
             stops.extend(chat_template::stop_token(cx, dataset, folder)?.map(|stop| stop.id));
-            let lines = self.answers(cx, &execution, &tokenizer, &rows, &stops);
-            let lines = lines
-                .map_err(|error| explain(error, &model, self.fp16, &report.split, &sources))?;
+            let lines = self.answers(cx, &sides, &tokenizer, &rows, &stops);
+            let lines = lines.map_err(|error| {
+                let (model, sources) = match sides.last() {
+                    Some(side) => (&side.loaded.model, models.sources(side)),
+                    None => (&models.scored.model, Vec::new()),
+                };
+                explain(error, model, self.fp16, &split, &sources)
+            })?;
             fs::write(cx.out().join("answers.jsonl"), lines)
                 .context("could not write `answers.jsonl`")?;
         }

@@ -1,0 +1,5 @@
+//! Programs of other people as stages.
+
+mod layout;
+pub mod run_command;
+mod sandbox;
