@@ -12,6 +12,7 @@ use serde::Serialize;
 
 use super::canonical::{Digest, is_digest};
 use super::control::Control;
+use super::device::DeviceChoice;
 use super::fingerprint::Fingerprint;
 use super::manifest::Entry;
 use super::position::Pace;
@@ -40,6 +41,7 @@ pub struct Context {
     pub(crate) events: Arc<StageEvents>,
     pub(crate) control: Control,
     pub(crate) gpus: Vec<usize>,
+    pub(crate) device: DeviceChoice,
     pub(crate) notes: Mutex<BTreeMap<String, serde_json::Value>>,
     /// When progress was last reported, and in which unit.
     pub(crate) reported: Mutex<Option<(Instant, &'static str)>>,
@@ -77,6 +79,7 @@ impl Context {
             events,
             control,
             gpus: task.gpus.clone(),
+            device: task.device,
             notes: Mutex::default(),
             reported: Mutex::default(),
             known: known
@@ -257,6 +260,11 @@ impl Context {
         &self.env
     }
 
+    /// Where the stage is told to compute (`device: gpu`).
+    pub fn device(&self) -> DeviceChoice {
+        self.device
+    }
+
     /// The ids of the devices that the stage has to itself (`resources: { gpus: n }`).
     pub fn gpus(&self) -> &[usize] {
         &self.gpus
@@ -389,6 +397,7 @@ impl Context {
             events: Arc::new(StageEvents::new(std::sync::mpsc::channel().0)),
             control: Control::default(),
             gpus: Vec::new(),
+            device: DeviceChoice::default(),
             known: BTreeMap::new(),
             written: Mutex::default(),
             notes: Mutex::default(),

@@ -7,6 +7,7 @@ use anyhow::bail;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::device::DeviceChoice;
 use super::units::{Bytes, Span};
 
 /// The runner's own settings of one stage.
@@ -24,6 +25,11 @@ pub struct Handling {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("examples" = ["8h"]))]
     pub timeout: Option<Span>,
+    /// Where a training or an evaluation computes: the processor, a GPU by its number, or with `auto` the first GPU, and the processor
+    /// where there is none or it lacks something. The result counts as the same, and is within rounding.
+    #[serde(default)]
+    #[schemars(extend("examples" = ["auto"]))]
+    pub device: DeviceChoice,
 }
 
 /// What a stage takes of the machine while it runs. Stages that run at a time never take more than there is.

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::Resources;
+use super::device::DeviceChoice;
 use super::manifest::Entry;
 use super::params::{ARTIFACT_KEY, FILE_KEY, NEUTRAL_KEY, STAGE_KEY};
 
@@ -44,6 +45,9 @@ pub struct Task {
     pub memory: Option<u64>,
     /// The devices it has to itself.
     pub gpus: Vec<usize>,
+    /// Where it computes.
+    #[serde(default)]
+    pub device: DeviceChoice,
     /// The folders of inputs by stage.
     pub inputs: BTreeMap<String, OsString>,
     /// Local files by the path as it was written.

@@ -104,6 +104,7 @@ impl Session<'_> {
             cpus: resources.cpus,
             memory: memory(node.stage.bounded(), resources),
             gpus: Vec::new(),
+            device: node.handling.device,
             inputs: paths(inputs),
             sources: paths(&node.sources),
             outside: BTreeMap::new(),

@@ -306,6 +306,7 @@ impl Worker<'_, '_> {
             cpus: resources.cpus,
             memory: memory(node.stage.bounded(), resources),
             gpus: self.gpus.clone(),
+            device: node.handling.device,
             inputs: paths(&self.session.input_folders(prepared)),
             sources: paths(&node.sources),
             outside: prepared.fingerprint.outside.clone(),

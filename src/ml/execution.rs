@@ -11,6 +11,7 @@ use super::fused::{Fused, Packing};
 use super::model::CausalLm;
 use super::model::batch::Batch;
 use super::model::linear::Pass;
+use super::place::Place;
 use super::reference::Reference;
 
 /// A kind of backend.
@@ -20,6 +21,8 @@ pub enum Kind {
     Reference,
     /// See [`super::fused`].
     Fused(Packing),
+    /// See [`super::gpu`]; made by [`Execution::placed`] alone.
+    Gpu(Packing),
 }
 
 impl Default for Kind {
@@ -47,8 +50,8 @@ impl<'m> Execution<'m> {
     pub fn new(model: &'m CausalLm, wanted: Kind) -> Self {
         let (kind, backend, fallback): (_, Box<dyn Backend + 'm>, _) = match wanted {
             Kind::Reference => (wanted, Box::new(Reference::new(model)), None),
-            Kind::Fused(packing) => match Fused::new(model, packing) {
-                Ok(fused) => (wanted, Box::new(fused), None),
+            Kind::Fused(packing) | Kind::Gpu(packing) => match Fused::new(model, packing) {
+                Ok(fused) => (Kind::Fused(packing), Box::new(fused), None),
                 Err(why) => (
                     Kind::Reference,
                     Box::new(Reference::new(model)),
@@ -62,6 +65,38 @@ impl<'m> Execution<'m> {
             backend,
             fallback,
         }
+    }
+
+    /// Runs `model` in a place. On the processor, and instead of a GPU that was not asked for by name, this is [`Execution::new`].
+    ///
+    /// # Errors
+    /// A GPU that was asked for by name does not support the model; the error is a clause that says what it lacks.
+    pub fn placed(
+        model: &'m CausalLm,
+        packing: Packing,
+        place: &Place,
+    ) -> std::result::Result<Self, String> {
+        #[cfg(feature = "gpu")]
+        if let Some(device) = &place.gpu {
+            let gpu = super::gpu::Gpu::new(std::sync::Arc::clone(device));
+            match Fused::on(gpu, model, packing) {
+                Ok(backend) => {
+                    return Ok(Self {
+                        model,
+                        kind: Kind::Gpu(packing),
+                        backend: Box::new(backend),
+                        fallback: None,
+                    });
+                }
+                Err(why) if matches!(place.wanted, super::place::Wanted::Gpu(_)) => {
+                    return Err(why.to_string());
+                }
+                Err(_) => {}
+            }
+        }
+        #[cfg(not(feature = "gpu"))]
+        let _ = place;
+        Ok(Self::new(model, Kind::Fused(packing)))
     }
 
     /// Runs `model` with a backend that a test made.
@@ -92,6 +127,11 @@ impl<'m> Execution<'m> {
     /// The kind of backend that runs the model.
     pub fn kind(&self) -> Kind {
         self.kind
+    }
+
+    /// The type in which products are computed.
+    pub fn precision(&self) -> &'static str {
+        self.model.compute.as_str()
     }
 
     /// If the wanted backend does not run the model: what it does not support, as a clause for a message.

@@ -7,10 +7,13 @@ pub mod fused;
 pub mod generate;
 pub mod generation_config;
 pub mod gguf;
+#[cfg(feature = "gpu")]
+mod gpu;
 pub mod io;
 pub mod lora;
 pub mod loss;
 pub mod model;
+pub mod place;
 pub mod quant;
 pub mod reference;
 pub mod reward;

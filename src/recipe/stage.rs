@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use serde_yaml::{Mapping, Value};
 
-use crate::engine::{AnyStage, Handling, Kind, Marker, markers, read_parameters};
+use crate::engine::{AnyStage, DeviceChoice, Handling, Kind, Marker, markers, read_parameters};
 
 use super::draft::Draft;
 use super::hints;
@@ -27,7 +27,7 @@ const RESERVED: [&str; 7] = [
 ];
 
 /// The fields of [`Handling`].
-pub(super) const HANDLING: [&str; 3] = ["resources", "retries", "timeout"];
+pub(super) const HANDLING: [&str; 4] = ["device", "resources", "retries", "timeout"];
 
 /// A stage as far as it could be read.
 pub(crate) struct DraftStage {
@@ -114,6 +114,13 @@ fn stage(draft: &mut Draft, name: String, path: &RecipePath, value: &Value) -> D
                 let message = format!("the parameters of `{}` can not be kept: {error}", kind.name);
                 draft.value_error(&staged.path, message, None);
             }
+        }
+        if staged.handling.device != DeviceChoice::Cpu && !typed.stage.exclusive() {
+            let message = format!(
+                "`{}` computes on the processor: `device` is for trainings and evaluations",
+                kind.name
+            );
+            draft.value_error(&child(path, "device"), message, None);
         }
         staged.typed = Some(typed.stage);
     }

@@ -2,15 +2,19 @@
 
 use std::path::Path;
 
-use anyhow::ensure;
+use anyhow::{anyhow, ensure};
+use serde_json::json;
 
 use super::text::tokenizers;
 use crate::data::table::splits;
 use crate::data::tokens::{self, TokenRow};
-use crate::engine::{Context, Implied, ImpliedBy};
-use crate::ml::execution::Execution;
+use crate::engine::{Context, DeviceChoice, Implied, ImpliedBy};
+use crate::ml::execution::{Execution, Kind};
+use crate::ml::fused::Packing;
+use crate::ml::model::CausalLm;
 use crate::ml::model::arch::Arch;
 use crate::ml::model::batch::Row;
+use crate::ml::place::{Place, Wanted};
 use crate::text::tokenizer::special_tokens;
 
 /// The `model` of a stage that has an `adapter` is the one that the adapter was made for, unless the recipe gives another.
@@ -118,8 +122,63 @@ pub(in crate::stages) fn pad_id(model: &Path, config: &Arch) -> u32 {
     }
 }
 
+/// Opens the device that a stage is told to compute on.
+pub(in crate::stages) fn place(cx: &Context) -> anyhow::Result<Place> {
+    let device = cx.device();
+    let wanted = match device {
+        DeviceChoice::Cpu => Wanted::Cpu,
+        DeviceChoice::Auto => Wanted::Auto,
+        DeviceChoice::Gpu(number) => Wanted::Gpu(number),
+    };
+    let place = Place::open(wanted).map_err(|why| no_device(device, &why))?;
+    if let Some(why) = place.instead() {
+        cx.info(format!("computes on the processor: {why}"));
+    }
+    Ok(place)
+}
+
+fn no_device(device: DeviceChoice, why: &str) -> anyhow::Error {
+    anyhow!(
+        "`device: {device}` can't be had: {why}; with `device: auto` the processor computes where no GPU can, and `pipeline doctor` lists the GPUs"
+    )
+}
+
+/// Runs a model where the stage is told to, and notes in the record where that is.
+pub(in crate::stages) fn execution_on<'m>(
+    cx: &Context,
+    model: &'m CausalLm,
+    packing: Packing,
+    place: &Place,
+) -> anyhow::Result<Execution<'m>> {
+    let execution = Execution::placed(model, packing, place);
+    let execution = execution.map_err(|why| no_device(cx.device(), &why))?;
+    match (place.adapter(), execution.kind()) {
+        (Some(adapter), Kind::Gpu(_)) => {
+            let device = json!({
+                "name": adapter.name,
+                "driver": adapter.driver,
+                "interface": adapter.interface,
+                "precision": execution.precision(),
+            });
+            cx.note("device", device);
+            cx.info(format!("computes on {} ({})", adapter.name, adapter.driver));
+        }
+        (Some(_), _) => cx.info("computes on the processor: the GPU lacks what this model needs"),
+        (None, _) => {}
+    }
+    note_fallback(cx, &execution);
+    Ok(execution)
+}
+
+/// Notes in the record what a GPU was made to do, if one was used.
+pub(in crate::stages) fn note_work(cx: &Context, place: &Place) {
+    if let Some(work) = place.work() {
+        cx.note("gpu_work", work);
+    }
+}
+
 /// Notes in the record why a model is not run on the fast path, if it is not.
-pub(in crate::stages) fn note_fallback(cx: &Context, execution: &Execution<'_>) {
+fn note_fallback(cx: &Context, execution: &Execution<'_>) {
     if let Some(why) = execution.fallback() {
         cx.note("reference_path", why);
         cx.info(format!(

@@ -58,6 +58,8 @@ const LAYERS: [Layer; 11] = [
             "fancy_regex",
             "half",
             "pipeline_kernels",
+            // Behind the feature `gpu`.
+            "pipeline_kernels_gpu",
             "safetensors",
             // Enums of settings that stages take as they are.
             "schemars",

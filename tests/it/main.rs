@@ -21,6 +21,8 @@ mod data_cases;
 #[cfg(test)]
 mod defaults;
 #[cfg(test)]
+mod devices;
+#[cfg(test)]
 mod docs;
 #[cfg(test)]
 mod estimate;

@@ -13,6 +13,7 @@ use crate::cli::remote::RemoteArgs;
 use crate::cli::{Failure, default_recipe, machine, print_json, print_rendered, variable};
 use crate::engine::{Found, Store};
 use crate::hub::{Answered, Hub, HubSettings, TokenStore, shown_address};
+use crate::ml::place;
 use crate::report::bytes;
 use crate::report::style::{DIM, ERROR, GOOD, HINT, WARNING, paint};
 
@@ -202,12 +203,34 @@ fn memory() -> Finding {
     Finding::ok("memory", found)
 }
 
-fn devices() -> Option<Finding> {
-    let gpus = machine::gpus();
-    (!gpus.is_empty()).then(|| {
-        let found = format!("{} there; trainings run on the processor today", gpus.len());
+/// The GPUs that trainings can run on.
+fn devices() -> Vec<Finding> {
+    let Some(adapters) = place::adapters() else {
+        let found =
+            "this program was built without the feature `gpu`: trainings run on the processor";
+        return vec![Finding::ok("devices", found)];
+    };
+    if adapters.is_empty() {
+        let found = "no GPU that Vulkan, Metal or DirectX 12 finds: trainings run on the processor";
+        return vec![Finding::ok("devices", found)];
+    }
+    let each = adapters.iter().enumerate().map(|(number, adapter)| {
+        let software = if adapter.software {
+            ", which a processor plays"
+        } else {
+            ""
+        };
+        let found = format!(
+            "gpu:{number}: {}{software} ({}, {}); buffers to {}, {} shared by a workgroup",
+            adapter.name,
+            adapter.driver,
+            adapter.interface,
+            bytes(adapter.largest_binding),
+            bytes(u64::from(adapter.shared_memory)),
+        );
         Finding::ok("devices", found)
-    })
+    });
+    each.collect()
 }
 
 /// The nearest folder that exists.

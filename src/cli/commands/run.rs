@@ -17,7 +17,8 @@ use crate::cli::{
     Failure, eprint, eprint_rendered, eprint_warning, error, is_command, lock_file, machine,
 };
 use crate::engine::{
-    Bytes, Event, Machine, Options, PublishOptions, Published, RunLabel, Summary, publish,
+    Bytes, DeviceChoice, Event, Machine, Options, PublishOptions, Published, RunLabel, Summary,
+    publish,
 };
 use crate::recipe::RecipeStage;
 use crate::report::style::{BOLD, paint};
@@ -53,10 +54,13 @@ pub(in crate::cli) struct Args {
     /// Memory for all running stages together, as their `resources` count it, such as `20GiB` [default: the machine's]
     #[arg(long, value_name = "SIZE")]
     memory: Option<Bytes>,
-    // No stage computes on one yet: it is only counted for `resources: { gpus: .. }`.
+    // It is only counted for `resources: { gpus: .. }`.
     /// Ids of the devices that stages may use, such as `0,1` [default: all]
     #[arg(long, value_name = "IDS", value_delimiter = ',', hide = true)]
     gpus: Option<Vec<usize>>,
+    /// Where trainings and evaluations compute, whatever the recipe says: `cpu`, `gpu`, `gpu:1` or `auto`
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<DeviceChoice>,
     /// After a failure, continues with the stages that do not depend on the failed one
     #[arg(long)]
     keep_going: bool,
@@ -85,8 +89,13 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     warn_of_unused(&project);
     if args.gpus.is_some() {
         eprint_warning(
-            "no stage computes on a GPU yet; `--gpus` only counts for `resources: { gpus: .. }`",
+            "`--gpus` only counts for `resources: { gpus: .. }`; `--device` says where stages compute",
         );
+    }
+    if let Some(device) = args.device {
+        for node in &mut project.graph.nodes {
+            node.handling.device = device;
+        }
     }
     let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
     let options = Options {

@@ -7,11 +7,11 @@ use std::sync::Mutex;
 use candle_core::{DType, Result, bail};
 use pipeline_kernels::panels::panels;
 
+use super::device::Device;
 use super::layout::Packing;
 use super::memory::{PassSizes, saved_bytes};
-use super::pool::Pool;
 use super::states::States;
-use super::{Forward, Scored, decode, lowest};
+use super::{Cpu, Forward, Scored, decode, lowest};
 use crate::ml::backend::{Backend, Decoder, ForwardPass, PassSize, Scores, WithBase};
 use crate::ml::model::batch::{Batch, Target};
 use crate::ml::model::head::Positions;
@@ -24,11 +24,11 @@ pub(super) const TOKENS: usize = 2048;
 /// The largest number of bytes that a pass of several micro-batches keeps for its backward pass.
 const MAX_SAVED_BYTES: usize = 1 << 29;
 
-/// A model on the fast path, with the buffers that outlive a pass.
-pub struct Fused<'m> {
+/// A model on the fast path of a device, which holds the buffers that outlive a pass.
+pub(in crate::ml) struct Fused<'m, D = Cpu> {
     pub(super) model: &'m CausalLm,
     pub(super) packing: Packing,
-    pub(super) pool: Pool,
+    pub(super) device: D,
     /// The kept output of the frozen layers, see [`Backend::keep_frozen_states`].
     pub(super) states: Mutex<Option<States>>,
 }
@@ -68,17 +68,34 @@ fn unsupported_feature(model: &CausalLm) -> Option<String> {
 }
 
 impl<'m> Fused<'m> {
-    /// Runs `model` on the fast path.
+    /// Runs `model` on the fast path of the processor.
     ///
     /// # Errors
     /// The model has a feature that the fast path does not support.
-    pub fn new(model: &'m CausalLm, packing: Packing) -> std::result::Result<Self, Unsupported> {
+    pub(in crate::ml) fn new(
+        model: &'m CausalLm,
+        packing: Packing,
+    ) -> std::result::Result<Self, Unsupported> {
+        Self::on(Cpu::default(), model, packing)
+    }
+}
+
+impl<'m, D: Device> Fused<'m, D> {
+    /// Runs `model` on the fast path of a device.
+    ///
+    /// # Errors
+    /// The model has a feature that the fast path does not support.
+    pub(in crate::ml) fn on(
+        device: D,
+        model: &'m CausalLm,
+        packing: Packing,
+    ) -> std::result::Result<Self, Unsupported> {
         match unsupported_feature(model) {
             Some(why) => Err(Unsupported(why)),
             None => Ok(Self {
                 model,
                 packing,
-                pool: Pool::default(),
+                device,
                 states: Mutex::default(),
             }),
         }
@@ -147,7 +164,7 @@ pub fn pass_size_of(
     )
 }
 
-impl Backend for Fused<'_> {
+impl<D: Device> Backend for Fused<'_, D> {
     /// Several micro-batches in one pass save time: each block of a weight is packed once for all of them, fewer panels are partly empty,
     /// and common prefixes are computed once. They also cost memory, so their number is limited.
     fn pass_size(&self, batches: &[&Batch], pass: Pass, checkpointing: bool) -> PassSize {
@@ -161,13 +178,13 @@ impl Backend for Fused<'_> {
             have_same_angles(&self.model.arch, a.length(), b.length())
         });
         if best.micro_batches > 1 {
-            self.pool.expect(panels(most));
+            self.device.expect(panels(most));
         }
         best
     }
 
     fn expect(&self, tokens: usize) {
-        self.pool.expect(panels(tokens));
+        self.device.expect(panels(tokens));
     }
 
     fn forward<'a>(
@@ -230,7 +247,7 @@ impl Backend for Fused<'_> {
         let lowest = lowest(self.model);
         // Where angles depend on the batch, so do the states of a sequence.
         let varies = !have_same_angles(&self.model.arch, 1, usize::MAX);
-        if lowest == 0 || lowest == self.model.layers.len() || varies {
+        if !D::ON_HOST || lowest == 0 || lowest == self.model.layers.len() || varies {
             return Ok(None);
         }
         let states = States::new(folder, self.model.arch.hidden_size)?;
@@ -242,12 +259,12 @@ impl Backend for Fused<'_> {
 }
 
 /// A pass and its scored targets.
-struct Run<'m> {
-    forward: Forward<'m>,
-    scored: Option<Scored>,
+struct Run<'m, D: Device> {
+    forward: Forward<'m, D>,
+    scored: Option<Scored<D>>,
 }
 
-impl ForwardPass for Run<'_> {
+impl<D: Device> ForwardPass for Run<'_, D> {
     fn score(&mut self, targets: &[Target], token_stats: bool) -> Result<Scores> {
         let mut scored = self
             .forward

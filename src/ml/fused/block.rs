@@ -2,13 +2,8 @@
 //! hidden states.
 
 use candle_core::Result;
-use pipeline_kernels::elementwise::{
-    add, rms_norm, rms_norm_backward, rms_norm_grad_weight, rms_norm_onto, rms_norm_recompute,
-    scale, scale_and_add,
-};
-use pipeline_kernels::product::Onto;
 
-use super::pool::Pool;
+use super::device::{Device, Onto};
 use super::projection::ProjectionGroup;
 use super::shape::PassContext;
 use super::trainable::Trainable;
@@ -16,35 +11,37 @@ use super::weights::NormView;
 use crate::ml::model::Norm;
 
 /// What a norm was applied to.
-pub(super) struct NormedValues {
-    pub(super) values: Vec<f32>,
+pub(super) struct NormedValues<D: Device> {
+    pub(super) values: D::Buffer,
     /// The norm's factors, panels with a feature for each head that is normed by itself, or one.
-    pub(super) inverse: Vec<f32>,
+    pub(super) inverse: D::Buffer,
 }
 
-impl NormedValues {
-    pub(super) fn give_back(self, pool: &Pool) {
-        pool.give_all([self.values, self.inverse]);
+impl<D: Device> NormedValues<D> {
+    pub(super) fn give_back(self, device: &D) {
+        device.give_all([self.values, self.inverse]);
     }
 
     /// From the gradient `grad` with respect to the norm's result to that with respect to its argument, in a buffer of its own. The gradient
     /// with respect to the norm's weight goes to `trainable`.
     pub(super) fn backward(
         &self,
-        grad: &[f32],
+        grad: &D::Buffer,
         norm: &NormView<'_>,
         trained: Option<&Norm>,
-        trainable: &mut Trainable<'_>,
-    ) -> Result<Vec<f32>> {
-        let weight = norm.weight()?;
+        trainable: &mut Trainable<'_, D>,
+    ) -> Result<D::Buffer> {
         if let Some(trained) = trained {
-            trainable.add(&trained.weight, |sum| {
-                rms_norm_grad_weight(&self.values, &self.inverse, grad, sum);
+            trainable.add(&trained.weight, |device, sum| {
+                device.rms_norm_grad_weight(&self.values, &self.inverse, grad, sum);
+                Ok(())
             })?;
         }
-        let mut grad_values = trainable.pool.take(self.values.len());
-        grad_values.fill(0.);
-        rms_norm_backward(&self.values, weight, &self.inverse, grad, &mut grad_values);
+        let device = trainable.device;
+        let mut grad_values = device.take(device.length(&self.values));
+        device.clear(&mut grad_values);
+        let weight = device.vector(&norm.weight)?;
+        device.rms_norm_backward(&self.values, weight, &self.inverse, grad, &mut grad_values);
         Ok(grad_values)
     }
 }
@@ -55,23 +52,24 @@ fn is_one(factor: f32) -> bool {
 }
 
 /// The input of a block: `x` after the norm, if there is one. Then the result is in a buffer, and the norm's factors are returned too.
-pub(super) fn norm_before(
-    x: &[f32],
+pub(super) fn norm_before<D: Device>(
+    x: &D::Buffer,
     norm: Option<&NormView<'_>>,
-    PassContext { shape, pool, .. }: PassContext<'_>,
-) -> Result<Option<(Vec<f32>, Vec<f32>)>> {
+    PassContext { shape, device, .. }: PassContext<'_, D>,
+) -> Result<Option<(D::Buffer, D::Buffer)>> {
     let Some(norm) = norm else {
         return Ok(None);
     };
-    let mut normed = pool.take(x.len());
-    let mut inverse = shape.take(pool, 1);
-    rms_norm(x, norm.weight()?, norm.eps, &mut normed, &mut inverse);
+    let mut normed = device.take(device.length(x));
+    let mut inverse = shape.take(device, 1);
+    let weight = device.vector(&norm.weight)?;
+    device.rms_norm(x, weight, norm.eps, &mut normed, &mut inverse);
     Ok(Some((normed, inverse)))
 }
 
 /// A block's last projection, and the norm and the factor of its result before it is added to the hidden states.
-pub(super) struct BlockEnd<'a> {
-    pub(super) group: ProjectionGroup<'a>,
+pub(super) struct BlockEnd<'a, D: Device> {
+    pub(super) group: ProjectionGroup<'a, D>,
     pub(super) norm: Option<&'a NormView<'a>>,
     /// The norm of the model, to which the gradient belongs.
     pub(super) trained: Option<&'a Norm>,
@@ -79,39 +77,39 @@ pub(super) struct BlockEnd<'a> {
 }
 
 /// What [`BlockEnd::forward`] gives.
-pub(super) struct BlockResult {
+pub(super) struct BlockResult<D: Device> {
     /// The hidden states after the block; empty if they were not wanted.
-    pub(super) out: Vec<f32>,
+    pub(super) out: D::Buffer,
     /// What the norm was applied to, if there is one.
-    pub(super) normed: Option<NormedValues>,
+    pub(super) normed: Option<NormedValues<D>>,
     /// `s A x` of the projection's pair.
-    pub(super) lora_down: Vec<Vec<f32>>,
+    pub(super) lora_down: Vec<D::Buffer>,
 }
 
-impl BlockEnd<'_> {
+impl<D: Device> BlockEnd<'_, D> {
     /// Computes `residual + scale * norm(W x + b)`. If not `whole`, only what the backward pass needs.
     pub(super) fn forward(
         &self,
-        x: &[f32],
-        residual: &[f32],
+        x: &D::Buffer,
+        residual: &D::Buffer,
         whole: bool,
-        PassContext { shape, pool, .. }: PassContext<'_>,
-    ) -> Result<BlockResult> {
+        PassContext { shape, device, .. }: PassContext<'_, D>,
+    ) -> Result<BlockResult<D>> {
         let group = &self.group;
         let Some(norm) = self.norm else {
             if !whole {
                 return Ok(BlockResult {
-                    out: Vec::new(),
+                    out: D::Buffer::default(),
                     normed: None,
-                    lora_down: group.lora_down(x, pool)?,
+                    lora_down: group.lora_down(x, device)?,
                 });
             }
-            let mut out = pool.take(residual.len());
+            let mut out = device.take(device.length(residual));
             let lora_down = if is_one(self.scale) {
-                group.forward(x, vec![&mut out], Onto::Values(residual), pool)?
+                group.forward(x, vec![&mut out], Onto::Values(residual), device)?
             } else {
-                let lora_down = group.forward(x, vec![&mut out], Onto::Zero, pool)?;
-                scale_and_add(&mut out, self.scale, residual);
+                let lora_down = group.forward(x, vec![&mut out], Onto::Zero, device)?;
+                device.scale_and_add(&mut out, self.scale, residual);
                 lora_down
             };
             return Ok(BlockResult {
@@ -120,20 +118,20 @@ impl BlockEnd<'_> {
                 lora_down,
             });
         };
-        let mut values = pool.take(residual.len());
-        let lora_down = group.forward(x, vec![&mut values], Onto::Zero, pool)?;
-        let (mut out, mut inverse) = (pool.take(residual.len()), shape.take(pool, 1));
+        let mut values = device.take(device.length(residual));
+        let lora_down = group.forward(x, vec![&mut values], Onto::Zero, device)?;
+        let (mut out, mut inverse) = (device.take(device.length(residual)), shape.take(device, 1));
         let onto = (residual, self.scale);
-        rms_norm_onto(
+        device.rms_norm_onto(
             &values,
-            norm.weight()?,
+            device.vector(&norm.weight)?,
             norm.eps,
             onto,
             &mut out,
             &mut inverse,
         );
         if !whole {
-            pool.give(std::mem::take(&mut out));
+            device.give(std::mem::take(&mut out));
         }
         Ok(BlockResult {
             out,
@@ -146,61 +144,64 @@ impl BlockEnd<'_> {
     /// the same, and `None`, without a norm and a factor.
     pub(super) fn backward(
         &self,
-        grad_out: &[f32],
-        normed: Option<NormedValues>,
-        trainable: &mut Trainable<'_>,
-    ) -> Result<Option<Vec<f32>>> {
-        let pool = trainable.pool;
+        grad_out: &D::Buffer,
+        normed: Option<NormedValues<D>>,
+        trainable: &mut Trainable<'_, D>,
+    ) -> Result<Option<D::Buffer>> {
+        let device = trainable.device;
         let scaled = (!is_one(self.scale)).then(|| {
-            let mut scaled = pool.take(grad_out.len());
-            scaled.copy_from_slice(grad_out);
-            scale(&mut scaled, self.scale);
+            let mut scaled = device.take(device.length(grad_out));
+            device.copy(grad_out, &mut scaled);
+            device.scale(&mut scaled, self.scale);
             scaled
         });
         let (Some(norm), Some(normed)) = (self.norm, normed) else {
             return Ok(scaled);
         };
-        let grad_normed = scaled.as_deref().unwrap_or(grad_out);
+        let grad_normed = scaled.as_ref().unwrap_or(grad_out);
         let grad_values = normed.backward(grad_normed, norm, self.trained, trainable)?;
-        normed.give_back(pool);
-        pool.give_all(scaled);
+        normed.give_back(device);
+        device.give_all(scaled);
         Ok(Some(grad_values))
     }
 }
 
 /// Adds to `grad_x` what the gradient `grad_input` with respect to a block's input gives for the hidden states `x` before it: through the
 /// norm before the block, if there is one.
-pub(super) fn norm_before_backward(
-    x: &[f32],
-    inverse: &[f32],
+pub(super) fn norm_before_backward<D: Device>(
+    x: &D::Buffer,
+    inverse: &D::Buffer,
     (norm, trained): (Option<&NormView<'_>>, Option<&Norm>),
-    grad_input: &[f32],
-    grad_x: &mut [f32],
-    trainable: &mut Trainable<'_>,
+    grad_input: &D::Buffer,
+    grad_x: &mut D::Buffer,
+    trainable: &mut Trainable<'_, D>,
 ) -> Result<()> {
+    let device = trainable.device;
     let Some(norm) = norm else {
-        add(grad_x, grad_input, 1.);
+        device.add(grad_x, grad_input, 1.);
         return Ok(());
     };
     if let Some(trained) = trained {
-        trainable.add(&trained.weight, |sum| {
-            rms_norm_grad_weight(x, inverse, grad_input, sum);
+        trainable.add(&trained.weight, |device, sum| {
+            device.rms_norm_grad_weight(x, inverse, grad_input, sum);
+            Ok(())
         })?;
     }
-    rms_norm_backward(x, norm.weight()?, inverse, grad_input, grad_x);
+    let weight = device.vector(&norm.weight)?;
+    device.rms_norm_backward(x, weight, inverse, grad_input, grad_x);
     Ok(())
 }
 
 /// `x` after the norm before a block, recomputed; `None` without a norm.
-pub(super) fn recompute_norm(
-    x: &[f32],
+pub(super) fn recompute_norm<D: Device>(
+    x: &D::Buffer,
     norm: Option<&NormView<'_>>,
-    inverse: &[f32],
-    pool: &Pool,
-) -> Result<Option<Vec<f32>>> {
+    inverse: &D::Buffer,
+    device: &D,
+) -> Result<Option<D::Buffer>> {
     let recompute = |norm: &NormView<'_>| {
-        let mut normed = pool.take(x.len());
-        rms_norm_recompute(x, norm.weight()?, inverse, &mut normed);
+        let mut normed = device.take(device.length(x));
+        device.rms_norm_recompute(x, device.vector(&norm.weight)?, inverse, &mut normed);
         Ok(normed)
     };
     norm.map(recompute).transpose()

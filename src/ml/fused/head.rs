@@ -12,17 +12,15 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use candle_core::{DType, Result, Tensor};
-use pipeline_kernels::panels::{LANES, column, fill, panels, size};
-use pipeline_kernels::product::{Onto, Term, product};
-use pipeline_kernels::reduce::{Order, outer};
-use pipeline_kernels::vocabulary::{Summary, online_softmax, sum_capped};
-use rayon::prelude::*;
+use candle_core::{DType, Result, bail};
+use pipeline_kernels::panels::{LANES, panels, size};
+use pipeline_kernels::reduce::Order;
 
 use super::Forward;
+use super::device::{Device, Factor, Onto, Product, Term, Transpose as _};
 use super::layout::Layout;
+use super::trainable::Trainable;
 use super::weights::TensorView;
-use crate::ml::model::Gradients;
 use crate::ml::model::batch::Target;
 use crate::ml::model::head::TokenStats;
 
@@ -32,7 +30,7 @@ const AT_ONCE: usize = if cfg!(test) { 1 << 12 } else { 1 << 22 };
 const IDS: usize = 512;
 
 /// Scored targets.
-pub(super) struct Scored {
+pub(super) struct Scored<D: Device> {
     /// The log-probability of each target, in nats.
     pub(super) logps: Vec<f32>,
     /// The entropy and the arg max at each target, if requested.
@@ -44,9 +42,9 @@ pub(super) struct Scored {
     /// The slope of each target's logit with respect to the product of the head and the hidden state; empty without a soft-cap.
     slopes: Vec<f32>,
     /// `W^T softmax(W h)` of each token (with a soft-cap `W^T` times softmax and slopes), in panels; empty if no gradient was requested.
-    expected_head_row: Vec<f32>,
+    expected_head_row: D::Buffer,
     /// The statistics of each panel's logits.
-    summaries: Vec<Summary>,
+    summaries: D::Summaries,
 }
 
 /// The token in the layout from which a target is predicted.
@@ -55,24 +53,33 @@ pub(super) fn token(layout: &Layout, target: &Target) -> Result<usize> {
     match token_indices.and_then(|token_indices| token_indices.get(target.position.wrapping_sub(1)))
     {
         Some(&token) => Ok(token),
-        None => candle_core::bail!("a target lies outside the batch"),
+        None => bail!("a target lies outside the batch"),
     }
 }
 
-/// Copies the hidden states of some tokens, times the logits' factor, into panels of their own.
-fn gather(forward: &Forward<'_>, tokens: &[usize], out: &mut [f32]) {
-    let hidden = forward.shape.hidden;
+/// The hidden states of some tokens, times the logits' factor, in panels of their own.
+fn gather<D: Device>(forward: &Forward<'_, D>, tokens: &[usize]) -> D::Buffer {
+    let (device, hidden) = (forward.device, forward.shape.hidden);
     let factor = forward.model.arch.logit_scale as f32;
-    let rows: Vec<Vec<f32>> = tokens
-        .iter()
-        .map(|&token| {
-            let column = column(&forward.hidden, hidden, token);
-            column.map(|x| x * factor).collect()
-        })
-        .collect();
-    fill(out, hidden, tokens.len(), |row| {
-        rows.get(row).map_or(&[], Vec::as_slice)
-    });
+    let mut out = device.take(size(hidden, tokens.len()));
+    device.gather(&forward.hidden, hidden, tokens, factor, &mut out);
+    out
+}
+
+/// `out = weight x`, onto what is there.
+fn product<D: Device>(
+    device: &D,
+    out: &mut D::Buffer,
+    weight: D::Matrix<'_>,
+    x: &Factor<'_, D>,
+    onto: Onto<'_, D>,
+) {
+    device.products(vec![Product {
+        out,
+        terms: vec![Term { weight, x }],
+        onto,
+        bias: None,
+    }]);
 }
 
 /// The number of ids in a block of the vocabulary for this number of tokens.
@@ -93,12 +100,12 @@ fn blocks(vocabulary: usize, tokens: usize) -> impl Iterator<Item = Range<usize>
     starts.map(move |start| start..(start + ids).min(vocabulary))
 }
 
-pub(super) fn score(
-    forward: &Forward<'_>,
+pub(super) fn score<D: Device>(
+    forward: &Forward<'_, D>,
     targets: &[Target],
     token_stats: bool,
     gradient: bool,
-) -> Result<Scored> {
+) -> Result<Scored<D>> {
     let (model, shape) = (forward.model, &forward.shape);
     let mut tokens = Vec::new();
     let mut known = HashMap::new();
@@ -114,64 +121,63 @@ pub(super) fn score(
     let held = TensorView::weight(model.head(), forward.pass)?;
     let (vocabulary, hidden) = (held.matrix()?.height(), shape.hidden);
     if let Some((_, id)) = rows.iter().find(|(_, id)| *id as usize >= vocabulary) {
-        candle_core::bail!("the id {id} lies outside the vocabulary of {vocabulary}")
+        bail!("the id {id} lies outside the vocabulary of {vocabulary}")
     }
-    let (pool, half) = (forward.pool, shape.half);
+    let (device, half) = (forward.device, shape.half);
+    let count = tokens.len();
     let softcap = softcap(forward);
     let mut scored = Scored {
         logps: vec![0.; targets.len()],
         token_stats: token_stats.then(|| vec![TokenStats::default(); targets.len()]),
-        expected_head_row: Vec::new(),
+        expected_head_row: D::Buffer::default(),
         slopes: Vec::new(),
-        summaries: Vec::new(),
+        summaries: device.summaries(panels(count)),
         tokens,
         rows,
     };
     if gradient {
-        scored.expected_head_row = pool.take(size(hidden, scored.tokens.len()));
+        scored.expected_head_row = device.take(size(hidden, count));
     }
-    let count = scored.tokens.len();
-    let mut x = pool.take(size(hidden, count));
-    gather(forward, &scored.tokens, &mut x);
-    let factor = pool.factor(half, &x, hidden);
+    let x = gather(forward, &scored.tokens);
+    let factor = device.factor(half, &x, hidden);
     // The targets in the order of their ids, so that each block finds its own.
     let mut by_id: Vec<usize> = (0..scored.rows.len()).collect();
     by_id.sort_by_key(|&target| scored.rows[target].1);
     let mut by_id = by_id.into_iter().peekable();
-    let mut chosen = vec![0f32; scored.rows.len()];
-    let mut summaries = vec![Summary::EMPTY; panels(count)];
-    let mut buffer = pool.take(logits_at_once(vocabulary, count));
+    let mut chosen = device.zeros(scored.rows.len());
+    let mut logits = device.take(logits_at_once(vocabulary, count));
     for ids in blocks(vocabulary, count) {
-        let logits = &mut buffer[..size(ids.len(), count)];
-        let weight = held.rows(ids.clone())?;
-        product(logits, vec![Term { weight, x: &factor }], Onto::Zero);
+        device.shorten(&mut logits, size(ids.len(), count));
+        let weight = device.rows(&held, ids.clone())?;
+        product(device, &mut logits, weight.clone(), &factor, Onto::Zero);
+        let mut here = Vec::new();
         while let Some(target) = by_id.next_if(|&target| (scored.rows[target].1 as usize) < ids.end)
         {
             let (row, id) = scored.rows[target];
             let index = row / LANES * ids.len() + (id as usize - ids.start);
-            chosen[target] = logits[index * LANES + row % LANES];
+            here.push((index * LANES + row % LANES, target));
         }
-        let factors = online_softmax(logits, ids.clone(), softcap, &mut summaries);
+        device.pick(&logits, &here, &mut chosen);
+        let summaries = &mut scored.summaries;
+        let factors = device.online_softmax(&mut logits, ids.clone(), softcap, summaries);
         if gradient {
             let expected_head_row = &mut scored.expected_head_row;
             let onto = if ids.start == 0 {
                 Onto::Zero
             } else {
-                multiply(expected_head_row, hidden, &factors);
+                device.multiply(expected_head_row, hidden, &factors);
                 Onto::Out
             };
-            let factor = pool.factor(half, logits, ids.len());
-            let term = Term {
-                weight: weight.transposed(),
-                x: &factor,
-            };
-            product(expected_head_row, vec![term], onto);
-            pool.give_factors([factor]);
+            let factor = device.factor(half, &logits, ids.len());
+            let weight = weight.transposed();
+            product(device, expected_head_row, weight, &factor, onto);
+            device.give_factors([factor]);
         }
     }
-    pool.give(buffer);
-    pool.give_factors([factor]);
-    pool.give(x);
+    device.give(logits);
+    device.give_factors([factor]);
+    device.give(x);
+    let mut chosen = device.into_values(vec![chosen])?.pop().unwrap_or_default();
     if let Some(cap) = softcap {
         let tanh = |logit: &f32| (logit / cap).tanh();
         let slopes = chosen.iter().map(|logit| 1. - tanh(logit).powi(2));
@@ -180,6 +186,7 @@ pub(super) fn score(
             *logit = cap * tanh(logit);
         }
     }
+    let summaries = device.summary_values(&scored.summaries)?;
     for (target, (row, id)) in scored.rows.iter().enumerate() {
         let (summary, lane) = (&summaries[row / LANES], row % LANES);
         scored.logps[target] = (f64::from(chosen[target]) - summary.log_sum(lane)) as f32;
@@ -192,132 +199,109 @@ pub(super) fn score(
         }
     }
     if gradient {
-        let inverse: Vec<[f32; LANES]> = summaries.iter().map(|s| s.sum.map(f32::recip)).collect();
-        multiply(&mut scored.expected_head_row, hidden, &inverse);
+        let inverse = summaries.iter().flat_map(|s| s.sum.map(f32::recip));
+        let inverse = device.upload(inverse.collect());
+        device.multiply(&mut scored.expected_head_row, hidden, &inverse);
     }
-    scored.summaries = summaries;
+    drop(summaries);
     Ok(scored)
 }
 
 /// The soft-cap of the logits, if there is one.
-fn softcap(forward: &Forward<'_>) -> Option<f32> {
+fn softcap<D: Device>(forward: &Forward<'_, D>) -> Option<f32> {
     forward.model.arch.logit_softcap.map(|cap| cap as f32)
 }
 
 /// The sum over the vocabulary of the logits of each of these tokens, with a soft-cap.
-pub(super) fn capped_sums(forward: &Forward<'_>, tokens: &[usize], cap: f32) -> Result<Vec<f64>> {
-    let (pool, hidden, count) = (forward.pool, forward.shape.hidden, tokens.len());
+pub(super) fn capped_sums<D: Device>(
+    forward: &Forward<'_, D>,
+    tokens: &[usize],
+    cap: f32,
+) -> Result<Vec<f64>> {
+    let (device, hidden, count) = (forward.device, forward.shape.hidden, tokens.len());
     let held = TensorView::weight(forward.model.head(), forward.pass)?;
     let vocabulary = held.matrix()?.height();
-    let mut x = pool.take(size(hidden, count));
-    gather(forward, tokens, &mut x);
-    let factor = pool.factor(forward.shape.half, &x, hidden);
-    let mut buffer = pool.take(logits_at_once(vocabulary, count));
+    let x = gather(forward, tokens);
+    let factor = device.factor(forward.shape.half, &x, hidden);
+    let mut logits = device.take(logits_at_once(vocabulary, count));
     let mut sums = vec![[0f64; LANES]; panels(count)];
     for ids in blocks(vocabulary, count) {
-        let logits = &mut buffer[..size(ids.len(), count)];
-        let weight = held.rows(ids)?;
-        product(logits, vec![Term { weight, x: &factor }], Onto::Zero);
-        sum_capped(logits, cap, &mut sums);
+        device.shorten(&mut logits, size(ids.len(), count));
+        let weight = device.rows(&held, ids)?;
+        product(device, &mut logits, weight, &factor, Onto::Zero);
+        device.sum_capped(&logits, cap, &mut sums)?;
     }
-    pool.give(buffer);
-    pool.give_factors([factor]);
-    pool.give(x);
+    device.give(logits);
+    device.give_factors([factor]);
+    device.give(x);
     Ok(sums.into_iter().flatten().take(count).collect())
-}
-
-/// Multiplies each token's features by its factor.
-fn multiply(data: &mut [f32], features: usize, factors: &[[f32; LANES]]) {
-    let panels = data.par_chunks_mut(features * LANES).zip(factors);
-    panels.for_each(|(panel, factors)| {
-        if factors.iter().all(|x| x.to_bits() == 1f32.to_bits()) {
-            return;
-        }
-        for row in panel.as_chunks_mut::<LANES>().0 {
-            for (x, factor) in row.iter_mut().zip(factors) {
-                *x *= factor;
-            }
-        }
-    });
 }
 
 /// The backward pass of a head that gives one number `w h` of a hidden state: from the gradient with respect to each target's number, writes
 /// that with respect to the hidden states (panels), and adds that with respect to w to `gradients` if it is trained.
-pub(super) fn backward_scores(
-    forward: &Forward<'_>,
+pub(super) fn backward_scores<D: Device>(
+    forward: &Forward<'_, D>,
     targets: &[Target],
     grad_scores: &[f32],
-    grad_hidden: &mut [f32],
-    gradients: &mut Gradients,
-) -> Result<()> {
-    let (model, hidden) = (forward.model, forward.shape.hidden);
+    trainable: &mut Trainable<'_, D>,
+) -> Result<D::Buffer> {
+    let (model, device, hidden) = (forward.model, forward.device, forward.shape.hidden);
     let weight = model.head().value(forward.pass).to_dtype(DType::F32)?;
     let weight = weight.flatten_all()?.to_vec1::<f32>()?;
-    grad_hidden.fill(0.);
-    let mut grad_weight = vec![0f32; hidden];
-    for (target, g) in targets.iter().zip(grad_scores) {
-        let token = token(&forward.layout, target)?;
+    let tokens = targets.iter().map(|target| token(&forward.layout, target));
+    let tokens: Vec<usize> = tokens.collect::<Result<_>>()?;
+    let mut grad_hidden = vec![0f32; device.length(&forward.hidden)];
+    for (&token, g) in tokens.iter().zip(grad_scores) {
         let out = &mut grad_hidden[token / LANES * hidden * LANES + token % LANES..];
         for (out, w) in out.iter_mut().step_by(LANES).zip(&weight) {
             *out += g * w;
         }
-        let values = column(&forward.hidden, hidden, token);
-        for (sum, h) in grad_weight.iter_mut().zip(values) {
-            *sum += g * h;
-        }
     }
-    match model.head().trained() {
-        Some(var) => gradients.add_values(model, var, grad_weight),
-        None => Ok(()),
+    if model.head().trained().is_some() {
+        let rows: Vec<(usize, f32, usize)> = tokens
+            .iter()
+            .zip(grad_scores)
+            .map(|(&token, &g)| (token, g, 0))
+            .collect();
+        trainable.add(model.head(), |device, sum| {
+            device.add_to_rows(&forward.hidden, hidden, &rows, sum);
+            Ok(())
+        })?;
     }
+    Ok(device.upload(grad_hidden))
 }
 
-impl Scored {
+impl<D: Device> Scored<D> {
     /// The backward pass: from the gradient with respect to each log-probability (targets), writes that with respect to the hidden states
-    /// (panels), and adds that with respect to the head's weight to `gradients` if it is trained.
+    /// (panels), and adds that with respect to the head's weight to `trainable` if it is trained.
     pub(super) fn backward(
-        mut self,
-        forward: &Forward<'_>,
+        self,
+        forward: &Forward<'_, D>,
         grad_logps: &[f32],
-        grad_hidden: &mut [f32],
-        gradients: &mut Gradients,
+        grad_hidden: &mut D::Buffer,
+        trainable: &mut Trainable<'_, D>,
     ) -> Result<()> {
-        let (model, hidden) = (forward.model, forward.shape.hidden);
-        grad_hidden.fill(0.);
+        let (model, device) = (forward.model, forward.device);
+        let hidden = forward.shape.hidden;
+        device.clear(grad_hidden);
         let mut sums = vec![0f32; self.tokens.len()];
-        let ids: Vec<u32> = self.rows.iter().map(|(_, id)| *id).collect();
-        let ids = Tensor::from_vec(ids, self.rows.len(), &model.device)?;
-        let at_id = model.head().value(forward.pass).index_select(&ids, 0)?;
-        let at_id = at_id
-            .to_dtype(DType::F32)?
-            .flatten_all()?
-            .to_vec1::<f32>()?;
         for ((row, _), g) in self.rows.iter().zip(grad_logps) {
             sums[*row] += g;
         }
         let logit_scale = model.arch.logit_scale as f32;
-        let expected_head_row = std::mem::take(&mut self.expected_head_row);
-        for (row, (&token, sum)) in self.tokens.iter().zip(&sums).enumerate() {
-            let out = &mut grad_hidden[token / LANES * hidden * LANES + token % LANES..];
-            let values = column(&expected_head_row, hidden, row);
-            let factor = sum * logit_scale;
-            for (out, value) in out.iter_mut().step_by(LANES).zip(values) {
-                *out -= factor * value;
-            }
-        }
-        forward.pool.give(expected_head_row);
+        let factors: Vec<f32> = sums.iter().map(|sum| -(sum * logit_scale)).collect();
+        let expected = &self.expected_head_row;
+        device.scatter(expected, hidden, &factors, &self.tokens, grad_hidden);
+        let ids: Vec<u32> = self.rows.iter().map(|(_, id)| *id).collect();
+        let mut at_id = device.zeros(size(hidden, ids.len()));
+        device.lookup(model.head(), forward.pass, &ids, 1., &mut at_id)?;
         let grad_logits = self.grad_logits(grad_logps, logit_scale);
-        for (((row, _), g), weight) in self.rows.iter().zip(&grad_logits).zip(at_id.chunks(hidden))
-        {
-            let token = self.tokens[*row];
-            let out = &mut grad_hidden[token / LANES * hidden * LANES + token % LANES..];
-            for (out, value) in out.iter_mut().step_by(LANES).zip(weight) {
-                *out += g * value;
-            }
-        }
-        if model.trains_head() {
-            self.grad_weight(forward, &sums, &grad_logits, gradients)?;
-        }
+        let tokens = self.rows.iter().map(|(row, _)| self.tokens[*row]);
+        let tokens: Vec<usize> = tokens.collect();
+        device.scatter(&at_id, hidden, &grad_logits, &tokens, grad_hidden);
+        drop(at_id);
+        self.grad_weight(forward, &sums, &grad_logits, trainable)?;
+        device.give(self.expected_head_row);
         Ok(())
     }
 
@@ -334,64 +318,55 @@ impl Scored {
     /// Adds the gradient with respect to the head's weight, `sum g (e_id - softmax(W h)) h^T`, for which the softmax is recomputed.
     fn grad_weight(
         &self,
-        forward: &Forward<'_>,
+        forward: &Forward<'_, D>,
         sums: &[f32],
         grad_logits: &[f32],
-        gradients: &mut Gradients,
+        trainable: &mut Trainable<'_, D>,
     ) -> Result<()> {
         let (model, shape) = (forward.model, &forward.shape);
-        let (pool, hidden) = (forward.pool, shape.hidden);
-        let Some(var) = model.head().trained() else {
+        let (hidden, head) = (shape.hidden, model.head());
+        if !model.trains_head() || head.trained().is_none() {
             return Ok(());
-        };
+        }
         // Where some rows alone are trained, the others' gradients are not needed.
-        let weight = model
-            .head()
-            .trained_rows(model.head().stored(forward.pass))?;
+        let weight = head.trained_rows(head.stored(forward.pass))?;
         let held = TensorView::tensor(&weight);
         let (vocabulary, count) = (held.matrix()?.height(), self.tokens.len());
-        let mut total = vec![0f32; vocabulary * hidden];
-        let mut x = pool.take(size(hidden, count));
-        gather(forward, &self.tokens, &mut x);
-        let factor = pool.factor(shape.half, &x, hidden);
-        let mut buffer = pool.take(logits_at_once(vocabulary, count));
-        for ids in blocks(vocabulary, count) {
-            let logits = &mut buffer[..size(ids.len(), count)];
-            let weight = held.rows(ids.clone())?;
-            product(logits, vec![Term { weight, x: &factor }], Onto::Zero);
+        trainable.add(head, |device, total| {
+            let x = gather(forward, &self.tokens);
+            let factor = device.factor(shape.half, &x, hidden);
+            let mut logits = device.take(logits_at_once(vocabulary, count));
             // The summaries are those of the whole vocabulary, so these exponentials need no correction.
-            let softcap = softcap(forward);
-            online_softmax(logits, ids.clone(), softcap, &mut self.summaries.clone());
-            let panels = self.summaries.iter().enumerate();
-            let factors: Vec<[f32; LANES]> = panels
-                .map(|(panel, summary)| {
-                    std::array::from_fn(|lane| {
-                        let sum = sums.get(panel * LANES + lane);
-                        sum.map_or(0., |g| -g / summary.sum[lane])
-                    })
-                })
-                .collect();
-            multiply(logits, ids.len(), &factors);
-            outer(
-                (logits, ids.len()),
-                (&x, hidden),
-                &mut total[ids.start * hidden..ids.end * hidden],
-                Order::Straight,
-            );
-        }
-        pool.give(buffer);
-        pool.give_factors([factor]);
-        pool.give(x);
-        for ((row, id), g) in self.rows.iter().zip(grad_logits) {
-            let Some(trained) = model.head().trained_row(*id) else {
-                continue;
-            };
-            let out = &mut total[trained * hidden..][..hidden];
-            let values = column(&forward.hidden, hidden, self.tokens[*row]);
-            for (out, value) in out.iter_mut().zip(values) {
-                *out += g * value;
+            let summaries = device.summary_values(&self.summaries)?;
+            let inverse = summaries.iter().enumerate().flat_map(|(panel, summary)| {
+                let factor = move |lane: usize| {
+                    let sum = sums.get(panel * LANES + lane);
+                    sum.map_or(0., |g| -g / summary.sum[lane])
+                };
+                (0..LANES).map(factor)
+            });
+            let inverse = device.upload(inverse.collect());
+            for ids in blocks(vocabulary, count) {
+                device.shorten(&mut logits, size(ids.len(), count));
+                let weight = device.rows(&held, ids.clone())?;
+                product(device, &mut logits, weight, &factor, Onto::Zero);
+                let mut known = device.same_summaries(&self.summaries);
+                let softcap = softcap(forward);
+                device.online_softmax(&mut logits, ids.clone(), softcap, &mut known);
+                device.multiply(&mut logits, ids.len(), &inverse);
+                let first = ids.start * hidden;
+                let factors = ((&logits, ids.len()), (&x, hidden));
+                device.outer(factors.0, factors.1, total, first, Order::Straight);
             }
-        }
-        gradients.add_values(model, var, total)
+            device.give(logits);
+            device.give_factors([factor]);
+            device.give(x);
+            let targets = self.rows.iter().zip(grad_logits);
+            let targets = targets
+                .filter_map(|((row, id), g)| Some((self.tokens[*row], *g, head.trained_row(*id)?)));
+            let targets: Vec<(usize, f32, usize)> = targets.collect();
+            device.add_to_rows(&forward.hidden, hidden, &targets, total);
+            Ok(())
+        })
     }
 }

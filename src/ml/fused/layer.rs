@@ -8,55 +8,48 @@
 //! For the backward pass a layer keeps `x`, `q`, `k`, `v`, `a`, `m`, the gate, the up projection, the down projection of each LoRA pair
 //! (`A x`), and what a norm after a block was applied to; the norms, `u`, and the normed `q` and `k` are recomputed.
 
-use candle_core::{Result, bail};
-use pipeline_kernels::attention::{
-    Gradients as AttentionGradients, Inputs, attention, attention_backward,
-};
-use pipeline_kernels::elementwise::{rms_norm, rms_norm_recompute};
-use pipeline_kernels::gated::{gated_unit, gated_unit_backward};
-use pipeline_kernels::panels::LANES;
-
 use super::block::{
     BlockEnd, BlockResult, NormedValues, norm_before, norm_before_backward, recompute_norm,
 };
-use super::pool::Pool;
+use super::device::{Attention, Device};
 use super::projection::ProjectionGroup;
-use super::shape::{PassContext, Shape};
+use super::shape::PassContext;
 use super::trainable::Trainable;
 use super::weights::{Layer, NormView};
 use crate::ml::model::{self, Norm};
+use candle_core::{Result, bail};
 
 /// What the backward pass of a layer needs. All are panels, with the width of the hidden states, of the heads or of the feed-forward block;
 /// the norms' factors have one feature.
-pub(super) struct Saved {
-    x: Vec<f32>,
+pub(super) struct Saved<D: Device> {
+    x: D::Buffer,
     /// The factors of the norm before the attention; empty without one.
-    input_inverse: Vec<f32>,
-    q: SavedHeads,
-    k: SavedHeads,
-    v: Vec<f32>,
-    log_sums: Vec<f32>,
-    attended: Vec<f32>,
-    post_attention: Option<NormedValues>,
-    middle: Vec<f32>,
+    input_inverse: D::Buffer,
+    q: SavedHeads<D>,
+    k: SavedHeads<D>,
+    v: D::Buffer,
+    log_sums: D::Buffer,
+    attended: D::Buffer,
+    post_attention: Option<NormedValues<D>>,
+    middle: D::Buffer,
     /// The factors of the norm before the feed-forward block; empty without one.
-    middle_inverse: Vec<f32>,
-    gate: Vec<f32>,
-    up: Vec<f32>,
-    post_feedforward: Option<NormedValues>,
+    middle_inverse: D::Buffer,
+    gate: D::Buffer,
+    up: D::Buffer,
+    post_feedforward: Option<NormedValues<D>>,
     /// `s A x` of the pairs of q, k and v; of o; of gate and up; and of down.
-    lora_down: [Vec<Vec<f32>>; 4],
+    lora_down: [Vec<D::Buffer>; 4],
 }
 
-impl Saved {
-    pub(super) fn give_back(self, pool: &Pool) {
-        self.q.give_back(pool);
-        self.k.give_back(pool);
+impl<D: Device> Saved<D> {
+    pub(super) fn give_back(self, device: &D) {
+        self.q.give_back(device);
+        self.k.give_back(device);
         let normed = [self.post_attention, self.post_feedforward];
         for normed in normed.into_iter().flatten() {
-            normed.give_back(pool);
+            normed.give_back(device);
         }
-        pool.give_all([
+        device.give_all([
             self.x,
             self.input_inverse,
             self.v,
@@ -67,33 +60,36 @@ impl Saved {
             self.gate,
             self.up,
         ]);
-        pool.give_all(self.lora_down.into_iter().flatten());
+        device.give_all(self.lora_down.into_iter().flatten());
     }
 }
 
 /// The queries or keys of a layer.
-enum SavedHeads {
+enum SavedHeads<D: Device> {
     /// After the rotary embedding, as the attention takes them.
-    Rotated(Vec<f32>),
+    Rotated(D::Buffer),
     /// As the projection computes them, before their norm.
-    Raw(NormedValues),
+    Raw(NormedValues<D>),
 }
 
-impl SavedHeads {
-    fn give_back(self, pool: &Pool) {
+/// Queries or keys as the attention takes them, and with a norm what it was applied to.
+type Heads<D> = (<D as Device>::Buffer, Option<NormedValues<D>>);
+
+impl<D: Device> SavedHeads<D> {
+    fn give_back(self, device: &D) {
         match self {
-            Self::Rotated(rotated) => pool.give(rotated),
-            Self::Raw(raw) => raw.give_back(pool),
+            Self::Rotated(rotated) => device.give(rotated),
+            Self::Raw(raw) => raw.give_back(device),
         }
     }
 
     /// Chooses what to keep once the attention is computed: the values before the norm if there is one, else the rotated ones. A buffer
-    /// that is not kept goes back to the pool.
-    fn keep(raw: Option<NormedValues>, rotated: Vec<f32>, pool: &Pool) -> Self {
+    /// that is not kept goes back to the device.
+    fn keep(raw: Option<NormedValues<D>>, rotated: D::Buffer, device: &D) -> Self {
         match raw {
             None => Self::Rotated(rotated),
             Some(raw) => {
-                pool.give(rotated);
+                device.give(rotated);
                 Self::Raw(raw)
             }
         }
@@ -104,15 +100,14 @@ impl SavedHeads {
         self,
         norm: Option<&NormView<'_>>,
         rope: Option<usize>,
-        shape: &Shape,
-        pool: &Pool,
-    ) -> Result<(Vec<f32>, Option<NormedValues>)> {
+        PassContext { shape, device, .. }: PassContext<'_, D>,
+    ) -> Result<Heads<D>> {
         Ok(match (self, norm) {
             (Self::Raw(raw), Some(norm)) => {
-                let mut rotated = pool.take(raw.values.len());
-                rms_norm_recompute(&raw.values, norm.weight()?, &raw.inverse, &mut rotated);
-                let features = shape.features(&rotated);
-                shape.rope(rope, &mut rotated, features, false);
+                let mut rotated = device.take(device.length(&raw.values));
+                let weight = device.vector(&norm.weight)?;
+                device.rms_norm_recompute(&raw.values, weight, &raw.inverse, &mut rotated);
+                shape.rope(device, rope, &mut rotated, false);
                 (rotated, Some(raw))
             }
             (Self::Rotated(rotated), _) => (rotated, None),
@@ -123,23 +118,22 @@ impl SavedHeads {
 
 /// Applies the norm, if there is one, and the rotary embedding number `rope` to queries or keys. With a norm it also returns the values
 /// before it, and its factors.
-fn rotate(
-    mut raw: Vec<f32>,
+fn rotate<D: Device>(
+    mut raw: D::Buffer,
     norm: Option<&NormView<'_>>,
     rope: Option<usize>,
-    shape: &Shape,
-    pool: &Pool,
-) -> Result<(Vec<f32>, Option<NormedValues>)> {
-    let features = shape.features(&raw);
+    PassContext { shape, device, .. }: PassContext<'_, D>,
+) -> Result<Heads<D>> {
     let Some(norm) = norm else {
-        shape.rope(rope, &mut raw, features, false);
+        shape.rope(device, rope, &mut raw, false);
         return Ok((raw, None));
     };
-    let weight = norm.weight()?;
-    let mut rotated = pool.take(raw.len());
-    let mut inverse = shape.take(pool, features / weight.len().max(1));
-    rms_norm(&raw, weight, norm.eps, &mut rotated, &mut inverse);
-    shape.rope(rope, &mut rotated, features, false);
+    let width = norm.weight()?.len();
+    let mut rotated = device.take(device.length(&raw));
+    let mut inverse = shape.take(device, shape.features(device, &raw) / width.max(1));
+    let weight = device.vector(&norm.weight)?;
+    device.rms_norm(&raw, weight, norm.eps, &mut rotated, &mut inverse);
+    shape.rope(device, rope, &mut rotated, false);
     let raw = NormedValues {
         values: raw,
         inverse,
@@ -148,72 +142,63 @@ fn rotate(
 }
 
 /// The backward pass of [`rotate`]: from the gradient with respect to its result to that with respect to its argument.
-fn rotate_backward(
-    mut grad: Vec<f32>,
-    raw: Option<NormedValues>,
+fn rotate_backward<D: Device>(
+    mut grad: D::Buffer,
+    raw: Option<NormedValues<D>>,
     (norm, trained): (Option<&NormView<'_>>, Option<&Norm>),
     rope: Option<usize>,
-    PassContext { shape, pool, .. }: PassContext<'_>,
-    trainable: &mut Trainable<'_>,
-) -> Result<Vec<f32>> {
-    let features = shape.features(&grad);
-    shape.rope(rope, &mut grad, features, true);
+    PassContext { shape, device, .. }: PassContext<'_, D>,
+    trainable: &mut Trainable<'_, D>,
+) -> Result<D::Buffer> {
+    shape.rope(device, rope, &mut grad, true);
     let (Some(raw), Some(norm)) = (raw, norm) else {
         return Ok(grad);
     };
     let grad_raw = raw.backward(&grad, norm, trained, trainable)?;
-    raw.give_back(pool);
-    pool.give(grad);
+    raw.give_back(device);
+    device.give(grad);
     Ok(grad_raw)
-}
-
-/// Sets all `features` of some tokens in panels to zero.
-fn clear_tokens(panels: &mut [f32], features: usize, tokens: &[usize]) {
-    for token in tokens {
-        let panel = &mut panels[token / LANES * features * LANES..][..features * LANES];
-        for value in panel.iter_mut().skip(token % LANES).step_by(LANES) {
-            *value = 0.;
-        }
-    }
 }
 
 /// Runs the layer on hidden states `x`, panels of the hidden size. Returns what the backward pass needs, and the hidden states after the
 /// layer. If not `whole`, which is enough to recompute a layer for its backward pass, what only the latter need is left out and these are
 /// empty.
-pub(super) fn forward(
+pub(super) fn forward<D: Device>(
     layer: &Layer<'_>,
-    context: PassContext<'_>,
-    x: Vec<f32>,
+    context: PassContext<'_, D>,
+    x: D::Buffer,
     whole: bool,
-) -> Result<(Saved, Vec<f32>)> {
+) -> Result<(Saved<D>, D::Buffer)> {
     let PassContext {
         shape,
         layout,
-        pool,
+        device,
     } = context;
     let (hidden, inner) = (shape.hidden, shape.inner);
     let norms = &layer.norms;
     let (normed, input_inverse) = norm_before(&x, norms.input.as_ref(), context)?.unzip();
     let group = ProjectionGroup::new(&layer.qkv, hidden, shape);
     let widths = [shape.q_width(), shape.kv_width(), shape.kv_width()];
-    let input = normed.as_deref().unwrap_or(&x);
-    let ([q, k, v], qkv_down) = group.forward_parts(input, widths, pool)?;
-    pool.give_all(normed);
-    let (mut q, raw_q) = rotate(q, norms.q.as_ref(), layer.rope, shape, pool)?;
-    clear_tokens(&mut q, shape.q_width(), layout.averaging(layer.window));
-    let (k, raw_k) = rotate(k, norms.k.as_ref(), layer.rope, shape, pool)?;
-    let mut attended = shape.take_clean(pool, shape.q_width());
-    let mut log_sums = shape.take_clean(pool, shape.heads.queries);
-    let inputs = Inputs {
+    let input = normed.as_ref().unwrap_or(&x);
+    let ([q, k, v], qkv_down) = group.forward_parts(input, widths, device)?;
+    device.give_all(normed);
+    let (mut q, raw_q) = rotate(q, norms.q.as_ref(), layer.rope, context)?;
+    let averaging = layout.averaging(layer.window).iter().copied();
+    device.clear_tokens(&mut q, shape.q_width(), averaging);
+    let (k, raw_k) = rotate(k, norms.k.as_ref(), layer.rope, context)?;
+    let mut attended = shape.take_clean(device, shape.q_width());
+    let mut log_sums = shape.take_clean(device, shape.heads.queries);
+    let inputs = Attention {
         q: &q,
         k: &k,
         v: &v,
+        heads: shape.heads,
+        scores: layer.scores,
+        spans: shape.spans(layer.window)?,
     };
-    let spans = layout.spans(layer.window);
-    let outs = (&mut attended[..], &mut log_sums[..]);
-    attention(inputs, shape.heads, layer.scores, spans, outs.0, outs.1);
-    let q = SavedHeads::keep(raw_q, q, pool);
-    let k = SavedHeads::keep(raw_k, k, pool);
+    device.attention(inputs, &mut attended, &mut log_sums);
+    let q = SavedHeads::keep(raw_q, q, device);
+    let k = SavedHeads::keep(raw_k, k, device);
     let end = BlockEnd {
         group: ProjectionGroup::new([&layer.o], shape.q_width(), shape),
         norm: norms.post_attention.as_ref(),
@@ -229,11 +214,11 @@ pub(super) fn forward(
     let norm = norms.pre_feedforward.as_ref();
     let (normed, middle_inverse) = norm_before(&middle, norm, context)?.unzip();
     let group = ProjectionGroup::new(&layer.gate_up, hidden, shape);
-    let input = normed.as_deref().unwrap_or(&middle);
-    let ([gate, up], gate_up_down) = group.forward_parts(input, [inner, inner], pool)?;
-    pool.give_all(normed);
-    let mut gated = shape.take(pool, inner);
-    gated_unit(layer.activation, &gate, &up, &mut gated);
+    let input = normed.as_ref().unwrap_or(&middle);
+    let ([gate, up], gate_up_down) = group.forward_parts(input, [inner, inner], device)?;
+    device.give_all(normed);
+    let mut gated = shape.take(device, inner);
+    device.gated_unit(layer.activation, &gate, &up, &mut gated);
     let end = BlockEnd {
         group: ProjectionGroup::new([&layer.down], inner, shape),
         norm: norms.post_feedforward.as_ref(),
@@ -245,7 +230,7 @@ pub(super) fn forward(
         normed: post_feedforward,
         lora_down: down_down,
     } = end.forward(&gated, &middle, whole, context)?;
-    pool.give(gated);
+    device.give(gated);
     let saved = Saved {
         x,
         input_inverse: input_inverse.unwrap_or_default(),
@@ -275,18 +260,18 @@ pub(super) struct LayerRef<'a, 'b> {
 /// The backward pass of the layer. `grad_x`, panels of the hidden size, holds the gradient with respect to the layer's output and, if
 /// `wanted`, is replaced by that with respect to its input; otherwise the pass ends at the lowest trained tensor. The gradients with respect
 /// to trained tensors go to `trainable`.
-pub(super) fn backward(
+pub(super) fn backward<D: Device>(
     LayerRef { weights, layer }: LayerRef<'_, '_>,
-    context: PassContext<'_>,
-    saved: Saved,
-    grad_x: &mut [f32],
+    context: PassContext<'_, D>,
+    saved: Saved<D>,
+    grad_x: &mut D::Buffer,
     wanted: bool,
-    trainable: &mut Trainable<'_>,
+    trainable: &mut Trainable<'_, D>,
 ) -> Result<()> {
     let PassContext {
         shape,
         layout,
-        pool,
+        device,
     } = context;
     let (hidden, inner) = (shape.hidden, shape.inner);
     let norms = &weights.norms;
@@ -315,10 +300,10 @@ pub(super) fn backward(
         scale: weights.residual_scale,
     };
     let own = end.backward(grad_x, post_feedforward, trainable)?;
-    let grad_down = own.as_deref().unwrap_or(grad_x);
-    let mut grad_gated = shape.take(pool, inner);
-    let grad_lora_down = end.group.backward(&[grad_down], &mut grad_gated, pool)?;
-    gated_unit_backward(weights.activation, &mut gate, &mut up, &mut grad_gated);
+    let grad_down = own.as_ref().unwrap_or(grad_x);
+    let mut grad_gated = shape.take(device, inner);
+    let grad_lora_down = end.group.backward(&[grad_down], &mut grad_gated, device)?;
+    device.gated_unit_backward(weights.activation, &mut gate, &mut up, &mut grad_gated);
     let (grad_gate, grad_up, gated) = (gate, up, grad_gated); // what their buffers hold now
     end.group.gradients(
         &[&layer.down],
@@ -328,24 +313,24 @@ pub(super) fn backward(
         &grad_lora_down,
         trainable,
     )?;
-    pool.give_all(down_down.into_iter().chain(grad_lora_down).chain(own));
-    pool.give(gated);
+    device.give_all(down_down.into_iter().chain(grad_lora_down).chain(own));
+    device.give(gated);
     let norm = norms.pre_feedforward.as_ref();
-    let normed = recompute_norm(&middle, norm, &middle_inverse, pool)?;
+    let normed = recompute_norm(&middle, norm, &middle_inverse, device)?;
     let group = ProjectionGroup::new(&weights.gate_up, hidden, shape);
-    let mut grad_input = shape.take(pool, hidden);
-    let grad_outs = group.join([grad_gate, grad_up], pool);
-    let grad_lora_down = group.backward(&grad_outs.all(), &mut grad_input, pool)?;
+    let mut grad_input = shape.take(device, hidden);
+    let grad_outs = group.join([grad_gate, grad_up], device);
+    let grad_lora_down = group.backward(&grad_outs.all(), &mut grad_input, device)?;
     group.gradients(
         &layer.gate_up.linears(),
         &grad_outs.all(),
-        normed.as_deref().unwrap_or(&middle),
+        normed.as_ref().unwrap_or(&middle),
         &gate_up_down,
         &grad_lora_down,
         trainable,
     )?;
-    pool.give_all(gate_up_down.into_iter().chain(grad_lora_down));
-    grad_outs.give_back(pool);
+    device.give_all(gate_up_down.into_iter().chain(grad_lora_down));
+    grad_outs.give_back(device);
     let norm = (norm, layer.pre_feedforward_norm.as_ref());
     norm_before_backward(
         &middle,
@@ -355,17 +340,17 @@ pub(super) fn backward(
         grad_x,
         trainable,
     )?;
-    pool.give_all([middle, middle_inverse].into_iter().chain(normed));
+    device.give_all([middle, middle_inverse].into_iter().chain(normed));
 
     // Attention.
     if !wanted && !layer.trains_attention() {
-        q.give_back(pool);
-        k.give_back(pool);
+        q.give_back(device);
+        k.give_back(device);
         if let Some(normed) = post_attention {
-            normed.give_back(pool);
+            normed.give_back(device);
         }
-        pool.give_all(qkv_down.into_iter().chain(o_down));
-        pool.give_all([x, input_inverse, v, log_sums, attended, grad_input]);
+        device.give_all(qkv_down.into_iter().chain(o_down));
+        device.give_all([x, input_inverse, v, log_sums, attended, grad_input]);
         return Ok(());
     }
     let end = BlockEnd {
@@ -375,9 +360,9 @@ pub(super) fn backward(
         scale: weights.residual_scale,
     };
     let own = end.backward(grad_x, post_attention, trainable)?;
-    let grad_o = own.as_deref().unwrap_or(grad_x);
-    let mut grad_attended = shape.take_clean(pool, shape.q_width());
-    let grad_lora_down = end.group.backward(&[grad_o], &mut grad_attended, pool)?;
+    let grad_o = own.as_ref().unwrap_or(grad_x);
+    let mut grad_attended = shape.take_clean(device, shape.q_width());
+    let grad_lora_down = end.group.backward(&[grad_o], &mut grad_attended, device)?;
     end.group.gradients(
         &[&layer.o],
         &[grad_o],
@@ -386,60 +371,57 @@ pub(super) fn backward(
         &grad_lora_down,
         trainable,
     )?;
-    pool.give_all(o_down.into_iter().chain(grad_lora_down).chain(own));
+    device.give_all(o_down.into_iter().chain(grad_lora_down).chain(own));
     let rope = weights.rope;
-    let (mut q, raw_q) = q.rotated(norms.q.as_ref(), rope, shape, pool)?;
-    clear_tokens(&mut q, shape.q_width(), layout.averaging(weights.window));
-    let (k, raw_k) = k.rotated(norms.k.as_ref(), rope, shape, pool)?;
-    let mut grad_q = shape.take_clean(pool, shape.q_width());
-    let mut grad_k = shape.take_clean(pool, shape.kv_width());
-    let mut grad_v = shape.take_clean(pool, shape.kv_width());
-    attention_backward(
-        Inputs {
+    let (mut q, raw_q) = q.rotated(norms.q.as_ref(), rope, context)?;
+    let averaging = layout.averaging(weights.window).iter().copied();
+    device.clear_tokens(&mut q, shape.q_width(), averaging);
+    let (k, raw_k) = k.rotated(norms.k.as_ref(), rope, context)?;
+    let mut grad_q = shape.take_clean(device, shape.q_width());
+    let mut grad_k = shape.take_clean(device, shape.kv_width());
+    let mut grad_v = shape.take_clean(device, shape.kv_width());
+    device.attention_backward(
+        Attention {
             q: &q,
             k: &k,
             v: &v,
+            heads: shape.heads,
+            scores: weights.scores,
+            spans: shape.spans(weights.window)?,
         },
-        shape.heads,
-        weights.scores,
-        layout.spans(weights.window),
         (&attended, &log_sums, &grad_attended),
-        &mut AttentionGradients {
-            q: &mut grad_q,
-            k: &mut grad_k,
-            v: &mut grad_v,
-        },
+        [&mut grad_q, &mut grad_k, &mut grad_v],
     );
-    pool.give_all([attended, log_sums, grad_attended, q, k, v]);
+    device.give_all([attended, log_sums, grad_attended, q, k, v]);
     let norm = (norms.q.as_ref(), layer.q_norm.as_ref());
     let grad_q = rotate_backward(grad_q, raw_q, norm, rope, context, trainable)?;
     let norm = (norms.k.as_ref(), layer.k_norm.as_ref());
     let grad_k = rotate_backward(grad_k, raw_k, norm, rope, context, trainable)?;
     let norm = norms.input.as_ref();
-    let normed = recompute_norm(&x, norm, &input_inverse, pool)?;
+    let normed = recompute_norm(&x, norm, &input_inverse, device)?;
     let group = ProjectionGroup::new(&weights.qkv, hidden, shape);
-    let grad_outs = group.join([grad_q, grad_k, grad_v], pool);
+    let grad_outs = group.join([grad_q, grad_k, grad_v], device);
     let trains_norm = |norm: &Norm| norm.weight.trained().is_some();
     let needed = wanted || layer.input_norm.as_ref().is_some_and(trains_norm);
     let grad_lora_down = if needed {
-        group.backward(&grad_outs.all(), &mut grad_input, pool)?
+        group.backward(&grad_outs.all(), &mut grad_input, device)?
     } else {
-        group.grad_lora_down(&grad_outs.all(), pool)?
+        group.grad_lora_down(&grad_outs.all(), device)?
     };
     group.gradients(
         &layer.qkv.linears(),
         &grad_outs.all(),
-        normed.as_deref().unwrap_or(&x),
+        normed.as_ref().unwrap_or(&x),
         &qkv_down,
         &grad_lora_down,
         trainable,
     )?;
-    pool.give_all(qkv_down.into_iter().chain(grad_lora_down));
-    grad_outs.give_back(pool);
+    device.give_all(qkv_down.into_iter().chain(grad_lora_down));
+    grad_outs.give_back(device);
     if needed {
         let norm = (norm, layer.input_norm.as_ref());
         norm_before_backward(&x, &input_inverse, norm, &grad_input, grad_x, trainable)?;
     }
-    pool.give_all([grad_input, x, input_inverse].into_iter().chain(normed));
+    device.give_all([grad_input, x, input_inverse].into_iter().chain(normed));
     Ok(())
 }

@@ -21,7 +21,7 @@ use super::shape::{PassContext, Shape};
 use super::weights::{
     BaseWeight, Layer, NormView, Norms, Pair, Projection, TensorView, activation, scores,
 };
-use super::{Packing, Pool};
+use super::{Cpu, Packing};
 use crate::ml::adapter::Adapter;
 use crate::ml::io::float::Float;
 use crate::ml::io::weights::{RawTensor, Weights};
@@ -121,13 +121,13 @@ impl<'a> MappedModel<'a> {
         };
         let mut layout = Layout::new(batches, packing);
         layout.add_windows(self.arch.layers.iter().filter_map(|layer| layer.window));
-        let mut shape = Shape::from_arch(self.arch, &layout, &Device::Cpu, false)?;
+        let cpu = Cpu::default();
+        let mut shape = Shape::from_arch(self.arch, &layout, &cpu, false)?;
         shape.lora_tokens = lora_tokens;
-        let pool = Pool::default();
         let work = PassContext {
             shape: &shape,
             layout: &layout,
-            pool: &pool,
+            device: &cpu,
         };
         let mut x = self.embed(&layout.ids)?;
         for number in 0..self.arch.num_hidden_layers() {
@@ -153,7 +153,12 @@ impl<'a> MappedModel<'a> {
         });
     }
 
-    fn layer(&self, number: usize, work: PassContext<'_>, x: Vec<f32>) -> anyhow::Result<Vec<f32>> {
+    fn layer(
+        &self,
+        number: usize,
+        work: PassContext<'_, Cpu>,
+        x: Vec<f32>,
+    ) -> anyhow::Result<Vec<f32>> {
         let arch = self.arch;
         let modules = |roles: &[Role]| -> anyhow::Result<Vec<Module>> {
             let own = roles
@@ -208,7 +213,7 @@ impl<'a> MappedModel<'a> {
             residual_scale: arch.residual_scale as f32,
         };
         let (saved, out) = layer::forward(&layer, work, x, true)?;
-        saved.give_back(work.pool);
+        saved.give_back(work.device);
         Ok(out)
     }
 

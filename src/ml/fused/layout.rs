@@ -231,6 +231,11 @@ impl Layout {
         self.windows.iter().find(|known| Some(known.size) == window)
     }
 
+    /// The sizes of the windows that were added by [`Layout::add_windows`] and change something.
+    pub(super) fn window_sizes(&self) -> impl Iterator<Item = usize> {
+        self.windows.iter().map(|window| window.size)
+    }
+
     /// The spans for a window that was added by [`Layout::add_windows`], or without a window.
     pub(super) fn spans(&self, window: Option<usize>) -> &Spans {
         self.window(window)

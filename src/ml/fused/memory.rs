@@ -300,7 +300,7 @@ mod tests {
             let estimate = sizes.learning(length, checkpointing, beside_base).all();
             // The head's rows at the targets are no buffers of the pool.
             let at_targets = 2 * targets.len() * arch.hidden_size * size_of::<f32>();
-            let ratio = (estimate - at_targets) as f64 / fused.pool.bytes() as f64;
+            let ratio = (estimate - at_targets) as f64 / fused.device.pool.bytes() as f64;
             assert!(
                 (0.9..1.1).contains(&ratio),
                 "{compute:?}, checkpointing {checkpointing}, beside {beside_base}: {ratio}"

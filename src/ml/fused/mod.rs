@@ -1,5 +1,5 @@
-//! The fast path of a causal language model on the CPU: the forward and backward passes of each layer, written by hand on top of
-//! [`pipeline_kernels`].
+//! The fast path of a causal language model: the forward and backward passes of each layer, written by hand once for all devices
+//! ([`device::Device`]). On the processor they are made of [`pipeline_kernels`].
 //!
 //! It computes the same as the reference path in [`super::model`], against which every result is tested. It saves the tokens that need not
 //! be computed (padding, prompts that two answers share), the gradients of frozen weights, most intermediate values, and every pass over
@@ -11,7 +11,9 @@
 
 mod backend;
 mod block;
+mod cpu;
 mod decode;
+pub(super) mod device;
 mod head;
 mod layer;
 pub(super) mod layerwise;
@@ -26,22 +28,22 @@ pub(super) mod weights;
 
 use std::sync::Arc;
 
-use candle_core::{DType, Result, Tensor};
-use pipeline_kernels::elementwise::{rms_norm, rms_norm_backward, rms_norm_grad_weight, scale};
-use pipeline_kernels::panels::{LANES, column, fill, panels, size};
+use candle_core::Result;
+use pipeline_kernels::panels::{fill, panels, size};
 
-use super::model::autograd::scaled;
 use super::model::batch::{Batch, Target};
 use super::model::head::Positions;
 use super::model::linear::Pass;
 use super::model::{self, CausalLm, Gradients, have_same_angles};
-pub use backend::{Fused, Unsupported, pass_size_of};
+pub(super) use backend::Fused;
+pub use backend::{Unsupported, pass_size_of};
+pub(super) use cpu::Cpu;
+use device::Device;
 use head::Scored;
 use layer::{LayerRef, Saved};
 use layout::Layout;
 pub use layout::Packing;
 pub use memory::{PassLength, PassMemory, PassSizes};
-use pool::Pool;
 use shape::{PassContext, Shape};
 use trainable::Trainable;
 use weights::{Layer, TensorView};
@@ -60,39 +62,39 @@ fn poisoned_error() -> candle_core::Error {
 }
 
 /// A forward pass.
-struct Forward<'m> {
+struct Forward<'m, D: Device> {
     model: &'m CausalLm,
-    pool: &'m Pool,
+    device: &'m D,
     layout: Arc<Layout>,
-    shape: Arc<Shape>,
+    shape: Arc<Shape<D>>,
     pass: Pass,
     /// What was kept of the layers from number `lowest` on.
-    saved: Vec<SavedLayer>,
+    saved: Vec<SavedLayer<D>>,
     lowest: usize,
-    last: Vec<f32>,
-    inverse: Vec<f32>,
+    last: D::Buffer,
+    inverse: D::Buffer,
     /// The final hidden states after the norm, in panels.
-    hidden: Vec<f32>,
+    hidden: D::Buffer,
 }
 
 /// What is kept of a layer for the backward pass.
-enum SavedLayer {
-    Input(Vec<f32>),
-    All(Box<Saved>),
+enum SavedLayer<D: Device> {
+    Input(D::Buffer),
+    All(Box<Saved<D>>),
 }
 
-impl<'m> Forward<'m> {
+impl<'m, D: Device> Forward<'m, D> {
     /// Runs the model on several batches. With a tape the layers keep what [`Forward::backward`] needs, with `checkpointing` only their
     /// inputs. With `beside_base` the base alone runs on the same tokens, each layer right before the same layer with the adapter, and its
     /// pass is returned too. What no trained tensor can change, the layers below the lowest trained one, is then computed once for both.
     fn new(
-        fused: &'m Fused<'_>,
+        fused: &'m Fused<'_, D>,
         batches: &[&Batch],
         pass: Pass,
         checkpointing: bool,
         beside_base: bool,
     ) -> Result<(Self, Option<Self>)> {
-        let (model, pool, states) = (fused.model, &fused.pool, &fused.states);
+        let (model, device, states) = (fused.model, &fused.device, &fused.states);
         let mut packing = fused.packing(pass);
         if let Some((first, others)) = batches.split_first() {
             // A token of several micro-batches needs the same angles in all of them.
@@ -102,46 +104,50 @@ impl<'m> Forward<'m> {
         }
         let mut layout = Layout::new(batches, packing);
         layout.add_windows(model.layers.iter().filter_map(|layer| layer.window));
-        let shape = Shape::new(model, &layout)?;
-        pool.begin(panels(shape.tokens));
-        let mut x = pool.take(size(shape.hidden, shape.tokens));
+        let shape = Shape::new(model, &layout, device)?;
         model.refresh()?;
-        embed(model, &layout, batches, pass, &mut x)?;
+        device.begin(model, panels(shape.tokens));
+        let mut x = device.take(size(shape.hidden, shape.tokens));
+        embed(model, &layout, batches, pass, device, &mut x)?;
         let mut saved = Vec::new();
         let mut base = None;
         let lowest = lowest(model);
         let known = match states.lock().map_err(|_| poisoned_error())?.as_ref() {
-            Some(states) => states.load(batches, &layout, &mut x)?,
+            Some(states) => match device.host(&mut x) {
+                Some(x) => states.load(batches, &layout, x)?,
+                None => false,
+            },
             None => false,
         };
         let first = if known { lowest } else { 0 };
         let work = PassContext {
             shape: &shape,
             layout: &layout,
-            pool,
+            device,
         };
         for (number, layer) in model.layers.iter().enumerate().skip(first) {
             if number == lowest
                 && !known
                 && let Some(states) = states.lock().map_err(|_| poisoned_error())?.as_mut()
+                && let Some(x) = device.host(&mut x)
             {
-                states.store(batches, &layout, &x)?;
+                states.store(batches, &layout, x)?;
             }
             if beside_base && number >= lowest {
                 let x = match base.take() {
                     Some(x) => x,
-                    None => base_input(model, &layout, number, &x, pool)?,
+                    None => base_input(model, &layout, number, &x, device)?,
                 };
                 let layer = Layer::borrow(layer, Pass::BASE)?;
                 let (layer_saved, out) = layer::forward(&layer, work, x, true)?;
-                layer_saved.give_back(pool);
+                layer_saved.give_back(device);
                 base = Some(out);
             }
             let layer = Layer::borrow(layer, pass)?;
             let tape = pass.tape && number >= lowest;
             if tape && checkpointing {
-                let mut input = pool.take(x.len());
-                input.copy_from_slice(&x);
+                let mut input = device.take(device.length(&x));
+                device.copy(&x, &mut input);
                 saved.push(SavedLayer::Input(input));
             }
             let (layer_saved, out) = layer::forward(&layer, work, x, true)?;
@@ -149,19 +155,19 @@ impl<'m> Forward<'m> {
             if tape && !checkpointing {
                 saved.push(SavedLayer::All(Box::new(layer_saved)));
             } else {
-                layer_saved.give_back(pool);
+                layer_saved.give_back(device);
             }
         }
         let (layout, shape) = (Arc::new(layout), Arc::new(shape));
-        let end = |pass: Pass, x: Vec<f32>, saved: Vec<SavedLayer>| -> Result<Self> {
+        let end = |pass: Pass, x: D::Buffer, saved: Vec<SavedLayer<D>>| -> Result<Self> {
             let norm = TensorView::weight(&model.norm.weight, pass)?;
-            let mut hidden = pool.take(x.len());
-            let mut inverse = pool.take(size(1, shape.tokens));
+            let mut hidden = device.take(device.length(&x));
+            let mut inverse = device.take(size(1, shape.tokens));
             let eps = model.norm.eps as f32;
-            rms_norm(&x, norm.floats()?, eps, &mut hidden, &mut inverse);
+            device.rms_norm(&x, device.vector(&norm)?, eps, &mut hidden, &mut inverse);
             Ok(Self {
                 model,
-                pool,
+                device,
                 layout: Arc::clone(&layout),
                 shape: Arc::clone(&shape),
                 pass,
@@ -177,7 +183,7 @@ impl<'m> Forward<'m> {
     }
 
     /// Computes the log-probabilities of targets. With `gradient` it keeps what [`Forward::backward`] needs.
-    fn score(&self, targets: &[Target], token_stats: bool, gradient: bool) -> Result<Scored> {
+    fn score(&self, targets: &[Target], token_stats: bool, gradient: bool) -> Result<Scored<D>> {
         head::score(self, targets, token_stats, gradient)
     }
 
@@ -198,19 +204,19 @@ impl<'m> Forward<'m> {
             return Ok(sums.into_iter().map(|sum| sum / vocabulary).collect());
         }
         let sums = self.model.column_sum(self.pass)?.to_vec1::<f64>()?;
-        let mean = |&token: &usize| {
-            let column = column(&self.hidden, self.shape.hidden, token);
-            let total: f64 = column.zip(&sums).map(|(x, sum)| f64::from(x) * sum).sum();
-            total * arch.logit_scale / vocabulary
-        };
-        Ok(tokens.iter().map(mean).collect())
+        let hidden = self.shape.hidden;
+        let totals = self
+            .device
+            .token_dots(&self.hidden, hidden, tokens, &sums)?;
+        let mean = |total: f64| total * arch.logit_scale / vocabulary;
+        Ok(totals.into_iter().map(mean).collect())
     }
 
     /// See [`super::model::head::mean_logit`]; `from` counts the sequences of all batches. If padding is left out, the mean is taken over
     /// the remaining positions.
     fn mean_logit(&self, from: usize, count: usize, positions: Positions) -> Result<f64> {
         let sequences = self.layout.token_indices.iter().skip(from).take(count);
-        let mut weights = vec![0f32; self.hidden.len() / self.shape.hidden];
+        let mut weights = vec![0f32; size(1, self.shape.tokens)];
         let mut all = 0usize;
         for token_indices in sequences {
             let counted = positions.count(token_indices.len());
@@ -234,23 +240,26 @@ impl<'m> Forward<'m> {
             return Ok(total / all as f64);
         }
         let sums = self.model.column_sum(self.pass)?.to_vec1::<f64>()?;
-        let mut total = 0f64;
-        let panels = self.hidden.chunks_exact(self.shape.hidden * LANES);
-        for (panel, weights) in panels.zip(weights.chunks_exact(LANES)) {
-            for (row, sum) in panel.chunks_exact(LANES).zip(&sums) {
-                let row = row.iter().zip(weights).map(|(x, w)| x * w);
-                total += f64::from(row.sum::<f32>()) * sum;
-            }
-        }
+        let hidden = self.shape.hidden;
+        let total = self
+            .device
+            .weighted_sum(&self.hidden, hidden, weights, &sums)?;
         Ok(total * self.model.arch.logit_scale / (self.model.arch.head_rows() * all) as f64)
     }
 
     /// Backpropagates `grad_logps`, the gradient with respect to the scored log-probabilities, and adds the gradients with respect to the
     /// parameters to `gradients`.
-    fn backward(self, scored: Scored, grad_logps: &[f32], gradients: &mut Gradients) -> Result<()> {
-        let mut grad_hidden = self.pool.take(self.hidden.len());
-        scored.backward(&self, grad_logps, &mut grad_hidden, gradients)?;
-        self.backward_from(grad_hidden, gradients)
+    fn backward(
+        self,
+        scored: Scored<D>,
+        grad_logps: &[f32],
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        let (model, device) = (self.model, self.device);
+        let mut trainable = Trainable::new(model, device, gradients);
+        let mut grad_hidden = device.take(device.length(&self.hidden));
+        scored.backward(&self, grad_logps, &mut grad_hidden, &mut trainable)?;
+        self.backward_from(grad_hidden, trainable)
     }
 
     /// The same for `grad_scores`, the gradient with respect to the numbers that the head of a scoring model gives of `targets`.
@@ -260,31 +269,31 @@ impl<'m> Forward<'m> {
         grad_scores: &[f32],
         gradients: &mut Gradients,
     ) -> Result<()> {
-        let mut grad_hidden = self.pool.take(self.hidden.len());
-        head::backward_scores(&self, targets, grad_scores, &mut grad_hidden, gradients)?;
-        self.backward_from(grad_hidden, gradients)
+        let (model, device) = (self.model, self.device);
+        let mut trainable = Trainable::new(model, device, gradients);
+        let grad_hidden = head::backward_scores(&self, targets, grad_scores, &mut trainable)?;
+        self.backward_from(grad_hidden, trainable)
     }
 
     /// The backward pass from `grad_hidden`, the gradient with respect to the final hidden states (panels), on.
-    fn backward_from(mut self, grad_hidden: Vec<f32>, gradients: &mut Gradients) -> Result<()> {
-        let (model, pool) = (self.model, self.pool);
-        let mut grad_x = pool.take(self.last.len());
-        grad_x.fill(0.);
+    fn backward_from(
+        mut self,
+        grad_hidden: D::Buffer,
+        mut trainable: Trainable<'_, D>,
+    ) -> Result<()> {
+        let (model, device) = (self.model, self.device);
+        let mut grad_x = device.take(device.length(&self.last));
+        device.clear(&mut grad_x);
         let norm = TensorView::weight(&model.norm.weight, self.pass)?;
-        let weight = norm.floats()?;
-        rms_norm_backward(&self.last, weight, &self.inverse, &grad_hidden, &mut grad_x);
-        if let Some(var) = model.norm.weight.trained() {
-            let mut grad_weight = vec![0.; weight.len()];
-            rms_norm_grad_weight(&self.last, &self.inverse, &grad_hidden, &mut grad_weight);
-            gradients.add_values(model, var, grad_weight)?;
-        }
-        pool.give(grad_hidden);
+        let weight = device.vector(&norm)?;
+        device.rms_norm_backward(&self.last, weight, &self.inverse, &grad_hidden, &mut grad_x);
+        trainable.add(&model.norm.weight, |device, sum| {
+            device.rms_norm_grad_weight(&self.last, &self.inverse, &grad_hidden, sum);
+            Ok(())
+        })?;
+        drop(norm);
+        device.give(grad_hidden);
         let trains_embed = model.embed.trained().is_some();
-        let mut trainable = Trainable {
-            model,
-            pool,
-            gradients,
-        };
         while let Some(layer_saved) = self.saved.pop() {
             let number = self.lowest + self.saved.len();
             let Some(layer) = model.layers.get(number) else {
@@ -294,13 +303,13 @@ impl<'m> Forward<'m> {
             let work = PassContext {
                 shape: &self.shape,
                 layout: &self.layout,
-                pool,
+                device,
             };
             let saved = match layer_saved {
                 SavedLayer::All(saved) => *saved,
                 SavedLayer::Input(x) => {
                     let (saved, out) = layer::forward(&weights, work, x, false)?;
-                    pool.give(out);
+                    device.give(out);
                     saved
                 }
             };
@@ -317,40 +326,35 @@ impl<'m> Forward<'m> {
                 &mut trainable,
             )?;
         }
-        if let Some(var) = model.embed.trained() {
-            let width = self.shape.hidden;
-            scale(&mut grad_x, model.arch.embedding_scale as f32);
-            let mut grad_embed = vec![0f32; var.elem_count()];
+        if trains_embed {
+            device.scale(&mut grad_x, model.arch.embedding_scale as f32);
+        }
+        trainable.add(&model.embed, |device, sum| {
             // As in transformers (`padding_idx`), looking up the padding's embedding gives its row no gradient.
             let ids = self.layout.ids.iter().enumerate();
             let learnt = ids.filter(|(_, id)| Some(**id) != model.arch.pad_token_id);
-            for (token, &id) in learnt {
-                let Some(row) = model.embed.trained_row(id) else {
-                    continue;
-                };
-                let row = &mut grad_embed[row * width..][..width];
-                let column = pipeline_kernels::panels::column(&grad_x, width, token);
-                for (sum, g) in row.iter_mut().zip(column) {
-                    *sum += g;
-                }
-            }
-            gradients.add_values(model, var, grad_embed)?;
-        }
-        pool.give(grad_x);
+            let learnt =
+                learnt.filter_map(|(token, id)| Some((token, 1., model.embed.trained_row(*id)?)));
+            let learnt: Vec<(usize, f32, usize)> = learnt.collect();
+            device.add_to_rows(&grad_x, self.shape.hidden, &learnt, sum);
+            Ok(())
+        })?;
+        trainable.finish()?;
+        device.give(grad_x);
         Ok(())
     }
 }
 
-impl Drop for Forward<'_> {
+impl<D: Device> Drop for Forward<'_, D> {
     fn drop(&mut self) {
-        let pool = self.pool;
+        let device = self.device;
         for buffer in [&mut self.last, &mut self.inverse, &mut self.hidden] {
-            pool.give(std::mem::take(buffer));
+            device.give(std::mem::take(buffer));
         }
         for layer_saved in self.saved.drain(..) {
             match layer_saved {
-                SavedLayer::Input(x) => pool.give(x),
-                SavedLayer::All(saved) => saved.give_back(pool),
+                SavedLayer::Input(x) => device.give(x),
+                SavedLayer::All(saved) => saved.give_back(device),
             }
         }
     }
@@ -358,44 +362,46 @@ impl Drop for Forward<'_> {
 
 /// The hidden states with which the base alone goes into layer number `number`, the lowest trained one, panels of the hidden size: those of
 /// the model with its adapter, `x`, unless they are embeddings, which may be trained.
-fn base_input(
+fn base_input<D: Device>(
     model: &CausalLm,
     layout: &Layout,
     number: usize,
-    x: &[f32],
-    pool: &Pool,
-) -> Result<Vec<f32>> {
-    let mut own = pool.take(x.len());
+    x: &D::Buffer,
+    device: &D,
+) -> Result<D::Buffer> {
+    let mut own = device.take(device.length(x));
     if number == 0 {
-        embed(model, layout, &[], Pass::BASE, &mut own)?;
+        embed(model, layout, &[], Pass::BASE, device, &mut own)?;
     } else {
-        own.copy_from_slice(x);
+        device.copy(x, &mut own);
     }
     Ok(own)
 }
 
 /// Writes the embeddings of the tokens to the panels `x`.
-fn embed(
+fn embed<D: Device>(
     model: &CausalLm,
     layout: &Layout,
     batches: &[&Batch],
     pass: Pass,
-    x: &mut [f32],
+    device: &D,
+    x: &mut D::Buffer,
 ) -> Result<()> {
-    let width = model.arch.hidden_size;
-    let ids = Tensor::from_slice(&layout.ids, layout.ids.len(), &model.device)?;
-    let rows = model.embed.value(pass).index_select(&ids, 0)?;
-    let rows = scaled(rows.to_dtype(DType::F32)?, model.arch.embedding_scale)?;
-    let mut rows = rows.flatten_all()?.to_vec1::<f32>()?;
+    let factor = model.arch.embedding_scale;
+    device.lookup(&model.embed, pass, &layout.ids, factor, x)?;
     if let Some(noise) = pass.noise {
+        let (width, count) = (model.arch.hidden_size, layout.ids.len());
+        let mut rows = vec![0f32; count * width];
         let lengths: Vec<usize> = batches.iter().map(|batch| batch.width).collect();
         let tokens = layout.padded_index.iter().copied();
         model::noise::add(noise, &mut rows, width, tokens, &lengths);
+        let mut panels = vec![0f32; device.length(x)];
+        fill(&mut panels, width, count, |token| {
+            rows.get(token * width..(token + 1) * width)
+                .unwrap_or_default()
+        });
+        device.add(x, &device.upload(panels), 1.);
     }
-    fill(x, width, layout.ids.len(), |token| {
-        rows.get(token * width..(token + 1) * width)
-            .unwrap_or_default()
-    });
     Ok(())
 }
 

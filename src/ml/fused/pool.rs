@@ -50,30 +50,19 @@ impl Pool {
         self.floats.give(buffer);
     }
 
-    /// Returns several buffers to the pool.
-    pub(super) fn give_all(&self, buffers: impl IntoIterator<Item = Vec<f32>>) {
-        buffers.into_iter().for_each(|buffer| self.give(buffer));
+    /// Panels `x` of `features` as a factor of a product that is computed in bf16.
+    pub(super) fn rounded(&self, x: &[f32], features: usize) -> Factor<'static> {
+        Factor::Pairs(Pairs::round(x, features, |length| {
+            self.bits.take(length, self.capacity(length))
+        }))
     }
 
-    /// Panels `x` of `features` as a factor of a product, which is computed in bf16 if `half`.
-    pub(super) fn factor<'a>(&self, half: bool, x: &'a [f32], features: usize) -> Factor<'a> {
-        if half {
-            Factor::Pairs(Pairs::round(x, features, |length| {
-                self.bits.take(length, self.capacity(length))
-            }))
-        } else {
-            Factor::F32(x)
-        }
-    }
-
-    /// Returns the buffers of factors to the pool.
-    pub(super) fn give_factors<'a>(&self, factors: impl IntoIterator<Item = Factor<'a>>) {
-        for factor in factors {
-            if let Factor::Pairs(pairs) = factor
-                && let Some(buffer) = pairs.into_buffer()
-            {
-                self.bits.give(buffer);
-            }
+    /// Returns the buffer of a factor to the pool.
+    pub(super) fn give_rounded(&self, factor: Factor<'static>) {
+        if let Factor::Pairs(pairs) = factor
+            && let Some(buffer) = pairs.into_buffer()
+        {
+            self.bits.give(buffer);
         }
     }
 
@@ -164,7 +153,7 @@ mod tests {
         pool.begin(3);
         let buffers = [64, 512].map(|width| pool.take(3 * width));
         let token_indices = buffers.each_ref().map(Vec::as_ptr);
-        pool.give_all(buffers);
+        buffers.into_iter().for_each(|buffer| pool.give(buffer));
         pool.begin(10);
         let longer = [512, 64].map(|width| pool.take(10 * width));
         assert_eq!(longer[0].as_ptr(), token_indices[1]);

@@ -5,37 +5,29 @@
 //! are joined.
 
 use candle_core::Result;
-use pipeline_kernels::elementwise::{self, scale};
-use pipeline_kernels::matrix::Matrix;
-use pipeline_kernels::panels::{LANES, size};
-use pipeline_kernels::product::{Factor, Onto, Product, Term, product, products};
-use pipeline_kernels::reduce::{Order, outer, sum_over_tokens};
-use rayon::prelude::*;
+use pipeline_kernels::panels::size;
+use pipeline_kernels::reduce::Order;
 
-use super::pool::Pool;
+use super::device::{Device, Factor, Onto, Part, Product, Term, Transpose as _};
 use super::shape::Shape;
 use super::trainable::Trainable;
 use super::weights::Projection;
 use crate::ml::model::linear::{Base, Linear};
 
 /// Several projections of the same input.
-pub(super) struct ProjectionGroup<'a> {
+pub(super) struct ProjectionGroup<'a, D: Device> {
     all: Vec<&'a Projection<'a>>,
     /// The number of features of the input.
     features: usize,
-    shape: &'a Shape,
-}
-
-/// Copies values, on all threads.
-fn copy(from: &[f32], to: &mut [f32]) {
-    const SPAN: usize = 1 << 14;
-    to.par_chunks_mut(SPAN)
-        .zip(from.par_chunks(SPAN))
-        .for_each(|(to, from)| to.copy_from_slice(from));
+    shape: &'a Shape<D>,
 }
 
 /// A product of one term.
-fn alone<'a>(out: &'a mut [f32], weight: Matrix<'a>, x: &'a Factor<'a>) -> Product<'a> {
+fn alone<'p, 'w, D: Device>(
+    out: &'p mut D::Buffer,
+    weight: D::Matrix<'w>,
+    x: &'p Factor<'p, D>,
+) -> Product<'p, 'w, D> {
     Product {
         out,
         terms: vec![Term { weight, x }],
@@ -45,38 +37,38 @@ fn alone<'a>(out: &'a mut [f32], weight: Matrix<'a>, x: &'a Factor<'a>) -> Produ
 }
 
 /// The results of a group, or the parts of its single projection's result, in panels.
-type Parts<const N: usize> = [Vec<f32>; N];
+type Parts<D, const N: usize> = [<D as Device>::Buffer; N];
 
 /// The gradients with respect to the results of a group.
-pub(super) enum GradOuts {
+pub(super) enum GradOuts<D: Device> {
     /// One for each projection.
-    Each(Vec<Vec<f32>>),
+    Each(Vec<D::Buffer>),
     /// That of a single projection, joined from those of its parts.
-    Joined(Vec<f32>),
+    Joined(D::Buffer),
 }
 
-impl GradOuts {
+impl<D: Device> GradOuts<D> {
     /// One for each projection.
-    pub(super) fn all(&self) -> Vec<&[f32]> {
+    pub(super) fn all(&self) -> Vec<&D::Buffer> {
         match self {
-            Self::Each(all) => all.iter().map(Vec::as_slice).collect(),
+            Self::Each(all) => all.iter().collect(),
             Self::Joined(one) => vec![one],
         }
     }
 
-    pub(super) fn give_back(self, pool: &Pool) {
+    pub(super) fn give_back(self, device: &D) {
         match self {
-            Self::Each(all) => pool.give_all(all),
-            Self::Joined(one) => pool.give(one),
+            Self::Each(all) => device.give_all(all),
+            Self::Joined(one) => device.give(one),
         }
     }
 }
 
-impl<'a> ProjectionGroup<'a> {
+impl<'a, D: Device> ProjectionGroup<'a, D> {
     pub(super) fn new(
         all: impl IntoIterator<Item = &'a Projection<'a>>,
         features: usize,
-        shape: &'a Shape,
+        shape: &'a Shape<D>,
     ) -> Self {
         Self {
             all: all.into_iter().collect(),
@@ -89,163 +81,179 @@ impl<'a> ProjectionGroup<'a> {
     /// [`ProjectionGroup::lora_down`] too.
     pub(super) fn forward_parts<const N: usize>(
         &self,
-        x: &[f32],
+        x: &D::Buffer,
         widths: [usize; N],
-        pool: &Pool,
-    ) -> Result<(Parts<N>, Vec<Vec<f32>>)> {
-        let mut parts = widths.map(|width| self.shape.take(pool, width));
+        device: &D,
+    ) -> Result<(Parts<D, N>, Vec<D::Buffer>)> {
+        let mut parts = widths.map(|width| self.shape.take(device, width));
         if self.all.len() == N {
             let outs = parts.iter_mut().collect();
-            let lora_down = self.forward(x, outs, Onto::Zero, pool)?;
+            let lora_down = self.forward(x, outs, Onto::Zero, device)?;
             return Ok((parts, lora_down));
         }
-        let total = widths.iter().sum();
-        let mut joined = self.shape.take(pool, total);
-        let lora_down = self.forward(x, vec![&mut joined], Onto::Zero, pool)?;
+        let features = widths.iter().sum();
+        let mut joined = self.shape.take(device, features);
+        let lora_down = self.forward(x, vec![&mut joined], Onto::Zero, device)?;
         let mut first = 0;
         for (part, width) in parts.iter_mut().zip(widths) {
-            let panels = part.par_chunks_mut(width * LANES);
-            let joined = joined.par_chunks(total * LANES);
-            panels.zip(joined).for_each(|(part, joined)| {
-                part.copy_from_slice(&joined[first * LANES..][..width * LANES]);
-            });
+            let from = Part { features, first };
+            let to = Part {
+                features: width,
+                first: 0,
+            };
+            device.copy_features((&joined, from), (part, to), width);
             first += width;
         }
-        pool.give(joined);
+        device.give(joined);
         Ok((parts, lora_down))
     }
 
     /// The gradients with respect to the results of [`ProjectionGroup::forward_parts`] as those of the projections.
-    pub(super) fn join<const N: usize>(&self, parts: [Vec<f32>; N], pool: &Pool) -> GradOuts {
+    pub(super) fn join<const N: usize>(&self, parts: Parts<D, N>, device: &D) -> GradOuts<D> {
         if self.all.len() == N {
             return GradOuts::Each(parts.into());
         }
-        let widths = parts.each_ref().map(|part| self.shape.features(part));
-        let total: usize = widths.iter().sum();
-        let mut joined = self.shape.take(pool, total);
-        let panels = joined.par_chunks_mut(total.max(1) * LANES).enumerate();
-        panels.for_each(|(number, panel)| {
-            let mut rest = panel;
-            for (part, width) in parts.iter().zip(widths) {
-                let (own, behind) = rest.split_at_mut(width * LANES);
-                own.copy_from_slice(&part[number * own.len()..][..own.len()]);
-                rest = behind;
-            }
-        });
-        pool.give_all(parts);
+        let widths = parts
+            .each_ref()
+            .map(|part| self.shape.features(device, part));
+        let features: usize = widths.iter().sum();
+        let mut joined = self.shape.take(device, features);
+        let mut first = 0;
+        for (part, width) in parts.iter().zip(widths) {
+            let from = Part {
+                features: width,
+                first: 0,
+            };
+            let to = Part { features, first };
+            device.copy_features((part, from), (&mut joined, to), width);
+            first += width;
+        }
+        device.give_all(parts);
         GradOuts::Joined(joined)
     }
 
     /// For each projection, a buffer of panels of its pair's rank; an empty one without a pair.
-    fn ranks(&self, pool: &Pool) -> Vec<Vec<f32>> {
+    fn ranks(&self, device: &D) -> Vec<D::Buffer> {
         let ranks = self.all.iter().map(|projection| projection.rank());
         ranks
-            .map(|rank| pool.take(size(rank, self.shape.tokens)))
+            .map(|rank| device.take(size(rank, self.shape.tokens)))
             .collect()
     }
 
     /// The input of a projection's pair after dropout, if there is dropout.
-    fn dropped(&self, projection: &Projection<'_>, x: &[f32], pool: &Pool) -> Option<Vec<f32>> {
+    fn dropped(&self, projection: &Projection<'_>, x: &D::Buffer, device: &D) -> Option<D::Buffer> {
         let dropout = projection.dropout?;
-        let mut dropped = pool.take(x.len());
-        copy(x, &mut dropped);
-        dropout.apply(&mut dropped, self.features, &self.shape.padded_index);
+        let mut dropped = device.take(device.length(x));
+        device.copy(x, &mut dropped);
+        device.dropout(
+            dropout,
+            &mut dropped,
+            self.features,
+            &self.shape.padded_index,
+        );
         Some(dropped)
     }
 
     /// `s_i A_i x` of each pair, in panels of its rank; empty without a pair. `x` is panels of the input's features.
-    pub(super) fn lora_down(&self, x: &[f32], pool: &Pool) -> Result<Vec<Vec<f32>>> {
-        let factor = pool.factor(self.shape.half, x, self.features);
-        let lora_down = self.lora_down_of(x, &factor, pool)?;
-        pool.give_factors([factor]);
+    pub(super) fn lora_down(&self, x: &D::Buffer, device: &D) -> Result<Vec<D::Buffer>> {
+        let factor = device.factor(self.shape.half, x, self.features);
+        let lora_down = self.lora_down_of(x, &factor, device)?;
+        device.give_factors([factor]);
         Ok(lora_down)
     }
 
     /// See [`ProjectionGroup::lora_down`]; `factor` is `x` as a factor.
-    fn lora_down_of(&self, x: &[f32], factor: &Factor<'_>, pool: &Pool) -> Result<Vec<Vec<f32>>> {
-        let mut lora_down = self.ranks(pool);
-        let dropped = self.all.iter().map(|p| self.dropped(p, x, pool));
-        let dropped: Vec<Option<Vec<f32>>> = dropped.collect();
+    fn lora_down_of(
+        &self,
+        x: &D::Buffer,
+        factor: &Factor<'_, D>,
+        device: &D,
+    ) -> Result<Vec<D::Buffer>> {
+        let mut lora_down = self.ranks(device);
+        let dropped = self.all.iter().map(|p| self.dropped(p, x, device));
+        let dropped: Vec<Option<D::Buffer>> = dropped.collect();
         let own = dropped.iter().map(|own| {
             let own = own.as_ref()?;
-            Some(pool.factor(self.shape.half, own, self.features))
+            Some(device.factor(self.shape.half, own, self.features))
         });
-        let own: Vec<Option<Factor<'_>>> = own.collect();
+        let own: Vec<Option<Factor<'_, D>>> = own.collect();
         let mut all = Vec::new();
         for ((projection, out), own) in self.all.iter().zip(&mut lora_down).zip(&own) {
             if let Some(pair) = &projection.lora {
-                let (weight, x) = (pair.a()?, own.as_ref().unwrap_or(factor));
+                let (weight, x) = (device.matrix(&pair.a)?, own.as_ref().unwrap_or(factor));
                 all.push(alone(out, weight, x));
             }
         }
-        products(all);
-        pool.give_factors(own.into_iter().flatten());
-        pool.give_all(dropped.into_iter().flatten());
-        self.scale(&mut lora_down);
+        device.products(all);
+        device.give_factors(own.into_iter().flatten());
+        device.give_all(dropped.into_iter().flatten());
+        self.scale(&mut lora_down, device);
         Ok(lora_down)
     }
 
-    fn scale(&self, lora_down: &mut [Vec<f32>]) {
+    fn scale(&self, lora_down: &mut [D::Buffer], device: &D) {
         for (projection, lora_down) in self.all.iter().zip(lora_down) {
             if let Some(pair) = &projection.lora {
-                scale(lora_down, pair.scaling);
-                for token in self.shape.lora_tokens..self.shape.tokens {
-                    let start = token / LANES * pair.rank * LANES + token % LANES;
-                    let column = lora_down.iter_mut().skip(start).step_by(LANES);
-                    column.take(pair.rank).for_each(|x| *x = 0.);
-                }
+                device.scale(lora_down, pair.scaling);
+                let without = self.shape.lora_tokens..self.shape.tokens;
+                device.clear_tokens(lora_down, pair.rank, without);
             }
         }
     }
 
     /// The values of [`ProjectionGroup::lora_down`] as factors.
-    fn factors<'v>(&self, lora_down: &'v [Vec<f32>], pool: &Pool) -> Vec<Factor<'v>> {
+    fn factors<'v>(&self, lora_down: &'v [D::Buffer], device: &D) -> Vec<Factor<'v, D>> {
         let each = self.all.iter().zip(lora_down);
-        each.map(|(projection, x)| pool.factor(self.shape.half, x, projection.rank()))
+        each.map(|(projection, x)| device.factor(self.shape.half, x, projection.rank()))
             .collect()
     }
 
     /// Writes `onto + y_i` to `outs`, panels of each projection's output features. Returns [`ProjectionGroup::lora_down`].
     pub(super) fn forward(
         &self,
-        x: &[f32],
-        outs: Vec<&mut Vec<f32>>,
-        onto: Onto<'_>,
-        pool: &Pool,
-    ) -> Result<Vec<Vec<f32>>> {
-        let factor = pool.factor(self.shape.half, x, self.features);
-        let lora_down = self.lora_down_of(x, &factor, pool)?;
-        let factors = self.factors(&lora_down, pool);
+        x: &D::Buffer,
+        outs: Vec<&mut D::Buffer>,
+        onto: Onto<'_, D>,
+        device: &D,
+    ) -> Result<Vec<D::Buffer>> {
+        let factor = device.factor(self.shape.half, x, self.features);
+        let lora_down = self.lora_down_of(x, &factor, device)?;
+        let factors = self.factors(&lora_down, device);
         let mut all = Vec::new();
         for ((projection, out), low) in self.all.iter().zip(outs).zip(&factors) {
             let mut terms = vec![Term {
-                weight: projection.matrix()?,
+                weight: device.matrix(&projection.base)?,
                 x: &factor,
             }];
             if let Some(pair) = &projection.lora {
                 terms.push(Term {
-                    weight: pair.b()?,
+                    weight: device.matrix(&pair.b)?,
                     x: low,
                 });
             }
+            let bias = projection.bias.as_ref();
             all.push(Product {
                 out,
                 terms,
-                onto,
-                bias: projection.bias()?,
+                onto: onto.same(),
+                bias: bias.map(|bias| device.vector(bias)).transpose()?,
             });
         }
-        products(all);
-        pool.give_factors(factors);
-        pool.give_factors([factor]);
+        device.products(all);
+        device.give_factors(factors);
+        device.give_factors([factor]);
         Ok(lora_down)
     }
 
     /// The gradients with respect to the outputs as factors.
-    fn grad_factors<'v>(&self, grad_outs: &[&'v [f32]], pool: &Pool) -> Result<Vec<Factor<'v>>> {
+    fn grad_factors<'v>(
+        &self,
+        grad_outs: &[&'v D::Buffer],
+        device: &D,
+    ) -> Result<Vec<Factor<'v, D>>> {
         let each = self.all.iter().zip(grad_outs);
         each.map(|(projection, grad_out)| {
-            Ok(pool.factor(self.shape.half, grad_out, projection.matrix()?.height()))
+            Ok(device.factor(self.shape.half, grad_out, projection.height()?))
         })
         .collect()
     }
@@ -253,63 +261,69 @@ impl<'a> ProjectionGroup<'a> {
     /// `s_i B_i^T grad_y_i`, in panels of each pair's rank: the gradient with respect to `A_i x`.
     pub(super) fn grad_lora_down(
         &self,
-        grad_outs: &[&[f32]],
-        pool: &Pool,
-    ) -> Result<Vec<Vec<f32>>> {
-        let factors = self.grad_factors(grad_outs, pool)?;
-        let grad_lora_down = self.grad_lora_down_of(&factors, pool)?;
-        pool.give_factors(factors);
+        grad_outs: &[&D::Buffer],
+        device: &D,
+    ) -> Result<Vec<D::Buffer>> {
+        let factors = self.grad_factors(grad_outs, device)?;
+        let grad_lora_down = self.grad_lora_down_of(&factors, device)?;
+        device.give_factors(factors);
         Ok(grad_lora_down)
     }
 
-    fn grad_lora_down_of(&self, factors: &[Factor<'_>], pool: &Pool) -> Result<Vec<Vec<f32>>> {
-        let mut grad_lora_down = self.ranks(pool);
+    fn grad_lora_down_of(&self, factors: &[Factor<'_, D>], device: &D) -> Result<Vec<D::Buffer>> {
+        let mut grad_lora_down = self.ranks(device);
         let mut all = Vec::new();
         for ((projection, out), x) in self.all.iter().zip(&mut grad_lora_down).zip(factors) {
             if let Some(pair) = &projection.lora {
-                all.push(alone(out, pair.b()?.transposed(), x));
+                all.push(alone(out, device.matrix(&pair.b)?.transposed(), x));
             }
         }
-        products(all);
-        self.scale(&mut grad_lora_down);
+        device.products(all);
+        self.scale(&mut grad_lora_down, device);
         Ok(grad_lora_down)
     }
 
     /// Writes the gradient with respect to the input to `grad_x`, panels of its features. Returns [`ProjectionGroup::grad_lora_down`].
     pub(super) fn backward(
         &self,
-        grad_outs: &[&[f32]],
-        grad_x: &mut [f32],
-        pool: &Pool,
-    ) -> Result<Vec<Vec<f32>>> {
-        let factors = self.grad_factors(grad_outs, pool)?;
-        let grad_lora_down = self.grad_lora_down_of(&factors, pool)?;
-        let lora_down = self.factors(&grad_lora_down, pool);
+        grad_outs: &[&D::Buffer],
+        grad_x: &mut D::Buffer,
+        device: &D,
+    ) -> Result<Vec<D::Buffer>> {
+        let factors = self.grad_factors(grad_outs, device)?;
+        let grad_lora_down = self.grad_lora_down_of(&factors, device)?;
+        let lora_down = self.factors(&grad_lora_down, device);
         let mut terms = Vec::new();
         for ((projection, factor), lora_down) in self.all.iter().zip(&factors).zip(&lora_down) {
             terms.push(Term {
-                weight: projection.matrix()?.transposed(),
+                weight: device.matrix(&projection.base)?.transposed(),
                 x: factor,
             });
             if let (Some(pair), None) = (&projection.lora, projection.dropout) {
                 terms.push(Term {
-                    weight: pair.a()?.transposed(),
+                    weight: device.matrix(&pair.a)?.transposed(),
                     x: lora_down,
                 });
             }
         }
-        product(grad_x, terms, Onto::Zero);
+        device.products(vec![Product {
+            out: grad_x,
+            terms,
+            onto: Onto::Zero,
+            bias: None,
+        }]);
         for (projection, lora_down) in self.all.iter().zip(&lora_down) {
             if let (Some(pair), Some(dropout)) = (&projection.lora, projection.dropout) {
-                let mut own = pool.take(grad_x.len());
-                products(vec![alone(&mut own, pair.a()?.transposed(), lora_down)]);
-                dropout.apply(&mut own, self.features, &self.shape.padded_index);
-                elementwise::add(grad_x, &own, 1.);
-                pool.give(own);
+                let mut own = device.take(device.length(grad_x));
+                let weight = device.matrix(&pair.a)?.transposed();
+                device.products(vec![alone(&mut own, weight, lora_down)]);
+                device.dropout(dropout, &mut own, self.features, &self.shape.padded_index);
+                device.add(grad_x, &own, 1.);
+                device.give(own);
             }
         }
-        pool.give_factors(lora_down);
-        pool.give_factors(factors);
+        device.give_factors(lora_down);
+        device.give_factors(factors);
         Ok(grad_lora_down)
     }
 
@@ -318,13 +332,13 @@ impl<'a> ProjectionGroup<'a> {
     pub(super) fn gradients(
         &self,
         linears: &[&Linear],
-        grad_outs: &[&[f32]],
-        x: &[f32],
-        lora_down: &[Vec<f32>],
-        grad_lora_down: &[Vec<f32>],
-        trainable: &mut Trainable<'_>,
+        grad_outs: &[&D::Buffer],
+        x: &D::Buffer,
+        lora_down: &[D::Buffer],
+        grad_lora_down: &[D::Buffer],
+        trainable: &mut Trainable<'_, D>,
     ) -> Result<()> {
-        let pool = trainable.pool;
+        let device = trainable.device;
         for (number, (projection, linear)) in self.all.iter().zip(linears).enumerate() {
             let (Some(grad_out), Some(lora_down), Some(grad_low)) = (
                 grad_outs.get(number),
@@ -333,35 +347,34 @@ impl<'a> ProjectionGroup<'a> {
             ) else {
                 continue;
             };
-            let height = projection.matrix()?.height();
+            let height = projection.height()?;
             if let Base::Dense(weight) = &linear.base {
-                trainable.add(weight, |sum| {
-                    outer((grad_out, height), (x, self.features), sum, Order::Straight);
+                trainable.add(weight, |device, sum| {
+                    let x = (x, self.features);
+                    device.outer((*grad_out, height), x, sum, 0, Order::Straight);
+                    Ok(())
                 })?;
             }
             if let Some(bias) = &linear.bias {
                 let tokens = self.shape.tokens;
-                trainable.add(bias, |sum| sum_over_tokens(grad_out, tokens, sum))?;
+                trainable.add(bias, |device, sum| {
+                    device.sum_over_tokens(grad_out, tokens, sum);
+                    Ok(())
+                })?;
             }
             if let (Some(pair), Some(lora)) = (&projection.lora, &linear.lora) {
-                let dropped = self.dropped(projection, x, pool);
-                let input = dropped.as_deref().unwrap_or(x);
-                trainable.add(&lora.a, |sum| {
-                    outer(
-                        (input, self.features),
-                        (grad_low, pair.rank),
-                        sum,
-                        Order::Transposed,
-                    );
+                let dropped = self.dropped(projection, x, device);
+                let input = dropped.as_ref().unwrap_or(x);
+                trainable.add(&lora.a, |device, sum| {
+                    let (input, low) = ((input, self.features), (grad_low, pair.rank));
+                    device.outer(input, low, sum, 0, Order::Transposed);
+                    Ok(())
                 })?;
-                pool.give_all(dropped);
-                trainable.add(&lora.b, |sum| {
-                    outer(
-                        (grad_out, height),
-                        (lora_down, pair.rank),
-                        sum,
-                        Order::Straight,
-                    );
+                device.give_all(dropped);
+                trainable.add(&lora.b, |device, sum| {
+                    let (grad, low) = ((*grad_out, height), (lora_down, pair.rank));
+                    device.outer(grad, low, sum, 0, Order::Straight);
+                    Ok(())
                 })?;
             }
         }

@@ -1,57 +1,70 @@
 //! The sizes of a pass, and what all its layers share.
 
-use candle_core::{DType, Device, Result};
+use candle_core::{DType, Result};
 use pipeline_kernels::attention::Heads;
-use pipeline_kernels::elementwise::{Rotary, rope};
-use pipeline_kernels::panels::{LANES, fill, size};
+use pipeline_kernels::panels::{fill, size};
 
+use super::device::{Device, Rotary};
 use super::layout::Layout;
-use super::pool::Pool;
 use crate::ml::model::arch::Arch;
 use crate::ml::model::{self, CausalLm};
 
 /// What the layers of a pass have in common.
-#[derive(Clone, Copy)]
-pub(super) struct PassContext<'a> {
-    pub(super) shape: &'a Shape,
+pub(super) struct PassContext<'a, D: Device> {
+    pub(super) shape: &'a Shape<D>,
     pub(super) layout: &'a Layout,
-    pub(super) pool: &'a Pool,
+    pub(super) device: &'a D,
 }
 
+impl<D: Device> Clone for PassContext<'_, D> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<D: Device> Copy for PassContext<'_, D> {}
+
 /// The sizes of a pass and what all its layers share.
-pub(super) struct Shape {
+pub(super) struct Shape<D: Device> {
     pub(super) tokens: usize,
     pub(super) hidden: usize,
     pub(super) inner: usize,
     pub(super) heads: Heads,
     /// The cosines and sines of each rotary embedding, panels of a feature for each rotated pair.
-    angles: Vec<(Vec<f32>, Vec<f32>)>,
+    angles: Vec<(D::Buffer, D::Buffer)>,
     /// The number of rotated pairs of features of a head.
     pairs: usize,
     /// For each token its index in the padded batches, on which its dropout depends.
-    pub(super) padded_index: Vec<u64>,
+    pub(super) padded_index: D::Numbers,
+    /// The spans for each size of a sliding window, and those without one.
+    spans: Vec<(Option<usize>, D::Spans)>,
     /// Whether products with the base's weights are computed in bf16.
     pub(super) half: bool,
     /// The number of tokens, from the first on, to which the adapter applies; the others see the base alone.
     pub(super) lora_tokens: usize,
 }
 
-impl Shape {
-    pub(super) fn new(model: &CausalLm, layout: &Layout) -> Result<Self> {
+impl<D: Device> Shape<D> {
+    pub(super) fn new(model: &CausalLm, layout: &Layout, device: &D) -> Result<Self> {
         let half = model.compute == DType::BF16;
-        Self::from_arch(&model.arch, layout, &model.device, half)
+        Self::from_arch(&model.arch, layout, device, half)
     }
 
     pub(super) fn from_arch(
         arch: &Arch,
         layout: &Layout,
-        device: &Device,
+        device: &D,
         in_bf16: bool,
     ) -> Result<Self> {
         let tokens = layout.ids.len();
         let ropes = 0..arch.ropes.len();
-        let angles = ropes.map(|rope| angles(arch, rope, layout, device));
+        let angles = ropes.map(|rope| {
+            let (cos, sin) = angles(arch, rope, layout)?;
+            Ok((device.upload(cos), device.upload(sin)))
+        });
         let angles = angles.collect::<Result<_>>()?;
+        let windows = std::iter::once(None).chain(layout.window_sizes().map(Some));
+        let spans = windows.map(|window| (window, device.spans(layout.spans(window))));
         Ok(Self {
             tokens,
             hidden: arch.hidden_size,
@@ -63,7 +76,8 @@ impl Shape {
             },
             angles,
             pairs: arch.rotary_dim / 2,
-            padded_index: layout.padded_index.clone(),
+            padded_index: device.numbers(&layout.padded_index),
+            spans: spans.collect(),
             half: in_bf16,
             lora_tokens: tokens,
         })
@@ -80,25 +94,34 @@ impl Shape {
     }
 
     /// The number of features of panels of this pass.
-    pub(super) fn features(&self, panels: &[f32]) -> usize {
-        panels.len() / size(1, self.tokens).max(1)
+    pub(super) fn features(&self, device: &D, panels: &D::Buffer) -> usize {
+        device.length(panels) / size(1, self.tokens).max(1)
+    }
+
+    /// The spans for a window, see [`Layout::spans`].
+    pub(super) fn spans(&self, window: Option<usize>) -> Result<&D::Spans> {
+        let of = |wanted| self.spans.iter().find(|(window, _)| *window == wanted);
+        match of(window).or_else(|| of(None)) {
+            Some((_, spans)) => Ok(spans),
+            None => candle_core::bail!("a pass without spans"),
+        }
     }
 
     /// A buffer for panels of `features`, contents unspecified.
-    pub(super) fn take(&self, pool: &Pool, features: usize) -> Vec<f32> {
-        pool.take(size(features, self.tokens))
+    pub(super) fn take(&self, device: &D, features: usize) -> D::Buffer {
+        device.take(size(features, self.tokens))
     }
 
     /// A buffer for panels of `features` whose lanes after the last token are zero.
-    pub(super) fn take_clean(&self, pool: &Pool, features: usize) -> Vec<f32> {
-        let mut buffer = self.take(pool, features);
-        let last = buffer.len().saturating_sub(features * LANES);
-        buffer[last..].fill(0.);
+    pub(super) fn take_clean(&self, device: &D, features: usize) -> D::Buffer {
+        let mut buffer = self.take(device, features);
+        device.clear_last_panel(&mut buffer, features);
         buffer
     }
 
     /// Applies a rotary embedding, if there is one, to panels of `features`, or with `back` its transpose.
-    pub(super) fn rope(&self, number: Option<usize>, x: &mut [f32], features: usize, back: bool) {
+    pub(super) fn rope(&self, device: &D, number: Option<usize>, x: &mut D::Buffer, back: bool) {
+        let features = self.features(device, x);
         let angles = number.and_then(|number| self.angles.get(number));
         if let Some((cos, sin)) = angles.filter(|_| self.pairs > 0) {
             let rotary = Rotary {
@@ -107,18 +130,13 @@ impl Shape {
                 pairs: self.pairs,
                 width: self.heads.width,
             };
-            rope(x, features, rotary, back);
+            device.rope(x, features, rotary, back);
         }
     }
 }
 
 /// The cosines and sines of a rotary embedding for the tokens of a pass, in panels of a feature for each rotated pair.
-fn angles(
-    arch: &Arch,
-    rope: usize,
-    layout: &Layout,
-    device: &Device,
-) -> Result<(Vec<f32>, Vec<f32>)> {
+fn angles(arch: &Arch, rope: usize, layout: &Layout) -> Result<(Vec<f32>, Vec<f32>)> {
     let (tokens, pairs) = (layout.ids.len(), arch.rotary_dim / 2);
     let mut cos = vec![0f32; tokens * pairs];
     let mut sin = cos.clone();
@@ -129,7 +147,8 @@ fn angles(
     for length in lengths {
         let own = || (0..tokens).filter(|token| layout.lengths[*token] == length);
         let positions = own().map(|token| layout.positions[token]);
-        let (some_cos, some_sin) = model::angles(arch, rope, positions, length, device)?;
+        let (some_cos, some_sin) =
+            model::angles(arch, rope, positions, length, &candle_core::Device::Cpu)?;
         for (all, some) in [(&mut cos, some_cos), (&mut sin, some_sin)] {
             let some = some.flatten_all()?.to_vec1::<f32>()?;
             for (token, row) in own().zip(some.chunks_exact(pairs.max(1))) {

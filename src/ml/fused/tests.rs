@@ -4,10 +4,12 @@ mod beside_base;
 mod bits;
 mod decode;
 mod families;
+#[cfg(feature = "gpu")]
+mod gpu;
 mod ids;
 mod options;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use super::backend::TOKENS;
 use super::memory::saved_bytes;
@@ -304,12 +306,12 @@ fn buffers_do_not_pile_up() {
     let objective: &dyn Loss = &Orpo { beta: 0.1 };
     let fused = Fused::new(&model, SHARED).unwrap();
     run_seen(&fused, SHARED, objective);
-    let after = fused.pool.count();
+    let after = fused.device.pool.count();
     for _ in 0..3 {
         run_seen(&fused, SHARED, objective);
     }
     assert!(after > 0);
-    assert_eq!(fused.pool.count(), after);
+    assert_eq!(fused.device.pool.count(), after);
 }
 
 /// A new model with heads of a shape, and widths that are no multiple of anything.

@@ -15,6 +15,9 @@ use crate::ml::quant::nf4;
 
 /// The values of a tensor, borrowed.
 pub(in crate::ml) struct TensorView<'a> {
+    /// Which tensor it is, for devices that keep a copy of it.
+    #[cfg(feature = "gpu")]
+    pub(in crate::ml) id: candle_core::TensorId,
     storage: StorageRef<'a>,
     layout: &'a Layout,
 }
@@ -22,16 +25,21 @@ pub(in crate::ml) struct TensorView<'a> {
 impl<'a> TensorView<'a> {
     pub(in crate::ml) fn tensor(tensor: &'a Tensor) -> Self {
         let (storage, layout) = tensor.storage_and_layout();
-        Self { storage, layout }
+        Self {
+            #[cfg(feature = "gpu")]
+            id: tensor.id(),
+            storage,
+            layout,
+        }
     }
 
-    pub(super) fn weight(weight: &'a Weight, pass: Pass) -> Result<Self> {
+    pub(in crate::ml) fn weight(weight: &'a Weight, pass: Pass) -> Result<Self> {
         let borrowed = Self::tensor(weight.stored(pass));
         borrowed.values()?;
         Ok(borrowed)
     }
 
-    fn values(&self) -> Result<Values<'_>> {
+    pub(in crate::ml) fn values(&self) -> Result<Values<'_>> {
         let Some((start, end)) = self.layout.contiguous_offsets() else {
             bail!("a weight is not contiguous")
         };
@@ -47,7 +55,7 @@ impl<'a> TensorView<'a> {
         }
     }
 
-    pub(super) fn floats(&self) -> Result<&[f32]> {
+    pub(in crate::ml) fn floats(&self) -> Result<&[f32]> {
         match self.values()? {
             Values::F32(values) => Ok(values),
             _ => bail!("the weight of a norm or a bias is not f32"),
@@ -55,7 +63,7 @@ impl<'a> TensorView<'a> {
     }
 
     /// Some rows of a matrix.
-    pub(super) fn rows(&self, rows: Range<usize>) -> Result<Matrix<'_>> {
+    pub(in crate::ml) fn rows(&self, rows: Range<usize>) -> Result<Matrix<'_>> {
         let (all, columns) = self.layout.shape().dims2()?;
         let span = rows.start.saturating_mul(columns)..rows.end.saturating_mul(columns);
         let values = match self.values()? {
@@ -82,9 +90,9 @@ impl<'a> TensorView<'a> {
 
 /// The weights of one projection.
 pub(super) struct Projection<'a> {
-    base: BaseWeight<'a>,
-    /// The bias (out).
-    bias: Option<TensorView<'a>>,
+    pub(super) base: BaseWeight<'a>,
+    /// The bias (out), if there is one.
+    pub(super) bias: Option<TensorView<'a>>,
     pub(super) lora: Option<Pair<'a>>,
     /// The dropout of the pair's input, if there is any.
     pub(super) dropout: Option<Dropout>,
@@ -125,8 +133,10 @@ impl<'a> BaseWeight<'a> {
 
 /// A LoRA pair.
 pub(super) struct Pair<'a> {
-    a: TensorView<'a>,
-    b: TensorView<'a>,
+    /// The matrix A (r, in).
+    pub(super) a: BaseWeight<'a>,
+    /// The matrix B (out, r).
+    pub(super) b: BaseWeight<'a>,
     pub(super) rank: usize,
     pub(super) scaling: f32,
 }
@@ -136,8 +146,8 @@ impl<'a> Pair<'a> {
     pub(super) fn new(a: &'a Tensor, b: &'a Tensor, scaling: f32) -> Result<Self> {
         Ok(Self {
             rank: a.dim(0)?,
-            a: TensorView::tensor(a),
-            b: TensorView::tensor(b),
+            a: BaseWeight::Dense(TensorView::tensor(a)),
+            b: BaseWeight::Dense(TensorView::tensor(b)),
             scaling,
         })
     }
@@ -180,31 +190,14 @@ impl<'a> Projection<'a> {
         })
     }
 
-    /// The base's weight (out, in).
-    pub(super) fn matrix(&self) -> Result<Matrix<'_>> {
-        self.base.matrix()
-    }
-
-    /// The bias (out), if there is one.
-    pub(super) fn bias(&self) -> Result<Option<&[f32]>> {
-        self.bias.as_ref().map(TensorView::floats).transpose()
+    /// The number of features of its result.
+    pub(super) fn height(&self) -> Result<usize> {
+        Ok(self.base.matrix()?.height())
     }
 
     /// The rank of the adapter's pair; 0 without one.
     pub(super) fn rank(&self) -> usize {
         self.lora.as_ref().map_or(0, |pair| pair.rank)
-    }
-}
-
-impl Pair<'_> {
-    /// The matrix A (r, in).
-    pub(super) fn a(&self) -> Result<Matrix<'_>> {
-        self.a.matrix()
-    }
-
-    /// The matrix B (out, r).
-    pub(super) fn b(&self) -> Result<Matrix<'_>> {
-        self.b.matrix()
     }
 }
 
@@ -241,7 +234,7 @@ pub(super) struct Norms<'a> {
 
 /// An RMS norm over as many features as its weight has elements, in f32.
 pub(super) struct NormView<'a> {
-    weight: TensorView<'a>,
+    pub(super) weight: TensorView<'a>,
     pub(super) eps: f32,
 }
 

@@ -53,7 +53,7 @@ impl Comparison {
     pub(in crate::ml) fn new(run: &str, tolerance: Tolerance, kind: Kind) -> Self {
         let packing = match kind {
             Kind::Reference => None,
-            Kind::Fused(packing) => Some(packing),
+            Kind::Fused(packing) | Kind::Gpu(packing) => Some(packing),
         };
         let way = match packing {
             None => "plain",

@@ -11,7 +11,7 @@ use super::models::{Loaded, Models, Side};
 use super::report::{self, Part, Scored};
 use super::require::{Requirements, is_empty};
 use crate::engine::{Context, Implied, Input, Neutral, Problem, Stage};
-use crate::ml::execution::Execution;
+use crate::ml::fused::Packing;
 use crate::ml::generate;
 use crate::ml::generation_config::stop_ids;
 use crate::ml::io::finite;
@@ -24,7 +24,9 @@ use crate::ml::model::batch::Row;
 use crate::ml::train::evaluate::{self, NotFinite};
 use crate::ml::train::{Passes, ReferenceModel, compute_dtype};
 use crate::stages::artifacts::{Adapter, Model, Scores, Tokens};
-use crate::stages::model_input::{BASE_OF_ADAPTER, pad_id, rows, split_or_test};
+use crate::stages::model_input::{
+    BASE_OF_ADAPTER, execution_on, note_work, pad_id, place, rows, split_or_test,
+};
 use crate::stages::rules::Rules;
 use crate::stages::text::{chat_template, tokenizers};
 use crate::text::tokenizer::Tokenizer;
@@ -369,8 +371,9 @@ impl Stage for Evaluate {
         let known = Models::vocabulary(cx, &self.model, baseline)?;
         let rows = rows(dataset, &split, known)?;
         let prefers = self.check_rows(&rows, &split)?;
+        let place = place(cx)?;
         let models = Models::open(cx, &self.model, adapter, baseline, compute)?;
-        let executions = models.executions(cx);
+        let executions = models.executions(cx, &place)?;
         let sides = models.sides(&executions);
         let reference = match &self.ref_model {
             Some(reference) => Some(Loaded::open(cx.input(reference)?, None, compute)?),
@@ -378,7 +381,8 @@ impl Stage for Evaluate {
         };
         let reference = reference
             .as_ref()
-            .map(|loaded| Execution::fastest(&loaded.model));
+            .map(|loaded| execution_on(cx, &loaded.model, Packing::default(), &place))
+            .transpose()?;
         let loss: Box<dyn Loss> = if prefers {
             self.loss.loss(self.beta)
         } else {
@@ -421,6 +425,7 @@ impl Stage for Evaluate {
                 by_row,
             });
         }
+        note_work(cx, &place);
         let names: &[&str] = if prefers {
             &["rewards/accuracies", "margin", "perplexity"]
         } else {

@@ -22,7 +22,7 @@ use crate::ml::sampling::{Sampler, Sampling};
 use crate::ml::train::bootstrap::RowScore;
 use crate::ml::train::compute_dtype;
 use crate::stages::artifacts::{Adapter, Model, Scores, Tokens};
-use crate::stages::model_input::{BASE_OF_ADAPTER, rows, split_or_test};
+use crate::stages::model_input::{BASE_OF_ADAPTER, note_work, place, rows, split_or_test};
 use crate::stages::rules::Rules;
 use crate::stages::text::{chat_template, tokenizers};
 use crate::text::tokenizer::Tokenizer;
@@ -387,7 +387,8 @@ impl Stage for EvaluateAnswers {
             parameters: self,
             pattern: self.pattern()?,
         };
-        let executions = models.executions(cx);
+        let place = place(cx)?;
+        let executions = models.executions(cx, &place)?;
         let sides = models.sides(&executions);
         let total = rows.len() * sides.len();
         let mut all = Vec::with_capacity(sides.len());
@@ -427,6 +428,7 @@ impl Stage for EvaluateAnswers {
             .zip(&all)
             .map(|(side, answers)| scored(side, names, answers))
             .collect();
+        note_work(cx, &place);
         report::write(cx, &split, rows.len(), &scored, names)?;
         let told = if self.regex_pattern.is_some() {
             "regex_match"

@@ -20,7 +20,7 @@ use crate::ml::train::bootstrap::RowScore;
 use crate::ml::train::compute_dtype;
 use crate::ml::train::evaluate::log_likelihoods;
 use crate::stages::artifacts::{Adapter, Dataset, Model, Scores};
-use crate::stages::model_input::{BASE_OF_ADAPTER, pad_id, split_or_test};
+use crate::stages::model_input::{BASE_OF_ADAPTER, note_work, pad_id, place, split_or_test};
 use crate::stages::rules::Rules;
 use crate::stages::text::tokenizers;
 use crate::text::tokenizer::{Tokenizer, special_tokens};
@@ -286,7 +286,8 @@ impl Stage for EvaluateChoices {
         let compute = compute_dtype(self.bf16, self.fp16);
         let (adapter, baseline) = (self.adapter.as_ref(), self.baseline.as_ref());
         let models = Models::open(cx, &self.model, adapter, baseline, compute)?;
-        let executions = models.executions(cx);
+        let place = place(cx)?;
+        let executions = models.executions(cx, &place)?;
         let sides = models.sides(&executions);
         let count: usize = asked.iter().map(|one| one.question.choices.len()).sum();
         let total = Some((count * sides.len()) as u64);
@@ -329,6 +330,7 @@ impl Stage for EvaluateChoices {
             .map(|taken| format!("{:.1} %", 100. * taken.scored.metrics["acc"]))
             .collect();
         let scored: Vec<Scored> = all.into_iter().map(|taken| taken.scored).collect();
+        note_work(cx, &place);
         report::write(cx, &split, asked.len(), &scored, &METRICS)?;
         cx.info(format!(
             "the right one of the choices is likeliest in {} of {} questions",

@@ -8,10 +8,12 @@ use super::report::Part;
 use crate::engine::{Context, Input};
 use crate::ml::adapter::{Adapter as LoraAdapter, FILE};
 use crate::ml::execution::Execution;
+use crate::ml::fused::Packing;
 use crate::ml::model::linear::Pass;
 use crate::ml::model::{CausalLm, Trained, tied};
+use crate::ml::place::Place;
 use crate::stages::artifacts::{Adapter, Model};
-use crate::stages::model_input::note_fallback;
+use crate::stages::model_input::execution_on;
 
 /// A model in memory with the folder that it comes from.
 pub(super) struct Loaded {
@@ -96,14 +98,16 @@ impl Models {
     }
 
     /// The backends of the models: that of the scored one, and that of the baseline.
-    pub(super) fn executions(&self, cx: &Context) -> (Execution<'_>, Option<Execution<'_>>) {
-        let scored = Execution::fastest(&self.scored.model);
-        note_fallback(cx, &scored);
+    pub(super) fn executions(
+        &self,
+        cx: &Context,
+        place: &Place,
+    ) -> anyhow::Result<(Execution<'_>, Option<Execution<'_>>)> {
+        let packing = Packing::default();
+        let scored = execution_on(cx, &self.scored.model, packing, place)?;
         let baseline = self.baseline.as_ref();
-        (
-            scored,
-            baseline.map(|other| Execution::fastest(&other.model)),
-        )
+        let baseline = baseline.map(|other| execution_on(cx, &other.model, packing, place));
+        Ok((scored, baseline.transpose()?))
     }
 
     /// Who is compared with whom: what it is compared with, if anything, comes first.

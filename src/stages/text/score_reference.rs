@@ -16,7 +16,7 @@ use crate::data::table::{Split, Writer, pass, splits};
 use crate::data::tokens;
 use crate::engine::{Context, Implied, Input, Problem, Stage};
 use crate::ml::adapter::Adapter as LoraAdapter;
-use crate::ml::execution::Execution;
+use crate::ml::fused::Packing;
 use crate::ml::loss::Loss;
 use crate::ml::loss::dpo::Dpo;
 use crate::ml::loss::kto::{Kto, LossType};
@@ -24,7 +24,7 @@ use crate::ml::model::batch::Row;
 use crate::ml::model::{CausalLm, Trained, tied};
 use crate::ml::train::{Passes, ReferenceModel, compute_dtype};
 use crate::stages::artifacts::{Adapter, Model, Tokens};
-use crate::stages::model_input::{BASE_OF_ADAPTER, note_fallback, pad_id, row};
+use crate::stages::model_input::{BASE_OF_ADAPTER, execution_on, note_work, pad_id, place, row};
 use crate::stages::reference_columns::{Made, RowsDigest, Scorer, changes_nothing};
 use crate::stages::rules::Rules;
 
@@ -105,8 +105,8 @@ impl Stage for ScoreReference {
             &Device::Cpu,
         )?;
         drop(weights);
-        let execution = Execution::fastest(&model);
-        note_fallback(cx, &execution);
+        let place = place(cx)?;
+        let execution = execution_on(cx, &model, Packing::default(), &place)?;
         let splits = splits(dataset)?.into_iter();
         let splits = splits.map(|(name, files)| Split::of_files(&name, files));
         let splits = splits.collect::<anyhow::Result<Vec<Split>>>()?;
@@ -142,6 +142,7 @@ impl Stage for ScoreReference {
             done += split.rows();
         }
         cx.note("rows", done);
+        note_work(cx, &place);
         Made::new(by, digests).write(cx.out())?;
         scoring.added.write(cx.out())?;
         if let Some(labelled) = labelled {

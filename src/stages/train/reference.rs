@@ -2,12 +2,15 @@
 
 use std::path::{Path, PathBuf};
 
+use anyhow::anyhow;
 use candle_core::DType;
 
 use crate::engine::{Context, Input};
 use crate::ml::adapter::Adapter;
-use crate::ml::execution::{Execution, Kind};
+use crate::ml::execution::Execution;
+use crate::ml::fused::Packing;
 use crate::ml::model::{CausalLm, Trained, tied};
+use crate::ml::place::Place;
 use crate::ml::train::ReferenceModel;
 use crate::stages::artifacts::{self as stages, Model};
 use crate::stages::reference_columns::{Scorer, changes_nothing};
@@ -169,10 +172,17 @@ impl Loaded {
     }
 
     /// The model to run, if it is one of its own.
-    pub(super) fn execution(&self, kind: Kind) -> Option<Execution<'_>> {
+    pub(super) fn execution(
+        &self,
+        packing: Packing,
+        place: &Place,
+    ) -> anyhow::Result<Option<Execution<'_>>> {
         match self {
-            Self::Frozen(model) => Some(Execution::new(model, kind)),
-            Self::None | Self::Base | Self::Rows => None,
+            Self::Frozen(model) => match Execution::placed(model, packing, place) {
+                Ok(execution) => Ok(Some(execution)),
+                Err(why) => Err(anyhow!("the reference model can't run on the GPU: {why}")),
+            },
+            Self::None | Self::Base | Self::Rows => Ok(None),
         }
     }
 

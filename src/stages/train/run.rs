@@ -25,7 +25,7 @@ use crate::ml::train::{
     Ending, Job, Log, Origin, Passes, ReferenceModel, Start, Step, continue_from, train,
     trainer_state,
 };
-use crate::stages::model_input::note_fallback;
+use crate::stages::model_input::{execution_on, note_work, place};
 use crate::stages::text::chat_template;
 
 /// Says where the training starts, and puts it into the record.
@@ -137,15 +137,15 @@ pub(super) fn run<M: Method>(
     let device = Device::Cpu;
     let model = CausalLm::load(&arch, &weights, adapter.as_ref(), trained, compute, &device)?;
     drop(weights);
+    let place = place(cx)?;
     let loss = method.loss();
     let execution = if loss.label_smoothing() > 0. {
         cx.note("reference_path", "label smoothing");
         cx.info("runs on the slower reference path, for the fast one lacks label smoothing");
         Execution::new(&model, Kind::Reference)
     } else {
-        Execution::new(&model, Kind::Fused(packing))
+        execution_on(cx, &model, packing, &place)?
     };
-    note_fallback(cx, &execution);
     let longest = estimate.counts.get("longest_pass").copied();
     execution.expect(usize::try_from(longest.unwrap_or(0))?);
     if *arguments.cache_frozen_layers && settings.neftune_noise_alpha.is_some() {
@@ -157,7 +157,7 @@ pub(super) fn run<M: Method>(
     }
     let mut loaded = Loaded::new(cx, &reference.0, reference.1, compute)?;
     if precomputes {
-        let own = loaded.execution(Kind::Fused(packing));
+        let own = loaded.execution(packing, &place)?;
         let passes = Passes {
             execution: &execution,
             loss: &*loss,
@@ -168,7 +168,7 @@ pub(super) fn run<M: Method>(
         drop(own);
         loaded = Loaded::None;
     }
-    let own = loaded.execution(Kind::Fused(packing));
+    let own = loaded.execution(packing, &place)?;
     let reference = if precomputes {
         ReferenceModel::Rows
     } else {
@@ -197,6 +197,7 @@ pub(super) fn run<M: Method>(
     let ending = train(&job, &settings, &mut |step| reporter.step(cx, &start, step))?;
     cx.note("tokens", reporter.tokens);
     cx.note("computed_tokens", reporter.computed);
+    note_work(cx, &place);
     if let Some(resident) = Resident::of_this_process() {
         cx.note("peak_memory", resident.peak);
     }

@@ -455,7 +455,7 @@ fn estimated(arch: &Arch, compute: DType, checkpointing: bool) -> f64 {
     let estimate = sizes.unwrap().learning(length, checkpointing, false).all();
     // The head's rows at the targets are no buffers of the pool.
     let at_targets = 2 * targets.len() * arch.hidden_size * size_of::<f32>();
-    (estimate - at_targets) as f64 / fused.pool.bytes() as f64
+    (estimate - at_targets) as f64 / fused.device.pool.bytes() as f64
 }
 
 /// As near as for a Llama of these sizes, which are such that layers count for more than the logits.

@@ -1,0 +1,111 @@
+//! The copies of weights that a GPU keeps from pass to pass.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use candle_core::{Result, TensorId};
+use pipeline_kernels::matrix::Values;
+use pipeline_kernels_gpu as gpu;
+
+use super::failed;
+
+/// A copy that no pass of so many used is dropped.
+const PASSES: u64 = 32;
+
+/// Which weight a copy belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Key {
+    /// A dense one.
+    Tensor(TensorId),
+    /// One in 4 bits, by its address in the model, which outlives the copies.
+    Nf4(usize),
+}
+
+/// A copy, whether its values are still the host's, and the last pass that used it.
+struct Copied<T> {
+    copy: Arc<T>,
+    fresh: bool,
+    used: u64,
+}
+
+/// Copies of weights and of vectors.
+#[derive(Default)]
+pub(super) struct Copies {
+    weights: HashMap<Key, Copied<gpu::Weight>>,
+    vectors: HashMap<TensorId, Copied<gpu::Buffer>>,
+    pass: u64,
+}
+
+impl Copies {
+    /// Begins a pass, before which these tensors may have changed.
+    pub(super) fn begin(&mut self, changed: impl Iterator<Item = TensorId>) {
+        self.pass += 1;
+        let first = self.pass.saturating_sub(PASSES);
+        self.weights.retain(|_, entry| entry.used >= first);
+        self.vectors.retain(|_, entry| entry.used >= first);
+        for id in changed {
+            if let Some(entry) = self.weights.get_mut(&Key::Tensor(id)) {
+                entry.fresh = false;
+            }
+            if let Some(entry) = self.vectors.get_mut(&id) {
+                entry.fresh = false;
+            }
+        }
+    }
+
+    /// The copy of a weight (rows, columns), which is made or brought up to date.
+    pub(super) fn weight(
+        &mut self,
+        device: &gpu::Device,
+        key: Key,
+        values: Values<'_>,
+        (rows, columns): (usize, usize),
+    ) -> Result<Arc<gpu::Weight>> {
+        let used = self.pass;
+        if let Some(entry) = self.weights.get_mut(&key) {
+            entry.used = used;
+            if !entry.fresh
+                && let (Some(copy), Values::F32(values)) = (Arc::get_mut(&mut entry.copy), values)
+            {
+                device.write_weight(copy, values);
+                entry.fresh = true;
+            }
+            if entry.fresh {
+                return Ok(Arc::clone(&entry.copy));
+            }
+        }
+        let made = device.upload_weight(values, rows, columns);
+        let copy = Arc::new(made.map_err(failed)?);
+        let entry = Copied {
+            copy: Arc::clone(&copy),
+            fresh: true,
+            used,
+        };
+        self.weights.insert(key, entry);
+        Ok(copy)
+    }
+
+    /// The copy of a norm's weight or a bias, which is made or brought up to date.
+    pub(super) fn vector(
+        &mut self,
+        device: &gpu::Device,
+        id: TensorId,
+        values: &[f32],
+    ) -> Result<Arc<gpu::Buffer>> {
+        let used = self.pass;
+        if let Some(entry) = self.vectors.get_mut(&id)
+            && entry.fresh
+        {
+            entry.used = used;
+            return Ok(Arc::clone(&entry.copy));
+        }
+        let copy = Arc::new(device.upload(values).map_err(failed)?);
+        let entry = Copied {
+            copy: Arc::clone(&copy),
+            fresh: true,
+            used,
+        };
+        self.vectors.insert(id, entry);
+        Ok(copy)
+    }
+}

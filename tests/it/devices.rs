@@ -1,0 +1,117 @@
+//! `device:` beside a stage's kind, and `run --device`: what can't be had is told, and where a result was made is no part of what it is.
+
+use crate::support::program::Project;
+
+/// The quickstart up to its adapter, with short trainings.
+const RECIPE: [&str; 6] = [
+    "recipes/quickstart.yaml",
+    "tuned",
+    "--set",
+    "stages.base.train_sft.max_steps=1",
+    "--set",
+    "stages.tuned.train_orpo.max_steps=2",
+];
+
+#[test]
+fn a_gpu_that_is_not_there_is_an_error_and_with_auto_the_processor() {
+    let project = Project::with_recipes();
+    fn run<'a>(more: &[&'a str]) -> Vec<&'a str> {
+        [&["run"], &RECIPE[..], more].concat()
+    }
+    project.refuses(&run(&["--device", "cuda"]), "`cuda` is no device");
+    let ended = project.run(&run(&["--device", "gpu:99"]));
+    assert_eq!(ended.code, Some(1), "{}", ended.stderr);
+    let why = if cfg!(feature = "gpu") {
+        "there is no GPU number 99"
+    } else {
+        "this program was built without the feature `gpu`"
+    };
+    assert!(ended.stderr.contains(why), "{}", ended.stderr);
+    // Machines that run tests have no real GPU, or it can do this.
+    project.succeeds(&run(&["--device", "auto"]));
+    assert_eq!(project.ran(&RECIPE), Vec::<String>::new());
+
+    let recipe = project.read("recipes/quickstart.yaml");
+    let beside = |device: &str| {
+        let recipe = recipe.replace("  tuned:\n", &format!("  tuned:\n    device: {device}\n"));
+        project.write("recipes/quickstart.yaml", &recipe);
+    };
+    beside("auto");
+    assert_eq!(project.ran(&RECIPE), Vec::<String>::new(), "still fresh");
+    let elsewhere = recipe.replace("  adapter:\n", "  adapter:\n    device: gpu\n");
+    project.write("recipes/quickstart.yaml", &elsewhere);
+    let why = "`attach_lora` computes on the processor";
+    project.refuses(&["validate", "recipes/quickstart.yaml"], why);
+    beside("gpus");
+    project.refuses(
+        &["validate", "recipes/quickstart.yaml"],
+        "`gpus` is no device",
+    );
+}
+
+/// A training that begins on a GPU (or what plays one) and goes on, on the processor, to what the processor alone gives.
+#[cfg(feature = "gpu")]
+#[test]
+fn a_training_goes_on_on_another_device() {
+    use crate::support::program::{events, stages};
+
+    let needed = std::env::var_os("PIPELINE_NEEDS_GPU").is_some_and(|value| value == "1");
+    let arguments = |steps: &'static str, device: &'static str| {
+        let mut all = vec![
+            "run",
+            "recipes/quickstart.yaml",
+            "tuned",
+            "--json",
+            "--device",
+            device,
+        ];
+        all.extend(["--set", "stages.base.train_sft.max_steps=1"]);
+        all.extend([
+            "--set",
+            "stages.tuned.train_orpo.lr_scheduler_type=constant",
+        ]);
+        all.extend(["--set", steps]);
+        all
+    };
+    let (few, all) = (
+        "stages.tuned.train_orpo.max_steps=2",
+        "stages.tuned.train_orpo.max_steps=4",
+    );
+    let project = Project::with_recipes();
+    let ended = project.run(&arguments(few, "gpu"));
+    if ended.code != Some(0) && ended.stderr.contains("there is no GPU") && !needed {
+        eprintln!("skipped: {}", ended.stderr);
+        return;
+    }
+    assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+    let record = |project: &Project, out: &str| {
+        let done = stages(&events(out), "stage_done");
+        let artifact = done["tuned"]["artifact"].as_str().unwrap().to_owned();
+        let mut records = project.records().into_iter();
+        let own = records.find(|record| record["artifact"] == *artifact);
+        (own.unwrap(), artifact)
+    };
+    let (begun, _) = record(&project, &ended.stdout);
+    assert!(begun["notes"]["device"]["name"].is_string(), "{begun}");
+    assert!(begun["notes"]["gpu_work"]["launches"].as_u64() > Some(100));
+    // It goes on from the end of the shorter training.
+    let (_, gone_on) = record(&project, &project.succeeds(&arguments(all, "cpu")));
+    let plain = Project::with_recipes();
+    let (alone, expected) = record(&plain, &plain.succeeds(&arguments(all, "cpu")));
+    assert!(alone["notes"].get("device").is_none());
+    let losses = |project: &Project, artifact: &str| -> Vec<f64> {
+        let path = format!(".pipeline/v1/artifacts/{artifact}/metrics.jsonl");
+        let lines = project.read(&path);
+        let lines = lines
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap());
+        lines
+            .filter_map(|line: serde_json::Value| line["loss"].as_f64())
+            .collect()
+    };
+    let (ours, theirs) = (losses(&project, &gone_on), losses(&plain, &expected));
+    assert_eq!((ours.len(), theirs.len()), (4, 4));
+    for (a, b) in ours.iter().zip(&theirs) {
+        assert!((a - b).abs() < 1e-4 * b.abs(), "{ours:?} {theirs:?}");
+    }
+}
