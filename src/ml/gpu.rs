@@ -179,7 +179,7 @@ impl Device for Gpu {
         Floats(Some(self.device.take_with(&values)))
     }
 
-    fn into_values(&self, buffers: Vec<Floats>) -> Result<Vec<Vec<f32>>> {
+    fn take_values(&self, buffers: Vec<Floats>) -> Result<Vec<Vec<f32>>> {
         let read = |buffer: &Floats| self.device.read(self.of(buffer)).map_err(failed);
         buffers.iter().map(read).collect()
     }

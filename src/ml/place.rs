@@ -121,8 +121,9 @@ impl Place {
             Err(why) if wanted == Wanted::Auto => Ok(Self {
                 #[cfg(feature = "gpu")]
                 wanted,
+                #[cfg(feature = "gpu")]
+                gpu: None,
                 instead: Some(why),
-                ..Self::cpu()
             }),
             Err(why) => Err(why),
         }

@@ -14,10 +14,10 @@ const RECIPE: [&str; 6] = [
 
 #[test]
 fn a_gpu_that_is_not_there_is_an_error_and_with_auto_the_processor() {
-    let project = Project::with_recipes();
     fn run<'a>(more: &[&'a str]) -> Vec<&'a str> {
         [&["run"], &RECIPE[..], more].concat()
     }
+    let project = Project::with_recipes();
     project.refuses(&run(&["--device", "cuda"]), "`cuda` is no device");
     let ended = project.run(&run(&["--device", "gpu:99"]));
     assert_eq!(ended.code, Some(1), "{}", ended.stderr);

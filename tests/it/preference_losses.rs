@@ -221,7 +221,7 @@ fn pairs_train_a_reward_model() {
     let project = Project::empty();
     let rows: String = pairs()
         .lines()
-        .map(|line| line.replace("}", ",\"margin\":0.5}") + "\n")
+        .map(|line| line.replace('}', ",\"margin\":0.5}") + "\n")
         .collect();
     project.write("rows.jsonl", &rows);
     let text = reward_recipe(&format!(

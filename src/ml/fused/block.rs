@@ -106,9 +106,9 @@ impl<D: Device> BlockEnd<'_, D> {
             }
             let mut out = device.take(device.length(residual));
             let lora_down = if is_one(self.scale) {
-                group.forward(x, vec![&mut out], Onto::Values(residual), device)?
+                group.forward(x, vec![&mut out], &Onto::Values(residual), device)?
             } else {
-                let lora_down = group.forward(x, vec![&mut out], Onto::Zero, device)?;
+                let lora_down = group.forward(x, vec![&mut out], &Onto::Zero, device)?;
                 device.scale_and_add(&mut out, self.scale, residual);
                 lora_down
             };
@@ -119,7 +119,7 @@ impl<D: Device> BlockEnd<'_, D> {
             });
         };
         let mut values = device.take(device.length(residual));
-        let lora_down = group.forward(x, vec![&mut values], Onto::Zero, device)?;
+        let lora_down = group.forward(x, vec![&mut values], &Onto::Zero, device)?;
         let (mut out, mut inverse) = (device.take(device.length(residual)), shape.take(device, 1));
         let onto = (residual, self.scale);
         device.rms_norm_onto(

@@ -84,7 +84,7 @@ impl Device for Cpu {
         values
     }
 
-    fn into_values(&self, buffers: Vec<Vec<f32>>) -> Result<Vec<Vec<f32>>> {
+    fn take_values(&self, buffers: Vec<Vec<f32>>) -> Result<Vec<Vec<f32>>> {
         Ok(buffers)
     }
 

@@ -163,7 +163,7 @@ pub(in crate::ml) trait Device: Send + Sync + Sized {
     ///
     /// # Errors
     /// An operation before this failed, or the device is lost.
-    fn into_values(&self, buffers: Vec<Self::Buffer>) -> Result<Vec<Vec<f32>>>;
+    fn take_values(&self, buffers: Vec<Self::Buffer>) -> Result<Vec<Vec<f32>>>;
 
     /// Whether a buffer is the host's memory, so that reading it costs nothing.
     const ON_HOST: bool;
@@ -434,7 +434,7 @@ pub(in crate::ml) trait Device: Send + Sync + Sized {
     /// The summaries as values.
     ///
     /// # Errors
-    /// Those of [`Device::into_values`].
+    /// Those of [`Device::take_values`].
     fn summary_values<'s>(&self, summaries: &'s Self::Summaries) -> Result<Cow<'s, [Summary]>>;
 
     /// Multiplies all `features` of each token by its factor, a float for each lane of each panel.
@@ -443,7 +443,7 @@ pub(in crate::ml) trait Device: Send + Sync + Sized {
     /// Adds the sum of each token's logits, with a soft-cap, to its sum.
     ///
     /// # Errors
-    /// Those of [`Device::into_values`].
+    /// Those of [`Device::take_values`].
     fn sum_capped(
         &self,
         logits: &Self::Buffer,
@@ -454,7 +454,7 @@ pub(in crate::ml) trait Device: Send + Sync + Sized {
     /// The products in f64 of the features of some tokens with `weights` (features).
     ///
     /// # Errors
-    /// Those of [`Device::into_values`].
+    /// Those of [`Device::take_values`].
     fn token_dots(
         &self,
         x: &Self::Buffer,
@@ -466,7 +466,7 @@ pub(in crate::ml) trait Device: Send + Sync + Sized {
     /// The sum over tokens and features of `x * of_tokens[token] * of_features[feature]`; `of_tokens` has a number for each lane.
     ///
     /// # Errors
-    /// Those of [`Device::into_values`].
+    /// Those of [`Device::take_values`].
     fn weighted_sum(
         &self,
         x: &Self::Buffer,

@@ -177,7 +177,7 @@ pub(super) fn score<D: Device>(
     device.give(logits);
     device.give_factors([factor]);
     device.give(x);
-    let mut chosen = device.into_values(vec![chosen])?.pop().unwrap_or_default();
+    let mut chosen = device.take_values(vec![chosen])?.pop().unwrap_or_default();
     if let Some(cap) = softcap {
         let tanh = |logit: &f32| (logit / cap).tanh();
         let slopes = chosen.iter().map(|logit| 1. - tanh(logit).powi(2));

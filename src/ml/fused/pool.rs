@@ -153,7 +153,9 @@ mod tests {
         pool.begin(3);
         let buffers = [64, 512].map(|width| pool.take(3 * width));
         let token_indices = buffers.each_ref().map(Vec::as_ptr);
-        buffers.into_iter().for_each(|buffer| pool.give(buffer));
+        for buffer in buffers {
+            pool.give(buffer);
+        }
         pool.begin(10);
         let longer = [512, 64].map(|width| pool.take(10 * width));
         assert_eq!(longer[0].as_ptr(), token_indices[1]);

@@ -88,12 +88,12 @@ impl<'a, D: Device> ProjectionGroup<'a, D> {
         let mut parts = widths.map(|width| self.shape.take(device, width));
         if self.all.len() == N {
             let outs = parts.iter_mut().collect();
-            let lora_down = self.forward(x, outs, Onto::Zero, device)?;
+            let lora_down = self.forward(x, outs, &Onto::Zero, device)?;
             return Ok((parts, lora_down));
         }
         let features = widths.iter().sum();
         let mut joined = self.shape.take(device, features);
-        let lora_down = self.forward(x, vec![&mut joined], Onto::Zero, device)?;
+        let lora_down = self.forward(x, vec![&mut joined], &Onto::Zero, device)?;
         let mut first = 0;
         for (part, width) in parts.iter_mut().zip(widths) {
             let from = Part { features, first };
@@ -213,7 +213,7 @@ impl<'a, D: Device> ProjectionGroup<'a, D> {
         &self,
         x: &D::Buffer,
         outs: Vec<&mut D::Buffer>,
-        onto: Onto<'_, D>,
+        onto: &Onto<'_, D>,
         device: &D,
     ) -> Result<Vec<D::Buffer>> {
         let factor = device.factor(self.shape.half, x, self.features);

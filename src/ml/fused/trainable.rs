@@ -45,7 +45,7 @@ impl<'a, D: Device> Trainable<'a, D> {
     /// Adds what is still on the device. To be called once more at the end of the pass.
     pub(super) fn finish(&mut self) -> Result<()> {
         let (vars, sums): (Vec<Var>, Vec<D::Buffer>) = self.pending.drain(..).unzip();
-        let all = self.device.into_values(sums)?;
+        let all = self.device.take_values(sums)?;
         for (var, values) in vars.iter().zip(all) {
             self.gradients.add_values(self.model, var, values)?;
         }
