@@ -14,13 +14,15 @@ use crate::kernels::{LANES as WIDE, PARTS, exp_down, lanes_and_parts, sum_of_par
 
 /// The ids that a unit sums before their sum joins its total, which keeps rounding errors small.
 const SUMMED: usize = 64;
+/// The number of rows of a summary.
+const ROWS: usize = 5;
 /// Less than any logit, in the place of the largest one of none.
 const LOWEST: f32 = -3.0e38;
 
 /// What [`Summary`] holds, for each of some panels on the device.
 #[derive(Debug)]
 pub struct Summaries {
-    /// For each panel the rows `largest`, `argmax`, `sum` and `weighted`, as bits.
+    /// For each panel the rows `largest`, `argmax`, `sum`, `weighted` and `squares`, as bits.
     words: Buffer,
     panels: usize,
 }
@@ -30,7 +32,7 @@ fn no_summaries_kernel(words: &mut [u32]) {
     let index = ABSOLUTE_POS;
     if index < words.len() {
         let mut value = 0u32;
-        if (index / WIDE) % 4 == 0 {
+        if (index / WIDE) % ROWS == 0 {
             value = u32::reinterpret(f32::new(LOWEST));
         }
         words[index] = value;
@@ -63,7 +65,7 @@ fn online_softmax_kernel(
     let mut shared_ids = Shared::<[u32]>::new_slice(WIDE * PARTS);
     if CUBE_POS < factors.len() / WIDE {
         let start = CUBE_POS * ids * WIDE + lane;
-        let summary = CUBE_POS * 4 * WIDE + lane;
+        let summary = CUBE_POS * ROWS * WIDE + lane;
         let mut largest = f32::new(LOWEST);
         let mut best = 0xffff_ffffu32;
         let mut id = part;
@@ -98,16 +100,19 @@ fn online_softmax_kernel(
         }
         let mut sum = 0.0f32;
         let mut weighted = 0.0f32;
+        let mut squares = 0.0f32;
         let mut id = part;
         while id < ids {
             let mut some = 0.0f32;
             let mut some_weighted = 0.0f32;
+            let mut some_squares = 0.0f32;
             for _step in 0..SUMMED {
                 if id < ids {
                     let logit = logits[start + id * WIDE];
                     let below = logit - largest;
                     let e = exp_down(below);
                     some += e;
+                    some_squares += e * e;
                     some_weighted += e * below.max(-100.0f32);
                     let mut left = e;
                     if comptime!(capped) {
@@ -120,9 +125,11 @@ fn online_softmax_kernel(
             }
             sum += some;
             weighted += some_weighted;
+            squares += some_squares;
         }
         let new_sum = sum_of_parts(&mut shared, sum);
         let new_weighted = sum_of_parts(&mut shared, weighted);
+        let new_squares = sum_of_parts(&mut shared, squares);
         if part == 0 {
             let below = before - largest;
             let factor = exp_down(below);
@@ -133,6 +140,9 @@ fn online_softmax_kernel(
             words[summary + WIDE] = best;
             words[summary + 2 * WIDE] = u32::reinterpret(old_sum * factor + new_sum);
             words[summary + 3 * WIDE] = u32::reinterpret(moved + new_weighted);
+            let old_squares = f32::reinterpret(words[summary + 4 * WIDE]);
+            words[summary + 4 * WIDE] =
+                u32::reinterpret(old_squares * factor * factor + new_squares);
             factors[CUBE_POS * WIDE + lane] = factor;
         }
     }
@@ -168,7 +178,7 @@ fn sum_capped_kernel(logits: &[f32], out: &mut [f32], cap: f32, ids: u32) {
 impl Device {
     /// The summaries of no ids, for so many panels.
     pub fn summaries(&self, panels: usize) -> Summaries {
-        let words = self.take(4 * LANES * panels);
+        let words = self.take(ROWS * LANES * panels);
         if !self.idle(panels) {
             let (cubes, units) = self.units(words.len());
             no_summaries_kernel::launch(&self.client, cubes, units, words.arg());
@@ -231,15 +241,16 @@ impl Device {
     pub fn summary_values(&self, summaries: &Summaries) -> Result<Vec<Summary>, Error> {
         let words = self.read_words(&summaries.words)?;
         let (rows, _) = words.as_chunks::<LANES>();
-        let (panels, _) = rows.as_chunks::<4>();
+        let (panels, _) = rows.as_chunks::<ROWS>();
         let floats = |row: &[u32; LANES]| row.map(f32::from_bits);
         let panels = panels
             .iter()
-            .map(|[largest, argmax, sum, weighted]| Summary {
+            .map(|[largest, argmax, sum, weighted, squares]| Summary {
                 largest: floats(largest),
                 argmax: *argmax,
                 sum: floats(sum),
                 weighted: floats(weighted),
+                squares: floats(squares),
             });
         Ok(panels.collect())
     }

@@ -76,6 +76,10 @@ impl fmt::Debug for Gpu {
     }
 }
 
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "the signature that `map_err` takes"
+)]
 fn failed(error: gpu::Error) -> Error {
     Error::Msg(error.to_string())
 }

@@ -61,7 +61,7 @@ pub fn support() -> String {
     text.push_str("\n## Machines\n\n| | |\n|---|---|\n");
     text.push_str("| x86-64 | AVX2 or AVX-512 with their bf16 and AMX instructions, found at run time; plain code on older processors |\n");
     text.push_str("| 64-bit Arm | NEON, with bf16 where the processor has it |\n");
-    text.push_str("| GPU | not yet |\n| system | Linux |\n| computing in | f32; `bf16: true` and `fp16: true` for matrix products |\n");
+    text.push_str("| GPU | with the feature `gpu`; [not measured yet](../gpu.md) |\n| system | Linux |\n| computing in | f32; `bf16: true` and `fp16: true` for matrix products |\n");
     text.push_str("| weights stored in | float32, float16, bfloat16, bitsandbytes' NF4 |\n");
     text.push_str(&gguf());
     _ = write!(

@@ -10,6 +10,7 @@ use crate::ml::place::{Place, Wanted};
 const ORPO: &dyn Loss = &Orpo { beta: 0.1 };
 
 /// The first GPU, or a program that plays one.
+#[expect(clippy::disallowed_methods, reason = "a switch of the tests alone")]
 fn place() -> Option<&'static Place> {
     static PLACE: OnceLock<Option<Place>> = OnceLock::new();
     let open = || match Place::open(Wanted::Gpu(0)) {
