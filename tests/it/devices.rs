@@ -52,6 +52,7 @@ fn a_gpu_that_is_not_there_is_an_error_and_with_auto_the_processor() {
 /// A training that begins on a GPU (or what plays one) and goes on, on the processor, to what the processor alone gives.
 #[cfg(feature = "gpu")]
 #[test]
+#[expect(clippy::disallowed_methods, reason = "a switch of the tests alone")]
 fn a_training_goes_on_on_another_device() {
     use crate::support::program::{events, stages};
 
