@@ -44,6 +44,8 @@ fn softmax_in_parts_with_and_without_a_soft_cap() {
                     assert!((ours.log_sum(lane) - all.log_sum(lane)).abs() < 1e-5);
                     let far = (ours.entropy(lane) - all.entropy(lane)).abs();
                     assert!(far < 2e-5, "{softcap:?} {lane}: {far}");
+                    let far = ours.log_sum_sq_probs(lane) - all.log_sum_sq_probs(lane);
+                    assert!(far.abs() < 2e-5, "{softcap:?} {lane}: {far}");
                 }
             }
         }
