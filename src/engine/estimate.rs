@@ -16,3 +16,13 @@ pub struct Estimate {
     /// Whether `peak_memory` is known to leave something out.
     pub is_lower_bound: bool,
 }
+
+impl Estimate {
+    /// What the memory is for, in bytes, the largest part first.
+    pub fn largest_first(&self) -> Vec<(&str, u64)> {
+        let parts = self.memory.iter();
+        let mut parts: Vec<_> = parts.map(|(name, size)| (name.as_str(), *size)).collect();
+        parts.sort_by_key(|(_, size)| std::cmp::Reverse(*size));
+        parts
+    }
+}

@@ -13,4 +13,10 @@ impl Rules {
             self.0.push(Problem::new(parameter, message));
         }
     }
+
+    /// Products are computed in one type.
+    pub fn one_precision(&mut self, bf16: bool, fp16: bool) {
+        let both = bf16 && fp16;
+        self.rule(!both, "fp16", "`bf16` and `fp16` exclude each other");
+    }
 }

@@ -172,10 +172,8 @@ pub(super) fn shown(one: &Estimated, machine: Option<u64>) -> String {
         "memory at most",
         format!("{more}{}{of}", bytes(one.estimate.peak_memory)),
     );
-    let mut parts: Vec<_> = one.estimate.memory.iter().collect();
-    parts.sort_by_key(|(_, bytes)| std::cmp::Reverse(**bytes));
-    for (name, size) in parts {
-        row(&format!("  {name}"), bytes(*size));
+    for (name, size) in one.estimate.largest_first() {
+        row(&format!("  {name}"), bytes(size));
     }
     if let Some(measured) = one.measured {
         row("measured in the last run", bytes(measured));

@@ -112,12 +112,11 @@ fn noted(name: &str, value: &Value) -> String {
     if name == "estimate"
         && let Ok(estimate) = serde_json::from_value::<Estimate>(value.clone())
     {
-        let mut parts: Vec<_> = estimate.memory.iter().collect();
-        parts.sort_by_key(|(_, size)| std::cmp::Reverse(**size));
-        let parts = parts
-            .iter()
-            .map(|(name, size)| format!("{name} {}", bytes(**size)));
-        let parts = parts.collect::<Vec<_>>().join(", ");
+        let parts = estimate.largest_first().into_iter();
+        let parts: Vec<_> = parts
+            .map(|(name, size)| format!("{name} {}", bytes(size)))
+            .collect();
+        let parts = parts.join(", ");
         let least = if estimate.is_lower_bound {
             "at least "
         } else {

@@ -346,8 +346,7 @@ impl Stage for Evaluate {
             "loss",
             "`dpo` with a `baseline` needs a `ref_model` for both",
         );
-        let both = self.bf16 && self.fp16;
-        rules.rule(!both, "fp16", "`bf16` and `fp16` exclude each other");
+        rules.one_precision(self.bf16, self.fp16);
         let compares = self.adapter.is_some() || self.baseline.is_some();
         rules
             .0

@@ -261,8 +261,7 @@ impl Stage for EvaluateChoices {
 
     fn check(&self) -> Vec<Problem> {
         let mut rules = Rules::default();
-        let both = self.bf16 && self.fp16;
-        rules.rule(!both, "fp16", "`bf16` and `fp16` exclude each other");
+        rules.one_precision(self.bf16, self.fp16);
         if let Err(error) = Expression::new(&self.doc_to_text) {
             rules.rule(false, "doc_to_text", &format!("{error:#}"));
         }

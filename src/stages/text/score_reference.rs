@@ -77,8 +77,7 @@ impl Stage for ScoreReference {
 
     fn check(&self) -> Vec<Problem> {
         let mut rules = Rules::default();
-        let both = self.bf16 && self.fp16;
-        rules.rule(!both, "fp16", "`bf16` and `fp16` exclude each other");
+        rules.one_precision(self.bf16, self.fp16);
         rules.0
     }
 

@@ -273,11 +273,7 @@ impl TrainingArguments {
             "max_steps",
             "expected a number above 0, or -1",
         );
-        rules.rule(
-            !(self.bf16 && self.fp16),
-            "fp16",
-            "`bf16` and `fp16` exclude each other",
-        );
+        rules.one_precision(self.bf16, self.fp16);
         rules.rule(
             self.eval_strategy != EvalStrategy::Steps
                 || self.eval_steps.is_some_and(|steps| steps > 0),

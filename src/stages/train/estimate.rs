@@ -1,8 +1,6 @@
 //! What a training will take: told before its weights are read, compared with the machine, and kept in the record beside what was
 //! measured.
 
-use std::collections::BTreeMap;
-
 use anyhow::bail;
 
 use super::inputs::Inputs;
@@ -85,7 +83,7 @@ pub(super) fn tell(cx: &Context, estimate: &Estimate, inputs: &Inputs) -> anyhow
         grouped(count("steps")),
         grouped(count("tokens")),
         size(estimate.peak_memory),
-        parts(&estimate.memory)
+        parts(estimate)
     ));
     let Some(limit) = cx.env().memory else {
         return Ok(());
@@ -97,7 +95,7 @@ pub(super) fn tell(cx: &Context, estimate: &Estimate, inputs: &Inputs) -> anyhow
             "the training takes {more}{} of memory, and there are {}: {}; hint: {advice}",
             size(peak),
             size(limit),
-            parts(&estimate.memory)
+            parts(estimate)
         );
     }
     if peak as f64 > 0.9 * limit as f64 {
@@ -111,13 +109,12 @@ pub(super) fn tell(cx: &Context, estimate: &Estimate, inputs: &Inputs) -> anyhow
 }
 
 /// What takes most, the largest part first.
-fn parts(memory: &BTreeMap<String, u64>) -> String {
-    let mut parts: Vec<_> = memory.iter().collect();
-    parts.sort_by_key(|(_, bytes)| std::cmp::Reverse(**bytes));
-    let parts = parts
-        .iter()
-        .map(|(name, bytes)| format!("{name} {}", size(**bytes)));
-    parts.collect::<Vec<_>>().join(", ")
+fn parts(estimate: &Estimate) -> String {
+    let parts = estimate.largest_first().into_iter();
+    let parts: Vec<_> = parts
+        .map(|(name, bytes)| format!("{name} {}", size(bytes)))
+        .collect();
+    parts.join(", ")
 }
 
 /// What to change for less memory, what helps most first.

@@ -3,8 +3,11 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::method::Common;
+use super::arguments::TrainingArguments;
+use super::method::{Common, Prepared};
+use crate::engine::Context;
 use crate::ml::model::batch::Row;
+use crate::stages::text::added::Added;
 
 /// The parameters of all methods that train on preferences.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -43,6 +46,24 @@ impl Common for PreferenceArguments {
     fn share_prompts(&self) -> bool {
         self.share_prompts
     }
+}
+
+/// The rows as `DPOTrainer` and `RewardTrainer` take them: two answers each, without the tokens that `ORPOTrainer` adds.
+///
+/// # Errors
+/// A row lacks an answer, or what `tokenize` noted can't be read.
+pub(super) fn pairs_as_rendered(
+    kind: &str,
+    cx: &Context,
+    arguments: &TrainingArguments,
+    mut rows: Vec<Row>,
+) -> anyhow::Result<Prepared> {
+    let added = Added::read(cx.input(&arguments.dataset)?)?;
+    for row in &mut rows {
+        added.take_off(row);
+    }
+    need_two_answers(kind, &rows)?;
+    Ok(Prepared { rows, rows_each: 1 })
 }
 
 /// Fails if a row lacks one of its two answers.

@@ -7,7 +7,7 @@ use super::Reference;
 use super::arguments::TrainingArguments;
 use super::loss_types::{FDivergenceType, LossTypes};
 use super::method::{Method, Prepared, Use};
-use super::preferences::{PreferenceArguments, need_two_answers};
+use super::preferences::{PreferenceArguments, pairs_as_rendered};
 use super::stage::Train;
 use crate::engine::{Context, Input};
 use crate::ml::loss::Loss;
@@ -15,7 +15,6 @@ use crate::ml::loss::dpo::{Dpo, LossType};
 use crate::ml::model::batch::Row;
 use crate::stages::artifacts::{Adapter, Model};
 use crate::stages::rules::Rules;
-use crate::stages::text::added::Added;
 
 /// The stage.
 pub type TrainDpo = Train<Parameters>;
@@ -195,14 +194,9 @@ impl Method for Parameters {
         &self,
         cx: &Context,
         arguments: &TrainingArguments,
-        mut rows: Vec<Row>,
+        rows: Vec<Row>,
         _: Use,
     ) -> anyhow::Result<Prepared> {
-        let added = Added::read(cx.input(&arguments.dataset)?)?;
-        for row in &mut rows {
-            added.take_off(row);
-        }
-        need_two_answers(Self::KIND, &rows)?;
-        Ok(Prepared { rows, rows_each: 1 })
+        pairs_as_rendered(Self::KIND, cx, arguments, rows)
     }
 }

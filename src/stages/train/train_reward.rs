@@ -6,14 +6,13 @@ use serde_json::{Value, json};
 
 use super::arguments::TrainingArguments;
 use super::method::{Method, Prepared, Use};
-use super::preferences::{PreferenceArguments, need_two_answers};
+use super::preferences::{PreferenceArguments, pairs_as_rendered};
 use super::stage::Train;
 use crate::engine::Context;
 use crate::ml::loss::Loss;
 use crate::ml::loss::reward::Reward;
 use crate::ml::model::batch::Row;
 use crate::stages::artifacts::Adapter;
-use crate::stages::text::added::Added;
 
 /// The stage.
 pub type TrainReward = Train<Parameters>;
@@ -62,14 +61,9 @@ impl Method for Parameters {
         &self,
         cx: &Context,
         arguments: &TrainingArguments,
-        mut rows: Vec<Row>,
+        rows: Vec<Row>,
         _: Use,
     ) -> anyhow::Result<Prepared> {
-        let added = Added::read(cx.input(&arguments.dataset)?)?;
-        for row in &mut rows {
-            added.take_off(row);
-        }
-        need_two_answers(Self::KIND, &rows)?;
-        Ok(Prepared { rows, rows_each: 1 })
+        pairs_as_rendered(Self::KIND, cx, arguments, rows)
     }
 }
