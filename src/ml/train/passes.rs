@@ -104,9 +104,10 @@ impl Passes<'_> {
     pub(in crate::ml) fn evaluate(&self, batch: &Batch) -> anyhow::Result<Outcome> {
         in_pool(|| {
             let targets = Targets::new(self.loss, &[batch])?;
+            // This comes before the other pass, so that the buffers of both are never needed at the same time.
+            let mismatched = self.mismatched(&[batch])?;
             let pass = self.smoothed(Pass::INFER);
             let (mut forward, reference) = self.forward(&[batch], pass, false, &targets)?;
-            let mismatched = self.mismatched(&[batch])?;
             let outcomes =
                 self.outcomes(&mut *forward, &targets, reference.as_deref(), &mismatched)?;
             outcomes.into_iter().next().context("no outcome")
@@ -152,7 +153,8 @@ impl Passes<'_> {
     }
 
     /// Computes the log-probabilities of the rows' answers under the reference model, `batch_size` rows at a time, and stores them in the
-    /// rows, for [`ReferenceModel::Rows`]. Rows that have those of their own answers keep them. `report` is called with the number of finished rows, and may stop with an error.
+    /// rows, for [`ReferenceModel::Rows`]. Rows that have those of their own answers keep them. `report` is called with the number of finished
+    /// rows, and may stop with an error.
     ///
     /// # Errors
     /// A row lacks what the loss needs, the pass fails, or `report` returns an error.
