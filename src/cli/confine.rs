@@ -14,7 +14,7 @@ use super::folders::{normal, root};
 use super::{lock_file, remote, variable};
 use crate::engine::files_at;
 use crate::engine::glob::Pattern;
-use crate::recipe::{Output, Recipe, RecipeError, RecipeErrors};
+use crate::recipe::{Output, Recipe, RecipeError, RecipeErrors, SourceFile};
 
 /// The variable with more folders that recipes may read, separated as in `PATH`.
 const VARIABLE: &str = "PIPELINE_ALLOW_PATHS";
@@ -22,8 +22,6 @@ const VARIABLE: &str = "PIPELINE_ALLOW_PATHS";
 /// Where a recipe may read and write.
 pub(super) struct Bounds {
     root: PathBuf,
-    /// The recipe's folder.
-    folder: PathBuf,
     here: PathBuf,
     /// The project and what is allowed besides, with links resolved.
     real: Vec<PathBuf>,
@@ -40,9 +38,16 @@ pub(super) fn check(recipe: &Recipe, bounds: &Bounds) -> Result<(), RecipeErrors
     let mut errors = Vec::new();
     let mut judged = BTreeMap::new();
     for stage in &recipe.stages {
-        for file in stage.files.iter().filter(|file| !file.from_command_line) {
-            let leaves = judged.entry(file.path.as_str());
-            if let Some(message) = leaves.or_insert_with(|| bounds.leaves(&file.path)) {
+        for file in &stage.files {
+            let Some(from) = file.start else { continue };
+            let fetched = recipe
+                .files
+                .get(from)
+                .and_then(|from| from.fetched.as_deref());
+            let start = start(recipe, file, &bounds.here);
+            let leaves = judged.entry((from, file.path.as_str()));
+            let leaves = leaves.or_insert_with(|| bounds.leaves(&start, &file.path, fetched));
+            if let Some(message) = leaves {
                 let kind = stage.kind.name;
                 let path = format!("stages.{}.{kind}.{}", stage.name, file.parameter);
                 let hint = format!(
@@ -68,6 +73,33 @@ pub(super) fn check(recipe: &Recipe, bounds: &Bounds) -> Result<(), RecipeErrors
     }
 }
 
+/// Where the path of a file starts: at the folder of the recipe in which it is written, or, with `--set`, at the current one.
+pub(super) fn start(recipe: &Recipe, file: &SourceFile, here: &Path) -> PathBuf {
+    let written = file.start.and_then(|start| recipe.files.get(start));
+    let written = written.map(|written| normal(&here.join(&written.path)));
+    let folder = written.as_deref().and_then(Path::parent);
+    folder.unwrap_or(here).to_owned()
+}
+
+/// What recipes may read besides their projects.
+pub(super) fn besides(args: &RecipeArgs, here: &Path) -> Vec<PathBuf> {
+    let variable = variable(VARIABLE).unwrap_or_default();
+    let besides = args.allow_path.iter().cloned();
+    besides
+        .chain(std::env::split_paths(&variable).filter(|path| !path.as_os_str().is_empty()))
+        .map(|path| normal(&here.join(path)))
+        .collect()
+}
+
+/// How to go on with what lies outside the project at `root`.
+pub(super) fn advice(root: &Path) -> String {
+    format!(
+        "the project is `{}`, the nearest folder with `.pipeline`, `pipeline.config.yaml` or `.git`, else the recipe's own; allow its \
+         folder by `--allow-path DIR` or {VARIABLE}",
+        root.display()
+    )
+}
+
 impl Bounds {
     /// The bounds of a recipe; `store` is the folder of results that somebody named.
     pub(super) fn new(
@@ -79,16 +111,10 @@ impl Bounds {
         let file = normal(&here.join(&recipe.path));
         let folder = file.parent().unwrap_or(here).to_owned();
         let root = root(&folder);
-        let variable = variable(VARIABLE).unwrap_or_default();
-        let besides = args.allow_path.iter().cloned();
-        let besides: Vec<PathBuf> = besides
-            .chain(std::env::split_paths(&variable).filter(|path| !path.as_os_str().is_empty()))
-            .map(|path| normal(&here.join(path)))
-            .collect();
+        let besides = besides(args, here);
         let real = std::iter::once(&root).chain(&besides);
         let mut bounds = Self {
             real: real.filter_map(|path| path.canonicalize().ok()).collect(),
-            folder,
             here: here.to_owned(),
             besides,
             kept: Vec::new(),
@@ -102,18 +128,19 @@ impl Bounds {
         bounds.keep(&root.join(remote::SETTINGS), "the project's settings");
         bounds.keep(&lock_file::path(&file), "the lock file");
         bounds.keep(&file, "the recipe");
+        for file in recipe.files.iter().skip(1) {
+            bounds.keep(
+                &normal(&here.join(&file.path)),
+                "a recipe that this one includes",
+            );
+        }
         let mut seen = BTreeSet::new();
         for file in recipe.stages.iter().flat_map(|stage| &stage.files) {
             // Many stages may read one file; its links are resolved once.
-            if !seen.insert((file.from_command_line, &file.path)) {
+            if !seen.insert((file.start, &file.path)) {
                 continue;
             }
-            let start = if file.from_command_line {
-                &bounds.here
-            } else {
-                &bounds.folder
-            };
-            let path = normal(&start.join(&file.path));
+            let path = normal(&start(recipe, file, here).join(&file.path));
             let what = format!("`{}`, which the recipe reads", file.path);
             match Pattern::parse(&path) {
                 None => bounds.keep(&path, &what),
@@ -142,10 +169,7 @@ impl Bounds {
 
     /// How to go on with what lies outside.
     pub(super) fn advice(&self) -> String {
-        format!(
-            "{}; allow its folder by `--allow-path DIR` or {VARIABLE}",
-            self.project()
-        )
+        advice(&self.root)
     }
 
     fn project(&self) -> String {
@@ -155,20 +179,23 @@ impl Bounds {
         )
     }
 
-    /// How the file leaves the project, if it does.
-    fn leaves(&self, file: &str) -> Option<String> {
-        let path = normal(&self.folder.join(file));
-        let mut allowed = std::iter::once(&self.root).chain(&self.besides);
+    /// How the file, whose path starts at `start`, leaves the project, if it does; what was fetched from elsewhere may read the folder
+    /// `fetched` in place of the project.
+    fn leaves(&self, start: &Path, file: &str, fetched: Option<&Path>) -> Option<String> {
+        let path = normal(&start.join(file));
+        let own = fetched.unwrap_or(&self.root);
+        let mut allowed = std::iter::once(own).chain(self.besides.iter().map(PathBuf::as_path));
         if !allowed.any(|folder| path.starts_with(folder)) {
-            return Some(format!("`{file}` leaves the project"));
+            let whose = fetched.map_or("the project", |_| "the repository of its recipe");
+            return Some(format!("`{file}` leaves {whose}"));
         }
         // What does not exist is the stage's to tell; a link that leads nowhere reads nothing.
         let link = if Pattern::parse(&path).is_some() {
             let files = files_at(&path).unwrap_or_default().into_iter();
-            let mut links = files.filter_map(|(_, file)| self.link_out(&file));
+            let mut links = files.filter_map(|(_, file)| self.link_out(&file, fetched));
             links.next()?
         } else {
-            self.link_out(&path)?
+            self.link_out(&path, fetched)?
         };
         let link = link.strip_prefix(&self.root).unwrap_or(&link);
         let link = link.display();
@@ -177,10 +204,21 @@ impl Bounds {
 
     /// A link at the path, or anywhere in the folder at the path and in the folders that its links lead to, that leads out. Hidden files of
     /// a folder are no part of it.
-    fn link_out(&self, path: &Path) -> Option<PathBuf> {
+    fn link_out(&self, path: &Path, fetched: Option<&Path>) -> Option<PathBuf> {
+        let own = fetched.and_then(|folder| folder.canonicalize().ok());
+        let allows = |real: &Path| match &own {
+            Some(own) => {
+                let besides = self
+                    .besides
+                    .iter()
+                    .filter_map(|path| path.canonicalize().ok());
+                real.starts_with(own) || besides.into_iter().any(|path| real.starts_with(path))
+            }
+            None => self.allows(real),
+        };
         let is_out = |path: &Path| {
             let real = path.canonicalize().ok();
-            real.is_some_and(|real| !self.allows(&real))
+            real.is_some_and(|real| !allows(&real))
         };
         if is_out(path) {
             return Some(path.to_owned());
@@ -287,9 +325,10 @@ fn starts_with(path: &Path, folder: &Path) -> bool {
 /// A mistake in the value at a path of a recipe.
 pub(super) fn error(recipe: &Recipe, path: &str, message: String, hint: String) -> RecipeError {
     let span = recipe.span_of(path);
-    let line = span.and_then(|span| recipe.text.lines().nth(span.line.checked_sub(1)?));
+    let line = span.and_then(|span| recipe.line(span));
+    let file = span.and_then(|span| recipe.files.get(span.file));
     RecipeError {
-        file: recipe.path.clone(),
+        file: file.map_or_else(|| recipe.path.clone(), |file| file.shown.clone()),
         message,
         span,
         origin: None,

@@ -231,6 +231,7 @@ mod tests {
 
     fn span(line: usize, column: usize, length: usize) -> SourceSpan {
         SourceSpan {
+            file: 0,
             line,
             column,
             length,

@@ -23,7 +23,9 @@ const GROUPS: [(&str, &[&str]); 6] = [
     ("Try", &["chat", "generate"]),
     (
         "Share",
-        &["lock", "cache", "publish", "login", "logout", "whoami"],
+        &[
+            "lock", "cache", "trust", "publish", "login", "logout", "whoami",
+        ],
     ),
     ("Maintain", &["gc", "schema", "completions", "man"]),
 ];

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::includes::IncludePins;
 use super::{Failure, error, read_text};
 use crate::engine::{PinChange, Pins, short, write_atomically};
 
@@ -18,13 +19,17 @@ const LONGEST: u64 = 64 << 20;
 #[serde(deny_unknown_fields)]
 struct LockFile {
     version: u32,
+    /// The recipes that it includes.
+    #[serde(default, skip_serializing_if = "IncludePins::is_empty")]
+    includes: IncludePins,
     stages: Pins,
 }
 
 /// Writes the lock file of a recipe.
-pub(super) fn write(path: &Path, pins: Pins) -> anyhow::Result<()> {
+pub(super) fn write(path: &Path, pins: Pins, includes: IncludePins) -> anyhow::Result<()> {
     let file = LockFile {
         version: VERSION,
+        includes,
         stages: pins,
     };
     let text = serde_yaml::to_string(&file)?;
@@ -68,8 +73,8 @@ pub(super) fn path(recipe: &Path) -> PathBuf {
     name.into()
 }
 
-/// The pins of a recipe; none without a lock file.
-pub(super) fn read(recipe: &Path) -> Result<Option<Pins>, Failure> {
+/// The pins of a recipe's stages and of the recipes that it includes; none without a lock file.
+pub(super) fn read(recipe: &Path) -> Result<Option<(Pins, IncludePins)>, Failure> {
     let path = path(recipe);
     let text = match read_text(&path, LONGEST) {
         Ok(text) => text,
@@ -99,5 +104,5 @@ pub(super) fn read(recipe: &Path) -> Result<Option<Pins>, Failure> {
             file.version
         )));
     }
-    Ok(Some(file.stages))
+    Ok(Some((file.stages, file.includes)))
 }

@@ -12,8 +12,10 @@ pub mod error;
 mod folders;
 mod gather;
 mod help;
+mod includes;
 mod lock_file;
 mod machine;
+mod on_finish;
 mod project;
 mod remote;
 mod serve;
@@ -94,6 +96,8 @@ enum Command {
     Gc(commands::gc::Args),
     /// Manages the remote that machines share: send, fetch, list, clean and check results
     Cache(commands::cache::Args),
+    /// Allows the program that a project's settings name in `on_finish` to run on this machine
+    Trust(commands::trust::Args),
     /// Prints the JSON Schema of recipes, for editors
     Schema(commands::schema::Args),
     /// Writes a recipe for your data, a model and a method
@@ -197,6 +201,7 @@ pub fn main() -> ExitCode {
         Command::Table(args) => commands::table::run(&args),
         Command::Gc(args) => commands::gc::run(&args),
         Command::Cache(args) => commands::cache::run(&args),
+        Command::Trust(args) => commands::trust::run(&args),
         Command::Schema(args) => commands::schema::run(&args),
         Command::Init(args) => commands::init::run(&args),
         Command::Import(args) => commands::import::run(&args),

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::args::{RecipeArgs, StoreArgs};
 use super::confine::{self, Bounds};
 use super::folders::{normal, root};
+use super::includes::{Finder, IncludePins};
 use super::remote::{self, RemoteArgs};
 use super::{Failure, eprint_warning, error, lock_file, machine, variable};
 use crate::engine::glob::Pattern;
@@ -15,40 +16,89 @@ use crate::engine::{
     EventLog, Executors, Graph, LoggedEvent, Node, Outcome, Pins, Record, Run, RunEnv, RunLabel,
     Session, State, Store, canonical_json,
 };
-use crate::recipe::{Recipe, RecipeErrors, RecipeStage};
+use crate::recipe::{Recipe, RecipeErrors, RecipeStage, Var};
 use crate::report::{Places, quoted};
 use crate::stages::KINDS;
 use crate::stages::foresight::{self, Planned};
 
 /// Reads a recipe; all its mistakes are rendered.
 pub(super) fn load(args: &RecipeArgs) -> Result<Recipe, Failure> {
-    Ok(load_with(args, None)?.0)
+    let env = run_env(false);
+    let pins = lock_file::read(&args.recipe)?.unwrap_or_default().1;
+    Ok(load_with(args, None, &env, pins)?.recipe)
 }
 
-/// The same with what it may read and write, when its results go to `store`.
-fn load_with(args: &RecipeArgs, store: Option<&Path>) -> Result<(Recipe, Bounds), Failure> {
+/// The vars of a recipe, whether all that need a value have one or not.
+pub(super) fn load_vars(args: &RecipeArgs, offline: bool) -> Result<Vec<Var>, Failure> {
+    let (here, env) = (here()?, run_env(offline));
+    let pins = lock_file::read(&args.recipe)?.unwrap_or_default().1;
+    let place = Place::of(args, &here);
+    let finder = place.finder(&env, pins);
+    crate::recipe::load_vars(&args.recipe, &args.changes(), KINDS, &finder)
+        .map_err(|errors| Failure::Usage(error::render(&errors)))
+}
+
+/// Where a recipe is, and what the recipes that it includes may lie in.
+struct Place {
+    folder: PathBuf,
+    allowed: Vec<PathBuf>,
+}
+
+impl Place {
+    fn of(args: &RecipeArgs, here: &Path) -> Self {
+        let file = normal(&here.join(&args.recipe));
+        let folder = file.parent().unwrap_or(here).to_owned();
+        let mut allowed = vec![root(&folder)];
+        allowed.extend(confine::besides(args, here));
+        Self { folder, allowed }
+    }
+
+    fn finder<'a>(&'a self, env: &'a RunEnv, pins: IncludePins) -> Finder<'a> {
+        let advice = confine::advice(self.allowed.first().unwrap_or(&self.folder));
+        Finder::new(&self.folder, &self.allowed, advice, env, pins)
+    }
+}
+
+/// A recipe with what it may read and write, and the recipes that it includes.
+struct Loaded {
+    recipe: Recipe,
+    bounds: Bounds,
+    included: IncludePins,
+}
+
+/// Reads a recipe whose results go to `store`.
+fn load_with(
+    args: &RecipeArgs,
+    store: Option<&Path>,
+    env: &RunEnv,
+    pins: IncludePins,
+) -> Result<Loaded, Failure> {
     let here = here()?;
-    crate::recipe::load(&args.recipe, &args.changes(), KINDS)
+    let place = Place::of(args, &here);
+    let finder = place.finder(env, pins);
+    crate::recipe::load_with(&args.recipe, &args.changes(), KINDS, &finder)
         .and_then(|recipe| {
             let bounds = Bounds::new(&recipe, args, &here, store);
             confine::check(&recipe, &bounds)?;
             foresee(&recipe, &here)?;
-            Ok((recipe, bounds))
+            Ok(Loaded {
+                recipe,
+                bounds,
+                included: finder.found(),
+            })
         })
         .map_err(|errors| Failure::Usage(error::render(&errors)))
 }
 
 /// Refuses the recipe if something in it is certain to fail.
 fn foresee(recipe: &Recipe, here: &Path) -> Result<(), RecipeErrors> {
-    let file = normal(&here.join(&recipe.path));
-    let folder = file.parent().unwrap_or(here);
     let planned: Vec<Planned<'_>> = recipe
         .stages
         .iter()
         .map(|stage| Planned {
             name: &stage.name,
             stage: stage.stage.as_ref(),
-            files: sources(stage, folder, here),
+            files: sources(recipe, stage, here),
         })
         .collect();
     let errors = foresight::foresee(&planned).into_iter().filter_map(|told| {
@@ -82,6 +132,10 @@ pub(super) struct Project {
     pub(super) bounds: Bounds,
     /// What the lock file pins; nothing without one.
     pub(super) pins: Pins,
+    /// The included recipes that it pins.
+    pub(super) include_pins: IncludePins,
+    /// The included recipes as they were read.
+    pub(super) included: IncludePins,
     /// The name of the recipe in the store.
     key: String,
     /// Whether only what the lock file pins may be read.
@@ -94,7 +148,28 @@ pub(super) struct Project {
 
 impl Project {
     pub(super) fn open(args: &RecipeArgs, settings: &StoreArgs) -> Result<Self, Failure> {
-        let (recipe, bounds) = load_with(args, settings.store.as_deref())?;
+        Self::open_with(args, settings, false)
+    }
+
+    /// The same; with `anew`, branches of included recipes are what they are now and not what the lock file pins.
+    pub(super) fn open_with(
+        args: &RecipeArgs,
+        settings: &StoreArgs,
+        anew: bool,
+    ) -> Result<Self, Failure> {
+        let (pins, include_pins) = lock_file::read(&args.recipe)?.unwrap_or_default();
+        let env = Arc::new(run_env(settings.offline));
+        let taken = if anew {
+            IncludePins::new()
+        } else {
+            include_pins.clone()
+        };
+        let loaded = load_with(args, settings.store.as_deref(), &env, taken)?;
+        let Loaded {
+            recipe,
+            bounds,
+            included,
+        } = loaded;
         let here = here()?;
         let file = normal(&here.join(&recipe.path));
         let folder = file.parent().unwrap_or(&here).to_owned();
@@ -105,7 +180,7 @@ impl Project {
             .map(|stage| Node {
                 name: stage.name.clone(),
                 stage: Arc::clone(&stage.stage),
-                sources: sources(stage, &folder, &here),
+                sources: sources(&recipe, stage, &here),
                 handling: stage.handling.clone(),
             })
             .collect();
@@ -119,10 +194,10 @@ impl Project {
                 &format!(", or {}", bounds.advice()),
             )?,
         };
-        let env = Arc::new(run_env(settings.offline));
-        let pins = lock_file::read(&args.recipe)?.unwrap_or_default();
         Ok(Self {
             pins,
+            include_pins,
+            included,
             key: key(file.strip_prefix(&root).unwrap_or(&file)),
             recipe,
             graph,
@@ -197,6 +272,15 @@ impl Project {
         if !found.is_empty() {
             return Ok(found);
         }
+        let left_out = &self.recipe.left_out;
+        if let Some(left) = left_out.iter().find(|left| left.name == name) {
+            let message = format!("`{name}` is left out: its `when` is false");
+            let place = left
+                .span
+                .map(|span| format!(" ({})", self.recipe.place(span)));
+            let hint = format!("that is `when: {}`{}", left.when, place.unwrap_or_default());
+            return Err(Failure::Usage(error::with_hint(&message, &hint)));
+        }
         let of = name.split('[').next().unwrap_or_default();
         let relatives = self.recipe.matching(of);
         let hint = if of != name && !relatives.is_empty() {
@@ -261,7 +345,7 @@ impl Project {
     /// How a command names the recipe, and where each stage stands in it, for messages.
     pub(super) fn places(&self, args: &RecipeArgs) -> Places {
         let path = self.recipe.path.display();
-        let span = |stage: &RecipeStage| format!("{path}:{}", stage.span);
+        let span = |stage: &RecipeStage| self.recipe.place(stage.span);
         let stages = self.recipe.stages.iter();
         let changes = args.changes();
         let set = changes.iter().map(|set| {
@@ -353,14 +437,13 @@ pub(super) fn own_store(
     Ok(store)
 }
 
-/// Where the files of a stage are: those written in the recipe start at its folder, those of `--set` at the current one.
-fn sources(stage: &RecipeStage, folder: &Path, here: &Path) -> BTreeMap<String, PathBuf> {
-    let start = |from_command_line| if from_command_line { here } else { folder };
+/// Where the files of a stage are: those written in a recipe start at its folder, those of `--set` at the current one.
+fn sources(recipe: &Recipe, stage: &RecipeStage, here: &Path) -> BTreeMap<String, PathBuf> {
     stage
         .files
         .iter()
         .map(|file| {
-            let path = normal(&start(file.from_command_line).join(&file.path));
+            let path = normal(&confine::start(recipe, file, here).join(&file.path));
             // A link that is turned elsewhere from now on changes nothing.
             let path = match Pattern::parse(&path) {
                 None => path.canonicalize().unwrap_or(path),

@@ -59,6 +59,9 @@ pub enum Event {
         remote: bool,
         /// Seconds the stage took when it ran.
         saved: f64,
+        /// Of a frozen stage, whose last result is taken whatever changed, what changed.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        frozen: Option<Vec<Reason>>,
     },
     /// A stage begins to run.
     StageStarted {

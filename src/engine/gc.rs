@@ -57,13 +57,8 @@ impl Needs {
             || self
                 .open
                 .iter()
-                .any(|(open, origins)| differences(work, open, origins).iter().all(is_open))
+                .any(|(open, origins)| differences(work, open, origins).iter().all(Reason::is_open))
     }
-}
-
-/// Whether a difference is only that an input is not known yet.
-fn is_open(difference: &Reason) -> bool {
-    matches!(difference, Reason::InputChanged { new, .. } if new.is_empty())
 }
 
 impl Session<'_> {

@@ -109,7 +109,7 @@ impl Graph {
         self.nodes.iter().position(|node| node.name == name)
     }
 
-    /// The stages that `targets` need, themselves included; all when `targets` is empty.
+    /// The stages that `targets` need, themselves included; all when `targets` is empty. A frozen stage needs none.
     pub fn needed(&self, targets: &[usize]) -> Vec<bool> {
         if targets.is_empty() {
             return vec![true; self.nodes.len()];
@@ -117,7 +117,8 @@ impl Graph {
         let mut needed = vec![false; self.nodes.len()];
         let mut open = targets.to_vec();
         while let Some(index) = open.pop() {
-            if !std::mem::replace(&mut needed[index], true) {
+            let is_new = !std::mem::replace(&mut needed[index], true);
+            if is_new && !self.nodes[index].handling.frozen {
                 open.extend(&self.inputs[index]);
             }
         }

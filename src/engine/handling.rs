@@ -30,6 +30,10 @@ pub struct Handling {
     #[serde(default)]
     #[schemars(extend("examples" = ["auto"]))]
     pub device: DeviceChoice,
+    /// Whether the last result is taken whatever changed since. What changed is told in plans, runs and reports; the stage never runs, and
+    /// it is an error if the result is not there or was altered.
+    #[serde(default)]
+    pub frozen: bool,
 }
 
 /// What a stage takes of the machine while it runs. Stages that run at a time never take more than there is.

@@ -69,6 +69,13 @@ impl Session<'_> {
         let mut sources = Sources::open(self.store, true);
         let mut pins = Pins::new();
         for node in &self.graph.nodes {
+            if node.handling.frozen {
+                // Nothing of it is read, so what is at hand says nothing about its result.
+                if let Some(pin) = self.pins.get(&node.name) {
+                    pins.insert(node.name.clone(), pin.clone());
+                }
+                continue;
+            }
             let asked = request_digest(node)?;
             let old = self
                 .pins
@@ -97,7 +104,7 @@ impl Session<'_> {
     pub fn changed_pins(&self) -> anyhow::Result<Vec<PinChange>> {
         let mut sources = self.sources();
         let mut changes = Vec::new();
-        for node in &self.graph.nodes {
+        for node in self.graph.nodes.iter().filter(|node| !node.handling.frozen) {
             let pin = self.pins.get(&node.name);
             let holds = match pin {
                 Some(pin) => pin.asked == request_digest(node)?,

@@ -17,6 +17,7 @@ mod executor;
 mod files;
 mod fingerprint;
 mod forecast;
+mod frozen;
 mod gc;
 pub mod glob;
 mod graph;

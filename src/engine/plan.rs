@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use serde::Serialize;
 
 use super::RunEnv;
@@ -33,6 +33,9 @@ pub enum State {
         restored: bool,
         /// Whether it was made elsewhere: its record is in the remote, and its files are fetched when they are needed.
         remote: bool,
+        /// Of a frozen stage, what would make it run if it were not frozen; empty if nothing would.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        frozen: Option<Vec<Reason>>,
     },
     /// Its result is in the store and does not meet what the stage requires of it: a run fails without making it again.
     Fails {
@@ -95,7 +98,9 @@ pub(crate) struct Prepared {
     /// Digests of local files that need not be taken again when the files are copied.
     pub(crate) known: BTreeMap<PathBuf, Entry>,
     /// What the local files and folders looked like, by the path as written.
-    seen: BTreeMap<String, Seen>,
+    pub(super) seen: BTreeMap<String, Seen>,
+    /// Of a frozen stage, whose last result this is, what would make it run if it were not frozen.
+    pub(crate) frozen: Option<Vec<Reason>>,
 }
 
 impl Prepared {
@@ -152,13 +157,18 @@ pub(crate) struct Inspection {
 }
 
 impl Session<'_> {
-    /// The fingerprint of a stage whose inputs have these contents.
+    /// The fingerprint of a stage whose inputs have these contents; that of its last result if it is frozen. `needed` says which stages
+    /// are looked at.
     pub(crate) fn prepare(
         &self,
         index: usize,
         contents: &[Option<Digest>],
+        needed: &[bool],
         sources: &mut Sources,
     ) -> anyhow::Result<Prepared> {
+        if self.graph.nodes[index].handling.frozen {
+            return self.prepare_frozen(index, contents, needed, sources);
+        }
         let mut inputs = BTreeMap::new();
         for &input in &self.graph.inputs[index] {
             let content = contents[input]
@@ -175,17 +185,29 @@ impl Session<'_> {
         inputs: BTreeMap<String, Digest>,
         sources: &mut Sources,
     ) -> anyhow::Result<Prepared> {
+        let outside = self.external_facts(&self.graph.nodes[index])?;
+        self.prepare_of(index, inputs, outside, self.locked, sources)
+    }
+
+    /// The fingerprint of a stage with these inputs and facts from outside; `locked` says whether its files must be as they are pinned.
+    pub(super) fn prepare_of(
+        &self,
+        index: usize,
+        inputs: BTreeMap<String, Digest>,
+        outside: BTreeMap<String, String>,
+        locked: bool,
+        sources: &mut Sources,
+    ) -> anyhow::Result<Prepared> {
         let node = &self.graph.nodes[index];
         let (mut files, mut seen) = (BTreeMap::new(), BTreeMap::new());
         for (written, path) in &node.sources {
             let (digest, looked) = sources.digest(path, self.forced[index])?;
-            if self.locked {
+            if locked {
                 self.is_pinned(node, written, &digest)?;
             }
             files.insert(written.clone(), digest);
             seen.insert(written.clone(), looked);
         }
-        let outside = self.external_facts(node)?;
         let stage = &node.stage;
         let (fingerprint, origins) = Fingerprint::new(
             stage.kind(),
@@ -203,6 +225,7 @@ impl Session<'_> {
             inputs,
             known: BTreeMap::new(),
             seen,
+            frozen: None,
         })
     }
 
@@ -250,6 +273,7 @@ impl Session<'_> {
             }
             Found::Missing(record) => (Some(record), vec![Reason::ArtifactMissing]),
             Found::Damaged(_, what) => (None, vec![Reason::ArtifactDamaged { what }]),
+            Found::Nothing if prepared.frozen.is_some() => (None, vec![Reason::ArtifactMissing]),
             Found::Nothing => (None, self.changes(last.as_deref(), prepared)),
         };
         let offered = self
@@ -261,6 +285,15 @@ impl Session<'_> {
                 restored,
                 reasons,
             },
+            None if prepared.frozen.is_some() => bail!(
+                "it is frozen, and {}; `--set stages.{}.frozen=false` thaws it",
+                reasons
+                    .iter()
+                    .map(ToString::to_string)
+                    .collect::<Vec<_>>()
+                    .join(", "),
+                node.name
+            ),
             None => Verdict::Stale(reasons),
         })
     }
@@ -392,18 +425,21 @@ impl Session<'_> {
         let mut inspections: Vec<Option<Inspection>> = Vec::new();
         inspections.resize_with(self.graph.nodes.len(), || None);
         for &index in self.graph.order.iter().filter(|&&index| needed[index]) {
+            let is_frozen = self.graph.nodes[index].handling.frozen;
             let waits: Vec<_> = self.graph.inputs[index]
                 .iter()
                 .copied()
-                .filter(|&input| contents[input].is_none())
+                .filter(|&input| !is_frozen && contents[input].is_none())
                 .collect();
             let mut remote_only = false;
             let mut fingerprint = None;
+            let mut frozen = None;
             let state = if waits.is_empty() {
                 let judged = self
-                    .prepare(index, &contents, sources)
+                    .prepare(index, &contents, needed, sources)
                     .and_then(|prepared| {
                         fingerprint = Some(prepared.digest.clone());
+                        frozen.clone_from(&prepared.frozen);
                         self.judge(index, &prepared, &last_results)
                     });
                 match judged {
@@ -427,6 +463,7 @@ impl Session<'_> {
                                     artifact: record.artifact,
                                     restored,
                                     remote: remote_only,
+                                    frozen,
                                 },
                             },
                             Verdict::Stale(reasons) => State::Runs { reasons },
@@ -471,7 +508,25 @@ impl Session<'_> {
         let Some(last) = self.last_record(node) else {
             return vec![Reason::NeverRan];
         };
-        // An input that is still open counts as unchanged: its last contents stand in.
+        let inputs = self.assumed_inputs(index, &last, contents);
+        match self.prepare_with(index, inputs, sources) {
+            Ok(prepared) => {
+                differences(&last.fingerprint, &prepared.fingerprint, &prepared.origins)
+                    .into_iter()
+                    .filter(|reason| !reason.is_open())
+                    .collect()
+            }
+            Err(_) => Vec::new(),
+        }
+    }
+
+    /// The contents of a stage's inputs. One that is still open counts as unchanged: the contents that `last` had stand in.
+    pub(super) fn assumed_inputs(
+        &self,
+        index: usize,
+        last: &Record,
+        contents: &[Option<Digest>],
+    ) -> BTreeMap<String, Digest> {
         let assumed = |input: usize| {
             let name = &self.graph.nodes[input].name;
             let content = contents[input].clone().or_else(|| {
@@ -486,18 +541,11 @@ impl Session<'_> {
             });
             (name.clone(), content.unwrap_or_default())
         };
-        let inputs = self.graph.inputs[index].iter().copied().map(assumed);
-        match self.prepare_with(index, inputs.collect(), sources) {
-            Ok(prepared) => differences(
-                &last.fingerprint,
-                &prepared.fingerprint,
-                &prepared.origins,
-            )
-            .into_iter()
-            .filter(|reason| !matches!(reason, Reason::InputChanged { new, .. } if new.is_empty()))
-            .collect(),
-            Err(_) => Vec::new(),
-        }
+        self.graph.inputs[index]
+            .iter()
+            .copied()
+            .map(assumed)
+            .collect()
     }
 }
 

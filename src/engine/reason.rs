@@ -72,6 +72,16 @@ pub enum Reason {
         /// The value now.
         new: Option<String>,
     },
+    /// An input is made anew. Told of frozen stages only, which don't wait for it.
+    InputStale {
+        /// The stage that makes it.
+        stage: String,
+    },
+    /// What changed can't be told. Told of frozen stages only.
+    Unknown {
+        /// Why.
+        error: String,
+    },
     /// The result is recorded but no longer in the store.
     ArtifactMissing,
     /// The result in the store is not what was recorded.
@@ -136,9 +146,18 @@ impl fmt::Display for Reason {
                     short(new.as_deref())
                 )
             }
+            Self::InputStale { stage } => write!(f, "`{stage}`, which it takes, is made anew"),
+            Self::Unknown { error } => write!(f, "what changed can't be told: {error}"),
             Self::ArtifactMissing => write!(f, "its result is gone from the store"),
             Self::ArtifactDamaged { what } => write!(f, "its result is damaged: {what}"),
         }
+    }
+}
+
+impl Reason {
+    /// Whether it is only that an input is not known yet.
+    pub(crate) fn is_open(&self) -> bool {
+        matches!(self, Self::InputChanged { new, .. } if new.is_empty())
     }
 }
 

@@ -51,6 +51,8 @@ pub struct Summary {
     pub saved: f64,
     /// The run's number in the history, if it left a trace there.
     pub run: Option<u64>,
+    /// The frozen stages, by their positions in the recipe, and what would make them run if they were not frozen.
+    pub frozen: BTreeMap<usize, Vec<Reason>>,
 }
 
 /// What the store says of a stage whose inputs are known.
@@ -202,7 +204,14 @@ impl<'a> Runner<'a, '_> {
         let graph = self.session.graph;
         let readers = graph.readers();
         let mut contents: Vec<Option<Digest>> = vec![None; graph.nodes.len()];
-        let mut open: Vec<usize> = graph.inputs.iter().map(Vec::len).collect();
+        // A frozen stage waits for nothing.
+        let frozen = |index: usize| graph.nodes[index].handling.frozen;
+        let waits =
+            |(index, inputs): (usize, &Vec<usize>)| if frozen(index) { 0 } else { inputs.len() };
+        let mut open: Vec<usize> = graph.inputs.iter().enumerate().map(waits).collect();
+        let readers: Vec<Vec<usize>> = (readers.into_iter())
+            .map(|all| all.into_iter().filter(|&reader| !frozen(reader)).collect())
+            .collect();
         let mut rank = vec![0; graph.nodes.len()];
         for (position, &index) in graph.order.iter().enumerate() {
             rank[index] = position;
@@ -221,7 +230,7 @@ impl<'a> Runner<'a, '_> {
                 || (self.summary.failed > 0 && !self.options.keep_going);
             if !stopped {
                 while let Some((_, index)) = ready.pop_first() {
-                    match self.look_up(index, &contents, sources) {
+                    match self.look_up(index, &contents, needed, sources) {
                         Lookup::Fresh(content) => finished.push((index, content)),
                         Lookup::Failed => {}
                         Lookup::Stale(prepared, reasons) => {
@@ -371,11 +380,12 @@ impl<'a> Runner<'a, '_> {
         &mut self,
         index: usize,
         contents: &[Option<Digest>],
+        needed: &[bool],
         sources: &mut Sources,
     ) -> Lookup {
         let node = &self.session.graph.nodes[index];
         let name = &node.name;
-        let mut prepared = match self.session.prepare(index, contents, sources) {
+        let mut prepared = match self.session.prepare(index, contents, needed, sources) {
             Ok(prepared) => prepared,
             Err(error) => {
                 self.fail(name, format!("{error:#}"));
@@ -383,6 +393,9 @@ impl<'a> Runner<'a, '_> {
             }
         };
         self.fingerprints[index] = Some(prepared.digest.clone());
+        if let Some(reasons) = &prepared.frozen {
+            self.summary.frozen.insert(index, reasons.clone());
+        }
         let Session {
             store,
             recipe,
@@ -444,9 +457,27 @@ impl<'a> Runner<'a, '_> {
                 restored,
                 remote,
                 saved: record.seconds,
+                frozen: prepared.frozen,
             },
         );
         Lookup::Fresh(artifact)
+    }
+
+    /// The frozen stages that a stage depends on and whose results are taken though something changed.
+    fn frozen_before(&self, index: usize) -> Vec<String> {
+        let changed = self.summary.frozen.iter();
+        let mut changed = changed
+            .filter(|(_, reasons)| !reasons.is_empty())
+            .peekable();
+        if changed.peek().is_none() {
+            return Vec::new();
+        }
+        let graph = self.session.graph;
+        let needed = graph.needed(&[index]);
+        changed
+            .filter(|(frozen, _)| needed[**frozen])
+            .map(|(frozen, _)| graph.nodes[*frozen].name.clone())
+            .collect()
     }
 
     /// Starts stale stages while the number of stages and their resources allow it. Exclusive stages run one at a time.
@@ -483,6 +514,7 @@ impl<'a> Runner<'a, '_> {
                 cancel: Arc::clone(self.cancel),
                 index,
                 gpus,
+                frozen: self.frozen_before(index),
             };
             let done = self.done.clone();
             let started = std::thread::Builder::new().spawn_scoped(scope, move || {

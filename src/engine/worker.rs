@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 
 use super::canonical::Digest;
 use super::control::Control;
@@ -26,6 +26,9 @@ use super::task::{Lasting, TASK_VERSION, Task, is_full, memory, unmarked};
 const PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_mins(5);
 
+/// The note of frozen stages that a result was made from.
+const FROZEN: &str = "made_from_frozen";
+
 /// One stage on its own thread.
 pub(super) struct Worker<'a, 'b> {
     pub(super) session: &'a Session<'b>,
@@ -34,6 +37,8 @@ pub(super) struct Worker<'a, 'b> {
     pub(super) index: usize,
     /// The ids of the devices it has to itself.
     pub(super) gpus: Vec<usize>,
+    /// The frozen stages before it whose results are taken though something changed.
+    pub(super) frozen: Vec<String>,
 }
 
 /// How the work on a stage ended.
@@ -139,11 +144,17 @@ impl Worker<'_, '_> {
                 restored: false,
                 remote,
                 saved: record.seconds,
+                frozen: prepared.frozen.clone(),
             });
             return Ok(Outcome::Ready(Ready {
                 artifact: record.artifact,
                 ran: false,
             }));
+        }
+        if prepared.frozen.is_some() {
+            let error =
+                anyhow!("it is frozen, and the files of its last result could not be fetched");
+            return Err(error.into());
         }
         // It may have waited long for its turn.
         if let Some(changed) = prepared.changed(node, false) {
@@ -166,6 +177,10 @@ impl Worker<'_, '_> {
         let clock = Instant::now();
         let result = self.run_with_retries(prepared, &miss)?;
         let seconds = clock.elapsed().as_secs_f64();
+        let mut notes = result.notes;
+        if !self.frozen.is_empty() {
+            notes.insert(FROZEN.to_owned(), self.frozen.clone().into());
+        }
         let record = Record {
             format: FORMAT,
             stage: node.name.clone(),
@@ -173,7 +188,7 @@ impl Worker<'_, '_> {
             origins: prepared.origins.clone(),
             output: node.stage.output().to_owned(),
             artifact: String::new(),
-            notes: result.notes,
+            notes,
             params: node.stage.params().map_err(anyhow::Error::from)?,
             started,
             seconds,

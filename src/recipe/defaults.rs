@@ -8,6 +8,7 @@ use crate::engine::Kind;
 
 use super::draft::Draft;
 use super::hints;
+use super::pieces::namespace;
 use super::sentence::noun;
 use super::source_map::{RecipePath, child, keys};
 
@@ -28,6 +29,10 @@ pub(crate) fn fill(draft: &mut Draft, recipe: &mut Value) {
         let (Some(name), Some(kind)) = (name.as_str(), kind_of(draft.kinds, stage)) else {
             continue;
         };
+        // An included recipe has its own.
+        if namespace(name).is_some() {
+            continue;
+        }
         for (_, from, parameters) in defaults.iter().filter(|(of, ..)| of.name == kind.name) {
             fill_stage(draft, name, kind, stage, from, parameters);
         }

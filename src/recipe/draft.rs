@@ -1,7 +1,7 @@
 //! A recipe on its way: what is known so far, and the mistakes found.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::PathBuf;
 use std::rc::Rc;
 
 use serde_yaml::Value;
@@ -13,12 +13,18 @@ use super::error::{RecipeError, RecipeErrors};
 use super::foreign;
 use super::hints;
 use super::parameters::Parameters;
-use super::source_map::{PathStep, RecipePath, SourceMap, SourceSpan, child, keys, lines};
+use super::pieces::{Change, Files, LeftOut, Namespace, Origin};
+use super::source_map::{
+    MOST_HOPS, PathStep, RecipePath, SourceMap, SourceSpan, child, keys, lines,
+};
 
 /// The keys a recipe may have.
-pub(crate) const TOP: [&str; 8] = [
+pub(crate) const TOP: [&str; 11] = [
     "version",
     "description",
+    "extends",
+    "overrides",
+    "include",
     "vars",
     "defaults",
     "stages",
@@ -33,36 +39,46 @@ const MAX_ERRORS: usize = 100;
 /// The most that vars, matrices and `--set` may put in altogether: values, and bytes of texts.
 const MOST_PUT_IN: (usize, usize) = (200_000, 16 << 20);
 
-pub(crate) struct Draft<'a> {
-    file: &'a Path,
-    lines: Vec<&'a str>,
+pub(crate) struct Draft {
+    /// Which of the files this is.
+    pub(crate) file: usize,
+    pub(crate) files: Files,
     pub(crate) kinds: &'static [Kind],
     pub(crate) source_map: SourceMap,
     pub(crate) description: Option<String>,
     pub(crate) errors: Vec<RecipeError>,
-    /// What `--set` replaced, with the argument.
-    pub(crate) set: BTreeMap<RecipePath, String>,
-    /// Values that took in a var that `--set` replaced, with the argument.
-    pub(crate) through_vars: BTreeMap<RecipePath, String>,
+    /// What `--set` or an including recipe replaced, with where that was given.
+    pub(crate) set: BTreeMap<RecipePath, Origin>,
+    /// Values that took in a var that was replaced so, with where that was given.
+    pub(crate) through_vars: BTreeMap<RecipePath, Origin>,
     /// Values that are known to be wrong, so that their types are not looked at.
     pub(crate) broken: BTreeSet<RecipePath>,
     /// Parameters that nobody gave and the rest of the recipe implies.
     pub(crate) implied: BTreeSet<RecipePath>,
     /// The stages that a matrix made, by name.
     pub(crate) expanded: BTreeMap<String, Expanded>,
+    /// The vars of included recipes, by the names before their stages' names.
+    pub(crate) namespaces: BTreeMap<String, Namespace>,
+    /// Vars that something uses.
+    pub(crate) used_vars: BTreeSet<String>,
+    /// The stages that their `when` leaves out.
+    pub(crate) left_out: Vec<LeftOut>,
+    /// Changes to the stages of included recipes, by the names of the includes.
+    pub(crate) routed: BTreeMap<String, Vec<Change>>,
     /// Whether a key at the top is unknown, so that the one that is missing may be meant by it.
     pub(crate) has_unknown_keys: bool,
     /// What vars, matrices and `--set` may still put in.
-    left: (usize, usize),
+    pub(crate) left: (usize, usize),
     /// What is known of kinds that occurred.
     parameters: BTreeMap<&'static str, Rc<Parameters>>,
 }
 
-impl<'a> Draft<'a> {
-    pub(crate) fn new(file: &'a Path, text: &'a str, kinds: &'static [Kind]) -> Self {
+impl Draft {
+    /// A draft of the last of the files.
+    pub(crate) fn new(files: &Files, kinds: &'static [Kind]) -> Self {
         Self {
-            file,
-            lines: lines(text),
+            file: files.borrow().len().saturating_sub(1),
+            files: Rc::clone(files),
             kinds,
             source_map: SourceMap::default(),
             description: None,
@@ -72,6 +88,10 @@ impl<'a> Draft<'a> {
             broken: BTreeSet::new(),
             implied: BTreeSet::new(),
             expanded: BTreeMap::new(),
+            namespaces: BTreeMap::new(),
+            used_vars: BTreeSet::new(),
+            left_out: Vec::new(),
+            routed: BTreeMap::new(),
             has_unknown_keys: false,
             left: MOST_PUT_IN,
             parameters: BTreeMap::new(),
@@ -115,6 +135,22 @@ impl<'a> Draft<'a> {
         Rc::clone(own.or_insert_with(|| Rc::new(Parameters::from_kind(kind))))
     }
 
+    /// How messages call the file.
+    pub(crate) fn shown(&self) -> PathBuf {
+        let files = self.files.borrow();
+        let file = files.get(self.file).map(|file| file.shown.clone());
+        file.unwrap_or_default()
+    }
+
+    /// A place for a sentence, as in `r.yaml:3:9`.
+    pub(crate) fn place(&self, span: SourceSpan) -> String {
+        let files = self.files.borrow();
+        let file = files
+            .get(span.file)
+            .map(|file| file.shown.display().to_string());
+        format!("{}:{span}", file.unwrap_or_default())
+    }
+
     pub(crate) fn push(
         &mut self,
         message: String,
@@ -122,8 +158,12 @@ impl<'a> Draft<'a> {
         origin: Option<String>,
         hint: Option<String>,
     ) {
+        let file = span.map_or(self.file, |span| span.file);
+        let files = self.files.borrow();
+        let file = files.get(file).map(|file| file.shown.clone());
+        drop(files);
         self.errors.push(RecipeError {
-            file: self.file.to_owned(),
+            file: file.unwrap_or_default(),
             message,
             span,
             origin,
@@ -158,12 +198,12 @@ impl<'a> Draft<'a> {
             (None, Some(name)) => Some(format!("it is so in `{name}`")),
             (hint, None) => hint,
         };
-        let path = &self.source_map.written(path);
-        if let Some(origin) = around(&self.set, path) {
-            let origin = origin.clone();
+        if let Some(origin) = self.origin_in(&self.set, path) {
+            let origin = origin.text.clone();
             return self.push(message, None, Some(origin), hint);
         }
-        let through = around(&self.through_vars, path);
+        let through = self.origin_in(&self.through_vars, path);
+        let through = through.map(|origin| &origin.text);
         let hint = match (hint, through) {
             (Some(hint), Some(origin)) => Some(format!("{hint}; the value comes from `{origin}`")),
             (None, Some(origin)) => Some(format!("the value comes from `{origin}`")),
@@ -178,10 +218,53 @@ impl<'a> Draft<'a> {
         next.is_some_and(|broken| broken.starts_with(path))
     }
 
-    /// Whether the value at `path` was given, wholly or in part, on the command line.
-    pub(crate) fn is_from_command_line(&self, path: &RecipePath) -> bool {
-        let path = &self.source_map.written(path);
-        around(&self.set, path).is_some() || around(&self.through_vars, path).is_some()
+    /// Where the value at `path` was given, wholly or in part, if not where it is written.
+    pub(crate) fn origin(&self, path: &RecipePath) -> Option<&Origin> {
+        let set = self.origin_in(&self.set, path);
+        set.or_else(|| self.origin_in(&self.through_vars, path))
+    }
+
+    /// The entry of a map for the value at `path` or for one around it; what was filled in from elsewhere is looked for there.
+    fn origin_in<'m>(
+        &self,
+        map: &'m BTreeMap<RecipePath, Origin>,
+        path: &RecipePath,
+    ) -> Option<&'m Origin> {
+        if map.is_empty() {
+            return None;
+        }
+        let mut path = path.clone();
+        for _ in 0..MOST_HOPS {
+            let found = around(map, &path);
+            match (found, self.source_map.hop(&path)) {
+                (Some((length, origin)), Some((filled, _))) if length >= filled => {
+                    return Some(origin);
+                }
+                (_, Some((_, next))) => path = next,
+                (found, None) => return found.map(|(_, origin)| origin),
+            }
+        }
+        None
+    }
+
+    /// Where the value of a var comes from, for people.
+    pub(crate) fn source_of(&self, path: &RecipePath) -> String {
+        if let Some(origin) = self.origin(path) {
+            return origin.text.clone();
+        }
+        let written = self.source_map.written(path);
+        let steps: Vec<&str> = written
+            .iter()
+            .map_while(|step| match step {
+                PathStep::Key(key) => Some(key.as_str()),
+                PathStep::Index(_) => None,
+            })
+            .collect();
+        match steps[..] {
+            ["profiles", name, ..] => format!("--profile {name}"),
+            ["overrides", ..] => "overrides".to_owned(),
+            _ => "default".to_owned(),
+        }
     }
 
     /// Checks the keys at the top. Whether there is something to go on with.
@@ -197,6 +280,7 @@ impl<'a> Draft<'a> {
         };
         if let Some(program) = foreign::recognise(map) {
             let span = SourceSpan {
+                file: self.file,
                 line: 1,
                 column: 1,
                 length: 1,
@@ -207,7 +291,7 @@ impl<'a> Draft<'a> {
                 "`pipeline import {} {}` makes a recipe of it. Where its keys are in a recipe (`training` is train_sft, train_orpo or \
                  train_dpo):{}",
                 program.argument(),
-                self.file.display(),
+                self.shown().display(),
                 foreign::table(program, map)
             );
             self.push(message, Some(span), None, Some(hint));
@@ -279,6 +363,8 @@ impl<'a> Draft<'a> {
                         "each stage has a name in place of a dash: `pairs: { import_dataset: { .. } }`"
                     }
                     "vars" => "as in `vars: { seed: 42 }`",
+                    "include" => "as in `include: { prep: shared/prep.yaml }`",
+                    "overrides" => "from paths to values, as in `overrides: { vars.seed: 1 }`",
                     "profiles" => {
                         "as in `profiles: { smoke: { stages.tuned.train_orpo.max_steps: 3 } }`"
                     }
@@ -293,27 +379,38 @@ impl<'a> Draft<'a> {
         }
     }
 
-    /// All mistakes, by line.
+    /// All mistakes, by file and line.
     pub(crate) fn into_errors(mut self) -> RecipeErrors {
         self.errors.sort_by_key(|error| {
-            let span = error.span.map(|span| (span.line, span.column));
+            let span = error.span.map(|span| (span.file, span.line, span.column));
             (error.origin.is_some(), span)
         });
         let mut seen = BTreeSet::new();
-        self.errors
-            .retain(|error| seen.insert((error.span, error.origin.clone(), error.message.clone())));
+        self.errors.retain(|error| {
+            let file = error.file.clone();
+            seen.insert((
+                file,
+                error.span,
+                error.origin.clone(),
+                error.message.clone(),
+            ))
+        });
         let more = self.errors.len().saturating_sub(MAX_ERRORS);
         if more > 0 {
             self.errors.truncate(MAX_ERRORS);
             self.push(format!("and {more} more mistakes"), None, None, None);
         }
         // Only now: thousands of mistakes may stand in one long line.
+        let files = self.files.borrow();
+        let texts: Vec<Vec<&str>> = files.iter().map(|file| lines(&file.text)).collect();
         for error in &mut self.errors {
             let line = error
                 .span
-                .and_then(|span| self.lines.get(span.line.checked_sub(1)?));
+                .and_then(|span| texts.get(span.file)?.get(span.line.checked_sub(1)?));
             error.source_line = line.map(|line| (*line).to_owned());
         }
+        drop(texts);
+        drop(files);
         RecipeErrors(self.errors)
     }
 }
@@ -334,9 +431,9 @@ fn cost(value: &Value, values: &mut usize, bytes: &mut usize) {
     }
 }
 
-/// The entry of `map` at `path` or above it.
-fn around<'m>(map: &'m BTreeMap<RecipePath, String>, path: &RecipePath) -> Option<&'m String> {
+/// The entry of `map` at `path` or above it, and how long its path is.
+fn around<'m, T>(map: &'m BTreeMap<RecipePath, T>, path: &RecipePath) -> Option<(usize, &'m T)> {
     (1..=path.len())
         .rev()
-        .find_map(|length| map.get(path.get(..length)?))
+        .find_map(|length| Some((length, map.get(path.get(..length)?)?)))
 }

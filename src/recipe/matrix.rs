@@ -4,7 +4,7 @@
 //! name are one axis: a stage that takes from two stages with the axis `seed` takes both with the same seed.
 
 mod axes;
-mod inputs;
+pub(crate) mod inputs;
 mod made;
 
 use std::collections::BTreeMap;
@@ -20,8 +20,10 @@ use made::{Made, joined, picks, resolve};
 use super::combination::{Combination, Expanded};
 use super::defaults::kind_of;
 use super::draft::Draft;
+use super::pieces::{LeftOut, Namespace, Vars, namespace};
 use super::source_map::{RecipePath, child, keys};
-use super::vars::{self, Scope, Vars};
+use super::vars::{self, Scope};
+use super::when::{self, WHEN};
 
 /// The key beside the kind.
 pub(crate) const MATRIX: &str = "matrix";
@@ -33,6 +35,8 @@ struct Declared {
     name: String,
     value: Value,
     kind: Option<&'static Kind>,
+    /// Its `when`, if it has one.
+    when: Option<Value>,
     /// The combinations of its own matrix; one without values if it has none.
     own: Vec<Combination>,
     inputs: Vec<Input>,
@@ -46,16 +50,26 @@ struct Input {
 }
 
 /// Replaces stages that have a matrix by one for each combination, with everything that takes from them, their outputs and where they
-/// are published. Substitutes vars in all of these.
+/// are published, and removes stages whose `when` is false. Substitutes vars in all of these.
 pub(crate) fn expand(draft: &mut Draft, vars: &Vars, recipe: &mut Value) {
-    let is_wanted = |stage: &Value| stage.get(MATRIX).is_some() || has_collect(stage);
+    let is_wanted = |stage: &Value| {
+        stage.get(MATRIX).is_some() || stage.get(WHEN).is_some() || has_collect(stage)
+    };
     let stages = match recipe.get("stages") {
-        Some(Value::Mapping(stages)) if stages.values().any(is_wanted) => stages.clone(),
+        Some(Value::Mapping(stages))
+            if !draft.namespaces.is_empty() || stages.values().any(is_wanted) =>
+        {
+            stages.clone()
+        }
         _ => return vars::substitute(draft, vars, recipe, &["stages", "outputs", "publish"]),
     };
     let defaults = recipe.get("defaults").cloned().unwrap_or_default();
+    let at = keys(&["vars"]);
+    let namespaces = draft.namespaces.clone();
     let mut expander = Expander {
         vars,
+        at: &at,
+        namespaces: &namespaces,
         defaults: &defaults,
         schemas: Schemas::default(),
         declared: Vec::new(),
@@ -93,6 +107,8 @@ fn has_collect(value: &Value) -> bool {
 
 struct Expander<'r> {
     vars: &'r Vars,
+    at: &'r RecipePath,
+    namespaces: &'r BTreeMap<String, Namespace>,
     defaults: &'r Value,
     schemas: Schemas,
     declared: Vec<Declared>,
@@ -100,7 +116,20 @@ struct Expander<'r> {
     made: Vec<Option<Vec<Made>>>,
 }
 
-impl Expander<'_> {
+impl<'r> Expander<'r> {
+    /// What names mean in a stage with these values.
+    fn scope<'v>(&self, stage: &str, axes: &'v Vars) -> Scope<'v>
+    where
+        'r: 'v,
+    {
+        let included = namespace(stage).and_then(|included| self.namespaces.get(included));
+        let (vars, at) = match included {
+            Some(included) => (&included.vars, &included.at),
+            None => (self.vars, self.at),
+        };
+        Scope { vars, at, axes }
+    }
+
     fn declare(
         &mut self,
         draft: &mut Draft,
@@ -109,9 +138,8 @@ impl Expander<'_> {
         left: &mut usize,
     ) -> Declared {
         let path = keys(&["stages", &name]);
-        let matrix = value
-            .as_mapping_mut()
-            .and_then(|stage| stage.shift_remove(MATRIX));
+        let mut take = |key| value.as_mapping_mut()?.shift_remove(key);
+        let (matrix, when) = (take(MATRIX), take(WHEN));
         let own = match matrix {
             Some(matrix) => self.own(draft, &child(&path, MATRIX), matrix, &name, left),
             None => vec![Combination::new()],
@@ -129,6 +157,8 @@ impl Expander<'_> {
                 is_default: false,
             }));
             let defaults = self.defaults.get(kind.name).and_then(Value::as_mapping);
+            // The defaults of an included recipe are in its stages already.
+            let defaults = defaults.filter(|_| namespace(&name).is_none());
             let defaults: Mapping = defaults
                 .into_iter()
                 .flatten()
@@ -145,6 +175,7 @@ impl Expander<'_> {
             name,
             value,
             kind,
+            when,
             own,
             inputs,
         }
@@ -160,13 +191,10 @@ impl Expander<'_> {
         left: &mut usize,
     ) -> Vec<Combination> {
         let none = Vars::new();
-        let scope = Scope {
-            vars: self.vars,
-            axes: &none,
-        };
+        let scope = self.scope(name, &none);
         vars::walk(draft, scope, &mut path.clone(), &mut matrix);
         let Some(axes) = (!draft.broken.contains(path))
-            .then(|| axes::read(draft, self.vars, path, &matrix))
+            .then(|| axes::read(draft, scope.vars, path, &matrix))
             .flatten()
         else {
             // Whatever takes from it is looked at with any of its values.
@@ -205,7 +233,7 @@ impl Expander<'_> {
                 let mut reads = Vec::new();
                 for combination in &stage.own {
                     for name in stage.inputs.iter().flat_map(|input| input.found.all()) {
-                        let Some(name) = self.text(combination, name) else {
+                        let Some(name) = self.text(&stage.name, combination, name) else {
                             continue;
                         };
                         let read = picked(&name).and_then(|name| index.get(name.stage).copied());
@@ -231,11 +259,19 @@ impl Expander<'_> {
         self.made = made;
     }
 
-    /// A text with vars and the values of a combination.
-    fn text(&self, combination: &Combination, text: &str) -> Option<String> {
+    /// A text in a stage with vars and the values of a combination.
+    fn text(&self, stage: &str, combination: &Combination, text: &str) -> Option<String> {
+        self.scope(stage, &values(combination)).text(text)
+    }
+
+    /// Whether a stage with these values is left out by its `when`.
+    fn leaves_out(&self, draft: &mut Draft, stage: &Declared, combination: &Combination) -> bool {
+        let Some(when) = &stage.when else {
+            return false;
+        };
+        let path = keys(&["stages", &stage.name, WHEN]);
         let axes = values(combination);
-        let vars = self.vars;
-        Scope { vars, axes: &axes }.text(text)
+        when::holds(draft, self.scope(&stage.name, &axes), &path, when) == Some(false)
     }
 
     /// The stages that one is made into.
@@ -253,12 +289,14 @@ impl Expander<'_> {
             let mut partial = vec![Made {
                 combination: own.clone(),
                 inputs: Vec::new(),
+                left_out: false,
+                lacks: false,
             }];
             for (position, input) in declared.inputs.iter().enumerate() {
                 let Names::One(written) = &input.found.names else {
                     continue;
                 };
-                let Some(name) = self.text(own, written) else {
+                let Some(name) = self.text(&declared.name, own, written) else {
                     continue;
                 };
                 let Some((read, picked)) = resolve(&name, index) else {
@@ -272,6 +310,9 @@ impl Expander<'_> {
                     continue;
                 };
                 if taken.iter().all(|(made, _)| made.combination.is_empty()) {
+                    if taken.iter().all(|(made, _)| made.left_out) {
+                        partial.iter_mut().for_each(|one| one.lacks = true);
+                    }
                     continue;
                 }
                 let read = &self.declared[read].name;
@@ -294,13 +335,23 @@ impl Expander<'_> {
                     }
                 }
             }
+            for one in &mut partial {
+                one.left_out = self.leaves_out(draft, declared, &one.combination);
+            }
+            // Where there is nothing of all that it could take, that is told where stages are wired.
+            let is_some_there = partial.iter().any(|one| !one.left_out && !one.lacks);
+            for one in partial.iter_mut().filter(|one| one.lacks) {
+                // What is made for each stage of a matrix is made for those that are there.
+                one.left_out |= is_some_there;
+            }
             for made_of in &mut partial {
                 for (position, input) in declared.inputs.iter().enumerate() {
                     if let Names::Collect(names) = &input.found.names {
                         let path = path_of(declared, input);
                         let combination = &made_of.combination;
                         let names = names.iter().flat_map(|name| {
-                            self.collected(draft, combination, name, &path, index, made)
+                            let stage = &declared.name;
+                            self.collected(draft, stage, combination, name, &path, index, made)
                         });
                         let names: Vec<Value> = names.map(Value::from).collect();
                         made_of.inputs.push((position, names.into()));
@@ -316,13 +367,14 @@ impl Expander<'_> {
     fn collected(
         &self,
         draft: &mut Draft,
+        stage: &str,
         combination: &Combination,
         written: &str,
         path: &RecipePath,
         index: &BTreeMap<&str, usize>,
         made: &[Option<Vec<Made>>],
     ) -> Vec<String> {
-        let Some(name) = self.text(combination, written) else {
+        let Some(name) = self.text(stage, combination, written) else {
             return vec![written.to_owned()];
         };
         let Some((read, picked)) = resolve(&name, index) else {
@@ -334,7 +386,7 @@ impl Expander<'_> {
         let Some(taken) = picks(draft, path, &picked, there) else {
             return vec![name];
         };
-        let taken = taken.iter();
+        let taken = taken.iter().filter(|(made, _)| !made.left_out);
         taken
             .map(|(made, _)| axes::name(&self.declared[read].name, &made.combination))
             .collect()
@@ -348,6 +400,10 @@ impl Expander<'_> {
                 let name = axes::name(&declared.name, &one.combination);
                 let written = keys(&["stages", &declared.name]);
                 let path = keys(&["stages", &name]);
+                if one.left_out {
+                    draft.left_out.push(self.left_out(draft, declared, name));
+                    continue;
+                }
                 if !one.combination.is_empty() {
                     let is_written = self.declared.iter().any(|other| other.name == name);
                     if name.len() > axes::LONGEST_NAME || is_written {
@@ -384,17 +440,24 @@ impl Expander<'_> {
                 }
                 self.put_inputs(draft, declared, one, &path, &mut value);
                 let axes = values(&one.combination);
-                let vars = self.vars;
-                vars::walk(
-                    draft,
-                    Scope { vars, axes: &axes },
-                    &mut path.clone(),
-                    &mut value,
-                );
+                let scope = self.scope(&declared.name, &axes);
+                vars::walk(draft, scope, &mut path.clone(), &mut value);
                 stages.insert(name.into(), value);
             }
         }
         stages
+    }
+
+    /// What there is to say of a stage that is left out.
+    fn left_out(&self, draft: &Draft, declared: &Declared, name: String) -> LeftOut {
+        let path = keys(&["stages", &declared.name, WHEN]);
+        let when = declared.when.as_ref();
+        LeftOut {
+            name,
+            kind: declared.kind.map(|kind| kind.name),
+            when: when.map(when::shown).unwrap_or_default(),
+            span: when.and_then(|_| draft.source_map.value(&path)),
+        }
     }
 
     fn put_inputs(
@@ -449,16 +512,21 @@ impl Expander<'_> {
                 let taken = picks(draft, &from, &picked, made)?;
                 Some((stage, taken))
             });
+            if let Some((_, taken)) = &found
+                && taken.iter().all(|(made, _)| made.left_out)
+            {
+                continue;
+            }
             let several = found
                 .filter(|(_, taken)| taken.iter().any(|(made, _)| !made.combination.is_empty()));
             let Some((stage, taken)) = several else {
                 let mut value = value;
-                let (vars, axes) = (self.vars, &Vars::new());
-                vars::walk(draft, Scope { vars, axes }, &mut from.clone(), &mut value);
+                let axes = Vars::new();
+                vars::walk(draft, self.scope("", &axes), &mut from.clone(), &mut value);
                 entries.insert(written.into(), value);
                 continue;
             };
-            for (made, _) in taken {
+            for (made, _) in taken.into_iter().filter(|(made, _)| !made.left_out) {
                 let name = axes::name(&self.declared[stage].name, &made.combination);
                 let path = keys(&[section, &name]);
                 draft
@@ -479,13 +547,7 @@ impl Expander<'_> {
                         axes::labels(&made.combination)
                     );
                 }
-                let vars = self.vars;
-                vars::walk(
-                    draft,
-                    Scope { vars, axes: &axes },
-                    &mut path.clone(),
-                    &mut own,
-                );
+                vars::walk(draft, self.scope("", &axes), &mut path.clone(), &mut own);
                 if entries.insert(name.clone().into(), own).is_some() {
                     let message = format!("`{name}` has two entries in `{section}`");
                     let hint = format!("`{}` means all of its stages", self.declared[stage].name);

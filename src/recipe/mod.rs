@@ -1,12 +1,14 @@
 //! Reads recipes: from YAML text to typed stages, with the position of every mistake.
 //!
-//! The steps are: text, then a YAML value ([`read`](self::read)), then `--set` ([`set`](self::set)), then `${vars}`
-//! ([`vars`](self::vars)) and one stage for each combination of a [`matrix`], then what stages leave out ([`defaults`](self::defaults), [`implied`](self::implied)), then typed stages
+//! The steps are: text, then a YAML value ([`read`](self::read)), with what it extends and includes ([`compose`]) and `--set`
+//! ([`set`](self::set)), then `${vars}` ([`vars`](self::vars)) and one stage for each combination of a [`matrix`], then what stages leave out ([`defaults`](self::defaults), [`implied`](self::implied)), then typed stages
 //! ([`stage`](self::stage)), then edges and outputs ([`wiring`](self::wiring)).
 //! Every step continues after a mistake, so that [`load`] reports all of them at once. The module is given the list of kinds as a
 //! value, and does not depend on what a stage does. [`schema`] and [`reference`] describe recipes; [`graph`] draws one.
 
 mod combination;
+mod compose;
+mod declared;
 mod defaults;
 mod draft;
 mod error;
@@ -17,6 +19,7 @@ mod implied;
 mod matrix;
 pub mod outline;
 mod parameters;
+mod pieces;
 mod publish;
 mod read;
 mod reference;
@@ -33,18 +36,27 @@ pub mod translate;
 mod typing;
 mod unused;
 mod vars;
+mod when;
 mod wiring;
 mod words;
 
+use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::sync::Arc;
 
 use crate::engine::{AnyStage, Handling, Kind};
 
 pub use combination::AxisValue;
+use compose::{Changes, Composed, Composer};
+pub use compose::{Includes, NoIncludes};
+pub use declared::Var;
 use draft::Draft;
 pub use error::{RecipeError, RecipeErrors};
+use pieces::namespace;
+pub use pieces::{LeftOut, RecipeFile};
 pub use publish::{PUBLISHED, Publish};
 pub use read::yaml;
 pub use reference::reference;
@@ -82,7 +94,14 @@ pub struct Recipe {
     pub outputs: Vec<Output>,
     /// What is published where on the hub when somebody asks for it, in the order of the recipe.
     pub publish: Vec<Publish>,
-    vars: Vec<String>,
+    /// The stages that their `when` leaves out.
+    pub left_out: Vec<LeftOut>,
+    /// The vars.
+    pub vars: Vec<Var>,
+    /// Its files: first its own, then those that it extends and includes.
+    pub files: Vec<RecipeFile>,
+    /// The names of vars that something uses.
+    used_vars: BTreeSet<String>,
     source_map: SourceMap,
     order: Vec<usize>,
 }
@@ -129,8 +148,9 @@ pub struct SourceFile {
     pub parameter: String,
     /// The path as it was written.
     pub path: String,
-    /// Whether the path came from `--set`, so that it starts at the current folder and not at the recipe's.
-    pub from_command_line: bool,
+    /// Which of the recipe's files it is written in, so that it starts at that one's folder; none for one that came from `--set` and
+    /// starts at the current folder.
+    pub start: Option<usize>,
 }
 
 /// A stage's result that is put where people use it.
@@ -210,7 +230,43 @@ impl Recipe {
 
     /// Where the value at a path such as `stages.tuned.train_orpo.beta` is written, or the nearest thing around it.
     pub fn span_of(&self, path: &str) -> Option<SourceSpan> {
-        self.source_map.value(&source_map::parse(path).ok()?)
+        self.source_map.value(&self.steps(path)?)
+    }
+
+    /// The steps of a path, in which the names of included stages have dots.
+    fn steps(&self, path: &str) -> Option<RecipePath> {
+        let included = path.split_once('.').and_then(|(section, rest)| {
+            let stages = self.stages.iter().map(|stage| stage.name.as_str());
+            let stages = stages.filter(|name| namespace(name).is_some());
+            let longest = stages
+                .filter(|name| {
+                    let rest = rest.strip_prefix(name);
+                    rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+                })
+                .max_by_key(|name| name.len())?;
+            let rest = rest.strip_prefix(longest)?.trim_start_matches('.');
+            let mut steps = keys(&[section, longest]);
+            if !rest.is_empty() {
+                steps.extend(source_map::parse(rest).ok()?);
+            }
+            Some(steps)
+        });
+        match included {
+            Some(steps) => Some(steps),
+            None => source_map::parse(path).ok(),
+        }
+    }
+
+    /// A place for people, as in `r.yaml:12:3`.
+    pub fn place(&self, span: SourceSpan) -> String {
+        let file = self.files.get(span.file).map(|file| &file.shown);
+        format!("{}:{span}", file.unwrap_or(&self.path).display())
+    }
+
+    /// The line at a place.
+    pub fn line(&self, span: SourceSpan) -> Option<&str> {
+        let lines = self.files.get(span.file)?.text.lines();
+        lines.skip(span.line.checked_sub(1)?).next()
     }
 
     /// The stage name that is most like `name`, for a did-you-mean.
@@ -221,12 +277,51 @@ impl Recipe {
     }
 }
 
-/// Reads a recipe file, applies `overrides`, and types and wires it. All mistakes come back at once.
+/// Reads a recipe file, which includes no other, applies `overrides`, and types and wires it. All mistakes come back at once.
 pub fn load(
     path: &Path,
     overrides: &[Override],
     kinds: &'static [Kind],
 ) -> Result<Recipe, RecipeErrors> {
+    load_with(path, overrides, kinds, &NoIncludes)
+}
+
+/// [`load`] for a recipe that may include others.
+pub fn load_with(
+    path: &Path,
+    overrides: &[Override],
+    kinds: &'static [Kind],
+    includes: &dyn Includes,
+) -> Result<Recipe, RecipeErrors> {
+    parse_with(path, &text_of(path)?, overrides, kinds, includes)
+}
+
+/// The vars of a recipe file with their values, whether all that need one have one or not.
+pub fn load_vars(
+    path: &Path,
+    overrides: &[Override],
+    kinds: &'static [Kind],
+    includes: &dyn Includes,
+) -> Result<Vec<Var>, RecipeErrors> {
+    let (mut draft, files) = drafted(path, &text_of(path)?, kinds);
+    let composed =
+        Composer::new(includes, &files).compose(&mut draft, Changes::Own(overrides), false);
+    match composed {
+        Some(composed) if draft.errors.is_empty() => Ok(shown(&composed, &draft)),
+        _ => Err(draft.into_errors()),
+    }
+}
+
+/// The vars for people.
+fn shown(composed: &Composed, draft: &Draft) -> Vec<Var> {
+    let declarations = composed.declarations.iter();
+    declarations
+        .map(|declaration| declaration.shown(draft, &composed.vars))
+        .collect()
+}
+
+/// The text of a recipe's file, without a mark at its start.
+pub fn text_of(path: &Path) -> Result<String, RecipeErrors> {
     let whole = |message: String, hint: Option<&str>| {
         RecipeErrors(vec![RecipeError {
             file: path.to_owned(),
@@ -245,7 +340,7 @@ pub fn load(
         };
         whole(format!("could not read the recipe: {error}"), hint)
     })?;
-    let text = String::from_utf8(bytes).map_err(|error| {
+    String::from_utf8(bytes).map_err(|error| {
         let at = error.utf8_error().valid_up_to();
         let line = error
             .as_bytes()
@@ -258,8 +353,7 @@ pub fn load(
             format!("the recipe is not UTF-8: a wrong byte in line {line}"),
             Some("save the file as UTF-8"),
         )
-    })?;
-    parse(path, &text, overrides, kinds)
+    })
 }
 
 /// The most groups, and the most stages of one, that a sentence names.
@@ -289,9 +383,8 @@ pub fn stage_names(text: &str, kinds: &'static [Kind]) -> Vec<(String, Option<St
     let stages = stages.into_iter().flatten();
     let named = stages.filter_map(|(name, stage)| {
         let keys = stage.as_mapping().into_iter().flat_map(|map| map.keys());
-        let mut keys = keys.filter(|key| *key != matrix::MATRIX);
-        let kind = keys.next();
-        let kind = kind.and_then(serde_yaml::Value::as_str).map(str::to_owned);
+        let mut keys = keys.filter_map(serde_yaml::Value::as_str);
+        let kind = keys.find(|key| !stage::is_beside(key)).map(str::to_owned);
         Some((name.as_str()?.to_owned(), kind))
     });
     named.collect()
@@ -316,44 +409,52 @@ fn read_bounded(path: &Path) -> std::io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// [`load`] for a text that is already read; `path` is for messages.
+/// [`load`] for a text that is already read and includes nothing; `path` is for messages.
 pub fn parse(
     path: &Path,
     text: &str,
     overrides: &[Override],
     kinds: &'static [Kind],
 ) -> Result<Recipe, RecipeErrors> {
+    parse_with(path, text, overrides, kinds, &NoIncludes)
+}
+
+/// A draft of a text, and the files of the recipe, of which this is the first.
+fn drafted(path: &Path, text: &str, kinds: &'static [Kind]) -> (Draft, pieces::Files) {
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-    let mut draft = Draft::new(path, text, kinds);
-    let mut value = match read::read(text) {
-        Ok(read) => {
-            draft.source_map = read.source_map;
-            for mistake in read.mistakes {
-                draft.push(mistake.message, mistake.span, None, mistake.hint);
-            }
-            read.value
-        }
-        Err(mistake) => {
-            draft.push(mistake.message, mistake.span, None, mistake.hint);
-            return Err(draft.into_errors());
-        }
-    };
-    if !draft.top(&value) {
+    let files = Rc::new(RefCell::new(vec![RecipeFile {
+        path: path.to_owned(),
+        shown: path.to_owned(),
+        text: text.into(),
+        fetched: None,
+    }]));
+    (Draft::new(&files, kinds), files)
+}
+
+fn parse_with(
+    path: &Path,
+    text: &str,
+    overrides: &[Override],
+    kinds: &'static [Kind],
+    includes: &dyn Includes,
+) -> Result<Recipe, RecipeErrors> {
+    let (mut draft, files) = drafted(path, text, kinds);
+    let composed =
+        Composer::new(includes, &files).compose(&mut draft, Changes::Own(overrides), true);
+    let Some(mut composed) = composed else {
         return Err(draft.into_errors());
-    }
-    set::apply(&mut draft, &mut value, overrides);
-    let vars = vars::read(&mut draft, &value);
-    vars::substitute(&mut draft, &vars, &mut value, &["defaults"]);
-    matrix::expand(&mut draft, &vars, &mut value);
-    defaults::fill(&mut draft, &mut value);
-    implied::fill(&mut draft, &mut value);
-    let vars = vars.into_keys().collect();
-    let stages = stage::read(&mut draft, &value);
-    let wired = wiring::wire(&mut draft, stages, &value);
+    };
+    let value = &mut composed.value;
+    matrix::expand(&mut draft, &composed.vars, value);
+    defaults::fill(&mut draft, value);
+    implied::fill(&mut draft, value);
+    let stages = stage::read(&mut draft, value);
+    let wired = wiring::wire(&mut draft, stages, value);
     if !draft.errors.is_empty() {
         return Err(draft.into_errors());
     }
     let start = SourceSpan {
+        file: 0,
         line: 1,
         column: 1,
         length: 1,
@@ -382,9 +483,14 @@ pub fn parse(
             span: span.unwrap_or(start),
         });
     }
+    let vars = shown(&composed, &draft);
+    let files = files.borrow().clone();
     Ok(Recipe {
         path: path.to_owned(),
-        text: text.to_owned(),
+        text: files
+            .first()
+            .map(|file| file.text.to_string())
+            .unwrap_or_default(),
         description: draft.description,
         stages,
         outputs: wired
@@ -400,7 +506,10 @@ pub fn parse(
             })
             .collect(),
         publish: wired.publish,
+        left_out: draft.left_out,
         vars,
+        files,
+        used_vars: draft.used_vars,
         source_map: draft.source_map,
         order: wired.order,
     })

@@ -31,8 +31,8 @@ pub(crate) struct Read {
     pub(crate) mistakes: Vec<Mistake>,
 }
 
-/// Reads the text of a recipe. The error is a mistake after which nothing else can be read.
-pub(crate) fn read(text: &str) -> Result<Read, Mistake> {
+/// Reads the text of a recipe, which is the `file`-th of its files. The error is a mistake after which nothing else can be read.
+pub(crate) fn read(text: &str, file: usize) -> Result<Read, Mistake> {
     let whole = |message: String, hint: &str| Mistake {
         message,
         span: None,
@@ -50,6 +50,7 @@ pub(crate) fn read(text: &str) -> Result<Read, Mistake> {
         return Err(whole(message, "the limit is 128 levels"));
     }
     let reader = Reader {
+        file,
         lines: lines(text).into_iter().map(Line::new).collect(),
         source_map: RefCell::default(),
         mistakes: RefCell::default(),
@@ -67,7 +68,7 @@ pub(crate) fn read(text: &str) -> Result<Read, Mistake> {
             source_map: reader.source_map.into_inner(),
             mistakes: reader.mistakes.into_inner(),
         }),
-        Err(error) => Err(syntax(&error, &lines(text))),
+        Err(error) => Err(syntax(&error, &lines(text), file)),
     }
 }
 
@@ -98,6 +99,7 @@ fn brackets(text: &str) -> usize {
 }
 
 struct Reader<'text> {
+    file: usize,
     lines: Vec<Line<'text>>,
     source_map: RefCell<SourceMap>,
     mistakes: RefCell<Vec<Mistake>>,
@@ -418,6 +420,7 @@ impl Reader<'_> {
         });
         let (line, column) = numbers.unwrap_or((1, 1));
         SourceSpan {
+            file: self.file,
             line,
             column,
             length: self.length(line, column, value),
@@ -495,6 +498,7 @@ impl Reader<'_> {
         let mut backwards = before.chars().rev().enumerate();
         let (blanks, last) = backwards.find(|(_, c)| !c.is_whitespace())?;
         (last == bracket).then_some(SourceSpan {
+            file: self.file,
             line: first.line,
             column: first.column - 1 - blanks,
             length: 1,
@@ -518,6 +522,7 @@ impl Reader<'_> {
                 .count(),
         };
         Some(SourceSpan {
+            file: self.file,
             line: key.line,
             column: key.column + key.length + start,
             length: length.max(1),

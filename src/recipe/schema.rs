@@ -24,6 +24,7 @@ pub fn schema(kinds: &[Kind]) -> Value {
     let mut own = Map::new();
     let mut handling: Map<String, Value> = handling.cloned().unwrap_or_default();
     handling.insert("matrix".to_owned(), matrix());
+    handling.insert("when".to_owned(), when());
     let names: Vec<&String> = handling.keys().collect();
     let mut alone = Map::new();
     for kind in kinds {
@@ -90,10 +91,23 @@ fn recipe(defaults: &Value, definitions: &Value) -> Value {
         "properties": {
             "version": { "description": "The version of the recipe language.", "const": 1, "examples": [1] },
             "description": { "description": "What the recipe is for.", "type": "string" },
+            "extends": {
+                "description": "Another recipe, whose vars, defaults, stages, outputs and profiles this one has too, where it has none of the same name: a path, `git+https://host/owner/repo@rev#path` or `hf://owner/repo@rev/path`.",
+                "type": "string",
+                "minLength": 1,
+                "examples": ["base.yaml"],
+            },
+            "overrides": {
+                "description": "Changes to the recipe that this one extends: from paths, as for `--set`, to values.",
+                "type": "object",
+                "examples": [{ "stages.tuned.train_orpo.beta": 0.2 }],
+            },
+            "include": include(),
             "vars": {
-                "description": "Values to use as `${name}` in defaults, stages and outputs; `--set vars.name=value` replaces one.",
+                "description": "Values to use as `${name}` in defaults, stages and outputs; `--set vars.name=value` replaces one. A map with a `type` declares a var.",
                 "type": ["object", "null"],
                 "propertyNames": { "pattern": r"^[\p{L}_][\p{L}\p{N}_]*$" },
+                "additionalProperties": var(),
                 "examples": [{ "seed": 42, "base": "HuggingFaceTB/SmolLM2-135M-Instruct" }],
             },
             "defaults": {
@@ -127,10 +141,11 @@ fn recipe(defaults: &Value, definitions: &Value) -> Value {
         "patternProperties": {
             "^x-": { "description": "Yours: `pipeline` does not read it. A place for values that YAML's anchors repeat." },
         },
-        "required": ["version", "stages"],
+        "required": ["version"],
+        "anyOf": [{ "required": ["stages"] }, { "required": ["extends"] }, { "required": ["include"] }],
         "additionalProperties": false,
         // Required parameters may come from `defaults`, which a schema can't follow; without any, they stand in the stage.
-        "if": { "properties": { "defaults": {} }, "required": ["defaults"] },
+        "if": { "anyOf": [{ "required": ["defaults"] }, { "required": ["extends"] }] },
         "else": {
             "properties": {
                 "stages": { "type": "object", "additionalProperties": { "$ref": "#/$defs/complete_stage" } },
@@ -145,6 +160,50 @@ fn recipe(defaults: &Value, definitions: &Value) -> Value {
         map.insert("$defs".to_owned(), definitions.clone());
     }
     schema
+}
+
+/// A var. Whatever is no declaration is a value, so nothing is forbidden.
+fn var() -> Value {
+    json!({
+        "description": "A value, or a declaration: a map with a `type`.",
+        "properties": {
+            "type": { "description": "What the var is: `string`, `number`, `integer`, `boolean`, `list` or `map`.", "examples": ["number"] },
+            "default": { "description": "Its value where nobody gives another one. Without a default it has to be given by `--set`." },
+            "help": { "description": "What it is for." },
+            "choices": { "description": "The values that it may have." },
+            "minimum": { "description": "The smallest number that it may be." },
+            "maximum": { "description": "The largest number that it may be." },
+        },
+    })
+}
+
+/// The section `include`.
+fn include() -> Value {
+    json!({
+        "description": "Other recipes, whose stages this one has under the name of the include, as in `prep.chats`.",
+        "type": ["object", "null"],
+        "propertyNames": { "pattern": r"^[\p{L}\p{N}_-]+$" },
+        "additionalProperties": {
+            "description": "A path, `git+https://host/owner/repo@rev#path` or `hf://owner/repo@rev/path`; or a map with it and vars.",
+            "type": ["string", "object"],
+            "properties": {
+                "recipe": { "description": "The recipe.", "type": "string", "minLength": 1 },
+                "vars": { "description": "Values for its vars.", "type": ["object", "null"] },
+            },
+            "required": ["recipe"],
+            "additionalProperties": false,
+        },
+        "examples": [{ "prep": "shared/prep.yaml" }],
+    })
+}
+
+/// The key `when` beside a kind.
+fn when() -> Value {
+    json!({
+        "description": "Whether the stage is part of the recipe: an expression over vars and the values of its matrix. What takes from a stage that is left out needs a `when` as well.",
+        "type": ["string", "boolean"],
+        "examples": ["beta > 0.1 and not smoke"],
+    })
 }
 
 /// The key `matrix` beside a kind.

@@ -4,12 +4,15 @@ use serde_yaml::{Mapping, Value};
 
 use super::draft::{Draft, TOP};
 use super::hints;
-use super::matrix::MATRIX;
+use super::pieces::{Change, Origin};
 use super::read::read;
 use super::sentence::noun;
 use super::source_map::{PathStep, RecipePath, child, display, keys, parse};
-use super::stage::HANDLING;
+use super::stage::is_beside;
 use super::{Override, PROFILE};
+
+/// The key with changes to the recipe that this one extends.
+pub(crate) const OVERRIDES: &str = "overrides";
 
 /// Applies the overrides in their order.
 pub(crate) fn apply(draft: &mut Draft, recipe: &mut Value, overrides: &[Override]) {
@@ -26,6 +29,16 @@ pub(crate) fn apply(draft: &mut Draft, recipe: &mut Value, overrides: &[Override
     }
 }
 
+/// Applies what an including recipe changes.
+pub(crate) fn apply_changes(draft: &mut Draft, recipe: &mut Value, changes: Vec<Change>) {
+    for change in changes {
+        let text = change.origin.text.clone();
+        if let Err((message, hint)) = apply_change(draft, recipe, change) {
+            draft.push(message, None, Some(text), hint);
+        }
+    }
+}
+
 /// Tells what can't be set in any profile, whether it is used or not.
 fn check_profiles(draft: &mut Draft, recipe: &Value) {
     for (_, path, values) in draft.section(recipe, "profiles") {
@@ -36,12 +49,17 @@ fn check_profiles(draft: &mut Draft, recipe: &Value) {
             draft.value_error(&path, message, Some(hint.to_owned()));
             continue;
         };
-        for key in values.keys().filter_map(Value::as_str) {
-            let example = || Some("as in `stages.tuned.train_orpo.beta: 0.2`".to_owned());
-            let steps = parse(key).map_err(|message| (message, example()));
-            if let Err((message, hint)) = steps.and_then(|steps| check(draft, recipe, &steps)) {
-                draft.key_error(&child(&path, key), message, hint);
-            }
+        check_paths(draft, recipe, &path, values);
+    }
+}
+
+/// Tells which keys of a map are paths that can't be set.
+fn check_paths(draft: &mut Draft, recipe: &Value, path: &RecipePath, values: &Mapping) {
+    for key in values.keys().filter_map(Value::as_str) {
+        let example = || Some("as in `stages.tuned.train_orpo.beta: 0.2`".to_owned());
+        let steps = parse(key).map_err(|message| (message, example()));
+        if let Err((message, hint)) = steps.and_then(|steps| check(draft, recipe, &steps)) {
+            draft.key_error(&child(path, key), message, hint);
         }
     }
 }
@@ -61,22 +79,75 @@ fn apply_profile(draft: &mut Draft, recipe: &mut Value, name: &str) {
         let message = format!("there is no profile `{name}`");
         return draft.push(message, None, Some(origin), Some(hint));
     };
-    for (path, value) in profile.as_mapping().into_iter().flatten() {
+    if let Value::Mapping(values) = &profile {
+        put_written(draft, recipe, &keys(&["profiles", name]), values);
+    }
+}
+
+/// Puts the values of `overrides` into what a recipe extends, and tells those that can't be.
+pub(crate) fn apply_overrides(draft: &mut Draft, recipe: &mut Value, overrides: &Value) {
+    let path = keys(&[OVERRIDES]);
+    let Value::Mapping(values) = overrides else {
+        let message = format!("`{OVERRIDES}` must be a map, not {}", noun(overrides));
+        let hint = "from paths to values, as in `overrides: { stages.tuned.train_orpo.beta: 0.2 }`";
+        return draft.value_error(&path, message, Some(hint.to_owned()));
+    };
+    check_paths(draft, recipe, &path, values);
+    put_written(draft, recipe, &path, values);
+}
+
+/// Puts values by path that are written at `from`.
+fn put_written(draft: &mut Draft, recipe: &mut Value, from: &RecipePath, values: &Mapping) {
+    for (path, value) in values {
         let Some(path) = path.as_str() else { continue };
-        let written = keys(&["profiles", name, path]);
+        let written = child(from, path);
         // What is wrong with a path is told already.
         let Ok(steps) = parse(path) else { continue };
         if check(draft, recipe, &steps).is_err() {
+            continue;
+        }
+        if let Some((include, steps)) = routed(recipe, &steps) {
+            let span = draft.source_map.value(&written);
+            let origin = Origin {
+                text: span.map_or_else(|| path.to_owned(), |span| draft.place(span)),
+                file: Some(span.map_or(draft.file, |span| span.file)),
+            };
+            let change = Change {
+                steps,
+                value: value.clone(),
+                origin,
+                levels: 1,
+            };
+            draft.routed.entry(include).or_default().push(change);
             continue;
         }
         let put = draft
             .spend(value)
             .and_then(|()| put(recipe, &steps, value.clone()));
         match put {
-            Ok(()) => draft.source_map.written_elsewhere(steps, written),
+            Ok(()) => {
+                draft.source_map.written_in_place(&steps);
+                draft.source_map.written_elsewhere(steps, written);
+            }
             Err(message) => draft.key_error(&written, message, None),
         }
     }
+}
+
+/// The include that a path leads into, and the path in it.
+fn routed(recipe: &Value, steps: &RecipePath) -> Option<(String, RecipePath)> {
+    let [
+        PathStep::Key(top),
+        PathStep::Key(name),
+        PathStep::Key(_),
+        ..,
+    ] = &steps[..]
+    else {
+        return None;
+    };
+    let is_stage = || recipe.get("stages").and_then(|all| all.get(name)).is_some();
+    recipe.get("include")?.get(name)?;
+    (top == "stages" && !is_stage()).then(|| (name.clone(), [&steps[..1], &steps[2..]].concat()))
 }
 
 type Refusal = (String, Option<String>);
@@ -90,7 +161,7 @@ fn apply_one(
 ) -> Result<(), Refusal> {
     let example = || Some("as in `--set stages.tuned.train_orpo.beta=0.2`".to_owned());
     let steps = parse(path).map_err(|message| (message, example()))?;
-    let value = match read(value) {
+    let value = match read(value, draft.file) {
         Ok(read) => match read.mistakes.into_iter().next() {
             None => read.value,
             Some(mistake) => return Err((mistake.message, mistake.hint)),
@@ -99,6 +170,26 @@ fn apply_one(
         Err(_) if value.trim().is_empty() => Value::Null,
         Err(mistake) => return Err((mistake.message, mistake.hint)),
     };
+    let origin = Origin {
+        text: origin.to_owned(),
+        file: None,
+    };
+    let change = Change {
+        steps,
+        value,
+        origin,
+        levels: 1,
+    };
+    apply_change(draft, recipe, change)
+}
+
+fn apply_change(draft: &mut Draft, recipe: &mut Value, change: Change) -> Result<(), Refusal> {
+    let Change {
+        steps,
+        value,
+        origin,
+        levels,
+    } = change;
     check(draft, recipe, &steps)?;
     draft.spend(&value).map_err(|message| {
         (
@@ -106,11 +197,21 @@ fn apply_one(
             Some("keep data and long texts in files of their own".to_owned()),
         )
     })?;
+    if let Some((include, steps)) = routed(recipe, &steps) {
+        let change = Change {
+            steps,
+            value,
+            origin,
+            levels,
+        };
+        draft.routed.entry(include).or_default().push(change);
+        return Ok(());
+    }
     put(recipe, &steps, value).map_err(|message| (message, None))?;
     // This also replaces what earlier overrides put inside the value.
     draft.set.retain(|path, _| !path.starts_with(&steps));
     draft.source_map.written_in_place(&steps);
-    draft.set.insert(steps, origin.to_owned());
+    draft.set.insert(steps, origin);
     Ok(())
 }
 
@@ -123,7 +224,7 @@ fn check(draft: &Draft, recipe: &Value, steps: &RecipePath) -> Result<(), Refusa
     let top = names.next().flatten().unwrap_or_default();
     if !matches!(
         top,
-        "vars" | "defaults" | "stages" | "outputs" | "publish" | "description"
+        "include" | "vars" | "defaults" | "stages" | "outputs" | "publish" | "description"
     ) || steps.len() < 2 && top != "description"
     {
         let hint = match hints::nearest(top, TOP) {
@@ -135,7 +236,9 @@ fn check(draft: &Draft, recipe: &Value, steps: &RecipePath) -> Result<(), Refusa
         return Err((message, Some(hint)));
     }
     // What `defaults` may have is told where it is filled in.
-    if ["defaults", "outputs", "publish", "description"].contains(&top) {
+    if ["defaults", "outputs", "publish", "description"].contains(&top)
+        || routed(recipe, steps).is_some()
+    {
         return Ok(());
     }
     let Some(Some(name)) = names.next() else {
@@ -148,7 +251,11 @@ fn check(draft: &Draft, recipe: &Value, steps: &RecipePath) -> Result<(), Refusa
         .filter_map(Value::as_str)
         .collect();
     if !known.contains(&name) {
-        let word = if top == "vars" { "var" } else { "stage" };
+        let word = match top {
+            "vars" => "var",
+            "include" => "include",
+            _ => "stage",
+        };
         let hint = match hints::nearest(name, known.iter().copied()) {
             Some(known) => format!("did you mean `{known}`?"),
             None if known.is_empty() => format!("the recipe has no {word}s"),
@@ -164,7 +271,7 @@ fn check(draft: &Draft, recipe: &Value, steps: &RecipePath) -> Result<(), Refusa
             .flat_map(Mapping::keys)
             .filter_map(Value::as_str)
             .collect();
-        if !there.contains(&kind) && !HANDLING.contains(&kind) && kind != MATRIX {
+        if !there.contains(&kind) && !is_beside(kind) {
             let own = there
                 .iter()
                 .find(|key| draft.kinds.iter().any(|kind| kind.name == **key));

@@ -98,9 +98,11 @@ fn parts(text: &str) -> Vec<&str> {
     parts
 }
 
-/// A stretch of the recipe's text, within one line.
+/// A stretch of a recipe's text, within one line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct SourceSpan {
+    /// The file, by its position in [`Recipe::files`](super::Recipe::files): 0 is the recipe's own.
+    pub file: usize,
     /// The line, from 1.
     pub line: usize,
     /// The column, from 1, in characters.
@@ -131,6 +133,9 @@ pub(crate) struct SourceMap {
     /// Values that were filled in, and where they are written.
     elsewhere: BTreeMap<RecipePath, RecipePath>,
 }
+
+/// The most places that a value is looked for in one after the other. Recipes that include each other are bounded to fewer.
+pub(crate) const MOST_HOPS: usize = 64;
 
 /// The index of a branch.
 pub(crate) type BranchId = usize;
@@ -189,11 +194,62 @@ impl SourceMap {
 
     /// The path of what is written for the value at `path`: another one for a value that was filled in.
     pub(crate) fn written(&self, path: &[PathStep]) -> RecipePath {
-        let filled = (1..=path.len()).rev().find_map(|length| {
+        let mut path = path.to_vec();
+        for _ in 0..MOST_HOPS {
+            match self.hop(&path) {
+                Some((_, next)) => path = next,
+                None => break,
+            }
+        }
+        path
+    }
+
+    /// One step on the way to [`SourceMap::written`]: how much of the path was filled in as a whole, and the path where that is written.
+    pub(crate) fn hop(&self, path: &[PathStep]) -> Option<(usize, RecipePath)> {
+        (1..=path.len()).rev().find_map(|length| {
             let (to, rest) = path.split_at_checked(length)?;
-            Some([self.elsewhere.get(to)?, rest].concat())
-        });
-        filled.unwrap_or_else(|| path.to_vec())
+            Some((length, [self.elsewhere.get(to)?, rest].concat()))
+        })
+    }
+
+    /// Notes that the value at `path` is from now on what stands at `from`, which is written in it.
+    pub(crate) fn moved(&mut self, path: &[PathStep], from: &[PathStep]) {
+        let branch = |map: &Self, path: &[PathStep]| {
+            let mut id = Self::ROOT;
+            for step in path {
+                id = *map.branches[id].below.get(step)?;
+            }
+            Some(id)
+        };
+        if let (Some(to), Some(from)) = (branch(self, path), branch(self, from))
+            && let (Some(spans), Some(new)) = (self.branches[to].spans, self.branches[from].spans)
+        {
+            self.branches[to].below = self.branches[from].below.clone();
+            self.branches[to].spans = Some(EntrySpans {
+                key: spans.key,
+                value: new.value,
+            });
+        }
+    }
+
+    /// Takes the positions of another file in, below `at`.
+    pub(crate) fn graft(&mut self, at: &[PathStep], other: Self) {
+        let mut above = Self::ROOT;
+        for step in at {
+            above = self.grow(above, step.clone());
+        }
+        let offset = self.branches.len();
+        let moved = |id: &mut BranchId| *id += offset;
+        let mut branches = other.branches;
+        for branch in &mut branches {
+            branch.below.values_mut().for_each(moved);
+        }
+        let root = std::mem::take(&mut branches[Self::ROOT]);
+        self.branches[above].below.extend(root.below);
+        self.branches.extend(branches);
+        let elsewhere = other.elsewhere.into_iter();
+        self.elsewhere
+            .extend(elsewhere.map(|(to, from)| ([at, &to].concat(), [at, &from].concat())));
     }
 
     /// Where the first key is written.

@@ -9,25 +9,25 @@ use crate::engine::{AnyStage, DeviceChoice, Handling, Kind, Marker, markers, rea
 
 use super::draft::Draft;
 use super::hints;
+use super::matrix::MATRIX;
+use super::pieces::namespace;
 use super::sentence::noun;
 use super::source_map::{PathStep, RecipePath, child, display, keys};
 use super::typing::{self, Typed, below, json, not_finite, read_all};
+use super::when::WHEN;
 use super::words;
 use super::{Edge, SourceFile};
 
 /// Keys beside the kind that are kept free for what is to come.
-const RESERVED: [&str; 7] = [
-    "cache",
-    "description",
-    "env",
-    "for_each",
-    "launch",
-    "when",
-    "where",
-];
+const RESERVED: [&str; 6] = ["cache", "description", "env", "for_each", "launch", "where"];
 
 /// The fields of [`Handling`].
-pub(super) const HANDLING: [&str; 4] = ["device", "resources", "retries", "timeout"];
+pub(super) const HANDLING: [&str; 5] = ["device", "frozen", "resources", "retries", "timeout"];
+
+/// Whether a key stands beside the kind and is none.
+pub(super) fn is_beside(key: &str) -> bool {
+    HANDLING.contains(&key) || [MATRIX, WHEN].contains(&key)
+}
 
 /// A stage as far as it could be read.
 pub(crate) struct DraftStage {
@@ -71,7 +71,9 @@ pub(crate) fn read(draft: &mut Draft, recipe: &Value) -> Vec<DraftStage> {
 
 fn stage(draft: &mut Draft, name: String, path: &RecipePath, value: &Value) -> DraftStage {
     let plain = |c: char| c.is_alphanumeric() || matches!(c, '_' | '-');
-    if (name.is_empty() || !name.chars().all(plain)) && !draft.expanded.contains_key(&name) {
+    let is_made = draft.expanded.contains_key(&name)
+        || namespace(&name).is_some_and(|included| draft.namespaces.contains_key(included));
+    if (name.is_empty() || !name.chars().all(plain)) && !is_made {
         let message = format!("`{name}` is not a valid name of a stage");
         let hint = "a name consists of letters, digits, `_` and `-`".to_owned();
         draft.key_error(path, message, Some(hint));
@@ -310,7 +312,10 @@ fn edges_and_files(
                 stage.files.push(SourceFile {
                     parameter,
                     path,
-                    from_command_line: draft.is_from_command_line(&at),
+                    start: match draft.origin(&at) {
+                        Some(origin) => origin.file,
+                        None => Some(draft.source_map.value(&at).map_or(0, |span| span.file)),
+                    },
                 });
             }
             Marker::Neutral => {}

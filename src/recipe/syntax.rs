@@ -12,18 +12,20 @@ pub(super) struct Mistake {
 /// Stands before our own sentences in the parser's errors; `|` parts the hint.
 pub(super) const OURS: &str = "$ours ";
 
-/// A sentence for an error of the YAML parser.
-pub(super) fn syntax(error: &serde_yaml::Error, lines: &[&str]) -> Mistake {
+/// A sentence for an error of the YAML parser in the `file`-th file.
+pub(super) fn syntax(error: &serde_yaml::Error, lines: &[&str], file: usize) -> Mistake {
     // The end of the text may be told as the start of a line behind the last one.
     let span = error.location().map(|location| {
         if location.line() <= lines.len() {
             SourceSpan {
+                file,
                 line: location.line(),
                 column: location.column(),
                 length: 1,
             }
         } else {
             SourceSpan {
+                file,
                 line: lines.len(),
                 column: lines.last().map_or(0, |line| line.chars().count()) + 1,
                 length: 1,

@@ -190,9 +190,12 @@ fn train(params: &str) -> String {
     )
 }
 
+mod compose;
+mod declared;
 mod left_out;
 mod matrix;
 mod mistakes;
 mod profiles;
 mod properties;
 mod right;
+mod when;

@@ -169,7 +169,7 @@ pub fn translate(
     method: Option<&str>,
     kinds: &'static [Kind],
 ) -> Result<Translation, String> {
-    let read = read::read(text).map_err(|mistake| mistake.message)?;
+    let read = read::read(text, 0).map_err(|mistake| mistake.message)?;
     if let Some(mistake) = read.mistakes.first() {
         return Err(mistake.message.clone());
     }

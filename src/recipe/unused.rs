@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use super::pieces::namespace;
 use super::{Recipe, SourceSpan};
 
 /// A part of a recipe that nothing uses.
@@ -21,8 +22,9 @@ impl Recipe {
     /// as used, and so do evaluations in any recipe.
     pub fn unused(&self) -> Vec<Unused> {
         let mut unused = Vec::new();
-        for name in &self.vars {
-            if !self.text.contains(&format!("${{{name}}}")) {
+        for name in self.vars.iter().map(|var| &var.name) {
+            let is_written = || self.text.contains(&format!("${{{name}}}"));
+            if !self.used_vars.contains(name) && !is_written() {
                 unused.push(Unused {
                     message: format!("no value uses the var `{name}`"),
                     span: self.span_of(&format!("vars.{name}")),
@@ -40,7 +42,9 @@ impl Recipe {
         let in_use = stages.filter(|stage| used.contains(stage.name.as_str()));
         let mut told: BTreeSet<&str> = in_use.map(|stage| stage.declared.as_str()).collect();
         for stage in &self.stages {
+            // What an included recipe makes besides is its own affair.
             if !used.contains(stage.name.as_str())
+                && namespace(&stage.name).is_none()
                 && !LOOKED_AT.contains(&stage.stage.output())
                 && told.insert(&stage.declared)
             {

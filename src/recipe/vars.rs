@@ -1,28 +1,60 @@
 //! Substitutes vars (`${name}`) in defaults, stages and outputs, with their types. The inserted values are not substituted again.
 
-use std::collections::BTreeMap;
-
 use serde_yaml::Value;
 
 use super::draft::Draft;
 use super::hints;
+use super::pieces::Vars;
 use super::sentence::{noun, scalar};
-use super::source_map::{PathStep, RecipePath, keys};
-
-/// The values by name.
-pub(crate) type Vars = BTreeMap<String, Value>;
+use super::source_map::{PathStep, RecipePath, child, keys};
 
 /// What `${name}` means at a place: a value of the matrix around it, or a var.
 #[derive(Clone, Copy)]
 pub(crate) struct Scope<'v> {
     pub(crate) vars: &'v Vars,
+    /// Where the vars are in the source map.
+    pub(crate) at: &'v RecipePath,
     /// The values of the matrix by axis.
     pub(crate) axes: &'v Vars,
 }
 
 impl Scope<'_> {
-    fn get(&self, name: &str) -> Option<&Value> {
+    pub(crate) fn get(&self, name: &str) -> Option<&Value> {
         self.axes.get(name).or_else(|| self.vars.get(name))
+    }
+
+    /// Notes that a name is used.
+    pub(crate) fn uses(&self, draft: &mut Draft, name: &str) {
+        // Those of an included recipe are not this one's.
+        if self.at.len() == 1 && !self.axes.contains_key(name) {
+            draft.used_vars.insert(name.to_owned());
+        }
+    }
+
+    /// Whether the value of a name is known to be wrong.
+    pub(crate) fn is_broken(&self, draft: &Draft, name: &str) -> bool {
+        !self.axes.contains_key(name)
+            && !draft.broken.is_empty()
+            && draft.broken.contains(&child(self.at, name))
+    }
+
+    /// What is wrong with a name that there is not, and what to do. `written` is how another name is written in its place, with `_` for it.
+    pub(crate) fn unknown(
+        &self,
+        name: &str,
+        written: &str,
+        otherwise: &str,
+        advice: bool,
+    ) -> (String, String) {
+        let nearest = advice.then(|| hints::nearest(name, self.names()));
+        let hint = match nearest.flatten() {
+            Some(known) => format!("did you mean `{}`?", written.replace('_', known)),
+            None if self.names().next().is_none() => {
+                format!("the recipe has no vars; {otherwise}")
+            }
+            None => format!("the vars are {}; {otherwise}", hints::list(self.names())),
+        };
+        (format!("there is no var `{name}`"), hint)
     }
 
     fn names(&self) -> impl Iterator<Item = &str> {
@@ -53,7 +85,7 @@ impl Scope<'_> {
 
 /// Reads the vars; a mistake in one is told.
 pub(crate) fn read(draft: &mut Draft, recipe: &Value) -> Vars {
-    let mut vars = BTreeMap::new();
+    let mut vars = Vars::new();
     for (name, path, value) in draft.section(recipe, "vars") {
         if !is_name(&name) {
             let message = format!("`{name}` is not a valid name of a var");
@@ -74,8 +106,12 @@ pub(crate) fn read(draft: &mut Draft, recipe: &Value) -> Vars {
 /// type; inside a longer text the value must be a scalar. `$${` stands for `${`. Below `columns`, a name that is not a var is left
 /// unchanged.
 pub(crate) fn substitute(draft: &mut Draft, vars: &Vars, recipe: &mut Value, sections: &[&str]) {
-    let axes = Vars::new();
-    let scope = Scope { vars, axes: &axes };
+    let (axes, at) = (Vars::new(), keys(&["vars"]));
+    let scope = Scope {
+        vars,
+        at: &at,
+        axes: &axes,
+    };
     for section in sections {
         if let Some(value) = recipe.get_mut(*section) {
             walk(draft, scope, &mut keys(&[section]), value);
@@ -177,21 +213,16 @@ fn replace(draft: &mut Draft, scope: Scope<'_>, path: &RecipePath, text: &str) -
                 rest = after;
                 continue;
             }
-            let nearest = draft
-                .gives_advice()
-                .then(|| hints::nearest(name, scope.names()));
-            let hint = match nearest.flatten() {
-                Some(known) => format!("did you mean `${{{known}}}`?"),
-                None if scope.names().next().is_none() => {
-                    format!("the recipe has no vars; {escape}")
-                }
-                None => format!("the vars are {}; {escape}", hints::list(scope.names())),
-            };
-            draft.value_error(path, format!("there is no var `{name}`"), Some(hint));
+            let (message, hint) = scope.unknown(name, "${_}", escape, draft.gives_advice());
+            draft.value_error(path, message, Some(hint));
             return None;
         };
+        scope.uses(draft, name);
+        if scope.is_broken(draft, name) {
+            return None;
+        }
         if !scope.axes.contains_key(name)
-            && let Some(origin) = draft.set.get(&keys(&["vars", name])).cloned()
+            && let Some(origin) = draft.origin(&child(scope.at, name)).cloned()
         {
             let written = draft.source_map.written(path);
             draft.through_vars.insert(written, origin);

@@ -7,6 +7,7 @@ use serde_yaml::Value;
 
 use crate::engine::{Anything, Artifact as _, topological_order};
 
+use super::Edge;
 use super::draft::Draft;
 use super::hints;
 use super::publish::{self, Publish};
@@ -74,6 +75,10 @@ fn edges(
             if draft.is_broken(&path) {
                 continue;
             }
+            if let Some((message, hint)) = left_out(draft, stage, edge) {
+                draft.value_error(&path, message, Some(hint));
+                continue;
+            }
             let names = stages.iter().map(|other| other.name.as_str());
             let hint = match hints::nearest(&edge.stage, names) {
                 Some(known) => format!("did you mean `{known}`?"),
@@ -131,6 +136,24 @@ fn edges(
             draft.value_error(&path, message, Some(hint));
         }
     }
+}
+
+/// That a stage takes one that its `when` leaves out.
+fn left_out(draft: &Draft, stage: &DraftStage, edge: &Edge) -> Option<(String, String)> {
+    let left = draft.left_out.iter().find(|left| left.name == edge.stage)?;
+    let kind = stage.kind.map_or(stage.name.as_str(), |kind| kind.name);
+    let message = format!(
+        "`{}` of `{kind}` takes `{}`, which is left out: its `when` is false",
+        edge.parameter, left.name
+    );
+    let place = left.span.map(|span| format!(" ({})", draft.place(span)));
+    let hint = format!(
+        "that is `when: {}`{}; give `{}` a `when` as well, or take both by `collect`",
+        left.when,
+        place.unwrap_or_default(),
+        stage.name
+    );
+    Some((message, hint))
 }
 
 fn made_by(makers: &[&str], artifact: &str) -> String {

@@ -1,5 +1,7 @@
 //! Events for people: a line for what happened, and at a terminal, below them, lines that change for what is happening.
 
+mod frozen;
+
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io::Write;
 use std::sync::atomic::Ordering;
@@ -49,6 +51,8 @@ pub struct Terminal<W: Write> {
     first_run: bool,
     /// The stages that ran.
     ran: BTreeSet<String>,
+    /// The frozen stages whose results are taken though something changed.
+    frozen: Vec<String>,
     /// The stages of the run, and those that are ready.
     stages: (usize, usize),
     started: Instant,
@@ -77,6 +81,7 @@ impl<W: Write> Terminal<W> {
             names: names.unwrap_or(0).min(LONGEST_NAME),
             first_run: false,
             ran: BTreeSet::new(),
+            frozen: Vec::new(),
             stages: (0, 0),
             started: Instant::now(),
             lines: String::new(),
@@ -102,6 +107,16 @@ impl<W: Write> Reporter for Terminal<W> {
             | Event::WorkStarted { .. }
             | Event::WorkDone { .. }
             | Event::WorkFailed { .. } => {}
+            Event::StageFresh {
+                stage,
+                artifact,
+                frozen: Some(reasons),
+                ..
+            } => {
+                self.finish(stage);
+                self.stages.1 += 1;
+                self.stage_frozen(stage, artifact, reasons);
+            }
             Event::StageFresh {
                 stage,
                 artifact,
@@ -242,6 +257,7 @@ impl<W: Write> Reporter for Terminal<W> {
                 saved,
                 interrupted,
             } => {
+                self.frozen_at_end();
                 let number = |count: &usize| thousands(*count as u64);
                 let mut parts = vec![
                     format!("{} fresh", number(fresh)),

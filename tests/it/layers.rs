@@ -154,7 +154,7 @@ const LAYERS: [Layer; 11] = [
     Layer {
         name: "recipe",
         layers: &["engine"],
-        crates: &["schemars", "serde_yaml", "strsim"],
+        crates: &["minijinja", "schemars", "serde_yaml", "strsim"],
     },
     Layer {
         name: "report",

@@ -35,6 +35,8 @@ mod faults;
 #[cfg(test)]
 mod files;
 #[cfg(test)]
+mod frozen;
+#[cfg(test)]
 mod gc;
 #[cfg(test)]
 mod generated;
@@ -48,6 +50,8 @@ mod history;
 mod hub;
 #[cfg(test)]
 mod importing;
+#[cfg(test)]
+mod including;
 #[cfg(test)]
 mod init;
 #[cfg(test)]
@@ -68,6 +72,8 @@ mod matrix;
 mod messages;
 #[cfg(test)]
 mod mistakes;
+#[cfg(test)]
+mod on_finish;
 #[cfg(test)]
 mod out_of_memory;
 #[cfg(test)]
@@ -109,3 +115,5 @@ mod terminal;
 mod tokens;
 #[cfg(test)]
 mod training_settings;
+#[cfg(test)]
+mod vars;

@@ -109,6 +109,71 @@ fn a_script_between_our_stages_is_cached_like_any_other() {
 }
 
 #[test]
+fn rows_written_as_json_lines_become_the_result() {
+    if !has_python() {
+        return;
+    }
+    let project = project();
+    let script = "import json, os\nout = os.environ['OUT'] + '/'\nfor part in range(2):\n    \
+                  with open(out + f'train-0000{part}-of-00002.jsonl', 'w') as file:\n        \
+                  for n in range(3):\n            \
+                  print(json.dumps({'prompt': f'p{part}{n}', 'chosen': 'c', 'rejected': 'r', 'more': {'n': n}}), file=file)\n\
+                  open(out + 'test.jsonl', 'w').write(json.dumps({'prompt': 'q', 'chosen': 'c', 'rejected': 'r'}) + '\\n')\n";
+    scripted(&project, script, "      output: dataset\n");
+    let text = project.read("own.yaml");
+    project.write(
+        "own.yaml",
+        &format!("{text}  chats: {{ apply_chat_template: {{ dataset: own, template: chat.jinja }} }}\noutputs: {{ own: out/own }}\n"),
+    );
+    project.write(
+        "chat.jinja",
+        "{%- for message in messages %}{{ message.content }}{% endfor %}",
+    );
+    assert_eq!(project.ran(&["own.yaml"]), ["chats", "own"]);
+    let mut names: Vec<String> = std::fs::read_dir(project.path("out/own"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| !name.starts_with('.'))
+        .collect();
+    names.sort_unstable();
+    assert_eq!(names, ["test.parquet", "train.parquet"]);
+    let show = project.succeeds(&["show", "own.yaml", "own"]);
+    assert!(
+        show.contains("p00") && show.contains("\"train\":6") && show.contains("\"test\":1"),
+        "{show}"
+    );
+    // The same rows in one file are the same result, so nothing runs behind it.
+    scripted(
+        &project,
+        &script
+            .replace("range(2)", "[0, 1]")
+            .replace("train-0000{part}-of-00002.jsonl', 'w'", "train.jsonl', 'a'"),
+        "      output: dataset\n",
+    );
+    let text = project.read("own.yaml");
+    project.write(
+        "own.yaml",
+        &format!(
+            "{text}  chats: {{ apply_chat_template: {{ dataset: own, template: chat.jinja }} }}\n"
+        ),
+    );
+    assert_eq!(project.ran(&["own.yaml"]), ["own"]);
+    scripted(
+        &project,
+        "import os\nopen(os.environ['OUT'] + '/train.jsonl', 'w').write('{')\n",
+        "      output: dataset\n",
+    );
+    let ended = project.run(&["run", "own.yaml"]);
+    assert_eq!(ended.code, Some(1));
+    assert!(
+        ended.stderr.contains("wrote no dataset that can be used")
+            && ended.stderr.contains("train.jsonl"),
+        "{}",
+        ended.stderr
+    );
+}
+
+#[test]
 fn what_a_command_makes_is_checked() {
     if !has_python() {
         return;

@@ -2,8 +2,9 @@
 
 use crate::cli::args::{RecipeArgs, StoreArgs};
 use crate::cli::project::Project;
-use crate::cli::{Failure, lock_file, print};
+use crate::cli::{Failure, includes, lock_file, print};
 use crate::engine::pin_changes;
+use crate::report::count;
 
 #[derive(clap::Args)]
 pub(in crate::cli) struct Args {
@@ -20,7 +21,8 @@ pub(in crate::cli) struct Args {
 }
 
 pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
-    let project = Project::open(&args.recipe, &args.store)?;
+    let all_anew = args.update && args.stages.is_empty();
+    let project = Project::open_with(&args.recipe, &args.store, all_anew)?;
     let wanted = project.find_all(&args.stages)?;
     let fresh = |stage: &str| {
         let named = || {
@@ -32,15 +34,19 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
         args.update && (args.stages.is_empty() || named())
     };
     let pins = project.session(&[]).pin(&fresh)?;
-    let changes = pin_changes(&project.pins, &pins);
+    let mut changes = includes::changes(&project.include_pins, &project.included);
+    changes.extend(pin_changes(&project.pins, &pins));
     let path = lock_file::path(&args.recipe.recipe);
-    let count = pins.len();
-    lock_file::write(&path, pins)?;
+    let pinned = count(pins.len() as u64, "stages");
+    let recipes = match project.included.len() {
+        0 => String::new(),
+        recipes => format!(" and {}", count(recipes as u64, "recipes")),
+    };
+    lock_file::write(&path, pins, project.included)?;
     print(&format!(
-        "{}`{}` pins {} stages\n",
+        "{}`{}` pins {pinned}{recipes}\n",
         lock_file::list(&changes),
         path.display(),
-        count
     ));
     Ok(())
 }

@@ -29,6 +29,7 @@ pub(super) mod runs;
 pub(super) mod schema;
 pub(super) mod show;
 pub(super) mod table;
+pub(super) mod trust;
 pub(super) mod validate;
 pub(super) mod why;
 pub(super) mod work;

@@ -12,7 +12,8 @@ use crate::cli::project::Project;
 use crate::cli::remote::RemoteArgs;
 use crate::cli::{Failure, eprint_rendered, print_json, print_rendered};
 use crate::engine::{Forecast, Position, Reason, State, short};
-use crate::report::style::{BOLD, DIM, ERROR, GOOD, RUNS, WAITS, paint};
+use crate::recipe::LeftOut;
+use crate::report::style::{BOLD, DIM, ERROR, GOOD, RUNS, WAITS, WARNING, paint};
 use crate::report::{Verbosity, bytes, count, duration, thousands};
 
 #[derive(clap::Args)]
@@ -75,11 +76,18 @@ fn plan(args: &Args) -> Result<(), Failure> {
             })
         })
         .collect();
+    let left_out = &project.recipe.left_out;
     if args.json {
-        print_json(&planned.iter().map(Planned::json).collect::<Vec<_>>())?;
+        let planned = planned.iter().map(Planned::json);
+        let left_out = left_out.iter().map(|left| {
+            let plan = json!({ "state": "left_out", "when": left.when });
+            json!({ "stage": left.name, "kind": left.kind, "plan": plan })
+        });
+        print_json(&planned.chain(left_out).collect::<Vec<_>>())?;
     } else {
         if verbosity() > Verbosity::Quiet {
             print_rendered(&table(&planned));
+            print_rendered(&paint_lines(&left_out_lines(left_out)));
             if let Some(implied) = project.recipe.implied() {
                 print_rendered(&format!("{}\n", paint(DIM, &implied)));
             }
@@ -101,6 +109,38 @@ fn plan(args: &Args) -> Result<(), Failure> {
         return Err(Failure::Changes);
     }
     Ok(())
+}
+
+/// The stages that are left out, by the expressions that do it.
+fn left_out_lines(left_out: &[LeftOut]) -> Vec<String> {
+    const MOST: usize = 5;
+    let mut by_when: Vec<(&str, Vec<&str>)> = Vec::new();
+    for left in left_out {
+        match by_when.iter_mut().find(|(when, _)| *when == left.when) {
+            Some((_, names)) => names.push(&left.name),
+            None => by_when.push((&left.when, vec![&left.name])),
+        }
+    }
+    let lines = by_when.into_iter().map(|(when, names)| {
+        let more = match names.len().saturating_sub(MOST) {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        };
+        let names = names.get(..MOST).unwrap_or(&names).join(", ");
+        match when {
+            "" => format!("left out with what they take from: {names}{more}"),
+            when => format!("left out by `when: {when}`: {names}{more}"),
+        }
+    });
+    lines.collect()
+}
+
+/// Lines that are less important than others.
+fn paint_lines(lines: &[String]) -> String {
+    let lines = lines.iter();
+    lines
+        .map(|line| format!("{}\n", paint(DIM, &crate::report::harmless(line))))
+        .collect()
 }
 
 /// What the trainings that will run take, where their inputs are there.
@@ -155,6 +195,10 @@ fn table(planned: &[Planned<'_>]) -> String {
             why.push(goes_on(position));
         }
         let style = match state {
+            State::Fresh {
+                frozen: Some(reasons),
+                ..
+            } if !reasons.is_empty() => WARNING,
             State::Fresh { .. } => GOOD,
             State::Runs { .. } => RUNS,
             State::WaitsOn { .. } => WAITS,
@@ -226,6 +270,12 @@ fn sum(planned: &[Planned<'_>]) -> String {
         count_of(|state| matches!(state, State::Runs { .. })),
         count_of(|state| matches!(state, State::WaitsOn { .. })),
     );
+    let frozen = count_of(
+        |state| matches!(state, State::Fresh { frozen: Some(reasons), .. } if !reasons.is_empty()),
+    );
+    if frozen > 0 {
+        text = format!("{text}, {frozen} of the fresh ones frozen though something changed");
+    }
     let failing = count_of(|state| matches!(state, State::Fails { .. }));
     if failing > 0 {
         text = format!("{text}, {failing} failing");
@@ -286,6 +336,7 @@ pub(in crate::cli) fn describe(state: &State) -> (&'static str, Vec<String>) {
             artifact,
             restored,
             remote,
+            frozen,
         } => {
             let from = match (restored, remote) {
                 (true, true) => " (an earlier state, in the remote)",
@@ -293,7 +344,13 @@ pub(in crate::cli) fn describe(state: &State) -> (&'static str, Vec<String>) {
                 (false, true) => " (in the remote)",
                 (false, false) => "",
             };
-            ("fresh", vec![format!("{}{from}", short(Some(artifact)))])
+            let result = format!("{}{from}", short(Some(artifact)));
+            let Some(reasons) = frozen else {
+                return ("fresh", vec![result]);
+            };
+            let reasons = reasons.iter();
+            let reasons = reasons.map(|reason| format!("though {reason}"));
+            ("frozen", std::iter::once(result).chain(reasons).collect())
         }
         State::Runs { reasons } => ("runs", reasons.iter().map(ToString::to_string).collect()),
         State::WaitsOn { stages, reasons } => {

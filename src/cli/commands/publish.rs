@@ -18,7 +18,7 @@ use self::lineage::Lineage;
 use super::run::stop_waiting_on_interrupt;
 use crate::cli::args::{RecipeArgs, StoreArgs, assignment};
 use crate::cli::project::{Project, run_env};
-use crate::cli::{Failure, eprint, error, print, print_json};
+use crate::cli::{Failure, eprint, eprint_warning, error, print, print_json};
 use crate::engine::{Manifest, RunEnv, State};
 use crate::hub::{Contents, Hub, HubSettings, NewFile, Publication, Pushed, RepoKind, Watch};
 use crate::recipe::{Override, PUBLISHED, Publish};
@@ -272,7 +272,7 @@ fn of_recipe(args: &Args) -> Result<(Vec<Item>, Arc<RunEnv>), Failure> {
         }
         // What the world gets is what the recipe says now.
         match plan.get(index) {
-            Some(State::Fresh { .. }) => {}
+            Some(State::Fresh { .. }) => warn_of_frozen(&project, &plan, index),
             Some(State::Fails { error, .. }) => {
                 return Err(
                     anyhow::anyhow!("`{name}` fails what is required of it: {error}").into(),
@@ -541,4 +541,24 @@ fn license(item: &Item, hub: &Hub<'_>, own_card: bool) -> Result<Option<String>,
     );
     let hint = "give `--license`, such as `--license apache-2.0`, or publish it as private";
     Err(Failure::Usage(error::with_hint(&message, hint)))
+}
+
+/// Says of a result that it comes from a frozen stage for which something changed since.
+fn warn_of_frozen(project: &Project, plan: &[State], index: usize) {
+    let needed = project.graph.needed(&[index]);
+    for (number, state) in plan.iter().enumerate() {
+        if let State::Fresh {
+            frozen: Some(reasons),
+            ..
+        } = state
+            && needed.get(number) == Some(&true)
+            && !reasons.is_empty()
+            && let Some(stage) = project.recipe.stages.get(number)
+        {
+            eprint_warning(&format!(
+                "`{}` is frozen: what is published comes from its last result, which is not what the recipe says now",
+                stage.name
+            ));
+        }
+    }
 }

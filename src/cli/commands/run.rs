@@ -5,16 +5,19 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
+use std::time::Instant;
 
 use anyhow::Context as _;
 
 use crate::cli::args::{RecipeArgs, StoreArgs};
 use crate::cli::console::{look_of_errors, verbosity};
+use crate::cli::on_finish::{Finished, OnFinish};
 use crate::cli::project::Project;
 use crate::cli::remote::RemoteArgs;
 use crate::cli::tracking::tracking;
 use crate::cli::{
-    Failure, eprint, eprint_rendered, eprint_warning, error, is_command, lock_file, machine,
+    Failure, eprint, eprint_rendered, eprint_warning, error, includes, is_command, lock_file,
+    machine,
 };
 use crate::engine::{
     Bytes, DeviceChoice, Event, Machine, Options, PublishOptions, Published, RunLabel, Summary,
@@ -120,6 +123,12 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     };
     let mut log = project.event_log();
     let mut tracking = tracking(&project, args.name.as_deref())?;
+    let on_finish = OnFinish::open(&project.root)?;
+    let started = Instant::now();
+    let label = RunLabel {
+        name: args.name.clone(),
+        tags: args.tag.iter().cloned().collect(),
+    };
     let summary = std::thread::scope(|scope| {
         let (log, tracking) = (&mut log, &mut tracking);
         std::thread::Builder::new()
@@ -154,7 +163,24 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
             published?;
         }
         anyhow::Ok(Some(summary))
-    })?;
+    });
+    // Whatever comes of the run, it is told; what comes of telling it counts only where nothing else went wrong.
+    let tell = |summary: Result<Option<&Summary>, &anyhow::Error>| match &on_finish {
+        Some(on_finish) => on_finish.run(&Finished {
+            project: &project,
+            summary,
+            label: &label,
+            seconds: started.elapsed().as_secs_f64(),
+        }),
+        None => Ok(()),
+    };
+    let summary = match summary {
+        Ok(summary) => summary,
+        Err(error) => {
+            let _ = tell(Err(&error));
+            return Err(error.into());
+        }
+    };
     if let Some(number) = summary.as_ref().and_then(|summary| summary.run) {
         // It is only for looking at later.
         let _ = log.keep(number);
@@ -162,18 +188,15 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     for warning in tracking.finish() {
         eprint_warning(&warning);
     }
-    let label = RunLabel {
-        name: args.name.clone(),
-        tags: args.tag.iter().cloned().collect(),
-    };
     if !label.is_empty() {
         label_run(
             &project,
             summary.as_ref().and_then(|summary| summary.run),
-            label,
+            label.clone(),
         )?;
     }
     project.report_warnings()?;
+    let told = tell(Ok(summary.as_ref()));
     let Some(summary) = summary else {
         return Err(Failure::Interrupted);
     };
@@ -183,6 +206,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     if summary.failed > 0 {
         return Err(Failure::Reported);
     }
+    told?;
     if summary.ran > 0 && !args.json && verbosity() > Verbosity::Quiet {
         suggest(&project, &targets, &project.places(&args.recipe));
     }
@@ -253,8 +277,9 @@ fn suggest(project: &Project, targets: &[usize], places: &Places) {
 /// Tells what the recipe has and nothing uses.
 pub(in crate::cli) fn warn_of_unused(project: &Project) {
     for unused in project.recipe.unused() {
-        let path = project.recipe.path.display();
-        let place = unused.span.map(|span| format!(" ({path}:{span})"));
+        let place = unused
+            .span
+            .map(|span| format!(" ({})", project.recipe.place(span)));
         eprint_warning(&format!("{}{}", unused.message, place.unwrap_or_default()));
     }
 }
@@ -272,12 +297,13 @@ pub(in crate::cli) fn check_lock(project: &Project, locked: bool) -> Result<(), 
         let hint = format!("`pipeline lock {shown}` writes it");
         return Err(Failure::Usage(error::with_hint(&message, &hint)));
     }
-    let changes = match project.session(&[]).changed_pins() {
-        Ok(changes) => changes,
+    let mut changes = includes::changes(&project.include_pins, &project.included);
+    match project.session(&[]).changed_pins() {
+        Ok(others) => changes.extend(others),
         Err(error) if locked => return Err(error.into()),
         // What can't be read now is told of the stage that reads it.
-        Err(_) => return Ok(()),
-    };
+        Err(_) => {}
+    }
     if changes.is_empty() {
         return Ok(());
     }

@@ -9,8 +9,8 @@ use serde_json::Value;
 use crate::cli::args::{RecipeArgs, StoreArgs};
 use crate::cli::gather::evaluation::intervals;
 use crate::cli::gather::number;
-use crate::cli::project::Project;
-use crate::cli::{Failure, print_headed, table};
+use crate::cli::project::{Project, load_vars};
+use crate::cli::{Failure, print, print_headed, print_json, table};
 use crate::engine::{Estimate, Record, State, View, canonical_json};
 use crate::report::sparkline::sparkline;
 use crate::report::{ago, bytes, duration, quoted};
@@ -21,7 +21,14 @@ pub(in crate::cli) struct Args {
     #[command(flatten)]
     recipe: RecipeArgs,
     /// The stage
-    stage: String,
+    #[arg(required_unless_present = "vars")]
+    stage: Option<String>,
+    /// Shows the recipe's vars in place of a stage: type, value, default, where the value comes from, and what it is for
+    #[arg(long, conflicts_with = "stage")]
+    vars: bool,
+    /// The vars as JSON
+    #[arg(long, requires = "vars")]
+    json: bool,
     /// How many rows of each split and answers of an evaluation to show
     #[arg(long, short = 'n', value_name = "N", default_value_t = 3)]
     rows: usize,
@@ -30,8 +37,11 @@ pub(in crate::cli) struct Args {
 }
 
 pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
+    let Some(stage) = &args.stage else {
+        return show_vars(args);
+    };
     let project = Project::open(&args.recipe, &args.store)?;
-    let index = project.find(&args.stage)?;
+    let index = project.find(stage)?;
     let stage = &project.recipe.stages[index].name;
     let arguments = format!(
         "{} {}",
@@ -78,6 +88,49 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
         text.push_str(&table(&rows));
     }
     print_headed(&text);
+    Ok(())
+}
+
+/// The vars of the recipe.
+fn show_vars(args: &Args) -> Result<(), Failure> {
+    let vars = load_vars(&args.recipe, args.store.offline)?;
+    if args.json {
+        return print_json(&vars);
+    }
+    if vars.is_empty() {
+        print("the recipe has no vars\n");
+        return Ok(());
+    }
+    let shown = |value: Option<&Value>| match value {
+        None => "-".to_owned(),
+        Some(Value::String(text)) => text.clone(),
+        Some(value) => canonical_json(value),
+    };
+    let head = ["var", "type", "value", "default", "from", "help"];
+    let mut rows = vec![head.map(str::to_owned).to_vec()];
+    for var in vars {
+        let mut help = var.help.unwrap_or_default();
+        let mut bounds = Vec::new();
+        bounds.extend(var.minimum.map(|least| format!("at least {least}")));
+        bounds.extend(var.maximum.map(|most| format!("at most {most}")));
+        if !var.choices.is_empty() {
+            let choices = var.choices.iter().map(|choice| shown(Some(choice)));
+            bounds.push(format!("one of {}", choices.collect::<Vec<_>>().join(", ")));
+        }
+        if !bounds.is_empty() {
+            help = format!("{help} ({})", bounds.join(", "));
+        }
+        rows.push(vec![
+            var.name,
+            var.type_name.unwrap_or("-").to_owned(),
+            shown(var.value.as_ref()),
+            shown(var.default.as_ref()),
+            var.from
+                .unwrap_or_else(|| "nobody: give one by --set".to_owned()),
+            help.trim().to_owned(),
+        ]);
+    }
+    print_headed(&table(&rows));
     Ok(())
 }
 

@@ -70,7 +70,7 @@ fn validate(recipe: &RecipeArgs, args: &Args) -> Result<(), Failure> {
     let wrong = Cell::new(0);
     let tell = |span: Option<SourceSpan>, message: &str| {
         wrong.set(wrong.get() + 1);
-        let place = span.map_or_else(|| path.to_string(), |span| format!("{path}:{span}"));
+        let place = span.map_or_else(|| path.to_string(), |span| project.recipe.place(span));
         eprint_rendered(&error::plain(&format!("{message}\n  at {place}")));
     };
     let mut files = 0;
@@ -79,6 +79,10 @@ fn validate(recipe: &RecipeArgs, args: &Args) -> Result<(), Failure> {
     for (index, stage) in project.recipe.stages.iter().enumerate() {
         if args.no_files {
             break;
+        }
+        // Nothing of a frozen stage is read.
+        if stage.handling.frozen {
+            continue;
         }
         let mut all_there = true;
         for file in &stage.files {

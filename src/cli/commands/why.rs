@@ -69,6 +69,21 @@ fn explain(project: &Project, forecasts: &[Option<Forecast>], index: usize, text
     let (word, lines) = describe(state);
     match state {
         State::Fresh {
+            artifact,
+            frozen: Some(reasons),
+            ..
+        } => {
+            let result = lines.first().map_or("", String::as_str);
+            _ = writeln!(text, "`{name}` is frozen: {result}");
+            if reasons.is_empty() {
+                _ = writeln!(text, "  nothing changed since it was made");
+            } else {
+                _ = writeln!(text, "  its last result is taken, whatever changed since:");
+                list(project, name, reasons, text);
+            }
+            _ = writeln!(text, "  {}", project.store.artifact(artifact).display());
+        }
+        State::Fresh {
             artifact, remote, ..
         } => {
             _ = writeln!(text, "`{name}` is fresh: {}", lines.join(" "));
@@ -126,7 +141,7 @@ pub(in crate::cli) fn list(project: &Project, stage: &str, reasons: &[Reason], t
         if let Some(stage) = project.recipe.stage(stage) {
             let path = format!("stages.{}.{}.{parameter}", stage.name, stage.kind.name);
             if let Some(span) = project.recipe.span_of(&path) {
-                _ = writeln!(text, "    {}:{span}", project.recipe.path.display());
+                _ = writeln!(text, "    {}", project.recipe.place(span));
             }
         }
         match reason {

@@ -114,9 +114,12 @@ pub(super) fn stages(
             ))
         });
         let reasons = match &standing.state {
-            State::Runs { reasons } | State::WaitsOn { reasons, .. } if state != "running" => {
-                reasons.iter().map(ToString::to_string).collect()
-            }
+            State::Runs { reasons }
+            | State::WaitsOn { reasons, .. }
+            | State::Fresh {
+                frozen: Some(reasons),
+                ..
+            } if state != "running" => reasons.iter().map(ToString::to_string).collect(),
             _ => Vec::new(),
         };
         let record = standing.record.as_ref();
@@ -158,6 +161,17 @@ fn state(state: &State, told: Option<&Told>, live: bool) -> (&'static str, Strin
         }
     }
     match state {
+        State::Fresh {
+            frozen: Some(reasons),
+            ..
+        } => {
+            let text = match reasons[..] {
+                [] => "It is frozen, and nothing changed since it was made.",
+                _ => "It is frozen: its last result is taken though something changed.",
+            };
+            let class = if reasons.is_empty() { "fresh" } else { "waits" };
+            (class, "frozen".into(), Some(text.to_owned()))
+        }
         State::Fresh {
             restored, remote, ..
         } => {

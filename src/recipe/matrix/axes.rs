@@ -5,9 +5,10 @@ use serde_yaml::Value;
 use crate::recipe::combination::{AxisValue, Combination};
 use crate::recipe::draft::Draft;
 use crate::recipe::hints;
+use crate::recipe::pieces::Vars;
 use crate::recipe::sentence::{noun, scalar};
 use crate::recipe::source_map::{PathStep, RecipePath, child};
-use crate::recipe::vars::{Vars, is_name};
+use crate::recipe::vars::is_name;
 
 /// The longest label of a value and the longest name of a stage that a matrix makes, in bytes: outputs and logs are called so, and file
 /// systems take 255.

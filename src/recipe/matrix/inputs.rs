@@ -16,14 +16,14 @@ const DEEPEST: usize = 64;
 
 /// An input: where it is below the parameters, and what it names.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Found {
-    pub(super) path: RecipePath,
-    pub(super) names: Names,
+pub(crate) struct Found {
+    pub(crate) path: RecipePath,
+    pub(crate) names: Names,
 }
 
 /// What an input names.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) enum Names {
+pub(crate) enum Names {
     /// One stage; where it is several, the stage that names it is several too.
     One(String),
     /// All stages of these names.
@@ -32,14 +32,14 @@ pub(super) enum Names {
 
 /// The schemas of kinds that occurred.
 #[derive(Default)]
-pub(super) struct Schemas(BTreeMap<&'static str, Rc<WithDefinitions>>);
+pub(crate) struct Schemas(BTreeMap<&'static str, Rc<WithDefinitions>>);
 
 /// A schema and the definitions that it refers to.
 type WithDefinitions = (Json, Map<String, Json>);
 
 impl Schemas {
     /// The inputs among parameters.
-    pub(super) fn inputs(&mut self, kind: &'static Kind, parameters: &Mapping) -> Vec<Found> {
+    pub(crate) fn inputs(&mut self, kind: &'static Kind, parameters: &Mapping) -> Vec<Found> {
         let known = self.0.entry(kind.name).or_insert_with(|| {
             let mut generator = SchemaGenerator::default();
             let schema = params(kind, &mut generator);
@@ -135,7 +135,7 @@ fn collected(map: &Mapping) -> Option<Vec<String>> {
 }
 
 /// Puts a value at a path that is there.
-pub(super) fn put(parameters: &mut Value, path: &[PathStep], value: Value) {
+pub(crate) fn put(parameters: &mut Value, path: &[PathStep], value: Value) {
     let mut at = parameters;
     for step in path {
         let next = match (step, at) {

@@ -14,6 +14,10 @@ pub(super) struct Made {
     pub(super) combination: Combination,
     /// What stands in the places of inputs, by the position of the input.
     pub(super) inputs: Vec<(usize, Value)>,
+    /// Whether its `when` leaves it out, or that of what it is made for.
+    pub(super) left_out: bool,
+    /// Whether something that it takes is left out.
+    pub(super) lacks: bool,
 }
 
 /// The declared stage that a name means, and what it picks.
@@ -108,6 +112,8 @@ pub(super) fn joined(
             all.push(Made {
                 combination,
                 inputs,
+                left_out: false,
+                lacks: one.lacks || made.left_out,
             });
         }
     }

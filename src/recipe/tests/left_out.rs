@@ -63,7 +63,7 @@ fn a_stage_without_parameters_takes_all_of_them_from_defaults() {
     let recipe = read(&text).unwrap();
     let files = &recipe.stage("raw").unwrap().files;
     assert_eq!((files[0].path.as_str(), files.len()), ("a.txt", 1));
-    assert!(!files[0].from_command_line);
+    assert_eq!(files[0].start, Some(0));
 }
 
 #[test]
@@ -105,7 +105,7 @@ fn a_default_can_be_set() {
     // A file that is named by `--set` starts at the current folder, also as a default.
     let text = GOOD.replace("path: \"${dir}/a.txt\"", "columns: [a]");
     let recipe = set(&text, &[("defaults.import_text.path", "b.txt")]).unwrap();
-    assert!(recipe.stage("raw").unwrap().files[0].from_command_line);
+    assert_eq!(recipe.stage("raw").unwrap().files[0].start, None);
 }
 
 #[test]

@@ -12,7 +12,7 @@ fn a_recipe_is_typed_and_wired() {
     assert_eq!(recipe.order(), [0, 1, 2]);
     assert_eq!(params(&recipe, "tuned")["seed"], 3407);
     assert_eq!(recipe.stages[0].files[0].path, "data/a.txt");
-    assert!(!recipe.stages[0].files[0].from_command_line);
+    assert_eq!(recipe.stages[0].files[0].start, Some(0));
     let edge = &recipe.stages[2].edges[0];
     assert_eq!(
         (&*edge.parameter, &*edge.stage, &*edge.artifact),
@@ -77,7 +77,7 @@ fn overrides_keep_types_and_remember_where_they_come_from() {
     assert_eq!(tuned["logging_steps"]["$neutral"], 5);
     assert_eq!(tuned["target_modules"], serde_json::json!(["v", "k"]));
     assert_eq!(tuned["seed"], 7);
-    assert!(recipe.stages[0].files[0].from_command_line);
+    assert_eq!(recipe.stages[0].files[0].start, None);
 }
 
 #[test]

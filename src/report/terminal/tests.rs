@@ -198,6 +198,7 @@ fn session() -> Vec<Event> {
             restored: false,
             remote: false,
             saved: 723.0,
+            frozen: None,
         },
         started("base", "create_model", vec![Reason::NeverRan]),
         started("tuned", "train_orpo", vec![changed]),

@@ -1,8 +1,9 @@
 //! What a command may make: the artifacts, and whether what it made is one.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail, ensure};
 use arrow_schema::DataType;
@@ -11,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::data;
+use crate::data::import::{Format, ImportOptions, import_files, split_of_file};
 use crate::data::table::{Split, splits};
 use crate::engine::{Artifact as _, Context};
 use crate::stages::artifacts::{Adapter, Chats, Dataset, Folder, Model, Scores, Tokens};
@@ -23,9 +25,10 @@ const LONGEST_SCORES: u64 = 16 << 20;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Makes {
-    /// Rows: one Parquet file or more a split, such as `train.parquet`, with columns as `import_dataset` makes them.
+    /// Rows: one Parquet file or more a split, such as `train.parquet`, with columns as `import_dataset` makes them; or files of JSON
+    /// lines, such as `train.jsonl`, which are read as `import_dataset` reads them.
     Dataset,
-    /// Rendered texts: Parquet files with `prompt`, `chosen` and, for preferences, `rejected`.
+    /// Rendered texts: Parquet files, or files of JSON lines, with `prompt`, `chosen` and, for preferences, `rejected`.
     Chats,
     /// Token ids: Parquet files with the columns of `tokenize`.
     Tokens,
@@ -60,17 +63,23 @@ impl Makes {
     pub(super) fn check(self, cx: &Context) -> anyhow::Result<()> {
         plain_files(cx.out(), cx.out())?;
         match self {
-            Self::Dataset => rows(cx, |_, _| Ok(())),
-            Self::Chats => rows(cx, |split, _| {
-                for column in ["prompt", "chosen"] {
-                    let field = split.schema().field_with_name(column);
-                    let is_text = field.is_ok_and(|field| {
-                        matches!(field.data_type(), DataType::Utf8 | DataType::LargeUtf8)
-                    });
-                    ensure!(is_text, "chats need a column `{column}` of texts");
-                }
-                Ok(())
-            }),
+            Self::Dataset => {
+                from_json_lines(cx)?;
+                rows(cx, |_, _| Ok(()))
+            }
+            Self::Chats => {
+                from_json_lines(cx)?;
+                rows(cx, |split, _| {
+                    for column in ["prompt", "chosen"] {
+                        let field = split.schema().field_with_name(column);
+                        let is_text = field.is_ok_and(|field| {
+                            matches!(field.data_type(), DataType::Utf8 | DataType::LargeUtf8)
+                        });
+                        ensure!(is_text, "chats need a column `{column}` of texts");
+                    }
+                    Ok(())
+                })
+            }
             Self::Tokens => rows(cx, |_, name| {
                 for row in data::tokens::rows(cx.out(), name)? {
                     cx.check_cancelled()?;
@@ -122,12 +131,49 @@ fn plain_files(root: &Path, folder: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Makes Parquet files of files of JSON lines, if there are no others: `train.jsonl`, or parts such as `train-00000-of-00002.jsonl`.
+fn from_json_lines(cx: &Context) -> anyhow::Result<()> {
+    let mut written: BTreeMap<String, Vec<PathBuf>> = BTreeMap::new();
+    for name in names(cx.out())? {
+        let path = cx.out().join(&name);
+        match path.extension().and_then(OsStr::to_str) {
+            Some("parquet") => return Ok(()),
+            Some("jsonl") => written.entry(split_of_file(&path)).or_default().push(path),
+            _ => {}
+        }
+    }
+    for (split, mut files) in written {
+        files.sort_unstable();
+        let named = files.iter().filter_map(|path| {
+            let name = path.file_name()?.to_string_lossy().into_owned();
+            Some((path.clone(), name))
+        });
+        let options = ImportOptions {
+            format: Some(Format::Jsonl),
+            names: named.collect(),
+            ..ImportOptions::default()
+        };
+        let destination = cx.out().join(format!("{split}.parquet"));
+        let report = import_files(&files, &options, &destination, &mut |_| {
+            cx.check_cancelled()
+        })
+        .with_context(|| format!("the split `{split}` can't be used"))?;
+        for message in report.messages {
+            cx.info(format!("`{split}`: {message}"));
+        }
+        for file in files {
+            fs::remove_file(file)?;
+        }
+    }
+    Ok(())
+}
+
 /// Opens every split, and looks at its first rows.
 fn rows(cx: &Context, check: impl Fn(&Split, &str) -> anyhow::Result<()>) -> anyhow::Result<()> {
     let found = splits(cx.out())?;
     ensure!(
         !found.is_empty(),
-        "it has no splits, expected files such as `train.parquet`"
+        "it has no splits, expected files such as `train.parquet` or `train.jsonl`"
     );
     let mut counts = BTreeMap::new();
     for name in found.keys() {
