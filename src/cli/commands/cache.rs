@@ -17,6 +17,7 @@ use crate::cli::remote::{RemoteArgs, report_warnings, set_trust};
 use crate::cli::{Failure, print, print_json, table};
 use crate::engine::remote::{Sent, Shared};
 use crate::engine::{Event, Store, short};
+use crate::recipe::Override;
 use crate::report::{ago, bytes, duration, has_the_store};
 
 #[derive(clap::Args)]
@@ -51,6 +52,9 @@ struct Push {
     /// Sends every result in the store
     #[arg(long, conflicts_with = "recipe")]
     all: bool,
+    /// Sets a value of the recipe, such as `vars.seed=1`; may be repeated
+    #[arg(long = "set", value_name = "PATH=VALUE", value_parser = crate::cli::args::assignment)]
+    set: Vec<Override>,
     #[command(flatten)]
     store: StoreArgs,
     #[command(flatten)]
@@ -82,6 +86,9 @@ struct List {
 struct Collect {
     /// Recipes whose current results are kept, however old
     recipes: Vec<PathBuf>,
+    /// Sets a value of the recipes, such as `vars.seed=1`; may be repeated
+    #[arg(long = "set", value_name = "PATH=VALUE", value_parser = crate::cli::args::assignment)]
+    set: Vec<Override>,
     /// Removes results that have been in the remote for this many days
     #[arg(long, value_name = "DAYS", default_value_t = 30)]
     older_than: u64,
@@ -167,11 +174,16 @@ fn trust(args: &Trust) -> Result<(), Failure> {
     Ok(())
 }
 
-fn project(recipe: &Path, store: &StoreArgs, which: &Which) -> Result<Project, Failure> {
+fn project(
+    recipe: &Path,
+    set: &[Override],
+    store: &StoreArgs,
+    which: &Which,
+) -> Result<Project, Failure> {
     let recipe = RecipeArgs {
         profile: Vec::new(),
         recipe: recipe.to_owned(),
-        set: Vec::new(),
+        set: set.to_vec(),
         allow_path: Vec::new(),
     };
     let mut project = Project::open(&recipe, store)?;
@@ -184,7 +196,7 @@ fn push(args: &Push) -> Result<(), Failure> {
     let cancel = Arc::new(AtomicBool::new(false));
     stop_on_signal(&cancel, true)?;
     if let Some(recipe) = &args.recipe {
-        let project = project(recipe, &args.store, &args.remote)?;
+        let project = project(recipe, &args.set, &args.store, &args.remote)?;
         let targets = project.find_all(&args.stages)?;
         let fingerprints = project.session(&[]).results(&targets);
         return send(&project.store, &project.shared, &fingerprints, &cancel);
@@ -331,7 +343,7 @@ fn list(args: &List) -> Result<(), Failure> {
 fn collect(args: &Collect) -> Result<(), Failure> {
     let mut keep = BTreeSet::new();
     for recipe in &args.recipes {
-        let project = project(recipe, &args.store, &args.remote)?;
+        let project = project(recipe, &args.set, &args.store, &args.remote)?;
         keep.extend(project.session(&[]).fingerprints());
         project.report_warnings()?;
     }

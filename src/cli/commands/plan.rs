@@ -89,7 +89,7 @@ fn plan(args: &Args) -> Result<(), Failure> {
             let columns = output_columns();
             print_rendered(&table(&planned, columns));
             for line in left_out_lines(left_out) {
-                for line in wrap(&line, columns.unwrap_or(usize::MAX)) {
+                for line in wrap(&harmless(&line), columns.unwrap_or(usize::MAX)) {
                     print_rendered(&format!(
                         "{}
 ",
