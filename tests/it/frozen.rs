@@ -171,6 +171,49 @@ fn without_a_result_or_with_an_altered_one_it_is_an_error() {
     assert_eq!(plan[1]["plan"]["state"], "unknown");
 }
 
+/// What a remote has is a last result like any other; where it can't be had, nothing runs in its place.
+#[test]
+fn files_that_are_gone_come_back_from_a_remote() {
+    let project = project();
+    project.succeeds(&["run", "r.yaml", "--remote", "shared"]);
+    let before = project.artifacts(&["r.yaml"]);
+    freeze(&project);
+    let artifacts = project.path(".pipeline/v1/artifacts");
+    let remove = || {
+        for name in ["split", "chats"] {
+            fs::remove_dir_all(artifacts.join(&before[name])).unwrap();
+        }
+    };
+    remove();
+    let plan = project.succeeds(&["plan", "r.yaml", "--remote", "shared"]);
+    assert!(
+        plan.contains("frozen")
+            && plan.contains("(in the remote)")
+            && plan.contains("though `test_size`"),
+        "{plan}"
+    );
+    // Another template, so that its files are needed.
+    project.write("chat.jinja", &format!("{TEMPLATE}!"));
+    let ended = project.run(&["run", "r.yaml", "chats", "--remote", "shared", "--json"]);
+    assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+    let told = events(&ended.stdout);
+    let fresh = stages(&told, "stage_fresh");
+    assert_eq!(fresh["split"]["artifact"], before["split"].as_str());
+    assert!(fresh["split"]["frozen"].is_array(), "{fresh:?}");
+    let ran: Vec<String> = stages(&told, "stage_done").into_keys().collect();
+    assert_eq!(ran, ["chats"]);
+    fs::remove_dir_all(artifacts.join(&before["split"])).unwrap();
+    let ended = project.run(&["run", "r.yaml", "split"]);
+    assert_eq!(ended.code, Some(1));
+    assert!(
+        ended
+            .stderr
+            .contains("it is frozen, and its result is gone"),
+        "{}",
+        ended.stderr
+    );
+}
+
 fn make_writable(path: &std::path::Path) {
     let mut permissions = fs::metadata(path).unwrap().permissions();
     std::os::unix::fs::PermissionsExt::set_mode(&mut permissions, 0o644);
