@@ -298,8 +298,9 @@ pub fn rewards(
 }
 
 /// Scores labelled rows as TRL's `KTOTrainer` evaluates them: `batch_size` at a time in their order, each metric as the mean of the means of those
-/// batches that have it, and the loss weighted by rows. `kl` is estimated in each batch, as in a training. The second value has the metrics by
-/// row, for intervals. Batches are padded with the id `pad`.
+/// batches that have it, and the loss weighted by rows. `kl` is estimated in each batch, as in a training. Where no batch has both good and bad
+/// answers, and so none a margin, `rewards/margins` is the difference of both means. The second value has the metrics by row, for intervals.
+/// Batches are padded with the id `pad`.
 ///
 /// `report` is called with the number of finished rows, and may stop with an error.
 ///
@@ -413,6 +414,13 @@ impl Sums {
     fn end(self) -> (Metrics, RowScores) {
         let mut scores = self.scores;
         scores.retain(|_, score| score.denominators.iter().any(|weight| *weight > 0.));
+        if !scores.contains_key("rewards/margins")
+            && let Some(chosen) = scores.get("rewards/chosen").cloned()
+            && let Some(rejected) = scores.get("rewards/rejected").cloned()
+        {
+            let minus = Some(Box::new(rejected));
+            scores.insert("rewards/margins", RowScore { minus, ..chosen });
+        }
         let metrics = scores.iter();
         let metrics = metrics.map(|(name, score)| (*name, score.value(0..self.rows)));
         (metrics.collect(), scores)

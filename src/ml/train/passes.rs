@@ -308,7 +308,7 @@ impl Passes<'_> {
         }
         let is_base = matches!(self.reference, ReferenceModel::Base);
         let (mut policy, mut reference) = (Vec::new(), Vec::new());
-        by_passes(execution, pass, targets, &mut |batches, own| {
+        by_passes(execution, pass, targets, |batches, own| {
             if is_base && let Some(both) = execution.forward_beside_base(batches, pass, false)? {
                 let WithBase {
                     mut adapted,
@@ -414,7 +414,7 @@ fn scores(
 /// The log-probabilities of all targets by this model, in nats, in as many passes as it takes.
 fn logps(execution: &Execution<'_>, pass: Pass, targets: &Targets<'_>) -> anyhow::Result<Vec<f64>> {
     let mut all = Vec::with_capacity(targets.all.len());
-    by_passes(execution, pass, targets, &mut |batches, own| {
+    by_passes(execution, pass, targets, |batches, own| {
         let mut forward = execution.forward(batches, pass, false)?;
         all.extend(wide(&forward.score(own, false)?.logps));
         Ok(())
@@ -428,7 +428,7 @@ fn by_passes(
     execution: &Execution<'_>,
     pass: Pass,
     targets: &Targets<'_>,
-    run: &mut dyn FnMut(&[&Batch], &[Target]) -> anyhow::Result<()>,
+    mut run: impl FnMut(&[&Batch], &[Target]) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     let mut rest = &targets.parts[..];
     while !rest.is_empty() {
