@@ -90,7 +90,7 @@ pub use reason::{Reason, short};
 pub use record::Record;
 pub use run::{Options, Summary, run};
 pub use run_env::RunEnv;
-pub use side_by_side::read_side_by_side;
+pub use side_by_side::{add_properties, read_both_side_by_side, read_side_by_side};
 pub use sources::files_at;
 pub use stage::{Implied, ImpliedBy, Problem, Stage};
 pub use stage_events::StageEvents;

@@ -2,6 +2,7 @@
 //!
 //! serde's `flatten` could read them too, but it loses the position of a mistake and can't refuse unknown fields.
 
+use schemars::Schema;
 use serde::de::{DeserializeOwned, Deserializer, Visitor};
 use serde_json::{Map, Value};
 
@@ -30,6 +31,41 @@ pub fn read_side_by_side<A: DeserializeOwned, B: DeserializeOwned, C: Deserializ
         read_parameters(Value::Object(second))?,
         read_parameters(Value::Object(third))?,
     ))
+}
+
+/// Reads an `A` from the fields that it has, and a `B` from all others.
+///
+/// # Errors
+/// As [`read_parameters`], with the same paths as if both were one struct.
+pub fn read_both_side_by_side<A: DeserializeOwned, B: DeserializeOwned>(
+    value: Value,
+) -> Result<(A, B), ParseError> {
+    let Value::Object(entries) = value else {
+        // Each of them refuses it.
+        return Ok((read_parameters(value.clone())?, read_parameters(value)?));
+    };
+    let (first, second) = split_off::<A>(entries);
+    Ok((
+        read_parameters(Value::Object(first))?,
+        read_parameters(Value::Object(second))?,
+    ))
+}
+
+/// Adds the properties of the schema `other` to those of `schema`, and which of them are required.
+pub fn add_properties(schema: &mut Schema, mut other: Schema) {
+    if let Some(Value::Object(all)) = other.remove("properties")
+        && let Some(own) = schema.ensure_object().get_mut("properties")
+        && let Some(own) = own.as_object_mut()
+    {
+        own.extend(all);
+    }
+    if let Some(Value::Array(all)) = other.remove("required") {
+        let own = schema.ensure_object().entry("required");
+        let own = own.or_insert_with(|| Value::Array(Vec::new()));
+        if let Some(own) = own.as_array_mut() {
+            own.extend(all);
+        }
+    }
 }
 
 /// The entries for the fields of a `T`, and all others.

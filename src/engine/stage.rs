@@ -105,6 +105,8 @@ pub struct Implied {
     pub parameter: &'static str,
     /// Parameters that say the same in another way. Where one of them is given, nothing is implied.
     pub unless: &'static [&'static str],
+    /// Parameters of which one must be given, or else nothing is implied; none where it does not hang on others.
+    pub with: &'static [&'static str],
     /// Where the name comes from; the first source that has one counts.
     pub sources: &'static [ImpliedBy],
 }

@@ -79,10 +79,11 @@ pub(crate) fn fill(draft: &mut Draft, recipe: &mut Value) {
 /// Whether the stage leaves the parameter out, and what says the same in another way.
 fn is_open(stage: &Value, kind: &Kind, implied: &Implied) -> bool {
     match stage.get(kind.name) {
-        Some(Value::Null) => true,
+        Some(Value::Null) => implied.with.is_empty(),
         Some(Value::Mapping(own)) => {
             let given = |name: &str| own.get(name).is_some();
-            !given(implied.parameter) && !implied.unless.iter().any(|name| given(name))
+            let wanted = implied.with.is_empty() || implied.with.iter().any(|name| given(name));
+            wanted && !given(implied.parameter) && !implied.unless.iter().any(|name| given(name))
         }
         None | Some(_) => false,
     }

@@ -38,7 +38,8 @@ impl Parameters {
     pub(crate) fn from_kind(kind: &Kind) -> Self {
         let mut parameters = Self::read(&params(kind, &mut SchemaGenerator::default()));
         for parameter in &mut parameters.0 {
-            let implied = |implied: &Implied| implied.parameter == parameter.name;
+            let implied =
+                |implied: &Implied| implied.parameter == parameter.name && implied.with.is_empty();
             parameter.implied = kind.implied.iter().any(implied);
         }
         parameters

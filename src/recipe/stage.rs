@@ -242,7 +242,8 @@ fn kind(draft: &mut Draft, name: &str, path: &RecipePath, value: &Value) -> Opti
     found
 }
 
-/// Tells every empty text and name among the parameters: none of them means anything. Returns where they are.
+/// Tells every empty text and name among the parameters: none of them means anything, but what stands between two texts may be white space
+/// or nothing. Returns where they are.
 fn empty(draft: &mut Draft, kind: &Kind, path: &RecipePath, value: &Value) -> Vec<RecipePath> {
     let mut found = Vec::new();
     let mut open = vec![(path.clone(), value)];
@@ -266,6 +267,9 @@ fn empty(draft: &mut Draft, kind: &Kind, path: &RecipePath, value: &Value) -> Ve
                         let parameter = display(at.get(path.len()..).unwrap_or_default());
                         let message = format!("an empty name in `{}`: `{parameter}`", kind.name);
                         draft.key_error(&at, message, None);
+                    }
+                    if key.ends_with("_delimiter") && value.is_string() {
+                        continue;
                     }
                     open.push((at, value));
                 }

@@ -21,6 +21,7 @@ use crate::text::tokenizer::special_tokens;
 pub(in crate::stages) const BASE_OF_ADAPTER: &[Implied] = &[Implied {
     parameter: "model",
     unless: &[],
+    with: &[],
     sources: &[ImpliedBy::Input {
         input: "adapter",
         parameter: "model",

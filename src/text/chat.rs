@@ -13,6 +13,10 @@ use super::rendered::{Frame, reads_parts};
 use super::template::{ChatTemplate, Extras, message};
 use super::turns::by_turns;
 
+mod answered;
+
+pub use answered::Asked;
+
 /// A side of a row: one text, or messages.
 #[derive(Debug, Clone)]
 pub enum Side {
@@ -248,17 +252,8 @@ impl Renderer {
             return self.template.render_with(prompt, false, extras);
         };
         let continued = [content.as_str(), END_OF_PROMPT].concat();
-        let keys = last.try_iter().into_iter().flatten();
-        let entries = keys.map(|key| {
-            let value = if key.as_str() == Some("content") {
-                Value::from(continued.as_str())
-            } else {
-                last.get_item(&key).unwrap_or_default()
-            };
-            (key, value)
-        });
         let mut messages = before.to_vec();
-        messages.push(Value::from_pairs(entries));
+        messages.push(with_content(last, &continued));
         let mut text = self.template.render_with(&messages, false, extras)?;
         let end = text.rfind(END_OF_PROMPT.trim_end()).ok_or_else(|| {
             anyhow!("the template leaves out the end of the assistant's message that the answer is to continue")
@@ -525,6 +520,20 @@ fn split_last(mut messages: Vec<Value>, seen: &mut Seen) -> Result<(Vec<Value>, 
         .filter(|message| attribute(message, "role").as_deref() == Some("assistant"));
     seen.earlier_answers = answers.count();
     Ok((messages, answer))
+}
+
+/// A message with another content.
+fn with_content(message: &Value, content: &str) -> Value {
+    let keys = message.try_iter().into_iter().flatten();
+    let entries = keys.map(|key| {
+        let value = if key.as_str() == Some("content") {
+            Value::from(content)
+        } else {
+            message.get_item(&key).unwrap_or_default()
+        };
+        (key, value)
+    });
+    Value::from_pairs(entries)
 }
 
 fn attribute(message: &Value, name: &str) -> Option<String> {

@@ -20,6 +20,12 @@ const MORE: &str = r#"
       dataset: questions
       split: train
       doc_to_text: "Q: {{question}}\nA:"
+  shown:
+    evaluate_choices:
+      model: base
+      dataset: questions
+      num_fewshot: 2
+      fewshot_delimiter: "\n"
   answers:
     evaluate_answers:
       adapter: tuned
@@ -55,8 +61,71 @@ const MORE: &str = r#"
 
 outputs:"#;
 
+/// A reward model with a tokenizer and a chat template of its own, and what it scores.
+const REWARDS: &str = r#"
+  other:
+    create_model:
+      dataset: split
+      vocab_size: 500
+      hidden_size: 64
+      intermediate_size: 128
+      num_hidden_layers: 2
+      num_attention_heads: 4
+      num_key_value_heads: 2
+      max_position_embeddings: 256
+  scoring:
+    add_score_head: { model: other }
+  reward_lora:
+    attach_lora: { model: scoring, r: 4, target_modules: all-linear }
+  reward_chats:
+    apply_chat_template: { dataset: split, template: chatml, tokenizer: other }
+  reward_tokens:
+    tokenize: { dataset: reward_chats, trainer: reward, max_length: 256 }
+  reward:
+    train_reward: { adapter: reward_lora, dataset: reward_tokens, learning_rate: 1.0e-2, max_steps: 3 }
+  reward_scores:
+    evaluate:
+      adapter: reward
+      dataset: reward_tokens
+      require: { accuracy: ">= 0", difference/margin: "> -1e9" }
+  answers:
+    evaluate_answers:
+      adapter: tuned
+      dataset: tokens
+      num_answers: 6
+      max_new_tokens: 8
+      reward_adapter: reward
+      require: { reward: "> -1e9" }
+  elsewhere:
+    import_dataset: { path: data/myths.jsonl, split: test }
+  labelled:
+    tokenize: { dataset: chats, trainer: kto, max_length: 128 }
+  labelled_scores:
+    evaluate:
+      adapter: tuned
+      dataset: labelled
+      loss: kto
+      undesirable_weight: 1.5
+      per_device_eval_batch_size: 4
+      num_answers: 0
+  simpo_scores:
+    evaluate:
+      adapter: tuned
+      dataset: tokens
+      loss: simpo
+      cpo_alpha: 0
+      beta: 2.0
+      simpo_gamma: 1.0
+      num_answers: 0
+
+outputs:"#;
+
 /// A project in which everything ran once.
 fn evaluated() -> Project {
+    project_with(MORE)
+}
+
+fn project_with(more: &str) -> Project {
     let project = Project::with_recipes();
     let quickstart = project.read("recipes/quickstart.yaml");
     let (stages, outputs) = quickstart.split_once("\noutputs:").unwrap();
@@ -64,7 +133,7 @@ fn evaluated() -> Project {
         .replace("      num_train_epochs: 8\n", "      max_steps: 3\n")
         .replace("    train_orpo:\n", "    train_orpo:\n      max_steps: 3\n")
         .replace("      max_new_tokens: 40\n", "      num_answers: 0\n");
-    project.write(RECIPE, &format!("{stages}{MORE}{outputs}"));
+    project.write(RECIPE, &format!("{stages}{more}{outputs}"));
     let questions: Vec<String> = (0..9)
         .map(|row| {
             let right = ["0", "\"B\"", "\"green tea\""][row % 3];
@@ -102,6 +171,7 @@ fn result(project: &Project, stage: &str, more: &[&str]) -> (Value, Value, Vec<V
     (record.unwrap(), scores, answers.collect())
 }
 
+#[track_caller]
 fn number(value: &Value) -> f64 {
     value.as_f64().unwrap()
 }
@@ -149,6 +219,16 @@ fn each_kind_of_evaluation_compares_two_models_on_the_same_rows() {
     assert!(low <= change && change <= high, "{intervals}");
     let p = number(&intervals["p_values"]["acc"]);
     assert!((0. ..=1.).contains(&p), "{p}");
+
+    // Examples before a question are the first others.
+    let (_, _, answers) = result(&project, "shown", &[]);
+    let text = |row: usize| format!("Question: What is drunk at {row}?\nAnswer:");
+    let right = |row: usize| ["water", "milk", "green tea"][row % 3];
+    for (row, others) in [(0, [1, 2]), (1, [0, 2]), (8, [0, 1])] {
+        let examples = others.map(|other| format!("{} {}\n", text(other), right(other)));
+        let expected = format!("{}{}", examples.concat(), text(row));
+        assert_eq!(answers[row]["prompt"], expected.as_str());
+    }
 
     // Answers: what is found in them decides.
     let (_, scores, answers) = result(&project, "answers", &[]);
@@ -209,6 +289,108 @@ fn each_kind_of_evaluation_compares_two_models_on_the_same_rows() {
     );
     let (_, _, others) = result(&project, "answers", &other);
     assert_ne!(others, answers_of_seed);
+}
+
+#[test]
+fn a_reward_model_scores_pairs_and_answers_by_its_own_template() {
+    let project = project_with(REWARDS);
+
+    // Pairs: the base's head is as it was drawn, that with the adapter has learnt a little.
+    let (record, scores, answers) = result(&project, "reward_scores", &[]);
+    assert!(answers.is_empty());
+    let names = [
+        "accuracy",
+        "loss",
+        "margin",
+        "max_reward",
+        "mean_reward",
+        "min_reward",
+    ];
+    for side in ["base", "adapter", "difference"] {
+        let own: Vec<&String> = scores[side].as_object().unwrap().keys().collect();
+        assert_eq!(own, names, "{side}");
+    }
+    assert!(number(&scores["adapter"]["loss"]) < number(&scores["base"]["loss"]));
+    let intervals = &record["notes"]["intervals"];
+    for name in ["accuracy", "loss", "margin", "mean_reward"] {
+        let value = number(&scores["adapter"][name]);
+        let [low, high] = [0, 1].map(|end| number(&intervals["adapter"][name][end]));
+        assert!(low <= value && value <= high, "{name}: {intervals}");
+        assert!(intervals["p_values"][name].is_number(), "{name}");
+    }
+    assert!(intervals["adapter"].get("max_reward").is_none());
+
+    // Answers: the mean of what each got.
+    let (record, scores, answers) = result(&project, "answers", &[]);
+    assert_eq!(answers.len(), 6);
+    for side in ["base", "adapter"] {
+        let rewards = answers
+            .iter()
+            .map(|line| number(&line["scores"][side]["reward"]));
+        let rewards: Vec<f64> = rewards.collect();
+        near(
+            number(&scores[side]["reward"]),
+            rewards.iter().sum::<f64>() / 6.,
+        );
+        assert!(
+            rewards
+                .iter()
+                .any(|reward| (reward - rewards[0]).abs() > 1e-6)
+        );
+    }
+    assert!(record["notes"]["intervals"]["p_values"]["reward"].is_number());
+    // The same answer gets the same, whatever else is scored with it.
+    let alone = [
+        "--set",
+        "stages.answers.evaluate_answers.per_device_eval_batch_size=1",
+    ];
+    let before = project.artifacts(&[RECIPE]);
+    let forced = [RECIPE, "answers", "--force", "answers"];
+    assert_eq!(project.ran(&[&forced[..], &alone].concat()), ["answers"]);
+    assert_eq!(project.artifacts(&[RECIPE]), before);
+
+    // Labelled answers: KTO's numbers, of which the reference gets none.
+    let (_, scores, _) = result(&project, "labelled_scores", &[]);
+    near(number(&scores["base"]["rewards/chosen"]), 0.);
+    near(number(&scores["base"]["kl"]), 0.);
+    near(number(&scores["base"]["loss"]), 0.5 * (1. + 1.5) / 2.);
+    // Of preferences the chosen answers come first, so no batch has both.
+    let [chosen, rejected, margin] = ["chosen", "rejected", "margins"]
+        .map(|name| number(&scores["adapter"][&format!("rewards/{name}")]));
+    near(margin, chosen - rejected);
+    assert!(margin > 0., "{scores}");
+    let (_, scores, _) = result(&project, "simpo_scores", &[]);
+    near(number(&scores["adapter"]["nll_loss"]), 0.);
+    assert!(number(&scores["adapter"]["loss"]) > 0.);
+
+    // What can't be scored is told before anything is computed, or with the row.
+    let told = |set: &str| {
+        let ended = project.run(&["run", RECIPE, "answers", "--set", set]);
+        assert_eq!(ended.code, Some(1), "{}", ended.stderr);
+        ended.stderr
+    };
+    let of_logits = told(
+        "stages.answers.evaluate_answers={adapter: tuned, dataset: tokens, reward_model: base}",
+    );
+    assert!(of_logits.contains("gives logits"), "{of_logits}");
+    let others = told(
+        "stages.answers.evaluate_answers={adapter: tuned, dataset: tokens, reward_adapter: reward, conversations: elsewhere, num_answers: 9}",
+    );
+    assert!(
+        others.contains("is not among the rows of `conversations`"),
+        "{others}"
+    );
+    let ended = project.run(&[
+        "plan",
+        RECIPE,
+        "--set",
+        "stages.reward_scores.evaluate={adapter: reward, dataset: reward_tokens, simpo_gamma: 1}",
+    ]);
+    assert!(
+        ended.stderr.contains("expected only with `loss: simpo`"),
+        "{}",
+        ended.stderr
+    );
 }
 
 /// A run that has to fail; the stages that started, and what was told of the failed one.

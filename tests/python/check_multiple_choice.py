@@ -2,13 +2,16 @@
 """Compares `evaluate_choices` with lm-evaluation-harness on the questions of tests/golden/choices.
 
     pip install lm_eval==0.4.13 torch==2.15.0 transformers==5.23.0 datasets
-    python tests/python/check_multiple_choice.py [--model FOLDER] [--program PROGRAM] [--write]
+    python tests/python/check_multiple_choice.py [--model FOLDER] [--program PROGRAM] [--num-fewshot N] [--write]
 
 Both compute in f32, with the harness's own task for JSON files: `Question: {{question}}\\nAnswer:`, a space, and each choice. Every
 log-likelihood must agree to 1e-4 of its size and both accuracies exactly; ties are told. The model is tests/golden/model if none is given,
 whose tokenizer begins each text with a BOS.
 
-With --write it writes tests/golden/choices/expected.json, which a test beside the code reads, instead of running the program.
+With --num-fewshot the first N other questions stand before each one with their answers (the harness's sampler `first_n`).
+
+With --write it writes tests/golden/choices/expected.json, or expected_fewshot.json for --num-fewshot 2, which tests beside the code read,
+instead of running the program.
 """
 
 import argparse
@@ -30,6 +33,10 @@ output_type: multiple_choice
 doc_to_text: "Question: {{{{question}}}}\\nAnswer:"
 doc_to_choice: choices
 doc_to_target: answer
+num_fewshot: {shots}
+fewshot_config:
+  sampler: first_n
+  split: test
 metric_list:
   - metric: acc
   - metric: acc_norm
@@ -39,19 +46,19 @@ RECIPE = """version: 1
 stages:
   model: {{ import_model: {{ path: {model} }} }}
   questions: {{ import_dataset: {{ path: {file} }} }}
-  scores: {{ evaluate_choices: {{ model: model, dataset: questions }} }}
+  scores: {{ evaluate_choices: {{ model: model, dataset: questions, num_fewshot: {shots} }} }}
 outputs:
   scores: out/scores
 """
 
 
-def by_harness(model, file):
+def by_harness(model, file, shots):
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "local_choices.yaml").write_text(TASK.format(file=file))
+        (Path(folder) / "local_choices.yaml").write_text(TASK.format(file=file, shots=shots))
         manager = TaskManager(include_path=folder, include_defaults=False)
         lm = HFLM(pretrained=str(model), dtype="float32", device="cpu", batch_size=1)
         found = simple_evaluate(lm, tasks=["local_choices"], task_manager=manager, log_samples=True, bootstrap_iters=0)
@@ -64,10 +71,10 @@ def by_harness(model, file):
     }
 
 
-def by_program(program, model, file):
+def by_program(program, model, file, shots):
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "recipe.yaml"
-        recipe.write_text(RECIPE.format(model=model, file=file))
+        recipe.write_text(RECIPE.format(model=model, file=file, shots=shots))
         allowed = ["--allow-path", str(model), "--allow-path", str(file.parent)]
         subprocess.run([program, "run", str(recipe), *allowed], check=True, cwd=folder)
         out = Path(folder) / "out/scores"
@@ -81,14 +88,17 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", type=Path, default=ROOT / "tests/golden/model")
     parser.add_argument("--program", default=str(ROOT / "target/debug/pipeline"))
+    parser.add_argument("--num-fewshot", type=int, default=0)
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
     model, file = arguments.model.resolve(), GOLDEN / "questions.jsonl"
-    expected = by_harness(model, file)
+    shots = arguments.num_fewshot
+    expected = by_harness(model, file, shots)
     if arguments.write:
-        (GOLDEN / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
+        name = "expected_fewshot.json" if shots else "expected.json"
+        (GOLDEN / name).write_text(json.dumps(expected, indent=1) + "\n")
         return
-    found = by_program(str(Path(arguments.program).resolve()), model, file)
+    found = by_program(str(Path(arguments.program).resolve()), model, file, shots)
     worst = 0.0
     for ours, theirs in zip(found["log_likelihoods"], expected["log_likelihoods"], strict=True):
         for a, b in zip(ours, theirs, strict=True):

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Recreates tests/golden/reward by TRL's RewardTrainer on the tiny model: logs of trainings, a reward model's `config.json` and an
-adapter of one as transformers and PEFT write them, and the scores they give.
+adapter of one as transformers and PEFT write them, and the scores they give: to the rows, and to conversations with fixed answers.
 
 pins: as in ../golden/generate.py. usage: python generate_reward.py
 """
@@ -20,6 +20,8 @@ from trl import RewardConfig, RewardTrainer
 
 OUT = GOLDEN / "reward"
 SCORE = torch.randn((1, 64), generator=torch.Generator().manual_seed(7)) * 0.05
+
+ANSWERS = ["", "Yes.", "I don't know, sorry.\n\nAsk somebody else.", "Über 9.000 Meter 🏔"]
 
 RUNS = {
     "base": {},
@@ -90,6 +92,23 @@ def scores(model, dataset):
     return out
 
 
+def conversations(model):
+    """What the chat template prints of conversations with fixed answers, and the logit of a sequence classification for each."""
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "model")
+    model.eval()
+    out = []
+    for number, row in enumerate(ROWS[:8]):
+        prompt = to_conversation(row)["prompt"]
+        for answer in (to_conversation(row)["rejected"][0]["content"], ANSWERS[number % len(ANSWERS)]):
+            messages = [*prompt, {"role": "assistant", "content": answer}]
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
+            ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+            with torch.no_grad():
+                score = model(**ids).logits.item()
+            out.append({"prompt": prompt, "answer": answer, "ids": ids["input_ids"][0].tolist(), "score": score})
+    return out
+
+
 def main():
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir()
@@ -100,6 +119,8 @@ def main():
             ids = [{"chosen": row["chosen_ids"], "rejected": row["rejected_ids"]} for row in made.train_dataset]
             lines = ",\n".join(json.dumps(row) for row in ids)
             (OUT / "ids.json").write_text("[\n" + lines + "\n]\n", encoding="utf-8")
+            lines = ",\n".join(json.dumps(one) for one in conversations(made.model))
+            (OUT / "conversations.json").write_text("[\n" + lines + "\n]\n", encoding="utf-8")
             made.model.save_pretrained(OUT / "adapter")
             (OUT / "adapter/README.md").unlink(missing_ok=True)
             settings = json.loads((OUT / "adapter/adapter_config.json").read_text())

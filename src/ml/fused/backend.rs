@@ -193,8 +193,8 @@ impl<D: Device> Backend for Fused<'_, D> {
         pass: Pass,
         checkpointing: bool,
     ) -> Result<Box<dyn ForwardPass + 'a>> {
-        if pass.label_smoothing > 0. {
-            candle_core::bail!("the fast path does not compute label smoothing")
+        if pass.label_smoothing > 0. && self.model.arch.logit_softcap.is_some() {
+            bail!("the fast path does not compute label smoothing of logits with a soft-cap")
         }
         let (forward, _) = Forward::new(self, batches, pass, checkpointing, false)?;
         Ok(Box::new(Run {

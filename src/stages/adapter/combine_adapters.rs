@@ -64,6 +64,7 @@ impl Stage for CombineAdapters {
     const IMPLIED: &'static [Implied] = &[Implied {
         parameter: "model",
         unless: &[],
+        with: &[],
         sources: &[ImpliedBy::Input {
             input: "adapters",
             parameter: "model",

@@ -85,6 +85,7 @@ impl Stage for Merge {
     const IMPLIED: &'static [Implied] = &[Implied {
         parameter: "model",
         unless: &[],
+        with: &[],
         sources: &[ImpliedBy::Input {
             input: "adapter",
             parameter: "model",

@@ -7,34 +7,44 @@ use anyhow::{Context as _, anyhow, ensure};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use self::scored_loss::ScoredLoss;
+use super::evaluation::{Evaluation, EvaluationArguments, Measure};
 use super::models::{Loaded, Models, Side};
 use super::report::{self, Part, Scored};
-use super::require::{Requirements, is_empty};
-use crate::engine::{Context, Implied, Input, Neutral, Problem, Stage};
+use crate::engine::{Context, Input};
 use crate::ml::fused::Packing;
 use crate::ml::generate;
 use crate::ml::generation_config::stop_ids;
 use crate::ml::io::finite;
-use crate::ml::loss::dpo::Dpo;
-use crate::ml::loss::orpo::Orpo;
+use crate::ml::loss::Loss;
+use crate::ml::loss::kto::pair_with_neighbours;
+use crate::ml::loss::reward::Reward;
 use crate::ml::loss::sft::Sft;
-use crate::ml::loss::{Loss, Metrics};
-use crate::ml::model::CausalLm;
 use crate::ml::model::batch::Row;
+use crate::ml::model::{CausalLm, tied};
 use crate::ml::train::evaluate::{self, NotFinite};
-use crate::ml::train::{Passes, ReferenceModel, compute_dtype};
-use crate::stages::artifacts::{Adapter, Model, Scores, Tokens};
-use crate::stages::model_input::{
-    BASE_OF_ADAPTER, execution_on, note_work, pad_id, place, rows, split_or_test,
-};
+use crate::ml::train::{Passes, ReferenceModel};
+use crate::stages::artifacts::{Model, Tokens};
+use crate::stages::model_input::{execution_on, note_work, pad_id, place, rows, split_or_test};
 use crate::stages::rules::Rules;
+use crate::stages::text::added::Added;
+use crate::stages::text::labelled::Labelled;
 use crate::stages::text::{chat_template, tokenizers};
 use crate::text::tokenizer::Tokenizer;
+
+mod scored_loss;
+
+/// The stage.
+pub type Evaluate = Evaluation<Parameters>;
 
 /// Scores a model on rows: `scores.json` with TRL's numbers, and `answers.jsonl` with greedy answers to the first prompts.
 ///
 /// Preference rows are scored by how well the model prefers the chosen answers. Rows without `rejected` are scored by how well it
-/// predicts the answers: `loss` is the mean negative log-likelihood of their tokens, and `perplexity` its exponential.
+/// predicts the answers: `loss` is the mean negative log-likelihood of their tokens, and `perplexity` its exponential. With `loss: kto`
+/// rows of `tokenize` with `trainer: kto` have the numbers of KTO.
+///
+/// A reward model scores preferences by what it gives to both answers: `accuracy` is the share of rows where the chosen one gets more, `margin` by
+/// how much on average. It makes no answers.
 ///
 /// With `adapter`, the base alone and the base with the adapter are scored, and the differences stand beside them; with `baseline` that model
 /// and `model`. Intervals and p-values by the paired bootstrap stand in the record.
@@ -43,40 +53,42 @@ use crate::text::tokenizer::Tokenizer;
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 #[schemars(extend("examples" = [{"adapter": "tuned", "dataset": "tokens"}]))]
-pub struct Evaluate {
-    /// The model to score. It may be left out where `adapter` is given: then it is the model that the adapter was made for.
-    #[schemars(extend("examples" = ["base4"]))]
-    model: Input<Model>,
-    /// An adapter to score beside the model alone.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(extend("examples" = ["tuned"]))]
-    adapter: Option<Input<Adapter>>,
-    /// Another model with the same tokens to compare with, in the place of the model without the adapter.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(extend("examples" = ["base"]))]
-    baseline: Option<Input<Model>>,
-    /// The rows to score: preferences, or one answer each.
+#[schemars(rename = "Evaluate")]
+pub struct Parameters {
+    /// The rows to score: preferences, one answer each, or labelled answers.
     #[schemars(extend("examples" = ["tokens"]))]
     dataset: Input<Tokens>,
-    /// The split to read. By default it is `test`, or `train` where there is no `test`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(extend("examples" = ["test"]))]
-    split: Option<String>,
     /// The number of rows in a batch.
     #[serde(default = "default_batch_size")]
     #[schemars(extend("minimum" = 1))]
     #[schemars(extend("examples" = [2]))]
     per_device_eval_batch_size: usize,
-    /// The loss whose numbers the scores of preferences have beside the general ones, by default `orpo`.
+    /// The loss whose numbers the scores of preferences have beside the general ones, by default `orpo`; `kto` is for labelled rows.
     #[serde(default, skip_serializing_if = "ScoredLoss::is_default")]
     loss: ScoredLoss,
-    /// The reference model of `loss: dpo`. By default it is `model` without the adapter.
+    /// The reference model of `loss: dpo` and `loss: kto`. By default it is `model` without the adapter.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     ref_model: Option<Input<Model>>,
     /// For ORPO, the weight of the odds ratio in `loss`; in general, the scale of `rewards/*`.
     #[serde(default = "default_beta")]
     #[schemars(extend("minimum" = 0))]
     beta: f64,
+    /// The weight of the chosen answers' negative log-likelihood in `cpo` and `simpo`: 1 if it isn't given, as in TRL.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("minimum" = 0, "examples" = [0]))]
+    cpo_alpha: Option<f64>,
+    /// The margin that `simpo` aims at: 0.5 if it isn't given, as in TRL.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("minimum" = 0, "examples" = [1.0]))]
+    simpo_gamma: Option<f64>,
+    /// The weight of good answers in `kto`: 1 if it isn't given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("minimum" = 0, "examples" = [1.0]))]
+    desirable_weight: Option<f64>,
+    /// The weight of bad answers in `kto`: 1 if it isn't given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("minimum" = 0, "examples" = [1.5]))]
+    undesirable_weight: Option<f64>,
     /// The number of prompts that are answered, always with the most likely next token.
     #[serde(default = "default_num_answers")]
     #[schemars(extend("examples" = [10]))]
@@ -85,42 +97,6 @@ pub struct Evaluate {
     #[serde(default = "default_max_new_tokens")]
     #[schemars(extend("examples" = [200]))]
     max_new_tokens: usize,
-    /// Whether matrix products are computed in bf16. TRL's default: `true`, unless `fp16` is on.
-    #[serde(default)]
-    bf16: bool,
-    /// Whether matrix products are computed in f16.
-    #[serde(default)]
-    fp16: bool,
-    /// What scores must be, by their names: of the model with the adapter if there is one, and behind `difference/` the change against the
-    /// base or the baseline. A run fails where one is not. The scores stay, and other requirements don't compute them again.
-    #[serde(default, skip_serializing_if = "is_empty")]
-    #[schemars(extend("examples" = [{"rewards/accuracies": ">= 0.6", "difference/perplexity": "<= 0"}]))]
-    require: Neutral<Requirements>,
-}
-
-/// A loss that preferences are scored by.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum ScoredLoss {
-    /// The odds ratio; `logps/*` are means over the tokens of an answer.
-    #[default]
-    Orpo,
-    /// The log-ratio to the reference model; `logps/*` are sums over the tokens of an answer.
-    Dpo,
-}
-
-impl ScoredLoss {
-    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it")]
-    fn is_default(&self) -> bool {
-        *self == Self::default()
-    }
-
-    fn loss(self, beta: f64) -> Box<dyn Loss> {
-        match self {
-            Self::Orpo => Box::new(Orpo { beta }),
-            Self::Dpo => Box::new(Dpo::sigmoid(beta, 0.)),
-        }
-    }
 }
 
 fn default_batch_size() -> usize {
@@ -159,27 +135,10 @@ struct Answer {
     model: Option<String>,
 }
 
-impl Evaluate {
-    /// The names of all scores of preferences and of single answers.
-    fn metrics(&self) -> Vec<&'static str> {
-        let answers = Sft {
-            completion_only: true,
-        };
-        let of_loss = self.loss.loss(self.beta);
-        let general = ["rewards/accuracies", "loss", "perplexity", "margin"];
-        let all = [&general, of_loss.metrics(), answers.metrics()].concat();
-        // Means of logits are for trainings alone.
-        let mut all: Vec<_> = all
-            .into_iter()
-            .filter(|name| !name.starts_with("logits/"))
-            .collect();
-        all.sort_unstable();
-        all.dedup();
-        all
-    }
-
-    /// Whether the rows are preferences; an error where some are and others are not, or an answer is empty.
-    fn check_rows(&self, rows: &[Row], split: &str) -> anyhow::Result<bool> {
+impl Parameters {
+    /// What the rows are scored as; an error where they are not alike, or lack what that needs. `scores` says whether the model is a reward
+    /// model.
+    fn form(&self, rows: &[Row], scores: bool, split: &str) -> anyhow::Result<Form> {
         let prefers = rows.iter().any(|row| row.rejected.is_some());
         let answered = |ids: Option<&Vec<u32>>| ids.is_some_and(|ids| !ids.is_empty());
         for (number, row) in rows.iter().enumerate() {
@@ -196,11 +155,58 @@ impl Evaluate {
                 "row {number} of the split `{split}` has no answer to predict"
             );
         }
+        let loss = self.loss.name();
+        if scores {
+            ensure!(
+                self.loss.is_default(),
+                "the model is a reward model, which gives no log-probabilities for `loss: {loss}`; without `loss` it is scored by what it \
+                 gives to both answers"
+            );
+            ensure!(
+                prefers,
+                "the rows of the split `{split}` have no rejected answers, and a reward model is scored by the two; hint: \
+                 `evaluate_answers` with `reward_model` lets it score what another model answers"
+            );
+            return Ok(Form::Rewards);
+        }
+        if self.loss == ScoredLoss::Kto {
+            ensure!(
+                !prefers && rows.iter().all(|row| row.label.is_some()),
+                "the rows of the split `{split}` have no labels, which `loss: kto` needs; hint: `trainer: kto` in the `tokenize` that makes them"
+            );
+            return Ok(Form::Labelled);
+        }
         ensure!(
-            prefers || self.loss == ScoredLoss::Orpo,
-            "the rows of the split `{split}` have no rejected answers, which `loss: dpo` compares with; without `loss` the answers alone are scored"
+            prefers || self.loss.is_default(),
+            "the rows of the split `{split}` have no rejected answers, which `loss: {loss}` compares with; without `loss` the answers alone are scored"
         );
-        Ok(prefers)
+        Ok(if prefers {
+            Form::Preferences
+        } else {
+            Form::Answers
+        })
+    }
+
+    /// Brings rows into the form in which trainings have them.
+    fn prepare(&self, form: Form, dataset: &Path, rows: &mut [Row]) -> anyhow::Result<()> {
+        match form {
+            Form::Preferences | Form::Answers => {}
+            Form::Rewards => {
+                let added = Added::read(dataset)?;
+                for row in rows {
+                    added.take_off(row);
+                }
+            }
+            Form::Labelled => {
+                let labelled = Labelled::read(dataset, Self::KIND)?;
+                let size = self.per_device_eval_batch_size;
+                pair_with_neighbours(rows, size, labelled.max_length);
+                for row in rows {
+                    labelled.cut(row);
+                }
+            }
+        }
+        Ok(())
     }
 
     fn answers(
@@ -251,41 +257,85 @@ impl Evaluate {
     }
 }
 
+/// What rows are scored as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Form {
+    /// Preferences, by the log-probabilities of both answers.
+    Preferences,
+    /// Single answers, by their log-probabilities.
+    Answers,
+    /// Answers that are labelled as good or bad.
+    Labelled,
+    /// Preferences, by what a reward model gives to both answers.
+    Rewards,
+}
+
+impl Form {
+    /// The scores that are noted with the run.
+    fn noted(self) -> &'static [&'static str] {
+        match self {
+            Self::Preferences => &["rewards/accuracies", "margin", "perplexity"],
+            Self::Answers => &["loss", "mean_token_accuracy", "perplexity"],
+            Self::Labelled => &["rewards/margins", "kl", "loss"],
+            Self::Rewards => &["accuracy", "margin", "mean_reward"],
+        }
+    }
+}
+
 /// The outcome in a sentence.
-fn told(prefers: bool, rows: usize, sides: &[Scored]) -> String {
+fn told(form: Form, rows: usize, sides: &[Scored]) -> String {
     let (Some(base), Some(last)) = (sides.first(), sides.last()) else {
         return String::new();
     };
-    let of = |metrics: &Metrics, name: &str| metrics.get(name).copied().unwrap_or(f64::NAN);
-    let names = match last.part {
-        Part::Base => None,
-        Part::Adapter => Some(("with the adapter", "without")),
-        Part::Model => Some(("by the model", "by the baseline")),
+    let (what, by, name, is_share) = match form {
+        Form::Preferences => (
+            "the chosen answer is preferred".to_owned(),
+            "in",
+            "rewards/accuracies",
+            true,
+        ),
+        Form::Answers => (
+            format!("the answers of {rows} rows have a perplexity"),
+            "of",
+            "perplexity",
+            false,
+        ),
+        Form::Labelled => (
+            format!("of {rows} answers, the good ones are rewarded above the bad ones"),
+            "by",
+            "rewards/margins",
+            false,
+        ),
+        Form::Rewards => (
+            "the chosen answer gets the higher score".to_owned(),
+            "in",
+            "accuracy",
+            true,
+        ),
     };
-    if prefers {
-        let accuracy = |side: &Scored| 100. * of(&side.metrics, "rewards/accuracies");
-        let prefers = "the chosen answer is preferred in";
-        return match names {
-            Some((with, without)) => format!(
-                "{prefers} {:.0} % of {rows} rows {with}, in {:.0} % {without}",
-                accuracy(last),
-                accuracy(base)
-            ),
-            None => format!("{prefers} {:.0} % of {rows} rows", accuracy(base)),
-        };
-    }
-    let perplexity = |side: &Scored| of(&side.metrics, "perplexity");
-    match names {
-        Some((with, without)) => format!(
-            "the answers of {rows} rows have a perplexity of {:.3} {with}, of {:.3} {without}",
-            perplexity(last),
-            perplexity(base)
-        ),
-        None => format!(
-            "the answers of {rows} rows have a perplexity of {:.3}",
-            perplexity(base)
-        ),
-    }
+    let of = |side: &Scored| {
+        let value = side.metrics.get(name).copied().unwrap_or(f64::NAN);
+        if is_share {
+            format!("{:.0} %", 100. * value)
+        } else {
+            format!("{value:.3}")
+        }
+    };
+    let of_rows = if is_share {
+        format!(" of {rows} rows")
+    } else {
+        String::new()
+    };
+    let (with, without) = match last.part {
+        Part::Base => return format!("{what} {by} {}{of_rows}", of(base)),
+        Part::Adapter => ("with the adapter", "without"),
+        Part::Model => ("by the model", "by the baseline"),
+    };
+    format!(
+        "{what} {by} {}{of_rows} {with}, {by} {} {without}",
+        of(last),
+        of(base)
+    )
 }
 
 /// Says which split's rows have scores that are no numbers, or that answers can't be made, and which tensor is to blame.
@@ -321,59 +371,64 @@ pub(super) fn explain(
     anyhow!("{what}: {cause}")
 }
 
-impl Stage for Evaluate {
+impl Measure for Parameters {
     const KIND: &'static str = "evaluate";
     const VERSION: u32 = 3;
-    const EXCLUSIVE: bool = true;
-    type Output = Scores;
-    const IMPLIED: &'static [Implied] = BASE_OF_ADAPTER;
 
-    fn check(&self) -> Vec<Problem> {
-        let mut rules = Rules::default();
-        let compares = self.ref_model.is_some() || self.adapter.is_some();
+    fn check(&self, arguments: &EvaluationArguments, rules: &mut Rules) {
+        let (loss, compares) = (self.loss.name(), self.loss.compares());
+        let has_reference = self.ref_model.is_some();
         rules.rule(
-            self.loss == ScoredLoss::Orpo || compares,
+            !compares || has_reference || arguments.adapter.is_some(),
             "loss",
-            "`dpo` compares with a reference model, expected an `adapter` or a `ref_model`",
+            &format!(
+                "`{loss}` compares with a reference model, expected an `adapter` or a `ref_model`"
+            ),
         );
         rules.rule(
-            self.loss == ScoredLoss::Dpo || self.ref_model.is_none(),
+            compares || !has_reference,
             "ref_model",
-            "expected only with `loss: dpo`",
+            "expected only with `loss: dpo` or `loss: kto`",
         );
         rules.rule(
-            self.loss == ScoredLoss::Orpo || self.baseline.is_none() || self.ref_model.is_some(),
+            !compares || arguments.baseline.is_none() || has_reference,
             "loss",
-            "`dpo` with a `baseline` needs a `ref_model` for both",
+            &format!("`{loss}` with a `baseline` needs a `ref_model` for both"),
         );
-        rules.one_precision(self.bf16, self.fp16);
-        let compares = self.adapter.is_some() || self.baseline.is_some();
-        rules
-            .0
-            .extend(self.require.check(&self.metrics(), compares));
-        rules.0
+        self.check_loss(rules);
     }
 
-    fn has_requirements(&self) -> bool {
-        !self.require.is_empty()
+    /// Those of all forms of rows.
+    fn metrics(&self) -> Vec<&'static str> {
+        let answers = Sft {
+            completion_only: true,
+        };
+        let of_loss = self.scored_loss();
+        let general = ["rewards/accuracies", "loss", "perplexity", "margin"];
+        let mut all = [&general, of_loss.metrics(), answers.metrics()].concat();
+        if self.loss.is_default() {
+            all.extend(Reward::default().metrics());
+        }
+        // Means of logits are for trainings alone.
+        all.retain(|name| !name.starts_with("logits/"));
+        all.sort_unstable();
+        all.dedup();
+        all
     }
 
-    fn accept(&self, result: &Path) -> anyhow::Result<()> {
-        self.require.accept(result)
-    }
-
-    fn run(&self, cx: &Context) -> anyhow::Result<()> {
+    fn run(&self, arguments: &EvaluationArguments, cx: &Context) -> anyhow::Result<()> {
         let dataset = cx.input(&self.dataset)?;
-        let split = split_or_test(dataset, self.split.as_deref())?;
-        let compute = compute_dtype(self.bf16, self.fp16);
-        let (adapter, baseline) = (self.adapter.as_ref(), self.baseline.as_ref());
-        let known = Models::vocabulary(cx, &self.model, baseline)?;
-        let rows = rows(dataset, &split, known)?;
-        let prefers = self.check_rows(&rows, &split)?;
+        let split = split_or_test(dataset, arguments.split.as_deref())?;
+        let known = Models::vocabulary(cx, arguments)?;
+        let mut rows = rows(dataset, &split, known)?;
+        let (arch, _) = tied::open(cx.input(&arguments.model)?)?;
+        let form = self.form(&rows, arch.scores, &split)?;
+        self.prepare(form, dataset, &mut rows)?;
         let place = place(cx)?;
-        let models = Models::open(cx, &self.model, adapter, baseline, compute)?;
+        let models = Models::open(cx, arguments)?;
         let executions = models.executions(cx, &place)?;
         let sides = models.sides(&executions);
+        let compute = arguments.compute();
         let reference = match &self.ref_model {
             Some(reference) => Some(Loaded::open(cx.input(reference)?, None, compute)?),
             None => None,
@@ -382,12 +437,12 @@ impl Stage for Evaluate {
             .as_ref()
             .map(|loaded| execution_on(cx, &loaded.model, Packing::default(), &place))
             .transpose()?;
-        let loss: Box<dyn Loss> = if prefers {
-            self.loss.loss(self.beta)
-        } else {
-            Box::new(Sft {
+        let loss: Box<dyn Loss> = match form {
+            Form::Preferences | Form::Labelled => self.scored_loss(),
+            Form::Rewards => Box::new(Reward::default()),
+            Form::Answers => Box::new(Sft {
                 completion_only: true,
-            })
+            }),
         };
         let folder = &models.scored.folder;
         let pad = pad_id(folder, &models.scored.model.arch);
@@ -408,14 +463,16 @@ impl Stage for Evaluate {
                 cx.progress((before + done) as u64, total, "rows");
                 cx.check_cancelled()
             };
-            let scores = if prefers {
-                evaluate::preferences(&passes, &rows, size, pad, side.pass, &mut report)
-            } else {
-                evaluate::completions(&passes, &rows, size, pad, side.pass, &mut report)
+            let score = match form {
+                Form::Preferences => evaluate::preferences,
+                Form::Answers => evaluate::completions,
+                Form::Labelled => evaluate::labelled,
+                Form::Rewards => evaluate::rewards,
             };
+            let scores = score(&passes, &rows, size, pad, side.pass, &mut report);
             let explained = |error| {
                 let model = &side.loaded.model;
-                explain(error, model, self.fp16, &split, &models.sources(side))
+                explain(error, model, arguments.fp16, &split, &models.sources(side))
             };
             let (metrics, by_row) = scores.map_err(explained)?;
             scored.push(Scored {
@@ -425,14 +482,9 @@ impl Stage for Evaluate {
             });
         }
         note_work(cx, &place);
-        let names: &[&str] = if prefers {
-            &["rewards/accuracies", "margin", "perplexity"]
-        } else {
-            &["loss", "mean_token_accuracy", "perplexity"]
-        };
-        report::write(cx, &split, rows.len(), &scored, names)?;
-        cx.info(told(prefers, rows.len(), &scored));
-        if self.num_answers > 0 {
+        report::write(cx, &split, rows.len(), &scored, form.noted())?;
+        cx.info(told(form, rows.len(), &scored));
+        if self.num_answers > 0 && form != Form::Rewards {
             let tokenizer = tokenizers::load(folder)?;
             let mut stops = stop_ids(folder, &models.scored.model.arch)?;
             stops.extend(chat_template::stop_token(cx, dataset, folder)?.map(|stop| stop.id));
@@ -442,7 +494,7 @@ impl Stage for Evaluate {
                     Some(side) => (&side.loaded.model, models.sources(side)),
                     None => (&models.scored.model, Vec::new()),
                 };
-                explain(error, model, self.fp16, &split, &sources)
+                explain(error, model, arguments.fp16, &split, &sources)
             })?;
             fs::write(cx.out().join("answers.jsonl"), lines)
                 .context("could not write `answers.jsonl`")?;

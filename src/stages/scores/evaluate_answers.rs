@@ -2,35 +2,43 @@
 
 use std::fs;
 use std::ops::ControlFlow;
-use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
-use regex::Regex;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use self::judge::Judge;
 use super::evaluate::explain;
+use super::evaluation::{Evaluation, EvaluationArguments, Measure};
 use super::models::{Models, Side};
 use super::report::{self, Scored};
-use super::require::{Requirements, is_empty};
-use crate::engine::{Context, Implied, Input, Neutral, Problem, Stage};
+use super::reward::RewardModel;
+use crate::engine::{Context, Implied, ImpliedBy, Input, Neutral};
 use crate::ml::generate::{Finish, Generator, Listener};
 use crate::ml::generation_config::stop_ids;
 use crate::ml::model::batch::Row;
+use crate::ml::place::Place;
 use crate::ml::sampling::{Sampler, Sampling};
 use crate::ml::train::bootstrap::RowScore;
-use crate::ml::train::compute_dtype;
-use crate::stages::artifacts::{Adapter, Model, Scores, Tokens};
+use crate::stages::artifacts::{Adapter, Dataset, Model, Tokens};
 use crate::stages::model_input::{BASE_OF_ADAPTER, note_work, place, rows, split_or_test};
 use crate::stages::rules::Rules;
 use crate::stages::text::{chat_template, tokenizers};
+use crate::text::chat::Asked;
 use crate::text::tokenizer::Tokenizer;
 
-/// The scores that it makes, the last one with `regex_pattern` alone.
-const METRICS: [&str; 4] = ["exact_match", "answer_tokens", "finished", "regex_match"];
-/// The most bytes of a regular expression when it is compiled.
-const LARGEST_PATTERN: usize = 1 << 20;
+mod judge;
+
+/// The scores that it makes in any case.
+const METRICS: [&str; 3] = ["exact_match", "answer_tokens", "finished"];
+/// That of `regex_pattern`.
+const REGEX_MATCH: &str = "regex_match";
+/// That of the reward model.
+const REWARD: &str = "reward";
+
+/// The stage.
+pub type EvaluateAnswers = Evaluation<Parameters>;
 
 /// Lets a model answer prompts, greedily or by sampling, and compares its answers with those of the rows: `scores.json`, and `answers.jsonl`
 /// with all answers.
@@ -39,30 +47,19 @@ const LARGEST_PATTERN: usize = 1 << 20;
 /// share in which the expression finds what it finds in the row's answer. `finished` is the share of answers that the model ended by itself,
 /// and `answer_tokens` their mean length.
 ///
+/// With `reward_model` or `reward_adapter`, `reward` is the mean score that this reward model gives to the answers. It reads each with its
+/// conversation as its own chat template prints it, so it may have another template and tokenizer than the model that answers.
+///
 /// With `adapter`, the base alone and the base with the adapter answer, and the differences stand beside them; with `baseline` that model
 /// and `model`. Intervals and p-values by the paired bootstrap stand in the record.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 #[schemars(extend("examples" = [{"adapter": "tuned", "dataset": "tokens", "regex_pattern": "#### (-?[0-9.,]+)"}]))]
-pub struct EvaluateAnswers {
-    /// The model that answers. It may be left out where `adapter` is given: then it is the model that the adapter was made for.
-    #[schemars(extend("examples" = ["base4"]))]
-    model: Input<Model>,
-    /// An adapter to score beside the model alone.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(extend("examples" = ["tuned"]))]
-    adapter: Option<Input<Adapter>>,
-    /// Another model with the same tokens to compare with, in the place of the model without the adapter.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(extend("examples" = ["base"]))]
-    baseline: Option<Input<Model>>,
+#[schemars(rename = "EvaluateAnswers")]
+pub struct Parameters {
     /// The prompts, each with the answer that is right. Of preferences that is the chosen one.
     #[schemars(extend("examples" = ["tokens"]))]
     dataset: Input<Tokens>,
-    /// The split to read. By default it is `test`, or `train` where there is no `test`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(extend("examples" = ["test"]))]
-    split: Option<String>,
     /// The number of prompts that are answered, the first ones of the split. Without it all are.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("minimum" = 1))]
@@ -122,17 +119,20 @@ pub struct EvaluateAnswers {
     #[serde(default)]
     #[schemars(extend("examples" = [-1]))]
     group_select: i64,
-    /// Whether matrix products are computed in bf16. TRL's default: `true`, unless `fp16` is on.
-    #[serde(default)]
-    bf16: bool,
-    /// Whether matrix products are computed in f16.
-    #[serde(default)]
-    fp16: bool,
-    /// What scores must be, by their names: of the model with the adapter if there is one, and behind `difference/` the change against the
-    /// base or the baseline. A run fails where one is not. The scores stay, and other requirements don't compute them again.
-    #[serde(default, skip_serializing_if = "is_empty")]
-    #[schemars(extend("examples" = [{"regex_match": ">= 0.3", "finished": ">= 0.9"}]))]
-    require: Neutral<Requirements>,
+    /// A reward model that scores the answers. It may be left out where `reward_adapter` is given: then it is the model that the adapter was
+    /// made for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = ["scoring"]))]
+    reward_model: Option<Input<Model>>,
+    /// The adapter of the reward model, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = ["reward"]))]
+    reward_adapter: Option<Input<Adapter>>,
+    /// The conversations that the reward model reads: the dataset from which `apply_chat_template` made the texts of these tokens. It may be
+    /// left out where the recipe says which one that is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = ["split"]))]
+    conversations: Option<Input<Dataset>>,
 }
 
 fn batch_size() -> Neutral<usize> {
@@ -155,57 +155,6 @@ fn seed() -> u64 {
     42
 }
 
-/// How answers are compared.
-struct Judge<'s> {
-    parameters: &'s EvaluateAnswers,
-    pattern: Option<Regex>,
-}
-
-impl Judge<'_> {
-    fn is_exact(&self, answer: &str, expected: &str) -> bool {
-        self.plain(answer) == self.plain(expected)
-    }
-
-    fn plain(&self, text: &str) -> String {
-        let mut text = text.to_owned();
-        if self.parameters.ignore_case {
-            text = text.to_lowercase();
-        }
-        if self.parameters.ignore_punctuation {
-            text.retain(|letter| !letter.is_ascii_punctuation());
-        }
-        text.trim().to_owned()
-    }
-
-    /// What the expression finds in a text.
-    fn found<'t>(&self, text: &'t str) -> Option<&'t str> {
-        let all: Vec<_> = self.pattern.as_ref()?.captures_iter(text).collect();
-        let place = self.parameters.group_select;
-        let place = if place < 0 {
-            all.len()
-                .checked_sub(usize::try_from(place.unsigned_abs()).ok()?)?
-        } else {
-            usize::try_from(place).ok()?
-        };
-        let captures = all.into_iter().nth(place)?;
-        let group = captures.iter().skip(1).flatten();
-        let group = group
-            .map(|group| group.as_str())
-            .find(|text| !text.is_empty());
-        let whole = if captures.len() == 1 {
-            captures.get(0).map(|whole| whole.as_str())
-        } else {
-            None
-        };
-        group.or(whole).map(str::trim)
-    }
-
-    fn matches(&self, answer: &str, expected: &str) -> bool {
-        let expected = self.found(expected).unwrap_or(expected.trim());
-        self.found(answer) == Some(expected)
-    }
-}
-
 /// Stops a generation when the stage is cancelled.
 struct Watch<'c>(&'c Context);
 
@@ -219,11 +168,11 @@ impl Listener for Watch<'_> {
 /// An answer with its scores.
 struct Answered {
     text: String,
-    /// By the names of [`METRICS`].
+    /// By the names of [`Measure::metrics`], in their order.
     scores: Vec<(&'static str, f64)>,
 }
 
-impl EvaluateAnswers {
+impl Parameters {
     fn sampling(&self) -> Sampling {
         Sampling {
             do_sample: self.do_sample,
@@ -235,26 +184,50 @@ impl EvaluateAnswers {
         }
     }
 
-    fn pattern(&self) -> Result<Option<Regex>> {
-        let compiled = self.regex_pattern.as_ref().map(|pattern| {
-            let mut builder = regex::RegexBuilder::new(pattern);
-            builder.size_limit(LARGEST_PATTERN).build()
-        });
-        compiled.transpose().map_err(|error| {
-            // The library draws the place over several lines.
-            let text = error.to_string();
-            let last = text.lines().last().unwrap_or_default();
-            let last = last.strip_prefix("error: ").unwrap_or(last);
-            anyhow::anyhow!("it can't be read as a regular expression: {last}")
-        })
+    /// The reward model, if there is one, and the conversations of the first `wanted` rows of a split.
+    fn reward_model(
+        &self,
+        arguments: &EvaluationArguments,
+        cx: &Context,
+        (split, rows, wanted): (&str, &[Row], usize),
+        tokenizer: &Tokenizer,
+    ) -> Result<Option<(RewardModel, Vec<Asked>)>> {
+        let Some(model) = &self.reward_model else {
+            return Ok(None);
+        };
+        let conversations = self.conversations.as_ref();
+        let dataset = cx.input(conversations.context("`conversations` is missing")?)?;
+        let adapter = self.reward_adapter.as_ref();
+        let rewards = RewardModel::open(cx, model, adapter, arguments.compute())?;
+        let asked = rewards.conversations(dataset, split, rows, wanted, tokenizer)?;
+        Ok(Some((rewards, asked)))
     }
 
-    /// The names of the scores of these parameters.
-    fn metrics(&self) -> &'static [&'static str] {
-        match self.regex_pattern {
-            Some(_) => &METRICS,
-            None => &METRICS[..3],
+    /// Lets a reward model score the answers of all sides.
+    fn reward(
+        &self,
+        cx: &Context,
+        place: &Place,
+        (rewards, asked): &(RewardModel, Vec<Asked>),
+        all: &mut [Vec<Answered>],
+    ) -> Result<()> {
+        let sides = all.iter();
+        let pairs = sides.flat_map(|answers| {
+            let texts = answers.iter().map(|answered| answered.text.as_str());
+            asked.iter().zip(texts)
+        });
+        let pairs: Vec<(&Asked, &str)> = pairs.collect();
+        let total = Some(pairs.len() as u64);
+        let mut report = |done: usize| {
+            cx.progress(done as u64, total, "rewards");
+            cx.check_cancelled()
+        };
+        let size = *self.per_device_eval_batch_size;
+        let scores = rewards.score(cx, place, &pairs, size, &mut report)?;
+        for (answered, score) in all.iter_mut().flatten().zip(scores) {
+            answered.scores.push((REWARD, score));
         }
+        Ok(())
     }
 
     /// The answers of a side. `before` are those of other sides, for the progress, of which there are `total` in all.
@@ -264,10 +237,10 @@ impl EvaluateAnswers {
         side: &Side<'_>,
         rows: &[Row],
         judge: &Judge<'_>,
-        asked: &Asked<'_>,
+        coding: &Coding<'_>,
         (before, total): (usize, usize),
     ) -> Result<Vec<Answered>> {
-        let Asked { tokenizer, stops } = asked;
+        let Coding { tokenizer, stops } = coding;
         let mut all = Vec::with_capacity(rows.len());
         for (number, rows) in rows
             .chunks((*self.per_device_eval_batch_size).max(1))
@@ -293,9 +266,11 @@ impl EvaluateAnswers {
                     share(judge.is_exact(&text, &expected)),
                     answer.ids.len() as f64,
                     share(answer.finish == Finish::Stop),
-                    share(judge.matches(&text, &expected)),
                 ];
-                let scores = self.metrics().iter().copied().zip(values).collect();
+                let mut scores: Vec<_> = METRICS.into_iter().zip(values).collect();
+                if self.regex_pattern.is_some() {
+                    scores.push((REGEX_MATCH, share(judge.matches(&text, &expected))));
+                }
                 all.push(Answered { text, scores });
             }
             cx.progress((before + all.len()) as u64, Some(total as u64), "answers");
@@ -305,7 +280,7 @@ impl EvaluateAnswers {
 }
 
 /// What prompts and answers are read and ended by.
-struct Asked<'t> {
+struct Coding<'t> {
     tokenizer: &'t Tokenizer,
     stops: Vec<u32>,
 }
@@ -325,17 +300,35 @@ fn scored(side: &Side<'_>, names: &[&'static str], answers: &[Answered]) -> Scor
     }
 }
 
-impl Stage for EvaluateAnswers {
+impl Measure for Parameters {
     const KIND: &'static str = "evaluate_answers";
     const VERSION: u32 = 1;
-    const EXCLUSIVE: bool = true;
-    type Output = Scores;
-    const IMPLIED: &'static [Implied] = BASE_OF_ADAPTER;
+    const IMPLIED: &'static [Implied] = &[
+        BASE_OF_ADAPTER[0],
+        Implied {
+            parameter: "reward_model",
+            unless: &[],
+            with: &["reward_adapter"],
+            sources: &[ImpliedBy::Input {
+                input: "reward_adapter",
+                parameter: "model",
+                before: None,
+            }],
+        },
+        Implied {
+            parameter: "conversations",
+            unless: &[],
+            with: &["reward_model", "reward_adapter"],
+            sources: &[ImpliedBy::Input {
+                input: "dataset",
+                parameter: "dataset",
+                before: Some("apply_chat_template"),
+            }],
+        },
+    ];
 
-    fn check(&self) -> Vec<Problem> {
-        let mut rules = Rules::default();
-        rules.one_precision(self.bf16, self.fp16);
-        if let Err(error) = self.pattern() {
+    fn check(&self, _: &EvaluationArguments, rules: &mut Rules) {
+        if let Err(error) = Judge::new(self) {
             rules.rule(false, "regex_pattern", &error.to_string());
         }
         rules.rule(
@@ -343,49 +336,55 @@ impl Stage for EvaluateAnswers {
             "group_select",
             "expected only with `regex_pattern`",
         );
-        let compares = self.adapter.is_some() || self.baseline.is_some();
-        let problems = self.require.check(self.metrics(), compares);
-        rules.0.extend(problems);
-        rules.0
+        rules.rule(
+            self.reward_model.is_some() || self.reward_adapter.is_none(),
+            "reward_model",
+            "the model of `reward_adapter` is not known; hint: name it",
+        );
+        rules.rule(
+            self.conversations.is_some() || self.reward_model.is_none(),
+            "conversations",
+            "the reward model needs the conversations that the prompts were made of; hint: name the dataset that `apply_chat_template` took",
+        );
+        rules.rule(
+            self.conversations.is_none() || self.reward_model.is_some(),
+            "conversations",
+            "expected only with `reward_model` or `reward_adapter`",
+        );
     }
 
-    fn has_requirements(&self) -> bool {
-        !self.require.is_empty()
+    /// Those of these parameters.
+    fn metrics(&self) -> Vec<&'static str> {
+        let regex = self.regex_pattern.as_ref().map(|_| REGEX_MATCH);
+        let reward = self.reward_model.as_ref().map(|_| REWARD);
+        METRICS.into_iter().chain(regex).chain(reward).collect()
     }
 
-    fn accept(&self, result: &Path) -> Result<()> {
-        self.require.accept(result)
-    }
-
-    fn run(&self, cx: &Context) -> Result<()> {
+    fn run(&self, arguments: &EvaluationArguments, cx: &Context) -> Result<()> {
         let dataset = cx.input(&self.dataset)?;
-        let split = split_or_test(dataset, self.split.as_deref())?;
-        let compute = compute_dtype(self.bf16, self.fp16);
-        let (adapter, baseline) = (self.adapter.as_ref(), self.baseline.as_ref());
-        let known = Models::vocabulary(cx, &self.model, baseline)?;
-        let mut rows = rows(dataset, &split, known)?;
-        if let Some(most) = self.num_answers {
-            rows.truncate(most);
-        }
-        for (number, row) in (1..).zip(&rows) {
+        let split = split_or_test(dataset, arguments.split.as_deref())?;
+        let known = Models::vocabulary(cx, arguments)?;
+        let all_rows = rows(dataset, &split, known)?;
+        let most = self.num_answers.unwrap_or(all_rows.len());
+        let rows = &all_rows[..most.min(all_rows.len())];
+        for (number, row) in (1..).zip(rows) {
             ensure!(
                 !row.prompt.is_empty(),
                 "row {number} of the split `{split}` is a text without a prompt to answer; hint: `evaluate` tells the perplexity of texts"
             );
         }
-        let models = Models::open(cx, &self.model, adapter, baseline, compute)?;
+        let models = Models::open(cx, arguments)?;
         let folder = &models.scored.folder;
         let tokenizer = tokenizers::load(folder)?;
+        let wanted = (split.as_str(), &all_rows[..], rows.len());
+        let rewards = self.reward_model(arguments, cx, wanted, &tokenizer)?;
         let mut stops = stop_ids(folder, &models.scored.model.arch)?;
         stops.extend(chat_template::stop_token(cx, dataset, folder)?.map(|stop| stop.id));
-        let asked = Asked {
+        let coding = Coding {
             tokenizer: &tokenizer,
             stops,
         };
-        let judge = Judge {
-            parameters: self,
-            pattern: self.pattern()?,
-        };
+        let judge = Judge::new(self)?;
         let place = place(cx)?;
         let executions = models.executions(cx, &place)?;
         let sides = models.sides(&executions);
@@ -393,11 +392,14 @@ impl Stage for EvaluateAnswers {
         let mut all = Vec::with_capacity(sides.len());
         for (number, side) in sides.iter().enumerate() {
             let progress = (number * rows.len(), total);
-            let answers = self.answers(cx, side, &rows, &judge, &asked, progress);
+            let answers = self.answers(cx, side, rows, &judge, &coding, progress);
             all.push(answers.map_err(|error| {
                 let model = &side.loaded.model;
-                explain(error, model, self.fp16, &split, &models.sources(side))
+                explain(error, model, arguments.fp16, &split, &models.sources(side))
             })?);
+        }
+        if let Some(rewards) = &rewards {
+            self.reward(cx, &place, rewards, &mut all)?;
         }
         let mut lines = String::new();
         for (number, row) in rows.iter().enumerate() {
@@ -425,29 +427,28 @@ impl Stage for EvaluateAnswers {
         let scored: Vec<Scored> = sides
             .iter()
             .zip(&all)
-            .map(|(side, answers)| scored(side, names, answers))
+            .map(|(side, answers)| scored(side, &names, answers))
             .collect();
         note_work(cx, &place);
-        report::write(cx, &split, rows.len(), &scored, names)?;
-        let told = if self.regex_pattern.is_some() {
-            "regex_match"
-        } else {
-            "exact_match"
+        report::write(cx, &split, rows.len(), &scored, &names)?;
+        let told = match self.regex_pattern {
+            Some(_) => REGEX_MATCH,
+            None => "exact_match",
         };
-        let shares: Vec<String> = scored
-            .iter()
-            .map(|side| {
-                format!(
-                    "{:.1} %",
-                    100. * side.metrics.get(told).copied().unwrap_or(f64::NAN)
-                )
-            })
-            .collect();
+        let of_all = |name: &str, shown: fn(f64) -> String| {
+            let values = scored.iter().map(|side| side.metrics.get(name).copied());
+            let values: Vec<String> = values.map(|x| shown(x.unwrap_or(f64::NAN))).collect();
+            values.join(", then ")
+        };
         cx.info(format!(
             "{} of {} answers are right (`{told}`)",
-            shares.join(", then "),
+            of_all(told, |share| format!("{:.1} %", 100. * share)),
             rows.len()
         ));
+        if self.reward_model.is_some() {
+            let rewards = of_all(REWARD, |reward| format!("{reward:.3}"));
+            cx.info(format!("the reward model gives them {rewards} on average"));
+        }
         Ok(())
     }
 }
@@ -455,53 +456,15 @@ impl Stage for EvaluateAnswers {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::Stage as _;
 
-    fn parameters(more: &str) -> EvaluateAnswers {
+    pub(super) fn parameters(more: &str) -> EvaluateAnswers {
         let mut all = serde_json::json!({"model": "m", "dataset": "d"});
         let more: Value = serde_json::from_str(more).unwrap();
         for (name, value) in more.as_object().unwrap() {
             all[name] = value.clone();
         }
         serde_json::from_value(all).unwrap()
-    }
-
-    fn judge(parameters: &EvaluateAnswers) -> Judge<'_> {
-        Judge {
-            parameters,
-            pattern: parameters.pattern().unwrap(),
-        }
-    }
-
-    #[test]
-    fn answers_are_compared_as_asked() {
-        let plain = parameters("{}");
-        let judge_plain = judge(&plain);
-        assert!(judge_plain.is_exact(" Paris\n", "Paris"));
-        assert!(!judge_plain.is_exact("paris", "Paris"));
-        assert!(!judge_plain.is_exact("Paris.", "Paris"));
-        let loose = parameters(r#"{"ignore_case": true, "ignore_punctuation": true}"#);
-        assert!(judge(&loose).is_exact("paris!", "Paris."));
-    }
-
-    #[test]
-    fn an_expression_finds_what_counts() {
-        let first = parameters(r#"{"regex_pattern": "= (-?[0-9.,]+)"}"#);
-        let judge_first = judge(&first);
-        assert!(judge_first.matches("so = 42 and = 43", "= 42"));
-        assert!(!judge_first.matches("so 42", "= 42"));
-        assert!(judge_first.matches("= 7", "7"), "a bare reference");
-        let last = parameters(r#"{"regex_pattern": "[0-9]+", "group_select": -1}"#);
-        let judge_last = judge(&last);
-        assert!(judge_last.matches("1 and 2 make 3", "= 3"));
-        assert!(!judge_last.matches("3 is 1 and 2", "= 3"));
-        assert!(!judge_last.matches("none", "= 3"));
-        let second = parameters(r#"{"regex_pattern": "(a)|(b)", "group_select": 1}"#);
-        let judge_second = judge(&second);
-        assert_eq!(judge_second.found("xaxb"), Some("b"));
-        assert_eq!(judge_second.found("xax"), None);
-        let far = parameters(r#"{"regex_pattern": "a", "group_select": -2}"#);
-        assert_eq!(judge(&far).found("a"), None);
-        assert_eq!(judge(&far).found("aba"), Some("a"));
     }
 
     #[test]

@@ -9,18 +9,18 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::evaluate::explain;
+use super::evaluation::{Evaluation, EvaluationArguments, Measure};
 use super::models::{Models, Side};
 use super::report::{self, Scored};
-use super::require::{Requirements, is_empty};
 use crate::data::expression::Expression;
 use crate::data::questions::{Question, questions};
-use crate::engine::{Context, Implied, Input, Neutral, Problem, Stage};
+use crate::data::table::splits;
+use crate::engine::{Context, Input};
 use crate::ml::model::batch::Row;
 use crate::ml::train::bootstrap::RowScore;
-use crate::ml::train::compute_dtype;
 use crate::ml::train::evaluate::log_likelihoods;
-use crate::stages::artifacts::{Adapter, Dataset, Model, Scores};
-use crate::stages::model_input::{BASE_OF_ADAPTER, note_work, pad_id, place, split_or_test};
+use crate::stages::artifacts::Dataset;
+use crate::stages::model_input::{note_work, pad_id, place, split_or_test};
 use crate::stages::rules::Rules;
 use crate::stages::text::tokenizers;
 use crate::text::tokenizer::{Tokenizer, special_tokens};
@@ -28,10 +28,15 @@ use crate::text::tokenizer::{Tokenizer, special_tokens};
 /// The scores that it makes.
 const METRICS: [&str; 2] = ["acc", "acc_norm"];
 
+/// The stage.
+pub type EvaluateChoices = Evaluation<Parameters>;
+
 /// Scores a model on questions with several answers of which one is right: `scores.json` with the numbers of lm-evaluation-harness.
 ///
 /// The model answers a question with the choice whose log-likelihood behind the question is largest (`acc`), or whose log-likelihood divided
 /// by the number of its characters is (`acc_norm`). `answers.jsonl` has the choices that were taken, with all log-likelihoods.
+///
+/// With `num_fewshot` the first questions of `fewshot_split` stand before each, with their answers (the harness's sampler `first_n`).
 ///
 /// Rows have a `question`, `choices` (a list of texts, or `text` and `label` lists) and an `answer`: the number of the right choice from 0,
 /// its label, or its text. `columns` of `import_dataset` and `download_dataset` renames other columns.
@@ -41,25 +46,11 @@ const METRICS: [&str; 2] = ["acc", "acc_norm"];
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 #[schemars(extend("examples" = [{"adapter": "tuned", "dataset": "questions"}]))]
-pub struct EvaluateChoices {
-    /// The model to score. It may be left out where `adapter` is given: then it is the model that the adapter was made for.
-    #[schemars(extend("examples" = ["base4"]))]
-    model: Input<Model>,
-    /// An adapter to score beside the model alone.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(extend("examples" = ["tuned"]))]
-    adapter: Option<Input<Adapter>>,
-    /// Another model to compare with, in the place of the model without the adapter. It reads the questions with its own tokenizer.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(extend("examples" = ["base"]))]
-    baseline: Option<Input<Model>>,
+#[schemars(rename = "EvaluateChoices")]
+pub struct Parameters {
     /// The questions.
     #[schemars(extend("examples" = ["questions"]))]
     dataset: Input<Dataset>,
-    /// The split to read. By default it is `test`, or `train` where there is no `test`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(extend("examples" = ["validation"]))]
-    split: Option<String>,
     /// The text before a choice, as a template on the columns of a row. No chat template is applied.
     #[serde(default = "doc_to_text")]
     #[schemars(extend("examples" = ["{{question}}\nAnswer:"]))]
@@ -67,22 +58,27 @@ pub struct EvaluateChoices {
     /// What stands between that text and a choice.
     #[serde(default = "target_delimiter")]
     target_delimiter: String,
+    /// The number of questions with their answers that stand before each question, as examples: the first ones of `fewshot_split`, without the
+    /// question itself.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    #[schemars(extend("default" = 0))]
+    #[schemars(extend("examples" = [5]))]
+    num_fewshot: usize,
+    /// The split of these examples. By default it is `train`, or `split` where there is no `train`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = ["train"]))]
+    fewshot_split: Option<String>,
+    /// What stands behind each example.
+    #[serde(
+        default = "fewshot_delimiter",
+        skip_serializing_if = "is_fewshot_delimiter"
+    )]
+    fewshot_delimiter: String,
     /// The number of choices in a batch.
     #[serde(default = "batch_size")]
     #[schemars(extend("minimum" = 1))]
     #[schemars(extend("examples" = [16]))]
     per_device_eval_batch_size: usize,
-    /// Whether matrix products are computed in bf16. TRL's default: `true`, unless `fp16` is on.
-    #[serde(default)]
-    bf16: bool,
-    /// Whether matrix products are computed in f16.
-    #[serde(default)]
-    fp16: bool,
-    /// What scores must be, by their names: of the model with the adapter if there is one, and behind `difference/` the change against the
-    /// base or the baseline. A run fails where one is not. The scores stay, and other requirements don't compute them again.
-    #[serde(default, skip_serializing_if = "is_empty")]
-    #[schemars(extend("examples" = [{"acc": ">= 0.4", "difference/acc_norm": ">= 0"}]))]
-    require: Neutral<Requirements>,
 }
 
 fn doc_to_text() -> String {
@@ -93,18 +89,81 @@ fn target_delimiter() -> String {
     " ".to_owned()
 }
 
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it")]
+fn is_zero(count: &usize) -> bool {
+    *count == 0
+}
+
+fn fewshot_delimiter() -> String {
+    "\n\n".to_owned()
+}
+
+fn is_fewshot_delimiter(text: &str) -> bool {
+    text == fewshot_delimiter()
+}
+
 fn batch_size() -> usize {
     8
 }
 
 /// A question as it is asked.
+#[derive(Clone, PartialEq)]
 struct Asked {
     text: String,
     question: Question,
 }
 
-impl EvaluateChoices {
+impl Parameters {
+    /// The questions of a split, with examples before them.
     fn asked(&self, dataset: &Path, split: &str) -> Result<Vec<Asked>> {
+        let mut asked = self.questions(dataset, split)?;
+        if self.num_fewshot == 0 {
+            return Ok(asked);
+        }
+        let of_examples = match &self.fewshot_split {
+            Some(given) => given.as_str(),
+            None if splits(dataset)?.contains_key("train") => "train",
+            None => split,
+        };
+        let examples = if of_examples == split {
+            asked.clone()
+        } else {
+            self.questions(dataset, of_examples)?
+        };
+        for (number, one) in (1..).zip(&mut asked) {
+            let others = examples.iter().filter(|other| **other != *one);
+            let shown: Vec<String> = others
+                .take(self.num_fewshot)
+                .map(|example| self.shown(example))
+                .collect();
+            ensure!(
+                shown.len() == self.num_fewshot,
+                "row {number} of the split `{split}` would have {} examples before it, expected `num_fewshot` {}: the split `{of_examples}` has \
+                 no more questions",
+                shown.len(),
+                self.num_fewshot
+            );
+            one.text.insert_str(0, &shown.concat());
+        }
+        Ok(asked)
+    }
+
+    /// A question with its answer, as it stands before another.
+    fn shown(&self, example: &Asked) -> String {
+        let question = &example.question;
+        let answer = &question.choices[question.answer];
+        [
+            &example.text,
+            &self.target_delimiter,
+            answer,
+            &self.fewshot_delimiter,
+        ]
+        .map(String::as_str)
+        .concat()
+    }
+
+    /// The questions of a split.
+    fn questions(&self, dataset: &Path, split: &str) -> Result<Vec<Asked>> {
         let template = Expression::new(&self.doc_to_text).context("in `doc_to_text`")?;
         let mut all = Vec::new();
         for (number, found) in questions(dataset, split, &template)?.enumerate() {
@@ -252,39 +311,30 @@ fn taken(side: &Side<'_>, asked: &[Asked], all: &[f64]) -> Taken {
     }
 }
 
-impl Stage for EvaluateChoices {
+impl Measure for Parameters {
     const KIND: &'static str = "evaluate_choices";
     const VERSION: u32 = 1;
-    const EXCLUSIVE: bool = true;
-    type Output = Scores;
-    const IMPLIED: &'static [Implied] = BASE_OF_ADAPTER;
 
-    fn check(&self) -> Vec<Problem> {
-        let mut rules = Rules::default();
-        rules.one_precision(self.bf16, self.fp16);
+    fn check(&self, _: &EvaluationArguments, rules: &mut Rules) {
         if let Err(error) = Expression::new(&self.doc_to_text) {
             rules.rule(false, "doc_to_text", &format!("{error:#}"));
         }
-        let compares = self.adapter.is_some() || self.baseline.is_some();
-        rules.0.extend(self.require.check(&METRICS, compares));
-        rules.0
+        rules.rule(
+            self.num_fewshot > 0 || self.fewshot_split.is_none(),
+            "fewshot_split",
+            "expected only with `num_fewshot`",
+        );
     }
 
-    fn has_requirements(&self) -> bool {
-        !self.require.is_empty()
+    fn metrics(&self) -> Vec<&'static str> {
+        METRICS.to_vec()
     }
 
-    fn accept(&self, result: &Path) -> Result<()> {
-        self.require.accept(result)
-    }
-
-    fn run(&self, cx: &Context) -> Result<()> {
+    fn run(&self, arguments: &EvaluationArguments, cx: &Context) -> Result<()> {
         let dataset = cx.input(&self.dataset)?;
-        let split = split_or_test(dataset, self.split.as_deref())?;
+        let split = split_or_test(dataset, arguments.split.as_deref())?;
         let asked = self.asked(dataset, &split)?;
-        let compute = compute_dtype(self.bf16, self.fp16);
-        let (adapter, baseline) = (self.adapter.as_ref(), self.baseline.as_ref());
-        let models = Models::open(cx, &self.model, adapter, baseline, compute)?;
+        let models = Models::open(cx, arguments)?;
         let place = place(cx)?;
         let executions = models.executions(cx, &place)?;
         let sides = models.sides(&executions);
@@ -302,7 +352,7 @@ impl Stage for EvaluateChoices {
             let found = log_likelihoods(side.execution, &rows, size, pad, side.pass, &mut report);
             let found = found.map_err(|error| {
                 let model = &side.loaded.model;
-                explain(error, model, self.fp16, &split, &models.sources(side))
+                explain(error, model, arguments.fp16, &split, &models.sources(side))
             })?;
             all.push(taken(side, &asked, &found));
         }
@@ -344,12 +394,23 @@ impl Stage for EvaluateChoices {
 mod tests {
     use super::*;
     use crate::data::import::{ImportOptions, import_files};
+    use crate::engine::Stage as _;
     use crate::ml::testing::golden;
 
     #[test]
     fn log_likelihoods_and_accuracies_are_those_of_lm_evaluation_harness() {
+        compare("", "choices/expected.json");
+    }
+
+    /// The questions are the examples of each other, and none of itself.
+    #[test]
+    fn examples_before_the_question_are_those_of_lm_evaluation_harness() {
+        compare(", num_fewshot: 2", "choices/expected_fewshot.json");
+    }
+
+    fn compare(more: &str, expected: &str) {
         let file = golden::folder("choices/questions.jsonl");
-        let expected = fs::read(golden::folder("choices/expected.json")).unwrap();
+        let expected = fs::read(golden::folder(expected)).unwrap();
         let expected: Value = serde_json::from_slice(&expected).unwrap();
         let own = tempfile::tempdir().unwrap();
         let dataset = own.path().join("questions");
@@ -365,9 +426,9 @@ mod tests {
             ("questions", dataset.as_path()),
         ];
         let cx = Context::for_test(own.path(), &inputs, &[]);
-        let stage: EvaluateChoices = serde_yaml::from_str(
-            "{model: model, adapter: adapter, dataset: questions, per_device_eval_batch_size: 7}",
-        )
+        let stage: EvaluateChoices = serde_yaml::from_str(&format!(
+            "{{model: model, adapter: adapter, dataset: questions, per_device_eval_batch_size: 7{more}}}"
+        ))
         .unwrap();
         stage.run(&cx).unwrap();
         let scores = fs::read(cx.out().join("scores.json")).unwrap();

@@ -3,6 +3,8 @@
 pub mod evaluate;
 pub mod evaluate_answers;
 pub mod evaluate_choices;
+pub mod evaluation;
 mod models;
 mod report;
 mod require;
+mod reward;

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};
 
+use super::evaluation::EvaluationArguments;
 use super::report::Part;
 use crate::engine::{Context, Input};
 use crate::ml::adapter::{Adapter as LoraAdapter, FILE};
@@ -12,7 +13,7 @@ use crate::ml::fused::Packing;
 use crate::ml::model::linear::Pass;
 use crate::ml::model::{CausalLm, Trained, tied};
 use crate::ml::place::Place;
-use crate::stages::artifacts::{Adapter, Model};
+use crate::stages::artifacts::Model;
 use crate::stages::model_input::execution_on;
 
 /// A model in memory with the folder that it comes from.
@@ -63,16 +64,12 @@ impl Loaded {
 
 impl Models {
     /// Loads the models that the parameters name.
-    pub(super) fn open(
-        cx: &Context,
-        model: &Input<Model>,
-        adapter: Option<&Input<Adapter>>,
-        baseline: Option<&Input<Model>>,
-        compute: DType,
-    ) -> anyhow::Result<Self> {
+    pub(super) fn open(cx: &Context, arguments: &EvaluationArguments) -> anyhow::Result<Self> {
+        let compute = arguments.compute();
+        let adapter = arguments.adapter.as_ref();
         let adapter = adapter.map(|adapter| cx.input(adapter)).transpose()?;
-        let scored = Loaded::open(cx.input(model)?, adapter, compute)?;
-        let baseline = match baseline {
+        let scored = Loaded::open(cx.input(&arguments.model)?, adapter, compute)?;
+        let baseline = match &arguments.baseline {
             Some(baseline) => Some(Loaded::open(cx.input(baseline)?, None, compute)?),
             None => None,
         };
@@ -86,12 +83,11 @@ impl Models {
     /// The ids that all models know: those below this number. It reads no weights.
     pub(super) fn vocabulary(
         cx: &Context,
-        model: &Input<Model>,
-        baseline: Option<&Input<Model>>,
+        arguments: &EvaluationArguments,
     ) -> anyhow::Result<usize> {
-        let of = |model| anyhow::Ok(tied::open(cx.input(model)?)?.0.vocab_size);
-        let own = of(model)?;
-        Ok(match baseline {
+        let of = |model: &Input<Model>| anyhow::Ok(tied::open(cx.input(model)?)?.0.vocab_size);
+        let own = of(&arguments.model)?;
+        Ok(match &arguments.baseline {
             Some(baseline) => own.min(of(baseline)?),
             None => own,
         })

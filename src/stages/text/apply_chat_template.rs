@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use self::counts::Counts;
-use self::row::chat_row;
+pub(in crate::stages) use self::row::chat_row;
 use self::source::TemplateSource;
 use super::chat_template;
 use crate::data::lint::Lint;
@@ -133,6 +133,7 @@ impl Stage for ApplyChatTemplate {
     const IMPLIED: &'static [Implied] = &[Implied {
         parameter: "tokenizer",
         unless: &["template", "chat_template"],
+        with: &[],
         sources: &[ImpliedBy::OnlyFirst],
     }];
 

@@ -129,6 +129,7 @@ impl Stage for Tokenize {
     const IMPLIED: &'static [Implied] = &[Implied {
         parameter: "tokenizer",
         unless: &[],
+        with: &[],
         sources: &[
             ImpliedBy::Input {
                 input: "dataset",

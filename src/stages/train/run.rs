@@ -139,9 +139,12 @@ pub(super) fn run<M: Method>(
     drop(weights);
     let place = place(cx)?;
     let loss = method.loss();
-    let execution = if loss.label_smoothing() > 0. {
-        cx.note("reference_path", "label smoothing");
-        cx.info("runs on the slower reference path, for the fast one lacks label smoothing");
+    let execution = if loss.label_smoothing() > 0. && arch.logit_softcap.is_some() {
+        let why = "label smoothing of logits with a soft-cap";
+        cx.note("reference_path", why);
+        cx.info(format!(
+            "runs on the slower reference path, for the fast one lacks {why}"
+        ));
         Execution::new(&model, Kind::Reference)
     } else {
         execution_on(cx, &model, packing, &place)?

@@ -14,7 +14,8 @@ use super::inputs::Inputs;
 use super::method::Method;
 use super::run::run;
 use crate::engine::{
-    Artifact, Context, Estimate, Implied, ParseError, Position, Problem, Stage, read_side_by_side,
+    Artifact, Context, Estimate, Implied, ParseError, Position, Problem, Stage, add_properties,
+    read_side_by_side,
 };
 use crate::ml::train::newest_checkpoint;
 use crate::stages::artifacts::{Adapter, Model};
@@ -57,23 +58,6 @@ impl<M: Method> JsonSchema for Train<M> {
             }
         }
         schema
-    }
-}
-
-/// Adds the properties of `other`, and which of them are required.
-fn add_properties(schema: &mut Schema, mut other: Schema) {
-    if let Some(serde_json::Value::Object(all)) = other.remove("properties")
-        && let Some(own) = schema.ensure_object().get_mut("properties")
-        && let Some(own) = own.as_object_mut()
-    {
-        own.extend(all);
-    }
-    if let Some(serde_json::Value::Array(all)) = other.remove("required") {
-        let own = schema.ensure_object().entry("required");
-        let own = own.or_insert_with(|| serde_json::Value::Array(Vec::new()));
-        if let Some(own) = own.as_array_mut() {
-            own.extend(all);
-        }
     }
 }
 
