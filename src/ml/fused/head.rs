@@ -246,17 +246,27 @@ pub(super) fn backward_scores<D: Device>(
     trainable: &mut Trainable<'_, D>,
 ) -> Result<D::Buffer> {
     let (model, device, hidden) = (forward.model, forward.device, forward.shape.hidden);
-    let weight = model.head().value(forward.pass).to_dtype(DType::F32)?;
-    let weight = weight.flatten_all()?.to_vec1::<f32>()?;
     let tokens = targets.iter().map(|target| token(&forward.layout, target));
     let tokens: Vec<usize> = tokens.collect::<Result<_>>()?;
-    let mut grad_hidden = vec![0f32; device.length(&forward.hidden)];
-    for (&token, g) in tokens.iter().zip(grad_scores) {
-        let out = &mut grad_hidden[token / LANES * hidden * LANES + token % LANES..];
-        for (out, w) in out.iter_mut().step_by(LANES).zip(&weight) {
-            *out += g * w;
+    let grad_hidden = if D::ON_HOST {
+        let weight = model.head().value(forward.pass).to_dtype(DType::F32)?;
+        let weight = weight.flatten_all()?.to_vec1::<f32>()?;
+        let mut grad_hidden = vec![0f32; device.length(&forward.hidden)];
+        for (&token, g) in tokens.iter().zip(grad_scores) {
+            let out = &mut grad_hidden[token / LANES * hidden * LANES + token % LANES..];
+            for (out, w) in out.iter_mut().step_by(LANES).zip(&weight) {
+                *out += g * w;
+            }
         }
-    }
+        device.upload(grad_hidden)
+    } else {
+        let mut grad_hidden = device.zeros(device.length(&forward.hidden));
+        let mut rows = device.zeros(size(hidden, tokens.len()));
+        let ids = vec![0; tokens.len()];
+        device.lookup(model.head(), forward.pass, &ids, 1., &mut rows)?;
+        device.scatter(&rows, hidden, grad_scores, &tokens, &mut grad_hidden);
+        grad_hidden
+    };
     if model.head().trained().is_some() {
         let rows: Vec<(usize, f32, usize)> = tokens
             .iter()
@@ -268,7 +278,7 @@ pub(super) fn backward_scores<D: Device>(
             Ok(())
         })?;
     }
-    Ok(device.upload(grad_hidden))
+    Ok(grad_hidden)
 }
 
 impl<D: Device> Scored<D> {
