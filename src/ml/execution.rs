@@ -86,7 +86,7 @@ impl<'m> Execution<'m> {
         place: &Place,
         pass: Pass,
     ) -> std::result::Result<Self, String> {
-        let lacks = unsupported_pass(pass);
+        let lacks = unsupported_pass(model, pass);
         #[cfg(feature = "gpu")]
         if let Some(device) = &place.gpu {
             let gpu = super::gpu::Gpu::new(std::sync::Arc::clone(device));

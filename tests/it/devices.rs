@@ -135,7 +135,7 @@ fn what_a_gpu_lacks_is_told() {
     let run = |device: &'static str| {
         let settings = [
             "stages.base.train_sft.max_steps=1",
-            "stages.base.train_sft.label_smoothing_factor=0.1",
+            "stages.base.train_sft.fp16=true",
         ];
         let all = ["run", "recipes/quickstart.yaml", "base", "--device", device];
         let settings = settings.iter().flat_map(|setting| ["--set", setting]);
@@ -147,7 +147,7 @@ fn what_a_gpu_lacks_is_told() {
         return;
     }
     assert_eq!(refused.code, Some(1));
-    let why = "`device: gpu` can't be had: the loss has label smoothing";
+    let why = "`device: gpu` can't be had: products run in f16";
     assert!(refused.stderr.contains(why), "{}", refused.stderr);
     let computed = run("auto");
     assert_eq!(computed.code, Some(0), "{}", computed.stderr);

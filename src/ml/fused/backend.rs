@@ -68,10 +68,10 @@ fn unsupported_feature(model: &CausalLm) -> Option<String> {
     None
 }
 
-/// What the fast path lacks for passes of this kind, if there is something.
-pub(in crate::ml) fn unsupported_pass(pass: Pass) -> Option<Unsupported> {
-    let smooths = pass.label_smoothing > 0.;
-    smooths.then(|| Unsupported("the loss has label smoothing".into()))
+/// What the fast path lacks for passes of this kind through a model, if there is something.
+pub(in crate::ml) fn unsupported_pass(model: &CausalLm, pass: Pass) -> Option<Unsupported> {
+    let lacks = pass.label_smoothing > 0. && model.arch.logit_softcap.is_some();
+    lacks.then(|| Unsupported("label smoothing of logits with a soft-cap".into()))
 }
 
 impl<'m> Fused<'m> {
@@ -200,7 +200,7 @@ impl<D: Device> Backend for Fused<'_, D> {
         pass: Pass,
         checkpointing: bool,
     ) -> Result<Box<dyn ForwardPass + 'a>> {
-        if let Some(why) = unsupported_pass(pass) {
+        if let Some(why) = unsupported_pass(self.model, pass) {
             candle_core::bail!("the fast path can't compute this: {why}")
         }
         let (forward, _) = Forward::new(self, batches, pass, checkpointing, false)?;

@@ -6,6 +6,10 @@
 //! third-level cache; when a block has a larger logit than those before, the earlier sums are scaled down (online softmax, see
 //! [`pipeline_kernels::vocabulary`]).
 //!
+//! Label smoothing takes the part `e` of each target's probability and spreads it over the vocabulary of V ids: the score is
+//! `(1 - e) (W h)_id + e mean(W h) - log sum e^(W h)`. As logits are linear in the rows of `W`, the mean and its gradient take nothing but the
+//! sum of these rows, which is taken off `W^T softmax(W h)` with the factor `e / V`.
+//!
 //! A factor of the logits becomes one of the hidden states. With a soft-cap a logit is `cap tanh(l / cap)` with `l = (W h)_id`, whose slope
 //! `1 - tanh^2` multiplies each row of `W` in the gradient.
 
@@ -13,7 +17,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use candle_core::{DType, Result, bail};
-use pipeline_kernels::panels::{LANES, panels, size};
+use pipeline_kernels::panels::{LANES, fill, panels, size};
 use pipeline_kernels::reduce::Order;
 
 use super::Forward;
@@ -41,8 +45,11 @@ pub(super) struct Scored<D: Device> {
     rows: Vec<(usize, u32)>,
     /// The slope of each target's logit with respect to the product of the head and the hidden state; empty without a soft-cap.
     slopes: Vec<f32>,
-    /// `W^T softmax(W h)` of each token (with a soft-cap `W^T` times softmax and slopes), in panels; empty if no gradient was requested.
+    /// `W^T softmax(W h)` of each token (with a soft-cap `W^T` times softmax and slopes, with label smoothing `W^T (softmax(W h) - e / V)`), in
+    /// panels; empty if no gradient was requested.
     expected_head_row: D::Buffer,
+    /// The part e of each target's probability that is spread over the vocabulary.
+    label_smoothing: f64,
     /// The statistics of each panel's logits.
     summaries: D::Summaries,
 }
@@ -80,6 +87,20 @@ fn product<D: Device>(
         onto,
         bias: None,
     }]);
+}
+
+/// Panels of so many features, each of which is the value of its token; zeros in the lanes behind the last token.
+fn token_values(features: usize, values: &[f32]) -> Vec<f32> {
+    let mut out = vec![0f32; size(features, values.len())];
+    for (panel, own) in out
+        .chunks_mut((features * LANES).max(1))
+        .zip(values.chunks(LANES))
+    {
+        for feature in panel.chunks_mut(LANES) {
+            feature[..own.len()].copy_from_slice(own);
+        }
+    }
+    out
 }
 
 /// The number of ids in a block of the vocabulary for this number of tokens.
@@ -130,6 +151,7 @@ pub(super) fn score<D: Device>(
         logps: vec![0.; targets.len()],
         token_stats: token_stats.then(|| vec![TokenStats::default(); targets.len()]),
         expected_head_row: D::Buffer::default(),
+        label_smoothing: forward.pass.label_smoothing,
         slopes: Vec::new(),
         summaries: device.summaries(panels(count)),
         tokens,
@@ -186,10 +208,20 @@ pub(super) fn score<D: Device>(
             *logit = cap * tanh(logit);
         }
     }
+    let smoothing = scored.label_smoothing;
+    let means = if smoothing > 0. {
+        forward.mean_logits(&scored.tokens)?
+    } else {
+        Vec::new()
+    };
     let summaries = device.summary_values(&scored.summaries)?;
     for (target, (row, id)) in scored.rows.iter().enumerate() {
         let (summary, lane) = (&summaries[row / LANES], row % LANES);
-        scored.logps[target] = (f64::from(chosen[target]) - summary.log_sum(lane)) as f32;
+        let mut logit = f64::from(chosen[target]);
+        if let Some(mean) = means.get(*row) {
+            logit = (1. - smoothing) * logit + smoothing * mean;
+        }
+        scored.logps[target] = (logit - summary.log_sum(lane)) as f32;
         if let Some(token_stats) = &mut scored.token_stats {
             token_stats[target] = TokenStats {
                 entropy: summary.entropy(lane),
@@ -202,6 +234,14 @@ pub(super) fn score<D: Device>(
         let inverse = summaries.iter().flat_map(|s| s.sum.map(f32::recip));
         let inverse = device.upload(inverse.collect());
         device.multiply(&mut scored.expected_head_row, hidden, &inverse);
+        if smoothing > 0. {
+            let factor = -(smoothing / model.arch.head_rows() as f64);
+            let sums = forward.column_sums()?;
+            let row: Vec<f32> = sums.iter().map(|sum| (factor * sum) as f32).collect();
+            let mut panels = vec![0f32; size(hidden, count)];
+            fill(&mut panels, hidden, count, |_| &row);
+            device.add(&mut scored.expected_head_row, &device.upload(panels), 1.);
+        }
     }
     drop(summaries);
     Ok(scored)
@@ -318,14 +358,16 @@ impl<D: Device> Scored<D> {
     /// The gradient of each target's log-probability with respect to the product of the head's row and the hidden state, but for the part
     /// through the sum over the vocabulary.
     fn grad_logits(&self, grad_logps: &[f32], logit_scale: f32) -> Vec<f32> {
-        let mut grads: Vec<f32> = grad_logps.iter().map(|g| g * logit_scale).collect();
+        let own = (1. - self.label_smoothing) as f32 * logit_scale;
+        let mut grads: Vec<f32> = grad_logps.iter().map(|g| g * own).collect();
         for (grad, slope) in grads.iter_mut().zip(&self.slopes) {
             *grad *= slope;
         }
         grads
     }
 
-    /// Adds the gradient with respect to the head's weight, `sum g (e_id - softmax(W h)) h^T`, for which the softmax is recomputed.
+    /// Adds the gradient with respect to the head's weight, `sum g (e_id - softmax(W h)) h^T`, for which the softmax is recomputed; with label
+    /// smoothing `sum g ((1 - e) e_id + e / V - softmax(W h)) h^T`.
     fn grad_weight(
         &self,
         forward: &Forward<'_, D>,
@@ -356,6 +398,13 @@ impl<D: Device> Scored<D> {
                 (0..LANES).map(factor)
             });
             let inverse = device.upload(inverse.collect());
+            let of_each = self.label_smoothing / model.arch.head_rows() as f64;
+            let of_each: Vec<f32> = sums
+                .iter()
+                .map(|g| (f64::from(*g) * of_each) as f32)
+                .collect();
+            // What label smoothing adds to the gradient of each logit, with the number of ids that it is for: that of a block.
+            let mut spread: Option<(usize, D::Buffer)> = None;
             for ids in blocks(vocabulary, count) {
                 device.shorten(&mut logits, size(ids.len(), count));
                 let weight = device.rows(&held, ids.clone())?;
@@ -364,6 +413,15 @@ impl<D: Device> Scored<D> {
                 let softcap = softcap(forward);
                 device.online_softmax(&mut logits, ids.clone(), softcap, &mut known);
                 device.multiply(&mut logits, ids.len(), &inverse);
+                if self.label_smoothing > 0. {
+                    let known = spread.take().filter(|(height, _)| *height == ids.len());
+                    let known = known.unwrap_or_else(|| {
+                        let values = token_values(ids.len(), &of_each);
+                        (ids.len(), device.upload(values))
+                    });
+                    let (_, values) = spread.insert(known);
+                    device.add(&mut logits, values, 1.);
+                }
                 let first = ids.start * hidden;
                 let factors = ((&logits, ids.len()), (&x, hidden));
                 device.outer(factors.0, factors.1, total, first, Order::Straight);

@@ -20,8 +20,10 @@ use crate::ml::execution::{Execution, Kind};
 use crate::ml::io::float::Float;
 use crate::ml::io::weights::Weights;
 use crate::ml::lora::init;
+use crate::ml::loss::dft::Dft;
 use crate::ml::loss::orpo::Orpo;
 use crate::ml::loss::sft::{PackingStrategy, Sft, pack};
+use crate::ml::loss::smoothed::Smoothed;
 use crate::ml::loss::{Loss, Outcome};
 use crate::ml::model::Trained;
 use crate::ml::model::arch::{Arch, LayerArch, default_score_scale};
@@ -148,7 +150,17 @@ fn compare(ours: &Result, plain: &Result, packing: Packing, bound: f64, of_gradi
 #[test]
 fn the_fast_path_is_the_plain_one() {
     let sft = |completion_only| Sft { completion_only };
-    let losses: [&dyn Loss; 3] = [&Orpo { beta: 0.1 }, &sft(false), &sft(true)];
+    let smoothed = Smoothed {
+        sft: sft(false),
+        label_smoothing_factor: 0.2,
+    };
+    let losses: [&dyn Loss; 5] = [
+        &Orpo { beta: 0.1 },
+        &sft(false),
+        &sft(true),
+        &Dft(sft(true)),
+        &smoothed,
+    ];
     for (base, adapter, trained) in [
         ("model", true, Trained::Adapter),
         ("model_nf4", true, Trained::Adapter),

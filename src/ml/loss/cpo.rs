@@ -262,6 +262,21 @@ mod tests {
             }
         }
 
+        /// The same of a pair and of a reward alone, in f64, where means are not rounded.
+        #[test]
+        fn derivatives_are_difference_quotients(
+            d in -20f64..20., logp in -9f64..-0.01, kind in 0usize..5, beta in 0.05f64..2., label_smoothing in 0f64..0.5,
+            alpha in prop_oneof![Just(0.), -0.5f64..0.5],
+        ) {
+            let loss = Cpo { label_smoothing, alpha, ..cpo(KINDS[kind], beta) };
+            prop_assume!((beta * d - 1.).abs() > 1e-4, "the hinge's corner");
+            let quotient = |of: &dyn Fn(f64) -> f64, at: f64| (of(at + 1e-5) - of(at - 1e-5)) / 2e-5;
+            let (found, slope) = (quotient(&|d| loss.pair(d).0, d), loss.pair(d).1);
+            prop_assert!((found - slope).abs() < 1e-7 * (1. + slope.abs()), "{} {}", found, slope);
+            let (found, slope) = (quotient(&|logp| loss.reward(logp).0, logp), loss.reward(logp).1);
+            prop_assert!((found - slope).abs() < 1e-6 * (1. + slope.abs()), "{} {}", found, slope);
+        }
+
         /// A target margin of 0 leaves the sigmoid loss of means, and without the likelihood only differences count.
         #[test]
         fn simpo_without_a_margin_and_the_likelihood(logps in prop::collection::vec(-2f64..-0.01, 10), by in -1f64..0.) {

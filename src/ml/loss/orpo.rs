@@ -167,6 +167,8 @@ impl Loss for Orpo {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::ml::model::batch::Sequence;
 
@@ -207,6 +209,29 @@ mod tests {
                 "{case} {odds:?}"
             );
             assert!(near(number("beta") * odds.ratio, number("losses")));
+        }
+    }
+
+    proptest! {
+        /// In f64, without the rounding of means.
+        #[test]
+        fn derivatives_of_the_odds_ratio_are_difference_quotients(chosen in -30f64..-0.01, rejected in -30f64..-0.01) {
+            let step = 1e-6;
+            let of_chosen = odds(chosen + step, rejected).ratio - odds(chosen - step, rejected).ratio;
+            let of_rejected = odds(chosen, rejected + step).ratio - odds(chosen, rejected - step).ratio;
+            let found = odds(chosen, rejected);
+            for (difference, slope) in [(of_chosen, found.grad_chosen), (of_rejected, found.grad_rejected)] {
+                let quotient = difference / (2. * step);
+                prop_assert!((quotient - slope).abs() < 1e-5 * (1. + slope.abs()), "{} {}", quotient, slope);
+            }
+        }
+
+        /// With the answers the other way round the odds ratio is its inverse, so that the two shares of the loss make up the whole.
+        #[test]
+        fn answers_the_other_way_round_have_the_inverse_odds_ratio(chosen in -30f64..-0.01, rejected in -30f64..-0.01) {
+            let (one, other) = (odds(chosen, rejected), odds(rejected, chosen));
+            prop_assert!((one.log_odds + other.log_odds).abs() < 1e-12 * (1. + one.log_odds.abs()));
+            prop_assert!((one.ratio.exp() + other.ratio.exp() - 1.).abs() < 1e-12);
         }
     }
 

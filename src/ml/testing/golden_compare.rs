@@ -156,6 +156,21 @@ impl Comparison {
         }
     }
 
+    /// Every number of the last evaluation among `logs` beside that of the reference: the same names, and what they are.
+    pub(in crate::ml) fn evaluation(&mut self, logs: &[Log], theirs: &serde_json::Value) {
+        let evaluated = |log: &&Log| log.values.contains_key("eval_loss");
+        let ours = &logs.iter().rfind(evaluated).unwrap().values;
+        let theirs = theirs.as_object().unwrap();
+        let names: Vec<&String> = ours.keys().collect();
+        let mut expected: Vec<&String> = theirs.keys().collect();
+        expected.sort_unstable();
+        assert_eq!(names, expected, "{}", self.run);
+        for (name, value) in ours {
+            let theirs = theirs[name].as_f64().unwrap();
+            self.number("the evaluation", name, *value, theirs);
+        }
+    }
+
     /// Prints the largest differences, and fails if one was too large.
     pub(in crate::ml) fn end(self) {
         for (name, (absolute, relative)) in &self.measured {

@@ -13,6 +13,8 @@ use crate::ml::execution::{Execution, Kind};
 use crate::ml::loss::kto::{Kto, LossType, pair_with_neighbours};
 use crate::ml::model::Trained;
 use crate::ml::model::batch::Row;
+use crate::ml::model::linear::Pass;
+use crate::ml::train::evaluate::labelled as labelled_rows;
 use crate::ml::train::{Every, Job, Passes, ReferenceModel, Settings};
 
 /// As for `golden_dpo`: rewards are small differences of large sums.
@@ -148,15 +150,28 @@ fn compare(name: &str, kind: Kind, tolerance: Tolerance, precompute: bool) {
     let title = format!("kto {name}");
     let mut comparison = Comparison::new(&title, tolerance, kind).against_reference();
     comparison.logs(&logs, run["log_history"].as_array().unwrap());
-    let eval = logs
-        .iter()
-        .rfind(|log| log.values.contains_key("eval_loss"));
-    let eval = &eval.unwrap().values;
+    comparison.evaluation(&logs, &run["eval"]);
+    // What `evaluate` tells is the same; means of logits are left to trainings.
+    let passes = Passes {
+        execution: &execution,
+        loss: &loss,
+        reference,
+    };
+    let size = usize::try_from(args["per_device_eval_batch_size"].as_u64().unwrap()).unwrap();
+    let mut quiet = |_| Ok(());
+    let pass = Pass::INFER;
+    let (metrics, by_row) =
+        labelled_rows(&passes, &eval_rows, size, 1023, pass, &mut quiet).unwrap();
+    assert!(by_row.keys().eq(metrics.keys()));
     let theirs = run["eval"].as_object().unwrap();
-    assert_eq!(eval.len(), theirs.len());
-    for (name, value) in eval {
-        let theirs = theirs[name].as_f64().unwrap();
-        comparison.number("the evaluation", name, *value, theirs);
+    let known = theirs.keys().filter_map(|name| name.strip_prefix("eval_"));
+    let known = known.filter(|name| !name.starts_with("logits/") && *name != "num_tokens");
+    let mut known: Vec<&str> = known.collect();
+    known.sort_unstable();
+    assert!(metrics.keys().copied().eq(known), "{metrics:?}");
+    for (name, value) in metrics {
+        let theirs = theirs[&format!("eval_{name}")].as_f64().unwrap();
+        comparison.number("`evaluate`", name, value, theirs);
     }
     comparison.end();
 }

@@ -18,7 +18,8 @@ use crate::ml::model::linear::Pass;
 use crate::ml::model::tensors::SCORE;
 use crate::ml::model::{CausalLm, Trained, tied};
 use crate::ml::reward::{add_score_head, score};
-use crate::ml::train::{Every, Job, Settings};
+use crate::ml::train::evaluate::rewards;
+use crate::ml::train::{Every, Job, Passes, ReferenceModel, Settings};
 
 #[derive(Deserialize)]
 struct Pair {
@@ -116,16 +117,7 @@ fn compare(name: &str, kind: Kind, tolerance: Tolerance) -> Vec<f32> {
     let logs = logs(&job, &settings);
     let mut comparison = Comparison::new(&format!("reward {name}"), tolerance, kind);
     comparison.logs(&logs, run["log_history"].as_array().unwrap());
-    let eval = logs
-        .iter()
-        .rfind(|log| log.values.contains_key("eval_loss"));
-    let eval = &eval.unwrap().values;
-    let theirs = run["eval"].as_object().unwrap();
-    assert_eq!(eval.len(), theirs.len());
-    for (name, value) in eval {
-        let theirs = theirs[name].as_f64().unwrap();
-        comparison.number("the evaluation", name, *value, theirs);
-    }
+    comparison.evaluation(&logs, &run["eval"]);
     comparison.end();
     scores(&execution, &rows)
 }
@@ -221,4 +213,57 @@ fn the_settings_of_a_new_reward_model_are_those_of_transformers() {
         }
     }
     assert!(add_score_head(base.path(), base.path(), 0.1, 1, 0, &mut |_, _| Ok(())).is_err());
+}
+
+/// The scores of all rows as one micro-batch, made of those that TRL's model gives.
+#[test]
+fn preferences_are_scored_by_what_both_answers_get() {
+    let base = base("model");
+    let adapter = Adapter::load(&folder("reward/adapter")).unwrap();
+    let pairs: Vec<[f64; 2]> =
+        serde_json::from_value(json("reward/scores.json")["base"].clone()).unwrap();
+    let mean = |of: &dyn Fn(&[f64; 2]) -> f64| {
+        let sum: f64 = pairs.iter().map(of).sum();
+        sum / pairs.len() as f64
+    };
+    let all = || pairs.iter().flatten().copied();
+    let expected = [
+        ("accuracy", mean(&|[c, r]| f64::from(u8::from(c > r)))),
+        ("loss", mean(&|[c, r]| (1. + (r - c).exp()).ln())),
+        ("margin", mean(&|[c, r]| c - r)),
+        ("max_reward", all().fold(f64::MIN, f64::max)),
+        ("mean_reward", mean(&|[c, r]| (c + r) / 2.)),
+        ("min_reward", all().fold(f64::MAX, f64::min)),
+    ];
+    let rows = rows(false);
+    for kind in kinds() {
+        let model = load(base.path(), Some(&adapter), Trained::Nothing);
+        let execution = Execution::new(&model, kind);
+        let passes = Passes {
+            execution: &execution,
+            loss: &Reward::default(),
+            reference: ReferenceModel::Base,
+        };
+        let mut done = Vec::new();
+        let mut report = |rows| {
+            done.push(rows);
+            Ok(())
+        };
+        let pass = Pass::INFER;
+        let (metrics, by_row) = rewards(&passes, &rows, 5, 1023, pass, &mut report).unwrap();
+        assert_eq!(done, [5, 10, 15, 20, 24]);
+        assert!(metrics.keys().copied().eq(expected.map(|(name, _)| name)));
+        for (name, theirs) in expected {
+            assert!((metrics[name] - theirs).abs() < 2e-4, "{name}: {metrics:?}");
+            // The smallest and the largest are no means.
+            let spread = by_row.get(name).map(|score| score.value(0..rows.len()));
+            assert_eq!(
+                spread.is_none(),
+                name.starts_with("m") && name.ends_with("_reward") && name != "mean_reward"
+            );
+            if let Some(spread) = spread {
+                assert!((spread - metrics[name]).abs() < 1e-9, "{name}");
+            }
+        }
+    }
 }

@@ -13,8 +13,8 @@ const CONFIDENCE: f64 = 0.95;
 /// The state that random numbers start from, so that the same rows give the same intervals.
 const SEED: u64 = 0;
 
-/// A score that is a ratio of two sums over rows: with denominators of 1 a mean.
-#[derive(Debug, Clone, PartialEq)]
+/// A score that is a ratio of two sums over rows: with denominators of 1 a mean. It may be the difference of two of these.
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct RowScore {
     /// By row.
     pub numerators: Vec<f64>,
@@ -22,6 +22,8 @@ pub struct RowScore {
     pub denominators: Vec<f64>,
     /// Whether the score is the exponential of the ratio.
     pub exponential: bool,
+    /// A score of the same rows that is taken off.
+    pub minus: Option<Box<Self>>,
 }
 
 impl RowScore {
@@ -30,12 +32,19 @@ impl RowScore {
         Self {
             denominators: vec![1.; values.len()],
             numerators: values,
-            exponential: false,
+            ..Self::default()
         }
     }
 
     /// The score of these rows.
-    pub fn value(&self, rows: impl Iterator<Item = usize>) -> f64 {
+    pub fn value(&self, rows: impl Iterator<Item = usize> + Clone) -> f64 {
+        if let Some(minus) = &self.minus {
+            return self.ratio(rows.clone()) - minus.ratio(rows);
+        }
+        self.ratio(rows)
+    }
+
+    fn ratio(&self, rows: impl Iterator<Item = usize>) -> f64 {
         let (mut above, mut below) = (0., 0.);
         for row in rows {
             above += self.numerators[row];
@@ -227,7 +236,30 @@ mod tests {
             numerators: vec![2., 4.],
             denominators: vec![1., 3.],
             exponential: true,
+            minus: None,
         };
         assert!((perplexity.value(0..2) - 1.5f64.exp()).abs() < 1e-12);
+    }
+
+    /// The mean of good rows minus that of bad ones, whichever rows are drawn.
+    #[test]
+    fn a_difference_of_two_means_is_that_in_each_sample() {
+        let good = RowScore {
+            numerators: vec![3., 5., 0.],
+            denominators: vec![1., 1., 0.],
+            ..RowScore::default()
+        };
+        let bad = RowScore {
+            numerators: vec![0., 0., 1.],
+            denominators: vec![0., 0., 1.],
+            ..RowScore::default()
+        };
+        let margin = RowScore {
+            minus: Some(Box::new(bad)),
+            ..good
+        };
+        assert!((margin.value(0..3) - 3.).abs() < 1e-12);
+        assert!((margin.value([0, 0, 1, 2, 2].into_iter()) - (11. / 3. - 1.)).abs() < 1e-12);
+        assert!(margin.value(0..2).is_nan(), "no bad row");
     }
 }

@@ -163,6 +163,17 @@ fn outcome(
     targets: &[Target],
     sequences: &[BySequence],
 ) -> anyhow::Result<(Outcome, Vec<f64>)> {
+    outcome_beside(passes, batch, targets, sequences, None)
+}
+
+/// The same for a loss that takes a mean of mismatched answers ([`Scored::mismatched`]).
+fn outcome_beside(
+    passes: &Passes<'_>,
+    batch: &Batch,
+    targets: &[Target],
+    sequences: &[BySequence],
+    mismatched: Option<f64>,
+) -> anyhow::Result<(Outcome, Vec<f64>)> {
     let logps = joined(sequences, |sequence| &sequence.logps);
     let reference = joined(sequences, |sequence| &sequence.reference);
     let stats = joined(sequences, |sequence| &sequence.stats);
@@ -175,7 +186,7 @@ fn outcome(
         token_stats: needs.token_stats.then_some(&stats[..]),
         target_logits: None,
         sequence_logits: None,
-        mismatched: None,
+        mismatched,
     })?;
     Ok((outcome, logps))
 }
@@ -195,6 +206,7 @@ fn by_row(
         numerators: Vec::with_capacity(rows.len()),
         denominators: Vec::with_capacity(rows.len()),
         exponential: true,
+        minus: None,
     };
     let (chosen, rejected) = all.split_at(rows.len());
     for ((row, chosen), rejected) in rows.iter().zip(chosen).zip(rejected) {
@@ -215,29 +227,208 @@ fn by_row(
         perplexity.numerators.push(-sum);
         perplexity.denominators.push(count as f64);
     }
-    let mut scores = RowScores::from([("perplexity", perplexity)]);
+    let mut scores = with_spread(values, Some(&tokens), metrics);
+    scores.insert("perplexity", perplexity);
+    Ok(scores)
+}
+
+/// Of metrics by row, those that are the mean of the rows' values, or else with `tokens` the mean weighted by these, as `metrics` has them of
+/// all rows: what is put together in another way has no interval.
+fn with_spread(
+    values: BTreeMap<&'static str, Vec<f64>>,
+    tokens: Option<&[f64]>,
+    metrics: &Metrics,
+) -> RowScores {
+    let mut scores = RowScores::new();
     for (name, values) in values {
         let Some(&whole) = metrics.get(name) else {
             continue;
         };
-        let by_token = RowScore {
-            numerators: values
-                .iter()
-                .zip(&tokens)
-                .map(|(value, n)| value * n)
-                .collect(),
-            denominators: tokens.clone(),
-            exponential: false,
-        };
-        // What is put together in another way has no interval.
+        let rows = values.len();
+        let by_token = tokens.map(|tokens| RowScore {
+            numerators: values.iter().zip(tokens).map(|(x, n)| x * n).collect(),
+            denominators: tokens.to_vec(),
+            ..RowScore::default()
+        });
         let made_so = |score: &RowScore| {
-            let value = score.value(0..rows.len());
+            let value = score.value(0..rows);
             (value - whole).abs() <= 1e-6 * value.abs().max(whole.abs()) + 1e-12
         };
-        let found = [RowScore::mean(values), by_token].into_iter().find(made_so);
-        scores.extend(found.map(|score| (name, score)));
+        let mut found = std::iter::once(RowScore::mean(values)).chain(by_token);
+        scores.extend(found.find(made_so).map(|score| (name, score)));
     }
-    Ok(scores)
+    scores
+}
+
+/// Scores preference rows with a reward model, `batch_size` at a time, padded with the id `pad`. Returns the metrics of the loss
+/// ([`crate::ml::loss::reward::Reward`]), and its value as `loss`, as if all rows were one micro-batch, and those of them by row that are means.
+///
+/// `report` is called with the number of finished rows, and may stop with an error.
+///
+/// # Errors
+/// [`NotFinite`] with the rows of a batch in which a score is a NaN or infinite, or the error of `report`.
+pub fn rewards(
+    passes: &Passes<'_>,
+    rows: &[Row],
+    batch_size: usize,
+    pad: u32,
+    pass: Pass,
+    report: &mut dyn FnMut(usize) -> anyhow::Result<()>,
+) -> anyhow::Result<(Metrics, RowScores)> {
+    let make = |rows: &[&Row]| Ok(Batch::pairs(rows, pad)?);
+    let (rows, all) = by_sequence(passes, rows, 2, batch_size, pass, &make, report)?;
+    let batch = Batch::pairs(&rows, pad)?;
+    let targets = passes.loss.targets(&batch);
+    let (whole, _) = outcome(passes, &batch, &targets, &all)?;
+    let mut metrics = whole.metrics;
+    metrics.insert("loss", whole.loss);
+    let mut values: BTreeMap<&'static str, Vec<f64>> = BTreeMap::new();
+    let (chosen, rejected) = all.split_at(rows.len());
+    for ((row, chosen), rejected) in rows.iter().zip(chosen).zip(rejected) {
+        let batch = Batch::pairs(&[*row], pad)?;
+        let targets = passes.loss.targets(&batch);
+        let pair = [chosen.clone(), rejected.clone()];
+        let (own, _) = outcome(passes, &batch, &targets, &pair)?;
+        for (name, value) in own.metrics.into_iter().chain([("loss", own.loss)]) {
+            values.entry(name).or_default().push(value);
+        }
+    }
+    let scores = with_spread(values, None, &metrics);
+    Ok((metrics, scores))
+}
+
+/// Scores labelled rows as TRL's `KTOTrainer` evaluates them: `batch_size` at a time in their order, each metric as the mean of the means of those
+/// batches that have it, and the loss weighted by rows. `kl` is estimated in each batch, as in a training. The second value has the metrics by
+/// row, for intervals. Batches are padded with the id `pad`.
+///
+/// `report` is called with the number of finished rows, and may stop with an error.
+///
+/// # Errors
+/// [`NotFinite`] with the rows of a batch in which a score is a NaN or infinite, an undefined loss, or the error of `report`.
+pub fn labelled(
+    passes: &Passes<'_>,
+    rows: &[Row],
+    batch_size: usize,
+    pad: u32,
+    pass: Pass,
+    report: &mut dyn FnMut(usize) -> anyhow::Result<()>,
+) -> anyhow::Result<(Metrics, RowScores)> {
+    ensure!(!rows.is_empty(), "there are no rows to evaluate");
+    let mut sums = Sums::new(rows.len());
+    let size = batch_size.max(1);
+    for (first, rows) in (0..).step_by(size).zip(rows.chunks(size)) {
+        let references: Vec<&Row> = rows.iter().collect();
+        let batch = passes.loss.batch(&references, pad)?;
+        let targets = passes.loss.targets(&batch);
+        let mismatched = passes.mismatched_mean(&batch, pass)?;
+        let scores = passes.score(&batch, &targets, pass)?;
+        let mut sequences = vec![BySequence::default(); rows.len()];
+        for (index, target) in targets.iter().enumerate() {
+            let own = &mut sequences[target.row];
+            own.logps.push(scores.logps[index]);
+            let reference = scores.reference.as_ref();
+            own.reference.extend(reference.map(|all| all[index]));
+            let stats = scores.token_stats.as_ref();
+            own.stats.extend(stats.map(|all| all[index]));
+        }
+        let odd = (0..rows.len()).filter(|&row| {
+            let own = &sequences[row];
+            let mut all = own.logps.iter().chain(&own.reference);
+            !all.all(|logp| logp.is_finite())
+        });
+        let mut odd: Vec<usize> = odd.map(|row| first + row + 1).collect();
+        if odd.is_empty() && mismatched.is_some_and(|mean| !mean.is_finite()) {
+            odd = (first + 1..=first + rows.len()).collect();
+        }
+        if !odd.is_empty() {
+            bail!(NotFinite { rows: odd });
+        }
+        let mut outcomes = Vec::with_capacity(rows.len());
+        for (row, own) in rows.iter().zip(&sequences) {
+            let batch = passes.loss.batch(&[row], pad)?;
+            let targets = passes.loss.targets(&batch);
+            let own = std::slice::from_ref(own);
+            let (outcome, _) = outcome_beside(passes, &batch, &targets, own, mismatched)?;
+            outcomes.push((outcome, targets.len() as f64));
+        }
+        sums.add(first, &outcomes);
+        report(first + rows.len())?;
+    }
+    Ok(sums.end())
+}
+
+/// What the metrics of labelled rows are made of.
+struct Sums {
+    rows: usize,
+    scores: RowScores,
+}
+
+impl Sums {
+    fn new(rows: usize) -> Self {
+        Self {
+            rows,
+            scores: RowScores::new(),
+        }
+    }
+
+    /// Adds to the metric `name` a value with a weight of some rows of a batch, such that it weighs `all` in all.
+    fn insert(&mut self, name: &'static str, values: &[(usize, f64, f64)], all: f64) {
+        let score = self.scores.entry(name).or_default();
+        add_weighted(score, self.rows, values, all);
+    }
+
+    /// Adds a batch whose first row is `first`: of each row the outcome by itself, and the number of its targets.
+    fn add(&mut self, first: usize, outcomes: &[(Outcome, f64)]) {
+        let of = |name: &str, by_tokens: bool| -> Vec<(usize, f64, f64)> {
+            let all = (first..).zip(outcomes);
+            let all = all.filter_map(|(row, (outcome, tokens))| {
+                let value = outcome.metrics.get(name)?;
+                Some((row, *value, if by_tokens { *tokens } else { 1. }))
+            });
+            all.collect()
+        };
+        let losses = (first..).zip(outcomes);
+        let losses: Vec<_> = losses.map(|(row, (one, _))| (row, one.loss, 1.)).collect();
+        self.insert("loss", &losses, outcomes.len() as f64);
+        self.insert("entropy", &of("entropy", true), 1.);
+        let single = [
+            "kl",
+            "rewards/chosen",
+            "rewards/rejected",
+            "logps/chosen",
+            "logps/rejected",
+        ];
+        for name in single {
+            self.insert(name, &of(name, false), 1.);
+        }
+        let (good, bad) = (of("rewards/chosen", false), of("rewards/rejected", false));
+        if !good.is_empty() && !bad.is_empty() {
+            let rows = self.rows;
+            let margin = self.scores.entry("rewards/margins").or_default();
+            add_weighted(margin, rows, &good, 1.);
+            add_weighted(margin.minus.get_or_insert_default(), rows, &bad, 1.);
+        }
+    }
+
+    fn end(self) -> (Metrics, RowScores) {
+        let mut scores = self.scores;
+        scores.retain(|_, score| score.denominators.iter().any(|weight| *weight > 0.));
+        let metrics = scores.iter();
+        let metrics = metrics.map(|(name, score)| (*name, score.value(0..self.rows)));
+        (metrics.collect(), scores)
+    }
+}
+
+/// Adds values with weights to some of a score's `rows` rows, such that they weigh `all` in all.
+fn add_weighted(score: &mut RowScore, rows: usize, values: &[(usize, f64, f64)], all: f64) {
+    score.numerators.resize(rows, 0.);
+    score.denominators.resize(rows, 0.);
+    let total: f64 = values.iter().map(|(_, _, weight)| weight).sum();
+    for &(row, value, weight) in values {
+        let weight = all * weight / total;
+        score.numerators[row] += value * weight;
+        score.denominators[row] += weight;
+    }
 }
 
 /// Scores rows of one answer each, `batch_size` at a time, as if all rows were one micro-batch of the loss ([`crate::ml::loss::sft::Sft`]):
@@ -263,6 +454,7 @@ pub fn completions(
         numerators: sums,
         denominators: tokens.clone(),
         exponential,
+        minus: None,
     };
     let nll: Vec<f64> = all
         .iter()

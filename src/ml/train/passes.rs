@@ -105,7 +105,7 @@ impl Passes<'_> {
         in_pool(|| {
             let targets = Targets::new(self.loss, &[batch])?;
             // This comes before the other pass, so that the buffers of both are never needed at the same time.
-            let mismatched = self.mismatched(&[batch])?;
+            let mismatched = self.mismatched(&[batch], Pass::INFER)?;
             let pass = self.smoothed(Pass::INFER);
             let (mut forward, reference) = self.forward(&[batch], pass, false, &targets)?;
             let outcomes =
@@ -131,7 +131,7 @@ impl Passes<'_> {
             let (batches, scales): (Vec<&Batch>, Vec<f64>) = batches.iter().copied().unzip();
             let targets = Targets::new(self.loss, &batches)?;
             // This comes before the other pass, so that the buffers of both are never needed at the same time.
-            let mismatched = self.mismatched(&batches)?;
+            let mismatched = self.mismatched(&batches, Pass::INFER)?;
             let pass = self.smoothed(pass);
             let (mut forward, reference) = self.forward(&batches, pass, checkpointing, &targets)?;
             let outcomes =
@@ -220,16 +220,35 @@ impl Passes<'_> {
     ) -> anyhow::Result<TargetScores> {
         in_pool(|| {
             let all = Targets::new(self.loss, &[batch])?;
-            let reference = self.reference_logps(&all)?;
             let needs = self.loss.needs();
-            let mut forward = self.execution.forward(&[batch], pass, false)?;
+            let is_reference = self.is_reference(pass);
+            let (mut forward, mut reference) = if is_reference {
+                (self.execution.forward(&[batch], pass, false)?, None)
+            } else {
+                self.forward(&[batch], pass, false, &all)?
+            };
             let (logps, token_stats) = scores(&mut *forward, targets, needs)?;
+            if is_reference && needs.reference {
+                reference = Some(logps.clone());
+            }
             Ok(TargetScores {
                 logps,
                 reference,
                 token_stats,
             })
         })
+    }
+
+    /// The mean difference between the log-probabilities of a batch's mismatched answers, with or without the adapter as `pass` says, and those
+    /// under the reference model, in nats; `None` if it has no such answers.
+    pub(super) fn mismatched_mean(&self, batch: &Batch, pass: Pass) -> anyhow::Result<Option<f64>> {
+        let mut means = in_pool(|| self.mismatched(&[batch], pass))?;
+        Ok(means.pop().flatten())
+    }
+
+    /// Whether such a pass of the model is one of the reference model.
+    fn is_reference(&self, pass: Pass) -> bool {
+        pass == Pass::BASE && matches!(self.reference, ReferenceModel::Base)
     }
 
     /// The pass of these batches through the trained model, and the log-probabilities of `targets` under the reference model, in nats, if the
@@ -275,9 +294,45 @@ impl Passes<'_> {
         Ok(Some(logps(execution, pass, targets)?))
     }
 
+    /// The log-probabilities of all targets by the trained model, with or without its adapter as `pass` says, and under the reference model, in nats, in as many passes as it takes. Where the
+    /// reference is the model without its adapter, both come from the same passes over the weights.
+    fn both_logps(
+        &self,
+        targets: &Targets<'_>,
+        pass: Pass,
+    ) -> anyhow::Result<(Vec<f64>, Vec<f64>)> {
+        let execution = self.execution;
+        if self.is_reference(pass) {
+            let both = logps(execution, pass, targets)?;
+            return Ok((both.clone(), both));
+        }
+        let is_base = matches!(self.reference, ReferenceModel::Base);
+        let (mut policy, mut reference) = (Vec::new(), Vec::new());
+        by_passes(execution, pass, targets, &mut |batches, own| {
+            if is_base && let Some(both) = execution.forward_beside_base(batches, pass, false)? {
+                let WithBase {
+                    mut adapted,
+                    mut base,
+                } = both;
+                reference.extend(wide(&base.score(own, false)?.logps));
+                policy.extend(wide(&adapted.score(own, false)?.logps));
+            } else {
+                let mut forward = execution.forward(batches, pass, false)?;
+                policy.extend(wide(&forward.score(own, false)?.logps));
+            }
+            Ok(())
+        })?;
+        // A backend goes beside the base in all passes or in none.
+        if reference.is_empty() {
+            let found = self.reference_logps(targets)?;
+            reference = found.context("the loss needs no reference model")?;
+        }
+        Ok((policy, reference))
+    }
+
     /// For each batch that has sequences with the answers of other rows, the mean over these of the difference between an answer's
     /// log-probability and that under the reference model.
-    fn mismatched(&self, batches: &[&Batch]) -> anyhow::Result<Vec<Option<f64>>> {
+    fn mismatched(&self, batches: &[&Batch], pass: Pass) -> anyhow::Result<Vec<Option<f64>>> {
         let others: Vec<&Batch> = batches
             .iter()
             .filter_map(|batch| batch.mismatched())
@@ -286,9 +341,7 @@ impl Passes<'_> {
             return Ok(vec![None; batches.len()]);
         }
         let targets = Targets::of_answers(&others);
-        let policy = logps(self.execution, Pass::INFER, &targets)?;
-        let reference = self.reference_logps(&targets)?;
-        let reference = reference.context("the loss needs no reference model")?;
+        let (policy, reference) = self.both_logps(&targets, pass)?;
         let mut ratios = policy.iter().zip(&reference).map(|(p, r)| p - r);
         let mut means = targets.parts.iter().map(|part| {
             let sum: f64 = ratios.by_ref().take(part.targets.len()).sum();
@@ -361,6 +414,22 @@ fn scores(
 /// The log-probabilities of all targets by this model, in nats, in as many passes as it takes.
 fn logps(execution: &Execution<'_>, pass: Pass, targets: &Targets<'_>) -> anyhow::Result<Vec<f64>> {
     let mut all = Vec::with_capacity(targets.all.len());
+    by_passes(execution, pass, targets, &mut |batches, own| {
+        let mut forward = execution.forward(batches, pass, false)?;
+        all.extend(wide(&forward.score(own, false)?.logps));
+        Ok(())
+    })?;
+    Ok(all)
+}
+
+/// Calls `run` for as many micro-batches at a time as are best run in one pass, with these and their targets, whose rows count the sequences of
+/// the pass.
+fn by_passes(
+    execution: &Execution<'_>,
+    pass: Pass,
+    targets: &Targets<'_>,
+    run: &mut dyn FnMut(&[&Batch], &[Target]) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
     let mut rest = &targets.parts[..];
     while !rest.is_empty() {
         let batches: Vec<&Batch> = rest.iter().map(|part| part.batch).collect();
@@ -374,11 +443,10 @@ fn logps(execution: &Execution<'_>, pass: Pass, targets: &Targets<'_>) -> anyhow
             })
         });
         let own: Vec<Target> = own.collect();
-        let mut forward = execution.forward(&batches[..now.len()], pass, false)?;
-        all.extend(wide(&forward.score(&own, false)?.logps));
+        run(&batches[..now.len()], &own)?;
         rest = later;
     }
-    Ok(all)
+    Ok(())
 }
 
 fn wide(logps: &[f32]) -> Vec<f64> {

@@ -1,9 +1,12 @@
 //! The base alone beside the model with its adapter: the bits of two passes.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::*;
+use crate::ml::backend::WithBase;
 use crate::ml::loss::dpo::Dpo;
+use crate::ml::loss::kto::{Kto, LossType, pair_with_neighbours};
 
 fn dpo() -> Dpo {
     Dpo::sigmoid(0.1, 0.)
@@ -128,5 +131,107 @@ fn kept_states_of_frozen_layers_serve_both() {
     for _ in 0..2 {
         let ours = run_dropping(&execution, &dpo(), false, None);
         compare(&ours, &expected, SHARED, 0., 1e-30);
+    }
+}
+
+/// A backend that runs with the base beside the adapter, or else in passes of its own, and counts both.
+struct Counted<'a> {
+    fused: &'a Fused<'a>,
+    beside: bool,
+    forwards: Arc<AtomicUsize>,
+    besides: Arc<AtomicUsize>,
+}
+
+impl Backend for Counted<'_> {
+    fn pass_size(&self, batches: &[&Batch], pass: Pass, checkpointing: bool) -> PassSize {
+        self.fused.pass_size(batches, pass, checkpointing)
+    }
+
+    fn forward<'a>(
+        &'a self,
+        batches: &[&Batch],
+        pass: Pass,
+        checkpointing: bool,
+    ) -> candle_core::Result<Box<dyn ForwardPass + 'a>> {
+        self.forwards.fetch_add(1, Ordering::Relaxed);
+        self.fused.forward(batches, pass, checkpointing)
+    }
+
+    fn forward_beside_base<'a>(
+        &'a self,
+        batches: &[&Batch],
+        pass: Pass,
+        checkpointing: bool,
+    ) -> candle_core::Result<Option<WithBase<'a>>> {
+        if !self.beside {
+            return Ok(None);
+        }
+        self.besides.fetch_add(1, Ordering::Relaxed);
+        self.fused.forward_beside_base(batches, pass, checkpointing)
+    }
+
+    fn decoder<'a>(
+        &'a self,
+        sequences: usize,
+        longest: usize,
+        pass: Pass,
+    ) -> candle_core::Result<Box<dyn Decoder + 'a>> {
+        self.fused.decoder(sequences, longest, pass)
+    }
+}
+
+/// KTO scores the answers of other rows by both models, too.
+#[test]
+fn kto_has_the_bits_of_passes_apart_and_half_of_them() {
+    let kto = Kto {
+        loss_type: LossType::Kto,
+        beta: 0.1,
+        desirable_weight: 1.,
+        undesirable_weight: 1.5,
+    };
+    let mut rows = rows("trl-1.16");
+    rows.truncate(5);
+    for (number, row) in rows.iter_mut().enumerate() {
+        row.label = Some(number % 3 != 1);
+        row.rejected = None;
+    }
+    pair_with_neighbours(&mut rows, 3, usize::MAX);
+    let rows: Vec<&Row> = rows.iter().collect();
+    let batches = rows.chunks(3).map(|rows| kto.batch(rows, 1023).unwrap());
+    let batches: Vec<Batch> = batches.collect();
+    let scaled: Vec<(&Batch, f64)> = batches.iter().zip([1.5, 0.5]).collect();
+    for dtype in [DType::F32, DType::BF16] {
+        let model = golden::model("model", Some("adapter_final"), Trained::Adapter, dtype);
+        for packing in [PADDED, FREE, SHARED] {
+            let fused = Fused::new(&model, packing).unwrap();
+            let run = |beside| {
+                let (forwards, besides) = (Arc::default(), Arc::default());
+                let counted = Counted {
+                    fused: &fused,
+                    beside,
+                    forwards: Arc::clone(&forwards),
+                    besides: Arc::clone(&besides),
+                };
+                let execution = Execution::with(&model, Kind::Fused(packing), Box::new(counted));
+                let mut gradients = Gradients::none(&model);
+                let add = &mut gradients;
+                let outcomes =
+                    losses::differentiate(&kto, &execution, &scaled, None, false, add).unwrap();
+                let evaluated = losses::evaluate(&kto, &execution, &batches[0]).unwrap();
+                let count = |passes: Arc<AtomicUsize>| passes.load(Ordering::Relaxed);
+                let result = Result {
+                    outcomes,
+                    gradients: gradients.0,
+                    evaluated: evaluated.loss,
+                };
+                (result, count(forwards), count(besides))
+            };
+            let (beside, none, four) = run(true);
+            let (apart, eight, never) = run(false);
+            // A step and an evaluation have two passes each, of the rows and of the mismatched answers.
+            assert_eq!((none, four, eight, never), (0, 4, 8, 0));
+            compare(&beside, &apart, packing, 0., 1e-30);
+            assert!(beside.outcomes.iter().any(|one| one.metrics["kl"] > 0.));
+        }
     }
 }

@@ -206,7 +206,7 @@ fn all_options(combinations: usize) -> Vec<(String, Arch)> {
 const ORPO: &dyn Loss = &Orpo { beta: 0.1 };
 
 /// Pairs of two micro-batches of unlike lengths, whose prompts begin alike.
-fn pairs() -> [Batch; 2] {
+fn pairs(loss: &dyn Loss) -> [Batch; 2] {
     let ids = |from: u32, count: u32| (from..from + count).map(|i| i * 31 % 590);
     let row = |system: u32, question: u32, chosen: u32, rejected: u32| Row {
         prompt: ids(1, system).chain(ids(question, 9)).collect(),
@@ -218,11 +218,15 @@ fn pairs() -> [Batch; 2] {
         [row(20, 60, 11, 2), row(20, 33, 5, 12)],
         [row(20, 60, 38, 4), row(0, 2, 3, 1)],
     ];
-    batches.map(|rows| ORPO.batch(&rows.each_ref(), 599).unwrap())
+    batches.map(|rows| loss.batch(&rows.each_ref(), 599).unwrap())
 }
 
 fn learn(model: &CausalLm, kind: Kind, checkpointing: bool) -> Result {
-    let batches = pairs();
+    learn_by(ORPO, model, kind, checkpointing)
+}
+
+fn learn_by(loss: &dyn Loss, model: &CausalLm, kind: Kind, checkpointing: bool) -> Result {
+    let batches = pairs(loss);
     let execution = Execution::new(model, kind);
     assert_eq!(execution.kind(), kind);
     let mut gradients = Gradients::none(model);
@@ -233,7 +237,7 @@ fn learn(model: &CausalLm, kind: Kind, checkpointing: bool) -> Result {
         let size = execution.pass_size(&some, Pass::train(None), checkpointing);
         let behind = rest.split_off(size.micro_batches);
         let add = &mut gradients;
-        let some = losses::differentiate(ORPO, &execution, &rest, None, checkpointing, add);
+        let some = losses::differentiate(loss, &execution, &rest, None, checkpointing, add);
         outcomes.extend(some.unwrap());
         rest = behind;
     }
@@ -249,7 +253,7 @@ fn learn(model: &CausalLm, kind: Kind, checkpointing: bool) -> Result {
             *gradient = Some(Tensor::ones(1, DType::F32, &Device::Cpu).unwrap());
         }
     }
-    let evaluated = losses::evaluate(ORPO, &execution, &batches[0]);
+    let evaluated = losses::evaluate(loss, &execution, &batches[0]);
     Result {
         outcomes,
         gradients: gradients.0,
@@ -272,6 +276,42 @@ fn every_option_goes_the_same_way() {
             }
         }
     }
+}
+
+/// Whatever changes the logits or the head changes what label smoothing spreads.
+#[test]
+fn label_smoothing_goes_the_same_way_with_every_head() {
+    let smoothed = Smoothed {
+        sft: Sft {
+            completion_only: true,
+        },
+        label_smoothing_factor: 0.3,
+    };
+    let heads = ["logit scale", "tied head"];
+    let [scaled, tied] = heads.map(|name| {
+        let option = OPTIONS.iter().find(|(own, _)| *own == name);
+        *option.unwrap()
+    });
+    for options in [&[][..], &[scaled], &[tied], &[scaled, tied]] {
+        let arch = with(options);
+        for trained in [Trained::Adapter, Trained::Everything] {
+            let model = load(&arch, trained, DType::F32);
+            let plain = learn_by(&smoothed, &model, Kind::Reference, false);
+            for packing in [PADDED, FREE, SHARED] {
+                let once = learn_by(&smoothed, &model, Kind::Fused(packing), false);
+                compare(&once, &plain, packing, 2e-5, 1e-4);
+                let again = learn_by(&smoothed, &model, Kind::Fused(packing), true);
+                compare(&again, &once, packing, 0., 1e-30);
+            }
+        }
+    }
+    // With a soft-cap the mean of the logits is no longer linear in the head's rows, and the path refuses it.
+    let capped = OPTIONS.iter().find(|(own, _)| *own == "logit soft-cap");
+    let model = load(&with(&[*capped.unwrap()]), Trained::Adapter, DType::F32);
+    let execution = Execution::new(&model, Kind::Fused(SHARED));
+    let [batch, _] = pairs(&smoothed);
+    let refused = losses::evaluate(&smoothed, &execution, &batch).unwrap_err();
+    assert!(refused.to_string().contains("label smoothing"), "{refused}");
 }
 
 /// An option that leaves the loss as it is might not be computed at all.
@@ -393,7 +433,7 @@ fn layers_one_by_one_give_the_reference_s_logits() {
     for (name, arch) in all_options(12) {
         let (folder, adapter) = (folder(&arch, 3), adapter(&arch));
         let weights = Weights::open(folder.path()).unwrap();
-        let [_, batch] = pairs();
+        let [_, batch] = pairs(ORPO);
         let mapped = MappedModel {
             arch: &arch,
             weights: &weights,
@@ -435,7 +475,7 @@ fn layers_one_by_one_give_the_reference_s_logits() {
 
 /// The ratio of what is estimated for a pass to what the pool holds after it.
 fn estimated(arch: &Arch, compute: DType, checkpointing: bool) -> f64 {
-    let [_, batch] = pairs();
+    let [_, batch] = pairs(ORPO);
     let targets = ORPO.targets(&batch);
     let model = load(arch, Trained::Adapter, compute);
     let fused = Fused::new(&model, SHARED).unwrap();
@@ -483,7 +523,7 @@ fn the_memory_of_every_option_is_estimated() {
 /// Micro-batches whose angles differ go through the model one after the other, and are estimated so.
 #[test]
 fn passes_are_estimated_as_they_are_made() {
-    let batches = pairs();
+    let batches = pairs(ORPO);
     let both = batches.each_ref();
     assert!(both[0].length() < both[1].length());
     for (rope, expected) in [

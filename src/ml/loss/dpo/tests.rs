@@ -230,6 +230,56 @@ proptest! {
         }
     }
 
+    /// Losses that look at how far an answer goes up and the other one goes down take both alike: what the preferred answer gains is worth
+    /// what the rejected one loses.
+    #[test]
+    fn a_gain_of_one_answer_is_worth_the_same_loss_of_the_other(
+        chosen in -30f64..30., rejected in -30f64..30., beta in 0.01f64..1., smoothing in 0.01f64..0.45, kind in 0usize..10,
+    ) {
+        let kinds = [
+            LossType::Sigmoid,
+            LossType::Hinge,
+            LossType::Ipo,
+            LossType::ExoPair,
+            LossType::Robust,
+            LossType::BcoPair,
+            LossType::SppoHard,
+            LossType::ApoZero,
+            LossType::Discopop,
+            LossType::SigmoidNorm,
+        ];
+        let loss = loss(beta, smoothing);
+        let of = |chosen, rejected, chosen_tokens, rejected_tokens| {
+            loss.pair(kinds[kind], Pair { chosen, rejected, chosen_tokens, rejected_tokens }).unwrap()
+        };
+        let (own, mirrored) = (of(chosen, rejected, 3., 5.), of(-rejected, -chosen, 5., 3.));
+        let near = |a: f64, b: f64| (a - b).abs() <= 1e-9 * (1. + a.abs());
+        prop_assert!(near(own.loss, mirrored.loss), "{:?} {:?}", own, mirrored);
+        prop_assert!(near(own.grad_chosen, -mirrored.grad_rejected), "{:?} {:?}", own, mirrored);
+        prop_assert!(near(own.grad_rejected, -mirrored.grad_chosen), "{:?} {:?}", own, mirrored);
+    }
+
+    /// A preferred answer that gains never costs more, but for those losses that hold it near the reference or aim at a distance.
+    #[test]
+    fn more_of_the_preferred_answer_never_costs_more(
+        chosen in -30f64..30., rejected in -30f64..30., by in 0f64..10., beta in 0.01f64..1., kind in 0usize..6,
+    ) {
+        let kinds = [
+            LossType::Sigmoid,
+            LossType::Hinge,
+            LossType::Robust,
+            LossType::BcoPair,
+            LossType::ApoZero,
+            LossType::SigmoidNorm,
+        ];
+        let of = |chosen, rejected| {
+            let pair = Pair { chosen, rejected, chosen_tokens: 3., rejected_tokens: 5. };
+            loss(beta, 0.).pair(kinds[kind], pair).unwrap().loss
+        };
+        prop_assert!(of(chosen + by, rejected) <= of(chosen, rejected));
+        prop_assert!(of(chosen, rejected - by) <= of(chosen, rejected));
+    }
+
     /// With a smoothing of 1 minus its own the preferences are the other way round.
     #[test]
     fn smoothing_mirrors_the_margin(margin in -60f64..60., smoothing in 0f64..1.) {
@@ -266,6 +316,27 @@ fn the_limits_are_finite() {
     // A wrong pair far off is pushed with beta, a right one no more.
     assert!((loss(0.1, 0.).smoothed_sigmoid(-1e6).1 + 0.1).abs() < 1e-15);
     assert!(loss(0.1, 0.).smoothed_sigmoid(1e6).1.abs() < 1e-15);
+}
+
+/// However far an answer is from the reference, no loss becomes a NaN, nor does what is pushed.
+#[test]
+fn no_kind_has_a_nan_at_its_limits() {
+    for kind in KINDS {
+        for (chosen, rejected) in [(1e5, -1e5), (-1e5, 1e5), (1e5, 1e5), (-1e5, -1e5), (0., 0.)] {
+            let pair = Pair {
+                chosen,
+                rejected,
+                chosen_tokens: 3.,
+                rejected_tokens: 5.,
+            };
+            let found = loss(0.1, 0.1).pair(kind, pair).unwrap_or_default();
+            let all = [found.loss, found.grad_chosen, found.grad_rejected];
+            assert!(
+                all.iter().all(|x| x.is_finite()),
+                "{kind:?} {pair:?}: {found:?}"
+            );
+        }
+    }
 }
 
 #[test]

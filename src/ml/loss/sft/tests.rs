@@ -173,45 +173,30 @@ fn dynamic_fine_tuning_is_that_of_trl() {
     run_more("dft", &Dft(Sft { completion_only }), &chosen());
 }
 
+fn smoothed(label_smoothing_factor: f64, completion_only: bool) -> Smoothed {
+    Smoothed {
+        sft: Sft { completion_only },
+        label_smoothing_factor,
+    }
+}
+
 #[test]
 fn label_smoothing_is_that_of_transformers() {
-    let smoothed = Smoothed {
-        sft: Sft {
-            completion_only: true,
-        },
-        label_smoothing_factor: 0.1,
-    };
-    let model = model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
-    let execution = Execution::new(&model, Kind::Reference);
-    let rows = chosen();
-    let settings = Settings {
-        epochs: 2.,
-        ..settings()
-    };
-    let job = Job {
-        loss: &smoothed,
-        ..job(&execution, &rows)
-    };
-    let golden = &json("sft/more.json")["smoothed"]["log_history"];
-    compare("smoothed", golden, &job, &settings);
-    // The other path refuses it instead of computing something else.
-    let fused = Execution::new(&model, Kind::Fused(Packing::default()));
-    let batch = smoothed.batch(&[&rows[0]], 1023).unwrap();
-    let refused = losses::evaluate(&smoothed, &fused, &batch).unwrap_err();
-    assert!(refused.to_string().contains("label smoothing"));
+    run_more("smoothed", &smoothed(0.1, true), &chosen());
 }
 
 /// The gradient of all weights, the head's included, by the difference quotient.
 #[test]
 fn the_gradient_of_label_smoothing_is_its_slope() {
+    for kind in [Kind::Reference, Kind::Fused(Packing::default())] {
+        slope_of_smoothing(kind);
+    }
+}
+
+fn slope_of_smoothing(kind: Kind) {
     let model = model("model", None, Trained::Everything, DType::F32);
-    let execution = Execution::new(&model, Kind::Reference);
-    let smoothed = Smoothed {
-        sft: Sft {
-            completion_only: false,
-        },
-        label_smoothing_factor: 0.3,
-    };
+    let execution = Execution::new(&model, kind);
+    let smoothed = smoothed(0.3, false);
     let batch = smoothed.batch(&[&chosen()[0]], 1023).unwrap();
     let mut gradients = Gradients::none(&model);
     let pass = &[(&batch, 1.)];
@@ -236,7 +221,7 @@ fn the_gradient_of_label_smoothing_is_its_slope() {
         parameter.var.set(&before).unwrap();
         assert!(
             (slope - size).abs() < 5e-3 * size,
-            "{}: {slope} {size}",
+            "{kind:?} {}: {slope} {size}",
             parameter.name
         );
     }
