@@ -22,6 +22,8 @@ pub struct Adapter {
     pub units: u32,
     /// The most buffers of a kernel.
     pub bindings: u32,
+    /// The bytes of its own memory, where they are known: those of a GPU with Vulkan.
+    pub memory: Option<u64>,
     pub(crate) inner: wgpu::Adapter,
     pub(crate) instance: wgpu::Instance,
 }
@@ -29,6 +31,29 @@ pub struct Adapter {
 /// The interfaces in which kernels run.
 fn interfaces() -> wgpu::Backends {
     wgpu::Backends::VULKAN | wgpu::Backends::METAL | wgpu::Backends::DX12
+}
+
+/// The bytes of an adapter's largest heap of its own memory.
+#[cfg(not(target_vendor = "apple"))]
+fn memory(adapter: &wgpu::Adapter) -> Option<u64> {
+    /// `VK_MEMORY_HEAP_DEVICE_LOCAL_BIT`
+    const DEVICE_LOCAL: u32 = 1;
+    // SAFETY: the adapter is only asked, and neither destroyed nor kept.
+    let adapter = unsafe { adapter.as_hal::<wgpu::hal::api::Vulkan>() }?;
+    let instance = adapter.shared_instance().raw_instance();
+    // SAFETY: the physical device is one of this instance, and both live as long as the adapter.
+    let found =
+        unsafe { instance.get_physical_device_memory_properties(adapter.raw_physical_device()) };
+    let heaps = found.memory_heaps.into_iter();
+    let heaps = heaps.take(found.memory_heap_count as usize);
+    let own = heaps.filter(|heap| heap.flags.as_raw() & DEVICE_LOCAL != 0);
+    own.map(|heap| heap.size).max()
+}
+
+/// Metal tells a budget, and no memory.
+#[cfg(target_vendor = "apple")]
+fn memory(_: &wgpu::Adapter) -> Option<u64> {
+    None
 }
 
 /// All adapters of this machine, those of hardware first. The list is empty where there is no driver.
@@ -49,11 +74,13 @@ pub fn adapters() -> Vec<Adapter> {
             let (info, limits) = (inner.get_info(), inner.limits());
             let driver = [info.driver.trim(), info.driver_info.trim()];
             let driver = driver.into_iter().filter(|part| !part.is_empty());
+            let software = info.device_type == wgpu::DeviceType::Cpu;
             Adapter {
+                memory: if software { None } else { memory(&inner) },
                 name: info.name,
                 driver: driver.collect::<Vec<_>>().join(" "),
                 interface: info.backend.to_str().to_owned(),
-                software: info.device_type == wgpu::DeviceType::Cpu,
+                software,
                 largest_binding: limits
                     .max_storage_buffer_binding_size
                     .min(limits.max_buffer_size),

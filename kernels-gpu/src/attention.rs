@@ -28,6 +28,48 @@ fn place(token: usize, heads: usize, head: usize, #[comptime] width: usize) -> u
     ((token / WIDE * heads + head) * width) * WIDE + token % WIDE
 }
 
+/// What a unit needs of its query: that of its lane in a block, for the head of its cube.
+#[derive(CubeType)]
+struct Query {
+    /// The number of queries of the block. Lanes behind the last one do what it does, and write nothing.
+    count: usize,
+    /// The key head that the query's head shares.
+    key_head: usize,
+    /// Where feature 0 of the query is.
+    place: usize,
+    /// Where the sum of its softmax is.
+    at_sum: usize,
+    /// Where the tokens of the span's keys are listed, and how many they are.
+    key_list: usize,
+    key_count: u32,
+    /// Where the blocks of keys are listed that the queries see some of, and how many they are.
+    seen: usize,
+    blocks: usize,
+    /// Where the query's limits are.
+    limits: usize,
+}
+
+/// The query of a unit of a cube of lanes and parts; there is a cube for each block of queries and query head.
+#[cube]
+fn query_of(tables: &[u32], queries: usize, keys: usize, #[comptime] width: usize) -> Query {
+    let head = CUBE_POS % queries;
+    let block = CUBE_POS / queries * QUERY_BLOCK;
+    let count = tables[block + 1] as usize;
+    let own = (UNIT_POS_X as usize).min(count - 1);
+    let token = tables[block] as usize + own;
+    Query {
+        count,
+        key_head: head / (queries / keys),
+        place: place(token, queries, head, width),
+        at_sum: (token / WIDE * queries + head) * WIDE + token % WIDE,
+        key_list: tables[block + 2] as usize,
+        key_count: tables[block + 3],
+        seen: tables[block + 4] as usize,
+        blocks: tables[block + 5] as usize,
+        limits: tables[block + 6] as usize + own * 4,
+    }
+}
+
 /// Whether a token with limits at `limits` attends to a key.
 #[cube]
 fn attends(tables: &[u32], limits: usize, key: u32) -> bool {
@@ -80,32 +122,22 @@ fn forward_kernel(
     let mut shared = Shared::<[f32]>::new_slice(WIDE * WIDE);
     let mut sums = Array::<f32>::new(comptime!(width.div_ceil(PARTS)));
     if CUBE_POS < cubes as usize {
-        let head = CUBE_POS % queries;
-        let key_head = head / (queries / keys);
-        let block = CUBE_POS / queries * QUERY_BLOCK;
-        let count = tables[block + 1] as usize;
-        let own = lane.min(count - 1);
-        let token = tables[block] as usize + own;
-        let key_list = tables[block + 2] as usize;
-        let key_count = tables[block + 3];
-        let seen = tables[block + 4] as usize;
-        let limits = tables[block + 6] as usize + own * 4;
-        let query = place(token, queries, head, width);
+        let own = query_of(tables, queries, keys, width);
         let mut largest = f32::new(LOWEST);
         let mut sum = 0.0f32;
-        for number in 0..tables[block + 5] as usize {
-            let first = tables[seen + number] * WIDE as u32;
+        for number in 0..own.blocks {
+            let first = tables[own.seen + number] * WIDE as u32;
             let mut visible = 0u32;
             #[unroll]
             for j in 0..EACH {
                 let key = first + (part * EACH + j) as u32;
                 let mut value = f32::new(LOWEST);
-                if key < key_count && attends(tables, limits, key) {
-                    let key_token = tables[key_list + key as usize] as usize;
-                    let at = place(key_token, keys, key_head, width);
+                if key < own.key_count && attends(tables, own.limits, key) {
+                    let key_token = tables[own.key_list + key as usize] as usize;
+                    let at = place(key_token, keys, own.key_head, width);
                     let mut product = 0.0f32;
                     for feature in 0..width {
-                        product += q[query + feature * WIDE] * k[at + feature * WIDE];
+                        product += q[own.place + feature * WIDE] * k[at + feature * WIDE];
                     }
                     value = score(product, scale, cap, capped);
                     visible |= 1u32 << (j as u32);
@@ -135,12 +167,12 @@ fn forward_kernel(
             for i in 0..comptime!(width.div_ceil(PARTS)) {
                 sums[i] *= factor;
             }
-            let last = (key_count - first).min(WIDE as u32) as usize;
+            let last = (own.key_count - first).min(WIDE as u32) as usize;
             for key in 0..last {
                 let p = shared[key * WIDE + lane];
                 sum += p;
-                let key_token = tables[key_list + first as usize + key] as usize;
-                let at = place(key_token, keys, key_head, width);
+                let key_token = tables[own.key_list + first as usize + key] as usize;
+                let at = place(key_token, keys, own.key_head, width);
                 #[unroll]
                 for i in 0..comptime!(width.div_ceil(PARTS)) {
                     let feature = i * PARTS + part;
@@ -151,17 +183,16 @@ fn forward_kernel(
             }
             sync_cube();
         }
-        if lane < count {
+        if lane < own.count {
             #[unroll]
             for i in 0..comptime!(width.div_ceil(PARTS)) {
                 let feature = i * PARTS + part;
                 if feature < width {
-                    out[query + feature * WIDE] = sums[i] / sum;
+                    out[own.place + feature * WIDE] = sums[i] / sum;
                 }
             }
             if part == 0 {
-                let at = (token / WIDE * queries + head) * WIDE + token % WIDE;
-                log_sums[at] = largest + sum.ln();
+                log_sums[own.at_sum] = largest + sum.ln();
             }
         }
     }
@@ -206,35 +237,24 @@ fn grad_q_kernel(
     let mut shared = Shared::<[f32]>::new_slice(WIDE * WIDE);
     let mut sums = Array::<f32>::new(comptime!(width.div_ceil(PARTS)));
     if CUBE_POS < cubes as usize {
-        let head = CUBE_POS % queries;
-        let key_head = head / (queries / keys);
-        let block = CUBE_POS / queries * QUERY_BLOCK;
-        let count = tables[block + 1] as usize;
-        let own = lane.min(count - 1);
-        let token = tables[block] as usize + own;
-        let key_list = tables[block + 2] as usize;
-        let key_count = tables[block + 3];
-        let seen = tables[block + 4] as usize;
-        let limits = tables[block + 6] as usize + own * 4;
-        let query = place(token, queries, head, width);
-        let at_sum = (token / WIDE * queries + head) * WIDE + token % WIDE;
-        let log_sum = log_sums[at_sum];
-        let own_delta = delta[at_sum];
-        for number in 0..tables[block + 5] as usize {
-            let first = tables[seen + number] * WIDE as u32;
+        let own = query_of(tables, queries, keys, width);
+        let log_sum = log_sums[own.at_sum];
+        let own_delta = delta[own.at_sum];
+        for number in 0..own.blocks {
+            let first = tables[own.seen + number] * WIDE as u32;
             #[unroll]
             for j in 0..EACH {
                 let key = first + (part * EACH + j) as u32;
                 let mut grad = 0.0f32;
-                if key < key_count && attends(tables, limits, key) {
-                    let key_token = tables[key_list + key as usize] as usize;
-                    let at = place(key_token, keys, key_head, width);
+                if key < own.key_count && attends(tables, own.limits, key) {
+                    let key_token = tables[own.key_list + key as usize] as usize;
+                    let at = place(key_token, keys, own.key_head, width);
                     let mut product = 0.0f32;
                     let mut grad_p = 0.0f32;
                     for feature in 0..width {
                         let step = feature * WIDE;
-                        product += q[query + step] * k[at + step];
-                        grad_p += grad_out[query + step] * v[at + step];
+                        product += q[own.place + step] * k[at + step];
+                        grad_p += grad_out[own.place + step] * v[at + step];
                     }
                     let s = score(product, scale, cap, capped);
                     // Rounding may take a score beyond the logarithm of the sum by a little.
@@ -244,11 +264,11 @@ fn grad_q_kernel(
                 shared[(part * EACH + j) * WIDE + lane] = grad;
             }
             sync_cube();
-            let last = (key_count - first).min(WIDE as u32) as usize;
+            let last = (own.key_count - first).min(WIDE as u32) as usize;
             for key in 0..last {
                 let grad = shared[key * WIDE + lane];
-                let key_token = tables[key_list + first as usize + key] as usize;
-                let at = place(key_token, keys, key_head, width);
+                let key_token = tables[own.key_list + first as usize + key] as usize;
+                let at = place(key_token, keys, own.key_head, width);
                 #[unroll]
                 for i in 0..comptime!(width.div_ceil(PARTS)) {
                     let feature = i * PARTS + part;
@@ -259,12 +279,12 @@ fn grad_q_kernel(
             }
             sync_cube();
         }
-        if lane < count {
+        if lane < own.count {
             #[unroll]
             for i in 0..comptime!(width.div_ceil(PARTS)) {
                 let feature = i * PARTS + part;
                 if feature < width {
-                    grad_q[query + feature * WIDE] = sums[i];
+                    grad_q[own.place + feature * WIDE] = sums[i];
                 }
             }
         }

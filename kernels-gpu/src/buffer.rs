@@ -18,6 +18,9 @@ pub struct Buffer {
     held: u64,
 }
 
+/// The first word of a part of a buffer is a multiple of this: no adapter asks for more than 256 bytes.
+pub const PART_ALIGNMENT: usize = 64;
+
 impl Buffer {
     pub(crate) fn new(handle: Handle, length: usize, counters: Arc<Counters>) -> Self {
         counters.hold(Self::bytes_of(length));
@@ -61,6 +64,30 @@ impl Buffer {
         let all = self.length;
         assert!(length <= all, "{length} words of a buffer of {all}");
         self.length = length;
+    }
+
+    /// `length` words from word `first` on, in the same memory, which stays as long as one of the two does.
+    ///
+    /// # Panics
+    /// If the buffer has not so many words, or `first` is no multiple of [`PART_ALIGNMENT`].
+    #[must_use]
+    pub fn part(&self, first: usize, length: usize) -> Self {
+        let all = self.length;
+        assert!(
+            first.saturating_add(length) <= all && first.is_multiple_of(PART_ALIGNMENT),
+            "{length} words from word {first} on of a buffer of {all}"
+        );
+        let before = 4 * first as u64;
+        let handle = self.handle.clone().map(|handle| {
+            let after = handle.size_in_used() - before - Self::bytes_of(length);
+            handle.offset_start(before).offset_end(after)
+        });
+        Self {
+            handle,
+            length,
+            counters: self.counters.clone(),
+            held: 0,
+        }
     }
 
     /// The buffer as an argument of a kernel.

@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
+use cubecl::MemoryScope;
 use cubecl::future::block_on;
 use cubecl::prelude::{Client, CubeCount, CubeDim};
 use cubecl::server::ServerError;
@@ -31,6 +32,8 @@ pub struct Device {
     weight_part: u64,
     /// The most bytes that may be held.
     memory: AtomicU64,
+    /// The most buffers that may be asked for.
+    allocations: AtomicU64,
     /// What failed first.
     failure: OnceLock<Error>,
     /// Stands for an argument that a kernel doesn't read.
@@ -105,20 +108,48 @@ impl Device {
         };
         let options = RuntimeOptions::try_default().map_err(|error| unusable(text(&error)))?;
         let device = try_init_device(setup, options).map_err(|error| unusable(text(&error)))?;
-        let client = cubecl::Device::from(device).client();
+        let mut client = cubecl::Device::from(device).client();
+        // Without this each thread has a queue and memory of its own.
+        let queue = client.empty(4).stream;
+        // SAFETY: the queue is one of the client's own, and is chosen before the first buffer that is used: all are made in it.
+        unsafe { client.set_stream(queue) };
+        Ok(Self::with_client(
+            client,
+            adapter,
+            #[cfg(test)]
+            raw,
+        ))
+    }
+
+    /// A device that has done nothing yet, on an opened adapter. All threads put their operations into the one queue of the client, where
+    /// memory that was given back by one is taken by the next.
+    fn with_client(client: Client, adapter: Adapter, #[cfg(test)] raw: wgpu::Device) -> Self {
         let counters = Arc::new(Counters::default());
         let nothing = Buffer::new(client.empty(4), 1, counters.clone());
-        Ok(Self {
+        Self {
             client,
             #[cfg(test)]
             raw,
             weight_part: adapter.largest_binding,
             memory: AtomicU64::new(u64::MAX),
+            allocations: AtomicU64::new(u64::MAX),
             failure: OnceLock::new(),
             adapter,
             counters,
             nothing,
-        })
+        }
+    }
+
+    /// The same adapter as a device that has done nothing and failed in nothing yet. Kernels that were compiled for one are there for the
+    /// other.
+    #[must_use]
+    pub fn again(&self) -> Self {
+        Self::with_client(
+            self.client.clone(),
+            self.adapter.clone(),
+            #[cfg(test)]
+            self.raw.clone(),
+        )
     }
 
     /// The adapter.
@@ -143,9 +174,23 @@ impl Device {
         self.memory.store(bytes, Ordering::Relaxed);
     }
 
+    /// Sets how many buffers may be asked for; allocations beyond fail as if the device had no more memory.
+    pub fn limit_allocations(&self, count: u64) {
+        self.allocations.store(count, Ordering::Relaxed);
+    }
+
     /// What the device was made to do so far.
     pub fn counts(&self) -> Counts {
         self.counters.counts()
+    }
+
+    /// The bytes that are reserved on the adapter, for buffers that are held and for those to come: what is given back is kept for the next.
+    pub fn reserved(&self) -> u64 {
+        let report = self.client.memory_report(MemoryScope::Device);
+        let streams = report.streams.iter();
+        streams
+            .map(|stream| stream.pools.usage().bytes_reserved)
+            .sum()
     }
 
     /// A buffer of `length` words with unspecified contents.
@@ -238,6 +283,10 @@ impl Device {
         let allowed = self.memory.load(Ordering::Relaxed);
         if held.saturating_add(bytes) > allowed {
             return Err(full(format!("{allowed} bytes may be used")));
+        }
+        let asked = self.counts().allocations;
+        if asked >= self.allocations.load(Ordering::Relaxed) {
+            return Err(full(format!("{asked} buffers may be asked for")));
         }
         let handle = match contents.filter(|contents| !contents.is_empty()) {
             Some(contents) => {

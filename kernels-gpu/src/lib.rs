@@ -14,7 +14,8 @@
 
 #![expect(
     unsafe_code,
-    reason = "the interface of CubeCL wants the length of a buffer repeated; one function does it"
+    reason = "two functions of CubeCL, one that wants the length of a buffer repeated and one that chooses a device's queue, and Vulkan's \
+              question for the memory of an adapter"
 )]
 #![allow(
     clippy::too_many_arguments,
@@ -27,6 +28,7 @@
 pub mod adapters;
 mod attention;
 mod buffer;
+mod column_sums;
 mod counters;
 mod device;
 mod elementwise;
@@ -44,7 +46,7 @@ mod weight;
 
 pub use adapters::{Adapter, adapters};
 pub use attention::Attention;
-pub use buffer::Buffer;
+pub use buffer::{Buffer, PART_ALIGNMENT};
 pub use counters::Counts;
 pub use device::Device;
 pub use elementwise::{Features, Rotary};

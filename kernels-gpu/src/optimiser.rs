@@ -29,23 +29,39 @@ pub struct AdamW {
     pub grad_factor: f32,
 }
 
-/// New values of a parameter and its moments: weight decay, moments, step, in the order of torch's `AdamW`.
-#[cube]
-fn updated(
-    p: f32,
-    g: f32,
-    m: f32,
-    v: f32,
+/// [`AdamW`] as kernels take it.
+#[derive(CubeType, CubeLaunch, Clone, Copy)]
+struct Numbers {
     beta1: f32,
     beta2: f32,
     keep: f32,
     step_size: f32,
     root: f32,
     epsilon: f32,
-) -> (f32, f32, f32) {
-    let m = m + (g - m) * (1.0f32 - beta1);
-    let v = v * beta2 + g * g * (1.0f32 - beta2);
-    let p = p * keep - step_size * m / (v.sqrt() / root + epsilon);
+    grad_factor: f32,
+}
+
+impl AdamW {
+    fn arg(self) -> NumbersLaunch {
+        NumbersLaunch::new(
+            self.beta1,
+            self.beta2,
+            self.keep,
+            self.step_size,
+            self.root,
+            self.epsilon,
+            self.grad_factor,
+        )
+    }
+}
+
+/// New values of a parameter and its moments: weight decay, moments, step, in the order of torch's `AdamW`.
+#[cube]
+fn updated(p: f32, g: f32, m: f32, v: f32, step: &Numbers) -> (f32, f32, f32) {
+    let g = g * step.grad_factor;
+    let m = m + (g - m) * (1.0f32 - step.beta1);
+    let v = v * step.beta2 + g * g * (1.0f32 - step.beta2);
+    let p = p * step.keep - step.step_size * m / (v.sqrt() / step.root + step.epsilon);
     (p, m, v)
 }
 
@@ -55,27 +71,16 @@ fn adamw_kernel(
     gradients: &[f32],
     first: &mut [f32],
     second: &mut [f32],
-    beta1: f32,
-    beta2: f32,
-    keep: f32,
-    step_size: f32,
-    root: f32,
-    epsilon: f32,
-    grad_factor: f32,
+    step: Numbers,
 ) {
     let index = ABSOLUTE_POS;
     if index < parameters.len() {
         let (p, m, v) = updated(
             parameters[index],
-            gradients[index] * grad_factor,
+            gradients[index],
             first[index],
             second[index],
-            beta1,
-            beta2,
-            keep,
-            step_size,
-            root,
-            epsilon,
+            &step,
         );
         parameters[index] = p;
         first[index] = m;
@@ -157,13 +162,7 @@ fn adamw_8bit_kernel(
     second_magnitudes: &mut [f32],
     signed: &[f32],
     unsigned: &[f32],
-    beta1: f32,
-    beta2: f32,
-    keep: f32,
-    step_size: f32,
-    root: f32,
-    epsilon: f32,
-    grad_factor: f32,
+    step: Numbers,
 ) {
     let index = CUBE_POS * MOMENT_BLOCK + UNIT_POS as usize;
     let mut shared = Shared::<[f32]>::new_slice(MOMENT_BLOCK);
@@ -183,18 +182,8 @@ fn adamw_8bit_kernel(
                 unsigned,
                 index,
             );
-            let (p, new_m, new_v) = updated(
-                parameters[index],
-                gradients[index] * grad_factor,
-                old_m,
-                old_v,
-                beta1,
-                beta2,
-                keep,
-                step_size,
-                root,
-                epsilon,
-            );
+            let (p, new_m, new_v) =
+                updated(parameters[index], gradients[index], old_m, old_v, &step);
             parameters[index] = p;
             m = new_m;
             v = new_v;
@@ -299,13 +288,7 @@ impl Device {
             gradients.arg(),
             first.arg(),
             second.arg(),
-            step.beta1,
-            step.beta2,
-            step.keep,
-            step.step_size,
-            step.root,
-            step.epsilon,
-            step.grad_factor,
+            step.arg(),
         );
     }
 
@@ -339,13 +322,7 @@ impl Device {
             second.magnitudes.arg(),
             first.table.arg(),
             second.table.arg(),
-            step.beta1,
-            step.beta2,
-            step.keep,
-            step.step_size,
-            step.root,
-            step.epsilon,
-            step.grad_factor,
+            step.arg(),
         );
     }
 }

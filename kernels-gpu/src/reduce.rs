@@ -103,30 +103,36 @@ fn sum_over_tokens_kernel(data: &[f32], out: &mut [f32], panels: u32) {
     }
 }
 
-/// The values whose squares a unit sums.
-const SQUARES: usize = 64;
+/// The values that a unit sums.
+const SUMMED: usize = 64;
+/// The sums that a cube leaves.
+const LEFT: usize = 16;
 
-/// Each unit sums the squares of 64 values, and a cube's units their sums.
+/// Each unit sums 64 values or their squares, and a cube's units their sums.
 #[cube(launch)]
-fn squares_kernel(x: &[f32], out: &mut [f32], first_out: u32, cubes: u32) {
+fn sums_kernel(x: &[f32], out: &mut [f32], first_out: u32, cubes: u32, #[comptime] squares: bool) {
     let unit = UNIT_POS as usize;
     let mut shared = Shared::<[f32]>::new_slice(UNITS as usize);
     if CUBE_POS < cubes as usize {
         let mut sum = 0.0f32;
-        for step in 0..SQUARES {
-            let index = (CUBE_POS * SQUARES + step) * 256 + unit;
+        for step in 0..SUMMED {
+            let index = (CUBE_POS * SUMMED + step) * 256 + unit;
             if index < x.len() {
-                sum += x[index] * x[index];
+                let mut value = x[index];
+                if comptime!(squares) {
+                    value *= value;
+                }
+                sum += value;
             }
         }
         shared[unit] = sum;
         sync_cube();
-        if unit < 16 {
+        if unit < LEFT {
             let mut part = 0.0f32;
-            for other in 0..16usize {
-                part += shared[unit * 16 + other];
+            for other in 0..comptime!(256 / LEFT) {
+                part += shared[unit * comptime!(256 / LEFT) + other];
             }
-            out[first_out as usize + CUBE_POS * 16 + unit] = part;
+            out[first_out as usize + CUBE_POS * LEFT + unit] = part;
         }
     }
 }
@@ -194,33 +200,45 @@ impl Device {
         );
     }
 
-    /// The sum of the squares of all values of some buffers, which is the square of a gradient's norm. One copy brings the parts' sums
-    /// to the host, where they are added in f64.
+    /// The sum of the squares of all values of some buffers, which is the square of a gradient's norm. Parts are summed until a few are left,
+    /// which one copy brings to the host, where they are added in f64.
     ///
     /// # Errors
     /// As [`Device::read`].
     pub fn sum_of_squares(&self, all: &[&Buffer]) -> Result<f64, Error> {
-        let cubes = |buffer: &Buffer| buffer.len().div_ceil(SQUARES * UNITS as usize);
+        /// The parts that are copied.
+        const COPIED: usize = 256;
+        let mut sums = self.partial_sums(all, true);
+        while sums.len() > COPIED {
+            sums = self.partial_sums(&[&sums], false);
+        }
+        let sums = self.read(&sums)?;
+        Ok(sums.into_iter().map(f64::from).sum())
+    }
+
+    /// The sums of parts of some buffers, or of the squares there.
+    fn partial_sums(&self, all: &[&Buffer], squares: bool) -> Buffer {
+        let cubes = |buffer: &Buffer| buffer.len().div_ceil(SUMMED * UNITS as usize);
         let total: usize = all.iter().map(|buffer| cubes(buffer)).sum();
-        let sums = self.take(16 * total);
+        let sums = self.take(LEFT * total);
         let mut first = 0;
         for buffer in all {
             let count = cubes(buffer);
             if self.idle(count) {
                 continue;
             }
-            squares_kernel::launch(
+            sums_kernel::launch(
                 &self.client,
                 self.cubes(count),
                 CubeDim::new_1d(UNITS),
                 buffer.arg(),
                 sums.arg(),
-                16 * first as u32,
+                (LEFT * first) as u32,
                 count as u32,
+                squares,
             );
             first += count;
         }
-        let sums = self.read(&sums)?;
-        Ok(sums.into_iter().map(f64::from).sum())
+        sums
     }
 }

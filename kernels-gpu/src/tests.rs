@@ -9,6 +9,7 @@ use crate::{Device, adapters};
 mod attention;
 mod elementwise;
 mod failures;
+mod held;
 mod norm;
 mod optimiser;
 mod product;

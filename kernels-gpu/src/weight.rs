@@ -185,6 +185,28 @@ impl Device {
         })
     }
 
+    /// A weight (rows, columns) whose f32 values are those of a buffer, row after row, and whatever is written there.
+    ///
+    /// # Panics
+    /// If the buffer has another number of words.
+    pub fn weight_in(values: Buffer, rows: usize, columns: usize) -> Weight {
+        let found = values.len();
+        assert!(
+            rows.checked_mul(columns) == Some(found),
+            "{found} values of a weight ({rows}, {columns})"
+        );
+        Weight {
+            parts: vec![Part {
+                rows: 0..rows,
+                words: values,
+                scales: None,
+            }],
+            format: Format::F32,
+            rows,
+            columns,
+        }
+    }
+
     fn upload_rows(
         &self,
         values: Values<'_>,

@@ -13,6 +13,7 @@ use super::model::Gradients;
 use super::model::batch::{Batch, Target};
 use super::model::head::{Positions, TokenStats};
 use super::model::linear::Pass;
+use super::resident::{Resident, TrainedTensor};
 
 /// The scores of targets. Vectors have one element for each target.
 #[derive(Debug, Clone, Default)]
@@ -102,6 +103,16 @@ pub trait Backend: Send + Sync {
     /// # Errors
     /// The file can't be created.
     fn keep_frozen_states(&self, _folder: &Path) -> std::io::Result<Option<usize>> {
+        Ok(None)
+    }
+
+    /// Takes all trained tensors of the model and `AdamW`'s moments into the memory of the device. As long as what is returned lives, passes use
+    /// the tensors there, and backward passes add to the gradients there and to no others. `None` where the device's memory is the host's, or
+    /// where a trained tensor is a part of one that is not trained.
+    ///
+    /// # Errors
+    /// There is no room for them.
+    fn hold(&self, _tensors: &[TrainedTensor<'_>]) -> Result<Option<Box<dyn Resident>>> {
         Ok(None)
     }
 }

@@ -7,12 +7,13 @@ use candle_core::Result;
 
 use super::backend::{Backend, Decoder, ForwardPass, WithBase};
 pub use super::backend::{PassSize, Scores, Token};
-use super::fused::{Fused, Packing};
+use super::fused::{Fused, Packing, unsupported_pass};
 use super::model::CausalLm;
 use super::model::batch::Batch;
 use super::model::linear::Pass;
 use super::place::Place;
 use super::reference::Reference;
+use super::resident::{Resident, TrainedTensor};
 
 /// A kind of backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,7 +22,7 @@ pub enum Kind {
     Reference,
     /// See [`super::fused`].
     Fused(Packing),
-    /// See [`super::gpu`]; made by [`Execution::placed`] alone.
+    /// See [`super::gpu`]; made by [`Execution::placed`] alone, and in tests also by [`Execution::new`].
     Gpu(Packing),
 }
 
@@ -48,6 +49,13 @@ impl<'m> Execution<'m> {
     /// Runs `model` with the `wanted` backend, or with the reference if that backend does not support the model; see
     /// [`Execution::fallback`].
     pub fn new(model: &'m CausalLm, wanted: Kind) -> Self {
+        #[cfg(all(test, feature = "gpu"))]
+        if let Kind::Gpu(packing) = wanted
+            && let Some(place) = Place::of_tests()
+        {
+            let placed = Self::placed(model, packing, &place, Pass::INFER);
+            return placed.expect("a GPU runs what a test asks it for");
+        }
         let (kind, backend, fallback): (_, Box<dyn Backend + 'm>, _) = match wanted {
             Kind::Reference => (wanted, Box::new(Reference::new(model)), None),
             Kind::Fused(packing) | Kind::Gpu(packing) => match Fused::new(model, packing) {
@@ -67,19 +75,25 @@ impl<'m> Execution<'m> {
         }
     }
 
-    /// Runs `model` in a place. On the processor, and instead of a GPU that was not asked for by name, this is [`Execution::new`].
+    /// Runs `model` in a place, in passes of the kind of `pass`. The processor, which also takes the place of a GPU that was not asked for by
+    /// name, computes on the reference path what the fast one lacks.
     ///
     /// # Errors
-    /// A GPU that was asked for by name does not support the model; the error is a clause that says what it lacks.
+    /// A GPU that was asked for by name does not support the model or the passes; the error is a clause that says what it lacks.
     pub fn placed(
         model: &'m CausalLm,
         packing: Packing,
         place: &Place,
+        pass: Pass,
     ) -> std::result::Result<Self, String> {
+        let lacks = unsupported_pass(model, pass);
         #[cfg(feature = "gpu")]
         if let Some(device) = &place.gpu {
             let gpu = super::gpu::Gpu::new(std::sync::Arc::clone(device));
-            match Fused::on(gpu, model, packing) {
+            match lacks
+                .clone()
+                .map_or_else(|| Fused::on(gpu, model, packing), Err)
+            {
                 Ok(backend) => {
                     return Ok(Self {
                         model,
@@ -96,7 +110,13 @@ impl<'m> Execution<'m> {
         }
         #[cfg(not(feature = "gpu"))]
         let _ = place;
-        Ok(Self::new(model, Kind::Fused(packing)))
+        Ok(match lacks {
+            None => Self::new(model, Kind::Fused(packing)),
+            Some(why) => Self {
+                fallback: Some(why.to_string()),
+                ..Self::new(model, Kind::Reference)
+            },
+        })
     }
 
     /// Runs `model` with a backend that a test made.
@@ -181,6 +201,11 @@ impl<'m> Execution<'m> {
             candle_core::bail!("the model gives scores and no text: its head is `score.weight`")
         }
         self.backend.decoder(sequences, longest, pass)
+    }
+
+    /// See [`Backend::hold`].
+    pub fn hold(&self, tensors: &[TrainedTensor<'_>]) -> Result<Option<Box<dyn Resident>>> {
+        self.backend.hold(tensors)
     }
 
     /// See [`Backend::keep_frozen_states`].

@@ -1,69 +1,50 @@
 //! A GPU as a device of [`super::fused`]: crate `kernels-gpu` on whatever graphics interface the machine has.
 //!
 //! Weights stay in the host's memory too, from which checkpoints and merged models are written. The first pass that needs one copies it to
-//! the device in the type in which it is stored; trained ones are copied anew when a pass begins. The optimiser works on the host, so a step
-//! copies the trained tensors in, and their gradients and the targets' scores out.
+//! the device in the type in which it is stored. A training with `AdamW` keeps the trained tensors, their gradients and moments there
+//! ([`held`]): a step copies ids, tables of them and a few numbers of each target. With other optimisers, which work on the host, trained
+//! tensors are copied anew when a pass begins, and their gradients come out.
 
 mod copies;
+mod held;
+mod matrix;
+mod tables;
 
 use std::borrow::Cow;
 use std::fmt;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use candle_core::{Error, Result};
+use candle_core::{Result, Var};
 use pipeline_kernels::attention::Spans;
 use pipeline_kernels::dropout::Dropout;
 use pipeline_kernels::gated::Activation;
 use pipeline_kernels::matrix::Values;
-use pipeline_kernels::panels::{LANES, column, size};
+use pipeline_kernels::panels::{LANES, size};
 use pipeline_kernels::reduce::Order;
 use pipeline_kernels::vocabulary::Summary;
 use pipeline_kernels_gpu as gpu;
 
-use copies::{Copies, Key};
+use copies::{Copies, Key, failed, lock};
+use held::Held;
+pub(in crate::ml) use matrix::GpuMatrix;
+use tables::Tables;
 
-use super::fused::device::{Attention, Device, Onto, Part, Product, Rotary, Transpose};
+use super::fused::device::{Attention, Device, Onto, Part, Product, Rotary};
 use super::fused::weights::{BaseWeight, TensorView};
 use super::model::CausalLm;
 use super::model::linear::{Pass, Weight};
+use super::resident::{Resident, TrainedTensor};
 
 /// Floats on the device; none before they are taken.
 #[derive(Default)]
 pub(in crate::ml) struct Floats(Option<gpu::Buffer>);
 
-/// Rows of a weight on the device, or the transpose of such a matrix.
-#[derive(Clone)]
-pub(in crate::ml) struct GpuMatrix {
-    weight: Arc<gpu::Weight>,
-    rows: Range<usize>,
-    transposed: bool,
-}
-
-impl GpuMatrix {
-    fn borrow(&self) -> gpu::Matrix<'_> {
-        let matrix = self.weight.rows(self.rows.clone());
-        if self.transposed {
-            matrix.transposed()
-        } else {
-            matrix
-        }
-    }
-}
-
-impl Transpose for GpuMatrix {
-    fn transposed(self) -> Self {
-        Self {
-            transposed: !self.transposed,
-            ..self
-        }
-    }
-}
-
 /// An opened GPU and the weights that were copied to it.
 pub(in crate::ml) struct Gpu {
     device: Arc<gpu::Device>,
-    copies: Mutex<Copies>,
+    copies: Arc<Mutex<Copies>>,
+    tables: Mutex<Tables>,
     /// Stands for buffers that were not taken.
     none: gpu::Buffer,
 }
@@ -76,21 +57,14 @@ impl fmt::Debug for Gpu {
     }
 }
 
-#[expect(
-    clippy::needless_pass_by_value,
-    reason = "the signature that `map_err` takes"
-)]
-fn failed(error: gpu::Error) -> Error {
-    Error::Msg(error.to_string())
-}
-
 impl Gpu {
     /// Works on an opened device.
     pub(in crate::ml) fn new(device: Arc<gpu::Device>) -> Self {
         Self {
             none: device.take(0),
             device,
-            copies: Mutex::default(),
+            copies: Arc::default(),
+            tables: Mutex::default(),
         }
     }
 
@@ -103,10 +77,25 @@ impl Gpu {
     }
 
     fn copies(&self) -> MutexGuard<'_, Copies> {
-        match self.copies.lock() {
-            Ok(copies) => copies,
-            Err(poisoned) => poisoned.into_inner(),
-        }
+        lock(&self.copies)
+    }
+
+    /// The dot product of each token of `x`, panels of as many features as there are weights, with these.
+    fn dots(&self, x: &gpu::Buffer, weights: &[f64]) -> Result<Vec<f32>> {
+        let row: Vec<f32> = weights.iter().map(|weight| *weight as f32).collect();
+        let weight = gpu::Device::weight_in(self.device.take_with(&row), 1, row.len());
+        let mut out = self.device.take(x.len() / row.len().max(1));
+        self.device.product(gpu::Product {
+            terms: vec![gpu::Term {
+                weight: weight.matrix(),
+                x,
+            }],
+            onto: gpu::Onto::Zero,
+            bias: None,
+            half: false,
+            out: &mut out,
+        });
+        self.device.read(&out).map_err(failed)
     }
 
     fn dense(&self, view: &TensorView<'_>) -> Result<Arc<gpu::Weight>> {
@@ -543,27 +532,57 @@ impl Device for Gpu {
     ) -> Result<Vec<f64>> {
         let mut some = self.take(size(features, tokens.len()));
         self.gather(x, features, tokens, 1., &mut some);
-        let some = self.device.read(self.of(&some)).map_err(failed)?;
-        let dot = |token: usize| -> f64 {
-            let column = column(&some, features, token);
-            column.zip(weights).map(|(x, w)| f64::from(x) * w).sum()
-        };
-        Ok((0..tokens.len()).map(dot).collect())
+        let dots = self.dots(self.of(&some), weights)?;
+        let dots = dots.into_iter().take(tokens.len());
+        Ok(dots.map(f64::from).collect())
     }
 
     fn weighted_sum(
         &self,
         x: &Floats,
-        features: usize,
+        _: usize,
         of_tokens: Vec<f32>,
         of_features: &[f64],
     ) -> Result<f64> {
-        let of_tokens = self.upload(of_tokens);
-        let mut sums = self.zeros(features);
-        let sides = ((x, features), (&of_tokens, 1));
-        self.outer(sides.0, sides.1, &mut sums, 0, Order::Straight);
-        let sums = self.device.read(self.of(&sums)).map_err(failed)?;
-        let pairs = sums.into_iter().zip(of_features);
-        Ok(pairs.map(|(sum, factor)| f64::from(sum) * factor).sum())
+        let dots = self.dots(self.of(x), of_features)?;
+        // What is behind the last token has no weight, and may be anything.
+        let pairs = dots.into_iter().zip(of_tokens);
+        let pairs = pairs.filter(|(_, factor)| *factor != 0.);
+        Ok(pairs
+            .map(|(dot, factor)| f64::from(dot) * f64::from(factor))
+            .sum())
+    }
+
+    fn hold(&self, tensors: &[TrainedTensor<'_>]) -> Result<Option<Box<dyn Resident>>> {
+        let held = Held::new(&self.device, &self.copies, tensors)?;
+        Ok(Some(Box::new(held)))
+    }
+
+    fn held_gradient(&self, var: &Var) -> Option<Floats> {
+        held::gradient(&self.copies(), var).map(|gradient| Floats(Some(gradient)))
+    }
+
+    fn held_column_sums(&self, weight: &TensorView<'_>, half: bool) -> Result<Option<Vec<f64>>> {
+        let held = self.copies();
+        let held = held.held(weight.id).and_then(|held| held.weight.clone());
+        let Some(held) = held else {
+            return Ok(None);
+        };
+        let sums = self.device.column_sums(&held, half);
+        let sums = self.device.read(&sums).map_err(failed)?;
+        Ok(Some(sums.into_iter().map(f64::from).collect()))
+    }
+
+    fn table_rows(
+        &self,
+        number: usize,
+        features: usize,
+        rows: &[usize],
+        make: &dyn Fn(usize) -> Result<Vec<f32>>,
+    ) -> Result<Option<Floats>> {
+        let rows = words(rows.iter());
+        let mut tables = lock(&self.tables);
+        let out = tables.rows(&self.device, number, features, &rows, make)?;
+        Ok(Some(Floats(Some(out))))
     }
 }

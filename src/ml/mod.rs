@@ -16,6 +16,7 @@ pub mod model;
 pub mod place;
 pub mod quant;
 pub mod reference;
+pub mod resident;
 pub mod reward;
 pub mod sampling;
 mod threads;

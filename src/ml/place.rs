@@ -34,6 +34,8 @@ pub struct Adapter {
     pub largest_binding: u64,
     /// The most bytes that the units of a workgroup share.
     pub shared_memory: u32,
+    /// The bytes of its own memory, where they are known.
+    pub memory: Option<u64>,
 }
 
 /// What a GPU was made to do.
@@ -51,6 +53,23 @@ pub struct Work {
     pub downloaded_bytes: u64,
     /// The most bytes that were held at a time.
     pub peak_bytes: u64,
+    /// The bytes that are reserved, for buffers that are held and for those to come.
+    pub reserved_bytes: u64,
+}
+
+impl Work {
+    /// What was done since an earlier time.
+    #[must_use]
+    pub fn since(self, before: Self) -> Self {
+        Self {
+            launches: self.launches - before.launches,
+            uploads: self.uploads - before.uploads,
+            uploaded_bytes: self.uploaded_bytes - before.uploaded_bytes,
+            downloads: self.downloads - before.downloads,
+            downloaded_bytes: self.downloaded_bytes - before.downloaded_bytes,
+            ..self
+        }
+    }
 }
 
 /// The sentence of a program without the feature.
@@ -129,6 +148,35 @@ impl Place {
         }
     }
 
+    /// The first GPU, opened once for all tests, as a place where nothing was done yet; `None` where there is no GPU, which is a failure with
+    /// `PIPELINE_NEEDS_GPU=1`. Mesa's lavapipe is one that every processor can play.
+    #[cfg(all(test, feature = "gpu"))]
+    #[expect(
+        clippy::disallowed_methods,
+        clippy::print_stderr,
+        reason = "a switch and a notice of the tests alone"
+    )]
+    pub(in crate::ml) fn of_tests() -> Option<Self> {
+        use std::sync::OnceLock;
+
+        static DEVICE: OnceLock<Option<gpu::Device>> = OnceLock::new();
+        let opened = DEVICE.get_or_init(|| match gpu::Device::open(0) {
+            Ok(device) => Some(device),
+            Err(why) => {
+                let needed =
+                    std::env::var_os("PIPELINE_NEEDS_GPU").is_some_and(|value| value == "1");
+                assert!(!needed, "{why}");
+                eprintln!("skipped: {why}");
+                None
+            }
+        });
+        opened.as_ref().map(|device| Self {
+            wanted: Wanted::Gpu(0),
+            gpu: Some(Arc::new(device.again())),
+            instead: None,
+        })
+    }
+
     /// The GPU, if it is one.
     pub fn adapter(&self) -> Option<Adapter> {
         #[cfg(feature = "gpu")]
@@ -169,6 +217,7 @@ fn described(adapter: &gpu::Adapter) -> Adapter {
         software: adapter.software,
         largest_binding: adapter.largest_binding,
         shared_memory: adapter.shared_memory,
+        memory: adapter.memory,
     }
 }
 
@@ -200,5 +249,6 @@ fn work(device: &gpu::Device) -> Work {
         downloads: counts.downloads,
         downloaded_bytes: counts.downloaded_bytes,
         peak_bytes: counts.peak_bytes,
+        reserved_bytes: device.reserved(),
     }
 }

@@ -70,6 +70,11 @@ pub fn train(
     job.check(settings)?;
     let mut trainer = Trainer::new(job, settings);
     let passed_over = trainer.resume()?;
+    trainer
+        .optimizer
+        .hold(&trainer.model.parameters, |tensors| {
+            job.execution.hold(tensors)
+        })?;
     let beginning = Step {
         passed_over,
         ..trainer.step()
@@ -200,7 +205,7 @@ impl<'a> Trainer<'a> {
     /// The forward and backward passes of a step's micro-batches, as many of them in one pass as fit. `None` if the callback stops the
     /// training in between.
     fn accumulate(
-        &self,
+        &mut self,
         group: &Group,
         report: &mut Report<'_>,
     ) -> anyhow::Result<Option<Accumulated>> {
@@ -294,8 +299,13 @@ impl<'a> Trainer<'a> {
             tokens,
             mut fault,
         } = accumulated;
-        optim::scale(&mut gradients.0, 1. / self.state.scaler.scale)?;
-        let grad_norm = optim::clip(&mut gradients.0, settings.max_grad_norm)?;
+        let unscale = 1. / self.state.scaler.scale;
+        let grad_norm = if self.optimizer.is_held() {
+            self.optimizer.held_norm(unscale, settings.max_grad_norm)?
+        } else {
+            optim::scale(&mut gradients.0, unscale)?;
+            optim::clip(&mut gradients.0, settings.max_grad_norm)?
+        };
         let learning_rate = match &self.state.adaptive {
             Some(adaptive) => adaptive.rate(),
             None => settings.learning_rate * self.schedule.factor(self.state.scheduled),
@@ -317,6 +327,8 @@ impl<'a> Trainer<'a> {
             self.optimizer
                 .step(&self.model.parameters, &gradients.0, learning_rate)?;
             self.state.scheduled += 1;
+        } else {
+            self.optimizer.clear_held_gradients();
         }
         if settings.loss_scaling {
             self.state.scaler.update(!is_finite);
@@ -409,6 +421,7 @@ impl<'a> Trainer<'a> {
                 && watch.load
                 && let Some(scratch) = job.scratch
             {
+                self.optimizer.copy_back(&self.model.parameters)?;
                 let digest = best::keep(scratch, self.model, self.state.step)?;
                 self.state.best.digest = Some(digest);
             }
@@ -429,10 +442,11 @@ impl<'a> Trainer<'a> {
         Ok(evaluated)
     }
 
-    fn keep_continuation(&self) -> anyhow::Result<()> {
+    fn keep_continuation(&mut self) -> anyhow::Result<()> {
         let Some(folder) = self.job.continuation else {
             return Ok(());
         };
+        self.optimizer.copy_back(&self.model.parameters)?;
         resume::keep_continuation(
             folder,
             self.model,
@@ -443,10 +457,11 @@ impl<'a> Trainer<'a> {
         )
     }
 
-    fn save_checkpoint(&self) -> anyhow::Result<()> {
+    fn save_checkpoint(&mut self) -> anyhow::Result<()> {
         let Some(scratch) = self.job.scratch else {
             return Ok(());
         };
+        self.optimizer.copy_back(&self.model.parameters)?;
         checkpoint::save(
             scratch,
             self.model,
@@ -456,7 +471,7 @@ impl<'a> Trainer<'a> {
         )
     }
 
-    fn save_checkpoint_if_due(&self) -> anyhow::Result<()> {
+    fn save_checkpoint_if_due(&mut self) -> anyhow::Result<()> {
         let is_due = self
             .state
             .step
@@ -467,14 +482,15 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    fn interrupted(&self) -> anyhow::Result<Ending> {
+    fn interrupted(&mut self) -> anyhow::Result<Ending> {
         self.save_checkpoint()?;
         Ok(Ending::Interrupted {
             step: self.state.step,
         })
     }
 
-    fn finish(self) -> anyhow::Result<Ending> {
+    fn finish(mut self) -> anyhow::Result<Ending> {
+        self.optimizer.release(&self.model.parameters)?;
         let (step, settings) = (self.state.step, self.settings);
         if let Some(folder) = self.job.continuation
             && step < self.total
@@ -496,7 +512,8 @@ impl<'a> Trainer<'a> {
         })
     }
 
-    fn fault(&self, what: &'static str, value: f64, rows: &[usize]) -> anyhow::Result<Fault> {
+    fn fault(&mut self, what: &'static str, value: f64, rows: &[usize]) -> anyhow::Result<Fault> {
+        self.optimizer.copy_back(&self.model.parameters)?;
         let (search, done) = (&self.search, self.state.step);
         Ok(Fault {
             step: done + 1,

@@ -14,6 +14,7 @@ use crate::ml::fused::Packing;
 use crate::ml::model::CausalLm;
 use crate::ml::model::arch::Arch;
 use crate::ml::model::batch::Row;
+use crate::ml::model::linear::Pass;
 use crate::ml::place::{Place, Wanted};
 use crate::text::tokenizer::special_tokens;
 
@@ -151,7 +152,18 @@ pub(in crate::stages) fn execution_on<'m>(
     packing: Packing,
     place: &Place,
 ) -> anyhow::Result<Execution<'m>> {
-    let execution = Execution::placed(model, packing, place);
+    execution_of(cx, model, packing, place, Pass::INFER)
+}
+
+/// The same for passes of the kind of `pass`.
+pub(in crate::stages) fn execution_of<'m>(
+    cx: &Context,
+    model: &'m CausalLm,
+    packing: Packing,
+    place: &Place,
+    pass: Pass,
+) -> anyhow::Result<Execution<'m>> {
+    let execution = Execution::placed(model, packing, place, pass);
     let execution = execution.map_err(|why| no_device(cx.device(), &why))?;
     match (place.adapter(), execution.kind()) {
         (Some(adapter), Kind::Gpu(_)) => {
@@ -164,7 +176,10 @@ pub(in crate::stages) fn execution_on<'m>(
             cx.note("device", device);
             cx.info(format!("computes on {} ({})", adapter.name, adapter.driver));
         }
-        (Some(_), _) => cx.info("computes on the processor: the GPU lacks what this model needs"),
+        (Some(_), _) => {
+            let why = execution.fallback().unwrap_or("it lacks something");
+            cx.info(format!("computes on the processor, for a GPU can't: {why}"));
+        }
         (None, _) => {}
     }
     note_fallback(cx, &execution);

@@ -95,6 +95,14 @@ fn a_training_goes_on_on_another_device() {
     let (begun, _) = record(&project, &ended.stdout);
     assert!(begun["notes"]["device"]["name"].is_string(), "{begun}");
     assert!(begun["notes"]["gpu_work"]["launches"].as_u64() > Some(100));
+    let step = &begun["notes"]["gpu_work_of_last_step"];
+    assert!(step["launches"].as_u64() > Some(20), "{begun}");
+    // The trained tensors have stayed where they are, and what the GPU was expected to hold is told.
+    let copied =
+        step["uploaded_bytes"].as_u64().unwrap() + step["downloaded_bytes"].as_u64().unwrap();
+    let trained = begun["notes"]["trained_parameters"].as_u64().unwrap();
+    assert!(copied < 4 * trained, "{step}, {trained} trained numbers");
+    assert!(begun["notes"]["gpu_memory_estimate"]["weights"].is_u64());
     // It goes on from the end of the shorter training.
     let (_, gone_on) = record(&project, &project.succeeds(&arguments(all, "cpu")));
     let plain = Project::with_recipes();
@@ -115,4 +123,36 @@ fn a_training_goes_on_on_another_device() {
     for (a, b) in ours.iter().zip(&theirs) {
         assert!((a - b).abs() < 1e-4 * b.abs(), "{ours:?} {theirs:?}");
     }
+}
+
+/// What the fast path lacks is refused by a GPU that was asked for by name, with its name; `auto` leaves it to the processor, and says why.
+#[cfg(feature = "gpu")]
+#[test]
+#[expect(clippy::disallowed_methods, reason = "a switch of the tests alone")]
+fn what_a_gpu_lacks_is_told() {
+    let needed = std::env::var_os("PIPELINE_NEEDS_GPU").is_some_and(|value| value == "1");
+    let project = Project::with_recipes();
+    let run = |device: &'static str| {
+        let settings = [
+            "stages.base.train_sft.max_steps=1",
+            "stages.base.train_sft.fp16=true",
+        ];
+        let all = ["run", "recipes/quickstart.yaml", "base", "--device", device];
+        let settings = settings.iter().flat_map(|setting| ["--set", setting]);
+        project.run(&all.into_iter().chain(settings).collect::<Vec<_>>())
+    };
+    let refused = run("gpu");
+    if refused.stderr.contains("there is no GPU") && !needed {
+        eprintln!("skipped: {}", refused.stderr);
+        return;
+    }
+    assert_eq!(refused.code, Some(1));
+    let why = "`device: gpu` can't be had: products run in f16";
+    assert!(refused.stderr.contains(why), "{}", refused.stderr);
+    let computed = run("auto");
+    assert_eq!(computed.code, Some(0), "{}", computed.stderr);
+    let told = format!("{}{}", computed.stdout, computed.stderr);
+    // Where there is no GPU but lavapipe, `auto` says that.
+    assert!(told.contains("computes on the processor"), "{told}");
+    assert!(told.contains("reference path"), "{told}");
 }

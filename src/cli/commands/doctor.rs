@@ -220,8 +220,10 @@ fn devices() -> Vec<Finding> {
         } else {
             ""
         };
+        let memory = adapter.memory.map(bytes);
+        let memory = memory.map_or_else(String::new, |memory| format!("{memory} of memory, "));
         let found = format!(
-            "gpu:{number}: {}{software} ({}, {}); buffers to {}, {} shared by a workgroup",
+            "gpu:{number}: {}{software} ({}, {}); {memory}buffers to {}, {} shared by a workgroup",
             adapter.name,
             adapter.driver,
             adapter.interface,

@@ -18,6 +18,7 @@ use crate::ml::model::head::Positions;
 use crate::ml::model::linear::Pass;
 use crate::ml::model::{self, CausalLm, Gradients, have_same_angles};
 use crate::ml::reference::CachedSequences;
+use crate::ml::resident::{Resident, TrainedTensor};
 
 /// The largest number of tokens in a pass of several micro-batches; larger passes would save nothing more.
 pub(super) const TOKENS: usize = 2048;
@@ -65,6 +66,12 @@ fn unsupported_feature(model: &CausalLm) -> Option<String> {
         return Some("the adapter is a DoRA".into());
     }
     None
+}
+
+/// What the fast path lacks for passes of this kind through a model, if there is something.
+pub(in crate::ml) fn unsupported_pass(model: &CausalLm, pass: Pass) -> Option<Unsupported> {
+    let lacks = pass.label_smoothing > 0. && model.arch.logit_softcap.is_some();
+    lacks.then(|| Unsupported("label smoothing of logits with a soft-cap".into()))
 }
 
 impl<'m> Fused<'m> {
@@ -193,8 +200,8 @@ impl<D: Device> Backend for Fused<'_, D> {
         pass: Pass,
         checkpointing: bool,
     ) -> Result<Box<dyn ForwardPass + 'a>> {
-        if pass.label_smoothing > 0. && self.model.arch.logit_softcap.is_some() {
-            bail!("the fast path does not compute label smoothing of logits with a soft-cap")
+        if let Some(why) = unsupported_pass(self.model, pass) {
+            candle_core::bail!("the fast path can't compute this: {why}")
         }
         let (forward, _) = Forward::new(self, batches, pass, checkpointing, false)?;
         Ok(Box::new(Run {
@@ -255,6 +262,21 @@ impl<D: Device> Backend for Fused<'_, D> {
             *slot = Some(states);
         }
         Ok(Some(lowest))
+    }
+
+    fn hold(&self, tensors: &[TrainedTensor<'_>]) -> Result<Option<Box<dyn Resident>>> {
+        let is_part = |weight: &model::linear::Weight| {
+            let whole = weight.stored(Pass::INFER).id();
+            let trained = weight.trained();
+            trained.is_some_and(|var| var.as_tensor().id() != whole)
+        };
+        if [&self.model.embed, self.model.head()]
+            .into_iter()
+            .any(is_part)
+        {
+            return Ok(None);
+        }
+        self.device.hold(tensors)
     }
 }
 

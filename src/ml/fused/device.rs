@@ -11,7 +11,7 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
-use candle_core::Result;
+use candle_core::{Result, Var};
 use pipeline_kernels::attention::{Heads, Scores, Spans};
 use pipeline_kernels::dropout::Dropout;
 use pipeline_kernels::gated::Activation;
@@ -22,6 +22,7 @@ use pipeline_kernels::vocabulary::Summary;
 use super::weights::{BaseWeight, TensorView};
 use crate::ml::model::CausalLm;
 use crate::ml::model::linear::{Pass, Weight};
+use crate::ml::resident::{Resident, TrainedTensor};
 
 /// A weight (rows, columns), or its transpose, as the left factor of a product.
 pub(in crate::ml) trait Transpose: Clone {
@@ -474,4 +475,40 @@ pub(in crate::ml) trait Device: Send + Sync + Sized {
         of_tokens: Vec<f32>,
         of_features: &[f64],
     ) -> Result<f64>;
+
+    /// See [`crate::ml::backend::Backend::hold`].
+    ///
+    /// # Errors
+    /// There is no room for them.
+    fn hold(&self, _: &[TrainedTensor<'_>]) -> Result<Option<Box<dyn Resident>>> {
+        Ok(None)
+    }
+
+    /// The sum of the gradients with respect to a trained tensor that the device holds.
+    fn held_gradient(&self, _: &Var) -> Option<Self::Buffer> {
+        None
+    }
+
+    /// The sum of the rows of a weight that the device holds, with `half` of its values rounded to bf16.
+    ///
+    /// # Errors
+    /// An operation before this failed.
+    fn held_column_sums(&self, _: &TensorView<'_>, _half: bool) -> Result<Option<Vec<f64>>> {
+        Ok(None)
+    }
+
+    /// Panels of `features` that are, for each token, a row of table `number`, which the device keeps: `make` gives the first rows of it, as many
+    /// as it is asked for, in panels. `None` where a table is not worth keeping.
+    ///
+    /// # Errors
+    /// `make` fails, or there is no room for the table.
+    fn table_rows(
+        &self,
+        _number: usize,
+        _features: usize,
+        _rows: &[usize],
+        _make: &dyn Fn(usize) -> Result<Vec<f32>>,
+    ) -> Result<Option<Self::Buffer>> {
+        Ok(None)
+    }
 }

@@ -236,8 +236,8 @@ pub(super) fn score<D: Device>(
         device.multiply(&mut scored.expected_head_row, hidden, &inverse);
         if smoothing > 0. {
             let factor = -(smoothing / model.arch.head_rows() as f64);
-            let sum = model.column_sum(forward.pass)?.to_vec1::<f64>()?;
-            let row: Vec<f32> = sum.iter().map(|sum| (factor * sum) as f32).collect();
+            let sums = forward.column_sums()?;
+            let row: Vec<f32> = sums.iter().map(|sum| (factor * sum) as f32).collect();
             let mut panels = vec![0f32; size(hidden, count)];
             fill(&mut panels, hidden, count, |_| &row);
             device.add(&mut scored.expected_head_row, &device.upload(panels), 1.);
@@ -286,17 +286,27 @@ pub(super) fn backward_scores<D: Device>(
     trainable: &mut Trainable<'_, D>,
 ) -> Result<D::Buffer> {
     let (model, device, hidden) = (forward.model, forward.device, forward.shape.hidden);
-    let weight = model.head().value(forward.pass).to_dtype(DType::F32)?;
-    let weight = weight.flatten_all()?.to_vec1::<f32>()?;
     let tokens = targets.iter().map(|target| token(&forward.layout, target));
     let tokens: Vec<usize> = tokens.collect::<Result<_>>()?;
-    let mut grad_hidden = vec![0f32; device.length(&forward.hidden)];
-    for (&token, g) in tokens.iter().zip(grad_scores) {
-        let out = &mut grad_hidden[token / LANES * hidden * LANES + token % LANES..];
-        for (out, w) in out.iter_mut().step_by(LANES).zip(&weight) {
-            *out += g * w;
+    let grad_hidden = if D::ON_HOST {
+        let weight = model.head().value(forward.pass).to_dtype(DType::F32)?;
+        let weight = weight.flatten_all()?.to_vec1::<f32>()?;
+        let mut grad_hidden = vec![0f32; device.length(&forward.hidden)];
+        for (&token, g) in tokens.iter().zip(grad_scores) {
+            let out = &mut grad_hidden[token / LANES * hidden * LANES + token % LANES..];
+            for (out, w) in out.iter_mut().step_by(LANES).zip(&weight) {
+                *out += g * w;
+            }
         }
-    }
+        device.upload(grad_hidden)
+    } else {
+        let mut grad_hidden = device.zeros(device.length(&forward.hidden));
+        let mut rows = device.zeros(size(hidden, tokens.len()));
+        let ids = vec![0; tokens.len()];
+        device.lookup(model.head(), forward.pass, &ids, 1., &mut rows)?;
+        device.scatter(&rows, hidden, grad_scores, &tokens, &mut grad_hidden);
+        grad_hidden
+    };
     if model.head().trained().is_some() {
         let rows: Vec<(usize, f32, usize)> = tokens
             .iter()
@@ -308,7 +318,7 @@ pub(super) fn backward_scores<D: Device>(
             Ok(())
         })?;
     }
-    Ok(device.upload(grad_hidden))
+    Ok(grad_hidden)
 }
 
 impl<D: Device> Scored<D> {

@@ -35,7 +35,7 @@ use super::model::batch::{Batch, Target};
 use super::model::head::Positions;
 use super::model::linear::Pass;
 use super::model::{self, CausalLm, Gradients, have_same_angles};
-pub(super) use backend::Fused;
+pub(super) use backend::{Fused, unsupported_pass};
 pub use backend::{Unsupported, pass_size_of};
 pub(super) use cpu::Cpu;
 use device::Device;
@@ -203,13 +203,22 @@ impl<'m, D: Device> Forward<'m, D> {
             let sums = head::capped_sums(self, tokens, cap as f32)?;
             return Ok(sums.into_iter().map(|sum| sum / vocabulary).collect());
         }
-        let sums = self.model.column_sum(self.pass)?.to_vec1::<f64>()?;
+        let sums = self.column_sums()?;
         let hidden = self.shape.hidden;
         let totals = self
             .device
             .token_dots(&self.hidden, hidden, tokens, &sums)?;
         let mean = |total: f64| total * arch.logit_scale / vocabulary;
         Ok(totals.into_iter().map(mean).collect())
+    }
+
+    /// The sum of the head's rows (hidden).
+    fn column_sums(&self) -> Result<Vec<f64>> {
+        let head = TensorView::weight(self.model.head(), self.pass)?;
+        match self.device.held_column_sums(&head, self.shape.half)? {
+            Some(sums) => Ok(sums),
+            None => self.model.column_sum(self.pass)?.to_vec1(),
+        }
     }
 
     /// See [`super::model::head::mean_logit`]; `from` counts the sequences of all batches. If padding is left out, the mean is taken over
@@ -239,7 +248,7 @@ impl<'m, D: Device> Forward<'m, D> {
                 .sum();
             return Ok(total / all as f64);
         }
-        let sums = self.model.column_sum(self.pass)?.to_vec1::<f64>()?;
+        let sums = self.column_sums()?;
         let hidden = self.shape.hidden;
         let total = self
             .device

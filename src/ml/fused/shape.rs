@@ -59,6 +59,10 @@ impl<D: Device> Shape<D> {
         let tokens = layout.ids.len();
         let ropes = 0..arch.ropes.len();
         let angles = ropes.map(|rope| {
+            let known = angles_of_positions(arch, rope, layout, device)?;
+            if let Some(known) = known {
+                return Ok(known);
+            }
             let (cos, sin) = angles(arch, rope, layout)?;
             Ok((device.upload(cos), device.upload(sin)))
         });
@@ -156,12 +160,43 @@ fn angles(arch: &Arch, rope: usize, layout: &Layout) -> Result<(Vec<f32>, Vec<f3
             }
         }
     }
-    let panels = |rows: &[f32]| {
-        let mut out = vec![0.; size(pairs, tokens)];
-        fill(&mut out, pairs, tokens, |token| {
-            &rows[token * pairs..][..pairs]
-        });
-        out
+    Ok((in_panels(&cos, pairs), in_panels(&sin, pairs)))
+}
+
+/// Rows of `width` as the tokens of panels.
+fn in_panels(rows: &[f32], width: usize) -> Vec<f32> {
+    let tokens = rows.len() / width.max(1);
+    let mut out = vec![0.; size(width, tokens)];
+    fill(&mut out, width, tokens, |token| {
+        &rows[token * width..][..width]
+    });
+    out
+}
+
+/// The same from tables that the device keeps, if it does and if the angles depend on nothing but positions.
+fn angles_of_positions<D: Device>(
+    arch: &Arch,
+    rope: usize,
+    layout: &Layout,
+    device: &D,
+) -> Result<Option<(D::Buffer, D::Buffer)>> {
+    let pairs = arch.rotary_dim / 2;
+    if pairs == 0 || !model::have_same_angles(arch, 1, usize::MAX) {
+        return Ok(None);
+    }
+    let table = |is_sine: bool| {
+        let make = |positions: usize| {
+            let cpu = &candle_core::Device::Cpu;
+            let (cos, sin) = model::angles(arch, rope, 0..positions, positions, cpu)?;
+            let all = if is_sine { sin } else { cos };
+            Ok(in_panels(&all.flatten_all()?.to_vec1::<f32>()?, pairs))
+        };
+        device.table_rows(
+            2 * rope + usize::from(is_sine),
+            pairs,
+            &layout.positions,
+            &make,
+        )
     };
-    Ok((panels(&cos), panels(&sin)))
+    Ok(table(false)?.zip(table(true)?))
 }

@@ -25,13 +25,17 @@ impl<'a, D: Device> Trainable<'a, D> {
         }
     }
 
-    /// Adds a gradient if `weight` is trained. `make` is given zeros, as many as the weight has elements, and adds the gradient to them.
+    /// Adds a gradient if `weight` is trained. `make` is given as many floats as the weight has elements, and adds the gradient to them: zeros,
+    /// or the sum that the device holds.
     pub(super) fn add(
         &mut self,
         weight: &Weight,
         make: impl FnOnce(&D, &mut D::Buffer) -> Result<()>,
     ) -> Result<()> {
         if let Some(var) = weight.trained() {
+            if let Some(mut sum) = self.device.held_gradient(var) {
+                return make(self.device, &mut sum);
+            }
             let mut sum = self.device.zeros(var.elem_count());
             make(self.device, &mut sum)?;
             self.pending.push((var.clone(), sum));

@@ -1,13 +1,27 @@
 //! The copies of weights that a GPU keeps from pass to pass.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard};
 
-use candle_core::{Result, TensorId};
+use candle_core::{Error, Result, TensorId};
 use pipeline_kernels::matrix::Values;
 use pipeline_kernels_gpu as gpu;
 
-use super::failed;
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "the signature that `map_err` takes"
+)]
+pub(super) fn failed(error: gpu::Error) -> Error {
+    Error::Msg(error.to_string())
+}
+
+/// What a lock guards, also after a panic of another thread.
+pub(super) fn lock<T>(guarded: &Mutex<T>) -> MutexGuard<'_, T> {
+    match guarded.lock() {
+        Ok(guard) => guard,
+        Err(poisoned) => poisoned.into_inner(),
+    }
+}
 
 /// A copy that no pass of so many used is dropped.
 const PASSES: u64 = 32;
@@ -28,11 +42,21 @@ struct Copied<T> {
     used: u64,
 }
 
+/// A trained tensor whose values are the device's own.
+pub(super) struct HeldTensor {
+    /// It as a weight, if it is a matrix.
+    pub(super) weight: Option<Arc<gpu::Weight>>,
+    pub(super) values: Arc<gpu::Buffer>,
+    /// The sum of its gradients.
+    pub(super) gradient: gpu::Buffer,
+}
+
 /// Copies of weights and of vectors.
 #[derive(Default)]
 pub(super) struct Copies {
     weights: HashMap<Key, Copied<gpu::Weight>>,
     vectors: HashMap<TensorId, Copied<gpu::Buffer>>,
+    held: HashMap<TensorId, HeldTensor>,
     pass: u64,
 }
 
@@ -53,6 +77,23 @@ impl Copies {
         }
     }
 
+    /// From now on takes a tensor's values from the device.
+    pub(super) fn hold(&mut self, id: TensorId, tensor: HeldTensor) {
+        self.weights.remove(&Key::Tensor(id));
+        self.vectors.remove(&id);
+        self.held.insert(id, tensor);
+    }
+
+    /// Takes a tensor's values from the host again.
+    pub(super) fn release(&mut self, id: TensorId) {
+        self.held.remove(&id);
+    }
+
+    /// A tensor whose values are the device's own.
+    pub(super) fn held(&self, id: TensorId) -> Option<&HeldTensor> {
+        self.held.get(&id)
+    }
+
     /// The copy of a weight (rows, columns), which is made or brought up to date.
     pub(super) fn weight(
         &mut self,
@@ -61,6 +102,14 @@ impl Copies {
         values: Values<'_>,
         (rows, columns): (usize, usize),
     ) -> Result<Arc<gpu::Weight>> {
+        if let Key::Tensor(id) = key
+            && let Some(HeldTensor {
+                weight: Some(weight),
+                ..
+            }) = self.held.get(&id)
+        {
+            return Ok(Arc::clone(weight));
+        }
         let used = self.pass;
         if let Some(entry) = self.weights.get_mut(&key) {
             entry.used = used;
@@ -92,6 +141,9 @@ impl Copies {
         id: TensorId,
         values: &[f32],
     ) -> Result<Arc<gpu::Buffer>> {
+        if let Some(held) = self.held.get(&id) {
+            return Ok(Arc::clone(&held.values));
+        }
         let used = self.pass;
         if let Some(entry) = self.vectors.get_mut(&id)
             && entry.fresh

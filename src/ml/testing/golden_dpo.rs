@@ -9,25 +9,13 @@ use serde::Deserialize;
 use super::golden::{far, folder, model};
 use super::golden_compare::{Comparison, EXACT, Tolerance, json};
 use super::golden_runs::{job, settings};
+use super::kinds::kinds;
 use crate::ml::execution::{Execution, Kind};
-use crate::ml::fused::Packing;
 use crate::ml::loss::dpo::Dpo;
 use crate::ml::model::batch::Row;
 use crate::ml::model::{CausalLm, Trained};
 use crate::ml::train::schedule::SchedulerType;
 use crate::ml::train::{Ending, Every, Job, Log, Passes, ReferenceModel, Settings, train};
-
-const KINDS: [Kind; 3] = [
-    Kind::Reference,
-    Kind::Fused(Packing {
-        padding_free: false,
-        share_prompts: false,
-    }),
-    Kind::Fused(Packing {
-        padding_free: true,
-        share_prompts: true,
-    }),
-];
 
 fn loss() -> Dpo {
     Dpo::sigmoid(0.1, 0.)
@@ -121,7 +109,7 @@ fn an_adapter_against_its_base_is_that_of_trl() {
         ..settings()
     };
     let (mut rows, mut eval_rows) = (rows(), rows()[..5].to_vec());
-    for kind in KINDS {
+    for kind in kinds() {
         let model = adapted("model", "adapter_init", Trained::Adapter);
         let execution = Execution::new(&model, kind);
         let job = Job {
@@ -173,7 +161,7 @@ fn an_adapter_on_4_bits_is_that_of_trl() {
         grad_norm: 1e-3,
         ..CLOSE
     };
-    for kind in KINDS {
+    for kind in kinds() {
         let model = adapted("model_nf4", "adapter_init", Trained::Adapter);
         let execution = Execution::new(&model, kind);
         let job = Job {
@@ -192,7 +180,7 @@ fn an_adapter_against_a_second_model_is_that_of_trl() {
     let rows = rows();
     for (name, adapter) in [("initial", "adapter_init"), ("second", "adapter_final")] {
         let reference = adapted("model", adapter, Trained::Nothing);
-        for kind in KINDS {
+        for kind in kinds() {
             // The reference need not be run the same way.
             for other in [kind, Kind::Reference] {
                 let model = adapted("model", "adapter_init", Trained::Adapter);
@@ -226,7 +214,7 @@ fn every_weight_against_the_model_before_is_that_of_trl() {
     };
     let rows = rows();
     let reference = model("model", None, Trained::Nothing, DType::F32);
-    for kind in KINDS {
+    for kind in kinds() {
         let model = model("model", None, Trained::Everything, DType::F32);
         let execution = Execution::new(&model, kind);
         let reference = Execution::new(&reference, kind);
@@ -249,7 +237,7 @@ fn label_smoothing_is_that_of_trl() {
         ..epoch()
     };
     let rows = rows();
-    for kind in KINDS {
+    for kind in kinds() {
         let model = adapted("model", "adapter_init", Trained::Adapter);
         let execution = Execution::new(&model, kind);
         let job = Job {

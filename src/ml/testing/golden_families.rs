@@ -7,7 +7,8 @@ use candle_core::{DType, Device, Tensor};
 
 use super::golden::{far, folder, logits, prompt, rows, tensors};
 use super::golden_compare::{Comparison, EXACT, Tolerance, json};
-use super::golden_runs::{KINDS, LOOSE, job, settings};
+use super::golden_runs::{LOOSE, job, settings};
+use super::kinds::kinds;
 use super::losses;
 use crate::ml::adapter::Adapter;
 use crate::ml::execution::{Execution, Kind};
@@ -227,7 +228,7 @@ fn log_probabilities_are_those_of_transformers_on_every_path() {
             })
             .collect();
         let model = model(family, "adapter_init", Trained::Nothing);
-        for kind in KINDS {
+        for kind in kinds() {
             let execution = execute(&model, kind);
             let mut forward = execution.forward(&[&batch], Pass::INFER, false).unwrap();
             let scores = forward.score(&targets, false).unwrap();
@@ -270,7 +271,7 @@ fn run(
 fn trainings_are_those_of_trl() {
     for family in FAMILIES {
         let golden = adapter(family, "adapter_final");
-        for kind in KINDS {
+        for kind in kinds() {
             let model = model(family, "adapter_init", Trained::Adapter);
             let execution = execute(&model, kind);
             let mut comparison = run(family, &execution, &settings(), "log_history", NEAR);
@@ -304,7 +305,7 @@ fn trainings_on_a_4_bit_base_are_those_of_trl() {
         let report = quantize::quantize(&path(family), out.path(), plain, None, &mut ignore);
         assert_eq!(report.unwrap().quantised, projections(family));
         let adapter = adapter(family, "adapter_init");
-        for kind in KINDS {
+        for kind in kinds() {
             let model = load(out.path(), Some(&adapter), Trained::Adapter);
             let execution = execute(&model, kind);
             run(family, &execution, &settings, "nf4_log_history", LOOSE).end();

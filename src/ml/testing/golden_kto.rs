@@ -8,26 +8,14 @@ use super::golden::model;
 use super::golden_compare::{Comparison, EXACT, Tolerance, json};
 use super::golden_dpo::logs;
 use super::golden_runs::{job, settings};
+use super::kinds::kinds;
 use crate::ml::execution::{Execution, Kind};
-use crate::ml::fused::Packing;
 use crate::ml::loss::kto::{Kto, LossType, pair_with_neighbours};
 use crate::ml::model::Trained;
 use crate::ml::model::batch::Row;
 use crate::ml::model::linear::Pass;
 use crate::ml::train::evaluate::labelled as labelled_rows;
 use crate::ml::train::{Every, Job, Passes, ReferenceModel, Settings};
-
-const KINDS: [Kind; 3] = [
-    Kind::Reference,
-    Kind::Fused(Packing {
-        padding_free: false,
-        share_prompts: false,
-    }),
-    Kind::Fused(Packing {
-        padding_free: true,
-        share_prompts: true,
-    }),
-];
 
 /// As for `golden_dpo`: rewards are small differences of large sums.
 const CLOSE: Tolerance = Tolerance {
@@ -202,7 +190,7 @@ fn trainings_are_those_of_trl() {
         "short",
         "initial",
     ] {
-        for kind in KINDS {
+        for kind in kinds() {
             compare(name, kind, tolerance(name), false);
         }
     }
@@ -218,7 +206,7 @@ fn an_adapter_on_4_bits_is_that_of_trl() {
         grad_norm: 1e-3,
         ..CLOSE
     };
-    for kind in KINDS {
+    for kind in kinds() {
         compare("nf4", kind, loose, false);
     }
 }

@@ -8,9 +8,9 @@ use super::golden::folder;
 use super::golden_compare::{Comparison, EXACT, Tolerance, json};
 use super::golden_dpo::logs;
 use super::golden_runs::{job, settings};
+use super::kinds::kinds;
 use crate::ml::adapter::Adapter;
 use crate::ml::execution::{Execution, Kind};
-use crate::ml::fused::Packing;
 use crate::ml::io::weights::{self, Weights};
 use crate::ml::loss::reward::Reward;
 use crate::ml::model::batch::{Row, Sequence};
@@ -20,18 +20,6 @@ use crate::ml::model::{CausalLm, Trained, tied};
 use crate::ml::reward::{add_score_head, score};
 use crate::ml::train::evaluate::rewards;
 use crate::ml::train::{Every, Job, Passes, ReferenceModel, Settings};
-
-const KINDS: [Kind; 3] = [
-    Kind::Reference,
-    Kind::Fused(Packing {
-        padding_free: false,
-        share_prompts: false,
-    }),
-    Kind::Fused(Packing {
-        padding_free: true,
-        share_prompts: true,
-    }),
-];
 
 #[derive(Deserialize)]
 struct Pair {
@@ -161,7 +149,7 @@ const CLOSE: Tolerance = Tolerance {
 #[test]
 fn trainings_are_those_of_trl() {
     for name in ["base", "centered", "margin", "full"] {
-        for kind in KINDS {
+        for kind in kinds() {
             let after = compare(name, kind, CLOSE);
             if name == "base" || name == "full" {
                 near_golden(name, &after);
@@ -178,7 +166,7 @@ fn an_adapter_on_4_bits_is_that_of_trl() {
         grad_norm: 1e-3,
         ..EXACT
     };
-    for kind in KINDS {
+    for kind in kinds() {
         compare("nf4", kind, loose);
     }
 }
@@ -189,7 +177,7 @@ fn adapters_of_peft_give_its_scores() {
     let base = base("model");
     let adapter = Adapter::load(&folder("reward/adapter")).unwrap();
     let rows = rows(false);
-    for kind in KINDS {
+    for kind in kinds() {
         let model = load(base.path(), Some(&adapter), Trained::Nothing);
         near_golden("base", &scores(&Execution::new(&model, kind), &rows));
     }
@@ -248,7 +236,7 @@ fn preferences_are_scored_by_what_both_answers_get() {
         ("min_reward", all().fold(f64::MAX, f64::min)),
     ];
     let rows = rows(false);
-    for kind in KINDS {
+    for kind in kinds() {
         let model = load(base.path(), Some(&adapter), Trained::Nothing);
         let execution = Execution::new(&model, kind);
         let passes = Passes {

@@ -12,7 +12,8 @@ use tempfile::TempDir;
 
 use super::golden::{far, folder, logits, tensors};
 use super::golden_compare::{Comparison, EXACT, json};
-use super::golden_runs::{KINDS, job, settings};
+use super::golden_runs::{job, settings};
+use super::kinds::kinds;
 use crate::ml::adapter::{Adapter, DELTA, FILE, Names, NewAdapter};
 use crate::ml::execution::{Execution, Kind};
 use crate::ml::io::weights::{Weights, save};
@@ -171,7 +172,7 @@ fn trainings_of_tokens_are_those_of_trl() {
     for case in CASES {
         let base = base(case);
         let expected = tensors(&format!("tokens/{case}_final/{FILE}"));
-        for kind in KINDS {
+        for kind in kinds() {
             let start = adapter(&format!("{case}_init"));
             let model = load(base.path(), Some(&start), Trained::Adapter);
             let logs = logs(&model, kind, &rows);

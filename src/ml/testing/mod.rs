@@ -14,4 +14,7 @@ mod golden_peft;
 mod golden_reward;
 pub(in crate::ml) mod golden_runs;
 mod golden_tokens;
+#[cfg(feature = "gpu")]
+mod gpu_training;
+pub(in crate::ml) mod kinds;
 pub(in crate::ml) mod losses;

@@ -75,6 +75,8 @@ pub struct Estimate {
     pub memory: BTreeMap<&'static str, u64>,
     /// Their sum.
     pub peak: u64,
+    /// Bytes by part that a device with memory of its own holds in a step, if the passes run there.
+    pub on_device: BTreeMap<&'static str, u64>,
 }
 
 /// The steps that are dealt out to find the longest pass; those behind them are much the same.
@@ -313,6 +315,24 @@ impl Planned<'_> {
         let weights = bytes.frozen + bytes.trained + reference.frozen + reference.adapter;
         let gradients = bytes.elements * float;
         let largest = bytes.largest * float;
+        let optimizer = if settings.optimizer.is_held() {
+            bytes.optimizer
+        } else {
+            0
+        };
+        let on_device = [
+            (
+                "weights",
+                bytes.frozen + reference.frozen + reference.adapter,
+            ),
+            ("trained tensors", gradients),
+            ("gradients", gradients),
+            ("optimiser", optimizer),
+            ("kept activations", passes.kept),
+            ("working buffers", passes.working),
+            ("head", passes.head),
+        ];
+        let on_device = on_device.into_iter().filter(|(_, bytes)| *bytes > 0);
         let always = [
             ("base of the process", base as usize),
             ("weights", weights),
@@ -349,6 +369,9 @@ impl Planned<'_> {
             longest_pass: dealt.longest.tokens as u64,
             memory: memory.map(|(part, bytes)| (*part, *bytes as u64)).collect(),
             peak,
+            on_device: on_device
+                .map(|(part, bytes)| (part, bytes as u64))
+                .collect(),
         })
     }
 

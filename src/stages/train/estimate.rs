@@ -1,6 +1,8 @@
 //! What a training will take: told before its weights are read, compared with the machine, and kept in the record beside what was
 //! measured.
 
+use std::collections::BTreeMap;
+
 use anyhow::bail;
 
 use super::inputs::Inputs;
@@ -14,8 +16,16 @@ use crate::ml::train::estimate::{Planned, Unloaded};
 /// What `pipeline estimate` assumes of a process that it can't measure.
 const BASE: u64 = 32 << 20;
 
+/// What a training will take.
+pub(super) struct Found {
+    /// Of the machine.
+    pub(super) estimate: Estimate,
+    /// Bytes by part of a GPU's memory, if the passes run on one.
+    pub(super) on_device: BTreeMap<String, u64>,
+}
+
 /// What the training will take.
-pub(super) fn estimate<M: Method>(method: &M, inputs: &Inputs) -> anyhow::Result<Estimate> {
+pub(super) fn estimate<M: Method>(method: &M, inputs: &Inputs) -> anyhow::Result<Found> {
     let own = match &inputs.reference.0 {
         Source::Own(folder, adapter) if !inputs.precomputes => {
             Some((tied::open(folder)?, adapter.as_deref()))
@@ -57,11 +67,14 @@ pub(super) fn estimate<M: Method>(method: &M, inputs: &Inputs) -> anyhow::Result
         ("longest_pass", found.longest_pass),
     ];
     let named = |(name, value): (&str, u64)| (name.to_owned(), value);
-    Ok(Estimate {
-        counts: counts.into_iter().map(named).collect(),
-        memory: found.memory.into_iter().map(named).collect(),
-        peak_memory: found.peak,
-        is_lower_bound: !planned.is_known(),
+    Ok(Found {
+        estimate: Estimate {
+            counts: counts.into_iter().map(named).collect(),
+            memory: found.memory.into_iter().map(named).collect(),
+            peak_memory: found.peak,
+            is_lower_bound: !planned.is_known(),
+        },
+        on_device: found.on_device.into_iter().map(named).collect(),
     })
 }
 
@@ -109,7 +122,7 @@ pub(super) fn tell(cx: &Context, estimate: &Estimate, inputs: &Inputs) -> anyhow
 }
 
 /// What takes most, the largest part first.
-fn parts(estimate: &Estimate) -> String {
+pub(super) fn parts(estimate: &Estimate) -> String {
     let parts = estimate.largest_first().into_iter();
     let parts: Vec<_> = parts
         .map(|(name, bytes)| format!("{name} {}", size(bytes)))
@@ -118,7 +131,7 @@ fn parts(estimate: &Estimate) -> String {
 }
 
 /// What to change for less memory, what helps most first.
-fn advice(estimate: &Estimate, inputs: &Inputs) -> String {
+pub(super) fn advice(estimate: &Estimate, inputs: &Inputs) -> String {
     let part = |name: &str| estimate.memory.get(name).copied().unwrap_or(0);
     let settings = &inputs.settings;
     let mut all = Vec::new();
@@ -156,7 +169,7 @@ fn advice(estimate: &Estimate, inputs: &Inputs) -> String {
 }
 
 /// Bytes in powers of 1000.
-fn size(bytes: u64) -> String {
+pub(super) fn size(bytes: u64) -> String {
     match bytes {
         0..1_000_000 => format!("{} kB", bytes.div_ceil(1000)),
         1_000_000..10_000_000_000 => format!("{} MB", bytes.div_ceil(1_000_000)),

@@ -6,6 +6,7 @@ mod first_steps;
 mod inputs;
 mod loss_types;
 pub mod method;
+mod on_gpu;
 mod preferences;
 mod process;
 mod reference;

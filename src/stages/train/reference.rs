@@ -9,6 +9,7 @@ use crate::engine::{Context, Input};
 use crate::ml::adapter::Adapter;
 use crate::ml::execution::Execution;
 use crate::ml::fused::Packing;
+use crate::ml::model::linear::Pass;
 use crate::ml::model::{CausalLm, Trained, tied};
 use crate::ml::place::Place;
 use crate::ml::train::ReferenceModel;
@@ -178,7 +179,7 @@ impl Loaded {
         place: &Place,
     ) -> anyhow::Result<Option<Execution<'_>>> {
         match self {
-            Self::Frozen(model) => match Execution::placed(model, packing, place) {
+            Self::Frozen(model) => match Execution::placed(model, packing, place, Pass::INFER) {
                 Ok(execution) => Ok(Some(execution)),
                 Err(why) => Err(anyhow!("the reference model can't run on the GPU: {why}")),
             },

@@ -12,20 +12,23 @@ use super::estimate;
 use super::first_steps::FirstSteps;
 use super::inputs::Inputs;
 use super::method::Method;
+use super::on_gpu::place_that_fits;
 use super::process::Resident;
 use super::reference::Loaded;
 use crate::engine::Context;
 use crate::ml::adapter::FILE;
-use crate::ml::execution::{Execution, Kind};
+use crate::ml::execution::Execution;
 use crate::ml::io::folder::{METRICS, TRAINER_STATE};
 use crate::ml::model::CausalLm;
 use crate::ml::model::batch::Row;
+use crate::ml::model::linear::Pass;
+use crate::ml::place::{Place, Work};
 use crate::ml::train::save::{save_adapter, save_model};
 use crate::ml::train::{
     Ending, Job, Log, Origin, Passes, ReferenceModel, Start, Step, continue_from, train,
     trainer_state,
 };
-use crate::stages::model_input::{execution_on, note_work, place};
+use crate::stages::model_input::{execution_of, note_work, place};
 use crate::stages::text::chat_template;
 
 /// Says where the training starts, and puts it into the record.
@@ -107,8 +110,10 @@ pub(super) fn run<M: Method>(
     arguments: &TrainingArguments,
 ) -> anyhow::Result<()> {
     let inputs = Inputs::read(cx, method, common, arguments)?;
-    let estimate = estimate::estimate(method, &inputs)?;
-    estimate::tell(cx, &estimate, &inputs)?;
+    let found = estimate::estimate(method, &inputs)?;
+    let estimate = &found.estimate;
+    estimate::tell(cx, estimate, &inputs)?;
+    let place = place_that_fits(cx, &found, &inputs, place(cx)?)?;
     let trained = inputs.trained();
     let Inputs {
         folder,
@@ -137,18 +142,12 @@ pub(super) fn run<M: Method>(
     let device = Device::Cpu;
     let model = CausalLm::load(&arch, &weights, adapter.as_ref(), trained, compute, &device)?;
     drop(weights);
-    let place = place(cx)?;
     let loss = method.loss();
-    let execution = if loss.label_smoothing() > 0. && arch.logit_softcap.is_some() {
-        let why = "label smoothing of logits with a soft-cap";
-        cx.note("reference_path", why);
-        cx.info(format!(
-            "runs on the slower reference path, for the fast one lacks {why}"
-        ));
-        Execution::new(&model, Kind::Reference)
-    } else {
-        execution_on(cx, &model, packing, &place)?
+    let pass = Pass {
+        label_smoothing: loss.label_smoothing(),
+        ..Pass::INFER
     };
+    let execution = execution_of(cx, &model, packing, &place, pass)?;
     let longest = estimate.counts.get("longest_pass").copied();
     execution.expect(usize::try_from(longest.unwrap_or(0))?);
     if *arguments.cache_frozen_layers && settings.neftune_noise_alpha.is_some() {
@@ -197,10 +196,16 @@ pub(super) fn run<M: Method>(
         continuation: Some(&continuation),
     };
     let mut reporter = StepReporter::default();
-    let ending = train(&job, &settings, &mut |step| reporter.step(cx, &start, step))?;
+    let ending = train(&job, &settings, &mut |step| {
+        reporter.work.see(&place, step);
+        reporter.step(cx, &start, step)
+    })?;
     cx.note("tokens", reporter.tokens);
     cx.note("computed_tokens", reporter.computed);
     note_work(cx, &place);
+    if let Some(work) = reporter.work.last_step {
+        cx.note("gpu_work_of_last_step", work);
+    }
     if let Some(resident) = Resident::of_this_process() {
         cx.note("peak_memory", resident.peak);
     }
@@ -257,6 +262,30 @@ struct StepReporter {
     first_steps: FirstSteps,
     throughput: Throughput,
     pace: Pace,
+    work: StepWork,
+}
+
+/// What a GPU was made to do in a step.
+#[derive(Debug, Default)]
+struct StepWork {
+    /// All that it did until the last step ended.
+    before: Option<Work>,
+    /// What it did in the last step in which nothing was evaluated, and for the checkpoint before it, if one was written.
+    last_step: Option<Work>,
+}
+
+impl StepWork {
+    fn see(&mut self, place: &Place, step: &Step) {
+        if step.micro_batches > 0 {
+            return;
+        }
+        let Some(now) = place.work() else { return };
+        if let Some(before) = self.before.replace(now)
+            && !step.logs.iter().any(is_evaluation)
+        {
+            self.last_step = Some(now.since(before));
+        }
+    }
 }
 
 /// Measures the seconds per step, for the estimate of the time left if the training is stopped and resumed.

@@ -101,7 +101,7 @@ impl<M: Method> Stage for Train<M> {
 
     fn estimate(&self, cx: &Context) -> anyhow::Result<Option<Estimate>> {
         let inputs = Inputs::read(cx, &self.method, &self.common, &self.arguments)?;
-        estimate(&self.method, &inputs).map(Some)
+        Ok(Some(estimate(&self.method, &inputs)?.estimate))
     }
 
     fn position(&self, scratch: &Path) -> Option<Position> {

@@ -1,29 +1,11 @@
 //! The fast path on a GPU beside the reference. Where no GPU is found (Mesa's lavapipe is one that every processor can play) the tests say so
 //! and check nothing, unless `PIPELINE_NEEDS_GPU=1` makes that a failure.
 
-use std::sync::OnceLock;
-
 use super::families::dress;
 use super::*;
 use crate::ml::place::{Place, Wanted};
 
 const ORPO: &dyn Loss = &Orpo { beta: 0.1 };
-
-/// The first GPU, or a program that plays one.
-#[expect(clippy::disallowed_methods, reason = "a switch of the tests alone")]
-fn place() -> Option<&'static Place> {
-    static PLACE: OnceLock<Option<Place>> = OnceLock::new();
-    let open = || match Place::open(Wanted::Gpu(0)) {
-        Ok(place) => Some(place),
-        Err(why) => {
-            let needed = std::env::var_os("PIPELINE_NEEDS_GPU").is_some_and(|value| value == "1");
-            assert!(!needed, "{why}");
-            eprintln!("skipped: {why}");
-            None
-        }
-    };
-    PLACE.get_or_init(open).as_ref()
-}
 
 fn on_gpu(
     place: &Place,
@@ -32,14 +14,16 @@ fn on_gpu(
     objective: &dyn Loss,
     checkpointing: bool,
 ) -> Result {
-    let execution = Execution::placed(model, packing, place).unwrap();
+    let execution = Execution::placed(model, packing, place, Pass::INFER).unwrap();
     assert_eq!(execution.kind(), Kind::Gpu(packing));
     run_dropping(&execution, objective, checkpointing, None)
 }
 
 #[test]
 fn a_gpu_gives_the_reference_s_losses_and_gradients() {
-    let Some(place) = place() else { return };
+    let Some(place) = Place::of_tests() else {
+        return;
+    };
     for (base, adapter, trained) in [
         ("model", true, Trained::Adapter),
         ("model_nf4", true, Trained::Adapter),
@@ -49,10 +33,10 @@ fn a_gpu_gives_the_reference_s_losses_and_gradients() {
         let model = golden::model(base, adapter, trained, DType::F32);
         let plain = run(&model, Kind::Reference, ORPO, false);
         for packing in [PADDED, SHARED] {
-            let once = on_gpu(place, &model, packing, ORPO, false);
+            let once = on_gpu(&place, &model, packing, ORPO, false);
             compare(&once, &plain, packing, 2e-5, 2e-5);
             // Twice the same bits, also where a layer is computed again.
-            let again = on_gpu(place, &model, packing, ORPO, true);
+            let again = on_gpu(&place, &model, packing, ORPO, true);
             compare(&again, &once, packing, 0., 1e-30);
         }
     }
@@ -60,7 +44,9 @@ fn a_gpu_gives_the_reference_s_losses_and_gradients() {
 
 #[test]
 fn a_gpu_computes_biases_norms_of_heads_and_windows() {
-    let Some(place) = place() else { return };
+    let Some(place) = Place::of_tests() else {
+        return;
+    };
     for (trained, window) in [(Trained::Adapter, 9), (Trained::Everything, 33)] {
         let adapter = (trained == Trained::Adapter).then_some("adapter_init");
         let mut model = golden::model("model", adapter, trained, DType::F32);
@@ -70,7 +56,7 @@ fn a_gpu_computes_biases_norms_of_heads_and_windows() {
         };
         let plain = run(&model, Kind::Reference, sft, false);
         for packing in [PADDED, SHARED] {
-            let ours = on_gpu(place, &model, packing, sft, false);
+            let ours = on_gpu(&place, &model, packing, sft, false);
             compare(&ours, &plain, packing, 2e-5, 3e-5);
         }
     }
@@ -78,31 +64,37 @@ fn a_gpu_computes_biases_norms_of_heads_and_windows() {
 
 #[test]
 fn a_gpu_drops_the_same_values() {
-    let Some(place) = place() else { return };
+    let Some(place) = Place::of_tests() else {
+        return;
+    };
     let model = golden::dropping(0.3, Trained::Adapter);
     let plain = Execution::new(&model, Kind::Reference);
     let plain = run_dropping(&plain, ORPO, false, Some(7));
-    let ours = Execution::placed(&model, FREE, place).unwrap();
+    let ours = Execution::placed(&model, FREE, &place, Pass::INFER).unwrap();
     let ours = run_dropping(&ours, ORPO, false, Some(7));
     compare(&ours, &plain, FREE, 2e-5, 2e-5);
 }
 
 #[test]
 fn in_bf16_a_gpu_is_as_near_as_the_reference() {
-    let Some(place) = place() else { return };
+    let Some(place) = Place::of_tests() else {
+        return;
+    };
     for base in ["model", "model_nf4"] {
         let model = golden::model(base, Some("adapter_init"), Trained::Adapter, DType::BF16);
         let plain = run(&model, Kind::Reference, ORPO, false);
-        let ours = on_gpu(place, &model, SHARED, ORPO, false);
+        let ours = on_gpu(&place, &model, SHARED, ORPO, false);
         compare(&ours, &plain, SHARED, 2e-3, 3e-2);
     }
 }
 
 #[test]
 fn a_gpu_sees_trained_weights_change() {
-    let Some(place) = place() else { return };
+    let Some(place) = Place::of_tests() else {
+        return;
+    };
     let model = golden::model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
-    let execution = Execution::placed(&model, SHARED, place).unwrap();
+    let execution = Execution::placed(&model, SHARED, &place, Pass::INFER).unwrap();
     let before = run_dropping(&execution, ORPO, false, None);
     for parameter in &model.parameters {
         let moved = (parameter.var.as_tensor() + 0.01).unwrap();
@@ -122,16 +114,16 @@ fn a_gpu_that_is_not_there_is_an_error() {
 
 #[test]
 fn memory_that_runs_out_on_a_gpu_is_an_error() {
-    if place().is_none() {
+    if Place::of_tests().is_none() {
         return;
     }
     let model = golden::model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
     let rows = rows("trl-1.16");
     let batch = ORPO.batch(&[&rows[2], &rows[7]], 1023).unwrap();
     let evaluate = |limit: u64| {
-        let place = Place::open(Wanted::Gpu(0)).unwrap();
+        let place = Place::of_tests().unwrap();
         place.gpu.as_ref().unwrap().limit_memory(limit);
-        let execution = Execution::placed(&model, SHARED, &place).unwrap();
+        let execution = Execution::placed(&model, SHARED, &place, Pass::INFER).unwrap();
         let outcome = losses::evaluate(ORPO, &execution, &batch);
         (outcome.map(|outcome| outcome.loss), place.work().unwrap())
     };

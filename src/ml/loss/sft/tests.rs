@@ -14,6 +14,7 @@ use crate::ml::model::{Gradients, Trained};
 use crate::ml::testing::golden::{far, model, rows as golden_rows};
 use crate::ml::testing::golden_compare::{Comparison, EXACT, json};
 use crate::ml::testing::golden_runs::{job, settings};
+use crate::ml::testing::kinds::kinds;
 use crate::ml::testing::losses;
 use crate::ml::train::{Ending, Job, Settings, train};
 
@@ -41,7 +42,7 @@ fn run(name: &str, completion_only: bool, packing: Option<usize>) {
         batch_size: if packing.is_some() { 1 } else { 2 },
         ..settings()
     };
-    for kind in [Kind::Reference, Kind::Fused(Packing::default())] {
+    for kind in kinds() {
         let model = model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
         let execution = Execution::new(&model, kind);
         let job = Job {
@@ -111,7 +112,7 @@ fn what_the_assistant_says_is_learnt_as_trl_does() {
             batch_size: if packing { 1 } else { 2 },
             ..settings()
         };
-        for kind in [Kind::Reference, Kind::Fused(Packing::default())] {
+        for kind in kinds() {
             let model = model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
             let execution = Execution::new(&model, kind);
             let job = Job {
@@ -154,7 +155,7 @@ fn run_more(name: &str, loss: &dyn Loss, rows: &[Row]) {
         batch_size: if packed { 1 } else { 2 },
         ..settings()
     };
-    for kind in [Kind::Reference, Kind::Fused(Packing::default())] {
+    for kind in kinds() {
         let model = model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
         let execution = Execution::new(&model, kind);
         let job = Job {

@@ -2,6 +2,7 @@
 //! bitsandbytes' on the CPU: weight decay, moments, step.
 
 use super::{Rule, Slot, Step, Update};
+use crate::ml::resident::AdamWStep;
 
 /// The constants of AdamW.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -14,26 +15,27 @@ pub(super) struct AdamW {
     pub(super) epsilon: f64,
 }
 
-/// The scalars of one step.
-#[derive(Clone, Copy)]
-struct Scalars {
-    beta1: f32,
-    beta2: f32,
-    /// The factor by which weight decay multiplies a parameter.
-    keep: f32,
-    /// The learning rate divided by the bias correction of the first moment.
-    step_size: f32,
-    /// The square root of the bias correction of the second moment.
-    root: f32,
-    epsilon: f32,
+/// Changes a value and its moments by its gradient.
+fn apply(step: AdamWStep, p: &mut f32, g: f32, m: &mut f32, v: &mut f32) {
+    *p *= step.keep;
+    *m += (g - *m) * (1. - step.beta1);
+    *v = *v * step.beta2 + g * g * (1. - step.beta2);
+    *p -= step.step_size * *m / (v.sqrt() / step.root + step.epsilon);
 }
 
-impl Scalars {
-    fn apply(self, p: &mut f32, g: f32, m: &mut f32, v: &mut f32) {
-        *p *= self.keep;
-        *m += (g - *m) * (1. - self.beta1);
-        *v = *v * self.beta2 + g * g * (1. - self.beta2);
-        *p -= self.step_size * *m / (v.sqrt() / self.root + self.epsilon);
+impl AdamW {
+    fn numbers(self, step: Step) -> AdamWStep {
+        let number = step.number as f64;
+        let correction1 = 1. - self.beta1.powf(number);
+        let correction2 = 1. - self.beta2.powf(number);
+        AdamWStep {
+            beta1: self.beta1 as f32,
+            beta2: self.beta2 as f32,
+            keep: (1. - step.learning_rate * step.weight_decay) as f32,
+            step_size: (step.learning_rate / correction1) as f32,
+            root: correction2.sqrt() as f32,
+            epsilon: self.epsilon as f32,
+        }
     }
 }
 
@@ -49,24 +51,18 @@ impl Rule for AdamW {
     }
 
     fn update(&self, step: Step, _: &[usize]) -> Update {
-        let number = step.number as f64;
-        let correction1 = 1. - self.beta1.powf(number);
-        let correction2 = 1. - self.beta2.powf(number);
-        let scalars = Scalars {
-            beta1: self.beta1 as f32,
-            beta2: self.beta2 as f32,
-            keep: (1. - step.learning_rate * step.weight_decay) as f32,
-            step_size: (step.learning_rate / correction1) as f32,
-            root: correction2.sqrt() as f32,
-            epsilon: self.epsilon as f32,
-        };
+        let numbers = self.numbers(step);
         Update::Elementwise(Box::new(move |p, g, slots| {
             let [m, v] = slots else {
                 unreachable!("AdamW has two slots, not {}", slots.len())
             };
             for (((p, g), m), v) in p.iter_mut().zip(g).zip(m.iter_mut()).zip(v.iter_mut()) {
-                scalars.apply(p, *g, m, v);
+                apply(numbers, p, *g, m, v);
             }
         }))
+    }
+
+    fn adamw(&self, step: Step) -> Option<AdamWStep> {
+        Some(self.numbers(step))
     }
 }

@@ -55,6 +55,20 @@ impl Moment8 {
         })
     }
 
+    /// The codes (values) and the largest magnitudes (blocks).
+    pub(crate) fn parts(&self) -> (&[u8], &[f32]) {
+        (&self.codes, &self.absmax)
+    }
+
+    /// A moment of these codes and magnitudes.
+    pub(crate) fn of_parts(codes: Vec<u8>, absmax: Vec<f32>, signed: bool) -> Self {
+        Self {
+            codes,
+            absmax,
+            signed,
+        }
+    }
+
     /// The codes (values) and the largest magnitudes (blocks) as tensors.
     pub(crate) fn tensors(&self) -> Result<(Tensor, Tensor)> {
         Ok((

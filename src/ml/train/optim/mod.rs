@@ -10,6 +10,7 @@ mod adafactor;
 mod adamw;
 mod eight_bit;
 mod gradients;
+mod held;
 mod lion;
 mod rates;
 mod sgd;
@@ -23,9 +24,11 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::ml::model::Parameter;
+use crate::ml::resident::AdamWStep;
 use adafactor::Adafactor;
 use adamw::AdamW;
 pub use gradients::{clip, norm, scale};
+use held::Held;
 use lion::Lion;
 pub use rates::LoraPlus;
 pub use sgd::Momentum;
@@ -92,6 +95,17 @@ impl Precision {
 }
 
 impl Settings {
+    /// Whether a device can make the steps, and keeps what the optimiser keeps: that of `AdamW`.
+    pub fn is_held(&self) -> bool {
+        let (rule, _) = self.optim.rule(self);
+        let step = Step {
+            number: 1,
+            learning_rate: 0.,
+            weight_decay: 0.,
+        };
+        rule.adamw(step).is_some()
+    }
+
     /// The bytes that the optimiser keeps of a parameter of this name and shape.
     pub fn bytes(&self, name: &str, shape: &[usize]) -> usize {
         let (rule, precision) = self.optim.rule(self);
@@ -212,6 +226,11 @@ pub trait Rule: Send + Sync {
     /// The update of a parameter of this shape in one step. This is called once for each parameter; an elementwise update is then called for
     /// its spans on several threads.
     fn update(&self, step: Step, shape: &[usize]) -> Update;
+
+    /// The numbers of the same step, if the rule is `AdamW`, which devices have a kernel for.
+    fn adamw(&self, _step: Step) -> Option<AdamWStep> {
+        None
+    }
 }
 
 /// An optimiser with its state for a fixed list of parameters.
@@ -221,6 +240,7 @@ pub struct Optimizer {
     lora_plus: Option<LoraPlus>,
     states: Vec<State>,
     steps: u64,
+    held: Option<Held>,
 }
 
 /// The number of elements below which slots are kept in f32 (bitsandbytes' `min_8bit_size`).
@@ -243,10 +263,28 @@ impl Optimizer {
             lora_plus: settings.lora_plus,
             rule,
             steps: 0,
+            held: None,
         }
     }
 
-    /// Updates the parameters in place, with one gradient of its shape for each. Parameters without a gradient are not changed.
+    /// The scalars of the coming step for a parameter.
+    fn step_of(&self, parameter: &Parameter, learning_rate: f64) -> Step {
+        let own_rate = self
+            .lora_plus
+            .map(|rates| rates.factor(&parameter.name, parameter.var.dims()));
+        Step {
+            number: self.steps,
+            learning_rate: own_rate.map_or(learning_rate, |factor| learning_rate * factor),
+            weight_decay: if parameter.decays {
+                self.weight_decay
+            } else {
+                0.
+            },
+        }
+    }
+
+    /// Updates the parameters in place, with one gradient of its shape for each. Parameters without a gradient are not changed. Where they are
+    /// on a device ([`Optimizer::hold`]), so are their gradients, and `gradients` has none.
     ///
     /// # Errors
     /// A gradient has another number of elements than its parameter.
@@ -257,26 +295,19 @@ impl Optimizer {
         learning_rate: f64,
     ) -> Result<()> {
         self.steps += 1;
-        for ((parameter, gradient), state) in parameters.iter().zip(gradients).zip(&mut self.states)
-        {
+        if self.step_held(parameters, learning_rate) {
+            return Ok(());
+        }
+        for (index, (parameter, gradient)) in parameters.iter().zip(gradients).enumerate() {
             let Some(gradient) = gradient else { continue };
+            let step = self.step_of(parameter, learning_rate);
+            let Some(state) = self.states.get_mut(index) else {
+                continue;
+            };
             let var = &parameter.var;
             let mut p: Vec<f32> = var.as_detached_tensor().flatten_all()?.to_vec1()?;
             let g: Vec<f32> = gradient.flatten_all()?.to_vec1()?;
-            let shape = var.dims();
-            let own_rate = self
-                .lora_plus
-                .map(|rates| rates.factor(&parameter.name, shape));
-            let step = Step {
-                number: self.steps,
-                learning_rate: own_rate.map_or(learning_rate, |factor| learning_rate * factor),
-                weight_decay: if parameter.decays {
-                    self.weight_decay
-                } else {
-                    0.
-                },
-            };
-            match self.rule.update(step, shape) {
+            match self.rule.update(step, var.dims()) {
                 Update::Elementwise(change) => {
                     let spans = state.spans(p.len());
                     let parts = p.par_chunks_mut(SPAN).zip(g.par_chunks(SPAN));

@@ -6,6 +6,7 @@ use candle_core::{DType, Device, Result, Tensor, bail};
 
 use super::eight_bit::{self, BLOCK, Moment8};
 use super::{Change, Slot};
+use crate::ml::resident::{MomentRef, MomentValues};
 
 /// The number of elements that one task updates; a multiple of the 8-bit block.
 pub(super) const SPAN: usize = 1 << 14;
@@ -38,6 +39,27 @@ impl Values {
         match self {
             Self::Full(values) => values.iter().all(|value| value.is_finite()),
             Self::Eight(moment) => moment.is_finite(),
+        }
+    }
+
+    /// The values as a moment of `AdamW`.
+    pub(super) fn moment(&self) -> MomentRef<'_> {
+        match self {
+            Self::Full(values) => MomentRef::Full(values),
+            Self::Eight(moment) => {
+                let (codes, absmax) = moment.parts();
+                MomentRef::Eight(codes, absmax)
+            }
+        }
+    }
+
+    /// The values of a moment of `AdamW`.
+    pub(super) fn of_moment(moment: MomentValues, signed: bool) -> Self {
+        match moment {
+            MomentValues::Full(values) => Self::Full(values),
+            MomentValues::Eight(codes, absmax) => {
+                Self::Eight(Moment8::of_parts(codes, absmax, signed))
+            }
         }
     }
 
