@@ -288,8 +288,8 @@ unsafe fn sums<A: Arithmetic, W: Weight<A>, const V: usize>(
             let mut room = W::Room::default();
             step::<A, W, V>(&mut sums, &w.rest(row, &mut room), x, job.stride);
         }
-        for (v, [even, odd]) in sums.into_iter().enumerate() {
-            job.out.put(first + v, row, A::total(even) + A::total(odd));
+        for (v, total) in A::totals(sums).into_iter().enumerate() {
+            job.out.put(first + v, row, total);
         }
     }
 }

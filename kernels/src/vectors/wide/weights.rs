@@ -5,12 +5,14 @@ use std::arch::x86_64::{
     _mm256_and_si256, _mm256_blendv_ps, _mm256_castps_si256, _mm256_castsi256_ps,
     _mm256_cvtepu8_epi32, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_mul_ps,
     _mm256_permutevar8x32_ps, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps,
-    _mm256_slli_epi32, _mm256_srli_epi32, _mm256_storeu_ps, _mm512_add_epi32, _mm512_and_si512,
-    _mm512_broadcast_i64x4, _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cvtepu8_epi16,
-    _mm512_cvtepu8_epi32, _mm512_cvtneps_pbh, _mm512_cvtph_ps, _mm512_cvtps_ph, _mm512_dpbf16_ps,
-    _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mul_ps, _mm512_permutexvar_epi16,
+    _mm256_slli_epi32, _mm256_srli_epi32, _mm256_storeu_ps, _mm512_add_epi32, _mm512_add_ps,
+    _mm512_and_si512, _mm512_broadcast_i64x4, _mm512_castpd_ps, _mm512_castps_pd,
+    _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cvtepu8_epi16, _mm512_cvtepu8_epi32,
+    _mm512_cvtneps_pbh, _mm512_cvtph_ps, _mm512_cvtps_ph, _mm512_dpbf16_ps, _mm512_fmadd_ps,
+    _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mul_ps, _mm512_permutexvar_epi16,
     _mm512_permutexvar_ps, _mm512_reduce_add_ps, _mm512_set1_epi32, _mm512_set1_ps,
-    _mm512_setzero_ps, _mm512_slli_epi32, _mm512_srli_epi16, _mm512_srli_epi32,
+    _mm512_setzero_ps, _mm512_shuffle_f32x4, _mm512_shuffle_ps, _mm512_slli_epi32,
+    _mm512_srli_epi16, _mm512_srli_epi32, _mm512_storeu_ps, _mm512_unpackhi_pd, _mm512_unpacklo_pd,
 };
 
 use half::bf16;
@@ -34,6 +36,16 @@ pub(super) trait Arithmetic {
     unsafe fn load(x: *const u32) -> Self::Factors;
     unsafe fn add(sum: Self::Sum, a: Self::Factors, b: Self::Factors) -> Self::Sum;
     unsafe fn total(sum: Self::Sum) -> f32;
+    /// The sum of both registers' lanes, for each of `V` pairs: each is [`Arithmetic::total`] of one plus that of the other.
+    #[inline(always)]
+    unsafe fn totals<const V: usize>(sums: [[Self::Sum; 2]; V]) -> [f32; V] {
+        let mut totals = [0.; V];
+        for (total, [even, odd]) in totals.iter_mut().zip(sums) {
+            // SAFETY: see the trait.
+            *total = unsafe { Self::total(even) + Self::total(odd) };
+        }
+        totals
+    }
 }
 
 /// 512-bit registers of 16 floats.
@@ -71,6 +83,12 @@ impl Arithmetic for Floats512 {
         // SAFETY: see the trait.
         unsafe { _mm512_reduce_add_ps(sum) }
     }
+
+    #[inline(always)]
+    unsafe fn totals<const V: usize>(sums: [[__m512; 2]; V]) -> [f32; V] {
+        // SAFETY: see the trait.
+        unsafe { totals512(sums) }
+    }
 }
 
 impl Arithmetic for Pairs512 {
@@ -104,6 +122,66 @@ impl Arithmetic for Pairs512 {
         // SAFETY: see the trait.
         unsafe { _mm512_reduce_add_ps(sum) }
     }
+
+    #[inline(always)]
+    unsafe fn totals<const V: usize>(sums: [[__m512; 2]; V]) -> [f32; V] {
+        // SAFETY: see the trait.
+        unsafe { totals512(sums) }
+    }
+}
+
+/// [`Arithmetic::totals`]. Those of eight vectors are added up together: registers are added to each other half by half as
+/// `_mm512_reduce_add_ps` adds each of them, in a third of the instructions.
+///
+/// # Safety
+/// The processor has AVX-512.
+#[inline(always)]
+unsafe fn totals512<const V: usize>(sums: [[__m512; 2]; V]) -> [f32; V] {
+    let mut totals = [0.; V];
+    // SAFETY: the caller has AVX-512.
+    unsafe {
+        if V != 8 {
+            for (total, [even, odd]) in totals.iter_mut().zip(sums) {
+                *total = _mm512_reduce_add_ps(even) + _mm512_reduce_add_ps(odd);
+            }
+            return totals;
+        }
+        let none = _mm512_setzero_ps();
+        // The halves of each register: its even sums in the lower half, its odd ones in the upper.
+        let mut halves = [none; 8];
+        for (half, [even, odd]) in halves.iter_mut().zip(sums) {
+            let lower = _mm512_shuffle_f32x4::<0x44>(even, odd);
+            let upper = _mm512_shuffle_f32x4::<0xee>(even, odd);
+            *half = _mm512_add_ps(lower, upper);
+        }
+        // Quarters: those of the even and odd sums of two vectors.
+        let mut quarters = [none; 4];
+        for (i, quarter) in quarters.iter_mut().enumerate() {
+            let [a, b] = [halves[2 * i], halves[2 * i + 1]];
+            let lower = _mm512_shuffle_f32x4::<0x88>(a, b);
+            let upper = _mm512_shuffle_f32x4::<0xdd>(a, b);
+            *quarter = _mm512_add_ps(lower, upper);
+        }
+        let mut eighths = [none; 2];
+        for (i, eighth) in eighths.iter_mut().enumerate() {
+            let [a, b] = [quarters[2 * i], quarters[2 * i + 1]].map(|x| _mm512_castps_pd(x));
+            let lower = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+            let upper = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+            *eighth = _mm512_add_ps(lower, upper);
+        }
+        let [a, b] = eighths;
+        let lower = _mm512_shuffle_ps::<0x88>(a, b);
+        let upper = _mm512_shuffle_ps::<0xdd>(a, b);
+        // By quarters: the even sums of vectors 0, 2, 4 and 6, their odd ones, and the same of vectors 1, 3, 5 and 7.
+        let all = _mm512_add_ps(lower, upper);
+        let other = _mm512_shuffle_f32x4::<0xb1>(all, all);
+        let mut lanes = [0f32; 16];
+        _mm512_storeu_ps(lanes.as_mut_ptr(), _mm512_add_ps(all, other));
+        for (v, total) in totals.iter_mut().enumerate() {
+            *total = lanes[v % 2 * 8 + v / 2];
+        }
+    }
+    totals
 }
 
 impl Arithmetic for Floats256 {
