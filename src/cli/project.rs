@@ -42,13 +42,14 @@ fn load_with(args: &RecipeArgs, store: Option<&Path>) -> Result<(Recipe, Bounds)
 fn foresee(recipe: &Recipe, here: &Path) -> Result<(), RecipeErrors> {
     let file = normal(&here.join(&recipe.path));
     let folder = file.parent().unwrap_or(here);
+    let mut located = Located::new(folder, here);
     let planned: Vec<Planned<'_>> = recipe
         .stages
         .iter()
         .map(|stage| Planned {
             name: &stage.name,
             stage: stage.stage.as_ref(),
-            files: sources(stage, folder, here),
+            files: located.sources(stage),
         })
         .collect();
     let errors = foresight::foresee(&planned).into_iter().filter_map(|told| {
@@ -99,13 +100,14 @@ impl Project {
         let file = normal(&here.join(&recipe.path));
         let folder = file.parent().unwrap_or(&here).to_owned();
         let root = root(&folder);
+        let mut located = Located::new(&folder, &here);
         let nodes = recipe
             .stages
             .iter()
             .map(|stage| Node {
                 name: stage.name.clone(),
                 stage: Arc::clone(&stage.stage),
-                sources: sources(stage, &folder, &here),
+                sources: located.sources(stage),
                 handling: stage.handling.clone(),
             })
             .collect();
@@ -353,25 +355,52 @@ pub(super) fn own_store(
     Ok(store)
 }
 
-/// Where the files of a stage are: those written in the recipe start at its folder, those of `--set` at the current one.
-fn sources(stage: &RecipeStage, folder: &Path, here: &Path) -> BTreeMap<String, PathBuf> {
-    let start = |from_command_line| if from_command_line { here } else { folder };
-    stage
-        .files
-        .iter()
-        .map(|file| {
-            let path = normal(&start(file.from_command_line).join(&file.path));
-            // A link that is turned elsewhere from now on changes nothing.
-            let path = match Pattern::parse(&path) {
-                None => path.canonicalize().unwrap_or(path),
-                Some(pattern) => match pattern.folder().canonicalize() {
-                    Ok(folder) => pattern.below(&folder),
-                    Err(_) => path,
-                },
+/// Where files are: those written in the recipe start at its folder, those of `--set` at the current one. A file that many stages read is
+/// looked for once.
+struct Located<'a> {
+    folder: &'a Path,
+    here: &'a Path,
+    /// The paths found, by the file as it is written and whether that was on the command line.
+    found: BTreeMap<(bool, &'a str), PathBuf>,
+}
+
+impl<'a> Located<'a> {
+    fn new(folder: &'a Path, here: &'a Path) -> Self {
+        Self {
+            folder,
+            here,
+            found: BTreeMap::new(),
+        }
+    }
+
+    /// The paths of the files of a stage, as they are written.
+    fn sources(&mut self, stage: &'a RecipeStage) -> BTreeMap<String, PathBuf> {
+        let mut paths = BTreeMap::new();
+        for file in &stage.files {
+            let start = if file.from_command_line {
+                self.here
+            } else {
+                self.folder
             };
-            (file.path.clone(), path)
-        })
-        .collect()
+            let key = (file.from_command_line, file.path.as_str());
+            let path = self.found.entry(key);
+            let path = path.or_insert_with(|| real(&normal(&start.join(&file.path))));
+            paths.insert(file.path.clone(), path.clone());
+        }
+        paths
+    }
+}
+
+/// A path with links resolved: one that is turned elsewhere from now on changes nothing.
+fn real(path: &Path) -> PathBuf {
+    let real = match Pattern::parse(path) {
+        None => path.canonicalize(),
+        Some(pattern) => {
+            let folder = pattern.folder().canonicalize();
+            folder.map(|folder| pattern.below(&folder))
+        }
+    };
+    real.unwrap_or_else(|_| path.to_owned())
 }
 
 /// A readable name for a recipe's file that no other file of the project has.

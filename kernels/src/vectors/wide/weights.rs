@@ -1,12 +1,12 @@
 //! Sums of products in registers, and the conversion of stored weights to what is multiplied there.
 
 use std::arch::x86_64::{
-    __m256, __m256i, __m512, __m512bh, __m512i, _mm_loadl_epi64, _mm_loadu_si128, _mm256_add_epi32,
-    _mm256_and_si256, _mm256_blendv_ps, _mm256_castps_si256, _mm256_castsi256_ps,
-    _mm256_cvtepu8_epi32, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_mul_ps,
-    _mm256_permutevar8x32_ps, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps,
-    _mm256_slli_epi32, _mm256_srli_epi32, _mm256_storeu_ps, _mm512_add_epi32, _mm512_add_ps,
-    _mm512_and_si512, _mm512_broadcast_i64x4, _mm512_castpd_ps, _mm512_castps_pd,
+    __m256, __m256i, __m512, __m512bh, __m512i, _MM_HINT_T0, _mm_loadl_epi64, _mm_loadu_si128,
+    _mm_prefetch, _mm256_add_epi32, _mm256_and_si256, _mm256_blendv_ps, _mm256_castps_si256,
+    _mm256_castsi256_ps, _mm256_cvtepu8_epi32, _mm256_fmadd_ps, _mm256_loadu_ps,
+    _mm256_loadu_si256, _mm256_mul_ps, _mm256_permutevar8x32_ps, _mm256_set1_epi32, _mm256_set1_ps,
+    _mm256_setzero_ps, _mm256_slli_epi32, _mm256_srli_epi32, _mm256_storeu_ps, _mm512_add_epi32,
+    _mm512_add_ps, _mm512_and_si512, _mm512_broadcast_i64x4, _mm512_castpd_ps, _mm512_castps_pd,
     _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cvtepu8_epi16, _mm512_cvtepu8_epi32,
     _mm512_cvtneps_pbh, _mm512_cvtph_ps, _mm512_cvtps_ph, _mm512_dpbf16_ps, _mm512_fmadd_ps,
     _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mul_ps, _mm512_permutexvar_epi16,
@@ -232,6 +232,21 @@ pub(super) trait Weight<A: Arithmetic>: Copy {
     /// The weights of a row after its last whole block, copied to `room` and followed by zeros.
     unsafe fn rest(self, row: usize, room: &mut Self::Room) -> Self::Block;
     unsafe fn pair(block: &Self::Block, pair: usize) -> [A::Factors; 2];
+    /// Asks for the weights a little behind a block, which will be needed soon.
+    fn prefetch(block: &Self::Block);
+}
+
+/// How many bytes ahead of those in use a weight is asked for.
+const AHEAD: usize = 2048;
+
+/// Asks for the cache lines of `BYTES` bytes that lie [`AHEAD`] of an address. What does not exist there is not asked for.
+#[inline(always)]
+fn prefetch<const BYTES: usize>(from: *const u8) {
+    for line in 0..BYTES.div_ceil(64) {
+        let address = from.wrapping_add(AHEAD + line * 64);
+        // SAFETY: every address may be asked for, and every x86-64 processor has the instruction.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) };
+    }
 }
 
 /// A weight that is not quantised: the address of its first value, and its depth.
@@ -284,6 +299,11 @@ macro_rules! dense {
             unsafe fn block(self, row: usize, block: usize) -> *const $stored {
                 // SAFETY: see the trait.
                 unsafe { self.at(row, block) }
+            }
+
+            #[inline(always)]
+            fn prefetch(block: &*const $stored) {
+                prefetch::<{ BLOCK * size_of::<$stored>() }>(block.cast());
             }
 
             #[inline(always)]
@@ -432,6 +452,11 @@ impl<const ROUNDING: u8> Weight<Floats512> for Codes<ROUNDING> {
     }
 
     #[inline(always)]
+    fn prefetch((codes, _): &Self::Block) {
+        prefetch::<{ BLOCK / 2 }>(*codes);
+    }
+
+    #[inline(always)]
     unsafe fn pair((codes, numbers): &Self::Block, pair: usize) -> [__m512; 2] {
         // SAFETY: 16 of the block's 32 bytes; see the trait.
         unsafe {
@@ -469,6 +494,11 @@ impl Weight<Pairs512> for Codes<BF16> {
     }
 
     #[inline(always)]
+    fn prefetch((codes, _): &Self::Block) {
+        prefetch::<{ BLOCK / 2 }>(*codes);
+    }
+
+    #[inline(always)]
     unsafe fn pair((codes, numbers): &Self::Block, _: usize) -> [__m512i; 2] {
         // SAFETY: the block's 32 bytes; see the trait.
         unsafe {
@@ -501,6 +531,11 @@ impl<const ROUNDING: u8> Weight<Floats256> for Codes<ROUNDING> {
     unsafe fn rest(self, row: usize, (): &mut ()) -> Self::Block {
         // SAFETY: see the trait; rows are whole blocks, so that this is never called.
         unsafe { Weight::<Floats256>::block(self, row, 0) }
+    }
+
+    #[inline(always)]
+    fn prefetch((codes, _): &Self::Block) {
+        prefetch::<{ BLOCK / 2 }>(*codes);
     }
 
     #[inline(always)]
