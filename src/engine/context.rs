@@ -13,7 +13,6 @@ use serde::Serialize;
 use super::canonical::{Digest, is_digest};
 use super::control::Control;
 use super::device::DeviceChoice;
-use super::files::copy;
 use super::fingerprint::Fingerprint;
 use super::manifest::Entry;
 use super::position::Pace;
@@ -136,7 +135,7 @@ impl Context {
             let stat =
                 |path: &Path| std::fs::metadata(path).map(|found| Stat::from_metadata(&found));
             let before = stat(source)?;
-            copy(source, &target)?;
+            std::fs::copy(source, &target)?;
             if let Some(known) = self.known.get(source)
                 && known.stat == before
                 && known.stat == stat(source)?

@@ -201,39 +201,12 @@ pub(crate) fn remove(path: &Path) -> anyhow::Result<()> {
     result.with_context(|| format!("could not remove `{}`", path.display()))
 }
 
-/// The bytes of a file that are copied at a time. They stay in the core's second-level cache between reading and writing.
-const SLICE: usize = 512 << 10;
-
-/// Copies a file with its permissions, as [`fs::copy`] does: by shared extents where the file system has them, else by reading and
-/// writing, which takes less time than the system's own copying, page by page, of a file that it holds in memory.
-pub(crate) fn copy(from: &Path, to: &Path) -> io::Result<()> {
-    let mut source = File::open(from)?;
-    let metadata = source.metadata()?;
-    if metadata.len() <= SLICE as u64 {
-        return fs::copy(from, to).map(drop);
-    }
-    if reflink_copy::reflink(from, to).is_ok() {
-        return fs::set_permissions(to, metadata.permissions());
-    }
-    let mut target = File::create(to)?;
-    let mut bytes = vec![0; SLICE];
-    loop {
-        let count = match source.read(&mut bytes) {
-            Ok(0) => break,
-            Ok(count) => count,
-            Err(error) if error.kind() == ErrorKind::Interrupted => continue,
-            Err(error) => return Err(error),
-        };
-        target.write_all(&bytes[..count])?;
-    }
-    target.set_permissions(metadata.permissions())
-}
-
 /// Gives `to` the contents of `from` without copying bytes where the file system can link, else by copying.
 pub(crate) fn link_or_copy(from: &Path, to: &Path) -> anyhow::Result<()> {
     if reflink_copy::reflink(from, to).is_ok() || fs::hard_link(from, to).is_ok() {
         return Ok(());
     }
-    copy(from, to)
+    fs::copy(from, to)
+        .map(drop)
         .with_context(|| format!("could not copy `{}` to `{}`", from.display(), to.display()))
 }
