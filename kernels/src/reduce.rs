@@ -279,13 +279,14 @@ mod tests {
 
     #[test]
     fn columns_are_summed_as_they_are_rounded() {
+        type Round = fn(f32) -> f32;
         with_each(|isa| {
             for (rows, columns) in [(1, 1), (7, 100), (2 * ROWS_IN_ORDER + 3, 5)] {
                 let values = numbers(rows * columns, 3);
                 let halves: Vec<bf16> = values.iter().map(|x| bf16::from_f32(*x)).collect();
                 let singles = Matrix::f32(&values, rows, columns).unwrap();
                 let stored = Matrix::new(Values::Bf16(&halves), rows, columns).unwrap();
-                let rounded: [(_, _, fn(f32) -> f32); 4] = [
+                let rounded: [(_, _, Round); 4] = [
                     (singles, FloatType::F32, |x| x),
                     (singles, FloatType::Bf16, |x| bf16::from_f32(x).to_f32()),
                     (singles, FloatType::F16, |x| f16::from_f32(x).to_f32()),

@@ -279,7 +279,9 @@ mod tests {
             let mut values = vec![0; 103];
             for _ in 0..100 {
                 team.share_chunks(&mut values, 10, |number, chunk| {
-                    chunk.iter_mut().for_each(|value| *value += number);
+                    for value in chunk {
+                        *value += number;
+                    }
                 });
             }
             team.share_chunks(&mut values[..0], 1, |_, _| panic!("there is no chunk"));

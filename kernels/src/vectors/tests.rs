@@ -106,6 +106,9 @@ fn product(weight: Matrix<'_>, x: &[f32], rounded: bool) -> Vec<f32> {
     out
 }
 
+/// [`product`] or [`many`].
+type Way = fn(Matrix<'_>, &[f32], bool) -> Vec<f32>;
+
 fn many(weight: Matrix<'_>, x: &[f32], rounded: bool) -> Vec<f32> {
     let mut out = vec![f32::NAN; x.len() / weight.depth() * weight.height()];
     many_vector_products(vec![VectorProduct {
@@ -154,7 +157,7 @@ fn a_vector_does_not_depend_on_those_beside_it_nor_on_threads() {
         with_each(|isa| {
             for (stored, _) in weights.all() {
                 let weight = Matrix::new(stored, height, depth).unwrap();
-                let ways: [fn(Matrix<'_>, &[f32], bool) -> Vec<f32>; 2] = [product, many];
+                let ways: [Way; 2] = [product, many];
                 for (rounded, product) in
                     [false, true].into_iter().flat_map(|r| ways.map(|w| (r, w)))
                 {

@@ -43,16 +43,15 @@ impl CausalLm {
     /// # Errors
     /// Its weight can't be converted.
     pub fn column_sum(&self, pass: Pass) -> Result<Tensor> {
-        let total = match self.frozen_column_sum.get() {
-            Some(sum) => sum.clone(),
-            None => {
-                let sum = self.sum_of_rows(self.head().stored(pass))?;
-                if self.head().is_frozen() {
-                    // Another thread may have set the same.
-                    let _ = self.frozen_column_sum.set(sum.clone());
-                }
-                sum
+        let total = if let Some(sum) = self.frozen_column_sum.get() {
+            sum.clone()
+        } else {
+            let sum = self.sum_of_rows(self.head().stored(pass))?;
+            if self.head().is_frozen() {
+                // Another thread may have set the same.
+                let _ = self.frozen_column_sum.set(sum.clone());
             }
+            sum
         };
         match self.head_lora.as_ref().filter(|_| pass.adapter) {
             Some(lora) => Tensor::cat(&[total, self.sum_of_rows(&lora.b.value(pass))?], 0),
