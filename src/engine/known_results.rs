@@ -14,7 +14,6 @@ use serde::{Deserialize, Serialize};
 use super::canonical::Digest;
 use super::files::{behind, read_sealed, write_sealed};
 use super::manifest::Manifest;
-use super::record::Record;
 use super::stat::{Stat, nanoseconds_now};
 use super::store::{Found, Store};
 
@@ -50,8 +49,15 @@ struct Known {
 #[derive(Default)]
 struct Seen {
     asked: BTreeSet<Digest>,
-    /// New results, and when the reading of each began in nanoseconds since 1970.
-    found: BTreeMap<Digest, (Known, i64)>,
+    found: BTreeMap<Digest, Whole>,
+}
+
+/// A result that was read and found whole.
+struct Whole {
+    artifact: Digest,
+    seconds: f64,
+    /// When its reading began, in nanoseconds since 1970.
+    time: i64,
 }
 
 /// What [`KnownResults::find`] gives.
@@ -96,19 +102,25 @@ impl KnownResults {
         }
         let time = nanoseconds_now();
         let found = store.find(fingerprint, thorough)?;
-        if let Found::Hit(record, None) = &found
-            && let Some(known) = Known::new(store, fingerprint, record)
-        {
-            seen.found.insert(fingerprint.to_owned(), (known, time));
+        if let Found::Hit(record, None) = &found {
+            let whole = Whole {
+                artifact: record.artifact.clone(),
+                seconds: record.seconds,
+                time,
+            };
+            seen.found.insert(fingerprint.to_owned(), whole);
         }
         Ok(Lookup::Read(found))
     }
 
     /// Trusts what was found since the memo was opened, however new it is.
     #[cfg(test)]
-    pub(super) fn trust_all(&mut self) {
+    pub(super) fn trust_all(&mut self, store: &Store) {
         let found = std::mem::take(&mut self.seen.get_mut().found).into_iter();
-        let known = found.map(|(fingerprint, (known, _))| (fingerprint, known));
+        let known = found.map(|(fingerprint, whole)| {
+            let known = Known::new(store, &fingerprint, &whole).unwrap();
+            (fingerprint, known)
+        });
         self.memo.results.extend(known);
     }
 
@@ -118,13 +130,15 @@ impl KnownResults {
         if seen.found.is_empty() {
             return Ok(());
         }
-        // A file that was changed shortly before it was read may have been changed again without a new time.
+        // A file whose last change was long enough before it was read is what was read, and each later change will show.
         let behind = behind(&store.folder("records"));
-        let settled = seen.found.into_iter().filter(|(_, (known, time))| {
-            let time = time - behind;
-            known.record.settled_at(time) && known.manifest.settled_at(time)
+        let settled = seen.found.into_iter().filter_map(|(fingerprint, whole)| {
+            let known = Known::new(store, &fingerprint, &whole)?;
+            let time = whole.time - behind;
+            let settled = known.record.settled_at(time) && known.manifest.settled_at(time);
+            settled.then_some((fingerprint, known))
         });
-        let settled: Vec<_> = settled.map(|(name, (known, _))| (name, known)).collect();
+        let settled: Vec<_> = settled.collect();
         if settled.is_empty() {
             return Ok(());
         }
@@ -138,21 +152,21 @@ impl KnownResults {
 }
 
 impl Known {
-    /// A result that was read just now; `None` if it is too large, or what it looks like is not known.
-    fn new(store: &Store, fingerprint: &str, record: &Record) -> Option<Self> {
-        let contents = store.manifest(&record.artifact)?;
+    /// What a result looks like now; `None` if it is too large, or not all of it is told by its stats.
+    fn new(store: &Store, fingerprint: &str, whole: &Whole) -> Option<Self> {
+        let contents = store.manifest(&whole.artifact)?;
         let is_small = contents.files.len() <= MOST_FILES;
-        (is_small && contents.digest() == record.artifact && !contents.folders.is_empty()).then(
-            || {
-                Some(Self {
-                    artifact: record.artifact.clone(),
-                    seconds: record.seconds,
-                    record: stat_of_file(&store.record_path(fingerprint))?,
-                    manifest: stat_of_file(&store.manifest_path(&record.artifact))?,
-                    contents,
-                })
-            },
-        )?
+        let is_told = contents.digest() == whole.artifact && !contents.folders.is_empty();
+        if !(is_small && is_told) {
+            return None;
+        }
+        Some(Self {
+            artifact: whole.artifact.clone(),
+            seconds: whole.seconds,
+            record: stat_of_file(&store.record_path(fingerprint))?,
+            manifest: stat_of_file(&store.manifest_path(&whole.artifact))?,
+            contents,
+        })
     }
 
     /// Whether everything looks as it did.

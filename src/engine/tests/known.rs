@@ -24,16 +24,19 @@ fn rewrite(path: &Path, change: impl Fn(&mut Vec<u8>)) {
 /// The record, the manifest and the folder of a result.
 type Paths<'a> = [&'a Path; 3];
 
+/// Does something to the paths.
+type Change<'a> = &'a dyn Fn(Paths<'_>);
+
 #[test]
 fn a_known_result_is_read_again_after_any_change() {
     let flip = |bytes: &mut Vec<u8>| bytes[0] ^= 1;
-    let changes: [(&str, &dyn Fn(Paths<'_>)); 9] = [
+    let changes: [(&str, Change<'_>); 9] = [
         ("the same record anew", &|[record, ..]| {
-            rewrite(record, |_| ())
+            rewrite(record, |_| ());
         }),
         ("another record", &|[record, ..]| rewrite(record, flip)),
         ("no record", &|[record, ..]| {
-            fs::remove_file(record).unwrap()
+            fs::remove_file(record).unwrap();
         }),
         ("a link as record", &|[record, ..]| {
             let moved = record.with_extension("moved");
@@ -41,16 +44,16 @@ fn a_known_result_is_read_again_after_any_change() {
             std::os::unix::fs::symlink(moved, record).unwrap();
         }),
         ("another manifest", &|[_, manifest, _]| {
-            rewrite(manifest, flip)
+            rewrite(manifest, flip);
         }),
         ("another text", &|[.., folder]| {
-            rewrite(&folder.join("text"), flip)
+            rewrite(&folder.join("text"), flip);
         }),
         ("one more file", &|[.., folder]| {
             fs::write(folder.join("more"), "more").unwrap();
         }),
         ("no text", &|[.., folder]| {
-            fs::remove_file(folder.join("text")).unwrap()
+            fs::remove_file(folder.join("text")).unwrap();
         }),
         ("no folder", &|[.., folder]| {
             fs::rename(folder, folder.with_extension("moved")).unwrap();
@@ -70,7 +73,7 @@ fn a_known_result_is_read_again_after_any_change() {
         };
         let first = find(&known, false);
         assert!(matches!(first, Lookup::Read(Found::Hit(_, None))), "{what}");
-        known.trust_all();
+        known.trust_all(&store);
         assert!(
             matches!(find(&known, false), Lookup::Known { artifact: found, .. } if found == *artifact),
             "before: {what}"
