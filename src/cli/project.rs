@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::args::{RecipeArgs, StoreArgs};
 use super::confine::{self, Bounds};
+use super::executors::Clusters;
 use super::folders::{normal, root};
 use super::includes::{Finder, IncludePins};
 use super::remote::{self, RemoteArgs};
@@ -13,8 +14,8 @@ use super::{Failure, eprint_warning, error, lock_file, machine, variable};
 use crate::engine::glob::Pattern;
 use crate::engine::remote::Shared;
 use crate::engine::{
-    EventLog, Executors, Graph, LoggedEvent, Node, Outcome, Pins, Record, Run, RunEnv, RunLabel,
-    Session, State, Store, canonical_json,
+    EventLog, Executors, Graph, Jobs, LOCAL, LoggedEvent, Node, Outcome, Pins, Record, Run, RunEnv,
+    RunLabel, Session, State, Store, canonical_json,
 };
 use crate::recipe::{Recipe, RecipeErrors, RecipeStage, Var};
 use crate::report::{Places, quoted};
@@ -196,6 +197,13 @@ impl Project {
                 &format!(", or {}", bounds.advice()),
             )?,
         };
+        let elsewhere = |stage: &RecipeStage| {
+            let executor = stage.handling.executor.as_deref();
+            executor.is_some_and(|name| name != LOCAL)
+        };
+        if recipe.stages.iter().any(elsewhere) {
+            Clusters::read(&root)?.check(&recipe)?;
+        }
         Ok(Self {
             pins,
             include_pins,
@@ -218,6 +226,23 @@ impl Project {
     pub(super) fn connect(&mut self, args: &RemoteArgs, no_push: bool) -> Result<(), Failure> {
         self.shared = args.open(&self.root, self.env.offline, !no_push)?;
         Ok(())
+    }
+
+    /// Makes the project's clusters ready for a run. With `executor` all stages run there, whatever the recipe says.
+    pub(super) fn use_clusters(&mut self, executor: Option<&str>) -> Result<(), Failure> {
+        let clusters = Clusters::read(&self.root)?;
+        if let Some(name) = executor {
+            clusters.check_name(name)?;
+            for node in &mut self.graph.nodes {
+                node.handling.executor = Some(name.to_owned());
+            }
+        }
+        clusters.add_to(&mut self.executors, &self.recipe.path)
+    }
+
+    /// The jobs of a run on clusters.
+    pub(super) fn jobs(&self) -> &Arc<Jobs> {
+        self.executors.jobs()
     }
 
     /// What there is to say of the remote; an error if it is required and failed.
@@ -521,7 +546,7 @@ pub(super) fn run_env(offline: bool) -> RunEnv {
 }
 
 /// The running program, to be started once more for each stage: on Linux the very file, wherever it was moved since.
-fn own_program() -> Option<PathBuf> {
+pub(super) fn own_program() -> Option<PathBuf> {
     let own = PathBuf::from("/proc/self/exe");
     if own.exists() {
         return Some(own);

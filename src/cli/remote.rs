@@ -43,6 +43,8 @@ pub(super) struct File {
     remote: Option<Value>,
     /// Read by `super::on_finish`.
     pub(super) on_finish: Option<Value>,
+    /// Read by `super::executors`.
+    pub(super) executors: Option<Value>,
 }
 
 /// The remote of a project.

@@ -30,6 +30,10 @@ pub struct Handling {
     #[serde(default)]
     #[schemars(extend("examples" = ["auto"]))]
     pub device: DeviceChoice,
+    /// Where the stage runs: an executor of `pipeline.config.yaml`, such as a cluster, or `local`, this machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = ["cluster"]))]
+    pub executor: Option<String>,
     /// Whether the last result is taken whatever changed since. What changed is told in plans, runs and reports; the stage never runs, and
     /// it is an error if the result is not there or was altered.
     #[serde(default)]

@@ -68,6 +68,8 @@ pub trait AnyStage: Send + Sync {
     fn check(&self) -> Vec<Problem>;
     /// [`Stage::external_facts`].
     fn external_facts(&self, env: &RunEnv) -> anyhow::Result<BTreeMap<String, String>>;
+    /// [`Stage::variables`].
+    fn variables(&self) -> Vec<String>;
     /// [`Stage::estimate`].
     fn estimate(&self, cx: &Context) -> anyhow::Result<Option<Estimate>>;
     /// [`Stage::position`].
@@ -115,6 +117,9 @@ impl<S: Stage> AnyStage for S {
     }
     fn external_facts(&self, env: &RunEnv) -> anyhow::Result<BTreeMap<String, String>> {
         Stage::external_facts(self, env)
+    }
+    fn variables(&self) -> Vec<String> {
+        Stage::variables(self)
     }
     fn estimate(&self, cx: &Context) -> anyhow::Result<Option<Estimate>> {
         Stage::estimate(self, cx)

@@ -1,7 +1,8 @@
 //! A process that runs one task, for an executor that started it.
 
 use std::io::{BufRead, Write};
-use std::path::Path;
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,7 +13,8 @@ use rayon::ThreadPoolBuilder;
 
 use super::control::Control;
 use super::event::{EVENT_VERSION, Event};
-use super::executor::{CANCEL, TaskResult, run_task};
+use super::executor::{CANCEL, ChildProcess, Executor as _, TaskResult, run_task};
+use super::job::JobFolder;
 use super::stage_events::StageEvents;
 use super::task::{Lasting, Task, causes, is_full, short};
 use super::threads;
@@ -73,6 +75,56 @@ pub fn read_task(orders: &mut dyn BufRead) -> anyhow::Result<Task> {
 pub fn read_task_file(path: &Path) -> anyhow::Result<Task> {
     let read = || Task::read(&std::fs::read(path)?);
     read().with_context(|| format!("could not read the task `{}`", path.display()))
+}
+
+/// Runs the task in the folder of a job by another process of `program`, with so many threads if the task doesn't say. Its events and
+/// its result are written into the folder. Returns whether the stage succeeded. Fails if the task could not begin.
+pub fn run_job(
+    folder: &Path,
+    program: PathBuf,
+    cpus: Option<NonZeroUsize>,
+    cancel: Arc<AtomicBool>,
+) -> anyhow::Result<bool> {
+    let mut start = JobFolder::new(folder.to_owned()).start()?;
+    start.task.cpus = start.task.cpus.or(cpus);
+    let mut file = start.events()?;
+    file.write(&Event::WorkStarted {
+        version: EVENT_VERSION,
+        pipeline: env!("CARGO_PKG_VERSION").to_owned(),
+    });
+    let (sender, received) = channel();
+    let writer = std::thread::Builder::new().name("events".to_owned());
+    let writer = writer.spawn(move || {
+        for event in received {
+            file.write(&event);
+        }
+    })?;
+    let events = Arc::new(StageEvents::new(sender));
+    // The runner enforces the time limit, and the scheduler does.
+    let control = Control::new(Arc::clone(&cancel), None);
+    let result = ChildProcess::new(program).execute(&start.task, &events, &control);
+    // With the last sender the events end.
+    drop(events);
+    writer.join().map_err(|_| panicked())?;
+    let succeeded = result.is_ok();
+    if !succeeded && cancel.load(Ordering::Relaxed) {
+        start.stop()?;
+    } else {
+        start.finish(last_event(result))?;
+    }
+    Ok(succeeded)
+}
+
+/// The event that tells how a task ended.
+fn last_event(result: anyhow::Result<TaskResult>) -> Event {
+    match result {
+        Ok(TaskResult { notes, written }) => Event::WorkDone { notes, written },
+        Err(error) => Event::WorkFailed {
+            causes: causes(&error),
+            disk_full: is_full(&error),
+            lasting: error.is::<Lasting>(),
+        },
+    }
 }
 
 impl Work {
@@ -151,15 +203,7 @@ impl Work {
         drop(events);
         writer.join().map_err(|_| panicked())?;
         let succeeded = result.is_ok();
-        let last = match result {
-            Ok(TaskResult { notes, written }) => Event::WorkDone { notes, written },
-            Err(error) => Event::WorkFailed {
-                causes: causes(&error),
-                disk_full: is_full(&error),
-                lasting: error.is::<Lasting>(),
-            },
-        };
-        write(&output, &last);
+        write(&output, &last_event(result));
         Ok(succeeded)
     }
 }

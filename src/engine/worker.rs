@@ -244,8 +244,8 @@ impl Worker<'_, '_> {
             let task = self.task(prepared, miss.partial()?)?;
             let events = Arc::new(StageEvents::new(self.events.clone()));
             let control = Control::new(Arc::clone(&self.cancel), node.handling.timeout);
-            let executor = self.session.executors.for_stage(&node.handling.resources);
-            let result = executor.execute(&task, &events, &control);
+            let executors = self.session.executors;
+            let result = executors.execute(&node.handling, &task, &events, &control);
             let mut result = result.and_then(|result| control.check().map(|()| result));
             if self.cancel.load(Ordering::Relaxed)
                 && let Err(error) = result
@@ -322,6 +322,9 @@ impl Worker<'_, '_> {
             memory: memory(node.stage.bounded(), resources),
             gpus: self.gpus.clone(),
             device: node.handling.device,
+            resources: resources.clone(),
+            timeout: node.handling.timeout,
+            variables: node.stage.variables(),
             inputs: paths(&self.session.input_folders(prepared)),
             sources: paths(&node.sources),
             outside: prepared.fingerprint.outside.clone(),
@@ -339,6 +342,7 @@ impl Worker<'_, '_> {
             known: known
                 .map(|(path, entry)| (path.clone().into_os_string(), entry.clone()))
                 .collect(),
+            seen: prepared.stats(),
             warned: self.session.env.warnings(),
         })
     }

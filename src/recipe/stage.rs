@@ -22,7 +22,14 @@ use super::{Edge, SourceFile};
 const RESERVED: [&str; 6] = ["cache", "description", "env", "for_each", "launch", "where"];
 
 /// The fields of [`Handling`].
-pub(super) const HANDLING: [&str; 5] = ["device", "frozen", "resources", "retries", "timeout"];
+pub(super) const HANDLING: [&str; 6] = [
+    "device",
+    "executor",
+    "frozen",
+    "resources",
+    "retries",
+    "timeout",
+];
 
 /// Whether a key stands beside the kind and is none.
 pub(super) fn is_beside(key: &str) -> bool {
